@@ -1,0 +1,61 @@
+"""The exception tree.  Everything flexgen raises on purpose derives from FlexGenError.
+
+FlexGenError
+├── OptionError            an option or keyword that is unknown, malformed, or cannot be honoured
+├── RequestError           one request that cannot be served (it never stops the others)
+├── ModelError             the model folder is unusable
+│   ├── UnsupportedModelError   the architecture or number format is refused by name
+│   └── CheckpointError         files missing, corrupt, unsafe, or disagreeing with the config
+├── CapacityError          the plan does not fit the budgets
+├── StorageError           an offload folder, output file or disk failed
+└── EngineError            a broken invariant inside the engine (a bug: please report it)
+"""
+
+from __future__ import annotations
+
+
+class FlexGenError(Exception):
+    """Base class of every error that flexgen raises on purpose."""
+
+
+class OptionError(FlexGenError):
+    """An option or keyword that is unknown, malformed, or cannot be honoured."""
+
+
+class RequestError(FlexGenError):
+    """One request that cannot be served.
+
+    Args:
+        message: what is wrong, for the person who wrote the request.
+        code: a short machine-readable reason, OpenAI's where one exists (`context_length_exceeded`).
+        param: the offending field, if one field is to blame.
+    """
+
+    def __init__(self, message: str, *, code: str = "invalid_request", param: str | None = None) -> None:
+        super().__init__(message)
+        self.code = code
+        self.param = param
+
+
+class ModelError(FlexGenError):
+    """The model folder is unusable."""
+
+
+class UnsupportedModelError(ModelError):
+    """The architecture or number format is not supported; the message names it and the reason."""
+
+
+class CheckpointError(ModelError):
+    """Weight files are missing, corrupt, unsafe, or disagree with the config."""
+
+
+class CapacityError(FlexGenError):
+    """The plan does not fit the budgets; the message says what is missing, in GiB, and what to change."""
+
+
+class StorageError(FlexGenError):
+    """An offload folder, an output file or a disk failed."""
+
+
+class EngineError(FlexGenError):
+    """An invariant inside the engine broke."""

@@ -1,0 +1,89 @@
+"""One EngineOptions value: the flags of `flexgen run` and the keywords of `LLM` are the same list.
+
+Sizes stay as the user wrote them; `resolve` in plan/default.py turns them into bytes against the machine.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from flexgen.errors import OptionError
+
+DEVICES = ("auto", "cpu", "cuda", "sim")
+DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
+LOAD_FORMATS = ("auto", "safetensors", "dummy")
+SCHEDULES = ("diagonal", "zigzag", "row")
+TIERS = ("device", "host", "disk")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineOptions:
+    """What a user may say about where and how the model runs.
+
+    Attributes:
+        device: where matrix products run; "sim" is a hostile stand-in for an accelerator, for tests.
+        dtype: compute and KV dtype; "auto" is the checkpoint's, but never float16 on a CPU.
+        device_mem, host_mem, disk: budgets, hard; None takes the stated default (host: 80 % of what is free now).
+        offload_dir: folder for spilled KV; None is a fresh folder below the system's temporary one.
+        weights, kv: explicit placement, e.g. "host=.3,disk=.7"; None lets the planner choose.
+        max_num_seqs: most sequences alive in a pass; None lets the planner choose.
+        micro_batch_tokens: most tokens computed together; None lets the planner choose.
+        prefill_tokens: most prompt tokens that a pass admits; None lets the planner choose.
+        schedule: "diagonal" (admit as sequences finish), "zigzag" (admit only into an empty block), "row" (one micro-batch at a time).
+        load_format: "dummy" makes random weights from config.json alone, for benchmarks.
+        max_model_len: context limit, at most the model's; None is the model's.
+        revision: hub revision. seed: base of every sampled request's own seed.
+        trust_remote_code: accepted only as False.
+    """
+
+    device: str = "auto"
+    dtype: str = "auto"
+    device_mem: str | None = None
+    host_mem: str | None = None
+    disk: str | None = None
+    offload_dir: str | None = None
+    weights: str | None = None
+    kv: str | None = None
+    max_num_seqs: int | None = None
+    micro_batch_tokens: int | None = None
+    prefill_tokens: int | None = None
+    schedule: str = "diagonal"
+    load_format: str = "auto"
+    max_model_len: int | None = None
+    revision: str | None = None
+    seed: int = 0
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        for name, known in (("device", DEVICES), ("dtype", DTYPES), ("schedule", SCHEDULES), ("load_format", LOAD_FORMATS)):
+            if getattr(self, name) not in known:
+                raise OptionError(f"{name}={getattr(self, name)!r} is unknown; known: {', '.join(known)}")
+        for name in ("max_num_seqs", "micro_batch_tokens", "prefill_tokens", "max_model_len"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise OptionError(f"{name} must be a positive integer, not {value!r}")
+        if self.trust_remote_code:
+            raise OptionError("trust_remote_code: flexgen runs no code from model folders")
+
+
+def parse_placement(text: str) -> dict[str, float]:
+    """Fractions per tier from "device=.2,host=.3,disk=.5" (they must add up to 1).
+
+    Raises:
+        OptionError: on an unknown tier, a bad number, or a sum other than 1.
+    """
+    shares = dict.fromkeys(TIERS, 0.0)
+    for part in text.split(","):
+        tier, separator, number = part.partition("=")
+        tier = tier.strip()
+        if tier not in TIERS or not separator:
+            raise OptionError(f"{text!r}: write shares per tier, such as device=.2,host=.3,disk=.5")
+        try:
+            shares[tier] = float(number)
+        except ValueError as error:
+            raise OptionError(f"{text!r}: {number!r} is not a number") from error
+        if not 0 <= shares[tier] <= 1:
+            raise OptionError(f"{text!r}: a share lies between 0 and 1")
+    if abs(sum(shares.values()) - 1) > 1e-6:
+        raise OptionError(f"{text!r}: the shares add up to {sum(shares.values()):g}, not 1")
+    return shares

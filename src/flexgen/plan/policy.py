@@ -1,0 +1,75 @@
+"""Policy: the plan as data.  The planner writes it, the engine executes it; JSON in between."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+
+from flexgen.errors import OptionError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fractions:
+    """Shares per tier, adding up to 1."""
+
+    device: float = 0.0
+    host: float = 0.0
+    disk: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Policy:
+    """Where every byte lives and what a pass carries.
+
+    Attributes:
+        device: "cpu", "cuda" or "sim".  On "cpu" there is no device tier: host is where compute happens.
+        dtype: compute and KV dtype, a torch name ("bfloat16").
+        weights: home fractions of the units' bytes.
+        kv: home fractions of KV bytes.
+        kv_device_bytes, kv_host_bytes, kv_disk_bytes: sizes of the page pools.
+        host_ring_bytes: staging for units that come from disk.
+        device_ring_bytes: staging on the device for units that are not at home there (0 on "cpu").
+        workspace_bytes: reserved for activations and temporary tensors.
+        embedding_resident: whether the input embedding stays in memory (rows are gathered from disk otherwise).
+        schedule: "diagonal", "zigzag" or "row".
+        max_num_seqs: most sequences alive.  prefill_tokens: most prompt tokens a pass admits.
+        micro_batch_tokens: most tokens computed together.
+        page_tokens: tokens of a KV page.
+        compute_threads, io_threads: threads of the process.
+    """
+
+    device: str
+    dtype: str
+    weights: Fractions
+    kv: Fractions
+    kv_device_bytes: int
+    kv_host_bytes: int
+    kv_disk_bytes: int
+    host_ring_bytes: int
+    device_ring_bytes: int
+    workspace_bytes: int
+    embedding_resident: bool
+    schedule: str
+    max_num_seqs: int
+    prefill_tokens: int
+    micro_batch_tokens: int
+    page_tokens: int
+    compute_threads: int
+    io_threads: int
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> Policy:
+        """Raises OptionError on an unknown or missing key."""
+        fields = json.loads(text)
+        known = {field.name for field in dataclasses.fields(cls)}
+        if unknown := set(fields) - known:
+            raise OptionError(f"policy: unknown keys {sorted(unknown)}; known: {sorted(known)}")
+        if missing := known - set(fields):
+            raise OptionError(f"policy: missing keys {sorted(missing)}")
+        for key in ("weights", "kv"):
+            fields[key] = Fractions(**fields[key])
+        return cls(**fields)

@@ -1,0 +1,52 @@
+"""Byte sizes as people write them: "4GiB", "16GB", "50%"; and back again."""
+
+from __future__ import annotations
+
+import re
+
+from flexgen.errors import OptionError
+
+KIB, MIB, GIB, TIB = 1 << 10, 1 << 20, 1 << 30, 1 << 40
+
+_UNITS = {
+    "": 1, "B": 1,
+    "K": KIB, "M": MIB, "G": GIB, "T": TIB,
+    "KIB": KIB, "MIB": MIB, "GIB": GIB, "TIB": TIB,
+    "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+}  # fmt: skip
+_SIZE = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([A-Za-z]*)\s*")
+_PERCENT = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*%\s*")
+
+
+def parse_size(text: str | int, *, total_bytes: int | None = None) -> int:
+    """Bytes meant by `text`: "4GiB" and "4G" are binary, "16GB" decimal, a bare number is bytes, "50%" is of `total_bytes`.
+
+    Raises:
+        OptionError: when the text is no size, or a percentage of an unknown total.
+    """
+    if isinstance(text, int):
+        return text
+    if match := _PERCENT.fullmatch(text):
+        if total_bytes is None:
+            raise OptionError(f"{text!r}: a percentage has no meaning here; give a size such as 4GiB or 16GB")
+        share = float(match[1])
+        if share > 100:
+            raise OptionError(f"{text!r}: a share of more than 100 %")
+        return int(total_bytes * share / 100)
+    match = _SIZE.fullmatch(text)
+    if match is None or match[2].upper() not in _UNITS:
+        raise OptionError(f"{text!r} is not a size; write 4GiB (binary), 16GB (decimal) or 50%")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def format_size(size_bytes: float) -> str:
+    """A size for people, in binary units: 1536 -> "1.5 KiB"."""
+    for unit, name in ((TIB, "TiB"), (GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):
+        if abs(size_bytes) >= unit:
+            return f"{size_bytes / unit:.1f} {name}"
+    return f"{size_bytes:.0f} B"
+
+
+def align_up(size_bytes: int, alignment: int) -> int:
+    """The least multiple of `alignment` that is at least `size_bytes`."""
+    return -(-size_bytes // alignment) * alignment
