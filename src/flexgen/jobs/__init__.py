@@ -1,0 +1,1 @@
+"""A file of requests in, a file of answers out."""

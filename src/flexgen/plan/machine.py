@@ -1,4 +1,4 @@
-"""Machine: capacities and best rates of one computer, as numbers.  Measured by profile/, kept as JSON."""
+"""Machine and Limits: rates and capacities of one computer, as numbers.  Found by profile/; machines are kept as JSON."""
 
 from __future__ import annotations
 
@@ -48,3 +48,30 @@ class Machine:
             raise OptionError(f"machine: keys differ: {sorted(set(fields) ^ known)}")
         fields["dense_rows"] = {dtype: [tuple(point) for point in points] for dtype, points in fields["dense_rows"].items()}
         return cls(**fields)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """The hard budgets of this process.  Found by profile/limits.py.
+
+    Attributes:
+        device: "cpu", "cuda" or "sim".
+        host_bytes: for the whole process, interpreter included. host_source: where the number comes from, for people.
+        host_total_bytes, host_total_source: the hard limit above it (physical memory, a control group, an rlimit).
+        device_bytes, device_total_bytes: 0 on a CPU device.
+        disk_bytes, disk_total_bytes: of the offload folder's file system, for spilled KV.
+        offload_dir: folder in which a fresh offload folder is made.
+        offload_in_memory: whether that folder lies on a memory file system: its bytes then count as host bytes.
+    """
+
+    device: str
+    host_bytes: int
+    host_source: str
+    host_total_bytes: int
+    host_total_source: str
+    device_bytes: int
+    device_total_bytes: int
+    disk_bytes: int
+    disk_total_bytes: int
+    offload_dir: str
+    offload_in_memory: bool

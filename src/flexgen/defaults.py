@@ -1,0 +1,69 @@
+"""What a model says where a request does not: limits, sampling defaults; and the seed of a request that names none."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+from flexgen.errors import ModelError, OptionError, RequestError
+from flexgen.hub import ModelFiles
+from flexgen.request import SamplingParams
+
+_CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length")  # the first is usual
+
+
+def token_limits(files: ModelFiles, max_model_len: int | None) -> tuple[int, int]:
+    """The vocabulary's size, and the most tokens of prompt and answer together.
+
+    Raises:
+        ModelError: the config is unusable.
+        OptionError: `max_model_len` is more than the model's context, or is needed because the model states none.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(str(files.folder), local_files_only=True, trust_remote_code=False).get_text_config()
+    except Exception as error:  # configs validate themselves with whatever they like
+        raise ModelError(f"{files.name}: config.json is unusable: {str(error).strip().partition(chr(10))[0]}") from error
+    context = next((value for name in _CONTEXT_NAMES if isinstance(value := getattr(config, name, None), int)), None)
+    vocab_size = getattr(config, "vocab_size", None)
+    if not isinstance(vocab_size, int) or vocab_size < 1:
+        raise ModelError(f"{files.name}: config.json has no vocab_size")
+    if max_model_len is None:
+        if context is None:
+            raise OptionError(f"{files.name} states no context length: give max_model_len")
+        return vocab_size, context
+    if context is not None and max_model_len > context:
+        raise OptionError(f"max_model_len={max_model_len} is more than the model's context of {context}")
+    return vocab_size, max_model_len
+
+
+def default_sampling_params(generation_config: Mapping[str, Any]) -> SamplingParams:
+    """vLLM's defaults under the values of generation_config.json; `do_sample: false` there means greedy.
+
+    Raises:
+        ModelError: a value out of range.
+    """
+    names = {"temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "max_new_tokens": "max_tokens"}
+    values = {ours: generation_config[theirs] for theirs, ours in names.items() if generation_config.get(theirs) is not None}
+    if generation_config.get("do_sample") is False:
+        values["temperature"] = 0.0
+    try:
+        return SamplingParams(**values)
+    except RequestError as error:
+        raise ModelError(f"generation_config.json: {error}") from error
+
+
+_NEUTRAL = {"repetition_penalty": 1, "min_p": 0, "typical_p": 1, "no_repeat_ngram_size": 0, "num_beams": 1, "suppress_tokens": []}
+
+
+def unsupported_defaults(generation_config: Mapping[str, Any]) -> list[str]:
+    """Settings of generation_config.json that would change answers and are not applied, as "name=value"."""
+    given = ((name, generation_config.get(name)) for name in _NEUTRAL)
+    return [f"{name}={value}" for name, value in given if value is not None and value != _NEUTRAL[name]]
+
+
+def derive_seed(base: int, index: int) -> int:
+    """The seed of a request that names none: it depends on the engine's seed and the request's index only."""
+    return int.from_bytes(hashlib.blake2b(f"{base} {index}".encode(), digest_size=8).digest(), "little") >> 1

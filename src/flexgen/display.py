@@ -1,0 +1,279 @@
+"""What a run shows: progress as it goes, and the closing report.  Knows the values of engine/progress.py; nothing of engines.
+
+Messages and progress go to one stream, the report (and JSON events) to another, so that either can be piped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
+
+from flexgen.engine.progress import Progress, RunReport
+from flexgen.errors import OptionError
+from flexgen.sizes import format_size
+
+if TYPE_CHECKING:
+    from rich.live import Live
+
+_PLAIN_SECONDS = 10.0
+_JSON_SECONDS = 1.0
+
+
+class Display(Protocol):
+    """How a run is shown."""
+
+    def message(self, text: str) -> None:
+        """Something said once: what is about to run, and with what."""
+        ...
+
+    def progress(self, progress: Progress) -> None:
+        """A snapshot; called as often as the engine likes."""
+        ...
+
+    def report(self, report: RunReport) -> None:
+        """How it went."""
+        ...
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        ...
+
+
+class NoDisplay:
+    """The report only."""
+
+    def __init__(self, messages: TextIO, results: TextIO) -> None:
+        self._messages, self._results = messages, results
+
+    def message(self, text: str) -> None:
+        """Nothing."""
+
+    def progress(self, progress: Progress) -> None:
+        """Nothing."""
+
+    def report(self, report: RunReport) -> None:
+        """The report as text."""
+        _write(self._results, format_report(report))
+
+    def close(self) -> None:
+        """Nothing."""
+
+
+class PlainDisplay(NoDisplay):
+    """One line per interval: for log files."""
+
+    def __init__(self, messages: TextIO, results: TextIO, *, interval_seconds: float = _PLAIN_SECONDS) -> None:
+        super().__init__(messages, results)
+        self._interval_seconds = interval_seconds
+        self._next = time.monotonic() + interval_seconds
+
+    def message(self, text: str) -> None:
+        """The text."""
+        _write(self._messages, text)
+
+    def progress(self, progress: Progress) -> None:
+        """A line, if the last one is old enough."""
+        if time.monotonic() >= self._next:
+            self._next = time.monotonic() + self._interval_seconds
+            _write(self._messages, format_progress(progress))
+
+
+class JsonDisplay(NoDisplay):
+    """One JSON object per line, all with `event`: "message", "progress", "report"."""
+
+    def __init__(self, messages: TextIO, results: TextIO, *, interval_seconds: float = _JSON_SECONDS) -> None:
+        super().__init__(messages, results)
+        self._interval_seconds = interval_seconds
+        self._next = 0.0
+
+    def message(self, text: str) -> None:
+        """{"event": "message", "text": ...}"""
+        self._event("message", {"text": text})
+
+    def progress(self, progress: Progress) -> None:
+        """{"event": "progress", ...the fields of Progress}"""
+        if time.monotonic() >= self._next:
+            self._next = time.monotonic() + self._interval_seconds
+            self._event("progress", dataclasses.asdict(progress))
+
+    def report(self, report: RunReport) -> None:
+        """{"event": "report", ...the fields of RunReport}"""
+        self._event("report", dataclasses.asdict(report))
+
+    def _event(self, event: str, fields: Mapping[str, Any]) -> None:
+        _write(self._results, json.dumps({"event": event, **fields}))
+
+
+class RichDisplay(NoDisplay):
+    """A live picture at the foot of a terminal."""
+
+    def __init__(self, messages: TextIO, results: TextIO) -> None:
+        super().__init__(messages, results)
+        from rich.console import Console
+
+        self._console = Console(file=messages, highlight=False, soft_wrap=True)
+        self._live: Live | None = None
+
+    def message(self, text: str) -> None:
+        """The text, above the picture."""
+        self._console.print(text, markup=False)
+
+    def progress(self, progress: Progress) -> None:
+        """Redraw."""
+        from rich.live import Live
+
+        if self._live is None:
+            self._live = Live(console=self._console, refresh_per_second=4, transient=True, redirect_stdout=False, redirect_stderr=False)
+            self._live.start()
+        self._live.update(_picture(progress))
+
+    def close(self) -> None:
+        """Take the picture away."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+
+_DISPLAYS = {"rich": RichDisplay, "plain": PlainDisplay, "json": JsonDisplay, "none": NoDisplay}
+
+
+def open_display(name: str, messages: TextIO, results: TextIO) -> Display:
+    """The display of that name; "auto" is rich on a terminal and plain elsewhere.
+
+    Raises:
+        OptionError: an unknown name.
+    """
+    if name == "auto":
+        name = "rich" if messages.isatty() else "plain"
+    if name not in _DISPLAYS:
+        raise OptionError(f"progress={name!r} is unknown; known: auto, {', '.join(_DISPLAYS)}")
+    return _DISPLAYS[name](messages, results)
+
+
+def _write(stream: TextIO, text: str) -> None:
+    """A reader who left (`| head`) does not stop the run."""
+    try:
+        stream.write(text + "\n")
+        stream.flush()
+    except BrokenPipeError:
+        pass
+
+
+# -- text -------------------------------------------------------------------------------------------------------------------------
+
+
+def format_progress(progress: Progress) -> str:
+    """One line for a log."""
+    total = "?" if progress.num_requests is None else f"{progress.num_requests:,}"
+    links = ", ".join(f"{name} {share:.0%}" for name, share in progress.link_shares.items())
+    return (
+        f"{format_seconds(progress.elapsed_seconds)}: {progress.num_requests_done:,}/{total} requests, "
+        f"prompt {progress.prompt_tokens_per_s:,.1f} tokens/s, output {progress.output_tokens_per_s:,.1f} tokens/s, "
+        f"{progress.num_live_sequences:,} live, pass {progress.pass_index}, unit {progress.unit}/{progress.num_units}, "
+        f"ETA {format_seconds(progress.eta_seconds)}" + (f"; {links}" if links else "")
+    )
+
+
+def _picture(progress: Progress) -> Any:
+    """Three lines for a terminal: requests, rates, links."""
+    from rich.console import Group
+    from rich.progress_bar import ProgressBar
+    from rich.table import Table
+    from rich.text import Text
+
+    total = "?" if progress.num_requests is None else f"{progress.num_requests:,}"
+    head = Table.grid(padding=(0, 1))
+    head.add_row(
+        Text(f"{progress.num_requests_done:,}/{total} requests", style="bold"),
+        ProgressBar(total=progress.num_requests, completed=progress.num_requests_done, width=40),
+        Text(f"{format_seconds(progress.elapsed_seconds)}, ETA {format_seconds(progress.eta_seconds)}"),
+    )
+    rates = Text(
+        f"prompt {progress.prompt_tokens_per_s:,.1f} tokens/s   output {progress.output_tokens_per_s:,.1f} tokens/s   "
+        f"{progress.num_live_sequences:,} live   pass {progress.pass_index}, unit {progress.unit}/{progress.num_units}"
+    )
+    links = Table.grid(padding=(0, 1))
+    cells: list[Any] = []
+    for name, share in progress.link_shares.items():
+        cells += [Text(name), ProgressBar(total=1.0, completed=min(share, 1.0), width=10), Text(f"{share:4.0%} ")]
+    if cells:
+        links.add_row(*cells)
+    return Group(head, rates, links)
+
+
+def format_report(report: RunReport) -> str:
+    """The closing report: what was done, where bytes lived and moved, what was waited for, how good it was."""
+    lines = [
+        f"{report.num_requests:,} requests ({report.num_errors:,} errors) in {format_seconds(report.elapsed_seconds)}, "
+        f"after {format_seconds(report.load_seconds)} of loading: {report.output_tokens_per_s:,.2f} output tokens/s, "
+        f"{report.total_tokens_per_s:,.2f} tokens/s in all, {report.requests_per_s:,.3f} requests/s",
+        f"{report.prompt_tokens:,} prompt and {report.output_tokens:,} output tokens in {report.num_passes:,} passes; "
+        f"ended by: {_counts(report.finish_reasons)}; {report.num_preemptions:,} preemptions",
+        "",
+        *_placement_table(report.placement),
+        "",
+        *_resource_table(report),
+        "",
+        f"waited for: {_seconds_of(report.wait_seconds)}",
+        f"host memory: peak {format_size(report.peak_host_bytes)} of {format_size(report.host_budget_bytes)}",
+    ]
+    if report.device_budget_bytes:
+        lines.append(f"device memory: peak {format_size(report.peak_device_bytes)} of {format_size(report.device_budget_bytes)}")
+    lines.append(
+        f"overlap {report.overlap:.2f}   plan {report.plan:.2f}   efficiency {report.efficiency:.2f}   "
+        f"(the least ideal time is {format_seconds(report.ideal_seconds)})"
+    )
+    return "\n".join(lines)
+
+
+def _placement_table(placement: Mapping[str, Mapping[str, int]]) -> list[str]:
+    tiers = [tier for tier in ("device", "host", "disk") if any(tier in homes for homes in placement.values())]
+    rows = [["placement", *tiers]]
+    for what, homes in placement.items():
+        rows.append([what, *(format_size(homes[tier]) if homes.get(tier) else "-" for tier in tiers)])
+    return _table(rows)
+
+
+def _resource_table(report: RunReport) -> list[str]:
+    """Bytes per link and pass, and the ideal seconds of every resource as a share of the run."""
+    rows = [["resource", "moved", "per pass", "ideal time", "share"]]
+    for name in dict.fromkeys([*report.bytes_moved, *report.busiest_seconds]):
+        moved, busy = report.bytes_moved.get(name), report.busiest_seconds.get(name)
+        rows.append(
+            [
+                name,
+                "-" if moved is None else format_size(moved),
+                "-" if moved is None else format_size(moved / max(1, report.num_passes)),
+                "-" if busy is None else format_seconds(busy),
+                "-" if busy is None or not report.elapsed_seconds else f"{busy / report.elapsed_seconds:.0%}",
+            ]
+        )
+    return _table(rows)
+
+
+def _table(rows: list[list[str]]) -> list[str]:
+    """Columns aligned: the first to the left, figures to the right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return ["   ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]) for row in rows]
+
+
+def _counts(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {count:,}" for name, count in counts.items()) or "nothing"
+
+
+def _seconds_of(seconds: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {format_seconds(value)}" for name, value in seconds.items() if value > 0) or "nothing"
+
+
+def format_seconds(seconds: float | None) -> str:
+    """A duration for people: 4.2 s, 3:07 min, 1:02:33 h; a dash for None."""
+    if seconds is None:
+        return "-"
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d} h" if hours else f"{minutes}:{rest:02d} min"

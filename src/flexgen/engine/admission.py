@@ -1,0 +1,96 @@
+"""Who may enter the block: forecasts of answer lengths, homes for KV, projected pages.  No tensors."""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Iterable, Sequence as SequenceOf
+
+import numpy as np
+
+from flexgen.engine.schedule import Pages, fits_projected
+from flexgen.engine.sequence import Sequence
+from flexgen.memory.kv_cache import KVCache, KVGroup
+
+MIN_OBSERVED = 32
+FORECAST_QUANTILE = 0.9
+
+
+class LengthForecast:
+    """Expected answer lengths: max_tokens at first, then at most a high quantile of what was seen."""
+
+    def __init__(self) -> None:
+        self._seen: list[int] = []
+
+    def observe(self, num_tokens: int) -> None:
+        bisect.insort(self._seen, num_tokens)
+
+    def expect(self, max_tokens: int) -> int:
+        if len(self._seen) < MIN_OBSERVED:
+            return max_tokens
+        return min(max_tokens, self._seen[int(FORECAST_QUANTILE * (len(self._seen) - 1))])
+
+
+class Homes:
+    """Chooses each sequence's KV home so that the plan's shares of KV bytes are kept.
+
+    Args:
+        shares: tier -> fraction; tiers with pages only.
+    """
+
+    def __init__(self, shares: dict[str, float]) -> None:
+        self._shares = {tier: share for tier, share in shares.items() if share > 0}
+        self._given = dict.fromkeys(self._shares, 0)
+
+    def by_need(self) -> list[str]:
+        """Tiers, the one furthest behind its share first."""
+        total = sum(self._given.values()) + 1
+        return sorted(self._shares, key=lambda tier: self._given[tier] - self._shares[tier] * total)
+
+    def give(self, tier: str, tokens: int) -> None:
+        self._given[tier] += tokens
+
+
+def held_pages(group: KVGroup) -> Pages:
+    """Pages of a group held at given numbers of stored tokens, as an array function."""
+
+    def held(lengths: np.ndarray) -> np.ndarray:
+        if group.window is not None:
+            first = np.maximum(lengths - group.window + 1, 0)
+        elif group.chunk is not None:
+            first = lengths - lengths % group.chunk
+        else:
+            first = np.zeros_like(lengths)
+        return -(-lengths // group.page_tokens) - first // group.page_tokens
+
+    return held
+
+
+class Admission:
+    """Admits sequences into the KV cache."""
+
+    def __init__(self, cache: KVCache, homes: Homes) -> None:
+        self._cache, self._homes = cache, homes
+        self._pages = [held_pages(group) for group in cache.groups]
+
+    def can_ever_fit(self, sequence: Sequence) -> bool:
+        final = len(sequence.request.prompt_token_ids) + sequence.request.max_tokens - 1
+        return any(self._cache.could_ever_hold(tier, len(sequence.tokens), final) for tier in self._homes.by_need())
+
+    def admit(self, sequence: Sequence, live: Iterable[Sequence]) -> bool:
+        """Give the sequence a home and pages for its tokens, if its projected KV fits."""
+        for tier in self._homes.by_need():
+            neighbours = [each for each in live if each.kv is not None and each.kv.home == tier]
+            if not self._fits(sequence, neighbours, tier):
+                continue
+            kv = self._cache.admit(tier)
+            if self._cache.reserve(kv, len(sequence.tokens)):
+                sequence.kv = kv
+                self._homes.give(tier, sequence.final_len)
+                return True
+        return False
+
+    def _fits(self, sequence: Sequence, neighbours: SequenceOf[Sequence], tier: str) -> bool:
+        stored = np.array([len(each.tokens) for each in neighbours], dtype=np.int64)
+        remaining = np.array([each.remaining - 1 for each in neighbours], dtype=np.int64)
+        candidate = (len(sequence.tokens), sequence.remaining - 1)
+        return fits_projected(stored, remaining, candidate, self._pages, self._cache.pools[tier].num_pages)

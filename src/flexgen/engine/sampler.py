@@ -1,0 +1,109 @@
+"""Logits to tokens.  Each row is decided by itself: neither its neighbours nor the size of the batch can change its token.
+
+Knows nothing of sequences and text: a row comes with its sampling values and with the position that it fills.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from flexgen.errors import RequestError
+
+_UINT64 = (1 << 64) - 1
+_FIRST_CANDIDATES = 256  # a nucleus is mostly smaller; larger ones cost another partition
+
+
+class Sampled(Protocol):
+    """What a row's request says about sampling (a `TokenRequest` does)."""
+
+    @property
+    def temperature(self) -> float: ...
+    @property
+    def top_p(self) -> float: ...
+    @property
+    def top_k(self) -> int: ...
+    @property
+    def seed(self) -> int: ...
+
+
+def sample(logits: torch.Tensor, requests: Sequence[Sampled], positions: Sequence[int]) -> list[int | RequestError]:
+    """The next token of every row, or why that row has none.
+
+    Temperature 0 takes the largest logit, the lowest id among equals, as transformers' `generate` does.  Otherwise temperature,
+    top-k and top-p are applied in this order, as in transformers and vLLM (ties with the k-th logit stay), and the token is drawn
+    by inverting the cumulative distribution in float64 at one uniform number that depends on (seed, position) only.
+
+    Args:
+        logits: (rows, vocab), any floating dtype and device; not changed.
+        requests: one per row.
+        positions: one per row, at least 0; the place of the new token in its sequence.
+
+    Returns:
+        One entry per row: a token id, or a `RequestError` of code "non_finite_logits" for a row with a NaN or an infinity.
+    """
+    if logits.ndim != 2 or not len(logits) == len(requests) == len(positions):
+        raise ValueError(f"logits {tuple(logits.shape)} for {len(requests)} requests and {len(positions)} positions")
+    if not len(requests):
+        return []
+    largest, greedy = logits.max(dim=-1)  # (rows,) each; the maximum of a row with a NaN is NaN
+    finite = (largest.isfinite() & logits.amin(dim=-1).isfinite()).tolist()
+    tokens: list[int | RequestError] = list(greedy.tolist())
+    for row, (request, position) in enumerate(zip(requests, positions, strict=True)):
+        if not finite[row]:
+            tokens[row] = RequestError("the model produced logits that are not finite", code="non_finite_logits")
+        elif request.temperature > 0:
+            tokens[row] = _draw(_as_float64(logits[row]), request, uniform(request.seed, position))
+    return tokens
+
+
+def uniform(seed: int, position: int) -> float:
+    """A number in [0, 1) that depends on (seed, position) only: one block of the counter-based generator Philox-4x64."""
+    bits = np.random.Philox(key=seed & _UINT64, counter=position).random_raw()
+    return (int(bits) >> 11) * 2.0**-53
+
+
+def _as_float64(row: torch.Tensor) -> np.ndarray:
+    return row.detach().to(device="cpu", dtype=torch.float64).numpy()
+
+
+def _draw(row: np.ndarray, request: Sampled, u: float) -> int:
+    """The token of one row of float64 logits at the uniform number `u`."""
+    ids = None
+    if 0 < request.top_k < len(row):
+        threshold = np.partition(row, -request.top_k)[-request.top_k]
+        ids = np.flatnonzero(row >= threshold)
+        row = row[ids]
+    with np.errstate(over="ignore", under="ignore"):  # tiny temperatures: the others' weights become 0
+        weights = np.exp((row - row.max()) / request.temperature)
+    if request.top_p < 1:
+        nucleus = _nucleus(weights, request.top_p)
+        ids = nucleus if ids is None else ids[nucleus]
+        weights = weights[nucleus]
+    cumulative = np.cumsum(weights)
+    # side="right" never picks a weight of 0; u < 1 keeps the target below the last entry
+    choice = int(np.searchsorted(cumulative, u * cumulative[-1], side="right"))
+    return choice if ids is None else int(ids[choice])
+
+
+def _nucleus(weights: np.ndarray, top_p: float) -> np.ndarray:
+    """Indices, rising, of the smallest set of largest weights that holds the share `top_p` of their sum (at least one).
+
+    Equal weights enter in order of their index.
+    """
+    wanted = top_p * weights.sum()
+    size = min(_FIRST_CANDIDATES, len(weights))
+    while size < len(weights):
+        threshold = np.partition(weights, -size)[-size]
+        candidates = np.flatnonzero(weights >= threshold)  # rising ids, all ties of the threshold included
+        if weights[candidates].sum() >= wanted:
+            break
+        size *= 8
+    else:
+        candidates = np.arange(len(weights))
+    order = candidates[np.argsort(-weights[candidates], kind="stable")]
+    before = np.cumsum(weights[order]) - weights[order]  # the mass of what ranks higher
+    return np.sort(order[: max(1, int(np.searchsorted(before, wanted, side="left")))])

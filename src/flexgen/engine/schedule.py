@@ -1,0 +1,154 @@
+"""Which prompts the next pass admits, and how its slices are packed.  Pure: no tensors, no clocks.
+
+Three schedules are three functions.  Every pass carries the next token of each live sequence; they differ in when
+new sequences may join.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence as SequenceOf
+from dataclasses import dataclass
+
+import numpy as np
+
+from flexgen.engine.sequence import Sequence
+
+Pages = Callable[[np.ndarray], np.ndarray]
+MAX_PROJECTED_TIMES = 256
+
+
+@dataclass(slots=True)
+class Quota:
+    """Prompt tokens that passes may admit: a bucket that `per_pass` refills, so that long prompts average out."""
+
+    per_pass: int
+    credit: int = 0
+
+    def refill(self) -> None:
+        self.credit = min(self.credit + self.per_pass, self.per_pass)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What bounds the block.
+
+    Attributes:
+        max_num_seqs: live sequences. micro_batch_tokens: the "row" schedule's batch.
+    """
+
+    max_num_seqs: int
+    micro_batch_tokens: int
+
+
+Admit = Callable[[Sequence], bool]  # takes pages and makes it live, or says no
+
+
+def diagonal(waiting: Iterable[Sequence], live: SequenceOf[Sequence], limits: Limits, quota: Quota, admit: Admit) -> int:
+    """Admit as others finish: prompts within the quota of the pass, as long as the projected KV fits.
+
+    Args:
+        waiting: candidates, best first.
+
+    Returns:
+        the number of admitted sequences.
+    """
+    quota.refill()
+    count = 0
+    for sequence in waiting:
+        if len(live) + count >= limits.max_num_seqs or quota.credit <= 0 or not admit(sequence):
+            break
+        quota.credit -= sequence.num_new
+        count += 1
+    return count
+
+
+def zigzag(waiting: Iterable[Sequence], live: SequenceOf[Sequence], limits: Limits, quota: Quota, admit: Admit) -> int:
+    """The paper's Algorithm 1: a new block only once the old one is empty."""
+    del quota
+    if live:
+        return 0
+    count = 0
+    for sequence in waiting:
+        if count >= limits.max_num_seqs or not admit(sequence):
+            break
+        count += 1
+    return count
+
+
+def row(waiting: Iterable[Sequence], live: SequenceOf[Sequence], limits: Limits, quota: Quota, admit: Admit) -> int:
+    """One micro-batch at a time, as systems without blocks do."""
+    del quota
+    if live:
+        return 0
+    count = tokens = 0
+    for sequence in waiting:
+        tokens += sequence.num_new
+        if count and (tokens > limits.micro_batch_tokens or count >= limits.max_num_seqs):
+            break
+        if not admit(sequence):
+            break
+        count += 1
+    return count
+
+
+SCHEDULES = {"diagonal": diagonal, "zigzag": zigzag, "row": row}
+
+
+def fits_projected(
+    stored: np.ndarray, remaining: np.ndarray, candidate: tuple[int, int], pages: SequenceOf[Pages], capacity: SequenceOf[int]
+) -> bool:
+    """Whether a candidate's KV fits beside the live ones' at every future pass.
+
+    Args:
+        stored: tokens each live sequence has stored after this pass. remaining: passes it still takes after it.
+        candidate: (stored, remaining) of the one that would join.
+        pages: per layer group, pages held at given lengths. capacity: pages per group.
+
+    A sequence holds stored + t tokens t passes from now, while t <= remaining; the sum peaks where one ends.
+    """
+    lengths = np.append(stored, candidate[0])
+    ends = np.append(remaining, candidate[1])
+    times = np.unique(ends)
+    if len(times) > MAX_PROJECTED_TIMES:
+        times = times[np.linspace(0, len(times) - 1, MAX_PROJECTED_TIMES).astype(int)]
+    future = lengths[None, :] + np.minimum(times[:, None], ends[None, :])  # (times, sequences)
+    alive = times[:, None] <= ends[None, :]
+    return all((held(future) * alive).sum(axis=1).max() <= room for held, room in zip(pages, capacity, strict=True))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Slice:
+    """What one sequence contributes to one micro-batch: tokens [start, start + length); `last` samples."""
+
+    sequence: Sequence
+    start: int
+    length: int
+    last: bool
+
+
+def pack(sequences: SequenceOf[Sequence], micro_batch_tokens: int, *, mix: bool, chunk: bool = True) -> list[list[Slice]]:
+    """Micro-batches of one pass: next tokens first, prompts after, long prompts in consecutive chunks.
+
+    Args:
+        sequences: of one KV home and one position regime. mix: whether next tokens and prompts may share a micro-batch.
+        chunk: whether a prompt may be cut; otherwise a long one is a micro-batch of its own, however large.
+    """
+    steps = [s for s in sequences if s.num_new == 1 and s.num_stored > 0]
+    prompts = [s for s in sequences if not (s.num_new == 1 and s.num_stored > 0)]
+    batches: list[list[Slice]] = []
+    for start in range(0, len(steps), micro_batch_tokens):
+        batches.append([Slice(sequence=s, start=s.num_stored, length=1, last=True) for s in steps[start : start + micro_batch_tokens]])
+    room = micro_batch_tokens - len(batches[-1]) if batches and mix else 0
+    for sequence in prompts:
+        start, stop = sequence.num_stored, len(sequence.tokens)
+        if stop - start > room and room < micro_batch_tokens:
+            batches.append([])
+            room = micro_batch_tokens
+        while start < stop:
+            if room == 0:
+                batches.append([])
+                room = micro_batch_tokens
+            length = min(stop - start, room) if chunk else stop - start
+            batches[-1].append(Slice(sequence=sequence, start=start, length=length, last=start + length == stop))
+            start, room = start + length, max(room - length, 0)
+    return batches

@@ -1,0 +1,172 @@
+"""One pass: a coroutine per micro-batch, and one ready loop that runs whichever has what it waits for.
+
+Dataflow, no barrier per layer: lowest unit first; a unit is released when the last coroutine has left it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import greenlet
+import torch
+
+from flexgen.engine.schedule import Slice
+from flexgen.errors import EngineError
+from flexgen.memory.kv_pass import KVPlan
+from flexgen.memory.weights import WeightStore
+from flexgen.models.attention import AttentionCall, PassCache
+from flexgen.models.skeleton import BoundModel
+from flexgen.models.suspension import ForwardCoroutine
+
+IDLE_SECONDS = 0.5  # longest wait between looks; arrivals wake the loop earlier
+
+
+class Pending(Protocol):
+    """Attention that is being computed elsewhere."""
+
+    def done(self) -> bool: ...
+
+    def result(self) -> torch.Tensor: ...
+
+
+class KVView(Protocol):
+    """One micro-batch's KV during one pass (memory/kv_place.py)."""
+
+    plan: KVPlan
+
+    def attend(self, call: AttentionCall, new: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor | Pending: ...
+
+
+class RowSource(Protocol):
+    """Where embedding rows come from (memory/rows.py)."""
+
+    def rows(self, module: str, token_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+
+class MicroBatch(ForwardCoroutine):
+    """Slices computed together; a greenlet that runs the model's forward.
+
+    Attributes:
+        wanted: the unit it waits for (-1 before it starts). pending: attention it waits for.
+        logits: (sampled, vocab) once it has finished.
+        after: a micro-batch whose attention must come first in every layer (the previous chunk of a prompt).
+    """
+
+    def __init__(
+        self, slices: Sequence[Slice], model: BoundModel, cache: PassCache, view: KVView, rows: RowSource, device: torch.device
+    ) -> None:
+        super().__init__(self._forward)
+        self.slices = tuple(slices)
+        self.wanted = -1
+        self.pending: Pending | None = None
+        self.logits: torch.Tensor | None = None
+        self.after: MicroBatch | None = None
+        self.kv_plan = view.plan
+        self._model, self._cache, self._view, self._rows, self._device = model, cache, view, rows, device
+        self._new: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(each.length for each in self.slices)
+
+    def _forward(self) -> None:
+        ids: list[int] = []
+        positions: list[int] = []
+        sampled: list[int] = []
+        for each in self.slices:
+            ids += each.sequence.tokens[each.start : each.start + each.length]
+            positions += range(each.start, each.start + each.length)
+            if each.last:
+                sampled.append(len(ids) - 1)
+        self.logits = self._model.forward(
+            torch.tensor([ids], device=self._device),
+            torch.tensor([positions], device=self._device),
+            torch.tensor(sampled, dtype=torch.int64, device=self._device),
+            self._cache,
+        )
+
+    def enter_unit(self, unit: int) -> None:
+        if unit < self.wanted:
+            raise EngineError(f"unit {unit} was entered after unit {self.wanted}")
+        if unit > self.wanted:
+            self.wanted = unit
+            self.parent.switch()
+
+    def store_kv(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        self._new[layer] = (key, value)
+
+    def attend(self, call: AttentionCall) -> torch.Tensor:
+        answer = self._view.attend(call, self._new.pop(call.layer, None))
+        if isinstance(answer, torch.Tensor):
+            return answer
+        self.pending = answer
+        self.parent.switch()
+        return answer.result()
+
+    def input_rows(self, module_name: str, token_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._rows.rows(module_name, token_ids)
+
+    def runnable(self, weights: WeightStore) -> bool:
+        if self.pending is not None and not self.pending.done():
+            return False
+        if self.after is not None and not self.after.dead and self.after.wanted <= self.wanted:
+            return False
+        return weights.is_ready(self.wanted)
+
+
+def run_pass(
+    batches: Sequence[MicroBatch], weights: WeightStore, num_units: int, *, on_unit: Callable[[int], None], waits: dict[str, float]
+) -> None:
+    """Run all micro-batches through the model.
+
+    Args:
+        on_unit: told whenever the frontmost micro-batch enters a unit.
+        waits: seconds without anything to run are added to "attention" or "weights".
+    """
+    active = list(batches)
+    front = released = 0
+    try:
+        while active:
+            batch = _next_runnable(active, weights)
+            if batch is None:
+                _wait(active, weights, waits)
+                continue
+            batch.pending = None
+            if batch.wanted >= 0:
+                weights.open(batch.wanted)
+            if batch.wanted > front:
+                front = batch.wanted
+                on_unit(front)
+            batch.switch()
+            if batch.dead:
+                active.remove(batch)
+            done = min((each.wanted for each in active), default=num_units)
+            while released < done:
+                weights.release(released)
+                released += 1
+    finally:
+        for batch in active:
+            batch.throw(greenlet.GreenletExit)
+
+
+def _next_runnable(active: Sequence[MicroBatch], weights: WeightStore) -> MicroBatch | None:
+    """The runnable micro-batch at the lowest unit; among equals the first."""
+    for batch in sorted(active, key=_position):
+        if batch.runnable(weights):
+            return batch
+    return None
+
+
+def _position(batch: MicroBatch) -> int:
+    return batch.wanted
+
+
+def _wait(active: Sequence[MicroBatch], weights: WeightStore, waits: dict[str, float]) -> None:
+    cause = "attention" if any(each.pending is not None and not each.pending.done() for each in active) else "weights"
+    start = time.perf_counter()
+    weights.wait_arrival(IDLE_SECONDS if cause == "weights" else 0.0005, lambda: _next_runnable(active, weights) is not None)
+    waits[cause] = waits.get(cause, 0.0) + time.perf_counter() - start
+
+

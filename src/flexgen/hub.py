@@ -1,0 +1,273 @@
+"""A model's name to a folder: local, cached, or downloaded.  Only configuration, tokenizer and safetensors files are ever fetched.
+
+Knows which files make a model and the hub library's conventions (HF_HOME, HF_HUB_OFFLINE are its own); reads no weights.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flexgen.errors import CapacityError, CheckpointError, ModelError, UnsupportedModelError
+from flexgen.sizes import MIB, format_size
+
+logger = logging.getLogger(__name__)
+
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+# What AutoTokenizer reads; any of the first group is a tokenizer by itself.
+_ONE_FILE = ("tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tekken.json")
+VOCABULARY_FILES = (*_ONE_FILE, "vocab.json", "vocab.txt")
+TOKENIZER_FILES = (*VOCABULARY_FILES, "merges.txt", "added_tokens.json", "special_tokens_map.json", "tokenizer_config.json")
+SMALL_FILES = ("config.json", "generation_config.json", INDEX_FILE, *TOKENIZER_FILES, "chat_template.jinja", "chat_template.json")
+
+_PLAIN_NAME = re.compile(r"[\w][\w.\-]*")
+_REPOSITORY = re.compile(r"[\w][\w.\-]*(/[\w][\w.\-]*)?")
+_MOST_JSON_BYTES = 64 * MIB  # the largest honest index files have a few MiB
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelFiles:
+    """A model on this machine.
+
+    Attributes:
+        name: as the user wrote it.
+        folder: where the files are (for a hub model the snapshot of one commit, links into the cache's blobs).
+        commit: of a hub model; None for a plain folder.
+        config: config.json as written; `model_type` is one that transformers knows.
+        generation_config: generation_config.json as written, or empty.
+        has_tokenizer: without one, prompts and answers are token ids only.
+    """
+
+    name: str
+    folder: Path
+    config: dict[str, Any]
+    generation_config: dict[str, Any]
+    commit: str | None
+    has_tokenizer: bool
+
+
+def resolve_model(
+    model: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    with_weights: bool = True,
+    show_progress: bool = False,
+) -> ModelFiles:
+    """The files of a local folder or of a hub repository, downloaded if need be.
+
+    Args:
+        model: a folder, or a repository id such as "facebook/opt-6.7b".
+        revision: branch, tag or commit of a repository.
+        token: of the hub; None is the hub library's own (`hf auth login`, HF_TOKEN).
+        with_weights: False asks for configuration and tokenizer only (random weights need no more).
+        show_progress: let the hub library draw its bars on a terminal.
+
+    Raises:
+        ModelError: neither a folder nor a repository that can be read, or files are missing.
+        UnsupportedModelError: the `model_type` is unknown to transformers (code from model folders is never run).
+        CheckpointError: config.json is no JSON object.
+        CapacityError: the download does not fit on the disk of the cache.
+    """
+    name = os.fspath(model)
+    folder = Path(name).expanduser()
+    commit = None
+    if folder.is_dir():
+        if revision is not None:
+            raise ModelError(f"{name} is a folder here; a revision ({revision}) only has a meaning for a hub repository")
+    else:
+        _check_repository_id(name)
+        folder = _download(name, revision or "main", SMALL_FILES, token, show_progress)
+        commit = folder.name
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{name} has no config.json, so it is no model")
+    config = read_json(folder / "config.json")
+    _check_model_type(name, config)
+    if with_weights:
+        if commit is not None:
+            _download_weights(name, folder, token, show_progress)
+        _check_weight_files(folder)
+    generation_path = folder / "generation_config.json"
+    return ModelFiles(
+        name=name,
+        folder=folder,
+        config=config,
+        generation_config=read_json(generation_path) if generation_path.is_file() else {},
+        commit=commit,
+        has_tokenizer=has_tokenizer(folder),
+    )
+
+
+def resolve_tokenizer(tokenizer: str | os.PathLike[str], *, revision: str | None = None, token: str | None = None) -> Path:
+    """The folder of a tokenizer given apart from its model: local, or downloaded from the hub (tokenizer files only).
+
+    Raises:
+        ModelError: neither a folder nor a repository, or it has no tokenizer files.
+    """
+    folder = Path(tokenizer).expanduser()
+    if not folder.is_dir():
+        _check_repository_id(os.fspath(tokenizer))
+        folder = _download(os.fspath(tokenizer), revision or "main", SMALL_FILES, token, show_progress=False)
+    if not has_tokenizer(folder):
+        raise ModelError(f"{tokenizer} has no tokenizer files ({', '.join(VOCABULARY_FILES)})")
+    return folder
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether the folder holds a vocabulary that AutoTokenizer can read."""
+    return any((folder / name).is_file() for name in VOCABULARY_FILES)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file of a model.
+
+    Raises:
+        CheckpointError: unreadable, absurdly large, or not an object.
+    """
+    try:
+        if path.stat().st_size > _MOST_JSON_BYTES:
+            raise CheckpointError(f"{path} has {format_size(path.stat().st_size)}, more than any honest one")
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds no JSON object")
+    return value
+
+
+def _check_repository_id(name: str) -> None:
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).exists():
+        raise ModelError(f"{name} is not a folder; give the folder that holds config.json, or a hub id such as facebook/opt-6.7b")
+    if not _REPOSITORY.fullmatch(name) or ".." in name or "--" in name:
+        raise ModelError(f"{name!r} is neither a folder here nor a hub id such as facebook/opt-6.7b")
+
+
+def _check_model_type(name: str, config: dict[str, Any]) -> None:
+    import transformers
+
+    model_type = config.get("model_type")
+    known = isinstance(model_type, str) and model_type in transformers.CONFIG_MAPPING
+    if known and config.get("auto_map"):
+        logger.info("%s brings its own code (auto_map); it is ignored, transformers' own %s is used", name, model_type)
+    if known:
+        return
+    if model_type is None:
+        raise UnsupportedModelError(f"{name}: config.json names no model_type")
+    reason = f"model_type {model_type!r} is unknown to transformers {transformers.__version__}"
+    if config.get("auto_map"):
+        raise UnsupportedModelError(f"{name}: {reason}; it needs code from its own folder (auto_map), which flexgen does not run")
+    raise UnsupportedModelError(f"{name}: {reason}; a newer transformers may know it")
+
+
+def _check_weight_files(folder: Path) -> None:
+    """Every file that holds weights is there (their contents are checked where they are read)."""
+    missing = [name for name in weight_files(folder) if not (folder / name).is_file()]
+    if missing == [SINGLE_FILE]:
+        raise _no_weights(str(folder), (path.name for path in folder.iterdir()))
+    if missing:
+        raise CheckpointError(f"{folder}: {len(missing)} files named by {INDEX_FILE} are missing ({', '.join(missing[:3])})")
+
+
+def _no_weights(name: str, files: Iterable[str]) -> ModelError:
+    pickles = sorted(file for file in files if file.endswith((".bin", ".pt", ".pth")))
+    hint = f"; its weights are pickles ({pickles[0]}), which flexgen never opens: convert them to safetensors" if pickles else ""
+    return ModelError(f"{name} has neither {SINGLE_FILE} nor {INDEX_FILE}{hint}")
+
+
+def weight_files(folder: Path) -> list[str]:
+    """Names of the files that hold the folder's weights, whether or not they are there.
+
+    Raises:
+        CheckpointError: the index is malformed or names a file outside the folder.
+    """
+    if (folder / INDEX_FILE).is_file():
+        return _shards(read_json(folder / INDEX_FILE))
+    return [SINGLE_FILE]
+
+
+def _shards(index: dict[str, Any]) -> list[str]:
+    """The weight files that an index names, each once."""
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{INDEX_FILE} has no weight_map")
+    names = list(dict.fromkeys(weight_map.values()))
+    for name in names:
+        if not isinstance(name, str) or not _PLAIN_NAME.fullmatch(name) or not name.endswith(".safetensors"):
+            raise CheckpointError(f"{INDEX_FILE} names {name!r}, which is no plain *.safetensors file name")
+    return names
+
+
+# -- the hub ------------------------------------------------------------------------------------------------------------------------
+
+
+def _download(repository: str, revision: str, names: Sequence[str], token: str | None, show_progress: bool) -> Path:
+    """The snapshot folder in the hub's cache, holding those of the named files that the repository has.
+
+    Offline, or where the hub does not answer, the cached snapshot is what there is (the hub library decides, and checks it).
+    """
+    import huggingface_hub
+    from huggingface_hub.utils import tqdm
+
+    class Silent(tqdm):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **{**kwargs, "disable": True})
+
+    with _translated(repository, revision):
+        folder = huggingface_hub.snapshot_download(
+            repository, revision=revision, allow_patterns=list(names), token=token, tqdm_class=tqdm if show_progress else Silent
+        )
+    return Path(folder)
+
+
+def _download_weights(repository: str, folder: Path, token: str | None, show_progress: bool) -> None:
+    """Complete a snapshot by the weight files that it lacks, after asking whether they fit."""
+    import huggingface_hub
+
+    missing = [name for name in weight_files(folder) if not (folder / name).is_file()]
+    if not missing:
+        return
+    commit = folder.name
+    with _translated(repository, commit, f"; the cached copy lacks {', '.join(missing[:3])}"):
+        info = huggingface_hub.HfApi(token=token).model_info(repository, revision=commit, files_metadata=True)
+    sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
+    if absent := [name for name in missing if name not in sizes]:
+        if absent == [SINGLE_FILE]:
+            raise _no_weights(repository, sizes)
+        raise CheckpointError(f"{repository} lacks files that its {INDEX_FILE} names ({', '.join(absent[:3])})")
+    needed_bytes = sum(sizes[name] for name in missing)
+    free_bytes = shutil.disk_usage(folder).free
+    if needed_bytes > free_bytes:
+        raise CapacityError(
+            f"{repository} needs {format_size(needed_bytes)} more on the disk of {folder.parents[2]}, "
+            f"{format_size(free_bytes)} are free: make room, or set HF_HOME to a folder on a larger disk"
+        )
+    logger.info("downloading %s: %d files, %s, to %s", repository, len(missing), format_size(needed_bytes), folder)
+    _download(repository, commit, missing, token, show_progress)
+
+
+@contextmanager
+def _translated(repository: str, revision: str, hint: str = "") -> Iterator[None]:
+    """The hub library's errors as ours."""
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except errors.RevisionNotFoundError as error:
+        raise ModelError(f"{repository} has no revision {revision}") from error
+    except errors.GatedRepoError as error:
+        raise ModelError(f"{repository} is gated: ask for access on its hub page, then log in (`hf auth login`)") from error
+    except errors.RepositoryNotFoundError as error:
+        raise ModelError(f"{repository} is neither a folder here nor a hub repository (a private one needs `hf auth login`)") from error
+    except errors.LocalEntryNotFoundError as error:
+        raise ModelError(f"{repository} is neither a folder here nor in the hub's cache, and the hub cannot be asked: {error}") from error
+    except (OSError, ValueError, errors.HTTPError) as error:  # pyright: ignore[reportPrivateImportUsage]  (its HTTP library's, by version)
+        raise ModelError(f"{repository} cannot be read from the hub{hint}: {error}") from error

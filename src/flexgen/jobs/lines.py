@@ -1,0 +1,108 @@
+"""The lines of a request file, one at a time and in bounded memory, however hostile.  Knows JSON, not what a request is."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, BinaryIO, NoReturn
+
+from flexgen.errors import RequestError
+from flexgen.sizes import MIB, format_size
+
+MAX_LINE_BYTES = 16 * MIB  # some two million token ids
+_BOM = b"\xef\xbb\xbf"
+_CHUNK_BYTES = MIB
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Line:
+    """A line that is not blank.
+
+    Attributes:
+        number: from 1, blank lines counted.
+        content: without the line end; None for a line longer than was asked for.
+        digest: 64 bits of the content's hash, never 0.
+    """
+
+    number: int
+    content: bytes | None
+    digest: int
+
+
+def read_lines(file: BinaryIO, *, max_line_bytes: int = MAX_LINE_BYTES) -> Iterator[Line]:
+    """Every line that is not blank.  Ends are LF or CRLF; a byte order mark before the first line is dropped."""
+    number = 0
+    while start := file.readline(max_line_bytes + 2):
+        number += 1
+        whole = start.endswith(b"\n") or len(start) < max_line_bytes + 2
+        if number == 1:
+            start = start.removeprefix(_BOM)
+        content = start.rstrip(b"\r\n")
+        hasher = hashlib.blake2b(content, digest_size=8)
+        if not whole:
+            _skip_line(file, hasher)
+        if content.strip() or not whole:
+            digest = int.from_bytes(hasher.digest(), "little") or 1
+            yield Line(number=number, content=content if whole and len(content) <= max_line_bytes else None, digest=digest)
+
+
+def _skip_line(file: BinaryIO, hasher: hashlib.blake2b) -> None:
+    """Read to the end of a line that is too long, in pieces."""
+    while piece := file.readline(_CHUNK_BYTES):
+        hasher.update(piece)
+        if piece.endswith(b"\n"):
+            return
+
+
+def parse_object(line: Line) -> dict[str, Any]:
+    """The JSON object of a line, stricter than Python: standard JSON only, each key once, text that UTF-8 can hold.
+
+    Raises:
+        RequestError: `line_too_long`, `invalid_utf8` or `invalid_json`.
+    """
+    if line.content is None:
+        raise RequestError(f"the line is longer than {format_size(MAX_LINE_BYTES)}", code="line_too_long")
+    try:
+        text = line.content.decode()
+    except UnicodeDecodeError as error:
+        raise RequestError(f"the line is not UTF-8 (byte {error.start})", code="invalid_utf8") from error
+    try:
+        value = json.loads(text, object_pairs_hook=_object, parse_constant=_constant, parse_float=_float)
+        if "\\u" in text:
+            json.dumps(value, ensure_ascii=False).encode()
+    except RecursionError as error:
+        raise _invalid("it is nested too deeply") from error
+    except UnicodeEncodeError as error:
+        raise _invalid("it has a lone surrogate") from error
+    except ValueError as error:  # JSONDecodeError, or an integer of thousands of digits
+        raise _invalid(str(error)) from error
+    if not isinstance(value, dict):
+        raise _invalid("it is no object")
+    return value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        seen: set[str] = set()
+        name = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise _invalid(f"the key {name!r} is there twice")
+    return value
+
+
+def _constant(name: str) -> NoReturn:
+    raise _invalid(f"{name} is no JSON number")
+
+
+def _float(digits: str) -> float:
+    value = float(digits)
+    if not math.isfinite(value):
+        raise _invalid(f"the number {digits[:20]} is out of range")
+    return value
+
+
+def _invalid(reason: str) -> RequestError:
+    return RequestError(f"the line is no valid JSON: {reason}", code="invalid_json")

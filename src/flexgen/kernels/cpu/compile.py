@@ -1,0 +1,31 @@
+"""How a function that Python calls gets compiled: without the GIL, and kept on disk where there is a place for it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from numba import njit
+
+logger = logging.getLogger(__name__)
+
+
+def entry(function: Callable[..., None]) -> Any:
+    """Compile `function` for each kind of arguments at its first call, or load what an earlier process compiled."""
+    try:
+        dispatcher = njit(nogil=True, cache=True)(function)
+    except RuntimeError:  # Numba found no folder that it may write to
+        logger.info("%s cannot be kept on disk and will be compiled in every process", function.__name__)
+        return njit(nogil=True)(function)
+    _forget_outdated(Path(dispatcher.stats.cache_path), function.__module__.rpartition(".")[2])
+    return dispatcher
+
+
+def _forget_outdated(cache: Path, module: str) -> None:
+    """Remove what was compiled before a change of any file here; Numba itself looks at the function's own file only."""
+    newest = max(source.stat().st_mtime for source in Path(__file__).parent.glob("*.py"))
+    for index in cache.glob(f"{module}.*.nbi"):
+        if index.stat().st_mtime < newest:
+            index.unlink(missing_ok=True)

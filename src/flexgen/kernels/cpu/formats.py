@@ -1,0 +1,74 @@
+"""Number formats as the kernels see them: NumPy arrays in, floating-point registers out.
+
+NumPy knows no bfloat16 and Numba no float16, so 2-byte floats are carried as integers: bfloat16 as uint16, float16 as
+int16.  They are widened to float32 as they are loaded and rounded to nearest, ties to even, as they are stored.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+INT16, INT32 = ir.IntType(16), ir.IntType(32)
+HALF, FLOAT = ir.HalfType(), ir.FloatType()
+
+CARRIERS = {torch.bfloat16: torch.uint16, torch.float16: torch.int16, torch.float32: torch.float32, torch.float64: torch.float64}
+BFLOAT16, FLOAT16 = types.uint16, types.int16
+
+
+def carried(tensor: torch.Tensor) -> np.ndarray:
+    """A view of a contiguous tensor's memory, in a type that Numba knows."""
+    return tensor.detach().view(CARRIERS[tensor.dtype]).numpy()
+
+
+def widened(builder: ir.IRBuilder, raw: ir.Value, carrier: types.Type) -> ir.Value:
+    """Code that makes a loaded scalar or vector a floating-point one."""
+    lanes = raw.type.count if isinstance(raw.type, ir.VectorType) else 0
+
+    def shaped(element: ir.Type) -> ir.Type:
+        return ir.VectorType(element, lanes) if lanes else element
+
+    if carrier == BFLOAT16:  # the upper half of a float32
+        bits = builder.zext(raw, shaped(INT32))
+        return builder.bitcast(builder.shl(bits, ir.Constant(bits.type, [16] * lanes if lanes else 16)), shaped(FLOAT))
+    if carrier == FLOAT16:
+        return builder.fpext(builder.bitcast(raw, shaped(HALF)), shaped(FLOAT))
+    return raw
+
+
+@intrinsic
+def widen(typing_context: Any, stored: Any) -> Any:
+    """`widen(stored)`: an element as float32 (float64 stays); exact."""
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
+        return widened(builder, arguments[0], stored)
+
+    return (stored if isinstance(stored, types.Float) else types.float32)(stored), generate
+
+
+@intrinsic
+def narrow(typing_context: Any, value: Any, like: Any) -> Any:
+    """`narrow(value, like)`: a float32 or float64 in the format of the element `like`."""
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
+        if like == BFLOAT16:
+            return _rounded_to_bfloat16(builder, arguments[0])
+        if like == FLOAT16:
+            return builder.bitcast(builder.fptrunc(arguments[0], HALF), INT16)
+        return arguments[0]
+
+    return like(value, like), generate
+
+
+def _rounded_to_bfloat16(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
+    bits = builder.bitcast(value, INT32)
+    upper = builder.lshr(bits, ir.Constant(INT32, 16))
+    bias = builder.add(builder.and_(upper, ir.Constant(INT32, 1)), ir.Constant(INT32, 0x7FFF))
+    rounded = builder.lshr(builder.add(bits, bias), ir.Constant(INT32, 16))
+    is_nan = builder.fcmp_unordered("uno", value, value)
+    return builder.trunc(builder.select(is_nan, ir.Constant(INT32, 0x7FC0), rounded), INT16)

@@ -1,0 +1,171 @@
+"""Softmax that goes on block by block (Milakov and Gimelshein, arXiv:1805.02867), and its vectorisable functions.
+
+Float32 exponentials are polynomials, since Numba calls the C library once per element; float64 ones are the library's.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic, overload
+
+from flexgen.kernels.cpu.formats import narrow
+
+LOG2_E = np.float32(math.log2(math.e))
+LN_2_HIGH, LN_2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)  # their sum is ln 2; the high part has 10 bits
+# Cephes expf: exp(r) = 1 + r + r^2 * p(r) for |r| <= ln(2) / 2
+P0, P1, P2 = np.float32(1.9875691500e-4), np.float32(1.3981999507e-3), np.float32(8.3334519073e-3)
+P3, P4, P5 = np.float32(4.1665795894e-2), np.float32(1.6666665459e-1), np.float32(5.0000001201e-1)
+HALF, ONE, TWO = np.float32(0.5), np.float32(1), np.float32(2)
+LEAST_EXPONENT = np.float32(-87)  # below, the result would be subnormal
+# tanh x = x - x^3/3 + 2 x^5/15 - 17 x^7/315 + 62 x^9/2835 - ..., where 1 - exp(-2x) would cancel
+T3, T5, T7, T9 = np.float32(-1 / 3), np.float32(2 / 15), np.float32(-17 / 315), np.float32(62 / 2835)
+SMALL = np.float32(0.25)
+
+LOWEST = -3e38  # near the lowest float32, yet finite: differences stay numbers
+
+CONTRACT = {"contract"}
+SUM = {"contract", "reassoc"}  # in any order
+REDUCE = {"contract", "reassoc", "nsz", "nnan"}
+
+
+class State(NamedTuple):
+    """What a softmax over several heads knows so far: pointers to a maximum and a normalizer per head, and totals.
+
+    totals: `Rows` of one head each, sums of weights times values.
+    """
+
+    maxima: Any
+    normalizers: Any
+    totals: Any
+
+
+def exp_nonpositive(x: float) -> float:
+    """exp(x) for x <= 0 (NaN stays NaN)."""
+    return math.exp(x)
+
+
+def tanh(x: float) -> float:
+    """The hyperbolic tangent."""
+    return math.tanh(x)
+
+
+@intrinsic
+def _power_of_two(typing_context: Any, exponent: Any) -> Any:
+    """2 ** exponent as float32, for -126 <= exponent <= 127: an int32 put where the exponent's bits stand."""
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
+        biased = builder.add(arguments[0], ir.Constant(ir.IntType(32), 127))
+        return builder.bitcast(builder.shl(biased, ir.Constant(ir.IntType(32), 23)), ir.FloatType())
+
+    return types.float32(types.int32), generate
+
+
+@overload(exp_nonpositive, jit_options={"fastmath": CONTRACT})
+def _exp_nonpositive(x: float) -> Any:
+    if x != types.float32:
+        return exp_nonpositive
+
+    def polynomial(x: float) -> float:
+        x = LEAST_EXPONENT if x < LEAST_EXPONENT else x
+        exponent = np.int32(x * LOG2_E - HALF)  # rounds to nearest: x is not positive
+        n = np.float32(exponent)
+        r = (x - n * LN_2_HIGH) - n * LN_2_LOW
+        p = ((((P0 * r + P1) * r + P2) * r + P3) * r + P4) * r + P5
+        return (p * r * r + r + ONE) * _power_of_two(exponent)
+
+    return polynomial
+
+
+@overload(tanh, jit_options={"fastmath": CONTRACT})
+def _tanh(x: float) -> Any:
+    if x != types.float32:
+        return tanh
+
+    def by_exponential(x: float) -> float:
+        magnitude = abs(x)
+        square = x * x
+        series = x + x * square * (T3 + square * (T5 + square * (T7 + square * T9)))
+        e = exp_nonpositive(-TWO * magnitude)
+        large = (ONE - e) / (ONE + e)
+        return series if magnitude < SMALL else (large if x > 0 else -large)
+
+    return by_exponential
+
+
+@njit(fastmath=REDUCE)
+def _scale(scores: Any, begin: int, end: int, scaling: Any, maximum: Any) -> Any:
+    """Scale scores in place; returns the largest, at least `maximum`."""
+    for i in range(begin, end):
+        score = scores[i] * scaling
+        scores[i] = score
+        if score > maximum:
+            maximum = score
+    return maximum
+
+
+@njit(fastmath=CONTRACT)
+def _cap(scores: Any, begin: int, end: int, factor: Any, softcap: Any) -> None:
+    for i in range(begin, end):
+        scores[i] = softcap * tanh(scores[i] * factor)
+
+
+@njit(fastmath=SUM)
+def _exponentiate(scores: Any, begin: int, end: int, maximum: Any, total: Any) -> Any:
+    """Replace scores by exp(score - maximum); returns their sum, added to `total`."""
+    for i in range(begin, end):
+        weight = exp_nonpositive(scores[i] - maximum)
+        scores[i] = weight
+        total += weight
+    return total
+
+
+@njit
+def absorb(scores: Any, begin: int, end: int, scaling: Any, softcap: Any, maximum: Any, normalizer: Any) -> Any:
+    """Turn scores[begin:end], one row of a block, into weights; softcap 0 caps nothing.
+
+    Returns the maximum so far, the normalizer (the sum of all weights so far), and the factor that brings sums taken
+    under the old maximum to the new one.
+    """
+    if softcap > 0:
+        _cap(scores, begin, end, scaling / softcap, softcap)
+        scaling /= scaling
+    largest = _scale(scores, begin, end, scaling, maximum)
+    factor = exp_nonpositive(maximum - largest)
+    return largest, _exponentiate(scores, begin, end, largest, normalizer * factor), factor
+
+
+@njit
+def begin_rows(state: Any, heads: int, sinks: Any, first_sink: int) -> None:
+    """Nothing seen yet, but the sinks: (H,), or (0,) where there are none."""
+    for head in range(heads):
+        state.maxima[head] = sinks[first_sink + head] if sinks.size else LOWEST
+        state.normalizers[head] = 1 if sinks.size else 0
+    for i in range(heads * state.totals.stride):
+        state.totals.first[i] = 0
+
+
+@njit
+def absorb_rows(scores: Any, begin: int, end: int, heads: int, scaling: Any, softcap: Any, state: Any) -> None:
+    """`absorb` columns begin <= column < end of each head's scores, and rescale its totals."""
+    for head in range(heads):
+        row = head * scores.stride
+        state.maxima[head], state.normalizers[head], factor = absorb(
+            scores.first, row + begin, row + end, scaling, softcap, state.maxima[head], state.normalizers[head]
+        )
+        if factor != 1:
+            for i in range(head * state.totals.stride, (head + 1) * state.totals.stride):
+                state.totals.first[i] *= factor
+
+
+@njit
+def write_rows(state: Any, heads: int, columns: int, out: Any) -> None:
+    """Divide the totals by the normalizers and store them, heads behind each other, in the format of `out`."""
+    for head in range(heads):
+        normalizer = state.normalizers[head]
+        for i in range(columns):
+            out[head * columns + i] = narrow(state.totals.first[head * state.totals.stride + i] / normalizer, out[0])

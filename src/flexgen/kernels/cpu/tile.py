@@ -1,0 +1,171 @@
+"""The inner loop of attention on a CPU: rows of weights times a piece of the KV cache, with the sums in registers.
+
+Written as LLVM vectors, since compilers do not keep a block of sums in registers by themselves; on bare pointers, since
+Numba counts references to every array that it passes on.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from flexgen.kernels.cpu.formats import widen, widened
+
+LANES = 16  # of a vector: one AVX-512 register of float32; LLVM splits it where registers are narrower
+PANEL = 2 * LANES  # columns of the widest tile
+
+INT8, INT32, INT64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
+
+
+class Rows(NamedTuple):
+    """A matrix in memory: element (i, j) is `first[i * stride + j]`."""
+
+    first: Any
+    stride: int
+
+
+@intrinsic
+def pointer(typing_context: Any, array: Any, index: Any) -> Any:
+    """`pointer(array, index)`: to an element of a contiguous array, counted in memory order.  Keeps nothing alive."""
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
+        data = context.make_array(array)(context, builder, arguments[0]).data
+        return builder.gep(data, [arguments[1]])
+
+    return types.CPointer(array.dtype)(array, types.int64), generate
+
+
+@intrinsic
+def moved(typing_context: Any, start: Any, elements: Any) -> Any:
+    """`moved(start, elements)`: the pointer so many elements further on."""
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
+        return builder.gep(arguments[0], [arguments[1]])
+
+    return start(start, types.int64), generate
+
+
+@njit
+def padded(size: int) -> int:
+    """A size rounded up so that what follows begins on a vector's boundary."""
+    return (size + LANES - 1) // LANES * LANES
+
+
+@njit
+def part(rows: Any, row: int, column: int) -> Any:
+    """The matrix from (row, column) on."""
+    return Rows(moved(rows.first, row * rows.stride + column), rows.stride)
+
+
+@njit
+def add_product(weights: Any, page: Any, out: Any, heads: int, rows: int, columns: int, ahead: int) -> None:
+    """out (heads, columns) += weights (heads, rows) @ page (rows, columns), each `Rows`.
+
+    weights and out hold float32 (float64 with a float64 page), page any format.  What lies `ahead` elements behind
+    each row of the page is prefetched: hardware cannot guess which page comes next.
+    """
+    column = 0
+    while columns - column >= PANEL:
+        _add_wide(weights, part(page, 0, column), part(out, 0, column), heads, rows, ahead)
+        column += PANEL
+    if columns - column >= LANES:
+        _add_narrow(weights, part(page, 0, column), part(out, 0, column), heads, rows, ahead)
+        column += LANES
+    for head in range(heads):
+        for last in range(column, columns):
+            total = out.first[head * out.stride + last]
+            for row in range(rows):
+                total += weights.first[head * weights.stride + row] * widen(page.first[row * page.stride + last])
+            out.first[head * out.stride + last] = total
+
+
+def _make_tile(heads: int, vectors: int) -> Any:
+    """`tile(weights, page, out, rows, ahead)`: `add_product` for so many heads and vectors of columns."""
+
+    @intrinsic
+    def tile(typing_context: Any, weights: Any, page: Any, out: Any, rows: Any, ahead: Any) -> Any:
+        def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
+            weights_at, page_at, out_at = (_Places(builder, value) for value in arguments[:3])
+            rows, ahead = arguments[3:]
+            places = [out_at.vector(ir.Constant(INT64, head), v * LANES) for head in range(heads) for v in range(vectors)]
+            alignment = context.get_abi_sizeof(out_at.element)
+            sums = [cgutils.alloca_once_value(builder, builder.load(place, align=alignment)) for place in places]
+            with cgutils.for_range(builder, rows) as loop:
+                _prefetch(builder, builder.gep(page_at.scalar(loop.index, 0), [ahead]))
+                stored = [
+                    builder.load(page_at.vector(loop.index, v * LANES), align=context.get_abi_sizeof(page_at.element))
+                    for v in range(vectors)
+                ]
+                columns = [widened(builder, vector, page.types[0].dtype) for vector in stored]
+                for head in range(heads):
+                    weight = builder.gep(weights_at.scalar(ir.Constant(INT64, head), 0), [loop.index])
+                    weight = _broadcast(builder, builder.load(weight))
+                    for total, column in zip(sums[head * vectors :], columns, strict=False):
+                        product = builder.fmul(weight, column, flags=("contract",))
+                        builder.store(builder.fadd(builder.load(total), product, flags=("contract",)), total)
+            for place, total in zip(places, sums, strict=True):  # LLVM has kept them in registers until here
+                builder.store(builder.load(total), place, align=alignment)
+            return context.get_dummy_value()
+
+        return types.void(weights, page, out, types.int64, types.int64), generate
+
+    return tile
+
+
+class _Places:
+    """Where the elements of a `Rows` argument are, while code is generated."""
+
+    def __init__(self, builder: ir.IRBuilder, rows: ir.Value) -> None:
+        self._builder = builder
+        self._first, self._stride = builder.extract_value(rows, 0), builder.extract_value(rows, 1)
+        self.element = self._first.type.pointee
+
+    def scalar(self, row: ir.Value, column: int) -> ir.Value:
+        offset = self._builder.add(self._builder.mul(row, self._stride), ir.Constant(INT64, column))
+        return self._builder.gep(self._first, [offset])
+
+    def vector(self, row: ir.Value, column: int) -> ir.Value:
+        return self._builder.bitcast(self.scalar(row, column), ir.VectorType(self.element, LANES).as_pointer())
+
+
+def _broadcast(builder: ir.IRBuilder, scalar: ir.Value) -> ir.Value:
+    empty = ir.Constant(ir.VectorType(scalar.type, LANES), ir.Undefined)
+    first = builder.insert_element(empty, scalar, ir.Constant(INT32, 0))
+    return builder.shuffle_vector(first, empty, ir.Constant(ir.VectorType(INT32, LANES), [0] * LANES))
+
+
+def _prefetch(builder: ir.IRBuilder, place: ir.Value) -> None:
+    kind = ir.FunctionType(ir.VoidType(), [INT8.as_pointer(), INT32, INT32, INT32])
+    prefetch = builder.module.declare_intrinsic("llvm.prefetch", [INT8.as_pointer()], kind)
+    reading, every_level, data = (ir.Constant(INT32, x) for x in (0, 3, 1))
+    builder.call(prefetch, [builder.bitcast(place, INT8.as_pointer()), reading, every_level, data])
+
+
+def _make_strip(vectors: int) -> Any:
+    """`add(weights, page, out, heads, rows, ahead)`: tiles below each other, for any number of heads."""
+    tile_1, tile_2, tile_3, tile_4, tile_8 = (_make_tile(heads, vectors) for heads in (1, 2, 3, 4, 8))
+
+    @njit
+    def add(weights: Any, page: Any, out: Any, heads: int, rows: int, ahead: int) -> None:
+        head = 0
+        while heads - head >= 8:
+            tile_8(part(weights, head, 0), page, part(out, head, 0), rows, ahead)
+            head += 8
+        if heads - head >= 4:
+            tile_4(part(weights, head, 0), page, part(out, head, 0), rows, ahead)
+            head += 4
+        if heads - head == 3:
+            tile_3(part(weights, head, 0), page, part(out, head, 0), rows, ahead)
+        elif heads - head == 2:
+            tile_2(part(weights, head, 0), page, part(out, head, 0), rows, ahead)
+        elif heads - head == 1:
+            tile_1(part(weights, head, 0), page, part(out, head, 0), rows, ahead)
+
+    return add
+
+
+_add_wide, _add_narrow = _make_strip(2), _make_strip(1)

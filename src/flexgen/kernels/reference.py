@@ -1,0 +1,135 @@
+"""Paged attention in plain torch operations, on any device: the specification that faster kernels are tested against.
+
+Knows pages and positions; not where pages come from, nor which sequence owns them.
+
+    S sequences          T new tokens        N positions, past ones and the new
+    H query heads        K heads of the cache; each serves a group of H / K query heads
+    Dk, Dv dimensions of a key and of a value
+
+    key_pages   (pages, K, Dk, page_tokens): transposed within a page, so that scores are computed along tokens
+    value_pages (pages, K, page_tokens, Dv)
+
+Position p of a sequence lies in page `page_table[p // page_tokens]` at offset `p % page_tokens`.  Scores, softmax and
+sums are float32, for float64 inputs float64.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def write_kv(key: Tensor, value: Tensor, key_pages: Tensor, value_pages: Tensor, page_ids: Tensor, page_offsets: Tensor) -> None:
+    """Store the keys (T, K, Dk) and values (T, K, Dv) of T tokens at (page_ids[t], page_offsets[t]); both int64 (T,)."""
+    key_pages[page_ids, :, :, page_offsets] = key
+    value_pages[page_ids, :, page_offsets] = value
+
+
+def gather_kv(key_pages: Tensor, value_pages: Tensor, page_table: Tensor, start: int, length: int) -> tuple[Tensor, Tensor]:
+    """Positions start <= p < length of one sequence as contiguous keys (length - start, K, Dk) and values (.., Dv)."""
+    page_tokens = key_pages.shape[-1]
+    first = start // page_tokens
+    pages = page_table[first : -(-length // page_tokens)].long()
+    key = key_pages[pages].permute(0, 3, 1, 2).flatten(0, 1)  # (tokens, K, Dk)
+    value = value_pages[pages].permute(0, 2, 1, 3).flatten(0, 1)  # (tokens, K, Dv)
+    visible = slice(start - first * page_tokens, length - first * page_tokens)
+    return key[visible].contiguous(), value[visible].contiguous()
+
+
+def decode_attention(
+    query: Tensor,
+    key_pages: Tensor,
+    value_pages: Tensor,
+    page_tables: Tensor,
+    starts: Tensor,
+    lengths: Tensor,
+    *,
+    scaling: float,
+    out: Tensor,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> None:
+    """One query token per sequence, whose own key and value are stored already.
+
+    Args:
+        query: (S, H, Dk). out: (S, H, Dv), of the query's dtype; written.
+        page_tables: integers (S, max_pages). Entries of pages wholly outside the visible positions are never read.
+        starts, lengths: int64 (S,). Sequence i sees positions starts[i] <= p < lengths[i].
+        softcap: caps the scaled scores s to softcap * tanh(s / softcap).
+        sinks: (H,), one more logit per head that takes its share of the softmax and adds nothing.
+    """
+    for i, (start, length) in enumerate(zip(starts.tolist(), lengths.tolist(), strict=True)):
+        key, value = gather_kv(key_pages, value_pages, page_tables[i], start, length)
+        visible = torch.ones(1, length - start, dtype=torch.bool, device=query.device)
+        out[i] = _attend(query[i : i + 1], key, value, visible, scaling, softcap, sinks)[0]
+
+
+def prefill_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    starts: Tensor,
+    *,
+    scaling: float,
+    out: Tensor,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> None:
+    """The last T of a sequence's N positions attend to what came before them, and to themselves.
+
+    Args:
+        query: (T, H, Dk). key: (N, K, Dk). value: (N, K, Dv). out: (T, H, Dv), of the query's dtype; written.
+        starts: int64 (T,). Query i stands at position N - T + i and sees starts[i] <= p <= N - T + i: zero for full
+            attention, position - window + 1 for a window, the chunk's start for chunked attention.
+        softcap, sinks: as for `decode_attention`.
+    """
+    num_queries, num_positions = query.shape[0], key.shape[0]
+    positions = torch.arange(num_positions, device=query.device)
+    own = positions[num_positions - num_queries :, None]
+    visible = (starts[:, None] <= positions) & (positions <= own)  # (T, N)
+    out.copy_(_attend(query, key, value, visible, scaling, softcap, sinks))
+
+
+def decode_latent_attention(
+    query_latent: Tensor,
+    query_rope: Tensor,
+    key_pages: Tensor,
+    value_pages: Tensor,
+    page_tables: Tensor,
+    starts: Tensor,
+    lengths: Tensor,
+    *,
+    scaling: float,
+    out: Tensor,
+) -> None:
+    """Decode attention on cached latents (DeepSeek-V2, arXiv:2405.04434, section 2.1.2, projections absorbed).
+
+    Pages hold the latent c_kv as the one key head (Dk = rank) and the rotated k_rope as the one value head
+    (Dv = rope): score = query_latent . c_kv + query_rope . k_rope, and the result is the weighted sum of c_kv.
+
+    Args:
+        query_latent: (S, H, rank). query_rope: (S, H, rope). out: (S, H, rank), of the query's dtype; written.
+    """
+    query = torch.cat([query_latent, query_rope], dim=-1)  # (S, H, rank + rope)
+    for i, (start, length) in enumerate(zip(starts.tolist(), lengths.tolist(), strict=True)):
+        latent, rope = gather_kv(key_pages, value_pages, page_tables[i], start, length)
+        visible = torch.ones(1, length - start, dtype=torch.bool, device=query.device)
+        out[i] = _attend(query[i : i + 1], torch.cat([latent, rope], dim=-1), latent, visible, scaling, None, None)[0]
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, visible: Tensor, scaling: float, softcap: float | None, sinks: Tensor | None
+) -> Tensor:
+    """Softmax attention (T, H, Dv) of T queries over N positions, of which each sees some: `visible` (T, N)."""
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    (num_queries, num_heads, key_dim), kv_heads = query.shape, key.shape[1]
+    grouped = query.to(dtype).view(num_queries, kv_heads, num_heads // kv_heads, key_dim)
+    scores = torch.einsum("tkgd,nkd->kgtn", grouped, key.to(dtype)).flatten(0, 1) * scaling  # (H, T, N)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~visible, float("-inf"))
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.to(dtype)[:, None, None].expand(-1, num_queries, 1)], dim=-1)
+    weights = torch.softmax(scores, dim=-1)[..., : key.shape[0]]
+    weights = weights.view(kv_heads, num_heads // kv_heads, num_queries, -1)  # (K, G, T, N)
+    return torch.einsum("kgtn,nkd->tkgd", weights, value.to(dtype)).flatten(1, 2).to(query.dtype)

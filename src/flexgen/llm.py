@@ -1,0 +1,355 @@
+"""LLM: the one place that wires the parts (files, tokenizer, plan, engine), with vLLM's names.
+
+Knows nothing of files of requests (jobs/) or terminals (cli.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import logging
+import os
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from flexgen.defaults import default_sampling_params, derive_seed, token_limits, unsupported_defaults
+from flexgen.engine.progress import Progress, RunReport
+from flexgen.errors import FlexGenError, ModelError, OptionError, RequestError
+from flexgen.hub import ModelFiles, resolve_model, resolve_tokenizer
+from flexgen.options import EngineOptions
+from flexgen.plan.workload import Workload
+from flexgen.request import CompletionOutput, RequestOutput, SamplingParams, TokenRequest, TokenResult
+from flexgen.text import Tokenizer, eos_token_ids
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from flexgen.engine.engine import Engine
+    from flexgen.plan.machine import Machine
+    from flexgen.plan.model import ModelSpec
+    from flexgen.plan.policy import Policy
+
+logger = logging.getLogger(__name__)
+
+Prompt = str | Sequence[int] | Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What would be done, without doing it."""
+
+    spec: ModelSpec
+    machine: Machine
+    policy: Policy
+
+
+def make_plan(files: ModelFiles, options: EngineOptions, workload: Workload) -> Plan:
+    """The plan that `open_engine` would execute; no weights are read.
+
+    Raises:
+        CapacityError: no plan fits the budgets.
+        UnsupportedModelError: the model is refused by name.
+    """
+    raise NotImplementedError
+
+
+def open_engine(files: ModelFiles, options: EngineOptions, workload: Workload) -> Engine:
+    """Plan for the workload, load the model, and return the engine that serves it.
+
+    Raises:
+        CapacityError, ModelError, OptionError: as `make_plan`; nothing stays open.
+    """
+    raise NotImplementedError
+
+
+class LLM:
+    """A model, ready to answer batches of prompts.
+
+    The engine is opened by the first call that generates, because the plan depends on the work, and stays open for later calls.
+
+    Args:
+        model: a Hugging Face folder or hub id, or files that are already resolved.
+        tokenizer: folder or hub id of another tokenizer than the model's.
+        **options: the fields of `EngineOptions`, by name.
+
+    Attributes:
+        files, options: what was asked for, resolved.
+        tokenizer: None where the model has none: prompts are then token ids, and answers have no text.
+        vocab_size, max_model_len: ids lie below the first; prompt and answer together have at most the second.
+        eos_token_ids: what ends an answer unless its parameters ignore it.
+
+    Raises:
+        OptionError: an unknown option, or one that cannot be honoured, by name.
+        ModelError: the model cannot be found or is not supported.
+    """
+
+    def __init__(
+        self, model: str | os.PathLike[str] | ModelFiles, *, tokenizer: str | os.PathLike[str] | None = None, **options: Any
+    ) -> None:
+        self.options = _engine_options(options)
+        if isinstance(model, ModelFiles):
+            self.files = model
+        else:
+            self.files = resolve_model(model, revision=self.options.revision, with_weights=self.options.load_format != "dummy")
+        if tokenizer is not None:
+            self.tokenizer = Tokenizer.load(resolve_tokenizer(tokenizer))
+        else:
+            self.tokenizer = Tokenizer.load(self.files.folder) if self.files.has_tokenizer else None
+        self.eos_token_ids = eos_token_ids(self.files.config, self.files.generation_config, self.tokenizer)
+        self.vocab_size, self.max_model_len = token_limits(self.files, self.options.max_model_len)
+        for setting in unsupported_defaults(self.files.generation_config):
+            logger.warning("%s: generation_config.json asks for %s, which is not supported yet and not applied", self.files.name, setting)
+        self._num_requests = 0
+        self._open = _OpenEngine()
+        self._finalizer = weakref.finalize(self, self._open.close)
+
+    # -- vLLM's calls -------------------------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = False,
+    ) -> list[RequestOutput]:
+        """Continue every prompt; outputs are in the order of the prompts.
+
+        Args:
+            prompts: one or several of: text, token ids, {"prompt": text}, {"prompt_token_ids": ids}.
+            sampling_params: one for all, one for each, or None for `get_default_sampling_params()`.
+            use_tqdm: draw a progress bar on stderr.
+
+        Raises:
+            RequestError: a prompt or its parameters cannot be served; nothing has run then.  (A request that fails alone while
+                running has finish_reason "error" and the error's code as stop_reason.)
+            CapacityError: the work does not fit the budgets.
+        """
+        batch = [_split_prompt(prompt) for prompt in _as_list(prompts)]
+        params = self._params_for(sampling_params, len(batch))
+        requests = self._token_requests(batch, params)
+        if not requests:
+            return []
+        workload = Workload(
+            prompt_lens=tuple(len(request.prompt_token_ids) for request in requests),
+            output_lens=tuple(request.max_tokens for request in requests),
+        )
+        first = requests[0].index
+        outputs: list[RequestOutput | None] = [None] * len(requests)
+        for result in _with_bar(self.stream(requests, workload), len(requests), use_tqdm):
+            place = result.index - first
+            outputs[place] = RequestOutput(
+                request_id=str(result.index),
+                prompt=batch[place][0],
+                prompt_token_ids=requests[place].prompt_token_ids,
+                outputs=[self.completion(result, params[place])],
+            )
+        return [output for output in outputs if output is not None]
+
+    def get_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The Hugging Face tokenizer.
+
+        Raises:
+            ModelError: the model has none.
+        """
+        if self.tokenizer is None:
+            raise ModelError(f"{self.files.name} has no tokenizer")
+        return self.tokenizer.hf
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """vLLM's defaults under the values of generation_config.json."""
+        return default_sampling_params(self.files.generation_config)
+
+    # -- what jobs and benchmarks are made of ----------------------------------------------------------------------------------------
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text.
+
+        Raises:
+            RequestError: the model has no tokenizer, or a text is no Unicode text.
+        """
+        if texts and self.tokenizer is None:
+            raise RequestError(f"{self.files.name} has no tokenizer: give the prompt as token ids", param="prompt")
+        return self.tokenizer.encode(texts) if self.tokenizer is not None else []
+
+    def token_request(self, index: int, prompt_token_ids: Sequence[int], params: SamplingParams) -> TokenRequest:
+        """What the engine is asked.  `max_tokens` is cut to the context that the prompt leaves, as vLLM does.
+
+        Raises:
+            RequestError: an empty prompt, ids outside the vocabulary, or no room for an answer (`context_length_exceeded`).
+        """
+        length = len(prompt_token_ids)
+        if length == 0:
+            raise RequestError("the prompt has no tokens", param="prompt")
+        room = self.max_model_len - length
+        if room < 1:
+            message = f"the prompt has {length} tokens, which leaves no room for an answer in a context of {self.max_model_len}"
+            raise RequestError(message, code="context_length_exceeded", param="prompt")
+        if min(prompt_token_ids) < 0 or max(prompt_token_ids) >= self.vocab_size:
+            raise RequestError(f"the prompt has token ids outside the vocabulary of {self.vocab_size}", param="prompt")
+        return TokenRequest(
+            index=index,
+            prompt_token_ids=tuple(prompt_token_ids),
+            max_tokens=min(room, params.max_tokens or room),
+            temperature=params.temperature,
+            top_p=params.top_p,
+            top_k=max(0, params.top_k),
+            seed=params.seed if params.seed is not None else derive_seed(self.options.seed, index),
+            stop_token_ids=frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.eos_token_ids),
+        )
+
+    def stream(
+        self, requests: Iterable[TokenRequest], workload: Workload, *, on_progress: Callable[[Progress], None] | None = None
+    ) -> Iterator[TokenResult]:
+        """Results as they finish.  `requests` is pulled lazily; `workload` tells their lengths beforehand."""
+        engine = self._engine_for(workload)
+        try:
+            yield from engine.generate(requests, num_requests=len(workload), on_progress=on_progress)
+        except BaseException:
+            self._open.close()  # what was alive in it is of no use to a later call
+            raise
+
+    def completion(self, result: TokenResult, params: SamplingParams) -> CompletionOutput:
+        """The answer as vLLM shows it: a stop token ends `token_ids` but is no part of `text`."""
+        if result.error is not None:
+            return CompletionOutput(index=0, text="", token_ids=(), finish_reason="error", stop_reason=result.error.code)
+        stopped = result.finish_reason == "stop"
+        last = result.token_ids[-1] if stopped and result.token_ids else None
+        own = last is not None and (params.ignore_eos or last not in self.eos_token_ids)
+        visible = result.token_ids[:-1] if stopped else result.token_ids
+        text = self.tokenizer.decode(visible, skip_special_tokens=params.skip_special_tokens) if self.tokenizer is not None else ""
+        return CompletionOutput(
+            index=0, text=text, token_ids=result.token_ids, finish_reason=result.finish_reason, stop_reason=last if own else None
+        )
+
+    def plan(self, workload: Workload) -> Plan:
+        """What `stream` would do with this work (see `make_plan`)."""
+        return make_plan(self.files, self.options, workload)
+
+    def report(self) -> RunReport:
+        """How the last run went.
+
+        Raises:
+            FlexGenError: nothing has run yet.
+        """
+        if self._open.engine is None:
+            raise FlexGenError("nothing has run yet, so there is nothing to report")
+        return self._open.engine.report()
+
+    def close(self) -> None:
+        """Free the engine's memory, files and threads; a closed LLM cannot generate again."""
+        self._finalizer()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    # -- inside -----------------------------------------------------------------------------------------------------------------------
+
+    def _open_engine(self, workload: Workload) -> Engine:
+        return open_engine(self.files, self.options, workload)
+
+    def _engine_for(self, workload: Workload) -> Engine:
+        """The open engine if its plan suits the workload, else a fresh one."""
+        if not self._finalizer.alive:
+            raise FlexGenError("this LLM is closed")
+        engine = self._open.engine
+        if engine is None or not _suits(engine.policy, engine.spec, self._open.workload, workload, self.options):
+            self._open.close()
+            engine = self._open_engine(workload)
+            self._open.engine, self._open.workload = engine, workload
+        return engine
+
+    def _params_for(self, given: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
+        if given is None:
+            return [self.get_default_sampling_params()] * count
+        if isinstance(given, SamplingParams):
+            return [given] * count
+        if len(given) != count:
+            raise OptionError(f"{len(given)} sampling_params for {count} prompts")
+        return list(given)
+
+    def _token_requests(self, batch: list[tuple[str | None, Sequence[int] | None]], params: list[SamplingParams]) -> list[TokenRequest]:
+        encoded = iter(self.encode([text for text, ids in batch if text is not None and ids is None]))
+        requests: list[TokenRequest] = []
+        for place, (_, ids) in enumerate(batch):
+            try:
+                requests.append(self.token_request(self._num_requests + place, ids if ids is not None else next(encoded), params[place]))
+            except RequestError as error:
+                raise RequestError(f"prompt {place}: {error}", code=error.code, param=error.param) from error
+        self._num_requests += len(requests)
+        return requests
+
+
+class _OpenEngine:
+    """The engine that is open, with the workload it was opened for; apart from LLM so that a finalizer can hold it."""
+
+    def __init__(self) -> None:
+        self.engine: Engine | None = None
+        self.workload = Workload(prompt_lens=(), output_lens=())
+
+    def close(self) -> None:
+        engine, self.engine = self.engine, None
+        if engine is not None:
+            engine.close()
+
+
+def _suits(policy: Policy, spec: ModelSpec, old: Workload, new: Workload, options: EngineOptions) -> bool:
+    """Whether a plan made for `old` serves `new` well: its limits do not bind, or they came from the budgets and not from `old`."""
+
+    def longest(workload: Workload) -> int:
+        return max((p + o for p, o in zip(workload.prompt_lens, workload.output_lens, strict=True)), default=0)
+
+    def block_bytes(workload: Workload) -> int:
+        return min(len(workload), policy.max_num_seqs) * spec.kv_bytes(longest(workload))
+
+    pools = (policy.kv_device_bytes, policy.kv_host_bytes, policy.kv_disk_bytes)
+    if longest(new) > longest(old) and spec.kv_bytes(longest(new)) > max(pools):
+        return False  # a sequence's KV has one home
+    if options.max_num_seqs is None and len(old) <= policy.max_num_seqs < len(new):
+        return False
+    return block_bytes(new) <= sum(pools) or block_bytes(old) > sum(pools)
+
+
+def _engine_options(options: Mapping[str, Any]) -> EngineOptions:
+    known = [field.name for field in dataclasses.fields(EngineOptions)]
+    for name in options:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {close[0]}?" if close else f"; known: {', '.join(known)}"
+            raise OptionError(f"LLM has no option {name!r}{hint}")
+    return EngineOptions(**options)
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Any]:
+    """Several prompts; a list of ids is one."""
+    if isinstance(prompts, (str, Mapping)) or (len(prompts) > 0 and isinstance(prompts[0], int)):
+        return [prompts]
+    return list(prompts)
+
+
+def _split_prompt(prompt: Any) -> tuple[str | None, Sequence[int] | None]:
+    """Text and ids of one prompt, whichever it has."""
+    if isinstance(prompt, str):
+        return prompt, None
+    text, ids = None, prompt
+    if isinstance(prompt, Mapping):
+        if unknown := set(prompt) - {"prompt", "prompt_token_ids"}:
+            raise RequestError(f"a prompt with {sorted(unknown)[0]!r} is not supported", param=sorted(unknown)[0])
+        text, ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
+    if ids is None and isinstance(text, str):
+        return text, None
+    if not isinstance(ids, Sequence) or not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+        raise RequestError("a prompt is text, a list of token ids, or a dict with prompt or prompt_token_ids", param="prompt")
+    return text if isinstance(text, str) else None, ids
+
+
+def _with_bar(results: Iterator[TokenResult], count: int, use_tqdm: bool) -> Iterator[TokenResult]:
+    if not use_tqdm:
+        return results
+    from tqdm.auto import tqdm  # a dependency of transformers and of the hub library
+
+    return iter(tqdm(results, total=count, desc="Processed prompts", unit="request"))

@@ -1,0 +1,290 @@
+"""Aligned O_DIRECT reads and writes on a few named threads.  Knows files and bytes, nothing of tensors' meaning.
+
+A read is a list of (file, offset, size, destination); it completes as one ticket.  Where a file system refuses
+O_DIRECT, plain reads take over and that is said once.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import mmap
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from flexgen.errors import StorageError
+from flexgen.sizes import align_up
+
+logger = logging.getLogger(__name__)
+
+ALIGNMENT = 4096
+CHUNK_BYTES = 8 << 20
+
+
+class AlignedBuffer:
+    """Page-aligned anonymous host memory, as a uint8 tensor and as a memoryview.
+
+    The memory goes back when the last view of it is gone; `close` only drops this owner's references.
+    """
+
+    def __init__(self, size_bytes: int) -> None:
+        self.size_bytes = max(align_up(size_bytes, ALIGNMENT), ALIGNMENT)
+        self._map = mmap.mmap(-1, self.size_bytes)
+        self.view = memoryview(self._map)
+        self.tensor = torch.frombuffer(self._map, dtype=torch.uint8)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Extent:
+    """A byte range of a file, aligned at both ends, and where it goes in a staging buffer."""
+
+    path: Path
+    offset: int
+    size: int
+    position: int
+
+
+class Ticket:
+    """Completion of a group of transfers.  Thread-safe."""
+
+    def __init__(self, parts: int, on_done: Callable[[], None] | None = None) -> None:
+        self._left = parts
+        self._lock = threading.Lock()
+        self._event = threading.Event()
+        self._on_done = on_done
+        self.error: BaseException | None = None
+        if parts == 0:
+            self._event.set()
+
+    def part_done(self, error: BaseException | None = None) -> None:
+        with self._lock:
+            self._left -= 1
+            self.error = self.error or error
+            last = self._left == 0
+        if last:
+            self._event.set()
+            if self._on_done is not None:
+                self._on_done()
+
+    def done(self) -> bool:
+        return self._event.is_set()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """True once everything has completed.
+
+        Raises:
+            StorageError: when a part failed.
+        """
+        finished = self._event.wait(timeout)
+        if finished and self.error is not None:
+            raise self.error if isinstance(self.error, StorageError) else StorageError(str(self.error)) from self.error
+        return finished
+
+
+class File:
+    """An open file that is read, or read and written, at offsets; O_DIRECT where the file system takes it."""
+
+    def __init__(self, path: Path, *, flags: int = os.O_RDONLY, direct: bool = True, unlinked: bool = False) -> None:
+        self.path = path
+        self.direct = direct
+        mode = 0o600
+        try:
+            self._fd = os.open(path, flags | (os.O_DIRECT if direct else 0) | os.O_CLOEXEC, mode)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+                raise StorageError(f"cannot open {path}: {error.strerror}") from error
+            self._fd = os.open(path, flags | os.O_CLOEXEC, mode)
+            self._lose_direct("refuses O_DIRECT")
+        if unlinked:
+            os.unlink(path)
+
+    def _lose_direct(self, why: str) -> None:
+        self.direct = False
+        logger.warning("%s: the file system %s; plain reads go through the page cache and are slower", self.path.parent, why)
+
+    def read_into(self, view: memoryview, offset: int) -> None:
+        """Fill `view` from `offset`; bytes past the end of the file are left as they are.
+
+        Raises:
+            StorageError: on an I/O error.
+        """
+        while len(view):
+            try:
+                count = os.preadv(self._fd, [view], offset)
+            except InterruptedError:
+                continue
+            except OSError as error:
+                if error.errno == errno.EINVAL and self.direct:
+                    self._reopen_plain()
+                    continue
+                raise StorageError(f"reading {self.path} at {offset}: {error.strerror}") from error
+            if count == 0:
+                return
+            view, offset = view[count:], offset + count
+            if self.direct and count % ALIGNMENT:
+                return  # a short direct read ends at the end of the file
+
+    def write_from(self, view: memoryview, offset: int) -> None:
+        """Write all of `view` at `offset`.
+
+        Raises:
+            StorageError: on an I/O error or a full disk.
+        """
+        while len(view):
+            try:
+                count = os.pwritev(self._fd, [view], offset)
+            except InterruptedError:
+                continue
+            except OSError as error:
+                if error.errno == errno.EINVAL and self.direct:
+                    self._reopen_plain()
+                    continue
+                raise StorageError(f"writing {self.path} at {offset}: {error.strerror}") from error
+            view, offset = view[count:], offset + count
+
+    def _reopen_plain(self) -> None:
+        self._lose_direct("refuses O_DIRECT at these offsets")
+        import fcntl
+
+        flags = fcntl.fcntl(self._fd, fcntl.F_GETFL)
+        fcntl.fcntl(self._fd, fcntl.F_SETFL, flags & ~os.O_DIRECT)
+
+    def truncate(self, size_bytes: int) -> None:
+        os.ftruncate(self._fd, size_bytes)
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    file: File
+    offset: int
+    view: memoryview
+    ticket: Ticket
+    write: bool
+
+
+class IOPool:
+    """Threads that read and write files; first come, first served.
+
+    Attributes:
+        bytes_read, bytes_written: totals so far. busy_seconds: time during which at least one transfer was in flight.
+    """
+
+    def __init__(self, num_threads: int) -> None:
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._in_flight = 0
+        self._busy_since = 0.0
+        self.bytes_read = 0
+        self.bytes_written = 0
+        self.busy_seconds = 0.0
+        self._threads = [
+            threading.Thread(target=self._work, name=f"flexgen-io-{index}", daemon=True) for index in range(num_threads)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def read(self, parts: Sequence[tuple[File, int, memoryview]], on_done: Callable[[], None] | None = None) -> Ticket:
+        """Start reading (file, offset, destination) ranges; `on_done` runs on an I/O thread."""
+        return self._submit(parts, False, on_done)
+
+    def write(self, parts: Sequence[tuple[File, int, memoryview]], on_done: Callable[[], None] | None = None) -> Ticket:
+        """Start writing (file, offset, source) ranges; sources must stay unchanged until the ticket is done."""
+        return self._submit(parts, True, on_done)
+
+    def _submit(
+        self, parts: Sequence[tuple[File, int, memoryview]], write: bool, on_done: Callable[[], None] | None
+    ) -> Ticket:
+        chunks = [
+            (file, offset + at, view[at : at + CHUNK_BYTES])
+            for file, offset, view in parts
+            for at in range(0, len(view), CHUNK_BYTES)
+        ]
+        ticket = Ticket(len(chunks), on_done)
+        with self._lock:
+            if chunks and self._in_flight == 0:
+                self._busy_since = time.perf_counter()
+            self._in_flight += len(chunks)
+        for file, offset, view in chunks:
+            self._jobs.put(_Job(file, offset, view, ticket, write))
+        return ticket
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            error: BaseException | None = None
+            try:
+                (job.file.write_from if job.write else job.file.read_into)(job.view, job.offset)
+            except Exception as caught:  # handed to whoever waits for the ticket
+                error = caught
+            size = len(job.view)
+            with self._lock:
+                self._in_flight -= 1
+                if job.write:
+                    self.bytes_written += size
+                else:
+                    self.bytes_read += size
+                if self._in_flight == 0:
+                    self.busy_seconds += time.perf_counter() - self._busy_since
+            job.ticket.part_done(error)
+
+    def close(self) -> None:
+        """Let what is queued finish, then end the threads."""
+        for _ in self._threads:
+            self._jobs.put(None)
+        for thread in self._threads:
+            thread.join()
+
+
+class FileSet:
+    """Read-only files, opened once each."""
+
+    def __init__(self) -> None:
+        self._files: dict[Path, File] = {}
+
+    def __getitem__(self, path: Path) -> File:
+        if path not in self._files:
+            self._files[path] = File(path)
+        return self._files[path]
+
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
+
+
+def plan_extents(ranges: Sequence[tuple[Path, int, int]], max_gap: int = 128 << 10) -> tuple[list[Extent], list[int], int]:
+    """Aligned reads that cover byte ranges.
+
+    Args:
+        ranges: (path, offset, size) as stored; need not be aligned or sorted.
+        max_gap: unneeded bytes that are read rather than starting a new extent.
+
+    Returns:
+        (extents, position of each range within the staging buffer, bytes of the staging buffer).
+    """
+    order = sorted(range(len(ranges)), key=lambda index: (str(ranges[index][0]), ranges[index][1]))
+    extents: list[Extent] = []
+    positions = [0] * len(ranges)
+    total = 0
+    for index in order:
+        path, offset, size = ranges[index]
+        start, stop = offset - offset % ALIGNMENT, align_up(offset + size, ALIGNMENT)
+        last = extents[-1] if extents else None
+        if last is not None and last.path == path and start <= last.offset + last.size + max_gap:
+            grown = max(last.offset + last.size, stop) - last.offset
+            extents[-1] = Extent(path=path, offset=last.offset, size=grown, position=last.position)
+            total = last.position + grown
+        else:
+            extents.append(Extent(path=path, offset=start, size=stop - start, position=total))
+            total += stop - start
+        positions[index] = extents[-1].position + offset - extents[-1].offset
+    return extents, positions, total

@@ -1,0 +1,196 @@
+"""Attention of one micro-batch over paged KV: where its new tokens go, what its queries see, which kernel runs.
+
+The plan of a micro-batch is made once per pass and used by every layer.  Works on any memory that torch reaches;
+waiting and copying are the business of kv_place.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from flexgen.memory.kv_cache import KVGroup
+
+if TYPE_CHECKING:
+    from flexgen.kernels.attention import AttentionKernels as Kernels
+    from flexgen.models.attention import AttentionCall, LatentProjection
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KVSlice:
+    """What a sequence contributes to the micro-batch.
+
+    Attributes:
+        start: tokens already stored. length: new tokens. tables: page table per group, covering start + length tokens.
+    """
+
+    start: int
+    length: int
+    tables: Sequence[Sequence[int]]
+
+
+@dataclass(frozen=True, slots=True)
+class _GroupPlan:
+    """Index tensors of one layer group."""
+
+    page_ids: torch.Tensor  # (tokens,)
+    page_offsets: torch.Tensor  # (tokens,)
+    tables: torch.Tensor  # (decodes, pages)
+    starts: torch.Tensor  # (decodes,)
+    lengths: torch.Tensor  # (decodes,)
+    prefill_starts: tuple[torch.Tensor, ...]  # per prefill slice: (tokens of the slice,)
+
+
+class KVPlan:
+    """The index tensors of a micro-batch: its first `num_decodes` slices carry one token each, prompts follow.
+
+    Args:
+        slices: in the micro-batch's order; single tokens that have a past first.
+    """
+
+    def __init__(self, groups: Sequence[KVGroup], slices: Sequence[KVSlice], device: torch.device) -> None:
+        self.slices = tuple(slices)
+        self.num_decodes = sum(1 for each in slices if is_decode(each))
+        self.num_tokens = sum(each.length for each in slices)
+        assert all(is_decode(each) for each in self.slices[: self.num_decodes])
+        self.groups = [self._plan_group(index, group, device) for index, group in enumerate(groups)]
+        self._layouts = groups
+
+    @property
+    def prefills(self) -> tuple[KVSlice, ...]:
+        return self.slices[self.num_decodes :]
+
+    def _plan_group(self, index: int, group: KVGroup, device: torch.device) -> _GroupPlan:
+        size = group.page_tokens
+        page_ids, offsets = [], []
+        for each in self.slices:
+            positions = range(each.start, each.start + each.length)
+            table = each.tables[index]
+            page_ids += [table[position // size] for position in positions]
+            offsets += [position % size for position in positions]
+        decodes = self.slices[: self.num_decodes]
+        widest = max((len(each.tables[index]) for each in decodes), default=1)
+        tables = [list(each.tables[index]) + [-1] * (widest - len(each.tables[index])) for each in decodes]
+        return _GroupPlan(
+            torch.tensor(page_ids, dtype=torch.int64, device=device),
+            torch.tensor(offsets, dtype=torch.int64, device=device),
+            torch.tensor(tables, dtype=torch.int64, device=device).view(len(decodes), widest),
+            torch.tensor([group.first_visible(each.start) for each in decodes], dtype=torch.int64, device=device),
+            torch.tensor([each.start + 1 for each in decodes], dtype=torch.int64, device=device),
+            tuple(
+                torch.tensor([group.first_visible(p) for p in range(each.start, each.start + each.length)], device=device)
+                for each in self.prefills
+            ),
+        )
+
+    def visible_pairs(self) -> list[int]:
+        """(query, visible token) pairs per group."""
+        pairs = []
+        for group in self._layouts:
+            total = 0
+            for each in self.slices:
+                for position in range(each.start, each.start + each.length):
+                    total += position + 1 - group.first_visible(position)
+            pairs.append(total)
+        return pairs
+
+    def decode_tokens_read(self) -> list[int]:
+        """Tokens whose KV the decode kernel reads, per group."""
+        return [
+            sum(each.start + 1 - group.first_visible(each.start) for each in self.slices[: self.num_decodes])
+            for group in self._layouts
+        ]
+
+
+def is_decode(each: KVSlice) -> bool:
+    """One token that continues a sequence."""
+    return each.length == 1 and each.start > 0
+
+
+def write_new(
+    kernels: Kernels, plan: KVPlan, group: int, key: torch.Tensor, value: torch.Tensor, pages: tuple[torch.Tensor, torch.Tensor]
+) -> None:
+    """Scatter a micro-batch's new keys and values (1, heads, tokens, dim) to their pages."""
+    where = plan.groups[group]
+    kernels.write_kv(key[0].transpose(0, 1), value[0].transpose(0, 1), *pages, where.page_ids, where.page_offsets)
+
+
+def attend(
+    kernels: Kernels, plan: KVPlan, group: int, call: AttentionCall, pages: tuple[torch.Tensor, torch.Tensor]
+) -> torch.Tensor:
+    """Attention of all slices; their new tokens are on the pages already.
+
+    Args:
+        pages: this layer's (key_pages, value_pages).
+
+    Returns:
+        (1, tokens, heads, value_dim).
+    """
+    query = call.query[0].transpose(0, 1)  # (tokens, heads, key_dim)
+    out = query.new_empty(query.shape[0], query.shape[1], call.value.shape[3])
+    if plan.num_decodes:
+        _decode(kernels, plan, group, call, pages, query[: plan.num_decodes], out[: plan.num_decodes])
+    row = plan.num_decodes
+    for index, each in enumerate(plan.prefills):
+        rows = slice(row, row + each.length)
+        key, value = call.key[0, :, rows], call.value[0, :, rows]  # (heads, length, dim)
+        starts = plan.groups[group].prefill_starts[index]
+        first = int(starts[0])
+        if first < each.start:
+            past_key, past_value = _past(kernels, each.tables[group], first, each.start, call, pages)
+            key, value = torch.cat([past_key, key], dim=1), torch.cat([past_value, value], dim=1)
+        starts = starts - min(first, each.start)
+        kernels.prefill_attention(
+            query[rows], key.transpose(0, 1), value.transpose(0, 1), starts,
+            scaling=call.scaling, softcap=call.softcap, sinks=call.sinks, out=out[rows],
+        )  # fmt: skip
+        row += each.length
+    return out[None]
+
+
+def _decode(
+    kernels: Kernels,
+    plan: KVPlan,
+    group: int,
+    call: AttentionCall,
+    pages: tuple[torch.Tensor, torch.Tensor],
+    query: torch.Tensor,
+    out: torch.Tensor,
+) -> None:
+    where = plan.groups[group]
+    if call.latent is None:
+        kernels.decode_attention(
+            query, *pages, where.tables, where.starts, where.lengths,
+            scaling=call.scaling, softcap=call.softcap, sinks=call.sinks, out=out,
+        )  # fmt: skip
+        return
+    # Attend on latents: the key up-projection moves to the query, the value up-projection to the result.
+    nope = call.latent.key_up.shape[1]
+    query_latent = torch.einsum("shn,hnr->shr", query[..., :nope], call.latent.key_up)
+    latent_out = torch.empty_like(query_latent)
+    kernels.decode_latent_attention(
+        query_latent, query[..., nope:].contiguous(), *pages, where.tables, where.starts, where.lengths,
+        scaling=call.scaling, out=latent_out,
+    )  # fmt: skip
+    out.copy_(torch.einsum("shr,hvr->shv", latent_out, call.latent.value_up))
+
+
+def _past(
+    kernels: Kernels, table: Sequence[int], first: int, stop: int, call: AttentionCall, pages: tuple[torch.Tensor, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values (heads, tokens, dim) of the stored tokens first..stop."""
+    page_table = torch.tensor(table, dtype=torch.int64, device=pages[0].device)
+    key, value = kernels.gather_kv(*pages, page_table, first, stop)  # (tokens, heads, dim)
+    if call.latent is not None:
+        return _expand(call.latent, key[:, 0], value[:, 0])
+    return key.transpose(0, 1), value.transpose(0, 1)
+
+
+def _expand(latent: LatentProjection, compressed: torch.Tensor, rope: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Latents (tokens, rank) and rotary keys (tokens, rope) as keys and values per head."""
+    nope = torch.einsum("tr,hnr->htn", compressed, latent.key_up)
+    key = torch.cat([nope, rope[None].expand(nope.shape[0], -1, -1)], dim=-1)
+    return key, torch.einsum("tr,hvr->htv", compressed, latent.value_up)

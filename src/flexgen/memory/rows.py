@@ -1,0 +1,84 @@
+"""Rows of embeddings, gathered from where the table lives: memory, or its file, a row at a time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from flexgen.memory.direct_io import AlignedBuffer, File, IOPool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowTable:
+    """An embedding table as stored.
+
+    Attributes:
+        module: its name in the model. path, offset: where row 0 begins. stored_dtype, row_elements: of one row.
+        num_rows: of the table. dtype: as computed with.
+    """
+
+    module: str
+    path: Path
+    offset: int
+    num_rows: int
+    row_elements: int
+    stored_dtype: torch.dtype
+    dtype: torch.dtype
+
+    @property
+    def row_bytes(self) -> int:
+        return self.row_elements * self.stored_dtype.itemsize
+
+
+class EmbeddingRows:
+    """Looks rows up for the micro-batches; tables that were loaded answer from memory.
+
+    Args:
+        device: where the rows are wanted.
+    """
+
+    def __init__(self, tables: list[RowTable], device: torch.device) -> None:
+        self._tables = {table.module: table for table in tables}
+        self._resident: dict[str, torch.Tensor] = {}
+        self._files: dict[Path, File] = {}
+        self._device = device
+        # Its own threads: these small reads must not queue behind what the weight ring reads ahead.
+        self._io = IOPool(2)
+        self.bytes_gathered = 0
+
+    def load(self, module: str) -> int:
+        """Keep a whole table in memory; returns its bytes."""
+        table = self._tables[module]
+        size = table.num_rows * table.row_bytes
+        buffer = AlignedBuffer(size)
+        self._io.read([(self._file(table.path), table.offset, buffer.view[:size])]).wait()
+        stored = buffer.tensor[:size].view(table.stored_dtype).view(table.num_rows, table.row_elements)
+        self._resident[module] = stored.to(self._device, table.dtype)
+        return self._resident[module].nbytes
+
+    def _file(self, path: Path) -> File:
+        if path not in self._files:
+            self._files[path] = File(path, direct=False)  # hot rows stay in the page cache, which gives way to any need
+        return self._files[path]
+
+    def rows(self, module: str, token_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(rows (n, dim), `token_ids` renumbered to index them)."""
+        if module in self._resident:
+            return self._resident[module], token_ids
+        table = self._tables[module]
+        wanted, renumbered = torch.unique(token_ids, return_inverse=True)
+        buffer = AlignedBuffer(len(wanted) * table.row_bytes)
+        size, file = table.row_bytes, self._file(table.path)
+        self._io.read(
+            [(file, table.offset + row * size, buffer.view[i * size : (i + 1) * size]) for i, row in enumerate(wanted.tolist())]
+        ).wait()
+        self.bytes_gathered += len(wanted) * size
+        stored = buffer.tensor[: len(wanted) * size].view(table.stored_dtype).view(len(wanted), table.row_elements)
+        return stored.to(self._device, table.dtype), renumbered
+
+    def close(self) -> None:
+        self._io.close()
+        for file in self._files.values():
+            file.close()

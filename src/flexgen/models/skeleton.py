@@ -1,0 +1,201 @@
+"""A transformers model on the meta device, and the hooks that suspend its forward where weights are needed.
+
+Responsible for building the module tree without weights and for binding arrived tensors to it.
+Does not know where bytes come from (memory/) nor who runs the coroutines (engine/).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from flexgen.errors import EngineError, UnsupportedModelError
+from flexgen.models.attention import register_attention
+from flexgen.models.experts import register_experts
+from flexgen.models.suspension import current_forward
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+IMPLEMENTATION = "flexgen"
+
+
+@contextlib.contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Parameters registered inside live on the meta device; buffers (rotary frequencies) stay real."""
+    original = nn.Module.register_parameter
+
+    def register(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        original(self, name, param)
+        if param is not None and param.device.type != "meta":
+            self._parameters[name] = nn.Parameter(param.detach().to("meta"), requires_grad=False)
+
+    nn.Module.register_parameter = register  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = original  # type: ignore[method-assign]
+
+
+def build_skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The causal language model of `config`: parameters on meta, buffers real, attention and experts ours.
+
+    Raises:
+        UnsupportedModelError: when transformers has no such causal model, or it takes no attention function.
+    """
+    from transformers import AutoModelForCausalLM
+
+    register_attention(IMPLEMENTATION)
+    register_experts(IMPLEMENTATION)
+    try:
+        with _parameters_on_meta():
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=IMPLEMENTATION)
+    except (ValueError, KeyError, TypeError, ImportError) as error:
+        raise UnsupportedModelError(f"model type {config.model_type!r} cannot be built: {error}") from error
+    if not model._supports_attention_backend:
+        raise UnsupportedModelError(f"model type {config.model_type!r} does not take an attention function of ours")
+    for module in model.modules():
+        if (module_config := getattr(module, "config", None)) is not None:
+            module_config._attn_implementation = IMPLEMENTATION
+            module_config._experts_implementation = IMPLEMENTATION
+    return model.eval()
+
+
+@dataclass(slots=True)
+class Part:
+    """Rows of a module's parameters that belong to one unit.
+
+    Attributes:
+        unit: its index.
+        start, stop: rows along dim 0 of every split parameter.
+        tensors: own parameter name -> bound rows; empty while the unit is not open.
+    """
+
+    unit: int
+    start: int
+    stop: int
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModulePlan:
+    """How one module's parameters are cut into units.
+
+    Attributes:
+        module: its name in the tree. parameters: own names of the parameters that stream.
+        kind: "whole" (one unit), "linear" (output rows over several units) or "experts" (ranges of experts).
+        ranges: (unit, start, stop) in rising order; a whole module has one entry.
+    """
+
+    module: str
+    parameters: tuple[str, ...]
+    kind: str
+    ranges: tuple[tuple[int, int, int], ...]
+
+
+class BoundModel:
+    """A skeleton with its hooks installed: units are bound to it and unbound from it.
+
+    Not thread-safe: bind, unbind and the forwards run on one thread.
+    """
+
+    def __init__(self, model: PreTrainedModel, plans: Sequence[ModulePlan], gathered: Sequence[str]) -> None:
+        self.model = model
+        self._placeholders: dict[tuple[str, str], nn.Parameter] = {}
+        self._parts: dict[tuple[int, str, str], Part] = {}
+        self._modules = dict(model.named_modules())
+        for plan in plans:
+            self._install(plan)
+        for name in gathered:
+            module = self._modules[name]
+            module.padding_idx = None  # type: ignore[assignment]  # concerns gradients only, and ids are renumbered
+            module.register_forward_pre_hook(functools.partial(_gather_rows, name))
+        self._config: Any = model.config
+
+    def _install(self, plan: ModulePlan) -> None:
+        module = self._modules[plan.module]
+        if plan.kind == "whole":
+            unit = plan.ranges[0][0]
+            module.register_forward_pre_hook(lambda _module, _args, unit=unit: current_forward().enter_unit(unit))
+            for parameter in plan.parameters:
+                placeholder = module._parameters[parameter]
+                assert placeholder is not None
+                self._placeholders[plan.module, parameter] = placeholder
+            return
+        parts = [Part(*each) for each in plan.ranges]
+        for part in parts:
+            for parameter in plan.parameters:
+                self._parts[part.unit, plan.module, parameter] = part
+        if plan.kind == "linear":
+            assert isinstance(module, nn.Linear)
+            module.forward = functools.partial(_split_linear, module, parts)
+        elif plan.kind == "experts":
+            module.flexgen_parts = parts  # type: ignore[assignment]  # read by experts.py
+        else:
+            raise EngineError(f"unknown kind of module plan {plan.kind!r}")
+
+    def bind(self, unit: int, module: str, parameter: str, tensor: torch.Tensor) -> None:
+        """Make `tensor` the unit's rows of `module.parameter`."""
+        if (part := self._parts.get((unit, module, parameter))) is not None:
+            part.tensors[parameter] = tensor
+        else:
+            self._modules[module]._parameters[parameter] = nn.Parameter(tensor, requires_grad=False)
+
+    def unbind(self, unit: int, module: str, parameter: str) -> None:
+        """Forget the rows: a use after this fails instead of reading released bytes."""
+        if (part := self._parts.get((unit, module, parameter))) is not None:
+            del part.tensors[parameter]
+        else:
+            self._modules[module]._parameters[parameter] = self._placeholders[module, parameter]
+
+    def bind_resident(self, name: str, tensor: torch.Tensor) -> None:
+        """Bind a small parameter or a persistent buffer for good (`name` as in the state dict)."""
+        module_name, _, own = name.rpartition(".")
+        module = self._modules[module_name]
+        if own in module._buffers:
+            module._buffers[own] = tensor
+        else:
+            module._parameters[own] = nn.Parameter(tensor, requires_grad=False)
+
+    def move_buffers(self, device: torch.device) -> None:
+        """Buffers (rotary frequencies, masks) go where the computing is."""
+        for module in self._modules.values():
+            for name, buffer in module._buffers.items():
+                if buffer is not None and buffer.device != device and buffer.device.type != "meta":
+                    module._buffers[name] = buffer.to(device)
+
+    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor, sampled: torch.Tensor, cache: Any) -> torch.Tensor:
+        """Logits (sampled, vocab) of a packed micro-batch; runs inside a ForwardCoroutine.
+
+        Args:
+            input_ids, position_ids: int64 (1, tokens).
+            sampled: int64, the positions within the micro-batch whose logits are wanted.
+        """
+        output = self.model(
+            input_ids=input_ids, position_ids=position_ids, past_key_values=cache, use_cache=True, logits_to_keep=sampled
+        )
+        return output.logits[0]
+
+
+def _split_linear(module: nn.Linear, parts: Sequence[Part], x: torch.Tensor) -> torch.Tensor:
+    """A linear layer whose output rows arrive as several units."""
+    forward = current_forward()
+    out = x.new_empty(*x.shape[:-1], module.out_features)
+    for part in parts:
+        forward.enter_unit(part.unit)
+        out[..., part.start : part.stop] = functional.linear(x, part.tensors["weight"])
+    return out if module.bias is None else out.add_(module.bias)
+
+
+def _gather_rows(name: str, module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """Bind just the rows that this micro-batch looks up, and renumber its ids to match."""
+    rows, renumbered = current_forward().input_rows(name, args[0])
+    module._parameters["weight"] = nn.Parameter(rows, requires_grad=False)
+    return (renumbered, *args[1:])

@@ -1,0 +1,212 @@
+"""The price of a pass, resource by resource: what it moves and computes, and the least seconds that can take.
+
+Knows nothing of schedules.  `price` turns what a pass carries into work; `ideal_seconds` divides work by best rates.
+The numbers may be scalars (one pass, as the engine counts it) or equally long arrays (all passes of a simulation).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from flexgen.errors import OptionError
+from flexgen.options import TIERS
+from flexgen.plan.machine import Machine
+from flexgen.plan.model import KVGroupSpec, ModelSpec, UnitSpec
+from flexgen.plan.policy import Fractions, Policy
+
+RESOURCES = ("disk_read", "disk_write", "host_to_device", "device_to_host", "compute", "host_memory")
+DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
+
+# Stored and decoded bytes that differ by no more than this differ by alignment only: views, no decode stage.
+ALIGNMENT_SLACK_BYTES = 2 * 4096
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PassWork:
+    """What one pass moves and computes.
+
+    Attributes:
+        disk_read_bytes, disk_write_bytes: streamed units, gathered embedding rows, spilled KV.
+        host_to_device_bytes, device_to_host_bytes: 0 on a CPU device.
+        dense_flops: linear layers, the head for sampled positions only.
+        attention_flops: visible (query, key) pairs of prompts, and of next tokens whose KV lives on the device.
+        host_memory_bytes: what crosses the host's memory bus: disk transfers, copies, decoding, and the KV that next
+            tokens attend to where it lives on the host (weights read by a matrix product are part of its rate).
+        num_tokens: computed, prompts included. num_sampled: positions that yield a token.
+    """
+
+    disk_read_bytes: float = 0
+    disk_write_bytes: float = 0
+    host_to_device_bytes: float = 0
+    device_to_host_bytes: float = 0
+    dense_flops: float = 0
+    attention_flops: float = 0
+    host_memory_bytes: float = 0
+    num_tokens: int = 0
+    num_prompt_tokens: int = 0
+    num_sampled: int = 0
+
+    def __add__(self, other: PassWork) -> PassWork:
+        return PassWork(**{field.name: getattr(self, field.name) + getattr(other, field.name) for field in dataclasses.fields(self)})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PassLoad:
+    """What one pass carries, in tokens; each number may be an array over passes.
+
+    Attributes:
+        prompt_tokens, num_prompts: of sequences admitted by this pass, by home tier of their KV.
+        next_tokens: sequences that decode, by home tier of their KV.
+        prompt_pairs: visible pairs of the prompts, per KV group (all layers of a group are alike).
+        attended_tokens: home tier -> visible tokens of the next tokens, per KV group.
+    """
+
+    prompt_tokens: Mapping[str, Any]
+    num_prompts: Mapping[str, Any]
+    next_tokens: Mapping[str, Any]
+    prompt_pairs: Sequence[Any]
+    attended_tokens: Mapping[str, Sequence[Any]]
+
+
+def needs_decode(unit: UnitSpec) -> bool:
+    """Whether the unit's stored numbers are not those that compute uses."""
+    return abs(unit.decoded_bytes - unit.disk_bytes) > ALIGNMENT_SLACK_BYTES
+
+
+def unit_homes(spec: ModelSpec, fractions: Fractions) -> tuple[str, ...]:
+    """The home of each unit: shares honoured to within one unit at every depth (error diffusion over stored bytes)."""
+    shares = {tier: getattr(fractions, tier) for tier in TIERS}
+    credit = {tier: 0.0 for tier, share in shares.items() if share > 0}
+    if len(credit) == 1:
+        return tuple(credit) * len(spec.units)
+    homes: list[str] = []
+    for unit in spec.units:
+        for tier in credit:
+            credit[tier] += shares[tier] * unit.disk_bytes
+        home = max(credit, key=credit.__getitem__)
+        credit[home] -= unit.disk_bytes
+        homes.append(home)
+    return tuple(homes)
+
+
+def weight_bytes(spec: ModelSpec, homes: Sequence[str], device: str) -> dict[str, int]:
+    """Bytes of the units per home tier: decoded where computing happens, as stored elsewhere."""
+    computes = "host" if device == "cpu" else "device"
+    held: dict[str, int] = dict.fromkeys(TIERS, 0)
+    for unit, home in zip(spec.units, homes, strict=True):
+        held[home] += unit.decoded_bytes if home == computes else unit.disk_bytes
+    return held
+
+
+def embedding_memory_bytes(spec: ModelSpec, homes: Sequence[str], device: str) -> int:
+    """Bytes that keeping the embedding in memory adds; a tied one is already there where the head's units are."""
+    if spec.embedding_bytes:
+        return spec.embedding_bytes
+    streamed = [unit for unit, home in zip(spec.units, homes, strict=True) if unit.head and home == "disk"]
+    return sum(unit.decoded_bytes if device == "cpu" else unit.disk_bytes for unit in streamed)
+
+
+def weights_work(spec: ModelSpec, homes: Sequence[str], device: str) -> PassWork:
+    """What every pass moves of the weights, whatever it carries."""
+    disk = link = memory = 0
+    for unit, home in zip(spec.units, homes, strict=True):
+        if home == "disk":
+            disk += unit.disk_bytes
+            memory += unit.disk_bytes
+            if device == "cpu" and needs_decode(unit):
+                memory += unit.disk_bytes + unit.decoded_bytes
+        if device != "cpu" and home != "device":
+            link += unit.disk_bytes
+            memory += unit.disk_bytes
+    return PassWork(disk_read_bytes=disk, host_to_device_bytes=link, host_memory_bytes=memory)
+
+
+def attended_flops(groups: Sequence[KVGroupSpec], pairs: Sequence[Any]) -> Any:
+    """Attention FLOPs of `pairs` visible pairs per group."""
+    return sum(group.num_layers * group.attention_flops_per_pair * each for group, each in zip(groups, pairs, strict=True))
+
+
+def attended_bytes(groups: Sequence[KVGroupSpec], tokens: Sequence[Any]) -> Any:
+    """KV bytes that next tokens with `tokens` visible tokens per group read."""
+    return sum(group.num_layers * group.bytes_per_token * each for group, each in zip(groups, tokens, strict=True))
+
+
+def price(load: PassLoad, spec: ModelSpec, policy: Policy, weights: PassWork) -> PassWork:
+    """The work of a pass: `weights` (from `weights_work`) and what its slices add under the policy's homes."""
+    groups, device = spec.kv_groups, policy.device
+    prompt_tokens, next_tokens = sum(load.prompt_tokens.values()), sum(load.next_tokens.values())
+    tokens, sampled = prompt_tokens + next_tokens, sum(load.num_prompts.values()) + next_tokens
+    disk_read, disk_write, memory = weights.disk_read_bytes, weights.disk_write_bytes, weights.host_memory_bytes
+    to_device, to_host = weights.host_to_device_bytes, weights.device_to_host_bytes
+    attention = attended_flops(groups, load.prompt_pairs)
+    if not policy.embedding_resident:
+        disk_read = disk_read + tokens * spec.embedding_row_bytes
+    # On a separate device q goes to where host KV is attended to, and the result comes back: about hidden_size each.
+    crossing = sum(group.num_layers for group in groups) * spec.hidden_size * DTYPE_BYTES[policy.dtype]
+    for home, attended in load.attended_tokens.items():
+        if home == "device":
+            attention = attention + attended_flops(groups, attended)
+            continue
+        read = attended_bytes(groups, attended)
+        written = (load.prompt_tokens[home] + load.next_tokens[home]) * spec.kv_bytes_per_token
+        memory = memory + read + written
+        if device != "cpu":
+            to_host = to_host + written + load.next_tokens[home] * crossing
+            to_device = to_device + load.next_tokens[home] * crossing
+        if home == "disk":
+            disk_read, disk_write, memory = disk_read + read, disk_write + written, memory + read + written
+    return PassWork(
+        disk_read_bytes=disk_read,
+        disk_write_bytes=disk_write,
+        host_to_device_bytes=to_device,
+        device_to_host_bytes=to_host,
+        dense_flops=tokens * spec.flops_per_token() + sampled * spec.head_flops_per_token(),
+        attention_flops=attention,
+        host_memory_bytes=memory,
+        num_tokens=tokens,
+        num_prompt_tokens=prompt_tokens,
+        num_sampled=sampled,
+    )
+
+
+def best_rate(rates: Mapping[str, float], dtype: str, what: str, machine: Machine) -> float:
+    """The machine's rate for `dtype`.
+
+    Raises:
+        OptionError: when the machine was not measured in that dtype.
+    """
+    if dtype not in rates:
+        raise OptionError(
+            f"machine {machine.name!r} has no {what} rate for {dtype}; known: {', '.join(sorted(rates)) or 'none'}; measure it again"
+        )
+    return rates[dtype]
+
+
+def ideal_seconds(work: PassWork, machine: Machine, dtype: str) -> dict[str, Any]:
+    """Resource -> least seconds for `work`: work / best rate.
+
+    Attention of unknown rate counts as dense; a link of unknown rate as a copy in host memory, which is what a
+    simulated device's links are.
+
+    Raises:
+        OptionError: when the machine was not measured in `dtype`.
+    """
+    dense = best_rate(machine.dense_flops, dtype, "dense", machine)
+    attention = machine.attention_flops.get(dtype, dense)
+    return {
+        "disk_read": work.disk_read_bytes / machine.disk_read_bytes_per_s,
+        "disk_write": work.disk_write_bytes / machine.disk_write_bytes_per_s,
+        "host_to_device": work.host_to_device_bytes / (machine.host_to_device_bytes_per_s or machine.host_memory_bytes_per_s),
+        "device_to_host": work.device_to_host_bytes / (machine.device_to_host_bytes_per_s or machine.host_memory_bytes_per_s),
+        "compute": work.dense_flops / dense + work.attention_flops / attention,
+        "host_memory": work.host_memory_bytes / machine.host_memory_bytes_per_s,
+    }
+
+
+def busiest(seconds: Mapping[str, float]) -> tuple[str, float]:
+    """The resource that takes longest, and its seconds: no pass can be shorter."""
+    resource = max(seconds, key=seconds.__getitem__)
+    return resource, seconds[resource]

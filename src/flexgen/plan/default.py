@@ -1,0 +1,473 @@
+"""From options to a policy: what is pinned stays, the rest is searched with realistic rates; every byte is accounted.
+
+`resolve` chooses, `footprint` says where the bytes of a policy go, `explain` tells it to people.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from flexgen.errors import CapacityError, OptionError
+from flexgen.options import TIERS, EngineOptions, parse_placement
+from flexgen.plan.cost import DTYPE_BYTES, best_rate, busiest, embedding_memory_bytes, needs_decode, unit_homes, weight_bytes, weights_work
+from flexgen.plan.machine import Limits, Machine
+from flexgen.plan.model import ModelSpec
+from flexgen.plan.policy import Fractions, Policy
+from flexgen.plan.simulate import (
+    PAGE_TOKENS,
+    PLAYED_REQUESTS,
+    Budgets,
+    Simulation,
+    descend,
+    extrapolated,
+    geometric,
+    held_kv_bytes,
+    home_axes,
+    kv_pools,
+    placed_weights,
+    pool_fractions,
+    quota_axis,
+    quota_range,
+    sampled,
+    simulate,
+)
+from flexgen.plan.workload import Workload
+from flexgen.sizes import GIB, MIB, align_up, format_size
+
+# Kept free beside everything accounted for: thread stacks, text, code loaded later, fragments of freed memory.
+ALLOWANCE_BYTES = 48 * MIB
+ALLOWANCE_SHARE = 0.02
+# Live tensors are this much smaller than what the allocator holds for them.
+FRAGMENTATION = 1.25
+# A ring holds what a link delivers in this time, but never more than this share of its tier.
+RING_SECONDS = 0.3
+RING_SHARE = 0.15
+RING_UNITS = 3
+# What runs reach of the best rates.
+REAL_DISK_READ, REAL_SPILL, REAL_LINK, REAL_DENSE, REAL_ATTENTION, REAL_HOST_KV, REAL_MEMORY = 0.85, 0.5, 0.9, 0.9, 0.7, 0.3, 0.8
+SECONDS_PER_PASS, SECONDS_PER_UNIT_AND_MICRO_BATCH, CORE_SECONDS_PER_DISK_BYTE = 5e-3, 1e-4, 5e-11
+# Live sequences vary around what the pools hold on average.
+SEQUENCE_SLACK = 1.15
+# Between plans that are equally fast the one with the shorter passes: results come sooner, forecasts matter less.
+LONG_PASS_PENALTY = 0.02
+# What is planned for when nothing is known of the job.
+NOMINAL_WORKLOAD = Workload(prompt_lens=(512,) * 256, output_lens=(128,) * 256)
+
+
+def allowance_bytes(limits: Limits) -> int:
+    """Host bytes that no plan uses."""
+    return ALLOWANCE_BYTES + int(ALLOWANCE_SHARE * limits.host_bytes)
+
+
+def budgets_of(limits: Limits, spec: ModelSpec, process_bytes: int) -> Budgets:
+    """What T* may use: everything but the process itself and the tensors that never move."""
+    on_cpu = limits.device == "cpu"
+    return Budgets(
+        device=limits.device,
+        host_bytes=max(limits.host_bytes - process_bytes - (spec.resident_bytes if on_cpu else 0), 0),
+        device_bytes=0 if on_cpu else max(limits.device_bytes - spec.resident_bytes, 0),
+        disk_bytes=0 if limits.offload_in_memory else limits.disk_bytes,
+    )
+
+
+def resolve(
+    options: EngineOptions,
+    spec: ModelSpec,
+    machine: Machine,
+    limits: Limits,
+    workload: Workload,
+    *,
+    process_bytes: int,
+    kv_tiers: Sequence[str] = ("device", "host", "disk"),
+) -> Policy:
+    """The policy of a run.
+
+    Args:
+        options: what they say is pinned; `dtype` must be a dtype by now, and `device` is taken from `limits`.
+        process_bytes: resident memory of the process before any weight is loaded.
+        kv_tiers: where KV may live; never chosen on disk when the offload folder lies in memory.
+
+    Raises:
+        OptionError: an option that cannot be honoured on this device.
+        CapacityError: it does not fit; the message says what is missing and what to change.
+    """
+    planner = _Planner(options, spec, machine, limits, workload if len(workload) else NOMINAL_WORKLOAD, process_bytes, kv_tiers)
+    return planner.best()
+
+
+def footprint(policy: Policy, spec: ModelSpec, limits: Limits, *, process_bytes: int) -> dict[str, dict[str, int]]:
+    """Tier -> part -> bytes that the policy reserves there."""
+    homes = unit_homes(spec, policy.weights)
+    held = weight_bytes(spec, homes, policy.device)
+    embedding = embedding_memory_bytes(spec, homes, policy.device) if policy.embedding_resident else 0
+    computing = {"weights": held["device"], "small tensors": spec.resident_bytes, "workspace": policy.workspace_bytes}
+    host = {"process": process_bytes, "allowance": allowance_bytes(limits), "embedding": embedding}
+    host |= {"staging": policy.host_ring_bytes, "KV": policy.kv_host_bytes, "weights": held["host"]}
+    tiers = {"host": host}
+    if policy.device == "cpu":
+        host |= {"small tensors": computing["small tensors"], "workspace": computing["workspace"]}
+    else:
+        tiers["device"] = {**computing, "staging": policy.device_ring_bytes, "KV": policy.kv_device_bytes}
+    if limits.offload_in_memory:
+        host["KV in a memory file system"] = policy.kv_disk_bytes
+    elif policy.kv_disk_bytes:
+        tiers["disk"] = {"KV": policy.kv_disk_bytes}
+    return tiers
+
+
+def expected_seconds(played: Simulation, spec: ModelSpec, policy: Policy, machine: Machine) -> npt.NDArray[np.float64]:
+    """Seconds of each pass at realistic rates: measured rows, overheads, and on a CPU one compute for everything."""
+    work = played.work
+    prompts = np.asarray(work.num_prompt_tokens, dtype=np.float64)
+    sampled_rows = np.asarray(work.num_sampled, dtype=np.float64)
+    following = work.num_tokens - prompts
+    prompt_batches, next_batches = np.ceil(prompts / policy.micro_batch_tokens), np.ceil(following / policy.micro_batch_tokens)
+    linear = spec.flops_per_token()
+    compute = prompts * linear / _rate_at(machine, policy.dtype, prompts / np.maximum(prompt_batches, 1))
+    compute = compute + following * linear / _rate_at(machine, policy.dtype, following / np.maximum(next_batches, 1))
+    compute = compute + sampled_rows * spec.head_flops_per_token() / _rate_at(machine, policy.dtype, sampled_rows)
+    attention = machine.attention_flops.get(policy.dtype, best_rate(machine.dense_flops, policy.dtype, "dense", machine))
+    compute = compute / REAL_DENSE + work.attention_flops / attention / REAL_ATTENTION
+    compute = compute + (prompt_batches + next_batches) * len(spec.units) * SECONDS_PER_UNIT_AND_MICRO_BATCH
+    weights = weights_work(spec, unit_homes(spec, policy.weights), policy.device)
+    host_kv = (work.host_memory_bytes - weights.host_memory_bytes) / machine.host_memory_bytes_per_s / REAL_HOST_KV
+    if policy.device == "cpu":
+        compute = compute + host_kv + work.disk_read_bytes * CORE_SECONDS_PER_DISK_BYTE / machine.cores
+    spilled = (work.disk_read_bytes - weights.disk_read_bytes) / machine.disk_read_bytes_per_s
+    disk = weights.disk_read_bytes / machine.disk_read_bytes_per_s / REAL_DISK_READ
+    disk = disk + (spilled + work.disk_write_bytes / machine.disk_write_bytes_per_s) / REAL_SPILL
+    memory = machine.host_memory_bytes_per_s
+    to_device = work.host_to_device_bytes / (machine.host_to_device_bytes_per_s or memory) / REAL_LINK
+    to_host = work.device_to_host_bytes / (machine.device_to_host_bytes_per_s or memory) / REAL_LINK
+    bus = work.host_memory_bytes / memory / REAL_MEMORY
+    resources = [compute, host_kv, disk, to_device, to_host, bus]
+    return np.maximum.reduce([np.broadcast_to(each, (played.num_passes,)) for each in resources]) + SECONDS_PER_PASS
+
+
+def _rate_at(machine: Machine, dtype: str, rows: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """The measured rate of a linear layer at these row counts; below the fewest measured, time does not fall further."""
+    points = machine.dense_rows.get(dtype) or [(1, best_rate(machine.dense_flops, dtype, "dense", machine))]
+    known = np.array(points, dtype=np.float64)
+    rates = np.interp(rows, known[:, 0], known[:, 1])
+    return rates * np.minimum(np.maximum(rows, 1.0) / known[0, 0], 1.0)
+
+
+def activation_bytes(spec: ModelSpec, workload: Workload, policy: Policy) -> int:
+    """Activations at their worst: every micro-batch of the largest pass suspended inside an MLP, one computing.
+
+    With them the logits and what attention copies: q, k, v and the result, and the KV of the longest sequence.
+    """
+    size, hidden, intermediate = DTYPE_BYTES[policy.dtype], spec.hidden_size, spec.intermediate_size
+    longest_prompt = max(workload.prompt_lens)
+    longest = max(s + n for s, n in zip(workload.prompt_lens, workload.output_lens, strict=True))
+    prompt_tokens = min(max(policy.prefill_tokens, longest_prompt), workload.prompt_tokens, policy.max_num_seqs * longest_prompt)
+    tokens = policy.max_num_seqs + prompt_tokens
+    running = min(policy.micro_batch_tokens, tokens)
+    suspended = tokens * (3 * hidden + 2 * intermediate) * size
+    computing = running * ((4 * hidden + 3 * intermediate) * size + 8 * hidden)
+    logits = policy.max_num_seqs * spec.vocab_size * 4 * 2
+    attention = 4 * max(running, longest_prompt) * hidden * size
+    attention += 2 * longest * max((group.bytes_per_token for group in spec.kv_groups), default=0)
+    return int(FRAGMENTATION * (suspended + computing + logits + attention))
+
+
+def scratch_bytes(spec: ModelSpec, homes: Sequence[str], device: str) -> int:
+    """Room for three of the largest units that are decoded in every pass (not once, at the start)."""
+    every_pass = ("disk",) if device == "cpu" else ("disk", "host")
+    decoded = [unit.decoded_bytes for unit, home in zip(spec.units, homes, strict=True) if home in every_pass and needs_decode(unit)]
+    return RING_UNITS * max(decoded, default=0)
+
+
+class _Planner:
+    """The search of one `resolve`: points of the unit cube become policies that fit, or None."""
+
+    def __init__(
+        self,
+        options: EngineOptions,
+        spec: ModelSpec,
+        machine: Machine,
+        limits: Limits,
+        workload: Workload,
+        process_bytes: int,
+        kv_tiers: Sequence[str],
+    ) -> None:
+        if options.dtype not in DTYPE_BYTES:
+            raise OptionError(f"dtype={options.dtype!r}: a plan needs one of {', '.join(DTYPE_BYTES)}")
+        self.options, self.spec, self.machine, self.limits, self.workload = options, spec, machine, limits, workload
+        self.process_bytes, self.kv_tiers, self.dtype = process_bytes, kv_tiers, options.dtype
+        self.on_cpu = limits.device == "cpu"
+        self.computing = "host" if self.on_cpu else "device"
+        self.weights = _pinned("weights", options.weights, limits.device)
+        self.kv = _pinned("kv", options.kv, limits.device)
+        for tier in TIERS:
+            if self.kv is not None and getattr(self.kv, tier) > 0 and tier not in kv_tiers:
+                raise OptionError(f"kv={options.kv!r}: KV can live on {' or '.join(kv_tiers)} here, not on {tier}")
+        self.disk_bytes = limits.disk_bytes if "disk" in kv_tiers and not limits.offload_in_memory else 0
+        self.quotas = quota_range(workload)
+        self.kv_sizes = _KVSizes(spec, workload)
+
+    def best(self) -> Policy:
+        """Raises CapacityError."""
+        sample, scale = sampled(self.workload)
+        for micro_batch_tokens in self._micro_batches():
+
+            def score(point: tuple[float, ...], micro_batch_tokens: int = micro_batch_tokens) -> tuple[float, float]:
+                policy = self.policy(point, micro_batch_tokens)
+                if policy is None:
+                    return math.inf, math.inf
+                refused, seconds = extrapolated(self.spec, policy, sample, scale, lambda played: self._seconds(played, policy))
+                return refused, seconds * (1 + LONG_PASS_PENALTY * point[-1])
+
+            policy = self.policy(descend(self._axes(), score, keep=2)[0], micro_batch_tokens)
+            if policy is not None:
+                return policy
+        raise CapacityError(self._lack())
+
+    def _seconds(self, played: Simulation, policy: Policy) -> float:
+        return float(expected_seconds(played, self.spec, policy, self.machine).sum())
+
+    def _micro_batches(self) -> list[int]:
+        """The fewest rows at which dense rates are near their best, within reason; smaller ones where those do not fit."""
+        if self.options.micro_batch_tokens is not None:
+            return [self.options.micro_batch_tokens]
+        points = self.machine.dense_rows.get(self.dtype, [])
+        best = max((rate for _, rate in points), default=0.0)
+        favourable = min((rows for rows, rate in points if rate >= 0.97 * best), default=512)
+        first = min(max(favourable, 512), 1024 if self.on_cpu else 4096)
+        return [first, *(tokens for tokens in (256, 128, 64, 32) if tokens < first)]
+
+    def _axes(self) -> list[tuple[float, ...]]:
+        """Coarse values of what is not pinned."""
+        on_device, on_host, kv_homes, kv_disk = home_axes(self.limits.device, self.disk_bytes > 0)
+        if self.weights is not None:
+            on_device, on_host = (), ()
+        if self.kv is not None:
+            kv_homes, kv_disk = (), ()
+        elif not self.on_cpu and not {"device", "host"} <= set(self.kv_tiers):
+            kv_homes = (0.0,) if "device" in self.kv_tiers else (1.0,)
+        has_quota = self.options.schedule == "diagonal" and self.options.prefill_tokens is None
+        return [on_device, on_host, kv_homes, kv_disk, quota_axis(self.limits.device) if has_quota else ()]
+
+    def policy(self, point: tuple[float, ...], micro_batch_tokens: int) -> Policy | None:
+        """The policy of a point, or None where it does not fit."""
+        on_device, on_host, kv_homes, kv_disk, quota = point
+        prefill_tokens = self.options.prefill_tokens or self._quota(quota, micro_batch_tokens)
+        spills = kv_disk > 0 or (self.kv is not None and self.kv.disk > 0)
+        bare = self._draft(Fractions(disk=1.0), micro_batch_tokens, prefill_tokens, spills=spills)
+        weights = self.weights or self._place(bare, on_device, on_host)
+        draft = self._draft(weights, micro_batch_tokens, prefill_tokens, spills=spills)
+        if draft.weights.disk == 0:
+            # Rows are gathered from disk as long as any unit streams: the same bytes of units save more reading.
+            resident = dataclasses.replace(draft, embedding_resident=True)
+            draft = resident if self._free(resident)["host"] >= self.kv_sizes.largest else draft
+        free = self._free(draft)
+
+        def free_for(max_num_seqs: int) -> dict[str, int]:
+            grown = self._for(draft, max_num_seqs).workspace_bytes - draft.workspace_bytes
+            return {tier: size - grown * (tier == self.computing) for tier, size in free.items()}
+
+        max_num_seqs = self.options.max_num_seqs or _largest(
+            len(self.workload), lambda number: self._fed(self._pools(free_for(number), kv_homes, kv_disk)) >= number
+        )
+        pools = self._pools(free_for(max_num_seqs), kv_homes, kv_disk)
+        if min(free_for(max_num_seqs).values()) < 0 or max(pools.values()) < self.kv_sizes.smallest:
+            return None
+        sizes = {f"kv_{tier}_bytes": size for tier, size in pools.items()}
+        if self.options.prefill_tokens is None:
+            sizes["prefill_tokens"] = min(prefill_tokens, max_num_seqs * max(self.workload.prompt_lens))
+        return dataclasses.replace(self._for(draft, max_num_seqs), kv=self.kv or pool_fractions(pools), **sizes)
+
+    def _quota(self, share: float, micro_batch_tokens: int) -> int:
+        """Prompt tokens that a pass admits: a zigzag block enters at once, a row is one micro-batch."""
+        if self.options.schedule == "diagonal":
+            return geometric(self.quotas, share)
+        return self.quotas[1] if self.options.schedule == "zigzag" else micro_batch_tokens
+
+    def _fed(self, pools: dict[str, int]) -> int:
+        """About how many sequences these pools keep alive."""
+        return math.ceil(sum(pools.values()) / self.kv_sizes.mean * SEQUENCE_SLACK)
+
+    def _draft(self, weights: Fractions, micro_batch_tokens: int, prefill_tokens: int, *, spills: bool) -> Policy:
+        """A policy with everything but KV, for one sequence; with staging for KV on disk if it `spills`."""
+        homes = unit_homes(self.spec, weights)
+        from_disk = [unit.disk_bytes for unit, home in zip(self.spec.units, homes, strict=True) if home == "disk"]
+        over_link = [unit.disk_bytes for unit, home in zip(self.spec.units, homes, strict=True) if home != "device" and not self.on_cpu]
+        draft = Policy(
+            device=self.limits.device,
+            dtype=self.dtype,
+            weights=weights,
+            kv=self.kv or Fractions(host=1.0),
+            kv_device_bytes=0,
+            kv_host_bytes=0,
+            kv_disk_bytes=0,
+            host_ring_bytes=_ring(from_disk, self.machine.disk_read_bytes_per_s * RING_SECONDS, self.limits.host_bytes)
+            + spills * RING_UNITS * self.kv_sizes.layer,
+            device_ring_bytes=_ring(over_link, 0, self.limits.device_bytes),
+            workspace_bytes=0,
+            embedding_resident=False,
+            schedule=self.options.schedule,
+            max_num_seqs=1,
+            prefill_tokens=prefill_tokens,
+            micro_batch_tokens=micro_batch_tokens,
+            page_tokens=PAGE_TOKENS,
+            compute_threads=self.machine.cores,
+            io_threads=2 if self.machine.cores <= 4 else 4,
+        )
+        return dataclasses.replace(draft, workspace_bytes=self._activations(draft, 1) + scratch_bytes(self.spec, homes, draft.device))
+
+    def _activations(self, draft: Policy, max_num_seqs: int) -> int:
+        return align_up(activation_bytes(self.spec, self.workload, dataclasses.replace(draft, max_num_seqs=max_num_seqs)), 4096)
+
+    def _for(self, draft: Policy, max_num_seqs: int) -> Policy:
+        """The draft with the workspace of so many sequences."""
+        grown = self._activations(draft, max_num_seqs) - self._activations(draft, draft.max_num_seqs)
+        return dataclasses.replace(draft, max_num_seqs=max_num_seqs, workspace_bytes=draft.workspace_bytes + grown)
+
+    def _free(self, draft: Policy) -> dict[str, int]:
+        """Bytes left in memory."""
+        used = footprint(draft, self.spec, self.limits, process_bytes=self.process_bytes)
+        budgets = {"device": self.limits.device_bytes, "host": self.limits.host_bytes}
+        return {tier: budget - sum(used.get(tier, {}).values()) for tier, budget in budgets.items()}
+
+    def _place(self, bare: Policy, on_device: float, on_host: float) -> Fractions:
+        """Shares of what is left for weights beside the rings and the KV of one request; all of them where that fits."""
+        room = self._free(bare)
+        room[self.computing] -= self.kv_sizes.largest
+        whole = self._draft(Fractions(**{self.computing: 1.0}), bare.micro_batch_tokens, bare.prefill_tokens, spills=False)
+        if self._free(whole)[self.computing] >= self.kv_sizes.largest:
+            room[self.computing] = self.spec.decoded_bytes
+        if not self.on_cpu and room["host"] + bare.host_ring_bytes >= self.spec.streamed_bytes:
+            room["host"] = self.spec.streamed_bytes
+        return placed_weights(self.spec, self.limits.device, room["device"], room["host"], on_device, on_host)
+
+    def _pools(self, free: dict[str, int], kv_homes: float, kv_disk: float) -> dict[str, int]:
+        """Pool bytes per tier; no more than all requests can need."""
+        if self.kv is None:
+            pools = kv_pools(free, self.disk_bytes, kv_homes, kv_disk)
+        else:
+            pools = self._pinned_pools(self.kv, {tier: max(size, 0) for tier, size in free.items()})
+        # A sequence lives in one tier, so each tier may leave a gap of almost the largest.
+        enough = self.kv_sizes.all + self.kv_sizes.largest * sum(size > 0 for size in pools.values())
+        share = min(enough / max(sum(pools.values()), 1), 1.0)
+        return {tier: int(size * share) for tier, size in pools.items()}
+
+    def _pinned_pools(self, kv: Fractions, free: dict[str, int]) -> dict[str, int]:
+        """The largest pools in the given proportion; a folder in memory takes from the host's."""
+        in_memory = self.limits.offload_in_memory
+        totals = [free["host"] / (kv.host + kv.disk * in_memory)] if kv.host + kv.disk * in_memory else []
+        totals += [free["device"] / kv.device] if kv.device else []
+        totals += [self.limits.disk_bytes / kv.disk] if kv.disk else []
+        return {"device": int(kv.device * min(totals)), "host": int(kv.host * min(totals)), "disk": int(kv.disk * min(totals))}
+
+    def _lack(self) -> str:
+        """Why nothing fits, told by the smallest plan there is."""
+        weights = self.weights or Fractions(disk=1.0)
+        micro_batch_tokens = self._micro_batches()[-1]
+        prefill_tokens = self.options.prefill_tokens or self._quota(0.0, micro_batch_tokens)
+        draft = self._draft(weights, micro_batch_tokens, prefill_tokens, spills=self.kv is not None and self.kv.disk > 0)
+        draft = self._for(draft, self.options.max_num_seqs or 1)
+        kv_shares = self.kv or Fractions(**{self.computing: 1.0})
+        used = footprint(draft, self.spec, self.limits, process_bytes=self.process_bytes)
+        lines: list[str] = []
+        for tier, budget in (("host", self.limits.host_bytes), ("device", self.limits.device_bytes)):
+            parts = used.get(tier, {}) | {"KV of one request": math.ceil(self.kv_sizes.smallest * getattr(kv_shares, tier))}
+            needed = sum(parts.values())
+            if needed > budget and tier in used:
+                listed = ", ".join(f"{name} {format_size(size)}" for name, size in parts.items() if size)
+                lines.append(
+                    f"{self.spec.name} needs at least {needed / GIB:.2f} GiB of {tier} memory ({listed}), {budget / GIB:.2f} GiB are in "
+                    f"the budget, {(needed - budget) / GIB:.2f} GiB are missing: raise --{tier}-mem{self._advice(tier)}"
+                )
+        if not lines:
+            lines.append(
+                f"the KV cache of the smallest request needs {self.kv_sizes.smallest / GIB:.2f} GiB in one tier: "
+                f"raise --{self.computing}-mem{self._advice('disk')}"
+            )
+        return "; ".join(lines)
+
+    def _advice(self, tier: str) -> str:
+        options = self.options
+        pins = {"--weights": self.weights, "--kv": self.kv}
+        advice = [f"give {tier} a smaller share in {flag}" for flag, pin in pins.items() if pin is not None and getattr(pin, tier) > 0]
+        for name in ("max_num_seqs", "prefill_tokens", "micro_batch_tokens"):
+            if getattr(options, name) is not None:
+                advice.append(f"lower --{name.replace('_', '-')}")
+        return "".join(f", or {each}" for each in [*advice, "shorten the longest prompts"])
+
+
+class _KVSizes:
+    """KV bytes of requests: the largest and smallest at their longest, all, a live one's mean, one layer of the largest."""
+
+    def __init__(self, spec: ModelSpec, workload: Workload) -> None:
+        lengths = [(s, max(n, 1)) for s, n in zip(workload.prompt_lens, workload.output_lens, strict=True)]
+        held = held_kv_bytes(spec, PAGE_TOKENS, max(s + n for s, n in lengths))
+        peaks = [int(held[s : s + n].max()) for s, n in lengths]
+        self.layer = max(s + n for s, n in lengths) * max((group.bytes_per_token for group in spec.kv_groups), default=0)
+        before = np.concatenate([[0], np.cumsum(held)])
+        self.largest, self.smallest, self.all = max(peaks), min(peaks), sum(peaks)
+        self.mean = max(sum(int(before[s + n] - before[s]) for s, n in lengths) / sum(n for _, n in lengths), 1.0)
+
+
+def _pinned(name: str, text: str | None, device: str) -> Fractions | None:
+    if text is None:
+        return None
+    shares = parse_placement(text)
+    if device == "cpu" and shares["device"] > 0:
+        raise OptionError(f"{name}={text!r}: on a CPU device there is no device tier; divide between host and disk")
+    return Fractions(**shares)
+
+
+def _ring(streamed: Sequence[int], wanted: float, tier_bytes: int) -> int:
+    """A few units, and a while of the link where there is room, but no more than what streams."""
+    return align_up(min(max(RING_UNITS * max(streamed, default=0), int(min(wanted, RING_SHARE * tier_bytes))), sum(streamed)), 4096)
+
+
+def _largest(most: int, holds: Callable[[int], bool]) -> int:
+    """The largest number from 1 to `most` for which `holds`, which no longer does once it does not."""
+    low, high = 1, most
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if holds(middle) else (low, middle - 1)
+    return low
+
+
+def explain(policy: Policy, spec: ModelSpec, machine: Machine, limits: Limits, workload: Workload, *, process_bytes: int) -> str:
+    """The plan in a few lines, with what it should take at realistic rates."""
+    lines = [f"{spec.name}: {policy.dtype} on {policy.device}, {policy.schedule} schedule"]
+    budgets = {"host": limits.host_bytes, "device": limits.device_bytes, "disk": limits.disk_bytes}
+    for tier, parts in footprint(policy, spec, limits, process_bytes=process_bytes).items():
+        listed = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items() if size >= GIB / 200)
+        lines.append(f"{tier:<7} {sum(parts.values()) / GIB:.2f} of {budgets[tier] / GIB:.2f} GiB: {listed or 'next to nothing'}")
+    work = weights_work(spec, unit_homes(spec, policy.weights), policy.device)
+    streamed = f"{work.disk_read_bytes / GIB:.2f} GiB from disk"
+    if policy.device != "cpu":
+        streamed += f", {work.host_to_device_bytes / GIB:.2f} GiB to the device"
+    lines.append(f"weights {_shares(policy.weights)}; a pass reads {streamed}")
+    lines.append(
+        f"block   up to {policy.max_num_seqs} sequences (KV {_shares(policy.kv)}), {policy.prefill_tokens} prompt tokens admitted "
+        f"per pass, micro-batches of {policy.micro_batch_tokens} tokens"
+    )
+    if len(workload):
+        lines.append(_expectation(policy, spec, machine, workload))
+    return "\n".join(lines)
+
+
+def _shares(fractions: Fractions) -> str:
+    return ", ".join(f"{getattr(fractions, tier):.0%} {tier}" for tier in TIERS if getattr(fractions, tier) > 0)
+
+
+def _expectation(policy: Policy, spec: ModelSpec, machine: Machine, workload: Workload) -> str:
+    lengths, scale = (workload, 1.0) if len(workload) <= PLAYED_REQUESTS else sampled(workload)
+    refused, seconds = extrapolated(spec, policy, lengths, scale, lambda job: float(expected_seconds(job, spec, policy, machine).sum()))
+    played = simulate(spec, policy, lengths)
+    ideal = {resource: float(each.sum()) for resource, each in played.ideal_seconds(machine, policy.dtype).items()}
+    text = (
+        f"expect  {round(played.num_passes * scale)} passes, {seconds / 60:.1f} min, {workload.output_tokens / max(seconds, 1e-9):.1f} "
+        f"output tokens/s, about {played.live.mean():.0f} sequences alive; busiest: {busiest(ideal)[0].replace('_', ' ')}"
+    )
+    return text + (f"; {round(refused * len(workload))} requests can never fit" if refused else "")

@@ -1,0 +1,494 @@
+"""A whole job, pass by pass, without doing it: which sequences each pass carries, what that moves and computes.
+
+`simulate` plays one policy; `least_ideal_seconds` looks for T*, the least ideal time of a job within budgets.
+Lengths are taken as certain: every answer is as long as the workload says, so a projection is never wrong.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from flexgen.options import TIERS
+from flexgen.plan.cost import PassLoad, PassWork, embedding_memory_bytes, ideal_seconds, price, unit_homes, weight_bytes, weights_work
+from flexgen.plan.machine import Machine
+from flexgen.plan.model import ModelSpec
+from flexgen.plan.policy import Fractions, Policy
+from flexgen.plan.workload import Workload
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+
+PAGE_TOKENS = 16
+# Jobs beyond these sizes are searched on a sample of their requests and extrapolated; then the winner is played whole.
+SEARCH_REQUESTS = 512
+SEARCH_LENGTHS = 64
+PLAYED_REQUESTS = 20_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Simulation:
+    """A job as played.
+
+    Attributes:
+        work: PassWork whose numbers are arrays over the passes.
+        live: sequences in each pass. kv_bytes: home tier -> bytes of pages held during each pass.
+        num_refused: requests whose KV can never fit; they are left out.
+    """
+
+    work: PassWork
+    live: Ints
+    kv_bytes: dict[str, Ints]
+    num_refused: int
+
+    @property
+    def num_passes(self) -> int:
+        return len(self.live)
+
+    def passes(self) -> list[PassWork]:
+        """The work of each pass."""
+        names = [field.name for field in dataclasses.fields(PassWork)]
+        columns = [np.broadcast_to(np.asarray(getattr(self.work, name)), self.live.shape).tolist() for name in names]
+        return [PassWork(**dict(zip(names, row, strict=True))) for row in zip(*columns, strict=True)]
+
+    def total(self) -> PassWork:
+        return sum(self.passes(), PassWork())
+
+    def ideal_seconds(self, machine: Machine, dtype: str) -> dict[str, Floats]:
+        """Resource -> ideal seconds in each pass."""
+        return {resource: _spread(each, self.num_passes) for resource, each in ideal_seconds(self.work, machine, dtype).items()}
+
+    def busiest_seconds(self, machine: Machine, dtype: str) -> float:
+        """The sum over the passes of the busiest resource's ideal time."""
+        return float(np.maximum.reduce(list(self.ideal_seconds(machine, dtype).values())).sum())
+
+
+def simulate(spec: ModelSpec, policy: Policy, workload: Workload) -> Simulation:
+    """Play `workload` under `policy`.
+
+    A request admitted by pass p computes its prompt there and yields its first token; its n-th and last comes from pass
+    p + n - 1.  Requests enter longest answer first, in input order among equals, and none overtakes.  Diagonal: whenever
+    there is room.  Zigzag: into an empty block, until the first of it ends.  Row: into an empty block, one micro-batch.
+    """
+    pools = {tier: size for tier in TIERS if (size := getattr(policy, f"kv_{tier}_bytes")) > 0}
+    weights = weights_work(spec, unit_homes(spec, policy.weights), policy.device)
+    admissions, used, num_refused = _Job(spec, policy, workload, pools).play()
+    num_passes = max((admission.end for admission in admissions), default=0)
+    load = _load(spec, admissions, pools, num_passes)
+    work = price(load, spec, policy, weights)
+    live = np.asarray(sum(load.num_prompts.values()) + sum(load.next_tokens.values()), dtype=np.int64)
+    return Simulation(
+        work=work,
+        live=_spread(live, num_passes).astype(np.int64),
+        kv_bytes={tier: pool[:num_passes] for tier, pool in used.items()},
+        num_refused=num_refused,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Admission:
+    """`count` equal sequences that enter together."""
+
+    index: int  # of the pass
+    prompt_len: int
+    output_len: int
+    count: int
+    home: str
+
+    @property
+    def end(self) -> int:
+        return self.index + self.output_len
+
+
+class _Pool:
+    """Pages of one tier, as projected for every future pass."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.used: Ints = np.zeros(256, dtype=np.int64)
+
+    def _until(self, end: int) -> None:
+        if end > len(self.used):
+            self.used = np.concatenate([self.used, np.zeros(max(end - len(self.used), len(self.used)), dtype=np.int64)])
+
+    def fitting(self, index: int, held: Ints) -> int:
+        """How many more sequences holding `held` bytes in the passes from `index` on fit in all of them."""
+        self._until(index + len(held))
+        return int(((self.capacity - self.used[index : index + len(held)]) // held).min())
+
+    def peak_share(self, index: int, held: Ints) -> float:
+        """The fullest the pool gets while one more such sequence lives."""
+        return float((self.used[index : index + len(held)] + held).max()) / self.capacity
+
+    def add(self, index: int, held: Ints, count: int) -> None:
+        self.used[index : index + len(held)] += held * count
+
+
+class _Job:
+    """The admission of one job: the loop over passes."""
+
+    def __init__(self, spec: ModelSpec, policy: Policy, workload: Workload, pools: dict[str, int]) -> None:
+        self.policy = policy
+        self.pools = {tier: _Pool(size) for tier, size in pools.items()}
+        longest = max((s + max(n, 1) for s, n in zip(workload.prompt_lens, workload.output_lens, strict=True)), default=0)
+        self.held = held_kv_bytes(spec, policy.page_tokens, longest)
+        runs = _runs(workload)
+        can_fit = [any(self._held(s, n).max() <= pool.capacity for pool in self.pools.values()) for s, n, _ in runs]
+        self.num_refused = sum(run[2] for run, fits in zip(runs, can_fit, strict=True) if not fits)
+        self.waiting = [list(run) for run, fits in zip(runs, can_fit, strict=True) if fits][::-1]  # the next one last
+        self.live = 0
+        self.admissions: list[_Admission] = []
+
+    def _held(self, prompt_len: int, output_len: int) -> Ints:
+        """Bytes of pages in each pass of a sequence's life (its last token gets no KV)."""
+        return self.held[prompt_len : prompt_len + output_len]
+
+    def play(self) -> tuple[list[_Admission], dict[str, Ints], int]:
+        index, ending = 0, dict[int, int]()
+        schedule, is_open = self.policy.schedule, True
+        while self.waiting:
+            ended = ending.pop(index, 0)
+            self.live -= ended
+            is_open = schedule == "diagonal" or self.live == 0 or (is_open and not ended)
+            if is_open:
+                first = len(self.admissions)
+                quota_bound = self._admit(index)
+                for admission in self.admissions[first:]:
+                    ending[admission.end] = ending.get(admission.end, 0) + admission.count
+                is_open = schedule == "diagonal" or (schedule == "zigzag" and quota_bound)
+            if is_open or self.live == 0:
+                index += 1
+            else:  # a closed block: nothing changes until the next sequence ends
+                index = min(ending)
+        return self.admissions, {tier: self._used(pool) for tier, pool in self.pools.items()}, self.num_refused
+
+    def _used(self, pool: _Pool) -> Ints:
+        pool._until(max((admission.end for admission in self.admissions), default=0))  # pyright: ignore[reportPrivateUsage]
+        return pool.used
+
+    def _admit(self, index: int) -> bool:
+        """Take in what fits; whether it was the quota that ended it."""
+        quota = self.policy.prefill_tokens
+        if self.policy.schedule == "row":
+            quota = min(quota, self.policy.micro_batch_tokens)
+        taken = 0
+        while self.waiting:
+            prompt_len, output_len, waiting = self.waiting[-1]
+            within_quota = (quota - taken) // prompt_len
+            if not taken:
+                within_quota = max(within_quota, 1)  # a prompt beyond the quota goes alone, in chunks
+            held = self._held(prompt_len, output_len)
+            count = min(waiting, within_quota, self.policy.max_num_seqs - self.live)
+            home, fitting = self._home(index, held) if count > 0 else ("", 0)
+            count = min(count, fitting)
+            if count <= 0:
+                return within_quota <= 0
+            self.pools[home].add(index, held, count)
+            self.admissions.append(_Admission(index=index, prompt_len=prompt_len, output_len=output_len, count=count, home=home))
+            self.live += count
+            taken += count * prompt_len
+            self.waiting[-1][2] -= count
+            if not self.waiting[-1][2]:
+                self.waiting.pop()
+        return False
+
+    def _home(self, index: int, held: Ints) -> tuple[str, int]:
+        """The tier whose pool stays emptiest, so that the tiers fill in proportion; and how many fit there."""
+        if len(self.pools) == 1:
+            ((tier, pool),) = self.pools.items()
+            return tier, pool.fitting(index, held)
+        fitting = [tier for tier, pool in self.pools.items() if pool.fitting(index, held) > 0]
+        if not fitting:
+            return "", 0
+        return min(fitting, key=lambda tier: self.pools[tier].peak_share(index, held)), 1
+
+
+def _runs(workload: Workload) -> list[tuple[int, int, int]]:
+    """(prompt_len, output_len, count) of equal neighbours, longest answer first."""
+    pairs = [(s, max(n, 1)) for s, n in zip(workload.prompt_lens, workload.output_lens, strict=True)]
+    pairs.sort(key=lambda pair: -pair[1])
+    return [(s, n, len(list(run))) for (s, n), run in itertools.groupby(pairs)]
+
+
+def held_kv_bytes(spec: ModelSpec, page_tokens: int, max_tokens: int) -> Ints:
+    """Bytes of the pages that a sequence of 0, 1, ... max_tokens tokens holds; pages behind a window are freed."""
+    tokens = np.arange(max_tokens + 1, dtype=np.int64)
+    held = np.zeros_like(tokens)
+    for group in spec.kv_groups:
+        pages = -(-tokens // page_tokens)
+        if group.window is not None:
+            pages = pages - np.maximum(tokens - group.window, 0) // page_tokens
+        held += pages * (page_tokens * group.num_layers * group.bytes_per_token)
+    return held
+
+
+def _load(spec: ModelSpec, admissions: Sequence[_Admission], pools: Iterable[str], num_passes: int) -> PassLoad:
+    """What every pass carries, summed over all admissions at once."""
+    table = np.array([(a.index, a.prompt_len, a.output_len, a.count) for a in admissions], dtype=np.int64).reshape(-1, 4)
+    homes = np.array([a.home for a in admissions], dtype=object)
+    pairs: list[Any] = [0 for _ in spec.kv_groups]
+    prompt_tokens: dict[str, Any] = {}
+    num_prompts: dict[str, Any] = {}
+    next_tokens: dict[str, Any] = {}
+    attended: dict[str, list[Any]] = {}
+    for tier in pools:
+        index, prompt_len, output_len, count = table[homes == tier].T
+        prompt_tokens[tier] = _at(index, count * prompt_len, num_passes)
+        num_prompts[tier] = _at(index, count, num_passes)
+        next_tokens[tier] = _between(index + 1, index + output_len, count, num_passes)
+        attended[tier] = []
+        for number, group in enumerate(spec.kv_groups):
+            window = group.window or int(table[:, 1:3].sum(axis=1).max(initial=1))
+            beyond = np.maximum(prompt_len - window, 0)
+            visible = prompt_len * (prompt_len + 1) // 2 - beyond * (beyond + 1) // 2
+            pairs[number] = pairs[number] + _at(index, count * visible, num_passes)
+            # The k-th next token sees prompt_len + k tokens, a ramp, until the window is full.
+            full = index + np.clip(window - prompt_len + 1, 1, output_len)
+            ramp = _between(index + 1, full, count * (prompt_len - index), num_passes)
+            ramp = ramp + _between(index + 1, full, count, num_passes) * np.arange(num_passes)
+            attended[tier].append(ramp + window * _between(full, index + output_len, count, num_passes))
+    return PassLoad(
+        prompt_tokens=prompt_tokens, num_prompts=num_prompts, next_tokens=next_tokens, prompt_pairs=pairs, attended_tokens=attended
+    )
+
+
+def _at(index: Ints, amount: Ints, num_passes: int) -> Ints:
+    total = np.zeros(num_passes, dtype=np.int64)
+    np.add.at(total, index, amount)
+    return total
+
+
+def _between(start: Ints, end: Ints, amount: Ints, num_passes: int) -> Ints:
+    """`amount` in each pass from `start` to before `end`."""
+    change = np.zeros(num_passes + 1, dtype=np.int64)
+    np.add.at(change, start, amount)
+    np.add.at(change, end, -amount)
+    return change.cumsum()[:num_passes]
+
+
+def _spread(amount: Any, num_passes: int) -> Floats:
+    return np.broadcast_to(np.asarray(amount, dtype=np.float64), (num_passes,))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The least ideal time
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budgets:
+    """Bytes that weights and KV may take, per tier; what the process itself needs is already taken off.
+
+    Attributes:
+        device: "cpu" (then there is no device tier), "cuda" or "sim".
+        disk_bytes: for KV; 0 forbids KV on disk.
+    """
+
+    device: str
+    host_bytes: int
+    device_bytes: int = 0
+    disk_bytes: int = 0
+
+
+def least_ideal_seconds(
+    spec: ModelSpec, machine: Machine, workload: Workload, budgets: Budgets, dtype: str, *, also: Sequence[Policy] = ()
+) -> float:
+    """T*: the least sum over the passes of the busiest resource's ideal time, within `budgets`, without overheads.
+
+    Searched over the shares of resident weights, the homes of KV, the prefill quota and max_num_seqs, under the
+    diagonal and the zigzag schedule; a grid first, then refined where it was best.  `also` are policies known to be
+    allowed (the one that ran): T* is at most theirs.
+
+    Raises:
+        OptionError: when the machine was not measured in `dtype`.
+    """
+    space = _IdealSpace(spec, budgets, workload, dtype)
+    sample, scale = sampled(workload)
+
+    def seconds(policy: Policy | None, lengths: Workload, scale: float) -> tuple[float, float]:
+        if policy is None:
+            return math.inf, math.inf
+        return extrapolated(spec, policy, lengths, scale, lambda played: played.busiest_seconds(machine, dtype))
+
+    candidates = list(also)
+    for schedule, keep in (("diagonal", 3), ("zigzag", 1)):
+
+        def score(point: tuple[float, ...], schedule: str = schedule) -> tuple[float, float]:
+            return seconds(space.policy(point, schedule), sample, scale)
+
+        found = [space.policy(point, schedule) for point in descend(space.axes(), score, keep=keep)]
+        candidates += [policy for policy in found if policy is not None]
+    lengths, scale = (workload, 1.0) if len(workload) <= PLAYED_REQUESTS else (sample, scale)
+    return min((seconds(policy, lengths, scale) for policy in candidates), default=(0.0, math.inf))[1]
+
+
+class _IdealSpace:
+    """Points of the unit cube as policies that use every byte of the budgets for weights and KV."""
+
+    def __init__(self, spec: ModelSpec, budgets: Budgets, workload: Workload, dtype: str) -> None:
+        self.spec, self.budgets, self.dtype = spec, budgets, dtype
+        self.workload = workload
+        self.quotas = quota_range(workload)
+
+    def axes(self) -> list[tuple[float, ...]]:
+        """Coarse values of: weights on the device, on the host; KV homes; KV on disk; quota; cap; embedding."""
+        return [*home_axes(self.budgets.device, self.budgets.disk_bytes > 0), quota_axis(self.budgets.device), (1.0,), (0.0,)]
+
+    def policy(self, point: tuple[float, ...], schedule: str) -> Policy | None:
+        """The policy of a point, or None where it does not fit."""
+        on_device, on_host, kv_homes, kv_disk, quota, cap, embedding = point
+        weights = placed_weights(self.spec, self.budgets.device, self.budgets.device_bytes, self.budgets.host_bytes, on_device, on_host)
+        homes = unit_homes(self.spec, weights)
+        held = weight_bytes(self.spec, homes, self.budgets.device)
+        resident = embedding >= 0.5 or weights.disk == 0
+        rows = embedding_memory_bytes(self.spec, homes, self.budgets.device) if resident else 0
+        if resident and embedding < 0.5 and held["host"] + rows > self.budgets.host_bytes:
+            resident, rows = False, 0
+        free = {"device": self.budgets.device_bytes - held["device"], "host": self.budgets.host_bytes - held["host"] - rows}
+        if min(free.values()) < 0:
+            return None
+        pools = kv_pools(free, self.budgets.disk_bytes, kv_homes, kv_disk)
+        if not any(pools.values()):
+            return None
+        return Policy(
+            device=self.budgets.device,
+            dtype=self.dtype,
+            weights=weights,
+            kv=pool_fractions(pools),
+            kv_device_bytes=pools["device"],
+            kv_host_bytes=pools["host"],
+            kv_disk_bytes=pools["disk"],
+            host_ring_bytes=0,
+            device_ring_bytes=0,
+            workspace_bytes=0,
+            embedding_resident=resident,
+            schedule=schedule,
+            max_num_seqs=max(1, round(cap * len(self.workload))),
+            prefill_tokens=geometric(self.quotas, quota),
+            micro_batch_tokens=1 << 20,
+            page_tokens=1,
+            compute_threads=1,
+            io_threads=1,
+        )
+
+
+# What the search for T* and the planner share
+
+
+def home_axes(device: str, kv_on_disk: bool) -> list[tuple[float, ...]]:
+    """Coarse values of: weights on the device, on the host (of what fits); homes of KV; the disk's share of KV."""
+    on_disk = (0.0, 0.5, 1.0) if kv_on_disk else ()
+    if device == "cpu":
+        return [(), tuple(each / 8 for each in range(9)), (), on_disk]
+    return [(0.0, 0.5, 1.0), (0.0, 0.5, 1.0), (0.0, 0.5, 1.0), on_disk]
+
+
+def quota_axis(device: str) -> tuple[float, ...]:
+    """Coarse values of the prefill quota, as `geometric` shares of `quota_range`."""
+    return tuple(each / 7 for each in range(8)) if device == "cpu" else (0.0, 0.3, 0.6, 1.0)
+
+
+def placed_weights(spec: ModelSpec, device: str, device_bytes: float, host_bytes: float, on_device: float, on_host: float) -> Fractions:
+    """Home shares that use `on_device` and `on_host` (0 to 1) of the most that fits each tier."""
+    stored = max(spec.streamed_bytes, 1)
+    growth = spec.decoded_bytes / stored
+    share = on_device * min(max(device_bytes, 0) / growth / stored, 1.0) if device != "cpu" else 0.0
+    rest = 1.0 - share
+    host = on_host * min(max(host_bytes, 0) / (growth if device == "cpu" else 1.0) / stored, rest)
+    return Fractions(device=share, host=host, disk=max(rest - host, 0.0))
+
+
+def kv_pools(free: dict[str, int], disk_bytes: int, kv_homes: float, kv_disk: float) -> dict[str, int]:
+    """Pool bytes: `kv_homes` 0 takes the device, 1 the host, between both; `kv_disk` is the disk's share of all KV."""
+    device = max(free["device"], 0) if kv_homes < 1 else 0
+    host = max(free["host"], 0) if kv_homes > 0 or free["device"] <= 0 else 0
+    if kv_disk >= 1:
+        return {"device": 0, "host": 0, "disk": disk_bytes}
+    return {"device": device, "host": host, "disk": min(int((device + host) * kv_disk / (1 - kv_disk)), disk_bytes)}
+
+
+def pool_fractions(pools: dict[str, int]) -> Fractions:
+    """The shares of all KV bytes that pools of these sizes stand for."""
+    total = max(sum(pools.values()), 1)
+    return Fractions(**{tier: size / total for tier, size in pools.items()})
+
+
+def quota_range(workload: Workload) -> tuple[int, int]:
+    """From the shortest prompt to all prompts: the prefill quotas worth trying."""
+    return min(workload.prompt_lens, default=1), max(workload.prompt_tokens, 1)
+
+
+def geometric(ends: tuple[int, int], share: float) -> int:
+    """The number a `share` of the way between two ends, in ratios; rounded up."""
+    return math.ceil(ends[0] * (ends[1] / ends[0]) ** share - 1e-9)
+
+
+def sampled(workload: Workload) -> tuple[Workload, float]:
+    """A job small enough to be played hundreds of times, and how many times larger the real one is.
+
+    Requests are drawn evenly from the sorted lengths; where many lengths differ, neighbours are averaged.
+    """
+    lengths = sorted(zip(workload.output_lens, workload.prompt_lens, strict=True))
+    scale = max(len(lengths) / SEARCH_REQUESTS, 1.0)
+    if scale > 1:
+        lengths = [lengths[int((each + 0.5) * scale)] for each in range(SEARCH_REQUESTS)]
+    if len(set(lengths)) > SEARCH_LENGTHS:
+        bounds = [each * len(lengths) // SEARCH_LENGTHS for each in range(SEARCH_LENGTHS + 1)]
+        groups = [lengths[start:end] for start, end in itertools.pairwise(bounds)]
+        means = [(round(sum(n for n, _ in group) / len(group)), round(sum(s for _, s in group) / len(group))) for group in groups]
+        lengths = [mean for mean, group in zip(means, groups, strict=True) for _ in group]
+    return Workload(prompt_lens=tuple(s for _, s in lengths), output_lens=tuple(n for n, _ in lengths)), scale
+
+
+def extrapolated(
+    spec: ModelSpec, policy: Policy, sample: Workload, scale: float, seconds: Callable[[Simulation], float]
+) -> tuple[float, float]:
+    """(share of refused requests, seconds) of a job `scale` times the sample.
+
+    Ramp and tail happen once: what the sample takes longer than every other of its requests is the steady state's.
+    """
+    played = simulate(spec, policy, sample)
+    refused, total = played.num_refused / max(len(sample), 1), seconds(played)
+    if scale > 1:
+        half = Workload(prompt_lens=sample.prompt_lens[::2], output_lens=sample.output_lens[::2])
+        total += max(total - seconds(simulate(spec, policy, half)), 0.0) * 2 * (scale - 1)
+    return refused, total
+
+
+def descend(
+    axes: Sequence[tuple[float, ...]], score: Callable[[tuple[float, ...]], tuple[float, float]], *, keep: int, rounds: int = 4
+) -> list[tuple[float, ...]]:
+    """The best points, best first: all of a grid, then each of the `keep` best moved along its axes in halving steps.
+
+    Every axis lies within 0 and 1; one without values stays at 0, one of a single value starts there.
+    """
+    known: dict[tuple[float, ...], tuple[float, float]] = {}
+
+    def look(point: tuple[float, ...]) -> tuple[float, float]:
+        if point not in known:
+            known[point] = score(point)
+        return known[point]
+
+    found: list[tuple[float, ...]] = []
+    for start in sorted(itertools.product(*(axis or (0.0,) for axis in axes)), key=look)[:keep]:
+        point, step = start, 0.5 / max(len(axis) for axis in axes)
+        for _ in range(rounds):
+            moves = [
+                (*point[:axis], min(max(point[axis] + sign * step, 0.0), 1.0), *point[axis + 1 :])
+                for axis in range(len(axes))
+                for sign in (-1, 1)
+                if axes[axis]
+            ]
+            nearest = min(moves, key=look)
+            if look(nearest) < look(point):
+                point = nearest
+            else:
+                step /= 2
+        found.append(point)
+    return sorted(found, key=look)

@@ -1,0 +1,86 @@
+"""Text to token ids and back, many at once.  Knows the tokenizer; nothing of requests, files or engines."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flexgen.errors import ModelError, RequestError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class Tokenizer:
+    """A Hugging Face tokenizer, in batches.
+
+    Special tokens are added as `AutoTokenizer` adds them, and special tokens written in a prompt are recognised.
+
+    Attributes:
+        hf: the Hugging Face tokenizer itself.
+    """
+
+    def __init__(self, hf: PreTrainedTokenizerBase) -> None:
+        self.hf = hf
+
+    @classmethod
+    def load(cls, folder: Path) -> Tokenizer:
+        """Raises ModelError when the files are unusable; code that comes with them is never run."""
+        from transformers import AutoTokenizer
+
+        try:
+            return cls(AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False))
+        except Exception as error:  # its backends raise anything, bare Exception included
+            reason = str(error).strip().partition("\n")[0]
+            raise ModelError(f"the tokenizer in {folder} cannot be loaded: {reason}") from error
+
+    @property
+    def eos_token_id(self) -> int | None:
+        """The tokenizer's own end-of-sequence token."""
+        token = self.hf.eos_token_id
+        return token if isinstance(token, int) else None
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, special tokens added, nothing truncated.
+
+        Raises:
+            RequestError: a text holds a lone surrogate (`check_text` finds which).
+        """
+        for text in texts:
+            check_text(text)
+        if not texts:
+            return []
+        return self.hf(list(texts), return_attention_mask=False, return_token_type_ids=False, verbose=False)["input_ids"]
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """The text of some ids; ids that the tokenizer does not know (padding of the vocabulary) are left out."""
+        text = self.hf.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+        return text if isinstance(text, str) else "".join(text)
+
+
+def check_text(text: str) -> None:
+    """Raises RequestError when the text is no Unicode text: a lone surrogate, which JSON can write and UTF-8 cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(f"the prompt has a lone surrogate at character {error.start}", param="prompt") from error
+
+
+def eos_token_ids(config: dict[str, Any], generation_config: dict[str, Any], tokenizer: Tokenizer | None) -> frozenset[int]:
+    """Every id that ends an answer: generation_config.json's, else config.json's, and the tokenizer's own (as vLLM).
+
+    Raises:
+        ModelError: an eos_token_id that is neither an id nor a list of ids.
+    """
+    value = generation_config.get("eos_token_id")
+    if value is None:
+        value = config.get("eos_token_id")
+    if value is None and isinstance(config.get("text_config"), dict):
+        value = config["text_config"].get("eos_token_id")
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+        raise ModelError(f"eos_token_id is {json.dumps(value)}, neither an id nor a list of ids")
+    own = tokenizer.eos_token_id if tokenizer is not None else None
+    return frozenset(ids if own is None else [*ids, own])

@@ -1,0 +1,38 @@
+"""What all tests share: where the checkpoints are, and when a test does not apply here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+ROOT = Path(__file__).parent.parent
+
+# A shared machine is no clock, and a failure must come back on the next run.
+settings.register_profile("flexgen", deadline=None, derandomize=True)
+settings.load_profile("flexgen")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip `gpu` tests, with the reason, where torch sees no CUDA device."""
+    on_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if not on_gpu:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in on_gpu:
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def novels_opt() -> Path:
+    """The bundled checkpoint: OPT, multi-head attention, learned positions."""
+    return ROOT / "models" / "novels-opt-7m"
+
+
+@pytest.fixture(scope="session")
+def novels_qwen3() -> Path:
+    """Its sister: Qwen3, grouped-query attention, RoPE, QK norm."""
+    return ROOT / "tests" / "data" / "novels-qwen3-7m"
