@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from capped import Outcome, run_capped
-from record import Results
+from record import Results, commit
 from shapes import OUTPUT_TOKENS, PROMPT_TOKENS, Shape
 
 from flexgen.sizes import format_size
@@ -86,6 +86,7 @@ def measure(
     setting: dict[str, Any],
     argv: Sequence[str],
     read: Callable[[str], dict[str, Any]],
+    is_ours: bool = False,
 ) -> dict[str, Any] | None:
     """Run `argv` cold under the cap and record what `read` makes of its stdout.
 
@@ -94,6 +95,7 @@ def measure(
 
     Args:
         role: "sweep" (a short run that chooses a setting) or "result".
+        is_ours: measured with this checkout, so a result of another commit, or of changed files, is an old one.
 
     Returns:
         The line of the results, old or new; None when no time is left.
@@ -112,9 +114,8 @@ def measure(
     }
     seconds = deadline.seconds_left
     found = setup.results.find(key)
-    if found and not (setup.again and role == "result") and not (found["timed_out"] and seconds > 1.1 * found["seconds_granted"]):
-        _say(found, "found")
-        return found
+    if found and not _is_stale(found, setup, seconds, is_ours):
+        return _say(found, "found")
     if seconds < 1:
         return None
     log = setup.scratch / "logs" / "-".join(str(part) for part in (setup.shape.name, system, role, *setting.values()))
@@ -126,6 +127,14 @@ def measure(
         raise SystemExit(f"{system} failed with status {outcome.returncode}:\n{_tail(log.with_suffix('.err'))}")
     figures = read(log.with_suffix(".out").read_text()) if outcome.survived else {}
     return _say(setup.results.append({**key, **_ending(outcome, seconds), **_without_paths(figures, setup.scratch)}), "measured")
+
+
+def _is_stale(found: dict[str, Any], setup: Setup, seconds: float, is_ours: bool) -> bool:
+    if found["timed_out"]:
+        return seconds > 1.1 * found["seconds_granted"]
+    if is_ours and (found["dirty"] or found["commit"] != commit()["commit"]):
+        return True
+    return setup.again and found["role"] == "result"
 
 
 def _ending(outcome: Outcome, seconds_granted: float) -> dict[str, Any]:

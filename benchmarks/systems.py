@@ -47,7 +47,8 @@ def run_flexgen(setup: Setup, deadline: Deadline, schedules: list[str], options:
             return {"output_tokens_per_s": report["output_tokens_per_s"], "metrics": {**report, "model": setup.shape.name}}
 
         setting = {"schedule": schedule, "options": " ".join(options)}
-        if measure(setup, deadline, system="flexgen", role="result", setting=setting, argv=argv, read=read) is None:
+        row = measure(setup, deadline, system="flexgen", role="result", setting=setting, argv=argv, read=read, is_ours=True)
+        if row is None or row["timed_out"]:
             _out_of_time("flexgen")
 
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -36,3 +40,15 @@ def novels_opt() -> Path:
 def novels_qwen3() -> Path:
     """Its sister: Qwen3, grouped-query attention, RoPE, QK norm."""
     return ROOT / "tests" / "data" / "novels-qwen3-7m"
+
+
+@pytest.fixture(scope="session")
+def flexgen_command() -> Callable[..., str]:
+    """Run the installed command and return what it prints, on a terminal so wide that nothing is wrapped."""
+
+    def run(*args: str) -> str:
+        command = [Path(sys.executable).with_name("flexgen"), *args]
+        env = {**os.environ, "COLUMNS": "300", "NO_COLOR": "1", "TERM": "dumb"}
+        return subprocess.run(command, capture_output=True, text=True, check=True, env=env).stdout
+
+    return run

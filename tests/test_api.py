@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,6 @@ import flexgen
 from flexgen import errors
 from flexgen.options import EngineOptions
 from flexgen.request import CompletionOutput, RequestOutput, SamplingParams
-
-COMMAND = str(Path(sys.executable).with_name("flexgen"))
 
 # vLLM's defaults; a script that relies on one must not change its meaning here.
 VLLM_SAMPLING_DEFAULTS = {
@@ -36,13 +35,6 @@ VLLM_REQUEST_FIELDS = {"request_id", "prompt", "prompt_token_ids", "outputs", "f
 NO_FLAG = {"trust_remote_code"}
 
 
-def run(*args: str) -> str:
-    done = subprocess.run(
-        [COMMAND, *args], capture_output=True, text=True, check=True, env={**os.environ, "COLUMNS": "300", "NO_COLOR": "1", "TERM": "dumb"}
-    )
-    return done.stdout
-
-
 def test_every_public_name_exists_and_says_what_it_is() -> None:
     assert {"LLM", "SamplingParams", "RequestOutput", "CompletionOutput", "FlexGenError"} <= set(flexgen.__all__)
     for name in flexgen.__all__:
@@ -56,9 +48,9 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
         flexgen.no_such_name  # noqa: B018
 
 
-def test_version_is_the_distribution_s() -> None:
+def test_version_is_the_distribution_s(flexgen_command: Callable[..., str]) -> None:
     assert flexgen.__version__ == importlib.metadata.version("flexgen-engine")
-    assert flexgen.__version__ in run("--version")
+    assert flexgen.__version__ in flexgen_command("--version")
 
 
 def test_every_error_is_public_and_a_flexgen_error() -> None:
@@ -77,8 +69,8 @@ def test_result_fields_are_vllm_s() -> None:
     assert {field.name for field in dataclasses.fields(RequestOutput)} >= VLLM_REQUEST_FIELDS
 
 
-def test_every_engine_option_is_a_flag() -> None:
-    flags = set(re.findall(r"--[a-z][a-z-]+", run("run", "--help")))
+def test_every_engine_option_is_a_flag(flexgen_command: Callable[..., str]) -> None:
+    flags = set(re.findall(r"--[a-z][a-z-]+", flexgen_command("run", "--help")))
     wanted = {"--" + field.name.replace("_", "-") for field in dataclasses.fields(EngineOptions) if field.name not in NO_FLAG}
     assert wanted <= flags, f"missing: {sorted(wanted - flags)}"
 
@@ -92,7 +84,7 @@ def test_help_is_quick() -> None:
     """Processor time, because the wall clock of a shared machine is no measure; best of five."""
     seconds = []
     for _ in range(5):
-        process = subprocess.Popen([COMMAND, "--help"], stdout=subprocess.DEVNULL)
+        process = subprocess.Popen([Path(sys.executable).with_name("flexgen"), "--help"], stdout=subprocess.DEVNULL)
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         assert process.returncode == 0

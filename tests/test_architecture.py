@@ -21,7 +21,7 @@ FLOORS = (
     {"quant", "kernels", "memory", "models", "profile", "hub", "text", "defaults"},
     {"engine"},
     {"llm"},
-    {"jobs", "bench", "integrations", "cli", "__init__", "__main__"},
+    {"jobs", "bench", "integrations", "display", "cli", "__init__", "__main__"},
 )
 # Rooms of one floor that may see each other.  (A name that only annotations use may look sideways anyway, never up.)
 BESIDE = {
@@ -33,7 +33,7 @@ BESIDE = {
     "defaults": {"hub"},
     "bench": {"jobs"},
     "integrations": {"jobs"},
-    "cli": {"jobs", "bench", "integrations"},
+    "cli": {"jobs", "bench", "integrations", "display"},
     "__main__": {"cli"},
 }
 # What a mechanism may see of plan/: values, never the choice.  What is above the LLM may see of the engine: values.

@@ -6,9 +6,8 @@ import ast
 import dataclasses
 import json
 import re
-import subprocess
-import sys
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -47,17 +46,11 @@ def test_make_targets_exist() -> None:
     assert {"demo", "test"} <= named <= targets
 
 
-def test_options_that_the_readme_names_exist() -> None:
+def test_options_that_the_readme_names_exist(flexgen_command: Callable[..., str]) -> None:
     """Of `flexgen run`; options of pip and uv stand on lines of theirs."""
     lines = [line for line in (ROOT / "README.md").read_text().splitlines() if "pip install" not in line]
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", "\n".join(lines)))
-    help_text = subprocess.run(
-        [Path(sys.executable).with_name("flexgen"), "run", "--help"],
-        capture_output=True,
-        text=True,
-        check=True,
-        env={"COLUMNS": "300", "TERM": "dumb"},
-    ).stdout
+    help_text = flexgen_command("run", "--help")
     assert not [option for option in named if option not in help_text]
 
 

@@ -18,6 +18,9 @@ from flexgen.sizes import format_size
 if TYPE_CHECKING:
     from rich.live import Live
 
+    from flexgen.llm import Plan
+    from flexgen.plan.policy import Fractions
+
 _PLAIN_SECONDS = 10.0
 _JSON_SECONDS = 1.0
 
@@ -27,6 +30,10 @@ class Display(Protocol):
 
     def message(self, text: str) -> None:
         """Something said once: what is about to run, and with what."""
+        ...
+
+    def plan(self, plan: Plan) -> None:
+        """How it will run."""
         ...
 
     def progress(self, progress: Progress) -> None:
@@ -50,6 +57,10 @@ class NoDisplay:
 
     def message(self, text: str) -> None:
         """Nothing."""
+
+    def plan(self, plan: Plan) -> None:
+        """The plan as text, as a message."""
+        self.message(format_plan(plan))
 
     def progress(self, progress: Progress) -> None:
         """Nothing."""
@@ -82,7 +93,7 @@ class PlainDisplay(NoDisplay):
 
 
 class JsonDisplay(NoDisplay):
-    """One JSON object per line, all with `event`: "message", "progress", "report"."""
+    """One JSON object per line, all with `event`: "message", "plan", "progress", "report"."""
 
     def __init__(self, messages: TextIO, results: TextIO, *, interval_seconds: float = _JSON_SECONDS) -> None:
         super().__init__(messages, results)
@@ -92,6 +103,10 @@ class JsonDisplay(NoDisplay):
     def message(self, text: str) -> None:
         """{"event": "message", "text": ...}"""
         self._event("message", {"text": text})
+
+    def plan(self, plan: Plan) -> None:
+        """{"event": "plan", "policy": {...the fields of Policy}}"""
+        self._event("plan", {"policy": dataclasses.asdict(plan.policy)})
 
     def progress(self, progress: Progress) -> None:
         """{"event": "progress", ...the fields of Progress}"""
@@ -163,6 +178,28 @@ def _write(stream: TextIO, text: str) -> None:
 
 
 # -- text -------------------------------------------------------------------------------------------------------------------------
+
+
+def format_plan(plan: Plan) -> str:
+    """Where bytes will live and what a pass will carry."""
+    policy, spec = plan.policy, plan.spec
+    staging = policy.host_ring_bytes + policy.device_ring_bytes
+    pools = policy.kv_device_bytes + policy.kv_host_bytes + policy.kv_disk_bytes
+    return (
+        f"plan: {policy.device}, {policy.dtype}, {policy.schedule} schedule, {policy.compute_threads} compute and "
+        f"{policy.io_threads} I/O threads\n"
+        f"  weights  {format_size(spec.decoded_bytes)} in {len(spec.units)} units: {_shares(policy.weights)}; "
+        f"staging {format_size(staging)}, workspace {format_size(policy.workspace_bytes)}\n"
+        f"  KV       {format_size(pools)}: {_shares(policy.kv)}; {format_size(spec.kv_bytes_per_token)} per token, "
+        f"pages of {policy.page_tokens} tokens\n"
+        f"  a pass   up to {policy.max_num_seqs:,} sequences and {policy.prefill_tokens:,} prompt tokens, "
+        f"{policy.micro_batch_tokens:,} tokens at a time"
+    )
+
+
+def _shares(fractions: Fractions) -> str:
+    shares = dataclasses.asdict(fractions)
+    return ", ".join(f"{tier} {share:.1%}" for tier, share in shares.items() if share) or "nowhere"
 
 
 def format_progress(progress: Progress) -> str:

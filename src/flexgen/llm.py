@@ -224,8 +224,13 @@ class LLM:
         )
 
     def plan(self, workload: Workload) -> Plan:
-        """What `stream` would do with this work (see `make_plan`)."""
+        """What `open` would do with this work (see `make_plan`)."""
         return make_plan(self.files, self.options, workload)
+
+    def open(self, workload: Workload) -> Plan:
+        """Open the engine for this work, as `stream` would, and tell its plan."""
+        engine = self._engine_for(workload)
+        return Plan(spec=engine.spec, machine=engine.machine, policy=engine.policy)
 
     def report(self) -> RunReport:
         """How the last run went.

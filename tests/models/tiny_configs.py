@@ -302,7 +302,7 @@ def tiny_config(model_type: str, **overrides: object) -> PreTrainedConfig:
 
 @torch.no_grad()
 def vary_constants(model: PreTrainedModel, seed: int = 0) -> None:
-    """Adds noise to what initialization leaves constant (norms at one; biases, sinks, router corrections at zero) and would hide mistakes."""
+    """Adds noise to what initialization leaves constant (norms at one; biases and sinks at zero) and would hide mistakes."""
     generator = torch.Generator().manual_seed(seed)
     for tensor in model.state_dict().values():
         if tensor.is_floating_point() and tensor.numel() > 1 and tensor.std() == 0:

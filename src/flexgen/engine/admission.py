@@ -83,7 +83,9 @@ class Admission:
             if not self._fits(sequence, neighbours, tier):
                 continue
             kv = self._cache.admit(tier)
-            if self._cache.reserve(kv, len(sequence.tokens)):
+            # On disk a sequence's pages should lie together: it takes all that it expects to need at once.
+            length = max(sequence.final_len, len(sequence.tokens)) if tier == "disk" else len(sequence.tokens)
+            if self._cache.reserve(kv, length):
                 sequence.kv = kv
                 self._homes.give(tier, sequence.final_len)
                 return True

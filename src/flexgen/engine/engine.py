@@ -254,6 +254,8 @@ class Engine:
         batches = self._batches()
         load = self._load(batches)
         waits: dict[str, float] = {}
+        for home, place in self.places.items():
+            place.begin_pass([batch.view for batch in batches if batch.home == home])
         with torch.no_grad():
             run_pass(batches, self.weights, len(self.model.layouts), on_unit=self._on_unit, waits=waits)
             for place in self.places.values():
@@ -292,7 +294,7 @@ class Engine:
             members = [each for each in self._live if each.kv is not None and each.kv.home == home]
             for regime in self._regimes(members):
                 previous: MicroBatch | None = None
-                for slices in pack(regime, self.policy.micro_batch_tokens, mix=self._backend is None, chunk=place.chunks):
+                for slices in pack(regime, self.policy.micro_batch_tokens, mix=place.mixes, chunk=place.chunks):
                     slices = sorted(slices, key=lambda each: not is_decode(_kv_slice(each)))
                     view = place.view([_kv_slice(each) for each in slices])
                     batch = MicroBatch(slices, self.model.bound, self._pass_cache, view, self._rows, self._device)
@@ -315,10 +317,10 @@ class Engine:
         pairs = [0 for _ in groups]
         attended = {home: [0 for _ in groups] for home in self.places}
         for batch in batches:
-            plan = batch.kv_plan
+            plan = batch.view.plan
             read = plan.decode_tokens_read()
             visible = plan.visible_pairs()
-            home = batch.slices[0].sequence.kv.home  # type: ignore[union-attr]
+            home = batch.home
             for each in batch.slices:
                 if is_decode(_kv_slice(each)):
                     steps[home] += 1

@@ -63,13 +63,16 @@ class MicroBatch(ForwardCoroutine):
         self.pending: Pending | None = None
         self.logits: torch.Tensor | None = None
         self.after: MicroBatch | None = None
-        self.kv_plan = view.plan
-        self._model, self._cache, self._view, self._rows, self._device = model, cache, view, rows, device
+        self.view = view
+        self._model, self._cache, self._rows, self._device = model, cache, rows, device
         self._new: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     @property
-    def num_tokens(self) -> int:
-        return sum(each.length for each in self.slices)
+    def home(self) -> str:
+        """The tier of its sequences' KV."""
+        kv = self.slices[0].sequence.kv
+        assert kv is not None
+        return kv.home
 
     def _forward(self) -> None:
         ids: list[int] = []
@@ -98,7 +101,7 @@ class MicroBatch(ForwardCoroutine):
         self._new[layer] = (key, value)
 
     def attend(self, call: AttentionCall) -> torch.Tensor:
-        answer = self._view.attend(call, self._new.pop(call.layer, None))
+        answer = self.view.attend(call, self._new.pop(call.layer, None))
         if isinstance(answer, torch.Tensor):
             return answer
         self.pending = answer

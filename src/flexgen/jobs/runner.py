@@ -61,12 +61,14 @@ class Job:
         num_lines: lines that are not blank.
         num_bad_lines: those that the scan answered with an error.
         started: whether the model has taken requests.
+        defaults: as given.
     """
 
     def __init__(self, llm: LLM, source: Path, store: Store | None, *, defaults: SamplingParams) -> None:
         self.llm, self.source, self.store = llm, source, store
         self.num_lines = self.num_bad_lines = 0
         self.started = False
+        self.defaults = defaults
         self._plain = PlainForm(defaults=defaults)
         self._openai = OpenAIForm(model=llm.files.name, created=store.created if store is not None else 0)
         self._pending = array("Q")  # digests of the lines that the scan left for the model, in order

@@ -7,8 +7,9 @@ wholly behind a window are freed.  Knows no models and computes no attention.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 
@@ -118,10 +119,6 @@ class PagePool:
     def give_back(self, group: int, pages: Sequence[int]) -> None:
         self._free[group].give_back(pages)
 
-    def free_pages(self, group: int) -> int:
-        return self._free[group].num_free
-
-
 class PageList:
     """Free page ids as sorted runs: what is asked for together comes contiguous where possible."""
 
@@ -188,14 +185,14 @@ class SequenceKV:
     freed: list[int] = field(default_factory=list)
 
 
-class PageSource:
-    """What a tier's pool must offer to hold sequences (PagePool, disk.DiskPool)."""
+class Pool(Protocol):
+    """What a tier's pool offers to hold sequences (PagePool here, DiskPool in kv_disk.py)."""
 
-    def take(self, group: int, count: int) -> list[int] | None:
-        raise NotImplementedError
+    num_pages: list[int]
 
-    def give_back(self, group: int, pages: Sequence[int]) -> None:
-        raise NotImplementedError
+    def take(self, group: int, count: int) -> list[int] | None: ...
+
+    def give_back(self, group: int, pages: Sequence[int]) -> None: ...
 
 
 class KVCache:
@@ -205,7 +202,7 @@ class KVCache:
         groups: layer groups. pools: tier -> its pool.
     """
 
-    def __init__(self, groups: Sequence[KVGroup], pools: dict[str, PagePool]) -> None:
+    def __init__(self, groups: Sequence[KVGroup], pools: Mapping[str, Pool]) -> None:
         self.groups = tuple(groups)
         self.pools = pools
         self.used_bytes = dict.fromkeys(pools, 0)

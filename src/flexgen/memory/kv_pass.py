@@ -86,6 +86,9 @@ class KVPlan:
             ),
         )
 
+    def first_visible(self, group: int, position: int) -> int:
+        return self._layouts[group].first_visible(position)
+
     def visible_pairs(self) -> list[int]:
         """(query, visible token) pairs per group."""
         pairs = []
@@ -124,66 +127,96 @@ def attend(
     """Attention of all slices; their new tokens are on the pages already.
 
     Args:
-        pages: this layer's (key_pages, value_pages).
+        pages: this layer's (key_pages, value_pages), on the device of the call's tensors.
 
     Returns:
         (1, tokens, heads, value_dim).
     """
-    query = call.query[0].transpose(0, 1)  # (tokens, heads, key_dim)
-    out = query.new_empty(query.shape[0], query.shape[1], call.value.shape[3])
-    if plan.num_decodes:
-        _decode(kernels, plan, group, call, pages, query[: plan.num_decodes], out[: plan.num_decodes])
-    row = plan.num_decodes
-    for index, each in enumerate(plan.prefills):
-        rows = slice(row, row + each.length)
-        key, value = call.key[0, :, rows], call.value[0, :, rows]  # (heads, length, dim)
-        starts = plan.groups[group].prefill_starts[index]
-        first = int(starts[0])
-        if first < each.start:
-            past_key, past_value = _past(kernels, each.tables[group], first, each.start, call, pages)
-            key, value = torch.cat([past_key, key], dim=1), torch.cat([past_value, value], dim=1)
-        starts = starts - min(first, each.start)
-        kernels.prefill_attention(
-            query[rows], key.transpose(0, 1), value.transpose(0, 1), starts,
-            scaling=call.scaling, softcap=call.softcap, sinks=call.sinks, out=out[rows],
-        )  # fmt: skip
-        row += each.length
-    return out[None]
+    out = call.query.new_empty(1, call.query.shape[2], call.query.shape[1], call.value.shape[3])
+    steps = plan.num_decodes
+    if steps:
+        attended = attend_steps(kernels, plan, group, call, step_queries(call, steps), pages)
+        out[0, :steps] = step_outputs(call, attended)
+    if plan.prefills:
+        past = [gather_past(kernels, plan, group, index, pages) for index in range(len(plan.prefills))]
+        attend_prompts(kernels, plan, group, call, past, out)
+    return out
 
 
-def _decode(
-    kernels: Kernels,
-    plan: KVPlan,
-    group: int,
-    call: AttentionCall,
-    pages: tuple[torch.Tensor, torch.Tensor],
-    query: torch.Tensor,
-    out: torch.Tensor,
-) -> None:
+# Next tokens in three steps, so that the middle one can run where the pages are.
+
+
+def step_queries(call: AttentionCall, steps: int) -> torch.Tensor:
+    """Queries (steps, heads, dim) of the next tokens; on latents the key up-projection has moved into them."""
+    query = call.query[0, :, :steps].transpose(0, 1)  # (steps, heads, key_dim)
+    if call.latent is None:
+        return query
+    nope = call.latent.key_up.shape[1]
+    return torch.cat([torch.einsum("shn,hnr->shr", query[..., :nope], call.latent.key_up), query[..., nope:]], dim=-1)
+
+
+def attend_steps(
+    kernels: Kernels, plan: KVPlan, group: int, call: AttentionCall, query: torch.Tensor, pages: tuple[torch.Tensor, torch.Tensor]
+) -> torch.Tensor:
+    """What the next tokens see: (steps, heads, value_dim), or (steps, heads, rank) on latents."""
     where = plan.groups[group]
     if call.latent is None:
+        out = query.new_empty(*query.shape[:2], call.value.shape[3])
         kernels.decode_attention(
             query, *pages, where.tables, where.starts, where.lengths,
             scaling=call.scaling, softcap=call.softcap, sinks=call.sinks, out=out,
         )  # fmt: skip
-        return
-    # Attend on latents: the key up-projection moves to the query, the value up-projection to the result.
-    nope = call.latent.key_up.shape[1]
-    query_latent = torch.einsum("shn,hnr->shr", query[..., :nope], call.latent.key_up)
-    latent_out = torch.empty_like(query_latent)
+        return out
+    rank = call.latent.key_up.shape[2]
+    out = query.new_empty(*query.shape[:2], rank)
     kernels.decode_latent_attention(
-        query_latent, query[..., nope:].contiguous(), *pages, where.tables, where.starts, where.lengths,
-        scaling=call.scaling, out=latent_out,
+        query[..., :rank].contiguous(), query[..., rank:].contiguous(), *pages, where.tables, where.starts, where.lengths,
+        scaling=call.scaling, out=out,
     )  # fmt: skip
-    out.copy_(torch.einsum("shr,hvr->shv", latent_out, call.latent.value_up))
+    return out
 
 
-def _past(
-    kernels: Kernels, table: Sequence[int], first: int, stop: int, call: AttentionCall, pages: tuple[torch.Tensor, torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values (heads, tokens, dim) of the stored tokens first..stop."""
-    page_table = torch.tensor(table, dtype=torch.int64, device=pages[0].device)
-    key, value = kernels.gather_kv(*pages, page_table, first, stop)  # (tokens, heads, dim)
+def step_outputs(call: AttentionCall, attended: torch.Tensor) -> torch.Tensor:
+    """(steps, heads, value_dim): on latents the value up-projection comes last."""
+    return attended if call.latent is None else torch.einsum("shr,hvr->shv", attended, call.latent.value_up)
+
+
+Past = tuple[torch.Tensor, torch.Tensor] | None  # (tokens, heads, dim) keys and values as cached
+
+
+def gather_past(kernels: Kernels, plan: KVPlan, group: int, index: int, pages: tuple[torch.Tensor, torch.Tensor]) -> Past:
+    """What the prompt slice `index` sees of the tokens stored before it, as cached; None for a first chunk."""
+    each = plan.prefills[index]
+    first = plan.first_visible(group, each.start)
+    if first >= each.start:
+        return None
+    table = torch.tensor(each.tables[group], dtype=torch.int64, device=pages[0].device)
+    return kernels.gather_kv(*pages, table, first, each.start)
+
+
+def attend_prompts(
+    kernels: Kernels, plan: KVPlan, group: int, call: AttentionCall, past: Sequence[Past], out: torch.Tensor
+) -> None:
+    """Attention of the prompt slices into their rows of `out` (1, tokens, heads, value_dim)."""
+    row = plan.num_decodes
+    for index, (each, before) in enumerate(zip(plan.prefills, past, strict=True)):
+        rows = slice(row, row + each.length)
+        key, value = call.key[0, :, rows], call.value[0, :, rows]  # (heads, length, dim)
+        starts = plan.groups[group].prefill_starts[index]
+        if before is not None:
+            earlier = _as_attended(call, before)
+            key, value = torch.cat([earlier[0], key], dim=1), torch.cat([earlier[1], value], dim=1)
+        starts = starts - min(plan.first_visible(group, each.start), each.start)
+        kernels.prefill_attention(
+            call.query[0, :, rows].transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1), starts,
+            scaling=call.scaling, softcap=call.softcap, sinks=call.sinks, out=out[0, rows],
+        )  # fmt: skip
+        row += each.length
+
+
+def _as_attended(call: AttentionCall, cached: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cached (tokens, heads, dim) tensors as keys and values (heads, tokens, dim)."""
+    key, value = cached
     if call.latent is not None:
         return _expand(call.latent, key[:, 0], value[:, 0])
     return key.transpose(0, 1), value.transpose(0, 1)

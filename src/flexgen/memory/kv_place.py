@@ -7,7 +7,7 @@ with a pending result that the ready loop polls.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -27,11 +27,17 @@ class Place(Protocol):
 
     Attributes:
         chunks: whether later chunks of a prompt may follow the first within a pass.
+        mixes: whether next tokens and prompts may share a micro-batch.
     """
 
     chunks: bool
+    mixes: bool
 
     def view(self, slices: Sequence[KVSlice]) -> View: ...
+
+    def begin_pass(self, views: Sequence[View]) -> None:
+        """All views of the coming pass, in the order in which they will run."""
+        ...
 
     def finish_pass(self) -> None:
         """Return once everything that the pass wrote has reached its home."""
@@ -52,18 +58,18 @@ class PendingAttention:
     def __init__(self) -> None:
         self._event = threading.Event()
         self._result: torch.Tensor | None = None
-        self._error: BaseException | None = None
+        self.error: BaseException | None = None
 
     def done(self) -> bool:
         return self._event.is_set()
 
     def finish(self, result: torch.Tensor | None, error: BaseException | None = None) -> None:
-        self._result, self._error = result, error
+        self._result, self.error = result, error
         self._event.set()
 
     def result(self) -> torch.Tensor:
-        if self._error is not None:
-            raise self._error
+        if self.error is not None:
+            raise self.error
         assert self._result is not None
         return self._result
 
@@ -76,6 +82,7 @@ class LocalPlace:
     """
 
     chunks = True
+    mixes = True
 
     def __init__(self, pool: PagePool, kernels: Kernels, device: torch.device) -> None:
         self.pool, self.kernels, self.device = pool, kernels, device
@@ -88,6 +95,9 @@ class LocalPlace:
         """(group, this layer's key and value pages)."""
         group, index = self.where[layer]
         return group, (self.pool.keys[group][index], self.pool.values[group][index])
+
+    def begin_pass(self, views: Sequence[View]) -> None:
+        pass
 
     def finish_pass(self) -> None:
         pass
@@ -107,5 +117,3 @@ class LocalView:
             write_new(place.kernels, self.plan, group, *new, pages)
         return attend(place.kernels, self.plan, group, call, pages)
 
-
-Wake = Callable[[], None]

@@ -7,12 +7,17 @@ from pathlib import Path
 
 import torch
 
-from flexgen.kernels.attention import attention_kernels
+from flexgen.errors import EngineError
+from flexgen.kernels.attention import AttentionKernels, attention_kernels
 from flexgen.memory.direct_io import IOPool
-from flexgen.memory.kv_cache import KVCache, KVGroup, PagePool, divide_pool
+from flexgen.memory.kv_cache import KVCache, KVGroup, PagePool, Pool, divide_pool
+from flexgen.memory.kv_disk import DiskPlace, DiskPool
+from flexgen.memory.kv_host import HOST, HostPlace
 from flexgen.memory.kv_place import LocalPlace, Place
 from flexgen.memory.transfer import Backend
 from flexgen.plan.policy import Policy
+
+TYPICAL_TOKENS = 512  # of a sequence, to divide a pool among layer groups that see unequally far
 
 
 def open_places(
@@ -25,12 +30,29 @@ def open_places(
     notify: Callable[[], None],
 ) -> tuple[dict[str, Place], KVCache]:
     """Tier -> place, and the cache over all tiers, for the policy's pools."""
-    typical = 512
-    pools: dict[str, PagePool] = {}
+    pools: dict[str, Pool] = {}
     places: dict[str, Place] = {}
-    host = torch.device("cpu")
+    device = backend.device if backend is not None else HOST
+
+    def kernels(where: torch.device) -> AttentionKernels:
+        return attention_kernels(where, policy.compute_threads)
+
+    if policy.kv_device_bytes:
+        assert backend is not None
+        pool = PagePool(groups, divide_pool(groups, policy.kv_device_bytes, TYPICAL_TOKENS), backend.allocate)
+        pools["device"], places["device"] = pool, LocalPlace(pool, kernels(device), device)
     if policy.kv_host_bytes:
-        pages = divide_pool(groups, policy.kv_host_bytes, typical)
-        pools["host"] = PagePool(groups, pages, lambda size: torch.empty(size, dtype=torch.uint8))
-        places["host"] = LocalPlace(pools["host"], attention_kernels(host, policy.compute_threads), host)
+        pages = divide_pool(groups, policy.kv_host_bytes, TYPICAL_TOKENS)
+        pool = PagePool(groups, pages, lambda size: torch.empty(size, dtype=torch.uint8))
+        pools["host"] = pool
+        if backend is None:
+            places["host"] = LocalPlace(pool, kernels(HOST), HOST)
+        else:
+            places["host"] = HostPlace(pool, kernels(HOST), kernels(device), backend, notify)
+    if policy.kv_disk_bytes:
+        if offload_dir is None:
+            raise EngineError("KV on disk needs an offload folder")
+        disk = DiskPool(groups, divide_pool(groups, policy.kv_disk_bytes, TYPICAL_TOKENS), offload_dir)
+        pools["disk"] = disk
+        places["disk"] = DiskPlace(disk, kernels(HOST), kernels(device), backend, notify, io, policy.kv_staging_bytes)
     return places, KVCache(groups, pools)

@@ -7,9 +7,7 @@ except to find out whether two copies of a tied weight are equal.
 from __future__ import annotations
 
 import logging
-import re
-from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
@@ -171,7 +169,7 @@ class _Group:
         self._check_complete()
         try:
             return [_traced_source(name, x) for name, x in self._run(model, map(Traced.of, self._stored)).items()]
-        except Exception as error:  # whatever a conversion makes of tensors without numbers
+        except Exception as error:  # noqa: BLE001 - whatever a conversion makes of tensors without numbers
             logger.debug("%s cannot be traced, so it will be computed: %r", self.target, error)
         meta = (torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for tensor in self._stored)
         try:
@@ -180,9 +178,7 @@ class _Group:
             raise CheckpointError(f"{self.target} cannot be made of {some(self.names)}: {error}") from error
         pieces = tuple(piece for tensor in self._stored for piece in whole(tensor))
         return [
-            ParameterSource(
-                name=name, shape=tuple(x.shape), dtype=x.dtype, pieces=pieces, convert=partial(self._compute, model, name)
-            )
+            ParameterSource(name=name, shape=tuple(x.shape), dtype=x.dtype, pieces=pieces, convert=partial(self._compute, model, name))
             for name, x in results.items()
         ]
 
@@ -211,7 +207,7 @@ class _Group:
                 continue
             numbers = sorted(int(number) for number in varying[0])
             if numbers != list(range(numbers[0], numbers[0] + len(numbers))):
-                raise CheckpointError(f"{self.target}: of {pattern} only numbers {', '.join(map(str, numbers))} are stored")
+                raise CheckpointError(f"{self.target}: some of {pattern} are missing; there are {len(numbers)}, up to number {numbers[-1]}")
 
 
 def _traced_source(name: str, x: torch.Tensor) -> ParameterSource:
@@ -220,9 +216,7 @@ def _traced_source(name: str, x: torch.Tensor) -> ParameterSource:
     return ParameterSource(name=name, shape=tuple(x.shape), dtype=x.dtype, pieces=x.pieces)
 
 
-def _gather(
-    model: PreTrainedModel, checkpoint: Checkpoint, expected: Mapping[str, torch.Tensor]
-) -> tuple[Collection[_Group], set[str]]:
+def _gather(model: PreTrainedModel, checkpoint: Checkpoint, expected: Mapping[str, torch.Tensor]) -> tuple[Collection[_Group], set[str]]:
     """Stored tensors by the parameter they belong to, and the names of those that belong to none.
 
     The loop is that of transformers' `convert_and_load_state_dict_in_model`, without its loading.
@@ -242,6 +236,8 @@ def _gather(
             unexpected.add(name)
             continue
         group = groups.setdefault(target, _Group(target, by_pattern[pattern] if pattern else None))
+        if (pattern is None) != (group.converter is None):
+            raise CheckpointError(f"{checkpoint.folder}: {target} is stored both whole and in parts: {some([name, *group.names])}")
         group.tensors.append((pattern or name, checkpoint.tensors[name]))
     return groups.values(), unexpected
 
@@ -268,7 +264,7 @@ def _tie(model: PreTrainedModel, found: dict[str, ParameterSource], expected: Co
             if not stored or name == stored[0] or name not in expected:
                 continue
             if name in found and not _equal(found[name], found[stored[0]]):
-                logger.warning("%s and %s are tied by the config, but the checkpoint stores two different weights; both are used", name, stored[0])
+                logger.warning("%s and %s should be tied, but different weights are stored; both are used", name, stored[0])
                 continue
             found.pop(name, None)
             tied[name] = stored[0]

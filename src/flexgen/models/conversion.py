@@ -30,14 +30,14 @@ class Traced(torch.Tensor):
     """A tensor that consists of `pieces` of stored tensors, which fill it without overlap."""
 
     pieces: tuple[Piece, ...]
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore[reportAssignmentType]
 
     @staticmethod
-    def __new__(cls, shape: Sequence[int], dtype: torch.dtype, pieces: Sequence[Piece]) -> Traced:
+    def __new__(cls: type[Traced], shape: Sequence[int], dtype: torch.dtype, pieces: Sequence[Piece]) -> Traced:
         if len(pieces) > _MAX_PIECES:
             raise Untraceable(f"more than {_MAX_PIECES} pieces")
         # Its own strides are always those of a contiguous tensor, so that `contiguous` and `reshape` make no copies.
-        tensor = torch.Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=dtype, device="meta")
+        tensor = torch.Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=dtype, device=torch.device("meta"))
         tensor.pieces = tuple(pieces)
         return tensor
 
@@ -66,9 +66,7 @@ def _same(x: Traced, **_: Any) -> Traced:
 
 def _reindexed(x: Traced, reindex: Callable[[Sequence[int], int], tuple[int, ...]]) -> Traced:
     """Dimensions reordered, dropped or inserted: `reindex(values, value of an inserted dimension)`."""
-    pieces = [
-        replace(p, shape=reindex(p.shape, 1), strides=reindex(p.strides, 0), start=reindex(p.start, 0)) for p in x.pieces
-    ]
+    pieces = [replace(p, shape=reindex(p.shape, 1), strides=reindex(p.strides, 0), start=reindex(p.start, 0)) for p in x.pieces]
     return Traced(reindex(x.shape, 1), x.dtype, pieces)
 
 
@@ -148,9 +146,10 @@ def _view(x: Traced, shape: Sequence[int]) -> Traced:
         shape = [x.numel() // -math.prod(shape) if n == -1 else n for n in shape]
     if tuple(shape) == tuple(x.shape) or not x.pieces:
         return Traced(shape, x.dtype, x.pieces)
-    if len(x.pieces) > 1:
+    piece, *others = x.pieces
+    if others:
         raise Untraceable("a reshape of several pieces")
-    return Traced(shape, x.dtype, list(_reshaped(x.pieces[0], tuple(shape), (0,) * len(shape), 0)))
+    return Traced(shape, x.dtype, list(_reshaped(piece, tuple(shape), (0,) * len(shape), 0)))
 
 
 def _reshaped(piece: Piece, shape: tuple[int, ...], start: tuple[int, ...], dim: int) -> Iterator[Piece]:
@@ -173,9 +172,7 @@ def _reshaped(piece: Piece, shape: tuple[int, ...], start: tuple[int, ...], dim:
     rows = shape[dim] // count  # of dimension `dim`, for each index
     deeper = rows == 1 and dim + 1 < len(shape)
     for index in range(count):
-        part = replace(
-            piece, first=piece.first + index * piece.strides[0], shape=piece.shape[1:], strides=piece.strides[1:]
-        )
+        part = replace(piece, first=piece.first + index * piece.strides[0], shape=piece.shape[1:], strides=piece.strides[1:])
         place = put(start, dim, start[dim] + index * rows)
         yield from _reshaped(part, put(shape, dim, rows), place, dim + 1 if deeper else dim)
 

@@ -136,7 +136,7 @@ class _Numbers:
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    return memoryview(tensor.view(torch.uint8).numpy())
+    return tensor.view(torch.uint8).numpy().data
 
 
 def _write_shard(file: _NewFile, tensors: Iterable[_Tensor], numbers: _Numbers) -> None:

@@ -64,7 +64,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     try:
         # Non-blocking, so that a pipe planted under a weight file's name cannot hang us.
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        with open(descriptor, "rb") as file:
+        with os.fdopen(descriptor, "rb") as file:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode):
                 raise CheckpointError(f"{path}: not a regular file")
@@ -139,7 +139,7 @@ def strict_json(data: bytes) -> dict[str, Any]:
 
 
 def _stored_tensor(name: str, entry: Any, payload: int, path: Path) -> StoredTensor:
-    if not name or len(name) > _MAX_NAME_LENGTH or not name.isprintable():
+    if not name or len(name) > _MAX_NAME_LENGTH or not (name.isascii() and name.isprintable()):
         raise _broken(path, f"{name[:80]!r} is no name for a tensor")
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise _broken(path, f"{name} is not described by exactly dtype, shape and data_offsets")

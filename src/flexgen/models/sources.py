@@ -184,9 +184,9 @@ def read_bytes(path: Path, offset: int, nbytes: int) -> torch.Tensor:
         CheckpointError: when the file cannot be read, or ends too early.
     """
     data = torch.empty(nbytes, dtype=torch.uint8)
-    rest = memoryview(data.numpy())
+    rest = data.numpy().data
     try:
-        with open(path, "rb", buffering=0) as file:
+        with path.open("rb", buffering=0) as file:
             while rest and (count := os.preadv(file.fileno(), [rest], offset + nbytes - len(rest))):
                 rest = rest[count:]
     except OSError as error:

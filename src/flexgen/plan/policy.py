@@ -28,6 +28,7 @@ class Policy:
         weights: home fractions of the units' bytes.
         kv: home fractions of KV bytes.
         kv_device_bytes, kv_host_bytes, kv_disk_bytes: sizes of the page pools.
+        kv_staging_bytes: host memory for pages read ahead from disk (0 without KV on disk).
         host_ring_bytes: staging for units that come from disk.
         device_ring_bytes: staging on the device for units that are not at home there (0 on "cpu").
         workspace_bytes: reserved for activations and temporary tensors.
@@ -57,6 +58,7 @@ class Policy:
     page_tokens: int
     compute_threads: int
     io_threads: int
+    kv_staging_bytes: int = 0
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2)

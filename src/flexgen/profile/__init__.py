@@ -1,0 +1,1 @@
+"""Measuring this machine: its limits and its best rates."""

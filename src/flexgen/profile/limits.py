@@ -47,7 +47,7 @@ def find_limits(
         disk_space: folder -> (free, total) bytes. cuda_memory: (free, total) bytes, or None without a GPU.
 
     Raises:
-        OptionError: a size that is none, or one for a tier that the device does not have.
+        OptionError: a size that cannot be read, or one for a tier that the device does not have.
         CapacityError: a budget larger than the hard limit above it.
     """
     cuda_memory = cuda_memory or _cuda_memory
@@ -59,10 +59,10 @@ def find_limits(
     tightest = min(ceilings, key=lambda ceiling: ceiling.available_bytes)
     device_bytes, device_total = _device_budget(device, options.device_mem, hard.total_bytes, cuda_memory)
     if options.host_mem is not None:
-        host_bytes, host_source = parse_size(options.host_mem, total_bytes=hard.total_bytes), f"host_mem={options.host_mem}"
+        host_bytes, host_source = parse_size(options.host_mem, total_bytes=hard.total_bytes), f"--host-mem {options.host_mem}"
         if host_bytes > hard.total_bytes:
             raise CapacityError(
-                f"host_mem={options.host_mem} ({format_size(host_bytes)}) is more than {hard.name} allows "
+                f"--host-mem {options.host_mem} ({format_size(host_bytes)}) is more than {hard.name} allows "
                 f"({format_size(hard.total_bytes)}): ask for less, or raise that limit"
             )
     else:
@@ -73,7 +73,7 @@ def find_limits(
     if device == "sim" and host_bytes + device_bytes > hard.total_bytes:
         raise CapacityError(
             f"the simulated device's {format_size(device_bytes)} and the host budget's {format_size(host_bytes)} are the same memory, and "
-            f"{hard.name} allows {format_size(hard.total_bytes)}: lower device_mem or host_mem"
+            f"{hard.name} allows {format_size(hard.total_bytes)}: lower --device-mem or --host-mem"
         )
     folder = Path(options.offload_dir or tempfile.gettempdir())
     in_memory = _file_system(root, folder) in MEMORY_FILE_SYSTEMS
@@ -194,20 +194,20 @@ def _device_budget(device: str, text: str | None, host_total: int, cuda_memory: 
     """(budget, total) bytes of the device."""
     if device == "cpu":
         if text is not None:
-            raise OptionError(f"device_mem={text}: on a CPU device there is no device tier; use host_mem")
+            raise OptionError(f"--device-mem {text}: on a CPU device there is no device tier; use --host-mem")
         return 0, 0
     if device == "sim":
         budget = SIM_DEVICE_BYTES if text is None else parse_size(text, total_bytes=host_total)
         return budget, budget
     memory = cuda_memory()
     if memory is None:
-        raise OptionError("device='cuda': this torch sees no CUDA device; use device='cpu'")
+        raise OptionError("--device cuda: this torch sees no CUDA device; use --device cpu")
     free, total = memory
     if text is None:
         return int(CUDA_SHARE * free), total
     budget = parse_size(text, total_bytes=total)
     if budget > total:
-        raise CapacityError(f"device_mem={text} ({format_size(budget)}) is more than the device has ({format_size(total)})")
+        raise CapacityError(f"--device-mem {text} ({format_size(budget)}) is more than the device has ({format_size(total)})")
     return budget, total
 
 
@@ -220,15 +220,15 @@ def _cuda_memory() -> tuple[int, int] | None:
 def _disk_budget(folder: Path, text: str | None, in_memory: bool, disk_space: Callable[[Path], tuple[int, int]]) -> tuple[int, int]:
     """(budget, total) bytes of the offload folder's file system."""
     if folder.exists() and not folder.is_dir():
-        raise OptionError(f"offload_dir={str(folder)!r} is not a folder")
+        raise OptionError(f"--offload-dir {folder} is not a folder")
     free, total = disk_space(_existing(folder))
     if text is None:
         return (0 if in_memory else int(DISK_SHARE * free)), total
     budget = parse_size(text, total_bytes=total)
     if budget > free:
         raise CapacityError(
-            f"disk={text} ({format_size(budget)}) is more than is free in {folder} ({format_size(free)}): "
-            "ask for less, or give another offload_dir"
+            f"--disk {text} ({format_size(budget)}) is more than is free in {folder} ({format_size(free)}): "
+            "ask for less, or give another --offload-dir"
         )
     return budget, total
 

@@ -15,10 +15,10 @@ logger = logging.getLogger(__name__)
 def entry(function: Callable[..., None]) -> Any:
     """Compile `function` for each kind of arguments at its first call, or load what an earlier process compiled."""
     try:
-        dispatcher = njit(nogil=True, cache=True)(function)
+        dispatcher = njit(nogil=True, error_model="numpy", cache=True)(function)
     except RuntimeError:  # Numba found no folder that it may write to
         logger.info("%s cannot be kept on disk and will be compiled in every process", function.__name__)
-        return njit(nogil=True)(function)
+        return njit(nogil=True, error_model="numpy")(function)
     _forget_outdated(Path(dispatcher.stats.cache_path), function.__module__.rpartition(".")[2])
     return dispatcher
 

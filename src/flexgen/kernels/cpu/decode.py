@@ -11,9 +11,8 @@ from typing import Any
 from numba import njit
 
 from flexgen.kernels.cpu.compile import entry
-from flexgen.kernels.cpu.formats import widen
-from flexgen.kernels.cpu.softmax import State, absorb_rows, begin_rows, write_rows
-from flexgen.kernels.cpu.tile import Rows, add_product, moved, padded, part, pointer
+from flexgen.kernels.cpu.softmax import absorb_rows, begin_rows, softmax_state, write_rows
+from flexgen.kernels.cpu.tile import Rows, add_product, clear, moved, padded, part, pointer, widen_row
 
 BLOCK_TOKENS = 512  # the scores of a block stay in the first-level cache
 
@@ -46,9 +45,7 @@ def decode_attention(
     block_tokens = max(BLOCK_TOKENS, page_tokens)
     queries = Rows(pointer(workspace, 0), key_dim)
     scores = Rows(moved(queries.first, padded(group * key_dim)), block_tokens)
-    totals = Rows(moved(scores.first, padded(group * block_tokens)), value_dim)
-    maxima = moved(totals.first, padded(group * value_dim))
-    state = State(maxima, moved(maxima, padded(group)), totals)
+    state = softmax_state(moved(scores.first, padded(group * block_tokens)), group, value_dim)
 
     for item in range(begin, end):
         sequence, kv_head = item // kv_heads, item % kv_heads
@@ -73,7 +70,7 @@ def decode_attention(
                 place = (page * kv_heads + kv_head) * size + (first - position) * value_dim
                 stored = Rows(pointer(value_pages, place), value_dim)
                 rows, ahead = min(position + page_tokens, block_end) - first, (following - page) * kv_heads * size
-                add_product(part(scores, 0, first - block), stored, totals, group, rows, value_dim, ahead)
+                add_product(part(scores, 0, first - block), stored, state.totals, group, rows, value_dim, ahead)
         write_rows(state, group, value_dim, pointer(out, first_head * value_dim))
 
 
@@ -84,17 +81,3 @@ def page_and_next(table: Any, index: int, last: int, num_pages: int) -> Any:
     if min(page, following) < 0 or max(page, following) >= num_pages:
         raise IndexError("the page table names no page of the pool at a visible position")
     return page, following
-
-
-@njit
-def widen_row(stored: Any, row: Any, size: int) -> None:
-    """Widen `size` elements that lie behind each other."""
-    for i in range(size):
-        row[i] = widen(stored[i])
-
-
-@njit
-def clear(row: Any, size: int) -> None:
-    """Set `size` elements to zero."""
-    for i in range(size):
-        row[i] = 0

@@ -14,6 +14,7 @@ from numba import njit, types
 from numba.extending import intrinsic, overload
 
 from flexgen.kernels.cpu.formats import narrow
+from flexgen.kernels.cpu.tile import Rows, moved, padded, part
 
 LOG2_E = np.float32(math.log2(math.e))
 LN_2_HIGH, LN_2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)  # their sum is ln 2; the high part has 10 bits
@@ -28,9 +29,9 @@ SMALL = np.float32(0.25)
 
 LOWEST = -3e38  # near the lowest float32, yet finite: differences stay numbers
 
-CONTRACT = {"contract"}
-SUM = {"contract", "reassoc"}  # in any order
-REDUCE = {"contract", "reassoc", "nsz", "nnan"}
+# A division that may raise ends vectorisation; a sum in one given order does too.
+ELEMENTWISE = {"error_model": "numpy", "fastmath": {"contract"}}
+IN_ANY_ORDER = {"error_model": "numpy", "fastmath": {"contract", "reassoc", "nsz"}}
 
 
 class State(NamedTuple):
@@ -65,7 +66,18 @@ def _power_of_two(typing_context: Any, exponent: Any) -> Any:
     return types.float32(types.int32), generate
 
 
-@overload(exp_nonpositive, jit_options={"fastmath": CONTRACT})
+@intrinsic
+def _larger(typing_context: Any, a: Any, b: Any) -> Any:
+    """The larger of two numbers, in a form that LLVM takes for a maximum over a loop."""
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
+        flags = ("nnan", "nsz")
+        return builder.select(builder.fcmp_ordered(">", *arguments, flags=flags), *arguments, flags=flags)
+
+    return a(a, a), generate
+
+
+@overload(exp_nonpositive, jit_options=ELEMENTWISE)
 def _exp_nonpositive(x: float) -> Any:
     if x != types.float32:
         return exp_nonpositive
@@ -81,7 +93,7 @@ def _exp_nonpositive(x: float) -> Any:
     return polynomial
 
 
-@overload(tanh, jit_options={"fastmath": CONTRACT})
+@overload(tanh, jit_options=ELEMENTWISE)
 def _tanh(x: float) -> Any:
     if x != types.float32:
         return tanh
@@ -92,29 +104,28 @@ def _tanh(x: float) -> Any:
         series = x + x * square * (T3 + square * (T5 + square * (T7 + square * T9)))
         e = exp_nonpositive(-TWO * magnitude)
         large = (ONE - e) / (ONE + e)
-        return series if magnitude < SMALL else (large if x > 0 else -large)
+        return series if magnitude < SMALL else math.copysign(large, x)
 
     return by_exponential
 
 
-@njit(fastmath=REDUCE)
+@njit(**IN_ANY_ORDER)
 def _scale(scores: Any, begin: int, end: int, scaling: Any, maximum: Any) -> Any:
     """Scale scores in place; returns the largest, at least `maximum`."""
     for i in range(begin, end):
         score = scores[i] * scaling
         scores[i] = score
-        if score > maximum:
-            maximum = score
+        maximum = _larger(maximum, score)
     return maximum
 
 
-@njit(fastmath=CONTRACT)
+@njit(**ELEMENTWISE)
 def _cap(scores: Any, begin: int, end: int, factor: Any, softcap: Any) -> None:
     for i in range(begin, end):
         scores[i] = softcap * tanh(scores[i] * factor)
 
 
-@njit(fastmath=SUM)
+@njit(**IN_ANY_ORDER)
 def _exponentiate(scores: Any, begin: int, end: int, maximum: Any, total: Any) -> Any:
     """Replace scores by exp(score - maximum); returns their sum, added to `total`."""
     for i in range(begin, end):
@@ -124,7 +135,7 @@ def _exponentiate(scores: Any, begin: int, end: int, maximum: Any, total: Any) -
     return total
 
 
-@njit
+@njit(**ELEMENTWISE)
 def absorb(scores: Any, begin: int, end: int, scaling: Any, softcap: Any, maximum: Any, normalizer: Any) -> Any:
     """Turn scores[begin:end], one row of a block, into weights; softcap 0 caps nothing.
 
@@ -137,6 +148,20 @@ def absorb(scores: Any, begin: int, end: int, scaling: Any, softcap: Any, maximu
     largest = _scale(scores, begin, end, scaling, maximum)
     factor = exp_nonpositive(maximum - largest)
     return largest, _exponentiate(scores, begin, end, largest, normalizer * factor), factor
+
+
+@njit
+def softmax_state(memory: Any, rows: int, columns: int) -> Any:
+    """A state of so many rows, laid out from a pointer on."""
+    totals = Rows(memory, columns)
+    maxima = moved(memory, padded(rows * columns))
+    return State(maxima, moved(maxima, padded(rows)), totals)
+
+
+@njit
+def rows_from(state: Any, row: int) -> Any:
+    """The state of a row and what follows."""
+    return State(moved(state.maxima, row), moved(state.normalizers, row), part(state.totals, row, 0))
 
 
 @njit
@@ -162,7 +187,7 @@ def absorb_rows(scores: Any, begin: int, end: int, heads: int, scaling: Any, sof
                 state.totals.first[i] *= factor
 
 
-@njit
+@njit(**ELEMENTWISE)
 def write_rows(state: Any, heads: int, columns: int, out: Any) -> None:
     """Divide the totals by the normalizers and store them, heads behind each other, in the format of `out`."""
     for head in range(heads):

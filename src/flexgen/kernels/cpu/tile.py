@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
-from numba.extending import intrinsic
+from numba.extending import intrinsic, register_jitable
 
 from flexgen.kernels.cpu.formats import widen, widened
 
@@ -49,7 +49,7 @@ def moved(typing_context: Any, start: Any, elements: Any) -> Any:
     return start(start, types.int64), generate
 
 
-@njit
+@register_jitable
 def padded(size: int) -> int:
     """A size rounded up so that what follows begins on a vector's boundary."""
     return (size + LANES - 1) // LANES * LANES
@@ -59,6 +59,20 @@ def padded(size: int) -> int:
 def part(rows: Any, row: int, column: int) -> Any:
     """The matrix from (row, column) on."""
     return Rows(moved(rows.first, row * rows.stride + column), rows.stride)
+
+
+@njit
+def widen_row(stored: Any, row: Any, size: int) -> None:
+    """Widen `size` elements that lie behind each other."""
+    for i in range(size):
+        row[i] = widen(stored[i])
+
+
+@njit
+def clear(row: Any, size: int) -> None:
+    """Set `size` elements to zero."""
+    for i in range(size):
+        row[i] = 0
 
 
 @njit

@@ -1,0 +1,69 @@
+"""`flexgen bench throughput`: random prompts of one length, answers of one length; vLLM's figures and ours.  Loading is not timed."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from flexgen.engine.progress import Progress
+from flexgen.errors import OptionError
+from flexgen.llm import LLM
+from flexgen.plan.workload import Workload
+from flexgen.request import SamplingParams, TokenRequest
+
+
+def uniform_workload(num_prompts: int, input_len: int, output_len: int) -> Workload:
+    """The same lengths `num_prompts` times."""
+    return Workload(prompt_lens=(input_len,) * num_prompts, output_lens=(output_len,) * num_prompts)
+
+
+def run_throughput(llm: LLM, workload: Workload, *, on_progress: Callable[[Progress], None] | None = None) -> dict[str, Any]:
+    """Greedy answers of exactly the asked lengths to random ids (seeded by the model's seed).
+
+    Returns:
+        vLLM's keys (elapsed_time, num_requests, total_num_tokens, requests_per_second, tokens_per_second) and those of
+        `RunReport`.
+
+    Raises:
+        OptionError: prompt and answer do not fit the context.
+    """
+    longest = max(p + o for p, o in zip(workload.prompt_lens, workload.output_lens, strict=True))
+    if longest > llm.max_model_len:
+        raise OptionError(f"prompt and answer of {longest} tokens exceed the context of {llm.max_model_len}")
+    llm.open(workload)
+    start = time.perf_counter()
+    results = list(llm.stream(_random_requests(llm, workload), workload, on_progress=on_progress))
+    elapsed = time.perf_counter() - start
+    for result in results:
+        if result.error is not None:
+            raise result.error
+    total = workload.prompt_tokens + sum(len(result.token_ids) for result in results)
+    return {
+        "elapsed_time": elapsed,
+        "num_requests": len(results),
+        "total_num_tokens": total,
+        "requests_per_second": len(results) / elapsed,
+        "tokens_per_second": total / elapsed,
+        **dataclasses.asdict(llm.report()),
+    }
+
+
+def _random_requests(llm: LLM, workload: Workload) -> Iterator[TokenRequest]:
+    rng = np.random.default_rng(llm.options.seed)
+    for index, (prompt_len, output_len) in enumerate(zip(workload.prompt_lens, workload.output_lens, strict=True)):
+        ids = rng.integers(0, llm.vocab_size, prompt_len).tolist()
+        yield llm.token_request(index, ids, SamplingParams(temperature=0.0, max_tokens=output_len, ignore_eos=True))
+
+
+def format_throughput(figures: dict[str, Any]) -> str:
+    """vLLM's lines."""
+    return (
+        f"Throughput: {figures['requests_per_second']:.2f} requests/s, {figures['tokens_per_second']:.2f} total tokens/s, "
+        f"{figures['output_tokens'] / figures['elapsed_time']:.2f} output tokens/s\n"
+        f"Total num prompt tokens:  {figures['prompt_tokens']}\n"
+        f"Total num output tokens:  {figures['output_tokens']}"
+    )

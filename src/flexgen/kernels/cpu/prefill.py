@@ -1,0 +1,124 @@
+"""Prefill attention: many queries of one sequence, block by block as in FlashAttention-2 (arXiv:2307.08691).
+
+A work item is a run of queries under one key head.  A block of keys and values is widened into panels of PANEL
+columns, which the product streams through the first-level cache for one tile of rows after the other.  A row is
+one query token under one query head; the heads of a token lie behind each other.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from numba import njit
+
+from flexgen.kernels.cpu.compile import entry
+from flexgen.kernels.cpu.formats import widen
+from flexgen.kernels.cpu.softmax import absorb_rows, begin_rows, rows_from, softmax_state, write_rows
+from flexgen.kernels.cpu.tile import PANEL, Rows, add_product, clear, moved, padded, part, pointer, widen_row
+
+ROWS_PER_ITEM = 256
+ROWS_PER_TILE = 8
+BLOCK_TOKENS = 256  # keys and values of a block, widened, stay in the second-level cache
+
+
+def prefill_workspace(rows: int, key_dim: int, value_dim: int) -> int:
+    """How many numbers `prefill_attention` needs to write down."""
+    columns = -(-value_dim // PANEL) * PANEL
+    parts = (rows * key_dim, BLOCK_TOKENS * key_dim, BLOCK_TOKENS * columns, ROWS_PER_TILE * BLOCK_TOKENS, rows * columns, rows, rows)
+    return sum(padded(size) for size in parts)
+
+
+@entry
+def prefill_attention(
+    begin: int,
+    end: int,
+    query: Any,
+    key: Any,
+    value: Any,
+    starts: Any,
+    sinks: Any,
+    scaling: Any,
+    softcap: Any,
+    item_tokens: int,
+    out: Any,
+    workspace: Any,
+) -> None:
+    """Work items begin <= run * kv_heads + kv_head < end, of `item_tokens` queries each."""
+    num_queries, heads, key_dim = query.shape
+    num_positions, kv_heads, value_dim = value.shape
+    group, past = heads // kv_heads, num_positions - num_queries
+    rows, columns = item_tokens * group, (value_dim + PANEL - 1) // PANEL * PANEL
+    queries = Rows(pointer(workspace, 0), key_dim)
+    keys = Rows(moved(queries.first, padded(rows * key_dim)), PANEL)
+    values = Rows(moved(keys.first, padded(BLOCK_TOKENS * key_dim)), PANEL)
+    scores = Rows(moved(values.first, padded(BLOCK_TOKENS * columns)), BLOCK_TOKENS)
+    state = softmax_state(moved(scores.first, ROWS_PER_TILE * BLOCK_TOKENS), rows, columns)
+
+    for item in range(begin, end):
+        kv_head, first_query = item % kv_heads, item // kv_heads * item_tokens
+        tokens = min(item_tokens, num_queries - first_query)
+        block, last = num_positions, past + first_query + tokens
+        for i in range(tokens):
+            place = (first_query + i) * heads + kv_head * group
+            widen_row(pointer(query, place * key_dim), moved(queries.first, i * group * key_dim), group * key_dim)
+            begin_rows(rows_from(state, i * group), group, sinks, kv_head * group)
+            block = min(block, starts[first_query + i])
+        while block < last:
+            block_end = min(block + BLOCK_TOKENS, last)
+            for position in range(block, block_end):
+                place = position * kv_heads + kv_head
+                put_key(pointer(key, place * key_dim), keys.first, position - block, key_dim)
+                put_value(pointer(value, place * value_dim), values.first, position - block, value_dim)
+            for row in range(0, tokens * group, ROWS_PER_TILE):
+                tile_rows = min(ROWS_PER_TILE, tokens * group - row)
+                attend_tile(
+                    part(queries, row, 0), keys, values, scores, rows_from(state, row), starts,
+                    first_query * group + row, tile_rows, group, past, block, block_end, scaling, softcap,
+                )  # fmt: skip
+            block = block_end
+        for i in range(tokens):
+            place = (first_query + i) * heads + kv_head * group
+            write_rows(rows_from(state, i * group), group, value_dim, pointer(out, place * value_dim))
+
+
+@njit
+def put_key(stored: Any, panels: Any, column: int, key_dim: int) -> None:
+    """Widen one key into a column of its panel: panels are (key_dim, PANEL) behind each other."""
+    panel = moved(panels, column // PANEL * PANEL * key_dim + column % PANEL)
+    for i in range(key_dim):
+        panel[i * PANEL] = widen(stored[i])
+
+
+@njit
+def put_value(stored: Any, panels: Any, row: int, value_dim: int) -> None:
+    """Widen one value into a row of every panel: panels are (BLOCK_TOKENS, PANEL) behind each other."""
+    for first in range(0, value_dim, PANEL):
+        widen_row(moved(stored, first), moved(panels, first * BLOCK_TOKENS + row * PANEL), min(PANEL, value_dim - first))
+
+
+@njit
+def attend_tile(
+    queries: Any, keys: Any, values: Any, scores: Any, state: Any, starts: Any,
+    first_row: int, rows: int, group: int, past: int, block: int, block_end: int, scaling: Any, softcap: Any,
+) -> None:  # fmt: skip
+    """A few rows, numbered from `first_row` over all queries, see their part of a block of keys and values."""
+    first_query, last_query = first_row // group, (first_row + rows - 1) // group
+    lowest, highest = block_end, min(past + last_query + 1, block_end)
+    for i in range(first_query, last_query + 1):
+        lowest = min(lowest, max(starts[i], block))
+    first, last = (lowest - block) // PANEL * PANEL, highest - block
+    clear(scores.first, rows * BLOCK_TOKENS)
+    for column in range(first, last, PANEL):
+        panel = Rows(moved(keys.first, column * queries.stride), PANEL)
+        add_product(queries, panel, part(scores, 0, column), rows, queries.stride, PANEL, 0)
+    for row in range(rows):
+        query = (first_row + row) // group
+        begin, end = max(starts[query], block) - block, min(past + query + 1, block_end) - block
+        own = part(scores, row, 0)
+        if begin < end:
+            absorb_rows(own, begin, end, 1, scaling, softcap, rows_from(state, row))
+        clear(moved(own.first, first), min(begin, last) - first)
+        clear(moved(own.first, max(end, first)), last - max(end, first))
+    for column in range(0, state.totals.stride, PANEL):
+        panel = Rows(moved(values.first, column * BLOCK_TOKENS + first * PANEL), PANEL)
+        add_product(part(scores, 0, first), panel, part(state.totals, 0, column), rows, last - first, PANEL, 0)

@@ -1,0 +1,163 @@
+"""What several tests share: a model folder without a usable model, and an engine that only pretends."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import pytest
+
+from flexgen.engine.progress import Progress, RunReport
+from flexgen.errors import RequestError
+from flexgen.plan.machine import Machine
+from flexgen.plan.model import KVGroupSpec, ModelSpec, UnitSpec
+from flexgen.plan.policy import Fractions, Policy
+from flexgen.plan.workload import Workload
+from flexgen.request import TokenRequest, TokenResult
+
+VOCAB = 300  # 256 bytes, </s> = 256, <pad> = 257, and some ids that the tokenizer does not know
+CONTEXT = 64
+POISON = 299  # a prompt with this id fails in the fake engine
+
+
+def fake_token(request: TokenRequest, place: int) -> int:
+    """What the fake engine answers: letters that depend on the prompt, the seed (unless greedy) and the place only."""
+    salt = request.seed if request.temperature > 0 else 0
+    return 97 + (sum(request.prompt_token_ids) + salt + 7 * place * place) % 26 - ord("a") + 64  # byte-level ids of letters
+
+
+class FakeEngine:
+    """Answers in blocks of `max_num_seqs`, shortest first, pulling requests only when there is room."""
+
+    def __init__(self, workload: Workload, max_num_seqs: int = 4, kv_host_bytes: int = 1 << 40) -> None:
+        self.workload = workload
+        self.closed = False
+        self.num_pulled = 0
+        self.results: list[TokenResult] = []
+        self.prompt_tokens = 0
+        self.spec = ModelSpec(
+            name="fake",
+            model_type="opt",
+            units=(UnitSpec(name="layers.0", disk_bytes=1000, decoded_bytes=1000, flops_per_token=2000.0),),
+            kv_groups=(KVGroupSpec(num_layers=1, bytes_per_token=10, attention_flops_per_pair=4.0),),
+            resident_bytes=10,
+            embedding_bytes=100,
+            embedding_row_bytes=1,
+            hidden_size=8,
+            intermediate_size=16,
+            vocab_size=VOCAB,
+            max_position_embeddings=CONTEXT,
+        )
+        self.machine = Machine(
+            name="fake", measured="datasheet", cores=1, disk_read_bytes_per_s=1e9, disk_write_bytes_per_s=1e9,
+            host_memory_bytes_per_s=1e10, host_to_device_bytes_per_s=None, device_to_host_bytes_per_s=None,
+            dense_flops={"float32": 1e11}, dense_rows={"float32": [(1, 1e10)]}, attention_flops={"float32": 1e10},
+        )  # fmt: skip
+        self.policy = Policy(
+            device="cpu", dtype="float32", weights=Fractions(host=0.25, disk=0.75), kv=Fractions(host=1.0), kv_device_bytes=0,
+            kv_host_bytes=kv_host_bytes, kv_disk_bytes=0, host_ring_bytes=1 << 20, device_ring_bytes=0, workspace_bytes=1 << 20,
+            embedding_resident=True, schedule="diagonal", max_num_seqs=max_num_seqs, prefill_tokens=256, micro_batch_tokens=64,
+            page_tokens=16, compute_threads=1, io_threads=1,
+        )  # fmt: skip
+
+    def generate(
+        self, requests: Iterable[TokenRequest], *, num_requests: int | None = None, on_progress: Callable[[Progress], None] | None = None
+    ) -> Iterator[TokenResult]:
+        waiting = iter(requests)
+        self.results = []
+        self.prompt_tokens = 0
+        while block := [r for _, r in zip(range(self.policy.max_num_seqs), waiting, strict=False)]:
+            self.num_pulled += len(block)
+            self.prompt_tokens += sum(len(r.prompt_token_ids) for r in block)
+            for request in sorted(block, key=lambda r: r.max_tokens):
+                result = self._answer(request)
+                self.results.append(result)
+                yield result
+            if on_progress is not None:
+                on_progress(self._progress(num_requests))
+
+    def _answer(self, request: TokenRequest) -> TokenResult:
+        if POISON in request.prompt_token_ids:
+            error = RequestError("the model produced logits that are not finite", code="non_finite_logits")
+            return TokenResult(index=request.index, finish_reason="error", error=error)
+        ids: list[int] = []
+        while len(ids) < request.max_tokens:
+            ids.append(fake_token(request, len(ids)))
+            if ids[-1] in request.stop_token_ids:
+                return TokenResult(index=request.index, token_ids=tuple(ids), finish_reason="stop")
+        return TokenResult(index=request.index, token_ids=tuple(ids), finish_reason="length")
+
+    def _output_tokens(self) -> int:
+        return sum(len(result.token_ids) for result in self.results)
+
+    def _progress(self, num_requests: int | None) -> Progress:
+        return Progress(
+            elapsed_seconds=1.0, num_requests=num_requests, num_requests_done=len(self.results), num_live_sequences=0,
+            prompt_tokens=self.prompt_tokens, output_tokens=self._output_tokens(), prompt_tokens_per_s=100.0, output_tokens_per_s=50.0,
+            eta_seconds=61.0, pass_index=1, unit=1, num_units=1, link_shares={"disk_read": 0.9, "compute": 0.5},
+        )  # fmt: skip
+
+    def report(self) -> RunReport:
+        return RunReport(
+            elapsed_seconds=2.0, load_seconds=0.1, num_requests=len(self.results), num_errors=sum(r.error is not None for r in self.results),
+            prompt_tokens=self.prompt_tokens, output_tokens=self._output_tokens(), output_tokens_per_s=1.0, total_tokens_per_s=2.0,
+            requests_per_s=1.0, num_passes=3, overlap=0.9, plan=0.8, efficiency=0.72, ideal_seconds=1.44,
+            busiest_seconds={"disk_read": 1.8, "compute": 0.3}, placement={"weights": {"host": 250, "disk": 750}, "kv": {"host": 640}},
+            bytes_moved={"disk_read": 2250}, wait_seconds={"disk_read": 0.2}, peak_host_bytes=1 << 30, host_budget_bytes=2 << 30,
+            peak_device_bytes=0, device_budget_bytes=0, num_preemptions=0, finish_reasons={"length": len(self.results)},
+            policy={"device": "cpu"}, machine={"name": "fake"}, model="fake", versions={"torch": "0"},
+        )  # fmt: skip
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def write_model_folder(folder: Path, *, tokenizer: bool = True, generation_config: dict[str, object] | None = None) -> Path:
+    """What a loader of everything but weights needs: the config of a tiny OPT, and a tokenizer of bytes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {
+        "model_type": "opt", "architectures": ["OPTForCausalLM"], "vocab_size": VOCAB, "max_position_embeddings": CONTEXT,
+        "hidden_size": 8, "ffn_dim": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "word_embed_proj_dim": 8,
+        "eos_token_id": 256, "bos_token_id": 256, "pad_token_id": 257,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "model.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}")
+    if generation_config is not None:
+        (folder / "generation_config.json").write_text(json.dumps(generation_config))
+    if tokenizer:
+        from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        fast = Tokenizer(models.BPE(vocab={character: i for i, character in enumerate(alphabet)}, merges=[]))
+        fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        fast.decoder = decoders.ByteLevel()
+        fast.add_special_tokens([AddedToken("</s>", special=True), AddedToken("<pad>", special=True)])
+        fast.save(str(folder / "tokenizer.json"))
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>", "pad_token": "<pad>"}
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model_folder(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def bare_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same without a tokenizer."""
+    return write_model_folder(tmp_path_factory.mktemp("models") / "bare", tokenizer=False)
+
+
+@pytest.fixture
+def engines(monkeypatch: pytest.MonkeyPatch) -> list[FakeEngine]:
+    """Every engine that a test opens, in order; all fake."""
+    opened: list[FakeEngine] = []
+
+    def open_engine(files: object, options: object, workload: Workload) -> FakeEngine:
+        opened.append(FakeEngine(workload))
+        return opened[-1]
+
+    monkeypatch.setattr("flexgen.llm.open_engine", open_engine)
+    return opened
