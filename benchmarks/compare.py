@@ -136,7 +136,7 @@ def _rows(lines: list[dict[str, Any]]) -> Iterator[Row]:
         setting = ", ".join(f"{name} {value}" for name, value in line["setting"].items() if value not in ("", False))
         groups.setdefault((line["system"], setting), []).append(line)
     for (system, setting), group in groups.items():
-        if system == OURS[0]:  # only the newest code counts, and of changed files only the newest run
+        if system == OURS[0]:  # only the newest commit counts; runs of changed files where there is nothing else
             group = [line for line in group if line["commit"] == group[-1]["commit"] and not line["dirty"]] or group[-1:]
         middle = statistics.median_low(line["output_tokens_per_s"] for line in group)
         median = next(line for line in group if line["output_tokens_per_s"] == middle)

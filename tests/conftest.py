@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+pytest_plugins = ["fakes"]
+
 ROOT = Path(__file__).parent.parent
 
 # A shared machine is no clock, and a failure must come back on the next run.

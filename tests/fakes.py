@@ -1,4 +1,7 @@
-"""What several tests share: a model folder without a usable model, and an engine that only pretends."""
+"""Stand-ins that several tests share: a model folder without a usable model, and an engine that only pretends.
+
+conftest.py makes the fixtures known to all tests.
+"""
 
 from __future__ import annotations
 
@@ -18,13 +21,26 @@ from flexgen.request import TokenRequest, TokenResult
 
 VOCAB = 300  # 256 bytes, </s> = 256, <pad> = 257, and some ids that the tokenizer does not know
 CONTEXT = 64
+LETTER_A = 64  # the tokenizer's id of "a"
 POISON = 299  # a prompt with this id fails in the fake engine
 
 
 def fake_token(request: TokenRequest, place: int) -> int:
     """What the fake engine answers: letters that depend on the prompt, the seed (unless greedy) and the place only."""
     salt = request.seed if request.temperature > 0 else 0
-    return 97 + (sum(request.prompt_token_ids) + salt + 7 * place * place) % 26 - ord("a") + 64  # byte-level ids of letters
+    return LETTER_A + (sum(request.prompt_token_ids) + salt + 7 * place * place) % 26
+
+
+def fake_text(prompt: str, num_tokens: int, *, seed: int = 0, greedy: bool = True) -> str:
+    """The text that the fake engine answers to an ASCII prompt."""
+    ids = tuple(byte_id(character) for character in prompt)
+    request = TokenRequest(index=0, prompt_token_ids=ids, max_tokens=num_tokens, temperature=0.0 if greedy else 1.0, seed=seed)
+    return "".join(chr(ord("a") + fake_token(request, place) - LETTER_A) for place in range(num_tokens))
+
+
+def byte_id(character: str) -> int:
+    """The tokenizer's id of a printable ASCII character (a space is 220)."""
+    return 220 if character == " " else ord(character) - ord("a") + LETTER_A
 
 
 class FakeEngine:
@@ -99,8 +115,9 @@ class FakeEngine:
         )  # fmt: skip
 
     def report(self) -> RunReport:
+        failed = sum(r.error is not None for r in self.results)
         return RunReport(
-            elapsed_seconds=2.0, load_seconds=0.1, num_requests=len(self.results), num_errors=sum(r.error is not None for r in self.results),
+            elapsed_seconds=2.0, load_seconds=0.1, num_requests=len(self.results), num_errors=failed,
             prompt_tokens=self.prompt_tokens, output_tokens=self._output_tokens(), output_tokens_per_s=1.0, total_tokens_per_s=2.0,
             requests_per_s=1.0, num_passes=3, overlap=0.9, plan=0.8, efficiency=0.72, ideal_seconds=1.44,
             busiest_seconds={"disk_read": 1.8, "compute": 0.3}, placement={"weights": {"host": 250, "disk": 750}, "kv": {"host": 640}},

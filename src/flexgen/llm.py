@@ -52,7 +52,10 @@ def make_plan(files: ModelFiles, options: EngineOptions, workload: Workload) -> 
         CapacityError: no plan fits the budgets.
         UnsupportedModelError: the model is refused by name.
     """
-    raise NotImplementedError
+    from flexgen.opening import prepare
+
+    found = prepare(files, options, workload)
+    return Plan(spec=found.model.spec, machine=found.machine, policy=found.policy)
 
 
 def open_engine(files: ModelFiles, options: EngineOptions, workload: Workload) -> Engine:
@@ -61,7 +64,9 @@ def open_engine(files: ModelFiles, options: EngineOptions, workload: Workload) -
     Raises:
         CapacityError, ModelError, OptionError: as `make_plan`; nothing stays open.
     """
-    raise NotImplementedError
+    from flexgen.opening import open_prepared, prepare
+
+    return open_prepared(prepare(files, options, workload))
 
 
 class LLM:

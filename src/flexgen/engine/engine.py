@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import heapq
 import logging
+import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence as SequenceOf
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from flexgen.engine.admission import Admission, Homes, LengthForecast
-from flexgen.engine.progress import Progress
+from flexgen.engine.progress import Progress, RunReport
+from flexgen.engine.report import RunContext, make_report
 from flexgen.engine.sampler import sample
 from flexgen.engine.schedule import SCHEDULES, Limits, Quota, Slice, pack
 from flexgen.engine.sequence import Sequence
@@ -61,7 +64,9 @@ class Engine:
         model: described, without weights. policy: where everything lives and what a pass carries.
         machine: rates that the trace compares with.
         backend: the device, or None when computing happens in host memory.
+        context: names and budgets, for the report.
         offload_dir: folder for spilled KV; needed only where the policy puts KV on disk.
+        temporary: folders that are removed when the engine closes.
         poison: overwrite released memory, so that a late use shows (tests).
     """
 
@@ -71,12 +76,16 @@ class Engine:
         policy: Policy,
         machine: Machine,
         *,
+        context: RunContext | None = None,
         backend: Backend | None = None,
         offload_dir: Path | None = None,
+        temporary: SequenceOf[Path] = (),
         poison: bool = False,
     ) -> None:
         self.policy, self.machine, self.spec = policy, machine, model.spec
         self.model = model
+        self._context, self._temporary = context, tuple(temporary)
+        self.load_seconds = 0.0
         self._previous_threads = torch.get_num_threads()
         torch.set_num_threads(policy.compute_threads)
         self._device = backend.device if backend is not None else torch.device("cpu")
@@ -105,7 +114,10 @@ class Engine:
         self._waiting: list[tuple[int, int, Sequence]] = []  # heap: longest expected answer first, then input order
         self.trace = Trace(machine, policy.dtype)
         self.counts = RunCounts()
-        self.finished_lengths: list[tuple[int, int]] = []
+        self.finish_reasons: Counter[str] = Counter()
+        self._finished: list[tuple[int, int]] = []
+        self._bytes_before: dict[str, int] = {}
+        self._elapsed_seconds = 0.0
         self._clock = _ProgressClock()
         self._started = False
         self._closed = False
@@ -147,6 +159,8 @@ class Engine:
         self._files.close()
         if self._backend is not None:
             self._backend.close()
+        for folder in self._temporary:
+            shutil.rmtree(folder, ignore_errors=True)
         torch.set_num_threads(self._previous_threads)
 
     def __enter__(self) -> Engine:
@@ -170,8 +184,10 @@ class Engine:
             StorageError, EngineError: when the run cannot go on.
         """
         self.load()
+        self._begin_run()
         self._clock.start(num_requests, on_progress)
         source = iter(requests)
+        start = time.perf_counter()
         try:
             while True:
                 self._read_ahead(source)
@@ -182,7 +198,43 @@ class Engine:
                     continue
                 yield from self._run_pass()
         finally:
+            self._elapsed_seconds = time.perf_counter() - start
             self._drop_all()
+
+    def _begin_run(self) -> None:
+        """Forget what earlier runs did."""
+        self.trace = Trace(self.machine, self.policy.dtype)
+        self.counts = RunCounts()
+        self.finish_reasons.clear()
+        self._finished.clear()
+        self._bytes_before = self._bytes_total()
+
+    def report(self) -> RunReport:
+        """How the last run went.
+
+        Raises:
+            EngineError: when the engine was opened without a context.
+        """
+        if self._context is None:
+            raise EngineError("this engine knows no budgets to report on")
+        return make_report(self, self._context, self._elapsed_seconds, self._finished)
+
+    def _bytes_total(self) -> dict[str, int]:
+        moved = {
+            "disk_read": self._io.bytes_read + self._rows.bytes_gathered,
+            "disk_write": self._io.bytes_written,
+        }
+        if self._backend is not None:
+            moved |= {"host_to_device": self._backend.bytes_in, "device_to_host": self._backend.bytes_out}
+        return moved
+
+    def bytes_moved(self) -> dict[str, int]:
+        """Link -> bytes since the run began."""
+        return {link: total - self._bytes_before.get(link, 0) for link, total in self._bytes_total().items()}
+
+    def device_bytes(self) -> int:
+        """Bytes of the device's arenas (0 on a CPU device)."""
+        return self._backend.used_bytes if self._backend is not None else 0
 
     def _drop_all(self) -> None:
         for sequence in self._live:
@@ -232,7 +284,8 @@ class Engine:
             sequence.kv = None
         if error is None:
             self._forecast.observe(len(generated))
-        self.finished_lengths.append((len(sequence.request.prompt_token_ids), len(generated)))
+        self.finish_reasons[reason] += 1
+        self._finished.append((len(sequence.request.prompt_token_ids), len(generated)))
         counts = self.counts
         self.counts = RunCounts(
             requests=counts.requests + 1,

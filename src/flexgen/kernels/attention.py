@@ -18,9 +18,7 @@ class AttentionKernels(Protocol):
         self, key: Tensor, value: Tensor, key_pages: Tensor, value_pages: Tensor, page_ids: Tensor, page_offsets: Tensor
     ) -> None: ...
 
-    def gather_kv(
-        self, key_pages: Tensor, value_pages: Tensor, page_table: Tensor, start: int, length: int
-    ) -> tuple[Tensor, Tensor]: ...
+    def gather_kv(self, key_pages: Tensor, value_pages: Tensor, page_table: Tensor, start: int, length: int) -> tuple[Tensor, Tensor]: ...
 
     def decode_attention(
         self,
@@ -106,3 +104,18 @@ def _reference_kernels(num_threads: int) -> AttentionKernels:
 
 
 KERNELS: dict[str, Callable[[int], AttentionKernels]] = {"cpu": _cpu_kernels}
+
+
+def warm_up(kernels: AttentionKernels, dtype: torch.dtype) -> None:
+    """Run every kernel once on a few numbers, so that compiling them happens now."""
+    heads, dim, page = 2, 16, 16
+    key, value = torch.zeros(4, heads, dim, dtype=dtype), torch.zeros(4, heads, dim, dtype=dtype)
+    key_pages = torch.zeros(1, heads, dim, page, dtype=dtype)
+    value_pages = torch.zeros(1, heads, page, dim, dtype=dtype)
+    zeros, positions = torch.zeros(4, dtype=torch.int64), torch.arange(4)
+    query = torch.zeros(4, heads, dim, dtype=dtype)
+    kernels.write_kv(key, value, key_pages, value_pages, zeros, positions)
+    kernels.decode_attention(
+        query, key_pages, value_pages, zeros[:, None], zeros, positions + 1, scaling=1.0, out=torch.empty_like(query)
+    )
+    kernels.prefill_attention(query, key, value, zeros, scaling=1.0, out=torch.empty_like(query))

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from numba import njit
-
 from flexgen.kernels.cpu.compile import entry
+from flexgen.kernels.cpu.rows import Rows, clear, moved, padded, page_and_next, part, pointer, widen_row
 from flexgen.kernels.cpu.softmax import absorb_rows, begin_rows, softmax_state, write_rows
-from flexgen.kernels.cpu.tile import Rows, add_product, clear, moved, padded, part, pointer, widen_row
+from flexgen.kernels.cpu.tile import add_product
 
 BLOCK_TOKENS = 512  # the scores of a block stay in the first-level cache
 
@@ -72,12 +71,3 @@ def decode_attention(
                 rows, ahead = min(position + page_tokens, block_end) - first, (following - page) * kv_heads * size
                 add_product(part(scores, 0, first - block), stored, state.totals, group, rows, value_dim, ahead)
         write_rows(state, group, value_dim, pointer(out, first_head * value_dim))
-
-
-@njit
-def page_and_next(table: Any, index: int, last: int, num_pages: int) -> Any:
-    """A page of a sequence, and the one that will be read next."""
-    page, following = table[index], table[min(index + 1, last)]
-    if min(page, following) < 0 or max(page, following) >= num_pages:
-        raise IndexError("the page table names no page of the pool at a visible position")
-    return page, following

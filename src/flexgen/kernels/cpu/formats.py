@@ -18,12 +18,18 @@ INT16, INT32 = ir.IntType(16), ir.IntType(32)
 HALF, FLOAT = ir.HalfType(), ir.FloatType()
 
 CARRIERS = {torch.bfloat16: torch.uint16, torch.float16: torch.int16, torch.float32: torch.float32, torch.float64: torch.float64}
+INTEGERS = {2: torch.uint16, 4: torch.uint32, 8: torch.uint64}
 BFLOAT16, FLOAT16 = types.uint16, types.int16
 
 
 def carried(tensor: torch.Tensor) -> np.ndarray:
     """A view of a contiguous tensor's memory, in a type that Numba knows."""
     return tensor.detach().view(CARRIERS[tensor.dtype]).numpy()
+
+
+def bits(tensor: torch.Tensor) -> np.ndarray:
+    """A view of a contiguous tensor's memory as integers."""
+    return tensor.detach().view(INTEGERS[tensor.itemsize]).numpy()
 
 
 def widened(builder: ir.IRBuilder, raw: ir.Value, carrier: types.Type) -> ir.Value:

@@ -13,8 +13,9 @@ from numba import njit
 
 from flexgen.kernels.cpu.compile import entry
 from flexgen.kernels.cpu.formats import widen
+from flexgen.kernels.cpu.rows import PANEL, Rows, clear, moved, padded, part, pointer, widen_row
 from flexgen.kernels.cpu.softmax import absorb_rows, begin_rows, rows_from, softmax_state, write_rows
-from flexgen.kernels.cpu.tile import PANEL, Rows, add_product, clear, moved, padded, part, pointer, widen_row
+from flexgen.kernels.cpu.tile import add_product
 
 ROWS_PER_ITEM = 256
 ROWS_PER_TILE = 8

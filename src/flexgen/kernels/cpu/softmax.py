@@ -14,7 +14,7 @@ from numba import njit, types
 from numba.extending import intrinsic, overload
 
 from flexgen.kernels.cpu.formats import narrow
-from flexgen.kernels.cpu.tile import Rows, moved, padded, part
+from flexgen.kernels.cpu.rows import Rows, moved, padded, part
 
 LOG2_E = np.float32(math.log2(math.e))
 LN_2_HIGH, LN_2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)  # their sum is ln 2; the high part has 10 bits

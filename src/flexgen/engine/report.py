@@ -1,0 +1,96 @@
+"""How a run went: the three figures, bytes, waits and placement, from the trace.  Measures nothing itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+import resource
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from typing import TYPE_CHECKING
+
+from flexgen.engine.progress import RunReport
+from flexgen.plan.simulate import Budgets, least_ideal_seconds
+from flexgen.plan.workload import Workload
+
+if TYPE_CHECKING:
+    from flexgen.engine.engine import Engine
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunContext:
+    """What the report needs to know beyond the trace.
+
+    Attributes:
+        budgets: what the least ideal time may use.
+    """
+
+    model: str
+    host_budget_bytes: int
+    device_budget_bytes: int
+    budgets: Budgets
+
+
+def make_report(engine: Engine, context: RunContext, elapsed_seconds: float, finished: Sequence[tuple[int, int]]) -> RunReport:
+    """The report of a run.
+
+    Args:
+        finished: (prompt length, generated tokens) of every request.
+    """
+    trace, counts = engine.trace, engine.counts
+    elapsed = max(elapsed_seconds, 1e-9)
+    served = [(prompt, output) for prompt, output in finished if output > 0]
+    workload = Workload(prompt_lens=tuple(p for p, _ in served), output_lens=tuple(o for _, o in served))
+    busiest = trace.busiest_seconds
+    ideal = least_ideal_seconds(engine.spec, engine.machine, workload, context.budgets, engine.policy.dtype, also=(engine.policy,))
+    ideal = min(ideal, busiest)  # what ran is a way to run the job
+    return RunReport(
+        elapsed_seconds=elapsed_seconds,
+        load_seconds=engine.load_seconds,
+        num_requests=counts.requests,
+        num_errors=counts.errors,
+        prompt_tokens=counts.prompt_tokens,
+        output_tokens=counts.output_tokens,
+        output_tokens_per_s=counts.output_tokens / elapsed,
+        total_tokens_per_s=(counts.prompt_tokens + counts.output_tokens) / elapsed,
+        requests_per_s=counts.requests / elapsed,
+        num_passes=len(trace.passes),
+        overlap=busiest / elapsed,
+        plan=ideal / busiest if busiest else 1.0,
+        efficiency=ideal / elapsed,
+        ideal_seconds=ideal,
+        busiest_seconds=trace.ideal_by_resource(),
+        placement={"weights": _weights_placement(engine), "kv": dict(engine.cache.peak_bytes)},
+        bytes_moved=engine.bytes_moved(),
+        wait_seconds=trace.waits(),
+        peak_host_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        host_budget_bytes=context.host_budget_bytes,
+        peak_device_bytes=engine.device_bytes(),
+        device_budget_bytes=context.device_budget_bytes,
+        num_preemptions=counts.preemptions,
+        finish_reasons=dict(engine.finish_reasons),
+        policy=dataclasses.asdict(engine.policy),
+        machine=json.loads(engine.machine.to_json()),
+        model=context.model,
+        versions=_versions(),
+    )
+
+
+def _weights_placement(engine: Engine) -> dict[str, int]:
+    """Bytes of the units by home, as assigned."""
+    placed: dict[str, int] = {}
+    for layout, home in zip(engine.model.layouts, engine.homes, strict=True):
+        placed[home] = placed.get(home, 0) + (layout.staging_bytes if home == "disk" else layout.packed_bytes)
+    return placed
+
+
+def _versions() -> Mapping[str, str]:
+    found = {"python": platform.python_version()}
+    for name in ("flexgen-engine", "torch", "transformers", "numpy", "numba", "safetensors"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "unknown"
+    return found

@@ -1,0 +1,81 @@
+"""Matrices in memory, as bare pointers: Numba counts references to every array that is passed on, for nothing here.
+
+Whoever calls a kernel keeps the arrays alive; only visible positions are read from their pages.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic, register_jitable
+
+from flexgen.errors import EngineError
+from flexgen.kernels.cpu.formats import widen
+
+LANES = 16  # elements of a vector: one AVX-512 register of float32; LLVM splits it where registers are narrower
+PANEL = 2 * LANES  # columns that are worked on at once
+
+
+class Rows(NamedTuple):
+    """A matrix in memory: element (i, j) is `first[i * stride + j]`."""
+
+    first: Any
+    stride: int
+
+
+@intrinsic
+def pointer(typing_context: Any, array: Any, index: Any) -> Any:
+    """`pointer(array, index)`: to an element of a contiguous array, counted in memory order.  Keeps nothing alive."""
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
+        data = context.make_array(array)(context, builder, arguments[0]).data
+        return builder.gep(data, [arguments[1]])
+
+    return types.CPointer(array.dtype)(array, types.int64), generate
+
+
+@intrinsic
+def moved(typing_context: Any, start: Any, elements: Any) -> Any:
+    """`moved(start, elements)`: the pointer so many elements further on."""
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
+        return builder.gep(arguments[0], [arguments[1]])
+
+    return start(start, types.int64), generate
+
+
+@register_jitable
+def padded(size: int) -> int:
+    """A size rounded up so that what follows begins on a vector's boundary."""
+    return (size + LANES - 1) // LANES * LANES
+
+
+@njit
+def part(rows: Any, row: int, column: int) -> Any:
+    """The matrix from (row, column) on."""
+    return Rows(moved(rows.first, row * rows.stride + column), rows.stride)
+
+
+@njit
+def widen_row(stored: Any, row: Any, size: int) -> None:
+    """Widen `size` elements that lie behind each other."""
+    for i in range(size):
+        row[i] = widen(stored[i])
+
+
+@njit
+def clear(row: Any, size: int) -> None:
+    """Set `size` elements to zero."""
+    for i in range(size):
+        row[i] = 0
+
+
+@njit
+def page_and_next(table: Any, index: int, last: int, num_pages: int) -> Any:
+    """A page of a sequence, and the one that will be read next."""
+    page, following = table[index], table[min(index + 1, last)]
+    if min(page, following) < 0 or max(page, following) >= num_pages:
+        raise EngineError("a page table names no page of the pool at a visible position")
+    return page, following

@@ -1,0 +1,177 @@
+"""From files and options to a plan, and from a plan to an open engine.  Called by llm.LLM only.
+
+Everything heavy (transformers, kernels) is loaded before the process is measured, so that the plan sees what is left.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from flexgen.engine.engine import Engine
+from flexgen.engine.report import RunContext
+from flexgen.errors import CapacityError, ModelError, OptionError, StorageError
+from flexgen.hub import ModelFiles
+from flexgen.kernels.attention import attention_kernels, warm_up
+from flexgen.memory.transfer import Backend, CudaDevice, SimulatedDevice
+from flexgen.models.dummy import write_random_checkpoint
+from flexgen.models.loading import LoadedModel, load_model
+from flexgen.options import EngineOptions
+from flexgen.plan.default import budgets_of, resolve
+from flexgen.plan.machine import Limits, Machine
+from flexgen.plan.policy import Policy
+from flexgen.plan.workload import Workload
+from flexgen.profile.limits import find_limits
+from flexgen.profile.measure import cached_machine
+from flexgen.sizes import MIB, format_size
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """A plan, and what was found on the way to it.
+
+    Attributes:
+        process_bytes: resident memory of the process before any weight was loaded.
+        dummy_folder: random weights written for this run, removed with it.
+    """
+
+    model: LoadedModel
+    machine: Machine
+    limits: Limits
+    policy: Policy
+    process_bytes: int
+    dummy_folder: Path | None
+
+
+def prepare(files: ModelFiles, options: EngineOptions, workload: Workload) -> Prepared:
+    """Describe the model, measure the machine, and choose the policy; no weights are read.
+
+    Raises:
+        ModelError, OptionError, CapacityError: when the model, an option or the budgets do not allow a run.
+    """
+    config = read_config(files)
+    limits = find_limits(options)
+    dtype = compute_dtype(options.dtype, config, limits.device)
+    options = replace(options, dtype=str(dtype).removeprefix("torch."), device=limits.device)
+    dummy_folder = _write_dummy(config, dtype, limits) if options.load_format == "dummy" else None
+    try:
+        model = load_model(dummy_folder or files.folder, config, dtype)
+        model = replace(model, spec=replace(model.spec, name=files.name))
+        machine = cached_machine(limits.device, options.dtype, model.layouts[0].extents[0].path.parent, max_bytes=128 * MIB, quick=True)
+        _warm_up_kernels(dtype)
+        process_bytes = psutil.Process().memory_info().rss
+        policy = resolve(options, model.spec, machine, limits, workload, process_bytes=process_bytes)
+    except BaseException:
+        if dummy_folder is not None:
+            shutil.rmtree(dummy_folder, ignore_errors=True)
+        raise
+    return Prepared(
+        model=model, machine=machine, limits=limits, policy=policy, process_bytes=process_bytes, dummy_folder=dummy_folder
+    )
+
+
+def open_prepared(prepared: Prepared) -> Engine:
+    """The engine that executes a prepared plan, with its resident weights loaded.
+
+    Raises:
+        CapacityError, StorageError: when memory or the offload folder cannot be had; nothing stays open.
+    """
+    start = time.perf_counter()
+    limits, policy, model = prepared.limits, prepared.policy, prepared.model
+    backend = _backend(limits)
+    offload_dir = _offload_dir(limits) if policy.kv_disk_bytes else None
+    folders = [folder for folder in (offload_dir, prepared.dummy_folder) if folder is not None]
+    context = RunContext(
+        model=model.spec.name,
+        host_budget_bytes=limits.host_bytes,
+        device_budget_bytes=limits.device_bytes,
+        budgets=budgets_of(limits, model.spec, prepared.process_bytes),
+    )
+    engine = Engine(model, policy, prepared.machine, context=context, backend=backend, offload_dir=offload_dir, temporary=folders)
+    try:
+        engine.load()
+    except BaseException:
+        engine.close()
+        raise
+    engine.load_seconds = time.perf_counter() - start
+    logger.info("loaded in %.1f s", engine.load_seconds)
+    return engine
+
+
+def read_config(files: ModelFiles) -> Any:
+    """The transformers config of the folder; no code from it is run.
+
+    Raises:
+        ModelError: when it cannot be understood.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(files.folder, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{files.name}: config.json cannot be used: {error}") from error
+
+
+def compute_dtype(wanted: str, config: Any, device: str) -> torch.dtype:
+    """The dtype to compute in: "auto" is the checkpoint's, but never float16 on a CPU, which computes it slowly."""
+    if wanted != "auto":
+        dtype = getattr(torch, wanted)
+    else:
+        stored = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None) or torch.float32
+        dtype = getattr(torch, stored) if isinstance(stored, str) else stored
+        if dtype == torch.float16 and device != "cuda":
+            dtype = torch.bfloat16
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        raise OptionError(f"cannot compute in {dtype}")
+    return dtype
+
+
+def _warm_up_kernels(dtype: torch.dtype) -> None:
+    """Compile (or load) the host's kernels now: their memory belongs to the process, and their time to loading."""
+    kernels = attention_kernels(torch.device("cpu"), 1)
+    try:
+        warm_up(kernels, dtype)
+    finally:
+        kernels.close()
+
+
+def _backend(limits: Limits) -> Backend | None:
+    if limits.device == "cuda":
+        return CudaDevice(limits.device_bytes)
+    if limits.device == "sim":
+        return SimulatedDevice(limits.device_bytes)
+    return None
+
+
+def _offload_dir(limits: Limits) -> Path:
+    """A fresh private folder for spilled KV."""
+    try:
+        Path(limits.offload_dir).mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix="flexgen-", dir=limits.offload_dir))
+    except OSError as error:
+        raise StorageError(f"the offload folder {limits.offload_dir} cannot be used: {error}") from error
+
+
+def _write_dummy(config: Any, dtype: torch.dtype, limits: Limits) -> Path:
+    """Random weights for a config, on the offload folder's disk."""
+    folder = _offload_dir(limits)
+    logger.info("writing random weights to %s", folder)
+    try:
+        size = write_random_checkpoint(config, folder, dtype)
+    except OSError as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise StorageError(f"random weights cannot be written to {folder}: {error}") from error
+    if size > limits.disk_bytes:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise CapacityError(f"random weights take {format_size(size)} of disk, {format_size(limits.disk_bytes)} are granted: raise --disk")
+    return folder

@@ -1,0 +1,334 @@
+"""LLM: vLLM's calls over a fake engine, and when the engine is opened, kept and closed."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from fakes import CONTEXT, POISON, VOCAB, FakeEngine, fake_text, write_model_folder
+
+from flexgen import LLM, FlexGenError, ModelError, OptionError, RequestError, SamplingParams
+from flexgen.defaults import default_sampling_params, derive_seed, unsupported_defaults
+from flexgen.hub import resolve_model
+from flexgen.plan.workload import Workload
+
+GREEDY = SamplingParams(temperature=0, max_tokens=5)
+
+
+@pytest.fixture
+def llm(model_folder: Path, engines: list[FakeEngine]) -> LLM:
+    return LLM(model_folder)
+
+
+def texts(outputs: list) -> list[str]:
+    return [output.outputs[0].text for output in outputs]
+
+
+def test_outputs_are_in_the_order_of_the_prompts(llm: LLM) -> None:
+    prompts = [f"prompt {'x' * n}" for n in range(11)]
+    params = [SamplingParams(temperature=0, max_tokens=9 - n % 7) for n in range(11)]
+    outputs = llm.generate(prompts, params)
+    assert [output.prompt for output in outputs] == prompts
+    assert texts(outputs) == [fake_text(prompt, p.max_tokens) for prompt, p in zip(prompts, params, strict=True)]
+    assert all(output.finished and output.outputs[0].finish_reason == "length" for output in outputs)
+    assert [output.request_id for output in outputs] == [str(n) for n in range(11)]
+
+
+@pytest.mark.parametrize(
+    "prompts",
+    [
+        "ab",
+        ["ab"],
+        {"prompt": "ab"},
+        [{"prompt": "ab"}],
+        [64, 65],
+        [[64, 65]],
+        {"prompt_token_ids": [64, 65]},
+        [{"prompt_token_ids": (64, 65)}],
+    ],
+)
+def test_every_form_of_a_prompt(llm: LLM, prompts: object) -> None:
+    (output,) = llm.generate(prompts, GREEDY)
+    assert output.prompt_token_ids == (64, 65)
+    assert texts([output]) == [fake_text("ab", 5)]
+
+
+def test_several_prompts_of_ids(llm: LLM) -> None:
+    assert texts(llm.generate([[64], [65, 66]], GREEDY)) == [fake_text("a", 5), fake_text("bc", 5)]
+
+
+def test_no_prompts_open_no_engine(llm: LLM, engines: list[FakeEngine]) -> None:
+    assert llm.generate([], GREEDY) == []
+    assert engines == []
+
+
+@pytest.mark.parametrize(
+    ("prompts", "param"),
+    [
+        ([{"prompt": "a", "multi_modal_data": {}}], "multi_modal_data"),
+        ([3.5], "prompt"),
+        ([{}], "prompt"),
+        ([[64, "x"]], "prompt"),
+        ([[64], [VOCAB]], "prompt"),
+        ([[-1]], "prompt"),
+        ([[]], "prompt"),
+        ([""], "prompt"),
+        (["\ud800"], "prompt"),
+    ],
+)
+def test_a_bad_prompt_is_refused_before_anything_runs(llm: LLM, engines: list[FakeEngine], prompts: object, param: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        llm.generate(prompts, GREEDY)
+    assert caught.value.param == param
+    assert engines == []
+
+
+def test_a_prompt_beyond_the_context_is_refused_by_its_place(llm: LLM) -> None:
+    with pytest.raises(RequestError, match="prompt 1: the prompt has 64 tokens") as caught:
+        llm.generate(["a", "b" * CONTEXT], GREEDY)
+    assert caught.value.code == "context_length_exceeded"
+
+
+def test_max_tokens_is_cut_to_the_context(llm: LLM) -> None:
+    outputs = llm.generate(["a" * 60, "a" * 60], [SamplingParams(max_tokens=100), SamplingParams(max_tokens=None)])
+    assert [len(output.outputs[0].token_ids) for output in outputs] == [4, 4]
+
+
+def test_sampling_params_must_match_the_prompts(llm: LLM) -> None:
+    with pytest.raises(OptionError, match="2 sampling_params for 1 prompts"):
+        llm.generate(["a"], [GREEDY, GREEDY])
+
+
+def test_defaults_are_vllm_s(llm: LLM) -> None:
+    assert llm.get_default_sampling_params() == SamplingParams()
+    assert len(llm.generate("a")[0].outputs[0].token_ids) == 16
+
+
+def test_a_stop_token_ends_ids_but_not_text(llm: LLM) -> None:
+    (free,) = llm.generate("ab", GREEDY)
+    last = free.outputs[0].token_ids[3]
+    (output,) = llm.generate("ab", dataclasses.replace(GREEDY, stop_token_ids=(last,)))
+    cut = free.outputs[0].token_ids.index(last)
+    answer = output.outputs[0]
+    assert (answer.finish_reason, answer.stop_reason) == ("stop", last)
+    assert answer.token_ids == free.outputs[0].token_ids[: cut + 1]
+    assert answer.text == free.outputs[0].text[:cut]
+
+
+def test_the_model_s_own_end_has_no_stop_reason_and_can_be_ignored(tmp_path: Path, engines: list[FakeEngine]) -> None:
+    free = LLM(write_model_folder(tmp_path / "free")).generate("ab", GREEDY)[0].outputs[0]
+    end = free.token_ids[2]
+    llm = LLM(write_model_folder(tmp_path / "ending", generation_config={"eos_token_id": end}))
+    ended, ignoring = llm.generate(["ab", "ab"], [GREEDY, dataclasses.replace(GREEDY, ignore_eos=True)])
+    assert (ended.outputs[0].finish_reason, ended.outputs[0].stop_reason) == ("stop", None)
+    assert ignoring.outputs[0] == free
+
+
+def test_a_request_that_fails_while_running_fails_alone(llm: LLM) -> None:
+    outputs = llm.generate([[64], [POISON], [65]], GREEDY)
+    assert [output.outputs[0].finish_reason for output in outputs] == ["length", "error", "length"]
+    assert outputs[1].outputs[0].stop_reason == "non_finite_logits"
+
+
+def test_seeds(model_folder: Path, engines: list[FakeEngine]) -> None:
+    """A seed of its own fixes a request; without one, the engine's seed and the request's number do."""
+    sampled = SamplingParams(max_tokens=8)
+    fixed = dataclasses.replace(sampled, seed=5)
+    one, two = LLM(model_folder, seed=1), LLM(model_folder, seed=2)
+    assert texts(one.generate("ab", fixed)) == texts(two.generate("ab", fixed)) == [fake_text("ab", 8, seed=5, greedy=False)]
+    again = LLM(model_folder, seed=1)
+    assert texts(one.generate(["ab", "ab"], sampled)) == [fake_text("ab", 8, seed=derive_seed(1, index), greedy=False) for index in (1, 2)]
+    assert texts(again.generate(["cd", "ab", "ab"], sampled))[1:] == [
+        fake_text("ab", 8, seed=derive_seed(1, index), greedy=False) for index in (1, 2)
+    ]
+
+
+def test_derived_seeds_are_fixed_for_ever() -> None:
+    assert derive_seed(0, 0) == 8112735571880226497
+    assert len({derive_seed(base, index) for base in range(50) for index in range(50)}) == 2500
+
+
+def test_without_a_tokenizer(bare_model_folder: Path, engines: list[FakeEngine]) -> None:
+    llm = LLM(bare_model_folder)
+    (output,) = llm.generate([64, 65], GREEDY)
+    assert output.outputs[0].text == ""
+    assert len(output.outputs[0].token_ids) == 5
+    with pytest.raises(RequestError, match="no tokenizer"):
+        llm.generate("ab", GREEDY)
+    with pytest.raises(ModelError, match="no tokenizer"):
+        llm.get_tokenizer()
+
+
+def test_another_tokenizer(bare_model_folder: Path, model_folder: Path, engines: list[FakeEngine]) -> None:
+    llm = LLM(bare_model_folder, tokenizer=model_folder)
+    assert texts(llm.generate("ab", GREEDY)) == [fake_text("ab", 5)]
+    assert llm.get_tokenizer().decode([64]) == "a"
+    with pytest.raises(ModelError, match="no tokenizer files"):
+        LLM(model_folder, tokenizer=bare_model_folder)
+
+
+def test_tqdm_draws_only_when_asked(llm: LLM, capsys: pytest.CaptureFixture[str]) -> None:
+    llm.generate(["a", "b"], GREEDY)
+    assert capsys.readouterr() == ("", "")
+    assert len(llm.generate(["a", "b"], GREEDY, use_tqdm=True)) == 2
+    assert "2/2" in capsys.readouterr().err
+
+
+# -- options ------------------------------------------------------------------------------------------------------------------------
+
+
+def test_an_unknown_option_is_named_with_the_near_one(model_folder: Path) -> None:
+    with pytest.raises(OptionError, match=r"no option 'host_memory'; did you mean host_mem\?"):
+        LLM(model_folder, host_memory="1GiB")
+    with pytest.raises(OptionError, match="tensor_parallel_size"):
+        LLM(model_folder, tensor_parallel_size=2)
+    with pytest.raises(OptionError, match="trust_remote_code"):
+        LLM(model_folder, trust_remote_code=True)
+
+
+def test_max_model_len(model_folder: Path, engines: list[FakeEngine]) -> None:
+    llm = LLM(model_folder, max_model_len=10)
+    assert len(llm.generate("a" * 8, SamplingParams(max_tokens=None))[0].outputs[0].token_ids) == 2
+    with pytest.raises(OptionError, match="context of 64"):
+        LLM(model_folder, max_model_len=CONTEXT + 1)
+
+
+def test_files_may_be_resolved_already(model_folder: Path) -> None:
+    assert LLM(resolve_model(model_folder)).files.folder == model_folder
+
+
+def test_a_config_that_transformers_refuses_is_a_model_error(tmp_path: Path) -> None:
+    folder = write_model_folder(tmp_path / "model")
+    (folder / "config.json").write_text('{"model_type": "opt", "vocab_size": "many"}')
+    with pytest.raises(ModelError, match=r"config\.json"):
+        LLM(folder)
+
+
+@pytest.mark.parametrize(
+    ("generation_config", "wanted"),
+    [
+        ({}, SamplingParams()),
+        (
+            {"temperature": 0.6, "top_p": 0.9, "top_k": 20, "max_new_tokens": 7},
+            SamplingParams(temperature=0.6, top_p=0.9, top_k=20, max_tokens=7),
+        ),
+        ({"do_sample": False, "temperature": 0.6}, SamplingParams(temperature=0)),
+        ({"temperature": None}, SamplingParams()),
+    ],
+)
+def test_defaults_of_generation_config(generation_config: dict, wanted: SamplingParams) -> None:
+    assert default_sampling_params(generation_config) == wanted
+
+
+def test_a_bad_generation_config_is_a_model_error() -> None:
+    with pytest.raises(ModelError, match=r"generation_config\.json: top_p"):
+        default_sampling_params({"top_p": 7})
+
+
+def test_settings_that_are_not_applied_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert unsupported_defaults({"repetition_penalty": 1.0, "min_p": None, "temperature": 2}) == []
+    folder = write_model_folder(tmp_path / "model", generation_config={"repetition_penalty": 1.05})
+    with caplog.at_level(logging.WARNING, logger="flexgen"):
+        LLM(folder)
+    assert "repetition_penalty=1.05" in caplog.text
+
+
+# -- the engine's life ----------------------------------------------------------------------------------------------------------------
+
+
+def test_the_engine_opens_late_and_stays(llm: LLM, engines: list[FakeEngine]) -> None:
+    assert engines == []
+    llm.generate(["ab", "cd"], GREEDY)
+    llm.generate("ab", GREEDY)
+    assert len(engines) == 1
+    assert engines[0].workload == Workload(prompt_lens=(2, 2), output_lens=(5, 5))
+
+
+def workload(count: int, prompt: int = 10, output: int = 10) -> Workload:
+    return Workload(prompt_lens=(prompt,) * count, output_lens=(output,) * count)
+
+
+@pytest.mark.parametrize(
+    ("max_num_seqs", "kv_bytes", "old", "new", "reopens"),
+    [
+        (4, 10_000, workload(4), workload(2), False),
+        (4, 10_000, workload(4), workload(5), True),  # its block was as large as the old work, not as the budget
+        (4, 10_000, workload(8), workload(50), False),
+        (4, 800, workload(4), workload(4, prompt=30), True),  # the pool was as large as the old work
+        (4, 700, workload(4), workload(4, prompt=30), False),  # the pool was as large as the budget
+        (4, 200, workload(4), workload(1, prompt=30), True),  # not even one fits
+    ],
+)  # fmt: skip
+def test_the_engine_is_opened_again_when_its_plan_does_not_suit(
+    model_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    max_num_seqs: int,
+    kv_bytes: int,
+    old: Workload,
+    new: Workload,
+    reopens: bool,
+) -> None:
+    opened: list[FakeEngine] = []
+
+    def open_engine(files: object, options: object, workload: Workload) -> FakeEngine:
+        opened.append(FakeEngine(workload, max_num_seqs, kv_bytes))
+        return opened[-1]
+
+    monkeypatch.setattr("flexgen.llm.open_engine", open_engine)
+    llm = LLM(model_folder)
+    llm.open(old)
+    llm.open(new)
+    assert len(opened) == 1 + reopens
+    assert opened[0].closed == reopens
+
+
+def test_after_a_failure_the_engine_is_fresh(llm: LLM, engines: list[FakeEngine]) -> None:
+    def requests():
+        yield llm.token_request(0, [64], GREEDY)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        list(llm.stream(requests(), workload(2)))
+    assert engines[0].closed
+    llm.generate("ab", GREEDY)
+    assert len(engines) == 2
+
+
+def test_close(llm: LLM, engines: list[FakeEngine]) -> None:
+    with llm:
+        llm.generate("ab", GREEDY)
+        assert llm.report().num_requests == 1
+    assert engines[0].closed
+    llm.close()
+    with pytest.raises(FlexGenError, match="closed"):
+        llm.generate("ab", GREEDY)
+
+
+def test_no_report_before_a_run(llm: LLM) -> None:
+    with pytest.raises(FlexGenError, match="nothing has run"):
+        llm.report()
+
+
+def test_a_forgotten_llm_closes_its_engine(model_folder: Path, engines: list[FakeEngine]) -> None:
+    LLM(model_folder).generate("ab", GREEDY)
+    gc.collect()
+    assert engines[0].closed
+
+
+def test_a_script_that_forgets_to_close_ends_cleanly(model_folder: Path) -> None:
+    script = f"""
+import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
+import flexgen.llm, fakes
+class Engine(fakes.FakeEngine):
+    def close(self): print("closed")
+flexgen.llm.open_engine = lambda files, options, workload: Engine(workload)
+llm = flexgen.LLM({str(model_folder)!r})
+print(llm.generate("ab", flexgen.SamplingParams(temperature=0, max_tokens=3))[0].outputs[0].text)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.split(), done.stderr) == (0, [fake_text("ab", 3), "closed"], "")
