@@ -149,7 +149,7 @@ def test_seeds(model_folder: Path, engines: list[FakeEngine]) -> None:
 
 
 def test_derived_seeds_are_fixed_for_ever() -> None:
-    assert derive_seed(0, 0) == 8112735571880226497
+    assert derive_seed(0, 0) == 3679321338066202065
     assert len({derive_seed(base, index) for base in range(50) for index in range(50)}) == 2500
 
 

@@ -81,7 +81,7 @@ def resolve_model(
     name = os.fspath(model)
     folder = Path(name).expanduser()
     commit = None
-    if folder.is_dir():
+    if name and folder.is_dir():  # Path("") is the current folder
         if revision is not None:
             raise ModelError(f"{name} is a folder here; a revision ({revision}) only has a meaning for a hub repository")
     else:

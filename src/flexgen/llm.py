@@ -98,12 +98,12 @@ class LLM:
             self.files = model
         else:
             self.files = resolve_model(model, revision=self.options.revision, with_weights=self.options.load_format != "dummy")
+        self.vocab_size, self.max_model_len = token_limits(self.files, self.options.max_model_len)
         if tokenizer is not None:
             self.tokenizer = Tokenizer.load(resolve_tokenizer(tokenizer))
         else:
             self.tokenizer = Tokenizer.load(self.files.folder) if self.files.has_tokenizer else None
         self.eos_token_ids = eos_token_ids(self.files.config, self.files.generation_config, self.tokenizer)
-        self.vocab_size, self.max_model_len = token_limits(self.files, self.options.max_model_len)
         for setting in unsupported_defaults(self.files.generation_config):
             logger.warning("%s: generation_config.json asks for %s, which is not supported yet and not applied", self.files.name, setting)
         self._num_requests = 0

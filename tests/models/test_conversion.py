@@ -106,7 +106,7 @@ def test_operations_of_transformers() -> None:
         lambda a: a.permute(1, 0).reshape(2, 6),  # a row of the result is made of one and a half of the other
         lambda a: torch.cat([a, a]).view(-1),
         lambda a: torch.cat([a, torch.zeros(4, 3)]),
-        lambda a: torch.stack([a] * (1 << 15)),
+        lambda a: torch.stack([a] * ((1 << 14) + 1)),
     ],
 )
 def test_what_computes_is_untraceable(function: Callable[[Tensor], object]) -> None:

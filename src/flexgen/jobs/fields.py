@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from flexgen.errors import RequestError
-from flexgen.request import CompletionOutput, SamplingParams
+from flexgen.request import MAX_SEED, CompletionOutput, SamplingParams
 
 _SAMPLING = tuple(field.name for field in dataclasses.fields(SamplingParams))
 _HARMLESS = frozenset((
@@ -106,6 +106,9 @@ def parse_completion(fields: Mapping[str, Any], defaults: SamplingParams) -> Job
         elif name not in _SAMPLING and name not in _HARMLESS and name not in ("prompt", "return_token_ids"):
             raise RequestError(f"unknown field {name[:80]!r}", code="unknown_field", param=name[:80])
     given = {name: fields[name] for name in _SAMPLING if fields.get(name) is not None}
+    for name, value in given.items():
+        if isinstance(value, int) and abs(value) > MAX_SEED:
+            raise RequestError(f"{name} must fit 64 bits", param=name)
     return_token_ids = fields.get("return_token_ids") or False
     if not isinstance(return_token_ids, bool):
         raise RequestError("return_token_ids must be true or false", param="return_token_ids")

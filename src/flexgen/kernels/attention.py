@@ -115,7 +115,5 @@ def warm_up(kernels: AttentionKernels, dtype: torch.dtype) -> None:
     zeros, positions = torch.zeros(4, dtype=torch.int64), torch.arange(4)
     query = torch.zeros(4, heads, dim, dtype=dtype)
     kernels.write_kv(key, value, key_pages, value_pages, zeros, positions)
-    kernels.decode_attention(
-        query, key_pages, value_pages, zeros[:, None], zeros, positions + 1, scaling=1.0, out=torch.empty_like(query)
-    )
+    kernels.decode_attention(query, key_pages, value_pages, zeros[:, None], zeros, positions + 1, scaling=1.0, out=torch.empty_like(query))
     kernels.prefill_attention(query, key, value, zeros, scaling=1.0, out=torch.empty_like(query))

@@ -10,9 +10,12 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Self
 
 import numpy as np
+
+from flexgen.errors import EngineError
 
 SLICES_PER_THREAD = 4  # more than one, since another process may slow a core down
 
@@ -24,7 +27,7 @@ class KernelThreads:
 
     def __init__(self, num_threads: int) -> None:
         if num_threads < 1:
-            raise ValueError(f"num_threads is {num_threads}; at least 1 is needed")
+            raise EngineError(f"kernels cannot run on {num_threads} threads")
         self.num_threads = num_threads
         self._batches: queue.SimpleQueue[_Batch | None] = queue.SimpleQueue()
         self._threads = [
@@ -36,12 +39,12 @@ class KernelThreads:
 
     def run(self, function: Callable[[int, int], None], ranges: Sequence[Range]) -> None:
         """Call `function(begin, end)` once for each range, in any order; raises the first error after all have ended."""
-        if len(self._threads) == 0 or len(ranges) <= 1:
+        if not self._stop.alive:
+            raise EngineError("these kernel threads are closed")
+        if not self._threads or len(ranges) <= 1:
             for begin, end in ranges:
                 function(begin, end)
             return
-        if not self._stop.alive:
-            raise ValueError("these kernel threads are closed")
         batch = _Batch(function, ranges)
         for _ in range(min(len(self._threads), len(ranges) - 1)):
             self._batches.put(batch)
@@ -102,7 +105,7 @@ def split_evenly(costs: np.ndarray, num_slices: int) -> list[Range]:
         return []
     targets = total[-1] * np.arange(1, num_slices) / num_slices
     bounds = [0, *np.unique(np.searchsorted(total, targets, side="left") + 1).tolist(), len(total)]
-    return [(begin, end) for begin, end in zip(bounds, bounds[1:], strict=False) if begin < end]
+    return [(begin, end) for begin, end in pairwise(bounds) if begin < end]
 
 
 def _work(batches: queue.SimpleQueue[_Batch | None]) -> None:

@@ -6,6 +6,7 @@ not understand.  Does not know pages or tiers: the coroutine it runs in attends.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,8 @@ import torch
 from transformers import AttentionInterface, Cache
 
 from flexgen.errors import UnsupportedModelError
-from flexgen.models.suspension import current_forward
+from flexgen.models.head_maps import HEAD_MAPS
+from flexgen.models.suspension import CacheUpdate, current_forward
 
 # Arguments that cannot change what a token attends to, or that we honour elsewhere.
 HARMLESS = frozenset(
@@ -44,7 +46,9 @@ class AttentionCall:
     Attributes:
         layer: index of the layer whose KV is attended to.
         query: (1, heads, tokens, key_dim). key, value: this micro-batch's own, (1, kv_heads, tokens, dim).
+        new: keys and values to store first, as they are cached; None when an earlier call has brought them.
         scaling: multiplies the scores. softcap: caps them by tanh, or None. sinks: (heads,) logits, or None.
+        window: visible tokens (the token itself included), or None. chunk: tokens attend within aligned chunks, or None.
         latent: set when the cache holds latents instead of `key` and `value`.
     """
 
@@ -52,11 +56,13 @@ class AttentionCall:
     query: torch.Tensor
     key: torch.Tensor
     value: torch.Tensor
+    new: tuple[torch.Tensor, torch.Tensor] | None = None
     scaling: float
     softcap: float | None = None
     sinks: torch.Tensor | None = None
+    window: int | None = None
+    chunk: int | None = None
     latent: LatentProjection | None = None
-    arguments: dict[str, Any] | None = None
 
 
 def register_attention(name: str) -> None:
@@ -79,27 +85,79 @@ def attention_forward(
     s_aux: torch.Tensor | None = None,
     **arguments: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of packed queries over everything their sequences have stored; (1, tokens, heads, value_dim)."""
+    """Attention of packed queries over everything their sequences have stored; (1, tokens, heads, value_dim).
+
+    Raises:
+        UnsupportedModelError: on anything whose meaning is unknown.
+    """
+    _refuse_unknown(module, attention_mask, arguments)
+    forward = current_forward()
+    window, chunk = visible_tokens(module, arguments)
+    understood = {
+        "scaling": query.shape[-1] ** -0.5 if scaling is None else float(scaling),
+        "softcap": softcap, "sinks": s_aux, "window": window, "chunk": chunk,
+    }  # fmt: skip
+    if (update := _update_of(forward.updates, key, value)) is not None:
+        new = update.take(key, value)
+        call = AttentionCall(layer=update.layer, query=query, key=key, value=value, new=new, **understood)
+        return forward.attend(call), None
+    last = forward.updates[-1] if forward.updates else None
+    if last is None or last.key is None or last.value is None:
+        raise _unsupported(module, "attends to keys that it does not cache")
+    if (latent := _latent_projection(module, last)) is not None:
+        if softcap is not None or s_aux is not None:
+            raise _unsupported(module, "caps scores or has sinks in latent attention")
+        new = last.take(last.key, last.value)
+        call = AttentionCall(layer=last.layer, query=query, key=key, value=value, new=new, latent=latent, **understood)
+        return forward.attend(call), None
+    head_map = HEAD_MAPS.get(module.config.model_type)
+    if head_map is None or (mapped := head_map(query, key, value, last.key, last.value)) is None:
+        raise _unsupported(module, "changes keys or values after caching them")
+    new = last.take(mapped.key, mapped.value)
+    call = AttentionCall(layer=last.layer, query=mapped.query, key=mapped.key, value=mapped.value, new=new, **understood)
+    return mapped.restore(forward.attend(call)), None
+
+
+def _unsupported(module: Any, reason: str) -> UnsupportedModelError:
+    return UnsupportedModelError(f"model type {module.config.model_type!r} {reason}, which is not supported")
+
+
+def _refuse_unknown(module: Any, attention_mask: torch.Tensor | None, arguments: Mapping[str, Any]) -> None:
     if attention_mask is not None:
-        raise UnsupportedModelError(f"{type(module).__name__} builds an attention mask of its own")
-    call = AttentionCall(
-        layer=module.layer_idx,
-        query=query,
-        key=key,
-        value=value,
-        scaling=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
-        softcap=softcap,
-        sinks=s_aux,
-        latent=_latent_projection(module),
-        arguments=arguments,
-    )
-    return current_forward().attend(call), None
+        raise _unsupported(module, "builds an attention mask of its own")
+    if getattr(module, "is_causal", True) is False or arguments.get("is_causal") is False:
+        raise _unsupported(module, "has attention that is not causal")
+    for name, given in arguments.items():
+        if given is not None and given is not False and name not in HARMLESS and name != "sliding_window":
+            raise _unsupported(module, f"passes {name!r} to attention")
 
 
-def _latent_projection(module: Any) -> LatentProjection | None:
+def visible_tokens(module: Any, arguments: Mapping[str, Any]) -> tuple[int | None, int | None]:
+    """(window, chunk) of a layer: from the call if it says so, else from the config.
+
+    The layer's place in `layer_types` is the module's own, whatever index its cache has.
+    """
+    config = module.config
+    layer_types = getattr(config, "layer_types", None)
+    kind = layer_types[module.layer_idx] if layer_types is not None else None
+    if kind == "chunked_attention":
+        return None, config.attention_chunk_size
+    if "sliding_window" in arguments:
+        return arguments["sliding_window"], None
+    if kind in ("sliding_attention", None):
+        return getattr(config, "sliding_window", None), None
+    return None, None
+
+
+def _update_of(updates: list[CacheUpdate], key: torch.Tensor, value: torch.Tensor) -> CacheUpdate | None:
+    """Whose keys and values these are: mostly the last layer's, an earlier one's where layers share them."""
+    return next((update for update in reversed(updates) if update.is_of(key, value)), None)
+
+
+def _latent_projection(module: Any, update: CacheUpdate) -> LatentProjection | None:
     """The up-projection of a latent attention module (DeepSeek-V2/V3 and kin), split into keys and values."""
     projection = getattr(module, "kv_b_proj", None)
-    if projection is None:
+    if projection is None or update.key is None or update.key.shape[1] != 1 or update.key.shape[3] != projection.in_features:
         return None
     weight = projection.weight  # (heads * (nope + value), rank)
     nope, value_dim = module.qk_nope_head_dim, module.v_head_dim
@@ -119,11 +177,18 @@ class PassCache(Cache):
     def update(  # type: ignore[override]
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        current_forward().store_kv(layer_idx, key_states, value_states)
+        current_forward().update(layer_idx, key_states, value_states)
         return key_states, value_states
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return 0
+    def get_seq_length(self, layer_idx: int | None = None) -> Any:
+        """Tokens stored before the forward's own: a number per token where a layer asks, since each has its own sequence.
+
+        Without a layer the question is how long a mask or a range of positions must be: the forward's own tokens only.
+        """
+        if layer_idx is None:
+            return 0
+        positions = current_forward().position_ids[0]
+        return positions - torch.arange(len(positions), device=positions.device)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:  # type: ignore[override]
         return query_length, 0

@@ -114,16 +114,16 @@ class _Numbers:
     """The bytes of tensors, in portions."""
 
     def __init__(self, dtype: torch.dtype, seed: int) -> None:
-        self._generator = torch.Generator().manual_seed(seed)
-        block = torch.empty(_BLOCK_ELEMENTS).normal_(0, _STANDARD_DEVIATION, generator=self._generator)
+        block = torch.empty(_BLOCK_ELEMENTS).normal_(0, _STANDARD_DEVIATION, generator=torch.Generator().manual_seed(seed))
         self._random = _bytes_of(block.to(dtype))
+        self._begin = 0  # of the last tensor, in elements
 
     def portions(self, tensor: _Tensor) -> Iterator[memoryview]:
         """The bytes of `tensor`, one after the other."""
         if len(tensor.shape) > 1 and tensor.dtype.is_floating_point and "bias" not in tensor.name:
-            # Each tensor begins elsewhere in the block, so that layers differ.
-            begin = int(torch.randint(_BLOCK_ELEMENTS, (), generator=self._generator)) * tensor.dtype.itemsize
-            source = self._random
+            # Each tensor begins elsewhere in the block, far from the one before.
+            self._begin = (self._begin + _BLOCK_ELEMENTS * 5 // 8) % _BLOCK_ELEMENTS
+            source, begin = self._random, self._begin * tensor.dtype.itemsize
         else:
             value = 1 if tensor.dtype.is_floating_point and "bias" not in tensor.name else 0
             source, begin = _bytes_of(torch.full((min(math.prod(tensor.shape), _BLOCK_ELEMENTS),), value, dtype=tensor.dtype)), 0

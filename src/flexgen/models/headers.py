@@ -62,16 +62,19 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         CheckpointError: when it is no regular file, cannot be read, or its header breaks a rule of the format.
     """
     try:
-        # Non-blocking, so that a pipe planted under a weight file's name cannot hang us.
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        with os.fdopen(descriptor, "rb") as file:
-            status = os.fstat(descriptor)
+        with open(path, "rb", opener=_open_without_waiting) as file:
+            status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise CheckpointError(f"{path}: not a regular file")
             header_bytes = header_length(file.read(PREFIX_BYTES), file_bytes=status.st_size, path=path)
             return parse_header(file.read(header_bytes), file_bytes=status.st_size, path=path)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         raise CheckpointError(f"{path}: cannot be read ({error})") from error
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    """A pipe planted under a weight file's name must not hang us."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def header_length(prefix: bytes, *, file_bytes: int, path: Path) -> int:

@@ -6,7 +6,10 @@ Knows nothing of schedules, rings or pages: subclasses (the sweep's, the tracer'
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import greenlet
 
@@ -17,28 +20,88 @@ if TYPE_CHECKING:
 
     from flexgen.models.attention import AttentionCall
 
+    KeyValue = tuple[torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Span:
+    """Consecutive tokens of one sequence within a micro-batch.
+
+    Attributes:
+        start, length: tokens [start, start + length) of the sequence.
+        prompt_len: of its prompt. total: all tokens it has now, those of later chunks included.
+    """
+
+    start: int
+    length: int
+    prompt_len: int
+    total: int
+
+
+class CacheUpdate:
+    """Keys and values (1, heads, tokens, dim) that a layer handed to the cache.
+
+    Held until a later layer does the same; recognized as long as the model itself holds them.
+
+    Attributes:
+        layer: the index under which the model stores them. key, value: None once let go.
+        stored: whether an attention call has taken them to be stored.
+    """
+
+    def __init__(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        self.layer, self.stored = layer, False
+        self.key: torch.Tensor | None = key
+        self.value: torch.Tensor | None = value
+        self._known = weakref.ref(key), weakref.ref(value)
+
+    def is_of(self, key: torch.Tensor, value: torch.Tensor) -> bool:
+        """Whether these are the very tensors that the model got back."""
+        return self._known[0]() is key and self._known[1]() is value
+
+    def take(self, key: torch.Tensor, value: torch.Tensor) -> KeyValue | None:
+        """`key` and `value` the first time, to be stored; None afterwards."""
+        first, self.stored = not self.stored, True
+        return (key, value) if first else None
+
+    def let_go(self) -> None:
+        self.key = self.value = None
+
 
 class ForwardCoroutine(greenlet.greenlet):
-    """A forward pass that can be suspended inside the model's own code."""
+    """A forward pass that can be suspended inside the model's own code.
 
-    def enter_module(self, name: str) -> None:
-        """The module `name` is about to use its own parameters (asked by the tracer's hooks only)."""
+    Attributes:
+        position_ids: (1, tokens) of the running forward.
+        updates: what its layers have handed to the cache so far.
+    """
+
+    position_ids: torch.Tensor
+
+    def __init__(self, run: Any) -> None:
+        super().__init__(run)
+        self.updates: list[CacheUpdate] = []
+
+    def spans(self) -> Sequence[Span]:
+        """What the micro-batch is made of, in order."""
+        raise NotImplementedError
 
     def enter_unit(self, unit: int) -> None:
         """Return once the weights of `unit` are bound; units are entered in rising order."""
         raise NotImplementedError
 
-    def store_kv(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Take the new keys and values (1, heads, tokens, dim) of attention layer `layer`."""
-        raise NotImplementedError
-
     def attend(self, call: AttentionCall) -> torch.Tensor:
-        """Attention of the packed queries; returns (1, tokens, heads, value_dim)."""
+        """Store what the call brings, and attend; returns (1, tokens, heads, value_dim)."""
         raise NotImplementedError
 
     def input_rows(self, module_name: str, token_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows (n, dim) of the embedding `module_name`, and `token_ids` renumbered to index them."""
         raise NotImplementedError
+
+    def update(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Remember what a layer hands to the cache, until its attention call."""
+        if self.updates:
+            self.updates[-1].let_go()
+        self.updates.append(CacheUpdate(layer, key, value))
 
 
 def current_forward() -> ForwardCoroutine:

@@ -179,9 +179,8 @@ def best_rate(rates: Mapping[str, float], dtype: str, what: str, machine: Machin
         OptionError: when the machine was not measured in that dtype.
     """
     if dtype not in rates:
-        raise OptionError(
-            f"machine {machine.name!r} has no {what} rate for {dtype}; known: {', '.join(sorted(rates)) or 'none'}; measure it again"
-        )
+        known = ", ".join(sorted(rates)) or "none"
+        raise OptionError(f"machine {machine.name!r} has no {what} rate for {dtype} (known: {known}): measure it again")
     return rates[dtype]
 
 

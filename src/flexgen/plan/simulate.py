@@ -7,6 +7,7 @@ Lengths are taken as certain: every answer is as long as the workload says, so a
 from __future__ import annotations
 
 import dataclasses
+import heapq
 import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -123,6 +124,17 @@ class _Pool:
         self._until(index + len(held))
         return int(((self.capacity - self.used[index : index + len(held)]) // held).min())
 
+    def earliest(self, index: int, held: Ints) -> int:
+        """A pass after `index` before which such a sequence cannot enter, given that it cannot at `index`.
+
+        Where a pass leaves too little room for its age, it must be younger by then: young enough for the room.
+        """
+        room = self.capacity - self.used[index : index + len(held)]
+        crowded = np.flatnonzero(room < held)
+        youngest = np.minimum.accumulate(held[::-1])[::-1]  # at this age or later it holds at least so much
+        ages = np.searchsorted(youngest, room[crowded], side="right") - 1
+        return max(int((index + crowded - ages).max(initial=0)), index + 1)
+
     def peak_share(self, index: int, held: Ints) -> float:
         """The fullest the pool gets while one more such sequence lives."""
         return float((self.used[index : index + len(held)] + held).max()) / self.capacity
@@ -151,30 +163,33 @@ class _Job:
         return self.held[prompt_len : prompt_len + output_len]
 
     def play(self) -> tuple[list[_Admission], dict[str, Ints], int]:
-        index, ending = 0, dict[int, int]()
-        schedule, is_open = self.policy.schedule, True
+        index, is_open = 0, True
+        ending: list[tuple[int, int]] = []  # a heap of (first pass without them, sequences)
+        schedule = self.policy.schedule
         while self.waiting:
-            ended = ending.pop(index, 0)
-            self.live -= ended
+            ended = False
+            while ending and ending[0][0] <= index:
+                self.live -= heapq.heappop(ending)[1]
+                ended = True
             is_open = schedule == "diagonal" or self.live == 0 or (is_open and not ended)
             if is_open:
                 first = len(self.admissions)
-                quota_bound = self._admit(index)
+                stopped_by, next_index = self._admit(index)
                 for admission in self.admissions[first:]:
-                    ending[admission.end] = ending.get(admission.end, 0) + admission.count
-                is_open = schedule == "diagonal" or (schedule == "zigzag" and quota_bound)
-            if is_open or self.live == 0:
-                index += 1
-            else:  # a closed block: nothing changes until the next sequence ends
-                index = min(ending)
+                    heapq.heappush(ending, (admission.end, admission.count))
+                is_open = schedule == "diagonal" or (schedule == "zigzag" and stopped_by == "quota")
+                # Nothing changes for those that wait before the next index; for want of a place, before a sequence ends.
+                index = next_index if is_open and stopped_by != "cap" else ending[0][0]
+            else:
+                index = ending[0][0]
         return self.admissions, {tier: self._used(pool) for tier, pool in self.pools.items()}, self.num_refused
 
     def _used(self, pool: _Pool) -> Ints:
         pool._until(max((admission.end for admission in self.admissions), default=0))  # pyright: ignore[reportPrivateUsage]
         return pool.used
 
-    def _admit(self, index: int) -> bool:
-        """Take in what fits; whether it was the quota that ended it."""
+    def _admit(self, index: int) -> tuple[str, int]:
+        """Take in what fits; what ended it ("quota", "cap", "room" or ""), and the next pass that may take in more."""
         quota = self.policy.prefill_tokens
         if self.policy.schedule == "row":
             quota = min(quota, self.policy.micro_batch_tokens)
@@ -184,12 +199,14 @@ class _Job:
             within_quota = (quota - taken) // prompt_len
             if not taken:
                 within_quota = max(within_quota, 1)  # a prompt beyond the quota goes alone, in chunks
+            places = self.policy.max_num_seqs - self.live
+            if within_quota <= 0 or places <= 0:
+                return ("quota" if within_quota <= 0 else "cap"), index + 1
             held = self._held(prompt_len, output_len)
-            count = min(waiting, within_quota, self.policy.max_num_seqs - self.live)
-            home, fitting = self._home(index, held) if count > 0 else ("", 0)
-            count = min(count, fitting)
-            if count <= 0:
-                return within_quota <= 0
+            home, fitting = self._home(index, held)
+            if not fitting:
+                return "room", min(pool.earliest(index, held) for pool in self.pools.values())
+            count = min(waiting, within_quota, places, fitting)
             self.pools[home].add(index, held, count)
             self.admissions.append(_Admission(index=index, prompt_len=prompt_len, output_len=output_len, count=count, home=home))
             self.live += count
@@ -197,7 +214,7 @@ class _Job:
             self.waiting[-1][2] -= count
             if not self.waiting[-1][2]:
                 self.waiting.pop()
-        return False
+        return "", index + 1
 
     def _home(self, index: int, held: Ints) -> tuple[str, int]:
         """The tier whose pool stays emptiest, so that the tiers fill in proportion; and how many fit there."""
@@ -477,7 +494,7 @@ def descend(
 
     found: list[tuple[float, ...]] = []
     for start in sorted(itertools.product(*(axis or (0.0,) for axis in axes)), key=look)[:keep]:
-        point, step = start, 0.5 / max(len(axis) for axis in axes)
+        point, step = start, 0.5 / max(1, *(len(axis) for axis in axes))
         for _ in range(rounds):
             moves = [
                 (*point[:axis], min(max(point[axis] + sign * step, 0.0), 1.0), *point[axis + 1 :])
@@ -485,7 +502,7 @@ def descend(
                 for sign in (-1, 1)
                 if axes[axis]
             ]
-            nearest = min(moves, key=look)
+            nearest = min(moves, key=look, default=point)
             if look(nearest) < look(point):
                 point = nearest
             else:

@@ -332,7 +332,7 @@ def _attention_rate(where: torch.device, dtype: torch.dtype, max_bytes: int, sec
     """FLOP/s of causal attention over the visible pairs: the better of torch's own and of plain matrix products."""
     heads, width, best = 16, 128, 0.0
     for tokens in (256, 512, 1024):
-        if best and 8 * heads * tokens * width * 4 > max_bytes:
+        if best and 8 * heads * tokens * width * max(dtype.itemsize, 4) > max_bytes:
             continue
         q, k, v = (_random((1, heads, tokens, width), where, dtype) for _ in range(3))  # (1, heads, tokens, width)
         flops = 4 * width * heads * tokens * (tokens + 1) / 2

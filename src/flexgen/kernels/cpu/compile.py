@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numba.extending
 from numba import njit
 
 logger = logging.getLogger(__name__)
@@ -15,12 +16,17 @@ logger = logging.getLogger(__name__)
 def entry(function: Callable[..., None]) -> Any:
     """Compile `function` for each kind of arguments at its first call, or load what an earlier process compiled."""
     try:
-        dispatcher = njit(nogil=True, error_model="numpy", cache=True)(function)
+        dispatcher: Any = njit(nogil=True, error_model="numpy", cache=True)(function)
     except RuntimeError:  # Numba found no folder that it may write to
         logger.info("%s cannot be kept on disk and will be compiled in every process", function.__name__)
         return njit(nogil=True, error_model="numpy")(function)
     _forget_outdated(Path(dispatcher.stats.cache_path), function.__module__.rpartition(".")[2])
     return dispatcher
+
+
+def intrinsic(function: Callable[..., Any]) -> Any:
+    """A function that writes LLVM code; compiled functions call it without its first argument, the typing context."""
+    return numba.extending.intrinsic(function)
 
 
 def _forget_outdated(cache: Path, module: str) -> None:

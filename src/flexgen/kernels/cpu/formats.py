@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from llvmlite import ir
 from numba import types
-from numba.extending import intrinsic
+
+from flexgen.kernels.cpu.compile import intrinsic
 
 INT16, INT32 = ir.IntType(16), ir.IntType(32)
 HALF, FLOAT = ir.HalfType(), ir.FloatType()
@@ -32,7 +33,7 @@ def bits(tensor: torch.Tensor) -> np.ndarray:
     return tensor.detach().view(INTEGERS[tensor.itemsize]).numpy()
 
 
-def widened(builder: ir.IRBuilder, raw: ir.Value, carrier: types.Type) -> ir.Value:
+def widened(builder: Any, raw: Any, carrier: types.Type) -> Any:
     """Code that makes a loaded scalar or vector a floating-point one."""
     lanes = raw.type.count if isinstance(raw.type, ir.VectorType) else 0
 
@@ -51,7 +52,7 @@ def widened(builder: ir.IRBuilder, raw: ir.Value, carrier: types.Type) -> ir.Val
 def widen(typing_context: Any, stored: Any) -> Any:
     """`widen(stored)`: an element as float32 (float64 stays); exact."""
 
-    def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return widened(builder, arguments[0], stored)
 
     return (stored if isinstance(stored, types.Float) else types.float32)(stored), generate
@@ -61,7 +62,7 @@ def widen(typing_context: Any, stored: Any) -> Any:
 def narrow(typing_context: Any, value: Any, like: Any) -> Any:
     """`narrow(value, like)`: a float32 or float64 in the format of the element `like`."""
 
-    def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         if like == BFLOAT16:
             return _rounded_to_bfloat16(builder, arguments[0])
         if like == FLOAT16:
@@ -71,7 +72,7 @@ def narrow(typing_context: Any, value: Any, like: Any) -> Any:
     return like(value, like), generate
 
 
-def _rounded_to_bfloat16(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
+def _rounded_to_bfloat16(builder: Any, value: Any) -> Any:
     bits = builder.bitcast(value, INT32)
     upper = builder.lshr(bits, ir.Constant(INT32, 16))
     bias = builder.add(builder.and_(upper, ir.Constant(INT32, 1)), ir.Constant(INT32, 0x7FFF))

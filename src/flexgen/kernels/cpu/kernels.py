@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flexgen.errors import EngineError
 from flexgen.kernels.cpu import decode, latent, pages, prefill
 from flexgen.kernels.cpu.formats import bits, carried
 from flexgen.kernels.threads import SLICES_PER_THREAD, KernelThreads, split_evenly
@@ -144,9 +145,9 @@ def _check(dtype: torch.dtype, *, contiguous: tuple[str, ...] | None = None, **t
     """Compiled code trusts what it is given: refuse other formats and, where bytes are shared, other layouts."""
     for name, tensor in tensors.items():
         if tensor.dtype != dtype:
-            raise ValueError(f"{name} holds {tensor.dtype}, the others {dtype}")
+            raise EngineError(f"{name} holds {tensor.dtype}, the others {dtype}")
         if (contiguous is None or name in contiguous) and not tensor.is_contiguous():
-            raise ValueError(f"{name} is not contiguous: its strides are {tensor.stride()} for the shape {tuple(tensor.shape)}")
+            raise EngineError(f"{name} is not contiguous: its strides are {tensor.stride()} for the shape {tuple(tensor.shape)}")
 
 
 def _accumulator(dtype: torch.dtype) -> type[np.floating]:

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from llvmlite import ir
 from numba import njit, types
-from numba.extending import intrinsic, register_jitable
+from numba.extending import register_jitable
 
 from flexgen.errors import EngineError
+from flexgen.kernels.cpu.compile import intrinsic
 from flexgen.kernels.cpu.formats import widen
 
-LANES = 16  # elements of a vector: one AVX-512 register of float32; LLVM splits it where registers are narrower
+LANES = 8  # elements of a vector: one AVX-512 register of float32; LLVM splits it where registers are narrower
 PANEL = 2 * LANES  # columns that are worked on at once
 
 
@@ -29,7 +29,7 @@ class Rows(NamedTuple):
 def pointer(typing_context: Any, array: Any, index: Any) -> Any:
     """`pointer(array, index)`: to an element of a contiguous array, counted in memory order.  Keeps nothing alive."""
 
-    def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         data = context.make_array(array)(context, builder, arguments[0]).data
         return builder.gep(data, [arguments[1]])
 
@@ -40,7 +40,7 @@ def pointer(typing_context: Any, array: Any, index: Any) -> Any:
 def moved(typing_context: Any, start: Any, elements: Any) -> Any:
     """`moved(start, elements)`: the pointer so many elements further on."""
 
-    def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.gep(arguments[0], [arguments[1]])
 
     return start(start, types.int64), generate

@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from llvmlite import ir
 from numba import njit, types
-from numba.extending import intrinsic, overload
+from numba.extending import overload
 
+from flexgen.kernels.cpu.compile import intrinsic
 from flexgen.kernels.cpu.formats import narrow
 from flexgen.kernels.cpu.rows import Rows, moved, padded, part
 
@@ -30,8 +31,8 @@ SMALL = np.float32(0.25)
 LOWEST = -3e38  # near the lowest float32, yet finite: differences stay numbers
 
 # A division that may raise ends vectorisation; a sum in one given order does too.
-ELEMENTWISE = {"error_model": "numpy", "fastmath": {"contract"}}
-IN_ANY_ORDER = {"error_model": "numpy", "fastmath": {"contract", "reassoc", "nsz"}}
+ELEMENTWISE: Any = {"error_model": "numpy", "fastmath": {"contract"}}
+IN_ANY_ORDER: Any = {"error_model": "numpy", "fastmath": {"contract", "reassoc", "nsz"}}
 
 
 class State(NamedTuple):
@@ -45,12 +46,12 @@ class State(NamedTuple):
     totals: Any
 
 
-def exp_nonpositive(x: float) -> float:
+def exp_nonpositive(x: Any) -> Any:
     """exp(x) for x <= 0 (NaN stays NaN)."""
     return math.exp(x)
 
 
-def tanh(x: float) -> float:
+def tanh(x: Any) -> Any:
     """The hyperbolic tangent."""
     return math.tanh(x)
 
@@ -59,7 +60,7 @@ def tanh(x: float) -> float:
 def _power_of_two(typing_context: Any, exponent: Any) -> Any:
     """2 ** exponent as float32, for -126 <= exponent <= 127: an int32 put where the exponent's bits stand."""
 
-    def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         biased = builder.add(arguments[0], ir.Constant(ir.IntType(32), 127))
         return builder.bitcast(builder.shl(biased, ir.Constant(ir.IntType(32), 23)), ir.FloatType())
 
@@ -70,7 +71,7 @@ def _power_of_two(typing_context: Any, exponent: Any) -> Any:
 def _larger(typing_context: Any, a: Any, b: Any) -> Any:
     """The larger of two numbers, in a form that LLVM takes for a maximum over a loop."""
 
-    def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         flags = ("nnan", "nsz")
         return builder.select(builder.fcmp_ordered(">", *arguments, flags=flags), *arguments, flags=flags)
 
@@ -78,11 +79,11 @@ def _larger(typing_context: Any, a: Any, b: Any) -> Any:
 
 
 @overload(exp_nonpositive, jit_options=ELEMENTWISE)
-def _exp_nonpositive(x: float) -> Any:
+def _exp_nonpositive(x: Any) -> Any:
     if x != types.float32:
         return exp_nonpositive
 
-    def polynomial(x: float) -> float:
+    def polynomial(x: Any) -> Any:
         x = LEAST_EXPONENT if x < LEAST_EXPONENT else x
         exponent = np.int32(x * LOG2_E - HALF)  # rounds to nearest: x is not positive
         n = np.float32(exponent)
@@ -94,11 +95,11 @@ def _exp_nonpositive(x: float) -> Any:
 
 
 @overload(tanh, jit_options=ELEMENTWISE)
-def _tanh(x: float) -> Any:
+def _tanh(x: Any) -> Any:
     if x != types.float32:
         return tanh
 
-    def by_exponential(x: float) -> float:
+    def by_exponential(x: Any) -> Any:
         magnitude = abs(x)
         square = x * x
         series = x + x * square * (T3 + square * (T5 + square * (T7 + square * T9)))

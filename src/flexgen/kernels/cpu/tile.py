@@ -10,8 +10,8 @@ from typing import Any
 from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
-from numba.extending import intrinsic
 
+from flexgen.kernels.cpu.compile import intrinsic
 from flexgen.kernels.cpu.formats import widen, widened
 from flexgen.kernels.cpu.rows import LANES, PANEL, part
 
@@ -45,7 +45,7 @@ def _make_tile(heads: int, vectors: int) -> Any:
 
     @intrinsic
     def tile(typing_context: Any, weights: Any, page: Any, out: Any, rows: Any, ahead: Any) -> Any:
-        def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             weights_at, page_at, out_at = (_Places(builder, value) for value in arguments[:3])
             rows, ahead = arguments[3:]
             places = [out_at.vector(ir.Constant(INT64, head), v * LANES) for head in range(heads) for v in range(vectors)]
@@ -76,26 +76,26 @@ def _make_tile(heads: int, vectors: int) -> Any:
 class _Places:
     """Where the elements of a `Rows` argument are, while code is generated."""
 
-    def __init__(self, builder: ir.IRBuilder, rows: ir.Value) -> None:
+    def __init__(self, builder: Any, rows: Any) -> None:
         self._builder = builder
         self._first, self._stride = builder.extract_value(rows, 0), builder.extract_value(rows, 1)
         self.element = self._first.type.pointee
 
-    def scalar(self, row: ir.Value, column: int) -> ir.Value:
+    def scalar(self, row: Any, column: int) -> Any:
         offset = self._builder.add(self._builder.mul(row, self._stride), ir.Constant(INT64, column))
         return self._builder.gep(self._first, [offset])
 
-    def vector(self, row: ir.Value, column: int) -> ir.Value:
+    def vector(self, row: Any, column: int) -> Any:
         return self._builder.bitcast(self.scalar(row, column), ir.VectorType(self.element, LANES).as_pointer())
 
 
-def _broadcast(builder: ir.IRBuilder, scalar: ir.Value) -> ir.Value:
+def _broadcast(builder: Any, scalar: Any) -> Any:
     empty = ir.Constant(ir.VectorType(scalar.type, LANES), ir.Undefined)
     first = builder.insert_element(empty, scalar, ir.Constant(INT32, 0))
     return builder.shuffle_vector(first, empty, ir.Constant(ir.VectorType(INT32, LANES), [0] * LANES))
 
 
-def _prefetch(builder: ir.IRBuilder, place: ir.Value) -> None:
+def _prefetch(builder: Any, place: Any) -> None:
     kind = ir.FunctionType(ir.VoidType(), [INT8.as_pointer(), INT32, INT32, INT32])
     prefetch = builder.module.declare_intrinsic("llvm.prefetch", [INT8.as_pointer()], kind)
     reading, every_level, data = (ir.Constant(INT32, x) for x in (0, 3, 1))

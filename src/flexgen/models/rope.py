@@ -1,0 +1,109 @@
+"""Rotary frequencies that depend on a sequence's length: chosen per sequence, never by its neighbours.
+
+transformers takes the largest position of the whole call as the length (LongRoPE, dynamic NTK).  In a packed
+micro-batch that would be another sequence's; so the rotary module is called for each stretch of equal length.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import nn
+
+from flexgen.models.suspension import Span, current_forward
+
+RECOMPUTING = frozenset({"phi3", "phi4_multimodal", "phimoe"})
+
+Run = tuple[int, int]  # (tokens, length of the sequence that transformers would see)
+
+
+def recompute_length(config: Any) -> int | None:
+    """Tokens at which the model's `generate` computes a sequence anew, once it has more; None where it never does."""
+    text = config.get_text_config(decoder=True)
+    if config.model_type not in RECOMPUTING or not _types(getattr(text, "rope_parameters", None)):
+        return None
+    return getattr(text, "original_max_position_embeddings", None)
+
+
+def _types(parameters: Any) -> set[str]:
+    """The length-dependent rope types among rope parameters, which may be one level down, by layer type."""
+    if not isinstance(parameters, dict):
+        return set()
+    if "rope_type" not in parameters:
+        return set().union(*(_types(each) for each in parameters.values()))
+    return {parameters["rope_type"]} & {"longrope", "dynamic"}
+
+
+def isolate_sequences(model: nn.Module, *, recomputes: bool) -> None:
+    """Make every length-dependent rotary module of `model` treat each sequence by itself.
+
+    Args:
+        recomputes: whether a sequence that grows beyond the threshold is computed anew.  If not, each of its tokens keeps
+            the frequencies of the length at which it was computed first.
+    """
+    for module in model.modules():
+        rope_type: Any = getattr(module, "rope_type", None)
+        kinds = set(rope_type.values()) if isinstance(rope_type, dict) else {rope_type}
+        if kinds & {"longrope", "dynamic"}:
+            module.forward = functools.partial(_by_sequence, module, module.forward, recomputes)
+
+
+def _by_sequence(
+    module: Any, forward: Callable[..., Any], recomputes: bool, x: torch.Tensor, position_ids: torch.Tensor, *args: Any, **kwargs: Any
+) -> Any:
+    """The module's forward on each stretch of tokens, with the last position of their sequence appended to make it the longest."""
+    parts, row = [], 0
+    threshold = _threshold(module)
+    for count, length in _merged(_runs(current_forward().spans(), recomputes), threshold, "dynamic" in str(module.rope_type)):
+        last = position_ids.new_full((1, 1), length - 1)
+        _forget_lengths(module)
+        out = forward(x, torch.cat([position_ids[:, row : row + count], last], dim=1), *args, **kwargs)
+        parts.append(tuple(each[:, :-1] for each in out) if isinstance(out, tuple) else (out[:, :-1],))
+        row += count
+    joined = tuple(torch.cat(each, dim=1) for each in zip(*parts, strict=True))
+    return joined if len(joined) > 1 else joined[0]
+
+
+def _runs(spans: Sequence[Span], recomputes: bool) -> Iterator[Run]:
+    """A prompt is computed at its own length, each generated token at the length it gave the sequence."""
+    for span in spans:
+        if recomputes:
+            yield span.length, span.total
+            continue
+        in_prompt = min(max(span.prompt_len - span.start, 0), span.length)
+        if in_prompt:
+            yield in_prompt, span.prompt_len
+        yield from ((1, position + 1) for position in range(span.start + in_prompt, span.start + span.length))
+
+
+def _merged(runs: Iterator[Run], threshold: int, dynamic: bool) -> Iterator[Run]:
+    """Neighbours that get the same frequencies: LongRoPE knows two sets, dynamic NTK one per length above the threshold."""
+
+    def frequencies(run: Run) -> int:
+        return max(run[1], threshold) if dynamic else run[1] > threshold
+
+    for _, group in groupby(runs, key=frequencies):
+        members = list(group)
+        yield sum(count for count, _ in members), max(length for _, length in members)
+
+
+def _threshold(module: Any) -> int:
+    """The length up to which frequencies do not change."""
+    parameters = module.config.rope_parameters
+    nested = [parameters] if "rope_type" in parameters else list(parameters.values())
+    originals = [each["original_max_position_embeddings"] for each in nested if "original_max_position_embeddings" in each]
+    return min([*originals, module.original_max_seq_len]) if hasattr(module, "original_max_seq_len") else min(originals)
+
+
+def _forget_lengths(module: Any) -> None:
+    """Undo what dynamic NTK remembers of earlier calls."""
+    if "dynamic" not in str(module.rope_type):
+        return
+    for name in [name for name in vars(module) if name.endswith("max_seq_len_cached")]:
+        setattr(module, name, module.original_max_seq_len)
+    for name in [name for name in module._buffers if name.endswith("inv_freq") and "original" not in name]:
+        module._buffers[name] = getattr(module, name.replace("inv_freq", "original_inv_freq")).to(module._buffers[name].device)

@@ -1,0 +1,129 @@
+"""Random checkpoints: complete, loadable by transformers and by us, and what they are said to be."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+
+from flexgen.errors import StorageError
+from flexgen.models import dummy
+from flexgen.models.checkpoint import Checkpoint, ModelSources, parameter_sources
+from flexgen.models.dummy import write_random_checkpoint
+from flexgen.models.folder import INDEX_FILE, SINGLE_FILE
+from tests.models.tiny_configs import tiny_config
+
+
+def sources_of(folder: Path, config: PreTrainedConfig) -> ModelSources:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return parameter_sources(model, Checkpoint(folder))
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    tensors = {}
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+    return tensors
+
+
+@pytest.mark.parametrize("model_type", ["llama", "opt", "gpt2", "mixtral", "deepseek_v3", "gpt_oss", "gemma3_text", "hrm_text", "minimax"])
+def test_loads_here_and_in_transformers(model_type: str, tmp_path: Path) -> None:
+    config = tiny_config(model_type)
+    written = write_random_checkpoint(config, tmp_path, torch.bfloat16, shard_bytes=40_000)
+    expected, report = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16, output_loading_info=True)
+    assert not any(report.values()), "nothing is missing, unexpected or of another shape"
+    found = sources_of(tmp_path, AutoConfig.from_pretrained(tmp_path))
+    state = expected.state_dict()
+    assert found.parameters.keys() | found.tied.keys() == state.keys()
+    assert not found.unexpected
+    for name, source in found.parameters.items():
+        out = torch.full(source.shape, 77, dtype=state[name].dtype)
+        source.read(out)
+        assert torch.equal(out, state[name]), name
+    assert written == Checkpoint(tmp_path).total_bytes == json.loads((tmp_path / INDEX_FILE).read_text())["metadata"]["total_size"]
+
+
+def test_config_names_the_class_and_the_dtype(tmp_path: Path) -> None:
+    config = tiny_config("llama")
+    write_random_checkpoint(config, tmp_path, torch.float16)
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert (written["architectures"], written["dtype"]) == (["LlamaForCausalLM"], "float16")
+    assert config.architectures is None, "the caller's config is not changed"
+
+
+def test_shards_keep_to_their_size(tmp_path: Path) -> None:
+    config = tiny_config("llama")
+    total_bytes = write_random_checkpoint(config, tmp_path / "several", torch.bfloat16, shard_bytes=30_000)
+    shards = sorted(path.name for path in (tmp_path / "several").glob("*.safetensors"))
+    assert shards == [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    assert len(shards) >= total_bytes / 30_000
+    sizes = dict.fromkeys(shards, 0)
+    for tensor in Checkpoint(tmp_path / "several").tensors.values():
+        sizes[tensor.path.name] += tensor.nbytes
+    assert max(sizes.values()) <= 30_000
+    assert write_random_checkpoint(config, tmp_path / "one", torch.bfloat16) == total_bytes
+    assert [path.name for path in (tmp_path / "one").iterdir() if "model" in path.name] == [SINGLE_FILE]
+
+
+def test_numbers(tmp_path: Path) -> None:
+    write_random_checkpoint(tiny_config("gpt2", n_embd=256), tmp_path, torch.float32)
+    for name, tensor in tensors_of(tmp_path).items():
+        if tensor.ndim > 1:
+            assert abs(tensor.std().item() - 0.02) < 0.002, name
+            assert abs(tensor.mean().item()) < 0.002, name
+        else:
+            assert (tensor == (0 if "bias" in name else 1)).all(), name
+
+
+def test_layers_and_rows_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dummy, "_BLOCK_ELEMENTS", 1009)  # a matrix of 96 x 64 takes six
+    write_random_checkpoint(tiny_config("mixtral"), tmp_path, torch.float32)
+    tensors = [tensor for tensor in tensors_of(tmp_path).values() if tensor.ndim > 1]
+    assert len({tensor.flatten()[:32].numpy().tobytes() for tensor in tensors}) == len(tensors)
+    assert all(len(torch.unique(tensor, dim=0)) == len(tensor) for tensor in tensors)
+
+
+def test_seeds(tmp_path: Path) -> None:
+    config = tiny_config("llama")
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        write_random_checkpoint(config, tmp_path / name, torch.bfloat16, seed=seed)
+    a, b, c = ((tmp_path / name / SINGLE_FILE).read_bytes() for name in "abc")
+    assert a == b
+    assert a != c
+
+
+def test_tied_weights_are_written_once(tmp_path: Path) -> None:
+    config = tiny_config("llama", tie_word_embeddings=True)
+    write_random_checkpoint(config, tmp_path, torch.bfloat16)
+    assert sources_of(tmp_path, config).tied == {"lm_head.weight": "model.embed_tokens.weight"}
+    assert "lm_head.weight" not in tensors_of(tmp_path)
+
+
+def test_files_are_their_owners(tmp_path: Path) -> None:
+    write_random_checkpoint(tiny_config("llama"), tmp_path, torch.bfloat16, shard_bytes=50_000)
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o600}
+
+
+def test_nothing_is_overwritten(tmp_path: Path) -> None:
+    (tmp_path / SINGLE_FILE).write_text("precious")
+    with pytest.raises(StorageError, match="could not be written"):
+        write_random_checkpoint(tiny_config("llama"), tmp_path, torch.bfloat16)
+    (tmp_path / SINGLE_FILE).unlink()
+    (tmp_path / SINGLE_FILE).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(StorageError):
+        write_random_checkpoint(tiny_config("llama"), tmp_path, torch.bfloat16)
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_tensors_larger_than_the_write_buffer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny_config("llama")
+    write_random_checkpoint(config, tmp_path / "large", torch.bfloat16)
+    monkeypatch.setattr(dummy, "_BUFFER_BYTES", 4096)
+    write_random_checkpoint(config, tmp_path / "small", torch.bfloat16)
+    assert (tmp_path / "large" / SINGLE_FILE).read_bytes() == (tmp_path / "small" / SINGLE_FILE).read_bytes()

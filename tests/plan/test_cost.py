@@ -1,0 +1,159 @@
+import dataclasses
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flexgen.errors import OptionError
+from flexgen.plan.cost import (
+    RESOURCES,
+    PassLoad,
+    PassWork,
+    busiest,
+    embedding_memory_bytes,
+    ideal_seconds,
+    price,
+    unit_homes,
+    weight_bytes,
+    weights_work,
+)
+from flexgen.plan.model import KVGroupSpec, UnitSpec
+from flexgen.plan.policy import Fractions
+
+MB = 10**6
+
+
+@given(
+    sizes=st.lists(st.integers(1, 1000), min_size=1, max_size=60),
+    parts=st.tuples(st.integers(0, 10), st.integers(0, 10), st.integers(0, 10)).filter(any),
+)
+def test_homes_honour_the_shares_to_within_one_unit_at_every_depth(make_spec, sizes, parts):
+    units = tuple(UnitSpec(name=str(number), disk_bytes=size, decoded_bytes=size, flops_per_token=1.0) for number, size in enumerate(sizes))
+    spec = make_spec(units=units)
+    shares = dict(zip(("device", "host", "disk"), (part / sum(parts) for part in parts), strict=True))
+    homes = unit_homes(spec, Fractions(**shares))
+    for depth in range(1, len(sizes) + 1):
+        for tier, share in shares.items():
+            at_home = sum(size for size, home in zip(sizes[:depth], homes, strict=False) if home == tier)
+            assert abs(at_home - share * sum(sizes[:depth])) <= max(sizes)
+
+
+def test_homes_are_spread_over_the_depth(make_spec):
+    assert unit_homes(make_spec(layers=7), Fractions(host=0.25, disk=0.75)) == ("disk", "host", "disk", "disk") * 2
+
+
+def test_bytes_at_home_are_decoded_where_computing_happens(make_spec):
+    spec = make_spec(decoded=4)
+    homes = ("device", "host", "disk", "host")
+    assert weight_bytes(spec, homes, "cuda") == {"device": 4000, "host": 2000, "disk": 1000}
+    assert weight_bytes(spec, homes[1:2] * 4, "cpu") == {"device": 0, "host": 16000, "disk": 0}
+
+
+def test_a_tied_embedding_costs_what_is_not_already_there(make_spec):
+    tied = make_spec(embedding_bytes=0, decoded=2)
+    assert embedding_memory_bytes(tied, ("host",) * 4, "cpu") == 0
+    assert embedding_memory_bytes(tied, ("host", "host", "host", "disk"), "cpu") == 2000
+    assert embedding_memory_bytes(make_spec(), ("host",) * 4, "cpu") == 4096
+
+
+def test_weights_move_once_per_pass(make_spec):
+    spec = make_spec(unit_bytes=MB)
+    homes = ("device", "host", "disk", "disk")
+    assert weights_work(spec, homes, "cuda") == PassWork(disk_read_bytes=2 * MB, host_to_device_bytes=3 * MB, host_memory_bytes=5 * MB)
+    assert weights_work(spec, ("host", "host", "disk", "disk"), "cpu") == PassWork(disk_read_bytes=2 * MB, host_memory_bytes=2 * MB)
+
+
+def test_decoding_draws_on_the_memory_of_a_cpu(make_spec):
+    spec = make_spec(unit_bytes=MB, decoded=2)
+    work = weights_work(spec, ("disk", "host", "host", "host"), "cpu")
+    assert work.host_memory_bytes == MB + (MB + 2 * MB)  # the disk's transfer; read and written by the decoder
+
+
+def load_of(**changes):
+    """Two prompts of 5 tokens and three next tokens that see 10 tokens each."""
+    values = {
+        "prompt_tokens": {"host": 10},
+        "num_prompts": {"host": 2},
+        "next_tokens": {"host": 3},
+        "prompt_pairs": [2 * 15],
+        "attended_tokens": {"host": [30]},
+    }
+    return PassLoad(**(values | changes))
+
+
+def test_the_price_of_a_pass_on_a_cpu(make_spec, make_policy):
+    work = price(load_of(), make_spec(), make_policy(embedding_resident=False), PassWork(disk_read_bytes=4000, host_memory_bytes=4000))
+    assert work == PassWork(
+        disk_read_bytes=4000 + 13 * 16,  # an embedding row per token
+        dense_flops=13 * 6000 + 5 * 500,
+        attention_flops=3 * 4.0 * 30,  # layers x FLOPs x the prompts' pairs
+        host_memory_bytes=4000 + 3 * 10 * 30 + 13 * 30,  # KV read by next tokens; KV written
+        num_tokens=13,
+        num_prompt_tokens=10,
+        num_sampled=5,
+    )
+
+
+def test_the_price_of_host_kv_beside_a_device(make_spec, make_policy):
+    work = price(load_of(), make_spec(), make_policy(device="sim"), PassWork())
+    crossing = 3 * 3 * 8 * 2  # next tokens x layers x hidden x bytes: q one way, the result the other
+    assert work.device_to_host_bytes == 13 * 30 + crossing
+    assert work.host_to_device_bytes == crossing
+    assert work.host_memory_bytes == 900 + 13 * 30
+
+
+def test_the_price_of_device_kv(make_spec, make_policy):
+    load = load_of(prompt_tokens={"device": 10}, num_prompts={"device": 2}, next_tokens={"device": 3}, attended_tokens={"device": [30]})
+    work = price(load, make_spec(), make_policy(device="sim"), PassWork())
+    assert (work.host_to_device_bytes, work.device_to_host_bytes, work.host_memory_bytes) == (0, 0, 0)
+    assert work.attention_flops == 3 * 4.0 * (30 + 30)
+
+
+def test_the_price_of_kv_on_disk(make_spec, make_policy):
+    load = load_of(prompt_tokens={"disk": 10}, num_prompts={"disk": 2}, next_tokens={"disk": 3}, attended_tokens={"disk": [30]})
+    work = price(load, make_spec(), make_policy(), PassWork())
+    assert (work.disk_read_bytes, work.disk_write_bytes) == (900, 390)
+    assert work.host_memory_bytes == 2 * (900 + 390)  # the disk's transfer, then the attention's
+
+
+def test_groups_of_layers_add_up(make_spec, make_policy):
+    groups = (
+        KVGroupSpec(num_layers=2, bytes_per_token=10, attention_flops_per_pair=4.0),
+        KVGroupSpec(num_layers=1, bytes_per_token=20, attention_flops_per_pair=8.0, window=4),
+    )
+    work = price(load_of(prompt_pairs=[30, 28], attended_tokens={"host": [30, 12]}), make_spec(groups=groups), make_policy(), PassWork())
+    assert work.attention_flops == 2 * 4 * 30 + 1 * 8 * 28
+    assert work.host_memory_bytes == 2 * 10 * 30 + 20 * 12 + 13 * 40
+
+
+def test_ideal_seconds_divide_work_by_best_rates(make_machine):
+    work = PassWork(
+        disk_read_bytes=4e9,
+        disk_write_bytes=5e8,
+        host_to_device_bytes=10e9,
+        device_to_host_bytes=1e9,
+        dense_flops=8e11,
+        attention_flops=1e11,
+        host_memory_bytes=15e9,
+    )
+    seconds = ideal_seconds(work, make_machine(), "bfloat16")
+    assert seconds == pytest.approx(
+        {"disk_read": 2.0, "disk_write": 0.5, "host_to_device": 0.5, "device_to_host": 0.1, "compute": 3.0, "host_memory": 0.5}
+    )
+    assert tuple(seconds) == RESOURCES
+    assert busiest(seconds) == ("compute", 3.0)
+
+
+def test_attention_of_unknown_rate_counts_as_dense(make_machine):
+    work = PassWork(dense_flops=2e11, attention_flops=2e11)
+    assert ideal_seconds(work, make_machine(), "float32")["compute"] == pytest.approx(2.0)
+
+
+def test_an_unmeasured_dtype_is_named(make_machine):
+    with pytest.raises(OptionError, match=r"no dense rate for float64 \(known: bfloat16, float32\)"):
+        ideal_seconds(PassWork(), make_machine(), "float64")
+
+
+def test_work_adds_up_field_by_field():
+    one = PassWork(**{field.name: number for number, field in enumerate(dataclasses.fields(PassWork))})
+    assert dataclasses.astuple(one + one) == tuple(2 * each for each in dataclasses.astuple(one))

@@ -1,0 +1,321 @@
+import dataclasses
+import itertools
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flexgen.errors import CapacityError, OptionError
+from flexgen.plan.cost import unit_homes
+from flexgen.plan.default import activation_bytes, budgets_of, expected_seconds, explain, footprint, resolve, scratch_bytes
+from flexgen.plan.model import KVGroupSpec, UnitSpec
+from flexgen.plan.policy import Fractions
+from flexgen.plan.simulate import least_ideal_seconds, simulate
+from flexgen.plan.workload import Workload
+from flexgen.sizes import GIB, MIB
+
+JOB = Workload(prompt_lens=(256,) * 192, output_lens=(32,) * 192)
+
+
+@pytest.fixture(scope="module")
+def plan(llama_3b, make_machine, make_limits, make_options, process_bytes):
+    """Resolve with a few things changed."""
+
+    def run(
+        workload=JOB, spec=llama_3b, limits=None, process_bytes=process_bytes, kv_tiers=("device", "host", "disk"), machine=None, **options
+    ):
+        return resolve(
+            make_options(**options),
+            spec,
+            make_machine(**(machine or {})),
+            make_limits(**(limits or {})),
+            workload,
+            process_bytes=process_bytes,
+            kv_tiers=kv_tiers,
+        )
+
+    return run
+
+
+def tiny_spec(make_spec):
+    """7 million parameters, stored in bfloat16 and computed in float32."""
+    units = [UnitSpec(name=f"layers.{each}", disk_bytes=1_600_000, decoded_bytes=3_200_000, flops_per_token=1.6e6) for each in range(6)]
+    units += [UnitSpec(name="head", disk_bytes=4_200_000, decoded_bytes=8_400_000, flops_per_token=4.2e6, head=True)]
+    return make_spec(
+        units=tuple(units),
+        kv_groups=(KVGroupSpec(num_layers=6, bytes_per_token=2048, attention_flops_per_pair=1024.0),),
+        embedding_bytes=0,
+        embedding_row_bytes=512,
+        hidden_size=256,
+        intermediate_size=1024,
+        vocab_size=8192,
+    )
+
+
+# What it chooses
+
+
+def test_a_model_of_6_gb_in_4_gib(plan, llama_3b, make_limits, process_bytes):
+    policy = plan(machine={"host_to_device_bytes_per_s": None, "device_to_host_bytes_per_s": None})
+    played = simulate(llama_3b, policy, JOB)
+    assert 55 <= played.live.max() <= 95
+    assert 2 <= policy.prefill_tokens // 256 <= 4
+    assert policy.weights.disk > 0.7
+    assert policy.weights.device == policy.kv.device == policy.kv_device_bytes == policy.device_ring_bytes == 0
+    assert 512 <= policy.micro_batch_tokens <= 1024
+    assert policy.max_num_seqs >= played.live.max()
+    assert not policy.embedding_resident
+    assert (policy.device, policy.dtype, policy.schedule) == ("cpu", "bfloat16", "diagonal")
+    largest = max(unit.disk_bytes for unit in llama_3b.units)
+    assert policy.host_ring_bytes >= 3 * largest
+    # Nothing worth having is left over.
+    assert sum(footprint(policy, llama_3b, make_limits(), process_bytes=process_bytes)["host"].values()) > 3.95 * GIB
+
+
+def test_everything_stays_in_memory_where_it_fits(plan, llama_3b):
+    policy = plan(limits={"host_bytes": 20 * GIB})
+    assert policy.weights == Fractions(host=1.0)
+    assert policy.embedding_resident
+    assert (policy.host_ring_bytes, policy.max_num_seqs) == (0, 192)
+    assert simulate(llama_3b, policy, JOB).work.disk_read_bytes == 0
+
+
+def test_a_device_that_holds_everything_gets_everything(plan):
+    policy = plan(limits={"device": "cuda", "device_bytes": 24 * GIB, "host_bytes": 8 * GIB})
+    assert policy.weights == Fractions(device=1.0)
+    assert policy.kv_device_bytes > 0
+    assert (policy.device_ring_bytes, policy.host_ring_bytes) == (0, 0)
+
+
+def test_a_small_device_streams_through_both_rings(plan, llama_3b):
+    policy = plan(limits={"device": "sim", "device_bytes": 2 * GIB, "host_bytes": 3 * GIB})
+    assert policy.weights.disk > 0
+    largest = max(unit.disk_bytes for unit in llama_3b.units)
+    assert policy.device_ring_bytes >= 2 * largest
+    assert policy.host_ring_bytes >= 3 * largest
+
+
+def test_kv_goes_to_disk_only_where_it_may(plan):
+    job = Workload(prompt_lens=(2000,) * 64, output_lens=(400,) * 64)
+    limits = {"host_bytes": 2 * GIB, "disk_bytes": 100 * GIB}
+    fast = {
+        "disk_read_bytes_per_s": 8e9,
+        "disk_write_bytes_per_s": 8e9,
+        "dense_flops": {"bfloat16": 1e15},
+        "attention_flops": {"bfloat16": 1e15},
+    }
+    fast |= {"dense_rows": {}}
+    assert plan(job, limits=limits, machine=fast).kv_disk_bytes > 0
+    assert plan(job, limits=limits, machine=fast, kv_tiers=("device", "host")).kv_disk_bytes == 0
+    assert plan(job, limits=limits | {"offload_in_memory": True}, machine=fast).kv_disk_bytes == 0
+
+
+def test_a_tiny_model_fits_beside_the_interpreter(plan, make_spec, make_limits, process_bytes):
+    spec, limits = tiny_spec(make_spec), {"host_bytes": 600 * MIB}
+    job = Workload(prompt_lens=(100,) * 500, output_lens=(50,) * 500)
+    policy = plan(job, spec=spec, limits=limits, dtype="float32")
+    assert policy.weights == Fractions(host=1.0)
+    assert simulate(spec, policy, job).num_refused == 0
+    streaming = plan(job, spec=spec, limits=limits, dtype="float32", weights="disk=1")
+    assert streaming.workspace_bytes > scratch_bytes(spec, ["disk"] * 7, "cpu") == 3 * 8_400_000
+    for each in (policy, streaming):
+        assert sum(footprint(each, spec, make_limits(**limits), process_bytes=process_bytes)["host"].values()) <= 600 * MIB
+
+
+def test_a_slower_disk_wants_no_fewer_sequences(plan, llama_3b):
+    live = [simulate(llama_3b, plan(machine={"disk_read_bytes_per_s": rate}), JOB).live.mean() for rate in (4e9, 1e9)]
+    assert live[1] >= live[0]
+
+
+@pytest.mark.parametrize("lengths", [[(256, 32)] * 96, [(64, 64), (400, 16), (128, 100)] * 30], ids=["equal", "mixed"])
+def test_chooses_as_well_as_brute_force(plan, llama_3b, make_machine, lengths):
+    job = Workload(prompt_lens=tuple(s for s, _ in lengths), output_lens=tuple(n for _, n in lengths))
+    machine = make_machine(host_to_device_bytes_per_s=None)
+
+    def seconds(policy):
+        return expected_seconds(simulate(llama_3b, policy, job), llama_3b, policy, machine).sum()
+
+    best = min(
+        seconds(plan(job, weights=f"host={share / 20:g},disk={1 - share / 20:g}", prefill_tokens=quota))
+        for share, quota in itertools.product(range(9), (256, 400, 512, 768, 1024, 1536, 2048, 4096))
+    )
+    assert seconds(plan(job)) <= 1.025 * best  # it gives up as much for shorter passes
+
+
+def test_nothing_known_of_the_job(plan):
+    assert plan(Workload(prompt_lens=(), output_lens=())).max_num_seqs > 1
+
+
+# What is pinned stays
+
+
+def test_pins_stay(plan):
+    policy = plan(weights="host=.2,disk=.8", kv="host=1", max_num_seqs=7, prefill_tokens=300, micro_batch_tokens=99, schedule="zigzag")
+    assert policy.weights == Fractions(host=0.2, disk=0.8)
+    assert policy.kv == Fractions(host=1.0)
+    assert (policy.max_num_seqs, policy.prefill_tokens, policy.micro_batch_tokens, policy.schedule) == (7, 300, 99, "zigzag")
+
+
+def test_a_cap_beyond_the_job_is_kept(plan):
+    assert plan(Workload(prompt_lens=(10,), output_lens=(5,)), max_num_seqs=64).max_num_seqs == 64
+
+
+def test_pinned_shares_of_kv_set_the_pools(plan):
+    policy = plan(kv="host=.25,disk=.75", limits={"disk_bytes": 100 * GIB})
+    assert policy.kv_disk_bytes == pytest.approx(3 * policy.kv_host_bytes, abs=4)
+    policy = plan(kv="device=.5,host=.5", limits={"device": "sim", "device_bytes": 2 * GIB})
+    assert policy.kv_device_bytes == pytest.approx(policy.kv_host_bytes, abs=4)
+
+
+def test_kv_in_a_folder_in_memory_counts_as_host_memory(plan, llama_3b, make_limits, process_bytes):
+    limits = {"disk_bytes": 100 * GIB, "offload_in_memory": True}
+    policy = plan(kv="host=.5,disk=.5", limits=limits)
+    used = footprint(policy, llama_3b, make_limits(**limits), process_bytes=process_bytes)
+    assert used["host"]["KV in a memory file system"] == policy.kv_disk_bytes > 0
+    assert sum(used["host"].values()) <= 4 * GIB
+
+
+def test_schedules_set_their_own_quota(plan):
+    zigzag, row = plan(schedule="zigzag"), plan(schedule="row", micro_batch_tokens=1024)
+    assert zigzag.prefill_tokens == zigzag.max_num_seqs * 256
+    assert row.prefill_tokens == 1024
+
+
+# Budgets
+
+
+@settings(max_examples=60)
+@given(
+    device=st.sampled_from(["cpu", "sim", "cuda"]),
+    host=st.floats(0.6, 12),
+    device_gib=st.floats(0.3, 8),
+    disk=st.sampled_from([0, 50 * GIB]),
+    schedule=st.sampled_from(["diagonal", "zigzag", "row"]),
+    pins=st.fixed_dictionaries(
+        {},
+        optional={
+            "max_num_seqs": st.integers(1, 300),
+            "prefill_tokens": st.integers(1, 20_000),
+            "micro_batch_tokens": st.integers(16, 4096),
+            "weights": st.sampled_from(["disk=1", "host=.5,disk=.5", "host=1"]),
+            "kv": st.sampled_from(["host=1", "host=.3,disk=.7"]),
+        },
+    ),
+    lengths=st.lists(st.tuples(st.integers(1, 3000), st.integers(1, 200)), min_size=1, max_size=40),
+)
+def test_budgets_are_never_exceeded(plan, llama_3b, make_limits, process_bytes, device, host, device_gib, disk, schedule, pins, lengths):
+    limits = {
+        "device": device,
+        "host_bytes": int(host * GIB),
+        "device_bytes": 0 if device == "cpu" else int(device_gib * GIB),
+        "disk_bytes": disk,
+    }
+    job = Workload(prompt_lens=tuple(s for s, _ in lengths), output_lens=tuple(n for _, n in lengths))
+    try:
+        policy = plan(job, limits=limits, schedule=schedule, **pins)
+    except CapacityError:
+        return
+    used = footprint(policy, llama_3b, make_limits(**limits), process_bytes=process_bytes)
+    for tier, parts in used.items():
+        assert sum(parts.values()) <= limits[f"{tier}_bytes"], tier
+        assert min(parts.values()) >= 0
+    activations = activation_bytes(llama_3b, job, policy)
+    assert policy.workspace_bytes >= activations
+    played = simulate(llama_3b, policy, job)
+    assert played.num_refused < len(job)
+    for tier, held in played.kv_bytes.items():
+        assert held.max(initial=0) <= getattr(policy, f"kv_{tier}_bytes")
+
+
+def test_the_budget_decides_whether_it_fits(plan):
+    """Just above what the message asks for it fits."""
+    with pytest.raises(CapacityError, match=r"needs at least [\d.]+ GiB of host memory .* raise --host-mem") as caught:
+        plan(limits={"host_bytes": 550 * MIB})
+    needed = float(str(caught.value).partition("at least ")[2].split()[0])
+    plan(limits={"host_bytes": int((needed + 0.02) * GIB)})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"weights": "host=.9,disk=.1"}, r"give host a smaller share in --weights"),
+        ({"max_num_seqs": 5000}, r"lower --max-num-seqs"),
+        ({"prefill_tokens": 1 << 20, "max_num_seqs": 190, "limits": {"host_bytes": GIB}}, r"lower --prefill-tokens"),
+        ({"limits": {"device": "cuda", "device_bytes": 100 * MIB}}, r"of device memory .* raise --device-mem"),
+    ],
+)
+def test_what_cannot_fit_is_refused_with_advice(plan, changes, message):
+    with pytest.raises(CapacityError, match=message) as caught:
+        plan(**changes)
+    assert "GiB are missing" in str(caught.value)
+
+
+def test_one_request_that_fits_nowhere(plan):
+    with pytest.raises(CapacityError, match=r"of host memory .*KV of one request [\d.]+ GiB"):
+        plan(Workload(prompt_lens=(50_000,), output_lens=(10,)))
+
+
+def test_a_request_that_fits_nowhere_does_not_stop_the_others(plan, llama_3b):
+    job = Workload(prompt_lens=(25_000, 100, 100), output_lens=(20_000, 10, 10))
+    assert simulate(llama_3b, plan(job), job).num_refused == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"weights": "device=.5,disk=.5"}, "on a CPU device there is no device tier"),
+        ({"kv": "device=1"}, "on a CPU device there is no device tier"),
+        ({"dtype": "auto"}, "a plan needs one of"),
+        ({"kv": "disk=1", "kv_tiers": ("host",)}, "KV can live on host here, not on disk"),
+        ({"dtype": "float64"}, "no dense rate for float64"),
+    ],
+)
+def test_options_that_cannot_be_honoured(plan, options, message):
+    with pytest.raises(OptionError, match=message):
+        plan(**options)
+
+
+# The limit, and the text
+
+
+def test_the_plan_is_never_better_than_the_least(plan, llama_3b, make_machine, make_limits, process_bytes):
+    draw = random.Random(2)
+    for _ in range(6):
+        limits = make_limits(host_bytes=int(draw.uniform(1, 9) * GIB))
+        job = Workload(
+            prompt_lens=tuple(draw.randrange(20, 600) for _ in range(60)), output_lens=tuple(draw.randrange(4, 80) for _ in range(60))
+        )
+        policy = plan(job, limits={"host_bytes": limits.host_bytes})
+        least = least_ideal_seconds(llama_3b, make_machine(), job, budgets_of(limits, llama_3b, process_bytes), "bfloat16")
+        assert least <= simulate(llama_3b, policy, job).busiest_seconds(make_machine(), "bfloat16")
+
+
+def test_expected_time_is_never_below_the_ideal(plan, llama_3b, make_machine):
+    for changes in ({}, {"limits": {"device": "sim", "device_bytes": 3 * GIB}}, {"schedule": "row"}):
+        policy = plan(**changes)
+        played = simulate(llama_3b, policy, JOB)
+        assert expected_seconds(played, llama_3b, policy, make_machine()).sum() >= played.busiest_seconds(make_machine(), "bfloat16")
+
+
+def test_the_plan_in_words(plan, llama_3b, make_machine, make_limits, process_bytes):
+    policy = plan()
+    text = explain(policy, llama_3b, make_machine(), make_limits(), JOB, process_bytes=process_bytes)
+    assert text.startswith("llama-3b: bfloat16 on cpu, diagonal schedule\n")
+    assert "of 4.00 GiB: process 0.44, allowance" in text
+    assert f"up to {policy.max_num_seqs} sequences (KV 100% host), {policy.prefill_tokens} prompt tokens" in text
+    assert "output tokens/s" in text
+    assert max(len(line) for line in text.splitlines()) < 160
+    assert "output tokens/s" not in explain(
+        policy, llama_3b, make_machine(), make_limits(), Workload(prompt_lens=(), output_lens=()), process_bytes=0
+    )
+    refusing = dataclasses.replace(JOB, prompt_lens=(200_000, *JOB.prompt_lens[1:]))
+    assert "1 requests can never fit" in explain(policy, llama_3b, make_machine(), make_limits(), refusing, process_bytes=process_bytes)
+
+
+def test_homes_of_the_footprint_are_those_of_the_simulation(plan, llama_3b, make_limits, process_bytes):
+    policy = plan()
+    homes = unit_homes(llama_3b, policy.weights)
+    resident = sum(unit.decoded_bytes for unit, home in zip(llama_3b.units, homes, strict=True) if home == "host")
+    assert footprint(policy, llama_3b, make_limits(), process_bytes=process_bytes)["host"]["weights"] == resident
+    assert simulate(llama_3b, policy, JOB).passes()[-1].disk_read_bytes >= llama_3b.streamed_bytes - resident

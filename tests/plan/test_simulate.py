@@ -1,0 +1,362 @@
+import dataclasses
+import itertools
+import random
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flexgen.plan.cost import PassLoad, PassWork, price, unit_homes, weights_work
+from flexgen.plan.model import KVGroupSpec
+from flexgen.plan.policy import Fractions
+from flexgen.plan.simulate import (
+    SEARCH_REQUESTS,
+    Budgets,
+    extrapolated,
+    held_kv_bytes,
+    least_ideal_seconds,
+    sampled,
+    simulate,
+)
+from flexgen.plan.workload import Workload
+from flexgen.sizes import GIB
+
+TOKEN = 30  # KV bytes of a token of the small model
+
+
+def jobs(lengths):
+    return Workload(prompt_lens=tuple(s for s, _ in lengths), output_lens=tuple(n for _, n in lengths))
+
+
+def carried(played):
+    """(prompt tokens, next tokens) of each pass."""
+    return [(work.num_prompt_tokens, work.num_tokens - work.num_prompt_tokens) for work in played.passes()]
+
+
+# Golden lists
+
+
+def test_diagonal_admits_by_quota_and_refills(make_spec, make_policy):
+    # Room for 12 tokens; a sequence of 3 + 3 holds 3, 4, 5 tokens in its three passes.
+    policy = make_policy(kv_host_bytes=12 * TOKEN, prefill_tokens=3)
+    played = simulate(make_spec(), policy, jobs([(3, 3)] * 5))
+    assert carried(played) == [(3, 0), (3, 1), (3, 2), (3, 2), (3, 2), (0, 2), (0, 1)]
+    assert played.kv_bytes["host"].tolist() == [TOKEN * each for each in (3, 7, 12, 12, 12, 9, 5)]
+    assert played.live.tolist() == [1, 2, 3, 3, 3, 2, 1]
+
+
+def test_diagonal_waits_where_the_projection_would_not_fit(make_spec, make_policy):
+    # Two fit at once, but both would grow: 2 x 3 tokens now, 2 x 5 two passes later.
+    policy = make_policy(kv_host_bytes=9 * TOKEN)
+    assert carried(simulate(make_spec(), policy, jobs([(3, 3)] * 3))) == [(3, 0), (3, 1), (0, 2), (3, 1), (0, 1), (0, 1)]
+
+
+def test_zigzag_fills_only_an_empty_block(make_spec, make_policy):
+    policy = make_policy(kv_host_bytes=10 * TOKEN, schedule="zigzag")
+    assert carried(simulate(make_spec(), policy, jobs([(3, 3)] * 3))) == [(6, 0), (0, 2), (0, 2), (3, 0), (0, 1), (0, 1)]
+
+
+def test_a_zigzag_block_may_take_several_passes_to_fill(make_spec, make_policy):
+    policy = make_policy(max_num_seqs=4, prefill_tokens=6, schedule="zigzag")
+    assert carried(simulate(make_spec(), policy, jobs([(3, 3)] * 5))) == [(6, 0), (6, 2), (0, 4), (0, 2), (3, 0), (0, 1), (0, 1)]
+
+
+def test_a_zigzag_block_closes_when_its_first_sequence_ends(make_spec, make_policy):
+    policy = make_policy(prefill_tokens=3, schedule="zigzag")
+    assert carried(simulate(make_spec(), policy, jobs([(3, 2)] * 3))) == [(3, 0), (3, 1), (0, 1), (3, 0), (0, 1)]
+
+
+def test_row_runs_one_micro_batch_to_its_end(make_spec, make_policy):
+    policy = make_policy(micro_batch_tokens=7, schedule="row")
+    assert carried(simulate(make_spec(), policy, jobs([(3, 2)] * 3))) == [(6, 0), (0, 2), (3, 0), (0, 1)]
+
+
+def test_the_longest_answers_come_first(make_spec, make_policy):
+    policy = make_policy(max_num_seqs=1)
+    assert carried(simulate(make_spec(), policy, jobs([(5, 1), (2, 3), (7, 2)]))) == [(2, 0), (0, 1), (0, 1), (7, 0), (0, 1), (5, 0)]
+
+
+def test_a_prompt_beyond_the_quota_goes_alone(make_spec, make_policy):
+    played = simulate(make_spec(), make_policy(prefill_tokens=4), jobs([(2, 1), (9, 1), (2, 1), (2, 1)]))
+    assert carried(played) == [(2, 0), (9, 0), (4, 0)]
+
+
+def test_what_can_never_fit_is_refused_and_the_rest_is_served(make_spec, make_policy):
+    played = simulate(make_spec(), make_policy(kv_host_bytes=6 * TOKEN), jobs([(3, 2), (9, 2), (3, 2)]))
+    assert played.num_refused == 1
+    assert played.total().num_prompt_tokens == 6
+    assert simulate(make_spec(), make_policy(kv_host_bytes=0), jobs([(1, 1)])).num_passes == 0
+
+
+def test_two_homes_fill_in_proportion(make_spec, make_policy):
+    policy = make_policy(kv_host_bytes=30 * TOKEN, kv_disk_bytes=90 * TOKEN)
+    played = simulate(make_spec(), policy, jobs([(10, 1)] * 8))
+    assert {tier: used.tolist() for tier, used in played.kv_bytes.items()} == {"host": [20 * TOKEN], "disk": [60 * TOKEN]}
+
+
+def test_pages_round_up_and_windows_free_them(make_spec):
+    groups = (KVGroupSpec(num_layers=1, bytes_per_token=1, attention_flops_per_pair=1.0, window=6),)
+    assert held_kv_bytes(make_spec(groups=groups), 4, 13).tolist() == [0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 8, 8, 8, 12]
+    assert held_kv_bytes(make_spec(), 4, 5).tolist() == [0, 4 * TOKEN, 4 * TOKEN, 4 * TOKEN, 4 * TOKEN, 8 * TOKEN]
+
+
+# Against a plain simulation, one sequence at a time
+
+
+class Sequence:
+    def __init__(self, prompt_len, output_len):
+        self.prompt_len, self.output_len = prompt_len, output_len
+        self.age, self.home = 0, ""
+
+    def tokens(self, later=0):
+        return self.prompt_len + self.age + later if self.age + later < self.output_len else 0
+
+
+def pages_held(spec, policy, tokens):
+    total = 0
+    for group in spec.kv_groups:
+        first = max(tokens - group.window, 0) if group.window else 0
+        pages = {token // policy.page_tokens for token in range(first, tokens)}
+        total += len(pages) * policy.page_tokens * group.num_layers * group.bytes_per_token
+    return total
+
+
+def fits(spec, policy, live, new, home):
+    """Whether no future pass holds more than the home's pool."""
+    pool = getattr(policy, f"kv_{home}_bytes")
+    neighbours = [each for each in live if each.home == home]
+    peaks = [sum(pages_held(spec, policy, each.tokens(later)) for each in [*neighbours, new]) for later in range(new.output_len)]
+    return max(peaks) <= pool, max(peaks) / pool
+
+
+def plain_simulation(spec, policy, workload):
+    """The work of each pass, and the KV held."""
+    tiers = [tier for tier in ("device", "host", "disk") if getattr(policy, f"kv_{tier}_bytes")]
+    waiting = sorted(
+        (Sequence(s, n) for s, n in zip(workload.prompt_lens, workload.output_lens, strict=True)), key=lambda each: -each.output_len
+    )
+    waiting = [each for each in waiting if any(fits(spec, policy, [], each, tier)[0] for tier in tiers)]
+    live, works, held = [], [], []
+    is_open = True
+    while waiting or live:
+        ended = [each for each in live if each.age == each.output_len]
+        live = [each for each in live if each.age < each.output_len]
+        if not waiting and not live:
+            break
+        is_open = policy.schedule == "diagonal" or not live or (is_open and not ended)
+        new, by_quota = [], False
+        while is_open and waiting:
+            candidate = waiting[0]
+            quota = min(policy.prefill_tokens, policy.micro_batch_tokens if policy.schedule == "row" else policy.prefill_tokens)
+            by_quota = bool(new) and sum(each.prompt_len for each in new) + candidate.prompt_len > quota
+            if by_quota or len(live) + len(new) >= policy.max_num_seqs:
+                break
+            room = {tier: share for tier in tiers for fit, share in [fits(spec, policy, live + new, candidate, tier)] if fit}
+            if not room:
+                break
+            candidate.home = min(room, key=room.__getitem__)
+            new.append(waiting.pop(0))
+        else:
+            by_quota = False
+        is_open = policy.schedule == "zigzag" and is_open and by_quota
+        works.append(plain_price(spec, policy, tiers, live, new))
+        live += new
+        held.append({tier: sum(pages_held(spec, policy, each.tokens()) for each in live if each.home == tier) for tier in tiers})
+        for each in live:
+            each.age += 1
+    return works, held
+
+
+def plain_price(spec, policy, tiers, decoding, new):
+    pairs, attended = Counter(), {tier: Counter() for tier in tiers}
+    for number, group in enumerate(spec.kv_groups):
+        window = group.window or 10**9
+        for each in new:
+            pairs[number] += sum(min(position + 1, window) for position in range(each.prompt_len))
+        for each in decoding:
+            attended[each.home][number] += min(each.tokens(), window)
+    groups = range(len(spec.kv_groups))
+    load = PassLoad(
+        prompt_tokens={tier: sum(each.prompt_len for each in new if each.home == tier) for tier in tiers},
+        num_prompts={tier: sum(each.home == tier for each in new) for tier in tiers},
+        next_tokens={tier: sum(each.home == tier for each in decoding) for tier in tiers},
+        prompt_pairs=[pairs[number] for number in groups],
+        attended_tokens={tier: [attended[tier][number] for number in groups] for tier in tiers},
+    )
+    return price(load, spec, policy, weights_work(spec, unit_homes(spec, policy.weights), policy.device))
+
+
+SMALL_JOBS = st.lists(st.tuples(st.integers(1, 12), st.integers(1, 9)), min_size=1, max_size=14).map(jobs)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    workload=SMALL_JOBS,
+    schedule=st.sampled_from(["diagonal", "zigzag", "row"]),
+    device=st.sampled_from(["cpu", "sim"]),
+    window=st.none() | st.integers(1, 10),
+    page_tokens=st.integers(1, 5),
+    room=st.tuples(st.integers(0, 60), st.integers(0, 60)).filter(any),
+    quota=st.integers(1, 40),
+    micro_batch_tokens=st.integers(1, 40),
+    max_num_seqs=st.integers(1, 12),
+)
+def test_agrees_with_a_plain_simulation(
+    make_spec, make_policy, workload, schedule, device, window, page_tokens, room, quota, micro_batch_tokens, max_num_seqs
+):
+    groups = (
+        KVGroupSpec(num_layers=2, bytes_per_token=10, attention_flops_per_pair=4.0),
+        KVGroupSpec(num_layers=1, bytes_per_token=10, attention_flops_per_pair=4.0, window=window),
+    )
+    spec = make_spec(groups=groups)
+    policy = make_policy(
+        device=device,
+        schedule=schedule,
+        page_tokens=page_tokens,
+        kv_host_bytes=room[0] * TOKEN,
+        kv_disk_bytes=room[1] * TOKEN * (device == "cpu"),
+        kv_device_bytes=room[1] * TOKEN * (device == "sim"),
+        prefill_tokens=quota,
+        micro_batch_tokens=micro_batch_tokens,
+        max_num_seqs=max_num_seqs,
+        weights=Fractions(host=0.5, disk=0.5),
+        embedding_resident=False,
+    )
+    works, held = plain_simulation(spec, policy, workload)
+    played = simulate(spec, policy, workload)
+    assert played.passes() == works
+    assert [
+        dict(zip(played.kv_bytes, row, strict=True)) for row in zip(*(each.tolist() for each in played.kv_bytes.values()), strict=True)
+    ] == held
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    workload=SMALL_JOBS,
+    schedule=st.sampled_from(["diagonal", "zigzag", "row"]),
+    room=st.integers(25, 200),
+    cap=st.integers(1, 9),
+    quota=st.integers(12, 60),
+)
+def test_everything_is_computed_once_and_within_the_bounds(make_spec, make_policy, workload, schedule, room, cap, quota):
+    policy = make_policy(kv_host_bytes=room * TOKEN, max_num_seqs=cap, prefill_tokens=quota, schedule=schedule)
+    played = simulate(make_spec(), policy, workload)
+    total = played.total()
+    assert played.num_refused == 0
+    assert total.num_prompt_tokens == workload.prompt_tokens
+    assert total.num_sampled == workload.output_tokens
+    assert total.num_tokens == workload.prompt_tokens + workload.output_tokens - len(workload)
+    assert played.kv_bytes["host"].max() <= room * TOKEN
+    assert played.live.max() <= cap
+    assert max(prompts for prompts, _ in carried(played)) <= quota
+    assert played.live.min() > 0
+
+
+def test_a_large_job_of_many_lengths_is_conserved(make_spec, make_policy):
+    draw = random.Random(5)
+    workload = jobs([(draw.randrange(1, 500), draw.randrange(1, 256)) for _ in range(10_000)])
+    played = simulate(make_spec(), make_policy(kv_host_bytes=60_000 * TOKEN, prefill_tokens=2000, page_tokens=16), workload)
+    assert int(np.sum(played.work.num_sampled)) == workload.output_tokens
+    assert int(np.sum(played.work.num_prompt_tokens)) == workload.prompt_tokens
+    assert played.kv_bytes["host"].max() <= 60_000 * TOKEN
+
+
+def test_an_empty_job_has_no_passes(make_spec, make_policy, make_machine):
+    played = simulate(make_spec(), make_policy(), jobs([]))
+    assert (played.num_passes, played.passes(), played.total(), played.busiest_seconds(make_machine(), "bfloat16")) == (
+        0,
+        [],
+        PassWork(),
+        0.0,
+    )
+
+
+def test_the_diagonal_beats_the_zigzag_where_passes_are_bound_by_the_disk(llama_3b, make_policy, make_machine):
+    workload = jobs([(128, 128)] * 400)
+    diagonal = make_policy(kv_host_bytes=2 * GIB, prefill_tokens=128, page_tokens=16)
+    zigzag = dataclasses.replace(diagonal, schedule="zigzag", prefill_tokens=1 << 30)
+    seconds = [simulate(llama_3b, policy, workload).busiest_seconds(make_machine(), "bfloat16") for policy in (diagonal, zigzag)]
+    assert seconds[0] < 0.8 * seconds[1]
+
+
+# T*
+
+
+def allowed_policies(draw, spec, budgets, workload, make_policy, count):
+    """Policies drawn at random within the budgets, every byte of memory used."""
+    while count:
+        host = draw.random()
+        weights = Fractions(host=host, disk=1 - host)
+        homes = unit_homes(spec, weights)
+        held = sum(unit.decoded_bytes for unit, home in zip(spec.units, homes, strict=True) if home == "host")
+        if held > budgets.host_bytes:
+            continue
+        count -= 1
+        room = budgets.host_bytes - held
+        yield make_policy(
+            weights=weights,
+            embedding_resident=False,
+            kv_host_bytes=room,
+            kv_disk_bytes=int(room * draw.random()) if budgets.disk_bytes else 0,
+            schedule=draw.choice(["diagonal", "zigzag", "row"]),
+            prefill_tokens=draw.choice([200, 512, 1024, 4096, 1 << 20]),
+            max_num_seqs=draw.choice([4, 20, 60, len(workload)]),
+            micro_batch_tokens=2048,
+            page_tokens=draw.choice([1, 16, 64]),
+        )
+
+
+@pytest.mark.parametrize("disk_bytes", [0, 100 * GIB])
+@pytest.mark.parametrize("lengths", [[(256, 32)] * 96, [(64, 64), (400, 16), (128, 100)] * 30], ids=["equal", "mixed"])
+def test_no_policy_within_the_budgets_is_faster_than_the_least(llama_3b, make_machine, make_policy, lengths, disk_bytes):
+    workload, machine = jobs(lengths), make_machine()
+    budgets = Budgets(device="cpu", host_bytes=3 * GIB, disk_bytes=disk_bytes)
+    least = least_ideal_seconds(llama_3b, machine, workload, budgets, "bfloat16")
+    for policy in allowed_policies(random.Random(7), llama_3b, budgets, workload, make_policy, 60):
+        played = simulate(llama_3b, policy, workload)
+        if not played.num_refused:
+            assert least <= played.busiest_seconds(machine, "bfloat16")
+    # And it is no fantasy: everything must be computed, and a pass cannot read less than what never fits.
+    total = simulate(llama_3b, make_policy(), workload).total()
+    assert least >= total.dense_flops / 8e11 + total.attention_flops / 5e10
+    assert least >= max(workload.output_lens) * (llama_3b.streamed_bytes - 3 * GIB) / 2e9
+
+
+def test_the_least_is_the_computing_where_everything_fits(llama_3b, make_machine, make_policy):
+    workload = jobs([(256, 32)] * 20)
+    least = least_ideal_seconds(llama_3b, make_machine(), workload, Budgets(device="cpu", host_bytes=20 * GIB), "bfloat16")
+    total = simulate(llama_3b, make_policy(), workload).total()
+    assert least == pytest.approx(total.dense_flops / 8e11 + total.attention_flops / 5e10)
+
+
+@pytest.mark.parametrize("device", ["cpu", "sim"])
+def test_more_memory_is_never_worse(llama_3b, make_machine, device):
+    workload = jobs([(256, 32)] * 64)
+
+    def least(scale):
+        budgets = Budgets(device=device, host_bytes=int(scale * GIB), device_bytes=0 if device == "cpu" else int(scale * GIB))
+        return least_ideal_seconds(llama_3b, make_machine(), workload, budgets, "bfloat16")
+
+    seconds = [least(scale) for scale in (1, 2, 4, 8)]
+    assert all(more <= less * 1.005 for less, more in itertools.pairwise(seconds))
+
+
+def test_the_least_is_at_most_that_of_a_policy_that_ran(make_spec, make_machine, make_policy):
+    workload, machine = jobs([(10, 5)] * 4), make_machine()
+    wide = make_policy(weights=Fractions(host=1.0))  # beyond the budgets, so that the search cannot find it
+    budgets = Budgets(device="cpu", host_bytes=1000)
+    least = least_ideal_seconds(make_spec(), machine, workload, budgets, "bfloat16", also=[wide])
+    assert least == pytest.approx(simulate(make_spec(), wide, workload).busiest_seconds(machine, "bfloat16"))
+
+
+def test_large_jobs_are_extrapolated(llama_3b, make_machine, make_policy):
+    draw = random.Random(3)
+    workload = jobs([(draw.randrange(50, 400), draw.randrange(8, 64)) for _ in range(4000)])
+    policy = make_policy(kv_host_bytes=3 * GIB, prefill_tokens=1024, page_tokens=16)
+    sample, scale = sampled(workload)
+    assert len(sample) == SEARCH_REQUESTS
+    _, guessed = extrapolated(llama_3b, policy, sample, scale, lambda played: played.busiest_seconds(make_machine(), "bfloat16"))
+    exact = simulate(llama_3b, policy, workload).busiest_seconds(make_machine(), "bfloat16")
+    assert guessed == pytest.approx(exact, rel=0.05)

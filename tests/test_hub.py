@@ -1,0 +1,323 @@
+"""Folders and hub ids to files: what is fetched, what never is, and errors that help.  The hub is a local stand-in over HTTP."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import pytest
+from fakes import write_model_folder
+
+from flexgen.errors import CheckpointError, ModelError, UnsupportedModelError
+from flexgen.hub import resolve_model, resolve_tokenizer, weight_files
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+# -- folders ------------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_folder(model_folder: Path, bare_model_folder: Path) -> None:
+    files = resolve_model(model_folder)
+    assert (files.name, files.folder, files.commit) == (str(model_folder), model_folder, None)
+    assert files.config["model_type"] == "opt"
+    assert files.generation_config == {}
+    assert files.has_tokenizer
+    assert not resolve_model(bare_model_folder).has_tokenizer
+
+
+def test_a_folder_has_no_revision(model_folder: Path) -> None:
+    with pytest.raises(ModelError, match="revision"):
+        resolve_model(model_folder, revision="main")
+
+
+@pytest.mark.parametrize("name", ["/no/such/folder", "./nothing", "a/b/c", "~/nothing-here", "", "a--b", "has space", "-x", "../up"])
+def test_neither_folder_nor_repository(name: str) -> None:
+    with pytest.raises(ModelError, match="hub id"):
+        resolve_model(name)
+
+
+def test_a_file_is_no_model(model_folder: Path) -> None:
+    with pytest.raises(ModelError, match="not a folder"):
+        resolve_model(model_folder / "config.json")
+
+
+def test_an_empty_folder(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"no config\.json"):
+        resolve_model(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["", "[1]", "{", "[" * 100_000, "\x00", '{"a": ' + "9" * 5000 + "}"])
+def test_a_config_that_is_no_object(tmp_path: Path, content: str) -> None:
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        resolve_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "frobnicator"}, "'frobnicator' is unknown to transformers .* a newer"),
+        ({"model_type": "frobnicator", "auto_map": {"AutoConfig": "evil.Config"}}, "auto_map.*does not run"),
+        ({"model_type": None}, "names no model_type"),
+        ({"model_type": ["opt"]}, "unknown"),
+    ],
+)
+def test_an_unknown_model_type_is_refused(tmp_path: Path, change: dict, message: str) -> None:
+    folder = write_model_folder(tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(UnsupportedModelError, match=message):
+        resolve_model(folder)
+
+
+def test_code_of_a_known_type_is_ignored(tmp_path: Path) -> None:
+    from flexgen import LLM
+
+    folder = write_model_folder(tmp_path / "model")
+    canary = tmp_path / "canary"
+    (folder / "evil.py").write_text(f"open({str(canary)!r}, 'w').close()\nclass Config: ...\n")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoConfig": "evil.Config"}}))
+    assert LLM(folder).vocab_size == config["vocab_size"]
+    assert not canary.exists()
+
+
+def test_pickles_are_no_weights(tmp_path: Path) -> None:
+    folder = write_model_folder(tmp_path / "model")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"neither model\.safetensors nor"):
+        resolve_model(folder)
+    (folder / "pytorch_model.bin").touch()
+    with pytest.raises(ModelError, match=r"pickles \(pytorch_model\.bin\)"):
+        resolve_model(folder)
+    assert resolve_model(folder, with_weights=False).config["model_type"] == "opt"
+
+
+def index_of(*names: object) -> str:
+    return json.dumps({"weight_map": {f"tensor{i}": name for i, name in enumerate(names)}})
+
+
+def test_an_index_names_the_weights(tmp_path: Path) -> None:
+    folder = write_model_folder(tmp_path / "model")
+    (folder / "model.safetensors.index.json").write_text(index_of("b.safetensors", "a.safetensors", "b.safetensors"))
+    assert weight_files(folder) == ["b.safetensors", "a.safetensors"]
+    with pytest.raises(CheckpointError, match="2 files named by"):
+        resolve_model(folder)
+
+
+@pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/x.safetensors", "a/b.safetensors", "model.bin", ".safetensors", 3, ""])
+def test_an_index_cannot_point_elsewhere(tmp_path: Path, name: object) -> None:
+    folder = write_model_folder(tmp_path / "model")
+    (folder / "model.safetensors.index.json").write_text(index_of(name))
+    with pytest.raises(CheckpointError, match=r"plain \*\.safetensors"):
+        resolve_model(folder)
+
+
+@pytest.mark.parametrize("index", ["{}", '{"weight_map": {}}', '{"weight_map": []}'])
+def test_an_index_without_a_map(tmp_path: Path, index: str) -> None:
+    folder = write_model_folder(tmp_path / "model")
+    (folder / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(CheckpointError, match="no weight_map"):
+        resolve_model(folder)
+
+
+def test_a_tokenizer_folder(model_folder: Path, bare_model_folder: Path) -> None:
+    assert resolve_tokenizer(model_folder) == model_folder
+    with pytest.raises(ModelError, match="no tokenizer files"):
+        resolve_tokenizer(bare_model_folder)
+
+
+# -- the hub ------------------------------------------------------------------------------------------------------------------------
+
+
+class StandIn:
+    """The few endpoints of the hub that are used, over folders: repository id -> file name -> content."""
+
+    def __init__(self) -> None:
+        self.repositories: dict[str, dict[str, bytes]] = {}
+        self.pretended_sizes: dict[str, int] = {}
+        self.fetched: list[str] = []
+        stand_in = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_HEAD(self) -> None:
+                stand_in.answer(self, with_body=False)
+
+            def do_GET(self) -> None:
+                stand_in.answer(self, with_body=True)
+
+            def log_message(self, *args: object) -> None: ...
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        self.thread = threading.Thread(target=self.server.serve_forever, name="hub-stand-in", kwargs={"poll_interval": 0.01})
+        self.thread.start()
+
+    def close(self) -> None:
+        self.server.shutdown()
+        self.thread.join()
+        self.server.server_close()
+
+    def answer(self, request: BaseHTTPRequestHandler, *, with_body: bool) -> None:
+        path = unquote(urlsplit(request.path).path).strip("/")
+        if path.startswith("api/models/"):
+            owner, name, kind, revision = path.removeprefix("api/models/").split("/")[:4]
+            files = self.repositories.get(f"{owner}/{name}")
+            if files is None:
+                self._send(request, 401, b"", {"X-Error-Code": "RepoNotFound"})
+            elif name == "gated":
+                self._send(request, 403, b"", {"X-Error-Code": "GatedRepo"})
+            elif revision not in ("main", COMMIT):
+                self._send(request, 404, b"", {"X-Error-Code": "RevisionNotFound"})
+            elif kind == "revision":
+                siblings = [{"rfilename": n, "size": self._size(n, c), "blobId": _etag(c)} for n, c in files.items()]
+                self._json(request, {"id": f"{owner}/{name}", "modelId": f"{owner}/{name}", "sha": COMMIT, "siblings": siblings})
+            else:
+                self._json(request, [{"type": "file", "path": n, "size": len(c), "oid": _etag(c)} for n, c in files.items()])
+        else:
+            owner, name, _, _, file = path.split("/", 4)
+            content = self.repositories[f"{owner}/{name}"][file]
+            if with_body:
+                self.fetched.append(file)
+            headers = {"ETag": f'"{_etag(content)}"', "X-Repo-Commit": COMMIT}
+            self._send(request, 200, content, headers, with_body=with_body)
+
+    def _size(self, name: str, content: bytes) -> int:
+        return self.pretended_sizes.get(name, len(content))
+
+    def _json(self, request: BaseHTTPRequestHandler, value: Any) -> None:
+        self._send(request, 200, json.dumps(value).encode(), {"Content-Type": "application/json"})
+
+    @staticmethod
+    def _send(request: BaseHTTPRequestHandler, status: int, body: bytes, headers: Mapping[str, str], *, with_body: bool = True) -> None:
+        request.send_response(status)
+        for name, value in {**headers, "Content-Length": str(len(body))}.items():
+            request.send_header(name, value)
+        request.end_headers()
+        if with_body:
+            request.wfile.write(body)
+
+
+def _etag(content: bytes) -> str:
+    return hashlib.sha1(content).hexdigest()
+
+
+@pytest.fixture
+def hub() -> Iterator[StandIn]:
+    stand_in = StandIn()
+    yield stand_in
+    stand_in.close()
+
+
+@pytest.fixture
+def resolve(tmp_path: Path, hub: StandIn) -> Callable[..., list[Any]]:
+    """Resolve models in one fresh process (the hub library reads its environment when it is imported); folder or error of each."""
+    script = """
+import json, sys, types
+sys.modules["transformers"] = types.SimpleNamespace(CONFIG_MAPPING={"opt"}, __version__="stub")  # a second less to import
+from flexgen.errors import FlexGenError
+from flexgen.hub import resolve_model, resolve_tokenizer
+for call in json.loads(sys.argv[1]):
+    try:
+        if "tokenizer" in call:
+            print(json.dumps([str(resolve_tokenizer(call["tokenizer"]))]))
+        else:
+            files = resolve_model(**call)
+            print(json.dumps([str(files.folder), files.commit, files.has_tokenizer]))
+    except FlexGenError as error:
+        print(json.dumps([type(error).__name__, str(error)]))
+"""
+
+    def run(*calls: Mapping[str, Any], **environment: str) -> list[Any]:
+        env = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+        env |= {"HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+        command = [sys.executable, "-c", script, json.dumps(calls)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=env | environment)
+        assert done.returncode == 0, done.stderr
+        assert "%|" not in done.stderr  # no progress bars
+        return [json.loads(line) for line in done.stdout.splitlines()]
+
+    return run
+
+
+@pytest.fixture
+def repository(tmp_path: Path, hub: StandIn) -> dict[str, bytes]:
+    """A repository with two shards, and with everything that is never to be fetched."""
+    folder = write_model_folder(tmp_path / "source")
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    weights = files.pop("model.safetensors")
+    files |= {
+        "model.safetensors.index.json": index_of("model-1.safetensors", "model-2.safetensors").encode(),
+        "model-1.safetensors": weights,
+        "model-2.safetensors": weights + b" ",
+        "chat_template.jinja": b"{{ messages }}",
+    }
+    rubbish = ("pytorch_model.bin", "evil.py", "consolidated.safetensors", "original/model.safetensors", "onnx/config.json", "README.md")
+    hub.repositories["org/model"] = files | dict.fromkeys(rubbish, b"rubbish")
+    return files
+
+
+def test_a_repository_is_fetched_once_and_read_offline(
+    hub: StandIn, repository: dict[str, bytes], resolve: Callable[..., list[Any]]
+) -> None:
+    (dummy,) = resolve({"model": "org/model", "with_weights": False})
+    assert not [name for name in hub.fetched if name.startswith("model-")]
+    (first,) = resolve({"model": "org/model"})
+    assert sorted(hub.fetched) == sorted(repository)  # each exactly once, and nothing else
+    assert first == dummy
+    folder = Path(first[0])
+    assert first[1:] == [COMMIT, True]
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == repository
+
+    hub.fetched.clear()
+    assert resolve({"model": "org/model"}, {"model": "org/model", "revision": COMMIT}) == [first, first]
+    assert hub.fetched == []
+    assert resolve({"model": "org/model"}, {"tokenizer": "org/model"}, HF_HUB_OFFLINE="1") == [first, [first[0]]]
+    assert resolve({"model": "org/model"}, HF_ENDPOINT="http://127.0.0.1:9") == [first]  # nobody listens there
+
+
+def test_offline_without_a_copy(hub: StandIn, repository: dict[str, bytes], resolve: Callable[..., list[Any]]) -> None:
+    ((kind, message),) = resolve({"model": "org/model"}, HF_HUB_OFFLINE="1")
+    assert kind == "ModelError"
+    assert "nor in the hub's cache" in message
+    resolve({"model": "org/model", "with_weights": False})
+    ((kind, message),) = resolve({"model": "org/model"}, HF_HUB_OFFLINE="1")
+    assert kind == "ModelError"
+    assert "lacks model-1.safetensors" in message
+    assert hub.fetched.count("model-1.safetensors") == 0
+
+
+def test_what_cannot_be_fetched(hub: StandIn, repository: dict[str, bytes], resolve: Callable[..., list[Any]]) -> None:
+    hub.repositories["org/gated"] = repository
+    hub.repositories["org/pickled"] = {"config.json": repository["config.json"], "pytorch_model.bin": b"pickle"}
+    hub.repositories["org/torn"] = {name: content for name, content in repository.items() if name != "model-2.safetensors"}
+    hub.repositories["org/strange"] = repository | {"config.json": b'{"model_type": "frobnicator", "auto_map": {}}'}
+    hub.repositories["org/empty"] = {"README.md": b""}
+    hub.repositories["org/huge"] = repository | {"model-1.safetensors": b"other"}
+    hub.pretended_sizes["model-1.safetensors"] = 10**18
+    names = ("org/nobody", "org/gated", "org/pickled", "org/torn", "org/strange", "org/empty", "org/huge")
+    answers = resolve(*({"model": name} for name in names), {"model": "org/model", "revision": "v9"})
+    wanted = [
+        ("ModelError", "neither a folder here nor a hub repository"),
+        ("ModelError", "gated"),
+        ("ModelError", "pickles (pytorch_model.bin)"),
+        ("CheckpointError", "lacks files that its model.safetensors.index.json names (model-2.safetensors)"),
+        ("UnsupportedModelError", "'frobnicator' is unknown"),
+        ("ModelError", "no config.json"),
+        ("CapacityError", "909494.7 TiB more"),
+        ("ModelError", "no revision v9"),
+    ]
+    for (kind, message), (wanted_kind, part) in zip(answers, wanted, strict=True):
+        assert kind == wanted_kind, message
+        assert part in message, message
+    assert not [name for name in hub.fetched if name.endswith((".safetensors", ".bin"))]
