@@ -12,7 +12,8 @@ import logging
 import sys
 import traceback
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -139,15 +140,11 @@ def run(
     with the same command).
     """
     _check_paths(source, output, metrics)
-    display = _open_display(progress, dry_run)
-    try:
-        with _load(model, options, progress) as llm:
-            defaults = _bare_defaults(llm, max_tokens)
-            if dry_run:
-                return _show_plan(llm, source, defaults, display)
-            return _run_job(llm, source, output, defaults, display, metrics)
-    finally:
-        display.close()
+    with _showing(progress, dry_run=dry_run) as display, _load(model, options, progress) as llm:
+        defaults = _bare_defaults(llm, max_tokens)
+        if dry_run:
+            return _show_plan(llm, source, defaults, display)
+        return _run_job(llm, source, output, defaults, display, metrics)
 
 
 @bench.command()
@@ -165,20 +162,18 @@ def throughput(
     from flexgen.bench.throughput import format_throughput, run_throughput, uniform_workload
 
     _check_parent(output_json, "--output-json")
-    display = _open_display(progress)
-    try:
-        with _load(model, options, progress) as llm:
-            workload = uniform_workload(num_prompts, input_len, output_len)
-            display.plan(llm.open(workload))
-            figures = run_throughput(llm, workload, on_progress=display.progress)
-            display.close()
-            display.report(llm.report())
-    finally:
+    with _showing(progress) as display, _load(model, options, progress) as llm:
+        workload = uniform_workload(llm, num_prompts, input_len, output_len)
+        display.plan(llm.open(workload))
+        figures = run_throughput(llm, workload, on_progress=display.progress)
         display.close()
+        display.report(llm.report())
     if progress != "json":
         print(format_throughput(figures))
     if output_json is not None:
         output_json.write_text(json.dumps(figures, indent=2) + "\n")
+    if figures["num_errors"]:
+        return _complain(f"{figures['num_errors']} requests failed, so the figures mean little", SOME_FAILED)
     return ALL_ANSWERED
 
 
@@ -197,8 +192,9 @@ def _check_parent(path: Path | None, flag: str) -> None:
         raise OptionError(f"{flag} {path}: there is no folder {path.absolute().parent}")
 
 
-def _open_display(progress: str, dry_run: bool = False) -> Display:
-    """The display, with the library's log going to it.  A dry run's plan is its result."""
+@contextmanager
+def _showing(progress: str, *, dry_run: bool = False) -> Iterator[Display]:
+    """A display to which the library's log goes, too.  A dry run's plan is its result."""
     from flexgen.display import open_display
 
     display = open_display(progress, sys.stdout if dry_run else sys.stderr, sys.stdout)
@@ -207,11 +203,14 @@ def _open_display(progress: str, dry_run: bool = False) -> Display:
         def emit(self, record: logging.LogRecord) -> None:
             display.message(self.format(record))
 
-    log = logging.getLogger("flexgen")
-    log.handlers = [Handler()]
+    log, handler = logging.getLogger("flexgen"), Handler()
+    log.addHandler(handler)
     log.setLevel(logging.INFO)
-    log.propagate = False
-    return display
+    try:
+        yield display
+    finally:
+        log.removeHandler(handler)
+        display.close()
 
 
 def _load(model: str, options: EngineOptions, progress: str) -> LLM:

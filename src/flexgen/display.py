@@ -141,9 +141,9 @@ class RichDisplay(NoDisplay):
         from rich.live import Live
 
         if self._live is None:
-            self._live = Live(console=self._console, refresh_per_second=4, transient=True, redirect_stdout=False, redirect_stderr=False)
+            self._live = Live(console=self._console, auto_refresh=False, transient=True, redirect_stdout=False, redirect_stderr=False)
             self._live.start()
-        self._live.update(_picture(progress))
+        self._live.update(_picture(progress), refresh=True)
 
     def close(self) -> None:
         """Take the picture away."""
@@ -279,6 +279,8 @@ def _resource_table(report: RunReport) -> list[str]:
     rows = [["resource", "moved", "per pass", "ideal time", "share"]]
     for name in dict.fromkeys([*report.bytes_moved, *report.busiest_seconds]):
         moved, busy = report.bytes_moved.get(name), report.busiest_seconds.get(name)
+        if not moved and not busy:
+            continue
         rows.append(
             [
                 name,

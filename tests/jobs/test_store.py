@@ -18,7 +18,7 @@ IDENTITY = {"model": "m", "seed": 0}
 
 
 def record(number: int) -> bytes:
-    return json.dumps({"index": number, "text": "x" * (number * 7 % 50)}).encode() + b"\n"
+    return json.dumps({"id": None, "index": number, "text": "x" * (number * 7 % 50)}).encode() + b"\n"
 
 
 def fill(output: Path, numbers: range) -> None:
@@ -50,17 +50,22 @@ def test_lines_may_finish_in_any_order(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("torn", ["output", "journal"])
 def test_whatever_was_torn_off_is_done_again(tmp_path: Path, torn: str) -> None:
-    """Cut either file at every length: the output ends with a whole record, and what is lost is not done."""
+    """Cut a file at every length: the output ends with a whole record, and what is lost is not done.
+
+    A note is written before its record, so where the journal is cut the output ends with the last whole note.
+    """
     output = tmp_path / "out.jsonl"
     fill(output, range(1, 4))
     journal = tmp_path / "out.jsonl.flexgen" / "done"
     whole = {"output": output.read_bytes(), "journal": journal.read_bytes()}
     ends = [0, *(len(b"".join(record(n) for n in range(1, last + 1))) for last in range(1, 4))]
-    for length in range(len(whole[torn])):
+    for length in range(0, len(whole[torn]), 3):
         output.write_bytes(whole["output"])
         journal.write_bytes(whole["journal"])
         os.truncate(output if torn == "output" else journal, length)
         left = sum(end <= length for end in ends) - 1 if torn == "output" else length // (len(whole["journal"]) // 3)
+        if torn == "journal":
+            os.truncate(output, ends[left])
         with Store(output, IDENTITY) as store:
             assert [number for number in range(1, 5) if store.is_done(number, number + 1000)] == list(range(1, left + 1))
             assert output.stat().st_size == ends[left]
@@ -70,17 +75,20 @@ def test_whatever_was_torn_off_is_done_again(tmp_path: Path, torn: str) -> None:
 
 
 @pytest.mark.parametrize("place", [0, 50, 100, -1])
-def test_a_damaged_journal_entry_ends_what_is_known(tmp_path: Path, place: int) -> None:
+def test_records_that_a_damaged_journal_does_not_know_are_moved_aside(tmp_path: Path, place: int) -> None:
+    """A power failure can lose notes and keep their records, too."""
     output = tmp_path / "out.jsonl"
     fill(output, range(1, 6))
+    before = output.read_bytes()
     journal = tmp_path / "out.jsonl.flexgen" / "done"
     content = bytearray(journal.read_bytes())
     content[place] ^= 0x40
     journal.write_bytes(content)
     with Store(output, IDENTITY) as store:
         assert store.num_found == place % len(content) // (len(content) // 5)
+    assert output.read_bytes() + (tmp_path / "out.jsonl.flexgen" / "cut").read_bytes() == before
     fill(output, range(1 + store.num_found, 6))
-    assert output.read_bytes() == b"".join(record(number) for number in range(1, 6))
+    assert output.read_bytes() == before
 
 
 def test_a_record_that_never_reached_the_disk_is_done_again(tmp_path: Path) -> None:
@@ -105,7 +113,7 @@ def test_an_edited_output_is_refused(tmp_path: Path) -> None:
     output = tmp_path / "out.jsonl"
     fill(output, range(1, 4))
     output.write_bytes(output.read_bytes().replace(b"x", b"y", 1))
-    with pytest.raises(StorageError, match="was changed"):
+    with pytest.raises(StorageError, match="changed since"):
         Store(output, IDENTITY)
 
 
@@ -117,6 +125,22 @@ def test_a_foreign_output_is_refused_and_kept(tmp_path: Path) -> None:
     assert output.read_text() == "precious\n"
     output.write_text("")
     Store(output, IDENTITY).close()
+    output.write_text("precious\n")  # now beside a journal without entries
+    with pytest.raises(StorageError, match="not written by flexgen"):
+        Store(output, IDENTITY)
+    assert output.read_text() == "precious\n"
+
+
+@pytest.mark.parametrize("content", [b"x", b"precious", b"precious\n" * 100])
+@pytest.mark.parametrize("beside", ["instead", "after"])
+def test_bytes_that_the_journal_does_not_explain_are_kept(tmp_path: Path, content: bytes, beside: str) -> None:
+    output = tmp_path / "out.jsonl"
+    fill(output, range(1, 4))
+    output.write_bytes(content if beside == "instead" else output.read_bytes() + content)
+    before = output.read_bytes()
+    with pytest.raises(StorageError, match="changed since"):
+        Store(output, IDENTITY)
+    assert output.read_bytes() == before
 
 
 def test_another_input_is_refused(tmp_path: Path) -> None:
@@ -212,7 +236,7 @@ from flexgen.jobs.store import Store
 with Store(Path({str(output)!r}), {{"model": "m", "seed": 0}}) as store:
     print("ready", flush=True)
     for number in range(1, 10**9):
-        store.append(number, number + 1000, b'{{"index": %d}}' % number + b"\\n", failed=False)
+        store.append(number, number + 1000, b'{{"id": null, "index": %d}}' % number + b"\\n", failed=False)
 """
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as process:
         assert process.stdout is not None

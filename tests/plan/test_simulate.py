@@ -58,14 +58,9 @@ def test_zigzag_fills_only_an_empty_block(make_spec, make_policy):
     assert carried(simulate(make_spec(), policy, jobs([(3, 3)] * 3))) == [(6, 0), (0, 2), (0, 2), (3, 0), (0, 1), (0, 1)]
 
 
-def test_a_zigzag_block_may_take_several_passes_to_fill(make_spec, make_policy):
-    policy = make_policy(max_num_seqs=4, prefill_tokens=6, schedule="zigzag")
-    assert carried(simulate(make_spec(), policy, jobs([(3, 3)] * 5))) == [(6, 0), (6, 2), (0, 4), (0, 2), (3, 0), (0, 1), (0, 1)]
-
-
-def test_a_zigzag_block_closes_when_its_first_sequence_ends(make_spec, make_policy):
-    policy = make_policy(prefill_tokens=3, schedule="zigzag")
-    assert carried(simulate(make_spec(), policy, jobs([(3, 2)] * 3))) == [(3, 0), (3, 1), (0, 1), (3, 0), (0, 1)]
+def test_a_zigzag_block_enters_whatever_the_quota(make_spec, make_policy):
+    policy = make_policy(max_num_seqs=4, prefill_tokens=3, schedule="zigzag")
+    assert carried(simulate(make_spec(), policy, jobs([(3, 2)] * 5))) == [(12, 0), (0, 4), (3, 0), (0, 1)]
 
 
 def test_row_runs_one_micro_batch_to_its_end(make_spec, make_policy):
@@ -78,9 +73,19 @@ def test_the_longest_answers_come_first(make_spec, make_policy):
     assert carried(simulate(make_spec(), policy, jobs([(5, 1), (2, 3), (7, 2)]))) == [(2, 0), (0, 1), (0, 1), (7, 0), (0, 1), (5, 0)]
 
 
-def test_a_prompt_beyond_the_quota_goes_alone(make_spec, make_policy):
+def test_the_quota_is_a_bucket(make_spec, make_policy):
+    # 5 tokens a pass: two prompts of 3 overdraw it by 1, so that the next pass has 4, and the third 3.
+    played = simulate(make_spec(), make_policy(prefill_tokens=5), jobs([(3, 4)] * 6))
+    assert carried(played) == [(6, 0), (6, 2), (3, 4), (3, 5), (0, 4), (0, 2), (0, 1)]
+
+
+def test_a_prompt_beyond_the_quota_is_paid_for_later(make_spec, make_policy):
+    # 9 + 2 tokens against 4 a pass leave -7: the live sequence decodes alone until the bucket is above 0 again.
+    played = simulate(make_spec(), make_policy(prefill_tokens=4), jobs([(2, 5), (9, 4), (2, 3), (2, 3)]))
+    assert carried(played) == [(11, 0), (0, 2), (2, 2), (2, 3), (0, 3), (0, 1)]
+    # An empty block does not wait.
     played = simulate(make_spec(), make_policy(prefill_tokens=4), jobs([(2, 1), (9, 1), (2, 1), (2, 1)]))
-    assert carried(played) == [(2, 0), (9, 0), (4, 0)]
+    assert carried(played) == [(11, 0), (2, 0), (2, 0)]
 
 
 def test_what_can_never_fit_is_refused_and_the_rest_is_served(make_spec, make_policy):
@@ -91,13 +96,13 @@ def test_what_can_never_fit_is_refused_and_the_rest_is_served(make_spec, make_po
 
 
 def test_two_homes_fill_in_proportion(make_spec, make_policy):
-    policy = make_policy(kv_host_bytes=30 * TOKEN, kv_disk_bytes=90 * TOKEN)
+    policy = make_policy(kv_host_bytes=30 * TOKEN, kv_disk_bytes=90 * TOKEN, kv=Fractions(host=0.25, disk=0.75))
     played = simulate(make_spec(), policy, jobs([(10, 1)] * 8))
     assert {tier: used.tolist() for tier, used in played.kv_bytes.items()} == {"host": [20 * TOKEN], "disk": [60 * TOKEN]}
 
 
 def test_pages_round_up_and_windows_free_them(make_spec):
-    groups = (KVGroupSpec(num_layers=1, bytes_per_token=1, attention_flops_per_pair=1.0, window=6),)
+    groups = (KVGroupSpec(num_layers=1, bytes_per_token=1, attention_flops_per_pair=1.0, window=7),)
     assert held_kv_bytes(make_spec(groups=groups), 4, 13).tolist() == [0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 8, 8, 8, 12]
     assert held_kv_bytes(make_spec(), 4, 5).tolist() == [0, 4 * TOKEN, 4 * TOKEN, 4 * TOKEN, 4 * TOKEN, 8 * TOKEN]
 
@@ -115,20 +120,27 @@ class Sequence:
 
 
 def pages_held(spec, policy, tokens):
+    """Bytes of the pages from the first that the next token will see, the one it goes into included if it has begun."""
     total = 0
     for group in spec.kv_groups:
-        first = max(tokens - group.window, 0) if group.window else 0
-        pages = {token // policy.page_tokens for token in range(first, tokens)}
-        total += len(pages) * policy.page_tokens * group.num_layers * group.bytes_per_token
+        first = max(tokens - group.window + 1, 0) if group.window else 0
+        pages = -(-tokens // policy.page_tokens) - first // policy.page_tokens
+        total += pages * policy.page_tokens * group.num_layers * group.bytes_per_token
     return total
+
+
+def held_by(spec, policy, sequence, later=0):
+    if sequence.home == "disk" and sequence.tokens(later):
+        return max(pages_held(spec, policy, sequence.prompt_len + age) for age in range(sequence.output_len))
+    return pages_held(spec, policy, sequence.tokens(later))
 
 
 def fits(spec, policy, live, new, home):
     """Whether no future pass holds more than the home's pool."""
     pool = getattr(policy, f"kv_{home}_bytes")
+    new.home = home
     neighbours = [each for each in live if each.home == home]
-    peaks = [sum(pages_held(spec, policy, each.tokens(later)) for each in [*neighbours, new]) for later in range(new.output_len)]
-    return max(peaks) <= pool, max(peaks) / pool
+    return all(sum(held_by(spec, policy, each, later) for each in [*neighbours, new]) <= pool for later in range(new.output_len))
 
 
 def plain_simulation(spec, policy, workload):
@@ -137,33 +149,32 @@ def plain_simulation(spec, policy, workload):
     waiting = sorted(
         (Sequence(s, n) for s, n in zip(workload.prompt_lens, workload.output_lens, strict=True)), key=lambda each: -each.output_len
     )
-    waiting = [each for each in waiting if any(fits(spec, policy, [], each, tier)[0] for tier in tiers)]
+    waiting = [each for each in waiting if any(fits(spec, policy, [], each, tier) for tier in tiers)]
     live, works, held = [], [], []
-    is_open = True
+    credit, given = 0, dict.fromkeys(tiers, 0)
     while waiting or live:
-        ended = [each for each in live if each.age == each.output_len]
+        credit = min(credit + policy.prefill_tokens, policy.prefill_tokens)
         live = [each for each in live if each.age < each.output_len]
-        if not waiting and not live:
-            break
-        is_open = policy.schedule == "diagonal" or not live or (is_open and not ended)
-        new, by_quota = [], False
-        while is_open and waiting:
+        new = []
+        while waiting and (policy.schedule == "diagonal" or not live) and len(live) + len(new) < policy.max_num_seqs:
             candidate = waiting[0]
-            quota = min(policy.prefill_tokens, policy.micro_batch_tokens if policy.schedule == "row" else policy.prefill_tokens)
-            by_quota = bool(new) and sum(each.prompt_len for each in new) + candidate.prompt_len > quota
-            if by_quota or len(live) + len(new) >= policy.max_num_seqs:
+            if policy.schedule == "diagonal" and credit <= 0:
                 break
-            room = {tier: share for tier in tiers for fit, share in [fits(spec, policy, live + new, candidate, tier)] if fit}
-            if not room:
+            if policy.schedule == "row" and new and sum(each.prompt_len for each in [*new, candidate]) > policy.micro_batch_tokens:
                 break
-            candidate.home = min(room, key=room.__getitem__)
+            by_need = sorted(tiers, key=lambda tier: given[tier] - getattr(policy.kv, tier) * (sum(given.values()) + 1))
+            home = next((tier for tier in by_need if fits(spec, policy, live + new, candidate, tier)), None)
+            if home is None:
+                break
+            candidate.home = home
+            given[home] += candidate.prompt_len + candidate.output_len - 1
+            credit -= candidate.prompt_len
             new.append(waiting.pop(0))
-        else:
-            by_quota = False
-        is_open = policy.schedule == "zigzag" and is_open and by_quota
+        if not live and not new:
+            continue
         works.append(plain_price(spec, policy, tiers, live, new))
         live += new
-        held.append({tier: sum(pages_held(spec, policy, each.tokens()) for each in live if each.home == tier) for tier in tiers})
+        held.append({tier: sum(held_by(spec, policy, each) for each in live if each.home == tier) for tier in tiers})
         for each in live:
             each.age += 1
     return works, held
@@ -221,6 +232,7 @@ def test_agrees_with_a_plain_simulation(
         prefill_tokens=quota,
         micro_batch_tokens=micro_batch_tokens,
         max_num_seqs=max_num_seqs,
+        kv=Fractions(host=room[0] / sum(room), **{"disk" if device == "cpu" else "device": room[1] / sum(room)}),
         weights=Fractions(host=0.5, disk=0.5),
         embedding_resident=False,
     )
@@ -250,7 +262,8 @@ def test_everything_is_computed_once_and_within_the_bounds(make_spec, make_polic
     assert total.num_tokens == workload.prompt_tokens + workload.output_tokens - len(workload)
     assert played.kv_bytes["host"].max() <= room * TOKEN
     assert played.live.max() <= cap
-    assert max(prompts for prompts, _ in carried(played)) <= quota
+    if schedule == "diagonal":
+        assert max(prompts for prompts, _ in carried(played)) < quota + max(workload.prompt_lens)
     assert played.live.min() > 0
 
 
@@ -299,7 +312,8 @@ def allowed_policies(draw, spec, budgets, workload, make_policy, count):
             weights=weights,
             embedding_resident=False,
             kv_host_bytes=room,
-            kv_disk_bytes=int(room * draw.random()) if budgets.disk_bytes else 0,
+            kv_disk_bytes=room if budgets.disk_bytes else 0,
+            kv=Fractions(host=0.5, disk=0.5) if budgets.disk_bytes else Fractions(host=1.0),
             schedule=draw.choice(["diagonal", "zigzag", "row"]),
             prefill_tokens=draw.choice([200, 512, 1024, 4096, 1 << 20]),
             max_num_seqs=draw.choice([4, 20, 60, len(workload)]),

@@ -16,8 +16,14 @@ from flexgen.plan.workload import Workload
 from flexgen.request import SamplingParams, TokenRequest
 
 
-def uniform_workload(num_prompts: int, input_len: int, output_len: int) -> Workload:
-    """The same lengths `num_prompts` times."""
+def uniform_workload(llm: LLM, num_prompts: int, input_len: int, output_len: int) -> Workload:
+    """The same lengths `num_prompts` times.
+
+    Raises:
+        OptionError: prompt and answer do not fit the context.
+    """
+    if input_len + output_len > llm.max_model_len:
+        raise OptionError(f"prompt and answer of {input_len + output_len} tokens exceed the context of {llm.max_model_len}")
     return Workload(prompt_lens=(input_len,) * num_prompts, output_lens=(output_len,) * num_prompts)
 
 
@@ -27,20 +33,11 @@ def run_throughput(llm: LLM, workload: Workload, *, on_progress: Callable[[Progr
     Returns:
         vLLM's keys (elapsed_time, num_requests, total_num_tokens, requests_per_second, tokens_per_second) and those of
         `RunReport`.
-
-    Raises:
-        OptionError: prompt and answer do not fit the context.
     """
-    longest = max(p + o for p, o in zip(workload.prompt_lens, workload.output_lens, strict=True))
-    if longest > llm.max_model_len:
-        raise OptionError(f"prompt and answer of {longest} tokens exceed the context of {llm.max_model_len}")
     llm.open(workload)
     start = time.perf_counter()
     results = list(llm.stream(_random_requests(llm, workload), workload, on_progress=on_progress))
     elapsed = time.perf_counter() - start
-    for result in results:
-        if result.error is not None:
-            raise result.error
     total = workload.prompt_tokens + sum(len(result.token_ids) for result in results)
     return {
         "elapsed_time": elapsed,

@@ -10,13 +10,15 @@ import logging
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence as SequenceOf
+from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from flexgen.engine.admission import Admission, Homes, LengthForecast
+from flexgen.engine.clock import ProgressClock, RunCounts
 from flexgen.engine.progress import Progress, RunReport
 from flexgen.engine.report import RunContext, make_report
 from flexgen.engine.sampler import sample
@@ -43,18 +45,6 @@ from flexgen.request import TokenRequest, TokenResult
 logger = logging.getLogger(__name__)
 
 LOOKAHEAD = 4  # requests read ahead, in multiples of max_num_seqs: the longest answers among them start first
-PROGRESS_SECONDS = 0.2
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunCounts:
-    """What was served so far."""
-
-    requests: int = 0
-    errors: int = 0
-    prompt_tokens: int = 0
-    output_tokens: int = 0
-    preemptions: int = 0
 
 
 class Engine:
@@ -118,7 +108,7 @@ class Engine:
         self._finished: list[tuple[int, int]] = []
         self._bytes_before: dict[str, int] = {}
         self._elapsed_seconds = 0.0
-        self._clock = _ProgressClock()
+        self._clock = ProgressClock()
         self._started = False
         self._closed = False
 
@@ -185,7 +175,7 @@ class Engine:
         """
         self.load()
         self._begin_run()
-        self._clock.start(num_requests, on_progress)
+        self._clock.start(num_requests, on_progress, self.bytes_moved())
         source = iter(requests)
         start = time.perf_counter()
         try:
@@ -345,21 +335,16 @@ class Engine:
         batches: list[MicroBatch] = []
         for home, place in self.places.items():
             members = [each for each in self._live if each.kv is not None and each.kv.home == home]
-            for regime in self._regimes(members):
-                previous: MicroBatch | None = None
-                for slices in pack(regime, self.policy.micro_batch_tokens, mix=place.mixes, chunk=place.chunks):
-                    slices = sorted(slices, key=lambda each: not is_decode(_kv_slice(each)))
-                    view = place.view([_kv_slice(each) for each in slices])
-                    batch = MicroBatch(slices, self.model.bound, self._pass_cache, view, self._rows, self._device)
-                    if previous is not None and any(each.start > each.sequence.num_stored for each in slices):
-                        batch.after = previous
-                    batches.append(batch)
-                    previous = batch
+            previous: MicroBatch | None = None
+            for slices in pack(members, self.policy.micro_batch_tokens, mix=place.mixes, chunk=place.chunks):
+                slices = sorted(slices, key=lambda each: not is_decode(_kv_slice(each)))
+                view = place.view([_kv_slice(each) for each in slices])
+                batch = MicroBatch(slices, self.model.bound, self._pass_cache, view, self._rows, self._device)
+                if previous is not None and any(each.start > each.sequence.num_stored for each in slices):
+                    batch.after = previous
+                batches.append(batch)
+                previous = batch
         return batches
-
-    def _regimes(self, members: list[Sequence]) -> list[list[Sequence]]:
-        """Sequences that may share a micro-batch without changing each other's arithmetic."""
-        return [members] if members else []
 
     def _load(self, batches: list[MicroBatch]) -> PassLoad:
         """What this pass carries, for pricing."""
@@ -416,15 +401,21 @@ class Engine:
         if sequence.num_generated >= sequence.request.max_tokens:
             return self._finish(sequence, "length")
         assert sequence.kv is not None
-        self.cache.trim(sequence.kv, sequence.num_stored)
+        if self._outgrew(sequence):
+            self._preempt(sequence)
+        else:
+            self.cache.trim(sequence.kv, sequence.num_stored)
         return None
 
-    def _on_unit(self, unit: int) -> None:
-        self._clock.tick(self, unit)
+    def _outgrew(self, sequence: Sequence) -> bool:
+        """Whether the model computes all keys of this sequence anew, now that it has one token more."""
+        length = self.model.recompute_length
+        return length is not None and len(sequence.tokens) == length + 1 and sequence.num_generated > 0
 
-    @property
-    def num_live(self) -> int:
-        return len(self._live)
+    def _on_unit(self, unit: int) -> None:
+        if self._clock.due():
+            begun = sum(min(each.num_generated / each.expected_tokens, 1.0) for each in self._live)
+            self._clock.tell(self.counts, self.trace, self.bytes_moved(), begun, len(self._live), (unit, len(self.model.layouts)))
 
 
 def _kv_slice(each: Slice) -> KVSlice:
@@ -436,44 +427,3 @@ def _popping(heap: list[tuple[int, int, Sequence]]) -> Iterator[Sequence]:
     """The heap's sequences, best first, without removing them."""
     for _, _, sequence in heapq.nsmallest(len(heap), heap):
         yield sequence
-
-
-class _ProgressClock:
-    """Rates and snapshots, at most every PROGRESS_SECONDS."""
-
-    def __init__(self) -> None:
-        self._report: Callable[[Progress], None] | None = None
-
-    def start(self, num_requests: int | None, report: Callable[[Progress], None] | None) -> None:
-        self._begin = self._last = time.perf_counter()
-        self._num_requests, self._report = num_requests, report
-        self._prompt_tokens = self._output_tokens = 0
-
-    def tokens(self, prompt: int, output: int) -> None:
-        self._prompt_tokens += prompt
-        self._output_tokens += output
-
-    def tick(self, engine: Engine, unit: int) -> None:
-        now = time.perf_counter()
-        if self._report is None or now - self._last < PROGRESS_SECONDS:
-            return
-        self._last = now
-        elapsed = max(now - self._begin, 1e-9)
-        self._report(
-            Progress(
-                elapsed_seconds=elapsed,
-                num_requests=self._num_requests,
-                num_requests_done=engine.counts.requests,
-                num_live_sequences=engine.num_live,
-                prompt_tokens=self._prompt_tokens,
-                output_tokens=self._output_tokens,
-                prompt_tokens_per_s=self._prompt_tokens / elapsed,
-                output_tokens_per_s=self._output_tokens / elapsed,
-                eta_seconds=None,
-                pass_index=len(engine.trace.passes),
-                unit=unit,
-                num_units=len(engine.model.layouts),
-            )
-        )
-
-

@@ -18,7 +18,7 @@ from flexgen.memory.kv_pass import KVPlan
 from flexgen.memory.weights import WeightStore
 from flexgen.models.attention import AttentionCall, PassCache
 from flexgen.models.skeleton import BoundModel
-from flexgen.models.suspension import ForwardCoroutine
+from flexgen.models.suspension import ForwardCoroutine, Span
 
 IDLE_SECONDS = 0.5  # longest wait between looks; arrivals wake the loop earlier
 
@@ -65,7 +65,6 @@ class MicroBatch(ForwardCoroutine):
         self.after: MicroBatch | None = None
         self.view = view
         self._model, self._cache, self._rows, self._device = model, cache, rows, device
-        self._new: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     @property
     def home(self) -> str:
@@ -97,11 +96,17 @@ class MicroBatch(ForwardCoroutine):
             self.wanted = unit
             self.parent.switch()
 
-    def store_kv(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
-        self._new[layer] = (key, value)
+    def spans(self) -> list[Span]:
+        return [
+            Span(
+                start=each.start, length=each.length, prompt_len=len(each.sequence.request.prompt_token_ids),
+                total=len(each.sequence.tokens),
+            )
+            for each in self.slices
+        ]  # fmt: skip
 
     def attend(self, call: AttentionCall) -> torch.Tensor:
-        answer = self.view.attend(call, self._new.pop(call.layer, None))
+        answer = self.view.attend(call, call.new)
         if isinstance(answer, torch.Tensor):
             return answer
         self.pending = answer

@@ -1,14 +1,17 @@
 """The output file and what is known about it: which lines are answered, so that a rerun answers only the others.
 
-A record is appended to the output by one write, then noted in a journal beside it (OUTPUT.flexgen/done): line number, hash of the
-input line, end and checksum of the record.  A record without its note is dropped at the next start, so whatever a kill tears
-off, the output ends with a whole record that the journal knows.  Knows nothing of requests or JSON.
+A record is first noted in a journal beside the output (OUTPUT.flexgen/done): line number, hash of the input line, end and checksum
+of the record; then it is appended to the output by one write.  At the next start a note without its whole record is dropped, with
+what there is of the record, so whatever a kill tears off, the output ends with a whole record that the journal knows.  Records without
+a note (a power failure can lose it) are moved to OUTPUT.flexgen/cut; bytes that are no records are never touched.  Knows nothing
+of requests.
 """
 
 from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import struct
 import time
@@ -20,11 +23,15 @@ from pathlib import Path
 from typing import Any
 
 from flexgen.errors import StorageError
+from flexgen.sizes import MIB, format_size
+
+logger = logging.getLogger(__name__)
 
 _ENTRY = struct.Struct("<QQQII")  # line number, digest, end in the output, crc32 of the record, failed
 _SUM = struct.Struct("<I")  # crc32 of the entry
 _ENTRY_BYTES = _ENTRY.size + _SUM.size
 _SYNC_SECONDS = 1.0
+_RECORD_START = b'{"id": '  # of every form's records
 
 
 class Store:
@@ -53,12 +60,15 @@ class Store:
         folder = output.with_name(output.name + ".flexgen")
         try:
             with _translated(output):
-                self._refuse_foreign(folder)
+                if output.is_dir():
+                    raise StorageError(f"{output} is a folder; the output is a file")
+                if output.exists() and output.stat().st_size > 0 and not (folder / "done").exists():
+                    raise self._changed()
                 folder.mkdir(mode=0o700, exist_ok=True)
                 self._journal_fd = os.open(folder / "done", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
                 self._lock()
                 self._output_fd = os.open(output, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-                self._recover()
+                self._recover(folder)
                 self.created = self._check_identity(folder / "job.json", dict(identity))
         except BaseException:
             self.close()
@@ -85,12 +95,12 @@ class Store:
             raise StorageError(f"{self.output} answers another input ({len(self._digests) - 1} lines; this one has {line_number})")
 
     def append(self, line_number: int, digest: int, record: bytes, *, failed: bool) -> None:
-        """Write the record of a line, then its note."""
+        """Note the record of a line, then write it."""
+        end = self._end + len(record)
+        entry = _ENTRY.pack(line_number, digest, end, zlib.crc32(record), failed)
         with _translated(self.output):
-            _write(self._output_fd, record, self._end)
-            end = self._end + len(record)
-            entry = _ENTRY.pack(line_number, digest, end, zlib.crc32(record), failed)
             _write(self._journal_fd, entry + _SUM.pack(zlib.crc32(entry)), self._num_done * _ENTRY_BYTES)
+            _write(self._output_fd, record, self._end)
             self._note(line_number, digest, end, failed)
             if time.monotonic() >= self._next_sync:
                 self._sync()
@@ -128,15 +138,9 @@ class Store:
             self.num_answered += 1
 
     def _sync(self) -> None:
-        os.fdatasync(self._output_fd)  # first: a note is worth nothing without its record
         os.fdatasync(self._journal_fd)
+        os.fdatasync(self._output_fd)
         self._next_sync = time.monotonic() + _SYNC_SECONDS
-
-    def _refuse_foreign(self, folder: Path) -> None:
-        if self.output.is_dir():
-            raise StorageError(f"{self.output} is a folder; the output is a file")
-        if self.output.exists() and self.output.stat().st_size > 0 and not (folder / "done").exists():
-            raise StorageError(f"{self.output} exists and was not written by flexgen: remove it or give another output")
 
     def _lock(self) -> None:
         try:
@@ -144,23 +148,37 @@ class Store:
         except BlockingIOError as error:
             raise StorageError(f"{self.output} is being written by another flexgen") from error
 
-    def _recover(self) -> None:
-        """Note what is done, and cut off records without a note and notes without a record."""
+    def _recover(self, folder: Path) -> None:
+        """Note what is done, and cut off what was begun."""
         size = os.fstat(self._output_fd).st_size
+        begun = False
         for line_number, digest, end, checksum, failed in self._entries():
-            if end > size:  # the output was cut, by a power failure or by hand
-                break
             record = _read(self._output_fd, end - self._end, self._end)
-            if b"\0" in record:  # the note reached the disk before a power failure, the record did not
+            begun = len(record) < end - self._end or b"\0" in record  # zeros: it never reached the disk before a power failure
+            if begun:
                 break
             if zlib.crc32(record) != checksum:
-                raise StorageError(
-                    f"{self.output} was changed after flexgen wrote it: give another output, "
-                    f"or remove it together with {self.output.name}.flexgen"
-                )
+                raise self._changed()
             self._note(line_number, digest, end, failed)
+        rest = _read(self._output_fd, min(size - self._end, len(_RECORD_START)), self._end).rstrip(b"\0")
+        if not _RECORD_START.startswith(rest):
+            raise self._changed()
+        if rest and not begun:
+            self._move_rest(folder / "cut", size)
         os.ftruncate(self._output_fd, self._end)
         os.ftruncate(self._journal_fd, self._num_done * _ENTRY_BYTES)
+
+    def _move_rest(self, target: Path, size: int) -> None:
+        with target.open("ab") as file:
+            for offset in range(self._end, size, MIB):
+                file.write(_read(self._output_fd, min(MIB, size - offset), offset))
+        logger.warning("%s: %s of answers that the journal does not know went to %s", self.output, format_size(size - self._end), target)
+
+    def _changed(self) -> StorageError:
+        return StorageError(
+            f"{self.output} was not written by flexgen, or changed since: give another output, "
+            f"or remove it together with {self.output.name}.flexgen"
+        )
 
     def _entries(self) -> Iterator[tuple[int, int, int, int, int]]:
         """The whole and intact entries of the journal, in order."""
@@ -176,7 +194,10 @@ class Store:
     def _check_identity(self, path: Path, identity: dict[str, Any]) -> int:
         """The job's start; a job of which nothing is done may change its identity."""
         if self._num_done:
-            known = json.loads(path.read_text())
+            try:
+                known = json.loads(path.read_text())
+            except ValueError as error:
+                raise StorageError(f"{path} is damaged: {error}") from error
             for name in [*identity, *(name for name in known["identity"] if name not in identity)]:
                 old, new = known["identity"].get(name), identity.get(name)
                 if old != new:
@@ -210,5 +231,5 @@ def _read(fd: int, size: int, offset: int) -> bytes:
 def _translated(output: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, KeyError) as error:
+    except OSError as error:
         raise StorageError(f"{output} cannot be written: {error}") from error

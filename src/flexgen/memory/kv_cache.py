@@ -63,6 +63,11 @@ class KVGroup:
         """Pages of a sequence that has stored `length` tokens and goes on."""
         return -(-length // self.page_tokens) - self.first_visible(length) // self.page_tokens
 
+    def most_pages_held(self, length: int) -> int:
+        """The most that it held on its way there; windows and chunks begin within pages."""
+        pages, reach = -(-length // self.page_tokens), self.window or self.chunk
+        return pages if reach is None else min(pages, -(-reach // self.page_tokens) + 1)
+
 
 def group_layers(layers: Sequence[tuple[int, tuple]], page_tokens: int, dtype: torch.dtype) -> tuple[KVGroup, ...]:
     """Groups of layers with equal (key_heads, key_dim, value_heads, value_dim, window, chunk)."""
@@ -80,7 +85,7 @@ def group_layers(layers: Sequence[tuple[int, tuple]], page_tokens: int, dtype: t
 
 def divide_pool(groups: Sequence[KVGroup], pool_bytes: int, typical_tokens: int) -> list[int]:
     """Pages per group such that all run out together for sequences of `typical_tokens`."""
-    wanted = [group.pages_held(typical_tokens) * group.page_bytes for group in groups]
+    wanted = [group.most_pages_held(typical_tokens) * group.page_bytes for group in groups]
     return [int(pool_bytes * want / sum(wanted)) // group.page_bytes for group, want in zip(groups, wanted, strict=True)]
 
 
@@ -255,6 +260,6 @@ class KVCache:
     def could_ever_hold(self, home: str, prompt_len: int, final_len: int) -> bool:
         """Whether a sequence alone would fit the tier."""
         return all(
-            max(-(-prompt_len // group.page_tokens), group.pages_held(final_len)) <= self.pools[home].num_pages[index]
+            max(-(-prompt_len // group.page_tokens), group.most_pages_held(final_len)) <= self.pools[home].num_pages[index]
             for index, group in enumerate(self.groups)
         )

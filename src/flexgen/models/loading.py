@@ -19,8 +19,11 @@ from flexgen.memory.direct_io import plan_extents
 from flexgen.memory.rows import RowTable
 from flexgen.memory.unit import UnitLayout, UnitTensor, packed_offsets
 from flexgen.models.checkpoint import Checkpoint, check_supported_number_format, parameter_sources
-from flexgen.models.describe import LayerKV, UnitPart, cut_units, module_plans, streamed_uses, trace_model
+from flexgen.models.describe import UnitPart, cut_units, module_plans, streamed_uses
+from flexgen.models.refusals import check_supported_architecture
+from flexgen.models.rope import recompute_length
 from flexgen.models.skeleton import BoundModel, build_skeleton
+from flexgen.models.trace import LayerKV, ModelTrace, trace_model
 from flexgen.plan.model import KVGroupSpec, ModelSpec, UnitSpec
 from flexgen.sizes import GIB, MIB
 
@@ -35,6 +38,8 @@ class LoadedModel:
         bound: the skeleton with its hooks. layouts: what streams, in order.
         residents: small tensors and buffers that always live on the device, as one layout.
         tables: embeddings whose rows are gathered. layers: KV per attention layer. spec: for the planner.
+        recompute_length: when a sequence has more tokens than this for the first time, its keys change and are computed anew.
+        unused: stored parameters that text does not need, such as those of vision towers.
     """
 
     bound: BoundModel
@@ -45,6 +50,8 @@ class LoadedModel:
     spec: ModelSpec
     dtype: torch.dtype
     total_bytes: int
+    recompute_length: int | None
+    unused: tuple[str, ...]
 
 
 def default_unit_bytes(weight_bytes: int) -> int:
@@ -63,24 +70,26 @@ def load_model(folder: Path, config: Any, dtype: torch.dtype, *, unit_bytes: int
         ModelError: when the architecture, the number format or the files cannot be served.
     """
     check_supported_number_format(config)
+    check_supported_architecture(config)
     model = build_skeleton(config, dtype)
     trace = trace_model(model)
     checkpoint = Checkpoint(folder)
     found = parameter_sources(model, checkpoint)
     sources = _Sources(found.parameters, found.tied, _fp32_patterns(model, dtype), dtype)
-    tables = _row_tables(model, sources)
+    tables = _row_tables(trace, sources)
     gathered = frozenset(table.module for table in tables)
     uses = streamed_uses(model, trace, dtype.itemsize, gathered, sources.sliceable)
     weight_bytes = sum(use.decoded_bytes for use in uses)
     units = cut_units(uses, unit_bytes or default_unit_bytes(weight_bytes))
     layouts = tuple(_layout(index, parts, sources) for index, parts in enumerate(units))
     streamed = {(tensor.module, tensor.parameter) for layout in layouts for tensor in layout.tensors}
-    residents = _residents(model, sources, streamed, gathered)
+    unused = _unused(model, sources, trace)
+    residents = _residents(model, sources, streamed, gathered, unused)
     bound = BoundModel(model, module_plans(units), sorted(gathered))
     spec = _spec(config, folder, units, layouts, residents, tables, trace.layers, sources)
     return LoadedModel(
         bound=bound, layouts=layouts, residents=residents, tables=tuple(tables), layers=trace.layers, spec=spec,
-        dtype=dtype, total_bytes=checkpoint.total_bytes,
+        dtype=dtype, total_bytes=checkpoint.total_bytes, recompute_length=recompute_length(config), unused=tuple(sorted(unused)),
     )  # fmt: skip
 
 
@@ -119,20 +128,33 @@ def _fp32_patterns(model: Any, dtype: torch.dtype) -> list[re.Pattern[str]]:
     return [re.compile(rf"((^|\.){re.escape(name)}($|\.))") for name in sorted(names)]
 
 
-def _row_tables(model: Any, sources: _Sources) -> list[RowTable]:
-    """The word embedding, where its rows can be read one by one."""
-    embedding = model.get_input_embeddings()
-    name = next(name for name, module in model.named_modules() if module is embedding)
-    weight = f"{name}.weight"
-    if not isinstance(embedding, nn.Embedding) or weight not in sources or not sources[weight].is_view:
-        return []
-    piece = sources[weight].pieces[0]
-    return [
-        RowTable(
-            module=name, path=piece.path, offset=piece.offset, num_rows=piece.shape[0], row_elements=piece.shape[1],
-            stored_dtype=piece.dtype, dtype=sources.dtype(weight),
-        )
-    ]  # fmt: skip
+def _row_tables(trace: ModelTrace, sources: _Sources) -> list[RowTable]:
+    """Embeddings of input ids, where their rows can be read one by one."""
+    tables = []
+    for name in sorted(trace.embeddings):
+        weight = f"{name}.weight"
+        if weight not in sources or not sources[weight].is_view:
+            continue
+        piece = sources[weight].pieces[0]
+        tables.append(
+            RowTable(
+                module=name, path=piece.path, offset=piece.offset, num_rows=piece.shape[0], row_elements=piece.shape[1],
+                stored_dtype=piece.dtype, dtype=sources.dtype(weight),
+            )
+        )  # fmt: skip
+    return tables
+
+
+def _unused(model: Any, sources: _Sources, trace: ModelTrace) -> frozenset[str]:
+    """Stored parameters of modules that the trace did not use, and buffers of what it never came near."""
+    unused = []
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    for name in sources.names():
+        module = name.rpartition(".")[0]
+        used = module in trace.used if name in parameters else {module, module.rpartition(".")[0]} & trace.entered
+        if not used:
+            unused.append(name)
+    return frozenset(unused)
 
 
 def _layout(index: int, parts: Sequence[UnitPart], sources: _Sources) -> UnitLayout:
@@ -169,14 +191,16 @@ def make_layout(index: int, name: str, wanted: Sequence[tuple[str, str, Any, tor
     )  # fmt: skip
 
 
-def _residents(model: Any, sources: _Sources, streamed: set[tuple[str, str]], gathered: frozenset[str]) -> UnitLayout:
+def _residents(
+    model: Any, sources: _Sources, streamed: set[tuple[str, str]], gathered: frozenset[str], unused: frozenset[str]
+) -> UnitLayout:
     """Everything stored that neither streams nor is gathered."""
     wanted = []
     buffers = dict(model.named_buffers())
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     for name in sorted(set(sources.names())):
         module, _, own = name.rpartition(".")
-        if (module, own) in streamed or module in gathered or (name not in parameters and name not in buffers):
+        if (module, own) in streamed or module in gathered or name in unused or (name not in parameters and name not in buffers):
             continue
         dtype = buffers[name].dtype if name in buffers else sources.dtype(name)
         wanted.append((module, own, sources[name], dtype))
@@ -193,7 +217,7 @@ def _spec(
     layers: Sequence[LayerKV],
     sources: _Sources,
 ) -> ModelSpec:
-    text = config.get_text_config()
+    text = config.get_text_config(decoder=True)
     itemsize = sources.dtype("").itemsize
     groups: dict[tuple, list[LayerKV]] = {}
     for layer in layers:
@@ -212,7 +236,7 @@ def _spec(
             KVGroupSpec(
                 num_layers=len(members),
                 bytes_per_token=members[0].elements_per_token * itemsize,
-                attention_flops_per_pair=members[0].flops_per_pair,
+                attention_flops_per_pair=sum(each.flops_per_pair for each in members) / len(members),
                 window=members[0].window or members[0].chunk,
             )
             for members in groups.values()
@@ -221,7 +245,7 @@ def _spec(
         embedding_bytes=sum(table.num_rows * table.row_elements * table.dtype.itemsize for table in untied),
         embedding_row_bytes=sum(table.row_bytes for table in tables),
         hidden_size=hidden,
-        intermediate_size=max(int(getattr(text, "intermediate_size", 0) or 0), _widest(units), hidden),
+        intermediate_size=max(_widest(units), hidden),
         vocab_size=int(text.vocab_size),
         max_position_embeddings=context,
     )

@@ -57,8 +57,7 @@ def _by_sequence(
 ) -> Any:
     """The module's forward on each stretch of tokens, with the last position of their sequence appended to make it the longest."""
     parts, row = [], 0
-    threshold = _threshold(module)
-    for count, length in _merged(_runs(current_forward().spans(), recomputes), threshold, "dynamic" in str(module.rope_type)):
+    for count, length in _merged(_runs(current_forward().spans(), recomputes), module):
         last = position_ids.new_full((1, 1), length - 1)
         _forget_lengths(module)
         out = forward(x, torch.cat([position_ids[:, row : row + count], last], dim=1), *args, **kwargs)
@@ -80,23 +79,23 @@ def _runs(spans: Sequence[Span], recomputes: bool) -> Iterator[Run]:
         yield from ((1, position + 1) for position in range(span.start + in_prompt, span.start + span.length))
 
 
-def _merged(runs: Iterator[Run], threshold: int, dynamic: bool) -> Iterator[Run]:
+def _merged(runs: Iterator[Run], module: Any) -> Iterator[Run]:
     """Neighbours that get the same frequencies: LongRoPE knows two sets, dynamic NTK one per length above the threshold."""
+    thresholds, dynamic = _thresholds(module), "dynamic" in str(module.rope_type)
 
-    def frequencies(run: Run) -> int:
-        return max(run[1], threshold) if dynamic else run[1] > threshold
+    def frequencies(run: Run) -> object:
+        return max(run[1], min(thresholds)) if dynamic else tuple(run[1] > each for each in thresholds)
 
     for _, group in groupby(runs, key=frequencies):
         members = list(group)
         yield sum(count for count, _ in members), max(length for _, length in members)
 
 
-def _threshold(module: Any) -> int:
-    """The length up to which frequencies do not change."""
+def _thresholds(module: Any) -> list[int]:
+    """Lengths up to which frequencies do not change."""
     parameters = module.config.rope_parameters
     nested = [parameters] if "rope_type" in parameters else list(parameters.values())
-    originals = [each["original_max_position_embeddings"] for each in nested if "original_max_position_embeddings" in each]
-    return min([*originals, module.original_max_seq_len]) if hasattr(module, "original_max_seq_len") else min(originals)
+    return [each.get("original_max_position_embeddings") or module.original_max_seq_len for each in nested]
 
 
 def _forget_lengths(module: Any) -> None:

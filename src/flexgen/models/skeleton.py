@@ -19,6 +19,7 @@ from torch.nn import functional
 from flexgen.errors import EngineError, UnsupportedModelError
 from flexgen.models.attention import register_attention
 from flexgen.models.experts import register_experts
+from flexgen.models.rope import isolate_sequences, recompute_length
 from flexgen.models.suspension import current_forward
 
 if TYPE_CHECKING:
@@ -90,11 +91,13 @@ class ModulePlan:
 
     Attributes:
         module: its name in the tree. parameters: own names of the parameters that stream.
+        entered_with: the module whose forward needs a whole one; mostly the same.
         kind: "whole" (one unit), "linear" (output rows over several units) or "experts" (ranges of experts).
         ranges: (unit, start, stop) in rising order; a whole module has one entry.
     """
 
     module: str
+    entered_with: str
     parameters: tuple[str, ...]
     kind: str
     ranges: tuple[tuple[int, int, int], ...]
@@ -107,6 +110,7 @@ class BoundModel:
     """
 
     def __init__(self, model: PreTrainedModel, plans: Sequence[ModulePlan], gathered: Sequence[str]) -> None:
+        isolate_sequences(model, recomputes=recompute_length(model.config) is not None)
         self.model = model
         self._placeholders: dict[tuple[str, str], nn.Parameter] = {}
         self._parts: dict[tuple[int, str, str], Part] = {}
@@ -123,7 +127,8 @@ class BoundModel:
         module = self._modules[plan.module]
         if plan.kind == "whole":
             unit = plan.ranges[0][0]
-            module.register_forward_pre_hook(lambda _module, _args, unit=unit: current_forward().enter_unit(unit))
+            user = self._modules[plan.entered_with]
+            user.register_forward_pre_hook(lambda _module, _args, unit=unit: current_forward().enter_unit(unit))
             for parameter in plan.parameters:
                 placeholder = module._parameters[parameter]
                 assert placeholder is not None
@@ -178,6 +183,7 @@ class BoundModel:
             input_ids, position_ids: int64 (1, tokens).
             sampled: int64, the positions within the micro-batch whose logits are wanted.
         """
+        current_forward().position_ids = position_ids
         output = self.model(
             input_ids=input_ids, position_ids=position_ids, past_key_values=cache, use_cache=True, logits_to_keep=sampled
         )

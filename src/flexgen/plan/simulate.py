@@ -76,7 +76,8 @@ def simulate(spec: ModelSpec, policy: Policy, workload: Workload) -> Simulation:
 
     A request admitted by pass p computes its prompt there and yields its first token; its n-th and last comes from pass
     p + n - 1.  Requests enter longest answer first, in input order among equals, and none overtakes.  Diagonal: whenever
-    there is room.  Zigzag: into an empty block, until the first of it ends.  Row: into an empty block, one micro-batch.
+    there is room, within a bucket of prompt tokens that every pass refills.  Zigzag: into an empty block, all at once.
+    Row: into an empty block, one micro-batch.
     """
     pools = {tier: size for tier in TIERS if (size := getattr(policy, f"kv_{tier}_bytes")) > 0}
     weights = weights_work(spec, unit_homes(spec, policy.weights), policy.device)
@@ -88,7 +89,7 @@ def simulate(spec: ModelSpec, policy: Policy, workload: Workload) -> Simulation:
     return Simulation(
         work=work,
         live=_spread(live, num_passes).astype(np.int64),
-        kv_bytes={tier: pool[:num_passes] for tier, pool in used.items()},
+        kv_bytes=used,
         num_refused=num_refused,
     )
 
@@ -115,14 +116,15 @@ class _Pool:
         self.capacity = capacity
         self.used: Ints = np.zeros(256, dtype=np.int64)
 
-    def _until(self, end: int) -> None:
+    def until(self, end: int) -> Ints:
+        """What is used in the passes before `end`."""
         if end > len(self.used):
             self.used = np.concatenate([self.used, np.zeros(max(end - len(self.used), len(self.used)), dtype=np.int64)])
+        return self.used[:end]
 
     def fitting(self, index: int, held: Ints) -> int:
         """How many more sequences holding `held` bytes in the passes from `index` on fit in all of them."""
-        self._until(index + len(held))
-        return int(((self.capacity - self.used[index : index + len(held)]) // held).min())
+        return int(((self.capacity - self.until(index + len(held))[index:]) // held).min())
 
     def earliest(self, index: int, held: Ints) -> int:
         """A pass after `index` before which such a sequence cannot enter, given that it cannot at `index`.
@@ -135,20 +137,17 @@ class _Pool:
         ages = np.searchsorted(youngest, room[crowded], side="right") - 1
         return max(int((index + crowded - ages).max(initial=0)), index + 1)
 
-    def peak_share(self, index: int, held: Ints) -> float:
-        """The fullest the pool gets while one more such sequence lives."""
-        return float((self.used[index : index + len(held)] + held).max()) / self.capacity
-
     def add(self, index: int, held: Ints, count: int) -> None:
         self.used[index : index + len(held)] += held * count
 
 
 class _Job:
-    """The admission of one job: the loop over passes."""
+    """The admission of one job: the loop over passes, as engine/schedule.py and engine/admission.py run it."""
 
     def __init__(self, spec: ModelSpec, policy: Policy, workload: Workload, pools: dict[str, int]) -> None:
         self.policy = policy
-        self.pools = {tier: _Pool(size) for tier, size in pools.items()}
+        self.pools = {tier: _Pool(size) for tier, size in pools.items() if getattr(policy.kv, tier) > 0}
+        self.given = dict.fromkeys(self.pools, 0)
         longest = max((s + max(n, 1) for s, n in zip(workload.prompt_lens, workload.output_lens, strict=True)), default=0)
         self.held = held_kv_bytes(spec, policy.page_tokens, longest)
         runs = _runs(workload)
@@ -156,6 +155,7 @@ class _Job:
         self.num_refused = sum(run[2] for run, fits in zip(runs, can_fit, strict=True) if not fits)
         self.waiting = [list(run) for run, fits in zip(runs, can_fit, strict=True) if fits][::-1]  # the next one last
         self.live = 0
+        self.credit, self.refilled = 0, -1  # of prompt tokens; the pass that last added to it
         self.admissions: list[_Admission] = []
 
     def _held(self, prompt_len: int, output_len: int) -> Ints:
@@ -163,68 +163,80 @@ class _Job:
         return self.held[prompt_len : prompt_len + output_len]
 
     def play(self) -> tuple[list[_Admission], dict[str, Ints], int]:
-        index, is_open = 0, True
+        index = last_end = 0
         ending: list[tuple[int, int]] = []  # a heap of (first pass without them, sequences)
-        schedule = self.policy.schedule
         while self.waiting:
-            ended = False
             while ending and ending[0][0] <= index:
                 self.live -= heapq.heappop(ending)[1]
-                ended = True
-            is_open = schedule == "diagonal" or self.live == 0 or (is_open and not ended)
-            if is_open:
+            next_index = None
+            if self.policy.schedule == "diagonal" or self.live == 0:
                 first = len(self.admissions)
-                stopped_by, next_index = self._admit(index)
+                next_index = self._admit(index)
                 for admission in self.admissions[first:]:
                     heapq.heappush(ending, (admission.end, admission.count))
-                is_open = schedule == "diagonal" or (schedule == "zigzag" and stopped_by == "quota")
-                # Nothing changes for those that wait before the next index; for want of a place, before a sequence ends.
-                index = next_index if is_open and stopped_by != "cap" else ending[0][0]
+                    last_end = max(last_end, admission.end)
+            if next_index is None or self.policy.schedule != "diagonal":
+                index = ending[0][0]  # for want of a place, or in a closed block, nothing changes before a sequence ends
             else:
-                index = ending[0][0]
-        return self.admissions, {tier: self._used(pool) for tier, pool in self.pools.items()}, self.num_refused
+                index = min(next_index, last_end)  # there is no pass without a sequence
+        return self.admissions, {tier: pool.until(last_end) for tier, pool in self.pools.items()}, self.num_refused
 
-    def _used(self, pool: _Pool) -> Ints:
-        pool._until(max((admission.end for admission in self.admissions), default=0))  # pyright: ignore[reportPrivateUsage]
-        return pool.used
-
-    def _admit(self, index: int) -> tuple[str, int]:
-        """Take in what fits; what ended it ("quota", "cap", "room" or ""), and the next pass that may take in more."""
-        quota = self.policy.prefill_tokens
-        if self.policy.schedule == "row":
-            quota = min(quota, self.policy.micro_batch_tokens)
+    def _admit(self, index: int) -> int | None:
+        """Take in what may enter; the next pass that could take in more, None if that needs a sequence to end."""
+        self._refill(index)
         taken = 0
         while self.waiting:
             prompt_len, output_len, waiting = self.waiting[-1]
-            within_quota = (quota - taken) // prompt_len
-            if not taken:
-                within_quota = max(within_quota, 1)  # a prompt beyond the quota goes alone, in chunks
-            places = self.policy.max_num_seqs - self.live
-            if within_quota <= 0 or places <= 0:
-                return ("quota" if within_quota <= 0 else "cap"), index + 1
+            places, within_quota = self.policy.max_num_seqs - self.live, self._within_quota(prompt_len, taken)
+            if places <= 0:
+                return None
+            if within_quota <= 0:
+                return index + 1 + max(-self.credit, 0) // self.policy.prefill_tokens
             held = self._held(prompt_len, output_len)
-            home, fitting = self._home(index, held)
-            if not fitting:
-                return "room", min(pool.earliest(index, held) for pool in self.pools.values())
-            count = min(waiting, within_quota, places, fitting)
-            self.pools[home].add(index, held, count)
+            home, count = self._home(index, held, min(waiting, places, within_quota))
+            if not count:
+                return min(pool.earliest(index, self._reserved(tier, held)) for tier, pool in self.pools.items())
+            self.pools[home].add(index, self._reserved(home, held), count)
+            self.given[home] += count * (prompt_len + output_len - 1)
             self.admissions.append(_Admission(index=index, prompt_len=prompt_len, output_len=output_len, count=count, home=home))
             self.live += count
+            self.credit -= count * prompt_len
             taken += count * prompt_len
             self.waiting[-1][2] -= count
             if not self.waiting[-1][2]:
                 self.waiting.pop()
-        return "", index + 1
+        return index + 1
 
-    def _home(self, index: int, held: Ints) -> tuple[str, int]:
-        """The tier whose pool stays emptiest, so that the tiers fill in proportion; and how many fit there."""
+    def _refill(self, index: int) -> None:
+        """Every pass adds its quota; an empty block waits for no pass."""
+        quota = self.policy.prefill_tokens
+        self.credit = min(self.credit + quota * (index - self.refilled), quota)
+        self.refilled = index
+        if self.live == 0 and self.credit <= 0:
+            self.credit += quota * (1 + -self.credit // quota)
+
+    def _within_quota(self, prompt_len: int, taken: int) -> int:
+        """How many such prompts the pass still admits; the last may overdraw, at the cost of the next passes."""
+        if self.policy.schedule == "diagonal":
+            return -(-max(self.credit, 0) // prompt_len)
+        if self.policy.schedule == "row":
+            return max((self.policy.micro_batch_tokens - taken) // prompt_len, int(taken == 0))
+        return self.policy.max_num_seqs
+
+    def _home(self, index: int, held: Ints, wanted: int) -> tuple[str, int]:
+        """The tier furthest behind its share of the tokens given so far that has room; and how many enter there."""
         if len(self.pools) == 1:
             ((tier, pool),) = self.pools.items()
-            return tier, pool.fitting(index, held)
-        fitting = [tier for tier, pool in self.pools.items() if pool.fitting(index, held) > 0]
-        if not fitting:
-            return "", 0
-        return min(fitting, key=lambda tier: self.pools[tier].peak_share(index, held)), 1
+            return tier, min(pool.fitting(index, self._reserved(tier, held)), wanted)
+        total = sum(self.given.values()) + 1
+        for tier in sorted(self.pools, key=lambda tier: self.given[tier] - getattr(self.policy.kv, tier) * total):
+            if self.pools[tier].fitting(index, self._reserved(tier, held)) > 0:
+                return tier, 1
+        return "", 0
+
+    def _reserved(self, tier: str, held: Ints) -> Ints:
+        """On disk a sequence takes from the start what it needs at its longest, so that its pages lie together."""
+        return np.full_like(held, held.max()) if tier == "disk" else held
 
 
 def _runs(workload: Workload) -> list[tuple[int, int, int]]:
@@ -235,13 +247,16 @@ def _runs(workload: Workload) -> list[tuple[int, int, int]]:
 
 
 def held_kv_bytes(spec: ModelSpec, page_tokens: int, max_tokens: int) -> Ints:
-    """Bytes of the pages that a sequence of 0, 1, ... max_tokens tokens holds; pages behind a window are freed."""
+    """Bytes of the pages that a sequence of 0, 1, ... max_tokens tokens holds.
+
+    Pages are freed once the next token's window has left them.
+    """
     tokens = np.arange(max_tokens + 1, dtype=np.int64)
     held = np.zeros_like(tokens)
     for group in spec.kv_groups:
         pages = -(-tokens // page_tokens)
         if group.window is not None:
-            pages = pages - np.maximum(tokens - group.window, 0) // page_tokens
+            pages = pages - np.maximum(tokens - group.window + 1, 0) // page_tokens
         held += pages * (page_tokens * group.num_layers * group.bytes_per_token)
     return held
 

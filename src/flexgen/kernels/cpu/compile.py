@@ -32,6 +32,6 @@ def intrinsic(function: Callable[..., Any]) -> Any:
 def _forget_outdated(cache: Path, module: str) -> None:
     """Remove what was compiled before a change of any file here; Numba itself looks at the function's own file only."""
     newest = max(source.stat().st_mtime for source in Path(__file__).parent.glob("*.py"))
-    for index in cache.glob(f"{module}.*.nbi"):
-        if index.stat().st_mtime < newest:
-            index.unlink(missing_ok=True)
+    for compiled in cache.glob(f"{module}.*.nb[ic]"):
+        if compiled.stat().st_mtime < newest:
+            compiled.unlink(missing_ok=True)

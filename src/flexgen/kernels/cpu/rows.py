@@ -14,7 +14,7 @@ from flexgen.errors import EngineError
 from flexgen.kernels.cpu.compile import intrinsic
 from flexgen.kernels.cpu.formats import widen
 
-LANES = 8  # elements of a vector: one AVX-512 register of float32; LLVM splits it where registers are narrower
+LANES = 16  # elements of a vector: one AVX-512 register of float32; LLVM splits it where registers are narrower
 PANEL = 2 * LANES  # columns that are worked on at once
 
 

@@ -1,0 +1,171 @@
+"""What a run shows, in each of its ways."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+
+import pytest
+from fakes import FakeEngine
+
+from flexgen.display import JsonDisplay, PlainDisplay, format_plan, format_progress, format_report, format_seconds, open_display
+from flexgen.engine.progress import Progress, RunReport
+from flexgen.errors import OptionError
+from flexgen.llm import Plan
+from flexgen.plan.workload import Workload
+
+ENGINE = FakeEngine(Workload(prompt_lens=(), output_lens=()))
+PLAN = Plan(spec=ENGINE.spec, machine=ENGINE.machine, policy=ENGINE.policy)
+PROGRESS = dataclasses.replace(ENGINE._progress(10), num_requests_done=3)
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+class BrokenPipe(io.StringIO):
+    def write(self, text: str) -> int:
+        raise BrokenPipeError
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (None, "-"),
+        (0, "0.0 s"),
+        (4.24, "4.2 s"),
+        (59.94, "59.9 s"),
+        (60, "1:00 min"),
+        (187, "3:07 min"),
+        (3600, "1:00:00 h"),
+        (3753, "1:02:33 h"),
+    ],
+)
+def test_durations(seconds: float | None, text: str) -> None:
+    assert format_seconds(seconds) == text
+
+
+def test_a_progress_line_has_everything() -> None:
+    line = format_progress(PROGRESS)
+    for part in (
+        "3/10 requests",
+        "prompt 100.0 tokens/s",
+        "output 50.0 tokens/s",
+        "ETA 1:01 min",
+        "unit 1/1",
+        "disk_read 90%",
+        "compute 50%",
+    ):
+        assert part in line
+    assert "\n" not in line
+    unknown = dataclasses.replace(PROGRESS, num_requests=None, eta_seconds=None, link_shares={})
+    assert "3/? requests" in format_progress(unknown)
+
+
+def test_the_plan_has_everything() -> None:
+    text = format_plan(PLAN)
+    for part in ("cpu, float32, diagonal schedule", "host 25.0%, disk 75.0%", "10 B per token", "up to 4 sequences", "64 tokens at a time"):
+        assert part in text
+
+
+def test_the_report_has_everything() -> None:
+    text = format_report(ENGINE.report())
+    for part in ("overlap 0.90   plan 0.80   efficiency 0.72", "3 passes", "host memory: peak 1.0 GiB of 2.0 GiB", "disk_read 0.2 s"):
+        assert part in text
+    table = {line.split()[0]: line.split() for line in text.splitlines() if line}
+    assert table["weights"] == ["weights", "250", "B", "750", "B"]
+    assert table["kv"] == ["kv", "640", "B", "-"]
+    assert table["disk_read"] == ["disk_read", "2.2", "KiB", "750", "B", "1.8", "s", "90%"]
+    assert table["compute"] == ["compute", "-", "-", "0.3", "s", "15%"]
+    assert "device" not in text
+
+
+def test_the_report_of_a_run_that_did_nothing() -> None:
+    report = dataclasses.replace(
+        ENGINE.report(),
+        elapsed_seconds=0.0,
+        num_passes=0,
+        placement={},
+        bytes_moved={},
+        busiest_seconds={},
+        wait_seconds={},
+        finish_reasons={},
+    )
+    assert "waited for: nothing" in format_report(report)
+
+
+def test_plain_shows_one_line_per_interval(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    messages, results = io.StringIO(), io.StringIO()
+    display = PlainDisplay(messages, results, interval_seconds=10)
+    for _ in range(30):
+        now += 1
+        display.progress(PROGRESS)
+    assert messages.getvalue() == (format_progress(PROGRESS) + "\n") * 3
+    display.message("hello")
+    display.plan(PLAN)
+    display.report(ENGINE.report())
+    assert messages.getvalue().endswith(f"hello\n{format_plan(PLAN)}\n")
+    assert results.getvalue() == format_report(ENGINE.report()) + "\n"
+
+
+def test_json_shows_only_events() -> None:
+    messages, results = io.StringIO(), io.StringIO()
+    display = JsonDisplay(messages, results, interval_seconds=0)
+    display.message("hello")
+    display.plan(PLAN)
+    display.progress(PROGRESS)
+    display.report(ENGINE.report())
+    assert messages.getvalue() == ""
+    events = [json.loads(line) for line in results.getvalue().splitlines()]
+    assert [event.pop("event") for event in events] == ["message", "plan", "progress", "report"]
+    assert events[0] == {"text": "hello"}
+    assert events[1]["policy"]["schedule"] == "diagonal"
+    assert Progress(**events[2]) == PROGRESS
+    assert RunReport(**events[3]) == ENGINE.report()
+
+
+def test_rich_draws_on_a_terminal_and_takes_it_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    messages, results = Terminal(), io.StringIO()
+    display = open_display("auto", messages, results)
+    display.message("[not markup]")
+    display.progress(PROGRESS)
+    display.progress(dataclasses.replace(PROGRESS, num_requests=None, link_shares={}))
+    display.close()
+    display.close()
+    drawn = messages.getvalue()
+    for part in ("[not markup]", "3/10 requests", "ETA 1:01 min", "disk_read"):
+        assert part in drawn
+    assert drawn.count("\x1b[?25l") == drawn.count("\x1b[?25h") == 1  # the cursor is back
+
+
+def test_auto_is_plain_without_a_terminal() -> None:
+    assert type(open_display("auto", io.StringIO(), io.StringIO())) is PlainDisplay
+
+
+def test_none_shows_the_report_only() -> None:
+    messages, results = io.StringIO(), io.StringIO()
+    display = open_display("none", messages, results)
+    display.message("hello")
+    display.plan(PLAN)
+    display.progress(PROGRESS)
+    display.report(ENGINE.report())
+    display.close()
+    assert messages.getvalue() == ""
+    assert results.getvalue().startswith("0 requests")
+
+
+def test_an_unknown_display_lists_the_known() -> None:
+    with pytest.raises(OptionError, match="auto, rich, plain, json, none"):
+        open_display("fancy", io.StringIO(), io.StringIO())
+
+
+@pytest.mark.parametrize("name", ["plain", "json", "none"])
+def test_a_reader_who_left_stops_nothing(name: str) -> None:
+    display = open_display(name, BrokenPipe(), BrokenPipe())
+    display.message("hello")
+    display.report(ENGINE.report())
