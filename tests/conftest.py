@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+# Before torch is loaded: OpenMP threads that wait by spinning would starve whatever shares the cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 pytest_plugins = ["fakes"]
 
 ROOT = Path(__file__).parent.parent

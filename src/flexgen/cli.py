@@ -9,6 +9,7 @@ import functools
 import inspect
 import json
 import logging
+import os
 import sys
 import traceback
 import typing
@@ -293,6 +294,9 @@ def _describe(job: Job, workload: Workload) -> str:
 
 def main() -> None:
     """The entry point of the command."""
+    # Read by the OpenMP runtime when torch loads it: threads that spin while they wait take the cores that reading and
+    # attention need, and any other program's use of a core then stalls every matrix product (measured: docs/log.md).
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         app()
     except Exception:  # noqa: BLE001  (1 would say that lines have errors)

@@ -46,4 +46,4 @@ def test_hyperbolic_tangent(dtype: Any) -> None:
     numbers = np.concatenate([magnitudes, -magnitudes, [0.0]]).astype(dtype)
     results = np.empty_like(numbers)
     tangents(numbers, results)
-    np.testing.assert_allclose(results, np.tanh(numbers.astype(np.float64)), rtol=8 * EPSILON)
+    np.testing.assert_allclose(results, np.tanh(numbers.astype(np.float64)), rtol=2 * EPSILON)

@@ -32,8 +32,12 @@ def test_every_range_runs_once(num_threads: int) -> None:
 
 def test_ranges_run_at_the_same_time() -> None:
     barrier = threading.Barrier(3, timeout=20)
+
+    def meet(begin: int, end: int) -> None:
+        barrier.wait()
+
     with KernelThreads(3) as threads:
-        threads.run(lambda begin, end: barrier.wait() and None, [(0, 1), (1, 2), (2, 3)])
+        threads.run(meet, [(0, 1), (1, 2), (2, 3)])
 
 
 def test_two_callers_at_once() -> None:

@@ -10,7 +10,6 @@ from flexgen.plan.cost import (
     PassLoad,
     PassWork,
     busiest,
-    embedding_memory_bytes,
     ideal_seconds,
     price,
     unit_homes,
@@ -42,18 +41,12 @@ def test_homes_are_spread_over_the_depth(make_spec):
     assert unit_homes(make_spec(layers=7), Fractions(host=0.25, disk=0.75)) == ("disk", "host", "disk", "disk") * 2
 
 
-def test_bytes_at_home_are_decoded_where_computing_happens(make_spec):
-    spec = make_spec(decoded=4)
-    homes = ("device", "host", "disk", "host")
-    assert weight_bytes(spec, homes, "cuda") == {"device": 4000, "host": 2000, "disk": 1000}
-    assert weight_bytes(spec, homes[1:2] * 4, "cpu") == {"device": 0, "host": 16000, "disk": 0}
-
-
-def test_a_tied_embedding_costs_what_is_not_already_there(make_spec):
-    tied = make_spec(embedding_bytes=0, decoded=2)
-    assert embedding_memory_bytes(tied, ("host",) * 4, "cpu") == 0
-    assert embedding_memory_bytes(tied, ("host", "host", "host", "disk"), "cpu") == 2000
-    assert embedding_memory_bytes(make_spec(), ("host",) * 4, "cpu") == 4096
+def test_bytes_at_home_in_memory_are_decoded(make_spec):
+    spec = make_spec(decoded=40)
+    assert weight_bytes(spec, ("device", "host", "disk", "host")) == {"device": 40_000, "host": 80_000, "disk": 1000}
+    # What needs no decoding stays as it was read.
+    spec = make_spec(units=(UnitSpec(name="read", disk_bytes=8192, decoded_bytes=5000, flops_per_token=1.0),))
+    assert weight_bytes(spec, ("host",))["host"] == 8192
 
 
 def test_weights_move_once_per_pass(make_spec):
@@ -61,6 +54,11 @@ def test_weights_move_once_per_pass(make_spec):
     homes = ("device", "host", "disk", "disk")
     assert weights_work(spec, homes, "cuda") == PassWork(disk_read_bytes=2 * MB, host_to_device_bytes=3 * MB, host_memory_bytes=5 * MB)
     assert weights_work(spec, ("host", "host", "disk", "disk"), "cpu") == PassWork(disk_read_bytes=2 * MB, host_memory_bytes=2 * MB)
+
+
+def test_decoded_weights_cross_the_link(make_spec):
+    work = weights_work(make_spec(unit_bytes=MB, decoded=2), ("disk", "host", "device", "device"), "sim")
+    assert work == PassWork(disk_read_bytes=MB, host_to_device_bytes=4 * MB, host_memory_bytes=MB + (MB + 2 * MB) + 4 * MB)
 
 
 def test_decoding_draws_on_the_memory_of_a_cpu(make_spec):

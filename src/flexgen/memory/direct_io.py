@@ -7,6 +7,7 @@ O_DIRECT, plain reads take over and that is said once.
 from __future__ import annotations
 
 import errno
+import fcntl
 import logging
 import mmap
 import os
@@ -87,27 +88,54 @@ class Ticket:
             raise self.error if isinstance(self.error, StorageError) else StorageError(str(self.error)) from self.error
         return finished
 
+    def settle(self) -> None:
+        """Return once everything has completed or failed."""
+        self._event.wait()
+
+
+def _warn_of_plain(folder: Path, why: str) -> None:
+    logger.warning("%s: the file system %s; plain reads go through the page cache and are slower", folder, why)
+
 
 class File:
-    """An open file that is read, or read and written, at offsets; O_DIRECT where the file system takes it."""
+    """An open file that is read, or read and written, at offsets; O_DIRECT where the file system takes it.
 
-    def __init__(self, path: Path, *, flags: int = os.O_RDONLY, direct: bool = True, unlinked: bool = False) -> None:
-        self.path = path
+    Args:
+        on_plain: told (folder, reason) when O_DIRECT is refused.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        flags: int = os.O_RDONLY,
+        direct: bool = True,
+        unlinked: bool = False,
+        on_plain: Callable[[Path, str], None] = _warn_of_plain,
+    ) -> None:
+        self.path, self._on_plain = path, on_plain
+        self._lock = threading.Lock()
         self.direct = direct
-        mode = 0o600
         try:
-            self._fd = os.open(path, flags | (os.O_DIRECT if direct else 0) | os.O_CLOEXEC, mode)
+            self._fd = self._open(flags, direct)
         except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-                raise StorageError(f"cannot open {path}: {error.strerror}") from error
-            self._fd = os.open(path, flags | os.O_CLOEXEC, mode)
-            self._lose_direct("refuses O_DIRECT")
+            raise StorageError(f"cannot open {path}: {error.strerror}") from error
         if unlinked:
             os.unlink(path)
 
-    def _lose_direct(self, why: str) -> None:
+    def _open(self, flags: int, direct: bool) -> int:
+        mode = 0o600
+        try:
+            return os.open(self.path, flags | (os.O_DIRECT if direct else 0) | os.O_CLOEXEC, mode)
+        except OSError as error:
+            if not direct or error.errno not in (errno.EINVAL, errno.ENOTSUP):
+                raise
+        if flags & os.O_EXCL:
+            self.path.unlink(missing_ok=True)  # Linux creates the file before it refuses the flag
+        fd = os.open(self.path, flags | os.O_CLOEXEC, mode)
         self.direct = False
-        logger.warning("%s: the file system %s; plain reads go through the page cache and are slower", self.path.parent, why)
+        self._on_plain(self.path.parent, "refuses O_DIRECT")
+        return fd
 
     def read_into(self, view: memoryview, offset: int) -> None:
         """Fill `view` from `offset`; bytes past the end of the file are left as they are.
@@ -116,19 +144,20 @@ class File:
             StorageError: on an I/O error.
         """
         while len(view):
+            direct = self.direct
             try:
                 count = os.preadv(self._fd, [view], offset)
             except InterruptedError:
                 continue
             except OSError as error:
-                if error.errno == errno.EINVAL and self.direct:
-                    self._reopen_plain()
+                if error.errno == errno.EINVAL and direct:
+                    self._become_plain()
                     continue
                 raise StorageError(f"reading {self.path} at {offset}: {error.strerror}") from error
             if count == 0:
                 return
             view, offset = view[count:], offset + count
-            if self.direct and count % ALIGNMENT:
+            if direct and count % ALIGNMENT:
                 return  # a short direct read ends at the end of the file
 
     def write_from(self, view: memoryview, offset: int) -> None:
@@ -138,23 +167,27 @@ class File:
             StorageError: on an I/O error or a full disk.
         """
         while len(view):
+            direct = self.direct
             try:
                 count = os.pwritev(self._fd, [view], offset)
             except InterruptedError:
                 continue
             except OSError as error:
-                if error.errno == errno.EINVAL and self.direct:
-                    self._reopen_plain()
+                if error.errno == errno.EINVAL and direct:
+                    self._become_plain()
                     continue
                 raise StorageError(f"writing {self.path} at {offset}: {error.strerror}") from error
             view, offset = view[count:], offset + count
 
-    def _reopen_plain(self) -> None:
-        self._lose_direct("refuses O_DIRECT at these offsets")
-        import fcntl
-
-        flags = fcntl.fcntl(self._fd, fcntl.F_GETFL)
-        fcntl.fcntl(self._fd, fcntl.F_SETFL, flags & ~os.O_DIRECT)
+    def _become_plain(self) -> None:
+        """Drop O_DIRECT from the open file; several threads may find it refused at once."""
+        with self._lock:
+            if not self.direct:
+                return
+            flags = fcntl.fcntl(self._fd, fcntl.F_GETFL)
+            fcntl.fcntl(self._fd, fcntl.F_SETFL, flags & ~os.O_DIRECT)
+            self.direct = False
+        self._on_plain(self.path.parent, "refuses O_DIRECT at these offsets")
 
     def truncate(self, size_bytes: int) -> None:
         os.ftruncate(self._fd, size_bytes)
@@ -214,6 +247,8 @@ class IOPool:
             if chunks and self._in_flight == 0:
                 self._busy_since = time.perf_counter()
             self._in_flight += len(chunks)
+        if not chunks and on_done is not None:
+            on_done()
         for file, offset, view in chunks:
             self._jobs.put(_Job(file, offset, view, ticket, write))
         return ticket
@@ -245,15 +280,21 @@ class IOPool:
 
 
 class FileSet:
-    """Read-only files, opened once each."""
+    """Read-only files, opened once each; folders that refuse O_DIRECT are named once."""
 
     def __init__(self) -> None:
         self._files: dict[Path, File] = {}
+        self._plain: set[Path] = set()
 
     def __getitem__(self, path: Path) -> File:
         if path not in self._files:
-            self._files[path] = File(path)
+            self._files[path] = File(path, on_plain=self._say_once)
         return self._files[path]
+
+    def _say_once(self, folder: Path, why: str) -> None:
+        if folder not in self._plain:
+            self._plain.add(folder)
+            _warn_of_plain(folder, why)
 
     def close(self) -> None:
         for file in self._files.values():

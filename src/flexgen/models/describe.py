@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from flexgen.models.skeleton import ModulePlan
-from flexgen.models.trace import ModelTrace, is_experts
+from flexgen.models.trace import ModelTrace, is_experts, is_scored_experts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +51,6 @@ def streamed_uses(
     uses = []
     for name in trace.order:
         module = modules[name]
-        experts = is_experts(module)
         names = tuple(own for own, p in module._parameters.items() if p is not None and p.ndim >= 2)
         if not names or name in gathered or name in trace.revisited or isinstance(module, nn.Embedding):
             continue
@@ -59,8 +58,10 @@ def streamed_uses(
         kind = "whole"
         if name in trace.read_by or not all(sliceable(f"{name}.{own}") for own in names):
             pass
-        elif experts:
+        elif is_experts(module):
             kind = "experts"
+        elif is_scored_experts(module):
+            kind = "scored_experts"
         elif type(module) is nn.Linear and name not in unsplit:
             kind = "linear"
         share = 1.0
@@ -125,7 +126,7 @@ def module_plans(units: list[list[UnitPart]]) -> list[ModulePlan]:
             module=name,
             entered_with=uses[name].entered_with,
             parameters=uses[name].parameters,
-            kind="whole" if len(spans) == 1 else uses[name].kind,
+            kind="whole" if len(spans) == 1 and uses[name].kind != "scored_experts" else uses[name].kind,
             ranges=tuple(spans),
         )
         for name, spans in ranges.items()

@@ -5,11 +5,15 @@ Registered with transformers' ExpertsInterface; the arithmetic follows the eager
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from flexgen.models.suspension import current_forward
+
+if TYPE_CHECKING:
+    from flexgen.models.skeleton import Part
 
 
 def register_experts(name: str) -> None:
@@ -54,20 +58,20 @@ def _add_experts(
     num_experts = next(iter(tensors.values())).shape[0]
     inside = (top_k_index >= first) & (top_k_index < first + num_experts)
     token, slot = torch.where(inside)  # (pairs,)
-    expert = top_k_index[token, slot] - first
-    order = torch.argsort(expert, stable=True)
-    token, slot = token[order], slot[order]
-    counts = torch.bincount(expert, minlength=num_experts).tolist()
-    position = 0
-    for index, count in enumerate(counts):
-        if count == 0:
-            continue
-        rows = token[position : position + count]
-        weights = top_k_weights[rows, slot[position : position + count], None]
-        position += count
+    for index, pairs in _by_expert(top_k_index[token, slot] - first, num_experts):
+        rows = token[pairs]
         out = _one_expert(module, tensors, index, hidden_states[rows])
-        total.index_add_(0, rows, (out * weights).to(total.dtype))
+        total.index_add_(0, rows, (out * top_k_weights[rows, slot[pairs], None]).to(total.dtype))
     return total
+
+
+def _by_expert(expert: torch.Tensor, num_experts: int) -> Iterator[tuple[int, torch.Tensor]]:
+    """(expert, which of the pairs are its own), given each pair's expert (pairs,)."""
+    order = torch.argsort(expert, stable=True)
+    counts = torch.bincount(expert, minlength=num_experts).tolist()
+    for index, pairs in enumerate(order.split(counts)):
+        if counts[index]:
+            yield index, pairs
 
 
 def _one_expert(module: Any, tensors: dict[str, torch.Tensor], index: int, x: torch.Tensor) -> torch.Tensor:
@@ -83,3 +87,29 @@ def _linear(module: Any, tensors: dict[str, torch.Tensor], name: str, index: int
     weight = tensors[name][index]
     out = x @ (weight if module.is_transposed else weight.T)
     return out + tensors[f"{name}_bias"][index] if module.has_bias else out
+
+
+def scored_experts_forward(module: Any, parts: Sequence[Part], hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Llama 4's mixture, whose scores multiply the inputs: each expert computes its own tokens only.
+
+    transformers gives every token to every expert, multiplied by zero where it was not chosen.
+
+    Args:
+        module: a Llama4TextMoe. parts: ranges of its experts. hidden_states: (batch, tokens, hidden).
+
+    Returns:
+        (tokens, hidden), and the router's logits.
+    """
+    forward = current_forward()
+    hidden = hidden_states.reshape(-1, module.hidden_dim)
+    scores, logits = module.router(hidden)  # (tokens, experts), zero where not chosen
+    total = torch.zeros_like(hidden)
+    for part in parts:
+        forward.enter_unit(part.unit)
+        token, expert = torch.where(scores[:, part.start : part.stop] > 0)
+        for index, pairs in _by_expert(expert, part.stop - part.start):
+            rows = token[pairs]
+            gate_up = (hidden[rows] * scores[rows, part.start + index, None]) @ part.tensors["gate_up_proj"][index]
+            gate, up = gate_up.chunk(2, dim=-1)
+            total.index_add_(0, rows, (up * module.experts.act_fn(gate)) @ part.tensors["down_proj"][index])
+    return module.shared_expert(hidden) + total, logits

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from flexgen.errors import EngineError, UnsupportedModelError
 from flexgen.models.attention import register_attention
-from flexgen.models.experts import register_experts
+from flexgen.models.experts import register_experts, scored_experts_forward
 from flexgen.models.rope import isolate_sequences, recompute_length
 from flexgen.models.suspension import current_forward
 
@@ -92,7 +92,8 @@ class ModulePlan:
     Attributes:
         module: its name in the tree. parameters: own names of the parameters that stream.
         entered_with: the module whose forward needs a whole one; mostly the same.
-        kind: "whole" (one unit), "linear" (output rows over several units) or "experts" (ranges of experts).
+        kind: "whole" (one unit), "linear" (output rows over several units) or "experts" (ranges of experts),
+            "scored_experts" (Llama 4's).
         ranges: (unit, start, stop) in rising order; a whole module has one entry.
     """
 
@@ -115,13 +116,15 @@ class BoundModel:
         self._placeholders: dict[tuple[str, str], nn.Parameter] = {}
         self._parts: dict[tuple[int, str, str], Part] = {}
         self._modules = dict(model.named_modules())
+        self._gathered = tuple(gathered)
         for plan in plans:
             self._install(plan)
         for name in gathered:
             module = self._modules[name]
             module.padding_idx = None  # type: ignore[assignment]  # concerns gradients only, and ids are renumbered
+            no_rows = torch.empty(0, module.embedding_dim, dtype=module.weight.dtype)  # pyright: ignore
+            module._parameters["weight"] = nn.Parameter(no_rows, requires_grad=False)  # models move ids to its device
             module.register_forward_pre_hook(functools.partial(_gather_rows, name))
-        self._config: Any = model.config
 
     def _install(self, plan: ModulePlan) -> None:
         module = self._modules[plan.module]
@@ -143,6 +146,9 @@ class BoundModel:
             module.forward = functools.partial(_split_linear, module, parts)
         elif plan.kind == "experts":
             module.flexgen_parts = parts  # type: ignore[assignment]  # read by experts.py
+        elif plan.kind == "scored_experts":
+            mixture = self._modules[plan.module.rpartition(".")[0]]
+            mixture.forward = functools.partial(scored_experts_forward, mixture, parts)
         else:
             raise EngineError(f"unknown kind of module plan {plan.kind!r}")
 
@@ -170,7 +176,11 @@ class BoundModel:
             module._parameters[own] = nn.Parameter(tensor, requires_grad=False)
 
     def move_buffers(self, device: torch.device) -> None:
-        """Buffers (rotary frequencies, masks) go where the computing is."""
+        """Buffers (rotary frequencies, masks) go where the computing is, and so does what embeddings hold before the first rows."""
+        for name in self._gathered:
+            weight = self._modules[name]._parameters["weight"]
+            assert weight is not None
+            self._modules[name]._parameters["weight"] = nn.Parameter(weight.to(device), requires_grad=False)
         for module in self._modules.values():
             for name, buffer in module._buffers.items():
                 if buffer is not None and buffer.device != device and buffer.device.type != "meta":

@@ -263,9 +263,21 @@ def _fake_forward(name: str, module: nn.Module, experts: dict[str, tuple[int, in
             return torch.zeros_like(hidden)
 
         return no_experts
+    if is_scored_experts(module):
+
+        def no_scored_experts(hidden: torch.Tensor) -> torch.Tensor:
+            experts[name] = (1, int(module.num_experts))
+            return torch.zeros_like(hidden)
+
+        return no_scored_experts
     return None
 
 
 def is_experts(module: nn.Module) -> bool:
     """Whether transformers dispatches this module's forward to our experts function."""
     return all(hasattr(module, name) for name in ("has_gate", "has_bias", "is_transposed", "num_experts", "_apply_gate"))
+
+
+def is_scored_experts(module: nn.Module) -> bool:
+    """Whether these are Llama 4's experts, which transformers does not dispatch."""
+    return type(module).__name__ == "Llama4TextExperts"

@@ -92,35 +92,31 @@ def unit_homes(spec: ModelSpec, fractions: Fractions) -> tuple[str, ...]:
     return tuple(homes)
 
 
-def weight_bytes(spec: ModelSpec, homes: Sequence[str], device: str) -> dict[str, int]:
-    """Bytes of the units per home tier: decoded where computing happens, as stored elsewhere."""
-    computes = "host" if device == "cpu" else "device"
+def memory_bytes(unit: UnitSpec) -> int:
+    """Bytes of a unit at home in memory: decoded, or just as it was read, over-read included."""
+    return unit.decoded_bytes if needs_decode(unit) else max(unit.decoded_bytes, unit.disk_bytes)
+
+
+def weight_bytes(spec: ModelSpec, homes: Sequence[str]) -> dict[str, int]:
+    """Bytes of the units per home tier."""
     held: dict[str, int] = dict.fromkeys(TIERS, 0)
     for unit, home in zip(spec.units, homes, strict=True):
-        held[home] += unit.decoded_bytes if home == computes else unit.disk_bytes
+        held[home] += unit.disk_bytes if home == "disk" else memory_bytes(unit)
     return held
 
 
-def embedding_memory_bytes(spec: ModelSpec, homes: Sequence[str], device: str) -> int:
-    """Bytes that keeping the embedding in memory adds; a tied one is already there where the head's units are."""
-    if spec.embedding_bytes:
-        return spec.embedding_bytes
-    streamed = [unit for unit, home in zip(spec.units, homes, strict=True) if unit.head and home == "disk"]
-    return sum(unit.decoded_bytes if device == "cpu" else unit.disk_bytes for unit in streamed)
-
-
 def weights_work(spec: ModelSpec, homes: Sequence[str], device: str) -> PassWork:
-    """What every pass moves of the weights, whatever it carries."""
+    """What every pass moves of the weights, whatever it carries.  Decoding is the host's, before the link to a device."""
     disk = link = memory = 0
     for unit, home in zip(spec.units, homes, strict=True):
         if home == "disk":
             disk += unit.disk_bytes
             memory += unit.disk_bytes
-            if device == "cpu" and needs_decode(unit):
+            if needs_decode(unit):
                 memory += unit.disk_bytes + unit.decoded_bytes
         if device != "cpu" and home != "device":
-            link += unit.disk_bytes
-            memory += unit.disk_bytes
+            link += unit.decoded_bytes
+            memory += unit.decoded_bytes
     return PassWork(disk_read_bytes=disk, host_to_device_bytes=link, host_memory_bytes=memory)
 
 

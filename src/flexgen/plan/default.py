@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from flexgen.errors import CapacityError, OptionError
 from flexgen.options import TIERS, EngineOptions, parse_placement
-from flexgen.plan.cost import DTYPE_BYTES, best_rate, busiest, embedding_memory_bytes, needs_decode, unit_homes, weight_bytes, weights_work
+from flexgen.plan.cost import DTYPE_BYTES, best_rate, busiest, memory_bytes, needs_decode, unit_homes, weight_bytes, weights_work
 from flexgen.plan.machine import Limits, Machine
 from flexgen.plan.model import ModelSpec
 from flexgen.plan.policy import Fractions, Policy
@@ -50,7 +50,7 @@ RING_SHARE = 0.15
 RING_UNITS = 3
 # What runs reach of the best rates.
 REAL_DISK_READ, REAL_SPILL, REAL_LINK, REAL_DENSE, REAL_ATTENTION, REAL_HOST_KV, REAL_MEMORY = 0.85, 0.5, 0.9, 0.9, 0.7, 0.3, 0.8
-SECONDS_PER_PASS, SECONDS_PER_UNIT_AND_MICRO_BATCH, CORE_SECONDS_PER_DISK_BYTE = 5e-3, 1e-4, 5e-11
+SECONDS_PER_PASS, SECONDS_PER_UNIT_AND_MICRO_BATCH, SECONDS_PER_STREAMED_UNIT, CORE_SECONDS_PER_DISK_BYTE = 5e-3, 1e-4, 3e-4, 5e-11
 # Live sequences vary around what the pools hold on average.
 SEQUENCE_SLACK = 1.15
 # Between plans that are equally fast the one with the shorter passes: results come sooner, forecasts matter less.
@@ -103,16 +103,17 @@ def resolve(
 def footprint(policy: Policy, spec: ModelSpec, limits: Limits, *, process_bytes: int) -> dict[str, dict[str, int]]:
     """Tier -> part -> bytes that the policy reserves there."""
     homes = unit_homes(spec, policy.weights)
-    held = weight_bytes(spec, homes, policy.device)
-    embedding = embedding_memory_bytes(spec, homes, policy.device) if policy.embedding_resident else 0
-    computing = {"weights": held["device"], "small tensors": spec.resident_bytes, "workspace": policy.workspace_bytes}
-    host = {"process": process_bytes, "allowance": allowance_bytes(limits), "embedding": embedding}
-    host |= {"staging": policy.host_ring_bytes, "KV": policy.kv_host_bytes, "weights": held["host"]}
+    held = weight_bytes(spec, homes)
+    computing = {"small tensors": spec.resident_bytes, "embedding": embedding_table_bytes(spec) * policy.embedding_resident}
+    computing |= {"workspace": policy.workspace_bytes}
+    host = {"process": process_bytes, "allowance": allowance_bytes(limits), "weights": held["host"], "KV": policy.kv_host_bytes}
+    host |= {"weight staging": policy.host_ring_bytes, "KV staging": policy.kv_staging_bytes}
     tiers = {"host": host}
     if policy.device == "cpu":
-        host |= {"small tensors": computing["small tensors"], "workspace": computing["workspace"]}
+        host |= computing
     else:
-        tiers["device"] = {**computing, "staging": policy.device_ring_bytes, "KV": policy.kv_device_bytes}
+        host["decoding"] = scratch_bytes(spec, homes)
+        tiers["device"] = {**computing, "weights": held["device"], "weight staging": policy.device_ring_bytes, "KV": policy.kv_device_bytes}
     if limits.offload_in_memory:
         host["KV in a memory file system"] = policy.kv_disk_bytes
     elif policy.kv_disk_bytes:
@@ -120,24 +121,30 @@ def footprint(policy: Policy, spec: ModelSpec, limits: Limits, *, process_bytes:
     return tiers
 
 
+def embedding_table_bytes(spec: ModelSpec) -> int:
+    """Memory of the whole embedding; one that is tied to the head's units is a copy."""
+    growth = max(spec.decoded_bytes / max(spec.streamed_bytes, 1), 1.0)
+    return max(spec.embedding_bytes, int(spec.vocab_size * spec.embedding_row_bytes * growth))
+
+
 def expected_seconds(played: Simulation, spec: ModelSpec, policy: Policy, machine: Machine) -> npt.NDArray[np.float64]:
     """Seconds of each pass at realistic rates: measured rows, overheads, and on a CPU one compute for everything."""
     work = played.work
-    prompts = np.asarray(work.num_prompt_tokens, dtype=np.float64)
-    sampled_rows = np.asarray(work.num_sampled, dtype=np.float64)
-    following = work.num_tokens - prompts
-    prompt_batches, next_batches = np.ceil(prompts / policy.micro_batch_tokens), np.ceil(following / policy.micro_batch_tokens)
-    linear = spec.flops_per_token()
-    compute = prompts * linear / _rate_at(machine, policy.dtype, prompts / np.maximum(prompt_batches, 1))
-    compute = compute + following * linear / _rate_at(machine, policy.dtype, following / np.maximum(next_batches, 1))
+    tokens = np.broadcast_to(np.asarray(work.num_tokens, dtype=np.float64), (played.num_passes,))
+    sampled_rows = np.broadcast_to(np.asarray(work.num_sampled, dtype=np.float64), (played.num_passes,))
+    micro_batches = np.ceil(tokens / policy.micro_batch_tokens)
+    compute = tokens * spec.flops_per_token() / _rate_at(machine, policy.dtype, tokens / np.maximum(micro_batches, 1))
     compute = compute + sampled_rows * spec.head_flops_per_token() / _rate_at(machine, policy.dtype, sampled_rows)
     attention = machine.attention_flops.get(policy.dtype, best_rate(machine.dense_flops, policy.dtype, "dense", machine))
     compute = compute / REAL_DENSE + work.attention_flops / attention / REAL_ATTENTION
-    compute = compute + (prompt_batches + next_batches) * len(spec.units) * SECONDS_PER_UNIT_AND_MICRO_BATCH
-    weights = weights_work(spec, unit_homes(spec, policy.weights), policy.device)
+    compute = compute + micro_batches * len(spec.units) * SECONDS_PER_UNIT_AND_MICRO_BATCH
+    homes = unit_homes(spec, policy.weights)
+    weights = weights_work(spec, homes, policy.device)
+    decoded = weights.host_memory_bytes - weights.disk_read_bytes - weights.host_to_device_bytes
+    decoding = decoded / machine.host_memory_bytes_per_s / REAL_MEMORY + homes.count("disk") * SECONDS_PER_STREAMED_UNIT
     host_kv = (work.host_memory_bytes - weights.host_memory_bytes) / machine.host_memory_bytes_per_s / REAL_HOST_KV
     if policy.device == "cpu":
-        compute = compute + host_kv + work.disk_read_bytes * CORE_SECONDS_PER_DISK_BYTE / machine.cores
+        compute = compute + host_kv + decoding + work.disk_read_bytes * CORE_SECONDS_PER_DISK_BYTE / machine.cores
     spilled = (work.disk_read_bytes - weights.disk_read_bytes) / machine.disk_read_bytes_per_s
     disk = weights.disk_read_bytes / machine.disk_read_bytes_per_s / REAL_DISK_READ
     disk = disk + (spilled + work.disk_write_bytes / machine.disk_write_bytes_per_s) / REAL_SPILL
@@ -145,7 +152,7 @@ def expected_seconds(played: Simulation, spec: ModelSpec, policy: Policy, machin
     to_device = work.host_to_device_bytes / (machine.host_to_device_bytes_per_s or memory) / REAL_LINK
     to_host = work.device_to_host_bytes / (machine.device_to_host_bytes_per_s or memory) / REAL_LINK
     bus = work.host_memory_bytes / memory / REAL_MEMORY
-    resources = [compute, host_kv, disk, to_device, to_host, bus]
+    resources = [compute, host_kv, decoding, disk, to_device, to_host, bus]
     return np.maximum.reduce([np.broadcast_to(each, (played.num_passes,)) for each in resources]) + SECONDS_PER_PASS
 
 
@@ -165,9 +172,14 @@ def activation_bytes(spec: ModelSpec, workload: Workload, policy: Policy) -> int
     size, hidden, intermediate = DTYPE_BYTES[policy.dtype], spec.hidden_size, spec.intermediate_size
     longest_prompt = max(workload.prompt_lens)
     longest = max(s + n for s, n in zip(workload.prompt_lens, workload.output_lens, strict=True))
-    prompt_tokens = min(max(policy.prefill_tokens, longest_prompt), workload.prompt_tokens, policy.max_num_seqs * longest_prompt)
-    tokens = policy.max_num_seqs + prompt_tokens
-    running = min(policy.micro_batch_tokens, tokens)
+    prompt_tokens = {
+        "diagonal": policy.prefill_tokens + longest_prompt - 1,  # the last prompt may overdraw the quota
+        "zigzag": policy.max_num_seqs * longest_prompt,
+        "row": max(policy.micro_batch_tokens, longest_prompt),
+    }[policy.schedule]
+    tokens = policy.max_num_seqs + min(prompt_tokens, workload.prompt_tokens, policy.max_num_seqs * longest_prompt)
+    # Prompts whose KV goes to disk are not cut.
+    running = min(max(policy.micro_batch_tokens, longest_prompt * (policy.kv.disk > 0)), tokens)
     suspended = tokens * (3 * hidden + 2 * intermediate) * size
     computing = running * ((4 * hidden + 3 * intermediate) * size + 8 * hidden)
     logits = policy.max_num_seqs * spec.vocab_size * 4 * 2
@@ -176,10 +188,9 @@ def activation_bytes(spec: ModelSpec, workload: Workload, policy: Policy) -> int
     return int(FRAGMENTATION * (suspended + computing + logits + attention))
 
 
-def scratch_bytes(spec: ModelSpec, homes: Sequence[str], device: str) -> int:
-    """Room for three of the largest units that are decoded in every pass (not once, at the start)."""
-    every_pass = ("disk",) if device == "cpu" else ("disk", "host")
-    decoded = [unit.decoded_bytes for unit, home in zip(spec.units, homes, strict=True) if home in every_pass and needs_decode(unit)]
+def scratch_bytes(spec: ModelSpec, homes: Sequence[str]) -> int:
+    """Host memory for three of the largest units that are decoded in every pass (the others are, once, at the start)."""
+    decoded = [unit.decoded_bytes for unit, home in zip(spec.units, homes, strict=True) if home == "disk" and needs_decode(unit)]
     return RING_UNITS * max(decoded, default=0)
 
 
@@ -210,20 +221,26 @@ class _Planner:
         self.disk_bytes = limits.disk_bytes if "disk" in kv_tiers and not limits.offload_in_memory else 0
         self.quotas = quota_range(workload)
         self.kv_sizes = _KVSizes(spec, workload)
+        # Two layers of all KV on disk are staged: one that is attended to, one on its way.
+        layer = max((group.bytes_per_token for group in spec.kv_groups), default=0)
+        self.staged = 2 * layer / max(spec.kv_bytes_per_token, 1)
 
     def best(self) -> Policy:
         """Raises CapacityError."""
         sample, scale = sampled(self.workload)
+        known: dict[Policy, tuple[float, float]] = {}
         for micro_batch_tokens in self._micro_batches():
 
             def score(point: tuple[float, ...], micro_batch_tokens: int = micro_batch_tokens) -> tuple[float, float]:
                 policy = self.policy(point, micro_batch_tokens)
                 if policy is None:
                     return math.inf, math.inf
-                refused, seconds = extrapolated(self.spec, policy, sample, scale, lambda played: self._seconds(played, policy))
-                return refused, seconds * (1 + LONG_PASS_PENALTY * point[-1])
+                if policy not in known:
+                    known[policy] = extrapolated(self.spec, policy, sample, scale, lambda played: self._seconds(played, policy))
+                refused, seconds = known[policy]
+                return refused, seconds * (1 + LONG_PASS_PENALTY * point[4])
 
-            policy = self.policy(descend(self._axes(), score, keep=2)[0], micro_batch_tokens)
+            policy = self.policy(descend(self._axes(), score, keep=4)[0], micro_batch_tokens)
             if policy is not None:
                 return policy
         raise CapacityError(self._lack())
@@ -251,33 +268,35 @@ class _Planner:
         elif not self.on_cpu and not {"device", "host"} <= set(self.kv_tiers):
             kv_homes = (0.0,) if "device" in self.kv_tiers else (1.0,)
         has_quota = self.options.schedule == "diagonal" and self.options.prefill_tokens is None
-        return [on_device, on_host, kv_homes, kv_disk, quota_axis(self.limits.device) if has_quota else ()]
+        quota = quota_axis(self.limits.device) if has_quota else ()
+        return [on_device, on_host, kv_homes, kv_disk, quota, (0.0, 1.0)]
 
     def policy(self, point: tuple[float, ...], micro_batch_tokens: int) -> Policy | None:
         """The policy of a point, or None where it does not fit."""
-        on_device, on_host, kv_homes, kv_disk, quota = point
+        on_device, on_host, kv_homes, kv_disk, quota, embedding = point
         prefill_tokens = self.options.prefill_tokens or self._quota(quota, micro_batch_tokens)
         spills = kv_disk > 0 or (self.kv is not None and self.kv.disk > 0)
         bare = self._draft(Fractions(disk=1.0), micro_batch_tokens, prefill_tokens, spills=spills)
         weights = self.weights or self._place(bare, on_device, on_host)
         draft = self._draft(weights, micro_batch_tokens, prefill_tokens, spills=spills)
-        if draft.weights.disk == 0:
-            # Rows are gathered from disk as long as any unit streams: the same bytes of units save more reading.
-            resident = dataclasses.replace(draft, embedding_resident=True)
-            draft = resident if self._free(resident)["host"] >= self.kv_sizes.largest else draft
+        # Rows are gathered as long as any unit streams: the same bytes of units save more reading.
+        draft = dataclasses.replace(draft, embedding_resident=embedding >= 0.5 and draft.weights.disk == 0)
         free = self._free(draft)
 
         def free_for(max_num_seqs: int) -> dict[str, int]:
             grown = self._for(draft, max_num_seqs).workspace_bytes - draft.workspace_bytes
             return {tier: size - grown * (tier == self.computing) for tier, size in free.items()}
 
-        max_num_seqs = self.options.max_num_seqs or _largest(
-            len(self.workload), lambda number: self._fed(self._pools(free_for(number), kv_homes, kv_disk)) >= number
-        )
+        def is_fed(number: int) -> bool:
+            left = free_for(number)
+            return min(left.values()) >= 0 and self._fed(self._pools(left, kv_homes, kv_disk)) >= number
+
+        max_num_seqs = self.options.max_num_seqs or _largest(len(self.workload), is_fed)
         pools = self._pools(free_for(max_num_seqs), kv_homes, kv_disk)
         if min(free_for(max_num_seqs).values()) < 0 or max(pools.values()) < self.kv_sizes.smallest:
             return None
         sizes = {f"kv_{tier}_bytes": size for tier, size in pools.items()}
+        sizes["kv_staging_bytes"] = draft.kv_staging_bytes + int(self.staged * pools["disk"])
         if self.options.prefill_tokens is None:
             sizes["prefill_tokens"] = min(prefill_tokens, max_num_seqs * max(self.workload.prompt_lens))
         return dataclasses.replace(self._for(draft, max_num_seqs), kv=self.kv or pool_fractions(pools), **sizes)
@@ -293,20 +312,20 @@ class _Planner:
         return math.ceil(sum(pools.values()) / self.kv_sizes.mean * SEQUENCE_SLACK)
 
     def _draft(self, weights: Fractions, micro_batch_tokens: int, prefill_tokens: int, *, spills: bool) -> Policy:
-        """A policy with everything but KV, for one sequence; with staging for KV on disk if it `spills`."""
+        """A policy with everything but KV, for one sequence; if it `spills`, with staging for a prompt's KV on disk."""
         homes = unit_homes(self.spec, weights)
         from_disk = [unit.disk_bytes for unit, home in zip(self.spec.units, homes, strict=True) if home == "disk"]
-        over_link = [unit.disk_bytes for unit, home in zip(self.spec.units, homes, strict=True) if home != "device" and not self.on_cpu]
+        over_link = [unit.decoded_bytes for unit, home in zip(self.spec.units, homes, strict=True) if home != "device" and not self.on_cpu]
         draft = Policy(
             device=self.limits.device,
             dtype=self.dtype,
             weights=weights,
-            kv=self.kv or Fractions(host=1.0),
+            kv=self.kv or Fractions(host=1.0 - spills, disk=float(spills)),
             kv_device_bytes=0,
             kv_host_bytes=0,
             kv_disk_bytes=0,
-            host_ring_bytes=_ring(from_disk, self.machine.disk_read_bytes_per_s * RING_SECONDS, self.limits.host_bytes)
-            + spills * RING_UNITS * self.kv_sizes.layer,
+            host_ring_bytes=_ring(from_disk, self.machine.disk_read_bytes_per_s * RING_SECONDS, self.limits.host_bytes),
+            kv_staging_bytes=self.kv_sizes.layer * spills,
             device_ring_bytes=_ring(over_link, 0, self.limits.device_bytes),
             workspace_bytes=0,
             embedding_resident=False,
@@ -318,7 +337,8 @@ class _Planner:
             compute_threads=self.machine.cores,
             io_threads=2 if self.machine.cores <= 4 else 4,
         )
-        return dataclasses.replace(draft, workspace_bytes=self._activations(draft, 1) + scratch_bytes(self.spec, homes, draft.device))
+        scratch = scratch_bytes(self.spec, homes) if self.on_cpu else 0
+        return dataclasses.replace(draft, workspace_bytes=self._activations(draft, 1) + scratch)
 
     def _activations(self, draft: Policy, max_num_seqs: int) -> int:
         return align_up(activation_bytes(self.spec, self.workload, dataclasses.replace(draft, max_num_seqs=max_num_seqs)), 4096)
@@ -336,19 +356,22 @@ class _Planner:
 
     def _place(self, bare: Policy, on_device: float, on_host: float) -> Fractions:
         """Shares of what is left for weights beside the rings and the KV of one request; all of them where that fits."""
-        room = self._free(bare)
+        room: dict[str, float] = {**self._free(bare)}
         room[self.computing] -= self.kv_sizes.largest
         whole = self._draft(Fractions(**{self.computing: 1.0}), bare.micro_batch_tokens, bare.prefill_tokens, spills=False)
         if self._free(whole)[self.computing] >= self.kv_sizes.largest:
-            room[self.computing] = self.spec.decoded_bytes
-        if not self.on_cpu and room["host"] + bare.host_ring_bytes >= self.spec.streamed_bytes:
-            room["host"] = self.spec.streamed_bytes
+            room[self.computing] = sum(memory_bytes(unit) for unit in self.spec.units)
+        elif not self.on_cpu:
+            # What the device does not hold may fit on the host, which then needs no staging.
+            rest = placed_weights(self.spec, self.limits.device, room["device"], math.inf, on_device, 1.0)
+            beside = self._draft(rest, bare.micro_batch_tokens, bare.prefill_tokens, spills=bare.kv_staging_bytes > 0)
+            room["host"] = math.inf if self._free(beside)["host"] >= 0 else room["host"]
         return placed_weights(self.spec, self.limits.device, room["device"], room["host"], on_device, on_host)
 
     def _pools(self, free: dict[str, int], kv_homes: float, kv_disk: float) -> dict[str, int]:
         """Pool bytes per tier; no more than all requests can need."""
         if self.kv is None:
-            pools = kv_pools(free, self.disk_bytes, kv_homes, kv_disk)
+            pools = kv_pools(free, self.disk_bytes, kv_homes, kv_disk, staged=self.staged)
         else:
             pools = self._pinned_pools(self.kv, {tier: max(size, 0) for tier, size in free.items()})
         # A sequence lives in one tier, so each tier may leave a gap of almost the largest.
@@ -357,12 +380,12 @@ class _Planner:
         return {tier: int(size * share) for tier, size in pools.items()}
 
     def _pinned_pools(self, kv: Fractions, free: dict[str, int]) -> dict[str, int]:
-        """The largest pools in the given proportion; a folder in memory takes from the host's."""
-        in_memory = self.limits.offload_in_memory
-        totals = [free["host"] / (kv.host + kv.disk * in_memory)] if kv.host + kv.disk * in_memory else []
+        """The largest pools in the given proportion; those on disk take staging, or all of a folder in memory, from the host's."""
+        host = kv.host + kv.disk * (self.staged + self.limits.offload_in_memory)
+        totals = [free["host"] / host] if host else []
         totals += [free["device"] / kv.device] if kv.device else []
         totals += [self.limits.disk_bytes / kv.disk] if kv.disk else []
-        return {"device": int(kv.device * min(totals)), "host": int(kv.host * min(totals)), "disk": int(kv.disk * min(totals))}
+        return {tier: int(getattr(kv, tier) * min(totals)) for tier in TIERS}
 
     def _lack(self) -> str:
         """Why nothing fits, told by the smallest plan there is."""

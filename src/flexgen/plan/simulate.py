@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from flexgen.options import TIERS
-from flexgen.plan.cost import PassLoad, PassWork, embedding_memory_bytes, ideal_seconds, price, unit_homes, weight_bytes, weights_work
+from flexgen.plan.cost import PassLoad, PassWork, ideal_seconds, memory_bytes, price, unit_homes, weight_bytes, weights_work
 from flexgen.plan.machine import Machine
 from flexgen.plan.model import ModelSpec
 from flexgen.plan.policy import Fractions, Policy
@@ -349,7 +349,7 @@ def least_ideal_seconds(
         return extrapolated(spec, policy, lengths, scale, lambda played: played.busiest_seconds(machine, dtype))
 
     candidates = list(also)
-    for schedule, keep in (("diagonal", 3), ("zigzag", 1)):
+    for schedule, keep in (("diagonal", 4), ("zigzag", 1)):
 
         def score(point: tuple[float, ...], schedule: str = schedule) -> tuple[float, float]:
             return seconds(space.policy(point, schedule), sample, scale)
@@ -366,6 +366,7 @@ class _IdealSpace:
     def __init__(self, spec: ModelSpec, budgets: Budgets, workload: Workload, dtype: str) -> None:
         self.spec, self.budgets, self.dtype = spec, budgets, dtype
         self.workload = workload
+        self.computing = "host" if budgets.device == "cpu" else "device"
         self.quotas = quota_range(workload)
 
     def axes(self) -> list[tuple[float, ...]]:
@@ -376,13 +377,11 @@ class _IdealSpace:
         """The policy of a point, or None where it does not fit."""
         on_device, on_host, kv_homes, kv_disk, quota, cap, embedding = point
         weights = placed_weights(self.spec, self.budgets.device, self.budgets.device_bytes, self.budgets.host_bytes, on_device, on_host)
-        homes = unit_homes(self.spec, weights)
-        held = weight_bytes(self.spec, homes, self.budgets.device)
-        resident = embedding >= 0.5 or weights.disk == 0
-        rows = embedding_memory_bytes(self.spec, homes, self.budgets.device) if resident else 0
-        if resident and embedding < 0.5 and held["host"] + rows > self.budgets.host_bytes:
-            resident, rows = False, 0
-        free = {"device": self.budgets.device_bytes - held["device"], "host": self.budgets.host_bytes - held["host"] - rows}
+        held = weight_bytes(self.spec, unit_homes(self.spec, weights))
+        free = {"device": self.budgets.device_bytes - held["device"], "host": self.budgets.host_bytes - held["host"]}
+        # A tied embedding costs nothing: its rows are the head's.
+        resident = (embedding >= 0.5 or weights.disk == 0) and free[self.computing] >= self.spec.embedding_bytes
+        free[self.computing] -= self.spec.embedding_bytes * resident
         if min(free.values()) < 0:
             return None
         pools = kv_pools(free, self.budgets.disk_bytes, kv_homes, kv_disk)
@@ -418,31 +417,40 @@ def home_axes(device: str, kv_on_disk: bool) -> list[tuple[float, ...]]:
     on_disk = (0.0, 0.5, 1.0) if kv_on_disk else ()
     if device == "cpu":
         return [(), tuple(each / 8 for each in range(9)), (), on_disk]
-    return [(0.0, 0.5, 1.0), (0.0, 0.5, 1.0), (0.0, 0.5, 1.0), on_disk]
+    return [tuple(each / 4 for each in range(5)), (0.0, 0.5, 1.0), (0.0, 0.5, 1.0), on_disk]
 
 
 def quota_axis(device: str) -> tuple[float, ...]:
     """Coarse values of the prefill quota, as `geometric` shares of `quota_range`."""
-    return tuple(each / 7 for each in range(8)) if device == "cpu" else (0.0, 0.3, 0.6, 1.0)
+    steps = 9 if device == "cpu" else 6
+    return tuple(each / steps for each in range(steps + 1))
 
 
 def placed_weights(spec: ModelSpec, device: str, device_bytes: float, host_bytes: float, on_device: float, on_host: float) -> Fractions:
     """Home shares that use `on_device` and `on_host` (0 to 1) of the most that fits each tier."""
-    stored = max(spec.streamed_bytes, 1)
-    growth = spec.decoded_bytes / stored
-    share = on_device * min(max(device_bytes, 0) / growth / stored, 1.0) if device != "cpu" else 0.0
-    rest = 1.0 - share
-    host = on_host * min(max(host_bytes, 0) / (growth if device == "cpu" else 1.0) / stored, rest)
-    return Fractions(device=share, host=host, disk=max(rest - host, 0.0))
+    whole = max(sum(memory_bytes(unit) for unit in spec.units), 1)
+    share = on_device * min(max(device_bytes, 0) / whole, 1.0) if device != "cpu" else 0.0
+    host = on_host * min(max(host_bytes, 0) / whole, 1.0 - share)
+    return Fractions(device=share, host=host, disk=max(1.0 - share - host, 0.0))
 
 
-def kv_pools(free: dict[str, int], disk_bytes: int, kv_homes: float, kv_disk: float) -> dict[str, int]:
-    """Pool bytes: `kv_homes` 0 takes the device, 1 the host, between both; `kv_disk` is the disk's share of all KV."""
-    device = max(free["device"], 0) if kv_homes < 1 else 0
-    host = max(free["host"], 0) if kv_homes > 0 or free["device"] <= 0 else 0
+def kv_pools(free: dict[str, int], disk_bytes: int, kv_homes: float, kv_disk: float, *, staged: float = 0.0) -> dict[str, int]:
+    """Pool bytes per tier.
+
+    Args:
+        kv_homes: 0 takes the device, 1 the host, between both. kv_disk: the disk's share of all KV.
+        staged: host bytes of staging that a byte on disk takes.
+    """
+    device = max(free["device"], 0) if kv_homes < 1 and kv_disk < 1 else 0
+    room = max(free["host"], 0)
+    host = room if (kv_homes > 0 or free["device"] <= 0) and kv_disk < 1 else 0
+    most = min(disk_bytes, int(room / staged) if staged else disk_bytes)
     if kv_disk >= 1:
-        return {"device": 0, "host": 0, "disk": disk_bytes}
-    return {"device": device, "host": host, "disk": min(int((device + host) * kv_disk / (1 - kv_disk)), disk_bytes)}
+        return {"device": 0, "host": 0, "disk": most}
+    # Each byte on the host brings `ratio` bytes on disk, and these their staging on the host.
+    ratio = kv_disk / (1 - kv_disk)
+    host = min(host, int(max(room - staged * ratio * device, 0) / (1 + staged * ratio)))
+    return {"device": device, "host": host, "disk": min(int((device + host) * ratio), most)}
 
 
 def pool_fractions(pools: dict[str, int]) -> Fractions:
@@ -452,8 +460,8 @@ def pool_fractions(pools: dict[str, int]) -> Fractions:
 
 
 def quota_range(workload: Workload) -> tuple[int, int]:
-    """From the shortest prompt to all prompts: the prefill quotas worth trying."""
-    return min(workload.prompt_lens, default=1), max(workload.prompt_tokens, 1)
+    """From a part of the shortest prompt (one prompt every few passes) to all prompts: the prefill quotas worth trying."""
+    return max(min(workload.prompt_lens, default=1) // 8, 1), max(workload.prompt_tokens, 1)
 
 
 def geometric(ends: tuple[int, int], share: float) -> int:
@@ -494,11 +502,12 @@ def extrapolated(
 
 
 def descend(
-    axes: Sequence[tuple[float, ...]], score: Callable[[tuple[float, ...]], tuple[float, float]], *, keep: int, rounds: int = 4
+    axes: Sequence[tuple[float, ...]], score: Callable[[tuple[float, ...]], tuple[float, float]], *, keep: int, rounds: int = 5
 ) -> list[tuple[float, ...]]:
-    """The best points, best first: all of a grid, then each of the `keep` best moved along its axes in halving steps.
+    """The best points, best first: all of a grid, then some of the best moved along their axes in halving steps.
 
-    Every axis lies within 0 and 1; one without values stays at 0, one of a single value starts there.
+    Every axis lies within 0 and 1; one without values stays at 0, one of a single value starts there.  What is moved
+    are the `keep` best points of different `home_axes`, since no single step leads from one home of KV to another.
     """
     known: dict[tuple[float, ...], tuple[float, float]] = {}
 
@@ -507,8 +516,13 @@ def descend(
             known[point] = score(point)
         return known[point]
 
+    best_of: dict[tuple[float, ...], tuple[float, ...]] = {}
+    for point in itertools.product(*(axis or (0.0,) for axis in axes)):
+        kv_homes = point[2:4]
+        if kv_homes not in best_of or look(point) < look(best_of[kv_homes]):
+            best_of[kv_homes] = point
     found: list[tuple[float, ...]] = []
-    for start in sorted(itertools.product(*(axis or (0.0,) for axis in axes)), key=look)[:keep]:
+    for start in sorted(best_of.values(), key=look)[:keep]:
         point, step = start, 0.5 / max(1, *(len(axis) for axis in axes))
         for _ in range(rounds):
             moves = [
