@@ -20,6 +20,7 @@ FLOORS = (
     {"plan"},
     {"quant", "kernels", "memory", "models", "profile", "hub", "text", "defaults"},
     {"engine"},
+    {"opening"},
     {"llm"},
     {"jobs", "bench", "integrations", "display", "cli", "__init__", "__main__"},
 )

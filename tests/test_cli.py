@@ -230,6 +230,7 @@ def test_a_bug_shows_its_traceback_and_gives_70(monkeypatch: pytest.MonkeyPatch,
         raise ZeroDivisionError("oops")
 
     monkeypatch.setattr(cli, "app", broken)
+    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")  # main sets it; here it goes away with the test
     with pytest.raises(SystemExit) as caught:
         cli.main()
     assert caught.value.code == 70

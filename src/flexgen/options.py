@@ -72,7 +72,7 @@ def parse_placement(text: str) -> dict[str, float]:
     Raises:
         OptionError: on an unknown tier, a bad number, or a sum other than 1.
     """
-    shares = dict.fromkeys(TIERS, 0.0)
+    shares: dict[str, float] = dict.fromkeys(TIERS, 0.0)
     for part in text.split(","):
         tier, separator, number = part.partition("=")
         tier = tier.strip()

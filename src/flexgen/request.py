@@ -37,7 +37,7 @@ class SamplingParams:
     skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
-        _check(_is_number(self.temperature) and 0 <= self.temperature, "temperature", "a finite number of at least 0")
+        _check(_is_number(self.temperature) and self.temperature >= 0, "temperature", "a finite number of at least 0")
         _check(_is_number(self.top_p) and 0 < self.top_p <= 1, "top_p", "a number in (0, 1]")
         _check(_is_int(self.top_k) and self.top_k >= -1, "top_k", "an integer of at least -1")
         _check(self.seed is None or (_is_int(self.seed) and abs(self.seed) <= MAX_SEED), "seed", "a 64-bit integer")
@@ -54,7 +54,9 @@ def _is_int(value: object) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) <= MAX_SEED  # no float holds more
 
 
 def _check(good: bool, param: str, wanted: str) -> None:

@@ -69,7 +69,7 @@ def make_pool(generator: torch.Generator, sequences: list[Sequence], starts: lis
     page_tables = torch.full((len(sequences), max(pages_of) + 1), -1, dtype=torch.int32)
     free = torch.randperm(sum(pages_of) + 2, generator=generator).tolist()
     for i, (sequence, start) in enumerate(zip(sequences, starts, strict=True)):
-        for position in range(start, len(sequence.key)):
+        for position in range(max(start, 0), len(sequence.key)):
             index, offset = divmod(position, page_tokens)
             if page_tables[i, index] < 0:
                 page_tables[i, index] = free.pop()
@@ -137,7 +137,8 @@ def check_decode(
         out=out,
     )
     for i, (sequence, start) in enumerate(zip(sequences, starts, strict=True)):
-        assert_close(out[i], dense(query[i], sequence.key[start:], sequence.value[start:], scaling, softcap, sink_logits))
+        seen = slice(max(start, 0), None)
+        assert_close(out[i], dense(query[i], sequence.key[seen], sequence.value[seen], scaling, softcap, sink_logits))
 
 
 def check_prefill(
@@ -165,7 +166,7 @@ def check_prefill(
         query, sequence.key, sequence.value, torch.tensor(starts), scaling=scaling, softcap=softcap, sinks=sink_logits, out=out
     )
     for i, start in enumerate(starts):
-        seen = slice(start, num_positions - num_queries + i + 1)
+        seen = slice(max(start, 0), num_positions - num_queries + i + 1)
         assert_close(out[i], dense(query[i], sequence.key[seen], sequence.value[seen], scaling, softcap, sink_logits))
 
 
@@ -178,6 +179,9 @@ RAGGED = [1, 2, 31, 32, 33, 64, 65, 100, 200]
 
 
 class TestDecode:
+    def test_starts_before_the_first_position(self, kernels: AttentionKernels) -> None:
+        check_decode(kernels, [3, 90], [-5, -1])
+
     @ALL_DTYPES
     def test_ragged_lengths(self, kernels: AttentionKernels, dtype: torch.dtype) -> None:
         check_decode(kernels, RAGGED, [0] * len(RAGGED), dtype=dtype)
@@ -258,7 +262,7 @@ def full(num_queries: int) -> list[int]:
 
 
 def windowed(num_queries: int, num_positions: int, window: int) -> list[int]:
-    return [max(0, position - window + 1) for position in range(num_positions - num_queries, num_positions)]
+    return [position - window + 1 for position in range(num_positions - num_queries, num_positions)]
 
 
 def chunked(num_queries: int, num_positions: int, chunk: int) -> list[int]:
@@ -413,13 +417,30 @@ class TestRefusals:
         with CpuKernels(1) as kernels, pytest.raises(EngineError, match="place"):
             kernels.write_kv(new, new, pool.key_pages, pool.value_pages, torch.tensor([page]), torch.tensor([offset]))
 
-    def test_other_formats_and_layouts(self, pool: Pool) -> None:
-        positions = torch.tensor([0]), torch.tensor([70])
-        pages = pool.key_pages, pool.value_pages, pool.page_tables
-        with CpuKernels(1) as kernels:
-            with pytest.raises(EngineError, match="key_pages holds"):
-                kernels.decode_attention(
-                    torch.zeros(1, 2, 16, dtype=torch.bfloat16), *pages, *positions, scaling=1.0, out=torch.zeros(1, 2, 16)
-                )
-            with pytest.raises(EngineError, match="out is not contiguous"):
-                kernels.decode_attention(torch.zeros(1, 2, 16), *pages, *positions, scaling=1.0, out=torch.zeros(1, 16, 2).transpose(1, 2))
+    @pytest.mark.parametrize(
+        ("changed", "message"),
+        [
+            ({"query": torch.zeros(1, 2, 16).bfloat16()}, "key_pages holds"),
+            ({"query": torch.zeros(1, 3, 16)}, "3 query heads cannot share 2"),
+            ({"query": torch.zeros(1, 2, 17)}, "key_pages has the shape"),
+            ({"out": torch.zeros(1, 16, 2).transpose(1, 2)}, "out is not contiguous"),
+            ({"out": torch.zeros(2, 2, 16)}, "out has the shape"),
+            ({"starts": torch.tensor([0, 0])}, "starts has the shape"),
+            ({"starts": torch.tensor([70])}, "positions from"),
+            ({"lengths": torch.tensor([129])}, "page tables of 128 positions"),
+            ({"page_tables": torch.zeros(2, 4, dtype=torch.int64)}, "page_tables has the shape"),
+            ({"sinks": torch.zeros(3)}, "sinks has the shape"),
+        ],
+    )
+    def test_what_does_not_fit_together(self, pool: Pool, changed: dict[str, Tensor], message: str) -> None:
+        arguments: dict[str, Any] = {
+            "query": torch.zeros(1, 2, 16),
+            "key_pages": pool.key_pages,
+            "value_pages": pool.value_pages,
+            "page_tables": pool.page_tables,
+            "starts": torch.tensor([0]),
+            "lengths": torch.tensor([70]),
+            "out": torch.zeros(1, 2, 16),
+        }
+        with CpuKernels(1) as kernels, pytest.raises(EngineError, match=message):
+            kernels.decode_attention(**{**arguments, **changed}, scaling=1.0)

@@ -1,6 +1,7 @@
 """Direct I/O: planned extents cover what is wanted, what is read equals the file, and every failure reaches who waits."""
 
 import errno
+import itertools
 import logging
 import os
 import random
@@ -48,7 +49,7 @@ def test_extents_cover_all_ranges(ranges, max_gap):
     assert [start for start, _ in ends] == [0, *(stop for _, stop in ends[:-1])]  # staging without gaps or overlaps
     assert ends[-1][1] == total
     in_files = sorted((str(e.path), e.offset, e.size) for e in extents)
-    for (path, offset, size), (next_path, following, _) in zip(in_files, in_files[1:], strict=False):
+    for (path, offset, size), (next_path, following, _) in itertools.pairwise(in_files):
         assert path != next_path or following > offset + size + max_gap, "near extents are one read"
 
 
@@ -188,7 +189,7 @@ def test_a_failing_transfer_is_raised_to_who_waits(tmp_path, pool, monkeypatch, 
 
 
 def test_a_file_that_is_not_there(tmp_path):
-    with pytest.raises(StorageError, match="cannot open .*: No such file"):
+    with pytest.raises(StorageError, match=r"cannot open .*: No such file"):
         File(tmp_path / "absent")
 
 

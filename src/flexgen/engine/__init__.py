@@ -1,0 +1,1 @@
+"""The engine: passes over the layers, for all live sequences at once."""

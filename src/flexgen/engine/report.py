@@ -6,7 +6,7 @@ import dataclasses
 import json
 import platform
 import resource
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from typing import TYPE_CHECKING
@@ -86,7 +86,7 @@ def _weights_placement(engine: Engine) -> dict[str, int]:
     return placed
 
 
-def _versions() -> Mapping[str, str]:
+def _versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
     for name in ("flexgen-engine", "torch", "transformers", "numpy", "numba", "safetensors"):
         try:

@@ -113,7 +113,7 @@ def fits_projected(
     if len(times) > MAX_PROJECTED_TIMES:
         times = times[np.linspace(0, len(times) - 1, MAX_PROJECTED_TIMES).astype(int)]
     future = lengths[None, :] + np.minimum(times[:, None], ends[None, :])  # (times, sequences)
-    alive = times[:, None] <= ends[None, :]
+    alive = np.append(-1, times[:-1])[:, None] < ends[None, :]  # those that end since the last of the times looked at, too
     return all((held(future) * alive).sum(axis=1).max() <= room for held, room in zip(pages, capacity, strict=True))
 
 
@@ -152,4 +152,6 @@ def pack(sequences: SequenceOf[Sequence], micro_batch_tokens: int, *, mix: bool,
             length = min(stop - start, room) if chunk else stop - start
             batches[-1].append(Slice(sequence=sequence, start=start, length=length, last=start + length == stop))
             start, room = start + length, max(room - length, 0)
+            if length == 1 and batches[-1][-1].start > 0 and not mix:
+                room = 0  # a last chunk of one token is computed as a next token is
     return batches

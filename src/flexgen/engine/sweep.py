@@ -14,29 +14,13 @@ import torch
 
 from flexgen.engine.schedule import Slice
 from flexgen.errors import EngineError
-from flexgen.memory.kv_pass import KVPlan
+from flexgen.memory.kv_place import PendingAttention, View
 from flexgen.memory.weights import WeightStore
 from flexgen.models.attention import AttentionCall, PassCache
 from flexgen.models.skeleton import BoundModel
 from flexgen.models.suspension import ForwardCoroutine, Span
 
 IDLE_SECONDS = 0.5  # longest wait between looks; arrivals wake the loop earlier
-
-
-class Pending(Protocol):
-    """Attention that is being computed elsewhere."""
-
-    def done(self) -> bool: ...
-
-    def result(self) -> torch.Tensor: ...
-
-
-class KVView(Protocol):
-    """One micro-batch's KV during one pass (memory/kv_place.py)."""
-
-    plan: KVPlan
-
-    def attend(self, call: AttentionCall, new: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor | Pending: ...
 
 
 class RowSource(Protocol):
@@ -55,12 +39,12 @@ class MicroBatch(ForwardCoroutine):
     """
 
     def __init__(
-        self, slices: Sequence[Slice], model: BoundModel, cache: PassCache, view: KVView, rows: RowSource, device: torch.device
+        self, slices: Sequence[Slice], model: BoundModel, cache: PassCache, view: View, rows: RowSource, device: torch.device
     ) -> None:
         super().__init__(self._forward)
         self.slices = tuple(slices)
         self.wanted = -1
-        self.pending: Pending | None = None
+        self.pending: PendingAttention | None = None
         self.logits: torch.Tensor | None = None
         self.after: MicroBatch | None = None
         self.view = view
@@ -89,12 +73,16 @@ class MicroBatch(ForwardCoroutine):
             self._cache,
         )
 
+    def _suspend(self) -> None:
+        assert self.parent is not None
+        self.parent.switch()
+
     def enter_unit(self, unit: int) -> None:
         if unit < self.wanted:
             raise EngineError(f"unit {unit} was entered after unit {self.wanted}")
         if unit > self.wanted:
             self.wanted = unit
-            self.parent.switch()
+            self._suspend()
 
     def spans(self) -> list[Span]:
         return [
@@ -110,7 +98,7 @@ class MicroBatch(ForwardCoroutine):
         if isinstance(answer, torch.Tensor):
             return answer
         self.pending = answer
-        self.parent.switch()
+        self._suspend()
         return answer.result()
 
     def input_rows(self, module_name: str, token_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

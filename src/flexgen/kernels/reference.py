@@ -54,11 +54,12 @@ def decode_attention(
     Args:
         query: (S, H, Dk). out: (S, H, Dv), of the query's dtype; written.
         page_tables: integers (S, max_pages). Entries of pages wholly outside the visible positions are never read.
-        starts, lengths: int64 (S,). Sequence i sees positions starts[i] <= p < lengths[i].
+        starts, lengths: int64 (S,). Sequence i sees positions starts[i] <= p < lengths[i], at least one; a start before
+            the first position (of a window longer than the sequence) means the first.
         softcap: caps the scaled scores s to softcap * tanh(s / softcap).
         sinks: (H,), one more logit per head that takes its share of the softmax and adds nothing.
     """
-    for i, (start, length) in enumerate(zip(starts.tolist(), lengths.tolist(), strict=True)):
+    for i, (start, length) in enumerate(zip(starts.clamp(min=0).tolist(), lengths.tolist(), strict=True)):
         key, value = gather_kv(key_pages, value_pages, page_tables[i], start, length)
         visible = torch.ones(1, length - start, dtype=torch.bool, device=query.device)
         out[i] = _attend(query[i : i + 1], key, value, visible, scaling, softcap, sinks)[0]
@@ -111,7 +112,7 @@ def decode_latent_attention(
         query_latent: (S, H, rank). query_rope: (S, H, rope). out: (S, H, rank), of the query's dtype; written.
     """
     query = torch.cat([query_latent, query_rope], dim=-1)  # (S, H, rank + rope)
-    for i, (start, length) in enumerate(zip(starts.tolist(), lengths.tolist(), strict=True)):
+    for i, (start, length) in enumerate(zip(starts.clamp(min=0).tolist(), lengths.tolist(), strict=True)):
         latent, rope = gather_kv(key_pages, value_pages, page_tables[i], start, length)
         visible = torch.ones(1, length - start, dtype=torch.bool, device=query.device)
         out[i] = _attend(query[i : i + 1], torch.cat([latent, rope], dim=-1), latent, visible, scaling, None, None)[0]

@@ -121,7 +121,7 @@ class File:
         except OSError as error:
             raise StorageError(f"cannot open {path}: {error.strerror}") from error
         if unlinked:
-            os.unlink(path)
+            path.unlink()
 
     def _open(self, flags: int, direct: bool) -> int:
         mode = 0o600
@@ -258,7 +258,7 @@ class IOPool:
             error: BaseException | None = None
             try:
                 (job.file.write_from if job.write else job.file.read_into)(job.view, job.offset)
-            except Exception as caught:  # handed to whoever waits for the ticket
+            except Exception as caught:  # noqa: BLE001 - handed to whoever waits for the ticket
                 error = caught
             size = len(job.view)
             with self._lock:

@@ -16,6 +16,9 @@ import torch
 from flexgen.errors import EngineError
 from flexgen.sizes import align_up
 
+# (key_heads, key_dim, value_heads, value_dim, window, chunk)
+GroupShape = tuple[int, int, int, int, int | None, int | None]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KVGroup:
@@ -69,9 +72,9 @@ class KVGroup:
         return pages if reach is None else min(pages, -(-reach // self.page_tokens) + 1)
 
 
-def group_layers(layers: Sequence[tuple[int, tuple]], page_tokens: int, dtype: torch.dtype) -> tuple[KVGroup, ...]:
+def group_layers(layers: Sequence[tuple[int, GroupShape]], page_tokens: int, dtype: torch.dtype) -> tuple[KVGroup, ...]:
     """Groups of layers with equal (key_heads, key_dim, value_heads, value_dim, window, chunk)."""
-    by_shape: dict[tuple, list[int]] = {}
+    by_shape: dict[GroupShape, list[int]] = {}
     for layer, shape in layers:
         by_shape.setdefault(shape, []).append(layer)
     return tuple(

@@ -14,12 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
 from flexgen.memory.direct_io import ALIGNMENT, AlignedBuffer, File, IOPool, Ticket
 from flexgen.memory.kv_cache import KVGroup, PageList, layer_index
 from flexgen.memory.kv_host import HOST, HostPlace, HostView, Link, Pages, Worker
 from flexgen.memory.kv_pass import KVPlan, KVSlice
+from flexgen.memory.kv_place import View
 from flexgen.memory.transfer import Backend
 
 if TYPE_CHECKING:
@@ -102,6 +101,7 @@ class DiskPlace(HostPlace):
         self._staging_bytes = staging_bytes
         self._lock = threading.Condition()
         self._staged: dict[tuple[int, int], Staged] = {}  # (view, layer)
+        self._served: set[tuple[int, int]] = set()  # (view, layer) of this pass; the worker's
         self._in_use = 0
         self._spare: dict[tuple[int, int], list[Staged]] = {}
         self._writes: list[Ticket] = []
@@ -114,7 +114,7 @@ class DiskPlace(HostPlace):
 
     # ------------------------------------------------------------------ reading ahead
 
-    def begin_pass(self, views: Sequence[HostView]) -> None:
+    def begin_pass(self, views: Sequence[View]) -> None:
         """Start reading what the next tokens will attend to, layer by layer."""
         reading = [view for view in views if isinstance(view, DiskView)]
         if not reading:
@@ -174,9 +174,21 @@ class DiskPlace(HostPlace):
     def pages(self, view: HostView, layer: int) -> Iterator[Pages]:
         """A layer's pages in staging; those with new tokens are written back afterwards."""
         assert isinstance(view, DiskView)
-        staged = self._acquire(view, layer)
+        again = (id(view), layer) in self._served
+        staged = self._read_again(view, layer) if again else self._acquire(view, layer)
         yield staged.key_pages, staged.value_pages
-        self._write_back(view, layer, staged)
+        if not again:
+            self._write_back(view, layer, staged)
+            self._served.add((id(view), layer))
+
+    def _read_again(self, view: DiskView, layer: int) -> Staged:
+        """The pages that an earlier layer has stored: layers that share keys come back to them."""
+        for ticket in self._writes:
+            ticket.wait()
+        group, index = self.where[layer]
+        staged = Staged(self.disk.groups[group], view.num_slots(group))
+        self._io.read(view.all_parts(staged, group, index)).wait()
+        return staged
 
     def _acquire(self, view: DiskView, layer: int) -> Staged:
         if not view.reads:  # new prompts only
@@ -207,6 +219,7 @@ class DiskPlace(HostPlace):
         for ticket in self._writes:
             ticket.wait()
         self._writes.clear()
+        self._served.clear()
 
     def close(self) -> None:
         with self._lock:
@@ -275,6 +288,9 @@ class DiskView(HostView):
 
     def write_parts(self, staged: Staged, group: int, index: int) -> list[tuple[File, int, memoryview]]:
         return self._parts(staged, group, index, self._touched[group])
+
+    def all_parts(self, staged: Staged, group: int, index: int) -> list[tuple[File, int, memoryview]]:
+        return self._parts(staged, group, index, self._pages[group])
 
     def _parts(self, staged: Staged, group: int, index: int, pages: Sequence[_StagedPage]) -> list[tuple[File, int, memoryview]]:
         """File ranges and staging views; neighbours in both are joined."""

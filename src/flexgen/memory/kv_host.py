@@ -27,7 +27,7 @@ from flexgen.memory.kv_pass import (
     step_queries,
     write_new,
 )
-from flexgen.memory.kv_place import NewKV, PendingAttention
+from flexgen.memory.kv_place import NewKV, PendingAttention, View
 from flexgen.memory.transfer import Backend, Event
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ class HostPlace:
         group, index = self.where[layer]
         yield self.pool.keys[group][index], self.pool.values[group][index]
 
-    def begin_pass(self, views: Sequence[HostView]) -> None:
+    def begin_pass(self, views: Sequence[View]) -> None:
         pass
 
     def finish_pass(self) -> None:

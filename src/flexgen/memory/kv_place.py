@@ -47,6 +47,12 @@ class Place(Protocol):
 
 
 class View(Protocol):
+    """One micro-batch's KV during one pass.
+
+    Attributes:
+        plan: its index tensors.
+    """
+
     plan: KVPlan
 
     def attend(self, call: AttentionCall, new: NewKV) -> torch.Tensor | PendingAttention: ...
@@ -107,6 +113,8 @@ class LocalPlace:
 
 
 class LocalView:
+    """A micro-batch over pages beside the computing."""
+
     def __init__(self, place: LocalPlace, plan: KVPlan) -> None:
         self._place, self.plan = place, plan
 

@@ -90,6 +90,8 @@ class _Arenas:
 
 
 class SimEvent:
+    """Set by the simulated link's thread."""
+
     def __init__(self) -> None:
         self._event = threading.Event()
 
@@ -169,7 +171,9 @@ class SimulatedDevice(_Arenas):
 
 
 class CudaEvent:
-    def __init__(self, event: torch.cuda.Event) -> None:
+    """A CUDA event."""
+
+    def __init__(self, event: Any) -> None:
         self.event = event
 
     def done(self) -> bool:
@@ -196,7 +200,8 @@ class CudaDevice(_Arenas):
     def allocate_host(self, size_bytes: int) -> torch.Tensor:
         arena = torch.empty(size_bytes, dtype=torch.uint8)
         # Registered in place: torch's own pinned allocator rounds sizes up to powers of two.
-        code = torch.cuda.cudart().cudaHostRegister(arena.data_ptr(), size_bytes, 0)
+        runtime: Any = torch.cuda.cudart()
+        code = runtime.cudaHostRegister(arena.data_ptr(), size_bytes, 0)
         if int(code) != 0 and not self._pin_failed:
             self._pin_failed = True
             logger.warning("cannot pin %s of host memory (error %s): copies will be slower", format_size(size_bytes), int(code))
@@ -218,7 +223,7 @@ class CudaDevice(_Arenas):
             destination.copy_(source, non_blocking=True)
             return CudaEvent(self._out.record_event())
 
-    def marker(self) -> torch.cuda.Event:
+    def marker(self) -> Any:
         return torch.cuda.current_stream(self.device).record_event()
 
     def await_in(self, event: Event) -> None:

@@ -7,7 +7,6 @@ bytes have arrived and releases it when the last micro-batch has left.  Knows no
 from __future__ import annotations
 
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -90,7 +89,7 @@ class WeightStore:
         self._scratch = ScratchPool()
         self._packed: dict[int, torch.Tensor] = {}  # homes in host memory, for a device
         self._open: dict[int, tuple[_Visit | None, list[torch.Tensor]]] = {}
-        streamed = [l for l, home in zip(layouts, homes, strict=True) if home == "disk" or (backend and home == "host")]
+        streamed = [each for each, home in zip(layouts, homes, strict=True) if home == "disk" or (backend and home == "host")]
         self._streamed = {layout.index for layout in streamed}
         self._from_disk = [layout for layout in streamed if homes[layout.index] == "disk"]
         self._order = streamed
@@ -197,7 +196,9 @@ class WeightStore:
                     self._lock.notify_all()
                 view = self._host_buffer.view[slot.offset : slot.offset + slot.size]
                 ticket = self._read(layout, view, lambda visit=visit: self._disk_done(visit))
-                visit.ticket = ticket
+                with self._lock:
+                    visit.ticket = ticket  # after small reads that are done already: who waits looks again
+                    self._lock.notify_all()
 
     def _disk_done(self, visit: _Visit) -> None:
         with self._lock:
@@ -205,7 +206,8 @@ class WeightStore:
             self._lock.notify_all()
 
     def _run_device(self) -> None:
-        assert self._backend is not None and self._device_buffer is not None
+        assert self._backend is not None
+        assert self._device_buffer is not None
         while True:
             for layout in self._order:
                 slot = self._take_slot(self._device_ring, layout.packed_bytes)
@@ -232,8 +234,10 @@ class WeightStore:
             if self._closing:
                 return None
             visit = self._reading.popleft()
-            while visit.ticket is None:
-                self._lock.wait(0.001)
+            while visit.ticket is None and not self._closing:
+                self._lock.wait()
+        if visit.ticket is None:
+            return None
         while not visit.ticket.wait(0.2):
             if self._closing:
                 return None
@@ -247,7 +251,8 @@ class WeightStore:
         if (packed := self._packed.get(layout.index)) is not None:
             events.append(self._backend.copy_in(destination[: packed.numel()], packed, after))
         else:
-            assert self._host_buffer is not None and visit.host_slot is not None
+            assert self._host_buffer is not None
+        assert visit.host_slot is not None
             slot = visit.host_slot
             staging = self._host_buffer.tensor[slot.offset : slot.offset + slot.size]
             for tensor in layout.tensors:
@@ -296,7 +301,8 @@ class WeightStore:
         layout = self._layouts[unit]
         scratch: list[torch.Tensor] = []
         if self._backend is not None:
-            assert self._device_buffer is not None and visit.device_slot is not None
+            assert self._device_buffer is not None
+        assert visit.device_slot is not None
             for event in visit.events:
                 self._backend.await_in(event)
             packed = self._device_buffer[visit.device_slot.offset : visit.device_slot.offset + visit.device_slot.size]
@@ -307,7 +313,8 @@ class WeightStore:
         self._open[unit] = (visit, scratch)
 
     def _bind_from_host(self, visit: _Visit, scratch: list[torch.Tensor]) -> None:
-        assert self._host_buffer is not None and visit.host_slot is not None
+        assert self._host_buffer is not None
+        assert visit.host_slot is not None
         slot, layout = visit.host_slot, visit.layout
         staging = self._host_buffer.tensor[slot.offset : slot.offset + slot.size]
         for tensor in layout.tensors:
@@ -379,7 +386,7 @@ class WeightStore:
             thread.join()
         for visit in [*self._reading, *self._ready]:
             if visit.ticket is not None:
-                visit.ticket.wait()
+                visit.ticket.settle()
         self._threads.clear()
 
 

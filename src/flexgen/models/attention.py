@@ -99,6 +99,7 @@ def attention_forward(
     }  # fmt: skip
     if (update := _update_of(forward.updates, key, value)) is not None:
         new = update.take(key, value)
+        update.let_go()
         call = AttentionCall(layer=update.layer, query=query, key=key, value=value, new=new, **understood)
         return forward.attend(call), None
     last = forward.updates[-1] if forward.updates else None
@@ -108,9 +109,10 @@ def attention_forward(
         if softcap is not None or s_aux is not None:
             raise _unsupported(module, "caps scores or has sinks in latent attention")
         new = last.take(last.key, last.value)
+        last.let_go()
         call = AttentionCall(layer=last.layer, query=query, key=key, value=value, new=new, latent=latent, **understood)
         return forward.attend(call), None
-    head_map = HEAD_MAPS.get(module.config.model_type)
+    head_map = HEAD_MAPS.get(module.config.model_type)  # may need the cached tensors for a second call
     if head_map is None or (mapped := head_map(query, key, value, last.key, last.value)) is None:
         raise _unsupported(module, "changes keys or values after caching them")
     new = last.take(mapped.key, mapped.value)

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from flexgen.errors import UnsupportedModelError
 from flexgen.memory.direct_io import plan_extents
@@ -39,7 +38,7 @@ class LoadedModel:
         residents: small tensors and buffers that always live on the device, as one layout.
         tables: embeddings whose rows are gathered. layers: KV per attention layer. spec: for the planner.
         recompute_length: when a sequence has more tokens than this for the first time, its keys change and are computed anew.
-        unused: stored parameters that text does not need, such as those of vision towers.
+        unused_bytes: stored parameters that text does not need, such as those of vision towers.
     """
 
     bound: BoundModel
@@ -51,7 +50,7 @@ class LoadedModel:
     dtype: torch.dtype
     total_bytes: int
     recompute_length: int | None
-    unused: tuple[str, ...]
+    unused_bytes: int
 
 
 def default_unit_bytes(weight_bytes: int) -> int:
@@ -89,7 +88,8 @@ def load_model(folder: Path, config: Any, dtype: torch.dtype, *, unit_bytes: int
     spec = _spec(config, folder, units, layouts, residents, tables, trace.layers, sources)
     return LoadedModel(
         bound=bound, layouts=layouts, residents=residents, tables=tuple(tables), layers=trace.layers, spec=spec,
-        dtype=dtype, total_bytes=checkpoint.total_bytes, recompute_length=recompute_length(config), unused=tuple(sorted(unused)),
+        dtype=dtype, total_bytes=checkpoint.total_bytes, recompute_length=recompute_length(config),
+        unused_bytes=sum(sources[name].nbytes for name in unused if sources.tied_to(name) == name),
     )  # fmt: skip
 
 

@@ -41,7 +41,7 @@ class Span:
 class CacheUpdate:
     """Keys and values (1, heads, tokens, dim) that a layer handed to the cache.
 
-    Held until a later layer does the same; recognized as long as the model itself holds them.
+    Held until they are attended to; recognized after that as long as the model itself holds them.
 
     Attributes:
         layer: the index under which the model stores them. key, value: None once let go.

@@ -247,12 +247,13 @@ def _fake_modules(model: nn.Module, usage: _Usage) -> Iterator[Callable[[], Any]
                 zeros = torch.zeros((), dtype=parameter.dtype).expand(parameter.shape)
                 module._parameters[own] = placeholder = nn.Parameter(zeros, requires_grad=False)
                 usage.owns(name, module, placeholder)
-        if (fake := _fake_forward(name, module, usage.experts)) is not None:
+        top_k = getattr(model.get_submodule(name.rpartition(".")[0]), "top_k", 1)
+        if (fake := _fake_forward(name, module, top_k, usage.experts)) is not None:
             module.forward = fake  # type: ignore[method-assign]
             yield lambda module=module: module.__dict__.pop("forward")
 
 
-def _fake_forward(name: str, module: nn.Module, experts: dict[str, tuple[int, int]]) -> Any:
+def _fake_forward(name: str, module: nn.Module, top_k: Any, experts: dict[str, tuple[int, int]]) -> Any:
     """A forward of the right shape that costs nothing, or None where the real one is cheap."""
     if type(module) is nn.Linear:
         return lambda x: x.new_zeros(*x.shape[:-1], module.out_features)
@@ -266,7 +267,7 @@ def _fake_forward(name: str, module: nn.Module, experts: dict[str, tuple[int, in
     if is_scored_experts(module):
 
         def no_scored_experts(hidden: torch.Tensor) -> torch.Tensor:
-            experts[name] = (1, int(module.num_experts))
+            experts[name] = (top_k, int(module.num_experts))
             return torch.zeros_like(hidden)
 
         return no_scored_experts

@@ -22,18 +22,15 @@ from flexgen.plan.simulate import (
     PAGE_TOKENS,
     PLAYED_REQUESTS,
     Budgets,
+    JobSizes,
     Simulation,
     descend,
     extrapolated,
-    geometric,
-    held_kv_bytes,
-    home_axes,
     kv_pools,
     placed_weights,
     pool_fractions,
-    quota_axis,
-    quota_range,
     sampled,
+    search_axes,
     simulate,
 )
 from flexgen.plan.workload import Workload
@@ -49,12 +46,13 @@ RING_SECONDS = 0.3
 RING_SHARE = 0.15
 RING_UNITS = 3
 # What runs reach of the best rates.
-REAL_DISK_READ, REAL_SPILL, REAL_LINK, REAL_DENSE, REAL_ATTENTION, REAL_HOST_KV, REAL_MEMORY = 0.85, 0.5, 0.9, 0.9, 0.7, 0.3, 0.8
+REAL_DISK_READ, REAL_SPILL, REAL_LINK, REAL_DENSE, REAL_ATTENTION, REAL_HOST_KV, REAL_MEMORY = 0.75, 0.5, 0.9, 0.9, 0.7, 0.3, 0.8
 SECONDS_PER_PASS, SECONDS_PER_UNIT_AND_MICRO_BATCH, SECONDS_PER_STREAMED_UNIT, CORE_SECONDS_PER_DISK_BYTE = 5e-3, 1e-4, 3e-4, 5e-11
 # Live sequences vary around what the pools hold on average.
 SEQUENCE_SLACK = 1.15
-# Between plans that are equally fast the one with the shorter passes: results come sooner, forecasts matter less.
-LONG_PASS_PENALTY = 0.02
+# Between plans that are about as fast, the one with shorter passes (results come sooner, forecasts matter less), that moves
+# fewer weights (what does not move is never late), and that leaves the disk's other users and its life alone.
+LONG_PASS_PENALTY, MOVING_PENALTY, SPILL_PENALTY = 0.02, 0.02, 0.15
 # What is planned for when nothing is known of the job.
 NOMINAL_WORKLOAD = Workload(prompt_lens=(512,) * 256, output_lens=(128,) * 256)
 
@@ -219,8 +217,7 @@ class _Planner:
             if self.kv is not None and getattr(self.kv, tier) > 0 and tier not in kv_tiers:
                 raise OptionError(f"kv={options.kv!r}: KV can live on {' or '.join(kv_tiers)} here, not on {tier}")
         self.disk_bytes = limits.disk_bytes if "disk" in kv_tiers and not limits.offload_in_memory else 0
-        self.quotas = quota_range(workload)
-        self.kv_sizes = _KVSizes(spec, workload)
+        self.kv_sizes = JobSizes(spec, workload, PAGE_TOKENS)
         # Two layers of all KV on disk are staged: one that is attended to, one on its way.
         layer = max((group.bytes_per_token for group in spec.kv_groups), default=0)
         self.staged = 2 * layer / max(spec.kv_bytes_per_token, 1)
@@ -238,7 +235,9 @@ class _Planner:
                 if policy not in known:
                     known[policy] = extrapolated(self.spec, policy, sample, scale, lambda played: self._seconds(played, policy))
                 refused, seconds = known[policy]
-                return refused, seconds * (1 + LONG_PASS_PENALTY * point[4])
+                moving = 1 - getattr(policy.weights, self.computing)
+                penalty = LONG_PASS_PENALTY * point[4] + MOVING_PENALTY * moving + SPILL_PENALTY * policy.kv.disk
+                return refused, seconds * (1 + penalty)
 
             policy = self.policy(descend(self._axes(), score, keep=4)[0], micro_batch_tokens)
             if policy is not None:
@@ -260,25 +259,29 @@ class _Planner:
 
     def _axes(self) -> list[tuple[float, ...]]:
         """Coarse values of what is not pinned."""
-        on_device, on_host, kv_homes, kv_disk = home_axes(self.limits.device, self.disk_bytes > 0)
+        on_device, on_host, kv_homes, kv_disk, quota = search_axes(self.limits.device, self.disk_bytes > 0)
         if self.weights is not None:
             on_device, on_host = (), ()
         if self.kv is not None:
             kv_homes, kv_disk = (), ()
         elif not self.on_cpu and not {"device", "host"} <= set(self.kv_tiers):
             kv_homes = (0.0,) if "device" in self.kv_tiers else (1.0,)
-        has_quota = self.options.schedule == "diagonal" and self.options.prefill_tokens is None
-        quota = quota_axis(self.limits.device) if has_quota else ()
+        if self.options.schedule != "diagonal" or self.options.prefill_tokens is not None:
+            quota = ()
         return [on_device, on_host, kv_homes, kv_disk, quota, (0.0, 1.0)]
 
     def policy(self, point: tuple[float, ...], micro_batch_tokens: int) -> Policy | None:
         """The policy of a point, or None where it does not fit."""
         on_device, on_host, kv_homes, kv_disk, quota, embedding = point
-        prefill_tokens = self.options.prefill_tokens or self._quota(quota, micro_batch_tokens)
         spills = kv_disk > 0 or (self.kv is not None and self.kv.disk > 0)
+        prefill_tokens = self.options.prefill_tokens or self._least_quota(micro_batch_tokens)
         bare = self._draft(Fractions(disk=1.0), micro_batch_tokens, prefill_tokens, spills=spills)
         weights = self.weights or self._place(bare, on_device, on_host)
         draft = self._draft(weights, micro_batch_tokens, prefill_tokens, spills=spills)
+        if self.options.schedule == "diagonal" and self.options.prefill_tokens is None:
+            pool_bytes = sum(self._pools(self._free(draft), kv_homes, kv_disk).values())
+            prefill_tokens = self.kv_sizes.quota(pool_bytes, quota)
+            draft = self._draft(weights, micro_batch_tokens, prefill_tokens, spills=spills)
         # Rows are gathered as long as any unit streams: the same bytes of units save more reading.
         draft = dataclasses.replace(draft, embedding_resident=embedding >= 0.5 and draft.weights.disk == 0)
         free = self._free(draft)
@@ -301,15 +304,13 @@ class _Planner:
             sizes["prefill_tokens"] = min(prefill_tokens, max_num_seqs * max(self.workload.prompt_lens))
         return dataclasses.replace(self._for(draft, max_num_seqs), kv=self.kv or pool_fractions(pools), **sizes)
 
-    def _quota(self, share: float, micro_batch_tokens: int) -> int:
-        """Prompt tokens that a pass admits: a zigzag block enters at once, a row is one micro-batch."""
-        if self.options.schedule == "diagonal":
-            return geometric(self.quotas, share)
-        return self.quotas[1] if self.options.schedule == "zigzag" else micro_batch_tokens
+    def _least_quota(self, micro_batch_tokens: int) -> int:
+        """Prompt tokens that a pass admits at the least: a zigzag block enters at once, a row is one micro-batch."""
+        return {"diagonal": 1, "zigzag": self.workload.prompt_tokens, "row": micro_batch_tokens}[self.options.schedule]
 
     def _fed(self, pools: dict[str, int]) -> int:
         """About how many sequences these pools keep alive."""
-        return math.ceil(sum(pools.values()) / self.kv_sizes.mean * SEQUENCE_SLACK)
+        return math.ceil(self.kv_sizes.block(sum(pools.values())) * SEQUENCE_SLACK)
 
     def _draft(self, weights: Fractions, micro_batch_tokens: int, prefill_tokens: int, *, spills: bool) -> Policy:
         """A policy with everything but KV, for one sequence; if it `spills`, with staging for a prompt's KV on disk."""
@@ -391,7 +392,7 @@ class _Planner:
         """Why nothing fits, told by the smallest plan there is."""
         weights = self.weights or Fractions(disk=1.0)
         micro_batch_tokens = self._micro_batches()[-1]
-        prefill_tokens = self.options.prefill_tokens or self._quota(0.0, micro_batch_tokens)
+        prefill_tokens = self.options.prefill_tokens or self._least_quota(micro_batch_tokens)
         draft = self._draft(weights, micro_batch_tokens, prefill_tokens, spills=self.kv is not None and self.kv.disk > 0)
         draft = self._for(draft, self.options.max_num_seqs or 1)
         kv_shares = self.kv or Fractions(**{self.computing: 1.0})
@@ -421,19 +422,6 @@ class _Planner:
             if getattr(options, name) is not None:
                 advice.append(f"lower --{name.replace('_', '-')}")
         return "".join(f", or {each}" for each in [*advice, "shorten the longest prompts"])
-
-
-class _KVSizes:
-    """KV bytes of requests: the largest and smallest at their longest, all, a live one's mean, one layer of the largest."""
-
-    def __init__(self, spec: ModelSpec, workload: Workload) -> None:
-        lengths = [(s, max(n, 1)) for s, n in zip(workload.prompt_lens, workload.output_lens, strict=True)]
-        held = held_kv_bytes(spec, PAGE_TOKENS, max(s + n for s, n in lengths))
-        peaks = [int(held[s : s + n].max()) for s, n in lengths]
-        self.layer = max(s + n for s, n in lengths) * max((group.bytes_per_token for group in spec.kv_groups), default=0)
-        before = np.concatenate([[0], np.cumsum(held)])
-        self.largest, self.smallest, self.all = max(peaks), min(peaks), sum(peaks)
-        self.mean = max(sum(int(before[s + n] - before[s]) for s, n in lengths) / sum(n for _, n in lengths), 1.0)
 
 
 def _pinned(name: str, text: str | None, device: str) -> Fractions | None:

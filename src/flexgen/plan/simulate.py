@@ -340,6 +340,8 @@ def least_ideal_seconds(
     Raises:
         OptionError: when the machine was not measured in `dtype`.
     """
+    if not len(workload):
+        return 0.0
     space = _IdealSpace(spec, budgets, workload, dtype)
     sample, scale = sampled(workload)
 
@@ -367,11 +369,11 @@ class _IdealSpace:
         self.spec, self.budgets, self.dtype = spec, budgets, dtype
         self.workload = workload
         self.computing = "host" if budgets.device == "cpu" else "device"
-        self.quotas = quota_range(workload)
+        self.sizes = JobSizes(spec, workload, page_tokens=1)
 
     def axes(self) -> list[tuple[float, ...]]:
-        """Coarse values of: weights on the device, on the host; KV homes; KV on disk; quota; cap; embedding."""
-        return [*home_axes(self.budgets.device, self.budgets.disk_bytes > 0), quota_axis(self.budgets.device), (1.0,), (0.0,)]
+        """What `search_axes` says, then: the cap on sequences; whether the embedding is resident."""
+        return [*search_axes(self.budgets.device, self.budgets.disk_bytes > 0), (1.0,), (0.0,)]
 
     def policy(self, point: tuple[float, ...], schedule: str) -> Policy | None:
         """The policy of a point, or None where it does not fit."""
@@ -401,7 +403,7 @@ class _IdealSpace:
             embedding_resident=resident,
             schedule=schedule,
             max_num_seqs=max(1, round(cap * len(self.workload))),
-            prefill_tokens=geometric(self.quotas, quota),
+            prefill_tokens=self.sizes.quota(sum(pools.values()), quota),
             micro_batch_tokens=1 << 20,
             page_tokens=1,
             compute_threads=1,
@@ -412,18 +414,17 @@ class _IdealSpace:
 # What the search for T* and the planner share
 
 
-def home_axes(device: str, kv_on_disk: bool) -> list[tuple[float, ...]]:
-    """Coarse values of: weights on the device, on the host (of what fits); homes of KV; the disk's share of KV."""
-    on_disk = (0.0, 0.5, 1.0) if kv_on_disk else ()
+def search_axes(device: str, kv_on_disk: bool) -> list[tuple[float, ...]]:
+    """Coarse values of: weights on the device, on the host (of what fits); homes of KV; disk's share of KV; prefill quota."""
     if device == "cpu":
-        return [(), tuple(each / 8 for each in range(9)), (), on_disk]
-    return [tuple(each / 4 for each in range(5)), (0.0, 0.5, 1.0), (0.0, 0.5, 1.0), on_disk]
+        return [(), _steps(10), (), _steps(2) if kv_on_disk else (), _steps(8)]
+    if kv_on_disk:
+        return [_steps(2), _steps(2), _steps(2), _steps(2), _steps(4)]
+    return [_steps(4), _steps(2), _steps(2), (), _steps(6)]
 
 
-def quota_axis(device: str) -> tuple[float, ...]:
-    """Coarse values of the prefill quota, as `geometric` shares of `quota_range`."""
-    steps = 9 if device == "cpu" else 6
-    return tuple(each / steps for each in range(steps + 1))
+def _steps(number: int) -> tuple[float, ...]:
+    return tuple(each / number for each in range(number + 1))
 
 
 def placed_weights(spec: ModelSpec, device: str, device_bytes: float, host_bytes: float, on_device: float, on_host: float) -> Fractions:
@@ -459,14 +460,32 @@ def pool_fractions(pools: dict[str, int]) -> Fractions:
     return Fractions(**{tier: size / total for tier, size in pools.items()})
 
 
-def quota_range(workload: Workload) -> tuple[int, int]:
-    """From a part of the shortest prompt (one prompt every few passes) to all prompts: the prefill quotas worth trying."""
-    return max(min(workload.prompt_lens, default=1) // 8, 1), max(workload.prompt_tokens, 1)
+class JobSizes:
+    """What a job's requests need: their KV bytes, and the prompt tokens that keep a block full.
 
+    Attributes:
+        largest, smallest, all: KV bytes at their longest. mean: of a live sequence. layer: of one layer of the largest.
+    """
 
-def geometric(ends: tuple[int, int], share: float) -> int:
-    """The number a `share` of the way between two ends, in ratios; rounded up."""
-    return math.ceil(ends[0] * (ends[1] / ends[0]) ** share - 1e-9)
+    def __init__(self, spec: ModelSpec, workload: Workload, page_tokens: int) -> None:
+        lengths = [(s, max(n, 1)) for s, n in zip(workload.prompt_lens, workload.output_lens, strict=True)]
+        held = held_kv_bytes(spec, page_tokens, max(s + n for s, n in lengths))
+        peaks = [int(held[s : s + n].max()) for s, n in lengths]
+        before = np.concatenate([[0], np.cumsum(held)])
+        self._number, self._passes, self._prompt_tokens = len(lengths), sum(n for _, n in lengths), sum(s for s, _ in lengths)
+        self.largest, self.smallest, self.all = max(peaks), min(peaks), sum(peaks)
+        self.mean = max(sum(int(before[s + n] - before[s]) for s, n in lengths) / self._passes, 1.0)
+        self.layer = max(s + n for s, n in lengths) * max((group.bytes_per_token for group in spec.kv_groups), default=0)
+
+    def block(self, pool_bytes: float) -> float:
+        """About how many sequences pools keep alive."""
+        return min(pool_bytes / self.mean, self._number)
+
+    def quota(self, pool_bytes: float, share: float) -> int:
+        """Prompt tokens per pass: from half of what replaces those that end (`share` 0) to the whole block at once (1)."""
+        prompts = max(self.block(pool_bytes), 1.0) * self._prompt_tokens / self._number
+        slowest = self._number / self._passes / 2
+        return math.ceil(prompts * slowest ** (1 - share))
 
 
 def sampled(workload: Workload) -> tuple[Workload, float]:
@@ -502,12 +521,12 @@ def extrapolated(
 
 
 def descend(
-    axes: Sequence[tuple[float, ...]], score: Callable[[tuple[float, ...]], tuple[float, float]], *, keep: int, rounds: int = 5
+    axes: Sequence[tuple[float, ...]], score: Callable[[tuple[float, ...]], tuple[float, float]], *, keep: int, rounds: int = 8
 ) -> list[tuple[float, ...]]:
     """The best points, best first: all of a grid, then some of the best moved along their axes in halving steps.
 
     Every axis lies within 0 and 1; one without values stays at 0, one of a single value starts there.  What is moved
-    are the `keep` best points of different `home_axes`, since no single step leads from one home of KV to another.
+    are the `keep` best points, and as many of different homes of KV (axes 2 and 3), between which no single step leads.
     """
     known: dict[tuple[float, ...], tuple[float, float]] = {}
 
@@ -516,13 +535,12 @@ def descend(
             known[point] = score(point)
         return known[point]
 
-    best_of: dict[tuple[float, ...], tuple[float, ...]] = {}
-    for point in itertools.product(*(axis or (0.0,) for axis in axes)):
-        kv_homes = point[2:4]
-        if kv_homes not in best_of or look(point) < look(best_of[kv_homes]):
-            best_of[kv_homes] = point
+    ranked = sorted(itertools.product(*(axis or (0.0,) for axis in axes)), key=look)
+    best_by_homes: dict[tuple[float, ...], tuple[float, ...]] = {}
+    for point in ranked:
+        best_by_homes.setdefault(point[2:4], point)
     found: list[tuple[float, ...]] = []
-    for start in sorted(best_of.values(), key=look)[:keep]:
+    for start in dict.fromkeys([*ranked[:keep], *list(best_by_homes.values())[:keep]]):
         point, step = start, 0.5 / max(1, *(len(axis) for axis in axes))
         for _ in range(rounds):
             moves = [

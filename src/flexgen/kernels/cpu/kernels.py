@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, Self
+from collections.abc import Callable
+from typing import Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from flexgen.errors import EngineError
 from flexgen.kernels.cpu import decode, latent, pages, prefill
+from flexgen.kernels.cpu.checks import check_format, check_groups, check_layout, check_positions, check_shapes
 from flexgen.kernels.cpu.formats import bits, carried
 from flexgen.kernels.threads import SLICES_PER_THREAD, KernelThreads, split_evenly
 
-ITEM_TOKENS = 16  # what beginning a sequence costs, in tokens read
-WRITTEN_AT_ONCE = 64  # tokens for which another thread is worth waking
+ITEM_TOKENS = 16  # what beginning a work item costs, in tokens read
+MOVED_AT_ONCE = 64  # tokens for which another thread is worth waking
 HEADS_PER_TILE = 8
 
 
@@ -25,22 +26,22 @@ class CpuKernels:
         self._threads = KernelThreads(num_threads)
 
     def write_kv(self, key: Tensor, value: Tensor, key_pages: Tensor, value_pages: Tensor, page_ids: Tensor, page_offsets: Tensor) -> None:
-        _check(key.dtype, key_pages=key_pages, value_pages=value_pages)
-        arrays = (
-            bits(key.contiguous()),
-            bits(value.contiguous()),
-            bits(key_pages),
-            bits(value_pages),
-            _integers(page_ids),
-            _integers(page_offsets),
-        )
-        self._run_even(lambda begin, end: pages.write_kv(begin, end, *arrays), key.shape[0])
+        num_tokens, kv_heads, key_dim = key.shape
+        value_dim = value.shape[2]
+        _check_pages(key.dtype, key_pages, value_pages, kv_heads, key_dim, value_dim)
+        check_format(key.dtype, value=value)
+        check_shapes(value=(value, (num_tokens, kv_heads, value_dim)))
+        check_shapes(page_ids=(page_ids, (num_tokens,)), page_offsets=(page_offsets, (num_tokens,)))
+        new = bits(key.contiguous()), bits(value.contiguous())
+        arrays = *new, bits(key_pages), bits(value_pages), _integers(page_ids), _integers(page_offsets)
+        self._run_even(lambda begin, end: pages.write_kv(begin, end, *arrays), num_tokens)
 
     def gather_kv(self, key_pages: Tensor, value_pages: Tensor, page_table: Tensor, start: int, length: int) -> tuple[Tensor, Tensor]:
-        _check(key_pages.dtype, key_pages=key_pages, value_pages=value_pages)
-        _, kv_heads, key_dim, _ = key_pages.shape
-        key = torch.empty(length - start, kv_heads, key_dim, dtype=key_pages.dtype)
-        value = torch.empty(length - start, kv_heads, value_pages.shape[3], dtype=key_pages.dtype)
+        _, kv_heads, key_dim, page_tokens = key_pages.shape
+        value_dim = value_pages.shape[3]
+        _check_pages(key_pages.dtype, key_pages, value_pages, kv_heads, key_dim, value_dim)
+        check_positions(np.array([start]), np.array([length]), page_table.shape[0] * page_tokens)
+        key, value = (torch.empty(length - start, kv_heads, dim, dtype=key_pages.dtype) for dim in (key_dim, value_dim))
         arrays = bits(key_pages), bits(value_pages), _integers(page_table), start, bits(key), bits(value)
         self._run_even(lambda begin, end: pages.gather_kv(begin, end, *arrays), length - start)
         return key, value
@@ -59,17 +60,22 @@ class CpuKernels:
         softcap: float | None = None,
         sinks: Tensor | None = None,
     ) -> None:
-        _check(query.dtype, key_pages=key_pages, value_pages=value_pages, out=out)
-        _, kv_heads, key_dim, page_tokens = key_pages.shape
+        num_sequences, heads, key_dim = query.shape
+        kv_heads, value_dim, page_tokens = key_pages.shape[1], value_pages.shape[3], key_pages.shape[3]
+        check_groups(heads, kv_heads)
+        _check_pages(query.dtype, key_pages, value_pages, kv_heads, key_dim, value_dim)
+        _check_out(query.dtype, out, (num_sequences, heads, value_dim))
+        where = _where(num_sequences, page_tables, starts, lengths, page_tokens)
         number = _accumulator(query.dtype)
         arrays = (
-            *(carried(tensor) for tensor in (query.contiguous(), key_pages, value_pages)),
-            *(_integers(tensor) for tensor in (page_tables, starts, lengths)),
-            _sinks(sinks, number), number(scaling), number(softcap or 0), carried(out),
+            carried(query.contiguous()), carried(key_pages), carried(value_pages), *where,
+            _sinks(sinks, heads, number), number(scaling), number(softcap or 0), carried(out),
         )  # fmt: skip
-        size = decode.decode_workspace(query.shape[1] // kv_heads, key_dim, value_pages.shape[3], page_tokens)
-        costs = np.repeat(_visible(starts, lengths), kv_heads)
-        self._run(lambda begin, end: decode.decode_attention(begin, end, *arrays, _workspace(size, number)), costs)
+        size = decode.decode_workspace(heads // kv_heads, key_dim, value_dim, page_tokens)
+        self._run(
+            lambda begin, end: decode.decode_attention(begin, end, *arrays, _workspace(size, number)),
+            _costs(where, kv_heads),
+        )
 
     def prefill_attention(
         self,
@@ -83,18 +89,24 @@ class CpuKernels:
         softcap: float | None = None,
         sinks: Tensor | None = None,
     ) -> None:
-        _check(query.dtype, key=key, value=value, out=out, contiguous=("out",))
-        (num_queries, heads, key_dim), kv_heads = query.shape, key.shape[1]
-        number, group = _accumulator(query.dtype), heads // kv_heads
-        item_tokens = max(1, prefill.ROWS_PER_ITEM // group)
+        (num_queries, heads, key_dim), (num_positions, kv_heads, value_dim) = query.shape, value.shape
+        check_groups(heads, kv_heads)
+        check_format(query.dtype, key=key, value=value)
+        check_shapes(key=(key, (num_positions, kv_heads, key_dim)), starts=(starts, (num_queries,)))
+        _check_out(query.dtype, out, (num_queries, heads, value_dim))
+        first = np.maximum(_integers(starts), 0)
+        check_positions(first, np.arange(num_positions - num_queries, num_positions) + 1, num_positions)
+        number, item_tokens = _accumulator(query.dtype), max(1, prefill.ROWS_PER_ITEM // (heads // kv_heads))
         arrays = (
-            *(carried(tensor.contiguous()) for tensor in (query, key, value)),
-            _integers(starts), _sinks(sinks, number), number(scaling), number(softcap or 0), item_tokens, carried(out),
+            *(carried(tensor.contiguous()) for tensor in (query, key, value)), first,
+            _sinks(sinks, heads, number), number(scaling), number(softcap or 0), item_tokens, carried(out),
         )  # fmt: skip
-        size = prefill.prefill_workspace(item_tokens * group, key_dim, value.shape[2])
+        size = prefill.prefill_workspace(item_tokens * heads // kv_heads, key_dim, value_dim)
         num_items = -(-num_queries // item_tokens) * kv_heads
-        longest_first = [(item, item + 1) for item in reversed(range(num_items))]
-        self._threads.run(lambda begin, end: prefill.prefill_attention(begin, end, *arrays, _workspace(size, number)), longest_first)
+        self._threads.run(
+            lambda begin, end: prefill.prefill_attention(begin, end, *arrays, _workspace(size, number)),
+            [(item, item + 1) for item in reversed(range(num_items))],  # the last queries see the most: first
+        )
 
     def decode_latent_attention(
         self,
@@ -109,19 +121,24 @@ class CpuKernels:
         scaling: float,
         out: Tensor,
     ) -> None:
-        _check(query_latent.dtype, query_rope=query_rope, key_pages=key_pages, value_pages=value_pages, out=out)
-        (num_sequences, heads, rank), rope_dim = query_latent.shape, query_rope.shape[2]
+        (num_sequences, heads, rank), rope_dim, page_tokens = query_latent.shape, query_rope.shape[2], key_pages.shape[3]
+        check_format(query_latent.dtype, query_rope=query_rope)
+        check_shapes(query_rope=(query_rope, (num_sequences, heads, rope_dim)))
+        _check_pages(query_latent.dtype, key_pages, value_pages, 1, rank, rope_dim)
+        _check_out(query_latent.dtype, out, (num_sequences, heads, rank))
+        where = _where(num_sequences, page_tables, starts, lengths, page_tokens)
         number = _accumulator(query_latent.dtype)
-        items_per_sequence = -(-2 * self._threads.num_threads // max(num_sequences, 1))
-        item_heads = -(-heads // items_per_sequence // HEADS_PER_TILE) * HEADS_PER_TILE
+        wanted_items = -(-2 * self._threads.num_threads // max(num_sequences, 1))
+        item_heads = -(-heads // wanted_items // HEADS_PER_TILE) * HEADS_PER_TILE
         arrays = (
-            *(carried(tensor) for tensor in (query_latent.contiguous(), query_rope.contiguous(), key_pages, value_pages)),
-            *(_integers(tensor) for tensor in (page_tables, starts, lengths)),
-            _sinks(None, number), number(scaling), item_heads, carried(out),
+            *(carried(tensor.contiguous()) for tensor in (query_latent, query_rope)), carried(key_pages), carried(value_pages), *where,
+            _sinks(None, heads, number), number(scaling), item_heads, carried(out),
         )  # fmt: skip
-        size = latent.latent_workspace(item_heads, rank, rope_dim, key_pages.shape[3])
-        costs = np.repeat(_visible(starts, lengths), -(-heads // item_heads))
-        self._run(lambda begin, end: latent.decode_latent_attention(begin, end, *arrays, _workspace(size, number)), costs)
+        size = latent.latent_workspace(item_heads, rank, rope_dim, page_tokens)
+        self._run(
+            lambda begin, end: latent.decode_latent_attention(begin, end, *arrays, _workspace(size, number)),
+            _costs(where, -(-heads // item_heads)),
+        )
 
     def close(self) -> None:
         """End the threads. Idempotent."""
@@ -133,21 +150,43 @@ class CpuKernels:
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
-    def _run(self, function: Any, costs: np.ndarray) -> None:
+    def _run(self, function: Callable[[int, int], None], costs: np.ndarray) -> None:
         self._threads.run(function, split_evenly(costs, SLICES_PER_THREAD * self._threads.num_threads))
 
-    def _run_even(self, function: Any, num_tokens: int) -> None:
-        num_slices = min(self._threads.num_threads, -(-num_tokens // WRITTEN_AT_ONCE))
+    def _run_even(self, function: Callable[[int, int], None], num_tokens: int) -> None:
+        num_slices = min(self._threads.num_threads, -(-num_tokens // MOVED_AT_ONCE))
         self._threads.run(function, split_evenly(np.ones(num_tokens), num_slices))
 
 
-def _check(dtype: torch.dtype, *, contiguous: tuple[str, ...] | None = None, **tensors: Tensor) -> None:
-    """Compiled code trusts what it is given: refuse other formats and, where bytes are shared, other layouts."""
-    for name, tensor in tensors.items():
-        if tensor.dtype != dtype:
-            raise EngineError(f"{name} holds {tensor.dtype}, the others {dtype}")
-        if (contiguous is None or name in contiguous) and not tensor.is_contiguous():
-            raise EngineError(f"{name} is not contiguous: its strides are {tensor.stride()} for the shape {tuple(tensor.shape)}")
+Where = tuple[np.ndarray, np.ndarray, np.ndarray]  # page tables (S, max_pages), starts (S,), lengths (S,)
+
+
+def _check_pages(dtype: torch.dtype, key_pages: Tensor, value_pages: Tensor, kv_heads: int, key_dim: int, value_dim: int) -> None:
+    num_pages, page_tokens = key_pages.shape[0], key_pages.shape[-1]
+    check_format(dtype, key_pages=key_pages, value_pages=value_pages)
+    check_layout(key_pages=key_pages, value_pages=value_pages)
+    check_shapes(
+        key_pages=(key_pages, (None, kv_heads, key_dim, None)), value_pages=(value_pages, (num_pages, kv_heads, page_tokens, value_dim))
+    )
+
+
+def _check_out(dtype: torch.dtype, out: Tensor, shape: tuple[int, ...]) -> None:
+    check_format(dtype, out=out)
+    check_layout(out=out)
+    check_shapes(out=(out, shape))
+
+
+def _where(num_sequences: int, page_tables: Tensor, starts: Tensor, lengths: Tensor, page_tokens: int) -> Where:
+    check_shapes(page_tables=(page_tables, (num_sequences, None)), starts=(starts, (num_sequences,)), lengths=(lengths, (num_sequences,)))
+    where = _integers(page_tables), np.maximum(_integers(starts), 0), _integers(lengths)
+    check_positions(*where[1:], page_tables.shape[1] * page_tokens)
+    return where
+
+
+def _costs(where: Where, items_per_sequence: int) -> np.ndarray:
+    """Of every work item, in tokens read."""
+    _, starts, lengths = where
+    return np.repeat(lengths - starts + ITEM_TOKENS, items_per_sequence)
 
 
 def _accumulator(dtype: torch.dtype) -> type[np.floating]:
@@ -158,13 +197,12 @@ def _integers(tensor: Tensor) -> np.ndarray:
     return np.ascontiguousarray(tensor.numpy(), np.int64)
 
 
-def _sinks(sinks: Tensor | None, number: type[np.floating]) -> np.ndarray:
-    """(H,), or (0,) for none."""
-    return np.zeros(0, number) if sinks is None else sinks.detach().double().numpy().astype(number)
-
-
-def _visible(starts: Tensor, lengths: Tensor) -> np.ndarray:
-    return (lengths - starts).numpy() + ITEM_TOKENS
+def _sinks(sinks: Tensor | None, heads: int, number: type[np.floating]) -> np.ndarray:
+    """(heads,), or (0,) for none."""
+    if sinks is None:
+        return np.zeros(0, number)
+    check_shapes(sinks=(sinks, (heads,)))
+    return sinks.detach().double().numpy().astype(number)
 
 
 def _workspace(size: int, number: type[np.floating]) -> np.ndarray:

@@ -1,0 +1,42 @@
+"""What compiled code, which trusts its arguments, is never given: other formats, layouts, shapes or positions."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flexgen.errors import EngineError
+
+
+def check_format(dtype: torch.dtype, **tensors: Tensor) -> None:
+    """Refuse a tensor of another dtype."""
+    for name, tensor in tensors.items():
+        if tensor.dtype != dtype:
+            raise EngineError(f"{name} holds {tensor.dtype}, the others {dtype}")
+
+
+def check_layout(**tensors: Tensor) -> None:
+    """Refuse a tensor that is written, or too large to copy, and not contiguous."""
+    for name, tensor in tensors.items():
+        if not tensor.is_contiguous():
+            raise EngineError(f"{name} is not contiguous: its strides are {tensor.stride()} for the shape {tuple(tensor.shape)}")
+
+
+def check_shapes(**tensors: tuple[Tensor, tuple[int | None, ...]]) -> None:
+    """Refuse a tensor of another shape than stands beside it; None is any size."""
+    for name, (tensor, shape) in tensors.items():
+        if len(shape) != tensor.dim() or any(want not in (None, size) for want, size in zip(shape, tensor.shape, strict=True)):
+            raise EngineError(f"{name} has the shape {tuple(tensor.shape)}, not {tuple('any' if want is None else want for want in shape)}")
+
+
+def check_groups(heads: int, kv_heads: int) -> None:
+    """Refuse query heads that the key heads cannot share evenly."""
+    if heads % kv_heads:
+        raise EngineError(f"{heads} query heads cannot share {kv_heads} key heads evenly")
+
+
+def check_positions(starts: np.ndarray, lengths: np.ndarray, num_positions: int) -> None:
+    """Refuse sequences that see nothing, or more than their page tables hold."""
+    if lengths.size and ((starts >= lengths).any() or lengths.max() > num_positions):
+        raise EngineError(f"positions from {starts.tolist()} to {lengths.tolist()} in page tables of {num_positions} positions")

@@ -1,0 +1,291 @@
+"""The weight store with a fake skeleton: bound tensors equal the file's, under every mixture of homes, pass after pass."""
+
+import errno
+import os
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flexgen.errors import EngineError, StorageError
+from flexgen.memory.direct_io import FileSet, IOPool, plan_extents
+from flexgen.memory.ring import ByteRing
+from flexgen.memory.transfer import SimulatedDevice
+from flexgen.memory.unit import UnitLayout, UnitTensor, packed_offsets
+from flexgen.memory.weights import WeightStore, spread_homes
+
+NUM_UNITS = 9
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in the file: its own pieces, its own source."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    is_view: bool = True
+
+    @property
+    def nbytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+    @property
+    def pieces(self) -> list["Stored"]:
+        return [self]
+
+    def assemble(self, raws: list[torch.Tensor], out: torch.Tensor) -> None:
+        out.copy_(raws[0].view(self.shape))
+
+
+class FakeModel:
+    """Remembers what is bound, and that everything is unbound before it is bound again."""
+
+    def __init__(self) -> None:
+        self.bound: dict[tuple[int, str], torch.Tensor] = {}
+
+    def bind(self, unit: int, module: str, parameter: str, tensor: torch.Tensor) -> None:
+        assert (unit, parameter) not in self.bound
+        self.bound[unit, parameter] = tensor
+
+    def unbind(self, unit: int, module: str, parameter: str) -> None:
+        del self.bound[unit, parameter]
+
+
+@dataclass
+class Written:
+    """A file of units, their layouts, and what they hold, in float32."""
+
+    layouts: list[UnitLayout]
+    values: dict[tuple[int, str], torch.Tensor]
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Written:
+    """Units of unequal sizes; each has a plain tensor, one at an odd offset, and one that is cast (every third only casts)."""
+    path = tmp_path_factory.mktemp("weights") / "file"
+    content, layouts, values = bytearray(b"header!"), [], {}
+    generator = torch.Generator().manual_seed(0)
+    for unit in range(NUM_UNITS):
+        names = ["cast"] if unit % 3 == 2 else ["plain", "odd", "cast"]
+        ranges, wanted = [], []
+        for name in names:
+            dtype = torch.float16 if name == "cast" else torch.float32
+            value = torch.randn(5 + unit, 100 * (unit + 1), generator=generator).to(dtype)
+            content += bytes((1 if name == "odd" else -len(content)) % 8)
+            ranges.append((path, len(content), value.nbytes))
+            wanted.append((name, Stored(tuple(value.shape), dtype)))
+            content += value.numpy().tobytes()
+            values[unit, name] = value.float()
+        layouts.append(_layout(unit, ranges, wanted))
+    path.write_bytes(content)
+    return Written(layouts, values)
+
+
+def _layout(unit: int, ranges: list[tuple[Path, int, int]], wanted: list[tuple[str, Stored]]) -> UnitLayout:
+    extents, positions, staging_bytes = plan_extents(ranges)
+    offsets, packed_bytes = packed_offsets([torch.Size(stored.shape).numel() * 4 for _, stored in wanted])
+    tensors = tuple(
+        UnitTensor(
+            module="m", parameter=name, shape=stored.shape, dtype=torch.float32, source=stored,
+            positions=(position,), packed_offset=offset,
+        )
+        for (name, stored), position, offset in zip(wanted, positions, offsets, strict=True)
+    )  # fmt: skip
+    return UnitLayout(
+        index=unit, name=f"unit {unit}", tensors=tensors, extents=tuple(extents), staging_bytes=staging_bytes, packed_bytes=packed_bytes
+    )
+
+
+class Opened:
+    """A store with all that it needs."""
+
+    def __init__(self, written: Written, homes: list[str], device: bool, *, slots: int = 3) -> None:
+        self.written, self.model = written, FakeModel()
+        self.backend = SimulatedDevice(8 << 20) if device else None
+        self.io, self.files = IOPool(2), FileSet()
+        self.store = WeightStore(
+            written.layouts, homes, self.model, self.io, self.files, backend=self.backend,
+            host_ring_bytes=slots * max(layout.staging_bytes for layout in written.layouts),
+            device_ring_bytes=slots * max(layout.packed_bytes for layout in written.layouts), poison=True,
+        )  # fmt: skip
+
+    def __enter__(self) -> "Opened":
+        self.store.load_residents()
+        self.store.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.store.close()
+        self.io.close()
+        self.files.close()
+        if self.backend is not None:
+            self.backend.close()
+
+    def wait(self, unit: int) -> None:
+        """Until a unit is ready, as the sweep does."""
+        for _ in range(100):
+            if self.store.is_ready(unit):
+                return
+            self.store.wait_arrival(0.1, lambda: self.store.is_ready(unit))
+        raise AssertionError(f"unit {unit} never arrived")
+
+    def check(self, unit: int) -> None:
+        names = [tensor.parameter for tensor in self.written.layouts[unit].tensors]
+        for name in names:
+            assert torch.equal(self.model.bound[unit, name], self.written.values[unit, name])
+
+
+MIXTURES = {
+    "cpu, host": (["host"] * NUM_UNITS, False),
+    "cpu, disk": (["disk"] * NUM_UNITS, False),
+    "cpu, mixed": (["host", "disk", "disk"] * 3, False),
+    "sim, device": (["device"] * NUM_UNITS, True),
+    "sim, host": (["host"] * NUM_UNITS, True),
+    "sim, disk": (["disk"] * NUM_UNITS, True),
+    "sim, mixed": (["device", "host", "disk", "disk", "host", "device", "host", "disk", "device"], True),
+}
+
+
+@pytest.fixture(params=list(MIXTURES))
+def opened(request: pytest.FixtureRequest, written: Written) -> Iterator[Opened]:
+    homes, device = MIXTURES[request.param]
+    with Opened(written, homes, device) as opened:
+        yield opened
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_bound_tensors_are_the_files(opened: Opened, lag: int) -> None:
+    """`lag`: units that stay open behind the front, as when one micro-batch is slower."""
+    for _ in range(4):
+        for unit in range(NUM_UNITS):
+            opened.wait(unit)
+            opened.store.open(unit)
+            opened.store.open(unit)  # a second micro-batch enters
+            for each in range(max(unit - lag, 0), unit + 1):
+                opened.check(each)
+            if unit >= lag:
+                opened.store.release(unit - lag)
+        for unit in range(NUM_UNITS - lag, NUM_UNITS):
+            opened.store.release(unit)
+    streamed = {unit for unit, home in enumerate(opened.store._homes) if home == "disk" or (opened.backend and home == "host")}
+    assert not any(unit in streamed for unit, _ in opened.model.bound)
+
+
+def test_a_released_unit_is_poisoned(opened: Opened) -> None:
+    """A use after release shows as NaN, unless the next unit has arrived in its place."""
+    opened.wait(0)
+    opened.store.open(0)
+    kept = {name: tensor for (unit, name), tensor in opened.model.bound.items() if unit == 0}
+    resident = 0 not in opened.store._streamed
+    opened.store.release(0)
+    for name, tensor in kept.items():
+        assert torch.equal(tensor, opened.written.values[0, name]) == resident
+
+
+def test_the_rings_stay_within_their_capacity(written: Written, monkeypatch: pytest.MonkeyPatch) -> None:
+    most: dict[int, int] = {}
+    really = ByteRing.take
+
+    def take(ring: ByteRing, size_bytes: int):  # noqa: ANN202
+        slot = really(ring, size_bytes)
+        if slot is not None:
+            assert slot.offset + slot.size <= ring.capacity_bytes
+            held = sum(each.size for each in ring._slots)
+            most[id(ring)] = max(most.get(id(ring), 0), held)
+            assert held <= ring.capacity_bytes
+        return slot
+
+    monkeypatch.setattr(ByteRing, "take", take)
+    with Opened(written, ["disk"] * NUM_UNITS, True, slots=2) as opened:
+        for unit in range(NUM_UNITS):
+            opened.wait(unit)
+            opened.store.open(unit)
+            opened.store.release(unit)
+        assert opened.backend is not None
+        assert opened.backend.used_bytes == opened.store._device_ring.capacity_bytes
+    assert len(most) == 2
+
+
+@pytest.mark.parametrize("device", [False, True])
+def test_a_failing_read_is_raised_in_the_sweep(written: Written, monkeypatch: pytest.MonkeyPatch, device: bool) -> None:
+    really, limit = os.preadv, written.layouts[4].extents[0].offset
+
+    def failing(fd: int, buffers: list[memoryview], offset: int) -> int:
+        if offset >= limit:
+            raise OSError(errno.EIO, "Input/output error")
+        return really(fd, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", failing)
+    with Opened(written, ["disk"] * NUM_UNITS, device) as opened:
+
+        def sweep() -> None:
+            for unit in range(5):
+                opened.wait(unit)
+                opened.store.open(unit)
+                opened.store.release(unit)
+
+        with pytest.raises(StorageError, match="Input/output error"):
+            sweep()
+
+
+@pytest.mark.parametrize("device", [False, True])
+def test_a_file_that_vanished_is_raised_in_the_sweep(written: Written, monkeypatch: pytest.MonkeyPatch, device: bool) -> None:
+    monkeypatch.setattr(FileSet, "__getitem__", lambda self, path: (_ for _ in ()).throw(StorageError(f"cannot open {path}")))
+    with Opened(written, ["disk"] * NUM_UNITS, device) as opened, pytest.raises(StorageError, match="cannot open"):
+        opened.wait(0)
+
+
+@pytest.mark.parametrize("device", [False, True])
+def test_a_unit_that_cannot_fit_its_ring(written: Written, device: bool) -> None:
+    with Opened(written, ["disk"] * NUM_UNITS, device) as opened:
+        pass
+    opened = Opened(written, ["disk"] * NUM_UNITS, device)
+    opened.store._host_ring = ByteRing(100)
+    with opened, pytest.raises(EngineError, match="cannot fit"):
+        opened.wait(0)
+
+
+@pytest.mark.parametrize("device", [False, True])
+def test_close_while_reads_are_in_flight(written: Written, monkeypatch: pytest.MonkeyPatch, device: bool) -> None:
+    begun, may_go_on, really = threading.Event(), threading.Event(), os.preadv
+
+    def slow(fd: int, buffers: list[memoryview], offset: int) -> int:
+        begun.set()
+        may_go_on.wait(10)
+        return really(fd, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", slow)
+    with Opened(written, ["disk"] * NUM_UNITS, device) as opened:
+        assert begun.wait(10)
+        threads = list(opened.store._threads)
+        threading.Timer(0.05, may_go_on.set).start()
+    assert not any(thread.is_alive() for thread in threads)
+
+
+def test_units_come_in_order_only(written: Written) -> None:
+    with Opened(written, ["disk"] * NUM_UNITS, False) as opened:
+        opened.wait(0)
+        with pytest.raises(EngineError, match="unit 1 is wanted, unit 0 is next"):
+            opened.store.is_ready(1)
+
+
+@given(
+    st.lists(st.integers(1, 100), min_size=1, max_size=80),
+    st.tuples(*[st.integers(0, 10)] * 3).filter(any),
+)
+def test_homes_honour_the_shares_to_within_one_unit(sizes: list[int], weights: tuple[int, int, int]) -> None:
+    """At every depth, not only in total: each tier is spread evenly."""
+    shares = {tier: weight / sum(weights) for tier, weight in zip(("device", "host", "disk"), weights, strict=True)}
+    homes = spread_homes(sizes, shares)
+    given_bytes, seen = dict.fromkeys(shares, 0), 0
+    for size, home in zip(sizes, homes, strict=True):
+        seen += size
+        given_bytes[home] += size
+        for tier, share in shares.items():
+            assert share > 0 or given_bytes[tier] == 0
+            assert given_bytes[tier] <= share * seen + max(sizes)

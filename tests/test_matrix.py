@@ -1,0 +1,319 @@
+"""Placement cannot change answers: every home, schedule, block and micro-batch size, on a CPU device and on the hostile
+simulated one, gives the tokens of transformers' `generate` in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from flexgen.engine.admission import LengthForecast
+from flexgen.engine.engine import Engine
+from flexgen.engine.sampler import sample
+from flexgen.memory.kv_cache import PagePool
+from flexgen.memory.kv_disk import DiskPlace
+from flexgen.memory.transfer import SimulatedDevice
+from flexgen.models.loading import load_model
+from flexgen.plan.machine import Machine
+from flexgen.plan.policy import Fractions, Policy
+from flexgen.request import TokenRequest, TokenResult
+
+# Prompts of one token, of whole pages, of whole micro-batches and one more, of several micro-batches.
+PROMPT_LENS = (1, 2, 16, 17, 33, 64, 65, 3, 129, 150)
+MAX_TOKENS = (20, 1, 7, 16, 2, 20, 12, 5, 3, 9)
+SAMPLING = (
+    {"temperature": 1.0},
+    {"temperature": 0.7, "top_p": 0.9, "seed": 1},
+    {"temperature": 1.3, "top_k": 40, "seed": -7},
+    {"temperature": 0.9, "top_p": 0.5, "top_k": 10, "seed": 2**40},
+)
+PAGE_TOKENS = 16
+MACHINE = Machine(
+    name="test", measured="", cores=2, disk_read_bytes_per_s=1e9, disk_write_bytes_per_s=1e9, host_memory_bytes_per_s=1e10,
+    host_to_device_bytes_per_s=1e10, device_to_host_bytes_per_s=1e10, dense_flops={"float32": 1e11},
+    dense_rows={}, attention_flops={},
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A trained model, what it is asked, and what transformers answers."""
+
+    folder: Path
+    config: Any
+    requests: tuple[TokenRequest, ...]
+    answers: dict[int, tuple[int, ...]]
+    token_bytes: int  # of KV
+
+    def pool_bytes(self, num_tokens: int) -> int:
+        return num_tokens * self.token_bytes
+
+
+@pytest.fixture(scope="module", params=["novels_opt", "novels_qwen3"])
+def checkpoint(request: pytest.FixtureRequest) -> Checkpoint:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    folder = request.getfixturevalue(request.param)
+    config = AutoConfig.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    generator = torch.Generator().manual_seed(0)
+
+    def prompt(length: int) -> tuple[int, ...]:
+        return tuple(torch.randint(5, config.vocab_size, (length,), generator=generator).tolist())
+
+    greedy = [
+        TokenRequest(index=index, prompt_token_ids=prompt(length), max_tokens=max_tokens)
+        for index, (length, max_tokens) in enumerate(zip(PROMPT_LENS, MAX_TOKENS, strict=True))
+    ]
+    sampled = [TokenRequest(index=100 + i, prompt_token_ids=prompt(20 + i), max_tokens=8, **how) for i, how in enumerate(SAMPLING)]
+    with torch.no_grad():
+        answers = {each.index: _generate(model, each) for each in greedy} | {each.index: _draw(model, each) for each in sampled}
+    heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
+    head_dim = getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
+    token_bytes = config.num_hidden_layers * 2 * heads * head_dim * 4
+    return Checkpoint(folder, config, (*greedy, *sampled), answers, token_bytes)
+
+
+def _generate(model: Any, request: TokenRequest) -> tuple[int, ...]:
+    ids = torch.tensor([request.prompt_token_ids])
+    done = model.generate(
+        ids, attention_mask=torch.ones_like(ids), do_sample=False, eos_token_id=None, pad_token_id=0,
+        max_new_tokens=request.max_tokens, min_new_tokens=request.max_tokens,
+    )  # fmt: skip
+    return tuple(done[0, ids.shape[1] :].tolist())
+
+
+def _draw(model: Any, request: TokenRequest) -> tuple[int, ...]:
+    """Samples from transformers' logits, each forward from scratch."""
+    tokens = list(request.prompt_token_ids)
+    for _ in range(request.max_tokens):
+        logits = model(torch.tensor([tokens])).logits[:, -1]
+        tokens += sample(logits, [request], [len(tokens)])
+    return tuple(tokens[len(request.prompt_token_ids) :])
+
+
+def policy(device: str, **changed: Any) -> Policy:
+    return Policy(**({
+        "device": device, "dtype": "float32", "weights": Fractions(host=1), "kv": Fractions(host=1), "kv_device_bytes": 0,
+        "kv_host_bytes": 0, "kv_disk_bytes": 0, "host_ring_bytes": 4 << 20, "device_ring_bytes": 0 if device == "cpu" else 4 << 20,
+        "workspace_bytes": 1 << 20, "embedding_resident": False, "schedule": "diagonal", "max_num_seqs": 7, "prefill_tokens": 128,
+        "micro_batch_tokens": 64, "page_tokens": PAGE_TOKENS, "compute_threads": 1, "io_threads": 2,
+    } | changed))  # fmt: skip
+
+
+class Run:
+    """One engine and what it answered; checks on the way that no budget is exceeded and nothing unwritten is read."""
+
+    def __init__(self, checkpoint: Checkpoint, chosen: Policy, folder: Path, *, device_bytes: int = 0) -> None:
+        self.policy, self.requests = chosen, checkpoint.requests
+        self.backend = SimulatedDevice(device_bytes, max_delay_seconds=0.0002) if chosen.device == "sim" else None
+        model = load_model(checkpoint.folder, checkpoint.config, torch.float32)
+        self.engine = Engine(model, chosen, MACHINE, backend=self.backend, offload_dir=folder, poison=True)
+        for pool in self.engine.cache.pools.values():
+            if isinstance(pool, PagePool):
+                for pages in (*pool.keys, *pool.values):
+                    pages.fill_(torch.nan)
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.engine.close()
+
+    def results(self, requests: Any = None) -> dict[int, TokenResult]:
+        results = {result.index: result for result in self.engine.generate(self.requests if requests is None else requests)}
+        self.check_budgets()
+        return results
+
+    def answers(self) -> dict[int, tuple[int, ...]]:
+        return {index: result.token_ids for index, result in self.results().items()}
+
+    def check_budgets(self) -> None:
+        chosen, cache = self.policy, self.engine.cache
+        granted = {"device": chosen.kv_device_bytes, "host": chosen.kv_host_bytes, "disk": chosen.kv_disk_bytes}
+        for tier, pool in cache.pools.items():
+            size = sum(count * group.page_bytes for count, group in zip(pool.num_pages, cache.groups, strict=True))
+            assert cache.peak_bytes[tier] <= size <= granted[tier]
+            assert cache.used_bytes[tier] == 0
+            free = [pages.num_free for pages in pool._free]  # type: ignore[attr-defined]
+            assert free == pool.num_pages, "every page came back"
+        if self.backend is not None:
+            homes = zip(self.engine.model.layouts, self.engine.homes, strict=True)
+            resident = sum(layout.packed_bytes for layout, home in homes if home == "device")
+            assert self.backend.used_bytes <= resident + chosen.kv_device_bytes + chosen.device_ring_bytes + 1024
+
+
+@pytest.fixture(autouse=True)
+def _staging_stays_within_its_budget(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    really = DiskPlace._take
+    problems: list[str] = []
+
+    def take(place: DiskPlace, view: Any, group: int) -> Any:
+        staged = really(place, view, group)
+        with place._lock:
+            if len(place._staged) and place._in_use > place._staging_bytes:
+                problems.append(f"{place._in_use} of {place._staging_bytes} bytes")
+        return staged
+
+    monkeypatch.setattr(DiskPlace, "_take", take)
+    yield
+    assert not problems
+
+
+@dataclass(frozen=True)
+class Case:
+    """A point of the matrix; `kv` in tokens per tier."""
+
+    device: str
+    weights: dict[str, float]
+    kv: dict[str, int]
+    schedule: str
+    max_num_seqs: int
+    micro_batch_tokens: int
+    embedding_resident: bool = False
+
+    def __str__(self) -> str:
+        weights = ",".join(f"{tier}={share}" for tier, share in self.weights.items())
+        kv = ",".join(f"{tier}={tokens}" for tier, tokens in self.kv.items())
+        return f"{self.device} {self.schedule} weights {weights} kv {kv} block {self.max_num_seqs} micro-batch {self.micro_batch_tokens}"
+
+    def policy(self, checkpoint: Checkpoint) -> Policy:
+        total = sum(self.kv.values())
+        sizes = {f"kv_{tier}_bytes": checkpoint.pool_bytes(tokens) for tier, tokens in self.kv.items()}
+        return policy(
+            self.device, weights=Fractions(**self.weights), kv=Fractions(**{tier: n / total for tier, n in self.kv.items()}), **sizes,
+            kv_staging_bytes=checkpoint.pool_bytes(256) // 2 if "disk" in self.kv else 0, schedule=self.schedule,
+            max_num_seqs=self.max_num_seqs, micro_batch_tokens=self.micro_batch_tokens, embedding_resident=self.embedding_resident,
+        )  # fmt: skip
+
+
+ROOM, TIGHT = 2048, 336  # tokens of KV: for everything at once; for two or three sequences
+CASES = [
+    # each tier alone
+    Case("cpu", {"host": 1.0}, {"host": ROOM}, "diagonal", 16, 4096, embedding_resident=True),
+    Case("cpu", {"disk": 1.0}, {"host": ROOM}, "diagonal", 5, 64),
+    Case("cpu", {"disk": 1.0}, {"disk": ROOM}, "diagonal", 16, 64),
+    Case("sim", {"device": 1.0}, {"device": ROOM}, "diagonal", 5, 64, embedding_resident=True),
+    Case("sim", {"host": 1.0}, {"host": ROOM}, "diagonal", 16, 64),
+    Case("sim", {"disk": 1.0}, {"disk": ROOM}, "diagonal", 5, 64),
+    # mixed
+    Case("cpu", {"host": 0.5, "disk": 0.5}, {"host": ROOM, "disk": ROOM}, "diagonal", 16, 32),
+    Case("sim", {"device": 0.2, "host": 0.3, "disk": 0.5}, {"device": ROOM, "host": ROOM, "disk": ROOM}, "diagonal", 16, 64),
+    Case("sim", {"device": 0.5, "disk": 0.5}, {"device": 640, "host": ROOM}, "diagonal", 7, 17),
+    # schedules
+    Case("cpu", {"host": 0.3, "disk": 0.7}, {"host": ROOM}, "zigzag", 6, 64),
+    Case("cpu", {"disk": 1.0}, {"host": ROOM}, "row", 16, 64),
+    Case("sim", {"host": 0.6, "disk": 0.4}, {"device": ROOM, "host": ROOM, "disk": ROOM}, "zigzag", 16, 32),
+    Case("sim", {"device": 0.4, "host": 0.6}, {"host": ROOM}, "row", 16, 128),
+    Case("cpu", {"host": 1.0}, {"disk": ROOM}, "zigzag", 5, 16),
+    # block and micro-batch sizes; pools that hold a few sequences only
+    Case("cpu", {"host": 0.9, "disk": 0.1}, {"host": TIGHT}, "diagonal", 16, 64),
+    Case("cpu", {"disk": 1.0}, {"host": TIGHT, "disk": TIGHT}, "diagonal", 16, 8),
+    Case("sim", {"host": 0.5, "disk": 0.5}, {"device": TIGHT, "host": TIGHT, "disk": TIGHT}, "diagonal", 16, 64),
+    Case("cpu", {"host": 1.0}, {"host": ROOM}, "diagonal", 1, 64),
+    Case("cpu", {"host": 1.0}, {"host": ROOM}, "diagonal", 16, 1),
+    Case("sim", {"device": 1.0}, {"host": ROOM}, "diagonal", 16, 16),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_answers_are_those_of_transformers(checkpoint: Checkpoint, case: Case, tmp_path: Path) -> None:
+    with Run(checkpoint, case.policy(checkpoint), tmp_path, device_bytes=64 << 20) as run:
+        assert run.answers() == checkpoint.answers
+        assert run.engine.counts.preemptions == 0, "forecasts were right"
+        assert not any(tmp_path.iterdir()), "spill files are unlinked"
+
+
+def test_a_second_run_of_the_same_engine(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    case = Case("sim", {"host": 0.5, "disk": 0.5}, {"device": ROOM, "host": ROOM}, "diagonal", 5, 64)
+    with Run(checkpoint, case.policy(checkpoint), tmp_path, device_bytes=64 << 20) as run:
+        assert run.answers() == checkpoint.answers
+        partial = run.engine.generate(checkpoint.requests)
+        next(partial)
+        partial.close()  # abandoned between two passes
+        assert run.answers() == checkpoint.answers
+
+
+@pytest.mark.parametrize(
+    ("device", "kv"),
+    [("cpu", {"host": 240}), ("cpu", {"disk": 240}), ("sim", {"device": 240}), ("sim", {"host": 240}), ("sim", {"disk": 240})],
+    ids=str,
+)
+@pytest.mark.parametrize("schedule", ["diagonal", "zigzag"])
+def test_wrong_forecasts_are_repaired(
+    checkpoint: Checkpoint, device: str, kv: dict[str, int], schedule: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Answers that last longer than expected run the pools dry: sequences are preempted and computed again."""
+    monkeypatch.setattr(LengthForecast, "expect", lambda self, max_tokens: 1)
+    case = Case(device, {"host": 0.7, "disk": 0.3}, kv, schedule, 16, 64)
+    with Run(checkpoint, case.policy(checkpoint), tmp_path, device_bytes=64 << 20) as run:
+        results = run.results()
+        assert {index: result.token_ids for index, result in results.items()} == checkpoint.answers
+        preemptions = run.engine.counts.preemptions
+        assert preemptions == sum(result.num_preemptions for result in results.values()) > 0
+
+
+@pytest.mark.parametrize("schedule", ["diagonal", "zigzag", "row"])
+@pytest.mark.parametrize("device", ["cpu", "sim"])
+def test_a_request_that_never_fits_fails_alone(checkpoint: Checkpoint, schedule: str, device: str, tmp_path: Path) -> None:
+    """Too long a prompt, and too long an answer; before, among and after others."""
+    case = Case(device, {"host": 1.0}, {"host": 192}, schedule, 16, 64)
+    too_long = TokenRequest(index=7000, prompt_token_ids=tuple(range(5, 205)), max_tokens=1)
+    too_many = TokenRequest(index=7001, prompt_token_ids=(5, 6), max_tokens=200)
+    just_fits = TokenRequest(index=7002, prompt_token_ids=(5,) * 191, max_tokens=2)
+    requests = [too_long, *checkpoint.requests[:4], too_many, *checkpoint.requests[4:], just_fits]
+    with Run(checkpoint, case.policy(checkpoint), tmp_path, device_bytes=64 << 20) as run:
+        results = run.results(requests)
+    for refused in (too_long, too_many):
+        error = results.pop(refused.index).error
+        assert error is not None
+        assert error.code == "kv_cache_too_small"
+    assert len(results.pop(just_fits.index).token_ids) == 2
+    assert {index: result.token_ids for index, result in results.items()} == checkpoint.answers
+    assert run.engine.counts.errors == 2
+
+
+def test_only_requests_that_never_fit(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    case = Case("cpu", {"host": 1.0}, {"host": 64}, "diagonal", 16, 64)
+    requests = [TokenRequest(index=i, prompt_token_ids=(5,) * 100, max_tokens=3) for i in range(3)]
+    with Run(checkpoint, case.policy(checkpoint), tmp_path) as run:
+        assert all(result.error is not None for result in run.results(requests).values())
+        assert run.results([]) == {}
+
+
+def test_a_row_that_is_not_finite_fails_alone(checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    doomed = (3, 101)  # request indices whose second token has no finite logits
+
+    def broken(logits: torch.Tensor, requests: Any, positions: Any) -> Any:
+        for row, (request, position) in enumerate(zip(requests, positions, strict=True)):
+            if request.index in doomed and position == len(request.prompt_token_ids) + 1:
+                logits[row, 17] = torch.nan
+        return sample(logits, requests, positions)
+
+    monkeypatch.setattr("flexgen.engine.engine.sample", broken)
+    case = Case("cpu", {"host": 0.5, "disk": 0.5}, {"host": ROOM}, "diagonal", 16, 64)
+    with Run(checkpoint, case.policy(checkpoint), tmp_path) as run:
+        results = run.results()
+    for index in doomed:
+        failed = results.pop(index)
+        assert failed.finish_reason == "error"
+        assert failed.error is not None
+        assert failed.error.code == "non_finite_logits"
+    assert {index: result.token_ids for index, result in results.items()} == {
+        index: answer for index, answer in checkpoint.answers.items() if index not in doomed
+    }
+
+
+def test_a_stop_token_ends_the_answer(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    whole = checkpoint.answers[0]
+    stop = whole[len(whole) // 2]
+    wanted = whole[: whole.index(stop) + 1]
+    request = TokenRequest(index=0, prompt_token_ids=checkpoint.requests[0].prompt_token_ids, max_tokens=20, stop_token_ids=frozenset({stop}))
+    case = Case("cpu", {"host": 1.0}, {"host": ROOM}, "diagonal", 4, 64)
+    with Run(checkpoint, case.policy(checkpoint), tmp_path) as run:
+        result = run.results([request])[0]
+    assert (result.token_ids, result.finish_reason) == (wanted, "stop")
