@@ -252,7 +252,7 @@ class WeightStore:
             events.append(self._backend.copy_in(destination[: packed.numel()], packed, after))
         else:
             assert self._host_buffer is not None
-        assert visit.host_slot is not None
+            assert visit.host_slot is not None
             slot = visit.host_slot
             staging = self._host_buffer.tensor[slot.offset : slot.offset + slot.size]
             for tensor in layout.tensors:
@@ -302,7 +302,7 @@ class WeightStore:
         scratch: list[torch.Tensor] = []
         if self._backend is not None:
             assert self._device_buffer is not None
-        assert visit.device_slot is not None
+            assert visit.device_slot is not None
             for event in visit.events:
                 self._backend.await_in(event)
             packed = self._device_buffer[visit.device_slot.offset : visit.device_slot.offset + visit.device_slot.size]

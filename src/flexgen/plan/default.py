@@ -51,7 +51,7 @@ SECONDS_PER_PASS, SECONDS_PER_UNIT_AND_MICRO_BATCH, SECONDS_PER_STREAMED_UNIT, C
 # Live sequences vary around what the pools hold on average.
 SEQUENCE_SLACK = 1.15
 # Between plans that are about as fast, the one with shorter passes (results come sooner, forecasts matter less), that moves
-# fewer weights (what does not move is never late), and that leaves the disk's other users and its life alone.
+# less (what does not move is never late), and that leaves the disk's other users and its life alone.
 LONG_PASS_PENALTY, MOVING_PENALTY, SPILL_PENALTY = 0.02, 0.02, 0.15
 # What is planned for when nothing is known of the job.
 NOMINAL_WORKLOAD = Workload(prompt_lens=(512,) * 256, output_lens=(128,) * 256)
@@ -235,7 +235,7 @@ class _Planner:
                 if policy not in known:
                     known[policy] = extrapolated(self.spec, policy, sample, scale, lambda played: self._seconds(played, policy))
                 refused, seconds = known[policy]
-                moving = 1 - getattr(policy.weights, self.computing)
+                moving = 2 - getattr(policy.weights, self.computing) - getattr(policy.kv, self.computing)
                 penalty = LONG_PASS_PENALTY * point[4] + MOVING_PENALTY * moving + SPILL_PENALTY * policy.kv.disk
                 return refused, seconds * (1 + penalty)
 
