@@ -3,6 +3,9 @@ simulated one, gives the tokens of transformers' `generate` in float32."""
 
 from __future__ import annotations
 
+import errno
+import os
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +17,7 @@ import torch
 from flexgen.engine.admission import LengthForecast
 from flexgen.engine.engine import Engine
 from flexgen.engine.sampler import sample
+from flexgen.errors import StorageError
 from flexgen.memory.kv_cache import PagePool
 from flexgen.memory.kv_disk import DiskPlace
 from flexgen.memory.transfer import SimulatedDevice
@@ -31,6 +35,7 @@ SAMPLING = (
     {"temperature": 1.3, "top_k": 40, "seed": -7},
     {"temperature": 0.9, "top_p": 0.5, "top_k": 10, "seed": 2**40},
 )
+CROWD = [(27 + index, 20 - index) for index in range(6)]  # (prompt, answer): two pages each at first, three soon
 PAGE_TOKENS = 16
 MACHINE = Machine(
     name="test", measured="", cores=2, disk_read_bytes_per_s=1e9, disk_write_bytes_per_s=1e9, host_memory_bytes_per_s=1e10,
@@ -47,6 +52,8 @@ class Checkpoint:
     config: Any
     requests: tuple[TokenRequest, ...]
     answers: dict[int, tuple[int, ...]]
+    crowd: tuple[TokenRequest, ...]  # another job
+    crowd_answers: dict[int, tuple[int, ...]]
     token_bytes: int  # of KV
 
     def pool_bytes(self, num_tokens: int) -> int:
@@ -70,12 +77,14 @@ def checkpoint(request: pytest.FixtureRequest) -> Checkpoint:
         for index, (length, max_tokens) in enumerate(zip(PROMPT_LENS, MAX_TOKENS, strict=True))
     ]
     sampled = [TokenRequest(index=100 + i, prompt_token_ids=prompt(20 + i), max_tokens=8, **how) for i, how in enumerate(SAMPLING)]
+    crowd = [TokenRequest(index=i, prompt_token_ids=prompt(length), max_tokens=answer) for i, (length, answer) in enumerate(CROWD)]
     with torch.no_grad():
         answers = {each.index: _generate(model, each) for each in greedy} | {each.index: _draw(model, each) for each in sampled}
+        crowd_answers = {each.index: _generate(model, each) for each in crowd}
     heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
     head_dim = getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
     token_bytes = config.num_hidden_layers * 2 * heads * head_dim * 4
-    return Checkpoint(folder, config, (*greedy, *sampled), answers, token_bytes)
+    return Checkpoint(folder, config, (*greedy, *sampled), answers, tuple(crowd), crowd_answers, token_bytes)
 
 
 def _generate(model: Any, request: TokenRequest) -> tuple[int, ...]:
@@ -123,6 +132,7 @@ class Run:
 
     def __exit__(self, *_: object) -> None:
         self.engine.close()
+        assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("flexgen")], "threads that nobody ended"
 
     def results(self, requests: Any = None) -> dict[int, TokenResult]:
         results = {result.index: result for result in self.engine.generate(self.requests if requests is None else requests)}
@@ -155,7 +165,7 @@ def _staging_stays_within_its_budget(monkeypatch: pytest.MonkeyPatch) -> Iterato
     def take(place: DiskPlace, view: Any, group: int) -> Any:
         staged = really(place, view, group)
         with place._lock:
-            if len(place._staged) and place._in_use > place._staging_bytes:
+            if place._staged and place._in_use > place._staging_bytes and not place._starved:
                 problems.append(f"{place._in_use} of {place._staging_bytes} bytes")
         return staged
 
@@ -239,27 +249,32 @@ def test_a_second_run_of_the_same_engine(checkpoint: Checkpoint, tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("device", "kv"),
-    [("cpu", {"host": 240}), ("cpu", {"disk": 240}), ("sim", {"device": 240}), ("sim", {"host": 240}), ("sim", {"disk": 240})],
-    ids=str,
+    ("device", "tier", "schedule"),
+    [
+        ("cpu", "host", "diagonal"),
+        ("cpu", "disk", "diagonal"),
+        ("sim", "device", "diagonal"),
+        ("sim", "host", "diagonal"),
+        ("sim", "disk", "diagonal"),
+        ("sim", "host", "zigzag"),
+        ("cpu", "host", "row"),
+    ],
 )
-@pytest.mark.parametrize("schedule", ["diagonal", "zigzag"])
 def test_wrong_forecasts_are_repaired(
-    checkpoint: Checkpoint, device: str, kv: dict[str, int], schedule: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Checkpoint, device: str, tier: str, schedule: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Answers that last longer than expected run the pools dry: sequences are preempted and computed again."""
     monkeypatch.setattr(LengthForecast, "expect", lambda self, max_tokens: 1)
-    case = Case(device, {"host": 0.7, "disk": 0.3}, kv, schedule, 16, 64)
+    case = Case(device, {"host": 0.7, "disk": 0.3}, {tier: 12 * PAGE_TOKENS}, schedule, 16, 256)
     with Run(checkpoint, case.policy(checkpoint), tmp_path, device_bytes=64 << 20) as run:
-        results = run.results()
-        assert {index: result.token_ids for index, result in results.items()} == checkpoint.answers
+        results = run.results(checkpoint.crowd)
+        assert {index: result.token_ids for index, result in results.items()} == checkpoint.crowd_answers
         preemptions = run.engine.counts.preemptions
         assert preemptions == sum(result.num_preemptions for result in results.values()) > 0
 
 
-@pytest.mark.parametrize("schedule", ["diagonal", "zigzag", "row"])
-@pytest.mark.parametrize("device", ["cpu", "sim"])
-def test_a_request_that_never_fits_fails_alone(checkpoint: Checkpoint, schedule: str, device: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("device", "schedule"), [("cpu", "diagonal"), ("sim", "zigzag"), ("cpu", "row")])
+def test_a_request_that_never_fits_fails_alone(checkpoint: Checkpoint, device: str, schedule: str, tmp_path: Path) -> None:
     """Too long a prompt, and too long an answer; before, among and after others."""
     case = Case(device, {"host": 1.0}, {"host": 192}, schedule, 16, 64)
     too_long = TokenRequest(index=7000, prompt_token_ids=tuple(range(5, 205)), max_tokens=1)
@@ -312,8 +327,33 @@ def test_a_stop_token_ends_the_answer(checkpoint: Checkpoint, tmp_path: Path) ->
     whole = checkpoint.answers[0]
     stop = whole[len(whole) // 2]
     wanted = whole[: whole.index(stop) + 1]
-    request = TokenRequest(index=0, prompt_token_ids=checkpoint.requests[0].prompt_token_ids, max_tokens=20, stop_token_ids=frozenset({stop}))
+    request = TokenRequest(
+        index=0, prompt_token_ids=checkpoint.requests[0].prompt_token_ids, max_tokens=20, stop_token_ids=frozenset({stop})
+    )
     case = Case("cpu", {"host": 1.0}, {"host": ROOM}, "diagonal", 4, 64)
     with Run(checkpoint, case.policy(checkpoint), tmp_path) as run:
         result = run.results([request])[0]
     assert (result.token_ids, result.finish_reason) == (wanted, "stop")
+
+
+@pytest.mark.parametrize("num_reads", [0, 40, 150])
+@pytest.mark.parametrize("device", ["cpu", "sim"])
+def test_a_failing_disk_ends_the_run(
+    checkpoint: Checkpoint, device: str, num_reads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With an error, not by hanging; and the engine can be closed."""
+    really, left = os.preadv, [num_reads]
+
+    def failing(fd: int, buffers: Any, offset: int) -> int:
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(errno.EIO, "Input/output error")
+        return really(fd, buffers, offset)
+
+    case = Case(device, {"disk": 1.0}, {"disk": ROOM}, "diagonal", 16, 64)
+    with Run(checkpoint, case.policy(checkpoint), tmp_path, device_bytes=64 << 20) as run:
+        run.engine.load()
+        monkeypatch.setattr(os, "preadv", failing)
+        with pytest.raises(StorageError, match="Input/output error"):
+            run.results()
+        monkeypatch.undo()

@@ -31,8 +31,8 @@ def play(name: str, prompts: list[int], answers: list[int], *, max_num_seqs: int
     while waiting or live:
         entered: list[int] = []
 
-        def admit(candidate: Sequence, entered: list[int] = entered) -> bool:
-            if len(live) + len(entered) >= room:
+        def admit(candidate: Sequence, entered: list[int] = entered, num_live: int = len(live)) -> bool:
+            if num_live + len(entered) >= room:
                 return False
             entered.append(candidate.request.index)
             return True
@@ -118,9 +118,7 @@ def test_a_preempted_sequence_is_a_prompt() -> None:
     assert packed([sequence(0, 3, generated=4)], 8, mix=False) == [[(0, 0, 7, True)]]
 
 
-@given(
-    st.lists(st.one_of(st.just("step"), st.integers(1, 50)), max_size=15), st.integers(1, 20), st.booleans(), st.booleans()
-)
+@given(st.lists(st.one_of(st.just("step"), st.integers(1, 50)), max_size=15), st.integers(1, 20), st.booleans(), st.booleans())
 def test_pack_keeps_its_promises(kinds: list[str | int], micro_batch_tokens: int, mix: bool, chunk: bool) -> None:
     """Every new token exactly once, never padded; chunks in consecutive micro-batches; the limit held; kinds apart unless mixed."""
     sequences = [

@@ -236,6 +236,21 @@ class TestDecode:
             seed=data.draw(st.integers(0, 1000)),
         )
 
+    def test_results_do_not_depend_on_the_neighbours(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        sequences = make_sequences(generator, [700, 33, 90], 2, 40, 40, torch.float32)
+        pool = make_pool(generator, sequences, [0, 0, 0], 32)
+        query, together = random(generator, 3, 6, 40, dtype=torch.float32), torch.empty(3, 6, 40)
+        starts, lengths = torch.tensor([0, 0, 17]), torch.tensor([700, 33, 90])
+        pages = pool.key_pages, pool.value_pages
+        with CpuKernels(3) as kernels:
+            kernels.decode_attention(query, *pages, pool.page_tables, starts, lengths, scaling=0.2, out=together)
+        for i in range(3):
+            alone, own = torch.empty(1, 6, 40), slice(i, i + 1)
+            with CpuKernels(1) as kernels:
+                kernels.decode_attention(query[own], *pages, pool.page_tables[own], starts[own], lengths[own], scaling=0.2, out=alone)
+            assert torch.equal(alone, together[own])
+
     def test_large_scores_do_not_overflow(self, kernels: AttentionKernels) -> None:
         generator = torch.Generator().manual_seed(0)
         sequences = make_sequences(generator, [700], 1, 32, 32, torch.float32)
@@ -320,6 +335,21 @@ class TestPrefill:
             softcap=data.draw(st.none() | st.floats(0.1, 100)),
             sinks=data.draw(st.booleans()),
         )
+
+    def test_results_do_not_depend_on_how_the_work_is_cut(self) -> None:
+        """Bit by bit: other threads, and the same tokens in two chunks."""
+        generator = torch.Generator().manual_seed(0)
+        query, key, value = (random(generator, 700, h, 40, dtype=torch.float32) for h in (6, 2, 2))
+        starts, outs = torch.tensor(windowed(700, 700, 300)), []
+        for num_threads in (1, 2, 5):
+            outs.append(torch.empty(700, 6, 40))
+            with CpuKernels(num_threads) as kernels:
+                kernels.prefill_attention(query, key, value, starts, scaling=0.2, out=outs[-1])
+        outs.append(torch.empty(700, 6, 40))
+        with CpuKernels(1) as kernels:
+            kernels.prefill_attention(query[:333], key[:333], value[:333], starts[:333], scaling=0.2, out=outs[-1][:333])
+            kernels.prefill_attention(query[333:], key, value, starts[333:], scaling=0.2, out=outs[-1][333:])
+        assert all(torch.equal(out, outs[0]) for out in outs)
 
     def test_views_of_a_larger_tensor(self, kernels: AttentionKernels) -> None:
         """Projections arrive as (heads, tokens, dim), transposed."""

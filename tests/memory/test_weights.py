@@ -191,7 +191,7 @@ def test_the_rings_stay_within_their_capacity(written: Written, monkeypatch: pyt
     most: dict[int, int] = {}
     really = ByteRing.take
 
-    def take(ring: ByteRing, size_bytes: int):  # noqa: ANN202
+    def take(ring: ByteRing, size_bytes: int):
         slot = really(ring, size_bytes)
         if slot is not None:
             assert slot.offset + slot.size <= ring.capacity_bytes

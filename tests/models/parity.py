@@ -9,6 +9,7 @@ import copy
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from flexgen.models.loading import LoadedModel, load_model
 from flexgen.plan.machine import Machine
 from flexgen.plan.policy import Fractions, Policy
 from flexgen.request import TokenRequest
-from models.tiny_configs import vary_constants
+from tests.models.tiny_configs import vary_constants
 
 PROMPT_LENGTHS = (5, 9, 3, 23)
 NUM_TOKENS = 12
@@ -48,7 +49,7 @@ class Answers:
 def build(config: PreTrainedConfig) -> PreTrainedModel:
     """A random eager model."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation="eager", dtype=torch.float32).eval()
+    model: Any = AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation="eager", dtype=torch.float32).eval()
     vary_constants(model)
     model.generation_config = GenerationConfig(pad_token_id=0, eos_token_id=None, bos_token_id=1)
     return model
@@ -81,7 +82,8 @@ def expected(model: PreTrainedModel, requests: list[TokenRequest]) -> Answers:
     for request in requests:
         prompt = torch.tensor([request.prompt_token_ids])
         # what earlier calls left in rotary modules must not matter
-        out = copy.deepcopy(model).generate(
+        alone: Any = copy.deepcopy(model)
+        out = alone.generate(
             prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=request.max_tokens, do_sample=False,
             output_logits=True, return_dict_in_generate=True, use_cache=model.config.model_type not in WITHOUT_CACHE,
         )  # fmt: skip

@@ -11,7 +11,7 @@ from flexgen.plan.cost import unit_homes
 from flexgen.plan.default import activation_bytes, budgets_of, expected_seconds, explain, footprint, resolve, scratch_bytes
 from flexgen.plan.model import KVGroupSpec, UnitSpec
 from flexgen.plan.policy import Fractions
-from flexgen.plan.simulate import least_ideal_seconds, simulate
+from flexgen.plan.simulate import JobSizes, least_ideal_seconds, simulate
 from flexgen.plan.workload import Workload
 from flexgen.sizes import GIB, MIB
 
@@ -82,10 +82,11 @@ def test_everything_stays_in_memory_where_it_fits(plan, llama_3b):
 
 
 def test_a_device_that_holds_everything_gets_everything(plan):
-    policy = plan(limits={"device": "cuda", "device_bytes": 24 * GIB, "host_bytes": 8 * GIB})
-    assert policy.weights == Fractions(device=1.0)
+    fast = {"dense_flops": {"bfloat16": 1e14}, "dense_rows": {}, "attention_flops": {"bfloat16": 5e13}}
+    policy = plan(limits={"device": "cuda", "device_bytes": 24 * GIB, "host_bytes": 8 * GIB}, machine=fast)
+    assert policy.weights == policy.kv == Fractions(device=1.0)
     assert policy.kv_device_bytes > 0
-    assert (policy.device_ring_bytes, policy.host_ring_bytes) == (0, 0)
+    assert (policy.device_ring_bytes, policy.host_ring_bytes, policy.kv_host_bytes) == (0, 0, 0)
 
 
 def test_a_small_device_streams_through_both_rings(plan, llama_3b):
@@ -185,7 +186,7 @@ def test_schedules_set_their_own_quota(plan):
 # Budgets
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(
     device=st.sampled_from(["cpu", "sim", "cuda"]),
     host=st.floats(0.6, 12),
@@ -220,7 +221,7 @@ def test_budgets_are_never_exceeded(plan, llama_3b, make_limits, process_bytes, 
     for tier, parts in used.items():
         assert sum(parts.values()) <= limits[f"{tier}_bytes"], tier
         assert min(parts.values()) >= 0
-    activations = activation_bytes(llama_3b, job, policy)
+    activations = activation_bytes(llama_3b, JobSizes(llama_3b, job, policy.page_tokens), policy)
     assert policy.workspace_bytes >= activations
     played = simulate(llama_3b, policy, job)
     assert played.num_refused < len(job)
@@ -257,8 +258,10 @@ def test_one_request_that_fits_nowhere(plan):
 
 
 def test_a_request_that_fits_nowhere_does_not_stop_the_others(plan, llama_3b):
-    job = Workload(prompt_lens=(25_000, 100, 100), output_lens=(20_000, 10, 10))
-    assert simulate(llama_3b, plan(job), job).num_refused == 1
+    job = Workload(prompt_lens=(100_000, 100, 100), output_lens=(1000, 10, 10))
+    policy = plan(job)
+    assert simulate(llama_3b, policy, job).num_refused == 1
+    assert policy.workspace_bytes < 100 * MIB  # and no room is kept for it
 
 
 @pytest.mark.parametrize(

@@ -103,7 +103,7 @@ def test_two_homes_fill_in_proportion(make_spec, make_policy):
 
 def test_pages_round_up_and_windows_free_them(make_spec):
     groups = (KVGroupSpec(num_layers=1, bytes_per_token=1, attention_flops_per_pair=1.0, window=7),)
-    assert held_kv_bytes(make_spec(groups=groups), 4, 13).tolist() == [0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 8, 8, 8, 12]
+    assert held_kv_bytes(make_spec(groups=groups), 4, 13).tolist() == [0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12, 12]
     assert held_kv_bytes(make_spec(), 4, 5).tolist() == [0, 4 * TOKEN, 4 * TOKEN, 4 * TOKEN, 4 * TOKEN, 8 * TOKEN]
 
 
@@ -120,11 +120,12 @@ class Sequence:
 
 
 def pages_held(spec, policy, tokens):
-    """Bytes of the pages from the first that the next token will see, the one it goes into included if it has begun."""
+    """Bytes of the pages from the first that any later token may see, at their most so far."""
     total = 0
     for group in spec.kv_groups:
-        first = max(tokens - group.window + 1, 0) if group.window else 0
-        pages = -(-tokens // policy.page_tokens) - first // policy.page_tokens
+        pages = -(-tokens // policy.page_tokens)
+        if group.window:
+            pages = min(pages, -(-group.window // policy.page_tokens) + 1)
         total += pages * policy.page_tokens * group.num_layers * group.bytes_per_token
     return total
 

@@ -14,6 +14,7 @@ from flexgen.memory.kv_cache import KVCache, KVGroup
 
 MIN_OBSERVED = 32
 FORECAST_QUANTILE = 0.9
+MANY_TOKENS = 1 << 40
 
 
 class LengthForecast:
@@ -52,16 +53,15 @@ class Homes:
 
 
 def held_pages(group: KVGroup) -> Pages:
-    """Pages of a group held at given numbers of stored tokens, as an array function."""
+    """Most pages of a group held on the way to given numbers of stored tokens, as an array function.
+
+    Windows and chunks hold a page more or less from pass to pass; the most of it rises with the length only, so that
+    a sum over sequences peaks where one of them ends.
+    """
+    most = group.most_pages_held(MANY_TOKENS)
 
     def held(lengths: np.ndarray) -> np.ndarray:
-        if group.window is not None:
-            first = np.maximum(lengths - group.window + 1, 0)
-        elif group.chunk is not None:
-            first = lengths - lengths % group.chunk
-        else:
-            first = np.zeros_like(lengths)
-        return -(-lengths // group.page_tokens) - first // group.page_tokens
+        return np.minimum(-(-lengths // group.page_tokens), most)
 
     return held
 
@@ -84,9 +84,10 @@ class Admission:
             if not self._fits(sequence, neighbours, tier):
                 continue
             kv = self._cache.admit(tier)
-            # On disk a sequence's pages should lie together: it takes all that it expects to need at once.
-            length = max(sequence.final_len, len(sequence.tokens)) if tier == "disk" else len(sequence.tokens)
-            if self._cache.reserve(kv, length):
+            length = len(sequence.tokens)
+            # On disk a sequence's pages should lie together: it takes all that it expects to need at once, if it can.
+            together = max(sequence.final_len, length) if tier == "disk" else length
+            if self._cache.reserve(kv, together) or (not neighbours and self._cache.reserve(kv, length)):
                 sequence.kv = kv
                 self._homes.give(tier, sequence.final_len)
                 return True

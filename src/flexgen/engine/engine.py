@@ -96,7 +96,7 @@ class Engine:
         self._admission = Admission(self.cache, Homes(shares))
         self._schedule = SCHEDULES[policy.schedule]
         self._limits = Limits(max_num_seqs=policy.max_num_seqs, micro_batch_tokens=policy.micro_batch_tokens)
-        self._quota = Quota(policy.prefill_tokens)
+        self._quota = Quota(policy.prefill_tokens, policy.prefill_tokens)
         self._forecast = LengthForecast()
         self._pass_cache = PassCache()
         self._live: list[Sequence] = []
@@ -180,6 +180,7 @@ class Engine:
         try:
             while True:
                 self._read_ahead(source)
+                self._make_room()
                 yield from self._admit()
                 if not self._live:
                     if not self._waiting:
@@ -227,8 +228,8 @@ class Engine:
 
     def _drop_all(self) -> None:
         for sequence in self._live:
-            assert sequence.kv is not None
-            self.cache.release(sequence.kv)
+            if sequence.kv is not None:
+                self.cache.release(sequence.kv)
         self._live.clear()
         self._waiting.clear()
 
@@ -292,7 +293,6 @@ class Engine:
 
     def _run_pass(self) -> Iterator[TokenResult]:
         start = time.perf_counter()
-        self._make_room()
         batches = self._batches()
         load = self._load(batches)
         waits: dict[str, float] = {}
@@ -309,7 +309,8 @@ class Engine:
         yield from results
 
     def _make_room(self) -> None:
-        """Pages for every live sequence's new tokens; wrong forecasts are repaired by preempting the youngest."""
+        """Pages for every live sequence's new token, before others may take them; wrong forecasts are repaired by
+        preempting the youngest."""
         for sequence in list(self._live):
             while sequence.kv is not None and not self.cache.reserve(sequence.kv, len(sequence.tokens)):
                 home = sequence.kv.home

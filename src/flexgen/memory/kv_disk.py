@@ -103,6 +103,8 @@ class DiskPlace(HostPlace):
         self._staged: dict[tuple[int, int], Staged] = {}  # (view, layer)
         self._served: set[tuple[int, int]] = set()  # (view, layer) of this pass; the worker's
         self._in_use = 0
+        self._lent = 0  # staged layers that the worker uses, or that are being written back
+        self._starved = False  # the worker waits for a layer that is not staged
         self._spare: dict[tuple[int, int], list[Staged]] = {}
         self._writes: list[Ticket] = []
         self._ahead: threading.Thread | None = None
@@ -145,11 +147,17 @@ class DiskPlace(HostPlace):
         return True
 
     def _take(self, view: DiskView, group: int) -> Staged | None:
-        """Staging for one layer of a view, once there is room; None when closing."""
+        """Staging for one layer of a view, once there is room; None when closing.
+
+        Micro-batches may overtake each other.  When the worker waits for what is not staged yet, and nothing that is
+        will be given back before, there is no room to wait for: the limit is passed.
+        """
         slots, layout = view.num_slots(group), self.disk.groups[group]
         size = slots * (layout.key_page_bytes + layout.value_page_bytes)
         with self._lock:
             while self._in_use and self._in_use + size > self._staging_bytes and not self._stopping:
+                if self._starved and not self._lent:
+                    break
                 self._lock.wait()
             if self._stopping:
                 return None
@@ -165,6 +173,7 @@ class DiskPlace(HostPlace):
         slots, layout = view.num_slots(group), self.disk.groups[group]
         with self._lock:
             self._in_use -= slots * (layout.key_page_bytes + layout.value_page_bytes)
+            self._lent -= 1
             self._spare.setdefault((group, slots), []).append(staged)
             self._lock.notify_all()
 
@@ -198,7 +207,11 @@ class DiskPlace(HostPlace):
             while (id(view), layer) not in self._staged:
                 if self._failure is not None:
                     raise self._failure
+                self._starved = True
+                self._lock.notify_all()
                 self._lock.wait()
+            self._starved = False
+            self._lent += 1
             staged = self._staged.pop((id(view), layer))
         assert staged.ticket is not None
         staged.ticket.wait()
@@ -231,9 +244,9 @@ class DiskPlace(HostPlace):
         self.worker.close()
         for staged in self._staged.values():
             if staged.ticket is not None:
-                staged.ticket.wait()
+                staged.ticket.settle()
         for ticket in self._writes:
-            ticket.wait()
+            ticket.settle()
         self.kernels.close()
         self.device_kernels.close()
         self.disk.close()

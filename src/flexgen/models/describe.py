@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from torch import nn
@@ -103,7 +104,7 @@ def cut_units(uses: list[ParameterUse], unit_bytes: int) -> list[list[UnitPart]]
         layer = (_layer_of(use.module), use.head)
         pieces = 1 if use.kind == "whole" else min(use.rows, -(-use.decoded_bytes // unit_bytes))
         bounds = [use.rows * index // pieces for index in range(pieces + 1)]
-        for start, stop in zip(bounds, bounds[1:], strict=False):
+        for start, stop in pairwise(bounds):
             size = use.decoded_bytes * (stop - start) // use.rows
             if not units or size > room or layer != owner:
                 units.append([])

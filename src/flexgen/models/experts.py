@@ -23,9 +23,7 @@ def register_experts(name: str) -> None:
     ExpertsInterface.register(name, experts_forward)
 
 
-def experts_forward(
-    module: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-) -> torch.Tensor:
+def experts_forward(module: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
     """Weighted sum of the chosen experts' outputs.
 
     Args:

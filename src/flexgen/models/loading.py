@@ -219,7 +219,7 @@ def _spec(
 ) -> ModelSpec:
     text = config.get_text_config(decoder=True)
     itemsize = sources.dtype("").itemsize
-    groups: dict[tuple, list[LayerKV]] = {}
+    groups: dict[tuple[int | None, ...], list[LayerKV]] = {}
     for layer in layers:
         groups.setdefault(layer.group, []).append(layer)
     context = getattr(text, "max_position_embeddings", None)

@@ -63,8 +63,8 @@ def _by_sequence(
         out = forward(x, torch.cat([position_ids[:, row : row + count], last], dim=1), *args, **kwargs)
         parts.append(tuple(each[:, :-1] for each in out) if isinstance(out, tuple) else (out[:, :-1],))
         row += count
-    joined = tuple(torch.cat(each, dim=1) for each in zip(*parts, strict=True))
-    return joined if len(joined) > 1 else joined[0]
+    joined = [torch.cat(each, dim=1) for each in zip(*parts, strict=True)]
+    return tuple(joined) if len(joined) > 1 else joined[0]
 
 
 def _runs(spans: Sequence[Span], recomputes: bool) -> Iterator[Run]:

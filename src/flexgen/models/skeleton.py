@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 from flexgen.errors import EngineError, UnsupportedModelError
 from flexgen.models.attention import register_attention
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 IMPLEMENTATION = "flexgen"
+LARGE = 1 << 24
+CREATING = frozenset({torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn, torch.full})
 
 
 @contextlib.contextmanager
@@ -45,6 +49,18 @@ def _parameters_on_meta() -> Iterator[None]:
         nn.Module.register_parameter = original  # type: ignore[method-assign]
 
 
+class _LargeTensorsOnMeta(TorchFunctionMode):
+    """Tensors as large as weights are created on the meta device: before they are registered, they must not take memory."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in CREATING and kwargs.get("device") is None:
+            size = kwargs.get("size", args[0] if args and isinstance(args[0], (tuple, list)) else args)
+            if all(isinstance(each, int) for each in size) and math.prod(size) >= LARGE:
+                kwargs["device"] = "meta"
+        return func(*args, **kwargs)
+
+
 def build_skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """The causal language model of `config`: parameters on meta, buffers real, attention and experts ours.
 
@@ -56,13 +72,19 @@ def build_skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedMo
     register_attention(IMPLEMENTATION)
     register_experts(IMPLEMENTATION)
     try:
-        with _parameters_on_meta():
+        with _parameters_on_meta(), _LargeTensorsOnMeta():
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=IMPLEMENTATION)
     except (ValueError, KeyError, TypeError, ImportError) as error:
         raise UnsupportedModelError(f"model type {config.model_type!r} cannot be built: {error}") from error
     if not model._supports_attention_backend:
         raise UnsupportedModelError(f"model type {config.model_type!r} does not take an attention function of ours")
     for module in model.modules():
+        if any(
+            buffer is not None and buffer.is_meta and name in module._non_persistent_buffers_set for name, buffer in module._buffers.items()
+        ):
+            raise UnsupportedModelError(
+                f"model type {config.model_type!r} computes tables of {LARGE:,} numbers and more, which is not supported"
+            )
         if (module_config := getattr(module, "config", None)) is not None:
             module_config._attn_implementation = IMPLEMENTATION
             module_config._experts_implementation = IMPLEMENTATION
@@ -120,18 +142,17 @@ class BoundModel:
         for plan in plans:
             self._install(plan)
         for name in gathered:
-            module = self._modules[name]
-            module.padding_idx = None  # type: ignore[assignment]  # concerns gradients only, and ids are renumbered
-            no_rows = torch.empty(0, module.embedding_dim, dtype=module.weight.dtype)  # pyright: ignore
+            module: Any = self._modules[name]
+            module.padding_idx = None  # concerns gradients only, and ids are renumbered
+            no_rows = torch.empty(0, module.embedding_dim, dtype=module.weight.dtype)
             module._parameters["weight"] = nn.Parameter(no_rows, requires_grad=False)  # models move ids to its device
             module.register_forward_pre_hook(functools.partial(_gather_rows, name))
 
     def _install(self, plan: ModulePlan) -> None:
-        module = self._modules[plan.module]
+        module: Any = self._modules[plan.module]
         if plan.kind == "whole":
             unit = plan.ranges[0][0]
-            user = self._modules[plan.entered_with]
-            user.register_forward_pre_hook(lambda _module, _args, unit=unit: current_forward().enter_unit(unit))
+            self._modules[plan.entered_with].register_forward_pre_hook(lambda *_: current_forward().enter_unit(unit))
             for parameter in plan.parameters:
                 placeholder = module._parameters[parameter]
                 assert placeholder is not None
@@ -142,12 +163,11 @@ class BoundModel:
             for parameter in plan.parameters:
                 self._parts[part.unit, plan.module, parameter] = part
         if plan.kind == "linear":
-            assert isinstance(module, nn.Linear)
             module.forward = functools.partial(_split_linear, module, parts)
         elif plan.kind == "experts":
-            module.flexgen_parts = parts  # type: ignore[assignment]  # read by experts.py
+            module.flexgen_parts = parts  # read by experts.py
         elif plan.kind == "scored_experts":
-            mixture = self._modules[plan.module.rpartition(".")[0]]
+            mixture: Any = self._modules[plan.module.rpartition(".")[0]]
             mixture.forward = functools.partial(scored_experts_forward, mixture, parts)
         else:
             raise EngineError(f"unknown kind of module plan {plan.kind!r}")
@@ -194,13 +214,11 @@ class BoundModel:
             sampled: int64, the positions within the micro-batch whose logits are wanted.
         """
         current_forward().position_ids = position_ids
-        output = self.model(
-            input_ids=input_ids, position_ids=position_ids, past_key_values=cache, use_cache=True, logits_to_keep=sampled
-        )
+        output = self.model(input_ids=input_ids, position_ids=position_ids, past_key_values=cache, use_cache=True, logits_to_keep=sampled)
         return output.logits[0]
 
 
-def _split_linear(module: nn.Linear, parts: Sequence[Part], x: torch.Tensor) -> torch.Tensor:
+def _split_linear(module: Any, parts: Sequence[Part], x: torch.Tensor) -> torch.Tensor:
     """A linear layer whose output rows arrive as several units."""
     forward = current_forward()
     out = x.new_empty(*x.shape[:-1], module.out_features)

@@ -253,7 +253,7 @@ def _fake_modules(model: nn.Module, usage: _Usage) -> Iterator[Callable[[], Any]
             yield lambda module=module: module.__dict__.pop("forward")
 
 
-def _fake_forward(name: str, module: nn.Module, top_k: Any, experts: dict[str, tuple[int, int]]) -> Any:
+def _fake_forward(name: str, module: Any, top_k: Any, experts: dict[str, tuple[int, int]]) -> Any:
     """A forward of the right shape that costs nothing, or None where the real one is cheap."""
     if type(module) is nn.Linear:
         return lambda x: x.new_zeros(*x.shape[:-1], module.out_features)

@@ -94,8 +94,18 @@ def resolve(
         OptionError: an option that cannot be honoured on this device.
         CapacityError: it does not fit; the message says what is missing and what to change.
     """
-    planner = _Planner(options, spec, machine, limits, workload if len(workload) else NOMINAL_WORKLOAD, process_bytes, kv_tiers)
-    return planner.best()
+    planned = _servable(spec, limits, workload if len(workload) else NOMINAL_WORKLOAD)
+    return _Planner(options, spec, machine, limits, planned, process_bytes, kv_tiers).best()
+
+
+def _servable(spec: ModelSpec, limits: Limits, workload: Workload) -> Workload:
+    """Without requests that no tier could ever hold: they end in errors of their own, and no room is kept for them."""
+    most = max(limits.host_bytes, limits.device_bytes, limits.disk_bytes)
+    lengths = zip(workload.prompt_lens, workload.output_lens, strict=True)
+    kept = [(s, n) for s, n in lengths if spec.kv_bytes(s + n - 1) <= most]
+    if len(kept) in (0, len(workload)):
+        return workload
+    return Workload(prompt_lens=tuple(s for s, _ in kept), output_lens=tuple(n for _, n in kept))
 
 
 def footprint(policy: Policy, spec: ModelSpec, limits: Limits, *, process_bytes: int) -> dict[str, dict[str, int]]:
@@ -162,27 +172,25 @@ def _rate_at(machine: Machine, dtype: str, rows: npt.NDArray[np.float64]) -> npt
     return rates * np.minimum(np.maximum(rows, 1.0) / known[0, 0], 1.0)
 
 
-def activation_bytes(spec: ModelSpec, workload: Workload, policy: Policy) -> int:
+def activation_bytes(spec: ModelSpec, sizes: JobSizes, policy: Policy) -> int:
     """Activations at their worst: every micro-batch of the largest pass suspended inside an MLP, one computing.
 
     With them the logits and what attention copies: q, k, v and the result, and the KV of the longest sequence.
     """
     size, hidden, intermediate = DTYPE_BYTES[policy.dtype], spec.hidden_size, spec.intermediate_size
-    longest_prompt = max(workload.prompt_lens)
-    longest = max(s + n for s, n in zip(workload.prompt_lens, workload.output_lens, strict=True))
+    longest_prompt, most = sizes.longest_prompt, policy.max_num_seqs
     prompt_tokens = {
         "diagonal": policy.prefill_tokens + longest_prompt - 1,  # the last prompt may overdraw the quota
-        "zigzag": policy.max_num_seqs * longest_prompt,
+        "zigzag": most * longest_prompt,
         "row": max(policy.micro_batch_tokens, longest_prompt),
     }[policy.schedule]
-    tokens = policy.max_num_seqs + min(prompt_tokens, workload.prompt_tokens, policy.max_num_seqs * longest_prompt)
+    tokens = most + min(prompt_tokens, sizes.prompt_tokens, most * longest_prompt)
     # Prompts whose KV goes to disk are not cut.
     running = min(max(policy.micro_batch_tokens, longest_prompt * (policy.kv.disk > 0)), tokens)
     suspended = tokens * (3 * hidden + 2 * intermediate) * size
     computing = running * ((4 * hidden + 3 * intermediate) * size + 8 * hidden)
-    logits = policy.max_num_seqs * spec.vocab_size * 4 * 2
-    attention = 4 * max(running, longest_prompt) * hidden * size
-    attention += 2 * longest * max((group.bytes_per_token for group in spec.kv_groups), default=0)
+    logits = most * spec.vocab_size * 4 * 2
+    attention = 4 * max(running, longest_prompt) * hidden * size + 2 * sizes.layer
     return int(FRAGMENTATION * (suspended + computing + logits + attention))
 
 
@@ -217,13 +225,15 @@ class _Planner:
             if self.kv is not None and getattr(self.kv, tier) > 0 and tier not in kv_tiers:
                 raise OptionError(f"kv={options.kv!r}: KV can live on {' or '.join(kv_tiers)} here, not on {tier}")
         self.disk_bytes = limits.disk_bytes if "disk" in kv_tiers and not limits.offload_in_memory else 0
-        self.kv_sizes = JobSizes(spec, workload, PAGE_TOKENS)
+        self.sizes = JobSizes(spec, workload, PAGE_TOKENS)
         # Two layers of all KV on disk are staged: one that is attended to, one on its way.
         layer = max((group.bytes_per_token for group in spec.kv_groups), default=0)
         self.staged = 2 * layer / max(spec.kv_bytes_per_token, 1)
 
     def best(self) -> Policy:
         """Raises CapacityError."""
+        if self._lacking(kv_bytes=0):
+            raise CapacityError("; ".join(self._lacking(kv_bytes=self.sizes.smallest)))
         sample, scale = sampled(self.workload)
         known: dict[Policy, tuple[float, float]] = {}
         for micro_batch_tokens in self._micro_batches():
@@ -242,7 +252,7 @@ class _Planner:
             policy = self.policy(descend(self._axes(), score, keep=4)[0], micro_batch_tokens)
             if policy is not None:
                 return policy
-        raise CapacityError(self._lack())
+        raise CapacityError("; ".join(self._lacking(kv_bytes=self.sizes.smallest)) or self._no_pool())
 
     def _seconds(self, played: Simulation, policy: Policy) -> float:
         return float(expected_seconds(played, self.spec, policy, self.machine).sum())
@@ -280,7 +290,7 @@ class _Planner:
         draft = self._draft(weights, micro_batch_tokens, prefill_tokens, spills=spills)
         if self.options.schedule == "diagonal" and self.options.prefill_tokens is None:
             pool_bytes = sum(self._pools(self._free(draft), kv_homes, kv_disk).values())
-            prefill_tokens = self.kv_sizes.quota(pool_bytes, quota)
+            prefill_tokens = self.sizes.quota(pool_bytes, quota)
             draft = self._draft(weights, micro_batch_tokens, prefill_tokens, spills=spills)
         # Rows are gathered as long as any unit streams: the same bytes of units save more reading.
         draft = dataclasses.replace(draft, embedding_resident=embedding >= 0.5 and draft.weights.disk == 0)
@@ -296,21 +306,21 @@ class _Planner:
 
         max_num_seqs = self.options.max_num_seqs or _largest(len(self.workload), is_fed)
         pools = self._pools(free_for(max_num_seqs), kv_homes, kv_disk)
-        if min(free_for(max_num_seqs).values()) < 0 or max(pools.values()) < self.kv_sizes.smallest:
+        if min(free_for(max_num_seqs).values()) < 0 or max(pools.values()) < self.sizes.smallest:
             return None
-        sizes = {f"kv_{tier}_bytes": size for tier, size in pools.items()}
-        sizes["kv_staging_bytes"] = draft.kv_staging_bytes + int(self.staged * pools["disk"])
+        found = {f"kv_{tier}_bytes": size for tier, size in pools.items()}
+        found["kv_staging_bytes"] = draft.kv_staging_bytes + int(self.staged * pools["disk"])
         if self.options.prefill_tokens is None:
-            sizes["prefill_tokens"] = min(prefill_tokens, max_num_seqs * max(self.workload.prompt_lens))
-        return dataclasses.replace(self._for(draft, max_num_seqs), kv=self.kv or pool_fractions(pools), **sizes)
+            found["prefill_tokens"] = min(prefill_tokens, max_num_seqs * self.sizes.longest_prompt)
+        return dataclasses.replace(self._for(draft, max_num_seqs), kv=self.kv or pool_fractions(pools), **found)
 
     def _least_quota(self, micro_batch_tokens: int) -> int:
         """Prompt tokens that a pass admits at the least: a zigzag block enters at once, a row is one micro-batch."""
-        return {"diagonal": 1, "zigzag": self.workload.prompt_tokens, "row": micro_batch_tokens}[self.options.schedule]
+        return {"diagonal": 1, "zigzag": self.sizes.prompt_tokens, "row": micro_batch_tokens}[self.options.schedule]
 
     def _fed(self, pools: dict[str, int]) -> int:
         """About how many sequences these pools keep alive."""
-        return math.ceil(self.kv_sizes.block(sum(pools.values())) * SEQUENCE_SLACK)
+        return math.ceil(self.sizes.block(sum(pools.values())) * SEQUENCE_SLACK)
 
     def _draft(self, weights: Fractions, micro_batch_tokens: int, prefill_tokens: int, *, spills: bool) -> Policy:
         """A policy with everything but KV, for one sequence; if it `spills`, with staging for a prompt's KV on disk."""
@@ -326,7 +336,7 @@ class _Planner:
             kv_host_bytes=0,
             kv_disk_bytes=0,
             host_ring_bytes=_ring(from_disk, self.machine.disk_read_bytes_per_s * RING_SECONDS, self.limits.host_bytes),
-            kv_staging_bytes=self.kv_sizes.layer * spills,
+            kv_staging_bytes=self.sizes.layer * spills,
             device_ring_bytes=_ring(over_link, 0, self.limits.device_bytes),
             workspace_bytes=0,
             embedding_resident=False,
@@ -342,7 +352,7 @@ class _Planner:
         return dataclasses.replace(draft, workspace_bytes=self._activations(draft, 1) + scratch)
 
     def _activations(self, draft: Policy, max_num_seqs: int) -> int:
-        return align_up(activation_bytes(self.spec, self.workload, dataclasses.replace(draft, max_num_seqs=max_num_seqs)), 4096)
+        return align_up(activation_bytes(self.spec, self.sizes, dataclasses.replace(draft, max_num_seqs=max_num_seqs)), 4096)
 
     def _for(self, draft: Policy, max_num_seqs: int) -> Policy:
         """The draft with the workspace of so many sequences."""
@@ -358,9 +368,9 @@ class _Planner:
     def _place(self, bare: Policy, on_device: float, on_host: float) -> Fractions:
         """Shares of what is left for weights beside the rings and the KV of one request; all of them where that fits."""
         room: dict[str, float] = {**self._free(bare)}
-        room[self.computing] -= self.kv_sizes.largest
+        room[self.computing] -= self.sizes.largest
         whole = self._draft(Fractions(**{self.computing: 1.0}), bare.micro_batch_tokens, bare.prefill_tokens, spills=False)
-        if self._free(whole)[self.computing] >= self.kv_sizes.largest:
+        if self._free(whole)[self.computing] >= self.sizes.largest:
             room[self.computing] = sum(memory_bytes(unit) for unit in self.spec.units)
         elif not self.on_cpu:
             # What the device does not hold may fit on the host, which then needs no staging.
@@ -376,7 +386,7 @@ class _Planner:
         else:
             pools = self._pinned_pools(self.kv, {tier: max(size, 0) for tier, size in free.items()})
         # A sequence lives in one tier, so each tier may leave a gap of almost the largest.
-        enough = self.kv_sizes.all + self.kv_sizes.largest * sum(size > 0 for size in pools.values())
+        enough = self.sizes.all + self.sizes.largest * sum(size > 0 for size in pools.values())
         share = min(enough / max(sum(pools.values()), 1), 1.0)
         return {tier: int(size * share) for tier, size in pools.items()}
 
@@ -388,8 +398,8 @@ class _Planner:
         totals += [self.limits.disk_bytes / kv.disk] if kv.disk else []
         return {tier: int(getattr(kv, tier) * min(totals)) for tier in TIERS}
 
-    def _lack(self) -> str:
-        """Why nothing fits, told by the smallest plan there is."""
+    def _lacking(self, kv_bytes: int) -> list[str]:
+        """Per tier that is too small, what the smallest plan there is needs, with one request of `kv_bytes`."""
         weights = self.weights or Fractions(disk=1.0)
         micro_batch_tokens = self._micro_batches()[-1]
         prefill_tokens = self.options.prefill_tokens or self._least_quota(micro_batch_tokens)
@@ -399,7 +409,7 @@ class _Planner:
         used = footprint(draft, self.spec, self.limits, process_bytes=self.process_bytes)
         lines: list[str] = []
         for tier, budget in (("host", self.limits.host_bytes), ("device", self.limits.device_bytes)):
-            parts = used.get(tier, {}) | {"KV of one request": math.ceil(self.kv_sizes.smallest * getattr(kv_shares, tier))}
+            parts = used.get(tier, {}) | {"KV of one request": math.ceil(kv_bytes * getattr(kv_shares, tier))}
             needed = sum(parts.values())
             if needed > budget and tier in used:
                 listed = ", ".join(f"{name} {format_size(size)}" for name, size in parts.items() if size)
@@ -407,12 +417,13 @@ class _Planner:
                     f"{self.spec.name} needs at least {needed / GIB:.2f} GiB of {tier} memory ({listed}), {budget / GIB:.2f} GiB are in "
                     f"the budget, {(needed - budget) / GIB:.2f} GiB are missing: raise --{tier}-mem{self._advice(tier)}"
                 )
-        if not lines:
-            lines.append(
-                f"the KV cache of the smallest request needs {self.kv_sizes.smallest / GIB:.2f} GiB in one tier: "
-                f"raise --{self.computing}-mem{self._advice('disk')}"
-            )
-        return "; ".join(lines)
+        return lines
+
+    def _no_pool(self) -> str:
+        return (
+            f"the KV cache of the smallest request needs {self.sizes.smallest / GIB:.2f} GiB in one tier, and none has them to spare: "
+            f"raise --{self.computing}-mem{self._advice('disk')}"
+        )
 
     def _advice(self, tier: str) -> str:
         options = self.options

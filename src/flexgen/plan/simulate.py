@@ -133,8 +133,7 @@ class _Pool:
         """
         room = self.capacity - self.used[index : index + len(held)]
         crowded = np.flatnonzero(room < held)
-        youngest = np.minimum.accumulate(held[::-1])[::-1]  # at this age or later it holds at least so much
-        ages = np.searchsorted(youngest, room[crowded], side="right") - 1
+        ages = np.searchsorted(held, room[crowded], side="right") - 1
         return max(int((index + crowded - ages).max(initial=0)), index + 1)
 
     def add(self, index: int, held: Ints, count: int) -> None:
@@ -151,7 +150,8 @@ class _Job:
         longest = max((s + max(n, 1) for s, n in zip(workload.prompt_lens, workload.output_lens, strict=True)), default=0)
         self.held = held_kv_bytes(spec, policy.page_tokens, longest)
         runs = _runs(workload)
-        can_fit = [any(self._held(s, n).max() <= pool.capacity for pool in self.pools.values()) for s, n, _ in runs]
+        most = max((pool.capacity for pool in self.pools.values()), default=-1)
+        can_fit = [self.held[s + n - 1] <= most for s, n, _ in runs]
         self.num_refused = sum(run[2] for run, fits in zip(runs, can_fit, strict=True) if not fits)
         self.waiting = [list(run) for run, fits in zip(runs, can_fit, strict=True) if fits][::-1]  # the next one last
         self.live = 0
@@ -236,7 +236,7 @@ class _Job:
 
     def _reserved(self, tier: str, held: Ints) -> Ints:
         """On disk a sequence takes from the start what it needs at its longest, so that its pages lie together."""
-        return np.full_like(held, held.max()) if tier == "disk" else held
+        return np.full_like(held, held[-1]) if tier == "disk" else held
 
 
 def _runs(workload: Workload) -> list[tuple[int, int, int]]:
@@ -247,16 +247,16 @@ def _runs(workload: Workload) -> list[tuple[int, int, int]]:
 
 
 def held_kv_bytes(spec: ModelSpec, page_tokens: int, max_tokens: int) -> Ints:
-    """Bytes of the pages that a sequence of 0, 1, ... max_tokens tokens holds.
+    """Bytes of the most pages that a sequence holds on its way to 0, 1, ... max_tokens tokens.
 
-    Pages are freed once the next token's window has left them.
+    Pages behind a window are freed, but the window begins and ends within pages.
     """
     tokens = np.arange(max_tokens + 1, dtype=np.int64)
     held = np.zeros_like(tokens)
     for group in spec.kv_groups:
         pages = -(-tokens // page_tokens)
         if group.window is not None:
-            pages = pages - np.maximum(tokens - group.window + 1, 0) // page_tokens
+            pages = np.minimum(pages, -(-group.window // page_tokens) + 1)
         held += pages * (page_tokens * group.num_layers * group.bytes_per_token)
     return held
 
@@ -464,18 +464,21 @@ class JobSizes:
     """What a job's requests need: their KV bytes, and the prompt tokens that keep a block full.
 
     Attributes:
-        largest, smallest, all: KV bytes at their longest. mean: of a live sequence. layer: of one layer of the largest.
+        largest, smallest, all: KV bytes at their longest. mean: of a live sequence. layer: of one layer of the longest.
+        prompt_tokens: of all. longest_prompt, longest: tokens of a prompt, of a whole sequence.
     """
 
     def __init__(self, spec: ModelSpec, workload: Workload, page_tokens: int) -> None:
         lengths = [(s, max(n, 1)) for s, n in zip(workload.prompt_lens, workload.output_lens, strict=True)]
         held = held_kv_bytes(spec, page_tokens, max(s + n for s, n in lengths))
-        peaks = [int(held[s : s + n].max()) for s, n in lengths]
+        peaks = [int(held[s + n - 1]) for s, n in lengths]
         before = np.concatenate([[0], np.cumsum(held)])
-        self._number, self._passes, self._prompt_tokens = len(lengths), sum(n for _, n in lengths), sum(s for s, _ in lengths)
+        self._number, self._passes = len(lengths), sum(n for _, n in lengths)
+        self.prompt_tokens = sum(s for s, _ in lengths)
+        self.longest_prompt, self.longest = max(s for s, _ in lengths), max(s + n for s, n in lengths)
         self.largest, self.smallest, self.all = max(peaks), min(peaks), sum(peaks)
         self.mean = max(sum(int(before[s + n] - before[s]) for s, n in lengths) / self._passes, 1.0)
-        self.layer = max(s + n for s, n in lengths) * max((group.bytes_per_token for group in spec.kv_groups), default=0)
+        self.layer = self.longest * max((group.bytes_per_token for group in spec.kv_groups), default=0)
 
     def block(self, pool_bytes: float) -> float:
         """About how many sequences pools keep alive."""
@@ -483,7 +486,7 @@ class JobSizes:
 
     def quota(self, pool_bytes: float, share: float) -> int:
         """Prompt tokens per pass: from half of what replaces those that end (`share` 0) to the whole block at once (1)."""
-        prompts = max(self.block(pool_bytes), 1.0) * self._prompt_tokens / self._number
+        prompts = max(self.block(pool_bytes), 1.0) * self.prompt_tokens / self._number
         slowest = self._number / self._passes / 2
         return math.ceil(prompts * slowest ** (1 - share))
 

@@ -36,6 +36,7 @@ DENSE_ROWS = (64, 128, 256, 512, 1024)
 DENSE_SHAPES = ((4096, 4096), (8192, 3072))  # (out features, in features)
 READ_THREADS = (1, 2, 4)
 READ_SIZES = (4 * MIB, 8 * MIB, 16 * MIB)
+FILE_BYTES = (128 * MIB, 256 * MIB)  # quick, or not
 DISK_SHARE = 0.25  # of the free space, for the measured file
 
 
@@ -92,7 +93,8 @@ def cached_machine(
 ) -> Machine:
     """The machine as measured before, or measured now and kept.
 
-    Kept per host, processor, cores, file system of `folder`, torch version, dtype and device; `again` measures anyway.
+    Kept per host, processor, cores, file system of `folder`, torch version, dtype and device; `again` measures anyway, and
+    what was measured `quick` serves only those who ask for no more.
 
     Args:
         cache_dir: None is ~/.cache/flexgen.  A cache that cannot be read or written is done without.
@@ -100,13 +102,13 @@ def cached_machine(
     key = machine_key(device, dtype, folder)
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     path = (cache_dir or Path.home() / ".cache" / "flexgen") / f"machine-{digest}.json"
-    if not again and (machine := _load(path, key)) is not None:
+    if not again and (machine := _load(path, key, quick)) is not None:
         return machine
     machine = measure(device, dtype, folder, quick=quick, max_bytes=max_bytes)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         fresh = path.with_suffix(f".{os.getpid()}")
-        fresh.write_text(json.dumps({"key": key, "machine": json.loads(machine.to_json())}, indent=2))
+        fresh.write_text(json.dumps({"key": key, "quick": quick, "machine": json.loads(machine.to_json())}, indent=2))
         fresh.replace(path)
     except OSError as error:
         logger.warning("the machine's rates are not kept: %s", error)
@@ -133,10 +135,12 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def _load(path: Path, key: dict[str, str | int]) -> Machine | None:
+def _load(path: Path, key: dict[str, str | int], quick: bool) -> Machine | None:
     try:
         kept = json.loads(path.read_text())
-        return Machine.from_json(json.dumps(kept["machine"])) if kept["key"] == key else None
+        if kept["key"] != key or (kept["quick"] and not quick):
+            return None
+        return Machine.from_json(json.dumps(kept["machine"]))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OptionError) as error:
@@ -197,7 +201,7 @@ def _disk_rates(folder: Path, quick: bool, max_bytes: int) -> tuple[float, float
     """(read, write) bytes per second, past the page cache where the file system lets us."""
     free = os.statvfs(folder)
     largest = max(READ_SIZES)
-    size = min((128 if quick else 256) * MIB, int(free.f_bavail * free.f_frsize * DISK_SHARE)) // largest * largest
+    size = min(FILE_BYTES[not quick], int(free.f_bavail * free.f_frsize * DISK_SHARE)) // largest * largest
     if size == 0:
         raise StorageError(f"{folder}: no room for a file of 64 MiB to measure the disk with")
     settings = [(threads, block) for threads in READ_THREADS for block in READ_SIZES if threads * block <= max_bytes]
@@ -332,7 +336,7 @@ def _attention_rate(where: torch.device, dtype: torch.dtype, max_bytes: int, sec
     """FLOP/s of causal attention over the visible pairs: the better of torch's own and of plain matrix products."""
     heads, width, best = 16, 128, 0.0
     for tokens in (256, 512, 1024):
-        if best and 8 * heads * tokens * width * max(dtype.itemsize, 4) > max_bytes:
+        if best and 10 * heads * tokens * width * max(dtype.itemsize, 4) > max_bytes:
             continue
         q, k, v = (_random((1, heads, tokens, width), where, dtype) for _ in range(3))  # (1, heads, tokens, width)
         flops = 4 * width * heads * tokens * (tokens + 1) / 2

@@ -96,7 +96,8 @@ class CpuKernels:
         _check_out(query.dtype, out, (num_queries, heads, value_dim))
         first = np.maximum(_integers(starts), 0)
         check_positions(first, np.arange(num_positions - num_queries, num_positions) + 1, num_positions)
-        number, item_tokens = _accumulator(query.dtype), max(1, prefill.ROWS_PER_ITEM // (heads // kv_heads))
+        number, wanted_items = _accumulator(query.dtype), SLICES_PER_THREAD * self._threads.num_threads
+        item_tokens = max(1, min(prefill.ROWS_PER_ITEM * kv_heads // heads, -(-num_queries * kv_heads // wanted_items)))
         arrays = (
             *(carried(tensor.contiguous()) for tensor in (query, key, value)), first,
             _sinks(sinks, heads, number), number(scaling), number(softcap or 0), item_tokens, carried(out),

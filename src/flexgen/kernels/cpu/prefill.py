@@ -17,7 +17,7 @@ from flexgen.kernels.cpu.rows import PANEL, Rows, clear, moved, padded, part, po
 from flexgen.kernels.cpu.softmax import absorb_rows, begin_rows, rows_from, softmax_state, write_rows
 from flexgen.kernels.cpu.tile import add_product
 
-ROWS_PER_ITEM = 256
+ROWS_PER_ITEM = 512
 ROWS_PER_TILE = 8
 BLOCK_TOKENS = 256  # keys and values of a block, widened, stay in the second-level cache
 
@@ -58,15 +58,16 @@ def prefill_attention(
     for item in range(begin, end):
         kv_head, first_query = item % kv_heads, item // kv_heads * item_tokens
         tokens = min(item_tokens, num_queries - first_query)
-        block, last = num_positions, past + first_query + tokens
+        lowest, last = num_positions, past + first_query + tokens
         for i in range(tokens):
             place = (first_query + i) * heads + kv_head * group
             widen_row(pointer(query, place * key_dim), moved(queries.first, i * group * key_dim), group * key_dim)
             begin_rows(rows_from(state, i * group), group, sinks, kv_head * group)
-            block = min(block, starts[first_query + i])
-        while block < last:
+            lowest = min(lowest, starts[first_query + i])
+        # Blocks lie where they lie for every item, so that no result depends on how the work was cut.
+        for block in range(lowest // BLOCK_TOKENS * BLOCK_TOKENS, last, BLOCK_TOKENS):
             block_end = min(block + BLOCK_TOKENS, last)
-            for position in range(block, block_end):
+            for position in range(max(block, lowest // PANEL * PANEL), block_end):
                 place = position * kv_heads + kv_head
                 put_key(pointer(key, place * key_dim), keys.first, position - block, key_dim)
                 put_value(pointer(value, place * value_dim), values.first, position - block, value_dim)
@@ -76,7 +77,6 @@ def prefill_attention(
                     part(queries, row, 0), keys, values, scores, rows_from(state, row), starts,
                     first_query * group + row, tile_rows, group, past, block, block_end, scaling, softcap,
                 )  # fmt: skip
-            block = block_end
         for i in range(tokens):
             place = (first_query + i) * heads + kv_head * group
             write_rows(rows_from(state, i * group), group, value_dim, pointer(out, place * value_dim))

@@ -1,0 +1,119 @@
+"""Admission against brute force: what is let in never runs a pool dry, and what fits alone is let into an empty block."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flexgen.engine.admission import FORECAST_QUANTILE, MIN_OBSERVED, Admission, Homes, LengthForecast, held_pages
+from flexgen.engine.sequence import Sequence
+from flexgen.memory.kv_cache import KVCache, KVGroup, PageList
+from flexgen.request import TokenRequest
+
+
+class Pages:
+    """A pool without memory."""
+
+    def __init__(self, num_pages: list[int]) -> None:
+        self.num_pages = num_pages
+        self.free = [PageList(count) for count in num_pages]
+
+    def take(self, group: int, count: int) -> list[int] | None:
+        return self.free[group].take(count)
+
+    def give_back(self, group: int, pages: list[int]) -> None:
+        self.free[group].give_back(pages)
+
+
+def group(window: int | None = None, chunk: int | None = None) -> KVGroup:
+    return KVGroup(
+        layers=(0,), key_heads=1, key_dim=1, value_heads=1, value_dim=1, window=window, chunk=chunk, page_tokens=4, dtype=torch.float32
+    )
+
+
+GROUPS = [group(), group(window=6), group(window=9), group(chunk=8), group(chunk=7)]
+lengths = st.tuples(st.integers(1, 30), st.integers(1, 25))  # (prompt, answer)
+
+
+def waiting(index: int, prompt: int, answer: int) -> Sequence:
+    return Sequence(TokenRequest(index=index, prompt_token_ids=(0,) * prompt, max_tokens=answer), answer)
+
+
+@given(
+    st.lists(lengths, min_size=1, max_size=15),
+    st.lists(st.sampled_from(GROUPS), min_size=1, max_size=2),
+    st.sampled_from([{"host": 1.0}, {"disk": 1.0}, {"host": 0.7, "disk": 0.3}]),
+    st.integers(4, 14),
+)
+def test_right_forecasts_never_run_a_pool_dry(
+    requests: list[tuple[int, int]], groups: list[KVGroup], shares: dict[str, float], num_pages: int
+) -> None:
+    """The engine's passes without computing: live sequences take their pages first, then others are admitted."""
+    cache = KVCache(groups, {tier: Pages([num_pages] * len(groups)) for tier in shares})
+    admission = Admission(cache, Homes(shares))
+    queue = [waiting(index, *each) for index, each in enumerate(requests)]
+    queue = [each for each in queue if admission.can_ever_fit(each)]
+    live: list[Sequence] = []
+    while queue or live:
+        for each in live:
+            assert each.kv is not None
+            assert cache.reserve(each.kv, len(each.tokens)), "a live sequence finds no page"
+        while queue and admission.admit(queue[0], live):
+            live.append(queue.pop(0))
+        assert live, "nothing was admitted into an empty block"
+        for each in live:
+            assert each.kv is not None
+            each.num_stored = len(each.tokens)
+            each.tokens.append(0)
+            if each.num_generated == each.request.max_tokens:
+                cache.release(each.kv)
+                each.kv = None
+            else:
+                cache.trim(each.kv, each.num_stored)
+        live = [each for each in live if each.kv is not None]
+    assert all(used == 0 for used in cache.used_bytes.values())
+
+
+@pytest.mark.parametrize("group", GROUPS, ids=["full", "window 6", "window 9", "chunk 8", "chunk 7"])
+def test_held_pages_bound_what_is_held(group: KVGroup) -> None:
+    import numpy as np
+
+    lengths = np.arange(1, 80)
+    held = held_pages(group)(lengths)
+    for length, bound in zip(lengths.tolist(), held.tolist(), strict=True):
+        during = -(-length // 4) - group.first_visible(length - 1) // 4
+        assert during <= bound
+    assert (np.diff(held) >= 0).all()
+
+
+def test_an_empty_block_takes_the_longest_that_fits() -> None:
+    admission = Admission(KVCache([group()], {"host": Pages([5])}), Homes({"host": 1.0}))
+    assert admission.can_ever_fit(waiting(0, 17, 4))  # the last token is never stored
+    assert not admission.can_ever_fit(waiting(0, 17, 5))
+    assert not admission.can_ever_fit(waiting(0, 21, 1))
+    assert admission.admit(waiting(0, 17, 4), [])
+
+
+@given(st.lists(st.integers(1, 100), min_size=1, max_size=200), st.integers(0, 10))
+def test_homes_keep_the_shares_of_the_tokens(tokens: list[int], tenths: int) -> None:
+    homes = Homes({"host": tenths / 10, "disk": 1 - tenths / 10})
+    given_tokens = {"host": 0, "disk": 0}
+    for each in tokens:
+        tier = homes.by_need()[0]
+        homes.give(tier, each)
+        given_tokens[tier] += each
+    assert abs(given_tokens["host"] - tenths / 10 * sum(tokens)) <= max(tokens)
+    assert "host" in homes.by_need() or tenths == 0
+
+
+def test_forecast() -> None:
+    forecast = LengthForecast()
+    for length in range(1, MIN_OBSERVED):
+        forecast.observe(length)
+        assert forecast.expect(500) == 500, "max_tokens until enough was seen"
+    for length in range(MIN_OBSERVED, 101):
+        forecast.observe(length)
+    assert forecast.expect(500) == pytest.approx(FORECAST_QUANTILE * 100, abs=1)
+    assert forecast.expect(20) == 20

@@ -1,0 +1,310 @@
+"""KV at each home against dense attention: ragged slices of several sequences, pass after pass, layer by layer.
+
+Layers differ in what they see (everything, a window, a chunk), in heads (grouped), caps, sinks, and one caches latents.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+
+from flexgen.errors import StorageError
+from flexgen.kernels.attention import ReferenceKernels
+from flexgen.memory.direct_io import IOPool
+from flexgen.memory.kv_cache import KVCache, PagePool, SequenceKV, group_layers, layer_index
+from flexgen.memory.kv_disk import DiskPlace, DiskPool
+from flexgen.memory.kv_host import HostPlace
+from flexgen.memory.kv_pass import KVSlice, is_decode
+from flexgen.memory.kv_place import LocalPlace, Place, View
+from flexgen.memory.transfer import SimulatedDevice
+from flexgen.models.attention import AttentionCall, LatentProjection
+
+HEADS, DIM, RANK, NOPE, ROPE = 4, 8, 6, 5, 3
+PAGE_TOKENS, NUM_PAGES = 4, 40
+SCALING = 0.4
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One attention layer; `latent` layers cache (rank) and (rope) instead of keys and values."""
+
+    kv_heads: int = 2
+    window: int | None = None
+    chunk: int | None = None
+    softcap: float | None = None
+    sinks: torch.Tensor | None = None
+    latent: LatentProjection | None = None
+
+    @property
+    def shape(self) -> tuple[int, int, int, int, int | None, int | None]:
+        if self.latent is not None:
+            return 1, RANK, 1, ROPE, self.window, self.chunk
+        return self.kv_heads, DIM, self.kv_heads, DIM, self.window, self.chunk
+
+
+GENERATOR = torch.Generator().manual_seed(0)
+
+
+def noise(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=GENERATOR, dtype=torch.float64)
+
+
+LAYERS = [
+    Layer(),
+    Layer(window=7, softcap=2.0),
+    Layer(chunk=6),
+    Layer(kv_heads=1, sinks=noise(HEADS)),
+    Layer(latent=LatentProjection(key_up=noise(HEADS, NOPE, RANK), value_up=noise(HEADS, DIM, RANK))),
+    Layer(window=1),
+    Layer(),
+]
+GROUPS = group_layers([(index, layer.shape) for index, layer in enumerate(LAYERS)], PAGE_TOKENS, torch.float64)
+
+
+class Conversation:
+    """A sequence: everything that its layers will ever compute, drawn in advance."""
+
+    def __init__(self, length: int, kv: SequenceKV) -> None:
+        self.kv, self.stored = kv, 0
+        self.query, self.key, self.value, self.cached = [], [], [], []
+        for layer in LAYERS:
+            if layer.latent is None:
+                key, value = noise(layer.kv_heads, length, DIM), noise(layer.kv_heads, length, DIM)
+                cached = (key, value)
+                query_dim = DIM
+            else:
+                compressed, rope = noise(1, length, RANK), noise(1, length, ROPE)
+                cached = (compressed, rope)
+                nope = torch.einsum("tr,hnr->htn", compressed[0], layer.latent.key_up)
+                key = torch.cat([nope, rope.expand(HEADS, -1, -1)], dim=-1)
+                value = torch.einsum("tr,hvr->htv", compressed[0], layer.latent.value_up)
+                query_dim = NOPE + ROPE
+            self.query.append(noise(HEADS, length, query_dim))
+            self.key.append(key)
+            self.value.append(value)
+            self.cached.append(cached)
+
+    def dense(self, index: int, start: int, length: int) -> torch.Tensor:
+        """Attention of tokens [start, start + length) with everything in view: (length, heads, dim)."""
+        layer, out = LAYERS[index], torch.empty(length, HEADS, DIM, dtype=torch.float64)
+        repeat = HEADS // self.key[index].shape[0]
+        key, value = self.key[index].repeat_interleave(repeat, 0), self.value[index].repeat_interleave(repeat, 0)
+        for row, position in enumerate(range(start, start + length)):
+            first = 0
+            if layer.window:
+                first = max(0, position - layer.window + 1)
+            if layer.chunk:
+                first = position // layer.chunk * layer.chunk
+            scores = torch.einsum("hd,htd->ht", self.query[index][:, position], key[:, first : position + 1]) * SCALING
+            if layer.softcap:
+                scores = layer.softcap * torch.tanh(scores / layer.softcap)
+            if layer.sinks is not None:
+                scores = torch.cat([scores, layer.sinks[:, None]], dim=1)
+            weights = torch.softmax(scores, dim=1)[:, : position + 1 - first]
+            out[row] = torch.einsum("ht,htd->hd", weights, value[:, first : position + 1])
+        return out
+
+
+Piece = tuple[Conversation, int, int]  # (sequence, start, length)
+
+
+@dataclass
+class Bench:
+    """A place with its cache; runs passes and compares."""
+
+    place: Place
+    cache: KVCache
+    tier: str
+    close: list[Callable[[], None]] = field(default_factory=list)
+
+    def batches(self, pieces: list[Piece], choose: random.Random) -> list[list[Piece]]:
+        """Micro-batches as the place allows them: chunks one after the other, kinds apart where they must be."""
+        steps = [piece for piece in pieces if is_decode(as_slice(piece))]
+        prompts = [piece for piece in pieces if not is_decode(as_slice(piece))]
+        batches: list[list[Piece]] = [[*steps, *prompts]] if self.place.mixes else [steps, prompts]
+        if self.place.chunks and prompts and prompts[0][2] > 3:
+            conversation, start, length = prompts[0]
+            cut = choose.randint(1, length - 2)
+            batches = [[piece for piece in batch if piece is not prompts[0]] for batch in batches]
+            batches += [[(conversation, start, cut)], [(conversation, start + cut, length - cut)]]
+        return [batch for batch in batches if batch]
+
+    def run_pass(self, pieces: list[Piece], choose: random.Random) -> None:
+        for conversation, start, length in pieces:
+            assert self.cache.reserve(conversation.kv, start + length)
+        batches = self.batches(pieces, choose)
+        views = [self.place.view([as_slice(piece) for piece in batch]) for batch in batches]
+        self.place.begin_pass(views)  # type: ignore[arg-type]
+        for index in range(len(LAYERS)):
+            answers = [attend(view, index, batch) for view, batch in zip(views, batches, strict=True)]
+            for answer, batch in zip(answers, batches, strict=True):
+                expected = torch.cat([conversation.dense(index, start, length) for conversation, start, length in batch])
+                torch.testing.assert_close(finished(answer)[0], expected, rtol=1e-9, atol=1e-9)
+        self.place.finish_pass()
+        for conversation, start, length in pieces:
+            conversation.stored = start + length
+            self.cache.trim(conversation.kv, conversation.stored)
+
+
+def as_slice(piece: Piece) -> KVSlice:
+    conversation, start, length = piece
+    return KVSlice(start=start, length=length, tables=conversation.kv.tables)
+
+
+def attend(view: View, index: int, batch: list[Piece]) -> object:
+    def packed(tensors: Callable[[Conversation], torch.Tensor]) -> torch.Tensor:
+        return torch.cat([tensors(each)[:, start : start + length] for each, start, length in batch], dim=1)[None]
+
+    new = packed(lambda each: each.cached[index][0]), packed(lambda each: each.cached[index][1])
+    layer = LAYERS[index]
+    call = AttentionCall(
+        layer=index, query=packed(lambda each: each.query[index]), key=packed(lambda each: each.key[index]),
+        value=packed(lambda each: each.value[index]), new=new, scaling=SCALING, softcap=layer.softcap, sinks=layer.sinks,
+        window=layer.window, chunk=layer.chunk, latent=layer.latent,
+    )  # fmt: skip
+    return view.attend(call, new)
+
+
+def finished(answer: object) -> torch.Tensor:
+    if isinstance(answer, torch.Tensor):
+        return answer
+    deadline = time.monotonic() + 20
+    while not answer.done():  # type: ignore[attr-defined]
+        assert time.monotonic() < deadline, "attention never ended"
+        time.sleep(0.0001)
+    return answer.result()  # type: ignore[attr-defined]
+
+
+def nothing() -> None:
+    pass
+
+
+def poisoned(size_bytes: int) -> torch.Tensor:
+    return torch.full((size_bytes,), 0xFF, dtype=torch.uint8)
+
+
+def open_local(folder: Path) -> Bench:
+    pool = PagePool(GROUPS, [NUM_PAGES] * len(GROUPS), poisoned)
+    place = LocalPlace(pool, ReferenceKernels(), torch.device("cpu"))
+    return Bench(place, KVCache(GROUPS, {"host": pool}), "host")
+
+
+def open_host(folder: Path) -> Bench:
+    device = SimulatedDevice(1 << 20, max_delay_seconds=0.0001)
+    pool = PagePool(GROUPS, [NUM_PAGES] * len(GROUPS), poisoned)
+    place = HostPlace(pool, ReferenceKernels(), ReferenceKernels(), device, nothing)
+    return Bench(place, KVCache(GROUPS, {"host": pool}), "host", [device.close])
+
+
+def open_disk(folder: Path, device: SimulatedDevice | None = None) -> Bench:
+    pool, io = DiskPool(GROUPS, [NUM_PAGES] * len(GROUPS), folder), IOPool(2)
+    place = DiskPlace(pool, ReferenceKernels(), ReferenceKernels(), device, nothing, io, staging_bytes=4096)
+    return Bench(place, KVCache(GROUPS, {"disk": pool}), "disk", [io.close])
+
+
+def open_disk_beside_device(folder: Path) -> Bench:
+    device = SimulatedDevice(1 << 20, max_delay_seconds=0.0001)
+    bench = open_disk(folder, device)
+    bench.close.append(device.close)
+    return bench
+
+
+PLACES = {"local": open_local, "host": open_host, "disk": open_disk, "disk beside device": open_disk_beside_device}
+
+
+@pytest.fixture(params=list(PLACES))
+def bench(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Bench]:
+    bench = PLACES[request.param](tmp_path)
+    yield bench
+    bench.place.close()
+    for close in bench.close:
+        close()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_attention_equals_dense_attention(bench: Bench, seed: int) -> None:
+    """Sequences join with prompts, go on by single tokens (or several at once), end, and others take their pages."""
+    choose = random.Random(seed)
+    live: list[Conversation] = []
+    for _ in range(8):
+        while len(live) < 4 and choose.random() < 0.7:
+            live.append(Conversation(30, bench.cache.admit(bench.tier)))
+        pieces: list[Piece] = []
+        for each in live:
+            wanted = choose.choice([1, 2, 5, 13]) if each.stored == 0 else choose.choice([1, 1, 1, 1, 4])
+            pieces.append((each, each.stored, min(wanted, 30 - each.stored)))
+        if pieces:
+            bench.run_pass(pieces, choose)
+        for each in [each for each in live if each.stored >= 29 or choose.random() < 0.1]:
+            bench.cache.release(each.kv)
+            live.remove(each)
+    for each in live:
+        bench.cache.release(each.kv)
+    assert bench.cache.used_bytes[bench.tier] == 0
+
+
+def test_plan_counts_what_is_attended_to(bench: Bench) -> None:
+    step, prompt = (Conversation(20, bench.cache.admit(bench.tier)) for _ in range(2))
+    bench.run_pass([(step, 0, 9)], random.Random(0))
+    for conversation, length in ((step, 10), (prompt, 8)):
+        assert bench.cache.reserve(conversation.kv, length)
+    view = bench.place.view([as_slice((step, 9, 1))])
+    seen = [10, 7, 4, 10, 10, 1]  # per group: full, window 7, chunk 6, one head, latent, window 1
+    assert view.plan.decode_tokens_read() == view.plan.visible_pairs() == seen
+    view = bench.place.view([as_slice((prompt, 0, 8))])
+    assert view.plan.decode_tokens_read() == [0] * len(GROUPS)
+    assert view.plan.visible_pairs() == [36, 35, 24, 36, 36, 8]
+
+
+def test_layers_find_their_group() -> None:
+    assert layer_index(GROUPS)[6] == (0, 1)
+    assert len(GROUPS) == 6
+
+
+@pytest.mark.parametrize("call", ["preadv", "pwritev"])
+def test_a_failing_disk_reaches_the_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    """Where it waits for attention, or at the end of the pass; and closing still works."""
+    bench = open_disk(tmp_path)
+    conversation = Conversation(20, bench.cache.admit("disk"))
+    bench.run_pass([(conversation, 0, 9)], random.Random(0))
+
+    def failing(fd: int, buffers: list[memoryview], offset: int) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, call, failing)
+    with pytest.raises(StorageError, match="Input/output error"):
+        bench.run_pass([(conversation, 9, 1)], random.Random(0))
+    monkeypatch.undo()
+    bench.place.close()
+    for close in bench.close:
+        close()
+
+
+def test_micro_batches_may_overtake_each_other(tmp_path: Path) -> None:
+    """Pages are read ahead in one order and may be wanted in another: too little staging for both must not block."""
+    bench = open_disk(tmp_path)
+    first, second = (Conversation(20, bench.cache.admit("disk")) for _ in range(2))
+    bench.run_pass([(first, 0, 18), (second, 0, 17)], random.Random(0))
+    assert isinstance(bench.place, DiskPlace)
+    bench.place._staging_bytes = 1  # one layer of one micro-batch
+    batches: list[list[Piece]] = [[(first, 18, 1)], [(second, 17, 1)]]
+    for batch in batches:
+        assert bench.cache.reserve(batch[0][0].kv, batch[0][1] + 1)
+    views = [bench.place.view([as_slice(piece) for piece in batch]) for batch in batches]
+    bench.place.begin_pass(views)  # type: ignore[arg-type]
+    for index in range(len(LAYERS)):
+        answers = [attend(view, index, batch) for view, batch in zip(views[::-1], batches[::-1], strict=True)]
+        for answer, batch in zip(answers, batches[::-1], strict=True):
+            torch.testing.assert_close(finished(answer)[0], batch[0][0].dense(index, batch[0][1], 1), rtol=1e-9, atol=1e-9)
+    bench.place.finish_pass()
+    bench.place.close()
+    for close in bench.close:
+        close()

@@ -1,0 +1,171 @@
+import json
+import os
+import time
+
+import pytest
+import torch
+
+from flexgen.errors import OptionError
+from flexgen.plan.machine import Machine
+from flexgen.profile import measure as module
+from flexgen.profile.measure import cached_machine, machine_key, measure
+from flexgen.sizes import KIB, MIB
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Measures little, so that it is quick."""
+    monkeypatch.setattr(module, "DENSE_ROWS", (16, 64))
+    monkeypatch.setattr(module, "DENSE_SHAPES", ((256, 256), (512, 128)))
+    monkeypatch.setattr(module, "READ_THREADS", (1, 2))
+    monkeypatch.setattr(module, "READ_SIZES", (256 * KIB, 1 * MIB))
+    monkeypatch.setattr(module, "FILE_BYTES", (4 * MIB, 8 * MIB))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
+def test_every_rate_is_found(small, tmp_path, dtype):
+    machine = measure("cpu", dtype, tmp_path, quick=True, max_bytes=16 * MIB)
+    assert machine.cores == len(os.sched_getaffinity(0))
+    for rate in (machine.disk_read_bytes_per_s, machine.disk_write_bytes_per_s, machine.host_memory_bytes_per_s):
+        assert rate > 1e6
+    assert (machine.host_to_device_bytes_per_s, machine.device_to_host_bytes_per_s) == (None, None)
+    rows = machine.dense_rows[dtype]
+    assert [number for number, _ in rows] == [16, 64]
+    assert machine.dense_flops == {dtype: max(rate for _, rate in rows)}
+    assert machine.attention_flops[dtype] > 1e6
+    assert not list(tmp_path.iterdir()), "the measured file was left behind"
+    assert type(machine).from_json(machine.to_json()) == machine
+
+
+def test_a_simulated_device_has_links(small, tmp_path):
+    machine = measure("sim", "float32", tmp_path, quick=True, max_bytes=8 * MIB)
+    assert machine.host_to_device_bytes_per_s > 1e6
+    assert machine.device_to_host_bytes_per_s > 1e6
+
+
+def test_an_unknown_dtype(tmp_path):
+    with pytest.raises(OptionError, match="is not a dtype"):
+        measure("cpu", "float12", tmp_path)
+
+
+def test_a_file_system_without_direct_io(small, tmp_path, monkeypatch):
+    real = os.open
+
+    def refusing(path, flags, *rest, **named):
+        if flags & os.O_DIRECT:
+            raise OSError(22, "Invalid argument")
+        return real(path, flags, *rest, **named)
+
+    monkeypatch.setattr(os, "open", refusing)
+    assert measure("cpu", "float32", tmp_path, quick=True, max_bytes=8 * MIB).disk_read_bytes_per_s > 1e6
+
+
+def test_a_folder_that_cannot_be_written_to(small, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    monkeypatch.setattr(module.tempfile, "gettempdir", lambda: str(tmp_path))
+    with caplog.at_level("WARNING"):
+        measure("cpu", "float32", tmp_path / "model", quick=True, max_bytes=8 * MIB)
+    assert "is measured instead" in caplog.text
+
+
+def test_plain_attention_is_attention():
+    q, k, v = (torch.randn(2, 70, 16, dtype=torch.float64) for _ in range(3))
+    expected = torch.nn.functional.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True)[0]
+    torch.testing.assert_close(module._plain_attention(q, k, v, block=32), expected)
+
+
+def test_buffers_stay_below_what_is_allowed(monkeypatch):
+    assert module._shrunken((4096, 4096), 4, 128 * MIB) == (4096, 4096)
+    out, features = module._shrunken((8192, 3072), 4, 16 * MIB)
+    assert out * features * 4 <= 16 * MIB
+
+
+def test_medians_are_not_of_slow_calls_only():
+    calls = []
+    assert module._median_seconds(lambda: calls.append(time.sleep(0.02)), 0.001) >= 0.02
+    assert len(calls) == 1
+    assert module._median_seconds(lambda: calls.append(0), 1.0) < 0.02
+    assert len(calls) == 5
+
+
+# The cache
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """How often the machine was measured."""
+    calls = []
+
+    def counting(device, dtype, folder, **_):
+        calls.append((device, dtype, folder))
+        return Machine(
+            name="measured",
+            measured="2026-01-01",
+            cores=2,
+            disk_read_bytes_per_s=1e9 + len(calls),
+            disk_write_bytes_per_s=1e9,
+            host_memory_bytes_per_s=1e10,
+            host_to_device_bytes_per_s=None,
+            device_to_host_bytes_per_s=None,
+            dense_flops={dtype: 1e12},
+            dense_rows={dtype: [(64, 5e11), (128, 1e12)]},
+            attention_flops={dtype: 1e11},
+        )
+
+    monkeypatch.setattr(module, "measure", counting)
+    return calls
+
+
+def cached(tmp_path, device="cpu", dtype="float32", *, quick=True, **named):
+    folder = tmp_path / "model"
+    folder.mkdir(exist_ok=True)
+    return cached_machine(device, dtype, folder, cache_dir=tmp_path / "cache", quick=quick, max_bytes=8 * MIB, **named)
+
+
+def test_a_machine_is_measured_once(counted, tmp_path):
+    first = cached(tmp_path)
+    assert cached(tmp_path) == first
+    assert len(counted) == 1
+    cached(tmp_path, again=True)
+    cached(tmp_path, dtype="float64")
+    cached(tmp_path, device="sim")
+    assert len(counted) == 4
+    assert len(list((tmp_path / "cache").iterdir())) == 3
+
+
+def test_a_quick_measurement_does_not_serve_for_a_thorough_one(counted, tmp_path):
+    cached(tmp_path)
+    thorough = cached(tmp_path, quick=False)
+    assert cached(tmp_path) == cached(tmp_path, quick=False) == thorough
+    assert len(counted) == 2
+
+
+@pytest.mark.parametrize("change", ["host", "processor", "cores", "torch"])
+def test_another_machine_is_measured_again(counted, tmp_path, monkeypatch, change):
+    cached(tmp_path)
+    key = machine_key("cpu", "float32", tmp_path)
+    monkeypatch.setattr(module, "machine_key", lambda *_: key | {change: "another"})
+    cached(tmp_path)
+    assert len(counted) == 2
+
+
+def test_the_key_names_what_matters(tmp_path):
+    key = machine_key("cpu", "float32", tmp_path)
+    assert {"host", "processor", "cores", "file_system", "torch", "dtype", "device"} <= set(key)
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"key": 1, "machine": {}}', "not json"])
+def test_a_spoiled_cache_is_measured_again(counted, tmp_path, text):
+    first = cached(tmp_path)
+    (file,) = (tmp_path / "cache").iterdir()
+    file.write_text(text)
+    cached(tmp_path)
+    assert len(counted) == 2
+    assert json.loads(file.read_text())["machine"]["name"] == first.name
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(counted, tmp_path, caplog):
+    (tmp_path / "cache").write_text("a file, where a folder should be")
+    with caplog.at_level("WARNING"):
+        assert cached(tmp_path).cores > 0
+    assert "are not kept" in caplog.text
