@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import re
+import resource
 
 import pytest
 import torch
-from transformers import PreTrainedConfig
+from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from flexgen.models.describe import UnitPart, cut_units, streamed_uses
 from flexgen.models.skeleton import build_skeleton
@@ -110,3 +111,13 @@ def test_a_skeleton_is_left_as_it_was() -> None:
     trace_model(model)
     assert all(parameter.is_meta for parameter in model.parameters())
     assert not any(module._forward_pre_hooks or "forward" in module.__dict__ for module in model.modules())
+
+
+def test_skeletons_take_no_memory() -> None:
+    """A single parameter of this model, half a trillion in all, is larger than the memory of most machines."""
+    config = CONFIG_MAPPING["longcat_flash"]()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    model = build_skeleton(config, torch.bfloat16)
+    assert max(parameter.nbytes for parameter in model.parameters()) > 30 << 30
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 20  # KiB
+    assert not any(buffer.is_meta for name, buffer in model.named_buffers() if "rotary" in name)

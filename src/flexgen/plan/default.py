@@ -43,16 +43,19 @@ ALLOWANCE_SHARE = 0.02
 FRAGMENTATION = 1.25
 # A ring holds what a link delivers in this time, but never more than this share of its tier.
 RING_SECONDS = 0.3
-RING_SHARE = 0.15
+RING_SHARE = 0.1
 RING_UNITS = 3
 # What runs reach of the best rates.
 REAL_DISK_READ, REAL_SPILL, REAL_LINK, REAL_DENSE, REAL_ATTENTION, REAL_HOST_KV, REAL_MEMORY = 0.75, 0.5, 0.9, 0.9, 0.7, 0.3, 0.8
-SECONDS_PER_PASS, SECONDS_PER_UNIT_AND_MICRO_BATCH, SECONDS_PER_STREAMED_UNIT, CORE_SECONDS_PER_DISK_BYTE = 5e-3, 1e-4, 3e-4, 5e-11
+SECONDS_PER_PASS, SECONDS_PER_UNIT_AND_MICRO_BATCH, SECONDS_PER_STREAMED_UNIT = 5e-3, 1e-4, 3e-4
+SECONDS_PER_GATHERED_ROW, CORE_SECONDS_PER_DISK_BYTE = 2e-5, 5e-11
 # Live sequences vary around what the pools hold on average.
 SEQUENCE_SLACK = 1.15
 # Between plans that are about as fast, the one with shorter passes (results come sooner, forecasts matter less), that moves
 # less (what does not move is never late), and that leaves the disk's other users and its life alone.
 LONG_PASS_PENALTY, MOVING_PENALTY, SPILL_PENALTY = 0.02, 0.02, 0.15
+# A smaller share of KV is not worth a folder on disk.
+LEAST_SPILL = 0.05
 # What is planned for when nothing is known of the job.
 NOMINAL_WORKLOAD = Workload(prompt_lens=(512,) * 256, output_lens=(128,) * 256)
 
@@ -146,6 +149,7 @@ def expected_seconds(played: Simulation, spec: ModelSpec, policy: Policy, machin
     attention = machine.attention_flops.get(policy.dtype, best_rate(machine.dense_flops, policy.dtype, "dense", machine))
     compute = compute / REAL_DENSE + work.attention_flops / attention / REAL_ATTENTION
     compute = compute + micro_batches * len(spec.units) * SECONDS_PER_UNIT_AND_MICRO_BATCH
+    compute = compute + tokens * SECONDS_PER_GATHERED_ROW * (not policy.embedding_resident)
     homes = unit_homes(spec, policy.weights)
     weights = weights_work(spec, homes, policy.device)
     decoded = weights.host_memory_bytes - weights.disk_read_bytes - weights.host_to_device_bytes
@@ -283,6 +287,7 @@ class _Planner:
     def policy(self, point: tuple[float, ...], micro_batch_tokens: int) -> Policy | None:
         """The policy of a point, or None where it does not fit."""
         on_device, on_host, kv_homes, kv_disk, quota, embedding = point
+        kv_disk = 0.0 if kv_disk < LEAST_SPILL else kv_disk
         spills = kv_disk > 0 or (self.kv is not None and self.kv.disk > 0)
         prefill_tokens = self.options.prefill_tokens or self._least_quota(micro_batch_tokens)
         bare = self._draft(Fractions(disk=1.0), micro_batch_tokens, prefill_tokens, spills=spills)
@@ -463,12 +468,12 @@ def explain(policy: Policy, spec: ModelSpec, machine: Machine, limits: Limits, w
     lines = [f"{spec.name}: {policy.dtype} on {policy.device}, {policy.schedule} schedule"]
     budgets = {"host": limits.host_bytes, "device": limits.device_bytes, "disk": limits.disk_bytes}
     for tier, parts in footprint(policy, spec, limits, process_bytes=process_bytes).items():
-        listed = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items() if size >= GIB / 200)
-        lines.append(f"{tier:<7} {sum(parts.values()) / GIB:.2f} of {budgets[tier] / GIB:.2f} GiB: {listed or 'next to nothing'}")
+        listed = ", ".join(f"{name} {format_size(size)}" for name, size in parts.items() if size)
+        lines.append(f"{tier:<7} {format_size(sum(parts.values()))} of {format_size(budgets[tier])}: {listed}")
     work = weights_work(spec, unit_homes(spec, policy.weights), policy.device)
-    streamed = f"{work.disk_read_bytes / GIB:.2f} GiB from disk"
+    streamed = f"{format_size(work.disk_read_bytes)} from disk"
     if policy.device != "cpu":
-        streamed += f", {work.host_to_device_bytes / GIB:.2f} GiB to the device"
+        streamed += f" and {format_size(work.host_to_device_bytes)} to the device"
     lines.append(f"weights {_shares(policy.weights)}; a pass reads {streamed}")
     lines.append(
         f"block   up to {policy.max_num_seqs} sequences (KV {_shares(policy.kv)}), {policy.prefill_tokens} prompt tokens admitted "
@@ -480,7 +485,7 @@ def explain(policy: Policy, spec: ModelSpec, machine: Machine, limits: Limits, w
 
 
 def _shares(fractions: Fractions) -> str:
-    return ", ".join(f"{getattr(fractions, tier):.0%} {tier}" for tier in TIERS if getattr(fractions, tier) > 0)
+    return ", ".join(f"{getattr(fractions, tier):.0%} {tier}" for tier in TIERS if getattr(fractions, tier) >= 0.005)
 
 
 def _expectation(policy: Policy, spec: ModelSpec, machine: Machine, workload: Workload) -> str:
@@ -489,7 +494,7 @@ def _expectation(policy: Policy, spec: ModelSpec, machine: Machine, workload: Wo
     played = simulate(spec, policy, lengths)
     ideal = {resource: float(each.sum()) for resource, each in played.ideal_seconds(machine, policy.dtype).items()}
     text = (
-        f"expect  {round(played.num_passes * scale)} passes, {seconds / 60:.1f} min, {workload.output_tokens / max(seconds, 1e-9):.1f} "
+        f"expect  {round(played.num_passes * scale)} passes, {seconds:.0f} s, {workload.output_tokens / max(seconds, 1e-9):.1f} "
         f"output tokens/s, about {played.live.mean():.0f} sequences alive; busiest: {busiest(ideal)[0].replace('_', ' ')}"
     )
     return text + (f"; {round(refused * len(workload))} requests can never fit" if refused else "")

@@ -60,7 +60,9 @@ class Simulation:
         return [PassWork(**dict(zip(names, row, strict=True))) for row in zip(*columns, strict=True)]
 
     def total(self) -> PassWork:
-        return sum(self.passes(), PassWork())
+        """The work of all passes."""
+        names = [field.name for field in dataclasses.fields(PassWork)]
+        return PassWork(**{name: _spread(getattr(self.work, name), self.num_passes).sum().item() for name in names})
 
     def ideal_seconds(self, machine: Machine, dtype: str) -> dict[str, Floats]:
         """Resource -> ideal seconds in each pass."""
@@ -432,7 +434,8 @@ def placed_weights(spec: ModelSpec, device: str, device_bytes: float, host_bytes
     whole = max(sum(memory_bytes(unit) for unit in spec.units), 1)
     share = on_device * min(max(device_bytes, 0) / whole, 1.0) if device != "cpu" else 0.0
     host = on_host * min(max(host_bytes, 0) / whole, 1.0 - share)
-    return Fractions(device=share, host=host, disk=max(1.0 - share - host, 0.0))
+    disk = 1.0 - share - host
+    return Fractions(device=share, host=host, disk=disk if disk > 1e-9 else 0.0)
 
 
 def kv_pools(free: dict[str, int], disk_bytes: int, kv_homes: float, kv_disk: float, *, staged: float = 0.0) -> dict[str, int]:
