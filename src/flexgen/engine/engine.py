@@ -21,7 +21,7 @@ from flexgen.engine.clock import ProgressClock, RunCounts
 from flexgen.engine.progress import Progress, RunReport
 from flexgen.engine.report import RunContext, make_report
 from flexgen.engine.sampler import sample
-from flexgen.engine.schedule import SCHEDULES, Limits, Quota, Slice, pack
+from flexgen.engine.schedule import SCHEDULES, Limits, Quota, Slice, defer_remainder, pack
 from flexgen.engine.sequence import Sequence
 from flexgen.engine.sweep import MicroBatch, run_pass
 from flexgen.engine.trace import Trace
@@ -335,11 +335,15 @@ class Engine:
         batches: list[MicroBatch] = []
         for home, place in self.places.items():
             members = [each for each in self._live if each.kv is not None and each.kv.home == home]
+            if place.mixes and self.policy.schedule == "diagonal":
+                defer_remainder(members, self.policy.micro_batch_tokens)
             previous: MicroBatch | None = None
             for slices in pack(members, self.policy.micro_batch_tokens, mix=place.mixes, chunk=place.chunks):
                 slices = sorted(slices, key=lambda each: not is_decode(_kv_slice(each)))
                 view = place.view([_kv_slice(each) for each in slices])
-                batch = MicroBatch(slices, self.model.bound, self._pass_cache, view, self._rows, self._device)
+                batch = MicroBatch(
+                    slices, self.model.bound, self._pass_cache, view, self._rows, self._device, even_rows=self._backend is None
+                )
                 if previous is not None and any(each.start > each.sequence.num_stored for each in slices):
                     batch.after = previous
                 batches.append(batch)
@@ -378,6 +382,8 @@ class Engine:
     def _sample(self, batches: list[MicroBatch]) -> list[TokenResult]:
         results = []
         for batch in batches:
+            for each in batch.slices:
+                each.sequence.num_stored = max(each.sequence.num_stored, each.start + each.length)
             rows = [each.sequence for each in batch.slices if each.last]
             if rows:
                 assert batch.logits is not None
@@ -394,7 +400,6 @@ class Engine:
         """Take a sampled token; the result when it ended the answer."""
         if isinstance(token, RequestError):
             return self._finish(sequence, "error", token)
-        sequence.num_stored = len(sequence.tokens)
         sequence.tokens.append(token)
         if token in sequence.request.stop_token_ids:
             return self._finish(sequence, "stop")

@@ -16,6 +16,7 @@ from flexgen.engine.sequence import Sequence
 
 Pages = Callable[[np.ndarray], np.ndarray]
 MAX_PROJECTED_TIMES = 256
+SMALL_REMAINDER = 0.375  # of a micro-batch
 
 
 @dataclass(slots=True)
@@ -127,8 +128,30 @@ class Slice:
     last: bool
 
 
+def defer_remainder(sequences: SequenceOf[Sequence], rows: int) -> None:
+    """Bring a pass to a multiple of `rows`: a small remainder of prompt tokens is left to the next pass.
+
+    A micro-batch of few rows is computed at a fraction of the rate of a full one (docs/log.md).  The youngest
+    prompts give way; a pass never ends up below `rows`.
+
+    Args:
+        sequences: of one KV home, oldest first; their `deferred` is set.
+    """
+    for sequence in sequences:
+        sequence.deferred = 0
+    excess = sum(sequence.num_new for sequence in sequences) % rows
+    if sum(sequence.num_new for sequence in sequences) < rows or excess > SMALL_REMAINDER * rows:
+        return
+    for sequence in reversed(sequences):
+        if excess and sequence.num_new > 1:
+            sequence.deferred = min(excess, sequence.num_new)
+            excess -= sequence.deferred
+
+
 def pack(sequences: SequenceOf[Sequence], micro_batch_tokens: int, *, mix: bool, chunk: bool = True) -> list[list[Slice]]:
     """Micro-batches of one pass: next tokens first, prompts after, long prompts in consecutive chunks.
+
+    Micro-batches that mix are filled to the last row, whatever prompt that cuts; others cut only what is longer.
 
     Args:
         sequences: of one KV home and one position regime. mix: whether next tokens and prompts may share a micro-batch.
@@ -141,8 +164,8 @@ def pack(sequences: SequenceOf[Sequence], micro_batch_tokens: int, *, mix: bool,
         batches.append([Slice(sequence=s, start=s.num_stored, length=1, last=True) for s in steps[start : start + micro_batch_tokens]])
     room = micro_batch_tokens - len(batches[-1]) if batches and mix else 0
     for sequence in prompts:
-        start, stop = sequence.num_stored, len(sequence.tokens)
-        if stop - start > room and room < micro_batch_tokens:
+        start, stop = sequence.num_stored, len(sequence.tokens) - sequence.deferred
+        if not (mix and chunk) and stop - start > room and room < micro_batch_tokens:
             batches.append([])
             room = micro_batch_tokens
         while start < stop:
@@ -150,7 +173,7 @@ def pack(sequences: SequenceOf[Sequence], micro_batch_tokens: int, *, mix: bool,
                 batches.append([])
                 room = micro_batch_tokens
             length = min(stop - start, room) if chunk else stop - start
-            batches[-1].append(Slice(sequence=sequence, start=start, length=length, last=start + length == stop))
+            batches[-1].append(Slice(sequence=sequence, start=start, length=length, last=start + length == len(sequence.tokens)))
             start, room = start + length, max(room - length, 0)
             if length == 1 and batches[-1][-1].start > 0 and not mix:
                 room = 0  # a last chunk of one token is computed as a next token is

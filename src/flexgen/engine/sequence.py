@@ -15,6 +15,7 @@ class Sequence:
     Attributes:
         tokens: prompt and generated ids. num_stored: leading tokens whose KV is stored.
         kv: its pages, None while it waits (again).
+        deferred: trailing prompt tokens that this pass leaves to the next.
         expected_tokens: generated tokens after which it probably ends (at most max_tokens).
     """
 
@@ -24,6 +25,7 @@ class Sequence:
     num_stored: int = 0
     kv: SequenceKV | None = None
     num_preemptions: int = 0
+    deferred: int = 0
 
     def __post_init__(self) -> None:
         self.tokens = list(self.request.prompt_token_ids)

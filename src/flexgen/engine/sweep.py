@@ -5,6 +5,7 @@ Dataflow, no barrier per layer: lowest unit first; a unit is released when the l
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -20,6 +21,7 @@ from flexgen.models.attention import AttentionCall, PassCache
 from flexgen.models.skeleton import BoundModel
 from flexgen.models.suspension import ForwardCoroutine, Span
 
+FEW_ROWS = 256  # up to here odd row counts cost nothing
 IDLE_SECONDS = 0.5  # longest wait between looks; arrivals wake the loop earlier
 
 
@@ -36,13 +38,18 @@ class MicroBatch(ForwardCoroutine):
         wanted: the unit it waits for (-1 before it starts). pending: attention it waits for.
         logits: (sampled, vocab) once it has finished.
         after: a micro-batch whose attention must come first in every layer (the previous chunk of a prompt).
+        filler: rows (0 or 1) that repeat the last token and are thrown away: CPU matrix kernels lose up to a quarter of
+            their rate at odd row counts (docs/log.md).
     """
 
     def __init__(
-        self, slices: Sequence[Slice], model: BoundModel, cache: PassCache, view: View, rows: RowSource, device: torch.device
-    ) -> None:
+        self, slices: Sequence[Slice], model: BoundModel, cache: PassCache, view: View, rows: RowSource, device: torch.device,
+        *, even_rows: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__(self._forward)
         self.slices = tuple(slices)
+        num_tokens = sum(each.length for each in slices)
+        self.filler = num_tokens % 2 if even_rows and num_tokens > FEW_ROWS else 0
         self.wanted = -1
         self.pending: PendingAttention | None = None
         self.logits: torch.Tensor | None = None
@@ -66,6 +73,8 @@ class MicroBatch(ForwardCoroutine):
             positions += range(each.start, each.start + each.length)
             if each.last:
                 sampled.append(len(ids) - 1)
+        ids += ids[-1:] * self.filler
+        positions += positions[-1:] * self.filler
         self.logits = self._model.forward(
             torch.tensor([ids], device=self._device),
             torch.tensor([positions], device=self._device),
@@ -85,15 +94,22 @@ class MicroBatch(ForwardCoroutine):
             self._suspend()
 
     def spans(self) -> list[Span]:
+        last = self.slices[-1]
         return [
             Span(
-                start=each.start, length=each.length, prompt_len=len(each.sequence.request.prompt_token_ids),
+                start=each.start, length=each.length + (self.filler if each is last else 0), prompt_len=len(each.sequence.request.prompt_token_ids),
                 total=len(each.sequence.tokens),
             )
             for each in self.slices
         ]  # fmt: skip
 
     def attend(self, call: AttentionCall) -> torch.Tensor:
+        if self.filler:
+            attended = self._attend(_without_last_row(call))
+            return torch.cat([attended, torch.zeros_like(attended[:, :1])], dim=1)
+        return self._attend(call)
+
+    def _attend(self, call: AttentionCall) -> torch.Tensor:
         answer = self.view.attend(call, call.new)
         if isinstance(answer, torch.Tensor):
             return answer
@@ -110,6 +126,12 @@ class MicroBatch(ForwardCoroutine):
         if self.after is not None and not self.after.dead and self.after.wanted <= self.wanted:
             return False
         return weights.is_ready(self.wanted)
+
+
+def _without_last_row(call: AttentionCall) -> AttentionCall:
+    new = call.new and (call.new[0][:, :, :-1], call.new[1][:, :, :-1])
+    query, key, value = call.query[:, :, :-1], call.key[:, :, :-1], call.value[:, :, :-1]
+    return dataclasses.replace(call, query=query, key=key, value=value, new=new)
 
 
 def run_pass(

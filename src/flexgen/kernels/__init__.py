@@ -1,0 +1,1 @@
+"""Attention kernels: the reference, and one implementation per kind of device."""

@@ -1,0 +1,1 @@
+"""What will happen, as numbers: models, machines, workloads, policies and their price.  No torch."""

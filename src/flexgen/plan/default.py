@@ -268,7 +268,7 @@ class _Planner:
         points = self.machine.dense_rows.get(self.dtype, [])
         best = max((rate for _, rate in points), default=0.0)
         favourable = min((rows for rows, rate in points if rate >= 0.97 * best), default=512)
-        first = min(max(favourable, 512), 1024 if self.on_cpu else 4096)
+        first = 512 if self.on_cpu else min(max(favourable, 512), 4096)
         return [first, *(tokens for tokens in (256, 128, 64, 32) if tokens < first)]
 
     def _axes(self) -> list[tuple[float, ...]]:

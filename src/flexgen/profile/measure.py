@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import datetime
 import errno
+import functools
 import hashlib
 import json
 import logging
@@ -37,6 +38,8 @@ DENSE_SHAPES = ((4096, 4096), (8192, 3072))  # (out features, in features)
 READ_THREADS = (1, 2, 4)
 READ_SIZES = (4 * MIB, 8 * MIB, 16 * MIB)
 FILE_BYTES = (128 * MIB, 256 * MIB)  # quick, or not
+READ_SECONDS = (0.15, 0.3)  # of one setting; quick, or not
+LARGE_FILE_BYTES = 256 * MIB
 DISK_SHARE = 0.25  # of the free space, for the measured file
 
 
@@ -46,7 +49,8 @@ def measure(device: str, dtype: str, folder: Path, *, quick: bool = False, max_b
     Args:
         device: "cpu", "cuda" or "sim" (computes on the CPU; its links are copies in host memory).
         dtype: a torch name; only this one is measured.
-        folder: a temporary file there is written and read: the file system that weights stream from.
+        folder: where weights stream from: its largest file is read (a temporary one where all are small), and a
+            temporary file is written.
         max_bytes: most memory of all buffers alive at once.
 
     Raises:
@@ -205,32 +209,45 @@ def _disk_rates(folder: Path, quick: bool, max_bytes: int) -> tuple[float, float
     if size == 0:
         raise StorageError(f"{folder}: no room for a file of 64 MiB to measure the disk with")
     settings = [(threads, block) for threads in READ_THREADS for block in READ_SIZES if threads * block <= max_bytes]
+    seconds = READ_SECONDS[not quick]
     try:
-        with tempfile.NamedTemporaryFile(dir=folder, prefix="flexgen-measure-") as file, _opened(file.name) as descriptor:
-            write = _write_rate(descriptor, size, min(largest, max_bytes))
-            once = {setting: _read_rate(descriptor, size, *setting) for setting in settings or [(1, 1 * MIB)]}
-            promising = sorted(once, key=once.__getitem__, reverse=True)[: 1 if quick else 3]
-            read = max(statistics.median(_read_rate(descriptor, size, *setting) for _ in range(3)) for setting in promising)
+        with tempfile.NamedTemporaryFile(dir=folder, prefix="flexgen-measure-") as file:
+            with _opened(file.name, os.O_RDWR) as descriptor:
+                write = _write_rate(descriptor, size, min(largest, max_bytes))
+            with _opened(_large_file(folder) or file.name, os.O_RDONLY) as descriptor:
+                reader = functools.partial(_read_rate, descriptor, os.fstat(descriptor).st_size, seconds=seconds)
+                once = {setting: reader(*setting) for setting in settings or [(1, 1 * MIB)]}
+                promising = sorted(once, key=once.__getitem__, reverse=True)[: 2 if quick else 3]
+                read = max(*once.values(), *(reader(*setting) for setting in promising for _ in range(2)))
             return read, write
     except OSError as error:
         raise StorageError(f"{folder}: measuring the disk failed: {error}") from error
 
 
+def _large_file(folder: Path) -> str | None:
+    """The largest file of weights, if it is large enough to read from for a while."""
+    files = [path for path in folder.glob("*.safetensors") if path.is_file() and path.stat().st_size >= LARGE_FILE_BYTES]
+    return str(max(files, key=lambda path: path.stat().st_size)) if files else None
+
+
 @contextlib.contextmanager
-def _opened(path: str) -> Iterator[int]:
+def _opened(path: str, flags: int) -> Iterator[int]:
     """A descriptor past the page cache, or a plain one where O_DIRECT is refused."""
     try:
-        descriptor = os.open(path, os.O_RDWR | os.O_DIRECT)
+        descriptor = os.open(path, flags | os.O_DIRECT)
         try:
             with mmap.mmap(-1, DIRECT_ALIGNMENT) as block:
-                os.pwritev(descriptor, [block], 0)
+                if flags & os.O_RDWR:
+                    os.pwritev(descriptor, [block], 0)
+                else:
+                    os.preadv(descriptor, [block], 0)
         except OSError:
             os.close(descriptor)
             raise
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.ENOTSUP):
             raise
-        descriptor = os.open(path, os.O_RDWR)
+        descriptor = os.open(path, flags)
     try:
         yield descriptor
     finally:
@@ -251,19 +268,27 @@ def _write_rate(descriptor: int, size: int, block: int) -> float:
         return size / (time.perf_counter() - began)
 
 
-def _read_rate(descriptor: int, size: int, threads: int, block: int) -> float:
-    """`threads` readers share the file's blocks."""
-    os.posix_fadvise(descriptor, 0, size, os.POSIX_FADV_DONTNEED)
+def _read_rate(descriptor: int, size: int, threads: int, block: int, *, seconds: float) -> float:
+    """Bytes per second of `threads` readers that share the file's blocks, from its beginning, for a while."""
+    with contextlib.suppress(OSError):
+        os.posix_fadvise(descriptor, 0, size, os.POSIX_FADV_DONTNEED)
+    blocks = max(size // block, 1)
+    block = min(block, size)
     errors: list[OSError] = []
+    counts = [0] * threads
 
     def read(number: int) -> None:
-        try:
-            with mmap.mmap(-1, block) as buffer:
-                ready.wait()
-                for offset in range(number * block, size, threads * block):
-                    _whole(os.preadv, descriptor, buffer, min(block, size - offset), offset)
-        except OSError as error:
-            errors.append(error)
+        with mmap.mmap(-1, block) as buffer:
+            buffer.write(bytes(block))  # faulted in before the clock starts
+            ready.wait()
+            began = time.perf_counter()
+            try:
+                while time.perf_counter() - began < seconds:
+                    at = (number + counts[number] * threads) % blocks
+                    _whole(os.preadv, descriptor, buffer, block, at * block)
+                    counts[number] += 1
+            except OSError as error:
+                errors.append(error)
 
     ready = threading.Barrier(threads + 1)
     readers = [threading.Thread(target=read, args=(number,), name=f"flexgen-measure-{number}") for number in range(threads)]
@@ -275,7 +300,7 @@ def _read_rate(descriptor: int, size: int, threads: int, block: int) -> float:
         reader.join()
     if errors:
         raise errors[0]
-    return size / (time.perf_counter() - began)
+    return sum(counts) * block / (time.perf_counter() - began)
 
 
 def _whole(transfer: Callable[[int, list[memoryview], int], int], descriptor: int, buffer: mmap.mmap, size: int, offset: int) -> None:
