@@ -64,7 +64,7 @@ def run_case(shape: Shape, budget: str, scratch: Path) -> dict[str, Any]:
     ]  # fmt: skip
     for old in (output, metrics):
         old.unlink(missing_ok=True)
-    with log.open("wb") as file:
+    with log.open("w") as file:
         outcome = run_capped(parse_size(budget), command, stdout=file, stderr=file)
     report = json.loads(metrics.read_text()) if metrics.exists() else {}
     return {

@@ -57,7 +57,7 @@ def main() -> int:
 
 def reference(folder: Path, prompts: list[list[int]], output_tokens: int) -> tuple[list[list[int]], list[list[float]]]:
     """(greedy tokens, relative margin between the two largest logits at each of them) of transformers."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
     tokens, margins = [], []
     for prompt in prompts:
         ids = torch.tensor([prompt])

@@ -165,7 +165,7 @@ def _staging_stays_within_its_budget(monkeypatch: pytest.MonkeyPatch) -> Iterato
     def take(place: DiskPlace, view: Any, group: int) -> Any:
         staged = really(place, view, group)
         with place._lock:
-            if place._staged and place._in_use > place._staging_bytes and not place._starved:
+            if place._staged and place._in_use > place._staging_bytes and not place._starved():
                 problems.append(f"{place._in_use} of {place._staging_bytes} bytes")
         return staged
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flexgen.engine import schedule
-from flexgen.engine.schedule import SCHEDULES, Limits, Quota, fits_projected, pack
+from flexgen.engine.schedule import SCHEDULES, Limits, Quota, defer_remainder, fits_projected, pack
 from flexgen.engine.sequence import Sequence
 from flexgen.request import TokenRequest
 
@@ -78,13 +78,29 @@ STEP = [sequence(index, 4, stored=5, generated=2) for index in range(3)]
 
 
 def test_pack_mixed() -> None:
-    """Next tokens first; a prompt that does not fit beside them starts a micro-batch of its own; its tail leaves room."""
+    """Next tokens first; micro-batches are filled to the last row, whatever prompt that cuts."""
     assert packed([*STEP, sequence(3, 4), sequence(4, 19), sequence(5, 3)], 8, mix=True) == [
-        [(0, 5, 1, True), (1, 5, 1, True), (2, 5, 1, True), (3, 0, 4, True)],
-        [(4, 0, 8, False)],
-        [(4, 8, 8, False)],
-        [(4, 16, 3, True), (5, 0, 3, True)],
+        [(0, 5, 1, True), (1, 5, 1, True), (2, 5, 1, True), (3, 0, 4, True), (4, 0, 1, False)],
+        [(4, 1, 8, False)],
+        [(4, 9, 8, False)],
+        [(4, 17, 2, True), (5, 0, 3, True)],
     ]
+
+
+def test_a_small_remainder_is_left_to_the_next_pass() -> None:
+    """3 next tokens and 4 + 3 of prompts are 10 rows: 2 beyond a micro-batch of 8, taken from the youngest prompt."""
+    sequences = [*STEP, sequence(3, 4), sequence(4, 3)]
+    defer_remainder(sequences, 8)
+    assert packed(sequences, 8, mix=True) == [[(0, 5, 1, True), (1, 5, 1, True), (2, 5, 1, True), (3, 0, 4, True), (4, 0, 1, False)]]
+
+
+@pytest.mark.parametrize("prompts", [(4,), (4, 4), (4, 9)])
+def test_what_is_not_deferred(prompts: tuple[int, ...]) -> None:
+    """Less than a micro-batch, a whole one, or a large remainder: 7, 11 and 16 rows of 8."""
+    sequences = [*STEP, *(sequence(3 + index, length) for index, length in enumerate(prompts))]
+    defer_remainder(sequences, 8)
+    deferred = sum(each.deferred for each in sequences)
+    assert deferred == {7: 0, 11: 3, 16: 0}[3 + sum(prompts)]
 
 
 def test_pack_unmixed() -> None:

@@ -97,11 +97,13 @@ class MicroBatch(ForwardCoroutine):
         last = self.slices[-1]
         return [
             Span(
-                start=each.start, length=each.length + (self.filler if each is last else 0), prompt_len=len(each.sequence.request.prompt_token_ids),
+                start=each.start,
+                length=each.length + (self.filler if each is last else 0),
+                prompt_len=len(each.sequence.request.prompt_token_ids),
                 total=len(each.sequence.tokens),
             )
             for each in self.slices
-        ]  # fmt: skip
+        ]
 
     def attend(self, call: AttentionCall) -> torch.Tensor:
         if self.filler:

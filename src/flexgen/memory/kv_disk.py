@@ -104,7 +104,7 @@ class DiskPlace(HostPlace):
         self._served: set[tuple[int, int]] = set()  # (view, layer) of this pass; the worker's
         self._in_use = 0
         self._lent = 0  # staged layers that the worker uses, or that are being written back
-        self._starved = False  # the worker waits for a layer that is not staged
+        self._wanted: tuple[int, int] | None = None  # (view, layer) that the worker waits for
         self._spare: dict[tuple[int, int], list[Staged]] = {}
         self._writes: list[Ticket] = []
         self._ahead: threading.Thread | None = None
@@ -156,7 +156,7 @@ class DiskPlace(HostPlace):
         size = slots * (layout.key_page_bytes + layout.value_page_bytes)
         with self._lock:
             while self._in_use and self._in_use + size > self._staging_bytes and not self._stopping:
-                if self._starved and not self._lent:
+                if self._starved() and not self._lent:
                     break
                 self._lock.wait()
             if self._stopping:
@@ -166,6 +166,10 @@ class DiskPlace(HostPlace):
                 return spare.pop()
             self._spare.clear()  # sizes change from pass to pass: spares of another size are memory held for nothing
             return Staged(layout, slots)
+
+    def _starved(self) -> bool:
+        """Whether the worker waits for a layer that is not staged (a layer staged a moment ago may not have woken it yet)."""
+        return self._wanted is not None and self._wanted not in self._staged
 
     def _give_back(self, view: DiskView, group: int, staged: Staged) -> None:
         if not view.reads:
@@ -207,10 +211,10 @@ class DiskPlace(HostPlace):
             while (id(view), layer) not in self._staged:
                 if self._failure is not None:
                     raise self._failure
-                self._starved = True
+                self._wanted = (id(view), layer)
                 self._lock.notify_all()
                 self._lock.wait()
-            self._starved = False
+            self._wanted = None
             self._lent += 1
             staged = self._staged.pop((id(view), layer))
         assert staged.ticket is not None
