@@ -74,7 +74,7 @@ def test_every_option_reaches_the_engine(
     wanted: dict[str, Any] = {
         "device": "sim", "dtype": "float32", "device_mem": "1GiB", "host_mem": "50%", "disk": "3GB", "offload_dir": str(tmp_path),
         "weights": "host=1", "kv": "host=.5,disk=.5", "max_num_seqs": 3, "micro_batch_tokens": 5, "prefill_tokens": 7,
-        "schedule": "zigzag", "load_format": "dummy", "max_model_len": 33, "seed": 9,
+        "schedule": "diagonal", "load_format": "dummy", "max_model_len": 33, "seed": 9,
     }  # fmt: skip
     flags = [part for name, value in wanted.items() for part in ("--" + name.replace("_", "-"), value)]
     done = flexgen("run", model_folder, source, "-o", output, *flags)

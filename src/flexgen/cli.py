@@ -186,6 +186,8 @@ def _check_paths(source: Path, output: Path, metrics: Path | None) -> None:
         raise OptionError(f"{output} is the input; give another output")
     _check_parent(output, "--output")
     _check_parent(metrics, "--metrics")
+    if metrics is not None and metrics.resolve() in (source.resolve(), output.resolve()):
+        raise OptionError(f"--metrics {metrics} is the input or the output; give another file")
 
 
 def _check_parent(path: Path | None, flag: str) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import gc
 import logging
 import os
 import weakref
@@ -52,9 +53,10 @@ def make_plan(files: ModelFiles, options: EngineOptions, workload: Workload) -> 
         CapacityError: no plan fits the budgets.
         UnsupportedModelError: the model is refused by name.
     """
-    from flexgen.opening import prepare
+    from flexgen.opening import discard, prepare
 
     found = prepare(files, options, workload)
+    discard(found)
     return Plan(spec=found.model.spec, machine=found.machine, policy=found.policy)
 
 
@@ -268,7 +270,9 @@ class LLM:
             raise FlexGenError("this LLM is closed")
         engine = self._open.engine
         if engine is None or not _suits(engine.policy, engine.spec, self._open.workload, workload, self.options):
+            engine = None  # a closed engine still holds its memory,
             self._open.close()
+            gc.collect()  # and its hooks refer back to their modules
             engine = self._open_engine(workload)
             self._open.engine, self._open.workload = engine, workload
         return engine
@@ -316,6 +320,8 @@ def _suits(policy: Policy, spec: ModelSpec, old: Workload, new: Workload, option
     def block_bytes(workload: Workload) -> int:
         return min(len(workload), policy.max_num_seqs) * spec.kv_bytes(longest(workload))
 
+    if max(new.prompt_lens, default=0) > max(old.prompt_lens, default=0):
+        return False  # the workspace was sized for the longest prompt
     pools = (policy.kv_device_bytes, policy.kv_host_bytes, policy.kv_disk_bytes)
     if longest(new) > longest(old) and spec.kv_bytes(longest(new)) > max(pools):
         return False  # a sequence's KV has one home

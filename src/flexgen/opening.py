@@ -5,6 +5,7 @@ Everything heavy (transformers, kernels) is loaded before the process is measure
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import shutil
 import tempfile
@@ -22,7 +23,7 @@ from flexgen.errors import CapacityError, ModelError, OptionError, StorageError
 from flexgen.hub import ModelFiles
 from flexgen.kernels.attention import attention_kernels, warm_up
 from flexgen.memory.transfer import Backend, CudaDevice, SimulatedDevice
-from flexgen.models.dummy import write_random_checkpoint
+from flexgen.models.dummy import checkpoint_bytes, write_random_checkpoint
 from flexgen.models.loading import LoadedModel, load_model
 from flexgen.options import EngineOptions
 from flexgen.plan.default import budgets_of, resolve
@@ -66,6 +67,8 @@ def prepare(files: ModelFiles, options: EngineOptions, workload: Workload) -> Pr
     dummy_folder = _write_dummy(config, dtype, limits) if options.load_format == "dummy" else None
     try:
         model = load_model(dummy_folder or files.folder, config, dtype)
+        if dummy_folder is not None:
+            limits = replace(limits, disk_bytes=max(limits.disk_bytes - model.total_bytes, 0))
         model = replace(model, spec=replace(model.spec, name=files.name))
         machine = cached_machine(limits.device, options.dtype, model.layouts[0].extents[0].path.parent, max_bytes=128 * MIB, quick=True)
         _warm_up_kernels(dtype)
@@ -87,17 +90,10 @@ def open_prepared(prepared: Prepared) -> Engine:
         CapacityError, StorageError: when memory or the offload folder cannot be had; nothing stays open.
     """
     start = time.perf_counter()
-    limits, policy, model = prepared.limits, prepared.policy, prepared.model
-    backend = _backend(limits)
-    offload_dir = _offload_dir(limits) if policy.kv_disk_bytes else None
-    folders = [folder for folder in (offload_dir, prepared.dummy_folder) if folder is not None]
-    context = RunContext(
-        model=model.spec.name,
-        host_budget_bytes=limits.host_bytes,
-        device_budget_bytes=limits.device_bytes,
-        budgets=budgets_of(limits, model.spec, prepared.process_bytes),
-    )
-    engine = Engine(model, policy, prepared.machine, context=context, backend=backend, offload_dir=offload_dir, temporary=folders)
+    with contextlib.ExitStack() as undo:
+        undo.callback(discard, prepared)
+        engine = _construct(prepared, undo)
+        undo.pop_all()  # from here on the engine owns everything
     try:
         engine.load()
     except BaseException:
@@ -106,6 +102,31 @@ def open_prepared(prepared: Prepared) -> Engine:
     engine.load_seconds = time.perf_counter() - start
     logger.info("loaded in %.1f s", engine.load_seconds)
     return engine
+
+
+def discard(prepared: Prepared) -> None:
+    """Remove what `prepare` wrote, if no engine will."""
+    if prepared.dummy_folder is not None:
+        shutil.rmtree(prepared.dummy_folder, ignore_errors=True)
+
+
+def _construct(prepared: Prepared, undo: contextlib.ExitStack) -> Engine:
+    """An engine without weights; what it would own is registered with `undo` as it is made."""
+    limits, policy, model = prepared.limits, prepared.policy, prepared.model
+    backend = _backend(limits)
+    if backend is not None:
+        undo.callback(backend.close)
+    offload_dir = _offload_dir(limits) if policy.kv_disk_bytes else None
+    if offload_dir is not None:
+        undo.callback(shutil.rmtree, offload_dir, ignore_errors=True)
+    folders = [folder for folder in (offload_dir, prepared.dummy_folder) if folder is not None]
+    context = RunContext(
+        model=model.spec.name,
+        host_budget_bytes=limits.host_bytes,
+        device_budget_bytes=limits.device_bytes,
+        budgets=budgets_of(limits, model.spec, prepared.process_bytes),
+    )
+    return Engine(model, policy, prepared.machine, context=context, backend=backend, offload_dir=offload_dir, temporary=folders)
 
 
 def read_config(files: ModelFiles) -> Any:
@@ -167,11 +188,12 @@ def _write_dummy(config: Any, dtype: torch.dtype, limits: Limits) -> Path:
     folder = _offload_dir(limits)
     logger.info("writing random weights to %s", folder)
     try:
-        size = write_random_checkpoint(config, folder, dtype)
-    except OSError as error:
+        size = checkpoint_bytes(config, dtype)
+        if size > limits.disk_bytes:
+            granted = format_size(limits.disk_bytes)
+            raise CapacityError(f"random weights take {format_size(size)} of disk, {granted} are granted: raise --disk")
+        write_random_checkpoint(config, folder, dtype)
+    except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
-        raise StorageError(f"random weights cannot be written to {folder}: {error}") from error
-    if size > limits.disk_bytes:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise CapacityError(f"random weights take {format_size(size)} of disk, {format_size(limits.disk_bytes)} are granted: raise --disk")
+        raise
     return folder

@@ -62,6 +62,8 @@ class EngineOptions:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise OptionError(f"{name} must be a positive integer, not {value!r}")
+        if self.prefill_tokens is not None and self.schedule != "diagonal":
+            raise OptionError(f"prefill_tokens has a meaning for schedule='diagonal' only, not for {self.schedule!r}")
         if self.trust_remote_code:
             raise OptionError("trust_remote_code: flexgen runs no code from model folders")
 

@@ -152,10 +152,10 @@ def test_nothing_known_of_the_job(plan):
 
 
 def test_pins_stay(plan):
-    policy = plan(weights="host=.2,disk=.8", kv="host=1", max_num_seqs=7, prefill_tokens=300, micro_batch_tokens=99, schedule="zigzag")
+    policy = plan(weights="host=.2,disk=.8", kv="host=1", max_num_seqs=7, prefill_tokens=300, micro_batch_tokens=99, schedule="diagonal")
     assert policy.weights == Fractions(host=0.2, disk=0.8)
     assert policy.kv == Fractions(host=1.0)
-    assert (policy.max_num_seqs, policy.prefill_tokens, policy.micro_batch_tokens, policy.schedule) == (7, 300, 99, "zigzag")
+    assert (policy.max_num_seqs, policy.prefill_tokens, policy.micro_batch_tokens, policy.schedule) == (7, 300, 99, "diagonal")
 
 
 def test_a_cap_beyond_the_job_is_kept(plan):

@@ -320,7 +320,7 @@ class Engine:
     def _preempt(self, sequence: Sequence) -> None:
         assert sequence.kv is not None
         self.cache.release(sequence.kv)
-        sequence.kv, sequence.num_stored = None, 0
+        sequence.kv, sequence.num_stored, sequence.deferred = None, 0, 0
         sequence.num_preemptions += 1
         sequence.expected_tokens = sequence.request.max_tokens
         self._live.remove(sequence)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import platform
-import resource
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -65,7 +64,7 @@ def make_report(engine: Engine, context: RunContext, elapsed_seconds: float, fin
         placement={"weights": _weights_placement(engine), "kv": dict(engine.cache.peak_bytes)},
         bytes_moved=engine.bytes_moved(),
         wait_seconds=trace.waits(),
-        peak_host_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        peak_host_bytes=_peak_resident_bytes(),
         host_budget_bytes=context.host_budget_bytes,
         peak_device_bytes=engine.device_bytes(),
         device_budget_bytes=context.device_budget_bytes,
@@ -84,6 +83,12 @@ def _weights_placement(engine: Engine) -> dict[str, int]:
     for layout, home in zip(engine.model.layouts, engine.homes, strict=True):
         placed[home] = placed.get(home, 0) + (layout.staging_bytes if home == "disk" else layout.packed_bytes)
     return placed
+
+
+def _peak_resident_bytes() -> int:
+    """VmHWM; getrusage would report the parent's peak where that was larger."""
+    with open("/proc/self/status", encoding="ascii") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM:"))
 
 
 def _versions() -> dict[str, str]:

@@ -142,6 +142,8 @@ def defer_remainder(sequences: SequenceOf[Sequence], rows: int) -> None:
     excess = sum(sequence.num_new for sequence in sequences) % rows
     if sum(sequence.num_new for sequence in sequences) < rows or excess > SMALL_REMAINDER * rows:
         return
+    if excess > sum(sequence.num_new for sequence in sequences if sequence.num_new > 1):
+        return
     for sequence in reversed(sequences):
         if excess and sequence.num_new > 1:
             sequence.deferred = min(excess, sequence.num_new)

@@ -70,9 +70,10 @@ class Ticket:
             self.error = self.error or error
             last = self._left == 0
         if last:
+            on_done, self._on_done = self._on_done, None  # a kept ticket keeps no buffer alive
             self._event.set()
-            if self._on_done is not None:
-                self._on_done()
+            if on_done is not None:
+                on_done()
 
     def done(self) -> bool:
         return self._event.is_set()
@@ -270,6 +271,7 @@ class IOPool:
                 if self._in_flight == 0:
                     self.busy_seconds += time.perf_counter() - self._busy_since
             job.ticket.part_done(error)
+            del job  # an idle thread keeps no buffer alive
 
     def close(self) -> None:
         """Let what is queued finish, then end the threads."""

@@ -86,10 +86,18 @@ def group_layers(layers: Sequence[tuple[int, GroupShape]], page_tokens: int, dty
     )  # fmt: skip
 
 
-def divide_pool(groups: Sequence[KVGroup], pool_bytes: int, typical_tokens: int) -> list[int]:
-    """Pages per group such that all run out together for sequences of `typical_tokens`."""
-    wanted = [group.most_pages_held(typical_tokens) * group.page_bytes for group in groups]
-    return [int(pool_bytes * want / sum(wanted)) // group.page_bytes for group, want in zip(groups, wanted, strict=True)]
+def divide_pool(groups: Sequence[KVGroup], pool_bytes: int, longest: int) -> list[int]:
+    """Pages per group such that all run out together for sequences of `longest` tokens.
+
+    Groups that see only so far first get the pages of one whole sequence: a prompt's are freed only after its pass.
+    """
+    first = [-(-longest // group.page_tokens) + 1 if group.window or group.chunk else 0 for group in groups]
+    rest = pool_bytes - sum(pages * group.page_bytes for pages, group in zip(first, groups, strict=True))
+    if rest < 0:
+        first, rest = [0] * len(groups), pool_bytes
+    wanted = [group.most_pages_held(longest) * group.page_bytes for group in groups]
+    shared = [int(rest * want / sum(wanted)) // group.page_bytes for group, want in zip(groups, wanted, strict=True)]
+    return [whole + share for whole, share in zip(first, shared, strict=True)]
 
 
 def layer_index(groups: Sequence[KVGroup]) -> dict[int, tuple[int, int]]:

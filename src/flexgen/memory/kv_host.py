@@ -35,14 +35,15 @@ if TYPE_CHECKING:
     from flexgen.models.attention import AttentionCall
 
 HOST = torch.device("cpu")
+MAX_JOBS = 8  # each holds the q, k and v of a micro-batch
 Pages = tuple[torch.Tensor, torch.Tensor]
 
 
 class Worker:
-    """One thread that runs jobs in order; an error stops it and is raised to whoever waits."""
+    """One thread that runs jobs in order; the first error is kept and raised by `drain`."""
 
     def __init__(self, name: str) -> None:
-        self._jobs: queue.Queue[Callable[[], None] | None] = queue.Queue()
+        self._jobs: queue.Queue[Callable[[], None] | None] = queue.Queue(maxsize=MAX_JOBS)
         self.error: BaseException | None = None
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
         self._thread.start()
@@ -91,7 +92,7 @@ class Link:
         if self._backend is None:
             return tensor
         copy = torch.empty(tensor.shape, dtype=tensor.dtype, device=self._backend.device)
-        self._backend.copy_in(copy, tensor.contiguous()).wait()
+        self._backend.copy_in(copy, tensor.contiguous(), self._backend.marker()).wait()
         return copy
 
 

@@ -17,7 +17,6 @@ from flexgen.memory.kv_place import LocalPlace, Place
 from flexgen.memory.transfer import Backend
 from flexgen.plan.policy import Policy
 
-TYPICAL_TOKENS = 512  # of a sequence, to divide a pool among layer groups that see unequally far
 
 
 def open_places(
@@ -39,10 +38,10 @@ def open_places(
 
     if policy.kv_device_bytes:
         assert backend is not None
-        pool = PagePool(groups, divide_pool(groups, policy.kv_device_bytes, TYPICAL_TOKENS), backend.allocate)
+        pool = PagePool(groups, divide_pool(groups, policy.kv_device_bytes, policy.longest_sequence), backend.allocate)
         pools["device"], places["device"] = pool, LocalPlace(pool, kernels(device), device)
     if policy.kv_host_bytes:
-        pages = divide_pool(groups, policy.kv_host_bytes, TYPICAL_TOKENS)
+        pages = divide_pool(groups, policy.kv_host_bytes, policy.longest_sequence)
         pool = PagePool(groups, pages, lambda size: torch.empty(size, dtype=torch.uint8))
         pools["host"] = pool
         if backend is None:
@@ -52,7 +51,7 @@ def open_places(
     if policy.kv_disk_bytes:
         if offload_dir is None:
             raise EngineError("KV on disk needs an offload folder")
-        disk = DiskPool(groups, divide_pool(groups, policy.kv_disk_bytes, TYPICAL_TOKENS), offload_dir)
+        disk = DiskPool(groups, divide_pool(groups, policy.kv_disk_bytes, policy.longest_sequence), offload_dir)
         pools["disk"] = disk
         places["disk"] = DiskPlace(disk, kernels(HOST), kernels(device), backend, notify, io, policy.kv_staging_bytes)
     return places, KVCache(groups, pools)

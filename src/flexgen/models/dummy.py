@@ -90,6 +90,13 @@ def write_random_checkpoint(
     return total_bytes
 
 
+def checkpoint_bytes(config: PreTrainedConfig, dtype: torch.dtype) -> int:
+    """Bytes of all tensors that `write_random_checkpoint` would write."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return sum(tensor.nbytes for tensor in _tensors(model, dtype))
+
+
 def _tensors(model: PreTrainedModel, dtype: torch.dtype) -> list[_Tensor]:
     """What `save_pretrained` would store, without the numbers."""
     ignored = model._keys_to_ignore_on_save or ()

@@ -258,6 +258,7 @@ def _unit_spec(parts: Sequence[UnitPart], layout: UnitLayout) -> UnitSpec:
         decoded_bytes=layout.packed_bytes,
         flops_per_token=sum(part.use.flops_per_token * (part.stop - part.start) / part.use.rows for part in parts),
         head=parts[0].use.head,
+        plain=layout.plain,
     )
 
 

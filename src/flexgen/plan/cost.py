@@ -73,6 +73,8 @@ class PassLoad:
 
 def needs_decode(unit: UnitSpec) -> bool:
     """Whether the unit's stored numbers are not those that compute uses."""
+    if unit.plain is not None:
+        return not unit.plain
     return abs(unit.decoded_bytes - unit.disk_bytes) > ALIGNMENT_SLACK_BYTES
 
 

@@ -255,7 +255,7 @@ class _Planner:
 
             policy = self.policy(descend(self._axes(), score, keep=4)[0], micro_batch_tokens)
             if policy is not None:
-                return policy
+                return dataclasses.replace(policy, longest_sequence=self.sizes.longest)
         raise CapacityError("; ".join(self._lacking(kv_bytes=self.sizes.smallest)) or self._no_pool())
 
     def _seconds(self, played: Simulation, policy: Policy) -> float:

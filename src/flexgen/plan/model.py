@@ -15,6 +15,7 @@ class UnitSpec:
         decoded_bytes: bytes once in the compute dtype.
         flops_per_token: multiply-adds count two; of a token that passes through it.
         head: True for vocabulary rows of the output head, computed for sampled positions only.
+        plain: whether the stored bytes are used as they are; None where that must be guessed from the sizes.
     """
 
     name: str
@@ -22,6 +23,7 @@ class UnitSpec:
     decoded_bytes: int
     flops_per_token: float
     head: bool = False
+    plain: bool | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -38,6 +38,7 @@ class Policy:
         micro_batch_tokens: most tokens computed together.
         page_tokens: tokens of a KV page.
         compute_threads, io_threads: threads of the process.
+        longest_sequence: tokens of the job's longest prompt and answer; each layer group can hold one such sequence whole.
     """
 
     device: str
@@ -59,6 +60,7 @@ class Policy:
     compute_threads: int
     io_threads: int
     kv_staging_bytes: int = 0
+    longest_sequence: int = 512
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2)

@@ -23,6 +23,7 @@ from flexgen.plan.machine import Machine
 from flexgen.plan.model import ModelSpec
 from flexgen.plan.policy import Fractions, Policy
 from flexgen.plan.workload import Workload
+from flexgen.sizes import align_up
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -467,7 +468,8 @@ class JobSizes:
     """What a job's requests need: their KV bytes, and the prompt tokens that keep a block full.
 
     Attributes:
-        largest, smallest, all: KV bytes at their longest. mean: of a live sequence. layer: of one layer of the longest.
+        largest, smallest, all: KV bytes at their longest; of a single one with what windowed layers hold of it during
+            its prompt. mean: of a live sequence. layer: of one layer of the longest.
         prompt_tokens: of all. longest_prompt, longest: tokens of a prompt, of a whole sequence.
     """
 
@@ -479,7 +481,12 @@ class JobSizes:
         self._number, self._passes = len(lengths), sum(n for _, n in lengths)
         self.prompt_tokens = sum(s for s, _ in lengths)
         self.longest_prompt, self.longest = max(s for s, _ in lengths), max(s + n for s, n in lengths)
-        self.largest, self.smallest, self.all = max(peaks), min(peaks), sum(peaks)
+        whole = sum(
+            (align_up(max(s + n for s, n in lengths), page_tokens) + page_tokens) * group.num_layers * group.bytes_per_token
+            for group in spec.kv_groups
+            if group.window is not None
+        )
+        self.largest, self.smallest, self.all = max(peaks) + whole, min(peaks) + whole, sum(peaks)
         self.mean = max(sum(int(before[s + n] - before[s]) for s, n in lengths) / self._passes, 1.0)
         self.layer = self.longest * max((group.bytes_per_token for group in spec.kv_groups), default=0)
 
