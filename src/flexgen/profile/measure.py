@@ -63,7 +63,7 @@ def measure(device: str, dtype: str, folder: Path, *, quick: bool = False, max_b
     share = 0.4 if quick else 1.0
     where = torch.device("cuda" if device == "cuda" else "cpu")
     with torch.inference_mode():
-        disk_read, disk_write = _disk_rates(_writable(folder), quick, max_bytes)
+        disk_read, disk_write = _disk_rates(folder, quick, max_bytes)
         memory = _memory_rate(max_bytes, 0.5 * share)
         rows = _dense_rows(where, torch_dtype, max_bytes, 2.5 * share)
         attention = _attention_rate(where, torch_dtype, max_bytes, 1.0 * share)
@@ -126,7 +126,7 @@ def machine_key(device: str, dtype: str, folder: Path) -> dict[str, str | int]:
         "processor": _processor(),
         "accelerator": torch.cuda.get_device_name() if device == "cuda" else "",
         "cores": num_cores(),
-        "file_system": _writable(folder).stat().st_dev,
+        "file_system": folder.stat().st_dev if folder.is_dir() else _writable(folder).stat().st_dev,
         "torch": torch.__version__,
         "dtype": dtype,
         "device": device,
@@ -202,26 +202,37 @@ def _writable(folder: Path) -> Path:
 
 
 def _disk_rates(folder: Path, quick: bool, max_bytes: int) -> tuple[float, float]:
-    """(read, write) bytes per second, past the page cache where the file system lets us."""
-    free = os.statvfs(folder)
+    """(read, write) bytes per second, past the page cache where the file system lets us.
+
+    Weights are read from their own files where those are large; what is written goes where something can be written.
+    """
+    where = _writable(folder)
+    free = os.statvfs(where)
     largest = max(READ_SIZES)
     size = min(FILE_BYTES[not quick], int(free.f_bavail * free.f_frsize * DISK_SHARE)) // largest * largest
-    if size == 0:
-        raise StorageError(f"{folder}: no room for a file of 64 MiB to measure the disk with")
-    settings = [(threads, block) for threads in READ_THREADS for block in READ_SIZES if threads * block <= max_bytes]
-    seconds = READ_SECONDS[not quick]
     try:
-        with tempfile.NamedTemporaryFile(dir=folder, prefix="flexgen-measure-") as file:
+        if size == 0 and (weights := _large_file(folder)) is not None:
+            read = _best_read_rate(weights, quick, max_bytes)
+            logger.warning("%s: no room to measure writes; they are taken to be as fast as reads", where)
+            return read, read
+        if size == 0:
+            raise StorageError(f"{where}: no room for a file of 64 MiB to measure the disk with")
+        with tempfile.NamedTemporaryFile(dir=where, prefix="flexgen-measure-") as file:
             with _opened(file.name, os.O_RDWR) as descriptor:
                 write = _write_rate(descriptor, size, min(largest, max_bytes))
-            with _opened(_large_file(folder) or file.name, os.O_RDONLY) as descriptor:
-                reader = functools.partial(_read_rate, descriptor, os.fstat(descriptor).st_size, seconds=seconds)
-                once = {setting: reader(*setting) for setting in settings or [(1, 1 * MIB)]}
-                promising = sorted(once, key=once.__getitem__, reverse=True)[: 2 if quick else 3]
-                read = max(*once.values(), *(reader(*setting) for setting in promising for _ in range(2)))
-            return read, write
+            return _best_read_rate(_large_file(folder) or file.name, quick, max_bytes), write
     except OSError as error:
         raise StorageError(f"{folder}: measuring the disk failed: {error}") from error
+
+
+def _best_read_rate(path: str, quick: bool, max_bytes: int) -> float:
+    """The best of all settings, the promising ones tried again."""
+    settings = [(threads, block) for threads in READ_THREADS for block in READ_SIZES if threads * block <= max_bytes]
+    with _opened(path, os.O_RDONLY) as descriptor:
+        reader = functools.partial(_read_rate, descriptor, os.fstat(descriptor).st_size, seconds=READ_SECONDS[not quick])
+        once = {setting: reader(*setting) for setting in settings or [(1, 1 * MIB)]}
+        promising = sorted(once, key=once.__getitem__, reverse=True)[: 2 if quick else 3]
+        return max(*once.values(), *(reader(*setting) for setting in promising for _ in range(2)))
 
 
 def _large_file(folder: Path) -> str | None:
