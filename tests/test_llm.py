@@ -260,7 +260,8 @@ def workload(count: int, prompt: int = 10, output: int = 10) -> Workload:
         (4, 10_000, workload(4), workload(5), True),  # its block was as large as the old work, not as the budget
         (4, 10_000, workload(8), workload(50), False),
         (4, 800, workload(4), workload(4, prompt=30), True),  # the pool was as large as the old work
-        (4, 700, workload(4), workload(4, prompt=30), False),  # the pool was as large as the budget
+        (4, 700, workload(4), workload(4, prompt=30), True),  # the workspace was sized for shorter prompts
+        (4, 700, workload(4, prompt=30), workload(4, prompt=29), False),
         (4, 200, workload(4), workload(1, prompt=30), True),  # not even one fits
     ],
 )  # fmt: skip

@@ -8,6 +8,7 @@ import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flexgen.engine.progress import RunReport
@@ -87,7 +88,7 @@ def _weights_placement(engine: Engine) -> dict[str, int]:
 
 def _peak_resident_bytes() -> int:
     """VmHWM; getrusage would report the parent's peak where that was larger."""
-    with open("/proc/self/status", encoding="ascii") as status:
+    with Path("/proc/self/status").open(encoding="ascii") as status:
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM:"))
 
 

@@ -18,7 +18,6 @@ from flexgen.memory.transfer import Backend
 from flexgen.plan.policy import Policy
 
 
-
 def open_places(
     groups: Sequence[KVGroup],
     policy: Policy,
