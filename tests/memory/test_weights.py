@@ -9,15 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from flexgen.errors import EngineError, StorageError
 from flexgen.memory.direct_io import FileSet, IOPool, plan_extents
 from flexgen.memory.ring import ByteRing
 from flexgen.memory.transfer import SimulatedDevice
 from flexgen.memory.unit import UnitLayout, UnitTensor, packed_offsets
-from flexgen.memory.weights import WeightStore, spread_homes
+from flexgen.memory.weights import WeightStore
 
 NUM_UNITS = 9
 
@@ -272,20 +270,3 @@ def test_units_come_in_order_only(written: Written) -> None:
         opened.wait(0)
         with pytest.raises(EngineError, match="unit 1 is wanted, unit 0 is next"):
             opened.store.is_ready(1)
-
-
-@given(
-    st.lists(st.integers(1, 100), min_size=1, max_size=80),
-    st.tuples(*[st.integers(0, 10)] * 3).filter(any),
-)
-def test_homes_honour_the_shares_to_within_one_unit(sizes: list[int], weights: tuple[int, int, int]) -> None:
-    """At every depth, not only in total: each tier is spread evenly."""
-    shares = {tier: weight / sum(weights) for tier, weight in zip(("device", "host", "disk"), weights, strict=True)}
-    homes = spread_homes(sizes, shares)
-    given_bytes, seen = dict.fromkeys(shares, 0), 0
-    for size, home in zip(sizes, homes, strict=True):
-        seen += size
-        given_bytes[home] += size
-        for tier, share in shares.items():
-            assert share > 0 or given_bytes[tier] == 0
-            assert given_bytes[tier] <= share * seen + max(sizes)

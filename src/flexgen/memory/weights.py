@@ -388,20 +388,3 @@ class WeightStore:
             if visit.ticket is not None:
                 visit.ticket.settle()
         self._threads.clear()
-
-
-def spread_homes(sizes: Sequence[int], shares: dict[str, float]) -> list[str]:
-    """A home for every unit: shares of the bytes honoured to within one unit, spread evenly over the depth.
-
-    Error diffusion: each unit goes to the tier that is furthest behind its share of the bytes so far.
-    """
-    given: dict[str, float] = dict.fromkeys(shares, 0.0)
-    seen = 0
-    homes = []
-    for size in sizes:
-        seen += size
-        tier = max(shares, key=lambda name: (shares[name] * seen - given[name], shares[name]))
-        given[tier] += size
-        homes.append(tier)
-    return homes
-
