@@ -78,9 +78,7 @@ def prepare(files: ModelFiles, options: EngineOptions, workload: Workload) -> Pr
         if dummy_folder is not None:
             shutil.rmtree(dummy_folder, ignore_errors=True)
         raise
-    return Prepared(
-        model=model, machine=machine, limits=limits, policy=policy, process_bytes=process_bytes, dummy_folder=dummy_folder
-    )
+    return Prepared(model=model, machine=machine, limits=limits, policy=policy, process_bytes=process_bytes, dummy_folder=dummy_folder)
 
 
 def open_prepared(prepared: Prepared) -> Engine:

@@ -43,9 +43,7 @@ class ProgressClock:
     def due(self) -> bool:
         return self._report is not None and time.perf_counter() - self._last >= PROGRESS_SECONDS
 
-    def tell(
-        self, counts: RunCounts, trace: Trace, moved: dict[str, int], begun: float, num_live: int, unit: tuple[int, int]
-    ) -> None:
+    def tell(self, counts: RunCounts, trace: Trace, moved: dict[str, int], begun: float, num_live: int, unit: tuple[int, int]) -> None:
         """Report a snapshot.
 
         Args:

@@ -372,9 +372,7 @@ class Engine:
             for group in groups:
                 attended[home][group] += read[group]
                 pairs[group] += visible[group] - read[group]
-        return PassLoad(
-            prompt_tokens=prompts, num_prompts=starts, next_tokens=steps, prompt_pairs=pairs, attended_tokens=attended
-        )
+        return PassLoad(prompt_tokens=prompts, num_prompts=starts, next_tokens=steps, prompt_pairs=pairs, attended_tokens=attended)
 
     def _count(self, load: PassLoad) -> PassWork:
         return price(load, self.spec, self.policy, self._weights_work)

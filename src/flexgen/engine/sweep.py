@@ -188,5 +188,3 @@ def _wait(active: Sequence[MicroBatch], weights: WeightStore, waits: dict[str, f
     start = time.perf_counter()
     weights.wait_arrival(IDLE_SECONDS if cause == "weights" else 0.0005, lambda: _next_runnable(active, weights) is not None)
     waits[cause] = waits.get(cause, 0.0) + time.perf_counter() - start
-
-

@@ -221,9 +221,7 @@ class IOPool:
         self.bytes_read = 0
         self.bytes_written = 0
         self.busy_seconds = 0.0
-        self._threads = [
-            threading.Thread(target=self._work, name=f"flexgen-io-{index}", daemon=True) for index in range(num_threads)
-        ]
+        self._threads = [threading.Thread(target=self._work, name=f"flexgen-io-{index}", daemon=True) for index in range(num_threads)]
         for thread in self._threads:
             thread.start()
 
@@ -235,13 +233,9 @@ class IOPool:
         """Start writing (file, offset, source) ranges; sources must stay unchanged until the ticket is done."""
         return self._submit(parts, True, on_done)
 
-    def _submit(
-        self, parts: Sequence[tuple[File, int, memoryview]], write: bool, on_done: Callable[[], None] | None
-    ) -> Ticket:
+    def _submit(self, parts: Sequence[tuple[File, int, memoryview]], write: bool, on_done: Callable[[], None] | None) -> Ticket:
         chunks = [
-            (file, offset + at, view[at : at + CHUNK_BYTES])
-            for file, offset, view in parts
-            for at in range(0, len(view), CHUNK_BYTES)
+            (file, offset + at, view[at : at + CHUNK_BYTES]) for file, offset, view in parts for at in range(0, len(view), CHUNK_BYTES)
         ]
         ticket = Ticket(len(chunks), on_done)
         with self._lock:

@@ -135,6 +135,7 @@ class PagePool:
     def give_back(self, group: int, pages: Sequence[int]) -> None:
         self._free[group].give_back(pages)
 
+
 class PageList:
     """Free page ids as sorted runs: what is asked for together comes contiguous where possible."""
 

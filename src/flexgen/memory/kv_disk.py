@@ -268,9 +268,7 @@ class DiskView(HostView):
         staged_tables: list[list[list[int]]] = [[] for _ in slices]
         for index, group in enumerate(groups):
             self._lay_out(index, group, slices, staged_tables)
-        staged = [
-            KVSlice(start=each.start, length=each.length, tables=tables) for each, tables in zip(slices, staged_tables, strict=True)
-        ]
+        staged = [KVSlice(start=each.start, length=each.length, tables=tables) for each, tables in zip(slices, staged_tables, strict=True)]
         super().__init__(place, KVPlan(groups, staged, HOST), KVPlan(groups, staged, place.device))
         self.reads = any(self._old)
 

@@ -103,8 +103,7 @@ class KVPlan:
     def decode_tokens_read(self) -> list[int]:
         """Tokens whose KV the decode kernel reads, per group."""
         return [
-            sum(each.start + 1 - group.first_visible(each.start) for each in self.slices[: self.num_decodes])
-            for group in self._layouts
+            sum(each.start + 1 - group.first_visible(each.start) for each in self.slices[: self.num_decodes]) for group in self._layouts
         ]
 
 
@@ -121,9 +120,7 @@ def write_new(
     kernels.write_kv(key[0].transpose(0, 1), value[0].transpose(0, 1), *pages, where.page_ids, where.page_offsets)
 
 
-def attend(
-    kernels: Kernels, plan: KVPlan, group: int, call: AttentionCall, pages: tuple[torch.Tensor, torch.Tensor]
-) -> torch.Tensor:
+def attend(kernels: Kernels, plan: KVPlan, group: int, call: AttentionCall, pages: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
     """Attention of all slices; their new tokens are on the pages already.
 
     Args:
@@ -194,9 +191,7 @@ def gather_past(kernels: Kernels, plan: KVPlan, group: int, index: int, pages: t
     return kernels.gather_kv(*pages, table, first, each.start)
 
 
-def attend_prompts(
-    kernels: Kernels, plan: KVPlan, group: int, call: AttentionCall, past: Sequence[Past], out: torch.Tensor
-) -> None:
+def attend_prompts(kernels: Kernels, plan: KVPlan, group: int, call: AttentionCall, past: Sequence[Past], out: torch.Tensor) -> None:
     """Attention of the prompt slices into their rows of `out` (1, tokens, heads, value_dim)."""
     row = plan.num_decodes
     for index, (each, before) in enumerate(zip(plan.prefills, past, strict=True)):

@@ -124,4 +124,3 @@ class LocalView:
         if new is not None:
             write_new(place.kernels, self.plan, group, *new, pages)
         return attend(place.kernels, self.plan, group, call, pages)
-
