@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as SequenceOf
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -277,12 +278,12 @@ class Engine:
         self.finish_reasons[reason] += 1
         self._finished.append((len(sequence.request.prompt_token_ids), len(generated)))
         counts = self.counts
-        self.counts = RunCounts(
+        self.counts = replace(
+            counts,
             requests=counts.requests + 1,
             errors=counts.errors + (error is not None),
             prompt_tokens=counts.prompt_tokens + len(sequence.request.prompt_token_ids),
             output_tokens=counts.output_tokens + len(generated),
-            preemptions=counts.preemptions,
         )
         return TokenResult(
             index=sequence.request.index, token_ids=generated, finish_reason=reason, error=error,
@@ -325,10 +326,7 @@ class Engine:
         sequence.expected_tokens = sequence.request.max_tokens
         self._live.remove(sequence)
         heapq.heappush(self._waiting, (-(1 << 60), sequence.request.index, sequence))
-        self.counts = RunCounts(
-            requests=self.counts.requests, errors=self.counts.errors, prompt_tokens=self.counts.prompt_tokens,
-            output_tokens=self.counts.output_tokens, preemptions=self.counts.preemptions + 1,
-        )  # fmt: skip
+        self.counts = replace(self.counts, preemptions=self.counts.preemptions + 1)
         logger.debug("request %d was preempted", sequence.request.index)
 
     def _batches(self) -> list[MicroBatch]:

@@ -145,16 +145,7 @@ class File:
             StorageError: on an I/O error.
         """
         while len(view):
-            direct = self.direct
-            try:
-                count = os.preadv(self._fd, [view], offset)
-            except InterruptedError:
-                continue
-            except OSError as error:
-                if error.errno == errno.EINVAL and direct:
-                    self._become_plain()
-                    continue
-                raise StorageError(f"reading {self.path} at {offset}: {error.strerror}") from error
+            count, direct = self._transfer(os.preadv, "reading", view, offset)
             if count == 0:
                 return
             view, offset = view[count:], offset + count
@@ -168,17 +159,22 @@ class File:
             StorageError: on an I/O error or a full disk.
         """
         while len(view):
+            count, _ = self._transfer(os.pwritev, "writing", view, offset)
+            view, offset = view[count:], offset + count
+
+    def _transfer(self, call: Callable[[int, list[memoryview], int], int], what: str, view: memoryview, offset: int) -> tuple[int, bool]:
+        """(bytes moved by one system call, whether it was a direct one); repeated when interrupted or O_DIRECT is refused."""
+        while True:
             direct = self.direct
             try:
-                count = os.pwritev(self._fd, [view], offset)
+                return call(self._fd, [view], offset), direct
             except InterruptedError:
                 continue
             except OSError as error:
                 if error.errno == errno.EINVAL and direct:
                     self._become_plain()
                     continue
-                raise StorageError(f"writing {self.path} at {offset}: {error.strerror}") from error
-            view, offset = view[count:], offset + count
+                raise StorageError(f"{what} {self.path} at {offset}: {error.strerror}") from error
 
     def _become_plain(self) -> None:
         """Drop O_DIRECT from the open file; several threads may find it refused at once."""

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flexgen.memory.direct_io import ALIGNMENT, AlignedBuffer, File, IOPool, Ticket
-from flexgen.memory.kv_cache import KVGroup, PageList, layer_index
-from flexgen.memory.kv_host import HOST, HostPlace, HostView, Link, Pages, Worker
+from flexgen.memory.kv_cache import KVGroup, PageList
+from flexgen.memory.kv_host import HOST, HostPlace, HostView, Pages
 from flexgen.memory.kv_pass import KVPlan, KVSlice
 from flexgen.memory.kv_place import View
 from flexgen.memory.transfer import Backend
@@ -92,12 +92,8 @@ class DiskPlace(HostPlace):
         self, pool: DiskPool, kernels: Kernels, device_kernels: Kernels, backend: Backend | None, notify: Callable[[], None],
         io: IOPool, staging_bytes: int,
     ) -> None:  # fmt: skip
+        self._share(pool.groups, kernels, device_kernels, backend, notify, "flexgen-disk-attention")
         self.disk, self._io = pool, io
-        self.kernels, self.device_kernels = kernels, device_kernels
-        self.device = backend.device if backend is not None else HOST
-        self.link, self.notify = Link(backend), notify
-        self.where = layer_index(pool.groups)
-        self.worker = Worker("flexgen-disk-attention")
         self._staging_bytes = staging_bytes
         self._lock = threading.Condition()
         self._staged: dict[tuple[int, int], Staged] = {}  # (view, layer)

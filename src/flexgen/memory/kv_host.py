@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from flexgen.memory.kv_cache import PagePool, layer_index
+from flexgen.memory.kv_cache import KVGroup, PagePool, layer_index
 from flexgen.memory.kv_pass import (
     KVPlan,
     KVSlice,
@@ -109,11 +109,19 @@ class HostPlace:
     def __init__(
         self, pool: PagePool, kernels: Kernels, device_kernels: Kernels, backend: Backend | None, notify: Callable[[], None]
     ) -> None:
-        self.pool, self.kernels, self.device_kernels = pool, kernels, device_kernels
+        self._share(pool.groups, kernels, device_kernels, backend, notify, "flexgen-host-attention")
+        self.pool = pool
+
+    def _share(
+        self, groups: Sequence[KVGroup], kernels: Kernels, device_kernels: Kernels, backend: Backend | None,
+        notify: Callable[[], None], worker: str,
+    ) -> None:  # fmt: skip
+        """What every place has whose attention runs on a worker."""
+        self.kernels, self.device_kernels = kernels, device_kernels
         self.device = backend.device if backend is not None else HOST
         self.link, self.notify = Link(backend), notify
-        self.where = layer_index(pool.groups)
-        self.worker = Worker("flexgen-host-attention")
+        self.where = layer_index(groups)
+        self.worker = Worker(worker)
 
     def view(self, slices: Sequence[KVSlice]) -> HostView:
         groups = self.pool.groups

@@ -16,11 +16,9 @@ import torch
 from flexgen.errors import EngineError
 from flexgen.memory.direct_io import AlignedBuffer, FileSet, IOPool, Ticket
 from flexgen.memory.ring import ByteRing, Slot
-from flexgen.memory.transfer import Backend, Event
+from flexgen.memory.transfer import POISON, Backend, Event
 from flexgen.memory.unit import UnitLayout, UnitTensor
 from flexgen.sizes import format_size
-
-POISON = 0xFF
 
 
 class Binder(Protocol):
@@ -105,7 +103,7 @@ class WeightStore:
 
     # ------------------------------------------------------------------ loading
 
-    def load_residents(self, progress: Callable[[int], None] | None = None) -> None:
+    def load_residents(self) -> None:
         """Read the units that stay in memory and bind those that live where computing happens."""
         for layout, home in zip(self._layouts, self._homes, strict=True):
             if home == "disk":
@@ -114,8 +112,6 @@ class WeightStore:
                 self._load_on_host(layout)
             else:
                 self._load_for_device(layout, home)
-            if progress is not None:
-                progress(layout.index)
 
     def _read_staging(self, layout: UnitLayout) -> torch.Tensor:
         buffer = AlignedBuffer(layout.staging_bytes)
