@@ -15,7 +15,7 @@ FLEXGEN = Path(__file__).parent.parent / "src" / "flexgen"
 
 # Rooms from the ground up; a room may import any room of a lower floor.
 FLOORS = (
-    {"errors"},
+    {"errors", "failpoints"},
     {"sizes", "formats", "request", "options"},
     {"plan"},
     {"quant", "kernels", "memory", "models", "profile", "hub", "text", "defaults"},

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
         CheckpointError,
         EngineError,
         FlexGenError,
+        JobError,
         ModelError,
         OptionError,
         RequestError,
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "LLM", "SamplingParams", "RequestOutput", "CompletionOutput", "EngineOptions",
-    "FlexGenError", "OptionError", "RequestError", "ModelError", "UnsupportedModelError", "CheckpointError", "CapacityError",
+    "FlexGenError", "OptionError", "RequestError", "JobError", "ModelError", "UnsupportedModelError", "CheckpointError", "CapacityError",
     "StorageError", "EngineError",
     "__version__",
 ]  # fmt: skip

@@ -3,6 +3,7 @@
 FlexGenError
 ├── OptionError            an option or keyword that is unknown, malformed, or cannot be honoured
 ├── RequestError           one request that cannot be served (it never stops the others)
+├── JobError               a job that is refused: its input, its output, or what it is answered with is not what it was
 ├── ModelError             the model folder is unusable
 │   ├── UnsupportedModelError   the architecture or number format is refused by name
 │   └── CheckpointError         files missing, corrupt, unsafe, or disagreeing with the config
@@ -35,6 +36,10 @@ class RequestError(FlexGenError):
         super().__init__(message)
         self.code = code
         self.param = param
+
+
+class JobError(FlexGenError):
+    """A job that is refused as a whole: lines under --strict, another input or model than it was begun with, a foreign output."""
 
 
 class ModelError(FlexGenError):

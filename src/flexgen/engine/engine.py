@@ -27,6 +27,7 @@ from flexgen.engine.sequence import Sequence
 from flexgen.engine.sweep import MicroBatch, run_pass
 from flexgen.engine.trace import Trace
 from flexgen.errors import EngineError, RequestError
+from flexgen.failpoints import failpoint
 from flexgen.memory.direct_io import FileSet, IOPool
 from flexgen.memory.kv_cache import group_layers
 from flexgen.memory.kv_pass import KVSlice, is_decode
@@ -293,6 +294,7 @@ class Engine:
     # ------------------------------------------------------------------ one pass
 
     def _run_pass(self) -> Iterator[TokenResult]:
+        failpoint("engine.pass")
         start = time.perf_counter()
         batches = self._batches()
         load = self._load(batches)

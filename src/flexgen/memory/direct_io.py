@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 from flexgen.errors import StorageError
+from flexgen.failpoints import failpoint
 from flexgen.sizes import align_up
 
 logger = logging.getLogger(__name__)
@@ -167,6 +168,7 @@ class File:
         while True:
             direct = self.direct
             try:
+                failpoint("disk.read" if call is os.preadv else "disk.write")
                 return call(self._fd, [view], offset), direct
             except InterruptedError:
                 continue
