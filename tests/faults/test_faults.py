@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from faults.trials import KINDS, RACE
 
+from faults.trials import KINDS, RACE
 from flexgen.failpoints import FAILPOINTS
 
 HERE = Path(__file__).parent

@@ -82,6 +82,14 @@ def test_much_or_old_is_committed_by_itself(output: Path, monkeypatch: pytest.Mo
         assert done(store) == [1, 2, 3, 4, 5, 6, 7]
 
 
+def fill_in_pairs(output: Path) -> None:
+    with opened(output) as store:
+        for first in (1, 3, 5):
+            store.add(result(first))
+            store.add(result(first + 1))
+            store.commit()
+
+
 @pytest.mark.parametrize("point", ["store.commit", "store.committed"])
 @pytest.mark.parametrize("hit", [1, 2, 3, 4])
 def test_a_commit_that_fails_is_whole_or_not_at_all(output: Path, monkeypatch: pytest.MonkeyPatch, point: str, hit: int) -> None:
@@ -93,11 +101,8 @@ def test_a_commit_that_fails_is_whole_or_not_at_all(output: Path, monkeypatch: p
             raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(failpoints, "_hook", fail)
-    with pytest.raises(StorageError, match="No space left"), opened(output) as store:
-        for first in (1, 3, 5):
-            for number in (first, first + 1):
-                store.add(result(number))
-            store.commit()
+    with pytest.raises(StorageError, match="No space left"):
+        fill_in_pairs(output)
     monkeypatch.setattr(failpoints, "_hook", None)
     with opened(output) as store:
         whole = hit - 1 - (point == "store.commit")  # commits of results that took place; the first one is of `begin`
@@ -124,7 +129,7 @@ def test_a_full_database_is_a_storage_error_and_keeps_what_was_committed(output:
         assert done(store, 3000) == [1]
 
 
-# -- answers in progress ------------------------------------------------------------------------------------------------------------------
+# -- answers in progress ------------------------------------------------------------------------------------
 
 
 def logprobs(*token_ids: int) -> tuple[TokenLogprobs, ...]:
@@ -180,7 +185,7 @@ def test_rows_that_do_not_follow_are_left_out(output: Path) -> None:
         assert store.kept(4, 2**63 + 4)[0].generated.token_ids == (5, 6)
 
 
-# -- what must not change -------------------------------------------------------------------------------------------------------------------
+# -- what must not change ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("changed", [{"model": "other", "seed": 0}, {"model": "m", "seed": 1}])
@@ -239,7 +244,7 @@ def test_the_start_of_the_job_and_its_name_are_remembered(output: Path, monkeypa
         assert (store.created, store.model) == (1000, "m")
 
 
-# -- another input --------------------------------------------------------------------------------------------------------------------------
+# -- another input ------------------------------------------------------------------------------------
 
 
 def lines(numbers: range, **digests: int) -> list[tuple[int, int]]:
@@ -294,7 +299,7 @@ def test_failed_lines_can_be_answered_again(output: Path) -> None:
         assert (store.num_answered, store.num_failed) == (6, 0)
 
 
-# -- files ----------------------------------------------------------------------------------------------------------------------------------
+# -- files ------------------------------------------------------------------------------------
 
 
 def test_two_runs_on_one_output(output: Path) -> None:
@@ -349,7 +354,7 @@ def test_a_later_format_is_refused(output: Path) -> None:
         pass
 
 
-# -- anything at all ------------------------------------------------------------------------------------------------------------------------
+# -- anything at all ------------------------------------------------------------------------------------
 
 steps = st.one_of(
     st.tuples(st.just("add"), st.integers(1, 9)),
