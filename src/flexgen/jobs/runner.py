@@ -179,7 +179,7 @@ class Job:
                 yield error
 
     def _token_request(self, line_number: int, ids: Iterable[int], request: JobRequest) -> TokenRequest:
-        token_request = self.llm.token_request(line_number, tuple(ids), request.params)
+        (token_request,) = self.llm.token_requests(line_number, tuple(ids), request.params)
         asked = request.params.max_tokens
         if request.states_max_tokens and asked is not None and token_request.max_tokens < asked:
             length, context = len(token_request.prompt_token_ids), self.llm.max_model_len
@@ -209,9 +209,10 @@ class Job:
         if result.error is not None:
             self._record(live.origin, live.form.failure(live.origin, result.error), failed=True)
             return
+        (completion,) = self.llm.completions([result], live.params)
         answer = Answer(
             num_prompt_tokens=live.num_prompt_tokens,
-            completion=self.llm.completion(result, live.params),
+            completion=completion,
             shows_ids=live.shows_ids,
             has_text=self.llm.tokenizer is not None,
         )
