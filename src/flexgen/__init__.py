@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     )
     from flexgen.llm import LLM
     from flexgen.options import EngineOptions
-    from flexgen.request import CompletionOutput, RequestOutput, SamplingParams
+    from flexgen.request import CompletionOutput, Logprob, RequestOutput, SamplingParams
 
     __version__: str
 
 __all__ = [
-    "LLM", "SamplingParams", "RequestOutput", "CompletionOutput", "EngineOptions",
+    "LLM", "SamplingParams", "RequestOutput", "CompletionOutput", "Logprob", "EngineOptions",
     "FlexGenError", "OptionError", "RequestError", "JobError", "ModelError", "UnsupportedModelError", "CheckpointError", "CapacityError",
     "StorageError", "EngineError",
     "__version__",
@@ -36,6 +36,7 @@ _HOMES = {
     "SamplingParams": "request",
     "RequestOutput": "request",
     "CompletionOutput": "request",
+    "Logprob": "request",
     "EngineOptions": "options",
 }
 

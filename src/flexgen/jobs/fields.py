@@ -105,7 +105,7 @@ def parse_completion(fields: Mapping[str, Any], defaults: SamplingParams) -> Job
                 raise RequestError(f"{name} is not supported yet (only {_OFF[name]!r} is)", code="unsupported_field", param=name)
         elif name not in _SAMPLING and name not in _HARMLESS and name not in ("prompt", "return_token_ids"):
             raise RequestError(f"unknown field {name[:80]!r}", code="unknown_field", param=name[:80])
-    given = {name: fields[name] for name in _SAMPLING if fields.get(name) is not None}
+    given = {name: fields[name] for name in _SAMPLING if name not in _OFF and fields.get(name) is not None}
     for name, value in given.items():
         if isinstance(value, int) and abs(value) > MAX_SEED:
             raise RequestError(f"{name} must fit 64 bits", param=name)
