@@ -169,10 +169,11 @@ class Job:
                 on_progress(progress)
 
         def after_pass(live: Iterable[Live]) -> None:
-            if self._stop.asked or time.monotonic() >= self._next_checkpoint:
+            asked = self._stop.asked  # once: it may be asked for between two looks
+            if asked or time.monotonic() >= self._next_checkpoint:
                 store.commit(serving.progress(live))
                 self._next_checkpoint = time.monotonic() + self._checkpoint_seconds
-            if self._stop.asked:
+            if asked:
                 raise Stopped
 
         requests = self._token_requests(serving, store)
