@@ -18,7 +18,7 @@ FLOORS = (
     {"errors"},
     {"sizes", "formats", "request", "options"},
     {"plan"},
-    {"quant", "kernels", "memory", "models", "profile", "hub", "text", "defaults"},
+    {"quant", "kernels", "memory", "models", "profile", "hub", "text", "defaults", "chat"},
     {"engine"},
     {"opening"},
     {"llm"},

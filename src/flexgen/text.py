@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 class Tokenizer:
     """A Hugging Face tokenizer, in batches.
 
-    Special tokens are added as `AutoTokenizer` adds them, and special tokens written in a prompt are recognised.
+    Special tokens written in a prompt are recognised.
 
     Attributes:
         hf: the Hugging Face tokenizer itself.
@@ -42,8 +42,21 @@ class Tokenizer:
         token = self.hf.eos_token_id
         return token if isinstance(token, int) else None
 
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, special tokens added, nothing truncated.
+    @property
+    def chat_template(self) -> object:
+        """The template, templates by name, or None: as transformers found it."""
+        return self.hf.chat_template
+
+    @property
+    def special_tokens(self) -> dict[str, str]:
+        """bos_token, eos_token, ... as text."""
+        return dict(self.hf.special_tokens_map)
+
+    def encode(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
+        """Token ids of each text, nothing truncated.
+
+        Args:
+            add_special_tokens: as the tokenizer does by itself; False where the text has them already (a rendered chat).
 
         Raises:
             RequestError: a text holds a lone surrogate (`check_text` finds which).
@@ -52,7 +65,9 @@ class Tokenizer:
             check_text(text)
         if not texts:
             return []
-        return self.hf(list(texts), return_attention_mask=False, return_token_type_ids=False, verbose=False)["input_ids"]
+        return self.hf(
+            list(texts), add_special_tokens=add_special_tokens, return_attention_mask=False, return_token_type_ids=False, verbose=False
+        )["input_ids"]
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of some ids; ids that the tokenizer does not know (padding of the vocabulary) are left out."""

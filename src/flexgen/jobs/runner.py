@@ -16,9 +16,9 @@ from typing import Any
 from flexgen.engine.progress import Progress
 from flexgen.errors import EngineError, RequestError, StorageError
 from flexgen.jobs.fields import Answer, Form, JobRequest, Origin
-from flexgen.jobs.lines import Line, parse_object, read_lines
-from flexgen.jobs.openai import OpenAIForm, is_batch_line
-from flexgen.jobs.plain import PlainForm
+from flexgen.jobs.forms import Forms, Remarks
+from flexgen.jobs.lines import Line, read_lines
+from flexgen.jobs.prompts import encode_prompts
 from flexgen.jobs.store import Store
 from flexgen.llm import LLM
 from flexgen.plan.workload import Workload
@@ -55,13 +55,14 @@ class Job:
         llm: the model.
         source: the input file; it must not change while the job runs.
         store: where records go; None only measures (`--dry-run`).
-        defaults: of bare lines (OpenAI lines have the hosted API's).
+        defaults: of lines that do not say how they are sampled.
 
     Attributes:
         num_lines: lines that are not blank.
         num_bad_lines: those that the scan answered with an error.
         started: whether the model has taken requests.
         defaults: as given.
+        remarks: on the lines that the scan left for the model.
     """
 
     def __init__(self, llm: LLM, source: Path, store: Store | None, *, defaults: SamplingParams) -> None:
@@ -69,8 +70,9 @@ class Job:
         self.num_lines = self.num_bad_lines = 0
         self.started = False
         self.defaults = defaults
-        self._plain = PlainForm(defaults=defaults)
-        self._openai = OpenAIForm(model=llm.files.name, created=store.created if store is not None else 0)
+        self._created = store.created if store is not None else 0
+        self._forms = Forms(model=llm.files.name, created=self._created, defaults=defaults)
+        self.remarks = Remarks(llm.files.name)
         self._pending = array("Q")  # digests of the lines that the scan left for the model, in order
         self._live: dict[int, _Live] = {}  # by line number
 
@@ -88,6 +90,8 @@ class Job:
                 self.num_bad_lines += 1
                 self._record(parsed.origin, parsed.form.failure(parsed.origin, request), failed=True)
             else:
+                assert isinstance(parsed.request, JobRequest)  # a RequestError has no token request
+                self.remarks.note(parsed.request)
                 self._pending.append(parsed.origin.digest)
                 prompt_lens.append(same.setdefault(len(request.prompt_token_ids), len(request.prompt_token_ids)))
                 output_lens.append(same.setdefault(request.max_tokens, request.max_tokens))
@@ -152,28 +156,16 @@ class Job:
             yield from zip(parsed, self._tokenised(parsed), strict=True)
 
     def _parse(self, line: Line) -> _Parsed:
-        form: Form = self._plain
-        identity = None
-        request: JobRequest | RequestError
-        try:
-            fields = parse_object(line)
-            form = self._openai if is_batch_line(fields) else self._plain
-            identity = form.identity(fields)
-            request = form.parse(fields)
-        except RequestError as error:
-            request = error
-        return _Parsed(origin=Origin(line_number=line.number, digest=line.digest, id=identity), form=form, request=request)
+        origin, form, request = self._forms.parse(line)
+        return _Parsed(origin=origin, form=form, request=request)
 
     def _tokenised(self, batch: list[_Parsed]) -> Iterator[TokenRequest | RequestError]:
-        prompts = [parsed.request.prompt for parsed in batch if isinstance(parsed.request, JobRequest)]
-        has_tokenizer = self.llm.tokenizer is not None
-        encoded = iter(self.llm.encode([prompt for prompt in prompts if isinstance(prompt, str)]) if has_tokenizer else ())
-        for parsed in batch:
+        prompts = encode_prompts(self.llm, [parsed.request for parsed in batch], now=self._created or None)
+        for parsed, ids in zip(batch, prompts, strict=True):
             try:
-                if isinstance(parsed.request, RequestError):
-                    raise parsed.request
-                prompt = parsed.request.prompt
-                ids = prompt if isinstance(prompt, tuple) else next(encoded) if has_tokenizer else self.llm.encode([prompt])[0]
+                if isinstance(ids, RequestError):
+                    raise ids
+                assert isinstance(parsed.request, JobRequest)  # errors have no ids
                 yield self._token_request(parsed.origin.line_number, ids, parsed.request)
             except RequestError as error:
                 yield error
@@ -211,7 +203,8 @@ class Job:
             return
         answer = Answer(
             num_prompt_tokens=live.num_prompt_tokens,
-            completion=self.llm.completion(result, live.params),
+            completions=[self.llm.completion(result, live.params)],
+            params=live.params,
             shows_ids=live.shows_ids,
             has_text=self.llm.tokenizer is not None,
         )
