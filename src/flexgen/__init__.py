@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     )
     from flexgen.llm import LLM
     from flexgen.options import EngineOptions
-    from flexgen.request import CompletionOutput, RequestOutput, SamplingParams
+    from flexgen.request import CompletionOutput, Logprob, RequestOutput, SamplingParams
 
     __version__: str
 
 __all__ = [
-    "LLM", "SamplingParams", "RequestOutput", "CompletionOutput", "EngineOptions",
+    "LLM", "SamplingParams", "RequestOutput", "CompletionOutput", "Logprob", "EngineOptions",
     "FlexGenError", "OptionError", "RequestError", "ModelError", "UnsupportedModelError", "CheckpointError", "CapacityError",
     "StorageError", "EngineError",
     "__version__",
@@ -35,6 +35,7 @@ _HOMES = {
     "SamplingParams": "request",
     "RequestOutput": "request",
     "CompletionOutput": "request",
+    "Logprob": "request",
     "EngineOptions": "options",
 }
 

@@ -171,7 +171,9 @@ class Job:
                 yield error
 
     def _token_request(self, line_number: int, ids: Iterable[int], request: JobRequest) -> TokenRequest:
-        token_request = self.llm.token_request(line_number, tuple(ids), request.params)
+        if request.params.n > 1:
+            raise RequestError("n is not supported yet (only 1 is)", code="unsupported_field", param="n")
+        (token_request,) = self.llm.token_requests(line_number, tuple(ids), request.params)
         asked = request.params.max_tokens
         if request.states_max_tokens and asked is not None and token_request.max_tokens < asked:
             length, context = len(token_request.prompt_token_ids), self.llm.max_model_len
@@ -201,9 +203,10 @@ class Job:
         if result.error is not None:
             self._record(live.origin, live.form.failure(live.origin, result.error), failed=True)
             return
+        (completion,) = self.llm.completions([result], live.params)
         answer = Answer(
             num_prompt_tokens=live.num_prompt_tokens,
-            completions=[self.llm.completion(result, live.params)],
+            completions=[completion],
             params=live.params,
             shows_ids=live.shows_ids,
             has_text=self.llm.tokenizer is not None,
