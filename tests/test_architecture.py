@@ -18,7 +18,7 @@ FLOORS = (
     {"errors", "failpoints"},
     {"sizes", "formats", "request", "options"},
     {"plan"},
-    {"quant", "kernels", "memory", "models", "profile", "hub", "text", "stopping", "defaults", "choices"},
+    {"quant", "kernels", "memory", "models", "profile", "hub", "text", "stopping", "defaults", "choices", "chat"},
     {"engine"},
     {"opening"},
     {"llm"},

@@ -56,7 +56,7 @@ def test_run(model_folder: Path, source: Path, output: Path, engines: list[FakeE
     assert done.exit_code == 0, done.output
     assert {record["id"]: record["text"] for record in records(output)} == {"a": fake_text("abc", 4), "b": fake_text("de", 4)}
     assert "2 lines, 0 of them bad, 0 done before, 2 to answer: 5 prompt and at most 8 output tokens" in done.stderr
-    assert f"temperature 1, top_p 1, top_k 0, up to the context of {CONTEXT}; /v1/completions: temperature 1, 16 tokens" in done.stderr
+    assert f"temperature 1, top_p 1, top_k 0, up to the context of {CONTEXT}; /v1/completions: 16 tokens" in done.stderr
     assert "plan: cpu, float32, diagonal schedule" in done.stderr
     assert "2 lines answered, 0 with errors" in done.stderr
     assert "overlap 0.90   plan 0.80   efficiency 0.72" in done.stdout
@@ -108,11 +108,11 @@ def test_max_tokens_is_for_bare_lines_that_do_not_say(model_folder: Path, tmp_pa
 def test_defaults_of_generation_config_are_said(tmp_path: Path, source: Path, output: Path, engines: list[FakeEngine]) -> None:
     from fakes import write_model_folder
 
-    settings = {"temperature": 0.6, "top_k": 20, "max_new_tokens": 7, "repetition_penalty": 1.1}
+    settings = {"temperature": 0.6, "top_k": 20, "max_new_tokens": 7, "repetition_penalty": 1.1, "typical_p": 0.9}
     folder = write_model_folder(tmp_path / "model", generation_config=settings)
     done = flexgen("run", folder, source, "-o", output)
-    assert "temperature 0.6, top_p 1, top_k 20, 7 tokens;" in done.stderr
-    assert "repetition_penalty=1.1, which is not supported yet" in done.stderr
+    assert "temperature 0.6, top_p 1, top_k 20, repetition_penalty 1.1, 7 tokens;" in done.stderr
+    assert "typical_p=0.9, which is not supported yet" in done.stderr
 
 
 def test_metrics(model_folder: Path, source: Path, output: Path, tmp_path: Path, engines: list[FakeEngine]) -> None:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from flexgen.chat import Chat, Templates, make_chats
 from flexgen.choices import Choices
 from flexgen.defaults import default_sampling_params, token_limits, unsupported_defaults
 from flexgen.engine.progress import Progress, RunReport
@@ -80,6 +81,8 @@ class LLM:
     Args:
         model: a Hugging Face folder or hub id, or files that are already resolved.
         tokenizer: folder or hub id of another tokenizer than the model's.
+        chat_template: a Jinja template, the file that holds one, or the name of one of the model's; None is the model's default.
+        chat_template_kwargs: variables that every chat's template sees, unless the chat gives them another value.
         **options: the fields of `EngineOptions`, by name.
 
     Attributes:
@@ -94,7 +97,13 @@ class LLM:
     """
 
     def __init__(
-        self, model: str | os.PathLike[str] | ModelFiles, *, tokenizer: str | os.PathLike[str] | None = None, **options: Any
+        self,
+        model: str | os.PathLike[str] | ModelFiles,
+        *,
+        tokenizer: str | os.PathLike[str] | None = None,
+        chat_template: str | os.PathLike[str] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        **options: Any,
     ) -> None:
         self.options = _engine_options(options)
         if isinstance(model, ModelFiles):
@@ -109,6 +118,8 @@ class LLM:
         self.eos_token_ids = eos_token_ids(self.files.config, self.files.generation_config, self.tokenizer)
         for setting in unsupported_defaults(self.files.generation_config):
             logger.warning("%s: generation_config.json asks for %s, which is not supported yet and not applied", self.files.name, setting)
+        own, tokens = (self.tokenizer.chat_template, self.tokenizer.special_tokens) if self.tokenizer is not None else (None, {})
+        self._templates = Templates(self.files.name, own, tokens, given=chat_template, kwargs=chat_template_kwargs)
         self._choices = Choices(
             tokenizer=self.tokenizer,
             vocab_size=self.vocab_size,
@@ -118,7 +129,7 @@ class LLM:
         )
         self._num_requests = 0
         self._open = _OpenEngine()
-        self._finalizer = weakref.finalize(self, self._open.close)
+        self._finalizer = weakref.finalize(self, _close, self._open, self._templates)
 
     # -- vLLM's calls -------------------------------------------------------------------------------------------------------------
 
@@ -162,6 +173,42 @@ class LLM:
             for of_prompt, (text, _), prompt_params in zip(choices, batch, params, strict=True)
         ]
 
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        chat_template: str | os.PathLike[str] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        use_tqdm: bool = False,
+    ) -> list[RequestOutput]:
+        """Answer one or several conversations; outputs are in their order, with the rendered prompts.
+
+        Args:
+            messages: {"role", "content"} objects, or a list of such lists; the content is text or a list of text parts.
+            sampling_params, use_tqdm: as for `generate`.
+            chat_template: for this call, in place of the model's.
+            add_generation_prompt: end the prompt with the header of an answer.
+            continue_final_message: leave the last message open, for the model to continue (without a generation prompt).
+            chat_template_kwargs: more variables for the template.
+
+        Raises:
+            RequestError: a conversation is malformed or refused by the template, or the model has none; nothing has run then.
+        """
+        self._check_open()
+        chats = make_chats(
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            chat_template_kwargs=dict(chat_template_kwargs or {}),
+        )
+        texts = self._templates.prompts(chats, chat_template)
+        ids = self.encode(texts, add_special_tokens=False)
+        prompts = [{"prompt": text, "prompt_token_ids": each} for text, each in zip(texts, ids, strict=True)]
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+
     def get_tokenizer(self) -> PreTrainedTokenizerBase:
         """The Hugging Face tokenizer.
 
@@ -178,15 +225,30 @@ class LLM:
 
     # -- what jobs and benchmarks are made of ----------------------------------------------------------------------------------------
 
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text.
+    def encode(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
+        """Token ids of each text (rendered chats have their special tokens already).
 
         Raises:
             RequestError: the model has no tokenizer, or a text is no Unicode text.
         """
         if texts and self.tokenizer is None:
             raise RequestError(f"{self.files.name} has no tokenizer: give the prompt as token ids", param="prompt")
-        return self.tokenizer.encode(texts) if self.tokenizer is not None else []
+        return self.tokenizer.encode(texts, add_special_tokens=add_special_tokens) if self.tokenizer is not None else []
+
+    def render_chats(self, chats: Sequence[Chat], *, now: float | None = None) -> list[str | RequestError]:
+        """The prompt of each conversation by the model's template, or why it has none.
+
+        Args:
+            now: the time that templates are told, in seconds since 1970, for prompts that a later run must find again; None is the
+                clock's.
+        """
+        self._check_open()
+        return self._templates.render(chats, now=now)
+
+    @property
+    def chat_template(self) -> str | None:
+        """The text of the template that renders chats; None where the model has none, as base models do."""
+        return self._templates.text
 
     def token_requests(self, index: int, prompt_token_ids: Sequence[int], params: SamplingParams) -> list[TokenRequest]:
         """What the engine is asked for the `n` answers to one prompt: requests with indices from `index` on.
@@ -246,7 +308,7 @@ class LLM:
         return self._open.engine.report()
 
     def close(self) -> None:
-        """Free the engine's memory, files and threads; a closed LLM cannot generate again."""
+        """Free the engine's memory, files, threads and processes; a closed LLM cannot generate again."""
         self._finalizer()
 
     def __enter__(self) -> LLM:
@@ -257,13 +319,16 @@ class LLM:
 
     # -- inside -----------------------------------------------------------------------------------------------------------------------
 
+    def _check_open(self) -> None:
+        if not self._finalizer.alive:
+            raise FlexGenError("this LLM is closed")
+
     def _open_engine(self, workload: Workload) -> Engine:
         return open_engine(self.files, self.options, workload)
 
     def _engine_for(self, workload: Workload) -> Engine:
         """The open engine if its plan suits the workload, else a fresh one."""
-        if not self._finalizer.alive:
-            raise FlexGenError("this LLM is closed")
+        self._check_open()
         engine = self._open.engine
         if engine is None or not _suits(engine.policy, engine.spec, self._open.workload, workload, self.options):
             engine = None  # a closed engine still holds its memory,
@@ -310,6 +375,12 @@ class _OpenEngine:
         engine, self.engine = self.engine, None
         if engine is not None:
             engine.close()
+
+
+def _close(engine: _OpenEngine, templates: Templates) -> None:
+    """What is left to do when an LLM is closed or forgotten."""
+    templates.close()
+    engine.close()
 
 
 def _suits(policy: Policy, spec: ModelSpec, old: Workload, new: Workload, options: EngineOptions) -> bool:

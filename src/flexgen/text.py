@@ -19,7 +19,7 @@ _MAX_HELD = 16  # tokens whose text may wait for what completes it
 class Tokenizer:
     """A Hugging Face tokenizer, in batches.
 
-    Special tokens are added as `AutoTokenizer` adds them, and special tokens written in a prompt are recognised.
+    Special tokens written in a prompt are recognised.
 
     Attributes:
         hf: the Hugging Face tokenizer itself.
@@ -45,8 +45,18 @@ class Tokenizer:
         token = self.hf.eos_token_id
         return token if isinstance(token, int) else None
 
+    @property
+    def chat_template(self) -> object:
+        """The template, templates by name, or None: as transformers found it."""
+        return self.hf.chat_template
+
+    @property
+    def special_tokens(self) -> dict[str, str]:
+        """bos_token, eos_token, ... as text."""
+        return dict(self.hf.special_tokens_map)
+
     def encode(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
-        """Token ids of each text, special tokens added as asked, nothing truncated.
+        """Token ids of each text, special tokens added as asked (a rendered chat has them already), nothing truncated.
 
         Raises:
             RequestError: a text holds a lone surrogate (`check_text` finds which).

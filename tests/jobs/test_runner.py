@@ -110,7 +110,7 @@ def test_a_job(llm: LLM, tmp_path: Path, output: Path, engines: list[FakeEngine]
     assert len(flat[3]["token_ids"]) == 3
     assert flat[4]["error"]["code"] == "invalid_json"
     assert batch["batch"]["response"]["body"]["choices"][0]["text"] == fake_text("abc", 16)
-    assert batch["chat"]["response"]["body"]["error"]["code"] == "unsupported_url"
+    assert batch["chat"]["response"]["body"]["error"]["param"] == "messages"
     assert (flat[7]["text"], len(flat[7]["token_ids"])) == (fake_text("abc", 3, seed=9, greedy=False), 3)
     assert flat[8]["text"] == fake_text("abcd", CONTEXT - 4, seed=derive_seed(0, index_of(8)), greedy=False)
     assert engines[0].workload == Workload(prompt_lens=(3, 2, 3, 3, 4), output_lens=(4, 3, 16, 3, 60))

@@ -86,14 +86,18 @@ def engine_command(body: Callable[..., int]) -> Callable[..., None]:
     return command(with_options)
 
 
-def load(model: str, options: EngineOptions, progress: str, *, tokenizer: str | None = None) -> LLM:
-    """The model that a command names, downloaded if need be; weights are not read yet."""
+def load(model: str, options: EngineOptions, progress: str, **more: Any) -> LLM:
+    """The model that a command names, downloaded if need be; weights are not read yet.
+
+    Args:
+        **more: keywords of LLM that are no engine options.
+    """
     from flexgen.hub import resolve_model
     from flexgen.llm import LLM
 
     show = progress in ("auto", "rich") and sys.stderr.isatty()
     files = resolve_model(model, revision=options.revision, with_weights=options.load_format != "dummy", show_progress=show)
-    return LLM(files, tokenizer=tokenizer, **dataclasses.asdict(options))
+    return LLM(files, **more, **dataclasses.asdict(options))
 
 
 def check_parent(path: Path | None, flag: str) -> None:

@@ -19,7 +19,6 @@ from flexgen.llm import LLM
 from flexgen.request import SamplingParams
 from flexgen.sizes import format_size
 
-_TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
 _PACKAGES = ("flexgen-engine", "torch", "transformers", "tokenizers")
 
 
@@ -63,11 +62,12 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Change]:
     return [Change(name=name, old=old[name], new=new[name]) for name in new if name in old and old[name] != new[name]]
 
 
-def identity_of(llm: LLM, defaults: SamplingParams) -> Identity:
+def identity_of(llm: LLM, defaults: SamplingParams, **settings: object) -> Identity:
     """The identity of a job for this model.
 
     Args:
         defaults: of lines that do not say how they are sampled.
+        **settings: others that change answers; JSON values.
 
     Raises:
         ModelError: a file of the model cannot be understood.
@@ -78,14 +78,14 @@ def identity_of(llm: LLM, defaults: SamplingParams) -> Identity:
         "model": _weights(files, llm.options.load_format),
         "config": _digest([json.dumps(files.config, sort_keys=True).encode()]),
         "tokenizer": _files_digest(_tokenizer_folder(llm), TOKENIZER_FILES),
-        "chat_template": _files_digest(_tokenizer_folder(llm), _TEMPLATE_FILES),
+        "chat_template": None if llm.chat_template is None else _digest([llm.chat_template.encode()]),
         "eos_token_ids": sorted(llm.eos_token_ids),
         "dtype": _compute_dtype(llm),
         "load_format": llm.options.load_format,
         "max_model_len": llm.max_model_len,
         "seed": llm.options.seed,
     }
-    answers |= {f"default {name}": value for name, value in dataclasses.asdict(defaults).items()}
+    answers |= settings | {f"default {name}": value for name, value in dataclasses.asdict(defaults).items()}
     return Identity(answers=answers, versions={name: _version(name) for name in _PACKAGES})
 
 

@@ -7,15 +7,15 @@ from dataclasses import dataclass
 
 from flexgen.errors import RequestError
 from flexgen.jobs.fields import Form, JobRequest, Origin
-from flexgen.jobs.lines import Line, parse_object
-from flexgen.jobs.openai import OpenAIForm, is_batch_line
-from flexgen.jobs.plain import PlainForm
+from flexgen.jobs.forms import Forms
+from flexgen.jobs.lines import Line
+from flexgen.jobs.prompts import encode_prompts
 from flexgen.llm import LLM
-from flexgen.request import SamplingParams, TokenRequest
+from flexgen.request import MAX_CHOICES, TokenRequest
 
 _BATCH_LINES = 256  # tokenised together
 _BATCH_BYTES = 4 << 20
-_CHOICE_BITS = 16
+_CHOICE_BITS = MAX_CHOICES.bit_length()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,56 +55,42 @@ class Reader:
     """Reads lines for a model.
 
     Args:
-        model: the name that answers carry. created: seconds since 1970 that answers carry.
-        defaults: of bare lines (OpenAI lines have the hosted API's).
+        forms: how lines are understood.
+        now: the time that chat templates are told, in seconds since 1970; None is the clock's.
     """
 
-    def __init__(self, llm: LLM, *, model: str, created: int, defaults: SamplingParams) -> None:
-        self._llm = llm
-        self._plain = PlainForm(defaults=defaults)
-        self._openai = OpenAIForm(model=model, created=created)
+    def __init__(self, llm: LLM, forms: Forms, *, now: float | None = None) -> None:
+        self._llm, self._forms, self._now = llm, forms, now
 
     def read(self, lines: Iterable[Line]) -> Iterator[Served | Refused]:
         """Every line, in order."""
         for batch in _batches(lines):
-            yield from self._tokenised([self._parse(line) for line in batch])
+            parsed = [self._forms.parse(line) for line in batch]
+            prompts = encode_prompts(self._llm, [request for _, _, request in parsed], now=self._now)
+            for (origin, form, request), ids in zip(parsed, prompts, strict=True):
+                yield self._served(origin, form, request, ids)
 
-    def _parse(self, line: Line) -> tuple[Origin, Form, JobRequest | RequestError]:
-        form: Form = self._plain
-        identity = None
-        request: JobRequest | RequestError
+    def _served(
+        self, origin: Origin, form: Form, request: JobRequest | RequestError, ids: Sequence[int] | RequestError
+    ) -> Served | Refused:
+        if isinstance(request, RequestError):
+            return Refused(origin=origin, form=form, error=request)
+        if isinstance(ids, RequestError):
+            return Refused(origin=origin, form=form, error=ids)
         try:
-            fields = parse_object(line)
-            form = self._openai if is_batch_line(fields) else self._plain
-            identity = form.identity(fields)
-            request = form.parse(fields)
+            token_requests = self._llm.token_requests(index_of(origin.line_number), ids, request.params)
+            self._check_length(request, token_requests[0])
         except RequestError as error:
-            request = error
-        return Origin(line_number=line.number, digest=line.digest, id=identity), form, request
+            return Refused(origin=origin, form=form, error=error)
+        return Served(origin=origin, form=form, request=request, token_requests=token_requests)
 
-    def _tokenised(self, batch: list[tuple[Origin, Form, JobRequest | RequestError]]) -> Iterator[Served | Refused]:
-        prompts = [request.prompt for _, _, request in batch if isinstance(request, JobRequest)]
-        has_tokenizer = self._llm.tokenizer is not None
-        encoded = iter(self._llm.encode([prompt for prompt in prompts if isinstance(prompt, str)]) if has_tokenizer else ())
-        for origin, form, request in batch:
-            try:
-                if isinstance(request, RequestError):
-                    raise request
-                prompt = request.prompt
-                ids = prompt if isinstance(prompt, tuple) else next(encoded) if has_tokenizer else self._llm.encode([prompt])[0]
-                token_requests = self._token_requests(origin.line_number, tuple(ids), request)
-                yield Served(origin=origin, form=form, request=request, token_requests=token_requests)
-            except RequestError as error:
-                yield Refused(origin=origin, form=form, error=error)
-
-    def _token_requests(self, line_number: int, ids: tuple[int, ...], request: JobRequest) -> list[TokenRequest]:
-        token_requests = self._llm.token_requests(index_of(line_number), ids, request.params)
+    def _check_length(self, request: JobRequest, first: TokenRequest) -> None:
+        """A length that the line states is never cut."""
         asked = request.params.max_tokens
-        if request.states_max_tokens and asked is not None and token_requests[0].max_tokens < asked:
-            context = self._llm.max_model_len
-            message = f"the prompt's {len(ids)} tokens and max_tokens {asked} exceed the context of {context}"
+        if request.states_max_tokens and asked is not None and first.max_tokens < asked:
+            length, context = len(first.prompt_token_ids), self._llm.max_model_len
+            message = f"the prompt's {length} tokens and max_tokens {asked} exceed the context of {context}"
             raise RequestError(message, code="context_length_exceeded", param="max_tokens")
-        return token_requests
 
 
 def _batches(lines: Iterable[Line]) -> Iterator[list[Line]]:

@@ -17,6 +17,7 @@ from flexgen.engine.progress import Progress
 from flexgen.errors import CapacityError, EngineError, JobError, StorageError
 from flexgen.failpoints import failpoint
 from flexgen.jobs.census import Census
+from flexgen.jobs.forms import Forms, Remarks
 from flexgen.jobs.lines import Line, read_lines
 from flexgen.jobs.reading import Reader, Refused, Served
 from flexgen.jobs.serving import Serving, failure
@@ -39,7 +40,8 @@ class Job:
         llm: the model.
         source: the input file; it must not change while the job runs.
         store: where results go; None only measures (`--dry-run`).
-        defaults: of bare lines (OpenAI lines have the hosted API's).
+        defaults: of lines that do not say how they are sampled.
+        input_format: see `Forms`.
         checkpoint_seconds: tokens of answers in progress are stored after a pass, at most this often.
         stop: looked at after every pass.
 
@@ -47,6 +49,7 @@ class Job:
         num_lines: lines that are not blank.
         num_bad_lines: those that the scan answered with an error.
         started: whether the model has taken requests.
+        remarks: on the lines that the scan left for the model.
         num_resumed: answers that went on where an earlier run left them. tokens_kept: of theirs, not generated again.
     """
 
@@ -57,6 +60,7 @@ class Job:
         store: Store | None,
         *,
         defaults: SamplingParams,
+        input_format: str = "jsonl",
         checkpoint_seconds: float = CHECKPOINT_SECONDS,
         stop: StopRequest | None = None,
     ) -> None:
@@ -66,8 +70,8 @@ class Job:
         self.num_resumed = self.tokens_kept = 0
         self._checkpoint_seconds, self._next_checkpoint = checkpoint_seconds, 0.0
         self._stop = stop or StopRequest()
-        model, created = (store.model, store.created) if store is not None else (llm.files.name, 0)
-        self._reader = Reader(llm, model=model, created=created, defaults=defaults)
+        self._input_format = input_format
+        self.remarks = Remarks(llm.files.name)
         self._pending = array("Q")  # digests of the lines that the scan left for the model, in order
 
     # -- before the start ---------------------------------------------------------------------------------------------------------------
@@ -91,7 +95,7 @@ class Job:
         census = Census()
         complaints: list[tuple[int, str]] = []
         count = 0
-        for read in self._reader.read(self._lines()):
+        for read in self._reader(strict=True).read(self._lines()):
             census.add(read.origin)
             if isinstance(read, Refused):
                 count += 1
@@ -113,13 +117,14 @@ class Job:
         prompt_lens: list[int] = []
         output_lens: list[int] = []
         census = Census()
-        for read in self._reader.read(self._unanswered()):
+        for read in self._reader().read(self._unanswered()):
             census.add(read.origin)
             if isinstance(read, Refused):
                 self.num_bad_lines += 1
                 if self.store is not None:
                     self.store.add(failure(read, read.error))
                 continue
+            self.remarks.note(read.request)
             self._pending.append(read.origin.digest)
             for prompt_len, output_len in self._lengths(read):
                 prompt_lens.append(same.setdefault(prompt_len, prompt_len))
@@ -187,6 +192,11 @@ class Job:
 
     # -- reading ------------------------------------------------------------------------------------------------------------------------
 
+    def _reader(self, *, strict: bool = False) -> Reader:
+        model, created = (self.store.model, self.store.created) if self.store is not None else (self.llm.files.name, 0)
+        forms = Forms(model=model, created=created, defaults=self.defaults, input_format=self._input_format, strict=strict)
+        return Reader(self.llm, forms, now=created or None)
+
     def _lines(self) -> Iterator[Line]:
         if not self.source.is_file():
             raise StorageError(f"{self.source} is not a file; the input is read several times, so it must be one")
@@ -207,7 +217,7 @@ class Job:
 
     def _token_requests(self, serving: Serving, store: Store) -> Iterator[TokenRequest]:
         """What the model pulls."""
-        for read in self._reader.read(self._left_by_scan(store)):
+        for read in self._reader().read(self._left_by_scan(store)):
             assert isinstance(read, Served)  # the others have been answered
             self.started = True
             yield from serving.requests(read)

@@ -118,6 +118,7 @@ class Serving:
         answer = Answer(
             num_prompt_tokens=len(served.token_requests[0].prompt_token_ids),
             completions=self._llm.completions(results, served.request.params),
+            params=served.request.params,
             shows_ids=served.request.return_token_ids or isinstance(served.request.prompt, tuple) or not has_text,
             has_text=has_text,
         )
