@@ -461,6 +461,33 @@ def test_a_disk_that_is_full_when_the_output_is_made(
     assert len(records(output)) == 2
 
 
+@pytest.mark.parametrize(("num_failures", "code"), [(1, 0), (2, 0), (3, 75)])
+def test_when_memory_runs_out_fewer_sequences_are_alive(
+    model_folder: Path, ten: Path, output: Path, monkeypatch: pytest.MonkeyPatch, num_failures: int, code: int
+) -> None:
+    """Four at once, two, one; then there is nothing left to give up."""
+    seen: list[int | None] = []
+
+    class Starving(FakeEngine):
+        def generate(self, requests: Any, **more: Any) -> Any:
+            results = super().generate(requests, **more)
+            yield next(results)
+            if len(seen) <= num_failures:
+                raise MemoryError("no more")
+            yield from results
+
+    def open_engine(files: object, options: EngineOptions, workload: Workload) -> FakeEngine:
+        seen.append(options.max_num_seqs)
+        return Starving(workload, max_num_seqs=options.max_num_seqs or 4)
+
+    monkeypatch.setattr("flexgen.llm.open_engine", open_engine)
+    done = flexgen("run", model_folder, ten, "-o", output)
+    assert done.exit_code == code, done.stderr
+    assert seen == [None, 2, 1][: num_failures + 1]
+    assert len(records(output)) == (10 if code == 0 else num_failures)
+    assert ("going on with at most 2 sequences" in done.stderr) and ("memory ran out (no more)" in done.stderr)
+
+
 def test_the_help_tells_the_exit_codes() -> None:
     said = " ".join(flexgen("run", "--help").stdout.split())
     for code in ExitCode:

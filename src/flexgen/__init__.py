@@ -14,6 +14,7 @@ if TYPE_CHECKING:
         JobError,
         ModelError,
         OptionError,
+        OutOfMemoryError,
         RequestError,
         StorageError,
         UnsupportedModelError,
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 __all__ = [
     "LLM", "SamplingParams", "RequestOutput", "CompletionOutput", "Logprob", "EngineOptions",
     "FlexGenError", "OptionError", "RequestError", "JobError", "ModelError", "UnsupportedModelError", "CheckpointError", "CapacityError",
-    "StorageError", "EngineError",
+    "OutOfMemoryError", "StorageError", "EngineError",
     "__version__",
 ]  # fmt: skip
 

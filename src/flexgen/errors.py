@@ -8,6 +8,7 @@ FlexGenError
 │   ├── UnsupportedModelError   the architecture or number format is refused by name
 │   └── CheckpointError         files missing, corrupt, unsafe, or disagreeing with the config
 ├── CapacityError          the plan does not fit the budgets
+│   └── OutOfMemoryError        memory ran out while the plan was carried out
 ├── StorageError           an offload folder, output file or disk failed
 └── EngineError            a broken invariant inside the engine (a bug: please report it)
 """
@@ -56,6 +57,10 @@ class CheckpointError(ModelError):
 
 class CapacityError(FlexGenError):
     """The plan does not fit the budgets; the message says what is missing, in GiB, and what to change."""
+
+
+class OutOfMemoryError(CapacityError):
+    """Memory ran out while the plan was carried out."""
 
 
 class StorageError(FlexGenError):

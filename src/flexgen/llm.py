@@ -1,6 +1,6 @@
 """LLM: the one place that wires the parts (files, tokenizer, plan, engine), with vLLM's names.
 
-Knows nothing of files of requests (jobs/) or terminals (cli.py).
+Knows nothing of files of requests (jobs/) or terminals (cli/).
 """
 
 from __future__ import annotations
@@ -297,6 +297,19 @@ class LLM:
         engine = self._engine_for(workload)
         return Plan(spec=engine.spec, machine=engine.machine, policy=engine.policy)
 
+    def shrink(self) -> int | None:
+        """After memory ran out: have the next engine keep half as many sequences alive as the last one.
+
+        Returns:
+            how many; None if it was one already.
+        """
+        last = self._open.max_num_seqs
+        if last <= 1:
+            return None
+        self._open.close()
+        self.options = dataclasses.replace(self.options, max_num_seqs=last // 2)
+        return last // 2
+
     def report(self) -> RunReport:
         """How the last run went.
 
@@ -336,6 +349,7 @@ class LLM:
             gc.collect()  # and its hooks refer back to their modules
             engine = self._open_engine(workload)
             self._open.engine, self._open.workload = engine, workload
+            self._open.max_num_seqs = engine.policy.max_num_seqs
         return engine
 
     def _params_for(self, given: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
@@ -370,6 +384,7 @@ class _OpenEngine:
     def __init__(self) -> None:
         self.engine: Engine | None = None
         self.workload = Workload(prompt_lens=(), output_lens=())
+        self.max_num_seqs = 0  # of the last engine, also when it is closed
 
     def close(self) -> None:
         engine, self.engine = self.engine, None

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jobs.places import paths_of
 
-from flexgen import LLM, CapacityError, EngineError, JobError, SamplingParams, StorageError
+from flexgen import LLM, EngineError, JobError, OutOfMemoryError, SamplingParams, StorageError
 from flexgen.defaults import derive_seed
 from flexgen.jobs import store as store_module
 from flexgen.jobs.export import export
@@ -404,7 +404,7 @@ def test_running_out_of_memory(llm: LLM, tmp_path: Path, monkeypatch: pytest.Mon
         yield
 
     monkeypatch.setattr(SteppingEngine, "generate", failing)
-    wanted = ValueError if isinstance(error, ValueError) else CapacityError
+    wanted = ValueError if isinstance(error, ValueError) else OutOfMemoryError
     with pytest.raises(wanted, match=r"memory ran out.*lower --max-num-seqs|else"):
         run(llm, write(tmp_path / "in.jsonl", *lines(10)), tmp_path / "out.jsonl")
 

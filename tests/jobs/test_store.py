@@ -9,6 +9,7 @@ import stat
 import subprocess
 import sys
 import tracemalloc
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,12 @@ def done(store: Store, most: int = 50) -> list[int]:
     return [number for number in range(most) if store.is_done(number)]
 
 
+def count_results(output: Path) -> int:
+    """As another process sees it."""
+    with closing(sqlite3.connect(paths_of(output).database)) as other:
+        return other.execute("SELECT count(*) FROM results").fetchone()[0]
+
+
 def test_results_are_remembered(output: Path) -> None:
     fill(output, range(1, 6))
     fill(output, range(6, 8))
@@ -59,12 +66,10 @@ def test_done_means_durable(output: Path, monkeypatch: pytest.MonkeyPatch) -> No
     with opened(output) as store:
         store.add(result(1))
         assert (store.num_answered, store.is_done(1)) == (0, False)
-        with sqlite3.connect(paths_of(output).database) as other:
-            assert other.execute("SELECT count(*) FROM results").fetchone() == (0,)
+        assert count_results(output) == 0
         store.commit()
         assert (store.num_answered, store.is_done(1)) == (1, True)
-        with sqlite3.connect(paths_of(output).database) as other:
-            assert other.execute("SELECT count(*) FROM results").fetchone() == (1,)
+        assert count_results(output) == 1
         store.add(result(2))
     with opened(output) as store:
         assert done(store) == [1]
@@ -94,6 +99,7 @@ def fill_in_pairs(output: Path) -> None:
 @pytest.mark.parametrize("hit", [1, 2, 3, 4])
 def test_a_commit_that_fails_is_whole_or_not_at_all(output: Path, monkeypatch: pytest.MonkeyPatch, point: str, hit: int) -> None:
     """The next run answers what is missing, and nothing is there twice."""
+    monkeypatch.setattr(store_module, "COMMIT_SECONDS", 1e9)
     hits = itertools.count(1)
 
     def fail(name: str) -> None:

@@ -13,7 +13,7 @@ from flexgen.cli.exit_codes import ExitCode
 from flexgen.cli.options import load
 from flexgen.cli.signals import StopSignals
 from flexgen.cli.terminal import complain
-from flexgen.errors import FlexGenError
+from flexgen.errors import FlexGenError, OutOfMemoryError
 from flexgen.jobs.stopping import Stopped
 from flexgen.options import EngineOptions
 
@@ -137,7 +137,7 @@ def _answer(job: Job, store: Store, workload: Workload, asked: Asked, display: D
     reason: object = None
     try:
         store.start_run(job.num_lines)
-        job.run(workload, on_progress=display.progress)
+        _run(job, workload, display)
         code = ExitCode.SOME_FAILED if store.num_failed else ExitCode.ALL_ANSWERED
     except Stopped:
         code, reason = signals.exit_code, f"stopped by {signals.name}"
@@ -154,6 +154,19 @@ def _answer(job: Job, store: Store, workload: Workload, asked: Asked, display: D
         return complain(f"{reason}\n{done:,} of {job.num_lines:,} lines are done; the same command goes on from there", code)
     _conclude(job, store, workload, asked, display)
     return code
+
+
+def _run(job: Job, workload: Workload, display: Display) -> None:
+    """Half as many sequences at once whenever memory runs out."""
+    while True:
+        try:
+            return job.run(workload, on_progress=display.progress)
+        except OutOfMemoryError as error:
+            num_seqs = job.llm.shrink()
+            if num_seqs is None:
+                raise
+            display.message(f"{error}\ngoing on with at most {num_seqs:,} sequences at once")
+            workload = job.scan()
 
 
 def _write_output(store: Store, *, finished: bool) -> None:

@@ -1,4 +1,4 @@
-"""What a run tells while it goes on and when it ends: plain values, drawn by cli.py.  No torch."""
+"""What a run tells while it goes on and when it ends: plain values, drawn by cli/.  No torch."""
 
 from __future__ import annotations
 

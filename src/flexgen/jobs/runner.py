@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from flexgen.engine.progress import Progress
-from flexgen.errors import CapacityError, EngineError, JobError, StorageError
+from flexgen.errors import EngineError, JobError, OutOfMemoryError, StorageError
 from flexgen.failpoints import failpoint
 from flexgen.jobs.census import Census
 from flexgen.jobs.forms import Forms, Remarks
@@ -108,11 +108,12 @@ class Job:
             raise JobError(f"{self.source}: --strict found {count + len(repeated):,} faults; the first are\n{listed}")
 
     def scan(self) -> Workload:
-        """Answer bad lines, and measure the good ones that have no answer yet.
+        """Answer bad lines, and measure the good ones that have no answer yet.  Each run needs a scan before it.
 
         Raises:
             StorageError: the input cannot be read, or an error cannot be stored.
         """
+        self.num_lines, self._pending, self.remarks = 0, array("Q"), Remarks(self.llm.files.name)
         same: dict[int, int] = {}  # one object per length: a tuple of a million of them stays small
         prompt_lens: list[int] = []
         output_lens: list[int] = []
@@ -150,7 +151,7 @@ class Job:
         Raises:
             Stopped: `stop` was asked for; what was generated is stored.
             StorageError: the input changed since the scan, or results cannot be stored.
-            CapacityError: memory ran out.
+            OutOfMemoryError: with `LLM.shrink` and another scan the job can go on.
             FlexGenError: whatever else stops the engine; what was finished is kept.
         """
         if self.store is None or not len(workload):
@@ -162,7 +163,7 @@ class Job:
         except BaseException as error:
             _rescue(self.store)
             if _out_of_memory(error):
-                raise CapacityError(f"memory ran out ({error}): lower --max-num-seqs or --micro-batch-tokens") from error
+                raise OutOfMemoryError(f"memory ran out ({error}): lower --max-num-seqs or --micro-batch-tokens") from error
             raise
 
     def _answer(self, serving: Serving, store: Store, workload: Workload, on_progress: Callable[[Progress], None] | None) -> None:

@@ -95,7 +95,8 @@ class Store:
         Raises:
             JobError: something changed, and that is not accepted.
         """
-        facts = dict(self._connection.execute("SELECT name, value FROM facts"))
+        with translated(self._path):
+            facts = dict(self._connection.execute("SELECT name, value FROM facts"))
         self.model = model
         if facts and (self._num_done or self._begun_lines):
             self._compare(Identity.from_json(facts["identity"]), identity, accept_changes)
