@@ -307,6 +307,8 @@ class Engine:
             run_pass(batches, self.weights, len(self.model.layouts), on_unit=self._on_unit, waits=waits)
             for place in self.places.values():
                 place.finish_pass()
+            self._files.check_unchanged()  # before any token comes of what was read
+            self._rows.check_unchanged()
             results = self._sample(batches)
         work = price(load, self.spec, self.policy, self._weights_work)
         self.trace.add(time.perf_counter() - start, work, waits, len(self._live), len(batches))

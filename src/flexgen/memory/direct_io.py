@@ -124,6 +124,7 @@ class File:
             raise StorageError(f"cannot open {path}: {error.strerror}") from error
         if unlinked:
             path.unlink()
+        self._state = self._find_state()
 
     def _open(self, flags: int, direct: bool) -> int:
         mode = 0o600
@@ -187,6 +188,15 @@ class File:
             fcntl.fcntl(self._fd, fcntl.F_SETFL, flags & ~os.O_DIRECT)
             self.direct = False
         self._on_plain(self.path.parent, "refuses O_DIRECT at these offsets")
+
+    def _find_state(self) -> tuple[int, int]:
+        found = os.fstat(self._fd)
+        return found.st_size, found.st_mtime_ns
+
+    def check_unchanged(self) -> None:
+        """Raises StorageError when somebody wrote to the file since it was opened here for reading."""
+        if self._find_state() != self._state:
+            raise StorageError(f"{self.path} changed while it was being read")
 
     def truncate(self, size_bytes: int) -> None:
         os.ftruncate(self._fd, size_bytes)
@@ -289,6 +299,11 @@ class FileSet:
         if folder not in self._plain:
             self._plain.add(folder)
             _warn_of_plain(folder, why)
+
+    def check_unchanged(self) -> None:
+        """Raises StorageError when one of them is not what it was."""
+        for file in self._files.values():
+            file.check_unchanged()
 
     def close(self) -> None:
         for file in self._files.values():
