@@ -53,7 +53,7 @@ def test_run(model_folder: Path, source: Path, output: Path, engines: list[FakeE
     assert done.exit_code == 0, done.output
     assert {record["id"]: record["text"] for record in records(output)} == {"a": fake_text("abc", 4), "b": fake_text("de", 4)}
     assert "2 lines, 0 of them bad, 0 done before, 2 to answer: 5 prompt and at most 8 output tokens" in done.stderr
-    assert f"temperature 1, top_p 1, top_k 0, up to the context of {CONTEXT}; /v1/completions: temperature 1, 16 tokens" in done.stderr
+    assert f"temperature 1, top_p 1, top_k 0, up to the context of {CONTEXT}; /v1/completions: 16 tokens" in done.stderr
     assert "plan: cpu, float32, diagonal schedule" in done.stderr
     assert "2 lines answered, 0 with errors" in done.stderr
     assert "overlap 0.90   plan 0.80   efficiency 0.72" in done.stdout

@@ -290,7 +290,7 @@ def _describe(job: Job, workload: Workload) -> str:
     return (
         f"{job.source}: {job.num_lines:,} lines, {job.num_bad_lines:,} of them bad, {found:,} done before, {len(workload):,} to answer: "
         f"{workload.prompt_tokens:,} prompt and at most {workload.output_tokens:,} output tokens\n"
-        f"where lines do not say: {sampling}, {limit}; /v1/completions: temperature 1, 16 tokens"
+        f"where lines do not say: {sampling}, {limit}; /v1/completions: 16 tokens"
     )
 
 
