@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fakes import write_model_folder
@@ -96,9 +97,11 @@ def test_variables_from_the_tokenizer_the_owner_and_the_chat() -> None:
     templates.close()
 
 
-def test_a_reserved_variable_is_an_option_error() -> None:
-    with pytest.raises(OptionError, match="'messages'"):
-        Templates("m", "x", {}, kwargs={"messages": []})
+@pytest.mark.parametrize("kwargs", [{"messages": []}, {"x": object()}, {"x": 10**5000}, {1: 2}])
+def test_variables_that_cannot_be_are_an_option_error(kwargs: dict[Any, Any]) -> None:
+    for own in (None, "x"):
+        with pytest.raises(OptionError, match="chat_template_kwargs"):
+            Templates("m", own, {}, kwargs=kwargs)
 
 
 def test_the_first_conversation_without_a_prompt_is_named() -> None:

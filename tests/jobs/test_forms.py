@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from flexgen.chat import Chat
-from flexgen.errors import RequestError
+from flexgen.errors import OptionError, RequestError
 from flexgen.jobs.fields import Answer, Form, JobRequest, Origin
 from flexgen.jobs.forms import Forms, Remarks
 from flexgen.jobs.lines import Line
@@ -76,7 +76,7 @@ def test_text_is_a_prompt_whatever_it_looks_like() -> None:
 
 
 def test_an_unknown_input_format() -> None:
-    with pytest.raises(ValueError, match="jsonl, text"):
+    with pytest.raises(OptionError, match="jsonl, text"):
         parsed({}, input_format="csv")
 
 
@@ -107,8 +107,8 @@ def test_remarks_are_made_once() -> None:
     assert isinstance(request, JobRequest)
     remarks.note(request)
     assert remarks.lines() == [
-        "fields without an effect here: user (1,001 lines), stream (1,000 lines)",
-        "lines that name another model are answered by org/model all the same: gpt-4o (1,000 lines)",
+        "fields without an effect here, and how many lines have them: user 1,001, stream 1,000",
+        "org/model answers, too, what is addressed to other models: gpt-4o 1,000",
     ]
 
 
@@ -120,7 +120,7 @@ def test_remarks_stay_short() -> None:
         remarks.note(request)
     (line,) = remarks.lines()
     assert len(line) < 400
-    assert "others (9,992 lines)" in line
+    assert "others 9,992" in line
 
 
 # -- bare lines -----------------------------------------------------------------------------------------------------------------------

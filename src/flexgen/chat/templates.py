@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -42,8 +43,9 @@ class Templates:
     ) -> None:
         try:
             check_template_kwargs(kwargs or {})
-        except RequestError as error:
-            raise OptionError(str(error)) from error
+            json.dumps(kwargs)
+        except (RequestError, TypeError, ValueError) as error:
+            raise OptionError(f"chat_template_kwargs: {error}") from error
         self._model, self._own = model, own
         self._variables = {**special_tokens, **(kwargs or {})}
         self.text = choose_template(given, own) if given is not None else default_template(own)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Any
 
-from flexgen.errors import RequestError
+from flexgen.errors import OptionError, RequestError
 from flexgen.jobs.bodies import parse_completion
 from flexgen.jobs.fields import Form, JobRequest, Origin
 from flexgen.jobs.lines import Line, parse_object, parse_text
@@ -27,11 +27,14 @@ class Forms:
         defaults: of lines that do not say how they are sampled.
         input_format: "jsonl" recognises the form line by line; "text" takes every line as a prompt.
         strict: refuse lines that name another model.
+
+    Raises:
+        OptionError: an unknown input format.
     """
 
     def __init__(self, *, model: str, created: int, defaults: SamplingParams, input_format: str = "jsonl", strict: bool = False) -> None:
         if input_format not in INPUT_FORMATS:
-            raise ValueError(f"input_format {input_format!r}; known: {', '.join(INPUT_FORMATS)}")
+            raise OptionError(f"input_format {input_format!r} is unknown; known: {', '.join(INPUT_FORMATS)}")
         self._model, self._created, self._defaults = model, created, defaults
         self._is_text, self._strict = input_format == "text", strict
         self._plain = PlainForm(defaults=defaults)
@@ -93,11 +96,11 @@ class Remarks:
         """Remarks, if there are any."""
         remarks: list[str] = []
         if self._ignored:
-            remarks.append(f"fields without an effect here: {_counts(self._ignored)}")
+            remarks.append(f"fields without an effect here, and how many lines have them: {_counts(self._ignored)}")
         if self._others:
-            remarks.append(f"lines that name another model are answered by {self._model} all the same: {_counts(self._others)}")
+            remarks.append(f"{self._model} answers, too, what is addressed to other models: {_counts(self._others)}")
         return remarks
 
 
 def _counts(counter: Counter[str]) -> str:
-    return ", ".join(f"{name[:80]} ({count:,} lines)" for name, count in counter.most_common())
+    return ", ".join(f"{name[:80]} {count:,}" for name, count in counter.most_common())
