@@ -110,6 +110,8 @@ def index_of(*names: object) -> str:
 def test_an_index_names_the_weights(tmp_path: Path) -> None:
     folder = write_model_folder(tmp_path / "model")
     (folder / "model.safetensors.index.json").write_text(index_of("b.safetensors", "a.safetensors", "b.safetensors"))
+    assert weight_files(folder) == ["model.safetensors"]  # where there is one, transformers reads that
+    (folder / "model.safetensors").unlink()
     assert weight_files(folder) == ["b.safetensors", "a.safetensors"]
     with pytest.raises(CheckpointError, match="2 files named by"):
         resolve_model(folder)

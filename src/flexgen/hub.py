@@ -190,7 +190,7 @@ def weight_files(folder: Path) -> list[str]:
     Raises:
         CheckpointError: the index is malformed or names a file outside the folder.
     """
-    if (folder / INDEX_FILE).is_file():
+    if (folder / INDEX_FILE).is_file() and not (folder / SINGLE_FILE).is_file():  # transformers' order of preference
         return _shards(read_json(folder / INDEX_FILE))
     return [SINGLE_FILE]
 

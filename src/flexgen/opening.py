@@ -26,7 +26,8 @@ from flexgen.memory.transfer import Backend, CudaDevice, SimulatedDevice
 from flexgen.models.dummy import checkpoint_bytes, write_random_checkpoint
 from flexgen.models.loading import LoadedModel, load_model
 from flexgen.options import EngineOptions
-from flexgen.plan.default import budgets_of, resolve
+from flexgen.plan.default import resolve
+from flexgen.plan.limit import budgets_of
 from flexgen.plan.machine import Limits, Machine
 from flexgen.plan.policy import Policy
 from flexgen.plan.workload import Workload

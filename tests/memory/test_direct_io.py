@@ -219,3 +219,26 @@ def test_a_ticket_waits_for_all_parts():
     ticket.part_done(ValueError("second"))
     with pytest.raises(StorageError, match="first"):
         ticket.wait()
+
+
+@pytest.mark.parametrize("direct", [True, False])
+def test_a_file_that_became_shorter_is_an_error(stored, direct):
+    path, _ = stored
+    file = File(path, direct=direct)
+    os.truncate(path, 2 * ALIGNMENT)
+    buffer = AlignedBuffer(4 * ALIGNMENT)
+    file.read_into(buffer.view[: 2 * ALIGNMENT], 0)
+    with pytest.raises(StorageError, match="has become shorter"):
+        file.read_into(buffer.view, 0)
+    file.close()
+
+
+@pytest.mark.parametrize("size", [1, direct_io.SMALLEST_HUGE_BYTES - 1, direct_io.SMALLEST_HUGE_BYTES, 9 * direct_io.HUGE_PAGE + 5])
+def test_buffers_are_aligned_and_whole(size):
+    buffer = AlignedBuffer(size)
+    alignment = direct_io.HUGE_PAGE if size >= direct_io.SMALLEST_HUGE_BYTES else ALIGNMENT
+    assert buffer.tensor.data_ptr() % alignment == 0
+    assert buffer.tensor.numel() == len(buffer.view) == buffer.size_bytes >= size
+    buffer.tensor[-1], buffer.view[0] = 7, 9
+    assert buffer.view[-1] == 7
+    assert buffer.tensor[0] == 9

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
-from flexgen.models.describe import UnitPart, cut_units, streamed_uses
+from flexgen.models.describe import ParameterUse, UnitPart, cut_units, streamed_uses
 from flexgen.models.skeleton import build_skeleton
 from flexgen.models.trace import ModelTrace, trace_model
 from tests.models.tiny_configs import tiny_config
@@ -44,6 +44,15 @@ def test_units_cover_every_row_once_and_in_order(model_type: str) -> None:
         alone = len(unit) == 1 and (unit[0].use.kind == "whole" or unit[0].stop - unit[0].start == 1)
         assert size <= UNIT_BYTES or alone
     assert rows == {part.use.module: part.use.rows for unit in units for part in unit}
+
+
+def test_large_layers_are_cut_at_favourable_rows() -> None:
+    use = ParameterUse(
+        module="lm_head", parameters=("weight",), decoded_bytes=8192 * 3072 * 2, kind="linear", rows=8192, flops_per_token=1.0,
+        head=True, entered_with="lm_head",
+    )  # fmt: skip
+    spans = [(part.start, part.stop) for unit in cut_units([use], 16 << 20) for part in unit]
+    assert spans == [(0, 2048), (2048, 4096), (4096, 6144), (6144, 8192)]
 
 
 def test_units_stay_within_a_layer_and_apart_from_the_head() -> None:

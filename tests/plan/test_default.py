@@ -8,10 +8,14 @@ from hypothesis import strategies as st
 
 from flexgen.errors import CapacityError, OptionError
 from flexgen.plan.cost import unit_homes
-from flexgen.plan.default import activation_bytes, budgets_of, expected_seconds, explain, footprint, resolve, scratch_bytes
+from flexgen.plan.default import resolve
+from flexgen.plan.expect import expected_seconds, explain
+from flexgen.plan.footprint import activation_bytes, footprint, scratch_bytes
+from flexgen.plan.limit import budgets_of, least_ideal_seconds
 from flexgen.plan.model import KVGroupSpec, UnitSpec
 from flexgen.plan.policy import Fractions
-from flexgen.plan.simulate import JobSizes, least_ideal_seconds, simulate
+from flexgen.plan.search import JobSizes
+from flexgen.plan.simulate import simulate
 from flexgen.plan.workload import Workload
 from flexgen.sizes import GIB, MIB
 

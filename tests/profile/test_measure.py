@@ -7,19 +7,21 @@ import torch
 
 from flexgen.errors import OptionError
 from flexgen.plan.machine import Machine
+from flexgen.profile import compute, disk
 from flexgen.profile import measure as module
 from flexgen.profile.measure import cached_machine, machine_key, measure
+from flexgen.profile.timing import median_seconds
 from flexgen.sizes import KIB, MIB
 
 
 @pytest.fixture
 def small(monkeypatch):
     """Measures little, so that it is quick."""
-    monkeypatch.setattr(module, "DENSE_ROWS", (16, 64))
-    monkeypatch.setattr(module, "DENSE_SHAPES", ((256, 256), (512, 128)))
-    monkeypatch.setattr(module, "READ_THREADS", (1, 2))
-    monkeypatch.setattr(module, "READ_SIZES", (256 * KIB, 1 * MIB))
-    monkeypatch.setattr(module, "FILE_BYTES", (4 * MIB, 8 * MIB))
+    monkeypatch.setattr(compute, "DENSE_ROWS", (16, 64))
+    monkeypatch.setattr(compute, "DENSE_SHAPES", ((256, 256), (512, 128)))
+    monkeypatch.setattr(disk, "READ_THREADS", (1, 2))
+    monkeypatch.setattr(disk, "READ_SIZES", (256 * KIB, 1 * MIB))
+    monkeypatch.setattr(disk, "FILE_BYTES", (4 * MIB, 8 * MIB))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
@@ -62,7 +64,7 @@ def test_a_file_system_without_direct_io(small, tmp_path, monkeypatch):
 
 def test_a_folder_that_cannot_be_written_to(small, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(os, "access", lambda *_: False)
-    monkeypatch.setattr(module.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(disk.tempfile, "gettempdir", lambda: str(tmp_path))
     with caplog.at_level("WARNING"):
         measure("cpu", "float32", tmp_path / "model", quick=True, max_bytes=8 * MIB)
     assert "is measured instead" in caplog.text
@@ -71,20 +73,20 @@ def test_a_folder_that_cannot_be_written_to(small, tmp_path, monkeypatch, caplog
 def test_plain_attention_is_attention():
     q, k, v = (torch.randn(2, 70, 16, dtype=torch.float64) for _ in range(3))
     expected = torch.nn.functional.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True)[0]
-    torch.testing.assert_close(module._plain_attention(q, k, v, block=32), expected)
+    torch.testing.assert_close(compute._plain_attention(q, k, v, block=32), expected)
 
 
 def test_buffers_stay_below_what_is_allowed(monkeypatch):
-    assert module._shrunken((4096, 4096), 4, 128 * MIB) == (4096, 4096)
-    out, features = module._shrunken((8192, 3072), 4, 16 * MIB)
+    assert compute._shrunken((4096, 4096), 4, 128 * MIB) == (4096, 4096)
+    out, features = compute._shrunken((8192, 3072), 4, 16 * MIB)
     assert out * features * 4 <= 16 * MIB
 
 
 def test_medians_are_not_of_slow_calls_only():
     calls = []
-    assert module._median_seconds(lambda: calls.append(time.sleep(0.02)), 0.001) >= 0.02
+    assert median_seconds(lambda: calls.append(time.sleep(0.02)), 0.001) >= 0.02
     assert len(calls) == 1
-    assert module._median_seconds(lambda: calls.append(0), 1.0) < 0.02
+    assert median_seconds(lambda: calls.append(0), 1.0) < 0.02
     assert len(calls) == 5
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flexgen.engine.progress import RunReport
-from flexgen.plan.simulate import Budgets, least_ideal_seconds
+from flexgen.plan.limit import Budgets, least_ideal_seconds
 from flexgen.plan.workload import Workload
 
 if TYPE_CHECKING:

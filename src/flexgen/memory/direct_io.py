@@ -6,6 +6,7 @@ O_DIRECT, plain reads take over and that is said once.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import logging
@@ -28,19 +29,28 @@ logger = logging.getLogger(__name__)
 
 ALIGNMENT = 4096
 CHUNK_BYTES = 8 << 20
+HUGE_PAGE = 2 << 20
+SMALLEST_HUGE_BYTES = 4 * HUGE_PAGE
 
 
 class AlignedBuffer:
     """Page-aligned anonymous host memory, as a uint8 tensor and as a memoryview.
 
-    The memory goes back when the last view of it is gone; `close` only drops this owner's references.
+    Large buffers ask for huge pages: a direct read then pins and maps 512 times fewer pages, which is most of its CPU time.
+    The memory goes back when the last view of it is gone.
     """
 
     def __init__(self, size_bytes: int) -> None:
         self.size_bytes = max(align_up(size_bytes, ALIGNMENT), ALIGNMENT)
-        self._map = mmap.mmap(-1, self.size_bytes)
-        self.view = memoryview(self._map)
-        self.tensor = torch.frombuffer(self._map, dtype=torch.uint8)
+        huge = self.size_bytes >= SMALLEST_HUGE_BYTES
+        self._map = mmap.mmap(-1, self.size_bytes + (HUGE_PAGE if huge else 0), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        start = 0
+        if huge:
+            start = -torch.frombuffer(self._map, dtype=torch.uint8, count=1).data_ptr() % HUGE_PAGE
+            with contextlib.suppress(OSError):  # a kernel without huge pages
+                self._map.madvise(mmap.MADV_HUGEPAGE, start, self.size_bytes - self.size_bytes % HUGE_PAGE)
+        self.view = memoryview(self._map)[start : start + self.size_bytes]
+        self.tensor = torch.frombuffer(self.view, dtype=torch.uint8)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,6 +132,7 @@ class File:
             self._fd = self._open(flags, direct)
         except OSError as error:
             raise StorageError(f"cannot open {path}: {error.strerror}") from error
+        self._opened_bytes = os.fstat(self._fd).st_size
         if unlinked:
             path.unlink()
         self._state = self._find_state()
@@ -141,18 +152,19 @@ class File:
         return fd
 
     def read_into(self, view: memoryview, offset: int) -> None:
-        """Fill `view` from `offset`; bytes past the end of the file are left as they are.
+        """Fill `view` from `offset`; bytes past the end that the file had when opened are left as they are.
 
         Raises:
-            StorageError: on an I/O error.
+            StorageError: on an I/O error, or when the file has become shorter.
         """
+        end = min(offset + len(view), self._opened_bytes)
         while len(view):
             count, direct = self._transfer(os.preadv, "reading", view, offset)
-            if count == 0:
-                return
             view, offset = view[count:], offset + count
-            if direct and count % ALIGNMENT:
-                return  # a short direct read ends at the end of the file
+            if count == 0 or (direct and count % ALIGNMENT):  # a short direct read ends at the end of the file
+                break
+        if offset < end:
+            raise StorageError(f"{self.path} has become shorter while it was in use: it ends at {offset}")
 
     def write_from(self, view: memoryview, offset: int) -> None:
         """Write all of `view` at `offset`.

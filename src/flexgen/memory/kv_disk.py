@@ -7,6 +7,7 @@ written back.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +25,8 @@ from flexgen.memory.transfer import Backend
 if TYPE_CHECKING:
     from flexgen.kernels.attention import AttentionKernels as Kernels
 
+logger = logging.getLogger(__name__)
+
 NEW_FILE = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
 
 
@@ -32,8 +35,10 @@ class DiskPool:
 
     def __init__(self, groups: Sequence[KVGroup], num_pages: Sequence[int], folder: Path) -> None:
         self.groups, self.num_pages = tuple(groups), list(num_pages)
-        direct = all(group.key_page_bytes % ALIGNMENT == 0 and group.value_page_bytes % ALIGNMENT == 0 for group in groups)
-        self.file = File(folder / f"kv-{os.getpid()}-{id(self):x}.spill", flags=NEW_FILE, direct=direct, unlinked=True)
+        odd = [size for group in groups for size in (group.key_page_bytes, group.value_page_bytes) if size % ALIGNMENT]
+        if odd:
+            logger.warning("KV pages of %d bytes are no multiple of %d: they go through the page cache, which is slower", odd[0], ALIGNMENT)
+        self.file = File(folder / f"kv-{os.getpid()}-{id(self):x}.spill", flags=NEW_FILE, direct=not odd, unlinked=True)
         self._bases: list[int] = []
         total = 0
         for group, count in zip(groups, num_pages, strict=True):

@@ -15,6 +15,9 @@ from torch import nn
 
 from flexgen.models.skeleton import ModulePlan
 from flexgen.models.trace import ModelTrace, is_experts, is_scored_experts
+from flexgen.sizes import align_up
+
+GRANULE_ROWS = 64  # matrix products over odd numbers of rows are slower
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,9 +105,7 @@ def cut_units(uses: list[ParameterUse], unit_bytes: int) -> list[list[UnitPart]]
     room, owner = 0, None
     for use in uses:
         layer = (_layer_of(use.module), use.head)
-        pieces = 1 if use.kind == "whole" else min(use.rows, -(-use.decoded_bytes // unit_bytes))
-        bounds = [use.rows * index // pieces for index in range(pieces + 1)]
-        for start, stop in pairwise(bounds):
+        for start, stop in pairwise(_bounds(use, unit_bytes)):
             size = use.decoded_bytes * (stop - start) // use.rows
             if not units or size > room or layer != owner:
                 units.append([])
@@ -112,6 +113,17 @@ def cut_units(uses: list[ParameterUse], unit_bytes: int) -> list[list[UnitPart]]
             units[-1].append(UnitPart(use=use, start=start, stop=stop))
             room -= size
     return units
+
+
+def _bounds(use: ParameterUse, unit_bytes: int) -> list[int]:
+    """Where a module is cut: about evenly, a linear layer at multiples of what matrix products like."""
+    if use.kind == "whole":
+        return [0, use.rows]
+    most = max(unit_bytes * use.rows // use.decoded_bytes, 1)
+    granule = GRANULE_ROWS if use.kind == "linear" and most >= 4 * GRANULE_ROWS else 1
+    pieces = -(-use.rows // (most - most % granule))
+    step = align_up(-(-use.rows // pieces), granule)
+    return [*range(0, use.rows, step), use.rows]
 
 
 def module_plans(units: list[list[UnitPart]]) -> list[ModulePlan]:

@@ -1,6 +1,6 @@
 """From options to a policy: what is pinned stays, the rest is searched with realistic rates; every byte is accounted.
 
-`resolve` chooses, `footprint` says where the bytes of a policy go, `explain` tells it to people.
+Budgets are hard: a policy that does not fit, with everything the process needs beside it, is no candidate.
 """
 
 from __future__ import annotations
@@ -9,46 +9,22 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 
-import numpy as np
-import numpy.typing as npt
-
 from flexgen.errors import CapacityError, OptionError
 from flexgen.options import TIERS, EngineOptions, parse_placement
-from flexgen.plan.cost import DTYPE_BYTES, best_rate, busiest, memory_bytes, needs_decode, unit_homes, weight_bytes, weights_work
+from flexgen.plan.cost import DTYPE_BYTES, memory_bytes, unit_homes
+from flexgen.plan.expect import expected_seconds
+from flexgen.plan.footprint import RING_UNITS, activation_bytes, footprint, scratch_bytes
 from flexgen.plan.machine import Limits, Machine
 from flexgen.plan.model import ModelSpec
 from flexgen.plan.policy import Fractions, Policy
-from flexgen.plan.simulate import (
-    PAGE_TOKENS,
-    PLAYED_REQUESTS,
-    Budgets,
-    JobSizes,
-    Simulation,
-    descend,
-    extrapolated,
-    kv_pools,
-    placed_weights,
-    pool_fractions,
-    sampled,
-    search_axes,
-    simulate,
-)
+from flexgen.plan.search import JobSizes, descend, extrapolated, kv_pools, placed_weights, pool_fractions, sampled, search_axes
+from flexgen.plan.simulate import PAGE_TOKENS, Simulation
 from flexgen.plan.workload import Workload
-from flexgen.sizes import GIB, MIB, align_up, format_size
+from flexgen.sizes import GIB, align_up, format_size
 
-# Kept free beside everything accounted for: thread stacks, text, code loaded later, fragments of freed memory.
-ALLOWANCE_BYTES = 48 * MIB
-ALLOWANCE_SHARE = 0.02
-# Live tensors are this much smaller than what the allocator holds for them.
-FRAGMENTATION = 1.25
 # A ring holds what a link delivers in this time, but never more than this share of its tier.
 RING_SECONDS = 0.3
 RING_SHARE = 0.1
-RING_UNITS = 3
-# What runs reach of the best rates.
-REAL_DISK_READ, REAL_SPILL, REAL_LINK, REAL_DENSE, REAL_ATTENTION, REAL_HOST_KV, REAL_MEMORY = 0.75, 0.5, 0.9, 0.9, 0.7, 0.3, 0.8
-SECONDS_PER_PASS, SECONDS_PER_UNIT_AND_MICRO_BATCH, SECONDS_PER_STREAMED_UNIT = 5e-3, 1e-4, 3e-4
-SECONDS_PER_GATHERED_ROW, CORE_SECONDS_PER_DISK_BYTE = 2e-5, 5e-11
 # Live sequences vary around what the pools hold on average.
 SEQUENCE_SLACK = 1.15
 # Between plans that are about as fast, the one with shorter passes (results come sooner, forecasts matter less), that moves
@@ -58,22 +34,6 @@ LONG_PASS_PENALTY, MOVING_PENALTY, SPILL_PENALTY = 0.02, 0.02, 0.15
 LEAST_SPILL = 0.05
 # What is planned for when nothing is known of the job.
 NOMINAL_WORKLOAD = Workload(prompt_lens=(512,) * 256, output_lens=(128,) * 256)
-
-
-def allowance_bytes(limits: Limits) -> int:
-    """Host bytes that no plan uses."""
-    return ALLOWANCE_BYTES + int(ALLOWANCE_SHARE * limits.host_bytes)
-
-
-def budgets_of(limits: Limits, spec: ModelSpec, process_bytes: int) -> Budgets:
-    """What T* may use: everything but the process itself and the tensors that never move."""
-    on_cpu = limits.device == "cpu"
-    return Budgets(
-        device=limits.device,
-        host_bytes=max(limits.host_bytes - process_bytes - (spec.resident_bytes if on_cpu else 0), 0),
-        device_bytes=0 if on_cpu else max(limits.device_bytes - spec.resident_bytes, 0),
-        disk_bytes=0 if limits.offload_in_memory else limits.disk_bytes,
-    )
 
 
 def resolve(
@@ -109,99 +69,6 @@ def _servable(spec: ModelSpec, limits: Limits, workload: Workload) -> Workload:
     if len(kept) in (0, len(workload)):
         return workload
     return Workload(prompt_lens=tuple(s for s, _ in kept), output_lens=tuple(n for _, n in kept))
-
-
-def footprint(policy: Policy, spec: ModelSpec, limits: Limits, *, process_bytes: int) -> dict[str, dict[str, int]]:
-    """Tier -> part -> bytes that the policy reserves there."""
-    homes = unit_homes(spec, policy.weights)
-    held = weight_bytes(spec, homes)
-    computing = {"small tensors": spec.resident_bytes, "embedding": embedding_table_bytes(spec) * policy.embedding_resident}
-    computing |= {"workspace": policy.workspace_bytes}
-    host = {"process": process_bytes, "allowance": allowance_bytes(limits), "weights": held["host"], "KV": policy.kv_host_bytes}
-    host |= {"weight staging": policy.host_ring_bytes, "KV staging": policy.kv_staging_bytes}
-    tiers = {"host": host}
-    if policy.device == "cpu":
-        host |= computing
-    else:
-        host["decoding"] = scratch_bytes(spec, homes)
-        tiers["device"] = {**computing, "weights": held["device"], "weight staging": policy.device_ring_bytes, "KV": policy.kv_device_bytes}
-    if limits.offload_in_memory:
-        host["KV in a memory file system"] = policy.kv_disk_bytes
-    elif policy.kv_disk_bytes:
-        tiers["disk"] = {"KV": policy.kv_disk_bytes}
-    return tiers
-
-
-def embedding_table_bytes(spec: ModelSpec) -> int:
-    """Memory of the whole embedding; one that is tied to the head's units is a copy."""
-    growth = max(spec.decoded_bytes / max(spec.streamed_bytes, 1), 1.0)
-    return max(spec.embedding_bytes, int(spec.vocab_size * spec.embedding_row_bytes * growth))
-
-
-def expected_seconds(played: Simulation, spec: ModelSpec, policy: Policy, machine: Machine) -> npt.NDArray[np.float64]:
-    """Seconds of each pass at realistic rates: measured rows, overheads, and on a CPU one compute for everything."""
-    work = played.work
-    tokens = np.broadcast_to(np.asarray(work.num_tokens, dtype=np.float64), (played.num_passes,))
-    sampled_rows = np.broadcast_to(np.asarray(work.num_sampled, dtype=np.float64), (played.num_passes,))
-    micro_batches = np.ceil(tokens / policy.micro_batch_tokens)
-    compute = tokens * spec.flops_per_token() / _rate_at(machine, policy.dtype, tokens / np.maximum(micro_batches, 1))
-    compute = compute + sampled_rows * spec.head_flops_per_token() / _rate_at(machine, policy.dtype, sampled_rows)
-    attention = machine.attention_flops.get(policy.dtype, best_rate(machine.dense_flops, policy.dtype, "dense", machine))
-    compute = compute / REAL_DENSE + work.attention_flops / attention / REAL_ATTENTION
-    compute = compute + micro_batches * len(spec.units) * SECONDS_PER_UNIT_AND_MICRO_BATCH
-    compute = compute + tokens * SECONDS_PER_GATHERED_ROW * (not policy.embedding_resident)
-    homes = unit_homes(spec, policy.weights)
-    weights = weights_work(spec, homes, policy.device)
-    decoded = weights.host_memory_bytes - weights.disk_read_bytes - weights.host_to_device_bytes
-    decoding = decoded / machine.host_memory_bytes_per_s / REAL_MEMORY + homes.count("disk") * SECONDS_PER_STREAMED_UNIT
-    host_kv = (work.host_memory_bytes - weights.host_memory_bytes) / machine.host_memory_bytes_per_s / REAL_HOST_KV
-    if policy.device == "cpu":
-        compute = compute + host_kv + decoding + work.disk_read_bytes * CORE_SECONDS_PER_DISK_BYTE / machine.cores
-    spilled = (work.disk_read_bytes - weights.disk_read_bytes) / machine.disk_read_bytes_per_s
-    disk = weights.disk_read_bytes / machine.disk_read_bytes_per_s / REAL_DISK_READ
-    disk = disk + (spilled + work.disk_write_bytes / machine.disk_write_bytes_per_s) / REAL_SPILL
-    memory = machine.host_memory_bytes_per_s
-    to_device = work.host_to_device_bytes / (machine.host_to_device_bytes_per_s or memory) / REAL_LINK
-    to_host = work.device_to_host_bytes / (machine.device_to_host_bytes_per_s or memory) / REAL_LINK
-    bus = work.host_memory_bytes / memory / REAL_MEMORY
-    resources = [compute, host_kv, decoding, disk, to_device, to_host, bus]
-    return np.maximum.reduce([np.broadcast_to(each, (played.num_passes,)) for each in resources]) + SECONDS_PER_PASS
-
-
-def _rate_at(machine: Machine, dtype: str, rows: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """The measured rate of a linear layer at these row counts; below the fewest measured, time does not fall further."""
-    points = machine.dense_rows.get(dtype) or [(1, best_rate(machine.dense_flops, dtype, "dense", machine))]
-    known = np.array(points, dtype=np.float64)
-    rates = np.interp(rows, known[:, 0], known[:, 1])
-    return rates * np.minimum(np.maximum(rows, 1.0) / known[0, 0], 1.0)
-
-
-def activation_bytes(spec: ModelSpec, sizes: JobSizes, policy: Policy) -> int:
-    """Activations at their worst: every micro-batch of the largest pass suspended inside an MLP, one computing.
-
-    With them the logits and what attention copies: q, k, v and the result, and the KV of the longest sequence.
-    """
-    size, hidden, intermediate = DTYPE_BYTES[policy.dtype], spec.hidden_size, spec.intermediate_size
-    longest_prompt, most = sizes.longest_prompt, policy.max_num_seqs
-    prompt_tokens = {
-        "diagonal": policy.prefill_tokens + longest_prompt - 1,  # the last prompt may overdraw the quota
-        "zigzag": most * longest_prompt,
-        "row": max(policy.micro_batch_tokens, longest_prompt),
-    }[policy.schedule]
-    tokens = most + min(prompt_tokens, sizes.prompt_tokens, most * longest_prompt)
-    # Prompts whose KV goes to disk are not cut.
-    running = min(max(policy.micro_batch_tokens, longest_prompt * (policy.kv.disk > 0)), tokens)
-    suspended = tokens * (3 * hidden + 2 * intermediate) * size
-    computing = running * ((4 * hidden + 3 * intermediate) * size + 8 * hidden)
-    logits = most * spec.vocab_size * 4 * 2
-    attention = 4 * max(running, longest_prompt) * hidden * size + 2 * sizes.layer
-    return int(FRAGMENTATION * (suspended + computing + logits + attention))
-
-
-def scratch_bytes(spec: ModelSpec, homes: Sequence[str]) -> int:
-    """Host memory for three of the largest units that are decoded in every pass (the others are, once, at the start)."""
-    decoded = [unit.decoded_bytes for unit, home in zip(spec.units, homes, strict=True) if home == "disk" and needs_decode(unit)]
-    return RING_UNITS * max(decoded, default=0)
 
 
 class _Planner:
@@ -461,40 +328,3 @@ def _largest(most: int, holds: Callable[[int], bool]) -> int:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if holds(middle) else (low, middle - 1)
     return low
-
-
-def explain(policy: Policy, spec: ModelSpec, machine: Machine, limits: Limits, workload: Workload, *, process_bytes: int) -> str:
-    """The plan in a few lines, with what it should take at realistic rates."""
-    lines = [f"{spec.name}: {policy.dtype} on {policy.device}, {policy.schedule} schedule"]
-    budgets = {"host": limits.host_bytes, "device": limits.device_bytes, "disk": limits.disk_bytes}
-    for tier, parts in footprint(policy, spec, limits, process_bytes=process_bytes).items():
-        listed = ", ".join(f"{name} {format_size(size)}" for name, size in parts.items() if size)
-        lines.append(f"{tier:<7} {format_size(sum(parts.values()))} of {format_size(budgets[tier])}: {listed}")
-    work = weights_work(spec, unit_homes(spec, policy.weights), policy.device)
-    streamed = f"{format_size(work.disk_read_bytes)} from disk"
-    if policy.device != "cpu":
-        streamed += f" and {format_size(work.host_to_device_bytes)} to the device"
-    lines.append(f"weights {_shares(policy.weights)}; a pass reads {streamed}")
-    lines.append(
-        f"block   up to {policy.max_num_seqs} sequences (KV {_shares(policy.kv)}), {policy.prefill_tokens} prompt tokens admitted "
-        f"per pass, micro-batches of {policy.micro_batch_tokens} tokens"
-    )
-    if len(workload):
-        lines.append(_expectation(policy, spec, machine, workload))
-    return "\n".join(lines)
-
-
-def _shares(fractions: Fractions) -> str:
-    return ", ".join(f"{getattr(fractions, tier):.0%} {tier}" for tier in TIERS if getattr(fractions, tier) >= 0.005)
-
-
-def _expectation(policy: Policy, spec: ModelSpec, machine: Machine, workload: Workload) -> str:
-    lengths, scale = (workload, 1.0) if len(workload) <= PLAYED_REQUESTS else sampled(workload)
-    refused, seconds = extrapolated(spec, policy, lengths, scale, lambda job: float(expected_seconds(job, spec, policy, machine).sum()))
-    played = simulate(spec, policy, lengths)
-    ideal = {resource: float(each.sum()) for resource, each in played.ideal_seconds(machine, policy.dtype).items()}
-    text = (
-        f"expect  {round(played.num_passes * scale)} passes, {seconds:.0f} s, {workload.output_tokens / max(seconds, 1e-9):.1f} "
-        f"output tokens/s, about {played.live.mean():.0f} sequences alive; busiest: {busiest(ideal)[0].replace('_', ' ')}"
-    )
-    return text + (f"; {round(refused * len(workload))} requests can never fit" if refused else "")

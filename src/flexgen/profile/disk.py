@@ -1,0 +1,156 @@
+"""How fast a folder's file system reads and writes past the page cache."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import logging
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from flexgen.errors import StorageError
+from flexgen.memory.direct_io import ALIGNMENT, AlignedBuffer
+from flexgen.sizes import MIB
+
+logger = logging.getLogger(__name__)
+
+READ_THREADS = (1, 2, 4)
+READ_SIZES = (4 * MIB, 8 * MIB, 16 * MIB)
+FILE_BYTES = (128 * MIB, 256 * MIB)  # quick, or not
+READ_SECONDS = (0.15, 0.3)  # of one setting; quick, or not
+LARGE_FILE_BYTES = 256 * MIB
+DISK_SHARE = 0.25  # of the free space, for the measured file
+
+
+def disk_rates(folder: Path, quick: bool, max_bytes: int) -> tuple[float, float]:
+    """(read, write) bytes per second, past the page cache where the file system lets us.
+
+    Weights are read from their own files where those are large; what is written goes where something can be written.
+    """
+    where = writable(folder)
+    free = os.statvfs(where)
+    largest = max(READ_SIZES)
+    size = min(FILE_BYTES[not quick], int(free.f_bavail * free.f_frsize * DISK_SHARE)) // largest * largest
+    try:
+        if size == 0 and (weights := _large_file(folder)) is not None:
+            read = _best_read_rate(weights, quick, max_bytes)
+            logger.warning("%s: no room to measure writes; they are taken to be as fast as reads", where)
+            return read, read
+        if size == 0:
+            raise StorageError(f"{where}: no room for a file of 64 MiB to measure the disk with")
+        with tempfile.NamedTemporaryFile(dir=where, prefix="flexgen-measure-") as file:
+            with _opened(file.name, os.O_RDWR) as descriptor:
+                write = _write_rate(descriptor, size, min(largest, max_bytes))
+            return _best_read_rate(_large_file(folder) or file.name, quick, max_bytes), write
+    except OSError as error:
+        raise StorageError(f"{folder}: measuring the disk failed: {error}") from error
+
+
+def writable(folder: Path) -> Path:
+    """The folder, or the system's temporary one where nothing can be written."""
+    if folder.is_dir() and os.access(folder, os.W_OK):
+        return folder
+    logger.warning("%s cannot be written to: the disk of %s is measured instead", folder, tempfile.gettempdir())
+    return Path(tempfile.gettempdir())
+
+
+def _best_read_rate(path: str, quick: bool, max_bytes: int) -> float:
+    """The best of all settings, the promising ones tried again."""
+    settings = [(threads, block) for threads in READ_THREADS for block in READ_SIZES if threads * block <= max_bytes]
+    with _opened(path, os.O_RDONLY) as descriptor:
+        reader = functools.partial(_read_rate, descriptor, os.fstat(descriptor).st_size, seconds=READ_SECONDS[not quick])
+        once = {setting: reader(*setting) for setting in settings or [(1, 1 * MIB)]}
+        promising = sorted(once, key=once.__getitem__, reverse=True)[: 2 if quick else 3]
+        return max(*once.values(), *(reader(*setting) for setting in promising for _ in range(2)))
+
+
+def _large_file(folder: Path) -> str | None:
+    """The largest file of weights, if it is large enough to read from for a while."""
+    files = [path for path in folder.glob("*.safetensors") if path.is_file() and path.stat().st_size >= LARGE_FILE_BYTES]
+    return str(max(files, key=lambda path: path.stat().st_size)) if files else None
+
+
+@contextlib.contextmanager
+def _opened(path: str, flags: int) -> Iterator[int]:
+    """A descriptor past the page cache, or a plain one where O_DIRECT is refused."""
+    try:
+        descriptor = os.open(path, flags | os.O_DIRECT)
+        try:
+            block = AlignedBuffer(ALIGNMENT).view
+            (os.pwritev if flags & os.O_RDWR else os.preadv)(descriptor, [block], 0)
+        except OSError:
+            os.close(descriptor)
+            raise
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+        descriptor = os.open(path, flags)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _write_rate(descriptor: int, size: int, block: int) -> float:
+    buffer = AlignedBuffer(block).view
+    # Numbers that no file system can compress or share.
+    noise = os.urandom(1 * MIB)
+    for start in range(0, block, len(noise)):
+        buffer[start : start + len(noise)] = noise[: min(len(noise), block - start)]
+    began = time.perf_counter()
+    for offset in range(0, size, block):
+        buffer[: len(noise) // 2] = noise[len(noise) // 2 :] if offset // block % 2 else noise[: len(noise) // 2]
+        _whole(os.pwritev, descriptor, buffer[: min(block, size - offset)], offset)
+    os.fsync(descriptor)
+    return size / (time.perf_counter() - began)
+
+
+def _read_rate(descriptor: int, size: int, threads: int, block: int, *, seconds: float) -> float:
+    """Bytes per second of `threads` readers that share the file's blocks, from its beginning, for a while."""
+    with contextlib.suppress(OSError):
+        os.posix_fadvise(descriptor, 0, size, os.POSIX_FADV_DONTNEED)
+    blocks = max(size // block, 1)
+    block = min(block, size)
+    errors: list[OSError] = []
+    counts = [0] * threads
+
+    buffers = AlignedBuffer(threads * block)
+    buffers.tensor.zero_()  # faulted in before the clock starts
+
+    def read(number: int) -> None:
+        view = buffers.view[number * block : (number + 1) * block]
+        ready.wait()
+        began = time.perf_counter()
+        try:
+            while time.perf_counter() - began < seconds:
+                at = (number + counts[number] * threads) % blocks
+                _whole(os.preadv, descriptor, view, at * block)
+                counts[number] += 1
+        except OSError as error:
+            errors.append(error)
+
+    ready = threading.Barrier(threads + 1)
+    readers = [threading.Thread(target=read, args=(number,), name=f"flexgen-measure-{number}") for number in range(threads)]
+    for reader in readers:
+        reader.start()
+    ready.wait()
+    began = time.perf_counter()
+    for reader in readers:
+        reader.join()
+    if errors:
+        raise errors[0]
+    return sum(counts) * block / (time.perf_counter() - began)
+
+
+def _whole(transfer: Callable[[int, list[memoryview], int], int], descriptor: int, view: memoryview, offset: int) -> None:
+    """A transfer of all of `view`."""
+    while len(view):
+        moved = transfer(descriptor, [view], offset)
+        if moved <= 0:
+            raise OSError(errno.EIO, "a transfer ended early")
+        view, offset = view[moved:], offset + moved
