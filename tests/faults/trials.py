@@ -20,6 +20,7 @@ import struct
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import NoReturn
@@ -213,7 +214,8 @@ class Workshop:
             for number in fault.signals if fault is not None else ():
                 assert fault is not None
                 select.select([descriptor], [], [], max(run.started + fault.seconds - time.monotonic(), 0))
-                signal.pidfd_send_signal(descriptor, number)  # a child that has ended is a zombie yet
+                with suppress(ProcessLookupError):  # it ended before
+                    signal.pidfd_send_signal(descriptor, number)
             if not select.select([descriptor], [], [], PATIENCE_SECONDS)[0]:
                 run.hung = True
                 signal.pidfd_send_signal(descriptor, signal.SIGKILL)

@@ -346,7 +346,8 @@ class StopAfter(StopRequest):
 @pytest.mark.parametrize("looks", [0, 1, 2, 7, 20])
 @pytest.mark.usefixtures("stepping")
 def test_a_stopped_job_generates_no_token_twice(llm: LLM, tmp_path: Path, looks: int) -> None:
-    source = write(tmp_path / "in.jsonl", *({"prompt": "ab", "max_tokens": 3 + 5 * (n % 4), "temperature": 1.0} for n in range(12)))
+    lines = ({"prompt": "ab", "max_tokens": 3 + 5 * (n % 4), "temperature": 1.0, "n": 1 + n % 3} for n in range(12))
+    source = write(tmp_path / "in.jsonl", *lines)
     run(llm, source, tmp_path / "whole.jsonl")
     needed, SteppingEngine.num_tokens = SteppingEngine.num_tokens, 0
     num_stops = 0

@@ -60,15 +60,16 @@ class Serving:
         self.num_taken += 1
         line = self._lines[served.origin.line_number] = _Line(served)
         kept = self._store.kept(served.origin.line_number, served.origin.digest)
-        for choice, request in enumerate(served.token_requests):
-            if choice not in kept:
-                yield request
-            elif (result := kept[choice].result(request.index)) is not None:
+        for choice, each in kept.items():
+            if (result := each.result(served.token_requests[choice].index)) is not None:
                 line.results[choice] = result
-            else:
-                yield self._resumed(request, kept[choice].generated)
         if line.done:
             self._finish(line)
+            return
+        left = [choice for choice in range(len(served.token_requests)) if choice not in line.results]
+        for choice in left:  # the first may be finished before the last is asked for
+            request = served.token_requests[choice]
+            yield self._resumed(request, kept[choice].generated) if choice in kept else request
 
     def _resumed(self, request: TokenRequest, generated: Generated) -> TokenRequest:
         self._stored[request.index] = len(generated.token_ids)
