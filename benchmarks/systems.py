@@ -104,7 +104,7 @@ def _read_accelerate(stdout: str) -> dict[str, Any]:
 
 
 def run_llama(setup: Setup, deadline: Deadline, binary: Path) -> None:
-    """Parallel sequences rising until they do not survive, first with a KV stream each, else unified; the best also with a large ubatch."""
+    """Parallel sequences rising until they do not survive, with a KV stream each and unified; the best also with a large ubatch."""
     version = _llama_version(binary)
 
     def run(role: str, setting: dict[str, Any], limit: Deadline) -> dict[str, Any] | None:
@@ -124,13 +124,11 @@ def run_llama(setup: Setup, deadline: Deadline, binary: Path) -> None:
 
     sweep, rows = deadline.share(SWEEP_SHARE), []
     for npl in _batches(setup):
-        for kv_unified in (False, True):
-            row = run("sweep", {"npl": npl, "ubatch": 512, "kv_unified": kv_unified}, sweep)
-            if row is not None and row["survived"]:
-                rows.append(row)
-                break
-        else:
+        tried = [run("sweep", {"npl": npl, "ubatch": 512, "kv_unified": kv_unified}, sweep) for kv_unified in (False, True)]
+        survivors = [row for row in tried if row is not None and row["survived"]]
+        if not survivors:
             break
+        rows += survivors
     if rows:
         roomy = run("sweep", {**_best(rows)["setting"], "ubatch": ROOMY_UBATCH}, sweep)
         rows += [roomy] if roomy is not None and roomy["survived"] else []
