@@ -7,6 +7,7 @@ Frames are a length of four bytes and JSON.  It ends when its input does.
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import json
 import math
@@ -176,6 +177,7 @@ def restrict(memory_bytes: int) -> None:
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")  # a kernel in want of memory ends this process, not its owner
     datetime.now().strftime("%c")  # reads the time zone
+    codecs.lookup("unicode_escape")  # of string literals in templates
     used_bytes = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     for kind, most in (
         (resource.RLIMIT_AS, used_bytes + memory_bytes),
