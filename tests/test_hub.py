@@ -120,6 +120,7 @@ def test_an_index_names_the_weights(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/x.safetensors", "a/b.safetensors", "model.bin", ".safetensors", 3, ""])
 def test_an_index_cannot_point_elsewhere(tmp_path: Path, name: object) -> None:
     folder = write_model_folder(tmp_path / "model")
+    (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text(index_of(name))
     with pytest.raises(CheckpointError, match=r"plain \*\.safetensors"):
         resolve_model(folder)
@@ -128,6 +129,7 @@ def test_an_index_cannot_point_elsewhere(tmp_path: Path, name: object) -> None:
 @pytest.mark.parametrize("index", ["{}", '{"weight_map": {}}', '{"weight_map": []}'])
 def test_an_index_without_a_map(tmp_path: Path, index: str) -> None:
     folder = write_model_folder(tmp_path / "model")
+    (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text(index)
     with pytest.raises(CheckpointError, match="no weight_map"):
         resolve_model(folder)
