@@ -397,17 +397,20 @@ def test_an_answer_goes_on_wherever_it_was_cut(checkpoint: Checkpoint, case: Cas
 
 
 def test_a_resumed_answer_may_be_preempted(checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And be computed a third time; penalties and log probabilities still count all of it."""
     monkeypatch.setattr(LengthForecast, "expect", lambda self, max_tokens: 1)
-    case = Case("cpu", {"host": 1.0}, {"host": TIGHT}, "diagonal", 16, 256)
-    with Run(checkpoint, case.policy(checkpoint), tmp_path) as run:
-        whole = run.results()
-        results = run.results([begun(request, whole[request.index], request.max_tokens // 2) for request in checkpoint.requests])
+    requests = [replace(each, repetition_penalty=1.2, frequency_penalty=0.3, num_logprobs=1) for each in checkpoint.crowd]
+    roomy, tight = (Case("cpu", {"host": 1.0}, {"host": tokens}, "diagonal", 16, 256) for tokens in (ROOM, 12 * PAGE_TOKENS))
+    with Run(checkpoint, roomy.policy(checkpoint), tmp_path) as run:
+        whole = run.results(requests)
+        assert run.engine.answers.counts.preemptions == 0
+    with Run(checkpoint, tight.policy(checkpoint), tmp_path) as run:
+        results = run.results([begun(request, whole[request.index], 3) for request in requests])
         counts = run.engine.answers.counts
     for index, wanted in whole.items():
         assert_same_answer(results[index], wanted)
     assert counts.preemptions > 0
-    resumed = sum(len(each.prompt_token_ids) + each.max_tokens // 2 - 1 for each in checkpoint.requests if each.max_tokens > 1)
-    assert counts.recomputed_tokens > resumed, "preemptions count, too"
+    assert counts.recomputed_tokens > sum(len(request.prompt_token_ids) + 2 for request in requests), "preemptions count, too"
 
 
 def test_an_answer_that_had_come_to_its_end_is_given_back(checkpoint: Checkpoint, tmp_path: Path) -> None:

@@ -166,7 +166,7 @@ def _biases(value: Any) -> dict[int, float] | None:
     _check(value is None or isinstance(value, Mapping), "logit_bias", "an object of token ids and biases")
     biases: dict[int, float] = {}
     for key, bias in (value or {}).items():
-        token_id = int(key) if isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 20 else key
+        token_id: Any = int(key) if isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 20 else key
         _check(_is_int(token_id) and token_id >= 0 and _is_number(bias), "logit_bias", "an object of token ids and finite biases")
         biases[token_id] = min(MAX_BIAS, max(-MAX_BIAS, float(bias)))
     return biases or None
