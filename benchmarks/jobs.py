@@ -30,7 +30,7 @@ from flexgen.jobs.export import export  # noqa: E402
 from flexgen.jobs.folder import JobFolder, job_paths  # noqa: E402
 from flexgen.jobs.identity import identity_of  # noqa: E402
 from flexgen.jobs.runner import Job  # noqa: E402
-from flexgen.jobs.store import Store  # noqa: E402
+from flexgen.jobs.store import Result, Store  # noqa: E402
 from flexgen.plan.workload import Workload  # noqa: E402
 from flexgen.request import TokenRequest, TokenResult  # noqa: E402
 
@@ -86,13 +86,12 @@ def open_model(folder: Path, engine: bool) -> LLM:
 def measure(llm: LLM, source: Path, output: Path) -> dict[str, Any]:
     """Lines per second of every step of a job, and memory and files at moments spread over the run."""
     defaults = SamplingParams(temperature=0, max_tokens=OUTPUT_TOKENS)
-    with JobFolder(job_paths(source, output, None)) as folder, Store(folder) as store:
+    with JobFolder(job_paths(source, output, None)) as folder, WatchedStore(folder) as store:
         store.begin(identity_of(llm, defaults), llm.files.name)
         job = Job(llm, source, store, defaults=defaults)
         workload, scan_seconds = timed(job.scan)
         store.start_run(job.num_lines)
-        samples = Samples(job.num_lines)
-        store.add = samples.watching(store.add)
+        samples = store.samples = Samples(job.num_lines)
         _, run_seconds = timed(lambda: job.run(workload))
         _, export_seconds = timed(lambda: export(store.paths, output))
     again, resume_seconds = timed(lambda: rescan(llm, source, output, defaults))
@@ -110,7 +109,7 @@ def measure(llm: LLM, source: Path, output: Path) -> dict[str, Any]:
 
 def rescan(llm: LLM, source: Path, output: Path, defaults: SamplingParams) -> int:
     """What a rerun of a finished job does; how many requests it finds to do."""
-    with JobFolder(job_paths(source, output, None)) as folder, Store(folder) as store:
+    with JobFolder(job_paths(source, output, None)) as folder, WatchedStore(folder) as store:
         store.begin(identity_of(llm, defaults), llm.files.name)
         job = Job(llm, source, store, defaults=defaults)
         job.match()
@@ -127,17 +126,24 @@ class Samples:
         self.resident_bytes: list[int] = []
         self.open_files: list[int] = []
 
-    def watching(self, add: Callable[[Any], None]) -> Callable[[Any], None]:
-        """`add`, and a sample now and then."""
+    def line_done(self) -> None:
+        """A sample now and then."""
+        self._count += 1
+        if self._count % self._step == 0:
+            self.resident_bytes.append(self._process.memory_info().rss)
+            self.open_files.append(self._process.num_fds())
 
-        def watched(result: Any) -> None:
-            add(result)
-            self._count += 1
-            if self._count % self._step == 0:
-                self.resident_bytes.append(self._process.memory_info().rss)
-                self.open_files.append(self._process.num_fds())
 
-        return watched
+class WatchedStore(Store):
+    """Tells its samples of every line."""
+
+    samples: Samples | None = None
+
+    def add(self, result: Result) -> None:
+        """Take the result of a line."""
+        super().add(result)
+        if self.samples is not None:
+            self.samples.line_done()
 
 
 def timed(work: Callable[[], Any]) -> tuple[Any, float]:

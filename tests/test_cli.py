@@ -77,9 +77,10 @@ def test_every_option_reaches_the_engine(
     wanted: dict[str, Any] = {
         "device": "sim", "dtype": "float32", "device_mem": "1GiB", "host_mem": "50%", "disk": "3GB", "offload_dir": str(tmp_path),
         "weights": "host=1", "kv": "host=.5,disk=.5", "max_num_seqs": 3, "micro_batch_tokens": 5, "prefill_tokens": 7,
-        "schedule": "diagonal", "load_format": "dummy", "max_model_len": 33, "seed": 9,
+        "schedule": "diagonal", "load_format": "dummy", "max_model_len": 33, "seed": 9, "verify_reads": True,
     }  # fmt: skip
-    flags = [part for name, value in wanted.items() for part in ("--" + name.replace("_", "-"), value)]
+    parts = [("--" + name.replace("_", "-"), value) for name, value in wanted.items()]
+    flags = [part for flag, value in parts for part in ((flag,) if value is True else (flag, value))]
     done = flexgen("run", model_folder, source, "-o", output, *flags)
     assert done.exit_code == 0, done.output
     assert seen == [EngineOptions(**wanted)]
@@ -246,8 +247,10 @@ def test_a_bug_shows_its_traceback_and_gives_70(monkeypatch: pytest.MonkeyPatch,
 # -- signals ------------------------------------------------------------------------------------------------------------------------------
 
 SLOW = f"""
-import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
+import signal, sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
 import flexgen.llm, flexgen.cli, fakes
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # a shell that runs the tests in the background ignores some
+    signal.signal(number, signal.SIG_DFL)
 class Engine(fakes.FakeEngine):
     def generate(self, requests, on_pass=None, **more):
         for count, result in enumerate(super().generate(requests, **more), 1):

@@ -344,9 +344,10 @@ class LLM:
         self._check_open()
         engine = self._open.engine
         if engine is None or not _suits(engine.policy, engine.spec, self._open.workload, workload, self.options):
-            engine = None  # a closed engine still holds its memory,
-            self._open.close()
-            gc.collect()  # and its hooks refer back to their modules
+            if engine is not None:
+                engine = None  # a closed engine still holds its memory,
+                self._open.close()
+                gc.collect()  # and its hooks refer back to their modules
             engine = self._open_engine(workload)
             self._open.engine, self._open.workload = engine, workload
             self._open.max_num_seqs = engine.policy.max_num_seqs

@@ -67,7 +67,7 @@ def test_options(folder: Path, options: dict[str, Any], names: list[str]) -> Non
 def test_sampling_defaults(folder: Path) -> None:
     llm = LLM(folder)
     other = SamplingParams(temperature=0.0, max_tokens=5, stop_token_ids=(3,))
-    assert names_changed(identity_of(llm, DEFAULTS), identity_of(llm, other)) == ["default max_tokens", "default stop_token_ids"]
+    assert set(names_changed(identity_of(llm, DEFAULTS), identity_of(llm, other))) == {"default max_tokens", "default stop_token_ids"}
 
 
 def test_a_copy_of_the_model_elsewhere_is_the_same_model(folder: Path, tmp_path: Path) -> None:

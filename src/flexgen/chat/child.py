@@ -9,28 +9,29 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import importlib
 import json
 import math
 import os
-import pprint  # noqa: F401  (jinja2 imports this and the next ones when a template needs them, and later nothing can be opened)
 import resource
 import struct
 import sys
-import textwrap  # noqa: F401
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import jinja2
-import jinja2.constants
-import jinja2.debug
 import jinja2.ext
 import jinja2.nodes
 import jinja2.parser
 import jinja2.runtime
 import jinja2.utils
-from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+from jinja2.exceptions import SecurityError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+for _late in ("pprint", "textwrap", "jinja2.constants", "jinja2.debug"):
+    importlib.import_module(_late)  # jinja2 imports them when a template needs them, and later nothing can be opened
 
 LENGTH = struct.Struct("<I")
 TAG = "CONTINUE_FINAL_MESSAGE_TAG "  # marks where a message that is to be continued ends; its space shows whether templates trim it

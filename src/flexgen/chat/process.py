@@ -184,7 +184,7 @@ class _Child:
             with theirs:  # in a session of its own, so that Ctrl-C is for us alone; it ends when the socket does
                 self._process = subprocess.Popen(
                     [sys.executable, "-P", str(_SCRIPT)],
-                    stdin=theirs, stdout=theirs, stderr=subprocess.DEVNULL, start_new_session=True,
+                    stdin=theirs.fileno(), stdout=theirs.fileno(), stderr=subprocess.DEVNULL, start_new_session=True,
                 )  # fmt: skip
         except OSError as error:
             self._socket.close()

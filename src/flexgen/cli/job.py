@@ -180,6 +180,9 @@ def _write_output(store: Store, *, finished: bool) -> None:
 
 
 def _conclude(job: Job, store: Store, workload: Workload, asked: Asked, display: Display) -> None:
+    from flexgen.engine.progress import SCHEMA_VERSION
+
+    metrics: dict[str, object] = {"schema_version": SCHEMA_VERSION}  # nothing else of a run that found nothing to do
     if len(workload):
         report = job.llm.report()
         if job.num_resumed:
@@ -188,8 +191,9 @@ def _conclude(job: Job, store: Store, workload: Workload, asked: Asked, display:
                 f"{report.recomputed_tokens:,} tokens were computed again"
             )
         display.report(report)
-        if asked.metrics is not None:
-            _write_metrics(asked.metrics, {**dataclasses.asdict(report), "job": _figures(job, store)})
+        metrics = dataclasses.asdict(report)
+    if asked.metrics is not None:
+        _write_metrics(asked.metrics, {**metrics, "job": _figures(job, store)})
     display.message(f"{store.paths.name}: {store.num_answered:,} lines answered, {store.num_failed:,} with errors")
 
 

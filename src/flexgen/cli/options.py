@@ -42,6 +42,7 @@ FLAGS: dict[str, tuple[str, str, str]] = {
     "load_format": (_MODEL, "|".join(LOAD_FORMATS), "dummy makes random weights from config.json alone."),
     "max_model_len": (_MODEL, "N", "Most tokens of prompt and answer together. Default: the model's context."),
     "revision": (_MODEL, "REV", "Branch, tag or commit of a hub model."),
+    "verify_reads": (_PLACEMENT, "", "Compare weights and spilled KV with what was read or written before: a tenth of a core per GB/s."),
     "seed": (_MODEL, "N", "Base of the seeds of requests that name none."),
 }
 
@@ -73,7 +74,7 @@ def engine_command(body: Callable[..., int]) -> Callable[..., None]:
     fields = {field.name: field for field in dataclasses.fields(EngineOptions) if field.name in FLAGS}
     parameters = [p for p in inspect.signature(body, eval_str=True).parameters.values() if p.name != "options"]
     for name, (panel, metavar, text) in FLAGS.items():
-        flag = typer.Option("--" + name.replace("_", "-"), metavar=metavar, help=text, rich_help_panel=panel)
+        flag = typer.Option("--" + name.replace("_", "-"), metavar=metavar or None, help=text, rich_help_panel=panel)
         annotation = Annotated[hints[name], flag]
         parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=fields[name].default, annotation=annotation))
 

@@ -25,9 +25,7 @@ def run(
     model: Model,
     source: Annotated[
         Path,
-        typer.Argument(
-            metavar="INPUT", exists=True, dir_okay=False, allow_dash=True, help="Requests, one JSON object per line; - is stdin."
-        ),
+        typer.Argument(metavar="INPUT", help="Requests, one JSON object per line; - is stdin."),
     ],
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="OUTPUT", help="Answers, in the order of the input; - is stdout, when all is done.")
@@ -98,7 +96,8 @@ def run(
     _check(asked, dry_run)
     messages = sys.stdout if dry_run else sys.stderr  # a dry run's plan is its result
     results = sys.stdout if asked.output is not None else sys.stderr
-    with showing(progress, messages=messages, results=results) as display, StopSignals() as signals:
+    shown = "plain" if dry_run and progress == "none" else progress
+    with showing(shown, messages=messages, results=results) as display, StopSignals() as signals:
         try:
             return show_plan(asked, display) if dry_run else answer_job(asked, display, signals)
         except Stopped:
@@ -121,6 +120,8 @@ def _object(text: str) -> dict[str, Any]:
 
 def _check(asked: Asked, dry_run: bool) -> None:
     """Raises OptionError for paths and flags that cannot be meant."""
+    if asked.source is not None and not asked.source.is_file():  # not by typer, which looks for a file named -
+        raise OptionError(f"INPUT {asked.source}: {'this is a folder' if asked.source.is_dir() else 'there is no such file'}")
     check_parent(asked.output, "--output")
     check_parent(asked.metrics, "--metrics")
     check_parent(asked.state, "--state")

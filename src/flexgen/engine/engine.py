@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import heapq
 import logging
-import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as SequenceOf
@@ -32,6 +31,7 @@ from flexgen.failpoints import failpoint
 from flexgen.memory.direct_io import FileSet, IOPool
 from flexgen.memory.kv_cache import group_layers
 from flexgen.memory.kv_pass import is_decode
+from flexgen.memory.offload import OffloadFolder
 from flexgen.memory.places import open_places
 from flexgen.memory.rows import EmbeddingRows
 from flexgen.memory.transfer import Backend
@@ -59,6 +59,7 @@ class Engine:
         context: names and budgets, for the report.
         offload_dir: folder for spilled KV; needed only where the policy puts KV on disk.
         temporary: folders that are removed when the engine closes.
+        verify_reads: check what comes from disk against what was written or first read.
         poison: overwrite released memory, so that a late use shows (tests).
     """
 
@@ -71,7 +72,8 @@ class Engine:
         context: RunContext | None = None,
         backend: Backend | None = None,
         offload_dir: Path | None = None,
-        temporary: SequenceOf[Path] = (),
+        temporary: SequenceOf[OffloadFolder] = (),
+        verify_reads: bool = False,
         poison: bool = False,
     ) -> None:
         self.policy, self.machine, self.spec = policy, machine, model.spec
@@ -83,7 +85,7 @@ class Engine:
         self._device = backend.device if backend is not None else torch.device("cpu")
         self._backend = backend
         self._io = IOPool(policy.io_threads)
-        self._files = FileSet()
+        self._files = FileSet(verify=verify_reads)
         self.homes = unit_homes(model.spec, policy.weights)
         self._weights_work = weights_work(model.spec, self.homes, policy.device)
         self.weights = WeightStore(
@@ -93,7 +95,7 @@ class Engine:
         self._rows = EmbeddingRows(list(model.tables), self._device)
         groups = group_layers([(layer.layer, layer.group) for layer in model.layers], policy.page_tokens, model.dtype)
         self.places, self.cache = open_places(
-            groups, policy, backend=backend, io=self._io, offload_dir=offload_dir, notify=self.weights.notify
+            groups, policy, backend=backend, io=self._io, offload_dir=offload_dir, notify=self.weights.notify, verify=verify_reads
         )
         shares = {tier: getattr(policy.kv, tier) for tier in TIERS if tier in self.places}
         self._admission = Admission(self.cache, Homes(shares))
@@ -150,7 +152,7 @@ class Engine:
         if self._backend is not None:
             self._backend.close()
         for folder in self._temporary:
-            shutil.rmtree(folder, ignore_errors=True)
+            folder.remove()
         torch.set_num_threads(self._previous_threads)
 
     def __enter__(self) -> Engine:

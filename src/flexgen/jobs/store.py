@@ -12,6 +12,7 @@ import time
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 from flexgen.errors import JobError
 from flexgen.jobs import begun
@@ -259,7 +260,7 @@ class Store:
         """Let go of the database.  What was not committed is not done."""
         self._connection.close()
 
-    def __enter__(self) -> Store:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
