@@ -63,9 +63,9 @@ def tiny_spec(make_spec):
 def test_a_model_of_6_gb_in_4_gib(plan, llama_3b, make_limits, process_bytes):
     policy = plan(machine={"host_to_device_bytes_per_s": None, "device_to_host_bytes_per_s": None})
     played = simulate(llama_3b, policy, JOB)
-    assert 55 <= played.live.max() <= 95
-    assert 2 <= policy.prefill_tokens // 256 <= 4
-    assert policy.weights.disk > 0.7
+    assert 30 <= played.live.max() <= 95
+    assert 1 <= policy.prefill_tokens // 256 <= 4
+    assert policy.weights.disk > 0.6
     assert policy.weights.device == policy.kv.device == policy.kv_device_bytes == policy.device_ring_bytes == 0
     assert 512 <= policy.micro_batch_tokens <= 1024
     assert policy.max_num_seqs >= played.live.max()

@@ -24,7 +24,7 @@ from flexgen.sizes import GIB, align_up, format_size
 
 # A ring holds what a link delivers in this time, but never more than this share of its tier.
 RING_SECONDS = 0.3
-RING_SHARE = 0.1
+RING_SHARE = 0.05
 # Live sequences vary around what the pools hold on average.
 SEQUENCE_SLACK = 1.15
 # Between plans that are about as fast, the one with shorter passes (results come sooner, forecasts matter less), that moves
