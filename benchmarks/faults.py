@@ -1,26 +1,30 @@
 """Thousands of runs that are killed, starved or refused their disk, and the table of docs/faults.md: what was lost, what was there twice.
 
-    python benchmarks/faults.py --scratch DIR [--trials 5000]
+    python benchmarks/faults.py --scratch DIR [--trials 5000] [--workers 2]
 
-Every kind of fault strikes jobs at random, and every failpoint is struck at each of its hits in turn.
+Every failpoint is struck at each of its hits in turn; then every kind of fault strikes jobs at random.  A worker is a process of this
+script that runs one job after the other and writes an outcome per line.
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
+import itertools
 import json
+import os
 import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
-from faults.trials import KINDS, RACE, JobOutcome, Workshop, run_kind, sweep  # noqa: E402
+from faults.trials import KINDS, RACE, JobOutcome, Trial, Workshop, run_kind, sweep  # noqa: E402
 from record import commit, machine, versions  # noqa: E402
 
 from flexgen.failpoints import FAILPOINTS  # noqa: E402
@@ -30,6 +34,7 @@ SWEEPS = {
     "EIO": ("input.read", "store.commit", "store.committed", "export.write", "export.fsync", "export.rename", "export.renamed",
             "disk.read", "disk.write"),
     "ENOSPC": ("store.commit", "export.write", "export.fsync", "disk.write"),
+    "power": ("store.committed",),
     "memory": ("input.read", "store.commit", "engine.pass", "export.write"),
 }  # fmt: skip
 
@@ -72,6 +77,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scratch", type=Path, help="a folder on a real disk; default: the system's temporary one")
     parser.add_argument("--trials", type=int, default=5000, help="about so many runs are disturbed")
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)  # the number of one; then --json is where it writes
     parser.add_argument("--most-hits", type=int, default=60, help="of one failpoint that are struck in turn")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, default=ROOT / "benchmarks" / "results" / "faults.json")
@@ -79,27 +86,57 @@ def main() -> int:
     asked = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="flexgen-faults-", dir=asked.scratch))
     try:
-        workshop = Workshop.open(folder)
-        rows = run_all(workshop, asked.trials, asked.most_hits, asked.seed)
+        if asked.worker is not None:
+            return work(folder, asked)
+        rows = share(folder, asked)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    write_results(rows, asked.json, asked.markdown, workshop.seconds)
+    write_results(rows, asked.json, asked.markdown)
     return 1 if any(bad(row) for row in rows.values()) else 0
 
 
-def run_all(workshop: Workshop, num_trials: int, most_hits: int, seed: int) -> dict[str, Row]:
-    """Sweeps first; what is left of `num_trials` is shared by the random kinds."""
+def share(folder: Path, asked: argparse.Namespace) -> dict[str, Row]:
+    """The rows of all workers."""
+    outcomes = [folder / f"outcomes-{number}.jsonl" for number in range(asked.workers)]
+    command = [sys.executable, __file__, "--scratch", str(folder), "--workers", str(asked.workers), "--trials", str(asked.trials)]
+    command += ["--most-hits", str(asked.most_hits), "--seed", str(asked.seed)]
+    workers = [subprocess.Popen([*command, "--worker", str(number), "--json", str(path)]) for number, path in enumerate(outcomes)]
+    codes = [worker.wait() for worker in workers]
+    if any(codes):
+        raise SystemExit(f"workers ended with {codes}")
     rows: dict[str, Row] = {}
-    for action, points in SWEEPS.items():
-        for point in points:
-            name = f"{action} at every {point}"
-            collect(rows, name, first(until_missed(map(workshop.try_job, sweep(point, action))), most_hits))
-    kinds = [*KINDS, RACE]
-    while (done := sum(row.trials for row in rows.values())) < num_trials:
-        print(f"{done:,} of {num_trials:,} trials", file=sys.stderr)
-        for kind in kinds:
-            collect(rows, kind, run_kind(workshop, kind, 5, seed + done))
-    return rows
+    for line in (line for path in outcomes for line in path.read_text().splitlines()):
+        fields = json.loads(line)
+        name, trials = fields.pop("row"), [Trial(**each) for each in fields.pop("trials")]
+        rows.setdefault(name, Row()).add(JobOutcome(trials=trials, **fields))
+    return {name: rows[name] for name in [*sorted(set(rows) - set(KINDS) - {RACE}), *KINDS, RACE] if name in rows}
+
+
+def work(folder: Path, asked: argparse.Namespace) -> int:
+    """One worker's share: every so-many-th sweep, then random faults until that makes enough trials."""
+    workshop, struck = Workshop.open(folder), 0
+    with asked.json.open("w") as file:
+        for name, outcome in jobs(workshop, asked.worker, asked.workers, asked.most_hits, asked.seed):
+            struck += sum(trial.struck for trial in outcome.trials)
+            file.write(json.dumps({"row": name, **asdict(outcome)}) + "\n")
+            file.flush()
+            if not outcome.good:
+                print(f"{name}: {outcome}\n{outcome.log}", file=sys.stderr)
+            if struck * asked.workers >= asked.trials:
+                break
+    return 0
+
+
+def jobs(workshop: Workshop, worker: int, workers: int, most_hits: int, seed: int) -> Iterator[tuple[str, JobOutcome]]:
+    """(row, outcome) of all sweeps of this worker, then of all kinds again and again."""
+    sweeps = [(action, point) for action, points in SWEEPS.items() for point in points]
+    for action, point in sweeps[worker::workers]:
+        for outcome in first(until_missed(map(workshop.try_job, sweep(point, action))), most_hits):
+            yield f"{action} at every {point}", outcome
+    for number in itertools.count():
+        for kind in (*KINDS, RACE):
+            for outcome in run_kind(workshop, kind, 3, (seed * workers + worker) * 10_000 + number):
+                yield kind, outcome
 
 
 def until_missed(outcomes: Iterable[JobOutcome]) -> Iterator[JobOutcome]:
@@ -115,19 +152,11 @@ def first(outcomes: Iterable[JobOutcome], count: int) -> Iterator[JobOutcome]:
         yield outcome
 
 
-def collect(rows: dict[str, Row], name: str, outcomes: Iterable[JobOutcome]) -> None:
-    row = rows.setdefault(name, Row())
-    for outcome in outcomes:
-        row.add(outcome)
-        if not outcome.good:
-            print(f"{name}: {outcome}\n{outcome.log}", file=sys.stderr)
-
-
 def bad(row: Row) -> bool:
     return bool(row.lost or row.duplicated or row.wrong or row.different_outputs or row.bugs or row.hangs)
 
 
-def write_results(rows: dict[str, Row], results: Path, document: Path, seconds: float) -> None:
+def write_results(rows: dict[str, Row], results: Path, document: Path) -> None:
     """The table, and all that it was made from."""
     fields = {
         name: {key: getattr(row, key) for key in Row.__slots__ if key not in ("places", "codes")}
@@ -135,7 +164,7 @@ def write_results(rows: dict[str, Row], results: Path, document: Path, seconds: 
         for name, row in rows.items()
     }
     results.parent.mkdir(parents=True, exist_ok=True)
-    found = {**commit(), "machine": machine(), "versions": versions(), "undisturbed_run_seconds": seconds, "rows": fields}
+    found = {**commit(), "machine": machine(), "versions": versions(), "rows": fields}
     results.write_text(json.dumps(found, indent=2) + "\n")
     document.write_text(format_document(rows))
 
@@ -146,8 +175,12 @@ def format_document(rows: dict[str, Row]) -> str:
         "",
         "What becomes of a job whose runs are disturbed: every row counts runs of `flexgen run` on a tiny random model in float32, with",
         "weights streaming from disk, KV cache spilled, and answers in progress stored after every pass. After its disturbed runs each job",
-        "is run again in peace, and its output is compared, byte for byte, with that of an undisturbed job. *Lost* are lines without a",
-        "record, *duplicated* lines with two, *wrong* records that differ; both outputs left by disturbed runs and final ones are counted.",
+        "is run again in peace, and its output is compared with that of an undisturbed job: byte for byte, but for the last digits of log",
+        "probabilities (see [jobs](jobs.md)). *Struck* are the runs that got as far as the fault. *Lost* are lines without a record,",
+        "*duplicated* lines with two, *wrong* records that differ; outputs left by disturbed runs and final ones are counted.",
+        "",
+        "A power failure is a kill after a commit, after which of all blocks written since the commit before any part is lost, torn or",
+        "cut off. A bit flips once or for good in what a read brings, after all weights have been read once, under `--verify-reads`.",
         "",
         "`python benchmarks/faults.py` makes this page and [its data](../benchmarks/results/faults.json).",
         "",

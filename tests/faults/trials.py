@@ -562,7 +562,7 @@ def _import_everything() -> None:
     import flexgen.engine.report
     import flexgen.jobs.export
     import flexgen.jobs.runner
-    import flexgen.jobs.status  # noqa: F401
+    import flexgen.jobs.status
     from flexgen.kernels.attention import attention_kernels, warm_up
     from flexgen.llm import LLM  # noqa: F401
     from flexgen.opening import prepare  # noqa: F401
