@@ -17,7 +17,7 @@ from flexgen.plan.machine import Machine
 from flexgen.plan.model import KVGroupSpec, ModelSpec, UnitSpec
 from flexgen.plan.policy import Fractions, Policy
 from flexgen.plan.workload import Workload
-from flexgen.request import TokenRequest, TokenResult
+from flexgen.request import Live, TokenRequest, TokenResult
 
 VOCAB = 300  # 256 bytes, </s> = 256, <pad> = 257, and some ids that the tokenizer does not know
 CONTEXT = 64
@@ -78,7 +78,12 @@ class FakeEngine:
         )  # fmt: skip
 
     def generate(
-        self, requests: Iterable[TokenRequest], *, num_requests: int | None = None, on_progress: Callable[[Progress], None] | None = None
+        self,
+        requests: Iterable[TokenRequest],
+        *,
+        num_requests: int | None = None,
+        on_progress: Callable[[Progress], None] | None = None,
+        on_pass: Callable[[Iterable[Live]], None] | None = None,
     ) -> Iterator[TokenResult]:
         waiting = iter(requests)
         self.results = []
@@ -92,16 +97,20 @@ class FakeEngine:
                 yield result
             if on_progress is not None:
                 on_progress(self._progress(num_requests))
+            if on_pass is not None:
+                on_pass(())  # a block is answered as a whole
 
     def _answer(self, request: TokenRequest) -> TokenResult:
         if POISON in request.prompt_token_ids:
             error = RequestError("the model produced logits that are not finite", code="non_finite_logits")
             return TokenResult(index=request.index, finish_reason="error", error=error)
-        ids: list[int] = []
+        ids = list(request.generated.token_ids)
         while len(ids) < request.max_tokens:
             ids.append(fake_token(request, len(ids)))
             if ids[-1] in request.stop_token_ids:
                 return TokenResult(index=request.index, token_ids=tuple(ids), finish_reason="stop")
+            if request.stops is not None and (stop_string := request.stops(ids)) is not None:
+                return TokenResult(index=request.index, token_ids=tuple(ids), finish_reason="stop", stop_string=stop_string)
         return TokenResult(index=request.index, token_ids=tuple(ids), finish_reason="length")
 
     def _output_tokens(self) -> int:

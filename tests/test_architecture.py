@@ -15,10 +15,10 @@ FLEXGEN = Path(__file__).parent.parent / "src" / "flexgen"
 
 # Rooms from the ground up; a room may import any room of a lower floor.
 FLOORS = (
-    {"errors"},
+    {"errors", "failpoints"},
     {"sizes", "formats", "request", "options"},
     {"plan"},
-    {"quant", "kernels", "memory", "models", "profile", "hub", "text", "defaults"},
+    {"quant", "kernels", "memory", "models", "profile", "hub", "text", "stopping", "defaults", "choices", "chat"},
     {"engine"},
     {"opening"},
     {"llm"},
@@ -31,6 +31,8 @@ BESIDE = {
     "models": {"memory", "kernels", "quant"},
     "profile": {"memory", "kernels"},
     "text": {"hub"},
+    "stopping": {"text"},
+    "choices": {"text", "stopping", "defaults"},
     "defaults": {"hub"},
     "bench": {"jobs"},
     "integrations": {"jobs"},

@@ -14,7 +14,10 @@ from fakes import CONTEXT, POISON, FakeEngine, fake_text
 from typer.testing import CliRunner
 
 from flexgen import cli
+from flexgen.cli.exit_codes import ExitCode
+from flexgen.cli.options import FLAGS
 from flexgen.errors import CapacityError, EngineError
+from flexgen.jobs.reading import index_of
 from flexgen.llm import Plan
 from flexgen.options import EngineOptions
 from flexgen.plan.workload import Workload
@@ -53,7 +56,7 @@ def test_run(model_folder: Path, source: Path, output: Path, engines: list[FakeE
     assert done.exit_code == 0, done.output
     assert {record["id"]: record["text"] for record in records(output)} == {"a": fake_text("abc", 4), "b": fake_text("de", 4)}
     assert "2 lines, 0 of them bad, 0 done before, 2 to answer: 5 prompt and at most 8 output tokens" in done.stderr
-    assert f"temperature 1, top_p 1, top_k 0, up to the context of {CONTEXT}; /v1/completions: temperature 1, 16 tokens" in done.stderr
+    assert f"temperature 1, top_p 1, top_k 0, up to the context of {CONTEXT}; /v1/completions: 16 tokens" in done.stderr
     assert "plan: cpu, float32, diagonal schedule" in done.stderr
     assert "2 lines answered, 0 with errors" in done.stderr
     assert "overlap 0.90   plan 0.80   efficiency 0.72" in done.stdout
@@ -74,13 +77,14 @@ def test_every_option_reaches_the_engine(
     wanted: dict[str, Any] = {
         "device": "sim", "dtype": "float32", "device_mem": "1GiB", "host_mem": "50%", "disk": "3GB", "offload_dir": str(tmp_path),
         "weights": "host=1", "kv": "host=.5,disk=.5", "max_num_seqs": 3, "micro_batch_tokens": 5, "prefill_tokens": 7,
-        "schedule": "diagonal", "load_format": "dummy", "max_model_len": 33, "seed": 9,
+        "schedule": "diagonal", "load_format": "dummy", "max_model_len": 33, "seed": 9, "verify_reads": True,
     }  # fmt: skip
-    flags = [part for name, value in wanted.items() for part in ("--" + name.replace("_", "-"), value)]
+    parts = [("--" + name.replace("_", "-"), value) for name, value in wanted.items()]
+    flags = [part for flag, value in parts for part in ((flag,) if value is True else (flag, value))]
     done = flexgen("run", model_folder, source, "-o", output, *flags)
     assert done.exit_code == 0, done.output
     assert seen == [EngineOptions(**wanted)]
-    assert set(wanted) == set(cli._FLAGS) - {"revision"}
+    assert set(wanted) == set(FLAGS) - {"revision"}
 
 
 def test_bad_lines_give_exit_code_1(model_folder: Path, tmp_path: Path, output: Path, engines: list[FakeEngine]) -> None:
@@ -105,18 +109,18 @@ def test_max_tokens_is_for_bare_lines_that_do_not_say(model_folder: Path, tmp_pa
 def test_defaults_of_generation_config_are_said(tmp_path: Path, source: Path, output: Path, engines: list[FakeEngine]) -> None:
     from fakes import write_model_folder
 
-    settings = {"temperature": 0.6, "top_k": 20, "max_new_tokens": 7, "repetition_penalty": 1.1}
+    settings = {"temperature": 0.6, "top_k": 20, "max_new_tokens": 7, "repetition_penalty": 1.1, "typical_p": 0.9}
     folder = write_model_folder(tmp_path / "model", generation_config=settings)
     done = flexgen("run", folder, source, "-o", output)
-    assert "temperature 0.6, top_p 1, top_k 20, 7 tokens;" in done.stderr
-    assert "repetition_penalty=1.1, which is not supported yet" in done.stderr
+    assert "temperature 0.6, top_p 1, top_k 20, repetition_penalty 1.1, 7 tokens;" in done.stderr
+    assert "typical_p=0.9, which is not supported yet" in done.stderr
 
 
 def test_metrics(model_folder: Path, source: Path, output: Path, tmp_path: Path, engines: list[FakeEngine]) -> None:
     metrics = tmp_path / "metrics.json"
     assert flexgen("run", model_folder, source, "-o", output, "--metrics", metrics).exit_code == 0
     written = json.loads(metrics.read_text())
-    assert written.pop("job") == {"lines": 2, "answered": 2, "failed": 0, "done_before": 0}
+    assert written.pop("job") == {"lines": 2, "answered": 2, "failed": 0, "done_before": 0, "answers_resumed": 0, "tokens_kept": 0}
     assert written == json.loads(engines[0].report().to_json())
 
 
@@ -197,11 +201,13 @@ def test_what_is_refused_before_the_start_gives_3(source: Path, output: Path, mo
     done = flexgen("run", model_folder, source, "-o", output)
     assert done.exit_code == 3
     assert done.stderr.endswith("flexgen: KV cache needs 31.2 GiB\n")
-    output.unlink()
+    assert not output.exists()
     output.write_text("precious")
-    done = flexgen("run", model_folder, source, "-o", output)
-    assert done.exit_code == 3
-    assert "not written by flexgen" in done.stderr
+    for flags in ([], ["--fresh"]):
+        done = flexgen("run", model_folder, source, "-o", output, *flags)
+        assert done.exit_code == 3
+        assert "not written by this job" in done.stderr
+        assert output.read_text() == "precious"
 
 
 def test_what_stops_a_run_gives_75_and_the_same_command_goes_on(
@@ -211,7 +217,7 @@ def test_what_stops_a_run_gives_75_and_the_same_command_goes_on(
     answer = FakeEngine._answer
 
     def failing(engine: FakeEngine, request: Any) -> Any:
-        if request.index == 6:
+        if request.index == index_of(6):
             raise EngineError("the disk is gone")
         return answer(engine, request)
 
@@ -220,9 +226,10 @@ def test_what_stops_a_run_gives_75_and_the_same_command_goes_on(
     assert done.exit_code == 75
     assert "flexgen: the disk is gone\n5 of 10 lines are done; the same command goes on from there" in done.stderr
     assert engines[0].closed
+    assert [record["id"] for record in records(output)] == [0, 1, 2, 3, 4]
     monkeypatch.setattr(FakeEngine, "_answer", answer)
     assert flexgen("run", model_folder, source, "-o", output).exit_code == 0
-    assert len(records(output)) == 10
+    assert [record["id"] for record in records(output)] == list(range(10))
 
 
 def test_a_bug_shows_its_traceback_and_gives_70(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -237,32 +244,258 @@ def test_a_bug_shows_its_traceback_and_gives_70(monkeypatch: pytest.MonkeyPatch,
     assert "ZeroDivisionError: oops" in capsys.readouterr().err
 
 
-def test_ctrl_c_closes_and_gives_130(model_folder: Path, tmp_path: Path, output: Path) -> None:
-    source = write(tmp_path / "in.jsonl", *({**GOOD, "id": n} for n in range(10)))
-    script = f"""
-import sys, time; sys.path.insert(0, {str(Path(__file__).parent)!r})
+# -- signals ------------------------------------------------------------------------------------------------------------------------------
+
+SLOW = f"""
+import signal, sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
 import flexgen.llm, flexgen.cli, fakes
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # a shell that runs the tests in the background ignores some
+    signal.signal(number, signal.SIG_DFL)
 class Engine(fakes.FakeEngine):
-    def _answer(self, request):
-        if request.index == 6:
-            print("now", flush=True)
-            time.sleep(60)
-        return super()._answer(request)
+    def generate(self, requests, on_pass=None, **more):
+        for count, result in enumerate(super().generate(requests, **more), 1):
+            yield result
+            if count % 4 == 0:
+                if count == 8:
+                    print("now", flush=True)
+                    sys.stdin.readline()
+                on_pass(())
     def close(self):
         print("closed", flush=True)
 flexgen.llm.open_engine = lambda files, options, workload: Engine(workload)
 flexgen.cli.main()
 """
-    command = [sys.executable, "-c", script, "run", str(model_folder), str(source), "-o", str(output)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+
+
+def run_slowly(signals: list[int], model_folder: Path, source: Path, output: Path) -> tuple[int, str, str]:
+    """A run that gets signals within its second pass, which ends after the last; (exit code, stdout after that, stderr)."""
+    command = [sys.executable, "-c", SLOW, "run", str(model_folder), str(source), "-o", str(output)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, **pipes) as process:
         assert process.stdout is not None
+        assert process.stderr is not None
         assert process.stdout.readline() == "now\n"
-        process.send_signal(signal.SIGINT)
-        stdout, stderr = process.communicate(timeout=20)
-    assert (process.returncode, stdout) == (130, "closed\n"), stderr
-    assert "5 of 10 lines are done" in stderr
+        process.send_signal(signals[0])
+        stderr = ""
+        while "stopping after this pass" not in stderr:
+            stderr += process.stderr.readline()
+        for number in signals[1:]:
+            process.send_signal(number)
+            process.wait(timeout=30)
+        stdout, rest = process.communicate("\n" if len(signals) == 1 else None, timeout=30)
+    return process.returncode, stdout, stderr + rest
+
+
+@pytest.fixture
+def ten(tmp_path: Path) -> Path:
+    return write(tmp_path / "in.jsonl", *({**GOOD, "id": n} for n in range(10)))
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_signal_ends_the_pass_and_the_same_command_goes_on(
+    model_folder: Path, ten: Path, output: Path, number: int, code: int, engines: list[FakeEngine]
+) -> None:
+    returned, stdout, stderr = run_slowly([number], model_folder, ten, output)
+    assert (returned, stdout) == (code, "closed\n"), stderr
+    assert f"stopped by {signal.Signals(number).name}\n8 of 10 lines are done; the same command goes on" in stderr
     assert "Traceback" not in stderr
-    assert len(records(output)) == 5
+    assert len(records(output)) == 8
+    assert flexgen("run", model_folder, ten, "-o", output).exit_code == 0
+    assert len(records(output)) == 10
+
+
+def test_a_second_signal_stops_at_once(model_folder: Path, ten: Path, output: Path, engines: list[FakeEngine]) -> None:
+    returned, stdout, stderr = run_slowly([signal.SIGTERM, signal.SIGINT], model_folder, ten, output)
+    assert (returned, stdout) == (130, ""), stderr
+    assert "stopped at once" in stderr
+    assert not output.exists()
+    done = flexgen("run", model_folder, ten, "-o", output)
+    assert done.exit_code == 0
+    assert len(records(output)) == 10
+
+
+def test_signals_that_were_ignored_stay_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`nohup flexgen run ...`"""
+    from flexgen.cli.signals import StopSignals
+
+    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignals():
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+            assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGHUP, previous)
+
+
+# -- what a job keeps ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_export_and_status(model_folder: Path, ten: Path, output: Path, engines: list[FakeEngine], tmp_path: Path) -> None:
+    for command in ("status", "export"):
+        done = flexgen(command, output)
+        assert (done.exit_code, "there is no job" in done.stderr) == (3, True)
+    assert flexgen("run", model_folder, ten, "-o", output).exit_code == 0
+    done = flexgen("status", output)
+    assert done.exit_code == 0
+    assert f"{output}: not running (finished)\n  10 of 10 lines done (0 with errors)" in done.stdout
+    status = json.loads(flexgen("status", output, "--json").stdout)
+    assert (status["lines"], status["answered"], status["failed"], status["output_tokens"]) == (10, 10, 0, 40)
+    before = output.read_bytes()
+    output.unlink()
+    assert flexgen("export", output, "--order", "done").exit_code == 0
+    assert sorted(output.read_bytes().splitlines()) == sorted(before.splitlines())
+    assert flexgen("export", output).exit_code == 0
+    assert output.read_bytes() == before
+    assert flexgen("export", output, "--to", "-").stdout.encode() == before
+    assert flexgen("export", output, "--to", tmp_path / "copy").exit_code == 0
+    assert (tmp_path / "copy").read_bytes() == before
+    assert flexgen("export", output, "--order", "random").exit_code == 2
+    folder = output.with_name("out.jsonl.flexgen")
+    assert flexgen("status", folder).exit_code == 0
+    assert flexgen("export", folder).exit_code == 2
+    assert flexgen("export", folder, "--to", "-").stdout.encode() == before
+
+
+def test_a_lost_output_is_made_again_without_the_model(model_folder: Path, ten: Path, output: Path, engines: list[FakeEngine]) -> None:
+    flexgen("run", model_folder, ten, "-o", output)
+    before = output.read_bytes()
+    output.unlink()
+    assert flexgen("run", model_folder, ten, "-o", output).exit_code == 0
+    assert output.read_bytes() == before
+    assert len(engines) == 1
+
+
+def test_fresh(model_folder: Path, ten: Path, output: Path, engines: list[FakeEngine]) -> None:
+    flexgen("run", model_folder, ten, "-o", output)
+    before = output.read_bytes()
+    assert "0 done before" in flexgen("run", model_folder, ten, "-o", output, "--fresh", "--seed", 5).stderr
+    assert output.read_bytes() == before
+    assert len(engines) == 2
+
+
+def test_changes_are_refused_unless_accepted(model_folder: Path, ten: Path, output: Path, engines: list[FakeEngine]) -> None:
+    flexgen("run", model_folder, ten, "-o", output)
+    done = flexgen("run", model_folder, ten, "-o", output, "--seed", 5)
+    assert (done.exit_code, "begun with seed 0, now it is 5" in done.stderr) == (3, True)
+    done = flexgen("run", model_folder, ten, "-o", output, "--seed", 5, "--accept-changes")
+    assert (done.exit_code, "begun with seed 0, now it is 5" in done.stderr) == (0, True)
+    assert flexgen("run", model_folder, ten, "-o", output, "--host-mem", "50%", "--schedule", "zigzag").exit_code == 3  # seed 5 now
+
+
+def test_errors_can_be_retried(
+    model_folder: Path, tmp_path: Path, output: Path, engines: list[FakeEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write(tmp_path / "in.jsonl", GOOD, {"prompt": [POISON], "max_tokens": 1}, "bad")
+    assert flexgen("run", model_folder, source, "-o", output).exit_code == 1
+    monkeypatch.setattr("fakes.POISON", -1)  # what ailed the model is over
+    assert flexgen("run", model_folder, source, "-o", output).exit_code == 1
+    done = flexgen("run", model_folder, source, "-o", output, "--retry-errors")
+    assert done.exit_code == 1
+    assert "1 done before, 1 to answer" in done.stderr
+    assert [("error" in record) for record in records(output)] == [False, False, True]
+
+
+def test_strict(model_folder: Path, tmp_path: Path, output: Path, engines: list[FakeEngine]) -> None:
+    source = write(tmp_path / "in.jsonl", GOOD, "bad", GOOD)
+    done = flexgen("run", model_folder, source, "-o", output, "--strict")
+    assert done.exit_code == 3
+    assert "--strict found 2 faults; the first are\nline 2: " in done.stderr
+    assert "line 3: an earlier line has the same id" in done.stderr
+    assert not output.exists()
+    assert engines == []
+
+
+def test_from_stdin_to_stdout(model_folder: Path, source: Path, tmp_path: Path, engines: list[FakeEngine]) -> None:
+    lines = source.read_text()
+    state = tmp_path / "state"
+    assert flexgen("run", model_folder, "-", "-o", "-").exit_code == 2
+    done = CliRunner().invoke(cli.app, ["run", str(model_folder), "-", "-o", "-", "--state", str(state)], input=lines)
+    assert done.exit_code == 0, done.output
+    assert [json.loads(line)["id"] for line in done.stdout.splitlines()] == ["a", "b"]
+    assert "overlap" in done.stderr
+    again = CliRunner().invoke(cli.app, ["run", str(model_folder), "-", "-o", "-", "--state", str(state)])
+    assert (again.exit_code, again.stdout) == (0, done.stdout)
+    assert len(engines) == 1
+    other = CliRunner().invoke(cli.app, ["run", str(model_folder), "-", "-o", "-", "--state", str(state)], input="{}\n")
+    assert (other.exit_code, "another standard input" in other.stderr) == (3, True)
+
+
+def test_from_stdin_to_a_file(model_folder: Path, source: Path, output: Path, engines: list[FakeEngine]) -> None:
+    done = CliRunner().invoke(cli.app, ["run", str(model_folder), "-", "-o", str(output)], input=source.read_text())
+    assert done.exit_code == 0, done.output
+    assert len(records(output)) == 2
+    assert (output.with_name("out.jsonl.flexgen") / "input").read_text() == source.read_text()
+
+
+@pytest.mark.parametrize(
+    ("flags", "word"),
+    [
+        (["--fresh", "--retry-errors"], "nothing to do"),
+        (["--fresh", "--accept-changes"], "nothing to do"),
+        (["--dry-run", "--fresh"], "leave out --fresh"),
+        (["--dry-run", "--retry-errors"], "leave out --retry-errors"),
+        (["--state", "/no/such/folder/state"], "there is no folder"),
+        (["--checkpoint-seconds", "-1"], "--checkpoint-seconds"),
+    ],
+)
+def test_flags_that_have_no_meaning_together(model_folder: Path, source: Path, output: Path, flags: list[str], word: str) -> None:
+    done = flexgen("run", model_folder, source, "-o", output, *flags)
+    assert (done.exit_code, word in done.stderr) == (2, True), done.stderr
+    assert flexgen("run", model_folder, "-", "-o", output, "--dry-run").exit_code == 2
+    assert flexgen("run", model_folder, source, "-o", "-", "--progress", "json").exit_code == 2
+
+
+def test_a_disk_that_is_full_when_the_output_is_made(
+    model_folder: Path, source: Path, output: Path, engines: list[FakeEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(name: str) -> None:
+        if name == "export.fsync":
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("flexgen.failpoints._hook", fail)
+    done = flexgen("run", model_folder, source, "-o", output)
+    assert done.exit_code == 75
+    assert "No space left on device\n2 of 2 lines are done; the same command goes on" in done.stderr
+    assert not output.exists()
+    monkeypatch.setattr("flexgen.failpoints._hook", None)
+    assert flexgen("run", model_folder, source, "-o", output).exit_code == 0
+    assert len(engines) == 1
+    assert len(records(output)) == 2
+
+
+@pytest.mark.parametrize(("num_failures", "code"), [(1, 0), (2, 0), (3, 75)])
+def test_when_memory_runs_out_fewer_sequences_are_alive(
+    model_folder: Path, ten: Path, output: Path, monkeypatch: pytest.MonkeyPatch, num_failures: int, code: int
+) -> None:
+    """Four at once, two, one; then there is nothing left to give up."""
+    seen: list[int | None] = []
+
+    class Starving(FakeEngine):
+        def generate(self, requests: Any, **more: Any) -> Any:
+            results = super().generate(requests, **more)
+            yield next(results)
+            if len(seen) <= num_failures:
+                raise MemoryError("no more")
+            yield from results
+
+    def open_engine(files: object, options: EngineOptions, workload: Workload) -> FakeEngine:
+        seen.append(options.max_num_seqs)
+        return Starving(workload, max_num_seqs=options.max_num_seqs or 4)
+
+    monkeypatch.setattr("flexgen.llm.open_engine", open_engine)
+    done = flexgen("run", model_folder, ten, "-o", output)
+    assert done.exit_code == code, done.stderr
+    assert seen == [None, 2, 1][: num_failures + 1]
+    assert len(records(output)) == (10 if code == 0 else num_failures)
+    assert "memory ran out (no more)" in done.stderr
+    assert "going on with at most 2 sequences" in done.stderr
+
+
+def test_the_help_tells_the_exit_codes() -> None:
+    said = " ".join(flexgen("run", "--help").stdout.split())
+    for code in ExitCode:
+        assert f"{code.value}: {code.meaning}" in said
 
 
 # -- the rest ---------------------------------------------------------------------------------------------------------------------------

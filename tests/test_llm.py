@@ -13,9 +13,10 @@ import pytest
 from fakes import CONTEXT, POISON, VOCAB, FakeEngine, fake_text, write_model_folder
 
 from flexgen import LLM, FlexGenError, ModelError, OptionError, RequestError, SamplingParams
-from flexgen.defaults import default_sampling_params, derive_seed, unsupported_defaults
+from flexgen.defaults import choice_seed, default_sampling_params, derive_seed, unsupported_defaults
 from flexgen.hub import resolve_model
 from flexgen.plan.workload import Workload
+from flexgen.request import Live
 
 GREEDY = SamplingParams(temperature=0, max_tokens=5)
 
@@ -129,6 +130,39 @@ def test_the_model_s_own_end_has_no_stop_reason_and_can_be_ignored(tmp_path: Pat
     assert ignoring.outputs[0] == free
 
 
+def test_several_answers_to_each_prompt(llm: LLM, engines: list[FakeEngine]) -> None:
+    outputs = llm.generate(["ab", "cd"], [SamplingParams(n=2, max_tokens=4), SamplingParams(n=3, max_tokens=5, seed=9)])
+    assert [[answer.index for answer in output.outputs] for output in outputs] == [[0, 1], [0, 1, 2]]
+    first, second = [[answer.text for answer in output.outputs] for output in outputs]
+    assert first == [fake_text("ab", 4, seed=derive_seed(0, index), greedy=False) for index in (0, 1)]
+    assert second == [fake_text("cd", 5, seed=choice_seed(9, choice), greedy=False) for choice in (0, 1, 2)]
+    assert engines[0].workload == Workload(prompt_lens=(2,) * 5, output_lens=(4, 4, 5, 5, 5))
+    assert [output.request_id for output in llm.generate(["ab", "ab"], GREEDY)] == ["5", "6"]
+
+
+def test_a_stop_string_ends_the_text_before_it(llm: LLM) -> None:
+    (free,) = llm.generate("ab", GREEDY)
+    text = free.outputs[0].text
+    (output,) = llm.generate("ab", dataclasses.replace(GREEDY, stop=text[2:4]))
+    answer = output.outputs[0]
+    assert (answer.text, answer.finish_reason, answer.stop_reason) == (text[:2], "stop", text[2:4])
+    assert answer.token_ids == free.outputs[0].token_ids[:4]
+
+
+def test_a_parameter_that_cannot_be_served_is_named_with_its_prompt(llm: LLM, engines: list[FakeEngine]) -> None:
+    with pytest.raises(RequestError, match="prompt 1: logit_bias has token ids outside") as caught:
+        llm.generate(["a", "b"], [GREEDY, dataclasses.replace(GREEDY, logit_bias={VOCAB: 1})])
+    assert caught.value.param == "logit_bias"
+    assert engines == []
+
+
+def test_passes_are_told(llm: LLM) -> None:
+    told: list[list[Live]] = []
+    requests = llm.token_requests(0, [64], dataclasses.replace(GREEDY, n=9))
+    assert len(list(llm.stream(requests, workload(9), on_pass=lambda live: told.append(list(live))))) == 9
+    assert len(told) == 3
+
+
 def test_a_request_that_fails_while_running_fails_alone(llm: LLM) -> None:
     outputs = llm.generate([[64], [POISON], [65]], GREEDY)
     assert [output.outputs[0].finish_reason for output in outputs] == ["length", "error", "length"]
@@ -214,8 +248,8 @@ def test_a_config_that_transformers_refuses_is_a_model_error(tmp_path: Path) -> 
     [
         ({}, SamplingParams()),
         (
-            {"temperature": 0.6, "top_p": 0.9, "top_k": 20, "max_new_tokens": 7},
-            SamplingParams(temperature=0.6, top_p=0.9, top_k=20, max_tokens=7),
+            {"temperature": 0.6, "top_p": 0.9, "top_k": 20, "min_p": 0.1, "repetition_penalty": 1.05, "max_new_tokens": 7},
+            SamplingParams(temperature=0.6, top_p=0.9, top_k=20, min_p=0.1, repetition_penalty=1.05, max_tokens=7),
         ),
         ({"do_sample": False, "temperature": 0.6}, SamplingParams(temperature=0)),
         ({"temperature": None}, SamplingParams()),
@@ -231,11 +265,11 @@ def test_a_bad_generation_config_is_a_model_error() -> None:
 
 
 def test_settings_that_are_not_applied_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    assert unsupported_defaults({"repetition_penalty": 1.0, "min_p": None, "temperature": 2}) == []
-    folder = write_model_folder(tmp_path / "model", generation_config={"repetition_penalty": 1.05})
+    assert unsupported_defaults({"typical_p": 1.0, "min_p": 0.1, "repetition_penalty": 1.05, "suppress_tokens": None}) == []
+    folder = write_model_folder(tmp_path / "model", generation_config={"no_repeat_ngram_size": 3})
     with caplog.at_level(logging.WARNING, logger="flexgen"):
         LLM(folder)
-    assert "repetition_penalty=1.05" in caplog.text
+    assert "no_repeat_ngram_size=3" in caplog.text
 
 
 # -- the engine's life ----------------------------------------------------------------------------------------------------------------
@@ -290,7 +324,7 @@ def test_the_engine_is_opened_again_when_its_plan_does_not_suit(
 
 def test_after_a_failure_the_engine_is_fresh(llm: LLM, engines: list[FakeEngine]) -> None:
     def requests():
-        yield llm.token_request(0, [64], GREEDY)
+        yield from llm.token_requests(0, [64], GREEDY)
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

@@ -7,7 +7,7 @@ import errno
 import os
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from flexgen.memory.transfer import SimulatedDevice
 from flexgen.models.loading import load_model
 from flexgen.plan.machine import Machine
 from flexgen.plan.policy import Fractions, Policy
-from flexgen.request import TokenRequest, TokenResult
+from flexgen.request import Generated, Live, TokenRequest, TokenResult
 
 # Prompts of one token, of whole pages, of whole micro-batches and one more, of several micro-batches.
 PROMPT_LENS = (1, 2, 16, 17, 33, 64, 65, 3, 129, 150)
@@ -34,6 +34,9 @@ SAMPLING = (
     {"temperature": 0.7, "top_p": 0.9, "seed": 1},
     {"temperature": 1.3, "top_k": 40, "seed": -7},
     {"temperature": 0.9, "top_p": 0.5, "top_k": 10, "seed": 2**40},
+    {"temperature": 0.8, "min_p": 0.02, "repetition_penalty": 1.3, "seed": 5, "num_logprobs": 2},
+    {"frequency_penalty": 0.6, "presence_penalty": 0.8, "logit_bias": ((17, 4.0), (40, -100.0)), "num_logprobs": 0},
+    {"bad_words_token_ids": ((11,), (17, 23)), "allowed_token_ids": tuple(range(5, 400)), "repetition_penalty": 0.8},
 )
 CROWD = [(27 + index, 20 - index) for index in range(6)]  # (prompt, answer): two pages each at first, three soon
 PAGE_TOKENS = 16
@@ -101,7 +104,7 @@ def _draw(model: Any, request: TokenRequest) -> tuple[int, ...]:
     tokens = list(request.prompt_token_ids)
     for _ in range(request.max_tokens):
         logits = model(torch.tensor([tokens])).logits[:, -1]
-        tokens += sample(logits, [request], [len(tokens)])
+        tokens += sample(logits, [request], [tokens[len(request.prompt_token_ids) :]])
     return tuple(tokens[len(request.prompt_token_ids) :])
 
 
@@ -234,7 +237,7 @@ CASES = [
 def test_answers_are_those_of_transformers(checkpoint: Checkpoint, case: Case, tmp_path: Path) -> None:
     with Run(checkpoint, case.policy(checkpoint), tmp_path, device_bytes=64 << 20) as run:
         assert run.answers() == checkpoint.answers
-        assert run.engine.counts.preemptions == 0, "forecasts were right"
+        assert run.engine.answers.counts.preemptions == 0, "forecasts were right"
         assert not any(tmp_path.iterdir()), "spill files are unlinked"
 
 
@@ -269,7 +272,7 @@ def test_wrong_forecasts_are_repaired(
     with Run(checkpoint, case.policy(checkpoint), tmp_path, device_bytes=64 << 20) as run:
         results = run.results(checkpoint.crowd)
         assert {index: result.token_ids for index, result in results.items()} == checkpoint.crowd_answers
-        preemptions = run.engine.counts.preemptions
+        preemptions = run.engine.answers.counts.preemptions
         assert preemptions == sum(result.num_preemptions for result in results.values()) > 0
 
 
@@ -289,7 +292,7 @@ def test_a_request_that_never_fits_fails_alone(checkpoint: Checkpoint, device: s
         assert error.code == "kv_cache_too_small"
     assert len(results.pop(just_fits.index).token_ids) == 2
     assert {index: result.token_ids for index, result in results.items()} == checkpoint.answers
-    assert run.engine.counts.errors == 2
+    assert run.engine.answers.counts.errors == 2
 
 
 def test_only_requests_that_never_fit(checkpoint: Checkpoint, tmp_path: Path) -> None:
@@ -303,11 +306,11 @@ def test_only_requests_that_never_fit(checkpoint: Checkpoint, tmp_path: Path) ->
 def test_a_row_that_is_not_finite_fails_alone(checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     doomed = (3, 101)  # request indices whose second token has no finite logits
 
-    def broken(logits: torch.Tensor, requests: Any, positions: Any) -> Any:
-        for row, (request, position) in enumerate(zip(requests, positions, strict=True)):
-            if request.index in doomed and position == len(request.prompt_token_ids) + 1:
+    def broken(logits: torch.Tensor, requests: Any, generated: Any) -> Any:
+        for row, (request, past) in enumerate(zip(requests, generated, strict=True)):
+            if request.index in doomed and len(past) == 1:
                 logits[row, 17] = torch.nan
-        return sample(logits, requests, positions)
+        return sample(logits, requests, generated)
 
     monkeypatch.setattr("flexgen.engine.engine.sample", broken)
     case = Case("cpu", {"host": 0.5, "disk": 0.5}, {"host": ROOM}, "diagonal", 16, 64)
@@ -334,6 +337,147 @@ def test_a_stop_token_ends_the_answer(checkpoint: Checkpoint, tmp_path: Path) ->
     with Run(checkpoint, case.policy(checkpoint), tmp_path) as run:
         result = run.results([request])[0]
     assert (result.token_ids, result.finish_reason) == (wanted, "stop")
+
+
+def test_a_stop_string_ends_the_answer(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """Whatever finds it, the engine asks after each token, with all tokens of that answer."""
+    asked: list[list[int]] = []
+
+    def stops(token_ids: Any) -> str | None:
+        asked.append(list(token_ids))
+        return "found" if len(token_ids) == 4 else None
+
+    request = replace(checkpoint.requests[0], stops=stops)
+    case = Case("cpu", {"host": 1.0}, {"host": ROOM}, "diagonal", 4, 64)
+    with Run(checkpoint, case.policy(checkpoint), tmp_path) as run:
+        result = run.results([request])[0]
+    whole = checkpoint.answers[0]
+    assert (result.token_ids, result.finish_reason, result.stop_string) == (whole[:4], "stop", "found")
+    assert asked == [list(whole[:count]) for count in range(1, 5)]
+
+
+# -- interruptions --------------------------------------------------------------------------------------------------------------------
+
+
+def assert_same_answer(got: TokenResult, wanted: TokenResult) -> None:
+    assert (got.token_ids, got.finish_reason) == (wanted.token_ids, wanted.finish_reason)
+    assert (got.logprobs is None) == (wanted.logprobs is None)
+    for one, other in zip(got.logprobs or (), wanted.logprobs or (), strict=True):
+        assert (one.token_ids, one.rank) == (other.token_ids, other.rank)
+        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+
+
+def begun(request: TokenRequest, whole: TokenResult, count: int) -> TokenRequest:
+    """The request after an earlier run has generated `count` tokens."""
+    logprobs = None if whole.logprobs is None else whole.logprobs[:count]
+    return replace(request, generated=Generated(token_ids=whole.token_ids[:count], logprobs=logprobs))
+
+
+RESUMED = [
+    Case("cpu", {"host": 0.5, "disk": 0.5}, {"host": ROOM}, "diagonal", 16, 64),
+    Case("cpu", {"host": 1.0}, {"disk": ROOM}, "zigzag", 9, 33),
+    Case("sim", {"host": 0.5, "disk": 0.5}, {"device": ROOM, "host": ROOM, "disk": ROOM}, "diagonal", 16, 64),
+]
+
+
+@pytest.mark.parametrize("case", RESUMED, ids=str)
+def test_an_answer_goes_on_wherever_it_was_cut(checkpoint: Checkpoint, case: Case, tmp_path: Path) -> None:
+    """Every answer, cut at every token, all in one run; what is computed again is counted as such."""
+    with Run(checkpoint, case.policy(checkpoint), tmp_path, device_bytes=64 << 20) as run:
+        whole = run.results()
+        cut = [(request, count) for request in checkpoint.requests for count in range(len(whole[request.index].token_ids))]
+        requests = [replace(begun(request, whole[request.index], count), index=i) for i, (request, count) in enumerate(cut)]
+        results = run.results(requests)
+        counts = run.engine.answers.counts
+    assert len(results) == len(cut)
+    for index, (request, _) in enumerate(cut):
+        assert_same_answer(results[index], whole[request.index])
+    assert counts.output_tokens == sum(len(whole[request.index].token_ids) - count for request, count in cut)
+    assert counts.recomputed_tokens == sum(len(request.prompt_token_ids) + count - 1 for request, count in cut if count)
+
+
+def test_a_resumed_answer_may_be_preempted(checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And be computed a third time; penalties and log probabilities still count all of it."""
+    monkeypatch.setattr(LengthForecast, "expect", lambda self, max_tokens: 1)
+    requests = [replace(each, repetition_penalty=1.2, frequency_penalty=0.3, num_logprobs=1) for each in checkpoint.crowd]
+    roomy, tight = (Case("cpu", {"host": 1.0}, {"host": tokens}, "diagonal", 16, 256) for tokens in (ROOM, 12 * PAGE_TOKENS))
+    with Run(checkpoint, roomy.policy(checkpoint), tmp_path) as run:
+        whole = run.results(requests)
+        assert run.engine.answers.counts.preemptions == 0
+    with Run(checkpoint, tight.policy(checkpoint), tmp_path) as run:
+        results = run.results([begun(request, whole[request.index], 3) for request in requests])
+        counts = run.engine.answers.counts
+    for index, wanted in whole.items():
+        assert_same_answer(results[index], wanted)
+    assert counts.preemptions > 0
+    assert counts.recomputed_tokens > sum(len(request.prompt_token_ids) + 2 for request in requests), "preemptions count, too"
+
+
+def test_an_answer_that_had_come_to_its_end_is_given_back(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    case = Case("cpu", {"host": 1.0}, {"host": ROOM}, "diagonal", 4, 64)
+    with Run(checkpoint, case.policy(checkpoint), tmp_path) as run:
+        whole = run.results()
+        results = run.results([begun(request, whole[request.index], request.max_tokens) for request in checkpoint.requests])
+        assert len(run.engine.trace.passes) == 0
+    assert results == whole
+
+
+class Interrupted(Exception):
+    """What a caller may raise."""
+
+
+@pytest.mark.parametrize("every", [1, 4])
+def test_a_run_that_is_interrupted_again_and_again(checkpoint: Checkpoint, every: int, tmp_path: Path) -> None:
+    """Only results and what `on_pass` once told live on, even if it was told some passes before; answers are those of a whole run."""
+    case = Case("sim", {"host": 0.5, "disk": 0.5}, {"device": 640, "host": ROOM}, "diagonal", 7, 64)
+    done: dict[int, TokenResult] = {}
+    kept: dict[int, Generated] = {}
+    passes = 0
+
+    def on_pass(live: Any) -> None:
+        nonlocal passes
+        passes += 1
+        if passes % every == 0:
+            kept.update({each.index: each.generated for each in live})
+        if passes % every == every // 2:
+            raise Interrupted
+
+    with Run(checkpoint, case.policy(checkpoint), tmp_path, device_bytes=64 << 20) as run:
+        whole = run.results()
+        interruptions = 0
+        while len(done) < len(whole):
+            left = [request for request in checkpoint.requests if request.index not in done]
+            try:
+                for result in run.engine.generate(
+                    [replace(request, generated=kept.get(request.index, Generated())) for request in left], on_pass=on_pass
+                ):
+                    done[result.index] = result
+            except Interrupted:
+                interruptions += 1
+    assert interruptions >= 20 // every
+    for index, wanted in whole.items():
+        assert_same_answer(done[index], wanted)
+
+
+def test_what_a_pass_tells(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """After each pass the beginning of every answer that goes on; nothing is gathered for those who do not look."""
+    case = Case("cpu", {"host": 1.0}, {"host": ROOM}, "diagonal", 5, 64)
+    told: dict[int, list[Generated]] = {}
+
+    def look(live: Any) -> None:
+        for each in live:
+            assert isinstance(each, Live)
+            assert each.index not in finished, "results come first"
+            told.setdefault(each.index, []).append(each.generated)
+
+    finished: dict[int, TokenResult] = {}
+    with Run(checkpoint, case.policy(checkpoint), tmp_path) as run:
+        for result in run.engine.generate(checkpoint.requests, on_pass=look):
+            finished[result.index] = result
+    for request in checkpoint.requests:
+        result = finished[request.index]
+        beginnings = [begun(request, result, count).generated for count in range(1, len(result.token_ids))]
+        assert told.get(request.index, []) == beginnings
 
 
 @pytest.mark.parametrize("num_reads", [0, 40, 150])

@@ -11,22 +11,24 @@ if TYPE_CHECKING:
         CheckpointError,
         EngineError,
         FlexGenError,
+        JobError,
         ModelError,
         OptionError,
+        OutOfMemoryError,
         RequestError,
         StorageError,
         UnsupportedModelError,
     )
     from flexgen.llm import LLM
     from flexgen.options import EngineOptions
-    from flexgen.request import CompletionOutput, RequestOutput, SamplingParams
+    from flexgen.request import CompletionOutput, Logprob, RequestOutput, SamplingParams
 
     __version__: str
 
 __all__ = [
-    "LLM", "SamplingParams", "RequestOutput", "CompletionOutput", "EngineOptions",
-    "FlexGenError", "OptionError", "RequestError", "ModelError", "UnsupportedModelError", "CheckpointError", "CapacityError",
-    "StorageError", "EngineError",
+    "LLM", "SamplingParams", "RequestOutput", "CompletionOutput", "Logprob", "EngineOptions",
+    "FlexGenError", "OptionError", "RequestError", "JobError", "ModelError", "UnsupportedModelError", "CheckpointError", "CapacityError",
+    "OutOfMemoryError", "StorageError", "EngineError",
     "__version__",
 ]  # fmt: skip
 
@@ -35,6 +37,7 @@ _HOMES = {
     "SamplingParams": "request",
     "RequestOutput": "request",
     "CompletionOutput": "request",
+    "Logprob": "request",
     "EngineOptions": "options",
 }
 

@@ -39,14 +39,20 @@ def token_limits(files: ModelFiles, max_model_len: int | None) -> tuple[int, int
     return vocab_size, max_model_len
 
 
+# What vLLM takes over: names in generation_config.json and in SamplingParams.
+_SAMPLING_NAMES = {
+    "repetition_penalty": "repetition_penalty", "temperature": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p",
+    "max_new_tokens": "max_tokens",
+}  # fmt: skip
+
+
 def default_sampling_params(generation_config: Mapping[str, Any]) -> SamplingParams:
     """vLLM's defaults under the values of generation_config.json; `do_sample: false` there means greedy.
 
     Raises:
         ModelError: a value out of range.
     """
-    names = {"temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "max_new_tokens": "max_tokens"}
-    values = {ours: generation_config[theirs] for theirs, ours in names.items() if generation_config.get(theirs) is not None}
+    values = {ours: generation_config[theirs] for theirs, ours in _SAMPLING_NAMES.items() if generation_config.get(theirs) is not None}
     if generation_config.get("do_sample") is False:
         values["temperature"] = 0.0
     try:
@@ -55,7 +61,10 @@ def default_sampling_params(generation_config: Mapping[str, Any]) -> SamplingPar
         raise ModelError(f"generation_config.json: {error}") from error
 
 
-_NEUTRAL = {"repetition_penalty": 1, "min_p": 0, "typical_p": 1, "no_repeat_ngram_size": 0, "num_beams": 1, "suppress_tokens": []}
+_NEUTRAL = {
+    "typical_p": 1, "no_repeat_ngram_size": 0, "num_beams": 1, "suppress_tokens": [], "min_new_tokens": 0, "bad_words_ids": [],
+    "sequence_bias": {}, "stop_strings": [],
+}  # fmt: skip
 
 
 def unsupported_defaults(generation_config: Mapping[str, Any]) -> list[str]:
@@ -66,4 +75,13 @@ def unsupported_defaults(generation_config: Mapping[str, Any]) -> list[str]:
 
 def derive_seed(base: int, index: int) -> int:
     """The seed of a request that names none: it depends on the engine's seed and the request's index only."""
-    return int.from_bytes(hashlib.blake2b(f"{base} {index}".encode(), digest_size=8).digest(), "little") >> 1
+    return _hashed(f"{base} {index}")
+
+
+def choice_seed(seed: int, choice: int) -> int:
+    """The seed of one of several answers to a request that names a seed; the first answer's is that."""
+    return seed if choice == 0 else _hashed(f"{seed} choice {choice}")
+
+
+def _hashed(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1

@@ -3,10 +3,12 @@
 FlexGenError
 ├── OptionError            an option or keyword that is unknown, malformed, or cannot be honoured
 ├── RequestError           one request that cannot be served (it never stops the others)
+├── JobError               a job that is refused: its input, its output, or what it is answered with is not what it was
 ├── ModelError             the model folder is unusable
 │   ├── UnsupportedModelError   the architecture or number format is refused by name
 │   └── CheckpointError         files missing, corrupt, unsafe, or disagreeing with the config
 ├── CapacityError          the plan does not fit the budgets
+│   └── OutOfMemoryError        memory ran out while the plan was carried out
 ├── StorageError           an offload folder, output file or disk failed
 └── EngineError            a broken invariant inside the engine (a bug: please report it)
 """
@@ -37,6 +39,10 @@ class RequestError(FlexGenError):
         self.param = param
 
 
+class JobError(FlexGenError):
+    """A job that is refused as a whole: lines under --strict, another input or model than it was begun with, a foreign output."""
+
+
 class ModelError(FlexGenError):
     """The model folder is unusable."""
 
@@ -51,6 +57,10 @@ class CheckpointError(ModelError):
 
 class CapacityError(FlexGenError):
     """The plan does not fit the budgets; the message says what is missing, in GiB, and what to change."""
+
+
+class OutOfMemoryError(CapacityError):
+    """Memory ran out while the plan was carried out."""
 
 
 class StorageError(FlexGenError):

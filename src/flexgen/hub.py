@@ -27,7 +27,8 @@ SINGLE_FILE = "model.safetensors"
 _ONE_FILE = ("tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tekken.json")
 VOCABULARY_FILES = (*_ONE_FILE, "vocab.json", "vocab.txt")
 TOKENIZER_FILES = (*VOCABULARY_FILES, "merges.txt", "added_tokens.json", "special_tokens_map.json", "tokenizer_config.json")
-SMALL_FILES = ("config.json", "generation_config.json", INDEX_FILE, *TOKENIZER_FILES, "chat_template.jinja", "chat_template.json")
+TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja")
+SMALL_FILES = ("config.json", "generation_config.json", INDEX_FILE, *TOKENIZER_FILES, *TEMPLATE_FILES)
 
 _PLAIN_NAME = re.compile(r"[\w][\w.\-]*")
 _REPOSITORY = re.compile(r"[\w][\w.\-]*(/[\w][\w.\-]*)?")

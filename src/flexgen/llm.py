@@ -1,6 +1,6 @@
 """LLM: the one place that wires the parts (files, tokenizer, plan, engine), with vLLM's names.
 
-Knows nothing of files of requests (jobs/) or terminals (cli.py).
+Knows nothing of files of requests (jobs/) or terminals (cli/).
 """
 
 from __future__ import annotations
@@ -15,13 +15,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from flexgen.defaults import default_sampling_params, derive_seed, token_limits, unsupported_defaults
+from flexgen.chat import Chat, Templates, make_chats
+from flexgen.choices import Choices
+from flexgen.defaults import default_sampling_params, token_limits, unsupported_defaults
 from flexgen.engine.progress import Progress, RunReport
 from flexgen.errors import FlexGenError, ModelError, OptionError, RequestError
 from flexgen.hub import ModelFiles, resolve_model, resolve_tokenizer
 from flexgen.options import EngineOptions
 from flexgen.plan.workload import Workload
-from flexgen.request import CompletionOutput, RequestOutput, SamplingParams, TokenRequest, TokenResult
+from flexgen.request import CompletionOutput, Live, RequestOutput, SamplingParams, TokenRequest, TokenResult
 from flexgen.text import Tokenizer, eos_token_ids
 
 if TYPE_CHECKING:
@@ -79,6 +81,8 @@ class LLM:
     Args:
         model: a Hugging Face folder or hub id, or files that are already resolved.
         tokenizer: folder or hub id of another tokenizer than the model's.
+        chat_template: a Jinja template, the file that holds one, or the name of one of the model's; None is the model's default.
+        chat_template_kwargs: variables that every chat's template sees, unless the chat gives them another value.
         **options: the fields of `EngineOptions`, by name.
 
     Attributes:
@@ -93,7 +97,13 @@ class LLM:
     """
 
     def __init__(
-        self, model: str | os.PathLike[str] | ModelFiles, *, tokenizer: str | os.PathLike[str] | None = None, **options: Any
+        self,
+        model: str | os.PathLike[str] | ModelFiles,
+        *,
+        tokenizer: str | os.PathLike[str] | None = None,
+        chat_template: str | os.PathLike[str] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        **options: Any,
     ) -> None:
         self.options = _engine_options(options)
         if isinstance(model, ModelFiles):
@@ -108,9 +118,18 @@ class LLM:
         self.eos_token_ids = eos_token_ids(self.files.config, self.files.generation_config, self.tokenizer)
         for setting in unsupported_defaults(self.files.generation_config):
             logger.warning("%s: generation_config.json asks for %s, which is not supported yet and not applied", self.files.name, setting)
+        own, tokens = (self.tokenizer.chat_template, self.tokenizer.special_tokens) if self.tokenizer is not None else (None, {})
+        self._templates = Templates(self.files.name, own, tokens, given=chat_template, kwargs=chat_template_kwargs)
+        self._choices = Choices(
+            tokenizer=self.tokenizer,
+            vocab_size=self.vocab_size,
+            max_model_len=self.max_model_len,
+            eos_token_ids=self.eos_token_ids,
+            seed=self.options.seed,
+        )
         self._num_requests = 0
         self._open = _OpenEngine()
-        self._finalizer = weakref.finalize(self, self._open.close)
+        self._finalizer = weakref.finalize(self, _close, self._open, self._templates)
 
     # -- vLLM's calls -------------------------------------------------------------------------------------------------------------
 
@@ -121,7 +140,7 @@ class LLM:
         *,
         use_tqdm: bool = False,
     ) -> list[RequestOutput]:
-        """Continue every prompt; outputs are in the order of the prompts.
+        """Continue every prompt; outputs are in the order of the prompts, each with its `n` answers.
 
         Args:
             prompts: one or several of: text, token ids, {"prompt": text}, {"prompt_token_ids": ids}.
@@ -135,24 +154,60 @@ class LLM:
         """
         batch = [_split_prompt(prompt) for prompt in _as_list(prompts)]
         params = self._params_for(sampling_params, len(batch))
-        requests = self._token_requests(batch, params)
+        choices = self._token_requests(batch, params)
+        requests = [request for of_prompt in choices for request in of_prompt]
         if not requests:
             return []
         workload = Workload(
             prompt_lens=tuple(len(request.prompt_token_ids) for request in requests),
             output_lens=tuple(request.max_tokens for request in requests),
         )
-        first = requests[0].index
-        outputs: list[RequestOutput | None] = [None] * len(requests)
-        for result in _with_bar(self.stream(requests, workload), len(requests), use_tqdm):
-            place = result.index - first
-            outputs[place] = RequestOutput(
-                request_id=str(result.index),
-                prompt=batch[place][0],
-                prompt_token_ids=requests[place].prompt_token_ids,
-                outputs=[self.completion(result, params[place])],
+        results = {result.index: result for result in _with_bar(self.stream(requests, workload), len(requests), use_tqdm)}
+        return [
+            RequestOutput(
+                request_id=str(of_prompt[0].index),
+                prompt=text,
+                prompt_token_ids=of_prompt[0].prompt_token_ids,
+                outputs=self.completions([results[request.index] for request in of_prompt], prompt_params),
             )
-        return [output for output in outputs if output is not None]
+            for of_prompt, (text, _), prompt_params in zip(choices, batch, params, strict=True)
+        ]
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        chat_template: str | os.PathLike[str] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        use_tqdm: bool = False,
+    ) -> list[RequestOutput]:
+        """Answer one or several conversations; outputs are in their order, with the rendered prompts.
+
+        Args:
+            messages: {"role", "content"} objects, or a list of such lists; the content is text or a list of text parts.
+            sampling_params, use_tqdm: as for `generate`.
+            chat_template: for this call, in place of the model's.
+            add_generation_prompt: end the prompt with the header of an answer.
+            continue_final_message: leave the last message open, for the model to continue (without a generation prompt).
+            chat_template_kwargs: more variables for the template.
+
+        Raises:
+            RequestError: a conversation is malformed or refused by the template, or the model has none; nothing has run then.
+        """
+        self._check_open()
+        chats = make_chats(
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            chat_template_kwargs=dict(chat_template_kwargs or {}),
+        )
+        texts = self._templates.prompts(chats, chat_template)
+        ids = self.encode(texts, add_special_tokens=False)
+        prompts = [{"prompt": text, "prompt_token_ids": each} for text, each in zip(texts, ids, strict=True)]
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
     def get_tokenizer(self) -> PreTrainedTokenizerBase:
         """The Hugging Face tokenizer.
@@ -170,65 +225,68 @@ class LLM:
 
     # -- what jobs and benchmarks are made of ----------------------------------------------------------------------------------------
 
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text.
+    def encode(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
+        """Token ids of each text (rendered chats have their special tokens already).
 
         Raises:
             RequestError: the model has no tokenizer, or a text is no Unicode text.
         """
         if texts and self.tokenizer is None:
             raise RequestError(f"{self.files.name} has no tokenizer: give the prompt as token ids", param="prompt")
-        return self.tokenizer.encode(texts) if self.tokenizer is not None else []
+        return self.tokenizer.encode(texts, add_special_tokens=add_special_tokens) if self.tokenizer is not None else []
 
-    def token_request(self, index: int, prompt_token_ids: Sequence[int], params: SamplingParams) -> TokenRequest:
-        """What the engine is asked.  `max_tokens` is cut to the context that the prompt leaves, as vLLM does.
+    def render_chats(self, chats: Sequence[Chat], *, now: float | None = None) -> list[str | RequestError]:
+        """The prompt of each conversation by the model's template, or why it has none.
+
+        Args:
+            now: the time that templates are told, in seconds since 1970, for prompts that a later run must find again; None is the
+                clock's.
+        """
+        self._check_open()
+        return self._templates.render(chats, now=now)
+
+    @property
+    def chat_template(self) -> str | None:
+        """The text of the template that renders chats; None where the model has none, as base models do."""
+        return self._templates.text
+
+    def token_requests(self, index: int, prompt_token_ids: Sequence[int], params: SamplingParams) -> list[TokenRequest]:
+        """What the engine is asked for the `n` answers to one prompt: requests with indices from `index` on.
+
+        `max_tokens` is cut to the context that the prompt leaves, as vLLM does.  The first answer to a prompt with a seed has that
+        seed; all others are derived.
 
         Raises:
-            RequestError: an empty prompt, ids outside the vocabulary, or no room for an answer (`context_length_exceeded`).
+            RequestError: the prompt or a parameter cannot be served (`context_length_exceeded` where there is no room for an answer).
         """
-        length = len(prompt_token_ids)
-        if length == 0:
-            raise RequestError("the prompt has no tokens", param="prompt")
-        room = self.max_model_len - length
-        if room < 1:
-            message = f"the prompt has {length} tokens, which leaves no room for an answer in a context of {self.max_model_len}"
-            raise RequestError(message, code="context_length_exceeded", param="prompt")
-        if min(prompt_token_ids) < 0 or max(prompt_token_ids) >= self.vocab_size:
-            raise RequestError(f"the prompt has token ids outside the vocabulary of {self.vocab_size}", param="prompt")
-        return TokenRequest(
-            index=index,
-            prompt_token_ids=tuple(prompt_token_ids),
-            max_tokens=min(room, params.max_tokens or room),
-            temperature=params.temperature,
-            top_p=params.top_p,
-            top_k=max(0, params.top_k),
-            seed=params.seed if params.seed is not None else derive_seed(self.options.seed, index),
-            stop_token_ids=frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.eos_token_ids),
-        )
+        return self._choices.requests(index, prompt_token_ids, params)
 
     def stream(
-        self, requests: Iterable[TokenRequest], workload: Workload, *, on_progress: Callable[[Progress], None] | None = None
+        self,
+        requests: Iterable[TokenRequest],
+        workload: Workload,
+        *,
+        on_progress: Callable[[Progress], None] | None = None,
+        on_pass: Callable[[Iterable[Live]], None] | None = None,
     ) -> Iterator[TokenResult]:
-        """Results as they finish.  `requests` is pulled lazily; `workload` tells their lengths beforehand."""
+        """Results as they finish.
+
+        Args:
+            requests: pulled lazily.
+            workload: tells their lengths beforehand; what an earlier run generated counts as prompt.
+            on_progress: told now and then how the run goes.
+            on_pass: called after every pass with what the unfinished answers are so far; they are gathered while it iterates.
+        """
         engine = self._engine_for(workload)
         try:
-            yield from engine.generate(requests, num_requests=len(workload), on_progress=on_progress)
+            yield from engine.generate(requests, num_requests=len(workload), on_progress=on_progress, on_pass=on_pass)
         except BaseException:
             self._open.close()  # what was alive in it is of no use to a later call
             raise
 
-    def completion(self, result: TokenResult, params: SamplingParams) -> CompletionOutput:
-        """The answer as vLLM shows it: a stop token ends `token_ids` but is no part of `text`."""
-        if result.error is not None:
-            return CompletionOutput(index=0, text="", token_ids=(), finish_reason="error", stop_reason=result.error.code)
-        stopped = result.finish_reason == "stop"
-        last = result.token_ids[-1] if stopped and result.token_ids else None
-        own = last is not None and (params.ignore_eos or last not in self.eos_token_ids)
-        visible = result.token_ids[:-1] if stopped else result.token_ids
-        text = self.tokenizer.decode(visible, skip_special_tokens=params.skip_special_tokens) if self.tokenizer is not None else ""
-        return CompletionOutput(
-            index=0, text=text, token_ids=result.token_ids, finish_reason=result.finish_reason, stop_reason=last if own else None
-        )
+    def completions(self, results: Iterable[TokenResult], params: SamplingParams) -> list[CompletionOutput]:
+        """The answers to one prompt as vLLM shows them, in the order of their indices."""
+        return self._choices.completions(results, params)
 
     def plan(self, workload: Workload) -> Plan:
         """What `open` would do with this work (see `make_plan`)."""
@@ -238,6 +296,19 @@ class LLM:
         """Open the engine for this work, as `stream` would, and tell its plan."""
         engine = self._engine_for(workload)
         return Plan(spec=engine.spec, machine=engine.machine, policy=engine.policy)
+
+    def shrink(self) -> int | None:
+        """After memory ran out: have the next engine keep half as many sequences alive as the last one.
+
+        Returns:
+            how many; None if it was one already.
+        """
+        last = self._open.max_num_seqs
+        if last <= 1:
+            return None
+        self._open.close()
+        self.options = dataclasses.replace(self.options, max_num_seqs=last // 2)
+        return last // 2
 
     def report(self) -> RunReport:
         """How the last run went.
@@ -250,7 +321,7 @@ class LLM:
         return self._open.engine.report()
 
     def close(self) -> None:
-        """Free the engine's memory, files and threads; a closed LLM cannot generate again."""
+        """Free the engine's memory, files, threads and processes; a closed LLM cannot generate again."""
         self._finalizer()
 
     def __enter__(self) -> LLM:
@@ -261,20 +332,25 @@ class LLM:
 
     # -- inside -----------------------------------------------------------------------------------------------------------------------
 
+    def _check_open(self) -> None:
+        if not self._finalizer.alive:
+            raise FlexGenError("this LLM is closed")
+
     def _open_engine(self, workload: Workload) -> Engine:
         return open_engine(self.files, self.options, workload)
 
     def _engine_for(self, workload: Workload) -> Engine:
         """The open engine if its plan suits the workload, else a fresh one."""
-        if not self._finalizer.alive:
-            raise FlexGenError("this LLM is closed")
+        self._check_open()
         engine = self._open.engine
         if engine is None or not _suits(engine.policy, engine.spec, self._open.workload, workload, self.options):
-            engine = None  # a closed engine still holds its memory,
-            self._open.close()
-            gc.collect()  # and its hooks refer back to their modules
+            if engine is not None:
+                engine = None  # a closed engine still holds its memory,
+                self._open.close()
+                gc.collect()  # and its hooks refer back to their modules
             engine = self._open_engine(workload)
             self._open.engine, self._open.workload = engine, workload
+            self._open.max_num_seqs = engine.policy.max_num_seqs
         return engine
 
     def _params_for(self, given: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
@@ -286,16 +362,21 @@ class LLM:
             raise OptionError(f"{len(given)} sampling_params for {count} prompts")
         return list(given)
 
-    def _token_requests(self, batch: list[tuple[str | None, Sequence[int] | None]], params: list[SamplingParams]) -> list[TokenRequest]:
+    def _token_requests(
+        self, batch: list[tuple[str | None, Sequence[int] | None]], params: list[SamplingParams]
+    ) -> list[list[TokenRequest]]:
+        """The requests of each prompt."""
         encoded = iter(self.encode([text for text, ids in batch if text is not None and ids is None]))
-        requests: list[TokenRequest] = []
+        choices: list[list[TokenRequest]] = []
+        index = self._num_requests
         for place, (_, ids) in enumerate(batch):
             try:
-                requests.append(self.token_request(self._num_requests + place, ids if ids is not None else next(encoded), params[place]))
+                choices.append(self.token_requests(index, ids if ids is not None else next(encoded), params[place]))
             except RequestError as error:
                 raise RequestError(f"prompt {place}: {error}", code=error.code, param=error.param) from error
-        self._num_requests += len(requests)
-        return requests
+            index += len(choices[-1])
+        self._num_requests = index
+        return choices
 
 
 class _OpenEngine:
@@ -304,11 +385,18 @@ class _OpenEngine:
     def __init__(self) -> None:
         self.engine: Engine | None = None
         self.workload = Workload(prompt_lens=(), output_lens=())
+        self.max_num_seqs = 0  # of the last engine, also when it is closed
 
     def close(self) -> None:
         engine, self.engine = self.engine, None
         if engine is not None:
             engine.close()
+
+
+def _close(engine: _OpenEngine, templates: Templates) -> None:
+    """What is left to do when an LLM is closed or forgotten."""
+    templates.close()
+    engine.close()
 
 
 def _suits(policy: Policy, spec: ModelSpec, old: Workload, new: Workload, options: EngineOptions) -> bool:

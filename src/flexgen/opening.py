@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import shutil
-import tempfile
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,9 +17,11 @@ import torch
 
 from flexgen.engine.engine import Engine
 from flexgen.engine.report import RunContext
-from flexgen.errors import CapacityError, ModelError, OptionError, StorageError
+from flexgen.errors import CapacityError, ModelError, OptionError
 from flexgen.hub import ModelFiles
 from flexgen.kernels.attention import attention_kernels, warm_up
+from flexgen.memory.checksums import BLOCK_BYTES, BYTES_PER_BLOCK
+from flexgen.memory.offload import OffloadFolder
 from flexgen.memory.transfer import Backend, CudaDevice, SimulatedDevice
 from flexgen.models.dummy import checkpoint_bytes, write_random_checkpoint
 from flexgen.models.loading import LoadedModel, load_model
@@ -45,6 +45,7 @@ class Prepared:
     Attributes:
         process_bytes: resident memory of the process before any weight was loaded.
         dummy_folder: random weights written for this run, removed with it.
+        verify_reads: as in EngineOptions.
     """
 
     model: LoadedModel
@@ -52,7 +53,8 @@ class Prepared:
     limits: Limits
     policy: Policy
     process_bytes: int
-    dummy_folder: Path | None
+    dummy_folder: OffloadFolder | None
+    verify_reads: bool
 
 
 def prepare(files: ModelFiles, options: EngineOptions, workload: Workload) -> Prepared:
@@ -67,19 +69,24 @@ def prepare(files: ModelFiles, options: EngineOptions, workload: Workload) -> Pr
     options = replace(options, dtype=str(dtype).removeprefix("torch."), device=limits.device)
     dummy_folder = _write_dummy(config, dtype, limits) if options.load_format == "dummy" else None
     try:
-        model = load_model(dummy_folder or files.folder, config, dtype)
+        model = load_model(dummy_folder.path if dummy_folder is not None else files.folder, config, dtype)
         if dummy_folder is not None:
             limits = replace(limits, disk_bytes=max(limits.disk_bytes - model.total_bytes, 0))
         model = replace(model, spec=replace(model.spec, name=files.name))
         machine = cached_machine(limits.device, options.dtype, model.layouts[0].extents[0].path.parent, max_bytes=128 * MIB, quick=True)
         _warm_up_kernels(dtype)
         process_bytes = psutil.Process().memory_info().rss
+        if options.verify_reads:
+            process_bytes += (model.total_bytes + limits.disk_bytes) // BLOCK_BYTES * BYTES_PER_BLOCK
         policy = resolve(options, model.spec, machine, limits, workload, process_bytes=process_bytes)
     except BaseException:
         if dummy_folder is not None:
-            shutil.rmtree(dummy_folder, ignore_errors=True)
+            dummy_folder.remove()
         raise
-    return Prepared(model=model, machine=machine, limits=limits, policy=policy, process_bytes=process_bytes, dummy_folder=dummy_folder)
+    return Prepared(
+        model=model, machine=machine, limits=limits, policy=policy, process_bytes=process_bytes, dummy_folder=dummy_folder,
+        verify_reads=options.verify_reads,
+    )  # fmt: skip
 
 
 def open_prepared(prepared: Prepared) -> Engine:
@@ -106,7 +113,7 @@ def open_prepared(prepared: Prepared) -> Engine:
 def discard(prepared: Prepared) -> None:
     """Remove what `prepare` wrote, if no engine will."""
     if prepared.dummy_folder is not None:
-        shutil.rmtree(prepared.dummy_folder, ignore_errors=True)
+        prepared.dummy_folder.remove()
 
 
 def _construct(prepared: Prepared, undo: contextlib.ExitStack) -> Engine:
@@ -115,17 +122,21 @@ def _construct(prepared: Prepared, undo: contextlib.ExitStack) -> Engine:
     backend = _backend(limits)
     if backend is not None:
         undo.callback(backend.close)
-    offload_dir = _offload_dir(limits) if policy.kv_disk_bytes else None
-    if offload_dir is not None:
-        undo.callback(shutil.rmtree, offload_dir, ignore_errors=True)
-    folders = [folder for folder in (offload_dir, prepared.dummy_folder) if folder is not None]
+    offload = OffloadFolder(Path(limits.offload_dir)) if policy.kv_disk_bytes else None
+    if offload is not None:
+        undo.callback(offload.remove)
+    folders = [folder for folder in (offload, prepared.dummy_folder) if folder is not None]
     context = RunContext(
         model=model.spec.name,
         host_budget_bytes=limits.host_bytes,
         device_budget_bytes=limits.device_bytes,
         budgets=budgets_of(limits, model.spec, prepared.process_bytes),
     )
-    return Engine(model, policy, prepared.machine, context=context, backend=backend, offload_dir=offload_dir, temporary=folders)
+    offload_dir = offload.path if offload is not None else None
+    return Engine(
+        model, policy, prepared.machine, context=context, backend=backend, offload_dir=offload_dir, temporary=folders,
+        verify_reads=prepared.verify_reads,
+    )  # fmt: skip
 
 
 def read_config(files: ModelFiles) -> Any:
@@ -173,26 +184,17 @@ def _backend(limits: Limits) -> Backend | None:
     return None
 
 
-def _offload_dir(limits: Limits) -> Path:
-    """A fresh private folder for spilled KV."""
-    try:
-        Path(limits.offload_dir).mkdir(parents=True, exist_ok=True)
-        return Path(tempfile.mkdtemp(prefix="flexgen-", dir=limits.offload_dir))
-    except OSError as error:
-        raise StorageError(f"the offload folder {limits.offload_dir} cannot be used: {error}") from error
-
-
-def _write_dummy(config: Any, dtype: torch.dtype, limits: Limits) -> Path:
+def _write_dummy(config: Any, dtype: torch.dtype, limits: Limits) -> OffloadFolder:
     """Random weights for a config, on the offload folder's disk."""
-    folder = _offload_dir(limits)
-    logger.info("writing random weights to %s", folder)
+    folder = OffloadFolder(Path(limits.offload_dir))
+    logger.info("writing random weights to %s", folder.path)
     try:
         size = checkpoint_bytes(config, dtype)
         if size > limits.disk_bytes:
             granted = format_size(limits.disk_bytes)
             raise CapacityError(f"random weights take {format_size(size)} of disk, {granted} are granted: raise --disk")
-        write_random_checkpoint(config, folder, dtype)
+        write_random_checkpoint(config, folder.path, dtype)
     except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
+        folder.remove()
         raise
     return folder

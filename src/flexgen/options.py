@@ -33,6 +33,7 @@ class EngineOptions:
         load_format: "dummy" makes random weights from config.json alone, for benchmarks.
         max_model_len: context limit, at most the model's; None is the model's.
         revision: hub revision. seed: base of every sampled request's own seed.
+        verify_reads: compare what comes from disk with what was written or first read (one core sums some 10 GB/s).
         trust_remote_code: accepted only as False.
     """
 
@@ -52,6 +53,7 @@ class EngineOptions:
     max_model_len: int | None = None
     revision: str | None = None
     seed: int = 0
+    verify_reads: bool = False
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:

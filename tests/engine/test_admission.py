@@ -66,7 +66,7 @@ def test_right_forecasts_never_run_a_pool_dry(
         for each in live:
             assert each.kv is not None
             each.num_stored = len(each.tokens)
-            each.tokens.append(0)
+            each.append(0)
             if each.num_generated == each.request.max_tokens:
                 cache.release(each.kv)
                 each.kv = None

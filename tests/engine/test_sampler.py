@@ -1,27 +1,32 @@
-"""The sampler: greedy and filtered choices against transformers, independence of neighbours, failures of single rows."""
+"""The sampler: every setting against a plain reference and transformers, independence of neighbours, failures of single rows."""
 
 import math
 import time
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from flexgen.engine.sampler import sample, uniform
 from flexgen.errors import RequestError
+from flexgen.request import TokenRequest
 
 
-@dataclass
-class Row:
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    seed: int = 0
+def asks(**how: Any) -> TokenRequest:
+    return TokenRequest(index=0, prompt_token_ids=(0,), max_tokens=1, **({"temperature": 1.0} | how))
 
 
-GREEDY = Row(temperature=0.0)
+GREEDY = asks(temperature=0.0)
+
+
+def at(positions: Iterable[int]) -> list[Sequence[int]]:
+    """Answers so long that rows come to these positions, up to a constant; what is in them matters to penalties only."""
+    return [range(position) for position in positions]
 
 
 def random_logits(rows: int, vocab: int, *, scale: float = 3.0, seed: int = 0) -> torch.Tensor:
@@ -32,7 +37,7 @@ def random_logits(rows: int, vocab: int, *, scale: float = 3.0, seed: int = 0) -
 def test_greedy_takes_the_first_of_the_largest(dtype):
     logits = random_logits(8, 1000).to(dtype)
     logits[:, 700] = logits[:, 300] = 50.0
-    assert sample(logits, [GREEDY] * 8, range(8)) == [300] * 8
+    assert sample(logits, [GREEDY] * 8, at(range(8))) == [300] * 8
 
 
 def test_no_rows():
@@ -41,14 +46,16 @@ def test_no_rows():
 
 def test_lengths_must_agree():
     with pytest.raises(ValueError, match="for 1 requests"):
-        sample(torch.zeros(2, 10), [GREEDY], [0, 1])
+        sample(torch.zeros(2, 10), [GREEDY], at([0, 1]))
 
 
-def reference_support(logits: torch.Tensor, row: Row) -> set[int]:
-    """The tokens that transformers' warpers leave, in its order: temperature, top-k, top-p."""
-    from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+def reference_support(logits: torch.Tensor, row: TokenRequest) -> set[int]:
+    """The tokens that transformers' warpers leave, in vLLM's order: temperature, min-p, top-k, top-p."""
+    from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
     scores = TemperatureLogitsWarper(row.temperature)(None, logits[None])
+    if row.min_p > 0:
+        scores = MinPLogitsWarper(row.min_p)(None, scores)
     if row.top_k > 0:
         scores = TopKLogitsWarper(row.top_k)(None, scores)
     if row.top_p < 1:
@@ -56,12 +63,22 @@ def reference_support(logits: torch.Tensor, row: Row) -> set[int]:
     return set(torch.isfinite(scores[0]).nonzero()[:, 0].tolist())
 
 
-@pytest.mark.parametrize("row", [Row(top_k=5), Row(top_p=0.7), Row(temperature=0.6, top_p=0.5), Row(temperature=1.7, top_k=20, top_p=0.8)])
+@pytest.mark.parametrize(
+    "row",
+    [
+        asks(top_k=5),
+        asks(top_p=0.7),
+        asks(min_p=0.05),
+        asks(temperature=0.6, top_p=0.5),
+        asks(temperature=1.7, top_k=20, top_p=0.8),
+        asks(temperature=1.4, min_p=0.03, top_k=12, top_p=0.9),
+    ],
+)
 def test_support_is_that_of_transformers(row):
     for seed in range(5):
         logits = random_logits(1, 50, seed=seed)[0].double()
         wanted = reference_support(logits, row)
-        seen = set(sample(logits.expand(3000, -1), [row] * 3000, range(3000)))
+        seen = set(sample(logits.expand(3000, -1), [row] * 3000, at(range(3000))))
         probabilities = torch.softmax(logits / row.temperature, -1)
         likely = {token for token in wanted if probabilities[token] > 0.005}  # 3000 draws cannot miss these
         assert likely <= seen <= wanted
@@ -83,23 +100,23 @@ def test_wide_nucleus(vocab, scale):
 
 def test_ties_of_top_k_stay():
     logits = torch.tensor([[1.0, 2.0, 2.0, 2.0, 0.0]])
-    seen = {sample(logits, [Row(top_k=2)], [position])[0] for position in range(200)}
+    seen = {sample(logits, [asks(top_k=2)], at([position]))[0] for position in range(200)}
     assert seen == {1, 2, 3}
 
 
 def test_top_p_keeps_at_least_one():
-    assert sample(random_logits(1, 100), [Row(top_p=1e-9)], [0]) == sample(random_logits(1, 100), [GREEDY], [0])
+    assert sample(random_logits(1, 100), [asks(top_p=1e-9)], [[]]) == sample(random_logits(1, 100), [GREEDY], [[]])
 
 
 def test_tiny_temperature_is_greedy():
     logits = random_logits(4, 100)
-    assert sample(logits, [Row(temperature=5e-324)] * 4, range(4)) == sample(logits, [GREEDY] * 4, range(4))
+    assert sample(logits, [asks(temperature=5e-324)] * 4, at(range(4))) == sample(logits, [GREEDY] * 4, at(range(4)))
 
 
 def test_frequencies_follow_the_distribution():
     probabilities = torch.tensor([0.5, 0.25, 0.125, 0.0625, 0.0625])
     count = 20000
-    seen = Counter(sample(probabilities.log().expand(count, -1), [Row(seed=3)] * count, range(count)))
+    seen = Counter(sample(probabilities.log().expand(count, -1), [asks(seed=3)] * count, at(range(count))))
     for token, probability in enumerate(probabilities.tolist()):
         assert abs(seen[token] / count - probability) < 5 * math.sqrt(probability / count)
 
@@ -116,29 +133,29 @@ def test_uniform_is_fixed_for_ever():
 
 def test_samples_depend_on_seed_and_position_only():
     logits = random_logits(6, 500)
-    rows = [Row(seed=11), GREEDY, Row(seed=11, top_p=0.9), Row(seed=12, top_k=40), Row(temperature=0.3), Row(seed=-5)]
-    together = sample(logits, rows, [4, 5, 6, 7, 8, 9])
-    alone = [sample(logits[i : i + 1].clone(), [rows[i]], [4 + i])[0] for i in range(6)]
-    backwards = sample(logits.flip(0), rows[::-1], [9, 8, 7, 6, 5, 4])[::-1]
+    rows = [asks(seed=11), GREEDY, asks(seed=11, top_p=0.9), asks(seed=12, top_k=40), asks(temperature=0.3), asks(seed=-5)]
+    together = sample(logits, rows, at([4, 5, 6, 7, 8, 9]))
+    alone = [sample(logits[i : i + 1].clone(), [rows[i]], at([4 + i]))[0] for i in range(6)]
+    backwards = sample(logits.flip(0), rows[::-1], at([9, 8, 7, 6, 5, 4]))[::-1]
     assert together == alone == backwards
 
 
 def test_seed_and_position_matter():
     logits = torch.zeros(50, 10000)
-    assert len(set(sample(logits, [Row(seed=1)] * 50, range(50)))) > 45
-    assert len(set(sample(logits, [Row(seed=seed) for seed in range(50)], [0] * 50))) > 45
+    assert len(set(sample(logits, [asks(seed=1)] * 50, at(range(50))))) > 45
+    assert len(set(sample(logits, [asks(seed=seed) for seed in range(50)], [[]] * 50))) > 45
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_row_that_is_not_finite_fails_alone(bad, dtype):
     logits = random_logits(4, 1000).to(dtype)
-    rows = [GREEDY, GREEDY, Row(), Row(top_p=0.9)]
-    clean = sample(logits, rows, range(4))
+    rows = [GREEDY, GREEDY, asks(), asks(top_p=0.9)]
+    clean = sample(logits, rows, at(range(4)))
     for poisoned in range(4):
         broken = logits.clone()
         broken[poisoned, 123] = bad
-        tokens = sample(broken, rows, range(4))
+        tokens = sample(broken, rows, at(range(4)))
         assert isinstance(tokens[poisoned], RequestError)
         assert tokens[poisoned].code == "non_finite_logits"
         assert tokens[:poisoned] + tokens[poisoned + 1 :] == clean[:poisoned] + clean[poisoned + 1 :]
@@ -147,14 +164,112 @@ def test_a_row_that_is_not_finite_fails_alone(bad, dtype):
 def test_logits_are_not_changed():
     logits = random_logits(3, 200)
     before = logits.clone()
-    sample(logits, [GREEDY, Row(top_k=3), Row(top_p=0.5)], range(3))
+    sample(logits, [GREEDY, asks(top_k=3), asks(top_p=0.5)], at(range(3)))
     assert torch.equal(logits, before)
 
 
 def test_a_large_mixed_batch_is_quick():
     logits = random_logits(64, 128256).bfloat16()
-    rows = [GREEDY, Row(), Row(top_p=0.95), Row(top_k=50)] * 16
-    sample(logits, rows, range(64))
+    rows = [GREEDY, asks(), asks(top_p=0.95), asks(top_k=50)] * 16
+    sample(logits, rows, at(range(64)))
     start = time.perf_counter()
-    sample(logits, rows, range(64))
+    sample(logits, rows, at(range(64)))
     assert time.perf_counter() - start < 2.0  # about 0.1 s on two cores; the bound leaves room for busy machines
+
+
+# -- all settings together ------------------------------------------------------------------------------------------------------------
+
+VOCAB = 40
+token_ids = st.integers(0, VOCAB - 1)
+
+
+@st.composite
+def any_request(draw: st.DrawFn) -> TokenRequest:
+    """Any mixture of settings, each of them mostly on."""
+    allowed = draw(st.none() | st.lists(token_ids, min_size=1, max_size=12, unique=True))
+    biases = draw(st.dictionaries(token_ids, st.floats(-8, 8), max_size=5))
+    words = draw(st.lists(st.lists(st.integers(0, 4), min_size=1, max_size=3), max_size=4))
+    return TokenRequest(
+        index=0,
+        prompt_token_ids=tuple(draw(st.lists(token_ids, min_size=1, max_size=6))),
+        max_tokens=99,
+        presence_penalty=draw(st.floats(-2, 2)),
+        frequency_penalty=draw(st.floats(-2, 2)),
+        repetition_penalty=draw(st.floats(0.3, 3)),
+        temperature=draw(st.sampled_from([0.0, 0.3, 1.0, 2.5])),
+        top_p=draw(st.sampled_from([0.1, 0.6, 0.95, 1.0])),
+        top_k=draw(st.sampled_from([0, 1, 3, 17, VOCAB, 99])),
+        min_p=draw(st.sampled_from([0.0, 0.02, 0.3, 1.0])),
+        seed=draw(st.integers(-5, 5)),
+        stop_token_ids=frozenset(draw(st.lists(token_ids, max_size=3))),
+        min_tokens=draw(st.integers(0, 8)),
+        logit_bias=tuple(biases.items()),
+        allowed_token_ids=None if allowed is None else tuple(allowed),
+        bad_words_token_ids=tuple(map(tuple, words)),
+    )
+
+
+def plain_weights(logits: list[float], request: TokenRequest, generated: list[int]) -> list[float]:
+    """What each token weighs when the token is drawn, one step after the other, one token at a time."""
+    scores = list(logits)
+    for token_id in range(VOCAB):
+        words = [word for word in request.bad_words_token_ids if word[-1] == token_id and len(word) <= len(generated) + 1]
+        completes = any(word[:-1] == tuple(generated[len(generated) - len(word) + 1 :]) for word in words)
+        early_stop = token_id in request.stop_token_ids and len(generated) < request.min_tokens
+        if (request.allowed_token_ids is not None and token_id not in request.allowed_token_ids) or completes or early_stop:
+            scores[token_id] = -math.inf
+        scores[token_id] += dict(request.logit_bias).get(token_id, 0.0)
+        if token_id in request.prompt_token_ids or token_id in generated:
+            penalty = request.repetition_penalty
+            scores[token_id] = scores[token_id] / penalty if scores[token_id] > 0 else scores[token_id] * penalty
+        count = generated.count(token_id)
+        scores[token_id] -= count * request.frequency_penalty + (count > 0) * request.presence_penalty
+    best = max(scores)
+    if best == -math.inf:
+        return [0.0] * VOCAB
+    if request.temperature == 0:
+        return [float(token_id == scores.index(best)) for token_id in range(VOCAB)]
+    weights = [math.exp((score - best) / request.temperature) for score in scores]
+    weights = [weight if weight >= request.min_p else 0.0 for weight in weights]
+    if 0 < request.top_k < VOCAB:
+        least = sorted(weights)[-request.top_k]
+        weights = [weight if weight >= least else 0.0 for weight in weights]
+    mass, kept = 0.0, set()
+    for token_id in sorted(range(VOCAB), key=lambda i: (-weights[i], i)):
+        if mass < request.top_p * sum(weights):
+            kept.add(token_id)
+        mass += weights[token_id]
+    return [weight if token_id in kept else 0.0 for token_id, weight in enumerate(weights)]
+
+
+@given(any_request(), st.integers(0, 10**6), st.lists(st.integers(0, 9), max_size=8))
+def test_any_settings_together(request: TokenRequest, seed: int, generated: list[int]) -> None:
+    """The very token that a plain reference draws at the same uniform number."""
+    logits = random_logits(1, VOCAB, seed=seed).double()
+    (token,) = sample(logits, [request], [generated])
+    weights = plain_weights(logits[0].tolist(), request, generated)
+    if not any(weights):
+        assert isinstance(token, RequestError)
+        assert token.code == "no_token_allowed"
+        return
+    u = uniform(request.seed, len(request.prompt_token_ids) + len(generated))
+    assert token == int(np.searchsorted(np.cumsum(weights), u * sum(weights), side="right"))
+
+
+@given(st.lists(st.tuples(any_request(), st.lists(st.integers(0, 9), max_size=8)), min_size=2, max_size=5), st.integers(0, 10**6))
+def test_neighbours_do_not_matter(rows: list[tuple[TokenRequest, list[int]]], seed: int) -> None:
+    logits = random_logits(len(rows), VOCAB, seed=seed)
+    before = logits.clone()
+    together = sample(logits, [request for request, _ in rows], [generated for _, generated in rows])
+    for row, (request, generated) in enumerate(rows):
+        (alone,) = sample(logits[row : row + 1], [request], [generated])
+        assert str(together[row]) == str(alone)
+    assert torch.equal(logits, before)
+
+
+def test_a_row_whose_every_token_is_masked_fails_alone() -> None:
+    logits = random_logits(3, 10)
+    rows = [GREEDY, asks(allowed_token_ids=(4,), bad_words_token_ids=((4,),)), asks(temperature=0.0, allowed_token_ids=(4,))]
+    tokens = sample(logits, rows, [[], [], []])
+    assert isinstance(tokens[1], RequestError)
+    assert (tokens[0], tokens[2]) == (int(logits[0].argmax()), 4)

@@ -18,7 +18,8 @@ from flexgen.request import TokenRequest
 def sequence(index: int, prompt: int, *, stored: int = 0, generated: int = 0, max_tokens: int = 10) -> Sequence:
     request = TokenRequest(index=index, prompt_token_ids=tuple(range(prompt)), max_tokens=max_tokens)
     made = Sequence(request, max_tokens)
-    made.tokens += range(generated)
+    for token in range(generated):
+        made.append(token)
     made.num_stored = stored
     return made
 

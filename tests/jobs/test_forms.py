@@ -1,4 +1,4 @@
-"""Both forms of lines: what is accepted, refused by name, and what records look like."""
+"""Forms: how a line's is found, and what records look like in each."""
 
 from __future__ import annotations
 
@@ -7,131 +7,131 @@ from typing import Any
 
 import pytest
 
-from flexgen.errors import RequestError
-from flexgen.jobs.fields import Answer, Origin
-from flexgen.jobs.openai import OpenAIForm, is_batch_line
+from flexgen.chat import Chat
+from flexgen.errors import OptionError, RequestError
+from flexgen.jobs.fields import Answer, Form, JobRequest, Origin
+from flexgen.jobs.forms import Forms, Remarks
+from flexgen.jobs.lines import Line
+from flexgen.jobs.openai import OpenAIForm
 from flexgen.jobs.plain import PlainForm
-from flexgen.request import CompletionOutput, SamplingParams
+from flexgen.request import CompletionOutput, Logprob, SamplingParams
 
-PLAIN = PlainForm(defaults=SamplingParams(temperature=0.7, max_tokens=None))
-OPENAI = OpenAIForm(model="org/model", created=1234)
+DEFAULTS = SamplingParams(temperature=0.7, max_tokens=None)
+MESSAGES = [{"role": "user", "content": "Hi"}]
+ORIGIN = Origin(line_number=7, digest=0xABC, id="x")
+PLAIN = PlainForm(defaults=DEFAULTS)
+
+
+def openai(url: object = "/v1/completions") -> OpenAIForm:
+    return OpenAIForm(url=url, model="org/model", created=1234, defaults=DEFAULTS)
 
 
 def batch_line(**body: Any) -> dict[str, Any]:
     return {"custom_id": "c1", "method": "POST", "url": "/v1/completions", "body": {"model": "m", "prompt": "p", **body}}
 
 
-# -- fields, the same in both forms ---------------------------------------------------------------------------------------------------
+def chat_line(**body: Any) -> dict[str, Any]:
+    return {"custom_id": "c1", "method": "POST", "url": "/v1/chat/completions", "body": {"messages": MESSAGES, **body}}
 
 
-@pytest.fixture(params=["plain", "openai"])
-def parse(request: pytest.FixtureRequest) -> Any:
-    """A request from fields beside a prompt."""
-    if request.param == "plain":
-        return lambda **fields: PLAIN.parse({"id": 1, "prompt": "p", **fields})
-    return lambda **fields: OPENAI.parse(batch_line(**fields))
+def parsed(line: object, **options: Any) -> tuple[Origin, Form, JobRequest | RequestError]:
+    content = line if isinstance(line, bytes) else json.dumps(line).encode()
+    forms = Forms(**{"model": "org/model", "created": 1234, "defaults": DEFAULTS, **options})
+    return forms.parse(Line(number=3, content=content, digest=9))
 
 
-def test_sampling_fields(parse: Any) -> None:
-    given = {
-        "max_tokens": 5, "temperature": 0, "top_p": 0.5, "top_k": -1, "seed": -3, "ignore_eos": True, "stop_token_ids": [1, 2],
-        "skip_special_tokens": False,
-    }  # fmt: skip
-    request = parse(**given)
-    assert request.params == SamplingParams(**given)
-    assert request.states_max_tokens
-
-
-def test_harmless_fields_are_accepted(parse: Any) -> None:
-    plain = parse()
-    assert plain == parse(user="u", metadata={"a": [1]}, store=True, service_tier="flex", stream=False, model="any")
+# -- which form ---------------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "fields",
+    ("line", "form", "identity"),
     [
-        {"n": 1},
-        {"best_of": 1},
-        {"echo": False},
-        {"logprobs": None},
-        {"presence_penalty": 0.0},
-        {"repetition_penalty": 1},
-        {"stop": []},
-        {"stop": ""},
-        {"stop": None},
-        {"logit_bias": {}},
-        {"suffix": ""},
-        {"response_format": {"type": "text"}},
-        {"tools": []},
-        {"min_tokens": 0},
-        dict.fromkeys(("n", "temperature", "max_tokens", "stop_token_ids", "return_token_ids", "ignore_eos")),
+        ({"id": "a", "prompt": "p"}, PlainForm, "a"),
+        ({"id": "a", "messages": MESSAGES}, PlainForm, "a"),
+        (batch_line(), OpenAIForm, "c1"),
+        (chat_line(), OpenAIForm, "c1"),
+        ({"custom_id": "c", "body": {}}, OpenAIForm, "c"),
+        ({"custom_id": "c", "url": "/v1/embeddings"}, OpenAIForm, "c"),
+        ({"custom_id": "c", "prompt": "p"}, PlainForm, "c"),
+        (b"not JSON", PlainForm, None),
+        ([1], PlainForm, None),
     ],
     ids=str,
 )
-def test_values_that_ask_for_nothing_are_accepted(parse: Any, fields: dict) -> None:
-    assert parse(**fields) == parse()
+def test_the_form_of_a_line(line: object, form: type, identity: str | None) -> None:
+    origin, found, request = parsed(line)
+    assert isinstance(found, form)
+    assert origin == Origin(line_number=3, digest=9, id=identity)
+    assert found.failure(origin, request if isinstance(request, RequestError) else RequestError("no"))
 
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("n", 2), ("n", True), ("n", 1.5), ("best_of", 3), ("echo", True), ("echo", 0), ("logprobs", 0), ("logprobs", False),
-        ("stream", True),
-        ("presence_penalty", 0.1), ("frequency_penalty", -1), ("repetition_penalty", 1.1), ("stop", ["x"]), ("stop", "x"), ("min_p", 0.1),
-        ("logit_bias", {"1": 5}), ("suffix", "s"), ("tools", [{}]), ("response_format", {"type": "json_object"}), ("min_tokens", 1),
-        ("prompt_logprobs", 1), ("allowed_token_ids", [1]), ("bad_words", ["x"]), ("structured_outputs", {}),
-    ],
-)  # fmt: skip
-def test_effects_that_are_not_there_are_refused_by_name(parse: Any, field: str, value: object) -> None:
-    with pytest.raises(RequestError, match=field) as caught:
-        parse(**{field: value})
-    assert (caught.value.code, caught.value.param) == ("unsupported_field", field)
+def test_text_is_a_prompt_whatever_it_looks_like() -> None:
+    for text in ('{"prompt": "p"}', "  two spaces ", "ü\0\x0b"):
+        origin, form, request = parsed(text.encode(), input_format="text")
+        assert isinstance(request, JobRequest)
+        assert (request.prompt, request.params, origin.id, form) == (text, DEFAULTS, None, PLAIN)
+    _, _, error = parsed(b"\xff", input_format="text")
+    assert isinstance(error, RequestError)
+    assert error.code == "invalid_utf8"
 
 
-def test_an_unknown_field_is_refused_by_name(parse: Any) -> None:
-    with pytest.raises(RequestError, match="'max_length'") as caught:
-        parse(max_length=5)
-    assert (caught.value.code, caught.value.param) == ("unknown_field", "max_length")
+def test_an_unknown_input_format() -> None:
+    with pytest.raises(OptionError, match="jsonl, text"):
+        parsed({}, input_format="csv")
 
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("max_tokens", 0), ("max_tokens", -1), ("max_tokens", 1.0), ("max_tokens", "5"), ("max_tokens", True), ("temperature", -0.1),
-        ("temperature", "0"), ("temperature", True), ("top_p", 0), ("top_p", 1.1), ("top_k", -2), ("top_k", 1.0), ("seed", 2**64),
-        ("seed", 0.5), ("ignore_eos", 1), ("stop_token_ids", 5), ("stop_token_ids", [-1]), ("stop_token_ids", ["a"]),
-        ("skip_special_tokens", "yes"), ("return_token_ids", 1), ("max_tokens", 10**400), ("temperature", 10**400),
-    ],
-    ids=lambda value: str(value)[:10],
-)  # fmt: skip
-def test_values_out_of_range_are_refused_by_name(parse: Any, field: str, value: object) -> None:
-    with pytest.raises(RequestError, match=field) as caught:
-        parse(**{field: value})
-    assert caught.value.param == field
+# -- the model that a line names --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("prompt", "wanted"),
-    [("p", "p"), ("", ""), ([1, 2], (1, 2)), ([], ()), (["p"], "p"), ([[1, 2]], (1, 2)), ([10**400], (10**400,))],
-)
-def test_prompts(parse: Any, prompt: object, wanted: object) -> None:
-    assert parse(prompt=prompt).prompt == wanted
+@pytest.mark.parametrize(("named", "strict_error"), [(None, False), ("org/model", False), ("model", False), ("gpt-4o-mini", True)])
+@pytest.mark.parametrize("line", [batch_line, chat_line, lambda **body: {"prompt": "p", **body}])
+def test_strict_refuses_another_model(line: Any, named: str | None, strict_error: bool) -> None:
+    _, _, request = parsed(line(model=named))
+    assert isinstance(request, JobRequest)
+    origin, form, request = parsed(line(model=named), strict=True)
+    assert isinstance(request, RequestError) == strict_error
+    if isinstance(request, RequestError):
+        assert (request.code, request.param) == ("model_not_found", "model")
+        record = form.failure(origin, request)
+        assert "response" not in record or record["response"]["status_code"] == 404
 
 
-@pytest.mark.parametrize("prompt", [None, 5, True, {}, {"text": "p"}, [1, "a"], [1.0], [True], ["a", "b"], [[1], [2]], [None]])
-def test_what_is_no_prompt(parse: Any, prompt: object) -> None:
-    with pytest.raises(RequestError) as caught:
-        parse(prompt=prompt)
-    assert caught.value.param == "prompt"
+def test_remarks_are_made_once() -> None:
+    remarks = Remarks("org/model")
+    assert remarks.lines() == []
+    for _ in range(1000):
+        _, _, request = parsed({"prompt": "p", "user": "u", "stream": False, "model": "gpt-4o"})
+        assert isinstance(request, JobRequest)
+        remarks.note(request)
+    _, _, request = parsed({"prompt": "p", "user": "u", "model": "model"})
+    assert isinstance(request, JobRequest)
+    remarks.note(request)
+    assert remarks.lines() == [
+        "fields without an effect here, and how many lines have them: user 1,001, stream 1,000",
+        "org/model answers, too, what is addressed to other models: gpt-4o 1,000",
+    ]
+
+
+def test_remarks_stay_short() -> None:
+    remarks = Remarks("m")
+    for number in range(10_000):
+        _, _, request = parsed({"prompt": "p", "model": f"other {number}"})
+        assert isinstance(request, JobRequest)
+        remarks.note(request)
+    (line,) = remarks.lines()
+    assert len(line) < 400
+    assert "others 9,992" in line
 
 
 # -- bare lines -----------------------------------------------------------------------------------------------------------------------
 
 
-def test_bare_defaults() -> None:
-    request = PLAIN.parse({"prompt": "p"})
-    assert request.params == PLAIN.defaults
-    assert not request.states_max_tokens
+def test_bare_lines_have_the_job_s_defaults() -> None:
+    for line in ({"prompt": "p"}, {"messages": MESSAGES}):
+        request = PLAIN.parse(line)
+        assert request.params == DEFAULTS
+        assert not request.states_max_tokens
+    assert isinstance(PLAIN.parse({"messages": MESSAGES}).prompt, Chat)
 
 
 @pytest.mark.parametrize(
@@ -145,31 +145,41 @@ def test_bare_defaults() -> None:
         ({"id": "a", "custom_id": None}, "a"),
     ],
 )
-def test_bare_identity(fields: dict, wanted: object) -> None:
+def test_bare_identity(fields: dict[str, Any], wanted: object) -> None:
     assert PLAIN.identity(fields) == wanted
     PLAIN.parse({"prompt": "p", **fields})
 
 
 @pytest.mark.parametrize("fields", [{"id": [1]}, {"id": True}, {"id": 1.5}, {"id": "a", "custom_id": "b"}])
-def test_a_bare_id_that_is_none(fields: dict) -> None:
+def test_a_bare_id_that_is_none(fields: dict[str, Any]) -> None:
     assert PLAIN.identity(fields) is None
     with pytest.raises(RequestError, match="id must be"):
         PLAIN.parse({"prompt": "p", **fields})
 
 
-@pytest.mark.parametrize(("fields", "word"), [({}, "no prompt"), ({"messages": []}, "chat")])
-def test_bare_lines_without_a_prompt(fields: dict, word: str) -> None:
-    with pytest.raises(RequestError, match=word):
-        PLAIN.parse(fields)
+def test_bare_lines_have_one_prompt() -> None:
+    with pytest.raises(RequestError, match="no prompt"):
+        PLAIN.parse({})
+    with pytest.raises(RequestError, match="both"):
+        PLAIN.parse({"prompt": "p", "messages": MESSAGES})
+    assert PLAIN.parse({"prompt": "p", "messages": None}).prompt == "p"
+    assert isinstance(PLAIN.parse({"prompt": None, "messages": MESSAGES}).prompt, Chat)
 
 
-COMPLETION = CompletionOutput(index=0, text="Antwort ☃", token_ids=(1, 2, 3), finish_reason="stop", stop_reason=3)
-ORIGIN = Origin(line_number=7, digest=0xABC, id="x")
+# -- records ------------------------------------------------------------------------------------------------------------------------------
+
+LOGPROBS = [{1: Logprob(logprob=-0.5, decoded_token="A")}, {2: Logprob(logprob=-1.0, decoded_token="b")}]
+FIRST = CompletionOutput(index=0, text="Antwort ☃", token_ids=(1, 2, 3), finish_reason="stop", stop_reason=3)
+SECOND = CompletionOutput(index=1, text="Ab", token_ids=(1, 2), finish_reason="length", logprobs=LOGPROBS)
+
+
+def answer(*completions: CompletionOutput, shows_ids: bool = False, has_text: bool = True, logprobs: int | None = None) -> Answer:
+    params = SamplingParams(n=len(completions), logprobs=logprobs)
+    return Answer(num_prompt_tokens=2, completions=list(completions), params=params, shows_ids=shows_ids, has_text=has_text)
 
 
 def test_bare_records() -> None:
-    answer = Answer(num_prompt_tokens=2, completion=COMPLETION, shows_ids=True, has_text=True)
-    assert PLAIN.success(ORIGIN, answer) == {
+    assert PLAIN.success(ORIGIN, answer(FIRST, shows_ids=True)) == {
         "id": "x",
         "index": 7,
         "text": "Antwort ☃",
@@ -178,9 +188,10 @@ def test_bare_records() -> None:
         "stop_reason": 3,
         "usage": {"prompt_tokens": 2, "completion_tokens": 3, "total_tokens": 5},
     }
-    without = PLAIN.success(ORIGIN, Answer(num_prompt_tokens=2, completion=COMPLETION, shows_ids=False, has_text=False))
+    without = PLAIN.success(ORIGIN, answer(FIRST, has_text=False))
     assert without["text"] is None
     assert "token_ids" not in without
+    assert "logprobs" not in without
     assert PLAIN.failure(ORIGIN, RequestError("no", code="c", param="p")) == {
         "id": "x",
         "index": 7,
@@ -188,47 +199,65 @@ def test_bare_records() -> None:
     }
 
 
+def test_a_bare_record_of_several_choices_has_lists() -> None:
+    record = PLAIN.success(ORIGIN, answer(FIRST, FIRST, shows_ids=True))
+    assert record["text"] == ["Antwort ☃"] * 2
+    assert record["token_ids"] == [[1, 2, 3]] * 2
+    assert (record["finish_reason"], record["stop_reason"]) == (["stop"] * 2, [3] * 2)
+    assert record["usage"] == {"prompt_tokens": 2, "completion_tokens": 6, "total_tokens": 8}
+
+
+def test_log_probabilities_in_a_bare_record() -> None:
+    record = PLAIN.success(ORIGIN, answer(SECOND, logprobs=1))
+    assert [entry["token"] for entry in record["logprobs"]] == ["A", "b"]
+    assert [len(entry["top_logprobs"]) for entry in record["logprobs"]] == [1, 1]
+
+
 # -- OpenAI's lines -------------------------------------------------------------------------------------------------------------------
 
 
-def test_openai_defaults_are_the_hosted_api_s() -> None:
-    request = OPENAI.parse(batch_line())
-    assert request.params == SamplingParams(temperature=1.0, top_p=1.0, max_tokens=16)
+def test_openai_defaults() -> None:
+    """As vLLM's server: the model's own values; 16 tokens for completions, up to the context for chats."""
+    request = openai().parse(batch_line())
+    assert request.params == SamplingParams(temperature=0.7, max_tokens=16)
     assert not request.states_max_tokens
-
-
-def test_what_is_a_batch_line() -> None:
-    assert is_batch_line(batch_line())
-    assert is_batch_line({"body": {}})
-    assert is_batch_line({"url": "/v1/chat/completions"})
-    assert not is_batch_line({"prompt": "p", "custom_id": "c"})
+    chat = openai("/v1/chat/completions").parse(chat_line())
+    assert chat.params == DEFAULTS
 
 
 @pytest.mark.parametrize(
     ("change", "code", "param"),
     [
-        ({"url": "/v1/chat/completions"}, "unsupported_url", "url"),
         ({"url": "/v1/embeddings"}, "unsupported_url", "url"),
         ({"url": None}, "unsupported_url", "url"),
+        ({"url": ["/v1/completions"]}, "unsupported_url", "url"),
         ({"method": "GET"}, "invalid_request", "method"),
         ({"custom_id": None}, "invalid_request", "custom_id"),
         ({"custom_id": 5}, "invalid_request", "custom_id"),
         ({"body": None}, "invalid_request", "body"),
         ({"body": []}, "invalid_request", "body"),
         ({"body": {}}, "invalid_request", "prompt"),
+        ({"url": "/v1/chat/completions", "body": {}}, "invalid_request", "messages"),
+        ({"url": "/v1/chat/completions"}, "unknown_field", "prompt"),
     ],
 )
-def test_bad_batch_lines(change: dict, code: str, param: str) -> None:
-    line = batch_line() | change
-    with pytest.raises(RequestError) as caught:
-        OPENAI.parse(line)
-    assert (caught.value.code, caught.value.param) == (code, param)
-    assert OPENAI.failure(ORIGIN, caught.value)["response"]["status_code"] == (404 if code == "unsupported_url" else 400)
+def test_bad_batch_lines(change: dict[str, Any], code: str, param: str) -> None:
+    origin, form, error = parsed(batch_line() | change)
+    assert isinstance(error, RequestError)
+    assert (error.code, error.param) == (code, param)
+    assert form.failure(origin, error)["response"]["status_code"] == (404 if code == "unsupported_url" else 400)
 
 
-def test_openai_answers() -> None:
-    answer = Answer(num_prompt_tokens=2, completion=COMPLETION, shows_ids=False, has_text=True)
-    record = json.loads(json.dumps(OPENAI.success(ORIGIN, answer)))
+@pytest.mark.parametrize("url", ["/chat/completions", "/completions"])
+def test_azure_s_urls(url: str) -> None:
+    line = (chat_line() if "chat" in url else batch_line()) | {"url": url}
+    origin, form, request = parsed(line)
+    assert isinstance(request, JobRequest)
+    assert form.success(origin, answer(FIRST))["response"]["status_code"] == 200
+
+
+def test_openai_completions() -> None:
+    record = json.loads(json.dumps(openai().success(ORIGIN, answer(FIRST))))
     assert record["custom_id"] == "x"
     assert record["error"] is None
     assert record["response"]["status_code"] == 200
@@ -242,20 +271,46 @@ def test_openai_answers() -> None:
         "choices": [{"index": 0, "text": "Antwort ☃", "logprobs": None, "finish_reason": "stop"}],
         "usage": {"prompt_tokens": 2, "completion_tokens": 3, "total_tokens": 5},
     }
-    ids = Answer(num_prompt_tokens=2, completion=COMPLETION, shows_ids=True, has_text=True)
-    assert OPENAI.success(ORIGIN, ids)["response"]["body"]["choices"][0]["token_ids"] == [1, 2, 3]
+    (choice,) = openai().success(ORIGIN, answer(FIRST, shows_ids=True))["response"]["body"]["choices"]
+    assert choice["token_ids"] == [1, 2, 3]
+
+
+def test_openai_chats() -> None:
+    body = openai("/v1/chat/completions").success(ORIGIN, answer(FIRST))["response"]["body"]
+    assert body.pop("id").startswith("chatcmpl-")
+    message = {"role": "assistant", "content": "Antwort ☃", "refusal": None}
+    assert body == {
+        "object": "chat.completion",
+        "created": 1234,
+        "model": "org/model",
+        "choices": [{"index": 0, "message": message, "logprobs": None, "finish_reason": "stop"}],
+        "usage": {"prompt_tokens": 2, "completion_tokens": 3, "total_tokens": 5},
+    }
+
+
+def test_openai_choices_and_log_probabilities() -> None:
+    both = answer(FIRST, SECOND, logprobs=1)
+    text = openai().success(ORIGIN, both)["response"]["body"]["choices"]
+    chat = openai("/v1/chat/completions").success(ORIGIN, both)["response"]["body"]["choices"]
+    assert [choice["index"] for choice in text] == [choice["index"] for choice in chat] == [0, 1]
+    assert [choice["finish_reason"] for choice in chat] == ["stop", "length"]
+    assert text[1]["logprobs"]["tokens"] == [entry["token"] for entry in chat[1]["logprobs"]["content"]] == ["A", "b"]
+    assert text[0]["logprobs"] is chat[0]["logprobs"] is None
 
 
 def test_openai_ids_are_the_same_at_every_run_and_differ_by_line() -> None:
-    answer = Answer(num_prompt_tokens=2, completion=COMPLETION, shows_ids=False, has_text=True)
-    assert OPENAI.success(ORIGIN, answer) == OPENAI.success(ORIGIN, answer)
+    form = openai()
+    assert form.success(ORIGIN, answer(FIRST)) == form.success(ORIGIN, answer(FIRST))
     other = Origin(line_number=8, digest=ORIGIN.digest, id="x")
-    assert OPENAI.success(other, answer)["id"] != OPENAI.success(ORIGIN, answer)["id"]
+    assert form.success(other, answer(FIRST))["id"] != form.success(ORIGIN, answer(FIRST))["id"]
 
 
-@pytest.mark.parametrize(("code", "status", "kind"), [("non_finite_logits", 500, "server_error"), ("x", 400, "invalid_request_error")])
+@pytest.mark.parametrize(
+    ("code", "status", "kind"),
+    [("non_finite_logits", 500, "server_error"), ("x", 400, "invalid_request_error"), ("model_not_found", 404, "invalid_request_error")],
+)
 def test_openai_failures(code: str, status: int, kind: str) -> None:
-    record = OPENAI.failure(ORIGIN, RequestError("no", code=code, param="p"))
+    record = openai(None).failure(ORIGIN, RequestError("no", code=code, param="p"))
     assert record["error"] is None
     assert record["response"]["status_code"] == status
     assert record["response"]["body"] == {"error": {"message": "no", "type": kind, "param": "p", "code": code}}

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes import CONTEXT, POISON, VOCAB, FakeEngine, byte_id, fake_text
+from fakes import CONTEXT, POISON, VOCAB, FakeEngine, byte_id, fake_text, fake_token
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from jobs.places import paths_of
 
-from flexgen import LLM, EngineError, SamplingParams, StorageError
+from flexgen import LLM, EngineError, JobError, OutOfMemoryError, SamplingParams, StorageError
 from flexgen.defaults import derive_seed
-from flexgen.jobs.runner import Job, identity
+from flexgen.jobs import store as store_module
+from flexgen.jobs.export import export
+from flexgen.jobs.folder import JobFolder
+from flexgen.jobs.identity import identity_of
+from flexgen.jobs.reading import index_of, place_of
+from flexgen.jobs.runner import Job
+from flexgen.jobs.stopping import Stopped, StopRequest
 from flexgen.jobs.store import Store
 from flexgen.plan.workload import Workload
-from flexgen.request import TokenResult
+from flexgen.request import Generated, Live, TokenRequest, TokenResult
 
 DEFAULTS = SamplingParams(temperature=0.0, max_tokens=None)
 
@@ -33,11 +42,25 @@ def fresh_engine(llm: LLM, engines: list[FakeEngine]) -> Iterator[None]:
     llm._open.close()
 
 
-def run(llm: LLM, source: Path, output: Path, *, defaults: SamplingParams = DEFAULTS) -> Job:
-    with Store(output, identity(llm, defaults)) as store:
-        job = Job(llm, source, store, defaults=defaults)
+@contextmanager
+def opened(
+    llm: LLM, source: Path, output: Path, *, defaults: SamplingParams = DEFAULTS, accept: bool = False, **more: Any
+) -> Iterator[Job]:
+    """A job that has compared its input; its output is made in the end, whatever happens."""
+    with JobFolder(paths_of(output)) as folder, Store(folder) as store:
+        store.begin(identity_of(llm, defaults), "m", accept_changes=accept)
+        job = Job(llm, source, store, defaults=defaults, **more)
+        job.match(accept_changes=accept)
+        try:
+            yield job
+        finally:
+            export(store.paths, output)
+
+
+def run(llm: LLM, source: Path, output: Path, **more: Any) -> Job:
+    with opened(llm, source, output, **more) as job:
         job.run(job.scan())
-        return job
+    return job
 
 
 def answers(output: Path) -> dict[int, dict[str, Any]]:
@@ -87,22 +110,19 @@ def test_a_job(llm: LLM, tmp_path: Path, output: Path, engines: list[FakeEngine]
     assert len(flat[3]["token_ids"]) == 3
     assert flat[4]["error"]["code"] == "invalid_json"
     assert batch["batch"]["response"]["body"]["choices"][0]["text"] == fake_text("abc", 16)
-    assert batch["chat"]["response"]["body"]["error"]["code"] == "unsupported_url"
+    assert batch["chat"]["response"]["body"]["error"]["param"] == "messages"
     assert (flat[7]["text"], len(flat[7]["token_ids"])) == (fake_text("abc", 3, seed=9, greedy=False), 3)
-    assert flat[8]["text"] == fake_text("abcd", CONTEXT - 4, seed=derive_seed(0, 8), greedy=False)
+    assert flat[8]["text"] == fake_text("abcd", CONTEXT - 4, seed=derive_seed(0, index_of(8)), greedy=False)
     assert engines[0].workload == Workload(prompt_lens=(3, 2, 3, 3, 4), output_lens=(4, 3, 16, 3, 60))
 
 
 def test_requests_are_pulled_as_the_engine_asks(llm: LLM, tmp_path: Path, output: Path, engines: list[FakeEngine]) -> None:
     source = write(tmp_path / "in.jsonl", *({"prompt": "a", "max_tokens": 1} for _ in range(1000)))
-    with Store(output, identity(llm, DEFAULTS)) as store:
-        job = Job(llm, source, store, defaults=DEFAULTS)
-        job.run(job.scan(), on_progress=lambda progress: assert_few(engines[0].num_pulled, store.num_answered))
+    pulled: list[int] = []
+    with opened(llm, source, output) as job:
+        job.run(job.scan(), on_progress=lambda progress: pulled.append(engines[0].num_pulled))
+    assert pulled == list(range(4, 1001, 4))
     assert len(answers(output)) == 1000
-
-
-def assert_few(pulled: int, answered: int) -> None:
-    assert pulled == answered
 
 
 @pytest.mark.parametrize(
@@ -215,7 +235,7 @@ def test_an_interrupted_job_goes_on(
     job = run(llm, source, output)
     assert engines[-1].num_pulled == 34 - stop_after
     assert job.num_bad_lines == 0  # they had been answered
-    assert answers(output) == answers(tmp_path / "whole.jsonl")
+    assert output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
 def test_a_finished_job_opens_no_engine(llm: LLM, tmp_path: Path, output: Path, engines: list[FakeEngine]) -> None:
@@ -239,28 +259,30 @@ def test_another_input_is_refused_and_the_output_kept(llm: LLM, tmp_path: Path, 
     source = tmp_path / "in.jsonl"
     run(llm, write(source, *lines(10)), output)
     content = output.read_bytes()
-    with pytest.raises(StorageError, match="another input"):
+    with pytest.raises(JobError, match="another input"):
         run(llm, write(source, *change(lines(10))), output)
     assert output.read_bytes() == content
+    run(llm, source, output, accept=True)
+    run(llm, source, tmp_path / "whole.jsonl")
+    assert output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
 def test_another_seed_is_refused(model_folder: Path, llm: LLM, tmp_path: Path, output: Path) -> None:
     source = write(tmp_path / "in.jsonl", *lines(10))
     run(llm, source, output)
-    with pytest.raises(StorageError, match="begun with seed 0, now it is 1"):
+    with pytest.raises(JobError, match="begun with seed 0, now it is 1"):
         run(LLM(model_folder, seed=1), source, output)
-    with pytest.raises(StorageError, match="begun with max_tokens None, now it is 5"):
+    with pytest.raises(JobError, match="begun with default max_tokens None, now it is 5"):
         run(llm, source, output, defaults=SamplingParams(temperature=0.0, max_tokens=5))
 
 
 @pytest.mark.parametrize("change", [lambda all: all[::-1], lambda all: all[:-3]])
 def test_an_input_that_changes_after_the_scan(llm: LLM, tmp_path: Path, output: Path, change: Any) -> None:
     source = write(tmp_path / "in.jsonl", *lines(10))
-    with Store(output, identity(llm, DEFAULTS)) as store:
-        job = Job(llm, source, store, defaults=DEFAULTS)
+    with opened(llm, source, output) as job:
         workload = job.scan()
         write(source, *change(lines(10)))
-        with pytest.raises(StorageError, match=r"changed while|another input"):
+        with pytest.raises(StorageError, match="changed while"):
             job.run(workload)
 
 
@@ -268,11 +290,170 @@ def test_an_engine_that_forgets_a_request(llm: LLM, tmp_path: Path, output: Path
     generate = FakeEngine.generate
 
     def forgetful(engine: FakeEngine, requests: Any, **more: Any) -> Iterator[TokenResult]:
-        return (result for result in generate(engine, requests, **more) if result.index != 3)
+        return (result for result in generate(engine, requests, **more) if result.index != index_of(3))
 
     monkeypatch.setattr(FakeEngine, "generate", forgetful)
-    with pytest.raises(EngineError, match="answered 33 of 34"):
+    with pytest.raises(EngineError, match="left 1 of 34 lines"):
         run(llm, write(tmp_path / "in.jsonl", *lines(40)), output)
+
+
+# -- answers in progress ----------------------------------------------------------------------------------------------------------------
+
+
+class SteppingEngine(FakeEngine):
+    """One token for every live sequence per pass, and several sequences at once; `num_tokens` counts what it generates."""
+
+    num_tokens = 0
+
+    def generate(self, requests: Any, *, num_requests: Any = None, on_progress: Any = None, on_pass: Any = None) -> Iterator[TokenResult]:
+        waiting = iter(requests)
+        live: list[tuple[TokenRequest, list[int]]] = []
+        while True:
+            for request in itertools.islice(waiting, 4 - len(live)):
+                live.append((request, list(request.generated.token_ids)))
+            if not live:
+                return
+            for request, ids in live:
+                ids.append(fake_token(request, len(ids)))
+                SteppingEngine.num_tokens += 1
+            for request, ids in [each for each in live if len(each[1]) == each[0].max_tokens]:
+                live.remove((request, ids))
+                yield TokenResult(index=request.index, token_ids=tuple(ids), finish_reason="length")
+            if on_pass is not None:
+                on_pass(Live(index=request.index, generated=Generated(token_ids=tuple(ids))) for request, ids in live)
+
+
+@pytest.fixture
+def stepping(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flexgen.llm.open_engine", lambda files, options, workload: SteppingEngine(workload))
+    monkeypatch.setattr(SteppingEngine, "num_tokens", 0)
+    monkeypatch.setattr(store_module, "COMMIT_SECONDS", 0.0)
+
+
+class StopAfter(StopRequest):
+    """Asks at the `count`-th look."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.left = count
+
+    @property
+    def asked(self) -> bool:
+        self.left -= 1
+        return self.left < 0
+
+
+@pytest.mark.parametrize("looks", [0, 1, 2, 7, 20])
+@pytest.mark.usefixtures("stepping")
+def test_a_stopped_job_generates_no_token_twice(llm: LLM, tmp_path: Path, looks: int) -> None:
+    lines = ({"prompt": "ab", "max_tokens": 3 + 5 * (n % 4), "temperature": 1.0, "n": 1 + n % 3} for n in range(12))
+    source = write(tmp_path / "in.jsonl", *lines)
+    run(llm, source, tmp_path / "whole.jsonl")
+    needed, SteppingEngine.num_tokens = SteppingEngine.num_tokens, 0
+    num_stops = 0
+    for _ in range(100):
+        try:
+            job = run(llm, source, tmp_path / "out.jsonl", stop=StopAfter(looks))
+            break
+        except Stopped:
+            num_stops += 1
+    assert num_stops > 0
+    assert SteppingEngine.num_tokens == needed
+    assert (job.num_resumed > 0) == (job.tokens_kept > 0)
+    assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize(("seconds", "lost"), [(0.0, False), (1e9, True)])
+@pytest.mark.usefixtures("stepping")
+def test_tokens_are_stored_as_often_as_asked(llm: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float, lost: bool) -> None:
+    """A failure costs what was generated since the last checkpoint, and no more."""
+    source = write(tmp_path / "in.jsonl", {"prompt": "ab", "max_tokens": 20})
+    generate = SteppingEngine.generate
+
+    def failing(engine: SteppingEngine, requests: Any, **more: Any) -> Iterator[TokenResult]:
+        def on_pass(live: Any) -> None:
+            more["on_pass"](live)
+            if SteppingEngine.num_tokens == 10:
+                raise EngineError("the disk is gone")
+
+        return generate(engine, requests, on_pass=on_pass)
+
+    monkeypatch.setattr(SteppingEngine, "generate", failing)
+    with pytest.raises(EngineError, match="gone"):
+        run(llm, source, tmp_path / "out.jsonl", checkpoint_seconds=seconds)
+    job = run(llm, source, tmp_path / "out.jsonl", checkpoint_seconds=seconds)
+    assert SteppingEngine.num_tokens == (30 if lost else 20)
+    assert (job.num_resumed, job.tokens_kept) == ((0, 0) if lost else (1, 10))
+    assert answers(tmp_path / "out.jsonl")[1]["text"] == fake_text("ab", 20)
+
+
+@pytest.mark.usefixtures("stepping")
+def test_what_is_generated_already_is_part_of_the_prompt_to_plan_for(llm: LLM, tmp_path: Path) -> None:
+    source = write(tmp_path / "in.jsonl", {"prompt": "abc", "max_tokens": 20}, {"prompt": "ab", "max_tokens": 2})
+    with pytest.raises(Stopped), opened(llm, source, tmp_path / "out.jsonl", stop=StopAfter(2)) as job:
+        job.run(job.scan())
+    with opened(llm, source, tmp_path / "out.jsonl") as job:
+        assert job.scan() == Workload(prompt_lens=(3 + 3,), output_lens=(20 - 3,))
+
+
+@pytest.mark.parametrize("error", [MemoryError("no more"), RuntimeError("DefaultCPUAllocator: can't allocate memory"), ValueError("else")])
+@pytest.mark.usefixtures("stepping")
+def test_running_out_of_memory(llm: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def failing(engine: SteppingEngine, requests: Any, **more: Any) -> Iterator[TokenResult]:
+        next(iter(requests))
+        raise error
+        yield
+
+    monkeypatch.setattr(SteppingEngine, "generate", failing)
+    wanted = ValueError if isinstance(error, ValueError) else OutOfMemoryError
+    with pytest.raises(wanted, match=r"memory ran out.*lower --max-num-seqs|else"):
+        run(llm, write(tmp_path / "in.jsonl", *lines(10)), tmp_path / "out.jsonl")
+
+
+def test_indices() -> None:
+    assert [place_of(index_of(line) + choice) for line, choice in ((1, 0), (7, 3), (10**7, 16383))] == [(1, 0), (7, 3), (10**7, 16383)]
+
+
+# -- the whole file ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_strict_lists_what_is_wrong(llm: LLM, tmp_path: Path, output: Path) -> None:
+    source = write(
+        tmp_path / "in.jsonl",
+        {"id": "a", "prompt": "x"},
+        "not json",
+        {"id": "b", "prompt": "x", "max_tokens": 1000},
+        "",
+        {"id": "a", "prompt": "x"},
+        {"id": 1, "prompt": "x"},
+        {"id": "1", "prompt": "x"},
+    )
+    with opened(llm, source, output) as job:
+        with pytest.raises(JobError) as caught:
+            job.check()
+        assert job.store is not None
+        assert job.store.num_failed == 0
+    said = str(caught.value).splitlines()
+    assert "found 3 faults" in said[0]
+    assert [line.partition(":")[0] for line in said[1:]] == ["line 2", "line 3", "line 5"]
+    assert "same id" in said[3]
+
+
+def test_strict_lists_no_more_than_a_person_reads(llm: LLM, tmp_path: Path) -> None:
+    source = write(tmp_path / "in.jsonl", *("bad" for _ in range(1000)))
+    with pytest.raises(JobError, match="found 1,000 faults") as caught:
+        Job(llm, source, None, defaults=DEFAULTS).check()
+    assert len(str(caught.value).splitlines()) == 21
+
+
+def test_strict_finds_nothing_wrong(llm: LLM, tmp_path: Path) -> None:
+    Job(llm, write(tmp_path / "in.jsonl", {"id": "a", "prompt": "x"}, {"prompt": "x"}, {"prompt": "x"}), None, defaults=DEFAULTS).check()
+
+
+def test_repeated_ids_are_answered_and_told_once(llm: LLM, tmp_path: Path, output: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run(llm, write(tmp_path / "in.jsonl", *({"id": "same", "prompt": "a", "max_tokens": 1} for _ in range(5))), output)
+    assert len(answers(output)) == 5
+    assert "4 lines have the id of an earlier line" in caplog.text
 
 
 # -- anything at all --------------------------------------------------------------------------------------------------------------------

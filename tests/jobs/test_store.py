@@ -1,250 +1,447 @@
-"""The output and its journal: nothing lost, nothing twice, whatever was torn off; foreign and changed files are refused."""
+"""The state of a job: nothing lost, nothing twice, whatever fails; what changed is refused by name."""
 
 from __future__ import annotations
 
-import json
+import itertools
 import os
+import sqlite3
 import stat
 import subprocess
 import sys
+import tracemalloc
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from jobs.places import IDENTITY, fill, opened, paths_of, result
 
-from flexgen.errors import StorageError
+from flexgen import failpoints
+from flexgen.errors import JobError, StorageError
+from flexgen.jobs import store as store_module
+from flexgen.jobs.begun import Begun, Ending, Kept
+from flexgen.jobs.identity import Identity
 from flexgen.jobs.store import Store
-
-IDENTITY = {"model": "m", "seed": 0}
-
-
-def record(number: int) -> bytes:
-    return json.dumps({"id": None, "index": number, "text": "x" * (number * 7 % 50)}).encode() + b"\n"
+from flexgen.request import Generated, TokenLogprobs
 
 
-def fill(output: Path, numbers: range) -> None:
-    with Store(output, IDENTITY) as store:
-        for number in numbers:
-            store.append(number, number + 1000, record(number), failed=number % 3 == 0)
+@pytest.fixture
+def output(tmp_path: Path) -> Path:
+    return tmp_path / "out.jsonl"
 
 
-def test_records_are_appended_and_remembered(tmp_path: Path) -> None:
-    output = tmp_path / "out.jsonl"
+def done(store: Store, most: int = 50) -> list[int]:
+    return [number for number in range(most) if store.is_done(number)]
+
+
+def count_results(output: Path) -> int:
+    """As another process sees it."""
+    with closing(sqlite3.connect(paths_of(output).database)) as other:
+        return other.execute("SELECT count(*) FROM results").fetchone()[0]
+
+
+def test_results_are_remembered(output: Path) -> None:
     fill(output, range(1, 6))
     fill(output, range(6, 8))
-    assert output.read_bytes() == b"".join(record(number) for number in range(1, 8))
-    with Store(output, IDENTITY) as store:
+    with opened(output) as store:
         assert (store.num_answered, store.num_failed, store.num_found) == (5, 2, 7)
-        assert all(store.is_done(number, number + 1000) for number in range(1, 8))
-        assert not store.is_done(8, 1008)
-        assert not store.is_done(10**9, 1)
+        assert done(store) == list(range(1, 8))
+        assert not store.is_done(10**9)
 
 
-def test_lines_may_finish_in_any_order(tmp_path: Path) -> None:
-    output = tmp_path / "out.jsonl"
-    with Store(output, IDENTITY) as store:
+def test_lines_may_finish_in_any_order(output: Path) -> None:
+    with opened(output) as store:
         for number in (500, 3, 77):
-            store.append(number, number + 1000, record(number), failed=False)
-    with Store(output, IDENTITY) as store:
-        assert [number for number in range(600) if store.is_done(number, number + 1000)] == [3, 77, 500]
+            store.add(result(number))
+        store.commit()
+    with opened(output) as store:
+        assert done(store, 600) == [3, 77, 500]
 
 
-@pytest.mark.parametrize("torn", ["output", "journal"])
-def test_whatever_was_torn_off_is_done_again(tmp_path: Path, torn: str) -> None:
-    """Cut a file at every length: the output ends with a whole record, and what is lost is not done.
-
-    A note is written before its record, so where the journal is cut the output ends with the last whole note.
-    """
-    output = tmp_path / "out.jsonl"
-    fill(output, range(1, 4))
-    journal = tmp_path / "out.jsonl.flexgen" / "done"
-    whole = {"output": output.read_bytes(), "journal": journal.read_bytes()}
-    ends = [0, *(len(b"".join(record(n) for n in range(1, last + 1))) for last in range(1, 4))]
-    for length in range(0, len(whole[torn]), 3):
-        output.write_bytes(whole["output"])
-        journal.write_bytes(whole["journal"])
-        os.truncate(output if torn == "output" else journal, length)
-        left = sum(end <= length for end in ends) - 1 if torn == "output" else length // (len(whole["journal"]) // 3)
-        if torn == "journal":
-            os.truncate(output, ends[left])
-        with Store(output, IDENTITY) as store:
-            assert [number for number in range(1, 5) if store.is_done(number, number + 1000)] == list(range(1, left + 1))
-            assert output.stat().st_size == ends[left]
-            for number in range(left + 1, 4):
-                store.append(number, number + 1000, record(number), failed=False)
-        assert output.read_bytes() == whole["output"]
+def test_done_means_durable(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line counts when its commit has returned, not before."""
+    monkeypatch.setattr(store_module, "COMMIT_SECONDS", 1e9)
+    with opened(output) as store:
+        store.add(result(1))
+        assert (store.num_answered, store.is_done(1)) == (0, False)
+        assert count_results(output) == 0
+        store.commit()
+        assert (store.num_answered, store.is_done(1)) == (1, True)
+        assert count_results(output) == 1
+        store.add(result(2))
+    with opened(output) as store:
+        assert done(store) == [1]
 
 
-@pytest.mark.parametrize("place", [0, 50, 100, -1])
-def test_records_that_a_damaged_journal_does_not_know_are_moved_aside(tmp_path: Path, place: int) -> None:
-    """A power failure can lose notes and keep their records, too."""
-    output = tmp_path / "out.jsonl"
-    fill(output, range(1, 6))
-    before = output.read_bytes()
-    journal = tmp_path / "out.jsonl.flexgen" / "done"
-    content = bytearray(journal.read_bytes())
-    content[place] ^= 0x40
-    journal.write_bytes(content)
-    with Store(output, IDENTITY) as store:
-        assert store.num_found == place % len(content) // (len(content) // 5)
-    assert output.read_bytes() + (tmp_path / "out.jsonl.flexgen" / "cut").read_bytes() == before
-    fill(output, range(1 + store.num_found, 6))
-    assert output.read_bytes() == before
+def test_much_or_old_is_committed_by_itself(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_module, "COMMIT_SECONDS", 1e9)
+    monkeypatch.setattr(store_module, "_COMMIT_RESULTS", 3)
+    with opened(output) as store:
+        for number in range(1, 8):
+            store.add(result(number))
+        assert done(store) == [1, 2, 3, 4, 5, 6]
+        monkeypatch.setattr(store_module, "COMMIT_SECONDS", 0.0)
+        store.commit_if_due()
+        assert done(store) == [1, 2, 3, 4, 5, 6, 7]
 
 
-def test_a_record_that_never_reached_the_disk_is_done_again(tmp_path: Path) -> None:
-    """After a power failure the end of a file may be zeros."""
-    output = tmp_path / "out.jsonl"
-    fill(output, range(1, 4))
-    content = output.read_bytes()
-    output.write_bytes(content[:-5] + b"\0" * 5)
-    with Store(output, IDENTITY) as store:
+def fill_in_pairs(output: Path) -> None:
+    with opened(output) as store:
+        for first in (1, 3, 5):
+            store.add(result(first))
+            store.add(result(first + 1))
+            store.commit()
+
+
+@pytest.mark.parametrize("point", ["store.commit", "store.committed"])
+@pytest.mark.parametrize("hit", [1, 2, 3, 4])
+def test_a_commit_that_fails_is_whole_or_not_at_all(output: Path, monkeypatch: pytest.MonkeyPatch, point: str, hit: int) -> None:
+    """The next run answers what is missing, and nothing is there twice."""
+    monkeypatch.setattr(store_module, "COMMIT_SECONDS", 1e9)
+    hits = itertools.count(1)
+
+    def fail(name: str) -> None:
+        if name == point and next(hits) == hit:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(failpoints, "_hook", fail)
+    with pytest.raises(StorageError, match="No space left"):
+        fill_in_pairs(output)
+    monkeypatch.setattr(failpoints, "_hook", None)
+    with opened(output) as store:
+        whole = hit - 1 - (point == "store.commit")  # commits of results that took place; the first one is of `begin`
+        assert done(store) == list(range(1, 1 + 2 * max(whole, 0)))
+        for number in range(1, 7):
+            if not store.is_done(number):
+                store.add(result(number))
+        store.commit()
+        assert done(store) == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_full_database_is_a_storage_error_and_keeps_what_was_committed(output: Path) -> None:
+    with opened(output) as store:
+        store.add(result(1))
+        store.commit()
+        (pages,) = store._connection.execute("PRAGMA page_count").fetchone()
+        store._connection.execute(f"PRAGMA max_page_count = {pages}")
+        for number in range(2, 2000):
+            store._pending.append(result(number))
+        with pytest.raises(StorageError, match="full"):
+            store.commit()
+        assert done(store) == [1]
+    with opened(output) as store:
+        assert done(store, 3000) == [1]
+
+
+# -- answers in progress ------------------------------------------------------------------------------------
+
+
+def logprobs(*token_ids: int) -> tuple[TokenLogprobs, ...]:
+    return tuple(TokenLogprobs(token_ids=(i, 7), logprobs=(-0.1 * i, -1 / 3), rank=i) for i in token_ids)
+
+
+def begun(choice: int, start: int, token_ids: tuple[int, ...], **more: Any) -> Begun:
+    return Begun(line_number=4, digest=2**63 + 4, choice=choice, start=start, generated=Generated(token_ids=token_ids, **more))
+
+
+def test_tokens_of_answers_in_progress_add_up(output: Path) -> None:
+    with opened(output) as store:
+        store.commit([begun(0, 0, (5, 6)), begun(2, 0, (1,), logprobs=logprobs(1))])
+        store.commit([begun(0, 2, (7,)), begun(2, 1, (2, 3), logprobs=logprobs(2, 3))])
+    with opened(output) as store:
+        assert store.kept(4, 2**63 + 4) == {
+            0: Kept(generated=Generated(token_ids=(5, 6, 7))),
+            2: Kept(generated=Generated(token_ids=(1, 2, 3), logprobs=logprobs(1, 2, 3))),
+        }
+        assert store.kept(4, 5) == {}  # another line
+        assert store.kept(5, 5) == {}
+
+
+@pytest.mark.parametrize("error", [None, {"message": "no", "code": "c", "param": "p"}])
+def test_a_choice_that_is_finished_before_its_line(output: Path, error: dict[str, str] | None) -> None:
+    from flexgen.errors import RequestError
+
+    raised = error and RequestError(error["message"], code=error["code"], param=error["param"])
+    with opened(output) as store:
+        store.keep(begun(1, 0, (5,)))
+        ending = Ending(finish_reason="stop", stop_string="\n", error=raised)
+        store.keep(Begun(line_number=4, digest=9, choice=1, start=0, generated=Generated(token_ids=(5,)), ending=ending))
+        store.commit()
+    with opened(output) as store:
+        found = store.kept(4, 9)[1].result(77)
+        assert found is not None
+        assert (found.index, found.token_ids, found.finish_reason, found.stop_string) == (77, (5,), "stop", "\n")
+        assert (str(found.error), found.error and found.error.code) == (("no", "c") if error else ("None", None))
+
+
+def test_a_result_ends_the_progress_of_its_line_also_within_one_commit(output: Path) -> None:
+    with opened(output) as store:
+        store.commit([begun(0, 0, (5, 6))])
+        store.keep(begun(1, 0, (5,)))
+        store.add(result(4))
+        store.commit([begun(0, 2, (7,))])
+        assert store._connection.execute("SELECT count(*) FROM begun").fetchone() == (0,)
+
+
+def test_rows_that_do_not_follow_are_left_out(output: Path) -> None:
+    with opened(output) as store:
+        store.commit([begun(0, 0, (5, 6)), begun(0, 3, (8,))])
+        assert store.kept(4, 2**63 + 4)[0].generated.token_ids == (5, 6)
+
+
+# -- what must not change ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("changed", [{"model": "other", "seed": 0}, {"model": "m", "seed": 1}])
+def test_what_changes_answers_is_refused_by_name(output: Path, changed: dict[str, Any]) -> None:
+    fill(output, range(1, 3))
+    (name,) = (name for name in changed if IDENTITY.answers[name] != changed[name])
+    old, new = IDENTITY.answers[name], changed[name]
+    with (
+        pytest.raises(JobError, match=f"begun with {name} {old!r}, now it is {new!r}"),
+        opened(output, Identity(answers=changed, versions={})),
+    ):
+        pass
+    with opened(output) as store:
         assert store.num_found == 2
 
 
-def test_a_removed_output_starts_afresh(tmp_path: Path) -> None:
-    output = tmp_path / "out.jsonl"
-    fill(output, range(1, 4))
-    output.unlink()
-    with Store(output, {"model": "another"}) as store:
-        assert store.num_found == 0
-
-
-def test_an_edited_output_is_refused(tmp_path: Path) -> None:
-    output = tmp_path / "out.jsonl"
-    fill(output, range(1, 4))
-    output.write_bytes(output.read_bytes().replace(b"x", b"y", 1))
-    with pytest.raises(StorageError, match="changed since"):
-        Store(output, IDENTITY)
-
-
-def test_a_foreign_output_is_refused_and_kept(tmp_path: Path) -> None:
-    output = tmp_path / "out.jsonl"
-    output.write_text("precious\n")
-    with pytest.raises(StorageError, match="not written by flexgen"):
-        Store(output, IDENTITY)
-    assert output.read_text() == "precious\n"
-    output.write_text("")
-    Store(output, IDENTITY).close()
-    output.write_text("precious\n")  # now beside a journal without entries
-    with pytest.raises(StorageError, match="not written by flexgen"):
-        Store(output, IDENTITY)
-    assert output.read_text() == "precious\n"
-
-
-@pytest.mark.parametrize("content", [b"x", b"precious", b"precious\n" * 100])
-@pytest.mark.parametrize("beside", ["instead", "after"])
-def test_bytes_that_the_journal_does_not_explain_are_kept(tmp_path: Path, content: bytes, beside: str) -> None:
-    output = tmp_path / "out.jsonl"
-    fill(output, range(1, 4))
-    output.write_bytes(content if beside == "instead" else output.read_bytes() + content)
-    before = output.read_bytes()
-    with pytest.raises(StorageError, match="changed since"):
-        Store(output, IDENTITY)
-    assert output.read_bytes() == before
-
-
-def test_another_input_is_refused(tmp_path: Path) -> None:
-    output = tmp_path / "out.jsonl"
-    fill(output, range(1, 4))
-    with Store(output, IDENTITY) as store:
-        with pytest.raises(StorageError, match=r"another input.*line 2"):
-            store.is_done(2, 5)
-        with pytest.raises(StorageError, match=r"another input.*3 lines; this one has 2"):
-            store.check_last_line(2)
-        store.check_last_line(3)
-
-
-@pytest.mark.parametrize("identity", [{"model": "other", "seed": 0}, {"model": "m", "seed": 1}, {"model": "m"}, IDENTITY | {"dtype": "x"}])
-def test_what_changes_answers_is_refused_by_name(tmp_path: Path, identity: dict) -> None:
-    output = tmp_path / "out.jsonl"
+def test_accepted_changes_are_the_job_s_from_then_on(output: Path, caplog: pytest.LogCaptureFixture) -> None:
     fill(output, range(1, 3))
-    (changed,) = (name for name in {**IDENTITY, **identity} if IDENTITY.get(name) != identity.get(name))
-    with pytest.raises(StorageError, match=f"begun with {changed}"):
-        Store(output, identity)
+    with opened(output) as store:
+        store.commit([begun(0, 0, (5,))])
+    other = Identity(answers={"model": "m", "seed": 1}, versions={"torch": "2.0"})
+    with opened(output, other, accept_changes=True) as store:
+        assert store.num_found == 2
+        assert store.kept(4, 2**63 + 4) == {}  # not continued by another model
+    assert "begun with seed 0, now it is 1" in caplog.text
+    with opened(output, other):
+        pass
+    with pytest.raises(JobError, match="seed 1, now it is 0"), opened(output):
+        pass
 
 
-def test_a_job_of_which_nothing_is_done_may_change(tmp_path: Path) -> None:
-    Store(tmp_path / "out.jsonl", IDENTITY).close()
-    Store(tmp_path / "out.jsonl", {"model": "other"}).close()
+def test_versions_warn(output: Path, caplog: pytest.LogCaptureFixture) -> None:
+    fill(output, range(1, 3))
+    with opened(output, Identity(answers=IDENTITY.answers, versions={"torch": "3.0"})):
+        pass
+    assert "torch '2.0', now it is '3.0'" in caplog.text
 
 
-def test_the_start_of_the_job_is_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_of_which_nothing_is_kept_may_change(output: Path) -> None:
+    with opened(output):
+        pass
+    with opened(output, Identity(answers={"model": "other"}, versions={})) as store:
+        store.commit([begun(0, 0, (5,))])
+    with pytest.raises(JobError, match="model 'other'"), opened(output):
+        pass
+
+
+def test_the_start_of_the_job_and_its_name_are_remembered(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("time.time", lambda: 1000.5)
-    fill(tmp_path / "out.jsonl", range(1, 3))
+    fill(output, range(1, 3))
     monkeypatch.setattr("time.time", lambda: 2000.5)
-    with Store(tmp_path / "out.jsonl", IDENTITY) as store:
-        assert store.created == 1000
+    from flexgen.jobs.folder import JobFolder
+
+    with JobFolder(paths_of(output)) as folder, Store(folder) as store:
+        store.begin(IDENTITY, "./m")
+        assert (store.created, store.model) == (1000, "m")
 
 
-def test_two_runs_on_one_output(tmp_path: Path) -> None:
-    output = tmp_path / "out.jsonl"
-    with Store(output, IDENTITY), pytest.raises(StorageError, match="another flexgen"):
-        Store(output, IDENTITY)
-    Store(output, IDENTITY).close()
+# -- another input ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [".", "missing/out.jsonl"])
-def test_an_output_that_cannot_be_written(tmp_path: Path, name: str) -> None:
-    with pytest.raises(StorageError, match=r"folder|cannot be written"):
-        Store(tmp_path / name, IDENTITY)
+def lines(numbers: range, **digests: int) -> list[tuple[int, int]]:
+    return [(number, digests.get(f"line{number}", number + 1000)) for number in numbers]
 
 
-def test_what_is_beside_the_output_is_private(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("given_lines", "first", "count"),
+    [
+        (lines(range(1, 10), line2=5), 2, 1),
+        (lines(range(1, 10), line1=5, line6=5, line9=7), 1, 2),
+        (lines(range(1, 4)), 4, 4),
+        (lines(range(3, 10)), 1, 2),
+        ([(1, 1001), (5, 1005), (6, 1006), (7, 1007), (12, 5)], 2, 3),
+        ([], 1, 7),
+    ],
+)
+def test_another_input_is_refused_or_its_lines_forgotten(output: Path, given_lines: list[tuple[int, int]], first: int, count: int) -> None:
+    fill(output, range(1, 8))
+    with opened(output) as store:
+        with pytest.raises(JobError, match=rf"another input \({count} lines differ, the first is line {first}\)"):
+            store.match_input(given_lines)
+        assert store.num_found == 7
+        store.match_input(given_lines, accept_changes=True)
+        assert store.num_found == store.num_answered + store.num_failed == 7 - count
+        same = {number for number, digest in given_lines if number < 8 and digest == number + 1000}
+        assert set(done(store)) == same
+        for number in range(1, 8):
+            if number not in same:
+                store.add(result(number, digest=5))
+        store.commit()
+    with opened(output) as store:
+        assert store.num_found == 7
+
+
+@pytest.mark.parametrize("more", [0, 3])
+def test_the_same_input_or_a_longer_one_is_fine(output: Path, more: int) -> None:
+    fill(output, range(1, 8))
+    with opened(output) as store:
+        store.match_input(lines(range(1, 8 + more)))
+        assert store.num_found == 7
+
+
+def test_failed_lines_can_be_answered_again(output: Path) -> None:
+    fill(output, range(1, 8))
+    with opened(output) as store:
+        assert store.forget_failed() == 2
+        assert (store.num_answered, store.num_failed, store.num_found) == (5, 0, 5)
+        assert done(store) == [1, 2, 4, 5, 7]
+        store.add(result(3))
+        store.commit()
+        assert (store.num_answered, store.num_failed) == (6, 0)
+
+
+# -- files ------------------------------------------------------------------------------------
+
+
+def test_two_runs_on_one_output(output: Path) -> None:
+    with opened(output), pytest.raises(JobError, match=f"another flexgen .process {os.getpid()}"), opened(output):
+        pass
+    with opened(output):
+        pass
+
+
+def test_what_is_kept_is_private(output: Path) -> None:
     previous = os.umask(0)
     try:
-        Store(tmp_path / "out.jsonl", IDENTITY).close()
+        fill(output, range(1, 3))
+        with opened(output):
+            folder = paths_of(output).folder
+            modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()}
     finally:
         os.umask(previous)
-    folder = tmp_path / "out.jsonl.flexgen"
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
-    assert stat.S_IMODE((folder / "done").stat().st_mode) == 0o600
+    assert {"job.sqlite", "job.sqlite-wal", "lock"} <= set(modes)
+    assert set(modes.values()) == {0o600}
 
 
-@pytest.mark.parametrize("failing", [1, 2, 3, 4])
-def test_a_full_disk_is_a_storage_error_and_the_next_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int) -> None:
-    """The Nth write fails after half of its bytes."""
-    output = tmp_path / "out.jsonl"
-    write = os.pwrite
-    calls = 0
-
-    def pwrite(fd: int, data: bytes, offset: int) -> int:
-        nonlocal calls
-        calls += 1
-        if calls == failing:
-            return write(fd, data[: len(data) // 2], offset)
-        if calls == failing + 1:
-            raise OSError(28, "No space left on device")
-        return write(fd, data, offset)
-
-    monkeypatch.setattr("os.pwrite", pwrite)
-    with pytest.raises(StorageError, match="No space left"):
-        fill(output, range(1, 4))
-    monkeypatch.undo()
-    with Store(output, IDENTITY) as store:
-        done = store.num_found
-    assert done == (failing - 1) // 2
-    fill(output, range(1 + done, 4))
-    assert output.read_bytes() == b"".join(record(number) for number in range(1, 4))
+@pytest.mark.parametrize("content", [b"precious", b"precious" * 1000])
+def test_a_file_that_is_no_database_is_kept(output: Path, content: bytes) -> None:
+    database = paths_of(output).database
+    database.parent.mkdir()
+    database.write_bytes(content)
+    with pytest.raises(StorageError, match=r"job\.sqlite"), opened(output):
+        pass
+    assert database.read_bytes() == content
 
 
-def test_kill(tmp_path: Path) -> None:
-    """A process killed while it appends leaves a prefix that the next run continues."""
-    output = tmp_path / "out.jsonl"
+def test_a_database_of_another_program_is_kept(output: Path) -> None:
+    database = paths_of(output).database
+    database.parent.mkdir()
+    connection = sqlite3.connect(database)
+    connection.execute("CREATE TABLE theirs (x)")
+    connection.close()
+    before = database.read_bytes()
+    with pytest.raises(StorageError, match="no job of flexgen"), opened(output):
+        pass
+    assert database.read_bytes() == before
+
+
+def test_a_later_format_is_refused(output: Path) -> None:
+    fill(output, range(1, 3))
+    connection = sqlite3.connect(paths_of(output).database)
+    connection.execute("PRAGMA user_version = 99")
+    connection.close()
+    with pytest.raises(StorageError, match="format 99"), opened(output):
+        pass
+
+
+# -- anything at all ------------------------------------------------------------------------------------
+
+steps = st.one_of(
+    st.tuples(st.just("add"), st.integers(1, 9)),
+    st.tuples(st.just("commit"), st.none()),
+    st.tuples(st.just("close"), st.none()),
+    st.tuples(st.just("progress"), st.integers(1, 9)),
+)
+
+
+@given(st.lists(steps, max_size=25))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40)
+def test_whatever_happens_what_was_committed_is_there(tmp_path_factory: pytest.TempPathFactory, actions: list[tuple[str, Any]]) -> None:
+    """Against a model: two sets, of what is added and of what is committed."""
+    output = tmp_path_factory.mktemp("any") / "out.jsonl"
+    added: set[int] = set()
+    durable: set[int] = set()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store_module, "COMMIT_SECONDS", 1e9)
+        for _, run in itertools.groupby(actions, key=lambda step: step[0] == "close"):
+            with opened(output) as store:
+                assert set(done(store)) == durable
+                added.clear()
+                for action, number in run:
+                    if action == "add" and number not in added | durable:
+                        store.add(result(number))
+                        added.add(number)
+                    elif action == "progress" and number not in added | durable:
+                        store.commit([Begun(line_number=number, digest=1, choice=0, start=0, generated=Generated(token_ids=(1,)))])
+                        durable |= added
+                    elif action == "commit":
+                        store.commit()
+                        durable |= added
+        with opened(output) as store:
+            assert set(done(store)) == durable
+            assert not store._begun_lines & durable
+
+
+def test_a_hundred_thousand_lines(output: Path) -> None:
+    """Memory does not grow with lines, but for eight bytes each; it takes a second or two."""
+    count = 100_000
+    with opened(output) as store:
+        store.add(result(1))
+        store.commit()
+        tracemalloc.start()
+        try:
+            for number in range(2, count + 1):
+                store.add(result(number))
+            store.commit()
+            grown, _ = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert store.num_answered == count
+        assert grown < 24 * count
+    with opened(output) as store:
+        assert store.num_found == count
+        store.match_input((number, number + 1000) for number in range(1, count + 1))
+
+
+def test_kill(output: Path) -> None:
+    """A process killed while it commits leaves whole commits, and the next run goes on."""
     script = f"""
+import sys; sys.path.insert(0, {str(Path(__file__).parent.parent)!r})
 from pathlib import Path
-from flexgen.jobs.store import Store
-with Store(Path({str(output)!r}), {{"model": "m", "seed": 0}}) as store:
-    print("ready", flush=True)
+from jobs.places import opened, result
+with opened(Path({str(output)!r})) as store:
     for number in range(1, 10**9):
-        store.append(number, number + 1000, b'{{"id": null, "index": %d}}' % number + b"\\n", failed=False)
+        store.add(result(number))
+        if number % 10 == 0:
+            store.commit()
+            print(number, flush=True)
 """
-    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as process:
+    last = 0
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
-        process.stdout.readline()
-        while not output.exists() or output.stat().st_size < 20_000:
-            pass
-        process.kill()
-    with Store(output, IDENTITY) as store:
-        assert store.num_found > 500
-        assert not store.is_done(store.num_found + 1, store.num_found + 1001)
-    assert [json.loads(line)["index"] for line in output.read_bytes().splitlines()] == list(range(1, store.num_found + 1))
+        for line in process.stdout:
+            last = int(line)
+            if last >= 500:
+                process.kill()
+                break
+        last = max([last, *map(int, filter(str.strip, process.stdout))])
+    with opened(output) as store:
+        assert store.num_found >= last
+        assert store.num_found % 10 == 0
+        assert done(store, store.num_found + 5) == list(range(1, store.num_found + 1))

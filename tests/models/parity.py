@@ -114,10 +114,10 @@ def answered(
     rows: dict[int, list[torch.Tensor]] = {request.index: [] for request in requests}
     original = engine_module.sample
 
-    def recording(logits: torch.Tensor, sampled: list[TokenRequest], positions: list[int]) -> object:
+    def recording(logits: torch.Tensor, sampled: list[TokenRequest], generated: list[list[int]]) -> object:
         for row, request in zip(logits, sampled, strict=True):
             rows[request.index].append(row.clone())
-        return original(logits, sampled, positions)
+        return original(logits, sampled, generated)
 
     monkeypatch.setattr(engine_module, "sample", recording)
     backend = SimulatedDevice(32_000_000) if chosen.device == "sim" else None

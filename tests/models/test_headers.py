@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import random
 import struct
 from pathlib import Path
 from typing import Any
@@ -132,6 +133,19 @@ def test_mutated_headers_are_refused_or_agree_with_safetensors(edits: list[tuple
     if corrected:  # so that the mutations reach the JSON
         data[:8] = struct.pack("<Q", max(0, HEADER_BYTES - 8 + len(data) - len(SOUND)))
     agree_with_safetensors(bytes(data))
+
+
+def test_ten_thousand_mutants() -> None:
+    numbers, accepted = random.Random(0), 0
+    for _ in range(10_000):
+        data = bytearray(SOUND)
+        for _ in range(numbers.randrange(1, 4)):
+            at = numbers.randrange(HEADER_BYTES)
+            data[at : at + numbers.randrange(3)] = numbers.choice([numbers.randbytes(numbers.randrange(3)), data[at:HEADER_BYTES][:9]])
+        if numbers.random() < 0.7:
+            data[:8] = struct.pack("<Q", max(0, HEADER_BYTES - 8 + len(data) - len(SOUND)))
+        accepted += agree_with_safetensors(bytes(data))
+    assert 10 < accepted < 9_000, "mutations must neither all be harmless nor all be caught by the first check"
 
 
 ENTRY = st.fixed_dictionaries(

@@ -66,7 +66,7 @@ def engine_passes(policy, workload):
         for sequence in list(live):
             assert cache.reserve(sequence.kv, len(sequence.tokens)), "the projection was wrong"
             sequence.num_stored = len(sequence.tokens)
-            sequence.tokens.append(1)
+            sequence.append(1)
             cache.trim(sequence.kv, sequence.num_stored)
             if sequence.num_generated == sequence.request.max_tokens:
                 cache.release(sequence.kv)

@@ -7,29 +7,31 @@ from __future__ import annotations
 
 import heapq
 import logging
-import shutil
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as SequenceOf
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from flexgen.engine.admission import Admission, Homes, LengthForecast
-from flexgen.engine.clock import ProgressClock, RunCounts
+from flexgen.engine.answers import Answers, Ending, ending
+from flexgen.engine.clock import ProgressClock
+from flexgen.engine.logprobs import token_logprobs
+from flexgen.engine.pass_load import kv_slice, pass_load
 from flexgen.engine.progress import Progress, RunReport
 from flexgen.engine.report import RunContext, make_report
 from flexgen.engine.sampler import sample
-from flexgen.engine.schedule import SCHEDULES, Limits, Quota, Slice, defer_remainder, pack
+from flexgen.engine.schedule import SCHEDULES, Limits, Quota, defer_remainder, pack
 from flexgen.engine.sequence import Sequence
 from flexgen.engine.sweep import MicroBatch, run_pass
 from flexgen.engine.trace import Trace
 from flexgen.errors import EngineError, RequestError
+from flexgen.failpoints import failpoint
 from flexgen.memory.direct_io import FileSet, IOPool
 from flexgen.memory.kv_cache import group_layers
-from flexgen.memory.kv_pass import KVSlice, is_decode
+from flexgen.memory.kv_pass import is_decode
+from flexgen.memory.offload import OffloadFolder
 from flexgen.memory.places import open_places
 from flexgen.memory.rows import EmbeddingRows
 from flexgen.memory.transfer import Backend
@@ -37,10 +39,10 @@ from flexgen.memory.weights import WeightStore
 from flexgen.models.attention import PassCache
 from flexgen.models.loading import LoadedModel
 from flexgen.options import TIERS
-from flexgen.plan.cost import PassLoad, PassWork, price, unit_homes, weights_work
+from flexgen.plan.cost import price, unit_homes, weights_work
 from flexgen.plan.machine import Machine
 from flexgen.plan.policy import Policy
-from flexgen.request import TokenRequest, TokenResult
+from flexgen.request import Live, TokenRequest, TokenResult
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +59,7 @@ class Engine:
         context: names and budgets, for the report.
         offload_dir: folder for spilled KV; needed only where the policy puts KV on disk.
         temporary: folders that are removed when the engine closes.
+        verify_reads: check what comes from disk against what was written or first read.
         poison: overwrite released memory, so that a late use shows (tests).
     """
 
@@ -69,7 +72,8 @@ class Engine:
         context: RunContext | None = None,
         backend: Backend | None = None,
         offload_dir: Path | None = None,
-        temporary: SequenceOf[Path] = (),
+        temporary: SequenceOf[OffloadFolder] = (),
+        verify_reads: bool = False,
         poison: bool = False,
     ) -> None:
         self.policy, self.machine, self.spec = policy, machine, model.spec
@@ -81,7 +85,7 @@ class Engine:
         self._device = backend.device if backend is not None else torch.device("cpu")
         self._backend = backend
         self._io = IOPool(policy.io_threads)
-        self._files = FileSet()
+        self._files = FileSet(verify=verify_reads)
         self.homes = unit_homes(model.spec, policy.weights)
         self._weights_work = weights_work(model.spec, self.homes, policy.device)
         self.weights = WeightStore(
@@ -91,7 +95,7 @@ class Engine:
         self._rows = EmbeddingRows(list(model.tables), self._device)
         groups = group_layers([(layer.layer, layer.group) for layer in model.layers], policy.page_tokens, model.dtype)
         self.places, self.cache = open_places(
-            groups, policy, backend=backend, io=self._io, offload_dir=offload_dir, notify=self.weights.notify
+            groups, policy, backend=backend, io=self._io, offload_dir=offload_dir, notify=self.weights.notify, verify=verify_reads
         )
         shares = {tier: getattr(policy.kv, tier) for tier in TIERS if tier in self.places}
         self._admission = Admission(self.cache, Homes(shares))
@@ -103,9 +107,7 @@ class Engine:
         self._live: list[Sequence] = []
         self._waiting: list[tuple[int, int, Sequence]] = []  # heap: longest expected answer first, then input order
         self.trace = Trace(machine, policy.dtype)
-        self.counts = RunCounts()
-        self.finish_reasons: Counter[str] = Counter()
-        self._finished: list[tuple[int, int]] = []
+        self.answers = Answers()
         self._bytes_before: dict[str, int] = {}
         self._elapsed_seconds = 0.0
         self._clock = ProgressClock()
@@ -150,7 +152,7 @@ class Engine:
         if self._backend is not None:
             self._backend.close()
         for folder in self._temporary:
-            shutil.rmtree(folder, ignore_errors=True)
+            folder.remove()
         torch.set_num_threads(self._previous_threads)
 
     def __enter__(self) -> Engine:
@@ -167,8 +169,14 @@ class Engine:
         *,
         num_requests: int | None = None,
         on_progress: Callable[[Progress], None] | None = None,
+        on_pass: Callable[[Iterable[Live]], None] | None = None,
     ) -> Iterator[TokenResult]:
         """Answer requests, pulled as they are needed; results come as they finish, in any order.
+
+        Args:
+            on_progress: told now and then how the run goes.
+            on_pass: called after every pass, once its results are out, with what the unfinished answers are so far; they are
+                gathered while it iterates.  What it raises ends the run.
 
         Raises:
             StorageError, EngineError: when the run cannot go on.
@@ -180,7 +188,7 @@ class Engine:
         start = time.perf_counter()
         try:
             while True:
-                self._read_ahead(source)
+                yield from self._read_ahead(source)
                 self._make_room()
                 yield from self._admit()
                 if not self._live:
@@ -188,6 +196,8 @@ class Engine:
                         return
                     continue
                 yield from self._run_pass()
+                if on_pass is not None:
+                    on_pass(self._unfinished())
         finally:
             self._elapsed_seconds = time.perf_counter() - start
             self._drop_all()
@@ -195,9 +205,7 @@ class Engine:
     def _begin_run(self) -> None:
         """Forget what earlier runs did."""
         self.trace = Trace(self.machine, self.policy.dtype)
-        self.counts = RunCounts()
-        self.finish_reasons.clear()
-        self._finished.clear()
+        self.answers = Answers()
         self._bytes_before = self._bytes_total()
 
     def report(self) -> RunReport:
@@ -208,7 +216,7 @@ class Engine:
         """
         if self._context is None:
             raise EngineError("this engine knows no budgets to report on")
-        return make_report(self, self._context, self._elapsed_seconds, self._finished)
+        return make_report(self, self._context, self._elapsed_seconds)
 
     def _bytes_total(self) -> dict[str, int]:
         moved = {
@@ -234,13 +242,23 @@ class Engine:
         self._live.clear()
         self._waiting.clear()
 
-    def _read_ahead(self, source: Iterator[TokenRequest]) -> None:
+    def _unfinished(self) -> Iterator[Live]:
+        """What has been generated of answers that go on, those of preempted and of resumed sequences that wait included."""
+        for sequence in (*self._live, *(each for _, _, each in self._waiting)):
+            if sequence.generated:
+                yield Live(index=sequence.request.index, generated=sequence.so_far())
+
+    def _read_ahead(self, source: Iterator[TokenRequest]) -> Iterator[TokenResult]:
+        """Let requests wait; one that an earlier run had brought to its end is answered at once."""
         while len(self._waiting) < LOOKAHEAD * self.policy.max_num_seqs:
             request = next(source, None)
             if request is None:
                 return
             sequence = Sequence(request, self._forecast.expect(request.max_tokens))
-            heapq.heappush(self._waiting, (-sequence.remaining, request.index, sequence))
+            if (end := ending(sequence)) is not None:
+                yield self._finish(sequence, end)
+            else:
+                heapq.heappush(self._waiting, (-sequence.remaining, request.index, sequence))
 
     def _admit(self) -> Iterator[TokenResult]:
         """Let the schedule choose; a request that can never fit becomes its own error."""
@@ -257,6 +275,7 @@ class Engine:
         if not self._admission.can_ever_fit(sequence) or not self._admission.admit(sequence, self._live):
             return False
         self._live.append(sequence)
+        self.answers.entered(sequence)
         return True
 
     def _refused(self, sequence: Sequence) -> TokenResult:
@@ -266,36 +285,23 @@ class Engine:
             "fit the memory granted: lower max_tokens or raise --host-mem",
             code="kv_cache_too_small",
         )
-        return self._finish(sequence, "error", error)
+        return self._finish(sequence, Ending(reason="error", error=error))
 
-    def _finish(self, sequence: Sequence, reason: str, error: RequestError | None = None) -> TokenResult:
-        generated = tuple(sequence.tokens[len(sequence.request.prompt_token_ids) :])
+    def _finish(self, sequence: Sequence, end: Ending) -> TokenResult:
         if sequence.kv is not None:
             self.cache.release(sequence.kv)
             sequence.kv = None
-        if error is None:
-            self._forecast.observe(len(generated))
-        self.finish_reasons[reason] += 1
-        self._finished.append((len(sequence.request.prompt_token_ids), len(generated)))
-        counts = self.counts
-        self.counts = replace(
-            counts,
-            requests=counts.requests + 1,
-            errors=counts.errors + (error is not None),
-            prompt_tokens=counts.prompt_tokens + len(sequence.request.prompt_token_ids),
-            output_tokens=counts.output_tokens + len(generated),
-        )
-        return TokenResult(
-            index=sequence.request.index, token_ids=generated, finish_reason=reason, error=error,
-            num_preemptions=sequence.num_preemptions,
-        )  # fmt: skip
+        if end.error is None:
+            self._forecast.observe(sequence.num_generated)
+        return self.answers.finish(sequence, end)
 
     # ------------------------------------------------------------------ one pass
 
     def _run_pass(self) -> Iterator[TokenResult]:
+        failpoint("engine.pass")
         start = time.perf_counter()
         batches = self._batches()
-        load = self._load(batches)
+        load = pass_load(batches, tuple(self.places), len(self.cache.groups))
         waits: dict[str, float] = {}
         for home, place in self.places.items():
             place.begin_pass([batch.view for batch in batches if batch.home == home])
@@ -303,8 +309,10 @@ class Engine:
             run_pass(batches, self.weights, len(self.model.layouts), on_unit=self._on_unit, waits=waits)
             for place in self.places.values():
                 place.finish_pass()
+            self._files.check_unchanged()  # before any token comes of what was read
+            self._rows.check_unchanged()
             results = self._sample(batches)
-        work = self._count(load)
+        work = price(load, self.spec, self.policy, self._weights_work)
         self.trace.add(time.perf_counter() - start, work, waits, len(self._live), len(batches))
         self._clock.tokens(work.num_prompt_tokens, work.num_sampled)
         yield from results
@@ -321,12 +329,12 @@ class Engine:
     def _preempt(self, sequence: Sequence) -> None:
         assert sequence.kv is not None
         self.cache.release(sequence.kv)
-        sequence.kv, sequence.num_stored, sequence.deferred = None, 0, 0
+        sequence.kv, sequence.num_lost, sequence.num_stored, sequence.deferred = None, sequence.num_stored, 0, 0
         sequence.num_preemptions += 1
         sequence.expected_tokens = sequence.request.max_tokens
         self._live.remove(sequence)
         heapq.heappush(self._waiting, (-(1 << 60), sequence.request.index, sequence))
-        self.counts = replace(self.counts, preemptions=self.counts.preemptions + 1)
+        self.answers.preempted()
         logger.debug("request %d was preempted", sequence.request.index)
 
     def _batches(self) -> list[MicroBatch]:
@@ -337,8 +345,8 @@ class Engine:
                 defer_remainder(members, self.policy.micro_batch_tokens)
             previous: MicroBatch | None = None
             for slices in pack(members, self.policy.micro_batch_tokens, mix=place.mixes, chunk=place.chunks):
-                slices = sorted(slices, key=lambda each: not is_decode(_kv_slice(each)))
-                view = place.view([_kv_slice(each) for each in slices])
+                slices = sorted(slices, key=lambda each: not is_decode(kv_slice(each)))
+                view = place.view([kv_slice(each) for each in slices])
                 batch = MicroBatch(
                     slices, self.model.bound, self._pass_cache, view, self._rows, self._device, even_rows=self._backend is None
                 )
@@ -348,65 +356,36 @@ class Engine:
                 previous = batch
         return batches
 
-    def _load(self, batches: list[MicroBatch]) -> PassLoad:
-        """What this pass carries, for pricing."""
-        groups = range(len(self.cache.groups))
-        prompts = dict.fromkeys(self.places, 0)
-        starts = dict.fromkeys(self.places, 0)
-        steps = dict.fromkeys(self.places, 0)
-        pairs = [0 for _ in groups]
-        attended = {home: [0 for _ in groups] for home in self.places}
-        for batch in batches:
-            plan = batch.view.plan
-            read = plan.decode_tokens_read()
-            visible = plan.visible_pairs()
-            home = batch.home
-            for each in batch.slices:
-                if is_decode(_kv_slice(each)):
-                    steps[home] += 1
-                else:
-                    prompts[home] += each.length
-                    starts[home] += each.last
-            for group in groups:
-                attended[home][group] += read[group]
-                pairs[group] += visible[group] - read[group]
-        return PassLoad(prompt_tokens=prompts, num_prompts=starts, next_tokens=steps, prompt_pairs=pairs, attended_tokens=attended)
-
-    def _count(self, load: PassLoad) -> PassWork:
-        return price(load, self.spec, self.policy, self._weights_work)
-
     def _sample(self, batches: list[MicroBatch]) -> list[TokenResult]:
-        results = []
+        results: list[TokenResult] = []
         for batch in batches:
             for each in batch.slices:
                 each.sequence.num_stored = max(each.sequence.num_stored, each.start + each.length)
             rows = [each.sequence for each in batch.slices if each.last]
             if rows:
                 assert batch.logits is not None
-                requests = [sequence.request for sequence in rows]
-                tokens = sample(batch.logits, requests, [len(sequence.tokens) for sequence in rows])
-                for sequence, token in zip(rows, tokens, strict=True):
-                    if (result := self._append(sequence, token)) is not None:
-                        results.append(result)
+                results += self._extend(rows, batch.logits)
             batch.logits = None
         self._live = [each for each in self._live if each.kv is not None]
         return results
 
-    def _append(self, sequence: Sequence, token: int | RequestError) -> TokenResult | None:
-        """Take a sampled token; the result when it ended the answer."""
-        if isinstance(token, RequestError):
-            return self._finish(sequence, "error", token)
-        sequence.tokens.append(token)
-        if token in sequence.request.stop_token_ids:
-            return self._finish(sequence, "stop")
-        if sequence.num_generated >= sequence.request.max_tokens:
-            return self._finish(sequence, "length")
-        assert sequence.kv is not None
-        if self._outgrew(sequence):
-            self._preempt(sequence)
-        else:
-            self.cache.trim(sequence.kv, sequence.num_stored)
-        return None
+    def _extend(self, sequences: SequenceOf[Sequence], logits: torch.Tensor) -> Iterator[TokenResult]:
+        """Give each sequence the token of its row; the results of those that ended."""
+        tokens = sample(logits, [each.request for each in sequences], [each.generated for each in sequences])
+        for sequence, row, token in zip(sequences, logits, tokens, strict=True):
+            if isinstance(token, RequestError):
+                end = Ending(reason="error", error=token)
+            else:
+                asked = sequence.request.num_logprobs
+                sequence.append(token, None if asked is None else token_logprobs(row, token, asked))
+                end = ending(sequence)
+            if end is not None:
+                yield self._finish(sequence, end)
+            elif self._outgrew(sequence):
+                self._preempt(sequence)
+            else:
+                assert sequence.kv is not None
+                self.cache.trim(sequence.kv, sequence.num_stored)
 
     def _outgrew(self, sequence: Sequence) -> bool:
         """Whether the model computes all keys of this sequence anew, now that it has one token more."""
@@ -415,13 +394,8 @@ class Engine:
 
     def _on_unit(self, unit: int) -> None:
         if self._clock.due():
-            begun = sum(min(each.num_generated / each.expected_tokens, 1.0) for each in self._live)
-            self._clock.tell(self.counts, self.trace, self.bytes_moved(), begun, len(self._live), (unit, len(self.model.layouts)))
-
-
-def _kv_slice(each: Slice) -> KVSlice:
-    assert each.sequence.kv is not None
-    return KVSlice(start=each.start, length=each.length, tables=each.sequence.kv.tables)
+            begun = sum(each.progress for each in self._live)
+            self._clock.tell(self.answers.counts, self.trace, self.bytes_moved(), begun, len(self._live), (unit, len(self.model.layouts)))
 
 
 def _popping(heap: list[tuple[int, int, Sequence]]) -> Iterator[Sequence]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import platform
-from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -33,15 +32,12 @@ class RunContext:
     budgets: Budgets
 
 
-def make_report(engine: Engine, context: RunContext, elapsed_seconds: float, finished: Sequence[tuple[int, int]]) -> RunReport:
-    """The report of a run.
-
-    Args:
-        finished: (prompt length, generated tokens) of every request.
-    """
-    trace, counts = engine.trace, engine.counts
+def make_report(engine: Engine, context: RunContext, elapsed_seconds: float) -> RunReport:
+    """The report of a run."""
+    trace, answers = engine.trace, engine.answers
+    counts = answers.counts
     elapsed = max(elapsed_seconds, 1e-9)
-    served = [(prompt, output) for prompt, output in finished if output > 0]
+    served = [(prompt, output) for prompt, output in answers.finished if output > 0]
     workload = Workload(prompt_lens=tuple(p for p, _ in served), output_lens=tuple(o for _, o in served))
     busiest = trace.busiest_seconds
     ideal = least_ideal_seconds(engine.spec, engine.machine, workload, context.budgets, engine.policy.dtype, also=(engine.policy,))
@@ -70,7 +66,8 @@ def make_report(engine: Engine, context: RunContext, elapsed_seconds: float, fin
         peak_device_bytes=engine.device_bytes(),
         device_budget_bytes=context.device_budget_bytes,
         num_preemptions=counts.preemptions,
-        finish_reasons=dict(engine.finish_reasons),
+        recomputed_tokens=counts.recomputed_tokens,
+        finish_reasons=dict(answers.finish_reasons),
         policy=dataclasses.asdict(engine.policy),
         machine=json.loads(engine.machine.to_json()),
         model=context.model,

@@ -1,62 +1,52 @@
 """Logits to tokens.  Each row is decided by itself: neither its neighbours nor the size of the batch can change its token.
 
-Knows nothing of sequences and text: a row comes with its sampling values and with the position that it fills.
+Knows nothing of sequences and text: a row comes with its request and with what that has generated so far.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import numpy as np
 import torch
 
+from flexgen.engine.processors import changes_logits, process_logits
 from flexgen.errors import RequestError
+from flexgen.request import TokenRequest
 
 _UINT64 = (1 << 64) - 1
 _FIRST_CANDIDATES = 256  # a nucleus is mostly smaller; larger ones cost another partition
 
 
-class Sampled(Protocol):
-    """What a row's request says about sampling (a `TokenRequest` does)."""
-
-    @property
-    def temperature(self) -> float: ...
-    @property
-    def top_p(self) -> float: ...
-    @property
-    def top_k(self) -> int: ...
-    @property
-    def seed(self) -> int: ...
-
-
-def sample(logits: torch.Tensor, requests: Sequence[Sampled], positions: Sequence[int]) -> list[int | RequestError]:
+def sample(logits: torch.Tensor, requests: Sequence[TokenRequest], generated: Sequence[Sequence[int]]) -> list[int | RequestError]:
     """The next token of every row, or why that row has none.
 
-    Temperature 0 takes the largest logit, the lowest id among equals, as transformers' `generate` does.  Otherwise temperature,
-    top-k and top-p are applied in this order, as in transformers and vLLM (ties with the k-th logit stay), and the token is drawn
-    by inverting the cumulative distribution in float64 at one uniform number that depends on (seed, position) only.
+    First masks, bias and penalties change the logits (processors.py).  Temperature 0 then takes the largest, the lowest id among
+    equals, as transformers' `generate` does.  Otherwise temperature, min-p, top-k and top-p are applied in this order, as in vLLM
+    (ties with the k-th logit stay), and the token is drawn by inverting the cumulative distribution in float64 at one uniform number
+    that depends on (seed, position) only.
 
     Args:
         logits: (rows, vocab), any floating dtype and device; not changed.
         requests: one per row.
-        positions: one per row, at least 0; the place of the new token in its sequence.
+        generated: one per row, the ids generated so far.
 
     Returns:
-        One entry per row: a token id, or a `RequestError` of code "non_finite_logits" for a row with a NaN or an infinity.
+        One entry per row: a token id, or a `RequestError` of code "non_finite_logits" for a row with a NaN or an infinity, of
+        code "no_token_allowed" for one whose every token is masked.
     """
-    if logits.ndim != 2 or not len(logits) == len(requests) == len(positions):
-        raise ValueError(f"logits {tuple(logits.shape)} for {len(requests)} requests and {len(positions)} positions")
+    if logits.ndim != 2 or not len(logits) == len(requests) == len(generated):
+        raise ValueError(f"logits {tuple(logits.shape)} for {len(requests)} requests and {len(generated)} answers")
     if not len(requests):
         return []
     largest, greedy = logits.max(dim=-1)  # (rows,) each; the maximum of a row with a NaN is NaN
     finite = (largest.isfinite() & logits.amin(dim=-1).isfinite()).tolist()
     tokens: list[int | RequestError] = list(greedy.tolist())
-    for row, (request, position) in enumerate(zip(requests, positions, strict=True)):
+    for row, (request, past) in enumerate(zip(requests, generated, strict=True)):
         if not finite[row]:
             tokens[row] = RequestError("the model produced logits that are not finite", code="non_finite_logits")
-        elif request.temperature > 0:
-            tokens[row] = _draw(_as_float64(logits[row]), request, uniform(request.seed, position))
+        elif request.temperature > 0 or changes_logits(request):
+            tokens[row] = _choose(as_float64(logits[row]), request, past)
     return tokens
 
 
@@ -66,19 +56,38 @@ def uniform(seed: int, position: int) -> float:
     return (int(bits) >> 11) * 2.0**-53
 
 
-def _as_float64(row: torch.Tensor) -> np.ndarray:
+def as_float64(row: torch.Tensor) -> np.ndarray:
+    """The numbers of a tensor on the host; of a float64 tensor there they are shared."""
     return row.detach().to(device="cpu", dtype=torch.float64).numpy()
 
 
-def _draw(row: np.ndarray, request: Sampled, u: float) -> int:
-    """The token of one row of float64 logits at the uniform number `u`."""
+def _choose(row: np.ndarray, request: TokenRequest, generated: Sequence[int]) -> int | RequestError:
+    """The token of one row of float64 logits."""
+    if changes_logits(request):
+        row = process_logits(row, request, generated)
+        if row.max() == -np.inf:
+            return RequestError("bad_words, min_tokens and allowed_token_ids leave no token to generate", code="no_token_allowed")
+    if request.temperature == 0:
+        return int(row.argmax())
+    return _draw(row, request, uniform(request.seed, len(request.prompt_token_ids) + len(generated)))
+
+
+def _draw(row: np.ndarray, request: TokenRequest, u: float) -> int:
+    """A token by temperature, filters and the uniform number `u`.
+
+    min-p and top-k both keep what lies above a threshold, so their order does not matter; top-k first leaves less to exponentiate.
+    """
     ids = None
     if 0 < request.top_k < len(row):
         threshold = np.partition(row, -request.top_k)[-request.top_k]
         ids = np.flatnonzero(row >= threshold)
         row = row[ids]
     with np.errstate(over="ignore", under="ignore"):  # tiny temperatures: the others' weights become 0
-        weights = np.exp((row - row.max()) / request.temperature)
+        weights = np.exp((row - row.max()) / request.temperature)  # relative to the likeliest
+    if request.min_p > 0:
+        likely = np.flatnonzero(weights >= request.min_p)
+        ids = likely if ids is None else ids[likely]
+        weights = weights[likely]
     if request.top_p < 1:
         nucleus = _nucleus(weights, request.top_p)
         ids = nucleus if ids is None else ids[nucleus]

@@ -139,10 +139,10 @@ def defer_remainder(sequences: SequenceOf[Sequence], rows: int) -> None:
     """
     for sequence in sequences:
         sequence.deferred = 0
-    excess = sum(sequence.num_new for sequence in sequences) % rows
-    if sum(sequence.num_new for sequence in sequences) < rows or excess > SMALL_REMAINDER * rows:
-        return
-    if excess > sum(sequence.num_new for sequence in sequences if sequence.num_new > 1):
+    total = sum(sequence.num_new for sequence in sequences)
+    of_prompts = sum(sequence.num_new for sequence in sequences if sequence.num_new > 1)
+    excess = total % rows
+    if total < rows or excess > min(SMALL_REMAINDER * rows, of_prompts):
         return
     for sequence in reversed(sequences):
         if excess and sequence.num_new > 1:

@@ -57,18 +57,27 @@ def _skip_line(file: BinaryIO, hasher: hashlib.blake2b) -> None:
             return
 
 
+def parse_text(line: Line) -> str:
+    """A line as it stands.
+
+    Raises:
+        RequestError: `line_too_long` or `invalid_utf8`.
+    """
+    if line.content is None:
+        raise RequestError(f"the line is longer than {format_size(MAX_LINE_BYTES)}", code="line_too_long")
+    try:
+        return line.content.decode()
+    except UnicodeDecodeError as error:
+        raise RequestError(f"the line is not UTF-8 (byte {error.start})", code="invalid_utf8") from error
+
+
 def parse_object(line: Line) -> dict[str, Any]:
     """The JSON object of a line, stricter than Python: standard JSON only, each key once, text that UTF-8 can hold.
 
     Raises:
         RequestError: `line_too_long`, `invalid_utf8` or `invalid_json`.
     """
-    if line.content is None:
-        raise RequestError(f"the line is longer than {format_size(MAX_LINE_BYTES)}", code="line_too_long")
-    try:
-        text = line.content.decode()
-    except UnicodeDecodeError as error:
-        raise RequestError(f"the line is not UTF-8 (byte {error.start})", code="invalid_utf8") from error
+    text = parse_text(line)
     try:
         value = json.loads(text, object_pairs_hook=_object, parse_constant=_constant, parse_float=_float)
         if "\\u" in text:

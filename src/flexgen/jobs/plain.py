@@ -1,4 +1,4 @@
-"""Bare lines: {"prompt": ..., "id": ..., "max_tokens": ...} in, {"id", "index", "text", ...} out."""
+"""Bare lines: {"prompt": ...} or {"messages": ...} with fields beside it in, {"id", "index", "text", ...} out; or lines of mere text."""
 
 from __future__ import annotations
 
@@ -7,15 +7,22 @@ from dataclasses import dataclass
 from typing import Any
 
 from flexgen.errors import RequestError
-from flexgen.jobs.fields import Answer, JobRequest, Origin, parse_completion
-from flexgen.request import SamplingParams
+from flexgen.jobs.bodies import parse_chat, parse_completion
+from flexgen.jobs.fields import Answer, JobRequest, Origin
+from flexgen.jobs.logprobs import token_logprobs
+from flexgen.request import CompletionOutput, SamplingParams
 
 _IDS = ("id", "custom_id")
+_PROMPTS = ("prompt", "messages")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlainForm:
-    """Flat records; `index` is the line's number, from 1."""
+    """Flat records; `index` is the line's number, from 1.
+
+    Attributes:
+        defaults: of lines that do not say how they are sampled.
+    """
 
     defaults: SamplingParams
 
@@ -26,25 +33,27 @@ class PlainForm:
 
     def parse(self, fields: Mapping[str, Any]) -> JobRequest:
         """Raises RequestError when the line cannot be served."""
-        if "messages" in fields:
-            raise RequestError("chat ({messages}) is not supported yet", code="unsupported_field", param="messages")
-        if "prompt" not in fields:
-            raise RequestError("the line has no prompt", param="prompt")
         if self.identity(fields) is None and any(fields.get(name) is not None for name in _IDS):
             raise RequestError("the line's id must be one text or integer", param="id")
-        return parse_completion({name: value for name, value in fields.items() if name not in _IDS}, self.defaults)
+        body = {name: value for name, value in fields.items() if name not in _IDS and (name not in _PROMPTS or value is not None)}
+        if all(name in body for name in _PROMPTS):
+            raise RequestError("the line has both a prompt and messages", param="messages")
+        return (parse_chat if "messages" in body else parse_completion)(body, self.defaults)
 
     def success(self, origin: Origin, answer: Answer) -> dict[str, Any]:
-        """The record of an answer."""
-        record: dict[str, Any] = {"id": origin.id, "index": origin.line_number}
-        record["text"] = answer.completion.text if answer.has_text else None
-        if answer.shows_ids:
-            record["token_ids"] = list(answer.completion.token_ids)
-        record["finish_reason"] = answer.completion.finish_reason
-        record["stop_reason"] = answer.completion.stop_reason
-        record["usage"] = answer.usage
-        return record
+        """The record of an answer; where several choices were asked for, each field of the answer is a list."""
+        choices = [self._choice(completion, answer) for completion in answer.completions]
+        merged = choices[0] if answer.params.n == 1 else {name: [choice[name] for choice in choices] for name in choices[0]}
+        return {"id": origin.id, "index": origin.line_number, **merged, "usage": answer.usage}
 
     def failure(self, origin: Origin, error: RequestError) -> dict[str, Any]:
         """The record of an error."""
         return {"id": origin.id, "index": origin.line_number, "error": {"code": error.code, "message": str(error), "param": error.param}}
+
+    def _choice(self, completion: CompletionOutput, answer: Answer) -> dict[str, Any]:
+        choice: dict[str, Any] = {"text": completion.text if answer.has_text else None}
+        if answer.shows_ids:
+            choice["token_ids"] = list(completion.token_ids)
+        if completion.logprobs is not None:
+            choice["logprobs"] = token_logprobs(completion, answer.params.logprobs or 0)
+        return {**choice, "finish_reason": completion.finish_reason, "stop_reason": completion.stop_reason}

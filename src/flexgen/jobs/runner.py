@@ -1,51 +1,36 @@
-"""One job: every line of the input that is not blank ends in exactly one record of the output.
+"""One job: every line of the input that is not blank ends in exactly one record.
 
-Two scans of the input, both streaming.  The first answers bad lines with errors and measures the others, because the plan depends
-on their lengths; the second feeds them to the model as it asks for them.  Knows lines and answers; nothing of how the model runs.
+The input is streamed, several times: to compare it with what earlier runs answered, under --strict to check it as a whole, to answer
+bad lines and measure the others (the plan depends on their lengths), and to feed those to the model as it asks for them.
+Knows lines and answers; nothing of how the model runs.
 """
 
 from __future__ import annotations
 
-import json
+import logging
+import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from flexgen.engine.progress import Progress
-from flexgen.errors import EngineError, RequestError, StorageError
-from flexgen.jobs.fields import Answer, Form, JobRequest, Origin
-from flexgen.jobs.lines import Line, parse_object, read_lines
-from flexgen.jobs.openai import OpenAIForm, is_batch_line
-from flexgen.jobs.plain import PlainForm
+from flexgen.errors import EngineError, JobError, OutOfMemoryError, StorageError
+from flexgen.failpoints import failpoint
+from flexgen.jobs.census import Census
+from flexgen.jobs.forms import Forms, Remarks
+from flexgen.jobs.lines import Line, read_lines
+from flexgen.jobs.reading import Reader, Refused, Served
+from flexgen.jobs.serving import Serving, failure
+from flexgen.jobs.stopping import Stopped, StopRequest
 from flexgen.jobs.store import Store
 from flexgen.llm import LLM
 from flexgen.plan.workload import Workload
-from flexgen.request import SamplingParams, TokenRequest, TokenResult
+from flexgen.request import Live, SamplingParams, TokenRequest
 
-_BATCH_LINES = 256  # tokenised together
-_BATCH_BYTES = 4 << 20
+logger = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Parsed:
-    """A line as its form understands it."""
-
-    origin: Origin
-    form: Form
-    request: JobRequest | RequestError
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Live:
-    """What is kept of a request while the model has it."""
-
-    origin: Origin
-    form: Form
-    params: SamplingParams
-    num_prompt_tokens: int
-    shows_ids: bool
+CHECKPOINT_SECONDS = 30.0
+_MOST_COMPLAINTS = 20
 
 
 class Job:
@@ -54,90 +39,197 @@ class Job:
     Args:
         llm: the model.
         source: the input file; it must not change while the job runs.
-        store: where records go; None only measures (`--dry-run`).
-        defaults: of bare lines (OpenAI lines have the hosted API's).
+        store: where results go; None only measures (`--dry-run`).
+        defaults: of lines that do not say how they are sampled.
+        input_format: see `Forms`.
+        checkpoint_seconds: tokens of answers in progress are stored after a pass, at most this often.
+        stop: looked at after every pass.
 
     Attributes:
         num_lines: lines that are not blank.
         num_bad_lines: those that the scan answered with an error.
         started: whether the model has taken requests.
-        defaults: as given.
+        remarks: on the lines that the scan left for the model.
+        num_resumed: answers that went on where an earlier run left them. tokens_kept: of theirs, not generated again.
     """
 
-    def __init__(self, llm: LLM, source: Path, store: Store | None, *, defaults: SamplingParams) -> None:
-        self.llm, self.source, self.store = llm, source, store
+    def __init__(
+        self,
+        llm: LLM,
+        source: Path,
+        store: Store | None,
+        *,
+        defaults: SamplingParams,
+        input_format: str = "jsonl",
+        checkpoint_seconds: float = CHECKPOINT_SECONDS,
+        stop: StopRequest | None = None,
+    ) -> None:
+        self.llm, self.source, self.store, self.defaults = llm, source, store, defaults
         self.num_lines = self.num_bad_lines = 0
         self.started = False
-        self.defaults = defaults
-        self._plain = PlainForm(defaults=defaults)
-        self._openai = OpenAIForm(model=llm.files.name, created=store.created if store is not None else 0)
+        self.num_resumed = self.tokens_kept = 0
+        self._checkpoint_seconds, self._next_checkpoint = checkpoint_seconds, 0.0
+        self._stop = stop or StopRequest()
+        self._input_format = input_format
+        self.remarks = Remarks(llm.files.name)
         self._pending = array("Q")  # digests of the lines that the scan left for the model, in order
-        self._live: dict[int, _Live] = {}  # by line number
 
-    def scan(self) -> Workload:
-        """Answer bad lines, and measure the good ones that have no answer yet.
+    # -- before the start ---------------------------------------------------------------------------------------------------------------
+
+    def match(self, *, accept_changes: bool = False) -> None:
+        """Compare the input with what earlier runs answered.
 
         Raises:
-            StorageError: the input cannot be read, or the output belongs to another input.
+            JobError: lines that are done have changed, and that is not accepted.
+            StorageError: the input cannot be read.
         """
+        if self.store is not None:
+            self.store.match_input(((line.number, line.digest) for line in self._lines()), accept_changes=accept_changes)
+
+    def check(self) -> None:
+        """Check every line, done or not (--strict).
+
+        Raises:
+            JobError: lines that cannot be served, or ids that several lines have; the message lists the first.
+        """
+        census = Census()
+        complaints: list[tuple[int, str]] = []
+        count = 0
+        for read in self._reader(strict=True).read(self._lines()):
+            census.add(read.origin)
+            if isinstance(read, Refused):
+                count += 1
+                if count <= _MOST_COMPLAINTS:
+                    complaints.append((read.origin.line_number, str(read.error)))
+        repeated = census.repeated()
+        complaints += [(line_number, "an earlier line has the same id") for line_number in repeated[:_MOST_COMPLAINTS]]
+        if complaints:
+            listed = "\n".join(f"line {line_number}: {what}" for line_number, what in sorted(complaints)[:_MOST_COMPLAINTS])
+            raise JobError(f"{self.source}: --strict found {count + len(repeated):,} faults; the first are\n{listed}")
+
+    def scan(self) -> Workload:
+        """Answer bad lines, and measure the good ones that have no answer yet.  Each run needs a scan before it.
+
+        Raises:
+            StorageError: the input cannot be read, or an error cannot be stored.
+        """
+        self.num_lines, self._pending, self.remarks = 0, array("Q"), Remarks(self.llm.files.name)
         same: dict[int, int] = {}  # one object per length: a tuple of a million of them stays small
         prompt_lens: list[int] = []
         output_lens: list[int] = []
-        for parsed, request in self._requests(self._unanswered()):
-            if isinstance(request, RequestError):
+        census = Census()
+        for read in self._reader().read(self._unanswered()):
+            census.add(read.origin)
+            if isinstance(read, Refused):
                 self.num_bad_lines += 1
-                self._record(parsed.origin, parsed.form.failure(parsed.origin, request), failed=True)
-            else:
-                self._pending.append(parsed.origin.digest)
-                prompt_lens.append(same.setdefault(len(request.prompt_token_ids), len(request.prompt_token_ids)))
-                output_lens.append(same.setdefault(request.max_tokens, request.max_tokens))
+                if self.store is not None:
+                    self.store.add(failure(read, read.error))
+                continue
+            self.remarks.note(read.request)
+            self._pending.append(read.origin.digest)
+            for prompt_len, output_len in self._lengths(read):
+                prompt_lens.append(same.setdefault(prompt_len, prompt_len))
+                output_lens.append(same.setdefault(output_len, output_len))
+        if repeated := census.repeated():
+            logger.warning("%s: %s lines have the id of an earlier line; all are answered", self.source, f"{len(repeated):,}")
+        if self.store is not None:
+            self.store.commit()
         return Workload(prompt_lens=tuple(prompt_lens), output_lens=tuple(output_lens))
 
+    def _lengths(self, served: Served) -> Iterator[tuple[int, int]]:
+        """(tokens given, most that are generated) of each choice; what an earlier run has generated is given."""
+        kept = self.store.kept(served.origin.line_number, served.origin.digest) if self.store is not None else {}
+        for choice, request in enumerate(served.token_requests):
+            before = len(kept[choice].generated.token_ids) if choice in kept else 0
+            yield len(request.prompt_token_ids) + before, max(request.max_tokens - before, 1)
+
+    # -- the run ------------------------------------------------------------------------------------------------------------------------
+
     def run(self, workload: Workload, *, on_progress: Callable[[Progress], None] | None = None) -> None:
-        """Have the model answer what the scan left for it; records are written as answers finish.
+        """Have the model answer what the scan left for it; results become durable as they finish.
 
         Raises:
-            StorageError: the input changed since the scan, or the output cannot be written.
-            FlexGenError: whatever stops the engine; what was answered is kept.
+            Stopped: `stop` was asked for; what was generated is stored.
+            StorageError: the input changed since the scan, or results cannot be stored.
+            OutOfMemoryError: with `LLM.shrink` and another scan the job can go on.
+            FlexGenError: whatever else stops the engine; what was finished is kept.
         """
-        if not len(workload):
+        if self.store is None or not len(workload):
             return
-        num_answered = 0
-        for result in self.llm.stream(self._token_requests(), workload, on_progress=on_progress):
-            self._finish(result)
-            num_answered += 1
-        if num_answered != len(self._pending):
-            raise EngineError(f"the engine answered {num_answered} of {len(self._pending)} requests")
+        serving = Serving(self.llm, self.store)
+        self._next_checkpoint = time.monotonic() + self._checkpoint_seconds
+        try:
+            self._answer(serving, self.store, workload, on_progress)
+        except BaseException as error:
+            _rescue(self.store)
+            if _out_of_memory(error):
+                raise OutOfMemoryError(f"memory ran out ({error}): lower --max-num-seqs or --micro-batch-tokens") from error
+            raise
 
-    # -- reading --------------------------------------------------------------------------------------------------------------------
+    def _answer(self, serving: Serving, store: Store, workload: Workload, on_progress: Callable[[Progress], None] | None) -> None:
+        def within_pass(progress: Progress) -> None:
+            store.commit_if_due()
+            if self._stop.overdue:
+                raise Stopped
+            if on_progress is not None:
+                on_progress(progress)
+
+        def after_pass(live: Iterable[Live]) -> None:
+            asked = self._stop.asked  # once: it may be asked for between two looks
+            if asked or time.monotonic() >= self._next_checkpoint:
+                store.commit(serving.progress(live))
+                self._next_checkpoint = time.monotonic() + self._checkpoint_seconds
+            if asked:
+                raise Stopped
+
+        requests = self._token_requests(serving, store)
+        for result in self.llm.stream(requests, workload, on_progress=within_pass, on_pass=after_pass):
+            serving.take(result)
+        store.commit()
+        self.num_resumed, self.tokens_kept = serving.num_resumed, serving.tokens_kept
+        num_left = len(self._pending) - serving.num_taken + serving.num_unfinished
+        if num_left:
+            raise EngineError(f"the engine left {num_left:,} of {len(self._pending):,} lines unanswered")
+
+    # -- reading ------------------------------------------------------------------------------------------------------------------------
+
+    def _reader(self, *, strict: bool = False) -> Reader:
+        model, created = (self.store.model, self.store.created) if self.store is not None else (self.llm.files.name, 0)
+        forms = Forms(model=model, created=created, defaults=self.defaults, input_format=self._input_format, strict=strict)
+        return Reader(self.llm, forms, now=created or None)
 
     def _lines(self) -> Iterator[Line]:
         if not self.source.is_file():
-            raise StorageError(f"{self.source} is not a file; the input is read twice, so it must be one")
+            raise StorageError(f"{self.source} is not a file; the input is read several times, so it must be one")
         try:
             with self.source.open("rb") as file:
-                yield from read_lines(file)
+                for line in read_lines(file):
+                    failpoint("input.read")
+                    yield line
         except OSError as error:
             raise StorageError(f"{self.source} cannot be read: {error}") from error
 
     def _unanswered(self) -> Iterator[Line]:
-        """The lines of the first scan."""
-        last = 0
+        """The lines that the scan looks at."""
         for line in self._lines():
             self.num_lines += 1
-            last = line.number
-            if self.store is None or not self.store.is_done(line.number, line.digest):
+            if self.store is None or not self.store.is_done(line.number):
                 yield line
-        if self.store is not None:
-            self.store.check_last_line(last)
 
-    def _left_by_scan(self) -> Iterator[Line]:
-        """The same lines again, less those that the scan answered."""
+    def _token_requests(self, serving: Serving, store: Store) -> Iterator[TokenRequest]:
+        """What the model pulls."""
+        for read in self._reader().read(self._left_by_scan(store)):
+            assert isinstance(read, Served)  # the others have been answered
+            self.started = True
+            yield from serving.requests(read)
+
+    def _left_by_scan(self, store: Store) -> Iterator[Line]:
+        """The lines that the scan looked at, less those that it answered."""
         num_left = 0
         for line in self._lines():
             if num_left == len(self._pending):
                 return
-            if self.store is not None and self.store.is_done(line.number, line.digest):
+            if store.is_done(line.number):
                 continue
             if line.digest != self._pending[num_left]:
                 break
@@ -146,105 +238,16 @@ class Job:
         if num_left < len(self._pending):
             raise StorageError(f"{self.source} changed while it was being answered")
 
-    def _requests(self, lines: Iterable[Line]) -> Iterator[tuple[_Parsed, TokenRequest | RequestError]]:
-        for batch in _batches(lines):
-            parsed = [self._parse(line) for line in batch]
-            yield from zip(parsed, self._tokenised(parsed), strict=True)
 
-    def _parse(self, line: Line) -> _Parsed:
-        form: Form = self._plain
-        identity = None
-        request: JobRequest | RequestError
-        try:
-            fields = parse_object(line)
-            form = self._openai if is_batch_line(fields) else self._plain
-            identity = form.identity(fields)
-            request = form.parse(fields)
-        except RequestError as error:
-            request = error
-        return _Parsed(origin=Origin(line_number=line.number, digest=line.digest, id=identity), form=form, request=request)
-
-    def _tokenised(self, batch: list[_Parsed]) -> Iterator[TokenRequest | RequestError]:
-        prompts = [parsed.request.prompt for parsed in batch if isinstance(parsed.request, JobRequest)]
-        has_tokenizer = self.llm.tokenizer is not None
-        encoded = iter(self.llm.encode([prompt for prompt in prompts if isinstance(prompt, str)]) if has_tokenizer else ())
-        for parsed in batch:
-            try:
-                if isinstance(parsed.request, RequestError):
-                    raise parsed.request
-                prompt = parsed.request.prompt
-                ids = prompt if isinstance(prompt, tuple) else next(encoded) if has_tokenizer else self.llm.encode([prompt])[0]
-                yield self._token_request(parsed.origin.line_number, ids, parsed.request)
-            except RequestError as error:
-                yield error
-
-    def _token_request(self, line_number: int, ids: Iterable[int], request: JobRequest) -> TokenRequest:
-        token_request = self.llm.token_request(line_number, tuple(ids), request.params)
-        asked = request.params.max_tokens
-        if request.states_max_tokens and asked is not None and token_request.max_tokens < asked:
-            length, context = len(token_request.prompt_token_ids), self.llm.max_model_len
-            message = f"the prompt's {length} tokens and max_tokens {asked} exceed the context of {context}"
-            raise RequestError(message, code="context_length_exceeded", param="max_tokens")
-        return token_request
-
-    # -- answering ------------------------------------------------------------------------------------------------------------------
-
-    def _token_requests(self) -> Iterator[TokenRequest]:
-        """What the model pulls: the second scan."""
-        for parsed, token_request in self._requests(self._left_by_scan()):
-            assert isinstance(parsed.request, JobRequest)  # bad lines have been answered
-            assert isinstance(token_request, TokenRequest)
-            self._live[token_request.index] = _Live(
-                origin=parsed.origin,
-                form=parsed.form,
-                params=parsed.request.params,
-                num_prompt_tokens=len(token_request.prompt_token_ids),
-                shows_ids=parsed.request.return_token_ids or isinstance(parsed.request.prompt, tuple) or self.llm.tokenizer is None,
-            )
-            self.started = True
-            yield token_request
-
-    def _finish(self, result: TokenResult) -> None:
-        live = self._live.pop(result.index)
-        if result.error is not None:
-            self._record(live.origin, live.form.failure(live.origin, result.error), failed=True)
-            return
-        answer = Answer(
-            num_prompt_tokens=live.num_prompt_tokens,
-            completion=self.llm.completion(result, live.params),
-            shows_ids=live.shows_ids,
-            has_text=self.llm.tokenizer is not None,
-        )
-        self._record(live.origin, live.form.success(live.origin, answer), failed=False)
-
-    def _record(self, origin: Origin, record: dict[str, Any], *, failed: bool) -> None:
-        if self.store is not None:
-            line = json.dumps(record, allow_nan=False).encode() + b"\n"
-            self.store.append(origin.line_number, origin.digest, line, failed=failed)
+def _rescue(store: Store) -> None:
+    """Whatever stops a run does not take finished lines with it."""
+    try:
+        store.commit()
+    except StorageError as error:
+        logger.warning("what was finished last could not be stored, and will be answered again: %s", error)
 
 
-def identity(llm: LLM, defaults: SamplingParams) -> dict[str, str | int | None]:
-    """What must stay the same between the runs of a job, because it changes answers."""
-    return {
-        "model": llm.files.name if llm.files.commit is not None else str(llm.files.folder.resolve()),
-        "commit": llm.files.commit,
-        "dtype": llm.options.dtype,
-        "load_format": llm.options.load_format,
-        "max_model_len": llm.max_model_len,
-        "max_tokens": defaults.max_tokens,
-        "seed": llm.options.seed,
-    }
-
-
-def _batches(lines: Iterable[Line]) -> Iterator[list[Line]]:
-    """A few lines at a time, fewer where they are long."""
-    batch: list[Line] = []
-    size = 0
-    for line in lines:
-        batch.append(line)
-        size += len(line.content or b"")
-        if len(batch) >= _BATCH_LINES or size >= _BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
+def _out_of_memory(error: BaseException) -> bool:
+    """Python's error, or one of torch's (its CPU allocator raises a plain RuntimeError)."""
+    said = isinstance(error, RuntimeError) and ("out of memory" in str(error) or "can't allocate memory" in str(error))
+    return said or isinstance(error, MemoryError)

@@ -1,123 +1,266 @@
-"""The output file and what is known about it: which lines are answered, so that a rerun answers only the others.
+"""What is known about a job: which lines are done, with which record, and what lines in progress have so far.
 
-A record is first noted in a journal beside the output (OUTPUT.flexgen/done): line number, hash of the input line, end and checksum
-of the record; then it is appended to the output by one write.  At the next start a note without its whole record is dropped, with
-what there is of the record, so whatever a kill tears off, the output ends with a whole record that the journal knows.  Records without
-a note (a power failure can lose it) are moved to OUTPUT.flexgen/cut; bytes that are no records are never touched.  Knows nothing
-of requests.
+The database is the truth; the output file is made from it (export.py).  Results are committed many at a time, because a commit
+waits for the disk; a line counts as done when its commit has returned.  Knows nothing of requests.
 """
 
 from __future__ import annotations
 
-import fcntl
-import json
+import itertools
 import logging
-import os
-import struct
 import time
-import zlib
 from array import array
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Self
 
-from flexgen.errors import StorageError
-from flexgen.sizes import MIB, format_size
+from flexgen.errors import JobError
+from flexgen.jobs import begun
+from flexgen.jobs.begun import Begun, Kept
+from flexgen.jobs.database import connect, transaction, translated
+from flexgen.jobs.folder import JobFolder
+from flexgen.jobs.identity import Identity, changes
 
 logger = logging.getLogger(__name__)
 
-_ENTRY = struct.Struct("<QQQII")  # line number, digest, end in the output, crc32 of the record, failed
-_SUM = struct.Struct("<I")  # crc32 of the entry
-_ENTRY_BYTES = _ENTRY.size + _SUM.size
-_SYNC_SECONDS = 1.0
-_RECORD_START = b'{"id": '  # of every form's records
+COMMIT_SECONDS = 0.1
+_COMMIT_RESULTS = 1000
+_COMMIT_BYTES = 4 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """How a line ended.
+
+    Attributes:
+        digest: of the line, 64 bits.
+        record: the line of the output, with its end.
+    """
+
+    line_number: int
+    digest: int
+    record: bytes
+    failed: bool
+    prompt_tokens: int = 0
+    output_tokens: int = 0
 
 
 class Store:
-    """The answers of one job.
-
-    Args:
-        output: the file of answers; created, or continued if it belongs to the same job.
-        identity: what must not change between runs of a job (model, seed, ...), as JSON values.
+    """The state of one job, for the run that holds its folder.
 
     Attributes:
         created: seconds since 1970 at the first start of the job.
+        model: the name that answers carry.
         num_answered, num_failed: lines with an answer and with an error, earlier runs included.
         num_found: lines that earlier runs had finished.
 
     Raises:
-        StorageError: the output belongs to something else, was changed, is in use, or cannot be written.
+        StorageError: the state is damaged or another program's, or it cannot be read or written.
     """
 
-    def __init__(self, output: Path, identity: Mapping[str, Any]) -> None:
-        self.output = output
-        self.num_answered = self.num_failed = 0
-        self._digests = array("Q")  # by line number; 0 for lines that are not done
-        self._end = 0
-        self._next_sync = 0.0
-        self._output_fd = self._journal_fd = -1
-        folder = output.with_name(output.name + ".flexgen")
+    def __init__(self, folder: JobFolder) -> None:
+        self.paths, self._path = folder.paths, folder.paths.database
+        self.created, self.model = int(time.time()), ""
+        self._pending: list[Result] = []
+        self._pending_rows: list[Begun] = []
+        self._pending_bytes = 0
+        self._oldest = 0.0  # when the first of them came, on the monotonic clock
+        self._run: int | None = None
+        self._connection = connect(self._path, create=True)
         try:
-            with _translated(output):
-                if output.is_dir():
-                    raise StorageError(f"{output} is a folder; the output is a file")
-                if output.exists() and output.stat().st_size > 0 and not (folder / "done").exists():
-                    raise self._changed()
-                folder.mkdir(mode=0o700, exist_ok=True)
-                self._journal_fd = os.open(folder / "done", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-                self._lock()
-                self._output_fd = os.open(output, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-                self._recover(folder)
-                self.created = self._check_identity(folder / "job.json", dict(identity))
+            self._load()
         except BaseException:
             self.close()
             raise
-        self.num_found = self.num_answered + self.num_failed
 
-    def is_done(self, line_number: int, digest: int) -> bool:
-        """Whether the line has its record.
+    def _load(self) -> None:
+        """What is in the database."""
+        with translated(self._path):
+            self._digests = array("q")  # by line number; 0 for lines that are not done
+            for line_number, digest in self._connection.execute("SELECT line, digest FROM results ORDER BY line"):
+                self._note(line_number, digest)
+            query = "SELECT count(*), total(failed), ifnull(max(place), 0), total(output_tokens) FROM results"
+            done, failed, self._place, tokens = self._connection.execute(query).fetchone()
+            self._begun_lines = {line for (line,) in self._connection.execute("SELECT DISTINCT line FROM begun")}
+        self.num_failed, self.num_answered, self._output_tokens = int(failed), done - int(failed), int(tokens)
+        self.num_found = done
+
+    # -- the start of a run -----------------------------------------------------------------------------------------------------------
+
+    def begin(self, identity: Identity, model: str, *, accept_changes: bool = False) -> None:
+        """Agree with earlier runs on what changes answers; a job of which nothing is kept may become any other.
+
+        Args:
+            model: the name that answers carry, unless an earlier run chose one.
 
         Raises:
-            StorageError: it has one, but of a line with other content: the input is not the one that was answered.
+            JobError: something changed, and that is not accepted.
         """
-        known = self._digests[line_number] if line_number < len(self._digests) else 0
-        if known and known != digest:
-            raise StorageError(
-                f"{self.output} answers another input (line {line_number} differs): give another output, "
-                f"or remove it together with {self.output.name}.flexgen"
+        with translated(self._path):
+            facts = dict(self._connection.execute("SELECT name, value FROM facts"))
+        self.model = model
+        if facts and (self._num_done or self._begun_lines):
+            self._compare(Identity.from_json(facts["identity"]), identity, accept_changes)
+            self.created, self.model = int(facts["created"]), facts["model"]
+        facts = {"identity": identity.to_json(), "created": str(self.created), "model": self.model}
+        with transaction(self._connection, self._path):
+            self._connection.executemany("INSERT OR REPLACE INTO facts VALUES (?, ?)", facts.items())
+
+    def _compare(self, earlier: Identity, identity: Identity, accept_changes: bool) -> None:
+        for change in changes(earlier.versions, identity.versions):
+            logger.warning("%s was begun with %s; answers may differ in their last digits", self.paths.name, change)
+        found = changes(earlier.answers, identity.answers)
+        if not found:
+            return
+        said = "; ".join(map(str, found))
+        if not accept_changes:
+            raise JobError(
+                f"{self.paths.name} was begun with {said}: --accept-changes goes on with it, --fresh starts anew, another output keeps both"
             )
-        return known != 0
+        logger.warning("%s was begun with %s; answers in progress start anew", self.paths.name, said)
+        with transaction(self._connection, self._path):
+            self._connection.execute("DELETE FROM begun")
+        self._begun_lines.clear()
 
-    def check_last_line(self, line_number: int) -> None:
-        """Raises StorageError when lines after `line_number`, the input's last, have been answered."""
-        if len(self._digests) > line_number + 1:
-            raise StorageError(f"{self.output} answers another input ({len(self._digests) - 1} lines; this one has {line_number})")
+    def match_input(self, lines: Iterable[tuple[int, int]], *, accept_changes: bool = False) -> None:
+        """Compare the input's lines, (number, digest) in order, with those that were answered in their places.
 
-    def append(self, line_number: int, digest: int, record: bytes, *, failed: bool) -> None:
-        """Note the record of a line, then write it."""
-        end = self._end + len(record)
-        entry = _ENTRY.pack(line_number, digest, end, zlib.crc32(record), failed)
-        with _translated(self.output):
-            _write(self._journal_fd, entry + _SUM.pack(zlib.crc32(entry)), self._num_done * _ENTRY_BYTES)
-            _write(self._output_fd, record, self._end)
-            self._note(line_number, digest, end, failed)
-            if time.monotonic() >= self._next_sync:
-                self._sync()
+        Raises:
+            JobError: one differs or is gone, and that is not accepted.
+        """
+        if not self._num_done:
+            return
+        other = array("q")
+        last = 0
+        for line_number, digest in itertools.chain(lines, [(len(self._digests), 0)]):
+            other.extend(n for n in range(last + 1, min(line_number, len(self._digests))) if self._digests[n])
+            if self._known(line_number) not in (0, _signed(digest)):
+                other.append(line_number)
+            last = max(last, line_number)
+        if not other:
+            return
+        if not accept_changes:
+            raise JobError(
+                f"{self.paths.name} answers another input ({len(other):,} lines differ, the first is line {other[0]}): "
+                "--accept-changes answers those again, --fresh all lines, another output keeps both"
+            )
+        logger.warning("%s: %s lines of the input changed and are answered again", self.paths.name, f"{len(other):,}")
+        self._forget(other)
+
+    def forget_failed(self) -> int:
+        """Have lines that ended in an error answered again; how many there are."""
+        with translated(self._path):
+            failed = array("q", (line for (line,) in self._connection.execute("SELECT line FROM results WHERE failed")))
+        self._forget(failed)
+        return len(failed)
+
+    def _forget(self, lines: Sequence[int]) -> None:
+        with transaction(self._connection, self._path):
+            for table in ("results", "records"):
+                self._connection.executemany(f"DELETE FROM {table} WHERE line = ?", zip(lines))
+        self._load()
+
+    def start_run(self, num_lines: int) -> None:
+        """Note that a run begins, for `flexgen status`."""
+        self._started = time.monotonic()
+        with transaction(self._connection, self._path):
+            tokens = self._output_tokens + self._tokens_in_progress()
+            row = (time.time(), 0.0, num_lines, self._num_done, tokens, tokens, time.time(), None)
+            self._run = self._connection.execute("INSERT INTO runs VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?)", row).lastrowid
+
+    def end_run(self, ending: str) -> None:
+        """Note how the run ended."""
+        with transaction(self._connection, self._path):
+            self._connection.execute("UPDATE runs SET ending = ? WHERE id = ?", (ending, self._run))
+
+    # -- lines --------------------------------------------------------------------------------------------------------------------------
+
+    def is_done(self, line_number: int) -> bool:
+        """Whether the line has its record."""
+        return self._known(line_number) != 0
+
+    def add(self, result: Result) -> None:
+        """Take the result of a line.  It counts as done with the commit that makes it durable, this one or a later."""
+        self._wait(len(result.record))
+        self._pending.append(result)
+        self.commit_if_due()
+
+    def keep(self, row: Begun) -> None:
+        """Take a choice that is finished, of a line that is not; as durable as what is added."""
+        self._wait(len(row.generated.token_ids))
+        self._pending_rows.append(row)
+        self.commit_if_due()
+
+    def _wait(self, size: int) -> None:
+        if not self._pending and not self._pending_rows:
+            self._oldest = time.monotonic()
+        self._pending_bytes += size
+
+    def kept(self, line_number: int, digest: int) -> dict[int, Kept]:
+        """What earlier runs generated for a line that is not done, by choice."""
+        if line_number not in self._begun_lines:
+            return {}
+        with translated(self._path):
+            return begun.read(self._connection, line_number, _signed(digest))
+
+    def commit_if_due(self) -> None:
+        """Commit when there is much, or when something has waited for long."""
+        if not self._pending and not self._pending_rows:
+            return
+        many = len(self._pending) >= _COMMIT_RESULTS or self._pending_bytes >= _COMMIT_BYTES
+        if many or time.monotonic() - self._oldest >= COMMIT_SECONDS:
+            self.commit()
+
+    def commit(self, progress: Iterable[Begun] = ()) -> None:
+        """Make durable what was added, and what lines in progress have got.
+
+        Raises:
+            StorageError: that failed; nothing of it counts as done then.
+        """
+        results, rows = self._pending, [*self._pending_rows, *progress]
+        if not results and not rows:
+            return
+        self._pending, self._pending_rows, self._pending_bytes = [], [], 0
+        with transaction(self._connection, self._path):
+            begun.write(self._connection, ((_signed(row.digest), row) for row in rows))
+            self._write_results(results)  # after their rows, which they remove
+            self._write_run(results)
+        for result in results:
+            self._note(result.line_number, _signed(result.digest))
+            self.num_failed += result.failed
+            self.num_answered += not result.failed
+            self._output_tokens += result.output_tokens
+        self._place += len(results)
+        self._begun_lines.update(row.line_number for row in rows)
+        self._begun_lines.difference_update(result.line_number for result in results)
+
+    def _write_results(self, results: list[Result]) -> None:
+        execute = self._connection.executemany
+        execute(
+            "INSERT INTO results VALUES (?, ?, ?, ?, ?, ?)",
+            (
+                (each.line_number, _signed(each.digest), self._place + place, each.failed, each.prompt_tokens, each.output_tokens)
+                for place, each in enumerate(results, 1)
+            ),
+        )
+        execute("INSERT INTO records VALUES (?, ?)", ((each.line_number, each.record) for each in results))
+        execute("DELETE FROM begun WHERE line = ?", ((each.line_number,) for each in results))
+
+    def _write_run(self, results: list[Result]) -> None:
+        if self._run is None:
+            return
+        tokens = self._output_tokens + sum(each.output_tokens for each in results) + self._tokens_in_progress()
+        row = (time.monotonic() - self._started, tokens, time.time(), self._run)
+        self._connection.execute("UPDATE runs SET seconds = ?, tokens = ?, updated = ? WHERE id = ?", row)
+
+    def _tokens_in_progress(self) -> int:
+        return int(self._connection.execute("SELECT total(tokens) FROM begun").fetchone()[0])
 
     def close(self) -> None:
-        """Make everything durable and let go of the files."""
-        try:
-            if self._output_fd >= 0 and self._journal_fd >= 0:
-                with _translated(self.output):
-                    self._sync()
-        finally:
-            for fd in (self._output_fd, self._journal_fd):
-                if fd >= 0:
-                    os.close(fd)
-            self._output_fd = self._journal_fd = -1
+        """Let go of the database.  What was not committed is not done."""
+        self._connection.close()
 
-    def __enter__(self) -> Store:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -127,109 +270,15 @@ class Store:
     def _num_done(self) -> int:
         return self.num_answered + self.num_failed
 
-    def _note(self, line_number: int, digest: int, end: int, failed: int) -> None:
+    def _known(self, line_number: int) -> int:
+        return self._digests[line_number] if line_number < len(self._digests) else 0
+
+    def _note(self, line_number: int, digest: int) -> None:
         if line_number >= len(self._digests):
             self._digests.extend([0] * (line_number + 1 - len(self._digests)))
         self._digests[line_number] = digest
-        self._end = end
-        if failed:
-            self.num_failed += 1
-        else:
-            self.num_answered += 1
-
-    def _sync(self) -> None:
-        os.fdatasync(self._journal_fd)
-        os.fdatasync(self._output_fd)
-        self._next_sync = time.monotonic() + _SYNC_SECONDS
-
-    def _lock(self) -> None:
-        try:
-            fcntl.flock(self._journal_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise StorageError(f"{self.output} is being written by another flexgen") from error
-
-    def _recover(self, folder: Path) -> None:
-        """Note what is done, and cut off what was begun."""
-        size = os.fstat(self._output_fd).st_size
-        begun = False
-        for line_number, digest, end, checksum, failed in self._entries():
-            record = _read(self._output_fd, end - self._end, self._end)
-            begun = len(record) < end - self._end or b"\0" in record  # zeros: it never reached the disk before a power failure
-            if begun:
-                break
-            if zlib.crc32(record) != checksum:
-                raise self._changed()
-            self._note(line_number, digest, end, failed)
-        rest = _read(self._output_fd, min(size - self._end, len(_RECORD_START)), self._end).rstrip(b"\0")
-        if not _RECORD_START.startswith(rest):
-            raise self._changed()
-        if rest and not begun:
-            self._move_rest(folder / "cut", size)
-        os.ftruncate(self._output_fd, self._end)
-        os.ftruncate(self._journal_fd, self._num_done * _ENTRY_BYTES)
-
-    def _move_rest(self, target: Path, size: int) -> None:
-        with target.open("ab") as file:
-            for offset in range(self._end, size, MIB):
-                file.write(_read(self._output_fd, min(MIB, size - offset), offset))
-        logger.warning("%s: %s of answers that the journal does not know went to %s", self.output, format_size(size - self._end), target)
-
-    def _changed(self) -> StorageError:
-        return StorageError(
-            f"{self.output} was not written by flexgen, or changed since: give another output, "
-            f"or remove it together with {self.output.name}.flexgen"
-        )
-
-    def _entries(self) -> Iterator[tuple[int, int, int, int, int]]:
-        """The whole and intact entries of the journal, in order."""
-        offset = end = 0
-        while len(entry := _read(self._journal_fd, _ENTRY_BYTES, offset)) == _ENTRY_BYTES:
-            (checksum,) = _SUM.unpack(entry[_ENTRY.size :])
-            values = _ENTRY.unpack(entry[: _ENTRY.size])
-            if zlib.crc32(entry[: _ENTRY.size]) != checksum or values[2] <= end:
-                break
-            yield values
-            offset, end = offset + _ENTRY_BYTES, values[2]
-
-    def _check_identity(self, path: Path, identity: dict[str, Any]) -> int:
-        """The job's start; a job of which nothing is done may change its identity."""
-        if self._num_done:
-            try:
-                known = json.loads(path.read_text())
-            except ValueError as error:
-                raise StorageError(f"{path} is damaged: {error}") from error
-            for name in [*identity, *(name for name in known["identity"] if name not in identity)]:
-                old, new = known["identity"].get(name), identity.get(name)
-                if old != new:
-                    raise StorageError(
-                        f"{self.output} was begun with {name} {old!r}, now it is {new!r}: give another output, "
-                        f"or remove it together with {self.output.name}.flexgen"
-                    )
-            return known["created"]
-        created = int(time.time())
-        temporary = path.with_name(path.name + ".new")
-        temporary.write_text(json.dumps({"created": created, "identity": identity}, indent=2))
-        temporary.replace(path)
-        return created
 
 
-def _write(fd: int, data: bytes, offset: int) -> None:
-    """One write, unless the system cuts it short."""
-    written = os.pwrite(fd, data, offset)
-    while written < len(data):
-        written += os.pwrite(fd, data[written:], offset + written)
-
-
-def _read(fd: int, size: int, offset: int) -> bytes:
-    data = os.pread(fd, size, offset)
-    while len(data) < size and (more := os.pread(fd, size - len(data), offset + len(data))):
-        data += more
-    return data
-
-
-@contextmanager
-def _translated(output: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise StorageError(f"{output} cannot be written: {error}") from error
+def _signed(digest: int) -> int:
+    """64 bits as SQLite's integers are."""
+    return digest - (1 << 64) if digest >= 1 << 63 else digest

@@ -22,6 +22,8 @@ from pathlib import Path
 import torch
 
 from flexgen.errors import StorageError
+from flexgen.failpoints import failpoint
+from flexgen.memory.checksums import BlockSums
 from flexgen.sizes import align_up
 
 logger = logging.getLogger(__name__)
@@ -112,6 +114,7 @@ class File:
     """An open file that is read, or read and written, at offsets; O_DIRECT where the file system takes it.
 
     Args:
+        verify: compare whatever is read with what was written, or read before.
         on_plain: told (folder, reason) when O_DIRECT is refused.
     """
 
@@ -122,6 +125,7 @@ class File:
         flags: int = os.O_RDONLY,
         direct: bool = True,
         unlinked: bool = False,
+        verify: bool = False,
         on_plain: Callable[[Path, str], None] = _warn_of_plain,
     ) -> None:
         self.path, self._on_plain = path, on_plain
@@ -134,6 +138,8 @@ class File:
         self._opened_bytes = os.fstat(self._fd).st_size
         if unlinked:
             path.unlink()
+        self._verify, self._sums = verify, BlockSums(self._opened_bytes) if verify else None
+        self._state = self._find_state()
 
     def _open(self, flags: int, direct: bool) -> int:
         mode = 0o600
@@ -153,8 +159,20 @@ class File:
         """Fill `view` from `offset`; bytes past the end that the file had when opened are left as they are.
 
         Raises:
-            StorageError: on an I/O error, or when the file has become shorter.
+            StorageError: on an I/O error, when the file has become shorter, or twice reads otherwise than before.
         """
+        self._fill(view, offset)
+        if self._sums is None:
+            return
+        size = max(min(len(view), self._opened_bytes - offset), 0)
+        if self._sums.agree(view[:size], offset):
+            return
+        logger.warning("%s at %d: %d bytes are not what they were; reading them again", self.path, offset, size)
+        self._fill(view, offset)
+        if not self._sums.agree(view[:size], offset):
+            raise StorageError(f"{self.path} at {offset}: {size} bytes are not what they were when they were written or first read")
+
+    def _fill(self, view: memoryview, offset: int) -> None:
         end = min(offset + len(view), self._opened_bytes)
         while len(view):
             count, direct = self._transfer(os.preadv, "reading", view, offset)
@@ -170,15 +188,19 @@ class File:
         Raises:
             StorageError: on an I/O error or a full disk.
         """
+        written, start = view, offset
         while len(view):
             count, _ = self._transfer(os.pwritev, "writing", view, offset)
             view, offset = view[count:], offset + count
+        if self._sums is not None:
+            self._sums.note(written, start)
 
     def _transfer(self, call: Callable[[int, list[memoryview], int], int], what: str, view: memoryview, offset: int) -> tuple[int, bool]:
         """(bytes moved by one system call, whether it was a direct one); repeated when interrupted or O_DIRECT is refused."""
         while True:
             direct = self.direct
             try:
+                failpoint("disk.read" if call is os.preadv else "disk.write")
                 return call(self._fd, [view], offset), direct
             except InterruptedError:
                 continue
@@ -198,8 +220,36 @@ class File:
             self.direct = False
         self._on_plain(self.path.parent, "refuses O_DIRECT at these offsets")
 
+    def _find_state(self) -> tuple[int, int]:
+        found = os.fstat(self._fd)
+        return found.st_size, found.st_mtime_ns
+
+    def check_unchanged(self) -> None:
+        """Raises StorageError when somebody wrote to the file since it was opened here for reading."""
+        if self._find_state() != self._state:
+            raise StorageError(f"{self.path} changed while it was being read")
+
     def truncate(self, size_bytes: int) -> None:
-        os.ftruncate(self._fd, size_bytes)
+        """Give a new file its size; it reads as zeros.  Raises StorageError where it cannot be so large."""
+        try:
+            os.ftruncate(self._fd, size_bytes)
+        except OSError as error:
+            raise StorageError(f"{self.path} cannot have {size_bytes} bytes: {error.strerror}") from error
+        self._opened_bytes = size_bytes
+        if self._verify:
+            self._sums = BlockSums(size_bytes, known=True)
+
+    def sync(self) -> None:
+        """Raises StorageError when what was written cannot be made durable."""
+        try:
+            os.fsync(self._fd)
+        except OSError as error:
+            raise StorageError(f"syncing {self.path}: {error.strerror}") from error
+
+    def forget_cached(self) -> None:
+        """Have the system drop what it caches of the file, as far as it likes."""
+        with contextlib.suppress(OSError):
+            os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def close(self) -> None:
         os.close(self._fd)
@@ -284,21 +334,27 @@ class IOPool:
 
 
 class FileSet:
-    """Read-only files, opened once each; folders that refuse O_DIRECT are named once."""
+    """Read-only files, opened once each; folders that refuse O_DIRECT are named once.  `verify` as for `File`."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, verify: bool = False) -> None:
+        self._verify = verify
         self._files: dict[Path, File] = {}
         self._plain: set[Path] = set()
 
     def __getitem__(self, path: Path) -> File:
         if path not in self._files:
-            self._files[path] = File(path, on_plain=self._say_once)
+            self._files[path] = File(path, verify=self._verify, on_plain=self._say_once)
         return self._files[path]
 
     def _say_once(self, folder: Path, why: str) -> None:
         if folder not in self._plain:
             self._plain.add(folder)
             _warn_of_plain(folder, why)
+
+    def check_unchanged(self) -> None:
+        """Raises StorageError when one of them is not what it was."""
+        for file in self._files.values():
+            file.check_unchanged()
 
     def close(self) -> None:
         for file in self._files.values():

@@ -33,12 +33,13 @@ NEW_FILE = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
 class DiskPool:
     """Pages in a spill file: for each group, each layer's key pages, then its value pages."""
 
-    def __init__(self, groups: Sequence[KVGroup], num_pages: Sequence[int], folder: Path) -> None:
+    def __init__(self, groups: Sequence[KVGroup], num_pages: Sequence[int], folder: Path, *, verify: bool = False) -> None:
         self.groups, self.num_pages = tuple(groups), list(num_pages)
         odd = [size for group in groups for size in (group.key_page_bytes, group.value_page_bytes) if size % ALIGNMENT]
         if odd:
             logger.warning("KV pages of %d bytes are no multiple of %d: they go through the page cache, which is slower", odd[0], ALIGNMENT)
-        self.file = File(folder / f"kv-{os.getpid()}-{id(self):x}.spill", flags=NEW_FILE, direct=not odd, unlinked=True)
+        path = folder / f"kv-{os.getpid()}-{id(self):x}.spill"
+        self.file = File(path, flags=NEW_FILE, direct=not odd, unlinked=True, verify=verify)
         self._bases: list[int] = []
         total = 0
         for group, count in zip(groups, num_pages, strict=True):

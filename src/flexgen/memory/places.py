@@ -26,6 +26,7 @@ def open_places(
     io: IOPool,
     offload_dir: Path | None,
     notify: Callable[[], None],
+    verify: bool = False,
 ) -> tuple[dict[str, Place], KVCache]:
     """Tier -> place, and the cache over all tiers, for the policy's pools."""
     pools: dict[str, Pool] = {}
@@ -50,7 +51,7 @@ def open_places(
     if policy.kv_disk_bytes:
         if offload_dir is None:
             raise EngineError("KV on disk needs an offload folder")
-        disk = DiskPool(groups, divide_pool(groups, policy.kv_disk_bytes, policy.longest_sequence), offload_dir)
+        disk = DiskPool(groups, divide_pool(groups, policy.kv_disk_bytes, policy.longest_sequence), offload_dir, verify=verify)
         pools["disk"] = disk
         places["disk"] = DiskPlace(disk, kernels(HOST), kernels(device), backend, notify, io, policy.kv_staging_bytes)
     return places, KVCache(groups, pools)

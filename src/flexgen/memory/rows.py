@@ -78,6 +78,11 @@ class EmbeddingRows:
         stored = buffer.tensor[: len(wanted) * size].view(table.stored_dtype).view(len(wanted), table.row_elements)
         return stored.to(self._device, table.dtype), renumbered
 
+    def check_unchanged(self) -> None:
+        """Raises StorageError when a file is not what it was."""
+        for file in self._files.values():
+            file.check_unchanged()
+
     def close(self) -> None:
         self._io.close()
         for file in self._files.values():

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
 import logging
 import os
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from flexgen.errors import StorageError
-from flexgen.memory.direct_io import ALIGNMENT, AlignedBuffer
+from flexgen.memory.direct_io import AlignedBuffer, File
 from flexgen.sizes import MIB
 
 logger = logging.getLogger(__name__)
@@ -44,9 +42,9 @@ def disk_rates(folder: Path, quick: bool, max_bytes: int) -> tuple[float, float]
         if size == 0:
             raise StorageError(f"{where}: no room for a file of 64 MiB to measure the disk with")
         with tempfile.NamedTemporaryFile(dir=where, prefix="flexgen-measure-") as file:
-            with _opened(file.name, os.O_RDWR) as descriptor:
-                write = _write_rate(descriptor, size, min(largest, max_bytes))
-            return _best_read_rate(_large_file(folder) or file.name, quick, max_bytes), write
+            with _opened(Path(file.name), os.O_RDWR) as written:
+                write = _write_rate(written, size, min(largest, max_bytes))
+            return _best_read_rate(_large_file(folder) or Path(file.name), quick, max_bytes), write
     except OSError as error:
         raise StorageError(f"{folder}: measuring the disk failed: {error}") from error
 
@@ -59,44 +57,28 @@ def writable(folder: Path) -> Path:
     return Path(tempfile.gettempdir())
 
 
-def _best_read_rate(path: str, quick: bool, max_bytes: int) -> float:
+def _best_read_rate(path: Path, quick: bool, max_bytes: int) -> float:
     """The best of all settings, the promising ones tried again."""
     settings = [(threads, block) for threads in READ_THREADS for block in READ_SIZES if threads * block <= max_bytes]
-    with _opened(path, os.O_RDONLY) as descriptor:
-        reader = functools.partial(_read_rate, descriptor, os.fstat(descriptor).st_size, seconds=READ_SECONDS[not quick])
+    with _opened(path, os.O_RDONLY) as file:
+        reader = functools.partial(_read_rate, file, path.stat().st_size, seconds=READ_SECONDS[not quick])
         once = {setting: reader(*setting) for setting in settings or [(1, 1 * MIB)]}
         promising = sorted(once, key=once.__getitem__, reverse=True)[: 2 if quick else 3]
         return max(*once.values(), *(reader(*setting) for setting in promising for _ in range(2)))
 
 
-def _large_file(folder: Path) -> str | None:
+def _large_file(folder: Path) -> Path | None:
     """The largest file of weights, if it is large enough to read from for a while."""
     files = [path for path in folder.glob("*.safetensors") if path.is_file() and path.stat().st_size >= LARGE_FILE_BYTES]
-    return str(max(files, key=lambda path: path.stat().st_size)) if files else None
+    return max(files, key=lambda path: path.stat().st_size, default=None)
 
 
-@contextlib.contextmanager
-def _opened(path: str, flags: int) -> Iterator[int]:
-    """A descriptor past the page cache, or a plain one where O_DIRECT is refused."""
-    try:
-        descriptor = os.open(path, flags | os.O_DIRECT)
-        try:
-            block = AlignedBuffer(ALIGNMENT).view
-            (os.pwritev if flags & os.O_RDWR else os.preadv)(descriptor, [block], 0)
-        except OSError:
-            os.close(descriptor)
-            raise
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
-        descriptor = os.open(path, flags)
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
+def _opened(path: Path, flags: int) -> contextlib.closing[File]:
+    """Past the page cache where that is possible; the engine says where it is not."""
+    return contextlib.closing(File(path, flags=flags, on_plain=lambda folder, why: None))
 
 
-def _write_rate(descriptor: int, size: int, block: int) -> float:
+def _write_rate(file: File, size: int, block: int) -> float:
     buffer = AlignedBuffer(block).view
     # Numbers that no file system can compress or share.
     noise = os.urandom(1 * MIB)
@@ -105,18 +87,17 @@ def _write_rate(descriptor: int, size: int, block: int) -> float:
     began = time.perf_counter()
     for offset in range(0, size, block):
         buffer[: len(noise) // 2] = noise[len(noise) // 2 :] if offset // block % 2 else noise[: len(noise) // 2]
-        _whole(os.pwritev, descriptor, buffer[: min(block, size - offset)], offset)
-    os.fsync(descriptor)
+        file.write_from(buffer[: min(block, size - offset)], offset)
+    file.sync()
     return size / (time.perf_counter() - began)
 
 
-def _read_rate(descriptor: int, size: int, threads: int, block: int, *, seconds: float) -> float:
+def _read_rate(file: File, size: int, threads: int, block: int, *, seconds: float) -> float:
     """Bytes per second of `threads` readers that share the file's blocks, from its beginning, for a while."""
-    with contextlib.suppress(OSError):
-        os.posix_fadvise(descriptor, 0, size, os.POSIX_FADV_DONTNEED)
+    file.forget_cached()
     blocks = max(size // block, 1)
     block = min(block, size)
-    errors: list[OSError] = []
+    errors: list[StorageError] = []
     counts = [0] * threads
 
     buffers = AlignedBuffer(threads * block)
@@ -129,9 +110,9 @@ def _read_rate(descriptor: int, size: int, threads: int, block: int, *, seconds:
         try:
             while time.perf_counter() - began < seconds:
                 at = (number + counts[number] * threads) % blocks
-                _whole(os.preadv, descriptor, view, at * block)
+                file.read_into(view, at * block)
                 counts[number] += 1
-        except OSError as error:
+        except StorageError as error:
             errors.append(error)
 
     ready = threading.Barrier(threads + 1)
@@ -145,12 +126,3 @@ def _read_rate(descriptor: int, size: int, threads: int, block: int, *, seconds:
     if errors:
         raise errors[0]
     return sum(counts) * block / (time.perf_counter() - began)
-
-
-def _whole(transfer: Callable[[int, list[memoryview], int], int], descriptor: int, view: memoryview, offset: int) -> None:
-    """A transfer of all of `view`."""
-    while len(view):
-        moved = transfer(descriptor, [view], offset)
-        if moved <= 0:
-            raise OSError(errno.EIO, "a transfer ended early")
-        view, offset = view[moved:], offset + moved

@@ -58,23 +58,7 @@ def find_limits(
     hard = min(ceilings, key=lambda ceiling: ceiling.total_bytes)
     tightest = min(ceilings, key=lambda ceiling: ceiling.available_bytes)
     device_bytes, device_total = _device_budget(device, options.device_mem, hard.total_bytes, cuda_memory)
-    if options.host_mem is not None:
-        host_bytes, host_source = parse_size(options.host_mem, total_bytes=hard.total_bytes), f"--host-mem {options.host_mem}"
-        if host_bytes > hard.total_bytes:
-            raise CapacityError(
-                f"--host-mem {options.host_mem} ({format_size(host_bytes)}) is more than {hard.name} allows "
-                f"({format_size(hard.total_bytes)}): ask for less, or raise that limit"
-            )
-    else:
-        own_bytes = _status(root, "RssAnon")
-        available = max(tightest.available_bytes - (device_bytes if device == "sim" else 0), 0)
-        host_bytes = min(int(HOST_SHARE * (available + own_bytes)), hard.total_bytes)
-        host_source = f"{HOST_SHARE:.0%} of what is available now ({tightest.name})"
-    if device == "sim" and host_bytes + device_bytes > hard.total_bytes:
-        raise CapacityError(
-            f"the simulated device's {format_size(device_bytes)} and the host budget's {format_size(host_bytes)} are the same memory, and "
-            f"{hard.name} allows {format_size(hard.total_bytes)}: lower --device-mem or --host-mem"
-        )
+    host_bytes, host_source = _host_budget(options.host_mem, hard, tightest, device_bytes if device == "sim" else 0, root)
     folder = Path(options.offload_dir or tempfile.gettempdir())
     in_memory = _file_system(root, folder) in MEMORY_FILE_SYSTEMS
     disk_bytes, disk_total = _disk_budget(folder, options.disk, in_memory, disk_space or _disk_space)
@@ -94,6 +78,27 @@ def find_limits(
 
 
 # Host memory
+
+
+def _host_budget(wanted: str | None, hard: _Ceiling, tightest: _Ceiling, simulated_bytes: int, root: Path) -> tuple[int, str]:
+    """(bytes, where they come from); a simulated device of `simulated_bytes` takes its memory from the same."""
+    if wanted is not None:
+        size, source = parse_size(wanted, total_bytes=hard.total_bytes), f"--host-mem {wanted}"
+        if size > hard.total_bytes:
+            raise CapacityError(
+                f"--host-mem {wanted} ({format_size(size)}) is more than {hard.name} allows "
+                f"({format_size(hard.total_bytes)}): ask for less, or raise that limit"
+            )
+    else:
+        available = max(tightest.available_bytes - simulated_bytes, 0)
+        size = min(int(HOST_SHARE * (available + _status(root, "RssAnon"))), hard.total_bytes)
+        source = f"{HOST_SHARE:.0%} of what is available now ({tightest.name})"
+    if simulated_bytes and size + simulated_bytes > hard.total_bytes:
+        raise CapacityError(
+            f"the simulated device's {format_size(simulated_bytes)} and the host budget's {format_size(size)} are the same memory, and "
+            f"{hard.name} allows {format_size(hard.total_bytes)}: lower --device-mem or --host-mem"
+        )
+    return size, source
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

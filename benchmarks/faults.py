@@ -1,0 +1,215 @@
+"""Thousands of runs that are killed, starved or refused their disk, and the table of docs/faults.md: what was lost, what was there twice.
+
+    python benchmarks/faults.py --scratch DIR [--trials 5000] [--workers 2]
+
+Every failpoint is struck at each of its hits in turn; then every kind of fault strikes jobs at random.  A worker is a process of this
+script that runs one job after the other and writes an outcome per line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+
+from faults.trials import KINDS, RACE, JobOutcome, Trial, Workshop, run_kind, sweep  # noqa: E402
+from record import commit, machine, versions  # noqa: E402
+
+from flexgen.failpoints import FAILPOINTS  # noqa: E402
+
+SWEEPS = {
+    "kill": FAILPOINTS,
+    "EIO": ("input.read", "store.commit", "store.committed", "export.write", "export.fsync", "export.rename", "export.renamed",
+            "disk.read", "disk.write"),
+    "ENOSPC": ("store.commit", "export.write", "export.fsync", "disk.write"),
+    "power": ("store.committed",),
+    "memory": ("input.read", "store.commit", "engine.pass", "export.write"),
+}  # fmt: skip
+
+
+@dataclass(slots=True)
+class Row:
+    """What became of all jobs of one kind."""
+
+    jobs: int = 0
+    trials: int = 0
+    struck: int = 0
+    after_commit: int = 0
+    lost: int = 0
+    duplicated: int = 0
+    wrong: int = 0
+    different_outputs: int = 0
+    bugs: int = 0
+    hangs: int = 0
+    places: collections.Counter[str] = field(default_factory=collections.Counter)
+    codes: collections.Counter[int] = field(default_factory=collections.Counter)
+
+    def add(self, outcome: JobOutcome) -> None:
+        self.jobs += 1
+        self.lost += outcome.lost
+        self.duplicated += outcome.duplicated
+        self.wrong += outcome.wrong
+        self.different_outputs += not outcome.same_bytes
+        self.bugs += outcome.bugs
+        self.hangs += outcome.hangs
+        for trial in outcome.trials:
+            self.trials += 1
+            self.struck += trial.struck
+            self.after_commit += trial.struck and trial.commits > 0
+            self.codes[trial.code] += 1
+            if trial.struck:
+                self.places[trial.place] += 1
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scratch", type=Path, help="a folder on a real disk; default: the system's temporary one")
+    parser.add_argument("--trials", type=int, default=5000, help="about so many runs are disturbed")
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)  # the number of one; then --json is where it writes
+    parser.add_argument("--most-hits", type=int, default=60, help="of one failpoint that are struck in turn")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, default=ROOT / "benchmarks" / "results" / "faults.json")
+    parser.add_argument("--markdown", type=Path, default=ROOT / "docs" / "faults.md")
+    asked = parser.parse_args()
+    folder = Path(tempfile.mkdtemp(prefix="flexgen-faults-", dir=asked.scratch))
+    try:
+        if asked.worker is not None:
+            return work(folder, asked)
+        rows = share(folder, asked)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    write_results(rows, asked.json, asked.markdown)
+    return 1 if any(bad(row) for row in rows.values()) else 0
+
+
+def share(folder: Path, asked: argparse.Namespace) -> dict[str, Row]:
+    """The rows of all workers."""
+    outcomes = [folder / f"outcomes-{number}.jsonl" for number in range(asked.workers)]
+    command = [sys.executable, __file__, "--scratch", str(folder), "--workers", str(asked.workers), "--trials", str(asked.trials)]
+    command += ["--most-hits", str(asked.most_hits), "--seed", str(asked.seed)]
+    workers = [subprocess.Popen([*command, "--worker", str(number), "--json", str(path)]) for number, path in enumerate(outcomes)]
+    codes = [worker.wait() for worker in workers]
+    if any(codes):
+        raise SystemExit(f"workers ended with {codes}")
+    rows: dict[str, Row] = {}
+    for line in (line for path in outcomes for line in path.read_text().splitlines()):
+        fields = json.loads(line)
+        name, trials = fields.pop("row"), [Trial(**each) for each in fields.pop("trials")]
+        rows.setdefault(name, Row()).add(JobOutcome(trials=trials, **fields))
+    return {name: rows[name] for name in [*sorted(set(rows) - set(KINDS) - {RACE}), *KINDS, RACE] if name in rows}
+
+
+def work(folder: Path, asked: argparse.Namespace) -> int:
+    """One worker's share: every so-many-th sweep, then random faults until that makes enough trials."""
+    workshop, struck = Workshop.open(folder), 0
+    with asked.json.open("w") as file:
+        for name, outcome in jobs(workshop, asked.worker, asked.workers, asked.most_hits, asked.seed):
+            struck += sum(trial.struck for trial in outcome.trials)
+            file.write(json.dumps({"row": name, **asdict(outcome)}) + "\n")
+            file.flush()
+            if not outcome.good:
+                print(f"{name}: {outcome}\n{outcome.log}", file=sys.stderr)
+            if struck * asked.workers >= asked.trials:
+                break
+    return 0
+
+
+def jobs(workshop: Workshop, worker: int, workers: int, most_hits: int, seed: int) -> Iterator[tuple[str, JobOutcome]]:
+    """(row, outcome) of all sweeps of this worker, then of all kinds again and again."""
+    sweeps = [(action, point) for action, points in SWEEPS.items() for point in points]
+    for action, point in sweeps[worker::workers]:
+        for outcome in first(until_missed(map(workshop.try_job, sweep(point, action))), most_hits):
+            yield f"{action} at every {point}", outcome
+    for number in itertools.count():
+        for kind in (*KINDS, RACE):
+            for outcome in run_kind(workshop, kind, 3, (seed * workers + worker) * 10_000 + number):
+                yield kind, outcome
+
+
+def until_missed(outcomes: Iterable[JobOutcome]) -> Iterator[JobOutcome]:
+    """Until a run ends without being struck: it passes the point less often than that."""
+    for outcome in outcomes:
+        if not outcome.trials[0].struck:
+            return
+        yield outcome
+
+
+def first(outcomes: Iterable[JobOutcome], count: int) -> Iterator[JobOutcome]:
+    for _, outcome in zip(range(count), outcomes, strict=False):
+        yield outcome
+
+
+def bad(row: Row) -> bool:
+    return bool(row.lost or row.duplicated or row.wrong or row.different_outputs or row.bugs or row.hangs)
+
+
+def write_results(rows: dict[str, Row], results: Path, document: Path) -> None:
+    """The table, and all that it was made from."""
+    fields = {
+        name: {key: getattr(row, key) for key in Row.__slots__ if key not in ("places", "codes")}
+        | {"places": dict(row.places), "codes": {str(code): count for code, count in sorted(row.codes.items())}}
+        for name, row in rows.items()
+    }
+    results.parent.mkdir(parents=True, exist_ok=True)
+    found = {**commit(), "machine": machine(), "versions": versions(), "rows": fields}
+    results.write_text(json.dumps(found, indent=2) + "\n")
+    document.write_text(format_document(rows))
+
+
+def format_document(rows: dict[str, Row]) -> str:
+    lines = [
+        "# Faults",
+        "",
+        "What becomes of a job whose runs are disturbed: every row counts runs of `flexgen run` on a tiny random model in float32, with",
+        "weights streaming from disk, KV cache spilled, and answers in progress stored after every pass. After its disturbed runs each job",
+        "is run again in peace, and its output is compared with that of an undisturbed job: byte for byte, but for the last digits of log",
+        "probabilities (see [jobs](jobs.md)). *Struck* are the runs that got as far as the fault. *Lost* are lines without a record,",
+        "*duplicated* lines with two, *wrong* records that differ; outputs left by disturbed runs and final ones are counted.",
+        "",
+        "A power failure is a kill after a commit, after which of all blocks written since the commit before any part is lost, torn or",
+        "cut off. A bit flips once or for good in what a read brings, after all weights have been read once, under `--verify-reads`.",
+        "",
+        "`python benchmarks/faults.py` makes this page and [its data](../benchmarks/results/faults.json).",
+        "",
+        "| fault | jobs | runs disturbed | struck | after the first commit | lost | duplicated | wrong | outputs that differ |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    total = Row()
+    for name, row in rows.items():
+        lines.append(f"| {name} | {' | '.join(f'{value:,}' for value in figures(row))} |")
+        for key in Row.__slots__:
+            setattr(total, key, getattr(total, key) + getattr(row, key))
+    lines += [f"| **all** | {' | '.join(f'{value:,}' for value in figures(total))} |", "", *histogram(rows)]
+    return "\n".join(lines) + "\n"
+
+
+def figures(row: Row) -> tuple[int, ...]:
+    return (row.jobs, row.trials, row.struck, row.after_commit, row.lost, row.duplicated, row.wrong, row.different_outputs)
+
+
+def histogram(rows: dict[str, Row]) -> list[str]:
+    """Where `kill -9` hit."""
+    places: collections.Counter[str] = collections.Counter()
+    for name, row in rows.items():
+        if name.startswith("kill"):
+            places += row.places
+    ordered = [place for place in ("before the first", *FAILPOINTS) if places[place]]
+    table = [f"| {place} | {places[place]:,} |" for place in ordered]
+    return ["Where the kills hit, by the last failpoint that was passed:", "", "| failpoint | kills |", "|---|---|", *table]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,267 @@
+"""Templates come from strangers, and jinja2's sandbox bounds neither time nor memory: they are rendered in a process of their own.
+
+The process (child.py) imports jinja2 only, gets nothing but conversations, and is replaced when one of them costs it its life.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import signal
+import socket
+import struct
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flexgen.chat.messages import Chat
+from flexgen.errors import FlexGenError, RequestError
+from flexgen.sizes import MIB, format_size
+
+_SCRIPT = Path(__file__).with_name("child.py")
+_LENGTH = struct.Struct("<I")  # before every frame; alone, before a batch, it is the number of its frames
+_BATCH_CHATS = 256
+_BATCH_BYTES = 8 * MIB
+_CHAT_FIELDS = tuple(field.name for field in dataclasses.fields(Chat))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What one conversation may cost.
+
+    Attributes:
+        cpu_seconds: processor time; up to a second more is tolerated.
+        wall_seconds: until its prompt is there.
+        memory_bytes: beyond what the idle process has.
+        output_chars: length of a prompt.
+    """
+
+    cpu_seconds: int = 5
+    wall_seconds: float = 60.0
+    memory_bytes: int = 512 * MIB
+    output_chars: int = 16 * MIB
+
+
+DEFAULT_LIMITS = Limits()
+
+
+class TemplateProcess:
+    """Renders conversations by one template.  The process starts with the first of them.
+
+    Args:
+        template: Jinja, as Hugging Face models have it.
+        variables: what the template sees beside a conversation's own (special tokens, defaults of chat_template_kwargs); JSON values.
+        limits: of each conversation.
+    """
+
+    def __init__(self, template: str, variables: Mapping[str, Any], *, limits: Limits = DEFAULT_LIMITS) -> None:
+        self.limits = limits
+        self._opening = json.dumps({"template": template, "variables": dict(variables), **dataclasses.asdict(limits)}).encode()
+        self._child: _Child | None = None
+        self._refusal: RequestError | None = None  # why this template renders nothing at all
+        self._failed_openings = 0  # in a row
+
+    def render(self, chats: Sequence[Chat], *, now: float | None = None) -> list[str | RequestError]:
+        """The prompt of every conversation, or why it has none.
+
+        Args:
+            now: the time that templates are told, in seconds since 1970; None is the clock's.
+
+        Raises:
+            FlexGenError: the process cannot be started.
+        """
+        results: dict[int, str | RequestError] = {}
+        waiting: list[tuple[int, bytes]] = []
+        for index, chat in enumerate(chats):
+            try:
+                waiting.append((index, self._payload(chat, now)))
+            except RequestError as error:
+                results[index] = error
+        while waiting:
+            size = _batch_size([len(payload) for _, payload in waiting[:_BATCH_CHATS]])
+            answers = self._exchange([payload for _, payload in waiting[:size]])
+            results.update((index, answer) for (index, _), answer in zip(waiting, answers, strict=False))
+            waiting = waiting[len(answers) :]
+        return [results[index] for index in range(len(chats))]
+
+    def close(self) -> None:
+        """End the process, if there is one; the next conversation would start another."""
+        child, self._child = self._child, None
+        if child is not None:
+            child.close()
+
+    def __enter__(self) -> TemplateProcess:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _payload(self, chat: Chat, now: float | None) -> bytes:
+        try:
+            payload = json.dumps({**{name: getattr(chat, name) for name in _CHAT_FIELDS}, "now": now}).encode()
+        except (TypeError, ValueError, RecursionError) as error:
+            raise RequestError(f"the conversation cannot be written as JSON: {error}", param="messages") from error
+        if len(payload) > self.limits.memory_bytes // 4:
+            raise RequestError(f"the conversation has {format_size(len(payload))} of JSON, which is too much", param="messages")
+        return payload
+
+    def _exchange(self, payloads: list[bytes]) -> list[str | RequestError]:
+        """Answers to the first of these, at least to one.
+
+        A conversation is to blame for the end of the process if that is certain, or if it happened twice: once may be the work of
+        others, such as a kernel in want of memory.
+        """
+        answers: list[str | RequestError] = []
+        for is_last_attempt in (False, True):
+            try:
+                child = self._running()
+                child.send(payloads)
+                for _ in payloads:
+                    answers.append(child.receive())
+                break
+            except RequestError as refusal:
+                self.close()
+                return [refusal] * len(payloads)
+            except _EndedError as end:
+                self.close()
+                if end.is_certain or (is_last_attempt and not answers):
+                    return [*answers, _error(f"the chat template {end}")]
+                if answers:
+                    break  # the next exchange begins with the one that it ended at
+        return answers
+
+    def _running(self) -> _Child:
+        """Raises RequestError when the template cannot be compiled, or crosses a limit as soon as it is used."""
+        if self._refusal is not None:
+            raise self._refusal
+        if self._child is not None and not self._child.is_alive():
+            self.close()
+        if self._child is None:
+            self._child = _Child(self.limits)
+            try:
+                self._child.open(self._opening)
+            except RequestError as error:
+                self._refusal = error
+                raise
+            except _EndedError as end:
+                self._failed_openings += 1
+                if not end.is_certain and self._failed_openings < 2:
+                    raise
+                self._refusal = _error(f"the chat template is refused: on a greeting it {end}")
+                raise self._refusal from end
+            self._failed_openings = 0
+        return self._child
+
+
+def _error(message: str) -> RequestError:
+    return RequestError(message, code="chat_template_error", param="messages")
+
+
+class _EndedError(Exception):
+    """The process ended, or had to be ended.
+
+    Args:
+        reason: goes on from "the chat template".
+        is_certain: it was the template's doing.
+    """
+
+    def __init__(self, reason: str, *, is_certain: bool) -> None:
+        super().__init__(reason)
+        self.is_certain = is_certain
+
+
+class _Child:
+    """Our end of the process."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._is_open = False
+        self._socket, theirs = socket.socketpair()
+        try:
+            with theirs:  # in a session of its own, so that Ctrl-C is for us alone; it ends when the socket does
+                self._process = subprocess.Popen(
+                    [sys.executable, "-P", str(_SCRIPT)],
+                    stdin=theirs.fileno(), stdout=theirs.fileno(), stderr=subprocess.DEVNULL, start_new_session=True,
+                )  # fmt: skip
+        except OSError as error:
+            self._socket.close()
+            raise FlexGenError(f"the process that renders chat templates cannot be started: {error}") from error
+        self._socket.settimeout(limits.wall_seconds)
+        self._file = self._socket.makefile("rb")
+
+    def is_alive(self) -> bool:
+        return self._process.poll() is None
+
+    def open(self, opening: bytes) -> None:
+        """Hand over the template.  Raises RequestError when it is none."""
+        self._send(_LENGTH.pack(len(opening)) + opening)
+        reply = self._read()
+        self._is_open = True
+        if "error" in reply:
+            raise _error(reply["error"])
+
+    def send(self, payloads: list[bytes]) -> None:
+        """Hand over a batch; it is read whole before the first answer is written, so that neither side waits for the other."""
+        self._send(_LENGTH.pack(len(payloads)) + b"".join(_LENGTH.pack(len(payload)) + payload for payload in payloads))
+
+    def receive(self) -> str | RequestError:
+        reply = self._read()
+        return reply["text"] if "text" in reply else _error(reply["error"])
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        self._file.close()
+        self._socket.close()
+
+    def _send(self, data: bytes) -> None:
+        try:
+            self._socket.sendall(data)
+        except TimeoutError as error:
+            raise self._too_slow() from error
+        except OSError as error:
+            raise self._end() from error
+
+    def _read(self) -> dict[str, str]:
+        try:
+            (length,) = _LENGTH.unpack(self._exactly(_LENGTH.size))
+            if length > 12 * self._limits.output_chars + MIB:  # the JSON of a character has at most 12 bytes
+                raise self._end()
+            return json.loads(self._exactly(length))
+        except TimeoutError as error:
+            raise self._too_slow() from error
+        except OSError as error:
+            raise self._end() from error
+
+    def _exactly(self, size: int) -> bytes:
+        data = self._file.read(size)
+        if len(data) < size:
+            raise self._end()
+        return data
+
+    def _too_slow(self) -> _EndedError:
+        return _EndedError(f"took longer than {self._limits.wall_seconds:g} seconds", is_certain=False)
+
+    def _end(self) -> _EndedError:
+        """Why the process ended: its own exit, if it has one, stands."""
+        self._process.kill()
+        code = self._process.wait()
+        if code > 0 and not self._is_open:
+            raise FlexGenError(f"the process that renders chat templates does not start (exit code {code}); is jinja2 installed?")
+        if code == -signal.SIGXCPU:
+            return _EndedError(f"took more than {self._limits.cpu_seconds} seconds of processor time", is_certain=True)
+        reason = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        return _EndedError(f"brought its process to an end ({reason})", is_certain=False)
+
+
+def _batch_size(lengths: Sequence[int]) -> int:
+    """How many of the first make a batch, at least one."""
+    total = 0
+    for count, length in enumerate(lengths):
+        total += length
+        if count and total > _BATCH_BYTES:
+            return count
+    return len(lengths)

@@ -1,0 +1,56 @@
+"""The command `flexgen`: flags to values, one call, print.  The only package that touches the terminal, and light to import:
+what is heavy (torch, transformers) is imported by the command that needs it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from typing import Annotated
+
+import typer
+
+from flexgen.cli import bench, export, run, status
+from flexgen.cli.exit_codes import EPILOG, ExitCode
+from flexgen.cli.terminal import complain
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    epilog=EPILOG,
+    help="Batch inference for language models that are larger than the memory of the device that runs them.",
+)
+app.command(epilog=EPILOG)(run.run)
+app.command()(status.status)
+app.command()(export.export)
+_bench = typer.Typer(no_args_is_help=True, help="Measure this machine's throughput with a model.")
+_bench.command()(bench.throughput)
+app.add_typer(_bench, name="bench")
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        print(f"flexgen {version('flexgen-engine')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _flexgen(
+    version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and stop.")] = False,
+) -> None: ...
+
+
+def main() -> None:
+    """The entry point of the command."""
+    # Read by the OpenMP runtime when torch loads it: threads that spin while they wait take the cores that reading and
+    # attention need, and any other program's use of a core then stalls every matrix product (measured: docs/log.md).
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    try:
+        app()
+    except Exception:  # noqa: BLE001  (1 would say that lines have errors)
+        traceback.print_exc()
+        sys.exit(complain("this is a bug in flexgen; please report it with the lines above", ExitCode.BUG))

@@ -1,0 +1,7 @@
+"""`python -m flexgen.cli`."""
+
+from __future__ import annotations
+
+from flexgen.cli import main
+
+main()

@@ -1,0 +1,43 @@
+"""`flexgen bench throughput`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flexgen.cli.exit_codes import ExitCode
+from flexgen.cli.options import Model, ProgressFlag, check_parent, engine_command, load
+from flexgen.cli.terminal import complain, showing
+from flexgen.options import EngineOptions
+
+
+@engine_command
+def throughput(
+    model: Model,
+    options: EngineOptions,
+    num_prompts: Annotated[int, typer.Option(metavar="N", min=1, help="How many requests.")] = 100,
+    input_len: Annotated[int, typer.Option(metavar="N", min=1, help="Prompt tokens of each.")] = 256,
+    output_len: Annotated[int, typer.Option(metavar="N", min=1, help="Output tokens of each.")] = 32,
+    output_json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the figures as JSON (docs/metrics.md).")] = None,
+    progress: ProgressFlag = "auto",
+) -> int:
+    """Tokens per second over random prompts, with vLLM's figures and ours."""
+    from flexgen.bench.throughput import format_throughput, run_throughput, uniform_workload
+
+    check_parent(output_json, "--output-json")
+    with showing(progress) as display, load(model, options, progress) as llm:
+        workload = uniform_workload(llm, num_prompts, input_len, output_len)
+        display.plan(llm.open(workload))
+        figures = run_throughput(llm, workload, on_progress=display.progress)
+        display.close()
+        display.report(llm.report())
+    if progress != "json":
+        print(format_throughput(figures))
+    if output_json is not None:
+        output_json.write_text(json.dumps(figures, indent=2) + "\n")
+    if figures["num_errors"]:
+        return complain(f"{figures['num_errors']} requests failed, so the figures mean little", ExitCode.SOME_FAILED)
+    return ExitCode.ALL_ANSWERED

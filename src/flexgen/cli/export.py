@@ -1,0 +1,37 @@
+"""`flexgen export`: the answers that a job has so far."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flexgen.cli.exit_codes import ExitCode
+from flexgen.cli.options import check_parent, command
+from flexgen.errors import OptionError
+
+
+@command
+def export(
+    job: Annotated[Path, typer.Argument(metavar="OUTPUT", help="The output of a `flexgen run`, or the folder given as its --state.")],
+    order: Annotated[str, typer.Option(metavar="input|done", help="In the order of the input, or as lines were finished.")] = "input",
+    to: Annotated[Path | None, typer.Option(metavar="FILE", help="Write here instead of OUTPUT; - is stdout.")] = None,
+) -> int:
+    """Write the answers that are done, also while the job runs."""
+    from flexgen.jobs.export import export as write
+    from flexgen.jobs.export import export_to_stream
+    from flexgen.jobs.folder import find_job
+
+    paths = find_job(job)
+    if to == Path("-"):
+        export_to_stream(paths, sys.stdout.buffer, order)
+        return ExitCode.ALL_ANSWERED
+    check_parent(to, "--to")
+    target = to or paths.output
+    if target is None:
+        raise OptionError(f"{job} is the folder of a job: name the file to write with --to")
+    count = write(paths, target, order)
+    print(f"{target}: {count:,} lines", file=sys.stderr)
+    return ExitCode.ALL_ANSWERED

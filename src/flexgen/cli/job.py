@@ -1,0 +1,233 @@
+"""One run of a job, from what was asked for to an exit code."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flexgen.cli.exit_codes import ExitCode
+from flexgen.cli.options import load
+from flexgen.cli.signals import StopSignals
+from flexgen.cli.terminal import complain
+from flexgen.errors import FlexGenError, OutOfMemoryError
+from flexgen.jobs.stopping import Stopped
+from flexgen.options import EngineOptions
+
+if TYPE_CHECKING:
+    from flexgen.display import Display
+    from flexgen.jobs.folder import JobFolder
+    from flexgen.jobs.runner import Job
+    from flexgen.jobs.store import Store
+    from flexgen.llm import LLM
+    from flexgen.plan.workload import Workload
+    from flexgen.request import SamplingParams
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """What was asked for, besides the engine's options; `source` and `output` are None for `-`."""
+
+    model: str
+    options: EngineOptions
+    source: Path | None
+    output: Path | None
+    state: Path | None
+    tokenizer: str | None
+    chat_template: str | None
+    chat_template_kwargs: dict[str, Any]
+    input_format: str
+    max_tokens: int | None
+    strict: bool
+    fresh: bool
+    retry_errors: bool
+    accept_changes: bool
+    checkpoint_seconds: float
+    metrics: Path | None
+    progress: str
+
+
+def show_plan(asked: Asked, display: Display) -> int:
+    """What would be done (`--dry-run`)."""
+    from flexgen.jobs.runner import Job
+
+    assert asked.source is not None
+    with _load(asked) as llm:
+        job = Job(llm, asked.source, None, defaults=_bare_defaults(llm, asked.max_tokens), input_format=asked.input_format)
+        if asked.strict:
+            job.check()
+        workload = job.scan()
+        display.message(_describe(job, workload))
+        if len(workload):
+            display.plan(llm.plan(workload))
+    return ExitCode.SOME_FAILED if job.num_bad_lines else ExitCode.ALL_ANSWERED
+
+
+def answer_job(asked: Asked, display: Display, signals: StopSignals) -> int:
+    """Answer what is not answered yet.
+
+    Raises:
+        Stopped: by a signal, before the model had anything.
+        FlexGenError: refused before the start.
+    """
+    from flexgen.jobs.export import check_output
+    from flexgen.jobs.folder import JobFolder, job_paths
+    from flexgen.jobs.identity import identity_of
+    from flexgen.jobs.runner import Job
+    from flexgen.jobs.store import Store
+
+    with JobFolder(job_paths(asked.source, asked.output, asked.state)) as folder:
+        source = _prepare_folder(folder, asked)
+        with _load(asked) as llm, Store(folder) as store:
+            check_output(folder.paths)
+            defaults = _bare_defaults(llm, asked.max_tokens)
+            settings = {"chat_template_kwargs": asked.chat_template_kwargs, "input_format": asked.input_format}
+            store.begin(identity_of(llm, defaults, **settings), llm.files.name, accept_changes=asked.accept_changes)
+            job = Job(
+                llm, source, store, defaults=defaults, input_format=asked.input_format, checkpoint_seconds=asked.checkpoint_seconds,
+                stop=signals.request,
+            )  # fmt: skip
+            workload = _prepare_lines(job, store, asked)
+            display.message(_describe(job, workload))
+            if len(workload):
+                display.plan(llm.open(workload))
+            with signals.deferred():
+                return _answer(job, store, workload, asked, display, signals)
+
+
+def _prepare_folder(folder: JobFolder, asked: Asked) -> Path:
+    """What `--fresh` and a piped input ask for; the file to read."""
+    from flexgen.jobs.export import remove_job
+    from flexgen.jobs.stdin import keep_input
+
+    if asked.fresh:
+        remove_job(folder)
+    if asked.source is not None:
+        return asked.source
+    return keep_input(folder, sys.stdin.buffer, accept_changes=asked.accept_changes)
+
+
+def _prepare_lines(job: Job, store: Store, asked: Asked) -> Workload:
+    """What is left to answer, once the input has been found to be right."""
+    job.match(accept_changes=asked.accept_changes)
+    if asked.strict:
+        job.check()
+    if asked.retry_errors:
+        store.forget_failed()
+    return job.scan()
+
+
+def _load(asked: Asked) -> LLM:
+    templates = {"chat_template": asked.chat_template, "chat_template_kwargs": asked.chat_template_kwargs}
+    return load(asked.model, asked.options, asked.progress, tokenizer=asked.tokenizer, **templates)
+
+
+def _bare_defaults(llm: LLM, max_tokens: int | None) -> SamplingParams:
+    """What bare lines get where they do not say: vLLM's defaults under generation_config.json, but up to the context."""
+    defaults = llm.get_default_sampling_params()
+    limit = max_tokens if max_tokens is not None else llm.files.generation_config.get("max_new_tokens")
+    return dataclasses.replace(defaults, max_tokens=limit)
+
+
+def _answer(job: Job, store: Store, workload: Workload, asked: Asked, display: Display, signals: StopSignals) -> ExitCode:
+    """Have the lines answered, and make the output from what there is then."""
+    reason: object = None
+    try:
+        store.start_run(job.num_lines)
+        _run(job, workload, display)
+        code = ExitCode.SOME_FAILED if store.num_failed else ExitCode.ALL_ANSWERED
+    except Stopped:
+        code, reason = signals.exit_code, f"stopped by {signals.name}"
+    except FlexGenError as error:
+        code, reason = ExitCode.RESUMABLE if job.started else ExitCode.REFUSED, error
+    display.close()
+    try:
+        store.end_run(str(reason or "finished"))
+        _write_output(store, finished=reason is None)
+    except FlexGenError as error:
+        code, reason = (ExitCode.RESUMABLE, error) if reason is None else (code, f"{reason}; then {error}")
+    if reason is not None:
+        done = store.num_answered + store.num_failed
+        return complain(f"{reason}\n{done:,} of {job.num_lines:,} lines are done; the same command goes on from there", code)
+    _conclude(job, store, workload, asked, display)
+    return code
+
+
+def _run(job: Job, workload: Workload, display: Display) -> None:
+    """Half as many sequences at once whenever memory runs out."""
+    while True:
+        try:
+            return job.run(workload, on_progress=display.progress)
+        except OutOfMemoryError as error:
+            num_seqs = job.llm.shrink()
+            if num_seqs is None:
+                raise
+            display.message(f"{error}\ngoing on with at most {num_seqs:,} sequences at once")
+            workload = job.scan()
+
+
+def _write_output(store: Store, *, finished: bool) -> None:
+    """A file shows what there is; who reads standard output gets all or nothing."""
+    from flexgen.jobs.export import export, export_to_stream
+
+    if store.paths.output is not None:
+        export(store.paths, store.paths.output)
+    elif finished:
+        export_to_stream(store.paths, sys.stdout.buffer)
+
+
+def _conclude(job: Job, store: Store, workload: Workload, asked: Asked, display: Display) -> None:
+    from flexgen.engine.progress import SCHEMA_VERSION
+
+    metrics: dict[str, object] = {"schema_version": SCHEMA_VERSION}  # nothing else of a run that found nothing to do
+    if len(workload):
+        report = job.llm.report()
+        if job.num_resumed:
+            display.message(
+                f"{job.num_resumed:,} answers went on after {job.tokens_kept:,} tokens that earlier runs had generated; "
+                f"{report.recomputed_tokens:,} tokens were computed again"
+            )
+        display.report(report)
+        metrics = dataclasses.asdict(report)
+    if asked.metrics is not None:
+        _write_metrics(asked.metrics, {**metrics, "job": _figures(job, store)})
+    display.message(f"{store.paths.name}: {store.num_answered:,} lines answered, {store.num_failed:,} with errors")
+
+
+def _figures(job: Job, store: Store) -> dict[str, int]:
+    """The job's part of the metrics."""
+    lines = {"lines": job.num_lines, "answered": store.num_answered, "failed": store.num_failed, "done_before": store.num_found}
+    return lines | {"answers_resumed": job.num_resumed, "tokens_kept": job.tokens_kept}
+
+
+def _write_metrics(path: Path, metrics: dict[str, object]) -> None:
+    path.write_text(json.dumps(metrics, indent=2) + "\n")
+
+
+def _unusual(defaults: SamplingParams) -> list[str]:
+    """Defaults that are not vLLM's, besides those that are always told."""
+    from flexgen.request import SamplingParams
+
+    told = ("temperature", "top_p", "top_k", "max_tokens")
+    usual = dataclasses.asdict(SamplingParams())
+    return [f"{name} {value}" for name, value in dataclasses.asdict(defaults).items() if name not in told and value != usual[name]]
+
+
+def _describe(job: Job, workload: Workload) -> str:
+    """What is about to be answered, and with which defaults."""
+    from flexgen.jobs.openai import COMPLETIONS_MAX_TOKENS
+
+    found = job.store.num_found if job.store is not None else 0
+    bare = job.defaults
+    limit = f"{bare.max_tokens:,} tokens" if bare.max_tokens is not None else f"up to the context of {job.llm.max_model_len:,}"
+    sampling = "greedy" if bare.temperature == 0 else f"temperature {bare.temperature:g}, top_p {bare.top_p:g}, top_k {bare.top_k}"
+    sampling = ", ".join([sampling, *_unusual(bare)])
+    told = (
+        f"{job.source}: {job.num_lines:,} lines, {job.num_bad_lines:,} of them bad, {found:,} done before, {len(workload):,} to answer: "
+        f"{workload.prompt_tokens:,} prompt and at most {workload.output_tokens:,} output tokens\n"
+        f"where lines do not say: {sampling}, {limit}; /v1/completions: {COMPLETIONS_MAX_TOKENS} tokens"
+    )
+    return "\n".join([told, *job.remarks.lines()])

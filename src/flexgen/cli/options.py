@@ -1,0 +1,107 @@
+"""Flags that several commands share: the fields of EngineOptions, how progress is shown, and the errors they may end in."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import sys
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from flexgen.cli.exit_codes import ExitCode
+from flexgen.cli.terminal import complain
+from flexgen.errors import FlexGenError, OptionError
+from flexgen.options import DEVICES, DTYPES, LOAD_FORMATS, SCHEDULES, EngineOptions
+
+if TYPE_CHECKING:
+    from flexgen.llm import LLM
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A Hugging Face folder, or a hub id such as facebook/opt-6.7b.")]
+ProgressFlag = Annotated[str, typer.Option(metavar="auto|rich|plain|json|none", help="How to show progress; auto looks at the terminal.")]
+
+# Every field of EngineOptions that has a flag: panel, metavar, help.
+_BUDGETS, _PLACEMENT, _MODEL = "Budgets (4GiB is binary, 16GB decimal, 50% a share of what there is)", "Placement and schedule", "Model"
+FLAGS: dict[str, tuple[str, str, str]] = {
+    "device_mem": (_BUDGETS, "SIZE", "Memory on the device. Default: most of what is free."),
+    "host_mem": (_BUDGETS, "SIZE", "Memory of the whole process. Default: 80 % of what is free, limits of containers obeyed."),
+    "disk": (_BUDGETS, "SIZE", "Room for spilled KV cache in the offload folder."),
+    "offload_dir": (_BUDGETS, "DIR", "Folder for spilled KV cache. Default: a fresh one below the system's temporary folder."),
+    "device": (_PLACEMENT, "|".join(DEVICES), "Where matrix products run; sim is a stand-in for an accelerator, for tests."),
+    "weights": (_PLACEMENT, "SHARES", "Homes of the weights, such as device=.2,host=.3,disk=.5. Default: planned."),
+    "kv": (_PLACEMENT, "SHARES", "Homes of the KV cache, such as host=1. Default: planned."),
+    "max_num_seqs": (_PLACEMENT, "N", "Most sequences alive at once. Default: planned."),
+    "micro_batch_tokens": (_PLACEMENT, "N", "Most tokens computed together. Default: planned."),
+    "prefill_tokens": (_PLACEMENT, "N", "Most prompt tokens that a pass admits. Default: planned."),
+    "schedule": (_PLACEMENT, "|".join(SCHEDULES), "Which sequences a pass carries: ours, the paper's, or one micro-batch at a time."),
+    "dtype": (_MODEL, "|".join(DTYPES), "Compute and KV dtype; auto is the checkpoint's, but never float16 on a CPU."),
+    "load_format": (_MODEL, "|".join(LOAD_FORMATS), "dummy makes random weights from config.json alone."),
+    "max_model_len": (_MODEL, "N", "Most tokens of prompt and answer together. Default: the model's context."),
+    "revision": (_MODEL, "REV", "Branch, tag or commit of a hub model."),
+    "verify_reads": (_PLACEMENT, "", "Compare weights and spilled KV with what was read or written before: a tenth of a core per GB/s."),
+    "seed": (_MODEL, "N", "Base of the seeds of requests that name none."),
+}
+
+
+def command(body: Callable[..., int]) -> Callable[..., None]:
+    """A command from a function that returns an exit code: errors that flexgen raises on purpose become messages."""
+
+    @functools.wraps(body)
+    def wrapped(**values: Any) -> None:
+        try:
+            code = body(**values)
+        except OptionError as error:
+            code = complain(error, ExitCode.USAGE)
+        except FlexGenError as error:
+            code = complain(error, ExitCode.REFUSED)
+        except MemoryError as error:
+            code = complain(f"memory ran out {error}".rstrip(), ExitCode.RESUMABLE)
+        except KeyboardInterrupt:
+            code = complain("stopped", ExitCode.INTERRUPTED)
+        raise typer.Exit(code)
+
+    wrapped.__signature__ = inspect.signature(body, eval_str=True)  # pyright: ignore[reportAttributeAccessIssue]
+    return wrapped
+
+
+def engine_command(body: Callable[..., int]) -> Callable[..., None]:
+    """The same from a function that takes `options`: with a flag for every field of them."""
+    hints = typing.get_type_hints(EngineOptions)
+    fields = {field.name: field for field in dataclasses.fields(EngineOptions) if field.name in FLAGS}
+    parameters = [p for p in inspect.signature(body, eval_str=True).parameters.values() if p.name != "options"]
+    for name, (panel, metavar, text) in FLAGS.items():
+        flag = typer.Option("--" + name.replace("_", "-"), metavar=metavar or None, help=text, rich_help_panel=panel)
+        annotation = Annotated[hints[name], flag]
+        parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=fields[name].default, annotation=annotation))
+
+    @functools.wraps(body)
+    def with_options(**values: Any) -> int:
+        options = EngineOptions(**{name: values.pop(name) for name in FLAGS})
+        return body(options=options, **values)
+
+    with_options.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportAttributeAccessIssue]
+    return command(with_options)
+
+
+def load(model: str, options: EngineOptions, progress: str, **more: Any) -> LLM:
+    """The model that a command names, downloaded if need be; weights are not read yet.
+
+    Args:
+        **more: keywords of LLM that are no engine options.
+    """
+    from flexgen.hub import resolve_model
+    from flexgen.llm import LLM
+
+    show = progress in ("auto", "rich") and sys.stderr.isatty()
+    files = resolve_model(model, revision=options.revision, with_weights=options.load_format != "dummy", show_progress=show)
+    return LLM(files, **more, **dataclasses.asdict(options))
+
+
+def check_parent(path: Path | None, flag: str) -> None:
+    """Raises OptionError when the file cannot be made because its folder is not there."""
+    if path is not None and not path.absolute().parent.is_dir():
+        raise OptionError(f"{flag} {path}: there is no folder {path.absolute().parent}")

@@ -1,0 +1,142 @@
+"""`flexgen run`: a file of requests in, a file of answers out."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from flexgen.cli.job import Asked, answer_job, show_plan
+from flexgen.cli.options import Model, ProgressFlag, check_parent, engine_command
+from flexgen.cli.signals import StopSignals
+from flexgen.cli.terminal import complain, showing
+from flexgen.errors import OptionError
+from flexgen.jobs.stopping import Stopped
+from flexgen.options import EngineOptions
+
+_AGAIN = "The job and its earlier runs"
+
+
+@engine_command
+def run(
+    model: Model,
+    source: Annotated[
+        Path,
+        typer.Argument(metavar="INPUT", help="Requests, one JSON object per line; - is stdin."),
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="OUTPUT", help="Answers, in the order of the input; - is stdout, when all is done.")
+    ],
+    options: EngineOptions,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="Longest answer of bare lines that do not say. Default: up to the context."),
+    ] = None,
+    tokenizer: Annotated[str | None, typer.Option(metavar="NAME", help="Another tokenizer than the model's: a folder or hub id.")] = None,
+    chat_template: Annotated[
+        str | None, typer.Option(metavar="FILE", help="A Jinja template, or the name of one of the model's. Default: the model's own.")
+    ] = None,
+    chat_template_kwargs: Annotated[
+        str, typer.Option(metavar="JSON", help='What templates are told besides messages: {"enable_thinking": false}.')
+    ] = "{}",
+    input_format: Annotated[str, typer.Option(metavar="jsonl|text", help="text takes every line as a prompt.")] = "jsonl",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the input, show the plan, and stop.")] = False,
+    metrics: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the report as JSON (docs/metrics.md).")] = None,
+    progress: ProgressFlag = "auto",
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Refuse an input with bad lines or repeated ids.", rich_help_panel=_AGAIN)
+    ] = False,
+    state: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Where the job is kept. Default: OUTPUT.flexgen, or INPUT.flexgen for -o -.", rich_help_panel=_AGAIN
+        ),
+    ] = None,
+    retry_errors: Annotated[
+        bool, typer.Option("--retry-errors", help="Answer lines again that ended in an error.", rich_help_panel=_AGAIN)
+    ] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Forget earlier runs and remove what they wrote.", rich_help_panel=_AGAIN)] = False,
+    accept_changes: Annotated[
+        bool,
+        typer.Option("--accept-changes", help="Go on though the model, its settings or lines changed.", rich_help_panel=_AGAIN),
+    ] = False,
+    checkpoint_seconds: Annotated[
+        float, typer.Option(metavar="S", min=0, help="Store the tokens of answers in progress this often.", rich_help_panel=_AGAIN)
+    ] = 30.0,
+) -> int:
+    """Answer a file of requests.
+
+    A line is {"prompt": text or token ids, "id", and sampling parameters as
+    in vLLM}, or an OpenAI batch line. What is answered is kept as it is
+    done: the same command again goes on where it stopped, and `flexgen
+    status OUTPUT` tells how far it is.
+    """
+    asked = Asked(
+        model=model,
+        options=options,
+        source=_named(source),
+        output=_named(output),
+        state=state,
+        tokenizer=tokenizer,
+        chat_template=chat_template,
+        chat_template_kwargs=_object(chat_template_kwargs),
+        input_format=input_format,
+        max_tokens=max_tokens,
+        strict=strict,
+        fresh=fresh,
+        retry_errors=retry_errors,
+        accept_changes=accept_changes,
+        checkpoint_seconds=checkpoint_seconds,
+        metrics=metrics,
+        progress=progress,
+    )
+    _check(asked, dry_run)
+    messages = sys.stdout if dry_run else sys.stderr  # a dry run's plan is its result
+    results = sys.stdout if asked.output is not None else sys.stderr
+    shown = "plain" if dry_run and progress == "none" else progress
+    with showing(shown, messages=messages, results=results) as display, StopSignals() as signals:
+        try:
+            return show_plan(asked, display) if dry_run else answer_job(asked, display, signals)
+        except Stopped:
+            return complain("stopped", signals.exit_code)
+
+
+def _named(path: Path) -> Path | None:
+    return None if path == Path("-") else path
+
+
+def _object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise OptionError(f"--chat-template-kwargs {text!r} is no JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise OptionError(f"--chat-template-kwargs {text!r} is no JSON object")
+    return value
+
+
+def _check(asked: Asked, dry_run: bool) -> None:
+    """Raises OptionError for paths and flags that cannot be meant."""
+    if asked.source is not None and not asked.source.is_file():  # not by typer, which looks for a file named -
+        raise OptionError(f"INPUT {asked.source}: {'this is a folder' if asked.source.is_dir() else 'there is no such file'}")
+    check_parent(asked.output, "--output")
+    check_parent(asked.metrics, "--metrics")
+    check_parent(asked.state, "--state")
+    used = [path.resolve() for path in (asked.source, asked.output) if path is not None]
+    if len(set(used)) < len(used):
+        raise OptionError(f"{asked.output} is the input; give another output")
+    if asked.metrics is not None and asked.metrics.resolve() in used:
+        raise OptionError(f"--metrics {asked.metrics} is the input or the output; give another file")
+    if asked.output is None and asked.progress == "json":
+        raise OptionError("--progress json writes to standard output, and so does -o -: give an output file")
+    if asked.input_format not in ("jsonl", "text"):
+        raise OptionError(f"--input-format {asked.input_format!r} is unknown; known: jsonl, text")
+    again = {"--fresh": asked.fresh, "--retry-errors": asked.retry_errors, "--accept-changes": asked.accept_changes}
+    given = [flag for flag, value in again.items() if value]
+    if asked.fresh and len(given) > 1:
+        raise OptionError(f"--fresh forgets earlier runs, which leaves {given[1]} nothing to do")
+    if dry_run and (given or asked.source is None):
+        raise OptionError(f"--dry-run changes nothing and keeps nothing: leave out {given[0] if given else '- and give a file'}")

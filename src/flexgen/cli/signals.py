@@ -1,0 +1,73 @@
+"""SIGINT, SIGTERM and SIGHUP: the first asks, the second insists."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType, TracebackType
+from typing import Any
+
+from flexgen.cli.exit_codes import ExitCode
+from flexgen.jobs.stopping import Stopped, StopRequest
+
+_SIGNALS = {signal.SIGINT: ExitCode.INTERRUPTED, signal.SIGTERM: ExitCode.TERMINATED, signal.SIGHUP: ExitCode.HANGUP}
+
+
+class StopSignals:
+    """Turns signals into a request to stop, while it is open.
+
+    The first signal raises Stopped, or within `deferred` asks for the end of the pass; a second one ends the process on the spot,
+    which loses nothing that is durable.  What was ignored before (nohup, background jobs) stays ignored.
+
+    Attributes:
+        request: for the job to look at.
+    """
+
+    def __init__(self) -> None:
+        self.request = StopRequest()
+        self._received: signal.Signals | None = None
+        self._deferring = False
+        self._previous: dict[signal.Signals, Any] = {}
+
+    @property
+    def name(self) -> str:
+        """Of the signal that was received."""
+        assert self._received is not None
+        return self._received.name
+
+    @property
+    def exit_code(self) -> ExitCode:
+        """Of a command that stops because of the signal."""
+        assert self._received is not None
+        return _SIGNALS[self._received]
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Within, the first signal interrupts nothing."""
+        self._deferring = True
+        try:
+            yield
+        finally:
+            self._deferring = False
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._received is not None:
+            os.write(2, b"flexgen: stopped at once; the same command goes on\n")
+            os._exit(_SIGNALS[signal.Signals(number)])
+        self._received = signal.Signals(number)
+        if not self._deferring:
+            raise Stopped
+        os.write(2, b"flexgen: stopping after this pass (once more stops at once)\n")
+        self.request.ask()
+
+    def __enter__(self) -> StopSignals:
+        for number in _SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        for number, previous in self._previous.items():
+            signal.signal(number, previous)

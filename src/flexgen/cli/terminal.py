@@ -1,0 +1,45 @@
+"""What commands share on the terminal: a display for their messages and the library's log, and their last words."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, TextIO
+
+from flexgen.cli.exit_codes import ExitCode
+
+if TYPE_CHECKING:
+    from flexgen.display import Display
+
+
+def complain(error: object, code: ExitCode) -> ExitCode:
+    """Say why the command ends with `code`."""
+    print(f"flexgen: {error}", file=sys.stderr)
+    return code
+
+
+@contextmanager
+def showing(progress: str, *, messages: TextIO | None = None, results: TextIO | None = None) -> Iterator[Display]:
+    """A display to which the library's log goes, too.
+
+    Args:
+        messages, results: where these go; None is stderr and stdout.
+    """
+    from flexgen.display import open_display
+
+    display = open_display(progress, messages or sys.stderr, results or sys.stdout)
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            display.message(self.format(record))
+
+    log, handler = logging.getLogger("flexgen"), Handler()
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield display
+    finally:
+        log.removeHandler(handler)
+        display.close()

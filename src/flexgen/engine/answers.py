@@ -1,0 +1,73 @@
+"""What ends an answer, and what a run has answered.  Knows no tensors and no memory."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, replace
+
+from flexgen.engine.clock import RunCounts
+from flexgen.engine.sequence import Sequence
+from flexgen.errors import RequestError
+from flexgen.request import TokenResult
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ending:
+    """Why an answer ends: "stop" (by `stop_string`, or by a token), "length", or "error" (then there is one)."""
+
+    reason: str
+    stop_string: str | None = None
+    error: RequestError | None = None
+
+
+def ending(sequence: Sequence) -> Ending | None:
+    """How the last generated token ends the answer, if it does."""
+    request, generated = sequence.request, sequence.generated
+    if not generated:
+        return None
+    if generated[-1] in request.stop_token_ids:
+        return Ending(reason="stop")
+    if request.stops is not None and (stop_string := request.stops(generated)) is not None:
+        return Ending(reason="stop", stop_string=stop_string)
+    return Ending(reason="length") if len(generated) >= request.max_tokens else None
+
+
+class Answers:
+    """What a run has answered so far.
+
+    Attributes:
+        counts: tokens, requests, errors.
+        finish_reasons: reason -> answers.
+        finished: (tokens given, tokens generated) of every request; an earlier run's tokens were given.
+    """
+
+    def __init__(self) -> None:
+        self.counts = RunCounts()
+        self.finish_reasons: Counter[str] = Counter()
+        self.finished: list[tuple[int, int]] = []
+
+    def entered(self, sequence: Sequence) -> None:
+        """Count what an admitted sequence computes again."""
+        self.counts = replace(self.counts, recomputed_tokens=self.counts.recomputed_tokens + sequence.num_lost)
+
+    def preempted(self) -> None:
+        """Count a preemption."""
+        self.counts = replace(self.counts, preemptions=self.counts.preemptions + 1)
+
+    def finish(self, sequence: Sequence, end: Ending) -> TokenResult:
+        """The result of a sequence, counted."""
+        request, so_far = sequence.request, sequence.so_far()
+        given, generated = len(request.prompt_token_ids) + sequence.num_resumed, sequence.num_generated - sequence.num_resumed
+        self.finish_reasons[end.reason] += 1
+        self.finished.append((given, generated))
+        self.counts = replace(
+            self.counts,
+            requests=self.counts.requests + 1,
+            errors=self.counts.errors + (end.error is not None),
+            prompt_tokens=self.counts.prompt_tokens + len(request.prompt_token_ids),
+            output_tokens=self.counts.output_tokens + generated,
+        )
+        return TokenResult(
+            index=request.index, token_ids=so_far.token_ids, finish_reason=end.reason, stop_string=end.stop_string,
+            logprobs=so_far.logprobs, error=end.error, num_preemptions=sequence.num_preemptions,
+        )  # fmt: skip

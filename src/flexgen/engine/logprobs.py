@@ -1,0 +1,35 @@
+"""Log probabilities of a generated token and of the likeliest ones, by the model's own logits.  One row at a time."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from flexgen.engine.sampler import as_float64
+from flexgen.request import TokenLogprobs
+
+
+def token_logprobs(logits: torch.Tensor, token_id: int, num_logprobs: int) -> TokenLogprobs:
+    """The generated token's and the `num_logprobs` largest (all for -1), computed in float64.
+
+    Among equal logits the lower id ranks higher.
+
+    Args:
+        logits: (vocab,), any floating dtype and device, finite, as the model gave them.
+    """
+    row = as_float64(logits)
+    largest = row.max()
+    log_sum = largest + np.log(np.exp(row - largest).sum())
+    likeliest = _likeliest(row, len(row) if num_logprobs == -1 else min(num_logprobs, len(row)))
+    ids = [token_id, *likeliest.tolist()]
+    above = np.count_nonzero(row > row[token_id]) + np.count_nonzero(row[:token_id] == row[token_id])
+    return TokenLogprobs(token_ids=tuple(ids), logprobs=tuple((row[ids] - log_sum).tolist()), rank=int(above) + 1)
+
+
+def _likeliest(row: np.ndarray, count: int) -> np.ndarray:
+    """Ids of the largest entries, largest first."""
+    if count == 0:
+        return np.empty(0, dtype=np.int64)
+    threshold = np.partition(row, -count)[-count]
+    candidates = np.flatnonzero(row >= threshold)
+    return candidates[np.argsort(-row[candidates], kind="stable")][:count]

@@ -1,0 +1,77 @@
+"""What a request does to its row of logits before a token is chosen: masks, bias, penalties, in vLLM's order.
+
+Works on one row of float64 numbers; knows no batches and no choice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from flexgen.request import TokenRequest
+
+
+def changes_logits(request: TokenRequest) -> bool:
+    """Whether `process_logits` has anything to do."""
+    return (
+        request.allowed_token_ids is not None
+        or bool(request.bad_words_token_ids or request.min_tokens or request.logit_bias)
+        or request.repetition_penalty != 1
+        or request.frequency_penalty != 0
+        or request.presence_penalty != 0
+    )
+
+
+def process_logits(logits: np.ndarray, request: TokenRequest, generated: Sequence[int]) -> np.ndarray:
+    """A changed copy of one row; masked tokens are at minus infinity.
+
+    Args:
+        logits: (vocab,) float64.
+        generated: what the request has generated so far.
+    """
+    row = logits.copy()
+    if request.allowed_token_ids is not None:
+        _keep_only(row, request.allowed_token_ids)
+    for word in request.bad_words_token_ids:
+        _mask_completion(row, word, generated)
+    if len(generated) < request.min_tokens:
+        row[_within(sorted(request.stop_token_ids), row)] = -np.inf
+    for token_id, bias in request.logit_bias:
+        row[token_id] += bias
+    if request.repetition_penalty != 1:
+        _penalise_repetition(row, request.repetition_penalty, [*request.prompt_token_ids, *generated])
+    if request.frequency_penalty != 0 or request.presence_penalty != 0:
+        _penalise_presence(row, request.frequency_penalty, request.presence_penalty, generated)
+    return row
+
+
+def _keep_only(row: np.ndarray, token_ids: Sequence[int]) -> None:
+    allowed = list(token_ids)
+    kept = row[allowed]
+    row[:] = -np.inf
+    row[allowed] = kept
+
+
+def _mask_completion(row: np.ndarray, word: Sequence[int], generated: Sequence[int]) -> None:
+    """The last token of a word whose other tokens were just generated."""
+    *begun, last = word
+    start = len(generated) - len(begun)
+    if start >= 0 and list(generated[start:]) == begun:
+        row[last] = -np.inf
+
+
+def _penalise_repetition(row: np.ndarray, penalty: float, token_ids: Sequence[int]) -> None:
+    seen = _within(np.unique(np.asarray(token_ids)), row)
+    row[seen] = np.where(row[seen] > 0, row[seen] / penalty, row[seen] * penalty)
+
+
+def _penalise_presence(row: np.ndarray, frequency: float, presence: float, generated: Sequence[int]) -> None:
+    ids, counts = np.unique(np.asarray(generated, dtype=np.int64), return_counts=True)
+    row[ids] -= frequency * counts + presence
+
+
+def _within(token_ids: Sequence[int] | np.ndarray, row: np.ndarray) -> np.ndarray:
+    """Those that have a logit: some vocabularies are larger than the model's head."""
+    ids = np.asarray(token_ids, dtype=np.int64)
+    return ids[ids < len(row)]

@@ -1,0 +1,31 @@
+"""Named points at which a test can make something fail: by an error, or by the end of the process.
+
+Nothing in the package switches them on; a test's own process does (tests/faults/).  Off, a point costs one comparison.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+FAILPOINTS = (
+    "input.read",  # a line of the input is about to be taken
+    "store.commit", "store.committed",  # around the COMMIT of a transaction
+    "export.write", "export.fsync", "export.rename", "export.renamed",  # the steps of replacing the output
+    "disk.read", "disk.write",  # one system call on weights or spilled KV
+    "engine.pass",  # a pass is about to begin
+)  # fmt: skip
+
+# The package's one variable of its own: a fault strikes a process, not an object that could be handed around.
+_hook: Callable[[str], None] | None = None
+
+
+def failpoint(name: str) -> None:
+    """Pass the point `name`; whatever the test's hook does there happens to the caller."""
+    if _hook is not None:
+        _hook(name)
+
+
+def switch_on(hook: Callable[[str], None]) -> None:
+    """Have `hook` called with the name of every point that this process passes, on whatever thread passes it."""
+    global _hook
+    _hook = hook

@@ -1,0 +1,105 @@
+"""The database of a job: its tables, how it is opened, and when a transaction counts as done.  Knows no requests.
+
+SQLite with a write-ahead log and synchronous=FULL: what is committed survives a kill and a power failure, and other processes
+(`flexgen status`, `flexgen export`) read a consistent snapshot while a run writes.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from flexgen.errors import StorageError
+from flexgen.failpoints import failpoint
+from flexgen.jobs.folder import open_private
+
+_APPLICATION_ID = 0x666C7867  # "flxg", by which a job is told from other databases
+_VERSION = 1
+_BUSY_SECONDS = 60.0
+# Rows of `results` are small, so that counting a million lines and finding out which are done reads no answers.
+_SCHEMA = f"""
+BEGIN;
+CREATE TABLE facts (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE runs (
+    id INTEGER PRIMARY KEY, started REAL NOT NULL, seconds REAL NOT NULL, lines INTEGER NOT NULL, lines_before INTEGER NOT NULL,
+    tokens_before INTEGER NOT NULL, tokens INTEGER NOT NULL, updated REAL NOT NULL, ending TEXT
+);
+CREATE TABLE results (
+    line INTEGER PRIMARY KEY, digest INTEGER NOT NULL, place INTEGER NOT NULL UNIQUE, failed INTEGER NOT NULL,
+    prompt_tokens INTEGER NOT NULL, output_tokens INTEGER NOT NULL
+);
+CREATE TABLE records (line INTEGER PRIMARY KEY, record BLOB NOT NULL);
+CREATE TABLE begun (
+    line INTEGER NOT NULL, choice INTEGER NOT NULL, start INTEGER NOT NULL, digest INTEGER NOT NULL, tokens INTEGER NOT NULL,
+    token_ids TEXT NOT NULL, logprobs TEXT, ending TEXT, PRIMARY KEY (line, choice, start)
+) WITHOUT ROWID;
+CREATE TABLE exports (digest BLOB PRIMARY KEY) WITHOUT ROWID;
+PRAGMA application_id = {_APPLICATION_ID};
+PRAGMA user_version = {_VERSION};
+COMMIT;
+"""
+
+
+def connect(path: Path, *, create: bool = False) -> sqlite3.Connection:
+    """An open database of a job; every statement is its own transaction unless `transaction` says otherwise.
+
+    Raises:
+        StorageError: there is none, it is something else, of another version or damaged, or it cannot be opened.
+    """
+    with translated(path):
+        os.close(open_private(path, os.O_RDWR | (os.O_CREAT if create else 0)))
+        connection = sqlite3.connect(path, timeout=_BUSY_SECONDS, isolation_level=None)
+        try:
+            _prepare(connection, path, create)
+        except BaseException:
+            connection.close()
+            raise
+    return connection
+
+
+def _prepare(connection: sqlite3.Connection, path: Path, create: bool) -> None:
+    is_new = create and connection.execute("SELECT count(*) FROM sqlite_schema").fetchone() == (0,)
+    if not is_new and connection.execute("PRAGMA application_id").fetchone() != (_APPLICATION_ID,):
+        raise StorageError(f"{path} is no job of flexgen")
+    if connection.execute("PRAGMA journal_mode = WAL").fetchone() != ("wal",):
+        raise StorageError(f"the file system of {path} cannot hold the state of a job: name a local folder with --state")
+    connection.execute("PRAGMA synchronous = FULL")
+    if is_new:
+        connection.executescript(_SCHEMA)
+    (version,) = connection.execute("PRAGMA user_version").fetchone()
+    if version != _VERSION:
+        raise StorageError(f"{path} was written by another version of flexgen (format {version}, this one has {_VERSION})")
+
+
+@contextmanager
+def transaction(connection: sqlite3.Connection, path: Path) -> Iterator[None]:
+    """All or nothing, and durable when it is left.
+
+    Raises:
+        StorageError: it could not be made durable; nothing has changed then.
+    """
+    with translated(path):
+        connection.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+            failpoint("store.commit")
+            connection.execute("COMMIT")
+        except BaseException:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+            raise
+        failpoint("store.committed")
+
+
+@contextmanager
+def translated(path: Path) -> Iterator[None]:
+    """SQLite's errors, and the system's, as ours."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        raise StorageError(f"{path}: {error}") from error
+    except OSError as error:
+        raise StorageError(f"{path}: {error.strerror or error}") from error

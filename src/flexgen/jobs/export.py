@@ -1,0 +1,173 @@
+"""The output file, made from the database: as a whole, in one moment, at any time, also while a run goes on."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from flexgen.errors import JobError, OptionError
+from flexgen.failpoints import failpoint
+from flexgen.jobs.database import connect, transaction, translated
+from flexgen.jobs.folder import JobFolder, JobPaths, open_private
+from flexgen.sizes import MIB
+
+# Both follow an index: nothing is sorted, whatever the size.
+_ORDERS = {
+    "input": "SELECT record FROM records ORDER BY line",
+    "done": "SELECT record FROM results CROSS JOIN records USING (line) ORDER BY place",
+}
+ORDERS = tuple(_ORDERS)
+
+
+def export(paths: JobPaths, target: Path, order: str = "input") -> int:
+    """Write the records of the lines that are done to `target`, which is replaced at once or not at all.
+
+    Args:
+        order: "input", or "done" for the order in which lines were finished.
+
+    Returns:
+        how many records.
+
+    Raises:
+        JobError: there is a file that no export has written.
+        OptionError: an unknown order.
+        StorageError: it cannot be written; what was there is still there.
+    """
+    query = _query(order)
+    target = target.resolve()  # a link stays a link
+    with _turn(paths), _reading(paths) as connection, translated(target):
+        _check_ours(connection, target)
+        temporary = target.with_name(f".{target.name}.flexgen-new")
+        try:
+            count, digest = _write(connection, query, temporary)
+            with transaction(connection, paths.database):
+                connection.execute("INSERT OR IGNORE INTO exports VALUES (?)", (digest,))
+            failpoint("export.rename")
+            temporary.replace(target)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        failpoint("export.renamed")
+        _sync_folder(target.parent)
+    return count
+
+
+def export_to_stream(paths: JobPaths, stream: BinaryIO, order: str = "input") -> int:
+    """The same to an open stream.  A reader who leaves (`| head`) has had enough."""
+    query = _query(order)
+    count = 0
+    with _reading(paths) as connection:
+        try:
+            for record in _records(connection, query):
+                stream.write(record)
+                count += 1
+            stream.flush()
+        except BrokenPipeError:
+            _send_nowhere(stream)
+    return count
+
+
+def check_output(paths: JobPaths) -> None:
+    """Raises JobError when the output is a file that no export of this job has written."""
+    if paths.output is None:
+        return
+    with _reading(paths) as connection:
+        _check_ours(connection, paths.output.resolve())
+
+
+def remove_job(folder: JobFolder) -> None:
+    """Remove what earlier runs of a job kept and wrote (`--fresh`).
+
+    Raises:
+        JobError: its output is not theirs; nothing is removed then.
+    """
+    paths = folder.paths
+    if paths.database.exists():
+        check_output(paths)
+        if paths.output is not None:
+            with translated(paths.output):
+                paths.output.unlink(missing_ok=True)
+    folder.remove_state()
+
+
+def _query(order: str) -> str:
+    if order not in _ORDERS:
+        raise OptionError(f"order={order!r} is unknown; known: {', '.join(_ORDERS)}")
+    return _ORDERS[order]
+
+
+def _records(connection: sqlite3.Connection, query: str) -> Iterator[bytes]:
+    for (record,) in connection.execute(query):
+        yield record
+
+
+def _write(connection: sqlite3.Connection, query: str, path: Path) -> tuple[int, bytes]:
+    """(records written, digest of the file), durable."""
+    count, hasher = 0, hashlib.blake2b(digest_size=16)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
+    with os.fdopen(os.open(path, flags, 0o666), "wb", buffering=MIB) as file:
+        for record in _records(connection, query):
+            failpoint("export.write")
+            file.write(record)
+            hasher.update(record)
+            count += 1
+        file.flush()
+        failpoint("export.fsync")
+        os.fsync(file.fileno())
+    return count, hasher.digest()
+
+
+def _check_ours(connection: sqlite3.Connection, target: Path) -> None:
+    with translated(target):
+        if not target.exists() or target.stat().st_size == 0:
+            return
+        with target.open("rb") as file:
+            hasher = hashlib.blake2b(digest_size=16)
+            while piece := file.read(MIB):
+                hasher.update(piece)
+        known = connection.execute("SELECT 1 FROM exports WHERE digest = ?", (hasher.digest(),)).fetchone()
+    if known is None:
+        raise JobError(f"{target} was not written by this job, or was changed since: move it away, or give another output")
+
+
+@contextmanager
+def _turn(paths: JobPaths) -> Iterator[None]:
+    """One export at a time: a slow one must not replace what a later one has written."""
+    with translated(paths.folder):
+        fd = open_private(paths.folder / "export.lock", os.O_RDWR | os.O_CREAT)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(fd)
+
+
+@contextmanager
+def _reading(paths: JobPaths) -> Iterator[sqlite3.Connection]:
+    connection = connect(paths.database)
+    try:
+        with translated(paths.database):
+            yield connection
+    finally:
+        connection.close()
+
+
+def _send_nowhere(stream: BinaryIO) -> None:
+    """Let what is still buffered be written without complaint when the stream is closed."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
+
+
+def _sync_folder(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,180 @@
+"""Where a job lives: a private folder beside its output, used by one run at a time.  Knows nothing of what is kept in it."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import stat
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from flexgen.errors import JobError, OptionError, StorageError
+
+_SUFFIX = ".flexgen"
+_LOCK_TRIES = 4  # `flexgen status` holds the lock for the moment of a look
+_LOCK_SECONDS = 0.05
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobPaths:
+    """The places of a job.
+
+    Attributes:
+        folder: holds everything that is kept about the job.
+        output: the file of answers; None is standard output.
+    """
+
+    folder: Path
+    output: Path | None
+
+    @property
+    def database(self) -> Path:
+        return self.folder / "job.sqlite"
+
+    @property
+    def input_copy(self) -> Path:
+        """The input of a job that reads standard input."""
+        return self.folder / "input"
+
+    @property
+    def name(self) -> str:
+        """What messages call the job."""
+        return str(self.output if self.output is not None else self.folder)
+
+
+def job_paths(source: Path | None, output: Path | None, state: Path | None) -> JobPaths:
+    """Where the job of these files lives: in `state`, else beside its output, else beside its input.
+
+    Raises:
+        OptionError: standard input to standard output leaves no place that a rerun would find.
+    """
+    if state is not None:
+        return JobPaths(folder=state, output=output)
+    named = output if output is not None else source
+    if named is None:
+        raise OptionError("from standard input to standard output: name a folder for the job's state (--state DIR)")
+    return JobPaths(folder=named.with_name(named.name + _SUFFIX), output=output)
+
+
+def find_job(named: Path) -> JobPaths:
+    """The job that writes the file `named`, or that lives in the folder `named`.
+
+    Raises:
+        JobError: there is none.
+    """
+    beside = JobPaths(folder=named.with_name(named.name + _SUFFIX), output=named)
+    inside = JobPaths(folder=named, output=None)
+    for paths in (beside, inside):
+        with _translated(paths):
+            if paths.database.is_file():
+                return paths
+    raise JobError(f"there is no job of {named} (neither {beside.database} nor {inside.database} is there)")
+
+
+class JobFolder:
+    """The folder of a job, created if need be, and the right to run the job until `close`.
+
+    Raises:
+        JobError: another run has it, or it is not ours.
+        StorageError: it or the output cannot be written.
+    """
+
+    def __init__(self, paths: JobPaths) -> None:
+        self.paths = paths
+        self._lock = -1
+        with _translated(paths):
+            _check_output(paths.output)
+            _make_private(paths.folder)
+            self._lock = open_private(paths.folder / "lock", os.O_RDWR | os.O_CREAT)
+            try:
+                self._take_lock()
+                os.ftruncate(self._lock, 0)
+                os.pwrite(self._lock, f"{os.getpid()}\n".encode(), 0)
+            except BaseException:
+                self.close()
+                raise
+
+    def _take_lock(self) -> None:
+        for attempt in range(_LOCK_TRIES):
+            try:
+                return fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if attempt + 1 < _LOCK_TRIES:
+                    time.sleep(_LOCK_SECONDS)
+        holder = os.pread(self._lock, 32, 0).decode(errors="replace").strip()
+        raise JobError(f"{self.paths.name} is being written by another flexgen (process {holder or 'unknown'})")
+
+    def remove_state(self) -> None:
+        """Delete what earlier runs kept; the lock stays."""
+        with _translated(self.paths):
+            database = self.paths.database
+            for path in (self.paths.input_copy, *(database.with_name(database.name + end) for end in ("-wal", "-shm", ""))):
+                path.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Let others run the job."""
+        if self._lock >= 0:
+            os.close(self._lock)
+        self._lock = -1
+
+    def __enter__(self) -> JobFolder:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def running_process(paths: JobPaths) -> int | None:
+    """The id of the process that runs the job now."""
+    try:
+        fd = open_private(paths.folder / "lock", os.O_RDONLY)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        digits = os.read(fd, 32).strip()
+        return int(digits) if digits.isdigit() else 0
+    finally:
+        os.close(fd)
+    return None
+
+
+def open_private(path: Path, flags: int) -> int:
+    """A descriptor of a file that only its owner can read; a planted link is not followed."""
+    return os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+
+
+def _make_private(folder: Path) -> None:
+    folder.mkdir(mode=0o700, exist_ok=True)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
+        raise JobError(f"{folder} is no folder of yours; it would hold private data")
+    if stat.S_IMODE(found.st_mode) & 0o077:
+        folder.chmod(0o700)
+
+
+def _check_output(output: Path | None) -> None:
+    """Found out before the model is loaded: that the output could be replaced."""
+    if output is None:
+        return
+    target = output.resolve()
+    if target.is_dir():
+        raise StorageError(f"{output} is a folder; the output is a file")
+    if target.exists() and not target.is_file():
+        raise StorageError(f"{output} is no regular file; - writes to standard output")
+    if target.exists() and not os.access(target, os.W_OK):
+        raise StorageError(f"{output} is read-only")
+    if not os.access(target.parent, os.W_OK | os.X_OK):
+        raise StorageError(f"{output} cannot be written: the folder {target.parent} is read-only or missing")
+
+
+@contextmanager
+def _translated(paths: JobPaths) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(f"{paths.folder} cannot be used: {error}") from error

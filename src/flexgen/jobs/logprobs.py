@@ -1,0 +1,68 @@
+"""Log probabilities as OpenAI's endpoints write them; completions and chat have a shape each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flexgen.request import CompletionOutput, Logprob
+
+_LEAST = -9999.0  # JSON has no infinity; vLLM's value
+
+
+def completion_logprobs(completion: CompletionOutput) -> dict[str, Any] | None:
+    """The shape of /v1/completions: parallel lists, and at each token the likeliest ones with the generated one."""
+    if completion.logprobs is None:
+        return None
+    steps = list(zip(completion.token_ids, completion.logprobs, strict=True))
+    tokens = [_token(token_id, step[token_id]) for token_id, step in steps]
+    offsets = [0]
+    for token in tokens[:-1]:
+        offsets.append(offsets[-1] + len(token))
+    return {
+        "tokens": tokens,
+        "token_logprobs": [_value(step[token_id]) for token_id, step in steps],
+        "top_logprobs": [_by_token(step) for _, step in steps],
+        "text_offset": offsets[: len(tokens)],
+    }
+
+
+def chat_logprobs(completion: CompletionOutput, num_top: int) -> dict[str, Any] | None:
+    """The shape of /v1/chat/completions: an object for each token, with the `num_top` likeliest ones (-1: all) in it."""
+    if completion.logprobs is None:
+        return None
+    return {"content": token_logprobs(completion, num_top), "refusal": None}
+
+
+def token_logprobs(completion: CompletionOutput, num_top: int) -> list[dict[str, Any]]:
+    """An object for each generated token of a completion that has log probabilities."""
+    return [
+        {**_entry(token_id, step[token_id]), "top_logprobs": [_entry(*each) for each in _likeliest(token_id, step, num_top)]}
+        for token_id, step in zip(completion.token_ids, completion.logprobs or (), strict=True)
+    ]
+
+
+def _likeliest(token_id: int, step: dict[int, Logprob], num_top: int) -> list[tuple[int, Logprob]]:
+    """Best first.  The generated token comes beside as many as were asked for, unless it is one of them."""
+    others = [each for each in step.items() if num_top < 0 or len(step) <= num_top or each[0] != token_id]
+    return sorted(others, key=lambda each: -each[1].logprob)
+
+
+def _by_token(step: dict[int, Logprob]) -> dict[str, float]:
+    """Best first; of tokens with the same text the best one."""
+    found: dict[str, float] = {}
+    for token_id, logprob in sorted(step.items(), key=lambda each: -each[1].logprob):
+        found.setdefault(_token(token_id, logprob), _value(logprob))
+    return found
+
+
+def _entry(token_id: int, logprob: Logprob) -> dict[str, Any]:
+    token = _token(token_id, logprob)
+    return {"token": token, "logprob": _value(logprob), "bytes": list(token.encode())}
+
+
+def _token(token_id: int, logprob: Logprob) -> str:
+    return logprob.decoded_token if logprob.decoded_token is not None else f"token_id:{token_id}"  # vLLM's way without a tokenizer
+
+
+def _value(logprob: Logprob) -> float:
+    return max(logprob.logprob, _LEAST)

@@ -1,0 +1,143 @@
+"""Lines while the model has them: what it is asked for each, what it has generated so far, and the record at the end."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from flexgen.errors import RequestError
+from flexgen.jobs.begun import Begun, Ending, since
+from flexgen.jobs.fields import Answer
+from flexgen.jobs.reading import Refused, Served, place_of
+from flexgen.jobs.store import Result, Store
+from flexgen.llm import LLM
+from flexgen.request import Generated, Live, TokenRequest, TokenResult
+
+
+@dataclass(slots=True)
+class _Line:
+    """A line in progress.
+
+    Attributes:
+        results: of the choices that are finished.
+    """
+
+    served: Served
+    results: dict[int, TokenResult] = field(default_factory=dict)
+
+    @property
+    def done(self) -> bool:
+        return len(self.results) == len(self.served.token_requests)
+
+
+class Serving:
+    """The lines that the model has.
+
+    Args:
+        store: takes their results, and what there is of them before.
+
+    Attributes:
+        num_taken: lines handed to the model so far.
+        num_resumed: answers that went on where an earlier run left them. tokens_kept: of theirs, not generated again.
+    """
+
+    def __init__(self, llm: LLM, store: Store) -> None:
+        self._llm, self._store = llm, store
+        self._lines: dict[int, _Line] = {}  # by number
+        self._stored: dict[int, int] = {}  # index -> tokens of a choice that are stored
+        self.num_taken = self.num_resumed = self.tokens_kept = 0
+
+    @property
+    def num_unfinished(self) -> int:
+        """Lines that were handed to the model and have no result."""
+        return len(self._lines)
+
+    def requests(self, served: Served) -> Iterator[TokenRequest]:
+        """What the model is asked for a line; it goes on after what earlier runs have stored."""
+        self.num_taken += 1
+        line = self._lines[served.origin.line_number] = _Line(served)
+        kept = self._store.kept(served.origin.line_number, served.origin.digest)
+        for choice, each in kept.items():
+            if (result := each.result(served.token_requests[choice].index)) is not None:
+                line.results[choice] = result
+        if line.done:
+            self._finish(line)
+            return
+        left = [choice for choice in range(len(served.token_requests)) if choice not in line.results]
+        for choice in left:  # the first may be finished before the last is asked for
+            request = served.token_requests[choice]
+            yield self._resumed(request, kept[choice].generated) if choice in kept else request
+
+    def _resumed(self, request: TokenRequest, generated: Generated) -> TokenRequest:
+        self._stored[request.index] = len(generated.token_ids)
+        self.num_resumed += 1
+        self.tokens_kept += len(generated.token_ids)
+        return dataclasses.replace(request, generated=generated)
+
+    def progress(self, live: Iterable[Live]) -> list[Begun]:
+        """What choices in progress have got since it was last asked."""
+        return [self._row(each.index, each.generated) for each in live if len(each.generated.token_ids) > self._stored.get(each.index, 0)]
+
+    def _row(self, index: int, generated: Generated, ending: Ending | None = None) -> Begun:
+        stored = self._stored.get(index, 0)
+        self._stored[index] = len(generated.token_ids)
+        line_number, choice = place_of(index)
+        return Begun(
+            line_number=line_number,
+            digest=self._lines[line_number].served.origin.digest,
+            choice=choice,
+            start=stored,
+            generated=since(generated, stored),
+            ending=ending,
+        )
+
+    def take(self, result: TokenResult) -> None:
+        """A choice is finished, and perhaps its line."""
+        line_number, choice = place_of(result.index)
+        line = self._lines[line_number]
+        line.results[choice] = result
+        if line.done:
+            self._finish(line)
+        else:
+            generated = Generated(token_ids=result.token_ids, logprobs=result.logprobs)
+            self._store.keep(self._row(result.index, generated, Ending.of(result)))
+
+    def _finish(self, line: _Line) -> None:
+        served = line.served
+        del self._lines[served.origin.line_number]
+        for request in served.token_requests:
+            self._stored.pop(request.index, None)
+        results = [line.results[choice] for choice in range(len(served.token_requests))]
+        error = next((result.error for result in results if result.error is not None), None)
+        self._store.add(failure(served, error) if error is not None else self._success(served, results))
+
+    def _success(self, served: Served, results: list[TokenResult]) -> Result:
+        has_text = self._llm.tokenizer is not None
+        answer = Answer(
+            num_prompt_tokens=len(served.token_requests[0].prompt_token_ids),
+            completions=self._llm.completions(results, served.request.params),
+            params=served.request.params,
+            shows_ids=served.request.return_token_ids or isinstance(served.request.prompt, tuple) or not has_text,
+            has_text=has_text,
+        )
+        return Result(
+            line_number=served.origin.line_number,
+            digest=served.origin.digest,
+            record=_encoded(served.form.success(served.origin, answer)),
+            failed=False,
+            prompt_tokens=answer.num_prompt_tokens,
+            output_tokens=sum(len(result.token_ids) for result in results),
+        )
+
+
+def failure(read: Served | Refused, error: RequestError) -> Result:
+    """The result of a line that ended in an error."""
+    record = _encoded(read.form.failure(read.origin, error))
+    return Result(line_number=read.origin.line_number, digest=read.origin.digest, record=record, failed=True)
+
+
+def _encoded(record: dict[str, Any]) -> bytes:
+    return json.dumps(record, allow_nan=False).encode() + b"\n"

@@ -1,0 +1,50 @@
+"""Standard input, kept: a job reads its input several times, and a later run must find the same."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import BinaryIO
+
+from flexgen.errors import JobError
+from flexgen.jobs.database import translated
+from flexgen.jobs.folder import JobFolder, open_private
+from flexgen.sizes import MIB
+
+
+def keep_input(folder: JobFolder, stream: BinaryIO, *, accept_changes: bool = False) -> Path:
+    """The file that holds what `stream` gives, or gave an earlier run if it gives nothing now (a terminal is not asked again).
+
+    Raises:
+        JobError: it is neither what an earlier run was given nor a continuation of that, and this is not accepted.
+    """
+    copy = folder.paths.input_copy
+    new = copy.with_name("input.new")
+    with translated(copy):
+        if copy.exists() and stream.isatty():
+            return copy
+        with os.fdopen(open_private(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "wb") as file:
+            shutil.copyfileobj(stream, file, MIB)
+            file.flush()
+            os.fsync(file.fileno())
+        if copy.exists() and new.stat().st_size == 0:
+            new.unlink()
+            return copy
+        if copy.exists() and not accept_changes and not _continues(new, copy):
+            new.unlink()
+            raise JobError(
+                f"{folder.paths.name} was begun with another standard input: --accept-changes answers the lines that differ again, "
+                "--fresh all lines; an empty one goes on with what was given then"
+            )
+        new.replace(copy)
+    return copy
+
+
+def _continues(new: Path, old: Path) -> bool:
+    """Whether `new` begins with all of `old`."""
+    with new.open("rb") as longer, old.open("rb") as shorter:
+        while piece := shorter.read(MIB):
+            if longer.read(len(piece)) != piece:
+                return False
+    return True

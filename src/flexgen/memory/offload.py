@@ -1,0 +1,74 @@
+"""Private folders for what a run spills: removed when it ends, and by a later run when it could not do so itself."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import shutil
+import stat
+import tempfile
+from pathlib import Path
+
+from flexgen.errors import StorageError
+
+logger = logging.getLogger(__name__)
+
+_PREFIX, _LOCK = "flexgen-offload-", "in-use"
+
+
+class OffloadFolder:
+    """A fresh folder below `parent` that only its owner can read.  What killed runs left there goes first.
+
+    The run holds a lock on a file within; the kernel lets go of it however the run ends, which is how others tell.
+
+    Raises:
+        StorageError: it cannot be made.
+    """
+
+    def __init__(self, parent: Path) -> None:
+        try:
+            parent.mkdir(parents=True, exist_ok=True)
+            _sweep(parent)
+            self.path, self._lock = _make(parent)
+        except OSError as error:
+            raise StorageError(f"the offload folder {parent} cannot be used: {error}") from error
+
+    def remove(self) -> None:
+        """Delete it with all that is in it."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        if self._lock >= 0:
+            os.close(self._lock)
+        self._lock = -1
+
+
+def _make(parent: Path) -> tuple[Path, int]:
+    """A folder and its lock; once more if a sweep came between the two."""
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
+        try:
+            lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        except FileNotFoundError:
+            continue
+        with contextlib.suppress(OSError):  # a file system without locks: nobody can take it for abandoned either
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if (folder / _LOCK).exists():
+            return folder, lock
+        os.close(lock)
+
+
+def _sweep(parent: Path) -> None:
+    """Remove folders of ours that no run holds."""
+    for folder in parent.glob(_PREFIX + "*"):
+        found = folder.lstat()
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
+            continue
+        with contextlib.suppress(OSError):  # held, just being made, or gone
+            lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder, ignore_errors=True)
+                logger.warning("removed %s, which a run that was killed had left", folder)
+            finally:
+                os.close(lock)

@@ -1,0 +1,84 @@
+"""What ends an answer, which end comes first, and how answers are counted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from flexgen.engine.answers import Answers, Ending, ending
+from flexgen.engine.clock import RunCounts
+from flexgen.engine.sequence import Sequence
+from flexgen.errors import RequestError
+from flexgen.request import Generated, TokenLogprobs, TokenRequest
+
+
+def stops_at_three(token_ids: Any) -> str | None:
+    return "three" if len(token_ids) == 3 else None
+
+
+def sequence(*generated: int, earlier: tuple[int, ...] = (), **how: Any) -> Sequence:
+    made = Sequence(TokenRequest(index=7, prompt_token_ids=(1, 2), generated=Generated(token_ids=earlier), **({"max_tokens": 5} | how)), 5)
+    for token_id in generated:
+        made.append(token_id)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("made", "wanted"),
+    [
+        (sequence(), None),
+        (sequence(8, 9), None),
+        (sequence(8, 9, 3, 4, 5), Ending(reason="length")),
+        (sequence(8, 9, stop_token_ids=frozenset({9})), Ending(reason="stop")),
+        (sequence(9, 8, stop_token_ids=frozenset({9})), None),
+        (sequence(8, 9, 3, stops=stops_at_three), Ending(reason="stop", stop_string="three")),
+        # A stop token is no part of the text; a stop string counts even where the length would have ended the answer, too.
+        (sequence(8, 9, 3, stops=stops_at_three, stop_token_ids=frozenset({3})), Ending(reason="stop")),
+        (sequence(8, 9, 3, stops=stops_at_three, max_tokens=3), Ending(reason="stop", stop_string="three")),
+        (sequence(3, earlier=(8, 9), max_tokens=3), Ending(reason="length")),
+        (sequence(earlier=(8, 9), stop_token_ids=frozenset({9})), Ending(reason="stop")),
+    ],
+)
+def test_what_ends_an_answer(made: Sequence, wanted: Ending | None) -> None:
+    assert ending(made) == wanted
+
+
+def test_an_earlier_run_s_tokens_are_given_not_generated() -> None:
+    answers = Answers()
+    made = sequence(5, 6, earlier=(3, 4, 9))
+    answers.entered(made)
+    result = answers.finish(made, Ending(reason="stop", stop_string="x"))
+    assert (result.token_ids, result.finish_reason, result.stop_string) == ((3, 4, 9, 5, 6), "stop", "x")
+    assert answers.finished == [(5, 2)]
+    assert answers.counts == RunCounts(requests=1, prompt_tokens=2, output_tokens=2, recomputed_tokens=4)
+
+
+def test_a_fresh_request_recomputes_nothing() -> None:
+    answers = Answers()
+    answers.entered(sequence(earlier=()))
+    assert answers.counts == RunCounts()
+
+
+def test_errors_are_counted() -> None:
+    answers = Answers()
+    error = RequestError("no")
+    assert answers.finish(sequence(5), Ending(reason="error", error=error)).error is error
+    assert (answers.counts.requests, answers.counts.errors, answers.finish_reasons["error"]) == (1, 1, 1)
+
+
+def test_logprobs_go_on_after_an_earlier_run_s() -> None:
+    first, second = (TokenLogprobs(token_ids=(i,), logprobs=(-1.0,), rank=1) for i in (3, 4))
+    earlier = Generated(token_ids=(3,), logprobs=(first,))
+    made = Sequence(TokenRequest(index=0, prompt_token_ids=(1,), max_tokens=2, num_logprobs=0, generated=earlier), 2)
+    made.append(4, second)
+    assert made.so_far() == Generated(token_ids=(3, 4), logprobs=(first, second))
+
+
+def test_progress_is_of_this_run() -> None:
+    made = sequence(earlier=(3, 4))
+    shares = [made.progress]
+    for token_id in (5, 6, 7):
+        made.append(token_id)
+        shares.append(made.progress)
+    assert shares == pytest.approx([0, 1 / 3, 2 / 3, 1])

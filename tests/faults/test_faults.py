@@ -1,0 +1,67 @@
+"""Runs that are killed, starved or refused their disk: the job ends with the bytes of an undisturbed one.
+
+Here are a few of each kind; benchmarks/faults.py makes thousands.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from faults.trials import KINDS, RACE
+from flexgen.failpoints import FAILPOINTS
+
+HERE = Path(__file__).parent
+SOURCE = HERE.parent.parent / "src"
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+    """Kind -> what became of its jobs.  A process of its own, because this one has threads, which a fork would not copy."""
+    kinds = [*KINDS, RACE]
+    folder = tmp_path_factory.mktemp("faults")
+    path = os.pathsep.join([str(SOURCE), str(HERE.parent)])
+    command = [sys.executable, "-m", "faults.trials", str(folder), "2", *kinds]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": path})
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    return {kind: lines[2 * place : 2 * place + 2] for place, kind in enumerate(kinds)}
+
+
+@pytest.mark.parametrize("kind", [*KINDS, RACE])
+def test_a_disturbed_job_ends_like_an_undisturbed_one(outcomes: dict[str, list[dict[str, Any]]], kind: str) -> None:
+    for outcome in outcomes[kind]:
+        log = outcome.pop("log")
+        figures = {name: outcome[name] for name in ("lost", "duplicated", "wrong", "bugs", "hangs")}
+        assert not any(figures.values()), f"{outcome}\n{log}"
+        assert outcome["same_bytes"], f"{outcome}\n{log}"
+
+
+def test_the_trials_do_strike(outcomes: dict[str, list[dict[str, Any]]]) -> None:
+    """Or the tests above would show nothing."""
+    struck = {kind: sum(trial["struck"] for each in found for trial in each["trials"]) for kind, found in outcomes.items()}
+    assert struck["kill -9, twenty in a row"] >= 20
+    assert struck["kill -9 at a failpoint"] >= 1
+    assert struck["no file may grow"] >= 1
+    assert any(trial["commits"] for found in outcomes.values() for each in found for trial in each["trials"])
+
+
+def test_every_failpoint_is_known_and_every_known_one_is_somewhere() -> None:
+    found = set()
+    for path in SOURCE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", None) == "failpoint":
+                found |= {each.value for each in ast.walk(node.args[0]) if isinstance(each, ast.Constant)}
+    assert found == set(FAILPOINTS)
+
+
+def test_nothing_in_the_package_switches_failpoints_on() -> None:
+    users = [path for path in SOURCE.rglob("*.py") if "switch_on" in path.read_text(encoding="utf-8")]
+    assert [path.name for path in users] == ["failpoints.py"]

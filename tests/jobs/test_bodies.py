@@ -1,0 +1,244 @@
+"""Fields of requests: what is served, what is ignored, what is refused by name; the same in all forms where it is the same."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from flexgen.chat import Chat
+from flexgen.errors import RequestError
+from flexgen.jobs.bodies import parse_chat, parse_completion
+from flexgen.jobs.fields import JobRequest
+from flexgen.request import SamplingParams
+
+DEFAULTS = SamplingParams(temperature=0.7, max_tokens=None)
+MESSAGES = [{"role": "user", "content": "Hi"}]
+
+
+def completion(**fields: Any) -> JobRequest:
+    return parse_completion({"prompt": "p", **fields}, DEFAULTS)
+
+
+def chat(**fields: Any) -> JobRequest:
+    return parse_chat({"messages": MESSAGES, **fields}, DEFAULTS)
+
+
+@pytest.fixture(params=[completion, chat], ids=["completion", "chat"])
+def parse(request: pytest.FixtureRequest) -> Any:
+    """A request from fields beside a prompt."""
+    return request.param
+
+
+# -- both endpoints -----------------------------------------------------------------------------------------------------------------------
+
+
+def test_sampling_fields(parse: Any) -> None:
+    given = {
+        "n": 3, "presence_penalty": 0.5, "frequency_penalty": -1, "repetition_penalty": 1.1, "temperature": 0, "top_p": 0.5, "top_k": -1,
+        "min_p": 0.1, "seed": -3, "stop": ["a", "b"], "stop_token_ids": [1, 2], "bad_words": ["x"], "ignore_eos": True, "max_tokens": 5,
+        "min_tokens": 2, "include_stop_str_in_output": True, "skip_special_tokens": False, "allowed_token_ids": [7],
+    }  # fmt: skip
+    request = parse(**given, logit_bias={"5": -100, "6": 2.5})
+    assert request.params == SamplingParams(**given, logit_bias={5: -100, 6: 2.5})
+    assert request.states_max_tokens
+    assert request.ignored == ()
+
+
+def test_defaults(parse: Any) -> None:
+    request = parse()
+    assert request.params == DEFAULTS
+    assert not request.states_max_tokens
+    assert not request.return_token_ids
+    assert request.model is None
+
+
+@pytest.mark.parametrize("stop", ["x", ["x"]])
+def test_stop_is_a_text_or_a_list(parse: Any, stop: object) -> None:
+    assert parse(stop=stop).params.stop == ("x",)
+
+
+def test_more_stops_than_openai_takes(parse: Any) -> None:
+    assert parse(stop=list("abcdef")).params.stop == tuple("abcdef")
+
+
+HARMLESS = {"user": "u", "metadata": {"a": [1]}, "store": True, "service_tier": "flex", "stream": False, "prompt_cache_key": "k"}
+
+
+def test_harmless_fields_are_accepted_and_named(parse: Any) -> None:
+    request = parse(**HARMLESS)
+    assert sorted(request.ignored) == sorted(HARMLESS)
+    assert request.params == parse().params
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"echo": False}, {"presence_penalty": 0.0}, {"repetition_penalty": 1}, {"stop": []}, {"stop": ""}, {"stop": None}, {"suffix": ""},
+        {"response_format": {"type": "text"}}, {"tools": []}, {"tool_choice": "none"}, {"tool_choice": "auto"}, {"functions": []},
+        {"parallel_tool_calls": True}, {"min_tokens": 0}, {"best_of": 1}, {"n": 2, "best_of": 2}, {"modalities": ["text"]},
+        {"length_penalty": 1.0}, {"verbosity": "medium"}, {"logit_bias": {}}, {"logprobs": None},
+        dict.fromkeys(("n", "temperature", "max_tokens", "stop_token_ids", "return_token_ids", "ignore_eos", "model", "user", "tools")),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_values_that_ask_for_nothing_are_accepted(parse: Any, fields: dict[str, Any]) -> None:
+    wanted = parse(n=fields.get("n") or 1)
+    request = parse(**fields)
+    assert (request.params, request.prompt) == (wanted.params, wanted.prompt)
+
+
+def test_null_is_not_counted_as_given(parse: Any) -> None:
+    assert parse(user=None, tools=None).ignored == ()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("best_of", 3), ("best_of", True), ("echo", True), ("echo", 0), ("stream", True), ("suffix", "s"), ("tools", [{}]),
+        ("tool_choice", "required"), ("tool_choice", {"type": "function"}), ("functions", [{}]), ("function_call", {"name": "f"}),
+        ("response_format", {"type": "json_object"}), ("response_format", {"type": "json_schema", "json_schema": {}}),
+        ("prompt_logprobs", 1), ("prompt_logprobs", 0), ("structured_outputs", {}), ("documents", [{}]), ("audio", {}),
+        ("modalities", ["text", "audio"]), ("web_search_options", {}), ("chat_template", "{{ x }}"), ("use_beam_search", True),
+        ("truncate_prompt_tokens", 5), ("detokenize", False), ("verbosity", "low"), ("length_penalty", True),
+    ],
+)  # fmt: skip
+def test_effects_that_are_not_there_are_refused_by_name(parse: Any, field: str, value: object) -> None:
+    with pytest.raises(RequestError, match=field) as caught:
+        parse(**{field: value})
+    assert (caught.value.code, caught.value.param) == ("unsupported_field", field)
+
+
+@pytest.mark.parametrize("field", ["max_length", "", "n ", "x" * 1000])
+def test_an_unknown_field_is_refused_by_name(parse: Any, field: str) -> None:
+    with pytest.raises(RequestError, match="unknown field") as caught:
+        parse(**{field: None})
+    assert (caught.value.code, caught.value.param) == ("unknown_field", field[:80])
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("max_tokens", 0), ("max_tokens", -1), ("max_tokens", 1.0), ("max_tokens", "5"), ("max_tokens", True), ("temperature", -0.1),
+        ("temperature", "0"), ("temperature", True), ("top_p", 0), ("top_p", 1.1), ("top_k", -2), ("top_k", 1.0), ("seed", 2**64),
+        ("seed", 0.5), ("ignore_eos", 1), ("stop_token_ids", 5), ("stop_token_ids", [-1]), ("stop_token_ids", ["a"]),
+        ("skip_special_tokens", "yes"), ("return_token_ids", 1), ("max_tokens", 10**400), ("temperature", 10**400), ("n", 0), ("n", True),
+        ("n", 1.5), ("n", 10**9), ("stop", 5), ("stop", [5]), ("stop", [""]), ("logit_bias", []), ("logit_bias", {"a": 1}),
+        ("logit_bias", {"1": "2"}), ("logit_bias", {"1": 10**400}), ("min_p", 2), ("presence_penalty", 3), ("bad_words", "x"),
+        ("allowed_token_ids", []), ("model", 5),
+    ],
+    ids=lambda value: str(value)[:10],
+)  # fmt: skip
+def test_values_out_of_range_are_refused_by_name(parse: Any, field: str, value: object) -> None:
+    with pytest.raises(RequestError, match=field) as caught:
+        parse(**{field: value})
+    assert caught.value.param == field
+
+
+def test_the_model_is_reported(parse: Any) -> None:
+    assert parse(model="gpt-4o").model == "gpt-4o"
+
+
+# -- completions --------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("prompt", "wanted"),
+    [("p", "p"), ("", ""), ([1, 2], (1, 2)), ([], ()), (["p"], "p"), ([[1, 2]], (1, 2)), ([10**400], (10**400,))],
+)
+def test_prompts(prompt: object, wanted: object) -> None:
+    assert completion(prompt=prompt).prompt == wanted
+
+
+@pytest.mark.parametrize("prompt", [None, 5, True, {}, {"text": "p"}, [1, "a"], [1.0], [True], ["a", "b"], [[1], [2]], [None]])
+def test_what_is_no_prompt(prompt: object) -> None:
+    with pytest.raises(RequestError) as caught:
+        completion(prompt=prompt)
+    assert caught.value.param == "prompt"
+
+
+@pytest.mark.parametrize(("value", "wanted"), [(None, None), (0, 0), (5, 5)])
+def test_logprobs_of_completions_are_a_number(value: object, wanted: object) -> None:
+    assert completion(logprobs=value).params.logprobs == wanted
+
+
+@pytest.mark.parametrize("value", [True, False, -2, "5", 1.0])
+def test_logprobs_of_completions_that_are_none(value: object) -> None:
+    with pytest.raises(RequestError) as caught:
+        completion(logprobs=value)
+    assert caught.value.param == "logprobs"
+
+
+@pytest.mark.parametrize("field", ["messages", "top_logprobs", "max_completion_tokens", "chat_template_kwargs"])
+def test_completions_know_no_fields_of_chats(field: str) -> None:
+    with pytest.raises(RequestError, match="unknown field"):
+        completion(**{field: 1})
+
+
+# -- chats --------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_chat() -> None:
+    request = chat(
+        add_generation_prompt=False, continue_final_message=True, chat_template_kwargs={"enable_thinking": False}, reasoning_effort="low"
+    )
+    assert request.prompt == Chat(
+        messages=tuple(MESSAGES),
+        add_generation_prompt=False,
+        continue_final_message=True,
+        chat_template_kwargs={"enable_thinking": False, "reasoning_effort": "low"},
+    )
+
+
+def test_max_completion_tokens_is_max_tokens() -> None:
+    request = chat(max_completion_tokens=7)
+    assert request.params.max_tokens == 7
+    assert request.states_max_tokens
+    with pytest.raises(RequestError, match="the same"):
+        chat(max_completion_tokens=7, max_tokens=7)
+    assert chat(max_completion_tokens=None, max_tokens=8).params.max_tokens == 8
+
+
+@pytest.mark.parametrize(
+    ("fields", "wanted"),
+    [
+        ({}, None),
+        ({"logprobs": False}, None),
+        ({"logprobs": False, "top_logprobs": 0}, None),
+        ({"logprobs": True}, 0),
+        ({"logprobs": True, "top_logprobs": 3}, 3),
+        ({"logprobs": True, "top_logprobs": -1}, -1),
+    ],
+)
+def test_logprobs_of_chats(fields: dict[str, Any], wanted: int | None) -> None:
+    assert chat(**fields).params.logprobs == wanted
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"logprobs": 5}, "logprobs"),
+        ({"top_logprobs": 3}, "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": True}, "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": -2}, "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": 10**400}, "logprobs"),
+        ({"max_completion_tokens": 0}, "max_completion_tokens"),
+        ({"max_completion_tokens": 10**400}, "max_completion_tokens"),
+        ({"max_completion_tokens": "5"}, "max_completion_tokens"),
+        ({"add_generation_prompt": 1}, "add_generation_prompt"),
+        ({"continue_final_message": True}, "continue_final_message"),
+        ({"chat_template_kwargs": []}, "chat_template_kwargs"),
+        ({"chat_template_kwargs": {"messages": 1}}, "chat_template_kwargs"),
+        ({"reasoning_effort": 5}, "reasoning_effort"),
+        ({"messages": []}, "messages"),
+        ({"messages": None}, "messages"),
+        ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
+        ({"prompt": "p"}, "prompt"),
+        ({"add_special_tokens": True}, "add_special_tokens"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_bad_chats(fields: dict[str, Any], param: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        chat(**fields)
+    assert caught.value.param == param

@@ -1,0 +1,95 @@
+"""Where a job lives: found by its output or its folder, private, and one run's at a time."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+from jobs.places import fill, paths_of
+
+from flexgen.errors import JobError, OptionError, StorageError
+from flexgen.jobs.folder import JobFolder, JobPaths, find_job, job_paths, running_process
+
+
+@pytest.mark.parametrize(
+    ("source", "output", "state", "folder"),
+    [
+        ("in", "out", None, "out.flexgen"),
+        (None, "out", None, "out.flexgen"),
+        ("in", None, None, "in.flexgen"),
+        ("in", "out", "job", "job"),
+        (None, None, "job", "job"),
+    ],
+)
+def test_where_a_job_lives(source: str | None, output: str | None, state: str | None, folder: str) -> None:
+    given = [None if name is None else Path(name) for name in (source, output, state)]
+    assert job_paths(*given) == JobPaths(folder=Path(folder), output=given[1])
+
+
+def test_from_stdin_to_stdout_the_folder_must_be_named() -> None:
+    with pytest.raises(OptionError, match="--state"):
+        job_paths(None, None, None)
+
+
+def test_a_job_is_found_by_its_output_and_by_its_folder(tmp_path: Path) -> None:
+    output = tmp_path / "out.jsonl"
+    with pytest.raises(JobError, match="no job"):
+        find_job(output)
+    fill(output, range(1, 3))
+    assert find_job(output) == paths_of(output)
+    assert find_job(paths_of(output).folder) == JobPaths(folder=paths_of(output).folder, output=None)
+
+
+def test_who_runs_a_job(tmp_path: Path) -> None:
+    paths = paths_of(tmp_path / "out.jsonl")
+    assert running_process(paths) is None
+    with JobFolder(paths):
+        assert running_process(paths) == os.getpid()
+    assert running_process(paths) is None
+
+
+def test_a_folder_that_others_could_read_is_closed_to_them(tmp_path: Path) -> None:
+    paths = paths_of(tmp_path / "out.jsonl")
+    paths.folder.mkdir(mode=0o755)
+    with JobFolder(paths):
+        assert stat.S_IMODE(paths.folder.stat().st_mode) == 0o700
+
+
+@pytest.mark.parametrize("planted", ["folder", "lock", "job.sqlite"])
+def test_planted_links_are_not_followed(tmp_path: Path, planted: str) -> None:
+    paths = paths_of(tmp_path / "out.jsonl")
+    target = tmp_path / "target"
+    if planted == "folder":
+        target.mkdir()
+        paths.folder.symlink_to(target)
+    else:
+        paths.folder.mkdir()
+        (paths.folder / planted).symlink_to(target)
+    with pytest.raises((JobError, StorageError)):
+        fill(paths.output or Path(), range(1, 3))
+    assert not target.is_file()
+    assert not target.is_dir() or not any(target.iterdir())
+
+
+def test_outputs_that_cannot_be(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    for name, word in ((".", "folder"), ("fifo", "regular"), ("missing/out.jsonl", "missing")):
+        with pytest.raises(StorageError, match=word):
+            JobFolder(paths_of(tmp_path / name))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes where it likes")
+@pytest.mark.parametrize("what", ["file", "folder"])
+def test_a_read_only_output_is_refused(tmp_path: Path, what: str) -> None:
+    output = tmp_path / "out.jsonl"
+    output.touch(mode=0o444)
+    if what == "folder":
+        output.unlink()
+        tmp_path.chmod(0o555)
+    try:
+        with pytest.raises(StorageError, match="read-only"):
+            JobFolder(paths_of(output))
+    finally:
+        tmp_path.chmod(0o755)

@@ -1,0 +1,88 @@
+"""What a job's identity is made of: whatever changes answers changes it, and nothing else does."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fakes import write_model_folder
+
+from flexgen import LLM, SamplingParams
+from flexgen.jobs.identity import Identity, changes, identity_of
+
+DEFAULTS = SamplingParams(temperature=0.0, max_tokens=None)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write_model_folder(tmp_path / "model")
+
+
+def names_changed(before: Identity, after: Identity) -> list[str]:
+    return [change.name for change in changes(json.loads(before.to_json())["answers"], after.answers)]
+
+
+def edit(path: Path, **fields: Any) -> None:
+    path.write_text(json.dumps({**(json.loads(path.read_text()) if path.exists() else {}), **fields}))
+
+
+@pytest.mark.parametrize(
+    ("change", "names"),
+    [
+        (lambda folder: edit(folder / "config.json", layer_norm_eps=1e-3), ["config"]),
+        (lambda folder: edit(folder / "tokenizer_config.json", padding_side="left"), ["tokenizer"]),
+        (lambda folder: (folder / "chat_template.jinja").write_text("{{ messages }}"), ["chat_template"]),
+        (lambda folder: edit(folder / "generation_config.json", eos_token_id=[1, 2]), ["eos_token_ids"]),
+        (lambda folder: os.utime(folder / "model.safetensors", ns=(1, 1)), ["model"]),
+        (lambda folder: (folder / "README.md").write_text("words"), []),
+    ],
+    ids=["config", "tokenizer", "template", "end", "weights", "readme"],
+)
+def test_files_of_the_model(folder: Path, change: Any, names: list[str]) -> None:
+    before = identity_of(LLM(folder), DEFAULTS)
+    change(folder)
+    assert names_changed(before, identity_of(LLM(folder), DEFAULTS)) == names
+
+
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        ({"seed": 1}, ["seed"]),
+        ({"max_model_len": 32}, ["max_model_len"]),
+        ({"dtype": "float64"}, ["dtype"]),
+        ({"dtype": "float32"}, []),  # what "auto" is for this model
+        ({"host_mem": "50%", "max_num_seqs": 3, "schedule": "zigzag", "weights": "host=1", "device": "cpu"}, []),
+    ],
+    ids=str,
+)
+def test_options(folder: Path, options: dict[str, Any], names: list[str]) -> None:
+    before = identity_of(LLM(folder), DEFAULTS)
+    assert names_changed(before, identity_of(LLM(folder, **options), DEFAULTS)) == names
+
+
+def test_sampling_defaults(folder: Path) -> None:
+    llm = LLM(folder)
+    other = SamplingParams(temperature=0.0, max_tokens=5, stop_token_ids=(3,))
+    assert set(names_changed(identity_of(llm, DEFAULTS), identity_of(llm, other))) == {"default max_tokens", "default stop_token_ids"}
+
+
+def test_a_copy_of_the_model_elsewhere_is_the_same_model(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "copy")
+    assert names_changed(identity_of(LLM(folder), DEFAULTS), identity_of(LLM(tmp_path / "copy"), DEFAULTS)) == []
+
+
+def test_there_and_back(folder: Path) -> None:
+    identity = identity_of(LLM(folder), DEFAULTS)
+    again = Identity.from_json(identity.to_json())
+    assert not changes(again.answers, identity.answers)
+    assert not changes(again.versions, identity.versions)
+    assert set(again.versions) >= {"torch", "transformers"}
+
+
+def test_names_that_one_side_lacks_say_nothing() -> None:
+    assert changes({"a": 1, "old": 2}, {"a": 1, "new": 3}) == []
+    assert [str(change) for change in changes({"a": 1}, {"a": 2})] == ["a 1, now it is 2"]

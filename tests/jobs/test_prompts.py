@@ -1,0 +1,88 @@
+"""Prompts to ids: each request's own, whatever its neighbours are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+from fakes import byte_id
+
+from flexgen import LLM, RequestError, SamplingParams
+from flexgen.chat import Chat
+from flexgen.jobs.fields import JobRequest
+from flexgen.jobs.prompts import encode_prompts
+
+TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}{{ raise_exception('never') if messages[0].content == 'bad' }}"
+
+
+def request(prompt: str | tuple[int, ...] | Chat) -> JobRequest:
+    return JobRequest(prompt=prompt, params=SamplingParams(), states_max_tokens=False, return_token_ids=False, model=None, ignored=())
+
+
+def chat(content: str) -> JobRequest:
+    return request(Chat(messages=({"role": "user", "content": content},)))
+
+
+def ids(text: str) -> list[int]:
+    return [byte_id(character) for character in text]
+
+
+@pytest.fixture(scope="module")
+def llm(model_folder: Path) -> Iterator[LLM]:
+    with LLM(model_folder, chat_template=TEMPLATE) as llm:
+        yield llm
+
+
+def test_each_request_has_its_own(llm: LLM) -> None:
+    error = RequestError("was bad before")
+    found = encode_prompts(llm, [chat("a"), request("bc"), error, request((7, 8)), chat("bad"), chat("d"), request("")])
+    refused = found.pop(4)
+    assert isinstance(refused, RequestError)
+    assert "never" in str(refused)
+    assert found == [ids("a"), ids("bc"), error, (7, 8), ids("d"), []]
+
+
+def test_nothing(llm: LLM) -> None:
+    assert encode_prompts(llm, []) == []
+
+
+def test_texts_that_cannot_be_encoded_fail_alone(llm: LLM) -> None:
+    first, second, third = encode_prompts(llm, [request("a"), request("\ud800"), request("b")])
+    assert isinstance(second, RequestError)
+    assert (first, third) == (ids("a"), ids("b"))
+
+
+def test_special_tokens_are_those_of_the_template(novels_opt: Path) -> None:
+    """Its tokenizer begins texts with one; a chat has what its template writes, and not one more."""
+    with LLM(novels_opt, chat_template="{{ messages[0].content }}") as plain, LLM(novels_opt, chat_template="{{ bos_token }}x") as marked:
+        (text,) = encode_prompts(plain, [request("x")])
+        (bare,) = encode_prompts(plain, [chat("x")])
+        (once,) = encode_prompts(marked, [chat("x")])
+        bos = plain.get_tokenizer().bos_token_id
+    assert not isinstance(bare, RequestError)
+    assert bare[0] != bos
+    assert text == once == [bos, *bare]
+
+
+def test_the_time_of_the_job(model_folder: Path) -> None:
+    with LLM(model_folder, chat_template="{{ strftime_now('%Y') }}") as llm:
+        (found,) = encode_prompts(llm, [chat("a")], now=0.0)
+    assert found == [byte_id(character) for character in str(datetime.fromtimestamp(0).year)]
+
+
+def test_a_model_without_a_template(model_folder: Path) -> None:
+    error, found = encode_prompts(LLM(model_folder), [chat("a"), request("b")])
+    assert isinstance(error, RequestError)
+    assert error.code == "no_chat_template"
+    assert found == ids("b")
+
+
+def test_a_model_without_a_tokenizer(bare_model_folder: Path) -> None:
+    with LLM(bare_model_folder, chat_template=TEMPLATE) as llm:
+        first, second, third = encode_prompts(llm, [chat("a"), request("b"), request((7,))])
+    assert isinstance(first, RequestError)
+    assert isinstance(second, RequestError)
+    assert "no tokenizer" in str(first)
+    assert third == (7,)
