@@ -418,7 +418,7 @@ def test_an_answer_that_had_come_to_its_end_is_given_back(checkpoint: Checkpoint
     with Run(checkpoint, case.policy(checkpoint), tmp_path) as run:
         whole = run.results()
         results = run.results([begun(request, whole[request.index], request.max_tokens) for request in checkpoint.requests])
-        assert len(run.engine.trace.passes) == 0
+        assert run.engine.trace.num_passes == 0
     assert results == whole
 
 

@@ -117,3 +117,11 @@ def test_forecast() -> None:
         forecast.observe(length)
     assert forecast.expect(500) == pytest.approx(FORECAST_QUANTILE * 100, abs=1)
     assert forecast.expect(20) == 20
+
+
+@given(st.lists(st.integers(0, 40), min_size=MIN_OBSERVED, max_size=120))
+def test_the_forecast_is_the_quantile_of_what_was_seen(lengths: list[int]) -> None:
+    forecast = LengthForecast()
+    for length in lengths:
+        forecast.observe(length)
+    assert forecast.expect(1000) == sorted(lengths)[int(FORECAST_QUANTILE * (len(lengths) - 1))]

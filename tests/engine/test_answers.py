@@ -50,7 +50,7 @@ def test_an_earlier_run_s_tokens_are_given_not_generated() -> None:
     answers.entered(made)
     result = answers.finish(made, Ending(reason="stop", stop_string="x"))
     assert (result.token_ids, result.finish_reason, result.stop_string) == ((3, 4, 9, 5, 6), "stop", "x")
-    assert answers.finished == [(5, 2)]
+    assert (list(answers.given), list(answers.generated)) == ([5], [2])
     assert answers.counts == RunCounts(requests=1, prompt_tokens=2, output_tokens=2, recomputed_tokens=4)
 
 

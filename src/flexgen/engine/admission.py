@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import bisect
+from array import array
 from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 
@@ -21,15 +21,28 @@ class LengthForecast:
     """Expected answer lengths: max_tokens at first, then at most a high quantile of what was seen."""
 
     def __init__(self) -> None:
-        self._seen: list[int] = []
+        self._counts = array("q")  # answers by length
+        self._num_seen = 0
+        self._quantile = 0  # a length, with `_below` answers that are shorter
+        self._below = 0
 
     def observe(self, num_tokens: int) -> None:
-        bisect.insort(self._seen, num_tokens)
+        """Take in the length of a finished answer."""
+        self._counts.extend([0] * (num_tokens + 1 - len(self._counts)))
+        self._counts[num_tokens] += 1
+        self._num_seen += 1
+        self._below += num_tokens < self._quantile
+        rank = int(FORECAST_QUANTILE * (self._num_seen - 1))
+        while self._below > rank:
+            self._quantile -= 1
+            self._below -= self._counts[self._quantile]
+        while self._below + self._counts[self._quantile] <= rank:
+            self._below += self._counts[self._quantile]
+            self._quantile += 1
 
     def expect(self, max_tokens: int) -> int:
-        if len(self._seen) < MIN_OBSERVED:
-            return max_tokens
-        return min(max_tokens, self._seen[int(FORECAST_QUANTILE * (len(self._seen) - 1))])
+        """Tokens that an answer of at most `max_tokens` will have."""
+        return max_tokens if self._num_seen < MIN_OBSERVED else min(max_tokens, self._quantile)
 
 
 class Homes:

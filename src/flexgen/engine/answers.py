@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
 from dataclasses import dataclass, replace
 
@@ -38,13 +39,13 @@ class Answers:
     Attributes:
         counts: tokens, requests, errors.
         finish_reasons: reason -> answers.
-        finished: (tokens given, tokens generated) of every request; an earlier run's tokens were given.
+        given, generated: tokens of every request that is finished; those of an earlier run were given.
     """
 
     def __init__(self) -> None:
         self.counts = RunCounts()
         self.finish_reasons: Counter[str] = Counter()
-        self.finished: list[tuple[int, int]] = []
+        self.given, self.generated = array("q"), array("q")
 
     def entered(self, sequence: Sequence) -> None:
         """Count what an admitted sequence computes again."""
@@ -59,7 +60,8 @@ class Answers:
         request, so_far = sequence.request, sequence.so_far()
         given, generated = len(request.prompt_token_ids) + sequence.num_resumed, sequence.num_generated - sequence.num_resumed
         self.finish_reasons[end.reason] += 1
-        self.finished.append((given, generated))
+        self.given.append(given)
+        self.generated.append(generated)
         self.counts = replace(
             self.counts,
             requests=self.counts.requests + 1,

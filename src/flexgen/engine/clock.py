@@ -73,7 +73,7 @@ class ProgressClock:
                 prompt_tokens_per_s=self._prompt_tokens / max(elapsed, 1e-9),
                 output_tokens_per_s=self._output_tokens / max(elapsed, 1e-9),
                 eta_seconds=left,
-                pass_index=len(trace.passes),
+                pass_index=trace.num_passes,
                 unit=unit[0],
                 num_units=unit[1],
                 link_shares=self._shares(trace, moved, since),
@@ -91,7 +91,6 @@ class ProgressClock:
             "device_to_host": machine.device_to_host_bytes_per_s or machine.host_memory_bytes_per_s,
         }
         shares = {link: (moved[link] - self._moved.get(link, 0)) / seconds / rates[link] for link in moved}
-        if trace.passes:
-            last = trace.passes[-1]
-            shares["compute"] = last.ideal["compute"] / max(last.seconds, 1e-9)
+        if trace.num_passes:
+            shares["compute"] = trace.compute_share
         return shares

@@ -313,7 +313,7 @@ class Engine:
             self._rows.check_unchanged()
             results = self._sample(batches)
         work = price(load, self.spec, self.policy, self._weights_work)
-        self.trace.add(time.perf_counter() - start, work, waits, len(self._live), len(batches))
+        self.trace.add(time.perf_counter() - start, work, waits)
         self._clock.tokens(work.num_prompt_tokens, work.num_sampled)
         yield from results
 

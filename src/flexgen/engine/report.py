@@ -37,8 +37,10 @@ def make_report(engine: Engine, context: RunContext, elapsed_seconds: float) -> 
     trace, answers = engine.trace, engine.answers
     counts = answers.counts
     elapsed = max(elapsed_seconds, 1e-9)
-    served = [(prompt, output) for prompt, output in answers.finished if output > 0]
-    workload = Workload(prompt_lens=tuple(p for p, _ in served), output_lens=tuple(o for _, o in served))
+    served = [place for place, generated in enumerate(answers.generated) if generated > 0]
+    workload = Workload(
+        prompt_lens=tuple(answers.given[place] for place in served), output_lens=tuple(answers.generated[place] for place in served)
+    )
     busiest = trace.busiest_seconds
     ideal = least_ideal_seconds(engine.spec, engine.machine, workload, context.budgets, engine.policy.dtype, also=(engine.policy,))
     ideal = min(ideal, busiest)  # what ran is a way to run the job
@@ -52,15 +54,15 @@ def make_report(engine: Engine, context: RunContext, elapsed_seconds: float) -> 
         output_tokens_per_s=counts.output_tokens / elapsed,
         total_tokens_per_s=(counts.prompt_tokens + counts.output_tokens) / elapsed,
         requests_per_s=counts.requests / elapsed,
-        num_passes=len(trace.passes),
+        num_passes=trace.num_passes,
         overlap=busiest / elapsed,
         plan=ideal / busiest if busiest else 1.0,
         efficiency=ideal / elapsed,
         ideal_seconds=ideal,
-        busiest_seconds=trace.ideal_by_resource(),
+        busiest_seconds=dict(trace.ideal),
         placement={"weights": _weights_placement(engine), "kv": dict(engine.cache.peak_bytes)},
         bytes_moved=engine.bytes_moved(),
-        wait_seconds=trace.waits(),
+        wait_seconds=dict(trace.waits),
         peak_host_bytes=_peak_resident_bytes(),
         host_budget_bytes=context.host_budget_bytes,
         peak_device_bytes=engine.device_bytes(),

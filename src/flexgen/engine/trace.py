@@ -1,66 +1,39 @@
-"""What the passes really did: seconds, bytes and work per resource, pass by pass.  Decides nothing."""
+"""What the passes really did: seconds, ideal seconds per resource, waits.  Sums only: a long run costs no memory.  Decides nothing."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from flexgen.plan.cost import PassWork, busiest, ideal_seconds
 from flexgen.plan.machine import Machine
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PassRecord:
-    """One pass as it went.
-
-    Attributes:
-        seconds: wall time. work: counted, not planned. ideal: resource -> least seconds of that work.
-        waits: cause -> seconds without anything to run.
-    """
-
-    seconds: float
-    work: PassWork
-    ideal: dict[str, float]
-    waits: dict[str, float]
-    num_live: int
-    micro_batches: int
-
-
 @dataclass(slots=True)
 class Trace:
-    """The passes of a run so far."""
+    """The passes of a run so far.
+
+    Attributes:
+        busiest_seconds: sum over the passes of the busiest resource's ideal time: what the engine could not beat with these passes.
+        ideal: resource -> sum of its ideal seconds.
+        waits: cause -> seconds without anything to run.
+        compute_share: of the last pass: ideal seconds of computing over wall time.
+    """
 
     machine: Machine
     dtype: str
-    passes: list[PassRecord] = field(default_factory=list)
+    num_passes: int = 0
+    busiest_seconds: float = 0.0
+    ideal: dict[str, float] = field(default_factory=dict)
+    waits: dict[str, float] = field(default_factory=dict)
+    compute_share: float = 0.0
 
-    def add(self, seconds: float, work: PassWork, waits: dict[str, float], num_live: int, micro_batches: int) -> PassRecord:
-        record = PassRecord(
-            seconds=seconds, work=work, ideal=ideal_seconds(work, self.machine, self.dtype), waits=dict(waits),
-            num_live=num_live, micro_batches=micro_batches,
-        )  # fmt: skip
-        self.passes.append(record)
-        return record
-
-    @property
-    def busiest_seconds(self) -> float:
-        """Sum over the passes of the busiest resource's ideal time: what the engine could not beat with these passes."""
-        return sum(busiest(record.ideal)[1] for record in self.passes)
-
-    def ideal_by_resource(self) -> dict[str, float]:
-        """Resource -> sum of its ideal seconds."""
-        return _summed([record.ideal for record in self.passes])
-
-    def waits(self) -> dict[str, float]:
-        return _summed([record.waits for record in self.passes])
-
-    def work(self) -> PassWork:
-        return sum((record.work for record in self.passes), PassWork())
-
-
-def _summed(rows: Sequence[dict[str, float]]) -> dict[str, float]:
-    total: dict[str, float] = {}
-    for row in rows:
-        for key, value in row.items():
-            total[key] = total.get(key, 0.0) + value
-    return total
+    def add(self, seconds: float, work: PassWork, waits: Mapping[str, float]) -> None:
+        """A pass as it went: wall time, and work as counted, not as planned."""
+        ideal = ideal_seconds(work, self.machine, self.dtype)
+        self.num_passes += 1
+        self.busiest_seconds += busiest(ideal)[1]
+        self.compute_share = ideal["compute"] / max(seconds, 1e-9)
+        for total, new in ((self.ideal, ideal), (self.waits, waits)):
+            for key, value in new.items():
+                total[key] = total.get(key, 0.0) + value
