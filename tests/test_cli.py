@@ -244,6 +244,18 @@ def test_a_bug_shows_its_traceback_and_gives_70(monkeypatch: pytest.MonkeyPatch,
     assert "ZeroDivisionError: oops" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("[enforce fail] . DefaultCPUAllocator: can't allocate memory: you tried")])
+def test_memory_that_runs_out_while_loading_can_be_resumed(
+    model_folder: Path, source: Path, output: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def open_engine(*arguments: object) -> FakeEngine:
+        raise error
+
+    monkeypatch.setattr("flexgen.llm.open_engine", open_engine)
+    done = flexgen("run", model_folder, source, "-o", output)
+    assert (done.exit_code, "flexgen: memory ran out" in done.stderr) == (75, True)
+
+
 # -- signals ------------------------------------------------------------------------------------------------------------------------------
 
 SLOW = f"""

@@ -69,3 +69,9 @@ class StorageError(FlexGenError):
 
 class EngineError(FlexGenError):
     """An invariant inside the engine broke."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether it is Python's error, or one of torch's (its CPU allocator raises a plain RuntimeError)."""
+    said = isinstance(error, RuntimeError) and ("out of memory" in str(error) or "can't allocate memory" in str(error))
+    return said or isinstance(error, MemoryError)

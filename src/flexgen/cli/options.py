@@ -15,7 +15,7 @@ import typer
 
 from flexgen.cli.exit_codes import ExitCode
 from flexgen.cli.terminal import complain
-from flexgen.errors import FlexGenError, OptionError
+from flexgen.errors import FlexGenError, OptionError, is_out_of_memory
 from flexgen.options import DEVICES, DTYPES, LOAD_FORMATS, SCHEDULES, EngineOptions
 
 if TYPE_CHECKING:
@@ -58,8 +58,10 @@ def command(body: Callable[..., int]) -> Callable[..., None]:
             code = complain(error, ExitCode.USAGE)
         except FlexGenError as error:
             code = complain(error, ExitCode.REFUSED)
-        except MemoryError as error:
-            code = complain(f"memory ran out {error}".rstrip(), ExitCode.RESUMABLE)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            code = complain(f"memory ran out: {str(error).partition(chr(10))[0]}".rstrip(": "), ExitCode.RESUMABLE)
         except KeyboardInterrupt:
             code = complain("stopped", ExitCode.INTERRUPTED)
         raise typer.Exit(code)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from flexgen.engine.progress import Progress
-from flexgen.errors import EngineError, JobError, OutOfMemoryError, StorageError
+from flexgen.errors import EngineError, JobError, OutOfMemoryError, StorageError, is_out_of_memory
 from flexgen.failpoints import failpoint
 from flexgen.jobs.census import Census
 from flexgen.jobs.forms import Forms, Remarks
@@ -162,7 +162,7 @@ class Job:
             self._answer(serving, self.store, workload, on_progress)
         except BaseException as error:
             _rescue(self.store)
-            if _out_of_memory(error):
+            if is_out_of_memory(error):
                 raise OutOfMemoryError(f"memory ran out ({error}): lower --max-num-seqs or --micro-batch-tokens") from error
             raise
 
@@ -245,9 +245,3 @@ def _rescue(store: Store) -> None:
         store.commit()
     except StorageError as error:
         logger.warning("what was finished last could not be stored, and will be answered again: %s", error)
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    """Python's error, or one of torch's (its CPU allocator raises a plain RuntimeError)."""
-    said = isinstance(error, RuntimeError) and ("out of memory" in str(error) or "can't allocate memory" in str(error))
-    return said or isinstance(error, MemoryError)
