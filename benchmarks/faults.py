@@ -184,8 +184,8 @@ def format_document(rows: dict[str, Row]) -> str:
         "",
         "`python benchmarks/faults.py` makes this page and [its data](../benchmarks/results/faults.json).",
         "",
-        "| fault | jobs | runs disturbed | struck | after the first commit | lost | duplicated | wrong | outputs that differ |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| fault | jobs | runs | struck | after the first commit | lost | duplicated | wrong | outputs that differ | wrong exits | hangs |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     total = Row()
     for name, row in rows.items():
@@ -197,7 +197,18 @@ def format_document(rows: dict[str, Row]) -> str:
 
 
 def figures(row: Row) -> tuple[int, ...]:
-    return (row.jobs, row.trials, row.struck, row.after_commit, row.lost, row.duplicated, row.wrong, row.different_outputs)
+    return (
+        row.jobs,
+        row.trials,
+        row.struck,
+        row.after_commit,
+        row.lost,
+        row.duplicated,
+        row.wrong,
+        row.different_outputs,
+        row.bugs,
+        row.hangs,
+    )
 
 
 def histogram(rows: dict[str, Row]) -> list[str]:

@@ -30,6 +30,14 @@ def texts(outputs: list) -> list[str]:
     return [output.outputs[0].text for output in outputs]
 
 
+def test_memory_may_run_out_again_while_a_smaller_engine_opens(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    llm.generate(["a"], GREEDY)
+    sizes = [llm.shrink()]
+    while sizes[-1] is not None:
+        sizes.append(llm.shrink())
+    assert sizes == [2, 1, None]
+
+
 def test_outputs_are_in_the_order_of_the_prompts(llm: LLM) -> None:
     prompts = [f"prompt {'x' * n}" for n in range(11)]
     params = [SamplingParams(temperature=0, max_tokens=9 - n % 7) for n in range(11)]

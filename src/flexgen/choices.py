@@ -107,7 +107,12 @@ class Choices:
         return StopStrings(tokenizer, stop, min_tokens=params.min_tokens, skip_special_tokens=params.skip_special_tokens)
 
     def _bad_words(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
-        return tuple(tuple(ids) for word in params.bad_words or () for ids in self._needed_tokenizer("bad_words").encode_word(word))
+        words = [(word, ids) for word in params.bad_words or () for ids in self._needed_tokenizer("bad_words").encode_word(word)]
+        for word, ids in words:
+            if max(ids, default=0) >= self.vocab_size:
+                message = f"bad_words: {word!r} has a token that the vocabulary of {self.vocab_size:,} does not"
+                raise RequestError(message, param="bad_words")
+        return tuple(tuple(ids) for _, ids in words)
 
     def _needed_tokenizer(self, param: str) -> Tokenizer:
         if self.tokenizer is None:

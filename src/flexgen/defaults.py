@@ -63,7 +63,8 @@ def default_sampling_params(generation_config: Mapping[str, Any]) -> SamplingPar
 
 _NEUTRAL = {
     "typical_p": 1, "no_repeat_ngram_size": 0, "num_beams": 1, "suppress_tokens": [], "min_new_tokens": 0, "bad_words_ids": [],
-    "sequence_bias": {}, "stop_strings": [],
+    "sequence_bias": {}, "stop_strings": [], "min_length": 0, "encoder_no_repeat_ngram_size": 0, "exponential_decay_length_penalty": None,
+    "begin_suppress_tokens": [], "forced_eos_token_id": None, "guidance_scale": 1, "epsilon_cutoff": 0, "eta_cutoff": 0,
 }  # fmt: skip
 
 

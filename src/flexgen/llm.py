@@ -307,6 +307,7 @@ class LLM:
         if last <= 1:
             return None
         self._open.close()
+        self._open.max_num_seqs = last // 2  # also if no engine opens with it
         self.options = dataclasses.replace(self.options, max_num_seqs=last // 2)
         return last // 2
 

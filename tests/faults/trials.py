@@ -30,8 +30,6 @@ from typing import NoReturn
 from flexgen import cli, failpoints
 from flexgen.failpoints import FAILPOINTS
 
-# How a run may end that something happens to: done, refused, to be resumed, or by a signal that came before it was looked for.
-_ENDINGS = frozenset((1, 3, 75, 129, 130, 143, -signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP))
 PATIENCE_SECONDS = 60.0  # a run that takes longer hangs
 NOW = 1_700_000_000.0  # the clock of all runs: answers carry the time at which their job began
 MODEL, REQUESTS = "model", "requests.jsonl"
@@ -53,6 +51,7 @@ class Fault:
         removes: what is deleted from the job's folder after that time, as a pattern.
         short: so many of a hundred transfers are cut short or interrupted.
         flips: not 0 has one bit read wrong; a seed.
+        looks: so often `flexgen status` and `flexgen export` look at the job before the signals come.
     """
 
     name: str
@@ -65,6 +64,17 @@ class Fault:
     removes: str = ""
     short: int = 0
     flips: int = 0
+    looks: int = 0
+
+    @property
+    def endings(self) -> set[int]:
+        """Exit codes that a run may have: a job whose lines are all done ends with 1, because two of them are bad."""
+        if self.signals or self.action in ("kill", "power", "SIGTERM"):
+            stops = {signal.SIGTERM} if self.action == "SIGTERM" else set(self.signals)
+            return {1} | ({-signal.SIGKILL} if signal.SIGKILL in stops or not stops else {code for s in stops for code in (-s, 128 + s)})
+        if self.short or self.action == "device memory":
+            return {1}
+        return {1, 75} if self.flips else {1, 3, 75}
 
 
 def _fail(number: int) -> NoReturn:
@@ -228,6 +238,10 @@ class Workshop:
         """Send the fault's signals, remove what it removes, and return the exit code."""
         descriptor = os.pidfd_open(run.pid)
         try:
+            for part in range(fault.looks if fault is not None else 0):
+                assert fault is not None
+                select.select([descriptor], [], [], max(run.started + fault.seconds * part / fault.looks - time.monotonic(), 0))
+                self._look(job)
             for number in fault.signals if fault is not None else ():
                 assert fault is not None
                 select.select([descriptor], [], [], max(run.started + fault.seconds - time.monotonic(), 0))
@@ -245,9 +259,7 @@ class Workshop:
         return os.waitstatus_to_exitcode(os.waitpid(run.pid, 0)[1])
 
     def _child(self, job: Path, fault: Fault | None) -> int:
-        log = os.open(job / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
+        self._log_to(job)
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # as in a process whose Python has not begun
         time.time = lambda: NOW
         failpoints.switch_on(_Saboteur(self.witness, fault, job))
@@ -259,6 +271,26 @@ class Workshop:
         except SystemExit as exit:
             return int(exit.code or 0)
         return 0
+
+    def _look(self, job: Path) -> None:
+        """What another terminal may do to a job, whether it has begun or not."""
+        for command in ("status", "export"):
+            code = os.waitstatus_to_exitcode(os.waitpid(self._fork(lambda: self._looking(job, command)), 0)[1])  # noqa: B023
+            assert code in (0, 3), (command, code, (job / "log").read_text())
+
+    def _looking(self, job: Path, command: str) -> int:
+        self._log_to(job)
+        sys.argv = ["flexgen", command, str(job / "out.jsonl")]
+        try:
+            cli.main()
+        except SystemExit as exit:
+            return int(exit.code or 0)
+        return 0
+
+    def _log_to(self, job: Path) -> None:
+        log = os.open(job / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
 
     def _in_child(self, work: Callable[[], int]) -> None:
         assert os.waitstatus_to_exitcode(os.waitpid(self._fork(work), 0)[1]) == 0
@@ -287,7 +319,7 @@ class Workshop:
             run = self.start(job, fault)
             code = self.wait(job, run, fault)
             hangs += run.hung
-            bugs += code not in _ENDINGS
+            bugs += code not in fault.endings
             if fault.action == "power" and (job / "struck").exists():
                 bugs += not lose_power(job, random.Random(fault.hit))
             duplicated, wrong, _ = self._faults_of(job / "out.jsonl")
@@ -634,14 +666,20 @@ def _any_stop(numbers: random.Random) -> int:
     return numbers.choice((signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
 
 
+def _looked_at(workshop: Workshop, numbers: random.Random) -> list[Fault]:
+    seconds = [numbers.uniform(0.3, 2) * workshop.seconds for _ in range(2)]
+    return [Fault(name="status, export, kill -9", seconds=each, signals=(signal.SIGKILL,), looks=3) for each in seconds]
+
+
 def _small_files(workshop: Workshop, numbers: random.Random) -> list[Fault]:
-    return [Fault(name="no file may grow", file_bytes=int(2 ** numbers.uniform(8, 22))) for _ in range(3)]
+    return [Fault(name="no file may grow", file_bytes=int(2 ** numbers.uniform(15, 22))) for _ in range(3)]
 
 
 KINDS: dict[str, Callable[[Workshop, random.Random], list[Fault]]] = {
     "kill -9 at a failpoint": _at_points("kill -9 at a failpoint", FAILPOINTS, "kill"),
     "kill -9 at a random time": _at_times("kill -9 at a random time", 3, signal.SIGKILL),
     "kill -9, twenty in a row": _at_times("kill -9, twenty in a row", 20, signal.SIGKILL),
+    "status, export, kill -9": _looked_at,
     "SIGINT, SIGTERM or SIGHUP": _at_times("SIGINT, SIGTERM or SIGHUP", 3),
     "a second signal": _at_times("a second signal", 3, signal.SIGTERM, signal.SIGTERM),
     "disk full": _at_points("disk full", _FULL, "ENOSPC"),

@@ -10,7 +10,7 @@ import pytest
 from jobs.places import fill, paths_of
 
 from flexgen.errors import JobError, OptionError, StorageError
-from flexgen.jobs.folder import JobFolder, JobPaths, find_job, job_paths, running_process
+from flexgen.jobs.folder import JobFolder, JobPaths, check_target, find_job, job_paths, running_process
 
 
 @pytest.mark.parametrize(
@@ -93,3 +93,19 @@ def test_a_read_only_output_is_refused(tmp_path: Path, what: str) -> None:
             JobFolder(paths_of(output))
     finally:
         tmp_path.chmod(0o755)
+
+
+def test_a_folder_of_other_things_is_not_taken_for_a_job_s(tmp_path: Path) -> None:
+    folder = tmp_path / "mine"
+    folder.mkdir(mode=0o755)
+    (folder / "input").write_text("thesis")
+    with pytest.raises(JobError, match="holds other files than a job's"):
+        JobFolder(JobPaths(folder=folder, output=None))
+    assert (folder / "input").read_text() == "thesis"
+    assert folder.stat().st_mode & 0o777 == 0o755
+
+
+def test_a_pipe_is_not_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(StorageError, match="no regular file"):
+        check_target(tmp_path / "pipe")

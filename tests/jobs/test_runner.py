@@ -59,7 +59,10 @@ def opened(
 
 def run(llm: LLM, source: Path, output: Path, **more: Any) -> Job:
     with opened(llm, source, output, **more) as job:
-        job.run(job.scan())
+        workload = job.scan()
+        assert job.store is not None
+        job.store.start_run(job.num_lines)
+        job.run(workload)
     return job
 
 

@@ -22,6 +22,8 @@ from flexgen import failpoints
 from flexgen.errors import JobError, StorageError
 from flexgen.jobs import store as store_module
 from flexgen.jobs.begun import Begun, Ending, Kept
+from flexgen.jobs.export import check_output
+from flexgen.jobs.folder import JobFolder
 from flexgen.jobs.identity import Identity
 from flexgen.jobs.store import Store
 from flexgen.request import Generated, TokenLogprobs
@@ -159,21 +161,17 @@ def test_tokens_of_answers_in_progress_add_up(output: Path) -> None:
         assert store.kept(5, 5) == {}
 
 
-@pytest.mark.parametrize("error", [None, {"message": "no", "code": "c", "param": "p"}])
-def test_a_choice_that_is_finished_before_its_line(output: Path, error: dict[str, str] | None) -> None:
-    from flexgen.errors import RequestError
-
-    raised = error and RequestError(error["message"], code=error["code"], param=error["param"])
+def test_a_choice_that_is_finished_before_its_line(output: Path) -> None:
     with opened(output) as store:
         store.keep(begun(1, 0, (5,)))
-        ending = Ending(finish_reason="stop", stop_string="\n", error=raised)
+        ending = Ending(finish_reason="stop", stop_string="\n")
         store.keep(Begun(line_number=4, digest=9, choice=1, start=0, generated=Generated(token_ids=(5,)), ending=ending))
         store.commit()
     with opened(output) as store:
         found = store.kept(4, 9)[1].result(77)
         assert found is not None
         assert (found.index, found.token_ids, found.finish_reason, found.stop_string) == (77, (5,), "stop", "\n")
-        assert (str(found.error), found.error and found.error.code) == (("no", "c") if error else ("None", None))
+        assert found.error is None
 
 
 def test_a_result_ends_the_progress_of_its_line_also_within_one_commit(output: Path) -> None:
@@ -217,10 +215,52 @@ def test_accepted_changes_are_the_job_s_from_then_on(output: Path, caplog: pytes
         assert store.num_found == 2
         assert store.kept(4, 2**63 + 4) == {}  # not continued by another model
     assert "begun with seed 0, now it is 1" in caplog.text
+    with opened(output) as store:  # that run never started
+        assert store.kept(4, 2**63 + 4) != {}
+    with opened(output, other, accept_changes=True) as store:
+        store.match_input([(1, 5), (2, 1002)], accept_changes=True)
+        assert done(store) == [2]
+        store.start_run(num_lines=2)
     with opened(output, other):
         pass
     with pytest.raises(JobError, match="seed 1, now it is 0"), opened(output):
         pass
+
+
+def test_answers_carry_the_name_of_the_model_that_gave_them(output: Path) -> None:
+    fill(output, range(1, 3))
+    with JobFolder(paths_of(output)) as folder, Store(folder) as store:
+        store.begin(IDENTITY, "another name of it")
+        assert store.model == "m"
+        store.begin(Identity(answers={"model": "n", "seed": 0}, versions={}), "n", accept_changes=True)
+        assert store.model == "n"
+
+
+LOOK = """
+import sys
+from pathlib import Path
+from flexgen.jobs.folder import find_job
+from flexgen.jobs.status import read_status
+print(read_status(find_job(Path(sys.argv[1]))).answered)
+"""
+
+
+def look(output: Path) -> int:
+    """`flexgen status`, from another process."""
+    return int(subprocess.run([sys.executable, "-c", LOOK, str(output)], check=True, capture_output=True, text=True).stdout)
+
+
+def test_who_looks_at_a_running_job_leaves_its_log_alone(output: Path) -> None:
+    """The first to close a descriptor of a database drops its process's locks: then the next to look takes itself for the last."""
+    with opened(output) as store:
+        check_output(store.paths)
+        for number in (1, 2, 4):
+            store.add(result(number))
+            store.commit()
+            assert look(output) == store.num_answered
+        log = store.paths.database.with_name("job.sqlite-wal")
+        assert log.stat().st_size > 0
+    assert look(output) == 3
 
 
 def test_versions_warn(output: Path, caplog: pytest.LogCaptureFixture) -> None:

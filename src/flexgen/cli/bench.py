@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from flexgen.cli.exit_codes import ExitCode
-from flexgen.cli.options import Model, ProgressFlag, check_parent, engine_command, load
+from flexgen.cli.options import Model, ProgressFlag, check_file, engine_command, load
 from flexgen.cli.terminal import complain, showing
 from flexgen.options import EngineOptions
 
@@ -27,7 +27,7 @@ def throughput(
     """Tokens per second over random prompts, with vLLM's figures and ours."""
     from flexgen.bench.throughput import format_throughput, run_throughput, uniform_workload
 
-    check_parent(output_json, "--output-json")
+    check_file(output_json, "--output-json")
     with showing(progress) as display, load(model, options, progress) as llm:
         workload = uniform_workload(llm, num_prompts, input_len, output_len)
         display.plan(llm.open(workload))

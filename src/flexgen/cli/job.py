@@ -13,7 +13,7 @@ from flexgen.cli.exit_codes import ExitCode
 from flexgen.cli.options import load
 from flexgen.cli.signals import StopSignals
 from flexgen.cli.terminal import complain
-from flexgen.errors import FlexGenError, OutOfMemoryError
+from flexgen.errors import FlexGenError, OutOfMemoryError, StorageError
 from flexgen.jobs.stopping import Stopped
 from flexgen.options import EngineOptions
 
@@ -112,9 +112,9 @@ def _prepare_folder(folder: JobFolder, asked: Asked) -> Path:
 
 def _prepare_lines(job: Job, store: Store, asked: Asked) -> Workload:
     """What is left to answer, once the input has been found to be right."""
-    job.match(accept_changes=asked.accept_changes)
     if asked.strict:
         job.check()
+    job.match(accept_changes=asked.accept_changes)
     if asked.retry_errors:
         store.forget_failed()
     return job.scan()
@@ -145,8 +145,8 @@ def _answer(job: Job, store: Store, workload: Workload, asked: Asked, display: D
         code, reason = ExitCode.RESUMABLE if job.started else ExitCode.REFUSED, error
     display.close()
     try:
-        store.end_run(str(reason or "finished"))
         _write_output(store, finished=reason is None)
+        store.end_run(str(reason or "finished"))
     except FlexGenError as error:
         code, reason = (ExitCode.RESUMABLE, error) if reason is None else (code, f"{reason}; then {error}")
     if reason is not None:
@@ -204,7 +204,10 @@ def _figures(job: Job, store: Store) -> dict[str, int]:
 
 
 def _write_metrics(path: Path, metrics: dict[str, object]) -> None:
-    path.write_text(json.dumps(metrics, indent=2) + "\n")
+    try:
+        path.write_text(json.dumps(metrics, indent=2) + "\n")
+    except OSError as error:
+        raise StorageError(f"the job is done, but --metrics {path} cannot be written: {error.strerror}") from error
 
 
 def _unusual(defaults: SamplingParams) -> list[str]:

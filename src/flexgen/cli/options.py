@@ -103,7 +103,14 @@ def load(model: str, options: EngineOptions, progress: str, **more: Any) -> LLM:
     return LLM(files, **more, **dataclasses.asdict(options))
 
 
+def check_file(path: Path | None, flag: str) -> None:
+    """Raises OptionError when a file cannot be made there."""
+    check_parent(path, flag)
+    if path is not None and path.is_dir():
+        raise OptionError(f"{flag} {path}: this is a folder")
+
+
 def check_parent(path: Path | None, flag: str) -> None:
-    """Raises OptionError when the file cannot be made because its folder is not there."""
+    """Raises OptionError when something cannot be made because its folder is not there."""
     if path is not None and not path.absolute().parent.is_dir():
         raise OptionError(f"{flag} {path}: there is no folder {path.absolute().parent}")

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from flexgen.cli.job import Asked, answer_job, show_plan
-from flexgen.cli.options import Model, ProgressFlag, check_parent, engine_command
+from flexgen.cli.options import Model, ProgressFlag, check_file, check_parent, engine_command
 from flexgen.cli.signals import StopSignals
 from flexgen.cli.terminal import complain, showing
 from flexgen.errors import OptionError
@@ -33,7 +33,7 @@ def run(
     options: EngineOptions,
     max_tokens: Annotated[
         int | None,
-        typer.Option(metavar="N", min=1, help="Longest answer of bare lines that do not say. Default: up to the context."),
+        typer.Option(metavar="N", min=1, help="Longest answer of chats and bare lines that do not say. Default: up to the context."),
     ] = None,
     tokenizer: Annotated[str | None, typer.Option(metavar="NAME", help="Another tokenizer than the model's: a folder or hub id.")] = None,
     chat_template: Annotated[
@@ -120,10 +120,12 @@ def _object(text: str) -> dict[str, Any]:
 
 def _check(asked: Asked, dry_run: bool) -> None:
     """Raises OptionError for paths and flags that cannot be meant."""
+    from flexgen.jobs.forms import INPUT_FORMATS
+
     if asked.source is not None and not asked.source.is_file():  # not by typer, which looks for a file named -
         raise OptionError(f"INPUT {asked.source}: {'this is a folder' if asked.source.is_dir() else 'there is no such file'}")
     check_parent(asked.output, "--output")
-    check_parent(asked.metrics, "--metrics")
+    check_file(asked.metrics, "--metrics")
     check_parent(asked.state, "--state")
     used = [path.resolve() for path in (asked.source, asked.output) if path is not None]
     if len(set(used)) < len(used):
@@ -132,11 +134,13 @@ def _check(asked: Asked, dry_run: bool) -> None:
         raise OptionError(f"--metrics {asked.metrics} is the input or the output; give another file")
     if asked.output is None and asked.progress == "json":
         raise OptionError("--progress json writes to standard output, and so does -o -: give an output file")
-    if asked.input_format not in ("jsonl", "text"):
-        raise OptionError(f"--input-format {asked.input_format!r} is unknown; known: jsonl, text")
+    if asked.input_format not in INPUT_FORMATS:
+        raise OptionError(f"--input-format {asked.input_format!r} is unknown; known: {', '.join(INPUT_FORMATS)}")
     again = {"--fresh": asked.fresh, "--retry-errors": asked.retry_errors, "--accept-changes": asked.accept_changes}
     given = [flag for flag, value in again.items() if value]
     if asked.fresh and len(given) > 1:
         raise OptionError(f"--fresh forgets earlier runs, which leaves {given[1]} nothing to do")
+    if dry_run and asked.metrics is not None:
+        raise OptionError("--dry-run has nothing to measure: leave out --metrics")
     if dry_run and (given or asked.source is None):
         raise OptionError(f"--dry-run changes nothing and keeps nothing: leave out {given[0] if given else '- and give a file'}")

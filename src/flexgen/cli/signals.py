@@ -54,13 +54,13 @@ class StopSignals:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._received is not None:
-            os.write(2, b"flexgen: stopped at once; the same command goes on\n")
+            _say(b"flexgen: stopped at once; the same command goes on\n")
             os._exit(_SIGNALS[signal.Signals(number)])
         self._received = signal.Signals(number)
         if not self._deferring:
             raise Stopped
-        os.write(2, b"flexgen: stopping after this pass (once more stops at once)\n")
         self.request.ask()
+        _say(b"flexgen: stopping after this pass (once more stops at once)\n")
 
     def __enter__(self) -> StopSignals:
         for number in _SIGNALS:
@@ -71,3 +71,15 @@ class StopSignals:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         for number, previous in self._previous.items():
             signal.signal(number, previous)
+
+
+def _say(text: bytes) -> None:
+    """To stderr.  A terminal that is gone, which is what SIGHUP tells, takes nothing any more: neither this nor what comes later."""
+    try:
+        os.write(2, text)
+    except OSError:
+        gone, nowhere = os.fstat(2), os.open(os.devnull, os.O_RDWR)
+        for descriptor in (1, 2):
+            if os.path.samestat(os.fstat(descriptor), gone):
+                os.dup2(nowhere, descriptor)
+        os.close(nowhere)

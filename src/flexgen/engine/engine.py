@@ -5,6 +5,7 @@ Where bytes go is decided by the policy, what moves by memory/, what is computed
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import logging
 import time
@@ -81,22 +82,26 @@ class Engine:
         self._context, self._temporary = context, tuple(temporary)
         self.load_seconds = 0.0
         self._previous_threads = torch.get_num_threads()
-        torch.set_num_threads(policy.compute_threads)
         self._device = backend.device if backend is not None else torch.device("cpu")
         self._backend = backend
-        self._io = IOPool(policy.io_threads)
         self._files = FileSet(verify=verify_reads)
         self.homes = unit_homes(model.spec, policy.weights)
         self._weights_work = weights_work(model.spec, self.homes, policy.device)
-        self.weights = WeightStore(
-            model.layouts, self.homes, model.bound, self._io, self._files, backend=backend,
-            host_ring_bytes=policy.host_ring_bytes, device_ring_bytes=policy.device_ring_bytes, poison=poison,
-        )  # fmt: skip
         self._rows = EmbeddingRows(list(model.tables), self._device)
         groups = group_layers([(layer.layer, layer.group) for layer in model.layers], policy.page_tokens, model.dtype)
-        self.places, self.cache = open_places(
-            groups, policy, backend=backend, io=self._io, offload_dir=offload_dir, notify=self.weights.notify, verify=verify_reads
-        )
+        with contextlib.ExitStack() as undo:  # what would outlive an engine that cannot be made
+            self._io = IOPool(policy.io_threads)
+            undo.callback(self._io.close)
+            self.weights = WeightStore(
+                model.layouts, self.homes, model.bound, self._io, self._files, backend=backend,
+                host_ring_bytes=policy.host_ring_bytes, device_ring_bytes=policy.device_ring_bytes, poison=poison,
+            )  # fmt: skip
+            undo.callback(self.weights.close)
+            self.places, self.cache = open_places(
+                groups, policy, backend=backend, io=self._io, offload_dir=offload_dir, notify=self.weights.notify, verify=verify_reads
+            )
+            undo.pop_all()
+        torch.set_num_threads(policy.compute_threads)
         shares = {tier: getattr(policy.kv, tier) for tier in TIERS if tier in self.places}
         self._admission = Admission(self.cache, Homes(shares))
         self._schedule = SCHEDULES[policy.schedule]
@@ -197,7 +202,7 @@ class Engine:
                     continue
                 yield from self._run_pass()
                 if on_pass is not None:
-                    on_pass(self._unfinished())
+                    on_pass(_Unfinished(self._unfinished))
         finally:
             self._elapsed_seconds = time.perf_counter() - start
             self._drop_all()
@@ -396,6 +401,16 @@ class Engine:
         if self._clock.due():
             begun = sum(each.progress for each in self._live)
             self._clock.tell(self.answers.counts, self.trace, self.bytes_moved(), begun, len(self._live), (unit, len(self.model.layouts)))
+
+
+class _Unfinished:
+    """What there is of answers that go on, gathered whenever it is iterated."""
+
+    def __init__(self, gather: Callable[[], Iterator[Live]]) -> None:
+        self._gather = gather
+
+    def __iter__(self) -> Iterator[Live]:
+        return self._gather()
 
 
 def _popping(heap: list[tuple[int, int, Sequence]]) -> Iterator[Sequence]:

@@ -38,7 +38,7 @@ def process_logits(logits: np.ndarray, request: TokenRequest, generated: Sequenc
     if len(generated) < request.min_tokens:
         row[_within(sorted(request.stop_token_ids), row)] = -np.inf
     for token_id, bias in request.logit_bias:
-        row[token_id] += bias
+        row[_within([token_id], row)] += bias
     if request.repetition_penalty != 1:
         _penalise_repetition(row, request.repetition_penalty, [*request.prompt_token_ids, *generated])
     if request.frequency_penalty != 0 or request.presence_penalty != 0:
@@ -47,7 +47,7 @@ def process_logits(logits: np.ndarray, request: TokenRequest, generated: Sequenc
 
 
 def _keep_only(row: np.ndarray, token_ids: Sequence[int]) -> None:
-    allowed = list(token_ids)
+    allowed = _within(token_ids, row)
     kept = row[allowed]
     row[:] = -np.inf
     row[allowed] = kept
@@ -58,7 +58,7 @@ def _mask_completion(row: np.ndarray, word: Sequence[int], generated: Sequence[i
     *begun, last = word
     start = len(generated) - len(begun)
     if start >= 0 and list(generated[start:]) == begun:
-        row[last] = -np.inf
+        row[_within([last], row)] = -np.inf
 
 
 def _penalise_repetition(row: np.ndarray, penalty: float, token_ids: Sequence[int]) -> None:

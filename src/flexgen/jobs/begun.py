@@ -11,7 +11,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from flexgen.errors import RequestError
 from flexgen.request import Generated, TokenLogprobs, TokenResult
 
 
@@ -21,24 +20,20 @@ class Ending:
 
     finish_reason: str
     stop_string: str | None = None
-    error: RequestError | None = None
 
     @classmethod
     def of(cls, result: TokenResult) -> Ending:
         """What a result says besides its tokens."""
-        return cls(finish_reason=result.finish_reason, stop_string=result.stop_string, error=result.error)
+        return cls(finish_reason=result.finish_reason, stop_string=result.stop_string)
 
     def to_json(self) -> str:
         """As one object."""
-        error = self.error and {"message": str(self.error), "code": self.error.code, "param": self.error.param}
-        return json.dumps({"finish_reason": self.finish_reason, "stop_string": self.stop_string, "error": error})
+        return json.dumps({"finish_reason": self.finish_reason, "stop_string": self.stop_string})
 
     @classmethod
     def from_json(cls, text: str) -> Ending:
         """The inverse of `to_json`."""
-        fields = json.loads(text)
-        error = fields.pop("error")
-        return cls(**fields, error=error and RequestError(error.pop("message"), **error))
+        return cls(**json.loads(text))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +71,6 @@ class Kept:
             finish_reason=self.ending.finish_reason,
             stop_string=self.ending.stop_string,
             logprobs=self.generated.logprobs,
-            error=self.ending.error,
         )
 
 
@@ -88,6 +82,9 @@ def since(generated: Generated, start: int) -> Generated:
 
 def write(connection: sqlite3.Connection, rows: Iterable[tuple[int, Begun]]) -> None:
     """Add rows, each with its line's digest as SQLite holds it, within the caller's transaction."""
+    rows = list(rows)
+    begun = ((row.line_number, row.choice, digest) for digest, row in rows if row.start == 0)
+    connection.executemany("DELETE FROM begun WHERE line = ? AND choice = ? AND digest != ?", begun)
     connection.executemany("INSERT OR REPLACE INTO begun VALUES (?, ?, ?, ?, ?, ?, ?, ?)", (_row(digest, each) for digest, each in rows))
 
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 import sqlite3
+import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from flexgen.errors import StorageError
@@ -50,7 +51,7 @@ def connect(path: Path, *, create: bool = False) -> sqlite3.Connection:
         StorageError: there is none, it is something else, of another version or damaged, or it cannot be opened.
     """
     with translated(path):
-        os.close(open_private(path, os.O_RDWR | (os.O_CREAT if create else 0)))
+        _check_file(path, create)
         connection = sqlite3.connect(path, timeout=_BUSY_SECONDS, isolation_level=None)
         try:
             _prepare(connection, path, create)
@@ -58,6 +59,15 @@ def connect(path: Path, *, create: bool = False) -> sqlite3.Connection:
             connection.close()
             raise
     return connection
+
+
+def _check_file(path: Path, create: bool) -> None:
+    """Private from the start, and no link.  A file that exists is not opened: closing it would drop this process's SQLite locks."""
+    if create:
+        with suppress(FileExistsError):
+            os.close(open_private(path, os.O_RDWR | os.O_CREAT | os.O_EXCL))
+    if not stat.S_ISREG(path.lstat().st_mode):
+        raise StorageError(f"{path} is no regular file")
 
 
 def _prepare(connection: sqlite3.Connection, path: Path, create: bool) -> None:
@@ -78,19 +88,36 @@ def _prepare(connection: sqlite3.Connection, path: Path, create: bool) -> None:
 def transaction(connection: sqlite3.Connection, path: Path) -> Iterator[None]:
     """All or nothing, and durable when it is left.
 
+    Within a larger one (`hold`) it is a part of that, and as durable.
+
     Raises:
         StorageError: it could not be made durable; nothing has changed then.
     """
-    with translated(path):
-        connection.execute("BEGIN IMMEDIATE")
-        try:
+    held = connection.in_transaction
+    hold(connection, path)
+    try:
+        with translated(path):
             yield
-            failpoint("store.commit")
-            connection.execute("COMMIT")
-        except BaseException:
-            if connection.in_transaction:
-                connection.execute("ROLLBACK")
-            raise
+        if not held:
+            commit(connection, path)
+    except BaseException:
+        if connection.in_transaction and not held:
+            connection.execute("ROLLBACK")
+        raise
+
+
+def hold(connection: sqlite3.Connection, path: Path) -> None:
+    """Let nothing that follows count before `commit`; closing the connection instead drops it all."""
+    with translated(path):
+        if not connection.in_transaction:
+            connection.execute("BEGIN IMMEDIATE")
+
+
+def commit(connection: sqlite3.Connection, path: Path) -> None:
+    """Make everything since `hold` count."""
+    with translated(path):
+        failpoint("store.commit")
+        connection.execute("COMMIT")
         failpoint("store.committed")
 
 

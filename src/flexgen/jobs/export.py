@@ -6,15 +6,16 @@ import fcntl
 import hashlib
 import os
 import sqlite3
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from flexgen.errors import JobError, OptionError
+from flexgen.errors import JobError, OptionError, StorageError
 from flexgen.failpoints import failpoint
 from flexgen.jobs.database import connect, transaction, translated
-from flexgen.jobs.folder import JobFolder, JobPaths, open_private
+from flexgen.jobs.folder import JobFolder, JobPaths, check_target, open_private, sync_folder
 from flexgen.sizes import MIB
 
 # Both follow an index: nothing is sorted, whatever the size.
@@ -41,11 +42,14 @@ def export(paths: JobPaths, target: Path, order: str = "input") -> int:
     """
     query = _query(order)
     target = target.resolve()  # a link stays a link
+    check_target(target)
     with _turn(paths), _reading(paths) as connection, translated(target):
         _check_ours(connection, target)
         temporary = target.with_name(f".{target.name}.flexgen-new")
         try:
             count, digest = _write(connection, query, temporary)
+            if target.exists():
+                temporary.chmod(stat.S_IMODE(target.stat().st_mode))
             with transaction(connection, paths.database):
                 connection.execute("INSERT OR IGNORE INTO exports VALUES (?)", (digest,))
             failpoint("export.rename")
@@ -54,7 +58,7 @@ def export(paths: JobPaths, target: Path, order: str = "input") -> int:
             temporary.unlink(missing_ok=True)
             raise
         failpoint("export.renamed")
-        _sync_folder(target.parent)
+        sync_folder(target.parent)
     return count
 
 
@@ -70,6 +74,9 @@ def export_to_stream(paths: JobPaths, stream: BinaryIO, order: str = "input") ->
             stream.flush()
         except BrokenPipeError:
             _send_nowhere(stream)
+        except OSError as error:
+            _send_nowhere(stream)
+            raise StorageError(f"standard output: {error.strerror}") from error
     return count
 
 
@@ -89,11 +96,20 @@ def remove_job(folder: JobFolder) -> None:
     """
     paths = folder.paths
     if paths.database.exists():
-        check_output(paths)
+        _check_before_removal(paths)
         if paths.output is not None:
             with translated(paths.output):
                 paths.output.unlink(missing_ok=True)
     folder.remove_state()
+
+
+def _check_before_removal(paths: JobPaths) -> None:
+    """A database that cannot be read tells nothing of the output: then only an empty one may go."""
+    try:
+        check_output(paths)
+    except StorageError as error:
+        if paths.output is not None and paths.output.exists() and paths.output.stat().st_size > 0:
+            raise JobError(f"{error}; {paths.output} may not be the job's: move it away") from error
 
 
 def _query(order: str) -> str:
@@ -163,11 +179,3 @@ def _send_nowhere(stream: BinaryIO) -> None:
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, stream.fileno())
     os.close(nowhere)
-
-
-def _sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

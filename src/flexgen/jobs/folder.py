@@ -40,6 +40,11 @@ class JobPaths:
         return self.folder / "input"
 
     @property
+    def new_input(self) -> Path:
+        """Where that is written before it counts."""
+        return self.folder / "input.new"
+
+    @property
     def name(self) -> str:
         """What messages call the job."""
         return str(self.output if self.output is not None else self.folder)
@@ -65,6 +70,7 @@ def find_job(named: Path) -> JobPaths:
     Raises:
         JobError: there is none.
     """
+    named = named.absolute()
     beside = JobPaths(folder=named.with_name(named.name + _SUFFIX), output=named)
     inside = JobPaths(folder=named, output=None)
     for paths in (beside, inside):
@@ -86,8 +92,8 @@ class JobFolder:
         self.paths = paths
         self._lock = -1
         with _translated(paths):
-            _check_output(paths.output)
-            _make_private(paths.folder)
+            check_target(paths.output)
+            _make_private(paths)
             self._lock = open_private(paths.folder / "lock", os.O_RDWR | os.O_CREAT)
             try:
                 self._take_lock()
@@ -111,7 +117,11 @@ class JobFolder:
         """Delete what earlier runs kept; the lock stays."""
         with _translated(self.paths):
             database = self.paths.database
-            for path in (self.paths.input_copy, *(database.with_name(database.name + end) for end in ("-wal", "-shm", ""))):
+            for path in (
+                self.paths.input_copy,
+                self.paths.new_input,
+                *(database.with_name(database.name + end) for end in ("-wal", "-shm", "")),
+            ):
                 path.unlink(missing_ok=True)
 
     def close(self) -> None:
@@ -148,17 +158,33 @@ def open_private(path: Path, flags: int) -> int:
     return os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
 
 
-def _make_private(folder: Path) -> None:
-    folder.mkdir(mode=0o700, exist_ok=True)
+def sync_folder(folder: Path) -> None:
+    """Make durable which files the folder holds."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _make_private(paths: JobPaths) -> None:
+    folder = paths.folder
+    try:
+        folder.mkdir(mode=0o700)
+        sync_folder(folder.absolute().parent)
+    except FileExistsError:
+        pass
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
         raise JobError(f"{folder} is no folder of yours; it would hold private data")
+    if any(folder.iterdir()) and not ((folder / "lock").exists() or paths.database.exists()):
+        raise JobError(f"{folder} holds other files than a job's; name a folder of its own with --state")
     if stat.S_IMODE(found.st_mode) & 0o077:
         folder.chmod(0o700)
 
 
-def _check_output(output: Path | None) -> None:
-    """Found out before the model is loaded: that the output could be replaced."""
+def check_target(output: Path | None) -> None:
+    """Raises StorageError when a file could not be replaced; found out before the model is loaded."""
     if output is None:
         return
     target = output.resolve()

@@ -14,7 +14,7 @@ from flexgen.jobs.logprobs import chat_logprobs, completion_logprobs
 from flexgen.request import CompletionOutput, SamplingParams
 
 COMPLETIONS_MAX_TOKENS = 16  # the hosted API's default; that of chats is the context
-_STATUS = {"unsupported_url": 404, "model_not_found": 404, "non_finite_logits": 500, "internal_error": 500}  # 400 for the rest
+_STATUS = {"unsupported_url": 404, "model_not_found": 404, "non_finite_logits": 500}  # 400 for the rest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -167,14 +167,19 @@ class Job:
             raise
 
     def _answer(self, serving: Serving, store: Store, workload: Workload, on_progress: Callable[[Progress], None] | None) -> None:
+        unfinished: Iterable[Live] = ()
+
         def within_pass(progress: Progress) -> None:
             store.commit_if_due()
             if self._stop.overdue:
+                store.commit(serving.progress(unfinished))
                 raise Stopped
             if on_progress is not None:
                 on_progress(progress)
 
         def after_pass(live: Iterable[Live]) -> None:
+            nonlocal unfinished
+            unfinished = live
             asked = self._stop.asked  # once: it may be asked for between two looks
             if asked or time.monotonic() >= self._next_checkpoint:
                 store.commit(serving.progress(live))
@@ -219,9 +224,11 @@ class Job:
     def _token_requests(self, serving: Serving, store: Store) -> Iterator[TokenRequest]:
         """What the model pulls."""
         for read in self._reader().read(self._left_by_scan(store)):
-            assert isinstance(read, Served)  # the others have been answered
             self.started = True
-            yield from serving.requests(read)
+            if isinstance(read, Served):
+                yield from serving.requests(read)
+            else:  # the scan could serve it: a template that draws lots, or that only now took too long
+                serving.refuse(read)
 
     def _left_by_scan(self, store: Store) -> Iterator[Line]:
         """The lines that the scan looked at, less those that it answered."""

@@ -71,6 +71,11 @@ class Serving:
             request = served.token_requests[choice]
             yield self._resumed(request, kept[choice].generated) if choice in kept else request
 
+    def refuse(self, refused: Refused) -> None:
+        """End a line that the model is not asked for."""
+        self.num_taken += 1
+        self._store.add(failure(refused, refused.error))
+
     def _resumed(self, request: TokenRequest, generated: Generated) -> TokenRequest:
         self._stored[request.index] = len(generated.token_ids)
         self.num_resumed += 1
@@ -101,7 +106,7 @@ class Serving:
         line.results[choice] = result
         if line.done:
             self._finish(line)
-        else:
+        elif result.error is None:  # an error is for this run; a later one may have more memory
             generated = Generated(token_ids=result.token_ids, logprobs=result.logprobs)
             self._store.keep(self._row(result.index, generated, Ending.of(result)))
 

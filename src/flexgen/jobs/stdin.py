@@ -9,7 +9,7 @@ from typing import BinaryIO
 
 from flexgen.errors import JobError
 from flexgen.jobs.database import translated
-from flexgen.jobs.folder import JobFolder, open_private
+from flexgen.jobs.folder import JobFolder, open_private, sync_folder
 from flexgen.sizes import MIB
 
 
@@ -20,7 +20,7 @@ def keep_input(folder: JobFolder, stream: BinaryIO, *, accept_changes: bool = Fa
         JobError: it is neither what an earlier run was given nor a continuation of that, and this is not accepted.
     """
     copy = folder.paths.input_copy
-    new = copy.with_name("input.new")
+    new = folder.paths.new_input
     with translated(copy):
         if copy.exists() and stream.isatty():
             return copy
@@ -38,6 +38,7 @@ def keep_input(folder: JobFolder, stream: BinaryIO, *, accept_changes: bool = Fa
                 "--fresh all lines; an empty one goes on with what was given then"
             )
         new.replace(copy)
+        sync_folder(copy.parent)
     return copy
 
 

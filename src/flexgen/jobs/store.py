@@ -17,7 +17,7 @@ from typing import Self
 from flexgen.errors import JobError
 from flexgen.jobs import begun
 from flexgen.jobs.begun import Begun, Kept
-from flexgen.jobs.database import connect, transaction, translated
+from flexgen.jobs.database import commit, connect, hold, transaction, translated
 from flexgen.jobs.folder import JobFolder
 from flexgen.jobs.identity import Identity, changes
 
@@ -90,6 +90,8 @@ class Store:
     def begin(self, identity: Identity, model: str, *, accept_changes: bool = False) -> None:
         """Agree with earlier runs on what changes answers; a job of which nothing is kept may become any other.
 
+        Changes that are accepted, here and later, count when the run starts: one that is refused after all leaves the job as it was.
+
         Args:
             model: the name that answers carry, unless an earlier run chose one.
 
@@ -100,8 +102,11 @@ class Store:
             facts = dict(self._connection.execute("SELECT name, value FROM facts"))
         self.model = model
         if facts and (self._num_done or self._begun_lines):
-            self._compare(Identity.from_json(facts["identity"]), identity, accept_changes)
-            self.created, self.model = int(facts["created"]), facts["model"]
+            earlier = Identity.from_json(facts["identity"])
+            self._compare(earlier, identity, accept_changes)
+            self.created = int(facts["created"])
+            if earlier.answers.get("model") == identity.answers.get("model"):
+                self.model = facts["model"]
         facts = {"identity": identity.to_json(), "created": str(self.created), "model": self.model}
         with transaction(self._connection, self._path):
             self._connection.executemany("INSERT OR REPLACE INTO facts VALUES (?, ?)", facts.items())
@@ -118,6 +123,7 @@ class Store:
                 f"{self.paths.name} was begun with {said}: --accept-changes goes on with it, --fresh starts anew, another output keeps both"
             )
         logger.warning("%s was begun with %s; answers in progress start anew", self.paths.name, said)
+        hold(self._connection, self._path)
         with transaction(self._connection, self._path):
             self._connection.execute("DELETE FROM begun")
         self._begun_lines.clear()
@@ -155,18 +161,23 @@ class Store:
         return len(failed)
 
     def _forget(self, lines: Sequence[int]) -> None:
+        if not lines:
+            return
+        hold(self._connection, self._path)
         with transaction(self._connection, self._path):
             for table in ("results", "records"):
                 self._connection.executemany(f"DELETE FROM {table} WHERE line = ?", zip(lines))
         self._load()
 
     def start_run(self, num_lines: int) -> None:
-        """Note that a run begins, for `flexgen status`."""
+        """Note that a run begins, for `flexgen status`; from here on changes that were accepted count."""
         self._started = time.monotonic()
         with transaction(self._connection, self._path):
             tokens = self._output_tokens + self._tokens_in_progress()
             row = (time.time(), 0.0, num_lines, self._num_done, tokens, tokens, time.time(), None)
             self._run = self._connection.execute("INSERT INTO runs VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?)", row).lastrowid
+        if self._connection.in_transaction:
+            commit(self._connection, self._path)
 
     def end_run(self, ending: str) -> None:
         """Note how the run ended."""

@@ -61,10 +61,10 @@ def _make(parent: Path) -> tuple[Path, int]:
 def _sweep(parent: Path) -> None:
     """Remove folders of ours that no run holds."""
     for folder in parent.glob(_PREFIX + "*"):
-        found = folder.lstat()
-        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
-            continue
         with contextlib.suppress(OSError):  # held, just being made, or gone
+            found = folder.lstat()
+            if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
+                continue
             lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -28,9 +28,18 @@ def open_places(
     notify: Callable[[], None],
     verify: bool = False,
 ) -> tuple[dict[str, Place], KVCache]:
-    """Tier -> place, and the cache over all tiers, for the policy's pools."""
+    """Tier -> place, and the cache over all tiers, for the policy's pools.
+
+    Raises:
+        StorageError: the spill file cannot be made; no place stays open.
+    """
     pools: dict[str, Pool] = {}
     places: dict[str, Place] = {}
+    spilled: DiskPool | None = None
+    if policy.kv_disk_bytes:  # first, because it is what can fail
+        if offload_dir is None:
+            raise EngineError("KV on disk needs an offload folder")
+        spilled = DiskPool(groups, divide_pool(groups, policy.kv_disk_bytes, policy.longest_sequence), offload_dir, verify=verify)
     device = backend.device if backend is not None else HOST
 
     def kernels(where: torch.device) -> AttentionKernels:
@@ -48,10 +57,7 @@ def open_places(
             places["host"] = LocalPlace(pool, kernels(HOST), HOST)
         else:
             places["host"] = HostPlace(pool, kernels(HOST), kernels(device), backend, notify)
-    if policy.kv_disk_bytes:
-        if offload_dir is None:
-            raise EngineError("KV on disk needs an offload folder")
-        disk = DiskPool(groups, divide_pool(groups, policy.kv_disk_bytes, policy.longest_sequence), offload_dir, verify=verify)
-        pools["disk"] = disk
-        places["disk"] = DiskPlace(disk, kernels(HOST), kernels(device), backend, notify, io, policy.kv_staging_bytes)
+    if spilled is not None:
+        pools["disk"] = spilled
+        places["disk"] = DiskPlace(spilled, kernels(HOST), kernels(device), backend, notify, io, policy.kv_staging_bytes)
     return places, KVCache(groups, pools)
