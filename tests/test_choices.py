@@ -83,6 +83,13 @@ def test_ids_outside_the_vocabulary_are_refused_by_name(choices: Choices, param:
     assert caught.value.param == param
 
 
+def test_bad_words_of_another_vocabulary_are_refused(choices: Choices) -> None:
+    small = dataclasses.replace(choices, vocab_size=A + 1)
+    assert small.requests(0, [1], SamplingParams(bad_words=["a"]))[0].bad_words_token_ids == ((A,),)
+    with pytest.raises(RequestError, match="bad_words: 'b' has a token that the vocabulary of 65 does not"):
+        small.requests(0, [1], SamplingParams(bad_words=["b"]))
+
+
 @pytest.mark.parametrize(("param", "value"), [("stop", ["x"]), ("bad_words", ["x"])])
 def test_texts_need_a_tokenizer(bare: Choices, param: str, value: list[str]) -> None:
     params: dict[str, Any] = {param: value}

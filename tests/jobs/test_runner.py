@@ -15,13 +15,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jobs.places import paths_of
 
-from flexgen import LLM, EngineError, JobError, OutOfMemoryError, SamplingParams, StorageError
+from flexgen import LLM, EngineError, JobError, OutOfMemoryError, RequestError, SamplingParams, StorageError
 from flexgen.defaults import derive_seed
 from flexgen.jobs import store as store_module
 from flexgen.jobs.export import export
 from flexgen.jobs.folder import JobFolder
 from flexgen.jobs.identity import identity_of
-from flexgen.jobs.reading import index_of, place_of
+from flexgen.jobs.reading import Reader, Refused, index_of, place_of
 from flexgen.jobs.runner import Job
 from flexgen.jobs.stopping import Stopped, StopRequest
 from flexgen.jobs.store import Store
@@ -364,6 +364,53 @@ def test_a_stopped_job_generates_no_token_twice(llm: LLM, tmp_path: Path, looks:
     assert SteppingEngine.num_tokens == needed
     assert (job.num_resumed > 0) == (job.tokens_kept > 0)
     assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+@pytest.mark.usefixtures("stepping")
+def test_a_pass_that_is_given_up_costs_no_earlier_token(llm: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write(tmp_path / "in.jsonl", {"prompt": "ab", "max_tokens": 20})
+    stop, generate = StopRequest(), SteppingEngine.generate
+    monkeypatch.setattr("flexgen.jobs.stopping.PATIENCE_SECONDS", 0.0)
+
+    def slow(engine: SteppingEngine, requests: Any, *, on_pass: Any, on_progress: Any, **more: Any) -> Iterator[TokenResult]:
+        passes = 0
+
+        def counted(live: Any) -> None:
+            nonlocal passes
+            on_pass(list(live))
+            passes += 1
+            if passes == 7:
+                stop.ask()
+                on_progress(None)
+
+        yield from generate(engine, requests, on_pass=counted, **more)
+
+    monkeypatch.setattr(SteppingEngine, "generate", slow)
+    with pytest.raises(Stopped):
+        run(llm, source, tmp_path / "out.jsonl", stop=stop, checkpoint_seconds=1e9)
+    monkeypatch.undo()
+    with JobFolder(paths_of(tmp_path / "out.jsonl")) as folder, Store(folder) as store:
+        assert store._tokens_in_progress() == 7
+
+
+@pytest.mark.usefixtures("stepping")
+def test_a_line_that_only_the_scan_could_serve_ends_in_an_error(
+    llm: LLM, tmp_path: Path, output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A template may draw lots."""
+    source = write(tmp_path / "in.jsonl", *lines(4))
+    read, readings = Reader.read, []
+
+    def fickle(reader: Reader, found: Any) -> Iterator[Any]:
+        readings.append(1)
+        for each in read(reader, found):
+            refuses = len(readings) == 2 and each.origin.line_number == 3
+            yield Refused(origin=each.origin, form=each.form, error=RequestError("unlucky")) if refuses else each
+
+    monkeypatch.setattr(Reader, "read", fickle)
+    run(llm, source, output)
+    assert sorted(answers(output)) == [1, 2, 3, 4]
+    assert answers(output)[3]["error"]["message"] == "unlucky"
 
 
 @pytest.mark.parametrize(("seconds", "lost"), [(0.0, False), (1e9, True)])
