@@ -83,6 +83,14 @@ def test_ids_outside_the_vocabulary_are_refused_by_name(choices: Choices, param:
     assert caught.value.param == param
 
 
+def test_logprobs_are_capped(choices: Choices) -> None:
+    assert choices.requests(0, [A], SamplingParams(logprobs=20))[0].num_logprobs == 20
+    for asked in (21, -1):
+        with pytest.raises(RequestError, match="more than 20, which max_logprobs"):
+            choices.requests(0, [A], SamplingParams(logprobs=asked))
+        assert dataclasses.replace(choices, max_logprobs=-1).requests(0, [A], SamplingParams(logprobs=asked))[0].num_logprobs == asked
+
+
 def test_bad_words_of_another_vocabulary_are_refused(choices: Choices) -> None:
     small = dataclasses.replace(choices, vocab_size=A + 1)
     assert small.requests(0, [1], SamplingParams(bad_words=["a"]))[0].bad_words_token_ids == ((A,),)

@@ -26,6 +26,7 @@ class Choices:
         vocab_size, max_model_len: ids lie below the first; prompt and answer together have at most the second.
         eos_token_ids: what ends an answer unless its parameters ignore it.
         seed: base of the seeds of prompts that name none.
+        max_logprobs: most log probabilities that a prompt may ask for; -1 is any number.
     """
 
     tokenizer: Tokenizer | None
@@ -33,6 +34,7 @@ class Choices:
     max_model_len: int
     eos_token_ids: frozenset[int]
     seed: int
+    max_logprobs: int = 20
 
     def requests(self, index: int, prompt_token_ids: Sequence[int], params: SamplingParams) -> list[TokenRequest]:
         """One request per answer, with indices from `index` on.  `max_tokens` is cut to the context that the prompt leaves, as vLLM does.
@@ -44,6 +46,7 @@ class Choices:
         prompt = tuple(prompt_token_ids)
         room = self._room(prompt)
         self._check_ids(params)
+        self._check_logprobs(params)
         first = TokenRequest(
             index=index,
             prompt_token_ids=prompt,
@@ -95,6 +98,12 @@ class Choices:
         for param, ids in named.items():
             if any(int(token_id) >= self.vocab_size for token_id in ids or ()):
                 raise RequestError(f"{param} has token ids outside the vocabulary of {self.vocab_size}", param=param)
+
+    def _check_logprobs(self, params: SamplingParams) -> None:
+        asked = self.vocab_size if params.logprobs == -1 else params.logprobs or 0
+        if 0 <= self.max_logprobs < asked:
+            message = f"logprobs {params.logprobs} is more than {self.max_logprobs}, which max_logprobs (--max-logprobs) can raise"
+            raise RequestError(message, param="logprobs")
 
     def _seed(self, params: SamplingParams, index: int, choice: int) -> int:
         return derive_seed(self.seed, index + choice) if params.seed is None else choice_seed(params.seed, choice)

@@ -126,6 +126,7 @@ class LLM:
             max_model_len=self.max_model_len,
             eos_token_ids=self.eos_token_ids,
             seed=self.options.seed,
+            max_logprobs=self.options.max_logprobs,
         )
         self._num_requests = 0
         self._open = _OpenEngine()

@@ -33,6 +33,7 @@ class EngineOptions:
         load_format: "dummy" makes random weights from config.json alone, for benchmarks.
         max_model_len: context limit, at most the model's; None is the model's.
         revision: hub revision. seed: base of every sampled request's own seed.
+        max_logprobs: most log probabilities per token that a request may ask for (vLLM's default); -1 is any number.
         verify_reads: compare what comes from disk with what was written or first read (one core sums some 10 GB/s).
         trust_remote_code: accepted only as False.
     """
@@ -53,6 +54,7 @@ class EngineOptions:
     max_model_len: int | None = None
     revision: str | None = None
     seed: int = 0
+    max_logprobs: int = 20
     verify_reads: bool = False
     trust_remote_code: bool = False
 
@@ -64,30 +66,33 @@ class EngineOptions:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise OptionError(f"{name} must be a positive integer, not {value!r}")
+        if self.max_logprobs < -1:
+            raise OptionError(f"max_logprobs must be an integer of at least -1, not {self.max_logprobs!r}")
         if self.prefill_tokens is not None and self.schedule != "diagonal":
             raise OptionError(f"prefill_tokens has a meaning for schedule='diagonal' only, not for {self.schedule!r}")
         if self.trust_remote_code:
             raise OptionError("trust_remote_code: flexgen runs no code from model folders")
 
 
-def parse_placement(text: str) -> dict[str, float]:
-    """Fractions per tier from "device=.2,host=.3,disk=.5" (they must add up to 1).
+def parse_placement(text: str, *, name: str = "") -> dict[str, float]:
+    """Fractions per tier from "device=.2,host=.3,disk=.5" (they must add up to 1); `name` is the option's, for messages.
 
     Raises:
         OptionError: on an unknown tier, a bad number, or a sum other than 1.
     """
+    said = f"{name}={text!r}" if name else repr(text)
     shares: dict[str, float] = dict.fromkeys(TIERS, 0.0)
     for part in text.split(","):
         tier, separator, number = part.partition("=")
         tier = tier.strip()
         if tier not in TIERS or not separator:
-            raise OptionError(f"{text!r}: write shares per tier, such as device=.2,host=.3,disk=.5")
+            raise OptionError(f"{said}: write shares per tier, such as device=.2,host=.3,disk=.5")
         try:
             shares[tier] = float(number)
         except ValueError as error:
-            raise OptionError(f"{text!r}: {number!r} is not a number") from error
+            raise OptionError(f"{said}: {number!r} is not a number") from error
         if not 0 <= shares[tier] <= 1:
-            raise OptionError(f"{text!r}: a share lies between 0 and 1")
+            raise OptionError(f"{said}: a share lies between 0 and 1")
     if abs(sum(shares.values()) - 1) > 1e-6:
-        raise OptionError(f"{text!r}: the shares add up to {sum(shares.values()):g}, not 1")
+        raise OptionError(f"{said}: the shares add up to {sum(shares.values()):g}, not 1")
     return shares

@@ -18,24 +18,28 @@ _SIZE = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([A-Za-z]*)\s*")
 _PERCENT = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*%\s*")
 
 
-def parse_size(text: str | int, *, total_bytes: int | None = None) -> int:
+def parse_size(text: str | int, *, total_bytes: int | None = None, name: str = "") -> int:
     """Bytes meant by `text`: "4GiB" and "4G" are binary, "16GB" decimal, a bare number is bytes, "50%" is of `total_bytes`.
+
+    Args:
+        name: of the option, for messages.
 
     Raises:
         OptionError: when the text is no size, or a percentage of an unknown total.
     """
     if isinstance(text, int):
         return text
+    said = f"{name} {text!r}".strip()
     if match := _PERCENT.fullmatch(text):
         if total_bytes is None:
-            raise OptionError(f"{text!r}: a percentage has no meaning here; give a size such as 4GiB or 16GB")
+            raise OptionError(f"{said}: a percentage has no meaning here; give a size such as 4GiB or 16GB")
         share = float(match[1])
         if share > 100:
-            raise OptionError(f"{text!r}: a share of more than 100 %")
+            raise OptionError(f"{said}: a share of more than 100 %")
         return int(total_bytes * share / 100)
     match = _SIZE.fullmatch(text)
     if match is None or match[2].upper() not in _UNITS:
-        raise OptionError(f"{text!r} is not a size; write 4GiB (binary), 16GB (decimal) or 50%")
+        raise OptionError(f"{said} is not a size; write 4GiB (binary), 16GB (decimal) or 50%")
     return int(float(match[1]) * _UNITS[match[2].upper()])
 
 

@@ -393,6 +393,12 @@ def test_a_pass_that_is_given_up_costs_no_earlier_token(llm: LLM, tmp_path: Path
         assert store._tokens_in_progress() == 7
 
 
+def test_an_answer_that_no_database_holds_is_an_error(llm: LLM, tmp_path: Path, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flexgen.jobs.serving.MAX_RECORD_BYTES", 10)
+    run(llm, write(tmp_path / "in.jsonl", {"prompt": "a", "max_tokens": 5}), output)
+    assert answers(output)[1]["error"]["code"] == "answer_too_large"
+
+
 @pytest.mark.usefixtures("stepping")
 def test_a_line_that_only_the_scan_could_serve_ends_in_an_error(
     llm: LLM, tmp_path: Path, output: Path, monkeypatch: pytest.MonkeyPatch

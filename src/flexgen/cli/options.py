@@ -42,6 +42,7 @@ FLAGS: dict[str, tuple[str, str, str]] = {
     "load_format": (_MODEL, "|".join(LOAD_FORMATS), "dummy makes random weights from config.json alone."),
     "max_model_len": (_MODEL, "N", "Most tokens of prompt and answer together. Default: the model's context."),
     "revision": (_MODEL, "REV", "Branch, tag or commit of a hub model."),
+    "max_logprobs": (_MODEL, "N", "Most log probabilities per token that a request may ask for; -1 is any number."),
     "verify_reads": (_PLACEMENT, "", "Compare weights and spilled KV with what was read or written before: a tenth of a core per GB/s."),
     "seed": (_MODEL, "N", "Base of the seeds of requests that name none."),
 }

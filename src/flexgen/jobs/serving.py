@@ -16,6 +16,8 @@ from flexgen.jobs.store import Result, Store
 from flexgen.llm import LLM
 from flexgen.request import Generated, Live, TokenRequest, TokenResult
 
+MAX_RECORD_BYTES = 900_000_000  # SQLite's own limit is 10^9
+
 
 @dataclass(slots=True)
 class _Line:
@@ -117,7 +119,7 @@ class Serving:
             self._stored.pop(request.index, None)
         results = [line.results[choice] for choice in range(len(served.token_requests))]
         error = next((result.error for result in results if result.error is not None), None)
-        self._store.add(failure(served, error) if error is not None else self._success(served, results))
+        self._store.add(failure(served, error) if error is not None else self._answered(served, results))
 
     def _success(self, served: Served, results: list[TokenResult]) -> Result:
         has_text = self._llm.tokenizer is not None
@@ -136,6 +138,14 @@ class Serving:
             prompt_tokens=answer.num_prompt_tokens,
             output_tokens=sum(len(result.token_ids) for result in results),
         )
+
+    def _answered(self, served: Served, results: list[TokenResult]) -> Result:
+        """The result of a line whose choices are all there; one that the database cannot hold is an error."""
+        result = self._success(served, results)
+        if len(result.record) <= MAX_RECORD_BYTES:
+            return result
+        message = f"the answer has {len(result.record):,} bytes, more than the {MAX_RECORD_BYTES:,} of a record: ask for less at once"
+        return failure(served, RequestError(message, code="answer_too_large"))
 
 
 def failure(read: Served | Refused, error: RequestError) -> Result:

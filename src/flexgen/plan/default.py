@@ -310,7 +310,7 @@ class _Planner:
 def _pinned(name: str, text: str | None, device: str) -> Fractions | None:
     if text is None:
         return None
-    shares = parse_placement(text)
+    shares = parse_placement(text, name=name)
     if device == "cpu" and shares["device"] > 0:
         raise OptionError(f"{name}={text!r}: on a CPU device there is no device tier; divide between host and disk")
     return Fractions(**shares)

@@ -83,7 +83,7 @@ def find_limits(
 def _host_budget(wanted: str | None, hard: _Ceiling, tightest: _Ceiling, simulated_bytes: int, root: Path) -> tuple[int, str]:
     """(bytes, where they come from); a simulated device of `simulated_bytes` takes its memory from the same."""
     if wanted is not None:
-        size, source = parse_size(wanted, total_bytes=hard.total_bytes), f"--host-mem {wanted}"
+        size, source = parse_size(wanted, total_bytes=hard.total_bytes, name="--host-mem"), f"--host-mem {wanted}"
         if size > hard.total_bytes:
             raise CapacityError(
                 f"--host-mem {wanted} ({format_size(size)}) is more than {hard.name} allows "
@@ -202,7 +202,7 @@ def _device_budget(device: str, text: str | None, host_total: int, cuda_memory: 
             raise OptionError(f"--device-mem {text}: on a CPU device there is no device tier; use --host-mem")
         return 0, 0
     if device == "sim":
-        budget = SIM_DEVICE_BYTES if text is None else parse_size(text, total_bytes=host_total)
+        budget = SIM_DEVICE_BYTES if text is None else parse_size(text, total_bytes=host_total, name="--device-mem")
         return budget, budget
     memory = cuda_memory()
     if memory is None:
@@ -210,7 +210,7 @@ def _device_budget(device: str, text: str | None, host_total: int, cuda_memory: 
     free, total = memory
     if text is None:
         return int(CUDA_SHARE * free), total
-    budget = parse_size(text, total_bytes=total)
+    budget = parse_size(text, total_bytes=total, name="--device-mem")
     if budget > total:
         raise CapacityError(f"--device-mem {text} ({format_size(budget)}) is more than the device has ({format_size(total)})")
     return budget, total
@@ -229,7 +229,7 @@ def _disk_budget(folder: Path, text: str | None, in_memory: bool, disk_space: Ca
     free, total = disk_space(_existing(folder))
     if text is None:
         return (0 if in_memory else int(DISK_SHARE * free)), total
-    budget = parse_size(text, total_bytes=total)
+    budget = parse_size(text, total_bytes=total, name="--disk")
     if budget > free:
         raise CapacityError(
             f"--disk {text} ({format_size(budget)}) is more than is free in {folder} ({format_size(free)}): "
