@@ -8,11 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from flexgen.errors import StorageError
 from flexgen.memory.checksums import BLOCK_BYTES, BlockSums
 from flexgen.memory.direct_io import AlignedBuffer, File, FileSet
 from flexgen.memory.kv_disk import NEW_FILE
+from flexgen.memory.rows import EmbeddingRows, RowTable
 
 SIZE = 16 * BLOCK_BYTES
 
@@ -84,6 +86,27 @@ def test_what_a_second_reading_brings_right_is_no_failure(
     assert len(calls) == 2
     assert "reading them again" in caplog.text
     file.close()
+
+
+def test_rows_of_an_embedding_are_compared_with_their_first_reading(tmp_path: Path) -> None:
+    path = tmp_path / "weights"
+    path.write_bytes(bytes(range(200)) * 8)
+    table = RowTable(
+        module="m", path=path, offset=8, num_rows=20, row_elements=5, stored_dtype=torch.float32, dtype=torch.float32
+    )  # fmt: skip
+    rows = EmbeddingRows([table], torch.device("cpu"), verify=True)
+    before = rows.rows("m", torch.tensor([3, 7, 3]))[0].view(torch.uint8)
+    for row, noticed in ((7, True), (9, False)):
+        bit = (8 + row * 20 + 13) * 8 + 2
+        flip(path, bit)
+        if noticed:
+            with pytest.raises(StorageError, match="rows of m are not what they were"):
+                rows.rows("m", torch.tensor([row]))
+        else:
+            rows.rows("m", torch.tensor([row]))
+        flip(path, bit)
+    assert torch.equal(rows.rows("m", torch.tensor([7, 3]))[0].view(torch.uint8), before)
+    rows.close()
 
 
 def test_blocks_that_are_moved_in_part_are_not_checked() -> None:

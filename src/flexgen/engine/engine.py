@@ -87,7 +87,7 @@ class Engine:
         self._files = FileSet(verify=verify_reads)
         self.homes = unit_homes(model.spec, policy.weights)
         self._weights_work = weights_work(model.spec, self.homes, policy.device)
-        self._rows = EmbeddingRows(list(model.tables), self._device)
+        self._rows = EmbeddingRows(list(model.tables), self._device, verify=verify_reads)
         groups = group_layers([(layer.layer, layer.group) for layer in model.layers], policy.page_tokens, model.dtype)
         with contextlib.ExitStack() as undo:  # what would outlive an engine that cannot be made
             self._io = IOPool(policy.io_threads)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from flexgen.errors import StorageError
 from flexgen.memory.direct_io import AlignedBuffer, File, IOPool
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,13 +41,16 @@ class EmbeddingRows:
 
     Args:
         device: where the rows are wanted.
+        verify: compare rows with what their first reading brought.
     """
 
-    def __init__(self, tables: list[RowTable], device: torch.device) -> None:
+    def __init__(self, tables: list[RowTable], device: torch.device, *, verify: bool = False) -> None:
         self._tables = {table.module: table for table in tables}
         self._resident: dict[str, torch.Tensor] = {}
         self._files: dict[Path, File] = {}
         self._device = device
+        # Sums of rows that were read, by table and row; -1 of others.
+        self._sums = {table.module: torch.full((table.num_rows,), -1, dtype=torch.int64) for table in tables} if verify else {}
         # Its own threads: these small reads must not queue behind what the weight ring reads ahead.
         self._io = IOPool(2)
         self.bytes_gathered = 0
@@ -69,14 +76,31 @@ class EmbeddingRows:
             return self._resident[module], token_ids
         table = self._tables[module]
         wanted, renumbered = torch.unique(token_ids, return_inverse=True)
-        buffer = AlignedBuffer(len(wanted) * table.row_bytes)
-        size, file = table.row_bytes, self._file(table.path)
-        self._io.read(
-            [(file, table.offset + row * size, buffer.view[i * size : (i + 1) * size]) for i, row in enumerate(wanted.tolist())]
-        ).wait()
-        self.bytes_gathered += len(wanted) * size
-        stored = buffer.tensor[: len(wanted) * size].view(table.stored_dtype).view(len(wanted), table.row_elements)
+        found = self._read(table, wanted)
+        if self._sums and not self._agree(table, wanted, found):
+            logger.warning("%s: rows of %s are not what they were; reading them again", table.path, module)
+            found = self._read(table, wanted)
+            if not self._agree(table, wanted, found):
+                raise StorageError(f"{table.path}: rows of {module} are not what they were when they were first read")
+        self.bytes_gathered += found.numel()
+        stored = found.view(table.stored_dtype).view(len(wanted), table.row_elements)
         return stored.to(self._device, table.dtype), renumbered
+
+    def _read(self, table: RowTable, wanted: torch.Tensor) -> torch.Tensor:
+        """The bytes of these rows, (n, row_bytes) uint8."""
+        size, file = table.row_bytes, self._file(table.path)
+        buffer = AlignedBuffer(len(wanted) * size)
+        parts = [(file, table.offset + row * size, buffer.view[i * size : (i + 1) * size]) for i, row in enumerate(wanted.tolist())]
+        self._io.read(parts).wait()
+        return buffer.tensor[: len(wanted) * size].view(len(wanted), size)
+
+    def _agree(self, table: RowTable, wanted: torch.Tensor, found: torch.Tensor) -> bool:
+        """Whether rows are what they were; those seen for the first time are noted."""
+        sums, before = found.sum(dim=1, dtype=torch.int64), self._sums[table.module][wanted]
+        if bool(((before >= 0) & (before != sums)).any()):
+            return False
+        self._sums[table.module][wanted] = sums
+        return True
 
     def check_unchanged(self) -> None:
         """Raises StorageError when a file is not what it was."""
