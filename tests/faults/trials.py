@@ -544,7 +544,8 @@ def command(folder: Path, job: Path) -> list[str]:
     """The arguments of a run: weights stream from disk, half of the KV cache is spilled, every pass is stored."""
     flags = {
         "-o": job / "out.jsonl", "--device": "cpu", "--dtype": "float32", "--weights": "disk=1", "--kv": "host=.5,disk=.5",
-        "--disk": "64MiB", "--offload-dir": job, "--max-num-seqs": 4, "--prefill-tokens": 64, "--micro-batch-tokens": 64, "--checkpoint-seconds": 0, "--progress": "none",
+        "--disk": "64MiB", "--offload-dir": job, "--max-num-seqs": 4, "--prefill-tokens": 64, "--micro-batch-tokens": 64,
+        "--checkpoint-seconds": 0, "--progress": "none",
     }  # fmt: skip
     return ["run", str(folder / MODEL), str(folder / REQUESTS), "--verify-reads", *(str(part) for pair in flags.items() for part in pair)]
 
