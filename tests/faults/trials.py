@@ -237,18 +237,22 @@ class Workshop:
     def wait(self, job: Path, run: _Run, fault: Fault | None = None) -> int:
         """Send the fault's signals, remove what it removes, and return the exit code."""
         descriptor = os.pidfd_open(run.pid)
+        fault = fault or Fault(name="none")
+
+        def let_pass(seconds: float) -> None:
+            """Until so long after the start, or the end of the run."""
+            select.select([descriptor], [], [], max(run.started + seconds - time.monotonic(), 0))
+
         try:
-            for part in range(fault.looks if fault is not None else 0):
-                assert fault is not None
-                select.select([descriptor], [], [], max(run.started + fault.seconds * part / fault.looks - time.monotonic(), 0))
+            for part in range(fault.looks):
+                let_pass(fault.seconds * part / fault.looks)
                 self._look(job)
-            for number in fault.signals if fault is not None else ():
-                assert fault is not None
-                select.select([descriptor], [], [], max(run.started + fault.seconds - time.monotonic(), 0))
+            for number in fault.signals:
+                let_pass(fault.seconds)
                 with suppress(ProcessLookupError):  # it ended before
                     signal.pidfd_send_signal(descriptor, number)
-            if fault is not None and fault.removes:
-                select.select([descriptor], [], [], max(run.started + fault.seconds - time.monotonic(), 0))
+            if fault.removes:
+                let_pass(fault.seconds)
                 for path in job.glob(fault.removes):
                     shutil.rmtree(path, ignore_errors=True)
             if not select.select([descriptor], [], [], PATIENCE_SECONDS)[0]:
@@ -265,12 +269,7 @@ class Workshop:
         failpoints.switch_on(_Saboteur(self.witness, fault, job))
         if fault is not None and fault.file_bytes:
             resource.setrlimit(resource.RLIMIT_FSIZE, (fault.file_bytes, fault.file_bytes))
-        sys.argv = ["flexgen", *command(self.folder, job)]
-        try:
-            cli.main()
-        except SystemExit as exit:
-            return int(exit.code or 0)
-        return 0
+        return _flexgen(*command(self.folder, job))
 
     def _look(self, job: Path) -> None:
         """What another terminal may do to a job, whether it has begun or not."""
@@ -280,12 +279,7 @@ class Workshop:
 
     def _looking(self, job: Path, command: str) -> int:
         self._log_to(job)
-        sys.argv = ["flexgen", command, str(job / "out.jsonl")]
-        try:
-            cli.main()
-        except SystemExit as exit:
-            return int(exit.code or 0)
-        return 0
+        return _flexgen(command, str(job / "out.jsonl"))
 
     def _log_to(self, job: Path) -> None:
         log = os.open(job / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
@@ -372,6 +366,16 @@ class Workshop:
         keys = [_key(line) for line in found]
         wrong = sum(not same_answer(wanted.get(key, b""), line) for key, line in zip(keys, found, strict=True))
         return len(keys) - len(set(keys)), wrong, len(wanted.keys() - set(keys))
+
+
+def _flexgen(*arguments: str) -> int:
+    """The exit code of the command."""
+    sys.argv = ["flexgen", *arguments]
+    try:
+        cli.main()
+    except SystemExit as exit:
+        return int(exit.code or 0)
+    return 0
 
 
 def same_answers(wanted: bytes, found: bytes) -> bool:

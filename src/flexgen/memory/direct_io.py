@@ -138,7 +138,7 @@ class File:
         self._opened_bytes = os.fstat(self._fd).st_size
         if unlinked:
             path.unlink()
-        self._verify, self._sums = verify, BlockSums(self._opened_bytes) if verify else None
+        self._sums = BlockSums(self._opened_bytes) if verify else None
         self._state = self._find_state()
 
     def _open(self, flags: int, direct: bool) -> int:
@@ -236,7 +236,7 @@ class File:
         except OSError as error:
             raise StorageError(f"{self.path} cannot have {size_bytes} bytes: {error.strerror}") from error
         self._opened_bytes = size_bytes
-        if self._verify:
+        if self._sums is not None:
             self._sums = BlockSums(size_bytes, known=True)
 
     def sync(self) -> None:
