@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pytest
+from machines import machine_of
 
 from flexgen.engine.progress import Progress, RunReport
 from flexgen.errors import RequestError
-from flexgen.plan.machine import Machine
+from flexgen.plan.forecast import Forecast
 from flexgen.plan.model import KVGroupSpec, ModelSpec, UnitSpec
 from flexgen.plan.policy import Fractions, Policy
 from flexgen.plan.workload import Workload
@@ -43,6 +44,14 @@ def byte_id(character: str) -> int:
     return 220 if character == " " else ord(character) - ord("a") + LETTER_A
 
 
+FORECAST = Forecast(
+    seconds=2.0, num_passes=3, num_requests=2, num_refused=0, prompt_tokens=8, output_tokens=64, output_tokens_per_s=32.0,
+    full_block_tokens_per_s=40.0, live_mean=2.0, request_seconds=1.5, pass_seconds=0.7, resource_seconds={"disk": 0.7, "compute": 0.2},
+    bottleneck="disk", memory_bytes={"host": {"weights": 1000}}, budget_bytes={"host": 2000}, weights_bytes_per_pass={"disk_read": 750},
+    disk_written_bytes=0.0, gain_per_gib={"host": 0.041},
+)  # fmt: skip
+
+
 class FakeEngine:
     """Answers in blocks of `max_num_seqs`, shortest first, pulling requests only when there is room."""
 
@@ -65,17 +74,17 @@ class FakeEngine:
             vocab_size=VOCAB,
             max_position_embeddings=CONTEXT,
         )
-        self.machine = Machine(
-            name="fake", measured="datasheet", cores=1, disk_read_bytes_per_s=1e9, disk_write_bytes_per_s=1e9,
-            host_memory_bytes_per_s=1e10, host_to_device_bytes_per_s=None, device_to_host_bytes_per_s=None,
-            dense_flops={"float32": 1e11}, dense_rows={"float32": [(1, 1e10)]}, attention_flops={"float32": 1e10},
-        )  # fmt: skip
+        self.machine = machine_of(dense={"float32": [(1, 1e11)]}, host_to_device=None, device_to_host=None)
+        self.forecast = FORECAST
         self.policy = Policy(
             device="cpu", dtype="float32", weights=Fractions(host=0.25, disk=0.75), kv=Fractions(host=1.0), kv_device_bytes=0,
             kv_host_bytes=kv_host_bytes, kv_disk_bytes=0, host_ring_bytes=1 << 20, device_ring_bytes=0, workspace_bytes=1 << 20,
             embedding_resident=True, schedule="diagonal", max_num_seqs=max_num_seqs, prefill_tokens=256, micro_batch_tokens=64,
             page_tokens=16, compute_threads=1, io_threads=1,
         )  # fmt: skip
+
+    def expect(self, workload: Workload) -> None:
+        self.expected = workload
 
     def generate(
         self,

@@ -141,7 +141,7 @@ def test_progress_none(model_folder: Path, source: Path, output: Path, engines: 
 def test_dry_run(model_folder: Path, tmp_path: Path, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def make_plan(files: object, options: object, workload: Workload) -> Plan:
         engine = FakeEngine(workload)
-        return Plan(spec=engine.spec, machine=engine.machine, policy=engine.policy)
+        return Plan(spec=engine.spec, machine=engine.machine, policy=engine.policy, forecast=engine.forecast)
 
     monkeypatch.setattr("flexgen.llm.make_plan", make_plan)
     source = write(tmp_path / "in.jsonl", GOOD)

@@ -16,7 +16,7 @@ from flexgen.llm import Plan
 from flexgen.plan.workload import Workload
 
 ENGINE = FakeEngine(Workload(prompt_lens=(), output_lens=()))
-PLAN = Plan(spec=ENGINE.spec, machine=ENGINE.machine, policy=ENGINE.policy)
+PLAN = Plan(spec=ENGINE.spec, machine=ENGINE.machine, policy=ENGINE.policy, forecast=ENGINE.forecast)
 PROGRESS = dataclasses.replace(ENGINE._progress(10), num_requests_done=3)
 
 
@@ -67,6 +67,8 @@ def test_a_progress_line_has_everything() -> None:
 def test_the_plan_has_everything() -> None:
     text = format_plan(PLAN)
     for part in ("cpu, float32, diagonal schedule", "host 25.0%, disk 75.0%", "10 B per token", "up to 4 sequences", "64 tokens at a time"):
+        assert part in text
+    for part in ("expected 2.0 s for 64 output tokens: 32.00 tokens/s", "disk 0.7 s (the bottleneck)", "of host memory: +4.1% tokens/s"):
         assert part in text
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from machines import machine_of
 
 from flexgen.engine.admission import LengthForecast
 from flexgen.engine.engine import Engine
@@ -22,7 +23,6 @@ from flexgen.memory.kv_cache import PagePool
 from flexgen.memory.kv_disk import DiskPlace
 from flexgen.memory.transfer import SimulatedDevice
 from flexgen.models.loading import load_model
-from flexgen.plan.machine import Machine
 from flexgen.plan.policy import Fractions, Policy
 from flexgen.request import Generated, Live, TokenRequest, TokenResult
 
@@ -40,11 +40,7 @@ SAMPLING = (
 )
 CROWD = [(27 + index, 20 - index) for index in range(6)]  # (prompt, answer): two pages each at first, three soon
 PAGE_TOKENS = 16
-MACHINE = Machine(
-    name="test", measured="", cores=2, disk_read_bytes_per_s=1e9, disk_write_bytes_per_s=1e9, host_memory_bytes_per_s=1e10,
-    host_to_device_bytes_per_s=1e10, device_to_host_bytes_per_s=1e10, dense_flops={"float32": 1e11},
-    dense_rows={}, attention_flops={},
-)  # fmt: skip
+MACHINE = machine_of(dense={"float32": [(1, 1e11)]})
 
 
 @dataclass(frozen=True)

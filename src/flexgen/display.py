@@ -19,8 +19,12 @@ if TYPE_CHECKING:
     from rich.live import Live
 
     from flexgen.llm import Plan
+    from flexgen.plan.forecast import Forecast
     from flexgen.plan.policy import Fractions
 
+LEAST_SHOWN = 0.01  # of a pass: resources that take less are left out
+LEAST_GAIN = 0.001
+RATE_TOLERANCE = 0.15  # of a run's own rates against those of the profile
 _PLAIN_SECONDS = 10.0
 _JSON_SECONDS = 1.0
 
@@ -105,8 +109,8 @@ class JsonDisplay(NoDisplay):
         self._event("message", {"text": text})
 
     def plan(self, plan: Plan) -> None:
-        """{"event": "plan", "policy": {...the fields of Policy}}"""
-        self._event("plan", {"policy": dataclasses.asdict(plan.policy)})
+        """{"event": "plan", "policy": {...the fields of Policy}, "forecast": {...the fields of Forecast}}"""
+        self._event("plan", {"policy": dataclasses.asdict(plan.policy), "forecast": dataclasses.asdict(plan.forecast)})
 
     def progress(self, progress: Progress) -> None:
         """{"event": "progress", ...the fields of Progress}"""
@@ -181,20 +185,50 @@ def _write(stream: TextIO, text: str) -> None:
 
 
 def format_plan(plan: Plan) -> str:
-    """Where bytes will live and what a pass will carry."""
+    """Where bytes will live, what a pass will carry, and what that should do."""
     policy, spec = plan.policy, plan.spec
     staging = policy.host_ring_bytes + policy.device_ring_bytes
     pools = policy.kv_device_bytes + policy.kv_host_bytes + policy.kv_disk_bytes
-    return (
+    lines = [
         f"plan: {policy.device}, {policy.dtype}, {policy.schedule} schedule, {policy.compute_threads} compute and "
-        f"{policy.io_threads} I/O threads\n"
+        f"{policy.io_threads} I/O threads",
         f"  weights  {format_size(spec.decoded_bytes)} in {len(spec.units)} units: {_shares(policy.weights)}; "
-        f"staging {format_size(staging)}, workspace {format_size(policy.workspace_bytes)}\n"
+        f"staging {format_size(staging)}, workspace {format_size(policy.workspace_bytes)}",
         f"  KV       {format_size(pools)}: {_shares(policy.kv)}; {format_size(spec.kv_bytes_per_token)} per token, "
-        f"pages of {policy.page_tokens} tokens\n"
+        f"pages of {policy.page_tokens} tokens",
         f"  a pass   up to {policy.max_num_seqs:,} sequences and {policy.prefill_tokens:,} prompt tokens, "
-        f"{policy.micro_batch_tokens:,} tokens at a time"
-    )
+        f"{policy.micro_batch_tokens:,} tokens at a time",
+    ]
+    return "\n".join(lines + [f"  {line}" for line in format_forecast(plan.forecast)])
+
+
+def format_forecast(forecast: Forecast) -> list[str]:
+    """What is expected: time, rates, the resources of a pass with the busiest marked, what memory is worth."""
+    if not forecast.num_passes:
+        return []
+    resources = sorted(forecast.resource_seconds.items(), key=lambda each: -each[1])
+    parts = [
+        f"{name.replace('_', ' ')} {format_seconds(seconds)}{' (the bottleneck)' if name == forecast.bottleneck else ''}"
+        for name, seconds in resources
+        if seconds >= LEAST_SHOWN * forecast.pass_seconds or name == forecast.bottleneck
+    ]
+    lines = [
+        f"expected {format_seconds(forecast.seconds)} for {forecast.output_tokens:,} output tokens: {forecast.output_tokens_per_s:,.2f} "
+        f"tokens/s, {forecast.full_block_tokens_per_s:,.2f} with a full block; the longest request takes "
+        f"{format_seconds(forecast.request_seconds)}",
+        f"         {forecast.num_passes:,} passes of {format_seconds(forecast.pass_seconds)}, {forecast.live_mean:,.0f} sequences in each: "
+        + ", ".join(parts),
+    ]
+    if forecast.disk_written_bytes:
+        lines.append(f"         {format_size(forecast.disk_written_bytes)} will be written to disk")
+    if forecast.num_refused:
+        lines.append(f"         {forecast.num_refused:,} requests can never fit")
+    gains = [(tier, gain) for tier, gain in forecast.gain_per_gib.items() if gain >= LEAST_GAIN]
+    if gains:
+        lines.append(
+            "         at the margin, 1 GiB more of " + ", of ".join(f"{tier} memory: +{gain:.1%} tokens/s" for tier, gain in gains)
+        )
+    return lines
 
 
 def _shares(fractions: Fractions) -> str:
@@ -264,7 +298,24 @@ def format_report(report: RunReport) -> str:
         f"overlap {report.overlap:.2f}   plan {report.plan:.2f}   efficiency {report.efficiency:.2f}   "
         f"(the least ideal time is {format_seconds(report.ideal_seconds)})"
     )
-    return "\n".join(lines)
+    return "\n".join(lines + _against_forecast(report))
+
+
+def _against_forecast(report: RunReport) -> list[str]:
+    """What was expected beside what was; and what to do where the machine was not as measured."""
+    if not report.forecast.get("num_passes"):
+        return []
+    lines = [
+        f"expected: {report.forecast['output_tokens_per_s']:,.2f} output tokens/s in {format_seconds(report.forecast['seconds'])}; "
+        f"for the passes that there were {format_seconds(report.forecast['seconds_of_these_passes'])}"
+    ]
+    for resource, ratio in report.rate_ratios.items():
+        if abs(ratio - 1) > RATE_TOLERANCE:
+            lines.append(
+                f"{resource.replace('_', ' ')} was {abs(ratio - 1):.0%} {'faster' if ratio > 1 else 'slower'} than measured before: "
+                "`flexgen profile` measures this machine again"
+            )
+    return lines
 
 
 def _placement_table(placement: Mapping[str, Mapping[str, int]]) -> list[str]:

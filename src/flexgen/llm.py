@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from flexgen.engine.engine import Engine
+    from flexgen.plan.forecast import Forecast
     from flexgen.plan.machine import Machine
     from flexgen.plan.model import ModelSpec
     from flexgen.plan.policy import Policy
@@ -46,6 +47,7 @@ class Plan:
     spec: ModelSpec
     machine: Machine
     policy: Policy
+    forecast: Forecast
 
 
 def make_plan(files: ModelFiles, options: EngineOptions, workload: Workload) -> Plan:
@@ -59,7 +61,7 @@ def make_plan(files: ModelFiles, options: EngineOptions, workload: Workload) -> 
 
     found = prepare(files, options, workload)
     discard(found)
-    return Plan(spec=found.model.spec, machine=found.machine, policy=found.policy)
+    return Plan(spec=found.model.spec, machine=found.machine, policy=found.policy, forecast=found.forecast)
 
 
 def open_engine(files: ModelFiles, options: EngineOptions, workload: Workload) -> Engine:
@@ -296,7 +298,8 @@ class LLM:
     def open(self, workload: Workload) -> Plan:
         """Open the engine for this work, as `stream` would, and tell its plan."""
         engine = self._engine_for(workload)
-        return Plan(spec=engine.spec, machine=engine.machine, policy=engine.policy)
+        assert engine.forecast is not None
+        return Plan(spec=engine.spec, machine=engine.machine, policy=engine.policy, forecast=engine.forecast)
 
     def shrink(self) -> int | None:
         """After memory ran out: have the next engine keep half as many sequences alive as the last one.
@@ -353,6 +356,9 @@ class LLM:
             engine = self._open_engine(workload)
             self._open.engine, self._open.workload = engine, workload
             self._open.max_num_seqs = engine.policy.max_num_seqs
+        elif workload != self._open.expected:
+            engine.expect(workload)
+        self._open.expected = workload
         return engine
 
     def _params_for(self, given: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
@@ -382,11 +388,11 @@ class LLM:
 
 
 class _OpenEngine:
-    """The engine that is open, with the workload it was opened for; apart from LLM so that a finalizer can hold it."""
+    """The engine that is open, and the workloads that it was opened for and that it expects; apart so that a finalizer can hold it."""
 
     def __init__(self) -> None:
         self.engine: Engine | None = None
-        self.workload = Workload(prompt_lens=(), output_lens=())
+        self.workload = self.expected = Workload(prompt_lens=(), output_lens=())
         self.max_num_seqs = 0  # of the last engine, also when it is closed
 
     def close(self) -> None:

@@ -26,7 +26,8 @@ from flexgen.memory.transfer import Backend, CudaDevice, SimulatedDevice
 from flexgen.models.dummy import checkpoint_bytes, write_random_checkpoint
 from flexgen.models.loading import LoadedModel, load_model
 from flexgen.options import EngineOptions
-from flexgen.plan.default import resolve
+from flexgen.plan.default import solve
+from flexgen.plan.forecast import Forecast, forecast
 from flexgen.plan.limit import budgets_of
 from flexgen.plan.machine import Limits, Machine
 from flexgen.plan.policy import Policy
@@ -52,6 +53,7 @@ class Prepared:
     machine: Machine
     limits: Limits
     policy: Policy
+    forecast: Forecast
     process_bytes: int
     dummy_folder: OffloadFolder | None
     verify_reads: bool
@@ -78,14 +80,15 @@ def prepare(files: ModelFiles, options: EngineOptions, workload: Workload) -> Pr
         process_bytes = psutil.Process().memory_info().rss
         if options.verify_reads:
             process_bytes += (model.total_bytes + limits.disk_bytes) // BLOCK_BYTES * BYTES_PER_BLOCK
-        policy = resolve(options, model.spec, machine, limits, workload, process_bytes=process_bytes)
+        solution = solve(options, model.spec, machine, limits, workload, process_bytes=process_bytes)
+        expected = forecast(solution, model.spec, machine, limits, workload, process_bytes=process_bytes)
     except BaseException:
         if dummy_folder is not None:
             dummy_folder.remove()
         raise
     return Prepared(
-        model=model, machine=machine, limits=limits, policy=policy, process_bytes=process_bytes, dummy_folder=dummy_folder,
-        verify_reads=options.verify_reads,
+        model=model, machine=machine, limits=limits, policy=solution.policy, forecast=expected, process_bytes=process_bytes,
+        dummy_folder=dummy_folder, verify_reads=options.verify_reads,
     )  # fmt: skip
 
 
@@ -131,6 +134,7 @@ def _construct(prepared: Prepared, undo: contextlib.ExitStack) -> Engine:
         host_budget_bytes=limits.host_bytes,
         device_budget_bytes=limits.device_bytes,
         budgets=budgets_of(limits, model.spec, prepared.process_bytes),
+        forecast=prepared.forecast,
     )
     offload_dir = offload.path if offload is not None else None
     return Engine(

@@ -12,7 +12,7 @@ from flexgen.errors import OptionError
 DEVICES = ("auto", "cpu", "cuda", "sim")
 DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
 LOAD_FORMATS = ("auto", "safetensors", "dummy")
-SCHEDULES = ("diagonal", "zigzag", "row")
+SCHEDULES = ("auto", "diagonal", "zigzag", "row")
 TIERS = ("device", "host", "disk")
 
 
@@ -29,7 +29,7 @@ class EngineOptions:
         max_num_seqs: most sequences alive in a pass; None lets the planner choose.
         micro_batch_tokens: most tokens computed together; None lets the planner choose.
         prefill_tokens: most prompt tokens that a pass admits; None lets the planner choose.
-        schedule: "diagonal" (admit as sequences finish), "zigzag" (admit only into an empty block), "row" (one micro-batch at a time).
+        schedule: "auto", "diagonal" (admit as sequences finish), "zigzag" (only into an empty block), "row" (one micro-batch at a time).
         load_format: "dummy" makes random weights from config.json alone, for benchmarks.
         max_model_len: context limit, at most the model's; None is the model's.
         revision: hub revision. seed: base of every sampled request's own seed.
@@ -49,7 +49,7 @@ class EngineOptions:
     max_num_seqs: int | None = None
     micro_batch_tokens: int | None = None
     prefill_tokens: int | None = None
-    schedule: str = "diagonal"
+    schedule: str = "auto"
     load_format: str = "auto"
     max_model_len: int | None = None
     revision: str | None = None
@@ -68,7 +68,7 @@ class EngineOptions:
                 raise OptionError(f"{name} must be a positive integer, not {value!r}")
         if self.max_logprobs < -1:
             raise OptionError(f"max_logprobs must be an integer of at least -1, not {self.max_logprobs!r}")
-        if self.prefill_tokens is not None and self.schedule != "diagonal":
+        if self.prefill_tokens is not None and self.schedule not in ("auto", "diagonal"):
             raise OptionError(f"prefill_tokens has a meaning for schedule='diagonal' only, not for {self.schedule!r}")
         if self.trust_remote_code:
             raise OptionError("trust_remote_code: flexgen runs no code from model folders")

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from machines import machine_of
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -20,7 +21,6 @@ from flexgen.engine import engine as engine_module
 from flexgen.engine.engine import Engine
 from flexgen.memory.transfer import SimulatedDevice
 from flexgen.models.loading import LoadedModel, load_model
-from flexgen.plan.machine import Machine
 from flexgen.plan.policy import Fractions, Policy
 from flexgen.request import TokenRequest
 from tests.models.tiny_configs import vary_constants
@@ -31,11 +31,7 @@ UNIT_BYTES = 12_000
 # In 5.23 eager generation with a cache feeds one token to an emptied cache where the frequencies change.
 WITHOUT_CACHE = frozenset({"phi4_multimodal"})
 
-MACHINE = Machine(
-    name="any", measured="datasheet", cores=1, disk_read_bytes_per_s=1e9, disk_write_bytes_per_s=1e9,
-    host_memory_bytes_per_s=1e10, host_to_device_bytes_per_s=1e10, device_to_host_bytes_per_s=1e10,
-    dense_flops={"float32": 1e11}, dense_rows={}, attention_flops={"float32": 1e10},
-)  # fmt: skip
+MACHINE = machine_of(dense={"float32": [(1, 1e11)]})
 
 
 @dataclass(slots=True)

@@ -1,9 +1,10 @@
 """Values that the planner's tests vary: each fixture is a function that takes what differs from a small default."""
 
 import pytest
+from machines import machine_of
 
 from flexgen.options import EngineOptions
-from flexgen.plan.machine import Limits, Machine
+from flexgen.plan.machine import Limits
 from flexgen.plan.model import KVGroupSpec, ModelSpec, UnitSpec
 from flexgen.plan.policy import Fractions, Policy
 from flexgen.sizes import GIB, MIB
@@ -58,23 +59,6 @@ def llama_3b_spec():
         vocab_size=vocabulary,
         max_position_embeddings=131072,
     )
-
-
-def machine_of(**changes):
-    values = {
-        "name": "test",
-        "measured": "2026-01-01",
-        "cores": 2,
-        "disk_read_bytes_per_s": 2e9,
-        "disk_write_bytes_per_s": 1e9,
-        "host_memory_bytes_per_s": 30e9,
-        "host_to_device_bytes_per_s": 20e9,
-        "device_to_host_bytes_per_s": 10e9,
-        "dense_flops": {"bfloat16": 8e11, "float32": 2e11},
-        "dense_rows": {"bfloat16": [(64, 5.6e11), (256, 8e11), (1024, 8e11)], "float32": [(64, 1e11), (512, 2e11)]},
-        "attention_flops": {"bfloat16": 5e10},
-    }
-    return Machine(**(values | changes))
 
 
 def policy_of(**changes):

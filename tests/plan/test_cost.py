@@ -52,13 +52,20 @@ def test_bytes_at_home_in_memory_are_decoded(make_spec):
 def test_weights_move_once_per_pass(make_spec):
     spec = make_spec(unit_bytes=MB)
     homes = ("device", "host", "disk", "disk")
-    assert weights_work(spec, homes, "cuda") == PassWork(disk_read_bytes=2 * MB, host_to_device_bytes=3 * MB, host_memory_bytes=5 * MB)
-    assert weights_work(spec, ("host", "host", "disk", "disk"), "cpu") == PassWork(disk_read_bytes=2 * MB, host_memory_bytes=2 * MB)
+    assert weights_work(spec, homes, "cuda") == PassWork(
+        disk_read_bytes=2 * MB, host_to_device_bytes=3 * MB, host_memory_bytes=5 * MB, num_streamed_units=3
+    )
+    assert weights_work(spec, ("host", "host", "disk", "disk"), "cpu") == PassWork(
+        disk_read_bytes=2 * MB, host_memory_bytes=2 * MB, num_streamed_units=2
+    )
 
 
 def test_decoded_weights_cross_the_link(make_spec):
     work = weights_work(make_spec(unit_bytes=MB, decoded=2), ("disk", "host", "device", "device"), "sim")
-    assert work == PassWork(disk_read_bytes=MB, host_to_device_bytes=4 * MB, host_memory_bytes=MB + (MB + 2 * MB) + 4 * MB)
+    memory = MB + (MB + 2 * MB) + 4 * MB
+    assert work == PassWork(
+        disk_read_bytes=MB, host_to_device_bytes=4 * MB, host_memory_bytes=memory, decoded_bytes=2 * MB, num_streamed_units=2
+    )
 
 
 def test_decoding_draws_on_the_memory_of_a_cpu(make_spec):
@@ -85,10 +92,13 @@ def test_the_price_of_a_pass_on_a_cpu(make_spec, make_policy):
         disk_read_bytes=4000 + 13 * 16,  # an embedding row per token
         dense_flops=13 * 6000 + 5 * 500,
         attention_flops=3 * 4.0 * 30,  # layers x FLOPs x the prompts' pairs
+        host_step_flops=3 * 4.0 * 30,  # and those of next tokens
+        host_step_bytes=3 * 10 * 30,
         host_memory_bytes=4000 + 3 * 10 * 30 + 13 * 30,  # KV read by next tokens; KV written
         num_tokens=13,
         num_prompt_tokens=10,
         num_sampled=5,
+        num_micro_batches=1,
     )
 
 
@@ -104,7 +114,8 @@ def test_the_price_of_device_kv(make_spec, make_policy):
     load = load_of(prompt_tokens={"device": 10}, num_prompts={"device": 2}, next_tokens={"device": 3}, attended_tokens={"device": [30]})
     work = price(load, make_spec(), make_policy(device="sim"), PassWork())
     assert (work.host_to_device_bytes, work.device_to_host_bytes, work.host_memory_bytes) == (0, 0, 0)
-    assert work.attention_flops == 3 * 4.0 * (30 + 30)
+    assert (work.attention_flops, work.step_flops, work.step_bytes) == (3 * 4.0 * 30, 3 * 4.0 * 30, 900)
+    assert work.num_micro_batches == 2  # prompts and next tokens apart
 
 
 def test_the_price_of_kv_on_disk(make_spec, make_policy):
@@ -148,7 +159,7 @@ def test_attention_of_unknown_rate_counts_as_dense(make_machine):
 
 
 def test_an_unmeasured_dtype_is_named(make_machine):
-    with pytest.raises(OptionError, match=r"no dense rate for float64 \(known: bfloat16, float32\)"):
+    with pytest.raises(OptionError, match=r"no rates for float64 \(known: bfloat16, float32\)"):
         ideal_seconds(PassWork(), make_machine(), "float64")
 
 

@@ -1,17 +1,21 @@
+import dataclasses
 import json
 import os
 import time
 
 import pytest
 import torch
+from machines import machine_of
 
 from flexgen.errors import OptionError
-from flexgen.plan.machine import Machine
+from flexgen.plan.machine import Rate
 from flexgen.profile import compute, disk
 from flexgen.profile import measure as module
 from flexgen.profile.measure import cached_machine, machine_key, measure
 from flexgen.profile.timing import median_seconds
 from flexgen.sizes import KIB, MIB
+
+BYTES = {"bfloat16": 2, "float32": 4, "float64": 8}
 
 
 @pytest.fixture
@@ -26,28 +30,44 @@ def small(monkeypatch):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
 def test_every_rate_is_found(small, tmp_path, dtype):
-    machine = measure("cpu", dtype, tmp_path, quick=True, max_bytes=16 * MIB)
+    machine = measure("cpu", [dtype], tmp_path, quick=True, max_bytes=16 * MIB)
     assert machine.cores == len(os.sched_getaffinity(0))
-    for rate in (machine.disk_read_bytes_per_s, machine.disk_write_bytes_per_s, machine.host_memory_bytes_per_s):
-        assert rate > 1e6
-    assert (machine.host_to_device_bytes_per_s, machine.device_to_host_bytes_per_s) == (None, None)
-    rows = machine.dense_rows[dtype]
-    assert [number for number, _ in rows] == [16, 64]
-    assert machine.dense_flops == {dtype: max(rate for _, rate in rows)}
-    assert machine.attention_flops[dtype] > 1e6
-    assert not list(tmp_path.iterdir()), "the measured file was left behind"
+    rates = [machine.disk_read, machine.disk_write, machine.host_memory, machine.attention[dtype], machine.elementwise[dtype]]
+    rates += [rate for _, rate in machine.dense[dtype]] + [rate for _, rate in machine.decode_attention["host"][dtype]]
+    for rate in [*rates, *machine.casts.values()]:
+        assert rate.best >= rate.typical > 1e6
+        assert rate.spread >= 0
+    assert (machine.host_to_device, machine.device_to_host) == (None, None)
+    assert [rows for rows, _ in machine.dense[dtype]] == [16, 64]
+    assert [round(flops) for flops, _ in machine.decode_attention["host"][dtype]] == [2 * each // BYTES[dtype] for each in (1, 4, 8)]
+    assert {name.split()[1] for name in machine.casts} == {dtype}
+    assert 0 < machine.disk_core_seconds_per_byte < 1e-8
+    assert all(seconds >= 0 for seconds in dataclasses.astuple(machine.overheads))
+    assert machine.overheads.per_pass + machine.overheads.per_layer_and_micro_batch > 0
+    assert not list(tmp_path.iterdir()), "what was measured with was left behind"
     assert type(machine).from_json(machine.to_json()) == machine
 
 
+def test_several_dtypes_at_once(small, tmp_path):
+    machine = measure("cpu", ["bfloat16", "float32"], tmp_path, quick=True, max_bytes=8 * MIB)
+    assert set(machine.dense) == set(machine.attention) == {"bfloat16", "float32"}
+
+
 def test_a_simulated_device_has_links(small, tmp_path):
-    machine = measure("sim", "float32", tmp_path, quick=True, max_bytes=8 * MIB)
-    assert machine.host_to_device_bytes_per_s > 1e6
-    assert machine.device_to_host_bytes_per_s > 1e6
+    machine = measure("sim", ["float32"], tmp_path, quick=True, max_bytes=8 * MIB)
+    assert machine.host_to_device.best > 1e6
+    assert machine.device_to_host.best > 1e6
+
+
+def test_a_rate_is_the_median_and_the_best_of_its_rounds():
+    assert Rate.of([4.0, 1.0, 2.0]) == Rate(4.0, 2.0, 1.5)
+    assert Rate.of([3.0, 1.0]) == Rate(3.0, 2.0, 1.0)
+    assert Rate.of([5.0]) == Rate(5.0, 5.0, 0.0)
 
 
 def test_an_unknown_dtype(tmp_path):
     with pytest.raises(OptionError, match="is not a dtype"):
-        measure("cpu", "float12", tmp_path)
+        measure("cpu", ["float12"], tmp_path)
 
 
 def test_a_file_system_without_direct_io(small, tmp_path, monkeypatch):
@@ -59,21 +79,21 @@ def test_a_file_system_without_direct_io(small, tmp_path, monkeypatch):
         return real(path, flags, *rest, **named)
 
     monkeypatch.setattr(os, "open", refusing)
-    assert measure("cpu", "float32", tmp_path, quick=True, max_bytes=8 * MIB).disk_read_bytes_per_s > 1e6
+    assert measure("cpu", ["float32"], tmp_path, quick=True, max_bytes=8 * MIB).disk_read.typical > 1e6
 
 
 def test_a_folder_that_cannot_be_written_to(small, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(os, "access", lambda *_: False)
     monkeypatch.setattr(disk.tempfile, "gettempdir", lambda: str(tmp_path))
     with caplog.at_level("WARNING"):
-        measure("cpu", "float32", tmp_path / "model", quick=True, max_bytes=8 * MIB)
+        measure("cpu", ["float32"], tmp_path / "model", quick=True, max_bytes=8 * MIB)
     assert "is measured instead" in caplog.text
 
 
 def test_plain_attention_is_attention():
     q, k, v = (torch.randn(2, 70, 16, dtype=torch.float64) for _ in range(3))
     expected = torch.nn.functional.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True)[0]
-    torch.testing.assert_close(compute._plain_attention(q, k, v, block=32), expected)
+    torch.testing.assert_close(compute.plain_attention(q, k, v, block=32), expected)
 
 
 def test_buffers_stay_below_what_is_allowed(monkeypatch):
@@ -98,21 +118,9 @@ def counted(monkeypatch):
     """How often the machine was measured."""
     calls = []
 
-    def counting(device, dtype, folder, **_):
-        calls.append((device, dtype, folder))
-        return Machine(
-            name="measured",
-            measured="2026-01-01",
-            cores=2,
-            disk_read_bytes_per_s=1e9 + len(calls),
-            disk_write_bytes_per_s=1e9,
-            host_memory_bytes_per_s=1e10,
-            host_to_device_bytes_per_s=None,
-            device_to_host_bytes_per_s=None,
-            dense_flops={dtype: 1e12},
-            dense_rows={dtype: [(64, 5e11), (128, 1e12)]},
-            attention_flops={dtype: 1e11},
-        )
+    def counting(device, dtypes, folder, **_):
+        calls.append((device, dtypes, folder))
+        return machine_of(disk_read=1e9 + len(calls), dense={dtype: [(64, 5e11), (128, 1e12)] for dtype in dtypes})
 
     monkeypatch.setattr(module, "measure", counting)
     return calls

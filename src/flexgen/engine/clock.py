@@ -83,12 +83,12 @@ class ProgressClock:
 
     def _shares(self, trace: Trace, moved: dict[str, int], seconds: float) -> dict[str, float]:
         """Achieved over attainable rate: links since the last snapshot, computing over the last whole pass."""
-        machine = trace.machine
+        machine = trace.expectation.machine
         rates = {
-            "disk_read": machine.disk_read_bytes_per_s,
-            "disk_write": machine.disk_write_bytes_per_s,
-            "host_to_device": machine.host_to_device_bytes_per_s or machine.host_memory_bytes_per_s,
-            "device_to_host": machine.device_to_host_bytes_per_s or machine.host_memory_bytes_per_s,
+            "disk_read": machine.disk_read.best,
+            "disk_write": machine.disk_write.best,
+            "host_to_device": (machine.host_to_device or machine.host_memory).best,
+            "device_to_host": (machine.device_to_host or machine.host_memory).best,
         }
         shares = {link: (moved[link] - self._moved.get(link, 0)) / seconds / rates[link] for link in moved}
         if trace.num_passes:

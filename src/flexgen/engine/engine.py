@@ -41,8 +41,11 @@ from flexgen.models.attention import PassCache
 from flexgen.models.loading import LoadedModel
 from flexgen.options import TIERS
 from flexgen.plan.cost import price, unit_homes, weights_work
+from flexgen.plan.expect import Expectation
+from flexgen.plan.forecast import forecast_again
 from flexgen.plan.machine import Machine
 from flexgen.plan.policy import Policy
+from flexgen.plan.workload import Workload
 from flexgen.request import Live, TokenRequest, TokenResult
 
 logger = logging.getLogger(__name__)
@@ -80,6 +83,7 @@ class Engine:
         self.policy, self.machine, self.spec = policy, machine, model.spec
         self.model = model
         self._context, self._temporary = context, tuple(temporary)
+        self.forecast = context.forecast if context is not None else None
         self.load_seconds = 0.0
         self._previous_threads = torch.get_num_threads()
         self._device = backend.device if backend is not None else torch.device("cpu")
@@ -111,9 +115,11 @@ class Engine:
         self._pass_cache = PassCache()
         self._live: list[Sequence] = []
         self._waiting: list[tuple[int, int, Sequence]] = []  # heap: longest expected answer first, then input order
-        self.trace = Trace(machine, policy.dtype)
+        self._expectation = Expectation(model.spec, machine, policy.dtype)
+        self.trace = Trace(self._expectation, policy)
         self.answers = Answers()
         self._bytes_before: dict[str, int] = {}
+        self._busy_before = 0.0
         self._elapsed_seconds = 0.0
         self._clock = ProgressClock()
         self._started = False
@@ -209,9 +215,14 @@ class Engine:
 
     def _begin_run(self) -> None:
         """Forget what earlier runs did."""
-        self.trace = Trace(self.machine, self.policy.dtype)
+        self.trace = Trace(self._expectation, self.policy)
         self.answers = Answers()
-        self._bytes_before = self._bytes_total()
+        self._bytes_before, self._busy_before = self._bytes_total(), self._io.busy_seconds
+
+    def expect(self, workload: Workload) -> None:
+        """Tell what comes next, if it is another job than the one that the engine was opened for."""
+        if self.forecast is not None:
+            self.forecast = forecast_again(self.forecast, self.policy, self._expectation, workload)
 
     def report(self) -> RunReport:
         """How the last run went.
@@ -235,6 +246,10 @@ class Engine:
     def bytes_moved(self) -> dict[str, int]:
         """Link -> bytes since the run began."""
         return {link: total - self._bytes_before.get(link, 0) for link, total in self._bytes_total().items()}
+
+    def disk_busy_seconds(self) -> float:
+        """Seconds of the run in which the disk was reading or writing."""
+        return self._io.busy_seconds - self._busy_before
 
     def device_bytes(self) -> int:
         """Bytes of the device's arenas (0 on a CPU device)."""
@@ -319,7 +334,7 @@ class Engine:
             results = self._sample(batches)
         work = price(load, self.spec, self.policy, self._weights_work)
         self.trace.add(time.perf_counter() - start, work, waits)
-        self._clock.tokens(work.num_prompt_tokens, work.num_sampled)
+        self._clock.tokens(round(work.num_prompt_tokens), round(work.num_sampled))
         yield from results
 
     def _make_room(self) -> None:

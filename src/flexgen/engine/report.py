@@ -11,11 +11,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flexgen.engine.progress import RunReport
+from flexgen.plan.forecast import Forecast
 from flexgen.plan.limit import Budgets, least_ideal_seconds
 from flexgen.plan.workload import Workload
 
 if TYPE_CHECKING:
     from flexgen.engine.engine import Engine
+    from flexgen.engine.trace import Trace
+
+
+LEAST_SHARE = 0.1  # of a run's time: what was busy for less says little about its rate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,13 +28,14 @@ class RunContext:
     """What the report needs to know beyond the trace.
 
     Attributes:
-        budgets: what the least ideal time may use.
+        budgets: what the least ideal time may use. forecast: what was expected before the first pass.
     """
 
     model: str
     host_budget_bytes: int
     device_budget_bytes: int
     budgets: Budgets
+    forecast: Forecast | None = None
 
 
 def make_report(engine: Engine, context: RunContext, elapsed_seconds: float) -> RunReport:
@@ -63,6 +69,8 @@ def make_report(engine: Engine, context: RunContext, elapsed_seconds: float) -> 
         placement={"weights": _weights_placement(engine), "kv": dict(engine.cache.peak_bytes)},
         bytes_moved=engine.bytes_moved(),
         wait_seconds=dict(trace.waits),
+        forecast=_told(engine.forecast, trace),
+        rate_ratios=_rate_ratios(engine),
         peak_host_bytes=_peak_resident_bytes(),
         host_budget_bytes=context.host_budget_bytes,
         peak_device_bytes=engine.device_bytes(),
@@ -75,6 +83,25 @@ def make_report(engine: Engine, context: RunContext, elapsed_seconds: float) -> 
         model=context.model,
         versions=_versions(),
     )
+
+
+def _told(forecast: Forecast | None, trace: Trace) -> dict[str, object]:
+    """What was expected, and what the passes that there were should have taken."""
+    if forecast is None:
+        return {}
+    return {**dataclasses.asdict(forecast), "seconds_of_these_passes": trace.expected_seconds}
+
+
+def _rate_ratios(engine: Engine) -> dict[str, float]:
+    """Resource -> the run's own rate over the expected one, where the run kept the resource busy long enough to tell."""
+    trace, ratios = engine.trace, dict[str, float]()
+    disk, busy = trace.expected.get("disk", 0.0), engine.disk_busy_seconds()
+    if disk > LEAST_SHARE * trace.seconds and busy > 0:
+        ratios["disk"] = disk / busy
+    computing = trace.seconds - sum(trace.waits.values())
+    if engine.policy.device == "cpu" and trace.expected.get("compute", 0.0) > LEAST_SHARE * trace.seconds and computing > 0:
+        ratios["compute"] = trace.expected["compute"] / computing
+    return ratios
 
 
 def _weights_placement(engine: Engine) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""What the passes really did: seconds, ideal seconds per resource, waits.  Sums only: a long run costs no memory.  Decides nothing."""
+"""What the passes really did: seconds, ideal and expected seconds, waits.  Sums only: a long run costs no memory.  Decides nothing."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from flexgen.plan.cost import PassWork, busiest, ideal_seconds
-from flexgen.plan.machine import Machine
+from flexgen.plan.expect import Expectation
+from flexgen.plan.policy import Policy
 
 
 @dataclass(slots=True)
@@ -16,24 +17,31 @@ class Trace:
     Attributes:
         busiest_seconds: sum over the passes of the busiest resource's ideal time: what the engine could not beat with these passes.
         ideal: resource -> sum of its ideal seconds.
-        waits: cause -> seconds without anything to run.
+        expected_seconds: what these passes should have taken at typical rates. expected: resource -> sum of its expected seconds.
+        seconds: what they took. waits: cause -> seconds without anything to run.
         compute_share: of the last pass: ideal seconds of computing over wall time.
     """
 
-    machine: Machine
-    dtype: str
+    expectation: Expectation
+    policy: Policy
     num_passes: int = 0
     busiest_seconds: float = 0.0
     ideal: dict[str, float] = field(default_factory=dict)
+    expected_seconds: float = 0.0
+    expected: dict[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
     waits: dict[str, float] = field(default_factory=dict)
     compute_share: float = 0.0
 
     def add(self, seconds: float, work: PassWork, waits: Mapping[str, float]) -> None:
         """A pass as it went: wall time, and work as counted, not as planned."""
-        ideal = ideal_seconds(work, self.machine, self.dtype)
+        ideal = ideal_seconds(work, self.expectation.machine, self.policy.dtype)
+        expected = self.expectation.resources(work, self.policy)
         self.num_passes += 1
+        self.seconds += seconds
         self.busiest_seconds += busiest(ideal)[1]
+        self.expected_seconds += float(self.expectation.seconds(work, self.policy))
         self.compute_share = ideal["compute"] / max(seconds, 1e-9)
-        for total, new in ((self.ideal, ideal), (self.waits, waits)):
+        for total, new in ((self.ideal, ideal), (self.expected, expected), (self.waits, waits)):
             for key, value in new.items():
-                total[key] = total.get(key, 0.0) + value
+                total[key] = total.get(key, 0.0) + float(value)

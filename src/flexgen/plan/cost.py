@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from flexgen.errors import OptionError
 from flexgen.options import TIERS
 from flexgen.plan.machine import Machine
 from flexgen.plan.model import KVGroupSpec, ModelSpec, UnitSpec
@@ -32,10 +31,14 @@ class PassWork:
         disk_read_bytes, disk_write_bytes: streamed units, gathered embedding rows, spilled KV.
         host_to_device_bytes, device_to_host_bytes: 0 on a CPU device.
         dense_flops: linear layers, the head for sampled positions only.
-        attention_flops: visible (query, key) pairs of prompts, and of next tokens whose KV lives on the device.
+        attention_flops: visible (query, key) pairs of prompts.
+        step_flops, step_bytes: of next tokens' attention to KV on the device: FLOPs, and KV bytes read.
+        host_step_flops, host_step_bytes: the same where the host attends.
         host_memory_bytes: what crosses the host's memory bus: disk transfers, copies, decoding, and the KV that next
             tokens attend to where it lives on the host (weights read by a matrix product are part of its rate).
+        decoded_bytes: what decode stages yield. spilled_bytes: of disk_read_bytes, those that are KV.
         num_tokens: computed, prompts included. num_sampled: positions that yield a token.
+        num_micro_batches: as few as the policy's size, homes and kinds allow. num_streamed_units: that arrive.
     """
 
     disk_read_bytes: float = 0
@@ -44,10 +47,18 @@ class PassWork:
     device_to_host_bytes: float = 0
     dense_flops: float = 0
     attention_flops: float = 0
+    step_flops: float = 0
+    step_bytes: float = 0
+    host_step_flops: float = 0
+    host_step_bytes: float = 0
     host_memory_bytes: float = 0
-    num_tokens: int = 0
-    num_prompt_tokens: int = 0
-    num_sampled: int = 0
+    decoded_bytes: float = 0
+    spilled_bytes: float = 0
+    num_tokens: float = 0
+    num_prompt_tokens: float = 0
+    num_sampled: float = 0
+    num_micro_batches: float = 0
+    num_streamed_units: float = 0
 
     def __add__(self, other: PassWork) -> PassWork:
         return PassWork(**{field.name: getattr(self, field.name) + getattr(other, field.name) for field in dataclasses.fields(self)})
@@ -109,17 +120,22 @@ def weight_bytes(spec: ModelSpec, homes: Sequence[str]) -> dict[str, int]:
 
 def weights_work(spec: ModelSpec, homes: Sequence[str], device: str) -> PassWork:
     """What every pass moves of the weights, whatever it carries.  Decoding is the host's, before the link to a device."""
-    disk = link = memory = 0
+    disk = link = memory = decoded = streamed = 0
     for unit, home in zip(spec.units, homes, strict=True):
+        crosses = device != "cpu" and home != "device"
+        streamed += home == "disk" or crosses
         if home == "disk":
             disk += unit.disk_bytes
             memory += unit.disk_bytes
             if needs_decode(unit):
                 memory += unit.disk_bytes + unit.decoded_bytes
-        if device != "cpu" and home != "device":
+                decoded += unit.decoded_bytes
+        if crosses:
             link += unit.decoded_bytes
             memory += unit.decoded_bytes
-    return PassWork(disk_read_bytes=disk, host_to_device_bytes=link, host_memory_bytes=memory)
+    return PassWork(
+        disk_read_bytes=disk, host_to_device_bytes=link, host_memory_bytes=memory, decoded_bytes=decoded, num_streamed_units=streamed
+    )
 
 
 def attended_flops(groups: Sequence[KVGroupSpec], pairs: Sequence[Any]) -> Any:
@@ -139,16 +155,18 @@ def price(load: PassLoad, spec: ModelSpec, policy: Policy, weights: PassWork) ->
     tokens, sampled = prompt_tokens + next_tokens, sum(load.num_prompts.values()) + next_tokens
     disk_read, disk_write, memory = weights.disk_read_bytes, weights.disk_write_bytes, weights.host_memory_bytes
     to_device, to_host = weights.host_to_device_bytes, weights.device_to_host_bytes
-    attention = attended_flops(groups, load.prompt_pairs)
+    steps: dict[str, Any] = {"step_flops": 0, "step_bytes": 0, "host_step_flops": 0, "host_step_bytes": 0, "spilled_bytes": 0}
     if not policy.embedding_resident:
         disk_read = disk_read + tokens * spec.embedding_row_bytes
     # On a separate device q goes to where host KV is attended to, and the result comes back: about hidden_size each.
     crossing = sum(group.num_layers for group in groups) * spec.hidden_size * DTYPE_BYTES[policy.dtype]
     for home, attended in load.attended_tokens.items():
+        flops, read = attended_flops(groups, attended), attended_bytes(groups, attended)
+        where = "" if home == "device" else "host_"
+        steps[f"{where}step_flops"] = steps[f"{where}step_flops"] + flops
+        steps[f"{where}step_bytes"] = steps[f"{where}step_bytes"] + read
         if home == "device":
-            attention = attention + attended_flops(groups, attended)
             continue
-        read = attended_bytes(groups, attended)
         written = (load.prompt_tokens[home] + load.next_tokens[home]) * spec.kv_bytes_per_token
         memory = memory + read + written
         if device != "cpu":
@@ -156,30 +174,34 @@ def price(load: PassLoad, spec: ModelSpec, policy: Policy, weights: PassWork) ->
             to_device = to_device + load.next_tokens[home] * crossing
         if home == "disk":
             disk_read, disk_write, memory = disk_read + read, disk_write + written, memory + read + written
+            steps["spilled_bytes"] = steps["spilled_bytes"] + read
     return PassWork(
         disk_read_bytes=disk_read,
         disk_write_bytes=disk_write,
         host_to_device_bytes=to_device,
         device_to_host_bytes=to_host,
         dense_flops=tokens * spec.flops_per_token() + sampled * spec.head_flops_per_token(),
-        attention_flops=attention,
+        attention_flops=attended_flops(groups, load.prompt_pairs),
         host_memory_bytes=memory,
+        decoded_bytes=weights.decoded_bytes,
         num_tokens=tokens,
         num_prompt_tokens=prompt_tokens,
         num_sampled=sampled,
+        num_micro_batches=_num_micro_batches(load, policy),
+        num_streamed_units=weights.num_streamed_units,
+        **steps,
     )
 
 
-def best_rate(rates: Mapping[str, float], dtype: str, what: str, machine: Machine) -> float:
-    """The machine's rate for `dtype`.
-
-    Raises:
-        OptionError: when the machine was not measured in that dtype.
-    """
-    if dtype not in rates:
-        known = ", ".join(sorted(rates)) or "none"
-        raise OptionError(f"machine {machine.name!r} has no {what} rate for {dtype} (known: {known}): measure it again")
-    return rates[dtype]
+def _num_micro_batches(load: PassLoad, policy: Policy) -> Any:
+    """Of one KV home each; next tokens and prompts share one only where computing and all KV are in the same memory."""
+    mixed = policy.device == "cpu"
+    number: Any = 0
+    for home in load.attended_tokens:
+        kinds = [load.prompt_tokens[home], load.next_tokens[home]]
+        for tokens in [kinds[0] + kinds[1]] if mixed and home == "host" else kinds:
+            number = number - (-tokens // policy.micro_batch_tokens)
+    return number
 
 
 def ideal_seconds(work: PassWork, machine: Machine, dtype: str) -> dict[str, Any]:
@@ -191,15 +213,16 @@ def ideal_seconds(work: PassWork, machine: Machine, dtype: str) -> dict[str, Any
     Raises:
         OptionError: when the machine was not measured in `dtype`.
     """
-    dense = best_rate(machine.dense_flops, dtype, "dense", machine)
-    attention = machine.attention_flops.get(dtype, dense)
+    dense = machine.dense_flops(dtype)
+    attention = machine.attention[dtype].best if dtype in machine.attention else dense
+    memory = machine.host_memory
     return {
-        "disk_read": work.disk_read_bytes / machine.disk_read_bytes_per_s,
-        "disk_write": work.disk_write_bytes / machine.disk_write_bytes_per_s,
-        "host_to_device": work.host_to_device_bytes / (machine.host_to_device_bytes_per_s or machine.host_memory_bytes_per_s),
-        "device_to_host": work.device_to_host_bytes / (machine.device_to_host_bytes_per_s or machine.host_memory_bytes_per_s),
-        "compute": work.dense_flops / dense + work.attention_flops / attention,
-        "host_memory": work.host_memory_bytes / machine.host_memory_bytes_per_s,
+        "disk_read": work.disk_read_bytes / machine.disk_read.best,
+        "disk_write": work.disk_write_bytes / machine.disk_write.best,
+        "host_to_device": work.host_to_device_bytes / (machine.host_to_device or memory).best,
+        "device_to_host": work.device_to_host_bytes / (machine.device_to_host or memory).best,
+        "compute": work.dense_flops / dense + (work.attention_flops + work.step_flops) / attention,
+        "host_memory": work.host_memory_bytes / memory.best,
     }
 
 

@@ -1,97 +1,126 @@
-"""What a job should take on a machine: passes at realistic rates, and the plan told to people."""
+"""What passes should take on a machine: work at typical rates, with everything that an ideal leaves out.
+
+Linear in the work of a pass, so that the same numbers price a simulated job, a counted pass and a linear program.
+"""
 
 from __future__ import annotations
+
+import functools
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from flexgen.options import TIERS
-from flexgen.plan.cost import best_rate, busiest, unit_homes, weights_work
-from flexgen.plan.footprint import footprint
-from flexgen.plan.machine import Limits, Machine
+from flexgen.plan.cost import DTYPE_BYTES, PassWork
+from flexgen.plan.machine import Curve, Machine
 from flexgen.plan.model import ModelSpec
-from flexgen.plan.policy import Fractions, Policy
-from flexgen.plan.search import PLAYED_REQUESTS, extrapolated, sampled
-from flexgen.plan.simulate import Simulation, simulate
-from flexgen.plan.workload import Workload
-from flexgen.sizes import format_size
+from flexgen.plan.policy import Policy
+from flexgen.plan.simulate import Simulation
 
-# What runs reach of the best rates.
-REAL_DISK_READ, REAL_SPILL, REAL_LINK, REAL_DENSE, REAL_ATTENTION, REAL_HOST_KV, REAL_MEMORY = 0.9, 0.5, 0.9, 0.9, 0.7, 0.3, 0.8
-SECONDS_PER_PASS, SECONDS_PER_UNIT_AND_MICRO_BATCH, SECONDS_PER_STREAMED_UNIT = 5e-3, 1e-4, 3e-4
-SECONDS_PER_GATHERED_ROW, CORE_SECONDS_PER_DISK_BYTE = 2e-5, 7e-12
+RESOURCES = ("disk", "host_to_device", "device_to_host", "compute", "host_compute", "host_memory", "lead")
 
-
-def expected_seconds(played: Simulation, spec: ModelSpec, policy: Policy, machine: Machine) -> npt.NDArray[np.float64]:
-    """Seconds of each pass at realistic rates: measured rows, overheads, and on a CPU one compute for everything."""
-    work = played.work
-    tokens = np.broadcast_to(np.asarray(work.num_tokens, dtype=np.float64), (played.num_passes,))
-    sampled_rows = np.broadcast_to(np.asarray(work.num_sampled, dtype=np.float64), (played.num_passes,))
-    micro_batches = np.ceil(tokens / policy.micro_batch_tokens)
-    compute = tokens * spec.flops_per_token() / _rate_at(machine, policy.dtype, tokens / np.maximum(micro_batches, 1))
-    compute = compute + sampled_rows * spec.head_flops_per_token() / _rate_at(machine, policy.dtype, sampled_rows)
-    attention = machine.attention_flops.get(policy.dtype, best_rate(machine.dense_flops, policy.dtype, "dense", machine))
-    compute = compute / REAL_DENSE + work.attention_flops / attention / REAL_ATTENTION
-    compute = compute + micro_batches * len(spec.units) * SECONDS_PER_UNIT_AND_MICRO_BATCH
-    compute = compute + tokens * SECONDS_PER_GATHERED_ROW * (not policy.embedding_resident)
-    homes = unit_homes(spec, policy.weights)
-    weights = weights_work(spec, homes, policy.device)
-    decoded = weights.host_memory_bytes - weights.disk_read_bytes - weights.host_to_device_bytes
-    decoding = decoded / machine.host_memory_bytes_per_s / REAL_MEMORY + homes.count("disk") * SECONDS_PER_STREAMED_UNIT
-    host_kv = (work.host_memory_bytes - weights.host_memory_bytes) / machine.host_memory_bytes_per_s / REAL_HOST_KV
-    if policy.device == "cpu":
-        compute = compute + host_kv + decoding + work.disk_read_bytes * CORE_SECONDS_PER_DISK_BYTE / machine.cores
-    spilled = (work.disk_read_bytes - weights.disk_read_bytes) / machine.disk_read_bytes_per_s
-    disk = weights.disk_read_bytes / machine.disk_read_bytes_per_s / REAL_DISK_READ
-    disk = disk + (spilled + work.disk_write_bytes / machine.disk_write_bytes_per_s) / REAL_SPILL
-    memory = machine.host_memory_bytes_per_s
-    to_device = work.host_to_device_bytes / (machine.host_to_device_bytes_per_s or memory) / REAL_LINK
-    to_host = work.device_to_host_bytes / (machine.device_to_host_bytes_per_s or memory) / REAL_LINK
-    bus = work.host_memory_bytes / memory / REAL_MEMORY
-    resources = [compute, host_kv, decoding, disk, to_device, to_host, bus]
-    return np.maximum.reduce([np.broadcast_to(each, (played.num_passes,)) for each in resources]) + SECONDS_PER_PASS
+# How often elementwise operations of a decoder layer read or write each number of a hidden and of an intermediate state:
+# two norms (in float32 inside), two residuals and the rotation; activation and gate.  Rates are measured by the same count.
+PASSES_PER_HIDDEN, PASSES_PER_INTERMEDIATE = 40, 5
+# Units of at least this share of active weights are not experts (packed sizes include alignment).
+WHOLE_SHARE = 0.9
 
 
-def _rate_at(machine: Machine, dtype: str, rows: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """The measured rate of a linear layer at these row counts; below the fewest measured, time does not fall further."""
-    points = machine.dense_rows.get(dtype) or [(1, best_rate(machine.dense_flops, dtype, "dense", machine))]
-    known = np.array(points, dtype=np.float64)
-    rates = np.interp(rows, known[:, 0], known[:, 1])
+def elementwise_bytes(hidden_size: int, intermediate_size: int, dtype: str) -> int:
+    """Bytes that one token's elementwise operations in one layer read and write."""
+    return (PASSES_PER_HIDDEN * hidden_size + PASSES_PER_INTERMEDIATE * intermediate_size) * DTYPE_BYTES[dtype]
+
+
+class Expectation:
+    """Prices the passes of one model on one machine in one dtype.
+
+    Raises:
+        OptionError: when the machine was not measured in `dtype`.
+    """
+
+    def __init__(self, spec: ModelSpec, machine: Machine, dtype: str) -> None:
+        self.spec, self.machine, self.dtype = spec, machine, machine.known(dtype)
+        self._dense = machine.dense[dtype]
+        self._body: dict[float, float] = {}
+        self._head: dict[float, float] = {}
+        for unit in spec.units:
+            part = self._head if unit.head else self._body
+            share = _active_share(unit.flops_per_token, unit.decoded_bytes, dtype)
+            part[share] = part.get(share, 0.0) + unit.flops_per_token
+        self._num_layers = sum(group.num_layers for group in spec.kv_groups)
+        elementwise = machine.elementwise.get(dtype, machine.host_memory).typical
+        self._token_seconds = self._num_layers * elementwise_bytes(spec.hidden_size, spec.intermediate_size, dtype) / elementwise
+        self._attention = machine.attention[dtype].typical if dtype in machine.attention else self._dense[-1][1].typical
+        self._cast = max((rate.typical for name, rate in machine.casts.items() if name.split()[1] == dtype), default=None)
+
+    def resources(self, work: PassWork, policy: Policy) -> dict[str, Any]:
+        """Resource -> seconds of a pass (or of each of many).
+
+        On a CPU device the host's own work (attention to KV, decoding, reading, the modules' code) is part of "compute".
+        """
+        machine, overheads = self.machine, self.machine.overheads
+        micro_batches = np.maximum(work.num_micro_batches, 1)
+        compute = self._dense_seconds(self._body, work.num_tokens, work.num_tokens / micro_batches)
+        compute = compute + self._dense_seconds(self._head, work.num_sampled, work.num_sampled)
+        compute = compute + work.num_tokens * self._token_seconds + work.attention_flops / self._attention
+        compute = compute + self._steps_seconds("device", work.step_flops, work.step_bytes)
+        lead = micro_batches * self._num_layers * overheads.per_layer_and_micro_batch + work.num_streamed_units * overheads.per_unit
+        lead = lead + work.num_sampled * overheads.per_sequence
+        lead = lead + work.num_tokens * overheads.per_gathered_row * (not policy.embedding_resident)
+        host = self._steps_seconds("host", work.host_step_flops, work.host_step_bytes)
+        host = host + work.decoded_bytes / (self._cast or machine.host_memory.typical / 3)
+        host = host + work.disk_read_bytes * machine.disk_core_seconds_per_byte / machine.cores
+        if policy.device == "cpu":
+            compute, host, lead = compute + host + lead, 0.0, 0.0
+        memory = machine.host_memory
+        return {
+            "disk": work.disk_read_bytes / machine.disk_read.typical + work.disk_write_bytes / machine.disk_write.typical,
+            "host_to_device": work.host_to_device_bytes / (machine.host_to_device or memory).typical,
+            "device_to_host": work.device_to_host_bytes / (machine.device_to_host or memory).typical,
+            "compute": compute,
+            "host_compute": host,
+            "host_memory": work.host_memory_bytes / memory.typical,
+            "lead": lead,
+        }
+
+    def seconds(self, work: PassWork, policy: Policy) -> Any:
+        """Seconds of a pass (or of each of many): of its busiest resource, and what comes on top."""
+        resources = [np.asarray(each, dtype=np.float64) for each in self.resources(work, policy).values()]
+        return functools.reduce(np.maximum, resources) + self.machine.overheads.per_pass
+
+    def passes(self, played: Simulation, policy: Policy) -> npt.NDArray[np.float64]:
+        """Seconds of each pass of a simulated job."""
+        return np.broadcast_to(self.seconds(played.work, policy), (played.num_passes,))
+
+    def _dense_seconds(self, flops_by_share: dict[float, float], tokens: Any, rows: Any) -> Any:
+        """Of linear layers; experts see their share of the rows."""
+        return sum(tokens * flops / rate_at(self._dense, rows * share) for share, flops in flops_by_share.items())
+
+    def _steps_seconds(self, place: str, flops: Any, kv_bytes: Any) -> Any:
+        """Of next tokens' attention to KV."""
+        curve = self.machine.decode_attention.get(place, {}).get(self.dtype)
+        if curve is None:
+            memory = self.machine.host_memory.typical
+            return kv_bytes / memory if place == "host" else flops / self._attention
+        flops_per_byte = flops / np.maximum(kv_bytes, 1)
+        sizes = np.log([size for size, _ in curve])
+        rates = _interpolated(np.log(np.maximum(flops_per_byte, 1e-9)), sizes, [rate.typical for _, rate in curve])
+        return kv_bytes / rates
+
+
+def rate_at(curve: Curve, rows: Any) -> Any:
+    """The typical rate at these row counts; below the fewest measured, time does not fall further."""
+    known = np.array([(size, rate.typical) for size, rate in curve], dtype=np.float64)
+    rates = _interpolated(rows, known[:, 0], known[:, 1])
     return rates * np.minimum(np.maximum(rows, 1.0) / known[0, 0], 1.0)
 
 
-def explain(policy: Policy, spec: ModelSpec, machine: Machine, limits: Limits, workload: Workload, *, process_bytes: int) -> str:
-    """The plan in a few lines, with what it should take at realistic rates."""
-    lines = [f"{spec.name}: {policy.dtype} on {policy.device}, {policy.schedule} schedule"]
-    budgets = {"host": limits.host_bytes, "device": limits.device_bytes, "disk": limits.disk_bytes}
-    for tier, parts in footprint(policy, spec, limits, process_bytes=process_bytes).items():
-        listed = ", ".join(f"{name} {format_size(size)}" for name, size in parts.items() if size)
-        lines.append(f"{tier:<7} {format_size(sum(parts.values()))} of {format_size(budgets[tier])}: {listed}")
-    work = weights_work(spec, unit_homes(spec, policy.weights), policy.device)
-    streamed = f"{format_size(work.disk_read_bytes)} from disk"
-    if policy.device != "cpu":
-        streamed += f" and {format_size(work.host_to_device_bytes)} to the device"
-    lines.append(f"weights {_shares(policy.weights)}; a pass reads {streamed}")
-    lines.append(
-        f"block   up to {policy.max_num_seqs} sequences (KV {_shares(policy.kv)}), {policy.prefill_tokens} prompt tokens admitted "
-        f"per pass, micro-batches of {policy.micro_batch_tokens} tokens"
-    )
-    if len(workload):
-        lines.append(_expectation(policy, spec, machine, workload))
-    return "\n".join(lines)
+def _active_share(flops_per_token: float, decoded_bytes: int, dtype: str) -> float:
+    """Of a unit's weights, those that a token passes through: 1 but for experts."""
+    share = flops_per_token / max(2 * decoded_bytes / DTYPE_BYTES[dtype], 1)
+    return 1.0 if share >= WHOLE_SHARE else float(f"{share:.2g}")
 
 
-def _shares(fractions: Fractions) -> str:
-    return ", ".join(f"{getattr(fractions, tier):.0%} {tier}" for tier in TIERS if getattr(fractions, tier) >= 0.005)
-
-
-def _expectation(policy: Policy, spec: ModelSpec, machine: Machine, workload: Workload) -> str:
-    lengths, scale = (workload, 1.0) if len(workload) <= PLAYED_REQUESTS else sampled(workload)
-    refused, seconds = extrapolated(spec, policy, lengths, scale, lambda job: float(expected_seconds(job, spec, policy, machine).sum()))
-    played = simulate(spec, policy, lengths)
-    ideal = {resource: float(each.sum()) for resource, each in played.ideal_seconds(machine, policy.dtype).items()}
-    text = (
-        f"expect  {round(played.num_passes * scale)} passes, {seconds:.0f} s, {workload.output_tokens / max(seconds, 1e-9):.1f} "
-        f"output tokens/s, about {played.live.mean():.0f} sequences alive; busiest: {busiest(ideal)[0].replace('_', ' ')}"
-    )
-    return text + (f"; {round(refused * len(workload))} requests can never fit" if refused else "")
+def _interpolated(at: Any, sizes: Any, values: Any) -> Any:
+    """`np.interp`, whose types are only partly known."""
+    return np.interp(at, sizes, values)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]

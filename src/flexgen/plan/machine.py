@@ -4,50 +4,158 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from flexgen.errors import OptionError
+
+ORIGINS = ("measured", "datasheet", "paper")
+
+
+@dataclass(frozen=True, slots=True)
+class Rate:
+    """Work per second, as measured again and again.
+
+    Attributes:
+        best: of all rounds: what an ideal divides by.
+        typical: the median: what is expected of a run.
+        spread: the middle 80 % of the rounds, as a share of the median.
+    """
+
+    best: float
+    typical: float
+    spread: float = 0.0
+
+    @classmethod
+    def of(cls, rounds: Sequence[float]) -> Rate:
+        """From the rates of single rounds."""
+        ranked = sorted(rounds)
+        median = ranked[len(ranked) // 2] if len(ranked) % 2 else (ranked[len(ranked) // 2 - 1] + ranked[len(ranked) // 2]) / 2
+        low, high = ranked[round(0.1 * (len(ranked) - 1))], ranked[round(0.9 * (len(ranked) - 1))]
+        return cls(best=ranked[-1], typical=median, spread=(high - low) / median)
+
+
+Curve = tuple[tuple[float, Rate], ...]
+"""Rates over a size, rising sizes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Overheads:
+    """Seconds that do not depend on how much is moved or computed.
+
+    Attributes:
+        per_pass: sampling, admission, bookkeeping. per_sequence: of each next token or prompt, in a pass.
+        per_unit: of each streamed unit, in a pass. per_layer_and_micro_batch: switches, and the modules' own code.
+        per_gathered_row: of an embedding that is not resident.
+    """
+
+    per_pass: float
+    per_sequence: float
+    per_unit: float
+    per_layer_and_micro_batch: float
+    per_gathered_row: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """Best rates at favourable sizes, measured apart from any run.
+    """Capacities and rates, measured apart from any run.
 
     Attributes:
-        name: for people. measured: ISO date, or "datasheet".
-        cores: usable cores.
-        disk_read_bytes_per_s, disk_write_bytes_per_s: of the folder's file system, O_DIRECT, best depth.
-        host_memory_bytes_per_s: plain reads, all cores.
-        host_to_device_bytes_per_s, device_to_host_bytes_per_s: None where there is no separate device.
-        dense_flops: dtype name -> best rate of a linear layer over row counts, on the device that computes.
-        dense_rows: dtype name -> [(rows, rate), ...] as measured, rising rows.
-        attention_flops: dtype name -> best rate of causal prefill attention.
+        name: for people. device: "cpu", "cuda" or "sim": where matrix products run.
+        origin: "measured", "datasheet" or "paper". date: of the measurement, ISO. versions: of what was measured with.
+        busy_cores: cores that others kept busy meanwhile.
+        cores: usable cores. host_bytes, device_bytes, disk_bytes: what there is in all (device: 0 on "cpu").
+        disk_read, disk_write: bytes/s of the folder's file system, past the page cache.
+        disk_core_seconds_per_byte: processor time of reading.
+        host_memory: bytes/s of plain reads, all cores.
+        host_to_device, device_to_host: bytes/s; None where there is no separate device.
+        dense: dtype -> FLOP/s of linear layers over rows, on the device that computes.
+        attention: dtype -> FLOP/s of causal prefill attention, on the device that computes.
+        decode_attention: "host" or "device" -> dtype -> KV bytes/s of attention of next tokens, over FLOPs per KV byte.
+        elementwise: dtype -> bytes/s through norms, activations and rotations (see cost.elementwise_bytes).
+        casts: "float16 bfloat16" (stored, computed) -> bytes/s of what a decode stage yields.
+        overheads: see there.
     """
 
     name: str
-    measured: str
+    device: str
+    origin: str
+    date: str
     cores: int
-    disk_read_bytes_per_s: float
-    disk_write_bytes_per_s: float
-    host_memory_bytes_per_s: float
-    host_to_device_bytes_per_s: float | None
-    device_to_host_bytes_per_s: float | None
-    dense_flops: dict[str, float]
-    dense_rows: dict[str, list[tuple[int, float]]]
-    attention_flops: dict[str, float]
+    host_bytes: int
+    device_bytes: int
+    disk_bytes: int
+    disk_read: Rate
+    disk_write: Rate
+    disk_core_seconds_per_byte: float
+    host_memory: Rate
+    host_to_device: Rate | None
+    device_to_host: Rate | None
+    dense: dict[str, Curve]
+    attention: dict[str, Rate]
+    decode_attention: dict[str, dict[str, Curve]]
+    elementwise: dict[str, Rate]
+    casts: dict[str, Rate]
+    overheads: Overheads
+    versions: dict[str, str] = dataclasses.field(default_factory=dict[str, str])
+    busy_cores: float = 0.0
+
+    def dense_flops(self, dtype: str) -> float:
+        """The best rate of a linear layer over all row counts.
+
+        Raises:
+            OptionError: when the machine was not measured in that dtype.
+        """
+        return max(rate.best for _, rate in self.dense[self.known(dtype)])
+
+    def known(self, dtype: str) -> str:
+        """The dtype, if the machine was measured in it.
+
+        Raises:
+            OptionError: if not.
+        """
+        if dtype not in self.dense:
+            known = ", ".join(sorted(self.dense)) or "none"
+            raise OptionError(f"machine {self.name!r} has no rates for {dtype} (known: {known}): measure it again")
+        return dtype
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2)
 
     @classmethod
     def from_json(cls, text: str) -> Machine:
-        """Raises OptionError on an unknown or missing key."""
-        fields = json.loads(text)
-        known = {field.name for field in dataclasses.fields(cls)}
-        if set(fields) != known:
-            raise OptionError(f"machine: keys differ: {sorted(set(fields) ^ known)}")
-        fields["dense_rows"] = {dtype: [tuple(point) for point in points] for dtype, points in fields["dense_rows"].items()}
+        """Raises OptionError on an unknown or missing key, or what is no machine at all."""
+        try:
+            fields = json.loads(text)
+            _check_keys("machine", fields, cls)
+            _check_keys("machine: overheads", fields["overheads"], Overheads)
+            for name in ("disk_read", "disk_write", "host_memory", "host_to_device", "device_to_host"):
+                fields[name] = None if fields[name] is None else _rate(fields[name])
+            for name in ("attention", "elementwise", "casts"):
+                fields[name] = {key: _rate(rate) for key, rate in fields[name].items()}
+            fields["dense"] = _curves(fields["dense"])
+            fields["decode_attention"] = {place: _curves(curves) for place, curves in fields["decode_attention"].items()}
+            fields["overheads"] = Overheads(**fields["overheads"])
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise OptionError(f"this is no machine: {error}") from error
+        if fields["origin"] not in ORIGINS:
+            raise OptionError(f"machine: origin {fields['origin']!r} is unknown; known: {', '.join(ORIGINS)}")
         return cls(**fields)
+
+
+def _check_keys(what: str, fields: Mapping[str, Any], cls: type) -> None:
+    known = {field.name for field in dataclasses.fields(cls)}
+    if set(fields) != known:
+        raise OptionError(f"{what}: keys differ: {sorted(set(fields) ^ known)}")
+
+
+def _rate(fields: Mapping[str, float]) -> Rate:
+    return Rate(best=float(fields["best"]), typical=float(fields["typical"]), spread=float(fields["spread"]))
+
+
+def _curves(fields: Mapping[str, Sequence[Any]]) -> dict[str, Curve]:
+    return {dtype: tuple((float(size), _rate(rate)) for size, rate in points) for dtype, points in fields.items()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -35,12 +35,15 @@ class Simulation:
     Attributes:
         work: PassWork whose numbers are arrays over the passes.
         live: sequences in each pass. kv_bytes: home tier -> bytes of pages held during each pass.
+        first_passes, end_passes: of every group of equal requests that entered together, its first pass and the one after its last.
         num_refused: requests whose KV can never fit; they are left out.
     """
 
     work: PassWork
     live: Ints
     kv_bytes: dict[str, Ints]
+    first_passes: Ints
+    end_passes: Ints
     num_refused: int
 
     @property
@@ -86,6 +89,8 @@ def simulate(spec: ModelSpec, policy: Policy, workload: Workload) -> Simulation:
         work=work,
         live=_spread(live, num_passes).astype(np.int64),
         kv_bytes=used,
+        first_passes=np.array([admission.index for admission in admissions], dtype=np.int64),
+        end_passes=np.array([admission.end for admission in admissions], dtype=np.int64),
         num_refused=num_refused,
     )
 

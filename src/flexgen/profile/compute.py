@@ -1,43 +1,43 @@
-"""How fast memory is read, linear layers and attention are computed, and bytes are copied to a device and back."""
+"""How fast linear layers, attention and elementwise operations are computed, on the device that computes and on the host."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import torch
 
-from flexgen.profile.timing import best_rate, median_seconds
-from flexgen.sizes import MIB
+from flexgen.kernels.attention import attention_kernels
+from flexgen.plan.expect import elementwise_bytes
+from flexgen.plan.machine import Curve, Rate
+from flexgen.profile.timing import measured_rate, median_seconds
 
-DENSE_ROWS = (64, 128, 256, 512, 1024)
+DENSE_ROWS = (1, 16, 64, 128, 256, 512, 1024)
 DENSE_SHAPES = ((4096, 4096), (8192, 3072))  # (out features, in features)
+ATTENTION_TOKENS = (256, 512, 1024)
+# (query heads, key heads): 1, 4 and 8 FLOPs per byte of KV in a dtype of two bytes.
+STEP_HEADS = ((16, 16), (16, 4), (32, 4))
+HEAD_DIM, PAGE_TOKENS, STEP_TOKENS = 128, 16, 512
 
 
-def memory_rate(max_bytes: int, seconds: float) -> float:
-    """Bytes per second that all cores read together."""
-    data = torch.ones(max_bytes // 4, dtype=torch.float32)
-    return max(best_rate(data.nbytes, run, seconds / 2) for run in (data.sum, data.max))
-
-
-def dense_rows(where: torch.device, dtype: torch.dtype, max_bytes: int, seconds: float) -> list[tuple[int, float]]:
-    """(rows, FLOP/s) of linear layers, each the best over shapes and rounds."""
-    best = dict.fromkeys(DENSE_ROWS, 0.0)
-    began, rounds = time.perf_counter(), 0
-    while not rounds or time.perf_counter() - began < seconds / 2:  # the next round takes as long as those before
+def dense_rates(where: torch.device, dtype: torch.dtype, max_bytes: int, seconds: float) -> Curve:
+    """(rows, FLOP/s) of linear layers, over shapes and rounds."""
+    rounds: dict[int, list[float]] = {rows: [] for rows in DENSE_ROWS}
+    began = time.perf_counter()
+    while not rounds[DENSE_ROWS[0]] or time.perf_counter() - began < seconds / 2:  # the next round takes as long as those before
         for shape in DENSE_SHAPES:
             features_out, features_in = _shrunken(shape, dtype.itemsize, max_bytes // 3)  # the library may pack it once more
             weight = _random((features_out, features_in), where, dtype)
             for rows in DENSE_ROWS:
-                if best[DENSE_ROWS[0]] and time.perf_counter() - began > 2 * seconds:
+                if rounds[DENSE_ROWS[0]] and time.perf_counter() - began > 2 * seconds:
                     break
                 if rows * (features_in + features_out) * dtype.itemsize > max_bytes // 3:
                     break
                 x = _random((rows, features_in), where, dtype)
-                taken = median_seconds(lambda x=x, weight=weight: _wait(torch.nn.functional.linear(x, weight)), seconds / 15)
-                best[rows] = max(best[rows], 2 * rows * features_in * features_out / taken)
+                taken = median_seconds(lambda x=x, weight=weight: wait(torch.nn.functional.linear(x, weight)), seconds / 15)
+                rounds[rows].append(2 * rows * features_in * features_out / taken)
             del weight
-        rounds += 1
-    return [(rows, rate) for rows, rate in best.items() if rate]
+    return tuple((float(rows), Rate.of(rates)) for rows, rates in rounds.items() if rates)
 
 
 def _random(shape: tuple[int, ...], where: torch.device, dtype: torch.dtype) -> torch.Tensor:
@@ -52,26 +52,36 @@ def _shrunken(shape: tuple[int, int], item_bytes: int, max_bytes: int) -> tuple[
     return features_out, features_in
 
 
-def attention_rate(where: torch.device, dtype: torch.dtype, max_bytes: int, seconds: float) -> float:
-    """FLOP/s of causal attention over the visible pairs: the better of torch's own and of plain matrix products."""
-    heads, width, best = 16, 128, 0.0
-    for tokens in (256, 512, 1024):
-        if best and 10 * heads * tokens * width * max(dtype.itemsize, 4) > max_bytes:
-            continue
-        q, k, v = (_random((1, heads, tokens, width), where, dtype) for _ in range(3))  # (1, heads, tokens, width)
-        flops = 4 * width * heads * tokens * (tokens + 1) / 2
-
-        def ready(q: torch.Tensor = q, k: torch.Tensor = k, v: torch.Tensor = v) -> None:
-            _wait(torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True))
-
-        def plain(q: torch.Tensor = q, k: torch.Tensor = k, v: torch.Tensor = v) -> None:
-            _wait(_plain_attention(q[0], k[0], v[0]))
-
-        best = max(best, best_rate(flops, ready, seconds / 6), best_rate(flops, plain, seconds / 6))
-    return best
+def attention_rate(where: torch.device, dtype: torch.dtype, max_bytes: int, seconds: float) -> Rate:
+    """FLOP/s of causal attention over the visible pairs: typical of the engine's own, best of that, torch's and plain products."""
+    heads, own, best = 16, [], 0.0
+    with attention_kernels(where, torch.get_num_threads()) as kernels:
+        for tokens in ATTENTION_TOKENS:
+            if own and 10 * heads * tokens * HEAD_DIM * max(dtype.itemsize, 4) > max_bytes:
+                continue
+            q, k, v = (_random((tokens, heads, HEAD_DIM), where, dtype) for _ in range(3))  # (tokens, heads, head_dim)
+            flops = 4 * HEAD_DIM * heads * tokens * (tokens + 1) / 2
+            runs = _attentions(kernels.prefill_attention, q, k, v)
+            rates = [measured_rate(flops, run, seconds / 9) for run in runs]
+            own.append(rates[0])
+            best = max(best, *(rate.best for rate in rates))
+    median = sorted(own, key=lambda rate: rate.typical)[len(own) // 2]
+    return Rate(best=best, typical=median.typical, spread=median.spread)
 
 
-def _plain_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block: int = 256) -> torch.Tensor:
+def _attentions(kernel: Callable[..., None], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> list[Callable[[], None]]:
+    """Three ways to compute the same, the engine's first."""
+    starts, out = torch.zeros(len(q), dtype=torch.int64, device=q.device), torch.empty_like(q)
+    q_first, k_first, v_first = (tensor.transpose(0, 1).contiguous() for tensor in (q, k, v))  # (heads, tokens, head_dim)
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    return [
+        lambda: wait(out, kernel(q, k, v, starts, scaling=HEAD_DIM**-0.5, out=out)),
+        lambda: wait(sdpa(q_first[None], k_first[None], v_first[None], is_causal=True)),
+        lambda: wait(plain_attention(q_first, k_first, v_first)),
+    ]
+
+
+def plain_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block: int = 256) -> torch.Tensor:
     """Causal attention as two products per block of queries, each against the keys up to it; (heads, tokens, width)."""
     parts: list[torch.Tensor] = []
     for start in range(0, q.shape[1], block):
@@ -83,19 +93,51 @@ def _plain_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block: i
     return torch.cat(parts, 1)
 
 
-def copy_rates(device: str, max_bytes: int, seconds: float) -> tuple[float | None, float | None]:
-    """(host to device, device to host) bytes per second; None without a separate device."""
-    if device == "cpu":
-        return None, None
-    size = min(max_bytes // 2, 64 * MIB)
-    host = torch.empty(size, dtype=torch.uint8, pin_memory=device == "cuda").fill_(1)
-    other = torch.empty(size, dtype=torch.uint8, device="cuda" if device == "cuda" else "cpu").fill_(1)
-    to_device = best_rate(size, lambda: _wait(other.copy_(host)), seconds / 2)
-    to_host = best_rate(size, lambda: _wait(other, host.copy_(other)), seconds / 2)
-    return to_device, to_host
+def step_rates(where: torch.device, dtype: torch.dtype, max_bytes: int, seconds: float) -> Curve:
+    """(FLOPs per KV byte, KV bytes/s) of next tokens' attention to pages on `where`."""
+    points: dict[float, Rate] = {}
+    with attention_kernels(where, torch.get_num_threads()) as kernels:
+        for heads, key_heads in STEP_HEADS:
+            token_bytes = 2 * key_heads * HEAD_DIM * dtype.itemsize
+            sequences = max(min(max_bytes // 2 // (STEP_TOKENS * token_bytes), 64), 1)
+            per_sequence = STEP_TOKENS // PAGE_TOKENS
+            tables = torch.randperm(sequences * per_sequence, device=where).view(sequences, per_sequence)
+            query = _random((sequences, heads, HEAD_DIM), where, dtype)
+            keys = _random((sequences * per_sequence, key_heads, HEAD_DIM, PAGE_TOKENS), where, dtype)
+            values = _random((sequences * per_sequence, key_heads, PAGE_TOKENS, HEAD_DIM), where, dtype)
+            starts = torch.zeros(sequences, dtype=torch.int64, device=where)
+            arguments = query, keys, values, tables, starts, starts + STEP_TOKENS
+            out = torch.empty_like(query)
+
+            def run(arguments: tuple[torch.Tensor, ...] = arguments, out: torch.Tensor = out) -> None:
+                wait(out, kernels.decode_attention(*arguments, scaling=HEAD_DIM**-0.5, out=out))
+
+            flops_per_byte = 4 * heads * HEAD_DIM / token_bytes
+            points[flops_per_byte] = measured_rate(sequences * STEP_TOKENS * token_bytes, run, seconds / len(STEP_HEADS))
+    return tuple(sorted(points.items()))
 
 
-def _wait(result: torch.Tensor, *_: torch.Tensor) -> None:
+def elementwise_rate(where: torch.device, dtype: torch.dtype, max_bytes: int, seconds: float) -> Rate:
+    """Bytes/s through what a decoder layer does besides products: two norms, two residuals, rotation, activation and gate."""
+    hidden, intermediate = 2048, 5632
+    rows = max(min(512, max_bytes // (24 * intermediate * dtype.itemsize)), 16)
+    x, gate, up = (_random((rows, width), where, dtype) for width in (hidden, intermediate, intermediate))
+    weight, cosine = _random((hidden,), where, dtype), _random((rows, hidden), where, dtype)
+
+    def norm(state: torch.Tensor) -> torch.Tensor:
+        wide = state.float()
+        return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)).to(dtype)
+
+    def layer() -> None:
+        state = norm(x)
+        turned = torch.cat((-state[:, hidden // 2 :], state[:, : hidden // 2]), -1)
+        state = x + (state * cosine + turned * cosine)
+        wait(state + norm(state), torch.nn.functional.silu(gate) * up)
+
+    return measured_rate(rows * elementwise_bytes(hidden, intermediate, str(dtype).removeprefix("torch.")), layer, seconds)
+
+
+def wait(result: torch.Tensor, *_: object) -> None:
     """Until what was launched on the result's device is done."""
     if result.is_cuda:
         torch.cuda.synchronize()

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import os
 import tempfile
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from flexgen.errors import StorageError
 from flexgen.memory.direct_io import AlignedBuffer, File
+from flexgen.plan.machine import Rate
 from flexgen.sizes import MIB
 
 logger = logging.getLogger(__name__)
@@ -25,8 +26,17 @@ LARGE_FILE_BYTES = 256 * MIB
 DISK_SHARE = 0.25  # of the free space, for the measured file
 
 
-def disk_rates(folder: Path, quick: bool, max_bytes: int) -> tuple[float, float]:
-    """(read, write) bytes per second, past the page cache where the file system lets us.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DiskRates:
+    """Bytes per second past the page cache, where the file system lets us, and processor time of reading."""
+
+    read: Rate
+    write: Rate
+    core_seconds_per_byte: float
+
+
+def disk_rates(folder: Path, quick: bool, max_bytes: int) -> DiskRates:
+    """How fast the folder's file system is.
 
     Weights are read from their own files where those are large; what is written goes where something can be written.
     """
@@ -36,15 +46,16 @@ def disk_rates(folder: Path, quick: bool, max_bytes: int) -> tuple[float, float]
     size = min(FILE_BYTES[not quick], int(free.f_bavail * free.f_frsize * DISK_SHARE)) // largest * largest
     try:
         if size == 0 and (weights := _large_file(folder)) is not None:
-            read = _best_read_rate(weights, quick, max_bytes)
+            read, core_seconds = _read_rates(weights, quick, max_bytes)
             logger.warning("%s: no room to measure writes; they are taken to be as fast as reads", where)
-            return read, read
+            return DiskRates(read=read, write=read, core_seconds_per_byte=core_seconds)
         if size == 0:
             raise StorageError(f"{where}: no room for a file of 64 MiB to measure the disk with")
         with tempfile.NamedTemporaryFile(dir=where, prefix="flexgen-measure-") as file:
             with _opened(Path(file.name), os.O_RDWR) as written:
-                write = _write_rate(written, size, min(largest, max_bytes))
-            return _best_read_rate(_large_file(folder) or Path(file.name), quick, max_bytes), write
+                writes = [_write_rate(written, size, min(largest, max_bytes)) for _ in range(2 if quick else 4)]
+            read, core_seconds = _read_rates(_large_file(folder) or Path(file.name), quick, max_bytes)
+            return DiskRates(read=read, write=Rate.of(writes), core_seconds_per_byte=core_seconds)
     except OSError as error:
         raise StorageError(f"{folder}: measuring the disk failed: {error}") from error
 
@@ -57,14 +68,26 @@ def writable(folder: Path) -> Path:
     return Path(tempfile.gettempdir())
 
 
-def _best_read_rate(path: Path, quick: bool, max_bytes: int) -> float:
-    """The best of all settings, the promising ones tried again."""
-    settings = [(threads, block) for threads in READ_THREADS for block in READ_SIZES if threads * block <= max_bytes]
+def _read_rates(path: Path, quick: bool, max_bytes: int) -> tuple[Rate, float]:
+    """(the rate of the best setting, the best of all tried; processor seconds per byte): the promising settings are tried again."""
+    settings = [(threads, block) for threads in READ_THREADS for block in READ_SIZES if threads * block <= max_bytes] or [(1, 1 * MIB)]
     with _opened(path, os.O_RDONLY) as file:
-        reader = functools.partial(_read_rate, file, path.stat().st_size, seconds=READ_SECONDS[not quick])
-        once = {setting: reader(*setting) for setting in settings or [(1, 1 * MIB)]}
-        promising = sorted(once, key=once.__getitem__, reverse=True)[: 2 if quick else 3]
-        return max(*once.values(), *(reader(*setting) for setting in promising for _ in range(2)))
+        size = path.stat().st_size
+        tried: dict[tuple[int, int], list[tuple[float, float]]] = {setting: [] for setting in settings}
+
+        def again(setting: tuple[int, int]) -> None:
+            tried[setting].append(_read_rate(file, size, *setting, seconds=READ_SECONDS[not quick]))
+
+        for setting in settings:
+            again(setting)
+        for setting in sorted(settings, key=lambda each: tried[each][0][0], reverse=True)[: 2 if quick else 3]:
+            for _ in range(2 if quick else 4):
+                again(setting)
+    rounds = {setting: Rate.of([rate for rate, _ in each]) for setting, each in tried.items()}
+    repeated = [setting for setting, each in tried.items() if len(each) > 1] or settings
+    chosen = max(repeated, key=lambda setting: rounds[setting].typical)
+    rate = Rate(best=max(each.best for each in rounds.values()), typical=rounds[chosen].typical, spread=rounds[chosen].spread)
+    return rate, sorted(seconds for _, seconds in tried[chosen])[len(tried[chosen]) // 2]
 
 
 def _large_file(folder: Path) -> Path | None:
@@ -92,8 +115,8 @@ def _write_rate(file: File, size: int, block: int) -> float:
     return size / (time.perf_counter() - began)
 
 
-def _read_rate(file: File, size: int, threads: int, block: int, *, seconds: float) -> float:
-    """Bytes per second of `threads` readers that share the file's blocks, from its beginning, for a while."""
+def _read_rate(file: File, size: int, threads: int, block: int, *, seconds: float) -> tuple[float, float]:
+    """(bytes per second, processor seconds per byte) of readers that share the file's blocks, from its beginning, for a while."""
     file.forget_cached()
     blocks = max(size // block, 1)
     block = min(block, size)
@@ -120,9 +143,10 @@ def _read_rate(file: File, size: int, threads: int, block: int, *, seconds: floa
     for reader in readers:
         reader.start()
     ready.wait()
-    began = time.perf_counter()
+    began, worked = time.perf_counter(), time.process_time()
     for reader in readers:
         reader.join()
     if errors:
         raise errors[0]
-    return sum(counts) * block / (time.perf_counter() - began)
+    total = max(sum(counts) * block, 1)
+    return total / (time.perf_counter() - began), (time.process_time() - worked) / total

@@ -7,66 +7,119 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import datetime
 import hashlib
 import json
 import logging
 import os
 import platform
+import shutil
 import time
+from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 
+import psutil
 import torch
 
 from flexgen.errors import OptionError
 from flexgen.plan.machine import Machine
-from flexgen.profile.compute import attention_rate, copy_rates, dense_rows, memory_rate
+from flexgen.profile.compute import attention_rate, dense_rates, elementwise_rate, step_rates
+from flexgen.profile.copies import cast_rates, copy_rates, memory_rate
 from flexgen.profile.disk import disk_rates, writable
+from flexgen.profile.overheads import NO_OVERHEADS, overheads
 from flexgen.sizes import MIB
 
 logger = logging.getLogger(__name__)
 
 
-def measure(device: str, dtype: str, folder: Path, *, quick: bool = False, max_bytes: int = 128 * MIB) -> Machine:
-    """Measure the machine; about 8 seconds, or 3 if `quick`.
+def measure(device: str, dtypes: Sequence[str], folder: Path, *, quick: bool = False, max_bytes: int = 128 * MIB) -> Machine:
+    """Measure the machine: about 12 seconds and 7 more per dtype, or 6 and 2 if `quick`.
 
     Args:
         device: "cpu", "cuda" or "sim" (computes on the CPU; its links are copies in host memory).
-        dtype: a torch name; only this one is measured.
-        folder: where weights stream from: its largest file is read (a temporary one where all are small), and a
-            temporary file is written.
+        dtypes: torch names; only these are measured.
+        folder: where weights stream from: its largest file is read (a temporary one where all are small), and temporary
+            files are written.
         max_bytes: most memory of all buffers alive at once.
 
     Raises:
         StorageError: the file system fails. OptionError: an unknown dtype.
     """
-    torch_dtype = getattr(torch, dtype, None)
-    if not isinstance(torch_dtype, torch.dtype):
-        raise OptionError(f"dtype={dtype!r} is not a dtype of torch")
-    started = time.perf_counter()
-    share = 0.4 if quick else 1.0
-    where = torch.device("cuda" if device == "cuda" else "cpu")
+    torch_dtypes = {name: _dtype(name) for name in dtypes}
+    started, busy = time.perf_counter(), _BusyCores()
+    share = 0.3 if quick else 1.0
+    where, host = torch.device("cuda" if device == "cuda" else "cpu"), torch.device("cpu")
     with torch.inference_mode():
-        disk_read, disk_write = disk_rates(folder, quick, max_bytes)
-        memory = memory_rate(max_bytes, 0.5 * share)
-        rows = dense_rows(where, torch_dtype, max_bytes, 2.5 * share)
-        attention = attention_rate(where, torch_dtype, max_bytes, 1.0 * share)
-        to_device, to_host = copy_rates(device, max_bytes, 0.5 * share)
+        disk = disk_rates(folder, quick, max_bytes)
+        to_device, to_host = copy_rates(device, max_bytes, 1.0 * share)
+        machine = Machine(
+            name=_name(device),
+            device=device,
+            origin="measured",
+            date=datetime.datetime.now(datetime.UTC).date().isoformat(),
+            cores=num_cores(),
+            host_bytes=psutil.virtual_memory().total,
+            device_bytes=torch.cuda.mem_get_info()[1] if device == "cuda" else 0,
+            disk_bytes=shutil.disk_usage(writable(folder)).total,
+            disk_read=disk.read,
+            disk_write=disk.write,
+            disk_core_seconds_per_byte=disk.core_seconds_per_byte,
+            host_memory=memory_rate(max_bytes, 1.0 * share),
+            host_to_device=to_device,
+            device_to_host=to_host,
+            dense={name: dense_rates(where, dtype, max_bytes, 3.5 * share) for name, dtype in torch_dtypes.items()},
+            attention={name: attention_rate(where, dtype, max_bytes, 1.5 * share) for name, dtype in torch_dtypes.items()},
+            decode_attention={
+                place: {name: step_rates(at, dtype, max_bytes, 1.0 * share) for name, dtype in torch_dtypes.items()}
+                for place, at in (("host", host), ("device", where))
+                if place == "host" or device == "cuda"
+            },
+            elementwise={name: elementwise_rate(where, dtype, max_bytes, 0.5 * share) for name, dtype in torch_dtypes.items()},
+            casts={cast: rate for dtype in torch_dtypes.values() for cast, rate in cast_rates(dtype, max_bytes, 0.5 * share).items()},
+            overheads=NO_OVERHEADS,
+            versions=_versions(),
+            busy_cores=busy.by_others(),
+        )
+    found = overheads(device, next(iter(torch_dtypes.values())), writable(folder), machine, quick=quick)
     _trim()
     logger.info("measured %s in %.1f s", device, time.perf_counter() - started)
-    return Machine(
-        name=_name(device),
-        measured=datetime.datetime.now(datetime.UTC).date().isoformat(),
-        cores=num_cores(),
-        disk_read_bytes_per_s=disk_read,
-        disk_write_bytes_per_s=disk_write,
-        host_memory_bytes_per_s=memory,
-        host_to_device_bytes_per_s=to_device,
-        device_to_host_bytes_per_s=to_host,
-        dense_flops={dtype: max(rate for _, rate in rows)},
-        dense_rows={dtype: rows},
-        attention_flops={dtype: attention},
-    )
+    return dataclasses.replace(machine, overheads=found)
+
+
+def _dtype(name: str) -> torch.dtype:
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise OptionError(f"dtype={name!r} is not a dtype of torch")
+    return dtype
+
+
+class _BusyCores:
+    """How many cores other processes use, from when this is made on."""
+
+    def __init__(self) -> None:
+        self._began, self._all, self._own = time.perf_counter(), _busy_seconds(), time.process_time()
+
+    def by_others(self) -> float:
+        """The mean so far."""
+        others = _busy_seconds() - self._all - (time.process_time() - self._own)
+        return round(max(others, 0.0) / max(time.perf_counter() - self._began, 1e-9), 2)
+
+
+def _busy_seconds() -> float:
+    """Processor seconds of the whole machine that were not idle."""
+    times = psutil.cpu_times()
+    return times.user + times.nice + times.system
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "torch": torch.__version__,
+        "numba": metadata.version("numba"),
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+    }
 
 
 def cached_machine(
@@ -92,7 +145,7 @@ def cached_machine(
     path = (cache_dir or Path.home() / ".cache" / "flexgen") / f"machine-{digest}.json"
     if not again and (machine := _load(path, key, quick)) is not None:
         return machine
-    machine = measure(device, dtype, folder, quick=quick, max_bytes=max_bytes)
+    machine = measure(device, [dtype], folder, quick=quick, max_bytes=max_bytes)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         fresh = path.with_suffix(f".{os.getpid()}")
@@ -114,7 +167,7 @@ def machine_key(device: str, dtype: str, folder: Path) -> dict[str, str | int]:
         "torch": torch.__version__,
         "dtype": dtype,
         "device": device,
-        "version": 2,
+        "version": 3,
     }
 
 

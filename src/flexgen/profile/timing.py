@@ -1,13 +1,12 @@
-"""Times of repeated calls: of each setting the median of a few runs, of all rounds the best.
-
-Neighbours come and go, and an ideal is an upper bound.
-"""
+"""Rates of repeated calls: rounds of a few calls each, the median of every round."""
 
 from __future__ import annotations
 
 import statistics
 import time
 from collections.abc import Callable
+
+from flexgen.plan.machine import Rate
 
 
 def median_seconds(run: Callable[[], object], budget_seconds: float) -> float:
@@ -21,9 +20,10 @@ def median_seconds(run: Callable[[], object], budget_seconds: float) -> float:
     return statistics.median(times[1:] or times)
 
 
-def best_rate(amount: float, run: Callable[[], object], seconds: float) -> float:
-    """Amount per second, the best of the rounds that the time allows."""
-    best, began = 0.0, time.perf_counter()
-    while not best or time.perf_counter() - began < seconds:
-        best = max(best, amount / median_seconds(run, seconds))
-    return best
+def measured_rate(amount: float, run: Callable[[], object], seconds: float) -> Rate:
+    """Amount per second over as many rounds as the time allows, at least two."""
+    rounds: list[float] = []
+    began = time.perf_counter()
+    while len(rounds) < 2 or time.perf_counter() - began < seconds:
+        rounds.append(amount / median_seconds(run, seconds))
+    return Rate.of(rounds)

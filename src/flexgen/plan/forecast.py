@@ -1,0 +1,127 @@
+"""What a policy should do with a job, told before its first pass: seconds, rates, memory, and what each resource costs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from flexgen.plan.cost import unit_homes, weights_work
+from flexgen.plan.default import Solution
+from flexgen.plan.expect import Expectation
+from flexgen.plan.footprint import footprint
+from flexgen.plan.machine import Limits, Machine
+from flexgen.plan.model import ModelSpec
+from flexgen.plan.policy import Policy
+from flexgen.plan.search import PLAYED_REQUESTS, extrapolated, sampled
+from flexgen.plan.simulate import Simulation, simulate
+from flexgen.plan.workload import Workload
+from flexgen.sizes import GIB
+
+# A block counts as full from this share of its most sequences on.
+FULL_BLOCK = 0.9
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forecast:
+    """A job as it is expected to go.
+
+    Attributes:
+        seconds: from the first pass to the last. num_passes, num_requests: of the job. num_refused: requests that can never fit.
+        prompt_tokens, output_tokens: of the job. output_tokens_per_s: end to end.
+        full_block_tokens_per_s: of output, in passes with a full block.
+        live_mean: sequences in a pass. request_seconds: of the request that takes longest, from its first pass to its last.
+        pass_seconds: mean of a pass. resource_seconds: resource -> mean seconds in a pass, each by itself.
+        bottleneck: the resource that decides most of the time.
+        memory_bytes: tier -> part -> bytes reserved. budget_bytes: tier -> bytes.
+        weights_bytes_per_pass: link -> bytes of weights. disk_written_bytes: in all.
+        gain_per_gib: tier -> relative gain of output tokens/s by 1 GiB more of it, at the margin; empty where unknown.
+    """
+
+    seconds: float
+    num_passes: int
+    num_requests: int
+    num_refused: int
+    prompt_tokens: int
+    output_tokens: int
+    output_tokens_per_s: float
+    full_block_tokens_per_s: float
+    live_mean: float
+    request_seconds: float
+    pass_seconds: float
+    resource_seconds: dict[str, float]
+    bottleneck: str
+    memory_bytes: dict[str, dict[str, int]]
+    budget_bytes: dict[str, int]
+    weights_bytes_per_pass: dict[str, int]
+    disk_written_bytes: float
+    gain_per_gib: dict[str, float]
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=2)
+
+
+def forecast(solution: Solution, spec: ModelSpec, machine: Machine, limits: Limits, workload: Workload, *, process_bytes: int) -> Forecast:
+    """What `solution`'s policy should do."""
+    policy = solution.policy
+    homes = weights_work(spec, unit_homes(spec, policy.weights), policy.device)
+    return Forecast(
+        **_played(policy, Expectation(spec, machine, policy.dtype), workload),
+        memory_bytes=footprint(policy, spec, limits, process_bytes=process_bytes),
+        budget_bytes={"host": limits.host_bytes, "device": limits.device_bytes, "disk": limits.disk_bytes},
+        weights_bytes_per_pass={"disk_read": int(homes.disk_read_bytes), "host_to_device": int(homes.host_to_device_bytes)},
+        gain_per_gib={tier: gain * GIB for tier, gain in solution.steady.worth.items()} if solution.steady is not None else {},
+    )
+
+
+def forecast_again(before: Forecast, policy: Policy, expectation: Expectation, workload: Workload) -> Forecast:
+    """What the same policy should do with another job."""
+    return dataclasses.replace(before, **_played(policy, expectation, workload))
+
+
+def _played(policy: Policy, expectation: Expectation, workload: Workload) -> dict[str, Any]:
+    """The fields of Forecast that playing the job tells; large jobs are played on a sample and extrapolated."""
+    spec = expectation.spec
+    lengths, scale = (workload, 1.0) if len(workload) <= PLAYED_REQUESTS else sampled(workload)
+    played = simulate(spec, policy, lengths)
+    passes = played.num_passes
+    seconds = expectation.passes(played, policy)
+    resources = {name: np.broadcast_to(each, (passes,)) for name, each in expectation.resources(played.work, policy).items()}
+    _, total = extrapolated(spec, policy, lengths, scale, lambda job: float(expectation.passes(job, policy).sum()))
+    busiest = np.argmax(np.stack(list(resources.values())), axis=0)
+    decided = {name: float(seconds[busiest == number].sum()) for number, name in enumerate(resources)}
+    outputs = sum(max(n, 1) for n in workload.output_lens)
+    return {
+        "seconds": total,
+        "num_passes": round(passes * scale),
+        "num_requests": len(workload),
+        "num_refused": round(played.num_refused * scale),
+        "prompt_tokens": workload.prompt_tokens,
+        "output_tokens": outputs,
+        "output_tokens_per_s": outputs / max(total, 1e-9),
+        "full_block_tokens_per_s": _full_block_rate(played, seconds),
+        "live_mean": float(played.live.mean()) if passes else 0.0,
+        "request_seconds": longest_request_seconds(played, seconds),
+        "pass_seconds": float(seconds.mean()) if passes else 0.0,
+        "resource_seconds": {name: float(each.mean()) if passes else 0.0 for name, each in resources.items()},
+        "bottleneck": max(decided, key=decided.__getitem__),
+        "disk_written_bytes": float(np.broadcast_to(played.work.disk_write_bytes, (passes,)).sum()) * scale,
+    }
+
+
+def _full_block_rate(played: Simulation, seconds: npt.NDArray[np.float64]) -> float:
+    """Output tokens/s of the passes in which nearly as many sequences as ever are alive."""
+    full = played.live >= FULL_BLOCK * played.live.max(initial=0)
+    return float(played.live[full].sum() / max(seconds[full].sum(), 1e-9)) if full.any() else 0.0
+
+
+def longest_request_seconds(played: Simulation, seconds: npt.NDArray[np.float64]) -> float:
+    """From a request's first pass to its last, of the one that takes longest."""
+    if not len(played.first_passes):
+        return 0.0
+    until = np.concatenate([[0.0], np.cumsum(seconds)])
+    return float((until[played.end_passes] - until[played.first_passes]).max())

@@ -1,0 +1,344 @@
+"""The policies that there are: points of the unit cube become policies that fit the budgets, or none.
+
+Budgets are hard: every byte is accounted, with everything the process needs beside it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from flexgen.errors import OptionError
+from flexgen.options import TIERS, EngineOptions, parse_placement
+from flexgen.plan.cost import DTYPE_BYTES, memory_bytes, unit_homes
+from flexgen.plan.footprint import RING_UNITS, activation_bytes, footprint, scratch_bytes
+from flexgen.plan.machine import Limits, Machine
+from flexgen.plan.model import ModelSpec
+from flexgen.plan.policy import Fractions, Policy
+from flexgen.plan.search import JobSizes, kv_pools, placed_weights, pool_fractions
+from flexgen.plan.simulate import PAGE_TOKENS
+from flexgen.plan.steady import Room
+from flexgen.plan.workload import Workload
+from flexgen.sizes import GIB, align_up, format_size
+
+# A ring holds what a link delivers in this time, but never more than this share of its tier.
+RING_SECONDS = 0.3
+RING_SHARE = 0.05
+# Live sequences vary around what the pools hold on average.
+SEQUENCE_SLACK = 1.15
+# A smaller share of KV is not worth a folder on disk.
+LEAST_SPILL = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """What is chosen, each from 0 to 1, and what is enumerated.
+
+    Attributes:
+        on_device, on_host: of the weights, how much of what fits there.
+        kv_homes: 0 is the device, 1 the host, between both. kv_disk: the disk's share of KV.
+        quota: prompt tokens per pass, from what replaces half of those that end to a whole block.
+        cap: live sequences, of those that fit. embedding: whether it stays, from a half on.
+    """
+
+    on_device: float
+    on_host: float
+    kv_homes: float
+    kv_disk: float
+    quota: float
+    cap: float
+    embedding: float
+    schedule: str
+    micro_batch_tokens: int
+
+
+AXES = ("on_device", "on_host", "kv_homes", "kv_disk", "quota", "cap", "embedding")
+
+
+class Space:
+    """The policies for one model, machine, job and set of options.
+
+    Raises:
+        OptionError: an option that cannot be honoured on this device.
+    """
+
+    def __init__(
+        self,
+        options: EngineOptions,
+        spec: ModelSpec,
+        machine: Machine,
+        limits: Limits,
+        workload: Workload,
+        process_bytes: int,
+        kv_tiers: Sequence[str],
+    ) -> None:
+        if options.dtype not in DTYPE_BYTES:
+            raise OptionError(f"dtype={options.dtype!r}: a plan needs one of {', '.join(DTYPE_BYTES)}")
+        self.options, self.spec, self.machine, self.limits, self.workload = options, spec, machine, limits, workload
+        self.process_bytes, self.dtype = process_bytes, options.dtype
+        self.on_cpu = limits.device == "cpu"
+        self.computing = "host" if self.on_cpu else "device"
+        self.weights = _pinned("weights", options.weights, limits.device)
+        self.kv = _pinned("kv", options.kv, limits.device)
+        for tier in TIERS:
+            if self.kv is not None and getattr(self.kv, tier) > 0 and tier not in kv_tiers:
+                raise OptionError(f"kv={options.kv!r}: KV can live on {' or '.join(kv_tiers)} here, not on {tier}")
+        self.disk_bytes = limits.disk_bytes if "disk" in kv_tiers and not limits.offload_in_memory else 0
+        there_is = {"device": not self.on_cpu, "host": True, "disk": self.disk_bytes > 0}
+        self.kv_tiers = tuple(tier for tier in TIERS if tier in kv_tiers and there_is[tier])
+        self.sizes = JobSizes(spec, workload, PAGE_TOKENS)
+        # Two layers of all KV on disk are staged: one that is attended to, one on its way.
+        layer = max((group.bytes_per_token for group in spec.kv_groups), default=0)
+        self.staged = 2 * layer / max(spec.kv_bytes_per_token, 1)
+
+    def micro_batches(self) -> list[int]:
+        """The fewest rows at which dense rates are near their best, within reason; smaller ones where those do not fit."""
+        if self.options.micro_batch_tokens is not None:
+            return [self.options.micro_batch_tokens]
+        points = self.machine.dense[self.machine.known(self.dtype)]
+        best = max(rate.best for _, rate in points)
+        favourable = round(min(rows for rows, rate in points if rate.best >= 0.97 * best))
+        first = 512 if self.on_cpu else min(max(favourable, 512), 4096)
+        return [first, *(tokens for tokens in (256, 128, 64, 32) if tokens < first)]
+
+    def schedules(self) -> tuple[str, ...]:
+        """Those to choose from: one micro-batch at a time is for comparisons only."""
+        if self.options.schedule != "auto":
+            return (self.options.schedule,)
+        return ("diagonal",) if self.options.prefill_tokens is not None else ("diagonal", "zigzag")
+
+    def free_axes(self, schedule: str) -> tuple[str, ...]:
+        """What is not pinned, and makes a difference."""
+        free = set(AXES) - {"cap"}
+        if self.weights is not None:
+            free -= {"on_device", "on_host"}
+        if self.on_cpu:
+            free -= {"on_device", "kv_homes"}
+        if self.kv is not None:
+            free -= {"kv_homes", "kv_disk"}
+        elif not {"device", "host"} <= set(self.kv_tiers):
+            free -= {"kv_homes"}
+        if not self.disk_bytes:
+            free -= {"kv_disk"}
+        if schedule != "diagonal" or self.options.prefill_tokens is not None:
+            free -= {"quota"}
+        return tuple(axis for axis in AXES if axis in free)
+
+    def default_homes(self) -> float:
+        """Where KV goes if its homes are not free: the device, unless only the host may have it."""
+        return 0.0 if "device" in self.kv_tiers else 1.0
+
+    def policy(self, point: Point) -> Policy | None:
+        """The policy of a point, or None where it does not fit."""
+        kv_disk = 0.0 if point.kv_disk < LEAST_SPILL else point.kv_disk
+        spills = kv_disk > 0 or (self.kv is not None and self.kv.disk > 0)
+        bare = self._bare(point, spills=spills)
+        weights = self.weights or self._place(bare, point.on_device, point.on_host)
+        draft = self._draft(weights, point.schedule, point.micro_batch_tokens, bare.prefill_tokens, spills=spills)
+        if point.schedule == "diagonal" and self.options.prefill_tokens is None:
+            pool_bytes = sum(self._pools(self._free(draft), point.kv_homes, kv_disk).values())
+            prefill_tokens = self.sizes.quota(pool_bytes, point.quota)
+            draft = self._draft(weights, point.schedule, point.micro_batch_tokens, prefill_tokens, spills=spills)
+        # Rows are gathered as long as any unit streams: the same bytes of units save more reading.
+        draft = dataclasses.replace(draft, embedding_resident=point.embedding >= 0.5 and draft.weights.disk == 0)
+        free = self._free(draft)
+
+        def free_for(max_num_seqs: int) -> dict[str, int]:
+            grown = self._for(draft, max_num_seqs).workspace_bytes - draft.workspace_bytes
+            return {tier: size - grown * (tier == self.computing) for tier, size in free.items()}
+
+        def is_fed(number: int) -> bool:
+            left = free_for(number)
+            return min(left.values()) >= 0 and self._fed(self._pools(left, point.kv_homes, kv_disk)) >= number
+
+        max_num_seqs = self.options.max_num_seqs or max(round(point.cap * _largest(len(self.workload), is_fed)), 1)
+        pools = self._pools(free_for(max_num_seqs), point.kv_homes, kv_disk)
+        if min(free_for(max_num_seqs).values()) < 0 or max(pools.values()) < self.sizes.smallest:
+            return None
+        found = {f"kv_{tier}_bytes": size for tier, size in pools.items()}
+        found["kv_staging_bytes"] = draft.kv_staging_bytes + int(self.staged * pools["disk"])
+        found["longest_sequence"] = self.sizes.longest
+        if self.options.prefill_tokens is None:
+            found["prefill_tokens"] = min(draft.prefill_tokens, max_num_seqs * self.sizes.longest_prompt)
+        return dataclasses.replace(self._for(draft, max_num_seqs), kv=self.kv or pool_fractions(pools), **found)
+
+    def room(self, point: Point, *, spills: bool) -> tuple[Policy, Room]:
+        """A policy of one sequence with all weights on disk, and what that leaves for weights and KV."""
+        bare = self._bare(point, spills=spills)
+        many = 1024
+        grown = (self._for(bare, 1 + many).workspace_bytes - bare.workspace_bytes) / many
+        free = self._free(bare)
+        return bare, Room(
+            memory_bytes={"device": free["device"], "host": free["host"], "disk": self.disk_bytes},
+            sequence_bytes={self.computing: grown},
+            kv_bytes=self.sizes.mean,
+            staged=self.staged,
+        )
+
+    def place_like(self, point: Point, weights: Mapping[str, float], *, spills: bool) -> Point:
+        """The point whose weights have about these shares."""
+        whole = max(sum(memory_bytes(unit) for unit in self.spec.units), 1)
+        room = self._weights_room(self._bare(point, spills=spills), 1.0)
+        device = min(max(room["device"], 0.0) / whole, 1.0)
+        on_device = min(weights.get("device", 0.0) / device, 1.0) if device else 0.0
+        host = min(max(room["host"], 0.0) / whole, 1.0 - on_device * device)
+        return dataclasses.replace(point, on_device=on_device, on_host=min(weights.get("host", 0.0) / host, 1.0) if host > 1e-9 else 0.0)
+
+    def _bare(self, point: Point, *, spills: bool) -> Policy:
+        prefill_tokens = self.options.prefill_tokens or self._least_quota(point.schedule, point.micro_batch_tokens)
+        return self._draft(Fractions(disk=1.0), point.schedule, point.micro_batch_tokens, prefill_tokens, spills=spills)
+
+    def _least_quota(self, schedule: str, micro_batch_tokens: int) -> int:
+        """Prompt tokens that a pass admits at the least: a zigzag block enters at once, a row is one micro-batch."""
+        return {"diagonal": 1, "zigzag": self.sizes.prompt_tokens, "row": micro_batch_tokens}[schedule]
+
+    def _fed(self, pools: dict[str, int]) -> int:
+        """About how many sequences these pools keep alive."""
+        return math.ceil(self.sizes.block(sum(pools.values())) * SEQUENCE_SLACK)
+
+    def _draft(self, weights: Fractions, schedule: str, micro_batch_tokens: int, prefill_tokens: int, *, spills: bool) -> Policy:
+        """A policy with everything but KV, for one sequence; if it `spills`, with staging for a prompt's KV on disk."""
+        homes = unit_homes(self.spec, weights)
+        from_disk = [unit.disk_bytes for unit, home in zip(self.spec.units, homes, strict=True) if home == "disk"]
+        over_link = [unit.decoded_bytes for unit, home in zip(self.spec.units, homes, strict=True) if home != "device" and not self.on_cpu]
+        draft = Policy(
+            device=self.limits.device,
+            dtype=self.dtype,
+            weights=weights,
+            kv=self.kv or Fractions(host=1.0 - spills, disk=float(spills)),
+            kv_device_bytes=0,
+            kv_host_bytes=0,
+            kv_disk_bytes=0,
+            host_ring_bytes=_ring(from_disk, self.machine.disk_read.best * RING_SECONDS, self.limits.host_bytes),
+            kv_staging_bytes=self.sizes.layer * spills,
+            device_ring_bytes=_ring(over_link, 0, self.limits.device_bytes),
+            workspace_bytes=0,
+            embedding_resident=False,
+            schedule=schedule,
+            max_num_seqs=1,
+            prefill_tokens=prefill_tokens,
+            micro_batch_tokens=micro_batch_tokens,
+            page_tokens=PAGE_TOKENS,
+            compute_threads=self.machine.cores,
+            io_threads=2 if self.machine.cores <= 4 else 4,
+        )
+        scratch = scratch_bytes(self.spec, homes) if self.on_cpu else 0
+        return dataclasses.replace(draft, workspace_bytes=self._activations(draft, 1) + scratch)
+
+    def _activations(self, draft: Policy, max_num_seqs: int) -> int:
+        return align_up(activation_bytes(self.spec, self.sizes, dataclasses.replace(draft, max_num_seqs=max_num_seqs)), 4096)
+
+    def _for(self, draft: Policy, max_num_seqs: int) -> Policy:
+        """The draft with the workspace of so many sequences."""
+        grown = self._activations(draft, max_num_seqs) - self._activations(draft, draft.max_num_seqs)
+        return dataclasses.replace(draft, max_num_seqs=max_num_seqs, workspace_bytes=draft.workspace_bytes + grown)
+
+    def _free(self, draft: Policy) -> dict[str, int]:
+        """Bytes left in memory."""
+        used = footprint(draft, self.spec, self.limits, process_bytes=self.process_bytes)
+        budgets = {"device": self.limits.device_bytes, "host": self.limits.host_bytes}
+        return {tier: budget - sum(used.get(tier, {}).values()) for tier, budget in budgets.items()}
+
+    def _place(self, bare: Policy, on_device: float, on_host: float) -> Fractions:
+        """Shares of what is left for weights beside the rings and the KV of one request; all of them where that fits."""
+        room = self._weights_room(bare, on_device)
+        placed = placed_weights(self.spec, self.limits.device, room["device"], room["host"], on_device, on_host)
+        homes = set(unit_homes(self.spec, placed))
+        lived = {tier: share for tier, share in dataclasses.asdict(placed).items() if tier in homes}  # no share without a unit
+        return Fractions(**{tier: share / sum(lived.values()) for tier, share in lived.items()})
+
+    def _weights_room(self, bare: Policy, on_device: float) -> dict[str, float]:
+        """Bytes per tier that weights may take."""
+        room: dict[str, float] = {**self._free(bare)}
+        room[self.computing] -= self.sizes.largest
+        drafted = (bare.schedule, bare.micro_batch_tokens, bare.prefill_tokens)
+        whole = self._draft(Fractions(**{self.computing: 1.0}), *drafted, spills=False)
+        if self._free(whole)[self.computing] >= self.sizes.largest:
+            room[self.computing] = sum(memory_bytes(unit) for unit in self.spec.units)
+        elif not self.on_cpu:
+            # What the device does not hold may fit on the host, which then needs no staging.
+            rest = placed_weights(self.spec, self.limits.device, room["device"], math.inf, on_device, 1.0)
+            beside = self._draft(rest, *drafted, spills=bare.kv_staging_bytes > 0)
+            room["host"] = math.inf if self._free(beside)["host"] >= 0 else room["host"]
+        return room
+
+    def _pools(self, free: dict[str, int], kv_homes: float, kv_disk: float) -> dict[str, int]:
+        """Pool bytes per tier; no more than all requests can need."""
+        if self.kv is None:
+            pools = kv_pools(free, self.disk_bytes, kv_homes, kv_disk, staged=self.staged)
+        else:
+            pools = self._pinned_pools(self.kv, {tier: max(size, 0) for tier, size in free.items()})
+        # A sequence lives in one tier, so each tier may leave a gap of almost the largest.
+        enough = self.sizes.all + self.sizes.largest * sum(size > 0 for size in pools.values())
+        share = min(enough / max(sum(pools.values()), 1), 1.0)
+        return {tier: int(size * share) for tier, size in pools.items()}
+
+    def _pinned_pools(self, kv: Fractions, free: dict[str, int]) -> dict[str, int]:
+        """The largest pools in the given proportion; those on disk take staging, or all of a folder in memory, from the host's."""
+        host = kv.host + kv.disk * (self.staged + self.limits.offload_in_memory)
+        totals = [free["host"] / host] if host else []
+        totals += [free["device"] / kv.device] if kv.device else []
+        totals += [self.limits.disk_bytes / kv.disk] if kv.disk else []
+        return {tier: int(getattr(kv, tier) * min(totals)) for tier in TIERS}
+
+    def lacking(self, kv_bytes: int) -> list[str]:
+        """Per tier that is too small, what the smallest plan there is needs, with one request of `kv_bytes`."""
+        schedule, micro_batch_tokens = self.schedules()[0], self.micro_batches()[-1]
+        prefill_tokens = self.options.prefill_tokens or self._least_quota(schedule, micro_batch_tokens)
+        spills = self.kv is not None and self.kv.disk > 0
+        draft = self._draft(self.weights or Fractions(disk=1.0), schedule, micro_batch_tokens, prefill_tokens, spills=spills)
+        draft = self._for(draft, self.options.max_num_seqs or 1)
+        kv_shares = self.kv or Fractions(**{self.computing: 1.0})
+        used = footprint(draft, self.spec, self.limits, process_bytes=self.process_bytes)
+        lines: list[str] = []
+        for tier, budget in (("host", self.limits.host_bytes), ("device", self.limits.device_bytes)):
+            parts = used.get(tier, {}) | {"KV of one request": math.ceil(kv_bytes * getattr(kv_shares, tier))}
+            needed = sum(parts.values())
+            if needed > budget and tier in used:
+                listed = ", ".join(f"{name} {format_size(size)}" for name, size in parts.items() if size)
+                lines.append(
+                    f"{self.spec.name} needs at least {needed / GIB:.2f} GiB of {tier} memory ({listed}), {budget / GIB:.2f} GiB are in "
+                    f"the budget, {(needed - budget) / GIB:.2f} GiB are missing: raise --{tier}-mem{self._advice(tier)}"
+                )
+        return lines
+
+    def no_pool(self) -> str:
+        """Why no request has room for its KV, where everything else fits."""
+        return (
+            f"the KV cache of the smallest request needs {self.sizes.smallest / GIB:.2f} GiB in one tier, and none has them to spare: "
+            f"raise --{self.computing}-mem{self._advice('disk')}"
+        )
+
+    def _advice(self, tier: str) -> str:
+        options = self.options
+        pins = {"--weights": self.weights, "--kv": self.kv}
+        advice = [f"give {tier} a smaller share in {flag}" for flag, pin in pins.items() if pin is not None and getattr(pin, tier) > 0]
+        for name in ("max_num_seqs", "prefill_tokens", "micro_batch_tokens"):
+            if getattr(options, name) is not None:
+                advice.append(f"lower --{name.replace('_', '-')}")
+        return "".join(f", or {each}" for each in [*advice, "shorten the longest prompts"])
+
+
+def _pinned(name: str, text: str | None, device: str) -> Fractions | None:
+    if text is None:
+        return None
+    shares = parse_placement(text, name=name)
+    if device == "cpu" and shares["device"] > 0:
+        raise OptionError(f"{name}={text!r}: on a CPU device there is no device tier; divide between host and disk")
+    return Fractions(**shares)
+
+
+def _ring(streamed: Sequence[int], wanted: float, tier_bytes: int) -> int:
+    """A few units, and a while of the link where there is room, but no more than what streams."""
+    return align_up(min(max(RING_UNITS * max(streamed, default=0), int(min(wanted, RING_SHARE * tier_bytes))), sum(streamed)), 4096)
+
+
+def _largest(most: int, holds: Callable[[int], bool]) -> int:
+    """The largest number from 1 to `most` for which `holds`, which no longer does once it does not."""
+    low, high = 1, most
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if holds(middle) else (low, middle - 1)
+    return low

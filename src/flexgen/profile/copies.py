@@ -1,0 +1,43 @@
+"""How fast memory is read, bytes are copied to a device and back, and stored numbers are made numbers to compute with."""
+
+from __future__ import annotations
+
+import torch
+
+from flexgen.plan.machine import Rate
+from flexgen.profile.compute import wait
+from flexgen.profile.timing import measured_rate
+from flexgen.sizes import MIB
+
+STORED_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def memory_rate(max_bytes: int, seconds: float) -> Rate:
+    """Bytes per second that all cores read together."""
+    data = torch.ones(max_bytes // 4, dtype=torch.float32)
+    return max((measured_rate(data.nbytes, run, seconds / 2) for run in (data.sum, data.max)), key=lambda rate: rate.typical)
+
+
+def copy_rates(device: str, max_bytes: int, seconds: float) -> tuple[Rate | None, Rate | None]:
+    """(host to device, device to host) bytes per second; None without a separate device."""
+    if device == "cpu":
+        return None, None
+    size = min(max_bytes // 2, 64 * MIB)
+    host = torch.empty(size, dtype=torch.uint8, pin_memory=device == "cuda").fill_(1)
+    other = torch.empty(size, dtype=torch.uint8, device="cuda" if device == "cuda" else "cpu").fill_(1)
+    to_device = measured_rate(size, lambda: wait(other.copy_(host)), seconds / 2)
+    to_host = measured_rate(size, lambda: wait(other, host.copy_(other)), seconds / 2)
+    return to_device, to_host
+
+
+def cast_rates(dtype: torch.dtype, max_bytes: int, seconds: float) -> dict[str, Rate]:
+    """ "stored computed" -> bytes/s that the decode stage of stored numbers yields."""
+    rates: dict[str, Rate] = {}
+    elements = max_bytes // 16
+    computed = torch.empty(elements, dtype=dtype)
+    for stored in STORED_DTYPES:
+        if stored != dtype:
+            source = torch.ones(elements, dtype=stored)
+            name = f"{stored} {dtype}".replace("torch.", "")
+            rates[name] = measured_rate(computed.nbytes, lambda source=source: computed.copy_(source), seconds / len(STORED_DTYPES))
+    return rates
