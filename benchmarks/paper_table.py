@@ -2,7 +2,7 @@
 
     python benchmarks/paper_table.py
 
-Nothing runs but equations and linear programs; it takes about half a minute.
+Nothing runs but equations and linear programs: no model, no device, about half a minute.
 """
 
 from __future__ import annotations

@@ -125,7 +125,7 @@ class PaperVariant:
         activations_on_disk: whether hidden states may live there.
         host_holds_answers_in_prefill: whether the KV of all n tokens counts on the host from the start.
         scratch: stages of temporary device bytes in the prefill and in decode, no two of which exist at once.
-        small_gpu_batches, gpu_batch_step: sizes that the search tries, then multiples of the step (0: powers of two).
+        small_gpu_batches, gpu_batch_step: sizes that the search tries, then multiples of the step (0: powers of two from 4).
         most_gpu_batches: of a block, None for as many as fit.
         stops_at_first_drop: whether the search adds GPU batches only as long as throughput rises.
     """
