@@ -34,9 +34,12 @@ from flexgen.plan.policy import Policy
 from flexgen.plan.workload import Workload
 from flexgen.profile.limits import find_limits
 from flexgen.profile.measure import cached_machine
-from flexgen.sizes import MIB, format_size
+from flexgen.sizes import GIB, MIB, format_size
 
 logger = logging.getLogger(__name__)
+
+# From this size of weights on, half a minute of measuring is little beside the run.
+THOROUGH_BYTES = 1 * GIB
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +78,9 @@ def prepare(files: ModelFiles, options: EngineOptions, workload: Workload) -> Pr
         if dummy_folder is not None:
             limits = replace(limits, disk_bytes=max(limits.disk_bytes - model.total_bytes, 0))
         model = replace(model, spec=replace(model.spec, name=files.name))
-        machine = cached_machine(limits.device, options.dtype, model.layouts[0].extents[0].path.parent, max_bytes=128 * MIB, quick=True)
+        weights = model.layouts[0].extents[0].path.parent
+        quick = model.total_bytes < THOROUGH_BYTES
+        machine = cached_machine(limits.device, options.dtype, weights, max_bytes=128 * MIB, quick=quick)
         _warm_up_kernels(dtype)
         process_bytes = psutil.Process().memory_info().rss
         if options.verify_reads:

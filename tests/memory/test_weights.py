@@ -265,6 +265,20 @@ def test_close_while_reads_are_in_flight(written: Written, monkeypatch: pytest.M
     assert not any(thread.is_alive() for thread in threads)
 
 
+@pytest.mark.parametrize("device", [False, True])
+def test_a_signal_while_a_link_starts(written: Written, monkeypatch: pytest.MonkeyPatch, device: bool) -> None:
+    opened = Opened(written, ["disk"] * NUM_UNITS, device)
+
+    def interrupted(self: threading.Thread) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            opened.store.start()
+    opened.__exit__()
+
+
 def test_units_come_in_order_only(written: Written) -> None:
     with Opened(written, ["disk"] * NUM_UNITS, False) as opened:
         opened.wait(0)

@@ -379,7 +379,8 @@ class WeightStore:
             self._closing = True
             self._lock.notify_all()
         for thread in self._threads:
-            thread.join()
+            if thread.is_alive():  # a signal may have come before it was
+                thread.join()
         for visit in [*self._reading, *self._ready]:
             if visit.ticket is not None:
                 visit.ticket.settle()

@@ -51,9 +51,7 @@ def find_limits(
         CapacityError: a budget larger than the hard limit above it.
     """
     cuda_memory = cuda_memory or _cuda_memory
-    device = options.device
-    if device == "auto":
-        device = "cuda" if cuda_memory() is not None else "cpu"
+    device = find_device(options.device, cuda_memory)
     ceilings = list(_host_ceilings(root, _rlimits() if rlimits is None else rlimits))
     hard = min(ceilings, key=lambda ceiling: ceiling.total_bytes)
     tightest = min(ceilings, key=lambda ceiling: ceiling.available_bytes)
@@ -75,6 +73,13 @@ def find_limits(
         offload_dir=str(folder),
         offload_in_memory=in_memory,
     )
+
+
+def find_device(wanted: str, cuda_memory: Callable[[], tuple[int, int] | None] | None = None) -> str:
+    """What "auto" means here."""
+    if wanted != "auto":
+        return wanted
+    return "cuda" if (cuda_memory or _cuda_memory)() is not None else "cpu"
 
 
 # Host memory

@@ -140,20 +140,36 @@ def cached_machine(
     Args:
         cache_dir: None is ~/.cache/flexgen.  A cache that cannot be read or written is done without.
     """
-    key = machine_key(device, dtype, folder)
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    path = (cache_dir or Path.home() / ".cache" / "flexgen") / f"machine-{digest}.json"
+    path, key = _place(device, dtype, folder, cache_dir)
     if not again and (machine := _load(path, key, quick)) is not None:
         return machine
     machine = measure(device, [dtype], folder, quick=quick, max_bytes=max_bytes)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = path.with_suffix(f".{os.getpid()}")
-        fresh.write_text(json.dumps({"key": key, "quick": quick, "machine": json.loads(machine.to_json())}, indent=2))
-        fresh.replace(path)
-    except OSError as error:
-        logger.warning("the machine's rates are not kept: %s", error)
+    keep(machine, [dtype], folder, cache_dir=cache_dir, quick=quick)
     return machine
+
+
+def keep(machine: Machine, dtypes: Sequence[str], folder: Path, *, cache_dir: Path | None = None, quick: bool = False) -> list[Path]:
+    """Have later runs find what was measured: a file per dtype; none where they cannot be written."""
+    kept: list[Path] = []
+    for dtype in dtypes:
+        path, key = _place(machine.device, dtype, folder, cache_dir)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            fresh = path.with_suffix(f".{os.getpid()}")
+            fresh.write_text(json.dumps({"key": key, "quick": quick, "machine": json.loads(machine.to_json())}, indent=2))
+            fresh.replace(path)
+        except OSError as error:
+            logger.warning("the machine's rates are not kept: %s", error)
+        else:
+            kept.append(path)
+    return kept
+
+
+def _place(device: str, dtype: str, folder: Path, cache_dir: Path | None) -> tuple[Path, dict[str, str | int]]:
+    """(file, key) of what is kept."""
+    key = machine_key(device, dtype, folder)
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    return (cache_dir or Path.home() / ".cache" / "flexgen") / f"machine-{digest}.json", key
 
 
 def machine_key(device: str, dtype: str, folder: Path) -> dict[str, str | int]:
@@ -165,6 +181,7 @@ def machine_key(device: str, dtype: str, folder: Path) -> dict[str, str | int]:
         "cores": num_cores(),
         "file_system": folder.stat().st_dev if folder.is_dir() else writable(folder).stat().st_dev,
         "torch": torch.__version__,
+        "numba": metadata.version("numba"),
         "dtype": dtype,
         "device": device,
         "version": 3,

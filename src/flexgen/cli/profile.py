@@ -1,0 +1,89 @@
+"""`flexgen profile`: how fast this machine is, measured thing by thing."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from flexgen.cli.exit_codes import ExitCode
+from flexgen.cli.options import check_file, command
+from flexgen.errors import OptionError
+from flexgen.options import DEVICES, DTYPES
+from flexgen.sizes import format_size
+
+if TYPE_CHECKING:
+    from flexgen.plan.machine import Machine, Rate
+
+# From here on, what others did meanwhile shows in the figures.
+BUSY_CORES = 0.3
+
+
+@command
+def profile(
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Whose disk to measure: where weights stream from.", exists=True, file_okay=False)
+    ] = Path(),
+    device: Annotated[str, typer.Option(metavar="|".join(DEVICES), help="Where matrix products run.")] = "auto",
+    dtype: Annotated[
+        list[str] | None, typer.Option(metavar="|".join(DTYPES[1:]), help="To measure in; may be repeated. Default: what runs here use.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the rates as JSON, for --machine.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="In a third of the time.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> int:
+    """Measure this machine: disk, memory, links, matrix products, attention,
+    and what a pass costs by itself. Half a minute; runs use what is kept
+    until hardware or versions change.
+    """
+    from flexgen.profile.limits import find_device
+    from flexgen.profile.measure import keep, measure
+
+    check_file(output, "--output")
+    if device not in DEVICES:
+        raise OptionError(f"--device {device!r} is unknown; known: {', '.join(DEVICES)}")
+    device = find_device(device)
+    dtypes = tuple(dtype or ("bfloat16", "float16" if device == "cuda" else "float32"))
+    if unknown := [name for name in dtypes if name not in DTYPES[1:]]:
+        raise OptionError(f"--dtype {unknown[0]!r} is unknown; known: {', '.join(DTYPES[1:])}")
+    machine = measure(device, dtypes, folder, quick=quick)
+    for path in keep(machine, dtypes, folder, quick=quick):
+        print(f"kept in {path}", file=sys.stderr)
+    if output is not None:
+        output.write_text(machine.to_json() + "\n")
+    print(machine.to_json() if as_json else format_machine(machine))
+    return ExitCode.ALL_ANSWERED
+
+
+def format_machine(machine: Machine) -> str:
+    """A line per thing measured: median, best, spread."""
+    lines = [f"{machine.name} ({machine.origin} {machine.date}), {format_size(machine.host_bytes)} of memory"]
+    lines += [_line("disk read", machine.disk_read, "B/s"), _line("disk write", machine.disk_write, "B/s")]
+    lines.append(f"{'reading takes':<32}{machine.disk_core_seconds_per_byte * 1e9:10.3f} core-seconds per GB")
+    lines.append(_line("memory read", machine.host_memory, "B/s"))
+    links = {"host to device": machine.host_to_device, "device to host": machine.device_to_host}
+    lines += [_line(name, rate, "B/s") for name, rate in links.items() if rate is not None]
+    for dtype, curve in machine.dense.items():
+        lines += [_line(f"linear, {dtype}, {rows:.0f} rows", rate, "FLOP/s") for rows, rate in curve]
+    lines += [_line(f"prompt attention, {dtype}", rate, "FLOP/s") for dtype, rate in machine.attention.items()]
+    for place, curves in machine.decode_attention.items():
+        for dtype, curve in curves.items():
+            lines += [_line(f"KV on {place}, {dtype}, {ratio:g} FLOP/B", rate, "B/s") for ratio, rate in curve]
+    lines += [_line(f"elementwise, {dtype}", rate, "B/s") for dtype, rate in machine.elementwise.items()]
+    lines += [_line(f"cast {cast.replace(' ', ' to ')}", rate, "B/s") for cast, rate in machine.casts.items()]
+    costs = machine.overheads
+    lines.append(
+        f"a pass by itself {costs.per_pass * 1e3:.2f} ms; per sequence {costs.per_sequence * 1e6:.0f} µs, per streamed unit "
+        f"{costs.per_unit * 1e6:.0f} µs, per layer and micro-batch {costs.per_layer_and_micro_batch * 1e6:.0f} µs, "
+        f"per gathered row {costs.per_gathered_row * 1e6:.1f} µs"
+    )
+    if machine.busy_cores > BUSY_CORES:
+        lines.append(f"other programs kept {machine.busy_cores:.1f} cores busy meanwhile: measure again when they are done")
+    return "\n".join(lines)
+
+
+def _line(what: str, rate: Rate, unit: str) -> str:
+    giga = 1e9
+    return f"{what:<32}{rate.typical / giga:10.2f} G{unit:<7} best {rate.best / giga:10.2f}   spread {rate.spread:4.0%}"
