@@ -144,7 +144,7 @@ def test_several_answers_to_each_prompt(llm: LLM, engines: list[FakeEngine]) -> 
     first, second = [[answer.text for answer in output.outputs] for output in outputs]
     assert first == [fake_text("ab", 4, seed=derive_seed(0, index), greedy=False) for index in (0, 1)]
     assert second == [fake_text("cd", 5, seed=choice_seed(9, choice), greedy=False) for choice in (0, 1, 2)]
-    assert engines[0].workload == Workload(prompt_lens=(2,) * 5, output_lens=(4, 4, 5, 5, 5))
+    assert engines[0].workload == Workload(prompt_lens=(2,) * 5, output_lens=(4, 4, 5, 5, 5), may_end_early=True)
     assert [output.request_id for output in llm.generate(["ab", "ab"], GREEDY)] == ["5", "6"]
 
 
@@ -288,7 +288,7 @@ def test_the_engine_opens_late_and_stays(llm: LLM, engines: list[FakeEngine]) ->
     llm.generate(["ab", "cd"], GREEDY)
     llm.generate("ab", GREEDY)
     assert len(engines) == 1
-    assert engines[0].workload == Workload(prompt_lens=(2, 2), output_lens=(5, 5))
+    assert engines[0].workload == Workload(prompt_lens=(2, 2), output_lens=(5, 5), may_end_early=True)
 
 
 def workload(count: int, prompt: int = 10, output: int = 10) -> Workload:

@@ -164,6 +164,7 @@ class LLM:
         workload = Workload(
             prompt_lens=tuple(len(request.prompt_token_ids) for request in requests),
             output_lens=tuple(request.max_tokens for request in requests),
+            may_end_early=any(request.may_end_early for request in requests),
         )
         results = {result.index: result for result in _with_bar(self.stream(requests, workload), len(requests), use_tqdm)}
         return [

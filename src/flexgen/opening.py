@@ -57,6 +57,7 @@ class Prepared:
     limits: Limits
     policy: Policy
     forecast: Forecast
+    workload: Workload
     process_bytes: int
     dummy_folder: OffloadFolder | None
     verify_reads: bool
@@ -92,8 +93,8 @@ def prepare(files: ModelFiles, options: EngineOptions, workload: Workload) -> Pr
             dummy_folder.remove()
         raise
     return Prepared(
-        model=model, machine=machine, limits=limits, policy=solution.policy, forecast=expected, process_bytes=process_bytes,
-        dummy_folder=dummy_folder, verify_reads=options.verify_reads,
+        model=model, machine=machine, limits=limits, policy=solution.policy, forecast=expected, workload=workload,
+        process_bytes=process_bytes, dummy_folder=dummy_folder, verify_reads=options.verify_reads,
     )  # fmt: skip
 
 
@@ -140,6 +141,7 @@ def _construct(prepared: Prepared, undo: contextlib.ExitStack) -> Engine:
         device_budget_bytes=limits.device_bytes,
         budgets=budgets_of(limits, model.spec, prepared.process_bytes),
         forecast=prepared.forecast,
+        workload=prepared.workload,
     )
     offload_dir = offload.path if offload is not None else None
     return Engine(

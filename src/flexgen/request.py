@@ -247,6 +247,11 @@ class TokenRequest:
     stops: Stops | None = None
     generated: Generated = Generated()
 
+    @property
+    def may_end_early(self) -> bool:
+        """Whether the answer may have fewer than `max_tokens`."""
+        return (bool(self.stop_token_ids) or self.stops is not None) and self.min_tokens < self.max_tokens
+
     def __post_init__(self) -> None:
         if self.num_logprobs is not None and self.generated.token_ids and self.generated.logprobs is None:
             raise ValueError("logprobs are asked for, and those of the tokens generated before are missing")

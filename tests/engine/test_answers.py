@@ -73,12 +73,3 @@ def test_logprobs_go_on_after_an_earlier_run_s() -> None:
     made = Sequence(TokenRequest(index=0, prompt_token_ids=(1,), max_tokens=2, num_logprobs=0, generated=earlier), 2)
     made.append(4, second)
     assert made.so_far() == Generated(token_ids=(3, 4), logprobs=(first, second))
-
-
-def test_progress_is_of_this_run() -> None:
-    made = sequence(earlier=(3, 4))
-    shares = [made.progress]
-    for token_id in (5, 6, 7):
-        made.append(token_id)
-        shares.append(made.progress)
-    assert shares == pytest.approx([0, 1 / 3, 2 / 3, 1])

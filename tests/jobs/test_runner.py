@@ -116,7 +116,7 @@ def test_a_job(llm: LLM, tmp_path: Path, output: Path, engines: list[FakeEngine]
     assert batch["chat"]["response"]["body"]["error"]["param"] == "messages"
     assert (flat[7]["text"], len(flat[7]["token_ids"])) == (fake_text("abc", 3, seed=9, greedy=False), 3)
     assert flat[8]["text"] == fake_text("abcd", CONTEXT - 4, seed=derive_seed(0, index_of(8)), greedy=False)
-    assert engines[0].workload == Workload(prompt_lens=(3, 2, 3, 3, 4), output_lens=(4, 3, 16, 3, 60))
+    assert engines[0].workload == Workload(prompt_lens=(3, 2, 3, 3, 4), output_lens=(4, 3, 16, 3, 60), may_end_early=True)
 
 
 def test_requests_are_pulled_as_the_engine_asks(llm: LLM, tmp_path: Path, output: Path, engines: list[FakeEngine]) -> None:
@@ -192,7 +192,7 @@ def test_nothing_to_answer(llm: LLM, tmp_path: Path, output: Path, engines: list
 def test_a_dry_scan_writes_nothing(llm: LLM, tmp_path: Path) -> None:
     source = write(tmp_path / "in.jsonl", {"prompt": "abc"}, "bad")
     job = Job(llm, source, None, defaults=DEFAULTS)
-    assert job.scan() == Workload(prompt_lens=(3,), output_lens=(61,))
+    assert job.scan() == Workload(prompt_lens=(3,), output_lens=(61,), may_end_early=True)
     assert (job.num_lines, job.num_bad_lines) == (2, 1)
     assert list(tmp_path.iterdir()) == [source]
 
@@ -449,7 +449,7 @@ def test_what_is_generated_already_is_part_of_the_prompt_to_plan_for(llm: LLM, t
     with pytest.raises(Stopped), opened(llm, source, tmp_path / "out.jsonl", stop=StopAfter(2)) as job:
         job.run(job.scan())
     with opened(llm, source, tmp_path / "out.jsonl") as job:
-        assert job.scan() == Workload(prompt_lens=(3 + 3,), output_lens=(20 - 3,))
+        assert job.scan() == Workload(prompt_lens=(3 + 3,), output_lens=(20 - 3,), may_end_early=True)
 
 
 @pytest.mark.parametrize("error", [MemoryError("no more"), RuntimeError("DefaultCPUAllocator: can't allocate memory"), ValueError("else")])

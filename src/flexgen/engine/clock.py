@@ -48,20 +48,18 @@ class ProgressClock:
     def due(self) -> bool:
         return self._report is not None and time.perf_counter() - self._last >= PROGRESS_SECONDS
 
-    def tell(self, counts: RunCounts, trace: Trace, moved: dict[str, int], begun: float, num_live: int, unit: tuple[int, int]) -> None:
+    def tell(
+        self, counts: RunCounts, trace: Trace, moved: dict[str, int], left: float | None, num_live: int, unit: tuple[int, int]
+    ) -> None:
         """Report a snapshot.
 
         Args:
-            moved: link -> bytes since the run began. begun: live answers, in units of whole ones.
+            moved: link -> bytes since the run began. left: seconds that the run takes from the end of the last pass on, if that is known.
             unit: (unit within the pass, units of a pass).
         """
         assert self._report is not None
         now = time.perf_counter()
         elapsed, since = now - self._begin, max(now - self._last, 1e-9)
-        done = counts.requests + begun
-        left = None
-        if self._num_requests and done > 0:
-            left = elapsed * (self._num_requests - done) / done
         self._report(
             Progress(
                 elapsed_seconds=elapsed,
@@ -72,7 +70,7 @@ class ProgressClock:
                 output_tokens=self._output_tokens,
                 prompt_tokens_per_s=self._prompt_tokens / max(elapsed, 1e-9),
                 output_tokens_per_s=self._output_tokens / max(elapsed, 1e-9),
-                eta_seconds=left,
+                eta_seconds=None if left is None else max(left - (elapsed - trace.seconds), 0.0),
                 pass_index=trace.num_passes,
                 unit=unit[0],
                 num_units=unit[1],

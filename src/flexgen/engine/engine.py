@@ -45,6 +45,7 @@ from flexgen.plan.expect import Expectation
 from flexgen.plan.forecast import forecast_again
 from flexgen.plan.machine import Machine
 from flexgen.plan.policy import Policy
+from flexgen.plan.remaining import RemainingTime
 from flexgen.plan.workload import Workload
 from flexgen.request import Live, TokenRequest, TokenResult
 
@@ -83,7 +84,7 @@ class Engine:
         self.policy, self.machine, self.spec = policy, machine, model.spec
         self.model = model
         self._context, self._temporary = context, tuple(temporary)
-        self.forecast = context.forecast if context is not None else None
+        self.forecast, self._workload = (context.forecast, context.workload) if context is not None else (None, None)
         self.load_seconds = 0.0
         self._previous_threads = torch.get_num_threads()
         self._device = backend.device if backend is not None else torch.device("cpu")
@@ -120,6 +121,7 @@ class Engine:
         self.answers = Answers()
         self._bytes_before: dict[str, int] = {}
         self._busy_before = 0.0
+        self._remaining: RemainingTime | None = None
         self._elapsed_seconds = 0.0
         self._clock = ProgressClock()
         self._started = False
@@ -218,9 +220,13 @@ class Engine:
         self.trace = Trace(self._expectation, self.policy)
         self.answers = Answers()
         self._bytes_before, self._busy_before = self._bytes_total(), self._io.busy_seconds
+        self._remaining = None
+        if self.forecast is not None and self._workload is not None:
+            self._remaining = RemainingTime(self.forecast, self.policy, self._expectation, self._workload)
 
     def expect(self, workload: Workload) -> None:
         """Tell what comes next, if it is another job than the one that the engine was opened for."""
+        self._workload = workload
         if self.forecast is not None:
             self.forecast = forecast_again(self.forecast, self.policy, self._expectation, workload)
 
@@ -313,6 +319,8 @@ class Engine:
             sequence.kv = None
         if end.error is None:
             self._forecast.observe(sequence.num_generated)
+            if self._remaining is not None:
+                self._remaining.finished(sequence.num_generated - sequence.num_resumed)
         return self.answers.finish(sequence, end)
 
     # ------------------------------------------------------------------ one pass
@@ -414,8 +422,8 @@ class Engine:
 
     def _on_unit(self, unit: int) -> None:
         if self._clock.due():
-            begun = sum(each.progress for each in self._live)
-            self._clock.tell(self.answers.counts, self.trace, self.bytes_moved(), begun, len(self._live), (unit, len(self.model.layouts)))
+            left = self._remaining.seconds(self.trace.seconds, self.trace.expected_seconds) if self._remaining is not None else None
+            self._clock.tell(self.answers.counts, self.trace, self.bytes_moved(), left, len(self._live), (unit, len(self.model.layouts)))
 
 
 class _Unfinished:

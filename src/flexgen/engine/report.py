@@ -28,7 +28,7 @@ class RunContext:
     """What the report needs to know beyond the trace.
 
     Attributes:
-        budgets: what the least ideal time may use. forecast: what was expected before the first pass.
+        budgets: what the least ideal time may use. forecast: what was expected before the first pass, of `workload`.
     """
 
     model: str
@@ -36,6 +36,7 @@ class RunContext:
     device_budget_bytes: int
     budgets: Budgets
     forecast: Forecast | None = None
+    workload: Workload | None = None
 
 
 def make_report(engine: Engine, context: RunContext, elapsed_seconds: float) -> RunReport:

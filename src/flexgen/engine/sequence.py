@@ -61,11 +61,6 @@ class Sequence:
         return len(self.generated)
 
     @property
-    def progress(self) -> float:
-        """Share of what it will probably generate in this run."""
-        return min((self.num_generated - self.num_resumed) / max(self.expected_tokens - self.num_resumed, 1), 1.0)
-
-    @property
     def num_new(self) -> int:
         """Tokens that the next pass must compute."""
         return len(self.tokens) - self.num_stored

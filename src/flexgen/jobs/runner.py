@@ -117,6 +117,7 @@ class Job:
         same: dict[int, int] = {}  # one object per length: a tuple of a million of them stays small
         prompt_lens: list[int] = []
         output_lens: list[int] = []
+        may_end_early = False
         census = Census()
         for read in self._reader().read(self._unanswered()):
             census.add(read.origin)
@@ -127,6 +128,7 @@ class Job:
                 continue
             self.remarks.note(read.request)
             self._pending.append(read.origin.digest)
+            may_end_early = may_end_early or any(request.may_end_early for request in read.token_requests)
             for prompt_len, output_len in self._lengths(read):
                 prompt_lens.append(same.setdefault(prompt_len, prompt_len))
                 output_lens.append(same.setdefault(output_len, output_len))
@@ -134,7 +136,7 @@ class Job:
             logger.warning("%s: %s lines have the id of an earlier line; all are answered", self.source, f"{len(repeated):,}")
         if self.store is not None:
             self.store.commit()
-        return Workload(prompt_lens=tuple(prompt_lens), output_lens=tuple(output_lens))
+        return Workload(prompt_lens=tuple(prompt_lens), output_lens=tuple(output_lens), may_end_early=may_end_early)
 
     def _lengths(self, served: Served) -> Iterator[tuple[int, int]]:
         """(tokens given, most that are generated) of each choice; what an earlier run has generated is given."""

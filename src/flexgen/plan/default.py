@@ -16,6 +16,7 @@ from flexgen.options import EngineOptions
 from flexgen.plan.expect import Expectation
 from flexgen.plan.machine import Limits, Machine
 from flexgen.plan.model import ModelSpec
+from flexgen.plan.outputs import expected
 from flexgen.plan.policy import Policy
 from flexgen.plan.search import extrapolated, sampled
 from flexgen.plan.simulate import Simulation
@@ -87,7 +88,7 @@ def solve(
         OptionError: an option that cannot be honoured on this device.
         CapacityError: it does not fit; the message says what is missing and what to change.
     """
-    planned = _servable(spec, limits, workload if len(workload) else NOMINAL_WORKLOAD)
+    planned = _servable(spec, limits, expected(workload) if len(workload) else NOMINAL_WORKLOAD)
     space = Space(options, spec, machine, limits, planned, process_bytes, kv_tiers)
     if space.lacking(kv_bytes=0):
         raise CapacityError("; ".join(space.lacking(kv_bytes=space.sizes.smallest)))
@@ -102,10 +103,8 @@ def _servable(spec: ModelSpec, limits: Limits, workload: Workload) -> Workload:
     """Without requests that no tier could ever hold: they end in errors of their own, and no room is kept for them."""
     most = max(limits.host_bytes, limits.device_bytes, limits.disk_bytes)
     lengths = zip(workload.prompt_lens, workload.output_lens, strict=True)
-    kept = [(s, n) for s, n in lengths if spec.kv_bytes(s + n - 1) <= most]
-    if len(kept) in (0, len(workload)):
-        return workload
-    return Workload(prompt_lens=tuple(s for s, _ in kept), output_lens=tuple(n for _, n in kept))
+    kept = [place for place, (s, n) in enumerate(lengths) if spec.kv_bytes(s + n - 1) <= most]
+    return workload if len(kept) in (0, len(workload)) else workload.take(kept)
 
 
 def objective(policy: Policy, quota: float, seconds: float) -> float:

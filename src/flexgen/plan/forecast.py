@@ -16,6 +16,7 @@ from flexgen.plan.expect import Expectation
 from flexgen.plan.footprint import footprint
 from flexgen.plan.machine import Limits, Machine
 from flexgen.plan.model import ModelSpec
+from flexgen.plan.outputs import expected
 from flexgen.plan.policy import Policy
 from flexgen.plan.search import PLAYED_REQUESTS, extrapolated, sampled
 from flexgen.plan.simulate import Simulation, simulate
@@ -85,7 +86,7 @@ def forecast_again(before: Forecast, policy: Policy, expectation: Expectation, w
 
 def _played(policy: Policy, expectation: Expectation, workload: Workload) -> dict[str, Any]:
     """The fields of Forecast that playing the job tells; large jobs are played on a sample and extrapolated."""
-    spec = expectation.spec
+    spec, workload = expectation.spec, expected(workload)
     lengths, scale = (workload, 1.0) if len(workload) <= PLAYED_REQUESTS else sampled(workload)
     played = simulate(spec, policy, lengths)
     passes = played.num_passes
@@ -94,7 +95,7 @@ def _played(policy: Policy, expectation: Expectation, workload: Workload) -> dic
     _, total = extrapolated(spec, policy, lengths, scale, lambda job: float(expectation.passes(job, policy).sum()))
     busiest = np.argmax(np.stack(list(resources.values())), axis=0)
     decided = {name: float(seconds[busiest == number].sum()) for number, name in enumerate(resources)}
-    outputs = sum(max(n, 1) for n in workload.output_lens)
+    outputs = workload.output_tokens
     return {
         "seconds": total,
         "num_passes": round(passes * scale),

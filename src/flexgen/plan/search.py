@@ -13,6 +13,7 @@ import numpy as np
 
 from flexgen.plan.cost import memory_bytes
 from flexgen.plan.model import ModelSpec
+from flexgen.plan.outputs import GOLDEN_STEP
 from flexgen.plan.policy import Fractions, Policy
 from flexgen.plan.simulate import Simulation, held_kv_bytes, simulate
 from flexgen.plan.workload import Workload
@@ -81,20 +82,21 @@ class JobSizes:
     """
 
     def __init__(self, spec: ModelSpec, workload: Workload, page_tokens: int) -> None:
-        lengths = [(s, max(n, 1)) for s, n in zip(workload.prompt_lens, workload.output_lens, strict=True)]
-        held = held_kv_bytes(spec, page_tokens, max(s + n for s, n in lengths))
-        peaks = [int(held[s + n - 1]) for s, n in lengths]
+        prompts, most, answers = workload.prompt_lens, [max(n, 1) for n in workload.output_lens], workload.answer_lens
+        longest = [s + n for s, n in zip(prompts, most, strict=True)]
+        held = held_kv_bytes(spec, page_tokens, max(longest))
+        peaks = [int(held[length - 1]) for length in longest]
         before = np.concatenate([[0], np.cumsum(held)])
-        self._number, self._passes = len(lengths), sum(n for _, n in lengths)
-        self.prompt_tokens = sum(s for s, _ in lengths)
-        self.longest_prompt, self.longest = max(s for s, _ in lengths), max(s + n for s, n in lengths)
+        self._number, self._passes = len(prompts), sum(answers)
+        self.prompt_tokens = sum(prompts)
+        self.longest_prompt, self.longest = max(prompts), max(longest)
         whole = sum(
-            (align_up(max(s + n for s, n in lengths), page_tokens) + page_tokens) * group.num_layers * group.bytes_per_token
+            (align_up(self.longest, page_tokens) + page_tokens) * group.num_layers * group.bytes_per_token
             for group in spec.kv_groups
             if group.window is not None
         )
         self.largest, self.smallest, self.all = max(peaks) + whole, min(peaks) + whole, sum(peaks)
-        self.mean = max(sum(int(before[s + n] - before[s]) for s, n in lengths) / self._passes, 1.0)
+        self.mean = max(sum(int(before[s + n] - before[s]) for s, n in zip(prompts, answers, strict=True)) / self._passes, 1.0)
         self.layer = self.longest * max((group.bytes_per_token for group in spec.kv_groups), default=0)
 
     def block(self, pool_bytes: float) -> float:
@@ -111,18 +113,21 @@ class JobSizes:
 def sampled(workload: Workload) -> tuple[Workload, float]:
     """A job small enough to be played hundreds of times, and how many times larger the real one is.
 
-    Requests are drawn evenly from the sorted lengths; where many lengths differ, neighbours are averaged.
+    Requests are drawn evenly from the sorted lengths; where many lengths differ, neighbours are averaged.  Answers whose lengths nobody
+    knows beforehand come in an order that says nothing of them.
     """
-    lengths = sorted(zip(workload.output_lens, workload.prompt_lens, strict=True))
-    scale = max(len(lengths) / SEARCH_REQUESTS, 1.0)
+    answers = workload.answer_lens
+    order = sorted(range(len(workload)), key=lambda place: (answers[place], workload.prompt_lens[place]))
+    scale = max(len(order) / SEARCH_REQUESTS, 1.0)
     if scale > 1:
-        lengths = [lengths[int((each + 0.5) * scale)] for each in range(SEARCH_REQUESTS)]
-    if len(set(lengths)) > SEARCH_LENGTHS:
-        bounds = [each * len(lengths) // SEARCH_LENGTHS for each in range(SEARCH_LENGTHS + 1)]
-        groups = [lengths[start:end] for start, end in itertools.pairwise(bounds)]
-        means = [(round(sum(n for n, _ in group) / len(group)), round(sum(s for _, s in group) / len(group))) for group in groups]
-        lengths = [mean for mean, group in zip(means, groups, strict=True) for _ in group]
-    return Workload(prompt_lens=tuple(s for _, s in lengths), output_lens=tuple(n for n, _ in lengths)), scale
+        order = [order[int((each + 0.5) * scale)] for each in range(SEARCH_REQUESTS)]
+    drawn = workload.take(order)
+    if len(set(drawn.rows())) > SEARCH_LENGTHS:
+        bounds = [each * len(order) // SEARCH_LENGTHS for each in range(SEARCH_LENGTHS + 1)]
+        drawn = drawn.averaged(list(itertools.pairwise(bounds)))
+    if drawn.reserved_lens:
+        drawn = drawn.take(sorted(range(len(drawn)), key=lambda place: (place + 1) * GOLDEN_STEP % 1.0))
+    return drawn, scale
 
 
 def extrapolated(
@@ -135,7 +140,7 @@ def extrapolated(
     played = simulate(spec, policy, sample)
     refused, total = played.num_refused / max(len(sample), 1), seconds(played)
     if scale > 1:
-        half = Workload(prompt_lens=sample.prompt_lens[::2], output_lens=sample.output_lens[::2])
+        half = sample.take(range(0, len(sample), 2))
         total += max(total - seconds(simulate(spec, policy, half)), 0.0) * 2 * (scale - 1)
     return refused, total
 

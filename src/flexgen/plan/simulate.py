@@ -1,6 +1,7 @@
 """A whole job, pass by pass, without doing it: which sequences each pass carries, what that moves and computes.
 
-Lengths are taken as certain: every answer is as long as the workload says, so a projection is never wrong.
+Every answer is as long as the workload expects.  Where room is kept for more, it falls free when the answer ends; where for less, the
+answer takes what it needs all the same (the engine would compute a neighbour again).
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ def simulate(spec: ModelSpec, policy: Policy, workload: Workload) -> Simulation:
     """Play `workload` under `policy`.
 
     A request admitted by pass p computes its prompt there and yields its first token; its n-th and last comes from pass
-    p + n - 1.  Requests enter longest answer first, in input order among equals, and none overtakes.  Diagonal: whenever
+    p + n - 1.  Requests enter longest reserved answer first, in input order among equals, and none overtakes.  Diagonal: whenever
     there is room, within a bucket of prompt tokens that every pass refills.  Zigzag: into an empty block, all at once.
     Row: into an empty block, one micro-batch.
     """
@@ -102,6 +103,7 @@ class _Admission:
     index: int  # of the pass
     prompt_len: int
     output_len: int
+    reserved_len: int
     count: int
     home: str
 
@@ -138,6 +140,7 @@ class _Pool:
         return max(int((index + crowded - ages).max(initial=0)), index + 1)
 
     def add(self, index: int, held: Ints, count: int) -> None:
+        self.until(index + len(held))
         self.used[index : index + len(held)] += held * count
 
 
@@ -148,33 +151,40 @@ class _Job:
         self.policy = policy
         self.pools = {tier: _Pool(size) for tier, size in pools.items() if getattr(policy.kv, tier) > 0}
         self.given = dict.fromkeys(self.pools, 0)
-        longest = max((s + max(n, 1) for s, n in zip(workload.prompt_lens, workload.output_lens, strict=True)), default=0)
-        self.held = held_kv_bytes(spec, policy.page_tokens, longest)
         runs = _runs(workload)
-        most = max((pool.capacity for pool in self.pools.values()), default=-1)
-        can_fit = [self.held[s + n - 1] <= most for s, n, _ in runs]
-        self.num_refused = sum(run[2] for run, fits in zip(runs, can_fit, strict=True) if not fits)
-        self.waiting = [list(run) for run, fits in zip(runs, can_fit, strict=True) if fits][::-1]  # the next one last
+        self.held = held_kv_bytes(spec, policy.page_tokens, max((run.prompt_len + run.most for run in runs), default=0))
+        capacity = max((pool.capacity for pool in self.pools.values()), default=-1)
+        can_fit = [self.held[run.prompt_len + run.most - 1] <= capacity for run in runs]
+        self.num_refused = sum(run.count for run, fits in zip(runs, can_fit, strict=True) if not fits)
+        self.waiting = [run for run, fits in zip(runs, can_fit, strict=True) if fits][::-1]  # the next one last
         self.live = 0
         self.credit, self.refilled = 0, -1  # of prompt tokens; the pass that last added to it
+        self.early = any(run.reserved_len > run.output_len for run in self.waiting)
         self.admissions: list[_Admission] = []
 
     def _held(self, prompt_len: int, output_len: int) -> Ints:
         """Bytes of pages in each pass of a sequence's life (its last token gets no KV)."""
         return self.held[prompt_len : prompt_len + output_len]
 
+    def _end(self, admission: _Admission) -> None:
+        """Its places fall free, and what was kept for more tokens than there were."""
+        self.live -= admission.count
+        if admission.reserved_len > admission.output_len:
+            kept = self._reserved(admission.home, self._held(admission.prompt_len, admission.reserved_len))
+            self.pools[admission.home].add(admission.end, kept[admission.output_len :], -admission.count)
+
     def play(self) -> tuple[list[_Admission], dict[str, Ints], int]:
         index = last_end = 0
-        ending: list[tuple[int, int]] = []  # a heap of (first pass without them, sequences)
+        ending: list[tuple[int, int, _Admission]] = []  # a heap of (first pass without them, number, sequences)
         while self.waiting:
             while ending and ending[0][0] <= index:
-                self.live -= heapq.heappop(ending)[1]
+                self._end(heapq.heappop(ending)[2])
             next_index = None
             if self.policy.schedule == "diagonal" or self.live == 0:
                 first = len(self.admissions)
                 next_index = self._admit(index)
-                for admission in self.admissions[first:]:
-                    heapq.heappush(ending, (admission.end, admission.count))
+                for number, admission in enumerate(self.admissions[first:], first):
+                    heapq.heappush(ending, (admission.end, number, admission))
                     last_end = max(last_end, admission.end)
             if next_index is None or self.policy.schedule != "diagonal":
                 index = ending[0][0]  # for want of a place, or in a closed block, nothing changes before a sequence ends
@@ -187,24 +197,30 @@ class _Job:
         self._refill(index)
         taken = 0
         while self.waiting:
-            prompt_len, output_len, waiting = self.waiting[-1]
-            places, within_quota = self.policy.max_num_seqs - self.live, self._within_quota(prompt_len, taken)
+            run = self.waiting[-1]
+            places, within_quota = self.policy.max_num_seqs - self.live, self._within_quota(run.prompt_len, taken)
             if places <= 0:
                 return None
             if within_quota <= 0:
                 return index + 1 + max(-self.credit, 0) // self.policy.prefill_tokens
-            held = self._held(prompt_len, output_len)
-            home, count = self._home(index, held, min(waiting, places, within_quota))
+            held = self._held(run.prompt_len, run.reserved_len)
+            home, count = self._home(index, held, min(run.count, places, within_quota))
             if not count:
-                return min(pool.earliest(index, self._reserved(tier, held)) for tier, pool in self.pools.items())
+                earliest = min(pool.earliest(index, self._reserved(tier, held)) for tier, pool in self.pools.items())
+                # Room that was kept for more falls free with the next answer that ends.
+                return None if self.live and self.early else earliest
             self.pools[home].add(index, self._reserved(home, held), count)
-            self.given[home] += count * (prompt_len + output_len - 1)
-            self.admissions.append(_Admission(index=index, prompt_len=prompt_len, output_len=output_len, count=count, home=home))
+            self.given[home] += count * (run.prompt_len + run.reserved_len - 1)
+            self.admissions.append(
+                _Admission(
+                    index=index, prompt_len=run.prompt_len, output_len=run.output_len, reserved_len=run.reserved_len, count=count, home=home
+                )
+            )  # fmt: skip
             self.live += count
-            self.credit -= count * prompt_len
-            taken += count * prompt_len
-            self.waiting[-1][2] -= count
-            if not self.waiting[-1][2]:
+            self.credit -= count * run.prompt_len
+            taken += count * run.prompt_len
+            run.count -= count
+            if not run.count:
                 self.waiting.pop()
         return index + 1
 
@@ -240,11 +256,25 @@ class _Job:
         return np.full_like(held, held[-1]) if tier == "disk" else held
 
 
-def _runs(workload: Workload) -> list[tuple[int, int, int]]:
-    """(prompt_len, output_len, count) of equal neighbours, longest answer first."""
-    pairs = [(s, max(n, 1)) for s, n in zip(workload.prompt_lens, workload.output_lens, strict=True)]
-    pairs.sort(key=lambda pair: -pair[1])
-    return [(s, n, len(list(run))) for (s, n), run in itertools.groupby(pairs)]
+@dataclass(slots=True)
+class _Run:
+    """`count` equal neighbours that wait; `most` is what each may generate."""
+
+    prompt_len: int
+    output_len: int
+    reserved_len: int
+    most: int
+    count: int
+
+
+def _runs(workload: Workload) -> list[_Run]:
+    """Longest reserved answer first, in input order among equals."""
+    most = [max(n, 1) for n in workload.output_lens]
+    expected = workload.answer_lens
+    reserved = [max(kept, n) for kept, n in zip(workload.reserved_lens or most, expected, strict=True)]
+    order = sorted(range(len(most)), key=lambda place: -reserved[place] if not workload.reserved_lens else -workload.reserved_lens[place])
+    lengths = [(workload.prompt_lens[place], expected[place], reserved[place], most[place]) for place in order]
+    return [_Run(*each, len(list(equal))) for each, equal in itertools.groupby(lengths)]
 
 
 def held_kv_bytes(spec: ModelSpec, page_tokens: int, max_tokens: int) -> Ints:

@@ -200,7 +200,7 @@ def _sequence_seconds(expectation: Expectation, workload: Workload, policy: Poli
 def mean_load(spec: ModelSpec, workload: Workload, home: str, num_seqs: int) -> PassLoad:
     """What `num_seqs` live sequences bring to a pass of the steady state: the ages of all requests, equally often."""
     prompts = np.array(workload.prompt_lens, dtype=np.float64)
-    outputs = np.maximum(np.array(workload.output_lens, dtype=np.float64), 1.0)
+    outputs = np.array(workload.answer_lens, dtype=np.float64)
     passes = outputs.sum()
     pairs: list[float] = []
     attended: list[float] = []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -11,15 +13,23 @@ class Workload:
 
     Attributes:
         prompt_lens: tokens of each prompt.
-        output_lens: expected tokens of each answer (max_tokens is the bound, a forecast may be less).
+        output_lens: most tokens of each answer (max_tokens).
+        expected_lens: tokens that each answer is expected to have; empty: all it may.
+        reserved_lens: tokens of each answer that room is kept for when it enters; empty: all it may.
+        may_end_early: whether answers may end before their most tokens.
     """
 
     prompt_lens: tuple[int, ...]
     output_lens: tuple[int, ...]
+    expected_lens: tuple[int, ...] = ()
+    reserved_lens: tuple[int, ...] = ()
+    may_end_early: bool = False
 
     def __post_init__(self) -> None:
         if len(self.prompt_lens) != len(self.output_lens):
             raise ValueError("prompt_lens and output_lens differ in length")
+        if any(len(each) not in (0, len(self)) for each in (self.expected_lens, self.reserved_lens)):
+            raise ValueError("expected_lens and reserved_lens are of all requests or of none")
 
     def __len__(self) -> int:
         return len(self.prompt_lens)
@@ -29,5 +39,32 @@ class Workload:
         return sum(self.prompt_lens)
 
     @property
+    def answer_lens(self) -> tuple[int, ...]:
+        """Tokens that each answer should have, at least one."""
+        return tuple(max(n, 1) for n in self.expected_lens or self.output_lens)
+
+    @property
     def output_tokens(self) -> int:
-        return sum(self.output_lens)
+        return sum(self.answer_lens)
+
+    def take(self, places: Sequence[int]) -> Workload:
+        """The requests at these places."""
+        lengths = {name: tuple(values[place] for place in places) for name, values in self._lengths().items()}
+        return dataclasses.replace(self, **lengths)
+
+    def rows(self) -> list[tuple[int, ...]]:
+        """The lengths of each request."""
+        return list(zip(*self._lengths().values(), strict=True))
+
+    def averaged(self, spans: Sequence[tuple[int, int]]) -> Workload:
+        """Requests of each span of places made alike: of its mean lengths."""
+        lengths = {
+            name: tuple(mean for start, end in spans for mean in [round(sum(values[start:end]) / (end - start))] * (end - start))
+            for name, values in self._lengths().items()
+        }
+        return dataclasses.replace(self, **lengths)
+
+    def _lengths(self) -> dict[str, tuple[int, ...]]:
+        """Those that are given."""
+        names = (field.name for field in dataclasses.fields(self) if field.name.endswith("_lens"))
+        return {name: values for name in names if (values := getattr(self, name))}
