@@ -164,15 +164,27 @@ def check_supported_number_format(config: PreTrainedConfig | Mapping[str, Any]) 
     Raises:
         UnsupportedModelError: naming the quantization method.
     """
+    quantization = quantization_of(config)
+    if quantization is not None:
+        raise refuse_quantization(quantization)
+
+
+def quantization_of(config: PreTrainedConfig | Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """What the config says about how its weights, or those of a part of it, are quantized; None where they are plain numbers."""
     values = config if isinstance(config, Mapping) else config.to_dict()
     for part in (values, *(value for value in values.values() if isinstance(value, Mapping))):
         quantization = part.get("quantization_config") or part.get("compression_config")
         if quantization:
-            method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
-            raise UnsupportedModelError(
-                f"the weights are quantized ({method or 'by an unnamed method'}, see quantization_config in config.json), which is "
-                "not supported: use a repository with the bfloat16, float16 or float32 weights of this model"
-            )
+            return quantization if isinstance(quantization, Mapping) else {}
+    return None
+
+
+def refuse_quantization(quantization: Mapping[str, Any]) -> UnsupportedModelError:
+    """The error that names the method of a quantization_config."""
+    return UnsupportedModelError(
+        f"the weights are quantized ({quantization.get('quant_method') or 'by an unnamed method'}, see quantization_config in "
+        "config.json), which is not supported: use a repository with the bfloat16, float16 or float32 weights of this model"
+    )
 
 
 @dataclass(slots=True)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+PLAIN_FORMATS = frozenset({"bfloat16", "float16", "float32", "float64"})
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnitSpec:
@@ -48,12 +50,15 @@ class ModelSpec:
     """A model as the planner sees it.
 
     Attributes:
+        name: of the folder or hub repository.
         units: streamed units, in the order in which a pass needs them.
         resident_bytes: small tensors (norms, biases, buffers) that always live on the device.
         embedding_row_bytes: bytes gathered per input token when the embedding is not resident.
         embedding_bytes: the whole input embedding (0 when it is tied to the head's units).
         hidden_size, vocab_size, intermediate_size: for activation memory.
         max_position_embeddings: the model's context.
+        number_format: of the stored weights: a dtype (that of most bytes), or a published low-bit format ("mxfp4", "fp8_block").
+        dtype: computed in; decoded bytes, resident bytes and KV are of it.
     """
 
     name: str
@@ -67,6 +72,13 @@ class ModelSpec:
     intermediate_size: int
     vocab_size: int
     max_position_embeddings: int
+    number_format: str = "bfloat16"
+    dtype: str = "bfloat16"
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the weights are stored as plain numbers.  Others can be planned for, but not run yet."""
+        return self.number_format in PLAIN_FORMATS
 
     @property
     def streamed_bytes(self) -> int:
