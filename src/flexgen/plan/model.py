@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+from flexgen.errors import OptionError
 
 PLAIN_FORMATS = frozenset({"bfloat16", "float16", "float32", "float64"})
 
@@ -104,3 +112,88 @@ class ModelSpec:
 
     def head_flops_per_token(self) -> float:
         return sum(unit.flops_per_token for unit in self.units if unit.head)
+
+    def to_json(self) -> str:
+        """Units that differ in the layer's number only are written once, and runs of equal layers as their count."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name not in ("units", "kv_groups")}
+        kinds, runs = _unit_runs(self.units)
+        lists = {"kv_groups": [dataclasses.asdict(group) for group in self.kv_groups], "unit_kinds": kinds, "unit_runs": runs}
+        lines = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in fields.items()]
+        lines += [f"{json.dumps(name)}: [\n  {_lines(values)}\n]" for name, values in lists.items()]
+        return "{" + ",\n".join(lines) + "}\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> ModelSpec:
+        """Raises OptionError when the text is no JSON object, or a key is unknown or missing."""
+        try:
+            fields = json.loads(text)
+        except ValueError as error:
+            raise OptionError(f"model: no JSON: {error}") from error
+        known = {field.name for field in dataclasses.fields(cls)} - {"units"} | {"unit_kinds", "unit_runs"}
+        _check_keys("model", fields, known)
+        kinds, runs = fields.pop("unit_kinds"), fields.pop("unit_runs")
+        for kind in kinds:
+            _check_keys("model: unit_kinds", kind, {field.name for field in dataclasses.fields(UnitSpec)})
+        for group in fields["kv_groups"]:
+            _check_keys("model: kv_groups", group, {field.name for field in dataclasses.fields(KVGroupSpec)})
+        fields["kv_groups"] = tuple(KVGroupSpec(**group) for group in fields["kv_groups"])
+        return cls(units=tuple(_units(kinds, runs)), **fields)
+
+
+_LAYER_NUMBER = re.compile(r"(?<=\.)(0|[1-9]\d*)(?=\.| |$)")
+
+
+def _unit_runs(units: Iterable[UnitSpec]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """(kinds of units, "{}" in their names standing for the layer; runs of layers with the same kinds in the same order)."""
+    kinds: dict[UnitSpec, int] = {}
+    numbered = []
+    for unit in units:
+        layer, name = _split_name(unit.name)
+        numbered.append((layer, kinds.setdefault(dataclasses.replace(unit, name=name), len(kinds))))
+    runs: list[dict[str, Any]] = []
+    for layer, members in groupby(numbered, key=lambda each: each[0]):
+        run = {"first": layer, "layers": 1, "kinds": [kind for _, kind in members]}
+        if runs and _continues(run, runs[-1]):
+            runs[-1]["layers"] += 1
+        else:
+            runs.append(run)
+    return [dataclasses.asdict(kind) for kind in kinds], runs
+
+
+def _continues(run: Mapping[str, Any], last: Mapping[str, Any]) -> bool:
+    """Whether `run` is the next layer after the run `last`, with equal units."""
+    if run["first"] is None or last["first"] is None:
+        return False
+    return run["first"] == last["first"] + last["layers"] and run["kinds"] == last["kinds"]
+
+
+def _units(kinds: Sequence[Mapping[str, Any]], runs: Iterable[Mapping[str, Any]]) -> Iterable[UnitSpec]:
+    """The units that `_unit_runs` wrote."""
+    for run in runs:
+        _check_keys("model: unit_runs", run, {"first", "layers", "kinds"})
+        for layer in range(run["layers"]):
+            for index in run["kinds"]:
+                kind = kinds[index]
+                name = kind["name"] if run["first"] is None else kind["name"].replace("{}", str(run["first"] + layer), 1)
+                yield UnitSpec(**{**kind, "name": name})
+
+
+def _split_name(name: str) -> tuple[int | None, str]:
+    """(the layer's number, the name with "{}" in its place), or (None, the name) when it has none."""
+    match = _LAYER_NUMBER.search(name)
+    if match is None or "{}" in name:
+        return None, name
+    return int(match[0]), name[: match.start()] + "{}" + name[match.end() :]
+
+
+def _lines(values: Iterable[Any]) -> str:
+    return ",\n  ".join(json.dumps(value) for value in values)
+
+
+def _check_keys(what: str, fields: Any, known: set[str]) -> None:
+    if not isinstance(fields, dict):
+        raise OptionError(f"{what}: {str(fields)[:40]!r} is no object")
+    if unknown := fields.keys() - known:
+        raise OptionError(f"{what}: unknown keys {sorted(unknown)}; known: {sorted(known)}")
+    if missing := known - fields.keys():
+        raise OptionError(f"{what}: missing keys {sorted(missing)}")

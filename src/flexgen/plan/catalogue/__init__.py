@@ -1,0 +1,33 @@
+"""Models that are known without their weights: public configs in their shipped number formats, as ModelSpec JSON.
+
+`python -m flexgen.models.catalogue` writes the files; nothing here needs torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+from importlib import resources
+
+from flexgen.errors import OptionError
+from flexgen.plan.model import ModelSpec
+
+_SUFFIX = ".json"
+
+
+def catalogue_names() -> list[str]:
+    """Names of the shipped models, in alphabetical order."""
+    return sorted(file.name.removesuffix(_SUFFIX) for file in resources.files(__package__).iterdir() if file.name.endswith(_SUFFIX))
+
+
+def catalogue_spec(name: str) -> ModelSpec:
+    """A shipped model, computed in the dtype that its weights have (bfloat16 where they are of a low-bit format).
+
+    Raises:
+        OptionError: when there is none of this name; the message lists those there are, similar ones first.
+    """
+    names = catalogue_names()
+    if name not in names:
+        close = difflib.get_close_matches(name.lower(), names, n=3)
+        listed = ", ".join([*close, *(each for each in names if each not in close)])
+        raise OptionError(f"{name!r} is not in the catalogue; known: {listed}")
+    return ModelSpec.from_json((resources.files(__package__) / f"{name}{_SUFFIX}").read_text(encoding="utf-8"))
