@@ -53,15 +53,20 @@ def saved_tensors(model: PreTrainedModel, dtype: torch.dtype) -> list[NamedTenso
 
 
 def sharded(tensors: Iterable[NamedTensor], shard_bytes: int) -> dict[str, list[NamedTensor]]:
-    """File name -> its tensors in their order in the file.  A file takes at most `shard_bytes`, unless a single tensor takes more."""
-    shards: list[list[NamedTensor]] = [[]]
+    """File name -> its tensors in their order in the file.  A tensor larger than `shard_bytes` has one for itself."""
+    shards: list[list[NamedTensor]] = []
+    open_shard: list[NamedTensor] = []
     filled = 0
     for tensor in tensors:
-        if shards[-1] and filled + tensor.nbytes > shard_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append(tensor)
+        if tensor.nbytes > shard_bytes:
+            shards.append([tensor])
+            continue
+        if filled + tensor.nbytes > shard_bytes:
+            shards.append(open_shard)
+            open_shard, filled = [], 0
+        open_shard.append(tensor)
         filled += tensor.nbytes
+    shards += [open_shard] if open_shard else []
     names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
     if len(shards) == 1:
         names = [SINGLE_FILE]

@@ -15,7 +15,6 @@ from flexgen.models.checkpoint import Headers
 from flexgen.models.describe import UnitPart
 from flexgen.models.layouts import Layouts, lay_out, trace_config
 from flexgen.models.number_formats import DecodedHeaders, decoded_headers, dtype_name, published_format
-from flexgen.models.refusals import check_supported_architecture
 from flexgen.models.repository import headers_of, meta_model, saved_tensors, sharded
 from flexgen.models.sources import Piece
 from flexgen.models.trace import LayerKV, ModelTrace
@@ -35,11 +34,7 @@ def describe_headers(headers: Headers, config: Any, dtype: torch.dtype, *, name:
     Raises:
         ModelError: when the architecture, the number format or the headers are not understood.
     """
-    number_format = published_format(config)
-    model, trace = trace_config(_without_quantization(config), dtype)
-    decoded = decoded_headers(headers, number_format, dtype)
-    layouts = lay_out(model, trace, decoded.headers, dtype, unit_bytes=None)
-    return model_spec(config, layouts, trace, decoded, name=name)
+    return _described(headers, _traced(config, dtype), config, dtype, name)
 
 
 def describe_config(config: Any, dtype: torch.dtype, *, stored: torch.dtype, name: str, shard_bytes: int = SHARD_BYTES) -> ModelSpec:
@@ -52,12 +47,22 @@ def describe_config(config: Any, dtype: torch.dtype, *, stored: torch.dtype, nam
     Raises:
         UnsupportedModelError: when the architecture or the number format is not understood.
     """
-    plain = _without_quantization(config)
-    check_supported_architecture(plain)
-    tensors = saved_tensors(meta_model(plain, stored), stored)
+    traced = _traced(config, dtype)
+    tensors = saved_tensors(meta_model(_without_quantization(config), stored), stored)
     if (number_format := published_format(config)) is not None:
         tensors = [part for tensor in tensors for part in number_format.encode(tensor)]
-    return describe_headers(headers_of(name, sharded(tensors, shard_bytes)), config, dtype, name=name)
+    return _described(headers_of(name, sharded(tensors, shard_bytes)), traced, config, dtype, name)
+
+
+def _traced(config: Any, dtype: torch.dtype) -> tuple[Any, ModelTrace]:
+    return trace_config(_without_quantization(config), dtype)
+
+
+def _described(headers: Headers, traced: tuple[Any, ModelTrace], config: Any, dtype: torch.dtype, name: str) -> ModelSpec:
+    model, trace = traced
+    decoded = decoded_headers(headers, published_format(config), dtype)
+    layouts = lay_out(model, trace, decoded.headers, dtype, unit_bytes=None)
+    return model_spec(config, layouts, trace, decoded, name=name)
 
 
 def _without_quantization(config: Any) -> Any:
