@@ -5,13 +5,16 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from operator import itemgetter
+from typing import Any, cast
 
 from flexgen.errors import OptionError
 
+# The number of a layer in the name of a unit.
+_LAYER_NUMBER = re.compile(r"(?<=\.)(0|[1-9]\d*)(?=\.| |$)")
 PLAIN_FORMATS = frozenset({"bfloat16", "float16", "float32", "float64"})
 
 
@@ -117,65 +120,74 @@ class ModelSpec:
         """Units that differ in the layer's number only are written once, and runs of equal layers as their count."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name not in ("units", "kv_groups")}
         kinds, runs = _unit_runs(self.units)
-        lists = {"kv_groups": [dataclasses.asdict(group) for group in self.kv_groups], "unit_kinds": kinds, "unit_runs": runs}
+        lists = {
+            "kv_groups": [dataclasses.asdict(group) for group in self.kv_groups],
+            "unit_kinds": [dataclasses.asdict(kind) for kind in kinds],
+            "unit_runs": [dataclasses.asdict(run) for run in runs],
+        }
         lines = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in fields.items()]
         lines += [f"{json.dumps(name)}: [\n  {_lines(values)}\n]" for name, values in lists.items()]
         return "{" + ",\n".join(lines) + "}\n"
 
     @classmethod
     def from_json(cls, text: str) -> ModelSpec:
-        """Raises OptionError when the text is no JSON object, or a key is unknown or missing."""
+        """Raises OptionError when the text is not a model's JSON, or a key is unknown or missing."""
         try:
-            fields = json.loads(text)
-        except ValueError as error:
-            raise OptionError(f"model: no JSON: {error}") from error
-        known = {field.name for field in dataclasses.fields(cls)} - {"units"} | {"unit_kinds", "unit_runs"}
-        _check_keys("model", fields, known)
-        kinds, runs = fields.pop("unit_kinds"), fields.pop("unit_runs")
-        for kind in kinds:
-            _check_keys("model: unit_kinds", kind, {field.name for field in dataclasses.fields(UnitSpec)})
-        for group in fields["kv_groups"]:
-            _check_keys("model: kv_groups", group, {field.name for field in dataclasses.fields(KVGroupSpec)})
-        fields["kv_groups"] = tuple(KVGroupSpec(**group) for group in fields["kv_groups"])
-        return cls(units=tuple(_units(kinds, runs)), **fields)
+            fields = _checked("model", json.loads(text), _keys(cls) - {"units"} | {"unit_kinds", "unit_runs"})
+            kinds = [UnitSpec(**_checked("model: unit_kinds", kind, _keys(UnitSpec))) for kind in fields.pop("unit_kinds")]
+            runs = [_Run(**_checked("model: unit_runs", run, _keys(_Run))) for run in fields.pop("unit_runs")]
+            groups = [KVGroupSpec(**_checked("model: kv_groups", group, _keys(KVGroupSpec))) for group in fields.pop("kv_groups")]
+            return cls(units=tuple(_units(kinds, runs)), kv_groups=tuple(groups), **fields)
+        except (ValueError, TypeError, IndexError) as error:
+            raise OptionError(f"model: not the JSON of one: {error}") from error
 
 
-_LAYER_NUMBER = re.compile(r"(?<=\.)(0|[1-9]\d*)(?=\.| |$)")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Run:
+    """Consecutive layers with equal units.
+
+    Attributes:
+        first: number of the first layer; None for units outside of layers. layers: how many.
+        kinds: of the units of each, in order, as indices into the list of kinds.
+    """
+
+    first: int | None
+    layers: int
+    kinds: Sequence[int]
+
+    def with_next(self, other: _Run) -> _Run | None:
+        """One run of both, where `other` is the next layer and has equal units."""
+        if self.first is None or other.first != self.first + self.layers or self.kinds != other.kinds:
+            return None
+        return dataclasses.replace(self, layers=self.layers + other.layers)
 
 
-def _unit_runs(units: Iterable[UnitSpec]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """(kinds of units, "{}" in their names standing for the layer; runs of layers with the same kinds in the same order)."""
+def _unit_runs(units: Iterable[UnitSpec]) -> tuple[list[UnitSpec], list[_Run]]:
+    """(kinds of units, "{}" in their names standing for the layer's number; runs of them)."""
     kinds: dict[UnitSpec, int] = {}
-    numbered = []
+    numbered: list[tuple[int | None, int]] = []
     for unit in units:
         layer, name = _split_name(unit.name)
         numbered.append((layer, kinds.setdefault(dataclasses.replace(unit, name=name), len(kinds))))
-    runs: list[dict[str, Any]] = []
-    for layer, members in groupby(numbered, key=lambda each: each[0]):
-        run = {"first": layer, "layers": 1, "kinds": [kind for _, kind in members]}
-        if runs and _continues(run, runs[-1]):
-            runs[-1]["layers"] += 1
+    runs: list[_Run] = []
+    for layer, members in groupby(numbered, key=itemgetter(0)):
+        run = _Run(first=layer, layers=1, kinds=[kind for _, kind in members])
+        if runs and (longer := runs[-1].with_next(run)) is not None:
+            runs[-1] = longer
         else:
             runs.append(run)
-    return [dataclasses.asdict(kind) for kind in kinds], runs
+    return list(kinds), runs
 
 
-def _continues(run: Mapping[str, Any], last: Mapping[str, Any]) -> bool:
-    """Whether `run` is the next layer after the run `last`, with equal units."""
-    if run["first"] is None or last["first"] is None:
-        return False
-    return run["first"] == last["first"] + last["layers"] and run["kinds"] == last["kinds"]
-
-
-def _units(kinds: Sequence[Mapping[str, Any]], runs: Iterable[Mapping[str, Any]]) -> Iterable[UnitSpec]:
-    """The units that `_unit_runs` wrote."""
+def _units(kinds: Sequence[UnitSpec], runs: Iterable[_Run]) -> Iterable[UnitSpec]:
+    """The units that `_unit_runs` made these of."""
     for run in runs:
-        _check_keys("model: unit_runs", run, {"first", "layers", "kinds"})
-        for layer in range(run["layers"]):
-            for index in run["kinds"]:
-                kind = kinds[index]
-                name = kind["name"] if run["first"] is None else kind["name"].replace("{}", str(run["first"] + layer), 1)
-                yield UnitSpec(**{**kind, "name": name})
+        for layer in range(run.layers):
+            for kind in run.kinds:
+                unit = kinds[kind]
+                if run.first is not None:
+                    unit = dataclasses.replace(unit, name=unit.name.replace("{}", str(run.first + layer), 1))
+                yield unit
 
 
 def _split_name(name: str) -> tuple[int | None, str]:
@@ -190,10 +202,17 @@ def _lines(values: Iterable[Any]) -> str:
     return ",\n  ".join(json.dumps(value) for value in values)
 
 
-def _check_keys(what: str, fields: Any, known: set[str]) -> None:
-    if not isinstance(fields, dict):
-        raise OptionError(f"{what}: {str(fields)[:40]!r} is no object")
+def _keys(kind: type[ModelSpec | UnitSpec | KVGroupSpec | _Run]) -> set[str]:
+    return {field.name for field in dataclasses.fields(kind)}
+
+
+def _checked(what: str, value: object, known: set[str]) -> dict[str, Any]:
+    """`value`, a JSON object with exactly the known keys."""
+    if not isinstance(value, dict):
+        raise OptionError(f"{what}: {str(value)[:40]!r} is no object")
+    fields = cast("dict[str, Any]", value)
     if unknown := fields.keys() - known:
         raise OptionError(f"{what}: unknown keys {sorted(unknown)}; known: {sorted(known)}")
     if missing := known - fields.keys():
         raise OptionError(f"{what}: missing keys {sorted(missing)}")
+    return fields

@@ -16,7 +16,7 @@ _SUFFIX = ".json"
 
 def catalogue_names() -> list[str]:
     """Names of the shipped models, in alphabetical order."""
-    return sorted(file.name.removesuffix(_SUFFIX) for file in resources.files(__package__).iterdir() if file.name.endswith(_SUFFIX))
+    return sorted(file.name.removesuffix(_SUFFIX) for file in resources.files(__name__).iterdir() if file.name.endswith(_SUFFIX))
 
 
 def catalogue_spec(name: str) -> ModelSpec:
@@ -25,9 +25,13 @@ def catalogue_spec(name: str) -> ModelSpec:
     Raises:
         OptionError: when there is none of this name; the message lists those there are, similar ones first.
     """
+    if name not in catalogue_names():
+        raise OptionError(f"{name!r} is not in the catalogue; known: {', '.join(similar_names(name))}")
+    return ModelSpec.from_json((resources.files(__name__) / f"{name}{_SUFFIX}").read_text(encoding="utf-8"))
+
+
+def similar_names(name: str) -> list[str]:
+    """Names of the shipped models, those that resemble `name` first."""
     names = catalogue_names()
-    if name not in names:
-        close = difflib.get_close_matches(name.lower(), names, n=3)
-        listed = ", ".join([*close, *(each for each in names if each not in close)])
-        raise OptionError(f"{name!r} is not in the catalogue; known: {listed}")
-    return ModelSpec.from_json((resources.files(__package__) / f"{name}{_SUFFIX}").read_text(encoding="utf-8"))
+    close = difflib.get_close_matches(name.lower(), names, n=3)
+    return [*close, *(each for each in names if each not in close)]
