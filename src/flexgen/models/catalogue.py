@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ class CatalogueEntry:
 
     source: str
     model_type: str
-    config: Mapping[str, Any] = field(default_factory=dict)
+    config: Mapping[str, Any]
     dtype: torch.dtype = torch.bfloat16
 
     def spec(self, dtype: torch.dtype | None = None) -> ModelSpec:
