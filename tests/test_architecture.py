@@ -21,7 +21,7 @@ FLOORS = (
     {"quant", "kernels", "memory", "models", "hub", "text", "stopping", "defaults", "choices", "chat"},
     {"engine"},
     {"profile"},
-    {"opening"},
+    {"opening", "specs"},
     {"llm"},
     {"jobs", "bench", "integrations", "display", "cli", "__init__", "__main__"},
 )
@@ -34,6 +34,7 @@ BESIDE = {
     "stopping": {"text"},
     "choices": {"text", "stopping", "defaults"},
     "defaults": {"hub"},
+    "specs": {"opening"},
     "bench": {"jobs"},
     "integrations": {"jobs"},
     "cli": {"jobs", "bench", "integrations", "display"},

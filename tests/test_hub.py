@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -151,6 +153,8 @@ class StandIn:
         self.repositories: dict[str, dict[str, bytes]] = {}
         self.pretended_sizes: dict[str, int] = {}
         self.fetched: list[str] = []
+        self.ranges: list[tuple[str, int]] = []  # file, bytes asked for
+        self.knows_ranges = True
         stand_in = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -191,6 +195,12 @@ class StandIn:
         else:
             owner, name, _, _, file = path.split("/", 4)
             content = self.repositories[f"{owner}/{name}"][file]
+            asked = re.fullmatch(r"bytes=0-(\d+)", request.headers.get("Range", ""))
+            if asked and with_body and self.knows_ranges:
+                start = content[: int(asked[1]) + 1]
+                self.ranges.append((file, int(asked[1]) + 1))
+                self._send(request, 206, start, {"Content-Range": f"bytes 0-{len(start) - 1}/{len(content)}"})
+                return
             if with_body:
                 self.fetched.append(file)
             headers = {"ETag": f'"{_etag(content)}"', "X-Repo-Commit": COMMIT}
@@ -209,7 +219,8 @@ class StandIn:
             request.send_header(name, value)
         request.end_headers()
         if with_body:
-            request.wfile.write(body)
+            with contextlib.suppress(ConnectionError):  # who asked may have seen enough
+                request.wfile.write(body)
 
 
 def _etag(content: bytes) -> str:
@@ -229,11 +240,17 @@ def resolve(tmp_path: Path, hub: StandIn) -> Callable[..., list[Any]]:
     script = """
 import json, sys, types
 sys.modules["transformers"] = types.SimpleNamespace(CONFIG_MAPPING={"opt"}, __version__="stub")  # a second less to import
+from pathlib import Path
+from flexgen import hub
 from flexgen.errors import FlexGenError
-from flexgen.hub import resolve_model, resolve_tokenizer
+from flexgen.hub import resolve_model, resolve_tokenizer, weight_headers
 for call in json.loads(sys.argv[1]):
     try:
-        if "tokenizer" in call:
+        if "headers_of" in call:
+            hub._LIKELY_HEADER_BYTES = call["first_bytes"]
+            found = weight_headers(call["headers_of"], Path(call["folder"]))
+            print(json.dumps({name: [header.decode(), size] for name, (header, size) in found.items()}))
+        elif "tokenizer" in call:
             print(json.dumps([str(resolve_tokenizer(call["tokenizer"]))]))
         else:
             files = resolve_model(**call)
@@ -325,3 +342,37 @@ def test_what_cannot_be_fetched(hub: StandIn, repository: dict[str, bytes], reso
         assert kind == wanted_kind, message
         assert part in message, message
     assert not [name for name in hub.fetched if name.endswith((".safetensors", ".bin"))]
+
+
+def file_of(header: bytes, num_payload_bytes: int) -> bytes:
+    return len(header).to_bytes(8, "little") + header + bytes(num_payload_bytes)
+
+
+@pytest.mark.parametrize("first_bytes", [8, 1 << 17], ids=["two requests", "one request"])
+@pytest.mark.parametrize("knows_ranges", [True, False])
+def test_headers_are_read_without_weights(
+    hub: StandIn, repository: dict[str, bytes], resolve: Callable[..., list[Any]], first_bytes: int, knows_ranges: bool
+) -> None:
+    headers = {"model-1.safetensors": b'{"a": "a header of thirty bytes or more"}', "model-2.safetensors": b"{}"}
+    hub.repositories["org/model"] |= {name: file_of(header, 40_000_000) for name, header in headers.items()}
+    hub.knows_ranges = knows_ranges
+    ((folder, *_),) = resolve({"model": "org/model", "with_weights": False})
+    hub.ranges.clear()
+    (found,) = resolve({"headers_of": "org/model", "folder": folder, "first_bytes": first_bytes})
+    assert found == {name: [header.decode(), 8 + len(header) + 40_000_000] for name, header in headers.items()}
+    assert max((size for _, size in hub.ranges), default=0) <= 1 << 17
+    assert {name for name, _ in hub.ranges} == (set(headers) if knows_ranges else set())
+    assert not list(Path(folder).glob("*.safetensors"))
+
+
+def test_headers_that_cannot_be_had(hub: StandIn, repository: dict[str, bytes], resolve: Callable[..., list[Any]]) -> None:
+    ((folder, *_),) = resolve({"model": "org/model", "with_weights": False})
+    call = {"headers_of": "org/model", "folder": folder, "first_bytes": 100}
+    ((kind, message),) = resolve(call, HF_HUB_OFFLINE="1")
+    assert (kind, "cannot be read from the hub" in message) == ("ModelError", True), message
+    hub.repositories["org/model"]["model-1.safetensors"] = (1 << 60).to_bytes(8, "little")
+    ((kind, message),) = resolve(call)
+    assert (kind, "model-1.safetensors states a header of" in message) == ("CheckpointError", True), message
+    del hub.repositories["org/model"]["model-2.safetensors"]
+    ((kind, message),) = resolve(call)
+    assert (kind, "lacks files that its" in message) == ("CheckpointError", True), message

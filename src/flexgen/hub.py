@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,8 @@ SMALL_FILES = ("config.json", "generation_config.json", INDEX_FILE, *TOKENIZER_F
 _PLAIN_NAME = re.compile(r"[\w][\w.\-]*")
 _REPOSITORY = re.compile(r"[\w][\w.\-]*(/[\w][\w.\-]*)?")
 _MOST_JSON_BYTES = 64 * MIB  # the largest honest index files have a few MiB
+_LIKELY_HEADER_BYTES = 128 << 10  # most headers are shorter: one request brings them
+_REQUESTS = 8  # at a time
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -231,20 +234,13 @@ def _download(repository: str, revision: str, names: Sequence[str], token: str |
 
 def _download_weights(repository: str, folder: Path, token: str | None, show_progress: bool) -> None:
     """Complete a snapshot by the weight files that it lacks, after asking whether they fit."""
-    import huggingface_hub
 
     missing = [name for name in weight_files(folder) if not (folder / name).is_file()]
     if not missing:
         return
     commit = folder.name
-    with _translated(repository, commit, f"; the cached copy lacks {', '.join(missing[:3])}"):
-        info = huggingface_hub.HfApi(token=token).model_info(repository, revision=commit, files_metadata=True)
-    sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
-    if absent := [name for name in missing if name not in sizes]:
-        if absent == [SINGLE_FILE]:
-            raise _no_weights(repository, sizes)
-        raise CheckpointError(f"{repository} lacks files that its {INDEX_FILE} names ({', '.join(absent[:3])})")
-    needed_bytes = sum(sizes[name] for name in missing)
+    sizes = _file_sizes(repository, commit, missing, token)
+    needed_bytes = sum(sizes.values())
     free_bytes = shutil.disk_usage(folder).free
     if needed_bytes > free_bytes:
         raise CapacityError(
@@ -253,6 +249,72 @@ def _download_weights(repository: str, folder: Path, token: str | None, show_pro
         )
     logger.info("downloading %s: %d files, %s, to %s", repository, len(missing), format_size(needed_bytes), folder)
     _download(repository, commit, missing, token, show_progress)
+
+
+def _file_sizes(repository: str, commit: str, names: Sequence[str], token: str | None) -> dict[str, int]:
+    """Bytes of weight files, as the hub states them.
+
+    Raises:
+        ModelError: when the repository lacks one.
+    """
+    import huggingface_hub
+
+    with _translated(repository, commit, f"; the cached copy lacks {', '.join(names[:3])}"):
+        info = huggingface_hub.HfApi(token=token).model_info(repository, revision=commit, files_metadata=True)
+    sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
+    if absent := [name for name in names if name not in sizes]:
+        if absent == [SINGLE_FILE]:
+            raise _no_weights(repository, sizes)
+        raise CheckpointError(f"{repository} lacks files that its {INDEX_FILE} names ({', '.join(absent[:3])})")
+    return {name: sizes[name] for name in names}
+
+
+def weight_headers(repository: str, folder: Path, *, token: str | None = None) -> dict[str, tuple[bytes, int]]:
+    """The headers of a repository's weight files, by range requests: no weight is fetched, nothing is kept.
+
+    Args:
+        folder: the snapshot that `resolve_model` found; its name is the commit.
+
+    Returns:
+        file name -> (header without the 8 bytes of its length, size of the whole file as the hub states it).
+
+    Raises:
+        ModelError: when the hub cannot be asked or lacks a file.
+        CheckpointError: when a header is absurdly long.
+    """
+    names = weight_files(folder)
+    sizes = _file_sizes(repository, folder.name, names, token)
+    with _translated(repository, folder.name), ThreadPoolExecutor(_REQUESTS, thread_name_prefix="flexgen-headers") as threads:
+        headers = threads.map(lambda name: _fetch_header(repository, folder.name, name, token), names)
+        return {name: (header, sizes[name]) for name, header in zip(names, headers, strict=True)}
+
+
+def _fetch_header(repository: str, commit: str, name: str, token: str | None) -> bytes:
+    start = _fetch_start(repository, commit, name, token, _LIKELY_HEADER_BYTES)
+    length = int.from_bytes(start[:8], "little")
+    if length > _MOST_JSON_BYTES:
+        raise CheckpointError(f"{repository}: {name} states a header of {format_size(length)}, more than any honest one")
+    if 8 + length > len(start) == _LIKELY_HEADER_BYTES:
+        start = _fetch_start(repository, commit, name, token, 8 + length)
+    return start[8 : 8 + length]
+
+
+def _fetch_start(repository: str, commit: str, name: str, token: str | None, size_bytes: int) -> bytes:
+    """The first bytes of a file, or all of a shorter one.  A server that knows no ranges is left when these have come."""
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+
+    headers = {**build_hf_headers(token=token), "range": f"bytes=0-{size_bytes - 1}", "accept-encoding": "identity"}
+    found = bytearray()
+    with get_session().stream("GET", hf_hub_url(repository, name, revision=commit), headers=headers) as response:
+        if response.status_code >= 400:
+            response.read()  # the error's text is in it
+        hf_raise_for_status(response)
+        for portion in response.iter_bytes():
+            found += portion
+            if len(found) >= size_bytes:
+                break
+    return bytes(found[:size_bytes])
 
 
 @contextmanager

@@ -7,7 +7,7 @@ except to find out whether two copies of a tied weight are equal.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,7 +23,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 from flexgen.errors import CheckpointError, UnsupportedModelError
 from flexgen.models.conversion import Traced, Untraceable
 from flexgen.models.folder import INDEX_FILE, some, weight_files
-from flexgen.models.headers import StoredTensor, read_header
+from flexgen.models.headers import StoredTensor, parse_header, read_header
 from flexgen.models.sources import ParameterSource, read_bytes, whole
 
 logger = logging.getLogger(__name__)
@@ -31,13 +31,45 @@ logger = logging.getLogger(__name__)
 _COMPARED_BYTES = 16 << 20
 
 
-class Checkpoint:
-    """The safetensors files of a model folder, known by their validated headers.
+class Headers:
+    """The tensors of a model's files, known by their validated headers.  The files may be elsewhere, or not be at all.
 
     Attributes:
-        folder: as given.
+        folder: where the files are, or the name of what has no folder here.
         tensors: every stored tensor by name, over all files.
         total_bytes: of all tensors.
+        readable: whether the files are here, so that numbers can be compared.
+
+    Args:
+        tensors: file by file, by name.
+
+    Raises:
+        CheckpointError: when two files hold a tensor of the same name.
+    """
+
+    readable = False
+
+    def __init__(self, folder: Path, tensors: Iterable[Mapping[str, StoredTensor]]) -> None:
+        self.folder = folder
+        self.tensors: dict[str, StoredTensor] = {}
+        for stored in tensors:
+            for name in stored.keys() & self.tensors.keys():
+                raise CheckpointError(f"{name} is stored twice: in {self.tensors[name].path.name} and in {stored[name].path.name}")
+            self.tensors.update(stored)
+        self.total_bytes = sum(tensor.nbytes for tensor in self.tensors.values())
+
+    @classmethod
+    def parsed(cls, folder: Path, files: Mapping[str, tuple[bytes, int]]) -> Headers:
+        """From file name -> (its header without the 8 bytes of its length, size of the whole file).
+
+        Raises:
+            CheckpointError: when a header breaks a rule of the format.
+        """
+        return Headers(folder, [parse_header(header, file_bytes=size, path=folder / name) for name, (header, size) in files.items()])
+
+
+class Checkpoint(Headers):
+    """The safetensors files of a model folder.
 
     Args:
         folder: holds `model.safetensors`, or `model.safetensors.index.json` and the files it names.  Files may be symbolic
@@ -47,19 +79,14 @@ class Checkpoint:
         CheckpointError: when there are no such files, or one of them is unsafe or broken.
     """
 
+    readable = True
+
     def __init__(self, folder: Path) -> None:
-        self.folder = Path(folder)
-        self.tensors: dict[str, StoredTensor] = {}
-        files, index = weight_files(self.folder)
-        for path in files:
-            stored = read_header(path)
-            for name in stored.keys() & self.tensors.keys():
-                raise CheckpointError(f"{name} is stored twice: in {self.tensors[name].path.name} and in {path.name}")
-            self.tensors.update(stored)
+        files, index = weight_files(Path(folder))
+        super().__init__(Path(folder), map(read_header, files))
         for name, file_name in index.items():
             if name not in self.tensors or self.tensors[name].path.name != file_name:
                 raise CheckpointError(f"{self.folder / INDEX_FILE}: {name} is not in {file_name}")
-        self.total_bytes = sum(tensor.nbytes for tensor in self.tensors.values())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,12 +107,13 @@ class ModelSources:
     unexpected: tuple[str, ...]
 
 
-def parameter_sources(model: PreTrainedModel, checkpoint: Checkpoint) -> ModelSources:
+def parameter_sources(model: PreTrainedModel, checkpoint: Headers) -> ModelSources:
     """Which stored bytes become which parameter.
 
     Args:
         model: a skeleton on the meta device; it is not changed.
-        checkpoint: the folder that it is to be loaded from.
+        checkpoint: the folder that it is to be loaded from, or headers alone: two stored copies of a tied weight are then
+            taken for equal.
 
     Raises:
         CheckpointError: when parameters are missing, shapes differ from the config's, or nothing matches.
@@ -107,7 +135,7 @@ def parameter_sources(model: PreTrainedModel, checkpoint: Checkpoint) -> ModelSo
             else:
                 found[source.name] = source
     _check_shapes(found.values(), expected, checkpoint.folder)
-    tied = _tie(model, found, expected)
+    tied = _tie(model, found, expected, _equal if checkpoint.readable else _alike)
     # transformers' own rules about what a checkpoint may lack or have in addition
     report = SimpleNamespace(missing_keys=expected.keys() - found.keys() - tied.keys(), unexpected_keys=unexpected)
     absent = set(report.missing_keys)
@@ -136,15 +164,27 @@ def check_supported_number_format(config: PreTrainedConfig | Mapping[str, Any]) 
     Raises:
         UnsupportedModelError: naming the quantization method.
     """
+    quantization = quantization_of(config)
+    if quantization is not None:
+        raise refuse_quantization(quantization)
+
+
+def quantization_of(config: PreTrainedConfig | Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """What the config says about how its weights, or those of a part of it, are quantized; None where they are plain numbers."""
     values = config if isinstance(config, Mapping) else config.to_dict()
     for part in (values, *(value for value in values.values() if isinstance(value, Mapping))):
         quantization = part.get("quantization_config") or part.get("compression_config")
         if quantization:
-            method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
-            raise UnsupportedModelError(
-                f"the weights are quantized ({method or 'by an unnamed method'}, see quantization_config in config.json), which is "
-                "not supported: use a repository with the bfloat16, float16 or float32 weights of this model"
-            )
+            return quantization if isinstance(quantization, Mapping) else {}
+    return None
+
+
+def refuse_quantization(quantization: Mapping[str, Any]) -> UnsupportedModelError:
+    """The error that names the method of a quantization_config."""
+    return UnsupportedModelError(
+        f"the weights are quantized ({quantization.get('quant_method') or 'by an unnamed method'}, see quantization_config in "
+        "config.json), which is not supported: use a repository with the bfloat16, float16 or float32 weights of this model"
+    )
 
 
 @dataclass(slots=True)
@@ -216,7 +256,7 @@ def _traced_source(name: str, x: torch.Tensor) -> ParameterSource:
     return ParameterSource(name=name, shape=tuple(x.shape), dtype=x.dtype, pieces=x.pieces)
 
 
-def _gather(model: PreTrainedModel, checkpoint: Checkpoint, expected: Mapping[str, torch.Tensor]) -> tuple[Collection[_Group], set[str]]:
+def _gather(model: PreTrainedModel, checkpoint: Headers, expected: Mapping[str, torch.Tensor]) -> tuple[Collection[_Group], set[str]]:
     """Stored tensors by the parameter they belong to, and the names of those that belong to none.
 
     The loop is that of transformers' `convert_and_load_state_dict_in_model`, without its loading.
@@ -252,7 +292,12 @@ def _check_shapes(sources: Iterable[ParameterSource], expected: Mapping[str, tor
         )
 
 
-def _tie(model: PreTrainedModel, found: dict[str, ParameterSource], expected: Collection[str]) -> dict[str, str]:
+def _tie(
+    model: PreTrainedModel,
+    found: dict[str, ParameterSource],
+    expected: Collection[str],
+    equal: Callable[[ParameterSource, ParameterSource], bool],
+) -> dict[str, str]:
     """Tied parameters -> the one that is kept in `found`: the model's choice if it is stored, else the first that is."""
     families: dict[str, list[str]] = {}
     for name, main in model.all_tied_weights_keys.items():
@@ -263,7 +308,7 @@ def _tie(model: PreTrainedModel, found: dict[str, ParameterSource], expected: Co
         for name in family:
             if not stored or name == stored[0] or name not in expected:
                 continue
-            if name in found and not _equal(found[name], found[stored[0]]):
+            if name in found and not equal(found[name], found[stored[0]]):
                 logger.warning("%s and %s should be tied, but different weights are stored; both are used", name, stored[0])
                 continue
             found.pop(name, None)
@@ -271,9 +316,14 @@ def _tie(model: PreTrainedModel, found: dict[str, ParameterSource], expected: Co
     return tied
 
 
+def _alike(a: ParameterSource, b: ParameterSource) -> bool:
+    """Whether two sources could hold the same bytes."""
+    return (a.shape, a.dtype, len(a.pieces)) == (b.shape, b.dtype, len(b.pieces)) and a.is_view and b.is_view
+
+
 def _equal(a: ParameterSource, b: ParameterSource) -> bool:
     """Whether two sources hold the same bytes.  Reads them, up to the first difference."""
-    if (a.shape, a.dtype, len(a.pieces)) != (b.shape, b.dtype, len(b.pieces)) or not (a.is_view and b.is_view):
+    if not _alike(a, b):
         return False
     one, other = a.pieces[0], b.pieces[0]
     return all(

@@ -6,7 +6,7 @@ Knows no tiers and no budgets.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -126,7 +126,7 @@ def _bounds(use: ParameterUse, unit_bytes: int) -> list[int]:
     return [*range(0, use.rows, step), use.rows]
 
 
-def module_plans(units: list[list[UnitPart]]) -> list[ModulePlan]:
+def module_plans(units: Sequence[Sequence[UnitPart]]) -> list[ModulePlan]:
     """The hooks that these units need."""
     ranges: dict[str, list[tuple[int, int, int]]] = {}
     uses: dict[str, ParameterUse] = {}

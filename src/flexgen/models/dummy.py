@@ -12,37 +12,21 @@ import json
 import math
 import mmap
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
-from transformers.modeling_utils import remove_tied_weights_from_state_dict
+from transformers import PreTrainedConfig
 
 from flexgen.errors import StorageError
-from flexgen.models.folder import INDEX_FILE, SINGLE_FILE
-from flexgen.models.headers import DTYPES
-from flexgen.sizes import align_up
+from flexgen.models.folder import INDEX_FILE
+from flexgen.models.repository import NamedTensor, encode_header, meta_model, saved_tensors, sharded
 
 _STANDARD_DEVIATION = 0.02
 # A prime number of elements: repeated through a matrix, no row meets the same numbers twice.
 _BLOCK_ELEMENTS = 4_194_301
 _BUFFER_BYTES = 16 << 20
-_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
-
-@dataclass(frozen=True, slots=True)
-class _Tensor:
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
 
 
 def write_random_checkpoint(
@@ -65,21 +49,17 @@ def write_random_checkpoint(
     Raises:
         StorageError: when a file exists already or cannot be written.
     """
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    shards = _shards(_tensors(model, dtype), shard_bytes)
-    names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
-    if len(shards) == 1:
-        names = [SINGLE_FILE]
+    model = meta_model(config, dtype)
+    files = sharded(saved_tensors(model, dtype), shard_bytes)
     numbers = _Numbers(dtype, seed)
-    total_bytes = sum(tensor.nbytes for shard in shards for tensor in shard)
+    total_bytes = sum(tensor.nbytes for tensors in files.values() for tensor in tensors)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name, shard in zip(names, shards, strict=True):
+        for name, tensors in files.items():
             with _NewFile(folder / name) as file:
-                _write_shard(file, shard, numbers)
-        if len(shards) > 1:
-            weight_map = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+                _write_shard(file, tensors, numbers)
+        if len(files) > 1:
+            weight_map = {tensor.name: name for name, tensors in files.items() for tensor in tensors}
             index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
             _write_text(folder / INDEX_FILE, json.dumps(index, indent=2))
         described = deepcopy(config)
@@ -92,29 +72,7 @@ def write_random_checkpoint(
 
 def checkpoint_bytes(config: PreTrainedConfig, dtype: torch.dtype) -> int:
     """Bytes of all tensors that `write_random_checkpoint` would write."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    return sum(tensor.nbytes for tensor in _tensors(model, dtype))
-
-
-def _tensors(model: PreTrainedModel, dtype: torch.dtype) -> list[_Tensor]:
-    """What `save_pretrained` would store, without the numbers."""
-    ignored = model._keys_to_ignore_on_save or ()
-    state = {name: x for name, x in model.state_dict().items() if name not in ignored}
-    state = revert_weight_conversion(model, remove_tied_weights_from_state_dict(state, model))
-    return [_Tensor(name, tuple(x.shape), dtype if x.is_floating_point() else x.dtype) for name, x in state.items()]
-
-
-def _shards(tensors: Iterable[_Tensor], shard_bytes: int) -> list[list[_Tensor]]:
-    shards: list[list[_Tensor]] = [[]]
-    filled = 0
-    for tensor in tensors:
-        if shards[-1] and filled + tensor.nbytes > shard_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append(tensor)
-        filled += tensor.nbytes
-    return shards
+    return sum(tensor.nbytes for tensor in saved_tensors(meta_model(config, dtype), dtype))
 
 
 class _Numbers:
@@ -125,7 +83,7 @@ class _Numbers:
         self._random = _bytes_of(block.to(dtype))
         self._begin = 0  # of the last tensor, in elements
 
-    def portions(self, tensor: _Tensor) -> Iterator[memoryview]:
+    def portions(self, tensor: NamedTensor) -> Iterator[memoryview]:
         """The bytes of `tensor`, one after the other."""
         if len(tensor.shape) > 1 and tensor.dtype.is_floating_point and "bias" not in tensor.name:
             # Each tensor begins elsewhere in the block, far from the one before.
@@ -146,19 +104,9 @@ def _bytes_of(tensor: torch.Tensor) -> memoryview:
     return tensor.view(torch.uint8).numpy().data
 
 
-def _write_shard(file: _NewFile, tensors: Iterable[_Tensor], numbers: _Numbers) -> None:
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for tensor in tensors:
-        header[tensor.name] = {
-            "dtype": _DTYPE_NAMES[tensor.dtype],
-            "shape": tensor.shape,
-            "data_offsets": [offset, offset + tensor.nbytes],
-        }
-        offset += tensor.nbytes
-    encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded = encoded.ljust(align_up(len(encoded), 8))
-    file.write(len(encoded).to_bytes(8, "little") + encoded)
+def _write_shard(file: _NewFile, tensors: Sequence[NamedTensor], numbers: _Numbers) -> None:
+    header = encode_header(tensors)
+    file.write(len(header).to_bytes(8, "little") + header)
     for tensor in tensors:
         for portion in numbers.portions(tensor):
             file.write(portion)

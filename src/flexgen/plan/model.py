@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
+from typing import Any, cast
+
+from flexgen.errors import OptionError
+
+# The number of a layer in the name of a unit.
+_LAYER_NUMBER = re.compile(r"(?<=\.)(0|[1-9]\d*)(?=\.| |$)")
+PLAIN_FORMATS = frozenset({"bfloat16", "float16", "float32", "float64"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,12 +61,15 @@ class ModelSpec:
     """A model as the planner sees it.
 
     Attributes:
+        name: of the folder or hub repository.
         units: streamed units, in the order in which a pass needs them.
         resident_bytes: small tensors (norms, biases, buffers) that always live on the device.
         embedding_row_bytes: bytes gathered per input token when the embedding is not resident.
         embedding_bytes: the whole input embedding (0 when it is tied to the head's units).
         hidden_size, vocab_size, intermediate_size: for activation memory.
         max_position_embeddings: the model's context.
+        number_format: of the stored weights: a dtype (that of most bytes), or a published low-bit format ("mxfp4", "fp8_block").
+        dtype: computed in; decoded bytes, resident bytes and KV are of it.
     """
 
     name: str
@@ -67,6 +83,13 @@ class ModelSpec:
     intermediate_size: int
     vocab_size: int
     max_position_embeddings: int
+    number_format: str = "bfloat16"
+    dtype: str = "bfloat16"
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the weights are stored as plain numbers.  Others can be planned for, but not run yet."""
+        return self.number_format in PLAIN_FORMATS
 
     @property
     def streamed_bytes(self) -> int:
@@ -92,3 +115,104 @@ class ModelSpec:
 
     def head_flops_per_token(self) -> float:
         return sum(unit.flops_per_token for unit in self.units if unit.head)
+
+    def to_json(self) -> str:
+        """Units that differ in the layer's number only are written once, and runs of equal layers as their count."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name not in ("units", "kv_groups")}
+        kinds, runs = _unit_runs(self.units)
+        lists = {
+            "kv_groups": [dataclasses.asdict(group) for group in self.kv_groups],
+            "unit_kinds": [dataclasses.asdict(kind) for kind in kinds],
+            "unit_runs": [dataclasses.asdict(run) for run in runs],
+        }
+        lines = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in fields.items()]
+        lines += [f"{json.dumps(name)}: [\n  {_lines(values)}\n]" for name, values in lists.items()]
+        return "{" + ",\n".join(lines) + "}\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> ModelSpec:
+        """Raises OptionError when the text is not a model's JSON, or a key is unknown or missing."""
+        try:
+            fields = _checked("model", json.loads(text), _keys(cls) - {"units"} | {"unit_kinds", "unit_runs"})
+            kinds = [UnitSpec(**_checked("model: unit_kinds", kind, _keys(UnitSpec))) for kind in fields.pop("unit_kinds")]
+            runs = [_Run(**_checked("model: unit_runs", run, _keys(_Run))) for run in fields.pop("unit_runs")]
+            groups = [KVGroupSpec(**_checked("model: kv_groups", group, _keys(KVGroupSpec))) for group in fields.pop("kv_groups")]
+            return cls(units=tuple(_units(kinds, runs)), kv_groups=tuple(groups), **fields)
+        except (ValueError, TypeError, IndexError) as error:
+            raise OptionError(f"model: not the JSON of one: {error}") from error
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Run:
+    """Consecutive layers with equal units.
+
+    Attributes:
+        first: number of the first layer; None for units outside of layers. layers: how many.
+        kinds: of the units of each, in order, as indices into the list of kinds.
+    """
+
+    first: int | None
+    layers: int
+    kinds: Sequence[int]
+
+    def with_next(self, other: _Run) -> _Run | None:
+        """One run of both, where `other` is the next layer and has equal units."""
+        if self.first is None or other.first != self.first + self.layers or self.kinds != other.kinds:
+            return None
+        return dataclasses.replace(self, layers=self.layers + other.layers)
+
+
+def _unit_runs(units: Iterable[UnitSpec]) -> tuple[list[UnitSpec], list[_Run]]:
+    """(kinds of units, "{}" in their names standing for the layer's number; runs of them)."""
+    kinds: dict[UnitSpec, int] = {}
+    numbered: list[tuple[int | None, int]] = []
+    for unit in units:
+        layer, name = _split_name(unit.name)
+        numbered.append((layer, kinds.setdefault(dataclasses.replace(unit, name=name), len(kinds))))
+    runs: list[_Run] = []
+    for layer, members in groupby(numbered, key=itemgetter(0)):
+        run = _Run(first=layer, layers=1, kinds=[kind for _, kind in members])
+        if runs and (longer := runs[-1].with_next(run)) is not None:
+            runs[-1] = longer
+        else:
+            runs.append(run)
+    return list(kinds), runs
+
+
+def _units(kinds: Sequence[UnitSpec], runs: Iterable[_Run]) -> Iterable[UnitSpec]:
+    """The units that `_unit_runs` made these of."""
+    for run in runs:
+        for layer in range(run.layers):
+            for kind in run.kinds:
+                unit = kinds[kind]
+                if run.first is not None:
+                    unit = dataclasses.replace(unit, name=unit.name.replace("{}", str(run.first + layer), 1))
+                yield unit
+
+
+def _split_name(name: str) -> tuple[int | None, str]:
+    """(the layer's number, the name with "{}" in its place), or (None, the name) when it has none."""
+    match = _LAYER_NUMBER.search(name)
+    if match is None or "{}" in name:
+        return None, name
+    return int(match[0]), name[: match.start()] + "{}" + name[match.end() :]
+
+
+def _lines(values: Iterable[Any]) -> str:
+    return ",\n  ".join(json.dumps(value) for value in values)
+
+
+def _keys(kind: type[ModelSpec | UnitSpec | KVGroupSpec | _Run]) -> set[str]:
+    return {field.name for field in dataclasses.fields(kind)}
+
+
+def _checked(what: str, value: object, known: set[str]) -> dict[str, Any]:
+    """`value`, a JSON object with exactly the known keys."""
+    if not isinstance(value, dict):
+        raise OptionError(f"{what}: {str(value)[:40]!r} is no object")
+    fields = cast("dict[str, Any]", value)
+    if unknown := fields.keys() - known:
+        raise OptionError(f"{what}: unknown keys {sorted(unknown)}; known: {sorted(known)}")
+    if missing := known - fields.keys():
+        raise OptionError(f"{what}: missing keys {sorted(missing)}")
+    return fields

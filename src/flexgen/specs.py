@@ -1,0 +1,66 @@
+"""A model's name to its numbers: a shipped model, a folder, or a hub repository of which only config and headers are read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from flexgen.errors import ModelError, OptionError
+from flexgen.plan.catalogue import catalogue_names, catalogue_spec, similar_names
+from flexgen.plan.model import PLAIN_FORMATS, ModelSpec
+
+
+def spec_of(model: str, *, device: str, dtype: str = "auto", revision: str | None = None, token: str | None = None) -> ModelSpec:
+    """The model as the planner sees it.
+
+    Weights in a published low-bit format are described too, although the engine does not run them: see `ModelSpec.is_plain`.
+
+    Args:
+        model: a folder, else a name of the catalogue, else a hub id.  torch is loaded for a folder and a hub id only, and for a
+            shipped model that is not to be computed in the dtype it ships.
+        device: "cpu", "cuda" or "sim". dtype: to compute in, as in EngineOptions.
+        revision: branch, tag or commit of a hub repository. token: of the hub, as in `resolve_model`.
+
+    Raises:
+        ModelError: when there is no such model, or its architecture, number format or files are not understood.
+        OptionError: when a shipped model is asked for in a revision, or the dtype cannot be computed in.
+    """
+    if dtype != "auto" and dtype not in PLAIN_FORMATS:
+        raise OptionError(f"cannot compute in {dtype}; known: auto, {', '.join(sorted(PLAIN_FORMATS))}")
+    if not Path(model).expanduser().is_dir() and model in catalogue_names():
+        if revision is not None:
+            raise OptionError(f"{model} is a name of the catalogue; a revision ({revision}) only has a meaning for a hub repository")
+        return _shipped(model, device, dtype)
+    return _described(model, device, dtype, revision, token)
+
+
+def _shipped(name: str, device: str, dtype: str) -> ModelSpec:
+    spec = catalogue_spec(name)
+    if dtype == "auto":  # as the engine would choose
+        dtype = "bfloat16" if spec.dtype == "float16" and device != "cuda" else spec.dtype
+    if dtype == spec.dtype:
+        return spec
+    import torch
+
+    from flexgen.models.catalogue import ENTRIES
+
+    return ENTRIES[name].spec(getattr(torch, dtype))
+
+
+def _described(model: str, device: str, dtype: str, revision: str | None, token: str | None) -> ModelSpec:
+    from flexgen.hub import resolve_model, weight_files, weight_headers
+    from flexgen.models.checkpoint import Checkpoint, Headers
+    from flexgen.models.spec import describe_headers
+    from flexgen.opening import compute_dtype, read_config
+
+    try:
+        files = resolve_model(model, revision=revision, token=token, with_weights=False)
+    except ModelError as error:
+        if "/" in model:
+            raise
+        raise ModelError(f"{error}; nor is it in the catalogue: {', '.join(similar_names(model))}") from error
+    config = read_config(files)
+    if files.commit is None or all((files.folder / name).is_file() for name in weight_files(files.folder)):
+        headers = Checkpoint(files.folder)
+    else:
+        headers = Headers.parsed(files.folder, weight_headers(model, files.folder, token=token))
+    return describe_headers(headers, config, compute_dtype(dtype, config, device), name=model)

@@ -1,0 +1,94 @@
+"""From a model's name to its numbers: the catalogue without torch, folders and hub repositories by their headers."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from flexgen.errors import CheckpointError, ModelError, OptionError
+from flexgen.models.dummy import write_random_checkpoint
+from flexgen.models.loading import load_model
+from flexgen.plan.catalogue import catalogue_spec
+from flexgen.plan.model import ModelSpec
+from flexgen.specs import spec_of
+from tests.models.tiny_configs import tiny_config
+from tests.test_hub import StandIn
+
+
+@pytest.fixture
+def hub() -> Iterator[StandIn]:
+    stand_in = StandIn()
+    yield stand_in
+    stand_in.close()
+
+
+def test_a_shipped_model_needs_no_torch() -> None:
+    code = "import sys, flexgen.specs as s; print(s.spec_of('llama-3-8b', device='cpu').name, {'torch', 'transformers'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.strip()) == (0, "meta-llama/Meta-Llama-3-8B set()"), done.stderr
+
+
+def test_shipped_models_in_the_dtype_that_would_run() -> None:
+    shipped = catalogue_spec("opt-125m")
+    assert spec_of("opt-125m", device="cuda") == spec_of("opt-125m", device="cpu", dtype="float16") == shipped
+    on_cpu, wide = spec_of("opt-125m", device="cpu"), spec_of("opt-125m", device="cpu", dtype="float32")
+    assert (on_cpu.dtype, on_cpu.number_format) == ("bfloat16", "float16")
+    assert [unit.disk_bytes for unit in on_cpu.units] == [unit.disk_bytes for unit in shipped.units]
+    assert not any(unit.plain for unit in on_cpu.units)
+    assert (wide.dtype, wide.kv_bytes_per_token) == ("float32", 2 * shipped.kv_bytes_per_token)
+
+
+def test_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is named like a shipped model is meant before that."""
+    write_random_checkpoint(tiny_config("llama"), tmp_path / "llama-3-8b", torch.bfloat16)
+    monkeypatch.chdir(tmp_path)
+    spec = spec_of("llama-3-8b", device="cpu")
+    here = load_model(tmp_path / "llama-3-8b", tiny_config("llama"), torch.bfloat16).spec
+    assert spec == here
+    assert spec != catalogue_spec("llama-3-8b")
+    (tmp_path / "llama-3-8b" / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="neither model"):
+        spec_of("llama-3-8b", device="cpu")
+
+
+def test_what_is_no_model() -> None:
+    with pytest.raises(OptionError, match="revision"):
+        spec_of("opt-30b", device="cpu", revision="main")
+    with pytest.raises(OptionError, match="cannot compute in int8"):
+        spec_of("opt-30b", device="cpu", dtype="int8")
+    with pytest.raises(ModelError, match="nor is it in the catalogue: llama-3-8b, "):
+        spec_of("-llama-3-8b", device="cpu")
+    with pytest.raises(ModelError, match="not a folder"):
+        spec_of("/no/such/folder", device="cpu")
+
+
+def from_hub(hub: StandIn, home: Path) -> ModelSpec:
+    """In a fresh process: the hub library reads its environment when it is imported."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    env |= {"HF_HOME": str(home), "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    code = "from flexgen.specs import spec_of; print(spec_of('org/model', device='cpu').to_json())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=env)
+    assert done.returncode == 0, done.stderr
+    return ModelSpec.from_json(done.stdout)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3_moe"])
+def test_a_repository_by_its_headers(hub: StandIn, tmp_path: Path, model_type: str) -> None:
+    """Nothing but the first bytes of weight files is asked for, and the numbers are those of the files."""
+    folder = tmp_path / "source"
+    write_random_checkpoint(tiny_config(model_type), folder, torch.bfloat16, shard_bytes=60_000)
+    hub.repositories["org/model"] = {path.name: path.read_bytes() for path in folder.iterdir()}
+    spec = from_hub(hub, tmp_path / "hf")
+    here = load_model(folder, tiny_config(model_type), torch.bfloat16).spec
+    assert spec == dataclasses.replace(here, name="org/model")
+    assert not [name for name in hub.fetched if name.endswith(".safetensors")]
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    assert {name for name, _ in hub.ranges} == set(index["weight_map"].values())
