@@ -18,8 +18,8 @@ from flexgen.cli.exit_codes import ExitCode
 from flexgen.cli.options import FLAGS
 from flexgen.errors import CapacityError, EngineError
 from flexgen.jobs.reading import index_of
-from flexgen.llm import Plan
 from flexgen.options import EngineOptions
+from flexgen.plan.forecast import Plan
 from flexgen.plan.workload import Workload
 
 GOOD = {"id": "a", "prompt": "abc", "max_tokens": 4, "temperature": 0}

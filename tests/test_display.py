@@ -12,7 +12,7 @@ from fakes import FakeEngine
 from flexgen.display import JsonDisplay, PlainDisplay, format_plan, format_progress, format_report, format_seconds, open_display
 from flexgen.engine.progress import Progress, RunReport
 from flexgen.errors import OptionError
-from flexgen.llm import Plan
+from flexgen.plan.forecast import Plan
 from flexgen.plan.workload import Workload
 
 ENGINE = FakeEngine(Workload(prompt_lens=(), output_lens=()))

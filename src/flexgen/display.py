@@ -18,8 +18,7 @@ from flexgen.sizes import format_size
 if TYPE_CHECKING:
     from rich.live import Live
 
-    from flexgen.llm import Plan
-    from flexgen.plan.forecast import Forecast
+    from flexgen.plan.forecast import Forecast, Plan
     from flexgen.plan.policy import Fractions
 
 LEAST_SHOWN = 0.01  # of a pass: resources that take less are left out
@@ -228,6 +227,15 @@ def format_forecast(forecast: Forecast) -> list[str]:
         lines.append(
             "         at the margin, 1 GiB more of " + ", of ".join(f"{tier} memory: +{gain:.1%} tokens/s" for tier, gain in gains)
         )
+    return lines
+
+
+def format_memory(forecast: Forecast) -> list[str]:
+    """What is reserved where."""
+    lines: list[str] = []
+    for tier, parts in forecast.memory_bytes.items():
+        listed = ", ".join(f"{name} {format_size(size)}" for name, size in parts.items() if size)
+        lines.append(f"  {tier:<7}  {format_size(sum(parts.values()))} of {format_size(forecast.budget_bytes.get(tier, 0))}: {listed}")
     return lines
 
 

@@ -12,7 +12,6 @@ import logging
 import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from flexgen.chat import Chat, Templates, make_chats
@@ -22,6 +21,7 @@ from flexgen.engine.progress import Progress, RunReport
 from flexgen.errors import FlexGenError, ModelError, OptionError, RequestError
 from flexgen.hub import ModelFiles, resolve_model, resolve_tokenizer
 from flexgen.options import EngineOptions
+from flexgen.plan.forecast import Plan
 from flexgen.plan.workload import Workload
 from flexgen.request import CompletionOutput, Live, RequestOutput, SamplingParams, TokenRequest, TokenResult
 from flexgen.text import Tokenizer, eos_token_ids
@@ -30,24 +30,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from flexgen.engine.engine import Engine
-    from flexgen.plan.forecast import Forecast
-    from flexgen.plan.machine import Machine
     from flexgen.plan.model import ModelSpec
     from flexgen.plan.policy import Policy
 
 logger = logging.getLogger(__name__)
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
-    """What would be done, without doing it."""
-
-    spec: ModelSpec
-    machine: Machine
-    policy: Policy
-    forecast: Forecast
 
 
 def make_plan(files: ModelFiles, options: EngineOptions, workload: Workload) -> Plan:
@@ -61,7 +49,7 @@ def make_plan(files: ModelFiles, options: EngineOptions, workload: Workload) -> 
 
     found = prepare(files, options, workload)
     discard(found)
-    return Plan(spec=found.model.spec, machine=found.machine, policy=found.policy, forecast=found.forecast)
+    return found.plan
 
 
 def open_engine(files: ModelFiles, options: EngineOptions, workload: Workload) -> Engine:

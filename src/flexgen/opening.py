@@ -26,11 +26,9 @@ from flexgen.memory.transfer import Backend, CudaDevice, SimulatedDevice
 from flexgen.models.dummy import checkpoint_bytes, write_random_checkpoint
 from flexgen.models.loading import LoadedModel, load_model
 from flexgen.options import EngineOptions
-from flexgen.plan.default import solve
-from flexgen.plan.forecast import Forecast, forecast
+from flexgen.plan.forecast import Plan, make_plan
 from flexgen.plan.limit import budgets_of
-from flexgen.plan.machine import Limits, Machine
-from flexgen.plan.policy import Policy
+from flexgen.plan.machine import Limits
 from flexgen.plan.workload import Workload
 from flexgen.profile.limits import find_limits
 from flexgen.profile.measure import cached_machine
@@ -53,10 +51,8 @@ class Prepared:
     """
 
     model: LoadedModel
-    machine: Machine
+    plan: Plan
     limits: Limits
-    policy: Policy
-    forecast: Forecast
     workload: Workload
     process_bytes: int
     dummy_folder: OffloadFolder | None
@@ -86,15 +82,14 @@ def prepare(files: ModelFiles, options: EngineOptions, workload: Workload) -> Pr
         process_bytes = psutil.Process().memory_info().rss
         if options.verify_reads:
             process_bytes += (model.total_bytes + limits.disk_bytes) // BLOCK_BYTES * BYTES_PER_BLOCK
-        solution = solve(options, model.spec, machine, limits, workload, process_bytes=process_bytes)
-        expected = forecast(solution, model.spec, machine, limits, workload, process_bytes=process_bytes)
+        plan = make_plan(options, model.spec, machine, limits, workload, process_bytes=process_bytes)
     except BaseException:
         if dummy_folder is not None:
             dummy_folder.remove()
         raise
     return Prepared(
-        model=model, machine=machine, limits=limits, policy=solution.policy, forecast=expected, workload=workload,
-        process_bytes=process_bytes, dummy_folder=dummy_folder, verify_reads=options.verify_reads,
+        model=model, plan=plan, limits=limits, workload=workload, process_bytes=process_bytes, dummy_folder=dummy_folder,
+        verify_reads=options.verify_reads,
     )  # fmt: skip
 
 
@@ -127,7 +122,7 @@ def discard(prepared: Prepared) -> None:
 
 def _construct(prepared: Prepared, undo: contextlib.ExitStack) -> Engine:
     """An engine without weights; what it would own is registered with `undo` as it is made."""
-    limits, policy, model = prepared.limits, prepared.policy, prepared.model
+    limits, policy, model = prepared.limits, prepared.plan.policy, prepared.model
     backend = _backend(limits)
     if backend is not None:
         undo.callback(backend.close)
@@ -140,12 +135,12 @@ def _construct(prepared: Prepared, undo: contextlib.ExitStack) -> Engine:
         host_budget_bytes=limits.host_bytes,
         device_budget_bytes=limits.device_bytes,
         budgets=budgets_of(limits, model.spec, prepared.process_bytes),
-        forecast=prepared.forecast,
+        forecast=prepared.plan.forecast,
         workload=prepared.workload,
     )
     offload_dir = offload.path if offload is not None else None
     return Engine(
-        model, policy, prepared.machine, context=context, backend=backend, offload_dir=offload_dir, temporary=folders,
+        model, policy, prepared.plan.machine, context=context, backend=backend, offload_dir=offload_dir, temporary=folders,
         verify_reads=prepared.verify_reads,
     )  # fmt: skip
 

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from flexgen.cli import bench, export, profile, run, status
+from flexgen.cli import bench, export, plan, profile, run, status
 from flexgen.cli.exit_codes import EPILOG, ExitCode
 from flexgen.cli.terminal import complain
 
@@ -25,6 +25,7 @@ app = typer.Typer(
 app.command(epilog=EPILOG)(run.run)
 app.command()(status.status)
 app.command()(export.export)
+app.command()(plan.plan)
 app.command()(profile.profile)
 _bench = typer.Typer(no_args_is_help=True, help="Measure this machine's throughput with a model.")
 _bench.command()(bench.throughput)

@@ -56,7 +56,7 @@ def show_plan(asked: Asked, display: Display) -> int:
 
     assert asked.source is not None
     with _load(asked) as llm:
-        job = Job(llm, asked.source, None, defaults=_bare_defaults(llm, asked.max_tokens), input_format=asked.input_format)
+        job = Job(llm, asked.source, None, defaults=bare_defaults(llm, asked.max_tokens), input_format=asked.input_format)
         if asked.strict:
             job.check()
         workload = job.scan()
@@ -83,7 +83,7 @@ def answer_job(asked: Asked, display: Display, signals: StopSignals) -> int:
         source = _prepare_folder(folder, asked)
         with _load(asked) as llm, Store(folder) as store:
             check_output(folder.paths)
-            defaults = _bare_defaults(llm, asked.max_tokens)
+            defaults = bare_defaults(llm, asked.max_tokens)
             settings = {"chat_template_kwargs": asked.chat_template_kwargs, "input_format": asked.input_format}
             store.begin(identity_of(llm, defaults, **settings), llm.files.name, accept_changes=asked.accept_changes)
             job = Job(
@@ -125,7 +125,7 @@ def _load(asked: Asked) -> LLM:
     return load(asked.model, asked.options, asked.progress, tokenizer=asked.tokenizer, **templates)
 
 
-def _bare_defaults(llm: LLM, max_tokens: int | None) -> SamplingParams:
+def bare_defaults(llm: LLM, max_tokens: int | None) -> SamplingParams:
     """What bare lines get where they do not say: vLLM's defaults under generation_config.json, but up to the context."""
     defaults = llm.get_default_sampling_params()
     limit = max_tokens if max_tokens is not None else llm.files.generation_config.get("max_new_tokens")

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from flexgen.options import EngineOptions
 from flexgen.plan.cost import unit_homes, weights_work
-from flexgen.plan.default import Solution
+from flexgen.plan.default import Solution, solve
 from flexgen.plan.expect import Expectation
 from flexgen.plan.footprint import footprint
 from flexgen.plan.machine import Limits, Machine
@@ -64,6 +65,23 @@ class Forecast:
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What would be done, and how it should go."""
+
+    spec: ModelSpec
+    machine: Machine
+    policy: Policy
+    forecast: Forecast
+
+
+def make_plan(options: EngineOptions, spec: ModelSpec, machine: Machine, limits: Limits, workload: Workload, *, process_bytes: int) -> Plan:
+    """The best policy for a job, and what it should do; arguments and errors are those of `solve`."""
+    solution = solve(options, spec, machine, limits, workload, process_bytes=process_bytes)
+    told = forecast(solution, spec, machine, limits, workload, process_bytes=process_bytes)
+    return Plan(spec=spec, machine=machine, policy=solution.policy, forecast=told)
 
 
 def forecast(solution: Solution, spec: ModelSpec, machine: Machine, limits: Limits, workload: Workload, *, process_bytes: int) -> Forecast:

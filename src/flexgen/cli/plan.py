@@ -1,0 +1,167 @@
+"""`flexgen plan`: what a job would take, on this machine or another, without running it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from flexgen.cli.exit_codes import ExitCode
+from flexgen.cli.options import engine_command, load
+from flexgen.errors import OptionError
+from flexgen.options import EngineOptions
+from flexgen.sizes import MIB
+
+if TYPE_CHECKING:
+    from flexgen.plan.forecast import Plan
+    from flexgen.plan.machine import Limits, Machine
+    from flexgen.plan.workload import Workload
+
+# Resident memory of a run before any weight is loaded, about: the interpreter, torch, transformers, kernels.
+PROCESS_BYTES = {"cpu": 480 * MIB, "sim": 480 * MIB, "cuda": 1500 * MIB}
+_JOB = "The job"
+PROMPT_LEN, GEN_LEN, NUM_REQUESTS = 512, 128, 1000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Asked:
+    """The job that was asked about: a file, or the same lengths many times."""
+
+    source: Path | None
+    max_tokens: int | None
+    prompt_len: int | None
+    gen_len: int | None
+    num_requests: int | None
+
+
+@engine_command
+def plan(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A folder, a hub id (of which config and headers are read), or a name such as opt-175b.")
+    ],
+    options: EngineOptions,
+    machine: Annotated[
+        str | None,
+        typer.Option(metavar="NAME|FILE", help="A known machine (t4-gcp) or a file of `flexgen profile -o`. Default: this one."),
+    ] = None,
+    source: Annotated[
+        Path | None, typer.Option("--input", metavar="FILE", help="Requests, as for `flexgen run`.", rich_help_panel=_JOB)
+    ] = None,
+    prompt_len: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help=f"Tokens of each prompt. Default: {PROMPT_LEN}.", rich_help_panel=_JOB)
+    ] = None,
+    gen_len: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help=f"Tokens of each answer. Default: {GEN_LEN}.", rich_help_panel=_JOB)
+    ] = None,
+    num_requests: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help=f"How many. Default: {NUM_REQUESTS:,}.", rich_help_panel=_JOB)
+    ] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Longest answer of lines that do not say.", rich_help_panel=_JOB)
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON: model, machine, limits, policy, forecast.")] = False,
+) -> int:
+    """Show where weights and KV cache would live, how fast a job would go,
+    how long it would take, and what decides that. Nothing is run, and no
+    weights are read.
+    """
+    from flexgen.plan.forecast import make_plan
+    from flexgen.specs import spec_of
+
+    asked = _Asked(source=source, max_tokens=max_tokens, prompt_len=prompt_len, gen_len=gen_len, num_requests=num_requests)
+    _check(asked)
+    limits, rates = _limits_and_machine(options, machine)
+    spec = spec_of(model, device=limits.device, dtype=options.dtype, revision=options.revision)
+    context = min(spec.max_position_embeddings, options.max_model_len or spec.max_position_embeddings)
+    workload = _equal_lengths(asked, context) if source is None else _lengths_of(source, model, options, max_tokens)
+    rates = rates or _this_machine(limits, spec.dtype, Path(model))
+    options = dataclasses.replace(options, dtype=spec.dtype, device=limits.device)
+    planned = make_plan(options, spec, rates, limits, workload, process_bytes=PROCESS_BYTES[limits.device])
+    print(_as_json(planned, limits) if as_json else _as_text(planned))
+    return ExitCode.ALL_ANSWERED
+
+
+def _check(asked: _Asked) -> None:
+    """Raises OptionError for flags that contradict each other."""
+    lengths = {"--prompt-len": asked.prompt_len, "--gen-len": asked.gen_len, "--num-requests": asked.num_requests}
+    if asked.source is not None and (given := [flag for flag, value in lengths.items() if value is not None]):
+        raise OptionError(f"--input tells the lengths: leave out {given[0]}")
+    if asked.source is None and asked.max_tokens is not None:
+        raise OptionError("--max-tokens is for lines of an --input: use --gen-len")
+    if asked.source is not None and not asked.source.is_file():
+        raise OptionError(f"--input {asked.source}: there is no such file")
+
+
+def _limits_and_machine(options: EngineOptions, name: str | None) -> tuple[Limits, Machine | None]:
+    """The budgets, and the machine if it is not this one."""
+    if name is None:
+        from flexgen.profile.limits import find_limits
+
+        return find_limits(options), None
+    from flexgen.plan.machines import find_machine, limits_of
+
+    machine = find_machine(name)
+    return limits_of(machine, options), machine
+
+
+def _this_machine(limits: Limits, dtype: str, model: Path) -> Machine:
+    """As measured before, or measured now: weights stream from the model's folder, if that is where they are."""
+    from flexgen.profile.measure import cached_machine
+
+    return cached_machine(limits.device, dtype, model if model.is_dir() else Path())
+
+
+def _equal_lengths(asked: _Asked, context: int) -> Workload:
+    from flexgen.plan.workload import Workload
+
+    prompt, answer, number = asked.prompt_len or PROMPT_LEN, asked.gen_len or GEN_LEN, asked.num_requests or NUM_REQUESTS
+    if prompt + answer > context:
+        raise OptionError(f"{prompt} prompt and {answer} answer tokens exceed the context of {context}")
+    return Workload(prompt_lens=(prompt,) * number, output_lens=(answer,) * number)
+
+
+def _lengths_of(source: Path, model: str, options: EngineOptions, max_tokens: int | None) -> Workload:
+    """Of a file's requests, by the model's tokenizer and template."""
+    from flexgen.cli.job import bare_defaults
+    from flexgen.jobs.runner import Job
+    from flexgen.plan.catalogue import catalogue_names
+
+    if model in catalogue_names() and not Path(model).is_dir():
+        raise OptionError(f"--input needs the tokenizer of {model}: give a folder or a hub id, or --prompt-len and --gen-len")
+    with load(model, dataclasses.replace(options, load_format="dummy"), "none") as llm:
+        return Job(llm, source, None, defaults=bare_defaults(llm, max_tokens)).scan()
+
+
+def _as_json(plan: Plan, limits: Limits) -> str:
+    values: dict[str, Any] = {
+        "model": {"name": plan.spec.name, "number_format": plan.spec.number_format, "runs": plan.spec.is_plain},
+        "machine": json.loads(plan.machine.to_json()),
+        "limits": dataclasses.asdict(limits),
+        "policy": dataclasses.asdict(plan.policy),
+        "forecast": dataclasses.asdict(plan.forecast),
+    }
+    return json.dumps(values, indent=2)
+
+
+_ORIGINS = {"measured": "measured {}", "datasheet": "by its datasheet", "paper": "by the rates of the FlexGen paper"}
+
+
+def _as_text(plan: Plan) -> str:
+    from flexgen.display import format_memory, format_plan
+
+    machine = plan.machine
+    origin = (
+        f"measured {machine.date}"
+        if machine.origin == "measured"
+        else {"datasheet": "by its datasheet", "paper": "by the paper's rates"}[machine.origin]
+    )
+    lines = [f"{plan.spec.name} on {machine.name} ({origin})", format_plan(plan), *format_memory(plan.forecast)]
+    if not plan.spec.is_plain:
+        lines.append(f"note: weights in {plan.spec.number_format} are planned as shipped; this version cannot run them yet")
+    if plan.policy.device != "cpu" and plan.policy.weights.device == plan.policy.kv.device == 1:
+        lines.append("note: weights and KV cache fit the device: an engine made for that (vLLM, SGLang) will be faster")
+    return "\n".join(lines)
