@@ -91,6 +91,17 @@ SHAPES = {
             config=_llama(3072, 28, 24, 128, 8192, 128256),
         ),
         Shape(name="opt-6.7b", model_type="opt", memory_bytes=6 * GIB, num_requests=32, batches=(4, 8, 16, 32), config=_opt(4096, 32, 32)),
+        # For the planner's predictions.
+        Shape(
+            name="llama-1b",
+            model_type="llama",
+            memory_bytes=2 * GIB,
+            num_requests=96,
+            batches=(),
+            config=_llama(2048, 16, 32, 64, 8192, 128256),
+        ),
+        Shape(name="opt-1.3b", model_type="opt", memory_bytes=2 * GIB, num_requests=64, batches=(), config=_opt(2048, 24, 32)),
+        Shape(name="opt-2.7b", model_type="opt", memory_bytes=4 * GIB, num_requests=48, batches=(), config=_opt(2560, 32, 32)),
         # For trying the scripts out in a minute; its figures mean nothing.
         Shape(
             name="llama-tiny",

@@ -118,7 +118,7 @@ def rate_at(curve: Curve, rows: Any) -> Any:
 def _active_share(flops_per_token: float, decoded_bytes: int, dtype: str) -> float:
     """Of a unit's weights, those that a token passes through: 1 but for experts."""
     share = flops_per_token / max(2 * decoded_bytes / DTYPE_BYTES[dtype], 1)
-    return 1.0 if share >= WHOLE_SHARE else float(f"{share:.2g}")
+    return 1.0 if share >= WHOLE_SHARE else float(f"{share:.3g}")
 
 
 def _interpolated(at: Any, sizes: Any, values: Any) -> Any:

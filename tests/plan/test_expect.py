@@ -1,0 +1,86 @@
+import dataclasses
+
+import numpy as np
+import pytest
+
+from flexgen.plan.cost import PassWork
+from flexgen.plan.expect import Expectation, elementwise_bytes, rate_at
+from flexgen.plan.machine import Overheads, Rate
+from flexgen.plan.model import UnitSpec
+from flexgen.plan.simulate import simulate
+from flexgen.plan.workload import Workload
+
+NOTHING = Overheads(per_pass=0, per_sequence=0, per_unit=0, per_layer_and_micro_batch=0, per_gathered_row=0)
+
+
+def test_rates_between_rows_are_interpolated_and_few_rows_cost_as_much_as_the_fewest():
+    curve = ((64.0, Rate(2.0, 1.0)), (128.0, Rate(4.0, 3.0)))
+    np.testing.assert_allclose(rate_at(curve, np.array([32.0, 64.0, 96.0, 128.0, 1000.0])), [0.5, 1.0, 2.0, 3.0, 3.0])
+
+
+def test_each_part_of_a_pass_by_hand(make_spec, make_machine, make_policy):
+    spec = make_spec(hidden_size=100, intermediate_size=1000)  # three layers of 1,000 bytes, 2,000 FLOPs per token; a head of 500
+    machine = make_machine(
+        dense={"bfloat16": [(1, 1e6)]},
+        attention={"bfloat16": 1e5},
+        elementwise={"bfloat16": 1e9},
+        casts={"float16 bfloat16": 1e4},
+        disk_read=1e3,
+        disk_write=5e2,
+        disk_core_seconds_per_byte=1e-3,
+        host_memory=1e5,
+        overheads=Overheads(per_pass=10.0, per_sequence=0.5, per_unit=0.25, per_layer_and_micro_batch=0.125, per_gathered_row=0.01),
+    )
+    work = PassWork(
+        disk_read_bytes=2000, disk_write_bytes=1000, attention_flops=3e5, host_step_flops=9e9, host_step_bytes=18e9, decoded_bytes=5e4,
+        host_memory_bytes=1e6, num_tokens=8, num_sampled=4, num_micro_batches=2, num_streamed_units=3,
+    )  # fmt: skip
+    expectation = Expectation(spec, machine, "bfloat16")
+    resources = expectation.resources(work, make_policy(embedding_resident=False))
+    compute = 8 * 6000 / 1e6 + 4 * 500 / 1e6 + 8 * 3 * elementwise_bytes(100, 1000, "bfloat16") / 1e9 + 3.0
+    compute += 18e9 / 9e9 + 5e4 / 1e4 + 2000 * 1e-3 / 2 + 2 * 3 * 0.125 + 3 * 0.25 + 4 * 0.5 + 8 * 0.01
+    assert resources["disk"] == pytest.approx(2.0 + 2.0)
+    assert resources["compute"] == pytest.approx(compute)
+    assert resources["host_memory"] == pytest.approx(10.0)
+    assert resources["lead"] == resources["host_compute"] == 0  # part of computing, on a CPU
+    assert expectation.seconds(work, make_policy(embedding_resident=False)) == pytest.approx(max(compute, 10.0) + 10.0)
+
+
+def test_beside_a_device_the_host_works_on_its_own(make_spec, make_machine, make_policy):
+    machine = make_machine(decode_attention={"host": {"bfloat16": ((1.0, Rate(2e3, 1e3)),)}}, overheads=NOTHING)
+    work = PassWork(host_step_flops=5e3, host_step_bytes=5e3, num_tokens=1, num_sampled=1, num_micro_batches=1)
+    resources = Expectation(make_spec(), machine, "bfloat16").resources(work, make_policy(device="cuda"))
+    assert resources["host_compute"] == pytest.approx(5.0)
+    assert resources["compute"] < 1e-3
+
+
+def test_experts_see_their_share_of_the_rows(make_spec, make_machine, make_policy):
+    machine = make_machine(dense={"bfloat16": [(64, 1e6), (512, 8e6)]}, overheads=NOTHING)
+    units = (UnitSpec(name="experts", disk_bytes=16_000, decoded_bytes=16_000, flops_per_token=2000.0),)  # an eighth of them
+    spec = make_spec(units=units, hidden_size=1, intermediate_size=1)
+    work = PassWork(num_tokens=512, num_micro_batches=1)
+    compute = Expectation(spec, machine, "bfloat16").resources(work, make_policy())["compute"]
+    assert compute == pytest.approx(512 * 2000 / 1e6, rel=1e-3)  # 64 rows each
+
+
+def test_passes_of_a_job_add_up_to_counted_passes(llama_3b, make_machine, make_policy):
+    job = Workload(prompt_lens=(256,) * 12, output_lens=(8,) * 12)
+    policy = make_policy(prefill_tokens=512)
+    expectation = Expectation(llama_3b, make_machine(), "bfloat16")
+    played = simulate(llama_3b, policy, job)
+    apart = [float(expectation.seconds(work, policy)) for work in played.passes()]
+    np.testing.assert_allclose(expectation.passes(played, policy), apart)
+
+
+def test_a_slower_machine_is_expected_to_take_longer(llama_3b, make_machine, make_policy):
+    job = Workload(prompt_lens=(256,) * 12, output_lens=(8,) * 12)
+    played, policy = simulate(llama_3b, make_policy(), job), make_policy()
+    fast = make_machine()
+    total = Expectation(llama_3b, fast, "bfloat16").passes(played, policy).sum()
+    for name in ("disk_read", "dense", "overheads"):
+        slow = {
+            "disk_read": lambda: dataclasses.replace(fast, disk_read=Rate(2e9, 2e8)),
+            "dense": lambda: make_machine(dense={"bfloat16": [(64, 1e11)]}),
+            "overheads": lambda: dataclasses.replace(fast, overheads=dataclasses.replace(fast.overheads, per_pass=1.0)),
+        }[name]()
+        assert Expectation(llama_3b, slow, "bfloat16").passes(played, policy).sum() > total

@@ -1,0 +1,82 @@
+import dataclasses
+import json
+
+import pytest
+
+from flexgen.errors import OptionError
+from flexgen.options import EngineOptions
+from flexgen.plan.machine import Machine, Rate
+from flexgen.plan.machines import find_machine, limits_of, machine_names
+from flexgen.sizes import GIB
+
+
+@pytest.mark.parametrize("name", machine_names())
+def test_a_shipped_machine_is_whole(name):
+    machine = find_machine(name)
+    assert machine.name == name
+    assert machine.origin in ("datasheet", "paper")
+    assert Machine.from_json(machine.to_json()) == machine
+    for dtype, curve in machine.dense.items():
+        rows, rates = zip(*curve, strict=True)
+        assert list(rows) == sorted(rows)
+        assert all(rate.best >= rate.typical > 0 for rate in rates)
+        assert [rate.typical for rate in rates] == sorted(rate.typical for rate in rates), f"{dtype}: more rows are never slower"
+    assert machine.host_to_device.typical < machine.host_memory.typical
+
+
+def test_the_box_of_the_paper():
+    machine = find_machine("t4-gcp")
+    assert machine.origin == "paper"
+    assert (machine.disk_read.typical, machine.disk_write.typical, machine.host_to_device.typical) == (2e9, 1e9, 12e9)
+    assert machine.dense["float16"][-1][1].typical == 21.24e12
+
+
+def test_a_machine_from_a_file(tmp_path, make_machine):
+    machine = make_machine(name="another")
+    (tmp_path / "box.json").write_text(machine.to_json())
+    assert find_machine(str(tmp_path / "box.json")) == machine
+
+
+def test_an_unknown_machine():
+    with pytest.raises(OptionError, match=r"neither a file nor a known machine; did you mean t4-gcp\?"):
+        find_machine("t4-gpc")
+    with pytest.raises(OptionError, match="known: t4-gcp, "):
+        find_machine("abacus")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda fields: fields.pop("cores"), "keys differ"),
+        (lambda fields: fields.update(colour="grey"), "keys differ"),
+        (lambda fields: fields["overheads"].pop("per_pass"), "overheads: keys differ"),
+        (lambda fields: fields.update(disk_read=3), "no machine"),
+        (lambda fields: fields.update(origin="hearsay"), "origin 'hearsay' is unknown"),
+    ],
+)
+def test_a_spoiled_machine(make_machine, change, message):
+    fields = json.loads(make_machine().to_json())
+    change(fields)
+    with pytest.raises(OptionError, match=message):
+        Machine.from_json(json.dumps(fields))
+
+
+def test_budgets_of_a_machine_that_is_not_this_one(make_machine):
+    machine = make_machine(host_bytes=64 * GIB, device="cuda", device_bytes=16 * GIB, disk_bytes=100 * GIB)
+    limits = limits_of(machine, EngineOptions())
+    assert (limits.host_bytes, limits.device_bytes, limits.disk_bytes) == (int(0.8 * 64 * GIB), int(0.9 * 16 * GIB), 80 * GIB)
+    limits = limits_of(machine, EngineOptions(host_mem="50%", device_mem="4GiB", disk="0GiB"))
+    assert (limits.host_bytes, limits.device_bytes, limits.disk_bytes) == (32 * GIB, 4 * GIB, 0)
+    with pytest.raises(OptionError, match="--host-mem 65GiB is more than the machine has"):
+        limits_of(machine, EngineOptions(host_mem="65GiB"))
+    with pytest.raises(OptionError, match="--device cpu: machine 'test' computes on 'cuda'"):
+        limits_of(machine, EngineOptions(device="cpu"))
+    with pytest.raises(OptionError, match="has no device tier"):
+        limits_of(make_machine(), EngineOptions(device_mem="1GiB"))
+
+
+def test_the_best_rate_over_all_rows(make_machine):
+    machine = make_machine()
+    assert machine.dense_flops("bfloat16") == 8e11
+    faster = dataclasses.replace(machine, dense={"bfloat16": ((64.0, Rate(9e11, 1e11)), (128.0, Rate(8e11, 8e11)))})
+    assert faster.dense_flops("bfloat16") == 9e11
