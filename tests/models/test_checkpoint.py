@@ -20,7 +20,7 @@ from flexgen.errors import CheckpointError, UnsupportedModelError
 from flexgen.models import checkpoint as checkpoint_module
 from flexgen.models.checkpoint import Checkpoint, ModelSources, check_supported_number_format, parameter_sources
 from flexgen.models.folder import SINGLE_FILE
-from flexgen.models.sources import ParameterSource
+from flexgen.models.sources import CAST_ELEMENTS, ParameterSource, cast_into
 from tests.models.tiny_configs import CAUSAL_TYPES, tiny_config
 
 FAMILIES = (
@@ -129,6 +129,18 @@ def test_casts_as_transformers_does(dtype: torch.dtype, tmp_path: Path) -> None:
     for name, source in sources_of(tmp_path, config).parameters.items():
         assert source.dtype == torch.float32
         assert torch.equal(read(source, expected[name]), expected[name])
+
+
+@pytest.mark.parametrize("numel", [7, CAST_ELEMENTS, 2 * CAST_ELEMENTS + 5])
+def test_every_float16_becomes_the_same_bfloat16(numel: int) -> None:
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(torch.float16)
+    numbers = every[torch.isfinite(every)].repeat(numel // 60000 + 1)[:numel].clone()
+    out = torch.empty(numel, dtype=torch.bfloat16)
+    cast_into(out, numbers)
+    assert torch.equal(out, numbers.to(torch.bfloat16))
+    columns = torch.empty(numel, 2, dtype=torch.bfloat16)
+    cast_into(columns[:, 1], numbers)
+    assert torch.equal(columns[:, 1], out)
 
 
 def test_plain_parameters_are_views_and_experts_are_placed(tmp_path: Path) -> None:

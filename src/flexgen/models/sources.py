@@ -17,6 +17,8 @@ import torch
 from flexgen.errors import CheckpointError
 from flexgen.models.headers import StoredTensor
 
+# Four megabytes of float32, which caches hold.
+CAST_ELEMENTS = 1 << 20
 Convert = Callable[[Sequence[torch.Tensor]], torch.Tensor]
 
 
@@ -164,7 +166,7 @@ class ParameterSource:
         with torch.no_grad():
             if self.convert is None:
                 for piece, box in zip(self.pieces, boxes, strict=True):
-                    out[piece.target].copy_(box)
+                    cast_into(out[piece.target], box)
             else:  # transformers casts first and computes then; so do we, to get the same bits
                 out.copy_(self.convert([box.to(device=out.device, dtype=out.dtype) for box in boxes]))
 
@@ -175,6 +177,17 @@ class ParameterSource:
             CheckpointError: when a file cannot be read.
         """
         self.assemble([read_bytes(p.path, p.offset, p.nbytes).view(p.dtype) for p in self.pieces], out)
+
+
+def cast_into(out: torch.Tensor, numbers: torch.Tensor) -> None:
+    """`out.copy_(numbers)`; float16 becomes bfloat16 through pieces of float32, which is three to four times faster on a CPU (docs/log.md)."""
+    slow = numbers.dtype == torch.float16 and out.dtype == torch.bfloat16 and not out.is_cuda
+    if not slow or not (out.is_contiguous() and numbers.is_contiguous()) or numbers.numel() < CAST_ELEMENTS:
+        out.copy_(numbers)
+        return
+    wide = torch.empty(CAST_ELEMENTS, dtype=torch.float32)
+    for part, source in zip(out.view(-1).split(CAST_ELEMENTS), numbers.view(-1).split(CAST_ELEMENTS), strict=True):
+        part.copy_(wide[: source.numel()].copy_(source))
 
 
 def read_bytes(path: Path, offset: int, nbytes: int) -> torch.Tensor:

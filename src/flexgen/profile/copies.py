@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from flexgen.models.sources import cast_into
 from flexgen.plan.machine import Rate
 from flexgen.profile.compute import wait
 from flexgen.profile.timing import measured_rate
@@ -39,5 +40,5 @@ def cast_rates(dtype: torch.dtype, max_bytes: int, seconds: float) -> dict[str, 
         if stored != dtype:
             source = torch.ones(elements, dtype=stored)
             name = f"{stored} {dtype}".replace("torch.", "")
-            rates[name] = measured_rate(computed.nbytes, lambda source=source: computed.copy_(source), seconds / len(STORED_DTYPES))
+            rates[name] = measured_rate(computed.nbytes, lambda source=source: cast_into(computed, source), seconds / len(STORED_DTYPES))
     return rates
