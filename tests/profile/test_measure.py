@@ -120,7 +120,7 @@ def counted(monkeypatch):
 
     def counting(device, dtypes, folder, **_):
         calls.append((device, dtypes, folder))
-        return machine_of(disk_read=1e9 + len(calls), dense={dtype: [(64, 5e11), (128, 1e12)] for dtype in dtypes})
+        return machine_of(device=device, disk_read=1e9 + len(calls), dense={dtype: [(64, 5e11), (128, 1e12)] for dtype in dtypes})
 
     monkeypatch.setattr(module, "measure", counting)
     return calls

@@ -180,7 +180,7 @@ class ParameterSource:
 
 
 def cast_into(out: torch.Tensor, numbers: torch.Tensor) -> None:
-    """`out.copy_(numbers)`; float16 becomes bfloat16 through pieces of float32, which is three to four times faster on a CPU (docs/log.md)."""
+    """`out.copy_(numbers)`; float16 becomes bfloat16 through pieces of float32, three to four times faster on a CPU (docs/log.md)."""
     slow = numbers.dtype == torch.float16 and out.dtype == torch.bfloat16 and not out.is_cuda
     if not slow or not (out.is_contiguous() and numbers.is_contiguous()) or numbers.numel() < CAST_ELEMENTS:
         out.copy_(numbers)
