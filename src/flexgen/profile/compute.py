@@ -117,7 +117,7 @@ def step_rates(where: torch.device, dtype: torch.dtype, max_bytes: int, seconds:
     return tuple(sorted(points.items()))
 
 
-def elementwise_rate(where: torch.device, dtype: torch.dtype, max_bytes: int, seconds: float) -> Rate:
+def device_elementwise_rate(where: torch.device, dtype: torch.dtype, max_bytes: int, seconds: float) -> Rate:
     """Bytes/s through what a decoder layer does besides products: two norms, two residuals, rotation, activation and gate."""
     hidden, intermediate = 2048, 5632
     rows = max(min(512, max_bytes // (24 * intermediate * dtype.itemsize)), 16)

@@ -25,10 +25,10 @@ import torch
 
 from flexgen.errors import OptionError
 from flexgen.plan.machine import Machine
-from flexgen.profile.compute import attention_rate, dense_rates, elementwise_rate, step_rates
+from flexgen.profile.compute import attention_rate, dense_rates, device_elementwise_rate, step_rates
 from flexgen.profile.copies import cast_rates, copy_rates, memory_rate
 from flexgen.profile.disk import disk_rates, writable
-from flexgen.profile.overheads import NO_OVERHEADS, overheads
+from flexgen.profile.overheads import NO_OVERHEADS, elementwise_rate, overheads
 from flexgen.sizes import MIB
 
 logger = logging.getLogger(__name__)
@@ -76,16 +76,22 @@ def measure(device: str, dtypes: Sequence[str], folder: Path, *, quick: bool = F
                 for place, at in (("host", host), ("device", where))
                 if place == "host" or device == "cuda"
             },
-            elementwise={name: elementwise_rate(where, dtype, max_bytes, 0.5 * share) for name, dtype in torch_dtypes.items()},
+            elementwise={},
             casts={cast: rate for dtype in torch_dtypes.values() for cast, rate in cast_rates(dtype, max_bytes, 0.5 * share).items()},
             overheads=NO_OVERHEADS,
             versions=_versions(),
             busy_cores=busy.by_others(),
         )
     found = overheads(device, next(iter(torch_dtypes.values())), writable(folder), machine, quick=quick)
+    machine = dataclasses.replace(machine, overheads=found)
+    for name, dtype in torch_dtypes.items():
+        if device == "cuda":
+            machine.elementwise[name] = device_elementwise_rate(where, dtype, max_bytes, 0.5 * share)
+        else:
+            machine.elementwise[name] = elementwise_rate(dtype, writable(folder), machine, max_bytes)
     _trim()
     logger.info("measured %s in %.1f s", device, time.perf_counter() - started)
-    return dataclasses.replace(machine, overheads=found)
+    return machine
 
 
 def _dtype(name: str) -> torch.dtype:
@@ -184,7 +190,7 @@ def machine_key(device: str, dtype: str, folder: Path) -> dict[str, str | int]:
         "numba": metadata.version("numba"),
         "dtype": dtype,
         "device": device,
-        "version": 3,
+        "version": 4,
     }
 
 

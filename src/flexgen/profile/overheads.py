@@ -1,8 +1,9 @@
-"""What passes cost that move and compute nearly nothing: the engine itself, on a model of a few small layers."""
+"""What passes cost besides products, attention and transfers: the engine itself, on small models written for this."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import tempfile
 import time
 from pathlib import Path
@@ -14,13 +15,17 @@ from flexgen.engine.engine import Engine
 from flexgen.memory.transfer import Backend, CudaDevice, SimulatedDevice
 from flexgen.models.dummy import write_random_checkpoint
 from flexgen.models.loading import LoadedModel, load_model
-from flexgen.plan.machine import Machine, Overheads
+from flexgen.plan.expect import elementwise_bytes, rate_at
+from flexgen.plan.machine import Machine, Overheads, Rate
 from flexgen.plan.policy import Fractions, Policy
 from flexgen.request import TokenRequest
 from flexgen.sizes import MIB
 
 NUM_LAYERS, NUM_SEQUENCES, NUM_PARTS = 8, 64, 4
 RUNS = 3  # of each kind; the fastest counts, since what disturbs only adds
+# A layer as wide as those of small models; intermediate states are INTERMEDIATE / 4 times as wide.
+LAYER_WIDTH, INTERMEDIATE, LAYER_TOKENS, LAYER_PROMPT, LAYER_PASSES = 2048, 11, 512, 256, 8
+LEAST_SECONDS = 1e-4
 NO_OVERHEADS = Overheads(per_pass=0, per_sequence=0, per_unit=0, per_layer_and_micro_batch=0, per_gathered_row=0)
 
 
@@ -32,7 +37,7 @@ def overheads(device: str, dtype: torch.dtype, folder: Path, machine: Machine, *
         machine: any; only what a run reports depends on it.
     """
     with tempfile.TemporaryDirectory(dir=folder, prefix="flexgen-measure-") as name:
-        config = _small_config()
+        config = _config(64, NUM_LAYERS)
         write_random_checkpoint(config, Path(name), dtype)
         base = _policy(device, dtype, machine.cores)
         num_passes = 8 if quick else 24
@@ -56,10 +61,76 @@ def overheads(device: str, dtype: torch.dtype, folder: Path, machine: Machine, *
     )
 
 
-def _small_config() -> PreTrainedConfig:
+def elementwise_rate(dtype: torch.dtype, folder: Path, machine: Machine, max_bytes: int) -> Rate:
+    """Bytes/s through norms, activations, rotations, and whatever else a layer does on a CPU besides products and attention.
+
+    A layer of real width computes a pass of prompts; what products and attention do not account for is divided into the bytes that
+    `elementwise_bytes` counts.  On its own such code is three times faster than in a model (docs/log.md).
+
+    Args:
+        machine: with rates of products and attention, and overheads.
+    """
+    width = LAYER_WIDTH
+    while 2 * _layer_bytes(width, dtype) > max_bytes:
+        width //= 2
+    name = str(dtype).removeprefix("torch.")
+    with tempfile.TemporaryDirectory(dir=folder, prefix="flexgen-measure-") as path:
+        config = _config(width, 1)
+        write_random_checkpoint(config, Path(path), dtype)
+        policy = dataclasses.replace(
+            _policy("cpu", dtype, machine.cores), micro_batch_tokens=LAYER_TOKENS, max_num_seqs=LAYER_TOKENS // LAYER_PROMPT,
+            prefill_tokens=LAYER_TOKENS, kv_host_bytes=64 * MIB, workspace_bytes=64 * MIB, longest_sequence=LAYER_PROMPT + 1,
+        )  # fmt: skip
+        machine = dataclasses.replace(machine, elementwise={name: Rate(math.inf, math.inf)})
+        products = _Products(width, dtype)
+        rounds: list[float] = []
+        with Engine(_model(Path(path), config, dtype), policy, machine) as engine:
+            for _ in range(LAYER_PASSES):
+                began = time.perf_counter()
+                list(engine.generate(_requests(LAYER_TOKENS // LAYER_PROMPT, 1, prompt_len=LAYER_PROMPT)))
+                taken = time.perf_counter() - began
+                # Products beside it in time: what slows both by the same factor says nothing of the rest.
+                pace = products.seconds() / products.expected_seconds(machine)
+                left = taken / pace - engine.trace.expected_seconds
+                rounds.append(LAYER_TOKENS * elementwise_bytes(width, INTERMEDIATE * width // 4, name) / max(left, LEAST_SECONDS))
+    return Rate.of(rounds[1:])
+
+
+class _Products:
+    """The matrix products of such a layer, alone."""
+
+    def __init__(self, width: int, dtype: torch.dtype) -> None:
+        self._name = str(dtype).removeprefix("torch.")
+        shapes = ((width, width, 2), (width // 4, width, 2), (INTERMEDIATE * width // 4, width, 2), (width, INTERMEDIATE * width // 4, 1))
+        self._work = [(_random(LAYER_TOKENS, features_in, dtype), _random(out, features_in, dtype), n) for out, features_in, n in shapes]
+
+    def seconds(self) -> float:
+        """Of one time."""
+        began = time.perf_counter()
+        for x, weight, count in self._work:
+            for _ in range(count):
+                torch.nn.functional.linear(x, weight)
+        return time.perf_counter() - began
+
+    def expected_seconds(self, machine: Machine) -> float:
+        """By the machine's typical rates."""
+        flops = sum(2 * LAYER_TOKENS * weight.numel() * count for _, weight, count in self._work)
+        return float(flops / rate_at(machine.dense[self._name], LAYER_TOKENS))
+
+
+def _random(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(rows, columns, dtype=dtype).uniform_(-1, 1)
+
+
+def _layer_bytes(width: int, dtype: torch.dtype) -> int:
+    return (2 * width * width + 2 * width * width // 4 + 3 * width * INTERMEDIATE * width // 4) * dtype.itemsize
+
+
+def _config(hidden_size: int, num_layers: int) -> PreTrainedConfig:
     return LlamaConfig(
-        hidden_size=64, intermediate_size=128, num_hidden_layers=NUM_LAYERS, num_attention_heads=4, num_key_value_heads=2, vocab_size=1024,
-        max_position_embeddings=256, tie_word_embeddings=False, bos_token_id=None, eos_token_id=None,
+        hidden_size=hidden_size, intermediate_size=INTERMEDIATE * hidden_size // 4, num_hidden_layers=num_layers,
+        num_attention_heads=max(hidden_size // 128, 4), num_key_value_heads=max(hidden_size // 512, 2), vocab_size=1024,
+        max_position_embeddings=1024, tie_word_embeddings=False, bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
 
 
@@ -89,8 +160,8 @@ def _pass_seconds(
         return (time.perf_counter() - began) / num_passes
 
 
-def _requests(num_seqs: int, num_tokens: int) -> list[TokenRequest]:
-    return [TokenRequest(index=index, prompt_token_ids=(1 + index,), max_tokens=num_tokens) for index in range(num_seqs)]
+def _requests(num_seqs: int, num_tokens: int, *, prompt_len: int = 1) -> list[TokenRequest]:
+    return [TokenRequest(index=index, prompt_token_ids=(1 + index,) * prompt_len, max_tokens=num_tokens) for index in range(num_seqs)]
 
 
 def _backend(device: str) -> Backend | None:
