@@ -18,6 +18,7 @@ from flexgen.plan.forecast import Forecast
 from flexgen.plan.model import KVGroupSpec, ModelSpec, UnitSpec
 from flexgen.plan.policy import Fractions, Policy
 from flexgen.plan.workload import Workload
+from flexgen.prefixes import NO_PREFIXES, CommonPrefixes
 from flexgen.request import Live, TokenRequest, TokenResult
 
 VOCAB = 300  # 256 bytes, </s> = 256, <pad> = 257, and some ids that the tokenizer does not know
@@ -91,6 +92,7 @@ class FakeEngine:
         requests: Iterable[TokenRequest],
         *,
         num_requests: int | None = None,
+        prefixes: CommonPrefixes = NO_PREFIXES,
         on_progress: Callable[[Progress], None] | None = None,
         on_pass: Callable[[Iterable[Live]], None] | None = None,
     ) -> Iterator[TokenResult]:

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flexgen.engine.admission import FORECAST_QUANTILE, MIN_OBSERVED, Admission, Homes, LengthForecast, held_pages
+from flexgen.engine.prefixes import PrefixStore
 from flexgen.engine.sequence import Sequence
 from flexgen.memory.kv_cache import KVCache, KVGroup, PageList
 from flexgen.request import TokenRequest
@@ -52,7 +53,7 @@ def test_right_forecasts_never_run_a_pool_dry(
 ) -> None:
     """The engine's passes without computing: live sequences take their pages first, then others are admitted."""
     cache = KVCache(groups, {tier: Pages([num_pages] * len(groups)) for tier in shares})
-    admission = Admission(cache, Homes(shares))
+    admission = Admission(cache, Homes(shares), PrefixStore(cache))
     queue = [waiting(index, *each) for index, each in enumerate(requests)]
     queue = [each for each in queue if admission.can_ever_fit(each)]
     live: list[Sequence] = []
@@ -89,7 +90,8 @@ def test_held_pages_bound_what_is_held(group: KVGroup) -> None:
 
 
 def test_an_empty_block_takes_the_longest_that_fits() -> None:
-    admission = Admission(KVCache([group()], {"host": Pages([5])}), Homes({"host": 1.0}))
+    cache = KVCache([group()], {"host": Pages([5])})
+    admission = Admission(cache, Homes({"host": 1.0}), PrefixStore(cache))
     assert admission.can_ever_fit(waiting(0, 17, 4))  # the last token is never stored
     assert not admission.can_ever_fit(waiting(0, 17, 5))
     assert not admission.can_ever_fit(waiting(0, 21, 1))

@@ -48,8 +48,12 @@ class Answers:
         self.given, self.generated = array("q"), array("q")
 
     def entered(self, sequence: Sequence) -> None:
-        """Count what an admitted sequence computes again."""
-        self.counts = replace(self.counts, recomputed_tokens=self.counts.recomputed_tokens + sequence.num_lost)
+        """Count what an admitted sequence computes again, and what it finds stored."""
+        self.counts = replace(
+            self.counts,
+            recomputed_tokens=self.counts.recomputed_tokens + max(sequence.num_lost - sequence.num_stored, 0),
+            shared_prompt_tokens=self.counts.shared_prompt_tokens + sequence.num_stored,
+        )
 
     def preempted(self) -> None:
         """Count a preemption."""

@@ -78,6 +78,7 @@ def make_report(engine: Engine, context: RunContext, elapsed_seconds: float) -> 
         device_budget_bytes=context.device_budget_bytes,
         num_preemptions=counts.preemptions,
         recomputed_tokens=counts.recomputed_tokens,
+        shared_prompt_tokens=counts.shared_prompt_tokens,
         finish_reasons=dict(answers.finish_reasons),
         policy=dataclasses.asdict(engine.policy),
         machine=json.loads(engine.machine.to_json()),
