@@ -387,6 +387,8 @@ class Engine:
         batches: list[MicroBatch] = []
         for home, place in self.places.items():
             members = [each for each in self._live if each.kv is not None and each.kv.home == home]
+            for each in members:
+                each.deferred = 0
             if place.mixes and self.policy.schedule == "diagonal":
                 defer_remainder(members, self.policy.micro_batch_tokens)
             defer_behind(members, within_pass=place.chunks)

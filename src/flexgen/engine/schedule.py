@@ -139,10 +139,8 @@ def defer_remainder(sequences: SequenceOf[Sequence], rows: int) -> None:
     prompts give way; a pass never ends up below `rows`.
 
     Args:
-        sequences: of one KV home, oldest first; their `deferred` is set.
+        sequences: of one KV home, oldest first, nothing deferred yet; their `deferred` is set.
     """
-    for sequence in sequences:
-        sequence.deferred = 0
     total = sum(sequence.num_new for sequence in sequences)
     of_prompts = sum(sequence.num_new for sequence in sequences if sequence.num_new > 1)
     excess = total % rows
