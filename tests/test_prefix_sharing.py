@@ -258,7 +258,8 @@ def test_every_kind_of_attention(model_type: str, place: str, tmp_path: Path) ->
     alone, _ = answered(model, chosen, requests, NO_PREFIXES, tmp_path)
     shared, num_shared = answered(parity.describe(tmp_path, config), chosen, requests, prefixes, tmp_path)
     assert shared == alone
-    assert 0 < num_shared <= saved
+    assert num_shared > 0
+    assert num_shared <= saved or model.recompute_length is not None, "those that are computed anew share again"
 
 
 def nested_within(context: int) -> list[TokenRequest]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from os.path import commonpath
+import itertools
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -22,7 +22,8 @@ def census_of(prompts: list[list[int]]) -> tuple[CommonPrefixes, list[int]]:
 
 def shared_by_two(one: list[int], other: list[int]) -> int:
     """Whole pages, without the last token of either, in tokens."""
-    return len(commonpath([one[:-1], other[:-1]])) // PAGE * PAGE
+    pairs = zip(one[:-1], other[:-1], strict=False)
+    return len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))) // PAGE * PAGE
 
 
 @given(prompts_strategy)

@@ -104,7 +104,8 @@ class Admission:
         else:
             return False
         self._homes.give(tier, sequence.final_len - sequence.num_stored)
-        self._prefixes.publish(sequence)
+        if self._fits(sequence, neighbours, self._room(tier, self._prefixes.num_kept(sequence))):
+            self._prefixes.publish(sequence)
         return True
 
     def _enter(self, sequence: Sequence, neighbours: SequenceOf[Sequence], tier: str) -> bool:
@@ -124,16 +125,17 @@ class Admission:
 
     def _clear_for(self, sequence: Sequence, neighbours: SequenceOf[Sequence], tier: str) -> bool:
         """Whether the projected KV fits, for which prefixes without users are forgotten if that is enough."""
-        pools = self._cache.pools[tier].num_pages
-        if self._fits(sequence, neighbours, [n - held for n, held in zip(pools, self._prefixes.num_pages(tier), strict=True)]):
-            return True
-        kept = [held - free for held, free in zip(self._prefixes.num_pages(tier), self._prefixes.num_unused(tier), strict=True)]
-        if not self._fits(sequence, neighbours, [n - held for n, held in zip(pools, kept, strict=True)]):
+        unused = self._prefixes.num_unused(tier)
+        if not self._fits(sequence, neighbours, self._room(tier, [-pages for pages in unused])):
             return False
-        while self._prefixes.evict(tier):
-            if self._fits(sequence, neighbours, [n - held for n, held in zip(pools, self._prefixes.num_pages(tier), strict=True)]):
-                break
+        while not self._fits(sequence, neighbours, self._room(tier)) and self._prefixes.evict(tier):
+            pass
         return True
+
+    def _room(self, tier: str, more: SequenceOf[int] = ()) -> list[int]:
+        """Pages per group besides those of stored prefixes, and of `more`."""
+        sizes, held = self._cache.pools[tier].num_pages, self._prefixes.num_pages(tier)
+        return [size - pages - extra for size, pages, extra in zip(sizes, held, more or [0] * len(sizes), strict=True)]
 
     def _fits(self, sequence: Sequence, neighbours: SequenceOf[Sequence], num_pages: SequenceOf[int]) -> bool:
         """Whether pages for what each sequence has to itself suffice at every future pass."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Hashable
 
 from flexgen.engine.sequence import Sequence, StoredPrefix
 from flexgen.memory.kv_cache import KVCache
-from flexgen.prefixes import NO_PREFIXES, CommonPrefixes
+from flexgen.prefixes import NO_PREFIXES, CommonPrefix, CommonPrefixes
 
 Key = tuple[str, Hashable, bytes]  # (home, regime, digest)
 
@@ -75,12 +75,22 @@ class PrefixStore:
             each.num_users += 1
         return sequence.prefixes[-1] if found else None
 
+    def num_kept(self, sequence: Sequence) -> list[int]:
+        """Per group, pages that would outlive the sequence's own use of them, were it to `publish`: those that leave its window."""
+        lengths = [point.length for point in sequence.path if self._is_wanted(sequence, point)]
+        return [
+            sum(length // group.page_tokens - group.first_visible(length) // group.page_tokens for length in lengths)
+            if group.window or group.chunk
+            else 0
+            for group in self._cache.groups
+        ]
+
     def publish(self, sequence: Sequence) -> None:
         """Offer what an admitted sequence will have computed to others; they must run behind it."""
         kv = sequence.kv
         assert kv is not None
         for key, point in zip(self._keys(sequence, kv.home), sequence.path, strict=True):
-            if point.length <= sequence.num_stored or self._left[point.digest] <= 1:
+            if not self._is_wanted(sequence, point):
                 continue
             stored = StoredPrefix(kv=self._cache.fork(kv, point.length), length=point.length, writer=sequence, num_users=1)
             self._stored[key] = stored
@@ -122,6 +132,10 @@ class PrefixStore:
         return key is not None
 
     # -- inside -----------------------------------------------------------------------------------------------------------------
+
+    def _is_wanted(self, sequence: Sequence, point: CommonPrefix) -> bool:
+        """Whether an admitted sequence computes a prefix with which others will begin."""
+        return point.length > sequence.num_stored and self._left[point.digest] > 1
 
     def _keys(self, sequence: Sequence, home: str) -> list[Key]:
         regime = self._regime(sequence)
