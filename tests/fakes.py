@@ -60,6 +60,7 @@ class FakeEngine:
         self.workload = workload
         self.closed = False
         self.num_pulled = 0
+        self.prefixes = NO_PREFIXES
         self.results: list[TokenResult] = []
         self.prompt_tokens = 0
         self.spec = ModelSpec(
@@ -97,6 +98,7 @@ class FakeEngine:
         on_pass: Callable[[Iterable[Live]], None] | None = None,
     ) -> Iterator[TokenResult]:
         waiting = iter(requests)
+        self.prefixes = prefixes
         self.results = []
         self.prompt_tokens = 0
         while block := [r for _, r in zip(range(self.policy.max_num_seqs), waiting, strict=False)]:
