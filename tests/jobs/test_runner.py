@@ -317,7 +317,7 @@ class SteppingEngine(FakeEngine):
 
     num_tokens = 0
 
-    def generate(self, requests: Any, *, num_requests: Any = None, on_progress: Any = None, on_pass: Any = None) -> Iterator[TokenResult]:
+    def generate(self, requests: Any, *, on_progress: Any = None, on_pass: Any = None, **more: Any) -> Iterator[TokenResult]:
         waiting = iter(requests)
         live: list[tuple[TokenRequest, list[int]]] = []
         while True:
