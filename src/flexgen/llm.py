@@ -151,14 +151,13 @@ class LLM:
         requests = [request for of_prompt in choices for request in of_prompt]
         if not requests:
             return []
+        census = self.prefix_census()
         workload = Workload(
             prompt_lens=tuple(len(request.prompt_token_ids) for request in requests),
             output_lens=tuple(request.max_tokens for request in requests),
             may_end_early=any(request.may_end_early for request in requests),
+            shared_lens=() if census is None else tuple(census.add(request.prompt_token_ids) for request in requests),
         )
-        if (census := self.prefix_census()) is not None:
-            for request in requests:
-                census.add(request.prompt_token_ids)
         stream = self.stream(requests, workload, prefixes=NO_PREFIXES if census is None else census.common())
         results = {result.index: result for result in _with_bar(stream, len(requests), use_tqdm)}
         return [

@@ -44,6 +44,7 @@ class Sequence:
         kv: its pages, None while it waits (again).
         deferred: trailing prompt tokens that this pass leaves to the next.
         expected_tokens: generated tokens after which it probably ends (at most max_tokens).
+        num_found: prompt tokens that were stored when it first entered.
         num_lost: tokens whose KV was computed before and is gone: an earlier run's, or a preempted sequence's.
         path: what its prompt has in common with others', shortest first.
         prefixes: of these, what is stored where it lives, shortest first. source: the one it began with instead of computing it.
@@ -57,6 +58,7 @@ class Sequence:
     num_stored: int = 0
     kv: SequenceKV | None = None
     num_preemptions: int = 0
+    num_found: int = 0
     deferred: int = 0
     num_lost: int = field(init=False)
     path: tuple[CommonPrefix, ...] = ()

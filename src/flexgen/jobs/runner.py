@@ -122,6 +122,7 @@ class Job:
         prompt_lens: list[int] = []
         output_lens: list[int] = []
         may_end_early = False
+        shared_lens: list[int] = []
         census, prefixes = Census(), self.llm.prefix_census()
         for read in self._reader().read(self._unanswered()):
             census.add(read.origin)
@@ -136,15 +137,17 @@ class Job:
             for prompt_len, output_len in self._lengths(read):
                 prompt_lens.append(same.setdefault(prompt_len, prompt_len))
                 output_lens.append(same.setdefault(output_len, output_len))
-            if prefixes is not None:
-                for request in read.token_requests:
-                    prefixes.add(request.prompt_token_ids)
+            for request in read.token_requests:
+                shared_len = prefixes.add(request.prompt_token_ids) if prefixes is not None else 0
+                shared_lens.append(same.setdefault(shared_len, shared_len))
         self._prefixes = NO_PREFIXES if prefixes is None else prefixes.common()
         if repeated := census.repeated():
             logger.warning("%s: %s lines have the id of an earlier line; all are answered", self.source, f"{len(repeated):,}")
         if self.store is not None:
             self.store.commit()
-        return Workload(prompt_lens=tuple(prompt_lens), output_lens=tuple(output_lens), may_end_early=may_end_early)
+        return Workload(
+            prompt_lens=tuple(prompt_lens), output_lens=tuple(output_lens), shared_lens=tuple(shared_lens), may_end_early=may_end_early
+        )
 
     def _lengths(self, served: Served) -> Iterator[tuple[int, int]]:
         """(tokens given, most that are generated) of each choice; what an earlier run has generated is given."""
