@@ -164,6 +164,8 @@ def test_shared_pages_are_held_once(checkpoint: Checkpoint, tier: str, tmp_path:
         run.check_budgets()
         assert results == alone
         assert run.engine.cache.peak_bytes[tier] == 15 * PAGE_TOKENS * checkpoint.token_bytes
+        if tier == "disk":  # decoding alone would read the prefix for each of ten sequences in each of seven passes
+            assert run.engine.bytes_moved()["disk_read"] < 7 * 10 * 5 * PAGE_TOKENS * checkpoint.token_bytes
         assert run.engine.trace.num_passes == 8 + (tier == "disk") < num_passes, "one block; on disk the others begin a pass later"
 
 
