@@ -32,6 +32,8 @@ class Workload:
             raise ValueError("prompt_lens and output_lens differ in length")
         if any(len(each) not in (0, len(self)) for each in (self.expected_lens, self.reserved_lens, self.shared_lens)):
             raise ValueError("expected_lens, reserved_lens and shared_lens are of all requests or of none")
+        if not any(self.shared_lens):
+            object.__setattr__(self, "shared_lens", ())
 
     def __len__(self) -> int:
         return len(self.prompt_lens)
