@@ -18,6 +18,7 @@ from flexgen.plan.forecast import Forecast
 from flexgen.plan.model import KVGroupSpec, ModelSpec, UnitSpec
 from flexgen.plan.policy import Fractions, Policy
 from flexgen.plan.workload import Workload
+from flexgen.prefixes import NO_PREFIXES, CommonPrefixes
 from flexgen.request import Live, TokenRequest, TokenResult
 
 VOCAB = 300  # 256 bytes, </s> = 256, <pad> = 257, and some ids that the tokenizer does not know
@@ -59,6 +60,7 @@ class FakeEngine:
         self.workload = workload
         self.closed = False
         self.num_pulled = 0
+        self.prefixes = NO_PREFIXES
         self.results: list[TokenResult] = []
         self.prompt_tokens = 0
         self.spec = ModelSpec(
@@ -91,10 +93,12 @@ class FakeEngine:
         requests: Iterable[TokenRequest],
         *,
         num_requests: int | None = None,
+        prefixes: CommonPrefixes = NO_PREFIXES,
         on_progress: Callable[[Progress], None] | None = None,
         on_pass: Callable[[Iterable[Live]], None] | None = None,
     ) -> Iterator[TokenResult]:
         waiting = iter(requests)
+        self.prefixes = prefixes
         self.results = []
         self.prompt_tokens = 0
         while block := [r for _, r in zip(range(self.policy.max_num_seqs), waiting, strict=False)]:

@@ -16,7 +16,7 @@ FLEXGEN = Path(__file__).parent.parent / "src" / "flexgen"
 # Rooms from the ground up; a room may import any room of a lower floor.
 FLOORS = (
     {"errors", "failpoints"},
-    {"sizes", "formats", "request", "options"},
+    {"sizes", "formats", "request", "options", "prefixes"},
     {"plan"},
     {"quant", "kernels", "memory", "models", "hub", "text", "stopping", "defaults", "choices", "chat"},
     {"engine"},

@@ -77,10 +77,12 @@ def test_every_option_reaches_the_engine(
     wanted: dict[str, Any] = {
         "device": "sim", "dtype": "float32", "device_mem": "1GiB", "host_mem": "50%", "disk": "3GB", "offload_dir": str(tmp_path),
         "weights": "host=1", "kv": "host=.5,disk=.5", "max_num_seqs": 3, "micro_batch_tokens": 5, "prefill_tokens": 7,
-        "schedule": "diagonal", "load_format": "dummy", "max_model_len": 33, "seed": 9, "max_logprobs": 7, "verify_reads": True,
+        "schedule": "diagonal", "prefix_sharing": False, "load_format": "dummy", "max_model_len": 33, "seed": 9, "max_logprobs": 7,
+        "verify_reads": True,
     }  # fmt: skip
     parts = [("--" + name.replace("_", "-"), value) for name, value in wanted.items()]
-    flags = [part for flag, value in parts for part in ((flag,) if value is True else (flag, value))]
+    switches = {flag: {True: flag, False: f"--no-{flag.removeprefix('--')}"} for flag, _ in parts}
+    flags = [part for flag, value in parts for part in ((switches[flag][value],) if isinstance(value, bool) else (flag, value))]
     done = flexgen("run", model_folder, source, "-o", output, *flags)
     assert done.exit_code == 0, done.output
     assert seen == [EngineOptions(**wanted)]

@@ -10,12 +10,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from fakes import CONTEXT, POISON, VOCAB, FakeEngine, fake_text, write_model_folder
+from fakes import CONTEXT, POISON, VOCAB, FakeEngine, byte_id, fake_text, write_model_folder
 
 from flexgen import LLM, FlexGenError, ModelError, OptionError, RequestError, SamplingParams
 from flexgen.defaults import choice_seed, default_sampling_params, derive_seed, unsupported_defaults
 from flexgen.hub import resolve_model
 from flexgen.plan.workload import Workload
+from flexgen.prefixes import NO_PREFIXES
 from flexgen.request import Live
 
 GREEDY = SamplingParams(temperature=0, max_tokens=5)
@@ -101,6 +102,19 @@ def test_a_prompt_beyond_the_context_is_refused_by_its_place(llm: LLM) -> None:
     with pytest.raises(RequestError, match="prompt 1: the prompt has 64 tokens") as caught:
         llm.generate(["a", "b" * CONTEXT], GREEDY)
     assert caught.value.code == "context_length_exceeded"
+
+
+def test_answers_to_one_prompt_share_it(llm: LLM, engines: list[FakeEngine]) -> None:
+    """All whole pages of it before its last token."""
+    llm.generate(["a" * 40, "b" * 33], [SamplingParams(n=3, max_tokens=1), GREEDY])
+    assert [(point.length, point.num_requests) for point in engines[0].prefixes.path((byte_id("a"),) * 40)] == [(32, 3)]
+    assert engines[0].prefixes.path((byte_id("b"),) * 33) == ()
+
+
+def test_sharing_can_be_switched_off(model_folder: Path, engines: list[FakeEngine]) -> None:
+    with LLM(model_folder, prefix_sharing=False) as llm:
+        llm.generate(["a" * 40] * 2, GREEDY)
+    assert engines[0].prefixes is NO_PREFIXES
 
 
 def test_max_tokens_is_cut_to_the_context(llm: LLM) -> None:

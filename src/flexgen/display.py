@@ -291,7 +291,8 @@ def format_report(report: RunReport) -> str:
         f"{report.total_tokens_per_s:,.2f} tokens/s in all, {report.requests_per_s:,.3f} requests/s",
         f"{report.prompt_tokens:,} prompt and {report.output_tokens:,} output tokens in {report.num_passes:,} passes; "
         f"ended by: {_counts(report.finish_reasons)}; {report.num_preemptions:,} preemptions"
-        + (f"; {report.recomputed_tokens:,} tokens computed again" if report.recomputed_tokens else ""),
+        + (f"; {report.recomputed_tokens:,} tokens computed again" if report.recomputed_tokens else "")
+        + (f"; {report.shared_prompt_tokens:,} prompt tokens shared, not computed" if report.shared_prompt_tokens else ""),
         "",
         *_placement_table(report.placement),
         "",

@@ -22,7 +22,9 @@ from flexgen.errors import FlexGenError, ModelError, OptionError, RequestError
 from flexgen.hub import ModelFiles, resolve_model, resolve_tokenizer
 from flexgen.options import EngineOptions
 from flexgen.plan.forecast import Plan
+from flexgen.plan.simulate import PAGE_TOKENS
 from flexgen.plan.workload import Workload
+from flexgen.prefixes import NO_PREFIXES, CommonPrefixes, PrefixCensus
 from flexgen.request import CompletionOutput, Live, RequestOutput, SamplingParams, TokenRequest, TokenResult
 from flexgen.text import Tokenizer, eos_token_ids
 
@@ -149,12 +151,15 @@ class LLM:
         requests = [request for of_prompt in choices for request in of_prompt]
         if not requests:
             return []
+        census = self.prefix_census()
         workload = Workload(
             prompt_lens=tuple(len(request.prompt_token_ids) for request in requests),
             output_lens=tuple(request.max_tokens for request in requests),
             may_end_early=any(request.may_end_early for request in requests),
+            shared_lens=() if census is None else tuple(census.add(request.prompt_token_ids) for request in requests),
         )
-        results = {result.index: result for result in _with_bar(self.stream(requests, workload), len(requests), use_tqdm)}
+        stream = self.stream(requests, workload, prefixes=NO_PREFIXES if census is None else census.common())
+        results = {result.index: result for result in _with_bar(stream, len(requests), use_tqdm)}
         return [
             RequestOutput(
                 request_id=str(of_prompt[0].index),
@@ -253,11 +258,16 @@ class LLM:
         """
         return self._choices.requests(index, prompt_token_ids, params)
 
+    def prefix_census(self) -> PrefixCensus | None:
+        """What finds the common prefixes of requests before they are streamed; None where they are not to be shared."""
+        return PrefixCensus(PAGE_TOKENS) if self.options.prefix_sharing else None
+
     def stream(
         self,
         requests: Iterable[TokenRequest],
         workload: Workload,
         *,
+        prefixes: CommonPrefixes = NO_PREFIXES,
         on_progress: Callable[[Progress], None] | None = None,
         on_pass: Callable[[Iterable[Live]], None] | None = None,
     ) -> Iterator[TokenResult]:
@@ -266,12 +276,13 @@ class LLM:
         Args:
             requests: pulled lazily.
             workload: tells their lengths beforehand; what an earlier run generated counts as prompt.
+            prefixes: what their prompts have in common.
             on_progress: told now and then how the run goes.
             on_pass: called after every pass with what the unfinished answers are so far; they are gathered while it iterates.
         """
         engine = self._engine_for(workload)
         try:
-            yield from engine.generate(requests, num_requests=len(workload), on_progress=on_progress, on_pass=on_pass)
+            yield from engine.generate(requests, num_requests=len(workload), prefixes=prefixes, on_progress=on_progress, on_pass=on_pass)
         except BaseException:
             self._open.close()  # what was alive in it is of no use to a later call
             raise

@@ -30,6 +30,7 @@ class EngineOptions:
         micro_batch_tokens: most tokens computed together; None lets the planner choose.
         prefill_tokens: most prompt tokens that a pass admits; None lets the planner choose.
         schedule: "auto", "diagonal" (admit as sequences finish), "zigzag" (only into an empty block), "row" (one micro-batch at a time).
+        prefix_sharing: compute what several prompts begin with once; tokens do not change.
         load_format: "dummy" makes random weights from config.json alone, for benchmarks.
         max_model_len: context limit, at most the model's; None is the model's.
         revision: hub revision. seed: base of every sampled request's own seed.
@@ -50,6 +51,7 @@ class EngineOptions:
     micro_batch_tokens: int | None = None
     prefill_tokens: int | None = None
     schedule: str = "auto"
+    prefix_sharing: bool = True
     load_format: str = "auto"
     max_model_len: int | None = None
     revision: str | None = None

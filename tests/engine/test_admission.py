@@ -8,8 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flexgen.engine.admission import FORECAST_QUANTILE, MIN_OBSERVED, Admission, Homes, LengthForecast, held_pages
+from flexgen.engine.prefixes import PrefixStore
 from flexgen.engine.sequence import Sequence
 from flexgen.memory.kv_cache import KVCache, KVGroup, PageList
+from flexgen.prefixes import PrefixCensus
 from flexgen.request import TokenRequest
 
 
@@ -52,7 +54,7 @@ def test_right_forecasts_never_run_a_pool_dry(
 ) -> None:
     """The engine's passes without computing: live sequences take their pages first, then others are admitted."""
     cache = KVCache(groups, {tier: Pages([num_pages] * len(groups)) for tier in shares})
-    admission = Admission(cache, Homes(shares))
+    admission = Admission(cache, Homes(shares), PrefixStore(cache))
     queue = [waiting(index, *each) for index, each in enumerate(requests)]
     queue = [each for each in queue if admission.can_ever_fit(each)]
     live: list[Sequence] = []
@@ -76,6 +78,61 @@ def test_right_forecasts_never_run_a_pool_dry(
     assert all(used == 0 for used in cache.used_bytes.values())
 
 
+@given(
+    st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2), st.integers(1, 9), st.integers(1, 25)), min_size=1, max_size=15),
+    st.lists(st.sampled_from(GROUPS), min_size=1, max_size=2),
+    st.sampled_from([{"host": 1.0}, {"disk": 1.0}, {"host": 0.7, "disk": 0.3}]),
+    st.integers(8, 20),
+)
+def test_prefixes_never_run_a_pool_dry(
+    requests: list[tuple[int, int, int, int]], groups: list[KVGroup], shares: dict[str, float], num_pages: int
+) -> None:
+    """Each (instruction, block of examples, own tokens, answer); who computes a prefix does so before those behind it."""
+    prompts = [(first,) * 9 + (second,) * 8 + (3 + index,) * own for index, (first, second, own, _) in enumerate(requests)]
+    census = PrefixCensus(4)
+    for prompt in prompts:
+        census.add(prompt)
+    cache = KVCache(groups, {tier: Pages([num_pages] * len(groups)) for tier in shares})
+    prefixes = PrefixStore(cache)
+    prefixes.begin(census.common())
+    admission = Admission(cache, Homes(shares), prefixes)
+    queue = [
+        Sequence(TokenRequest(index=index, prompt_token_ids=prompt, max_tokens=requests[index][3]), requests[index][3])
+        for index, prompt in enumerate(prompts)
+    ]
+    for each in queue:
+        prefixes.expect(each)
+    for each in [each for each in queue if not admission.can_ever_fit(each)]:
+        queue.remove(each)
+        prefixes.done(each)
+    live: list[Sequence] = []
+    while queue or live:
+        for each in live:
+            assert each.kv is not None
+            while not cache.reserve(each.kv, len(each.tokens)):
+                assert prefixes.evict(each.kv.home), "a live sequence finds no page"
+        while queue and admission.admit(queue[0], live):
+            live.append(queue.pop(0))
+        assert live, "nothing was admitted into an empty block"
+        for each in live:
+            assert each.kv is not None
+            assert each.behind is None or each.behind in live[: live.index(each)], "nobody computes what it begins with"
+            each.num_stored = len(each.tokens)
+        for each in live:
+            assert each.kv is not None
+            each.append(0)
+            if each.num_generated == each.request.max_tokens:
+                cache.release(each.kv)
+                each.kv = None
+                prefixes.let_go(each)
+                prefixes.done(each)
+            else:
+                cache.trim(each.kv, each.num_stored)
+        live = [each for each in live if each.kv is not None]
+    assert all(used == 0 for used in cache.used_bytes.values()), "what the last request has used is freed with it"
+    assert all(prefixes.num_pages(tier) == [0] * len(groups) for tier in shares)
+
+
 @pytest.mark.parametrize("group", GROUPS, ids=["full", "window 6", "window 9", "chunk 8", "chunk 7"])
 def test_held_pages_bound_what_is_held(group: KVGroup) -> None:
     import numpy as np
@@ -89,7 +146,8 @@ def test_held_pages_bound_what_is_held(group: KVGroup) -> None:
 
 
 def test_an_empty_block_takes_the_longest_that_fits() -> None:
-    admission = Admission(KVCache([group()], {"host": Pages([5])}), Homes({"host": 1.0}))
+    cache = KVCache([group()], {"host": Pages([5])})
+    admission = Admission(cache, Homes({"host": 1.0}), PrefixStore(cache))
     assert admission.can_ever_fit(waiting(0, 17, 4))  # the last token is never stored
     assert not admission.can_ever_fit(waiting(0, 17, 5))
     assert not admission.can_ever_fit(waiting(0, 21, 1))

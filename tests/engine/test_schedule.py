@@ -156,10 +156,10 @@ def test_pack_keeps_its_promises(kinds: list[str | int], micro_batch_tokens: int
         assert mix or len({s.length == 1 and s.start > 0 for s in batch}) == 1
 
 
-def brute_force(stored: list[int], remaining: list[int], page_tokens: int, capacity: int) -> bool:
+def brute_force(stored: list[int], remaining: list[int], elsewhere: list[int], page_tokens: int, capacity: int) -> bool:
     """Every future pass, one by one."""
     for t in range(max(remaining) + 1):
-        pages = [-(-(have + t) // page_tokens) for have, left in zip(stored, remaining, strict=True) if t <= left]
+        pages = [-(-(have + t) // page_tokens) - n for have, left, n in zip(stored, remaining, elsewhere, strict=True) if t <= left]
         if sum(pages) > capacity:
             return False
     return True
@@ -168,14 +168,15 @@ def brute_force(stored: list[int], remaining: list[int], page_tokens: int, capac
 sequences_strategy = st.lists(st.tuples(st.integers(1, 60), st.integers(0, 40)), min_size=1, max_size=12)
 
 
-@given(sequences_strategy, st.integers(1, 80))
-def test_projection_is_exact(sequences: list[tuple[int, int]], capacity: int) -> None:
+@given(sequences_strategy, st.integers(1, 80), st.booleans())
+def test_projection_is_exact(sequences: list[tuple[int, int]], capacity: int, shares: bool) -> None:
     stored, remaining = [s for s, _ in sequences], [r for _, r in sequences]
+    elsewhere = [s // 16 // 2 * shares for s in stored]
     fits = fits_projected(
-        np.array(stored[1:], dtype=np.int64), np.array(remaining[1:], dtype=np.int64), (stored[0], remaining[0]),
-        [lambda lengths: -(-lengths // 16)], [capacity],
+        np.array(stored[:-1], dtype=np.int64), np.array(remaining[:-1], dtype=np.int64), (stored[-1], remaining[-1]),
+        [lambda lengths: -(-lengths // 16)], [capacity], [np.array(elsewhere)],
     )  # fmt: skip
-    assert fits == brute_force(stored, remaining, 16, capacity)
+    assert fits == brute_force(stored, remaining, elsewhere, 16, capacity)
 
 
 @given(sequences_strategy, st.integers(1, 80))
@@ -186,6 +187,6 @@ def test_projection_at_few_times_is_careful(sequences: list[tuple[int, int]], ca
         patch.setattr(schedule, "MAX_PROJECTED_TIMES", 3)
         fits = fits_projected(
             np.array(stored[1:], dtype=np.int64), np.array(remaining[1:], dtype=np.int64), (stored[0], remaining[0]),
-            [lambda lengths: -(-lengths // 16)], [capacity],
+            [lambda lengths: -(-lengths // 16)], [capacity], [0],
         )  # fmt: skip
-    assert not fits or brute_force(stored, remaining, 16, capacity)
+    assert not fits or brute_force(stored, remaining, [0] * len(stored), 16, capacity)

@@ -119,6 +119,15 @@ def test_a_job(llm: LLM, tmp_path: Path, output: Path, engines: list[FakeEngine]
     assert engines[0].workload == Workload(prompt_lens=(3, 2, 3, 3, 4), output_lens=(4, 3, 16, 3, 60), may_end_early=True)
 
 
+def test_the_scan_finds_what_lines_have_in_common(llm: LLM, tmp_path: Path, output: Path, engines: list[FakeEngine]) -> None:
+    source = write(
+        tmp_path / "in.jsonl", *({"prompt": "x" * 20 + end, "max_tokens": 1} for end in "ab"), {"prompt": "y" * 20, "max_tokens": 1}
+    )
+    run(llm, source, output)
+    assert [(point.length, point.num_requests) for point in engines[0].prefixes.path((byte_id("x"),) * 20)] == [(16, 2)]
+    assert engines[0].prefixes.path((byte_id("y"),) * 20) == ()
+
+
 def test_requests_are_pulled_as_the_engine_asks(llm: LLM, tmp_path: Path, output: Path, engines: list[FakeEngine]) -> None:
     source = write(tmp_path / "in.jsonl", *({"prompt": "a", "max_tokens": 1} for _ in range(1000)))
     pulled: list[int] = []
@@ -308,7 +317,7 @@ class SteppingEngine(FakeEngine):
 
     num_tokens = 0
 
-    def generate(self, requests: Any, *, num_requests: Any = None, on_progress: Any = None, on_pass: Any = None) -> Iterator[TokenResult]:
+    def generate(self, requests: Any, *, on_progress: Any = None, on_pass: Any = None, **more: Any) -> Iterator[TokenResult]:
         waiting = iter(requests)
         live: list[tuple[TokenRequest, list[int]]] = []
         while True:

@@ -139,6 +139,53 @@ def test_sequences_never_share_lose_or_double_a_page(steps: list[tuple[str, int,
     assert cache.used_bytes["host"] == 0
 
 
+@given(
+    st.lists(st.tuples(st.sampled_from(["admit", "fork", "grow", "release"]), st.integers(0, 9), st.integers(1, 20)), max_size=60),
+    st.lists(st.sampled_from(GROUPS), min_size=1, max_size=3),
+)
+def test_forks_share_what_their_queries_see(steps: list[tuple[str, int, int]], groups: list[KVGroup]) -> None:
+    """A page comes free with the last sequence that holds it, and is counted once."""
+    pool = Pages([12, 9, 7][: len(groups)])
+    cache = KVCache(groups, {"host": pool})
+    live: list[list] = []  # [kv, length]
+    for action, which, tokens in steps:
+        if action == "admit":
+            kv = cache.admit("host")
+            if cache.reserve(kv, tokens):
+                live.append([kv, tokens])
+        elif live and action == "fork":
+            kv, length = live[which % len(live)]
+            for shared in range(length // 4 * 4, 0, -4):
+                if all(each.first_visible(shared) // 4 >= kv.freed[index] for index, each in enumerate(groups)):
+                    fork = cache.fork(kv, shared)
+                    assert all(
+                        fork.tables[i][p] == kv.tables[i][p]
+                        for i, e in enumerate(groups)
+                        for p in range(e.first_visible(shared) // 4, shared // 4)
+                    )
+                    live.append([fork, shared])
+                    break
+        elif live and action == "grow":
+            entry = live[which % len(live)]
+            cache.trim(entry[0], entry[1])
+            entry[1] += tokens * cache.reserve(entry[0], entry[1] + tokens)
+        elif live:
+            cache.release(live.pop(which % len(live))[0])
+        held_bytes = 0
+        for index, each in enumerate(groups):
+            held = {page for kv, _ in live for page in kv.tables[index] if page >= 0}
+            assert len(held) + pool.free[index].num_free == pool.num_pages[index], "lost, or freed too early"
+            held_bytes += len(held) * each.page_bytes
+            for kv, length in live:
+                assert len(kv.tables[index]) == -(-length // each.page_tokens)
+                assert -1 not in kv.tables[index][each.first_visible(length) // each.page_tokens :], "still seen"
+        assert cache.used_bytes["host"] == held_bytes <= cache.peak_bytes["host"]
+    for kv, _ in live:
+        cache.release(kv)
+    assert [pages.num_free for pages in pool.free] == pool.num_pages
+    assert cache.used_bytes["host"] == 0
+
+
 def test_trimming_frees_what_lies_behind_the_window() -> None:
     pool = Pages([10])
     cache = KVCache([group(window=6)], {"host": pool})

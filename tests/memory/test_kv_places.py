@@ -22,7 +22,7 @@ from flexgen.memory.direct_io import IOPool
 from flexgen.memory.kv_cache import KVCache, PagePool, SequenceKV, group_layers, layer_index
 from flexgen.memory.kv_disk import DiskPlace, DiskPool
 from flexgen.memory.kv_host import HostPlace
-from flexgen.memory.kv_pass import KVSlice, is_decode
+from flexgen.memory.kv_pass import KVPlan, KVSlice, is_decode
 from flexgen.memory.kv_place import LocalPlace, Place, View
 from flexgen.memory.transfer import SimulatedDevice
 from flexgen.models.attention import AttentionCall, LatentProjection
@@ -262,6 +262,17 @@ def test_plan_counts_what_is_attended_to(bench: Bench) -> None:
     view = bench.place.view([as_slice((prompt, 0, 8))])
     assert view.plan.decode_tokens_read() == [0] * len(GROUPS)
     assert view.plan.visible_pairs() == [36, 35, 24, 36, 36, 8]
+
+
+def test_plan_counts_what_several_slices_read() -> None:
+    """Next tokens at 9, 9 and 6 (pages of 4): two of the pages that they see are two sequences', one is all three's."""
+    tables = [[0, 1, 2], [0, 1, 3], [0, 4]]
+    slices = [KVSlice(start=start, length=1, tables=[table] * len(GROUPS)) for start, table in zip((9, 9, 6), tables, strict=True)]
+    plan = KVPlan(GROUPS, slices, torch.device("cpu"))
+    whole = next(index for index, group in enumerate(GROUPS) if group.window is None and group.chunk is None)
+    narrow = next(index for index, group in enumerate(GROUPS) if group.window == 1)
+    assert plan.decode_tokens_shared()[whole] == 3 * PAGE_TOKENS
+    assert plan.decode_tokens_shared()[narrow] == 0
 
 
 def test_layers_find_their_group() -> None:

@@ -67,6 +67,38 @@ def test_the_longest_answers_come_first(make_spec, make_policy):
     assert carried(simulate(make_spec(), policy, jobs([(5, 1), (2, 3), (7, 2)]))) == [(2, 0), (0, 1), (0, 1), (7, 0), (0, 1), (5, 0)]
 
 
+SHARED = Workload(prompt_lens=(10,) * 4, output_lens=(2,) * 4, shared_lens=(0, 8, 8, 8))
+
+
+@pytest.mark.parametrize(
+    ("room", "passes"),
+    [
+        (1000, [(16, 0), (0, 4)]),
+        # 8 of 25 tokens are set aside; the first holds 11 of the rest, each of the others 3.
+        (25, [(14, 0), (0, 3), (2, 0), (0, 1)]),
+        # The first needs everything.
+        (11, [(10, 0), (0, 1), (6, 0), (0, 3)]),
+    ],
+)
+def test_what_prompts_share_is_computed_and_held_once(make_spec, make_policy, room, passes):
+    policy = make_policy(kv_host_bytes=room * TOKEN, schedule="zigzag")
+    played = simulate(make_spec(), policy, SHARED)
+    assert carried(played) == passes
+    alone = simulate(make_spec(), policy, jobs([(10, 2)] * 4))
+    (group,) = make_spec().kv_groups
+    pairs_saved = 3 * (8 * 9 // 2)
+    saved = alone.total().attention_flops - played.total().attention_flops
+    assert saved == pairs_saved * group.num_layers * group.attention_flops_per_pair
+    assert played.num_refused == 0
+
+
+def test_shared_lengths_are_of_all_requests():
+    assert SHARED.take([0, 2]).found_lens == (0, 8)
+    assert jobs([(3, 2)]).found_lens == (0,)
+    with pytest.raises(ValueError, match="shared_lens"):
+        Workload(prompt_lens=(3,), output_lens=(1,), shared_lens=(0, 0))
+
+
 def test_the_quota_is_a_bucket(make_spec, make_policy):
     # 5 tokens a pass: two prompts of 3 overdraw it by 1, so that the next pass has 4, and the third 3.
     played = simulate(make_spec(), make_policy(prefill_tokens=5), jobs([(3, 4)] * 6))

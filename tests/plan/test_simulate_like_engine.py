@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexgen.engine.admission import Admission, Homes
+from flexgen.engine.prefixes import PrefixStore
 from flexgen.engine.schedule import SCHEDULES, Limits, Quota
 from flexgen.engine.sequence import Sequence
 from flexgen.memory.kv_cache import KVCache, KVGroup, PageList
@@ -40,7 +41,7 @@ def engine_passes(policy, workload):
     )  # fmt: skip
     sizes = {tier: getattr(policy, f"kv_{tier}_bytes") for tier in ("device", "host", "disk")}
     cache = KVCache((group,), {tier: Pages(size // group.page_bytes) for tier, size in sizes.items() if size})
-    admission = Admission(cache, Homes({tier: getattr(policy.kv, tier) for tier in cache.pools}))
+    admission = Admission(cache, Homes({tier: getattr(policy.kv, tier) for tier in cache.pools}), PrefixStore(cache))
     limits, quota = Limits(max_num_seqs=policy.max_num_seqs, micro_batch_tokens=policy.micro_batch_tokens), Quota(policy.prefill_tokens)
     waiting, live, passes = [], [], []
     for index, (prompt_len, output_len) in enumerate(zip(workload.prompt_lens, workload.output_lens, strict=True)):

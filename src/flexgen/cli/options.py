@@ -38,6 +38,7 @@ FLAGS: dict[str, tuple[str, str, str]] = {
     "micro_batch_tokens": (_PLACEMENT, "N", "Most tokens computed together. Default: planned."),
     "prefill_tokens": (_PLACEMENT, "N", "Most prompt tokens that a pass admits. Default: planned."),
     "schedule": (_PLACEMENT, "|".join(SCHEDULES), "Which sequences a pass carries: ours, the paper's, or one micro-batch at a time."),
+    "prefix_sharing": (_PLACEMENT, "", "Whether what several prompts begin with is computed once; tokens do not change."),
     "dtype": (_MODEL, "|".join(DTYPES), "Compute and KV dtype; auto is the checkpoint's, but never float16 on a CPU."),
     "load_format": (_MODEL, "|".join(LOAD_FORMATS), "dummy makes random weights from config.json alone."),
     "max_model_len": (_MODEL, "N", "Most tokens of prompt and answer together. Default: the model's context."),
@@ -77,7 +78,7 @@ def engine_command(body: Callable[..., int]) -> Callable[..., None]:
     fields = {field.name: field for field in dataclasses.fields(EngineOptions) if field.name in FLAGS}
     parameters = [p for p in inspect.signature(body, eval_str=True).parameters.values() if p.name != "options"]
     for name, (panel, metavar, text) in FLAGS.items():
-        flag = typer.Option("--" + name.replace("_", "-"), metavar=metavar or None, help=text, rich_help_panel=panel)
+        flag = typer.Option(_spelling(name, fields[name].default), metavar=metavar or None, help=text, rich_help_panel=panel)
         annotation = Annotated[hints[name], flag]
         parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=fields[name].default, annotation=annotation))
 
@@ -88,6 +89,12 @@ def engine_command(body: Callable[..., int]) -> Callable[..., None]:
 
     with_options.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportAttributeAccessIssue]
     return command(with_options)
+
+
+def _spelling(name: str, default: object) -> str:
+    """The flag of a field; what is on by default has one to switch it off."""
+    words = name.replace("_", "-")
+    return f"--{words}/--no-{words}" if default is True else f"--{words}"
 
 
 def load(model: str, options: EngineOptions, progress: str, **more: Any) -> LLM:

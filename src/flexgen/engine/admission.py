@@ -1,4 +1,4 @@
-"""Who may enter the block: forecasts of answer lengths, homes for KV, projected pages.  No tensors."""
+"""Who may enter the block: forecasts of answer lengths, homes for KV, shared beginnings, projected pages.  No tensors."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Sequence as SequenceOf
 
 import numpy as np
 
+from flexgen.engine.prefixes import PrefixStore
 from flexgen.engine.schedule import Pages, fits_projected
 from flexgen.engine.sequence import Sequence
 from flexgen.memory.kv_cache import KVCache, KVGroup
@@ -80,10 +81,10 @@ def held_pages(group: KVGroup) -> Pages:
 
 
 class Admission:
-    """Admits sequences into the KV cache."""
+    """Admits sequences into the KV cache.  What has no room gives way in this order: stored prefixes without users, those who wait."""
 
-    def __init__(self, cache: KVCache, homes: Homes) -> None:
-        self._cache, self._homes = cache, homes
+    def __init__(self, cache: KVCache, homes: Homes, prefixes: PrefixStore) -> None:
+        self._cache, self._homes, self._prefixes = cache, homes, prefixes
         self._pages = [held_pages(group) for group in cache.groups]
 
     def can_ever_fit(self, sequence: Sequence) -> bool:
@@ -91,23 +92,57 @@ class Admission:
         return any(self._cache.could_ever_hold(tier, len(sequence.tokens), final) for tier in self._homes.by_need())
 
     def admit(self, sequence: Sequence, live: Iterable[Sequence]) -> bool:
-        """Give the sequence a home and pages for its tokens, if its projected KV fits."""
+        """Give the sequence a home and pages for its tokens, if its projected KV fits; it begins with the longest prefix stored there."""
         for tier in self._homes.by_need():
             neighbours = [each for each in live if each.kv is not None and each.kv.home == tier]
-            if not self._fits(sequence, neighbours, tier):
-                continue
-            kv = self._cache.admit(tier)
+            if self._enter(sequence, neighbours, tier):
+                break
+            if not neighbours:  # prefixes have no users, and are in the way
+                self._prefixes.clear(tier)
+                if self._enter(sequence, neighbours, tier):
+                    break
+        else:
+            return False
+        self._homes.give(tier, sequence.final_len - sequence.num_stored)
+        if self._fits(sequence, neighbours, self._room(tier, self._prefixes.num_kept(sequence))):
+            self._prefixes.publish(sequence)
+        return True
+
+    def _enter(self, sequence: Sequence, neighbours: SequenceOf[Sequence], tier: str) -> bool:
+        found = self._prefixes.hold(sequence, tier)
+        if self._clear_for(sequence, neighbours, tier):
+            kv = self._cache.admit(tier) if found is None else self._cache.fork(found.kv, found.length)
             length = len(sequence.tokens)
             # On disk a sequence's pages should lie together: it takes all that it expects to need at once, if it can.
             together = max(sequence.final_len, length) if tier == "disk" else length
             if self._cache.reserve(kv, together) or (not neighbours and self._cache.reserve(kv, length)):
-                sequence.kv = kv
-                self._homes.give(tier, sequence.final_len)
+                sequence.kv, sequence.source = kv, found
+                sequence.num_stored = 0 if found is None else found.length
                 return True
+            self._cache.release(kv)
+        self._prefixes.let_go(sequence)
         return False
 
-    def _fits(self, sequence: Sequence, neighbours: SequenceOf[Sequence], tier: str) -> bool:
+    def _clear_for(self, sequence: Sequence, neighbours: SequenceOf[Sequence], tier: str) -> bool:
+        """Whether the projected KV fits, for which prefixes without users are forgotten if that is enough."""
+        unused = self._prefixes.num_unused(tier)
+        if not self._fits(sequence, neighbours, self._room(tier, [-pages for pages in unused])):
+            return False
+        while not self._fits(sequence, neighbours, self._room(tier)) and self._prefixes.evict(tier):
+            pass
+        return True
+
+    def _room(self, tier: str, more: SequenceOf[int] = ()) -> list[int]:
+        """Pages per group besides those of stored prefixes, and of `more`."""
+        sizes, held = self._cache.pools[tier].num_pages, self._prefixes.num_pages(tier)
+        return [size - pages - extra for size, pages, extra in zip(sizes, held, more or [0] * len(sizes), strict=True)]
+
+    def _fits(self, sequence: Sequence, neighbours: SequenceOf[Sequence], num_pages: SequenceOf[int]) -> bool:
+        """Whether pages for what each sequence has to itself suffice at every future pass."""
         stored = np.array([len(each.tokens) for each in neighbours], dtype=np.int64)
         remaining = np.array([each.remaining - 1 for each in neighbours], dtype=np.int64)
+        shared = np.array([each.num_shared for each in (*neighbours, sequence)], dtype=np.int64)
+        # Behind a window a sequence soon lets go of what it shares: its pages are counted as its own from the start.
+        elsewhere = [shared // group.page_tokens * (group.window is None and group.chunk is None) for group in self._cache.groups]
         candidate = (len(sequence.tokens), sequence.remaining - 1)
-        return fits_projected(stored, remaining, candidate, self._pages, self._cache.pools[tier].num_pages)
+        return fits_projected(stored, remaining, candidate, self._pages, num_pages, elsewhere)

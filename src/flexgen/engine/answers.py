@@ -39,17 +39,23 @@ class Answers:
     Attributes:
         counts: tokens, requests, errors.
         finish_reasons: reason -> answers.
-        given, generated: tokens of every request that is finished; those of an earlier run were given.
+        given, generated: tokens of every request that is finished; those of an earlier run were given. found: of these, not computed.
     """
 
     def __init__(self) -> None:
         self.counts = RunCounts()
         self.finish_reasons: Counter[str] = Counter()
-        self.given, self.generated = array("q"), array("q")
+        self.given, self.generated, self.found = array("q"), array("q"), array("q")
 
     def entered(self, sequence: Sequence) -> None:
-        """Count what an admitted sequence computes again."""
-        self.counts = replace(self.counts, recomputed_tokens=self.counts.recomputed_tokens + sequence.num_lost)
+        """Count what an admitted sequence computes again, and what it finds stored."""
+        if not sequence.num_preemptions:
+            sequence.num_found = sequence.num_stored
+        self.counts = replace(
+            self.counts,
+            recomputed_tokens=self.counts.recomputed_tokens + max(sequence.num_lost - sequence.num_stored, 0),
+            shared_prompt_tokens=self.counts.shared_prompt_tokens + sequence.num_stored,
+        )
 
     def preempted(self) -> None:
         """Count a preemption."""
@@ -62,6 +68,7 @@ class Answers:
         self.finish_reasons[end.reason] += 1
         self.given.append(given)
         self.generated.append(generated)
+        self.found.append(sequence.num_found)
         self.counts = replace(
             self.counts,
             requests=self.counts.requests + 1,

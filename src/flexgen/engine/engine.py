@@ -9,7 +9,7 @@ import contextlib
 import heapq
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from collections.abc import Sequence as SequenceOf
 from pathlib import Path
 
@@ -20,10 +20,11 @@ from flexgen.engine.answers import Answers, Ending, ending
 from flexgen.engine.clock import ProgressClock
 from flexgen.engine.logprobs import token_logprobs
 from flexgen.engine.pass_load import kv_slice, pass_load
+from flexgen.engine.prefixes import PrefixStore
 from flexgen.engine.progress import Progress, RunReport
 from flexgen.engine.report import RunContext, make_report
 from flexgen.engine.sampler import sample
-from flexgen.engine.schedule import SCHEDULES, Limits, Quota, defer_remainder, pack
+from flexgen.engine.schedule import SCHEDULES, Limits, Quota, Slice, defer_behind, defer_remainder, pack
 from flexgen.engine.sequence import Sequence
 from flexgen.engine.sweep import MicroBatch, run_pass
 from flexgen.engine.trace import Trace
@@ -47,6 +48,7 @@ from flexgen.plan.machine import Machine
 from flexgen.plan.policy import Policy
 from flexgen.plan.remaining import RemainingTime
 from flexgen.plan.workload import Workload
+from flexgen.prefixes import NO_PREFIXES, CommonPrefixes
 from flexgen.request import Live, TokenRequest, TokenResult
 
 logger = logging.getLogger(__name__)
@@ -108,16 +110,18 @@ class Engine:
             undo.pop_all()
         torch.set_num_threads(policy.compute_threads)
         shares = {tier: getattr(policy.kv, tier) for tier in TIERS if tier in self.places}
-        self._admission = Admission(self.cache, Homes(shares))
+        self._prefixes = PrefixStore(self.cache, self._regime)
+        self._admission = Admission(self.cache, Homes(shares), self._prefixes)
         self._schedule = SCHEDULES[policy.schedule]
         self._limits = Limits(max_num_seqs=policy.max_num_seqs, micro_batch_tokens=policy.micro_batch_tokens)
         self._quota = Quota(policy.prefill_tokens, policy.prefill_tokens)
         self._forecast = LengthForecast()
         self._pass_cache = PassCache()
         self._live: list[Sequence] = []
-        self._waiting: list[tuple[int, int, Sequence]] = []  # heap: longest expected answer first, then input order
         self._expectation = Expectation(model.spec, machine, policy.dtype)
         self.trace = Trace(self._expectation, policy)
+        # A heap: longest expected answer first, then in the order of the input, requests of a common prefix together.
+        self._waiting: list[tuple[int, tuple[int, ...], Sequence]] = []
         self.answers = Answers()
         self._bytes_before: dict[str, int] = {}
         self._busy_before = 0.0
@@ -181,12 +185,14 @@ class Engine:
         requests: Iterable[TokenRequest],
         *,
         num_requests: int | None = None,
+        prefixes: CommonPrefixes = NO_PREFIXES,
         on_progress: Callable[[Progress], None] | None = None,
         on_pass: Callable[[Iterable[Live]], None] | None = None,
     ) -> Iterator[TokenResult]:
         """Answer requests, pulled as they are needed; results come as they finish, in any order.
 
         Args:
+            prefixes: what their prompts have in common; it is computed once (per tier on which it is needed).
             on_progress: told now and then how the run goes.
             on_pass: called after every pass, once its results are out, with what the unfinished answers are so far; they are
                 gathered while it iterates.  What it raises ends the run.
@@ -195,7 +201,7 @@ class Engine:
             StorageError, EngineError: when the run cannot go on.
         """
         self.load()
-        self._begin_run()
+        self._begin_run(prefixes)
         self._clock.start(num_requests, on_progress, self.bytes_moved())
         source = iter(requests)
         start = time.perf_counter()
@@ -215,9 +221,12 @@ class Engine:
             self._elapsed_seconds = time.perf_counter() - start
             self._drop_all()
 
-    def _begin_run(self) -> None:
+    def _begin_run(self, prefixes: CommonPrefixes) -> None:
         """Forget what earlier runs did."""
         self.trace = Trace(self._expectation, self.policy)
+        if prefixes is not NO_PREFIXES and prefixes.page_tokens != self.policy.page_tokens:
+            raise EngineError(f"prefixes of pages of {prefixes.page_tokens} tokens for pages of {self.policy.page_tokens}")
+        self._prefixes.begin(prefixes)
         self.answers = Answers()
         self._bytes_before, self._busy_before = self._bytes_total(), self._io.busy_seconds
         self._remaining = None
@@ -262,9 +271,11 @@ class Engine:
         return self._backend.used_bytes if self._backend is not None else 0
 
     def _drop_all(self) -> None:
-        for sequence in self._live:
+        for sequence in reversed(self._live):  # who computes a prefix after those behind it
             if sequence.kv is not None:
                 self.cache.release(sequence.kv)
+                self._prefixes.let_go(sequence)
+        self._prefixes.clear()
         self._live.clear()
         self._waiting.clear()
 
@@ -281,10 +292,11 @@ class Engine:
             if request is None:
                 return
             sequence = Sequence(request, self._forecast.expect(request.max_tokens))
+            self._prefixes.expect(sequence)
             if (end := ending(sequence)) is not None:
                 yield self._finish(sequence, end)
             else:
-                heapq.heappush(self._waiting, (-sequence.remaining, request.index, sequence))
+                heapq.heappush(self._waiting, (-sequence.remaining, self._prefixes.order(sequence), sequence))
 
     def _admit(self) -> Iterator[TokenResult]:
         """Let the schedule choose; a request that can never fit becomes its own error."""
@@ -317,6 +329,8 @@ class Engine:
         if sequence.kv is not None:
             self.cache.release(sequence.kv)
             sequence.kv = None
+            self._prefixes.let_go(sequence)
+        self._prefixes.done(sequence)
         if end.error is None:
             self._forecast.observe(sequence.num_generated)
             if self._remaining is not None:
@@ -347,21 +361,25 @@ class Engine:
 
     def _make_room(self) -> None:
         """Pages for every live sequence's new token, before others may take them; wrong forecasts are repaired by
-        preempting the youngest."""
+        forgetting prefixes that have no user at present, then by preempting the youngest."""
         for sequence in list(self._live):
             while sequence.kv is not None and not self.cache.reserve(sequence.kv, len(sequence.tokens)):
                 home = sequence.kv.home
+                if self._prefixes.evict(home):
+                    continue
                 victim = next(each for each in reversed(self._live) if each.kv is not None and each.kv.home == home)
                 self._preempt(victim)
 
     def _preempt(self, sequence: Sequence) -> None:
         assert sequence.kv is not None
+        num_lost = sequence.num_stored if sequence.behind is None else 0  # nothing was computed as long as it waited for a prefix
         self.cache.release(sequence.kv)
-        sequence.kv, sequence.num_lost, sequence.num_stored, sequence.deferred = None, sequence.num_stored, 0, 0
+        self._prefixes.let_go(sequence)
+        sequence.kv, sequence.num_lost, sequence.num_stored, sequence.deferred = None, num_lost, 0, 0
         sequence.num_preemptions += 1
         sequence.expected_tokens = sequence.request.max_tokens
         self._live.remove(sequence)
-        heapq.heappush(self._waiting, (-(1 << 60), sequence.request.index, sequence))
+        heapq.heappush(self._waiting, (-(1 << 60), self._prefixes.order(sequence), sequence))
         self.answers.preempted()
         logger.debug("request %d was preempted", sequence.request.index)
 
@@ -369,19 +387,21 @@ class Engine:
         batches: list[MicroBatch] = []
         for home, place in self.places.items():
             members = [each for each in self._live if each.kv is not None and each.kv.home == home]
+            for each in members:
+                each.deferred = 0
             if place.mixes and self.policy.schedule == "diagonal":
                 defer_remainder(members, self.policy.micro_batch_tokens)
-            previous: MicroBatch | None = None
+            defer_behind(members, within_pass=place.chunks)
+            latest: dict[Sequence, MicroBatch] = {}  # who computes a sequence's tokens in this pass; the last one, so far
             for slices in pack(members, self.policy.micro_batch_tokens, mix=place.mixes, chunk=place.chunks):
                 slices = sorted(slices, key=lambda each: not is_decode(kv_slice(each)))
                 view = place.view([kv_slice(each) for each in slices])
                 batch = MicroBatch(
                     slices, self.model.bound, self._pass_cache, view, self._rows, self._device, even_rows=self._backend is None
                 )
-                if previous is not None and any(each.start > each.sequence.num_stored for each in slices):
-                    batch.after = previous
+                batch.after = {latest[each] for each in _stored_by(slices) if each in latest}
+                latest.update({each.sequence: batch for each in slices})
                 batches.append(batch)
-                previous = batch
         return batches
 
     def _sample(self, batches: list[MicroBatch]) -> list[TokenResult]:
@@ -415,6 +435,11 @@ class Engine:
                 assert sequence.kv is not None
                 self.cache.trim(sequence.kv, sequence.num_stored)
 
+    def _regime(self, sequence: Sequence) -> Hashable:
+        """What the keys of its prompt depend on besides the tokens; keys that are computed anew depend on the answer, too."""
+        recomputes = self.model.recompute_length is not None
+        return self.model.rope_regime(len(sequence.tokens if recomputes else sequence.request.prompt_token_ids))
+
     def _outgrew(self, sequence: Sequence) -> bool:
         """Whether the model computes all keys of this sequence anew, now that it has one token more."""
         length = self.model.recompute_length
@@ -436,7 +461,16 @@ class _Unfinished:
         return self._gather()
 
 
-def _popping(heap: list[tuple[int, int, Sequence]]) -> Iterator[Sequence]:
+def _stored_by(slices: Iterable[Slice]) -> Iterator[Sequence]:
+    """The sequences that compute, in the same pass, what these slices go on from."""
+    for each in slices:
+        if each.start > each.sequence.num_stored:
+            yield each.sequence
+        elif (writer := each.sequence.behind) is not None:
+            yield writer
+
+
+def _popping(heap: list[tuple[int, tuple[int, ...], Sequence]]) -> Iterator[Sequence]:
     """The heap's sequences, best first, without removing them."""
     for _, _, sequence in heapq.nsmallest(len(heap), heap):
         yield sequence

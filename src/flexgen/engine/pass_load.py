@@ -27,6 +27,7 @@ def pass_load(batches: Sequence[MicroBatch], homes: Sequence[str], num_groups: i
     steps = dict.fromkeys(homes, 0)
     pairs = [0] * num_groups
     attended = {home: [0] * num_groups for home in homes}
+    repeated = {"disk": [0] * num_groups} if "disk" in homes else {}
     for batch in batches:
         plan = batch.view.plan
         read = plan.decode_tokens_read()
@@ -41,4 +42,9 @@ def pass_load(batches: Sequence[MicroBatch], homes: Sequence[str], num_groups: i
         for group in range(num_groups):
             attended[home][group] += read[group]
             pairs[group] += visible[group] - read[group]
-    return PassLoad(prompt_tokens=prompts, num_prompts=starts, next_tokens=steps, prompt_pairs=pairs, attended_tokens=attended)
+        if home in repeated:
+            repeated[home] = [total + shared for total, shared in zip(repeated[home], plan.decode_tokens_shared(), strict=True)]
+    return PassLoad(
+        prompt_tokens=prompts, num_prompts=starts, next_tokens=steps, prompt_pairs=pairs, attended_tokens=attended,
+        repeated_tokens=repeated,
+    )  # fmt: skip

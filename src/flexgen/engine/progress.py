@@ -52,6 +52,7 @@ class RunReport:
         forecast: what was expected before the first pass (the fields of Forecast), and in seconds_of_these_passes what the passes
             that there were should have taken; empty where nothing was.
         rate_ratios: resource -> the run's own rate over that of the profile; only of what was busy long enough to tell.
+        shared_prompt_tokens: of prompts, not computed because another request that begins with them has done so.
         peak_host_bytes: peak resident memory of the process; host_budget_bytes stands beside it.
     """
 
@@ -86,6 +87,7 @@ class RunReport:
     recomputed_tokens: int = 0
     forecast: dict[str, Any] = field(default_factory=dict)
     rate_ratios: dict[str, float] = field(default_factory=dict)
+    shared_prompt_tokens: int = 0
     schema_version: int = SCHEMA_VERSION
 
     def to_json(self) -> str:

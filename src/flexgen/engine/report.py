@@ -46,7 +46,9 @@ def make_report(engine: Engine, context: RunContext, elapsed_seconds: float) -> 
     elapsed = max(elapsed_seconds, 1e-9)
     served = [place for place, generated in enumerate(answers.generated) if generated > 0]
     workload = Workload(
-        prompt_lens=tuple(answers.given[place] for place in served), output_lens=tuple(answers.generated[place] for place in served)
+        prompt_lens=tuple(answers.given[place] for place in served),
+        output_lens=tuple(answers.generated[place] for place in served),
+        shared_lens=tuple(answers.found[place] for place in served),
     )
     busiest = trace.busiest_seconds
     ideal = least_ideal_seconds(engine.spec, engine.machine, workload, context.budgets, engine.policy.dtype, also=(engine.policy,))
@@ -78,6 +80,7 @@ def make_report(engine: Engine, context: RunContext, elapsed_seconds: float) -> 
         device_budget_bytes=context.device_budget_bytes,
         num_preemptions=counts.preemptions,
         recomputed_tokens=counts.recomputed_tokens,
+        shared_prompt_tokens=counts.shared_prompt_tokens,
         finish_reasons=dict(answers.finish_reasons),
         policy=dataclasses.asdict(engine.policy),
         machine=json.loads(engine.machine.to_json()),

@@ -84,11 +84,11 @@ def row(waiting: Iterable[Sequence], live: SequenceOf[Sequence], limits: Limits,
         return 0
     count = tokens = 0
     for sequence in waiting:
-        tokens += sequence.num_new
-        if count and (tokens > limits.micro_batch_tokens or count >= limits.max_num_seqs):
+        if count and (tokens + sequence.num_own > limits.micro_batch_tokens or count >= limits.max_num_seqs):
             break
         if not admit(sequence):
             break
+        tokens += sequence.num_new
         count += 1
     return count
 
@@ -97,14 +97,16 @@ SCHEDULES = {"diagonal": diagonal, "zigzag": zigzag, "row": row}
 
 
 def fits_projected(
-    stored: np.ndarray, remaining: np.ndarray, candidate: tuple[int, int], pages: SequenceOf[Pages], capacity: SequenceOf[int]
-) -> bool:
+    stored: np.ndarray, remaining: np.ndarray, candidate: tuple[int, int], pages: SequenceOf[Pages], capacity: SequenceOf[int],
+    elsewhere: SequenceOf[np.ndarray | int],
+) -> bool:  # fmt: skip
     """Whether a candidate's KV fits beside the live ones' at every future pass.
 
     Args:
         stored: tokens each live sequence has stored after this pass. remaining: passes it still takes after it.
         candidate: (stored, remaining) of the one that would join.
         pages: per layer group, pages held at given lengths. capacity: pages per group.
+        elsewhere: per group, how many of each sequence's pages (the candidate's last) are counted elsewhere.
 
     A sequence holds stored + t tokens t passes from now, while t <= remaining; the sum peaks where one ends.
     """
@@ -115,7 +117,9 @@ def fits_projected(
         times = times[np.linspace(0, len(times) - 1, MAX_PROJECTED_TIMES).astype(int)]
     future = lengths[None, :] + np.minimum(times[:, None], ends[None, :])  # (times, sequences)
     alive = np.append(-1, times[:-1])[:, None] < ends[None, :]  # those that end since the last of the times looked at, too
-    return all((held(future) * alive).sum(axis=1).max() <= room for held, room in zip(pages, capacity, strict=True))
+    return all(
+        ((held(future) - others) * alive).sum(axis=1).max() <= room for held, room, others in zip(pages, capacity, elsewhere, strict=True)
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,10 +139,8 @@ def defer_remainder(sequences: SequenceOf[Sequence], rows: int) -> None:
     prompts give way; a pass never ends up below `rows`.
 
     Args:
-        sequences: of one KV home, oldest first; their `deferred` is set.
+        sequences: of one KV home, oldest first, nothing deferred yet; their `deferred` is set.
     """
-    for sequence in sequences:
-        sequence.deferred = 0
     total = sum(sequence.num_new for sequence in sequences)
     of_prompts = sum(sequence.num_new for sequence in sequences if sequence.num_new > 1)
     excess = total % rows
@@ -150,10 +152,24 @@ def defer_remainder(sequences: SequenceOf[Sequence], rows: int) -> None:
             excess -= sequence.deferred
 
 
+def defer_behind(sequences: SequenceOf[Sequence], *, within_pass: bool) -> None:
+    """Leave to the next pass what begins with a prefix that is not stored by then.
+
+    Args:
+        sequences: of one KV home, oldest first; their `deferred` is set. within_pass: whether a prefix that this pass
+            computes is there for the micro-batches behind it.
+    """
+    for sequence in sequences:
+        writer, source = sequence.behind, sequence.source
+        if writer is not None and source is not None and (not within_pass or len(writer.tokens) - writer.deferred < source.length):
+            sequence.deferred = sequence.num_new
+
+
 def pack(sequences: SequenceOf[Sequence], micro_batch_tokens: int, *, mix: bool, chunk: bool = True) -> list[list[Slice]]:
     """Micro-batches of one pass: next tokens first, prompts after, long prompts in consecutive chunks.
 
     Micro-batches that mix are filled to the last row, whatever prompt that cuts; others cut only what is longer.
+    Next tokens of sequences that run behind a prompt of this pass come last.
 
     Args:
         sequences: of one KV home and one position regime. mix: whether next tokens and prompts may share a micro-batch.
@@ -161,9 +177,7 @@ def pack(sequences: SequenceOf[Sequence], micro_batch_tokens: int, *, mix: bool,
     """
     steps = [s for s in sequences if s.num_new == 1 and s.num_stored > 0]
     prompts = [s for s in sequences if not (s.num_new == 1 and s.num_stored > 0)]
-    batches: list[list[Slice]] = []
-    for start in range(0, len(steps), micro_batch_tokens):
-        batches.append([Slice(sequence=s, start=s.num_stored, length=1, last=True) for s in steps[start : start + micro_batch_tokens]])
+    batches = _next_tokens([s for s in steps if s.behind is None], micro_batch_tokens)
     room = micro_batch_tokens - len(batches[-1]) if batches and mix else 0
     for sequence in prompts:
         start, stop = sequence.num_stored, len(sequence.tokens) - sequence.deferred
@@ -179,4 +193,10 @@ def pack(sequences: SequenceOf[Sequence], micro_batch_tokens: int, *, mix: bool,
             start, room = start + length, max(room - length, 0)
             if length == 1 and batches[-1][-1].start > 0 and not mix:
                 room = 0  # a last chunk of one token is computed as a next token is
-    return batches
+    return batches + _next_tokens([s for s in steps if s.behind is not None and not s.deferred], micro_batch_tokens)
+
+
+def _next_tokens(sequences: SequenceOf[Sequence], micro_batch_tokens: int) -> list[list[Slice]]:
+    """Micro-batches of sequences that compute one token each."""
+    slices = [Slice(sequence=s, start=s.num_stored, length=1, last=True) for s in sequences]
+    return [slices[start : start + micro_batch_tokens] for start in range(0, len(slices), micro_batch_tokens)]

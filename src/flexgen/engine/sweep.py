@@ -37,7 +37,7 @@ class MicroBatch(ForwardCoroutine):
     Attributes:
         wanted: the unit it waits for (-1 before it starts). pending: attention it waits for.
         logits: (sampled, vocab) once it has finished.
-        after: a micro-batch whose attention must come first in every layer (the previous chunk of a prompt).
+        after: micro-batches whose attention must come first in every layer (the previous chunk of a prompt, a shared beginning).
         filler: rows (0 or 1) that repeat the last token and are thrown away: CPU matrix kernels lose up to a quarter of
             their rate at odd row counts (docs/log.md).
     """
@@ -53,7 +53,7 @@ class MicroBatch(ForwardCoroutine):
         self.wanted = -1
         self.pending: PendingAttention | None = None
         self.logits: torch.Tensor | None = None
-        self.after: MicroBatch | None = None
+        self.after: set[MicroBatch] = set()
         self.view = view
         self._model, self._cache, self._rows, self._device = model, cache, rows, device
 
@@ -125,7 +125,7 @@ class MicroBatch(ForwardCoroutine):
     def runnable(self, weights: WeightStore) -> bool:
         if self.pending is not None and not self.pending.done():
             return False
-        if self.after is not None and not self.after.dead and self.after.wanted <= self.wanted:
+        if any(not other.dead and other.wanted <= self.wanted for other in self.after):
             return False
         return weights.is_ready(self.wanted)
 

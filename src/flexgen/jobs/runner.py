@@ -25,6 +25,7 @@ from flexgen.jobs.stopping import Stopped, StopRequest
 from flexgen.jobs.store import Store
 from flexgen.llm import LLM
 from flexgen.plan.workload import Workload
+from flexgen.prefixes import NO_PREFIXES
 from flexgen.request import Live, SamplingParams, TokenRequest
 
 logger = logging.getLogger(__name__)
@@ -73,6 +74,7 @@ class Job:
         self._input_format = input_format
         self.remarks = Remarks(llm.files.name)
         self._pending = array("Q")  # digests of the lines that the scan left for the model, in order
+        self._prefixes = NO_PREFIXES  # of their prompts
 
     # -- before the start ---------------------------------------------------------------------------------------------------------------
 
@@ -108,7 +110,9 @@ class Job:
             raise JobError(f"{self.source}: --strict found {count + len(repeated):,} faults; the first are\n{listed}")
 
     def scan(self) -> Workload:
-        """Answer bad lines, and measure the good ones that have no answer yet.  Each run needs a scan before it.
+        """Answer bad lines, and measure the good ones that have no answer yet; find what their prompts have in common.
+
+        Each run needs a scan before it.
 
         Raises:
             StorageError: the input cannot be read, or an error cannot be stored.
@@ -118,7 +122,8 @@ class Job:
         prompt_lens: list[int] = []
         output_lens: list[int] = []
         may_end_early = False
-        census = Census()
+        shared_lens: list[int] = []
+        census, prefixes = Census(), self.llm.prefix_census()
         for read in self._reader().read(self._unanswered()):
             census.add(read.origin)
             if isinstance(read, Refused):
@@ -132,11 +137,17 @@ class Job:
             for prompt_len, output_len in self._lengths(read):
                 prompt_lens.append(same.setdefault(prompt_len, prompt_len))
                 output_lens.append(same.setdefault(output_len, output_len))
+            for request in read.token_requests:
+                shared_len = prefixes.add(request.prompt_token_ids) if prefixes is not None else 0
+                shared_lens.append(same.setdefault(shared_len, shared_len))
+        self._prefixes = NO_PREFIXES if prefixes is None else prefixes.common()
         if repeated := census.repeated():
             logger.warning("%s: %s lines have the id of an earlier line; all are answered", self.source, f"{len(repeated):,}")
         if self.store is not None:
             self.store.commit()
-        return Workload(prompt_lens=tuple(prompt_lens), output_lens=tuple(output_lens), may_end_early=may_end_early)
+        return Workload(
+            prompt_lens=tuple(prompt_lens), output_lens=tuple(output_lens), shared_lens=tuple(shared_lens), may_end_early=may_end_early
+        )
 
     def _lengths(self, served: Served) -> Iterator[tuple[int, int]]:
         """(tokens given, most that are generated) of each choice; what an earlier run has generated is given."""
@@ -190,7 +201,7 @@ class Job:
                 raise Stopped
 
         requests = self._token_requests(serving, store)
-        for result in self.llm.stream(requests, workload, on_progress=within_pass, on_pass=after_pass):
+        for result in self.llm.stream(requests, workload, prefixes=self._prefixes, on_progress=within_pass, on_pass=after_pass):
             serving.take(result)
         store.commit()
         self.num_resumed, self.tokens_kept = serving.num_resumed, serving.tokens_kept

@@ -1,13 +1,14 @@
 """KV cache in pages: pools per tier, page tables per sequence and layer group, projections for admission.
 
 A page holds `page_tokens` tokens of one layer; a page id stands for that page in every layer of its group.  Pages
-wholly behind a window are freed.  Knows no models and computes no attention.
+wholly behind a window are freed.  Sequences that begin alike may share pages.  Knows no models and computes no attention.
 """
 
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -224,10 +225,22 @@ class KVCache:
         self.pools = pools
         self.used_bytes = dict.fromkeys(pools, 0)
         self.peak_bytes = dict.fromkeys(pools, 0)
+        self._sharers = {home: [Counter[int]() for _ in groups] for home in pools}  # page -> sequences that hold it besides one
 
     def admit(self, home: str) -> SequenceKV:
         """A sequence without pages."""
         return SequenceKV(home, [[] for _ in self.groups], [0] * len(self.groups))
+
+    def fork(self, kv: SequenceKV, length: int) -> SequenceKV:
+        """A sequence that shares the first `length` tokens of another, in whole pages: those that queries behind them see."""
+        forked = self.admit(kv.home)
+        for index, group in enumerate(self.groups):
+            table = kv.tables[index][: length // group.page_tokens]
+            first = min(group.first_visible(length) // group.page_tokens, len(table))
+            assert first >= kv.freed[index] or first == len(table), "what it must see is gone"
+            self._sharers[kv.home][index].update(table[first:])
+            forked.tables[index], forked.freed[index] = [-1] * first + table[first:], first
+        return forked
 
     def reserve(self, kv: SequenceKV, length: int) -> bool:
         """Make room for `length` tokens; False (and nothing taken) when the pool has too few pages."""
@@ -251,19 +264,25 @@ class KVCache:
             useless = min(group.first_visible(length) // group.page_tokens, len(kv.tables[index]))
             if useless > kv.freed[index]:
                 table = kv.tables[index]
-                pages = table[kv.freed[index] : useless]
-                self.pools[kv.home].give_back(index, pages)
-                self._count(kv.home, -len(pages) * group.page_bytes)
-                table[kv.freed[index] : useless] = [-1] * len(pages)
+                self._let_go(kv.home, index, table[kv.freed[index] : useless])
+                table[kv.freed[index] : useless] = [-1] * (useless - kv.freed[index])
                 kv.freed[index] = useless
 
     def release(self, kv: SequenceKV) -> None:
-        """Free all pages of a sequence."""
-        for index, group in enumerate(self.groups):
-            pages = kv.tables[index][kv.freed[index] :]
-            self.pools[kv.home].give_back(index, pages)
-            self._count(kv.home, -len(pages) * group.page_bytes)
+        """Free all pages of a sequence that it shares with no other."""
+        for index in range(len(self.groups)):
+            self._let_go(kv.home, index, kv.tables[index][kv.freed[index] :])
             kv.tables[index], kv.freed[index] = [], 0
+
+    def _let_go(self, home: str, index: int, pages: Iterable[int]) -> None:
+        sharers, freed = self._sharers[home][index], []
+        for page in pages:
+            if sharers[page] > 1:
+                sharers[page] -= 1
+            elif sharers.pop(page, 0) == 0:
+                freed.append(page)
+        self.pools[home].give_back(index, freed)
+        self._count(home, -len(freed) * self.groups[index].page_bytes)
 
     def _count(self, home: str, delta_bytes: int) -> None:
         self.used_bytes[home] += delta_bytes

@@ -1,7 +1,7 @@
 """KV at home on disk: pages in an unlinked file, read ahead layer by layer, attended to on the host.
 
-A layer's pages lie together, a sequence's pages in runs, so that reads are large.  Only the page with a new token is
-written back.
+A layer's pages lie together, a sequence's pages in runs, so that reads are large.  A page that several sequences of a
+micro-batch share is read once.  Only the page with a new token is written back.
 """
 
 from __future__ import annotations
@@ -276,6 +276,7 @@ class DiskView(HostView):
 
     def _lay_out(self, index: int, group: KVGroup, slices: Sequence[KVSlice], tables: list[list[list[int]]]) -> None:
         pages: list[_StagedPage] = []
+        slots: dict[int, int] = {}  # page -> its slot
         old: list[_StagedPage] = []
         touched: list[_StagedPage] = []
         size = group.page_tokens
@@ -285,8 +286,10 @@ class DiskView(HostView):
             first = min(group.first_visible(each.start), each.start) // size
             renumbered = [-1] * stop
             for position in range(first, stop):
+                renumbered[position] = slots.setdefault(table[position], len(pages))
+                if renumbered[position] < len(pages):
+                    continue  # shared
                 staged = _StagedPage(table[position], len(pages))
-                renumbered[position] = staged.slot
                 pages.append(staged)
                 if position * size < each.start:
                     old.append(staged)

@@ -182,7 +182,7 @@ class HostView:
         return pending
 
     def _attend_prompts(self, call: AttentionCall, new: NewKV) -> torch.Tensor | PendingAttention:
-        """Prompts attend on the device; their keys and values go to the pages, earlier chunks' come from there."""
+        """Prompts attend on the device; their keys and values go to the pages, what they go on from comes from there."""
         place, plan = self._place, self.plan
         group, _ = place.where[call.layer]
         continued = any(each.start > 0 for each in plan.prefills)
@@ -193,13 +193,13 @@ class HostView:
             for event in events:
                 event.wait()
             with place.pages(self, call.layer) as pages:
+                if new is not None:  # first: a prompt may go on from what another of this micro-batch stores
+                    write_new(place.kernels, plan, group, copies[0], copies[1], pages)
                 if continued:
                     past = [gather_past(place.kernels, plan, group, index, pages) for index in range(len(plan.prefills))]
                     pending.past = [each and (place.link.to_device(each[0]), place.link.to_device(each[1])) for each in past]
                     pending.finish(None)
                     place.notify()
-                if new is not None:
-                    write_new(place.kernels, plan, group, copies[0], copies[1], pages)
 
         if continued or new is not None:
             place.worker.submit(_reporting(job, pending, place.notify))

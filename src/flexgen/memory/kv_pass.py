@@ -106,6 +106,18 @@ class KVPlan:
             sum(each.start + 1 - group.first_visible(each.start) for each in self.slices[: self.num_decodes]) for group in self._layouts
         ]
 
+    def decode_tokens_shared(self) -> list[int]:
+        """Of `decode_tokens_read`, tokens on pages that an earlier slice reads as well, per group."""
+        shared = []
+        for index, group in enumerate(self._layouts):
+            pages = [page for each in self.slices[: self.num_decodes] for page in self._pages_read(each, index, group)]
+            shared.append((len(pages) - len(set(pages))) * group.page_tokens)
+        return shared
+
+    def _pages_read(self, each: KVSlice, index: int, group: KVGroup) -> Sequence[int]:
+        size = group.page_tokens
+        return each.tables[index][group.first_visible(each.start) // size : each.start // size + 1]
+
 
 def is_decode(each: KVSlice) -> bool:
     """One token that continues a sequence."""

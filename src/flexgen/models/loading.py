@@ -5,6 +5,7 @@ Reads headers and configs, never weights.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from flexgen.models.checkpoint import Checkpoint, check_supported_number_format
 from flexgen.models.describe import module_plans
 from flexgen.models.layouts import lay_out, trace_config
 from flexgen.models.number_formats import decoded_headers
-from flexgen.models.rope import recompute_length
+from flexgen.models.rope import recompute_length, rope_regime
 from flexgen.models.skeleton import BoundModel
 from flexgen.models.spec import model_spec
 from flexgen.models.trace import LayerKV
@@ -33,6 +34,7 @@ class LoadedModel:
         residents: small tensors and buffers that always live on the device, as one layout.
         tables: embeddings whose rows are gathered. layers: KV per attention layer. spec: for the planner.
         recompute_length: when a sequence has more tokens than this for the first time, its keys change and are computed anew.
+        rope_regime: length of a prompt -> what its keys depend on besides its tokens.
         unused_bytes: stored parameters that text does not need, such as those of vision towers.
     """
 
@@ -45,6 +47,7 @@ class LoadedModel:
     dtype: torch.dtype
     total_bytes: int
     recompute_length: int | None
+    rope_regime: Callable[[int], Hashable]
     unused_bytes: int
 
 
@@ -72,5 +75,6 @@ def load_model(folder: Path, config: Any, dtype: torch.dtype, *, unit_bytes: int
         dtype=dtype,
         total_bytes=checkpoint.total_bytes,
         recompute_length=recompute_length(config),
+        rope_regime=rope_regime(config),
         unused_bytes=layouts.unused_bytes,
     )

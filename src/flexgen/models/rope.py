@@ -7,7 +7,7 @@ micro-batch that would be another sequence's; so the rotary module is called for
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -27,6 +27,16 @@ def recompute_length(config: Any) -> int | None:
     if config.model_type not in RECOMPUTING or not _types(getattr(text, "rope_parameters", None)):
         return None
     return getattr(text, "original_max_position_embeddings", None)
+
+
+def rope_regime(config: Any) -> Callable[[int], Hashable]:
+    """For a prompt of so many tokens, which rotary frequencies it gets: where they are equal, equal tokens have equal keys."""
+    text = config.get_text_config(decoder=True)
+    parameters = getattr(text, "rope_parameters", None)
+    kinds = _types(parameters)
+    if not kinds:
+        return lambda length: None
+    return functools.partial(_frequencies, _thresholds(parameters, text.max_position_embeddings), "dynamic" in kinds)
 
 
 def _types(parameters: Any) -> set[str]:
@@ -80,22 +90,23 @@ def _runs(spans: Sequence[Span], recomputes: bool) -> Iterator[Run]:
 
 
 def _merged(runs: Iterator[Run], module: Any) -> Iterator[Run]:
-    """Neighbours that get the same frequencies: LongRoPE knows two sets, dynamic NTK one per length above the threshold."""
-    thresholds, dynamic = _thresholds(module), "dynamic" in str(module.rope_type)
-
-    def frequencies(run: Run) -> object:
-        return max(run[1], min(thresholds)) if dynamic else tuple(run[1] > each for each in thresholds)
-
-    for _, group in groupby(runs, key=frequencies):
+    """Neighbours that get the same frequencies."""
+    thresholds = _thresholds(module.config.rope_parameters, module.original_max_seq_len)
+    dynamic = "dynamic" in str(module.rope_type)
+    for _, group in groupby(runs, key=lambda run: _frequencies(thresholds, dynamic, run[1])):
         members = list(group)
         yield sum(count for count, _ in members), max(length for _, length in members)
 
 
-def _thresholds(module: Any) -> list[int]:
-    """Lengths up to which frequencies do not change."""
-    parameters = module.config.rope_parameters
+def _frequencies(thresholds: Sequence[int], dynamic: bool, length: int) -> Hashable:
+    """Names the frequencies of a length: LongRoPE knows two sets, dynamic NTK one per length above the threshold."""
+    return max(length, min(thresholds)) if dynamic else tuple(length > each for each in thresholds)
+
+
+def _thresholds(parameters: Any, context: int) -> list[int]:
+    """Lengths up to which frequencies do not change; `context` where the parameters name none."""
     nested = [parameters] if "rope_type" in parameters else list(parameters.values())
-    return [each.get("original_max_position_embeddings") or module.original_max_seq_len for each in nested]
+    return [each.get("original_max_position_embeddings") or context for each in nested]
 
 
 def _forget_lengths(module: Any) -> None:

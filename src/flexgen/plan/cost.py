@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from flexgen.options import TIERS
@@ -72,7 +72,8 @@ class PassLoad:
         prompt_tokens, num_prompts: of sequences admitted by this pass, by home tier of their KV.
         next_tokens: sequences that decode, by home tier of their KV.
         prompt_pairs: visible pairs of the prompts, per KV group (all layers of a group are alike).
-        attended_tokens: home tier -> visible tokens of the next tokens, per KV group.
+        attended_tokens: home tier -> visible tokens of the next tokens, per KV group. repeated_tokens: of these on disk, those
+            that are read once for several sequences of a micro-batch, counted without the first.
     """
 
     prompt_tokens: Mapping[str, Any]
@@ -80,6 +81,7 @@ class PassLoad:
     next_tokens: Mapping[str, Any]
     prompt_pairs: Sequence[Any]
     attended_tokens: Mapping[str, Sequence[Any]]
+    repeated_tokens: Mapping[str, Sequence[Any]] = field(default_factory=dict[str, Sequence[Any]])
 
 
 def needs_decode(unit: UnitSpec) -> bool:
@@ -173,8 +175,9 @@ def price(load: PassLoad, spec: ModelSpec, policy: Policy, weights: PassWork) ->
             to_host = to_host + written + load.next_tokens[home] * crossing
             to_device = to_device + load.next_tokens[home] * crossing
         if home == "disk":
-            disk_read, disk_write, memory = disk_read + read, disk_write + written, memory + read + written
-            steps["spilled_bytes"] = steps["spilled_bytes"] + read
+            fetched = read - attended_bytes(groups, load.repeated_tokens[home]) if home in load.repeated_tokens else read
+            disk_read, disk_write, memory = disk_read + fetched, disk_write + written, memory + fetched + written
+            steps["spilled_bytes"] = steps["spilled_bytes"] + fetched
     return PassWork(
         disk_read_bytes=disk_read,
         disk_write_bytes=disk_write,

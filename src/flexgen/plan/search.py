@@ -15,7 +15,7 @@ from flexgen.plan.cost import memory_bytes
 from flexgen.plan.model import ModelSpec
 from flexgen.plan.outputs import GOLDEN_STEP
 from flexgen.plan.policy import Fractions, Policy
-from flexgen.plan.simulate import Simulation, held_kv_bytes, simulate
+from flexgen.plan.simulate import Simulation, held_kv_bytes, shared_kv_bytes, simulate
 from flexgen.plan.workload import Workload
 from flexgen.sizes import align_up
 
@@ -76,9 +76,9 @@ class JobSizes:
     """What a job's requests need: their KV bytes, and the prompt tokens that keep a block full.
 
     Attributes:
-        largest, smallest, all: KV bytes at their longest; of a single one with what windowed layers hold of it during
-            its prompt. mean: of a live sequence. layer: of one layer of the longest.
-        prompt_tokens: of all. longest_prompt, longest: tokens of a prompt, of a whole sequence.
+        largest, smallest, all: KV bytes at their longest (all: shared ones once); of a single one with what windowed layers
+            hold of it during its prompt. mean: of a live sequence. layer: of one layer of the longest.
+        prompt_tokens: to compute. longest_prompt, longest: tokens of a prompt, of a whole sequence.
     """
 
     def __init__(self, spec: ModelSpec, workload: Workload, page_tokens: int) -> None:
@@ -88,15 +88,18 @@ class JobSizes:
         peaks = [int(held[length - 1]) for length in longest]
         before = np.concatenate([[0], np.cumsum(held)])
         self._number, self._passes = len(prompts), sum(answers)
-        self.prompt_tokens = sum(prompts)
+        found = list(workload.found_lens)
+        shared = [int(each) for each in shared_kv_bytes(spec, page_tokens, max(found))[found]]
+        self.prompt_tokens = sum(prompts) - sum(found)
         self.longest_prompt, self.longest = max(prompts), max(longest)
         whole = sum(
             (align_up(self.longest, page_tokens) + page_tokens) * group.num_layers * group.bytes_per_token
             for group in spec.kv_groups
             if group.window is not None
         )
-        self.largest, self.smallest, self.all = max(peaks) + whole, min(peaks) + whole, sum(peaks)
-        self.mean = max(sum(int(before[s + n] - before[s]) for s, n in zip(prompts, answers, strict=True)) / self._passes, 1.0)
+        self.largest, self.smallest, self.all = max(peaks) + whole, min(peaks) + whole, sum(peaks) - sum(shared)
+        held_by_all = sum(int(before[s + n] - before[s]) - n * once for s, n, once in zip(prompts, answers, shared, strict=True))
+        self.mean = max(held_by_all / self._passes, 1.0)
         self.layer = self.longest * max((group.bytes_per_token for group in spec.kv_groups), default=0)
 
     def block(self, pool_bytes: float) -> float:

@@ -77,7 +77,7 @@ def simulate(spec: ModelSpec, policy: Policy, workload: Workload) -> Simulation:
     A request admitted by pass p computes its prompt there and yields its first token; its n-th and last comes from pass
     p + n - 1.  Requests enter longest reserved answer first, in input order among equals, and none overtakes.  Diagonal: whenever
     there is room, within a bucket of prompt tokens that every pass refills.  Zigzag: into an empty block, all at once.
-    Row: into an empty block, one micro-batch.
+    Row: into an empty block, one micro-batch.  What prompts share is computed by the first that has it, and held from then on.
     """
     pools = {tier: size for tier in TIERS if (size := getattr(policy, f"kv_{tier}_bytes")) > 0}
     weights = weights_work(spec, unit_homes(spec, policy.weights), policy.device)
@@ -104,6 +104,7 @@ class _Admission:
     prompt_len: int
     output_len: int
     reserved_len: int
+    found_len: int
     count: int
     home: str
 
@@ -153,24 +154,33 @@ class _Job:
         self.given = dict.fromkeys(self.pools, 0)
         runs = _runs(workload)
         self.held = held_kv_bytes(spec, policy.page_tokens, max((run.prompt_len + run.most for run in runs), default=0))
+        self.shared = shared_kv_bytes(spec, policy.page_tokens, max(workload.found_lens, default=0))
         capacity = max((pool.capacity for pool in self.pools.values()), default=-1)
         can_fit = [self.held[run.prompt_len + run.most - 1] <= capacity for run in runs]
         self.num_refused = sum(run.count for run, fits in zip(runs, can_fit, strict=True) if not fits)
         self.waiting = [run for run, fits in zip(runs, can_fit, strict=True) if fits][::-1]  # the next one last
+        self._keep_prefix()
         self.live = 0
         self.credit, self.refilled = 0, -1  # of prompt tokens; the pass that last added to it
         self.early = any(run.reserved_len > run.output_len for run in self.waiting)
         self.admissions: list[_Admission] = []
 
-    def _held(self, prompt_len: int, output_len: int) -> Ints:
-        """Bytes of pages in each pass of a sequence's life (its last token gets no KV)."""
-        return self.held[prompt_len : prompt_len + output_len]
+    def _keep_prefix(self) -> None:
+        """Set aside, in each tier, the longest shared beginning; those of other requests come after it and are as long at most."""
+        prefix = int(self.shared[max((run.found_len for run in self.waiting), default=0)])
+        largest = max((int(self.held[run.prompt_len + run.most - 1]) for run in self.waiting), default=0)
+        for pool in self.pools.values():  # a request that needs it all makes the prefix give way
+            pool.capacity = max(pool.capacity - prefix, min(pool.capacity, largest))
+
+    def _held(self, run: _Run | _Admission) -> Ints:
+        """Bytes of its own pages in each pass of a sequence's life (its last token gets no KV)."""
+        return self.held[run.prompt_len : run.prompt_len + run.reserved_len] - self.shared[run.found_len]
 
     def _end(self, admission: _Admission) -> None:
         """Its places fall free, and what was kept for more tokens than there were."""
         self.live -= admission.count
         if admission.reserved_len > admission.output_len:
-            kept = self._reserved(admission.home, self._held(admission.prompt_len, admission.reserved_len))
+            kept = self._reserved(admission.home, self._held(admission))
             self.pools[admission.home].add(admission.end, kept[admission.output_len :], -admission.count)
 
     def play(self) -> tuple[list[_Admission], dict[str, Ints], int]:
@@ -198,27 +208,28 @@ class _Job:
         taken = 0
         while self.waiting:
             run = self.waiting[-1]
-            places, within_quota = self.policy.max_num_seqs - self.live, self._within_quota(run.prompt_len, taken)
+            places, within_quota = self.policy.max_num_seqs - self.live, self._within_quota(run.own_len, taken)
             if places <= 0:
                 return None
             if within_quota <= 0:
                 return index + 1 + max(-self.credit, 0) // self.policy.prefill_tokens
-            held = self._held(run.prompt_len, run.reserved_len)
+            held = self._held(run)
             home, count = self._home(index, held, min(run.count, places, within_quota))
             if not count:
                 earliest = min(pool.earliest(index, self._reserved(tier, held)) for tier, pool in self.pools.items())
                 # Room that was kept for more falls free with the next answer that ends.
                 return None if self.live and self.early else earliest
             self.pools[home].add(index, self._reserved(home, held), count)
-            self.given[home] += count * (run.prompt_len + run.reserved_len - 1)
+            self.given[home] += count * (run.own_len + run.reserved_len - 1)
             self.admissions.append(
                 _Admission(
-                    index=index, prompt_len=run.prompt_len, output_len=run.output_len, reserved_len=run.reserved_len, count=count, home=home
+                    index=index, prompt_len=run.prompt_len, output_len=run.output_len, reserved_len=run.reserved_len,
+                    found_len=run.found_len, count=count, home=home,
                 )
             )  # fmt: skip
             self.live += count
-            self.credit -= count * run.prompt_len
-            taken += count * run.prompt_len
+            self.credit -= count * run.own_len
+            taken += count * run.own_len
             run.count -= count
             if not run.count:
                 self.waiting.pop()
@@ -264,7 +275,13 @@ class _Run:
     output_len: int
     reserved_len: int
     most: int
+    found_len: int
     count: int
+
+    @property
+    def own_len(self) -> int:
+        """Prompt tokens that it computes."""
+        return self.prompt_len - self.found_len
 
 
 def _runs(workload: Workload) -> list[_Run]:
@@ -273,7 +290,8 @@ def _runs(workload: Workload) -> list[_Run]:
     expected = workload.answer_lens
     reserved = [max(kept, n) for kept, n in zip(workload.reserved_lens or most, expected, strict=True)]
     order = sorted(range(len(most)), key=lambda place: -reserved[place] if not workload.reserved_lens else -workload.reserved_lens[place])
-    lengths = [(workload.prompt_lens[place], expected[place], reserved[place], most[place]) for place in order]
+    found = workload.found_lens
+    lengths = [(workload.prompt_lens[place], expected[place], reserved[place], most[place], found[place]) for place in order]
     return [_Run(*each, len(list(equal))) for each, equal in itertools.groupby(lengths)]
 
 
@@ -292,9 +310,16 @@ def held_kv_bytes(spec: ModelSpec, page_tokens: int, max_tokens: int) -> Ints:
     return held
 
 
+def shared_kv_bytes(spec: ModelSpec, page_tokens: int, max_tokens: int) -> Ints:
+    """Bytes of pages that sequences with 0, 1, ... max_tokens tokens in common hold once; windows soon move on from them."""
+    pages = np.arange(max_tokens + 1, dtype=np.int64) // page_tokens
+    page_bytes = sum(page_tokens * group.num_layers * group.bytes_per_token for group in spec.kv_groups if group.window is None)
+    return pages * page_bytes
+
+
 def _load(spec: ModelSpec, admissions: Sequence[_Admission], pools: Iterable[str], num_passes: int) -> PassLoad:
     """What every pass carries, summed over all admissions at once."""
-    table = np.array([(a.index, a.prompt_len, a.output_len, a.count) for a in admissions], dtype=np.int64).reshape(-1, 4)
+    table = np.array([(a.index, a.prompt_len, a.output_len, a.count, a.found_len) for a in admissions], dtype=np.int64).reshape(-1, 5)
     homes = np.array([a.home for a in admissions], dtype=object)
     pairs: list[Any] = [0 for _ in spec.kv_groups]
     prompt_tokens: dict[str, Any] = {}
@@ -302,15 +327,14 @@ def _load(spec: ModelSpec, admissions: Sequence[_Admission], pools: Iterable[str
     next_tokens: dict[str, Any] = {}
     attended: dict[str, list[Any]] = {}
     for tier in pools:
-        index, prompt_len, output_len, count = table[homes == tier].T
-        prompt_tokens[tier] = _at(index, count * prompt_len, num_passes)
+        index, prompt_len, output_len, count, found_len = table[homes == tier].T
+        prompt_tokens[tier] = _at(index, count * (prompt_len - found_len), num_passes)
         num_prompts[tier] = _at(index, count, num_passes)
         next_tokens[tier] = _between(index + 1, index + output_len, count, num_passes)
         attended[tier] = []
         for number, group in enumerate(spec.kv_groups):
             window = group.window or int(table[:, 1:3].sum(axis=1).max(initial=1))
-            beyond = np.maximum(prompt_len - window, 0)
-            visible = prompt_len * (prompt_len + 1) // 2 - beyond * (beyond + 1) // 2
+            visible = visible_pairs(prompt_len, window) - visible_pairs(found_len, window)
             pairs[number] = pairs[number] + _at(index, count * visible, num_passes)
             # The k-th next token sees prompt_len + k tokens, a ramp, until the window is full.
             full = index + np.clip(window - prompt_len + 1, 1, output_len)
@@ -320,6 +344,12 @@ def _load(spec: ModelSpec, admissions: Sequence[_Admission], pools: Iterable[str
     return PassLoad(
         prompt_tokens=prompt_tokens, num_prompts=num_prompts, next_tokens=next_tokens, prompt_pairs=pairs, attended_tokens=attended
     )
+
+
+def visible_pairs(prompt_len: Any, window: int | float) -> Any:
+    """(query, visible token) pairs of whole prompts."""
+    beyond = np.maximum(prompt_len - window, 0)
+    return (prompt_len * (prompt_len + 1) - beyond * (beyond + 1)) // 2
 
 
 def _at(index: Ints, amount: Ints, num_passes: int) -> Ints:

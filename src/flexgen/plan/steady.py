@@ -19,6 +19,7 @@ from flexgen.plan.cost import PassLoad, PassWork, memory_bytes, price, weights_w
 from flexgen.plan.expect import RESOURCES, Expectation
 from flexgen.plan.model import ModelSpec
 from flexgen.plan.policy import Policy
+from flexgen.plan.simulate import visible_pairs
 from flexgen.plan.workload import Workload
 
 Floats = npt.NDArray[np.float64]
@@ -199,21 +200,21 @@ def _sequence_seconds(expectation: Expectation, workload: Workload, policy: Poli
 
 def mean_load(spec: ModelSpec, workload: Workload, home: str, num_seqs: int) -> PassLoad:
     """What `num_seqs` live sequences bring to a pass of the steady state: the ages of all requests, equally often."""
-    prompts = np.array(workload.prompt_lens, dtype=np.float64)
+    prompts, found = np.array(workload.prompt_lens, dtype=np.float64), np.array(workload.found_lens, dtype=np.float64)
     outputs = np.array(workload.answer_lens, dtype=np.float64)
     passes = outputs.sum()
     pairs: list[float] = []
     attended: list[float] = []
     for group in spec.kv_groups:
         window = float(group.window or (prompts + outputs).max())
-        beyond = np.maximum(prompts - window, 0)
-        pairs.append(float((prompts * (prompts + 1) / 2 - beyond * (beyond + 1) / 2).sum() / passes * num_seqs))
+        visible = visible_pairs(prompts, window) - visible_pairs(found, window)
+        pairs.append(float(visible.sum() / passes * num_seqs))
         # The k-th next token (k from 1 to n - 1) sees min(s + k, window) tokens.
         ramp = np.clip(window - prompts, 0, outputs - 1)
         seen = prompts * ramp + ramp * (ramp + 1) / 2 + window * (outputs - 1 - ramp)
         attended.append(float(seen.sum() / passes * num_seqs))
     return PassLoad(
-        prompt_tokens={home: prompts.sum() / passes * num_seqs},
+        prompt_tokens={home: (prompts - found).sum() / passes * num_seqs},
         num_prompts={home: len(workload) / passes * num_seqs},
         next_tokens={home: (1.0 - len(workload) / passes) * num_seqs},
         prompt_pairs=pairs,

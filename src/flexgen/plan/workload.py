@@ -16,6 +16,7 @@ class Workload:
         output_lens: most tokens of each answer (max_tokens).
         expected_lens: tokens that each answer is expected to have; empty: all it may.
         reserved_lens: tokens of each answer that room is kept for when it enters; empty: all it may.
+        shared_lens: leading tokens of each prompt that an earlier request computes as well, in whole pages; empty: none.
         may_end_early: whether answers may end before their most tokens.
     """
 
@@ -23,13 +24,16 @@ class Workload:
     output_lens: tuple[int, ...]
     expected_lens: tuple[int, ...] = ()
     reserved_lens: tuple[int, ...] = ()
+    shared_lens: tuple[int, ...] = ()
     may_end_early: bool = False
 
     def __post_init__(self) -> None:
         if len(self.prompt_lens) != len(self.output_lens):
             raise ValueError("prompt_lens and output_lens differ in length")
-        if any(len(each) not in (0, len(self)) for each in (self.expected_lens, self.reserved_lens)):
-            raise ValueError("expected_lens and reserved_lens are of all requests or of none")
+        if any(len(each) not in (0, len(self)) for each in (self.expected_lens, self.reserved_lens, self.shared_lens)):
+            raise ValueError("expected_lens, reserved_lens and shared_lens are of all requests or of none")
+        if not any(self.shared_lens):
+            object.__setattr__(self, "shared_lens", ())
 
     def __len__(self) -> int:
         return len(self.prompt_lens)
@@ -42,6 +46,11 @@ class Workload:
     def answer_lens(self) -> tuple[int, ...]:
         """Tokens that each answer should have, at least one."""
         return tuple(max(n, 1) for n in self.expected_lens or self.output_lens)
+
+    @property
+    def found_lens(self) -> tuple[int, ...]:
+        """Tokens of each prompt that it finds computed, at most all but one."""
+        return tuple(min(c, s - 1) for c, s in zip(self.shared_lens or (0,) * len(self), self.prompt_lens, strict=True))
 
     @property
     def output_tokens(self) -> int:

@@ -1,0 +1,152 @@
+"""KV of common prefixes: who computes one, who uses it, how long it stays.  Pages are the cache's; no tensors.
+
+A stored prefix is a sequence that never goes on: it shares its pages with the one that computes it and with all that
+begin with it, on the same tier.  It is there for others from the moment its writer is admitted; they run behind it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Hashable
+
+from flexgen.engine.sequence import Sequence, StoredPrefix
+from flexgen.memory.kv_cache import KVCache
+from flexgen.prefixes import NO_PREFIXES, CommonPrefix, CommonPrefixes
+
+Key = tuple[str, Hashable, bytes]  # (home, regime, digest)
+
+
+class PrefixStore:
+    """The prefixes that are stored, per tier.
+
+    Args:
+        regime: what else the keys of a sequence's prompt depend on, besides its tokens (models/rope.py).
+    """
+
+    def __init__(self, cache: KVCache, regime: Callable[[Sequence], Hashable] = lambda sequence: None) -> None:
+        self._cache, self._regime = cache, regime
+        self._stored: dict[Key, StoredPrefix] = {}  # least recently used first
+        self._pages = {home: [Counter[int]() for _ in cache.groups] for home in cache.pools}  # page -> prefixes that hold it
+        self._common = NO_PREFIXES
+        self._left: dict[bytes, int] = {}  # requests that will yet begin with it, or do so now
+        self._first: dict[bytes, int] = {}  # the first request that began with it
+
+    def begin(self, common: CommonPrefixes) -> None:
+        """Start a run whose requests have these prefixes in common."""
+        self.clear()
+        self._common, self._left, self._first = common, {}, {}
+
+    def clear(self, home: str | None = None) -> None:
+        """Forget all prefixes of a tier, or of all; nobody may use them."""
+        for key in [key for key in self._stored if home in (None, key[0])]:
+            self._drop(key)
+
+    # -- requests ---------------------------------------------------------------------------------------------------------------
+
+    def expect(self, sequence: Sequence) -> None:
+        """Find the common prefixes of a sequence that begins to wait."""
+        sequence.path = self._common.path(sequence.request.prompt_token_ids)
+        for point in sequence.path:
+            self._left.setdefault(point.digest, point.num_requests)
+            self._first.setdefault(point.digest, sequence.request.index)
+
+    def order(self, sequence: Sequence) -> tuple[int, ...]:
+        """Sorts requests by input, but those of a common prefix next to the first of them, at every depth of the tree."""
+        return (*(self._first[point.digest] for point in sequence.path), sequence.request.index)
+
+    def done(self, sequence: Sequence) -> None:
+        """A request has ended: what no other will begin with is freed."""
+        for point in sequence.path:
+            self._left[point.digest] -= 1
+            if self._left[point.digest] > 0:
+                continue
+            for key in [key for key, each in self._stored.items() if key[2] == point.digest and not each.num_users]:
+                self._drop(key)
+
+    # -- sequences --------------------------------------------------------------------------------------------------------------
+
+    def hold(self, sequence: Sequence, home: str) -> StoredPrefix | None:
+        """The longest stored prefix of a sequence; it and shorter ones stay until `let_go`."""
+        found = [key for key in self._keys(sequence, home) if key in self._stored]
+        for key in reversed(found):  # the shortest was used last: long ones go first
+            self._stored[key] = self._stored.pop(key)
+        sequence.prefixes = [self._stored[key] for key in found]
+        for each in sequence.prefixes:
+            each.num_users += 1
+        return sequence.prefixes[-1] if found else None
+
+    def num_kept(self, sequence: Sequence) -> list[int]:
+        """Per group, pages that would outlive the sequence's own use of them, were it to `publish`: those that leave its window."""
+        lengths = [point.length for point in sequence.path if self._is_wanted(sequence, point)]
+        return [
+            sum(length // group.page_tokens - group.first_visible(length) // group.page_tokens for length in lengths)
+            if group.window or group.chunk
+            else 0
+            for group in self._cache.groups
+        ]
+
+    def publish(self, sequence: Sequence) -> None:
+        """Offer what an admitted sequence will have computed to others; they must run behind it."""
+        kv = sequence.kv
+        assert kv is not None
+        for key, point in zip(self._keys(sequence, kv.home), sequence.path, strict=True):
+            if not self._is_wanted(sequence, point):
+                continue
+            stored = StoredPrefix(kv=self._cache.fork(kv, point.length), length=point.length, writer=sequence, num_users=1)
+            self._stored[key] = stored
+            sequence.prefixes.append(stored)
+            for pages, held in zip(self._pages[kv.home], stored.pages(), strict=True):
+                pages.update(held)
+
+    def let_go(self, sequence: Sequence) -> None:
+        """A sequence ends, is preempted or was not admitted; what it has not computed is of no use to others."""
+        for each in sequence.prefixes:
+            each.num_users -= 1
+            if each.writer is sequence and each.is_stored:
+                each.writer = None
+        useless = {id(each) for each in sequence.prefixes if each.writer is sequence}
+        sequence.prefixes, sequence.source = [], None
+        for key in [key for key, each in self._stored.items() if id(each) in useless] if useless else ():
+            self._drop(key)
+
+    # -- room -------------------------------------------------------------------------------------------------------------------
+
+    def num_pages(self, home: str) -> list[int]:
+        """Pages that prefixes hold, per group."""
+        return [len(pages) for pages in self._pages[home]]
+
+    def num_unused(self, home: str) -> list[int]:
+        """Of these, pages that come free if prefixes without users are forgotten."""
+        used = [set[int]() for _ in self._cache.groups]
+        for (at, _, _), each in self._stored.items():
+            if at == home and each.num_users:
+                for pages, held in zip(used, each.pages(), strict=True):
+                    pages.update(held)
+        return [len(pages) - len(of_users) for pages, of_users in zip(self._pages[home], used, strict=True)]
+
+    def evict(self, home: str) -> bool:
+        """Forget the prefix without users that was used longest ago; False if there is none."""
+        key = next((key for key, each in self._stored.items() if key[0] == home and not each.num_users), None)
+        if key is not None:
+            self._drop(key)
+        return key is not None
+
+    # -- inside -----------------------------------------------------------------------------------------------------------------
+
+    def _is_wanted(self, sequence: Sequence, point: CommonPrefix) -> bool:
+        """Whether an admitted sequence computes a prefix with which others will begin."""
+        return point.length > sequence.num_stored and self._left[point.digest] > 1
+
+    def _keys(self, sequence: Sequence, home: str) -> list[Key]:
+        regime = self._regime(sequence)
+        return [(home, regime, point.digest) for point in sequence.path]
+
+    def _drop(self, key: Key) -> None:
+        stored = self._stored.pop(key)
+        assert not stored.num_users
+        for pages, held in zip(self._pages[key[0]], stored.pages(), strict=True):
+            pages.subtract(held)
+            for page in held:
+                if not pages[page]:
+                    del pages[page]
+        self._cache.release(stored.kv)
