@@ -26,6 +26,8 @@ def machine_of(*, dense=None, **changes):
         "disk_read": 2e9,
         "disk_write": 1e9,
         "disk_core_seconds_per_byte": 7e-12,
+        "disk_slowdown": 1.0,
+        "compute_slowdown": 1.0,
         "host_memory": 30e9,
         "host_to_device": 20e9,
         "device_to_host": 10e9,

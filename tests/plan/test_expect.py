@@ -84,3 +84,29 @@ def test_a_slower_machine_is_expected_to_take_longer(llama_3b, make_machine, mak
             "overheads": lambda: dataclasses.replace(fast, overheads=dataclasses.replace(fast.overheads, per_pass=1.0)),
         }[name]()
         assert Expectation(llama_3b, slow, "bfloat16").passes(played, policy).sum() > total
+
+
+@pytest.mark.parametrize(("disk_bytes", "flops"), [(2e9, 1e12), (8e9, 1e12), (2e9, 8e12), (0, 1e12), (2e9, 0)])
+def test_reading_and_computing_slow_each_other_down_while_both_go_on(make_spec, make_machine, make_policy, disk_bytes, flops):
+    machine = make_machine(
+        disk_read=1e9,
+        disk_slowdown=1.5,
+        compute_slowdown=1.1,
+        disk_core_seconds_per_byte=0.0,
+        overheads=NOTHING,
+        attention={"bfloat16": 1e12},
+    )
+    expectation = Expectation(make_spec(), machine, "bfloat16")
+    work, policy = PassWork(disk_read_bytes=disk_bytes, attention_flops=flops), make_policy()
+    apart = expectation.apart(work, policy)
+    disk, compute = apart["disk"], apart["compute"]
+    assert (disk, compute) == pytest.approx((disk_bytes / 1e9, flops / 1e12))
+    # Played in small steps.
+    clock, step = 0.0, 1e-4
+    while disk > 1e-9 or compute > 1e-9:
+        both = disk > 1e-9 and compute > 1e-9
+        disk, compute, clock = disk - step / (1.5 if both else 1), compute - step / (1.1 if both else 1), clock + step
+    assert expectation.seconds(work, policy) == pytest.approx(clock, abs=1e-3)
+    busy = expectation.busy(work, policy)
+    assert max(busy["disk"], busy["compute"]) == pytest.approx(clock, abs=1e-3)
+    assert all(busy[name] <= 1.5 * apart[name] + 1e-9 for name in ("disk", "compute"))

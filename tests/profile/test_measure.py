@@ -42,6 +42,7 @@ def test_every_rate_is_found(small, tmp_path, dtype):
     assert [round(flops) for flops, _ in machine.decode_attention["host"][dtype]] == [2 * each // BYTES[dtype] for each in (1, 4, 8)]
     assert {name.split()[1] for name in machine.casts} == {dtype}
     assert 0 < machine.disk_core_seconds_per_byte < 1e-8
+    assert min(machine.disk_slowdown, machine.compute_slowdown) >= 1
     assert all(seconds >= 0 for seconds in dataclasses.astuple(machine.overheads))
     assert machine.overheads.per_pass + machine.overheads.per_layer_and_micro_batch > 0
     assert not list(tmp_path.iterdir()), "what was measured with was left behind"

@@ -62,6 +62,11 @@ def format_machine(machine: Machine) -> str:
     lines = [f"{machine.name} ({machine.origin} {machine.date}), {format_size(machine.host_bytes)} of memory"]
     lines += [_line("disk read", machine.disk_read, "B/s"), _line("disk write", machine.disk_write, "B/s")]
     lines.append(f"{'reading takes':<32}{machine.disk_core_seconds_per_byte * 1e9:10.3f} core-seconds per GB")
+    if machine.device != "cuda":
+        lines.append(
+            f"together: reading takes {machine.disk_slowdown:.2f} times as long while computing, computing {machine.compute_slowdown:.2f} "
+            "times while reading"
+        )
     lines.append(_line("memory read", machine.host_memory, "B/s"))
     links = {"host to device": machine.host_to_device, "device to host": machine.device_to_host}
     lines += [_line(name, rate, "B/s") for name, rate in links.items() if rate is not None]

@@ -17,7 +17,8 @@ class Trace:
     Attributes:
         busiest_seconds: sum over the passes of the busiest resource's ideal time: what the engine could not beat with these passes.
         ideal: resource -> sum of its ideal seconds.
-        expected_seconds: what these passes should have taken at typical rates. expected: resource -> sum of its expected seconds.
+        expected_seconds: what these passes should have taken at typical rates. expected: resource -> seconds that it
+            should have been in use.
         seconds: what they took. waits: cause -> seconds without anything to run.
         compute_share: of the last pass: ideal seconds of computing over wall time.
     """
@@ -36,7 +37,7 @@ class Trace:
     def add(self, seconds: float, work: PassWork, waits: Mapping[str, float]) -> None:
         """A pass as it went: wall time, and work as counted, not as planned."""
         ideal = ideal_seconds(work, self.expectation.machine, self.policy.dtype)
-        expected = self.expectation.resources(work, self.policy)
+        expected = self.expectation.busy(work, self.policy)
         self.num_passes += 1
         self.seconds += seconds
         self.busiest_seconds += busiest(ideal)[1]

@@ -54,7 +54,29 @@ class Expectation:
         self._cast = max((rate.typical for name, rate in machine.casts.items() if name.split()[1] == dtype), default=None)
 
     def resources(self, work: PassWork, policy: Policy) -> dict[str, Any]:
-        """Resource -> seconds of a pass (or of each of many).
+        """Resource -> seconds that a pass (or each of many) cannot be shorter than for its sake.
+
+        On a CPU device reading and computing slow each other down.  While both go on, each takes its factor longer; when one is
+        done, the other goes on at its own pace.  That makes both linear in both: whichever is done later is the larger.
+        """
+        apart = self.apart(work, policy)
+        if policy.device == "cpu":
+            disk, compute = apart["disk"], apart["compute"]
+            d, c = self.machine.disk_slowdown, self.machine.compute_slowdown
+            apart["disk"], apart["compute"] = disk + compute * c * (1 - 1 / d), compute + disk * d * (1 - 1 / c)
+        return apart
+
+    def busy(self, work: PassWork, policy: Policy) -> dict[str, Any]:
+        """Resource -> seconds that it is in use in a pass: longer where another slows it down."""
+        apart = self.apart(work, policy)
+        if policy.device != "cpu":
+            return apart
+        together = self.resources(work, policy)
+        slowed = {"disk": self.machine.disk_slowdown, "compute": self.machine.compute_slowdown}
+        return apart | {name: np.minimum(apart[name] * factor, together[name]) for name, factor in slowed.items()}
+
+    def apart(self, work: PassWork, policy: Policy) -> dict[str, Any]:
+        """Resource -> seconds of a pass (or of each of many), each by itself.
 
         On a CPU device the host's own work (attention to KV, decoding, reading, the modules' code) is part of "compute".
         """

@@ -109,7 +109,7 @@ def _played(policy: Policy, expectation: Expectation, workload: Workload) -> dic
     played = simulate(spec, policy, lengths)
     passes = played.num_passes
     seconds = expectation.passes(played, policy)
-    resources = {name: np.broadcast_to(each, (passes,)) for name, each in expectation.resources(played.work, policy).items()}
+    resources = {name: np.broadcast_to(each, (passes,)) for name, each in expectation.apart(played.work, policy).items()}
     _, total = extrapolated(spec, policy, lengths, scale, lambda job: float(expectation.passes(job, policy).sum()))
     busiest = np.argmax(np.stack(list(resources.values())), axis=0)
     decided = {name: float(seconds[busiest == number].sum()) for number, name in enumerate(resources)}

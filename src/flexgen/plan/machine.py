@@ -68,6 +68,7 @@ class Machine:
         cores: usable cores. host_bytes, device_bytes, disk_bytes: what there is in all (device: 0 on "cpu").
         disk_read, disk_write: bytes/s of the folder's file system, past the page cache.
         disk_core_seconds_per_byte: processor time of reading.
+        disk_slowdown: how many times longer reading takes while a CPU device computes. compute_slowdown: computing, while it reads.
         host_memory: bytes/s of plain reads, all cores.
         host_to_device, device_to_host: bytes/s; None where there is no separate device.
         dense: dtype -> FLOP/s of linear layers over rows, on the device that computes.
@@ -89,6 +90,8 @@ class Machine:
     disk_read: Rate
     disk_write: Rate
     disk_core_seconds_per_byte: float
+    disk_slowdown: float
+    compute_slowdown: float
     host_memory: Rate
     host_to_device: Rate | None
     device_to_host: Rate | None

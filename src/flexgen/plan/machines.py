@@ -110,6 +110,8 @@ def _device_box(
         disk_read=_share(disk_read, DISK_SHARE),
         disk_write=_share(disk_write, DISK_SHARE),
         disk_core_seconds_per_byte=DISK_CORE_SECONDS_PER_BYTE,
+        disk_slowdown=1.0,
+        compute_slowdown=1.0,
         host_memory=_share(host_memory, MEMORY_SHARE),
         host_to_device=_share(link, LINK_SHARE),
         device_to_host=_share(link, LINK_SHARE),

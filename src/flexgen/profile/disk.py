@@ -45,16 +45,16 @@ def disk_rates(folder: Path, quick: bool, max_bytes: int) -> DiskRates:
     largest = max(READ_SIZES)
     size = min(FILE_BYTES[not quick], int(free.f_bavail * free.f_frsize * DISK_SHARE)) // largest * largest
     try:
-        if size == 0 and (weights := _large_file(folder)) is not None:
+        if size == 0 and (weights := large_file(folder)) is not None:
             read, core_seconds = _read_rates(weights, quick, max_bytes)
             logger.warning("%s: no room to measure writes; they are taken to be as fast as reads", where)
             return DiskRates(read=read, write=read, core_seconds_per_byte=core_seconds)
         if size == 0:
             raise StorageError(f"{where}: no room for a file of 64 MiB to measure the disk with")
         with tempfile.NamedTemporaryFile(dir=where, prefix="flexgen-measure-") as file:
-            with _opened(Path(file.name), os.O_RDWR) as written:
+            with opened(Path(file.name), os.O_RDWR) as written:
                 writes = [_write_rate(written, size, min(largest, max_bytes)) for _ in range(2 if quick else 4)]
-            read, core_seconds = _read_rates(_large_file(folder) or Path(file.name), quick, max_bytes)
+            read, core_seconds = _read_rates(large_file(folder) or Path(file.name), quick, max_bytes)
             return DiskRates(read=read, write=Rate.of(writes), core_seconds_per_byte=core_seconds)
     except OSError as error:
         raise StorageError(f"{folder}: measuring the disk failed: {error}") from error
@@ -71,12 +71,12 @@ def writable(folder: Path) -> Path:
 def _read_rates(path: Path, quick: bool, max_bytes: int) -> tuple[Rate, float]:
     """(the rate of the best setting, the best of all tried; processor seconds per byte): the promising settings are tried again."""
     settings = [(threads, block) for threads in READ_THREADS for block in READ_SIZES if threads * block <= max_bytes] or [(1, 1 * MIB)]
-    with _opened(path, os.O_RDONLY) as file:
+    with opened(path, os.O_RDONLY) as file:
         size = path.stat().st_size
         tried: dict[tuple[int, int], list[tuple[float, float]]] = {setting: [] for setting in settings}
 
         def again(setting: tuple[int, int]) -> None:
-            tried[setting].append(_read_rate(file, size, *setting, seconds=READ_SECONDS[not quick]))
+            tried[setting].append(read_rate(file, size, *setting, seconds=READ_SECONDS[not quick]))
 
         for setting in settings:
             again(setting)
@@ -90,13 +90,13 @@ def _read_rates(path: Path, quick: bool, max_bytes: int) -> tuple[Rate, float]:
     return rate, sorted(seconds for _, seconds in tried[chosen])[len(tried[chosen]) // 2]
 
 
-def _large_file(folder: Path) -> Path | None:
+def large_file(folder: Path) -> Path | None:
     """The largest file of weights, if it is large enough to read from for a while."""
     files = [path for path in folder.glob("*.safetensors") if path.is_file() and path.stat().st_size >= LARGE_FILE_BYTES]
     return max(files, key=lambda path: path.stat().st_size, default=None)
 
 
-def _opened(path: Path, flags: int) -> contextlib.closing[File]:
+def opened(path: Path, flags: int) -> contextlib.closing[File]:
     """Past the page cache where that is possible; the engine says where it is not."""
     return contextlib.closing(File(path, flags=flags, on_plain=lambda folder, why: None))
 
@@ -115,7 +115,7 @@ def _write_rate(file: File, size: int, block: int) -> float:
     return size / (time.perf_counter() - began)
 
 
-def _read_rate(file: File, size: int, threads: int, block: int, *, seconds: float) -> tuple[float, float]:
+def read_rate(file: File, size: int, threads: int, block: int, *, seconds: float) -> tuple[float, float]:
     """(bytes per second, processor seconds per byte) of readers that share the file's blocks, from its beginning, for a while."""
     file.forget_cached()
     blocks = max(size // block, 1)

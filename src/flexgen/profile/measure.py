@@ -26,6 +26,7 @@ import torch
 from flexgen.errors import OptionError
 from flexgen.plan.machine import Machine
 from flexgen.profile.compute import attention_rate, dense_rates, device_elementwise_rate, step_rates
+from flexgen.profile.contention import slowdowns
 from flexgen.profile.copies import cast_rates, copy_rates, memory_rate
 from flexgen.profile.disk import disk_rates, writable
 from flexgen.profile.overheads import NO_OVERHEADS, elementwise_rate, overheads
@@ -53,6 +54,7 @@ def measure(device: str, dtypes: Sequence[str], folder: Path, *, quick: bool = F
     where, host = torch.device("cuda" if device == "cuda" else "cpu"), torch.device("cpu")
     with torch.inference_mode():
         disk = disk_rates(folder, quick, max_bytes)
+        together = slowdowns(folder, next(iter(torch_dtypes.values())), max_bytes, 4.0 * share) if device != "cuda" else (1.0, 1.0)
         to_device, to_host = copy_rates(device, max_bytes, 1.0 * share)
         machine = Machine(
             name=_name(device),
@@ -66,6 +68,8 @@ def measure(device: str, dtypes: Sequence[str], folder: Path, *, quick: bool = F
             disk_read=disk.read,
             disk_write=disk.write,
             disk_core_seconds_per_byte=disk.core_seconds_per_byte,
+            disk_slowdown=together[0],
+            compute_slowdown=together[1],
             host_memory=memory_rate(max_bytes, 1.0 * share),
             host_to_device=to_device,
             device_to_host=to_host,
@@ -190,7 +194,7 @@ def machine_key(device: str, dtype: str, folder: Path) -> dict[str, str | int]:
         "numba": metadata.version("numba"),
         "dtype": dtype,
         "device": device,
-        "version": 4,
+        "version": 5,
     }
 
 

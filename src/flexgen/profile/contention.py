@@ -1,0 +1,70 @@
+"""How much reading and computing slow each other down when a CPU does both: memory, caches and cores are shared."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import torch
+
+from flexgen.profile.disk import large_file, opened, read_rate, writable
+from flexgen.sizes import MIB
+
+THREADS, BLOCK_BYTES, FILE_BYTES = 2, 8 * MIB, 128 * MIB
+ROWS, WIDTH = 512, 2048
+ROUNDS = 5
+
+
+def slowdowns(folder: Path, dtype: torch.dtype, max_bytes: int, seconds: float) -> tuple[float, float]:
+    """(of the disk by computing, of computing by the disk): time together over time apart, medians, each at least 1.
+
+    Args:
+        folder: whose largest file of weights is read, or a temporary one.
+    """
+    with tempfile.NamedTemporaryFile(dir=writable(folder), prefix="flexgen-measure-") as temporary:
+        path = large_file(folder)
+        if path is None:
+            path, size = Path(temporary.name), min(FILE_BYTES, max_bytes)
+            temporary.write(os.urandom(MIB) * (size // MIB))
+            temporary.flush()
+            os.fsync(temporary.fileno())
+        block, threads = min(BLOCK_BYTES, max_bytes // 4), THREADS
+        number = max(min(max_bytes // 4 // (WIDTH * WIDTH * dtype.itemsize), 4), 1)
+        weights = [torch.empty(WIDTH, WIDTH, dtype=dtype).uniform_(-1, 1) for _ in range(number)]
+            torch.empty(WIDTH, WIDTH, dtype=dtype).uniform_(-1, 1)
+            for _ in range(max(min(max_bytes // 4 // (WIDTH * WIDTH * dtype.itemsize), 4), 1))
+        ]
+        x = torch.empty(ROWS, WIDTH, dtype=dtype).uniform_(-1, 1)
+        disk: list[float] = []
+        compute: list[float] = []
+        with opened(path, os.O_RDONLY) as file:
+
+            def read(results: list[float], length: float) -> None:
+                results.append(read_rate(file, path.stat().st_size, threads, block, seconds=length)[0])
+
+            share = seconds / ROUNDS / 3
+            for _ in range(ROUNDS):
+                alone: list[float] = []
+                beside: list[float] = []
+                read(alone, share)
+                products = _products_per_second(x, weights, share)
+                reader = threading.Thread(target=read, args=(beside, share), name="flexgen-measure-beside")
+                reader.start()
+                products_beside = _products_per_second(x, weights, share, until=reader)
+                reader.join()
+                disk.append(alone[0] / beside[0])
+                compute.append(products / products_beside)
+    return max(statistics.median(disk), 1.0), max(statistics.median(compute), 1.0)
+
+
+def _products_per_second(x: torch.Tensor, weights: list[torch.Tensor], seconds: float, *, until: threading.Thread | None = None) -> float:
+    """For a while, or as long as a thread lives."""
+    began, number = time.perf_counter(), 0
+    while (until.is_alive() if until is not None else time.perf_counter() - began < seconds) or number == 0:
+        torch.nn.functional.linear(x, weights[number % len(weights)])
+        number += 1
+    return number / (time.perf_counter() - began)
