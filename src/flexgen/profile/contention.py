@@ -35,9 +35,6 @@ def slowdowns(folder: Path, dtype: torch.dtype, max_bytes: int, seconds: float) 
         block, threads = min(BLOCK_BYTES, max_bytes // 4), THREADS
         number = max(min(max_bytes // 4 // (WIDTH * WIDTH * dtype.itemsize), 4), 1)
         weights = [torch.empty(WIDTH, WIDTH, dtype=dtype).uniform_(-1, 1) for _ in range(number)]
-            torch.empty(WIDTH, WIDTH, dtype=dtype).uniform_(-1, 1)
-            for _ in range(max(min(max_bytes // 4 // (WIDTH * WIDTH * dtype.itemsize), 4), 1))
-        ]
         x = torch.empty(ROWS, WIDTH, dtype=dtype).uniform_(-1, 1)
         disk: list[float] = []
         compute: list[float] = []
