@@ -77,7 +77,7 @@ def prepare(files: ModelFiles, options: EngineOptions, workload: Workload) -> Pr
         model = replace(model, spec=replace(model.spec, name=files.name))
         weights = model.layouts[0].extents[0].path.parent
         quick = model.total_bytes < THOROUGH_BYTES
-        machine = cached_machine(limits.device, options.dtype, weights, max_bytes=128 * MIB, quick=quick)
+        machine = cached_machine(limits.device, options.dtype, weights, max_bytes=min(256 * MIB, limits.host_bytes // 8), quick=quick)
         _warm_up_kernels(dtype)
         process_bytes = psutil.Process().memory_info().rss
         if options.verify_reads:

@@ -22,8 +22,10 @@ ROUNDS = 5
 def slowdowns(folder: Path, dtype: torch.dtype, max_bytes: int, seconds: float) -> tuple[float, float]:
     """(of the disk by computing, of computing by the disk): time together over time apart, medians, each at least 1.
 
+    What is read goes to a ring and what is multiplied comes from weights that no cache holds, as in a run.
+
     Args:
-        folder: whose largest file of weights is read, or a temporary one.
+        folder: whose largest file of weights is read, or a temporary one. max_bytes: half for the ring, a quarter for weights.
     """
     with tempfile.NamedTemporaryFile(dir=writable(folder), prefix="flexgen-measure-") as temporary:
         path = large_file(folder)
@@ -33,7 +35,7 @@ def slowdowns(folder: Path, dtype: torch.dtype, max_bytes: int, seconds: float) 
             temporary.flush()
             os.fsync(temporary.fileno())
         block, threads = min(BLOCK_BYTES, max_bytes // 4), THREADS
-        number = max(min(max_bytes // 4 // (WIDTH * WIDTH * dtype.itemsize), 4), 1)
+        number = max(max_bytes // 4 // (WIDTH * WIDTH * dtype.itemsize), 1)
         weights = [torch.empty(WIDTH, WIDTH, dtype=dtype).uniform_(-1, 1) for _ in range(number)]
         x = torch.empty(ROWS, WIDTH, dtype=dtype).uniform_(-1, 1)
         disk: list[float] = []
@@ -41,7 +43,7 @@ def slowdowns(folder: Path, dtype: torch.dtype, max_bytes: int, seconds: float) 
         with opened(path, os.O_RDONLY) as file:
 
             def read(results: list[float], length: float) -> None:
-                results.append(read_rate(file, path.stat().st_size, threads, block, seconds=length)[0])
+                results.append(read_rate(file, path.stat().st_size, threads, block, seconds=length, ring_bytes=max_bytes // 2)[0])
 
             share = seconds / ROUNDS / 3
             for _ in range(ROUNDS):

@@ -115,25 +115,29 @@ def _write_rate(file: File, size: int, block: int) -> float:
     return size / (time.perf_counter() - began)
 
 
-def read_rate(file: File, size: int, threads: int, block: int, *, seconds: float) -> tuple[float, float]:
-    """(bytes per second, processor seconds per byte) of readers that share the file's blocks, from its beginning, for a while."""
+def read_rate(file: File, size: int, threads: int, block: int, *, seconds: float, ring_bytes: int = 0) -> tuple[float, float]:
+    """(bytes per second, processor seconds per byte) of readers that share the file's blocks, from its beginning, for a while.
+
+    Args:
+        ring_bytes: memory that is read into, in turn; at least a block per thread, which caches may hold.
+    """
     file.forget_cached()
     blocks = max(size // block, 1)
     block = min(block, size)
     errors: list[StorageError] = []
     counts = [0] * threads
 
-    buffers = AlignedBuffer(threads * block)
+    slots = max(ring_bytes // (threads * block), 1)
+    buffers = AlignedBuffer(slots * threads * block)
     buffers.tensor.zero_()  # faulted in before the clock starts
 
     def read(number: int) -> None:
-        view = buffers.view[number * block : (number + 1) * block]
         ready.wait()
         began = time.perf_counter()
         try:
             while time.perf_counter() - began < seconds:
-                at = (number + counts[number] * threads) % blocks
-                file.read_into(view, at * block)
+                at, slot = (number + counts[number] * threads) % blocks, number * slots + counts[number] % slots
+                file.read_into(buffers.view[slot * block : (slot + 1) * block], at * block)
                 counts[number] += 1
         except StorageError as error:
             errors.append(error)
