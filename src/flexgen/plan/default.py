@@ -42,6 +42,7 @@ class Solution:
 
     Attributes:
         policy: the best. seconds: that the job should take with it. refused: share of requests that can never fit.
+        score: what was minimised (see `objective`).
         steady: the linear program's answer for its schedule-free steady state, with what memory is worth; None where it has none.
         num_played: policies that were played.
     """
@@ -49,6 +50,7 @@ class Solution:
     policy: Policy
     seconds: float
     refused: float
+    score: float
     steady: Steady | None
     num_played: int
 
@@ -134,7 +136,7 @@ class _Search:
             return None
         refused, seconds = self._known[policy]
         worth = next((each for each, spills in steady if spills == (policy.kv_disk_bytes > 0)), None)
-        return Solution(policy=policy, seconds=seconds, refused=refused, steady=worth, num_played=len(self._known))
+        return Solution(policy=policy, seconds=seconds, refused=refused, score=self.score(best)[1], steady=worth, num_played=len(self._known))
 
     def score(self, point: Point) -> tuple[float, float]:
         """(share of requests refused, objective)."""
@@ -146,7 +148,9 @@ class _Search:
             def seconds(played: Simulation) -> float:
                 return float(self.expectation.passes(played, policy).sum())
 
-            self._known[policy] = extrapolated(self.space.spec, policy, self.sample, self.scale, seconds)
+            self._known[policy] = extrapolated(
+                self.space.spec, policy, self.sample, self.scale, seconds, weights=self.space.layouts.of(policy.weights).work
+            )
         refused, seconds_taken = self._known[policy]
         return refused, objective(policy, point.quota, seconds_taken)
 

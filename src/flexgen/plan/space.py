@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 from flexgen.errors import OptionError
 from flexgen.options import TIERS, EngineOptions, parse_placement
-from flexgen.plan.cost import DTYPE_BYTES, memory_bytes, unit_homes
-from flexgen.plan.footprint import RING_UNITS, activation_bytes, footprint, scratch_bytes
+from flexgen.plan.cost import DTYPE_BYTES, memory_bytes
+from flexgen.plan.footprint import RING_UNITS, activation_bytes, embedding_table_bytes, reserved
+from flexgen.plan.layout import Layouts
 from flexgen.plan.machine import Limits, Machine
 from flexgen.plan.model import ModelSpec
 from flexgen.plan.policy import Fractions, Policy
@@ -89,6 +90,9 @@ class Space:
         there_is = {"device": not self.on_cpu, "host": True, "disk": self.disk_bytes > 0}
         self.kv_tiers = tuple(tier for tier in TIERS if tier in kv_tiers and there_is[tier])
         self.sizes = JobSizes(spec, workload, PAGE_TOKENS)
+        self.layouts = Layouts(spec, limits.device)
+        self.weight_bytes = sum(memory_bytes(unit) for unit in spec.units)
+        self.embedding_bytes = embedding_table_bytes(spec)
         # Two layers of all KV on disk are staged: one that is attended to, one on its way.
         layer = max((group.bytes_per_token for group in spec.kv_groups), default=0)
         self.staged = 2 * layer / max(spec.kv_bytes_per_token, 1)
@@ -179,7 +183,7 @@ class Space:
 
     def place_like(self, point: Point, weights: Mapping[str, float], *, spills: bool) -> Point:
         """The point whose weights have about these shares."""
-        whole = max(sum(memory_bytes(unit) for unit in self.spec.units), 1)
+        whole = max(self.weight_bytes, 1)
         room = self._weights_room(self._bare(point, spills=spills), 1.0)
         device = min(max(room["device"], 0.0) / whole, 1.0)
         on_device = min(weights.get("device", 0.0) / device, 1.0) if device else 0.0
@@ -200,9 +204,7 @@ class Space:
 
     def _draft(self, weights: Fractions, schedule: str, micro_batch_tokens: int, prefill_tokens: int, *, spills: bool) -> Policy:
         """A policy with everything but KV, for one sequence; if it `spills`, with staging for a prompt's KV on disk."""
-        homes = unit_homes(self.spec, weights)
-        from_disk = [unit.disk_bytes for unit, home in zip(self.spec.units, homes, strict=True) if home == "disk"]
-        over_link = [unit.decoded_bytes for unit, home in zip(self.spec.units, homes, strict=True) if home != "device" and not self.on_cpu]
+        layout = self.layouts.of(weights)
         draft = Policy(
             device=self.limits.device,
             dtype=self.dtype,
@@ -211,9 +213,9 @@ class Space:
             kv_device_bytes=0,
             kv_host_bytes=0,
             kv_disk_bytes=0,
-            host_ring_bytes=_ring(from_disk, self.machine.disk_read.best * RING_SECONDS, self.limits.host_bytes),
+            host_ring_bytes=_ring(layout.largest_from_disk, layout.from_disk, self.machine.disk_read.best * RING_SECONDS, self.limits.host_bytes),
             kv_staging_bytes=self.sizes.layer * spills,
-            device_ring_bytes=_ring(over_link, 0, self.limits.device_bytes),
+            device_ring_bytes=_ring(layout.largest_over_link, layout.over_link, 0, self.limits.device_bytes),
             workspace_bytes=0,
             embedding_resident=False,
             schedule=schedule,
@@ -224,11 +226,11 @@ class Space:
             compute_threads=self.machine.cores,
             io_threads=2 if self.machine.cores <= 4 else 4,
         )
-        scratch = scratch_bytes(self.spec, homes) if self.on_cpu else 0
+        scratch = layout.scratch_bytes if self.on_cpu else 0
         return dataclasses.replace(draft, workspace_bytes=self._activations(draft, 1) + scratch)
 
     def _activations(self, draft: Policy, max_num_seqs: int) -> int:
-        return align_up(activation_bytes(self.spec, self.sizes, dataclasses.replace(draft, max_num_seqs=max_num_seqs)), 4096)
+        return align_up(activation_bytes(self.spec, self.sizes, draft, max_num_seqs), 4096)
 
     def _for(self, draft: Policy, max_num_seqs: int) -> Policy:
         """The draft with the workspace of so many sequences."""
@@ -237,16 +239,24 @@ class Space:
 
     def _free(self, draft: Policy) -> dict[str, int]:
         """Bytes left in memory."""
-        used = footprint(draft, self.spec, self.limits, process_bytes=self.process_bytes)
+        used = self._used(draft)
         budgets = {"device": self.limits.device_bytes, "host": self.limits.host_bytes}
         return {tier: budget - sum(used.get(tier, {}).values()) for tier, budget in budgets.items()}
+
+    def _used(self, draft: Policy) -> dict[str, dict[str, int]]:
+        """What `footprint` says of the draft."""
+        layout = self.layouts.of(draft.weights)
+        return reserved(
+            draft, self.limits, process_bytes=self.process_bytes, held=layout.held, decoding_bytes=layout.scratch_bytes,
+            small_bytes=self.spec.resident_bytes, embedding_bytes=self.embedding_bytes,
+        )  # fmt: skip
 
     def _place(self, bare: Policy, on_device: float, on_host: float) -> Fractions:
         """Shares of what is left for weights beside the rings and the KV of one request; all of them where that fits."""
         room = self._weights_room(bare, on_device)
-        placed = placed_weights(self.spec, self.limits.device, room["device"], room["host"], on_device, on_host)
-        homes = set(unit_homes(self.spec, placed))
-        lived = {tier: share for tier, share in dataclasses.asdict(placed).items() if tier in homes}  # no share without a unit
+        placed = placed_weights(self.weight_bytes, self.limits.device, room["device"], room["host"], on_device, on_host)
+        tiers = self.layouts.of(placed).tiers
+        lived = {tier: share for tier in TIERS if (share := getattr(placed, tier)) and tier in tiers}  # no share without a unit
         return Fractions(**{tier: share / sum(lived.values()) for tier, share in lived.items()})
 
     def _weights_room(self, bare: Policy, on_device: float) -> dict[str, float]:
@@ -256,10 +266,10 @@ class Space:
         drafted = (bare.schedule, bare.micro_batch_tokens, bare.prefill_tokens)
         whole = self._draft(Fractions(**{self.computing: 1.0}), *drafted, spills=False)
         if self._free(whole)[self.computing] >= self.sizes.largest:
-            room[self.computing] = sum(memory_bytes(unit) for unit in self.spec.units)
+            room[self.computing] = self.weight_bytes
         elif not self.on_cpu:
             # What the device does not hold may fit on the host, which then needs no staging.
-            rest = placed_weights(self.spec, self.limits.device, room["device"], math.inf, on_device, 1.0)
+            rest = placed_weights(self.weight_bytes, self.limits.device, room["device"], math.inf, on_device, 1.0)
             beside = self._draft(rest, *drafted, spills=bare.kv_staging_bytes > 0)
             room["host"] = math.inf if self._free(beside)["host"] >= 0 else room["host"]
         return room
@@ -291,7 +301,7 @@ class Space:
         draft = self._draft(self.weights or Fractions(disk=1.0), schedule, micro_batch_tokens, prefill_tokens, spills=spills)
         draft = self._for(draft, self.options.max_num_seqs or 1)
         kv_shares = self.kv or Fractions(**{self.computing: 1.0})
-        used = footprint(draft, self.spec, self.limits, process_bytes=self.process_bytes)
+        used = self._used(draft)
         lines: list[str] = []
         for tier, budget in (("host", self.limits.host_bytes), ("device", self.limits.device_bytes)):
             parts = used.get(tier, {}) | {"KV of one request": math.ceil(kv_bytes * getattr(kv_shares, tier))}
@@ -330,9 +340,9 @@ def _pinned(name: str, text: str | None, device: str) -> Fractions | None:
     return Fractions(**shares)
 
 
-def _ring(streamed: Sequence[int], wanted: float, tier_bytes: int) -> int:
-    """A few units, and a while of the link where there is room, but no more than what streams."""
-    return align_up(min(max(RING_UNITS * max(streamed, default=0), int(min(wanted, RING_SHARE * tier_bytes))), sum(streamed)), 4096)
+def _ring(largest: int, streamed: int, wanted: float, tier_bytes: int) -> int:
+    """A few of the largest units, and a while of the link where there is room, but no more than what streams."""
+    return align_up(min(max(RING_UNITS * largest, int(min(wanted, RING_SHARE * tier_bytes))), streamed), 4096)
 
 
 def _largest(most: int, holds: Callable[[int], bool]) -> int:
