@@ -32,7 +32,7 @@ SPILL_PENALTY = 0.05
 # What is planned for when nothing is known of the job.
 NOMINAL_WORKLOAD = Workload(prompt_lens=(512,) * 256, output_lens=(128,) * 256)
 # Prompt quotas that a search starts from, and how many of the best starts it moves.
-FIRST_QUOTAS = (0.15, 0.4, 0.7, 1.0)
+FIRST_QUOTAS = (0.0, 0.15, 0.4, 0.7, 1.0)
 MOVED_STARTS = 2
 
 
@@ -129,7 +129,7 @@ class _Search:
         """The best policy with this size of micro-batches, None where none fits."""
         steady = self._steady(micro_batch_tokens)
         starts = sorted(self._starts(micro_batch_tokens, steady), key=self.score)
-        moved = [improve(start, self.space.free_axes(start.schedule), self.score) for start in _varied(starts)]
+        moved = [improve(start, self.space, self.score) for start in _varied(starts)]
         best = min(moved, key=self.score, default=None)
         policy = self.space.policy(best) if best is not None else None
         if policy is None:
@@ -174,7 +174,7 @@ class _Search:
         for schedule in self.space.schedules():
             plain = _point(schedule, micro_batch_tokens, self.space.default_homes())
             places = [self._like(plain, each, spills) for each, spills in steady]
-            places += [dataclasses.replace(plain, on_device=1.0, on_host=1.0), plain]
+            places += [dataclasses.replace(plain, on_device=1.0, on_host=1.0), dataclasses.replace(plain, on_device=.5, on_host=.5),dataclasses.replace(plain, kv_homes=1.0),dataclasses.replace(plain, kv_homes=1.0,on_device=1.0,on_host=1.0), plain]
             free = self.space.free_axes(schedule)
             for place in places:
                 for quota in FIRST_QUOTAS if "quota" in free else (1.0,):
@@ -203,21 +203,42 @@ def _varied(ranked: Sequence[Point]) -> list[Point]:
     return list(dict.fromkeys([*ranked[:MOVED_STARTS], *list(kinds.values())[: MOVED_STARTS + 1]]))
 
 
-def improve(
-    start: Point, axes: Sequence[str], score: Callable[[Point], tuple[float, float]], *, step: float = 0.125, least: float = 0.01
-) -> Point:
-    """Moved along one axis after another as long as that helps, in steps that grow where they do and halve where none does."""
+LEAST_GAIN = 5e-4
+PAIRS = (("on_host", "quota"), ("on_device", "quota"), ("on_device", "on_host"), ("on_host", "kv_disk"), ("on_host", "kv_homes"), ("on_device", "kv_homes"),("kv_homes","kv_disk"),("quota","cap"),("on_host","cap"))
+
+
+def _moves(point: Point, space: Space, step: float) -> Iterator[Point]:
+    free = space.free_axes(point.schedule)
+
+    def by(**changes: float) -> Point:
+        return dataclasses.replace(point, **{axis: min(max(getattr(point, axis) + change, 0.0), 1.0) for axis, change in changes.items()})
+
+    for axis in free:
+        if axis == "embedding":
+            yield dataclasses.replace(point, embedding=1.0 - point.embedding)
+            continue
+        for sign in (-1, 1):
+            yield by(**{axis: sign * step})
+    if step>.1:
+        for size in space.micro_batches():
+            yield dataclasses.replace(point, micro_batch_tokens=size)
+        for schedule in space.schedules():
+            yield dataclasses.replace(point, schedule=schedule)
+    for one, other in PAIRS:
+        if one in free and other in free:
+            for sign in (-1, 1):
+                yield by(**{one: step, other: sign * step})
+                yield by(**{one: -step, other: sign * step})
+
+
+def improve(start: Point, space: Space, score: Callable[[Point], tuple[float, float]], *, step: float = 0.25, least: float = 0.01) -> Point:
+    """Moved as long as that helps, in steps that halve where no move does."""
     best, value = start, score(start)
     while step > least:
-        moved = False
-        for axis in axes:
-            for sign in (-1, 1):
-                length, at = step, getattr(best, axis)
-                while (to := min(max(at + sign * length, 0.0), 1.0)) != getattr(best, axis):
-                    there = dataclasses.replace(best, **{axis: to})
-                    if (found := score(there)) >= value:
-                        break
-                    best, value, moved, length = there, found, True, 2 * length
-        if not moved:
+        for there in _moves(best, space, step):
+            if there != best and (found := score(there)) < (value[0], value[1] * (1 - LEAST_GAIN)):
+                best, value = there, found
+                break
+        else:
             step /= 2
     return best

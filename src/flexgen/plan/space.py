@@ -115,7 +115,7 @@ class Space:
 
     def free_axes(self, schedule: str) -> tuple[str, ...]:
         """What is not pinned, and makes a difference."""
-        free = set(AXES) - {"cap"}
+        free = set(AXES) - ({"cap"} if self.options.max_num_seqs is not None else set())
         if self.weights is not None:
             free -= {"on_device", "on_host"}
         if self.on_cpu:
@@ -143,10 +143,19 @@ class Space:
         draft = self._draft(weights, point.schedule, point.micro_batch_tokens, bare.prefill_tokens, spills=spills)
         if point.schedule == "diagonal" and self.options.prefill_tokens is None:
             pool_bytes = sum(self._pools(self._free(draft), point.kv_homes, kv_disk).values())
-            prefill_tokens = self.sizes.quota(pool_bytes, point.quota)
+
+            def leaves_room(tokens: int) -> bool:
+                tried = self._draft(weights, point.schedule, point.micro_batch_tokens, tokens, spills=spills)
+                return max(self._pools(self._free(tried), point.kv_homes, kv_disk).values()) >= self.sizes.largest
+
+            wanted = self.sizes.quota(pool_bytes, point.quota)
+            prefill_tokens = wanted if leaves_room(wanted) else _largest(wanted, leaves_room)
             draft = self._draft(weights, point.schedule, point.micro_batch_tokens, prefill_tokens, spills=spills)
         # Rows are gathered as long as any unit streams: the same bytes of units save more reading.
-        draft = dataclasses.replace(draft, embedding_resident=point.embedding >= 0.5 and draft.weights.disk == 0)
+        if point.embedding >= 0.5 and weights.disk == 0:
+            resident = dataclasses.replace(draft, embedding_resident=True)
+            if max(self._pools(self._free(resident), point.kv_homes, kv_disk).values()) >= self.sizes.largest:
+                draft = resident
         free = self._free(draft)
 
         def free_for(max_num_seqs: int) -> dict[str, int]:
