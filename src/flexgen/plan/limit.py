@@ -101,7 +101,9 @@ class _IdealSpace:
     def policy(self, point: tuple[float, ...], schedule: str) -> Policy | None:
         """The policy of a point, or None where it does not fit."""
         on_device, on_host, kv_homes, kv_disk, quota, cap, embedding = point
-        weights = placed_weights(self.memory_bytes, self.budgets.device, self.budgets.device_bytes, self.budgets.host_bytes, on_device, on_host)
+        weights = placed_weights(
+            self.memory_bytes, self.budgets.device, self.budgets.device_bytes, self.budgets.host_bytes, on_device, on_host
+        )
         held = weight_bytes(self.spec, unit_homes(self.spec, weights))
         free = {"device": self.budgets.device_bytes - held["device"], "host": self.budgets.host_bytes - held["host"]}
         # A tied embedding costs nothing: its rows are the head's.

@@ -51,12 +51,12 @@ def kv_pools(free: dict[str, int], disk_bytes: int, kv_homes: float, kv_disk: fl
     """Pool bytes per tier.
 
     Args:
-        kv_homes: 0 takes the device, 1 the host, between both. kv_disk: the disk's share of all KV.
+        kv_homes: 0 takes the device, 1 the host, a half all of both; between, a part of the one or of the other. kv_disk: the disk's share of all KV.
         staged: host bytes of staging that a byte on disk takes.
     """
-    device = max(free["device"], 0) if kv_homes < 1 and kv_disk < 1 else 0
+    device = int(max(free["device"], 0) * min(2 - 2 * kv_homes, 1.0))
     room = max(free["host"], 0)
-    host = room if (kv_homes > 0 or free["device"] <= 0) and kv_disk < 1 else 0
+    host = int(room * min(2 * kv_homes, 1.0)) if free["device"] > 0 else room
     most = min(disk_bytes, int(room / staged) if staged else disk_bytes)
     if kv_disk >= 1:
         return {"device": 0, "host": 0, "disk": most}

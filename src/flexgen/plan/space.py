@@ -39,9 +39,9 @@ class Point:
 
     Attributes:
         on_device, on_host: of the weights, how much of what fits there.
-        kv_homes: 0 is the device, 1 the host, between both. kv_disk: the disk's share of KV.
+        kv_homes: 0 is the device, 1 the host, a half all of both (see `kv_pools`). kv_disk: the disk's share of KV.
         quota: prompt tokens per pass, from what replaces half of those that end to a whole block.
-        cap: live sequences, of those that fit. embedding: whether it stays, from a half on.
+        cap: live sequences, of those that fit. embedding: whether it stays, where that has a use and fits.
     """
 
     on_device: float
@@ -50,12 +50,12 @@ class Point:
     kv_disk: float
     quota: float
     cap: float
-    embedding: float
+    embedding: bool
     schedule: str
     micro_batch_tokens: int
 
 
-AXES = ("on_device", "on_host", "kv_homes", "kv_disk", "quota", "cap", "embedding")
+AXES = ("on_device", "on_host", "kv_homes", "kv_disk", "quota", "cap")
 
 
 class Space:
@@ -152,7 +152,7 @@ class Space:
             prefill_tokens = wanted if leaves_room(wanted) else _largest(wanted, leaves_room)
             draft = self._draft(weights, point.schedule, point.micro_batch_tokens, prefill_tokens, spills=spills)
         # Rows are gathered as long as any unit streams: the same bytes of units save more reading.
-        if point.embedding >= 0.5 and weights.disk == 0:
+        if point.embedding and weights.disk == 0:
             resident = dataclasses.replace(draft, embedding_resident=True)
             if max(self._pools(self._free(resident), point.kv_homes, kv_disk).values()) >= self.sizes.largest:
                 draft = resident
@@ -222,7 +222,9 @@ class Space:
             kv_device_bytes=0,
             kv_host_bytes=0,
             kv_disk_bytes=0,
-            host_ring_bytes=_ring(layout.largest_from_disk, layout.from_disk, self.machine.disk_read.best * RING_SECONDS, self.limits.host_bytes),
+            host_ring_bytes=_ring(
+                layout.largest_from_disk, layout.from_disk, self.machine.disk_read.best * RING_SECONDS, self.limits.host_bytes
+            ),
             kv_staging_bytes=self.sizes.layer * spills,
             device_ring_bytes=_ring(layout.largest_over_link, layout.over_link, 0, self.limits.device_bytes),
             workspace_bytes=0,
