@@ -29,7 +29,7 @@ from flexgen.plan.workload import Workload
 # What is planned for when nothing is known of the job.
 NOMINAL_WORKLOAD = Workload(prompt_lens=(512,) * 256, output_lens=(128,) * 256)
 # Effort (see play.py) after which the best policy so far is taken: about a second on one core of 2024.
-MOST_EFFORT = 100_000
+MOST_EFFORT = 60_000
 # Of the best starts, how many are moved; and of those, how many in fine steps.
 MOVED_STARTS, REFINED = 2, 3
 

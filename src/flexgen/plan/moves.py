@@ -57,6 +57,10 @@ def _moved(point: Point, move: Move, length: int) -> Point:
 def _alternatives(point: Point, space: Space) -> Iterator[Point]:
     """The same with another of what is not a matter of more or less."""
     yield dataclasses.replace(point, embedding=not point.embedding)
+    free = space.free_axes(point.schedule)
+    for axis, value in (("kv_disk", 0.0), ("kv_disk", 1.0), ("kv_homes", 0.0), ("kv_homes", 0.5), ("kv_homes", 1.0)):
+        if axis in free:
+            yield dataclasses.replace(point, **{axis: value})
     for schedule in space.schedules():
         yield dataclasses.replace(point, schedule=schedule)
     for tokens in space.micro_batches():

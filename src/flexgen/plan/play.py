@@ -18,8 +18,8 @@ from flexgen.plan.space import Point, Space
 LONG_PASS_PENALTY, MOVING_PENALTY = 0.003, 0.003
 # What spilling has to gain, for the life of the disk and its other users.
 SPILL_PENALTY = 0.05
-# Of playing a policy: the time of so many admissions is spent on everything else.
-PLAY_EFFORT = 60
+# Of playing a policy, and of finding that of a point: so many admissions would take as long.
+PLAY_EFFORT, POINT_EFFORT = 60, 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +64,7 @@ class Player:
     def score(self, point: Point, bounds: Bounds) -> Score:
         """(share of requests refused, how far the bounds are exceeded, objective); the less the better, in this order."""
         policy = self.space.policy(point)
+        self.effort += POINT_EFFORT
         if policy is None:
             return math.inf, math.inf, math.inf
         outcome = self.outcome(policy)

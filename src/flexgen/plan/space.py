@@ -141,12 +141,16 @@ class Space:
         bare = self._bare(point, spills=spills)
         weights = self.weights or self._place(bare, point.on_device, point.on_host)
         draft = self._draft(weights, point.schedule, point.micro_batch_tokens, bare.prefill_tokens, spills=spills)
+
+        def holds_largest(tried: Policy) -> bool:
+            left = self._free(tried)
+            return min(left.values()) >= 0 and max(self._pools(left, point.kv_homes, kv_disk).values()) >= self.sizes.largest
+
         if point.schedule == "diagonal" and self.options.prefill_tokens is None:
             pool_bytes = sum(self._pools(self._free(draft), point.kv_homes, kv_disk).values())
 
             def leaves_room(tokens: int) -> bool:
-                tried = self._draft(weights, point.schedule, point.micro_batch_tokens, tokens, spills=spills)
-                return max(self._pools(self._free(tried), point.kv_homes, kv_disk).values()) >= self.sizes.largest
+                return holds_largest(self._draft(weights, point.schedule, point.micro_batch_tokens, tokens, spills=spills))
 
             wanted = self.sizes.quota(pool_bytes, point.quota)
             prefill_tokens = wanted if leaves_room(wanted) else _largest(wanted, leaves_room)
@@ -154,8 +158,7 @@ class Space:
         # Rows are gathered as long as any unit streams: the same bytes of units save more reading.
         if point.embedding and weights.disk == 0:
             resident = dataclasses.replace(draft, embedding_resident=True)
-            if max(self._pools(self._free(resident), point.kv_homes, kv_disk).values()) >= self.sizes.largest:
-                draft = resident
+            draft = resident if holds_largest(resident) else draft
         free = self._free(draft)
 
         def free_for(max_num_seqs: int) -> dict[str, int]:

@@ -11,7 +11,12 @@ from flexgen.plan.steady import Steady, SteadyState
 
 # Prompt quotas that are tried at every place.
 FIRST_QUOTAS = (0.0, 0.15, 0.4, 0.7, 1.0)
-CORNERS = ({"on_device": 1.0, "on_host": 1.0}, {"on_device": 0.5, "on_host": 0.5}, {})
+CORNERS = (
+    {"on_device": 1.0, "on_host": 1.0},
+    {"on_device": 1.0, "on_host": 1.0, "embedding": False},
+    {"on_device": 0.5, "on_host": 0.5},
+    {},
+)
 
 
 def steady_states(space: Space, expectation: Expectation, micro_batch_tokens: int) -> list[tuple[Steady, bool]]:
@@ -37,6 +42,8 @@ def starts(space: Space, micro_batch_tokens: int, steady: Sequence[tuple[Steady,
         places = [_like(space, plain, each, spills) for each, spills in steady]
         for homes in (0.0, 0.5, 1.0) if "kv_homes" in free else (plain.kv_homes,):
             places += [dataclasses.replace(plain, kv_homes=homes, **corner) for corner in CORNERS]
+        if "kv_disk" in free:
+            places += [dataclasses.replace(plain, kv_disk=1.0), dataclasses.replace(plain, kv_disk=1.0, **CORNERS[0])]
         for place in places:
             for quota in FIRST_QUOTAS if "quota" in free else (1.0,):
                 yield dataclasses.replace(place, quota=quota)
