@@ -26,6 +26,12 @@ class Bounds:
         pairs = ((request_seconds, self.request_seconds), (job_seconds, self.job_seconds))
         return max((max(taken / most - 1.0, 0.0) for taken, most in pairs if most is not None), default=0.0)
 
+    def tightened(self, request_share: float, job_share: float) -> Bounds:
+        """Bounds of these shares, where those are less than 1."""
+        shares = ((self.request_seconds, request_share), (self.job_seconds, job_share))
+        request_seconds, job_seconds = (most and most * min(share, 1.0) for most, share in shares)
+        return Bounds(request_seconds=request_seconds, job_seconds=job_seconds)
+
 
 def longest_request_seconds(played: Simulation, seconds: npt.NDArray[np.float64]) -> float:
     """From a request's first pass to its last, of the one that takes longest, given the seconds of each pass."""

@@ -28,10 +28,16 @@ from flexgen.plan.workload import Workload
 
 # What is planned for when nothing is known of the job.
 NOMINAL_WORKLOAD = Workload(prompt_lens=(512,) * 256, output_lens=(128,) * 256)
-# Effort (see play.py) after which the best policy so far is taken: about a second on one core of 2024.
-MOST_EFFORT = 60_000
+# Effort (see play.py) after which the best policy so far is taken, about a second on one core of 2024; and under further bounds.
+MOST_EFFORT, MORE_EFFORT = 90_000, 20_000
 # Of the best starts, how many are moved; and of those, how many in fine steps.
-MOVED_STARTS, REFINED = 2, 3
+MOVED_STARTS, REFINED = 2, 2
+# Of the points that were found, how many are begun with under the next bounds.
+REMEMBERED = 6
+# A bound that nothing keeps.
+NO_TIME = 1e-9
+# How often bounds are tightened until the whole job keeps them, not its sample only.
+ATTEMPTS = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,10 +128,11 @@ def _servable(spec: ModelSpec, limits: Limits, workload: Workload) -> Workload:
 
 
 class Search:
-    """Looks for the best policies of a space; what was played for one bound is known for the next."""
+    """Looks for the best policies of a space; what was found under one bound is known under the next."""
 
     def __init__(self, space: Space) -> None:
         self.space, self.player = space, Player(space)
+        self._found: dict[Point, None] = {}
 
     def best(self, bounds: Bounds) -> Solution:
         """The best policy within `bounds`.
@@ -133,20 +140,42 @@ class Search:
         Raises:
             CapacityError: nothing fits, or nothing is as fast as the bounds ask for.
         """
-        found = self._best_point(bounds)
-        policy = self.space.policy(found) if found is not None else None
-        if found is None or policy is None:
+        asked = bounds
+        for _ in range(ATTEMPTS):
+            found = self._solution(asked)
+            if asked.excess(found.request_seconds, found.seconds) > 0 or not bounds.are_given:
+                break
+            whole = self.player.whole(found.policy)
+            if not bounds.excess(whole.request_seconds, whole.seconds):
+                return found
+            # The sample that was searched on flatters: asked for as much less, the whole job will keep the bounds.
+            asked = asked.tightened(found.request_seconds / whole.request_seconds, found.seconds / whole.seconds)
+        if bounds.are_given:
+            raise CapacityError(too_slow(bounds, self.player.whole(found.policy)))
+        return found
+
+    def shortest(self) -> Solution:
+        """The policy whose requests take the least time.
+
+        Raises:
+            CapacityError: nothing fits.
+        """
+        return self._solution(Bounds(request_seconds=NO_TIME))
+
+    def _solution(self, bounds: Bounds) -> Solution:
+        """The best policy that there is; it may exceed the bounds, where all do."""
+        point = self._best_point(bounds)
+        policy = self.space.policy(point) if point is not None else None
+        if point is None or policy is None:
             raise CapacityError("; ".join(self.space.lacking(kv_bytes=self.space.sizes.smallest)) or self.space.no_pool())
         outcome = self.player.outcome(policy)
-        if bounds.excess(outcome.request_seconds, outcome.seconds) > 0:
-            raise CapacityError(too_slow(bounds, outcome))
         steady = steady_states(self.space, self.player.expectation, policy.micro_batch_tokens)
         return Solution(
             policy=policy,
             seconds=outcome.seconds,
             refused=outcome.refused,
             request_seconds=outcome.request_seconds,
-            objective=self.player.score(found, bounds)[-1],
+            objective=self.player.score(point, bounds)[-1],
             steady=next((each for each, spills in steady if spills == (policy.kv_disk_bytes > 0)), None),
             num_played=self.player.num_played,
         )
@@ -154,23 +183,29 @@ class Search:
     def _best_point(self, bounds: Bounds) -> Point | None:
         """The first size of micro-batches that fits leads; others are begun with as long as there is time."""
         score = functools.partial(self.player.score, bounds=bounds)
-        most = self.player.effort + MOST_EFFORT
-        found: list[Point] = []
+        most = self.player.effort + (MOST_EFFORT if not self._found else MORE_EFFORT)
 
         def goes_on() -> bool:
             return self.player.effort < most
 
+        found = dict(self._found)
         for tokens in self.space.micro_batches():
             if found and not goes_on():
                 break
-            steady = steady_states(self.space, self.player.expectation, tokens)
-            begun = [each for each in dict.fromkeys(starts(self.space, tokens, steady)) if self.space.policy(each) is not None]
-            ranked = sorted(begun, key=score)
-            for start in varied(ranked, MOVED_STARTS):
-                found.append(improve(start, self.space, score, goes_on, steps=COARSE_STEPS, in_pairs=False))
-            for start in sorted(found, key=score)[:REFINED]:
-                found.append(improve(start, self.space, score, goes_on, steps=FINE_STEPS, in_pairs=True))
-        return min(found, key=score, default=None)
+            chosen = varied(sorted([*self._begun(tokens), *self._found], key=score), MOVED_STARTS)
+            for few in (chosen[:MOVED_STARTS], chosen[MOVED_STARTS:]):
+                found |= {improve(start, self.space, score, goes_on, steps=COARSE_STEPS, in_pairs=False): None for start in few}
+                best = sorted(found, key=score)[:REFINED]
+                found |= {improve(start, self.space, score, goes_on, steps=FINE_STEPS, in_pairs=True): None for start in best}
+        ranked = sorted(found, key=score)
+        self._found |= dict.fromkeys(ranked[:REMEMBERED])
+        return ranked[0] if ranked else None
+
+    def _begun(self, micro_batch_tokens: int) -> list[Point]:
+        """Points to begin with, of different policies."""
+        steady = steady_states(self.space, self.player.expectation, micro_batch_tokens)
+        begun = {self.space.policy(each): each for each in starts(self.space, micro_batch_tokens, steady)}
+        return [each for policy, each in begun.items() if policy is not None]
 
 
 def too_slow(bounds: Bounds, fastest: Outcome) -> str:

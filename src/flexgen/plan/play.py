@@ -9,9 +9,10 @@ from flexgen.plan.bounds import Bounds, longest_request_seconds
 from flexgen.plan.expect import Expectation
 from flexgen.plan.moves import Score
 from flexgen.plan.policy import Policy
-from flexgen.plan.search import extrapolated, sampled
+from flexgen.plan.search import PLAYED_REQUESTS, extrapolated, sampled
 from flexgen.plan.simulate import Simulation
 from flexgen.plan.space import Point, Space
+from flexgen.plan.workload import Workload
 
 # Between plans that are about as fast, the one with shorter passes (results come sooner, forecasts matter less) and that moves
 # less (what does not move is never late).
@@ -74,10 +75,16 @@ class Player:
     def outcome(self, policy: Policy) -> Outcome:
         """How the policy does with the sample, extrapolated to the job."""
         if policy not in self._known:
-            self._known[policy] = self._play(policy)
+            self._known[policy] = self._play(policy, self.sample, self.scale)
         return self._known[policy]
 
-    def _play(self, policy: Policy) -> Outcome:
+    def whole(self, policy: Policy) -> Outcome:
+        """How the policy does with all of the job (or with the sample, where there are too many requests)."""
+        if len(self.space.workload) > PLAYED_REQUESTS:
+            return self.outcome(policy)
+        return self._play(policy, self.space.workload, 1.0)
+
+    def _play(self, policy: Policy, lengths: Workload, scale: float) -> Outcome:
         longest: list[float] = []
 
         def seconds(played: Simulation) -> float:
@@ -87,5 +94,5 @@ class Player:
             return float(passes.sum())
 
         work = self.space.layouts.of(policy.weights).work
-        refused, total = extrapolated(self.space.spec, policy, self.sample, self.scale, seconds, weights=work)
+        refused, total = extrapolated(self.space.spec, policy, lengths, scale, seconds, weights=work)
         return Outcome(refused=refused, seconds=total, request_seconds=max(longest))

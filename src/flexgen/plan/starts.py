@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from itertools import product
 
 from flexgen.plan.expect import Expectation
 from flexgen.plan.space import LEAST_SPILL, Point, Space
 from flexgen.plan.steady import Steady, SteadyState
 
-# Prompt quotas that are tried at every place.
-FIRST_QUOTAS = (0.0, 0.15, 0.4, 0.7, 1.0)
+# Prompt quotas that are tried near the steady states, and at the corners.
+FIRST_QUOTAS, CORNER_QUOTAS = (0.0, 0.15, 0.4, 0.7, 1.0), (0.1, 0.5)
 CORNERS = (
     {"on_device": 1.0, "on_host": 1.0},
     {"on_device": 1.0, "on_host": 1.0, "embedding": False},
+    {"on_device": 0.5, "on_host": 1.0},
+    {"on_device": 0.0, "on_host": 1.0},
     {"on_device": 0.5, "on_host": 0.5},
     {},
 )
@@ -39,13 +42,14 @@ def starts(space: Space, micro_batch_tokens: int, steady: Sequence[tuple[Steady,
     for schedule in space.schedules():
         plain = _point(space, schedule, micro_batch_tokens)
         free = space.free_axes(schedule)
-        places = [_like(space, plain, each, spills) for each, spills in steady]
+        near = [_like(space, plain, each, spills) for each, spills in steady]
+        places: list[Point] = []
         for homes in (0.0, 0.5, 1.0) if "kv_homes" in free else (plain.kv_homes,):
             places += [dataclasses.replace(plain, kv_homes=homes, **corner) for corner in CORNERS]
         if "kv_disk" in free:
             places += [dataclasses.replace(plain, kv_disk=1.0), dataclasses.replace(plain, kv_disk=1.0, **CORNERS[0])]
-        for place in places:
-            for quota in FIRST_QUOTAS if "quota" in free else (1.0,):
+        for some, quotas in ((near, FIRST_QUOTAS), (places, CORNER_QUOTAS)):
+            for place, quota in product(some, quotas if "quota" in free else (1.0,)):
                 yield dataclasses.replace(place, quota=quota)
 
 
