@@ -57,14 +57,14 @@ def ratio_to_grid(seed, numbers, sizes):
     return found.objective / least if found.refused == refused else 0.0
 
 
-@pytest.mark.parametrize("seed", range(24))
+@pytest.mark.parametrize("seed", range(20))
 def test_never_worse_than_a_grid(seed):
     ratio = ratio_to_grid(seed, COARSE, 1)
     assert ratio is None or ratio <= TOLERANCE
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(24, 240))
+@pytest.mark.parametrize("seed", range(20, 240))
 def test_never_worse_than_a_fine_grid(seed):
     ratio = ratio_to_grid(seed, FINE, 3)
     assert ratio is None or ratio <= TOLERANCE
@@ -110,7 +110,7 @@ def rates_on_grid(state, room, most, kv_tiers, weight_shares, kv_shares, num_seq
     return np.where(fits & (num_seqs <= most), num_seqs / seconds.max(axis=-1), 0.0)
 
 
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("seed", range(30))
 def test_the_linear_program_is_at_least_as_good_as_a_fine_grid(seed):
     problem = steady_problem(seed)
     if problem is None:
@@ -131,7 +131,7 @@ def test_the_linear_program_is_at_least_as_good_as_a_fine_grid(seed):
     assert claimed.item() == pytest.approx(found.tokens_per_s, rel=1e-5)
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(30))
 def test_worth_is_the_gain_from_a_little_more_memory(seed):
     problem = steady_problem(seed)
     found = problem and problem[0].best(problem[1], problem[2], kv_tiers=problem[3])
@@ -155,7 +155,10 @@ def test_worth_is_the_gain_from_a_little_more_memory(seed):
 # Bounds on time
 
 
-@pytest.mark.parametrize("seed", [1, 9, 13, 24, 30, 45])
+SLOW_SEEDS = [pytest.param(seed, marks=pytest.mark.slow) for seed in (13, 24, 25, 30, 45, 50)]
+
+
+@pytest.mark.parametrize("seed", [1, 9, *SLOW_SEEDS])
 @pytest.mark.parametrize("share", [0.3, 0.8])
 def test_bounds_are_kept_at_the_least_cost(seed, share):
     instance = instance_of(seed)
@@ -184,7 +187,7 @@ def test_the_job_bound_is_kept():
     assert solved(dataclasses.replace(instance, options=options)).seconds <= free.seconds * 1.02
 
 
-@pytest.mark.parametrize("seed", [1, 9, 13])
+@pytest.mark.parametrize("seed", [1, *SLOW_SEEDS])
 def test_the_curve_rises_from_short_requests_to_throughput(seed):
     space = instance_of(seed).space()
     curve = pareto(space)
@@ -199,7 +202,7 @@ def test_the_curve_rises_from_short_requests_to_throughput(seed):
 # Pins and budgets
 
 
-@pytest.mark.parametrize("seed", range(300, 330))
+@pytest.mark.parametrize("seed", range(300, 312))
 def test_pins_stay_and_budgets_hold(seed):
     instance = instance_of(seed)
     try:

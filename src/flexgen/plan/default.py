@@ -22,7 +22,7 @@ from flexgen.plan.outputs import expected
 from flexgen.plan.play import Outcome, Player
 from flexgen.plan.policy import Policy
 from flexgen.plan.space import Point, Space
-from flexgen.plan.starts import starts, steady_states, varied
+from flexgen.plan.starts import BOUNDED_CAPS, starts, steady_states, varied
 from flexgen.plan.steady import Steady
 from flexgen.plan.workload import Workload
 
@@ -192,7 +192,7 @@ class Search:
         for tokens in self.space.micro_batches():
             if found and not goes_on():
                 break
-            chosen = varied(sorted([*self._begun(tokens), *self._found], key=score), MOVED_STARTS)
+            chosen = varied(sorted([*self._begun(tokens, BOUNDED_CAPS if bounds.are_given else (1.0,)), *self._found], key=score), MOVED_STARTS)
             for few in (chosen[:MOVED_STARTS], chosen[MOVED_STARTS:]):
                 found |= {improve(start, self.space, score, goes_on, steps=COARSE_STEPS, in_pairs=False): None for start in few}
                 best = sorted(found, key=score)[:REFINED]
@@ -201,10 +201,10 @@ class Search:
         self._found |= dict.fromkeys(ranked[:REMEMBERED])
         return ranked[0] if ranked else None
 
-    def _begun(self, micro_batch_tokens: int) -> list[Point]:
+    def _begun(self, micro_batch_tokens: int, caps: Sequence[float]) -> list[Point]:
         """Points to begin with, of different policies."""
         steady = steady_states(self.space, self.player.expectation, micro_batch_tokens)
-        begun = {self.space.policy(each): each for each in starts(self.space, micro_batch_tokens, steady)}
+        begun = {self.space.policy(each): each for each in starts(self.space, micro_batch_tokens, steady, caps)}
         return [each for policy, each in begun.items() if policy is not None]
 
 

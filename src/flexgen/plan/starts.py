@@ -10,7 +10,8 @@ from flexgen.plan.expect import Expectation
 from flexgen.plan.space import LEAST_SPILL, Point, Space
 from flexgen.plan.steady import Steady, SteadyState
 
-# Prompt quotas that are tried near the steady states, and at the corners.
+# Prompt quotas that are tried near the steady states, and at the corners; and caps, where requests may not take long.
+BOUNDED_CAPS = (1.0, 0.4, 0.15)
 FIRST_QUOTAS, CORNER_QUOTAS = (0.0, 0.15, 0.4, 0.7, 1.0), (0.1, 0.5)
 CORNERS = (
     {"on_device": 1.0, "on_host": 1.0},
@@ -37,8 +38,8 @@ def steady_states(space: Space, expectation: Expectation, micro_batch_tokens: in
     return sorted(found, key=lambda each: -each[0].tokens_per_s)
 
 
-def starts(space: Space, micro_batch_tokens: int, steady: Sequence[tuple[Steady, bool]]) -> Iterator[Point]:
-    """Points near the steady states and at the corners, under every schedule and several quotas."""
+def starts(space: Space, micro_batch_tokens: int, steady: Sequence[tuple[Steady, bool]], caps: Sequence[float]) -> Iterator[Point]:
+    """Points near the steady states and at the corners, under every schedule, several quotas, and these caps on live sequences."""
     for schedule in space.schedules():
         plain = _point(space, schedule, micro_batch_tokens)
         free = space.free_axes(schedule)
@@ -49,8 +50,8 @@ def starts(space: Space, micro_batch_tokens: int, steady: Sequence[tuple[Steady,
         if "kv_disk" in free:
             places += [dataclasses.replace(plain, kv_disk=1.0), dataclasses.replace(plain, kv_disk=1.0, **CORNERS[0])]
         for some, quotas in ((near, FIRST_QUOTAS), (places, CORNER_QUOTAS)):
-            for place, quota in product(some, quotas if "quota" in free else (1.0,)):
-                yield dataclasses.replace(place, quota=quota)
+            for place, quota, cap in product(some, quotas if "quota" in free else (1.0,), caps if "cap" in free else (1.0,)):
+                yield dataclasses.replace(place, quota=quota, cap=cap)
 
 
 def varied(ranked: Sequence[Point], best: int) -> list[Point]:
