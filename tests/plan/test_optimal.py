@@ -3,6 +3,8 @@
 import dataclasses
 import itertools
 import math
+import random
+import re
 
 import numpy as np
 import pytest
@@ -15,9 +17,11 @@ from flexgen.plan.default import Search, solve
 from flexgen.plan.footprint import footprint
 from flexgen.plan.pareto import pareto
 from flexgen.plan.play import Player
+from flexgen.plan.shortage import shortage
 from flexgen.plan.simulate import simulate
 from flexgen.plan.space import Point
 from flexgen.plan.steady import SteadyState
+from flexgen.sizes import GIB, MIB, parse_size
 
 TOLERANCE = 1.01
 # Values per axis; kv_homes has its three kinds and what lies between.
@@ -78,7 +82,7 @@ def steady_problem(seed):
     instance = instance_of(seed)
     options = dataclasses.replace(instance.options, weights=None, kv=None, micro_batch_tokens=None)
     space = dataclasses.replace(instance, options=options).space()
-    if space.lacking(kv_bytes=space.sizes.largest):
+    if shortage(space):
         return None
     player = Player(space)
     point = next(grid_of(space, COARSE, 1))
@@ -176,7 +180,9 @@ def test_bounds_are_kept_at_the_least_cost(seed, share):
 def test_bounds_that_nothing_keeps_are_refused_with_what_there_is(name):
     instance = instance_of(1)
     options = dataclasses.replace(instance.options, **{name: 1e-6})
-    with pytest.raises(CapacityError, match=rf"no plan keeps --{name.replace('_', '-')} 1e-06: the fastest plan takes .* for the job, .* for a"):
+    with pytest.raises(
+        CapacityError, match=rf"no plan keeps --{name.replace('_', '-')} 1e-06: the fastest plan takes .* for the job, .* for a"
+    ):
         solved(dataclasses.replace(instance, options=options))
 
 
@@ -224,3 +230,28 @@ def test_pins_stay_and_budgets_hold(seed):
         assert held.max(initial=0) <= getattr(policy, f"kv_{tier}_bytes")
     numbers = [*dataclasses.asdict(policy).values(), *dataclasses.asdict(policy.weights).values(), *dataclasses.asdict(policy.kv).values()]
     assert {type(each) for each in numbers} <= {int, float, str, bool, dict}
+
+
+@pytest.mark.parametrize("seed", range(400, 480))
+def test_the_smallest_change_makes_it_fit(seed):
+    """Budgets cut below the least: exactly what the message asks for is enough, and 2 MiB less is not."""
+    instance = instance_of(seed)
+    draw = random.Random(seed)
+    cut = {"host_bytes": PROCESS_BYTES + draw.randrange(60) * MIB, "disk_bytes": draw.choice([0, 1000, 100 * GIB])}
+    cut["device_bytes"] = min(instance.limits.device_bytes, draw.randrange(9) * MIB)
+    kv = draw.choice([None, "host=1", "host=.3,disk=.7", "disk=1"])
+    limits = dataclasses.replace(instance.limits, **cut, offload_in_memory=draw.random() < 0.2)
+    instance = dataclasses.replace(instance, limits=limits, options=dataclasses.replace(instance.options, kv=kv))
+    said = shortage(instance.space())
+    asked = {
+        f"{flag.removesuffix('-mem')}_bytes": parse_size(size)
+        for flag, size in re.findall(r"raise --(host-mem|device-mem|disk) to ([\d.]+GiB)", said)
+    }
+    if asked:
+        with pytest.raises(CapacityError, match="GiB are missing"):
+            solved(instance)
+    solved(dataclasses.replace(instance, limits=dataclasses.replace(limits, **asked)))
+    for name, size in asked.items():
+        short = dataclasses.replace(limits, **(asked | {name: max(size - 2 * MIB, 0)}))
+        with pytest.raises(CapacityError):
+            solved(dataclasses.replace(instance, limits=short))

@@ -21,6 +21,7 @@ from flexgen.plan.moves import COARSE_STEPS, FINE_STEPS, improve
 from flexgen.plan.outputs import expected
 from flexgen.plan.play import Outcome, Player
 from flexgen.plan.policy import Policy
+from flexgen.plan.shortage import shortage
 from flexgen.plan.space import Point, Space
 from flexgen.plan.starts import BOUNDED_CAPS, starts, steady_states, varied
 from flexgen.plan.steady import Steady
@@ -114,8 +115,8 @@ def space_of(
     """The policies to choose from; arguments and errors are those of `solve`."""
     planned = _servable(spec, limits, expected(workload) if len(workload) else NOMINAL_WORKLOAD)
     space = Space(options, spec, machine, limits, planned, process_bytes, kv_tiers)
-    if space.lacking(kv_bytes=0):
-        raise CapacityError("; ".join(space.lacking(kv_bytes=space.sizes.smallest)))
+    if lacking := shortage(space):
+        raise CapacityError(lacking)
     return space
 
 
@@ -167,7 +168,7 @@ class Search:
         point = self._best_point(bounds)
         policy = self.space.policy(point) if point is not None else None
         if point is None or policy is None:
-            raise CapacityError("; ".join(self.space.lacking(kv_bytes=self.space.sizes.smallest)) or self.space.no_pool())
+            raise CapacityError(f"no plan for {self.space.spec.name} fits the budgets: raise --{self.space.computing}-mem")
         outcome = self.player.outcome(policy)
         steady = steady_states(self.space, self.player.expectation, policy.micro_batch_tokens)
         return Solution(
@@ -192,7 +193,9 @@ class Search:
         for tokens in self.space.micro_batches():
             if found and not goes_on():
                 break
-            chosen = varied(sorted([*self._begun(tokens, BOUNDED_CAPS if bounds.are_given else (1.0,)), *self._found], key=score), MOVED_STARTS)
+            chosen = varied(
+                sorted([*self._begun(tokens, BOUNDED_CAPS if bounds.are_given else (1.0,)), *self._found], key=score), MOVED_STARTS
+            )
             for few in (chosen[:MOVED_STARTS], chosen[MOVED_STARTS:]):
                 found |= {improve(start, self.space, score, goes_on, steps=COARSE_STEPS, in_pairs=False): None for start in few}
                 best = sorted(found, key=score)[:REFINED]

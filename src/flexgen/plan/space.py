@@ -5,6 +5,7 @@ Budgets are hard: every byte is accounted, with everything the process needs bes
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +23,7 @@ from flexgen.plan.search import JobSizes, kv_pools, placed_weights, pool_fractio
 from flexgen.plan.simulate import PAGE_TOKENS
 from flexgen.plan.steady import Room
 from flexgen.plan.workload import Workload
-from flexgen.sizes import GIB, align_up, format_size
+from flexgen.sizes import align_up
 
 # A ring holds what a link delivers in this time, but never more than this share of its tier.
 RING_SECONDS = 0.3
@@ -253,17 +254,9 @@ class Space:
 
     def _free(self, draft: Policy) -> dict[str, int]:
         """Bytes left in memory."""
-        used = self._used(draft)
+        used = self.used(draft)
         budgets = {"device": self.limits.device_bytes, "host": self.limits.host_bytes}
         return {tier: budget - sum(used.get(tier, {}).values()) for tier, budget in budgets.items()}
-
-    def _used(self, draft: Policy) -> dict[str, dict[str, int]]:
-        """What `footprint` says of the draft."""
-        layout = self.layouts.of(draft.weights)
-        return reserved(
-            draft, self.limits, process_bytes=self.process_bytes, held=layout.held, decoding_bytes=layout.scratch_bytes,
-            small_bytes=self.spec.resident_bytes, embedding_bytes=self.embedding_bytes,
-        )  # fmt: skip
 
     def _place(self, bare: Policy, on_device: float, on_host: float) -> Fractions:
         """Shares of what is left for weights beside the rings and the KV of one request; all of them where that fits."""
@@ -307,42 +300,26 @@ class Space:
         totals += [self.limits.disk_bytes / kv.disk] if kv.disk else []
         return {tier: int(getattr(kv, tier) * min(totals)) for tier in TIERS}
 
-    def lacking(self, kv_bytes: int) -> list[str]:
-        """Per tier that is too small, what the smallest plan there is needs, with one request of `kv_bytes`."""
+    def within(self, limits: Limits) -> Space:
+        """The same with other budgets."""
+        again = copy.copy(self)
+        again.limits = limits
+        return again
+
+    def smallest(self, *, spills: bool) -> Policy:
+        """The plan that needs the least memory, without KV; if it `spills`, with staging for KV on disk."""
         schedule, micro_batch_tokens = self.schedules()[0], self.micro_batches()[-1]
         prefill_tokens = self.options.prefill_tokens or self._least_quota(schedule, micro_batch_tokens)
-        spills = self.kv is not None and self.kv.disk > 0
         draft = self._draft(self.weights or Fractions(disk=1.0), schedule, micro_batch_tokens, prefill_tokens, spills=spills)
-        draft = self._for(draft, self.options.max_num_seqs or 1)
-        kv_shares = self.kv or Fractions(**{self.computing: 1.0})
-        used = self._used(draft)
-        lines: list[str] = []
-        for tier, budget in (("host", self.limits.host_bytes), ("device", self.limits.device_bytes)):
-            parts = used.get(tier, {}) | {"KV of one request": math.ceil(kv_bytes * getattr(kv_shares, tier))}
-            needed = sum(parts.values())
-            if needed > budget and tier in used:
-                listed = ", ".join(f"{name} {format_size(size)}" for name, size in parts.items() if size)
-                lines.append(
-                    f"{self.spec.name} needs at least {needed / GIB:.2f} GiB of {tier} memory ({listed}), {budget / GIB:.2f} GiB are in "
-                    f"the budget, {(needed - budget) / GIB:.2f} GiB are missing: raise --{tier}-mem{self._advice(tier)}"
-                )
-        return lines
+        return self._for(draft, self.options.max_num_seqs or 1)
 
-    def no_pool(self) -> str:
-        """Why no request has room for its KV, where everything else fits."""
-        return (
-            f"the KV cache of the smallest request needs {self.sizes.smallest / GIB:.2f} GiB in one tier, and none has them to spare: "
-            f"raise --{self.computing}-mem{self._advice('disk')}"
-        )
-
-    def _advice(self, tier: str) -> str:
-        options = self.options
-        pins = {"--weights": self.weights, "--kv": self.kv}
-        advice = [f"give {tier} a smaller share in {flag}" for flag, pin in pins.items() if pin is not None and getattr(pin, tier) > 0]
-        for name in ("max_num_seqs", "prefill_tokens", "micro_batch_tokens"):
-            if getattr(options, name) is not None:
-                advice.append(f"lower --{name.replace('_', '-')}")
-        return "".join(f", or {each}" for each in [*advice, "shorten the longest prompts"])
+    def used(self, draft: Policy) -> dict[str, dict[str, int]]:
+        """What `footprint` says of the draft."""
+        layout = self.layouts.of(draft.weights)
+        return reserved(
+            draft, self.limits, process_bytes=self.process_bytes, held=layout.held, decoding_bytes=layout.scratch_bytes,
+            small_bytes=self.spec.resident_bytes, embedding_bytes=self.embedding_bytes,
+        )  # fmt: skip
 
 
 def _pinned(name: str, text: str | None, device: str) -> Fractions | None:

@@ -17,7 +17,9 @@ CORNERS = (
     {"on_device": 1.0, "on_host": 1.0},
     {"on_device": 1.0, "on_host": 1.0, "embedding": False},
     {"on_device": 0.5, "on_host": 1.0},
+    {"on_device": 0.25, "on_host": 1.0},
     {"on_device": 0.0, "on_host": 1.0},
+    {"on_device": 0.0, "on_host": 0.5},
     {"on_device": 0.5, "on_host": 0.5},
     {},
 )
