@@ -9,7 +9,8 @@ import json
 import pytest
 from fakes import FakeEngine
 
-from flexgen.display import JsonDisplay, PlainDisplay, format_plan, format_progress, format_report, format_seconds, open_display
+from flexgen.display import JsonDisplay, PlainDisplay, format_plan, format_progress, format_report, open_display
+from flexgen.durations import format_seconds
 from flexgen.engine.progress import Progress, RunReport
 from flexgen.errors import OptionError
 from flexgen.plan.forecast import Plan

@@ -11,6 +11,7 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
+from flexgen.durations import format_seconds
 from flexgen.engine.progress import Progress, RunReport
 from flexgen.errors import OptionError
 from flexgen.sizes import format_size
@@ -366,14 +367,3 @@ def _counts(counts: Mapping[str, int]) -> str:
 
 def _seconds_of(seconds: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {format_seconds(value)}" for name, value in seconds.items() if value > 0) or "nothing"
-
-
-def format_seconds(seconds: float | None) -> str:
-    """A duration for people: 4.2 s, 3:07 min, 1:02:33 h; a dash for None."""
-    if seconds is None:
-        return "-"
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d} h" if hours else f"{minutes}:{rest:02d} min"

@@ -5,6 +5,7 @@ Sizes stay as the user wrote them; `resolve` in plan/default.py turns them into 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from flexgen.errors import OptionError
@@ -31,6 +32,8 @@ class EngineOptions:
         prefill_tokens: most prompt tokens that a pass admits; None lets the planner choose.
         schedule: "auto", "diagonal" (admit as sequences finish), "zigzag" (only into an empty block), "row" (one micro-batch at a time).
         prefix_sharing: compute what several prompts begin with once; tokens do not change.
+        max_request_seconds: most that a request may take from its first pass to its last, as predicted; None is no bound.
+        max_job_seconds: most that the job may take, as predicted; None is no bound.
         load_format: "dummy" makes random weights from config.json alone, for benchmarks.
         max_model_len: context limit, at most the model's; None is the model's.
         revision: hub revision. seed: base of every sampled request's own seed.
@@ -52,6 +55,8 @@ class EngineOptions:
     prefill_tokens: int | None = None
     schedule: str = "auto"
     prefix_sharing: bool = True
+    max_request_seconds: float | None = None
+    max_job_seconds: float | None = None
     load_format: str = "auto"
     max_model_len: int | None = None
     revision: str | None = None
@@ -68,6 +73,10 @@ class EngineOptions:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise OptionError(f"{name} must be a positive integer, not {value!r}")
+        for name in ("max_request_seconds", "max_job_seconds"):
+            value = getattr(self, name)
+            if value is not None and not (0 < value < math.inf):
+                raise OptionError(f"{name} must be a positive number of seconds, not {value!r}")
         if self.max_logprobs < -1:
             raise OptionError(f"max_logprobs must be an integer of at least -1, not {self.max_logprobs!r}")
         if self.prefill_tokens is not None and self.schedule not in ("auto", "diagonal"):

@@ -39,6 +39,8 @@ FLAGS: dict[str, tuple[str, str, str]] = {
     "prefill_tokens": (_PLACEMENT, "N", "Most prompt tokens that a pass admits. Default: planned."),
     "schedule": (_PLACEMENT, "|".join(SCHEDULES), "Which sequences a pass carries: ours, the paper's, or one micro-batch at a time."),
     "prefix_sharing": (_PLACEMENT, "", "Whether what several prompts begin with is computed once; tokens do not change."),
+    "max_request_seconds": (_PLACEMENT, "SECONDS", "Plan so that no request should take longer, from its first pass to its last."),
+    "max_job_seconds": (_PLACEMENT, "SECONDS", "Plan so that the job should take no longer; refused if no plan is that fast."),
     "dtype": (_MODEL, "|".join(DTYPES), "Compute and KV dtype; auto is the checkpoint's, but never float16 on a CPU."),
     "load_format": (_MODEL, "|".join(LOAD_FORMATS), "dummy makes random weights from config.json alone."),
     "max_model_len": (_MODEL, "N", "Most tokens of prompt and answer together. Default: the model's context."),

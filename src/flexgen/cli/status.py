@@ -32,7 +32,7 @@ def status(
 
 def format_status(status: JobStatus) -> str:
     """Three lines."""
-    from flexgen.display import format_seconds
+    from flexgen.durations import format_seconds
 
     running = f"process {status.process}" if status.process is not None else f"not running ({status.ending or 'killed'})"
     done = status.answered + status.failed

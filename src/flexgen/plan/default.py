@@ -1,39 +1,44 @@
 """From options to a policy: what is pinned stays, the rest is solved for.
 
-The linear program of the steady state (steady.py) says about where weights and KV should live; a few policies around its answers
-are played with the job's lengths (simulate.py) at typical rates (expect.py), and the best of those is moved until it gets no better.
+The linear program of the steady state (steady.py) says about where weights and KV should live; policies around its answers and at the
+corners of the space (starts.py) are played with the job's lengths at typical rates (play.py), and the best of those are moved until
+they get no better (moves.py).
 """
 
 from __future__ import annotations
 
-import dataclasses
-import math
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from flexgen.durations import format_seconds
 from flexgen.errors import CapacityError
 from flexgen.options import EngineOptions
-from flexgen.plan.expect import Expectation
+from flexgen.plan.bounds import Bounds
 from flexgen.plan.machine import Limits, Machine
 from flexgen.plan.model import ModelSpec
+from flexgen.plan.moves import COARSE_STEPS, FINE_STEPS, improve
 from flexgen.plan.outputs import expected
+from flexgen.plan.play import Outcome, Player
 from flexgen.plan.policy import Policy
-from flexgen.plan.search import extrapolated, sampled
-from flexgen.plan.simulate import Simulation
-from flexgen.plan.space import LEAST_SPILL, Point, Space
-from flexgen.plan.steady import Steady, SteadyState
+from flexgen.plan.shortage import shortage
+from flexgen.plan.space import Point, Space
+from flexgen.plan.starts import BOUNDED_CAPS, starts, steady_states, varied
+from flexgen.plan.steady import Steady
 from flexgen.plan.workload import Workload
 
-# Between plans that are about as fast, the one with shorter passes (results come sooner, forecasts matter less) and that moves
-# less (what does not move is never late).
-LONG_PASS_PENALTY, MOVING_PENALTY = 0.003, 0.003
-# What spilling has to gain, for the life of the disk and its other users.
-SPILL_PENALTY = 0.05
 # What is planned for when nothing is known of the job.
 NOMINAL_WORKLOAD = Workload(prompt_lens=(512,) * 256, output_lens=(128,) * 256)
-# Prompt quotas that a search starts from, and how many of the best starts it moves.
-FIRST_QUOTAS = (0.15, 0.4, 0.7, 1.0)
-MOVED_STARTS = 2
+# Effort (see play.py) after which the best policy so far is taken, about a second on one core of 2024; and under further bounds.
+MOST_EFFORT, MORE_EFFORT = 90_000, 20_000
+# Of the best starts, how many are moved; and of those, how many in fine steps.
+MOVED_STARTS, REFINED = 2, 2
+# Of the points that were found, how many are begun with under the next bounds.
+REMEMBERED = 6
+# A bound that nothing keeps.
+NO_TIME = 1e-9
+# How often bounds are tightened until the whole job keeps them, not its sample only.
+ATTEMPTS = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +47,8 @@ class Solution:
 
     Attributes:
         policy: the best. seconds: that the job should take with it. refused: share of requests that can never fit.
+        request_seconds: of the request that takes longest.
+        objective: what was minimised (see play.py).
         steady: the linear program's answer for its schedule-free steady state, with what memory is worth; None where it has none.
         num_played: policies that were played.
     """
@@ -49,6 +56,8 @@ class Solution:
     policy: Policy
     seconds: float
     refused: float
+    request_seconds: float
+    objective: float
     steady: Steady | None
     num_played: int
 
@@ -77,7 +86,7 @@ def solve(
     process_bytes: int,
     kv_tiers: Sequence[str] = ("device", "host", "disk"),
 ) -> Solution:
-    """The best policy, and what it should do.
+    """The best policy within the bounds of the options, and what it should do.
 
     Args:
         options: what they say is pinned; `dtype` must be a dtype by now, and `device` is taken from `limits`.
@@ -86,17 +95,29 @@ def solve(
 
     Raises:
         OptionError: an option that cannot be honoured on this device.
-        CapacityError: it does not fit; the message says what is missing and what to change.
+        CapacityError: it does not fit; the message says what is missing and what to change.  Or it takes longer than it may.
     """
+    space = space_of(options, spec, machine, limits, workload, process_bytes=process_bytes, kv_tiers=kv_tiers)
+    bounds = Bounds(request_seconds=options.max_request_seconds, job_seconds=options.max_job_seconds)
+    return Search(space).best(bounds)
+
+
+def space_of(
+    options: EngineOptions,
+    spec: ModelSpec,
+    machine: Machine,
+    limits: Limits,
+    workload: Workload,
+    *,
+    process_bytes: int,
+    kv_tiers: Sequence[str] = ("device", "host", "disk"),
+) -> Space:
+    """The policies to choose from; arguments and errors are those of `solve`."""
     planned = _servable(spec, limits, expected(workload) if len(workload) else NOMINAL_WORKLOAD)
     space = Space(options, spec, machine, limits, planned, process_bytes, kv_tiers)
-    if space.lacking(kv_bytes=0):
-        raise CapacityError("; ".join(space.lacking(kv_bytes=space.sizes.smallest)))
-    search = _Search(space)
-    for micro_batch_tokens in space.micro_batches():
-        if (found := search.best(micro_batch_tokens)) is not None:
-            return found
-    raise CapacityError("; ".join(space.lacking(kv_bytes=space.sizes.smallest)) or space.no_pool())
+    if lacking := shortage(space):
+        raise CapacityError(lacking)
+    return space
 
 
 def _servable(spec: ModelSpec, limits: Limits, workload: Workload) -> Workload:
@@ -107,113 +128,94 @@ def _servable(spec: ModelSpec, limits: Limits, workload: Workload) -> Workload:
     return workload if len(kept) in (0, len(workload)) else workload.take(kept)
 
 
-def objective(policy: Policy, quota: float, seconds: float) -> float:
-    """What is minimised: seconds, a little more for long passes, for what moves, and for what is written to disk."""
-    computing = "host" if policy.device == "cpu" else "device"
-    moving = 2 - getattr(policy.weights, computing) - getattr(policy.kv, computing)
-    return seconds * (1 + LONG_PASS_PENALTY * quota + MOVING_PENALTY * moving + SPILL_PENALTY * policy.kv.disk)
-
-
-class _Search:
-    """Plays policies of a space and remembers how they did."""
+class Search:
+    """Looks for the best policies of a space; what was found under one bound is known under the next."""
 
     def __init__(self, space: Space) -> None:
-        self.space = space
-        self.expectation = Expectation(space.spec, space.machine, space.dtype)
-        self.sample, self.scale = sampled(space.workload)
-        self._known: dict[Policy, tuple[float, float]] = {}
+        self.space, self.player = space, Player(space)
+        self._found: dict[Point, None] = {}
 
-    def best(self, micro_batch_tokens: int) -> Solution | None:
-        """The best policy with this size of micro-batches, None where none fits."""
-        steady = self._steady(micro_batch_tokens)
-        starts = sorted(self._starts(micro_batch_tokens, steady), key=self.score)
-        moved = [improve(start, self.space.free_axes(start.schedule), self.score) for start in _varied(starts)]
-        best = min(moved, key=self.score, default=None)
-        policy = self.space.policy(best) if best is not None else None
-        if policy is None:
-            return None
-        refused, seconds = self._known[policy]
-        worth = next((each for each, spills in steady if spills == (policy.kv_disk_bytes > 0)), None)
-        return Solution(policy=policy, seconds=seconds, refused=refused, steady=worth, num_played=len(self._known))
+    def best(self, bounds: Bounds) -> Solution:
+        """The best policy within `bounds`.
 
-    def score(self, point: Point) -> tuple[float, float]:
-        """(share of requests refused, objective)."""
-        policy = self.space.policy(point)
-        if policy is None:
-            return math.inf, math.inf
-        if policy not in self._known:
+        Raises:
+            CapacityError: nothing fits, or nothing is as fast as the bounds ask for.
+        """
+        asked = bounds
+        for _ in range(ATTEMPTS):
+            found = self._solution(asked)
+            if asked.excess(found.request_seconds, found.seconds) > 0 or not bounds.are_given:
+                break
+            whole = self.player.whole(found.policy)
+            if not bounds.excess(whole.request_seconds, whole.seconds):
+                return found
+            # The sample that was searched on flatters: asked for as much less, the whole job will keep the bounds.
+            asked = asked.tightened(found.request_seconds / whole.request_seconds, found.seconds / whole.seconds)
+        if bounds.are_given:
+            raise CapacityError(too_slow(bounds, self.player.whole(found.policy)))
+        return found
 
-            def seconds(played: Simulation) -> float:
-                return float(self.expectation.passes(played, policy).sum())
+    def shortest(self) -> Solution:
+        """The policy whose requests take the least time.
 
-            self._known[policy] = extrapolated(self.space.spec, policy, self.sample, self.scale, seconds)
-        refused, seconds_taken = self._known[policy]
-        return refused, objective(policy, point.quota, seconds_taken)
+        Raises:
+            CapacityError: nothing fits.
+        """
+        return self._solution(Bounds(request_seconds=NO_TIME))
 
-    def _steady(self, micro_batch_tokens: int) -> list[tuple[Steady, bool]]:
-        """The steady states without and with KV on disk, best first."""
-        space = self.space
-        point = _point(space.schedules()[0], micro_batch_tokens, space.default_homes())
-        found: list[tuple[Steady, bool]] = []
-        for spills in (False, True) if space.disk_bytes or (space.kv is not None and space.kv.disk > 0) else (False,):
-            bare, room = space.room(point, spills=spills)
-            tiers = space.kv_tiers if spills else tuple(tier for tier in space.kv_tiers if tier != "disk")
-            pins = {"weights": space.weights and dataclasses.asdict(space.weights), "kv": space.kv and dataclasses.asdict(space.kv)}
-            most = space.options.max_num_seqs or len(space.workload)
-            steady = SteadyState(self.expectation, space.workload, bare).best(room, most, kv_tiers=tiers, **pins)
-            if steady is not None:
-                found.append((steady, spills))
-        return sorted(found, key=lambda each: -each[0].tokens_per_s)
+    def _solution(self, bounds: Bounds) -> Solution:
+        """The best policy that there is; it may exceed the bounds, where all do."""
+        point = self._best_point(bounds)
+        policy = self.space.policy(point) if point is not None else None
+        if point is None or policy is None:
+            raise CapacityError(f"no plan for {self.space.spec.name} fits the budgets: raise --{self.space.computing}-mem")
+        outcome = self.player.outcome(policy)
+        steady = steady_states(self.space, self.player.expectation, policy.micro_batch_tokens)
+        return Solution(
+            policy=policy,
+            seconds=outcome.seconds,
+            refused=outcome.refused,
+            request_seconds=outcome.request_seconds,
+            objective=self.player.score(point, bounds)[-1],
+            steady=next((each for each, spills in steady if spills == (policy.kv_disk_bytes > 0)), None),
+            num_played=self.player.num_played,
+        )
 
-    def _starts(self, micro_batch_tokens: int, steady: Sequence[tuple[Steady, bool]]) -> Iterator[Point]:
-        """Points of the steady states, and everything in memory as far as it goes, under every schedule and quota."""
-        for schedule in self.space.schedules():
-            plain = _point(schedule, micro_batch_tokens, self.space.default_homes())
-            places = [self._like(plain, each, spills) for each, spills in steady]
-            places += [dataclasses.replace(plain, on_device=1.0, on_host=1.0), plain]
-            free = self.space.free_axes(schedule)
-            for place in places:
-                for quota in FIRST_QUOTAS if "quota" in free else (1.0,):
-                    yield dataclasses.replace(place, quota=quota)
+    def _best_point(self, bounds: Bounds) -> Point | None:
+        """The first size of micro-batches that fits leads; others are begun with as long as there is time."""
+        score = functools.partial(self.player.score, bounds=bounds)
+        most = self.player.effort + (MOST_EFFORT if not self._found else MORE_EFFORT)
 
-    def _like(self, plain: Point, steady: Steady, spills: bool) -> Point:
-        device, host = steady.kv.get("device", 0.0), steady.kv.get("host", 0.0)
-        homes = plain.kv_homes if not self.space.on_cpu and min(device, host) == max(device, host) else host / max(device + host, 1e-9)
-        homes = 0.0 if homes < LEAST_SPILL else 1.0 if homes > 1 - LEAST_SPILL else 0.5
-        point = dataclasses.replace(plain, kv_disk=steady.kv.get("disk", 0.0) * spills, kv_homes=homes)
-        return self.space.place_like(point, steady.weights, spills=spills)
+        def goes_on() -> bool:
+            return self.player.effort < most
 
+        found = dict(self._found)
+        for tokens in self.space.micro_batches():
+            if found and not goes_on():
+                break
+            chosen = varied(
+                sorted([*self._begun(tokens, BOUNDED_CAPS if bounds.are_given else (1.0,)), *self._found], key=score), MOVED_STARTS
+            )
+            for few in (chosen[:MOVED_STARTS], chosen[MOVED_STARTS:]):
+                found |= {improve(start, self.space, score, goes_on, steps=COARSE_STEPS, in_pairs=False): None for start in few}
+                best = sorted(found, key=score)[:REFINED]
+                found |= {improve(start, self.space, score, goes_on, steps=FINE_STEPS, in_pairs=True): None for start in best}
+        ranked = sorted(found, key=score)
+        self._found |= dict.fromkeys(ranked[:REMEMBERED])
+        return ranked[0] if ranked else None
 
-def _point(schedule: str, micro_batch_tokens: int, kv_homes: float) -> Point:
-    return Point(
-        on_device=0.0, on_host=0.0, kv_homes=kv_homes, kv_disk=0.0, quota=1.0, cap=1.0, embedding=1.0, schedule=schedule,
-        micro_batch_tokens=micro_batch_tokens,
-    )  # fmt: skip
-
-
-def _varied(ranked: Sequence[Point]) -> list[Point]:
-    """The best few, and the best of each schedule and kind of home, between which no single step leads."""
-    kinds: dict[tuple[str, float, bool], Point] = {}
-    for point in ranked:
-        kinds.setdefault((point.schedule, point.kv_homes, point.kv_disk > 0), point)
-    return list(dict.fromkeys([*ranked[:MOVED_STARTS], *list(kinds.values())[: MOVED_STARTS + 1]]))
+    def _begun(self, micro_batch_tokens: int, caps: Sequence[float]) -> list[Point]:
+        """Points to begin with, of different policies."""
+        steady = steady_states(self.space, self.player.expectation, micro_batch_tokens)
+        begun = {self.space.policy(each): each for each in starts(self.space, micro_batch_tokens, steady, caps)}
+        return [each for policy, each in begun.items() if policy is not None]
 
 
-def improve(
-    start: Point, axes: Sequence[str], score: Callable[[Point], tuple[float, float]], *, step: float = 0.125, least: float = 0.01
-) -> Point:
-    """Moved along one axis after another as long as that helps, in steps that grow where they do and halve where none does."""
-    best, value = start, score(start)
-    while step > least:
-        moved = False
-        for axis in axes:
-            for sign in (-1, 1):
-                length, at = step, getattr(best, axis)
-                while (to := min(max(at + sign * length, 0.0), 1.0)) != getattr(best, axis):
-                    there = dataclasses.replace(best, **{axis: to})
-                    if (found := score(there)) >= value:
-                        break
-                    best, value, moved, length = there, found, True, 2 * length
-        if not moved:
-            step /= 2
-    return best
+def too_slow(bounds: Bounds, fastest: Outcome) -> str:
+    """What is asked for, and what there is."""
+    asked = {"--max-job-seconds": bounds.job_seconds, "--max-request-seconds": bounds.request_seconds}
+    given = " and ".join(f"{flag} {seconds:g}" for flag, seconds in asked.items() if seconds is not None)
+    return (
+        f"no plan keeps {given}: the fastest plan takes {format_seconds(fastest.seconds)} for the job, "
+        f"{format_seconds(fastest.request_seconds)} for a request; allow that much, or raise the budgets"
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from flexgen.plan.cost import DTYPE_BYTES, needs_decode, unit_homes, weight_bytes
 from flexgen.plan.machine import Limits
@@ -23,8 +23,24 @@ RING_UNITS = 3
 def footprint(policy: Policy, spec: ModelSpec, limits: Limits, *, process_bytes: int) -> dict[str, dict[str, int]]:
     """Tier -> part -> bytes that the policy reserves there."""
     homes = unit_homes(spec, policy.weights)
-    held = weight_bytes(spec, homes)
-    computing = {"small tensors": spec.resident_bytes, "embedding": embedding_table_bytes(spec) * policy.embedding_resident}
+    return reserved(
+        policy, limits, process_bytes=process_bytes, held=weight_bytes(spec, homes), decoding_bytes=scratch_bytes(spec, homes),
+        small_bytes=spec.resident_bytes, embedding_bytes=embedding_table_bytes(spec),
+    )  # fmt: skip
+
+
+def reserved(
+    policy: Policy,
+    limits: Limits,
+    *,
+    process_bytes: int,
+    held: Mapping[str, int],
+    decoding_bytes: int,
+    small_bytes: int,
+    embedding_bytes: int,
+) -> dict[str, dict[str, int]]:
+    """The same from what is known of the weights: bytes `held` per tier, and scratch for decoding what streams."""
+    computing = {"small tensors": small_bytes, "embedding": embedding_bytes * policy.embedding_resident}
     computing |= {"workspace": policy.workspace_bytes}
     host = {"process": process_bytes, "allowance": allowance_bytes(limits), "weights": held["host"], "KV": policy.kv_host_bytes}
     host |= {"weight staging": policy.host_ring_bytes, "KV staging": policy.kv_staging_bytes}
@@ -32,7 +48,7 @@ def footprint(policy: Policy, spec: ModelSpec, limits: Limits, *, process_bytes:
     if policy.device == "cpu":
         host |= computing
     else:
-        host["decoding"] = scratch_bytes(spec, homes)
+        host["decoding"] = decoding_bytes
         tiers["device"] = {**computing, "weights": held["device"], "weight staging": policy.device_ring_bytes, "KV": policy.kv_device_bytes}
     if limits.offload_in_memory:
         host["KV in a memory file system"] = policy.kv_disk_bytes
@@ -52,13 +68,16 @@ def allowance_bytes(limits: Limits) -> int:
     return ALLOWANCE_BYTES + int(ALLOWANCE_SHARE * limits.host_bytes)
 
 
-def activation_bytes(spec: ModelSpec, sizes: JobSizes, policy: Policy) -> int:
+def activation_bytes(spec: ModelSpec, sizes: JobSizes, policy: Policy, max_num_seqs: int | None = None) -> int:
     """Activations at their worst: every micro-batch of the largest pass suspended inside an MLP, one computing.
 
     With them the logits and what attention copies: q, k, v and the result, and the KV of the longest sequence.
+
+    Args:
+        max_num_seqs: in place of the policy's.
     """
     size, hidden, intermediate = DTYPE_BYTES[policy.dtype], spec.hidden_size, spec.intermediate_size
-    longest_prompt, most = sizes.longest_prompt, policy.max_num_seqs
+    longest_prompt, most = sizes.longest_prompt, max_num_seqs or policy.max_num_seqs
     prompt_tokens = {
         "diagonal": policy.prefill_tokens + longest_prompt - 1,  # the last prompt may overdraw the quota
         "zigzag": most * longest_prompt,

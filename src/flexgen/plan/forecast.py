@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from flexgen.options import EngineOptions
+from flexgen.plan.bounds import longest_request_seconds
 from flexgen.plan.cost import unit_homes, weights_work
 from flexgen.plan.default import Solution, solve
 from flexgen.plan.expect import Expectation
@@ -136,11 +137,3 @@ def _full_block_rate(played: Simulation, seconds: npt.NDArray[np.float64]) -> fl
     """Output tokens/s of the passes in which nearly as many sequences as ever are alive."""
     full = played.live >= FULL_BLOCK * played.live.max(initial=0)
     return float(played.live[full].sum() / max(seconds[full].sum(), 1e-9)) if full.any() else 0.0
-
-
-def longest_request_seconds(played: Simulation, seconds: npt.NDArray[np.float64]) -> float:
-    """From a request's first pass to its last, of the one that takes longest."""
-    if not len(played.first_passes):
-        return 0.0
-    until = np.concatenate([[0.0], np.cumsum(seconds)])
-    return float((until[played.end_passes] - until[played.first_passes]).max())

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from flexgen.plan.cost import unit_homes, weight_bytes
+from flexgen.plan.cost import memory_bytes, unit_homes, weight_bytes
 from flexgen.plan.machine import Limits, Machine
 from flexgen.plan.model import ModelSpec
 from flexgen.plan.policy import Policy
@@ -92,6 +92,7 @@ class _IdealSpace:
         self.workload = workload
         self.computing = "host" if budgets.device == "cpu" else "device"
         self.sizes = JobSizes(spec, workload, page_tokens=1)
+        self.memory_bytes = sum(memory_bytes(unit) for unit in spec.units)
 
     def axes(self) -> list[tuple[float, ...]]:
         """What `search_axes` says, then: the cap on sequences; whether the embedding is resident."""
@@ -100,7 +101,9 @@ class _IdealSpace:
     def policy(self, point: tuple[float, ...], schedule: str) -> Policy | None:
         """The policy of a point, or None where it does not fit."""
         on_device, on_host, kv_homes, kv_disk, quota, cap, embedding = point
-        weights = placed_weights(self.spec, self.budgets.device, self.budgets.device_bytes, self.budgets.host_bytes, on_device, on_host)
+        weights = placed_weights(
+            self.memory_bytes, self.budgets.device, self.budgets.device_bytes, self.budgets.host_bytes, on_device, on_host
+        )
         held = weight_bytes(self.spec, unit_homes(self.spec, weights))
         free = {"device": self.budgets.device_bytes - held["device"], "host": self.budgets.host_bytes - held["host"]}
         # A tied embedding costs nothing: its rows are the head's.

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from flexgen.plan.cost import memory_bytes
+from flexgen.plan.cost import PassWork, unit_homes, weights_work
 from flexgen.plan.model import ModelSpec
 from flexgen.plan.outputs import GOLDEN_STEP
 from flexgen.plan.policy import Fractions, Policy
@@ -38,9 +38,9 @@ def _steps(number: int) -> tuple[float, ...]:
     return tuple(each / number for each in range(number + 1))
 
 
-def placed_weights(spec: ModelSpec, device: str, device_bytes: float, host_bytes: float, on_device: float, on_host: float) -> Fractions:
-    """Home shares that use `on_device` and `on_host` (0 to 1) of the most that fits each tier."""
-    whole = max(sum(memory_bytes(unit) for unit in spec.units), 1)
+def placed_weights(weight_bytes: int, device: str, device_bytes: float, host_bytes: float, on_device: float, on_host: float) -> Fractions:
+    """Home shares of so many bytes that use `on_device` and `on_host` (0 to 1) of the most that fits each tier."""
+    whole = max(weight_bytes, 1)
     share = on_device * min(max(device_bytes, 0) / whole, 1.0) if device != "cpu" else 0.0
     host = on_host * min(max(host_bytes, 0) / whole, 1.0 - share)
     disk = 1.0 - share - host
@@ -51,12 +51,12 @@ def kv_pools(free: dict[str, int], disk_bytes: int, kv_homes: float, kv_disk: fl
     """Pool bytes per tier.
 
     Args:
-        kv_homes: 0 takes the device, 1 the host, between both. kv_disk: the disk's share of all KV.
+        kv_homes: 0 takes the device, 1 the host, a half all of both; between, a part of the one or of the other. kv_disk: the disk's share of all KV.
         staged: host bytes of staging that a byte on disk takes.
     """
-    device = max(free["device"], 0) if kv_homes < 1 and kv_disk < 1 else 0
+    device = int(max(free["device"], 0) * min(2 - 2 * kv_homes, 1.0))
     room = max(free["host"], 0)
-    host = room if (kv_homes > 0 or free["device"] <= 0) and kv_disk < 1 else 0
+    host = int(room * min(2 * kv_homes, 1.0)) if free["device"] > 0 else room
     most = min(disk_bytes, int(room / staged) if staged else disk_bytes)
     if kv_disk >= 1:
         return {"device": 0, "host": 0, "disk": most}
@@ -134,17 +134,27 @@ def sampled(workload: Workload) -> tuple[Workload, float]:
 
 
 def extrapolated(
-    spec: ModelSpec, policy: Policy, sample: Workload, scale: float, seconds: Callable[[Simulation], float]
+    spec: ModelSpec,
+    policy: Policy,
+    sample: Workload,
+    scale: float,
+    seconds: Callable[[Simulation], float],
+    *,
+    weights: PassWork | None = None,
 ) -> tuple[float, float]:
     """(share of refused requests, seconds) of a job `scale` times the sample.
 
     Ramp and tail happen once: what the sample takes longer than every other of its requests is the steady state's.
+
+    Args:
+        weights: what every pass moves of them, where that is known already.
     """
-    played = simulate(spec, policy, sample)
+    weights = weights or weights_work(spec, unit_homes(spec, policy.weights), policy.device)
+    played = simulate(spec, policy, sample, weights=weights)
     refused, total = played.num_refused / max(len(sample), 1), seconds(played)
     if scale > 1:
         half = sample.take(range(0, len(sample), 2))
-        total += max(total - seconds(simulate(spec, policy, half)), 0.0) * 2 * (scale - 1)
+        total += max(total - seconds(simulate(spec, policy, half, weights=weights)), 0.0) * 2 * (scale - 1)
     return refused, total
 
 

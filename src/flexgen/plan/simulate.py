@@ -71,16 +71,19 @@ class Simulation:
         return float(np.maximum.reduce(list(self.ideal_seconds(machine, dtype).values())).sum())
 
 
-def simulate(spec: ModelSpec, policy: Policy, workload: Workload) -> Simulation:
+def simulate(spec: ModelSpec, policy: Policy, workload: Workload, *, weights: PassWork | None = None) -> Simulation:
     """Play `workload` under `policy`.
 
     A request admitted by pass p computes its prompt there and yields its first token; its n-th and last comes from pass
     p + n - 1.  Requests enter longest reserved answer first, in input order among equals, and none overtakes.  Diagonal: whenever
     there is room, within a bucket of prompt tokens that every pass refills.  Zigzag: into an empty block, all at once.
     Row: into an empty block, one micro-batch.  What prompts share is computed by the first that has it, and held from then on.
+
+    Args:
+        weights: what every pass moves of them, where that is known already.
     """
     pools = {tier: size for tier in TIERS if (size := getattr(policy, f"kv_{tier}_bytes")) > 0}
-    weights = weights_work(spec, unit_homes(spec, policy.weights), policy.device)
+    weights = weights or weights_work(spec, unit_homes(spec, policy.weights), policy.device)
     admissions, used, num_refused = _Job(spec, policy, workload, pools).play()
     num_passes = max((admission.end for admission in admissions), default=0)
     load = _load(spec, admissions, pools, num_passes)
@@ -151,6 +154,7 @@ class _Job:
     def __init__(self, spec: ModelSpec, policy: Policy, workload: Workload, pools: dict[str, int]) -> None:
         self.policy = policy
         self.pools = {tier: _Pool(size) for tier, size in pools.items() if getattr(policy.kv, tier) > 0}
+        self.shares = {tier: getattr(policy.kv, tier) for tier in self.pools}
         self.given = dict.fromkeys(self.pools, 0)
         runs = _runs(workload)
         self.held = held_kv_bytes(spec, policy.page_tokens, max((run.prompt_len + run.most for run in runs), default=0))
@@ -214,19 +218,20 @@ class _Job:
             if within_quota <= 0:
                 return index + 1 + max(-self.credit, 0) // self.policy.prefill_tokens
             held = self._held(run)
-            home, count = self._home(index, held, min(run.count, places, within_quota))
-            if not count:
+            entering = self._homes(index, held, run.own_len + run.reserved_len - 1, min(run.count, places, within_quota))
+            if not entering:
                 earliest = min(pool.earliest(index, self._reserved(tier, held)) for tier, pool in self.pools.items())
                 # Room that was kept for more falls free with the next answer that ends.
                 return None if self.live and self.early else earliest
-            self.pools[home].add(index, self._reserved(home, held), count)
-            self.given[home] += count * (run.own_len + run.reserved_len - 1)
-            self.admissions.append(
-                _Admission(
-                    index=index, prompt_len=run.prompt_len, output_len=run.output_len, reserved_len=run.reserved_len,
-                    found_len=run.found_len, count=count, home=home,
-                )
-            )  # fmt: skip
+            for home, number in entering.items():
+                self.pools[home].add(index, self._reserved(home, held), number)
+                self.admissions.append(
+                    _Admission(
+                        index=index, prompt_len=run.prompt_len, output_len=run.output_len, reserved_len=run.reserved_len,
+                        found_len=run.found_len, count=number, home=home,
+                    )
+                )  # fmt: skip
+            count = sum(entering.values())
             self.live += count
             self.credit -= count * run.own_len
             taken += count * run.own_len
@@ -251,16 +256,27 @@ class _Job:
             return max((self.policy.micro_batch_tokens - taken) // prompt_len, int(taken == 0))
         return self.policy.max_num_seqs
 
-    def _home(self, index: int, held: Ints, wanted: int) -> tuple[str, int]:
-        """The tier furthest behind its share of the tokens given so far that has room; and how many enter there."""
-        if len(self.pools) == 1:
-            ((tier, pool),) = self.pools.items()
-            return tier, min(pool.fitting(index, self._reserved(tier, held)), wanted)
+    def _homes(self, index: int, held: Ints, tokens: int, wanted: int) -> dict[str, int]:
+        """How many of `wanted` equal sequences of so many tokens enter now, by home.
+
+        Each goes to the tier with room that is furthest behind its share of the tokens given so far.
+        """
+        room = {tier: pool.fitting(index, self._reserved(tier, held)) for tier, pool in self.pools.items()}
+        entering: dict[str, int] = {}
+        if len(room) == 1:
+            ((tier, most),) = room.items()
+            return {tier: min(most, wanted)} if most > 0 else {}
         total = sum(self.given.values()) + 1
-        for tier in sorted(self.pools, key=lambda tier: self.given[tier] - getattr(self.policy.kv, tier) * total):
-            if self.pools[tier].fitting(index, self._reserved(tier, held)) > 0:
-                return tier, 1
-        return "", 0
+        for _ in range(wanted):
+            behind = {tier: self.given[tier] - self.shares[tier] * total for tier, most in room.items() if most > 0}
+            if not behind:
+                break
+            tier = min(behind, key=behind.__getitem__)
+            room[tier] -= 1
+            entering[tier] = entering.get(tier, 0) + 1
+            self.given[tier] += tokens
+            total += tokens
+        return entering
 
     def _reserved(self, tier: str, held: Ints) -> Ints:
         """On disk a sequence takes from the start what it needs at its longest, so that its pages lie together."""

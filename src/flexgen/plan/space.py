@@ -5,6 +5,7 @@ Budgets are hard: every byte is accounted, with everything the process needs bes
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -12,8 +13,9 @@ from dataclasses import dataclass
 
 from flexgen.errors import OptionError
 from flexgen.options import TIERS, EngineOptions, parse_placement
-from flexgen.plan.cost import DTYPE_BYTES, memory_bytes, unit_homes
-from flexgen.plan.footprint import RING_UNITS, activation_bytes, footprint, scratch_bytes
+from flexgen.plan.cost import DTYPE_BYTES, memory_bytes
+from flexgen.plan.footprint import RING_UNITS, activation_bytes, embedding_table_bytes, reserved
+from flexgen.plan.layout import Layouts
 from flexgen.plan.machine import Limits, Machine
 from flexgen.plan.model import ModelSpec
 from flexgen.plan.policy import Fractions, Policy
@@ -21,7 +23,7 @@ from flexgen.plan.search import JobSizes, kv_pools, placed_weights, pool_fractio
 from flexgen.plan.simulate import PAGE_TOKENS
 from flexgen.plan.steady import Room
 from flexgen.plan.workload import Workload
-from flexgen.sizes import GIB, align_up, format_size
+from flexgen.sizes import align_up
 
 # A ring holds what a link delivers in this time, but never more than this share of its tier.
 RING_SECONDS = 0.3
@@ -38,9 +40,9 @@ class Point:
 
     Attributes:
         on_device, on_host: of the weights, how much of what fits there.
-        kv_homes: 0 is the device, 1 the host, between both. kv_disk: the disk's share of KV.
+        kv_homes: 0 is the device, 1 the host, a half all of both (see `kv_pools`). kv_disk: the disk's share of KV.
         quota: prompt tokens per pass, from what replaces half of those that end to a whole block.
-        cap: live sequences, of those that fit. embedding: whether it stays, from a half on.
+        cap: live sequences, of those that fit. embedding: whether it stays, where that has a use and fits.
     """
 
     on_device: float
@@ -49,12 +51,12 @@ class Point:
     kv_disk: float
     quota: float
     cap: float
-    embedding: float
+    embedding: bool
     schedule: str
     micro_batch_tokens: int
 
 
-AXES = ("on_device", "on_host", "kv_homes", "kv_disk", "quota", "cap", "embedding")
+AXES = ("on_device", "on_host", "kv_homes", "kv_disk", "quota", "cap")
 
 
 class Space:
@@ -89,6 +91,9 @@ class Space:
         there_is = {"device": not self.on_cpu, "host": True, "disk": self.disk_bytes > 0}
         self.kv_tiers = tuple(tier for tier in TIERS if tier in kv_tiers and there_is[tier])
         self.sizes = JobSizes(spec, workload, PAGE_TOKENS)
+        self.layouts = Layouts(spec, limits.device)
+        self.weight_bytes = sum(memory_bytes(unit) for unit in spec.units)
+        self.embedding_bytes = embedding_table_bytes(spec)
         # Two layers of all KV on disk are staged: one that is attended to, one on its way.
         layer = max((group.bytes_per_token for group in spec.kv_groups), default=0)
         self.staged = 2 * layer / max(spec.kv_bytes_per_token, 1)
@@ -111,7 +116,7 @@ class Space:
 
     def free_axes(self, schedule: str) -> tuple[str, ...]:
         """What is not pinned, and makes a difference."""
-        free = set(AXES) - {"cap"}
+        free = set(AXES) - ({"cap"} if self.options.max_num_seqs is not None else set())
         if self.weights is not None:
             free -= {"on_device", "on_host"}
         if self.on_cpu:
@@ -137,12 +142,24 @@ class Space:
         bare = self._bare(point, spills=spills)
         weights = self.weights or self._place(bare, point.on_device, point.on_host)
         draft = self._draft(weights, point.schedule, point.micro_batch_tokens, bare.prefill_tokens, spills=spills)
+
+        def holds_largest(tried: Policy) -> bool:
+            left = self._free(tried)
+            return min(left.values()) >= 0 and max(self._pools(left, point.kv_homes, kv_disk).values()) >= self.sizes.largest
+
         if point.schedule == "diagonal" and self.options.prefill_tokens is None:
             pool_bytes = sum(self._pools(self._free(draft), point.kv_homes, kv_disk).values())
-            prefill_tokens = self.sizes.quota(pool_bytes, point.quota)
+
+            def leaves_room(tokens: int) -> bool:
+                return holds_largest(self._draft(weights, point.schedule, point.micro_batch_tokens, tokens, spills=spills))
+
+            wanted = self.sizes.quota(pool_bytes, point.quota)
+            prefill_tokens = wanted if leaves_room(wanted) else _largest(wanted, leaves_room)
             draft = self._draft(weights, point.schedule, point.micro_batch_tokens, prefill_tokens, spills=spills)
         # Rows are gathered as long as any unit streams: the same bytes of units save more reading.
-        draft = dataclasses.replace(draft, embedding_resident=point.embedding >= 0.5 and draft.weights.disk == 0)
+        if point.embedding and weights.disk == 0:
+            resident = dataclasses.replace(draft, embedding_resident=True)
+            draft = resident if holds_largest(resident) else draft
         free = self._free(draft)
 
         def free_for(max_num_seqs: int) -> dict[str, int]:
@@ -179,7 +196,7 @@ class Space:
 
     def place_like(self, point: Point, weights: Mapping[str, float], *, spills: bool) -> Point:
         """The point whose weights have about these shares."""
-        whole = max(sum(memory_bytes(unit) for unit in self.spec.units), 1)
+        whole = max(self.weight_bytes, 1)
         room = self._weights_room(self._bare(point, spills=spills), 1.0)
         device = min(max(room["device"], 0.0) / whole, 1.0)
         on_device = min(weights.get("device", 0.0) / device, 1.0) if device else 0.0
@@ -200,9 +217,7 @@ class Space:
 
     def _draft(self, weights: Fractions, schedule: str, micro_batch_tokens: int, prefill_tokens: int, *, spills: bool) -> Policy:
         """A policy with everything but KV, for one sequence; if it `spills`, with staging for a prompt's KV on disk."""
-        homes = unit_homes(self.spec, weights)
-        from_disk = [unit.disk_bytes for unit, home in zip(self.spec.units, homes, strict=True) if home == "disk"]
-        over_link = [unit.decoded_bytes for unit, home in zip(self.spec.units, homes, strict=True) if home != "device" and not self.on_cpu]
+        layout = self.layouts.of(weights)
         draft = Policy(
             device=self.limits.device,
             dtype=self.dtype,
@@ -211,9 +226,11 @@ class Space:
             kv_device_bytes=0,
             kv_host_bytes=0,
             kv_disk_bytes=0,
-            host_ring_bytes=_ring(from_disk, self.machine.disk_read.best * RING_SECONDS, self.limits.host_bytes),
+            host_ring_bytes=_ring(
+                layout.largest_from_disk, layout.from_disk, self.machine.disk_read.best * RING_SECONDS, self.limits.host_bytes
+            ),
             kv_staging_bytes=self.sizes.layer * spills,
-            device_ring_bytes=_ring(over_link, 0, self.limits.device_bytes),
+            device_ring_bytes=_ring(layout.largest_over_link, layout.over_link, 0, self.limits.device_bytes),
             workspace_bytes=0,
             embedding_resident=False,
             schedule=schedule,
@@ -224,11 +241,11 @@ class Space:
             compute_threads=self.machine.cores,
             io_threads=2 if self.machine.cores <= 4 else 4,
         )
-        scratch = scratch_bytes(self.spec, homes) if self.on_cpu else 0
+        scratch = layout.scratch_bytes if self.on_cpu else 0
         return dataclasses.replace(draft, workspace_bytes=self._activations(draft, 1) + scratch)
 
     def _activations(self, draft: Policy, max_num_seqs: int) -> int:
-        return align_up(activation_bytes(self.spec, self.sizes, dataclasses.replace(draft, max_num_seqs=max_num_seqs)), 4096)
+        return align_up(activation_bytes(self.spec, self.sizes, draft, max_num_seqs), 4096)
 
     def _for(self, draft: Policy, max_num_seqs: int) -> Policy:
         """The draft with the workspace of so many sequences."""
@@ -237,16 +254,16 @@ class Space:
 
     def _free(self, draft: Policy) -> dict[str, int]:
         """Bytes left in memory."""
-        used = footprint(draft, self.spec, self.limits, process_bytes=self.process_bytes)
+        used = self.used(draft)
         budgets = {"device": self.limits.device_bytes, "host": self.limits.host_bytes}
         return {tier: budget - sum(used.get(tier, {}).values()) for tier, budget in budgets.items()}
 
     def _place(self, bare: Policy, on_device: float, on_host: float) -> Fractions:
         """Shares of what is left for weights beside the rings and the KV of one request; all of them where that fits."""
         room = self._weights_room(bare, on_device)
-        placed = placed_weights(self.spec, self.limits.device, room["device"], room["host"], on_device, on_host)
-        homes = set(unit_homes(self.spec, placed))
-        lived = {tier: share for tier, share in dataclasses.asdict(placed).items() if tier in homes}  # no share without a unit
+        placed = placed_weights(self.weight_bytes, self.limits.device, room["device"], room["host"], on_device, on_host)
+        tiers = self.layouts.of(placed).tiers
+        lived = {tier: share for tier in TIERS if (share := getattr(placed, tier)) and tier in tiers}  # no share without a unit
         return Fractions(**{tier: share / sum(lived.values()) for tier, share in lived.items()})
 
     def _weights_room(self, bare: Policy, on_device: float) -> dict[str, float]:
@@ -256,10 +273,10 @@ class Space:
         drafted = (bare.schedule, bare.micro_batch_tokens, bare.prefill_tokens)
         whole = self._draft(Fractions(**{self.computing: 1.0}), *drafted, spills=False)
         if self._free(whole)[self.computing] >= self.sizes.largest:
-            room[self.computing] = sum(memory_bytes(unit) for unit in self.spec.units)
+            room[self.computing] = self.weight_bytes
         elif not self.on_cpu:
             # What the device does not hold may fit on the host, which then needs no staging.
-            rest = placed_weights(self.spec, self.limits.device, room["device"], math.inf, on_device, 1.0)
+            rest = placed_weights(self.weight_bytes, self.limits.device, room["device"], math.inf, on_device, 1.0)
             beside = self._draft(rest, *drafted, spills=bare.kv_staging_bytes > 0)
             room["host"] = math.inf if self._free(beside)["host"] >= 0 else room["host"]
         return room
@@ -283,42 +300,26 @@ class Space:
         totals += [self.limits.disk_bytes / kv.disk] if kv.disk else []
         return {tier: int(getattr(kv, tier) * min(totals)) for tier in TIERS}
 
-    def lacking(self, kv_bytes: int) -> list[str]:
-        """Per tier that is too small, what the smallest plan there is needs, with one request of `kv_bytes`."""
+    def within(self, limits: Limits) -> Space:
+        """The same with other budgets."""
+        again = copy.copy(self)
+        again.limits = limits
+        return again
+
+    def smallest(self, *, spills: bool) -> Policy:
+        """The plan that needs the least memory, without KV; if it `spills`, with staging for KV on disk."""
         schedule, micro_batch_tokens = self.schedules()[0], self.micro_batches()[-1]
         prefill_tokens = self.options.prefill_tokens or self._least_quota(schedule, micro_batch_tokens)
-        spills = self.kv is not None and self.kv.disk > 0
         draft = self._draft(self.weights or Fractions(disk=1.0), schedule, micro_batch_tokens, prefill_tokens, spills=spills)
-        draft = self._for(draft, self.options.max_num_seqs or 1)
-        kv_shares = self.kv or Fractions(**{self.computing: 1.0})
-        used = footprint(draft, self.spec, self.limits, process_bytes=self.process_bytes)
-        lines: list[str] = []
-        for tier, budget in (("host", self.limits.host_bytes), ("device", self.limits.device_bytes)):
-            parts = used.get(tier, {}) | {"KV of one request": math.ceil(kv_bytes * getattr(kv_shares, tier))}
-            needed = sum(parts.values())
-            if needed > budget and tier in used:
-                listed = ", ".join(f"{name} {format_size(size)}" for name, size in parts.items() if size)
-                lines.append(
-                    f"{self.spec.name} needs at least {needed / GIB:.2f} GiB of {tier} memory ({listed}), {budget / GIB:.2f} GiB are in "
-                    f"the budget, {(needed - budget) / GIB:.2f} GiB are missing: raise --{tier}-mem{self._advice(tier)}"
-                )
-        return lines
+        return self._for(draft, self.options.max_num_seqs or 1)
 
-    def no_pool(self) -> str:
-        """Why no request has room for its KV, where everything else fits."""
-        return (
-            f"the KV cache of the smallest request needs {self.sizes.smallest / GIB:.2f} GiB in one tier, and none has them to spare: "
-            f"raise --{self.computing}-mem{self._advice('disk')}"
-        )
-
-    def _advice(self, tier: str) -> str:
-        options = self.options
-        pins = {"--weights": self.weights, "--kv": self.kv}
-        advice = [f"give {tier} a smaller share in {flag}" for flag, pin in pins.items() if pin is not None and getattr(pin, tier) > 0]
-        for name in ("max_num_seqs", "prefill_tokens", "micro_batch_tokens"):
-            if getattr(options, name) is not None:
-                advice.append(f"lower --{name.replace('_', '-')}")
-        return "".join(f", or {each}" for each in [*advice, "shorten the longest prompts"])
+    def used(self, draft: Policy) -> dict[str, dict[str, int]]:
+        """What `footprint` says of the draft."""
+        layout = self.layouts.of(draft.weights)
+        return reserved(
+            draft, self.limits, process_bytes=self.process_bytes, held=layout.held, decoding_bytes=layout.scratch_bytes,
+            small_bytes=self.spec.resident_bytes, embedding_bytes=self.embedding_bytes,
+        )  # fmt: skip
 
 
 def _pinned(name: str, text: str | None, device: str) -> Fractions | None:
@@ -330,9 +331,9 @@ def _pinned(name: str, text: str | None, device: str) -> Fractions | None:
     return Fractions(**shares)
 
 
-def _ring(streamed: Sequence[int], wanted: float, tier_bytes: int) -> int:
-    """A few units, and a while of the link where there is room, but no more than what streams."""
-    return align_up(min(max(RING_UNITS * max(streamed, default=0), int(min(wanted, RING_SHARE * tier_bytes))), sum(streamed)), 4096)
+def _ring(largest: int, streamed: int, wanted: float, tier_bytes: int) -> int:
+    """A few of the largest units, and a while of the link where there is room, but no more than what streams."""
+    return align_up(min(max(RING_UNITS * largest, int(min(wanted, RING_SHARE * tier_bytes))), streamed), 4096)
 
 
 def _largest(most: int, holds: Callable[[int], bool]) -> int:

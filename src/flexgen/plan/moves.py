@@ -1,0 +1,67 @@
+"""Moves a point of the space as long as that helps.  Knows the space's axes, and prices only through the score it is given."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import combinations, product
+
+from flexgen.plan.space import Point, Space
+
+Score = tuple[float, ...]
+Move = Mapping[str, float]
+# A smaller gain is not worth the time to look for more of it.
+LEAST_GAIN = 3e-4
+# Coarse steps along one axis at a time; then finer ones, along two at once too: at the edge of what fits, one share grows only where
+# another shrinks.
+COARSE_STEPS, FINE_STEPS = (0.25, 0.125, 0.06, 0.03), (0.25, 0.1, 0.04, 0.015)
+
+
+def improve(
+    start: Point, space: Space, score: Callable[[Point], Score], goes_on: Callable[[], bool], *, steps: Sequence[float], in_pairs: bool
+) -> Point:
+    """The point that is reached from `start` by moves that help, largest steps first, while `goes_on`."""
+    best, value = start, score(start)
+    for step in steps:
+        moving = True
+        while moving and goes_on():
+            moving = False
+            for move in _moves(space.free_axes(best.schedule), step, in_pairs=in_pairs):
+                length = 1
+                while goes_on() and (there := _moved(best, move, length)) != best and _is_better(found := score(there), value):
+                    best, value, moving, length = there, found, True, 2 * length
+            for there in _alternatives(best, space):
+                if goes_on() and _is_better(found := score(there), value):
+                    best, value, moving = there, found, True
+    return best
+
+
+def _is_better(found: Score, than: Score) -> bool:
+    return found < (*than[:-1], than[-1] * (1 - LEAST_GAIN))
+
+
+def _moves(axes: Sequence[str], step: float, *, in_pairs: bool) -> Iterator[Move]:
+    """Steps along each axis in both directions, and along all pairs of them."""
+    for axis, sign in product(axes, (-1, 1)):
+        yield {axis: sign * step}
+    if in_pairs:
+        for (one, other), first, second in product(combinations(axes, 2), (-1, 1), (-1, 1)):
+            yield {one: first * step, other: second * step}
+
+
+def _moved(point: Point, move: Move, length: int) -> Point:
+    """The point so many times the move away, within the unit cube."""
+    return dataclasses.replace(point, **{axis: min(max(getattr(point, axis) + length * by, 0.0), 1.0) for axis, by in move.items()})
+
+
+def _alternatives(point: Point, space: Space) -> Iterator[Point]:
+    """The same with another of what is not a matter of more or less."""
+    yield dataclasses.replace(point, embedding=not point.embedding)
+    free = space.free_axes(point.schedule)
+    for axis, value in (("kv_disk", 0.0), ("kv_disk", 1.0), ("kv_homes", 0.0), ("kv_homes", 0.5), ("kv_homes", 1.0)):
+        if axis in free:
+            yield dataclasses.replace(point, **{axis: value})
+    for schedule in space.schedules():
+        yield dataclasses.replace(point, schedule=schedule)
+    for tokens in space.micro_batches():
+        yield dataclasses.replace(point, micro_batch_tokens=tokens)

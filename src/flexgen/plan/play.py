@@ -1,0 +1,98 @@
+"""Policies by how they do: each is played once with a sample of the job, and remembered."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from flexgen.plan.bounds import Bounds, longest_request_seconds
+from flexgen.plan.expect import Expectation
+from flexgen.plan.moves import Score
+from flexgen.plan.policy import Policy
+from flexgen.plan.search import PLAYED_REQUESTS, extrapolated, sampled
+from flexgen.plan.simulate import Simulation
+from flexgen.plan.space import Point, Space
+from flexgen.plan.workload import Workload
+
+# Between plans that are about as fast, the one with shorter passes (results come sooner, forecasts matter less) and that moves
+# less (what does not move is never late).
+LONG_PASS_PENALTY, MOVING_PENALTY = 0.003, 0.003
+# What spilling has to gain, for the life of the disk and its other users.
+SPILL_PENALTY = 0.05
+# Of playing a policy, and of finding that of a point: so many admissions would take as long.
+PLAY_EFFORT, POINT_EFFORT = 60, 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """How a policy did.
+
+    Attributes:
+        refused: share of the requests that can never fit. seconds: of the job. request_seconds: of the request that takes longest.
+    """
+
+    refused: float
+    seconds: float
+    request_seconds: float
+
+
+def objective(policy: Policy, quota: float, seconds: float) -> float:
+    """What is minimised: seconds, a little more for long passes, for what moves, and for what is written to disk."""
+    computing = "host" if policy.device == "cpu" else "device"
+    moving = 2 - getattr(policy.weights, computing) - getattr(policy.kv, computing)
+    return seconds * (1 + LONG_PASS_PENALTY * quota + MOVING_PENALTY * moving + SPILL_PENALTY * policy.kv.disk)
+
+
+class Player:
+    """Plays the policies of a space.
+
+    Attributes:
+        effort: spent so far, in admissions.
+    """
+
+    def __init__(self, space: Space) -> None:
+        self.space = space
+        self.expectation = Expectation(space.spec, space.machine, space.dtype)
+        self.sample, self.scale = sampled(space.workload)
+        self.effort = 0
+        self._known: dict[Policy, Outcome] = {}
+
+    @property
+    def num_played(self) -> int:
+        """Policies."""
+        return len(self._known)
+
+    def score(self, point: Point, bounds: Bounds) -> Score:
+        """(share of requests refused, how far the bounds are exceeded, objective); the less the better, in this order."""
+        policy = self.space.policy(point)
+        self.effort += POINT_EFFORT
+        if policy is None:
+            return math.inf, math.inf, math.inf
+        outcome = self.outcome(policy)
+        excess = bounds.excess(outcome.request_seconds, outcome.seconds)
+        return outcome.refused, excess, objective(policy, point.quota, outcome.seconds)
+
+    def outcome(self, policy: Policy) -> Outcome:
+        """How the policy does with the sample, extrapolated to the job."""
+        if policy not in self._known:
+            self._known[policy] = self._play(policy, self.sample, self.scale)
+        return self._known[policy]
+
+    def whole(self, policy: Policy) -> Outcome:
+        """How the policy does with all of the job (or with the sample, where there are too many requests)."""
+        if len(self.space.workload) > PLAYED_REQUESTS:
+            return self.outcome(policy)
+        return self._play(policy, self.space.workload, 1.0)
+
+    def _play(self, policy: Policy, lengths: Workload, scale: float) -> Outcome:
+        longest: list[float] = []
+
+        def seconds(played: Simulation) -> float:
+            passes = self.expectation.passes(played, policy)
+            longest.append(longest_request_seconds(played, passes))
+            self.effort += PLAY_EFFORT + len(played.first_passes)
+            return float(passes.sum())
+
+        work = self.space.layouts.of(policy.weights).work
+        refused, total = extrapolated(self.space.spec, policy, lengths, scale, seconds, weights=work)
+        return Outcome(refused=refused, seconds=total, request_seconds=max(longest))

@@ -1,0 +1,91 @@
+"""Where a search for a policy begins: about where the steady states' linear programs put weights and KV, and at the corners."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from itertools import product
+
+from flexgen.plan.expect import Expectation
+from flexgen.plan.space import LEAST_SPILL, Point, Space
+from flexgen.plan.steady import Steady, SteadyState
+
+# Prompt quotas that are tried near the steady states, and at the corners; and caps, where requests may not take long.
+BOUNDED_CAPS = (1.0, 0.4, 0.15)
+FIRST_QUOTAS, CORNER_QUOTAS = (0.0, 0.15, 0.4, 0.7, 1.0), (0.1, 0.5)
+CORNERS = (
+    {"on_device": 1.0, "on_host": 1.0},
+    {"on_device": 1.0, "on_host": 1.0, "embedding": False},
+    {"on_device": 0.5, "on_host": 1.0},
+    {"on_device": 0.25, "on_host": 1.0},
+    {"on_device": 0.0, "on_host": 1.0},
+    {"on_device": 0.0, "on_host": 0.5},
+    {"on_device": 0.5, "on_host": 0.5},
+    {},
+)
+
+
+def steady_states(space: Space, expectation: Expectation, micro_batch_tokens: int) -> list[tuple[Steady, bool]]:
+    """The steady states without and with KV on disk, best first."""
+    point = _point(space, space.schedules()[0], micro_batch_tokens)
+    found: list[tuple[Steady, bool]] = []
+    for spills in (False, True) if space.disk_bytes or (space.kv is not None and space.kv.disk > 0) else (False,):
+        bare, room = space.room(point, spills=spills)
+        tiers = space.kv_tiers if spills else tuple(tier for tier in space.kv_tiers if tier != "disk")
+        pins = {"weights": space.weights and dataclasses.asdict(space.weights), "kv": space.kv and dataclasses.asdict(space.kv)}
+        most = space.options.max_num_seqs or len(space.workload)
+        steady = SteadyState(expectation, space.workload, bare).best(room, most, kv_tiers=tiers, **pins)
+        if steady is not None:
+            found.append((steady, spills))
+    return sorted(found, key=lambda each: -each[0].tokens_per_s)
+
+
+def starts(space: Space, micro_batch_tokens: int, steady: Sequence[tuple[Steady, bool]], caps: Sequence[float]) -> Iterator[Point]:
+    """Points near the steady states and at the corners, under every schedule, several quotas, and these caps on live sequences."""
+    for schedule in space.schedules():
+        plain = _point(space, schedule, micro_batch_tokens)
+        free = space.free_axes(schedule)
+        near = [_like(space, plain, each, spills) for each, spills in steady]
+        places: list[Point] = []
+        for homes in (0.0, 0.5, 1.0) if "kv_homes" in free else (plain.kv_homes,):
+            places += [dataclasses.replace(plain, kv_homes=homes, **corner) for corner in CORNERS]
+        if "kv_disk" in free:
+            places += [dataclasses.replace(plain, kv_disk=1.0), dataclasses.replace(plain, kv_disk=1.0, **CORNERS[0])]
+        for some, quotas in ((near, FIRST_QUOTAS), (places, CORNER_QUOTAS)):
+            for place, quota, cap in product(some, quotas if "quota" in free else (1.0,), caps if "cap" in free else (1.0,)):
+                yield dataclasses.replace(place, quota=quota, cap=cap)
+
+
+def varied(ranked: Sequence[Point], best: int) -> list[Point]:
+    """The best few, then the best of each schedule and kind of homes, between which no single step leads."""
+    kinds: dict[tuple[str, float, bool, int], Point] = {}
+    for point in ranked:
+        kinds.setdefault((point.schedule, round(2 * point.kv_homes), point.kv_disk > 0, round(2 * point.on_host)), point)
+    return list(dict.fromkeys([*ranked[:best], *kinds.values()]))
+
+
+def _point(space: Space, schedule: str, micro_batch_tokens: int) -> Point:
+    """All weights on disk."""
+    return Point(
+        on_device=0.0, on_host=0.0, kv_homes=space.default_homes(), kv_disk=0.0, quota=1.0, cap=1.0, embedding=True, schedule=schedule,
+        micro_batch_tokens=micro_batch_tokens,
+    )  # fmt: skip
+
+
+def _like(space: Space, plain: Point, steady: Steady, spills: bool) -> Point:
+    """The point that is about this steady state."""
+    point = dataclasses.replace(plain, kv_disk=steady.kv.get("disk", 0.0) * spills)
+    point = space.place_like(point, steady.weights, spills=spills)
+    return (
+        dataclasses.replace(point, kv_homes=_homes_like(space, point, steady)) if "kv_homes" in space.free_axes(plain.schedule) else point
+    )
+
+
+def _homes_like(space: Space, point: Point, steady: Steady) -> float:
+    """How far KV's homes lie between the device (0), all memory (a half) and the host (1)."""
+    both = space.policy(dataclasses.replace(point, kv_homes=0.5, quota=0.0))
+    device, host = steady.kv.get("device", 0.0), steady.kv.get("host", 0.0)
+    if both is None or not both.kv_device_bytes or not both.kv_host_bytes or device + host < LEAST_SPILL:
+        return point.kv_homes
+    device, host = device / both.kv_device_bytes, host / both.kv_host_bytes
+    return 0.5 * host / device if host <= device else 1.0 - 0.5 * device / host

@@ -1,0 +1,257 @@
+"""The planner against brute force, on random small models, machines, budgets, jobs and pins."""
+
+import dataclasses
+import itertools
+import math
+import random
+import re
+
+import numpy as np
+import pytest
+from plan.instances import PROCESS_BYTES, instance_of
+
+from flexgen.errors import CapacityError
+from flexgen.options import TIERS
+from flexgen.plan.bounds import Bounds
+from flexgen.plan.default import Search, solve
+from flexgen.plan.footprint import footprint
+from flexgen.plan.pareto import pareto
+from flexgen.plan.play import Player
+from flexgen.plan.shortage import shortage
+from flexgen.plan.simulate import simulate
+from flexgen.plan.space import Point
+from flexgen.plan.steady import SteadyState
+from flexgen.sizes import GIB, MIB, parse_size
+
+TOLERANCE = 1.01
+# Values per axis; kv_homes has its three kinds and what lies between.
+COARSE = {"on_device": 3, "on_host": 5, "kv_homes": 3, "kv_disk": 4, "quota": 4, "cap": 2}
+FINE = {"on_device": 5, "on_host": 7, "kv_homes": 5, "kv_disk": 5, "quota": 6, "cap": 3}
+
+
+def solved(instance):
+    return solve(instance.options, instance.spec, instance.machine, instance.limits, instance.workload, process_bytes=PROCESS_BYTES)
+
+
+def grid_of(space, numbers, sizes):
+    """All points of a grid, under every schedule and the first few sizes of micro-batches."""
+    for schedule, tokens in itertools.product(space.schedules(), space.micro_batches()[:sizes]):
+        free = space.free_axes(schedule)
+        fixed = {"kv_homes": space.default_homes(), "quota": 1.0, "cap": 1.0}
+        axes = [
+            [step / (number - 1) for step in range(number)] if axis in free else [fixed.get(axis, 0.0)] for axis, number in numbers.items()
+        ]
+        for values, embedding in itertools.product(itertools.product(*axes), (True, False)):
+            yield Point(**dict(zip(numbers, values, strict=True)), embedding=embedding, schedule=schedule, micro_batch_tokens=tokens)
+
+
+def best_of_grid(instance, numbers, sizes, bounds=None):
+    player = Player(instance.space())
+    return min(player.score(point, bounds or Bounds()) for point in grid_of(player.space, numbers, sizes))
+
+
+def ratio_to_grid(seed, numbers, sizes):
+    """The objective of what `solve` finds over the best of a grid; None where nothing fits."""
+    instance = instance_of(seed)
+    refused, _, least = best_of_grid(instance, numbers, sizes)
+    if not math.isfinite(least):
+        return None
+    found = solved(instance)
+    assert found.refused <= refused
+    return found.objective / least if found.refused == refused else 0.0
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_never_worse_than_a_grid(seed):
+    ratio = ratio_to_grid(seed, COARSE, 1)
+    assert ratio is None or ratio <= TOLERANCE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(20, 240))
+def test_never_worse_than_a_fine_grid(seed):
+    ratio = ratio_to_grid(seed, FINE, 3)
+    assert ratio is None or ratio <= TOLERANCE
+
+
+# The linear program
+
+
+def steady_problem(seed):
+    """(coefficients, room, most sequences, tiers of KV) of an instance; None where not even the bare minimum fits."""
+    instance = instance_of(seed)
+    options = dataclasses.replace(instance.options, weights=None, kv=None, micro_batch_tokens=None)
+    space = dataclasses.replace(instance, options=options).space()
+    if shortage(space):
+        return None
+    player = Player(space)
+    point = next(grid_of(space, COARSE, 1))
+    bare, room = space.room(point, spills=bool(space.disk_bytes))
+    return SteadyState(player.expectation, space.workload, bare), room, len(space.workload), space.kv_tiers
+
+
+def simplex(steps):
+    """All shares of three tiers in multiples of 1 / steps."""
+    rows = [(a, b, steps - a - b) for a in range(steps + 1) for b in range(steps + 1 - a)]
+    return np.array(rows) / steps
+
+
+def rates_on_grid(state, room, most, kv_tiers, weight_shares, kv_shares, num_seqs):
+    """Tokens/s for every combination; 0 where it does not fit."""
+    tiers = list(state.weights)
+    w, k = (np.stack([shares[:, TIERS.index(tier)] for tier in tiers], axis=1) for shares in (weight_shares, kv_shares))
+    allowed = (weight_shares[:, [TIERS.index(t) for t in TIERS if t not in tiers]] == 0).all(axis=1)
+    kv_allowed = (kv_shares[:, [TIERS.index(t) for t in TIERS if t not in kv_tiers]] == 0).all(axis=1)
+    seconds = state.fixed + (w @ np.stack([state.weights[t] for t in tiers]))[:, None, None, :]
+    seconds = seconds + num_seqs[:, None] * (k @ np.stack([state.kv[t] for t in tiers]))[None, :, None, :]
+    fits = np.broadcast_to(allowed[:, None, None] & kv_allowed[None, :, None], seconds.shape[:-1]).copy()
+    for tier in TIERS:
+        column = TIERS.index(tier)
+        used = kv_shares[:, column] * room.kv_bytes + room.sequence_bytes.get(tier, 0.0)
+        used = used + (room.staged * room.kv_bytes * kv_shares[:, 2] if tier == "host" else 0.0)
+        held = weight_shares[:, column] * state.weight_bytes * (tier != "disk")
+        fits &= held[:, None, None] + used[None, :, None] * num_seqs <= room.memory_bytes.get(tier, 0.0)
+    return np.where(fits & (num_seqs <= most), num_seqs / seconds.max(axis=-1), 0.0)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_the_linear_program_is_at_least_as_good_as_a_fine_grid(seed):
+    problem = steady_problem(seed)
+    if problem is None:
+        return
+    state, room, most, kv_tiers = problem
+    found = state.best(room, most, kv_tiers=kv_tiers)
+    num_seqs = np.unique(np.geomspace(1, most, 80))
+    grid = rates_on_grid(state, room, most, kv_tiers, simplex(20), simplex(10), num_seqs).max()
+    if found is None:
+        assert grid == 0.0
+        return
+    assert grid <= found.tokens_per_s * (1 + 1e-6)
+    # And what it claims is true: the same shares, priced and weighed as the grid's are.
+    shares = [np.array([[each.get(tier, 0.0) for tier in TIERS]]) for each in (found.weights, found.kv)]
+    shares = [np.where(each < 1e-9, 0.0, each) for each in shares]
+    wider = dataclasses.replace(room, memory_bytes={tier: size * (1 + 1e-6) + 1 for tier, size in room.memory_bytes.items()})
+    claimed = rates_on_grid(state, wider, most * (1 + 1e-9), kv_tiers, *shares, np.array([found.num_seqs]))
+    assert claimed.item() == pytest.approx(found.tokens_per_s, rel=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_worth_is_the_gain_from_a_little_more_memory(seed):
+    problem = steady_problem(seed)
+    found = problem and problem[0].best(problem[1], problem[2], kv_tiers=problem[3])
+    if not found:
+        return
+    state, room, most, kv_tiers = problem
+
+    def gain(tier, more):
+        memory = {**room.memory_bytes, tier: room.memory_bytes[tier] + more}
+        again = state.best(dataclasses.replace(room, memory_bytes=memory), most, kv_tiers=kv_tiers)
+        return (again.tokens_per_s / found.tokens_per_s - 1) / more if again else None
+
+    for tier, worth in found.worth.items():
+        step = max(room.memory_bytes[tier] * 1e-4, 256.0)
+        more, less = gain(tier, step), gain(tier, -step)
+        # Where the optimum bends, the value at the margin lies between those of either side.
+        assert more - 1e-12 <= worth * (1 + 2e-3) + 1e-12
+        assert less is None or worth * (1 - 2e-3) - 1e-12 <= less + 1e-12
+
+
+# Bounds on time
+
+
+SLOW_SEEDS = [pytest.param(seed, marks=pytest.mark.slow) for seed in (13, 24, 25, 30, 45, 50)]
+
+
+@pytest.mark.parametrize("seed", [1, 9, *SLOW_SEEDS])
+@pytest.mark.parametrize("share", [0.3, 0.8])
+def test_bounds_are_kept_at_the_least_cost(seed, share):
+    instance = instance_of(seed)
+    search = Search(instance.space())
+    widest, shortest = search.best(Bounds()), search.shortest()
+    bounds = Bounds(request_seconds=shortest.request_seconds + share * (widest.request_seconds - shortest.request_seconds) + 1e-9)
+    options = dataclasses.replace(instance.options, max_request_seconds=bounds.request_seconds)
+    found = solved(dataclasses.replace(instance, options=options))
+    assert found.request_seconds <= bounds.request_seconds
+    refused, excess, least = best_of_grid(instance, COARSE | {"cap": 5}, 1, bounds)
+    assert (refused, excess) > (found.refused, 0.0) or found.objective <= TOLERANCE * least
+
+
+@pytest.mark.parametrize("name", ["max_request_seconds", "max_job_seconds"])
+def test_bounds_that_nothing_keeps_are_refused_with_what_there_is(name):
+    instance = instance_of(1)
+    options = dataclasses.replace(instance.options, **{name: 1e-6})
+    with pytest.raises(
+        CapacityError, match=rf"no plan keeps --{name.replace('_', '-')} 1e-06: the fastest plan takes .* for the job, .* for a"
+    ):
+        solved(dataclasses.replace(instance, options=options))
+
+
+def test_the_job_bound_is_kept():
+    instance = instance_of(1)
+    free = solved(instance)
+    options = dataclasses.replace(instance.options, max_job_seconds=free.seconds * 1.02)
+    assert solved(dataclasses.replace(instance, options=options)).seconds <= free.seconds * 1.02
+
+
+@pytest.mark.parametrize("seed", [1, *SLOW_SEEDS])
+def test_the_curve_rises_from_short_requests_to_throughput(seed):
+    space = instance_of(seed).space()
+    curve = pareto(space)
+    assert len(curve) > 1
+    for one, other in itertools.pairwise(curve):
+        assert one.request_seconds < other.request_seconds
+        assert one.tokens_per_s < other.tokens_per_s
+    best = Search(space).best(Bounds())
+    assert curve[-1].tokens_per_s >= space.workload.output_tokens / best.seconds / TOLERANCE
+
+
+# Pins and budgets
+
+
+@pytest.mark.parametrize("seed", range(300, 312))
+def test_pins_stay_and_budgets_hold(seed):
+    instance = instance_of(seed)
+    try:
+        found = solved(instance)
+    except CapacityError:
+        return
+    policy, options = found.policy, instance.options
+    space = instance.space()
+    for pinned, kept in ((space.weights, policy.weights), (space.kv, policy.kv)):
+        assert pinned is None or pinned == kept
+    for name in ("max_num_seqs", "micro_batch_tokens", "prefill_tokens"):
+        assert getattr(options, name) in (None, getattr(policy, name))
+    assert options.schedule in ("auto", policy.schedule)
+    used = footprint(policy, instance.spec, instance.limits, process_bytes=PROCESS_BYTES)
+    for tier, parts in used.items():
+        assert sum(parts.values()) <= getattr(instance.limits, f"{tier}_bytes")
+        assert min(parts.values()) >= 0
+    for tier, held in simulate(instance.spec, policy, instance.workload).kv_bytes.items():
+        assert held.max(initial=0) <= getattr(policy, f"kv_{tier}_bytes")
+    numbers = [*dataclasses.asdict(policy).values(), *dataclasses.asdict(policy.weights).values(), *dataclasses.asdict(policy.kv).values()]
+    assert {type(each) for each in numbers} <= {int, float, str, bool, dict}
+
+
+@pytest.mark.parametrize("seed", range(400, 480))
+def test_the_smallest_change_makes_it_fit(seed):
+    """Budgets cut below the least: exactly what the message asks for is enough, and 2 MiB less is not."""
+    instance = instance_of(seed)
+    draw = random.Random(seed)
+    cut = {"host_bytes": PROCESS_BYTES + draw.randrange(60) * MIB, "disk_bytes": draw.choice([0, 1000, 100 * GIB])}
+    cut["device_bytes"] = min(instance.limits.device_bytes, draw.randrange(9) * MIB)
+    kv = draw.choice([None, "host=1", "host=.3,disk=.7", "disk=1"])
+    limits = dataclasses.replace(instance.limits, **cut, offload_in_memory=draw.random() < 0.2)
+    instance = dataclasses.replace(instance, limits=limits, options=dataclasses.replace(instance.options, kv=kv))
+    said = shortage(instance.space())
+    asked = {
+        f"{flag.removesuffix('-mem')}_bytes": parse_size(size)
+        for flag, size in re.findall(r"raise --(host-mem|device-mem|disk) to ([\d.]+GiB)", said)
+    }
+    if asked:
+        with pytest.raises(CapacityError, match="GiB are missing"):
+            solved(instance)
+    solved(dataclasses.replace(instance, limits=dataclasses.replace(limits, **asked)))
+    for name, size in asked.items():
+        short = dataclasses.replace(limits, **(asked | {name: max(size - 2 * MIB, 0)}))
+        with pytest.raises(CapacityError):
+            solved(dataclasses.replace(instance, limits=short))
