@@ -141,9 +141,9 @@ class Search:
         Raises:
             CapacityError: nothing fits, or nothing is as fast as the bounds ask for.
         """
-        asked = bounds
-        for _ in range(ATTEMPTS):
-            found = self._solution(asked)
+        asked, found = bounds, self._solution(bounds)
+        for attempt in range(ATTEMPTS):
+            found = self._solution(asked) if attempt else found
             if asked.excess(found.request_seconds, found.seconds) > 0 or not bounds.are_given:
                 break
             whole = self.player.whole(found.policy)

@@ -144,7 +144,7 @@ class Space:
         draft = self._draft(weights, point.schedule, point.micro_batch_tokens, bare.prefill_tokens, spills=spills)
 
         def holds_largest(tried: Policy) -> bool:
-            left = self._free(tried)
+            left = self._free(self._for(tried, self.options.max_num_seqs or 1))
             return min(left.values()) >= 0 and max(self._pools(left, point.kv_homes, kv_disk).values()) >= self.sizes.largest
 
         if point.schedule == "diagonal" and self.options.prefill_tokens is None:
