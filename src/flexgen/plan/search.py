@@ -51,7 +51,8 @@ def kv_pools(free: dict[str, int], disk_bytes: int, kv_homes: float, kv_disk: fl
     """Pool bytes per tier.
 
     Args:
-        kv_homes: 0 takes the device, 1 the host, a half all of both; between, a part of the one or of the other. kv_disk: the disk's share of all KV.
+        kv_homes: 0 takes the device, 1 the host, a half all of both; between, a part of the one or of the other.
+        kv_disk: the disk's share of all KV.
         staged: host bytes of staging that a byte on disk takes.
     """
     device = int(max(free["device"], 0) * min(2 - 2 * kv_homes, 1.0))
