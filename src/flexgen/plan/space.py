@@ -218,7 +218,7 @@ class Space:
         return math.ceil(self.sizes.block(sum(pools.values())) * SEQUENCE_SLACK)
 
     def _draft(self, weights: Fractions, schedule: str, micro_batch_tokens: int, prefill_tokens: int, *, spills: bool) -> Policy:
-        """A policy with everything but KV, for one sequence or as many as are pinned; if it `spills`, with staging for a prompt's KV on disk."""
+        """A policy with everything but KV, for as many sequences as are pinned or one; if it `spills`, with staging for KV on disk."""
         layout = self.layouts.of(weights)
         draft = Policy(
             device=self.limits.device,
@@ -312,8 +312,7 @@ class Space:
         """The plan that needs the least memory, without KV; if it `spills`, with staging for KV on disk."""
         schedule, micro_batch_tokens = self.schedules()[0], self.micro_batches()[-1]
         prefill_tokens = self.options.prefill_tokens or self._least_quota(schedule, micro_batch_tokens)
-        draft = self._draft(self.weights or Fractions(disk=1.0), schedule, micro_batch_tokens, prefill_tokens, spills=spills)
-        return draft
+        return self._draft(self.weights or Fractions(disk=1.0), schedule, micro_batch_tokens, prefill_tokens, spills=spills)
 
     def used(self, draft: Policy) -> dict[str, dict[str, int]]:
         """What `footprint` says of the draft."""
