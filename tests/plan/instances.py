@@ -11,7 +11,6 @@ from flexgen.options import EngineOptions
 from flexgen.plan.cost import memory_bytes
 from flexgen.plan.machine import Limits, Machine, Overheads
 from flexgen.plan.model import KVGroupSpec, ModelSpec, UnitSpec
-from flexgen.plan.simulate import PAGE_TOKENS
 from flexgen.plan.space import Space
 from flexgen.plan.workload import Workload
 from flexgen.sizes import GIB, MIB
@@ -139,8 +138,3 @@ def _options(draw: random.Random, device: str) -> EngineOptions:
         "schedule": ["diagonal", "zigzag"],
     }
     return EngineOptions(dtype="bfloat16", **{name: draw.choice(values) for name, values in pins.items() if draw.random() < 0.15})
-
-
-def pages_of(num_tokens: int) -> int:
-    """Pages that so many tokens take."""
-    return -(-num_tokens // PAGE_TOKENS)

@@ -141,19 +141,18 @@ class Search:
         Raises:
             CapacityError: nothing fits, or nothing is as fast as the bounds ask for.
         """
-        asked, found = bounds, self._solution(bounds)
-        for attempt in range(ATTEMPTS):
-            found = self._solution(asked) if attempt else found
-            if asked.excess(found.request_seconds, found.seconds) > 0 or not bounds.are_given:
-                break
-            whole = self.player.whole(found.policy)
+        found, asked = self._solution(bounds), bounds
+        if not bounds.are_given:
+            return found
+        whole = self.player.whole(found.policy)
+        for _ in range(ATTEMPTS):
             if not bounds.excess(whole.request_seconds, whole.seconds):
                 return found
             # The sample that was searched on flatters: asked for as much less, the whole job will keep the bounds.
             asked = asked.tightened(found.request_seconds / whole.request_seconds, found.seconds / whole.seconds)
-        if bounds.are_given:
-            raise CapacityError(too_slow(bounds, self.player.whole(found.policy)))
-        return found
+            found = self._solution(asked)
+            whole = self.player.whole(found.policy)
+        raise CapacityError(too_slow(bounds, whole))
 
     def shortest(self) -> Solution:
         """The policy whose requests take the least time.

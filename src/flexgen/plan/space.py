@@ -182,10 +182,12 @@ class Space:
         return dataclasses.replace(self._for(draft, max_num_seqs), kv=self.kv or pool_fractions(pools), **found)
 
     def room(self, point: Point, *, spills: bool) -> tuple[Policy, Room]:
-        """A policy of one sequence with all weights on disk, and what that leaves for weights and KV."""
+        """A policy of the fewest sequences with all weights on disk, and what that leaves for weights and KV."""
         bare = self._bare(point, spills=spills)
         many = 1024
-        grown = (self._for(bare, 1 + many).workspace_bytes - bare.workspace_bytes) / many
+        grown = 0.0  # a pinned number has its room already
+        if self.options.max_num_seqs is None:
+            grown = (self._for(bare, 1 + many).workspace_bytes - bare.workspace_bytes) / many
         free = self._free(bare)
         return bare, Room(
             memory_bytes={"device": free["device"], "host": free["host"], "disk": self.disk_bytes},
@@ -216,7 +218,7 @@ class Space:
         return math.ceil(self.sizes.block(sum(pools.values())) * SEQUENCE_SLACK)
 
     def _draft(self, weights: Fractions, schedule: str, micro_batch_tokens: int, prefill_tokens: int, *, spills: bool) -> Policy:
-        """A policy with everything but KV, for one sequence; if it `spills`, with staging for a prompt's KV on disk."""
+        """A policy with everything but KV, for as many sequences as are pinned or one; if it `spills`, with staging for KV on disk."""
         layout = self.layouts.of(weights)
         draft = Policy(
             device=self.limits.device,
@@ -234,7 +236,7 @@ class Space:
             workspace_bytes=0,
             embedding_resident=False,
             schedule=schedule,
-            max_num_seqs=1,
+            max_num_seqs=self.options.max_num_seqs or 1,
             prefill_tokens=prefill_tokens,
             micro_batch_tokens=micro_batch_tokens,
             page_tokens=PAGE_TOKENS,
@@ -242,7 +244,7 @@ class Space:
             io_threads=2 if self.machine.cores <= 4 else 4,
         )
         scratch = layout.scratch_bytes if self.on_cpu else 0
-        return dataclasses.replace(draft, workspace_bytes=self._activations(draft, 1) + scratch)
+        return dataclasses.replace(draft, workspace_bytes=self._activations(draft, draft.max_num_seqs) + scratch)
 
     def _activations(self, draft: Policy, max_num_seqs: int) -> int:
         return align_up(activation_bytes(self.spec, self.sizes, draft, max_num_seqs), 4096)
@@ -310,8 +312,7 @@ class Space:
         """The plan that needs the least memory, without KV; if it `spills`, with staging for KV on disk."""
         schedule, micro_batch_tokens = self.schedules()[0], self.micro_batches()[-1]
         prefill_tokens = self.options.prefill_tokens or self._least_quota(schedule, micro_batch_tokens)
-        draft = self._draft(self.weights or Fractions(disk=1.0), schedule, micro_batch_tokens, prefill_tokens, spills=spills)
-        return self._for(draft, self.options.max_num_seqs or 1)
+        return self._draft(self.weights or Fractions(disk=1.0), schedule, micro_batch_tokens, prefill_tokens, spills=spills)
 
     def used(self, draft: Policy) -> dict[str, dict[str, int]]:
         """What `footprint` says of the draft."""

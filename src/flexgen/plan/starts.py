@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from itertools import product
+from typing import Any
 
 from flexgen.plan.expect import Expectation
 from flexgen.plan.space import LEAST_SPILL, Point, Space
@@ -13,7 +14,7 @@ from flexgen.plan.steady import Steady, SteadyState
 # Prompt quotas that are tried near the steady states, and at the corners; and caps, where requests may not take long.
 BOUNDED_CAPS = (1.0, 0.4, 0.15)
 FIRST_QUOTAS, CORNER_QUOTAS = (0.0, 0.15, 0.4, 0.7, 1.0), (0.1, 0.5)
-CORNERS: tuple[dict[str, float | bool], ...] = (
+CORNERS: tuple[dict[str, Any], ...] = (
     {"on_device": 1.0, "on_host": 1.0},
     {"on_device": 1.0, "on_host": 1.0, "embedding": False},
     {"on_device": 0.5, "on_host": 1.0},
