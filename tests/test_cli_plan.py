@@ -1,0 +1,119 @@
+"""`flexgen plan` and `flexgen profile`, as typed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from machines import machine_of
+from typer.testing import CliRunner, Result
+
+from flexgen.cli import app
+from flexgen.plan.machine import Machine
+
+NOVELS = Path(__file__).parent.parent / "models" / "novels-opt-7m"
+
+
+def flexgen(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_a_plan_in_words() -> None:
+    done = flexgen("plan", "opt-30b", "--machine", "t4-gcp", "--prompt-len", 512, "--gen-len", 32, "--num-requests", 300)
+    assert done.exit_code == 0, done.output
+    for part in (
+        "facebook/opt-30b on t4-gcp (by the paper's rates)",
+        "tokens/s",
+        "(the bottleneck)",
+        "9,600 output tokens",
+        "host     ",
+        "device   ",
+    ):
+        assert part in done.stdout
+
+
+def test_a_plan_as_json() -> None:
+    done = flexgen(
+        "plan", "llama-3-8b", "--machine", "rtx4090-64gb", "--num-requests", 100, "--json", "--kv", "host=1", "--host-mem", "32GiB"
+    )
+    plan = json.loads(done.stdout)
+    assert set(plan) == {"model", "machine", "limits", "policy", "forecast"}
+    assert plan["limits"]["host_bytes"] == 32 << 30
+    assert plan["policy"]["kv"] == {"device": 0.0, "host": 1.0, "disk": 0.0}
+    assert sum(plan["forecast"]["memory_bytes"]["host"].values()) <= 32 << 30
+    assert plan["forecast"]["num_requests"] == 100
+    assert Machine.from_json(json.dumps(plan["machine"])).name == "rtx4090-64gb"
+
+
+def test_what_fits_the_device_and_what_does_not_run_yet_is_said() -> None:
+    fits = flexgen("plan", "opt-125m", "--machine", "rtx4090-64gb", "--num-requests", 20)
+    assert "an engine made for that (vLLM, SGLang) will be faster" in fits.stdout
+    coded = flexgen("plan", "gpt-oss-20b", "--machine", "rtx4090-64gb", "--num-requests", 20)
+    assert "weights in mxfp4 are planned as shipped; this version cannot run them yet" in coded.stdout
+
+
+def test_a_plan_for_a_folder_on_a_measured_machine(tmp_path: Path) -> None:
+    (tmp_path / "box.json").write_text(machine_of(dense={"bfloat16": [(64, 5e11)], "float32": [(64, 1e11)]}).to_json())
+    lines = [{"prompt": "It was a dark and stormy night", "max_tokens": 12}, {"prompt": "Once", "max_tokens": 7}]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    done = flexgen("plan", NOVELS, "--machine", tmp_path / "box.json", "--input", tmp_path / "in.jsonl", "--json", "--host-mem", "2GiB")
+    assert done.exit_code == 0, done.output
+    told = json.loads(done.stdout)["forecast"]
+    assert told["num_requests"] == 2
+    assert 0 < told["output_tokens"] <= 19
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["opt-13"], "nor is it in the catalogue: opt-1"),
+        (["opt-1.3b", "--machine", "t4"], "neither a file nor a known machine"),
+        (["opt-1.3b", "--prompt-len", "2000", "--gen-len", "49"], "exceed the context of 2048"),
+        (["opt-1.3b", "--max-tokens", "5"], "use --gen-len"),
+        (["opt-1.3b", "--input", "nowhere.jsonl"], "there is no such file"),
+        (["opt-1.3b", "--input", __file__], "needs the tokenizer of opt-1.3b"),
+        (["opt-1.3b", "--input", __file__, "--gen-len", "5"], "leave out --gen-len"),
+        (["deepseek-v3", "--host-mem", "2GiB"], "GiB are missing"),
+    ],
+)
+def test_plans_that_cannot_be_made(arguments: list[str], message: str) -> None:
+    more = [] if "--machine" in arguments else ["--machine", "t4-gcp"]
+    done = flexgen("plan", *arguments, *more)
+    assert done.exit_code in (2, 3)
+    assert message in done.stderr
+    assert "Traceback" not in done.output
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[Any, ...]]:
+    """What was measured, without measuring; what is kept goes to a home of its own."""
+    calls: list[tuple[Any, ...]] = []
+
+    def measure(device: str, dtypes: tuple[str, ...], folder: Path, *, quick: bool) -> Machine:
+        calls.append((device, tuple(dtypes), folder, quick))
+        return machine_of(device=device, dense={dtype: [(64, 5e11)] for dtype in dtypes}, busy_cores=1.5)
+
+    monkeypatch.setattr("flexgen.profile.measure.measure", measure)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    return calls
+
+
+def test_a_profile_is_shown_kept_and_written(measured: list[tuple[Any, ...]], tmp_path: Path) -> None:
+    done = flexgen("profile", tmp_path, "--device", "cpu", "--quick", "-o", tmp_path / "box.json")
+    assert done.exit_code == 0, done.output
+    assert measured == [("cpu", ("bfloat16", "float32"), tmp_path, True)]
+    for part in ("disk read", "linear, bfloat16, 64 rows", "500.00 GFLOP/s", "other programs kept 1.5 cores busy"):
+        assert part in done.stdout
+    assert len(list((tmp_path / "home" / ".cache" / "flexgen").iterdir())) == 2
+    assert Machine.from_json((tmp_path / "box.json").read_text()).busy_cores == 1.5
+    done = flexgen("profile", tmp_path, "--device", "cpu", "--dtype", "float64", "--json")
+    assert set(json.loads(done.stdout)["dense"]) == {"float64"}
+
+
+def test_a_profile_that_cannot_be_measured(measured: list[tuple[Any, ...]], tmp_path: Path) -> None:
+    assert "--dtype 'int3' is unknown" in flexgen("profile", tmp_path, "--dtype", "int3").stderr
+    assert "--device 'tpu' is unknown" in flexgen("profile", tmp_path, "--device", "tpu").stderr
+    assert flexgen("profile", tmp_path / "nowhere").exit_code == 2
+    assert not measured
