@@ -24,7 +24,7 @@ def test_a_plan_in_words() -> None:
     done = flexgen("plan", "opt-30b", "--machine", "t4-gcp", "--prompt-len", 512, "--gen-len", 32, "--num-requests", 300)
     assert done.exit_code == 0, done.output
     for part in (
-        "facebook/opt-30b on t4-gcp (by the paper's rates)",
+        "facebook/opt-30b on t4-gcp (by the rates of the FlexGen paper)",
         "tokens/s",
         "(the bottleneck)",
         "9,600 output tokens",

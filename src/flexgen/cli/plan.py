@@ -153,13 +153,8 @@ _ORIGINS = {"measured": "measured {}", "datasheet": "by its datasheet", "paper":
 def _as_text(plan: Plan) -> str:
     from flexgen.display import format_memory, format_plan
 
-    machine = plan.machine
-    origin = (
-        f"measured {machine.date}"
-        if machine.origin == "measured"
-        else {"datasheet": "by its datasheet", "paper": "by the paper's rates"}[machine.origin]
-    )
-    lines = [f"{plan.spec.name} on {machine.name} ({origin})", format_plan(plan), *format_memory(plan.forecast)]
+    origin = _ORIGINS[plan.machine.origin].format(plan.machine.date)
+    lines = [f"{plan.spec.name} on {plan.machine.name} ({origin})", format_plan(plan), *format_memory(plan.forecast)]
     if not plan.spec.is_plain:
         lines.append(f"note: weights in {plan.spec.number_format} are planned as shipped; this version cannot run them yet")
     if plan.policy.device != "cpu" and plan.policy.weights.device == plan.policy.kv.device == 1:
