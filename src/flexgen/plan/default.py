@@ -114,10 +114,7 @@ def space_of(
 ) -> Space:
     """The policies to choose from; arguments and errors are those of `solve`."""
     planned = _servable(spec, limits, expected(workload) if len(workload) else NOMINAL_WORKLOAD)
-    space = Space(options, spec, machine, limits, planned, process_bytes, kv_tiers)
-    if lacking := shortage(space):
-        raise CapacityError(lacking)
-    return space
+    return Space(options, spec, machine, limits, planned, process_bytes, kv_tiers)
 
 
 def _servable(spec: ModelSpec, limits: Limits, workload: Workload) -> Workload:
@@ -167,7 +164,7 @@ class Search:
         point = self._best_point(bounds)
         policy = self.space.policy(point) if point is not None else None
         if point is None or policy is None:
-            raise CapacityError(f"no plan for {self.space.spec.name} fits the budgets: raise --{self.space.computing}-mem")
+            raise CapacityError(shortage(self.space))
         outcome = self.player.outcome(policy)
         steady = steady_states(self.space, self.player.expectation, policy.micro_batch_tokens)
         return Solution(

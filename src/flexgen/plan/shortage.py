@@ -20,13 +20,30 @@ _FLAGS = {"host": "--host-mem", "device": "--device-mem", "disk": "--disk"}
 
 def shortage(space: Space) -> str:
     """A sentence for each tier that is too small for the smallest plan and one request; empty where all are large enough."""
-    homes = min(_kv_homes(space), key=lambda homes: sum(_missing(space, homes).values()))
+    plans = [_needs_met(space, weights, kv) for kv in _kv_homes(space) for weights in _weights_homes(space, kv)]
+    needs = min(plans, key=lambda needs: sum(_missing(space, tier, parts) for tier, parts in needs.items()))
+    return "; ".join(_sentence(space, tier, parts) for tier, parts in needs.items() if _missing(space, tier, parts))
+
+
+def _needs_met(space: Space, weights: Fractions, kv: Fractions) -> dict[str, dict[str, int]]:
+    """What such a plan needs within budgets that are just large enough for it."""
     wanted = space
     for _ in range(ROUNDS):
-        needed = {tier: sum(parts.values()) for tier, parts in _needs(wanted, homes).items()}
+        needed = {tier: sum(parts.values()) for tier, parts in _needs(wanted, weights, kv).items()}
         budgets = {f"{tier}_bytes": max(needed.get(tier, 0), getattr(space.limits, f"{tier}_bytes")) for tier in TIERS}
         wanted = space.within(dataclasses.replace(space.limits, **budgets))
-    return "; ".join(_sentence(space, tier, parts) for tier, parts in _needs(wanted, homes).items() if _is_short(space, tier, parts))
+    return _needs(wanted, weights, kv)
+
+
+def _weights_homes(space: Space, kv: Fractions) -> list[Fractions]:
+    """Where the weights could live: as they are pinned, or streaming; or all in memory, for a small model needs less than its staging.
+
+    All are placed where they compute only if KV lives there, too (see space.py).
+    """
+    if space.weights is not None:
+        return [space.weights]
+    tiers = ["disk"] if space.on_cpu else ["disk", "host"]
+    return [Fractions(**{tier: 1.0}) for tier in [*tiers, *([space.computing] if getattr(kv, space.computing) == 1 else [])]]
 
 
 def _kv_homes(space: Space) -> list[Fractions]:
@@ -34,14 +51,14 @@ def _kv_homes(space: Space) -> list[Fractions]:
     return [space.kv] if space.kv is not None else [Fractions(**{tier: 1.0}) for tier in space.kv_tiers]
 
 
-def _missing(space: Space, homes: Fractions) -> dict[str, float]:
-    needs = {tier: sum(parts.values()) for tier, parts in _needs(space, homes).items()}
-    return {tier: max(needed - getattr(space.limits, f"{tier}_bytes"), 0) for tier, needed in needs.items()}
+def _missing(space: Space, tier: str, parts: Mapping[str, int]) -> int:
+    """Bytes more than are in the budget."""
+    return max(sum(parts.values()) - getattr(space.limits, f"{tier}_bytes"), 0)
 
 
-def _needs(space: Space, homes: Fractions) -> dict[str, dict[str, int]]:
+def _needs(space: Space, weights: Fractions, homes: Fractions) -> dict[str, dict[str, int]]:
     """Tier -> part -> bytes of the smallest plan with one request, whose tier holds the largest share of KV."""
-    draft = space.smallest(spills=homes.disk > 0)
+    draft = space.smallest(weights, spills=homes.disk > 0)
     largest = max(homes.device, homes.host, homes.disk)
     kv = {tier: math.ceil(space.sizes.smallest * getattr(homes, tier) / largest) + ROUNDING_BYTES for tier in TIERS}
     needs = {tier: dict(parts) for tier, parts in space.used(draft).items()}
@@ -55,10 +72,6 @@ def _needs(space: Space, homes: Fractions) -> dict[str, dict[str, int]]:
         if getattr(homes, tier):
             needs[tier]["KV of one request"] = kv[tier]
     return needs
-
-
-def _is_short(space: Space, tier: str, parts: Mapping[str, int]) -> bool:
-    return sum(parts.values()) > getattr(space.limits, f"{tier}_bytes")
 
 
 def _sentence(space: Space, tier: str, parts: Mapping[str, int]) -> str:

@@ -274,7 +274,7 @@ class Space:
         room[self.computing] -= self.sizes.largest
         drafted = (bare.schedule, bare.micro_batch_tokens, bare.prefill_tokens)
         whole = self._draft(Fractions(**{self.computing: 1.0}), *drafted, spills=False)
-        if self._free(whole)[self.computing] >= self.sizes.largest:
+        if self._free(whole)[self.computing] >= self.sizes.smallest:
             room[self.computing] = self.weight_bytes
         elif not self.on_cpu:
             # What the device does not hold may fit on the host, which then needs no staging.
@@ -308,11 +308,11 @@ class Space:
         again.limits = limits
         return again
 
-    def smallest(self, *, spills: bool) -> Policy:
-        """The plan that needs the least memory, without KV; if it `spills`, with staging for KV on disk."""
+    def smallest(self, weights: Fractions, *, spills: bool) -> Policy:
+        """The plan with these weights that needs the least memory, without KV; if it `spills`, with staging for KV on disk."""
         schedule, micro_batch_tokens = self.schedules()[0], self.micro_batches()[-1]
         prefill_tokens = self.options.prefill_tokens or self._least_quota(schedule, micro_batch_tokens)
-        return self._draft(self.weights or Fractions(disk=1.0), schedule, micro_batch_tokens, prefill_tokens, spills=spills)
+        return self._draft(weights, schedule, micro_batch_tokens, prefill_tokens, spills=spills)
 
     def used(self, draft: Policy) -> dict[str, dict[str, int]]:
         """What `footprint` says of the draft."""
