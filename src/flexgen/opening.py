@@ -22,7 +22,7 @@ from flexgen.hub import ModelFiles
 from flexgen.kernels.attention import attention_kernels, warm_up
 from flexgen.memory.checksums import BLOCK_BYTES, BYTES_PER_BLOCK
 from flexgen.memory.offload import OffloadFolder
-from flexgen.memory.transfer import Backend, CudaDevice, SimulatedDevice
+from flexgen.memory.transfer import open_backend
 from flexgen.models.dummy import checkpoint_bytes, write_random_checkpoint
 from flexgen.models.loading import LoadedModel, load_model
 from flexgen.options import EngineOptions
@@ -123,7 +123,7 @@ def discard(prepared: Prepared) -> None:
 def _construct(prepared: Prepared, undo: contextlib.ExitStack) -> Engine:
     """An engine without weights; what it would own is registered with `undo` as it is made."""
     limits, policy, model = prepared.limits, prepared.plan.policy, prepared.model
-    backend = _backend(limits)
+    backend = open_backend(limits.device, limits.device_bytes)
     if backend is not None:
         undo.callback(backend.close)
     offload = OffloadFolder(Path(limits.offload_dir)) if policy.kv_disk_bytes else None
@@ -180,14 +180,6 @@ def _warm_up_kernels(dtype: torch.dtype) -> None:
         warm_up(kernels, dtype)
     finally:
         kernels.close()
-
-
-def _backend(limits: Limits) -> Backend | None:
-    if limits.device == "cuda":
-        return CudaDevice(limits.device_bytes)
-    if limits.device == "sim":
-        return SimulatedDevice(limits.device_bytes)
-    return None
 
 
 def _write_dummy(config: Any, dtype: torch.dtype, limits: Limits) -> OffloadFolder:

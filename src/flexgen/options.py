@@ -1,6 +1,6 @@
 """One EngineOptions value: the flags of `flexgen run` and the keywords of `LLM` are the same list.
 
-Sizes stay as the user wrote them; `resolve` in plan/default.py turns them into bytes against the machine.
+Sizes stay as the user wrote them; `solve` in plan/default.py turns them into bytes against the machine.
 """
 
 from __future__ import annotations

@@ -7,10 +7,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexgen.engine.admission import FORECAST_QUANTILE, MIN_OBSERVED, Admission, Homes, LengthForecast, held_pages
+from flexgen.engine.admission import MIN_OBSERVED, Admission, Homes, LengthForecast, held_pages
 from flexgen.engine.prefixes import PrefixStore
 from flexgen.engine.sequence import Sequence
 from flexgen.memory.kv_cache import KVCache, KVGroup, PageList
+from flexgen.plan.outputs import RESERVED_QUANTILE
 from flexgen.prefixes import PrefixCensus
 from flexgen.request import TokenRequest
 
@@ -173,7 +174,7 @@ def test_forecast() -> None:
         assert forecast.expect(500) == 500, "max_tokens until enough was seen"
     for length in range(MIN_OBSERVED, 101):
         forecast.observe(length)
-    assert forecast.expect(500) == pytest.approx(FORECAST_QUANTILE * 100, abs=1)
+    assert forecast.expect(500) == pytest.approx(RESERVED_QUANTILE * 100, abs=1)
     assert forecast.expect(20) == 20
 
 
@@ -182,4 +183,4 @@ def test_the_forecast_is_the_quantile_of_what_was_seen(lengths: list[int]) -> No
     forecast = LengthForecast()
     for length in lengths:
         forecast.observe(length)
-    assert forecast.expect(1000) == sorted(lengths)[int(FORECAST_QUANTILE * (len(lengths) - 1))]
+    assert forecast.expect(1000) == sorted(lengths)[int(RESERVED_QUANTILE * (len(lengths) - 1))]

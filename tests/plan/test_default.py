@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from flexgen.errors import CapacityError, OptionError
 from flexgen.plan.cost import unit_homes
-from flexgen.plan.default import resolve
+from flexgen.plan.default import solve
 from flexgen.plan.expect import Expectation
 from flexgen.plan.footprint import activation_bytes, footprint, scratch_bytes
 from flexgen.plan.limit import budgets_of, least_ideal_seconds
@@ -28,7 +28,7 @@ def plan(llama_3b, make_machine, make_limits, make_options, process_bytes):
     def run(
         workload=JOB, spec=llama_3b, limits=None, process_bytes=process_bytes, kv_tiers=("device", "host", "disk"), machine=None, **options
     ):
-        return resolve(
+        return solve(
             make_options(**options),
             spec,
             make_machine(**(machine or {})),
@@ -36,7 +36,7 @@ def plan(llama_3b, make_machine, make_limits, make_options, process_bytes):
             workload,
             process_bytes=process_bytes,
             kv_tiers=kv_tiers,
-        )
+        ).policy
 
     return run
 

@@ -12,9 +12,9 @@ from flexgen.engine.prefixes import PrefixStore
 from flexgen.engine.schedule import Pages, fits_projected
 from flexgen.engine.sequence import Sequence
 from flexgen.memory.kv_cache import KVCache, KVGroup
+from flexgen.plan.outputs import RESERVED_QUANTILE
 
 MIN_OBSERVED = 32
-FORECAST_QUANTILE = 0.9
 MANY_TOKENS = 1 << 40
 
 
@@ -33,7 +33,7 @@ class LengthForecast:
         self._counts[num_tokens] += 1
         self._num_seen += 1
         self._below += num_tokens < self._quantile
-        rank = int(FORECAST_QUANTILE * (self._num_seen - 1))
+        rank = int(RESERVED_QUANTILE * (self._num_seen - 1))
         while self._below > rank:
             self._quantile -= 1
             self._below -= self._counts[self._quantile]

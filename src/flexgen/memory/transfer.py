@@ -232,3 +232,10 @@ class CudaDevice(_Arenas):
 
     def close(self) -> None:
         torch.cuda.synchronize(self.device)
+
+
+def open_backend(device: str, device_bytes: int) -> Backend | None:
+    """The device of that name with a budget of so many bytes; None for "cpu", where computing happens in host memory."""
+    if device == "cuda":
+        return CudaDevice(device_bytes)
+    return SimulatedDevice(device_bytes) if device == "sim" else None

@@ -62,20 +62,6 @@ class Solution:
     num_played: int
 
 
-def resolve(
-    options: EngineOptions,
-    spec: ModelSpec,
-    machine: Machine,
-    limits: Limits,
-    workload: Workload,
-    *,
-    process_bytes: int,
-    kv_tiers: Sequence[str] = ("device", "host", "disk"),
-) -> Policy:
-    """The policy of a run; see `solve`."""
-    return solve(options, spec, machine, limits, workload, process_bytes=process_bytes, kv_tiers=kv_tiers).policy
-
-
 def solve(
     options: EngineOptions,
     spec: ModelSpec,
@@ -131,6 +117,7 @@ class Search:
     def __init__(self, space: Space) -> None:
         self.space, self.player = space, Player(space)
         self._found: dict[Point, None] = {}
+        self._steady: dict[int, list[tuple[Steady, bool]]] = {}  # by micro-batch size
 
     def best(self, bounds: Bounds) -> Solution:
         """The best policy within `bounds`.
@@ -166,7 +153,7 @@ class Search:
         if point is None or policy is None:
             raise CapacityError(shortage(self.space))
         outcome = self.player.outcome(policy)
-        steady = steady_states(self.space, self.player.expectation, policy.micro_batch_tokens)
+        steady = self._steady_states(policy.micro_batch_tokens)
         return Solution(
             policy=policy,
             seconds=outcome.seconds,
@@ -200,9 +187,15 @@ class Search:
         self._found |= dict.fromkeys(ranked[:REMEMBERED])
         return ranked[0] if ranked else None
 
+    def _steady_states(self, micro_batch_tokens: int) -> list[tuple[Steady, bool]]:
+        """Solved once, whatever the bounds are."""
+        if micro_batch_tokens not in self._steady:
+            self._steady[micro_batch_tokens] = steady_states(self.space, self.player.expectation, micro_batch_tokens)
+        return self._steady[micro_batch_tokens]
+
     def _begun(self, micro_batch_tokens: int, caps: Sequence[float]) -> list[Point]:
         """Points to begin with, of different policies."""
-        steady = steady_states(self.space, self.player.expectation, micro_batch_tokens)
+        steady = self._steady_states(micro_batch_tokens)
         begun = {self.space.policy(each): each for each in starts(self.space, micro_batch_tokens, steady, caps)}
         return [each for policy, each in begun.items() if policy is not None]
 

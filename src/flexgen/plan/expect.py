@@ -59,19 +59,21 @@ class Expectation:
         On a CPU device reading and computing slow each other down.  While both go on, each takes its factor longer; when one is
         done, the other goes on at its own pace.  That makes both linear in both: whichever is done later is the larger.
         """
-        apart = self.apart(work, policy)
-        if policy.device == "cpu":
-            disk, compute = apart["disk"], apart["compute"]
-            d, c = self.machine.disk_slowdown, self.machine.compute_slowdown
-            apart["disk"], apart["compute"] = disk + compute * c * (1 - 1 / d), compute + disk * d * (1 - 1 / c)
-        return apart
+        return self._together(self.apart(work, policy), policy)
+
+    def _together(self, apart: dict[str, Any], policy: Policy) -> dict[str, Any]:
+        if policy.device != "cpu":
+            return apart
+        disk, compute = apart["disk"], apart["compute"]
+        d, c = self.machine.disk_slowdown, self.machine.compute_slowdown
+        return apart | {"disk": disk + compute * c * (1 - 1 / d), "compute": compute + disk * d * (1 - 1 / c)}
 
     def busy(self, work: PassWork, policy: Policy) -> dict[str, Any]:
         """Resource -> seconds that it is in use in a pass: longer where another slows it down."""
         apart = self.apart(work, policy)
         if policy.device != "cpu":
             return apart
-        together = self.resources(work, policy)
+        together = self._together(apart, policy)
         slowed = {"disk": self.machine.disk_slowdown, "compute": self.machine.compute_slowdown}
         return apart | {name: np.minimum(apart[name] * factor, together[name]) for name, factor in slowed.items()}
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +20,7 @@ from flexgen.plan.model import ModelSpec
 from flexgen.plan.outputs import expected
 from flexgen.plan.policy import Policy
 from flexgen.plan.search import PLAYED_REQUESTS, extrapolated, sampled
-from flexgen.plan.simulate import Simulation, simulate
+from flexgen.plan.simulate import Simulation
 from flexgen.plan.workload import Workload
 from flexgen.sizes import GIB
 
@@ -64,9 +63,6 @@ class Forecast:
     disk_written_bytes: float
     gain_per_gib: dict[str, float]
 
-    def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=2)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
@@ -107,11 +103,17 @@ def _played(policy: Policy, expectation: Expectation, workload: Workload) -> dic
     """The fields of Forecast that playing the job tells; large jobs are played on a sample and extrapolated."""
     spec, workload = expectation.spec, expected(workload)
     lengths, scale = (workload, 1.0) if len(workload) <= PLAYED_REQUESTS else sampled(workload)
-    played = simulate(spec, policy, lengths)
+    jobs: list[Simulation] = []
+
+    def total_seconds(job: Simulation) -> float:
+        jobs.append(job)
+        return float(expectation.passes(job, policy).sum())
+
+    _, total = extrapolated(spec, policy, lengths, scale, total_seconds)
+    played = jobs[0]  # then, where that is a sample, a half of it
     passes = played.num_passes
     seconds = expectation.passes(played, policy)
     resources = {name: np.broadcast_to(each, (passes,)) for name, each in expectation.apart(played.work, policy).items()}
-    _, total = extrapolated(spec, policy, lengths, scale, lambda job: float(expectation.passes(job, policy).sum()))
     busiest = np.argmax(np.stack(list(resources.values())), axis=0)
     decided = {name: float(seconds[busiest == number].sum()) for number, name in enumerate(resources)}
     outputs = workload.output_tokens

@@ -27,20 +27,21 @@ def dense_rates(where: torch.device, dtype: torch.dtype, max_bytes: int, seconds
     while not rounds[DENSE_ROWS[0]] or time.perf_counter() - began < seconds / 2:  # the next round takes as long as those before
         for shape in DENSE_SHAPES:
             features_out, features_in = _shrunken(shape, dtype.itemsize, max_bytes // 3)  # the library may pack it once more
-            weight = _random((features_out, features_in), where, dtype)
+            weight = random_numbers((features_out, features_in), where, dtype)
             for rows in DENSE_ROWS:
                 if rounds[DENSE_ROWS[0]] and time.perf_counter() - began > 2 * seconds:
                     break
                 if rows * (features_in + features_out) * dtype.itemsize > max_bytes // 3:
                     break
-                x = _random((rows, features_in), where, dtype)
+                x = random_numbers((rows, features_in), where, dtype)
                 taken = median_seconds(lambda x=x, weight=weight: wait(torch.nn.functional.linear(x, weight)), seconds / 15)
                 rounds[rows].append(2 * rows * features_in * features_out / taken)
             del weight
     return tuple((float(rows), Rate.of(rates)) for rows, rates in rounds.items() if rates)
 
 
-def _random(shape: tuple[int, ...], where: torch.device, dtype: torch.dtype) -> torch.Tensor:
+def random_numbers(shape: tuple[int, ...], where: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """Between -1 and 1: zeros would be computed at other rates."""
     return torch.empty(shape, dtype=dtype, device=where).uniform_(-1, 1)
 
 
@@ -59,7 +60,7 @@ def attention_rate(where: torch.device, dtype: torch.dtype, max_bytes: int, seco
         for tokens in ATTENTION_TOKENS:
             if own and 10 * heads * tokens * HEAD_DIM * max(dtype.itemsize, 4) > max_bytes:
                 continue
-            q, k, v = (_random((tokens, heads, HEAD_DIM), where, dtype) for _ in range(3))  # (tokens, heads, head_dim)
+            q, k, v = (random_numbers((tokens, heads, HEAD_DIM), where, dtype) for _ in range(3))  # (tokens, heads, head_dim)
             flops = 4 * HEAD_DIM * heads * tokens * (tokens + 1) / 2
             runs = _attentions(kernels.prefill_attention, q, k, v)
             rates = [measured_rate(flops, run, seconds / 9) for run in runs]
@@ -102,9 +103,9 @@ def step_rates(where: torch.device, dtype: torch.dtype, max_bytes: int, seconds:
             sequences = max(min(max_bytes // 2 // (STEP_TOKENS * token_bytes), 64), 1)
             per_sequence = STEP_TOKENS // PAGE_TOKENS
             tables = torch.randperm(sequences * per_sequence, device=where).view(sequences, per_sequence)
-            query = _random((sequences, heads, HEAD_DIM), where, dtype)
-            keys = _random((sequences * per_sequence, key_heads, HEAD_DIM, PAGE_TOKENS), where, dtype)
-            values = _random((sequences * per_sequence, key_heads, PAGE_TOKENS, HEAD_DIM), where, dtype)
+            query = random_numbers((sequences, heads, HEAD_DIM), where, dtype)
+            keys = random_numbers((sequences * per_sequence, key_heads, HEAD_DIM, PAGE_TOKENS), where, dtype)
+            values = random_numbers((sequences * per_sequence, key_heads, PAGE_TOKENS, HEAD_DIM), where, dtype)
             starts = torch.zeros(sequences, dtype=torch.int64, device=where)
             arguments = query, keys, values, tables, starts, starts + STEP_TOKENS
             out = torch.empty_like(query)
@@ -121,8 +122,8 @@ def device_elementwise_rate(where: torch.device, dtype: torch.dtype, max_bytes: 
     """Bytes/s through what a decoder layer does besides products: two norms, two residuals, rotation, activation and gate."""
     hidden, intermediate = 2048, 5632
     rows = max(min(512, max_bytes // (24 * intermediate * dtype.itemsize)), 16)
-    x, gate, up = (_random((rows, width), where, dtype) for width in (hidden, intermediate, intermediate))
-    weight, cosine = _random((hidden,), where, dtype), _random((rows, hidden), where, dtype)
+    x, gate, up = (random_numbers((rows, width), where, dtype) for width in (hidden, intermediate, intermediate))
+    weight, cosine = random_numbers((hidden,), where, dtype), random_numbers((rows, hidden), where, dtype)
 
     def norm(state: torch.Tensor) -> torch.Tensor:
         wide = state.float()

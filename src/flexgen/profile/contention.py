@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from flexgen.profile.compute import random_numbers
 from flexgen.profile.disk import large_file, opened, read_rate, writable
 from flexgen.sizes import MIB
 
@@ -36,8 +37,9 @@ def slowdowns(folder: Path, dtype: torch.dtype, max_bytes: int, seconds: float) 
             os.fsync(temporary.fileno())
         block, threads = min(BLOCK_BYTES, max_bytes // 4), THREADS
         number = max(max_bytes // 4 // (WIDTH * WIDTH * dtype.itemsize), 1)
-        weights = [torch.empty(WIDTH, WIDTH, dtype=dtype).uniform_(-1, 1) for _ in range(number)]
-        x = torch.empty(ROWS, WIDTH, dtype=dtype).uniform_(-1, 1)
+        host = torch.device("cpu")
+        weights = [random_numbers((WIDTH, WIDTH), host, dtype) for _ in range(number)]
+        x = random_numbers((ROWS, WIDTH), host, dtype)
         disk: list[float] = []
         compute: list[float] = []
         with opened(path, os.O_RDONLY) as file:

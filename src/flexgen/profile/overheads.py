@@ -12,12 +12,13 @@ import torch
 from transformers import LlamaConfig, PreTrainedConfig
 
 from flexgen.engine.engine import Engine
-from flexgen.memory.transfer import Backend, CudaDevice, SimulatedDevice
+from flexgen.memory.transfer import open_backend
 from flexgen.models.dummy import write_random_checkpoint
 from flexgen.models.loading import LoadedModel, load_model
 from flexgen.plan.expect import elementwise_bytes, rate_at
 from flexgen.plan.machine import Machine, Overheads, Rate
 from flexgen.plan.policy import Fractions, Policy
+from flexgen.profile.compute import random_numbers
 from flexgen.request import TokenRequest
 from flexgen.sizes import MIB
 
@@ -26,6 +27,7 @@ RUNS = 3  # of each kind; the fastest counts, since what disturbs only adds
 # A layer as wide as those of small models; intermediate states are INTERMEDIATE / 4 times as wide.
 LAYER_WIDTH, INTERMEDIATE, LAYER_TOKENS, LAYER_PROMPT, LAYER_PASSES = 2048, 11, 512, 256, 8
 LEAST_SECONDS = 1e-4
+DEVICE_BYTES = 64 * MIB
 NO_OVERHEADS = Overheads(per_pass=0, per_sequence=0, per_unit=0, per_layer_and_micro_batch=0, per_gathered_row=0)
 
 
@@ -102,7 +104,11 @@ class _Products:
     def __init__(self, width: int, dtype: torch.dtype) -> None:
         self._name = str(dtype).removeprefix("torch.")
         shapes = ((width, width, 2), (width // 4, width, 2), (INTERMEDIATE * width // 4, width, 2), (width, INTERMEDIATE * width // 4, 1))
-        self._work = [(_random(LAYER_TOKENS, features_in, dtype), _random(out, features_in, dtype), n) for out, features_in, n in shapes]
+        host = torch.device("cpu")
+        self._work = [
+            (random_numbers((LAYER_TOKENS, features_in), host, dtype), random_numbers((out, features_in), host, dtype), n)
+            for out, features_in, n in shapes
+        ]
 
     def seconds(self) -> float:
         """Of one time."""
@@ -116,10 +122,6 @@ class _Products:
         """By the machine's typical rates."""
         flops = sum(2 * LAYER_TOKENS * weight.numel() * count for _, weight, count in self._work)
         return float(flops / rate_at(machine.dense[self._name], LAYER_TOKENS))
-
-
-def _random(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
-    return torch.empty(rows, columns, dtype=dtype).uniform_(-1, 1)
 
 
 def _layer_bytes(width: int, dtype: torch.dtype) -> int:
@@ -153,7 +155,7 @@ def _pass_seconds(
     folder: Path, config: PreTrainedConfig, dtype: torch.dtype, policy: Policy, machine: Machine, num_seqs: int, num_passes: int
 ) -> float:
     """Of a block that is computed together from its one-token prompts on; the first pass warms up."""
-    with Engine(_model(folder, config, dtype), policy, machine, backend=_backend(policy.device)) as engine:
+    with Engine(_model(folder, config, dtype), policy, machine, backend=open_backend(policy.device, DEVICE_BYTES)) as engine:
         list(engine.generate(_requests(num_seqs, 2)))
         began = time.perf_counter()
         list(engine.generate(_requests(num_seqs, num_passes)))
@@ -162,9 +164,3 @@ def _pass_seconds(
 
 def _requests(num_seqs: int, num_tokens: int, *, prompt_len: int = 1) -> list[TokenRequest]:
     return [TokenRequest(index=index, prompt_token_ids=(1 + index,) * prompt_len, max_tokens=num_tokens) for index in range(num_seqs)]
-
-
-def _backend(device: str) -> Backend | None:
-    if device == "cpu":
-        return None
-    return CudaDevice(64 * MIB) if device == "cuda" else SimulatedDevice(64 * MIB)
