@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from capped import NoCgroup, run_capped
+from capped import NoCgroup, Outcome, run_capped
 from record import Results
 from shapes import SHAPES, Shape
 
@@ -117,9 +117,10 @@ def main() -> int:
 
 def run_case(case: Case, scratch: Path) -> dict[str, Any]:
     """One run under its cap; the row for the results."""
-    folder, requests = checkpoint(SHAPES[case.shape], scratch), scratch / "predict.jsonl"
-    requests.write_text("".join(json.dumps(line) + "\n" for line in case.lines()))
-    report = run(folder, requests, case.memory, scratch)
+    folder = checkpoint(SHAPES[case.shape], scratch)
+    outcome, report, log = run(folder, write_requests(case, scratch), case.memory, scratch)
+    if report is None:
+        raise SystemExit(f"the run failed: {outcome}\n{log[-3000:]}")
     policy, told = report["policy"], report["forecast"]
     measured = report["output_tokens_per_s"]
     own = at_own_rates(case, folder, report)
@@ -147,8 +148,16 @@ def checkpoint(shape: Shape, scratch: Path) -> Path:
     return folder
 
 
-def run(folder: Path, requests: Path, memory: str, scratch: Path, *options: str) -> dict[str, Any]:
-    """`flexgen run` in a cgroup of its budget; its metrics."""
+def write_requests(case: Case, scratch: Path) -> Path:
+    path = scratch / "predict.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in case.lines()))
+    return path
+
+
+def run(
+    folder: Path, requests: Path, memory: str, scratch: Path, *options: str, timeout_seconds: float | None = None
+) -> tuple[Outcome, dict[str, Any] | None, str]:
+    """`flexgen run` in a cgroup of its budget: how it ended, its metrics if it was well, what it said."""
     output, metrics, log = (scratch / f"predict-out.{suffix}" for suffix in ("jsonl", "json", "log"))
     command = [
         str(Path(sys.executable).parent / "flexgen"), "run", str(folder), str(requests), "-o", str(output),
@@ -156,10 +165,9 @@ def run(folder: Path, requests: Path, memory: str, scratch: Path, *options: str)
     ]  # fmt: skip
     metrics.unlink(missing_ok=True)
     with log.open("w") as file:
-        outcome = run_capped(parse_size(memory), command, stdout=file, stderr=file)
-    if not outcome.survived or not metrics.exists():
-        raise SystemExit(f"the run failed:\n{log.read_text()[-3000:]}")
-    return json.loads(metrics.read_text())
+        outcome = run_capped(parse_size(memory), command, timeout_seconds=timeout_seconds, stdout=file, stderr=file)
+    report = json.loads(metrics.read_text()) if outcome.survived and metrics.exists() else None
+    return outcome, report, log.read_text()
 
 
 def at_own_rates(case: Case, folder: Path, report: dict[str, Any]) -> float:

@@ -49,7 +49,7 @@ FORECAST = Forecast(
     seconds=2.0, num_passes=3, num_requests=2, num_refused=0, prompt_tokens=8, output_tokens=64, output_tokens_per_s=32.0,
     full_block_tokens_per_s=40.0, live_mean=2.0, request_seconds=1.5, pass_seconds=0.7, resource_seconds={"disk": 0.7, "compute": 0.2},
     bottleneck="disk", memory_bytes={"host": {"weights": 1000}}, budget_bytes={"host": 2000}, weights_bytes_per_pass={"disk_read": 750},
-    disk_written_bytes=0.0, gain_per_gib={"host": 0.041},
+    disk_written_bytes=0.0, gain_per_gib={"host": 0.041}, gain_per_rate={"disk": 0.6, "compute": 0.4},
 )  # fmt: skip
 
 

@@ -141,11 +141,11 @@ def test_progress_none(model_folder: Path, source: Path, output: Path, engines: 
 
 
 def test_dry_run(model_folder: Path, tmp_path: Path, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def make_plan(files: object, options: object, workload: Workload) -> Plan:
+    def plan_job(files: object, options: object, workload: Workload) -> Plan:
         engine = FakeEngine(workload)
         return Plan(spec=engine.spec, machine=engine.machine, policy=engine.policy, forecast=engine.forecast)
 
-    monkeypatch.setattr("flexgen.llm.make_plan", make_plan)
+    monkeypatch.setattr("flexgen.llm.plan_job", plan_job)
     source = write(tmp_path / "in.jsonl", GOOD)
     done = flexgen("run", model_folder, source, "-o", output, "--dry-run")
     assert (done.exit_code, done.stderr) == (0, "")

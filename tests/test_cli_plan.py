@@ -28,6 +28,7 @@ def test_a_plan_in_words() -> None:
         "tokens/s",
         "(the bottleneck)",
         "9,600 output tokens",
+        "what would help, at the margin",
         "host     ",
         "device   ",
     ):
@@ -45,6 +46,21 @@ def test_a_plan_as_json() -> None:
     assert sum(plan["forecast"]["memory_bytes"]["host"].values()) <= 32 << 30
     assert plan["forecast"]["num_requests"] == 100
     assert Machine.from_json(json.dumps(plan["machine"])).name == "rtx4090-64gb"
+
+
+def test_shorter_requests_and_what_they_cost() -> None:
+    job = ("plan", "opt-30b", "--machine", "t4-gcp", "--num-requests", 200)
+    told = flexgen(*job, "--pareto").stdout.splitlines()
+    curve = [line.split() for line in told[told.index("what shorter requests cost:") + 2 :]]
+    assert len(curve) >= 2
+    rates = [float(next(cell for cell in cells if "." in cell)) for cells in curve]
+    assert rates == sorted(rates)
+    points = json.loads(flexgen(*job, "--pareto", "--json").stdout)["pareto"]
+    assert [f"{point['tokens_per_s']:.2f}" for point in points] == [f"{rate:.2f}" for rate in rates]
+    shortest = float(points[0]["request_seconds"])
+    kept = json.loads(flexgen(*job, "--max-request-seconds", 1.05 * shortest, "--json").stdout)
+    assert kept["forecast"]["request_seconds"] <= 1.05 * shortest
+    assert "pareto" not in kept
 
 
 def test_what_fits_the_device_and_what_does_not_run_yet_is_said() -> None:

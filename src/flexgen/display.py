@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from flexgen.durations import format_seconds
@@ -20,10 +20,12 @@ if TYPE_CHECKING:
     from rich.live import Live
 
     from flexgen.plan.forecast import Forecast, Plan
+    from flexgen.plan.pareto import ParetoPoint
     from flexgen.plan.policy import Fractions
 
 LEAST_SHOWN = 0.01  # of a pass: resources that take less are left out
 LEAST_GAIN = 0.001
+FASTER = 0.1  # resources are shown with what so much more of their rate is worth
 RATE_TOLERANCE = 0.15  # of a run's own rates against those of the profile
 _PLAIN_SECONDS = 10.0
 _JSON_SECONDS = 1.0
@@ -223,12 +225,25 @@ def format_forecast(forecast: Forecast) -> list[str]:
         lines.append(f"         {format_size(forecast.disk_written_bytes)} will be written to disk")
     if forecast.num_refused:
         lines.append(f"         {forecast.num_refused:,} requests can never fit")
-    gains = [(tier, gain) for tier, gain in forecast.gain_per_gib.items() if gain >= LEAST_GAIN]
-    if gains:
-        lines.append(
-            "         at the margin, 1 GiB more of " + ", of ".join(f"{tier} memory: +{gain:.1%} tokens/s" for tier, gain in gains)
-        )
-    return lines
+    gains = [(f"1 GiB more of {tier} memory", gain) for tier, gain in forecast.gain_per_gib.items()]
+    gains += [(f"{name.replace('_', ' ')} {FASTER:.0%} faster", FASTER * gain) for name, gain in forecast.gain_per_rate.items()]
+    told = [f"{what}: +{gain:.1%}" for what, gain in gains if gain >= LEAST_GAIN]
+    return [*lines, f"         what would help, at the margin, in tokens/s: {'; '.join(told)}"] if told else lines
+
+
+def format_curve(curve: Sequence[ParetoPoint]) -> str:
+    """What shorter requests cost: a line per plan, shortest requests first."""
+    rows = [("longest request", "tokens/s", "sequences", "schedule", "weights", "KV")]
+    for point in curve:
+        policy = point.policy
+        cells = (format_seconds(point.request_seconds), f"{point.tokens_per_s:,.2f}", f"{policy.max_num_seqs:,}", policy.schedule)
+        rows.append((*cells, _shares(policy.weights), _shares(policy.kv)))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    aligned = [
+        [cell.rjust(width) if at < 3 else cell.ljust(width) for at, (cell, width) in enumerate(zip(row, widths, strict=True))]
+        for row in rows
+    ]
+    return "\n".join("  " + "  ".join(cells).rstrip() for cells in aligned)
 
 
 def format_memory(forecast: Forecast) -> list[str]:

@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 Prompt = str | Sequence[int] | Mapping[str, Any]
 
 
-def make_plan(files: ModelFiles, options: EngineOptions, workload: Workload) -> Plan:
+def plan_job(files: ModelFiles, options: EngineOptions, workload: Workload) -> Plan:
     """The plan that `open_engine` would execute; no weights are read.
 
     Raises:
@@ -58,7 +58,7 @@ def open_engine(files: ModelFiles, options: EngineOptions, workload: Workload) -
     """Plan for the workload, load the model, and return the engine that serves it.
 
     Raises:
-        CapacityError, ModelError, OptionError: as `make_plan`; nothing stays open.
+        CapacityError, ModelError, OptionError: as `plan_job`; nothing stays open.
     """
     from flexgen.opening import open_prepared, prepare
 
@@ -292,8 +292,8 @@ class LLM:
         return self._choices.completions(results, params)
 
     def plan(self, workload: Workload) -> Plan:
-        """What `open` would do with this work (see `make_plan`)."""
-        return make_plan(self.files, self.options, workload)
+        """What `open` would do with this work (see `plan_job`)."""
+        return plan_job(self.files, self.options, workload)
 
     def open(self, workload: Workload) -> Plan:
         """Open the engine for this work, as `stream` would, and tell its plan."""

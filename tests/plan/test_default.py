@@ -10,10 +10,10 @@ from flexgen.plan.cost import unit_homes
 from flexgen.plan.default import solve
 from flexgen.plan.expect import Expectation
 from flexgen.plan.footprint import activation_bytes, footprint, scratch_bytes
+from flexgen.plan.job import JobSizes
 from flexgen.plan.limit import budgets_of, least_ideal_seconds
 from flexgen.plan.model import KVGroupSpec, UnitSpec
 from flexgen.plan.policy import Fractions
-from flexgen.plan.search import JobSizes
 from flexgen.plan.simulate import simulate
 from flexgen.plan.workload import Workload
 from flexgen.sizes import GIB, MIB

@@ -1,5 +1,6 @@
 """The planner against brute force, on random small models, machines, budgets, jobs and pins."""
 
+import copy
 import dataclasses
 import itertools
 import math
@@ -14,6 +15,7 @@ from flexgen.errors import CapacityError
 from flexgen.options import TIERS
 from flexgen.plan.bounds import Bounds
 from flexgen.plan.default import Search, solve
+from flexgen.plan.expect import RESOURCES
 from flexgen.plan.footprint import footprint
 from flexgen.plan.pareto import pareto
 from flexgen.plan.play import Player
@@ -154,6 +156,30 @@ def test_worth_is_the_gain_from_a_little_more_memory(seed):
         # Where the optimum bends, the value at the margin lies between those of either side.
         assert more - 1e-12 <= worth * (1 + 2e-3) + 1e-12
         assert less is None or worth * (1 - 2e-3) - 1e-12 <= less + 1e-12
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_binding_is_the_gain_from_a_little_more_speed(seed):
+    problem = steady_problem(seed)
+    found = problem and problem[0].best(problem[1], problem[2], kv_tiers=problem[3])
+    if not found:
+        return
+    state, room, most, kv_tiers = problem
+    assert sum(found.binding.values()) == pytest.approx(1.0)
+
+    def gain(number, step):
+        """Of tokens/s, per relative gain of a resource's rate."""
+        scale = np.ones(len(RESOURCES))
+        scale[number] = 1 / (1 + step)
+        faster = copy.copy(state)
+        faster.fixed = state.fixed * scale
+        faster.weights, faster.kv = ({tier: each * scale for tier, each in homes.items()} for homes in (state.weights, state.kv))
+        return (faster.best(room, most, kv_tiers=kv_tiers).tokens_per_s / found.tokens_per_s - 1) / step
+
+    for number, name in enumerate(RESOURCES):
+        # Where the optimum bends, the value at the margin lies between those of either side.
+        assert gain(number, 1e-4) - 1e-6 <= found.binding[name] * (1 + 2e-3)
+        assert found.binding[name] * (1 - 2e-3) <= gain(number, -1e-4) + 1e-6
 
 
 # Bounds on time

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexgen.plan.cost import PassLoad, PassWork, price, unit_homes, weights_work
+from flexgen.plan.job import SEARCH_REQUESTS, extrapolated, sampled
 from flexgen.plan.limit import Budgets, least_ideal_seconds
 from flexgen.plan.model import KVGroupSpec
 from flexgen.plan.policy import Fractions
-from flexgen.plan.search import SEARCH_REQUESTS, extrapolated, sampled
 from flexgen.plan.simulate import held_kv_bytes, simulate
 from flexgen.plan.workload import Workload
 from flexgen.sizes import GIB

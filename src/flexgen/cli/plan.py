@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,6 +20,7 @@ from flexgen.sizes import MIB
 if TYPE_CHECKING:
     from flexgen.plan.forecast import Plan
     from flexgen.plan.machine import Limits, Machine
+    from flexgen.plan.pareto import ParetoPoint
     from flexgen.plan.workload import Workload
 
 # Resident memory of a run before any weight is loaded, about: the interpreter, torch, transformers, kernels.
@@ -63,13 +65,18 @@ def plan(
     max_tokens: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Longest answer of lines that do not say.", rich_help_panel=_JOB)
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON: model, machine, limits, policy, forecast.")] = False,
+    pareto: Annotated[bool, typer.Option("--pareto", help="Also show what shorter requests would cost.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON: model, machine, limits, policy, forecast, pareto if asked for.")
+    ] = False,
 ) -> int:
     """Show where weights and KV cache would live, how fast a job would go,
     how long it would take, and what decides that. Nothing is run, and no
     weights are read.
     """
+    from flexgen.plan.default import space_of
     from flexgen.plan.forecast import make_plan
+    from flexgen.plan.pareto import pareto as curve_of
     from flexgen.specs import spec_of
 
     asked = _Asked(source=source, max_tokens=max_tokens, prompt_len=prompt_len, gen_len=gen_len, num_requests=num_requests)
@@ -80,8 +87,10 @@ def plan(
     workload = _equal_lengths(asked, context) if source is None else _lengths_of(source, model, options, max_tokens)
     rates = rates or _this_machine(limits, spec.dtype, Path(model))
     options = dataclasses.replace(options, dtype=spec.dtype, device=limits.device)
-    planned = make_plan(options, spec, rates, limits, workload, process_bytes=PROCESS_BYTES[limits.device])
-    print(_as_json(planned, limits) if as_json else _as_text(planned))
+    job, process_bytes = (options, spec, rates, limits, workload), PROCESS_BYTES[limits.device]
+    planned = make_plan(*job, process_bytes=process_bytes)
+    curve = curve_of(space_of(*job, process_bytes=process_bytes)) if pareto else []
+    print(_as_json(planned, limits, curve) if as_json else _as_text(planned, curve))
     return ExitCode.ALL_ANSWERED
 
 
@@ -136,7 +145,7 @@ def _lengths_of(source: Path, model: str, options: EngineOptions, max_tokens: in
         return Job(llm, source, None, defaults=bare_defaults(llm, max_tokens)).scan()
 
 
-def _as_json(plan: Plan, limits: Limits) -> str:
+def _as_json(plan: Plan, limits: Limits, curve: Sequence[ParetoPoint]) -> str:
     values: dict[str, Any] = {
         "model": {"name": plan.spec.name, "number_format": plan.spec.number_format, "runs": plan.spec.is_plain},
         "machine": json.loads(plan.machine.to_json()),
@@ -144,17 +153,21 @@ def _as_json(plan: Plan, limits: Limits) -> str:
         "policy": dataclasses.asdict(plan.policy),
         "forecast": dataclasses.asdict(plan.forecast),
     }
+    if curve:
+        values["pareto"] = [dataclasses.asdict(point) for point in curve]
     return json.dumps(values, indent=2)
 
 
 _ORIGINS = {"measured": "measured {}", "datasheet": "by its datasheet", "paper": "by the rates of the FlexGen paper"}
 
 
-def _as_text(plan: Plan) -> str:
-    from flexgen.display import format_memory, format_plan
+def _as_text(plan: Plan, curve: Sequence[ParetoPoint]) -> str:
+    from flexgen.display import format_curve, format_memory, format_plan
 
     origin = _ORIGINS[plan.machine.origin].format(plan.machine.date)
     lines = [f"{plan.spec.name} on {plan.machine.name} ({origin})", format_plan(plan), *format_memory(plan.forecast)]
+    if curve:
+        lines += ["what shorter requests cost:", format_curve(curve)]
     if not plan.spec.is_plain:
         lines.append(f"note: weights in {plan.spec.number_format} are planned as shipped; this version cannot run them yet")
     if plan.policy.device != "cpu" and plan.policy.weights.device == plan.policy.kv.device == 1:

@@ -6,8 +6,8 @@ Where bytes go is decided by the policy, what moves by memory/, what is computed
 from __future__ import annotations
 
 import contextlib
-import heapq
 import logging
+import sys
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from collections.abc import Sequence as SequenceOf
@@ -17,22 +17,24 @@ import torch
 
 from flexgen.engine.admission import Admission, Homes, LengthForecast
 from flexgen.engine.answers import Answers, Ending, ending
+from flexgen.engine.batches import micro_batches
 from flexgen.engine.clock import ProgressClock
 from flexgen.engine.logprobs import token_logprobs
-from flexgen.engine.pass_load import kv_slice, pass_load
+from flexgen.engine.pass_load import pass_load
 from flexgen.engine.prefixes import PrefixStore
 from flexgen.engine.progress import Progress, RunReport
 from flexgen.engine.report import RunContext, make_report
 from flexgen.engine.sampler import sample
-from flexgen.engine.schedule import SCHEDULES, Limits, Quota, Slice, defer_behind, defer_remainder, pack
+from flexgen.engine.schedule import SCHEDULES, Limits, Quota, Slice
 from flexgen.engine.sequence import Sequence
 from flexgen.engine.sweep import MicroBatch, run_pass
 from flexgen.engine.trace import Trace
+from flexgen.engine.waiting import Waiting
 from flexgen.errors import EngineError, RequestError
 from flexgen.failpoints import failpoint
 from flexgen.memory.direct_io import FileSet, IOPool
 from flexgen.memory.kv_cache import group_layers
-from flexgen.memory.kv_pass import is_decode
+from flexgen.memory.kv_place import View
 from flexgen.memory.offload import OffloadFolder
 from flexgen.memory.places import open_places
 from flexgen.memory.rows import EmbeddingRows
@@ -53,6 +55,9 @@ from flexgen.request import Live, TokenRequest, TokenResult
 
 logger = logging.getLogger(__name__)
 
+# A thread that has read a chunk wants the interpreter for some microseconds; others give it up after this time.  With Python's own 5 ms a
+# disk of 3.4 GB/s reads 1.6 beside Python code (docs/log.md).
+SWITCH_SECONDS = 1e-4
 LOOKAHEAD = 4  # requests read ahead, in multiples of max_num_seqs: the longest answers among them start first
 
 
@@ -88,7 +93,7 @@ class Engine:
         self._context, self._temporary = context, tuple(temporary)
         self.forecast, self._workload = (context.forecast, context.workload) if context is not None else (None, None)
         self.load_seconds = 0.0
-        self._previous_threads = torch.get_num_threads()
+        self._previous_threads, self._previous_interval = torch.get_num_threads(), sys.getswitchinterval()
         self._device = backend.device if backend is not None else torch.device("cpu")
         self._backend = backend
         self._files = FileSet(verify=verify_reads)
@@ -109,6 +114,7 @@ class Engine:
             )
             undo.pop_all()
         torch.set_num_threads(policy.compute_threads)
+        sys.setswitchinterval(SWITCH_SECONDS)
         shares = {tier: getattr(policy.kv, tier) for tier in TIERS if tier in self.places}
         self._prefixes = PrefixStore(self.cache, self._regime)
         self._admission = Admission(self.cache, Homes(shares), self._prefixes)
@@ -120,8 +126,7 @@ class Engine:
         self._live: list[Sequence] = []
         self._expectation = Expectation(model.spec, machine, policy.dtype)
         self.trace = Trace(self._expectation, policy)
-        # A heap: longest expected answer first, then in the order of the input, requests of a common prefix together.
-        self._waiting: list[tuple[int, tuple[int, ...], Sequence]] = []
+        self._waiting = Waiting()  # answers as long in the order of the input, requests of a common prefix together
         self.answers = Answers()
         self._bytes_before: dict[str, int] = {}
         self._busy_before = 0.0
@@ -171,6 +176,7 @@ class Engine:
         for folder in self._temporary:
             folder.remove()
         torch.set_num_threads(self._previous_threads)
+        sys.setswitchinterval(self._previous_interval)
 
     def __enter__(self) -> Engine:
         return self
@@ -281,7 +287,7 @@ class Engine:
 
     def _unfinished(self) -> Iterator[Live]:
         """What has been generated of answers that go on, those of preempted and of resumed sequences that wait included."""
-        for sequence in (*self._live, *(each for _, _, each in self._waiting)):
+        for sequence in (*self._live, *self._waiting):
             if sequence.generated:
                 yield Live(index=sequence.request.index, generated=sequence.so_far())
 
@@ -296,16 +302,15 @@ class Engine:
             if (end := ending(sequence)) is not None:
                 yield self._finish(sequence, end)
             else:
-                heapq.heappush(self._waiting, (-sequence.remaining, self._prefixes.order(sequence), sequence))
+                self._waiting.add(sequence, self._prefixes.order(sequence))
 
     def _admit(self) -> Iterator[TokenResult]:
         """Let the schedule choose; a request that can never fit becomes its own error."""
-        while self._waiting and not self._admission.can_ever_fit(self._waiting[0][2]):
-            sequence = heapq.heappop(self._waiting)[2]
-            yield self._refused(sequence)
-        count = self._schedule(_popping(self._waiting), tuple(self._live), self._limits, self._quota, self._enter)
+        while self._waiting and not self._admission.can_ever_fit(self._waiting.first):
+            yield self._refused(self._waiting.pop())
+        count = self._schedule(self._waiting, tuple(self._live), self._limits, self._quota, self._enter)
         for _ in range(count):
-            heapq.heappop(self._waiting)
+            self._waiting.pop()
         if count == 0 and not self._live and self._waiting and self._quota.credit > 0:
             raise EngineError("nothing was admitted into an empty block")
 
@@ -342,7 +347,7 @@ class Engine:
     def _run_pass(self) -> Iterator[TokenResult]:
         failpoint("engine.pass")
         start = time.perf_counter()
-        batches = self._batches()
+        batches = micro_batches(self._live, self.places, self.policy, self._micro_batch)
         load = pass_load(batches, tuple(self.places), len(self.cache.groups))
         waits: dict[str, float] = {}
         for home, place in self.places.items():
@@ -379,30 +384,13 @@ class Engine:
         sequence.num_preemptions += 1
         sequence.expected_tokens = sequence.request.max_tokens
         self._live.remove(sequence)
-        heapq.heappush(self._waiting, (-(1 << 60), self._prefixes.order(sequence), sequence))
+        self._waiting.add(sequence, self._prefixes.order(sequence), preempted=True)
         self.answers.preempted()
         logger.debug("request %d was preempted", sequence.request.index)
 
-    def _batches(self) -> list[MicroBatch]:
-        batches: list[MicroBatch] = []
-        for home, place in self.places.items():
-            members = [each for each in self._live if each.kv is not None and each.kv.home == home]
-            for each in members:
-                each.deferred = 0
-            if place.mixes and self.policy.schedule == "diagonal":
-                defer_remainder(members, self.policy.micro_batch_tokens)
-            defer_behind(members, within_pass=place.chunks)
-            latest: dict[Sequence, MicroBatch] = {}  # who computes a sequence's tokens in this pass; the last one, so far
-            for slices in pack(members, self.policy.micro_batch_tokens, mix=place.mixes, chunk=place.chunks):
-                slices = sorted(slices, key=lambda each: not is_decode(kv_slice(each)))
-                view = place.view([kv_slice(each) for each in slices])
-                batch = MicroBatch(
-                    slices, self.model.bound, self._pass_cache, view, self._rows, self._device, even_rows=self._backend is None
-                )
-                batch.after = {latest[each] for each in _stored_by(slices) if each in latest}
-                latest.update({each.sequence: batch for each in slices})
-                batches.append(batch)
-        return batches
+    def _micro_batch(self, slices: SequenceOf[Slice], view: View) -> MicroBatch:
+        bound, even_rows = self.model.bound, self._backend is None
+        return MicroBatch(slices, bound, self._pass_cache, view, self._rows, self._device, even_rows=even_rows)
 
     def _sample(self, batches: list[MicroBatch]) -> list[TokenResult]:
         results: list[TokenResult] = []
@@ -459,18 +447,3 @@ class _Unfinished:
 
     def __iter__(self) -> Iterator[Live]:
         return self._gather()
-
-
-def _stored_by(slices: Iterable[Slice]) -> Iterator[Sequence]:
-    """The sequences that compute, in the same pass, what these slices go on from."""
-    for each in slices:
-        if each.start > each.sequence.num_stored:
-            yield each.sequence
-        elif (writer := each.sequence.behind) is not None:
-            yield writer
-
-
-def _popping(heap: list[tuple[int, tuple[int, ...], Sequence]]) -> Iterator[Sequence]:
-    """The heap's sequences, best first, without removing them."""
-    for _, _, sequence in heapq.nsmallest(len(heap), heap):
-        yield sequence

@@ -17,7 +17,7 @@ from flexgen.options import EngineOptions
 from flexgen.plan.bounds import Bounds
 from flexgen.plan.machine import Limits, Machine
 from flexgen.plan.model import ModelSpec
-from flexgen.plan.moves import COARSE_STEPS, FINE_STEPS, improve
+from flexgen.plan.moves import climb
 from flexgen.plan.outputs import expected
 from flexgen.plan.play import Outcome, Player
 from flexgen.plan.policy import Policy
@@ -31,8 +31,8 @@ from flexgen.plan.workload import Workload
 NOMINAL_WORKLOAD = Workload(prompt_lens=(512,) * 256, output_lens=(128,) * 256)
 # Effort (see play.py) after which the best policy so far is taken, about a second on one core of 2024; and under further bounds.
 MOST_EFFORT, MORE_EFFORT = 90_000, 20_000
-# Of the best starts, how many are moved; and of those, how many in fine steps.
-MOVED_STARTS, REFINED = 2, 2
+# Of the best starts, how many are moved first.
+MOVED_STARTS = 2
 # Of the points that were found, how many are begun with under the next bounds.
 REMEMBERED = 6
 # A bound that nothing keeps.
@@ -180,9 +180,7 @@ class Search:
                 sorted([*self._begun(tokens, BOUNDED_CAPS if bounds.are_given else (1.0,)), *self._found], key=score), MOVED_STARTS
             )
             for few in (chosen[:MOVED_STARTS], chosen[MOVED_STARTS:]):
-                found |= {improve(start, self.space, score, goes_on, steps=COARSE_STEPS, in_pairs=False): None for start in few}
-                best = sorted(found, key=score)[:REFINED]
-                found |= {improve(start, self.space, score, goes_on, steps=FINE_STEPS, in_pairs=True): None for start in best}
+                found |= dict.fromkeys(climb(few, self.space, score, goes_on, also=found))
         ranked = sorted(found, key=score)
         self._found |= dict.fromkeys(ranked[:REMEMBERED])
         return ranked[0] if ranked else None

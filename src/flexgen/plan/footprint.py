@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from flexgen.plan.cost import DTYPE_BYTES, needs_decode, unit_homes, weight_bytes
+from flexgen.plan.job import JobSizes
 from flexgen.plan.machine import Limits
 from flexgen.plan.model import ModelSpec
 from flexgen.plan.policy import Policy
-from flexgen.plan.search import JobSizes
 from flexgen.sizes import MIB
 
 # Kept free beside everything accounted for: thread stacks, text, code loaded later, fragments of freed memory.

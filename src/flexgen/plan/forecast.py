@@ -15,11 +15,11 @@ from flexgen.plan.cost import unit_homes, weights_work
 from flexgen.plan.default import Solution, solve
 from flexgen.plan.expect import Expectation
 from flexgen.plan.footprint import footprint
+from flexgen.plan.job import PLAYED_REQUESTS, extrapolated, sampled
 from flexgen.plan.machine import Limits, Machine
 from flexgen.plan.model import ModelSpec
 from flexgen.plan.outputs import expected
 from flexgen.plan.policy import Policy
-from flexgen.plan.search import PLAYED_REQUESTS, extrapolated, sampled
 from flexgen.plan.simulate import Simulation
 from flexgen.plan.workload import Workload
 from flexgen.sizes import GIB
@@ -42,6 +42,7 @@ class Forecast:
         memory_bytes: tier -> part -> bytes reserved. budget_bytes: tier -> bytes.
         weights_bytes_per_pass: link -> bytes of weights. disk_written_bytes: in all.
         gain_per_gib: tier -> relative gain of output tokens/s by 1 GiB more of it, at the margin; empty where unknown.
+        gain_per_rate: resource -> the same per relative gain of its rate.
     """
 
     seconds: float
@@ -62,6 +63,7 @@ class Forecast:
     weights_bytes_per_pass: dict[str, int]
     disk_written_bytes: float
     gain_per_gib: dict[str, float]
+    gain_per_rate: dict[str, float]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,14 +85,15 @@ def make_plan(options: EngineOptions, spec: ModelSpec, machine: Machine, limits:
 
 def forecast(solution: Solution, spec: ModelSpec, machine: Machine, limits: Limits, workload: Workload, *, process_bytes: int) -> Forecast:
     """What `solution`'s policy should do."""
-    policy = solution.policy
+    policy, steady = solution.policy, solution.steady
     homes = weights_work(spec, unit_homes(spec, policy.weights), policy.device)
     return Forecast(
         **_played(policy, Expectation(spec, machine, policy.dtype), workload),
         memory_bytes=footprint(policy, spec, limits, process_bytes=process_bytes),
         budget_bytes={"host": limits.host_bytes, "device": limits.device_bytes, "disk": limits.disk_bytes},
         weights_bytes_per_pass={"disk_read": int(homes.disk_read_bytes), "host_to_device": int(homes.host_to_device_bytes)},
-        gain_per_gib={tier: gain * GIB for tier, gain in solution.steady.worth.items()} if solution.steady is not None else {},
+        gain_per_gib={tier: gain * GIB for tier, gain in steady.worth.items()} if steady is not None else {},
+        gain_per_rate=steady.binding if steady is not None else {},
     )
 
 

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 from flexgen.plan.cost import memory_bytes, unit_homes, weight_bytes
+from flexgen.plan.job import PLAYED_REQUESTS, JobSizes, extrapolated, sampled
 from flexgen.plan.machine import Limits, Machine
 from flexgen.plan.model import ModelSpec
+from flexgen.plan.moves import climb
 from flexgen.plan.policy import Policy
-from flexgen.plan.search import (
-    PLAYED_REQUESTS,
-    JobSizes,
-    descend,
-    extrapolated,
-    kv_pools,
-    placed_weights,
-    pool_fractions,
-    sampled,
-    search_axes,
-)
+from flexgen.plan.pools import kv_pools, placed_weights, pool_fractions
+from flexgen.plan.space import Point
+from flexgen.plan.starts import varied
 from flexgen.plan.workload import Workload
+
+MICRO_BATCH_TOKENS = 1 << 20
+QUOTAS = (0.0, 0.15, 0.4, 0.7, 1.0)
+# Of the best of a coarse grid, how many are moved, beside the best of each kind.
+MOVED_STARTS = 4
+NOTHING = Point(
+    on_device=0.0, on_host=0.0, kv_homes=0.0, kv_disk=0.0, quota=1.0, cap=1.0, embedding=False, schedule="diagonal",
+    micro_batch_tokens=MICRO_BATCH_TOKENS,
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,9 +60,8 @@ def least_ideal_seconds(
 ) -> float:
     """T*: the least sum over the passes of the busiest resource's ideal time, within `budgets`, without overheads.
 
-    Searched over the shares of resident weights, the homes of KV, the prefill quota and max_num_seqs, under the
-    diagonal and the zigzag schedule; a grid first, then refined where it was best.  `also` are policies known to be
-    allowed (the one that ran): T* is at most theirs.
+    Searched over the shares of resident weights, the homes of KV and the prefill quota, under the diagonal and the zigzag
+    schedule.  `also` are policies known to be allowed (the one that ran): T* is at most theirs.
 
     Raises:
         OptionError: when the machine was not measured in `dtype`.
@@ -66,20 +70,22 @@ def least_ideal_seconds(
         return 0.0
     space = _IdealSpace(spec, budgets, workload, dtype)
     sample, scale = sampled(workload)
+    known: dict[Policy, tuple[float, float]] = {}
 
-    def seconds(policy: Policy | None, lengths: Workload, scale: float) -> tuple[float, float]:
-        if policy is None:
-            return math.inf, math.inf
+    def seconds(policy: Policy, lengths: Workload, scale: float) -> tuple[float, float]:
         return extrapolated(spec, policy, lengths, scale, lambda played: played.busiest_seconds(machine, dtype))
 
-    candidates = list(also)
-    for schedule, keep in (("diagonal", 4), ("zigzag", 1)):
+    def score(point: Point) -> tuple[float, float]:
+        policy = space.policy(point)
+        if policy is None:
+            return math.inf, math.inf
+        if policy not in known:
+            known[policy] = seconds(policy, sample, scale)
+        return known[policy]
 
-        def score(point: tuple[float, ...], schedule: str = schedule) -> tuple[float, float]:
-            return seconds(space.policy(point, schedule), sample, scale)
-
-        found = [space.policy(point, schedule) for point in descend(space.axes(), score, keep=keep)]
-        candidates += [policy for policy in found if policy is not None]
+    starts = varied(sorted(space.starts(), key=score), MOVED_STARTS)
+    found = [space.policy(point) for point in climb(starts, space, score, lambda: True)]
+    candidates = [*also, *dict.fromkeys(policy for policy in found if policy is not None)]
     lengths, scale = (workload, 1.0) if len(workload) <= PLAYED_REQUESTS else (sample, scale)
     return min((seconds(policy, lengths, scale) for policy in candidates), default=(0.0, math.inf))[1]
 
@@ -94,24 +100,47 @@ class _IdealSpace:
         self.sizes = JobSizes(spec, workload, page_tokens=1)
         self.memory_bytes = sum(memory_bytes(unit) for unit in spec.units)
 
-    def axes(self) -> list[tuple[float, ...]]:
-        """What `search_axes` says, then: the cap on sequences; whether the embedding is resident."""
-        return [*search_axes(self.budgets.device, self.budgets.disk_bytes > 0), (1.0,), (0.0,)]
+    def free_axes(self, schedule: str) -> tuple[str, ...]:
+        """All that the tiers leave to choose."""
+        axes = ["on_host"] if self.budgets.device == "cpu" else ["on_device", "on_host", "kv_homes"]
+        axes += ["kv_disk"] * (self.budgets.disk_bytes > 0) + ["quota"] * (schedule == "diagonal")
+        return tuple(axes)
 
-    def policy(self, point: tuple[float, ...], schedule: str) -> Policy | None:
+    def schedules(self) -> tuple[str, ...]:
+        """Those that a job may choose from."""
+        return ("diagonal", "zigzag")
+
+    def micro_batches(self) -> list[int]:
+        """All at once: without overheads, more rows are never slower."""
+        return [MICRO_BATCH_TOKENS]
+
+    def starts(self) -> Iterator[Point]:
+        """A coarse grid."""
+        values = {
+            "on_device": (0.0, 0.5, 1.0),
+            "on_host": (0.0, 0.5, 1.0),
+            "kv_homes": (0.0, 0.5, 1.0),
+            "kv_disk": (0.0, 1.0),
+            "quota": QUOTAS,
+        }
+        for schedule in self.schedules():
+            free = self.free_axes(schedule)
+            for chosen in product(*(values[axis] for axis in free)):
+                yield dataclasses.replace(NOTHING, schedule=schedule, **dict(zip(free, chosen, strict=True)))
+
+    def policy(self, point: Point) -> Policy | None:
         """The policy of a point, or None where it does not fit."""
-        on_device, on_host, kv_homes, kv_disk, quota, cap, embedding = point
         weights = placed_weights(
-            self.memory_bytes, self.budgets.device, self.budgets.device_bytes, self.budgets.host_bytes, on_device, on_host
+            self.memory_bytes, self.budgets.device, self.budgets.device_bytes, self.budgets.host_bytes, point.on_device, point.on_host
         )
         held = weight_bytes(self.spec, unit_homes(self.spec, weights))
         free = {"device": self.budgets.device_bytes - held["device"], "host": self.budgets.host_bytes - held["host"]}
         # A tied embedding costs nothing: its rows are the head's.
-        resident = (embedding >= 0.5 or weights.disk == 0) and free[self.computing] >= self.spec.embedding_bytes
+        resident = (point.embedding or weights.disk == 0) and free[self.computing] >= self.spec.embedding_bytes
         free[self.computing] -= self.spec.embedding_bytes * resident
         if min(free.values()) < 0:
             return None
-        pools = kv_pools(free, self.budgets.disk_bytes, kv_homes, kv_disk)
+        pools = kv_pools(free, self.budgets.disk_bytes, point.kv_homes, point.kv_disk)
         if not any(pools.values()):
             return None
         return Policy(
@@ -126,10 +155,10 @@ class _IdealSpace:
             device_ring_bytes=0,
             workspace_bytes=0,
             embedding_resident=resident,
-            schedule=schedule,
-            max_num_seqs=max(1, round(cap * len(self.workload))),
-            prefill_tokens=self.sizes.quota(sum(pools.values()), quota),
-            micro_batch_tokens=1 << 20,
+            schedule=point.schedule,
+            max_num_seqs=len(self.workload),
+            prefill_tokens=self.sizes.quota(sum(pools.values()), point.quota),
+            micro_batch_tokens=point.micro_batch_tokens,
             page_tokens=1,
             compute_threads=1,
             io_threads=1,

@@ -10,6 +10,7 @@ from typing import Any
 
 from flexgen.errors import OptionError
 
+FEW_CORES = 4
 ORIGINS = ("measured", "datasheet", "paper")
 
 
@@ -103,6 +104,11 @@ class Machine:
     overheads: Overheads
     versions: dict[str, str] = dataclasses.field(default_factory=dict[str, str])
     busy_cores: float = 0.0
+
+    @property
+    def io_threads(self) -> int:
+        """Threads that read and write files: two keep a disk busy, and few cores have no time for more."""
+        return 2 if self.cores <= FEW_CORES else 4
 
     def dense_flops(self, dtype: str) -> float:
         """The best rate of a linear layer over all row counts.

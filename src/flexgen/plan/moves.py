@@ -1,12 +1,13 @@
-"""Moves a point of the space as long as that helps.  Knows the space's axes, and prices only through the score it is given."""
+"""Moves points of a space as long as that helps.  Knows the space's axes, and prices only through the score it is given."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import combinations, product
+from typing import Protocol
 
-from flexgen.plan.space import Point, Space
+from flexgen.plan.space import Point
 
 Score = tuple[float, ...]
 Move = Mapping[str, float]
@@ -15,10 +16,37 @@ LEAST_GAIN = 3e-4
 # Coarse steps along one axis at a time; then finer ones, along two at once too: at the edge of what fits, one share grows only where
 # another shrinks.
 COARSE_STEPS, FINE_STEPS = (0.25, 0.125, 0.06, 0.03), (0.25, 0.1, 0.04, 0.015)
+# Of the points that coarse steps lead to, how many go on in fine ones.
+REFINED = 2
 
 
-def improve(
-    start: Point, space: Space, score: Callable[[Point], Score], goes_on: Callable[[], bool], *, steps: Sequence[float], in_pairs: bool
+class Axes(Protocol):
+    """What there is to choose from, beside the numbers of a Point."""
+
+    def free_axes(self, schedule: str) -> tuple[str, ...]:
+        """Fields of Point that are not pinned, and make a difference."""
+        ...
+
+    def schedules(self) -> tuple[str, ...]:
+        """Those to choose from."""
+        ...
+
+    def micro_batches(self) -> list[int]:
+        """Sizes to choose from."""
+        ...
+
+
+def climb(
+    starts: Sequence[Point], space: Axes, score: Callable[[Point], Score], goes_on: Callable[[], bool], *, also: Iterable[Point] = ()
+) -> list[Point]:
+    """Where the starts lead, in coarse steps, and the best of that and of `also` in fine ones; and `also`."""
+    found = [*also, *(_improved(start, space, score, goes_on, steps=COARSE_STEPS, in_pairs=False) for start in starts)]
+    best = sorted(found, key=score)[:REFINED]
+    return [*found, *(_improved(start, space, score, goes_on, steps=FINE_STEPS, in_pairs=True) for start in best)]
+
+
+def _improved(
+    start: Point, space: Axes, score: Callable[[Point], Score], goes_on: Callable[[], bool], *, steps: Sequence[float], in_pairs: bool
 ) -> Point:
     """The point that is reached from `start` by moves that help, largest steps first, while `goes_on`."""
     best, value = start, score(start)
@@ -54,7 +82,7 @@ def _moved(point: Point, move: Move, length: int) -> Point:
     return dataclasses.replace(point, **{axis: min(max(getattr(point, axis) + length * by, 0.0), 1.0) for axis, by in move.items()})
 
 
-def _alternatives(point: Point, space: Space) -> Iterator[Point]:
+def _alternatives(point: Point, space: Axes) -> Iterator[Point]:
     """The same with another of what is not a matter of more or less."""
     yield dataclasses.replace(point, embedding=not point.embedding)
     free = space.free_axes(point.schedule)

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from flexgen.plan.bounds import Bounds, longest_request_seconds
 from flexgen.plan.expect import Expectation
+from flexgen.plan.job import PLAYED_REQUESTS, extrapolated, sampled
 from flexgen.plan.moves import Score
 from flexgen.plan.policy import Policy
-from flexgen.plan.search import PLAYED_REQUESTS, extrapolated, sampled
 from flexgen.plan.simulate import Simulation
 from flexgen.plan.space import Point, Space
 from flexgen.plan.workload import Workload

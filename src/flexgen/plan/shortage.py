@@ -61,7 +61,7 @@ def _needs(space: Space, weights: Fractions, homes: Fractions) -> dict[str, dict
     draft = space.smallest(weights, spills=homes.disk > 0)
     largest = max(homes.device, homes.host, homes.disk)
     kv = {tier: math.ceil(space.sizes.smallest * getattr(homes, tier) / largest) + ROUNDING_BYTES for tier in TIERS}
-    needs = {tier: dict(parts) for tier, parts in space.used(draft).items()}
+    needs = {tier: dict(parts) for tier, parts in space.drafts.used(draft).items()}
     on_disk = kv["disk"] if homes.disk else 0
     needs["host"]["KV staging"] += math.ceil(space.staged * on_disk)
     if space.limits.offload_in_memory:

@@ -14,20 +14,17 @@ from dataclasses import dataclass
 from flexgen.errors import OptionError
 from flexgen.options import TIERS, EngineOptions, parse_placement
 from flexgen.plan.cost import DTYPE_BYTES, memory_bytes
-from flexgen.plan.footprint import RING_UNITS, activation_bytes, embedding_table_bytes, reserved
+from flexgen.plan.drafts import Drafts
+from flexgen.plan.job import JobSizes
 from flexgen.plan.layout import Layouts
 from flexgen.plan.machine import Limits, Machine
 from flexgen.plan.model import ModelSpec
 from flexgen.plan.policy import Fractions, Policy
-from flexgen.plan.search import JobSizes, kv_pools, placed_weights, pool_fractions
+from flexgen.plan.pools import kv_pools, placed_weights, pool_fractions
 from flexgen.plan.simulate import PAGE_TOKENS
 from flexgen.plan.steady import Room
 from flexgen.plan.workload import Workload
-from flexgen.sizes import align_up
 
-# A ring holds what a link delivers in this time, but never more than this share of its tier.
-RING_SECONDS = 0.3
-RING_SHARE = 0.05
 # Live sequences vary around what the pools hold on average.
 SEQUENCE_SLACK = 1.15
 # A smaller share of KV is not worth a folder on disk.
@@ -79,7 +76,7 @@ class Space:
         if options.dtype not in DTYPE_BYTES:
             raise OptionError(f"dtype={options.dtype!r}: a plan needs one of {', '.join(DTYPE_BYTES)}")
         self.options, self.spec, self.machine, self.limits, self.workload = options, spec, machine, limits, workload
-        self.process_bytes, self.dtype = process_bytes, options.dtype
+        self.dtype = options.dtype
         self.on_cpu = limits.device == "cpu"
         self.computing = "host" if self.on_cpu else "device"
         self.weights = _pinned("weights", options.weights, limits.device)
@@ -93,7 +90,10 @@ class Space:
         self.sizes = JobSizes(spec, workload, PAGE_TOKENS)
         self.layouts = Layouts(spec, limits.device)
         self.weight_bytes = sum(memory_bytes(unit) for unit in spec.units)
-        self.embedding_bytes = embedding_table_bytes(spec)
+        self.drafts = Drafts(
+            spec, machine, limits, self.sizes, self.layouts, dtype=self.dtype, process_bytes=process_bytes, kv=self.kv,
+            num_seqs=options.max_num_seqs or 1,
+        )  # fmt: skip
         # Two layers of all KV on disk are staged: one that is attended to, one on its way.
         layer = max((group.bytes_per_token for group in spec.kv_groups), default=0)
         self.staged = 2 * layer / max(spec.kv_bytes_per_token, 1)
@@ -141,29 +141,29 @@ class Space:
         spills = kv_disk > 0 or (self.kv is not None and self.kv.disk > 0)
         bare = self._bare(point, spills=spills)
         weights = self.weights or self._place(bare, point.on_device, point.on_host)
-        draft = self._draft(weights, point.schedule, point.micro_batch_tokens, bare.prefill_tokens, spills=spills)
+        draft = self.drafts.draft(weights, point.schedule, point.micro_batch_tokens, bare.prefill_tokens, spills=spills)
 
         def holds_largest(tried: Policy) -> bool:
-            left = self._free(self._for(tried, self.options.max_num_seqs or 1))
+            left = self.drafts.free(self.drafts.for_seqs(tried, self.options.max_num_seqs or 1))
             return min(left.values()) >= 0 and max(self._pools(left, point.kv_homes, kv_disk).values()) >= self.sizes.largest
 
         if point.schedule == "diagonal" and self.options.prefill_tokens is None:
-            pool_bytes = sum(self._pools(self._free(draft), point.kv_homes, kv_disk).values())
+            pool_bytes = sum(self._pools(self.drafts.free(draft), point.kv_homes, kv_disk).values())
 
             def leaves_room(tokens: int) -> bool:
-                return holds_largest(self._draft(weights, point.schedule, point.micro_batch_tokens, tokens, spills=spills))
+                return holds_largest(self.drafts.draft(weights, point.schedule, point.micro_batch_tokens, tokens, spills=spills))
 
             wanted = self.sizes.quota(pool_bytes, point.quota)
             prefill_tokens = wanted if leaves_room(wanted) else _largest(wanted, leaves_room)
-            draft = self._draft(weights, point.schedule, point.micro_batch_tokens, prefill_tokens, spills=spills)
+            draft = self.drafts.draft(weights, point.schedule, point.micro_batch_tokens, prefill_tokens, spills=spills)
         # Rows are gathered as long as any unit streams: the same bytes of units save more reading.
         if point.embedding and weights.disk == 0:
             resident = dataclasses.replace(draft, embedding_resident=True)
             draft = resident if holds_largest(resident) else draft
-        free = self._free(draft)
+        free = self.drafts.free(draft)
 
         def free_for(max_num_seqs: int) -> dict[str, int]:
-            grown = self._for(draft, max_num_seqs).workspace_bytes - draft.workspace_bytes
+            grown = self.drafts.for_seqs(draft, max_num_seqs).workspace_bytes - draft.workspace_bytes
             return {tier: size - grown * (tier == self.computing) for tier, size in free.items()}
 
         def is_fed(number: int) -> bool:
@@ -179,7 +179,7 @@ class Space:
         found["longest_sequence"] = self.sizes.longest
         if self.options.prefill_tokens is None:
             found["prefill_tokens"] = min(draft.prefill_tokens, max_num_seqs * self.sizes.longest_prompt)
-        return dataclasses.replace(self._for(draft, max_num_seqs), kv=self.kv or pool_fractions(pools), **found)
+        return dataclasses.replace(self.drafts.for_seqs(draft, max_num_seqs), kv=self.kv or pool_fractions(pools), **found)
 
     def room(self, point: Point, *, spills: bool) -> tuple[Policy, Room]:
         """A policy of the fewest sequences with all weights on disk, and what that leaves for weights and KV."""
@@ -187,8 +187,8 @@ class Space:
         many = 1024
         grown = 0.0  # a pinned number has its room already
         if self.options.max_num_seqs is None:
-            grown = (self._for(bare, 1 + many).workspace_bytes - bare.workspace_bytes) / many
-        free = self._free(bare)
+            grown = (self.drafts.for_seqs(bare, 1 + many).workspace_bytes - bare.workspace_bytes) / many
+        free = self.drafts.free(bare)
         return bare, Room(
             memory_bytes={"device": free["device"], "host": free["host"], "disk": self.disk_bytes},
             sequence_bytes={self.computing: grown},
@@ -207,7 +207,7 @@ class Space:
 
     def _bare(self, point: Point, *, spills: bool) -> Policy:
         prefill_tokens = self.options.prefill_tokens or self._least_quota(point.schedule, point.micro_batch_tokens)
-        return self._draft(Fractions(disk=1.0), point.schedule, point.micro_batch_tokens, prefill_tokens, spills=spills)
+        return self.drafts.draft(Fractions(disk=1.0), point.schedule, point.micro_batch_tokens, prefill_tokens, spills=spills)
 
     def _least_quota(self, schedule: str, micro_batch_tokens: int) -> int:
         """Prompt tokens that a pass admits at the least: a zigzag block enters at once, a row is one micro-batch."""
@@ -216,49 +216,6 @@ class Space:
     def _fed(self, pools: dict[str, int]) -> int:
         """About how many sequences these pools keep alive."""
         return math.ceil(self.sizes.block(sum(pools.values())) * SEQUENCE_SLACK)
-
-    def _draft(self, weights: Fractions, schedule: str, micro_batch_tokens: int, prefill_tokens: int, *, spills: bool) -> Policy:
-        """A policy with everything but KV, for as many sequences as are pinned or one; if it `spills`, with staging for KV on disk."""
-        layout = self.layouts.of(weights)
-        draft = Policy(
-            device=self.limits.device,
-            dtype=self.dtype,
-            weights=weights,
-            kv=self.kv or Fractions(host=1.0 - spills, disk=float(spills)),
-            kv_device_bytes=0,
-            kv_host_bytes=0,
-            kv_disk_bytes=0,
-            host_ring_bytes=_ring(
-                layout.largest_from_disk, layout.from_disk, self.machine.disk_read.best * RING_SECONDS, self.limits.host_bytes
-            ),
-            kv_staging_bytes=self.sizes.layer * spills,
-            device_ring_bytes=_ring(layout.largest_over_link, layout.over_link, 0, self.limits.device_bytes),
-            workspace_bytes=0,
-            embedding_resident=False,
-            schedule=schedule,
-            max_num_seqs=self.options.max_num_seqs or 1,
-            prefill_tokens=prefill_tokens,
-            micro_batch_tokens=micro_batch_tokens,
-            page_tokens=PAGE_TOKENS,
-            compute_threads=self.machine.cores,
-            io_threads=2 if self.machine.cores <= 4 else 4,
-        )
-        scratch = layout.scratch_bytes if self.on_cpu else 0
-        return dataclasses.replace(draft, workspace_bytes=self._activations(draft, draft.max_num_seqs) + scratch)
-
-    def _activations(self, draft: Policy, max_num_seqs: int) -> int:
-        return align_up(activation_bytes(self.spec, self.sizes, draft, max_num_seqs), 4096)
-
-    def _for(self, draft: Policy, max_num_seqs: int) -> Policy:
-        """The draft with the workspace of so many sequences."""
-        grown = self._activations(draft, max_num_seqs) - self._activations(draft, draft.max_num_seqs)
-        return dataclasses.replace(draft, max_num_seqs=max_num_seqs, workspace_bytes=draft.workspace_bytes + grown)
-
-    def _free(self, draft: Policy) -> dict[str, int]:
-        """Bytes left in memory."""
-        used = self.used(draft)
-        budgets = {"device": self.limits.device_bytes, "host": self.limits.host_bytes}
-        return {tier: budget - sum(used.get(tier, {}).values()) for tier, budget in budgets.items()}
 
     def _place(self, bare: Policy, on_device: float, on_host: float) -> Fractions:
         """Shares of what is left for weights beside the rings and the KV of one request; all of them where that fits."""
@@ -270,17 +227,17 @@ class Space:
 
     def _weights_room(self, bare: Policy, on_device: float) -> dict[str, float]:
         """Bytes per tier that weights may take."""
-        room: dict[str, float] = {**self._free(bare)}
+        room: dict[str, float] = {**self.drafts.free(bare)}
         room[self.computing] -= self.sizes.largest
         drafted = (bare.schedule, bare.micro_batch_tokens, bare.prefill_tokens)
-        whole = self._draft(Fractions(**{self.computing: 1.0}), *drafted, spills=False)
-        if self._free(whole)[self.computing] >= self.sizes.smallest:
+        whole = self.drafts.draft(Fractions(**{self.computing: 1.0}), *drafted, spills=False)
+        if self.drafts.free(whole)[self.computing] >= self.sizes.smallest:
             room[self.computing] = self.weight_bytes
         elif not self.on_cpu:
             # What the device does not hold may fit on the host, which then needs no staging.
             rest = placed_weights(self.weight_bytes, self.limits.device, room["device"], math.inf, on_device, 1.0)
-            beside = self._draft(rest, *drafted, spills=bare.kv_staging_bytes > 0)
-            room["host"] = math.inf if self._free(beside)["host"] >= 0 else room["host"]
+            beside = self.drafts.draft(rest, *drafted, spills=bare.kv_staging_bytes > 0)
+            room["host"] = math.inf if self.drafts.free(beside)["host"] >= 0 else room["host"]
         return room
 
     def _pools(self, free: dict[str, int], kv_homes: float, kv_disk: float) -> dict[str, int]:
@@ -305,22 +262,14 @@ class Space:
     def within(self, limits: Limits) -> Space:
         """The same with other budgets."""
         again = copy.copy(self)
-        again.limits = limits
+        again.limits, again.drafts = limits, self.drafts.within(limits)
         return again
 
     def smallest(self, weights: Fractions, *, spills: bool) -> Policy:
         """The plan with these weights that needs the least memory, without KV; if it `spills`, with staging for KV on disk."""
         schedule, micro_batch_tokens = self.schedules()[0], self.micro_batches()[-1]
         prefill_tokens = self.options.prefill_tokens or self._least_quota(schedule, micro_batch_tokens)
-        return self._draft(weights, schedule, micro_batch_tokens, prefill_tokens, spills=spills)
-
-    def used(self, draft: Policy) -> dict[str, dict[str, int]]:
-        """What `footprint` says of the draft."""
-        layout = self.layouts.of(draft.weights)
-        return reserved(
-            draft, self.limits, process_bytes=self.process_bytes, held=layout.held, decoding_bytes=layout.scratch_bytes,
-            small_bytes=self.spec.resident_bytes, embedding_bytes=self.embedding_bytes,
-        )  # fmt: skip
+        return self.drafts.draft(weights, schedule, micro_batch_tokens, prefill_tokens, spills=spills)
 
 
 def _pinned(name: str, text: str | None, device: str) -> Fractions | None:
@@ -330,11 +279,6 @@ def _pinned(name: str, text: str | None, device: str) -> Fractions | None:
     if device == "cpu" and shares["device"] > 0:
         raise OptionError(f"{name}={text!r}: on a CPU device there is no device tier; divide between host and disk")
     return Fractions(**shares)
-
-
-def _ring(largest: int, streamed: int, wanted: float, tier_bytes: int) -> int:
-    """A few of the largest units, and a while of the link where there is room, but no more than what streams."""
-    return align_up(min(max(RING_UNITS * largest, int(min(wanted, RING_SHARE * tier_bytes))), streamed), 4096)
 
 
 def _largest(most: int, holds: Callable[[int], bool]) -> int:

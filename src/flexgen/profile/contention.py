@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import statistics
-import tempfile
 import threading
 import time
 from pathlib import Path
@@ -12,7 +11,7 @@ from pathlib import Path
 import torch
 
 from flexgen.profile.compute import random_numbers
-from flexgen.profile.disk import large_file, opened, read_rate, writable
+from flexgen.profile.disk import file_to_read, opened, read_rate
 from flexgen.sizes import MIB
 
 THREADS, BLOCK_BYTES, FILE_BYTES = 2, 8 * MIB, 128 * MIB
@@ -28,13 +27,7 @@ def slowdowns(folder: Path, dtype: torch.dtype, max_bytes: int, seconds: float) 
     Args:
         folder: whose largest file of weights is read, or a temporary one. max_bytes: half for the ring, a quarter for weights.
     """
-    with tempfile.NamedTemporaryFile(dir=writable(folder), prefix="flexgen-measure-") as temporary:
-        path = large_file(folder)
-        if path is None:
-            path, size = Path(temporary.name), min(FILE_BYTES, max_bytes)
-            temporary.write(os.urandom(MIB) * (size // MIB))
-            temporary.flush()
-            os.fsync(temporary.fileno())
+    with file_to_read(folder, min(FILE_BYTES, max_bytes)) as path:
         block, threads = min(BLOCK_BYTES, max_bytes // 4), THREADS
         number = max(max_bytes // 4 // (WIDTH * WIDTH * dtype.itemsize), 1)
         host = torch.device("cpu")

@@ -8,6 +8,7 @@ import os
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -94,6 +95,19 @@ def large_file(folder: Path) -> Path | None:
     """The largest file of weights, if it is large enough to read from for a while."""
     files = [path for path in folder.glob("*.safetensors") if path.is_file() and path.stat().st_size >= LARGE_FILE_BYTES]
     return max(files, key=lambda path: path.stat().st_size, default=None)
+
+
+@contextlib.contextmanager
+def file_to_read(folder: Path, num_bytes: int) -> Iterator[Path]:
+    """The folder's largest file of weights, or a temporary one of random bytes where all are small."""
+    if (weights := large_file(folder)) is not None:
+        yield weights
+        return
+    with tempfile.NamedTemporaryFile(dir=writable(folder), prefix="flexgen-measure-") as file:
+        file.write(os.urandom(MIB) * (num_bytes // MIB))
+        file.flush()
+        os.fsync(file.fileno())
+        yield Path(file.name)
 
 
 def opened(path: Path, flags: int) -> contextlib.closing[File]:

@@ -41,7 +41,7 @@ def overheads(device: str, dtype: torch.dtype, folder: Path, machine: Machine, *
     with tempfile.TemporaryDirectory(dir=folder, prefix="flexgen-measure-") as name:
         config = _config(64, NUM_LAYERS)
         write_random_checkpoint(config, Path(name), dtype)
-        base = _policy(device, dtype, machine.cores)
+        base = _policy(device, dtype, machine)
         num_passes = 8 if quick else 24
 
         def seconds(num_seqs: int, **changes: object) -> float:
@@ -80,7 +80,7 @@ def elementwise_rate(dtype: torch.dtype, folder: Path, machine: Machine, max_byt
         config = _config(width, 1)
         write_random_checkpoint(config, Path(path), dtype)
         policy = dataclasses.replace(
-            _policy("cpu", dtype, machine.cores), micro_batch_tokens=LAYER_TOKENS, max_num_seqs=LAYER_TOKENS // LAYER_PROMPT,
+            _policy("cpu", dtype, machine), micro_batch_tokens=LAYER_TOKENS, max_num_seqs=LAYER_TOKENS // LAYER_PROMPT,
             prefill_tokens=LAYER_TOKENS, kv_host_bytes=64 * MIB, workspace_bytes=64 * MIB, longest_sequence=LAYER_PROMPT + 1,
         )  # fmt: skip
         machine = dataclasses.replace(machine, elementwise={name: Rate(math.inf, math.inf)})
@@ -140,14 +140,14 @@ def _model(folder: Path, config: PreTrainedConfig, dtype: torch.dtype) -> Loaded
     return load_model(folder, config, dtype, unit_bytes=1 * MIB)  # a unit is a whole layer
 
 
-def _policy(device: str, dtype: torch.dtype, cores: int) -> Policy:
+def _policy(device: str, dtype: torch.dtype, machine: Machine) -> Policy:
     on_cpu = device == "cpu"
     home = Fractions(host=1.0) if on_cpu else Fractions(device=1.0)
     return Policy(
         device=device, dtype=str(dtype).removeprefix("torch."), weights=home, kv=home, kv_device_bytes=0 if on_cpu else 16 * MIB,
         kv_host_bytes=16 * MIB if on_cpu else 0, kv_disk_bytes=0, host_ring_bytes=4 * MIB, device_ring_bytes=0 if on_cpu else 4 * MIB,
         workspace_bytes=16 * MIB, embedding_resident=True, schedule="zigzag", max_num_seqs=NUM_SEQUENCES, prefill_tokens=NUM_SEQUENCES,
-        micro_batch_tokens=NUM_SEQUENCES, page_tokens=16, compute_threads=cores, io_threads=2 if cores <= 4 else 4, longest_sequence=64,
+        micro_batch_tokens=NUM_SEQUENCES, page_tokens=16, compute_threads=machine.cores, io_threads=machine.io_threads, longest_sequence=64,
     )  # fmt: skip
 
 

@@ -1,20 +1,17 @@
-"""What searches for a policy share: the axes of the unit cube, sizes of a job, a sample of it, and a descent.
-
-Knows prices only through the score it is given.
-"""
+"""What a search needs to know of a job: how much its requests hold, a sample to play, and the whole from the sample."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 
 from flexgen.plan.cost import PassWork, unit_homes, weights_work
 from flexgen.plan.model import ModelSpec
 from flexgen.plan.outputs import GOLDEN_STEP
-from flexgen.plan.policy import Fractions, Policy
+from flexgen.plan.policy import Policy
 from flexgen.plan.simulate import Simulation, held_kv_bytes, shared_kv_bytes, simulate
 from flexgen.plan.workload import Workload
 from flexgen.sizes import align_up
@@ -23,54 +20,6 @@ from flexgen.sizes import align_up
 SEARCH_REQUESTS = 512
 SEARCH_LENGTHS = 64
 PLAYED_REQUESTS = 20_000
-
-
-def search_axes(device: str, kv_on_disk: bool) -> list[tuple[float, ...]]:
-    """Coarse values of: weights on the device, on the host (of what fits); homes of KV; disk's share of KV; prefill quota."""
-    if device == "cpu":
-        return [(), _steps(10), (), _steps(2) if kv_on_disk else (), _steps(8)]
-    if kv_on_disk:
-        return [_steps(2), _steps(2), _steps(2), _steps(2), _steps(4)]
-    return [_steps(4), _steps(2), _steps(2), (), _steps(6)]
-
-
-def _steps(number: int) -> tuple[float, ...]:
-    return tuple(each / number for each in range(number + 1))
-
-
-def placed_weights(weight_bytes: int, device: str, device_bytes: float, host_bytes: float, on_device: float, on_host: float) -> Fractions:
-    """Home shares of so many bytes that use `on_device` and `on_host` (0 to 1) of the most that fits each tier."""
-    whole = max(weight_bytes, 1)
-    share = on_device * min(max(device_bytes, 0) / whole, 1.0) if device != "cpu" else 0.0
-    host = on_host * min(max(host_bytes, 0) / whole, 1.0 - share)
-    disk = 1.0 - share - host
-    return Fractions(device=share, host=host, disk=disk if disk > 1e-9 else 0.0)
-
-
-def kv_pools(free: dict[str, int], disk_bytes: int, kv_homes: float, kv_disk: float, *, staged: float = 0.0) -> dict[str, int]:
-    """Pool bytes per tier.
-
-    Args:
-        kv_homes: 0 takes the device, 1 the host, a half all of both; between, a part of the one or of the other.
-        kv_disk: the disk's share of all KV.
-        staged: host bytes of staging that a byte on disk takes.
-    """
-    device = int(max(free["device"], 0) * min(2 - 2 * kv_homes, 1.0))
-    room = max(free["host"], 0)
-    host = int(room * min(2 * kv_homes, 1.0)) if free["device"] > 0 else room
-    most = min(disk_bytes, int(room / staged) if staged else disk_bytes)
-    if kv_disk >= 1:
-        return {"device": 0, "host": 0, "disk": most}
-    # Each byte on the host brings `ratio` bytes on disk, and these their staging on the host.
-    ratio = kv_disk / (1 - kv_disk)
-    host = min(host, int(max(room - staged * ratio * device, 0) / (1 + staged * ratio)))
-    return {"device": device, "host": host, "disk": min(int((device + host) * ratio), most)}
-
-
-def pool_fractions(pools: dict[str, int]) -> Fractions:
-    """The shares of all KV bytes that pools of these sizes stand for."""
-    total = max(sum(pools.values()), 1)
-    return Fractions(**{tier: size / total for tier, size in pools.items()})
 
 
 class JobSizes:
@@ -157,41 +106,3 @@ def extrapolated(
         half = sample.take(range(0, len(sample), 2))
         total += max(total - seconds(simulate(spec, policy, half, weights=weights)), 0.0) * 2 * (scale - 1)
     return refused, total
-
-
-def descend(
-    axes: Sequence[tuple[float, ...]], score: Callable[[tuple[float, ...]], tuple[float, float]], *, keep: int, rounds: int = 8
-) -> list[tuple[float, ...]]:
-    """The best points, best first: all of a grid, then some of the best moved along their axes in halving steps.
-
-    Every axis lies within 0 and 1; one without values stays at 0, one of a single value starts there.  What is moved
-    are the `keep` best points, and as many of different homes of KV (axes 2 and 3), between which no single step leads.
-    """
-    known: dict[tuple[float, ...], tuple[float, float]] = {}
-
-    def look(point: tuple[float, ...]) -> tuple[float, float]:
-        if point not in known:
-            known[point] = score(point)
-        return known[point]
-
-    ranked = sorted(itertools.product(*(axis or (0.0,) for axis in axes)), key=look)
-    best_by_homes: dict[tuple[float, ...], tuple[float, ...]] = {}
-    for point in ranked:
-        best_by_homes.setdefault(point[2:4], point)
-    found: list[tuple[float, ...]] = []
-    for start in dict.fromkeys([*ranked[:keep], *list(best_by_homes.values())[:keep]]):
-        point, step = start, 0.5 / max(1, *(len(axis) for axis in axes))
-        for _ in range(rounds):
-            moves = [
-                (*point[:axis], min(max(point[axis] + sign * step, 0.0), 1.0), *point[axis + 1 :])
-                for axis in range(len(axes))
-                for sign in (-1, 1)
-                if axes[axis]
-            ]
-            nearest = min(moves, key=look, default=point)
-            if look(nearest) < look(point):
-                point = nearest
-            else:
-                step /= 2
-        found.append(point)
-    return sorted(found, key=look)

@@ -1,0 +1,134 @@
+"""Whether the policy that the planner chooses is as good as those that a user might have chosen.
+
+    flexgen profile DIR
+    python benchmarks/policies.py --scratch DIR [--case NAME ...]
+
+Four jobs of benchmarks/predict.py, each in its memory cgroup.  The automatic policy runs, then each of the explicit ones below, which
+were fixed beforehand: shares of the weights in memory, live sequences, prompt tokens per pass, schedules.  One that takes 1.15 times as
+long as the automatic one is stopped: it cannot be the best.  Then the two fastest meet the automatic one in three interleaved rounds.
+A JSON line per run; runs that are in the results file already are not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from capped import NoCgroup
+from predict import CASES, Case, checkpoint, run, write_requests
+from record import Results
+from shapes import SHAPES
+
+DEFAULT_RESULTS = Path(__file__).parent / "results" / "policies.jsonl"
+GIVEN_UP = 1.15  # of the automatic run's time, its start included
+FINALISTS, ROUNDS = 2, 3
+AUTOMATIC = "automatic"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grid:
+    """Explicit policies for one case: every combination.
+
+    Attributes:
+        host: shares of the weights in memory; the rest streams. prompts: prompt tokens that a pass admits; None is a zigzag block.
+    """
+
+    case: str
+    host: tuple[float, ...]
+    seqs: tuple[int, ...]
+    prompts: tuple[int | None, ...]
+
+    def policies(self) -> Iterator[tuple[str, ...]]:
+        """The options of each."""
+        for host, seqs, prompts in itertools.product(self.host, self.seqs, self.prompts):
+            admits = ("--schedule", "zigzag") if prompts is None else ("--schedule", "diagonal", "--prefill-tokens", str(prompts))
+            yield ("--weights", f"host={host:g},disk={1 - host:g}", "--max-num-seqs", str(seqs), *admits)
+
+
+GRIDS = (
+    Grid(case="llama-1b half", host=(0.1, 0.2, 0.3, 0.4), seqs=(24, 48, 96), prompts=(512, 2048, None)),
+    Grid(case="llama-3b a third", host=(0.1, 0.2, 0.3, 0.4), seqs=(12, 24, 48), prompts=(512, 2048, None)),
+    Grid(case="opt-1.3b from disk", host=(0.0, 0.05, 0.1, 0.2), seqs=(8, 16, 24), prompts=(512, 2048, None)),
+    Grid(case="llama-1b conversations", host=(0.1, 0.25, 0.4, 0.55), seqs=(16, 32, 64), prompts=(512, 2048, None)),
+)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scratch", type=Path, required=True, help="folder for checkpoints and answers")
+    parser.add_argument("--case", action="append", choices=[grid.case for grid in GRIDS])
+    parser.add_argument("--results", type=Path, default=DEFAULT_RESULTS)
+    args = parser.parse_args()
+    args.scratch.mkdir(parents=True, exist_ok=True)
+    for grid in GRIDS:
+        if args.case is None or grid.case in args.case:
+            case = next(case for case in CASES if case.name == grid.case)
+            try:
+                print(compare(grid, Runs(case, args.scratch.resolve(), Results(args.results))), flush=True)
+            except NoCgroup as error:
+                print(f"skipped: {error}")
+                return 0
+    return 0
+
+
+class Runs:
+    """Runs of one case, each measured once."""
+
+    def __init__(self, case: Case, scratch: Path, results: Results) -> None:
+        self._case, self._scratch, self._results = case, scratch, results
+        self._folder = checkpoint(SHAPES[case.shape], scratch)
+
+    def row(self, name: str, options: tuple[str, ...], number: int, timeout_seconds: float | None = None) -> Mapping[str, Any]:
+        """The row of a run, done now or before; "tokens_per_s" is None where the policy did not fit or took too long."""
+        key = {"benchmark": "policies", "case": self._case.name, "policy": name, "round": number}
+        for row in self._results.read():
+            if all(row[field] == value for field, value in key.items()):
+                return row
+        requests = write_requests(self._case, self._scratch)
+        began = time.perf_counter()
+        outcome, report, log = run(self._folder, requests, self._case.memory, self._scratch, *options, timeout_seconds=timeout_seconds)
+        row = key | {"run_seconds": time.perf_counter() - began, "tokens_per_s": None, "why": None}
+        if report is not None:
+            row |= {"tokens_per_s": report["output_tokens_per_s"], "elapsed_seconds": report["elapsed_seconds"]}
+            row["policy_ran"] = report["policy"]
+        elif outcome.timed_out:
+            row["why"] = "slower"
+        else:
+            row["why"] = log.strip().splitlines()[-1]
+        row = self._results.append(row)
+        print(f"  {self._case.name}, {number}, {name}: {row['tokens_per_s'] or row['why']}", flush=True)
+        return row
+
+
+def compare(grid: Grid, runs: Runs) -> str:
+    """All runs of a case; what they say."""
+    automatic = runs.row(AUTOMATIC, (), 0)
+    screened: dict[str, float] = {}
+    refused = 0
+    by_name = {" ".join(options): options for options in grid.policies()}
+    for name, options in by_name.items():
+        row = runs.row(name, options, 0, timeout_seconds=GIVEN_UP * automatic["run_seconds"])
+        if row["tokens_per_s"] is not None:
+            screened[name] = row["tokens_per_s"]
+        refused += row["why"] not in (None, "slower")
+    finalists = sorted(screened, key=lambda name: -screened[name])[:FINALISTS]
+    rates: dict[str, list[float]] = {AUTOMATIC: [], **{name: [] for name in finalists}}
+    for number in range(1, ROUNDS + 1):
+        for name, measured in rates.items():
+            measured.append(runs.row(name, by_name.get(name, ()), number)["tokens_per_s"])
+    best = max(finalists, key=lambda name: statistics.median(rates[name]))
+    ratio = statistics.median(ours / theirs for ours, theirs in zip(rates[AUTOMATIC], rates[best], strict=True))
+    return (
+        f"{grid.case}: automatic {statistics.median(rates[AUTOMATIC]):.2f} tokens/s, best of {len(by_name) - refused} explicit policies "
+        f"{statistics.median(rates[best]):.2f} ({best}); ratio {ratio:.3f}; {refused} did not fit"
+    )
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
