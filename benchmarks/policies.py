@@ -53,9 +53,9 @@ class Grid:
 
 GRIDS = (
     Grid(case="llama-1b half", host=(0.1, 0.2, 0.3, 0.4), seqs=(24, 48, 96), prompts=(512, 2048, None)),
-    Grid(case="llama-3b a third", host=(0.1, 0.2, 0.3, 0.4), seqs=(12, 24, 48), prompts=(512, 2048, None)),
-    Grid(case="opt-1.3b from disk", host=(0.0, 0.05, 0.1, 0.2), seqs=(8, 16, 24), prompts=(512, 2048, None)),
-    Grid(case="llama-1b conversations", host=(0.1, 0.25, 0.4, 0.55), seqs=(16, 32, 64), prompts=(512, 2048, None)),
+    Grid(case="llama-3b from disk", host=(0.0, 0.05, 0.1, 0.15), seqs=(8, 16, 32), prompts=(512, 2048, None)),
+    Grid(case="opt-1.3b from disk", host=(0.0, 0.1, 0.2, 0.3), seqs=(12, 24, 48), prompts=(512, 2048, None)),
+    Grid(case="opt-1.3b resident", host=(0.4, 0.6, 0.8, 1.0), seqs=(32, 64, 96), prompts=(1024, 4096, None)),
 )
 
 

@@ -27,7 +27,7 @@ from shapes import SHAPES, Shape
 
 from flexgen.models.dummy import write_random_checkpoint
 from flexgen.plan.expect import Expectation
-from flexgen.plan.machine import Machine, Rate
+from flexgen.plan.machine import DiskRequest, Machine, Rate
 from flexgen.plan.outputs import expected
 from flexgen.plan.policy import Policy
 from flexgen.plan.simulate import simulate
@@ -202,6 +202,7 @@ def scaled(machine: Machine, *, disk: float, compute: float) -> Machine:
         disk_read=faster(machine.disk_read, disk),
         disk_write=faster(machine.disk_write, disk),
         disk_core_seconds_per_byte=machine.disk_core_seconds_per_byte / compute,
+        disk_request=DiskRequest(machine.disk_request.seconds / disk, machine.disk_request.core_seconds / compute),
         dense=curves(machine.dense),
         attention={dtype: faster(rate, compute) for dtype, rate in machine.attention.items()},
         decode_attention={place: curves(fields) for place, fields in machine.decode_attention.items()},

@@ -1,6 +1,6 @@
 """Machines with numbers of their own choice, for tests."""
 
-from flexgen.plan.machine import Machine, Overheads, Rate
+from flexgen.plan.machine import DiskRequest, Machine, Overheads, Rate
 from flexgen.sizes import GIB
 
 OVERHEADS = Overheads(per_pass=5e-3, per_sequence=1e-5, per_unit=3e-4, per_layer_and_micro_batch=3e-4, per_gathered_row=2e-5)
@@ -26,6 +26,7 @@ def machine_of(*, dense=None, **changes):
         "disk_read": 2e9,
         "disk_write": 1e9,
         "disk_core_seconds_per_byte": 7e-12,
+        "disk_request": DiskRequest(seconds=4e-5, core_seconds=2e-5),
         "disk_slowdown": 1.0,
         "compute_slowdown": 1.0,
         "host_memory": 30e9,

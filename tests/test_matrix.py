@@ -195,7 +195,8 @@ class Case:
         sizes = {f"kv_{tier}_bytes": checkpoint.pool_bytes(tokens) for tier, tokens in self.kv.items()}
         return policy(
             self.device, weights=Fractions(**self.weights), kv=Fractions(**{tier: n / total for tier, n in self.kv.items()}), **sizes,
-            kv_staging_bytes=checkpoint.pool_bytes(256) // 2 if "disk" in self.kv else 0, schedule=self.schedule,
+            kv_staging_bytes=checkpoint.pool_bytes(256) // 2 if "disk" in self.kv else 0,
+            kv_tail_bytes=checkpoint.pool_bytes(3 * PAGE_TOKENS) if "disk" in self.kv else 0, schedule=self.schedule,
             max_num_seqs=self.max_num_seqs, micro_batch_tokens=self.micro_batch_tokens, embedding_resident=self.embedding_resident,
         )  # fmt: skip
 

@@ -204,8 +204,9 @@ def open_host(folder: Path) -> Bench:
     return Bench(place, KVCache(GROUPS, {"host": pool}), "host", [device.close])
 
 
-def open_disk(folder: Path, device: SimulatedDevice | None = None) -> Bench:
-    pool, io = DiskPool(GROUPS, [NUM_PAGES] * len(GROUPS), folder), IOPool(2)
+def open_disk(folder: Path, device: SimulatedDevice | None = None, *, num_tails: int = 0) -> Bench:
+    tail_bytes = num_tails * sum(group.page_bytes for group in GROUPS)
+    pool, io = DiskPool(GROUPS, [NUM_PAGES] * len(GROUPS), folder, tail_bytes=tail_bytes), IOPool(2)
     place = DiskPlace(pool, ReferenceKernels(), ReferenceKernels(), device, nothing, io, staging_bytes=4096)
     return Bench(place, KVCache(GROUPS, {"disk": pool}), "disk", [io.close])
 
@@ -217,7 +218,22 @@ def open_disk_beside_device(folder: Path) -> Bench:
     return bench
 
 
-PLACES = {"local": open_local, "host": open_host, "disk": open_disk, "disk beside device": open_disk_beside_device}
+def open_disk_with_tails(folder: Path) -> Bench:
+    return open_disk(folder, num_tails=4)
+
+
+def open_disk_with_few_tails(folder: Path) -> Bench:
+    return open_disk(folder, num_tails=1)
+
+
+PLACES = {
+    "local": open_local,
+    "host": open_host,
+    "disk": open_disk,
+    "disk with tails": open_disk_with_tails,
+    "disk with few tails": open_disk_with_few_tails,
+    "disk beside device": open_disk_beside_device,
+}
 
 
 @pytest.fixture(params=list(PLACES))
@@ -249,6 +265,25 @@ def test_attention_equals_dense_attention(bench: Bench, seed: int) -> None:
     for each in live:
         bench.cache.release(each.kv)
     assert bench.cache.used_bytes[bench.tier] == 0
+
+
+def test_pages_with_tails_are_written_once(tmp_path: Path) -> None:
+    bench = open_disk(tmp_path, num_tails=2)
+    conversations = [Conversation(30, bench.cache.admit("disk")) for _ in range(2)]
+    io = bench.place._io  # type: ignore[attr-defined]
+    for start, length in ((0, 6), *((position, 1) for position in range(6, 16))):
+        bench.run_pass([(each, start, length) for each in conversations], random.Random(0))
+    stored = sum(group.page_bytes // PAGE_TOKENS for group in GROUPS) * 16
+    assert io.bytes_written == 2 * stored
+    for each in conversations:
+        bench.cache.release(each.kv)
+    again = [Conversation(30, bench.cache.admit("disk")) for _ in range(3)]
+    bench.run_pass([(each, 0, 5) for each in again], random.Random(0))
+    tails = bench.place.disk.tails  # type: ignore[attr-defined]
+    assert sum(tails.slot(0, each.kv.tables[0][1]) is not None for each in again) == 2, "slots of those that ended are free again"
+    bench.place.close()
+    for close in bench.close:
+        close()
 
 
 def test_plan_counts_what_is_attended_to(bench: Bench) -> None:

@@ -92,9 +92,9 @@ def policy(device: str = "cpu", *, weights: Fractions, kv: Fractions, ring_bytes
     return Policy(
         device=device, dtype="float32", weights=weights, kv=kv,
         kv_device_bytes=bool(kv.device) * 1_000_000, kv_host_bytes=bool(kv.host) * 1_000_000, kv_disk_bytes=bool(kv.disk) * 1_000_000,
-        kv_staging_bytes=bool(kv.disk) * 200_000, host_ring_bytes=ring_bytes, device_ring_bytes=ring_bytes if device == "sim" else 0,
-        workspace_bytes=0, embedding_resident=False, schedule="diagonal", max_num_seqs=4, prefill_tokens=16,
-        micro_batch_tokens=micro_batch_tokens, page_tokens=8, compute_threads=1, io_threads=1,
+        kv_staging_bytes=bool(kv.disk) * 200_000, kv_tail_bytes=bool(kv.disk) * 100_000, host_ring_bytes=ring_bytes,
+        device_ring_bytes=ring_bytes if device == "sim" else 0, workspace_bytes=0, embedding_resident=False, schedule="diagonal",
+        max_num_seqs=4, prefill_tokens=16, micro_batch_tokens=micro_batch_tokens, page_tokens=8, compute_threads=1, io_threads=1,
     )  # fmt: skip
 
 

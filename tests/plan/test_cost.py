@@ -120,9 +120,10 @@ def test_the_price_of_device_kv(make_spec, make_policy):
 
 def test_the_price_of_kv_on_disk(make_spec, make_policy):
     load = load_of(prompt_tokens={"disk": 10}, num_prompts={"disk": 2}, next_tokens={"disk": 3}, attended_tokens={"disk": [30]})
-    work = price(load, make_spec(), make_policy(), PassWork())
+    work = price(load, make_spec(), make_policy(page_tokens=16), PassWork())
     assert (work.disk_read_bytes, work.disk_write_bytes) == (900, 390)
     assert work.host_memory_bytes == 2 * (900 + 390)  # the disk's transfer, then the attention's
+    assert work.num_disk_requests == 2 * 3 * (2 + 3 + 3 / 16)  # keys and values of three layers; a page is written when it is full
 
 
 def test_groups_of_layers_add_up(make_spec, make_policy):

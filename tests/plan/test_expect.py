@@ -5,7 +5,7 @@ import pytest
 
 from flexgen.plan.cost import PassWork
 from flexgen.plan.expect import Expectation, elementwise_bytes, rate_at
-from flexgen.plan.machine import Overheads, Rate
+from flexgen.plan.machine import DiskRequest, Overheads, Rate
 from flexgen.plan.model import UnitSpec
 from flexgen.plan.simulate import simulate
 from flexgen.plan.workload import Workload
@@ -28,18 +28,20 @@ def test_each_part_of_a_pass_by_hand(make_spec, make_machine, make_policy):
         disk_read=1e3,
         disk_write=5e2,
         disk_core_seconds_per_byte=1e-3,
+        disk_request=DiskRequest(seconds=0.02, core_seconds=0.04),
         host_memory=1e5,
         overheads=Overheads(per_pass=10.0, per_sequence=0.5, per_unit=0.25, per_layer_and_micro_batch=0.125, per_gathered_row=0.01),
     )
     work = PassWork(
         disk_read_bytes=2000, disk_write_bytes=1000, attention_flops=3e5, host_step_flops=9e9, host_step_bytes=18e9, decoded_bytes=5e4,
         host_memory_bytes=1e6, num_tokens=8, num_sampled=4, num_micro_batches=2, num_streamed_units=3,
+        num_disk_requests=50,
     )  # fmt: skip
     expectation = Expectation(spec, machine, "bfloat16")
     resources = expectation.resources(work, make_policy(embedding_resident=False))
     compute = 8 * 6000 / 1e6 + 4 * 500 / 1e6 + 8 * 3 * elementwise_bytes(100, 1000, "bfloat16") / 1e9 + 3.0
-    compute += 18e9 / 9e9 + 5e4 / 1e4 + 2000 * 1e-3 / 2 + 2 * 3 * 0.125 + 3 * 0.25 + 4 * 0.5 + 8 * 0.01
-    assert resources["disk"] == pytest.approx(2.0 + 2.0)
+    compute += 18e9 / 9e9 + 5e4 / 1e4 + (2000 * 1e-3 + 50 * 0.04) / 2 + 2 * 3 * 0.125 + 3 * 0.25 + 4 * 0.5 + 8 * 0.01
+    assert resources["disk"] == pytest.approx(2.0 + 2.0 + 1.0)
     assert resources["compute"] == pytest.approx(compute)
     assert resources["host_memory"] == pytest.approx(10.0)
     assert resources["lead"] == resources["host_compute"] == 0  # part of computing, on a CPU

@@ -62,6 +62,8 @@ def format_machine(machine: Machine) -> str:
     lines = [f"{machine.name} ({machine.origin} {machine.date}), {format_size(machine.host_bytes)} of memory"]
     lines += [_line("disk read", machine.disk_read, "B/s"), _line("disk write", machine.disk_write, "B/s")]
     lines.append(f"{'reading takes':<32}{machine.disk_core_seconds_per_byte * 1e9:10.3f} core-seconds per GB")
+    request = machine.disk_request
+    lines.append(f"{'a small read or write':<32}{request.seconds * 1e6:10.0f} µs       {request.core_seconds * 1e6:.0f} µs of a core")
     if machine.device != "cuda":
         lines.append(
             f"together: reading takes {machine.disk_slowdown:.2f} times as long while computing, computing {machine.compute_slowdown:.2f} "

@@ -1,7 +1,7 @@
 """KV at home on disk: pages in an unlinked file, read ahead layer by layer, attended to on the host.
 
 A layer's pages lie together, a sequence's pages in runs, so that reads are large.  A page that several sequences of a
-micro-batch share is read once.  Only the page with a new token is written back.
+micro-batch share is read once.  A page is written when it is full; until then it stays in memory (kv_tails.py).
 """
 
 from __future__ import annotations
@@ -15,11 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from flexgen.memory.direct_io import ALIGNMENT, AlignedBuffer, File, IOPool, Ticket
 from flexgen.memory.kv_cache import KVGroup, PageList
 from flexgen.memory.kv_host import HOST, HostPlace, HostView, Pages
 from flexgen.memory.kv_pass import KVPlan, KVSlice
 from flexgen.memory.kv_place import View
+from flexgen.memory.kv_tails import Moves, Tails
 from flexgen.memory.transfer import Backend
 
 if TYPE_CHECKING:
@@ -31,10 +34,17 @@ NEW_FILE = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
 
 
 class DiskPool:
-    """Pages in a spill file: for each group, each layer's key pages, then its value pages."""
+    """Pages in a spill file: for each group, each layer's key pages, then its value pages.
 
-    def __init__(self, groups: Sequence[KVGroup], num_pages: Sequence[int], folder: Path, *, verify: bool = False) -> None:
+    Args:
+        tail_bytes: memory for pages that are not full yet.
+    """
+
+    def __init__(
+        self, groups: Sequence[KVGroup], num_pages: Sequence[int], folder: Path, *, tail_bytes: int = 0, verify: bool = False
+    ) -> None:
         self.groups, self.num_pages = tuple(groups), list(num_pages)
+        self.tails = Tails(groups, tail_bytes)
         odd = [size for group in groups for size in (group.key_page_bytes, group.value_page_bytes) if size % ALIGNMENT]
         if odd:
             logger.warning("KV pages of %d bytes are no multiple of %d: they go through the page cache, which is slower", odd[0], ALIGNMENT)
@@ -52,6 +62,7 @@ class DiskPool:
         return self._free[group].take(count)
 
     def give_back(self, group: int, pages: Sequence[int]) -> None:
+        self.tails.forget(group, pages)
         self._free[group].give_back(pages)
 
     def offsets(self, group: int, index: int, page: int) -> tuple[int, int]:
@@ -82,6 +93,8 @@ class Staged:
         self.key_pages = self.keys.tensor[:size].view(group.dtype).view(shape)
         size, shape = num_slots * group.value_page_bytes, (num_slots, group.value_heads, group.page_tokens, group.value_dim)
         self.value_pages = self.values.tensor[:size].view(group.dtype).view(shape)
+        self.key_rows = self.keys.tensor[: num_slots * group.key_page_bytes].view(num_slots, group.key_page_bytes)
+        self.value_rows = self.values.tensor[: num_slots * group.value_page_bytes].view(num_slots, group.value_page_bytes)
         self.ticket: Ticket | None = None
 
 
@@ -109,12 +122,15 @@ class DiskPlace(HostPlace):
         self._wanted: tuple[int, int] | None = None  # (view, layer) that the worker waits for
         self._spare: dict[tuple[int, int], list[Staged]] = {}
         self._writes: list[Ticket] = []
+        self._filled: list[tuple[int, int]] = []  # (group, page) of tails that this pass writes
         self._ahead: threading.Thread | None = None
         self._failure: BaseException | None = None
         self._stopping = False
 
     def view(self, slices: Sequence[KVSlice]) -> DiskView:
-        return DiskView(self, slices)
+        view = DiskView(self, slices)
+        self._filled += view.filled
+        return view
 
     # ------------------------------------------------------------------ reading ahead
 
@@ -187,12 +203,16 @@ class DiskPlace(HostPlace):
 
     @contextlib.contextmanager
     def pages(self, view: HostView, layer: int) -> Iterator[Pages]:
-        """A layer's pages in staging; those with new tokens are written back afterwards."""
+        """A layer's pages in staging; those with new tokens go back afterwards, to disk or to the tails."""
         assert isinstance(view, DiskView)
         again = (id(view), layer) in self._served
         staged = self._read_again(view, layer) if again else self._acquire(view, layer)
+        group, index = self.where[layer]
+        rows = group, index, staged.key_rows, staged.value_rows
+        self.disk.tails.load(*rows, view.kept[group] if again else view.loaded[group])
         yield staged.key_pages, staged.value_pages
         if not again:
+            self.disk.tails.store(*rows, view.kept[group])
             self._write_back(view, layer, staged)
             self._served.add((id(view), layer))
 
@@ -202,7 +222,7 @@ class DiskPlace(HostPlace):
             ticket.wait()
         group, index = self.where[layer]
         staged = Staged(self.disk.groups[group], view.num_slots(group))
-        self._io.read(view.all_parts(staged, group, index)).wait()
+        self._io.read(view.stored_parts(staged, group, index)).wait()
         return staged
 
     def _acquire(self, view: DiskView, layer: int) -> Staged:
@@ -239,6 +259,9 @@ class DiskPlace(HostPlace):
             ticket.wait()
         self._writes.clear()
         self._served.clear()
+        for group, page in self._filled:
+            self.disk.tails.forget(group, [page])
+        self._filled.clear()
 
     def close(self) -> None:
         with self._lock:
@@ -259,30 +282,43 @@ class DiskPlace(HostPlace):
 
 
 class DiskView(HostView):
-    """A micro-batch over staged pages: its tables are renumbered to slots of the staging."""
+    """A micro-batch over staged pages: its tables are renumbered to slots of the staging.
+
+    Attributes:
+        loaded, kept: per group, pages that come from the tails, and those that go there.
+        filled: (group, page) of tails that go to disk.
+        reads: whether there are earlier tokens.
+    """
 
     def __init__(self, place: DiskPlace, slices: Sequence[KVSlice]) -> None:
         self._disk_place = place
         groups = place.disk.groups
         self._pages: list[list[_StagedPage]] = []  # per group: all pages of the micro-batch, by slot
-        self._old: list[list[_StagedPage]] = []  # those that hold earlier tokens
-        self._touched: list[list[_StagedPage]] = []  # those that receive new tokens
+        self._old: list[list[_StagedPage]] = []  # those with earlier tokens that are on disk
+        self._written: list[list[_StagedPage]] = []  # those that go to disk
+        self.loaded: list[Moves] = []
+        self.kept: list[Moves] = []
+        self.filled: list[tuple[int, int]] = []
         staged_tables: list[list[list[int]]] = [[] for _ in slices]
         for index, group in enumerate(groups):
             self._lay_out(index, group, slices, staged_tables)
         staged = [KVSlice(start=each.start, length=each.length, tables=tables) for each, tables in zip(slices, staged_tables, strict=True)]
         super().__init__(place, KVPlan(groups, staged, HOST), KVPlan(groups, staged, place.device))
-        self.reads = any(self._old)
+        self.reads = any(each.start for each in slices)
 
     def _lay_out(self, index: int, group: KVGroup, slices: Sequence[KVSlice], tables: list[list[list[int]]]) -> None:
+        tails = self._disk_place.disk.tails
         pages: list[_StagedPage] = []
         slots: dict[int, int] = {}  # page -> its slot
         old: list[_StagedPage] = []
-        touched: list[_StagedPage] = []
+        written: list[_StagedPage] = []
+        loaded: list[tuple[int, int]] = []
+        kept: list[tuple[int, int]] = []
         size = group.page_tokens
         for each, slice_tables in zip(slices, tables, strict=True):
             table = each.tables[index]
-            stop = -(-(each.start + each.length) // size)
+            end = each.start + each.length
+            stop = -(-end // size)
             first = min(group.first_visible(each.start), each.start) // size
             renumbered = [-1] * stop
             for position in range(first, stop):
@@ -291,14 +327,25 @@ class DiskView(HostView):
                     continue  # shared
                 staged = _StagedPage(table[position], len(pages))
                 pages.append(staged)
-                if position * size < each.start:
+                tail = tails.slot(index, staged.page)
+                if position * size < each.start and tail is None:
                     old.append(staged)
-                if (position + 1) * size > each.start:
-                    touched.append(staged)
+                elif position * size < each.start and tail is not None:
+                    loaded.append((staged.slot, tail))
+                if (position + 1) * size <= each.start:
+                    continue  # no new token
+                if (position + 1) * size > end and (tail := tails.keep(index, staged.page)) is not None:
+                    kept.append((staged.slot, tail))
+                else:
+                    written.append(staged)
+                    if tail is not None:
+                        self.filled.append((index, staged.page))
             slice_tables.append(renumbered)
         self._pages.append(pages)
         self._old.append(old)
-        self._touched.append(touched)
+        self._written.append(written)
+        self.loaded.append(_moves(loaded))
+        self.kept.append(_moves(kept))
 
     def num_slots(self, group: int) -> int:
         return max(len(self._pages[group]), 1)
@@ -307,10 +354,12 @@ class DiskView(HostView):
         return self._parts(staged, group, index, self._old[group])
 
     def write_parts(self, staged: Staged, group: int, index: int) -> list[tuple[File, int, memoryview]]:
-        return self._parts(staged, group, index, self._touched[group])
+        return self._parts(staged, group, index, self._written[group])
 
-    def all_parts(self, staged: Staged, group: int, index: int) -> list[tuple[File, int, memoryview]]:
-        return self._parts(staged, group, index, self._pages[group])
+    def stored_parts(self, staged: Staged, group: int, index: int) -> list[tuple[File, int, memoryview]]:
+        """All that is on disk once this pass has written."""
+        kept = set(self.kept[group][0].tolist())
+        return self._parts(staged, group, index, [each for each in self._pages[group] if each.slot not in kept])
 
     def _parts(self, staged: Staged, group: int, index: int, pages: Sequence[_StagedPage]) -> list[tuple[File, int, memoryview]]:
         """File ranges and staging views; neighbours in both are joined."""
@@ -325,6 +374,11 @@ class DiskView(HostView):
             ):
                 parts.append((disk.file, offset, view[start.slot * size : (start.slot + length) * size]))
         return parts
+
+
+def _moves(pairs: Sequence[tuple[int, int]]) -> Moves:
+    rows, slots = torch.tensor(pairs, dtype=torch.int64).view(-1, 2).T
+    return rows, slots
 
 
 def _runs(pages: Sequence[_StagedPage]) -> list[tuple[_StagedPage, int]]:

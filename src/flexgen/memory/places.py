@@ -39,7 +39,8 @@ def open_places(
     if policy.kv_disk_bytes:  # first, because it is what can fail
         if offload_dir is None:
             raise EngineError("KV on disk needs an offload folder")
-        spilled = DiskPool(groups, divide_pool(groups, policy.kv_disk_bytes, policy.longest_sequence), offload_dir, verify=verify)
+        pages = divide_pool(groups, policy.kv_disk_bytes, policy.longest_sequence)
+        spilled = DiskPool(groups, pages, offload_dir, tail_bytes=policy.kv_tail_bytes, verify=verify)
     device = backend.device if backend is not None else HOST
 
     def kernels(where: torch.device) -> AttentionKernels:

@@ -39,6 +39,7 @@ class PassWork:
         decoded_bytes: what decode stages yield. spilled_bytes: of disk_read_bytes, those that are KV.
         num_tokens: computed, prompts included. num_sampled: positions that yield a token.
         num_micro_batches: as few as the policy's size, homes and kinds allow. num_streamed_units: that arrive.
+        num_disk_requests: reads and writes of KV pages on disk; one each of keys and of values per sequence and layer.
     """
 
     disk_read_bytes: float = 0
@@ -59,6 +60,7 @@ class PassWork:
     num_sampled: float = 0
     num_micro_batches: float = 0
     num_streamed_units: float = 0
+    num_disk_requests: float = 0
 
     def __add__(self, other: PassWork) -> PassWork:
         return PassWork(**{field.name: getattr(self, field.name) + getattr(other, field.name) for field in dataclasses.fields(self)})
@@ -157,7 +159,9 @@ def price(load: PassLoad, spec: ModelSpec, policy: Policy, weights: PassWork) ->
     tokens, sampled = prompt_tokens + next_tokens, sum(load.num_prompts.values()) + next_tokens
     disk_read, disk_write, memory = weights.disk_read_bytes, weights.disk_write_bytes, weights.host_memory_bytes
     to_device, to_host = weights.host_to_device_bytes, weights.device_to_host_bytes
-    steps: dict[str, Any] = {"step_flops": 0, "step_bytes": 0, "host_step_flops": 0, "host_step_bytes": 0, "spilled_bytes": 0}
+    steps: dict[str, Any] = {"step_flops": 0, "step_bytes": 0, "host_step_flops": 0, "host_step_bytes": 0}
+    spilled: Any = 0
+    requests: Any = 0
     if not policy.embedding_resident:
         disk_read = disk_read + tokens * spec.embedding_row_bytes
     # On a separate device q goes to where host KV is attended to, and the result comes back: about hidden_size each.
@@ -177,7 +181,10 @@ def price(load: PassLoad, spec: ModelSpec, policy: Policy, weights: PassWork) ->
         if home == "disk":
             fetched = read - attended_bytes(groups, load.repeated_tokens[home]) if home in load.repeated_tokens else read
             disk_read, disk_write, memory = disk_read + fetched, disk_write + written, memory + fetched + written
-            steps["spilled_bytes"] = steps["spilled_bytes"] + fetched
+            spilled = spilled + fetched
+            # Each sequence's keys and values are read in one piece; a next token fills a page now and then.
+            pieces = load.num_prompts[home] + load.next_tokens[home] * (1 + 1 / policy.page_tokens)
+            requests = requests + 2 * sum(group.num_layers for group in groups) * pieces
     return PassWork(
         disk_read_bytes=disk_read,
         disk_write_bytes=disk_write,
@@ -192,6 +199,8 @@ def price(load: PassLoad, spec: ModelSpec, policy: Policy, weights: PassWork) ->
         num_sampled=sampled,
         num_micro_batches=_num_micro_batches(load, policy),
         num_streamed_units=weights.num_streamed_units,
+        num_disk_requests=requests,
+        spilled_bytes=spilled,
         **steps,
     )
 

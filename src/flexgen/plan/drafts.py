@@ -59,6 +59,7 @@ class Drafts:
                 layout.largest_from_disk, layout.from_disk, self._machine.disk_read.best * RING_SECONDS, self._limits.host_bytes
             ),
             kv_staging_bytes=self._sizes.layer * spills,
+            kv_tail_bytes=PAGE_TOKENS * self._spec.kv_bytes_per_token * spills,
             device_ring_bytes=_ring(layout.largest_over_link, layout.over_link, 0, self._limits.device_bytes),
             workspace_bytes=0,
             embedding_resident=False,

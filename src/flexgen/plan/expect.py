@@ -93,12 +93,14 @@ class Expectation:
         lead = lead + work.num_tokens * overheads.per_gathered_row * (not policy.embedding_resident)
         host = self._steps_seconds("host", work.host_step_flops, work.host_step_bytes)
         host = host + work.decoded_bytes / (self._cast or machine.host_memory.typical / 3)
-        host = host + work.disk_read_bytes * machine.disk_core_seconds_per_byte / machine.cores
+        working = work.disk_read_bytes * machine.disk_core_seconds_per_byte + work.num_disk_requests * machine.disk_request.core_seconds
+        host = host + working / machine.cores
         if policy.device == "cpu":
             compute, host, lead = compute + host + lead, 0.0, 0.0
         memory = machine.host_memory
+        disk = work.disk_read_bytes / machine.disk_read.typical + work.disk_write_bytes / machine.disk_write.typical
         return {
-            "disk": work.disk_read_bytes / machine.disk_read.typical + work.disk_write_bytes / machine.disk_write.typical,
+            "disk": disk + work.num_disk_requests * machine.disk_request.seconds,
             "host_to_device": work.host_to_device_bytes / (machine.host_to_device or memory).typical,
             "device_to_host": work.device_to_host_bytes / (machine.device_to_host or memory).typical,
             "compute": compute,

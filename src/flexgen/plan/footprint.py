@@ -43,7 +43,7 @@ def reserved(
     computing = {"small tensors": small_bytes, "embedding": embedding_bytes * policy.embedding_resident}
     computing |= {"workspace": policy.workspace_bytes}
     host = {"process": process_bytes, "allowance": allowance_bytes(limits), "weights": held["host"], "KV": policy.kv_host_bytes}
-    host |= {"weight staging": policy.host_ring_bytes, "KV staging": policy.kv_staging_bytes}
+    host |= {"weight staging": policy.host_ring_bytes, "KV staging": policy.kv_staging_bytes + policy.kv_tail_bytes}
     tiers = {"host": host}
     if policy.device == "cpu":
         host |= computing

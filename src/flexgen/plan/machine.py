@@ -11,6 +11,13 @@ from typing import Any
 from flexgen.errors import OptionError
 
 FEW_CORES = 4
+
+
+def io_threads(cores: int) -> int:
+    """Threads that read and write files: two keep a disk busy, and few cores have no time for more."""
+    return 2 if cores <= FEW_CORES else 4
+
+
 ORIGINS = ("measured", "datasheet", "paper")
 
 
@@ -58,6 +65,18 @@ class Overheads:
     per_gathered_row: float
 
 
+@dataclass(frozen=True, slots=True)
+class DiskRequest:
+    """What a small read or write costs beside its bytes.
+
+    Attributes:
+        seconds: of all I/O threads together: a thousand take a thousand times as long. core_seconds: processor time.
+    """
+
+    seconds: float
+    core_seconds: float
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
     """Capacities and rates, measured apart from any run.
@@ -68,7 +87,7 @@ class Machine:
         busy_cores: cores that others kept busy meanwhile.
         cores: usable cores. host_bytes, device_bytes, disk_bytes: what there is in all (device: 0 on "cpu").
         disk_read, disk_write: bytes/s of the folder's file system, past the page cache.
-        disk_core_seconds_per_byte: processor time of reading.
+        disk_core_seconds_per_byte: processor time of reading. disk_request: of small reads and writes, each.
         disk_slowdown: how many times longer reading takes while a CPU device computes. compute_slowdown: computing, while it reads.
         host_memory: bytes/s of plain reads, all cores.
         host_to_device, device_to_host: bytes/s; None where there is no separate device.
@@ -91,6 +110,7 @@ class Machine:
     disk_read: Rate
     disk_write: Rate
     disk_core_seconds_per_byte: float
+    disk_request: DiskRequest
     disk_slowdown: float
     compute_slowdown: float
     host_memory: Rate
@@ -107,8 +127,8 @@ class Machine:
 
     @property
     def io_threads(self) -> int:
-        """Threads that read and write files: two keep a disk busy, and few cores have no time for more."""
-        return 2 if self.cores <= FEW_CORES else 4
+        """Threads that read and write files."""
+        return io_threads(self.cores)
 
     def dense_flops(self, dtype: str) -> float:
         """The best rate of a linear layer over all row counts.
@@ -139,6 +159,7 @@ class Machine:
             fields = json.loads(text)
             _check_keys("machine", fields, cls)
             _check_keys("machine: overheads", fields["overheads"], Overheads)
+            _check_keys("machine: disk_request", fields["disk_request"], DiskRequest)
             for name in ("disk_read", "disk_write", "host_memory", "host_to_device", "device_to_host"):
                 fields[name] = None if fields[name] is None else _rate(fields[name])
             for name in ("attention", "elementwise", "casts"):
@@ -146,6 +167,7 @@ class Machine:
             fields["dense"] = _curves(fields["dense"])
             fields["decode_attention"] = {place: _curves(curves) for place, curves in fields["decode_attention"].items()}
             fields["overheads"] = Overheads(**fields["overheads"])
+            fields["disk_request"] = DiskRequest(**fields["disk_request"])
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise OptionError(f"this is no machine: {error}") from error
         if fields["origin"] not in ORIGINS:

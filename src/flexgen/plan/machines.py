@@ -12,7 +12,7 @@ from pathlib import Path
 from flexgen.errors import OptionError
 from flexgen.options import EngineOptions
 from flexgen.plan.cost import DTYPE_BYTES
-from flexgen.plan.machine import Curve, Limits, Machine, Overheads, Rate
+from flexgen.plan.machine import Curve, DiskRequest, Limits, Machine, Overheads, Rate
 from flexgen.sizes import format_size, parse_size
 
 GB, TB = 10**9, 10**12
@@ -22,6 +22,7 @@ ROWS = (1, 4, 16, 64, 128, 256, 512, 1024, 4096)
 # Measured with PyTorch and transformers on server processors of the years 2022 to 2025.
 DRIVEN_DEVICE = Overheads(per_pass=5e-3, per_sequence=3e-5, per_unit=2e-4, per_layer_and_micro_batch=1e-3, per_gathered_row=2e-6)
 DISK_CORE_SECONDS_PER_BYTE = 2e-11
+DISK_REQUEST = DiskRequest(seconds=3e-5, core_seconds=2e-5)
 # Of the memory that a machine has, what a plan takes where nobody says.
 HOST_SHARE, DEVICE_SHARE, STORAGE_SHARE = 0.8, 0.9, 0.8
 
@@ -110,6 +111,7 @@ def _device_box(
         disk_read=_share(disk_read, DISK_SHARE),
         disk_write=_share(disk_write, DISK_SHARE),
         disk_core_seconds_per_byte=DISK_CORE_SECONDS_PER_BYTE,
+        disk_request=DISK_REQUEST,
         disk_slowdown=1.0,
         compute_slowdown=1.0,
         host_memory=_share(host_memory, MEMORY_SHARE),

@@ -29,6 +29,7 @@ class Policy:
         kv: home fractions of KV bytes.
         kv_device_bytes, kv_host_bytes, kv_disk_bytes: sizes of the page pools.
         kv_staging_bytes: host memory for pages read ahead from disk (0 without KV on disk).
+        kv_tail_bytes: host memory for pages on their way to disk that are not full yet.
         host_ring_bytes: staging for units that come from disk.
         device_ring_bytes: staging on the device for units that are not at home there (0 on "cpu").
         workspace_bytes: reserved for activations and temporary tensors.
@@ -60,6 +61,7 @@ class Policy:
     compute_threads: int
     io_threads: int
     kv_staging_bytes: int = 0
+    kv_tail_bytes: int = 0
     longest_sequence: int = 512
 
     def to_json(self) -> str:

@@ -94,9 +94,11 @@ class Space:
             spec, machine, limits, self.sizes, self.layouts, dtype=self.dtype, process_bytes=process_bytes, kv=self.kv,
             num_seqs=options.max_num_seqs or 1,
         )  # fmt: skip
-        # Two layers of all KV on disk are staged: one that is attended to, one on its way.
+        # Two layers of all KV on disk are staged: one that is attended to, one on its way.  And a page per sequence.
         layer = max((group.bytes_per_token for group in spec.kv_groups), default=0)
-        self.staged = 2 * layer / max(spec.kv_bytes_per_token, 1)
+        self._read_ahead = 2 * layer / max(spec.kv_bytes_per_token, 1)
+        self._tails = PAGE_TOKENS * spec.kv_bytes_per_token / self.sizes.mean
+        self.staged = self._read_ahead + self._tails
 
     def micro_batches(self) -> list[int]:
         """The fewest rows at which dense rates are near their best, within reason; smaller ones where those do not fit."""
@@ -168,14 +170,16 @@ class Space:
 
         def is_fed(number: int) -> bool:
             left = free_for(number)
-            return min(left.values()) >= 0 and self._fed(self._pools(left, point.kv_homes, kv_disk)) >= number
+            pools = self._pools(left, point.kv_homes, kv_disk)
+            return min(left.values()) >= 0 and max(pools.values()) >= self.sizes.smallest and self._fed(pools) >= number
 
         max_num_seqs = self.options.max_num_seqs or max(round(point.cap * _largest(len(self.workload), is_fed)), 1)
         pools = self._pools(free_for(max_num_seqs), point.kv_homes, kv_disk)
         if min(free_for(max_num_seqs).values()) < 0 or max(pools.values()) < self.sizes.smallest:
             return None
         found = {f"kv_{tier}_bytes": size for tier, size in pools.items()}
-        found["kv_staging_bytes"] = draft.kv_staging_bytes + int(self.staged * pools["disk"])
+        found["kv_staging_bytes"] = draft.kv_staging_bytes + int(self._read_ahead * pools["disk"])
+        found["kv_tail_bytes"] = min(draft.kv_tail_bytes + int(self._tails * pools["disk"]), draft.kv_tail_bytes * max_num_seqs)
         found["longest_sequence"] = self.sizes.longest
         if self.options.prefill_tokens is None:
             found["prefill_tokens"] = min(draft.prefill_tokens, max_num_seqs * self.sizes.longest_prompt)

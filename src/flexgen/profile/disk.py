@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import random
+import statistics
 import tempfile
 import threading
 import time
@@ -13,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flexgen.errors import StorageError
-from flexgen.memory.direct_io import AlignedBuffer, File
-from flexgen.plan.machine import Rate
-from flexgen.sizes import MIB
+from flexgen.memory.direct_io import AlignedBuffer, File, IOPool
+from flexgen.plan.machine import DiskRequest, Rate
+from flexgen.sizes import KIB, MIB
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +26,9 @@ READ_SIZES = (4 * MIB, 8 * MIB, 16 * MIB)
 FILE_BYTES = (128 * MIB, 256 * MIB)  # quick, or not
 READ_SECONDS = (0.15, 0.3)  # of one setting; quick, or not
 LARGE_FILE_BYTES = 256 * MIB
+# Small requests: as large as a page of KV, so many at once, so often.
+SMALL_BYTES, REQUESTS, REQUEST_ROUNDS = 32 * KIB, 500, 3
+LEAST_REQUEST_SECONDS = 1e-6
 DISK_SHARE = 0.25  # of the free space, for the measured file
 
 
@@ -34,12 +39,16 @@ class DiskRates:
     read: Rate
     write: Rate
     core_seconds_per_byte: float
+    request: DiskRequest
 
 
-def disk_rates(folder: Path, quick: bool, max_bytes: int) -> DiskRates:
+def disk_rates(folder: Path, quick: bool, max_bytes: int, io_threads: int) -> DiskRates:
     """How fast the folder's file system is.
 
     Weights are read from their own files where those are large; what is written goes where something can be written.
+
+    Args:
+        io_threads: that will read and write, of which the cost of small requests depends.
     """
     where = writable(folder)
     free = os.statvfs(where)
@@ -49,14 +58,17 @@ def disk_rates(folder: Path, quick: bool, max_bytes: int) -> DiskRates:
         if size == 0 and (weights := large_file(folder)) is not None:
             read, core_seconds = _read_rates(weights, quick, max_bytes)
             logger.warning("%s: no room to measure writes; they are taken to be as fast as reads", where)
-            return DiskRates(read=read, write=read, core_seconds_per_byte=core_seconds)
+            with opened(weights, os.O_RDONLY) as read_only:
+                request = _request_cost(read_only, weights.stat().st_size, read.typical, io_threads, writes=False)
+            return DiskRates(read=read, write=read, core_seconds_per_byte=core_seconds, request=request)
         if size == 0:
             raise StorageError(f"{where}: no room for a file of 64 MiB to measure the disk with")
         with tempfile.NamedTemporaryFile(dir=where, prefix="flexgen-measure-") as file:
             with opened(Path(file.name), os.O_RDWR) as written:
-                writes = [_write_rate(written, size, min(largest, max_bytes)) for _ in range(2 if quick else 4)]
+                write = Rate.of([_write_rate(written, size, min(largest, max_bytes)) for _ in range(2 if quick else 4)])
+                request = _request_cost(written, size, write.typical, io_threads, writes=True)
             read, core_seconds = _read_rates(large_file(folder) or Path(file.name), quick, max_bytes)
-            return DiskRates(read=read, write=Rate.of(writes), core_seconds_per_byte=core_seconds)
+            return DiskRates(read=read, write=write, core_seconds_per_byte=core_seconds, request=request)
     except OSError as error:
         raise StorageError(f"{folder}: measuring the disk failed: {error}") from error
 
@@ -127,6 +139,27 @@ def _write_rate(file: File, size: int, block: int) -> float:
         file.write_from(buffer[: min(block, size - offset)], offset)
     file.sync()
     return size / (time.perf_counter() - began)
+
+
+def _request_cost(file: File, size: int, rate: float, num_threads: int, *, writes: bool) -> DiskRequest:
+    """Of requests of SMALL_BYTES all over the file, half of them writes if it `writes`, as the engine makes them: less their bytes."""
+    buffer = AlignedBuffer(num_threads * SMALL_BYTES).view
+    draw = random.Random(0)
+    seconds: list[float] = []
+    core_seconds: list[float] = []
+    with contextlib.closing(IOPool(num_threads)) as io:
+        for number in range(REQUEST_ROUNDS * (1 + writes)):
+            parts = [
+                (file, draw.randrange(size // SMALL_BYTES) * SMALL_BYTES, buffer[at % num_threads * SMALL_BYTES :][:SMALL_BYTES])
+                for at in range(REQUESTS)
+            ]
+            began, worked = time.perf_counter(), time.process_time()
+            (io.write if writes and number % 2 else io.read)(parts).wait()
+            seconds.append((time.perf_counter() - began) / REQUESTS)
+            core_seconds.append((time.process_time() - worked) / REQUESTS)
+    return DiskRequest(
+        seconds=max(statistics.median(seconds) - SMALL_BYTES / rate, LEAST_REQUEST_SECONDS), core_seconds=statistics.median(core_seconds)
+    )
 
 
 def read_rate(file: File, size: int, threads: int, block: int, *, seconds: float, ring_bytes: int = 0) -> tuple[float, float]:

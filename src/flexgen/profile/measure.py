@@ -24,7 +24,7 @@ import psutil
 import torch
 
 from flexgen.errors import OptionError
-from flexgen.plan.machine import Machine
+from flexgen.plan.machine import Machine, io_threads
 from flexgen.profile.compute import attention_rate, dense_rates, device_elementwise_rate, step_rates
 from flexgen.profile.contention import slowdowns
 from flexgen.profile.copies import cast_rates, copy_rates, memory_rate
@@ -53,7 +53,7 @@ def measure(device: str, dtypes: Sequence[str], folder: Path, *, quick: bool = F
     share = 0.3 if quick else 1.0
     where, host = torch.device("cuda" if device == "cuda" else "cpu"), torch.device("cpu")
     with torch.inference_mode():
-        disk = disk_rates(folder, quick, max_bytes)
+        disk = disk_rates(folder, quick, max_bytes, io_threads(num_cores()))
         together = slowdowns(folder, next(iter(torch_dtypes.values())), max_bytes, 4.0 * share) if device != "cuda" else (1.0, 1.0)
         to_device, to_host = copy_rates(device, max_bytes, 1.0 * share)
         machine = Machine(
@@ -68,6 +68,7 @@ def measure(device: str, dtypes: Sequence[str], folder: Path, *, quick: bool = F
             disk_read=disk.read,
             disk_write=disk.write,
             disk_core_seconds_per_byte=disk.core_seconds_per_byte,
+            disk_request=disk.request,
             disk_slowdown=together[0],
             compute_slowdown=together[1],
             host_memory=memory_rate(max_bytes, 1.0 * share),
@@ -194,7 +195,7 @@ def machine_key(device: str, dtype: str, folder: Path) -> dict[str, str | int]:
         "numba": metadata.version("numba"),
         "dtype": dtype,
         "device": device,
-        "version": 6,
+        "version": 7,
     }
 
 
