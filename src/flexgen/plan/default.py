@@ -8,7 +8,7 @@ they get no better (moves.py).
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from flexgen.durations import format_seconds
@@ -30,7 +30,9 @@ from flexgen.plan.workload import Workload
 # What is planned for when nothing is known of the job.
 NOMINAL_WORKLOAD = Workload(prompt_lens=(512,) * 256, output_lens=(128,) * 256)
 # Effort (see play.py) after which the best policy so far is taken, about a second on one core of 2024; and under further bounds.
-MOST_EFFORT, MORE_EFFORT = 90_000, 20_000
+MOST_EFFORT, MORE_EFFORT = 80_000, 20_000
+# And for sizes of micro-batches other than the first that fits, of which those are begun with whose steady states reach this share.
+OTHER_SIZES_EFFORT, PROMISING = 20_000, 0.9
 # Of the best starts, how many are moved first.
 MOVED_STARTS = 2
 # Of the points that were found, how many are begun with under the next bounds.
@@ -165,25 +167,35 @@ class Search:
         )
 
     def _best_point(self, bounds: Bounds) -> Point | None:
-        """The first size of micro-batches that fits leads; others are begun with as long as there is time."""
+        """The first size of micro-batches that fits leads; then others that promise as much, near their steady states; then all."""
         score = functools.partial(self.player.score, bounds=bounds)
         most = self.player.effort + (MOST_EFFORT if not self._found else MORE_EFFORT)
+        caps = BOUNDED_CAPS if bounds.are_given else (1.0,)
+        found = dict(self._found)
 
         def goes_on() -> bool:
             return self.player.effort < most
 
-        found = dict(self._found)
-        for tokens in self.space.micro_batches():
-            if found and not goes_on():
-                break
-            chosen = varied(
-                sorted([*self._begun(tokens, BOUNDED_CAPS if bounds.are_given else (1.0,)), *self._found], key=score), MOVED_STARTS
-            )
+        def begin_with(starts: Iterable[Point]) -> None:
+            chosen = varied(sorted([*starts, *self._found], key=score), MOVED_STARTS)
             for few in (chosen[:MOVED_STARTS], chosen[MOVED_STARTS:]):
-                found |= dict.fromkeys(climb(few, self.space, score, goes_on, also=found))
+                found.update(dict.fromkeys(climb(few, self.space, score, goes_on, also=found)))
+
+        sizes = self.space.micro_batches()
+        while sizes and not found:
+            begin_with(self._begun(sizes.pop(0), caps))
+        most += OTHER_SIZES_EFFORT
+        begin_with([point for tokens in self._promising() if tokens in sizes for point in self._begun(tokens, caps, corners=False)])
+        while sizes and goes_on():
+            begin_with(self._begun(sizes.pop(0), caps))
         ranked = sorted(found, key=score)
         self._found |= dict.fromkeys(ranked[:REMEMBERED])
         return ranked[0] if ranked else None
+
+    def _promising(self) -> list[int]:
+        """Sizes of micro-batches whose steady states are about as fast as the best."""
+        rates = {tokens: steady[0][0].tokens_per_s for tokens in self.space.micro_batches() if (steady := self._steady_states(tokens))}
+        return [tokens for tokens, rate in rates.items() if rate >= PROMISING * max(rates.values())]
 
     def _steady_states(self, micro_batch_tokens: int) -> list[tuple[Steady, bool]]:
         """Solved once, whatever the bounds are."""
@@ -191,10 +203,10 @@ class Search:
             self._steady[micro_batch_tokens] = steady_states(self.space, self.player.expectation, micro_batch_tokens)
         return self._steady[micro_batch_tokens]
 
-    def _begun(self, micro_batch_tokens: int, caps: Sequence[float]) -> list[Point]:
+    def _begun(self, micro_batch_tokens: int, caps: Sequence[float], *, corners: bool = True) -> list[Point]:
         """Points to begin with, of different policies."""
         steady = self._steady_states(micro_batch_tokens)
-        begun = {self.space.policy(each): each for each in starts(self.space, micro_batch_tokens, steady, caps)}
+        begun = {self.space.policy(each): each for each in starts(self.space, micro_batch_tokens, steady, caps, corners=corners)}
         return [each for policy, each in begun.items() if policy is not None]
 
 

@@ -41,8 +41,10 @@ def steady_states(space: Space, expectation: Expectation, micro_batch_tokens: in
     return sorted(found, key=lambda each: -each[0].tokens_per_s)
 
 
-def starts(space: Space, micro_batch_tokens: int, steady: Sequence[tuple[Steady, bool]], caps: Sequence[float]) -> Iterator[Point]:
-    """Points near the steady states and at the corners, under every schedule, several quotas, and these caps on live sequences."""
+def starts(
+    space: Space, micro_batch_tokens: int, steady: Sequence[tuple[Steady, bool]], caps: Sequence[float], *, corners: bool
+) -> Iterator[Point]:
+    """Points near the steady states, and at the `corners`, under every schedule, several quotas, and these caps on live sequences."""
     for schedule in space.schedules():
         plain = _point(space, schedule, micro_batch_tokens)
         free = space.free_axes(schedule)
@@ -52,7 +54,7 @@ def starts(space: Space, micro_batch_tokens: int, steady: Sequence[tuple[Steady,
             places += [dataclasses.replace(plain, kv_homes=homes, **corner) for corner in CORNERS]
         if "kv_disk" in free:
             places += [dataclasses.replace(plain, kv_disk=1.0), dataclasses.replace(plain, kv_disk=1.0, **CORNERS[0])]
-        for some, quotas in ((near, FIRST_QUOTAS), (places, CORNER_QUOTAS)):
+        for some, quotas in ((near, FIRST_QUOTAS), (places if corners else [], CORNER_QUOTAS)):
             for place, quota, cap in product(some, quotas if "quota" in free else (1.0,), caps if "cap" in free else (1.0,)):
                 yield dataclasses.replace(place, quota=quota, cap=cap)
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
-from flexgen.kernels.attention import attention_kernels
+from flexgen.kernels.attention import AttentionKernels, attention_kernels
 from flexgen.plan.expect import elementwise_bytes
 from flexgen.plan.machine import Curve, Rate
 from flexgen.profile.timing import measured_rate, median_seconds
@@ -99,23 +100,37 @@ def step_rates(where: torch.device, dtype: torch.dtype, max_bytes: int, seconds:
     points: dict[float, Rate] = {}
     with attention_kernels(where, torch.get_num_threads()) as kernels:
         for heads, key_heads in STEP_HEADS:
+            run, kv_bytes = _steps(kernels, where, dtype, heads, key_heads, max_bytes)
             token_bytes = 2 * key_heads * HEAD_DIM * dtype.itemsize
-            sequences = max(min(max_bytes // 2 // (STEP_TOKENS * token_bytes), 64), 1)
-            per_sequence = STEP_TOKENS // PAGE_TOKENS
-            tables = torch.randperm(sequences * per_sequence, device=where).view(sequences, per_sequence)
-            query = random_numbers((sequences, heads, HEAD_DIM), where, dtype)
-            keys = random_numbers((sequences * per_sequence, key_heads, HEAD_DIM, PAGE_TOKENS), where, dtype)
-            values = random_numbers((sequences * per_sequence, key_heads, PAGE_TOKENS, HEAD_DIM), where, dtype)
-            starts = torch.zeros(sequences, dtype=torch.int64, device=where)
-            arguments = query, keys, values, tables, starts, starts + STEP_TOKENS
-            out = torch.empty_like(query)
-
-            def run(arguments: tuple[torch.Tensor, ...] = arguments, out: torch.Tensor = out) -> None:
-                wait(out, kernels.decode_attention(*arguments, scaling=HEAD_DIM**-0.5, out=out))
-
-            flops_per_byte = 4 * heads * HEAD_DIM / token_bytes
-            points[flops_per_byte] = measured_rate(sequences * STEP_TOKENS * token_bytes, run, seconds / len(STEP_HEADS))
+            points[4 * heads * HEAD_DIM / token_bytes] = measured_rate(kv_bytes, run, seconds / len(STEP_HEADS))
     return tuple(sorted(points.items()))
+
+
+@contextlib.contextmanager
+def steps(dtype: torch.dtype, max_bytes: int) -> Iterator[Callable[[], None]]:
+    """Next tokens' attention on the host."""
+    with attention_kernels(torch.device("cpu"), torch.get_num_threads()) as kernels:
+        yield _steps(kernels, torch.device("cpu"), dtype, *STEP_HEADS[1], max_bytes)[0]
+
+
+def _steps(
+    kernels: AttentionKernels, where: torch.device, dtype: torch.dtype, heads: int, key_heads: int, max_bytes: int
+) -> tuple[Callable[[], None], int]:
+    """(attention of next tokens to as many sequences as half the bytes hold, KV bytes that it reads)."""
+    token_bytes = 2 * key_heads * HEAD_DIM * dtype.itemsize
+    sequences = max(min(max_bytes // 2 // (STEP_TOKENS * token_bytes), 64), 1)
+    per_sequence = STEP_TOKENS // PAGE_TOKENS
+    tables = torch.randperm(sequences * per_sequence, device=where).view(sequences, per_sequence)
+    query = random_numbers((sequences, heads, HEAD_DIM), where, dtype)
+    keys = random_numbers((sequences * per_sequence, key_heads, HEAD_DIM, PAGE_TOKENS), where, dtype)
+    values = random_numbers((sequences * per_sequence, key_heads, PAGE_TOKENS, HEAD_DIM), where, dtype)
+    starts = torch.zeros(sequences, dtype=torch.int64, device=where)
+    out = torch.empty_like(query)
+
+    def run() -> None:
+        wait(out, kernels.decode_attention(query, keys, values, tables, starts, starts + STEP_TOKENS, scaling=HEAD_DIM**-0.5, out=out))
+
+    return run, sequences * STEP_TOKENS * token_bytes
 
 
 def device_elementwise_rate(where: torch.device, dtype: torch.dtype, max_bytes: int, seconds: float) -> Rate:

@@ -2,63 +2,84 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import statistics
 import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 
-from flexgen.profile.compute import random_numbers
+from flexgen.profile.compute import random_numbers, steps
 from flexgen.profile.disk import file_to_read, opened, read_rate
 from flexgen.sizes import MIB
 
 THREADS, BLOCK_BYTES, FILE_BYTES = 2, 8 * MIB, 128 * MIB
-ROWS, WIDTH = 512, 2048
-ROUNDS = 5
+MANY_ROWS, FEW_ROWS, WIDTH = 512, 16, 2048
+ROUNDS = 3
 
 
 def slowdowns(folder: Path, dtype: torch.dtype, max_bytes: int, seconds: float) -> tuple[float, float]:
-    """(of the disk by computing, of computing by the disk): time together over time apart, medians, each at least 1.
+    """(of the disk by computing, of computing by the disk): time together over time apart, each at least 1.
 
-    What is read goes to a ring and what is multiplied comes from weights that no cache holds, as in a run.
+    Means over three kinds of work: products of many rows, of few rows, attention of next tokens.  What is read goes to a
+    ring, and what is computed with comes from memory that no cache holds, as in a run.
 
     Args:
-        folder: whose largest file of weights is read, or a temporary one. max_bytes: half for the ring, a quarter for weights.
+        folder: whose largest file of weights is read, or a temporary one. max_bytes: half for the ring, a quarter for the rest.
     """
-    with file_to_read(folder, min(FILE_BYTES, max_bytes)) as path:
-        block, threads = min(BLOCK_BYTES, max_bytes // 4), THREADS
-        number = max(max_bytes // 4 // (WIDTH * WIDTH * dtype.itemsize), 1)
-        host = torch.device("cpu")
-        weights = [random_numbers((WIDTH, WIDTH), host, dtype) for _ in range(number)]
-        x = random_numbers((ROWS, WIDTH), host, dtype)
-        disk: list[float] = []
-        compute: list[float] = []
-        with opened(path, os.O_RDONLY) as file:
+    disk: list[float] = []
+    compute: list[float] = []
+    with file_to_read(folder, min(FILE_BYTES, max_bytes)) as path, opened(path, os.O_RDONLY) as file:
 
-            def read(results: list[float], length: float) -> None:
-                results.append(read_rate(file, path.stat().st_size, threads, block, seconds=length, ring_bytes=max_bytes // 2)[0])
+        def read(results: list[float], length: float) -> None:
+            block = min(BLOCK_BYTES, max_bytes // 4)
+            results.append(read_rate(file, path.stat().st_size, THREADS, block, seconds=length, ring_bytes=max_bytes // 2)[0])
 
-            share = seconds / ROUNDS / 3
-            for _ in range(ROUNDS):
-                alone: list[float] = []
-                beside: list[float] = []
-                read(alone, share)
-                products = _products_per_second(x, weights, share)
-                reader = threading.Thread(target=read, args=(beside, share), name="flexgen-measure-beside")
-                reader.start()
-                products_beside = _products_per_second(x, weights, share, until=reader)
-                reader.join()
-                disk.append(alone[0] / beside[0])
-                compute.append(products / products_beside)
-    return max(statistics.median(disk), 1.0), max(statistics.median(compute), 1.0)
+        kinds = (_products(MANY_ROWS, dtype, max_bytes // 4), _products(FEW_ROWS, dtype, max_bytes // 4), steps(dtype, max_bytes // 4))
+        for kind in kinds:
+            with kind as work:
+                rounds = [_round(read, work, seconds / len(kinds) / ROUNDS / 3) for _ in range(ROUNDS)]
+            disk.append(max(statistics.median(each for each, _ in rounds), 1.0))
+            compute.append(max(statistics.median(each for _, each in rounds), 1.0))
+    return statistics.mean(disk), statistics.mean(compute)
 
 
-def _products_per_second(x: torch.Tensor, weights: list[torch.Tensor], seconds: float, *, until: threading.Thread | None = None) -> float:
-    """For a while, or as long as a thread lives."""
+def _round(read: Callable[[list[float], float], None], work: Callable[[], None], length: float) -> tuple[float, float]:
+    """Both slowdowns, once."""
+    alone: list[float] = []
+    beside: list[float] = []
+    read(alone, length)
+    rate = _per_second(work, length)
+    reader = threading.Thread(target=read, args=(beside, length), name="flexgen-measure-beside")
+    reader.start()
+    rate_beside = _per_second(work, length, until=reader)
+    reader.join()
+    return alone[0] / beside[0], rate / rate_beside
+
+
+@contextlib.contextmanager
+def _products(rows: int, dtype: torch.dtype, max_bytes: int) -> Iterator[Callable[[], None]]:
+    """A linear layer, each time with other weights."""
+    host = torch.device("cpu")
+    weights = [random_numbers((WIDTH, WIDTH), host, dtype) for _ in range(max(max_bytes // (WIDTH * WIDTH * dtype.itemsize), 1))]
+    x = random_numbers((rows, WIDTH), host, dtype)
+    number = 0
+
+    def once() -> None:
+        nonlocal number
+        torch.nn.functional.linear(x, weights[number % len(weights)])
+        number += 1
+
+    yield once
+
+
+def _per_second(work: Callable[[], None], seconds: float, *, until: threading.Thread | None = None) -> float:
+    """How often it is done, for a while or as long as a thread lives."""
     began, number = time.perf_counter(), 0
     while (until.is_alive() if until is not None else time.perf_counter() - began < seconds) or number == 0:
-        torch.nn.functional.linear(x, weights[number % len(weights)])
+        work()
         number += 1
     return number / (time.perf_counter() - began)
