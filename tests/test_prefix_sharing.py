@@ -246,7 +246,9 @@ def answered(model: Any, chosen: Any, requests: list[TokenRequest], prefixes: Co
         return {index: result.token_ids for index, result in results.items()}, engine.answers.counts.shared_prompt_tokens
 
 
-@pytest.mark.parametrize("place", ["cpu-host", *PLACES])
+@pytest.mark.parametrize(
+    "place", ["cpu-host", *(pytest.param(place, marks=[pytest.mark.slow] * (PLACES[place][0] == "sim")) for place in PLACES)]
+)
 @pytest.mark.parametrize("model_type", REPRESENTATIVES)
 def test_every_kind_of_attention(model_type: str, place: str, tmp_path: Path) -> None:
     """Prompts are longer than the tiny models' windows and chunks, and lie on both sides of what changes rotary frequencies."""

@@ -155,6 +155,11 @@ class File:
         self._on_plain(self.path.parent, "refuses O_DIRECT")
         return fd
 
+    def will_read(self, offset: int, size: int) -> None:
+        """Let the page cache fetch this meanwhile; for files that are read through it."""
+        with contextlib.suppress(OSError):  # a hint
+            os.posix_fadvise(self._fd, offset, size, os.POSIX_FADV_WILLNEED)
+
     def read_into(self, view: memoryview, offset: int) -> None:
         """Fill `view` from `offset`; bytes past the end that the file had when opened are left as they are.
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from flexgen.errors import StorageError
-from flexgen.memory.direct_io import AlignedBuffer, File, IOPool
+from flexgen.memory.direct_io import AlignedBuffer, File
 
 logger = logging.getLogger(__name__)
 
@@ -51,8 +51,6 @@ class EmbeddingRows:
         self._device = device
         # Sums of rows that were read, by table and row; -1 of others.
         self._sums = {table.module: torch.full((table.num_rows,), -1, dtype=torch.int64) for table in tables} if verify else {}
-        # Its own threads: these small reads must not queue behind what the weight ring reads ahead.
-        self._io = IOPool(2)
         self.bytes_gathered = 0
 
     def load(self, module: str) -> int:
@@ -60,7 +58,7 @@ class EmbeddingRows:
         table = self._tables[module]
         size = table.num_rows * table.row_bytes
         buffer = AlignedBuffer(size)
-        self._io.read([(self._file(table.path), table.offset, buffer.view[:size])]).wait()
+        self._file(table.path).read_into(buffer.view[:size], table.offset)
         stored = buffer.tensor[:size].view(table.stored_dtype).view(table.num_rows, table.row_elements)
         self._resident[module] = stored.to(self._device, table.dtype)
         return self._resident[module].nbytes
@@ -87,11 +85,14 @@ class EmbeddingRows:
         return stored.to(self._device, table.dtype), renumbered
 
     def _read(self, table: RowTable, wanted: torch.Tensor) -> torch.Tensor:
-        """The bytes of these rows, (n, row_bytes) uint8."""
+        """The bytes of these rows, (n, row_bytes) uint8; those that are not cached are fetched together."""
         size, file = table.row_bytes, self._file(table.path)
         buffer = AlignedBuffer(len(wanted) * size)
-        parts = [(file, table.offset + row * size, buffer.view[i * size : (i + 1) * size]) for i, row in enumerate(wanted.tolist())]
-        self._io.read(parts).wait()
+        offsets = [table.offset + row * size for row in wanted.tolist()]
+        for offset in offsets:
+            file.will_read(offset, size)
+        for at, offset in enumerate(offsets):
+            file.read_into(buffer.view[at * size : (at + 1) * size], offset)
         return buffer.tensor[: len(wanted) * size].view(len(wanted), size)
 
     def _agree(self, table: RowTable, wanted: torch.Tensor, found: torch.Tensor) -> bool:
@@ -108,6 +109,5 @@ class EmbeddingRows:
             file.check_unchanged()
 
     def close(self) -> None:
-        self._io.close()
         for file in self._files.values():
             file.close()

@@ -41,6 +41,20 @@ def dense_rates(where: torch.device, dtype: torch.dtype, max_bytes: int, seconds
     return tuple((float(rows), Rate.of(rates)) for rows, rates in rounds.items() if rates)
 
 
+def keep_busy(where: torch.device, dtype: torch.dtype, seconds: float) -> None:
+    """Multiply matrices on all cores for a while."""
+    x, weight = random_numbers((512, 2048), where, dtype), random_numbers((2048, 2048), where, dtype)
+    began = time.perf_counter()
+    while time.perf_counter() - began < seconds:
+        wait(torch.nn.functional.linear(x, weight))
+
+
+def better(typical: Curve, other: Curve) -> Curve:
+    """The first curve with the best rates of both."""
+    best = {rows: rate.best for rows, rate in other}
+    return tuple((rows, Rate(max(rate.best, best.get(rows, 0.0)), rate.typical, rate.spread)) for rows, rate in typical)
+
+
 def random_numbers(shape: tuple[int, ...], where: torch.device, dtype: torch.dtype) -> torch.Tensor:
     """Between -1 and 1: zeros would be computed at other rates."""
     return torch.empty(shape, dtype=dtype, device=where).uniform_(-1, 1)
