@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import statistics
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,9 +90,8 @@ class Runs:
             if all(row[field] == value for field, value in key.items()):
                 return row
         requests = write_requests(self._case, self._scratch)
-        began = time.perf_counter()
         outcome, report, log = run(self._folder, requests, self._case.memory, self._scratch, *options, timeout_seconds=timeout_seconds)
-        row = key | {"run_seconds": time.perf_counter() - began, "tokens_per_s": None, "why": None}
+        row = key | {"run_seconds": outcome.elapsed_seconds, "tokens_per_s": None, "why": None}
         if report is not None:
             row |= {"tokens_per_s": report["output_tokens_per_s"], "elapsed_seconds": report["elapsed_seconds"]}
             row["policy_ran"] = report["policy"]

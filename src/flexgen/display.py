@@ -233,17 +233,12 @@ def format_forecast(forecast: Forecast) -> list[str]:
 
 def format_curve(curve: Sequence[ParetoPoint]) -> str:
     """What shorter requests cost: a line per plan, shortest requests first."""
-    rows = [("longest request", "tokens/s", "sequences", "schedule", "weights", "KV")]
+    rows = [["longest request", "tokens/s", "sequences", "schedule", "weights", "KV"]]
     for point in curve:
         policy = point.policy
-        cells = (format_seconds(point.request_seconds), f"{point.tokens_per_s:,.2f}", f"{policy.max_num_seqs:,}", policy.schedule)
-        rows.append((*cells, _shares(policy.weights), _shares(policy.kv)))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    aligned = [
-        [cell.rjust(width) if at < 3 else cell.ljust(width) for at, (cell, width) in enumerate(zip(row, widths, strict=True))]
-        for row in rows
-    ]
-    return "\n".join("  " + "  ".join(cells).rstrip() for cells in aligned)
+        cells = [format_seconds(point.request_seconds), f"{point.tokens_per_s:,.2f}", f"{policy.max_num_seqs:,}", policy.schedule]
+        rows.append([*cells, _shares(policy.weights), _shares(policy.kv)])
+    return "\n".join(f"  {line}" for line in _table(rows))
 
 
 def format_memory(forecast: Forecast) -> list[str]:

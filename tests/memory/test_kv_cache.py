@@ -76,6 +76,27 @@ class Pages:
         self.free[group].give_back(pages)
 
 
+def check_accounts(cache: KVCache, pool: Pages, live: list[list]) -> None:
+    """Every page is free or held, is counted once, and nothing is missing that is still seen; `live` has [kv, length]."""
+    held_bytes = 0
+    for index, each in enumerate(cache.groups):
+        held = {page for kv, _ in live for page in kv.tables[index] if page >= 0}
+        assert len(held) + pool.free[index].num_free == pool.num_pages[index], "lost, or freed too early"
+        held_bytes += len(held) * each.page_bytes
+        for kv, length in live:
+            assert len(kv.tables[index]) == -(-length // each.page_tokens)
+            assert -1 not in kv.tables[index][each.first_visible(length) // each.page_tokens :], "still seen"
+    assert cache.used_bytes["host"] == held_bytes <= cache.peak_bytes["host"]
+
+
+def check_release(cache: KVCache, pool: Pages, live: list[list]) -> None:
+    """All pages are free once all sequences are released."""
+    for kv, _ in live:
+        cache.release(kv)
+    assert [pages.num_free for pages in pool.free] == pool.num_pages
+    assert cache.used_bytes["host"] == 0
+
+
 GROUPS = [group(), group(window=6), group(chunk=8), group(chunk=7), group(window=1)]
 
 
@@ -123,20 +144,11 @@ def test_sequences_never_share_lose_or_double_a_page(steps: list[tuple[str, int,
                 assert kv.tables == before
         elif live:
             cache.release(live.pop(which % len(live))[0])
-        held_bytes = 0
-        for index, each in enumerate(groups):
+        for index in range(len(groups)):
             held = [page for kv, _ in live for page in kv.tables[index] if page >= 0]
             assert len(held) == len(set(held)), "shared"
-            assert len(held) + pool.free[index].num_free == pool.num_pages[index], "lost"
-            held_bytes += len(held) * each.page_bytes
-            for kv, length in live:
-                assert len(kv.tables[index]) == -(-length // each.page_tokens)
-                assert -1 not in kv.tables[index][each.first_visible(length) // each.page_tokens :], "still seen"
-        assert cache.used_bytes["host"] == held_bytes <= cache.peak_bytes["host"]
-    for kv, _ in live:
-        cache.release(kv)
-    assert [pages.num_free for pages in pool.free] == pool.num_pages
-    assert cache.used_bytes["host"] == 0
+        check_accounts(cache, pool, live)
+    check_release(cache, pool, live)
 
 
 @given(
@@ -171,19 +183,8 @@ def test_forks_share_what_their_queries_see(steps: list[tuple[str, int, int]], g
             entry[1] += tokens * cache.reserve(entry[0], entry[1] + tokens)
         elif live:
             cache.release(live.pop(which % len(live))[0])
-        held_bytes = 0
-        for index, each in enumerate(groups):
-            held = {page for kv, _ in live for page in kv.tables[index] if page >= 0}
-            assert len(held) + pool.free[index].num_free == pool.num_pages[index], "lost, or freed too early"
-            held_bytes += len(held) * each.page_bytes
-            for kv, length in live:
-                assert len(kv.tables[index]) == -(-length // each.page_tokens)
-                assert -1 not in kv.tables[index][each.first_visible(length) // each.page_tokens :], "still seen"
-        assert cache.used_bytes["host"] == held_bytes <= cache.peak_bytes["host"]
-    for kv, _ in live:
-        cache.release(kv)
-    assert [pages.num_free for pages in pool.free] == pool.num_pages
-    assert cache.used_bytes["host"] == 0
+        check_accounts(cache, pool, live)
+    check_release(cache, pool, live)
 
 
 def test_trimming_frees_what_lies_behind_the_window() -> None:

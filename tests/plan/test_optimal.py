@@ -92,6 +92,13 @@ def steady_problem(seed):
     return SteadyState(player.expectation, space.workload, bare), room, len(space.workload), space.kv_tiers
 
 
+def steady_solution(seed):
+    """(the best steady state, and its problem); None where nothing fits."""
+    problem = steady_problem(seed)
+    found = problem and problem[0].best(problem[1], problem[2], kv_tiers=problem[3])
+    return (found, *problem) if found else None
+
+
 def simplex(steps):
     """All shares of three tiers in multiples of 1 / steps."""
     rows = [(a, b, steps - a - b) for a in range(steps + 1) for b in range(steps + 1 - a)]
@@ -139,11 +146,10 @@ def test_the_linear_program_is_at_least_as_good_as_a_fine_grid(seed):
 
 @pytest.mark.parametrize("seed", range(30))
 def test_worth_is_the_gain_from_a_little_more_memory(seed):
-    problem = steady_problem(seed)
-    found = problem and problem[0].best(problem[1], problem[2], kv_tiers=problem[3])
-    if not found:
+    solved_problem = steady_solution(seed)
+    if solved_problem is None:
         return
-    state, room, most, kv_tiers = problem
+    found, state, room, most, kv_tiers = solved_problem
 
     def gain(tier, more):
         memory = {**room.memory_bytes, tier: room.memory_bytes[tier] + more}
@@ -160,11 +166,10 @@ def test_worth_is_the_gain_from_a_little_more_memory(seed):
 
 @pytest.mark.parametrize("seed", range(30))
 def test_binding_is_the_gain_from_a_little_more_speed(seed):
-    problem = steady_problem(seed)
-    found = problem and problem[0].best(problem[1], problem[2], kv_tiers=problem[3])
-    if not found:
+    solved_problem = steady_solution(seed)
+    if solved_problem is None:
         return
-    state, room, most, kv_tiers = problem
+    found, state, room, most, kv_tiers = solved_problem
     assert sum(found.binding.values()) == pytest.approx(1.0)
 
     def gain(number, step):

@@ -89,12 +89,11 @@ class Staged:
     def __init__(self, group: KVGroup, num_slots: int) -> None:
         self.keys = AlignedBuffer(num_slots * group.key_page_bytes)
         self.values = AlignedBuffer(num_slots * group.value_page_bytes)
-        size, shape = num_slots * group.key_page_bytes, (num_slots, group.key_heads, group.key_dim, group.page_tokens)
-        self.key_pages = self.keys.tensor[:size].view(group.dtype).view(shape)
-        size, shape = num_slots * group.value_page_bytes, (num_slots, group.value_heads, group.page_tokens, group.value_dim)
-        self.value_pages = self.values.tensor[:size].view(group.dtype).view(shape)
+        # (slots, bytes of a page)
         self.key_rows = self.keys.tensor[: num_slots * group.key_page_bytes].view(num_slots, group.key_page_bytes)
         self.value_rows = self.values.tensor[: num_slots * group.value_page_bytes].view(num_slots, group.value_page_bytes)
+        self.key_pages = self.key_rows.view(group.dtype).view(num_slots, group.key_heads, group.key_dim, group.page_tokens)
+        self.value_pages = self.value_rows.view(group.dtype).view(num_slots, group.value_heads, group.page_tokens, group.value_dim)
         self.ticket: Ticket | None = None
 
 
@@ -328,10 +327,10 @@ class DiskView(HostView):
                 staged = _StagedPage(table[position], len(pages))
                 pages.append(staged)
                 tail = tails.slot(index, staged.page)
-                if position * size < each.start and tail is None:
-                    old.append(staged)
-                elif position * size < each.start and tail is not None:
+                if tail is not None:
                     loaded.append((staged.slot, tail))
+                elif position * size < each.start:
+                    old.append(staged)
                 if (position + 1) * size <= each.start:
                     continue  # no new token
                 if (position + 1) * size > end and (tail := tails.keep(index, staged.page)) is not None:

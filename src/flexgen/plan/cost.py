@@ -36,7 +36,7 @@ class PassWork:
         host_step_flops, host_step_bytes: the same where the host attends.
         host_memory_bytes: what crosses the host's memory bus: disk transfers, copies, decoding, and the KV that next
             tokens attend to where it lives on the host (weights read by a matrix product are part of its rate).
-        decoded_bytes: what decode stages yield. spilled_bytes: of disk_read_bytes, those that are KV.
+        decoded_bytes: what decode stages yield.
         num_tokens: computed, prompts included. num_sampled: positions that yield a token.
         num_micro_batches: as few as the policy's size, homes and kinds allow. num_streamed_units: that arrive.
         num_disk_requests: reads and writes of KV pages on disk; one each of keys and of values per sequence and layer.
@@ -54,7 +54,6 @@ class PassWork:
     host_step_bytes: float = 0
     host_memory_bytes: float = 0
     decoded_bytes: float = 0
-    spilled_bytes: float = 0
     num_tokens: float = 0
     num_prompt_tokens: float = 0
     num_sampled: float = 0
@@ -160,7 +159,6 @@ def price(load: PassLoad, spec: ModelSpec, policy: Policy, weights: PassWork) ->
     disk_read, disk_write, memory = weights.disk_read_bytes, weights.disk_write_bytes, weights.host_memory_bytes
     to_device, to_host = weights.host_to_device_bytes, weights.device_to_host_bytes
     steps: dict[str, Any] = {"step_flops": 0, "step_bytes": 0, "host_step_flops": 0, "host_step_bytes": 0}
-    spilled: Any = 0
     requests: Any = 0
     if not policy.embedding_resident:
         disk_read = disk_read + tokens * spec.embedding_row_bytes
@@ -181,7 +179,6 @@ def price(load: PassLoad, spec: ModelSpec, policy: Policy, weights: PassWork) ->
         if home == "disk":
             fetched = read - attended_bytes(groups, load.repeated_tokens[home]) if home in load.repeated_tokens else read
             disk_read, disk_write, memory = disk_read + fetched, disk_write + written, memory + fetched + written
-            spilled = spilled + fetched
             # Each sequence's keys and values are read in one piece; a next token fills a page now and then.
             pieces = load.num_prompts[home] + load.next_tokens[home] * (1 + 1 / policy.page_tokens)
             requests = requests + 2 * sum(group.num_layers for group in groups) * pieces
@@ -200,7 +197,6 @@ def price(load: PassLoad, spec: ModelSpec, policy: Policy, weights: PassWork) ->
         num_micro_batches=_num_micro_batches(load, policy),
         num_streamed_units=weights.num_streamed_units,
         num_disk_requests=requests,
-        spilled_bytes=spilled,
         **steps,
     )
 

@@ -177,13 +177,14 @@ class Search:
             return self.player.effort < most
 
         def begin_with(starts: Iterable[Point]) -> None:
-            chosen = varied(sorted([*starts, *self._found], key=score), MOVED_STARTS)
+            chosen = varied(sorted(starts, key=score), MOVED_STARTS)
             for few in (chosen[:MOVED_STARTS], chosen[MOVED_STARTS:]):
                 found.update(dict.fromkeys(climb(few, self.space, score, goes_on, also=found)))
 
-        sizes = self.space.micro_batches()
-        while sizes and not found:
-            begin_with(self._begun(sizes.pop(0), caps))
+        sizes, begun = self.space.micro_batches(), list[Point]()
+        while sizes and not begun:
+            begun = self._begun(sizes.pop(0), caps)
+        begin_with([*begun, *self._found])
         most += OTHER_SIZES_EFFORT
         begin_with([point for tokens in self._promising() if tokens in sizes for point in self._begun(tokens, caps, corners=False)])
         while sizes and goes_on():

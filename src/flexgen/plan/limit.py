@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,10 +22,6 @@ MICRO_BATCH_TOKENS = 1 << 20
 QUOTAS = (0.0, 0.15, 0.4, 0.7, 1.0)
 # Of the best of a coarse grid, how many are moved, beside the best of each kind.
 MOVED_STARTS = 4
-NOTHING = Point(
-    on_device=0.0, on_host=0.0, kv_homes=0.0, kv_disk=0.0, quota=1.0, cap=1.0, embedding=False, schedule="diagonal",
-    micro_batch_tokens=MICRO_BATCH_TOKENS,
-)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,7 +121,8 @@ class _IdealSpace:
         for schedule in self.schedules():
             free = self.free_axes(schedule)
             for chosen in product(*(values[axis] for axis in free)):
-                yield dataclasses.replace(NOTHING, schedule=schedule, **dict(zip(free, chosen, strict=True)))
+                shares = dict(zip(free, chosen, strict=True))
+                yield Point(**shares, embedding=False, schedule=schedule, micro_batch_tokens=MICRO_BATCH_TOKENS)
 
     def policy(self, point: Point) -> Policy | None:
         """The policy of a point, or None where it does not fit."""

@@ -31,9 +31,9 @@ SEQUENCE_SLACK = 1.15
 LEAST_SPILL = 0.05
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Point:
-    """What is chosen, each from 0 to 1, and what is enumerated.
+    """What is chosen, each from 0 to 1, and what is enumerated.  By default all weights and no KV are on disk, and passes are large.
 
     Attributes:
         on_device, on_host: of the weights, how much of what fits there.
@@ -42,12 +42,12 @@ class Point:
         cap: live sequences, of those that fit. embedding: whether it stays, where that has a use and fits.
     """
 
-    on_device: float
-    on_host: float
-    kv_homes: float
-    kv_disk: float
-    quota: float
-    cap: float
+    on_device: float = 0.0
+    on_host: float = 0.0
+    kv_homes: float = 0.0
+    kv_disk: float = 0.0
+    quota: float = 1.0
+    cap: float = 1.0
     embedding: bool
     schedule: str
     micro_batch_tokens: int

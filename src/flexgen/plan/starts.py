@@ -69,10 +69,7 @@ def varied(ranked: Sequence[Point], best: int) -> list[Point]:
 
 def _point(space: Space, schedule: str, micro_batch_tokens: int) -> Point:
     """All weights on disk."""
-    return Point(
-        on_device=0.0, on_host=0.0, kv_homes=space.default_homes(), kv_disk=0.0, quota=1.0, cap=1.0, embedding=True, schedule=schedule,
-        micro_batch_tokens=micro_batch_tokens,
-    )  # fmt: skip
+    return Point(kv_homes=space.default_homes(), embedding=True, schedule=schedule, micro_batch_tokens=micro_batch_tokens)
 
 
 def _like(space: Space, plain: Point, steady: Steady, spills: bool) -> Point:

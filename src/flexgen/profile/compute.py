@@ -41,9 +41,10 @@ def dense_rates(where: torch.device, dtype: torch.dtype, max_bytes: int, seconds
     return tuple((float(rows), Rate.of(rates)) for rows, rates in rounds.items() if rates)
 
 
-def keep_busy(where: torch.device, dtype: torch.dtype, seconds: float) -> None:
+def keep_busy(where: torch.device, dtype: torch.dtype, max_bytes: int, seconds: float) -> None:
     """Multiply matrices on all cores for a while."""
-    x, weight = random_numbers((512, 2048), where, dtype), random_numbers((2048, 2048), where, dtype)
+    weight = random_numbers(_shrunken((2048, 2048), dtype.itemsize, max_bytes // 3), where, dtype)
+    x = random_numbers((256, 2048), where, dtype)
     began = time.perf_counter()
     while time.perf_counter() - began < seconds:
         wait(torch.nn.functional.linear(x, weight))
@@ -115,8 +116,7 @@ def step_rates(where: torch.device, dtype: torch.dtype, max_bytes: int, seconds:
     with attention_kernels(where, torch.get_num_threads()) as kernels:
         for heads, key_heads in STEP_HEADS:
             run, kv_bytes = _steps(kernels, where, dtype, heads, key_heads, max_bytes)
-            token_bytes = 2 * key_heads * HEAD_DIM * dtype.itemsize
-            points[4 * heads * HEAD_DIM / token_bytes] = measured_rate(kv_bytes, run, seconds / len(STEP_HEADS))
+            points[2 * heads / (key_heads * dtype.itemsize)] = measured_rate(kv_bytes, run, seconds / len(STEP_HEADS))
     return tuple(sorted(points.items()))
 
 

@@ -16,7 +16,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -24,7 +24,7 @@ import psutil
 import torch
 
 from flexgen.errors import OptionError
-from flexgen.plan.machine import Machine, io_threads
+from flexgen.plan.machine import Curve, Machine, io_threads
 from flexgen.profile.compute import attention_rate, better, dense_rates, device_elementwise_rate, keep_busy, step_rates
 from flexgen.profile.contention import slowdowns
 from flexgen.profile.copies import cast_rates, copy_rates, memory_rate
@@ -56,11 +56,7 @@ def measure(device: str, dtypes: Sequence[str], folder: Path, *, quick: bool = F
     where, host = torch.device("cuda" if device == "cuda" else "cpu"), torch.device("cpu")
     with torch.inference_mode():
         disk = disk_rates(folder, quick, max_bytes, io_threads(num_cores()))
-        # Processors are faster for some seconds after a rest (docs/log.md): what is typical is measured after those.
-        rested = {name: dense_rates(where, dtype, max_bytes, 3.5 * share) for name, dtype in torch_dtypes.items()}
-        if not quick:
-            keep_busy(where, next(iter(torch_dtypes.values())), BUSY_SECONDS)
-        dense = {name: better(dense_rates(where, dtype, max_bytes, 3.5 * share), rested[name]) for name, dtype in torch_dtypes.items()}
+        dense = _dense(where, torch_dtypes, max_bytes, 3.5 * share, busy_seconds=0.0 if quick else BUSY_SECONDS)
         together = slowdowns(folder, next(iter(torch_dtypes.values())), max_bytes, 4.0 * share) if device != "cuda" else (1.0, 1.0)
         to_device, to_host = copy_rates(device, max_bytes, 1.0 * share)
         machine = Machine(
@@ -104,6 +100,15 @@ def measure(device: str, dtypes: Sequence[str], folder: Path, *, quick: bool = F
     _trim()
     logger.info("measured %s in %.1f s", device, time.perf_counter() - started)
     return machine
+
+
+def _dense(
+    where: torch.device, dtypes: Mapping[str, torch.dtype], max_bytes: int, seconds: float, *, busy_seconds: float
+) -> dict[str, Curve]:
+    """Best rates of all, typical ones of later: processors are faster for some seconds after a rest (docs/log.md)."""
+    rested = {name: dense_rates(where, dtype, max_bytes, seconds) for name, dtype in dtypes.items()}
+    keep_busy(where, next(iter(dtypes.values())), max_bytes, busy_seconds)
+    return {name: better(dense_rates(where, dtype, max_bytes, seconds), rested[name]) for name, dtype in dtypes.items()}
 
 
 def _dtype(name: str) -> torch.dtype:
