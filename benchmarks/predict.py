@@ -1,9 +1,9 @@
 """What `flexgen run` expects before its first pass, against what it then does: a dozen jobs that were fixed beforehand.
 
-    flexgen profile DIR
     python benchmarks/predict.py --scratch DIR [--case NAME ...]
 
-Each job runs in a memory cgroup of exactly its budget, with everything chosen by the planner.  In four of them answers end by an
+Before each the machine is measured again, since other tenants of the host make it faster or slower from hour to hour; then the job runs in
+a memory cgroup of exactly its budget, with everything chosen by the planner.  In four of them answers end by an
 end-of-sequence token, at lengths drawn from a trace of conversations (benchmarks/conversation_lengths.json) of which the planner knows
 only the bound.  A JSON line per run: predicted and measured output tokens/s, and predicted again at the run's own rates.
 """
@@ -15,6 +15,7 @@ import dataclasses
 import json
 import random
 import statistics
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ from record import Results
 from shapes import SHAPES, Shape
 
 from flexgen.models.dummy import write_random_checkpoint
-from flexgen.plan.expect import Expectation
+from flexgen.plan.expect import Expectation, rate_at
 from flexgen.plan.machine import DiskRequest, Machine, Rate
 from flexgen.plan.outputs import expected
 from flexgen.plan.policy import Policy
@@ -38,6 +39,8 @@ from flexgen.specs import spec_of
 LENGTHS = Path(__file__).parent / "conversation_lengths.json"
 DEFAULT_RESULTS = Path(__file__).parent / "results" / "predict.jsonl"
 EOS = 2
+PROFILED_ROWS = 512  # of the products whose rate is kept with a run
+FLEXGEN = str(Path(sys.executable).parent / "flexgen")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,12 +121,14 @@ def main() -> int:
 def run_case(case: Case, scratch: Path) -> dict[str, Any]:
     """One run under its cap; the row for the results."""
     folder = checkpoint(SHAPES[case.shape], scratch)
+    subprocess.run([FLEXGEN, "profile", folder, "--dtype", "bfloat16"], check=True, capture_output=True)
     outcome, report, log = run(folder, write_requests(case, scratch), case.memory, scratch)
     if report is None:
         raise SystemExit(f"the run failed: {outcome}\n{log[-3000:]}")
     policy, told = report["policy"], report["forecast"]
     measured = report["output_tokens_per_s"]
-    own = at_own_rates(case, folder, report)
+    machine = Machine.from_json(json.dumps(report["machine"]))
+    own = at_own_rates(case, folder, report, machine)
     return {
         "benchmark": "predict", "case": case.name, "shape": case.shape, "memory": case.memory, "num_requests": case.num_requests,
         "predicted_tokens_per_s": told["output_tokens_per_s"], "measured_tokens_per_s": measured,
@@ -133,6 +138,8 @@ def run_case(case: Case, scratch: Path) -> dict[str, Any]:
         "num_passes": report["num_passes"],
         "output_tokens": report["output_tokens"], "rate_ratios": report["rate_ratios"], "resource_seconds": told["resource_seconds"],
         "wait_seconds": report["wait_seconds"], "overlap": report["overlap"], "plan": report["plan"], "efficiency": report["efficiency"],
+        "profiled_disk_bytes_per_s": machine.disk_read.typical,
+        "profiled_flops": float(rate_at(machine.dense[policy["dtype"]], PROFILED_ROWS)),
         "schedule": policy["schedule"], "weights": policy["weights"], "max_num_seqs": policy["max_num_seqs"],
         "prefill_tokens": policy["prefill_tokens"], "peak_host_bytes": report["peak_host_bytes"],
     }  # fmt: skip
@@ -160,7 +167,7 @@ def run(
     """`flexgen run` in a cgroup of its budget: how it ended, its metrics if it was well, what it said."""
     output, metrics, log = (scratch / f"predict-out.{suffix}" for suffix in ("jsonl", "json", "log"))
     command = [
-        str(Path(sys.executable).parent / "flexgen"), "run", str(folder), str(requests), "-o", str(output),
+        FLEXGEN, "run", str(folder), str(requests), "-o", str(output),
         "--host-mem", memory, "--metrics", str(metrics), "--progress", "none", "--fresh", *options,
     ]  # fmt: skip
     metrics.unlink(missing_ok=True)
@@ -170,9 +177,8 @@ def run(
     return outcome, report, log.read_text()
 
 
-def at_own_rates(case: Case, folder: Path, report: dict[str, Any]) -> float:
+def at_own_rates(case: Case, folder: Path, report: dict[str, Any], machine: Machine) -> float:
     """Output tokens/s that the same plan and lengths give with the rates that the run had."""
-    machine = Machine.from_json(json.dumps(report["machine"]))
     ratios = report["rate_ratios"]
     machine = scaled(machine, disk=ratios.get("disk", 1.0), compute=ratios.get("compute", 1.0))
     policy = Policy.from_json(json.dumps(report["policy"]))

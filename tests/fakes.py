@@ -198,5 +198,5 @@ def engines(monkeypatch: pytest.MonkeyPatch) -> list[FakeEngine]:
         opened.append(FakeEngine(workload))
         return opened[-1]
 
-    monkeypatch.setattr("flexgen.llm.open_engine", open_engine)
+    monkeypatch.setattr("flexgen.open_engine.open_engine", open_engine)
     return opened

@@ -16,12 +16,12 @@ FLEXGEN = Path(__file__).parent.parent / "src" / "flexgen"
 # Rooms from the ground up; a room may import any room of a lower floor.
 FLOORS = (
     {"errors", "failpoints", "durations"},
-    {"sizes", "formats", "request", "options", "prefixes"},
+    {"sizes", "formats", "request", "options", "prefixes", "inputs"},
     {"plan"},
     {"quant", "kernels", "memory", "models", "hub", "text", "stopping", "defaults", "choices", "chat"},
     {"engine"},
     {"profile"},
-    {"opening", "specs"},
+    {"opening", "open_engine", "specs"},
     {"llm"},
     {"jobs", "bench", "integrations", "display", "cli", "__init__", "__main__"},
 )
@@ -34,6 +34,7 @@ BESIDE = {
     "stopping": {"text"},
     "choices": {"text", "stopping", "defaults"},
     "defaults": {"hub"},
+    "open_engine": {"opening"},
     "specs": {"opening"},
     "bench": {"jobs"},
     "integrations": {"jobs"},

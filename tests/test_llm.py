@@ -336,7 +336,7 @@ def test_the_engine_is_opened_again_when_its_plan_does_not_suit(
         opened.append(FakeEngine(workload, max_num_seqs, kv_bytes))
         return opened[-1]
 
-    monkeypatch.setattr("flexgen.llm.open_engine", open_engine)
+    monkeypatch.setattr("flexgen.open_engine.open_engine", open_engine)
     llm = LLM(model_folder)
     llm.open(old)
     llm.open(new)
@@ -380,10 +380,10 @@ def test_a_forgotten_llm_closes_its_engine(model_folder: Path, engines: list[Fak
 def test_a_script_that_forgets_to_close_ends_cleanly(model_folder: Path) -> None:
     script = f"""
 import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
-import flexgen.llm, fakes
+import flexgen, flexgen.open_engine, fakes
 class Engine(fakes.FakeEngine):
     def close(self): print("closed")
-flexgen.llm.open_engine = lambda files, options, workload: Engine(workload)
+flexgen.open_engine.open_engine = lambda files, options, workload: Engine(workload)
 llm = flexgen.LLM({str(model_folder)!r})
 print(llm.generate("ab", flexgen.SamplingParams(temperature=0, max_tokens=3))[0].outputs[0].text)
 """

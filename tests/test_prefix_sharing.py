@@ -90,7 +90,7 @@ class SharingRun(Run):
 
     @property
     def num_shared(self) -> int:
-        return self.engine.answers.counts.shared_prompt_tokens
+        return self.engine.record.answers.counts.shared_prompt_tokens
 
 
 def num_tokens(requests: Iterable[TokenRequest]) -> int:
@@ -119,7 +119,7 @@ def test_a_prefix_is_computed_once(
     assert saved == (9 * 3 + 6 * 2 + 4) * PAGE_TOKENS
     with SharingRun(checkpoint, case.policy(checkpoint), tmp_path, device_bytes=64 << 20, monkeypatch=monkeypatch) as run:
         assert run.shared(checkpoint.requests, prefixes) == wanted
-        assert run.engine.answers.counts.preemptions == 0, "forecasts were right"
+        assert run.engine.record.answers.counts.preemptions == 0, "forecasts were right"
         assert run.num_shared == saved
         assert run.num_computed == num_tokens(checkpoint.requests) - saved
         assert run.results() == wanted, "and without it again"
@@ -147,7 +147,7 @@ def test_several_homes_and_little_room(
     with SharingRun(checkpoint, case.policy(checkpoint), tmp_path, device_bytes=64 << 20, monkeypatch=monkeypatch) as run:
         assert run.shared(checkpoint.requests, prefixes) == wanted
         assert 0 < run.num_shared <= saved
-        assert run.engine.answers.counts.preemptions == 0, "forecasts were right"
+        assert run.engine.record.answers.counts.preemptions == 0, "forecasts were right"
         assert run.num_computed == num_tokens(checkpoint.requests) - run.num_shared
 
 
@@ -159,14 +159,14 @@ def test_shared_pages_are_held_once(checkpoint: Checkpoint, tier: str, tmp_path:
     case = Case("cpu", {"host": 1.0}, {tier: 15 * PAGE_TOKENS}, "zigzag", 10, 512)
     with Run(checkpoint, case.policy(checkpoint), tmp_path) as run:
         alone = run.results(requests)
-        num_passes = run.engine.trace.num_passes
+        num_passes = run.engine.record.trace.num_passes
         results = {result.index: result for result in run.engine.generate(requests, prefixes=common(requests)[0])}
         run.check_budgets()
         assert results == alone
         assert run.engine.cache.peak_bytes[tier] == 15 * PAGE_TOKENS * checkpoint.token_bytes
         if tier == "disk":  # decoding alone would read the prefix for each of ten sequences in each of seven passes
-            assert run.engine.bytes_moved()["disk_read"] < 7 * 10 * 5 * PAGE_TOKENS * checkpoint.token_bytes
-        assert run.engine.trace.num_passes == 8 + (tier == "disk") < num_passes, "one block; on disk the others begin a pass later"
+            assert run.engine.record.bytes_moved()["disk_read"] < 7 * 10 * 5 * PAGE_TOKENS * checkpoint.token_bytes
+        assert run.engine.record.trace.num_passes == 8 + (tier == "disk") < num_passes, "one block; on disk the others begin a pass later"
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ def test_preempted_sequences_share_again(
         alone = run.results(requests)
         run.num_computed = 0
         results = run.shared(requests, common(requests)[0])
-        counts = run.engine.answers.counts
+        counts = run.engine.record.answers.counts
     assert {i: result.token_ids for i, result in results.items()} == {i: result.token_ids for i, result in alone.items()}
     assert counts.preemptions > 0
     again = sum(results[i].num_preemptions for i in results)
@@ -202,7 +202,7 @@ def test_resumed_answers_share_their_prompts(checkpoint: Checkpoint, wanted: dic
     with Run(checkpoint, case.policy(checkpoint), tmp_path) as run:
         results = {result.index: result for result in run.engine.generate(requests, prefixes=prefixes)}
         assert results == wanted
-        assert run.engine.answers.counts.shared_prompt_tokens == saved
+        assert run.engine.record.answers.counts.shared_prompt_tokens == saved
 
 
 def test_a_run_that_ends_early_leaves_nothing(checkpoint: Checkpoint, wanted: dict[int, TokenResult], tmp_path: Path) -> None:
@@ -243,7 +243,7 @@ def answered(model: Any, chosen: Any, requests: list[TokenRequest], prefixes: Co
         results = {result.index: result for result in engine.generate(requests, prefixes=prefixes)}
         assert not [result.error for result in results.values() if result.error is not None]
         assert all(used == 0 for used in engine.cache.used_bytes.values())
-        return {index: result.token_ids for index, result in results.items()}, engine.answers.counts.shared_prompt_tokens
+        return {index: result.token_ids for index, result in results.items()}, engine.record.answers.counts.shared_prompt_tokens
 
 
 @pytest.mark.parametrize(
@@ -307,7 +307,7 @@ def test_requests_of_a_prefix_run_together(checkpoint: Checkpoint, tmp_path: Pat
     with Run(checkpoint, case.policy(checkpoint), tmp_path) as run:
         entered = Counter[int]()
         order: list[int] = []
-        really = run.engine.answers.__class__.entered
+        really = run.engine.record.answers.__class__.entered
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(
                 "flexgen.engine.answers.Answers.entered", lambda answers, s: (order.append(s.request.index % 6), really(answers, s))[1]
@@ -315,5 +315,5 @@ def test_requests_of_a_prefix_run_together(checkpoint: Checkpoint, tmp_path: Pat
             list(run.engine.generate(requests, prefixes=prefixes))
         run.check_budgets()
         entered.update(order)
-        assert run.engine.answers.counts.shared_prompt_tokens == saved
+        assert run.engine.record.answers.counts.shared_prompt_tokens == saved
     assert order == sorted(order)

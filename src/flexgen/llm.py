@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import gc
 import logging
 import os
 import weakref
@@ -20,6 +19,8 @@ from flexgen.defaults import default_sampling_params, token_limits, unsupported_
 from flexgen.engine.progress import Progress, RunReport
 from flexgen.errors import FlexGenError, ModelError, OptionError, RequestError
 from flexgen.hub import ModelFiles, resolve_model, resolve_tokenizer
+from flexgen.inputs import Prompt, as_prompts, text_and_ids
+from flexgen.open_engine import OpenEngine, plan_job
 from flexgen.options import EngineOptions
 from flexgen.plan.forecast import Plan
 from flexgen.plan.simulate import PAGE_TOKENS
@@ -31,38 +32,7 @@ from flexgen.text import Tokenizer, eos_token_ids
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from flexgen.engine.engine import Engine
-    from flexgen.plan.model import ModelSpec
-    from flexgen.plan.policy import Policy
-
 logger = logging.getLogger(__name__)
-
-Prompt = str | Sequence[int] | Mapping[str, Any]
-
-
-def plan_job(files: ModelFiles, options: EngineOptions, workload: Workload) -> Plan:
-    """The plan that `open_engine` would execute; no weights are read.
-
-    Raises:
-        CapacityError: no plan fits the budgets.
-        UnsupportedModelError: the model is refused by name.
-    """
-    from flexgen.opening import discard, prepare
-
-    found = prepare(files, options, workload)
-    discard(found)
-    return found.plan
-
-
-def open_engine(files: ModelFiles, options: EngineOptions, workload: Workload) -> Engine:
-    """Plan for the workload, load the model, and return the engine that serves it.
-
-    Raises:
-        CapacityError, ModelError, OptionError: as `plan_job`; nothing stays open.
-    """
-    from flexgen.opening import open_prepared, prepare
-
-    return open_prepared(prepare(files, options, workload))
 
 
 class LLM:
@@ -78,7 +48,7 @@ class LLM:
         **options: the fields of `EngineOptions`, by name.
 
     Attributes:
-        files, options: what was asked for, resolved.
+        files: of the model, resolved.
         tokenizer: None where the model has none: prompts are then token ids, and answers have no text.
         vocab_size, max_model_len: ids lie below the first; prompt and answer together have at most the second.
         eos_token_ids: what ends an answer unless its parameters ignore it.
@@ -97,12 +67,12 @@ class LLM:
         chat_template_kwargs: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> None:
-        self.options = _engine_options(options)
+        asked = _engine_options(options)
         if isinstance(model, ModelFiles):
             self.files = model
         else:
-            self.files = resolve_model(model, revision=self.options.revision, with_weights=self.options.load_format != "dummy")
-        self.vocab_size, self.max_model_len = token_limits(self.files, self.options.max_model_len)
+            self.files = resolve_model(model, revision=asked.revision, with_weights=asked.load_format != "dummy")
+        self.vocab_size, self.max_model_len = token_limits(self.files, asked.max_model_len)
         if tokenizer is not None:
             self.tokenizer = Tokenizer.load(resolve_tokenizer(tokenizer))
         else:
@@ -117,12 +87,17 @@ class LLM:
             vocab_size=self.vocab_size,
             max_model_len=self.max_model_len,
             eos_token_ids=self.eos_token_ids,
-            seed=self.options.seed,
-            max_logprobs=self.options.max_logprobs,
+            seed=asked.seed,
+            max_logprobs=asked.max_logprobs,
         )
         self._num_requests = 0
-        self._open = _OpenEngine()
+        self._open = OpenEngine(self.files, asked)
         self._finalizer = weakref.finalize(self, _close, self._open, self._templates)
+
+    @property
+    def options(self) -> EngineOptions:
+        """What was asked for; smaller after `shrink`."""
+        return self._open.options
 
     # -- vLLM's calls -------------------------------------------------------------------------------------------------------------
 
@@ -145,7 +120,7 @@ class LLM:
                 running has finish_reason "error" and the error's code as stop_reason.)
             CapacityError: the work does not fit the budgets.
         """
-        batch = [_split_prompt(prompt) for prompt in _as_list(prompts)]
+        batch = [text_and_ids(prompt) for prompt in as_prompts(prompts)]
         params = self._params_for(sampling_params, len(batch))
         choices = self._token_requests(batch, params)
         requests = [request for of_prompt in choices for request in of_prompt]
@@ -280,7 +255,8 @@ class LLM:
             on_progress: told now and then how the run goes.
             on_pass: called after every pass with what the unfinished answers are so far; they are gathered while it iterates.
         """
-        engine = self._engine_for(workload)
+        self._check_open()
+        engine = self._open.serving(workload)
         try:
             yield from engine.generate(requests, num_requests=len(workload), prefixes=prefixes, on_progress=on_progress, on_pass=on_pass)
         except BaseException:
@@ -297,7 +273,8 @@ class LLM:
 
     def open(self, workload: Workload) -> Plan:
         """Open the engine for this work, as `stream` would, and tell its plan."""
-        engine = self._engine_for(workload)
+        self._check_open()
+        engine = self._open.serving(workload)
         assert engine.forecast is not None
         return Plan(spec=engine.spec, machine=engine.machine, policy=engine.policy, forecast=engine.forecast)
 
@@ -307,13 +284,7 @@ class LLM:
         Returns:
             how many; None if it was one already.
         """
-        last = self._open.max_num_seqs
-        if last <= 1:
-            return None
-        self._open.close()
-        self._open.max_num_seqs = last // 2  # also if no engine opens with it
-        self.options = dataclasses.replace(self.options, max_num_seqs=last // 2)
-        return last // 2
+        return self._open.shrink()
 
     def report(self) -> RunReport:
         """How the last run went.
@@ -341,26 +312,6 @@ class LLM:
         if not self._finalizer.alive:
             raise FlexGenError("this LLM is closed")
 
-    def _open_engine(self, workload: Workload) -> Engine:
-        return open_engine(self.files, self.options, workload)
-
-    def _engine_for(self, workload: Workload) -> Engine:
-        """The open engine if its plan suits the workload, else a fresh one."""
-        self._check_open()
-        engine = self._open.engine
-        if engine is None or not _suits(engine.policy, engine.spec, self._open.workload, workload, self.options):
-            if engine is not None:
-                engine = None  # a closed engine still holds its memory,
-                self._open.close()
-                gc.collect()  # and its hooks refer back to their modules
-            engine = self._open_engine(workload)
-            self._open.engine, self._open.workload = engine, workload
-            self._open.max_num_seqs = engine.policy.max_num_seqs
-        elif workload != self._open.expected:
-            engine.expect(workload)
-        self._open.expected = workload
-        return engine
-
     def _params_for(self, given: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
         if given is None:
             return [self.get_default_sampling_params()] * count
@@ -387,43 +338,10 @@ class LLM:
         return choices
 
 
-class _OpenEngine:
-    """The engine that is open, and the workloads that it was opened for and that it expects; apart so that a finalizer can hold it."""
-
-    def __init__(self) -> None:
-        self.engine: Engine | None = None
-        self.workload = self.expected = Workload(prompt_lens=(), output_lens=())
-        self.max_num_seqs = 0  # of the last engine, also when it is closed
-
-    def close(self) -> None:
-        engine, self.engine = self.engine, None
-        if engine is not None:
-            engine.close()
-
-
-def _close(engine: _OpenEngine, templates: Templates) -> None:
+def _close(engine: OpenEngine, templates: Templates) -> None:
     """What is left to do when an LLM is closed or forgotten."""
     templates.close()
     engine.close()
-
-
-def _suits(policy: Policy, spec: ModelSpec, old: Workload, new: Workload, options: EngineOptions) -> bool:
-    """Whether a plan made for `old` serves `new` well: its limits do not bind, or they came from the budgets and not from `old`."""
-
-    def longest(workload: Workload) -> int:
-        return max((p + o for p, o in zip(workload.prompt_lens, workload.output_lens, strict=True)), default=0)
-
-    def block_bytes(workload: Workload) -> int:
-        return min(len(workload), policy.max_num_seqs) * spec.kv_bytes(longest(workload))
-
-    if max(new.prompt_lens, default=0) > max(old.prompt_lens, default=0):
-        return False  # the workspace was sized for the longest prompt
-    pools = (policy.kv_device_bytes, policy.kv_host_bytes, policy.kv_disk_bytes)
-    if longest(new) > longest(old) and spec.kv_bytes(longest(new)) > max(pools):
-        return False  # a sequence's KV has one home
-    if options.max_num_seqs is None and len(old) <= policy.max_num_seqs < len(new):
-        return False
-    return block_bytes(new) <= sum(pools) or block_bytes(old) > sum(pools)
 
 
 def _engine_options(options: Mapping[str, Any]) -> EngineOptions:
@@ -434,29 +352,6 @@ def _engine_options(options: Mapping[str, Any]) -> EngineOptions:
             hint = f"; did you mean {close[0]}?" if close else f"; known: {', '.join(known)}"
             raise OptionError(f"LLM has no option {name!r}{hint}")
     return EngineOptions(**options)
-
-
-def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Any]:
-    """Several prompts; a list of ids is one."""
-    if isinstance(prompts, (str, Mapping)) or (len(prompts) > 0 and isinstance(prompts[0], int)):
-        return [prompts]
-    return list(prompts)
-
-
-def _split_prompt(prompt: Any) -> tuple[str | None, Sequence[int] | None]:
-    """Text and ids of one prompt, whichever it has."""
-    if isinstance(prompt, str):
-        return prompt, None
-    text, ids = None, prompt
-    if isinstance(prompt, Mapping):
-        if unknown := set(prompt) - {"prompt", "prompt_token_ids"}:
-            raise RequestError(f"a prompt with {sorted(unknown)[0]!r} is not supported", param=sorted(unknown)[0])
-        text, ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
-    if ids is None and isinstance(text, str):
-        return text, None
-    if not isinstance(ids, Sequence) or not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
-        raise RequestError("a prompt is text, a list of token ids, or a dict with prompt or prompt_token_ids", param="prompt")
-    return text if isinstance(text, str) else None, ids
 
 
 def _with_bar(results: Iterator[TokenResult], count: int, use_tqdm: bool) -> Iterator[TokenResult]:

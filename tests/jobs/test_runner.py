@@ -337,7 +337,7 @@ class SteppingEngine(FakeEngine):
 
 @pytest.fixture
 def stepping(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flexgen.llm.open_engine", lambda files, options, workload: SteppingEngine(workload))
+    monkeypatch.setattr("flexgen.open_engine.open_engine", lambda files, options, workload: SteppingEngine(workload))
     monkeypatch.setattr(SteppingEngine, "num_tokens", 0)
     monkeypatch.setattr(store_module, "COMMIT_SECONDS", 0.0)
 

@@ -31,13 +31,13 @@ class RunCounts:
 
 
 class ProgressClock:
-    """Tells a callback how the run goes, at most every PROGRESS_SECONDS."""
+    """Tells a callback how the run goes, at most every PROGRESS_SECONDS.
 
-    def __init__(self) -> None:
-        self._report: Callable[[Progress], None] | None = None
-        self._begin = self._last = 0.0
+    Args:
+        num_requests: of the run, if that is known. report: the callback. moved: link -> bytes since the run began, which is now.
+    """
 
-    def start(self, num_requests: int | None, report: Callable[[Progress], None] | None, moved: dict[str, int]) -> None:
+    def __init__(self, num_requests: int | None, report: Callable[[Progress], None] | None, moved: dict[str, int]) -> None:
         self._begin = self._last = time.perf_counter()
         self._num_requests, self._report, self._moved = num_requests, report, moved
         self._prompt_tokens = self._output_tokens = 0

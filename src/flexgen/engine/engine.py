@@ -1,13 +1,11 @@
-"""The loop over passes: admit, sweep, sample, retire.  Owns the threads and the memory of a run.
+"""The loop over passes: admit, run, sample, retire.
 
-Where bytes go is decided by the policy, what moves by memory/, what is computed by models/.
+Where bytes go is decided by the policy, what moves by memory/, what is computed by models/; all three meet in the ModelRunner.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import sys
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from collections.abc import Sequence as SequenceOf
@@ -16,34 +14,26 @@ from pathlib import Path
 import torch
 
 from flexgen.engine.admission import Admission, Homes, LengthForecast
-from flexgen.engine.answers import Answers, Ending, ending
-from flexgen.engine.batches import micro_batches
-from flexgen.engine.clock import ProgressClock
+from flexgen.engine.answers import Ending, ending
 from flexgen.engine.logprobs import token_logprobs
-from flexgen.engine.pass_load import pass_load
+from flexgen.engine.model_runner import ModelRunner
 from flexgen.engine.prefixes import PrefixStore
 from flexgen.engine.progress import Progress, RunReport
+from flexgen.engine.record import Record
 from flexgen.engine.report import RunContext, make_report
 from flexgen.engine.sampler import sample
-from flexgen.engine.schedule import SCHEDULES, Limits, Quota, Slice
+from flexgen.engine.schedule import SCHEDULES, Limits, Quota
 from flexgen.engine.sequence import Sequence
-from flexgen.engine.sweep import MicroBatch, run_pass
+from flexgen.engine.sweep import MicroBatch
 from flexgen.engine.trace import Trace
 from flexgen.engine.waiting import Waiting
 from flexgen.errors import EngineError, RequestError
 from flexgen.failpoints import failpoint
-from flexgen.memory.direct_io import FileSet, IOPool
-from flexgen.memory.kv_cache import group_layers
-from flexgen.memory.kv_place import View
 from flexgen.memory.offload import OffloadFolder
-from flexgen.memory.places import open_places
-from flexgen.memory.rows import EmbeddingRows
 from flexgen.memory.transfer import Backend
-from flexgen.memory.weights import WeightStore
-from flexgen.models.attention import PassCache
 from flexgen.models.loading import LoadedModel
 from flexgen.options import TIERS
-from flexgen.plan.cost import price, unit_homes, weights_work
+from flexgen.plan.cost import price, weights_work
 from flexgen.plan.expect import Expectation
 from flexgen.plan.forecast import forecast_again
 from flexgen.plan.machine import Machine
@@ -55,9 +45,6 @@ from flexgen.request import Live, TokenRequest, TokenResult
 
 logger = logging.getLogger(__name__)
 
-# A thread that has read a chunk wants the interpreter for some microseconds; others give it up after this time.  With Python's own 5 ms a
-# disk of 3.4 GB/s reads 1.6 beside Python code (docs/log.md).
-SWITCH_SECONDS = 1e-4
 LOOKAHEAD = 4  # requests read ahead, in multiples of max_num_seqs: the longest answers among them start first
 
 
@@ -67,12 +54,12 @@ class Engine:
     Args:
         model: described, without weights. policy: where everything lives and what a pass carries.
         machine: rates that the trace compares with.
-        backend: the device, or None when computing happens in host memory.
         context: names and budgets, for the report.
-        offload_dir: folder for spilled KV; needed only where the policy puts KV on disk.
         temporary: folders that are removed when the engine closes.
-        verify_reads: check what comes from disk against what was written or first read.
-        poison: overwrite released memory, so that a late use shows (tests).
+        backend, offload_dir, verify_reads, poison: as for `ModelRunner`.
+
+    Attributes:
+        record: the books of the last run.
     """
 
     def __init__(
@@ -89,94 +76,39 @@ class Engine:
         poison: bool = False,
     ) -> None:
         self.policy, self.machine, self.spec = policy, machine, model.spec
-        self.model = model
-        self._context, self._temporary = context, tuple(temporary)
+        self._model, self._context, self._temporary = model, context, tuple(temporary)
         self.forecast, self._workload = (context.forecast, context.workload) if context is not None else (None, None)
         self.load_seconds = 0.0
-        self._previous_threads, self._previous_interval = torch.get_num_threads(), sys.getswitchinterval()
-        self._device = backend.device if backend is not None else torch.device("cpu")
-        self._backend = backend
-        self._files = FileSet(verify=verify_reads)
-        self.homes = unit_homes(model.spec, policy.weights)
-        self._weights_work = weights_work(model.spec, self.homes, policy.device)
-        self._rows = EmbeddingRows(list(model.tables), self._device, verify=verify_reads)
-        groups = group_layers([(layer.layer, layer.group) for layer in model.layers], policy.page_tokens, model.dtype)
-        with contextlib.ExitStack() as undo:  # what would outlive an engine that cannot be made
-            self._io = IOPool(policy.io_threads)
-            undo.callback(self._io.close)
-            self.weights = WeightStore(
-                model.layouts, self.homes, model.bound, self._io, self._files, backend=backend,
-                host_ring_bytes=policy.host_ring_bytes, device_ring_bytes=policy.device_ring_bytes, poison=poison,
-            )  # fmt: skip
-            undo.callback(self.weights.close)
-            self.places, self.cache = open_places(
-                groups, policy, backend=backend, io=self._io, offload_dir=offload_dir, notify=self.weights.notify, verify=verify_reads
-            )
-            undo.pop_all()
-        torch.set_num_threads(policy.compute_threads)
-        sys.setswitchinterval(SWITCH_SECONDS)
-        shares = {tier: getattr(policy.kv, tier) for tier in TIERS if tier in self.places}
+        self.runner = ModelRunner(model, policy, backend=backend, offload_dir=offload_dir, verify_reads=verify_reads, poison=poison)
+        self.cache = self.runner.cache
+        self._weights_work = weights_work(model.spec, self.runner.homes, policy.device)
+        shares = {tier: getattr(policy.kv, tier) for tier in TIERS if tier in self.cache.pools}
         self._prefixes = PrefixStore(self.cache, self._regime)
         self._admission = Admission(self.cache, Homes(shares), self._prefixes)
         self._schedule = SCHEDULES[policy.schedule]
         self._limits = Limits(max_num_seqs=policy.max_num_seqs, micro_batch_tokens=policy.micro_batch_tokens)
         self._quota = Quota(policy.prefill_tokens, policy.prefill_tokens)
         self._forecast = LengthForecast()
-        self._pass_cache = PassCache()
         self._live: list[Sequence] = []
         self._expectation = Expectation(model.spec, machine, policy.dtype)
-        self.trace = Trace(self._expectation, policy)
         self._waiting = Waiting()  # answers as long in the order of the input, requests of a common prefix together
-        self.answers = Answers()
-        self._bytes_before: dict[str, int] = {}
-        self._busy_before = 0.0
-        self._remaining: RemainingTime | None = None
-        self._elapsed_seconds = 0.0
-        self._clock = ProgressClock()
-        self._started = False
+        self.record = Record(self.runner.meters, Trace(self._expectation, policy))
         self._closed = False
 
     # ------------------------------------------------------------------ life
 
     def load(self) -> None:
-        """Read what stays in memory, bind it, and let the links run ahead."""
-        if self._started:
-            return
-        self._load_residents()
-        if self.policy.embedding_resident:
-            for table in self.model.tables:
-                self._rows.load(table.module)
-        self.model.bound.move_buffers(self._device)
-        self.weights.load_residents()
-        self.weights.start()
-        self._started = True
-        logger.info("weights: %s", self.weights.describe())
-
-    def _load_residents(self) -> None:
-        """Norms, biases, routers' buffers: read once, plainly, and bound for good."""
-        for tensor in self.model.residents.tensors:
-            out = torch.empty(tensor.shape, dtype=tensor.dtype)
-            tensor.source.read(out)  # type: ignore[attr-defined]
-            name = f"{tensor.module}.{tensor.parameter}" if tensor.module else tensor.parameter
-            self.model.bound.bind_resident(name, out.to(self._device))
+        """Read what stays in memory, and let the links run ahead."""
+        self.runner.load()
 
     def close(self) -> None:
         """Stop the links and free the memory; safe to call twice."""
         if self._closed:
             return
         self._closed = True
-        self.weights.close()
-        for place in self.places.values():
-            place.close()
-        self._io.close()
-        self._rows.close()
-        self._files.close()
-        if self._backend is not None:
-            self._backend.close()
+        self.runner.close()
         for folder in self._temporary:
             folder.remove()
-        torch.set_num_threads(self._previous_threads)
-        sys.setswitchinterval(self._previous_interval)
 
     def __enter__(self) -> Engine:
         return self
@@ -207,10 +139,11 @@ class Engine:
             StorageError, EngineError: when the run cannot go on.
         """
         self.load()
-        self._begin_run(prefixes)
-        self._clock.start(num_requests, on_progress, self.bytes_moved())
+        self._begin_prefixes(prefixes)
+        remaining = self._remaining_time()
+        trace = Trace(self._expectation, self.policy)
+        self.record = Record(self.runner.meters, trace, remaining=remaining, num_requests=num_requests, on_progress=on_progress)
         source = iter(requests)
-        start = time.perf_counter()
         try:
             while True:
                 yield from self._read_ahead(source)
@@ -224,20 +157,18 @@ class Engine:
                 if on_pass is not None:
                     on_pass(_Unfinished(self._unfinished))
         finally:
-            self._elapsed_seconds = time.perf_counter() - start
+            self.record.over()
             self._drop_all()
 
-    def _begin_run(self, prefixes: CommonPrefixes) -> None:
-        """Forget what earlier runs did."""
-        self.trace = Trace(self._expectation, self.policy)
+    def _begin_prefixes(self, prefixes: CommonPrefixes) -> None:
         if prefixes is not NO_PREFIXES and prefixes.page_tokens != self.policy.page_tokens:
             raise EngineError(f"prefixes of pages of {prefixes.page_tokens} tokens for pages of {self.policy.page_tokens}")
         self._prefixes.begin(prefixes)
-        self.answers = Answers()
-        self._bytes_before, self._busy_before = self._bytes_total(), self._io.busy_seconds
-        self._remaining = None
-        if self.forecast is not None and self._workload is not None:
-            self._remaining = RemainingTime(self.forecast, self.policy, self._expectation, self._workload)
+
+    def _remaining_time(self) -> RemainingTime | None:
+        if self.forecast is None or self._workload is None:
+            return None
+        return RemainingTime(self.forecast, self.policy, self._expectation, self._workload)
 
     def expect(self, workload: Workload) -> None:
         """Tell what comes next, if it is another job than the one that the engine was opened for."""
@@ -253,28 +184,7 @@ class Engine:
         """
         if self._context is None:
             raise EngineError("this engine knows no budgets to report on")
-        return make_report(self, self._context, self._elapsed_seconds)
-
-    def _bytes_total(self) -> dict[str, int]:
-        moved = {
-            "disk_read": self._io.bytes_read + self._rows.bytes_gathered,
-            "disk_write": self._io.bytes_written,
-        }
-        if self._backend is not None:
-            moved |= {"host_to_device": self._backend.bytes_in, "device_to_host": self._backend.bytes_out}
-        return moved
-
-    def bytes_moved(self) -> dict[str, int]:
-        """Link -> bytes since the run began."""
-        return {link: total - self._bytes_before.get(link, 0) for link, total in self._bytes_total().items()}
-
-    def disk_busy_seconds(self) -> float:
-        """Seconds of the run in which the disk was reading or writing."""
-        return self._io.busy_seconds - self._busy_before
-
-    def device_bytes(self) -> int:
-        """Bytes of the device's arenas (0 on a CPU device)."""
-        return self._backend.used_bytes if self._backend is not None else 0
+        return make_report(self, self.record, self._context)
 
     def _drop_all(self) -> None:
         for sequence in reversed(self._live):  # who computes a prefix after those behind it
@@ -318,7 +228,7 @@ class Engine:
         if not self._admission.can_ever_fit(sequence) or not self._admission.admit(sequence, self._live):
             return False
         self._live.append(sequence)
-        self.answers.entered(sequence)
+        self.record.answers.entered(sequence)
         return True
 
     def _refused(self, sequence: Sequence) -> TokenResult:
@@ -338,30 +248,19 @@ class Engine:
         self._prefixes.done(sequence)
         if end.error is None:
             self._forecast.observe(sequence.num_generated)
-            if self._remaining is not None:
-                self._remaining.finished(sequence.num_generated - sequence.num_resumed)
-        return self.answers.finish(sequence, end)
+        return self.record.finished(sequence, end)
 
     # ------------------------------------------------------------------ one pass
 
     def _run_pass(self) -> Iterator[TokenResult]:
         failpoint("engine.pass")
         start = time.perf_counter()
-        batches = micro_batches(self._live, self.places, self.policy, self._micro_batch)
-        load = pass_load(batches, tuple(self.places), len(self.cache.groups))
-        waits: dict[str, float] = {}
-        for home, place in self.places.items():
-            place.begin_pass([batch.view for batch in batches if batch.home == home])
+        batches, load = self.runner.micro_batches(self._live)
         with torch.no_grad():
-            run_pass(batches, self.weights, len(self.model.layouts), on_unit=self._on_unit, waits=waits)
-            for place in self.places.values():
-                place.finish_pass()
-            self._files.check_unchanged()  # before any token comes of what was read
-            self._rows.check_unchanged()
+            waits = self.runner.run(batches, self._on_unit)
             results = self._sample(batches)
         work = price(load, self.spec, self.policy, self._weights_work)
-        self.trace.add(time.perf_counter() - start, work, waits)
-        self._clock.tokens(round(work.num_prompt_tokens), round(work.num_sampled))
+        self.record.passed(time.perf_counter() - start, work, waits)
         yield from results
 
     def _make_room(self) -> None:
@@ -385,12 +284,8 @@ class Engine:
         sequence.expected_tokens = sequence.request.max_tokens
         self._live.remove(sequence)
         self._waiting.add(sequence, self._prefixes.order(sequence), preempted=True)
-        self.answers.preempted()
+        self.record.answers.preempted()
         logger.debug("request %d was preempted", sequence.request.index)
-
-    def _micro_batch(self, slices: SequenceOf[Slice], view: View) -> MicroBatch:
-        bound, even_rows = self.model.bound, self._backend is None
-        return MicroBatch(slices, bound, self._pass_cache, view, self._rows, self._device, even_rows=even_rows)
 
     def _sample(self, batches: list[MicroBatch]) -> list[TokenResult]:
         results: list[TokenResult] = []
@@ -425,18 +320,16 @@ class Engine:
 
     def _regime(self, sequence: Sequence) -> Hashable:
         """What the keys of its prompt depend on besides the tokens; keys that are computed anew depend on the answer, too."""
-        recomputes = self.model.recompute_length is not None
-        return self.model.rope_regime(len(sequence.tokens if recomputes else sequence.request.prompt_token_ids))
+        recomputes = self._model.recompute_length is not None
+        return self._model.rope_regime(len(sequence.tokens if recomputes else sequence.request.prompt_token_ids))
 
     def _outgrew(self, sequence: Sequence) -> bool:
         """Whether the model computes all keys of this sequence anew, now that it has one token more."""
-        length = self.model.recompute_length
+        length = self._model.recompute_length
         return length is not None and len(sequence.tokens) == length + 1 and sequence.num_generated > 0
 
     def _on_unit(self, unit: int) -> None:
-        if self._clock.due():
-            left = self._remaining.seconds(self.trace.seconds, self.trace.expected_seconds) if self._remaining is not None else None
-            self._clock.tell(self.answers.counts, self.trace, self.bytes_moved(), left, len(self._live), (unit, len(self.model.layouts)))
+        self.record.tell(len(self._live), (unit, self.runner.num_units))
 
 
 class _Unfinished:

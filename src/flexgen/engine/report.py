@@ -17,6 +17,7 @@ from flexgen.plan.workload import Workload
 
 if TYPE_CHECKING:
     from flexgen.engine.engine import Engine
+    from flexgen.engine.record import Record
     from flexgen.engine.trace import Trace
 
 
@@ -39,11 +40,11 @@ class RunContext:
     workload: Workload | None = None
 
 
-def make_report(engine: Engine, context: RunContext, elapsed_seconds: float) -> RunReport:
+def make_report(engine: Engine, record: Record, context: RunContext) -> RunReport:
     """The report of a run."""
-    trace, answers = engine.trace, engine.answers
+    trace, answers = record.trace, record.answers
     counts = answers.counts
-    elapsed = max(elapsed_seconds, 1e-9)
+    elapsed = max(record.elapsed_seconds, 1e-9)
     served = [place for place, generated in enumerate(answers.generated) if generated > 0]
     workload = Workload(
         prompt_lens=tuple(answers.given[place] for place in served),
@@ -54,7 +55,7 @@ def make_report(engine: Engine, context: RunContext, elapsed_seconds: float) -> 
     ideal = least_ideal_seconds(engine.spec, engine.machine, workload, context.budgets, engine.policy.dtype, also=(engine.policy,))
     ideal = min(ideal, busiest)  # what ran is a way to run the job
     return RunReport(
-        elapsed_seconds=elapsed_seconds,
+        elapsed_seconds=record.elapsed_seconds,
         load_seconds=engine.load_seconds,
         num_requests=counts.requests,
         num_errors=counts.errors,
@@ -70,13 +71,13 @@ def make_report(engine: Engine, context: RunContext, elapsed_seconds: float) -> 
         ideal_seconds=ideal,
         busiest_seconds=dict(trace.ideal),
         placement={"weights": _weights_placement(engine), "kv": dict(engine.cache.peak_bytes)},
-        bytes_moved=engine.bytes_moved(),
+        bytes_moved=record.bytes_moved(),
         wait_seconds=dict(trace.waits),
         forecast=_told(engine.forecast, trace),
-        rate_ratios=_rate_ratios(engine),
+        rate_ratios=_rate_ratios(record, engine.policy.device),
         peak_host_bytes=_peak_resident_bytes(),
         host_budget_bytes=context.host_budget_bytes,
-        peak_device_bytes=engine.device_bytes(),
+        peak_device_bytes=engine.runner.device_bytes(),
         device_budget_bytes=context.device_budget_bytes,
         num_preemptions=counts.preemptions,
         recomputed_tokens=counts.recomputed_tokens,
@@ -96,14 +97,14 @@ def _told(forecast: Forecast | None, trace: Trace) -> dict[str, object]:
     return {**dataclasses.asdict(forecast), "seconds_of_these_passes": trace.expected_seconds}
 
 
-def _rate_ratios(engine: Engine) -> dict[str, float]:
+def _rate_ratios(record: Record, device: str) -> dict[str, float]:
     """Resource -> the run's own rate over the expected one, where the run kept the resource busy long enough to tell."""
-    trace, ratios = engine.trace, dict[str, float]()
-    disk, busy = trace.expected.get("disk", 0.0), engine.disk_busy_seconds()
+    trace, ratios = record.trace, dict[str, float]()
+    disk, busy = trace.expected.get("disk", 0.0), record.disk_busy_seconds()
     if disk > LEAST_SHARE * trace.seconds and busy > 0:
         ratios["disk"] = disk / busy
     computing = trace.seconds - sum(trace.waits.values())
-    if engine.policy.device == "cpu" and trace.expected.get("compute", 0.0) > LEAST_SHARE * trace.seconds and computing > 0:
+    if device == "cpu" and trace.expected.get("compute", 0.0) > LEAST_SHARE * trace.seconds and computing > 0:
         ratios["compute"] = trace.expected["compute"] / computing
     return ratios
 
@@ -111,7 +112,7 @@ def _rate_ratios(engine: Engine) -> dict[str, float]:
 def _weights_placement(engine: Engine) -> dict[str, int]:
     """Bytes of the units by home, as assigned."""
     placed: dict[str, int] = {}
-    for layout, home in zip(engine.model.layouts, engine.homes, strict=True):
+    for layout, home in zip(engine.runner.model.layouts, engine.runner.homes, strict=True):
         placed[home] = placed.get(home, 0) + (layout.staging_bytes if home == "disk" else layout.packed_bytes)
     return placed
 

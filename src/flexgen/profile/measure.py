@@ -34,11 +34,12 @@ from flexgen.sizes import MIB
 
 logger = logging.getLogger(__name__)
 
+# Processors are faster for some seconds after a rest (docs/log.md): typical rates of products are those after this time of work.
 BUSY_SECONDS = 10.0
 
 
 def measure(device: str, dtypes: Sequence[str], folder: Path, *, quick: bool = False, max_bytes: int = 256 * MIB) -> Machine:
-    """Measure the machine: about 12 seconds and 7 more per dtype, or 6 and 2 if `quick`.
+    """Measure the machine: about 22 seconds and 9 more per dtype, or 6 and 2 if `quick`.
 
     Args:
         device: "cpu", "cuda" or "sim" (computes on the CPU; its links are copies in host memory).
@@ -51,13 +52,18 @@ def measure(device: str, dtypes: Sequence[str], folder: Path, *, quick: bool = F
         StorageError: the file system fails. OptionError: an unknown dtype.
     """
     torch_dtypes = {name: _dtype(name) for name in dtypes}
+    main = next(iter(torch_dtypes.values()))
     started, busy = time.perf_counter(), _BusyCores()
     share = 0.3 if quick else 1.0
     where, host = torch.device("cuda" if device == "cuda" else "cpu"), torch.device("cpu")
     with torch.inference_mode():
         disk = disk_rates(folder, quick, max_bytes, io_threads(num_cores()))
-        dense = _dense(where, torch_dtypes, max_bytes, 3.5 * share, busy_seconds=0.0 if quick else BUSY_SECONDS)
-        together = slowdowns(folder, next(iter(torch_dtypes.values())), max_bytes, 4.0 * share) if device != "cuda" else (1.0, 1.0)
+        working = time.perf_counter()
+        rested = _dense(where, torch_dtypes, max_bytes, 3.5 * share)
+        together = slowdowns(folder, main, max_bytes, 4.0 * share) if device != "cuda" else (1.0, 1.0)
+        if not quick:
+            keep_busy(where, main, max_bytes, BUSY_SECONDS - (time.perf_counter() - working))
+        dense = _dense(where, torch_dtypes, max_bytes, 3.5 * share)
         to_device, to_host = copy_rates(device, max_bytes, 1.0 * share)
         machine = Machine(
             name=_name(device),
@@ -85,12 +91,12 @@ def measure(device: str, dtypes: Sequence[str], folder: Path, *, quick: bool = F
             },
             elementwise={},
             casts={cast: rate for dtype in torch_dtypes.values() for cast, rate in cast_rates(dtype, max_bytes, 0.5 * share).items()},
-            dense=dense,
+            dense={name: better(curve, rested[name]) for name, curve in dense.items()},
             overheads=NO_OVERHEADS,
             versions=_versions(),
             busy_cores=busy.by_others(),
         )
-    found = overheads(device, next(iter(torch_dtypes.values())), writable(folder), machine, quick=quick)
+    found = overheads(device, main, writable(folder), machine, quick=quick)
     machine = dataclasses.replace(machine, overheads=found)
     for name, dtype in torch_dtypes.items():
         if device == "cuda":
@@ -102,13 +108,8 @@ def measure(device: str, dtypes: Sequence[str], folder: Path, *, quick: bool = F
     return machine
 
 
-def _dense(
-    where: torch.device, dtypes: Mapping[str, torch.dtype], max_bytes: int, seconds: float, *, busy_seconds: float
-) -> dict[str, Curve]:
-    """Best rates of all, typical ones of later: processors are faster for some seconds after a rest (docs/log.md)."""
-    rested = {name: dense_rates(where, dtype, max_bytes, seconds) for name, dtype in dtypes.items()}
-    keep_busy(where, next(iter(dtypes.values())), max_bytes, busy_seconds)
-    return {name: better(dense_rates(where, dtype, max_bytes, seconds), rested[name]) for name, dtype in dtypes.items()}
+def _dense(where: torch.device, dtypes: Mapping[str, torch.dtype], max_bytes: int, seconds: float) -> dict[str, Curve]:
+    return {name: dense_rates(where, dtype, max_bytes, seconds) for name, dtype in dtypes.items()}
 
 
 def _dtype(name: str) -> torch.dtype:
@@ -207,7 +208,7 @@ def machine_key(device: str, dtype: str, folder: Path) -> dict[str, str | int]:
         "numba": metadata.version("numba"),
         "dtype": dtype,
         "device": device,
-        "version": 9,
+        "version": 10,
     }
 
 

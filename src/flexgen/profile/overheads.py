@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
 import math
+import statistics
 import tempfile
 import time
 from pathlib import Path
@@ -23,7 +26,8 @@ from flexgen.request import TokenRequest
 from flexgen.sizes import MIB
 
 NUM_LAYERS, NUM_SEQUENCES, NUM_PARTS = 8, 64, 4
-RUNS = 3  # of each kind; the fastest counts, since what disturbs only adds
+WARM_UPS, ROUNDS = 1, 6  # of each kind; the fastest counts, since what disturbs only adds
+PASSES, QUICK_PASSES = 9, 7
 # A layer as wide as those of small models; intermediate states are INTERMEDIATE / 4 times as wide.
 LAYER_WIDTH, INTERMEDIATE, LAYER_TOKENS, LAYER_PROMPT, LAYER_PASSES = 2048, 11, 512, 256, 8
 LEAST_SECONDS = 1e-4
@@ -38,28 +42,38 @@ def overheads(device: str, dtype: torch.dtype, folder: Path, machine: Machine, *
         folder: where a temporary checkpoint of a few megabytes is written.
         machine: any; only what a run reports depends on it.
     """
-    with tempfile.TemporaryDirectory(dir=folder, prefix="flexgen-measure-") as name:
+    base = _policy(device, dtype, machine)
+    kinds = {  # sequences, policy
+        "one": (1, base),
+        "many": (NUM_SEQUENCES, base),
+        "cut": (NUM_SEQUENCES, dataclasses.replace(base, micro_batch_tokens=NUM_SEQUENCES // NUM_PARTS)),
+        "gathered": (NUM_SEQUENCES, dataclasses.replace(base, embedding_resident=False)),
+        "streamed": (1, dataclasses.replace(base, weights=Fractions(disk=1.0))),
+    }
+    with tempfile.TemporaryDirectory(dir=folder, prefix="flexgen-measure-") as name, contextlib.ExitStack() as stack:
         config = _config(64, NUM_LAYERS)
         write_random_checkpoint(config, Path(name), dtype)
-        base = _policy(device, dtype, machine)
-        num_passes = 8 if quick else 24
-
-        def seconds(num_seqs: int, **changes: object) -> float:
-            policy = dataclasses.replace(base, **changes)  # pyright: ignore[reportArgumentType]
-            return min(_pass_seconds(Path(name), config, dtype, policy, machine, num_seqs, num_passes) for _ in range(1 if quick else RUNS))
-
-        one, many = seconds(1), seconds(NUM_SEQUENCES)
-        cut = seconds(NUM_SEQUENCES, micro_batch_tokens=NUM_SEQUENCES // NUM_PARTS)
-        gathered = seconds(NUM_SEQUENCES, embedding_resident=False)
-        streamed = seconds(1, weights=Fractions(disk=1.0))
-        num_units = len(_model(Path(name), config, dtype).layouts)
+        engines = {
+            kind: stack.enter_context(
+                Engine(_model(Path(name), config, dtype), policy, machine, backend=open_backend(device, DEVICE_BYTES))
+            )
+            for kind, (_, policy) in kinds.items()
+        }
+        seconds = dict.fromkeys(kinds, math.inf)
+        for number in range(WARM_UPS + (1 if quick else ROUNDS)):  # in turn, since machines are now faster and now slower
+            for kind, (num_seqs, _) in kinds.items():
+                taken = _pass_seconds(engines[kind], num_seqs, QUICK_PASSES if quick else PASSES)
+                if number >= WARM_UPS:
+                    seconds[kind] = min(seconds[kind], taken)
+        num_units = engines["streamed"].runner.num_units
+    one, many, cut = seconds["one"], seconds["many"], seconds["cut"]
     layer = max(cut - many, 0.0) / (NUM_PARTS - 1) / NUM_LAYERS
     return Overheads(
         per_pass=max(one - NUM_LAYERS * layer, 0.0),
         per_sequence=max(many - one, 0.0) / (NUM_SEQUENCES - 1),
-        per_unit=max(streamed - one, 0.0) / num_units,
+        per_unit=max(seconds["streamed"] - one, 0.0) / num_units,
         per_layer_and_micro_batch=layer,
-        per_gathered_row=max(gathered - many, 0.0) / NUM_SEQUENCES,
+        per_gathered_row=max(seconds["gathered"] - many, 0.0) / NUM_SEQUENCES,
     )
 
 
@@ -93,7 +107,7 @@ def elementwise_rate(dtype: torch.dtype, folder: Path, machine: Machine, max_byt
                 taken = time.perf_counter() - began
                 # Products beside it in time: what slows both by the same factor says nothing of the rest.
                 pace = products.seconds() / products.expected_seconds(machine)
-                left = taken / pace - engine.trace.expected_seconds
+                left = taken / pace - engine.record.trace.expected_seconds
                 rounds.append(LAYER_TOKENS * elementwise_bytes(width, INTERMEDIATE * width // 4, name) / max(left, LEAST_SECONDS))
     return Rate.of(rounds[1:])
 
@@ -151,15 +165,11 @@ def _policy(device: str, dtype: torch.dtype, machine: Machine) -> Policy:
     )  # fmt: skip
 
 
-def _pass_seconds(
-    folder: Path, config: PreTrainedConfig, dtype: torch.dtype, policy: Policy, machine: Machine, num_seqs: int, num_passes: int
-) -> float:
-    """Of a block that is computed together from its one-token prompts on; the first pass warms up."""
-    with Engine(_model(folder, config, dtype), policy, machine, backend=open_backend(policy.device, DEVICE_BYTES)) as engine:
-        list(engine.generate(_requests(num_seqs, 2)))
-        began = time.perf_counter()
-        list(engine.generate(_requests(num_seqs, num_passes)))
-        return (time.perf_counter() - began) / num_passes
+def _pass_seconds(engine: Engine, num_seqs: int, num_passes: int) -> float:
+    """Of a pass of next tokens: the median between the first, which has the prompts, and the last."""
+    ends: list[float] = []
+    list(engine.generate(_requests(num_seqs, num_passes), on_pass=lambda unfinished: ends.append(time.perf_counter())))
+    return statistics.median(after - before for before, after in itertools.pairwise(ends[:-1]))
 
 
 def _requests(num_seqs: int, num_tokens: int, *, prompt_len: int = 1) -> list[TokenRequest]:
