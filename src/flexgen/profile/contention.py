@@ -18,10 +18,9 @@ from flexgen.sizes import MIB
 
 THREADS, BLOCK_BYTES, FILE_BYTES = 2, 8 * MIB, 128 * MIB
 MANY_ROWS, FEW_ROWS, WIDTH = 512, 16, 2048
-ROUNDS = 3
 
 
-def slowdowns(folder: Path, dtype: torch.dtype, max_bytes: int, seconds: float) -> tuple[float, float]:
+def slowdowns(folder: Path, dtype: torch.dtype, max_bytes: int, seconds: float, *, rounds: int) -> tuple[float, float]:
     """(of the disk by computing, of computing by the disk): time together over time apart, each at least 1.
 
     Means over three kinds of work: products of many rows, of few rows, attention of next tokens.  What is read goes to a
@@ -41,9 +40,9 @@ def slowdowns(folder: Path, dtype: torch.dtype, max_bytes: int, seconds: float) 
         kinds = (_products(MANY_ROWS, dtype, max_bytes // 4), _products(FEW_ROWS, dtype, max_bytes // 4), steps(dtype, max_bytes // 4))
         for kind in kinds:
             with kind as work:
-                rounds = [_round(read, work, seconds / len(kinds) / ROUNDS / 3) for _ in range(ROUNDS)]
-            disk.append(max(statistics.median(each for each, _ in rounds), 1.0))
-            compute.append(max(statistics.median(each for _, each in rounds), 1.0))
+                found = [_round(read, work, seconds / len(kinds) / rounds / 3) for _ in range(rounds)]
+            disk.append(max(statistics.median(each for each, _ in found), 1.0))
+            compute.append(max(statistics.median(each for _, each in found), 1.0))
     return statistics.mean(disk), statistics.mean(compute)
 
 

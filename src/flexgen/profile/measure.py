@@ -39,7 +39,7 @@ BUSY_SECONDS = 10.0
 
 
 def measure(device: str, dtypes: Sequence[str], folder: Path, *, quick: bool = False, max_bytes: int = 256 * MIB) -> Machine:
-    """Measure the machine: about 22 seconds and 9 more per dtype, or 6 and 2 if `quick`.
+    """Measure the machine: about 22 seconds and 9 more per dtype, or 9 and 4 if `quick`.
 
     Args:
         device: "cpu", "cuda" or "sim" (computes on the CPU; its links are copies in host memory).
@@ -60,10 +60,10 @@ def measure(device: str, dtypes: Sequence[str], folder: Path, *, quick: bool = F
         disk = disk_rates(folder, quick, max_bytes, io_threads(num_cores()))
         working = time.perf_counter()
         rested = _dense(where, torch_dtypes, max_bytes, 3.5 * share)
-        together = slowdowns(folder, main, max_bytes, 4.0 * share) if device != "cuda" else (1.0, 1.0)
+        together = slowdowns(folder, main, max_bytes, 4.0 * share, rounds=1 if quick else 3) if device != "cuda" else (1.0, 1.0)
         if not quick:
             keep_busy(where, main, max_bytes, BUSY_SECONDS - (time.perf_counter() - working))
-        dense = _dense(where, torch_dtypes, max_bytes, 3.5 * share)
+        dense = rested if quick else _dense(where, torch_dtypes, max_bytes, 3.5)
         to_device, to_host = copy_rates(device, max_bytes, 1.0 * share)
         machine = Machine(
             name=_name(device),
