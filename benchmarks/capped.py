@@ -13,12 +13,13 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -149,10 +150,14 @@ def run_capped(
     argv: Sequence[str],
     *,
     timeout_seconds: float | None = None,
+    hopeless: Callable[[], bool] | None = None,
     stdout: IO[str] | int | None = None,
     stderr: IO[str] | int | None = None,
 ) -> Outcome:
-    """Run `argv` in a memory cgroup of `limit_bytes`, cold.  After `timeout_seconds` it is killed and `timed_out` is set.
+    """Run `argv` in a memory cgroup of `limit_bytes`, cold.
+
+    Args:
+        timeout_seconds: then it is killed, and `timed_out` is set. hopeless: asked every second, whether to do so now.
 
     Raises:
         NoCgroup: when no group can be made here.
@@ -165,9 +170,12 @@ def run_capped(
         process = subprocess.Popen(enter, stdout=stdout, stderr=stderr, stdin=subprocess.DEVNULL, start_new_session=True)
         timed_out = False
         try:
-            process.wait(timeout_seconds)
-        except subprocess.TimeoutExpired:
-            timed_out = True
+            while process.poll() is None and not timed_out:
+                left = math.inf if timeout_seconds is None else started + timeout_seconds - time.perf_counter()
+                timed_out = left <= 0 or (hopeless is not None and hopeless())
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(max(min(left, 1.0), 0.0))
+            timed_out &= process.poll() is None
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)

@@ -5,15 +5,16 @@
 
 Four jobs of benchmarks/predict.py, each in its memory cgroup.  The explicit policies below were fixed beforehand: shares of the weights in
 memory, live sequences, prompt tokens per pass, schedules.  The automatic policy runs, then nine of them, then the automatic one again: each
-is compared with the automatic run before it, since machines are now faster and now slower, and stopped if it takes 1.15 times as long: it
-cannot be the best.  Then the two best meet the automatic one in three interleaved rounds.  A JSON line per run; runs that are in the
-results file already are not repeated.
+is compared with the automatic run before it, since machines are now faster and now slower, and stopped if it takes 1.15 times as long, or
+after half the time if its own estimate is then 1.5 times as long: it cannot be the best.  Then the two best meet the automatic one in
+three interleaved rounds.  A JSON line per run; runs that are in the results file already are not repeated.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import statistics
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from record import Results
 from shapes import SHAPES
 
 DEFAULT_RESULTS = Path(__file__).parent / "results" / "policies.jsonl"
-GIVEN_UP = 1.15  # of the time of the automatic run before, its start included
+GIVEN_UP, TOLD_SLOW = 1.15, 1.5  # of the time of the automatic run before, its start included
 BLOCK = 9  # explicit policies between automatic runs
 FINALISTS, ROUNDS = 2, 3
 AUTOMATIC = "automatic"
@@ -85,14 +86,19 @@ class Runs:
         self._case, self._scratch, self._results = case, scratch, results
         self._folder = checkpoint(SHAPES[case.shape], scratch)
 
-    def row(self, name: str, options: tuple[str, ...], number: int, timeout_seconds: float | None = None) -> Mapping[str, Any]:
-        """The row of a run, done now or before; "tokens_per_s" is None where the policy did not fit or took too long."""
+    def row(self, name: str, options: tuple[str, ...], number: int, rival: Mapping[str, Any] | None = None) -> Mapping[str, Any]:
+        """The row of a run, done now or before; "tokens_per_s" is None where it did not fit or was much slower than the rival's."""
         key = {"benchmark": "policies", "case": self._case.name, "policy": name, "round": number}
         for row in self._results.read():
             if all(row[field] == value for field, value in key.items()):
                 return row
         requests = write_requests(self._case, self._scratch)
-        outcome, report, log = run(self._folder, requests, self._case.memory, self._scratch, *options, timeout_seconds=timeout_seconds)
+        if rival is None:
+            limits: dict[str, Any] = {}
+        else:
+            limits = {"timeout_seconds": GIVEN_UP * rival["run_seconds"], "hopeless": lambda log: told_slow(log, rival["elapsed_seconds"])}
+        told = ("--progress", "json")
+        outcome, report, log = run(self._folder, requests, self._case.memory, self._scratch, *told, *options, **limits)
         row = key | {"run_seconds": outcome.elapsed_seconds, "tokens_per_s": None, "why": None}
         if report is not None:
             row |= {"tokens_per_s": report["output_tokens_per_s"], "elapsed_seconds": report["elapsed_seconds"]}
@@ -106,6 +112,16 @@ class Runs:
         return row
 
 
+def told_slow(log: Path, rival_seconds: float) -> bool:
+    """Whether a run that has lasted half as long as its rival did expects to last TOLD_SLOW times as long."""
+    text = log.read_text()
+    lines = [line for line in text[: text.rfind("\n") + 1].splitlines() if line.startswith('{"event": "progress"')]
+    progress = json.loads(lines[-1]) if lines else {"elapsed_seconds": 0.0}
+    if progress["elapsed_seconds"] < rival_seconds / 2 or progress["eta_seconds"] is None:
+        return False
+    return progress["elapsed_seconds"] + progress["eta_seconds"] > TOLD_SLOW * rival_seconds
+
+
 def compare(grid: Grid, runs: Runs) -> str:
     """All runs of a case; what they say."""
     by_name = {" ".join(options): options for options in grid.policies()}
@@ -114,7 +130,7 @@ def compare(grid: Grid, runs: Runs) -> str:
     for place, (name, options) in enumerate(by_name.items()):
         number = place // BLOCK
         automatic = runs.row(AUTOMATIC, (), number)
-        row = runs.row(name, options, number, timeout_seconds=GIVEN_UP * automatic["run_seconds"])
+        row = runs.row(name, options, number, automatic)
         if row["tokens_per_s"] is not None:
             screened[name] = row["tokens_per_s"] / automatic["tokens_per_s"]
         refused += row["why"] not in (None, "slower")

@@ -17,6 +17,7 @@ import random
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -162,9 +163,19 @@ def write_requests(case: Case, scratch: Path) -> Path:
 
 
 def run(
-    folder: Path, requests: Path, memory: str, scratch: Path, *options: str, timeout_seconds: float | None = None
+    folder: Path,
+    requests: Path,
+    memory: str,
+    scratch: Path,
+    *options: str,
+    timeout_seconds: float | None = None,
+    hopeless: Callable[[Path], bool] | None = None,
 ) -> tuple[Outcome, dict[str, Any] | None, str]:
-    """`flexgen run` in a cgroup of its budget: how it ended, its metrics if it was well, what it said."""
+    """`flexgen run` in a cgroup of its budget: how it ended, its metrics if it was well, what it said.
+
+    Args:
+        hopeless: whether to stop it, by what it said so far.
+    """
     output, metrics, log = (scratch / f"predict-out.{suffix}" for suffix in ("jsonl", "json", "log"))
     command = [
         FLEXGEN, "run", str(folder), str(requests), "-o", str(output),
@@ -172,7 +183,8 @@ def run(
     ]  # fmt: skip
     metrics.unlink(missing_ok=True)
     with log.open("w") as file:
-        outcome = run_capped(parse_size(memory), command, timeout_seconds=timeout_seconds, stdout=file, stderr=file)
+        stop = None if hopeless is None else lambda: hopeless(log)
+        outcome = run_capped(parse_size(memory), command, timeout_seconds=timeout_seconds, hopeless=stop, stdout=file, stderr=file)
     report = json.loads(metrics.read_text()) if outcome.survived and metrics.exists() else None
     return outcome, report, log.read_text()
 

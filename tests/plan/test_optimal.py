@@ -228,7 +228,7 @@ def test_the_job_bound_is_kept():
 def test_the_curve_rises_from_short_requests_to_throughput(seed):
     space = instance_of(seed).space()
     curve = pareto(space)
-    assert len(curve) > 1
+    assert len(curve) > (len(space.workload) > 1), "one request has nothing to trade its time for"
     for one, other in itertools.pairwise(curve):
         assert one.request_seconds < other.request_seconds
         assert one.tokens_per_s < other.tokens_per_s
