@@ -22,7 +22,7 @@ from flexgen.plan.play import Player
 from flexgen.plan.shortage import shortage
 from flexgen.plan.simulate import simulate
 from flexgen.plan.space import Point
-from flexgen.plan.steady import SteadyState
+from flexgen.plan.steady import MeanSequence, SteadyState
 from flexgen.sizes import GIB, MIB, parse_size
 
 TOLERANCE = 1.01
@@ -76,6 +76,38 @@ def test_never_worse_than_a_fine_grid(seed):
     assert ratio is None or ratio <= TOLERANCE
 
 
+# Jobs that are searched on a sample
+
+# Where blocks are larger than the samples are at least, and smaller.
+LARGE = {"on_device": 2, "on_host": 3, "kv_homes": 2, "kv_disk": 3, "quota": 3, "cap": 2}
+
+
+def large_instance(seed):
+    """A job of thousands of requests, and up to 30 times the budgets that its instance has for KV."""
+    instance = instance_of(seed)
+    draw = random.Random(seed)
+    number = draw.choice([1500, 6000])
+    places = [place % len(instance.workload) for place in range(number)]
+    more = draw.choice([0, 10, 30]) * instance.spec.kv_bytes(max(map(sum, instance.workload.rows())))
+    limits = dataclasses.replace(instance.limits, host_bytes=instance.limits.host_bytes + more)
+    return dataclasses.replace(instance, workload=instance.workload.take(places), limits=limits)
+
+
+@pytest.mark.parametrize("seed", [400, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(401, 416))])
+def test_large_jobs_go_as_their_samples_say(seed):
+    """The whole job takes about what the search expects, and no policy of a grid would take less."""
+    instance = large_instance(seed)
+    space = instance.space()
+    if shortage(space):
+        return
+    player, found = Player(space), solved(instance)
+    whole = player.whole(found.policy)
+    assert whole.seconds == pytest.approx(found.seconds, rel=0.17)
+    for policy in {space.policy(point) for point in grid_of(space, LARGE, 1)}:
+        if policy is not None and (other := player.whole(policy)).refused <= whole.refused:
+            assert whole.seconds <= 1.06 * other.seconds  # spilling has to gain 5 %, and the sample is not the job
+
+
 # The linear program
 
 
@@ -89,7 +121,7 @@ def steady_problem(seed):
     player = Player(space)
     point = next(grid_of(space, COARSE, 1))
     bare, room = space.room(point, spills=bool(space.disk_bytes))
-    return SteadyState(player.expectation, space.workload, bare), room, len(space.workload), space.kv_tiers
+    return SteadyState(player.expectation, MeanSequence.of(space.spec, space.workload), bare), room, len(space.workload), space.kv_tiers
 
 
 def steady_solution(seed):

@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexgen.plan.cost import PassLoad, PassWork, price, unit_homes, weights_work
-from flexgen.plan.job import SEARCH_REQUESTS, extrapolated, sampled
+from flexgen.plan.job import PLAYED_REQUESTS, SEARCH_BLOCKS, SEARCH_REQUESTS, Samples, extrapolated, whole_or_sample
 from flexgen.plan.limit import Budgets, least_ideal_seconds
 from flexgen.plan.model import KVGroupSpec
+from flexgen.plan.outputs import expected
 from flexgen.plan.policy import Fractions
 from flexgen.plan.simulate import held_kv_bytes, simulate
 from flexgen.plan.workload import Workload
@@ -392,12 +393,18 @@ def test_the_least_is_at_most_that_of_a_policy_that_ran(make_spec, make_machine,
     assert least == pytest.approx(simulate(make_spec(), wide, workload).busiest_seconds(machine, "bfloat16"))
 
 
-def test_large_jobs_are_extrapolated(llama_3b, make_machine, make_policy):
+@pytest.mark.parametrize(("kv_bytes", "prefill_tokens"), [(3 * GIB, 1024), (60 * GIB, 8192)])
+@pytest.mark.parametrize("unknown", [False, True])
+def test_large_jobs_are_extrapolated(llama_3b, make_machine, make_policy, kv_bytes, prefill_tokens, unknown):
     draw = random.Random(3)
-    workload = jobs([(draw.randrange(50, 400), draw.randrange(8, 64)) for _ in range(4000)])
-    policy = make_policy(kv_host_bytes=3 * GIB, prefill_tokens=1024, page_tokens=16)
-    sample, scale = sampled(workload)
-    assert len(sample) == SEARCH_REQUESTS
-    _, guessed = extrapolated(llama_3b, policy, sample, scale, lambda played: played.busiest_seconds(make_machine(), "bfloat16"))
+    workload = jobs([(draw.randrange(50, 400), draw.randrange(8, 64)) for _ in range(30_000)])
+    if unknown:
+        workload = expected(dataclasses.replace(workload, may_end_early=True))
+    most = kv_bytes // llama_3b.kv_bytes(300)
+    policy = make_policy(kv_host_bytes=kv_bytes, max_num_seqs=most, prefill_tokens=prefill_tokens, page_tokens=16)
     exact = simulate(llama_3b, policy, workload).busiest_seconds(make_machine(), "bfloat16")
-    assert guessed == pytest.approx(exact, rel=0.05)
+    searched, played = Samples(workload).of(policy.max_num_seqs), whole_or_sample(workload, policy.max_num_seqs)
+    for sample, least, tolerance in ((searched, SEARCH_REQUESTS, 0.13), (played, PLAYED_REQUESTS // 2, 0.04)):
+        assert max(least, SEARCH_BLOCKS * policy.max_num_seqs) <= sample.number < len(workload)
+        _, guessed = extrapolated(llama_3b, policy, sample, lambda played: played.busiest_seconds(make_machine(), "bfloat16"))
+        assert guessed == pytest.approx(exact, rel=tolerance)

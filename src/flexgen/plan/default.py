@@ -24,7 +24,7 @@ from flexgen.plan.policy import Policy
 from flexgen.plan.shortage import shortage
 from flexgen.plan.space import Point, Space
 from flexgen.plan.starts import BOUNDED_CAPS, starts, steady_states, varied
-from flexgen.plan.steady import Steady
+from flexgen.plan.steady import MeanSequence, Steady
 from flexgen.plan.workload import Workload
 
 # What is planned for when nothing is known of the job.
@@ -118,6 +118,7 @@ class Search:
 
     def __init__(self, space: Space) -> None:
         self.space, self.player = space, Player(space)
+        self._mean = MeanSequence.of(space.spec, space.workload)
         self._found: dict[Point, None] = {}
         self._steady: dict[int, list[tuple[Steady, bool]]] = {}  # by micro-batch size
 
@@ -201,7 +202,7 @@ class Search:
     def _steady_states(self, micro_batch_tokens: int) -> list[tuple[Steady, bool]]:
         """Solved once, whatever the bounds are."""
         if micro_batch_tokens not in self._steady:
-            self._steady[micro_batch_tokens] = steady_states(self.space, self.player.expectation, micro_batch_tokens)
+            self._steady[micro_batch_tokens] = steady_states(self.space, self.player.expectation, self._mean, micro_batch_tokens)
         return self._steady[micro_batch_tokens]
 
     def _begun(self, micro_batch_tokens: int, caps: Sequence[float], *, corners: bool = True) -> list[Point]:

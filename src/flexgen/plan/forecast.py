@@ -15,7 +15,7 @@ from flexgen.plan.cost import unit_homes, weights_work
 from flexgen.plan.default import Solution, solve
 from flexgen.plan.expect import Expectation
 from flexgen.plan.footprint import footprint
-from flexgen.plan.job import PLAYED_REQUESTS, extrapolated, sampled
+from flexgen.plan.job import extrapolated, whole_or_sample
 from flexgen.plan.machine import Limits, Machine
 from flexgen.plan.model import ModelSpec
 from flexgen.plan.outputs import expected
@@ -105,14 +105,14 @@ def forecast_again(before: Forecast, policy: Policy, expectation: Expectation, w
 def _played(policy: Policy, expectation: Expectation, workload: Workload) -> dict[str, Any]:
     """The fields of Forecast that playing the job tells; large jobs are played on a sample and extrapolated."""
     spec, workload = expectation.spec, expected(workload)
-    lengths, scale = (workload, 1.0) if len(workload) <= PLAYED_REQUESTS else sampled(workload)
+    sample = whole_or_sample(workload, policy.max_num_seqs)
     jobs: list[Simulation] = []
 
     def total_seconds(job: Simulation) -> float:
         jobs.append(job)
         return float(expectation.passes(job, policy).sum())
 
-    _, total = extrapolated(spec, policy, lengths, scale, total_seconds)
+    _, total = extrapolated(spec, policy, sample, total_seconds)
     played = jobs[0]  # then, where that is a sample, a half of it
     passes = played.num_passes
     seconds = expectation.passes(played, policy)
@@ -122,9 +122,9 @@ def _played(policy: Policy, expectation: Expectation, workload: Workload) -> dic
     outputs = workload.output_tokens
     return {
         "seconds": total,
-        "num_passes": round(passes * scale),
+        "num_passes": round(passes * sample.scale),
         "num_requests": len(workload),
-        "num_refused": round(played.num_refused * scale),
+        "num_refused": round(played.num_refused * sample.scale),
         "prompt_tokens": workload.prompt_tokens,
         "output_tokens": outputs,
         "output_tokens_per_s": outputs / max(total, 1e-9),
@@ -134,7 +134,7 @@ def _played(policy: Policy, expectation: Expectation, workload: Workload) -> dic
         "pass_seconds": float(seconds.mean()) if passes else 0.0,
         "resource_seconds": {name: float(each.mean()) if passes else 0.0 for name, each in resources.items()},
         "bottleneck": max(decided, key=decided.__getitem__),
-        "disk_written_bytes": float(np.broadcast_to(played.work.disk_write_bytes, (passes,)).sum()) * scale,
+        "disk_written_bytes": float(np.broadcast_to(played.work.disk_write_bytes, (passes,)).sum()) * sample.scale,
     }
 
 

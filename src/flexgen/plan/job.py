@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import itertools
 import math
+import random
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 
 from flexgen.plan.cost import PassWork, unit_homes, weights_work
 from flexgen.plan.model import ModelSpec
-from flexgen.plan.outputs import GOLDEN_STEP
 from flexgen.plan.policy import Policy
+from flexgen.plan.queue import Queue, queue_of
 from flexgen.plan.simulate import Simulation, held_kv_bytes, shared_kv_bytes, simulate
 from flexgen.plan.workload import Workload
 from flexgen.sizes import align_up
 
-# Jobs beyond these sizes are searched on a sample of their requests and extrapolated; then the winner is played whole.
-SEARCH_REQUESTS = 512
+# Jobs beyond these sizes are searched on a sample of their requests and extrapolated; then the winner is played whole.  A sample has as
+# many requests as some blocks at least.
+SEARCH_REQUESTS, SEARCH_BLOCKS = 512, 4
 SEARCH_LENGTHS = 64
+SEARCH_ENTRIES = 128
 PLAYED_REQUESTS = 20_000
 
 
@@ -63,46 +67,94 @@ class JobSizes:
         return math.ceil(prompts * slowest ** (1 - share))
 
 
-def sampled(workload: Workload) -> tuple[Workload, float]:
-    """A job small enough to be played hundreds of times, and how many times larger the real one is.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """A job of `number` requests that stands for one `scale` times as large.
 
-    Requests are drawn evenly from the sorted lengths; where many lengths differ, neighbours are averaged.  Answers whose lengths nobody
-    knows beforehand come in an order that says nothing of them.
+    Attributes:
+        half: every other of its requests; empty where the scale is 1.
     """
-    answers = workload.answer_lens
-    order = sorted(range(len(workload)), key=lambda place: (answers[place], workload.prompt_lens[place]))
-    scale = max(len(order) / SEARCH_REQUESTS, 1.0)
-    if scale > 1:
-        order = [order[int((each + 0.5) * scale)] for each in range(SEARCH_REQUESTS)]
-    drawn = workload.take(order)
-    if len(set(drawn.rows())) > SEARCH_LENGTHS:
-        bounds = [each * len(order) // SEARCH_LENGTHS for each in range(SEARCH_LENGTHS + 1)]
-        drawn = drawn.averaged(list(itertools.pairwise(bounds)))
-    if drawn.reserved_lens:
-        drawn = drawn.take(sorted(range(len(drawn)), key=lambda place: (place + 1) * GOLDEN_STEP % 1.0))
-    return drawn, scale
+
+    number: int
+    queue: Queue
+    half: Queue
+    scale: float
+
+
+class Samples:
+    """Smaller jobs like a job: small enough to be played hundreds of times, large enough to show how it goes.
+
+    Requests are drawn evenly from the sorted lengths; where many lengths differ, neighbours are averaged.  They come in an order that says
+    nothing of their lengths, some equal ones together.
+
+    Answers of many lengths end at ever more different times, which takes some dozen blocks: samples of a few blocks are up to a sixth too
+    slow where that matters.
+
+    Args:
+        requests: that a sample has at least. entries: groups of requests that enter together, at most.
+    """
+
+    def __init__(self, workload: Workload, *, requests: int = SEARCH_REQUESTS, entries: int = SEARCH_ENTRIES) -> None:
+        answers = workload.answer_lens
+        self._workload, self._requests, self._entries = workload, requests, entries
+        self._order = sorted(range(len(workload)), key=lambda place: (answers[place], workload.prompt_lens[place]))
+        self._known: dict[int, Sample] = {}
+
+    def of(self, num_seqs: float) -> Sample:
+        """The sample for policies that keep about so many sequences alive."""
+        number = self._requests
+        while number < SEARCH_BLOCKS * num_seqs:
+            number *= 2
+        number = min(number, len(self._order))
+        if number not in self._known:
+            self._known[number] = self._drawn(number)
+        return self._known[number]
+
+    def _drawn(self, number: int) -> Sample:
+        if number == len(self._order) <= self._entries:
+            return Sample(number=number, queue=queue_of(self._workload), half=(), scale=1.0)
+        scale = len(self._order) / number
+        drawn = self._workload.take([self._order[int((each + 0.5) * scale)] for each in range(number)])
+        if number > self._entries and len(set(drawn.rows())) > SEARCH_LENGTHS:
+            bounds = [each * number // SEARCH_LENGTHS for each in range(SEARCH_LENGTHS + 1)]
+            drawn = drawn.averaged(list(itertools.pairwise(bounds)))
+        half = queue_of(self._mixed(drawn.take(range(0, number, 2)))) if scale > 1 else ()
+        return Sample(number=number, queue=queue_of(self._mixed(drawn)), half=half, scale=scale)
+
+    def _mixed(self, drawn: Workload) -> Workload:
+        """Groups of neighbours in an order that says nothing of their lengths, as in an input."""
+        together = -(-len(drawn) // self._entries)
+        firsts = list(range(0, len(drawn), together))
+        random.Random(0).shuffle(firsts)
+        return drawn.take([place for first in firsts for place in range(first, min(first + together, len(drawn)))])
+
+
+def whole_or_sample(workload: Workload, num_seqs: float) -> Sample:
+    """All of the job, where it is not too large to be played once, else the sample for so many sequences."""
+    if len(workload) <= PLAYED_REQUESTS:
+        return Sample(number=len(workload), queue=queue_of(workload), half=(), scale=1.0)
+    return Samples(workload, requests=PLAYED_REQUESTS // 2, entries=PLAYED_REQUESTS).of(num_seqs)
 
 
 def extrapolated(
     spec: ModelSpec,
     policy: Policy,
-    sample: Workload,
-    scale: float,
+    sample: Sample,
     seconds: Callable[[Simulation], float],
     *,
     weights: PassWork | None = None,
 ) -> tuple[float, float]:
-    """(share of refused requests, seconds) of a job `scale` times the sample.
+    """(share of refused requests, seconds) of the job that a sample stands for.
 
-    Ramp and tail happen once: what the sample takes longer than every other of its requests is the steady state's.
+    Ramp and tail happen once: what the sample takes longer than every other of its requests is the steady state's.  That is only true of
+    samples of several blocks: requests that enter a block with places left cost little.
 
     Args:
         weights: what every pass moves of them, where that is known already.
     """
     weights = weights or weights_work(spec, unit_homes(spec, policy.weights), policy.device)
-    played = simulate(spec, policy, sample, weights=weights)
-    refused, total = played.num_refused / max(len(sample), 1), seconds(played)
-    if scale > 1:
-        half = sample.take(range(0, len(sample), 2))
-        total += max(total - seconds(simulate(spec, policy, half, weights=weights)), 0.0) * 2 * (scale - 1)
+    played = simulate(spec, policy, sample.queue, weights=weights)
+    refused, total = played.num_refused / max(sample.number, 1), seconds(played)
+    if sample.scale > 1:
+        total += max(total - seconds(simulate(spec, policy, sample.half, weights=weights)), 0.0) * 2 * (sample.scale - 1)
     return refused, total

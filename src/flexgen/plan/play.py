@@ -7,12 +7,11 @@ from dataclasses import dataclass
 
 from flexgen.plan.bounds import Bounds, longest_request_seconds
 from flexgen.plan.expect import Expectation
-from flexgen.plan.job import PLAYED_REQUESTS, extrapolated, sampled
+from flexgen.plan.job import Sample, Samples, extrapolated, whole_or_sample
 from flexgen.plan.moves import Score
 from flexgen.plan.policy import Policy
 from flexgen.plan.simulate import Simulation
 from flexgen.plan.space import Point, Space
-from flexgen.plan.workload import Workload
 
 # Between plans that are about as fast, the one with shorter passes (results come sooner, forecasts matter less) and that moves
 # less (what does not move is never late).
@@ -21,6 +20,8 @@ LONG_PASS_PENALTY, MOVING_PENALTY = 0.003, 0.003
 SPILL_PENALTY = 0.05
 # Of playing a policy, and of finding that of a point: so many admissions would take as long.
 PLAY_EFFORT, POINT_EFFORT = 60, 20
+# Of an admission that gives back, when it ends, what was kept for more tokens than there were.
+EARLY_EFFORT = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +54,7 @@ class Player:
     def __init__(self, space: Space) -> None:
         self.space = space
         self.expectation = Expectation(space.spec, space.machine, space.dtype)
-        self.sample, self.scale = sampled(space.workload)
+        self._samples = Samples(space.workload)
         self.effort = 0
         self._known: dict[Policy, Outcome] = {}
 
@@ -75,24 +76,27 @@ class Player:
     def outcome(self, policy: Policy) -> Outcome:
         """How the policy does with the sample, extrapolated to the job."""
         if policy not in self._known:
-            self._known[policy] = self._play(policy, self.sample, self.scale)
+            self._known[policy] = self._play(policy, self._samples.of(self._num_seqs(policy)))
         return self._known[policy]
 
     def whole(self, policy: Policy) -> Outcome:
         """How the policy does with all of the job (or with the sample, where there are too many requests)."""
-        if len(self.space.workload) > PLAYED_REQUESTS:
-            return self.outcome(policy)
-        return self._play(policy, self.space.workload, 1.0)
+        return self._play(policy, whole_or_sample(self.space.workload, self._num_seqs(policy)))
 
-    def _play(self, policy: Policy, lengths: Workload, scale: float) -> Outcome:
+    def _num_seqs(self, policy: Policy) -> float:
+        """About how many sequences it keeps alive."""
+        pools = policy.kv_device_bytes + policy.kv_host_bytes + policy.kv_disk_bytes
+        return min(policy.max_num_seqs, self.space.sizes.block(pools))
+
+    def _play(self, policy: Policy, sample: Sample) -> Outcome:
         longest: list[float] = []
 
         def seconds(played: Simulation) -> float:
             passes = self.expectation.passes(played, policy)
             longest.append(longest_request_seconds(played, passes))
-            self.effort += PLAY_EFFORT + len(played.first_passes)
+            self.effort += PLAY_EFFORT + len(played.first_passes) * (EARLY_EFFORT if self.space.workload.reserved_lens else 1)
             return float(passes.sum())
 
         work = self.space.layouts.of(policy.weights).work
-        refused, total = extrapolated(self.space.spec, policy, lengths, scale, seconds, weights=work)
+        refused, total = extrapolated(self.space.spec, policy, sample, seconds, weights=work)
         return Outcome(refused=refused, seconds=total, request_seconds=max(longest))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import heapq
-import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,12 +20,15 @@ from flexgen.plan.cost import PassLoad, PassWork, ideal_seconds, price, unit_hom
 from flexgen.plan.machine import Machine
 from flexgen.plan.model import ModelSpec
 from flexgen.plan.policy import Policy
+from flexgen.plan.queue import Queue, Run, queue_of
 from flexgen.plan.workload import Workload
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
 PAGE_TOKENS = 16
+# Equal sequences that enter together are given homes in about so many steps; up to twice as many, one by one, as the engine does.
+HOME_STEPS = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,8 +73,8 @@ class Simulation:
         return float(np.maximum.reduce(list(self.ideal_seconds(machine, dtype).values())).sum())
 
 
-def simulate(spec: ModelSpec, policy: Policy, workload: Workload, *, weights: PassWork | None = None) -> Simulation:
-    """Play `workload` under `policy`.
+def simulate(spec: ModelSpec, policy: Policy, job: Workload | Queue, *, weights: PassWork | None = None) -> Simulation:
+    """Play `job` under `policy`.
 
     A request admitted by pass p computes its prompt there and yields its first token; its n-th and last comes from pass
     p + n - 1.  Requests enter longest reserved answer first, in input order among equals, and none overtakes.  Diagonal: whenever
@@ -84,7 +86,7 @@ def simulate(spec: ModelSpec, policy: Policy, workload: Workload, *, weights: Pa
     """
     pools = {tier: size for tier in TIERS if (size := getattr(policy, f"kv_{tier}_bytes")) > 0}
     weights = weights or weights_work(spec, unit_homes(spec, policy.weights), policy.device)
-    admissions, used, num_refused = _Job(spec, policy, workload, pools).play()
+    admissions, used, num_refused = _Job(spec, policy, job if isinstance(job, tuple) else queue_of(job), pools).play()
     num_passes = max((admission.end for admission in admissions), default=0)
     load = _load(spec, admissions, pools, num_passes)
     work = price(load, spec, policy, weights)
@@ -151,18 +153,18 @@ class _Pool:
 class _Job:
     """The admission of one job: the loop over passes, as engine/schedule.py and engine/admission.py run it."""
 
-    def __init__(self, spec: ModelSpec, policy: Policy, workload: Workload, pools: dict[str, int]) -> None:
+    def __init__(self, spec: ModelSpec, policy: Policy, queue: Queue, pools: dict[str, int]) -> None:
         self.policy = policy
         self.pools = {tier: _Pool(size) for tier, size in pools.items() if getattr(policy.kv, tier) > 0}
         self.shares = {tier: getattr(policy.kv, tier) for tier in self.pools}
         self.given = dict.fromkeys(self.pools, 0)
-        runs = _runs(workload)
-        self.held = held_kv_bytes(spec, policy.page_tokens, max((run.prompt_len + run.most for run in runs), default=0))
-        self.shared = shared_kv_bytes(spec, policy.page_tokens, max(workload.found_lens, default=0))
+        self.held = held_kv_bytes(spec, policy.page_tokens, max((run.prompt_len + run.most for run in queue), default=0))
+        self.shared = shared_kv_bytes(spec, policy.page_tokens, max((run.found_len for run in queue), default=0))
         capacity = max((pool.capacity for pool in self.pools.values()), default=-1)
-        can_fit = [self.held[run.prompt_len + run.most - 1] <= capacity for run in runs]
-        self.num_refused = sum(run.count for run, fits in zip(runs, can_fit, strict=True) if not fits)
-        self.waiting = [run for run, fits in zip(runs, can_fit, strict=True) if fits][::-1]  # the next one last
+        can_fit = [self.held[run.prompt_len + run.most - 1] <= capacity for run in queue]
+        self.num_refused = sum(run.count for run, fits in zip(queue, can_fit, strict=True) if not fits)
+        self.waiting = [run for run, fits in zip(queue, can_fit, strict=True) if fits][::-1]  # the next one last
+        self.left = self.waiting[-1].count if self.waiting else 0  # of it, since some may have entered
         self._keep_prefix()
         self.live = 0
         self.credit, self.refilled = 0, -1  # of prompt tokens; the pass that last added to it
@@ -176,7 +178,7 @@ class _Job:
         for pool in self.pools.values():  # a request that needs it all makes the prefix give way
             pool.capacity = max(pool.capacity - prefix, min(pool.capacity, largest))
 
-    def _held(self, run: _Run | _Admission) -> Ints:
+    def _held(self, run: Run | _Admission) -> Ints:
         """Bytes of its own pages in each pass of a sequence's life (its last token gets no KV)."""
         return self.held[run.prompt_len : run.prompt_len + run.reserved_len] - self.shared[run.found_len]
 
@@ -218,7 +220,7 @@ class _Job:
             if within_quota <= 0:
                 return index + 1 + max(-self.credit, 0) // self.policy.prefill_tokens
             held = self._held(run)
-            entering = self._homes(index, held, run.own_len + run.reserved_len - 1, min(run.count, places, within_quota))
+            entering = self._homes(index, held, run.own_len + run.reserved_len - 1, min(self.left, places, within_quota))
             if not entering:
                 earliest = min(pool.earliest(index, self._reserved(tier, held)) for tier, pool in self.pools.items())
                 # Room that was kept for more falls free with the next answer that ends.
@@ -235,9 +237,10 @@ class _Job:
             self.live += count
             self.credit -= count * run.own_len
             taken += count * run.own_len
-            run.count -= count
-            if not run.count:
+            self.left -= count
+            if not self.left:
                 self.waiting.pop()
+                self.left = self.waiting[-1].count if self.waiting else 0
         return index + 1
 
     def _refill(self, index: int) -> None:
@@ -259,7 +262,7 @@ class _Job:
     def _homes(self, index: int, held: Ints, tokens: int, wanted: int) -> dict[str, int]:
         """How many of `wanted` equal sequences of so many tokens enter now, by home.
 
-        Each goes to the tier with room that is furthest behind its share of the tokens given so far.
+        Each goes to the tier with room that is furthest behind its share of the tokens given so far; of very many, some at once.
         """
         room = {tier: pool.fitting(index, self._reserved(tier, held)) for tier, pool in self.pools.items()}
         entering: dict[str, int] = {}
@@ -267,48 +270,23 @@ class _Job:
             ((tier, most),) = room.items()
             return {tier: min(most, wanted)} if most > 0 else {}
         total = sum(self.given.values()) + 1
-        for _ in range(wanted):
+        step = max(wanted // HOME_STEPS, 1)
+        while wanted > 0:
             behind = {tier: self.given[tier] - self.shares[tier] * total for tier, most in room.items() if most > 0}
             if not behind:
                 break
             tier = min(behind, key=behind.__getitem__)
-            room[tier] -= 1
-            entering[tier] = entering.get(tier, 0) + 1
-            self.given[tier] += tokens
-            total += tokens
+            number = min(step, room[tier], wanted)
+            wanted -= number
+            room[tier] -= number
+            entering[tier] = entering.get(tier, 0) + number
+            self.given[tier] += number * tokens
+            total += number * tokens
         return entering
 
     def _reserved(self, tier: str, held: Ints) -> Ints:
         """On disk a sequence takes from the start what it needs at its longest, so that its pages lie together."""
         return np.full_like(held, held[-1]) if tier == "disk" else held
-
-
-@dataclass(slots=True)
-class _Run:
-    """`count` equal neighbours that wait; `most` is what each may generate."""
-
-    prompt_len: int
-    output_len: int
-    reserved_len: int
-    most: int
-    found_len: int
-    count: int
-
-    @property
-    def own_len(self) -> int:
-        """Prompt tokens that it computes."""
-        return self.prompt_len - self.found_len
-
-
-def _runs(workload: Workload) -> list[_Run]:
-    """Longest reserved answer first, in input order among equals."""
-    most = [max(n, 1) for n in workload.output_lens]
-    expected = workload.answer_lens
-    reserved = [max(kept, n) for kept, n in zip(workload.reserved_lens or most, expected, strict=True)]
-    order = sorted(range(len(most)), key=lambda place: -reserved[place] if not workload.reserved_lens else -workload.reserved_lens[place])
-    found = workload.found_lens
-    lengths = [(workload.prompt_lens[place], expected[place], reserved[place], most[place], found[place]) for place in order]
-    return [_Run(*each, len(list(equal))) for each, equal in itertools.groupby(lengths)]
 
 
 def held_kv_bytes(spec: ModelSpec, page_tokens: int, max_tokens: int) -> Ints:

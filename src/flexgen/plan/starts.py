@@ -9,7 +9,7 @@ from typing import Any
 
 from flexgen.plan.expect import Expectation
 from flexgen.plan.space import LEAST_SPILL, Point, Space
-from flexgen.plan.steady import Steady, SteadyState
+from flexgen.plan.steady import MeanSequence, Steady, SteadyState
 
 # Prompt quotas that are tried near the steady states, and at the corners; and caps, where requests may not take long.
 BOUNDED_CAPS = (1.0, 0.4, 0.15)
@@ -26,7 +26,7 @@ CORNERS: tuple[dict[str, Any], ...] = (
 )
 
 
-def steady_states(space: Space, expectation: Expectation, micro_batch_tokens: int) -> list[tuple[Steady, bool]]:
+def steady_states(space: Space, expectation: Expectation, mean: MeanSequence, micro_batch_tokens: int) -> list[tuple[Steady, bool]]:
     """The steady states without and with KV on disk, best first."""
     point = _point(space, space.schedules()[0], micro_batch_tokens)
     found: list[tuple[Steady, bool]] = []
@@ -35,7 +35,7 @@ def steady_states(space: Space, expectation: Expectation, micro_batch_tokens: in
         tiers = space.kv_tiers if spills else tuple(tier for tier in space.kv_tiers if tier != "disk")
         pins = {"weights": space.weights and dataclasses.asdict(space.weights), "kv": space.kv and dataclasses.asdict(space.kv)}
         most = space.options.max_num_seqs or len(space.workload)
-        steady = SteadyState(expectation, space.workload, bare).best(room, most, kv_tiers=tiers, **pins)
+        steady = SteadyState(expectation, mean, bare).best(room, most, kv_tiers=tiers, **pins)
         if steady is not None:
             found.append((steady, spills))
     return sorted(found, key=lambda each: -each[0].tokens_per_s)

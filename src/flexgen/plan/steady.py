@@ -65,10 +65,59 @@ class Steady:
     binding: dict[str, float]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeanSequence:
+    """What one live sequence brings to a pass of the steady state: the ages of all requests, equally often.
+
+    Attributes:
+        prompt_tokens, num_prompts, next_tokens: as in PassLoad. prompt_pairs, attended_tokens: per KV group.
+    """
+
+    prompt_tokens: float
+    num_prompts: float
+    next_tokens: float
+    prompt_pairs: tuple[float, ...]
+    attended_tokens: tuple[float, ...]
+
+    @staticmethod
+    def of(spec: ModelSpec, workload: Workload) -> MeanSequence:
+        """That of a job."""
+        prompts, found = np.array(workload.prompt_lens, dtype=np.float64), np.array(workload.found_lens, dtype=np.float64)
+        outputs = np.array(workload.answer_lens, dtype=np.float64)
+        passes = float(outputs.sum())
+        pairs: list[float] = []
+        attended: list[float] = []
+        for group in spec.kv_groups:
+            window = float(group.window or (prompts + outputs).max())
+            visible = visible_pairs(prompts, window) - visible_pairs(found, window)
+            pairs.append(float(visible.sum()) / passes)
+            # The k-th next token (k from 1 to n - 1) sees min(s + k, window) tokens.
+            ramp = np.clip(window - prompts, 0, outputs - 1)
+            seen = prompts * ramp + ramp * (ramp + 1) / 2 + window * (outputs - 1 - ramp)
+            attended.append(float(seen.sum()) / passes)
+        return MeanSequence(
+            prompt_tokens=float((prompts - found).sum()) / passes,
+            num_prompts=len(workload) / passes,
+            next_tokens=1.0 - len(workload) / passes,
+            prompt_pairs=tuple(pairs),
+            attended_tokens=tuple(attended),
+        )
+
+    def load(self, home: str, num_seqs: int) -> PassLoad:
+        """What so many bring, with their KV at `home`."""
+        return PassLoad(
+            prompt_tokens={home: self.prompt_tokens * num_seqs},
+            num_prompts={home: self.num_prompts * num_seqs},
+            next_tokens={home: self.next_tokens * num_seqs},
+            prompt_pairs=[pairs * num_seqs for pairs in self.prompt_pairs],
+            attended_tokens={home: [tokens * num_seqs for tokens in self.attended_tokens]},
+        )
+
+
 class SteadyState:
     """The coefficients for one model, machine and job under one policy's micro-batch size and placement of the embedding."""
 
-    def __init__(self, expectation: Expectation, workload: Workload, policy: Policy) -> None:
+    def __init__(self, expectation: Expectation, mean: MeanSequence, policy: Policy) -> None:
         spec = expectation.spec
         self._resources = RESOURCES
         fixed = _vector(expectation.resources(PassWork(), policy))
@@ -78,7 +127,7 @@ class SteadyState:
             tier: _vector(expectation.resources(weights_work(spec, (tier,) * len(spec.units), policy.device), policy)) - fixed
             for tier in tiers
         }
-        self.kv = {tier: _sequence_seconds(expectation, workload, policy, tier) for tier in tiers}
+        self.kv = {tier: _sequence_seconds(expectation, mean, policy, tier) for tier in tiers}
         self.weight_bytes = float(sum(memory_bytes(unit) for unit in spec.units))
 
     def best(
@@ -194,33 +243,9 @@ def _vector(seconds: Mapping[str, float]) -> Floats:
     return np.array([float(seconds[resource]) for resource in RESOURCES])
 
 
-def _sequence_seconds(expectation: Expectation, workload: Workload, policy: Policy, home: str) -> Floats:
+def _sequence_seconds(expectation: Expectation, mean: MeanSequence, policy: Policy, home: str) -> Floats:
     """Seconds of each resource that one live sequence of the job adds to a pass, on average, with its KV at `home`."""
-    load = mean_load(expectation.spec, workload, home, MANY_SEQUENCES)
+    load = mean.load(home, MANY_SEQUENCES)
     seconds = _vector(expectation.resources(price(load, expectation.spec, policy, PassWork()), policy))
     empty = PassWork(num_micro_batches=0)
     return (seconds - _vector(expectation.resources(empty, policy))) / MANY_SEQUENCES
-
-
-def mean_load(spec: ModelSpec, workload: Workload, home: str, num_seqs: int) -> PassLoad:
-    """What `num_seqs` live sequences bring to a pass of the steady state: the ages of all requests, equally often."""
-    prompts, found = np.array(workload.prompt_lens, dtype=np.float64), np.array(workload.found_lens, dtype=np.float64)
-    outputs = np.array(workload.answer_lens, dtype=np.float64)
-    passes = outputs.sum()
-    pairs: list[float] = []
-    attended: list[float] = []
-    for group in spec.kv_groups:
-        window = float(group.window or (prompts + outputs).max())
-        visible = visible_pairs(prompts, window) - visible_pairs(found, window)
-        pairs.append(float(visible.sum() / passes * num_seqs))
-        # The k-th next token (k from 1 to n - 1) sees min(s + k, window) tokens.
-        ramp = np.clip(window - prompts, 0, outputs - 1)
-        seen = prompts * ramp + ramp * (ramp + 1) / 2 + window * (outputs - 1 - ramp)
-        attended.append(float(seen.sum() / passes * num_seqs))
-    return PassLoad(
-        prompt_tokens={home: (prompts - found).sum() / passes * num_seqs},
-        num_prompts={home: len(workload) / passes * num_seqs},
-        next_tokens={home: (1.0 - len(workload) / passes) * num_seqs},
-        prompt_pairs=pairs,
-        attended_tokens={home: attended},
-    )
