@@ -23,7 +23,7 @@ from flexgen.plan.play import Outcome, Player
 from flexgen.plan.policy import Policy
 from flexgen.plan.shortage import shortage
 from flexgen.plan.space import Point, Space
-from flexgen.plan.starts import BOUNDED_CAPS, starts, steady_states, varied
+from flexgen.plan.starts import BOUNDED_CAPS, starts, steady_states, varied, varied_wholes
 from flexgen.plan.steady import MeanSequence, Steady
 from flexgen.plan.workload import Workload
 
@@ -33,6 +33,8 @@ NOMINAL_WORKLOAD = Workload(prompt_lens=(512,) * 256, output_lens=(128,) * 256)
 MOST_EFFORT, MORE_EFFORT = 80_000, 20_000
 # And for sizes of micro-batches other than the first that fits, of which those are begun with whose steady states reach this share.
 OTHER_SIZES_EFFORT, PROMISING = 20_000, 0.9
+# And for other whole numbers at the best place.
+WHOLES_EFFORT = 14_000
 # Of the best starts, how many are moved first.
 MOVED_STARTS = 2
 # Of the points that were found, how many are begun with under the next bounds.
@@ -188,6 +190,9 @@ class Search:
         begin_with([*begun, *self._found])
         most += OTHER_SIZES_EFFORT
         begin_with([point for tokens in self._promising() if tokens in sizes for point in self._begun(tokens, caps, corners=False)])
+        if found:
+            most += WHOLES_EFFORT
+            begin_with(varied_wholes(min(found, key=score), self.space))
         while sizes and goes_on():
             begin_with(self._begun(sizes.pop(0), caps))
         ranked = sorted(found, key=score)

@@ -26,6 +26,25 @@ CORNERS: tuple[dict[str, Any], ...] = (
 )
 
 
+def varied_wholes(best: Point, space: Space) -> list[Point]:
+    """A point with all that comes in whole numbers or kinds chosen anew, together: schedule, quota, micro-batches, sequences, embedding.
+
+    Where placements are as good as they get, how evenly prompts fall is a matter of whole numbers, which no small step finds.
+    """
+    points: list[Point] = []
+    sizes = space.micro_batches()
+    near = sizes[max(sizes.index(best.micro_batch_tokens) - 1, 0) :][:3] if best.micro_batch_tokens in sizes else [best.micro_batch_tokens]
+    for schedule in space.schedules():
+        free = space.free_axes(schedule)
+        quotas = FIRST_QUOTAS if "quota" in free else (1.0,)
+        caps = {best.cap, 1.0} if "cap" in free else {best.cap}
+        points += [
+            dataclasses.replace(best, schedule=schedule, quota=quota, cap=cap, embedding=embedding, micro_batch_tokens=tokens)
+            for quota, cap, embedding, tokens in product(quotas, sorted(caps), (True, False), near)
+        ]
+    return points
+
+
 def steady_states(space: Space, expectation: Expectation, mean: MeanSequence, micro_batch_tokens: int) -> list[tuple[Steady, bool]]:
     """The steady states without and with KV on disk, best first."""
     point = _point(space, space.schedules()[0], micro_batch_tokens)
