@@ -190,13 +190,12 @@ def format_plan(plan: Plan) -> str:
     """Where bytes will live, what a pass will carry, and what that should do."""
     policy, spec = plan.policy, plan.spec
     staging = policy.host_ring_bytes + policy.device_ring_bytes
-    pools = policy.kv_device_bytes + policy.kv_host_bytes + policy.kv_disk_bytes
     lines = [
         f"plan: {policy.device}, {policy.dtype}, {policy.schedule} schedule, {policy.compute_threads} compute and "
         f"{policy.io_threads} I/O threads",
         f"  weights  {format_size(spec.decoded_bytes)} in {len(spec.units)} units: {_shares(policy.weights)}; "
         f"staging {format_size(staging)}, workspace {format_size(policy.workspace_bytes)}",
-        f"  KV       {format_size(pools)}: {_shares(policy.kv)}; {format_size(spec.kv_bytes_per_token)} per token, "
+        f"  KV       {format_size(policy.kv_bytes)}: {_shares(policy.kv)}; {format_size(spec.kv_bytes_per_token)} per token, "
         f"pages of {policy.page_tokens} tokens",
         f"  a pass   up to {policy.max_num_seqs:,} sequences and {policy.prefill_tokens:,} prompt tokens, "
         f"{policy.micro_batch_tokens:,} tokens at a time",

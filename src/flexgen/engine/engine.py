@@ -184,7 +184,7 @@ class Engine:
         """
         if self._context is None:
             raise EngineError("this engine knows no budgets to report on")
-        return make_report(self, self.record, self._context)
+        return make_report(self, self._context)
 
     def _drop_all(self) -> None:
         for sequence in reversed(self._live):  # who computes a prefix after those behind it

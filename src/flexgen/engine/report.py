@@ -40,8 +40,9 @@ class RunContext:
     workload: Workload | None = None
 
 
-def make_report(engine: Engine, record: Record, context: RunContext) -> RunReport:
+def make_report(engine: Engine, context: RunContext) -> RunReport:
     """The report of a run."""
+    record = engine.record
     trace, answers = record.trace, record.answers
     counts = answers.counts
     elapsed = max(record.elapsed_seconds, 1e-9)

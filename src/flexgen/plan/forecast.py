@@ -15,7 +15,7 @@ from flexgen.plan.cost import unit_homes, weights_work
 from flexgen.plan.default import Solution, solve
 from flexgen.plan.expect import Expectation
 from flexgen.plan.footprint import footprint
-from flexgen.plan.job import extrapolated, whole_or_sample
+from flexgen.plan.job import Samples, extrapolated
 from flexgen.plan.machine import Limits, Machine
 from flexgen.plan.model import ModelSpec
 from flexgen.plan.outputs import expected
@@ -105,7 +105,7 @@ def forecast_again(before: Forecast, policy: Policy, expectation: Expectation, w
 def _played(policy: Policy, expectation: Expectation, workload: Workload) -> dict[str, Any]:
     """The fields of Forecast that playing the job tells; large jobs are played on a sample and extrapolated."""
     spec, workload = expectation.spec, expected(workload)
-    sample = whole_or_sample(workload, policy.max_num_seqs)
+    sample = Samples.played_once(workload).of(policy.max_num_seqs)
     jobs: list[Simulation] = []
 
     def total_seconds(job: Simulation) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import random
@@ -19,10 +20,9 @@ from flexgen.plan.workload import Workload
 from flexgen.sizes import align_up
 
 # Jobs beyond these sizes are searched on a sample of their requests and extrapolated; then the winner is played whole.  A sample has as
-# many requests as some blocks at least.
+# many requests as some blocks at least, of a few lengths, in groups of equal ones that enter together.
 SEARCH_REQUESTS, SEARCH_BLOCKS = 512, 4
-SEARCH_LENGTHS = 64
-SEARCH_ENTRIES = 128
+SEARCH_LENGTHS, SEARCH_ENTRIES = 64, 128
 PLAYED_REQUESTS = 20_000
 
 
@@ -60,6 +60,10 @@ class JobSizes:
         """About how many sequences pools keep alive."""
         return min(pool_bytes / self.mean, self._number)
 
+    def num_seqs(self, policy: Policy) -> float:
+        """About how many sequences a policy keeps alive."""
+        return min(policy.max_num_seqs, self.block(policy.kv_bytes))
+
     def quota(self, pool_bytes: float, share: float) -> int:
         """Prompt tokens per pass: from half of what replaces those that end (`share` 0) to the whole block at once (1)."""
         prompts = max(self.block(pool_bytes), 1.0) * self.prompt_tokens / self._number
@@ -69,16 +73,20 @@ class JobSizes:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """A job of `number` requests that stands for one `scale` times as large.
+    """A job that stands for one `scale` times as large.
 
     Attributes:
         half: every other of its requests; empty where the scale is 1.
     """
 
-    number: int
     queue: Queue
-    half: Queue
-    scale: float
+    half: Queue = ()
+    scale: float = 1.0
+
+    @property
+    def number(self) -> int:
+        """Of its requests."""
+        return sum(run.count for run in self.queue)
 
 
 class Samples:
@@ -91,35 +99,43 @@ class Samples:
     slow where that matters.
 
     Args:
-        requests: that a sample has at least. entries: groups of requests that enter together, at most.
+        requests: that a sample has at least. entries: groups of requests that enter together, at most; a job of no more requests is
+            its own sample.
     """
 
     def __init__(self, workload: Workload, *, requests: int = SEARCH_REQUESTS, entries: int = SEARCH_ENTRIES) -> None:
-        answers = workload.answer_lens
         self._workload, self._requests, self._entries = workload, requests, entries
-        self._order = sorted(range(len(workload)), key=lambda place: (answers[place], workload.prompt_lens[place]))
         self._known: dict[int, Sample] = {}
+
+    @classmethod
+    def played_once(cls, workload: Workload) -> Samples:
+        """For few policies: all of the job, where it is not too large, else much of it."""
+        return cls(workload, requests=PLAYED_REQUESTS // 2, entries=PLAYED_REQUESTS)
 
     def of(self, num_seqs: float) -> Sample:
         """The sample for policies that keep about so many sequences alive."""
-        number = self._requests
+        most, number = len(self._workload), self._requests
         while number < SEARCH_BLOCKS * num_seqs:
             number *= 2
-        number = min(number, len(self._order))
+        number = most if most <= self._entries else min(number, most)
         if number not in self._known:
-            self._known[number] = self._drawn(number)
+            self._known[number] = self._drawn(number) if most > self._entries else Sample(queue=queue_of(self._workload))
         return self._known[number]
 
+    @functools.cached_property
+    def _order(self) -> list[int]:
+        """Places of all requests, short answers first."""
+        answers, prompts = self._workload.answer_lens, self._workload.prompt_lens
+        return sorted(range(len(self._workload)), key=lambda place: (answers[place], prompts[place]))
+
     def _drawn(self, number: int) -> Sample:
-        if number == len(self._order) <= self._entries:
-            return Sample(number=number, queue=queue_of(self._workload), half=(), scale=1.0)
         scale = len(self._order) / number
         drawn = self._workload.take([self._order[int((each + 0.5) * scale)] for each in range(number)])
         if number > self._entries and len(set(drawn.rows())) > SEARCH_LENGTHS:
             bounds = [each * number // SEARCH_LENGTHS for each in range(SEARCH_LENGTHS + 1)]
             drawn = drawn.averaged(list(itertools.pairwise(bounds)))
         half = queue_of(self._mixed(drawn.take(range(0, number, 2)))) if scale > 1 else ()
-        return Sample(number=number, queue=queue_of(self._mixed(drawn)), half=half, scale=scale)
+        return Sample(queue=queue_of(self._mixed(drawn)), half=half, scale=scale)
 
     def _mixed(self, drawn: Workload) -> Workload:
         """Groups of neighbours in an order that says nothing of their lengths, as in an input."""
@@ -127,13 +143,6 @@ class Samples:
         firsts = list(range(0, len(drawn), together))
         random.Random(0).shuffle(firsts)
         return drawn.take([place for first in firsts for place in range(first, min(first + together, len(drawn)))])
-
-
-def whole_or_sample(workload: Workload, num_seqs: float) -> Sample:
-    """All of the job, where it is not too large to be played once, else the sample for so many sequences."""
-    if len(workload) <= PLAYED_REQUESTS:
-        return Sample(number=len(workload), queue=queue_of(workload), half=(), scale=1.0)
-    return Samples(workload, requests=PLAYED_REQUESTS // 2, entries=PLAYED_REQUESTS).of(num_seqs)
 
 
 def extrapolated(

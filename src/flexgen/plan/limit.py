@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import product
 
 from flexgen.plan.cost import memory_bytes, unit_homes, weight_bytes
-from flexgen.plan.job import JobSizes, Sample, Samples, extrapolated, whole_or_sample
+from flexgen.plan.job import JobSizes, Samples, extrapolated
 from flexgen.plan.machine import Limits, Machine
 from flexgen.plan.model import ModelSpec
 from flexgen.plan.moves import climb
@@ -64,27 +64,24 @@ def least_ideal_seconds(
     if not len(workload):
         return 0.0
     space = _IdealSpace(spec, budgets, workload, dtype)
-    samples = Samples(workload)
+    samples, wholes = Samples(workload), Samples.played_once(workload)
     known: dict[Policy, tuple[float, float]] = {}
 
-    def num_seqs(policy: Policy) -> float:
-        return min(policy.max_num_seqs, space.sizes.block(policy.kv_device_bytes + policy.kv_host_bytes + policy.kv_disk_bytes))
-
-    def seconds(policy: Policy, sample: Sample) -> tuple[float, float]:
-        return extrapolated(spec, policy, sample, lambda played: played.busiest_seconds(machine, dtype))
+    def seconds(policy: Policy, lengths: Samples) -> tuple[float, float]:
+        return extrapolated(spec, policy, lengths.of(space.sizes.num_seqs(policy)), lambda played: played.busiest_seconds(machine, dtype))
 
     def score(point: Point) -> tuple[float, float]:
         policy = space.policy(point)
         if policy is None:
             return math.inf, math.inf
         if policy not in known:
-            known[policy] = seconds(policy, samples.of(num_seqs(policy)))
+            known[policy] = seconds(policy, samples)
         return known[policy]
 
     starts = varied(sorted(space.starts(), key=score), MOVED_STARTS)
     found = [space.policy(point) for point in climb(starts, space, score, lambda: True)]
     candidates = [*also, *dict.fromkeys(policy for policy in found if policy is not None)]
-    return min((seconds(policy, whole_or_sample(workload, num_seqs(policy))) for policy in candidates), default=(0.0, math.inf))[1]
+    return min((seconds(policy, wholes) for policy in candidates), default=(0.0, math.inf))[1]
 
 
 class _IdealSpace:

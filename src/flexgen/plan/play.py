@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from flexgen.plan.bounds import Bounds, longest_request_seconds
 from flexgen.plan.expect import Expectation
-from flexgen.plan.job import Sample, Samples, extrapolated, whole_or_sample
+from flexgen.plan.job import Sample, Samples, extrapolated
 from flexgen.plan.moves import Score
 from flexgen.plan.policy import Policy
 from flexgen.plan.simulate import Simulation
@@ -54,7 +54,7 @@ class Player:
     def __init__(self, space: Space) -> None:
         self.space = space
         self.expectation = Expectation(space.spec, space.machine, space.dtype)
-        self._samples = Samples(space.workload)
+        self._samples, self._wholes = Samples(space.workload), Samples.played_once(space.workload)
         self.effort = 0
         self._known: dict[Policy, Outcome] = {}
 
@@ -76,17 +76,12 @@ class Player:
     def outcome(self, policy: Policy) -> Outcome:
         """How the policy does with the sample, extrapolated to the job."""
         if policy not in self._known:
-            self._known[policy] = self._play(policy, self._samples.of(self._num_seqs(policy)))
+            self._known[policy] = self._play(policy, self._samples.of(self.space.sizes.num_seqs(policy)))
         return self._known[policy]
 
     def whole(self, policy: Policy) -> Outcome:
-        """How the policy does with all of the job (or with the sample, where there are too many requests)."""
-        return self._play(policy, whole_or_sample(self.space.workload, self._num_seqs(policy)))
-
-    def _num_seqs(self, policy: Policy) -> float:
-        """About how many sequences it keeps alive."""
-        pools = policy.kv_device_bytes + policy.kv_host_bytes + policy.kv_disk_bytes
-        return min(policy.max_num_seqs, self.space.sizes.block(pools))
+        """How the policy does with all of the job (or with a larger sample, where there are too many requests)."""
+        return self._play(policy, self._wholes.of(self.space.sizes.num_seqs(policy)))
 
     def _play(self, policy: Policy, sample: Sample) -> Outcome:
         longest: list[float] = []

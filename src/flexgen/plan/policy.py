@@ -64,6 +64,11 @@ class Policy:
     kv_tail_bytes: int = 0
     longest_sequence: int = 512
 
+    @property
+    def kv_bytes(self) -> int:
+        """Of all pools."""
+        return self.kv_device_bytes + self.kv_host_bytes + self.kv_disk_bytes
+
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2)
 

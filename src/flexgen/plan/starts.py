@@ -33,7 +33,7 @@ def varied_wholes(best: Point, space: Space) -> list[Point]:
     """
     points: list[Point] = []
     sizes = space.micro_batches()
-    near = sizes[max(sizes.index(best.micro_batch_tokens) - 1, 0) :][:3] if best.micro_batch_tokens in sizes else [best.micro_batch_tokens]
+    near = sizes[max(sizes.index(best.micro_batch_tokens) - 1, 0) :][:3]
     for schedule in space.schedules():
         free = space.free_axes(schedule)
         quotas = FIRST_QUOTAS if "quota" in free else (1.0,)

@@ -52,18 +52,12 @@ def measure(device: str, dtypes: Sequence[str], folder: Path, *, quick: bool = F
         StorageError: the file system fails. OptionError: an unknown dtype.
     """
     torch_dtypes = {name: _dtype(name) for name in dtypes}
-    main = next(iter(torch_dtypes.values()))
     started, busy = time.perf_counter(), _BusyCores()
     share = 0.3 if quick else 1.0
     where, host = torch.device("cuda" if device == "cuda" else "cpu"), torch.device("cpu")
     with torch.inference_mode():
         disk = disk_rates(folder, quick, max_bytes, io_threads(num_cores()))
-        working = time.perf_counter()
-        rested = _dense(where, torch_dtypes, max_bytes, 3.5 * share)
-        together = slowdowns(folder, main, max_bytes, 4.0 * share, rounds=1 if quick else 3) if device != "cuda" else (1.0, 1.0)
-        if not quick:
-            keep_busy(where, main, max_bytes, BUSY_SECONDS - (time.perf_counter() - working))
-        dense = rested if quick else _dense(where, torch_dtypes, max_bytes, 3.5)
+        dense, together = _products(device, where, torch_dtypes, folder, max_bytes, quick=quick)
         to_device, to_host = copy_rates(device, max_bytes, 1.0 * share)
         machine = Machine(
             name=_name(device),
@@ -83,6 +77,7 @@ def measure(device: str, dtypes: Sequence[str], folder: Path, *, quick: bool = F
             host_memory=memory_rate(max_bytes, 1.0 * share),
             host_to_device=to_device,
             device_to_host=to_host,
+            dense=dense,
             attention={name: attention_rate(where, dtype, max_bytes, 1.5 * share) for name, dtype in torch_dtypes.items()},
             decode_attention={
                 place: {name: step_rates(at, dtype, max_bytes, 1.0 * share) for name, dtype in torch_dtypes.items()}
@@ -91,12 +86,11 @@ def measure(device: str, dtypes: Sequence[str], folder: Path, *, quick: bool = F
             },
             elementwise={},
             casts={cast: rate for dtype in torch_dtypes.values() for cast, rate in cast_rates(dtype, max_bytes, 0.5 * share).items()},
-            dense={name: better(curve, rested[name]) for name, curve in dense.items()},
             overheads=NO_OVERHEADS,
             versions=_versions(),
             busy_cores=busy.by_others(),
         )
-    found = overheads(device, main, writable(folder), machine, quick=quick)
+    found = overheads(device, next(iter(torch_dtypes.values())), writable(folder), machine, quick=quick)
     machine = dataclasses.replace(machine, overheads=found)
     for name, dtype in torch_dtypes.items():
         if device == "cuda":
@@ -108,8 +102,22 @@ def measure(device: str, dtypes: Sequence[str], folder: Path, *, quick: bool = F
     return machine
 
 
-def _dense(where: torch.device, dtypes: Mapping[str, torch.dtype], max_bytes: int, seconds: float) -> dict[str, Curve]:
-    return {name: dense_rates(where, dtype, max_bytes, seconds) for name, dtype in dtypes.items()}
+def _products(
+    device: str, where: torch.device, dtypes: Mapping[str, torch.dtype], folder: Path, max_bytes: int, *, quick: bool
+) -> tuple[dict[str, Curve], tuple[float, float]]:
+    """(rates of products by dtype, slowdowns of the disk and of computing by each other): typical rates are those after BUSY_SECONDS."""
+
+    def dense(seconds: float) -> dict[str, Curve]:
+        return {name: dense_rates(where, dtype, max_bytes, seconds) for name, dtype in dtypes.items()}
+
+    main, share, rounds = next(iter(dtypes.values())), 0.3 if quick else 1.0, 1 if quick else 3
+    working = time.perf_counter()
+    rested = dense(3.5 * share)
+    together = slowdowns(folder, main, max_bytes, 4.0 * share, rounds=rounds) if device != "cuda" else (1.0, 1.0)
+    if quick:
+        return rested, together
+    keep_busy(where, main, max_bytes, BUSY_SECONDS - (time.perf_counter() - working))
+    return {name: better(curve, rested[name]) for name, curve in dense(3.5).items()}, together
 
 
 def _dtype(name: str) -> torch.dtype:
