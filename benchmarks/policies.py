@@ -5,9 +5,9 @@
 
 Four jobs of benchmarks/predict.py, each in its memory cgroup.  The explicit policies below were fixed beforehand: shares of the weights in
 memory, live sequences, prompt tokens per pass, schedules.  The automatic policy runs, then nine of them, then the automatic one again: each
-is compared with the automatic run before it, since machines are now faster and now slower, and stopped if it takes 1.15 times as long, or
-after half the time if its own estimate is then 1.5 times as long: it cannot be the best.  Then the two best meet the automatic one in
-three interleaved rounds.  A JSON line per run; runs that are in the results file already are not repeated.
+is compared with the automatic run before it, since machines are now faster and now slower, and stopped if it takes 1.1 times as long, or
+would take 1.05 times as long even if what it expects of the rest were a quarter too much: it cannot be the best.  Then the two best meet
+the automatic one in three interleaved rounds.  A JSON line per run; runs that are in the results file already are not repeated.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ from record import Results
 from shapes import SHAPES
 
 DEFAULT_RESULTS = Path(__file__).parent / "results" / "policies.jsonl"
-GIVEN_UP, TOLD_SLOW = 1.15, 1.5  # of the time of the automatic run before, its start included
+GIVEN_UP, TOLD_SLOW = 1.1, 1.05  # of the time of the automatic run before, its start included
+DOUBT = 0.25  # by which estimates of the rest may be too long
+FIRST_TOLD = 0.2  # of the automatic run's time, before which no estimate counts
 BLOCK = 9  # explicit policies between automatic runs
 FINALISTS, ROUNDS = 2, 3
 AUTOMATIC = "automatic"
@@ -97,8 +99,7 @@ class Runs:
             limits: dict[str, Any] = {}
         else:
             limits = {"timeout_seconds": GIVEN_UP * rival["run_seconds"], "hopeless": lambda log: told_slow(log, rival["elapsed_seconds"])}
-        told = ("--progress", "json")
-        outcome, report, log = run(self._folder, requests, self._case.memory, self._scratch, *told, *options, **limits)
+        outcome, report, log = run(self._folder, requests, self._case.memory, self._scratch, *options, progress="json", **limits)
         row = key | {"run_seconds": outcome.elapsed_seconds, "tokens_per_s": None, "why": None}
         if report is not None:
             row |= {"tokens_per_s": report["output_tokens_per_s"], "elapsed_seconds": report["elapsed_seconds"]}
@@ -113,13 +114,13 @@ class Runs:
 
 
 def told_slow(log: Path, rival_seconds: float) -> bool:
-    """Whether a run that has lasted half as long as its rival did expects to last TOLD_SLOW times as long."""
+    """Whether a run will be slower than its rival was, by what it expects itself."""
     text = log.read_text()
     lines = [line for line in text[: text.rfind("\n") + 1].splitlines() if line.startswith('{"event": "progress"')]
     progress = json.loads(lines[-1]) if lines else {"elapsed_seconds": 0.0}
-    if progress["elapsed_seconds"] < rival_seconds / 2 or progress["eta_seconds"] is None:
+    if progress["elapsed_seconds"] < FIRST_TOLD * rival_seconds or progress["eta_seconds"] is None:
         return False
-    return progress["elapsed_seconds"] + progress["eta_seconds"] > TOLD_SLOW * rival_seconds
+    return progress["elapsed_seconds"] + (1 - DOUBT) * progress["eta_seconds"] > TOLD_SLOW * rival_seconds
 
 
 def compare(grid: Grid, runs: Runs) -> str:

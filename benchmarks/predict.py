@@ -168,18 +168,19 @@ def run(
     memory: str,
     scratch: Path,
     *options: str,
+    progress: str = "none",
     timeout_seconds: float | None = None,
     hopeless: Callable[[Path], bool] | None = None,
 ) -> tuple[Outcome, dict[str, Any] | None, str]:
     """`flexgen run` in a cgroup of its budget: how it ended, its metrics if it was well, what it said.
 
     Args:
-        hopeless: whether to stop it, by what it said so far.
+        progress: what it tells of itself meanwhile. hopeless: whether to stop it, by what it said so far.
     """
     output, metrics, log = (scratch / f"predict-out.{suffix}" for suffix in ("jsonl", "json", "log"))
     command = [
         FLEXGEN, "run", str(folder), str(requests), "-o", str(output),
-        "--host-mem", memory, "--metrics", str(metrics), "--progress", "none", "--fresh", *options,
+        "--host-mem", memory, "--metrics", str(metrics), "--progress", progress, "--fresh", *options,
     ]  # fmt: skip
     metrics.unlink(missing_ok=True)
     with log.open("w") as file:

@@ -187,7 +187,7 @@ def price(load: PassLoad, spec: ModelSpec, policy: Policy, weights: PassWork) ->
         disk_write_bytes=disk_write,
         host_to_device_bytes=to_device,
         device_to_host_bytes=to_host,
-        dense_flops=tokens * spec.flops_per_token() + sampled * spec.head_flops_per_token(),
+        dense_flops=tokens * spec.flops_per_token + sampled * spec.head_flops_per_token,
         attention_flops=attended_flops(groups, load.prompt_pairs),
         host_memory_bytes=memory,
         decoded_bytes=weights.decoded_bytes,

@@ -8,7 +8,8 @@ they get no better (moves.py).
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from flexgen.durations import format_seconds
@@ -23,18 +24,20 @@ from flexgen.plan.play import Outcome, Player
 from flexgen.plan.policy import Policy
 from flexgen.plan.shortage import shortage
 from flexgen.plan.space import Point, Space
-from flexgen.plan.starts import BOUNDED_CAPS, starts, steady_states, varied, varied_wholes
+from flexgen.plan.starts import BOUNDED_CAPS, starts, steady_states, varied, varied_places, varied_wholes
 from flexgen.plan.steady import MeanSequence, Steady
 from flexgen.plan.workload import Workload
 
 # What is planned for when nothing is known of the job.
 NOMINAL_WORKLOAD = Workload(prompt_lens=(512,) * 256, output_lens=(128,) * 256)
-# Effort (see play.py) after which the best policy so far is taken, about a second on one core of 2024; and under further bounds.
-MOST_EFFORT, MORE_EFFORT = 80_000, 20_000
-# And for sizes of micro-batches other than the first that fits, of which those are begun with whose steady states reach this share.
-OTHER_SIZES_EFFORT, PROMISING = 20_000, 0.9
-# And for other whole numbers at the best place.
-WHOLES_EFFORT = 14_000
+# Effort (see play.py) that the first size of micro-batches that fits gets, and all under further bounds.
+MOST_EFFORT, MORE_EFFORT = 56_000, 16_000
+# And other sizes, of which those are begun with whose steady states reach this share of the best.
+OTHER_SIZES_EFFORT, PROMISING = 18_000, 0.9
+# And other whole numbers at the best place, and other places for those.
+WHOLES_EFFORT, PLACES_EFFORT = 14_000, 26_000
+# Of the effort that is left, what starts may take before they are moved.
+STARTS_SHARE = 0.5
 # Of the best starts, how many are moved first.
 MOVED_STARTS = 2
 # Of the points that were found, how many are begun with under the next bounds.
@@ -154,7 +157,7 @@ class Search:
     def _solution(self, bounds: Bounds) -> Solution:
         """The best policy that there is; it may exceed the bounds, where all do."""
         point = self._best_point(bounds)
-        policy = self.space.policy(point) if point is not None else None
+        policy = self.player.policy(point) if point is not None else None
         if point is None or policy is None:
             raise CapacityError(shortage(self.space))
         outcome = self.player.outcome(policy)
@@ -170,31 +173,31 @@ class Search:
         )
 
     def _best_point(self, bounds: Bounds) -> Point | None:
-        """The first size of micro-batches that fits leads; then others that promise as much, near their steady states; then all."""
+        """The first size of micro-batches that fits leads; then others that promise as much; then all that is near the best; then all."""
         score = functools.partial(self.player.score, bounds=bounds)
-        most = self.player.effort + (MOST_EFFORT if not self._found else MORE_EFFORT)
         caps = BOUNDED_CAPS if bounds.are_given else (1.0,)
-        found = dict(self._found)
+        found, most = dict(self._found), self.player.effort
 
-        def goes_on() -> bool:
-            return self.player.effort < most
-
-        def begin_with(starts: Iterable[Point]) -> None:
-            chosen = varied(sorted(starts, key=score), MOVED_STARTS)
+        def begin_with(starts: Iterable[Point], effort: float) -> None:
+            """Score the starts, for as long as some of the effort (and what was saved of others) lasts, and move the best of them."""
+            nonlocal most
+            most += effort
+            enough = self.player.effort + STARTS_SHARE * (most - self.player.effort)
+            scored = list(itertools.takewhile(lambda start: self.player.effort < enough and score(start), starts))
+            chosen = varied(sorted(scored, key=score), MOVED_STARTS)
             for few in (chosen[:MOVED_STARTS], chosen[MOVED_STARTS:]):
-                found.update(dict.fromkeys(climb(few, self.space, score, goes_on, also=found)))
+                found.update(dict.fromkeys(climb(few, self.space, score, lambda: self.player.effort < most, also=found)))
 
         sizes, begun = self.space.micro_batches(), list[Point]()
         while sizes and not begun:
-            begun = self._begun(sizes.pop(0), caps)
-        begin_with([*begun, *self._found])
-        most += OTHER_SIZES_EFFORT
-        begin_with([point for tokens in self._promising() if tokens in sizes for point in self._begun(tokens, caps, corners=False)])
-        if found:
-            most += WHOLES_EFFORT
-            begin_with(varied_wholes(min(found, key=score), self.space))
-        while sizes and goes_on():
-            begin_with(self._begun(sizes.pop(0), caps))
+            begun = list(self._begun(sizes.pop(0), caps))
+        begin_with([*self._found, *begun], MOST_EFFORT if not self._found else MORE_EFFORT)
+        begin_with((point for tokens in self._promising() if tokens in sizes for point in self._begun(tokens, caps)), OTHER_SIZES_EFFORT)
+        for others, effort in ((varied_wholes, WHOLES_EFFORT), (varied_places, PLACES_EFFORT)):
+            if found:
+                begin_with(others(min(found, key=score), self.space), effort)
+        while sizes and self.player.effort < most:
+            begin_with(self._begun(sizes.pop(0), caps), 0)
         ranked = sorted(found, key=score)
         self._found |= dict.fromkeys(ranked[:REMEMBERED])
         return ranked[0] if ranked else None
@@ -210,11 +213,14 @@ class Search:
             self._steady[micro_batch_tokens] = steady_states(self.space, self.player.expectation, self._mean, micro_batch_tokens)
         return self._steady[micro_batch_tokens]
 
-    def _begun(self, micro_batch_tokens: int, caps: Sequence[float], *, corners: bool = True) -> list[Point]:
+    def _begun(self, micro_batch_tokens: int, caps: Sequence[float]) -> Iterator[Point]:
         """Points to begin with, of different policies."""
-        steady = self._steady_states(micro_batch_tokens)
-        begun = {self.space.policy(each): each for each in starts(self.space, micro_batch_tokens, steady, caps, corners=corners)}
-        return [each for policy, each in begun.items() if policy is not None]
+        begun = set[Policy]()
+        for point in starts(self.space, micro_batch_tokens, self._steady_states(micro_batch_tokens), caps):
+            policy = self.player.policy(point)
+            if policy is not None and policy not in begun:
+                begun.add(policy)
+                yield point
 
 
 def too_slow(bounds: Bounds, fastest: Outcome) -> str:

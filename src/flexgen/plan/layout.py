@@ -36,6 +36,10 @@ class Layouts:
         self._spec, self._device = spec, device
         self._known: dict[Fractions, Layout] = {}
 
+    def __len__(self) -> int:
+        """Layouts that are known."""
+        return len(self._known)
+
     def of(self, weights: Fractions) -> Layout:
         """The layout that honours these shares."""
         if weights not in self._known:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -65,21 +66,21 @@ def least_ideal_seconds(
         return 0.0
     space = _IdealSpace(spec, budgets, workload, dtype)
     samples, wholes = Samples(workload), Samples.played_once(workload)
-    known: dict[Policy, tuple[float, float]] = {}
+    policy_of = functools.cache(space.policy)
 
     def seconds(policy: Policy, lengths: Samples) -> tuple[float, float]:
         return extrapolated(spec, policy, lengths.of(space.sizes.num_seqs(policy)), lambda played: played.busiest_seconds(machine, dtype))
 
+    @functools.cache
+    def sampled(policy: Policy) -> tuple[float, float]:
+        return seconds(policy, samples)
+
     def score(point: Point) -> tuple[float, float]:
-        policy = space.policy(point)
-        if policy is None:
-            return math.inf, math.inf
-        if policy not in known:
-            known[policy] = seconds(policy, samples)
-        return known[policy]
+        policy = policy_of(point)
+        return (math.inf, math.inf) if policy is None else sampled(policy)
 
     starts = varied(sorted(space.starts(), key=score), MOVED_STARTS)
-    found = [space.policy(point) for point in climb(starts, space, score, lambda: True)]
+    found = [policy_of(point) for point in climb(starts, space, score, lambda: True)]
     candidates = [*also, *dict.fromkeys(policy for policy in found if policy is not None)]
     return min((seconds(policy, wholes) for policy in candidates), default=(0.0, math.inf))[1]
 

@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
 from operator import itemgetter
 from typing import Any, cast
@@ -56,7 +57,7 @@ class KVGroupSpec:
     window: int | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class ModelSpec:
     """A model as the planner sees it.
 
@@ -91,16 +92,16 @@ class ModelSpec:
         """Whether the weights are stored as plain numbers.  Others can be planned for, but not run yet."""
         return self.number_format in PLAIN_FORMATS
 
-    @property
+    @cached_property
     def streamed_bytes(self) -> int:
         """Bytes one pass reads when nothing is resident."""
         return sum(unit.disk_bytes for unit in self.units)
 
-    @property
+    @cached_property
     def decoded_bytes(self) -> int:
         return sum(unit.decoded_bytes for unit in self.units)
 
-    @property
+    @cached_property
     def kv_bytes_per_token(self) -> int:
         """KV bytes of one token over all layers, windows ignored."""
         return sum(group.num_layers * group.bytes_per_token for group in self.kv_groups)
@@ -109,10 +110,12 @@ class ModelSpec:
         """KV bytes of a sequence of `num_tokens`, windows honoured, pages ignored."""
         return sum(g.num_layers * g.bytes_per_token * min(num_tokens, g.window or num_tokens) for g in self.kv_groups)
 
+    @cached_property
     def flops_per_token(self) -> float:
         """Linear FLOPs of one token through every unit but the head."""
         return sum(unit.flops_per_token for unit in self.units if not unit.head)
 
+    @cached_property
     def head_flops_per_token(self) -> float:
         return sum(unit.flops_per_token for unit in self.units if unit.head)
 

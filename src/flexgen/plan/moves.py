@@ -41,7 +41,7 @@ def climb(
 ) -> list[Point]:
     """Where the starts lead, in coarse steps, and the best of that and of `also` in fine ones; and `also`."""
     found = [*also, *(_improved(start, space, score, goes_on, steps=COARSE_STEPS, in_pairs=False) for start in starts)]
-    best = sorted(found, key=score)[:REFINED]
+    best = list({score(point): point for point in sorted(found, key=score)}.values())[:REFINED]
     return [*found, *(_improved(start, space, score, goes_on, steps=FINE_STEPS, in_pairs=True) for start in best)]
 
 

@@ -14,6 +14,7 @@ from flexgen.plan.steady import MeanSequence, Steady, SteadyState
 # Prompt quotas that are tried near the steady states, and at the corners; and caps, where requests may not take long.
 BOUNDED_CAPS = (1.0, 0.4, 0.15)
 FIRST_QUOTAS, CORNER_QUOTAS = (0.0, 0.15, 0.4, 0.7, 1.0), (0.1, 0.5)
+SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 CORNERS: tuple[dict[str, Any], ...] = (
     {"on_device": 1.0, "on_host": 1.0},
     {"on_device": 1.0, "on_host": 1.0, "embedding": False},
@@ -32,17 +33,35 @@ def varied_wholes(best: Point, space: Space) -> list[Point]:
     Where placements are as good as they get, how evenly prompts fall is a matter of whole numbers, which no small step finds.
     """
     points: list[Point] = []
-    sizes = space.micro_batches()
-    near = sizes[max(sizes.index(best.micro_batch_tokens) - 1, 0) :][:3]
     for schedule in space.schedules():
         free = space.free_axes(schedule)
         quotas = FIRST_QUOTAS if "quota" in free else (1.0,)
         caps = {best.cap, 1.0} if "cap" in free else {best.cap}
         points += [
             dataclasses.replace(best, schedule=schedule, quota=quota, cap=cap, embedding=embedding, micro_batch_tokens=tokens)
-            for quota, cap, embedding, tokens in product(quotas, sorted(caps), (True, False), near)
+            for quota, cap, embedding, tokens in product(quotas, sorted(caps), (True, False), _near(best, space))
         ]
     return points
+
+
+def varied_places(best: Point, space: Space) -> list[Point]:
+    """A point with its weights elsewhere, on a coarse grid, under every schedule and sizes of micro-batches like its own."""
+    points: list[Point] = []
+    for schedule in space.schedules():
+        free = space.free_axes(schedule)
+        device, host = (SHARES if axis in free else (getattr(best, axis),) for axis in ("on_device", "on_host"))
+        points += [
+            dataclasses.replace(best, schedule=schedule, on_device=on_device, on_host=on_host, micro_batch_tokens=tokens)
+            for on_device, on_host, tokens in product(device, host, _near(best, space))
+        ]
+    return points
+
+
+def _near(best: Point, space: Space) -> list[int]:
+    """Its size of micro-batches, and the next ones."""
+    sizes = space.micro_batches()
+    place = sizes.index(best.micro_batch_tokens)
+    return [best.micro_batch_tokens, *sizes[max(place - 1, 0) : place], *sizes[place + 1 : place + 2]]
 
 
 def steady_states(space: Space, expectation: Expectation, mean: MeanSequence, micro_batch_tokens: int) -> list[tuple[Steady, bool]]:
@@ -60,10 +79,8 @@ def steady_states(space: Space, expectation: Expectation, mean: MeanSequence, mi
     return sorted(found, key=lambda each: -each[0].tokens_per_s)
 
 
-def starts(
-    space: Space, micro_batch_tokens: int, steady: Sequence[tuple[Steady, bool]], caps: Sequence[float], *, corners: bool
-) -> Iterator[Point]:
-    """Points near the steady states, and at the `corners`, under every schedule, several quotas, and these caps on live sequences."""
+def starts(space: Space, micro_batch_tokens: int, steady: Sequence[tuple[Steady, bool]], caps: Sequence[float]) -> Iterator[Point]:
+    """Points near the steady states, and at the corners, under every schedule, several quotas, and these caps on live sequences."""
     for schedule in space.schedules():
         plain = _point(space, schedule, micro_batch_tokens)
         free = space.free_axes(schedule)
@@ -73,7 +90,7 @@ def starts(
             places += [dataclasses.replace(plain, kv_homes=homes, **corner) for corner in CORNERS]
         if "kv_disk" in free:
             places += [dataclasses.replace(plain, kv_disk=1.0), dataclasses.replace(plain, kv_disk=1.0, **CORNERS[0])]
-        for some, quotas in ((near, FIRST_QUOTAS), (places if corners else [], CORNER_QUOTAS)):
+        for some, quotas in ((near, FIRST_QUOTAS), (places, CORNER_QUOTAS)):
             for place, quota, cap in product(some, quotas if "quota" in free else (1.0,), caps if "cap" in free else (1.0,)):
                 yield dataclasses.replace(place, quota=quota, cap=cap)
 
