@@ -30,7 +30,6 @@ WARM_UPS, ROUNDS = 1, 6  # of each kind; the fastest counts, since what disturbs
 PASSES, QUICK_PASSES = 9, 7
 # A layer as wide as those of small models; intermediate states are INTERMEDIATE / 4 times as wide.
 LAYER_WIDTH, INTERMEDIATE, LAYER_TOKENS, LAYER_PROMPT, LAYER_PASSES = 2048, 11, 512, 256, 8
-LEAST_SECONDS = 1e-4
 DEVICE_BYTES = 64 * MIB
 NO_OVERHEADS = Overheads(per_pass=0, per_sequence=0, per_unit=0, per_layer_and_micro_batch=0, per_gathered_row=0)
 
@@ -108,7 +107,8 @@ def elementwise_rate(dtype: torch.dtype, folder: Path, machine: Machine, max_byt
                 # Products beside it in time: what slows both by the same factor says nothing of the rest.
                 pace = products.seconds() / products.expected_seconds(machine)
                 left = taken / pace - engine.record.trace.expected_seconds
-                rounds.append(LAYER_TOKENS * elementwise_bytes(width, INTERMEDIATE * width // 4, name) / max(left, LEAST_SECONDS))
+                moved = LAYER_TOKENS * elementwise_bytes(width, INTERMEDIATE * width // 4, name)
+                rounds.append(moved / max(left, moved / machine.host_memory.best))  # differences scatter, but nothing is faster than memory
     return Rate.of(rounds[1:])
 
 
