@@ -8,7 +8,6 @@ they get no better (moves.py).
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -30,8 +29,8 @@ from flexgen.plan.workload import Workload
 
 # What is planned for when nothing is known of the job.
 NOMINAL_WORKLOAD = Workload(prompt_lens=(512,) * 256, output_lens=(128,) * 256)
-# Effort (see play.py) that the first size of micro-batches that fits gets, and all under further bounds.
-MOST_EFFORT, MORE_EFFORT = 56_000, 16_000
+# Effort (see play.py) that the first size of micro-batches that fits gets, under any bounds.
+FIRST_SIZE_EFFORT = 56_000
 # And other sizes, of which those are begun with whose steady states reach this share of the best.
 OTHER_SIZES_EFFORT, PROMISING = 18_000, 0.9
 # And other whole numbers at the best place, and other places for those.
@@ -183,7 +182,12 @@ class Search:
             nonlocal most
             most += effort
             enough = self.player.effort + STARTS_SHARE * (most - self.player.effort)
-            scored = list(itertools.takewhile(lambda start: self.player.effort < enough and score(start), starts))
+            scored: list[Point] = []
+            for start in starts:
+                if self.player.effort >= enough:
+                    break
+                score(start)
+                scored.append(start)
             chosen = varied(sorted(scored, key=score), MOVED_STARTS)
             for few in (chosen[:MOVED_STARTS], chosen[MOVED_STARTS:]):
                 found.update(dict.fromkeys(climb(few, self.space, score, lambda: self.player.effort < most, also=found)))
@@ -191,7 +195,7 @@ class Search:
         sizes, begun = self.space.micro_batches(), list[Point]()
         while sizes and not begun:
             begun = list(self._begun(sizes.pop(0), caps))
-        begin_with([*self._found, *begun], MOST_EFFORT if not self._found else MORE_EFFORT)
+        begin_with([*self._found, *begun], FIRST_SIZE_EFFORT)
         begin_with((point for tokens in self._promising() if tokens in sizes for point in self._begun(tokens, caps)), OTHER_SIZES_EFFORT)
         for others, effort in ((varied_wholes, WHOLES_EFFORT), (varied_places, PLACES_EFFORT)):
             if found:

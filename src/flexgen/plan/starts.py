@@ -14,6 +14,7 @@ from flexgen.plan.steady import MeanSequence, Steady, SteadyState
 # Prompt quotas that are tried near the steady states, and at the corners; and caps, where requests may not take long.
 BOUNDED_CAPS = (1.0, 0.4, 0.15)
 FIRST_QUOTAS, CORNER_QUOTAS = (0.0, 0.15, 0.4, 0.7, 1.0), (0.1, 0.5)
+# Of the weights that fit, when a good point's are placed elsewhere.
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 CORNERS: tuple[dict[str, Any], ...] = (
     {"on_device": 1.0, "on_host": 1.0},
