@@ -22,7 +22,7 @@ FLOORS = (
     {"engine"},
     {"profile"},
     {"opening", "open_engine", "specs"},
-    {"llm"},
+    {"llm", "readable"},
     {"jobs", "bench", "integrations", "display", "cli", "__init__", "__main__"},
 )
 # Rooms of one floor that may see each other.  (A name that only annotations use may look sideways anyway, never up.)

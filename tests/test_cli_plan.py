@@ -40,7 +40,8 @@ def test_a_plan_as_json() -> None:
         "plan", "llama-3-8b", "--machine", "rtx4090-64gb", "--num-requests", 100, "--json", "--kv", "host=1", "--host-mem", "32GiB"
     )
     plan = json.loads(done.stdout)
-    assert set(plan) == {"model", "machine", "limits", "policy", "forecast"}
+    assert set(plan) == {"model", "machine", "limits", "policy", "forecast", "faster_format"}
+    assert plan["faster_format"] is None
     assert plan["limits"]["host_bytes"] == 32 << 30
     assert plan["policy"]["kv"] == {"device": 0.0, "host": 1.0, "disk": 0.0}
     assert sum(plan["forecast"]["memory_bytes"]["host"].values()) <= 32 << 30
@@ -68,6 +69,23 @@ def test_what_fits_the_device_and_what_does_not_run_yet_is_said() -> None:
     assert "an engine made for that (vLLM, SGLang) will be faster" in fits.stdout
     coded = flexgen("plan", "gpt-oss-20b", "--machine", "rtx4090-64gb", "--num-requests", 20)
     assert "weights in mxfp4 are planned as shipped; this version cannot run them yet" in coded.stdout
+
+
+def test_what_a_narrower_dtype_would_gain_is_said_where_it_is_much() -> None:
+    job = ("plan", "opt-30b", "--machine", "t4-gcp", "--num-requests", 200)
+    wide, narrow = (json.loads(flexgen(*job, "--json", "--dtype", dtype).stdout) for dtype in ("float32", "bfloat16"))
+    faster = wide["faster_format"]
+    assert faster["dtype"] == "bfloat16"
+    assert faster["speedup"] == pytest.approx(wide["forecast"]["seconds"] / narrow["forecast"]["seconds"])
+    told = flexgen(*job, "--dtype", "float32").stdout
+    assert f"in bfloat16 the job would go {faster['speedup']:.1f} times as fast: --dtype bfloat16" in told
+    assert "times as fast" not in flexgen(*job).stdout
+
+
+def test_a_dtype_that_was_not_measured_is_not_spoken_of(measured: list[tuple[Any, ...]], tmp_path: Path) -> None:
+    plan = ("plan", NOVELS, "--device", "cpu", "--dtype", "float32", "--host-mem", "2GiB", "--json")
+    assert json.loads(flexgen(*plan).stdout)["faster_format"] is None
+    assert [dtypes for _, dtypes, *_ in measured] == [("float32",)]
 
 
 def test_a_plan_for_a_folder_on_a_measured_machine(tmp_path: Path) -> None:
@@ -107,7 +125,7 @@ def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[Any,
     """What was measured, without measuring; what is kept goes to a home of its own."""
     calls: list[tuple[Any, ...]] = []
 
-    def measure(device: str, dtypes: tuple[str, ...], folder: Path, *, quick: bool) -> Machine:
+    def measure(device: str, dtypes: tuple[str, ...], folder: Path, *, quick: bool, max_bytes: int = 0) -> Machine:
         calls.append((device, tuple(dtypes), folder, quick))
         return machine_of(device=device, dense={dtype: [(64, 5e11)] for dtype in dtypes}, busy_cores=1.5)
 

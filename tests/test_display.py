@@ -9,12 +9,13 @@ import json
 import pytest
 from fakes import FakeEngine
 
-from flexgen.display import JsonDisplay, PlainDisplay, format_plan, format_progress, format_report, open_display
+from flexgen.display import JsonDisplay, PlainDisplay, open_display
 from flexgen.durations import format_seconds
 from flexgen.engine.progress import Progress, RunReport
 from flexgen.errors import OptionError
 from flexgen.plan.forecast import Plan
 from flexgen.plan.workload import Workload
+from flexgen.readable import format_plan, format_progress, format_report
 
 ENGINE = FakeEngine(Workload(prompt_lens=(), output_lens=()))
 PLAN = Plan(spec=ENGINE.spec, machine=ENGINE.machine, policy=ENGINE.policy, forecast=ENGINE.forecast)

@@ -8,25 +8,19 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from flexgen.durations import format_seconds
 from flexgen.engine.progress import Progress, RunReport
 from flexgen.errors import OptionError
-from flexgen.sizes import format_size
+from flexgen.readable import format_plan, format_progress, format_report
 
 if TYPE_CHECKING:
     from rich.live import Live
 
-    from flexgen.plan.forecast import Forecast, Plan
-    from flexgen.plan.pareto import ParetoPoint
-    from flexgen.plan.policy import Fractions
+    from flexgen.plan.forecast import Plan
 
-LEAST_SHOWN = 0.01  # of a pass: resources that take less are left out
-LEAST_GAIN = 0.001
-FASTER = 0.1  # resources are shown with what so much more of their rate is worth
-RATE_TOLERANCE = 0.15  # of a run's own rates against those of the profile
 _PLAIN_SECONDS = 10.0
 _JSON_SECONDS = 1.0
 
@@ -183,89 +177,6 @@ def _write(stream: TextIO, text: str) -> None:
         pass
 
 
-# -- text -------------------------------------------------------------------------------------------------------------------------
-
-
-def format_plan(plan: Plan) -> str:
-    """Where bytes will live, what a pass will carry, and what that should do."""
-    policy, spec = plan.policy, plan.spec
-    staging = policy.host_ring_bytes + policy.device_ring_bytes
-    lines = [
-        f"plan: {policy.device}, {policy.dtype}, {policy.schedule} schedule, {policy.compute_threads} compute and "
-        f"{policy.io_threads} I/O threads",
-        f"  weights  {format_size(spec.decoded_bytes)} in {len(spec.units)} units: {_shares(policy.weights)}; "
-        f"staging {format_size(staging)}, workspace {format_size(policy.workspace_bytes)}",
-        f"  KV       {format_size(policy.kv_bytes)}: {_shares(policy.kv)}; {format_size(spec.kv_bytes_per_token)} per token, "
-        f"pages of {policy.page_tokens} tokens",
-        f"  a pass   up to {policy.max_num_seqs:,} sequences and {policy.prefill_tokens:,} prompt tokens, "
-        f"{policy.micro_batch_tokens:,} tokens at a time",
-    ]
-    return "\n".join(lines + [f"  {line}" for line in format_forecast(plan.forecast)])
-
-
-def format_forecast(forecast: Forecast) -> list[str]:
-    """What is expected: time, rates, the resources of a pass with the busiest marked, what memory is worth."""
-    if not forecast.num_passes:
-        return []
-    resources = sorted(forecast.resource_seconds.items(), key=lambda each: -each[1])
-    parts = [
-        f"{name.replace('_', ' ')} {format_seconds(seconds)}{' (the bottleneck)' if name == forecast.bottleneck else ''}"
-        for name, seconds in resources
-        if seconds >= LEAST_SHOWN * forecast.pass_seconds or name == forecast.bottleneck
-    ]
-    lines = [
-        f"expected {format_seconds(forecast.seconds)} for {forecast.output_tokens:,} output tokens: {forecast.output_tokens_per_s:,.2f} "
-        f"tokens/s, {forecast.full_block_tokens_per_s:,.2f} with a full block; the longest request takes "
-        f"{format_seconds(forecast.request_seconds)}",
-        f"         {forecast.num_passes:,} passes of {format_seconds(forecast.pass_seconds)}, {forecast.live_mean:,.0f} sequences in each: "
-        + ", ".join(parts),
-    ]
-    if forecast.disk_written_bytes:
-        lines.append(f"         {format_size(forecast.disk_written_bytes)} will be written to disk")
-    if forecast.num_refused:
-        lines.append(f"         {forecast.num_refused:,} requests can never fit")
-    gains = [(f"1 GiB more of {tier} memory", gain) for tier, gain in forecast.gain_per_gib.items()]
-    gains += [(f"{name.replace('_', ' ')} {FASTER:.0%} faster", FASTER * gain) for name, gain in forecast.gain_per_rate.items()]
-    told = [f"{what}: +{gain:.1%}" for what, gain in gains if gain >= LEAST_GAIN]
-    return [*lines, f"         what would help, at the margin, in tokens/s: {'; '.join(told)}"] if told else lines
-
-
-def format_curve(curve: Sequence[ParetoPoint]) -> str:
-    """What shorter requests cost: a line per plan, shortest requests first."""
-    rows = [["longest request", "tokens/s", "sequences", "schedule", "weights", "KV"]]
-    for point in curve:
-        policy = point.policy
-        cells = [format_seconds(point.request_seconds), f"{point.tokens_per_s:,.2f}", f"{policy.max_num_seqs:,}", policy.schedule]
-        rows.append([*cells, _shares(policy.weights), _shares(policy.kv)])
-    return "\n".join(f"  {line}" for line in _table(rows))
-
-
-def format_memory(forecast: Forecast) -> list[str]:
-    """What is reserved where."""
-    lines: list[str] = []
-    for tier, parts in forecast.memory_bytes.items():
-        listed = ", ".join(f"{name} {format_size(size)}" for name, size in parts.items() if size)
-        lines.append(f"  {tier:<7}  {format_size(sum(parts.values()))} of {format_size(forecast.budget_bytes.get(tier, 0))}: {listed}")
-    return lines
-
-
-def _shares(fractions: Fractions) -> str:
-    shares = dataclasses.asdict(fractions)
-    return ", ".join(f"{tier} {share:.1%}" for tier, share in shares.items() if share) or "nowhere"
-
-
-def format_progress(progress: Progress) -> str:
-    """One line for a log."""
-    total = "?" if progress.num_requests is None else f"{progress.num_requests:,}"
-    links = ", ".join(f"{name} {share:.0%}" for name, share in progress.link_shares.items())
-    return (
-        f"{format_seconds(progress.elapsed_seconds)}: {progress.num_requests_done:,}/{total} requests, "
-        f"prompt {progress.prompt_tokens_per_s:,.1f} tokens/s, output {progress.output_tokens_per_s:,.1f} tokens/s, "
-        f"{progress.num_live_sequences:,} live, pass {progress.pass_index}, unit {progress.unit}/{progress.num_units}, "
-        f"ETA {format_seconds(progress.eta_seconds)}" + (f"; {links}" if links else "")
-    )
-
-
 def _picture(progress: Progress) -> Any:
     """Three lines for a terminal: requests, rates, links."""
     from rich.console import Group
@@ -291,88 +202,3 @@ def _picture(progress: Progress) -> Any:
     if cells:
         links.add_row(*cells)
     return Group(head, rates, links)
-
-
-def format_report(report: RunReport) -> str:
-    """The closing report: what was done, where bytes lived and moved, what was waited for, how good it was."""
-    lines = [
-        f"{report.num_requests:,} requests ({report.num_errors:,} errors) in {format_seconds(report.elapsed_seconds)}, "
-        f"after {format_seconds(report.load_seconds)} of loading: {report.output_tokens_per_s:,.2f} output tokens/s, "
-        f"{report.total_tokens_per_s:,.2f} tokens/s in all, {report.requests_per_s:,.3f} requests/s",
-        f"{report.prompt_tokens:,} prompt and {report.output_tokens:,} output tokens in {report.num_passes:,} passes; "
-        f"ended by: {_counts(report.finish_reasons)}; {report.num_preemptions:,} preemptions"
-        + (f"; {report.recomputed_tokens:,} tokens computed again" if report.recomputed_tokens else "")
-        + (f"; {report.shared_prompt_tokens:,} prompt tokens shared, not computed" if report.shared_prompt_tokens else ""),
-        "",
-        *_placement_table(report.placement),
-        "",
-        *_resource_table(report),
-        "",
-        f"waited for: {_seconds_of(report.wait_seconds)}",
-        f"host memory: peak {format_size(report.peak_host_bytes)} of {format_size(report.host_budget_bytes)}",
-    ]
-    if report.device_budget_bytes:
-        lines.append(f"device memory: peak {format_size(report.peak_device_bytes)} of {format_size(report.device_budget_bytes)}")
-    lines.append(
-        f"overlap {report.overlap:.2f}   plan {report.plan:.2f}   efficiency {report.efficiency:.2f}   "
-        f"(the least ideal time is {format_seconds(report.ideal_seconds)})"
-    )
-    return "\n".join(lines + _against_forecast(report))
-
-
-def _against_forecast(report: RunReport) -> list[str]:
-    """What was expected beside what was; and what to do where the machine was not as measured."""
-    if not report.forecast.get("num_passes"):
-        return []
-    lines = [
-        f"expected: {report.forecast['output_tokens_per_s']:,.2f} output tokens/s in {format_seconds(report.forecast['seconds'])}; "
-        f"for the passes that there were {format_seconds(report.forecast['seconds_of_these_passes'])}"
-    ]
-    for resource, ratio in report.rate_ratios.items():
-        if abs(ratio - 1) > RATE_TOLERANCE:
-            lines.append(
-                f"{resource.replace('_', ' ')} was {abs(ratio - 1):.0%} {'faster' if ratio > 1 else 'slower'} than measured before: "
-                "`flexgen profile` measures this machine again"
-            )
-    return lines
-
-
-def _placement_table(placement: Mapping[str, Mapping[str, int]]) -> list[str]:
-    tiers = [tier for tier in ("device", "host", "disk") if any(tier in homes for homes in placement.values())]
-    rows = [["placement", *tiers]]
-    for what, homes in placement.items():
-        rows.append([what, *(format_size(homes[tier]) if homes.get(tier) else "-" for tier in tiers)])
-    return _table(rows)
-
-
-def _resource_table(report: RunReport) -> list[str]:
-    """Bytes per link and pass, and the ideal seconds of every resource as a share of the run."""
-    rows = [["resource", "moved", "per pass", "ideal time", "share"]]
-    for name in dict.fromkeys([*report.bytes_moved, *report.busiest_seconds]):
-        moved, busy = report.bytes_moved.get(name), report.busiest_seconds.get(name)
-        if not moved and not busy:
-            continue
-        rows.append(
-            [
-                name,
-                "-" if moved is None else format_size(moved),
-                "-" if moved is None else format_size(moved / max(1, report.num_passes)),
-                "-" if busy is None else format_seconds(busy),
-                "-" if busy is None or not report.elapsed_seconds else f"{busy / report.elapsed_seconds:.0%}",
-            ]
-        )
-    return _table(rows)
-
-
-def _table(rows: list[list[str]]) -> list[str]:
-    """Columns aligned: the first to the left, figures to the right."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return ["   ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]) for row in rows]
-
-
-def _counts(counts: Mapping[str, int]) -> str:
-    return ", ".join(f"{name} {count:,}" for name, count in counts.items()) or "nothing"
-
-
-def _seconds_of(seconds: Mapping[str, float]) -> str:
-    return ", ".join(f"{name} {format_seconds(value)}" for name, value in seconds.items() if value > 0) or "nothing"

@@ -13,13 +13,15 @@ import typer
 
 from flexgen.cli.exit_codes import ExitCode
 from flexgen.cli.options import engine_command, load
-from flexgen.errors import OptionError
+from flexgen.errors import CapacityError, OptionError
 from flexgen.options import EngineOptions
 from flexgen.sizes import MIB
 
 if TYPE_CHECKING:
     from flexgen.plan.forecast import Plan
+    from flexgen.plan.formats import FasterFormat
     from flexgen.plan.machine import Limits, Machine
+    from flexgen.plan.model import ModelSpec
     from flexgen.plan.pareto import ParetoPoint
     from flexgen.plan.workload import Workload
 
@@ -40,6 +42,55 @@ class _Asked:
     num_requests: int | None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Question:
+    """A job on a machine (`box`; None is this one), whatever the dtype."""
+
+    model: str
+    options: EngineOptions
+    limits: Limits
+    box: Machine | None
+    workload: Workload
+
+    def machine(self, dtype: str) -> Machine:
+        """As measured before, or measured now."""
+        if self.box is not None:
+            return self.box
+        from flexgen.profile.measure import cached_machine
+
+        return cached_machine(self.limits.device, dtype, self._weights_folder)
+
+    def job(self, spec: ModelSpec, machine: Machine) -> dict[str, Any]:
+        """The arguments of `make_plan` and of `space_of`."""
+        options = dataclasses.replace(self.options, dtype=spec.dtype, device=self.limits.device)
+        given = {"options": options, "spec": spec, "machine": machine, "limits": self.limits, "workload": self.workload}
+        return given | {"process_bytes": PROCESS_BYTES[self.limits.device]}
+
+    def plan_in(self, dtype: str) -> Plan | None:
+        """The plan in another dtype; None where the machine was not measured in it, or nothing fits."""
+        from flexgen.plan.forecast import make_plan
+        from flexgen.specs import spec_of
+
+        machine = self.box or self._kept(dtype)
+        if machine is None or dtype not in machine.dense:
+            return None
+        spec = spec_of(self.model, device=self.limits.device, dtype=dtype, revision=self.options.revision)
+        try:
+            return make_plan(**self.job(spec, machine))
+        except CapacityError:
+            return None
+
+    def _kept(self, dtype: str) -> Machine | None:
+        from flexgen.profile.measure import kept_machine
+
+        return kept_machine(self.limits.device, dtype, self._weights_folder)
+
+    @property
+    def _weights_folder(self) -> Path:
+        """From where weights stream, if the model is here."""
+        return Path(self.model) if Path(self.model).is_dir() else Path()
+
+
 @engine_command
 def plan(
     model: Annotated[
@@ -54,10 +105,16 @@ def plan(
         Path | None, typer.Option("--input", metavar="FILE", help="Requests, as for `flexgen run`.", rich_help_panel=_JOB)
     ] = None,
     prompt_len: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help=f"Tokens of each prompt. Default: {PROMPT_LEN}.", rich_help_panel=_JOB)
+        int | None,
+        typer.Option(
+            metavar="N", min=1, help=f"Tokens of each prompt. Default: {PROMPT_LEN}, or what fits the context.", rich_help_panel=_JOB
+        ),
     ] = None,
     gen_len: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help=f"Tokens of each answer. Default: {GEN_LEN}.", rich_help_panel=_JOB)
+        int | None,
+        typer.Option(
+            metavar="N", min=1, help=f"Tokens of each answer. Default: {GEN_LEN}, or a quarter of the context.", rich_help_panel=_JOB
+        ),
     ] = None,
     num_requests: Annotated[
         int | None, typer.Option(metavar="N", min=1, help=f"How many. Default: {NUM_REQUESTS:,}.", rich_help_panel=_JOB)
@@ -67,7 +124,7 @@ def plan(
     ] = None,
     pareto: Annotated[bool, typer.Option("--pareto", help="Also show what shorter requests would cost.")] = False,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print JSON: model, machine, limits, policy, forecast, pareto if asked for.")
+        bool, typer.Option("--json", help="Print JSON: model, machine, limits, policy, forecast, faster_format, pareto if asked for.")
     ] = False,
 ) -> int:
     """Show where weights and KV cache would live, how fast a job would go,
@@ -76,21 +133,22 @@ def plan(
     """
     from flexgen.plan.default import space_of
     from flexgen.plan.forecast import make_plan
+    from flexgen.plan.formats import faster_format
     from flexgen.plan.pareto import pareto as curve_of
     from flexgen.specs import spec_of
 
     asked = _Asked(source=source, max_tokens=max_tokens, prompt_len=prompt_len, gen_len=gen_len, num_requests=num_requests)
     _check(asked)
-    limits, rates = _limits_and_machine(options, machine)
+    limits, box = _limits_and_machine(options, machine)
     spec = spec_of(model, device=limits.device, dtype=options.dtype, revision=options.revision)
     context = min(spec.max_position_embeddings, options.max_model_len or spec.max_position_embeddings)
     workload = _equal_lengths(asked, context) if source is None else _lengths_of(source, model, options, max_tokens)
-    rates = rates or _this_machine(limits, spec.dtype, Path(model))
-    options = dataclasses.replace(options, dtype=spec.dtype, device=limits.device)
-    job, process_bytes = (options, spec, rates, limits, workload), PROCESS_BYTES[limits.device]
-    planned = make_plan(*job, process_bytes=process_bytes)
-    curve = curve_of(space_of(*job, process_bytes=process_bytes)) if pareto else []
-    print(_as_json(planned, limits, curve) if as_json else _as_text(planned, curve))
+    question = _Question(model=model, options=options, limits=limits, box=box, workload=workload)
+    job = question.job(spec, question.machine(spec.dtype))
+    planned = make_plan(**job)
+    faster = faster_format(planned, question.plan_in)
+    curve = curve_of(space_of(**job)) if pareto else []
+    print(_as_json(planned, limits, faster, curve) if as_json else _as_text(planned, faster, curve))
     return ExitCode.ALL_ANSWERED
 
 
@@ -117,17 +175,11 @@ def _limits_and_machine(options: EngineOptions, name: str | None) -> tuple[Limit
     return limits_of(machine, options), machine
 
 
-def _this_machine(limits: Limits, dtype: str, model: Path) -> Machine:
-    """As measured before, or measured now: weights stream from the model's folder, if that is where they are."""
-    from flexgen.profile.measure import cached_machine
-
-    return cached_machine(limits.device, dtype, model if model.is_dir() else Path())
-
-
 def _equal_lengths(asked: _Asked, context: int) -> Workload:
     from flexgen.plan.workload import Workload
 
-    prompt, answer, number = asked.prompt_len or PROMPT_LEN, asked.gen_len or GEN_LEN, asked.num_requests or NUM_REQUESTS
+    answer = asked.gen_len or min(GEN_LEN, context // 4)
+    prompt, number = asked.prompt_len or min(PROMPT_LEN, max(context - answer, 1)), asked.num_requests or NUM_REQUESTS
     if prompt + answer > context:
         raise OptionError(f"{prompt} prompt and {answer} answer tokens exceed the context of {context}")
     return Workload(prompt_lens=(prompt,) * number, output_lens=(answer,) * number)
@@ -145,13 +197,14 @@ def _lengths_of(source: Path, model: str, options: EngineOptions, max_tokens: in
         return Job(llm, source, None, defaults=bare_defaults(llm, max_tokens)).scan()
 
 
-def _as_json(plan: Plan, limits: Limits, curve: Sequence[ParetoPoint]) -> str:
+def _as_json(plan: Plan, limits: Limits, faster: FasterFormat | None, curve: Sequence[ParetoPoint]) -> str:
     values: dict[str, Any] = {
         "model": {"name": plan.spec.name, "number_format": plan.spec.number_format, "runs": plan.spec.is_plain},
         "machine": json.loads(plan.machine.to_json()),
         "limits": dataclasses.asdict(limits),
         "policy": dataclasses.asdict(plan.policy),
         "forecast": dataclasses.asdict(plan.forecast),
+        "faster_format": None if faster is None else dataclasses.asdict(faster),
     }
     if curve:
         values["pareto"] = [dataclasses.asdict(point) for point in curve]
@@ -161,13 +214,17 @@ def _as_json(plan: Plan, limits: Limits, curve: Sequence[ParetoPoint]) -> str:
 _ORIGINS = {"measured": "measured {}", "datasheet": "by its datasheet", "paper": "by the rates of the FlexGen paper"}
 
 
-def _as_text(plan: Plan, curve: Sequence[ParetoPoint]) -> str:
-    from flexgen.display import format_curve, format_memory, format_plan
+def _as_text(plan: Plan, faster: FasterFormat | None, curve: Sequence[ParetoPoint]) -> str:
+    from flexgen.readable import format_curve, format_memory, format_plan
 
     origin = _ORIGINS[plan.machine.origin].format(plan.machine.date)
     lines = [f"{plan.spec.name} on {plan.machine.name} ({origin})", format_plan(plan), *format_memory(plan.forecast)]
     if curve:
         lines += ["what shorter requests cost:", format_curve(curve)]
+    if faster is not None:
+        lines.append(
+            f"note: in {faster.dtype} the job would go {faster.speedup:.1f} times as fast: --dtype {faster.dtype} (answers may differ)"
+        )
     if not plan.spec.is_plain:
         lines.append(f"note: weights in {plan.spec.number_format} are planned as shipped; this version cannot run them yet")
     if plan.policy.device != "cpu" and plan.policy.weights.device == plan.policy.kv.device == 1:

@@ -172,12 +172,16 @@ def cached_machine(
     Args:
         cache_dir: None is ~/.cache/flexgen.  A cache that cannot be read or written is done without.
     """
-    path, key = _place(device, dtype, folder, cache_dir)
-    if not again and (machine := _load(path, key, quick)) is not None:
+    if not again and (machine := kept_machine(device, dtype, folder, cache_dir=cache_dir, quick=quick)) is not None:
         return machine
     machine = measure(device, [dtype], folder, quick=quick, max_bytes=max_bytes)
     keep(machine, [dtype], folder, cache_dir=cache_dir, quick=quick)
     return machine
+
+
+def kept_machine(device: str, dtype: str, folder: Path, *, cache_dir: Path | None = None, quick: bool = True) -> Machine | None:
+    """The machine as `cached_machine` keeps it; None if it was not measured, or only `quick` and that is not enough."""
+    return _load(*_place(device, dtype, folder, cache_dir), quick)
 
 
 def keep(machine: Machine, dtypes: Sequence[str], folder: Path, *, cache_dir: Path | None = None, quick: bool = False) -> list[Path]:
