@@ -12,17 +12,21 @@ import pytest
 from plan.instances import PROCESS_BYTES, instance_of
 
 from flexgen.errors import CapacityError
-from flexgen.options import TIERS
+from flexgen.options import TIERS, EngineOptions
+from flexgen.plan import default
 from flexgen.plan.bounds import Bounds
+from flexgen.plan.catalogue import catalogue_spec
 from flexgen.plan.default import Search, solve
 from flexgen.plan.expect import RESOURCES
 from flexgen.plan.footprint import footprint
+from flexgen.plan.machines import find_machine, limits_of
 from flexgen.plan.pareto import pareto
 from flexgen.plan.play import Player
 from flexgen.plan.shortage import shortage
 from flexgen.plan.simulate import simulate
-from flexgen.plan.space import Point
+from flexgen.plan.space import Point, Space
 from flexgen.plan.steady import MeanSequence, SteadyState
+from flexgen.plan.workload import Workload
 from flexgen.sizes import GIB, MIB, parse_size
 
 TOLERANCE = 1.01
@@ -266,6 +270,21 @@ def test_the_curve_rises_from_short_requests_to_throughput(seed):
         assert one.tokens_per_s < other.tokens_per_s
     best = Search(space).best(Bounds())
     assert curve[-1].tokens_per_s >= space.workload.output_tokens / best.seconds / TOLERANCE
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5])
+def test_more_effort_finds_little_more_under_bounds_on_large_jobs(share, monkeypatch):
+    """A job whose policies take long to play, where searches end because their effort is spent."""
+    machine, options = find_machine("16gb-gpu-64gb"), EngineOptions(dtype="bfloat16")
+    workload = Workload(prompt_lens=(512,) * 2000, output_lens=(128,) * 2000)
+    space = Space(options, catalogue_spec("llama-3-70b"), machine, limits_of(machine, options), workload, int(1.5e9), TIERS)
+    search = Search(space)
+    widest, shortest = search.best(Bounds()), search.shortest()
+    asked = shortest.request_seconds + share * (widest.request_seconds - shortest.request_seconds)
+    usual = search.best(Bounds(request_seconds=asked))
+    for name in ("FIRST_SIZE_EFFORT", "OTHER_SIZES_EFFORT", "WHOLES_EFFORT", "PLACES_EFFORT"):
+        monkeypatch.setattr(default, name, 6 * getattr(default, name))
+    assert usual.seconds <= 1.03 * Search(space).best(Bounds(request_seconds=asked)).seconds
 
 
 # Pins and budgets

@@ -37,6 +37,8 @@ OTHER_SIZES_EFFORT, PROMISING = 18_000, 0.9
 WHOLES_EFFORT, PLACES_EFFORT = 14_000, 26_000
 # Of the effort that is left, what starts may take before they are moved.
 STARTS_SHARE = 0.5
+# Of the mean seconds that passes may take, what is asked of steady states: some passes of the job will be longer.
+PACES = (0.98, 0.9)
 # Of the best starts, how many are moved first.
 MOVED_STARTS = 2
 # Of the points that were found, how many are begun with under the next bounds.
@@ -124,7 +126,7 @@ class Search:
         self.space, self.player = space, Player(space)
         self._mean = MeanSequence.of(space.spec, space.workload)
         self._found: dict[Point, None] = {}
-        self._steady: dict[int, list[tuple[Steady, bool]]] = {}  # by micro-batch size
+        self._steady: dict[tuple[int, float | None], list[tuple[Steady, bool]]] = {}  # by micro-batch size and seconds of a pass
 
     def best(self, bounds: Bounds) -> Solution:
         """The best policy within `bounds`.
@@ -160,7 +162,7 @@ class Search:
         if point is None or policy is None:
             raise CapacityError(shortage(self.space))
         outcome = self.player.outcome(policy)
-        steady = self._steady_states(policy.micro_batch_tokens)
+        steady = self._steady_states(policy.micro_batch_tokens, self._pass_seconds(bounds))
         return Solution(
             policy=policy,
             seconds=outcome.seconds,
@@ -192,35 +194,62 @@ class Search:
             for few in (chosen[:MOVED_STARTS], chosen[MOVED_STARTS:]):
                 found.update(dict.fromkeys(climb(few, self.space, score, lambda: self.player.effort < most, also=found)))
 
-        sizes, begun = self.space.micro_batches(), list[Point]()
+        pass_seconds = self._pass_seconds(bounds)
+        sizes, begun = self._sizes(pass_seconds), list[Point]()
+        promising = self._promising(pass_seconds)
         while sizes and not begun:
-            begun = list(self._begun(sizes.pop(0), caps))
+            begun = list(self._begun(sizes.pop(0), caps, pass_seconds))
         begin_with([*self._found, *begun], FIRST_SIZE_EFFORT)
-        begin_with((point for tokens in self._promising() if tokens in sizes for point in self._begun(tokens, caps)), OTHER_SIZES_EFFORT)
+        others = (point for tokens in promising if tokens in sizes for point in self._begun(tokens, caps, pass_seconds))
+        begin_with(others, OTHER_SIZES_EFFORT)
         for others, effort in ((varied_wholes, WHOLES_EFFORT), (varied_places, PLACES_EFFORT)):
             if found:
                 begin_with(others(min(found, key=score), self.space), effort)
         while sizes and self.player.effort < most:
-            begin_with(self._begun(sizes.pop(0), caps), 0)
+            begin_with(self._begun(sizes.pop(0), caps, pass_seconds), 0)
         ranked = sorted(found, key=score)
         self._found |= dict.fromkeys(ranked[:REMEMBERED])
         return ranked[0] if ranked else None
 
-    def _promising(self) -> list[int]:
+    def _pass_seconds(self, bounds: Bounds) -> float | None:
+        """What a pass may take at most, for the longest answer, a pass per token, to be there in time; None where none is so fast."""
+        if bounds.request_seconds is None:
+            return None
+        seconds = bounds.request_seconds / max(self.space.workload.answer_lens)
+        return seconds if any(self._steady_states(tokens, seconds) for tokens in self.space.micro_batches()) else None
+
+    def _rates(self, pass_seconds: float | None) -> dict[int, float]:
+        """Sizes of micro-batches -> tokens/s of their steady states; without those that have none."""
+        states = {tokens: self._steady_states(tokens, pass_seconds) for tokens in self.space.micro_batches()}
+        return {tokens: steady[0][0].tokens_per_s for tokens, steady in states.items() if steady}
+
+    def _sizes(self, pass_seconds: float | None) -> list[int]:
+        """Sizes of micro-batches, largest first; where passes may not take long, those with the fastest steady states first."""
+        sizes = self.space.micro_batches()
+        if pass_seconds is None:
+            return sizes
+        rates = self._rates(pass_seconds)
+        return sorted(sizes, key=lambda tokens: -rates.get(tokens, 0.0))
+
+    def _promising(self, pass_seconds: float | None) -> list[int]:
         """Sizes of micro-batches whose steady states are about as fast as the best."""
-        rates = {tokens: steady[0][0].tokens_per_s for tokens in self.space.micro_batches() if (steady := self._steady_states(tokens))}
+        rates = self._rates(pass_seconds)
         return [tokens for tokens, rate in rates.items() if rate >= PROMISING * max(rates.values())]
 
-    def _steady_states(self, micro_batch_tokens: int) -> list[tuple[Steady, bool]]:
-        """Solved once, whatever the bounds are."""
-        if micro_batch_tokens not in self._steady:
-            self._steady[micro_batch_tokens] = steady_states(self.space, self.player.expectation, self._mean, micro_batch_tokens)
-        return self._steady[micro_batch_tokens]
+    def _steady_states(self, micro_batch_tokens: int, pass_seconds: float | None) -> list[tuple[Steady, bool]]:
+        """Solved once."""
+        key = (micro_batch_tokens, pass_seconds)
+        if key not in self._steady:
+            bounds = [None] if pass_seconds is None else [pace * pass_seconds for pace in PACES]
+            found = [steady_states(self.space, self.player.expectation, self._mean, micro_batch_tokens, each) for each in bounds]
+            self._steady[key] = [each for states in found for each in states]
+        return self._steady[key]
 
-    def _begun(self, micro_batch_tokens: int, caps: Sequence[float]) -> Iterator[Point]:
+    def _begun(self, micro_batch_tokens: int, caps: Sequence[float], pass_seconds: float | None) -> Iterator[Point]:
         """Points to begin with, of different policies."""
         begun = set[Policy]()
-        for point in starts(self.space, micro_batch_tokens, self._steady_states(micro_batch_tokens), caps):
+        steady = self._steady_states(micro_batch_tokens, pass_seconds)
+        for point in starts(self.space, micro_batch_tokens, steady, caps if pass_seconds is None else (1.0,), caps):
             policy = self.player.policy(point)
             if policy is not None and policy not in begun:
                 begun.add(policy)

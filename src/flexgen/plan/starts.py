@@ -65,8 +65,10 @@ def _near(best: Point, space: Space) -> list[int]:
     return [best.micro_batch_tokens, *sizes[max(place - 1, 0) : place], *sizes[place + 1 : place + 2]]
 
 
-def steady_states(space: Space, expectation: Expectation, mean: MeanSequence, micro_batch_tokens: int) -> list[tuple[Steady, bool]]:
-    """The steady states without and with KV on disk, best first."""
+def steady_states(
+    space: Space, expectation: Expectation, mean: MeanSequence, micro_batch_tokens: int, pass_seconds: float | None = None
+) -> list[tuple[Steady, bool]]:
+    """The steady states without and with KV on disk, best first; those whose passes take no longer, if there is a bound."""
     point = _point(space, space.schedules()[0], micro_batch_tokens)
     found: list[tuple[Steady, bool]] = []
     for spills in (False, True) if space.disk_bytes or (space.kv is not None and space.kv.disk > 0) else (False,):
@@ -74,13 +76,15 @@ def steady_states(space: Space, expectation: Expectation, mean: MeanSequence, mi
         tiers = space.kv_tiers if spills else tuple(tier for tier in space.kv_tiers if tier != "disk")
         pins = {"weights": space.weights and dataclasses.asdict(space.weights), "kv": space.kv and dataclasses.asdict(space.kv)}
         most = space.options.max_num_seqs or len(space.workload)
-        steady = SteadyState(expectation, mean, bare).best(room, most, kv_tiers=tiers, **pins)
+        steady = SteadyState(expectation, mean, bare).best(room, most, kv_tiers=tiers, pass_seconds=pass_seconds, **pins)
         if steady is not None:
             found.append((steady, spills))
     return sorted(found, key=lambda each: -each[0].tokens_per_s)
 
 
-def starts(space: Space, micro_batch_tokens: int, steady: Sequence[tuple[Steady, bool]], caps: Sequence[float]) -> Iterator[Point]:
+def starts(
+    space: Space, micro_batch_tokens: int, steady: Sequence[tuple[Steady, bool]], near_caps: Sequence[float], caps: Sequence[float]
+) -> Iterator[Point]:
     """Points near the steady states, and at the corners, under every schedule, several quotas, and these caps on live sequences."""
     for schedule in space.schedules():
         plain = _point(space, schedule, micro_batch_tokens)
@@ -91,8 +95,8 @@ def starts(space: Space, micro_batch_tokens: int, steady: Sequence[tuple[Steady,
             places += [dataclasses.replace(plain, kv_homes=homes, **corner) for corner in CORNERS]
         if "kv_disk" in free:
             places += [dataclasses.replace(plain, kv_disk=1.0), dataclasses.replace(plain, kv_disk=1.0, **CORNERS[0])]
-        for some, quotas in ((near, FIRST_QUOTAS), (places, CORNER_QUOTAS)):
-            for place, quota, cap in product(some, quotas if "quota" in free else (1.0,), caps if "cap" in free else (1.0,)):
+        for some, quotas, tried in ((near, FIRST_QUOTAS, near_caps), (places, CORNER_QUOTAS, caps)):
+            for place, quota, cap in product(some, quotas if "quota" in free else (1.0,), tried if "cap" in free else (1.0,)):
                 yield dataclasses.replace(place, quota=quota, cap=cap)
 
 

@@ -2,7 +2,8 @@
 
 With B live sequences a pass takes the longest of its resources, each linear in the homes of the weights, in the sequences
 per home of KV and in 1.  Seconds per live sequence, pass / B, are a ratio of linear functions; divided by B (Charnes and Cooper,
-1962) everything is linear again: t = 1/B, weights w·t, shares of the sequences, and τ = pass·t, which is minimised.
+1962) everything is linear again: t = 1/B, weights w·t, shares of the sequences, and τ = pass·t, which is minimised.  A bound on the
+time of a pass, as of a request, is linear too: τ ≤ seconds·t.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ class Steady:
         num_seqs: live sequences. pass_seconds: of a pass. tokens_per_s: of output.
         weights, kv: shares per tier. seconds: resource -> seconds in a pass.
         worth: tier -> relative gain of tokens/s per byte more of it, at the margin (the dual values).
-        binding: resource -> relative gain of tokens/s per relative gain of its rate, at the margin; they add up to 1.
+        binding: resource -> relative gain of tokens/s per relative gain of its rate, at the margin; they add up to 1, or to more where
+            the time of a pass is bounded.
     """
 
     num_seqs: float
@@ -138,11 +140,13 @@ class SteadyState:
         weights: Mapping[str, float] | None = None,
         kv: Mapping[str, float] | None = None,
         kv_tiers: Sequence[str] = TIERS,
+        pass_seconds: float | None = None,
     ) -> Steady | None:
         """The steady state of most tokens/s, or None where nothing fits.
 
         Args:
             max_num_seqs: most live sequences. weights, kv: pinned shares per tier. kv_tiers: where KV may live.
+            pass_seconds: what a pass may take at most.
         """
         tiers, count = list(self.weights), len(self.weights)
         at_weights, at_kv, t, tau = 0, count, 2 * count, 2 * count + 1
@@ -156,6 +160,9 @@ class SteadyState:
             rows.append(row)
         for tier in TIERS:
             rows.append(self._memory_row(room, tiers, tier, size))
+        if pass_seconds is not None:
+            rows.append(np.zeros(size))
+            rows[-1][t], rows[-1][tau] = -pass_seconds, 1.0
         equal = np.zeros((2, size))
         equal[0, at_weights : at_weights + count], equal[0, t] = 1.0, -1.0
         equal[1, at_kv : at_kv + count] = 1.0
@@ -173,7 +180,7 @@ class SteadyState:
             return None
         x, duals = solved[0], solved[1] / scale
         num_seqs = float(1.0 / x[t])
-        memory = dict(zip(TIERS, duals[len(self._resources) :], strict=True))
+        memory = dict(zip(TIERS, duals[len(self._resources) :], strict=False))
         return Steady(
             num_seqs=num_seqs,
             pass_seconds=float(x[tau]) * num_seqs,
