@@ -30,6 +30,7 @@ from shapes import SHAPES, Shape
 from flexgen.models.dummy import write_random_checkpoint
 from flexgen.plan.expect import Expectation, rate_at
 from flexgen.plan.machine import DiskRequest, Machine, Rate
+from flexgen.plan.machine_file import read_machine
 from flexgen.plan.outputs import expected
 from flexgen.plan.policy import Policy
 from flexgen.plan.simulate import simulate
@@ -128,7 +129,7 @@ def run_case(case: Case, scratch: Path) -> dict[str, Any]:
         raise SystemExit(f"the run failed: {outcome}\n{log[-3000:]}")
     policy, told = report["policy"], report["forecast"]
     measured = report["output_tokens_per_s"]
-    machine = Machine.from_json(json.dumps(report["machine"]))
+    machine = read_machine(json.dumps(report["machine"]))
     own = at_own_rates(case, folder, report, machine)
     return {
         "benchmark": "predict", "case": case.name, "shape": case.shape, "memory": case.memory, "num_requests": case.num_requests,

@@ -12,6 +12,7 @@ from typer.testing import CliRunner, Result
 
 from flexgen.cli import app
 from flexgen.plan.machine import Machine
+from flexgen.plan.machine_file import read_machine
 
 NOVELS = Path(__file__).parent.parent / "models" / "novels-opt-7m"
 
@@ -46,7 +47,7 @@ def test_a_plan_as_json() -> None:
     assert plan["policy"]["kv"] == {"device": 0.0, "host": 1.0, "disk": 0.0}
     assert sum(plan["forecast"]["memory_bytes"]["host"].values()) <= 32 << 30
     assert plan["forecast"]["num_requests"] == 100
-    assert Machine.from_json(json.dumps(plan["machine"])).name == "rtx4090-64gb"
+    assert read_machine(json.dumps(plan["machine"])).name == "rtx4090-64gb"
 
 
 def test_shorter_requests_and_what_they_cost() -> None:
@@ -99,12 +100,25 @@ def test_a_plan_for_a_folder_on_a_measured_machine(tmp_path: Path) -> None:
     assert 0 < told["output_tokens"] <= 19
 
 
+def test_lines_that_cannot_be_answered_are_left_out_of_a_plan(tmp_path: Path) -> None:
+    (tmp_path / "box.json").write_text(machine_of().to_json())
+    job = ("plan", NOVELS, "--machine", tmp_path / "box.json", "--input", tmp_path / "in.jsonl", "--json", "--host-mem", "2GiB")
+    (tmp_path / "in.jsonl").write_text('{"prompt": 7}\n{"prompt": "Once", "max_tokens": 7}\nnothing\n')
+    done = flexgen(*job)
+    assert json.loads(done.stdout)["forecast"]["num_requests"] == 1
+    assert "2 of 3 lines are bad and left out" in done.stderr
+    (tmp_path / "in.jsonl").write_text("nothing\n")
+    done = flexgen(*job)
+    assert done.exit_code == 2
+    assert "none of its 1 lines can be answered" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["opt-13"], "nor is it in the catalogue: opt-1"),
         (["opt-1.3b", "--machine", "t4"], "neither a file nor a known machine"),
-        (["opt-1.3b", "--prompt-len", "2000", "--gen-len", "49"], "exceed the context of 2048"),
+        (["opt-1.3b", "--prompt-len", "2000", "--gen-len", "49"], "--prompt-len 2000 and --gen-len 49 exceed the context of 2048"),
         (["opt-1.3b", "--max-tokens", "5"], "use --gen-len"),
         (["opt-1.3b", "--input", "nowhere.jsonl"], "there is no such file"),
         (["opt-1.3b", "--input", __file__], "needs the tokenizer of opt-1.3b"),
@@ -141,7 +155,7 @@ def test_a_profile_is_shown_kept_and_written(measured: list[tuple[Any, ...]], tm
     for part in ("disk read", "linear, bfloat16, 64 rows", "500.00 GFLOP/s", "other programs kept 1.5 cores busy"):
         assert part in done.stdout
     assert len(list((tmp_path / "home" / ".cache" / "flexgen").iterdir())) == 2
-    assert Machine.from_json((tmp_path / "box.json").read_text()).busy_cores == 1.5
+    assert read_machine((tmp_path / "box.json").read_text()).busy_cores == 1.5
     done = flexgen("profile", tmp_path, "--device", "cpu", "--dtype", "float64", "--json")
     assert set(json.loads(done.stdout)["dense"]) == {"float64"}
 

@@ -5,7 +5,8 @@ import pytest
 
 from flexgen.errors import OptionError
 from flexgen.options import EngineOptions
-from flexgen.plan.machine import Machine, Rate
+from flexgen.plan.machine import Rate
+from flexgen.plan.machine_file import read_machine
 from flexgen.plan.machines import find_machine, limits_of, machine_names
 from flexgen.sizes import GIB
 
@@ -15,7 +16,7 @@ def test_a_shipped_machine_is_whole(name):
     machine = find_machine(name)
     assert machine.name == name
     assert machine.origin in ("datasheet", "paper")
-    assert Machine.from_json(machine.to_json()) == machine
+    assert read_machine(machine.to_json()) == machine
     for dtype, curve in machine.dense.items():
         rows, rates = zip(*curve, strict=True)
         assert list(rows) == sorted(rows)
@@ -47,18 +48,28 @@ def test_an_unknown_machine():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda fields: fields.pop("cores"), "keys differ"),
-        (lambda fields: fields.update(colour="grey"), "keys differ"),
-        (lambda fields: fields["overheads"].pop("per_pass"), "overheads: keys differ"),
-        (lambda fields: fields.update(disk_read=3), "no machine"),
-        (lambda fields: fields.update(origin="hearsay"), "origin 'hearsay' is unknown"),
+        (lambda fields: fields.pop("cores"), "missing keys: cores"),
+        (lambda fields: fields.update(colour="grey"), "unknown keys: colour"),
+        (lambda fields: fields["overheads"].pop("per_pass"), "overheads: missing keys: per_pass"),
+        (lambda fields: fields["overheads"].update(per_pass=-1), "overheads is .*not negative"),
+        (lambda fields: fields.update(disk_read=3), "disk_read is 3"),
+        (lambda fields: fields.update(disk_read=None), "disk_read is null"),
+        (lambda fields: fields["disk_read"].update(typical=0), "disk_read is .*more than 0"),
+        (lambda fields: fields["disk_read"].update(typical=-2e9), "disk_read is .*not negative"),
+        (lambda fields: fields["host_memory"].update(best=float("nan")), "host_memory is .*not negative"),
+        (lambda fields: fields.update(host_bytes="lots"), 'host_bytes is "lots"'),
+        (lambda fields: fields.update(cores=0), "cores is 0: more than 0"),
+        (lambda fields: fields.update(cores=1.5), "cores is 1.5: a whole number"),
+        (lambda fields: fields.update(device="tpu"), "device is .*known: cpu, cuda, sim"),
+        (lambda fields: fields["dense"].update(bfloat16=[]), "dense is .*a curve needs a point"),
+        (lambda fields: fields.update(origin="hearsay"), "origin is .*known: measured"),
     ],
 )
 def test_a_spoiled_machine(make_machine, change, message):
     fields = json.loads(make_machine().to_json())
     change(fields)
     with pytest.raises(OptionError, match=message):
-        Machine.from_json(json.dumps(fields))
+        read_machine(json.dumps(fields))
 
 
 def test_budgets_of_a_machine_that_is_not_this_one(make_machine):

@@ -9,6 +9,7 @@ from machines import machine_of
 
 from flexgen.errors import OptionError
 from flexgen.plan.machine import Rate
+from flexgen.plan.machine_file import read_machine
 from flexgen.profile import compute, disk
 from flexgen.profile import measure as module
 from flexgen.profile.measure import cached_machine, machine_key, measure
@@ -46,7 +47,7 @@ def test_every_rate_is_found(small, tmp_path, dtype):
     assert all(seconds >= 0 for seconds in dataclasses.astuple(machine.overheads))
     assert machine.overheads.per_pass + machine.overheads.per_layer_and_micro_batch > 0
     assert not list(tmp_path.iterdir()), "what was measured with was left behind"
-    assert type(machine).from_json(machine.to_json()) == machine
+    assert read_machine(machine.to_json()) == machine
 
 
 def test_several_dtypes_at_once(small, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -181,7 +182,7 @@ def _equal_lengths(asked: _Asked, context: int) -> Workload:
     answer = asked.gen_len or min(GEN_LEN, context // 4)
     prompt, number = asked.prompt_len or min(PROMPT_LEN, max(context - answer, 1)), asked.num_requests or NUM_REQUESTS
     if prompt + answer > context:
-        raise OptionError(f"{prompt} prompt and {answer} answer tokens exceed the context of {context}")
+        raise OptionError(f"--prompt-len {prompt} and --gen-len {answer} exceed the context of {context}")
     return Workload(prompt_lens=(prompt,) * number, output_lens=(answer,) * number)
 
 
@@ -194,7 +195,13 @@ def _lengths_of(source: Path, model: str, options: EngineOptions, max_tokens: in
     if model in catalogue_names() and not Path(model).is_dir():
         raise OptionError(f"--input needs the tokenizer of {model}: give a folder or a hub id, or --prompt-len and --gen-len")
     with load(model, dataclasses.replace(options, load_format="dummy"), "none") as llm:
-        return Job(llm, source, None, defaults=bare_defaults(llm, max_tokens)).scan()
+        job = Job(llm, source, None, defaults=bare_defaults(llm, max_tokens))
+        workload = job.scan()
+    if not len(workload):
+        raise OptionError(f"--input {source}: none of its {job.num_lines:,} lines can be answered")
+    if job.num_bad_lines:
+        print(f"{source}: {job.num_bad_lines:,} of {job.num_lines:,} lines are bad and left out", file=sys.stderr)
+    return workload
 
 
 def _as_json(plan: Plan, limits: Limits, faster: FasterFormat | None, curve: Sequence[ParetoPoint]) -> str:

@@ -23,7 +23,7 @@ from flexgen.plan.play import Outcome, Player
 from flexgen.plan.policy import Policy
 from flexgen.plan.shortage import shortage
 from flexgen.plan.space import Point, Space
-from flexgen.plan.starts import BOUNDED_CAPS, starts, steady_states, varied, varied_places, varied_wholes
+from flexgen.plan.starts import BOUNDED_CAPS, NEAR, starts, steady_states, varied, varied_places, varied_wholes
 from flexgen.plan.steady import MeanSequence, Steady
 from flexgen.plan.workload import Workload
 
@@ -241,26 +241,29 @@ class Search:
         key = (micro_batch_tokens, pass_seconds)
         if key not in self._steady:
             bounds = [None] if pass_seconds is None else [pace * pass_seconds for pace in PACES]
-            found = [steady_states(self.space, self.player.expectation, self._mean, micro_batch_tokens, each) for each in bounds]
-            self._steady[key] = [each for states in found for each in states]
+            self._steady[key] = [state for each in bounds for state in self._solved(micro_batch_tokens, pass_seconds=each)]
         return self._steady[key]
+
+    def _solved(self, micro_batch_tokens: int, **conditions: float | None) -> list[tuple[Steady, bool]]:
+        return steady_states(self.space, self.player.expectation, self._mean, micro_batch_tokens, **conditions)
 
     def _begun(self, micro_batch_tokens: int, caps: Sequence[float], pass_seconds: float | None) -> Iterator[Point]:
         """Points to begin with, of different policies."""
         begun = set[Policy]()
         steady = self._steady_states(micro_batch_tokens, pass_seconds)
-        for point in starts(self.space, micro_batch_tokens, steady, caps if pass_seconds is None else (1.0,), caps):
+        others = [state for near in NEAR for state in self._solved(micro_batch_tokens, pass_seconds=pass_seconds, near=near)[:1]]
+        for point in starts(self.space, micro_batch_tokens, steady, others, caps if pass_seconds is None else (1.0,), caps):
             policy = self.player.policy(point)
             if policy is not None and policy not in begun:
                 begun.add(policy)
                 yield point
 
 
-def too_slow(bounds: Bounds, fastest: Outcome) -> str:
+def too_slow(bounds: Bounds, nearest: Outcome) -> str:
     """What is asked for, and what there is."""
     asked = {"--max-job-seconds": bounds.job_seconds, "--max-request-seconds": bounds.request_seconds}
     given = " and ".join(f"{flag} {seconds:g}" for flag, seconds in asked.items() if seconds is not None)
     return (
-        f"no plan keeps {given}: the fastest plan takes {format_seconds(fastest.seconds)} for the job, "
-        f"{format_seconds(fastest.request_seconds)} for a request; allow that much, or raise the budgets"
+        f"no plan keeps {given}: the one that comes nearest takes {format_seconds(nearest.request_seconds)} for its longest request and "
+        f"{format_seconds(nearest.seconds)} for the job; allow that much, or raise the budgets"
     )

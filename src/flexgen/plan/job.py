@@ -70,6 +70,10 @@ class JobSizes:
         slowest = self._number / self._passes / 2
         return math.ceil(prompts * slowest ** (1 - share))
 
+    def quota_share(self, times: float) -> float:
+        """The share at which that is so many times what replaces those that end."""
+        return min(math.log(2 * times) / math.log(2 * self._passes / self._number), 1.0)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from flexgen.errors import OptionError
 
@@ -150,43 +149,8 @@ class Machine:
         return dtype
 
     def to_json(self) -> str:
+        """See machine_file.py."""
         return json.dumps(dataclasses.asdict(self), indent=2)
-
-    @classmethod
-    def from_json(cls, text: str) -> Machine:
-        """Raises OptionError on an unknown or missing key, or what is no machine at all."""
-        try:
-            fields = json.loads(text)
-            _check_keys("machine", fields, cls)
-            _check_keys("machine: overheads", fields["overheads"], Overheads)
-            _check_keys("machine: disk_request", fields["disk_request"], DiskRequest)
-            for name in ("disk_read", "disk_write", "host_memory", "host_to_device", "device_to_host"):
-                fields[name] = None if fields[name] is None else _rate(fields[name])
-            for name in ("attention", "elementwise", "casts"):
-                fields[name] = {key: _rate(rate) for key, rate in fields[name].items()}
-            fields["dense"] = _curves(fields["dense"])
-            fields["decode_attention"] = {place: _curves(curves) for place, curves in fields["decode_attention"].items()}
-            fields["overheads"] = Overheads(**fields["overheads"])
-            fields["disk_request"] = DiskRequest(**fields["disk_request"])
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise OptionError(f"this is no machine: {error}") from error
-        if fields["origin"] not in ORIGINS:
-            raise OptionError(f"machine: origin {fields['origin']!r} is unknown; known: {', '.join(ORIGINS)}")
-        return cls(**fields)
-
-
-def _check_keys(what: str, fields: Mapping[str, Any], cls: type) -> None:
-    known = {field.name for field in dataclasses.fields(cls)}
-    if set(fields) != known:
-        raise OptionError(f"{what}: keys differ: {sorted(set(fields) ^ known)}")
-
-
-def _rate(fields: Mapping[str, float]) -> Rate:
-    return Rate(best=float(fields["best"]), typical=float(fields["typical"]), spread=float(fields["spread"]))
-
-
-def _curves(fields: Mapping[str, Sequence[Any]]) -> dict[str, Curve]:
-    return {dtype: tuple((float(size), _rate(rate)) for size, rate in points) for dtype, points in fields.items()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,6 +13,7 @@ from flexgen.errors import OptionError
 from flexgen.options import EngineOptions
 from flexgen.plan.cost import DTYPE_BYTES
 from flexgen.plan.machine import Curve, DiskRequest, Limits, Machine, Overheads, Rate
+from flexgen.plan.machine_file import read_machine
 from flexgen.sizes import format_size, parse_size
 
 GB, TB = 10**9, 10**12
@@ -42,7 +43,10 @@ def find_machine(name: str) -> Machine:
         return _SHIPPED[name]
     path = Path(name)
     if path.is_file():
-        return Machine.from_json(path.read_text())
+        try:
+            return read_machine(path.read_text())
+        except (OSError, UnicodeDecodeError, OptionError) as error:
+            raise OptionError(f"--machine {name}: {error}") from error
     close = difflib.get_close_matches(name, _SHIPPED, n=1)
     hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(_SHIPPED)}"
     raise OptionError(f"--machine {name} is neither a file nor a known machine; {hint}")

@@ -13,7 +13,11 @@ from flexgen.plan.steady import MeanSequence, Steady, SteadyState
 
 # Prompt quotas that are tried near the steady states, and at the corners; and caps, where requests may not take long.
 BOUNDED_CAPS = (1.0, 0.4, 0.15)
-FIRST_QUOTAS, CORNER_QUOTAS = (0.0, 0.15, 0.4, 0.7, 1.0), (0.1, 0.5)
+FIRST_QUOTAS, CORNER_QUOTAS = (0.4, 0.0, 0.7, 1.0), (0.1, 0.5)
+# And first of all these times what replaces the sequences that end.
+ENOUGH = 1.1
+# Shares of the weights that fit beside what computes, around which steady states are looked for too: there may be several as good.
+NEAR = (0.0, 0.25, 0.5, 0.75)
 # Of the weights that fit, when a good point's are placed elsewhere.
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 CORNERS: tuple[dict[str, Any], ...] = (
@@ -36,7 +40,7 @@ def varied_wholes(best: Point, space: Space) -> list[Point]:
     points: list[Point] = []
     for schedule in space.schedules():
         free = space.free_axes(schedule)
-        quotas = FIRST_QUOTAS if "quota" in free else (1.0,)
+        quotas = _first_quotas(space) if "quota" in free else (1.0,)
         caps = {best.cap, 1.0} if "cap" in free else {best.cap}
         points += [
             dataclasses.replace(best, schedule=schedule, quota=quota, cap=cap, embedding=embedding, micro_batch_tokens=tokens)
@@ -66,38 +70,64 @@ def _near(best: Point, space: Space) -> list[int]:
 
 
 def steady_states(
-    space: Space, expectation: Expectation, mean: MeanSequence, micro_batch_tokens: int, pass_seconds: float | None = None
+    space: Space,
+    expectation: Expectation,
+    mean: MeanSequence,
+    micro_batch_tokens: int,
+    *,
+    pass_seconds: float | None = None,
+    near: float | None = None,
 ) -> list[tuple[Steady, bool]]:
-    """The steady states without and with KV on disk, best first; those whose passes take no longer, if there is a bound."""
+    """The steady states without and with KV on disk, best first.
+
+    Args:
+        pass_seconds: what their passes may take at most. near: where it is not pinned, the share of the weights in the memory of what
+            computes, of those that fit there.
+    """
     point = _point(space, space.schedules()[0], micro_batch_tokens)
     found: list[tuple[Steady, bool]] = []
     for spills in (False, True) if space.disk_bytes or (space.kv is not None and space.kv.disk > 0) else (False,):
         bare, room = space.room(point, spills=spills)
         tiers = space.kv_tiers if spills else tuple(tier for tier in space.kv_tiers if tier != "disk")
-        pins = {"weights": space.weights and dataclasses.asdict(space.weights), "kv": space.kv and dataclasses.asdict(space.kv)}
+        weights = space.weights and dataclasses.asdict(space.weights)
+        if weights is None and near is not None:
+            weights = {space.computing: near * min(room.memory_bytes[space.computing] / max(space.weight_bytes, 1), 1.0)}
         most = space.options.max_num_seqs or len(space.workload)
-        steady = SteadyState(expectation, mean, bare).best(room, most, kv_tiers=tiers, pass_seconds=pass_seconds, **pins)
+        steady = SteadyState(expectation, mean, bare).best(
+            room, most, weights=weights, kv=space.kv and dataclasses.asdict(space.kv), kv_tiers=tiers, pass_seconds=pass_seconds
+        )
         if steady is not None:
             found.append((steady, spills))
     return sorted(found, key=lambda each: -each[0].tokens_per_s)
 
 
 def starts(
-    space: Space, micro_batch_tokens: int, steady: Sequence[tuple[Steady, bool]], near_caps: Sequence[float], caps: Sequence[float]
+    space: Space,
+    micro_batch_tokens: int,
+    steady: Sequence[tuple[Steady, bool]],
+    others: Sequence[tuple[Steady, bool]],
+    near_caps: Sequence[float],
+    caps: Sequence[float],
 ) -> Iterator[Point]:
-    """Points near the steady states, and at the corners, under every schedule, several quotas, and these caps on live sequences."""
+    """Points near steady states, the best and others, and at the corners, under every schedule, several quotas, several caps."""
     for schedule in space.schedules():
         plain = _point(space, schedule, micro_batch_tokens)
         free = space.free_axes(schedule)
-        near = [_like(space, plain, each, spills) for each, spills in steady]
+        near, elsewhere = ([_like(space, plain, each, spills) for each, spills in states] for states in (steady, others))
         places: list[Point] = []
         for homes in (0.0, 0.5, 1.0) if "kv_homes" in free else (plain.kv_homes,):
             places += [dataclasses.replace(plain, kv_homes=homes, **corner) for corner in CORNERS]
         if "kv_disk" in free:
             places += [dataclasses.replace(plain, kv_disk=1.0), dataclasses.replace(plain, kv_disk=1.0, **CORNERS[0])]
-        for some, quotas, tried in ((near, FIRST_QUOTAS, near_caps), (places, CORNER_QUOTAS, caps)):
+        first = _first_quotas(space)
+        kinds = ((near, first, near_caps), (elsewhere, first[:1], near_caps[:1]), (places, CORNER_QUOTAS, caps))
+        for some, quotas, tried in kinds:
             for place, quota, cap in product(some, quotas if "quota" in free else (1.0,), tried if "cap" in free else (1.0,)):
                 yield dataclasses.replace(place, quota=quota, cap=cap)
+
+
+def _first_quotas(space: Space) -> tuple[float, ...]:
+    return (space.sizes.quota_share(ENOUGH), *FIRST_QUOTAS)
 
 
 def varied(ranked: Sequence[Point], best: int) -> list[Point]:

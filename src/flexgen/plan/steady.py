@@ -145,7 +145,7 @@ class SteadyState:
         """The steady state of most tokens/s, or None where nothing fits.
 
         Args:
-            max_num_seqs: most live sequences. weights, kv: pinned shares per tier. kv_tiers: where KV may live.
+            max_num_seqs: most live sequences. weights, kv: shares that are pinned, per tier. kv_tiers: where KV may live.
             pass_seconds: what a pass may take at most.
         """
         tiers, count = list(self.weights), len(self.weights)
@@ -233,16 +233,16 @@ def _pins(
     rows: list[Floats] = []
     values: list[float] = []
     for place, tier in enumerate(tiers[:-1]):  # the last follows
-        if weights is not None:
+        if weights is not None and tier in weights:
             row = np.zeros(size)
-            row[place], row[t] = 1.0, -weights.get(tier, 0.0)
+            row[place], row[t] = 1.0, -weights[tier]
             rows.append(row)
             values.append(0.0)
-        if kv is not None:
+        if kv is not None and tier in kv:
             row = np.zeros(size)
             row[len(tiers) + place] = 1.0
             rows.append(row)
-            values.append(kv.get(tier, 0.0))
+            values.append(kv[tier])
     return np.array(rows).reshape(-1, size), np.array(values)
 
 
