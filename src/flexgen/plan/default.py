@@ -126,7 +126,7 @@ class Search:
         self.space, self.player = space, Player(space)
         self._mean = MeanSequence.of(space.spec, space.workload)
         self._found: dict[Point, None] = {}
-        self._steady: dict[tuple[int, float | None], list[tuple[Steady, bool]]] = {}  # by micro-batch size and seconds of a pass
+        self._solved = functools.cache(functools.partial(steady_states, space, self.player.expectation, self._mean))
 
     def best(self, bounds: Bounds) -> Solution:
         """The best policy within `bounds`.
@@ -200,8 +200,8 @@ class Search:
         while sizes and not begun:
             begun = list(self._begun(sizes.pop(0), caps, pass_seconds))
         begin_with([*self._found, *begun], FIRST_SIZE_EFFORT)
-        others = (point for tokens in promising if tokens in sizes for point in self._begun(tokens, caps, pass_seconds))
-        begin_with(others, OTHER_SIZES_EFFORT)
+        also_promising = (point for tokens in promising if tokens in sizes for point in self._begun(tokens, caps, pass_seconds))
+        begin_with(also_promising, OTHER_SIZES_EFFORT)
         for others, effort in ((varied_wholes, WHOLES_EFFORT), (varied_places, PLACES_EFFORT)):
             if found:
                 begin_with(others(min(found, key=score), self.space), effort)
@@ -237,15 +237,9 @@ class Search:
         return [tokens for tokens, rate in rates.items() if rate >= PROMISING * max(rates.values())]
 
     def _steady_states(self, micro_batch_tokens: int, pass_seconds: float | None) -> list[tuple[Steady, bool]]:
-        """Solved once."""
-        key = (micro_batch_tokens, pass_seconds)
-        if key not in self._steady:
-            bounds = [None] if pass_seconds is None else [pace * pass_seconds for pace in PACES]
-            self._steady[key] = [state for each in bounds for state in self._solved(micro_batch_tokens, pass_seconds=each)]
-        return self._steady[key]
-
-    def _solved(self, micro_batch_tokens: int, **conditions: float | None) -> list[tuple[Steady, bool]]:
-        return steady_states(self.space, self.player.expectation, self._mean, micro_batch_tokens, **conditions)
+        """The best ones; where passes may not take long, at several paces."""
+        bounds = [None] if pass_seconds is None else [pace * pass_seconds for pace in PACES]
+        return [state for each in bounds for state in self._solved(micro_batch_tokens, pass_seconds=each)]
 
     def _begun(self, micro_batch_tokens: int, caps: Sequence[float], pass_seconds: float | None) -> Iterator[Point]:
         """Points to begin with, of different policies."""
