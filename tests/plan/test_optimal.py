@@ -13,15 +13,15 @@ from plan.instances import PROCESS_BYTES, instance_of
 
 from flexgen.errors import CapacityError
 from flexgen.options import TIERS, EngineOptions
-from flexgen.plan import default
 from flexgen.plan.bounds import Bounds
 from flexgen.plan.catalogue import catalogue_spec
-from flexgen.plan.default import Search, solve
+from flexgen.plan.default import solve
 from flexgen.plan.expect import RESOURCES
 from flexgen.plan.footprint import footprint
 from flexgen.plan.machines import find_machine, limits_of
 from flexgen.plan.pareto import pareto
 from flexgen.plan.play import Player
+from flexgen.plan.search import Search
 from flexgen.plan.shortage import shortage
 from flexgen.plan.simulate import simulate
 from flexgen.plan.space import Point, Space
@@ -274,7 +274,7 @@ def test_the_curve_rises_from_short_requests_to_throughput(seed):
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5])
-def test_more_effort_finds_little_more_under_bounds_on_large_jobs(share, monkeypatch):
+def test_more_effort_finds_little_more_under_bounds_on_large_jobs(share):
     """A job whose policies take long to play, where searches end because their effort is spent."""
     machine, options = find_machine("16gb-gpu-64gb"), EngineOptions(dtype="bfloat16")
     workload = Workload(prompt_lens=(512,) * 2000, output_lens=(128,) * 2000)
@@ -283,9 +283,7 @@ def test_more_effort_finds_little_more_under_bounds_on_large_jobs(share, monkeyp
     widest, shortest = search.best(Bounds()), search.shortest()
     asked = shortest.request_seconds + share * (widest.request_seconds - shortest.request_seconds)
     usual = search.best(Bounds(request_seconds=asked))
-    for name in ("FIRST_SIZE_EFFORT", "OTHER_SIZES_EFFORT", "WHOLES_EFFORT", "PLACES_EFFORT"):
-        monkeypatch.setattr(default, name, 6 * getattr(default, name))
-    assert usual.seconds <= 1.03 * Search(space).best(Bounds(request_seconds=asked)).seconds
+    assert usual.seconds <= 1.03 * Search(space, patience=6).best(Bounds(request_seconds=asked)).seconds
 
 
 # Pins and budgets

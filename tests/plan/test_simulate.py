@@ -405,6 +405,6 @@ def test_large_jobs_are_extrapolated(llama_3b, make_machine, make_policy, kv_byt
     exact = simulate(llama_3b, policy, workload).busiest_seconds(make_machine(), "bfloat16")
     searched, played = Samples(workload).of(policy.max_num_seqs), Samples.played_once(workload).of(policy.max_num_seqs)
     for sample, least, tolerance in ((searched, SEARCH_REQUESTS, 0.13 if unknown else 0.05), (played, PLAYED_REQUESTS // 2, 0.04)):
-        assert max(least, SEARCH_BLOCKS * policy.max_num_seqs) <= sample.number < len(workload)
+        assert max(least, SEARCH_BLOCKS * policy.max_num_seqs) <= sample.queue.num_requests < len(workload)
         _, guessed = extrapolated(llama_3b, policy, sample, lambda played: played.busiest_seconds(make_machine(), "bfloat16"))
         assert guessed == pytest.approx(exact, rel=tolerance)

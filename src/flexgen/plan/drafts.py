@@ -76,8 +76,12 @@ class Drafts:
 
     def for_seqs(self, draft: Policy, max_num_seqs: int) -> Policy:
         """The draft with the workspace of so many sequences."""
-        grown = self._activations(draft, max_num_seqs) - self._activations(draft, draft.max_num_seqs)
-        return dataclasses.replace(draft, max_num_seqs=max_num_seqs, workspace_bytes=draft.workspace_bytes + grown)
+        workspace_bytes = draft.workspace_bytes + self.growth(draft, max_num_seqs)
+        return dataclasses.replace(draft, max_num_seqs=max_num_seqs, workspace_bytes=workspace_bytes)
+
+    def growth(self, draft: Policy, max_num_seqs: int) -> int:
+        """Bytes that the workspace of so many sequences takes beyond the draft's."""
+        return self._activations(draft, max_num_seqs) - self._activations(draft, draft.max_num_seqs)
 
     def free(self, draft: Policy) -> dict[str, int]:
         """Bytes left in memory."""

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from flexgen.options import EngineOptions
 from flexgen.plan.bounds import longest_request_seconds
 from flexgen.plan.cost import unit_homes, weights_work
-from flexgen.plan.default import Solution, solve
+from flexgen.plan.default import solve
 from flexgen.plan.expect import Expectation
 from flexgen.plan.footprint import footprint
 from flexgen.plan.job import Samples, extrapolated
@@ -20,6 +20,7 @@ from flexgen.plan.machine import Limits, Machine
 from flexgen.plan.model import ModelSpec
 from flexgen.plan.outputs import expected
 from flexgen.plan.policy import Policy
+from flexgen.plan.search import Solution
 from flexgen.plan.simulate import Simulation
 from flexgen.plan.workload import Workload
 from flexgen.sizes import GIB

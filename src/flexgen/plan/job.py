@@ -80,17 +80,12 @@ class Sample:
     """A job that stands for one `scale` times as large.
 
     Attributes:
-        half: every other of its requests; empty where the scale is 1.
+        half: every other of its requests; None where the scale is 1.
     """
 
     queue: Queue
-    half: Queue = ()
+    half: Queue | None = None
     scale: float = 1.0
-
-    @property
-    def number(self) -> int:
-        """Of its requests."""
-        return sum(run.count for run in self.queue)
 
 
 class Samples:
@@ -138,7 +133,7 @@ class Samples:
         if number > self._entries and len(set(drawn.rows())) > SEARCH_LENGTHS:
             bounds = [each * number // SEARCH_LENGTHS for each in range(SEARCH_LENGTHS + 1)]
             drawn = drawn.averaged(list(itertools.pairwise(bounds)))
-        half = queue_of(self._mixed(drawn.take(range(0, number, 2)))) if scale > 1 else ()
+        half = queue_of(self._mixed(drawn.take(range(0, number, 2)))) if scale > 1 else None
         return Sample(queue=queue_of(self._mixed(drawn)), half=half, scale=scale)
 
     def _mixed(self, drawn: Workload) -> Workload:
@@ -167,7 +162,7 @@ def extrapolated(
     """
     weights = weights or weights_work(spec, unit_homes(spec, policy.weights), policy.device)
     played = simulate(spec, policy, sample.queue, weights=weights)
-    refused, total = played.num_refused / max(sample.number, 1), seconds(played)
-    if sample.scale > 1:
+    refused, total = played.num_refused / max(sample.queue.num_requests, 1), seconds(played)
+    if sample.half is not None:
         total += max(total - seconds(simulate(spec, policy, sample.half, weights=weights)), 0.0) * 2 * (sample.scale - 1)
     return refused, total

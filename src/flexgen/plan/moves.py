@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import combinations, product
 from typing import Protocol
@@ -14,10 +15,14 @@ Move = Mapping[str, float]
 # A smaller gain is not worth the time to look for more of it.
 LEAST_GAIN = 3e-4
 # Coarse steps along one axis at a time; then finer ones, along two at once too: at the edge of what fits, one share grows only where
-# another shrinks.
-COARSE_STEPS, FINE_STEPS = (0.25, 0.125, 0.06, 0.03), (0.25, 0.1, 0.04, 0.015)
+# another shrinks; and the finest along one: prompts of equal lengths fall evenly for a narrow range of quotas.
+COARSE_STEPS, FINE_STEPS, LAST_STEPS = (0.25, 0.125, 0.06, 0.03), (0.25, 0.1, 0.04, 0.015), (0.006, 0.002)
 # Of the points that coarse steps lead to, how many go on in fine ones.
 REFINED = 2
+# A kick changes most axes at once, by so much (standard deviation); these steps follow it.
+KICKED_AXES, KICK, KICK_STEPS = 0.7, 0.15, (0.1, 0.03, 0.01)
+# So many kicks in a row that lead to nothing better are enough.
+VAIN_KICKS = 24
 
 
 class Axes(Protocol):
@@ -42,7 +47,24 @@ def climb(
     """Where the starts lead, in coarse steps, and the best of that and of `also` in fine ones; and `also`."""
     found = [*also, *(_improved(start, space, score, goes_on, steps=COARSE_STEPS, in_pairs=False) for start in starts)]
     best = list({score(point): point for point in sorted(found, key=score)}.values())[:REFINED]
-    return [*found, *(_improved(start, space, score, goes_on, steps=FINE_STEPS, in_pairs=True) for start in best)]
+    refined = [_improved(start, space, score, goes_on, steps=FINE_STEPS, in_pairs=True) for start in best]
+    return [*found, *(_improved(each, space, score, goes_on, steps=LAST_STEPS, in_pairs=False) for each in refined)]
+
+
+def wander(best: Point, space: Axes, score: Callable[[Point], Score], goes_on: Callable[[], bool]) -> Point:
+    """The best that kicks lead to, one after the other, each followed by steps that help.
+
+    Whole numbers (units, prompts in a pass, micro-batches) make a landscape of many small basins, which steps alone do not leave.
+    """
+    for steps in (FINE_STEPS, LAST_STEPS):
+        best = _improved(best, space, score, goes_on, steps=steps, in_pairs=steps is FINE_STEPS)
+    draw, vain = random.Random(0), 0
+    while goes_on() and vain < VAIN_KICKS and (axes := space.free_axes(best.schedule)):
+        kick = {axis: draw.gauss(0, KICK) for axis in axes if draw.random() < KICKED_AXES}
+        there = _improved(_moved(best, kick, 1), space, score, goes_on, steps=KICK_STEPS, in_pairs=False)
+        vain = 0 if _is_better(score(there), score(best)) else vain + 1
+        best = min(best, there, key=score)
+    return best
 
 
 def _improved(

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from flexgen.errors import CapacityError
 from flexgen.plan.bounds import Bounds
-from flexgen.plan.default import Search, Solution
 from flexgen.plan.policy import Policy
+from flexgen.plan.search import Search, Solution
 from flexgen.plan.space import Space
 
 CURVE_POINTS = 8

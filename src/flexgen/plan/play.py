@@ -18,9 +18,10 @@ from flexgen.plan.space import Point, Space
 LONG_PASS_PENALTY, MOVING_PENALTY = 0.003, 0.003
 # What spilling has to gain, for the life of the disk and its other users.
 SPILL_PENALTY = 0.05
-# In units of about 10 µs on one core of 2024: finding the policy of a point, and each unit of a placement that is new; playing a sample,
-# and each admission of it; where room is kept for answers that end earlier than they may, that twice.
-POINT_EFFORT, UNIT_EFFORT, PLAY_EFFORT, ADMISSION_EFFORT, EARLY_EFFORT = 25, 0.1, 25, 1.5, 3.0
+# In units of about 10 µs on one core of 2024: finding the policy of a point, and each unit of a placement that is new.
+POINT_EFFORT, UNIT_EFFORT = 20, 0.1
+# And playing a sample: each of its passes, each group that enters together, and each pass of a group's life.
+PLAY_EFFORT, PASS_EFFORT, GROUP_EFFORT, LIFE_EFFORT = 23, 0.009, 0.03, 0.00012
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,8 +97,8 @@ class Player:
         def seconds(played: Simulation) -> float:
             passes = self.expectation.passes(played, policy)
             longest.append(longest_request_seconds(played, passes))
-            each = EARLY_EFFORT if self.space.workload.reserved_lens else ADMISSION_EFFORT
-            self.effort += PLAY_EFFORT + each * len(played.first_passes)
+            lives = played.end_passes - played.first_passes
+            self.effort += PLAY_EFFORT + PASS_EFFORT * len(passes) + GROUP_EFFORT * len(lives) + LIFE_EFFORT * float(lives.sum())
             return float(passes.sum())
 
         work = self.space.layouts.of(policy.weights).work

@@ -2,44 +2,53 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
 
 from flexgen.plan.workload import Workload
 
+Ints = npt.NDArray[np.int64]
 
-@dataclass(frozen=True, slots=True)
-class Run:
-    """`count` equal neighbours.
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Queue:
+    """Runs of equal neighbours: each attribute has a number per run.
 
     Attributes:
         prompt_len, output_len: tokens. reserved_len: of the answer, for which room is kept. most: that each may generate.
-        found_len: leading tokens of the prompt that it finds computed.
+        found_len: leading tokens of the prompt that it finds computed. count: of requests.
     """
 
-    prompt_len: int
-    output_len: int
-    reserved_len: int
-    most: int
-    found_len: int
-    count: int
+    prompt_len: Ints
+    output_len: Ints
+    reserved_len: Ints
+    most: Ints
+    found_len: Ints
+    count: Ints
 
     @property
-    def own_len(self) -> int:
-        """Prompt tokens that it computes."""
-        return self.prompt_len - self.found_len
+    def num_requests(self) -> int:
+        return int(self.count.sum())
 
-
-Queue = tuple[Run, ...]
+    def only(self, chosen: npt.NDArray[np.bool_]) -> Queue:
+        """Without the runs that are not chosen."""
+        return Queue(*(getattr(self, name)[chosen] for name in Queue.__slots__))
 
 
 def queue_of(workload: Workload) -> Queue:
     """Longest reserved answer first, in input order among equals."""
-    most = [max(n, 1) for n in workload.output_lens]
-    expected = workload.answer_lens
-    reserved = [max(kept, n) for kept, n in zip(workload.reserved_lens or most, expected, strict=True)]
-    first = workload.reserved_lens or reserved
-    order = sorted(range(len(most)), key=lambda place: -first[place])
-    found = workload.found_lens
-    lengths = [(workload.prompt_lens[place], expected[place], reserved[place], most[place], found[place]) for place in order]
-    return tuple(Run(*each, len(list(equal))) for each, equal in itertools.groupby(lengths))
+    most = np.maximum(np.array(workload.output_lens, dtype=np.int64), 1)
+    expected = np.array(workload.answer_lens, dtype=np.int64)
+    kept = np.array(workload.reserved_lens, dtype=np.int64) if workload.reserved_lens else most
+    reserved = np.maximum(kept, expected)
+    order = np.argsort(-(kept if workload.reserved_lens else reserved), kind="stable")
+    prompts, found = (np.array(lengths, dtype=np.int64) for lengths in (workload.prompt_lens, workload.found_lens))
+    columns = [lengths[order] for lengths in (prompts, expected, reserved, most, found)]
+    begins = np.ones(len(order), dtype=bool)
+    if len(order) > 1:
+        begins[1:] = np.any([column[1:] != column[:-1] for column in columns], axis=0)
+    first = np.flatnonzero(begins)
+    prompt_len, output_len, reserved_len, may_have, found_len = (column[first] for column in columns)
+    return Queue(prompt_len, output_len, reserved_len, may_have, found_len, count=np.diff(first, append=len(order)))

@@ -146,7 +146,7 @@ class Space:
         draft = self.drafts.draft(weights, point.schedule, point.micro_batch_tokens, bare.prefill_tokens, spills=spills)
 
         def holds_largest(tried: Policy) -> bool:
-            left = self.drafts.free(self.drafts.for_seqs(tried, self.options.max_num_seqs or 1))
+            left = self._left(tried, self.drafts.free(tried), self.options.max_num_seqs or 1)
             return min(left.values()) >= 0 and max(self._pools(left, point.kv_homes, kv_disk).values()) >= self.sizes.largest
 
         if point.schedule == "diagonal" and self.options.prefill_tokens is None:
@@ -165,8 +165,7 @@ class Space:
         free = self.drafts.free(draft)
 
         def free_for(max_num_seqs: int) -> dict[str, int]:
-            grown = self.drafts.for_seqs(draft, max_num_seqs).workspace_bytes - draft.workspace_bytes
-            return {tier: size - grown * (tier == self.computing) for tier, size in free.items()}
+            return self._left(draft, free, max_num_seqs)
 
         def is_fed(number: int) -> bool:
             left = free_for(number)
@@ -174,7 +173,7 @@ class Space:
             return min(left.values()) >= 0 and max(pools.values()) >= self.sizes.smallest and self._fed(pools) >= number
 
         max_num_seqs = self.options.max_num_seqs or max(round(point.cap * _largest(len(self.workload), is_fed)), 1)
-        pools = self._pools(free_for(max_num_seqs), point.kv_homes, kv_disk)
+        pools = self._pools(free_for(max_num_seqs), point.kv_homes, kv_disk, max_num_seqs)
         if min(free_for(max_num_seqs).values()) < 0 or max(pools.values()) < self.sizes.smallest:
             return None
         found = {f"kv_{tier}_bytes": size for tier, size in pools.items()}
@@ -191,7 +190,7 @@ class Space:
         many = 1024
         grown = 0.0  # a pinned number has its room already
         if self.options.max_num_seqs is None:
-            grown = (self.drafts.for_seqs(bare, 1 + many).workspace_bytes - bare.workspace_bytes) / many
+            grown = self.drafts.growth(bare, 1 + many) / many
         free = self.drafts.free(bare)
         return bare, Room(
             memory_bytes={"device": free["device"], "host": free["host"], "disk": self.disk_bytes},
@@ -244,14 +243,20 @@ class Space:
             room["host"] = math.inf if self.drafts.free(beside)["host"] >= 0 else room["host"]
         return room
 
-    def _pools(self, free: dict[str, int], kv_homes: float, kv_disk: float) -> dict[str, int]:
-        """Pool bytes per tier; no more than all requests can need."""
+    def _left(self, draft: Policy, free: dict[str, int], max_num_seqs: int) -> dict[str, int]:
+        """What is left of `free` once the workspace is that of so many sequences."""
+        grown = self.drafts.growth(draft, max_num_seqs)
+        return {tier: size - grown * (tier == self.computing) for tier, size in free.items()}
+
+    def _pools(self, free: dict[str, int], kv_homes: float, kv_disk: float, max_num_seqs: int | None = None) -> dict[str, int]:
+        """Pool bytes per tier; no more than so many sequences (by default all requests) can need."""
         if self.kv is None:
             pools = kv_pools(free, self.disk_bytes, kv_homes, kv_disk, staged=self.staged)
         else:
             pools = self._pinned_pools(self.kv, {tier: max(size, 0) for tier, size in free.items()})
         # A sequence lives in one tier, so each tier may leave a gap of almost the largest.
-        enough = self.sizes.all + self.sizes.largest * sum(size > 0 for size in pools.values())
+        live = self.sizes.all if max_num_seqs is None else min(self.sizes.all, max_num_seqs * self.sizes.largest)
+        enough = live + self.sizes.largest * sum(size > 0 for size in pools.values())
         share = min(enough / max(sum(pools.values()), 1), 1.0)
         return {tier: int(size * share) for tier, size in pools.items()}
 

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 from numba import njit, types
 from numba.extending import register_jitable
 
+from flexgen.compiled import intrinsic
 from flexgen.errors import EngineError
-from flexgen.kernels.cpu.compile import intrinsic
 from flexgen.kernels.cpu.formats import widen
 
 LANES = 16  # elements of a vector: one AVX-512 register of float32; LLVM splits it where registers are narrower

@@ -13,14 +13,14 @@ from numba import njit
 logger = logging.getLogger(__name__)
 
 
-def entry(function: Callable[..., None]) -> Any:
+def entry(function: Callable[..., Any]) -> Any:
     """Compile `function` for each kind of arguments at its first call, or load what an earlier process compiled."""
     try:
         dispatcher: Any = njit(nogil=True, error_model="numpy", cache=True)(function)
     except RuntimeError:  # Numba found no folder that it may write to
         logger.info("%s cannot be kept on disk and will be compiled in every process", function.__name__)
         return njit(nogil=True, error_model="numpy")(function)
-    _forget_outdated(Path(dispatcher.stats.cache_path), function.__module__.rpartition(".")[2])
+    _forget_outdated(Path(dispatcher.stats.cache_path), Path(function.__code__.co_filename))
     return dispatcher
 
 
@@ -29,9 +29,9 @@ def intrinsic(function: Callable[..., Any]) -> Any:
     return numba.extending.intrinsic(function)
 
 
-def _forget_outdated(cache: Path, module: str) -> None:
-    """Remove what was compiled before a change of any file here; Numba itself looks at the function's own file only."""
-    newest = max(source.stat().st_mtime for source in Path(__file__).parent.glob("*.py"))
-    for compiled in cache.glob(f"{module}.*.nb[ic]"):
+def _forget_outdated(cache: Path, file: Path) -> None:
+    """Remove what was compiled before a change of any file beside `file`; Numba itself looks at the function's own file only."""
+    newest = max(source.stat().st_mtime for source in file.parent.glob("*.py"))
+    for compiled in cache.glob(f"{file.stem}.*.nb[ic]"):
         if compiled.stat().st_mtime < newest:
             compiled.unlink(missing_ok=True)
