@@ -1,0 +1,42 @@
+"""What is compiled is kept on disk, but never longer than the source it came from."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numba
+import numpy as np
+import pytest
+
+from flexgen import compiled
+
+
+def test_without_a_writable_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    def njit(**options: Any) -> Any:
+        if options.pop("cache", False):
+            raise RuntimeError("cannot cache function: no locator available")
+        return numba.njit(**options)
+
+    monkeypatch.setattr(compiled, "njit", njit)
+
+    def increment(numbers: Any) -> None:
+        numbers += 1
+
+    numbers = np.zeros(2)
+    compiled.entry(increment)(numbers)
+    assert numbers.tolist() == [1, 1]
+
+
+def test_changed_sources_are_compiled_again(tmp_path: Path) -> None:
+    sources, cache = tmp_path / "sources", tmp_path / "cache"
+    names = ["decode.f-1.py311.nbi", "decode.f-1.py311.1.nbc", "decode.g-9.py311.nbi", "prefill.f-1.py311.nbi"]
+    for folder, files in ((sources, ["decode.py", "helpers.py"]), (cache, names)):
+        folder.mkdir()
+        for file in files:
+            (folder / file).touch()
+    for old in [sources / "decode.py", *(cache / name for name in names[:2] + names[3:])]:
+        os.utime(old, (0, 0))
+    compiled._forget_outdated(cache, sources / "decode.py")  # helpers.py is newer
+    assert sorted(path.name for path in cache.iterdir()) == sorted(names[2:])
