@@ -27,7 +27,7 @@ def test_a_plan_in_words() -> None:
     for part in (
         "facebook/opt-30b on t4-gcp (by the rates of the FlexGen paper)",
         "tokens/s",
-        "(the bottleneck)",
+        "(the bottleneck",
         "9,600 output tokens",
         "what would help, at the margin",
         "host     ",

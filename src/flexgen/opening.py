@@ -26,6 +26,7 @@ from flexgen.memory.transfer import open_backend
 from flexgen.models.dummy import checkpoint_bytes, write_random_checkpoint
 from flexgen.models.loading import LoadedModel, load_model
 from flexgen.options import EngineOptions
+from flexgen.plan import admit
 from flexgen.plan.forecast import Plan, make_plan
 from flexgen.plan.limit import budgets_of
 from flexgen.plan.machine import Limits
@@ -174,7 +175,8 @@ def compute_dtype(wanted: str, config: Any, device: str) -> torch.dtype:
 
 
 def _warm_up_kernels(dtype: torch.dtype) -> None:
-    """Compile (or load) the host's kernels now: their memory belongs to the process, and their time to loading."""
+    """Compile (or load) the host's kernels and the planner's loop now: their memory belongs to the process, and their time to loading."""
+    admit.prepare()
     kernels = attention_kernels(torch.device("cpu"), 1)
     try:
         warm_up(kernels, dtype)

@@ -97,7 +97,8 @@ def parse_placement(text: str, *, name: str = "") -> dict[str, float]:
         tier, separator, number = part.partition("=")
         tier = tier.strip()
         if tier not in TIERS or not separator:
-            raise OptionError(f"{said}: write shares per tier, such as device=.2,host=.3,disk=.5")
+            wrong = f"{tier!r} is no tier" if separator else f"{part!r} is no share"
+            raise OptionError(f"{said}: {wrong}; write shares of {', '.join(TIERS)}, such as device=.2,host=.3,disk=.5")
         try:
             shares[tier] = float(number)
         except ValueError as error:

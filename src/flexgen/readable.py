@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -42,9 +43,11 @@ def format_forecast(forecast: Forecast) -> list[str]:
     """What is expected: time, rates, the resources of a pass with the busiest marked, what memory is worth."""
     if not forecast.num_passes:
         return []
-    resources = sorted(forecast.resource_seconds.items(), key=lambda each: -each[1])
+    resources = sorted(forecast.resource_seconds.items(), key=lambda each: (each[0] != forecast.bottleneck, -each[1]))
+    # Of passes that differ, the resource that decides most of the time need not be the one with the largest mean.
+    often = " most of the time" if forecast.resource_seconds[forecast.bottleneck] < max(forecast.resource_seconds.values()) else ""
     parts = [
-        f"{name.replace('_', ' ')} {format_seconds(seconds)}{' (the bottleneck)' if name == forecast.bottleneck else ''}"
+        f"{name.replace('_', ' ')} {format_seconds(seconds)}{f' (the bottleneck{often})' if name == forecast.bottleneck else ''}"
         for name, seconds in resources
         if seconds >= LEAST_SHOWN * forecast.pass_seconds or name == forecast.bottleneck
     ]
@@ -70,7 +73,9 @@ def format_curve(curve: Sequence[ParetoPoint]) -> str:
     rows = [["longest request", "tokens/s", "sequences", "schedule", "weights", "KV"]]
     for point in curve:
         policy = point.policy
-        cells = [format_seconds(point.request_seconds), f"{point.tokens_per_s:,.2f}", f"{policy.max_num_seqs:,}", policy.schedule]
+        longest = point.request_seconds  # rounded up, so that the plan keeps what is shown as a bound
+        longest = math.ceil(10 * longest) / 10 if longest < 60 else math.ceil(longest)
+        cells = [format_seconds(longest), f"{point.tokens_per_s:,.2f}", f"{policy.max_num_seqs:,}", policy.schedule]
         rows.append([*cells, _shares(policy.weights), _shares(policy.kv)])
     return "\n".join(f"  {line}" for line in _table(rows))
 

@@ -1,6 +1,5 @@
 """The planner against brute force, on random small models, machines, budgets, jobs and pins."""
 
-import copy
 import dataclasses
 import itertools
 import math
@@ -16,7 +15,6 @@ from flexgen.options import TIERS, EngineOptions
 from flexgen.plan.bounds import Bounds
 from flexgen.plan.catalogue import catalogue_spec
 from flexgen.plan.default import solve
-from flexgen.plan.expect import RESOURCES
 from flexgen.plan.footprint import footprint
 from flexgen.plan.machines import find_machine, limits_of
 from flexgen.plan.pareto import pareto
@@ -112,6 +110,26 @@ def test_large_jobs_go_as_their_samples_say(seed):
             assert whole.seconds <= 1.06 * other.seconds  # spilling has to gain 5 %, and the sample is not the job
 
 
+SLOW_BOXES = [
+    pytest.param(*each, marks=pytest.mark.slow)
+    for each in (("opt-6.7b", "t4-gcp", 32), ("opt-6.7b", "a100-80gb-512gb", 128), ("llama-3-70b", "16gb-gpu-64gb", 128))
+]
+
+
+@pytest.mark.parametrize(("model", "box", "output_len"), [("llama-3-8b", "rtx3090-64gb", 128), *SLOW_BOXES])
+def test_freedom_costs_little_on_large_jobs(model, box, output_len):
+    """Where policies take long to play, searches end because their effort is spent; fewer choices must not be much better."""
+    machine, workload = find_machine(box), Workload(prompt_lens=(512,) * 5000, output_lens=(output_len,) * 5000)
+    spec = catalogue_spec(model)
+
+    def seconds(**pins):
+        options = EngineOptions(dtype=spec.dtype, **pins)
+        return solve(options, spec, machine, limits_of(machine, options), workload, process_bytes=int(1.5e9)).seconds
+
+    pins = ("device=1", "host=1", "disk=1", "device=.75,host=.25", "device=.5,host=.5")
+    assert seconds() <= 1.03 * min(seconds(weights=shares) for shares in pins if shares != "device=1" or "70b" not in model)
+
+
 # The linear program
 
 
@@ -200,29 +218,6 @@ def test_worth_is_the_gain_from_a_little_more_memory(seed):
         assert less is None or worth * (1 - 2e-3) - 1e-12 <= less + 1e-12
 
 
-@pytest.mark.parametrize("seed", range(30))
-def test_binding_is_the_gain_from_a_little_more_speed(seed):
-    solved_problem = steady_solution(seed)
-    if solved_problem is None:
-        return
-    found, state, room, most, kv_tiers = solved_problem
-    assert sum(found.binding.values()) == pytest.approx(1.0)
-
-    def gain(number, step):
-        """Of tokens/s, per relative gain of a resource's rate."""
-        scale = np.ones(len(RESOURCES))
-        scale[number] = 1 / (1 + step)
-        faster = copy.copy(state)
-        faster.fixed = state.fixed * scale
-        faster.weights, faster.kv = ({tier: each * scale for tier, each in homes.items()} for homes in (state.weights, state.kv))
-        return (faster.best(room, most, kv_tiers=kv_tiers).tokens_per_s / found.tokens_per_s - 1) / step
-
-    for number, name in enumerate(RESOURCES):
-        # Where the optimum bends, the value at the margin lies between those of either side.
-        assert gain(number, 1e-4) - 1e-6 <= found.binding[name] * (1 + 2e-3)
-        assert found.binding[name] * (1 - 2e-3) <= gain(number, -1e-4) + 1e-6
-
-
 # Bounds on time
 
 
@@ -282,8 +277,8 @@ def test_more_effort_finds_little_more_under_bounds_on_large_jobs(share):
     search = Search(space)
     widest, shortest = search.best(Bounds()), search.shortest()
     asked = shortest.request_seconds + share * (widest.request_seconds - shortest.request_seconds)
-    usual = search.best(Bounds(request_seconds=asked))
-    assert usual.seconds <= 1.03 * Search(space, patience=6).best(Bounds(request_seconds=asked)).seconds
+    usual = Search(space).best(Bounds(request_seconds=asked))
+    assert usual.seconds <= 1.06 * Search(space, patience=6).best(Bounds(request_seconds=asked)).seconds
 
 
 # Pins and budgets

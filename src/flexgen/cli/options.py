@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import re
 import sys
 import typing
 from collections.abc import Callable
@@ -59,7 +60,7 @@ def command(body: Callable[..., int]) -> Callable[..., None]:
         try:
             code = body(**values)
         except OptionError as error:
-            code = complain(error, ExitCode.USAGE)
+            code = complain(_with_flags(str(error)), ExitCode.USAGE)
         except FlexGenError as error:
             code = complain(error, ExitCode.REFUSED)
         except (MemoryError, RuntimeError) as error:
@@ -72,6 +73,16 @@ def command(body: Callable[..., int]) -> Callable[..., None]:
 
     wrapped.__signature__ = inspect.signature(body, eval_str=True)  # pyright: ignore[reportAttributeAccessIssue]
     return wrapped
+
+
+def _with_flags(message: str) -> str:
+    """The message with flags in place of the fields of EngineOptions: `dtype='int8'` becomes `--dtype 'int8'`."""
+    for name in FLAGS:
+        flag = f"--{name.replace('_', '-')}"
+        message = re.sub(rf"(?<![\w-]){name}=(?=')", f"{flag} ", message)
+        if "_" in name:
+            message = re.sub(rf"(?<![\w-]){name}(=|\b)", lambda found, flag=flag: flag + " " * bool(found[1]), message)
+    return message
 
 
 def engine_command(body: Callable[..., int]) -> Callable[..., None]:

@@ -161,7 +161,7 @@ def _check(asked: _Asked) -> None:
     if asked.source is None and asked.max_tokens is not None:
         raise OptionError("--max-tokens is for lines of an --input: use --gen-len")
     if asked.source is not None and not asked.source.is_file():
-        raise OptionError(f"--input {asked.source}: there is no such file")
+        raise OptionError(f"--input {asked.source}: {'this is a folder' if asked.source.is_dir() else 'there is no such file'}")
 
 
 def _limits_and_machine(options: EngineOptions, name: str | None) -> tuple[Limits, Machine | None]:

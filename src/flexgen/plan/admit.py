@@ -88,14 +88,7 @@ def admit(queue: Any, needs: Needs, pools: Pools, rules: Rules) -> Any:
     needed, needed_of = np.empty((0, 0), dtype=np.int64), -1  # by such a sequence, and the run that it is of
     while run < len(counts):
         while ended <= min(index, last_end):
-            group = ending[0, ended] - 1
-            while group >= 0:
-                of, pool, count = groups[_RUN, group], groups[_POOL, group], groups[_COUNT, group]
-                live -= count
-                if reserved_lens[of] > outputs[of]:  # what was kept for more tokens than there were
-                    kept = _needed(needs, pools, prompts[of], reserved_lens[of], founds[of])
-                    _add(used, kept, pool, ended, outputs[of], -count)
-                group = groups[_BEFORE, group] - 1
+            live -= _leave(used, groups, ending[0, ended], ended, queue, needs, pools)
             ended += 1
         later = _NEVER  # the next pass that could take in more
         if rules.schedule == DIAGONAL or live == 0:
@@ -121,14 +114,13 @@ def admit(queue: Any, needs: Needs, pools: Pools, rules: Rules) -> Any:
                         later = _earliest(used, pools, index, needed)
                     break
                 for pool in range(len(entering)):
-                    if entering[pool] > 0:
-                        _add(used, needed, pool, index, 0, entering[pool])
-                        groups = _longer(groups, num_groups + 1)
-                        groups[_PASS, num_groups], groups[_RUN, num_groups] = index, run
-                        groups[_POOL, num_groups], groups[_COUNT, num_groups] = pool, entering[pool]
-                        groups[_BEFORE, num_groups] = ending[0, end]
-                        num_groups += 1
-                        ending[0, end] = num_groups
+                    if entering[pool] == 0:
+                        continue
+                    _add(used, needed, pool, index, 0, entering[pool])
+                    groups = _longer(groups, num_groups + 1)
+                    _write(groups, num_groups, index, run, pool, entering[pool], ending[0, end])
+                    num_groups += 1
+                    ending[0, end] = num_groups
                 last_end = max(last_end, end)
                 live += entered
                 credit -= entered * own
@@ -140,12 +132,40 @@ def admit(queue: Any, needs: Needs, pools: Pools, rules: Rules) -> Any:
         if run == len(counts):
             break
         if later == _NEVER or rules.schedule != DIAGONAL:
-            index = ended  # for want of a place, or in a closed block, nothing changes before a sequence ends
+            # For want of a place, or in a closed block, nothing changes before a sequence ends.
+            assert live > 0, "a request that fits was not admitted to empty pools"
+            index = ended
             while ending[0, index] == 0:
                 index += 1
         else:
             index = min(later, last_end)  # there is no pass without a sequence
     return groups[:_BEFORE, :num_groups], _longer(used, last_end)[:, :last_end]
+
+
+@njit
+def _leave(used: Any, groups: Any, last: int, end: int, queue: Any, needs: Needs, pools: Pools) -> int:
+    """How many sequences end before pass `end`; what was kept for more tokens than they had falls free.
+
+    Args:
+        last: one more than the last of their groups.
+    """
+    prompts, outputs, reserved_lens, founds, _ = queue
+    left = 0
+    while last > 0:
+        run, pool, count = groups[_RUN, last - 1], groups[_POOL, last - 1], groups[_COUNT, last - 1]
+        left += count
+        if reserved_lens[run] > outputs[run]:
+            kept = _needed(needs, pools, prompts[run], reserved_lens[run], founds[run])
+            _add(used, kept, pool, end, outputs[run], -count)
+        last = groups[_BEFORE, last - 1]
+    return left
+
+
+@njit
+def _write(groups: Any, number: int, index: int, run: int, pool: int, count: int, before: int) -> None:
+    """A group into its column."""
+    groups[_PASS, number], groups[_RUN, number], groups[_POOL, number] = index, run, pool
+    groups[_COUNT, number], groups[_BEFORE, number] = count, before
 
 
 @njit
@@ -267,3 +287,10 @@ def _homes(room: Any, share: Any, given: Any, tokens: int, wanted: int) -> Any:
         given[furthest] += number * tokens
         total += number * tokens
     return entering
+
+
+def prepare() -> None:
+    """Compile, or load what was compiled: the memory that this takes does not come back."""
+    none, rules = np.empty(0, dtype=np.int64), Rules(DIAGONAL, 1, 1, 1, frees_early=False)
+    pools = Pools(capacity=none, share=none.astype(np.float64), whole=none.astype(bool))
+    admit((none,) * 5, Needs(held=none, shared=none), pools, rules)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 from flexgen.options import EngineOptions
 from flexgen.plan.bounds import Bounds
 from flexgen.plan.machine import Limits, Machine
+from flexgen.plan.margin import memory_gains
 from flexgen.plan.model import ModelSpec
 from flexgen.plan.outputs import expected
 from flexgen.plan.search import Search, Solution
@@ -40,7 +42,8 @@ def solve(
     """
     space = space_of(options, spec, machine, limits, workload, process_bytes=process_bytes, kv_tiers=kv_tiers)
     bounds = Bounds(request_seconds=options.max_request_seconds, job_seconds=options.max_job_seconds)
-    return Search(space).best(bounds)
+    found = Search(space).best(bounds)
+    return dataclasses.replace(found, gain_per_gib=memory_gains(space, found.point, bounds, found.worth))
 
 
 def space_of(

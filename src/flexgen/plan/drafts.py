@@ -43,9 +43,16 @@ class Drafts:
         self._spec, self._machine, self._limits, self._sizes, self._layouts = spec, machine, limits, sizes, layouts
         self._dtype, self._process_bytes, self._kv, self._least_seqs = dtype, process_bytes, kv, num_seqs
         self._embedding_bytes = embedding_table_bytes(spec)
+        self._known: dict[tuple[Fractions, str, int, int, bool], Policy] = {}
 
     def draft(self, weights: Fractions, schedule: str, micro_batch_tokens: int, prefill_tokens: int, *, spills: bool) -> Policy:
         """A policy with everything but KV, for as many sequences as are pinned or one; if it `spills`, with staging for KV on disk."""
+        key = (weights, schedule, micro_batch_tokens, prefill_tokens, spills)
+        if key not in self._known:
+            self._known[key] = self._drafted(*key)
+        return self._known[key]
+
+    def _drafted(self, weights: Fractions, schedule: str, micro_batch_tokens: int, prefill_tokens: int, spills: bool) -> Policy:
         layout = self._layouts.of(weights)
         draft = Policy(
             device=self._limits.device,
@@ -100,7 +107,7 @@ class Drafts:
     def within(self, limits: Limits) -> Drafts:
         """The same with other budgets."""
         again = copy.copy(self)
-        again._limits = limits
+        again._limits, again._known = limits, {}
         return again
 
     def _activations(self, draft: Policy, max_num_seqs: int) -> int:

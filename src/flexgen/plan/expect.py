@@ -6,6 +6,7 @@ Linear in the work of a pass, so that the same numbers price a simulated job, a 
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -109,14 +110,21 @@ class Expectation:
             "lead": lead,
         }
 
-    def seconds(self, work: PassWork, policy: Policy) -> Any:
-        """Seconds of a pass (or of each of many): of its busiest resource, and what comes on top."""
-        resources = [np.asarray(each, dtype=np.float64) for each in self.resources(work, policy).values()]
+    def seconds(self, work: PassWork, policy: Policy, *, times: Mapping[str, float] | None = None) -> Any:
+        """Seconds of a pass (or of each of many): of its busiest resource, and what comes on top.
+
+        Args:
+            times: resource -> how many times as fast it is taken to be.
+        """
+        apart = self.apart(work, policy)
+        for name, faster in (times or {}).items():
+            apart[name] = apart[name] / faster
+        resources = [np.asarray(each, dtype=np.float64) for each in self._together(apart, policy).values()]
         return functools.reduce(np.maximum, resources) + self.machine.overheads.per_pass
 
-    def passes(self, played: Simulation, policy: Policy) -> npt.NDArray[np.float64]:
-        """Seconds of each pass of a simulated job."""
-        return np.broadcast_to(self.seconds(played.work, policy), (played.num_passes,))
+    def passes(self, played: Simulation, policy: Policy, *, times: Mapping[str, float] | None = None) -> npt.NDArray[np.float64]:
+        """Seconds of each pass of a simulated job; `times` as in `seconds`."""
+        return np.broadcast_to(self.seconds(played.work, policy, times=times), (played.num_passes,))
 
     def _dense_seconds(self, flops_by_share: dict[float, float], tokens: Any, rows: Any) -> Any:
         """Of linear layers; experts see their share of the rows."""

@@ -17,13 +17,13 @@ from flexgen.plan.expect import Expectation
 from flexgen.plan.footprint import footprint
 from flexgen.plan.job import Samples, extrapolated
 from flexgen.plan.machine import Limits, Machine
+from flexgen.plan.margin import rate_gains
 from flexgen.plan.model import ModelSpec
 from flexgen.plan.outputs import expected
 from flexgen.plan.policy import Policy
 from flexgen.plan.search import Solution
 from flexgen.plan.simulate import Simulation
 from flexgen.plan.workload import Workload
-from flexgen.sizes import GIB
 
 # A block counts as full from this share of its most sequences on.
 FULL_BLOCK = 0.9
@@ -42,8 +42,8 @@ class Forecast:
         bottleneck: the resource that decides most of the time.
         memory_bytes: tier -> part -> bytes reserved. budget_bytes: tier -> bytes.
         weights_bytes_per_pass: link -> bytes of weights. disk_written_bytes: in all.
-        gain_per_gib: tier -> relative gain of output tokens/s by 1 GiB more of it, at the margin; empty where unknown.
-        gain_per_rate: resource -> the same per relative gain of its rate.
+        gain_per_gib: tier -> relative gain of output tokens/s by 1 GiB more of it; empty where unknown.
+        gain_per_rate: resource -> the same per relative gain of its rate, with the same policy.
     """
 
     seconds: float
@@ -86,15 +86,14 @@ def make_plan(options: EngineOptions, spec: ModelSpec, machine: Machine, limits:
 
 def forecast(solution: Solution, spec: ModelSpec, machine: Machine, limits: Limits, workload: Workload, *, process_bytes: int) -> Forecast:
     """What `solution`'s policy should do."""
-    policy, steady = solution.policy, solution.steady
+    policy = solution.policy
     homes = weights_work(spec, unit_homes(spec, policy.weights), policy.device)
     return Forecast(
         **_played(policy, Expectation(spec, machine, policy.dtype), workload),
         memory_bytes=footprint(policy, spec, limits, process_bytes=process_bytes),
         budget_bytes={"host": limits.host_bytes, "device": limits.device_bytes, "disk": limits.disk_bytes},
         weights_bytes_per_pass={"disk_read": int(homes.disk_read_bytes), "host_to_device": int(homes.host_to_device_bytes)},
-        gain_per_gib={tier: gain * GIB for tier, gain in steady.worth.items()} if steady is not None else {},
-        gain_per_rate=steady.binding if steady is not None else {},
+        gain_per_gib=solution.gain_per_gib,
     )
 
 
@@ -135,6 +134,7 @@ def _played(policy: Policy, expectation: Expectation, workload: Workload) -> dic
         "pass_seconds": float(seconds.mean()) if passes else 0.0,
         "resource_seconds": {name: float(each.mean()) if passes else 0.0 for name, each in resources.items()},
         "bottleneck": max(decided, key=decided.__getitem__),
+        "gain_per_rate": rate_gains(played, policy, expectation),
         "disk_written_bytes": float(np.broadcast_to(played.work.disk_write_bytes, (passes,)).sum()) * sample.scale,
     }
 

@@ -19,10 +19,10 @@ LEAST_GAIN = 3e-4
 COARSE_STEPS, FINE_STEPS, LAST_STEPS = (0.25, 0.125, 0.06, 0.03), (0.25, 0.1, 0.04, 0.015), (0.006, 0.002)
 # Of the points that coarse steps lead to, how many go on in fine ones.
 REFINED = 2
-# A kick changes most axes at once, by so much (standard deviation); these steps follow it.
-KICKED_AXES, KICK, KICK_STEPS = 0.7, 0.15, (0.1, 0.03, 0.01)
+# A kick draws some axes anew and moves most others by so much (standard deviation); these steps follow it.
+DRAWN_AXES, MOVED_AXES, KICK, KICK_STEPS = 0.2, 0.5, 0.15, (0.1, 0.03, 0.01)
 # So many kicks in a row that lead to nothing better are enough.
-VAIN_KICKS = 24
+VAIN_KICKS = 32
 
 
 class Axes(Protocol):
@@ -47,8 +47,13 @@ def climb(
     """Where the starts lead, in coarse steps, and the best of that and of `also` in fine ones; and `also`."""
     found = [*also, *(_improved(start, space, score, goes_on, steps=COARSE_STEPS, in_pairs=False) for start in starts)]
     best = list({score(point): point for point in sorted(found, key=score)}.values())[:REFINED]
-    refined = [_improved(start, space, score, goes_on, steps=FINE_STEPS, in_pairs=True) for start in best]
-    return [*found, *(_improved(each, space, score, goes_on, steps=LAST_STEPS, in_pairs=False) for each in refined)]
+    return [*found, *(refine(point, space, score, goes_on) for point in best)]
+
+
+def refine(point: Point, space: Axes, score: Callable[[Point], Score], goes_on: Callable[[], bool]) -> Point:
+    """Where the point leads in fine steps, then in the finest."""
+    point = _improved(point, space, score, goes_on, steps=FINE_STEPS, in_pairs=True)
+    return _improved(point, space, score, goes_on, steps=LAST_STEPS, in_pairs=False)
 
 
 def wander(best: Point, space: Axes, score: Callable[[Point], Score], goes_on: Callable[[], bool]) -> Point:
@@ -56,15 +61,23 @@ def wander(best: Point, space: Axes, score: Callable[[Point], Score], goes_on: C
 
     Whole numbers (units, prompts in a pass, micro-batches) make a landscape of many small basins, which steps alone do not leave.
     """
-    for steps in (FINE_STEPS, LAST_STEPS):
-        best = _improved(best, space, score, goes_on, steps=steps, in_pairs=steps is FINE_STEPS)
     draw, vain = random.Random(0), 0
-    while goes_on() and vain < VAIN_KICKS and (axes := space.free_axes(best.schedule)):
-        kick = {axis: draw.gauss(0, KICK) for axis in axes if draw.random() < KICKED_AXES}
-        there = _improved(_moved(best, kick, 1), space, score, goes_on, steps=KICK_STEPS, in_pairs=False)
+    while goes_on() and vain < VAIN_KICKS and space.free_axes(best.schedule):
+        kicked = dataclasses.replace(best, **dict(_kick(best, space, draw)))
+        there = _improved(kicked, space, score, goes_on, steps=KICK_STEPS, in_pairs=False)
         vain = 0 if _is_better(score(there), score(best)) else vain + 1
         best = min(best, there, key=score)
     return best
+
+
+def _kick(point: Point, space: Axes, draw: random.Random) -> Iterator[tuple[str, float]]:
+    """Axes and where they are kicked to."""
+    for axis in space.free_axes(point.schedule):
+        chance = draw.random()
+        if chance < DRAWN_AXES:
+            yield axis, draw.random()
+        elif chance < DRAWN_AXES + MOVED_AXES:
+            yield axis, min(max(getattr(point, axis) + draw.gauss(0, KICK), 0.0), 1.0)
 
 
 def _improved(

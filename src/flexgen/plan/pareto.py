@@ -6,13 +6,12 @@ from dataclasses import dataclass
 
 from flexgen.errors import CapacityError
 from flexgen.plan.bounds import Bounds
+from flexgen.plan.play import Outcome
 from flexgen.plan.policy import Policy
-from flexgen.plan.search import Search, Solution
+from flexgen.plan.search import Search
 from flexgen.plan.space import Space
 
 CURVE_POINTS = 8
-# Bounds are a little wider than what they ask for, so that rounding does not exclude the plan they were made of.
-ROUNDING = 1e-9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,17 +40,18 @@ def pareto(space: Space, *, num_points: int = CURVE_POINTS) -> list[ParetoPoint]
     for place in range(1, num_points - 1):
         seconds = low * (high / low) ** (place / (num_points - 1))
         try:
-            found.append(search.best(Bounds(request_seconds=seconds * (1 + ROUNDING))))
+            found.append(search.best(Bounds(request_seconds=seconds)))
         except CapacityError:
             continue  # the search is not exhaustive: it may miss, near the shortest, what it found there
-    return _undominated(found, space.workload.output_tokens)
+    played = [(solution.policy, search.player.whole(solution.policy)) for solution in found]
+    return _undominated(played, space.workload.output_tokens)
 
 
-def _undominated(found: list[Solution], output_tokens: int) -> list[ParetoPoint]:
+def _undominated(played: list[tuple[Policy, Outcome]], output_tokens: int) -> list[ParetoPoint]:
     """Without plans that another one beats in both."""
     kept: list[ParetoPoint] = []
-    for each in sorted(found, key=lambda each: (each.request_seconds, each.seconds)):
-        rate = output_tokens / max(each.seconds, 1e-9)
+    for policy, outcome in sorted(played, key=lambda each: (each[1].request_seconds, each[1].seconds)):
+        rate = output_tokens / max(outcome.seconds, 1e-9)
         if not kept or rate > kept[-1].tokens_per_s:
-            kept.append(ParetoPoint(request_seconds=each.request_seconds, tokens_per_s=rate, policy=each.policy))
+            kept.append(ParetoPoint(request_seconds=outcome.request_seconds, tokens_per_s=rate, policy=policy))
     return kept

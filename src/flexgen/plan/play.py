@@ -81,6 +81,11 @@ class Player:
             self.effort += POINT_EFFORT + UNIT_EFFORT * len(self.space.spec.units) * (len(self.space.layouts) - known)
         return self._policies[point]
 
+    def seconds(self, point: Point) -> float:
+        """Of the job, with the policy of this point."""
+        policy = self.policy(point)
+        return math.inf if policy is None else self.outcome(policy).seconds
+
     def outcome(self, policy: Policy) -> Outcome:
         """How the policy does with the sample, extrapolated to the job."""
         if policy not in self._known:

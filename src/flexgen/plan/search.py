@@ -8,32 +8,35 @@ they get no better, then kicked and moved again (moves.py).
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 from flexgen.durations import format_seconds
 from flexgen.errors import CapacityError
 from flexgen.plan.bounds import Bounds
-from flexgen.plan.moves import climb, wander
+from flexgen.plan.moves import Axes, Score, climb, refine, wander
 from flexgen.plan.play import Outcome, Player
 from flexgen.plan.policy import Policy
 from flexgen.plan.shortage import shortage
 from flexgen.plan.space import Point, Space
-from flexgen.plan.starts import BOUNDED_CAPS, NEAR, starts, steady_states, varied, varied_wholes
+from flexgen.plan.starts import BOUNDED_CAPS, NEAR, starts, steady_states, varied, varied_places, varied_wholes
 from flexgen.plan.steady import MeanSequence, Steady
 
+Move = Callable[[Point, Axes, Callable[[Point], Score], Callable[[], bool]], Point]
+
 # Effort (see play.py) of the stages of a search.  The first size of micro-batches that fits, under any bounds.
-FIRST_SIZE_EFFORT = 40_000
+FIRST_SIZE_EFFORT = 36_000
 # Other sizes, of which those are begun with whose steady states reach this share of the best.
-OTHER_SIZES_EFFORT, PROMISING = 18_000, 0.9
-# Other whole numbers at the best place; and kicks of it.
-WHOLES_EFFORT, KICKS_EFFORT = 14_000, 50_000
+OTHER_SIZES_EFFORT, PROMISING = 15_000, 0.9
+# Other whole numbers at the best place, and other places for those; then kicks, and fine steps at last.
+WHOLES_EFFORT, PLACES_EFFORT, KICKS_EFFORT, LAST_EFFORT = 12_000, 11_000, 40_000, 12_000
 # Of the effort that is left, what starts may take before they are moved.
 STARTS_SHARE = 0.5
 # Of the best starts, how many are moved first.
 MOVED_STARTS = 2
-# Of all that, what goes to what is best without bounds, and to what is best within: wide bounds cut off little.
-UNBOUNDED, BOUNDED = 0.3, 0.8
+# Of all that, what goes to what is best without bounds, and to what is best within: wide bounds cut off little.  And what goes to further
+# bounds, under which much is known already.
+UNBOUNDED, BOUNDED, AGAIN = 0.2, 0.9, 0.5
 # Of the mean seconds that passes may take, what is asked of steady states: some passes of the job will be longer.
 PACES = (0.98, 0.9)
 # Of the points that were found, how many are begun with under the next bounds.
@@ -52,8 +55,10 @@ class Solution:
         policy: the best. seconds: that the job should take with it. refused: share of requests that can never fit.
         request_seconds: of the request that takes longest.
         objective: what was minimised (see play.py).
-        steady: the linear program's answer for its schedule-free steady state, with what memory is worth; None where it has none.
+        point: its place in the space.
+        worth: tier -> relative gain of tokens/s per byte more of it, at the margin of the linear program; empty where that has no answer.
         num_played: policies that were played.
+        gain_per_gib: tier -> relative gain of tokens/s by 1 GiB more of it; empty where nobody looked.
     """
 
     policy: Policy
@@ -61,8 +66,10 @@ class Solution:
     refused: float
     request_seconds: float
     objective: float
-    steady: Steady | None
+    point: Point
+    worth: dict[str, float]
     num_played: int
+    gain_per_gib: dict[str, float] = field(default_factory=dict[str, float])
 
 
 class Search:
@@ -108,9 +115,10 @@ class Search:
 
     def _solution(self, bounds: Bounds) -> Solution:
         """The best policy that there is; it may exceed the bounds, where all do."""
+        share = AGAIN if self._found else BOUNDED if bounds.are_given else 1.0
         if bounds.are_given and not self._found:
             self._look(Bounds(), UNBOUNDED * self._patience)
-        point = self._look(bounds, (BOUNDED if bounds.are_given else 1.0) * self._patience)
+        point = self._look(bounds, share * self._patience)
         policy = self.player.policy(point) if point is not None else None
         if point is None or policy is None:
             raise CapacityError(shortage(self.space))
@@ -122,56 +130,31 @@ class Search:
             refused=outcome.refused,
             request_seconds=outcome.request_seconds,
             objective=self.player.score(point, bounds)[-1],
-            steady=next((each for each, spills in steady if spills == (policy.kv_disk_bytes > 0)), None),
+            point=point,
+            worth=next((each.worth for each, spills in steady if spills == (policy.kv_disk_bytes > 0)), dict[str, float]()),
             num_played=self.player.num_played,
         )
 
     def _look(self, bounds: Bounds, patience: float) -> Point | None:
         """The first size of micro-batches that fits leads; then others that promise as much; then all that is near the best; then kicks."""
-        score = functools.partial(self.player.score, bounds=bounds)
+        hunt = _Hunt(self.space, self.player, bounds, patience, self._found)
         caps = BOUNDED_CAPS if bounds.are_given else (1.0,)
-        found, most = dict(self._found), self.player.effort
-
-        def allow(effort: float) -> None:
-            """So much more, and what was saved before."""
-            nonlocal most
-            most += patience * effort
-
-        def goes_on() -> bool:
-            return self.player.effort < most
-
-        def begin_with(starts: Iterable[Point], effort: float) -> None:
-            """Score the starts, for as long as there is effort for that, and move the best of them."""
-            allow(effort)
-            enough = self.player.effort + STARTS_SHARE * (most - self.player.effort)
-            scored: list[Point] = []
-            for start in starts:
-                if self.player.effort >= enough:
-                    break
-                score(start)
-                scored.append(start)
-            chosen = varied(sorted(scored, key=score), MOVED_STARTS)
-            for few in (chosen[:MOVED_STARTS], chosen[MOVED_STARTS:]):
-                found.update(dict.fromkeys(climb(few, self.space, score, goes_on, also=found)))
-
         pass_seconds = self._pass_seconds(bounds)
         sizes, begun = self._sizes(pass_seconds), list[Point]()
         promising = self._promising(pass_seconds)
         while sizes and not begun:
             begun = list(self._begun(sizes.pop(0), caps, pass_seconds))
-        begin_with([*self._found, *begun], FIRST_SIZE_EFFORT)
+        hunt.begin_with([*self._found, *begun], FIRST_SIZE_EFFORT)
         also_promising = (point for tokens in promising if tokens in sizes for point in self._begun(tokens, caps, pass_seconds))
-        begin_with(also_promising, OTHER_SIZES_EFFORT)
-        if found:
-            begin_with(varied_wholes(min(found, key=score), self.space), WHOLES_EFFORT)
-            allow(KICKS_EFFORT)
-            kicked = wander(min(found, key=score), self.space, score, goes_on)
-            found[kicked] = None
-        while sizes and goes_on():
-            begin_with(self._begun(sizes.pop(0), caps, pass_seconds), 0)
-        ranked = sorted(found, key=score)
-        self._found |= dict.fromkeys(ranked[:REMEMBERED])
-        return ranked[0] if ranked else None
+        hunt.begin_with(also_promising, OTHER_SIZES_EFFORT)
+        for others, effort in ((varied_wholes, WHOLES_EFFORT), (varied_places, PLACES_EFFORT)):
+            hunt.begin_with(others(hunt.ranked[0], self.space) if hunt.ranked else (), effort)
+        hunt.go_on(wander, KICKS_EFFORT)
+        hunt.go_on(refine, LAST_EFFORT)
+        while sizes and hunt.goes_on():
+            hunt.begin_with(self._begun(sizes.pop(0), caps, pass_seconds), 0)
+        self._found |= dict.fromkeys(hunt.ranked[:REMEMBERED])
+        return hunt.ranked[0] if hunt.ranked else None
 
     def _pass_seconds(self, bounds: Bounds) -> float | None:
         """What a pass may take at most, for the longest answer, a pass per token, to be there in time; None where none is so fast."""
@@ -213,6 +196,47 @@ class Search:
             if policy is not None and policy not in begun:
                 begun.add(policy)
                 yield point
+
+
+class _Hunt:
+    """One look for the best within bounds: what it has found, best first, and the effort that it may spend.
+
+    Args:
+        patience: times the effort of its stages. known: points to begin with.
+    """
+
+    def __init__(self, space: Space, player: Player, bounds: Bounds, patience: float, known: Iterable[Point]) -> None:
+        self._space, self._player, self._patience = space, player, patience
+        self._score = functools.partial(player.score, bounds=bounds)
+        self._most = player.effort
+        self.ranked = sorted(known, key=self._score)
+
+    def goes_on(self) -> bool:
+        """Whether effort is left, of this stage or of earlier ones."""
+        return self._player.effort < self._most
+
+    def begin_with(self, starts: Iterable[Point], effort: float) -> None:
+        """Score the starts, for as long as there is effort for that, and move the best of them."""
+        self._most += self._patience * effort
+        enough = self._player.effort + STARTS_SHARE * (self._most - self._player.effort)
+        scored: list[Point] = []
+        for start in starts:
+            if self._player.effort >= enough:
+                break
+            self._score(start)
+            scored.append(start)
+        chosen = varied(sorted(scored, key=self._score), MOVED_STARTS)
+        for few in (chosen[:MOVED_STARTS], chosen[MOVED_STARTS:]):
+            self._take(climb(few, self._space, self._score, self.goes_on, also=self.ranked))
+
+    def go_on(self, move: Move, effort: float) -> None:
+        """Move the best."""
+        self._most += self._patience * effort
+        if self.ranked:
+            self._take([move(self.ranked[0], self._space, self._score, self.goes_on)])
+
+    def _take(self, found: Iterable[Point]) -> None:
+        self.ranked = sorted(dict.fromkeys([*self.ranked, *found]), key=self._score)
 
 
 def too_slow(bounds: Bounds, nearest: Outcome) -> str:

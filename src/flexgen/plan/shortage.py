@@ -15,6 +15,7 @@ from flexgen.sizes import GIB, format_size
 ROUNDS = 12
 # Pools are cut to whole bytes.
 ROUNDING_BYTES = 16
+ONE_REQUEST = "KV of one request"
 _FLAGS = {"host": "--host-mem", "device": "--device-mem", "disk": "--disk"}
 
 
@@ -67,10 +68,10 @@ def _needs(space: Space, weights: Fractions, homes: Fractions) -> dict[str, dict
     if space.limits.offload_in_memory:
         needs["host"]["KV in a memory file system"] = on_disk
     if on_disk:
-        needs["disk"] = {"KV of one request": on_disk}
+        needs["disk"] = {ONE_REQUEST: on_disk}
     for tier in ("host", "device"):
         if getattr(homes, tier):
-            needs[tier]["KV of one request"] = kv[tier]
+            needs[tier][ONE_REQUEST] = kv[tier]
     return needs
 
 
@@ -80,7 +81,7 @@ def _sentence(space: Space, tier: str, parts: Mapping[str, int]) -> str:
     return (
         f"{space.spec.name} needs at least {_gib_above(needed)} GiB of {tier}{' memory' * (tier != 'disk')} ({listed}), "
         f"{format_size(budget)} are in the budget, {_gib_above(needed - budget)} GiB are missing: raise {_FLAGS[tier]} to "
-        f"{_gib_above(needed)}GiB{_advice(space, tier)}"
+        f"{_gib_above(needed)}GiB{_advice(space, tier, shorter=parts.get(ONE_REQUEST, 0) > needed - budget)}"
     )
 
 
@@ -89,7 +90,8 @@ def _gib_above(size_bytes: int) -> str:
     return f"{math.ceil(size_bytes / GIB * 1000) / 1000:.3f}"
 
 
-def _advice(space: Space, tier: str) -> str:
+def _advice(space: Space, tier: str, *, shorter: bool) -> str:
+    """What else would help; `shorter` where shorter prompts would."""
     options = space.options
     pins = {"--weights": space.weights, "--kv": space.kv}
     advice = [f"give {tier} a smaller share in {flag}" for flag, pin in pins.items() if pin is not None and getattr(pin, tier) > 0]
@@ -99,4 +101,6 @@ def _advice(space: Space, tier: str) -> str:
                 advice.append(f"lower --{name.replace('_', '-')}")
         if space.limits.offload_in_memory and space.kv is not None and space.kv.disk > 0 and tier == "host":
             advice.append("give an --offload-dir that is no memory file system")
-    return "".join(f", or {each}" for each in [*advice, "shorten the longest prompts"])
+    if shorter:
+        advice.append("shorten the longest prompts")
+    return "".join(f", or {each}" for each in advice)

@@ -164,17 +164,19 @@ class Space:
             draft = resident if holds_largest(resident) else draft
         free = self.drafts.free(draft)
 
-        def free_for(max_num_seqs: int) -> dict[str, int]:
-            return self._left(draft, free, max_num_seqs)
-
         def is_fed(number: int) -> bool:
-            left = free_for(number)
+            left = self._left(draft, free, number)
             pools = self._pools(left, point.kv_homes, kv_disk)
             return min(left.values()) >= 0 and max(pools.values()) >= self.sizes.smallest and self._fed(pools) >= number
 
-        max_num_seqs = self.options.max_num_seqs or max(round(point.cap * _largest(len(self.workload), is_fed)), 1)
-        pools = self._pools(free_for(max_num_seqs), point.kv_homes, kv_disk, max_num_seqs)
-        if min(free_for(max_num_seqs).values()) < 0 or max(pools.values()) < self.sizes.smallest:
+        if self.options.max_num_seqs is not None:
+            max_num_seqs = self.options.max_num_seqs
+        else:
+            most = min(self._fed(self._pools(free, point.kv_homes, kv_disk)), len(self.workload))  # pools shrink as workspaces grow
+            max_num_seqs = max(round(point.cap * _largest(most, is_fed)), 1)
+        left = self._left(draft, free, max_num_seqs)
+        pools = self._pools(left, point.kv_homes, kv_disk, max_num_seqs)
+        if min(left.values()) < 0 or max(pools.values()) < self.sizes.smallest:
             return None
         found = {f"kv_{tier}_bytes": size for tier, size in pools.items()}
         found["kv_staging_bytes"] = draft.kv_staging_bytes + int(self._read_ahead * pools["disk"])

@@ -18,6 +18,8 @@ FIRST_QUOTAS, CORNER_QUOTAS = (0.4, 0.0, 0.7, 1.0), (0.1, 0.5)
 ENOUGH = 1.1
 # Shares of the weights that fit beside what computes, around which steady states are looked for too: there may be several as good.
 NEAR = (0.0, 0.25, 0.5, 0.75)
+# Of the weights that fit, when a good point's are placed elsewhere.
+SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 CORNERS: tuple[dict[str, Any], ...] = (
     {"on_device": 1.0, "on_host": 1.0},
     {"on_device": 1.0, "on_host": 1.0, "embedding": False},
@@ -43,6 +45,19 @@ def varied_wholes(best: Point, space: Space) -> list[Point]:
         points += [
             dataclasses.replace(best, schedule=schedule, quota=quota, cap=cap, embedding=embedding, micro_batch_tokens=tokens)
             for quota, cap, embedding, tokens in product(quotas, sorted(caps), (True, False), _near(best, space))
+        ]
+    return points
+
+
+def varied_places(best: Point, space: Space) -> list[Point]:
+    """A point with its weights elsewhere, on a coarse grid, under every schedule and sizes of micro-batches like its own."""
+    points: list[Point] = []
+    for schedule in space.schedules():
+        free = space.free_axes(schedule)
+        device, host = (SHARES if axis in free else (getattr(best, axis),) for axis in ("on_device", "on_host"))
+        points += [
+            dataclasses.replace(best, schedule=schedule, on_device=on_device, on_host=on_host, micro_batch_tokens=tokens)
+            for on_device, on_host, tokens in product(device, host, _near(best, space))
         ]
     return points
 

@@ -53,8 +53,6 @@ class Steady:
         num_seqs: live sequences. pass_seconds: of a pass. tokens_per_s: of output.
         weights, kv: shares per tier. seconds: resource -> seconds in a pass.
         worth: tier -> relative gain of tokens/s per byte more of it, at the margin (the dual values).
-        binding: resource -> relative gain of tokens/s per relative gain of its rate, at the margin; they add up to 1, or to more where
-            the time of a pass is bounded.
     """
 
     num_seqs: float
@@ -64,7 +62,6 @@ class Steady:
     kv: dict[str, float]
     seconds: dict[str, float]
     worth: dict[str, float]
-    binding: dict[str, float]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -190,8 +187,6 @@ class SteadyState:
             seconds=self._seconds(tiers, x, num_seqs),
             # One byte more relaxes its row, which is divided by B, by t.
             worth={tier: float(-dual * x[t] / x[tau]) for tier, dual in memory.items()},
-            # A resource that is worth anything takes all of the pass.
-            binding={name: float(-dual) for name, dual in zip(self._resources, duals, strict=False)},
         )
 
     def _memory_row(self, room: Room, tiers: Sequence[str], tier: str, size: int) -> Floats:
