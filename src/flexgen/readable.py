@@ -47,7 +47,7 @@ def format_forecast(forecast: Forecast) -> list[str]:
     # Of passes that differ, the resource that decides most of the time need not be the one with the largest mean.
     often = " most of the time" if forecast.resource_seconds[forecast.bottleneck] < max(forecast.resource_seconds.values()) else ""
     parts = [
-        f"{name.replace('_', ' ')} {format_seconds(seconds)}{f' (the bottleneck{often})' if name == forecast.bottleneck else ''}"
+        f"{_resource(name)} {format_seconds(seconds)}{f' (the bottleneck{often})' if name == forecast.bottleneck else ''}"
         for name, seconds in resources
         if seconds >= LEAST_SHOWN * forecast.pass_seconds or name == forecast.bottleneck
     ]
@@ -63,7 +63,7 @@ def format_forecast(forecast: Forecast) -> list[str]:
     if forecast.num_refused:
         lines.append(f"         {forecast.num_refused:,} requests can never fit")
     gains = [(f"1 GiB more of {tier} memory", gain) for tier, gain in forecast.gain_per_gib.items()]
-    gains += [(f"{name.replace('_', ' ')} {FASTER:.0%} faster", FASTER * gain) for name, gain in forecast.gain_per_rate.items()]
+    gains += [(f"{_resource(name)} {FASTER:.0%} faster", FASTER * gain) for name, gain in forecast.gain_per_rate.items()]
     told = [f"{what}: +{gain:.1%}" for what, gain in gains if gain >= LEAST_GAIN]
     return [*lines, f"         what would help, at the margin, in tokens/s: {'; '.join(told)}"] if told else lines
 
@@ -87,6 +87,11 @@ def format_memory(forecast: Forecast) -> list[str]:
         listed = ", ".join(f"{name} {format_size(size)}" for name, size in parts.items() if size)
         lines.append(f"  {tier:<7}  {format_size(sum(parts.values()))} of {format_size(forecast.budget_bytes.get(tier, 0))}: {listed}")
     return lines
+
+
+def _resource(name: str) -> str:
+    """What a resource is called."""
+    return "issuing work" if name == "lead" else name.replace("_", " ")
 
 
 def _shares(fractions: Fractions) -> str:
@@ -144,7 +149,7 @@ def _against_forecast(report: RunReport) -> list[str]:
     for resource, ratio in report.rate_ratios.items():
         if abs(ratio - 1) > RATE_TOLERANCE:
             lines.append(
-                f"{resource.replace('_', ' ')} was {abs(ratio - 1):.0%} {'faster' if ratio > 1 else 'slower'} than measured before: "
+                f"{_resource(resource)} was {abs(ratio - 1):.0%} {'faster' if ratio > 1 else 'slower'} than measured before: "
                 "`flexgen profile` measures this machine again"
             )
     return lines

@@ -10,6 +10,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from flexgen.errors import OptionError
 from flexgen.options import TIERS, EngineOptions, parse_placement
@@ -51,6 +52,13 @@ class Point:
     embedding: bool
     schedule: str
     micro_batch_tokens: int
+
+
+class _Homes(NamedTuple):
+    """Of KV: in memory as `kv_homes` of a point, and on disk."""
+
+    memory: float
+    disk: float
 
 
 AXES = ("on_device", "on_host", "kv_homes", "kv_disk", "quota", "cap")
@@ -139,43 +147,20 @@ class Space:
 
     def policy(self, point: Point) -> Policy | None:
         """The policy of a point, or None where it does not fit."""
-        kv_disk = 0.0 if point.kv_disk < LEAST_SPILL else point.kv_disk
-        spills = kv_disk > 0 or (self.kv is not None and self.kv.disk > 0)
+        kv = _Homes(point.kv_homes, 0.0 if point.kv_disk < LEAST_SPILL else point.kv_disk)
+        spills = kv.disk > 0 or (self.kv is not None and self.kv.disk > 0)
         bare = self._bare(point, spills=spills)
         weights = self.weights or self._place(bare, point.on_device, point.on_host)
         draft = self.drafts.draft(weights, point.schedule, point.micro_batch_tokens, bare.prefill_tokens, spills=spills)
-
-        def holds_largest(tried: Policy) -> bool:
-            left = self._left(tried, self.drafts.free(tried), self.options.max_num_seqs or 1)
-            return min(left.values()) >= 0 and max(self._pools(left, point.kv_homes, kv_disk).values()) >= self.sizes.largest
-
         if point.schedule == "diagonal" and self.options.prefill_tokens is None:
-            pool_bytes = sum(self._pools(self.drafts.free(draft), point.kv_homes, kv_disk).values())
-
-            def leaves_room(tokens: int) -> bool:
-                return holds_largest(self.drafts.draft(weights, point.schedule, point.micro_batch_tokens, tokens, spills=spills))
-
-            wanted = self.sizes.quota(pool_bytes, point.quota)
-            prefill_tokens = wanted if leaves_room(wanted) else _largest(wanted, leaves_room)
-            draft = self.drafts.draft(weights, point.schedule, point.micro_batch_tokens, prefill_tokens, spills=spills)
+            draft = self._with_quota(draft, kv, point.quota, spills=spills)
         # Rows are gathered as long as any unit streams: the same bytes of units save more reading.
         if point.embedding and weights.disk == 0:
             resident = dataclasses.replace(draft, embedding_resident=True)
-            draft = resident if holds_largest(resident) else draft
-        free = self.drafts.free(draft)
-
-        def is_fed(number: int) -> bool:
-            left = self._left(draft, free, number)
-            pools = self._pools(left, point.kv_homes, kv_disk)
-            return min(left.values()) >= 0 and max(pools.values()) >= self.sizes.smallest and self._fed(pools) >= number
-
-        if self.options.max_num_seqs is not None:
-            max_num_seqs = self.options.max_num_seqs
-        else:
-            most = min(self._fed(self._pools(free, point.kv_homes, kv_disk)), len(self.workload))  # pools shrink as workspaces grow
-            max_num_seqs = max(round(point.cap * _largest(most, is_fed)), 1)
-        left = self._left(draft, free, max_num_seqs)
-        pools = self._pools(left, point.kv_homes, kv_disk, max_num_seqs)
+            draft = resident if self._holds_largest(resident, kv) else draft
+        max_num_seqs = self.options.max_num_seqs or max(round(point.cap * self._num_seqs_fed(draft, kv)), 1)
+        left = self._left(draft, self.drafts.free(draft), max_num_seqs)
+        pools = self._pools(left, kv, max_num_seqs)
         if min(left.values()) < 0 or max(pools.values()) < self.sizes.smallest:
             return None
         found = {f"kv_{tier}_bytes": size for tier, size in pools.items()}
@@ -185,6 +170,34 @@ class Space:
         if self.options.prefill_tokens is None:
             found["prefill_tokens"] = min(draft.prefill_tokens, max_num_seqs * self.sizes.longest_prompt)
         return dataclasses.replace(self.drafts.for_seqs(draft, max_num_seqs), kv=self.kv or pool_fractions(pools), **found)
+
+    def _with_quota(self, draft: Policy, kv: _Homes, quota: float, *, spills: bool) -> Policy:
+        """The draft with that share of prompt tokens per pass, or with the most that leaves room for the KV of one request."""
+
+        def admitting(tokens: int) -> Policy:
+            return self.drafts.draft(draft.weights, draft.schedule, draft.micro_batch_tokens, tokens, spills=spills)
+
+        wanted = self.sizes.quota(sum(self._pools(self.drafts.free(draft), kv).values()), quota)
+        if self._holds_largest(admitting(wanted), kv):
+            return admitting(wanted)
+        return admitting(_largest(wanted, lambda tokens: self._holds_largest(admitting(tokens), kv)))
+
+    def _holds_largest(self, draft: Policy, kv: _Homes) -> bool:
+        """Whether the draft leaves room for the KV of the largest request."""
+        left = self._left(draft, self.drafts.free(draft), self.options.max_num_seqs or 1)
+        return min(left.values()) >= 0 and max(self._pools(left, kv).values()) >= self.sizes.largest
+
+    def _num_seqs_fed(self, draft: Policy, kv: _Homes) -> int:
+        """The most sequences that the pools which their workspace leaves keep alive."""
+        free = self.drafts.free(draft)
+
+        def is_fed(number: int) -> bool:
+            left = self._left(draft, free, number)
+            pools = self._pools(left, kv)
+            return min(left.values()) >= 0 and max(pools.values()) >= self.sizes.smallest and self._fed(pools) >= number
+
+        # Pools shrink as workspaces grow.
+        return _largest(min(self._fed(self._pools(free, kv)), len(self.workload)), is_fed)
 
     def room(self, point: Point, *, spills: bool) -> tuple[Policy, Room]:
         """A policy of the fewest sequences with all weights on disk, and what that leaves for weights and KV."""
@@ -250,10 +263,10 @@ class Space:
         grown = self.drafts.growth(draft, max_num_seqs)
         return {tier: size - grown * (tier == self.computing) for tier, size in free.items()}
 
-    def _pools(self, free: dict[str, int], kv_homes: float, kv_disk: float, max_num_seqs: int | None = None) -> dict[str, int]:
+    def _pools(self, free: dict[str, int], kv: _Homes, max_num_seqs: int | None = None) -> dict[str, int]:
         """Pool bytes per tier; no more than so many sequences (by default all requests) can need."""
         if self.kv is None:
-            pools = kv_pools(free, self.disk_bytes, kv_homes, kv_disk, staged=self.staged)
+            pools = kv_pools(free, self.disk_bytes, kv.memory, kv.disk, staged=self.staged)
         else:
             pools = self._pinned_pools(self.kv, {tier: max(size, 0) for tier, size in free.items()})
         # A sequence lives in one tier, so each tier may leave a gap of almost the largest.
