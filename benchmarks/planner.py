@@ -25,7 +25,7 @@ from flexgen.options import EngineOptions
 from flexgen.plan.bounds import Bounds
 from flexgen.plan.catalogue import catalogue_spec
 from flexgen.plan.default import space_of
-from flexgen.plan.machines import find_machine, limits_of
+from flexgen.plan.machines import beside_checkpoint, find_machine, limits_of
 from flexgen.plan.search import Search, Solution
 from flexgen.plan.workload import Workload
 
@@ -62,7 +62,8 @@ class Case:
         """
         machine, spec = find_machine(self.box), catalogue_spec(self.model)
         options = EngineOptions(dtype=spec.dtype, **self.options, **(pins or {}))
-        space = space_of(options, spec, machine, limits_of(machine, options), self.workload, process_bytes=PROCESS_BYTES)
+        limits = beside_checkpoint(limits_of(machine, options), spec.checkpoint_bytes, options)
+        space = space_of(options, spec, machine, limits, self.workload, process_bytes=PROCESS_BYTES)
         return Search(space, patience=patience).best(Bounds(request_seconds=options.max_request_seconds))
 
     def rate(self, found: Solution) -> float:

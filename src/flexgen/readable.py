@@ -33,7 +33,7 @@ def format_plan(plan: Plan) -> str:
         f"staging {format_size(staging)}, workspace {format_size(policy.workspace_bytes)}",
         f"  KV       {format_size(policy.kv_bytes)}: {_shares(policy.kv)}; {format_size(spec.kv_bytes_per_token)} per token, "
         f"pages of {policy.page_tokens} tokens",
-        f"  a pass   up to {policy.max_num_seqs:,} sequences and {policy.prefill_tokens:,} prompt tokens, "
+        f"  a pass   up to {policy.max_num_seqs:,} sequences and, on average, {policy.prefill_tokens:,} prompt tokens; "
         f"{policy.micro_batch_tokens:,} tokens at a time",
     ]
     return "\n".join(lines + [f"  {line}" for line in format_forecast(plan.forecast)])

@@ -7,7 +7,7 @@ from flexgen.errors import OptionError
 from flexgen.options import EngineOptions
 from flexgen.plan.machine import Rate
 from flexgen.plan.machine_file import read_machine
-from flexgen.plan.machines import find_machine, limits_of, machine_names
+from flexgen.plan.machines import beside_checkpoint, find_machine, limits_of, machine_names
 from flexgen.sizes import GIB
 
 
@@ -84,6 +84,15 @@ def test_budgets_of_a_machine_that_is_not_this_one(make_machine):
         limits_of(machine, EngineOptions(device="cpu"))
     with pytest.raises(OptionError, match="has no device tier"):
         limits_of(make_machine(), EngineOptions(device_mem="1GiB"))
+
+
+def test_a_checkpoint_takes_its_part_of_the_disk():
+    machine = find_machine("16gb-gpu-64gb")
+    limits = limits_of(machine, EngineOptions())
+    assert beside_checkpoint(limits, 500 * 10**9, EngineOptions()).disk_bytes == int(0.8 * (machine.disk_bytes - 500 * 10**9))
+    assert beside_checkpoint(limits, 2 * machine.disk_bytes, EngineOptions()).disk_bytes == 0
+    asked = EngineOptions(disk="100GiB")
+    assert beside_checkpoint(limits_of(machine, asked), 500 * 10**9, asked).disk_bytes == 100 * GIB
 
 
 def test_the_best_rate_over_all_rows(make_machine):

@@ -135,6 +135,7 @@ def plan(
     from flexgen.plan.default import space_of
     from flexgen.plan.forecast import make_plan
     from flexgen.plan.formats import faster_format
+    from flexgen.plan.machines import beside_checkpoint
     from flexgen.plan.pareto import pareto as curve_of
     from flexgen.specs import spec_of
 
@@ -142,6 +143,8 @@ def plan(
     _check(asked)
     limits, box = _limits_and_machine(options, machine)
     spec = spec_of(model, device=limits.device, dtype=options.dtype, revision=options.revision)
+    if box is not None:
+        limits = beside_checkpoint(limits, spec.checkpoint_bytes, options)
     context = min(spec.max_position_embeddings, options.max_model_len or spec.max_position_embeddings)
     workload = _equal_lengths(asked, context) if source is None else _lengths_of(source, model, options, max_tokens)
     question = _Question(model=model, options=options, limits=limits, box=box, workload=workload)

@@ -23,6 +23,10 @@ DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 ALIGNMENT_SLACK_BYTES = 2 * 4096
 
 
+# Units of at least this share of active weights are not experts (packed sizes include alignment).
+WHOLE_SHARE = 0.9
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PassWork:
     """What one pass moves and computes.
@@ -90,6 +94,12 @@ def needs_decode(unit: UnitSpec) -> bool:
     if unit.plain is not None:
         return not unit.plain
     return abs(unit.decoded_bytes - unit.disk_bytes) > ALIGNMENT_SLACK_BYTES
+
+
+def active_share(unit: UnitSpec, dtype: str) -> float:
+    """Of a unit's weights, those that a token passes through: 1 but for experts, which see that share of the rows."""
+    share = unit.flops_per_token / max(2 * unit.decoded_bytes / DTYPE_BYTES[dtype], 1)
+    return 1.0 if share >= WHOLE_SHARE else float(f"{share:.3g}")
 
 
 def unit_homes(spec: ModelSpec, fractions: Fractions) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from flexgen.plan.cost import DTYPE_BYTES, PassWork
+from flexgen.plan.cost import DTYPE_BYTES, PassWork, active_share
 from flexgen.plan.machine import Curve, Machine
 from flexgen.plan.model import ModelSpec
 from flexgen.plan.policy import Policy
@@ -23,8 +23,6 @@ RESOURCES = ("disk", "host_to_device", "device_to_host", "compute", "host_comput
 # How often elementwise operations of a decoder layer read or write each number of a hidden and of an intermediate state:
 # two norms (in float32 inside), two residuals and the rotation; activation and gate.  Rates are measured by the same count.
 PASSES_PER_HIDDEN, PASSES_PER_INTERMEDIATE = 40, 5
-# Units of at least this share of active weights are not experts (packed sizes include alignment).
-WHOLE_SHARE = 0.9
 
 
 def elementwise_bytes(hidden_size: int, intermediate_size: int, dtype: str) -> int:
@@ -46,7 +44,7 @@ class Expectation:
         self._head: dict[float, float] = {}
         for unit in spec.units:
             part = self._head if unit.head else self._body
-            share = _active_share(unit.flops_per_token, unit.decoded_bytes, dtype)
+            share = active_share(unit, dtype)
             part[share] = part.get(share, 0.0) + unit.flops_per_token
         self._num_layers = sum(group.num_layers for group in spec.kv_groups)
         elementwise = machine.elementwise.get(dtype, machine.host_memory).typical
@@ -147,12 +145,6 @@ def rate_at(curve: Curve, rows: Any) -> Any:
     known = np.array([(size, rate.typical) for size, rate in curve], dtype=np.float64)
     rates = _interpolated(rows, known[:, 0], known[:, 1])
     return rates * np.minimum(np.maximum(rows, 1.0) / known[0, 0], 1.0)
-
-
-def _active_share(flops_per_token: float, decoded_bytes: int, dtype: str) -> float:
-    """Of a unit's weights, those that a token passes through: 1 but for experts."""
-    share = flops_per_token / max(2 * decoded_bytes / DTYPE_BYTES[dtype], 1)
-    return 1.0 if share >= WHOLE_SHARE else float(f"{share:.3g}")
 
 
 def _interpolated(at: Any, sizes: Any, values: Any) -> Any:

@@ -32,7 +32,8 @@ class JobSizes:
     Attributes:
         largest, smallest, all: KV bytes at their longest (all: shared ones once); of a single one with what windowed layers
             hold of it during its prompt. mean: of a live sequence. layer: of one layer of the longest.
-        prompt_tokens: to compute. longest_prompt, longest: tokens of a prompt, of a whole sequence.
+        prompt_tokens: to compute. shortest_prompt: of them, the fewest of a request. longest_prompt, longest: tokens of a prompt, of a
+            whole sequence.
     """
 
     def __init__(self, spec: ModelSpec, workload: Workload, page_tokens: int) -> None:
@@ -46,6 +47,7 @@ class JobSizes:
         shared = [int(each) for each in shared_kv_bytes(spec, page_tokens, max(found))[found]]
         self.prompt_tokens = sum(prompts) - sum(found)
         self.longest_prompt, self.longest = max(prompts), max(longest)
+        self.shortest_prompt = min(s - c for s, c in zip(prompts, found, strict=True))
         whole = sum(
             (align_up(self.longest, page_tokens) + page_tokens) * group.num_layers * group.bytes_per_token
             for group in spec.kv_groups

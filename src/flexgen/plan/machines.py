@@ -78,6 +78,13 @@ def limits_of(machine: Machine, options: EngineOptions) -> Limits:
     )
 
 
+def beside_checkpoint(limits: Limits, checkpoint_bytes: int, options: EngineOptions) -> Limits:
+    """The budgets of `limits_of` once the model lies on the same disk; `--disk` is what it says."""
+    if options.disk is not None:
+        return limits
+    return dataclasses.replace(limits, disk_bytes=int(STORAGE_SHARE * max(limits.disk_total_bytes - checkpoint_bytes, 0)))
+
+
 def _granted(flag: str, text: str | None, total_bytes: int, share: float) -> int:
     if text is None:
         return int(share * total_bytes)

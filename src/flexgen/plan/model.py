@@ -97,6 +97,11 @@ class ModelSpec:
         """Bytes one pass reads when nothing is resident."""
         return sum(unit.disk_bytes for unit in self.units)
 
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Bytes of the weights on disk, about."""
+        return self.streamed_bytes + self.embedding_bytes + self.resident_bytes
+
     @cached_property
     def decoded_bytes(self) -> int:
         return sum(unit.decoded_bytes for unit in self.units)

@@ -14,7 +14,7 @@ from flexgen.plan.simulate import Simulation
 from flexgen.plan.space import Point, Space
 
 # Between plans that are about as fast, the one with shorter passes (results come sooner, forecasts matter less) and that moves
-# less (what does not move is never late).
+# less (what does not move is never late; from the disk least of all).
 LONG_PASS_PENALTY, MOVING_PENALTY = 0.003, 0.003
 # What spilling has to gain, for the life of the disk and its other users.
 SPILL_PENALTY = 0.05
@@ -40,7 +40,7 @@ class Outcome:
 def objective(policy: Policy, quota: float, seconds: float) -> float:
     """What is minimised: seconds, a little more for long passes, for what moves, and for what is written to disk."""
     computing = "host" if policy.device == "cpu" else "device"
-    moving = 2 - getattr(policy.weights, computing) - getattr(policy.kv, computing)
+    moving = 2 - getattr(policy.weights, computing) - getattr(policy.kv, computing) + policy.weights.disk
     return seconds * (1 + LONG_PASS_PENALTY * quota + MOVING_PENALTY * moving + SPILL_PENALTY * policy.kv.disk)
 
 

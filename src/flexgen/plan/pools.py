@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from flexgen.options import TIERS
 from flexgen.plan.policy import Fractions
 
 
@@ -32,6 +33,15 @@ def kv_pools(free: dict[str, int], disk_bytes: int, kv_homes: float, kv_disk: fl
     ratio = kv_disk / (1 - kv_disk)
     host = min(host, int(max(room - staged * ratio * device, 0) / (1 + staged * ratio)))
     return {"device": device, "host": host, "disk": min(int((device + host) * ratio), most)}
+
+
+def first_of(pools: dict[str, int], enough: int) -> dict[str, int]:
+    """Pools that together have no more than `enough`: the fastest tiers keep what they have."""
+    kept: dict[str, int] = {}
+    for tier in TIERS:
+        kept[tier] = min(pools[tier], enough)
+        enough -= kept[tier]
+    return kept
 
 
 def pool_fractions(pools: dict[str, int]) -> Fractions:

@@ -99,6 +99,8 @@ class Search:
         for _ in range(ATTEMPTS):
             if not bounds.excess(whole.request_seconds, whole.seconds):
                 return found
+            if asked.excess(found.request_seconds, found.seconds):
+                break  # not even the sample
             # The sample that was searched on flatters: asked for as much less, the whole job will keep the bounds.
             asked = asked.tightened(found.request_seconds / whole.request_seconds, found.seconds / whole.seconds)
             found = self._solution(asked)
@@ -169,12 +171,10 @@ class Search:
         return {tokens: steady[0][0].tokens_per_s for tokens, steady in states.items() if steady}
 
     def _sizes(self, pass_seconds: float | None) -> list[int]:
-        """Sizes of micro-batches, largest first; where passes may not take long, those with the fastest steady states first."""
-        sizes = self.space.micro_batches()
-        if pass_seconds is None:
-            return sizes
+        """Sizes of micro-batches, those with the fastest steady states first; of about equals the largest."""
         rates = self._rates(pass_seconds)
-        return sorted(sizes, key=lambda tokens: -rates.get(tokens, 0.0))
+        best = max(rates.values(), default=1.0)
+        return sorted(self.space.micro_batches(), key=lambda tokens: (-round(rates.get(tokens, 0.0) / best, 2), -tokens))
 
     def _promising(self, pass_seconds: float | None) -> list[int]:
         """Sizes of micro-batches whose steady states are about as fast as the best."""

@@ -14,14 +14,14 @@ from typing import NamedTuple
 
 from flexgen.errors import OptionError
 from flexgen.options import TIERS, EngineOptions, parse_placement
-from flexgen.plan.cost import DTYPE_BYTES, memory_bytes
+from flexgen.plan.cost import DTYPE_BYTES, active_share, memory_bytes
 from flexgen.plan.drafts import Drafts
 from flexgen.plan.job import JobSizes
 from flexgen.plan.layout import Layouts
 from flexgen.plan.machine import Limits, Machine
 from flexgen.plan.model import ModelSpec
 from flexgen.plan.policy import Fractions, Policy
-from flexgen.plan.pools import kv_pools, placed_weights, pool_fractions
+from flexgen.plan.pools import first_of, kv_pools, placed_weights, pool_fractions
 from flexgen.plan.simulate import PAGE_TOKENS
 from flexgen.plan.steady import Room
 from flexgen.plan.workload import Workload
@@ -61,6 +61,8 @@ class _Homes(NamedTuple):
     disk: float
 
 
+# Most tokens of a micro-batch, unless pinned.
+WIDEST = 16384
 AXES = ("on_device", "on_host", "kv_homes", "kv_disk", "quota", "cap")
 
 
@@ -109,14 +111,20 @@ class Space:
         self.staged = self._read_ahead + self._tails
 
     def micro_batches(self) -> list[int]:
-        """The fewest rows at which dense rates are near their best, within reason; smaller ones where those do not fit."""
+        """From the rows at which dense rates are near their best even for experts, which see a part of them, to what fits anywhere.
+
+        Row by row a micro-batch is all that a pass carries: there larger ones are worth trying whatever the rates.
+        """
         if self.options.micro_batch_tokens is not None:
             return [self.options.micro_batch_tokens]
         points = self.machine.dense[self.machine.known(self.dtype)]
         best = max(rate.best for _, rate in points)
         favourable = round(min(rows for rows, rate in points if rate.best >= 0.97 * best))
         first = 512 if self.on_cpu else min(max(favourable, 512), 4096)
-        return [first, *(tokens for tokens in (256, 128, 64, 32) if tokens < first)]
+        share = min((active_share(unit, self.dtype) for unit in self.spec.units if unit.flops_per_token > 0), default=1.0)
+        widest = WIDEST if self.options.schedule == "row" else min(first / share, WIDEST)
+        sizes = [first * 2**power for power in range(WIDEST.bit_length()) if first * 2**power <= max(widest, first)]
+        return [*reversed(sizes), *(tokens for tokens in (256, 128, 64, 32) if tokens < first)]
 
     def schedules(self) -> tuple[str, ...]:
         """Those to choose from: one micro-batch at a time is for comparisons only."""
@@ -196,8 +204,10 @@ class Space:
             pools = self._pools(left, kv)
             return min(left.values()) >= 0 and max(pools.values()) >= self.sizes.smallest and self._fed(pools) >= number
 
-        # Pools shrink as workspaces grow.
-        return _largest(min(self._fed(self._pools(free, kv)), len(self.workload)), is_fed)
+        most = min(self._fed(self._pools(free, kv)), len(self.workload))  # pools shrink as workspaces grow
+        if draft.schedule == "row":
+            most = min(most, max(draft.micro_batch_tokens // self.sizes.shortest_prompt, 1))
+        return _largest(most, is_fed)
 
     def room(self, point: Point, *, spills: bool) -> tuple[Policy, Room]:
         """A policy of the fewest sequences with all weights on disk, and what that leaves for weights and KV."""
@@ -265,15 +275,17 @@ class Space:
 
     def _pools(self, free: dict[str, int], kv: _Homes, max_num_seqs: int | None = None) -> dict[str, int]:
         """Pool bytes per tier; no more than so many sequences (by default all requests) can need."""
-        if self.kv is None:
-            pools = kv_pools(free, self.disk_bytes, kv.memory, kv.disk, staged=self.staged)
-        else:
+        if self.kv is not None:
             pools = self._pinned_pools(self.kv, {tier: max(size, 0) for tier, size in free.items()})
+        else:
+            pools = kv_pools(free, self.disk_bytes, kv.memory, kv.disk, staged=self.staged)
         # A sequence lives in one tier, so each tier may leave a gap of almost the largest.
         live = self.sizes.all if max_num_seqs is None else min(self.sizes.all, max_num_seqs * self.sizes.largest)
         enough = live + self.sizes.largest * sum(size > 0 for size in pools.values())
-        share = min(enough / max(sum(pools.values()), 1), 1.0)
-        return {tier: int(size * share) for tier, size in pools.items()}
+        if self.kv is not None:
+            share = min(enough / max(sum(pools.values()), 1), 1.0)
+            return {tier: int(size * share) for tier, size in pools.items()}
+        return first_of(pools, enough)
 
     def _pinned_pools(self, kv: Fractions, free: dict[str, int]) -> dict[str, int]:
         """The largest pools in the given proportion; those on disk take staging, or all of a folder in memory, from the host's."""
