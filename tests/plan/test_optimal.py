@@ -130,6 +130,38 @@ def test_freedom_costs_little_on_large_jobs(model, box, output_len):
     assert seconds() <= 1.03 * min(seconds(weights=shares) for shares in pins if shares != "device=1" or "70b" not in model)
 
 
+@pytest.mark.parametrize(
+    ("model", "box", "options", "widest"),
+    [
+        ("llama-3-8b", "rtx4090-64gb", {}, 1),
+        ("qwen3-30b-a3b", "rtx4090-64gb", {}, 16),  # 8 of 128 experts
+        ("llama-3-8b", "rtx4090-64gb", {"schedule": "row"}, 32),
+    ],
+)
+def test_micro_batches_are_wide_enough(model, box, options, widest):
+    machine, spec = find_machine(box), catalogue_spec(model)
+    options = EngineOptions(dtype=spec.dtype, **options)
+    sizes = Space(
+        options, spec, machine, limits_of(machine, options), Workload(prompt_lens=(512,), output_lens=(8,)), int(1.5e9), TIERS
+    ).micro_batches()
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[0] == widest * 512
+    assert sizes[-1] == 32
+
+
+def test_experts_get_wide_micro_batches():
+    machine, spec = find_machine("rtx4090-64gb"), catalogue_spec("qwen3-30b-a3b")
+    workload = Workload(prompt_lens=(2000,) * 1000, output_lens=(10,) * 1000)
+
+    def seconds(**pins):
+        options = EngineOptions(dtype=spec.dtype, **pins)
+        return solve(options, spec, machine, limits_of(machine, options), workload, process_bytes=int(1.5e9)).seconds
+
+    free = seconds()
+    assert free <= 1.05 * min(seconds(micro_batch_tokens=tokens) for tokens in (1024, 2048, 4096))
+    assert free <= 0.75 * seconds(micro_batch_tokens=512)
+
+
 # The linear program
 
 

@@ -228,8 +228,9 @@ def _describe(job: Job, workload: Workload) -> str:
     limit = f"{bare.max_tokens:,} tokens" if bare.max_tokens is not None else f"up to the context of {job.llm.max_model_len:,}"
     sampling = "greedy" if bare.temperature == 0 else f"temperature {bare.temperature:g}, top_p {bare.top_p:g}, top_k {bare.top_k}"
     sampling = ", ".join([sampling, *_unusual(bare)])
+    bad = f"{job.num_bad_lines:,} of them bad" + (f" ({job.first_bad})" if job.first_bad else "")
     told = (
-        f"{job.source}: {job.num_lines:,} lines, {job.num_bad_lines:,} of them bad, {found:,} done before, {len(workload):,} to answer: "
+        f"{job.source}: {job.num_lines:,} lines, {bad}, {found:,} done before, {len(workload):,} to answer: "
         f"{workload.prompt_tokens:,} prompt and at most {workload.output_tokens:,} output tokens\n"
         f"where lines do not say: {sampling}, {limit}; /v1/completions: {COMPLETIONS_MAX_TOKENS} tokens"
     )

@@ -200,10 +200,12 @@ def _lengths_of(source: Path, model: str, options: EngineOptions, max_tokens: in
     with load(model, dataclasses.replace(options, load_format="dummy"), "none") as llm:
         job = Job(llm, source, None, defaults=bare_defaults(llm, max_tokens))
         workload = job.scan()
+    if not job.num_lines:
+        raise OptionError(f"--input {source}: it has no lines")
     if not len(workload):
-        raise OptionError(f"--input {source}: none of its {job.num_lines:,} lines can be answered")
+        raise OptionError(f"--input {source}: none of its {job.num_lines:,} lines can be answered ({job.first_bad})")
     if job.num_bad_lines:
-        print(f"{source}: {job.num_bad_lines:,} of {job.num_lines:,} lines are bad and left out", file=sys.stderr)
+        print(f"{source}: {job.num_bad_lines:,} of {job.num_lines:,} lines are bad and left out ({job.first_bad})", file=sys.stderr)
     return workload
 
 

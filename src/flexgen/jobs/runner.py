@@ -48,7 +48,7 @@ class Job:
 
     Attributes:
         num_lines: lines that are not blank.
-        num_bad_lines: those that the scan answered with an error.
+        num_bad_lines: those that the scan answered with an error. first_bad: the first of them and what is wrong with it.
         started: whether the model has taken requests.
         remarks: on the lines that the scan left for the model.
         num_resumed: answers that went on where an earlier run left them. tokens_kept: of theirs, not generated again.
@@ -67,6 +67,7 @@ class Job:
     ) -> None:
         self.llm, self.source, self.store, self.defaults = llm, source, store, defaults
         self.num_lines = self.num_bad_lines = 0
+        self.first_bad = ""
         self.started = False
         self.num_resumed = self.tokens_kept = 0
         self._checkpoint_seconds, self._next_checkpoint = checkpoint_seconds, 0.0
@@ -128,6 +129,7 @@ class Job:
             census.add(read.origin)
             if isinstance(read, Refused):
                 self.num_bad_lines += 1
+                self.first_bad = self.first_bad or f"line {read.origin.line_number}: {read.error}"
                 if self.store is not None:
                     self.store.add(failure(read, read.error))
                 continue
