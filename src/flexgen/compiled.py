@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,5 +34,6 @@ def _forget_outdated(cache: Path, file: Path) -> None:
     """Remove what was compiled before a change of any file beside `file`; Numba itself looks at the function's own file only."""
     newest = max(source.stat().st_mtime for source in file.parent.glob("*.py"))
     for compiled in cache.glob(f"{file.stem}.*.nb[ic]"):
-        if compiled.stat().st_mtime < newest:
-            compiled.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):  # another process was faster
+            if compiled.stat().st_mtime < newest:
+                compiled.unlink()

@@ -9,6 +9,8 @@ from flexgen.plan.forecast import Plan
 
 # From this on it is worth a sentence.
 WORTH_SAYING = 1.5
+# Of gains that differ by less than searches do, the first counts.
+ABOUT_EQUAL = 0.97
 # Computed dtype -> those that take half the bytes and less time, the one with the wider range first.
 NARROWER = {"float64": ("float32", "bfloat16", "float16"), "float32": ("bfloat16", "float16")}
 
@@ -29,5 +31,5 @@ def faster_format(plan: Plan, plan_in: Callable[[str], Plan | None]) -> FasterFo
     """
     others = {dtype: other for dtype in NARROWER.get(plan.policy.dtype, ()) if (other := plan_in(dtype)) is not None}
     gains = [FasterFormat(dtype, plan.forecast.seconds / max(other.forecast.seconds, 1e-9)) for dtype, other in others.items()]
-    best = max(gains, key=lambda gain: gain.speedup, default=None)
-    return best if best is not None and best.speedup >= WORTH_SAYING else None
+    least = max([ABOUT_EQUAL * gain.speedup for gain in gains] + [WORTH_SAYING])
+    return next((gain for gain in gains if gain.speedup >= least), None)
