@@ -44,6 +44,6 @@ def test_changed_sources_are_compiled_again(tmp_path: Path) -> None:
 
 def test_what_another_process_removes_meanwhile_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "decode.py").touch()
-    monkeypatch.setattr(Path, "glob", lambda folder, pattern: iter([*folder.iterdir(), folder / "decode.f-1.py311.nbi"]))
+    monkeypatch.setattr(Path, "glob", lambda folder, pattern: iter([folder / ("decode.py" if pattern == "*.py" else "gone.nbi")]))
     compiled._forget_outdated(tmp_path, tmp_path / "decode.py")
     assert [path.name for path in tmp_path.iterdir()] == ["decode.py"]
