@@ -124,10 +124,13 @@ def test_freedom_costs_little_on_large_jobs(model, box, output_len):
 
     def seconds(**pins):
         options = EngineOptions(dtype=spec.dtype, **pins)
-        return solve(options, spec, machine, limits_of(machine, options), workload, process_bytes=int(1.5e9)).seconds
+        try:
+            return solve(options, spec, machine, limits_of(machine, options), workload, process_bytes=int(1.5e9)).seconds
+        except CapacityError:
+            return math.inf
 
     pins = ("device=1", "host=1", "disk=1", "device=.75,host=.25", "device=.5,host=.5")
-    assert seconds() <= 1.03 * min(seconds(weights=shares) for shares in pins if shares != "device=1" or "70b" not in model)
+    assert seconds() <= 1.03 * min(seconds(weights=shares) for shares in pins)
 
 
 @pytest.mark.parametrize(
