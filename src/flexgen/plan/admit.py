@@ -113,14 +113,7 @@ def admit(queue: Any, needs: Needs, pools: Pools, rules: Rules) -> Any:
                     if live == 0 or not rules.frees_early:
                         later = _earliest(used, pools, index, needed)
                     break
-                for pool in range(len(entering)):
-                    if entering[pool] == 0:
-                        continue
-                    _add(used, needed, pool, index, 0, entering[pool])
-                    groups = _longer(groups, num_groups + 1)
-                    _write(groups, num_groups, index, run, pool, entering[pool], ending[0, end])
-                    num_groups += 1
-                    ending[0, end] = num_groups
+                groups, num_groups = _enter(used, groups, num_groups, ending, index, run, end, needed, entering)
                 last_end = max(last_end, end)
                 live += entered
                 credit -= entered * own
@@ -162,10 +155,18 @@ def _leave(used: Any, groups: Any, last: int, end: int, queue: Any, needs: Needs
 
 
 @njit
-def _write(groups: Any, number: int, index: int, run: int, pool: int, count: int, before: int) -> None:
-    """A group into its column."""
-    groups[_PASS, number], groups[_RUN, number], groups[_POOL, number] = index, run, pool
-    groups[_COUNT, number], groups[_BEFORE, number] = count, before
+def _enter(used: Any, groups: Any, number: int, ending: Any, index: int, run: int, end: int, needed: Any, entering: Any) -> Any:
+    """A group for each pool that sequences of the run enter in pass `index`; (the groups, their number)."""
+    for pool in range(len(entering)):
+        if entering[pool] > 0:
+            _add(used, needed, pool, index, 0, entering[pool])
+            groups = _longer(groups, number + 1)
+            groups[_PASS, number], groups[_RUN, number] = index, run
+            groups[_POOL, number], groups[_COUNT, number] = pool, entering[pool]
+            groups[_BEFORE, number] = ending[0, end]
+            number += 1
+            ending[0, end] = number
+    return groups, number
 
 
 @njit

@@ -43,7 +43,7 @@ def solve(
     space = space_of(options, spec, machine, limits, workload, process_bytes=process_bytes, kv_tiers=kv_tiers)
     bounds = Bounds(request_seconds=options.max_request_seconds, job_seconds=options.max_job_seconds)
     found = Search(space).best(bounds)
-    return dataclasses.replace(found, gain_per_gib=memory_gains(space, found.point, bounds, found.worth))
+    return dataclasses.replace(found, gain_per_gib=memory_gains(space, found, bounds))
 
 
 def space_of(

@@ -52,13 +52,19 @@ class Expectation:
         self._attention = machine.attention[dtype].typical if dtype in machine.attention else self._dense[-1][1].typical
         self._cast = max((rate.typical for name, rate in machine.casts.items() if name.split()[1] == dtype), default=None)
 
-    def resources(self, work: PassWork, policy: Policy) -> dict[str, Any]:
+    def resources(self, work: PassWork, policy: Policy, *, times: Mapping[str, float] | None = None) -> dict[str, Any]:
         """Resource -> seconds that a pass (or each of many) cannot be shorter than for its sake.
 
         On a CPU device reading and computing slow each other down.  While both go on, each takes its factor longer; when one is
         done, the other goes on at its own pace.  That makes both linear in both: whichever is done later is the larger.
+
+        Args:
+            times: resource -> how many times as fast it is taken to be.
         """
-        return self._together(self.apart(work, policy), policy)
+        apart = self.apart(work, policy)
+        for name, faster in (times or {}).items():
+            apart[name] = apart[name] / faster
+        return self._together(apart, policy)
 
     def _together(self, apart: dict[str, Any], policy: Policy) -> dict[str, Any]:
         if policy.device != "cpu":
@@ -109,19 +115,12 @@ class Expectation:
         }
 
     def seconds(self, work: PassWork, policy: Policy, *, times: Mapping[str, float] | None = None) -> Any:
-        """Seconds of a pass (or of each of many): of its busiest resource, and what comes on top.
-
-        Args:
-            times: resource -> how many times as fast it is taken to be.
-        """
-        apart = self.apart(work, policy)
-        for name, faster in (times or {}).items():
-            apart[name] = apart[name] / faster
-        resources = [np.asarray(each, dtype=np.float64) for each in self._together(apart, policy).values()]
+        """Seconds of a pass (or of each of many): of its busiest resource, and what comes on top; `times` as in `resources`."""
+        resources = [np.asarray(each, dtype=np.float64) for each in self.resources(work, policy, times=times).values()]
         return functools.reduce(np.maximum, resources) + self.machine.overheads.per_pass
 
     def passes(self, played: Simulation, policy: Policy, *, times: Mapping[str, float] | None = None) -> npt.NDArray[np.float64]:
-        """Seconds of each pass of a simulated job; `times` as in `seconds`."""
+        """Seconds of each pass of a simulated job; `times` as in `resources`."""
         return np.broadcast_to(self.seconds(played.work, policy, times=times), (played.num_passes,))
 
     def _dense_seconds(self, flops_by_share: dict[float, float], tokens: Any, rows: Any) -> Any:

@@ -16,12 +16,21 @@ def read_machine(text: str) -> Machine:
     """The machine that `Machine.to_json` wrote.
 
     Raises:
-        OptionError: with its name, an unknown or missing key, or an impossible value; or this is no machine at all.
+        OptionError: as `machine_of`; or this is no JSON.
     """
     try:
         fields = json.loads(text)
     except ValueError as error:
         raise OptionError(f"this is no machine: {error}") from error
+    return machine_of(fields)
+
+
+def machine_of(fields: Any) -> Machine:
+    """The machine of a JSON value.
+
+    Raises:
+        OptionError: with its name, an unknown or missing key, or an impossible value; or this is no machine at all.
+    """
     _check_keys("", fields, Machine)
     return Machine(**{name: _read(name, _READERS[name], value) for name, value in fields.items()})
 

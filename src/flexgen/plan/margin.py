@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
 
 from flexgen.plan.bounds import Bounds
 from flexgen.plan.expect import RESOURCES, Expectation
 from flexgen.plan.moves import wander
 from flexgen.plan.play import Player
 from flexgen.plan.policy import Policy
+from flexgen.plan.search import Solution
 from flexgen.plan.simulate import Simulation
-from flexgen.plan.space import Point, Space
+from flexgen.plan.space import Space
 from flexgen.sizes import GIB
 
 # Gains from this on per GiB are looked for, with so much effort (see play.py), before they are promised.
@@ -21,21 +21,20 @@ PROMISE, EFFORT = 0.01, 6_000
 FASTER = 1.1
 
 
-def memory_gains(space: Space, point: Point, bounds: Bounds, worth: Mapping[str, float]) -> dict[str, float]:
-    """Tier -> relative gain by 1 GiB more of it: what the linear program says (`worth`, per byte), or less where less is found.
+def memory_gains(space: Space, found: Solution, bounds: Bounds) -> dict[str, float]:
+    """Tier -> relative gain by 1 GiB more of it: what the linear program says, or less where a search from `found` finds less.
 
     Args:
-        point: of the plan. bounds: that it keeps.
+        bounds: that it keeps.
     """
-    seconds = Player(space).seconds(point)
-    gains = {tier: gain * GIB for tier, gain in worth.items()}
+    gains = {tier: gain * GIB for tier, gain in found.worth.items()}
     for tier, gain in gains.items():
         if gain >= PROMISE:
             more = {f"{tier}_bytes": getattr(space.limits, f"{tier}_bytes") + GIB}
             player = Player(space.within(dataclasses.replace(space.limits, **more)))
             score = functools.partial(player.score, bounds=bounds)
-            best = wander(point, player.space, score, lambda player=player: player.effort < EFFORT)
-            gains[tier] = min(gain, max(seconds / player.seconds(best) - 1, 0.0))
+            best = wander(found.point, player.space, score, lambda player=player: player.effort < EFFORT)
+            gains[tier] = min(gain, max(found.seconds / player.seconds(best) - 1, 0.0))
     return gains
 
 

@@ -41,6 +41,10 @@ class Axes(Protocol):
         ...
 
 
+# From a point, what there is to choose, a score and whether to go on, to a point that is no worse.
+Improvement = Callable[[Point, Axes, Callable[[Point], Score], Callable[[], bool]], Point]
+
+
 def climb(
     starts: Sequence[Point], space: Axes, score: Callable[[Point], Score], goes_on: Callable[[], bool], *, also: Iterable[Point] = ()
 ) -> list[Point]:

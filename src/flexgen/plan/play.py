@@ -58,6 +58,7 @@ class Player:
         self.effort = 0.0
         self._policies: dict[Point, Policy | None] = {}
         self._known: dict[Policy, Outcome] = {}
+        self._known_whole: dict[Policy, Outcome] = {}
 
     @property
     def num_played(self) -> int:
@@ -94,7 +95,9 @@ class Player:
 
     def whole(self, policy: Policy) -> Outcome:
         """How the policy does with all of the job (or with a larger sample, where there are too many requests)."""
-        return self._play(policy, self._wholes.of(self.space.sizes.num_seqs(policy)))
+        if policy not in self._known_whole:
+            self._known_whole[policy] = self._play(policy, self._wholes.of(self.space.sizes.num_seqs(policy)))
+        return self._known_whole[policy]
 
     def _play(self, policy: Policy, sample: Sample) -> Outcome:
         longest: list[float] = []

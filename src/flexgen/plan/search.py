@@ -8,21 +8,19 @@ they get no better, then kicked and moved again (moves.py).
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from flexgen.durations import format_seconds
 from flexgen.errors import CapacityError
 from flexgen.plan.bounds import Bounds
-from flexgen.plan.moves import Axes, Score, climb, refine, wander
+from flexgen.plan.moves import Improvement, climb, refine, wander
 from flexgen.plan.play import Outcome, Player
 from flexgen.plan.policy import Policy
 from flexgen.plan.shortage import shortage
 from flexgen.plan.space import Point, Space
 from flexgen.plan.starts import BOUNDED_CAPS, NEAR, starts, steady_states, varied, varied_places, varied_wholes
 from flexgen.plan.steady import MeanSequence, Steady
-
-Move = Callable[[Point, Axes, Callable[[Point], Score], Callable[[], bool]], Point]
 
 # Effort (see play.py) of the stages of a search.  The first size of micro-batches that fits, under any bounds.
 FIRST_SIZE_EFFORT = 36_000
@@ -117,8 +115,11 @@ class Search:
 
     def _solution(self, bounds: Bounds) -> Solution:
         """The best policy that there is; it may exceed the bounds, where all do."""
-        share = AGAIN if self._found else BOUNDED if bounds.are_given else 1.0
-        if bounds.are_given and not self._found:
+        share = 1.0
+        if self._found:
+            share = AGAIN
+        elif bounds.are_given:
+            share = BOUNDED
             self._look(Bounds(), UNBOUNDED * self._patience)
         point = self._look(bounds, share * self._patience)
         policy = self.player.policy(point) if point is not None else None
@@ -142,8 +143,12 @@ class Search:
         hunt = _Hunt(self.space, self.player, bounds, patience, self._found)
         caps = BOUNDED_CAPS if bounds.are_given else (1.0,)
         pass_seconds = self._pass_seconds(bounds)
-        sizes, begun = self._sizes(pass_seconds), list[Point]()
-        promising = self._promising(pass_seconds)
+        rates = self._rates(pass_seconds)
+        best = max(rates.values(), default=1.0)
+        promising = [tokens for tokens, rate in rates.items() if rate >= PROMISING * best]
+        # The fastest steady states first; of about equals the largest size.
+        sizes = sorted(self.space.micro_batches(), key=lambda tokens: (-round(rates.get(tokens, 0.0) / best, 2), -tokens))
+        begun = list[Point]()
         while sizes and not begun:
             begun = list(self._begun(sizes.pop(0), caps, pass_seconds))
         hunt.begin_with([*self._found, *begun], FIRST_SIZE_EFFORT)
@@ -169,17 +174,6 @@ class Search:
         """Sizes of micro-batches -> tokens/s of their steady states; without those that have none."""
         states = {tokens: self._steady_states(tokens, pass_seconds) for tokens in self.space.micro_batches()}
         return {tokens: steady[0][0].tokens_per_s for tokens, steady in states.items() if steady}
-
-    def _sizes(self, pass_seconds: float | None) -> list[int]:
-        """Sizes of micro-batches, those with the fastest steady states first; of about equals the largest."""
-        rates = self._rates(pass_seconds)
-        best = max(rates.values(), default=1.0)
-        return sorted(self.space.micro_batches(), key=lambda tokens: (-round(rates.get(tokens, 0.0) / best, 2), -tokens))
-
-    def _promising(self, pass_seconds: float | None) -> list[int]:
-        """Sizes of micro-batches whose steady states are about as fast as the best."""
-        rates = self._rates(pass_seconds)
-        return [tokens for tokens, rate in rates.items() if rate >= PROMISING * max(rates.values())]
 
     def _steady_states(self, micro_batch_tokens: int, pass_seconds: float | None) -> list[tuple[Steady, bool]]:
         """The best ones; where passes may not take long, at several paces."""
@@ -229,7 +223,7 @@ class _Hunt:
         for few in (chosen[:MOVED_STARTS], chosen[MOVED_STARTS:]):
             self._take(climb(few, self._space, self._score, self.goes_on, also=self.ranked))
 
-    def go_on(self, move: Move, effort: float) -> None:
+    def go_on(self, move: Improvement, effort: float) -> None:
         """Move the best."""
         self._most += self._patience * effort
         if self.ranked:

@@ -275,17 +275,17 @@ class Space:
 
     def _pools(self, free: dict[str, int], kv: _Homes, max_num_seqs: int | None = None) -> dict[str, int]:
         """Pool bytes per tier; no more than so many sequences (by default all requests) can need."""
-        if self.kv is not None:
-            pools = self._pinned_pools(self.kv, {tier: max(size, 0) for tier, size in free.items()})
-        else:
+        if self.kv is None:
             pools = kv_pools(free, self.disk_bytes, kv.memory, kv.disk, staged=self.staged)
+        else:
+            pools = self._pinned_pools(self.kv, {tier: max(size, 0) for tier, size in free.items()})
         # A sequence lives in one tier, so each tier may leave a gap of almost the largest.
         live = self.sizes.all if max_num_seqs is None else min(self.sizes.all, max_num_seqs * self.sizes.largest)
         enough = live + self.sizes.largest * sum(size > 0 for size in pools.values())
-        if self.kv is not None:
-            share = min(enough / max(sum(pools.values()), 1), 1.0)
-            return {tier: int(size * share) for tier, size in pools.items()}
-        return first_of(pools, enough)
+        if self.kv is None:
+            return first_of(pools, enough)
+        share = min(enough / max(sum(pools.values()), 1), 1.0)
+        return {tier: int(size * share) for tier, size in pools.items()}
 
     def _pinned_pools(self, kv: Fractions, free: dict[str, int]) -> dict[str, int]:
         """The largest pools in the given proportion; those on disk take staging, or all of a folder in memory, from the host's."""

@@ -50,17 +50,14 @@ class Steady:
     """The best steady state.
 
     Attributes:
-        num_seqs: live sequences. pass_seconds: of a pass. tokens_per_s: of output.
-        weights, kv: shares per tier. seconds: resource -> seconds in a pass.
+        num_seqs: live sequences. tokens_per_s: of output. weights, kv: shares per tier.
         worth: tier -> relative gain of tokens/s per byte more of it, at the margin (the dual values).
     """
 
     num_seqs: float
-    pass_seconds: float
     tokens_per_s: float
     weights: dict[str, float]
     kv: dict[str, float]
-    seconds: dict[str, float]
     worth: dict[str, float]
 
 
@@ -118,7 +115,6 @@ class SteadyState:
 
     def __init__(self, expectation: Expectation, mean: MeanSequence, policy: Policy) -> None:
         spec = expectation.spec
-        self._resources = RESOURCES
         fixed = _vector(expectation.resources(PassWork(), policy))
         self.fixed = fixed + expectation.machine.overheads.per_pass
         tiers = ("host", "disk") if policy.device == "cpu" else TIERS
@@ -149,7 +145,7 @@ class SteadyState:
         at_weights, at_kv, t, tau = 0, count, 2 * count, 2 * count + 1
         size = tau + 1
         rows: list[Floats] = []
-        for number in range(len(self._resources)):
+        for number in range(len(RESOURCES)):
             row = np.zeros(size)
             for place, tier in enumerate(tiers):
                 row[at_weights + place], row[at_kv + place] = self.weights[tier][number], self.kv[tier][number]
@@ -177,14 +173,12 @@ class SteadyState:
             return None
         x, duals = solved[0], solved[1] / scale
         num_seqs = float(1.0 / x[t])
-        memory = dict(zip(TIERS, duals[len(self._resources) :], strict=False))
+        memory = dict(zip(TIERS, duals[len(RESOURCES) :], strict=False))
         return Steady(
             num_seqs=num_seqs,
-            pass_seconds=float(x[tau]) * num_seqs,
             tokens_per_s=1.0 / float(x[tau]),
             weights={tier: float(x[at_weights + place]) * num_seqs for place, tier in enumerate(tiers)},
             kv={tier: float(x[at_kv + place]) for place, tier in enumerate(tiers)},
-            seconds=self._seconds(tiers, x, num_seqs),
             # One byte more relaxes its row, which is divided by B, by t.
             worth={tier: float(-dual * x[t] / x[tau]) for tier, dual in memory.items()},
         )
@@ -201,13 +195,6 @@ class SteadyState:
                 row[count + place] += room.staged * room.kv_bytes
         row[2 * count] = -room.memory_bytes.get(tier, 0.0)
         return row
-
-    def _seconds(self, tiers: Sequence[str], x: Floats, num_seqs: float) -> dict[str, float]:
-        count = len(tiers)
-        total = self.fixed * x[2 * count]
-        for place, tier in enumerate(tiers):
-            total = total + self.weights[tier] * x[place] + self.kv[tier] * x[count + place]
-        return dict(zip(self._resources, (total * num_seqs).tolist(), strict=True))
 
 
 def _solve(

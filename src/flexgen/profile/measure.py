@@ -25,7 +25,7 @@ import torch
 
 from flexgen.errors import OptionError
 from flexgen.plan.machine import Curve, Machine, io_threads
-from flexgen.plan.machine_file import read_machine
+from flexgen.plan.machine_file import machine_of
 from flexgen.profile.compute import attention_rate, better, dense_rates, device_elementwise_rate, keep_busy, step_rates
 from flexgen.profile.contention import slowdowns
 from flexgen.profile.copies import cast_rates, copy_rates, memory_rate
@@ -235,7 +235,7 @@ def _load(path: Path, key: dict[str, str | int], quick: bool) -> Machine | None:
         kept = json.loads(path.read_text())
         if kept["key"] != key or (kept["quick"] and not quick):
             return None
-        return read_machine(json.dumps(kept["machine"]))
+        return machine_of(kept["machine"])
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OptionError) as error:
