@@ -22,6 +22,7 @@ from flexgen.options import EngineOptions
 from flexgen.plan.forecast import Plan
 from flexgen.plan.workload import Workload
 
+HANGS_SECONDS = 120  # nothing here takes as long, on however busy a machine
 GOOD = {"id": "a", "prompt": "abc", "max_tokens": 4, "temperature": 0}
 
 
@@ -295,8 +296,8 @@ def run_slowly(signals: list[int], model_folder: Path, source: Path, output: Pat
             stderr += process.stderr.readline()
         for number in signals[1:]:
             process.send_signal(number)
-            process.wait(timeout=30)
-        stdout, rest = process.communicate("\n" if len(signals) == 1 else None, timeout=30)
+            process.wait(timeout=HANGS_SECONDS)
+        stdout, rest = process.communicate("\n" if len(signals) == 1 else None, timeout=HANGS_SECONDS)
     return process.returncode, stdout, stderr + rest
 
 

@@ -25,6 +25,7 @@ from flexgen.memory.transfer import SimulatedDevice
 from flexgen.models.loading import load_model
 from flexgen.plan.policy import Fractions, Policy
 from flexgen.request import Generated, Live, TokenRequest, TokenResult
+from tests.models.parity import DISTURBANCE, SAFETY, in_float64
 
 # Prompts of one token, of whole pages, of whole micro-batches and one more, of several micro-batches.
 PROMPT_LENS = (1, 2, 16, 17, 33, 64, 65, 3, 129, 150)
@@ -40,6 +41,7 @@ SAMPLING = (
 )
 CROWD = [(27 + index, 20 - index) for index in range(6)]  # (prompt, answer): two pages each at first, three soon
 PAGE_TOKENS = 16
+FIRST_SAMPLED = 100  # indices of requests that change logits or draw
 MACHINE = machine_of(dense={"float32": [(1, 1e11)]})
 
 
@@ -75,7 +77,9 @@ def checkpoint(request: pytest.FixtureRequest) -> Checkpoint:
         TokenRequest(index=index, prompt_token_ids=prompt(length), max_tokens=max_tokens)
         for index, (length, max_tokens) in enumerate(zip(PROMPT_LENS, MAX_TOKENS, strict=True))
     ]
-    sampled = [TokenRequest(index=100 + i, prompt_token_ids=prompt(20 + i), max_tokens=8, **how) for i, how in enumerate(SAMPLING)]
+    sampled = [
+        TokenRequest(index=FIRST_SAMPLED + i, prompt_token_ids=prompt(20 + i), max_tokens=8, **how) for i, how in enumerate(SAMPLING)
+    ]
     crowd = [TokenRequest(index=i, prompt_token_ids=prompt(length), max_tokens=answer) for i, (length, answer) in enumerate(CROWD)]
     with torch.no_grad():
         answers = {each.index: _generate(model, each) for each in greedy} | {each.index: _draw(model, each) for each in sampled}
@@ -102,6 +106,18 @@ def _draw(model: Any, request: TokenRequest) -> tuple[int, ...]:
         logits = model(torch.tensor([tokens])).logits[:, -1]
         tokens += sample(logits, [request], [tokens[len(request.prompt_token_ids) :]])
     return tuple(tokens[len(request.prompt_token_ids) :])
+
+
+def test_answers_are_decided_by_more_than_rounding(checkpoint: Checkpoint) -> None:
+    """The other tests compare tokens one by one, on whatever processor."""
+    from transformers import AutoModelForCausalLM
+
+    loaded = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.float32, attn_implementation="eager").eval()
+    disturbed = in_float64(loaded, disturbance=SAFETY * DISTURBANCE)
+    with torch.no_grad():
+        for each in checkpoint.requests:
+            assert (_generate if each.index < FIRST_SAMPLED else _draw)(disturbed, each) == checkpoint.answers[each.index]
+        assert {each.index: _generate(disturbed, each) for each in checkpoint.crowd} == checkpoint.crowd_answers
 
 
 def policy(device: str, **changed: Any) -> Policy:

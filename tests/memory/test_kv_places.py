@@ -176,7 +176,7 @@ def attend(view: View, index: int, batch: list[Piece]) -> object:
 def finished(answer: object) -> torch.Tensor:
     if isinstance(answer, torch.Tensor):
         return answer
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while not answer.done():  # type: ignore[attr-defined]
         assert time.monotonic() < deadline, "attention never ended"
         time.sleep(0.0001)

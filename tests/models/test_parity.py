@@ -1,6 +1,7 @@
 """The engine answers what eager transformers answers, for every model type that it does not refuse by name.
 
-Same tokens, and logits within 1e-4 of their scale, with weights streamed in small units and prompts ragged, chunked and late.
+Same tokens, and logits as near as float32 can be (see parity.py), with weights streamed in small units and prompts ragged,
+chunked and late.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from flexgen.errors import UnsupportedModelError
 from flexgen.models.checkpoint import Checkpoint
 from flexgen.models.loading import LoadedModel, load_model
 from flexgen.plan.policy import Fractions
-from tests.models.parity import Answers, answered, assert_equal, build, describe, expected, policy, requests_for, save
+from tests.models.parity import Expected, answered, assert_equal, build, describe, expected, policy, requests_for, save
 from tests.models.tiny_configs import CAUSAL_TYPES, tiny_config
 
 # Type, and words of the reason that its error must give.
@@ -133,7 +134,7 @@ def test_attention_that_is_not_causal_is_refused(model_type: str, tmp_path: Path
 
 
 @pytest.fixture(scope="module")
-def representatives(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Answers]]:
+def representatives(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Expected]]:
     """Saved models, and what transformers answers with them."""
     made = {}
     for model_type in REPRESENTATIVES:
@@ -147,7 +148,7 @@ def representatives(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("model_type", REPRESENTATIVES)
 def test_places_do_not_change_answers(
-    model_type: str, place: str, representatives: dict[str, tuple[Path, Answers]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model_type: str, place: str, representatives: dict[str, tuple[Path, Expected]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, wanted = representatives[model_type]
     device, weights, kv = PLACES[place]
