@@ -9,7 +9,7 @@ import pytest
 from fakes import write_model_folder
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizer_kinds import KINDS, ids_of, make_tokenizer
+from tokenizer_kinds import KINDS, SPECIAL, ids_of, make_tokenizer
 from transformers import AutoTokenizer
 
 from flexgen.errors import ModelError, RequestError
@@ -247,7 +247,7 @@ def test_a_long_prompt_costs_as_much_as_a_short_one(llama: Tokenizer, monkeypatc
 def test_tokens_are_called_what_they_add_to_a_text(name: str) -> None:
     """So that the names of an answer's tokens make its text."""
     tokenizer = make_tokenizer(name)
-    for token_id in set(range(len(tokenizer.hf))) - set(tokenizer.hf.all_special_ids):
+    for token_id in set(range(len(tokenizer.hf))) - set(ids_of(tokenizer, *SPECIAL)):
         text = tokenizer.token_text(token_id)
         if UNFINISHED not in text:
             assert tokenizer.decode_behind(ids_of(tokenizer, "a"), [token_id], skip_special_tokens=False) == text
