@@ -29,8 +29,9 @@ def make_tokenizer(kind: str) -> Tokenizer:
 
 def ids_of(tokenizer: Tokenizer, *pieces: str) -> list[int]:
     """By the vocabulary's own names."""
-    ids = [tokenizer.hf.convert_tokens_to_ids(piece) for piece in pieces]
-    assert all(tokenizer.hf.convert_ids_to_tokens(each) == piece for each, piece in zip(ids, pieces, strict=True))
+    ids = tokenizer.hf.convert_tokens_to_ids(list(pieces))
+    assert isinstance(ids, list)
+    assert tokenizer.hf.convert_ids_to_tokens(ids) == list(pieces)
     return ids
 
 

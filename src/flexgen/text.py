@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from flexgen.errors import ModelError, RequestError
 
@@ -120,7 +120,7 @@ class Tokenizer:
 
     def leaves_out(self, token_id: int, *, skip_special_tokens: bool = True) -> bool:
         """Whether `decode` passes over the id, wherever it stands."""
-        piece: object = self.hf.convert_ids_to_tokens(token_id)  # None for an id that the tokenizer does not know
+        piece = cast("str | None", self.hf.convert_ids_to_tokens(token_id))  # None for an id that the tokenizer does not know
         return piece is None or (skip_special_tokens and token_id in self._skipped)
 
     def token_text(self, token_id: int) -> str:
@@ -145,7 +145,10 @@ class Tokenizer:
     @functools.cached_property
     def _skipped(self) -> frozenset[int]:
         """Special tokens that `decode` leaves out."""
-        added = (token_id for token_id, token in self.hf.added_tokens_decoder.items() if token.special)
+        try:
+            added = [token_id for token_id, token in self.hf.added_tokens_decoder.items() if token.special]
+        except NotImplementedError:  # mistral-common's tokenizers cannot tell
+            added = []
         return frozenset(token_id for token_id in {*added, *self.hf.all_special_ids} if not self.decode([token_id]))
 
     @functools.cached_property

@@ -52,14 +52,11 @@ def batch(kind: str, **body: Any) -> dict[str, Any]:
 def test_texts_in_all_forms(folder: Path, tmp_path: Path, llama: Tokenizer) -> None:
     stood, text = ids_of(llama, "▁stood"), "a:\n"
     how: dict[str, Any] = {"max_tokens": 2, "temperature": 0, "allowed_token_ids": stood}
-    prompts: list[dict[str, Any]] = [
-        {"prompt": text},
-        {"prompt": ids_of(llama, "a", ":")},
-        {"messages": [{"role": "user", "content": text}]},
-    ]
+    messages = [{"role": "user", "content": text}]
+    prompts: list[dict[str, Any]] = [{"prompt": text}, {"prompt": ids_of(llama, "a", ":")}, {"messages": messages}]
     lines = [{**prompt, **how} for prompt in prompts] + [{**prompt, **how, "stop": [" stood"]} for prompt in prompts]
     lines += [{"prompt": ids_of(llama, "<s>"), **how}, {**prompts[0], **how, "n": 2}]
-    lines += [batch("completions", prompt=text, **how), batch("chat/completions", messages=prompts[2]["messages"], **how)]
+    lines += [batch("completions", prompt=text, **how), batch("chat/completions", messages=messages, **how)]
     records = answered(folder, tmp_path, lines)
     assert [record["text"] for record in records[:3]] == [" stood stood"] * 3
     assert [(record["text"], record["stop_reason"]) for record in records[3:6]] == [("", " stood")] * 3
