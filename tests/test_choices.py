@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizer_kinds import ids_of, make_tokenizer
 
 from flexgen.choices import Choices
 from flexgen.defaults import choice_seed, derive_seed
 from flexgen.errors import RequestError
 from flexgen.request import Logprob, SamplingParams, TokenLogprobs, TokenResult
 from flexgen.stopping import StopStrings
-from flexgen.text import Tokenizer
+from flexgen.text import UNFINISHED, Tokenizer
 
 VOCAB, A, EOS = 300, 64, 256  # of the tokenizer of bytes: "a" is 64
 
@@ -165,8 +166,77 @@ def test_logprobs_have_vllm_s_shape(choices: Choices) -> None:
     assert [next(iter(each)) for each in answer.logprobs] == [A, A + 9], "the generated token comes first"
 
 
+# -- behind a prompt ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def llama() -> Choices:
+    tokenizer = make_tokenizer("llama2")
+    return Choices(tokenizer=tokenizer, vocab_size=len(tokenizer.hf), max_model_len=64, eos_token_ids=frozenset({2}), seed=5)
+
+
+def pieces(choices: Choices, *names: str) -> tuple[int, ...]:
+    assert choices.tokenizer is not None
+    return tuple(ids_of(choices.tokenizer, *names))
+
+
+@pytest.mark.parametrize(
+    ("result", "how", "text"),
+    [
+        ({}, {}, " stood stood"),
+        ({"finish_reason": "stop", "stop_string": " stood"}, {"stop": " stood"}, ""),
+        ({"finish_reason": "stop", "stop_string": " stood"}, {"stop": " stood", "include_stop_str_in_output": True}, " stood"),
+        ({"finish_reason": "stop", "stop_string": "d s"}, {"stop": "d s"}, " stoo"),
+        ({"finish_reason": "stop"}, {}, " stood"),
+    ],
+    ids=str,
+)
+def test_an_answer_keeps_the_space_behind_its_prompt(llama: Choices, result: dict, how: dict, text: str) -> None:
+    prompt, ids = pieces(llama, "▁a", ":"), pieces(llama, "▁stood", "▁stood")
+    given = ids[:1] if result.get("stop_string") == " stood" else ids
+    (answer,) = llama.completions([TokenResult(index=0, token_ids=given, **result)], SamplingParams(**how), prompt)
+    assert answer.text == text
+
+
+def test_stop_strings_are_looked_for_behind_the_prompt(llama: Choices) -> None:
+    for request in llama.requests(0, pieces(llama, "▁a", ":"), SamplingParams(n=2, stop=" stood")):
+        assert request.stops is not None
+        assert request.stops(pieces(llama, "▁stood")) == " stood"
+
+
+def steps(*ids: int) -> tuple[TokenLogprobs, ...]:
+    return tuple(TokenLogprobs(token_ids=(each,), logprobs=(-1.0,), rank=1) for each in ids)
+
+
+def test_names_of_tokens_make_the_text_and_bytes_are_their_own(llama: Choices) -> None:
+    wave = ("<0xF0>", "<0x9F>", "<0x8C>", "<0x8A>")
+    ids = pieces(llama, "▁stood", "stood", *wave, "▁a", "</s>", "▁")
+    result = TokenResult(index=0, token_ids=ids, logprobs=steps(*ids))
+    (answer,) = llama.completions([result], SamplingParams(logprobs=0), pieces(llama, ":"))
+    assert answer.logprobs is not None
+    shown = [step[token_id] for token_id, step in zip(ids, answer.logprobs, strict=True)]
+    assert [each.decoded_token for each in shown] == [" stood", "stood", *[UNFINISHED] * 4, " a", "</s>", " "]
+    assert [each.token_bytes for each in shown] == [None, None, b"\xf0", b"\x9f", b"\x8c", b"\x8a", None, None, None]
+    assert answer.text == " stoodstood\N{WATER WAVE} a "
+    assert answer.text_offsets == (0, 6, 11, 11, 11, 11, 12, 14, 14)
+
+
+@pytest.mark.parametrize(
+    ("names", "offsets"),
+    [
+        (("<0xF0>", "a", "▁a"), (0, 1, 2)),  # a byte that is no text stands for itself
+        (("▁stood", "▁a"), (0, 5)),  # no text is in front of it, so its space is none
+    ],
+)
+def test_offsets_are_places_in_the_text(llama: Choices, names: tuple[str, ...], offsets: tuple[int, ...]) -> None:
+    ids = pieces(llama, *names)
+    (answer,) = llama.completions([TokenResult(index=0, token_ids=ids, logprobs=steps(*ids))], SamplingParams(logprobs=0))
+    assert answer.text_offsets == offsets
+
+
 def test_without_a_tokenizer_there_are_ids_only(bare: Choices) -> None:
     (answer,) = bare.completions([TokenResult(index=0, token_ids=(A, A + 9), logprobs=LOGPROBS)], SamplingParams(logprobs=2))
     assert (answer.text, answer.token_ids) == ("", (A, A + 9))
     assert answer.logprobs is not None
     assert answer.logprobs[0][A] == Logprob(logprob=-0.5, rank=1)
+    assert answer.text_offsets is None

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizer_kinds import KINDS, ids_of, make_tokenizer
 
 from flexgen.stopping import StopStrings, cut_at_stop
 from flexgen.text import UNFINISHED, Tokenizer
@@ -105,3 +106,46 @@ def test_special_tokens_count_only_where_they_are_text(tokenizer: Tokenizer) -> 
     assert StopStrings(tokenizer, ["</s>"])(ids) is None
     assert StopStrings(tokenizer, ["ab"])(ids) == "ab"
     assert StopStrings(tokenizer, ["</s>"], skip_special_tokens=False)(ids) == "</s>"
+
+
+# -- behind a prompt ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def kind(request: pytest.FixtureRequest) -> Tokenizer:
+    return make_tokenizer(request.param)
+
+
+@given(data=st.data())
+def test_any_part_of_an_answer_stops_it(kind: Tokenizer, data: st.DataObject) -> None:
+    """As soon as it is complete, wherever it begins, and none of it is left."""
+    token_id = st.integers(0, len(kind.hf) - 1)
+    prompt, ids = data.draw(st.lists(token_id, max_size=8)), data.draw(st.lists(token_id, min_size=1, max_size=8))
+    text = kind.decode_behind(prompt, ids)
+    start = data.draw(st.integers(0, max(0, len(text) - 1)))
+    stop = text[start : start + data.draw(st.integers(1, 8))]
+    if not stop or UNFINISHED in text:
+        return
+    stops = StopStrings(kind, [stop], prompt=prompt)
+    count = next(count for count in range(1, len(ids) + 1) if stops(ids[:count]) is not None)
+    texts = [kind.decode_behind(prompt, ids[:each]) for each in (count, count - 1)]
+    assert stop in texts[0]
+    assert stop not in texts[1]
+    assert cut_at_stop(*texts, stop, include=False) == text[: text.index(stop)]
+    assert cut_at_stop(*texts, stop, include=True) == text[: text.index(stop) + len(stop)]
+
+
+@pytest.mark.parametrize("prompt", [["▁a", ":"], ["▁a", "<|assistant|>", "<s>"], ["<0x0A>"]], ids=str)
+def test_a_space_at_the_beginning_of_an_answer_is_seen(prompt: list[str]) -> None:
+    llama = make_tokenizer("llama2")
+    before, ids = ids_of(llama, *prompt), ids_of(llama, "▁stood", "▁stood", "▁stood")
+    assert StopStrings(llama, [" stood"], prompt=before)(ids[:1]) == " stood"
+    assert StopStrings(llama, ["stood s", "x"], prompt=before)(ids) == "stood s", "many at once, as when an answer goes on"
+    held = StopStrings(llama, [" stood"], prompt=before, min_tokens=2)
+    assert [held(ids[:count]) for count in (1, 2, 3)] == [None, None, " stood"]
+
+
+def test_what_stands_in_the_prompt_stops_nothing() -> None:
+    llama = make_tokenizer("llama2")
+    before, ids = ids_of(llama, "▁stood", "▁stood"), ids_of(llama, "a", "a")
+    assert StopStrings(llama, ["stooda", "stood", "d"], prompt=before)(ids) is None

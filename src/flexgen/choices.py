@@ -14,7 +14,7 @@ from flexgen.defaults import choice_seed, derive_seed
 from flexgen.errors import RequestError
 from flexgen.request import CompletionOutput, Logprob, SamplingParams, Stops, TokenLogprobs, TokenRequest, TokenResult
 from flexgen.stopping import StopStrings, cut_at_stop
-from flexgen.text import Tokenizer
+from flexgen.text import TextStream, Tokenizer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,14 +66,20 @@ class Choices:
             num_logprobs=params.logprobs,
         )
         return [
-            dataclasses.replace(first, index=index + choice, seed=self._seed(params, index, choice), stops=self._stops(params))
+            dataclasses.replace(first, index=index + choice, seed=self._seed(params, index, choice), stops=self._stops(prompt, params))
             for choice in range(params.n)
         ]
 
-    def completions(self, results: Iterable[TokenResult], params: SamplingParams) -> list[CompletionOutput]:
-        """The answers to one prompt as vLLM shows them: what stopped an answer is no part of its text unless asked for."""
+    def completions(
+        self, results: Iterable[TokenResult], params: SamplingParams, prompt_token_ids: Sequence[int] = ()
+    ) -> list[CompletionOutput]:
+        """The answers to one prompt as vLLM shows them: what stopped an answer is no part of its text unless asked for.
+
+        Args:
+            prompt_token_ids: what the answers follow, which decides about a space at their beginning.
+        """
         in_order = sorted(results, key=lambda result: result.index)
-        return [self._completion(choice, result, params) for choice, result in enumerate(in_order)]
+        return [self._completion(choice, result, params, prompt_token_ids) for choice, result in enumerate(in_order)]
 
     # -- requests -------------------------------------------------------------------------------------------------------------------
 
@@ -108,12 +114,13 @@ class Choices:
     def _seed(self, params: SamplingParams, index: int, choice: int) -> int:
         return derive_seed(self.seed, index + choice) if params.seed is None else choice_seed(params.seed, choice)
 
-    def _stops(self, params: SamplingParams) -> Stops | None:
+    def _stops(self, prompt: Sequence[int], params: SamplingParams) -> Stops | None:
         stop = cast("tuple[str, ...]", params.stop)
         if not stop:
             return None
         tokenizer = self._needed_tokenizer("stop")
-        return StopStrings(tokenizer, stop, min_tokens=params.min_tokens, skip_special_tokens=params.skip_special_tokens)
+        skip = params.skip_special_tokens
+        return StopStrings(tokenizer, stop, prompt=prompt, min_tokens=params.min_tokens, skip_special_tokens=skip)
 
     def _bad_words(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
         words = [(word, ids) for word in params.bad_words or () for ids in self._needed_tokenizer("bad_words").encode_word(word)]
@@ -130,29 +137,42 @@ class Choices:
 
     # -- results --------------------------------------------------------------------------------------------------------------------
 
-    def _completion(self, choice: int, result: TokenResult, params: SamplingParams) -> CompletionOutput:
+    def _completion(self, choice: int, result: TokenResult, params: SamplingParams, prompt: Sequence[int]) -> CompletionOutput:
         if result.error is not None:
             return CompletionOutput(index=choice, text="", token_ids=(), finish_reason="error", stop_reason=result.error.code)
         logprobs = result.logprobs
         return CompletionOutput(
             index=choice,
-            text=self._text(result, params),
+            text=self._text(result, params, prompt),
             token_ids=result.token_ids,
             finish_reason=result.finish_reason,
             stop_reason=self._stop_reason(result, params),
             cumulative_logprob=None if logprobs is None else sum(each.logprobs[0] for each in logprobs),
             logprobs=None if logprobs is None else self._named(logprobs),
+            text_offsets=None if logprobs is None else self._text_offsets(result, params, prompt),
         )
 
-    def _text(self, result: TokenResult, params: SamplingParams) -> str:
+    def _text(self, result: TokenResult, params: SamplingParams, prompt: Sequence[int]) -> str:
         if self.tokenizer is None:
             return ""
-        ids, include = result.token_ids, params.include_stop_str_in_output
+        ids, include, skip = result.token_ids, params.include_stop_str_in_output, params.skip_special_tokens
         if result.stop_string is None:
             hides_last = result.finish_reason == "stop" and not include
-            return self.tokenizer.decode(ids[:-1] if hides_last else ids, skip_special_tokens=params.skip_special_tokens)
-        text, before = (self.tokenizer.decode(each, skip_special_tokens=params.skip_special_tokens) for each in (ids, ids[:-1]))
+            return self.tokenizer.decode_behind(prompt, ids[:-1] if hides_last else ids, skip_special_tokens=skip)
+        text, before = (self.tokenizer.decode_behind(prompt, each, skip_special_tokens=skip) for each in (ids, ids[:-1]))
         return cut_at_stop(text, before, result.stop_string, include=include)
+
+    def _text_offsets(self, result: TokenResult, params: SamplingParams, prompt: Sequence[int]) -> tuple[int, ...] | None:
+        if self.tokenizer is None:
+            return None
+        stream = TextStream(self.tokenizer, prompt, skip_special_tokens=params.skip_special_tokens)
+        offsets: list[int] = []
+        length = 0
+        for token_id in result.token_ids:
+            before, length = length, length + len(stream.push(token_id))
+            # What was held back before it, and is given out with it, is in front of its own text.
+            offsets.append(max(before, length - len(self.tokenizer.token_text(token_id))))
+        return tuple(offsets)
 
     def _stop_reason(self, result: TokenResult, params: SamplingParams) -> int | str | None:
         """The stop string or token; None for the model's own end, as in vLLM."""
@@ -163,13 +183,15 @@ class Choices:
 
     def _named(self, logprobs: Sequence[TokenLogprobs]) -> list[dict[int, Logprob]]:
         """vLLM's form: each token with its own text, the generated one first."""
-        texts = {token_id: self._token_text(token_id) for token_id in {i for each in logprobs for i in each.token_ids}}
         named: list[dict[int, Logprob]] = []
         for each in logprobs:
             ranks = (each.rank, *range(1, len(each.token_ids)))
             entries = zip(each.token_ids, each.logprobs, ranks, strict=True)
-            named.append({i: Logprob(logprob=value, rank=rank, decoded_token=texts[i]) for i, value, rank in entries})
+            named.append({token_id: self._logprob(token_id, value, rank) for token_id, value, rank in entries})
         return named
 
-    def _token_text(self, token_id: int) -> str | None:
-        return None if self.tokenizer is None else self.tokenizer.decode([token_id], skip_special_tokens=False)
+    def _logprob(self, token_id: int, value: float, rank: int) -> Logprob:
+        if self.tokenizer is None:
+            return Logprob(logprob=value, rank=rank)
+        text, own = self.tokenizer.token_text(token_id), self.tokenizer.token_bytes(token_id)
+        return Logprob(logprob=value, rank=rank, decoded_token=text, token_bytes=None if own == text.encode() else own)

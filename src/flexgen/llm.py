@@ -140,7 +140,7 @@ class LLM:
                 request_id=str(of_prompt[0].index),
                 prompt=text,
                 prompt_token_ids=of_prompt[0].prompt_token_ids,
-                outputs=self.completions([results[request.index] for request in of_prompt], prompt_params),
+                outputs=self.completions([results[request.index] for request in of_prompt], prompt_params, of_prompt[0].prompt_token_ids),
             )
             for of_prompt, (text, _), prompt_params in zip(choices, batch, params, strict=True)
         ]
@@ -263,9 +263,11 @@ class LLM:
             self._open.close()  # what was alive in it is of no use to a later call
             raise
 
-    def completions(self, results: Iterable[TokenResult], params: SamplingParams) -> list[CompletionOutput]:
-        """The answers to one prompt as vLLM shows them, in the order of their indices."""
-        return self._choices.completions(results, params)
+    def completions(
+        self, results: Iterable[TokenResult], params: SamplingParams, prompt_token_ids: Sequence[int] = ()
+    ) -> list[CompletionOutput]:
+        """The answers to one prompt as vLLM shows them, in the order of their indices; their text is decoded behind the prompt's."""
+        return self._choices.completions(results, params, prompt_token_ids)
 
     def plan(self, workload: Workload) -> Plan:
         """What `open` would do with this work (see `plan_job`)."""

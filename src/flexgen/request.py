@@ -290,11 +290,19 @@ class TokenResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Logprob:
-    """The log probability of one token at one position (vLLM's fields); `rank` is 1 for the likeliest."""
+    """The log probability of one token at one position (vLLM's fields, and one more).
+
+    Attributes:
+        rank: 1 for the likeliest.
+        decoded_token: its own text as it is within a text, with its leading space.
+        token_bytes: its own bytes where it is a part of a character, whose text is a replacement character; None where they
+            are those of the text.
+    """
 
     logprob: float
     rank: int | None = None
     decoded_token: str | None = None
+    token_bytes: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -305,6 +313,8 @@ class CompletionOutput:
         stop_reason: the stop token or string that ended it; None for the model's own end; the code of an error.
         cumulative_logprob: of the generated tokens together, if logprobs were asked for.
         logprobs: per generated token, token id -> its log probability; the generated token comes first.
+        text_offsets: per generated token, where its text begins in that of the answer (before anything is cut off), if logprobs
+            were asked for and there is a tokenizer.
     """
 
     index: int
@@ -314,6 +324,7 @@ class CompletionOutput:
     stop_reason: int | str | None = None
     cumulative_logprob: float | None = None
     logprobs: list[dict[int, Logprob]] | None = None
+    text_offsets: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

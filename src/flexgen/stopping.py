@@ -14,11 +14,21 @@ class StopStrings:
 
     Args:
         stop: at least one text, none empty.
+        prompt: what the ids follow, which decides about a space at their beginning.
         min_tokens: what is complete within this many tokens does not count.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], *, min_tokens: int = 0, skip_special_tokens: bool = True) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        stop: Sequence[str],
+        *,
+        prompt: Sequence[int] = (),
+        min_tokens: int = 0,
+        skip_special_tokens: bool = True,
+    ) -> None:
         self._tokenizer, self._stop, self._min_tokens = tokenizer, tuple(stop), min_tokens
+        self._prompt = tokenizer.tail(prompt, skip_special_tokens=skip_special_tokens)
         self._skip_special_tokens = skip_special_tokens
         self._overlap = max(map(len, stop)) - 1
         self._begin()
@@ -33,7 +43,7 @@ class StopStrings:
         return found
 
     def _begin(self) -> None:
-        self._text = TextStream(self._tokenizer, skip_special_tokens=self._skip_special_tokens)
+        self._text = TextStream(self._tokenizer, self._prompt, skip_special_tokens=self._skip_special_tokens)
         self._num_seen = 0
         self._tail = ""  # the last characters so far: a stop string may have begun in them
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from flexgen.errors import ModelError, RequestError
 
@@ -14,6 +16,9 @@ if TYPE_CHECKING:
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # decoders' character for bytes that are none, or not yet
 _MAX_HELD = 16  # tokens whose text may wait for what completes it
+_NUM_CONTEXT = 5  # tokens of a prompt behind which its answer is decoded: vLLM's number
+_NUM_CHARACTER = 4  # tokens that may make up one character: UTF-8's most
+_BYTE_PIECE = re.compile("<0x([0-9A-F]{2})>")  # how a vocabulary with byte fallback names a byte
 
 
 class Tokenizer:
@@ -27,6 +32,7 @@ class Tokenizer:
 
     def __init__(self, hf: PreTrainedTokenizerBase) -> None:
         self.hf = hf
+        self._named = functools.cache(self._name)  # at most once per entry of the vocabulary
 
     @classmethod
     def load(cls, folder: Path) -> Tokenizer:
@@ -88,35 +94,144 @@ class Tokenizer:
         text = self.hf.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
         return text if isinstance(text, str) else "".join(text)
 
+    def decode_behind(self, prompt: Sequence[int], token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """The text that some ids add to a prompt's: many decoders strip the space at the beginning of what they are given."""
+        context = self.tail(prompt, skip_special_tokens=skip_special_tokens)
+        before = self.decode(context, skip_special_tokens=skip_special_tokens)
+        whole = self.decode([*context, *token_ids], skip_special_tokens=skip_special_tokens)
+        if whole.startswith(before) and not (UNFINISHED in whole and self._has_byte_fallback):
+            return whole[len(before) :]
+        # The ids complete a character that the prompt began, or one byte that is no text has spoilt all bytes beside it.
+        stream = TextStream(self, prompt, skip_special_tokens=skip_special_tokens)
+        return "".join(map(stream.push, token_ids)) + stream.rest()
+
+    def tail(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> list[int]:
+        """The last few ids that have a text, not beginning within a character if that can be."""
+        found: list[int] = []
+        for token_id in reversed(token_ids):
+            if self.leaves_out(token_id, skip_special_tokens=skip_special_tokens):
+                continue
+            found.append(token_id)
+            if len(found) >= _NUM_CONTEXT + _NUM_CHARACTER:
+                break
+            if len(found) >= _NUM_CONTEXT and self.token_bytes(token_id)[:1] not in _CONTINUATIONS:
+                break
+        return found[::-1]
+
+    def leaves_out(self, token_id: int, *, skip_special_tokens: bool = True) -> bool:
+        """Whether `decode` passes over the id, wherever it stands."""
+        piece = cast("str | None", self.hf.convert_ids_to_tokens(token_id))  # None for an id that the tokenizer does not know
+        return piece is None or (skip_special_tokens and token_id in self._skipped)
+
+    def token_text(self, token_id: int) -> str:
+        """A token's own text as it is within a text, special ones included; a part of a character is a replacement character."""
+        return self._named(token_id)[0]
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """A token's own bytes, also those of a part of a character."""
+        text, own = self._named(token_id)
+        return text.encode() if own is None else own
+
+    def _name(self, token_id: int) -> tuple[str, bytes | None]:
+        """Text, and bytes where they are not the text's.  The text is what a second such token adds, because decoders strip a first one."""
+        text = self.decode([token_id], skip_special_tokens=False)
+        if UNFINISHED in text:
+            return text, _piece_bytes(self.hf.convert_ids_to_tokens(token_id), text)
+        if token_id in self._skipped:
+            return text, None
+        twice = self.decode([token_id, token_id], skip_special_tokens=False)
+        return (twice.removeprefix(text) if twice.startswith(text) else text), None
+
+    @functools.cached_property
+    def _skipped(self) -> frozenset[int]:
+        """Special tokens that `decode` leaves out."""
+        try:
+            added = [token_id for token_id, token in self.hf.added_tokens_decoder.items() if token.special]
+        except NotImplementedError:  # mistral-common's tokenizers cannot tell
+            added = []
+        return frozenset(token_id for token_id in {*added, *self.hf.all_special_ids} if not self.decode([token_id]))
+
+    @functools.cached_property
+    def _has_byte_fallback(self) -> bool:
+        piece = "<0x0A>"
+        token_id = self.hf.convert_tokens_to_ids(piece)
+        return isinstance(token_id, int) and self.hf.convert_ids_to_tokens(token_id) == piece
+
 
 class TextStream:
-    """The text of ids that come one by one; each costs the same, however many there were.
+    """The text of ids that come one by one behind a prompt; each costs the same, however many there were.
 
     Ids are decoded behind a few earlier ones, because a decoder may treat the first of a text differently.  What ends in the middle
     of a character is held back, for at most `_MAX_HELD` tokens.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = (), *, skip_special_tokens: bool = True) -> None:
         self._tokenizer, self._skip_special_tokens = tokenizer, skip_special_tokens
-        self._ids: list[int] = []  # what is decoded together
-        self._num_context = 0  # ids among them whose text was given out before
-        self._num_given = 0  # characters of their text that were given out
+        self._context: list[int] = []  # the last ids whose text was given out
+        self._context_text = ""
+        self._held: list[int] = []  # ids behind them
+        self._given = ""  # the part of their text that was given out
+        for token_id in tokenizer.tail(prompt, skip_special_tokens=skip_special_tokens):
+            self.push(token_id)
+        self._given = self._text()  # the prompt may end within a character
 
     def push(self, token_id: int) -> str:
         """The characters that the id completes."""
-        self._ids.append(token_id)
-        text = self._decode()
-        waits_too_long = len(self._ids) - self._num_context >= _MAX_HELD
-        num_whole = len(text) if waits_too_long else len(text.rstrip(UNFINISHED))
-        new = text[self._num_given : num_whole]
-        self._num_given = max(self._num_given, num_whole)
-        if waits_too_long or (new and num_whole == len(text)):
-            self._ids = self._ids[self._num_context :]
-            self._num_context, self._num_given = len(self._ids), len(self._decode())
+        if self._tokenizer.leaves_out(token_id, skip_special_tokens=self._skip_special_tokens):
+            return ""
+        self._held.append(token_id)
+        text = self._text()
+        waits_too_long = len(self._held) >= _MAX_HELD
+        whole = text if waits_too_long else text.rstrip(UNFINISHED)
+        new = _behind(self._given, whole)
+        if waits_too_long or (new and whole == text):
+            self._context, self._held, self._given = self._held, [], ""
+            self._context_text = self._decode(self._context)
+        elif new:
+            self._given = whole
         return new
 
-    def _decode(self) -> str:
-        return self._tokenizer.decode(self._ids, skip_special_tokens=self._skip_special_tokens)
+    def rest(self) -> str:
+        """The text of what is held back, if nothing follows that completes it."""
+        return _behind(self._given, self._text())
+
+    def _text(self) -> str:
+        """Of the ids that are held, behind the context."""
+        text = self._decode([*self._context, *self._held])
+        if text.startswith(self._context_text):
+            return text[len(self._context_text) :]
+        return self._decode(self._held)  # bytes that are no text change what stands before them
+
+    def _decode(self, token_ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(token_ids, skip_special_tokens=self._skip_special_tokens)
+
+
+def _behind(given: str, text: str) -> str:
+    """What a text has behind the beginning that was given out; characters that were unfinished then may be others now."""
+    pairs = enumerate(zip(given, text, strict=False))
+    num_given = next((place for place, (old, new) in pairs if old != new), min(len(given), len(text)))
+    return text[num_given:]
+
+
+_CONTINUATIONS = frozenset(bytes([byte]) for byte in range(0x80, 0xC0))  # bytes of UTF-8 that begin no character
+
+
+def _piece_bytes(piece: object, text: str) -> bytes:
+    """The bytes of a vocabulary's entry that is no whole text: by byte fallback's name, or in the alphabet of byte-level vocabularies."""
+    if not isinstance(piece, str):
+        return text.encode()
+    if (byte := _BYTE_PIECE.fullmatch(piece)) is not None:
+        return bytes.fromhex(byte[1])
+    alphabet = _byte_alphabet()
+    return bytes(alphabet[each] for each in piece) if all(each in alphabet for each in piece) else text.encode()
+
+
+@functools.cache
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's: printable bytes stand for themselves, the others, in their order, for what follows the 256th character."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + place): byte for place, byte in enumerate(others)}
 
 
 def check_text(text: str) -> None:

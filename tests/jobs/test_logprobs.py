@@ -16,7 +16,7 @@ def logprob(value: float, text: str | None) -> Logprob:
 STEPS = [
     {1: logprob(-0.1, "a"), 2: logprob(-2.0, "ü")},
     {3: logprob(-3.0, "c"), 1: logprob(-0.5, "a"), 2: logprob(-1.0, "ü")},
-    {4: logprob(float("-inf"), "a"), 1: logprob(-0.5, "a"), 5: logprob(-1.0, None)},
+    {4: logprob(float("-inf"), "a"), 1: logprob(-0.5, "a"), 6: logprob(-0.7, "a"), 5: logprob(-1.0, None)},
 ]
 COMPLETION = CompletionOutput(index=0, text="aca", token_ids=(1, 3, 4), finish_reason="length", logprobs=STEPS)
 
@@ -26,11 +26,16 @@ def test_completions() -> None:
     assert found == {
         "tokens": ["a", "c", "a"],
         "token_logprobs": [-0.1, -3.0, -9999.0],
-        "top_logprobs": [{"a": -0.1, "ü": -2.0}, {"a": -0.5, "ü": -1.0, "c": -3.0}, {"a": -0.5, "token_id:5": -1.0}],
+        "top_logprobs": [
+            {"a": -0.1, "ü": -2.0},
+            {"a": -0.5, "ü": -1.0, "c": -3.0},
+            {"token_id:1": -0.5, "token_id:6": -0.7, "token_id:5": -1.0, "a": -9999.0},
+        ],
         "text_offset": [0, 1, 2],
     }
     assert found is not None
-    assert [list(step) for step in found["top_logprobs"]] == [["a", "ü"], ["a", "ü", "c"], ["a", "token_id:5"]]
+    assert [list(step) for step in found["top_logprobs"][:2]] == [["a", "ü"], ["a", "ü", "c"]]
+    assert list(found["top_logprobs"][2]) == ["token_id:1", "token_id:6", "token_id:5", "a"], "best first"
     json.dumps(found, allow_nan=False)
 
 
@@ -43,11 +48,33 @@ def test_chats() -> None:
         "content": [
             {**entry("a", -0.1), "top_logprobs": [entry("a", -0.1), entry("ü", -2.0)]},
             {**entry("c", -3.0), "top_logprobs": [entry("a", -0.5), entry("ü", -1.0)]},
-            {**entry("a", -9999.0), "top_logprobs": [entry("a", -0.5), entry("token_id:5", -1.0)]},
+            {**entry("a", -9999.0), "top_logprobs": [entry("a", -0.5), entry("a", -0.7), entry("token_id:5", -1.0)]},
         ],
         "refusal": None,
     }
     json.dumps(found, allow_nan=False)
+
+
+def test_of_likely_tokens_with_one_text_the_best_has_it_as_its_name() -> None:
+    step = {9: logprob(-0.1, "b"), 1: logprob(-0.5, "a"), 2: logprob(-0.4, "a"), 3: logprob(-0.6, "a")}
+    found = completion_logprobs(CompletionOutput(index=0, text="b", token_ids=(9,), finish_reason="length", logprobs=[step]))
+    assert found is not None
+    assert found["top_logprobs"] == [{"b": -0.1, "a": -0.4, "token_id:1": -0.5, "token_id:3": -0.6}]
+
+
+def test_parts_of_a_character_have_their_own_bytes() -> None:
+    wave = "\N{WATER WAVE}".encode()
+    parts = {token_id: Logprob(logprob=-1.0, decoded_token="\ufffd", token_bytes=wave[token_id : token_id + 1]) for token_id in range(4)}
+    answer = CompletionOutput(
+        index=0, text="\N{WATER WAVE}", token_ids=(0, 1, 2, 3), finish_reason="length", logprobs=[parts] * 4, text_offsets=(0,) * 4
+    )  # fmt: skip
+    chat, completion = chat_logprobs(answer, 3), completion_logprobs(answer)
+    assert chat is not None
+    assert completion is not None
+    assert [each["bytes"] for each in chat["content"]] == [[240], [159], [140], [138]]
+    assert [each["bytes"] for each in chat["content"][3]["top_logprobs"]] == [[240], [159], [140]]
+    assert completion["text_offset"] == [0] * 4
+    assert completion["top_logprobs"][1] == {"token_id:0": -1.0, "\ufffd": -1.0, "token_id:2": -1.0, "token_id:3": -1.0}
 
 
 def test_chats_without_or_with_all_others() -> None:
@@ -56,7 +83,7 @@ def test_chats_without_or_with_all_others() -> None:
     assert none is not None
     assert none["content"][0]["top_logprobs"] == []
     assert all_of_them is not None
-    assert [len(entry["top_logprobs"]) for entry in all_of_them["content"]] == [2, 3, 3]
+    assert [len(entry["top_logprobs"]) for entry in all_of_them["content"]] == [2, 3, 4]
 
 
 def test_nothing_asked_and_nothing_generated() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 from flexgen.request import CompletionOutput, Logprob
@@ -15,14 +16,12 @@ def completion_logprobs(completion: CompletionOutput) -> dict[str, Any] | None:
         return None
     steps = list(zip(completion.token_ids, completion.logprobs, strict=True))
     tokens = [_token(token_id, step[token_id]) for token_id, step in steps]
-    offsets = [0]
-    for token in tokens[:-1]:
-        offsets.append(offsets[-1] + len(token))
+    offsets = completion.text_offsets
     return {
         "tokens": tokens,
         "token_logprobs": [_value(step[token_id]) for token_id, step in steps],
-        "top_logprobs": [_by_token(step) for _, step in steps],
-        "text_offset": offsets[: len(tokens)],
+        "top_logprobs": [_by_token(token_id, step) for token_id, step in steps],
+        "text_offset": list(offsets) if offsets is not None else [0, *itertools.accumulate(map(len, tokens))][: len(tokens)],
     }
 
 
@@ -47,21 +46,27 @@ def _likeliest(token_id: int, step: dict[int, Logprob], num_top: int) -> list[tu
     return sorted(others, key=lambda each: -each[1].logprob)
 
 
-def _by_token(step: dict[int, Logprob]) -> dict[str, float]:
-    """Best first; of tokens with the same text the best one."""
-    found: dict[str, float] = {}
-    for token_id, logprob in sorted(step.items(), key=lambda each: -each[1].logprob):
-        found.setdefault(_token(token_id, logprob), _value(logprob))
-    return found
+def _by_token(generated: int, step: dict[int, Logprob]) -> dict[str, float]:
+    """Best first.  Of tokens with the same text one has it as its name, the generated one or the best; the others are named by id."""
+    best_first = sorted(step.items(), key=lambda each: -each[1].logprob)
+    owners: dict[str, int] = {_token(generated, step[generated]): generated}
+    for token_id, logprob in best_first:
+        owners.setdefault(_token(token_id, logprob), token_id)
+    own = set(owners.values())
+    return {_token(token_id, logprob) if token_id in own else _by_id(token_id): _value(logprob) for token_id, logprob in best_first}
 
 
 def _entry(token_id: int, logprob: Logprob) -> dict[str, Any]:
     token = _token(token_id, logprob)
-    return {"token": token, "logprob": _value(logprob), "bytes": list(token.encode())}
+    return {"token": token, "logprob": _value(logprob), "bytes": list(logprob.token_bytes or token.encode())}
 
 
 def _token(token_id: int, logprob: Logprob) -> str:
-    return logprob.decoded_token if logprob.decoded_token is not None else f"token_id:{token_id}"  # vLLM's way without a tokenizer
+    return logprob.decoded_token if logprob.decoded_token is not None else _by_id(token_id)
+
+
+def _by_id(token_id: int) -> str:
+    return f"token_id:{token_id}"  # vLLM's way
 
 
 def _value(logprob: Logprob) -> float:

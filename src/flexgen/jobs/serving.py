@@ -123,9 +123,10 @@ class Serving:
 
     def _success(self, served: Served, results: list[TokenResult]) -> Result:
         has_text = self._llm.tokenizer is not None
+        prompt = served.token_requests[0].prompt_token_ids
         answer = Answer(
-            num_prompt_tokens=len(served.token_requests[0].prompt_token_ids),
-            completions=self._llm.completions(results, served.request.params),
+            num_prompt_tokens=len(prompt),
+            completions=self._llm.completions(results, served.request.params, prompt),
             params=served.request.params,
             shows_ids=served.request.return_token_ids or isinstance(served.request.prompt, tuple) or not has_text,
             has_text=has_text,
