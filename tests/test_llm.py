@@ -154,7 +154,7 @@ def test_rows_of_an_array_are_prompts(llm: LLM) -> None:
 
 @pytest.mark.parametrize("bad", [None, float("nan"), 3.5, [64, "x"], [64, 1.5], [True], {}, {"text": "a"}, "\ud800", "", b"a", [VOCAB]])
 def test_a_bad_prompt_is_named_by_its_index(llm: LLM, engines: list[FakeEngine], bad: Any) -> None:
-    with pytest.raises(RequestError, match="^prompt 2: "):
+    with pytest.raises(RequestError, match=r"^prompt 2: "):
         llm.generate(["a", [64], bad, "b"], GREEDY)
     assert engines == []
 
@@ -179,7 +179,7 @@ def test_encode_takes_any_texts(llm: LLM, given: Any) -> None:
 
 @pytest.mark.parametrize("bad", ["\ud800", None, 5])
 def test_encode_names_a_bad_text(llm: LLM, bad: Any) -> None:
-    with pytest.raises(RequestError, match="^text 1"):
+    with pytest.raises(RequestError, match=r"^text 1"):
         llm.encode(["a", bad])
 
 

@@ -38,8 +38,8 @@ def process_logits(logits: np.ndarray, request: TokenRequest, generated: Sequenc
     if len(generated) < request.min_tokens:
         row[_within(sorted(request.stop_token_ids), row)] = -np.inf
     with np.errstate(over="ignore", invalid="ignore"):  # the sampler looks whether a logit is left that is finite
-        for token_id, bias in request.logit_bias:
-            row[_within([token_id], row)] += bias
+        if request.logit_bias:
+            _add_biases(row, request.logit_bias)
         if request.repetition_penalty != 1:
             _penalise_repetition(row, request.repetition_penalty, [*request.prompt_token_ids, *generated])
         if request.frequency_penalty != 0 or request.presence_penalty != 0:
@@ -59,6 +59,12 @@ def _mask_completion(row: np.ndarray, word: Sequence[int], generated: Sequence[i
     start = len(generated) - len(word) + 1
     if start >= 0 and tuple(generated[start:]) == tuple(word[:-1]):
         row[_within([word[-1]], row)] = -np.inf
+
+
+def _add_biases(row: np.ndarray, biases: Sequence[tuple[int, float]]) -> None:
+    ids, values = np.array([token_id for token_id, _ in biases]), np.array([bias for _, bias in biases])
+    has_logit = ids < len(row)
+    row[ids[has_logit]] += values[has_logit]  # each id is there once
 
 
 def _penalise_repetition(row: np.ndarray, penalty: float, token_ids: Sequence[int]) -> None:
