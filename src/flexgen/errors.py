@@ -80,6 +80,14 @@ class EngineError(FlexGenError):
     """An invariant inside the engine broke."""
 
 
+def is_failure(error: BaseException) -> bool:
+    """Whether something went wrong, rather than someone wants to stop: an Exception, or a panic of a library written in Rust.
+
+    PyO3's PanicException is none, and cannot be imported.
+    """
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether it is Python's error, or one of torch's (its CPU allocator raises a plain RuntimeError)."""
     said = isinstance(error, RuntimeError) and ("out of memory" in str(error) or "can't allocate memory" in str(error))
@@ -99,8 +107,8 @@ def for_one_request(serve: Callable[_Arguments, _Value], *args: _Arguments.args,
         return serve(*args, **kwargs)
     except RequestError as error:
         return error
-    except Exception as error:
-        if isinstance(error, (FlexGenError, OSError)) or is_out_of_memory(error):
+    except BaseException as error:
+        if not is_failure(error) or isinstance(error, (FlexGenError, OSError)) or is_out_of_memory(error):
             raise
         logger.exception("a request ends with an error that is a bug in flexgen; please report it")
         return RequestError(f"{type(error).__name__}: {error}", code="internal_error")

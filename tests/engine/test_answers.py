@@ -10,6 +10,7 @@ from flexgen.engine.answers import Answers, Ending, ending, ending_or_error
 from flexgen.engine.clock import RunCounts
 from flexgen.engine.sequence import Sequence
 from flexgen.errors import CapacityError, EngineError, RequestError, StorageError
+from flexgen.jobs.stopping import Stopped
 from flexgen.request import Generated, TokenLogprobs, TokenRequest
 
 
@@ -75,15 +76,19 @@ def test_logprobs_go_on_after_an_earlier_run_s() -> None:
     assert made.so_far() == Generated(token_ids=(3, 4), logprobs=(first, second))
 
 
-def breaks(error: Exception) -> Any:
+class PanicException(BaseException):
+    """As PyO3 has it."""
+
+
+def breaks(error: BaseException) -> Any:
     def stops(token_ids: Any) -> str | None:
         raise error
 
     return stops
 
 
-@pytest.mark.parametrize("error", [KeyError("x"), RuntimeError("decoder"), RecursionError(), AssertionError()])
-def test_an_exception_ends_one_sequence(error: Exception, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("error", [KeyError("x"), RuntimeError("decoder"), RecursionError(), AssertionError(), PanicException("x")])
+def test_an_exception_ends_one_sequence(error: BaseException, caplog: pytest.LogCaptureFixture) -> None:
     end = ending_or_error(ending, sequence(8, stops=breaks(error)))
     assert end is not None
     assert end.error is not None
@@ -99,8 +104,18 @@ def test_a_request_s_own_error_is_not_a_bug(caplog: pytest.LogCaptureFixture) ->
 
 @pytest.mark.parametrize(
     "error",
-    [MemoryError(), RuntimeError("CUDA out of memory"), StorageError("disk"), OSError("disk"), EngineError("pages"), CapacityError()],
+    [
+        MemoryError(),
+        RuntimeError("CUDA out of memory"),
+        StorageError("disk"),
+        OSError("disk"),
+        EngineError("pages"),
+        CapacityError(),
+        KeyboardInterrupt(),
+        SystemExit(),
+        Stopped(),
+    ],
 )
-def test_what_concerns_all_stops_the_run(error: Exception) -> None:
+def test_what_concerns_all_stops_the_run(error: BaseException) -> None:
     with pytest.raises(type(error)):
         ending_or_error(ending, sequence(8, stops=breaks(error)))
