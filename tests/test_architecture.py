@@ -16,7 +16,7 @@ FLEXGEN = Path(__file__).parent.parent / "src" / "flexgen"
 # Rooms from the ground up; a room may import any room of a lower floor.
 FLOORS = (
     {"errors", "failpoints", "durations", "compiled", "scalars"},
-    {"sizes", "formats", "parameters", "request", "options", "prefixes", "inputs"},
+    {"sizes", "formats", "parameters", "request", "options", "prefixes", "inputs", "isolation"},
     {"plan"},
     {"quant", "kernels", "memory", "models", "hub", "text", "stopping", "defaults", "choices", "chat"},
     {"engine"},

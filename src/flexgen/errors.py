@@ -15,15 +15,6 @@ FlexGenError
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable
-from typing import ParamSpec, TypeVar
-
-logger = logging.getLogger(__name__)
-
-_Arguments = ParamSpec("_Arguments")
-_Value = TypeVar("_Value")
-
 
 class FlexGenError(Exception):
     """Base class of every error that flexgen raises on purpose."""
@@ -92,23 +83,3 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether it is Python's error, or one of torch's (its CPU allocator raises a plain RuntimeError)."""
     said = isinstance(error, RuntimeError) and ("out of memory" in str(error) or "can't allocate memory" in str(error))
     return said or isinstance(error, MemoryError)
-
-
-def for_one_request(serve: Callable[_Arguments, _Value], *args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Value | RequestError:
-    """What `serve` returns, or the error of the one request that it works for.
-
-    An exception that nobody foresaw ends that request only: it is logged with its traceback, because it is a bug, and becomes an error
-    of code "internal_error".
-
-    Raises:
-        Exception: what concerns more than this request: memory that ran out, a failing disk, a broken invariant.
-    """
-    try:
-        return serve(*args, **kwargs)
-    except RequestError as error:
-        return error
-    except BaseException as error:
-        if not is_failure(error) or isinstance(error, (FlexGenError, OSError)) or is_out_of_memory(error):
-            raise
-        logger.exception("a request ends with an error that is a bug in flexgen; please report it")
-        return RequestError(f"{type(error).__name__}: {error}", code="internal_error")

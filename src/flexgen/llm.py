@@ -17,9 +17,10 @@ from flexgen.chat import Chat, Templates, make_chats
 from flexgen.choices import Choices
 from flexgen.defaults import default_sampling_params, token_limits, unsupported_defaults
 from flexgen.engine.progress import Progress, RunReport
-from flexgen.errors import FlexGenError, ModelError, OptionError, RequestError, for_one_request
+from flexgen.errors import FlexGenError, ModelError, OptionError, RequestError
 from flexgen.hub import ModelFiles, resolve_model, resolve_tokenizer
 from flexgen.inputs import Prompt, as_conversations, as_params, as_texts, naming, texts_and_ids
+from flexgen.isolation import for_one_request
 from flexgen.open_engine import OpenEngine, plan_job
 from flexgen.options import EngineOptions
 from flexgen.plan.forecast import Plan

@@ -10,7 +10,8 @@ from typing import ParamSpec
 
 from flexgen.engine.clock import RunCounts
 from flexgen.engine.sequence import Sequence
-from flexgen.errors import RequestError, for_one_request
+from flexgen.errors import RequestError
+from flexgen.isolation import for_one_request
 from flexgen.request import TokenResult
 
 _Arguments = ParamSpec("_Arguments")

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from flexgen.engine.processors import changes_logits, process_logits
-from flexgen.errors import RequestError, for_one_request
+from flexgen.errors import RequestError
+from flexgen.isolation import for_one_request
 from flexgen.request import TokenRequest
 
 _UINT64 = (1 << 64) - 1

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Any
 
-from flexgen.errors import OptionError, RequestError, for_one_request
+from flexgen.errors import OptionError, RequestError
+from flexgen.isolation import for_one_request
 from flexgen.jobs.bodies import parse_completion
 from flexgen.jobs.fields import Form, JobRequest, Origin
 from flexgen.jobs.lines import Line, parse_object, parse_text

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from flexgen.errors import RequestError, for_one_request
+from flexgen.errors import RequestError
+from flexgen.isolation import for_one_request
 from flexgen.jobs.fields import Form, JobRequest, Origin
 from flexgen.jobs.forms import Forms
 from flexgen.jobs.lines import Line

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from flexgen.errors import RequestError, for_one_request
+from flexgen.errors import RequestError
+from flexgen.isolation import for_one_request
 from flexgen.jobs.begun import Begun, Ending, since
 from flexgen.jobs.fields import Answer
 from flexgen.jobs.reading import Refused, Served, place_of
