@@ -15,8 +15,8 @@ FLEXGEN = Path(__file__).parent.parent / "src" / "flexgen"
 
 # Rooms from the ground up; a room may import any room of a lower floor.
 FLOORS = (
-    {"errors", "failpoints", "durations", "compiled"},
-    {"sizes", "formats", "request", "options", "prefixes", "inputs"},
+    {"errors", "failpoints", "durations", "compiled", "scalars"},
+    {"sizes", "formats", "parameters", "request", "options", "prefixes", "inputs", "isolation"},
     {"plan"},
     {"quant", "kernels", "memory", "models", "hub", "text", "stopping", "defaults", "choices", "chat"},
     {"engine"},
@@ -27,6 +27,8 @@ FLOORS = (
 )
 # Rooms of one floor that may see each other.  (A name that only annotations use may look sideways anyway, never up.)
 BESIDE = {
+    "request": {"parameters"},
+    "inputs": {"request"},
     "quant": {"kernels"},
     "memory": {"kernels", "quant"},
     "models": {"memory", "kernels", "quant"},

@@ -54,6 +54,21 @@ def test_several_answers(llm: LLM) -> None:
     assert [output.outputs for output in llm.generate(PROMPTS, params)] == [output.outputs for output in several]
 
 
+@pytest.mark.parametrize("broken", ["flexgen.stopping.StopStrings.__call__", "flexgen.engine.engine.token_logprobs"])
+def test_an_exception_of_one_request_leaves_its_neighbours(llm: LLM, monkeypatch: pytest.MonkeyPatch, broken: str) -> None:
+    """The second asks for a stop string, and for log probabilities."""
+    alone = answers(llm, SamplingParams(seed=5, max_tokens=12))
+
+    def breaks(*args: object) -> None:
+        raise IndexError("broken")
+
+    monkeypatch.setattr(broken, breaks)
+    params = [SamplingParams(seed=5, max_tokens=12, stop=["\N{SNOWMAN}"] * place, logprobs=place or None) for place in (0, 1, 0)]
+    outputs = [output.outputs[0] for output in llm.generate(PROMPTS, params)]
+    assert (outputs[1].finish_reason, outputs[1].stop_reason) == ("error", "internal_error")
+    assert [outputs[0].text, outputs[2].text] == [alone[0], alone[2]]
+
+
 def test_logprobs_are_those_of_the_model(llm: LLM, novels_opt: Path) -> None:
     from transformers import AutoModelForCausalLM
 

@@ -7,9 +7,13 @@ import gc
 import logging
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from fakes import CONTEXT, POISON, VOCAB, FakeEngine, byte_id, fake_text, write_model_folder
 
 from flexgen import LLM, FlexGenError, ModelError, OptionError, RequestError, SamplingParams
@@ -96,6 +100,101 @@ def test_a_bad_prompt_is_refused_before_anything_runs(llm: LLM, engines: list[Fa
         llm.generate(prompts, GREEDY)
     assert caught.value.param == param
     assert engines == []
+
+
+class Column:
+    """What of pandas' Series matters: values by labels, of which 0 is none, as after a filter."""
+
+    def __init__(self, *values: object) -> None:
+        self.values = values
+
+    def __getitem__(self, label: int) -> object:
+        raise KeyError(label)
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __iter__(self) -> Iterator[object]:
+        return iter(self.values)
+
+
+class Frame(Column):
+    """Of pandas' DataFrame: going through it gives the names of its columns."""
+
+    columns = ("text",)
+
+
+@pytest.mark.parametrize(
+    "prompts",
+    [
+        Column("a", "bc"), ("a", "bc"), {"a": 1, "bc": 2}.keys(), (each for each in ["a", "bc"]), np.array(["a", "bc"]),
+        Column([64], {"prompt": "bc"}), (np.array(ids) for ids in ([64], [65, 66])), [torch.tensor([64]), np.array([65.0, 66.0])],
+        [{"prompt_token_ids": np.array([64])}, (np.int64(65), torch.tensor(66))], [range(64, 65), Column(65, 66)], [[64.0], "bc"],
+    ],
+    ids=str,
+)  # fmt: skip
+def test_several_prompts_of_any_kind(llm: LLM, prompts: Any) -> None:
+    outputs = llm.generate(prompts, (GREEDY for _ in range(2)))
+    assert texts(outputs) == [fake_text("a", 5), fake_text("bc", 5)]
+    assert all(type(token_id) is int for output in outputs for token_id in output.prompt_token_ids)
+    assert all(output.prompt is None or type(output.prompt) is str for output in outputs)
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [np.array([64, 65]), torch.tensor([64, 65]), (64, 65), range(64, 66), (each for each in (64, 65)), [64.0, 65.0], Column(64, 65)],
+)
+def test_token_ids_of_any_kind_are_one_prompt(llm: LLM, prompt: Any) -> None:
+    assert texts(llm.generate(prompt, GREEDY)) == [fake_text("ab", 5)]
+
+
+def test_rows_of_an_array_are_prompts(llm: LLM) -> None:
+    assert texts(llm.generate(np.array([[64, 65], [66, 67]]), GREEDY)) == [fake_text("ab", 5), fake_text("cd", 5)]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("bad", [None, float("nan"), 3.5, [64, "x"], [64, 1.5], [True], {}, {"text": "a"}, "\ud800", "", b"a", [VOCAB]])
+def test_a_bad_prompt_is_named_by_its_index(llm: LLM, engines: list[FakeEngine], bad: Any) -> None:
+    with pytest.raises(RequestError, match=r"^prompt 2: "):
+        llm.generate(["a", [64], bad, "b"], GREEDY)
+    assert engines == []
+
+
+@pytest.mark.parametrize("prompts", [None, 5, b"ab", Frame("text")])
+def test_what_holds_no_prompts(llm: LLM, prompts: Any) -> None:
+    with pytest.raises(RequestError, match="prompts must be"):
+        llm.generate(prompts, GREEDY)
+
+
+@pytest.mark.parametrize(("params", "words"), [([GREEDY, None], "sampling_params 1"), ({"max_tokens": 5}, "sampling_params must be")])
+def test_what_is_no_sampling_params(llm: LLM, params: Any, words: str) -> None:
+    with pytest.raises(OptionError, match=words):
+        llm.generate(["a", "b"], params)
+
+
+@pytest.mark.parametrize("given", [["a", "bc"], Column("a", "bc"), (each for each in ["a", "bc"]), np.array(["a", "bc"])], ids=str)
+def test_encode_takes_any_texts(llm: LLM, given: Any) -> None:
+    assert llm.encode(given) == [[64], [65, 66]]
+    assert llm.encode("bc") == [[65, 66]]
+
+
+@pytest.mark.parametrize("bad", ["\ud800", None, 5])
+def test_encode_names_a_bad_text(llm: LLM, bad: Any) -> None:
+    with pytest.raises(RequestError, match=r"^text 1"):
+        llm.encode(["a", bad])
+
+
+def test_an_answer_that_cannot_be_shown_ends_alone(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    works = LLM.completions
+
+    def breaks(self: LLM, results: Any, params: SamplingParams, *more: Any) -> Any:
+        if params.seed == 13:
+            raise IndexError("broken")
+        return works(self, results, params, *more)
+
+    monkeypatch.setattr(LLM, "completions", breaks)
+    good, bad = llm.generate(["ab", "ab"], [GREEDY, dataclasses.replace(GREEDY, seed=13, n=2)])
+    assert texts([good]) == [fake_text("ab", 5)]
+    assert [(each.index, each.finish_reason, each.stop_reason) for each in bad.outputs] == [(n, "error", "internal_error") for n in (0, 1)]
 
 
 def test_a_prompt_beyond_the_context_is_refused_by_its_place(llm: LLM) -> None:

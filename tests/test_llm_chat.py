@@ -33,6 +33,13 @@ def test_a_conversation(llm: LLM) -> None:
     assert output.outputs[0].text == fake_text("<user>hello<to>", 5)
 
 
+def test_conversations_of_any_kind(llm: LLM) -> None:
+    messages = [{"role": "user", "content": "a"}]
+    (one,) = llm.chat(iter(messages), SamplingParams(temperature=0, max_tokens=3))
+    several = llm.chat((tuple(messages) for _ in range(2)), SamplingParams(temperature=0, max_tokens=3))
+    assert [output.prompt for output in several] == [one.prompt] * 2
+
+
 def test_several_conversations(llm: LLM) -> None:
     params = [SamplingParams(temperature=0, max_tokens=n) for n in (3, 4)]
     outputs = llm.chat([TALK, HELLO], params)

@@ -19,7 +19,8 @@ from flexgen.defaults import default_sampling_params, token_limits, unsupported_
 from flexgen.engine.progress import Progress, RunReport
 from flexgen.errors import FlexGenError, ModelError, OptionError, RequestError
 from flexgen.hub import ModelFiles, resolve_model, resolve_tokenizer
-from flexgen.inputs import Prompt, as_prompts, text_and_ids
+from flexgen.inputs import Prompt, as_conversations, as_params, as_texts, naming, texts_and_ids
+from flexgen.isolation import for_one_request
 from flexgen.open_engine import OpenEngine, plan_job
 from flexgen.options import EngineOptions
 from flexgen.plan.forecast import Plan
@@ -103,15 +104,16 @@ class LLM:
 
     def generate(
         self,
-        prompts: Prompt | Sequence[Prompt],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        prompts: Prompt | Iterable[Prompt],
+        sampling_params: SamplingParams | Iterable[SamplingParams] | None = None,
         *,
         use_tqdm: bool = False,
     ) -> list[RequestOutput]:
         """Continue every prompt; outputs are in the order of the prompts, each with its `n` answers.
 
         Args:
-            prompts: one or several of: text, token ids, {"prompt": text}, {"prompt_token_ids": ids}.
+            prompts: one or several of: text, token ids, {"prompt": text}, {"prompt_token_ids": ids}.  Several may be a list, a
+                generator, an array, a column of a table; ids may be a list, an array or a tensor.
             sampling_params: one for all, one for each, or None for `get_default_sampling_params()`.
             use_tqdm: draw a progress bar on stderr.
 
@@ -120,8 +122,8 @@ class LLM:
                 running has finish_reason "error" and the error's code as stop_reason.)
             CapacityError: the work does not fit the budgets.
         """
-        batch = [text_and_ids(prompt) for prompt in as_prompts(prompts)]
-        params = self._params_for(sampling_params, len(batch))
+        batch = texts_and_ids(prompts)
+        params = as_params(self.get_default_sampling_params() if sampling_params is None else sampling_params, len(batch))
         choices = self._token_requests(batch, params)
         requests = [request for of_prompt in choices for request in of_prompt]
         if not requests:
@@ -140,15 +142,15 @@ class LLM:
                 request_id=str(of_prompt[0].index),
                 prompt=text,
                 prompt_token_ids=of_prompt[0].prompt_token_ids,
-                outputs=self.completions([results[request.index] for request in of_prompt], prompt_params, of_prompt[0].prompt_token_ids),
+                outputs=self._shown([results[request.index] for request in of_prompt], prompt_params, of_prompt[0].prompt_token_ids),
             )
             for of_prompt, (text, _), prompt_params in zip(choices, batch, params, strict=True)
         ]
 
     def chat(
         self,
-        messages: Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        messages: Iterable[Mapping[str, Any]] | Iterable[Iterable[Mapping[str, Any]]],
+        sampling_params: SamplingParams | Iterable[SamplingParams] | None = None,
         *,
         chat_template: str | os.PathLike[str] | None = None,
         add_generation_prompt: bool = True,
@@ -159,7 +161,7 @@ class LLM:
         """Answer one or several conversations; outputs are in their order, with the rendered prompts.
 
         Args:
-            messages: {"role", "content"} objects, or a list of such lists; the content is text or a list of text parts.
+            messages: {"role", "content"} objects, or several lists of these; the content is text or a list of text parts.
             sampling_params, use_tqdm: as for `generate`.
             chat_template: for this call, in place of the model's.
             add_generation_prompt: end the prompt with the header of an answer.
@@ -171,13 +173,13 @@ class LLM:
         """
         self._check_open()
         chats = make_chats(
-            messages,
+            as_conversations(messages),
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
             chat_template_kwargs=dict(chat_template_kwargs or {}),
         )
         texts = self._templates.prompts(chats, chat_template)
-        ids = self.encode(texts, add_special_tokens=False)
+        ids = self._encoded("conversation", dict(enumerate(texts)), add_special_tokens=False)
         prompts = [{"prompt": text, "prompt_token_ids": each} for text, each in zip(texts, ids, strict=True)]
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
@@ -197,15 +199,13 @@ class LLM:
 
     # -- what jobs and benchmarks are made of ----------------------------------------------------------------------------------------
 
-    def encode(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
+    def encode(self, texts: str | Iterable[str], *, add_special_tokens: bool = True) -> list[list[int]]:
         """Token ids of each text (rendered chats have their special tokens already).
 
         Raises:
-            RequestError: the model has no tokenizer, or a text is no Unicode text.
+            RequestError: the model has no tokenizer, or a text is no Unicode text; of several the message has its index.
         """
-        if texts and self.tokenizer is None:
-            raise RequestError(f"{self.files.name} has no tokenizer: give the prompt as token ids", param="prompt")
-        return self.tokenizer.encode(texts, add_special_tokens=add_special_tokens) if self.tokenizer is not None else []
+        return self._encoded("text", dict(enumerate(as_texts(texts))), add_special_tokens=add_special_tokens)
 
     def render_chats(self, chats: Sequence[Chat], *, now: float | None = None) -> list[str | RequestError]:
         """The prompt of each conversation by the model's template, or why it has none.
@@ -314,30 +314,41 @@ class LLM:
         if not self._finalizer.alive:
             raise FlexGenError("this LLM is closed")
 
-    def _params_for(self, given: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
-        if given is None:
-            return [self.get_default_sampling_params()] * count
-        if isinstance(given, SamplingParams):
-            return [given] * count
-        if len(given) != count:
-            raise OptionError(f"{len(given)} sampling_params for {count} prompts")
-        return list(given)
+    def _shown(self, results: list[TokenResult], params: SamplingParams, prompt_token_ids: Sequence[int]) -> list[CompletionOutput]:
+        """The answers to one prompt; one that cannot be shown ends in its own error."""
+        outputs = for_one_request(self.completions, results, params, prompt_token_ids)
+        if not isinstance(outputs, RequestError):
+            return outputs
+        failed = CompletionOutput(index=0, text="", token_ids=(), finish_reason="error", stop_reason=outputs.code)
+        return [dataclasses.replace(failed, index=choice) for choice in range(len(results))]
 
-    def _token_requests(
-        self, batch: list[tuple[str | None, Sequence[int] | None]], params: list[SamplingParams]
-    ) -> list[list[TokenRequest]]:
+    def _token_requests(self, batch: list[tuple[str | None, list[int] | None]], params: list[SamplingParams]) -> list[list[TokenRequest]]:
         """The requests of each prompt."""
-        encoded = iter(self.encode([text for text, ids in batch if text is not None and ids is None]))
+        encoded = iter(
+            self._encoded("prompt", {place: text for place, (text, ids) in enumerate(batch) if text is not None and ids is None})
+        )
         choices: list[list[TokenRequest]] = []
         index = self._num_requests
         for place, (_, ids) in enumerate(batch):
-            try:
+            with naming("prompt", place):
                 choices.append(self.token_requests(index, ids if ids is not None else next(encoded), params[place]))
-            except RequestError as error:
-                raise RequestError(f"prompt {place}: {error}", code=error.code, param=error.param) from error
             index += len(choices[-1])
         self._num_requests = index
         return choices
+
+    def _encoded(self, what: str, texts: Mapping[int, str], *, add_special_tokens: bool = True) -> list[list[int]]:
+        """Token ids of texts by their places among what was given; the error of one names its place."""
+        if texts and self.tokenizer is None:
+            raise RequestError(f"{self.files.name} has no tokenizer: give the prompt as token ids", param="prompt")
+        if self.tokenizer is None:
+            return []
+        try:
+            return self.tokenizer.encode(list(texts.values()), add_special_tokens=add_special_tokens)
+        except RequestError:
+            for place, text in texts.items() if len(texts) > 1 else ():
+                with naming(what, place):
+                    self.tokenizer.encode([text], add_special_tokens=add_special_tokens)
+            raise
 
 
 def _close(engine: OpenEngine, templates: Templates) -> None:

@@ -5,16 +5,13 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 from flexgen.errors import RequestError
-
-MAX_SEED = 2**63 - 1
-MAX_CHOICES = 16384  # vLLM's bound on n
-MAX_BIAS = 100.0  # OpenAI's
+from flexgen.parameters import CHECKS, must_be
+from flexgen.scalars import plain, shown
 
 # Keywords of vLLM whose effect we do not have, with the value that asks for none.  None asks for none everywhere.
 _UNSUPPORTED: Mapping[str, Any] = {
@@ -36,8 +33,8 @@ def _names_keywords(cls: type[_Class]) -> type[_Class]:
     @functools.wraps(init)
     def __init__(self: Any, **keywords: Any) -> None:
         for name, value in keywords.items():
-            if name in _UNSUPPORTED and value is not None and (type(value), value) != (type(_UNSUPPORTED[name]), _UNSUPPORTED[name]):
-                raise RequestError(f"{name}={value!r} is not supported yet", code="unsupported_field", param=name)
+            if name in _UNSUPPORTED and value is not None and not _is_neutral(plain(value), _UNSUPPORTED[name]):
+                raise RequestError(f"{name}={shown(value)} is not supported yet", code="unsupported_field", param=name)
             if name not in known and name not in _UNSUPPORTED:
                 close = difflib.get_close_matches(name, known, n=1)
                 hint = f"; did you mean {close[0]}?" if close else ""
@@ -48,23 +45,32 @@ def _names_keywords(cls: type[_Class]) -> type[_Class]:
     return cls
 
 
+def _is_neutral(value: Any, neutral: Any) -> bool:
+    """Whether a value asks for no effect: 1.0 is 1, but true is not."""
+    return isinstance(value, (int, float)) and isinstance(value, bool) == isinstance(neutral, bool) and value == neutral
+
+
 @_names_keywords
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """How one prompt is continued (vLLM's names and defaults).
 
+    Numbers may be those of numpy or torch, integers may be written as 16.0, and lists may be anything that holds several values; all
+    become plain.
+
     Attributes:
         n: how many answers; equal ones if temperature is 0.
         presence_penalty, frequency_penalty: taken off the logits of generated tokens, once, and as often as they came; in [-2, 2].
-        repetition_penalty: logits of the prompt's and of generated tokens are divided by it, negative ones multiplied.
+        repetition_penalty: logits of the prompt's and of generated tokens are divided by it, negative ones multiplied; from 1e-38
+            to 1e38.
         temperature: 0 is greedy; otherwise logits are divided by it.
-        top_p: keep the smallest set of tokens whose probability reaches this, in (0, 1].
+        top_p: keep the smallest set of tokens whose probability reaches this, in (0, 1]; 0 where temperature is 0, too.
         top_k: keep this many tokens; 0 or -1 keeps all.
         min_p: keep tokens at least this likely, relative to the likeliest, in [0, 1].
         seed: with the position it fixes every random choice; None derives one from the engine's seed and the request.
-        stop: texts that end the answer and are cut off it; becomes a tuple.
+        stop: at most 4,096 texts that end the answer and are cut off it; becomes a tuple.
         stop_token_ids: tokens that end the answer besides the model's own; becomes a tuple.
-        bad_words: texts whose tokens are never completed; becomes a tuple.
+        bad_words: at most 4,096 texts whose tokens are never completed; becomes a tuple.
         ignore_eos: go on after an end-of-sequence token.
         max_tokens: most tokens to generate; None means up to the model's context.
         min_tokens: before these many tokens nothing stops the answer.
@@ -100,76 +106,12 @@ class SamplingParams:
     allowed_token_ids: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
-        self._check_numbers()
-        for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens"):
-            _check(isinstance(getattr(self, name), bool), name, "true or false")
-        allowed = self.allowed_token_ids
-        _check(allowed is None or len(_ids("allowed_token_ids", allowed)) > 0, "allowed_token_ids", "at least one token id")
-        normal = {
-            "stop": _texts("stop", [self.stop] if isinstance(self.stop, str) else self.stop),
-            "stop_token_ids": _ids("stop_token_ids", self.stop_token_ids),
-            "bad_words": _texts("bad_words", self.bad_words),
-            "logit_bias": _biases(self.logit_bias),
-            "allowed_token_ids": None if allowed is None else _ids("allowed_token_ids", allowed),
-        }
-        for name, value in normal.items():
-            object.__setattr__(self, name, value)
-
-    def _check_numbers(self) -> None:
-        _check(_is_int(self.n) and 1 <= self.n <= MAX_CHOICES, "n", f"an integer from 1 to {MAX_CHOICES}")
-        for name in ("presence_penalty", "frequency_penalty"):
-            value = getattr(self, name)
-            _check(_is_number(value) and -2 <= value <= 2, name, "a number in [-2, 2]")
-        _check(_is_number(self.repetition_penalty) and self.repetition_penalty > 0, "repetition_penalty", "a finite number above 0")
-        _check(_is_number(self.temperature) and self.temperature >= 0, "temperature", "a finite number of at least 0")
-        _check(_is_number(self.top_p) and 0 < self.top_p <= 1, "top_p", "a number in (0, 1]")
-        _check(_is_int(self.top_k) and self.top_k >= -1, "top_k", "an integer of at least -1")
-        _check(_is_number(self.min_p) and 0 <= self.min_p <= 1, "min_p", "a number in [0, 1]")
-        _check(self.seed is None or (_is_int(self.seed) and abs(self.seed) <= MAX_SEED), "seed", "a 64-bit integer")
-        _check(self.max_tokens is None or (_is_int(self.max_tokens) and self.max_tokens >= 1), "max_tokens", "an integer of at least 1")
-        _check(_is_int(self.min_tokens) and self.min_tokens >= 0, "min_tokens", "an integer of at least 0")
-        _check(self.max_tokens is None or self.min_tokens <= self.max_tokens, "min_tokens", f"at most max_tokens={self.max_tokens}")
-        _check(self.logprobs is None or (_is_int(self.logprobs) and self.logprobs >= -1), "logprobs", "an integer of at least -1")
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> bool:
-    if isinstance(value, float):
-        return math.isfinite(value)
-    return isinstance(value, int) and not isinstance(value, bool) and abs(value) <= MAX_SEED  # no float holds more
-
-
-def _check(good: bool, param: str, wanted: str) -> None:
-    if not good:
-        raise RequestError(f"{param} must be {wanted}", param=param)
-
-
-def _texts(param: str, value: Any) -> tuple[str, ...]:
-    """Several texts, each once."""
-    _check(value is None or isinstance(value, (list, tuple)), param, "a list of texts")
-    _check(all(isinstance(each, str) and each for each in value or ()), param, "made of texts that are not empty")
-    return tuple(dict.fromkeys(value or ()))
-
-
-def _ids(param: str, value: Any) -> tuple[int, ...]:
-    """Several token ids, each once."""
-    _check(value is None or isinstance(value, (list, tuple)), param, "a list of token ids")
-    _check(all(_is_int(each) and each >= 0 for each in value or ()), param, "a list of token ids")
-    return tuple(dict.fromkeys(value or ()))
-
-
-def _biases(value: Any) -> dict[int, float] | None:
-    """Token id -> bias; JSON writes the ids as text."""
-    _check(value is None or isinstance(value, Mapping), "logit_bias", "an object of token ids and biases")
-    biases: dict[int, float] = {}
-    for key, bias in (value or {}).items():
-        token_id: Any = int(key) if isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 20 else key
-        _check(_is_int(token_id) and token_id >= 0 and _is_number(bias), "logit_bias", "an object of token ids and finite biases")
-        biases[token_id] = min(MAX_BIAS, max(-MAX_BIAS, float(bias)))
-    return biases or None
+        for each in dataclasses.fields(self):
+            object.__setattr__(self, each.name, CHECKS[each.name](each.name, getattr(self, each.name)))
+        if self.top_p == 0 and self.temperature > 0:
+            raise must_be("top_p", "a number above 0, unless temperature is 0", self.top_p)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise must_be("min_tokens", f"at most max_tokens={self.max_tokens}", self.min_tokens)
 
 
 class Stops(Protocol):

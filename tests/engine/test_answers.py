@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 
-from flexgen.engine.answers import Answers, Ending, ending
+from flexgen.engine.answers import Answers, Ending, ending, ending_or_error
 from flexgen.engine.clock import RunCounts
 from flexgen.engine.sequence import Sequence
-from flexgen.errors import RequestError
+from flexgen.errors import CapacityError, EngineError, RequestError, StorageError
+from flexgen.jobs.stopping import Stopped
 from flexgen.request import Generated, TokenLogprobs, TokenRequest
 
 
@@ -73,3 +74,48 @@ def test_logprobs_go_on_after_an_earlier_run_s() -> None:
     made = Sequence(TokenRequest(index=0, prompt_token_ids=(1,), max_tokens=2, num_logprobs=0, generated=earlier), 2)
     made.append(4, second)
     assert made.so_far() == Generated(token_ids=(3, 4), logprobs=(first, second))
+
+
+class PanicException(BaseException):
+    """As PyO3 has it."""
+
+
+def breaks(error: BaseException) -> Any:
+    def stops(token_ids: Any) -> str | None:
+        raise error
+
+    return stops
+
+
+@pytest.mark.parametrize("error", [KeyError("x"), RuntimeError("decoder"), RecursionError(), AssertionError(), PanicException("x")])
+def test_an_exception_ends_one_sequence(error: BaseException, caplog: pytest.LogCaptureFixture) -> None:
+    end = ending_or_error(ending, sequence(8, stops=breaks(error)))
+    assert end is not None
+    assert end.error is not None
+    assert (end.reason, end.error.code, type(error).__name__ in str(end.error)) == ("error", "internal_error", True)
+    assert "Traceback" in caplog.text
+
+
+def test_a_request_s_own_error_is_not_a_bug(caplog: pytest.LogCaptureFixture) -> None:
+    own = RequestError("own", code="mine")
+    assert ending_or_error(ending, sequence(8, stops=breaks(own))) == Ending.failed(own)
+    assert not caplog.text
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("CUDA out of memory"),
+        StorageError("disk"),
+        OSError("disk"),
+        EngineError("pages"),
+        CapacityError(),
+        KeyboardInterrupt(),
+        SystemExit(),
+        Stopped(),
+    ],
+)
+def test_what_concerns_all_stops_the_run(error: BaseException) -> None:
+    with pytest.raises(type(error)):
+        ending_or_error(ending, sequence(8, stops=breaks(error)))

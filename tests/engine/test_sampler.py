@@ -17,7 +17,7 @@ from flexgen.request import TokenRequest
 
 
 def asks(**how: Any) -> TokenRequest:
-    return TokenRequest(index=0, prompt_token_ids=(0,), max_tokens=1, **({"temperature": 1.0} | how))
+    return TokenRequest(index=0, max_tokens=1, **({"prompt_token_ids": (0,), "temperature": 1.0} | how))
 
 
 GREEDY = asks(temperature=0.0)
@@ -158,6 +158,52 @@ def test_a_row_that_is_not_finite_fails_alone(bad, dtype):
         assert isinstance(tokens[poisoned], RequestError)
         assert tokens[poisoned].code == "non_finite_logits"
         assert tokens[:poisoned] + tokens[poisoned + 1 :] == clean[:poisoned] + clean[poisoned + 1 :]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    "wild",
+    [
+        {"repetition_penalty": 1e-320}, {"repetition_penalty": 1e308, "temperature": 0.0}, {"repetition_penalty": math.inf},
+        {"repetition_penalty": math.nan}, {"presence_penalty": -1e308, "frequency_penalty": -1e308}, {"logit_bias": ((0, math.nan),)},
+        {"logit_bias": ((0, math.inf),)}, {"logit_bias": ((0, 1e308), (1, 1.0)), "temperature": 1e-320}, {"repetition_penalty": 1e-38},
+        {"repetition_penalty": 1e38, "temperature": 1e-320}, {"temperature": 1e308}, {"top_p": 5e-324}, {"min_p": 5e-324}, {"top_k": 2**70},
+        {"seed": 2**70}, {"min_tokens": 10**30, "stop_token_ids": frozenset(range(100))}, {"allowed_token_ids": (10**6,)},
+        {"stop_token_ids": frozenset({2**70}), "min_tokens": 9}, {"logit_bias": ((2**70, 1.0),)},
+    ],
+    ids=lambda wild: str(wild)[:60],
+)  # fmt: skip
+def test_no_setting_gives_a_token_that_is_none(wild: dict[str, Any]) -> None:
+    """A token of the vocabulary or an error; neighbours get what they get without it."""
+    logits = random_logits(3, 100)
+    rows = [asks(seed=1), asks(prompt_token_ids=tuple(range(100)), **wild), asks(repetition_penalty=1.3, seed=2)]
+    past = [[], [0, 1, 1, 1, 1, 1, 1, 1], [5]]
+    tokens = sample(logits, rows, past)
+    assert isinstance(tokens[1], RequestError) or 0 <= tokens[1] < 100
+    assert [tokens[0], tokens[2]] == sample(logits[[0, 2]], [rows[0], rows[2]], [past[0], past[2]])
+
+
+@pytest.mark.parametrize("penalty", [1e-38, 1e38])
+@pytest.mark.parametrize("temperature", [0.0, 1e-320, 1e308])
+def test_penalties_within_their_bounds_never_overflow(penalty: float, temperature: float) -> None:
+    logits = torch.tensor([[3e38, -3e38, 1.0]])
+    (token,) = sample(logits, [asks(prompt_token_ids=(0, 1, 2), repetition_penalty=penalty, temperature=temperature)], [[0, 1]])
+    assert token in (0, 1, 2)
+
+
+def test_an_overflow_is_the_row_s_error() -> None:
+    (error,) = sample(torch.ones(1, 5), [asks(repetition_penalty=1e-320)], [[0]])
+    assert isinstance(error, RequestError)
+    assert error.code == "non_finite_logits"
+
+
+def test_an_exception_is_the_row_s_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flexgen.engine.sampler.process_logits", lambda *args: [][0])
+    logits = random_logits(2, 50)
+    tokens = sample(logits, [asks(), asks(presence_penalty=1.0)], [[], []])
+    assert tokens[0] == sample(logits[:1], [asks()], [[]])[0]
+    assert isinstance(tokens[1], RequestError)
+    assert (tokens[1].code, str(tokens[1])) == ("internal_error", "IndexError: list index out of range")
 
 
 def test_logits_are_not_changed():

@@ -119,8 +119,8 @@ def test_an_unknown_field_is_refused_by_name(parse: Any, field: str) -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("max_tokens", 0), ("max_tokens", -1), ("max_tokens", 1.0), ("max_tokens", "5"), ("max_tokens", True), ("temperature", -0.1),
-        ("temperature", "0"), ("temperature", True), ("top_p", 0), ("top_p", 1.1), ("top_k", -2), ("top_k", 1.0), ("seed", 2**64),
+        ("max_tokens", 0), ("max_tokens", -1), ("max_tokens", 1.5), ("max_tokens", "5"), ("max_tokens", True), ("temperature", -0.1),
+        ("temperature", "0"), ("temperature", True), ("top_p", 0), ("top_p", 1.1), ("top_k", -2), ("top_k", 1.5), ("seed", 2**64),
         ("seed", 0.5), ("ignore_eos", 1), ("stop_token_ids", 5), ("stop_token_ids", [-1]), ("stop_token_ids", ["a"]),
         ("skip_special_tokens", "yes"), ("return_token_ids", 1), ("max_tokens", 10**400), ("temperature", 10**400), ("n", 0), ("n", True),
         ("n", 1.5), ("n", 10**9), ("stop", 5), ("stop", [5]), ("stop", [""]), ("logit_bias", []), ("logit_bias", {"a": 1}),
@@ -144,25 +144,25 @@ def test_the_model_is_reported(parse: Any) -> None:
 
 @pytest.mark.parametrize(
     ("prompt", "wanted"),
-    [("p", "p"), ("", ""), ([1, 2], (1, 2)), ([], ()), (["p"], "p"), ([[1, 2]], (1, 2)), ([10**400], (10**400,))],
+    [("p", "p"), ("", ""), ([1, 2], (1, 2)), ([], ()), (["p"], "p"), ([[1, 2]], (1, 2)), ([1.0, 2], (1, 2)), ([10**400], (10**400,))],
 )
 def test_prompts(prompt: object, wanted: object) -> None:
     assert completion(prompt=prompt).prompt == wanted
 
 
-@pytest.mark.parametrize("prompt", [None, 5, True, {}, {"text": "p"}, [1, "a"], [1.0], [True], ["a", "b"], [[1], [2]], [None]])
+@pytest.mark.parametrize("prompt", [None, 5, True, {}, {"text": "p"}, [1, "a"], [1.5], [True], ["a", "b"], [[1], [2]], [None]])
 def test_what_is_no_prompt(prompt: object) -> None:
     with pytest.raises(RequestError) as caught:
         completion(prompt=prompt)
     assert caught.value.param == "prompt"
 
 
-@pytest.mark.parametrize(("value", "wanted"), [(None, None), (0, 0), (5, 5)])
+@pytest.mark.parametrize(("value", "wanted"), [(None, None), (False, None), (0, 0), (5, 5), (5.0, 5)])
 def test_logprobs_of_completions_are_a_number(value: object, wanted: object) -> None:
     assert completion(logprobs=value).params.logprobs == wanted
 
 
-@pytest.mark.parametrize("value", [True, False, -2, "5", 1.0])
+@pytest.mark.parametrize("value", [True, -2, "5", 1.5])
 def test_logprobs_of_completions_that_are_none(value: object) -> None:
     with pytest.raises(RequestError) as caught:
         completion(logprobs=value)
@@ -194,8 +194,9 @@ def test_max_completion_tokens_is_max_tokens() -> None:
     request = chat(max_completion_tokens=7)
     assert request.params.max_tokens == 7
     assert request.states_max_tokens
+    assert chat(max_completion_tokens=7, max_tokens=7.0).params.max_tokens == 7
     with pytest.raises(RequestError, match="the same"):
-        chat(max_completion_tokens=7, max_tokens=7)
+        chat(max_completion_tokens=7, max_tokens=8)
     assert chat(max_completion_tokens=None, max_tokens=8).params.max_tokens == 8
 
 
@@ -207,6 +208,7 @@ def test_max_completion_tokens_is_max_tokens() -> None:
         ({"logprobs": False, "top_logprobs": 0}, None),
         ({"logprobs": True}, 0),
         ({"logprobs": True, "top_logprobs": 3}, 3),
+        ({"logprobs": True, "top_logprobs": 3.0}, 3),
         ({"logprobs": True, "top_logprobs": -1}, -1),
     ],
 )

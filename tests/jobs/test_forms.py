@@ -139,6 +139,7 @@ def test_bare_lines_have_the_job_s_defaults() -> None:
     [
         ({"id": "a"}, "a"),
         ({"id": 7}, 7),
+        ({"id": 7.0}, 7),
         ({"custom_id": "c"}, "c"),
         ({}, None),
         ({"id": None}, None),
@@ -150,9 +151,13 @@ def test_bare_identity(fields: dict[str, Any], wanted: object) -> None:
     PLAIN.parse({"prompt": "p", **fields})
 
 
-@pytest.mark.parametrize("fields", [{"id": [1]}, {"id": True}, {"id": 1.5}, {"id": "a", "custom_id": "b"}])
-def test_a_bare_id_that_is_none(fields: dict[str, Any]) -> None:
-    assert PLAIN.identity(fields) is None
+@pytest.mark.parametrize(
+    ("fields", "wanted"),
+    [({"id": [1]}, None), ({"id": True}, None), ({"id": 1.5}, None), ({"id": "a", "custom_id": "b"}, "a"), ({"id": [], "custom_id": 5}, 5)],
+)
+def test_a_bare_id_that_is_none(fields: dict[str, Any], wanted: object) -> None:
+    """Its error is found by what there is, all the same."""
+    assert PLAIN.identity(fields) == wanted
     with pytest.raises(RequestError, match="id must be"):
         PLAIN.parse({"prompt": "p", **fields})
 
@@ -246,6 +251,25 @@ def test_bad_batch_lines(change: dict[str, Any], code: str, param: str) -> None:
     assert isinstance(error, RequestError)
     assert (error.code, error.param) == (code, param)
     assert form.failure(origin, error)["response"]["status_code"] == (404 if code == "unsupported_url" else 400)
+
+
+@pytest.mark.parametrize(("custom_id", "kept"), [(16, 16), (16.0, 16), ("x", "x"), (True, None), ([1], None), (1.5, None), (None, None)])
+def test_the_error_of_a_batch_line_has_its_id(custom_id: object, kept: object) -> None:
+    origin, form, error = parsed(batch_line(max_tokens=0) | {"custom_id": custom_id})
+    assert isinstance(error, RequestError)
+    assert form.failure(origin, error)["custom_id"] == kept
+
+
+def test_a_line_that_finds_a_bug_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flexgen.jobs.plain.parse_completion", lambda body, defaults: {}["x"])
+    origin, _, error = parsed({"id": 5, "prompt": "p"})
+    assert isinstance(error, RequestError)
+    assert (origin.id, error.code) == (5, "internal_error")
+
+
+def test_an_internal_error_is_the_server_s() -> None:
+    record = openai().failure(ORIGIN, RequestError("bug", code="internal_error"))
+    assert (record["response"]["status_code"], record["response"]["body"]["error"]["type"]) == (500, "server_error")
 
 
 @pytest.mark.parametrize("url", ["/chat/completions", "/completions"])

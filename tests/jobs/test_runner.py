@@ -408,6 +408,28 @@ def test_an_answer_that_no_database_holds_is_an_error(llm: LLM, tmp_path: Path, 
     assert answers(output)[1]["error"]["code"] == "answer_too_large"
 
 
+@pytest.mark.parametrize("broken", ["completions", "token_requests"])
+def test_an_exception_of_one_line_is_its_error(
+    llm: LLM, tmp_path: Path, output: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, broken: str
+) -> None:
+    """Of the line with seed 13; before the model has it, or once it is answered."""
+    source = write(tmp_path / "in.jsonl", *({"prompt": "ab", "max_tokens": 4, "seed": seed} for seed in (12, 13, 14)))
+    works = getattr(LLM, broken)
+
+    def breaks(self: LLM, *args: Any) -> Any:
+        if args[-1].seed == 13:
+            raise IndexError("index 13 is out of range")
+        return works(self, *args)
+
+    monkeypatch.setattr(LLM, broken, breaks)
+    run(llm, source, output)
+    records = answers(output)
+    assert records[2]["error"] == {"code": "internal_error", "message": "IndexError: index 13 is out of range", "param": None}
+    assert [records[1]["text"], records[3]["text"]] == [fake_text("ab", 4)] * 2
+    assert "please report" in caplog.text
+    assert "Traceback" in caplog.text
+
+
 @pytest.mark.usefixtures("stepping")
 def test_a_line_that_only_the_scan_could_serve_ends_in_an_error(
     llm: LLM, tmp_path: Path, output: Path, monkeypatch: pytest.MonkeyPatch

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import ParamSpec
 
 from flexgen.engine.clock import RunCounts
 from flexgen.engine.sequence import Sequence
 from flexgen.errors import RequestError
+from flexgen.isolation import for_one_request
 from flexgen.request import TokenResult
+
+_Arguments = ParamSpec("_Arguments")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,6 +24,11 @@ class Ending:
     reason: str
     stop_string: str | None = None
     error: RequestError | None = None
+
+    @classmethod
+    def failed(cls, error: RequestError) -> Ending:
+        """By an error."""
+        return cls(reason="error", error=error)
 
 
 def ending(sequence: Sequence) -> Ending | None:
@@ -31,6 +41,12 @@ def ending(sequence: Sequence) -> Ending | None:
     if request.stops is not None and (stop_string := request.stops(generated)) is not None:
         return Ending(reason="stop", stop_string=stop_string)
     return Ending(reason="length") if len(generated) >= request.max_tokens else None
+
+
+def ending_or_error(find: Callable[_Arguments, Ending | None], *args: _Arguments.args, **kwargs: _Arguments.kwargs) -> Ending | None:
+    """What `find` says about one sequence; an exception in it ends that sequence only (see `for_one_request`)."""
+    end = for_one_request(find, *args, **kwargs)
+    return Ending.failed(end) if isinstance(end, RequestError) else end
 
 
 class Answers:

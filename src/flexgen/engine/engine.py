@@ -11,17 +11,18 @@ from collections.abc import Callable, Hashable, Iterable, Iterator
 from collections.abc import Sequence as SequenceOf
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from flexgen.engine.admission import Admission, Homes, LengthForecast
-from flexgen.engine.answers import Ending, ending
+from flexgen.engine.answers import Ending, ending, ending_or_error
 from flexgen.engine.logprobs import token_logprobs
 from flexgen.engine.model_runner import ModelRunner
 from flexgen.engine.prefixes import PrefixStore
 from flexgen.engine.progress import Progress, RunReport
 from flexgen.engine.record import Record
 from flexgen.engine.report import RunContext, make_report
-from flexgen.engine.sampler import sample
+from flexgen.engine.sampler import as_float64, sample
 from flexgen.engine.schedule import SCHEDULES, Limits, Quota
 from flexgen.engine.sequence import Sequence
 from flexgen.engine.sweep import MicroBatch
@@ -209,7 +210,7 @@ class Engine:
                 return
             sequence = Sequence(request, self._forecast.expect(request.max_tokens))
             self._prefixes.expect(sequence)
-            if (end := ending(sequence)) is not None:
+            if (end := ending_or_error(ending, sequence)) is not None:
                 yield self._finish(sequence, end)
             else:
                 self._waiting.add(sequence, self._prefixes.order(sequence))
@@ -238,7 +239,7 @@ class Engine:
             "fit the memory granted: lower max_tokens or raise --host-mem",
             code="kv_cache_too_small",
         )
-        return self._finish(sequence, Ending(reason="error", error=error))
+        return self._finish(sequence, Ending.failed(error))
 
     def _finish(self, sequence: Sequence, end: Ending) -> TokenResult:
         if sequence.kv is not None:
@@ -304,19 +305,20 @@ class Engine:
         """Give each sequence the token of its row; the results of those that ended."""
         tokens = sample(logits, [each.request for each in sequences], [each.generated for each in sequences])
         for sequence, row, token in zip(sequences, logits, tokens, strict=True):
-            if isinstance(token, RequestError):
-                end = Ending(reason="error", error=token)
-            else:
-                asked = sequence.request.num_logprobs
-                sequence.append(token, None if asked is None else token_logprobs(row, token, asked))
-                end = ending(sequence)
-            if end is not None:
+            if (end := self._take(sequence, row, token)) is not None:
                 yield self._finish(sequence, end)
             elif self._outgrew(sequence):
                 self._preempt(sequence)
             else:
                 assert sequence.kv is not None
                 self.cache.trim(sequence.kv, sequence.num_stored)
+
+    def _take(self, sequence: Sequence, row: torch.Tensor, token: int | RequestError) -> Ending | None:
+        """Give a sequence its token; how that ends the answer, if it does."""
+        if isinstance(token, RequestError):
+            return Ending.failed(token)
+        numbers = None if sequence.request.num_logprobs is None else as_float64(row)
+        return ending_or_error(_append, sequence, numbers, token)
 
     def _regime(self, sequence: Sequence) -> Hashable:
         """What the keys of its prompt depend on besides the tokens; keys that are computed anew depend on the answer, too."""
@@ -330,6 +332,13 @@ class Engine:
 
     def _on_unit(self, unit: int) -> None:
         self.record.tell(len(self._live), (unit, self.runner.num_units))
+
+
+def _append(sequence: Sequence, row: np.ndarray | None, token: int) -> Ending | None:
+    """Add a token with its log probabilities, by the model's logits, if they are asked for; how it ends the answer, if it does."""
+    asked = sequence.request.num_logprobs
+    sequence.append(token, None if row is None or asked is None else token_logprobs(row, token, asked))
+    return ending(sequence)
 
 
 class _Unfinished:

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
 
-from flexgen.engine.sampler import as_float64
 from flexgen.request import TokenLogprobs
 
 
-def token_logprobs(logits: torch.Tensor, token_id: int, num_logprobs: int) -> TokenLogprobs:
+def token_logprobs(row: np.ndarray, token_id: int, num_logprobs: int) -> TokenLogprobs:
     """The generated token's and the `num_logprobs` largest (all for -1), computed in float64.
 
     Among equal logits the lower id ranks higher.
 
     Args:
-        logits: (vocab,), any floating dtype and device, finite, as the model gave them.
+        row: (vocab,) float64, finite, the logits as the model gave them.
     """
-    row = as_float64(logits)
     largest = row.max()
     log_sum = largest + np.log(np.exp(row - largest).sum())
     likeliest = _likeliest(row, len(row) if num_logprobs == -1 else min(num_logprobs, len(row)))

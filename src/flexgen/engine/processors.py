@@ -37,12 +37,13 @@ def process_logits(logits: np.ndarray, request: TokenRequest, generated: Sequenc
         _mask_completion(row, word, generated)
     if len(generated) < request.min_tokens:
         row[_within(sorted(request.stop_token_ids), row)] = -np.inf
-    for token_id, bias in request.logit_bias:
-        row[_within([token_id], row)] += bias
-    if request.repetition_penalty != 1:
-        _penalise_repetition(row, request.repetition_penalty, [*request.prompt_token_ids, *generated])
-    if request.frequency_penalty != 0 or request.presence_penalty != 0:
-        _penalise_presence(row, request.frequency_penalty, request.presence_penalty, generated)
+    with np.errstate(over="ignore", invalid="ignore"):  # the sampler looks whether a logit is left that is finite
+        if request.logit_bias:
+            _add_biases(row, request.logit_bias)
+        if request.repetition_penalty != 1:
+            _penalise_repetition(row, request.repetition_penalty, [*request.prompt_token_ids, *generated])
+        if request.frequency_penalty != 0 or request.presence_penalty != 0:
+            _penalise_presence(row, request.frequency_penalty, request.presence_penalty, generated)
     return row
 
 
@@ -55,10 +56,15 @@ def _keep_only(row: np.ndarray, token_ids: Sequence[int]) -> None:
 
 def _mask_completion(row: np.ndarray, word: Sequence[int], generated: Sequence[int]) -> None:
     """The last token of a word whose other tokens were just generated."""
-    *begun, last = word
-    start = len(generated) - len(begun)
-    if start >= 0 and list(generated[start:]) == begun:
-        row[_within([last], row)] = -np.inf
+    start = len(generated) - len(word) + 1
+    if start >= 0 and tuple(generated[start:]) == tuple(word[:-1]):
+        row[_within([word[-1]], row)] = -np.inf
+
+
+def _add_biases(row: np.ndarray, biases: Sequence[tuple[int, float]]) -> None:
+    ids, values = np.array([token_id for token_id, _ in biases]), np.array([bias for _, bias in biases])
+    has_logit = ids < len(row)
+    row[ids[has_logit]] += values[has_logit]  # each id is there once
 
 
 def _penalise_repetition(row: np.ndarray, penalty: float, token_ids: Sequence[int]) -> None:

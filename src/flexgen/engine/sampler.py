@@ -12,6 +12,7 @@ import torch
 
 from flexgen.engine.processors import changes_logits, process_logits
 from flexgen.errors import RequestError
+from flexgen.isolation import for_one_request
 from flexgen.request import TokenRequest
 
 _UINT64 = (1 << 64) - 1
@@ -33,7 +34,7 @@ def sample(logits: torch.Tensor, requests: Sequence[TokenRequest], generated: Se
 
     Returns:
         One entry per row: a token id, or a `RequestError` of code "non_finite_logits" for a row with a NaN or an infinity, of
-        code "no_token_allowed" for one whose every token is masked.
+        code "no_token_allowed" for one whose every token is masked, of code "internal_error" for whatever else went wrong with it.
     """
     if logits.ndim != 2 or not len(logits) == len(requests) == len(generated):
         raise ValueError(f"logits {tuple(logits.shape)} for {len(requests)} requests and {len(generated)} answers")
@@ -46,7 +47,7 @@ def sample(logits: torch.Tensor, requests: Sequence[TokenRequest], generated: Se
         if not finite[row]:
             tokens[row] = RequestError("the model produced logits that are not finite", code="non_finite_logits")
         elif request.temperature > 0 or changes_logits(request):
-            tokens[row] = _choose(as_float64(logits[row]), request, past)
+            tokens[row] = for_one_request(_choose, as_float64(logits[row]), request, past)
     return tokens
 
 
@@ -65,8 +66,11 @@ def _choose(row: np.ndarray, request: TokenRequest, generated: Sequence[int]) ->
     """The token of one row of float64 logits."""
     if changes_logits(request):
         row = process_logits(row, request, generated)
-        if row.max() == -np.inf:
+        likeliest = row.max()  # NaN if one is NaN
+        if likeliest == -np.inf:
             return RequestError("bad_words, min_tokens and allowed_token_ids leave no token to generate", code="no_token_allowed")
+        if not np.isfinite(likeliest):
+            return RequestError("the request's penalties make logits overflow", code="non_finite_logits")
     if request.temperature == 0:
         return int(row.argmax())
     return _draw(row, request, uniform(request.seed, len(request.prompt_token_ids) + len(generated)))

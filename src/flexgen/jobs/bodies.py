@@ -9,7 +9,8 @@ from typing import Any
 from flexgen.chat import Chat, parse_messages
 from flexgen.errors import RequestError
 from flexgen.jobs.fields import JobRequest
-from flexgen.request import MAX_SEED, SamplingParams
+from flexgen.request import SamplingParams
+from flexgen.scalars import as_int, shown
 
 _SAMPLING = frozenset(field.name for field in dataclasses.fields(SamplingParams)) - {"logprobs"}  # its type depends on the endpoint
 _COMPLETION = frozenset(("prompt", "logprobs"))
@@ -44,7 +45,8 @@ def parse_completion(fields: Mapping[str, Any], defaults: SamplingParams) -> Job
     ignored = _ignored(fields, _COMPLETION, _COMPLETION_OFF)
     if fields.get("prompt") is None:
         raise RequestError("there is no prompt", param="prompt")
-    return _request(fields, _prompt(fields["prompt"]), defaults, ignored, logprobs=fields.get("logprobs"))
+    logprobs = fields.get("logprobs")
+    return _request(fields, _prompt(fields["prompt"]), defaults, ignored, logprobs=None if logprobs is False else logprobs)
 
 
 def parse_chat(fields: Mapping[str, Any], defaults: SamplingParams) -> JobRequest:
@@ -92,9 +94,6 @@ def _request(
     if values.get("stop") == "":
         del values["stop"]  # some clients write no stop so
     values.update((name, value) for name, value in given.items() if value is not None)
-    for name, value in values.items():
-        if isinstance(value, int) and abs(value) > MAX_SEED:
-            raise RequestError(f"{name} must fit 64 bits", param=name)
     params = dataclasses.replace(defaults, **values)
     best_of, model = fields.get("best_of"), fields.get("model")
     if best_of is not None and not _same(best_of, params.n):
@@ -117,13 +116,14 @@ def _prompt(value: Any) -> str | tuple[int, ...]:
     if isinstance(value, str):
         return value
     if isinstance(value, list):
-        if all(type(i) is int for i in value):
-            return tuple(value)
+        ids = value if all(type(i) is int for i in value) else [number for i in value if (number := as_int(i)) is not None]
+        if len(ids) == len(value):
+            return tuple(ids)
         if all(isinstance(i, (str, list)) for i in value):
             raise RequestError(
                 "several prompts in one line are not supported: write a line for each", code="unsupported_field", param="prompt"
             )
-    raise RequestError("prompt must be text or a list of token ids", param="prompt")
+    raise RequestError(f"prompt must be text or a list of token ids, not {shown(value)}", param="prompt")
 
 
 def _template_kwargs(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -138,23 +138,27 @@ def _template_kwargs(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 def _chat_logprobs(fields: Mapping[str, Any]) -> int | None:
     """How many of the likeliest tokens are shown, or None without log probabilities."""
-    shown, count = _flag(fields, "logprobs", False), fields.get("top_logprobs")
+    asked, count = _flag(fields, "logprobs", False), fields.get("top_logprobs")
     if count is None or _same(count, 0):
-        return 0 if shown else None
-    if not shown:
+        return 0 if asked else None
+    if not asked:
         raise RequestError("top_logprobs needs logprobs to be true", param="top_logprobs")
-    if type(count) is not int or count < -1:
-        raise RequestError("top_logprobs must be an integer of at least -1", param="top_logprobs")
-    return count
+    number = as_int(count)
+    if number is None or number < -1:
+        raise RequestError(f"top_logprobs must be an integer of at least -1, not {shown(count)}", param="top_logprobs")
+    return number
 
 
 def _max_completion_tokens(fields: Mapping[str, Any]) -> int:
-    value = fields["max_completion_tokens"]
-    if fields.get("max_tokens") is not None:
-        raise RequestError("max_tokens and max_completion_tokens are the same: give one", param="max_completion_tokens")
-    if type(value) is not int or not 1 <= value <= MAX_SEED:
-        raise RequestError("max_completion_tokens must be an integer of at least 1", param="max_completion_tokens")
-    return value
+    """The longest answer by its newer name; the older one may say the same."""
+    newer, older = fields["max_completion_tokens"], fields.get("max_tokens")
+    number = as_int(newer)
+    if number is None or number < 1 or number.bit_length() > 63:
+        raise RequestError(f"max_completion_tokens must be an integer of at least 1, not {shown(newer)}", param="max_completion_tokens")
+    if older is not None and as_int(older) != number:
+        message = f"max_tokens ({shown(older)}) and max_completion_tokens ({shown(newer)}) mean the same: give one"
+        raise RequestError(message, param="max_completion_tokens")
+    return number
 
 
 def _flag(fields: Mapping[str, Any], name: str, default: bool) -> bool:
@@ -162,7 +166,7 @@ def _flag(fields: Mapping[str, Any], name: str, default: bool) -> bool:
     if value is None:
         return default
     if not isinstance(value, bool):
-        raise RequestError(f"{name} must be true or false", param=name)
+        raise RequestError(f"{name} must be true or false, not {shown(value)}", param=name)
     return value
 
 

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from flexgen.chat import Chat
 from flexgen.errors import RequestError
 from flexgen.request import CompletionOutput, SamplingParams
+from flexgen.scalars import as_int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,11 +68,16 @@ class Origin:
     id: str | int | None
 
 
+def as_id(value: object) -> str | int | None:
+    """What may identify a line: a text or an integer."""
+    return value if isinstance(value, str) else as_int(value)
+
+
 class Form(Protocol):
     """A form of lines.  All dicts are JSON objects."""
 
     def identity(self, fields: Mapping[str, Any]) -> str | int | None:
-        """The id by which the author of the line knows it; None if it has none that can be used."""
+        """The id by which the author of the line knows it, also where `parse` refuses it; None if it has none that can be written."""
         ...
 
     def parse(self, fields: Mapping[str, Any]) -> JobRequest:

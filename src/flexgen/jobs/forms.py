@@ -8,6 +8,7 @@ from pathlib import PurePath
 from typing import Any
 
 from flexgen.errors import OptionError, RequestError
+from flexgen.isolation import for_one_request
 from flexgen.jobs.bodies import parse_completion
 from flexgen.jobs.fields import Form, JobRequest, Origin
 from flexgen.jobs.lines import Line, parse_object, parse_text
@@ -43,19 +44,23 @@ class Forms:
         """Never raises: a line that cannot be served has its error in place of a request."""
         form: Form = self._plain
         identity = None
-        request: JobRequest | RequestError
-        try:
-            if self._is_text:
-                request = parse_completion({"prompt": parse_text(line)}, self._defaults)
-            else:
-                fields = parse_object(line)
-                form = self._form(fields)
-                identity = form.identity(fields)
-                request = form.parse(fields)
-                self._check_model(request)
-        except RequestError as error:
-            request = error
+        if self._is_text:
+            request = for_one_request(self._parse_text, line)
+        elif isinstance(fields := for_one_request(parse_object, line), RequestError):
+            request = fields
+        else:
+            form = self._form(fields)
+            identity = form.identity(fields)
+            request = for_one_request(self._parse, form, fields)
         return Origin(line_number=line.number, digest=line.digest, id=identity), form, request
+
+    def _parse_text(self, line: Line) -> JobRequest:
+        return parse_completion({"prompt": parse_text(line)}, self._defaults)
+
+    def _parse(self, form: Form, fields: Mapping[str, Any]) -> JobRequest:
+        request = form.parse(fields)
+        self._check_model(request)
+        return request
 
     def _form(self, fields: Mapping[str, Any]) -> Form:
         if is_batch_line(fields):

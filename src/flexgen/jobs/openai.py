@@ -9,12 +9,13 @@ from typing import Any
 
 from flexgen.errors import RequestError
 from flexgen.jobs.bodies import parse_chat, parse_completion
-from flexgen.jobs.fields import Answer, JobRequest, Origin
+from flexgen.jobs.fields import Answer, JobRequest, Origin, as_id
 from flexgen.jobs.logprobs import chat_logprobs, completion_logprobs
 from flexgen.request import CompletionOutput, SamplingParams
+from flexgen.scalars import shown
 
 COMPLETIONS_MAX_TOKENS = 16  # the hosted API's default; that of chats is the context
-_STATUS = {"unsupported_url": 404, "model_not_found": 404, "non_finite_logits": 500}  # 400 for the rest
+_STATUS = {"unsupported_url": 404, "model_not_found": 404, "non_finite_logits": 500, "internal_error": 500}  # 400 for the rest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,15 +79,15 @@ class OpenAIForm:
     defaults: SamplingParams
 
     def identity(self, fields: Mapping[str, Any]) -> str | int | None:
-        """`custom_id`."""
-        custom_id = fields.get("custom_id")
-        return custom_id if isinstance(custom_id, str) else None
+        """`custom_id`; an integer is refused, but its error has it."""
+        return as_id(fields.get("custom_id"))
 
     def parse(self, fields: Mapping[str, Any]) -> JobRequest:
         """Raises RequestError when the line cannot be served."""
         body = fields.get("body")
-        if self.identity(fields) is None:
-            raise RequestError("custom_id must be a text", param="custom_id")
+        custom_id = fields.get("custom_id")
+        if not isinstance(custom_id, str):
+            raise RequestError(f"custom_id must be a text, not {shown(custom_id)}", param="custom_id")
         if fields.get("method", "POST") != "POST":
             raise RequestError("method must be POST", param="method")
         endpoint = ENDPOINTS.get(self.url) if isinstance(self.url, str) else None

@@ -8,7 +8,7 @@ from typing import Any
 
 from flexgen.errors import RequestError
 from flexgen.jobs.bodies import parse_chat, parse_completion
-from flexgen.jobs.fields import Answer, JobRequest, Origin
+from flexgen.jobs.fields import Answer, JobRequest, Origin, as_id
 from flexgen.jobs.logprobs import token_logprobs
 from flexgen.request import CompletionOutput, SamplingParams
 
@@ -27,13 +27,13 @@ class PlainForm:
     defaults: SamplingParams
 
     def identity(self, fields: Mapping[str, Any]) -> str | int | None:
-        """`id` or `custom_id`."""
-        given = [fields[name] for name in _IDS if fields.get(name) is not None]
-        return given[0] if len(given) == 1 and isinstance(given[0], (str, int)) and not isinstance(given[0], bool) else None
+        """`id` or `custom_id`; of both the first that can be one."""
+        return next((usable for name in _IDS if (usable := as_id(fields.get(name))) is not None), None)
 
     def parse(self, fields: Mapping[str, Any]) -> JobRequest:
         """Raises RequestError when the line cannot be served."""
-        if self.identity(fields) is None and any(fields.get(name) is not None for name in _IDS):
+        given = [fields[name] for name in _IDS if fields.get(name) is not None]
+        if len(given) > 1 or (given and as_id(given[0]) is None):
             raise RequestError("the line's id must be one text or integer", param="id")
         body = {name: value for name, value in fields.items() if name not in _IDS and (name not in _PROMPTS or value is not None)}
         if all(name in body for name in _PROMPTS):

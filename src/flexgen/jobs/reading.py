@@ -6,12 +6,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from flexgen.errors import RequestError
+from flexgen.isolation import for_one_request
 from flexgen.jobs.fields import Form, JobRequest, Origin
 from flexgen.jobs.forms import Forms
 from flexgen.jobs.lines import Line
 from flexgen.jobs.prompts import encode_prompts
 from flexgen.llm import LLM
-from flexgen.request import MAX_CHOICES, TokenRequest
+from flexgen.parameters import MAX_CHOICES
+from flexgen.request import TokenRequest
 
 _BATCH_LINES = 256  # tokenised together
 _BATCH_BYTES = 4 << 20
@@ -77,12 +79,15 @@ class Reader:
             return Refused(origin=origin, form=form, error=request)
         if isinstance(ids, RequestError):
             return Refused(origin=origin, form=form, error=ids)
-        try:
-            token_requests = self._llm.token_requests(index_of(origin.line_number), ids, request.params)
-            self._check_length(request, token_requests[0])
-        except RequestError as error:
-            return Refused(origin=origin, form=form, error=error)
-        return Served(origin=origin, form=form, request=request, token_requests=token_requests)
+        asked = for_one_request(self._token_requests, origin, request, ids)
+        if isinstance(asked, RequestError):
+            return Refused(origin=origin, form=form, error=asked)
+        return Served(origin=origin, form=form, request=request, token_requests=asked)
+
+    def _token_requests(self, origin: Origin, request: JobRequest, ids: Sequence[int]) -> list[TokenRequest]:
+        token_requests = self._llm.token_requests(index_of(origin.line_number), ids, request.params)
+        self._check_length(request, token_requests[0])
+        return token_requests
 
     def _check_length(self, request: JobRequest, first: TokenRequest) -> None:
         """A length that the line states is never cut."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from flexgen.errors import RequestError
+from flexgen.isolation import for_one_request
 from flexgen.jobs.begun import Begun, Ending, since
 from flexgen.jobs.fields import Answer
 from flexgen.jobs.reading import Refused, Served, place_of
@@ -141,8 +142,10 @@ class Serving:
         )
 
     def _answered(self, served: Served, results: list[TokenResult]) -> Result:
-        """The result of a line whose choices are all there; one that the database cannot hold is an error."""
-        result = self._success(served, results)
+        """The result of a line whose choices are all there; one that cannot be written, or that the database cannot hold, is an error."""
+        result = for_one_request(self._success, served, results)
+        if isinstance(result, RequestError):
+            return failure(served, result)
         if len(result.record) <= MAX_RECORD_BYTES:
             return result
         message = f"the answer has {len(result.record):,} bytes, more than the {MAX_RECORD_BYTES:,} of a record: ask for less at once"

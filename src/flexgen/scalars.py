@@ -1,0 +1,79 @@
+"""Numbers, flags and lists as callers give them: Python's, JSON's, and those of numpy, torch and pandas, which are not imported."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol, runtime_checkable
+
+_PLAIN = (int, float, bool, str, type(None))
+
+
+@runtime_checkable
+class _Scalar(Protocol):
+    """A number of numpy, or an array or tensor without dimensions."""
+
+    ndim: int
+
+    def item(self) -> Any: ...
+
+
+@runtime_checkable
+class _Array(Protocol):
+    """An array, a tensor, or a column of a table."""
+
+    def tolist(self) -> Any: ...
+
+
+def plain(value: object) -> Any:
+    """Python's number, flag or text for a scalar of numpy or torch; any other value as it is."""
+    if type(value) not in _PLAIN and isinstance(value, _Scalar) and value.ndim == 0:
+        return value.item()
+    return value
+
+
+def as_int(value: object) -> int | None:
+    """An integer, which may be written as 16.0; None for anything else, flags included."""
+    value = plain(value)
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, int):
+        return int(value)
+    return int(value) if isinstance(value, float) and value.is_integer() else None
+
+
+def as_float(value: object) -> float | None:
+    """A finite number; None for anything else, flags included."""
+    value = plain(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:  # an integer that no float holds
+        return None
+    return number if math.isfinite(number) else None
+
+
+def as_list(value: object) -> list[Any] | None:
+    """The values of a list, tuple, set, range, generator, array, tensor or column; None for one value, a text or a mapping.
+
+    A column is gone through in its order, whatever its labels are.
+    """
+    if isinstance(value, (list, tuple)):
+        return list(value)
+    if isinstance(value, (str, bytes, bytearray, Mapping)):
+        return None
+    if isinstance(value, _Array):
+        listed = value.tolist()
+        return listed if isinstance(listed, list) else None
+    return list(value) if isinstance(value, Iterable) else None
+
+
+def shown(value: object) -> str:
+    """A value as an error message shows it: short, and texts told from numbers."""
+    try:
+        text = repr(plain(value))
+    except Exception:  # noqa: BLE001 - an integer of too many digits, or whatever an object's own repr raises
+        return f"a value of type {type(value).__name__}"
+    text = text if len(text) <= 60 else f"{text[:57]}..."
+    return f"the text {text}" if isinstance(value, str) else text
