@@ -71,6 +71,14 @@ class EngineError(FlexGenError):
     """An invariant inside the engine broke."""
 
 
+def is_failure(error: BaseException) -> bool:
+    """Whether something went wrong, rather than someone wants to stop: an Exception, or a panic of a library written in Rust.
+
+    PyO3's PanicException is none, and cannot be imported.
+    """
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether it is Python's error, or one of torch's (its CPU allocator raises a plain RuntimeError)."""
     said = isinstance(error, RuntimeError) and ("out of memory" in str(error) or "can't allocate memory" in str(error))

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import logging
 import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+
+import psutil
 
 from flexgen.chat import Chat, Templates, make_chats
 from flexgen.choices import Choices
@@ -26,6 +29,7 @@ from flexgen.plan.forecast import Plan
 from flexgen.plan.simulate import PAGE_TOKENS
 from flexgen.plan.workload import Workload
 from flexgen.prefixes import NO_PREFIXES, CommonPrefixes, PrefixCensus
+from flexgen.profile.limits import find_limits
 from flexgen.request import CompletionOutput, Live, RequestOutput, SamplingParams, TokenRequest, TokenResult
 from flexgen.text import Tokenizer, eos_token_ids
 
@@ -33,6 +37,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
+
+_TOKENIZING_PARTS = 4  # of the host budget's rest, one is for the text that is tokenised
 
 
 class LLM:
@@ -81,7 +87,9 @@ class LLM:
         for setting in unsupported_defaults(self.files.generation_config):
             logger.warning("%s: generation_config.json asks for %s, which is not supported yet and not applied", self.files.name, setting)
         own, tokens = (self.tokenizer.chat_template, self.tokenizer.special_tokens) if self.tokenizer is not None else (None, {})
-        self._templates = Templates(self.files.name, own, tokens, given=chat_template, kwargs=chat_template_kwargs)
+        self._templates = Templates(
+            self.files.name, own, tokens, given=chat_template, kwargs=chat_template_kwargs, max_chars=self._max_prompt_chars
+        )
         self._choices = Choices(
             tokenizer=self.tokenizer,
             vocab_size=self.vocab_size,
@@ -201,14 +209,34 @@ class LLM:
         """Token ids of each text (rendered chats have their special tokens already).
 
         Raises:
-            RequestError: the model has no tokenizer, or a text is no Unicode text.
+            RequestError: for the first text that has none (see `encode_each`).
         """
-        if texts and self.tokenizer is None:
-            raise RequestError(f"{self.files.name} has no tokenizer: give the prompt as token ids", param="prompt")
-        return self.tokenizer.encode(texts, add_special_tokens=add_special_tokens) if self.tokenizer is not None else []
+        ids: list[list[int]] = []
+        for each in self.encode_each(texts, add_special_tokens=add_special_tokens):
+            if isinstance(each, RequestError):
+                raise each
+            ids.append(each)
+        return ids
 
-    def render_chats(self, chats: Sequence[Chat], *, now: float | None = None) -> list[str | RequestError]:
-        """The prompt of each conversation by the model's template, or why it has none.
+    def encode_each(self, texts: Iterable[str | RequestError], *, add_special_tokens: bool = True) -> Iterator[list[int] | RequestError]:
+        """Token ids of each text, or why it has none: it is no Unicode text, longer than the context or the host budget allow, the
+        tokenizer fails on it, or the model has none.  Texts are pulled as they are needed; errors among them are handed on.
+        """
+        if self.tokenizer is None:
+            error = RequestError(f"{self.files.name} has no tokenizer: give the prompt as token ids", param="prompt")
+            return (text if isinstance(text, RequestError) else error for text in texts)
+        return self.tokenizer.encode_each(
+            texts, add_special_tokens=add_special_tokens, max_tokens=self.max_model_len, memory_bytes=self._tokenizing_bytes
+        )
+
+    @functools.cached_property
+    def _tokenizing_bytes(self) -> int:
+        """Memory for one text while it is tokenised: a part of what the host budget leaves before there is a plan."""
+        budget_bytes = find_limits(self.options).host_bytes
+        return max(budget_bytes - psutil.Process().memory_info().rss, 0) // _TOKENIZING_PARTS
+
+    def render_chats(self, chats: Sequence[Chat], *, now: float | None = None) -> Iterator[str | RequestError]:
+        """The prompt of each conversation by the model's template, or why it has none; rendered as they are asked for.
 
         Args:
             now: the time that templates are told, in seconds since 1970, for prompts that a later run must find again; None is the
@@ -311,6 +339,11 @@ class LLM:
     def _check_open(self) -> None:
         if not self._finalizer.alive:
             raise FlexGenError("this LLM is closed")
+
+    @property
+    def _max_prompt_chars(self) -> int | None:
+        """What has more characters does not fit the context."""
+        return self.tokenizer.max_chars(self.max_model_len) if self.tokenizer is not None else None
 
     def _params_for(self, given: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
         if given is None:
