@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flexgen.errors import FlexGenError, ModelError, RequestError, is_failure
-from flexgen.text_sizes import TextSizes
+from flexgen.text_sizes import TextSizes, check_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -38,6 +38,7 @@ class Tokenizer:
         from transformers import AutoTokenizer
 
         try:
+            check_file(folder / "tokenizer.json")
             return cls(AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False))
         except BaseException as error:  # its backends raise anything, and panic
             if not is_failure(error):

@@ -9,6 +9,7 @@ import json
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flexgen.errors import ModelError, RequestError
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 MEMORY_PER_BYTE = 300  # of text while it is tokenised: pieces, offsets, tokens, ids (measured: 140 to 260)
 _MAX_PART_CHARS = 1024  # of a text that a part of the tokenizer inserts; real ones have a few characters
 _MAX_ADDED_TOKENS = 1024  # that a tokenizer puts around every text
+_MAX_FILE_BYTES = 256 << 20  # the largest known tokenizer.json has 35 MB
+_MAX_PARTS = 10_000  # normalizers, pre-tokenizers, decoders and tokens around a text
 _SLICE_CHARS = 1024  # normalised at once, while it is only measured
 _UNSURE = 16  # how many times more characters a token may stand for where parts of the text may be dropped
 
@@ -77,7 +80,8 @@ class TextSizes:
         num_bytes = self._normalized_bytes(text, most)
         if num_bytes > most:
             needs, granted = format_size(num_bytes * MEMORY_PER_BYTE), format_size(most * MEMORY_PER_BYTE)
-            message = f"the prompt has {len(text):,} characters: to tokenise it takes at least {needs}, {granted} are granted (--host-mem)"
+            grown = f", of which the tokenizer makes over {num_bytes:,} bytes" if num_bytes > 4 * len(text) else ""
+            message = f"the prompt has {len(text):,} characters{grown}; tokenising takes some {needs}, {granted} are granted (--host-mem)"
             raise RequestError(message, code="prompt_too_large", param="prompt")
         return num_bytes
 
@@ -93,6 +97,22 @@ class TextSizes:
             if total > most:
                 break
         return total
+
+
+def check_file(path: Path) -> None:
+    """Look at a tokenizer.json before it is loaded, which takes some twenty times its size.
+
+    Raises:
+        ModelError: it is no real tokenizer's.
+    """
+    if not path.is_file():
+        return
+    if (size := path.stat().st_size) > _MAX_FILE_BYTES:
+        raise ModelError(f"{path.name} has {format_size(size)}; no real tokenizer has more than {format_size(_MAX_FILE_BYTES)}")
+    data = path.read_bytes()
+    num_parts = sum(data.count(sign) for sign in (b'"type"', b'"SpecialToken"'))
+    if num_parts > _MAX_PARTS:
+        raise ModelError(f"{path.name} is made of {num_parts:,} parts; no real tokenizer has more than {_MAX_PARTS:,}")
 
 
 def _grown(text: str, steps: tuple[Any, ...], most: int) -> int:

@@ -140,8 +140,13 @@ class Serving:
         )
 
     def _answered(self, served: Served, results: list[TokenResult]) -> Result:
-        """The result of a line whose choices are all there; one that the database cannot hold is an error."""
-        result = self._success(served, results)
+        """The result of a line whose choices are all there; one whose text cannot be made, or that the database cannot hold, is an
+        error.
+        """
+        try:
+            result = self._success(served, results)
+        except RequestError as error:
+            return failure(served, error)
         if len(result.record) <= MAX_RECORD_BYTES:
             return result
         message = f"the answer has {len(result.record):,} bytes, more than the {MAX_RECORD_BYTES:,} of a record: ask for less at once"
