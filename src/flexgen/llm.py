@@ -358,12 +358,15 @@ class LLM:
         self, batch: list[tuple[str | None, Sequence[int] | None]], params: list[SamplingParams]
     ) -> list[list[TokenRequest]]:
         """The requests of each prompt."""
-        encoded = iter(self.encode([text for text, ids in batch if text is not None and ids is None]))
+        encoded = self.encode_each([text for text, ids in batch if text is not None and ids is None])
         choices: list[list[TokenRequest]] = []
         index = self._num_requests
         for place, (_, ids) in enumerate(batch):
             try:
-                choices.append(self.token_requests(index, ids if ids is not None else next(encoded), params[place]))
+                found = ids if ids is not None else next(encoded)
+                if isinstance(found, RequestError):
+                    raise found
+                choices.append(self.token_requests(index, found, params[place]))
             except RequestError as error:
                 raise RequestError(f"prompt {place}: {error}", code=error.code, param=error.param) from error
             index += len(choices[-1])

@@ -27,8 +27,8 @@ _SLICE_CHARS = 1024  # normalised at once, while it is only measured
 _UNSURE = 16  # how many times more characters a token may stand for where parts of the text may be dropped
 
 # Parts of tokenizer.json that drop no character, by type; a normalizer among the second kind makes no text longer, either.
-_KEEP = {"NFC", "NFD", "NFKD", "Lowercase", "Prepend", "Replace", "ByteLevel", "Metaspace", "Split", "Digits", "Sequence"}
-_DO_NOT_GROW = {"NFC", "Lowercase", "Strip", "StripAccents", "Prepend", "ByteLevel", "Sequence"}
+_KEEP = {"NFC", "NFD", "NFKD", "Lowercase", "Prepend", "ByteLevel", "Metaspace", "Split", "Digits", "Punctuation", "UnicodeScripts"}
+_DO_NOT_GROW = {"NFC", "Lowercase", "Strip", "StripAccents", "Prepend", "ByteLevel"}
 _PATTERNS = ("Regex", "precompiled_charsmap")  # longer texts, which are never inserted as they are
 
 
