@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import subprocess
@@ -245,6 +246,46 @@ def test_a_bug_shows_its_traceback_and_gives_70(monkeypatch: pytest.MonkeyPatch,
         cli.main()
     assert caught.value.code == 70
     assert "ZeroDivisionError: oops" in capsys.readouterr().err
+
+
+class Panic(BaseException):
+    """As PyO3's PanicException: no Exception."""
+
+
+@pytest.mark.parametrize(
+    "error", [Panic("poisoned"), EOFError("too short"), BrokenPipeError(32, "Broken pipe"), GeneratorExit(), OSError(5)]
+)
+def test_no_crash_ends_as_if_lines_were_done(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: BaseException
+) -> None:
+    """Wherever a command crashes, and whatever with."""
+
+    def crash(*arguments: object) -> None:
+        raise error
+
+    monkeypatch.setattr("flexgen.jobs.folder.find_job", crash)
+    monkeypatch.setattr("sys.argv", ["flexgen", "status", "x"])
+    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == 70
+    assert f"{type(error).__name__}" in capsys.readouterr().err
+
+
+def test_a_crash_that_nobody_can_be_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    def crash() -> None:
+        raise ZeroDivisionError("oops")
+
+    with Path("/dev/full").open("w", buffering=1) as full:
+        monkeypatch.setattr(cli, "app", crash)
+        monkeypatch.setattr("sys.stderr", full)
+        monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        monkeypatch.undo()
+        with contextlib.suppress(OSError):
+            full.close()
+    assert caught.value.code == 70
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("[enforce fail] . DefaultCPUAllocator: can't allocate memory: you tried")])

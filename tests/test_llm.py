@@ -201,6 +201,8 @@ def test_a_prompt_beyond_the_context_is_refused_by_its_place(llm: LLM) -> None:
     with pytest.raises(RequestError, match="prompt 1: the prompt has 64 tokens") as caught:
         llm.generate(["a", "b" * CONTEXT], GREEDY)
     assert caught.value.code == "context_length_exceeded"
+    with pytest.raises(RequestError, match="prompt 2: the prompt has 1,000,000 characters"):
+        llm.generate(["a", "b", "b" * 10**6], GREEDY)
 
 
 def test_answers_to_one_prompt_share_it(llm: LLM, engines: list[FakeEngine]) -> None:

@@ -14,7 +14,9 @@ from flexgen.defaults import choice_seed, derive_seed
 from flexgen.errors import RequestError
 from flexgen.request import CompletionOutput, Logprob, SamplingParams, Stops, TokenLogprobs, TokenRequest, TokenResult
 from flexgen.stopping import StopStrings, cut_at_stop
-from flexgen.text import TextStream, Tokenizer
+from flexgen.text import TextStream, Tokenizer, no_room
+
+_MAX_BAD_WORDS_CHARS = 1 << 20  # of one request: their tokens are kept as long as it runs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,8 +91,7 @@ class Choices:
             raise RequestError("the prompt has no tokens", param="prompt")
         room = self.max_model_len - len(prompt)
         if room < 1:
-            message = f"the prompt has {len(prompt)} tokens, which leaves no room for an answer in a context of {self.max_model_len}"
-            raise RequestError(message, code="context_length_exceeded", param="prompt")
+            raise no_room(len(prompt), self.max_model_len)
         if min(prompt) < 0 or max(prompt) >= self.vocab_size:
             raise RequestError(f"the prompt has token ids outside the vocabulary of {self.vocab_size}", param="prompt")
         return room
@@ -123,6 +124,8 @@ class Choices:
         return StopStrings(tokenizer, stop, prompt=prompt, min_tokens=params.min_tokens, skip_special_tokens=skip)
 
     def _bad_words(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
+        if (num_chars := sum(map(len, params.bad_words or ()))) > _MAX_BAD_WORDS_CHARS:
+            raise RequestError(f"bad_words have {num_chars:,} characters, more than {_MAX_BAD_WORDS_CHARS:,}", param="bad_words")
         words = [(word, ids) for word in params.bad_words or () for ids in self._needed_tokenizer("bad_words").encode_word(word)]
         for word, ids in words:
             if max(ids, default=0) >= self.vocab_size:

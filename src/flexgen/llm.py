@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import logging
 import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+
+import psutil
 
 from flexgen.chat import Chat, Templates, make_chats
 from flexgen.choices import Choices
@@ -27,6 +30,7 @@ from flexgen.plan.forecast import Plan
 from flexgen.plan.simulate import PAGE_TOKENS
 from flexgen.plan.workload import Workload
 from flexgen.prefixes import NO_PREFIXES, CommonPrefixes, PrefixCensus
+from flexgen.profile.limits import find_limits
 from flexgen.request import CompletionOutput, Live, RequestOutput, SamplingParams, TokenRequest, TokenResult
 from flexgen.text import Tokenizer, eos_token_ids
 
@@ -34,6 +38,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
+
+_TOKENIZING_PARTS = 4  # of the host budget's rest, one is for the text that is tokenised
 
 
 class LLM:
@@ -82,7 +88,9 @@ class LLM:
         for setting in unsupported_defaults(self.files.generation_config):
             logger.warning("%s: generation_config.json asks for %s, which is not supported yet and not applied", self.files.name, setting)
         own, tokens = (self.tokenizer.chat_template, self.tokenizer.special_tokens) if self.tokenizer is not None else (None, {})
-        self._templates = Templates(self.files.name, own, tokens, given=chat_template, kwargs=chat_template_kwargs)
+        self._templates = Templates(
+            self.files.name, own, tokens, given=chat_template, kwargs=chat_template_kwargs, max_chars=self._max_prompt_chars
+        )
         self._choices = Choices(
             tokenizer=self.tokenizer,
             vocab_size=self.vocab_size,
@@ -179,7 +187,7 @@ class LLM:
             chat_template_kwargs=dict(chat_template_kwargs or {}),
         )
         texts = self._templates.prompts(chats, chat_template)
-        ids = self._encoded("conversation", dict(enumerate(texts)), add_special_tokens=False)
+        ids = self._encoded("conversation", texts, add_special_tokens=False)
         prompts = [{"prompt": text, "prompt_token_ids": each} for text, each in zip(texts, ids, strict=True)]
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
@@ -203,12 +211,29 @@ class LLM:
         """Token ids of each text (rendered chats have their special tokens already).
 
         Raises:
-            RequestError: the model has no tokenizer, or a text is no Unicode text; of several the message has its index.
+            RequestError: for the first text that has none (see `encode_each`); the message has its index.
         """
-        return self._encoded("text", dict(enumerate(as_texts(texts))), add_special_tokens=add_special_tokens)
+        return self._encoded("text", as_texts(texts), add_special_tokens=add_special_tokens)
 
-    def render_chats(self, chats: Sequence[Chat], *, now: float | None = None) -> list[str | RequestError]:
-        """The prompt of each conversation by the model's template, or why it has none.
+    def encode_each(self, texts: Iterable[str | RequestError], *, add_special_tokens: bool = True) -> Iterator[list[int] | RequestError]:
+        """Token ids of each text, or why it has none: it is no Unicode text, longer than the context or the host budget allow, the
+        tokenizer fails on it, or the model has none.  Texts are pulled as they are needed; errors among them are handed on.
+        """
+        if self.tokenizer is None:
+            error = RequestError(f"{self.files.name} has no tokenizer: give the prompt as token ids", param="prompt")
+            return (text if isinstance(text, RequestError) else error for text in texts)
+        return self.tokenizer.encode_each(
+            texts, add_special_tokens=add_special_tokens, max_tokens=self.max_model_len, memory_bytes=self._tokenizing_bytes
+        )
+
+    @functools.cached_property
+    def _tokenizing_bytes(self) -> int:
+        """Memory for one text while it is tokenised: a part of what the host budget leaves before there is a plan."""
+        budget_bytes = find_limits(self.options).host_bytes
+        return max(budget_bytes - psutil.Process().memory_info().rss, 0) // _TOKENIZING_PARTS
+
+    def render_chats(self, chats: Sequence[Chat], *, now: float | None = None) -> Iterator[str | RequestError]:
+        """The prompt of each conversation by the model's template, or why it has none; rendered as they are asked for.
 
         Args:
             now: the time that templates are told, in seconds since 1970, for prompts that a later run must find again; None is the
@@ -322,33 +347,37 @@ class LLM:
         failed = CompletionOutput(index=0, text="", token_ids=(), finish_reason="error", stop_reason=outputs.code)
         return [dataclasses.replace(failed, index=choice) for choice in range(len(results))]
 
+    @property
+    def _max_prompt_chars(self) -> int | None:
+        """What has more characters does not fit the context."""
+        return self.tokenizer.max_chars(self.max_model_len) if self.tokenizer is not None else None
+
     def _token_requests(self, batch: list[tuple[str | None, list[int] | None]], params: list[SamplingParams]) -> list[list[TokenRequest]]:
         """The requests of each prompt."""
-        encoded = iter(
-            self._encoded("prompt", {place: text for place, (text, ids) in enumerate(batch) if text is not None and ids is None})
-        )
+        encoded = self.encode_each([text for text, ids in batch if text is not None and ids is None])
         choices: list[list[TokenRequest]] = []
         index = self._num_requests
         for place, (_, ids) in enumerate(batch):
             with naming("prompt", place):
-                choices.append(self.token_requests(index, ids if ids is not None else next(encoded), params[place]))
+                found = ids if ids is not None else _ids(next(encoded))
+                choices.append(self.token_requests(index, found, params[place]))
             index += len(choices[-1])
         self._num_requests = index
         return choices
 
-    def _encoded(self, what: str, texts: Mapping[int, str], *, add_special_tokens: bool = True) -> list[list[int]]:
-        """Token ids of texts by their places among what was given; the error of one names its place."""
-        if texts and self.tokenizer is None:
-            raise RequestError(f"{self.files.name} has no tokenizer: give the prompt as token ids", param="prompt")
-        if self.tokenizer is None:
-            return []
-        try:
-            return self.tokenizer.encode(list(texts.values()), add_special_tokens=add_special_tokens)
-        except RequestError:
-            for place, text in texts.items() if len(texts) > 1 else ():
-                with naming(what, place):
-                    self.tokenizer.encode([text], add_special_tokens=add_special_tokens)
-            raise
+    def _encoded(self, what: str, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:
+        """Token ids of every text; the error of one names its place."""
+        ids: list[list[int]] = []
+        for place, each in enumerate(self.encode_each(texts, add_special_tokens=add_special_tokens)):
+            with naming(what, place):
+                ids.append(_ids(each))
+        return ids
+
+
+def _ids(encoded: list[int] | RequestError) -> list[int]:
+    if isinstance(encoded, RequestError):
+        raise encoded
+    return encoded
 
 
 def _close(engine: OpenEngine, templates: Templates) -> None:

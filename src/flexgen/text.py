@@ -5,16 +5,19 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from flexgen.errors import ModelError, RequestError
+from flexgen.errors import FlexGenError, ModelError, RequestError, is_failure
+from flexgen.text_sizes import TextSizes, check_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # decoders' character for bytes that are none, or not yet
+_BATCH_BYTES = 256 << 10  # of texts that are tokenised together
+_BATCH_TEXTS = 256
 _MAX_HELD = 16  # tokens whose text may wait for what completes it
 _NUM_CONTEXT = 5  # tokens of a prompt behind which its answer is decoded: vLLM's number
 _NUM_CHARACTER = 4  # tokens that may make up one character: UTF-8's most
@@ -33,6 +36,7 @@ class Tokenizer:
     def __init__(self, hf: PreTrainedTokenizerBase) -> None:
         self.hf = hf
         self._named = functools.cache(self._name)  # at most once per entry of the vocabulary
+        self._sizes = TextSizes.of(hf)
 
     @classmethod
     def load(cls, folder: Path) -> Tokenizer:
@@ -40,10 +44,12 @@ class Tokenizer:
         from transformers import AutoTokenizer
 
         try:
+            check_file(folder / "tokenizer.json")
             return cls(AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False))
-        except Exception as error:  # its backends raise anything, bare Exception included
-            reason = str(error).strip().partition("\n")[0]
-            raise ModelError(f"the tokenizer in {folder} cannot be loaded: {reason}") from error
+        except BaseException as error:  # its backends raise anything, and panic
+            if not is_failure(error):
+                raise
+            raise ModelError(f"the tokenizer in {folder} cannot be loaded: {_reason(error)}") from error
 
     @property
     def eos_token_id(self) -> int | None:
@@ -65,14 +71,81 @@ class Tokenizer:
         """Token ids of each text, special tokens added as asked (a rendered chat has them already), nothing truncated.
 
         Raises:
-            RequestError: a text holds a lone surrogate (`check_text` finds which).
+            RequestError: for the first text that has none (see `encode_each`).
         """
+        return [_unless_error(ids) for ids in self.encode_each(texts, add_special_tokens=add_special_tokens)]
+
+    def encode_each(
+        self,
+        texts: Iterable[str | RequestError],
+        *,
+        add_special_tokens: bool = True,
+        max_tokens: int | None = None,
+        memory_bytes: int | None = None,
+    ) -> Iterator[list[int] | RequestError]:
+        """Token ids of each text, or why there are none: what is no Unicode text, what is too long, and what the tokenizer fails on.
+
+        Texts are pulled as they are needed, and tokenised a few at a time.  Errors among them are handed on.
+
+        Args:
+            max_tokens: of a prompt and its answer: a text with as many is refused, without being tokenised where its length tells.
+            memory_bytes: so is one that takes more memory; None allows any.
+        """
+        batch: list[str | RequestError] = []
+        size = 0
         for text in texts:
+            checked, num_bytes = self._checked(text, max_tokens, memory_bytes)
+            if batch and (size + num_bytes > _BATCH_BYTES or len(batch) == _BATCH_TEXTS):
+                yield from self._encode_batch(batch, add_special_tokens, max_tokens)
+                batch, size = [], 0
+            batch.append(checked)
+            size += num_bytes
+        yield from self._encode_batch(batch, add_special_tokens, max_tokens)
+
+    def max_chars(self, max_tokens: int) -> int:
+        """No longer text has so few tokens."""
+        return max_tokens * self._sizes.chars_per_token
+
+    def _checked(self, text: str | RequestError, max_tokens: int | None, memory_bytes: int | None) -> tuple[str | RequestError, int]:
+        """A text and how many bytes of it are cut into tokens, or why it is refused."""
+        if isinstance(text, RequestError):
+            return text, 0
+        try:
+            if max_tokens is not None:
+                self._check_chars(text, max_tokens)
             check_text(text)
+            return text, self._sizes.check_bytes(text, _BATCH_BYTES, memory_bytes)
+        except BaseException as error:  # noqa: BLE001  (raised again there unless it is a failure)
+            return _request_error(error), 0
+
+    def _check_chars(self, text: str, max_tokens: int) -> None:
+        most = self.max_chars(max_tokens)
+        if len(text) > most:
+            message = f"the prompt has {len(text):,} characters, and no more than {most:,} fit a context of {max_tokens:,} tokens"
+            raise RequestError(message, code="context_length_exceeded", param="prompt")
+
+    def _encode_batch(
+        self, batch: list[str | RequestError], add_special_tokens: bool, max_tokens: int | None
+    ) -> Iterator[list[int] | RequestError]:
+        """Where the tokenizer fails on texts together, it is asked for each of them."""
+        texts = [text for text in batch if isinstance(text, str)]
+        try:
+            encoded: Iterator[list[int] | RequestError] = iter(self._encode(texts, add_special_tokens))
+        except BaseException as error:  # noqa: BLE001  (raised again there unless it is a failure)
+            alone = _request_error(error)
+            one_by_one = (ids for text in texts for ids in self._encode_batch([text], add_special_tokens, max_tokens))
+            encoded = one_by_one if len(texts) > 1 else iter([alone])
+        for text in batch:
+            ids = text if isinstance(text, RequestError) else next(encoded)
+            if max_tokens is not None and not isinstance(ids, RequestError) and len(ids) >= max_tokens:
+                ids = no_room(len(ids), max_tokens)
+            yield ids
+
+    def _encode(self, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
         if not texts:
             return []
         encoded = self.hf(
-            list(texts), add_special_tokens=add_special_tokens, return_attention_mask=False, return_token_type_ids=False, verbose=False
+            texts, add_special_tokens=add_special_tokens, return_attention_mask=False, return_token_type_ids=False, verbose=False
         )
         return encoded["input_ids"]
 
@@ -84,14 +157,21 @@ class Tokenizer:
         Raises:
             RequestError: the word has no tokens.
         """
-        first, later = self.encode([word.lstrip(), " " + word.lstrip()], add_special_tokens=False)
+        forms = self.encode_each([word.lstrip(), " " + word.lstrip()], add_special_tokens=False, memory_bytes=_BATCH_BYTES)
+        try:
+            first, later = map(_unless_error, forms)
+        except RequestError as error:
+            raise RequestError(f"bad_words: {word[:40]!r}: {error}", code=error.code, param="bad_words") from error
         if not first:
             raise RequestError(f"bad_words: {word!r} has no tokens", param="bad_words")
         return [first, later] if later and later[0] != first[0] and len(later) == len(first) else [first]
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of some ids; ids that the tokenizer does not know (padding of the vocabulary) are left out."""
-        text = self.hf.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+        try:
+            text = self.hf.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+        except BaseException as error:
+            raise _request_error(error, "these tokens", param=None) from error
         return text if isinstance(text, str) else "".join(text)
 
     def decode_behind(self, prompt: Sequence[int], token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
@@ -232,6 +312,31 @@ def _byte_alphabet() -> dict[str, int]:
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + place): byte for place, byte in enumerate(others)}
+
+
+def no_room(num_tokens: int, max_model_len: int) -> RequestError:
+    """What to say of a prompt that leaves no room for an answer."""
+    message = f"the prompt has {num_tokens} tokens, which leaves no room for an answer in a context of {max_model_len}"
+    return RequestError(message, code="context_length_exceeded", param="prompt")
+
+
+def _unless_error(ids: list[int] | RequestError) -> list[int]:
+    if isinstance(ids, RequestError):
+        raise ids
+    return ids
+
+
+def _reason(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0][:200] or type(error).__name__
+
+
+def _request_error(error: BaseException, what: str = "the prompt", param: str | None = "prompt") -> RequestError:
+    """What a request is told when the tokenizer fails; what is no failure is raised again."""
+    if isinstance(error, RequestError):
+        return error
+    if not is_failure(error) or isinstance(error, FlexGenError):
+        raise error
+    return RequestError(f"the tokenizer fails on {what}: {_reason(error)}", code="tokenizer_error", param=param)
 
 
 def check_text(text: str) -> None:

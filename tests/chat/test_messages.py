@@ -9,6 +9,7 @@ import pytest
 from flexgen.chat import Chat, make_chats, parse_messages
 from flexgen.errors import RequestError
 
+A, B = {"type": "text", "text": "a"}, {"type": "text", "text": "b"}
 USER = {"role": "user", "content": "Hi"}
 
 
@@ -17,10 +18,11 @@ USER = {"role": "user", "content": "Hi"}
     [
         (USER, USER),
         ({"role": "user", "content": ""}, {"role": "user", "content": ""}),
-        ({"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}, {"role": "user", "content": "a\nb"}),
-        ({"role": "user", "content": [{"type": "input_text", "text": "a"}, "b"]}, {"role": "user", "content": "a\nb"}),
-        ({"role": "user", "content": []}, {"role": "user", "content": ""}),
-        ({"role": "assistant", "content": [{"type": "refusal", "refusal": "no"}]}, {"role": "assistant", "content": "no"}),
+        ({"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}, {"role": "user", "content": [A, B]}),
+        ({"role": "user", "content": [{"type": "input_text", "text": "a"}, "b"]}, {"role": "user", "content": [A, B]}),
+        ({"role": "user", "content": [{**A, "cache": 1, "image": None}]}, {"role": "user", "content": [{**A, "cache": 1}]}),
+        ({"role": "user", "content": []}, {"role": "user", "content": []}),
+        ({"role": "assistant", "content": [{"type": "refusal", "refusal": "a"}]}, {"role": "assistant", "content": [A]}),
         ({"role": "tool", "content": "1", "tool_call_id": "c"}, {"role": "tool", "content": "1", "tool_call_id": "c"}),
         ({**USER, "name": "Ada", "weight": 0, "refusal": None, "tool_calls": None}, {**USER, "name": "Ada", "weight": 0}),
         ({"role": "assistant", "content": "a", "tool_calls": []}, {"role": "assistant", "content": "a"}),

@@ -144,6 +144,28 @@ def test_many_conversations_keep_their_order(echo: TemplateProcess, monkeypatch:
     assert echo.render([]) == []
 
 
+def test_few_prompts_are_held_where_they_may_be_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What comes back at once, and nothing is rendered before it is asked for."""
+    monkeypatch.setattr(process, "_BATCH_CHARS", 3000)
+    sizes: list[int] = []
+    exchange = TemplateProcess._exchange
+    monkeypatch.setattr(TemplateProcess, "_exchange", lambda self, payloads: sizes.append(len(payloads)) or exchange(self, payloads))
+    with TemplateProcess("{{ messages[0].content }}", {}, limits=Limits(output_chars=1000)) as templates:
+        prompts = templates.render_each([chat(str(n)) for n in range(7)])
+        assert [next(prompts), sizes] == ["0", [3]]
+        assert list(prompts) == ["1", "2", "3", "4", "5", "6"]
+    assert sizes == [3, 3, 1]
+
+
+def test_a_prompt_beyond_the_limit_is_not_sent() -> None:
+    with TemplateProcess("{{ messages[0].content * 100 }}", {}, limits=Limits(output_chars=200)) as templates:
+        fits, refused, last = templates.render([chat("ab"), chat("abc"), chat("c")])
+    assert (fits, last) == ("ab" * 100, "c" * 100)
+    assert isinstance(refused, RequestError)
+    assert (refused.code, refused.param) == ("context_length_exceeded", "messages")
+    assert "more than 200 characters" in str(refused)
+
+
 def test_a_long_conversation(echo: TemplateProcess) -> None:
     contents = ["ü" * 1000] * 2000
     assert echo.render([chat(*contents)]) == ["".join(contents)]

@@ -92,7 +92,7 @@ def test_variables_from_the_tokenizer_the_owner_and_the_chat() -> None:
     text = "{{ bos_token }} {{ eos_token }} {{ mode }} {{ extra }}"
     templates = Templates("m", text, {"bos_token": "<s>", "eos_token": "</s>"}, kwargs={"mode": "owner", "extra": 1, "eos_token": "<e>"})
     chat = Chat(messages=HELLO.messages, chat_template_kwargs={"mode": "chat"})
-    assert templates.render([HELLO, chat]) == ["<s> <e> owner 1", "<s> <e> chat 1"]
+    assert list(templates.render([HELLO, chat])) == ["<s> <e> owner 1", "<s> <e> chat 1"]
     assert templates.prompts([chat], "{{ bos_token }}+{{ mode }}") == ["<s>+chat"]
     templates.close()
 

@@ -45,6 +45,16 @@ def test_what_ends_an_answer(made: Sequence, wanted: Ending | None) -> None:
     assert ending(made) == wanted
 
 
+def test_an_answer_whose_text_cannot_be_told_ends() -> None:
+    """The tokenizer fails on it, which is no reason to stop the others."""
+    error = RequestError("the tokenizer fails on these tokens")
+
+    def fail(token_ids: Any) -> str | None:
+        raise error
+
+    assert ending(sequence(8, 9, stops=fail)) == Ending(reason="error", error=error)
+
+
 def test_an_earlier_run_s_tokens_are_given_not_generated() -> None:
     answers = Answers()
     made = sequence(5, 6, earlier=(3, 4, 9))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fakes import byte_id
@@ -64,6 +65,38 @@ def test_special_tokens_are_those_of_the_template(novels_opt: Path) -> None:
     assert not isinstance(bare, RequestError)
     assert bare[0] != bos
     assert text == once == [bos, *bare]
+
+
+def test_texts_that_no_context_holds_fail_alone(llm: LLM) -> None:
+    """Those of prompts, of conversations, and of conversations that the template makes long; of both Unicode's and JSON's sizes."""
+    long = "a" * (llm.max_model_len * 1000)
+    found = encode_prompts(llm, [request(long), chat(long), request("a"), chat("é" * 10**6), chat("b")])
+    assert found[2::2] == [ids("a"), ids("b")]
+    for refused in (found[0], found[1], found[3]):
+        assert isinstance(refused, RequestError)
+        assert refused.code == "context_length_exceeded"
+
+
+def test_conversations_are_encoded_as_they_are_rendered(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that few of them are held."""
+    monkeypatch.setattr("flexgen.chat.process._BATCH_CHARS", 1)
+    monkeypatch.setattr("flexgen.text._BATCH_BYTES", 100)
+    steps: list[str] = []
+    render, encode = llm.render_chats, llm.get_tokenizer().__class__.__call__
+
+    def rendered(*arguments: Any, **how: Any) -> Iterator[Any]:
+        for each in render(*arguments, **how):
+            steps.append("render")
+            yield each
+
+    def encoded(self: Any, *arguments: Any, **how: Any) -> Any:
+        steps.append("encode")
+        return encode(self, *arguments, **how)
+
+    monkeypatch.setattr(llm, "render_chats", rendered)
+    monkeypatch.setattr(llm.get_tokenizer().__class__, "__call__", encoded)
+    assert encode_prompts(llm, [chat("a" * 60) for _ in range(3)]) == [ids("a" * 60)] * 3
+    assert steps == ["render", "render", "encode", "render", "encode", "encode"]
 
 
 def test_the_time_of_the_job(model_folder: Path) -> None:

@@ -402,6 +402,22 @@ def test_a_pass_that_is_given_up_costs_no_earlier_token(llm: LLM, tmp_path: Path
         assert store._tokens_in_progress() == 7
 
 
+def test_an_answer_whose_text_cannot_be_made_is_an_error(llm: LLM, tmp_path: Path, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tokenizer that panics on what the model says does not stop the others."""
+    decode = llm.get_tokenizer().decode
+    source = write(tmp_path / "in.jsonl", {"prompt": "a", "max_tokens": 2}, {"prompt": "a", "max_tokens": 3})
+
+    def panic(ids: list[int], **how: Any) -> Any:
+        if len(ids) == 2:
+            raise type("PanicException", (BaseException,), {})("index out of bounds")
+        return decode(ids, **how)
+
+    monkeypatch.setattr(llm.get_tokenizer(), "decode", panic)
+    run(llm, source, output)
+    assert answers(output)[1]["error"]["code"] == "tokenizer_error"
+    assert len(answers(output)[2]["text"]) == 3
+
+
 def test_an_answer_that_no_database_holds_is_an_error(llm: LLM, tmp_path: Path, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("flexgen.jobs.serving.MAX_RECORD_BYTES", 10)
     run(llm, write(tmp_path / "in.jsonl", {"prompt": "a", "max_tokens": 5}), output)

@@ -1,8 +1,8 @@
 """What runs in the process of a `TemplateProcess`: one template, conversations in, prompts out.
 
-A script, not a module of the package: it imports jinja2 and the standard library only, so that it starts in a tenth of a second.  The
-environment that templates see is that of transformers (utils/chat_template_utils.py), so that prompts are the same to the character.
-Frames are a length of four bytes and JSON.  It ends when its input does.
+A script, not a module of the package: it imports jinja2, the standard library and content.py only, so that it starts in a tenth of
+a second.  The environment that templates see is that of transformers (utils/chat_template_utils.py), so that prompts are the same
+to the character. Frames are a length of four bytes and JSON.  It ends when its input does.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import codecs
 import contextlib
 import importlib
+import importlib.util
 import json
 import math
 import os
@@ -37,6 +38,36 @@ LENGTH = struct.Struct("<I")
 TAG = "CONTINUE_FINAL_MESSAGE_TAG "  # marks where a message that is to be continued ends; its space shows whether templates trim it
 GREETING = {"messages": [{"role": "user", "content": "Hello"}], "add_generation_prompt": True, "continue_final_message": False}
 MOST_REASON_CHARS = 500
+
+
+def _sibling(name: str) -> Any:
+    """A module that lies beside this script."""
+    spec = importlib.util.spec_from_file_location(f"flexgen_chat_{name}", Path(__file__).with_name(f"{name}.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+content = _sibling("content")
+
+
+class TooLongError(Exception):
+    """The prompt has more characters than it may."""
+
+
+class Parts(list[Any]):
+    """Content as a list of parts; where a template writes it as if it were text, it is its text."""
+
+    def __str__(self) -> str:
+        return "\n".join(part["text"] for part in self)
+
+    def __add__(self, other: Any) -> Any:
+        return str(self) + other if isinstance(other, str) else super().__add__(other)
+
+    def __radd__(self, other: Any) -> Any:
+        return other + str(self) if isinstance(other, str) else NotImplemented
 
 
 class Generation(jinja2.ext.Extension):
@@ -108,6 +139,7 @@ class Renderer:
         environment.filters["tojson"] = to_json
         environment.globals.update(raise_exception=raise_exception, strftime_now=self.strftime_now, dict=Dict(), namespace=Namespace)
         self._template = environment.from_string(source)
+        self._form = content.content_form(environment.parse(source))
 
     def strftime_now(self, format: str) -> str:
         """The time that templates are told, local."""
@@ -120,7 +152,8 @@ class Renderer:
             Exception: whatever the template raises.
         """
         self.now = chat.get("now")
-        text = self._open_ended(chat) if chat["continue_final_message"] else self._text(chat, chat["messages"])
+        messages = [self._shaped(message) for message in chat["messages"]]
+        text = self._open_ended(chat, messages) if chat["continue_final_message"] else self._text(chat, messages)
         text.encode()  # a lone surrogate would reach the tokenizer
         return text
 
@@ -138,27 +171,44 @@ class Renderer:
         for piece in self._template.generate(variables):
             left -= len(piece)
             if left < 0:
-                raise ValueError(f"the prompt has more than {self._output_chars} characters")
+                raise TooLongError(f"the prompt has more than {self._output_chars:,} characters")
             pieces.append(piece)
         return "".join(pieces)
 
-    def _open_ended(self, chat: Mapping[str, Any]) -> str:
+    def _shaped(self, message: Any) -> Any:
+        """A message with its content as the template takes it: text, or a list of parts."""
+        given = message.get("content")
+        if isinstance(given, list):
+            shaped = Parts(given) if self._form != content.TEXT else str(Parts(given))
+        elif isinstance(given, str) and self._form == content.PARTS:
+            shaped = Parts([{"type": "text", "text": given}])
+        else:
+            return message
+        return {**message, "content": shaped}
+
+    def _open_ended(self, chat: Mapping[str, Any], messages: list[Any]) -> str:
         """The prompt up to the end of the last message's content."""
-        *before, last = chat["messages"]
-        content = last["content"]
+        *before, last = messages
         if "content" not in self._source:
             raise ValueError("continue_final_message: the template does not read the content of messages")
-        text = self._text(chat, [*before, {**last, "content": content + TAG}])
-        if content.strip() not in text or TAG.strip() not in text:
+        if isinstance(last["content"], Parts):
+            *parts, part = last["content"] or [{"type": "text", "text": ""}]
+            end, marked = part["text"], Parts([*parts, {**part, "text": part["text"] + TAG}])
+        else:
+            end, marked = last["content"], last["content"] + TAG
+        text = self._text(chat, [*before, {**last, "content": marked}])
+        if end.strip() not in text or TAG.strip() not in text:
             raise ValueError("continue_final_message: the template changes or drops the last message")
-        end = text.rindex(TAG.strip())
-        return text[:end] if text.startswith(TAG, end) else text[:end].rstrip()
+        place = text.rindex(TAG.strip())
+        return text[:place] if text.startswith(TAG, place) else text[:place].rstrip()
 
 
 def answer(renderer: Renderer, frame: bytes) -> bytes:
     """The prompt of a conversation, or what went wrong."""
     try:
-        return json.dumps({"text": renderer.render(json.loads(frame))}).encode()
+        return json.dumps({"text": renderer.render(json.loads(frame))}, ensure_ascii=False).encode()
+    except TooLongError as error:
+        return json.dumps({"error": f"{error}, made by the chat template", "code": "context_length_exceeded"}).encode()
     except jinja2.TemplateError as error:
         reason = f"{'refuses this conversation' if type(error) is jinja2.TemplateError else 'failed'}: {error}"
     except MemoryError:

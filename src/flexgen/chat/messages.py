@@ -74,8 +74,9 @@ def make_chats(messages: object, **how: Any) -> list[Chat]:
 def parse_messages(value: object) -> tuple[dict[str, Any], ...]:
     """Messages as templates read them.
 
-    The content is text; a list of text parts is joined by line feeds, as vLLM does.  Fields that are null are left out, arguments of
-    tool calls that are JSON are parsed, and reasoning gets every name under which templates look for it, as transformers does.
+    The content is text or a list of text parts; which of them a template gets, is decided where it is known.  Fields that are null
+    are left out, arguments of tool calls that are JSON are parsed, and reasoning gets every name under which templates look for it,
+    as transformers does.
 
     Raises:
         RequestError: a message is malformed or not only text; `param` names the place.
@@ -106,17 +107,18 @@ def _message(value: object, place: str) -> dict[str, Any]:
     return message if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}
 
 
-def _content(value: object, place: str) -> str:
+def _content(value: object, place: str) -> str | list[dict[str, Any]]:
     if isinstance(value, str):
         return value
     if isinstance(value, (list, tuple)):
-        return "\n".join(_part(part, f"{place}[{index}]") for index, part in enumerate(value))
+        return [_part(part, f"{place}[{index}]") for index, part in enumerate(value)]
     raise RequestError(f"{place} must be a text or a list of parts", param=place)
 
 
-def _part(part: object, place: str) -> str:
+def _part(part: object, place: str) -> dict[str, Any]:
+    """A part of type text, whatever it was called."""
     if isinstance(part, str):
-        return part
+        return {"type": "text", "text": part}
     kind = part.get("type") if isinstance(part, Mapping) else None
     if not isinstance(part, Mapping) or not isinstance(kind, str):
         raise RequestError(f"{place} must be a text or an object with a type", param=place)
@@ -126,7 +128,8 @@ def _part(part: object, place: str) -> str:
     text = part.get(_TEXT_PARTS[kind])
     if not isinstance(text, str):
         raise RequestError(f"{place}.{_TEXT_PARTS[kind]} must be a text", param=place)
-    return text
+    more = {str(name): item for name, item in part.items() if item is not None} if kind == "text" else {}
+    return {**more, "type": "text", "text": text}
 
 
 def _tool_calls(value: object, place: str) -> list[Any]:

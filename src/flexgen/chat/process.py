@@ -12,7 +12,7 @@ import socket
 import struct
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ _SCRIPT = Path(__file__).with_name("child.py")
 _LENGTH = struct.Struct("<I")  # before every frame; alone, before a batch, it is the number of its frames
 _BATCH_CHATS = 256
 _BATCH_BYTES = 8 * MIB
+_BATCH_CHARS = 16 * MIB  # of prompts that may come back at once
 _CHAT_FIELDS = tuple(field.name for field in dataclasses.fields(Chat))
 
 
@@ -65,7 +66,11 @@ class TemplateProcess:
         self._failed_openings = 0  # in a row
 
     def render(self, chats: Sequence[Chat], *, now: float | None = None) -> list[str | RequestError]:
-        """The prompt of every conversation, or why it has none.
+        """All at once what `render_each` yields."""
+        return list(self.render_each(chats, now=now))
+
+    def render_each(self, chats: Sequence[Chat], *, now: float | None = None) -> Iterator[str | RequestError]:
+        """The prompt of every conversation, or why it has none; a few are held at a time.
 
         Args:
             now: the time that templates are told, in seconds since 1970; None is the clock's.
@@ -73,19 +78,18 @@ class TemplateProcess:
         Raises:
             FlexGenError: the process cannot be started.
         """
-        results: dict[int, str | RequestError] = {}
-        waiting: list[tuple[int, bytes]] = []
-        for index, chat in enumerate(chats):
-            try:
-                waiting.append((index, self._payload(chat, now)))
-            except RequestError as error:
-                results[index] = error
-        while waiting:
-            size = _batch_size([len(payload) for _, payload in waiting[:_BATCH_CHATS]])
-            answers = self._exchange([payload for _, payload in waiting[:size]])
-            results.update((index, answer) for (index, _), answer in zip(waiting, answers, strict=False))
-            waiting = waiting[len(answers) :]
-        return [results[index] for index in range(len(chats))]
+        most_chats = max(1, min(_BATCH_CHATS, _BATCH_CHARS // self.limits.output_chars))
+        waiting: list[bytes | RequestError] = []
+        size = 0
+        for chat in chats:
+            payload = self._payload(chat, now)
+            num_bytes = len(payload) if isinstance(payload, bytes) else 0
+            if waiting and (len(waiting) == most_chats or size + num_bytes > _BATCH_BYTES):
+                yield from self._answers(waiting)
+                waiting, size = [], 0
+            waiting.append(payload)
+            size += num_bytes
+        yield from self._answers(waiting)
 
     def close(self) -> None:
         """End the process, if there is one; the next conversation would start another."""
@@ -99,13 +103,21 @@ class TemplateProcess:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _payload(self, chat: Chat, now: float | None) -> bytes:
+    def _answers(self, waiting: Sequence[bytes | RequestError]) -> list[str | RequestError]:
+        payloads = [payload for payload in waiting if isinstance(payload, bytes)]
+        answers: list[str | RequestError] = []
+        while len(answers) < len(payloads):
+            answers += self._exchange(payloads[len(answers) :])
+        left = iter(answers)
+        return [payload if isinstance(payload, RequestError) else next(left) for payload in waiting]
+
+    def _payload(self, chat: Chat, now: float | None) -> bytes | RequestError:
         try:
             payload = json.dumps({**{name: getattr(chat, name) for name in _CHAT_FIELDS}, "now": now}).encode()
         except (TypeError, ValueError, RecursionError) as error:
-            raise RequestError(f"the conversation cannot be written as JSON: {error}", param="messages") from error
+            return RequestError(f"the conversation cannot be written as JSON: {error}", param="messages")
         if len(payload) > self.limits.memory_bytes // 4:
-            raise RequestError(f"the conversation has {format_size(len(payload))} of JSON, which is too much", param="messages")
+            return RequestError(f"the conversation has {format_size(len(payload))} of JSON, which is too much", param="messages")
         return payload
 
     def _exchange(self, payloads: list[bytes]) -> list[str | RequestError]:
@@ -156,8 +168,8 @@ class TemplateProcess:
         return self._child
 
 
-def _error(message: str) -> RequestError:
-    return RequestError(message, code="chat_template_error", param="messages")
+def _error(message: str, code: str = "chat_template_error") -> RequestError:
+    return RequestError(message, code=code, param="messages")
 
 
 class _EndedError(Exception):
@@ -209,7 +221,7 @@ class _Child:
 
     def receive(self) -> str | RequestError:
         reply = self._read()
-        return reply["text"] if "text" in reply else _error(reply["error"])
+        return reply["text"] if "text" in reply else _error(reply["error"], reply.get("code", "chat_template_error"))
 
     def close(self) -> None:
         self._process.kill()
@@ -255,13 +267,3 @@ class _Child:
             return _EndedError(f"took more than {self._limits.cpu_seconds} seconds of processor time", is_certain=True)
         reason = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         return _EndedError(f"brought its process to an end ({reason})", is_certain=False)
-
-
-def _batch_size(lengths: Sequence[int]) -> int:
-    """How many of the first make a batch, at least one."""
-    total = 0
-    for count, length in enumerate(lengths):
-        total += length
-        if count and total > _BATCH_BYTES:
-            return count
-    return len(lengths)

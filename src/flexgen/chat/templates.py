@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from flexgen.chat.messages import Chat, check_template_kwargs
-from flexgen.chat.process import TemplateProcess
+from flexgen.chat.process import DEFAULT_LIMITS, TemplateProcess
 from flexgen.errors import OptionError, RequestError
 
 _SIGNS_OF_A_TEMPLATE = "{}\n"  # vLLM's rule: what has none of them is a path
@@ -23,6 +24,7 @@ class Templates:
         own: the tokenizer's `chat_template`, as transformers found it: a text, texts by name, or None.
         special_tokens: bos_token, eos_token, ...
         given: in place of the model's default: a template, the file that holds one, or the name of one of the model's.
+        max_chars: longest prompt that can be used; None is as long as templates may make it.
         kwargs: variables of all templates, unless a chat gives them another value.
 
     Attributes:
@@ -40,6 +42,7 @@ class Templates:
         *,
         given: str | os.PathLike[str] | None = None,
         kwargs: Mapping[str, Any] | None = None,
+        max_chars: int | None = None,
     ) -> None:
         try:
             check_template_kwargs(kwargs or {})
@@ -49,14 +52,16 @@ class Templates:
         self._model, self._own = model, own
         self._variables = {**special_tokens, **(kwargs or {})}
         self.text = choose_template(given, own) if given is not None else default_template(own)
-        self._process = TemplateProcess(self.text, self._variables) if self.text is not None else None
+        most = DEFAULT_LIMITS.output_chars
+        self._limits = dataclasses.replace(DEFAULT_LIMITS, output_chars=most if max_chars is None else min(most, max_chars))
+        self._process = self._open(self.text) if self.text is not None else None
 
-    def render(self, chats: Sequence[Chat], *, now: float | None = None) -> list[str | RequestError]:
-        """The prompt of each conversation, or why it has none (see `TemplateProcess.render`)."""
+    def render(self, chats: Sequence[Chat], *, now: float | None = None) -> Iterator[str | RequestError]:
+        """The prompt of each conversation, or why it has none (see `TemplateProcess.render_each`)."""
         if self._process is not None:
-            return self._process.render(chats, now=now)
+            return self._process.render_each(chats, now=now)
         message = f"{self._model} has no chat template, so it is probably no chat model: give a chat_template, or a prompt"
-        return [RequestError(message, code="no_chat_template", param="messages")] * len(chats)
+        return iter([RequestError(message, code="no_chat_template", param="messages")] * len(chats))
 
     def prompts(self, chats: Sequence[Chat], given: str | os.PathLike[str] | None) -> list[str]:
         """The prompts of all conversations, by another template if one is given.
@@ -65,21 +70,26 @@ class Templates:
             RequestError: for the first that has none, by its place.
         """
         if given is None:
-            results = self.render(chats)
-        else:
-            with TemplateProcess(choose_template(given, self._own), self._variables) as process:
-                results = process.render(chats)
-        prompts: list[str] = []
-        for place, result in enumerate(results):
-            if isinstance(result, RequestError):
-                raise RequestError(f"conversation {place}: {result}", code=result.code, param=result.param) from result
-            prompts.append(result)
-        return prompts
+            return _unless_errors(self.render(chats))
+        with self._open(choose_template(given, self._own)) as process:
+            return _unless_errors(process.render_each(chats))
+
+    def _open(self, template: str) -> TemplateProcess:
+        return TemplateProcess(template, self._variables, limits=self._limits)
 
     def close(self) -> None:
         """End the process, if one runs."""
         if self._process is not None:
             self._process.close()
+
+
+def _unless_errors(results: Iterable[str | RequestError]) -> list[str]:
+    prompts: list[str] = []
+    for place, result in enumerate(results):
+        if isinstance(result, RequestError):
+            raise RequestError(f"conversation {place}: {result}", code=result.code, param=result.param) from result
+        prompts.append(result)
+    return prompts
 
 
 def default_template(own: object) -> str | None:

@@ -6,14 +6,13 @@ from __future__ import annotations
 
 import os
 import sys
-import traceback
 from typing import Annotated
 
 import typer
 
 from flexgen.cli import bench, export, plan, profile, run, status
-from flexgen.cli.exit_codes import EPILOG, ExitCode
-from flexgen.cli.terminal import complain
+from flexgen.cli.exit_codes import EPILOG
+from flexgen.cli.terminal import complain_of_bug
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -53,6 +52,7 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         app()
-    except Exception:  # noqa: BLE001  (1 would say that lines have errors)
-        traceback.print_exc()
-        sys.exit(complain("this is a bug in flexgen; please report it with the lines above", ExitCode.BUG))
+    except (SystemExit, KeyboardInterrupt):
+        raise
+    except BaseException:  # noqa: BLE001  (1 would say that lines have errors)
+        sys.exit(complain_of_bug())

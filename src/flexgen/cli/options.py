@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from flexgen.cli.exit_codes import ExitCode
-from flexgen.cli.terminal import complain
+from flexgen.cli.terminal import complain, complain_of_bug
 from flexgen.errors import FlexGenError, OptionError, is_out_of_memory
 from flexgen.options import DEVICES, DTYPES, LOAD_FORMATS, SCHEDULES, EngineOptions
 
@@ -69,6 +69,8 @@ def command(body: Callable[..., int]) -> Callable[..., None]:
             code = complain(f"memory ran out: {str(error).partition(chr(10))[0]}".rstrip(": "), ExitCode.RESUMABLE)
         except KeyboardInterrupt:
             code = complain("stopped", ExitCode.INTERRUPTED)
+        except (EOFError, BrokenPipeError):  # typer would end with 1, which says that lines have errors
+            code = complain_of_bug()
         raise typer.Exit(code)
 
     wrapped.__signature__ = inspect.signature(body, eval_str=True)  # pyright: ignore[reportAttributeAccessIssue]

@@ -38,7 +38,11 @@ def ending(sequence: Sequence) -> Ending | None:
         return None
     if generated[-1] in request.stop_token_ids:
         return Ending(reason="stop")
-    if request.stops is not None and (stop_string := request.stops(generated)) is not None:
+    try:
+        stop_string = request.stops(generated) if request.stops is not None else None
+    except RequestError as error:  # its text cannot be told
+        return Ending(reason="error", error=error)
+    if stop_string is not None:
         return Ending(reason="stop", stop_string=stop_string)
     return Ending(reason="length") if len(generated) >= request.max_tokens else None
 

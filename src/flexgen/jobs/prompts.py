@@ -15,25 +15,18 @@ def encode_prompts(
 ) -> list[Sequence[int] | RequestError]:
     """The prompt of each request as token ids, or why there is none; errors stay what they are.
 
+    A few texts are held at a time: what is rendered is encoded before more is rendered.
+
     Args:
         now: the time that chat templates are told (see `LLM.render_chats`).
     """
     prompts = [request if isinstance(request, RequestError) else request.prompt for request in requests]
-    rendered = iter(llm.render_chats([prompt for prompt in prompts if isinstance(prompt, Chat)], now=now))
-    texts = [next(rendered) if isinstance(prompt, Chat) else prompt for prompt in prompts]
-    ids: list[Sequence[int] | RequestError] = [text if not isinstance(text, str) else () for text in texts]
-    for are_chats in (False, True):
-        places = [place for place, text in enumerate(texts) if isinstance(text, str) and isinstance(prompts[place], Chat) == are_chats]
-        encoded = _encoded(llm, [str(texts[place]) for place in places], add_special_tokens=not are_chats)
-        for place, each in zip(places, encoded, strict=True):
-            ids[place] = each
+    ids: list[Sequence[int] | RequestError] = [() if isinstance(prompt, (str, Chat)) else prompt for prompt in prompts]
+    texts = {place: prompt for place, prompt in enumerate(prompts) if isinstance(prompt, str)}
+    chats = {place: prompt for place, prompt in enumerate(prompts) if isinstance(prompt, Chat)}
+    for place, each in zip(texts, llm.encode_each(texts.values()), strict=True):
+        ids[place] = each
+    rendered = llm.render_chats(list(chats.values()), now=now)
+    for place, each in zip(chats, llm.encode_each(rendered, add_special_tokens=False), strict=True):
+        ids[place] = each
     return ids
-
-
-def _encoded(llm: LLM, texts: list[str], *, add_special_tokens: bool) -> list[Sequence[int] | RequestError]:
-    try:
-        return list(llm.encode(texts, add_special_tokens=add_special_tokens))
-    except RequestError as error:
-        if len(texts) == 1:
-            return [error]
-    return [each for text in texts for each in _encoded(llm, [text], add_special_tokens=add_special_tokens)]
