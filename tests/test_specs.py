@@ -36,7 +36,9 @@ def test_a_shipped_model_needs_no_torch() -> None:
     assert (done.returncode, done.stdout.strip()) == (0, "meta-llama/Meta-Llama-3-8B set()"), done.stderr
 
 
-@pytest.mark.parametrize("model", ["facebook/opt-30b", "Facebook/OPT-30B", "OPT-30b", "qwen/qwen3-32B", "meta-llama/Llama-3.3-70B-Instruct"])
+@pytest.mark.parametrize(
+    "model", ["facebook/opt-30b", "Facebook/OPT-30B", "OPT-30b", "qwen/qwen3-32B", "meta-llama/Llama-3.3-70B-Instruct"]
+)
 def test_a_hub_id_of_a_shipped_model_needs_no_network(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("flexgen.hub.resolve_model", lambda *_, **__: pytest.fail("the hub was asked"))
     spec = spec_of(model, device="cuda")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from flexgen.durations import format_seconds
 from flexgen.engine.progress import Progress, RunReport
+from flexgen.plan.spill import ENDURANCE_BYTES, LEAST_GAIN, Spill, endurance_share
 from flexgen.sizes import format_size
 
 if TYPE_CHECKING:
@@ -17,7 +18,8 @@ if TYPE_CHECKING:
     from flexgen.plan.policy import Fractions
 
 LEAST_SHOWN = 0.01  # of a pass: resources that take less are left out
-LEAST_GAIN = 0.001
+LEAST_GAIN_SHOWN = 0.001
+LEAST_SHARE_SHOWN = 0.001  # of an SSD's life
 FASTER = 0.1  # resources are shown with what so much more of their rate is worth
 RATE_TOLERANCE = 0.15  # of a run's own rates against those of the profile
 
@@ -58,14 +60,37 @@ def format_forecast(forecast: Forecast) -> list[str]:
         f"         {forecast.num_passes:,} passes of {format_seconds(forecast.pass_seconds)}, {forecast.live_mean:,.0f} sequences in each: "
         + ", ".join(parts),
     ]
-    if forecast.disk_written_bytes:
-        lines.append(f"         {format_size(forecast.disk_written_bytes)} will be written to disk")
+    lines += [f"         {line}" for line in _written(forecast)]
     if forecast.num_refused:
         lines.append(f"         {forecast.num_refused:,} requests can never fit")
     gains = [(f"1 GiB more of {tier} memory", gain) for tier, gain in forecast.gain_per_gib.items()]
     gains += [(f"{_resource(name)} {FASTER:.0%} faster", FASTER * gain) for name, gain in forecast.gain_per_rate.items()]
-    told = [f"{what}: +{gain:.1%}" for what, gain in gains if gain >= LEAST_GAIN]
+    told = [f"{what}: +{gain:.1%}" for what, gain in gains if gain >= LEAST_GAIN_SHOWN]
     return [*lines, f"         what would help, at the margin, in tokens/s: {'; '.join(told)}"] if told else lines
+
+
+def _written(forecast: Forecast) -> list[str]:
+    """What goes to disk, what that means for it, and what the other plan would be."""
+    spill, written = forecast.spill, forecast.disk_written_bytes
+    lines: list[str] = []
+    if written:
+        share = endurance_share(written)
+        told = f"{share:.1%}" if share >= LEAST_SHARE_SHOWN else f"less than {LEAST_SHARE_SHOWN:.1%}"
+        rated = f"an SSD rated for {ENDURANCE_BYTES / 1e12:.0f} TB written"
+        lines.append(f"{format_size(written)} of KV will be written to disk: {told} of what {rated} takes in its life; --disk 0 forbids it")
+    if spill is not None and spill.chosen:
+        lines.append(f"without KV on disk the job would take {format_seconds(spill.seconds_without)}, {_longer(spill)}")
+    elif spill is not None:
+        saved = format_seconds(spill.seconds_without - spill.seconds)
+        lines.append(
+            f"no KV on disk: it would write {format_size(spill.written_bytes)} and save {saved} ({spill.gain:.0%} more tokens/s, "
+            f"less than {LEAST_GAIN:.0%}); --disk SIZE allows it"
+        )
+    return lines
+
+
+def _longer(spill: Spill) -> str:
+    return f"{spill.gain:.0%} longer" if spill.gain >= 0 else f"{-spill.gain:.0%} shorter"
 
 
 def format_curve(curve: Sequence[ParetoPoint]) -> str:
