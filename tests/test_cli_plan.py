@@ -240,13 +240,29 @@ def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[Any,
 def test_a_profile_is_shown_kept_and_written(measured: list[tuple[Any, ...]], tmp_path: Path) -> None:
     done = flexgen("profile", tmp_path, "--device", "cpu", "--quick", "-o", tmp_path / "box.json")
     assert done.exit_code == 0, done.output
-    assert measured == [("cpu", ("bfloat16", "float32"), tmp_path, True)]
-    for part in ("disk read", "linear, bfloat16, 64 rows", "500.00 GFLOP/s", "other programs kept 1.5 cores busy"):
+    assert measured == [("cpu", ("bfloat16", "float32"), tmp_path, True)] * 2
+    for part in ("disk read", "linear, bfloat16, 64 rows", "500.00 GFLOP/s", "other programs kept at least 1.5 cores busy"):
         assert part in done.stdout
+    for part in ("other programs kept 1.5 cores busy meanwhile: measuring again (2 of at most 3 times)", "two measurements agree"):
+        assert part in done.stderr
     assert len(list((tmp_path / "home" / ".cache" / "flexgen").iterdir())) == 2
     assert read_machine((tmp_path / "box.json").read_text()).busy_cores == 1.5
     done = flexgen("profile", tmp_path, "--device", "cpu", "--dtype", "float64", "--json")
     assert set(json.loads(done.stdout)["dense"]) == {"float64"}
+
+
+def test_a_disturbed_profile_does_not_replace_a_good_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    found = iter([machine_of(disk_read=1e9), machine_of(disk_read=0.4e9, host_memory=40e9, busy_cores=1.2)])
+    monkeypatch.setattr("flexgen.profile.measure.measure", lambda *_, **__: next(found))
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    profile = ("profile", tmp_path, "--device", "cpu", "--dtype", "bfloat16", "--json")
+    assert flexgen(*profile).stderr.count("\n") == 1  # where it is kept, and nothing else
+    done = flexgen(*profile)
+    kept = read_machine(done.stdout)
+    assert (kept.disk_read.typical, kept.host_memory.typical, kept.busy_cores) == (1e9, 40e9, 0.0)
+    assert "of each rate, the better of now and before is kept (1 of " in done.stderr
+    for path in (tmp_path / "home" / ".cache" / "flexgen").iterdir():
+        assert json.loads(path.read_text())["machine"] == json.loads(kept.to_json())
 
 
 def test_a_profile_that_cannot_be_measured(measured: list[tuple[Any, ...]], tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ from flexgen.profile.contention import slowdowns
 from flexgen.profile.copies import cast_rates, copy_rates, memory_rate
 from flexgen.profile.disk import disk_rates, writable
 from flexgen.profile.overheads import NO_OVERHEADS, elementwise_rate, overheads
+from flexgen.profile.repeat import best_of, is_disturbed
 from flexgen.sizes import MIB
 
 logger = logging.getLogger(__name__)
@@ -141,9 +142,9 @@ class _BusyCores:
 
 
 def _busy_seconds() -> float:
-    """Processor seconds of the whole machine that were not idle."""
+    """Processor seconds of the whole machine that were not idle; those that a hypervisor gave to others count, too."""
     times = psutil.cpu_times()
-    return times.user + times.nice + times.system
+    return times.user + times.nice + times.system + getattr(times, "steal", 0.0)
 
 
 def _versions() -> dict[str, str]:
@@ -168,14 +169,22 @@ def cached_machine(
     """The machine as measured before, or measured now and kept.
 
     Kept per host, processor, cores, file system of `folder`, torch version, dtype and device; `again` measures anyway, and
-    what was measured `quick` serves only those who ask for no more.
+    what was measured `quick` serves only those who ask for no more.  What others disturbed does not replace what was measured before: see
+    `best_of`.
 
     Args:
         cache_dir: None is ~/.cache/flexgen.  A cache that cannot be read or written is done without.
     """
-    if not again and (machine := kept_machine(device, dtype, folder, cache_dir=cache_dir, quick=quick)) is not None:
-        return machine
+    before = kept_machine(device, dtype, folder, cache_dir=cache_dir, quick=quick)
+    if not again and before is not None:
+        return before
     machine = measure(device, [dtype], folder, quick=quick, max_bytes=max_bytes)
+    if is_disturbed(machine):
+        logger.warning(
+            "other programs kept %.1f cores busy while this machine was measured, so plans may promise too little: "
+            "`flexgen profile` measures it again", machine.busy_cores,
+        )  # fmt: skip
+        machine = best_of([machine, before]) if before is not None else machine
     keep(machine, [dtype], folder, cache_dir=cache_dir, quick=quick)
     return machine
 
