@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from flexgen.durations import format_seconds
-from flexgen.engine.progress import Progress, RunReport
+from flexgen.engine.progress import Progress, RunReport, mean_rates
 from flexgen.plan.spill import ENDURANCE_BYTES, LEAST_GAIN, Spill, endurance_share
 from flexgen.sizes import format_size
 
@@ -160,7 +160,23 @@ def format_report(report: RunReport) -> str:
         f"overlap {report.overlap:.2f}   plan {report.plan:.2f}   efficiency {report.efficiency:.2f}   "
         f"(the least ideal time is {format_seconds(report.ideal_seconds)})"
     )
-    return "\n".join(lines + _against_forecast(report))
+    return "\n".join(lines + _checked(report) + _against_forecast(report))
+
+
+def _checked(report: RunReport) -> list[str]:
+    """How fast the machine itself was before and after the run, and how good the run was at those rates."""
+    if not any(report.check_rates.values()) or report.overlap_at_check is None or report.efficiency_at_check is None:
+        return []
+    resources = dict.fromkeys(resource for rates in report.check_rates.values() for resource in rates)
+    told = [f"{_resource(name)} {' and '.join(_moments(report, name))}" for name in resources]
+    return [
+        f"this machine itself, of the rates of its profile, before and after the run: {', '.join(told)}; at these rates "
+        f"overlap {report.overlap_at_check:.2f}, efficiency {report.efficiency_at_check:.2f}"
+    ]
+
+
+def _moments(report: RunReport, resource: str) -> list[str]:
+    return [f"{rates[resource]:.2f}" for rates in report.check_rates.values() if resource in rates]
 
 
 def _against_forecast(report: RunReport) -> list[str]:
@@ -173,11 +189,21 @@ def _against_forecast(report: RunReport) -> list[str]:
     ]
     for resource, ratio in report.rate_ratios.items():
         if abs(ratio - 1) > RATE_TOLERANCE:
-            lines.append(
-                f"{_resource(resource)} was {abs(ratio - 1):.0%} {'faster' if ratio > 1 else 'slower'} than measured before: "
-                "`flexgen profile` measures this machine again"
-            )
+            how = f"{abs(ratio - 1):.0%} {'faster' if ratio > 1 else 'slower'}"
+            lines.append(f"{_resource(resource)} was {how} than measured before{_explained(report, resource, ratio)}")
     return lines
+
+
+def _explained(report: RunReport, resource: str, ratio: float) -> str:
+    """Why a run's own rate was not that of the profile, and what to do."""
+    if ratio > 1:
+        return ": `flexgen profile` measures this machine again"
+    machine = mean_rates(report.check_rates).get("disk_read" if resource == "disk" else resource)
+    if machine is None:
+        return ": others may have used it; the profile keeps its better rates, also if `flexgen profile` is run again while they do"
+    if machine < 1 - RATE_TOLERANCE:
+        return f", and so was this machine itself ({machine:.2f} of its profile's rate): others use it just now, and the profile is kept"
+    return ", though this machine itself was not: what the plan expects of it does not fit this model, or others used it in between"
 
 
 def _placement_table(placement: Mapping[str, Mapping[str, int]]) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,6 +53,10 @@ class RunReport:
         forecast: what was expected before the first pass (the fields of Forecast), and in seconds_of_these_passes what the passes
             that there were should have taken; empty where nothing was.
         rate_ratios: resource -> the run's own rate over that of the profile; only of what was busy long enough to tell.
+        check_rates: "start" and "end" of the run -> resource -> the machine's rate at that moment over the typical one of the profile;
+            empty where nobody looked.
+        overlap_at_check, efficiency_at_check: overlap and efficiency if the best rates are as many times what they are as the mean of
+            those moments says; None where nobody looked.
         shared_prompt_tokens: of prompts, not computed because another request that begins with them has done so.
         peak_host_bytes: peak resident memory of the process; host_budget_bytes stands beside it.
     """
@@ -88,7 +93,19 @@ class RunReport:
     forecast: dict[str, Any] = field(default_factory=dict)
     rate_ratios: dict[str, float] = field(default_factory=dict)
     shared_prompt_tokens: int = 0
+    check_rates: dict[str, dict[str, float]] = field(default_factory=dict)
+    overlap_at_check: float | None = None
+    efficiency_at_check: float | None = None
     schema_version: int = SCHEMA_VERSION
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2)
+
+
+def mean_rates(checked: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Resource -> mean of the moments at which it was looked at (see `RunReport.check_rates`)."""
+    found: dict[str, list[float]] = {}
+    for rates in checked.values():
+        for resource, rate in rates.items():
+            found.setdefault(resource, []).append(rate)
+    return {resource: sum(rates) / len(rates) for resource, rates in found.items()}
