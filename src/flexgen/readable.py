@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from flexgen.durations import format_seconds
-from flexgen.engine.progress import Progress, RunReport, mean_rates
+from flexgen.engine.progress import Progress, RunReport
 from flexgen.plan.spill import ENDURANCE_BYTES, LEAST_GAIN, Spill, endurance_share
+from flexgen.profile.busy import BUSY_CORES
 from flexgen.sizes import format_size
 
 if TYPE_CHECKING:
@@ -168,15 +169,16 @@ def _checked(report: RunReport) -> list[str]:
     if not any(report.check_rates.values()) or report.overlap_at_check is None or report.efficiency_at_check is None:
         return []
     resources = dict.fromkeys(resource for rates in report.check_rates.values() for resource in rates)
-    told = [f"{_resource(name)} {' and '.join(_moments(report, name))}" for name in resources]
+    told = [f"{_resource(name)} {' and '.join(f'{rate:.2f}' for rate in _moments(report, name))}" for name in resources]
     return [
         f"this machine itself, of the rates of its profile, before and after the run: {', '.join(told)}; at these rates "
         f"overlap {report.overlap_at_check:.2f}, efficiency {report.efficiency_at_check:.2f}"
     ]
 
 
-def _moments(report: RunReport, resource: str) -> list[str]:
-    return [f"{rates[resource]:.2f}" for rates in report.check_rates.values() if resource in rates]
+def _moments(report: RunReport, resource: str) -> list[float]:
+    """The machine's own rates before and after the run, over those of the profile."""
+    return [rates[resource] for rates in report.check_rates.values() if resource in rates]
 
 
 def _against_forecast(report: RunReport) -> list[str]:
@@ -198,11 +200,13 @@ def _explained(report: RunReport, resource: str, ratio: float) -> str:
     """Why a run's own rate was not that of the profile, and what to do."""
     if ratio > 1:
         return ": `flexgen profile` measures this machine again"
-    machine = mean_rates(report.check_rates).get("disk_read" if resource == "disk" else resource)
-    if machine is None:
+    moments = _moments(report, "disk_read" if resource == "disk" else resource)
+    if report.busy_cores is not None and report.busy_cores > BUSY_CORES:
+        return f": other programs kept {report.busy_cores:.1f} cores busy meanwhile; the profile is kept"
+    if not moments:
         return ": others may have used it; the profile keeps its better rates, also if `flexgen profile` is run again while they do"
-    if machine < 1 - RATE_TOLERANCE:
-        return f", and so was this machine itself ({machine:.2f} of its profile's rate): others use it just now, and the profile is kept"
+    if min(moments) < 1 - RATE_TOLERANCE:
+        return f", and so was this machine itself ({min(moments):.2f} of its profile's rate): others use it just now; the profile is kept"
     return ", though this machine itself was not: what the plan expects of it does not fit this model, or others used it in between"
 
 

@@ -6,8 +6,10 @@ import pytest
 import torch
 from machines import machine_of
 
+from flexgen.engine.progress import CheckedMachine
 from flexgen.errors import StorageError
 from flexgen.profile import check as module
+from flexgen.profile.busy import BusyCores
 from flexgen.profile.check import MachineCheck
 from flexgen.sizes import MIB
 
@@ -31,8 +33,12 @@ def test_both_ends_of_a_run(monkeypatch):
     check = check_of(machine())
     rates = iter([{"compute": 0.9}, {"compute": 0.4}])
     monkeypatch.setattr(MachineCheck, "now", lambda self: next(rates))
+    monkeypatch.setattr(BusyCores, "by_others", lambda self: 1.25)
     check.start()
-    assert check.end() == {"start": {"compute": 0.9}, "end": {"compute": 0.4}}
+    found = check.end()
+    assert found == CheckedMachine(start={"compute": 0.9}, end={"compute": 0.4}, busy_cores=1.25)
+    assert found.mean() == {"compute": pytest.approx(0.65)}
+    assert CheckedMachine(start={}, end={"disk_read": 0.5}, busy_cores=0.0).mean() == {"disk_read": 0.5}
 
 
 def test_the_disk_is_looked_at_where_weights_stream_from_it(monkeypatch, tmp_path):

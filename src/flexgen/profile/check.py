@@ -14,8 +14,10 @@ from pathlib import Path
 
 import torch
 
+from flexgen.engine.progress import CheckedMachine
 from flexgen.errors import StorageError
 from flexgen.plan.machine import Machine
+from flexgen.profile.busy import BusyCores
 from flexgen.profile.compute import DENSE_SHAPES, wait
 from flexgen.profile.disk import opened, read_rate
 from flexgen.sizes import MIB
@@ -43,14 +45,17 @@ class MachineCheck:
     max_bytes: int
     weights: Path | None = None
     at_start: dict[str, float] = field(default_factory=dict[str, float])
+    _busy: BusyCores = field(default_factory=BusyCores)
 
     def start(self) -> None:
         """The run begins."""
         self.at_start = self.now()
+        self._busy = BusyCores()
 
-    def end(self) -> dict[str, dict[str, float]]:
-        """The rates of both ends: "start" and "end" -> those of `now`."""
-        return {"start": self.at_start, "end": self.now()}
+    def end(self) -> CheckedMachine:
+        """What was found at both ends of the run, and who used the machine in between."""
+        busy_cores = self._busy.by_others()
+        return CheckedMachine(start=self.at_start, end=self.now(), busy_cores=busy_cores)
 
     def now(self) -> dict[str, float]:
         """Resource -> its rate just now over the typical one of the profile; nothing of what cannot be looked at."""

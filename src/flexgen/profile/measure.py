@@ -26,6 +26,7 @@ import torch
 from flexgen.errors import OptionError
 from flexgen.plan.machine import Curve, Machine, io_threads
 from flexgen.plan.machine_file import machine_of
+from flexgen.profile.busy import BusyCores
 from flexgen.profile.compute import attention_rate, better, dense_rates, device_elementwise_rate, keep_busy, step_rates
 from flexgen.profile.contention import slowdowns
 from flexgen.profile.copies import cast_rates, copy_rates, memory_rate
@@ -54,7 +55,7 @@ def measure(device: str, dtypes: Sequence[str], folder: Path, *, quick: bool = F
         StorageError: the file system fails. OptionError: an unknown dtype.
     """
     torch_dtypes = {name: _dtype(name) for name in dtypes}
-    started, busy = time.perf_counter(), _BusyCores()
+    started, busy = time.perf_counter(), BusyCores()
     share = 0.3 if quick else 1.0
     where, host = torch.device("cuda" if device == "cuda" else "cpu"), torch.device("cpu")
     with torch.inference_mode():
@@ -127,24 +128,6 @@ def _dtype(name: str) -> torch.dtype:
     if not isinstance(dtype, torch.dtype):
         raise OptionError(f"dtype={name!r} is not a dtype of torch")
     return dtype
-
-
-class _BusyCores:
-    """How many cores other processes use, from when this is made on."""
-
-    def __init__(self) -> None:
-        self._began, self._all, self._own = time.perf_counter(), _busy_seconds(), time.process_time()
-
-    def by_others(self) -> float:
-        """The mean so far."""
-        others = _busy_seconds() - self._all - (time.process_time() - self._own)
-        return round(max(others, 0.0) / max(time.perf_counter() - self._began, 1e-9), 2)
-
-
-def _busy_seconds() -> float:
-    """Processor seconds of the whole machine that were not idle; those that a hypervisor gave to others count, too."""
-    times = psutil.cpu_times()
-    return times.user + times.nice + times.system + getattr(times, "steal", 0.0)
 
 
 def _versions() -> dict[str, str]:

@@ -7,9 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from flexgen.plan.machine import DiskRequest, Machine, Overheads, Rate
+from flexgen.profile.busy import BUSY_CORES
 
-# Cores that others keep busy from which on that shows in the figures.
-BUSY_CORES = 0.3
 # Measurements agree within this share, in the rates that decide plans; one that is slower by more than the other is doubted.
 AGREEMENT, SLOWER = 0.1, 0.15
 # How often it is measured at most.
