@@ -133,7 +133,7 @@ def _machine_check(prepared: Prepared) -> MachineCheck | None:
     files = {extent.path for layout in model.layouts for extent in layout.extents} if policy.weights.disk else set[Path]()
     check = MachineCheck(
         machine=prepared.plan.machine, device=policy.device, dtype=policy.dtype, max_bytes=policy.workspace_bytes,
-        weights=max(files, key=lambda path: path.stat().st_size, default=None),
+        job_seconds=prepared.plan.forecast.seconds, weights=max(files, key=lambda path: path.stat().st_size, default=None),
     )  # fmt: skip
     check.start()
     return check

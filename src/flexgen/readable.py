@@ -172,8 +172,13 @@ def _checked(report: RunReport) -> list[str]:
     told = [f"{_resource(name)} {' and '.join(f'{rate:.2f}' for rate in _moments(report, name))}" for name in resources]
     return [
         f"this machine itself, of the rates of its profile, before and after the run: {', '.join(told)}; at these rates "
-        f"overlap {report.overlap_at_check:.2f}, efficiency {report.efficiency_at_check:.2f}"
+        f"overlap {_share_at_check(report.overlap_at_check)}, efficiency {_share_at_check(report.efficiency_at_check)}"
     ]
+
+
+def _share_at_check(share: float) -> str:
+    """A share of what the machine could do at the ends of the run: in between it may have been faster."""
+    return f"{share:.2f}" if share <= 1 else "above 1.00 (it was faster in between)"
 
 
 def _moments(report: RunReport, resource: str) -> list[float]:

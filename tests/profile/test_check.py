@@ -15,7 +15,7 @@ from flexgen.sizes import MIB
 
 
 def check_of(machine, tmp_path=None, **changes):
-    values = {"machine": machine, "device": "cpu", "dtype": "float32", "max_bytes": 8 * MIB}
+    values = {"machine": machine, "device": "cpu", "dtype": "float32", "max_bytes": 8 * MIB, "job_seconds": 5.0}
     return MachineCheck(**(values | changes))
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import os
-import statistics
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,8 +23,10 @@ from flexgen.sizes import MIB
 
 logger = logging.getLogger(__name__)
 
-# Of each kind; and the rows of products, at which a call takes no longer than that.
-SECONDS, ROWS, CALL_SECONDS = 0.12, 128, 0.05
+# What a look takes at most, and of the time that the job is expected to take.
+MOST_SECONDS, SHARE = 0.3, 0.02
+# The rows of products, and what a call should take at most: beside other programs, many short ones tell more than a few long ones.
+ROWS, CALL_SECONDS = 128, 0.02
 BLOCK_BYTES = 4 * MIB
 LEAST_FILE_BYTES = 64 * MIB  # smaller ones say little of a disk
 
@@ -36,6 +37,7 @@ class MachineCheck:
 
     Attributes:
         weights: file that weights stream from; None where none do. max_bytes: of memory that products may take.
+        job_seconds: that the job is expected to take.
         at_start: as `now`, when the run began; empty where nobody looked.
     """
 
@@ -43,6 +45,7 @@ class MachineCheck:
     device: str
     dtype: str
     max_bytes: int
+    job_seconds: float
     weights: Path | None = None
     at_start: dict[str, float] = field(default_factory=dict[str, float])
     _busy: BusyCores = field(default_factory=BusyCores)
@@ -83,13 +86,16 @@ class MachineCheck:
         numbers = torch.linspace(-1, 1, 256 * features_in, device=where).to(dtype).view(256, features_in)  # nobody's random state changes
         weight, x = numbers.repeat(features_out // 256, 1), numbers.repeat(-(-int(rows) // 256), 1)[: int(rows)]
         wait(torch.nn.functional.linear(x, weight))
-        taken: list[float] = []
-        began = time.perf_counter()
-        while len(taken) < 2 or time.perf_counter() - began < SECONDS:
-            start = time.perf_counter()
+        calls, began = 0, time.perf_counter()
+        while calls < 2 or time.perf_counter() - began < self._most_seconds:
             wait(torch.nn.functional.linear(x, weight))
-            taken.append(time.perf_counter() - start)
-        return self._seconds(rows, features_out, rate.typical) / statistics.median(taken)
+            calls += 1
+        return calls * self._seconds(rows, features_out, rate.typical) / (time.perf_counter() - began)
+
+    @property
+    def _most_seconds(self) -> float:
+        """Of a kind of work."""
+        return min(MOST_SECONDS, SHARE * self.job_seconds)
 
     @staticmethod
     def _seconds(rows: float, features_out: int, rate: float) -> float:
@@ -99,5 +105,5 @@ class MachineCheck:
     def _reading(self, path: Path) -> float:
         """Of the disk that weights stream from, past the page cache."""
         with opened(path, os.O_RDONLY) as file:
-            rate, _ = read_rate(file, path.stat().st_size, self.machine.io_threads, BLOCK_BYTES, seconds=SECONDS)
+            rate, _ = read_rate(file, path.stat().st_size, self.machine.io_threads, BLOCK_BYTES, seconds=self._most_seconds / 2)
         return rate / self.machine.disk_read.typical
