@@ -7,7 +7,7 @@ import io
 import json
 
 import pytest
-from fakes import FakeEngine
+from fakes import FORECAST, FakeEngine
 
 from flexgen.display import JsonDisplay, PlainDisplay, open_display
 from flexgen.durations import format_seconds
@@ -85,6 +85,39 @@ def test_the_report_has_everything() -> None:
     assert table["disk_read"] == ["disk_read", "2.2", "KiB", "750", "B", "1.8", "s", "90%"]
     assert table["compute"] == ["compute", "-", "-", "0.3", "s", "15%"]
     assert "device" not in text
+
+
+def report_of(ratios: dict[str, float], busy_cores: float = 0.1, **checked: dict[str, float]) -> RunReport:
+    at_check = {"check_rates": checked, "busy_cores": busy_cores, "overlap_at_check": 0.8, "efficiency_at_check": 0.75}
+    figures = at_check if checked else {}
+    forecast = dataclasses.asdict(FORECAST) | {"seconds_of_these_passes": 1.9}
+    return dataclasses.replace(ENGINE.report(), forecast=forecast, rate_ratios=ratios, **figures)
+
+
+def test_a_slow_machine_is_told_from_a_slow_engine() -> None:
+    slow = format_report(report_of({"compute": 0.5}, start={"compute": 0.6, "disk_read": 1.0}, end={"compute": 0.4}))
+    for part in (
+        "overlap 0.90   plan 0.80   efficiency 0.72",
+        "before and after the run: compute 0.60 and 0.40, disk read 1.00; at these rates overlap 0.80, efficiency 0.75",
+        "compute was 50% slower than measured before, and so was this machine itself (0.40 of its profile's rate)",
+    ):
+        assert part in slow
+    assert "flexgen profile" not in slow
+    engine = format_report(report_of({"compute": 0.5}, start={"compute": 1.0}, end={"compute": 0.9}))
+    assert "compute was 50% slower than measured before, though this machine itself was not" in engine
+    assert "flexgen profile" not in engine
+    busy = format_report(report_of({"compute": 0.5}, busy_cores=1.6, start={"compute": 1.0}, end={"compute": 1.0}))
+    assert "compute was 50% slower than measured before: other programs kept 1.6 cores busy meanwhile; the profile is kept" in busy
+    disk = format_report(report_of({"disk": 0.5}, start={"compute": 1.0, "disk_read": 0.5}, end={"compute": 1.0, "disk_read": 0.5}))
+    assert "disk was 50% slower than measured before, and so was this machine itself (0.50" in disk
+
+
+def test_a_run_that_was_not_checked_does_not_blame_the_profile() -> None:
+    unknown = format_report(report_of({"compute": 0.5}))
+    assert "this machine itself" not in unknown
+    assert "compute was 50% slower than measured before: others may have used it; the profile keeps its better rates" in unknown
+    assert "compute was 40% faster than measured before: `flexgen profile` measures" in format_report(report_of({"compute": 1.4}))
+    assert "than measured before" not in format_report(report_of({"compute": 0.9, "disk": 1.1}))
 
 
 def test_the_report_of_a_run_that_did_nothing() -> None:

@@ -152,6 +152,7 @@ class StandIn:
     def __init__(self) -> None:
         self.repositories: dict[str, dict[str, bytes]] = {}
         self.pretended_sizes: dict[str, int] = {}
+        self.failing: dict[str, tuple[int, dict[str, str]]] = {}  # repository id -> (status, headers) of every answer
         self.fetched: list[str] = []
         self.ranges: list[tuple[str, int]] = []  # file, bytes asked for
         self.knows_ranges = True
@@ -181,7 +182,9 @@ class StandIn:
         if path.startswith("api/models/"):
             owner, name, kind, revision = path.removeprefix("api/models/").split("/")[:4]
             files = self.repositories.get(f"{owner}/{name}")
-            if files is None:
+            if (failure := self.failing.get(f"{owner}/{name}")) is not None:
+                self._send(request, failure[0], b"", failure[1])
+            elif files is None:
                 self._send(request, 401, b"", {"X-Error-Code": "RepoNotFound"})
             elif name == "gated":
                 self._send(request, 403, b"", {"X-Error-Code": "GatedRepo"})
@@ -342,6 +345,27 @@ def test_what_cannot_be_fetched(hub: StandIn, repository: dict[str, bytes], reso
         assert kind == wanted_kind, message
         assert part in message, message
     assert not [name for name in hub.fetched if name.endswith((".safetensors", ".bin"))]
+
+
+def test_why_the_hub_does_not_help_is_said_in_our_words(hub: StandIn, resolve: Callable[..., list[Any]]) -> None:
+    credentials = {"X-Error-Message": "Invalid credentials in Authorization header"}
+    hub.failing = {"org/token": (401, credentials), "org/secret": (403, {}), "org/busy": (429, {}), "org/ill": (500, {})}
+    words = {
+        "org/token": "the hub does not accept the token: log in again",
+        "org/secret": "the hub refuses access: ask for it on the model's page",
+        "org/busy": "the hub answers no more requests for a while",
+        "org/ill": "the hub answers with HTTP status 500: try again later",
+    }
+    answers = resolve(*({"model": name} for name in words))
+    answers += resolve({"model": "org/model"}, HF_HUB_OFFLINE="1")
+    answers += resolve({"model": "org/model"}, HF_ENDPOINT="http://127.0.0.1:9")  # nobody listens there
+    for (kind, message), part in zip(
+        answers, [*words.values(), "HF_HUB_OFFLINE is set", "the hub (http://127.0.0.1:9) cannot be reached"], strict=True
+    ):
+        assert kind == "ModelError"
+        assert part in message
+        assert "\n" not in message
+        assert "snapshot folder" not in message
 
 
 def file_of(header: bytes, num_payload_bytes: int) -> bytes:

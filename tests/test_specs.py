@@ -36,6 +36,30 @@ def test_a_shipped_model_needs_no_torch() -> None:
     assert (done.returncode, done.stdout.strip()) == (0, "meta-llama/Meta-Llama-3-8B set()"), done.stderr
 
 
+@pytest.mark.parametrize(
+    "model", ["facebook/opt-30b", "Facebook/OPT-30B", "OPT-30b", "qwen/qwen3-32B", "meta-llama/Llama-3.3-70B-Instruct"]
+)
+def test_a_hub_id_of_a_shipped_model_needs_no_network(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flexgen.hub.resolve_model", lambda *_, **__: pytest.fail("the hub was asked"))
+    spec = spec_of(model, device="cuda")
+    assert spec.name == (model if "/" in model else "facebook/opt-30b")
+    wide = spec_of(model, device="cuda", dtype="float32")
+    assert wide.kv_bytes_per_token == 2 * spec.kv_bytes_per_token
+
+
+def test_a_revision_of_a_shipped_model_is_asked_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str | None] = []
+
+    def resolve(model: str, *, revision: str | None, **_: object) -> None:
+        asked.append(revision)
+        raise ModelError("no hub here")
+
+    monkeypatch.setattr("flexgen.hub.resolve_model", resolve)
+    with pytest.raises(ModelError, match="no hub here"):
+        spec_of("facebook/opt-30b", device="cpu", revision="refs/pr/1")
+    assert asked == ["refs/pr/1"]
+
+
 def test_shipped_models_in_the_dtype_that_would_run() -> None:
     shipped = catalogue_spec("opt-125m")
     assert spec_of("opt-125m", device="cuda") == spec_of("opt-125m", device="cpu", dtype="float16") == shipped

@@ -331,6 +331,31 @@ def _translated(repository: str, revision: str, hint: str = "") -> Iterator[None
     except errors.RepositoryNotFoundError as error:
         raise ModelError(f"{repository} is neither a folder here nor a hub repository (a private one needs `hf auth login`)") from error
     except errors.LocalEntryNotFoundError as error:
-        raise ModelError(f"{repository} is neither a folder here nor in the hub's cache, and the hub cannot be asked: {error}") from error
+        raise ModelError(f"{repository} is neither a folder here nor in the hub's cache, and {_reason(error)}") from error
     except (OSError, ValueError, errors.HTTPError) as error:  # pyright: ignore[reportPrivateImportUsage]  (its HTTP library's, by version)
-        raise ModelError(f"{repository} cannot be read from the hub{hint}: {error}") from error
+        raise ModelError(f"{repository} cannot be read from the hub{hint}: {_reason(error)}") from error
+
+
+_STATUS = {
+    401: "the hub does not accept the token: log in again (`hf auth login`, or HF_TOKEN)",
+    403: "the hub refuses access: ask for it on the model's page, and log in with a token that may read it (`hf auth login`)",
+    404: "the hub has no such file",
+    429: "the hub answers no more requests for a while: try again later, or log in (`hf auth login`)",
+}
+
+
+def _reason(error: BaseException) -> str:
+    """Why the hub library could not do it, in a sentence."""
+    from huggingface_hub import constants, errors
+
+    chain = [error]
+    while (before := chain[-1].__cause__ or chain[-1].__context__) is not None and before not in chain:
+        chain.append(before)
+    if any(isinstance(each, errors.OfflineModeIsEnabled) for each in chain):
+        return "HF_HUB_OFFLINE is set, so the hub is not asked"
+    status = next((each.response.status_code for each in chain if isinstance(each, errors.HfHubHTTPError)), None)
+    if status is not None:
+        return _STATUS.get(status, f"the hub answers with HTTP status {status}" + ": try again later" * (status >= 500))
+    if any("Connect" in type(each).__name__ or "Timeout" in type(each).__name__ for each in chain):  # its HTTP library's, by version
+        return f"the hub ({constants.ENDPOINT}) cannot be reached: look at the network, or give a folder"
+    return str(error).strip().partition("\n")[0]

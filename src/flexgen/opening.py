@@ -31,12 +31,15 @@ from flexgen.plan.forecast import Plan, make_plan
 from flexgen.plan.limit import budgets_of
 from flexgen.plan.machine import Limits
 from flexgen.plan.workload import Workload
+from flexgen.profile.check import MachineCheck
 from flexgen.profile.limits import find_limits
 from flexgen.profile.measure import cached_machine
 from flexgen.sizes import GIB, MIB, format_size
 
 logger = logging.getLogger(__name__)
 
+# From this expected time on, a moment's look at the machine before and after a job is little beside it.
+CHECKED_SECONDS = 5.0
 # From this size of weights on, half a minute of measuring is little beside the run.
 THOROUGH_BYTES = 1 * GIB
 
@@ -100,10 +103,11 @@ def open_prepared(prepared: Prepared) -> Engine:
     Raises:
         CapacityError, StorageError: when memory or the offload folder cannot be had; nothing stays open.
     """
-    start = time.perf_counter()
     with contextlib.ExitStack() as undo:
         undo.callback(discard, prepared)
-        engine = _construct(prepared, undo)
+        check = _machine_check(prepared)
+        start = time.perf_counter()
+        engine = _construct(prepared, undo, check)
         undo.pop_all()  # from here on the engine owns everything
     try:
         engine.load()
@@ -121,7 +125,21 @@ def discard(prepared: Prepared) -> None:
         prepared.dummy_folder.remove()
 
 
-def _construct(prepared: Prepared, undo: contextlib.ExitStack) -> Engine:
+def _machine_check(prepared: Prepared) -> MachineCheck | None:
+    """How fast the machine is now; None for a short job."""
+    policy, model = prepared.plan.policy, prepared.model
+    if prepared.plan.forecast.seconds < CHECKED_SECONDS:
+        return None
+    files = {extent.path for layout in model.layouts for extent in layout.extents} if policy.weights.disk else set[Path]()
+    check = MachineCheck(
+        machine=prepared.plan.machine, device=policy.device, dtype=policy.dtype, max_bytes=policy.workspace_bytes,
+        job_seconds=prepared.plan.forecast.seconds, weights=max(files, key=lambda path: path.stat().st_size, default=None),
+    )  # fmt: skip
+    check.start()
+    return check
+
+
+def _construct(prepared: Prepared, undo: contextlib.ExitStack, check: MachineCheck | None) -> Engine:
     """An engine without weights; what it would own is registered with `undo` as it is made."""
     limits, policy, model = prepared.limits, prepared.plan.policy, prepared.model
     backend = open_backend(limits.device, limits.device_bytes)
@@ -138,6 +156,7 @@ def _construct(prepared: Prepared, undo: contextlib.ExitStack) -> Engine:
         budgets=budgets_of(limits, model.spec, prepared.process_bytes),
         forecast=prepared.plan.forecast,
         workload=prepared.workload,
+        check=check.end if check is not None else None,
     )
     offload_dir = offload.path if offload is not None else None
     return Engine(

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 from flexgen.durations import format_seconds
 from flexgen.engine.progress import Progress, RunReport
+from flexgen.plan.spill import ENDURANCE_BYTES, LEAST_GAIN, Spill, endurance_share
+from flexgen.profile.busy import BUSY_CORES
 from flexgen.sizes import format_size
 
 if TYPE_CHECKING:
@@ -17,7 +19,8 @@ if TYPE_CHECKING:
     from flexgen.plan.policy import Fractions
 
 LEAST_SHOWN = 0.01  # of a pass: resources that take less are left out
-LEAST_GAIN = 0.001
+LEAST_GAIN_SHOWN = 0.001
+LEAST_SHARE_SHOWN = 0.001  # of an SSD's life
 FASTER = 0.1  # resources are shown with what so much more of their rate is worth
 RATE_TOLERANCE = 0.15  # of a run's own rates against those of the profile
 
@@ -58,14 +61,37 @@ def format_forecast(forecast: Forecast) -> list[str]:
         f"         {forecast.num_passes:,} passes of {format_seconds(forecast.pass_seconds)}, {forecast.live_mean:,.0f} sequences in each: "
         + ", ".join(parts),
     ]
-    if forecast.disk_written_bytes:
-        lines.append(f"         {format_size(forecast.disk_written_bytes)} will be written to disk")
+    lines += [f"         {line}" for line in _written(forecast)]
     if forecast.num_refused:
         lines.append(f"         {forecast.num_refused:,} requests can never fit")
     gains = [(f"1 GiB more of {tier} memory", gain) for tier, gain in forecast.gain_per_gib.items()]
     gains += [(f"{_resource(name)} {FASTER:.0%} faster", FASTER * gain) for name, gain in forecast.gain_per_rate.items()]
-    told = [f"{what}: +{gain:.1%}" for what, gain in gains if gain >= LEAST_GAIN]
+    told = [f"{what}: +{gain:.1%}" for what, gain in gains if gain >= LEAST_GAIN_SHOWN]
     return [*lines, f"         what would help, at the margin, in tokens/s: {'; '.join(told)}"] if told else lines
+
+
+def _written(forecast: Forecast) -> list[str]:
+    """What goes to disk, what that means for it, and what the other plan would be."""
+    spill, written = forecast.spill, forecast.disk_written_bytes
+    lines: list[str] = []
+    if written:
+        share = endurance_share(written)
+        told = f"{share:.1%}" if share >= LEAST_SHARE_SHOWN else f"less than {LEAST_SHARE_SHOWN:.1%}"
+        rated = f"an SSD rated for {ENDURANCE_BYTES / 1e12:.0f} TB written"
+        lines.append(f"{format_size(written)} of KV will be written to disk: {told} of what {rated} takes in its life; --disk 0 forbids it")
+    if spill is not None and spill.chosen:
+        lines.append(f"without KV on disk the job would take {format_seconds(spill.seconds_without)}, {_longer(spill)}")
+    elif spill is not None:
+        saved = format_seconds(spill.seconds_without - spill.seconds)
+        lines.append(
+            f"no KV on disk: it would write {format_size(spill.written_bytes)} and save {saved} ({spill.gain:.0%} more tokens/s, "
+            f"less than {LEAST_GAIN:.0%}); --disk SIZE allows it"
+        )
+    return lines
+
+
+def _longer(spill: Spill) -> str:
+    return f"{spill.gain:.0%} longer" if spill.gain >= 0 else f"{-spill.gain:.0%} shorter"
 
 
 def format_curve(curve: Sequence[ParetoPoint]) -> str:
@@ -135,7 +161,29 @@ def format_report(report: RunReport) -> str:
         f"overlap {report.overlap:.2f}   plan {report.plan:.2f}   efficiency {report.efficiency:.2f}   "
         f"(the least ideal time is {format_seconds(report.ideal_seconds)})"
     )
-    return "\n".join(lines + _against_forecast(report))
+    return "\n".join(lines + _checked(report) + _against_forecast(report))
+
+
+def _checked(report: RunReport) -> list[str]:
+    """How fast the machine itself was before and after the run, and how good the run was at those rates."""
+    if not any(report.check_rates.values()) or report.overlap_at_check is None or report.efficiency_at_check is None:
+        return []
+    resources = dict.fromkeys(resource for rates in report.check_rates.values() for resource in rates)
+    told = [f"{_resource(name)} {' and '.join(f'{rate:.2f}' for rate in _moments(report, name))}" for name in resources]
+    return [
+        f"this machine itself, of the rates of its profile, before and after the run: {', '.join(told)}; at these rates "
+        f"overlap {_share_at_check(report.overlap_at_check)}, efficiency {_share_at_check(report.efficiency_at_check)}"
+    ]
+
+
+def _share_at_check(share: float) -> str:
+    """A share of what the machine could do at the ends of the run: in between it may have been faster."""
+    return f"{share:.2f}" if share <= 1 else "above 1.00 (it was faster in between)"
+
+
+def _moments(report: RunReport, resource: str) -> list[float]:
+    """The machine's own rates before and after the run, over those of the profile."""
+    return [rates[resource] for rates in report.check_rates.values() if resource in rates]
 
 
 def _against_forecast(report: RunReport) -> list[str]:
@@ -148,11 +196,23 @@ def _against_forecast(report: RunReport) -> list[str]:
     ]
     for resource, ratio in report.rate_ratios.items():
         if abs(ratio - 1) > RATE_TOLERANCE:
-            lines.append(
-                f"{_resource(resource)} was {abs(ratio - 1):.0%} {'faster' if ratio > 1 else 'slower'} than measured before: "
-                "`flexgen profile` measures this machine again"
-            )
+            how = f"{abs(ratio - 1):.0%} {'faster' if ratio > 1 else 'slower'}"
+            lines.append(f"{_resource(resource)} was {how} than measured before{_explained(report, resource, ratio)}")
     return lines
+
+
+def _explained(report: RunReport, resource: str, ratio: float) -> str:
+    """Why a run's own rate was not that of the profile, and what to do."""
+    if ratio > 1:
+        return ": `flexgen profile` measures this machine again"
+    moments = _moments(report, "disk_read" if resource == "disk" else resource)
+    if report.busy_cores is not None and report.busy_cores > BUSY_CORES:
+        return f": other programs kept {report.busy_cores:.1f} cores busy meanwhile; the profile is kept"
+    if not moments:
+        return ": others may have used it; the profile keeps its better rates, also if `flexgen profile` is run again while they do"
+    if min(moments) < 1 - RATE_TOLERANCE:
+        return f", and so was this machine itself ({min(moments):.2f} of its profile's rate): others use it just now; the profile is kept"
+    return ", though this machine itself was not: what the plan expects of it does not fit this model, or others used it in between"
 
 
 def _placement_table(placement: Mapping[str, Mapping[str, int]]) -> list[str]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 from flexgen.errors import ModelError, OptionError
-from flexgen.plan.catalogue import catalogue_names, catalogue_spec, similar_names
+from flexgen.plan.catalogue import catalogue_name, catalogue_spec, similar_names
 from flexgen.plan.model import PLAIN_FORMATS, ModelSpec
 
 
@@ -15,10 +16,11 @@ def spec_of(model: str, *, device: str, dtype: str = "auto", revision: str | Non
     Weights in a published low-bit format are described too, although the engine does not run them: see `ModelSpec.is_plain`.
 
     Args:
-        model: a folder, else a name of the catalogue, else a hub id.  torch is loaded for a folder and a hub id only, and for a
-            shipped model that is not to be computed in the dtype it ships.
+        model: a folder, else a name of the catalogue or the hub id of one of its models, in any case, else another hub id, for which
+            the hub is asked.  torch is loaded for a folder and another hub id only, and for a shipped model that is not to be computed
+            in the dtype it ships.
         device: "cpu", "cuda" or "sim". dtype: to compute in, as in EngineOptions.
-        revision: branch, tag or commit of a hub repository. token: of the hub, as in `resolve_model`.
+        revision: branch, tag or commit of a hub repository; the hub is asked then. token: of the hub, as in `resolve_model`.
 
     Raises:
         ModelError: when there is no such model, or its architecture, number format or files are not understood.
@@ -26,11 +28,18 @@ def spec_of(model: str, *, device: str, dtype: str = "auto", revision: str | Non
     """
     if dtype != "auto" and dtype not in PLAIN_FORMATS:
         raise OptionError(f"cannot compute in {dtype}; known: auto, {', '.join(sorted(PLAIN_FORMATS))}")
-    if not Path(model).expanduser().is_dir() and model in catalogue_names():
-        if revision is not None:
+    if (name := shipped_name(model)) is not None:
+        if revision is None:
+            spec = _shipped(name, device, dtype)
+            return dataclasses.replace(spec, name=model) if "/" in model else spec
+        if "/" not in model:
             raise OptionError(f"{model} is a name of the catalogue; a revision ({revision}) only has a meaning for a hub repository")
-        return _shipped(model, device, dtype)
     return _described(model, device, dtype, revision, token)
+
+
+def shipped_name(model: str) -> str | None:
+    """The catalogue's name of a model that is no folder here; None where it has none."""
+    return None if Path(model).expanduser().is_dir() else catalogue_name(model)
 
 
 def _shipped(name: str, device: str, dtype: str) -> ModelSpec:

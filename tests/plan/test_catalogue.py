@@ -6,7 +6,7 @@ import pytest
 
 from flexgen.errors import OptionError
 from flexgen.models.catalogue import ENTRIES
-from flexgen.plan.catalogue import catalogue_names, catalogue_spec
+from flexgen.plan.catalogue import catalogue_name, catalogue_names, catalogue_spec
 
 # Parameters, to the last, as the hub counts what the files hold; DeepSeek-V3's without the layer that only predicts ahead, and
 # OPT-175B's as they follow from table 1 of its paper.
@@ -22,8 +22,15 @@ PARAMETERS = {
     "opt-175b": 174_604_468_224,
     "llama-3-8b": 8_030_261_248,
     "llama-3-70b": 70_553_706_496,
+    "llama-3.1-8b": 8_030_261_248,
+    "llama-3.1-70b": 70_553_706_496,
+    "llama-3.2-1b": 1_235_814_400,
+    "llama-3.2-3b": 3_212_749_824,
     "mixtral-8x7b": 46_702_792_704,
     "mixtral-8x22b": 140_620_634_112,
+    "qwen3-8b": 8_190_735_360,
+    "qwen3-14b": 14_768_307_200,
+    "qwen3-32b": 32_762_123_264,
     "qwen3-30b-a3b": 30_532_122_624,
     "qwen3-235b-a22b": 235_093_634_560,
     "gpt-oss-20b": 20_914_757_184,
@@ -46,6 +53,11 @@ FILE_BYTES = {
     "llama-3-70b": 141_107_412_992,
     "mixtral-8x7b": 93_405_585_408,
     "mixtral-8x22b": 281_241_268_224,
+    "llama-3.1-70b": 141_107_412_992,
+    "llama-3.2-3b": 6_425_499_648,
+    "qwen3-8b": 16_381_470_720,
+    "qwen3-14b": 29_536_614_400,
+    "qwen3-32b": 65_524_246_528,
     "qwen3-30b-a3b": 61_064_245_248,
     "qwen3-235b-a22b": 470_187_269_120,
     "gpt-oss-20b": 13_761_264_768,
@@ -56,6 +68,15 @@ FILE_BYTES = {
 def test_the_files_are_those_of_the_entries() -> None:
     assert catalogue_names() == sorted(ENTRIES) == sorted(PARAMETERS)
     assert all(catalogue_spec(name).name == entry.source for name, entry in ENTRIES.items())
+
+
+def test_models_are_known_by_name_and_by_hub_id_in_any_case() -> None:
+    for name, entry in ENTRIES.items():
+        assert catalogue_name(name) == catalogue_name(name.upper()) == name
+        if "/" in entry.source:
+            assert catalogue_name(entry.source) == catalogue_name(entry.source.upper()) == name
+    assert catalogue_name("Meta-Llama/Meta-Llama-3-8B-Instruct") == "llama-3-8b"
+    assert [catalogue_name(other) for other in ("facebook/opt-31b", "opt", "", "elsewhere/opt-30b", "../opt-30b")] == [None] * 5
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
@@ -101,7 +122,7 @@ def test_kv_of_a_token() -> None:
     assert windows == {128: 18, None: 18}
 
 
-@pytest.mark.parametrize("name", ["opt-125m", "opt-350m", "llama-3-8b", "gpt-oss-20b", "qwen3-30b-a3b"])
+@pytest.mark.parametrize("name", ["opt-125m", "opt-350m", "llama-3-8b", "gpt-oss-20b", "qwen3-30b-a3b", "qwen3-32b", "llama-3.2-3b"])
 def test_the_command_would_write_the_same(name: str) -> None:
     assert ENTRIES[name].spec() == catalogue_spec(name)
 

@@ -145,6 +145,17 @@ def test_a_machine_is_measured_once(counted, tmp_path):
     assert len(list((tmp_path / "cache").iterdir())) == 3
 
 
+def test_a_disturbed_measurement_warns_and_does_not_replace_a_better_one(tmp_path, monkeypatch, caplog):
+    found = [machine_of(disk_read=2e9, host_memory=20e9), machine_of(disk_read=1e9, host_memory=40e9, busy_cores=1.5)]
+    monkeypatch.setattr(module, "measure", lambda *_, **__: found.pop(0))
+    cached(tmp_path)
+    assert not caplog.records
+    again = cached(tmp_path, again=True)
+    assert (again.disk_read.typical, again.host_memory.typical, again.busy_cores) == (2e9, 40e9, 0.0)
+    assert cached(tmp_path) == again
+    assert "other programs kept 1.5 cores busy while this machine was measured" in caplog.text
+
+
 def test_a_quick_measurement_does_not_serve_for_a_thorough_one(counted, tmp_path):
     cached(tmp_path)
     thorough = cached(tmp_path, quick=False)

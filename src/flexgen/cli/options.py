@@ -30,7 +30,7 @@ _BUDGETS, _PLACEMENT, _MODEL = "Budgets (4GiB is binary, 16GB decimal, 50% a sha
 FLAGS: dict[str, tuple[str, str, str]] = {
     "device_mem": (_BUDGETS, "SIZE", "Memory on the device. Default: most of what is free."),
     "host_mem": (_BUDGETS, "SIZE", "Memory of the whole process. Default: 80 % of what is free, limits of containers obeyed."),
-    "disk": (_BUDGETS, "SIZE", "Room for spilled KV cache in the offload folder."),
+    "disk": (_BUDGETS, "SIZE", "Room for spilled KV cache in the offload folder; 0 forbids spilling."),
     "offload_dir": (_BUDGETS, "DIR", "Folder for spilled KV cache. Default: a fresh one below the system's temporary folder."),
     "device": (_PLACEMENT, "|".join(DEVICES), "Where matrix products run; sim is a stand-in for an accelerator, for tests."),
     "weights": (_PLACEMENT, "SHARES", "Homes of the weights, such as device=.2,host=.3,disk=.5. Default: planned."),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from flexgen.cli.exit_codes import ExitCode
-from flexgen.cli.options import engine_command, load
+from flexgen.cli.options import engine_command
+from flexgen.cli.reading import ChatTemplate, ChatTemplateKwargs, InputFormat, MaxTokens, Reading, Source, Tokenizer, lengths_of
 from flexgen.errors import CapacityError, OptionError
 from flexgen.options import EngineOptions
 from flexgen.sizes import MIB
@@ -33,14 +33,18 @@ PROMPT_LEN, GEN_LEN, NUM_REQUESTS = 512, 128, 1000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Asked:
-    """The job that was asked about: a file, or the same lengths many times."""
+class _Lengths:
+    """The same request many times; None is the default."""
 
-    source: Path | None
-    max_tokens: int | None
     prompt_len: int | None
+    prefix_len: int | None
     gen_len: int | None
     num_requests: int | None
+
+    def given(self) -> list[str]:
+        """Flags that were."""
+        names = (field.name for field in dataclasses.fields(self))
+        return [f"--{name.replace('_', '-')}" for name in names if getattr(self, name) is not None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,16 +104,24 @@ def plan(
     options: EngineOptions,
     machine: Annotated[
         str | None,
-        typer.Option(metavar="NAME|FILE", help="A known machine (t4-gcp) or a file of `flexgen profile -o`. Default: this one."),
+        typer.Option(
+            metavar="NAME|FILE", help="A known machine (t4-gcp), or a file: of `flexgen profile -o`, or a few figures. Default: this one."
+        ),
     ] = None,
-    source: Annotated[
-        Path | None, typer.Option("--input", metavar="FILE", help="Requests, as for `flexgen run`.", rich_help_panel=_JOB)
-    ] = None,
+    source: Source = None,
+    input_format: InputFormat = None,
+    max_tokens: MaxTokens = None,
+    tokenizer: Tokenizer = None,
+    chat_template: ChatTemplate = None,
+    chat_template_kwargs: ChatTemplateKwargs = None,
     prompt_len: Annotated[
         int | None,
         typer.Option(
             metavar="N", min=1, help=f"Tokens of each prompt. Default: {PROMPT_LEN}, or what fits the context.", rich_help_panel=_JOB
         ),
+    ] = None,
+    prefix_len: Annotated[
+        int | None, typer.Option(metavar="N", min=0, help="Tokens that all prompts begin with. Default: 0.", rich_help_panel=_JOB)
     ] = None,
     gen_len: Annotated[
         int | None,
@@ -119,9 +131,6 @@ def plan(
     ] = None,
     num_requests: Annotated[
         int | None, typer.Option(metavar="N", min=1, help=f"How many. Default: {NUM_REQUESTS:,}.", rich_help_panel=_JOB)
-    ] = None,
-    max_tokens: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Longest answer of lines that do not say.", rich_help_panel=_JOB)
     ] = None,
     pareto: Annotated[bool, typer.Option("--pareto", help="Also show what shorter requests would cost.")] = False,
     as_json: Annotated[
@@ -139,14 +148,20 @@ def plan(
     from flexgen.plan.pareto import pareto as curve_of
     from flexgen.specs import spec_of
 
-    asked = _Asked(source=source, max_tokens=max_tokens, prompt_len=prompt_len, gen_len=gen_len, num_requests=num_requests)
-    _check(asked)
+    reading = Reading(
+        source=source, input_format=input_format, max_tokens=max_tokens, tokenizer=tokenizer, chat_template=chat_template,
+        chat_template_kwargs=chat_template_kwargs,
+    )  # fmt: skip
+    lengths = _Lengths(prompt_len=prompt_len, prefix_len=prefix_len, gen_len=gen_len, num_requests=num_requests)
+    if source is not None and lengths.given():
+        raise OptionError(f"--input tells the lengths: leave out {lengths.given()[0]}")
+    reading.check()
     limits, box = _limits_and_machine(options, machine)
     spec = spec_of(model, device=limits.device, dtype=options.dtype, revision=options.revision)
     if box is not None:
         limits = beside_checkpoint(limits, spec.checkpoint_bytes, options)
     context = min(spec.max_position_embeddings, options.max_model_len or spec.max_position_embeddings)
-    workload = _equal_lengths(asked, context) if source is None else _lengths_of(source, model, options, max_tokens)
+    workload = _equal_lengths(lengths, context, options) if source is None else lengths_of(reading, model, options)
     question = _Question(model=model, options=options, limits=limits, box=box, workload=workload)
     job = question.job(spec, question.machine(spec.dtype))
     planned = make_plan(**job)
@@ -154,17 +169,6 @@ def plan(
     curve = curve_of(space_of(**job)) if pareto else []
     print(_as_json(planned, limits, faster, curve) if as_json else _as_text(planned, faster, curve))
     return ExitCode.ALL_ANSWERED
-
-
-def _check(asked: _Asked) -> None:
-    """Raises OptionError for flags that contradict each other."""
-    lengths = {"--prompt-len": asked.prompt_len, "--gen-len": asked.gen_len, "--num-requests": asked.num_requests}
-    if asked.source is not None and (given := [flag for flag, value in lengths.items() if value is not None]):
-        raise OptionError(f"--input tells the lengths: leave out {given[0]}")
-    if asked.source is None and asked.max_tokens is not None:
-        raise OptionError("--max-tokens is for lines of an --input: use --gen-len")
-    if asked.source is not None and not asked.source.is_file():
-        raise OptionError(f"--input {asked.source}: {'this is a folder' if asked.source.is_dir() else 'there is no such file'}")
 
 
 def _limits_and_machine(options: EngineOptions, name: str | None) -> tuple[Limits, Machine | None]:
@@ -179,34 +183,19 @@ def _limits_and_machine(options: EngineOptions, name: str | None) -> tuple[Limit
     return limits_of(machine, options), machine
 
 
-def _equal_lengths(asked: _Asked, context: int) -> Workload:
+def _equal_lengths(asked: _Lengths, context: int, options: EngineOptions) -> Workload:
+    from flexgen.plan.simulate import PAGE_TOKENS
     from flexgen.plan.workload import Workload
 
     answer = asked.gen_len or min(GEN_LEN, context // 4)
     prompt, number = asked.prompt_len or min(PROMPT_LEN, max(context - answer, 1)), asked.num_requests or NUM_REQUESTS
     if prompt + answer > context:
         raise OptionError(f"--prompt-len {prompt} and --gen-len {answer} exceed the context of {context}")
-    return Workload(prompt_lens=(prompt,) * number, output_lens=(answer,) * number)
-
-
-def _lengths_of(source: Path, model: str, options: EngineOptions, max_tokens: int | None) -> Workload:
-    """Of a file's requests, by the model's tokenizer and template."""
-    from flexgen.cli.job import bare_defaults
-    from flexgen.jobs.runner import Job
-    from flexgen.plan.catalogue import catalogue_names
-
-    if model in catalogue_names() and not Path(model).is_dir():
-        raise OptionError(f"--input needs the tokenizer of {model}: give a folder or a hub id, or --prompt-len and --gen-len")
-    with load(model, dataclasses.replace(options, load_format="dummy"), "none") as llm:
-        job = Job(llm, source, None, defaults=bare_defaults(llm, max_tokens))
-        workload = job.scan()
-    if not job.num_lines:
-        raise OptionError(f"--input {source}: it has no lines")
-    if not len(workload):
-        raise OptionError(f"--input {source}: none of its {job.num_lines:,} lines can be answered ({job.first_bad})")
-    if job.num_bad_lines:
-        print(f"{source}: {job.num_bad_lines:,} of {job.num_lines:,} lines are bad and left out ({job.first_bad})", file=sys.stderr)
-    return workload
+    prefix = asked.prefix_len or 0
+    if prefix > prompt:
+        raise OptionError(f"--prefix-len {prefix} is more than a prompt has (--prompt-len {prompt})")
+    shared = prefix // PAGE_TOKENS * PAGE_TOKENS if options.prefix_sharing else 0  # in whole pages, computed by the first
+    return Workload(prompt_lens=(prompt,) * number, output_lens=(answer,) * number, shared_lens=(0, *(shared,) * (number - 1)))
 
 
 def _as_json(plan: Plan, limits: Limits, faster: FasterFormat | None, curve: Sequence[ParetoPoint]) -> str:
@@ -230,15 +219,22 @@ def _as_text(plan: Plan, faster: FasterFormat | None, curve: Sequence[ParetoPoin
     from flexgen.readable import format_curve, format_memory, format_plan
 
     origin = _ORIGINS[plan.machine.origin].format(plan.machine.date)
-    lines = [f"{plan.spec.name} on {plan.machine.name} ({origin})", format_plan(plan), *format_memory(plan.forecast)]
+    lines = _what_does_not_run(plan)
+    lines += [f"{plan.spec.name} on {plan.machine.name} ({origin})", format_plan(plan), *format_memory(plan.forecast)]
     if curve:
         lines += ["what shorter requests cost:", format_curve(curve)]
     if faster is not None:
         lines.append(
             f"note: in {faster.dtype} the job would go {faster.speedup:.1f} times as fast: --dtype {faster.dtype} (answers may differ)"
         )
-    if not plan.spec.is_plain:
-        lines.append(f"note: weights in {plan.spec.number_format} are planned as shipped; this version cannot run them yet")
     if plan.policy.device != "cpu" and plan.policy.weights.device == plan.policy.kv.device == 1:
         lines.append("note: weights and KV cache fit the device: an engine made for that (vLLM, SGLang) will be faster")
     return "\n".join(lines)
+
+
+def _what_does_not_run(plan: Plan) -> list[str]:
+    """What has to be known before anything else."""
+    if plan.spec.is_plain:
+        return []
+    what = f"its weights are in {plan.spec.number_format}, a low-bit format"
+    return [f"this version of flexgen cannot run {plan.spec.name}: {what}; the plan is for the weights as shipped, for comparison"]

@@ -17,9 +17,6 @@ from flexgen.sizes import format_size
 if TYPE_CHECKING:
     from flexgen.plan.machine import Machine, Rate
 
-# From here on, what others did meanwhile shows in the figures.
-BUSY_CORES = 0.3
-
 
 @command
 def profile(
@@ -35,11 +32,13 @@ def profile(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> int:
     """Measure this machine: disk, memory, links, matrix products, attention,
-    and what a pass costs by itself. Half a minute; runs use what is kept
-    until hardware or versions change.
+    and what a pass costs by itself. Half a minute, or up to three times as
+    long where other programs disturb it: then the better rates are kept.
+    Runs use what is kept until hardware or versions change.
     """
     from flexgen.profile.limits import find_device
-    from flexgen.profile.measure import keep, measure
+    from flexgen.profile.measure import keep, kept_machine, measure
+    from flexgen.profile.repeat import settled
 
     check_file(output, "--output")
     if device not in DEVICES:
@@ -48,7 +47,11 @@ def profile(
     dtypes = tuple(dtype or ("bfloat16", "float16" if device == "cuda" else "float32"))
     if unknown := [name for name in dtypes if name not in DTYPES[1:]]:
         raise OptionError(f"--dtype {unknown[0]!r} is unknown; known: {', '.join(DTYPES[1:])}")
-    machine = measure(device, dtypes, folder, quick=quick)
+    before: list[Machine] = []
+    for name in dtypes:
+        kept = kept_machine(device, name, folder, quick=quick)
+        before += [kept] if kept is not None and kept not in before else []
+    machine = settled(lambda: measure(device, dtypes, folder, quick=quick), before, lambda told: print(told, file=sys.stderr))
     for path in keep(machine, dtypes, folder, quick=quick):
         print(f"kept in {path}", file=sys.stderr)
     if output is not None:
@@ -59,6 +62,8 @@ def profile(
 
 def format_machine(machine: Machine) -> str:
     """A line per thing measured: median, best, spread."""
+    from flexgen.profile.repeat import is_disturbed
+
     lines = [f"{machine.name} ({machine.origin} {machine.date}), {format_size(machine.host_bytes)} of memory"]
     lines += [_line("disk read", machine.disk_read, "B/s"), _line("disk write", machine.disk_write, "B/s")]
     lines.append(f"{'reading takes':<32}{machine.disk_core_seconds_per_byte * 1e9:10.3f} core-seconds per GB")
@@ -86,8 +91,11 @@ def format_machine(machine: Machine) -> str:
         f"{costs.per_unit * 1e6:.0f} µs, per layer and micro-batch {costs.per_layer_and_micro_batch * 1e6:.0f} µs, "
         f"per gathered row {costs.per_gathered_row * 1e6:.1f} µs"
     )
-    if machine.busy_cores > BUSY_CORES:
-        lines.append(f"other programs kept {machine.busy_cores:.1f} cores busy meanwhile: measure again when they are done")
+    if is_disturbed(machine):
+        lines.append(
+            f"other programs kept at least {machine.busy_cores:.1f} cores busy whenever this was measured: once they are done, "
+            "`flexgen profile` finds the better rates"
+        )
     return "\n".join(lines)
 
 

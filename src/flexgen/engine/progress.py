@@ -36,6 +36,26 @@ class Progress:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CheckedMachine:
+    """A moment's look at the machine before a run, and after it.
+
+    Attributes:
+        start, end: resource ("compute", "disk_read") -> its rate at that moment over the typical one of the profile.
+        busy_cores: that other programs used in between, on average.
+    """
+
+    start: dict[str, float]
+    end: dict[str, float]
+    busy_cores: float
+
+    def mean(self) -> dict[str, float]:
+        """Resource -> mean of both moments."""
+        names = dict.fromkeys([*self.start, *self.end])
+        found = {name: [rates[name] for rates in (self.start, self.end) if name in rates] for name in names}
+        return {name: sum(rates) / len(rates) for name, rates in found.items()}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RunReport:
     """How a run went; the keys of `--metrics FILE` (documented in docs/metrics.md).
 
@@ -52,6 +72,10 @@ class RunReport:
         forecast: what was expected before the first pass (the fields of Forecast), and in seconds_of_these_passes what the passes
             that there were should have taken; empty where nothing was.
         rate_ratios: resource -> the run's own rate over that of the profile; only of what was busy long enough to tell.
+        check_rates: "start" and "end" of the run -> resource -> the machine's rate at that moment over the typical one of the profile;
+            empty where nobody looked. busy_cores: that other programs used in between; None where nobody looked.
+        overlap_at_check, efficiency_at_check: overlap and efficiency if the best rates are as many times what they are as the mean of
+            those moments says; None where nobody looked.
         shared_prompt_tokens: of prompts, not computed because another request that begins with them has done so.
         peak_host_bytes: peak resident memory of the process; host_budget_bytes stands beside it.
     """
@@ -88,6 +112,10 @@ class RunReport:
     forecast: dict[str, Any] = field(default_factory=dict)
     rate_ratios: dict[str, float] = field(default_factory=dict)
     shared_prompt_tokens: int = 0
+    check_rates: dict[str, dict[str, float]] = field(default_factory=dict)
+    busy_cores: float | None = None
+    overlap_at_check: float | None = None
+    efficiency_at_check: float | None = None
     schema_version: int = SCHEMA_VERSION
 
     def to_json(self) -> str:

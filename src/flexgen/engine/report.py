@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import platform
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flexgen.engine.progress import RunReport
+from flexgen.engine.progress import CheckedMachine, RunReport
 from flexgen.plan.forecast import Forecast
 from flexgen.plan.limit import Budgets, least_ideal_seconds
 from flexgen.plan.workload import Workload
@@ -30,6 +31,7 @@ class RunContext:
 
     Attributes:
         budgets: what the least ideal time may use. forecast: what was expected before the first pass, of `workload`.
+        check: what a look at the machine found before the run, and finds when it is called; None where the job is too short for that.
     """
 
     model: str
@@ -38,6 +40,7 @@ class RunContext:
     budgets: Budgets
     forecast: Forecast | None = None
     workload: Workload | None = None
+    check: Callable[[], CheckedMachine] | None = None
 
 
 def make_report(engine: Engine, context: RunContext) -> RunReport:
@@ -55,6 +58,8 @@ def make_report(engine: Engine, context: RunContext) -> RunReport:
     busiest = trace.busiest_seconds
     ideal = least_ideal_seconds(engine.spec, engine.machine, workload, context.budgets, engine.policy.dtype, also=(engine.policy,))
     ideal = min(ideal, busiest)  # what ran is a way to run the job
+    checked = context.check() if context.check is not None else None
+    at_check = trace.busiest_seconds_at(checked.mean()) / elapsed if checked is not None else None
     return RunReport(
         elapsed_seconds=record.elapsed_seconds,
         load_seconds=engine.load_seconds,
@@ -76,6 +81,10 @@ def make_report(engine: Engine, context: RunContext) -> RunReport:
         wait_seconds=dict(trace.waits),
         forecast=_told(engine.forecast, trace),
         rate_ratios=_rate_ratios(record, engine.policy.device),
+        check_rates={"start": checked.start, "end": checked.end} if checked is not None else {},
+        busy_cores=checked.busy_cores if checked is not None else None,
+        overlap_at_check=at_check,
+        efficiency_at_check=None if at_check is None else at_check * (ideal / busiest if busiest else 1.0),
         peak_host_bytes=_peak_resident_bytes(),
         host_budget_bytes=context.host_budget_bytes,
         peak_device_bytes=engine.runner.device_bytes(),

@@ -16,7 +16,7 @@ class Trace:
 
     Attributes:
         busiest_seconds: sum over the passes of the busiest resource's ideal time: what the engine could not beat with these passes.
-        ideal: resource -> sum of its ideal seconds.
+        ideal: resource -> sum of its ideal seconds. decided: the same of the passes in which it was the busiest.
         expected_seconds: what these passes should have taken at typical rates. expected: resource -> seconds that it
             should have been in use.
         seconds: what they took. waits: cause -> seconds without anything to run.
@@ -28,6 +28,7 @@ class Trace:
     num_passes: int = 0
     busiest_seconds: float = 0.0
     ideal: dict[str, float] = field(default_factory=dict)
+    decided: dict[str, float] = field(default_factory=dict)
     expected_seconds: float = 0.0
     expected: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
@@ -40,9 +41,20 @@ class Trace:
         expected = self.expectation.busy(work, self.policy)
         self.num_passes += 1
         self.seconds += seconds
-        self.busiest_seconds += busiest(ideal)[1]
+        resource, most = busiest(ideal)
+        self.busiest_seconds += most
+        self.decided[resource] = self.decided.get(resource, 0.0) + most
         self.expected_seconds += float(self.expectation.seconds(work, self.policy))
         self.compute_share = ideal["compute"] / max(seconds, 1e-9)
         for total, new in ((self.ideal, ideal), (self.expected, expected), (self.waits, waits)):
             for key, value in new.items():
                 total[key] = total.get(key, 0.0) + float(value)
+
+    def busiest_seconds_at(self, rates: Mapping[str, float]) -> float:
+        """`busiest_seconds`, had the best rates been so many times what they are (at least: passes may be decided by others then).
+
+        Args:
+            rates: resource -> times its best rate; 1 of those that are left out.
+        """
+        decided = sum(seconds / rates.get(resource, 1.0) for resource, seconds in self.decided.items())
+        return max([decided, *(seconds / rates.get(resource, 1.0) for resource, seconds in self.ideal.items())])

@@ -54,7 +54,9 @@ def _opt(source: str, hidden_size: int, num_hidden_layers: int, num_attention_he
     return CatalogueEntry(source=source, model_type="opt", config=config | others, dtype=torch.float16)
 
 
-def _llama_3(source: str, hidden_size: int, num_hidden_layers: int, num_attention_heads: int, intermediate_size: int) -> CatalogueEntry:
+def _llama_3(
+    source: str, hidden_size: int, num_hidden_layers: int, num_attention_heads: int, intermediate_size: int, **others: object
+) -> CatalogueEntry:
     config = {
         "hidden_size": hidden_size,
         "num_hidden_layers": num_hidden_layers,
@@ -65,7 +67,7 @@ def _llama_3(source: str, hidden_size: int, num_hidden_layers: int, num_attentio
         "max_position_embeddings": 8192,
         "tie_word_embeddings": False,
     }
-    return CatalogueEntry(source=source, model_type="llama", config=config)
+    return CatalogueEntry(source=source, model_type="llama", config=config | others)
 
 
 def _mixtral(
@@ -85,6 +87,21 @@ def _mixtral(
         "tie_word_embeddings": False,
     }
     return CatalogueEntry(source=source, model_type="mixtral", config=config)
+
+
+def _qwen3(source: str, hidden_size: int, num_hidden_layers: int, num_attention_heads: int, intermediate_size: int) -> CatalogueEntry:
+    config = {
+        "hidden_size": hidden_size,
+        "num_hidden_layers": num_hidden_layers,
+        "num_attention_heads": num_attention_heads,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "intermediate_size": intermediate_size,
+        "vocab_size": 151936,
+        "max_position_embeddings": 40960,
+        "tie_word_embeddings": False,
+    }
+    return CatalogueEntry(source=source, model_type="qwen3", config=config)
 
 
 def _qwen3_moe(
@@ -126,6 +143,7 @@ def _gpt_oss(source: str, num_hidden_layers: int, num_local_experts: int) -> Cat
     return CatalogueEntry(source=source, model_type="gpt_oss", config=config)
 
 
+_LONG = {"max_position_embeddings": 131072}  # the context of Llama 3.1 and later
 _DEEPSEEK_V3 = {
     "hidden_size": 7168,
     "intermediate_size": 18432,
@@ -160,8 +178,15 @@ ENTRIES: Mapping[str, CatalogueEntry] = {
     "opt-175b": _opt("OPT-175B (arXiv:2205.01068)", 12288, 96, 96),  # never was on the hub
     "llama-3-8b": _llama_3("meta-llama/Meta-Llama-3-8B", 4096, 32, 32, 14336),
     "llama-3-70b": _llama_3("meta-llama/Meta-Llama-3-70B", 8192, 80, 64, 28672),
+    "llama-3.1-8b": _llama_3("meta-llama/Llama-3.1-8B", 4096, 32, 32, 14336, **_LONG),
+    "llama-3.1-70b": _llama_3("meta-llama/Llama-3.1-70B", 8192, 80, 64, 28672, **_LONG),
+    "llama-3.2-1b": _llama_3("meta-llama/Llama-3.2-1B", 2048, 16, 32, 8192, **_LONG, tie_word_embeddings=True),
+    "llama-3.2-3b": _llama_3("meta-llama/Llama-3.2-3B", 3072, 28, 24, 8192, **_LONG, tie_word_embeddings=True),
     "mixtral-8x7b": _mixtral("mistralai/Mixtral-8x7B-v0.1", 4096, 32, 32, 14336, 32768),
     "mixtral-8x22b": _mixtral("mistralai/Mixtral-8x22B-v0.1", 6144, 56, 48, 16384, 65536),
+    "qwen3-8b": _qwen3("Qwen/Qwen3-8B", 4096, 36, 32, 12288),
+    "qwen3-14b": _qwen3("Qwen/Qwen3-14B", 5120, 40, 40, 17408),
+    "qwen3-32b": _qwen3("Qwen/Qwen3-32B", 5120, 64, 64, 25600),
     "qwen3-30b-a3b": _qwen3_moe("Qwen/Qwen3-30B-A3B", 2048, 48, 32, 6144, 768),
     "qwen3-235b-a22b": _qwen3_moe("Qwen/Qwen3-235B-A22B", 4096, 94, 64, 12288, 1536),
     "gpt-oss-20b": _gpt_oss("openai/gpt-oss-20b", 24, 32),

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from flexgen.errors import CapacityError
 from flexgen.options import EngineOptions
 from flexgen.plan.bounds import longest_request_seconds
 from flexgen.plan.cost import unit_homes, weights_work
@@ -23,6 +24,7 @@ from flexgen.plan.outputs import expected
 from flexgen.plan.policy import Policy
 from flexgen.plan.search import Solution
 from flexgen.plan.simulate import Simulation
+from flexgen.plan.spill import LEAST_GAIN, Spill
 from flexgen.plan.workload import Workload
 
 # A block counts as full from this share of its most sequences on.
@@ -44,6 +46,7 @@ class Forecast:
         weights_bytes_per_pass: link -> bytes of weights. disk_written_bytes: in all.
         gain_per_gib: tier -> relative gain of output tokens/s by 1 GiB more of it; empty where unknown.
         gain_per_rate: resource -> the same per relative gain of its rate, with the same policy.
+        spill: what KV on disk gains, where it would write more than the weights' bytes; None where it does not, or nobody looked.
     """
 
     seconds: float
@@ -65,6 +68,7 @@ class Forecast:
     disk_written_bytes: float
     gain_per_gib: dict[str, float]
     gain_per_rate: dict[str, float]
+    spill: Spill | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,10 +82,38 @@ class Plan:
 
 
 def make_plan(options: EngineOptions, spec: ModelSpec, machine: Machine, limits: Limits, workload: Workload, *, process_bytes: int) -> Plan:
-    """The best policy for a job, and what it should do; arguments and errors are those of `solve`."""
-    solution = solve(options, spec, machine, limits, workload, process_bytes=process_bytes)
-    told = forecast(solution, spec, machine, limits, workload, process_bytes=process_bytes)
-    return Plan(spec=spec, machine=machine, policy=solution.policy, forecast=told)
+    """The best policy for a job, and what it should do; arguments and errors are those of `solve`.
+
+    KV that nobody placed goes to disk in more bytes than the weights have only where that gains LEAST_GAIN, or where the budget on disk
+    was given.
+    """
+
+    def best(limits: Limits) -> Plan:
+        solution = solve(options, spec, machine, limits, workload, process_bytes=process_bytes)
+        told = forecast(solution, spec, machine, limits, workload, process_bytes=process_bytes)
+        return Plan(spec=spec, machine=machine, policy=solution.policy, forecast=told)
+
+    plan = best(limits)
+    if options.kv is not None or plan.forecast.disk_written_bytes <= spec.checkpoint_bytes:
+        return plan
+    try:
+        without = best(dataclasses.replace(limits, disk_bytes=0))
+    except CapacityError:
+        return plan
+    return _weighed(plan, without, asked=options.disk is not None)
+
+
+def _weighed(plan: Plan, without: Plan, *, asked: bool) -> Plan:
+    """One of two plans, the first of which writes KV to disk; it stays where that was `asked` for."""
+    spill = Spill(
+        chosen=True, written_bytes=plan.forecast.disk_written_bytes, seconds=plan.forecast.seconds, seconds_without=without.forecast.seconds
+    )
+    if asked or spill.gain >= LEAST_GAIN or without.forecast.num_refused > plan.forecast.num_refused:
+        chosen = plan
+    else:
+        chosen, spill = without, dataclasses.replace(spill, chosen=False)
+    told = dataclasses.replace(chosen.forecast, spill=spill, budget_bytes=plan.forecast.budget_bytes)
+    return dataclasses.replace(chosen, forecast=told)
 
 
 def forecast(solution: Solution, spec: ModelSpec, machine: Machine, limits: Limits, workload: Workload, *, process_bytes: int) -> Forecast:
@@ -99,7 +131,7 @@ def forecast(solution: Solution, spec: ModelSpec, machine: Machine, limits: Limi
 
 def forecast_again(before: Forecast, policy: Policy, expectation: Expectation, workload: Workload) -> Forecast:
     """What the same policy should do with another job."""
-    return dataclasses.replace(before, **_played(policy, expectation, workload))
+    return dataclasses.replace(before, spill=None, **_played(policy, expectation, workload))
 
 
 def _played(policy: Policy, expectation: Expectation, workload: Workload) -> dict[str, Any]:

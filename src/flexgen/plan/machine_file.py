@@ -18,11 +18,19 @@ def read_machine(text: str) -> Machine:
     Raises:
         OptionError: as `machine_of`; or this is no JSON.
     """
+    return machine_of(parsed(text))
+
+
+def parsed(text: str) -> Any:
+    """The JSON value.
+
+    Raises:
+        OptionError: this is no JSON.
+    """
     try:
-        fields = json.loads(text)
-    except ValueError as error:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise OptionError(f"this is no machine: {error}") from error
-    return machine_of(fields)
 
 
 def machine_of(fields: Any) -> Machine:

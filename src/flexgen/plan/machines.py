@@ -1,6 +1,6 @@
 """Machines that are known by name, for planning on hardware that is not there.
 
-What a vendor prints is turned into what software reaches of it; a measured machine is a JSON file (`flexgen profile -o FILE`).
+What a vendor prints is turned into what software reaches of it (box.py); a measured machine is a JSON file (`flexgen profile -o FILE`).
 """
 
 from __future__ import annotations
@@ -11,19 +11,12 @@ from pathlib import Path
 
 from flexgen.errors import OptionError
 from flexgen.options import EngineOptions
-from flexgen.plan.cost import DTYPE_BYTES
-from flexgen.plan.machine import Curve, DiskRequest, Limits, Machine, Overheads, Rate
-from flexgen.plan.machine_file import read_machine
+from flexgen.plan.box import box_of, device_box, is_box
+from flexgen.plan.machine import Limits, Machine, Rate
+from flexgen.plan.machine_file import machine_of, parsed
 from flexgen.sizes import format_size, parse_size
 
 GB, TB = 10**9, 10**12
-# What is usually reached of a printed rate.
-DENSE_SHARE, ATTENTION_SHARE, MEMORY_SHARE, LINK_SHARE, DISK_SHARE = 0.7, 0.3, 0.8, 0.85, 0.9
-ROWS = (1, 4, 16, 64, 128, 256, 512, 1024, 4096)
-# Measured with PyTorch and transformers on server processors of the years 2022 to 2025.
-DRIVEN_DEVICE = Overheads(per_pass=5e-3, per_sequence=3e-5, per_unit=2e-4, per_layer_and_micro_batch=1e-3, per_gathered_row=2e-6)
-DISK_CORE_SECONDS_PER_BYTE = 2e-11
-DISK_REQUEST = DiskRequest(seconds=3e-5, core_seconds=2e-5)
 # Of the memory that a machine has, what a plan takes where nobody says.
 HOST_SHARE, DEVICE_SHARE, STORAGE_SHARE = 0.8, 0.9, 0.8
 
@@ -34,7 +27,7 @@ def machine_names() -> tuple[str, ...]:
 
 
 def find_machine(name: str) -> Machine:
-    """The shipped machine of that name, or the one in a JSON file.
+    """The shipped machine of that name, or the one in a JSON file: measured, or described by a few figures (see box.py).
 
     Raises:
         OptionError: neither.
@@ -44,7 +37,8 @@ def find_machine(name: str) -> Machine:
     path = Path(name)
     if path.is_file():
         try:
-            return read_machine(path.read_text())
+            fields = parsed(path.read_text())
+            return box_of(fields, path.stem) if is_box(fields) else machine_of(fields)
         except (OSError, UnicodeDecodeError, OptionError) as error:
             raise OptionError(f"--machine {name}: {error}") from error
     close = difflib.get_close_matches(name, _SHIPPED, n=1)
@@ -94,72 +88,13 @@ def _granted(flag: str, text: str | None, total_bytes: int, share: float) -> int
     return size
 
 
-def _device_box(
-    name: str,
-    *,
-    origin: str = "datasheet",
-    cores: int,
-    host_bytes: int,
-    device_bytes: int,
-    disk_bytes: int,
-    disk_read: float,
-    disk_write: float,
-    host_memory: float,
-    link: float,
-    device_memory: float,
-    flops: dict[str, float],
-) -> Machine:
-    """A machine with one accelerator, from printed rates (bytes/s, FLOP/s)."""
-    return Machine(
-        name=name,
-        device="cuda",
-        origin=origin,
-        date="",
-        cores=cores,
-        host_bytes=host_bytes,
-        device_bytes=device_bytes,
-        disk_bytes=disk_bytes,
-        disk_read=_share(disk_read, DISK_SHARE),
-        disk_write=_share(disk_write, DISK_SHARE),
-        disk_core_seconds_per_byte=DISK_CORE_SECONDS_PER_BYTE,
-        disk_request=DISK_REQUEST,
-        disk_slowdown=1.0,
-        compute_slowdown=1.0,
-        host_memory=_share(host_memory, MEMORY_SHARE),
-        host_to_device=_share(link, LINK_SHARE),
-        device_to_host=_share(link, LINK_SHARE),
-        dense={dtype: _dense(peak, device_memory, dtype) for dtype, peak in flops.items()},
-        attention={dtype: _share(peak, ATTENTION_SHARE) for dtype, peak in flops.items()},
-        decode_attention={
-            # The host's kernels reach half of what its memory gives, and less where many queries share a key.
-            "host": {dtype: ((1.0, _share(host_memory, 0.5)), (8.0, _share(host_memory, 0.3))) for dtype in flops},
-            "device": {dtype: ((1.0, _share(device_memory, 0.6)), (8.0, _share(device_memory, 0.6))) for dtype in flops},
-        },
-        elementwise={dtype: _share(device_memory, MEMORY_SHARE) for dtype in flops},
-        casts={f"float16 {dtype}": _share(host_memory, 0.3) for dtype in flops if dtype != "float16"},
-        overheads=DRIVEN_DEVICE,
-    )
-
-
-def _share(printed: float, share: float) -> Rate:
-    return Rate(best=printed, typical=share * printed)
-
-
-def _dense(peak: float, device_memory: float, dtype: str) -> Curve:
-    """Few rows are bound by reading the weights: two FLOPs per number and row."""
-    return tuple(
-        (float(rows), Rate(best=min(peak, most), typical=min(DENSE_SHARE * peak, MEMORY_SHARE * most)))
-        for rows, most in ((rows, rows * 2 * device_memory / DTYPE_BYTES[dtype]) for rows in ROWS)
-    )
-
-
 def _t4_of_the_paper() -> Machine:
     """The machine of Sheng et al. (ICML 2023), section 6: an NVIDIA T4 on Google's cloud.
 
     Links and disk as printed there (12 GB/s, about 2 GB/s read and 1 GB/s written); FLOP/s and the host's attention are the rates that
     its authors fitted to their runs (21.24 TFLOP/s of products in prefill, 9.97 of batched ones, 12.3 GFLOP/s on the host).
     """
-    box = _device_box(
+    box = device_box(
         "t4-gcp", origin="paper", cores=16, host_bytes=208 * GB, device_bytes=16 * GB, disk_bytes=1500 * GB, disk_read=2e9, disk_write=1e9,
         host_memory=80e9, link=12e9, device_memory=320e9, flops={"float16": 65e12, "bfloat16": 65e12, "float32": 8.1e12},
     )  # fmt: skip
@@ -181,7 +116,7 @@ def _nvidia(
     name: str, device_gb: int, host_gb: int, *, memory: float, tensor: float, plain: float, link: float, cores: int = 16
 ) -> Machine:
     """A desktop or server with one NVIDIA GPU and a PCIe 4 disk of 2 TB."""
-    return _device_box(
+    return device_box(
         name, cores=cores, host_bytes=host_gb * GB, device_bytes=device_gb * GB, disk_bytes=2 * TB, disk_read=7e9, disk_write=5e9,
         host_memory=80e9 if host_gb < 256 else 300e9, link=link, device_memory=memory,
         flops={"bfloat16": tensor, "float16": tensor, "float32": plain},

@@ -26,11 +26,13 @@ import torch
 from flexgen.errors import OptionError
 from flexgen.plan.machine import Curve, Machine, io_threads
 from flexgen.plan.machine_file import machine_of
+from flexgen.profile.busy import BusyCores
 from flexgen.profile.compute import attention_rate, better, dense_rates, device_elementwise_rate, keep_busy, step_rates
 from flexgen.profile.contention import slowdowns
 from flexgen.profile.copies import cast_rates, copy_rates, memory_rate
 from flexgen.profile.disk import disk_rates, writable
 from flexgen.profile.overheads import NO_OVERHEADS, elementwise_rate, overheads
+from flexgen.profile.repeat import best_of, is_disturbed
 from flexgen.sizes import MIB
 
 logger = logging.getLogger(__name__)
@@ -53,7 +55,7 @@ def measure(device: str, dtypes: Sequence[str], folder: Path, *, quick: bool = F
         StorageError: the file system fails. OptionError: an unknown dtype.
     """
     torch_dtypes = {name: _dtype(name) for name in dtypes}
-    started, busy = time.perf_counter(), _BusyCores()
+    started, busy = time.perf_counter(), BusyCores()
     share = 0.3 if quick else 1.0
     where, host = torch.device("cuda" if device == "cuda" else "cpu"), torch.device("cpu")
     with torch.inference_mode():
@@ -128,24 +130,6 @@ def _dtype(name: str) -> torch.dtype:
     return dtype
 
 
-class _BusyCores:
-    """How many cores other processes use, from when this is made on."""
-
-    def __init__(self) -> None:
-        self._began, self._all, self._own = time.perf_counter(), _busy_seconds(), time.process_time()
-
-    def by_others(self) -> float:
-        """The mean so far."""
-        others = _busy_seconds() - self._all - (time.process_time() - self._own)
-        return round(max(others, 0.0) / max(time.perf_counter() - self._began, 1e-9), 2)
-
-
-def _busy_seconds() -> float:
-    """Processor seconds of the whole machine that were not idle."""
-    times = psutil.cpu_times()
-    return times.user + times.nice + times.system
-
-
 def _versions() -> dict[str, str]:
     return {
         "torch": torch.__version__,
@@ -168,14 +152,22 @@ def cached_machine(
     """The machine as measured before, or measured now and kept.
 
     Kept per host, processor, cores, file system of `folder`, torch version, dtype and device; `again` measures anyway, and
-    what was measured `quick` serves only those who ask for no more.
+    what was measured `quick` serves only those who ask for no more.  What others disturbed does not replace what was measured before: see
+    `best_of`.
 
     Args:
         cache_dir: None is ~/.cache/flexgen.  A cache that cannot be read or written is done without.
     """
-    if not again and (machine := kept_machine(device, dtype, folder, cache_dir=cache_dir, quick=quick)) is not None:
-        return machine
+    before = kept_machine(device, dtype, folder, cache_dir=cache_dir, quick=quick)
+    if not again and before is not None:
+        return before
     machine = measure(device, [dtype], folder, quick=quick, max_bytes=max_bytes)
+    if is_disturbed(machine):
+        logger.warning(
+            "other programs kept %.1f cores busy while this machine was measured, so plans may promise too little: "
+            "`flexgen profile` measures it again", machine.busy_cores,
+        )  # fmt: skip
+        machine = best_of([machine, before]) if before is not None else machine
     keep(machine, [dtype], folder, cache_dir=cache_dir, quick=quick)
     return machine
 

@@ -6,17 +6,44 @@
 from __future__ import annotations
 
 import difflib
+import json
 from importlib import resources
 
 from flexgen.errors import OptionError
 from flexgen.plan.model import ModelSpec
 
 _SUFFIX = ".json"
+# Hub ids of models whose config has the numbers of another's, letter case aside -> that one's name here.
+_SAME_NUMBERS = {
+    "meta-llama/meta-llama-3-8b-instruct": "llama-3-8b",
+    "meta-llama/meta-llama-3-70b-instruct": "llama-3-70b",
+    "meta-llama/llama-3.1-8b-instruct": "llama-3.1-8b",
+    "meta-llama/llama-3.1-70b-instruct": "llama-3.1-70b",
+    "meta-llama/llama-3.3-70b-instruct": "llama-3.1-70b",
+    "meta-llama/llama-3.2-1b-instruct": "llama-3.2-1b",
+    "meta-llama/llama-3.2-3b-instruct": "llama-3.2-3b",
+    "mistralai/mixtral-8x7b-instruct-v0.1": "mixtral-8x7b",
+    "deepseek-ai/deepseek-r1": "deepseek-v3",
+}
 
 
 def catalogue_names() -> list[str]:
     """Names of the shipped models, in alphabetical order."""
     return sorted(file.name.removesuffix(_SUFFIX) for file in resources.files(__name__).iterdir() if file.name.endswith(_SUFFIX))
+
+
+def catalogue_name(model: str) -> str | None:
+    """The name here of a model that is named so, or by its hub id, in any case; None where there is none."""
+    wanted, names = model.lower(), catalogue_names()
+    if wanted in names or "/" not in wanted:
+        return wanted if wanted in names else None
+    return _SAME_NUMBERS.get(wanted) or next((name for name in names if _hub_id(name).lower() == wanted), None)
+
+
+def _hub_id(name: str) -> str:
+    """What the shipped file states as the model's name: its hub id, if it has one.  Only the first line is read."""
+    with (resources.files(__name__) / f"{name}{_SUFFIX}").open(encoding="utf-8") as file:
+        return str(json.loads(file.readline().rstrip(",\n") + "}")["name"])
 
 
 def catalogue_spec(name: str) -> ModelSpec:

@@ -1,0 +1,35 @@
+"""KV cache on disk beside none: what spilling gains a job, and what it takes of an SSD's life."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# What writing more than the weights' bytes has to gain, in tokens/s, where nobody asked for a room on disk.
+LEAST_GAIN = 0.2
+# What usual SSDs of 1 TB are rated for, in bytes written (600 TBW).
+ENDURANCE_BYTES = 600e12
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spill:
+    """Two plans for one job: the best, which writes KV to disk, and the best that does not.
+
+    Attributes:
+        chosen: whether the plan is the one that writes. written_bytes: by that one, in all.
+        seconds, seconds_without: of the job, with and without.
+    """
+
+    chosen: bool
+    written_bytes: float
+    seconds: float
+    seconds_without: float
+
+    @property
+    def gain(self) -> float:
+        """Of tokens/s, relative, by writing."""
+        return self.seconds_without / max(self.seconds, 1e-9) - 1
+
+
+def endurance_share(written_bytes: float) -> float:
+    """Of what an SSD of ENDURANCE_BYTES takes in its life."""
+    return written_bytes / ENDURANCE_BYTES
