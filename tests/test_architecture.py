@@ -17,6 +17,7 @@ FLEXGEN = Path(__file__).parent.parent / "src" / "flexgen"
 FLOORS = (
     {"errors", "failpoints", "durations", "compiled"},
     {"sizes", "formats", "request", "options", "prefixes", "inputs"},
+    {"files"},
     {"plan"},
     {"quant", "kernels", "memory", "models", "hub", "text", "stopping", "defaults", "choices", "chat"},
     {"engine"},

@@ -13,6 +13,7 @@ import typer
 
 from flexgen.cli import bench, export, plan, profile, run, status
 from flexgen.cli.exit_codes import EPILOG, ExitCode
+from flexgen.cli.streams import standard_streams
 from flexgen.cli.terminal import complain
 
 app = typer.Typer(
@@ -52,7 +53,8 @@ def main() -> None:
     # attention need, and any other program's use of a core then stalls every matrix product (measured: docs/log.md).
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
-        app()
+        with standard_streams():
+            app()
     except Exception:  # noqa: BLE001  (1 would say that lines have errors)
         traceback.print_exc()
         sys.exit(complain("this is a bug in flexgen; please report it with the lines above", ExitCode.BUG))

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flexgen.cli.exit_codes import ExitCode
-from flexgen.cli.options import load
+from flexgen.cli.options import load, write_asked
 from flexgen.cli.signals import StopSignals
 from flexgen.cli.terminal import complain
-from flexgen.errors import FlexGenError, OutOfMemoryError, StorageError
+from flexgen.errors import FlexGenError, OutOfMemoryError
 from flexgen.jobs.stopping import Stopped
 from flexgen.options import EngineOptions
 
@@ -73,6 +75,29 @@ def answer_job(asked: Asked, display: Display, signals: StopSignals) -> int:
         Stopped: by a signal, before the model had anything.
         FlexGenError: refused before the start.
     """
+    if asked.source is None and asked.output is None and asked.state is None:
+        return _answer_in_passing(asked, display, signals)
+    return _answer_kept(asked, display, signals)
+
+
+def _answer_in_passing(asked: Asked, display: Display, signals: StopSignals) -> int:
+    """From standard input to standard output: a job that nobody can name, kept in a temporary folder until it is done."""
+    state = Path(tempfile.mkdtemp(prefix="flexgen-job-"))
+    display.message(f"until it is done, the job is kept in {state}")
+    code: int | None = None
+    try:
+        code = _answer_kept(dataclasses.replace(asked, state=state), display, signals)
+        return code
+    finally:
+        if code in (ExitCode.ALL_ANSWERED, ExitCode.SOME_FAILED) or not (state / "input").exists():
+            shutil.rmtree(state, ignore_errors=True)
+        else:
+            said = f"the job is kept in {state}: the same command goes on with --state {state} and nothing as its input (</dev/null)"
+            print(f"flexgen: {said}", file=sys.stderr)
+
+
+def _answer_kept(asked: Asked, display: Display, signals: StopSignals) -> int:
+    """The same for a job that has its place."""
     from flexgen.jobs.export import check_output
     from flexgen.jobs.folder import JobFolder, job_paths
     from flexgen.jobs.identity import identity_of
@@ -148,6 +173,7 @@ def _answer(job: Job, store: Store, workload: Workload, asked: Asked, display: D
         _write_output(store, finished=reason is None)
         store.end_run(str(reason or "finished"))
     except FlexGenError as error:
+        error = f"{error}{_how_to_get(store)}"
         code, reason = (ExitCode.RESUMABLE, error) if reason is None else (code, f"{reason}; then {error}")
     if reason is not None:
         done = store.num_answered + store.num_failed
@@ -179,6 +205,13 @@ def _write_output(store: Store, *, finished: bool) -> None:
         export_to_stream(store.paths, sys.stdout.buffer)
 
 
+def _how_to_get(store: Store) -> str:
+    """Where answers are that could not be delivered."""
+    if store.paths.output is not None:
+        return ""
+    return f"; the answers are kept: `flexgen export {store.paths.folder} --to FILE` writes them"
+
+
 def _conclude(job: Job, store: Store, workload: Workload, asked: Asked, display: Display) -> None:
     from flexgen.engine.progress import SCHEMA_VERSION
 
@@ -192,8 +225,8 @@ def _conclude(job: Job, store: Store, workload: Workload, asked: Asked, display:
             )
         display.report(report)
         metrics = dataclasses.asdict(report)
-    if asked.metrics is not None:
-        _write_metrics(asked.metrics, {**metrics, "job": _figures(job, store)})
+    if asked.metrics is not None:  # if that fails, the exit code still tells of the lines
+        write_asked(asked.metrics, "--metrics", json.dumps({**metrics, "job": _figures(job, store)}, indent=2) + "\n")
     display.message(f"{store.paths.name}: {store.num_answered:,} lines answered, {store.num_failed:,} with errors")
 
 
@@ -201,13 +234,6 @@ def _figures(job: Job, store: Store) -> dict[str, int]:
     """The job's part of the metrics."""
     lines = {"lines": job.num_lines, "answered": store.num_answered, "failed": store.num_failed, "done_before": store.num_found}
     return lines | {"answers_resumed": job.num_resumed, "tokens_kept": job.tokens_kept}
-
-
-def _write_metrics(path: Path, metrics: dict[str, object]) -> None:
-    try:
-        path.write_text(json.dumps(metrics, indent=2) + "\n")
-    except OSError as error:
-        raise StorageError(f"the job is done, but --metrics {path} cannot be written: {error.strerror}") from error
 
 
 def _unusual(defaults: SamplingParams) -> list[str]:

@@ -16,7 +16,8 @@ import typer
 
 from flexgen.cli.exit_codes import ExitCode
 from flexgen.cli.terminal import complain
-from flexgen.errors import FlexGenError, OptionError, is_out_of_memory
+from flexgen.errors import FlexGenError, OptionError, StorageError, is_out_of_memory
+from flexgen.files import check_target, write_file
 from flexgen.options import DEVICES, DTYPES, LOAD_FORMATS, SCHEDULES, EngineOptions
 
 if TYPE_CHECKING:
@@ -127,11 +128,30 @@ def load(model: str, options: EngineOptions, progress: str, **more: Any) -> LLM:
 def check_file(path: Path | None, flag: str) -> None:
     """Raises OptionError when a file cannot be made there."""
     check_parent(path, flag)
-    if path is not None and path.is_dir():
-        raise OptionError(f"{flag} {path}: this is a folder")
+    try:
+        check_target(path)
+    except StorageError as error:
+        raise OptionError(f"{flag} {error}") from error
 
 
 def check_parent(path: Path | None, flag: str) -> None:
     """Raises OptionError when something cannot be made because its folder is not there."""
-    if path is not None and not path.absolute().parent.is_dir():
-        raise OptionError(f"{flag} {path}: there is no folder {path.absolute().parent}")
+    if path is not None and not is_there(path.parent, flag, Path.is_dir):
+        raise OptionError(f"{flag} {path}: there is no folder {path.parent}")
+
+
+def is_there(path: Path, flag: str, kind: Callable[[Path], bool]) -> bool:
+    """Whether a file or folder is there (`Path.is_file`, `Path.is_dir`).  Raises OptionError when that cannot be found out."""
+    try:
+        return kind(path)
+    except OSError as error:
+        raise OptionError(f"{flag} {path}: {error.strerror or error}") from error
+
+
+def write_asked(path: Path, flag: str, text: str) -> ExitCode:
+    """Make or replace a file that a flag asks for; the exit code of a command of which that is the result."""
+    try:
+        write_file(path, text)
+    except StorageError as error:
+        return complain(f"{flag} {error}", ExitCode.RESUMABLE)
+    return ExitCode.ALL_ANSWERED

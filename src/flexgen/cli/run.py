@@ -10,8 +10,9 @@ from typing import Annotated, Any
 import typer
 
 from flexgen.cli.job import Asked, answer_job, show_plan
-from flexgen.cli.options import Model, ProgressFlag, check_file, check_parent, engine_command
+from flexgen.cli.options import Model, ProgressFlag, check_file, check_parent, engine_command, is_there
 from flexgen.cli.signals import StopSignals
+from flexgen.cli.streams import check_stdin, check_stdout
 from flexgen.cli.terminal import complain, showing
 from flexgen.errors import OptionError
 from flexgen.jobs.stopping import Stopped
@@ -95,7 +96,7 @@ def run(
     )
     _check(asked, dry_run)
     messages = sys.stdout if dry_run else sys.stderr  # a dry run's plan is its result
-    results = sys.stdout if asked.output is not None else sys.stderr
+    results = None if asked.output is not None else sys.stderr
     shown = "plain" if dry_run and progress == "none" else progress
     with showing(shown, messages=messages, results=results) as display, StopSignals() as signals:
         try:
@@ -122,11 +123,15 @@ def _check(asked: Asked, dry_run: bool) -> None:
     """Raises OptionError for paths and flags that cannot be meant."""
     from flexgen.jobs.forms import INPUT_FORMATS
 
-    if asked.source is not None and not asked.source.is_file():  # not by typer, which looks for a file named -
+    if asked.source is not None and not is_there(asked.source, "INPUT", Path.is_file):  # not by typer, which looks for a file named -
         raise OptionError(f"INPUT {asked.source}: {'this is a folder' if asked.source.is_dir() else 'there is no such file'}")
     check_parent(asked.output, "--output")
     check_file(asked.metrics, "--metrics")
     check_parent(asked.state, "--state")
+    if asked.source is None:
+        check_stdin()
+    if asked.output is None or dry_run:
+        check_stdout()
     used = [path.resolve() for path in (asked.source, asked.output) if path is not None]
     if len(set(used)) < len(used):
         raise OptionError(f"{asked.output} is the input; give another output")

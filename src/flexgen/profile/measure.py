@@ -23,7 +23,8 @@ from pathlib import Path
 import psutil
 import torch
 
-from flexgen.errors import OptionError
+from flexgen.errors import OptionError, StorageError
+from flexgen.files import write_file
 from flexgen.plan.machine import Curve, Machine, io_threads
 from flexgen.plan.machine_file import machine_of
 from flexgen.profile.compute import attention_rate, better, dense_rates, device_elementwise_rate, keep_busy, step_rates
@@ -192,10 +193,8 @@ def keep(machine: Machine, dtypes: Sequence[str], folder: Path, *, cache_dir: Pa
         path, key = _place(machine.device, dtype, folder, cache_dir)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            fresh = path.with_suffix(f".{os.getpid()}")
-            fresh.write_text(json.dumps({"key": key, "quick": quick, "machine": json.loads(machine.to_json())}, indent=2))
-            fresh.replace(path)
-        except OSError as error:
+            write_file(path, json.dumps({"key": key, "quick": quick, "machine": json.loads(machine.to_json())}, indent=2))
+        except (OSError, StorageError) as error:
             logger.warning("the machine's rates are not kept: %s", error)
         else:
             kept.append(path)
