@@ -28,6 +28,7 @@ FLOORS = (
 )
 # Rooms of one floor that may see each other.  (A name that only annotations use may look sideways anyway, never up.)
 BESIDE = {
+    "options": {"sizes"},
     "quant": {"kernels"},
     "memory": {"kernels", "quant"},
     "models": {"memory", "kernels", "quant"},

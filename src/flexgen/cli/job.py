@@ -7,6 +7,7 @@ import json
 import shutil
 import sys
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from flexgen.cli.exit_codes import ExitCode
 from flexgen.cli.options import load, write_asked
 from flexgen.cli.signals import StopSignals
 from flexgen.cli.terminal import complain
-from flexgen.errors import FlexGenError, OutOfMemoryError
+from flexgen.errors import FlexGenError, OptionError, OutOfMemoryError, RequestError
 from flexgen.jobs.stopping import Stopped
 from flexgen.options import EngineOptions
 
@@ -28,10 +29,16 @@ if TYPE_CHECKING:
     from flexgen.plan.workload import Workload
     from flexgen.request import SamplingParams
 
+_LONG_ANSWER = 1000  # tokens
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
-    """What was asked for, besides the engine's options; `source` and `output` are None for `-`."""
+    """What was asked for, besides the engine's options; `source` and `output` are None for `-`.
+
+    Attributes:
+        defaults: how lines are sampled that do not say, as flags give it: fields of SamplingParams, None where they do not.
+    """
 
     model: str
     options: EngineOptions
@@ -42,7 +49,7 @@ class Asked:
     chat_template: str | None
     chat_template_kwargs: dict[str, Any]
     input_format: str
-    max_tokens: int | None
+    defaults: dict[str, Any]
     strict: bool
     fresh: bool
     retry_errors: bool
@@ -58,7 +65,7 @@ def show_plan(asked: Asked, display: Display) -> int:
 
     assert asked.source is not None
     with _load(asked) as llm:
-        job = Job(llm, asked.source, None, defaults=bare_defaults(llm, asked.max_tokens), input_format=asked.input_format)
+        job = Job(llm, asked.source, None, defaults=bare_defaults(llm, asked.defaults), input_format=asked.input_format)
         if asked.strict:
             job.check()
         workload = job.scan()
@@ -108,7 +115,7 @@ def _answer_kept(asked: Asked, display: Display, signals: StopSignals) -> int:
         source = _prepare_folder(folder, asked)
         with _load(asked) as llm, Store(folder) as store:
             check_output(folder.paths)
-            defaults = bare_defaults(llm, asked.max_tokens)
+            defaults = bare_defaults(llm, asked.defaults)
             settings = {"chat_template_kwargs": asked.chat_template_kwargs, "input_format": asked.input_format}
             store.begin(identity_of(llm, defaults, **settings), llm.files.name, accept_changes=asked.accept_changes)
             job = Job(
@@ -150,11 +157,20 @@ def _load(asked: Asked) -> LLM:
     return load(asked.model, asked.options, asked.progress, tokenizer=asked.tokenizer, **templates)
 
 
-def bare_defaults(llm: LLM, max_tokens: int | None) -> SamplingParams:
-    """What bare lines get where they do not say: vLLM's defaults under generation_config.json, but up to the context."""
-    defaults = llm.get_default_sampling_params()
-    limit = max_tokens if max_tokens is not None else llm.files.generation_config.get("max_new_tokens")
-    return dataclasses.replace(defaults, max_tokens=limit)
+def bare_defaults(llm: LLM, given: Mapping[str, Any]) -> SamplingParams:
+    """What lines get where they do not say: what flags give, or vLLM's defaults under generation_config.json, but up to the context.
+
+    Raises:
+        OptionError: a flag's value cannot be.
+    """
+    given = {name: value for name, value in given.items() if value is not None}
+    limit = llm.files.generation_config.get("max_new_tokens")
+    try:
+        return dataclasses.replace(llm.get_default_sampling_params(), **{"max_tokens": limit, **given})
+    except RequestError as error:
+        if error.param not in given:
+            raise
+        raise OptionError(f"--{error.param.replace('_', '-')} {given[error.param]}: {error}") from error
 
 
 def _answer(job: Job, store: Store, workload: Workload, asked: Asked, display: Display, signals: StopSignals) -> ExitCode:
@@ -260,4 +276,16 @@ def _describe(job: Job, workload: Workload) -> str:
         f"{workload.prompt_tokens:,} prompt and at most {workload.output_tokens:,} output tokens\n"
         f"where lines do not say: {sampling}, {limit}; /v1/completions: {COMPLETIONS_MAX_TOKENS} tokens"
     )
-    return "\n".join([told, *job.remarks.lines()])
+    return "\n".join([told, *job.remarks.lines(), *_warn_of_length(job, workload)])
+
+
+def _warn_of_length(job: Job, workload: Workload) -> list[str]:
+    """Nobody may have meant answers of thousands of tokens, or random ones."""
+    longest = max(workload.output_lens, default=0)
+    if not job.remarks.num_unbounded or longest < _LONG_ANSWER:
+        return []
+    return [
+        f"warning: {job.remarks.num_unbounded:,} lines do not say how long their answers may be (max_tokens), nor do flags: "
+        f"each may have up to {longest:,} tokens, sampled at temperature {job.defaults.temperature:g} where the line does not say; "
+        "--max-tokens N bounds them, --temperature T samples otherwise (0 is greedy)"
+    ]

@@ -16,6 +16,7 @@ import typer
 
 from flexgen.cli.exit_codes import ExitCode
 from flexgen.cli.terminal import complain
+from flexgen.durations import parse_seconds
 from flexgen.errors import FlexGenError, OptionError, StorageError, is_out_of_memory
 from flexgen.files import check_target, write_file
 from flexgen.options import DEVICES, DTYPES, LOAD_FORMATS, SCHEDULES, EngineOptions
@@ -41,8 +42,12 @@ FLAGS: dict[str, tuple[str, str, str]] = {
     "prefill_tokens": (_PLACEMENT, "N", "Most prompt tokens that a pass admits. Default: planned."),
     "schedule": (_PLACEMENT, "|".join(SCHEDULES), "Which sequences a pass carries: ours, the paper's, or one micro-batch at a time."),
     "prefix_sharing": (_PLACEMENT, "", "Whether what several prompts begin with is computed once; tokens do not change."),
-    "max_request_seconds": (_PLACEMENT, "SECONDS", "Plan so that no request should take longer, from its first pass to its last."),
-    "max_job_seconds": (_PLACEMENT, "SECONDS", "Plan so that the job should take no longer; refused if no plan is that fast."),
+    "max_request_seconds": (
+        _PLACEMENT,
+        "TIME",
+        "Plan so that no request should take longer (90, 30min, 8h) from first to last pass.",
+    ),
+    "max_job_seconds": (_PLACEMENT, "TIME", "Plan so that the job should take no longer (8h, 1d12h); refused if no plan is that fast."),
     "dtype": (_MODEL, "|".join(DTYPES), "Compute and KV dtype; auto is the checkpoint's, but never float16 on a CPU."),
     "load_format": (_MODEL, "|".join(LOAD_FORMATS), "dummy makes random weights from config.json alone."),
     "max_model_len": (_MODEL, "N", "Most tokens of prompt and answer together. Default: the model's context."),
@@ -51,6 +56,14 @@ FLAGS: dict[str, tuple[str, str, str]] = {
     "verify_reads": (_PLACEMENT, "", "Compare weights and spilled KV with what was read or written before: a tenth of a core per GB/s."),
     "seed": (_MODEL, "N", "Base of the seeds of requests that name none."),
 }
+
+
+def seconds(text: str | float) -> float:
+    """Of a flag that takes a time."""
+    try:
+        return text if isinstance(text, (int, float)) else parse_seconds(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
 
 
 def command(body: Callable[..., int]) -> Callable[..., None]:
@@ -92,7 +105,8 @@ def engine_command(body: Callable[..., int]) -> Callable[..., None]:
     fields = {field.name: field for field in dataclasses.fields(EngineOptions) if field.name in FLAGS}
     parameters = [p for p in inspect.signature(body, eval_str=True).parameters.values() if p.name != "options"]
     for name, (panel, metavar, text) in FLAGS.items():
-        flag = typer.Option(_spelling(name, fields[name].default), metavar=metavar or None, help=text, rich_help_panel=panel)
+        parser = seconds if metavar == "TIME" else None
+        flag = typer.Option(_spelling(name, fields[name].default), metavar=metavar or None, help=text, rich_help_panel=panel, parser=parser)
         annotation = Annotated[hints[name], flag]
         parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=fields[name].default, annotation=annotation))
 

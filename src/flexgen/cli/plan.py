@@ -198,7 +198,7 @@ def _lengths_of(source: Path, model: str, options: EngineOptions, max_tokens: in
     if model in catalogue_names() and not Path(model).is_dir():
         raise OptionError(f"--input needs the tokenizer of {model}: give a folder or a hub id, or --prompt-len and --gen-len")
     with load(model, dataclasses.replace(options, load_format="dummy"), "none") as llm:
-        job = Job(llm, source, None, defaults=bare_defaults(llm, max_tokens))
+        job = Job(llm, source, None, defaults=bare_defaults(llm, {"max_tokens": max_tokens}))
         workload = job.scan()
     if not job.num_lines:
         raise OptionError(f"--input {source}: it has no lines")

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from flexgen.cli.job import Asked, answer_job, show_plan
-from flexgen.cli.options import Model, ProgressFlag, check_file, check_parent, engine_command, is_there
+from flexgen.cli.options import Model, ProgressFlag, check_file, check_parent, engine_command, is_there, seconds
 from flexgen.cli.signals import StopSignals
 from flexgen.cli.streams import check_stdin, check_stdout
 from flexgen.cli.terminal import complain, showing
@@ -35,6 +35,12 @@ def run(
     max_tokens: Annotated[
         int | None,
         typer.Option(metavar="N", min=1, help="Longest answer of chats and bare lines that do not say. Default: up to the context."),
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option(metavar="T", help="Of lines that do not say; 0 is greedy. Default: the model's generation_config, or 1.")
+    ] = None,
+    top_p: Annotated[
+        float | None, typer.Option(metavar="P", help="Of lines that do not say. Default: the model's generation_config, or 1.")
     ] = None,
     tokenizer: Annotated[str | None, typer.Option(metavar="NAME", help="Another tokenizer than the model's: a folder or hub id.")] = None,
     chat_template: Annotated[
@@ -65,7 +71,8 @@ def run(
         typer.Option("--accept-changes", help="Go on though the model, its settings or lines changed.", rich_help_panel=_AGAIN),
     ] = False,
     checkpoint_seconds: Annotated[
-        float, typer.Option(metavar="S", min=0, help="Store the tokens of answers in progress this often.", rich_help_panel=_AGAIN)
+        float,
+        typer.Option(metavar="TIME", parser=seconds, help="Store the tokens of answers in progress this often.", rich_help_panel=_AGAIN),
     ] = 30.0,
 ) -> int:
     """Answer a file of requests.
@@ -85,7 +92,7 @@ def run(
         chat_template=chat_template,
         chat_template_kwargs=_object(chat_template_kwargs),
         input_format=input_format,
-        max_tokens=max_tokens,
+        defaults={"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p},
         strict=strict,
         fresh=fresh,
         retry_errors=retry_errors,
