@@ -222,11 +222,15 @@ def test_usage_errors(model_folder: Path, source: Path, output: Path, flags: lis
 
 
 def test_paths_that_cannot_be(model_folder: Path, source: Path, tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
     for given, out, code in (
         (source, source, 2),
         (tmp_path / "none", tmp_path / "o", 2),
         (tmp_path, tmp_path / "o", 2),
         (source, tmp_path, 3),
+        (source, tmp_path / ("n" * 256), 3),
+        (source, tmp_path / "loop", 3),
+        (tmp_path / ("n" * 300), tmp_path / "o", 2),
     ):
         done = flexgen("run", model_folder, given, "-o", out)
         assert done.exit_code == code, done.output

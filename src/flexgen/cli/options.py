@@ -134,6 +134,7 @@ def load(model: str, options: EngineOptions, progress: str, **more: Any) -> LLM:
     from flexgen.hub import resolve_model
     from flexgen.llm import LLM
 
+    is_there(Path(model), "MODEL", Path.is_dir)
     show = progress in ("auto", "rich") and sys.stderr.isatty()
     files = resolve_model(model, revision=options.revision, with_weights=options.load_format != "dummy", show_progress=show)
     return LLM(files, **more, **dataclasses.asdict(options))

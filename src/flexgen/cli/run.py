@@ -15,6 +15,7 @@ from flexgen.cli.signals import StopSignals
 from flexgen.cli.streams import check_stdin, check_stdout
 from flexgen.cli.terminal import complain, showing
 from flexgen.errors import OptionError
+from flexgen.files import check_target
 from flexgen.jobs.stopping import Stopped
 from flexgen.options import EngineOptions
 
@@ -133,6 +134,7 @@ def _check(asked: Asked, dry_run: bool) -> None:
     if asked.source is not None and not is_there(asked.source, "INPUT", Path.is_file):  # not by typer, which looks for a file named -
         raise OptionError(f"INPUT {asked.source}: {'this is a folder' if asked.source.is_dir() else 'there is no such file'}")
     check_parent(asked.output, "--output")
+    check_target(asked.output)
     check_file(asked.metrics, "--metrics")
     check_parent(asked.state, "--state")
     if asked.source is None:

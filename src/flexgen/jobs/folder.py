@@ -73,12 +73,12 @@ def _beside(named: Path) -> Path:
     whole = named.name + _SUFFIX
     most = _longest_name(named.parent)
     if len(os.fsencode(whole)) <= most:
-        return named.with_name(whole)
+        return named.parent / whole
     ending = "." + hashlib.blake2b(os.fsencode(named.name), digest_size=8).hexdigest() + _SUFFIX
     stem = named.name
     while stem and len(os.fsencode(stem)) + len(ending) > most:
         stem = stem[:-1]
-    return named.with_name(stem + ending)
+    return named.parent / (stem + ending)
 
 
 def _longest_name(folder: Path) -> int:
@@ -180,7 +180,7 @@ def running_process(paths: JobPaths) -> int | None:
 
 
 def _check_length(paths: JobPaths) -> None:
-    length = len(os.fsencode(paths.database.resolve()))
+    length = len(os.fsencode(os.path.realpath(paths.database)))
     if length > _DATABASE_BYTES:
         raise StorageError(
             f"{paths.folder} lies too deep: the path of its database has {length} bytes, and SQLite takes {_DATABASE_BYTES}; "
