@@ -16,7 +16,7 @@ from flexgen.cli.exit_codes import ExitCode
 from flexgen.cli.options import load, write_asked
 from flexgen.cli.signals import StopSignals
 from flexgen.cli.terminal import complain
-from flexgen.errors import FlexGenError, OptionError, OutOfMemoryError, RequestError
+from flexgen.errors import FlexGenError, OptionError, OutOfMemoryError, RequestError, StorageError
 from flexgen.jobs.stopping import Stopped
 from flexgen.options import EngineOptions
 
@@ -89,7 +89,10 @@ def answer_job(asked: Asked, display: Display, signals: StopSignals) -> int:
 
 def _answer_in_passing(asked: Asked, display: Display, signals: StopSignals) -> int:
     """From standard input to standard output: a job that nobody can name, kept in a temporary folder until it is done."""
-    state = Path(tempfile.mkdtemp(prefix="flexgen-job-"))
+    try:
+        state = Path(tempfile.mkdtemp(prefix="flexgen-job-"))
+    except OSError as error:
+        raise StorageError(f"there is no place for the job ({error.strerror or error}): name a folder with --state") from error
     display.message(f"until it is done, the job is kept in {state}")
     code: int | None = None
     try:

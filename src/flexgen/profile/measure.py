@@ -230,13 +230,13 @@ def num_cores() -> int:
 
 
 def _load(path: Path, key: dict[str, str | int], quick: bool) -> Machine | None:
+    if not path.is_file():
+        return None
     try:
         kept = json.loads(path.read_text())
         if kept["key"] != key or (kept["quick"] and not quick):
             return None
         return machine_of(kept["machine"])
-    except FileNotFoundError:
-        return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OptionError) as error:
         logger.warning("%s is of no use and is measured again: %s", path, error)
         return None
