@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from flexgen.plan.workload import Workload
     from flexgen.request import SamplingParams
 
-_LONG_ANSWER = 1000  # tokens
+_LONG_ANSWER = 256  # tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -283,7 +283,7 @@ def _describe(job: Job, workload: Workload) -> str:
 
 
 def _warn_of_length(job: Job, workload: Workload) -> list[str]:
-    """Nobody may have meant answers of thousands of tokens, or random ones."""
+    """Nobody may have meant answers of hundreds or thousands of tokens, or random ones."""
     longest = max(workload.output_lens, default=0)
     if not job.remarks.num_unbounded or longest < _LONG_ANSWER:
         return []
