@@ -43,7 +43,7 @@ def parse_size(text: str | int, *, total_bytes: int | None = None, name: str = "
     return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
-def check_budget(text: str | int, *, name: str, least_bytes: int) -> None:
+def check_budget(text: object, *, name: str, least_bytes: int) -> None:
     """Refuse a size that nobody can mean before anything is done with it; 0 and percentages pass.
 
     Raises:
