@@ -17,6 +17,7 @@ FLEXGEN = Path(__file__).parent.parent / "src" / "flexgen"
 FLOORS = (
     {"errors", "failpoints", "durations", "compiled", "scalars"},
     {"sizes", "formats", "parameters", "request", "options", "prefixes", "inputs", "isolation"},
+    {"files"},
     {"plan"},
     {"quant", "kernels", "memory", "models", "hub", "text", "text_sizes", "stopping", "defaults", "choices", "chat"},
     {"engine"},
@@ -29,6 +30,7 @@ FLOORS = (
 BESIDE = {
     "request": {"parameters"},
     "inputs": {"request"},
+    "options": {"sizes"},
     "quant": {"kernels"},
     "memory": {"kernels", "quant"},
     "models": {"memory", "kernels", "quant"},

@@ -110,6 +110,39 @@ def test_max_tokens_is_for_bare_lines_that_do_not_say(model_folder: Path, tmp_pa
     assert "top_k 0, 5 tokens; /v1/completions" in done.stderr
 
 
+def test_sampling_of_lines_that_do_not_say(model_folder: Path, tmp_path: Path, output: Path, engines: list[FakeEngine]) -> None:
+    chat = {"custom_id": "c", "url": "/v1/completions", "body": {"prompt": "ab", "max_tokens": 8}}
+    lines = [{"prompt": "ab", "max_tokens": 8}, chat, {"prompt": "ab", "max_tokens": 8, "temperature": 1}]
+    source = write(tmp_path / "in.jsonl", *lines)
+    done = flexgen("run", model_folder, source, "-o", output, "--temperature", 0, "--top-p", 0.5)
+    assert done.exit_code == 0, done.output
+    assert "where lines do not say: greedy" in done.stderr
+    plain, body, sampled = records(output)
+    assert plain["text"] == fake_text("ab", 8) == body["response"]["body"]["choices"][0]["text"]
+    assert sampled["text"] != plain["text"]
+    done = flexgen("run", model_folder, source, "-o", output)
+    assert (done.exit_code, "begun with default temperature 0.0, now it is 1.0" in done.stderr) == (3, True)
+
+
+@pytest.mark.parametrize(("flags", "warns"), [([], True), (["--max-tokens", 5], False)])
+def test_answers_that_nothing_bounds_are_warned_of(
+    model_folder: Path,
+    tmp_path: Path,
+    output: Path,
+    engines: list[FakeEngine],
+    monkeypatch: pytest.MonkeyPatch,
+    flags: list[str],
+    warns: bool,
+) -> None:
+    monkeypatch.setattr("flexgen.cli.job._LONG_ANSWER", 40)
+    source = write(tmp_path / "in.jsonl", {"prompt": "abc"}, {"prompt": "abc"}, GOOD)
+    done = flexgen("run", model_folder, source, "-o", output, *flags)
+    said = f"warning: 2 lines do not say how long their answers may be (max_tokens), nor do flags: each may have up to {CONTEXT - 3} tokens"
+    assert (said in done.stderr) == warns
+    output.unlink()
+    assert "warning" not in flexgen("run", model_folder, write(source, GOOD), "-o", output, "--fresh").stderr
+
+
 def test_defaults_of_generation_config_are_said(tmp_path: Path, source: Path, output: Path, engines: list[FakeEngine]) -> None:
     from fakes import write_model_folder
 
@@ -171,22 +204,35 @@ def test_dry_run(model_folder: Path, tmp_path: Path, output: Path, monkeypatch: 
         (["--max-model-len", "1000"], "context of 64"),
         (["--metrics", "/no/such/folder/m.json"], "there is no folder"),
         (["--max-tokens", "0"], "--max-tokens"),
+        (["--temperature", "-1"], "--temperature -1.0: temperature must be a finite number"),
+        (["--temperature", "nan"], "--temperature nan"),
+        (["--top-p", "2"], "--top-p 2.0: top_p must be a number in (0, 1]"),
+        (["--host-mem", "10"], "--host-mem '10' is 10 B, and less than 64.0 MiB is of no use: did you mean 10GiB?"),
+        (["--disk", "100"], "--disk '100' is 100 B"),
+        (["--max-job-seconds", "8x"], "not a time"),
+        (["--max-request-seconds", "0"], "--max-request-seconds must be a positive number"),
+        (["--metrics", "/dev/null"], "--metrics /dev/null is no regular file"),
+        (["--metrics", "n" * 256], "File name too long"),
     ],
 )
 def test_usage_errors(model_folder: Path, source: Path, output: Path, flags: list[str], word: str) -> None:
     done = flexgen("run", model_folder, source, "-o", output, *flags)
     assert done.exit_code == 2, done.output
-    assert word in done.stderr
+    assert word in " ".join(done.stderr.replace("│", "").split())
     assert "Traceback" not in done.stderr
     assert not output.exists()
 
 
 def test_paths_that_cannot_be(model_folder: Path, source: Path, tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
     for given, out, code in (
         (source, source, 2),
         (tmp_path / "none", tmp_path / "o", 2),
         (tmp_path, tmp_path / "o", 2),
         (source, tmp_path, 3),
+        (source, tmp_path / ("n" * 256), 3),
+        (source, tmp_path / "loop", 3),
+        (tmp_path / ("n" * 300), tmp_path / "o", 2),
     ):
         done = flexgen("run", model_folder, given, "-o", out)
         assert done.exit_code == code, done.output
@@ -465,7 +511,6 @@ def test_strict(model_folder: Path, tmp_path: Path, output: Path, engines: list[
 def test_from_stdin_to_stdout(model_folder: Path, source: Path, tmp_path: Path, engines: list[FakeEngine]) -> None:
     lines = source.read_text()
     state = tmp_path / "state"
-    assert flexgen("run", model_folder, "-", "-o", "-").exit_code == 2
     done = CliRunner().invoke(cli.app, ["run", str(model_folder), "-", "-o", "-", "--state", str(state)], input=lines)
     assert done.exit_code == 0, done.output
     assert [json.loads(line)["id"] for line in done.stdout.splitlines()] == ["a", "b"]
@@ -475,6 +520,31 @@ def test_from_stdin_to_stdout(model_folder: Path, source: Path, tmp_path: Path, 
     assert len(engines) == 1
     other = CliRunner().invoke(cli.app, ["run", str(model_folder), "-", "-o", "-", "--state", str(state)], input="{}\n")
     assert (other.exit_code, "another standard input" in other.stderr) == (3, True)
+
+
+def test_from_stdin_to_stdout_without_a_folder(
+    model_folder: Path, source: Path, tmp_path: Path, engines: list[FakeEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
+    (tmp_path / "tmp").mkdir()
+    command = ["run", str(model_folder), "-", "-o", "-"]
+    done = CliRunner().invoke(cli.app, command, input=source.read_text())
+    assert done.exit_code == 0, done.output
+    assert [json.loads(line)["id"] for line in done.stdout.splitlines()] == ["a", "b"]
+    assert "until it is done, the job is kept in" in done.stderr
+    assert not list((tmp_path / "tmp").glob("flexgen-job-*"))
+    answer = FakeEngine._answer
+
+    def failing(engine: FakeEngine, request: Any) -> Any:
+        raise EngineError("the disk is gone")
+
+    monkeypatch.setattr(FakeEngine, "_answer", failing)
+    failed = CliRunner().invoke(cli.app, command, input=source.read_text())
+    monkeypatch.setattr(FakeEngine, "_answer", answer)
+    (state,) = (tmp_path / "tmp").glob("flexgen-job-*")
+    assert (failed.exit_code, f"goes on with --state {state} and nothing as its input (</dev/null)" in failed.stderr) == (75, True)
+    again = CliRunner().invoke(cli.app, [*command, "--state", str(state)])
+    assert (again.exit_code, again.stdout) == (0, done.stdout)
 
 
 def test_from_stdin_to_a_file(model_folder: Path, source: Path, output: Path, engines: list[FakeEngine]) -> None:

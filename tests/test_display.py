@@ -10,7 +10,7 @@ import pytest
 from fakes import FORECAST, FakeEngine
 
 from flexgen.display import JsonDisplay, PlainDisplay, open_display
-from flexgen.durations import format_seconds
+from flexgen.durations import format_seconds, parse_seconds
 from flexgen.engine.progress import Progress, RunReport
 from flexgen.errors import OptionError
 from flexgen.plan.forecast import Plan
@@ -47,6 +47,23 @@ class BrokenPipe(io.StringIO):
 )
 def test_durations(seconds: float | None, text: str) -> None:
     assert format_seconds(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("90", 90), ("0", 0), (".5", 0.5), ("1.5", 1.5), ("90s", 90), ("30min", 1800), ("30 min", 1800), ("30m", 1800), ("8h", 28800),
+        ("8 hours", 28800), ("1.5h", 5400), ("1h30m", 5400), ("1h 30min", 5400), ("1d", 86400), ("1D12h", 129600), ("1d2h3m4s", 93784),
+    ],
+)  # fmt: skip
+def test_durations_are_read(text: str, seconds: float) -> None:
+    assert parse_seconds(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", " ", "h", "-1", "8x", "30m1h", "1h30", "nan", "inf", "8h8h", "1:30", "500ms"])
+def test_what_is_no_duration(text: str) -> None:
+    with pytest.raises(ValueError, match="write seconds"):
+        parse_seconds(text)
 
 
 def test_a_progress_line_has_everything() -> None:

@@ -5,6 +5,7 @@ Messages and progress go to one stream, the report (and JSON events) to another,
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import time
@@ -169,12 +170,10 @@ def open_display(name: str, messages: TextIO, results: TextIO) -> Display:
 
 
 def _write(stream: TextIO, text: str) -> None:
-    """A reader who left (`| head`) does not stop the run."""
-    try:
+    """A reader who left (`| head`), a full disk or a closed terminal does not stop the run."""
+    with contextlib.suppress(OSError):
         stream.write(text + "\n")
         stream.flush()
-    except BrokenPipeError:
-        pass
 
 
 def _picture(progress: Progress) -> Any:

@@ -10,6 +10,7 @@ FlexGenError
 ├── CapacityError          the plan does not fit the budgets
 │   └── OutOfMemoryError        memory ran out while the plan was carried out
 ├── StorageError           an offload folder, output file or disk failed
+│   └── DeliveryError           standard output did not take what is done and kept
 └── EngineError            a broken invariant inside the engine (a bug: please report it)
 """
 
@@ -65,6 +66,10 @@ class OutOfMemoryError(CapacityError):
 
 class StorageError(FlexGenError):
     """An offload folder, an output file or a disk failed."""
+
+
+class DeliveryError(StorageError):
+    """Standard output did not take what is done and kept."""
 
 
 class EngineError(FlexGenError):

@@ -9,12 +9,15 @@ import math
 from dataclasses import dataclass
 
 from flexgen.errors import OptionError
+from flexgen.sizes import MIB, check_budget
 
 DEVICES = ("auto", "cpu", "cuda", "sim")
 DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
 LOAD_FORMATS = ("auto", "safetensors", "dummy")
 SCHEDULES = ("auto", "diagonal", "zigzag", "row")
 TIERS = ("device", "host", "disk")
+# Below these a budget is a slip of the pen ("10" for "10GiB"): an interpreter with torch takes more, a page of a ring no less.
+_LEAST_BYTES = {"host_mem": 64 * MIB, "device_mem": MIB, "disk": MIB}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,13 +72,16 @@ class EngineOptions:
         for name, known in (("device", DEVICES), ("dtype", DTYPES), ("schedule", SCHEDULES), ("load_format", LOAD_FORMATS)):
             if getattr(self, name) not in known:
                 raise OptionError(f"{name}={getattr(self, name)!r} is unknown; known: {', '.join(known)}")
+        for name, least_bytes in _LEAST_BYTES.items():
+            if (size := getattr(self, name)) is not None:
+                check_budget(size, name=name, least_bytes=least_bytes)
         for name in ("max_num_seqs", "micro_batch_tokens", "prefill_tokens", "max_model_len"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise OptionError(f"{name} must be a positive integer, not {value!r}")
         for name in ("max_request_seconds", "max_job_seconds"):
             value = getattr(self, name)
-            if value is not None and not (0 < value < math.inf):
+            if value is not None and not (isinstance(value, (int, float)) and 0 < value < math.inf):
                 raise OptionError(f"{name} must be a positive number of seconds, not {value!r}")
         if self.max_logprobs < -1:
             raise OptionError(f"max_logprobs must be an integer of at least -1, not {self.max_logprobs!r}")

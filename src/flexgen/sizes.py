@@ -22,14 +22,14 @@ def parse_size(text: str | int, *, total_bytes: int | None = None, name: str = "
     """Bytes meant by `text`: "4GiB" and "4G" are binary, "16GB" decimal, a bare number is bytes, "50%" is of `total_bytes`.
 
     Args:
-        name: of the option, for messages.
+        name: of the option, for messages: `--host-mem` or `host_mem=`.
 
     Raises:
         OptionError: when the text is no size, or a percentage of an unknown total.
     """
     if isinstance(text, int):
         return text
-    said = f"{name} {text!r}".strip()
+    said = f"{name}{text!r}" if name.endswith("=") else f"{name} {text!r}".strip()
     if match := _PERCENT.fullmatch(text):
         if total_bytes is None:
             raise OptionError(f"{said}: a percentage has no meaning here; give a size such as 4GiB or 16GB")
@@ -41,6 +41,28 @@ def parse_size(text: str | int, *, total_bytes: int | None = None, name: str = "
     if match is None or match[2].upper() not in _UNITS:
         raise OptionError(f"{said} is not a size; write 4GiB (binary), 16GB (decimal) or 50%")
     return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def check_budget(text: object, *, name: str, least_bytes: int) -> None:
+    """Refuse a size that nobody can mean before anything is done with it; 0 and percentages pass.
+
+    Raises:
+        OptionError: the text is no size, or one below `least_bytes`.
+    """
+    if not isinstance(text, (str, int)) or isinstance(text, bool):
+        raise OptionError(f"{name}={text!r} is not a size; write '4GiB' (binary), '16GB' (decimal) or '50%'")
+    said = str(text)
+    if _PERCENT.fullmatch(said):
+        parse_size(said, total_bytes=100, name=f"{name}=")
+        return
+    size = parse_size(said, name=f"{name}=") if isinstance(text, str) else text
+    if 0 < size < least_bytes or size < 0:
+        number = re.split(r"[A-Za-z ]", said.strip())[0]
+        unit = "GiB" if len(number) < 3 else "MiB"
+        raise OptionError(
+            f"{name}={said!r} is {format_size(size)}, and less than {format_size(least_bytes)} is of no use: did you mean {number}{unit}? "
+            "(a number without a unit is bytes)"
+        )
 
 
 def format_size(size_bytes: float) -> str:

@@ -5,16 +5,20 @@ from __future__ import annotations
 import io
 import os
 import stat
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from jobs.places import fill, opened, paths_of, records, result
+from jobs.places import IDENTITY, fill, opened, paths_of, records, result
 
 from flexgen import failpoints
 from flexgen.errors import JobError, OptionError, StorageError
 from flexgen.jobs.database import connect
 from flexgen.jobs.export import _ORDERS, check_output, export, export_to_stream, remove_job
-from flexgen.jobs.folder import JobFolder
+from flexgen.jobs.folder import JobFolder, find_job, job_paths
+from flexgen.jobs.store import Store
 
 POINTS = ["export.write", "export.fsync", "store.commit", "store.committed", "export.rename"]
 
@@ -93,13 +97,87 @@ def test_whatever_fails_the_old_output_stays(output: Path, monkeypatch: pytest.M
     assert output.read_bytes() == records(range(1, 6))
 
 
-def test_what_a_killed_export_left_is_written_over(output: Path) -> None:
+KILLED = """
+import os, sys
+from pathlib import Path
+from flexgen import failpoints
+from flexgen.jobs.export import export
+from flexgen.jobs.folder import find_job
+failpoints.switch_on(lambda name: os._exit(9) if name == "export.rename" else None)
+export(find_job(Path(sys.argv[1])), Path(sys.argv[1]))
+"""
+
+
+@pytest.fixture
+def left(output: Path) -> Path:
+    """What an export of three records left that was killed."""
     fill(output, range(1, 4))
-    left = output.with_name(".out.jsonl.flexgen-new")
-    left.write_text("half a rec")
-    export(paths_of(output), output)
-    assert output.read_bytes() == records(range(1, 4))
+    assert subprocess.run([sys.executable, "-c", KILLED, output], check=False).returncode == 9
+    assert not output.exists()
+    (left,) = (path for path in output.parent.iterdir() if path.is_file())
+    return left
+
+
+@pytest.mark.parametrize("again", ["export", "fresh"])
+def test_what_a_killed_export_left_goes(output: Path, left: Path, again: str) -> None:
+    if again == "export":
+        export(paths_of(output), output)
+    else:
+        with JobFolder(paths_of(output)) as folder:
+            remove_job(folder)
     assert not left.exists()
+
+
+def test_what_lies_there_instead_stays(output: Path, left: Path) -> None:
+    left.unlink()
+    left.mkdir()
+    export(paths_of(output), output)
+    assert left.is_dir()
+    assert output.read_bytes() == records(range(1, 4))
+
+
+@pytest.mark.parametrize("length", [1, 242, 243, 247, 248, 255])
+def test_every_name_that_a_file_may_have(tmp_path: Path, length: int) -> None:
+    output = tmp_path / ("ä" * (length // 2) + "n" * (length % 2))
+    paths = job_paths(None, output, None)
+    with JobFolder(paths) as folder, Store(folder) as store:
+        store.begin(IDENTITY, "m")
+        store.add(result(1))
+        store.commit()
+        export(paths, output)
+    assert output.read_bytes() == result(1).record
+    assert find_job(output) == paths
+
+
+@pytest.mark.parametrize("name", [".out.jsonl.flexgen-new", ".flexgen-0123456789abcdef.new"])
+@pytest.mark.parametrize("plant", [os.mkfifo, lambda path: path.hardlink_to(path.with_name("precious"))])
+def test_planted_temporaries_are_let_alone(output: Path, monkeypatch: pytest.MonkeyPatch, name: str, plant: Callable[[Path], None]) -> None:
+    precious = output.with_name("precious")
+    precious.write_text("precious")
+    fill(output, range(1, 4))
+    plant(output.with_name(name))
+    monkeypatch.setattr("secrets.token_hex", lambda size: "0123456789abcdef")  # as if it could be guessed
+    if "0123" in name:
+        with pytest.raises(StorageError, match="File exists"):
+            export(paths_of(output), output)
+        assert not output.exists()
+    else:
+        export(paths_of(output), output)
+    assert precious.read_text() == "precious"
+
+
+@pytest.mark.parametrize("planted", ["export.lock", "job.sqlite-wal"])
+@pytest.mark.parametrize("plant", [os.mkfifo, lambda path: path.hardlink_to(path.parent.with_name("precious"))])
+def test_files_planted_in_a_job_s_folder_are_refused(output: Path, planted: str, plant: Callable[[Path], None]) -> None:
+    precious = output.with_name("precious")
+    precious.write_text("precious")
+    fill(output, range(1, 4))
+    path = paths_of(output).folder / planted
+    path.unlink(missing_ok=True)
+    plant(path)
+    with pytest.raises(StorageError, match=r"no regular file|second name"):
+        export(paths_of(output), output)
+    assert precious.read_text() == "precious"
 
 
 @pytest.mark.parametrize("content", [b"precious\n", result(1).record])
@@ -164,7 +242,7 @@ def test_a_reader_who_leaves(output: Path) -> None:
     fill(output, range(1, 2000))
     reading, writing = os.pipe()
     os.close(reading)
-    with os.fdopen(writing, "wb") as stream:
+    with os.fdopen(writing, "wb") as stream, pytest.raises(StorageError, match="reader has left"):
         export_to_stream(paths_of(output), stream)
 
 

@@ -109,3 +109,55 @@ def test_a_pipe_is_not_replaced(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(StorageError, match="no regular file"):
         check_target(tmp_path / "pipe")
+
+
+@pytest.mark.parametrize("planted", ["lock", "job.sqlite"])
+@pytest.mark.parametrize("kind", ["pipe", "hard link"])
+def test_what_was_planted_in_the_folder_is_neither_waited_for_nor_written_to(tmp_path: Path, planted: str, kind: str) -> None:
+    paths = paths_of(tmp_path / "out.jsonl")
+    paths.folder.mkdir()
+    (tmp_path / "precious").write_text("precious")
+    if kind == "pipe":
+        os.mkfifo(paths.folder / planted)
+    else:
+        (paths.folder / planted).hardlink_to(tmp_path / "precious")
+    with pytest.raises(StorageError, match=r"no regular file|second name"):
+        fill(tmp_path / "out.jsonl", range(1, 3))
+    assert (tmp_path / "precious").read_text() == "precious"
+
+
+def test_a_folder_too_deep_for_the_database_is_refused(tmp_path: Path) -> None:
+    deep = tmp_path
+    while len(str(deep)) < 480:
+        deep /= "d" * 50
+    deep.mkdir(parents=True)
+    with pytest.raises(StorageError, match="--state"):
+        JobFolder(paths_of(deep / "out.jsonl"))
+    with JobFolder(JobPaths(folder=tmp_path / "state", output=deep / "out.jsonl")):
+        pass
+
+
+@pytest.mark.parametrize("name", ["n" * 256, "ä" * 128, "/".join("d" * 200 for _ in range(25))])
+def test_names_that_no_file_can_have(tmp_path: Path, name: str) -> None:
+    with pytest.raises(StorageError, match="File name too long"):
+        check_target(tmp_path / name)
+
+
+def test_what_can_be_written_leaves_no_trace(tmp_path: Path) -> None:
+    check_target(tmp_path / "out.jsonl")
+    assert not any(tmp_path.iterdir())
+
+
+def test_links_in_circles_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a").symlink_to("b")
+    (tmp_path / "b").symlink_to("a")
+    with pytest.raises(StorageError, match="links"):
+        check_target(tmp_path / "a")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
+def test_what_others_planted_is_not_used(tmp_path: Path) -> None:
+    (tmp_path / "out").symlink_to(tmp_path / "elsewhere")
+    os.chown(tmp_path / "out", 12345, 12345, follow_symlinks=False)
+    with pytest.raises(StorageError, match="another user"):
+        check_target(tmp_path / "out")

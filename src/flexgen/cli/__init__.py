@@ -12,6 +12,7 @@ import typer
 
 from flexgen.cli import bench, export, plan, profile, run, status
 from flexgen.cli.exit_codes import EPILOG
+from flexgen.cli.streams import standard_streams
 from flexgen.cli.terminal import complain_of_bug
 
 app = typer.Typer(
@@ -51,7 +52,8 @@ def main() -> None:
     # attention need, and any other program's use of a core then stalls every matrix product (measured: docs/log.md).
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
-        app()
+        with standard_streams():
+            app()
     except (SystemExit, KeyboardInterrupt):
         raise
     except BaseException:  # noqa: BLE001  (1 would say that lines have errors)

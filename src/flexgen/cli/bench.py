@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from flexgen.cli.exit_codes import ExitCode
-from flexgen.cli.options import Model, ProgressFlag, check_file, engine_command, load
+from flexgen.cli.options import Model, ProgressFlag, check_file, engine_command, load, write_asked
 from flexgen.cli.terminal import complain, showing
 from flexgen.options import EngineOptions
 
@@ -36,8 +36,9 @@ def throughput(
         display.report(llm.report())
     if progress != "json":
         print(format_throughput(figures))
+    code = ExitCode.ALL_ANSWERED
     if output_json is not None:
-        output_json.write_text(json.dumps(figures, indent=2) + "\n")
+        code = write_asked(output_json, "--output-json", json.dumps(figures, indent=2) + "\n")
     if figures["num_errors"]:
         return complain(f"{figures['num_errors']} requests failed, so the figures mean little", ExitCode.SOME_FAILED)
-    return ExitCode.ALL_ANSWERED
+    return code

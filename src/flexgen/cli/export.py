@@ -10,7 +10,9 @@ import typer
 
 from flexgen.cli.exit_codes import ExitCode
 from flexgen.cli.options import check_parent, command
-from flexgen.errors import OptionError
+from flexgen.cli.streams import check_stdout
+from flexgen.cli.terminal import complain
+from flexgen.errors import DeliveryError, OptionError
 
 
 @command
@@ -26,7 +28,11 @@ def export(
 
     paths = find_job(job)
     if to == Path("-"):
-        export_to_stream(paths, sys.stdout.buffer, order)
+        check_stdout()
+        try:
+            export_to_stream(paths, sys.stdout.buffer, order)
+        except DeliveryError as error:
+            return complain(error, ExitCode.RESUMABLE)
         return ExitCode.ALL_ANSWERED
     check_parent(to, "--to")
     target = to or paths.output

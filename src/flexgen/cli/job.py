@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import sys
+import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flexgen.cli.exit_codes import ExitCode
-from flexgen.cli.options import load
+from flexgen.cli.options import load, write_asked
 from flexgen.cli.signals import StopSignals
 from flexgen.cli.terminal import complain
-from flexgen.errors import FlexGenError, OutOfMemoryError, StorageError
+from flexgen.errors import FlexGenError, OptionError, OutOfMemoryError, RequestError, StorageError
 from flexgen.jobs.stopping import Stopped
 from flexgen.options import EngineOptions
 
@@ -26,10 +29,16 @@ if TYPE_CHECKING:
     from flexgen.plan.workload import Workload
     from flexgen.request import SamplingParams
 
+_LONG_ANSWER = 256  # tokens
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
-    """What was asked for, besides the engine's options; `source` and `output` are None for `-`."""
+    """What was asked for, besides the engine's options; `source` and `output` are None for `-`.
+
+    Attributes:
+        defaults: how lines are sampled that do not say, as flags give it: fields of SamplingParams, None where they do not.
+    """
 
     model: str
     options: EngineOptions
@@ -40,7 +49,7 @@ class Asked:
     chat_template: str | None
     chat_template_kwargs: dict[str, Any]
     input_format: str
-    max_tokens: int | None
+    defaults: dict[str, Any]
     strict: bool
     fresh: bool
     retry_errors: bool
@@ -56,7 +65,7 @@ def show_plan(asked: Asked, display: Display) -> int:
 
     assert asked.source is not None
     with _load(asked) as llm:
-        job = Job(llm, asked.source, None, defaults=bare_defaults(llm, asked.max_tokens), input_format=asked.input_format)
+        job = Job(llm, asked.source, None, defaults=bare_defaults(llm, asked.defaults), input_format=asked.input_format)
         if asked.strict:
             job.check()
         workload = job.scan()
@@ -73,6 +82,32 @@ def answer_job(asked: Asked, display: Display, signals: StopSignals) -> int:
         Stopped: by a signal, before the model had anything.
         FlexGenError: refused before the start.
     """
+    if asked.source is None and asked.output is None and asked.state is None:
+        return _answer_in_passing(asked, display, signals)
+    return _answer_kept(asked, display, signals)
+
+
+def _answer_in_passing(asked: Asked, display: Display, signals: StopSignals) -> int:
+    """From standard input to standard output: a job that nobody can name, kept in a temporary folder until it is done."""
+    try:
+        state = Path(tempfile.mkdtemp(prefix="flexgen-job-"))
+    except OSError as error:
+        raise StorageError(f"there is no place for the job ({error.strerror or error}): name a folder with --state") from error
+    display.message(f"until it is done, the job is kept in {state}")
+    code: int | None = None
+    try:
+        code = _answer_kept(dataclasses.replace(asked, state=state), display, signals)
+        return code
+    finally:
+        if code in (ExitCode.ALL_ANSWERED, ExitCode.SOME_FAILED) or not (state / "input").exists():
+            shutil.rmtree(state, ignore_errors=True)
+        else:
+            said = f"the job is kept in {state}: the same command goes on with --state {state} and nothing as its input (</dev/null)"
+            print(f"flexgen: {said}", file=sys.stderr)
+
+
+def _answer_kept(asked: Asked, display: Display, signals: StopSignals) -> int:
+    """The same for a job that has its place."""
     from flexgen.jobs.export import check_output
     from flexgen.jobs.folder import JobFolder, job_paths
     from flexgen.jobs.identity import identity_of
@@ -83,7 +118,7 @@ def answer_job(asked: Asked, display: Display, signals: StopSignals) -> int:
         source = _prepare_folder(folder, asked)
         with _load(asked) as llm, Store(folder) as store:
             check_output(folder.paths)
-            defaults = bare_defaults(llm, asked.max_tokens)
+            defaults = bare_defaults(llm, asked.defaults)
             settings = {"chat_template_kwargs": asked.chat_template_kwargs, "input_format": asked.input_format}
             store.begin(identity_of(llm, defaults, **settings), llm.files.name, accept_changes=asked.accept_changes)
             job = Job(
@@ -125,11 +160,20 @@ def _load(asked: Asked) -> LLM:
     return load(asked.model, asked.options, asked.progress, tokenizer=asked.tokenizer, **templates)
 
 
-def bare_defaults(llm: LLM, max_tokens: int | None) -> SamplingParams:
-    """What bare lines get where they do not say: vLLM's defaults under generation_config.json, but up to the context."""
-    defaults = llm.get_default_sampling_params()
-    limit = max_tokens if max_tokens is not None else llm.files.generation_config.get("max_new_tokens")
-    return dataclasses.replace(defaults, max_tokens=limit)
+def bare_defaults(llm: LLM, given: Mapping[str, Any]) -> SamplingParams:
+    """What lines get where they do not say: what flags give, or vLLM's defaults under generation_config.json, but up to the context.
+
+    Raises:
+        OptionError: a flag's value cannot be.
+    """
+    given = {name: value for name, value in given.items() if value is not None}
+    limit = llm.files.generation_config.get("max_new_tokens")
+    try:
+        return dataclasses.replace(llm.get_default_sampling_params(), **{"max_tokens": limit, **given})
+    except RequestError as error:
+        if error.param not in given:
+            raise
+        raise OptionError(f"--{error.param.replace('_', '-')} {given[error.param]}: {error}") from error
 
 
 def _answer(job: Job, store: Store, workload: Workload, asked: Asked, display: Display, signals: StopSignals) -> ExitCode:
@@ -148,6 +192,7 @@ def _answer(job: Job, store: Store, workload: Workload, asked: Asked, display: D
         _write_output(store, finished=reason is None)
         store.end_run(str(reason or "finished"))
     except FlexGenError as error:
+        error = f"{error}{_how_to_get(store)}"
         code, reason = (ExitCode.RESUMABLE, error) if reason is None else (code, f"{reason}; then {error}")
     if reason is not None:
         done = store.num_answered + store.num_failed
@@ -179,6 +224,13 @@ def _write_output(store: Store, *, finished: bool) -> None:
         export_to_stream(store.paths, sys.stdout.buffer)
 
 
+def _how_to_get(store: Store) -> str:
+    """Where answers are that could not be delivered."""
+    if store.paths.output is not None:
+        return ""
+    return f"; the answers are kept: `flexgen export {store.paths.folder} --to FILE` writes them"
+
+
 def _conclude(job: Job, store: Store, workload: Workload, asked: Asked, display: Display) -> None:
     from flexgen.engine.progress import SCHEMA_VERSION
 
@@ -192,8 +244,8 @@ def _conclude(job: Job, store: Store, workload: Workload, asked: Asked, display:
             )
         display.report(report)
         metrics = dataclasses.asdict(report)
-    if asked.metrics is not None:
-        _write_metrics(asked.metrics, {**metrics, "job": _figures(job, store)})
+    if asked.metrics is not None:  # if that fails, the exit code still tells of the lines
+        write_asked(asked.metrics, "--metrics", json.dumps({**metrics, "job": _figures(job, store)}, indent=2) + "\n")
     display.message(f"{store.paths.name}: {store.num_answered:,} lines answered, {store.num_failed:,} with errors")
 
 
@@ -201,13 +253,6 @@ def _figures(job: Job, store: Store) -> dict[str, int]:
     """The job's part of the metrics."""
     lines = {"lines": job.num_lines, "answered": store.num_answered, "failed": store.num_failed, "done_before": store.num_found}
     return lines | {"answers_resumed": job.num_resumed, "tokens_kept": job.tokens_kept}
-
-
-def _write_metrics(path: Path, metrics: dict[str, object]) -> None:
-    try:
-        path.write_text(json.dumps(metrics, indent=2) + "\n")
-    except OSError as error:
-        raise StorageError(f"the job is done, but --metrics {path} cannot be written: {error.strerror}") from error
 
 
 def _unusual(defaults: SamplingParams) -> list[str]:
@@ -234,4 +279,16 @@ def _describe(job: Job, workload: Workload) -> str:
         f"{workload.prompt_tokens:,} prompt and at most {workload.output_tokens:,} output tokens\n"
         f"where lines do not say: {sampling}, {limit}; /v1/completions: {COMPLETIONS_MAX_TOKENS} tokens"
     )
-    return "\n".join([told, *job.remarks.lines()])
+    return "\n".join([told, *job.remarks.lines(), *_warn_of_length(job, workload)])
+
+
+def _warn_of_length(job: Job, workload: Workload) -> list[str]:
+    """Nobody may have meant answers of hundreds or thousands of tokens, or random ones."""
+    longest = max(workload.output_lens, default=0)
+    if not job.remarks.num_unbounded or longest < _LONG_ANSWER:
+        return []
+    return [
+        f"warning: {job.remarks.num_unbounded:,} lines do not say how long their answers may be (max_tokens), nor do flags: "
+        f"each may have up to {longest:,} tokens, sampled at temperature {job.defaults.temperature:g} where the line does not say; "
+        "--max-tokens N bounds them, --temperature T samples otherwise (0 is greedy)"
+    ]

@@ -16,7 +16,9 @@ import typer
 
 from flexgen.cli.exit_codes import ExitCode
 from flexgen.cli.terminal import complain, complain_of_bug
-from flexgen.errors import FlexGenError, OptionError, is_out_of_memory
+from flexgen.durations import parse_seconds
+from flexgen.errors import FlexGenError, OptionError, StorageError, is_out_of_memory
+from flexgen.files import check_target, write_file
 from flexgen.options import DEVICES, DTYPES, LOAD_FORMATS, SCHEDULES, EngineOptions
 
 if TYPE_CHECKING:
@@ -40,8 +42,12 @@ FLAGS: dict[str, tuple[str, str, str]] = {
     "prefill_tokens": (_PLACEMENT, "N", "Most prompt tokens that a pass admits. Default: planned."),
     "schedule": (_PLACEMENT, "|".join(SCHEDULES), "Which sequences a pass carries: ours, the paper's, or one micro-batch at a time."),
     "prefix_sharing": (_PLACEMENT, "", "Whether what several prompts begin with is computed once; tokens do not change."),
-    "max_request_seconds": (_PLACEMENT, "SECONDS", "Plan so that no request should take longer, from its first pass to its last."),
-    "max_job_seconds": (_PLACEMENT, "SECONDS", "Plan so that the job should take no longer; refused if no plan is that fast."),
+    "max_request_seconds": (
+        _PLACEMENT,
+        "TIME",
+        "Plan so that no request should take longer (90, 30min, 8h) from first to last pass.",
+    ),
+    "max_job_seconds": (_PLACEMENT, "TIME", "Plan so that the job should take no longer (8h, 1d12h); refused if no plan is that fast."),
     "dtype": (_MODEL, "|".join(DTYPES), "Compute and KV dtype; auto is the checkpoint's, but never float16 on a CPU."),
     "load_format": (_MODEL, "|".join(LOAD_FORMATS), "dummy makes random weights from config.json alone."),
     "max_model_len": (_MODEL, "N", "Most tokens of prompt and answer together. Default: the model's context."),
@@ -50,6 +56,14 @@ FLAGS: dict[str, tuple[str, str, str]] = {
     "verify_reads": (_PLACEMENT, "", "Compare weights and spilled KV with what was read or written before: a tenth of a core per GB/s."),
     "seed": (_MODEL, "N", "Base of the seeds of requests that name none."),
 }
+
+
+def seconds(text: str | float) -> float:
+    """Of a flag that takes a time."""
+    try:
+        return text if isinstance(text, (int, float)) else parse_seconds(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
 
 
 def command(body: Callable[..., int]) -> Callable[..., None]:
@@ -93,7 +107,8 @@ def engine_command(body: Callable[..., int]) -> Callable[..., None]:
     fields = {field.name: field for field in dataclasses.fields(EngineOptions) if field.name in FLAGS}
     parameters = [p for p in inspect.signature(body, eval_str=True).parameters.values() if p.name != "options"]
     for name, (panel, metavar, text) in FLAGS.items():
-        flag = typer.Option(_spelling(name, fields[name].default), metavar=metavar or None, help=text, rich_help_panel=panel)
+        parser = seconds if metavar == "TIME" else None
+        flag = typer.Option(_spelling(name, fields[name].default), metavar=metavar or None, help=text, rich_help_panel=panel, parser=parser)
         annotation = Annotated[hints[name], flag]
         parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=fields[name].default, annotation=annotation))
 
@@ -121,6 +136,7 @@ def load(model: str, options: EngineOptions, progress: str, **more: Any) -> LLM:
     from flexgen.hub import resolve_model
     from flexgen.llm import LLM
 
+    is_there(Path(model), "MODEL", Path.is_dir)
     show = progress in ("auto", "rich") and sys.stderr.isatty()
     files = resolve_model(model, revision=options.revision, with_weights=options.load_format != "dummy", show_progress=show)
     return LLM(files, **more, **dataclasses.asdict(options))
@@ -129,11 +145,30 @@ def load(model: str, options: EngineOptions, progress: str, **more: Any) -> LLM:
 def check_file(path: Path | None, flag: str) -> None:
     """Raises OptionError when a file cannot be made there."""
     check_parent(path, flag)
-    if path is not None and path.is_dir():
-        raise OptionError(f"{flag} {path}: this is a folder")
+    try:
+        check_target(path)
+    except StorageError as error:
+        raise OptionError(f"{flag} {error}") from error
 
 
 def check_parent(path: Path | None, flag: str) -> None:
     """Raises OptionError when something cannot be made because its folder is not there."""
-    if path is not None and not path.absolute().parent.is_dir():
-        raise OptionError(f"{flag} {path}: there is no folder {path.absolute().parent}")
+    if path is not None and not is_there(path.parent, flag, Path.is_dir):
+        raise OptionError(f"{flag} {path}: there is no folder {path.parent}")
+
+
+def is_there(path: Path, flag: str, kind: Callable[[Path], bool]) -> bool:
+    """Whether a file or folder is there (`Path.is_file`, `Path.is_dir`).  Raises OptionError when that cannot be found out."""
+    try:
+        return kind(path)
+    except OSError as error:
+        raise OptionError(f"{flag} {path}: {error.strerror or error}") from error
+
+
+def write_asked(path: Path, flag: str, text: str) -> ExitCode:
+    """Make or replace a file that a flag asks for; the exit code of a command of which that is the result."""
+    try:
+        write_file(path, text)
+    except StorageError as error:
+        return complain(f"{flag} {error}", ExitCode.RESUMABLE)
+    return ExitCode.ALL_ANSWERED

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flexgen.cli.exit_codes import ExitCode
-from flexgen.cli.options import check_file, command
+from flexgen.cli.options import check_file, command, write_asked
 from flexgen.errors import OptionError
 from flexgen.options import DEVICES, DTYPES
 from flexgen.sizes import format_size
@@ -54,10 +54,8 @@ def profile(
     machine = settled(lambda: measure(device, dtypes, folder, quick=quick), before, lambda told: print(told, file=sys.stderr))
     for path in keep(machine, dtypes, folder, quick=quick):
         print(f"kept in {path}", file=sys.stderr)
-    if output is not None:
-        output.write_text(machine.to_json() + "\n")
     print(machine.to_json() if as_json else format_machine(machine))
-    return ExitCode.ALL_ANSWERED
+    return ExitCode.ALL_ANSWERED if output is None else write_asked(output, "--output", machine.to_json() + "\n")
 
 
 def format_machine(machine: Machine) -> str:

@@ -91,7 +91,8 @@ def lengths_of(reading: Reading, model: str, options: EngineOptions) -> Workload
     source = reading.source
     assert source is not None
     with _opened(reading, model, options) as llm:
-        job = Job(llm, source, None, defaults=bare_defaults(llm, reading.max_tokens), input_format=reading.input_format or "jsonl")
+        defaults = bare_defaults(llm, {"max_tokens": reading.max_tokens})
+        job = Job(llm, source, None, defaults=defaults, input_format=reading.input_format or "jsonl")
         workload = job.scan()
     if not job.num_lines:
         raise OptionError(f"--input {source}: it has no lines")

@@ -10,10 +10,12 @@ from typing import Annotated, Any
 import typer
 
 from flexgen.cli.job import Asked, answer_job, show_plan
-from flexgen.cli.options import Model, ProgressFlag, check_file, check_parent, engine_command
+from flexgen.cli.options import Model, ProgressFlag, check_file, check_parent, engine_command, is_there, seconds
 from flexgen.cli.signals import StopSignals
+from flexgen.cli.streams import check_stdin, check_stdout
 from flexgen.cli.terminal import complain, showing
 from flexgen.errors import OptionError
+from flexgen.files import check_target
 from flexgen.jobs.stopping import Stopped
 from flexgen.options import EngineOptions
 
@@ -34,6 +36,12 @@ def run(
     max_tokens: Annotated[
         int | None,
         typer.Option(metavar="N", min=1, help="Longest answer of chats and bare lines that do not say. Default: up to the context."),
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option(metavar="T", help="Of lines that do not say; 0 is greedy. Default: the model's generation_config, or 1.")
+    ] = None,
+    top_p: Annotated[
+        float | None, typer.Option(metavar="P", help="Of lines that do not say. Default: the model's generation_config, or 1.")
     ] = None,
     tokenizer: Annotated[str | None, typer.Option(metavar="NAME", help="Another tokenizer than the model's: a folder or hub id.")] = None,
     chat_template: Annotated[
@@ -64,7 +72,8 @@ def run(
         typer.Option("--accept-changes", help="Go on though the model, its settings or lines changed.", rich_help_panel=_AGAIN),
     ] = False,
     checkpoint_seconds: Annotated[
-        float, typer.Option(metavar="S", min=0, help="Store the tokens of answers in progress this often.", rich_help_panel=_AGAIN)
+        float,
+        typer.Option(metavar="TIME", parser=seconds, help="Store the tokens of answers in progress this often.", rich_help_panel=_AGAIN),
     ] = 30.0,
 ) -> int:
     """Answer a file of requests.
@@ -84,7 +93,7 @@ def run(
         chat_template=chat_template,
         chat_template_kwargs=_object(chat_template_kwargs),
         input_format=input_format,
-        max_tokens=max_tokens,
+        defaults={"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p},
         strict=strict,
         fresh=fresh,
         retry_errors=retry_errors,
@@ -95,7 +104,7 @@ def run(
     )
     _check(asked, dry_run)
     messages = sys.stdout if dry_run else sys.stderr  # a dry run's plan is its result
-    results = sys.stdout if asked.output is not None else sys.stderr
+    results = None if asked.output is not None else sys.stderr
     shown = "plain" if dry_run and progress == "none" else progress
     with showing(shown, messages=messages, results=results) as display, StopSignals() as signals:
         try:
@@ -122,11 +131,16 @@ def _check(asked: Asked, dry_run: bool) -> None:
     """Raises OptionError for paths and flags that cannot be meant."""
     from flexgen.jobs.forms import INPUT_FORMATS
 
-    if asked.source is not None and not asked.source.is_file():  # not by typer, which looks for a file named -
+    if asked.source is not None and not is_there(asked.source, "INPUT", Path.is_file):  # not by typer, which looks for a file named -
         raise OptionError(f"INPUT {asked.source}: {'this is a folder' if asked.source.is_dir() else 'there is no such file'}")
     check_parent(asked.output, "--output")
+    check_target(asked.output)
     check_file(asked.metrics, "--metrics")
     check_parent(asked.state, "--state")
+    if asked.source is None:
+        check_stdin()
+    if asked.output is None or dry_run:
+        check_stdout()
     used = [path.resolve() for path in (asked.source, asked.output) if path is not None]
     if len(set(used)) < len(used):
         raise OptionError(f"{asked.output} is the input; give another output")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -74,12 +74,6 @@ class StopSignals:
 
 
 def _say(text: bytes) -> None:
-    """To stderr.  A terminal that is gone, which is what SIGHUP tells, takes nothing any more: neither this nor what comes later."""
-    try:
+    """To stderr, if it takes anything: the terminal may be gone, which is what SIGHUP tells."""
+    with suppress(OSError):
         os.write(2, text)
-    except OSError:
-        gone, nowhere = os.fstat(2), os.open(os.devnull, os.O_RDWR)
-        for descriptor in (1, 2):
-            if os.path.samestat(os.fstat(descriptor), gone):
-                os.dup2(nowhere, descriptor)
-        os.close(nowhere)

@@ -35,11 +35,12 @@ def showing(progress: str, *, messages: TextIO | None = None, results: TextIO | 
     """A display to which the library's log goes, too.
 
     Args:
-        messages, results: where these go; None is stderr and stdout.
+        messages, results: where these go; None is stderr, and stdout for what may be lost.
     """
+    from flexgen.cli.streams import reports
     from flexgen.display import open_display
 
-    display = open_display(progress, messages or sys.stderr, results or sys.stdout)
+    display = open_display(progress, messages or sys.stderr, results or reports())
 
     class Handler(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import os
 import sqlite3
-import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from flexgen.errors import StorageError
 from flexgen.failpoints import failpoint
-from flexgen.jobs.folder import open_private
+from flexgen.files import check_private, open_private
 
 _APPLICATION_ID = 0x666C7867  # "flxg", by which a job is told from other databases
 _VERSION = 1
@@ -66,8 +65,11 @@ def _check_file(path: Path, create: bool) -> None:
     if create:
         with suppress(FileExistsError):
             os.close(open_private(path, os.O_RDWR | os.O_CREAT | os.O_EXCL))
-    if not stat.S_ISREG(path.lstat().st_mode):
-        raise StorageError(f"{path} is no regular file")
+    check_private(path, path.lstat())
+    for end in ("-wal", "-shm"):  # made by SQLite, which follows what lies there
+        beside = path.with_name(path.name + end)
+        with suppress(FileNotFoundError):
+            check_private(beside, beside.lstat())
 
 
 def _prepare(connection: sqlite3.Connection, path: Path, create: bool) -> None:

@@ -8,14 +8,15 @@ import os
 import sqlite3
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from flexgen.errors import JobError, OptionError, StorageError
+from flexgen.errors import DeliveryError, JobError, OptionError, StorageError
 from flexgen.failpoints import failpoint
+from flexgen.files import check_target, create, follow, open_private, sync_folder, temporary_beside
 from flexgen.jobs.database import connect, transaction, translated
-from flexgen.jobs.folder import JobFolder, JobPaths, check_target, open_private, sync_folder
+from flexgen.jobs.folder import JobFolder, JobPaths
 from flexgen.sizes import MIB
 
 # Both follow an index: nothing is sorted, whatever the size.
@@ -41,29 +42,27 @@ def export(paths: JobPaths, target: Path, order: str = "input") -> int:
         StorageError: it cannot be written; what was there is still there.
     """
     query = _query(order)
-    target = target.resolve()  # a link stays a link
     check_target(target)
-    with _turn(paths), _reading(paths) as connection, translated(target):
+    with translated(target), _turn(paths) as turn, _reading(paths) as connection:
+        target = follow(target)  # a link stays a link
         _check_ours(connection, target)
-        temporary = target.with_name(f".{target.name}.flexgen-new")
-        try:
-            count, digest = _write(connection, query, temporary)
-            if target.exists():
-                temporary.chmod(stat.S_IMODE(target.stat().st_mode))
+        with turn.temporary(target) as temporary:
+            count, digest = _write(connection, query, temporary, target)
             with transaction(connection, paths.database):
                 connection.execute("INSERT OR IGNORE INTO exports VALUES (?)", (digest,))
             failpoint("export.rename")
             temporary.replace(target)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
         failpoint("export.renamed")
         sync_folder(target.parent)
     return count
 
 
 def export_to_stream(paths: JobPaths, stream: BinaryIO, order: str = "input") -> int:
-    """The same to an open stream.  A reader who leaves (`| head`) has had enough."""
+    """The same to an open stream.
+
+    Raises:
+        DeliveryError: it does not take all of them.
+    """
     query = _query(order)
     count = 0
     with _reading(paths) as connection:
@@ -72,11 +71,10 @@ def export_to_stream(paths: JobPaths, stream: BinaryIO, order: str = "input") ->
                 stream.write(record)
                 count += 1
             stream.flush()
-        except BrokenPipeError:
-            _send_nowhere(stream)
         except OSError as error:
             _send_nowhere(stream)
-            raise StorageError(f"standard output: {error.strerror}") from error
+            why = "its reader has left" if isinstance(error, BrokenPipeError) else error.strerror or error
+            raise DeliveryError(f"standard output: {why}") from error
     return count
 
 
@@ -85,7 +83,7 @@ def check_output(paths: JobPaths) -> None:
     if paths.output is None:
         return
     with _reading(paths) as connection:
-        _check_ours(connection, paths.output.resolve())
+        _check_ours(connection, follow(paths.output))
 
 
 def remove_job(folder: JobFolder) -> None:
@@ -100,6 +98,8 @@ def remove_job(folder: JobFolder) -> None:
         if paths.output is not None:
             with translated(paths.output):
                 paths.output.unlink(missing_ok=True)
+    with _turn(paths):
+        pass  # what a killed export left goes
     folder.remove_state()
 
 
@@ -123,11 +123,10 @@ def _records(connection: sqlite3.Connection, query: str) -> Iterator[bytes]:
         yield record
 
 
-def _write(connection: sqlite3.Connection, query: str, path: Path) -> tuple[int, bytes]:
+def _write(connection: sqlite3.Connection, query: str, temporary: Path, target: Path) -> tuple[int, bytes]:
     """(records written, digest of the file), durable."""
     count, hasher = 0, hashlib.blake2b(digest_size=16)
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
-    with os.fdopen(os.open(path, flags, 0o666), "wb", buffering=MIB) as file:
+    with create(temporary, target) as file:
         for record in _records(connection, query):
             failpoint("export.write")
             file.write(record)
@@ -152,14 +151,48 @@ def _check_ours(connection: sqlite3.Connection, target: Path) -> None:
         raise JobError(f"{target} was not written by this job, or was changed since: move it away, or give another output")
 
 
+class _Turn:
+    """The right to export.  The file that gives it names the temporary file in use, so that the next one can remove it after a kill."""
+
+    def __init__(self, lock: int) -> None:
+        self._lock = lock
+
+    @contextmanager
+    def temporary(self, target: Path) -> Iterator[Path]:
+        """A name for what is to take the place of `target`; gone at the end."""
+        temporary = temporary_beside(target.absolute())
+        self._note(os.fsencode(temporary))
+        try:
+            yield temporary
+        finally:
+            temporary.unlink(missing_ok=True)
+            self._note(b"")
+
+    def remove_left(self) -> None:
+        """Remove the file that a killed export left, if what lies there can be it."""
+        left = Path(os.fsdecode(os.pread(self._lock, os.fstat(self._lock).st_size, 0)))
+        if left.name:
+            with suppress(OSError):  # gone, or in a folder that is gone
+                found = left.lstat()
+                if stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid():
+                    left.unlink()
+            self._note(b"")
+
+    def _note(self, name: bytes) -> None:
+        os.ftruncate(self._lock, 0)
+        os.pwrite(self._lock, name, 0)
+
+
 @contextmanager
-def _turn(paths: JobPaths) -> Iterator[None]:
+def _turn(paths: JobPaths) -> Iterator[_Turn]:
     """One export at a time: a slow one must not replace what a later one has written."""
     with translated(paths.folder):
         fd = open_private(paths.folder / "export.lock", os.O_RDWR | os.O_CREAT)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX)
-            yield
+            turn = _Turn(fd)
+            turn.remove_left()
+            yield turn
         finally:
             os.close(fd)
 

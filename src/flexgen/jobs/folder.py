@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
 import stat
 import time
@@ -12,8 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flexgen.errors import JobError, OptionError, StorageError
+from flexgen.files import check_target, open_private, sync_folder
 
 _SUFFIX = ".flexgen"
+_USUAL_NAME_BYTES = 255
+_DATABASE_BYTES = 504  # SQLite takes 512 for the path of the longest of its files
 _LOCK_TRIES = 4  # `flexgen status` holds the lock for the moment of a look
 _LOCK_SECONDS = 0.05
 
@@ -61,7 +65,28 @@ def job_paths(source: Path | None, output: Path | None, state: Path | None) -> J
     named = output if output is not None else source
     if named is None:
         raise OptionError("from standard input to standard output: name a folder for the job's state (--state DIR)")
-    return JobPaths(folder=named.with_name(named.name + _SUFFIX), output=output)
+    return JobPaths(folder=_beside(named), output=output)
+
+
+def _beside(named: Path) -> Path:
+    """The folder beside a file, named after it; names of files that leave no room for the ending are cut, and told apart by a digest."""
+    whole = named.name + _SUFFIX
+    most = _longest_name(named.parent)
+    if len(os.fsencode(whole)) <= most:
+        return named.parent / whole
+    ending = "." + hashlib.blake2b(os.fsencode(named.name), digest_size=8).hexdigest() + _SUFFIX
+    stem = named.name
+    while stem and len(os.fsencode(stem)) + len(ending) > most:
+        stem = stem[:-1]
+    return named.parent / (stem + ending)
+
+
+def _longest_name(folder: Path) -> int:
+    """In bytes, on the folder's file system."""
+    try:
+        return os.pathconf(folder, "PC_NAME_MAX")
+    except OSError:  # a folder that is not there, which others complain of
+        return _USUAL_NAME_BYTES
 
 
 def find_job(named: Path) -> JobPaths:
@@ -71,7 +96,7 @@ def find_job(named: Path) -> JobPaths:
         JobError: there is none.
     """
     named = named.absolute()
-    beside = JobPaths(folder=named.with_name(named.name + _SUFFIX), output=named)
+    beside = JobPaths(folder=_beside(named), output=named)
     inside = JobPaths(folder=named, output=None)
     for paths in (beside, inside):
         with _translated(paths):
@@ -93,6 +118,7 @@ class JobFolder:
         self._lock = -1
         with _translated(paths):
             check_target(paths.output)
+            _check_length(paths)
             _make_private(paths)
             self._lock = open_private(paths.folder / "lock", os.O_RDWR | os.O_CREAT)
             try:
@@ -153,18 +179,13 @@ def running_process(paths: JobPaths) -> int | None:
     return None
 
 
-def open_private(path: Path, flags: int) -> int:
-    """A descriptor of a file that only its owner can read; a planted link is not followed."""
-    return os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make durable which files the folder holds."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _check_length(paths: JobPaths) -> None:
+    length = len(os.fsencode(os.path.realpath(paths.database)))
+    if length > _DATABASE_BYTES:
+        raise StorageError(
+            f"{paths.folder} lies too deep: the path of its database has {length} bytes, and SQLite takes {_DATABASE_BYTES}; "
+            "name a folder with a shorter path (--state DIR)"
+        )
 
 
 def _make_private(paths: JobPaths) -> None:
@@ -181,21 +202,6 @@ def _make_private(paths: JobPaths) -> None:
         raise JobError(f"{folder} holds other files than a job's; name a folder of its own with --state")
     if stat.S_IMODE(found.st_mode) & 0o077:
         folder.chmod(0o700)
-
-
-def check_target(output: Path | None) -> None:
-    """Raises StorageError when a file could not be replaced; found out before the model is loaded."""
-    if output is None:
-        return
-    target = output.resolve()
-    if target.is_dir():
-        raise StorageError(f"{output} is a folder; the output is a file")
-    if target.exists() and not target.is_file():
-        raise StorageError(f"{output} is no regular file; - writes to standard output")
-    if target.exists() and not os.access(target, os.W_OK):
-        raise StorageError(f"{output} is read-only")
-    if not os.access(target.parent, os.W_OK | os.X_OK):
-        raise StorageError(f"{output} cannot be written: the folder {target.parent} is read-only or missing")
 
 
 @contextmanager

@@ -83,15 +83,20 @@ class Remarks:
 
     Args:
         model: the name of the job's model.
+
+    Attributes:
+        num_unbounded: lines whose answers nothing bounds but the context.
     """
 
     def __init__(self, model: str) -> None:
         self._model = model
+        self.num_unbounded = 0
         self._ignored: Counter[str] = Counter()
         self._others: Counter[str] = Counter()
 
     def note(self, request: JobRequest) -> None:
         """Count what a line gives in vain."""
+        self.num_unbounded += request.params.max_tokens is None
         self._ignored.update(request.ignored)
         if request.model is not None and names_another(request.model, self._model):
             known = request.model in self._others or len(self._others) < _MOST_NAMES

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from flexgen.errors import JobError
+from flexgen.errors import JobError, StorageError
+from flexgen.files import open_private, sync_folder
 from flexgen.jobs.database import translated
-from flexgen.jobs.folder import JobFolder, open_private, sync_folder
+from flexgen.jobs.folder import JobFolder
 from flexgen.sizes import MIB
 
 
@@ -18,14 +19,17 @@ def keep_input(folder: JobFolder, stream: BinaryIO, *, accept_changes: bool = Fa
 
     Raises:
         JobError: it is neither what an earlier run was given nor a continuation of that, and this is not accepted.
+        StorageError: it cannot be read or kept.
     """
     copy = folder.paths.input_copy
     new = folder.paths.new_input
     with translated(copy):
         if copy.exists() and stream.isatty():
             return copy
-        with os.fdopen(open_private(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "wb") as file:
-            shutil.copyfileobj(stream, file, MIB)
+        new.unlink(missing_ok=True)
+        with os.fdopen(open_private(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "wb") as file:
+            for piece in _pieces(stream):
+                file.write(piece)
             file.flush()
             os.fsync(file.fileno())
         if copy.exists() and new.stat().st_size == 0:
@@ -40,6 +44,14 @@ def keep_input(folder: JobFolder, stream: BinaryIO, *, accept_changes: bool = Fa
         new.replace(copy)
         sync_folder(copy.parent)
     return copy
+
+
+def _pieces(stream: BinaryIO) -> Iterator[bytes]:
+    try:
+        while piece := stream.read(MIB):
+            yield piece
+    except OSError as error:
+        raise StorageError(f"standard input cannot be read: {error.strerror or error}") from error
 
 
 def _continues(new: Path, old: Path) -> bool:

@@ -23,7 +23,8 @@ from pathlib import Path
 import psutil
 import torch
 
-from flexgen.errors import OptionError
+from flexgen.errors import OptionError, StorageError
+from flexgen.files import write_file
 from flexgen.plan.machine import Curve, Machine, io_threads
 from flexgen.plan.machine_file import machine_of
 from flexgen.profile.busy import BusyCores
@@ -184,10 +185,8 @@ def keep(machine: Machine, dtypes: Sequence[str], folder: Path, *, cache_dir: Pa
         path, key = _place(machine.device, dtype, folder, cache_dir)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            fresh = path.with_suffix(f".{os.getpid()}")
-            fresh.write_text(json.dumps({"key": key, "quick": quick, "machine": json.loads(machine.to_json())}, indent=2))
-            fresh.replace(path)
-        except OSError as error:
+            write_file(path, json.dumps({"key": key, "quick": quick, "machine": json.loads(machine.to_json())}, indent=2))
+        except (OSError, StorageError) as error:
             logger.warning("the machine's rates are not kept: %s", error)
         else:
             kept.append(path)
@@ -223,13 +222,13 @@ def num_cores() -> int:
 
 
 def _load(path: Path, key: dict[str, str | int], quick: bool) -> Machine | None:
+    if not path.is_file():
+        return None
     try:
         kept = json.loads(path.read_text())
         if kept["key"] != key or (kept["quick"] and not quick):
             return None
         return machine_of(kept["machine"])
-    except FileNotFoundError:
-        return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OptionError) as error:
         logger.warning("%s is of no use and is measured again: %s", path, error)
         return None
