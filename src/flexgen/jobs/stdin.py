@@ -7,17 +7,15 @@ import shutil
 from pathlib import Path
 from typing import BinaryIO
 
-from flexgen.errors import JobError
 from flexgen.jobs.database import translated
 from flexgen.jobs.folder import JobFolder, open_private, sync_folder
 from flexgen.sizes import MIB
 
 
-def keep_input(folder: JobFolder, stream: BinaryIO, *, accept_changes: bool = False) -> Path:
+def keep_input(folder: JobFolder, stream: BinaryIO) -> Path:
     """The file that holds what `stream` gives, or gave an earlier run if it gives nothing now (a terminal is not asked again).
 
-    Raises:
-        JobError: it is neither what an earlier run was given nor a continuation of that, and this is not accepted.
+    What comes stays beside what an earlier run was given until `settle_input`, because a run that is refused leaves the job as it was.
     """
     copy = folder.paths.input_copy
     new = folder.paths.new_input
@@ -31,21 +29,15 @@ def keep_input(folder: JobFolder, stream: BinaryIO, *, accept_changes: bool = Fa
         if copy.exists() and new.stat().st_size == 0:
             new.unlink()
             return copy
-        if copy.exists() and not accept_changes and not _continues(new, copy):
-            new.unlink()
-            raise JobError(
-                f"{folder.paths.name} was begun with another standard input: --accept-changes answers the lines that differ again, "
-                "--fresh all lines; an empty one goes on with what was given then"
-            )
-        new.replace(copy)
+    return new if copy.exists() else settle_input(folder, new)
+
+
+def settle_input(folder: JobFolder, source: Path) -> Path:
+    """Have what came take the place of what an earlier run was given; the file to read from here on."""
+    copy = folder.paths.input_copy
+    if source != folder.paths.new_input:
+        return source
+    with translated(copy):
+        source.replace(copy)
         sync_folder(copy.parent)
     return copy
-
-
-def _continues(new: Path, old: Path) -> bool:
-    """Whether `new` begins with all of `old`."""
-    with new.open("rb") as longer, old.open("rb") as shorter:
-        while piece := shorter.read(MIB):
-            if longer.read(len(piece)) != piece:
-                return False
-    return True
