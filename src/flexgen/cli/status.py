@@ -41,8 +41,7 @@ def format_status(status: JobStatus) -> str:
         f"{status.name}: {_process(status)}\n"
         f"  {done:,} of {total} lines done ({status.failed:,} with errors), {in_progress}; "
         f"{status.prompt_tokens:,} prompt and {status.output_tokens:,} output tokens\n"
-        f"  latest run: {_times(status)}, {status.lines_per_s:,.2f} lines/s, {status.output_tokens_per_s:,.1f} output tokens/s\n"
-        f"  {_eta(status)}"
+        f"  latest run: {_times(status)}, {status.lines_per_s:,.2f} lines/s, {status.output_tokens_per_s:,.1f} output tokens/s{_eta(status)}"
     )
 
 
@@ -63,5 +62,5 @@ def _eta(status: JobStatus) -> str:
     from flexgen.durations import format_seconds
 
     if status.eta_seconds is None or status.eta_age_seconds is None:
-        return "ETA unknown"
-    return f"ETA {format_seconds(status.eta_seconds)}, by the run's own estimate of {format_seconds(status.eta_age_seconds)} ago"
+        return ""
+    return f"\n  ETA {format_seconds(status.eta_seconds)}, by the run's own estimate of {format_seconds(status.eta_age_seconds)} ago"

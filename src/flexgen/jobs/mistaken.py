@@ -28,9 +28,9 @@ _TABLE = "make JSON lines of it, with a column named prompt: python3 -c 'import 
 _WEIGHTS = "requests come from a file of JSON lines: flexgen run MODEL INPUT -o OUTPUT"
 # The bytes that a file begins with: what it is, and what to do.
 _MAGIC: tuple[tuple[bytes, str, str], ...] = (
-    (b"\x28\xb5\x2f\xfd", "compressed by zstd", _UNPACK.format("zstd -dc")),
-    (b"\xfd7zXZ\0", "compressed by xz", _UNPACK.format("xz -dc")),
-    (b"\x04\x22\x4d\x18", "compressed by lz4", _UNPACK.format("lz4 -dc")),
+    (b"\x28\xb5\x2f\xfd", "a file compressed by zstd", _UNPACK.format("zstd -dc")),
+    (b"\xfd7zXZ\0", "a file compressed by xz", _UNPACK.format("xz -dc")),
+    (b"\x04\x22\x4d\x18", "a file compressed by lz4", _UNPACK.format("lz4 -dc")),
     (b"7z\xbc\xaf\x27\x1c", "a 7z archive", "unpack it first: 7z x {path}"),
     (b"Rar!\x1a\x07", "a RAR archive", "unpack it first: unrar x {path}"),
     (b"PAR1", "a Parquet file", _TABLE.format("read_parquet", _TO_JSONL)),
@@ -125,7 +125,7 @@ def check_input(path: Path, *, input_format: str = "jsonl", name: str | None = N
     elif mistake is None and input_format == "jsonl":
         mistake = next((found for look in _LOOKS_AT_TEXT if (found := look(head)) is not None), None)
     if mistake is not None:
-        raise JobError(f"{name or path} is {mistake.what}, and no file of requests: {mistake.remedy}")
+        raise JobError(f"{name or path} is no file of requests but {mistake.what}: {mistake.remedy}")
 
 
 # -- whatever the format of the input -------------------------------------------------------------------------------------------------
@@ -144,7 +144,7 @@ def _archive(head: _Head) -> _Mistake | None:
             return _Mistake(what="an Excel or other Office file", remedy=_TABLE.format("read_excel", _TO_JSONL).format(path=head.path))
         return _Mistake(what="a zip archive", remedy=f"unpack it first: unzip -p {head.path} > requests.jsonl")
     if _BZIP2.match(head.content):
-        return _Mistake(what="compressed by bzip2", remedy=f"unpack it first: bzip2 -dc {head.path} > requests.jsonl")
+        return _Mistake(what="a file compressed by bzip2", remedy=f"unpack it first: bzip2 -dc {head.path} > requests.jsonl")
     if head.content[257:262] == _TAR:
         return _Mistake(what="a tar archive", remedy=f"unpack it first: tar -xf {head.path}")
     return None
@@ -221,15 +221,21 @@ def _pretty_object(head: _Head) -> _Mistake | None:
     else:
         if "\n" not in head.text().lstrip()[:end]:
             return None
-    key = _list_in(found)
+    key = _list_in(found) if found else _list_after(lines[1])
     what = "JSON objects that go over several lines" if key is None else f"one JSON object with the list {key!r}"
     query = "." if key is None else f".[{json.dumps(key)}][]"
     return _Mistake(what=what, remedy=f"write each on a line of its own: jq -c {shlex.quote(query)} {head.path} > requests.jsonl")
 
 
-def _list_in(found: dict[str, Any] | None) -> str | None:
+def _list_after(line: bytes) -> str | None:
+    """The key of the list that begins on a line of an object that is too long to be looked at whole."""
+    begin = re.match(rb'"(\w+)":\s*\[$', line)
+    return None if begin is None or begin[1] == b"messages" else begin[1].decode()
+
+
+def _list_in(found: dict[str, Any]) -> str | None:
     """The key of the list of objects that an object which is no request itself holds."""
-    if not found or "messages" in found or "body" in found:
+    if "messages" in found or "body" in found:
         return None
     return next((key for key, value in found.items() if isinstance(value, list) and value and isinstance(value[0], dict)), None)
 
