@@ -41,7 +41,8 @@ def format_status(status: JobStatus) -> str:
         f"{status.name}: {_process(status)}\n"
         f"  {done:,} of {total} lines done ({status.failed:,} with errors), {in_progress}; "
         f"{status.prompt_tokens:,} prompt and {status.output_tokens:,} output tokens\n"
-        f"  latest run: {_times(status)}, {status.lines_per_s:,.2f} lines/s, {status.output_tokens_per_s:,.1f} output tokens/s{_eta(status)}"
+        f"  latest run: {_times(status)}, {status.lines_per_s:,.2f} lines/s, {status.output_tokens_per_s:,.1f} output tokens/s"
+        f"{_eta(status)}"
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterable, Sequence
 
-_CONFIRMED_LINES = 3  # after one that moved, these have to move with it
+_CONFIRMED_LINES = 1  # after one that moved, so many have to move with it
 
 
 def by_number(lines: Iterable[tuple[int, int]]) -> array[int]:

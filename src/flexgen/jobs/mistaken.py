@@ -259,8 +259,10 @@ def _table(head: _Head) -> _Mistake | None:
         (";", "values between semicolons"),
     ):
         rows = _rows(head, delimiter)
-        if _has_columns(rows) or (head.suffix in (".csv", ".tsv") and delimiter == "," and rows and len(rows[0]) == 1):
+        if _has_columns(rows):
             return _Mistake(what=f"a table of {kind}", remedy=_from_table(head, rows, delimiter))
+    if head.suffix in (".csv", ".tsv") and (rows := _rows(head, ",")):
+        return _Mistake(what="a table", remedy=_from_table(head, rows, ","))
     return None
 
 
