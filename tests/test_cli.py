@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import json
+import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -519,7 +522,101 @@ def test_from_stdin_to_stdout(model_folder: Path, source: Path, tmp_path: Path, 
     assert (again.exit_code, again.stdout) == (0, done.stdout)
     assert len(engines) == 1
     other = CliRunner().invoke(cli.app, ["run", str(model_folder), "-", "-o", "-", "--state", str(state)], input="{}\n")
-    assert (other.exit_code, "another standard input" in other.stderr) == (3, True)
+    assert (other.exit_code, "answers another input" in other.stderr) == (3, True)
+
+
+# -- an input that is something else ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [("text,label\na,1\nb,2\n", "comma-separated"), ("foo\n" * 100, "first 100 lines all fail"), ("[1, 2]", "JSON array")],
+)
+def test_a_refused_input_leaves_nothing(model_folder: Path, tmp_path: Path, output: Path, content: str, said: str) -> None:
+    source = tmp_path / "in"
+    source.write_text(content)
+    piped = CliRunner().invoke(cli.app, ["run", str(model_folder), "-", "-o", str(output)], input=content)
+    for done in (
+        flexgen("run", model_folder, source, "-o", output),
+        flexgen("run", model_folder, source, "-o", output, "--dry-run"),
+        piped,
+    ):
+        assert (done.exit_code, said in done.stderr) == (3, True)
+        assert list(tmp_path.iterdir()) == [source]
+
+
+def test_what_is_wrong_with_the_model_is_said_first(tmp_path: Path, output: Path) -> None:
+    source, model = tmp_path / "in", tmp_path / "model"
+    source.write_text("[1, 2]")
+    model.mkdir()
+    done = flexgen("run", model, source, "-o", output)
+    assert (done.exit_code, "JSON array" in done.stderr, "config.json" in done.stderr) == (3, False, True)
+    assert sorted(tmp_path.iterdir()) == [source, model]
+
+
+def test_a_refused_input_takes_nothing_away(
+    model_folder: Path, source: Path, tmp_path: Path, output: Path, engines: list[FakeEngine]
+) -> None:
+    assert flexgen("run", model_folder, source, "-o", output).exit_code == 0
+    before = output.read_bytes()
+    wrong = tmp_path / "wrong.csv"
+    wrong.write_text("text,label\na,1\nb,2\n")
+    for more in ([], ["--fresh"], ["--accept-changes"]):
+        assert flexgen("run", model_folder, wrong, "-o", output, *more).exit_code == 3
+        assert output.read_bytes() == before
+    assert flexgen("run", model_folder, source, "-o", output).exit_code == 0
+    assert len(engines) == 1
+
+
+def test_going_on_though_all_lines_fail(model_folder: Path, tmp_path: Path, output: Path) -> None:
+    source = tmp_path / "in"
+    source.write_text("foo\n" * 100)
+    assert flexgen("run", model_folder, source, "-o", output, "--keep-going").exit_code == 1
+    assert len(records(output)) == 100
+    assert flexgen("run", model_folder, source, "-o", output).exit_code == 1  # they are done
+
+
+def test_the_input_format_may_be_mended(model_folder: Path, tmp_path: Path, output: Path, engines: list[FakeEngine]) -> None:
+    source = tmp_path / "in"
+    source.write_text("ab\ncd\n")
+    assert flexgen("run", model_folder, source, "-o", output, "--max-tokens", 2).exit_code == 1
+    assert flexgen("run", model_folder, source, "-o", output, "--max-tokens", 2, "--input-format", "text").exit_code == 0
+    assert all("error" not in record for record in records(output))
+
+
+def test_a_mended_line_of_standard_input(model_folder: Path, source: Path, output: Path, engines: list[FakeEngine]) -> None:
+    lines = source.read_text()
+    command = ["run", str(model_folder), "-", "-o", str(output)]
+    assert CliRunner().invoke(cli.app, command, input=lines.replace("prompt", "promt", 1)).exit_code == 1
+    assert CliRunner().invoke(cli.app, command, input=lines).exit_code == 0
+    assert all("error" not in record for record in records(output))
+    assert CliRunner().invoke(cli.app, command).exit_code == 0  # what is kept is what was mended
+
+
+def test_a_pipe_is_kept_as_standard_input_is(
+    model_folder: Path, source: Path, tmp_path: Path, output: Path, engines: list[FakeEngine]
+) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with ThreadPoolExecutor(1) as pool:
+        writing = pool.submit(pipe.write_bytes, gzip.compress(source.read_bytes()))
+        done = flexgen("run", model_folder, pipe, "-o", output)
+        writing.result()
+    assert done.exit_code == 0, done.stderr
+    assert [record["id"] for record in records(output)] == ["a", "b"]
+    assert flexgen("run", model_folder, pipe, "-o", output, "--dry-run").exit_code == 2
+
+
+def test_inputs_that_are_no_files(model_folder: Path, source: Path, output: Path) -> None:
+    for model, given, said in (
+        (source, model_folder, "the model comes first"),
+        (source, "facebook/opt-125m", "the model comes first"),
+        (model_folder, model_folder, "the folder of a model"),
+        (model_folder, "/dev/null", "a device"),
+        (model_folder, "missing.jsonl", "no such file"),
+    ):
+        done = flexgen("run", model, given, "-o", output)
+        assert (done.exit_code, said in done.stderr) == (2, True), done.stderr
 
 
 def test_from_stdin_to_stdout_without_a_folder(

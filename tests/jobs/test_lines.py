@@ -123,3 +123,10 @@ def test_damaged_lines_are_objects_or_request_errors(value: object, data: st.Dat
     except RequestError as error:
         found = {"code": error.code}
     assert isinstance(found, dict)
+
+
+def test_a_line_in_another_encoding_says_how_to_convert_it() -> None:
+    (line,) = lines_of('{"prompt": "café"}\n'.encode("latin-1"))
+    with pytest.raises(RequestError, match=r"0xe9 at byte 15.*iconv -f WINDOWS-1252") as caught:
+        parse_object(line)
+    assert caught.value.code == "invalid_utf8"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes import CONTEXT, POISON, VOCAB, FakeEngine, byte_id, fake_text, fake_token
+from fakes import CONTEXT, FORECAST, POISON, VOCAB, FakeEngine, byte_id, fake_text, fake_token
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jobs.places import paths_of
@@ -23,6 +23,7 @@ from flexgen.jobs.folder import JobFolder
 from flexgen.jobs.identity import identity_of
 from flexgen.jobs.reading import Reader, Refused, index_of, place_of
 from flexgen.jobs.runner import Job
+from flexgen.jobs.status import read_status
 from flexgen.jobs.stopping import Stopped, StopRequest
 from flexgen.jobs.store import Store
 from flexgen.plan.workload import Workload
@@ -277,6 +278,84 @@ def test_another_input_is_refused_and_the_output_kept(llm: LLM, tmp_path: Path, 
     run(llm, source, output, accept=True)
     run(llm, source, tmp_path / "whole.jsonl")
     assert output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+def test_a_mended_line_is_done_again_and_the_others_are_kept(llm: LLM, tmp_path: Path, output: Path, engines: list[FakeEngine]) -> None:
+    source = tmp_path / "in.jsonl"
+    good = lines(10)
+    good[0] = {"id": 0, "prompt": "ab", "max_tokens": 2}
+    good[7] = {"id": 7, "prompt": "cd", "max_tokens": 2}
+    run(llm, write(source, *lines(10)), output)
+    job = run(llm, write(source, *good), output)
+    assert (job.num_bad_lines, engines[-1].num_pulled) == (0, 8 + 2)
+    run(llm, source, tmp_path / "whole.jsonl")
+    assert output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+def test_a_bad_line_may_go(llm: LLM, tmp_path: Path, output: Path) -> None:
+    source = tmp_path / "in.jsonl"
+    run(llm, write(source, *lines(10)), output)
+    run(llm, write(source, "", *lines(10)[1:]), output)
+    assert sorted(answers(output)) == list(range(2, 11))
+
+
+def test_settings_that_answered_nothing_may_change(llm: LLM, tmp_path: Path, output: Path) -> None:
+    source = write(tmp_path / "in.txt", "abc", "abd")
+    run(llm, source, output)
+    assert all("error" in record for record in answers(output).values())
+    run(llm, source, output, defaults=SamplingParams(temperature=0.0, max_tokens=3), input_format="text")
+    assert [record["text"] for record in answers(output).values()] == [fake_text("abc", 3), fake_text("abd", 3)]
+
+
+# -- a file that is wrong as a whole ----------------------------------------------------------------------------------------------------
+
+ALIKE = {
+    "no json": ["foo bar"] * 50 + ["{'prompt': 1}"] * 50,
+    "unknown fields": [{"text": str(n)} for n in range(100)],
+    "too long": [{"prompt": "a" * (CONTEXT + n)} for n in range(100)],
+    "no template": [{"messages": [{"role": "user", "content": str(n)}]} for n in range(100)],
+}
+
+
+@pytest.mark.parametrize("bad", ALIKE.values(), ids=ALIKE)
+def test_a_hundred_lines_that_fail_alike_are_refused(llm: LLM, tmp_path: Path, output: Path, bad: list[object]) -> None:
+    source = write(tmp_path / "in.jsonl", "", *bad, {"prompt": "a"})
+    with opened(llm, source, output) as job, pytest.raises(JobError, match=r"first 100 lines all fail .* line 2: .*--keep-going"):
+        job.check_head()
+    with opened(llm, source, output) as job:  # asked to go on
+        job.scan()
+        assert job.num_bad_lines == 100
+    with opened(llm, source, output) as job:  # it went on then
+        job.check_head()
+
+
+@pytest.mark.parametrize(
+    "given_lines",
+    [
+        ALIKE["unknown fields"][:99],
+        [*ALIKE["unknown fields"][:99], {"prompt": "a"}],
+        [*ALIKE["unknown fields"][:99], {"txet": "a"}],
+        [*ALIKE["no json"][:60], *ALIKE["too long"][:40]],
+    ],
+    ids=["fewer", "one is good", "another field", "two reasons"],
+)
+def test_lines_that_fail_for_themselves_stop_nothing(llm: LLM, tmp_path: Path, output: Path, given_lines: list[object]) -> None:
+    with opened(llm, write(tmp_path / "in.jsonl", *given_lines), output) as job:
+        job.check_head()
+
+
+def test_what_a_run_tells_while_it_goes_on(llm: LLM, tmp_path: Path, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flexgen.jobs.runner.STATUS_SECONDS", 0.0)
+    source = write(tmp_path / "in.jsonl", *({"prompt": "ab", "max_tokens": 3} for _ in range(8)))
+    found = []
+    with opened(llm, source, output) as job:
+        workload = job.scan()
+        assert job.store is not None
+        job.open(workload)
+        job.store.start_run(job.num_lines)
+        job.run(workload, on_progress=lambda progress: found.append(read_status(paths_of(output))))
+    assert [each.output_tokens for each in found] == [12, 24]
+    assert all(each.answering and each.planned_seconds == FORECAST.seconds and each.eta_seconds > 0 for each in found)
 
 
 def test_another_seed_is_refused(model_folder: Path, llm: LLM, tmp_path: Path, output: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from jobs.places import opened, paths_of, result
 
+from flexgen.cli.status import format_status
 from flexgen.jobs import store as store_module
 from flexgen.jobs.begun import Begun
 from flexgen.jobs.status import read_status
@@ -32,20 +33,91 @@ def test_a_job_while_it_runs_and_afterwards(tmp_path: Path, clock: list[float]) 
     output = tmp_path / "out.jsonl"
     with opened(output) as store:
         store.start_run(num_lines=20)
-        assert read_status(store.paths).eta_seconds is None
+        assert not read_status(store.paths).answering
         for number in (1, 2, 3, 4):
             store.add(result(number, failed=number == 3))
         clock[0] += 8.0
         store.commit([Begun(line_number=9, digest=1, choice=0, start=0, generated=Generated(token_ids=(1,) * 30))])
         found = read_status(store.paths)
         assert (found.process, found.ending, found.lines) == (os.getpid(), None, 20)
-        assert (found.answered, found.failed, found.in_progress) == (3, 1, 1)
+        assert (found.answered, found.failed, found.in_progress, found.in_progress_tokens) == (3, 1, 1, 30)
         assert (found.prompt_tokens, found.output_tokens) == (8, 1 + 2 + 3 + 4 + 30)
         assert (found.run_seconds, found.lines_per_s, found.output_tokens_per_s) == (8.0, 0.5, 5.0)
-        assert found.eta_seconds == 32.0
         store.end_run("stopped by SIGTERM")
     found = read_status(paths_of(output))
     assert (found.process, found.ending, found.eta_seconds) == (None, "stopped by SIGTERM", None)
+
+
+def test_a_run_that_has_finished_no_line_tells_what_it_knows(tmp_path: Path, clock: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the ramp of a job lines say nothing; the run knows its plan and what is left."""
+    output, now = tmp_path / "out.jsonl", [1000.0]
+    monkeypatch.setattr("time.time", lambda: now[0])
+    with opened(output) as store:
+        store.start_run(num_lines=20)
+        clock[0] += 10.0
+        store.tell(output_tokens=4500, in_progress=256, eta_seconds=540.0, planned_seconds=780.0)
+        now[0] += 3.0
+        found = read_status(store.paths)
+    assert found.answering
+    assert (found.in_progress, found.in_progress_tokens, found.output_tokens) == (256, 4500, 4500)
+    assert (found.run_seconds, found.planned_seconds, found.output_tokens_per_s) == (10.0, 780.0, 450.0)
+    assert (found.eta_seconds, found.eta_age_seconds) == (537.0, 3.0)
+    said = format_status(found)
+    assert "256 in progress with 4,500 tokens" in said
+    assert "10.0 s of 13:00 min planned" in said
+    assert "ETA 8:57 min, by the run's own estimate of 3.0 s ago" in said
+    after = read_status(paths_of(output))  # killed: what was not stored is gone
+    assert (after.process, after.answering, after.in_progress, after.output_tokens, after.eta_seconds) == (None, False, 0, 0, None)
+    assert after.planned_seconds == 780.0
+
+
+def test_answers_that_are_done_are_no_longer_in_progress(tmp_path: Path) -> None:
+    with opened(tmp_path / "out.jsonl") as store:
+        store.start_run(num_lines=20)
+        store.tell(output_tokens=50, in_progress=2, eta_seconds=None, planned_seconds=None)
+        store.add(result(30))
+        store.commit()
+        found = read_status(store.paths)
+    assert (found.output_tokens, found.in_progress_tokens, found.eta_seconds) == (50, 20, None)
+
+
+def test_what_an_earlier_run_told_is_not_this_one_s(tmp_path: Path) -> None:
+    output = tmp_path / "out.jsonl"
+    with opened(output) as store:
+        store.start_run(num_lines=20)
+        store.tell(output_tokens=9, in_progress=5, eta_seconds=60.0, planned_seconds=70.0)
+    with opened(output) as store:
+        store.start_run(num_lines=20)
+        found = read_status(store.paths)
+    assert (found.answering, found.in_progress, found.eta_seconds, found.planned_seconds) == (False, 0, None, None)
+    assert "not answering yet" in format_status(found)
+
+
+def test_a_job_of_an_earlier_version(tmp_path: Path) -> None:
+    """It has no table for what runs tell: it is read without one, and the next run makes it."""
+    output = tmp_path / "out.jsonl"
+    with opened(output) as store:
+        store.start_run(num_lines=3)
+        store.add(result(1))
+        store.commit()
+        store._connection.execute("DROP TABLE snapshot")
+    found = read_status(paths_of(output))
+    assert (found.answered, found.lines, found.planned_seconds) == (1, 3, None)
+    with opened(output) as store:
+        store.start_run(num_lines=3)
+        store.tell(output_tokens=1, in_progress=1, eta_seconds=2.0, planned_seconds=None)
+        assert read_status(store.paths).answering
+        assert store.num_found == 1
+
+
+def test_a_word_that_cannot_be_kept_stops_nothing(tmp_path: Path) -> None:
+    with opened(tmp_path / "out.jsonl") as store:
+        store.start_run(num_lines=3)
+        store._connection.execute("DROP TABLE snapshot")
+        store.tell(output_tokens=1, in_progress=1, eta_seconds=2.0, planned_seconds=None)
+        store.add(result(1))
+        store.commit()
+        assert read_status(store.paths).answered == 1
 
 
 def test_a_later_run_has_its_own_pace(tmp_path: Path, clock: list[float]) -> None:
@@ -59,5 +131,5 @@ def test_a_later_run_has_its_own_pace(tmp_path: Path, clock: list[float]) -> Non
             clock[0] += seconds
             store.commit([Begun(line_number=25, digest=1, choice=0, start=first, generated=Generated(token_ids=(1, 2)))])
             found = read_status(store.paths)
-    assert (found.answered, found.run_seconds, found.lines_per_s, found.eta_seconds) == (20, 5.0, 2.0, 5.0)
+    assert (found.answered, found.run_seconds, found.lines_per_s) == (20, 5.0, 2.0)
     assert found.output_tokens_per_s == (sum(range(11, 21)) + 2) / 5.0

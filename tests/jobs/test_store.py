@@ -279,6 +279,26 @@ def test_a_job_of_which_nothing_is_kept_may_change(output: Path) -> None:
         pass
 
 
+def test_a_job_that_has_answered_nothing_may_change(output: Path) -> None:
+    """Its errors may come from what was wrong then."""
+    with opened(output) as store:
+        store.add(result(1, failed=True))
+        store.commit()
+    with opened(output) as store:  # the same as before
+        assert store.num_failed == 1
+    other = Identity(answers={"model": "m", "seed": 1}, versions={})
+    with opened(output, other) as store:
+        assert store.num_found == 0
+    with opened(output) as store:  # that run never started
+        assert store.num_failed == 1
+    with opened(output, other) as store:
+        store.start_run(num_lines=1)
+        store.add(result(1))
+        store.commit()
+    with pytest.raises(JobError, match="seed 1, now it is 0"), opened(output):
+        pass
+
+
 def test_the_start_of_the_job_and_its_name_are_remembered(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("time.time", lambda: 1000.5)
     fill(output, range(1, 3))
@@ -301,22 +321,23 @@ def lines(numbers: range, **digests: int) -> list[tuple[int, int]]:
     ("given_lines", "first", "count"),
     [
         (lines(range(1, 10), line2=5), 2, 1),
-        (lines(range(1, 10), line1=5, line6=5, line9=7), 1, 2),
-        (lines(range(1, 4)), 4, 4),
+        (lines(range(1, 10), line1=5, line6=5, line9=7), 1, 1),
+        (lines(range(1, 4)), 4, 3),
         (lines(range(3, 10)), 1, 2),
-        ([(1, 1001), (5, 1005), (6, 1006), (7, 1007), (12, 5)], 2, 3),
-        ([], 1, 7),
+        ([(1, 1001), (5, 1005), (6, 1006), (7, 1007), (12, 5)], 2, 2),
+        ([], 1, 5),
     ],
 )
 def test_another_input_is_refused_or_its_lines_forgotten(output: Path, given_lines: list[tuple[int, int]], first: int, count: int) -> None:
+    """Lines 3 and 6 are errors, which may change."""
     fill(output, range(1, 8))
     with opened(output) as store:
-        with pytest.raises(JobError, match=rf"another input \({count} lines differ, the first is line {first}\)"):
+        with pytest.raises(JobError, match=rf"another input \({count} lines that were answered differ, the first is line {first}\)"):
             store.match_input(given_lines)
         assert store.num_found == 7
         store.match_input(given_lines, accept_changes=True)
-        assert store.num_found == store.num_answered + store.num_failed == 7 - count
         same = {number for number, digest in given_lines if number < 8 and digest == number + 1000}
+        assert store.num_found == store.num_answered + store.num_failed == len(same)
         assert set(done(store)) == same
         for number in range(1, 8):
             if number not in same:
@@ -324,6 +345,45 @@ def test_another_input_is_refused_or_its_lines_forgotten(output: Path, given_lin
         store.commit()
     with opened(output) as store:
         assert store.num_found == 7
+
+
+@pytest.mark.parametrize("given_lines", [lines(range(1, 10), line3=5), lines(range(1, 3)) + lines(range(4, 8))])
+def test_a_line_that_failed_may_change_or_go(output: Path, given_lines: list[tuple[int, int]]) -> None:
+    fill(output, range(1, 8))
+    with opened(output) as store:
+        store.match_input(given_lines)
+        assert done(store) == [1, 2, 4, 5, 6, 7]
+    with opened(output) as store:  # that run never started: nothing is lost
+        assert (store.num_answered, store.num_failed) == (5, 2)
+        store.match_input(given_lines)
+        store.start_run(num_lines=7)
+    with opened(output) as store:
+        assert (store.num_answered, store.num_failed) == (5, 1)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "was", "now"),
+    [([1, 2, 5, 6, 8], 5, 3), ([1, 99, 2, 3, 5, 7, 8], 2, 3), ([99, 98, 1, 2, 4], 1, 3)],
+    ids=["removed", "inserted", "two in front"],
+)
+def test_lines_that_moved_are_told_apart(output: Path, numbers: list[int], was: int, now: int) -> None:
+    with opened(output) as store:
+        for number in range(1, 9):
+            store.add(result(number))
+        store.commit()
+        with pytest.raises(JobError, match=f"what was line {was} is line {now} now"):
+            store.match_input([(place, number + 1000) for place, number in enumerate(numbers, 1)])
+
+
+def test_what_is_kept_of_a_line_that_is_another_now_goes(output: Path) -> None:
+    with opened(output) as store:
+        store.commit([begun(0, 0, (5,))])
+        store.match_input([(4, 2**63 + 4)])
+        assert store.kept(4, 2**63 + 4) != {}
+        store.match_input([(4, 77)])
+        store.start_run(num_lines=1)
+        assert store._tokens_in_progress() == 0
+        assert store.kept(4, 2**63 + 4) == {}
 
 
 @pytest.mark.parametrize("more", [0, 3])

@@ -34,7 +34,7 @@ _LONG_ANSWER = 256  # tokens
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
-    """What was asked for, besides the engine's options; `source` and `output` are None for `-`.
+    """What was asked for, besides the engine's options; `source` and `output` are None for `-`, and `source` may be a pipe.
 
     Attributes:
         defaults: how lines are sampled that do not say, as flags give it: fields of SamplingParams, None where they do not.
@@ -54,20 +54,30 @@ class Asked:
     fresh: bool
     retry_errors: bool
     accept_changes: bool
+    keep_going: bool
     checkpoint_seconds: float
     metrics: Path | None
     progress: str
 
+    @property
+    def source_is_stream(self) -> bool:
+        """Whether the input can be read once only: standard input, a named pipe, or a shell's `<(...)`."""
+        return self.source is None or not self.source.is_file()
+
 
 def show_plan(asked: Asked, display: Display) -> int:
     """What would be done (`--dry-run`)."""
+    from flexgen.jobs.mistaken import check_input
     from flexgen.jobs.runner import Job
 
     assert asked.source is not None
     with _load(asked) as llm:
+        check_input(asked.source, input_format=asked.input_format)
         job = Job(llm, asked.source, None, defaults=bare_defaults(llm, asked.defaults), input_format=asked.input_format)
         if asked.strict:
             job.check()
+        if not asked.keep_going:
+            job.check_head()
         workload = job.scan()
         display.message(_describe(job, workload))
         if len(workload):
@@ -98,6 +108,9 @@ def _answer_in_passing(asked: Asked, display: Display, signals: StopSignals) -> 
     try:
         code = _answer_kept(dataclasses.replace(asked, state=state), display, signals)
         return code
+    except FlexGenError:  # it was refused: nothing is there that could go on
+        shutil.rmtree(state, ignore_errors=True)
+        raise
     finally:
         if code in (ExitCode.ALL_ANSWERED, ExitCode.SOME_FAILED) or not (state / "input").exists():
             shutil.rmtree(state, ignore_errors=True)
@@ -108,41 +121,73 @@ def _answer_in_passing(asked: Asked, display: Display, signals: StopSignals) -> 
 
 def _answer_kept(asked: Asked, display: Display, signals: StopSignals) -> int:
     """The same for a job that has its place."""
-    from flexgen.jobs.export import check_output
     from flexgen.jobs.folder import JobFolder, job_paths
+
+    paths = job_paths(None if asked.source_is_stream else asked.source, asked.output, asked.state)
+    with JobFolder(paths) as folder:
+        try:
+            with _load(asked) as llm:  # what is wrong with the model is told before the input is read
+                return _answer_in(folder, llm, asked, display, signals)
+        except FlexGenError:
+            folder.undo()
+            raise
+
+
+def _answer_in(folder: JobFolder, llm: LLM, asked: Asked, display: Display, signals: StopSignals) -> ExitCode:
+    from flexgen.jobs.export import check_output
     from flexgen.jobs.identity import identity_of
     from flexgen.jobs.runner import Job
+    from flexgen.jobs.stdin import settle_input
     from flexgen.jobs.store import Store
 
-    with JobFolder(job_paths(asked.source, asked.output, asked.state)) as folder:
-        source = _prepare_folder(folder, asked)
-        with _load(asked) as llm, Store(folder) as store:
-            check_output(folder.paths)
-            defaults = bare_defaults(llm, asked.defaults)
-            settings = {"chat_template_kwargs": asked.chat_template_kwargs, "input_format": asked.input_format}
-            store.begin(identity_of(llm, defaults, **settings), llm.files.name, accept_changes=asked.accept_changes)
-            job = Job(
-                llm, source, store, defaults=defaults, input_format=asked.input_format, checkpoint_seconds=asked.checkpoint_seconds,
-                stop=signals.request,
-            )  # fmt: skip
-            workload = _prepare_lines(job, store, asked)
-            display.message(_describe(job, workload))
-            if len(workload):
-                display.plan(llm.open(workload))
-            with signals.deferred():
-                return _answer(job, store, workload, asked, display, signals)
+    source = _prepare_folder(folder, asked)
+    with Store(folder) as store:
+        check_output(folder.paths)
+        defaults = bare_defaults(llm, asked.defaults)
+        settings = {"chat_template_kwargs": asked.chat_template_kwargs, "input_format": asked.input_format}
+        store.begin(identity_of(llm, defaults, **settings), llm.files.name, accept_changes=asked.accept_changes)
+        job = Job(
+            llm, source, store, defaults=defaults, input_format=asked.input_format, checkpoint_seconds=asked.checkpoint_seconds,
+            stop=signals.request,
+        )  # fmt: skip
+        workload = _prepare_lines(job, store, asked)
+        display.message(_describe(job, workload))
+        if len(workload):
+            display.plan(job.open(workload))
+        folder.keep()
+        job.source = settle_input(folder, source)
+        with signals.deferred():
+            return _answer(job, store, workload, asked, display, signals)
 
 
 def _prepare_folder(folder: JobFolder, asked: Asked) -> Path:
-    """What `--fresh` and a piped input ask for; the file to read."""
+    """What `--fresh` and a piped input ask for; the file to read, which looks like one of requests."""
     from flexgen.jobs.export import remove_job
+    from flexgen.jobs.mistaken import check_input
+
+    if asked.source is not None and not asked.source_is_stream:
+        check_input(asked.source, input_format=asked.input_format)  # before anything is removed for it
+        source = asked.source
+        if asked.fresh:
+            remove_job(folder)
+    else:
+        if asked.fresh:
+            remove_job(folder)
+        source = _keep_stream(folder, asked.source)
+        check_input(source, input_format=asked.input_format, name=str(asked.source or "standard input"))
+    return source
+
+
+def _keep_stream(folder: JobFolder, pipe: Path | None) -> Path:
     from flexgen.jobs.stdin import keep_input
 
-    if asked.fresh:
-        remove_job(folder)
-    if asked.source is not None:
-        return asked.source
-    return keep_input(folder, sys.stdin.buffer, accept_changes=asked.accept_changes)
+    if pipe is None:
+        return keep_input(folder, sys.stdin.buffer)
+    try:
+        with pipe.open("rb") as stream:
+            return keep_input(folder, stream)
+    except OSError as error:
+        raise StorageError(f"INPUT {pipe} cannot be read: {error.strerror}") from error
 
 
 def _prepare_lines(job: Job, store: Store, asked: Asked) -> Workload:
@@ -152,6 +197,8 @@ def _prepare_lines(job: Job, store: Store, asked: Asked) -> Workload:
     job.match(accept_changes=asked.accept_changes)
     if asked.retry_errors:
         store.forget_failed()
+    if not asked.keep_going:
+        job.check_head()
     return job.scan()
 
 

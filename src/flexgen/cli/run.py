@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from flexgen.cli.job import Asked, answer_job, show_plan
-from flexgen.cli.options import Model, ProgressFlag, check_file, check_parent, engine_command, is_there, seconds
+from flexgen.cli.options import Model, ProgressFlag, check_file, check_parent, engine_command, seconds
 from flexgen.cli.signals import StopSignals
 from flexgen.cli.streams import check_stdin, check_stdout
 from flexgen.cli.terminal import complain, showing
@@ -71,6 +71,10 @@ def run(
         bool,
         typer.Option("--accept-changes", help="Go on though the model, its settings or lines changed.", rich_help_panel=_AGAIN),
     ] = False,
+    keep_going: Annotated[
+        bool,
+        typer.Option("--keep-going", help="Go on though the first 100 lines all fail for the same reason.", rich_help_panel=_AGAIN),
+    ] = False,
     checkpoint_seconds: Annotated[
         float,
         typer.Option(metavar="TIME", parser=seconds, help="Store the tokens of answers in progress this often.", rich_help_panel=_AGAIN),
@@ -98,6 +102,7 @@ def run(
         fresh=fresh,
         retry_errors=retry_errors,
         accept_changes=accept_changes,
+        keep_going=keep_going,
         checkpoint_seconds=checkpoint_seconds,
         metrics=metrics,
         progress=progress,
@@ -131,8 +136,7 @@ def _check(asked: Asked, dry_run: bool) -> None:
     """Raises OptionError for paths and flags that cannot be meant."""
     from flexgen.jobs.forms import INPUT_FORMATS
 
-    if asked.source is not None and not is_there(asked.source, "INPUT", Path.is_file):  # not by typer, which looks for a file named -
-        raise OptionError(f"INPUT {asked.source}: {'this is a folder' if asked.source.is_dir() else 'there is no such file'}")
+    _check_source(asked)
     check_parent(asked.output, "--output")
     check_target(asked.output)
     check_file(asked.metrics, "--metrics")
@@ -156,5 +160,22 @@ def _check(asked: Asked, dry_run: bool) -> None:
         raise OptionError(f"--fresh forgets earlier runs, which leaves {given[1]} nothing to do")
     if dry_run and asked.metrics is not None:
         raise OptionError("--dry-run has nothing to measure: leave out --metrics")
-    if dry_run and (given or asked.source is None):
-        raise OptionError(f"--dry-run changes nothing and keeps nothing: leave out {given[0] if given else '- and give a file'}")
+    if dry_run and (given or asked.source_is_stream):
+        named = given[0] if given else f"{asked.source or '-'} and give a file"
+        raise OptionError(f"--dry-run changes nothing and keeps nothing: leave out {named}")
+
+
+def _check_source(asked: Asked) -> None:
+    """Raises OptionError for an input that is no file and no pipe.  (Not by typer, which would look for a file named -.)"""
+    source = asked.source
+    if source is None or is_there(source, "INPUT", Path.is_file) or source.is_fifo() or source.is_socket():
+        return
+    if source.is_dir() and Path(asked.model).is_file():
+        raise OptionError(f"INPUT {source} is a folder and MODEL {asked.model} a file; the model comes first: flexgen run MODEL INPUT")
+    if source.is_dir():
+        what = "this is the folder of a model" if (source / "config.json").is_file() else "this is a folder"
+        raise OptionError(f"INPUT {source}: {what}; give a file with one request per line")
+    if source.exists():
+        raise OptionError(f"INPUT {source} is a device; give a file, or - to read standard input")
+    swapped = "; MODEL is a file, and the model comes first: flexgen run MODEL INPUT" if Path(asked.model).is_file() else ""
+    raise OptionError(f"INPUT {source}: there is no such file{swapped}")

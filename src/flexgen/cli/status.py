@@ -31,16 +31,37 @@ def status(
 
 
 def format_status(status: JobStatus) -> str:
-    """Three lines."""
-    from flexgen.durations import format_seconds
-
-    running = f"process {status.process}" if status.process is not None else f"not running ({status.ending or 'killed'})"
+    """A few lines."""
     done = status.answered + status.failed
     total = "?" if status.lines is None else f"{status.lines:,}"
+    in_progress = f"{status.in_progress:,} in progress"
+    if status.in_progress_tokens:
+        in_progress += f" with {status.in_progress_tokens:,} tokens"
     return (
-        f"{status.name}: {running}\n"
-        f"  {done:,} of {total} lines done ({status.failed:,} with errors), {status.in_progress:,} in progress; "
+        f"{status.name}: {_process(status)}\n"
+        f"  {done:,} of {total} lines done ({status.failed:,} with errors), {in_progress}; "
         f"{status.prompt_tokens:,} prompt and {status.output_tokens:,} output tokens\n"
-        f"  latest run: {format_seconds(status.run_seconds)}, {status.lines_per_s:,.2f} lines/s, "
-        f"{status.output_tokens_per_s:,.1f} output tokens/s, ETA {format_seconds(status.eta_seconds)}"
+        f"  latest run: {_times(status)}, {status.lines_per_s:,.2f} lines/s, {status.output_tokens_per_s:,.1f} output tokens/s"
+        f"{_eta(status)}"
     )
+
+
+def _process(status: JobStatus) -> str:
+    if status.process is None:
+        return f"not running ({status.ending or 'killed'})"
+    return f"process {status.process}" + ("" if status.answering else ", which is not answering yet")
+
+
+def _times(status: JobStatus) -> str:
+    from flexgen.durations import format_seconds
+
+    planned = "" if status.planned_seconds is None else f" of {format_seconds(status.planned_seconds)} planned"
+    return format_seconds(status.run_seconds) + planned
+
+
+def _eta(status: JobStatus) -> str:
+    from flexgen.durations import format_seconds
+
+    if status.eta_seconds is None or status.eta_age_seconds is None:
+        return ""
+    return f"\n  ETA {format_seconds(status.eta_seconds)}, by the run's own estimate of {format_seconds(status.eta_age_seconds)} ago"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -101,6 +101,17 @@ def read(connection: sqlite3.Connection, line_number: int, digest: int) -> dict[
             ending=None if ending is None else Ending.from_json(ending),
         )
     return found
+
+
+def stale(connection: sqlite3.Connection, digests: Sequence[int]) -> list[tuple[int, int]]:
+    """(line number, digest) of what is kept of lines that are others now, or gone; digests by line number, as SQLite holds them."""
+    rows = connection.execute("SELECT DISTINCT line, digest FROM begun")
+    return [(line, digest) for line, digest in rows if line >= len(digests) or digests[line] != digest]
+
+
+def forget(connection: sqlite3.Connection, lines: Iterable[tuple[int, int]]) -> None:
+    """Drop what is kept of those lines, within the caller's transaction."""
+    connection.executemany("DELETE FROM begun WHERE line = ? AND digest = ?", lines)
 
 
 def _row(digest: int, begun: Begun) -> tuple[Any, ...]:

@@ -42,6 +42,9 @@ PRAGMA user_version = {_VERSION};
 COMMIT;
 """
 
+# What a job has got since: older versions do without it, so that the format is the same.
+_ADDITIONS = "CREATE TABLE IF NOT EXISTS snapshot (id INTEGER PRIMARY KEY, value TEXT NOT NULL)"
+
 
 def connect(path: Path, *, create: bool = False) -> sqlite3.Connection:
     """An open database of a job; every statement is its own transaction unless `transaction` says otherwise.
@@ -84,6 +87,8 @@ def _prepare(connection: sqlite3.Connection, path: Path, create: bool) -> None:
     (version,) = connection.execute("PRAGMA user_version").fetchone()
     if version != _VERSION:
         raise StorageError(f"{path} was written by another version of flexgen (format {version}, this one has {_VERSION})")
+    if create:
+        connection.execute(_ADDITIONS)
 
 
 @contextmanager

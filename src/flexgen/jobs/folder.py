@@ -8,7 +8,7 @@ import os
 import stat
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -116,10 +116,11 @@ class JobFolder:
     def __init__(self, paths: JobPaths) -> None:
         self.paths = paths
         self._lock = -1
+        self._kept = False
         with _translated(paths):
             check_target(paths.output)
             _check_length(paths)
-            _make_private(paths)
+            self._is_new = _make_private(paths)
             self._lock = open_private(paths.folder / "lock", os.O_RDWR | os.O_CREAT)
             try:
                 self._take_lock()
@@ -132,10 +133,14 @@ class JobFolder:
     def _take_lock(self) -> None:
         for attempt in range(_LOCK_TRIES):
             try:
-                return fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 if attempt + 1 < _LOCK_TRIES:
                     time.sleep(_LOCK_SECONDS)
+                continue
+            if os.fstat(self._lock).st_nlink == 0:
+                raise JobError(f"{self.paths.folder} was removed a moment ago by another run, which was refused: try again")
+            return
         holder = os.pread(self._lock, 32, 0).decode(errors="replace").strip()
         raise JobError(f"{self.paths.name} is being written by another flexgen (process {holder or 'unknown'})")
 
@@ -149,6 +154,24 @@ class JobFolder:
                 *(database.with_name(database.name + end) for end in ("-wal", "-shm", "")),
             ):
                 path.unlink(missing_ok=True)
+
+    def keep(self) -> None:
+        """From here on `undo` does nothing: the run starts."""
+        self._kept = True
+
+    def undo(self) -> None:
+        """After a run that was refused before the start: remove the folder, if this run has made it, and an input that does not count."""
+        if self._kept:
+            return
+        with _translated(self.paths):
+            self.paths.new_input.unlink(missing_ok=True)
+            if not self._is_new:
+                return
+            self.remove_state()
+            for name in ("export.lock", "lock"):
+                (self.paths.folder / name).unlink(missing_ok=True)
+            with suppress(OSError):  # somebody has put something into it
+                self.paths.folder.rmdir()
 
     def close(self) -> None:
         """Let others run the job."""
@@ -188,13 +211,15 @@ def _check_length(paths: JobPaths) -> None:
         )
 
 
-def _make_private(paths: JobPaths) -> None:
+def _make_private(paths: JobPaths) -> bool:
+    """Whether the folder is new."""
     folder = paths.folder
+    is_new = True
     try:
         folder.mkdir(mode=0o700)
         sync_folder(folder.absolute().parent)
     except FileExistsError:
-        pass
+        is_new = False
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
         raise JobError(f"{folder} is no folder of yours; it would hold private data")
@@ -202,6 +227,7 @@ def _make_private(paths: JobPaths) -> None:
         raise JobError(f"{folder} holds other files than a job's; name a folder of its own with --state")
     if stat.S_IMODE(found.st_mode) & 0o077:
         folder.chmod(0o700)
+    return is_new
 
 
 @contextmanager

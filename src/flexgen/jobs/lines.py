@@ -68,7 +68,9 @@ def parse_text(line: Line) -> str:
     try:
         return line.content.decode()
     except UnicodeDecodeError as error:
-        raise RequestError(f"the line is not UTF-8 (byte {error.start})", code="invalid_utf8") from error
+        found = f"0x{line.content[error.start]:02x} at byte {error.start}"
+        hint = "in Windows-1252 or Latin-1, iconv -f WINDOWS-1252 -t UTF-8 converts it"
+        raise RequestError(f"the line is not UTF-8 ({found}); if the file is {hint}", code="invalid_utf8") from error
 
 
 def parse_object(line: Line) -> dict[str, Any]:

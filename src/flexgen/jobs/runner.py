@@ -7,6 +7,7 @@ Knows lines and answers; nothing of how the model runs.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from array import array
@@ -16,14 +17,17 @@ from pathlib import Path
 from flexgen.engine.progress import Progress
 from flexgen.errors import EngineError, JobError, OutOfMemoryError, StorageError, is_out_of_memory
 from flexgen.failpoints import failpoint
+from flexgen.jobs.alike import HEAD_LINES, check_head
 from flexgen.jobs.census import Census
 from flexgen.jobs.forms import Forms, Remarks
+from flexgen.jobs.input_file import READ_ERRORS, open_input
 from flexgen.jobs.lines import Line, read_lines
 from flexgen.jobs.reading import Reader, Refused, Served
 from flexgen.jobs.serving import Serving, failure
 from flexgen.jobs.stopping import Stopped, StopRequest
 from flexgen.jobs.store import Store
 from flexgen.llm import LLM
+from flexgen.plan.forecast import Plan
 from flexgen.plan.workload import Workload
 from flexgen.prefixes import NO_PREFIXES
 from flexgen.request import Live, SamplingParams, TokenRequest
@@ -31,6 +35,7 @@ from flexgen.request import Live, SamplingParams, TokenRequest
 logger = logging.getLogger(__name__)
 
 CHECKPOINT_SECONDS = 30.0
+STATUS_SECONDS = 2.0  # what `flexgen status` tells of a run is no older, as long as the run goes on
 _MOST_COMPLAINTS = 20
 
 
@@ -71,6 +76,7 @@ class Job:
         self.started = False
         self.num_resumed = self.tokens_kept = 0
         self._checkpoint_seconds, self._next_checkpoint = checkpoint_seconds, 0.0
+        self._planned_seconds: float | None = None
         self._stop = stop or StopRequest()
         self._input_format = input_format
         self.remarks = Remarks(llm.files.name)
@@ -109,6 +115,16 @@ class Job:
         if complaints:
             listed = "\n".join(f"line {line_number}: {what}" for line_number, what in sorted(complaints)[:_MOST_COMPLAINTS])
             raise JobError(f"{self.source}: --strict found {count + len(repeated):,} faults; the first are\n{listed}")
+
+    def check_head(self) -> None:
+        """Look at the first lines, unless one of them is done.
+
+        Raises:
+            JobError: there are many, and all fail for the same reason.
+        """
+        head = list(itertools.islice(self._lines(), HEAD_LINES))
+        if len(head) == HEAD_LINES and not any(self.store is not None and self.store.is_done(line.number) for line in head):
+            check_head(str(self.source), head, self._reader().read(head))
 
     def scan(self) -> Workload:
         """Answer bad lines, and measure the good ones that have no answer yet; find what their prompts have in common.
@@ -158,6 +174,12 @@ class Job:
             before = len(kept[choice].generated.token_ids) if choice in kept else 0
             yield len(request.prompt_token_ids) + before, max(request.max_tokens - before, 1)
 
+    def open(self, workload: Workload) -> Plan:
+        """Have the model ready for what the scan left, and tell the plan."""
+        plan = self.llm.open(workload)
+        self._planned_seconds = plan.forecast.seconds
+        return plan
+
     # -- the run ------------------------------------------------------------------------------------------------------------------------
 
     def run(self, workload: Workload, *, on_progress: Callable[[Progress], None] | None = None) -> None:
@@ -183,12 +205,14 @@ class Job:
 
     def _answer(self, serving: Serving, store: Store, workload: Workload, on_progress: Callable[[Progress], None] | None) -> None:
         unfinished: Iterable[Live] = ()
+        tell = self._teller(store)
 
         def within_pass(progress: Progress) -> None:
             store.commit_if_due()
             if self._stop.overdue:
                 store.commit(serving.progress(unfinished))
                 raise Stopped
+            tell(progress)
             if on_progress is not None:
                 on_progress(progress)
 
@@ -211,6 +235,21 @@ class Job:
         if num_left:
             raise EngineError(f"the engine left {num_left:,} of {len(self._pending):,} lines unanswered")
 
+    def _teller(self, store: Store) -> Callable[[Progress], None]:
+        """What leaves word for `flexgen status`, now and then."""
+        tokens_before, planned = store.num_output_tokens, self._planned_seconds
+        store.tell(output_tokens=tokens_before, in_progress=0, eta_seconds=planned, planned_seconds=planned)
+        following = time.monotonic() + STATUS_SECONDS
+
+        def tell(progress: Progress) -> None:
+            nonlocal following
+            if time.monotonic() >= following:
+                following = time.monotonic() + STATUS_SECONDS
+                tokens, left = tokens_before + progress.output_tokens, progress.eta_seconds
+                store.tell(output_tokens=tokens, in_progress=progress.num_live_sequences, eta_seconds=left, planned_seconds=planned)
+
+        return tell
+
     # -- reading ------------------------------------------------------------------------------------------------------------------------
 
     def _reader(self, *, strict: bool = False) -> Reader:
@@ -222,11 +261,11 @@ class Job:
         if not self.source.is_file():
             raise StorageError(f"{self.source} is not a file; the input is read several times, so it must be one")
         try:
-            with self.source.open("rb") as file:
+            with open_input(self.source) as file:
                 for line in read_lines(file):
                     failpoint("input.read")
                     yield line
-        except OSError as error:
+        except READ_ERRORS as error:
             raise StorageError(f"{self.source} cannot be read: {error}") from error
 
     def _unanswered(self) -> Iterator[Line]:

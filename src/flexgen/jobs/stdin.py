@@ -7,18 +7,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from flexgen.errors import JobError, StorageError
+from flexgen.errors import StorageError
 from flexgen.files import open_private, sync_folder
 from flexgen.jobs.database import translated
 from flexgen.jobs.folder import JobFolder
 from flexgen.sizes import MIB
 
 
-def keep_input(folder: JobFolder, stream: BinaryIO, *, accept_changes: bool = False) -> Path:
+def keep_input(folder: JobFolder, stream: BinaryIO) -> Path:
     """The file that holds what `stream` gives, or gave an earlier run if it gives nothing now (a terminal is not asked again).
 
+    What comes stays beside what an earlier run was given until `settle_input`, because a run that is refused leaves the job as it was.
+
     Raises:
-        JobError: it is neither what an earlier run was given nor a continuation of that, and this is not accepted.
         StorageError: it cannot be read or kept.
     """
     copy = folder.paths.input_copy
@@ -35,13 +36,16 @@ def keep_input(folder: JobFolder, stream: BinaryIO, *, accept_changes: bool = Fa
         if copy.exists() and new.stat().st_size == 0:
             new.unlink()
             return copy
-        if copy.exists() and not accept_changes and not _continues(new, copy):
-            new.unlink()
-            raise JobError(
-                f"{folder.paths.name} was begun with another standard input: --accept-changes answers the lines that differ again, "
-                "--fresh all lines; an empty one goes on with what was given then"
-            )
-        new.replace(copy)
+    return new if copy.exists() else settle_input(folder, new)
+
+
+def settle_input(folder: JobFolder, source: Path) -> Path:
+    """Have what came take the place of what an earlier run was given; the file to read from here on."""
+    copy = folder.paths.input_copy
+    if source != folder.paths.new_input:
+        return source
+    with translated(copy):
+        source.replace(copy)
         sync_folder(copy.parent)
     return copy
 
@@ -52,12 +56,3 @@ def _pieces(stream: BinaryIO) -> Iterator[bytes]:
             yield piece
     except OSError as error:
         raise StorageError(f"standard input cannot be read: {error.strerror or error}") from error
-
-
-def _continues(new: Path, old: Path) -> bool:
-    """Whether `new` begins with all of `old`."""
-    with new.open("rb") as longer, old.open("rb") as shorter:
-        while piece := shorter.read(MIB):
-            if longer.read(len(piece)) != piece:
-                return False
-    return True

@@ -6,18 +6,21 @@ waits for the disk; a line counts as done when its commit has returned.  Knows n
 
 from __future__ import annotations
 
-import itertools
 import logging
+import os
+import sqlite3
 import time
 from array import array
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Self
 
 from flexgen.errors import JobError
-from flexgen.jobs import begun
+from flexgen.jobs import begun, snapshot
 from flexgen.jobs.begun import Begun, Kept
 from flexgen.jobs.database import commit, connect, hold, transaction, translated
+from flexgen.jobs.differences import by_number, describe, differing
 from flexgen.jobs.folder import JobFolder
 from flexgen.jobs.identity import Identity, changes
 
@@ -88,7 +91,7 @@ class Store:
     # -- the start of a run -----------------------------------------------------------------------------------------------------------
 
     def begin(self, identity: Identity, model: str, *, accept_changes: bool = False) -> None:
-        """Agree with earlier runs on what changes answers; a job of which nothing is kept may become any other.
+        """Agree with earlier runs on what changes answers; a job that has answered nothing may become any other.
 
         Changes that are accepted, here and later, count when the run starts: one that is refused after all leaves the job as it was.
 
@@ -104,6 +107,7 @@ class Store:
         if facts and (self._num_done or self._begun_lines):
             earlier = Identity.from_json(facts["identity"])
             self._compare(earlier, identity, accept_changes)
+        if facts and (self._num_done or self._begun_lines):
             self.created = int(facts["created"])
             if earlier.answers.get("model") == identity.answers.get("model"):
                 self.model = facts["model"]
@@ -118,6 +122,10 @@ class Store:
         if not found:
             return
         said = "; ".join(map(str, found))
+        if not self.num_answered and not self._begun_lines:
+            logger.info("%s was begun with %s; it has no answers yet, so that it starts anew", self.paths.name, said)
+            self.forget_failed()
+            return
         if not accept_changes:
             raise JobError(
                 f"{self.paths.name} was begun with {said}: --accept-changes goes on with it, --fresh starts anew, another output keeps both"
@@ -129,29 +137,45 @@ class Store:
         self._begun_lines.clear()
 
     def match_input(self, lines: Iterable[tuple[int, int]], *, accept_changes: bool = False) -> None:
-        """Compare the input's lines, (number, digest) in order, with those that were answered in their places.
+        """Compare the input's lines, (number, digest) in order, with those that earlier runs had in their places.
+
+        A line that ended in an error may change, or go: it is answered again.
 
         Raises:
-            JobError: one differs or is gone, and that is not accepted.
+            JobError: one that was answered differs or is gone, and that is not accepted.
         """
-        if not self._num_done:
+        if not self._num_done and not self._begun_lines:
             return
-        other = array("q")
-        last = 0
-        for line_number, digest in itertools.chain(lines, [(len(self._digests), 0)]):
-            other.extend(n for n in range(last + 1, min(line_number, len(self._digests))) if self._digests[n])
-            if self._known(line_number) not in (0, _signed(digest)):
-                other.append(line_number)
-            last = max(last, line_number)
-        if not other:
-            return
-        if not accept_changes:
+        new = by_number((number, _signed(digest)) for number, digest in lines)
+        self._forget_begun(new)
+        other = differing(self._digests, new)
+        answered = self._answered(other)
+        if answered and not accept_changes:
             raise JobError(
-                f"{self.paths.name} answers another input ({len(other):,} lines differ, the first is line {other[0]}): "
+                f"{self.paths.name} answers another input ({describe(self._digests, new, answered)}): "
                 "--accept-changes answers those again, --fresh all lines, another output keeps both"
             )
-        logger.warning("%s: %s lines of the input changed and are answered again", self.paths.name, f"{len(other):,}")
+        if answered:
+            logger.warning("%s: %s lines of the input changed and are answered again", self.paths.name, f"{len(other):,}")
+        elif other:
+            logger.info("%s: %s lines that had ended in an error changed, and are done again", self.paths.name, f"{len(other):,}")
         self._forget(other)
+
+    def _answered(self, lines: Iterable[int]) -> array[int]:
+        """Those of the lines whose record is an answer."""
+        query = "SELECT failed FROM results WHERE line = ?"
+        with translated(self._path):
+            return array("q", (line for line in lines if self._connection.execute(query, (line,)).fetchone() == (0,)))
+
+    def _forget_begun(self, new: array[int]) -> None:
+        """Drop what lines had got that are others now."""
+        with translated(self._path):
+            stale = begun.stale(self._connection, new)
+        if stale:
+            hold(self._connection, self._path)
+            with transaction(self._connection, self._path):
+                begun.forget(self._connection, stale)
+            self._load()
 
     def forget_failed(self) -> int:
         """Have lines that ended in an error answered again; how many there are."""
@@ -178,6 +202,23 @@ class Store:
             self._run = self._connection.execute("INSERT INTO runs VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?)", row).lastrowid
         if self._connection.in_transaction:
             commit(self._connection, self._path)
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Generated by all runs, as far as it is durable."""
+        with translated(self._path):
+            return self._output_tokens + self._tokens_in_progress()
+
+    def tell(self, *, output_tokens: int, in_progress: int, eta_seconds: float | None, planned_seconds: float | None) -> None:
+        """Leave word for `flexgen status` (see `Snapshot`).  Where that fails the run goes on: it is told what its results cannot do."""
+        if self._run is None:
+            return
+        told = snapshot.Snapshot(
+            run=self._run, process=os.getpid(), updated=time.time(), run_seconds=time.monotonic() - self._started,
+            output_tokens=output_tokens, in_progress=in_progress, eta_seconds=eta_seconds, planned_seconds=planned_seconds,
+        )  # fmt: skip
+        with suppress(sqlite3.Error):
+            snapshot.write(self._connection, told)
 
     def end_run(self, ending: str) -> None:
         """Note how the run ended."""

@@ -1,0 +1,51 @@
+"""How an input differs from the one that a job has answered: by the digests of its lines, 64 signed bits each, 0 for none."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable, Sequence
+
+_CONFIRMED_LINES = 1  # after one that moved, so many have to move with it
+
+
+def by_number(lines: Iterable[tuple[int, int]]) -> array[int]:
+    """Digests by line number, from (number, digest) in order."""
+    digests = array("q")
+    for number, digest in lines:
+        digests.extend([0] * (number + 1 - len(digests)))
+        digests[number] = digest
+    return digests
+
+
+def differing(old: array[int], new: array[int]) -> array[int]:
+    """The lines of `old` that are another one in `new`, or gone."""
+    found = array("q", (number for number, (before, now) in enumerate(zip(old, new, strict=False)) if before and before != now))
+    found.extend(number for number in range(len(new), len(old)) if old[number])
+    return found
+
+
+def describe(old: array[int], new: array[int], answered: Sequence[int]) -> str:
+    """What became of the lines that were answered and differ."""
+    found = f"{len(answered):,} lines that were answered differ, the first is line {answered[0]}"
+    place = moved(old, new, answered[0])
+    if place is None:
+        return found
+    return (
+        f"{found}; what was line {place[0]} is line {place[1]} now, and answers belong to line numbers: "
+        "leave a blank line in place of one that is taken out, and put new lines at the end"
+    )
+
+
+def moved(old: array[int], new: array[int], line: int) -> tuple[int, int] | None:
+    """(number of a line before, its number now), if lines were removed or inserted before the line that differs."""
+    places: list[tuple[int, int]] = []
+    if line < len(new) and new[line] in old[line + 1 :]:
+        places.append((old.index(new[line], line + 1), line))
+    if old[line] in new[line + 1 :]:
+        places.append((line, new.index(old[line], line + 1)))
+    return next((place for place in places if _go_on_alike(old, new, *place)), None)
+
+
+def _go_on_alike(old: array[int], new: array[int], was: int, now: int) -> bool:
+    count = min(len(old) - was, len(new) - now, 1 + _CONFIRMED_LINES)
+    return old[was] != 0 and old[was : was + count] == new[now : now + count]
