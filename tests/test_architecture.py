@@ -16,12 +16,12 @@ FLEXGEN = Path(__file__).parent.parent / "src" / "flexgen"
 # Rooms from the ground up; a room may import any room of a lower floor.
 FLOORS = (
     {"errors", "failpoints", "durations", "compiled"},
-    {"sizes", "formats", "request", "options", "prefixes", "inputs"},
+    {"sizes", "formats", "request", "options", "prefixes", "inputs", "turns"},
     {"plan"},
     {"quant", "kernels", "memory", "models", "hub", "text", "stopping", "defaults", "choices", "chat"},
     {"engine"},
     {"profile"},
-    {"opening", "open_engine", "specs"},
+    {"opening", "open_engine", "specs", "vllm_keywords"},
     {"llm", "readable"},
     {"jobs", "bench", "integrations", "display", "cli", "__init__", "__main__"},
 )
