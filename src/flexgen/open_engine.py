@@ -167,7 +167,7 @@ def _has_room(policy: Policy, spec: ModelSpec, planned: Workload, new: Workload)
         return True
     known, wanted = (JobSizes(spec, each, policy.page_tokens) for each in (planned if len(planned) else NOMINAL_WORKLOAD, new))
     pools = (policy.kv_device_bytes, policy.kv_host_bytes, policy.kv_disk_bytes)
-    if wanted.longest > max(known.longest, policy.longest_sequence) and wanted.largest > max(pools):
+    if wanted.longest > known.longest and wanted.largest > max(pools):
         return False  # a sequence's KV has one home
     return activation_bytes(spec, wanted, policy) <= activation_bytes(spec, known, policy)
 
