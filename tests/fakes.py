@@ -54,9 +54,12 @@ FORECAST = Forecast(
 
 
 class FakeEngine:
-    """Answers in blocks of `max_num_seqs`, shortest first, pulling requests only when there is room."""
+    """Answers in blocks of `max_num_seqs`, shortest first, pulling requests only when there is room.
 
-    def __init__(self, workload: Workload, max_num_seqs: int = 4, kv_host_bytes: int = 1 << 40) -> None:
+    Its plan is for requests of up to `most_tokens`; longer ones have no place.
+    """
+
+    def __init__(self, workload: Workload, max_num_seqs: int = 4, kv_host_bytes: int = 1 << 40, most_tokens: int = 1 << 40) -> None:
         self.workload = workload
         self.closed = False
         self.num_pulled = 0
@@ -78,11 +81,13 @@ class FakeEngine:
         )
         self.machine = machine_of(dense={"float32": [(1, 1e11)]}, host_to_device=None, device_to_host=None)
         self.forecast = FORECAST
+        self.load_seconds = 0.0
+        totals = [p + o for p, o in zip(workload.prompt_lens, workload.output_lens, strict=True)]
         self.policy = Policy(
             device="cpu", dtype="float32", weights=Fractions(host=0.25, disk=0.75), kv=Fractions(host=1.0), kv_device_bytes=0,
             kv_host_bytes=kv_host_bytes, kv_disk_bytes=0, host_ring_bytes=1 << 20, device_ring_bytes=0, workspace_bytes=1 << 20,
             embedding_resident=True, schedule="diagonal", max_num_seqs=max_num_seqs, prefill_tokens=256, micro_batch_tokens=64,
-            page_tokens=16, compute_threads=1, io_threads=1,
+            page_tokens=16, compute_threads=1, io_threads=1, longest_sequence=max((n for n in totals if n <= most_tokens), default=512),
         )  # fmt: skip
 
     def expect(self, workload: Workload) -> None:

@@ -16,13 +16,13 @@ FLEXGEN = Path(__file__).parent.parent / "src" / "flexgen"
 # Rooms from the ground up; a room may import any room of a lower floor.
 FLOORS = (
     {"errors", "failpoints", "durations", "compiled", "scalars"},
-    {"sizes", "formats", "parameters", "request", "options", "prefixes", "inputs", "isolation"},
+    {"sizes", "formats", "parameters", "request", "options", "prefixes", "inputs", "isolation", "turns"},
     {"files"},
     {"plan"},
     {"quant", "kernels", "memory", "models", "hub", "text", "text_sizes", "stopping", "defaults", "choices", "chat"},
     {"engine"},
     {"profile"},
-    {"opening", "open_engine", "specs"},
+    {"opening", "open_engine", "specs", "vllm_keywords"},
     {"llm", "readable"},
     {"jobs", "bench", "integrations", "display", "cli", "__init__", "__main__"},
 )

@@ -7,7 +7,8 @@ import gc
 import logging
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ import pytest
 import torch
 from fakes import CONTEXT, POISON, VOCAB, FakeEngine, byte_id, fake_text, write_model_folder
 
-from flexgen import LLM, FlexGenError, ModelError, OptionError, RequestError, SamplingParams
+from flexgen import LLM, CapacityError, FlexGenError, ModelError, OptionError, RequestError, SamplingParams
 from flexgen.defaults import choice_seed, default_sampling_params, derive_seed, unsupported_defaults
 from flexgen.hub import resolve_model
+from flexgen.open_engine import with_room
 from flexgen.plan.workload import Workload
 from flexgen.prefixes import NO_PREFIXES
 from flexgen.request import Live
@@ -348,6 +350,42 @@ def test_an_unknown_option_is_named_with_the_near_one(model_folder: Path) -> Non
         LLM(model_folder, trust_remote_code=True)
 
 
+def test_arguments_of_vllm(model_folder: Path, engines: list[FakeEngine], caplog: pytest.LogCaptureFixture) -> None:
+    """Harmless ones change nothing but a line of the log; those of calls may ask for nothing."""
+    with caplog.at_level(logging.WARNING, logger="flexgen"):
+        llm = LLM(model=str(model_folder), tensor_parallel_size=1, gpu_memory_utilization=0.9, swap_space=4, device="cpu", seed=None)
+    (warning,) = caplog.messages
+    assert "gpu_memory_utilization, swap_space" in warning
+    assert texts(llm.generate("ab", GREEDY, use_tqdm=False, lora_request=None)) == [fake_text("ab", 5)]
+    with pytest.raises(OptionError, match="lora_request"):
+        llm.generate("ab", GREEDY, lora_request=object())  # pyright: ignore[reportArgumentType]
+    with pytest.raises(OptionError, match="generate has no option 'max_tokens'"):
+        llm.generate("ab", max_tokens=5)  # pyright: ignore[reportCallIssue]
+
+
+def test_a_bar_of_one_s_own(llm: LLM) -> None:
+    bars: list[dict[str, object]] = []
+
+    def bar(results: object, **how: object) -> object:
+        bars.append(how)
+        return results
+
+    assert len(llm.generate(["a", "b"], GREEDY, use_tqdm=bar)) == 2
+    assert [how["total"] for how in bars] == [2]
+
+
+def test_no_tokenizer_if_none_is_wanted(model_folder: Path, engines: list[FakeEngine]) -> None:
+    llm = LLM(model_folder, skip_tokenizer_init=True)
+    assert llm.tokenizer is None
+    assert llm.generate([64, 65], GREEDY)[0].outputs[0].text == ""
+
+
+def test_defaults_without_those_of_the_model(tmp_path: Path) -> None:
+    folder = write_model_folder(tmp_path / "model", generation_config={"temperature": 0.5})
+    assert LLM(folder).get_default_sampling_params() == SamplingParams(temperature=0.5)
+    assert LLM(folder, generation_config="vllm").get_default_sampling_params() == SamplingParams()
+
+
 def test_max_model_len(model_folder: Path, engines: list[FakeEngine]) -> None:
     llm = LLM(model_folder, max_model_len=10)
     assert len(llm.generate("a" * 8, SamplingParams(max_tokens=None))[0].outputs[0].token_ids) == 2
@@ -410,6 +448,32 @@ def workload(count: int, prompt: int = 10, output: int = 10) -> Workload:
     return Workload(prompt_lens=(prompt,) * count, output_lens=(output,) * count)
 
 
+@pytest.fixture
+def open_sized(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[FakeEngine]]:
+    """Has engines of a size opened; each is expected to need `seconds` for any job."""
+    opened: list[FakeEngine] = []
+
+    def sized(
+        max_num_seqs: int = 4,
+        kv_bytes: int = 10**6,
+        *,
+        seconds: float = 100.0,
+        most_tokens: int = 10_000,
+        refuse: Collection[Workload] = (),
+    ) -> list[FakeEngine]:
+        def open_engine(files: object, options: object, workload: Workload) -> FakeEngine:
+            if workload in refuse:
+                raise CapacityError("too large")
+            opened.append(FakeEngine(workload, max_num_seqs, kv_bytes, most_tokens))
+            opened[-1].forecast = dataclasses.replace(opened[-1].forecast, seconds=seconds)
+            return opened[-1]
+
+        monkeypatch.setattr("flexgen.open_engine.open_engine", open_engine)
+        return opened
+
+    return sized
+
+
 @pytest.mark.parametrize(
     ("max_num_seqs", "kv_bytes", "old", "new", "reopens"),
     [
@@ -424,25 +488,89 @@ def workload(count: int, prompt: int = 10, output: int = 10) -> Workload:
 )  # fmt: skip
 def test_the_engine_is_opened_again_when_its_plan_does_not_suit(
     model_folder: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    open_sized: Callable[..., list[FakeEngine]],
     max_num_seqs: int,
     kv_bytes: int,
     old: Workload,
     new: Workload,
     reopens: bool,
 ) -> None:
-    opened: list[FakeEngine] = []
-
-    def open_engine(files: object, options: object, workload: Workload) -> FakeEngine:
-        opened.append(FakeEngine(workload, max_num_seqs, kv_bytes))
-        return opened[-1]
-
-    monkeypatch.setattr("flexgen.open_engine.open_engine", open_engine)
+    opened = open_sized(max_num_seqs, kv_bytes)
     llm = LLM(model_folder)
     llm.open(old)
     llm.open(new)
     assert len(opened) == 1 + reopens
     assert opened[0].closed == reopens
+
+
+def test_prompts_that_grow_are_served_by_two_plans(llm: LLM, engines: list[FakeEngine]) -> None:
+    """The first for what was asked, the second with room for more."""
+    for length in range(1, CONTEXT):
+        llm.generate([[64] * length], SamplingParams(temperature=0, max_tokens=1))
+    assert [engine.workload.prompt_lens for engine in engines] == [(1,), (2, CONTEXT - 1)]
+
+
+def test_growth_is_geometric(model_folder: Path, open_sized: Callable[..., list[FakeEngine]]) -> None:
+    opened = open_sized(4, 10**6)
+    llm = LLM(model_folder)
+    llm.max_model_len = llm._open._max_model_len = 10_000
+    for length in range(100, 9_000, 100):
+        llm.open(workload(1, prompt=length, output=length // 10))
+    planned = [max(engine.workload.prompt_lens) for engine in opened]
+    assert planned[-1] == 9_999
+    assert all(later >= min(2 * earlier, 9_999) for earlier, later in pairwise(planned))
+
+
+def test_a_plan_with_room_expects_the_work_alone(llm: LLM, engines: list[FakeEngine]) -> None:
+    llm.generate([[64]], GREEDY)
+    llm.generate([[64] * 9], GREEDY)
+    assert engines[1].expected == Workload(prompt_lens=(9,), output_lens=(5,), may_end_early=True)
+
+
+def test_without_room_for_more_the_work_alone_is_planned(model_folder: Path, open_sized: Callable[..., list[FakeEngine]]) -> None:
+    grown = workload(2, prompt=20)
+    opened = open_sized(refuse=[with_room(grown, CONTEXT)])
+    llm = LLM(model_folder)
+    llm.open(workload(2))
+    llm.open(grown)
+    assert [engine.workload for engine in opened] == [workload(2), grown]
+
+
+def test_a_request_that_fits_no_plan_does_not_have_every_call_planned(
+    model_folder: Path, open_sized: Callable[..., list[FakeEngine]]
+) -> None:
+    opened = open_sized(4, 300, most_tokens=30)
+    llm = LLM(model_folder)
+    mixed = Workload(prompt_lens=(10, 600), output_lens=(10, 10))
+    for _ in range(3):
+        llm.open(mixed)
+        llm.open(workload(1))
+    llm.open(Workload(prompt_lens=(9, 700), output_lens=(10, 10)))
+    assert len(opened) == 1
+
+
+def test_a_job_beyond_the_plan_is_worth_another_one_when_it_takes_as_long_as_opening(
+    model_folder: Path, open_sized: Callable[..., list[FakeEngine]]
+) -> None:
+    opened = open_sized(4, seconds=2.0)
+    llm = LLM(model_folder)
+    llm.open(workload(4))
+    reopened = []
+    for count in (5, 4, 6, 7, 5):  # the fourth makes 6 seconds of jobs that were too large for the plan
+        llm.open(workload(count))
+        reopened.append(len(opened) - 1)
+    assert reopened == [0, 0, 0, 1, 1]
+
+
+def test_bounds_on_time_hold_for_every_call(model_folder: Path, open_sized: Callable[..., list[FakeEngine]]) -> None:
+    opened = open_sized(4, seconds=2.0)
+    llm = LLM(model_folder, max_job_seconds=3)
+    llm.open(workload(2))
+    llm.open(workload(1))
+    assert len(opened) == 1
+    opened[0].forecast = dataclasses.replace(opened[0].forecast, seconds=4.0)  # as expected for the next job
+    llm.open(workload(3))
+    assert [engine.workload for engine in opened] == [workload(2), workload(3)]  # and no more than was asked for is planned
 
 
 def test_after_a_failure_the_engine_is_fresh(llm: LLM, engines: list[FakeEngine]) -> None:

@@ -6,13 +6,12 @@ Knows nothing of files of requests (jobs/) or terminals (cli/).
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import logging
 import os
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Unpack
 
 import psutil
 
@@ -33,6 +32,8 @@ from flexgen.prefixes import NO_PREFIXES, CommonPrefixes, PrefixCensus
 from flexgen.profile.limits import find_limits
 from flexgen.request import CompletionOutput, Live, RequestOutput, SamplingParams, TokenRequest, TokenResult
 from flexgen.text import Tokenizer, eos_token_ids
+from flexgen.turns import Turns
+from flexgen.vllm_keywords import ChatKeywords, GenerateKeywords, LLMKeywords, ModelKeywords, check_call, read_keywords
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _TOKENIZING_PARTS = 4  # of the host budget's rest, one is for the text that is tokenised
+_CHAT_KEYWORDS = ("chat_template", "add_generation_prompt", "continue_final_message", "chat_template_kwargs", "use_tqdm")
 
 
 class LLM:
@@ -47,12 +49,16 @@ class LLM:
 
     The engine is opened by the first call that generates, because the plan depends on the work, and stays open for later calls.
 
+    Threads may share an LLM: calls that use the engine wait for each other.  While an iterator of `stream` is not at its end, they are
+    refused instead.  Processes may not: a process that was forked after the first call is refused (take the start method "spawn").
+
     Args:
         model: a Hugging Face folder or hub id, or files that are already resolved.
         tokenizer: folder or hub id of another tokenizer than the model's.
         chat_template: a Jinja template, the file that holds one, or the name of one of the model's; None is the model's default.
         chat_template_kwargs: variables that every chat's template sees, unless the chat gives them another value.
-        **options: the fields of `EngineOptions`, by name.
+        **keywords: the fields of `EngineOptions`, by name, and vLLM's arguments (docs/vllm.md): some mean something here, most change
+            nothing and are named in a warning, and what asks for something else than is done is refused.
 
     Attributes:
         files: of the model, resolved.
@@ -63,6 +69,8 @@ class LLM:
     Raises:
         OptionError: an unknown option, or one that cannot be honoured, by name.
         ModelError: the model cannot be found or is not supported.
+
+    Every call raises FlexGenError after `close`, and in a forked process.
     """
 
     def __init__(
@@ -72,18 +80,16 @@ class LLM:
         tokenizer: str | os.PathLike[str] | None = None,
         chat_template: str | os.PathLike[str] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
-        **options: Any,
+        **keywords: Unpack[LLMKeywords],
     ) -> None:
-        asked = _engine_options(options)
+        asked = read_keywords(keywords)
+        options = asked.options
         if isinstance(model, ModelFiles):
             self.files = model
         else:
-            self.files = resolve_model(model, revision=asked.revision, with_weights=asked.load_format != "dummy")
-        self.vocab_size, self.max_model_len = token_limits(self.files, asked.max_model_len)
-        if tokenizer is not None:
-            self.tokenizer = Tokenizer.load(resolve_tokenizer(tokenizer))
-        else:
-            self.tokenizer = Tokenizer.load(self.files.folder) if self.files.has_tokenizer else None
+            self.files = resolve_model(model, revision=options.revision, token=asked.token, with_weights=options.load_format != "dummy")
+        self.vocab_size, self.max_model_len = token_limits(self.files, options.max_model_len)
+        self.tokenizer = _tokenizer(self.files, tokenizer, asked)
         self.eos_token_ids = eos_token_ids(self.files.config, self.files.generation_config, self.tokenizer)
         for setting in unsupported_defaults(self.files.generation_config):
             logger.warning("%s: generation_config.json asks for %s, which is not supported yet and not applied", self.files.name, setting)
@@ -96,12 +102,14 @@ class LLM:
             vocab_size=self.vocab_size,
             max_model_len=self.max_model_len,
             eos_token_ids=self.eos_token_ids,
-            seed=asked.seed,
-            max_logprobs=asked.max_logprobs,
+            seed=options.seed,
+            max_logprobs=options.max_logprobs,
         )
+        self._own_defaults = asked.own_defaults
         self._num_requests = 0
-        self._open = OpenEngine(self.files, asked)
-        self._finalizer = weakref.finalize(self, _close, self._open, self._templates)
+        self._open = OpenEngine(self.files, options, self.max_model_len)
+        self._turns = Turns()
+        self._finalizer = weakref.finalize(self, _close, self._turns, self._open, self._templates, wait=False)
 
     @property
     def options(self) -> EngineOptions:
@@ -115,7 +123,8 @@ class LLM:
         prompts: Prompt | Iterable[Prompt],
         sampling_params: SamplingParams | Iterable[SamplingParams] | None = None,
         *,
-        use_tqdm: bool = False,
+        use_tqdm: bool | Callable[..., Any] = False,
+        **keywords: Unpack[GenerateKeywords],
     ) -> list[RequestOutput]:
         """Continue every prompt; outputs are in the order of the prompts, each with its `n` answers.
 
@@ -123,37 +132,18 @@ class LLM:
             prompts: one or several of: text, token ids, {"prompt": text}, {"prompt_token_ids": ids}.  Several may be a list, a
                 generator, an array, a column of a table; ids may be a list, an array or a tensor.
             sampling_params: one for all, one for each, or None for `get_default_sampling_params()`.
-            use_tqdm: draw a progress bar on stderr.
+            use_tqdm: draw a progress bar on stderr; what is not a boolean is called to make one, as tqdm is.
+            **keywords: what else vLLM has, with values that ask for nothing.
 
         Raises:
+            OptionError: sampling_params of another number than the prompts, or a keyword that cannot be honoured.
             RequestError: a prompt or its parameters cannot be served; nothing has run then.  (A request that fails alone while
                 running has finish_reason "error" and the error's code as stop_reason.)
             CapacityError: the work does not fit the budgets.
         """
-        batch = texts_and_ids(prompts)
-        params = as_params(self.get_default_sampling_params() if sampling_params is None else sampling_params, len(batch))
-        choices = self._token_requests(batch, params)
-        requests = [request for of_prompt in choices for request in of_prompt]
-        if not requests:
-            return []
-        census = self.prefix_census()
-        workload = Workload(
-            prompt_lens=tuple(len(request.prompt_token_ids) for request in requests),
-            output_lens=tuple(request.max_tokens for request in requests),
-            may_end_early=any(request.may_end_early for request in requests),
-            shared_lens=() if census is None else tuple(census.add(request.prompt_token_ids) for request in requests),
-        )
-        stream = self.stream(requests, workload, prefixes=NO_PREFIXES if census is None else census.common())
-        results = {result.index: result for result in _with_bar(stream, len(requests), use_tqdm)}
-        return [
-            RequestOutput(
-                request_id=str(of_prompt[0].index),
-                prompt=text,
-                prompt_token_ids=of_prompt[0].prompt_token_ids,
-                outputs=self._shown([results[request.index] for request in of_prompt], prompt_params, of_prompt[0].prompt_token_ids),
-            )
-            for of_prompt, (text, _), prompt_params in zip(choices, batch, params, strict=True)
-        ]
+        check_call("generate", keywords, ("use_tqdm", *GenerateKeywords.__annotations__))
+        with self._turns.call():
+            return self._generate(prompts, sampling_params, use_tqdm)
 
     def chat(
         self,
@@ -164,13 +154,14 @@ class LLM:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         chat_template_kwargs: Mapping[str, Any] | None = None,
-        use_tqdm: bool = False,
+        use_tqdm: bool | Callable[..., Any] = False,
+        **keywords: Unpack[ChatKeywords],
     ) -> list[RequestOutput]:
         """Answer one or several conversations; outputs are in their order, with the rendered prompts.
 
         Args:
             messages: {"role", "content"} objects, or several lists of these; the content is text or a list of text parts.
-            sampling_params, use_tqdm: as for `generate`.
+            sampling_params, use_tqdm, **keywords: as for `generate`.
             chat_template: for this call, in place of the model's.
             add_generation_prompt: end the prompt with the header of an answer.
             continue_final_message: leave the last message open, for the model to continue (without a generation prompt).
@@ -178,8 +169,10 @@ class LLM:
 
         Raises:
             RequestError: a conversation is malformed or refused by the template, or the model has none; nothing has run then.
+            OptionError: as for `generate`.
         """
-        self._check_open()
+        check_call("chat", keywords, (*_CHAT_KEYWORDS, *ChatKeywords.__annotations__))
+        self._turns.check()
         chats = make_chats(
             as_conversations(messages),
             add_generation_prompt=add_generation_prompt,
@@ -202,8 +195,8 @@ class LLM:
         return self.tokenizer.hf
 
     def get_default_sampling_params(self) -> SamplingParams:
-        """vLLM's defaults under the values of generation_config.json."""
-        return default_sampling_params(self.files.generation_config)
+        """vLLM's defaults under the values of generation_config.json (without them for `generation_config="vllm"`)."""
+        return default_sampling_params(self.files.generation_config if self._own_defaults else {})
 
     # -- what jobs and benchmarks are made of ----------------------------------------------------------------------------------------
 
@@ -239,7 +232,7 @@ class LLM:
             now: the time that templates are told, in seconds since 1970, for prompts that a later run must find again; None is the
                 clock's.
         """
-        self._check_open()
+        self._turns.check()
         return self._templates.render(chats, now=now)
 
     @property
@@ -273,20 +266,21 @@ class LLM:
     ) -> Iterator[TokenResult]:
         """Results as they finish.
 
+        From the first result to the end of the iterator, the engine is its own: other calls that need it are refused, in this thread and in
+        others, and closing the LLM closes the iterator.
+
         Args:
             requests: pulled lazily.
             workload: tells their lengths beforehand; what an earlier run generated counts as prompt.
             prefixes: what their prompts have in common.
             on_progress: told now and then how the run goes.
             on_pass: called after every pass with what the unfinished answers are so far; they are gathered while it iterates.
+
+        Raises:
+            FlexGenError: another iterator is not at its end; or, at any result, the LLM is closed.
         """
-        self._check_open()
-        engine = self._open.serving(workload)
-        try:
-            yield from engine.generate(requests, num_requests=len(workload), prefixes=prefixes, on_progress=on_progress, on_pass=on_pass)
-        except BaseException:
-            self._open.close()  # what was alive in it is of no use to a later call
-            raise
+        run = self._run(requests, workload, prefixes=prefixes, on_progress=on_progress, on_pass=on_pass)
+        return self._turns.iterate(run)
 
     def completions(
         self, results: Iterable[TokenResult], params: SamplingParams, prompt_token_ids: Sequence[int] = ()
@@ -300,8 +294,8 @@ class LLM:
 
     def open(self, workload: Workload) -> Plan:
         """Open the engine for this work, as `stream` would, and tell its plan."""
-        self._check_open()
-        engine = self._open.serving(workload)
+        with self._turns.call():
+            engine = self._open.serving(workload)
         assert engine.forecast is not None
         return Plan(spec=engine.spec, machine=engine.machine, policy=engine.policy, forecast=engine.forecast)
 
@@ -311,7 +305,8 @@ class LLM:
         Returns:
             how many; None if it was one already.
         """
-        return self._open.shrink()
+        with self._turns.call():
+            return self._open.shrink()
 
     def report(self) -> RunReport:
         """How the last run went.
@@ -324,8 +319,11 @@ class LLM:
         return self._open.engine.report()
 
     def close(self) -> None:
-        """Free the engine's memory, files, threads and processes; a closed LLM cannot generate again."""
-        self._finalizer()
+        """Free the engine's memory, files, threads and processes, after a call of another thread; a closed LLM cannot generate again.
+
+        In a forked process nothing happens: all of it is its parent's.
+        """
+        _close(self._turns, self._open, self._templates, wait=True)
 
     def __enter__(self) -> LLM:
         return self
@@ -335,9 +333,45 @@ class LLM:
 
     # -- inside -----------------------------------------------------------------------------------------------------------------------
 
-    def _check_open(self) -> None:
-        if not self._finalizer.alive:
-            raise FlexGenError("this LLM is closed")
+    def _generate(
+        self,
+        prompts: Prompt | Iterable[Prompt],
+        sampling_params: SamplingParams | Iterable[SamplingParams] | None,
+        use_tqdm: bool | Callable[..., Any],
+    ) -> list[RequestOutput]:
+        batch = texts_and_ids(prompts)
+        params = as_params(self.get_default_sampling_params() if sampling_params is None else sampling_params, len(batch))
+        choices = self._token_requests(batch, params)
+        requests = [request for of_prompt in choices for request in of_prompt]
+        if not requests:
+            return []
+        census = self.prefix_census()
+        workload = Workload(
+            prompt_lens=tuple(len(request.prompt_token_ids) for request in requests),
+            output_lens=tuple(request.max_tokens for request in requests),
+            may_end_early=any(request.may_end_early for request in requests),
+            shared_lens=() if census is None else tuple(census.add(request.prompt_token_ids) for request in requests),
+        )
+        run = self._run(requests, workload, prefixes=NO_PREFIXES if census is None else census.common())
+        results = {result.index: result for result in _with_bar(run, len(requests), use_tqdm)}
+        return [
+            RequestOutput(
+                request_id=str(of_prompt[0].index),
+                prompt=text,
+                prompt_token_ids=of_prompt[0].prompt_token_ids,
+                outputs=self._shown([results[request.index] for request in of_prompt], prompt_params, of_prompt[0].prompt_token_ids),
+            )
+            for of_prompt, (text, _), prompt_params in zip(choices, batch, params, strict=True)
+        ]
+
+    def _run(self, requests: Iterable[TokenRequest], workload: Workload, **how: Any) -> Generator[TokenResult]:
+        """The results of the engine, whose turn it must be; `how` as for `stream`."""
+        engine = self._open.serving(workload)
+        try:
+            yield from engine.generate(requests, num_requests=len(workload), **how)
+        except BaseException:
+            self._open.close()  # what was alive in it is of no use to a later call
+            raise
 
     def _shown(self, results: list[TokenResult], params: SamplingParams, prompt_token_ids: Sequence[int]) -> list[CompletionOutput]:
         """The answers to one prompt; one that cannot be shown ends in its own error."""
@@ -380,25 +414,34 @@ def _ids(encoded: list[int] | RequestError) -> list[int]:
     return encoded
 
 
-def _close(engine: OpenEngine, templates: Templates) -> None:
-    """What is left to do when an LLM is closed or forgotten."""
-    templates.close()
-    engine.close()
+def _tokenizer(files: ModelFiles, other: str | os.PathLike[str] | None, asked: ModelKeywords) -> Tokenizer | None:
+    """The model's own tokenizer or another one, if there is one."""
+    if asked.skip_tokenizer_init:
+        return None
+    revision = asked.tokenizer_revision
+    if other is None and revision is not None and revision != asked.options.revision:
+        raise OptionError(f"tokenizer_revision={revision!r} needs a tokenizer= of its own")
+    if other is not None:
+        return Tokenizer.load(resolve_tokenizer(other, revision=revision, token=asked.token))
+    return Tokenizer.load(files.folder) if files.has_tokenizer else None
 
 
-def _engine_options(options: Mapping[str, Any]) -> EngineOptions:
-    known = [field.name for field in dataclasses.fields(EngineOptions)]
-    for name in options:
-        if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {close[0]}?" if close else f"; known: {', '.join(known)}"
-            raise OptionError(f"LLM has no option {name!r}{hint}")
-    return EngineOptions(**options)
+def _close(turns: Turns, engine: OpenEngine, templates: Templates, *, wait: bool) -> None:
+    """What is left to do when an LLM is closed or forgotten.
+
+    Args:
+        wait: for a call of another thread; at the end of the process, the system takes what such a call has.
+    """
+    with turns.end(wait=wait) as mine:
+        if mine:
+            templates.close()
+            engine.close()
 
 
-def _with_bar(results: Iterator[TokenResult], count: int, use_tqdm: bool) -> Iterator[TokenResult]:
+def _with_bar(results: Iterator[TokenResult], count: int, use_tqdm: bool | Callable[..., Any]) -> Iterator[TokenResult]:
     if not use_tqdm:
         return results
     from tqdm.auto import tqdm  # a dependency of transformers and of the hub library
 
-    return iter(tqdm(results, total=count, desc="Processed prompts", unit="request"))
+    make = use_tqdm if callable(use_tqdm) else tqdm
+    return iter(make(results, total=count, desc="Processed prompts", unit="request"))

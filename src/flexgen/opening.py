@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
+import threading
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +19,7 @@ import torch
 
 from flexgen.engine.engine import Engine
 from flexgen.engine.report import RunContext
-from flexgen.errors import CapacityError, ModelError, OptionError
+from flexgen.errors import CapacityError, FlexGenError, ModelError, OptionError
 from flexgen.hub import ModelFiles
 from flexgen.kernels.attention import attention_kernels, warm_up
 from flexgen.memory.checksums import BLOCK_BYTES, BYTES_PER_BLOCK
@@ -35,6 +37,7 @@ from flexgen.profile.check import MachineCheck
 from flexgen.profile.limits import find_limits
 from flexgen.profile.measure import cached_machine
 from flexgen.sizes import GIB, MIB, format_size
+from flexgen.turns import forked
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +45,10 @@ logger = logging.getLogger(__name__)
 CHECKED_SECONDS = 5.0
 # From this size of weights on, half a minute of measuring is little beside the run.
 THOROUGH_BYTES = 1 * GIB
+# The process that loaded this module, and with it torch, to open an engine.
+_PROCESS = os.getpid()
+# Building a skeleton replaces functions of torch for a moment: models are described one at a time.
+_DESCRIBING = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +75,15 @@ def prepare(files: ModelFiles, options: EngineOptions, workload: Workload) -> Pr
 
     Raises:
         ModelError, OptionError, CapacityError: when the model, an option or the budgets do not allow a run.
+        FlexGenError: in a process that was forked from one that opened an engine.
     """
+    if os.getpid() != _PROCESS:
+        raise FlexGenError(forked("a model has been opened"))
+    with _DESCRIBING:
+        return _prepare(files, options, workload)
+
+
+def _prepare(files: ModelFiles, options: EngineOptions, workload: Workload) -> Prepared:
     config = read_config(files)
     limits = find_limits(options)
     dtype = compute_dtype(options.dtype, config, limits.device)

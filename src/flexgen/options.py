@@ -7,9 +7,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypedDict
 
 from flexgen.errors import OptionError
 from flexgen.sizes import MIB, check_budget
+
+if TYPE_CHECKING:
+    import torch
 
 DEVICES = ("auto", "cpu", "cuda", "sim")
 DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
@@ -89,6 +93,33 @@ class EngineOptions:
             raise OptionError(f"prefill_tokens has a meaning for schedule='diagonal' only, not for {self.schedule!r}")
         if self.trust_remote_code:
             raise OptionError("trust_remote_code: flexgen runs no code from model folders")
+
+
+class OptionKeywords(TypedDict, total=False):
+    """The fields of EngineOptions as keywords, for editors and type checkers; `LLM` takes a few more values (vLLM's)."""
+
+    device: str
+    dtype: str | torch.dtype
+    device_mem: str | None
+    host_mem: str | None
+    disk: str | None
+    offload_dir: str | None
+    weights: str | None
+    kv: str | None
+    max_num_seqs: int | None
+    micro_batch_tokens: int | None
+    prefill_tokens: int | None
+    schedule: str
+    prefix_sharing: bool
+    max_request_seconds: float | None
+    max_job_seconds: float | None
+    load_format: str
+    max_model_len: int | None
+    revision: str | None
+    seed: int | None
+    max_logprobs: int
+    verify_reads: bool
+    trust_remote_code: bool
 
 
 def parse_placement(text: str, *, name: str = "") -> dict[str, float]:

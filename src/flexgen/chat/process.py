@@ -12,6 +12,7 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,6 +65,7 @@ class TemplateProcess:
         self._child: _Child | None = None
         self._refusal: RequestError | None = None  # why this template renders nothing at all
         self._failed_openings = 0  # in a row
+        self._lock = threading.Lock()  # held while a batch is rendered: threads take turns
 
     def render(self, chats: Sequence[Chat], *, now: float | None = None) -> list[str | RequestError]:
         """All at once what `render_each` yields."""
@@ -106,8 +108,9 @@ class TemplateProcess:
     def _answers(self, waiting: Sequence[bytes | RequestError]) -> list[str | RequestError]:
         payloads = [payload for payload in waiting if isinstance(payload, bytes)]
         answers: list[str | RequestError] = []
-        while len(answers) < len(payloads):
-            answers += self._exchange(payloads[len(answers) :])
+        with self._lock:
+            while len(answers) < len(payloads):
+                answers += self._exchange(payloads[len(answers) :])
         left = iter(answers)
         return [payload if isinstance(payload, RequestError) else next(left) for payload in waiting]
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from flexgen.cli.job import Asked, answer_job, show_plan
-from flexgen.cli.options import Model, ProgressFlag, check_file, check_parent, engine_command, seconds
+from flexgen.cli.options import Model, ProgressFlag, check_file, check_parent, engine_command, is_there, seconds
 from flexgen.cli.signals import StopSignals
 from flexgen.cli.streams import check_stdin, check_stdout
 from flexgen.cli.terminal import complain, showing
