@@ -20,7 +20,7 @@ from flexgen.engine.progress import Progress, RunReport
 from flexgen.errors import FlexGenError, ModelError, OptionError, RequestError
 from flexgen.hub import ModelFiles, resolve_model, resolve_tokenizer
 from flexgen.inputs import Prompt, as_prompts, text_and_ids
-from flexgen.open_engine import OpenEngine, plan_job
+from flexgen.open_engine import OpenEngine, check_model, plan_job
 from flexgen.options import EngineOptions
 from flexgen.plan.forecast import Plan
 from flexgen.plan.simulate import PAGE_TOKENS
@@ -196,6 +196,14 @@ class LLM:
         return default_sampling_params(self.files.generation_config)
 
     # -- what jobs and benchmarks are made of ----------------------------------------------------------------------------------------
+
+    def check_model(self) -> None:
+        """Refuse a model whose files cannot be served now, and not when there is work for it; no weights are read.
+
+        Raises:
+            ModelError: naming what is wrong.
+        """
+        check_model(self.files, self.options)
 
     def encode(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
         """Token ids of each text (rendered chats have their special tokens already).

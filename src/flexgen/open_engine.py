@@ -17,6 +17,17 @@ if TYPE_CHECKING:
     from flexgen.plan.policy import Policy
 
 
+def check_model(files: ModelFiles, options: EngineOptions) -> None:
+    """Refuse a model whose files cannot be served, before there is any work for it; no weights are read.
+
+    Raises:
+        ModelError, OptionError: as `plan_job`.
+    """
+    from flexgen import opening
+
+    opening.check_model(files, options)
+
+
 def plan_job(files: ModelFiles, options: EngineOptions, workload: Workload) -> Plan:
     """The plan that `open_engine` would execute; no weights are read.
 

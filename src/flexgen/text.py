@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flexgen.errors import ModelError, RequestError
+from flexgen.private_folder import tokenizer_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,7 +35,12 @@ class Tokenizer:
         from transformers import AutoTokenizer
 
         try:
-            return cls(AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False))
+            with tokenizer_folder(folder) as vetted:
+                tokenizer = AutoTokenizer.from_pretrained(str(vetted), local_files_only=True, trust_remote_code=False)
+            tokenizer.name_or_path = str(folder)
+            return cls(tokenizer)
+        except ModelError:
+            raise
         except Exception as error:  # its backends raise anything, bare Exception included
             reason = str(error).strip().partition("\n")[0]
             raise ModelError(f"the tokenizer in {folder} cannot be loaded: {reason}") from error
