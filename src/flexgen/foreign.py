@@ -9,6 +9,8 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from flexgen.errors import CheckpointError
+
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _LFS_POINTER_BYTES = 1024  # at most
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -52,7 +54,7 @@ _OTHER_HEADS = (
 def file_instead_of_folder(path: Path) -> str:
     """Why a file is no model, as the rest of a sentence that begins with its name."""
     name = path.name.lower()
-    if is_lfs_pointer(path):
+    if _is_lfs_pointer(path):
         return "is a git-lfs pointer, not the file itself; and a model is a folder: run `git lfs pull` there, then give the folder"
     for ending, what in _WEIGHTS.items():
         if name.endswith(ending) or (ending == ".gguf" and _begins_with(path, b"GGUF")):
@@ -121,12 +123,14 @@ def other_quantization(folder: Path, config: Mapping[str, Any]) -> str | None:
     return None
 
 
-def is_lfs_pointer(path: Path) -> bool:
-    """Whether a file is what git leaves in the place of a large one that was not fetched."""
-    try:
-        return path.stat().st_size <= _LFS_POINTER_BYTES and _begins_with(path, _LFS_POINTER)
-    except OSError:
-        return False
+def check_fetched(path: Path) -> None:
+    """Raises CheckpointError for what git leaves in the place of a large file that was not fetched."""
+    if _is_lfs_pointer(path):
+        raise CheckpointError(f"{path} is a git-lfs pointer, not the file itself: run `git lfs pull` in that folder")
+
+
+def _is_lfs_pointer(path: Path) -> bool:
+    return path.is_file() and path.stat().st_size <= _LFS_POINTER_BYTES and _begins_with(path, _LFS_POINTER)
 
 
 def _begins_with(path: Path, start: bytes) -> bool:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from flexgen.errors import CapacityError, CheckpointError, ModelError, UnsupportedModelError
-from flexgen.foreign import file_instead_of_folder, folder_without_config, folder_without_weights, is_lfs_pointer, other_purpose
+from flexgen.foreign import check_fetched, file_instead_of_folder, folder_without_config, folder_without_weights, other_purpose
 from flexgen.links import followed
 from flexgen.sizes import MIB, format_size
 from flexgen.strict_json import MAX_VALUES, strict_json
@@ -156,8 +156,7 @@ def read_json(path: Path) -> dict[str, Any]:
             data = file.read(_MOST_JSON_BYTES + 1)
         if len(data) > _MOST_JSON_BYTES:
             raise CheckpointError(f"{path} has more than {format_size(_MOST_JSON_BYTES)}, which no honest one has")
-        if is_lfs_pointer(path):
-            raise CheckpointError(f"{path} is a git-lfs pointer, not the file itself: run `git lfs pull` in that folder")
+        check_fetched(path)
         return strict_json(data, max_values=MAX_VALUES if path.name == INDEX_FILE else _MOST_CONFIG_VALUES)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error

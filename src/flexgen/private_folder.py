@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from flexgen.errors import CheckpointError
+from flexgen.foreign import check_fetched
 from flexgen.hub import TEMPLATE_FILE, TEMPLATE_FOLDER, TOKENIZER_FILES, is_template, read_json
 from flexgen.links import followed
 
@@ -71,6 +72,7 @@ def tokenizer_files(folder: Path) -> dict[str, Path]:
 
 def _checked(path: Path) -> Path:
     real = followed(path)
+    check_fetched(real)
     if real.stat().st_size > _MOST_BYTES:
         raise CheckpointError(f"{path} has more than {_MOST_BYTES >> 20} MiB, which no tokenizer needs")
     return real

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from flexgen.errors import CheckpointError
-from flexgen.foreign import folder_without_weights, is_lfs_pointer
+from flexgen.foreign import check_fetched, folder_without_weights
 from flexgen.links import followed
 from flexgen.strict_json import strict_json
 
@@ -43,8 +43,7 @@ def _read_index(path: Path) -> dict[str, str]:
     try:
         if followed(path).stat().st_size > _MAX_INDEX_BYTES:
             raise CheckpointError(f"{path}: no plausible index")
-        if is_lfs_pointer(path):
-            raise CheckpointError(f"{path}: a git-lfs pointer, not the index itself: run `git lfs pull` in that folder")
+        check_fetched(path)
         weight_map = strict_json(path.read_bytes()).get("weight_map")
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: no valid index: {error}") from error

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from flexgen.errors import CheckpointError
-from flexgen.foreign import is_lfs_pointer
+from flexgen.foreign import check_fetched
 from flexgen.strict_json import strict_json
 
 PREFIX_BYTES = 8
@@ -62,8 +62,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     Raises:
         CheckpointError: when it is no regular file, cannot be read, or its header breaks a rule of the format.
     """
-    if is_lfs_pointer(path):
-        raise CheckpointError(f"{path}: a git-lfs pointer, not the weights themselves: run `git lfs pull` in that folder")
+    check_fetched(path)
     try:
         with open(path, "rb", opener=_open_without_waiting) as file:
             status = os.fstat(file.fileno())
