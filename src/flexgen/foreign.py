@@ -74,18 +74,24 @@ def folder_without_config(folder: Path) -> str:
     """Why a folder without config.json is no model, as the rest of a sentence that begins with its name."""
     names = sorted(path.name for path in folder.iterdir())
     if not names:
-        return "is an empty folder, no model"
+        return "is an empty folder: it has no config.json, so it is no model"
     if found := _by_files(names):
         return f"is no model that can be served: {found}"
     if (folder / "snapshots").is_dir():
         commits = sorted(path.name for path in (folder / "snapshots").iterdir() if (path / "config.json").is_file())
         take = f"give {folder / 'snapshots' / commits[-1]}, or the hub id" if commits else "it holds no whole copy: give the hub id"
         return f"is a repository's folder in the Hugging Face cache, which keeps its files by commit: {take}"
-    if "config.json" not in names and any(name.startswith("models--") for name in names):
+    if any(name.startswith("models--") for name in names):
         return "is a Hugging Face cache of several models: give a hub id, and set HF_HUB_CACHE to this folder"
     below = sorted(path.parent.name for path in folder.glob("*/config.json"))
     hint = f"; {some(below)} in it {'has' if len(below) == 1 else 'have'} one: give {folder / below[0]}" if below else ""
     return f"has no config.json, so it is no model{hint}"
+
+
+def repository_without_config(names: Collection[str]) -> str:
+    """The same of a hub repository that has these files."""
+    found = _by_files(names)
+    return f"is no model that can be served: {found}" if found else "has no config.json, so it is no model"
 
 
 def folder_without_weights(names: Collection[str]) -> str:

@@ -11,13 +11,20 @@ import re
 import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from flexgen.errors import CapacityError, CheckpointError, ModelError, UnsupportedModelError
-from flexgen.foreign import check_fetched, file_instead_of_folder, folder_without_config, folder_without_weights, other_purpose
+from flexgen.foreign import (
+    check_fetched,
+    file_instead_of_folder,
+    folder_without_config,
+    folder_without_weights,
+    other_purpose,
+    repository_without_config,
+)
 from flexgen.links import followed
 from flexgen.sizes import MIB, format_size
 from flexgen.strict_json import MAX_VALUES, strict_json
@@ -100,7 +107,8 @@ def resolve_model(
         folder = _download(name, revision or "main", SMALL_FILES, token, show_progress)
         commit = folder.name
     if not (folder / "config.json").is_file():
-        raise ModelError(f"{name} {folder_without_config(folder)}")
+        why = folder_without_config(folder) if commit is None else repository_without_config(_file_names(name, commit, token))
+        raise ModelError(f"{name} {why}")
     config = read_json(folder / "config.json")
     if (purpose := other_purpose(folder, config)) is not None:
         raise UnsupportedModelError(f"{name} {purpose}")
@@ -259,6 +267,15 @@ def _download_weights(repository: str, folder: Path, token: str | None, show_pro
         )
     logger.info("downloading %s: %d files, %s, to %s", repository, len(missing), format_size(needed_bytes), folder)
     _download(repository, commit, missing, token, show_progress)
+
+
+def _file_names(repository: str, commit: str, token: str | None) -> list[str]:
+    """What a repository holds; nothing where the hub does not answer."""
+    import huggingface_hub
+
+    with suppress(ModelError), _translated(repository, commit):
+        return huggingface_hub.HfApi(token=token).list_repo_files(repository, revision=commit)
+    return []
 
 
 def _file_sizes(repository: str, commit: str, names: Sequence[str], token: str | None) -> dict[str, int]:

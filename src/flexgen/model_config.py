@@ -19,7 +19,7 @@ MAX_LAYERS = 1 << 10
 MAX_SIZE = 1 << 24  # of a dimension
 MAX_INTEGER = 1 << 53
 
-_LAYERS = re.compile(r"(^|_)layers?$|(^|_)depth$|_layers_per_|^num_.*_(blocks|modules)$")
+_LAYERS = re.compile(r"(^|_)layers?$|_types$|(^|_)depth$|_layers_per_|^num_.*_(blocks|modules)$")
 _SIZES = re.compile(
     r"(^|_)(size|sizes|dim|dims|heads?|rank|experts|channels|features|width|embd|inner|groups?|top_?k|blocks)$|^d_(model|ff|kv|inner)$"
 )
@@ -109,10 +109,11 @@ def _check_rope(model: str, place: str, parameters: Any) -> None:
         where = f"{place}.{name}"
         if isinstance(value, dict):
             _check_rope(model, where, value)
+        elif isinstance(value, list):
+            if not all(_is_number(each) and each > 0 for each in value):
+                raise _refused(model, where, value, "a list of numbers above 0")
         elif _ROPE.search(str(name)) and value is not None and not (_is_number(value) and value > 0):
             raise _refused(model, where, value, "a number above 0")
-        elif isinstance(value, list) and not all(_is_number(each) for each in value):
-            raise _refused(model, where, value, "a list of numbers")
 
 
 def _is_number(value: Any) -> bool:

@@ -18,8 +18,8 @@ from flexgen.foreign import check_fetched
 from flexgen.hub import TEMPLATE_FILE, TEMPLATE_FOLDER, TOKENIZER_FILES, is_template, read_json
 from flexgen.links import followed
 
-_CONFIG, _TOKENIZER_CONFIG = "config.json", "tokenizer_config.json"
-_REWRITTEN = (_TOKENIZER_CONFIG, "special_tokens_map.json")  # their fields become arguments of tokenizers
+_CONFIG, _ADDED_TOKENS = "config.json", "added_tokens.json"
+_REWRITTEN = ("tokenizer_config.json", "special_tokens_map.json")  # their fields become arguments of tokenizers
 _MOST_BYTES = 256 << 20  # the largest vocabularies have 40 MiB
 
 # Fields that name files, code or other models: by their names, and by what they end in.
@@ -52,7 +52,9 @@ def tokenizer_folder(source: Path) -> Iterator[Path]:
         folder = Path(name)
         for relative, path in tokenizer_files(source).items():
             (folder / relative).parent.mkdir(exist_ok=True)
-            if relative in _REWRITTEN:
+            if relative == _ADDED_TOKENS:
+                _write(folder / relative, read_json(path))
+            elif relative in _REWRITTEN:
                 _write(folder / relative, {name: value for name, value in read_json(path).items() if not _names_files(name)})
             else:
                 (folder / relative).symlink_to(_checked(path))
