@@ -44,6 +44,8 @@ def test_a_sound_config(config: dict[str, Any]) -> None:
         ({"rms_norm_eps": -1e-6}, "rms_norm_eps"),
         ({"sliding_window": 0}, "sliding_window"),
         ({"sliding_window": -5}, "sliding_window"),
+        ({"model_type": "qwen3", "use_sliding_window": False, "sliding_window": -5}, "sliding_window"),
+        ({"rope_theta": -1.0}, "rope_theta"),
         ({"num_experts_per_tok": 5}, "num_experts_per_tok"),
         ({"num_experts_per_tok": 0}, "num_experts_per_tok"),
         *(({"rope_parameters": {"rope_type": "default", "rope_theta": value}}, "rope_theta") for value in (0, -1.0, "x")),
@@ -55,6 +57,10 @@ def test_a_sound_config(config: dict[str, Any]) -> None:
 def test_values_that_are_refused(change: dict[str, Any], field: str) -> None:
     with pytest.raises(ModelError, match=rf"config\.json (has|cannot be used).*{field}"):
         read(MIXTRAL | change)
+
+
+def test_fields_that_each_layer_has_of_its_own() -> None:
+    assert read({"model_type": "gemma4_text", "head_dim": 16, "global_head_dim": 32, "num_hidden_layers": 2}).num_hidden_layers == 2
 
 
 @pytest.mark.parametrize("value", ["x", [1], {"a": 1}, True, 1.5])

@@ -6,9 +6,10 @@ found out where the model is built (models/skeleton.py).
 
 from __future__ import annotations
 
+import functools
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from flexgen.errors import CheckpointError, ModelError
@@ -45,13 +46,16 @@ def read_config(files: ModelFiles) -> Any:
 
     for place, value in _values(files.config):
         _check_bounds(files.name, place, value)
+    for part in (files.config, files.config.get("text_config")):  # as written: transformers' classes leave out what they take for unused
+        if isinstance(part, dict):
+            _check_meaning(files.name, part.get)
     try:
         with config_folder(files.config) as folder:
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         text = config.get_text_config(decoder=True)
     except Exception as error:  # configs validate themselves with whatever they like
         raise ModelError(f"{files.name}: config.json cannot be used: {reason_of(error)}") from error
-    _check_meaning(files.name, text)
+    _check_meaning(files.name, functools.partial(_field, text))
     return config
 
 
@@ -86,21 +90,21 @@ def _check_bounds(model: str, place: str, value: Any) -> None:
         raise _refused(model, place, value, f"at most {MAX_SIZE:,}")
 
 
-def _check_meaning(model: str, text: Any) -> None:
+def _check_meaning(model: str, field: Callable[[str], Any]) -> None:
     """Refuse values of the language model that mean nothing, or something else than they seem to."""
     for name in (*_WHOLE, *_POSITIVE, *_NOT_NEGATIVE):
-        value = getattr(text, name, None)
+        value = field(name)
         if value is None or isinstance(value, list):  # one for each layer
             continue
         if name in _WHOLE and not (_is_number(value) and isinstance(value, int) and value > 0):
             raise _refused(model, name, value, "a whole number above 0")
         if not _is_number(value) or value < 0 or (value == 0 and name not in _NOT_NEGATIVE):
             raise _refused(model, name, value, "a number of at least 0" if name in _NOT_NEGATIVE else "a number above 0")
-    experts = next((value for name in _EXPERTS if isinstance(value := getattr(text, name, None), int)), None)
-    chosen = getattr(text, "num_experts_per_tok", None)
+    experts = next((value for name in _EXPERTS if isinstance(value := field(name), int)), None)
+    chosen = field("num_experts_per_tok")
     if experts and isinstance(chosen, int) and chosen > experts:
         raise _refused(model, "num_experts_per_tok", chosen, f"at most the number of experts, {experts}")
-    _check_rope(model, "rope_parameters", getattr(text, "rope_parameters", None))
+    _check_rope(model, "rope_parameters", field("rope_parameters"))
 
 
 def _check_rope(model: str, place: str, parameters: Any) -> None:
@@ -114,6 +118,14 @@ def _check_rope(model: str, place: str, parameters: Any) -> None:
                 raise _refused(model, where, value, "a list of numbers above 0")
         elif _ROPE.search(str(name)) and value is not None and not (_is_number(value) and value > 0):
             raise _refused(model, where, value, "a number above 0")
+
+
+def _field(text: Any, name: str) -> Any:
+    """A field of a config; None where there is none, and where each layer has its own, which transformers raises an error for."""
+    try:
+        return getattr(text, name, None)
+    except Exception:  # noqa: BLE001
+        return None
 
 
 def _is_number(value: Any) -> bool:

@@ -68,10 +68,11 @@ LONG_ROPE = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 2.0, "origina
         ({"num_hidden_layers": 5}, "missing"),
         ({"num_hidden_layers": 1000}, "far more than the weights hold"),
         ({"hidden_size": 1 << 24, "num_attention_heads": 1 << 20}, "far more than the weights hold"),
-        ({"rope_parameters": LONG_ROPE | {"short_factor": [1.0], "long_factor": [1.0]}}, "1 numbers in short_factor.* 8 frequencies"),
+        ({"rope_parameters": LONG_ROPE | {"short_factor": [1.0], "long_factor": [1.0]}}, "1 numbers in short_factor.*8 frequencies"),
         ({"rope_parameters": LONG_ROPE | {"short_factor": [1.0] * 8, "long_factor": [1.0] * 3}}, "long_factor|frequencies"),
         ({"dtype": "frobnicate"}, "frobnicate"),
-        ({"layer_types": ["frobnicate"] * 4}, "frobnicate"),
+        ({"layer_types": ["frobnicate"] * 4}, "layer_types"),
+        ({"quantization_config": {"a": 1}}, "unnamed method"),
     ],
     ids=str,
 )  # fmt: skip
