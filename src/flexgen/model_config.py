@@ -26,7 +26,7 @@ _SIZES = re.compile(
 )
 _WHOLE = (
     "hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size", "num_key_value_heads", "head_dim", "intermediate_size",
-    "max_position_embeddings", "sliding_window", "attention_chunk_size", "moe_intermediate_size", "num_experts_per_tok",
+    "max_position_embeddings", "sliding_window", "attention_chunk_size",
     "original_max_position_embeddings",
 )  # fmt: skip
 _POSITIVE = ("attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar", "logits_scaling", "rope_theta")
@@ -102,8 +102,8 @@ def _check_meaning(model: str, field: Callable[[str], Any]) -> None:
             raise _refused(model, name, value, "a number of at least 0" if name in _NOT_NEGATIVE else "a number above 0")
     experts = next((value for name in _EXPERTS if isinstance(value := field(name), int)), None)
     chosen = field("num_experts_per_tok")
-    if experts and isinstance(chosen, int) and chosen > experts:
-        raise _refused(model, "num_experts_per_tok", chosen, f"at most the number of experts, {experts}")
+    if experts and isinstance(chosen, int) and not 1 <= chosen <= experts:  # models without experts have 0 of 0
+        raise _refused(model, "num_experts_per_tok", chosen, f"from 1 to the number of experts, {experts}")
     _check_rope(model, "rope_parameters", field("rope_parameters"))
 
 
