@@ -70,5 +70,13 @@ def test_values_of_another_type(name: str, value: object) -> None:
         read(LLAMA | {name: value})
 
 
+def test_numbers_of_the_generation_config() -> None:
+    files = ModelFiles(
+        name="model", folder=Path("model"), config=LLAMA, generation_config={"eos_token_id": [2, 2**70]}, commit=None, has_tokenizer=False
+    )
+    with pytest.raises(ModelError, match=r"generation_config\.json has eos_token_id"):
+        read_config(files)
+
+
 def test_tables_of_labels_are_not_made() -> None:
     assert read(LLAMA | {"num_labels": 10**9}).num_labels == 2

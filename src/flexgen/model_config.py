@@ -44,18 +44,19 @@ def read_config(files: ModelFiles) -> Any:
     """
     from transformers import AutoConfig
 
-    for place, value in _values(files.config):
-        _check_bounds(files.name, place, value)
+    for file, values in (("config.json", files.config), ("generation_config.json", files.generation_config)):
+        for place, value in _values(values):
+            _check_bounds(f"{files.name}: {file}", place, value)
     for part in (files.config, files.config.get("text_config")):  # as written: transformers' classes leave out what they take for unused
         if isinstance(part, dict):
-            _check_meaning(files.name, part.get)
+            _check_meaning(f"{files.name}: config.json", part.get)
     try:
         with config_folder(files.config) as folder:
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         text = config.get_text_config(decoder=True)
     except Exception as error:  # configs validate themselves with whatever they like
         raise ModelError(f"{files.name}: config.json cannot be used: {reason_of(error)}") from error
-    _check_meaning(files.name, functools.partial(_field, text))
+    _check_meaning(f"{files.name}: config.json", functools.partial(_field, text))
     return config
 
 
@@ -77,47 +78,47 @@ def _values(value: Any, place: str = "") -> Iterator[tuple[str, Any]]:
         yield place, value
 
 
-def _check_bounds(model: str, place: str, value: Any) -> None:
+def _check_bounds(file: str, place: str, value: Any) -> None:
     """Refuse numbers for which tables would be made that fit into no memory."""
     if not _is_number(value):
         return
     name = place.rpartition(".")[2]
     if not math.isfinite(value) or (isinstance(value, int) and abs(value) > MAX_INTEGER):
-        raise _refused(model, place, value, f"a number of at most {MAX_INTEGER:,}")
+        raise _refused(file, place, value, f"a number of at most {MAX_INTEGER:,}")
     if _LAYERS.search(name) and value > MAX_LAYERS:
-        raise _refused(model, place, value, f"at most {MAX_LAYERS:,}")
+        raise _refused(file, place, value, f"at most {MAX_LAYERS:,}")
     if _SIZES.search(name) and value > MAX_SIZE:
-        raise _refused(model, place, value, f"at most {MAX_SIZE:,}")
+        raise _refused(file, place, value, f"at most {MAX_SIZE:,}")
 
 
-def _check_meaning(model: str, field: Callable[[str], Any]) -> None:
+def _check_meaning(file: str, field: Callable[[str], Any]) -> None:
     """Refuse values of the language model that mean nothing, or something else than they seem to."""
     for name in (*_WHOLE, *_POSITIVE, *_NOT_NEGATIVE):
         value = field(name)
         if value is None or isinstance(value, list):  # one for each layer
             continue
         if name in _WHOLE and not (_is_number(value) and isinstance(value, int) and value > 0):
-            raise _refused(model, name, value, "a whole number above 0")
+            raise _refused(file, name, value, "a whole number above 0")
         if not _is_number(value) or value < 0 or (value == 0 and name not in _NOT_NEGATIVE):
-            raise _refused(model, name, value, "a number of at least 0" if name in _NOT_NEGATIVE else "a number above 0")
+            raise _refused(file, name, value, "a number of at least 0" if name in _NOT_NEGATIVE else "a number above 0")
     experts = next((value for name in _EXPERTS if isinstance(value := field(name), int)), None)
     chosen = field("num_experts_per_tok")
     if experts and isinstance(chosen, int) and not 1 <= chosen <= experts:  # models without experts have 0 of 0
-        raise _refused(model, "num_experts_per_tok", chosen, f"from 1 to the number of experts, {experts}")
-    _check_rope(model, "rope_parameters", field("rope_parameters"))
+        raise _refused(file, "num_experts_per_tok", chosen, f"from 1 to the number of experts, {experts}")
+    _check_rope(file, "rope_parameters", field("rope_parameters"))
 
 
-def _check_rope(model: str, place: str, parameters: Any) -> None:
+def _check_rope(file: str, place: str, parameters: Any) -> None:
     """Factors and bases of rotary frequencies, by layer type or not."""
     for name, value in parameters.items() if isinstance(parameters, dict) else ():
         where = f"{place}.{name}"
         if isinstance(value, dict):
-            _check_rope(model, where, value)
+            _check_rope(file, where, value)
         elif isinstance(value, list):
             if not all(_is_number(each) and each > 0 for each in value):
-                raise _refused(model, where, value, "a list of numbers above 0")
+                raise _refused(file, where, value, "a list of numbers above 0")
         elif _ROPE.search(str(name)) and value is not None and not (_is_number(value) and value > 0):
-            raise _refused(model, where, value, "a number above 0")
+            raise _refused(file, where, value, "a number above 0")
 
 
 def _field(text: Any, name: str) -> Any:
@@ -132,5 +133,5 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _refused(model: str, place: str, value: Any, wanted: str) -> CheckpointError:
-    return CheckpointError(f"{model}: config.json has {place} {str(value)[:40]}; it should be {wanted}")
+def _refused(file: str, place: str, value: Any, wanted: str) -> CheckpointError:
+    return CheckpointError(f"{file} has {place} {str(value)[:40]}; it should be {wanted}")
