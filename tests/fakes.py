@@ -6,6 +6,7 @@ conftest.py makes the fixtures known to all tests.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -157,6 +158,24 @@ class FakeEngine:
         self.closed = True
 
 
+def _zero_weights() -> bytes:
+    """A safetensors file with the tensors of the tiny OPT of `write_model_folder`."""
+    linear = {f"self_attn.{name}_proj": (8, 8) for name in "kvqo"} | {"fc1": (16, 8), "fc2": (8, 16)}
+    linear["self_attn.out_proj"] = linear.pop("self_attn.o_proj")
+    shapes: dict[str, tuple[int, ...]] = {"embed_tokens.weight": (VOCAB, 8), "embed_positions.weight": (CONTEXT + 2, 8)}
+    for name, shape in linear.items():
+        shapes |= {f"layers.0.{name}.weight": shape, f"layers.0.{name}.bias": shape[:1]}
+    for name in ("final_layer_norm", "layers.0.self_attn_layer_norm", "layers.0.final_layer_norm"):
+        shapes |= {f"{name}.weight": (8,), f"{name}.bias": (8,)}
+    entries, offset = {}, 0
+    for name, shape in shapes.items():
+        size = 4 * math.prod(shape)
+        entries[f"model.decoder.{name}"] = {"dtype": "F32", "shape": shape, "data_offsets": [offset, offset + size]}
+        offset += size
+    header = json.dumps(entries).encode()
+    return len(header).to_bytes(8, "little") + header + bytes(offset)
+
+
 def write_model_folder(folder: Path, *, tokenizer: bool = True, generation_config: dict[str, object] | None = None) -> Path:
     """What a loader of everything but weights needs: the config of a tiny OPT, and a tokenizer of bytes."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -166,7 +185,7 @@ def write_model_folder(folder: Path, *, tokenizer: bool = True, generation_confi
         "eos_token_id": 256, "bos_token_id": 256, "pad_token_id": 257,
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
-    (folder / "model.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}")
+    (folder / "model.safetensors").write_bytes(_zero_weights())
     if generation_config is not None:
         (folder / "generation_config.json").write_text(json.dumps(generation_config))
     if tokenizer:

@@ -16,10 +16,12 @@ FLEXGEN = Path(__file__).parent.parent / "src" / "flexgen"
 # Rooms from the ground up; a room may import any room of a lower floor.
 FLOORS = (
     {"errors", "failpoints", "durations", "compiled", "scalars"},
-    {"sizes", "formats", "parameters", "request", "options", "prefixes", "inputs", "isolation", "turns"},
+    {"sizes", "formats", "parameters", "request", "options", "prefixes", "inputs", "isolation", "turns"}
+    | {"strict_json", "links", "foreign"},
     {"files"},
     {"plan"},
-    {"quant", "kernels", "memory", "models", "hub", "text", "text_sizes", "stopping", "defaults", "choices", "chat"},
+    {"quant", "kernels", "memory", "models", "hub", "private_folder", "model_config"}
+    | {"text", "text_sizes", "stopping", "defaults", "choices", "chat"},
     {"engine"},
     {"profile"},
     {"opening", "open_engine", "specs", "vllm_keywords"},
@@ -34,10 +36,12 @@ BESIDE = {
     "quant": {"kernels"},
     "memory": {"kernels", "quant"},
     "models": {"memory", "kernels", "quant"},
-    "text": {"hub", "text_sizes"},
+    "private_folder": {"hub"},
+    "model_config": {"hub", "private_folder"},
+    "text": {"hub", "text_sizes", "private_folder"},
     "stopping": {"text"},
     "choices": {"text", "stopping", "defaults"},
-    "defaults": {"hub"},
+    "defaults": {"hub", "model_config"},
     "open_engine": {"opening"},
     "specs": {"opening"},
     "bench": {"jobs"},

@@ -100,7 +100,7 @@ def test_pickles_are_no_weights(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"neither model\.safetensors nor"):
         resolve_model(folder)
     (folder / "pytorch_model.bin").touch()
-    with pytest.raises(ModelError, match=r"pickles \(pytorch_model\.bin\)"):
+    with pytest.raises(ModelError, match=r"pickled weights \(pytorch_model\.bin\)"):
         resolve_model(folder)
     assert resolve_model(folder, with_weights=False).config["model_type"] == "opt"
 
@@ -327,17 +327,19 @@ def test_what_cannot_be_fetched(hub: StandIn, repository: dict[str, bytes], reso
     hub.repositories["org/torn"] = {name: content for name, content in repository.items() if name != "model-2.safetensors"}
     hub.repositories["org/strange"] = repository | {"config.json": b'{"model_type": "frobnicator", "auto_map": {}}'}
     hub.repositories["org/empty"] = {"README.md": b""}
+    hub.repositories["org/gguf"] = {"README.md": b"", "model.Q4_K_M.gguf": b"GGUF"}
     hub.repositories["org/huge"] = repository | {"model-1.safetensors": b"other"}
     hub.pretended_sizes["model-1.safetensors"] = 10**18
-    names = ("org/nobody", "org/gated", "org/pickled", "org/torn", "org/strange", "org/empty", "org/huge")
+    names = ("org/nobody", "org/gated", "org/pickled", "org/torn", "org/strange", "org/empty", "org/gguf", "org/huge")
     answers = resolve(*({"model": name} for name in names), {"model": "org/model", "revision": "v9"})
     wanted = [
         ("ModelError", "neither a folder here nor a hub repository"),
         ("ModelError", "gated"),
-        ("ModelError", "pickles (pytorch_model.bin)"),
+        ("ModelError", "pickled weights (pytorch_model.bin)"),
         ("CheckpointError", "lacks files that its model.safetensors.index.json names (model-2.safetensors)"),
         ("UnsupportedModelError", "'frobnicator' is unknown"),
         ("ModelError", "no config.json"),
+        ("ModelError", "weights (model.Q4_K_M.gguf) are GGUF"),
         ("CapacityError", "909494.7 TiB more"),
         ("ModelError", "no revision v9"),
     ]

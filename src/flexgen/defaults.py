@@ -8,6 +8,7 @@ from typing import Any
 
 from flexgen.errors import ModelError, OptionError, RequestError
 from flexgen.hub import ModelFiles
+from flexgen.model_config import read_config
 from flexgen.request import SamplingParams
 
 _CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length")  # the first is usual
@@ -20,12 +21,7 @@ def token_limits(files: ModelFiles, max_model_len: int | None) -> tuple[int, int
         ModelError: the config is unusable.
         OptionError: `max_model_len` is more than the model's context, or is needed because the model states none.
     """
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(str(files.folder), local_files_only=True, trust_remote_code=False).get_text_config()
-    except Exception as error:  # configs validate themselves with whatever they like
-        raise ModelError(f"{files.name}: config.json is unusable: {str(error).strip().partition(chr(10))[0]}") from error
+    config = read_config(files).get_text_config(decoder=True)
     context = next((value for name in _CONTEXT_NAMES if isinstance(value := getattr(config, name, None), int)), None)
     vocab_size = getattr(config, "vocab_size", None)
     if not isinstance(vocab_size, int) or vocab_size < 1:

@@ -5,35 +5,49 @@ Knows which files make a model and the hub library's conventions (HF_HOME, HF_HU
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from flexgen.errors import CapacityError, CheckpointError, ModelError, UnsupportedModelError
+from flexgen.foreign import (
+    check_fetched,
+    file_instead_of_folder,
+    folder_without_config,
+    folder_without_weights,
+    other_purpose,
+    repository_without_config,
+)
+from flexgen.links import followed
 from flexgen.sizes import MIB, format_size
+from flexgen.strict_json import MAX_VALUES, strict_json
 
 logger = logging.getLogger(__name__)
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 # What AutoTokenizer reads; any of the first group is a tokenizer by itself.
-_ONE_FILE = ("tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tekken.json")
+_ONE_FILE = ("tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tekken.json", "tiktoken.model")
 VOCABULARY_FILES = (*_ONE_FILE, "vocab.json", "vocab.txt")
-TOKENIZER_FILES = (*VOCABULARY_FILES, "merges.txt", "added_tokens.json", "special_tokens_map.json", "tokenizer_config.json")
-TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja")
-SMALL_FILES = ("config.json", "generation_config.json", INDEX_FILE, *TOKENIZER_FILES, *TEMPLATE_FILES)
+TOKENIZER_FILES = (
+    *VOCABULARY_FILES, "merges.txt", "emoji.json", "word_shape.json", "word_pronunciation.json", "added_tokens.json",
+    "special_tokens_map.json", "tokenizer_config.json",
+)  # fmt: skip
+TEMPLATE_FILE, TEMPLATE_FOLDER, _TEMPLATE_ENDING = "chat_template.jinja", "additional_chat_templates", ".jinja"
+_TEMPLATES = (TEMPLATE_FILE, f"{TEMPLATE_FOLDER}/*{_TEMPLATE_ENDING}")
+SMALL_FILES = ("config.json", "generation_config.json", INDEX_FILE, *TOKENIZER_FILES, *_TEMPLATES)
 
 _PLAIN_NAME = re.compile(r"[\w][\w.\-]*")
 _REPOSITORY = re.compile(r"[\w][\w.\-]*(/[\w][\w.\-]*)?")
-_MOST_JSON_BYTES = 64 * MIB  # the largest honest index files have a few MiB
+_MOST_JSON_BYTES = 32 * MIB  # the largest honest index files have some 15 MiB
+_MOST_CONFIG_VALUES = 1 << 18
 _LIKELY_HEADER_BYTES = 128 << 10  # most headers are shorter: one request brings them
 _REQUESTS = 8  # at a time
 
@@ -93,8 +107,11 @@ def resolve_model(
         folder = _download(name, revision or "main", SMALL_FILES, token, show_progress)
         commit = folder.name
     if not (folder / "config.json").is_file():
-        raise ModelError(f"{name} has no config.json, so it is no model")
+        why = folder_without_config(folder) if commit is None else repository_without_config(_file_names(name, commit, token))
+        raise ModelError(f"{name} {why}")
     config = read_json(folder / "config.json")
+    if (purpose := other_purpose(folder, config)) is not None:
+        raise UnsupportedModelError(f"{name} {purpose}")
     _check_model_type(name, config)
     if with_weights:
         if commit is not None:
@@ -126,6 +143,11 @@ def resolve_tokenizer(tokenizer: str | os.PathLike[str], *, revision: str | None
     return folder
 
 
+def is_template(name: str) -> bool:
+    """Whether a file of the folder of additional templates is one."""
+    return name.endswith(_TEMPLATE_ENDING)
+
+
 def has_tokenizer(folder: Path) -> bool:
     """Whether the folder holds a vocabulary that AutoTokenizer can read."""
     return any((folder / name).is_file() for name in VOCABULARY_FILES)
@@ -135,20 +157,22 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file of a model.
 
     Raises:
-        CheckpointError: unreadable, absurdly large, or not an object.
+        CheckpointError: unreadable, absurdly large, not an object, or behind a link that is not followed.
     """
     try:
-        if path.stat().st_size > _MOST_JSON_BYTES:
-            raise CheckpointError(f"{path} has {format_size(path.stat().st_size)}, more than any honest one")
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        with followed(path).open("rb") as file:
+            data = file.read(_MOST_JSON_BYTES + 1)
+        if len(data) > _MOST_JSON_BYTES:
+            raise CheckpointError(f"{path} has more than {format_size(_MOST_JSON_BYTES)}, which no honest one has")
+        check_fetched(path)
+        return strict_json(data, max_values=MAX_VALUES if path.name == INDEX_FILE else _MOST_CONFIG_VALUES)
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds no JSON object")
-    return value
 
 
 def _check_repository_id(name: str) -> None:
+    if Path(name).expanduser().is_file():
+        raise ModelError(f"{name} {file_instead_of_folder(Path(name).expanduser())}")
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).exists():
         raise ModelError(f"{name} is not a folder; give the folder that holds config.json, or a hub id such as facebook/opt-6.7b")
     if not _REPOSITORY.fullmatch(name) or ".." in name or "--" in name:
@@ -176,15 +200,9 @@ def _check_weight_files(folder: Path) -> None:
     """Every file that holds weights is there (their contents are checked where they are read)."""
     missing = [name for name in weight_files(folder) if not (folder / name).is_file()]
     if missing == [SINGLE_FILE]:
-        raise _no_weights(str(folder), (path.name for path in folder.iterdir()))
+        raise ModelError(f"{folder} {folder_without_weights([path.name for path in folder.iterdir()])}")
     if missing:
         raise CheckpointError(f"{folder}: {len(missing)} files named by {INDEX_FILE} are missing ({', '.join(missing[:3])})")
-
-
-def _no_weights(name: str, files: Iterable[str]) -> ModelError:
-    pickles = sorted(file for file in files if file.endswith((".bin", ".pt", ".pth")))
-    hint = f"; its weights are pickles ({pickles[0]}), which flexgen never opens: convert them to safetensors" if pickles else ""
-    return ModelError(f"{name} has neither {SINGLE_FILE} nor {INDEX_FILE}{hint}")
 
 
 def weight_files(folder: Path) -> list[str]:
@@ -251,6 +269,15 @@ def _download_weights(repository: str, folder: Path, token: str | None, show_pro
     _download(repository, commit, missing, token, show_progress)
 
 
+def _file_names(repository: str, commit: str, token: str | None) -> list[str]:
+    """What a repository holds; nothing where the hub does not answer."""
+    import huggingface_hub
+
+    with suppress(ModelError), _translated(repository, commit):
+        return huggingface_hub.HfApi(token=token).list_repo_files(repository, revision=commit)
+    return []
+
+
 def _file_sizes(repository: str, commit: str, names: Sequence[str], token: str | None) -> dict[str, int]:
     """Bytes of weight files, as the hub states them.
 
@@ -264,7 +291,7 @@ def _file_sizes(repository: str, commit: str, names: Sequence[str], token: str |
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
     if absent := [name for name in names if name not in sizes]:
         if absent == [SINGLE_FILE]:
-            raise _no_weights(repository, sizes)
+            raise ModelError(f"{repository} {folder_without_weights(sizes)}")
         raise CheckpointError(f"{repository} lacks files that its {INDEX_FILE} names ({', '.join(absent[:3])})")
     return {name: sizes[name] for name in names}
 

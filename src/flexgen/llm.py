@@ -23,7 +23,7 @@ from flexgen.errors import FlexGenError, ModelError, OptionError, RequestError
 from flexgen.hub import ModelFiles, resolve_model, resolve_tokenizer
 from flexgen.inputs import Prompt, as_conversations, as_params, as_texts, naming, texts_and_ids
 from flexgen.isolation import for_one_request
-from flexgen.open_engine import OpenEngine, plan_job
+from flexgen.open_engine import OpenEngine, check_model, plan_job
 from flexgen.options import EngineOptions
 from flexgen.plan.forecast import Plan
 from flexgen.plan.simulate import PAGE_TOKENS
@@ -199,6 +199,14 @@ class LLM:
         return default_sampling_params(self.files.generation_config if self._own_defaults else {})
 
     # -- what jobs and benchmarks are made of ----------------------------------------------------------------------------------------
+
+    def check_model(self) -> None:
+        """Refuse a model whose files cannot be served now, and not when there is work for it; no weights are read.
+
+        Raises:
+            ModelError: naming what is wrong.
+        """
+        check_model(self.files, self.options)
 
     def encode(self, texts: str | Iterable[str], *, add_special_tokens: bool = True) -> list[list[int]]:
         """Token ids of each text (rendered chats have their special tokens already).

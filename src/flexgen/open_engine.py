@@ -29,6 +29,17 @@ PLAN_SECONDS = 5.0
 ROOM_TOKENS = 256
 
 
+def check_model(files: ModelFiles, options: EngineOptions) -> None:
+    """Refuse a model whose files cannot be served, before there is any work for it; no weights are read.
+
+    Raises:
+        ModelError, OptionError: as `plan_job`.
+    """
+    from flexgen import opening
+
+    opening.check_model(files, options)
+
+
 def plan_job(files: ModelFiles, options: EngineOptions, workload: Workload) -> Plan:
     """The plan that `open_engine` would execute; no weights are read.
 

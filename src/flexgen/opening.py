@@ -10,6 +10,7 @@ import logging
 import os
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,15 @@ import torch
 
 from flexgen.engine.engine import Engine
 from flexgen.engine.report import RunContext
-from flexgen.errors import CapacityError, FlexGenError, ModelError, OptionError
+from flexgen.errors import CapacityError, FlexGenError, ModelError, OptionError, is_out_of_memory
+from flexgen.foreign import other_quantization
 from flexgen.hub import ModelFiles
 from flexgen.kernels.attention import attention_kernels, warm_up
 from flexgen.memory.checksums import BLOCK_BYTES, BYTES_PER_BLOCK
 from flexgen.memory.offload import OffloadFolder
 from flexgen.memory.transfer import open_backend
+from flexgen.model_config import read_config, reason_of
+from flexgen.models.checkpoint import refuse_quantization
 from flexgen.models.dummy import checkpoint_bytes, write_random_checkpoint
 from flexgen.models.loading import LoadedModel, load_model
 from flexgen.options import EngineOptions
@@ -49,6 +53,7 @@ THOROUGH_BYTES = 1 * GIB
 _PROCESS = os.getpid()
 # Building a skeleton replaces functions of torch for a moment: models are described one at a time.
 _DESCRIBING = threading.Lock()
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,7 +95,7 @@ def _prepare(files: ModelFiles, options: EngineOptions, workload: Workload) -> P
     options = replace(options, dtype=str(dtype).removeprefix("torch."), device=limits.device)
     dummy_folder = _write_dummy(config, dtype, limits) if options.load_format == "dummy" else None
     try:
-        model = load_model(dummy_folder.path if dummy_folder is not None else files.folder, config, dtype)
+        model = _load_model(files, dummy_folder.path if dummy_folder is not None else files.folder, config, dtype)
         if dummy_folder is not None:
             limits = replace(limits, disk_bytes=max(limits.disk_bytes - model.total_bytes, 0))
         model = replace(model, spec=replace(model.spec, name=files.name))
@@ -180,18 +185,45 @@ def _construct(prepared: Prepared, undo: contextlib.ExitStack, check: MachineChe
     )  # fmt: skip
 
 
-def read_config(files: ModelFiles) -> Any:
-    """The transformers config of the folder; no code from it is run.
+def check_model(files: ModelFiles, options: EngineOptions) -> None:
+    """Refuse what `prepare` would refuse because of the model's files, before anything else is done.
 
     Raises:
-        ModelError: when it cannot be understood.
+        ModelError: naming what is wrong.
+        OptionError: the dtype cannot be computed in.
     """
-    from transformers import AutoConfig
+    config = read_config(files)
+    dtype = compute_dtype(options.dtype, config, find_limits(options).device)
+    if options.load_format != "dummy":
+        with _DESCRIBING:
+            _load_model(files, files.folder, config, dtype)
 
+
+def _load_model(files: ModelFiles, folder: Path, config: Any, dtype: torch.dtype) -> LoadedModel:
+    """The model in a folder; what is refused because it is quantized is so before its weights are compared with its config."""
+    if (tool := other_quantization(files.folder, files.config)) is not None:
+        raise refuse_quantization({"quant_method": tool})
+    with describing(files.name):
+        return load_model(folder, config, dtype)
+
+
+@contextlib.contextmanager
+def describing(name: str) -> Iterator[None]:
+    """Whatever fails while a model is described fails because of its files: it is refused, and nothing is run.
+
+    Raises:
+        ModelError: for what is no error of ours.
+        CapacityError: for what takes more memory than there is.
+    """
     try:
-        return AutoConfig.from_pretrained(files.folder, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"{files.name}: config.json cannot be used: {error}") from error
+        yield
+    except FlexGenError:
+        raise
+    except Exception as error:
+        logger.debug("%s cannot be described", name, exc_info=True)
+        if is_out_of_memory(error):
+            raise CapacityError(f"{name}: describing the model takes more memory than there is ({reason_of(error)})") from error
+        raise ModelError(f"{name} cannot be used, because of its config.json or its weights: {reason_of(error)}") from error
 
 
 def compute_dtype(wanted: str, config: Any, device: str) -> torch.dtype:
@@ -200,10 +232,12 @@ def compute_dtype(wanted: str, config: Any, device: str) -> torch.dtype:
         dtype = getattr(torch, wanted)
     else:
         stored = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None) or torch.float32
-        dtype = getattr(torch, stored) if isinstance(stored, str) else stored
+        dtype = getattr(torch, stored, None) if isinstance(stored, str) else stored
+        if dtype not in _DTYPES:
+            raise ModelError(f"config.json has dtype {str(stored)[:40]}, which cannot be computed in: give --dtype")
         if dtype == torch.float16 and device != "cuda":
             dtype = torch.bfloat16
-    if dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+    if dtype not in _DTYPES:
         raise OptionError(f"cannot compute in {dtype}")
     return dtype
 

@@ -57,9 +57,10 @@ def _shipped(name: str, device: str, dtype: str) -> ModelSpec:
 
 def _described(model: str, device: str, dtype: str, revision: str | None, token: str | None) -> ModelSpec:
     from flexgen.hub import resolve_model, weight_files, weight_headers
+    from flexgen.model_config import read_config
     from flexgen.models.checkpoint import Checkpoint, Headers
     from flexgen.models.spec import describe_headers
-    from flexgen.opening import compute_dtype, read_config
+    from flexgen.opening import compute_dtype, describing
 
     try:
         files = resolve_model(model, revision=revision, token=token, with_weights=False)
@@ -72,4 +73,5 @@ def _described(model: str, device: str, dtype: str, revision: str | None, token:
         headers = Checkpoint(files.folder)
     else:
         headers = Headers.parsed(files.folder, weight_headers(model, files.folder, token=token))
-    return describe_headers(headers, config, compute_dtype(dtype, config, device), name=model)
+    with describing(model):
+        return describe_headers(headers, config, compute_dtype(dtype, config, device), name=model)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from flexgen.errors import FlexGenError, ModelError, RequestError, is_failure
+from flexgen.private_folder import tokenizer_folder
 from flexgen.text_sizes import TextSizes, check_file
 
 if TYPE_CHECKING:
@@ -45,9 +46,12 @@ class Tokenizer:
 
         try:
             check_file(folder / "tokenizer.json")
-            return cls(AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False))
+            with tokenizer_folder(folder) as vetted:
+                tokenizer = AutoTokenizer.from_pretrained(str(vetted), local_files_only=True, trust_remote_code=False)
+            tokenizer.name_or_path = str(folder)
+            return cls(tokenizer)
         except BaseException as error:  # its backends raise anything, and panic
-            if not is_failure(error):
+            if isinstance(error, ModelError) or not is_failure(error):
                 raise
             raise ModelError(f"the tokenizer in {folder} cannot be loaded: {_reason(error)}") from error
 

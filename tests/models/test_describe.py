@@ -11,7 +11,7 @@ import torch
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from flexgen.models.describe import ParameterUse, UnitPart, cut_units, streamed_uses
-from flexgen.models.skeleton import build_skeleton
+from flexgen.models.skeleton import ANY_ROOM, build_skeleton
 from flexgen.models.trace import ModelTrace, trace_model
 from tests.models.tiny_configs import tiny_config
 
@@ -19,7 +19,7 @@ UNIT_BYTES = 12_000
 
 
 def traced(config: PreTrainedConfig) -> tuple[ModelTrace, list[list[UnitPart]]]:
-    model = build_skeleton(config, torch.float32)
+    model = build_skeleton(config, torch.float32, ANY_ROOM)
     trace = trace_model(model)
     uses = streamed_uses(model, trace, 4, trace.embeddings, lambda _: True)
     return trace, cut_units(uses, UNIT_BYTES)
@@ -100,7 +100,7 @@ def test_flops_count_what_runs() -> None:
     config = tiny_config("qwen3_moe")
     _, units = traced(config)
     counted = sum(part.use.flops_per_token * (part.stop - part.start) / part.use.rows for unit in units for part in unit)
-    skeleton = build_skeleton(config, torch.float32)
+    skeleton = build_skeleton(config, torch.float32, ANY_ROOM)
     expected = 0.0
     for name, parameter in skeleton.named_parameters():
         if parameter.ndim >= 2 and "embed_tokens" not in name:
@@ -116,7 +116,7 @@ def test_windows_and_chunks_of_layers() -> None:
 
 
 def test_a_skeleton_is_left_as_it_was() -> None:
-    model = build_skeleton(tiny_config("llama"), torch.float32)
+    model = build_skeleton(tiny_config("llama"), torch.float32, ANY_ROOM)
     trace_model(model)
     assert all(parameter.is_meta for parameter in model.parameters())
     assert not any(module._forward_pre_hooks or "forward" in module.__dict__ for module in model.modules())
@@ -126,7 +126,7 @@ def test_skeletons_take_no_memory() -> None:
     """A single parameter of this model, half a trillion in all, is larger than the memory of most machines."""
     config = CONFIG_MAPPING["longcat_flash"]()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    model = build_skeleton(config, torch.bfloat16)
+    model = build_skeleton(config, torch.bfloat16, ANY_ROOM)
     assert max(parameter.nbytes for parameter in model.parameters()) > 30 << 30
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 20  # KiB
     assert not any(buffer.is_meta for name, buffer in model.named_buffers() if "rotary" in name)

@@ -55,9 +55,9 @@ def test_what_is_encoded_is_found_again(model_type: str) -> None:
 def test_units_read_every_stored_byte(model_type: str, unit_bytes: int | None) -> None:
     """Rows of numbers are read by exactly one unit; a row of block scales by each unit that has rows of its block."""
     headers = encoded_headers(model_type, shard_bytes=50_000)
-    model, trace = trace_config(config_of(model_type), torch.bfloat16)
     decoded = decoded_headers(headers, FORMATS[model_type], torch.bfloat16)
-    layouts = lay_out(model, trace, decoded.headers, torch.bfloat16, unit_bytes)
+    model, sources, trace = trace_config(config_of(model_type), torch.bfloat16, decoded.headers)
+    layouts = lay_out(model, trace, sources, torch.bfloat16, unit_bytes)
     everything = (*layouts.streamed, layouts.residents)
     pieces: list[Any] = [piece for layout in everything for tensor in layout.tensors for piece in tensor.source.pieces]
     ranges = decoded.ranges(pieces) + [(table.path, table.offset, table.num_rows * table.row_bytes) for table in layouts.tables]

@@ -204,7 +204,9 @@ def _prepare_lines(job: Job, store: Store, asked: Asked) -> Workload:
 
 def _load(asked: Asked) -> LLM:
     templates = {"chat_template": asked.chat_template, "chat_template_kwargs": asked.chat_template_kwargs}
-    return load(asked.model, asked.options, asked.progress, tokenizer=asked.tokenizer, **templates)
+    llm = load(asked.model, asked.options, asked.progress, tokenizer=asked.tokenizer, **templates)
+    llm.check_model()
+    return llm
 
 
 def bare_defaults(llm: LLM, given: Mapping[str, Any]) -> SamplingParams:

@@ -16,6 +16,7 @@ from typing import Any
 
 from flexgen.hub import TOKENIZER_FILES, ModelFiles, weight_files
 from flexgen.llm import LLM
+from flexgen.private_folder import tokenizer_files
 from flexgen.request import SamplingParams
 from flexgen.sizes import format_size
 
@@ -77,7 +78,7 @@ def identity_of(llm: LLM, defaults: SamplingParams, **settings: object) -> Ident
     answers = {
         "model": _weights(files, llm.options.load_format),
         "config": _digest([json.dumps(files.config, sort_keys=True).encode()]),
-        "tokenizer": _files_digest(_tokenizer_folder(llm), TOKENIZER_FILES),
+        "tokenizer": _tokenizer_digest(llm),
         "chat_template": None if llm.chat_template is None else _digest([llm.chat_template.encode()]),
         "eos_token_ids": sorted(llm.eos_token_ids),
         "dtype": _compute_dtype(llm),
@@ -101,18 +102,15 @@ def _weights(files: ModelFiles, load_format: str) -> str:
     return f"{len(names)} files, {format_size(sum(each.st_size for each in found))}, {_digest(parts)}"
 
 
-def _tokenizer_folder(llm: LLM) -> Path | None:
+def _tokenizer_digest(llm: LLM) -> str | None:
+    """Of all that the tokenizer is loaded from, less templates; None where there is none."""
     if llm.tokenizer is None:
         return None
-    return Path(llm.tokenizer.hf.name_or_path)
-
-
-def _files_digest(folder: Path | None, names: Iterable[str]) -> str | None:
-    """Of those files that are there; None where there are none."""
-    if folder is None:
-        return None
-    found = [folder / name for name in names if (folder / name).is_file()]
-    return _digest(part for path in found for part in (path.name.encode(), path.read_bytes())) if found else None
+    folder = Path(llm.tokenizer.hf.name_or_path)
+    found = {name: path for name, path in tokenizer_files(folder).items() if name in TOKENIZER_FILES}
+    if folder != llm.files.folder and (folder / "config.json").is_file():  # a tokenizer of its own, found by its model's type
+        found["config.json"] = folder / "config.json"
+    return _digest(part for name, path in sorted(found.items()) for part in (name.encode(), path.read_bytes()))
 
 
 def _digest(parts: Iterable[bytes]) -> str:
@@ -127,7 +125,8 @@ def _compute_dtype(llm: LLM) -> str:
     """What "auto" means for this model on this machine."""
     if llm.options.dtype != "auto":
         return llm.options.dtype
-    from flexgen.opening import compute_dtype, read_config
+    from flexgen.model_config import read_config
+    from flexgen.opening import compute_dtype
     from flexgen.profile.limits import find_limits
 
     return str(compute_dtype("auto", read_config(llm.files), find_limits(llm.options).device)).removeprefix("torch.")

@@ -21,9 +21,10 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 from flexgen.errors import CheckpointError, UnsupportedModelError
+from flexgen.foreign import some
 from flexgen.models.conversion import Traced, Untraceable
-from flexgen.models.folder import INDEX_FILE, some, weight_files
-from flexgen.models.headers import StoredTensor, parse_header, read_header
+from flexgen.models.folder import INDEX_FILE, weight_files
+from flexgen.models.headers import MAX_TENSORS, StoredTensor, parse_header, read_header
 from flexgen.models.sources import ParameterSource, read_bytes, whole
 
 logger = logging.getLogger(__name__)
@@ -56,6 +57,8 @@ class Headers:
             for name in stored.keys() & self.tensors.keys():
                 raise CheckpointError(f"{name} is stored twice: in {self.tensors[name].path.name} and in {stored[name].path.name}")
             self.tensors.update(stored)
+            if len(self.tensors) > MAX_TENSORS:
+                raise CheckpointError(f"{folder}: more than {MAX_TENSORS:,} tensors; no known model has as many")
         self.total_bytes = sum(tensor.nbytes for tensor in self.tensors.values())
 
     @classmethod

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 
 from flexgen.errors import CheckpointError
-from flexgen.models.headers import MAX_HEADER_BYTES, strict_json
+from flexgen.foreign import check_fetched, folder_without_weights
+from flexgen.links import followed
+from flexgen.strict_json import strict_json
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-_OTHER_FORMATS = (".safetensors", ".gguf", ".h5", ".msgpack", ".onnx")
+_MAX_INDEX_BYTES = 50_000_000  # the largest published ones have some 15 MB
 
 
 def weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
@@ -32,28 +32,18 @@ def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder")
     if (folder / SINGLE_FILE).exists():
-        return [_contained(folder / SINGLE_FILE)], {}
+        return [_checked(folder / SINGLE_FILE)], {}
     if (folder / INDEX_FILE).exists():
         index = _read_index(folder / INDEX_FILE)
-        return [_contained(folder / name) for name in sorted(set(index.values()))], index
-    names = sorted(path.name for path in folder.iterdir())
-    if "adapter_config.json" in names:
-        raise CheckpointError(f"{folder}: an adapter without its model; merge it into the model it was trained for, and give that")
-    if pickles := [name for name in names if name.endswith(_PICKLES)]:
-        raise CheckpointError(
-            f"{folder}: only pickled weights ({some(pickles)}), which can run code when they are opened and are refused; "
-            "use a revision with safetensors files, or convert them where you trust them (load and save_pretrained)"
-        )
-    others = [name for name in names if name.endswith(_OTHER_FORMATS)]
-    found = f"; there are {some(others)}, which are not in transformers' format" if others else ""
-    raise CheckpointError(f"{folder}: neither {SINGLE_FILE} nor {INDEX_FILE}{found}")
+        return [_checked(folder / name) for name in sorted(set(index.values()))], index
+    raise CheckpointError(f"{folder} {folder_without_weights(sorted(path.name for path in folder.iterdir()))}")
 
 
 def _read_index(path: Path) -> dict[str, str]:
     try:
-        path = _contained(path)
-        if not path.is_file() or path.stat().st_size > MAX_HEADER_BYTES:
+        if followed(path).stat().st_size > _MAX_INDEX_BYTES:
             raise CheckpointError(f"{path}: no plausible index")
+        check_fetched(path)
         weight_map = strict_json(path.read_bytes()).get("weight_map")
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: no valid index: {error}") from error
@@ -65,20 +55,7 @@ def _read_index(path: Path) -> dict[str, str]:
     return weight_map
 
 
-def _contained(path: Path) -> Path:
-    """`path`, unless it is a link that leads out of its folder, or out of its repository in the Hugging Face cache."""
-    try:
-        folder, real = path.parent.resolve(strict=True), path.resolve(strict=True)
-    except (OSError, RuntimeError) as error:
-        raise CheckpointError(f"{path}: cannot be opened ({error})") from error
-    # models--owner--name/snapshots/<commit>/file -> ../../blobs/<digest>
-    in_cache = folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--")
-    if not real.is_relative_to(folder) and not (in_cache and real.is_relative_to(folder.parent.parent)):
-        raise CheckpointError(f"{path}: a link to {real}, outside of the model's folder")
+def _checked(path: Path) -> Path:
+    """`path` as it is named, because names tell shards apart, once it is known that it may be read."""
+    followed(path)
     return path
-
-
-def some(names: Iterable[str], count: int = 3) -> str:
-    """The first few names, for a message."""
-    ordered = sorted(names)
-    return ", ".join(ordered[:count]) + (f" and {len(ordered) - count} more" if len(ordered) > count else "")

@@ -15,10 +15,10 @@ import torch
 from flexgen.memory.direct_io import plan_extents
 from flexgen.memory.rows import RowTable
 from flexgen.memory.unit import UnitLayout, UnitTensor, packed_offsets
-from flexgen.models.checkpoint import Headers, parameter_sources
+from flexgen.models.checkpoint import Headers, ModelSources, parameter_sources
 from flexgen.models.describe import UnitPart, cut_units, streamed_uses
 from flexgen.models.refusals import check_supported_architecture
-from flexgen.models.skeleton import build_skeleton
+from flexgen.models.skeleton import Room, build_skeleton
 from flexgen.models.trace import ModelTrace, trace_model
 from flexgen.sizes import GIB, MIB
 
@@ -30,15 +30,19 @@ def default_unit_bytes(weight_bytes: int) -> int:
     return max(min(weight_bytes // 100, GIB), min(SMALLEST_UNIT_BYTES, weight_bytes // 24), 1)
 
 
-def trace_config(config: Any, dtype: torch.dtype) -> tuple[Any, ModelTrace]:
-    """(skeleton, its trace) of a transformers config.
+def trace_config(config: Any, dtype: torch.dtype, headers: Headers) -> tuple[Any, ModelSources, ModelTrace]:
+    """(skeleton, where its parameters are stored, its trace) of a transformers config.
+
+    The config is compared with the headers before anything as large as it says is made.
 
     Raises:
         UnsupportedModelError: when the engine would compute the model wrongly, or not at all.
+        CheckpointError: when the headers are not those of this model.
     """
     check_supported_architecture(config)
-    model = build_skeleton(config, dtype)
-    return model, trace_model(model)
+    model = build_skeleton(config, dtype, Room.of(headers))
+    sources = parameter_sources(model, headers)
+    return model, sources, trace_model(model)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,13 +63,8 @@ class Layouts:
     unused_bytes: int
 
 
-def lay_out(model: Any, trace: ModelTrace, headers: Headers, dtype: torch.dtype, unit_bytes: int | None) -> Layouts:
-    """Cut a model into units of about `unit_bytes` (None chooses), and find their bytes.
-
-    Raises:
-        CheckpointError: when the headers are not those of this model.
-    """
-    found = parameter_sources(model, headers)
+def lay_out(model: Any, trace: ModelTrace, found: ModelSources, dtype: torch.dtype, unit_bytes: int | None) -> Layouts:
+    """Cut a model into units of about `unit_bytes` (None chooses), and find their bytes."""
     sources = Sources(found.parameters, found.tied, _fp32_patterns(model, dtype), dtype)
     tables = _row_tables(trace, sources)
     gathered = frozenset(table.module for table in tables)

@@ -62,9 +62,9 @@ def load_model(folder: Path, config: Any, dtype: torch.dtype, *, unit_bytes: int
         ModelError: when the architecture, the number format or the files cannot be served.
     """
     check_supported_number_format(config)
-    model, trace = trace_config(config, dtype)
     checkpoint = Checkpoint(folder)
-    layouts = lay_out(model, trace, checkpoint, dtype, unit_bytes)
+    model, sources, trace = trace_config(config, dtype, checkpoint)
+    layouts = lay_out(model, trace, sources, dtype, unit_bytes)
     return LoadedModel(
         bound=BoundModel(model, module_plans(layouts.units), sorted(table.module for table in layouts.tables)),
         layouts=layouts.streamed,

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from flexgen.errors import CheckpointError
+from flexgen.foreign import some
 from flexgen.models.checkpoint import Headers, quantization_of, refuse_quantization
-from flexgen.models.folder import some
 from flexgen.models.headers import StoredTensor
 from flexgen.models.repository import NamedTensor
 from flexgen.models.sources import Piece

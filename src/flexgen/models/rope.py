@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from flexgen.errors import CheckpointError
 from flexgen.models.suspension import Span, current_forward
 
 RECOMPUTING = frozenset({"phi3", "phi4_multimodal", "phimoe"})
@@ -46,6 +47,25 @@ def _types(parameters: Any) -> set[str]:
     if "rope_type" not in parameters:
         return set().union(*(_types(each) for each in parameters.values()))
     return {parameters["rope_type"]} & {"longrope", "dynamic"}
+
+
+def check_factors(model: nn.Module) -> None:
+    """Refuse lists of factors of another length than the frequencies that they scale: one number would silently do for all.
+
+    Raises:
+        CheckpointError: naming both lengths.
+    """
+    for module in model.modules():
+        frequencies = module._buffers.get("inv_freq")
+        parameters = getattr(getattr(module, "config", None), "rope_parameters", None)
+        if frequencies is None or not isinstance(parameters, dict):
+            continue
+        for name in ("short_factor", "long_factor"):
+            factors = parameters.get(name)
+            if isinstance(factors, list) and len(factors) != frequencies.numel():
+                raise CheckpointError(
+                    f"config.json has {len(factors)} numbers in {name} of rope_parameters; the model has {frequencies.numel()} frequencies"
+                )
 
 
 def isolate_sequences(model: nn.Module, *, recomputes: bool) -> None:

@@ -18,28 +18,64 @@ from torch import nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from flexgen.errors import EngineError, UnsupportedModelError
+from flexgen.errors import CheckpointError, EngineError, UnsupportedModelError
 from flexgen.models.attention import register_attention
 from flexgen.models.experts import register_experts, scored_experts_forward
-from flexgen.models.rope import isolate_sequences, recompute_length
+from flexgen.models.rope import check_factors, isolate_sequences, recompute_length
 from flexgen.models.suspension import current_forward
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
+    from flexgen.models.checkpoint import Headers
+
 IMPLEMENTATION = "flexgen"
 LARGE = 1 << 24
+_SPLIT = 8  # parameters that one stored tensor may become
+_PACKED = 32  # numbers that one stored number may hold
+_MIN_PARAMETERS = 1 << 12
 CREATING = frozenset({torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn, torch.full})
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Room:
+    """How much a skeleton may hold: what weights can fill.
+
+    Attributes:
+        parameters: their number. elements: of one. why: what more than that would be.
+    """
+
+    parameters: int
+    elements: int
+    why: str = "far more than the weights hold: it is not the config of these weights"
+
+    @classmethod
+    def of(cls, headers: Headers) -> Room:
+        """What these weights can fill, with room for tensors that are stored merged, packed or once for several modules."""
+        stored = headers.tensors.values()
+        elements = sum(math.prod(tensor.shape) for tensor in stored)
+        return cls(parameters=_SPLIT * len(stored) + _MIN_PARAMETERS, elements=_PACKED * elements + LARGE)
+
+
+ANY_ROOM = Room(parameters=1 << 18, elements=1 << 48, why="more than any known model has")
+
+
 @contextlib.contextmanager
-def _parameters_on_meta() -> Iterator[None]:
+def parameters_on_meta(room: Room) -> Iterator[None]:
     """Parameters registered inside live on the meta device; buffers (rotary frequencies) stay real."""
     original = nn.Module.register_parameter
+    count = 0
 
     def register(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        nonlocal count
         original(self, name, param)
-        if param is not None and param.device.type != "meta":
+        if param is None:
+            return
+        count += 1
+        if count > room.parameters or param.numel() > room.elements:
+            what = f"more than {count - 1:,} parameters" if count > room.parameters else f"a parameter of shape {tuple(param.shape)}"
+            raise CheckpointError(f"config.json asks for {what}, {room.why}")
+        if param.device.type != "meta":
             self._parameters[name] = nn.Parameter(param.detach().to("meta"), requires_grad=False)
 
     nn.Module.register_parameter = register  # type: ignore[method-assign]
@@ -54,28 +90,42 @@ class _LargeTensorsOnMeta(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = dict(kwargs or {})
-        if func in CREATING and kwargs.get("device") is None:
-            size = kwargs.get("size", args[0] if args and isinstance(args[0], (tuple, list)) else args)
-            if all(isinstance(each, int) for each in size) and math.prod(size) >= LARGE:
-                kwargs["device"] = "meta"
+        if kwargs.get("device") is None and _numel(func, args, kwargs) >= LARGE:
+            kwargs["device"] = "meta"
         return func(*args, **kwargs)
 
 
-def build_skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+def _numel(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """How many elements a call creates; 0 for one that creates none, or does not say it in numbers."""
+    if func in CREATING:
+        size = kwargs.get("size", args[0] if args and isinstance(args[0], (tuple, list)) else args)
+        return math.prod(size) if all(isinstance(each, int) for each in size) else 0
+    if func is torch.arange:
+        bounds = [kwargs.get(name, 0) for name in ("start", "end")] if not args else [0, args[0]] if len(args) == 1 else args[:2]
+        step = kwargs.get("step", args[2] if len(args) > 2 else 1)
+        return int((bounds[1] - bounds[0]) / step) if all(isinstance(each, (int, float)) for each in (*bounds, step)) and step else 0
+    return 0
+
+
+def build_skeleton(config: PretrainedConfig, dtype: torch.dtype, room: Room) -> PreTrainedModel:
     """The causal language model of `config`: parameters on meta, buffers real, attention and experts ours.
 
     Raises:
         UnsupportedModelError: when transformers has no such causal model, or it takes no attention function.
+        CheckpointError: when it has no room.
     """
     from transformers import AutoModelForCausalLM
 
     register_attention(IMPLEMENTATION)
     register_experts(IMPLEMENTATION)
     try:
-        with _parameters_on_meta(), _LargeTensorsOnMeta():
+        with parameters_on_meta(room), _LargeTensorsOnMeta():
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=IMPLEMENTATION)
-    except (ValueError, KeyError, TypeError, ImportError) as error:
-        raise UnsupportedModelError(f"model type {config.model_type!r} cannot be built: {error}") from error
+    except CheckpointError:
+        raise
+    except Exception as error:  # constructors raise whatever a wrong value leads to
+        said = str(error).partition(chr(10))[0][:300]
+        raise UnsupportedModelError(f"model type {config.model_type!r} cannot be built: {type(error).__name__}: {said}") from error
     if not model._supports_attention_backend:
         raise UnsupportedModelError(f"model type {config.model_type!r} does not take an attention function of ours")
     for module in model.modules():
@@ -88,6 +138,7 @@ def build_skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedMo
         if (module_config := getattr(module, "config", None)) is not None:
             module_config._attn_implementation = IMPLEMENTATION
             module_config._experts_implementation = IMPLEMENTATION
+    check_factors(model)
     return model.eval()
 
 

@@ -34,7 +34,10 @@ def describe_headers(headers: Headers, config: Any, dtype: torch.dtype, *, name:
     Raises:
         ModelError: when the architecture, the number format or the headers are not understood.
     """
-    return _described(headers, _traced(config, dtype), config, dtype, name)
+    decoded = decoded_headers(headers, published_format(config), dtype)
+    model, sources, trace = trace_config(_without_quantization(config), dtype, decoded.headers)
+    layouts = lay_out(model, trace, sources, dtype, unit_bytes=None)
+    return model_spec(config, layouts, trace, decoded, name=name)
 
 
 def describe_config(config: Any, dtype: torch.dtype, *, stored: torch.dtype, name: str, shard_bytes: int = SHARD_BYTES) -> ModelSpec:
@@ -47,22 +50,10 @@ def describe_config(config: Any, dtype: torch.dtype, *, stored: torch.dtype, nam
     Raises:
         UnsupportedModelError: when the architecture or the number format is not understood.
     """
-    traced = _traced(config, dtype)
     tensors = saved_tensors(meta_model(_without_quantization(config), stored), stored)
     if (number_format := published_format(config)) is not None:
         tensors = [part for tensor in tensors for part in number_format.encode(tensor)]
-    return _described(headers_of(name, sharded(tensors, shard_bytes)), traced, config, dtype, name)
-
-
-def _traced(config: Any, dtype: torch.dtype) -> tuple[Any, ModelTrace]:
-    return trace_config(_without_quantization(config), dtype)
-
-
-def _described(headers: Headers, traced: tuple[Any, ModelTrace], config: Any, dtype: torch.dtype, name: str) -> ModelSpec:
-    model, trace = traced
-    decoded = decoded_headers(headers, published_format(config), dtype)
-    layouts = lay_out(model, trace, decoded.headers, dtype, unit_bytes=None)
-    return model_spec(config, layouts, trace, decoded, name=name)
+    return describe_headers(headers_of(name, sharded(tensors, shard_bytes)), config, dtype, name=name)
 
 
 def _without_quantization(config: Any) -> Any:

@@ -1,0 +1,172 @@
+"""What a path is that was given for a model and is none, or none that can be served: named by its files, with what to take instead.
+
+Looks at names and at the first bytes of small files; opens no weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from flexgen.errors import CheckpointError
+
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+_LFS_POINTER_BYTES = 1024  # at most
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_UNFINISHED = (".incomplete", ".part", ".crdownload", ".aria2", ".tmp", ".download")
+_ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".xz", ".zst", ".7z")
+
+_SAFETENSORS = "a folder or repository with config.json and model.safetensors"
+_ORIGINAL = "take the repository that it was made from, with bfloat16, float16 or float32 weights in safetensors"
+_GGUF = f"GGUF, the format of llama.cpp and Ollama, which is not read here: {_ORIGINAL}"
+_ADAPTER = (
+    "an adapter (LoRA) without its model: merge it into the model that it was trained for (PEFT's merge_and_unload), save that, and give it"
+)
+_EMBEDDINGS = "a sentence-transformers model, which makes embeddings and generates no text: give a causal language model"
+_PICKLED = (
+    "which can run code when they are opened and are refused: use a revision with safetensors files, or convert them where you trust them "
+    "(transformers' from_pretrained and save_pretrained)"
+)
+
+# Ending of a file's name -> what a folder is whose weights are of that kind only.
+_WEIGHTS: Mapping[str, str] = {
+    ".gguf": _GGUF,
+    ".ggml": "GGML, a former format of llama.cpp, which is not read here: " + _ORIGINAL,
+    ".onnx": "ONNX, which is not read here: " + _ORIGINAL,
+    ".npz": "MLX's or NumPy's, which are not read here: " + _ORIGINAL,
+    ".h5": "TensorFlow's, which are not read here: " + _ORIGINAL,
+    ".msgpack": "Flax's, which are not read here: " + _ORIGINAL,
+    ".tflite": "TensorFlow Lite's, which are not read here: " + _ORIGINAL,
+    ".engine": "TensorRT's, which are not read here: " + _ORIGINAL,
+    ".nemo": "NeMo's, which are not read here: " + _ORIGINAL,
+    "openvino_model.xml": "OpenVINO's, which are not read here: " + _ORIGINAL,
+}
+
+# Endings of architectures that do not generate text.
+_OTHER_HEADS = (
+    "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForMaskedLM", "ForMultipleChoice", "ForPreTraining",
+    "ForImageClassification", "ForObjectDetection", "ForSemanticSegmentation", "ForAudioClassification", "ForCTC",
+    "ForNextSentencePrediction", "ForFeatureExtraction", "ForRewardModeling", "RewardModel",
+)  # fmt: skip
+
+
+def file_instead_of_folder(path: Path) -> str:
+    """Why a file is no model, as the rest of a sentence that begins with its name."""
+    name = path.name.lower()
+    if _is_lfs_pointer(path):
+        return "is a git-lfs pointer, not the file itself; and a model is a folder: run `git lfs pull` there, then give the folder"
+    for ending, what in _WEIGHTS.items():
+        if name.endswith(ending) or (ending == ".gguf" and _begins_with(path, b"GGUF")):
+            return f"is a file in {what}" if what.startswith(("GG", "ONNX")) else f"is a file of weights that are {what}"
+    if name.endswith(".safetensors"):
+        return f"is a file of weights; a model is the folder that holds it beside config.json: give {path.parent}"
+    if name.endswith(PICKLES):
+        return f"is a file of pickled weights, {_PICKLED}"
+    if name.endswith(_ARCHIVES):
+        return "is an archive, not a folder: unpack it and give the folder that holds config.json"
+    if name.endswith(".json") and (path.parent / "config.json").is_file():
+        return f"is not a folder but a file in one: give {path.parent}"
+    return "is not a folder; give the folder that holds config.json, or a hub id such as facebook/opt-6.7b"
+
+
+def folder_without_config(folder: Path) -> str:
+    """Why a folder without config.json is no model, as the rest of a sentence that begins with its name."""
+    names = sorted(path.name for path in folder.iterdir())
+    if not names:
+        return "is an empty folder: it has no config.json, so it is no model"
+    if found := _by_files(names):
+        return f"is no model that can be served: {found}"
+    if (folder / "snapshots").is_dir():
+        commits = sorted(path.name for path in (folder / "snapshots").iterdir() if (path / "config.json").is_file())
+        take = f"give {folder / 'snapshots' / commits[-1]}, or the hub id" if commits else "it holds no whole copy: give the hub id"
+        return f"is a repository's folder in the Hugging Face cache, which keeps its files by commit: {take}"
+    if any(name.startswith("models--") for name in names):
+        return "is a Hugging Face cache of several models: give a hub id, and set HF_HUB_CACHE to this folder"
+    below = sorted(path.parent.name for path in folder.glob("*/config.json"))
+    hint = f"; {some(below)} in it {'has' if len(below) == 1 else 'have'} one: give {folder / below[0]}" if below else ""
+    return f"has no config.json, so it is no model{hint}"
+
+
+def repository_without_config(names: Collection[str]) -> str:
+    """The same of a hub repository that has these files."""
+    found = _by_files(names)
+    return f"is no model that can be served: {found}" if found else "has no config.json, so it is no model"
+
+
+def folder_without_weights(names: Collection[str]) -> str:
+    """Why a folder of these files, config.json among them, has no weights, as the rest of a sentence that begins with its name."""
+    if found := _by_files(names):
+        return f"has no weights that can be read: {found}"
+    if unfinished := [name for name in names if name.endswith(_UNFINISHED)]:
+        return f"has neither model.safetensors nor model.safetensors.index.json: a download was not finished ({some(unfinished)})"
+    others = [name for name in names if name.endswith(".safetensors")]
+    found = f"; there are {some(others)}, which are not in transformers' format: {_SAFETENSORS} is needed" if others else ""
+    return f"has neither model.safetensors nor model.safetensors.index.json{found}"
+
+
+def other_purpose(folder: Path, config: Mapping[str, Any]) -> str | None:
+    """Why a folder with a config is no language model, as the rest of a sentence that begins with its name; None if nothing says so."""
+    if (folder / "model_index.json").is_file():
+        return "is a diffusers pipeline, which makes images: give a causal language model"
+    if (folder / "modules.json").is_file() or (folder / "config_sentence_transformers.json").is_file():
+        return f"is {_EMBEDDINGS}"
+    architectures = config.get("architectures")
+    names = [name for name in architectures if isinstance(name, str)] if isinstance(architectures, list) else []
+    if names and all(name.endswith(_OTHER_HEADS) for name in names):
+        return f"is a {names[0]}, which does not generate text (architectures in config.json): give a causal language model"
+    return None
+
+
+def other_quantization(folder: Path, config: Mapping[str, Any]) -> str | None:
+    """Who quantized the weights where quantization_config does not say it, as older tools and MLX leave it; None if nobody did."""
+    if isinstance(quantization := config.get("quantization"), dict) and "bits" in quantization:
+        return f"MLX, {quantization['bits']!r:.10} bits"
+    if (folder / "quantize_config.json").is_file():
+        return "GPTQ, by quantize_config.json"
+    if (folder / "quant_config.json").is_file():
+        return "AWQ, by quant_config.json"
+    return None
+
+
+def check_fetched(path: Path) -> None:
+    """Raises CheckpointError for what git leaves in the place of a large file that was not fetched."""
+    if _is_lfs_pointer(path):
+        raise CheckpointError(f"{path} is a git-lfs pointer, not the file itself: run `git lfs pull` in that folder")
+
+
+def _is_lfs_pointer(path: Path) -> bool:
+    return path.is_file() and path.stat().st_size <= _LFS_POINTER_BYTES and _begins_with(path, _LFS_POINTER)
+
+
+def _begins_with(path: Path, start: bytes) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(len(start)) == start
+    except OSError:
+        return False
+
+
+def _by_files(names: Collection[str]) -> str | None:
+    """What the files of a folder say that it is; None if they say nothing."""
+    found = set(names)
+    if "adapter_config.json" in found:
+        return _ADAPTER
+    if "model_index.json" in found:
+        return "it is a diffusers pipeline, which makes images"
+    if "modules.json" in found or "config_sentence_transformers.json" in found:
+        return f"it is {_EMBEDDINGS}"
+    if any(name.startswith("consolidated.") for name in found) and "params.json" in found:
+        return "it is in its maker's own format (consolidated weights and params.json): take the repository in transformers' format"
+    for ending, what in _WEIGHTS.items():
+        if those := [name for name in names if name.lower().endswith(ending)]:
+            return f"its weights ({some(those)}) are {what}"
+    if pickles := [name for name in names if name.endswith(PICKLES)]:
+        return f"it has only pickled weights ({some(pickles)}), {_PICKLED}"
+    return None
+
+
+def some(names: Iterable[str], count: int = 3) -> str:
+    """The first few names, for a message."""
+    ordered = sorted(names)
+    return ", ".join(ordered[:count]) + (f" and {len(ordered) - count} more" if len(ordered) > count else "")
