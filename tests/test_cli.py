@@ -209,7 +209,7 @@ def test_dry_run(model_folder: Path, tmp_path: Path, output: Path, monkeypatch: 
         (["--max-tokens", "0"], "--max-tokens"),
         (["--temperature", "-1"], "--temperature -1.0: temperature must be a finite number"),
         (["--temperature", "nan"], "--temperature nan"),
-        (["--top-p", "2"], "--top-p 2.0: top_p must be a number in (0, 1]"),
+        (["--top-p", "2"], "--top-p 2.0: top_p must be a number from 0 to 1"),
         (["--host-mem", "10"], "--host-mem '10' is 10 B, and less than 64.0 MiB is of no use: did you mean 10GiB?"),
         (["--disk", "100"], "--disk '100' is 100 B"),
         (["--max-job-seconds", "8x"], "not a time"),

@@ -126,23 +126,12 @@ def test_a_common_beginning_is_computed_once() -> None:
 
 def test_the_flags_that_read_an_input_are_those_of_run() -> None:
     """All of `run` that decide about lengths; the others are of answering."""
-    answering = {
-        "output",
-        "dry_run",
-        "metrics",
-        "progress",
-        "strict",
-        "state",
-        "retry_errors",
-        "fresh",
-        "accept_changes",
-        "checkpoint_seconds",
-    }
+    answering = {"output", "dry_run", "metrics", "progress", "strict", "state", "retry_errors", "fresh", "accept_changes", "keep_going"}
+    answering |= {"checkpoint_seconds", "temperature", "top_p"}
     own = {"machine", "prompt_len", "prefix_len", "gen_len", "num_requests", "pareto", "as_json"}
     commands = {command.name or command.callback.__name__: command.callback for command in app.registered_commands if command.callback}
     run, plan = (set(inspect.signature(commands[name]).parameters) for name in ("run", "plan"))
-    sampling = {"temperature"}  # which does not change a length
-    assert run - answering - sampling == plan - own - sampling
+    assert run - answering == plan - own
 
 
 @pytest.fixture

@@ -68,10 +68,6 @@ class StorageError(FlexGenError):
     """An offload folder, an output file or a disk failed."""
 
 
-class DeliveryError(StorageError):
-    """Standard output did not take what is done and kept."""
-
-
 class EngineError(FlexGenError):
     """An invariant inside the engine broke."""
 

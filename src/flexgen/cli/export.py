@@ -12,7 +12,7 @@ from flexgen.cli.exit_codes import ExitCode
 from flexgen.cli.options import check_parent, command
 from flexgen.cli.streams import check_stdout
 from flexgen.cli.terminal import complain
-from flexgen.errors import DeliveryError, OptionError
+from flexgen.errors import OptionError
 
 
 @command
@@ -22,8 +22,8 @@ def export(
     to: Annotated[Path | None, typer.Option(metavar="FILE", help="Write here instead of OUTPUT; - is stdout.")] = None,
 ) -> int:
     """Write the answers that are done, also while the job runs."""
+    from flexgen.jobs.export import DeliveryError, export_to_stream
     from flexgen.jobs.export import export as write
-    from flexgen.jobs.export import export_to_stream
     from flexgen.jobs.folder import find_job
 
     paths = find_job(job)

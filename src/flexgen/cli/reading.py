@@ -86,11 +86,13 @@ def lengths_of(reading: Reading, model: str, options: EngineOptions) -> Workload
         OptionError: no line can be answered. ModelError: there is no tokenizer to be had.
     """
     from flexgen.cli.job import bare_defaults
+    from flexgen.jobs.mistaken import check_input
     from flexgen.jobs.runner import Job
 
     source = reading.source
     assert source is not None
     with _opened(reading, model, options) as llm:
+        check_input(source, input_format=reading.input_format or "jsonl")
         defaults = bare_defaults(llm, {"max_tokens": reading.max_tokens})
         job = Job(llm, source, None, defaults=defaults, input_format=reading.input_format or "jsonl")
         workload = job.scan()

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from flexgen.errors import DeliveryError, JobError, OptionError, StorageError
+from flexgen.errors import JobError, OptionError, StorageError
 from flexgen.failpoints import failpoint
 from flexgen.files import check_target, create, follow, open_private, sync_folder, temporary_beside
 from flexgen.jobs.database import connect, transaction, translated
@@ -25,6 +25,10 @@ _ORDERS = {
     "done": "SELECT record FROM results CROSS JOIN records USING (line) ORDER BY place",
 }
 ORDERS = tuple(_ORDERS)
+
+
+class DeliveryError(StorageError):
+    """Standard output did not take what is done and kept."""
 
 
 def export(paths: JobPaths, target: Path, order: str = "input") -> int:
