@@ -128,9 +128,10 @@ def plan(
         bool, typer.Option("--json", help="Print JSON: model, machine, limits, policy, forecast, faster_format, pareto if asked for.")
     ] = False,
 ) -> int:
-    """Show where weights and KV cache would live, how fast a job would go,
-    how long it would take, and what decides that. Nothing is run, and no
-    weights are read.
+    """Show how long a job would take, and what decides that.
+
+    Where weights and KV cache would live, how fast it would go, and what
+    would help. Nothing is run, and no weights are read.
     """
     from flexgen.plan.default import space_of
     from flexgen.plan.forecast import make_plan

@@ -34,9 +34,10 @@ def profile(
     quick: Annotated[bool, typer.Option("--quick", help="In a third of the time.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> int:
-    """Measure this machine: disk, memory, links, matrix products, attention,
-    and what a pass costs by itself. Half a minute; runs use what is kept
-    until hardware or versions change.
+    """Measure this machine, in half a minute.
+
+    Disk, memory, links, matrix products, attention, and what a pass costs
+    by itself. Runs use what is kept until hardware or versions change.
     """
     from flexgen.profile.limits import find_device
     from flexgen.profile.measure import keep, measure
