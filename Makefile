@@ -20,9 +20,11 @@ install: $(STAMP)
 # torch first and by itself: its version decides which build of everything else fits.
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "flexgen needs Python 3.11 or newer: make PYTHON=python3.12 ..." >&2; exit 1; }
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(PIP) '$(TORCH)'
-	$(PIP) -e '.[dev]'
+	@test -x $(BIN)/python || { echo "making .venv"; $(PYTHON) -m venv .venv; }
+	@echo "installing $(TORCH) into .venv, with the CUDA libraries if it is a CUDA build: some 4 GB, minutes to half an hour ..."
+	@$(PIP) '$(TORCH)'
+	@echo "installing flexgen, transformers and the tools for tests into .venv: some 0.5 GB, a few minutes ..."
+	@$(PIP) -e '.[dev]'
 	@touch $@
 
 demo: $(STAMP)

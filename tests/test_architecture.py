@@ -15,7 +15,7 @@ FLEXGEN = Path(__file__).parent.parent / "src" / "flexgen"
 
 # Rooms from the ground up; a room may import any room of a lower floor.
 FLOORS = (
-    {"errors", "failpoints", "durations", "compiled"},
+    {"errors", "failpoints", "durations", "compiled", "steps"},
     {"sizes", "formats", "request", "options", "prefixes", "inputs"},
     {"plan"},
     {"quant", "kernels", "memory", "models", "hub", "text", "stopping", "defaults", "choices", "chat"},

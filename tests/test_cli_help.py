@@ -38,7 +38,7 @@ def help_of(path: tuple[str, ...], columns: int) -> str:
         command = EVERY[path[:length]]
         name = path[length - 1] if length else "flexgen"
         context = command.make_context(name, [], parent=context, resilient_parsing=True, terminal_width=columns)
-    return typer.unstyle(EVERY[path].get_help(context))
+    return re.sub(r"\x1b\[\d+m", "", EVERY[path].get_help(context))
 
 
 @pytest.mark.parametrize("columns", [60, 80, 120])

@@ -27,6 +27,7 @@ from flexgen.plan.simulate import PAGE_TOKENS
 from flexgen.plan.workload import Workload
 from flexgen.prefixes import NO_PREFIXES, CommonPrefixes, PrefixCensus
 from flexgen.request import CompletionOutput, Live, RequestOutput, SamplingParams, TokenRequest, TokenResult
+from flexgen.steps import step
 from flexgen.text import Tokenizer, eos_token_ids
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ class LLM:
             self.files = model
         else:
             self.files = resolve_model(model, revision=asked.revision, with_weights=asked.load_format != "dummy")
+        step(f"reading configuration and tokenizer of {self.files.name}")
         self.vocab_size, self.max_model_len = token_limits(self.files, asked.max_model_len)
         if tokenizer is not None:
             self.tokenizer = Tokenizer.load(resolve_tokenizer(tokenizer))

@@ -34,6 +34,7 @@ from flexgen.plan.workload import Workload
 from flexgen.profile.limits import find_limits
 from flexgen.profile.measure import cached_machine
 from flexgen.sizes import GIB, MIB, format_size
+from flexgen.steps import step
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +73,7 @@ def prepare(files: ModelFiles, options: EngineOptions, workload: Workload) -> Pr
     options = replace(options, dtype=str(dtype).removeprefix("torch."), device=limits.device)
     dummy_folder = _write_dummy(config, dtype, limits) if options.load_format == "dummy" else None
     try:
+        step("tracing the model's layers")
         model = load_model(dummy_folder.path if dummy_folder is not None else files.folder, config, dtype)
         if dummy_folder is not None:
             limits = replace(limits, disk_bytes=max(limits.disk_bytes - model.total_bytes, 0))
@@ -79,10 +81,12 @@ def prepare(files: ModelFiles, options: EngineOptions, workload: Workload) -> Pr
         weights = model.layouts[0].extents[0].path.parent
         quick = model.total_bytes < THOROUGH_BYTES
         machine = cached_machine(limits.device, options.dtype, weights, max_bytes=min(256 * MIB, limits.host_bytes // 8), quick=quick)
+        step("loading kernels (compiled once)")
         _warm_up_kernels(dtype)
         process_bytes = psutil.Process().memory_info().rss
         if options.verify_reads:
             process_bytes += (model.total_bytes + limits.disk_bytes) // BLOCK_BYTES * BYTES_PER_BLOCK
+        step("choosing a plan")
         plan = make_plan(options, model.spec, machine, limits, workload, process_bytes=process_bytes)
     except BaseException:
         if dummy_folder is not None:
@@ -101,6 +105,7 @@ def open_prepared(prepared: Prepared) -> Engine:
         CapacityError, StorageError: when memory or the offload folder cannot be had; nothing stays open.
     """
     start = time.perf_counter()
+    step("loading weights")
     with contextlib.ExitStack() as undo:
         undo.callback(discard, prepared)
         engine = _construct(prepared, undo)

@@ -14,9 +14,11 @@ import typer
 
 from flexgen.cli.exit_codes import ExitCode
 from flexgen.cli.options import engine_command, load
+from flexgen.cli.terminal import showing
 from flexgen.errors import CapacityError, OptionError
 from flexgen.options import EngineOptions
 from flexgen.sizes import MIB
+from flexgen.steps import step
 
 if TYPE_CHECKING:
     from flexgen.plan.forecast import Plan
@@ -133,6 +135,16 @@ def plan(
     Where weights and KV cache would live, how fast it would go, and what
     would help. Nothing is run, and no weights are read.
     """
+    asked = _Asked(source=source, max_tokens=max_tokens, prompt_len=prompt_len, gen_len=gen_len, num_requests=num_requests)
+    _check(asked)
+    with showing("auto"):
+        told = _told(model, options, machine, asked, pareto=pareto, as_json=as_json)
+    print(told)
+    return ExitCode.ALL_ANSWERED
+
+
+def _told(model: str, options: EngineOptions, machine: str | None, asked: _Asked, *, pareto: bool, as_json: bool) -> str:
+    """The plan, as text or JSON."""
     from flexgen.plan.default import space_of
     from flexgen.plan.forecast import make_plan
     from flexgen.plan.formats import faster_format
@@ -140,21 +152,20 @@ def plan(
     from flexgen.plan.pareto import pareto as curve_of
     from flexgen.specs import spec_of
 
-    asked = _Asked(source=source, max_tokens=max_tokens, prompt_len=prompt_len, gen_len=gen_len, num_requests=num_requests)
-    _check(asked)
     limits, box = _limits_and_machine(options, machine)
+    step(f"reading config and headers of {model}")
     spec = spec_of(model, device=limits.device, dtype=options.dtype, revision=options.revision)
     if box is not None:
         limits = beside_checkpoint(limits, spec.checkpoint_bytes, options)
     context = min(spec.max_position_embeddings, options.max_model_len or spec.max_position_embeddings)
-    workload = _equal_lengths(asked, context) if source is None else _lengths_of(source, model, options, max_tokens)
+    workload = _equal_lengths(asked, context) if asked.source is None else _lengths_of(asked.source, model, options, asked.max_tokens)
     question = _Question(model=model, options=options, limits=limits, box=box, workload=workload)
     job = question.job(spec, question.machine(spec.dtype))
+    step("choosing a plan")
     planned = make_plan(**job)
     faster = faster_format(planned, question.plan_in)
     curve = curve_of(space_of(**job)) if pareto else []
-    print(_as_json(planned, limits, faster, curve) if as_json else _as_text(planned, faster, curve))
-    return ExitCode.ALL_ANSWERED
+    return _as_json(planned, limits, faster, curve) if as_json else _as_text(planned, faster, curve)
 
 
 def _check(asked: _Asked) -> None:

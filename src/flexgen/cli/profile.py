@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,12 +10,15 @@ import typer
 
 from flexgen.cli.exit_codes import ExitCode
 from flexgen.cli.options import check_file, command
+from flexgen.cli.terminal import showing
 from flexgen.errors import OptionError
 from flexgen.options import DEVICES, DTYPES
 from flexgen.sizes import format_size
 
 if TYPE_CHECKING:
     from flexgen.plan.machine import Machine, Rate
+
+logger = logging.getLogger(__name__)
 
 # From here on, what others did meanwhile shows in the figures.
 BUSY_CORES = 0.3
@@ -39,23 +42,30 @@ def profile(
     Disk, memory, links, matrix products, attention, and what a pass costs
     by itself. Runs use what is kept until hardware or versions change.
     """
-    from flexgen.profile.limits import find_device
-    from flexgen.profile.measure import keep, measure
-
     check_file(output, "--output")
     if device not in DEVICES:
         raise OptionError(f"--device {device!r} is unknown; known: {', '.join(DEVICES)}")
-    device = find_device(device)
-    dtypes = tuple(dtype or ("bfloat16", "float16" if device == "cuda" else "float32"))
-    if unknown := [name for name in dtypes if name not in DTYPES[1:]]:
+    if dtype and (unknown := [name for name in dtype if name not in DTYPES[1:]]):
         raise OptionError(f"--dtype {unknown[0]!r} is unknown; known: {', '.join(DTYPES[1:])}")
-    machine = measure(device, dtypes, folder, quick=quick)
-    for path in keep(machine, dtypes, folder, quick=quick):
-        print(f"kept in {path}", file=sys.stderr)
+    with showing("auto"):
+        machine = _measured(device, dtype, folder, quick=quick)
     if output is not None:
         output.write_text(machine.to_json() + "\n")
     print(machine.to_json() if as_json else format_machine(machine))
     return ExitCode.ALL_ANSWERED
+
+
+def _measured(device: str, dtype: list[str] | None, folder: Path, *, quick: bool) -> Machine:
+    """The machine, measured now and kept."""
+    from flexgen.profile.limits import find_device
+    from flexgen.profile.measure import keep, measure
+
+    device = find_device(device)
+    dtypes = tuple(dtype or ("bfloat16", "float16" if device == "cuda" else "float32"))
+    machine = measure(device, dtypes, folder, quick=quick)
+    for path in keep(machine, dtypes, folder, quick=quick):
+        logger.info("kept in %s", path)
+    return machine
 
 
 def format_machine(machine: Machine) -> str:

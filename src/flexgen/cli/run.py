@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from flexgen.cli.job import Asked, answer_job, show_plan
-from flexgen.cli.options import Model, ProgressFlag, check_file, check_parent, engine_command
+from flexgen.cli.options import Model, ProgressFlag, VerboseFlag, check_file, check_parent, engine_command
 from flexgen.cli.signals import StopSignals
 from flexgen.cli.terminal import complain, showing
 from flexgen.errors import OptionError
@@ -46,6 +46,7 @@ def run(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the input, show the plan, and stop.")] = False,
     metrics: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the report as JSON (docs/metrics.md).")] = None,
     progress: ProgressFlag = "auto",
+    verbose: VerboseFlag = False,
     strict: Annotated[
         bool, typer.Option("--strict", help="Refuse an input with bad lines or repeated ids.", rich_help_panel=_AGAIN)
     ] = False,
@@ -92,6 +93,7 @@ def run(
         checkpoint_seconds=checkpoint_seconds,
         metrics=metrics,
         progress=progress,
+        verbose=verbose,
     )
     _check(asked, dry_run)
     messages = sys.stdout if dry_run else sys.stderr  # a dry run's plan is its result

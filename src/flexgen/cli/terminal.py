@@ -22,23 +22,26 @@ def complain(error: object, code: ExitCode) -> ExitCode:
 
 @contextmanager
 def showing(progress: str, *, messages: TextIO | None = None, results: TextIO | None = None) -> Iterator[Display]:
-    """A display to which the library's log goes, too.
+    """A display to which the library's log goes, too; its first step is the loading of libraries, which takes seconds.
 
     Args:
         messages, results: where these go; None is stderr and stdout.
     """
     from flexgen.display import open_display
+    from flexgen.steps import LOGGER as STEPS
+    from flexgen.steps import step
 
-    display = open_display(progress, messages or sys.stderr, results or sys.stdout)
+    display = open_display(progress, messages or sys.stderr, results or sys.stdout, steps=sys.stderr)
 
     class Handler(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            display.message(self.format(record))
+            (display.step if record.name == STEPS else display.message)(self.format(record))
 
     log, handler = logging.getLogger("flexgen"), Handler()
     log.addHandler(handler)
     log.setLevel(logging.INFO)
     try:
+        step("loading libraries")
         yield display
     finally:
         log.removeHandler(handler)
