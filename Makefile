@@ -21,9 +21,9 @@ install: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "flexgen needs Python 3.11 or newer: make PYTHON=python3.12 ..." >&2; exit 1; }
 	@test -x $(BIN)/python || { echo "making .venv"; $(PYTHON) -m venv .venv; }
-	@echo "installing $(TORCH) into .venv, with the CUDA libraries if it is a CUDA build: some 4 GB, minutes to half an hour ..."
+	@echo "installing $(TORCH) into .venv: 0.8 GB as the CPU build, several GB with CUDA (README.md, Install); some minutes, without a word ..."
 	@$(PIP) '$(TORCH)'
-	@echo "installing flexgen, transformers and the tools for tests into .venv: some 0.5 GB, a few minutes ..."
+	@echo "installing flexgen, transformers, numba and the tools for tests into .venv: 0.8 GB, a minute or more ..."
 	@$(PIP) -e '.[dev]'
 	@touch $@
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 LEAST_SHOWN = 0.01  # of a pass: resources that take less are left out
 LEAST_GAIN = 0.001
 FASTER = 0.1  # resources are shown with what so much more of their rate is worth
-MOST_HELPS = 3  # told in a report
+MOST_HELPS, LEAST_HELP = 3, 0.01  # told in a report
 RATE_TOLERANCE = 0.15  # of a run's own rates against those of the profile
 
 
@@ -142,7 +142,7 @@ def _limit(report: RunReport) -> list[str]:
     if not report.forecast.get("num_passes"):
         return []
     gains = sorted(_gains(report.forecast["gain_per_gib"], report.forecast["gain_per_rate"]), key=lambda each: -each[1])
-    helps = [f"{what} (+{gain:.1%} tokens/s)" for what, gain in gains[:MOST_HELPS] if gain >= LEAST_GAIN]
+    helps = [f"{what} (+{gain:.1%} tokens/s)" for what, gain in gains[:MOST_HELPS] if gain >= LEAST_HELP]
     told = f"what would help: {', '.join(helps)}" if helps else "nothing would help much by itself"
     return [f"limit: {_resource(report.forecast['bottleneck'])}; {told}"]
 
