@@ -26,10 +26,10 @@ def throughput(
     verbose: VerboseFlag = False,
 ) -> int:
     """Tokens per second over random prompts, with vLLM's figures and ours."""
-    from flexgen.bench.throughput import format_throughput, run_throughput, uniform_workload
-
     check_file(output_json, "--output-json")
     with showing(progress) as display, load(model, options, progress) as llm:
+        from flexgen.bench.throughput import format_throughput, run_throughput, uniform_workload
+
         workload = uniform_workload(llm, num_prompts, input_len, output_len)
         display.plan(llm.open(workload))
         figures = run_throughput(llm, workload, on_progress=display.progress)

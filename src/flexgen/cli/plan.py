@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from flexgen.plan.model import ModelSpec
     from flexgen.plan.pareto import ParetoPoint
     from flexgen.plan.workload import Workload
+
+logger = logging.getLogger(__name__)
 
 # Resident memory of a run before any weight is loaded, about: the interpreter, torch, transformers, kernels.
 PROCESS_BYTES = {"cpu": 480 * MIB, "sim": 480 * MIB, "cuda": 1500 * MIB}
@@ -217,7 +219,9 @@ def _lengths_of(source: Path, model: str, options: EngineOptions, max_tokens: in
     if not len(workload):
         raise OptionError(f"--input {source}: none of its {job.num_lines:,} lines can be answered ({job.first_bad})")
     if job.num_bad_lines:
-        print(f"{source}: {job.num_bad_lines:,} of {job.num_lines:,} lines are bad and left out ({job.first_bad})", file=sys.stderr)
+        logger.warning(
+            "%s: %s of %s lines are bad and left out (%s)", source, f"{job.num_bad_lines:,}", f"{job.num_lines:,}", job.first_bad
+        )
     return workload
 
 

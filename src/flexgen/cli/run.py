@@ -103,6 +103,7 @@ def run(
         try:
             return show_plan(asked, display) if dry_run else answer_job(asked, display, signals)
         except Stopped:
+            display.close()  # or the last step would stand in the way
             return complain("stopped", signals.exit_code)
 
 
