@@ -171,6 +171,8 @@ def test_dry_run(model_folder: Path, tmp_path: Path, output: Path, monkeypatch: 
     assert all(line.endswith(" ...") for line in done.stderr.splitlines())  # steps are no part of the result
     assert "1 to answer" in done.stdout
     assert "..." not in done.stdout
+    silent = flexgen("run", model_folder, source, "-o", output, "--dry-run", "--progress", "none")
+    assert (silent.stdout, silent.stderr) == (done.stdout, "")
     assert "plan: cpu" in done.stdout
     assert flexgen("run", model_folder, write(source, GOOD, "bad"), "-o", output, "--dry-run").exit_code == 1
     assert list(tmp_path.iterdir()) == [source]

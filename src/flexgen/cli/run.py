@@ -99,7 +99,7 @@ def run(
     messages = sys.stdout if dry_run else sys.stderr  # a dry run's plan is its result
     results = sys.stdout if asked.output is not None else sys.stderr
     shown = "plain" if dry_run and progress == "none" else progress
-    with showing(shown, messages=messages, results=results) as display, StopSignals() as signals:
+    with showing(shown, messages=messages, results=results, steps=progress != "none") as display, StopSignals() as signals:
         try:
             return show_plan(asked, display) if dry_run else answer_job(asked, display, signals)
         except Stopped:

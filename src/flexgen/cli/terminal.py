@@ -21,11 +21,12 @@ def complain(error: object, code: ExitCode) -> ExitCode:
 
 
 @contextmanager
-def showing(progress: str, *, messages: TextIO | None = None, results: TextIO | None = None) -> Iterator[Display]:
+def showing(progress: str, *, messages: TextIO | None = None, results: TextIO | None = None, steps: bool = True) -> Iterator[Display]:
     """A display to which the library's log goes, too; its first step is the loading of libraries, which takes seconds.
 
     Args:
         messages, results: where these go; None is stderr and stdout.
+        steps: whether to say what begins.
     """
     from flexgen.display import open_display
     from flexgen.steps import LOGGER as STEPS
@@ -35,7 +36,10 @@ def showing(progress: str, *, messages: TextIO | None = None, results: TextIO | 
 
     class Handler(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            (display.step if record.name == STEPS else display.message)(self.format(record))
+            if record.name != STEPS:
+                display.message(self.format(record))
+            elif steps:
+                display.step(self.format(record))
 
     log, handler = logging.getLogger("flexgen"), Handler()
     log.addHandler(handler)

@@ -55,7 +55,7 @@ def measure(device: str, dtypes: Sequence[str], folder: Path, *, quick: bool = F
     """
     torch_dtypes = {name: _dtype(name) for name in dtypes}
     about = 9 + 4 * len(dtypes) if quick else 22 + 9 * len(dtypes)
-    step(f"measuring this machine: about {about} seconds, once")
+    step(f"measuring this machine: about {about} seconds, kept for later runs")
     started, busy = time.perf_counter(), _BusyCores()
     share = 0.3 if quick else 1.0
     where, host = torch.device("cuda" if device == "cuda" else "cpu"), torch.device("cpu")
