@@ -20,9 +20,11 @@ install: $(STAMP)
 # torch first and by itself: its version decides which build of everything else fits.
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "flexgen needs Python 3.11 or newer: make PYTHON=python3.12 ..." >&2; exit 1; }
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(PIP) '$(TORCH)'
-	$(PIP) -e '.[dev]'
+	@test -x $(BIN)/python || { echo "making .venv"; $(PYTHON) -m venv .venv; }
+	@echo "installing $(TORCH) into .venv: 0.8 GB as the CPU build, several GB with CUDA (README.md, Install); some minutes, without a word ..."
+	@$(PIP) '$(TORCH)'
+	@echo "installing flexgen, transformers, numba and the tools for tests into .venv: 0.8 GB, a minute or more ..."
+	@$(PIP) -e '.[dev]'
 	@touch $@
 
 demo: $(STAMP)

@@ -15,7 +15,7 @@ FLEXGEN = Path(__file__).parent.parent / "src" / "flexgen"
 
 # Rooms from the ground up; a room may import any room of a lower floor.
 FLOORS = (
-    {"errors", "failpoints", "durations", "compiled", "scalars"},
+    {"errors", "failpoints", "durations", "compiled", "scalars", "steps"},
     {"sizes", "formats", "parameters", "request", "options", "prefixes", "inputs", "isolation", "turns"}
     | {"strict_json", "links", "foreign"},
     {"files"},

@@ -63,8 +63,8 @@ def test_run(model_folder: Path, source: Path, output: Path, engines: list[FakeE
     assert "2 lines, 0 of them bad, 0 done before, 2 to answer: 5 prompt and at most 8 output tokens" in done.stderr
     assert f"temperature 1, top_p 1, top_k 0, up to the context of {CONTEXT}; /v1/completions: 16 tokens" in done.stderr
     assert "plan: cpu, float32, diagonal schedule" in done.stderr
-    assert "2 lines answered, 0 with errors" in done.stderr
-    assert "overlap 0.90   plan 0.80   efficiency 0.72" in done.stdout
+    assert done.stdout.startswith(f"done in 2.0 s (after 0.1 s of loading): {output}: 2 of 2 lines answered, 0 with errors\n")
+    assert "overlap" not in done.stdout
     assert "plan: cpu" not in done.stdout
     assert engines[0].closed
 
@@ -96,10 +96,13 @@ def test_every_option_reaches_the_engine(
 
 def test_bad_lines_give_exit_code_1(model_folder: Path, tmp_path: Path, output: Path, engines: list[FakeEngine]) -> None:
     source = write(tmp_path / "in.jsonl", GOOD, "bad", {"prompt": [POISON], "max_tokens": 1})
-    assert flexgen("run", model_folder, source, "-o", output).exit_code == 1
+    done = flexgen("run", model_folder, source, "-o", output)
+    assert done.exit_code == 1
+    assert "1 of 3 lines answered, 2 with errors; the same command with --retry-errors tries those again" in done.stdout
     assert len(records(output)) == 3
     again = flexgen("run", model_folder, source, "-o", output)
     assert again.exit_code == 1  # they still have no answer
+    assert f"nothing was left to do: {output}: 1 of 3 lines answered, 2 with errors (3 done before); the same" in again.stderr
     assert "3 done before, 0 to answer" in again.stderr
     assert len(engines) == 1
 
@@ -164,18 +167,33 @@ def test_metrics(model_folder: Path, source: Path, output: Path, tmp_path: Path,
     assert written == json.loads(engines[0].report().to_json())
 
 
+def test_what_takes_long_is_said_before_it_begins(model_folder: Path, source: Path, output: Path, engines: list[FakeEngine]) -> None:
+    said = flexgen("run", model_folder, source, "-o", output).stderr.splitlines()
+    steps = ["loading libraries ...", f"reading configuration and tokenizer of {model_folder} ...", f"reading requests from {source} ..."]
+    assert said[:3] == steps
+
+
+def test_verbose_ends_with_all_figures(model_folder: Path, source: Path, output: Path, engines: list[FakeEngine]) -> None:
+    done = flexgen("run", model_folder, source, "-o", output, "--verbose")
+    assert done.stdout.startswith("done in")
+    assert "overlap 0.90   plan 0.80   efficiency 0.72" in done.stdout
+    done = flexgen("bench", "throughput", model_folder, "--input-len", 4, "--output-len", 5, "-v")
+    assert "overlap 0.90   plan 0.80   efficiency 0.72" in done.stdout
+
+
 def test_progress_json(model_folder: Path, source: Path, output: Path, engines: list[FakeEngine]) -> None:
     done = flexgen("run", model_folder, source, "-o", output, "--progress", "json")
     assert done.exit_code == 0
     assert done.stderr == ""
-    events = [json.loads(line)["event"] for line in done.stdout.splitlines()]
-    assert events == ["message", "plan", "progress", "report", "message"]
+    events = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [event["event"] for event in events[-5:]] == ["message", "plan", "progress", "message", "report"]
+    assert events[0] == {"event": "message", "text": "loading libraries ..."}
 
 
 def test_progress_none(model_folder: Path, source: Path, output: Path, engines: list[FakeEngine]) -> None:
     done = flexgen("run", model_folder, source, "-o", output, "--progress", "none")
     assert done.stderr == ""
-    assert done.stdout.startswith("2 requests")
+    assert done.stdout.startswith("done in 2.0 s")
 
 
 def test_dry_run(model_folder: Path, tmp_path: Path, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,8 +204,12 @@ def test_dry_run(model_folder: Path, tmp_path: Path, output: Path, monkeypatch: 
     monkeypatch.setattr("flexgen.llm.plan_job", plan_job)
     source = write(tmp_path / "in.jsonl", GOOD)
     done = flexgen("run", model_folder, source, "-o", output, "--dry-run")
-    assert (done.exit_code, done.stderr) == (0, "")
+    assert done.exit_code == 0
+    assert all(line.endswith(" ...") for line in done.stderr.splitlines())  # steps are no part of the result
     assert "1 to answer" in done.stdout
+    assert "..." not in done.stdout
+    silent = flexgen("run", model_folder, source, "-o", output, "--dry-run", "--progress", "none")
+    assert (silent.stdout, silent.stderr) == (done.stdout, "")
     assert "plan: cpu" in done.stdout
     assert flexgen("run", model_folder, write(source, GOOD, "bad"), "-o", output, "--dry-run").exit_code == 1
     assert list(tmp_path.iterdir()) == [source]
@@ -245,7 +267,7 @@ def test_paths_that_cannot_be(model_folder: Path, source: Path, tmp_path: Path) 
 def test_what_is_refused_before_the_start_gives_3(source: Path, output: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done = flexgen("run", "/no/such/model", source, "-o", output)
     assert (done.exit_code, done.stdout) == (3, "")
-    assert done.stderr.startswith("flexgen: /no/such/model is not a folder")
+    assert "\nflexgen: /no/such/model is not a folder" in done.stderr
 
     def open_engine(*args: object) -> None:
         raise CapacityError("KV cache needs 31.2 GiB")
@@ -517,7 +539,7 @@ def test_from_stdin_to_stdout(model_folder: Path, source: Path, tmp_path: Path, 
     done = CliRunner().invoke(cli.app, ["run", str(model_folder), "-", "-o", "-", "--state", str(state)], input=lines)
     assert done.exit_code == 0, done.output
     assert [json.loads(line)["id"] for line in done.stdout.splitlines()] == ["a", "b"]
-    assert "overlap" in done.stderr
+    assert "done in 2.0 s (after 0.1 s of loading): standard output: 2 of 2 lines answered" in done.stderr
     again = CliRunner().invoke(cli.app, ["run", str(model_folder), "-", "-o", "-", "--state", str(state)])
     assert (again.exit_code, again.stdout) == (0, done.stdout)
     assert len(engines) == 1
@@ -718,7 +740,7 @@ def test_when_memory_runs_out_fewer_sequences_are_alive(
 def test_the_help_tells_the_exit_codes() -> None:
     said = " ".join(flexgen("run", "--help").stdout.split())
     for code in ExitCode:
-        assert f"{code.value}: {code.meaning}" in said
+        assert f"{code.value} {code.meaning}" in said
 
 
 # -- the rest ---------------------------------------------------------------------------------------------------------------------------

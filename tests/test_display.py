@@ -15,7 +15,7 @@ from flexgen.engine.progress import Progress, RunReport
 from flexgen.errors import OptionError
 from flexgen.plan.forecast import Plan
 from flexgen.plan.workload import Workload
-from flexgen.readable import format_plan, format_progress, format_report
+from flexgen.readable import format_details, format_plan, format_progress, format_report
 
 ENGINE = FakeEngine(Workload(prompt_lens=(), output_lens=()))
 PLAN = Plan(spec=ENGINE.spec, machine=ENGINE.machine, policy=ENGINE.policy, forecast=ENGINE.forecast)
@@ -87,13 +87,42 @@ def test_the_plan_has_everything() -> None:
     text = format_plan(PLAN)
     for part in ("cpu, float32, diagonal schedule", "host 25.0%, disk 75.0%", "10 B per token", "up to 4 sequences", "64 tokens at a time"):
         assert part in text
-    helps = "1 GiB more of host memory: +4.1%; disk 10% faster: +6.0%"
+    helps = "1 GiB more of host memory (--host-mem): +4.1%; disk 10% faster: +6.0%"
     for part in ("expected 2.0 s for 64 output tokens: 32.00 tokens/s", "disk 0.7 s (the bottleneck)", helps):
         assert part in text
 
 
-def test_the_report_has_everything() -> None:
-    text = format_report(ENGINE.report())
+def test_the_report_begins_with_three_lines_for_people() -> None:
+    forecast = {**dataclasses.asdict(ENGINE.forecast), "seconds_of_these_passes": 1.0}
+    report = dataclasses.replace(ENGINE.report(), num_requests=5, num_errors=2, forecast=forecast)
+    done, speed, limit = format_report(report).splitlines()
+    assert done == "done in 2.0 s (after 0.1 s of loading): 3 of 5 requests answered, 2 with errors"
+    assert speed == "speed: 1.0 output tokens/s, 0.50 of what was planned (the plan expected 1.0 s for these passes)"
+    helps = "disk 10% faster (+6.0% tokens/s), 1 GiB more of host memory (--host-mem) (+4.1% tokens/s), compute 10% faster (+4.0% tokens/s)"
+    assert limit == f"limit: disk; what would help: {helps}"
+    assert format_report(report, "all of it").startswith("done in 2.0 s (after 0.1 s of loading): all of it\n")
+
+
+def test_what_is_to_be_said_of_the_machine_stands_behind_the_speed() -> None:
+    forecast = {**dataclasses.asdict(ENGINE.forecast), "seconds_of_these_passes": 1.0}
+    report = dataclasses.replace(ENGINE.report(), forecast=forecast, rate_ratios={"disk": 0.5, "compute": 1.0})
+    lines = format_report(report).splitlines()
+    assert [line.split()[0] for line in lines] == ["done", "speed:", "disk", "limit:"]
+    assert "disk was 50% slower than measured before" in lines[2]
+
+
+def test_a_report_without_a_forecast_compares_nothing() -> None:
+    assert format_report(dataclasses.replace(ENGINE.report(), forecast={})).splitlines()[1:] == ["speed: 1.0 output tokens/s"]
+
+
+def test_where_nothing_would_help_that_is_said() -> None:
+    forecast = {**dataclasses.asdict(ENGINE.forecast), "gain_per_gib": {}, "gain_per_rate": {"disk": 0.001}}
+    report = dataclasses.replace(ENGINE.report(), forecast={**forecast, "seconds_of_these_passes": 1.0})
+    assert format_report(report).splitlines()[-1] == "limit: disk; nothing would help much by itself"
+
+
+def test_the_details_have_everything() -> None:
+    text = format_details(ENGINE.report())
     for part in ("overlap 0.90   plan 0.80   efficiency 0.72", "3 passes", "host memory: peak 1.0 GiB of 2.0 GiB", "disk_read 0.2 s"):
         assert part in text
     table = {line.split()[0]: line.split() for line in text.splitlines() if line}
@@ -148,7 +177,8 @@ def test_the_report_of_a_run_that_did_nothing() -> None:
         wait_seconds={},
         finish_reasons={},
     )
-    assert "waited for: nothing" in format_report(report)
+    assert "waited for: nothing" in format_details(report)
+    assert format_report(report).startswith("done in 0.0 s")
 
 
 def test_plain_shows_one_line_per_interval(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,35 +195,49 @@ def test_plain_shows_one_line_per_interval(monkeypatch: pytest.MonkeyPatch) -> N
     display.report(ENGINE.report())
     assert messages.getvalue().endswith(f"hello\n{format_plan(PLAN)}\n")
     assert results.getvalue() == format_report(ENGINE.report()) + "\n"
+    display.details(ENGINE.report())
+    assert results.getvalue().endswith(f"\n\n{format_details(ENGINE.report())}\n")
+
+
+def test_plain_steps_have_a_stream_of_their_own() -> None:
+    messages, steps = io.StringIO(), io.StringIO()
+    open_display("plain", messages, io.StringIO(), steps=steps).step("loading weights ...")
+    assert (messages.getvalue(), steps.getvalue()) == ("", "loading weights ...\n")
+    open_display("plain", messages, io.StringIO()).step("loading weights ...")
+    assert messages.getvalue() == "loading weights ...\n"
 
 
 def test_json_shows_only_events() -> None:
     messages, results = io.StringIO(), io.StringIO()
     display = JsonDisplay(messages, results, interval_seconds=0)
-    display.message("hello")
+    display.step("hello")
     display.plan(PLAN)
     display.progress(PROGRESS)
-    display.report(ENGINE.report())
+    display.report(ENGINE.report(), "all of it")
+    display.details(ENGINE.report())
     assert messages.getvalue() == ""
     events = [json.loads(line) for line in results.getvalue().splitlines()]
-    assert [event.pop("event") for event in events] == ["message", "plan", "progress", "report"]
+    assert [event.pop("event") for event in events] == ["message", "plan", "progress", "message", "report"]
     assert events[0] == {"text": "hello"}
     assert events[1]["policy"]["schedule"] == "diagonal"
     assert Progress(**events[2]) == PROGRESS
-    assert RunReport(**events[3]) == ENGINE.report()
+    assert events[3] == {"text": "all of it"}
+    assert RunReport(**events[4]) == ENGINE.report()
 
 
 def test_rich_draws_on_a_terminal_and_takes_it_away(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
     messages, results = Terminal(), io.StringIO()
     display = open_display("auto", messages, results)
+    display.step("[a step]")
     display.message("[not markup]")
+    display.step("another step")
     display.progress(PROGRESS)
     display.progress(dataclasses.replace(PROGRESS, num_requests=None, link_shares={}))
     display.close()
     display.close()
     drawn = messages.getvalue()
-    for part in ("[not markup]", "3/10 requests", "ETA 1:01 min", "disk_read"):
+    for part in ("[a step]", "[not markup]", "another step", "3/10 requests", "ETA 1:01 min", "disk_read"):
         assert part in drawn
     assert drawn.count("\x1b[?25l") == drawn.count("\x1b[?25h") == 1  # the cursor is back
 
@@ -205,13 +249,14 @@ def test_auto_is_plain_without_a_terminal() -> None:
 def test_none_shows_the_report_only() -> None:
     messages, results = io.StringIO(), io.StringIO()
     display = open_display("none", messages, results)
+    display.step("hello")
     display.message("hello")
     display.plan(PLAN)
     display.progress(PROGRESS)
     display.report(ENGINE.report())
     display.close()
     assert messages.getvalue() == ""
-    assert results.getvalue().startswith("0 requests")
+    assert results.getvalue().startswith("done in 2.0 s")
 
 
 def test_an_unknown_display_lists_the_known() -> None:

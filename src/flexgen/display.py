@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any, Protocol, TextIO
 from flexgen.durations import format_seconds
 from flexgen.engine.progress import Progress, RunReport
 from flexgen.errors import OptionError
-from flexgen.readable import format_plan, format_progress, format_report
+from flexgen.readable import format_details, format_plan, format_progress, format_report
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
     from rich.live import Live
 
     from flexgen.plan.forecast import Plan
@@ -33,6 +34,10 @@ class Display(Protocol):
         """Something said once: what is about to run, and with what."""
         ...
 
+    def step(self, text: str) -> None:
+        """Something that begins now and may take a while."""
+        ...
+
     def plan(self, plan: Plan) -> None:
         """How it will run."""
         ...
@@ -41,8 +46,12 @@ class Display(Protocol):
         """A snapshot; called as often as the engine likes."""
         ...
 
-    def report(self, report: RunReport) -> None:
-        """How it went."""
+    def report(self, report: RunReport, done: str = "") -> None:
+        """How it went; `done` says in words what was done."""
+        ...
+
+    def details(self, report: RunReport) -> None:
+        """The rest of the report."""
         ...
 
     def close(self) -> None:
@@ -53,10 +62,13 @@ class Display(Protocol):
 class NoDisplay:
     """The report only."""
 
-    def __init__(self, messages: TextIO, results: TextIO) -> None:
-        self._messages, self._results = messages, results
+    def __init__(self, messages: TextIO, results: TextIO, *, steps: TextIO | None = None) -> None:
+        self._messages, self._results, self._steps = messages, results, steps or messages
 
     def message(self, text: str) -> None:
+        """Nothing."""
+
+    def step(self, text: str) -> None:
         """Nothing."""
 
     def plan(self, plan: Plan) -> None:
@@ -66,9 +78,13 @@ class NoDisplay:
     def progress(self, progress: Progress) -> None:
         """Nothing."""
 
-    def report(self, report: RunReport) -> None:
+    def report(self, report: RunReport, done: str = "") -> None:
         """The report as text."""
-        _write(self._results, format_report(report))
+        _write(self._results, format_report(report, done))
+
+    def details(self, report: RunReport) -> None:
+        """The rest as text."""
+        _write(self._results, "\n" + format_details(report))
 
     def close(self) -> None:
         """Nothing."""
@@ -77,14 +93,18 @@ class NoDisplay:
 class PlainDisplay(NoDisplay):
     """One line per interval: for log files."""
 
-    def __init__(self, messages: TextIO, results: TextIO, *, interval_seconds: float = _PLAIN_SECONDS) -> None:
-        super().__init__(messages, results)
+    def __init__(self, messages: TextIO, results: TextIO, *, steps: TextIO | None = None, interval_seconds: float = _PLAIN_SECONDS) -> None:
+        super().__init__(messages, results, steps=steps)
         self._interval_seconds = interval_seconds
         self._next = time.monotonic() + interval_seconds
 
     def message(self, text: str) -> None:
         """The text."""
         _write(self._messages, text)
+
+    def step(self, text: str) -> None:
+        """The text."""
+        _write(self._steps, text)
 
     def progress(self, progress: Progress) -> None:
         """A line, if the last one is old enough."""
@@ -96,14 +116,18 @@ class PlainDisplay(NoDisplay):
 class JsonDisplay(NoDisplay):
     """One JSON object per line, all with `event`: "message", "plan", "progress", "report"."""
 
-    def __init__(self, messages: TextIO, results: TextIO, *, interval_seconds: float = _JSON_SECONDS) -> None:
-        super().__init__(messages, results)
+    def __init__(self, messages: TextIO, results: TextIO, *, steps: TextIO | None = None, interval_seconds: float = _JSON_SECONDS) -> None:
+        super().__init__(messages, results, steps=steps)
         self._interval_seconds = interval_seconds
         self._next = 0.0
 
     def message(self, text: str) -> None:
         """{"event": "message", "text": ...}"""
         self._event("message", {"text": text})
+
+    def step(self, text: str) -> None:
+        """The same."""
+        self.message(text)
 
     def plan(self, plan: Plan) -> None:
         """{"event": "plan", "policy": {...the fields of Policy}, "forecast": {...the fields of Forecast}}"""
@@ -115,9 +139,14 @@ class JsonDisplay(NoDisplay):
             self._next = time.monotonic() + self._interval_seconds
             self._event("progress", dataclasses.asdict(progress))
 
-    def report(self, report: RunReport) -> None:
-        """{"event": "report", ...the fields of RunReport}"""
+    def report(self, report: RunReport, done: str = "") -> None:
+        """{"event": "report", ...the fields of RunReport}, behind a message if there are words."""
+        if done:
+            self.message(done)
         self._event("report", dataclasses.asdict(report))
+
+    def details(self, report: RunReport) -> None:
+        """Nothing: the report has them."""
 
     def _event(self, event: str, fields: Mapping[str, Any]) -> None:
         _write(self._results, json.dumps({"event": event, **fields}))
@@ -126,8 +155,8 @@ class JsonDisplay(NoDisplay):
 class RichDisplay(NoDisplay):
     """A live picture at the foot of a terminal."""
 
-    def __init__(self, messages: TextIO, results: TextIO) -> None:
-        super().__init__(messages, results)
+    def __init__(self, messages: TextIO, results: TextIO, *, steps: TextIO | None = None) -> None:
+        super().__init__(messages, results, steps=steps)
         from rich.console import Console
 
         self._console = Console(file=messages, highlight=False, soft_wrap=True)
@@ -137,14 +166,23 @@ class RichDisplay(NoDisplay):
         """The text, above the picture."""
         self._console.print(text, markup=False)
 
+    def step(self, text: str) -> None:
+        """In place of the step before."""
+        from rich.text import Text
+
+        self._draw(Text(text, style="dim", no_wrap=True, overflow="ellipsis"))
+
     def progress(self, progress: Progress) -> None:
         """Redraw."""
+        self._draw(_picture(progress))
+
+    def _draw(self, picture: RenderableType) -> None:
         from rich.live import Live
 
         if self._live is None:
             self._live = Live(console=self._console, auto_refresh=False, transient=True, redirect_stdout=False, redirect_stderr=False)
             self._live.start()
-        self._live.update(_picture(progress), refresh=True)
+        self._live.update(picture, refresh=True)
 
     def close(self) -> None:
         """Take the picture away."""
@@ -156,8 +194,11 @@ class RichDisplay(NoDisplay):
 _DISPLAYS = {"rich": RichDisplay, "plain": PlainDisplay, "json": JsonDisplay, "none": NoDisplay}
 
 
-def open_display(name: str, messages: TextIO, results: TextIO) -> Display:
+def open_display(name: str, messages: TextIO, results: TextIO, *, steps: TextIO | None = None) -> Display:
     """The display of that name; "auto" is rich on a terminal and plain elsewhere.
+
+    Args:
+        steps: where a plain display's steps go; None is where its messages do.
 
     Raises:
         OptionError: an unknown name.
@@ -166,7 +207,7 @@ def open_display(name: str, messages: TextIO, results: TextIO) -> Display:
         name = "rich" if messages.isatty() else "plain"
     if name not in _DISPLAYS:
         raise OptionError(f"progress={name!r} is unknown; known: auto, {', '.join(_DISPLAYS)}")
-    return _DISPLAYS[name](messages, results)
+    return _DISPLAYS[name](messages, results, steps=steps)
 
 
 def _write(stream: TextIO, text: str) -> None:

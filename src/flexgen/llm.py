@@ -31,6 +31,7 @@ from flexgen.plan.workload import Workload
 from flexgen.prefixes import NO_PREFIXES, CommonPrefixes, PrefixCensus
 from flexgen.profile.limits import find_limits
 from flexgen.request import CompletionOutput, Live, RequestOutput, SamplingParams, TokenRequest, TokenResult
+from flexgen.steps import step
 from flexgen.text import Tokenizer, eos_token_ids
 from flexgen.turns import Turns
 from flexgen.vllm_keywords import ChatKeywords, GenerateKeywords, LLMKeywords, ModelKeywords, check_call, read_keywords
@@ -88,6 +89,7 @@ class LLM:
             self.files = model
         else:
             self.files = resolve_model(model, revision=options.revision, token=asked.token, with_weights=options.load_format != "dummy")
+        step(f"reading configuration and tokenizer of {self.files.name}")
         self.vocab_size, self.max_model_len = token_limits(self.files, options.max_model_len)
         self.tokenizer = _tokenizer(self.files, tokenizer, asked)
         self.eos_token_ids = eos_token_ids(self.files.config, self.files.generation_config, self.tokenizer)

@@ -17,6 +17,7 @@ from flexgen.plan.forecast import Forecast, Plan
 from flexgen.plan.job import JobSizes
 from flexgen.plan.outputs import expected
 from flexgen.plan.workload import Workload
+from flexgen.steps import step
 
 if TYPE_CHECKING:
     from flexgen.engine.engine import Engine
@@ -47,6 +48,7 @@ def plan_job(files: ModelFiles, options: EngineOptions, workload: Workload) -> P
         CapacityError: no plan fits the budgets.
         UnsupportedModelError: the model is refused by name.
     """
+    step("loading PyTorch")
     from flexgen.opening import discard, prepare
 
     found = prepare(files, options, workload)
@@ -60,6 +62,7 @@ def open_engine(files: ModelFiles, options: EngineOptions, workload: Workload) -
     Raises:
         CapacityError, ModelError, OptionError: as `plan_job`; nothing stays open.
     """
+    step("loading PyTorch")
     from flexgen.opening import open_prepared, prepare
 
     return open_prepared(prepare(files, options, workload))

@@ -41,6 +41,7 @@ from flexgen.profile.check import MachineCheck
 from flexgen.profile.limits import find_limits
 from flexgen.profile.measure import cached_machine
 from flexgen.sizes import GIB, MIB, format_size
+from flexgen.steps import step
 from flexgen.turns import forked
 
 logger = logging.getLogger(__name__)
@@ -95,6 +96,7 @@ def _prepare(files: ModelFiles, options: EngineOptions, workload: Workload) -> P
     options = replace(options, dtype=str(dtype).removeprefix("torch."), device=limits.device)
     dummy_folder = _write_dummy(config, dtype, limits) if options.load_format == "dummy" else None
     try:
+        step("tracing the model's layers")
         model = _load_model(files, dummy_folder.path if dummy_folder is not None else files.folder, config, dtype)
         if dummy_folder is not None:
             limits = replace(limits, disk_bytes=max(limits.disk_bytes - model.total_bytes, 0))
@@ -102,10 +104,12 @@ def _prepare(files: ModelFiles, options: EngineOptions, workload: Workload) -> P
         weights = model.layouts[0].extents[0].path.parent
         quick = model.total_bytes < THOROUGH_BYTES
         machine = cached_machine(limits.device, options.dtype, weights, max_bytes=min(256 * MIB, limits.host_bytes // 8), quick=quick)
+        step("loading kernels (compiled once)")
         _warm_up_kernels(dtype)
         process_bytes = psutil.Process().memory_info().rss
         if options.verify_reads:
             process_bytes += (model.total_bytes + limits.disk_bytes) // BLOCK_BYTES * BYTES_PER_BLOCK
+        step("choosing a plan")
         plan = make_plan(options, model.spec, machine, limits, workload, process_bytes=process_bytes)
     except BaseException:
         if dummy_folder is not None:
@@ -123,6 +127,7 @@ def open_prepared(prepared: Prepared) -> Engine:
     Raises:
         CapacityError, StorageError: when memory or the offload folder cannot be had; nothing stays open.
     """
+    step("loading weights")
     with contextlib.ExitStack() as undo:
         undo.callback(discard, prepared)
         check = _machine_check(prepared)

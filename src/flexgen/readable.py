@@ -22,6 +22,7 @@ LEAST_SHOWN = 0.01  # of a pass: resources that take less are left out
 LEAST_GAIN_SHOWN = 0.001
 LEAST_SHARE_SHOWN = 0.001  # of an SSD's life
 FASTER = 0.1  # resources are shown with what so much more of their rate is worth
+MOST_HELPS, LEAST_HELP = 3, 0.01  # told in a report
 RATE_TOLERANCE = 0.15  # of a run's own rates against those of the profile
 
 
@@ -64,8 +65,7 @@ def format_forecast(forecast: Forecast) -> list[str]:
     lines += [f"         {line}" for line in _written(forecast)]
     if forecast.num_refused:
         lines.append(f"         {forecast.num_refused:,} requests can never fit")
-    gains = [(f"1 GiB more of {tier} memory", gain) for tier, gain in forecast.gain_per_gib.items()]
-    gains += [(f"{_resource(name)} {FASTER:.0%} faster", FASTER * gain) for name, gain in forecast.gain_per_rate.items()]
+    gains = _gains(forecast.gain_per_gib, forecast.gain_per_rate)
     told = [f"{what}: +{gain:.1%}" for what, gain in gains if gain >= LEAST_GAIN_SHOWN]
     return [*lines, f"         what would help, at the margin, in tokens/s: {'; '.join(told)}"] if told else lines
 
@@ -137,11 +137,52 @@ def format_progress(progress: Progress) -> str:
     )
 
 
-def format_report(report: RunReport) -> str:
-    """The closing report: what was done, where bytes lived and moved, what was waited for, how good it was."""
+def format_report(report: RunReport, done: str = "") -> str:
+    """The closing report for people: what was done, how fast against the plan, what limited it; `format_details` has the rest.
+
+    What is to be said of the machine as it was just then has lines of its own behind the second.
+
+    Args:
+        done: what was done, in the caller's words; without it requests are counted.
+    """
+    done = (
+        done
+        or f"{report.num_requests - report.num_errors:,} of {report.num_requests:,} requests answered, {report.num_errors:,} with errors"
+    )
+    took = f"{format_seconds(report.elapsed_seconds)} (after {format_seconds(report.load_seconds)} of loading)"
+    return "\n".join([f"done in {took}: {done}", _speed(report), *_machine_lines(report), *_limit(report)])
+
+
+def _speed(report: RunReport) -> str:
+    """How fast it was, and what was planned for the same passes (answers may have ended earlier than they might)."""
+    speed = f"speed: {report.output_tokens_per_s:,.1f} output tokens/s"
+    planned = report.forecast.get("seconds_of_these_passes")
+    if not planned or not report.elapsed_seconds:
+        return speed
+    share = planned / report.elapsed_seconds
+    return f"{speed}, {share:.2f} of what was planned (the plan expected {format_seconds(planned)} for these passes)"
+
+
+def _limit(report: RunReport) -> list[str]:
+    """The resource that decided most of the time as planned, and what would have helped, best first."""
+    if not report.forecast.get("num_passes"):
+        return []
+    gains = sorted(_gains(report.forecast["gain_per_gib"], report.forecast["gain_per_rate"]), key=lambda each: -each[1])
+    helps = [f"{what} (+{gain:.1%} tokens/s)" for what, gain in gains[:MOST_HELPS] if gain >= LEAST_HELP]
+    told = f"what would help: {', '.join(helps)}" if helps else "nothing would help much by itself"
+    return [f"limit: {_resource(report.forecast['bottleneck'])}; {told}"]
+
+
+def _gains(per_gib: Mapping[str, float], per_rate: Mapping[str, float]) -> list[tuple[str, float]]:
+    """(what there could be more of, the relative gain of tokens/s)."""
+    memory = [(f"1 GiB more of {tier} memory (--{tier}-mem)", gain) for tier, gain in per_gib.items()]
+    return memory + [(f"{_resource(name)} {FASTER:.0%} faster", FASTER * gain) for name, gain in per_rate.items()]
+
+
+def format_details(report: RunReport) -> str:
+    """The rest of the report: where bytes lived and moved, what was waited for, how good it was."""
     lines = [
-        f"{report.num_requests:,} requests ({report.num_errors:,} errors) in {format_seconds(report.elapsed_seconds)}, "
-        f"after {format_seconds(report.load_seconds)} of loading: {report.output_tokens_per_s:,.2f} output tokens/s, "
+        f"{report.num_requests:,} requests ({report.num_errors:,} errors): {report.output_tokens_per_s:,.2f} output tokens/s, "
         f"{report.total_tokens_per_s:,.2f} tokens/s in all, {report.requests_per_s:,.3f} requests/s",
         f"{report.prompt_tokens:,} prompt and {report.output_tokens:,} output tokens in {report.num_passes:,} passes; "
         f"ended by: {_counts(report.finish_reasons)}; {report.num_preemptions:,} preemptions"
@@ -187,13 +228,18 @@ def _moments(report: RunReport, resource: str) -> list[float]:
 
 
 def _against_forecast(report: RunReport) -> list[str]:
-    """What was expected beside what was; and what to do where the machine was not as measured."""
+    """What was expected beside what was."""
     if not report.forecast.get("num_passes"):
         return []
-    lines = [
+    return [
         f"expected: {report.forecast['output_tokens_per_s']:,.2f} output tokens/s in {format_seconds(report.forecast['seconds'])}; "
         f"for the passes that there were {format_seconds(report.forecast['seconds_of_these_passes'])}"
     ]
+
+
+def _machine_lines(report: RunReport) -> list[str]:
+    """What to do where the machine was not as measured."""
+    lines: list[str] = []
     for resource, ratio in report.rate_ratios.items():
         if abs(ratio - 1) > RATE_TOLERANCE:
             how = f"{abs(ratio - 1):.0%} {'faster' if ratio > 1 else 'slower'}"

@@ -11,24 +11,22 @@ from typing import Annotated
 import typer
 
 from flexgen.cli import bench, export, plan, profile, run, status
-from flexgen.cli.exit_codes import EPILOG
+from flexgen.cli.help import CONTEXT_SETTINGS, Command, Group
 from flexgen.cli.streams import standard_streams
 from flexgen.cli.terminal import complain_of_bug
 
 app = typer.Typer(
+    cls=Group,
     no_args_is_help=True,
-    add_completion=False,
+    context_settings=CONTEXT_SETTINGS,
+    rich_markup_mode=None,  # plain text: see help.py
     pretty_exceptions_enable=False,
-    epilog=EPILOG,
     help="Batch inference for language models that are larger than the memory of the device that runs them.",
 )
-app.command(epilog=EPILOG)(run.run)
-app.command()(status.status)
-app.command()(export.export)
-app.command()(plan.plan)
-app.command()(profile.profile)
-_bench = typer.Typer(no_args_is_help=True, help="Measure this machine's throughput with a model.")
-_bench.command()(bench.throughput)
+for _command in (run.run, status.status, export.export, plan.plan, profile.profile):
+    app.command(cls=Command)(_command)
+_bench = typer.Typer(cls=Group, no_args_is_help=True, rich_markup_mode=None, help="Measure this machine's throughput with a model.")
+_bench.command(cls=Command)(bench.throughput)
 app.add_typer(_bench, name="bench")
 
 

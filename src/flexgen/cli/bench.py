@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from flexgen.cli.exit_codes import ExitCode
-from flexgen.cli.options import Model, ProgressFlag, check_file, engine_command, load, write_asked
+from flexgen.cli.options import Model, ProgressFlag, VerboseFlag, check_file, engine_command, load, write_asked
 from flexgen.cli.terminal import complain, showing
 from flexgen.options import EngineOptions
 
@@ -23,17 +23,20 @@ def throughput(
     output_len: Annotated[int, typer.Option(metavar="N", min=1, help="Output tokens of each.")] = 32,
     output_json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the figures as JSON (docs/metrics.md).")] = None,
     progress: ProgressFlag = "auto",
+    verbose: VerboseFlag = False,
 ) -> int:
     """Tokens per second over random prompts, with vLLM's figures and ours."""
-    from flexgen.bench.throughput import format_throughput, run_throughput, uniform_workload
-
     check_file(output_json, "--output-json")
     with showing(progress) as display, load(model, options, progress) as llm:
+        from flexgen.bench.throughput import format_throughput, run_throughput, uniform_workload
+
         workload = uniform_workload(llm, num_prompts, input_len, output_len)
         display.plan(llm.open(workload))
         figures = run_throughput(llm, workload, on_progress=display.progress)
         display.close()
         display.report(llm.report())
+        if verbose:
+            display.details(llm.report())
     if progress != "json":
         print(format_throughput(figures))
     code = ExitCode.ALL_ANSWERED

@@ -25,7 +25,3 @@ class ExitCode(IntEnum):
     HANGUP = 129, "stopped by SIGHUP; the same command goes on"
     INTERRUPTED = 130, "stopped by SIGINT (Ctrl-C); the same command goes on"
     TERMINATED = 143, "stopped by SIGTERM; the same command goes on"
-
-
-# An empty line between two entries, or the help would run them together.
-EPILOG = "\n\n".join(["Exit codes:", *(f"{code.value}: {code.meaning}" for code in ExitCode)])

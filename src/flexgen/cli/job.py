@@ -58,6 +58,7 @@ class Asked:
     checkpoint_seconds: float
     metrics: Path | None
     progress: str
+    verbose: bool
 
     @property
     def source_is_stream(self) -> bool:
@@ -291,11 +292,22 @@ def _conclude(job: Job, store: Store, workload: Workload, asked: Asked, display:
                 f"{job.num_resumed:,} answers went on after {job.tokens_kept:,} tokens that earlier runs had generated; "
                 f"{report.recomputed_tokens:,} tokens were computed again"
             )
-        display.report(report)
+        display.report(report, _done(job, store))
+        if asked.verbose:
+            display.details(report)
         metrics = dataclasses.asdict(report)
+    else:
+        display.message(f"nothing was left to do: {_done(job, store)}")
     if asked.metrics is not None:  # if that fails, the exit code still tells of the lines
         write_asked(asked.metrics, "--metrics", json.dumps({**metrics, "job": _figures(job, store)}, indent=2) + "\n")
-    display.message(f"{store.paths.name}: {store.num_answered:,} lines answered, {store.num_failed:,} with errors")
+
+
+def _done(job: Job, store: Store) -> str:
+    """Where what is, and what may be done about errors."""
+    before = f" ({store.num_found:,} done before)" if store.num_found else ""
+    again = "; the same command with --retry-errors tries those again" if store.num_failed else ""
+    lines = f"{store.num_answered:,} of {job.num_lines:,} lines answered, {store.num_failed:,} with errors"
+    return f"{store.paths.name if store.paths.output is not None else 'standard output'}: {lines}{before}{again}"
 
 
 def _figures(job: Job, store: Store) -> dict[str, int]:

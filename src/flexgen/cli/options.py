@@ -26,6 +26,10 @@ if TYPE_CHECKING:
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A Hugging Face folder, or a hub id such as facebook/opt-6.7b.")]
 ProgressFlag = Annotated[str, typer.Option(metavar="auto|rich|plain|json|none", help="How to show progress; auto looks at the terminal.")]
+VerboseFlag = Annotated[
+    bool,
+    typer.Option("--verbose", "-v", help="End with all figures: placement, bytes, waits, overlap, plan, efficiency (docs/metrics.md)."),
+]
 
 # Every field of EngineOptions that has a flag: panel, metavar, help.
 _BUDGETS, _PLACEMENT, _MODEL = "Budgets (4GiB is binary, 16GB decimal, 50% a share of what there is)", "Placement and schedule", "Model"

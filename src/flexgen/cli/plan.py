@@ -14,9 +14,11 @@ import typer
 from flexgen.cli.exit_codes import ExitCode
 from flexgen.cli.options import engine_command
 from flexgen.cli.reading import ChatTemplate, ChatTemplateKwargs, InputFormat, MaxTokens, Reading, Source, Tokenizer, lengths_of
+from flexgen.cli.terminal import showing
 from flexgen.errors import CapacityError, OptionError
 from flexgen.options import EngineOptions
 from flexgen.sizes import MIB
+from flexgen.steps import step
 
 if TYPE_CHECKING:
     from flexgen.plan.forecast import Plan
@@ -137,17 +139,11 @@ def plan(
         bool, typer.Option("--json", help="Print JSON: model, machine, limits, policy, forecast, faster_format, pareto if asked for.")
     ] = False,
 ) -> int:
-    """Show where weights and KV cache would live, how fast a job would go,
-    how long it would take, and what decides that. Nothing is run, and no
-    weights are read.
-    """
-    from flexgen.plan.default import space_of
-    from flexgen.plan.forecast import make_plan
-    from flexgen.plan.formats import faster_format
-    from flexgen.plan.machines import beside_checkpoint
-    from flexgen.plan.pareto import pareto as curve_of
-    from flexgen.specs import spec_of
+    """Show how long a job would take, and what decides that.
 
+    Where weights and KV cache would live, how fast it would go, and what
+    would help. Nothing is run, and no weights are read.
+    """
     reading = Reading(
         source=source, input_format=input_format, max_tokens=max_tokens, tokenizer=tokenizer, chat_template=chat_template,
         chat_template_kwargs=chat_template_kwargs,
@@ -156,19 +152,35 @@ def plan(
     if source is not None and lengths.given():
         raise OptionError(f"--input tells the lengths: leave out {lengths.given()[0]}")
     reading.check()
+    with showing("auto"):
+        told = _told(model, options, machine, lengths if source is None else reading, pareto=pareto, as_json=as_json)
+    print(told)
+    return ExitCode.ALL_ANSWERED
+
+
+def _told(model: str, options: EngineOptions, machine: str | None, asked: _Lengths | Reading, *, pareto: bool, as_json: bool) -> str:
+    """The plan, as text or JSON."""
+    from flexgen.plan.default import space_of
+    from flexgen.plan.forecast import make_plan
+    from flexgen.plan.formats import faster_format
+    from flexgen.plan.machines import beside_checkpoint
+    from flexgen.plan.pareto import pareto as curve_of
+    from flexgen.specs import spec_of
+
     limits, box = _limits_and_machine(options, machine)
+    step(f"reading config and headers of {model}")
     spec = spec_of(model, device=limits.device, dtype=options.dtype, revision=options.revision)
     if box is not None:
         limits = beside_checkpoint(limits, spec.checkpoint_bytes, options)
     context = min(spec.max_position_embeddings, options.max_model_len or spec.max_position_embeddings)
-    workload = _equal_lengths(lengths, context, options) if source is None else lengths_of(reading, model, options)
+    workload = lengths_of(asked, model, options) if isinstance(asked, Reading) else _equal_lengths(asked, context, options)
     question = _Question(model=model, options=options, limits=limits, box=box, workload=workload)
     job = question.job(spec, question.machine(spec.dtype))
+    step("choosing a plan")
     planned = make_plan(**job)
     faster = faster_format(planned, question.plan_in)
     curve = curve_of(space_of(**job)) if pareto else []
-    print(_as_json(planned, limits, faster, curve) if as_json else _as_text(planned, faster, curve))
-    return ExitCode.ALL_ANSWERED
+    return _as_json(planned, limits, faster, curve) if as_json else _as_text(planned, faster, curve)
 
 
 def _limits_and_machine(options: EngineOptions, name: str | None) -> tuple[Limits, Machine | None]:

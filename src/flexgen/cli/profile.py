@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,12 +10,15 @@ import typer
 
 from flexgen.cli.exit_codes import ExitCode
 from flexgen.cli.options import check_file, command, write_asked
+from flexgen.cli.terminal import showing
 from flexgen.errors import OptionError
 from flexgen.options import DEVICES, DTYPES
 from flexgen.sizes import format_size
 
 if TYPE_CHECKING:
     from flexgen.plan.machine import Machine, Rate
+
+logger = logging.getLogger(__name__)
 
 
 @command
@@ -31,31 +34,40 @@ def profile(
     quick: Annotated[bool, typer.Option("--quick", help="In a third of the time.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> int:
-    """Measure this machine: disk, memory, links, matrix products, attention,
-    and what a pass costs by itself. Half a minute, or up to three times as
-    long where other programs disturb it: then the better rates are kept.
-    Runs use what is kept until hardware or versions change.
+    """Measure this machine, in half a minute.
+
+    Disk, memory, links, matrix products, attention, and what a pass costs
+    by itself. Up to three times as long where other programs disturb it:
+    then the better rates are kept. Runs use what is kept until hardware or
+    versions change.
     """
+    check_file(output, "--output")
+    if device not in DEVICES:
+        raise OptionError(f"--device {device!r} is unknown; known: {', '.join(DEVICES)}")
+    if dtype and (unknown := [name for name in dtype if name not in DTYPES[1:]]):
+        raise OptionError(f"--dtype {unknown[0]!r} is unknown; known: {', '.join(DTYPES[1:])}")
+    with showing("auto"):
+        machine = _measured(device, dtype, folder, quick=quick)
+    print(machine.to_json() if as_json else format_machine(machine))
+    return ExitCode.ALL_ANSWERED if output is None else write_asked(output, "--output", machine.to_json() + "\n")
+
+
+def _measured(device: str, dtype: list[str] | None, folder: Path, *, quick: bool) -> Machine:
+    """The machine, measured now and kept."""
     from flexgen.profile.limits import find_device
     from flexgen.profile.measure import keep, kept_machine, measure
     from flexgen.profile.repeat import settled
 
-    check_file(output, "--output")
-    if device not in DEVICES:
-        raise OptionError(f"--device {device!r} is unknown; known: {', '.join(DEVICES)}")
     device = find_device(device)
     dtypes = tuple(dtype or ("bfloat16", "float16" if device == "cuda" else "float32"))
-    if unknown := [name for name in dtypes if name not in DTYPES[1:]]:
-        raise OptionError(f"--dtype {unknown[0]!r} is unknown; known: {', '.join(DTYPES[1:])}")
     before: list[Machine] = []
     for name in dtypes:
         kept = kept_machine(device, name, folder, quick=quick)
         before += [kept] if kept is not None and kept not in before else []
-    machine = settled(lambda: measure(device, dtypes, folder, quick=quick), before, lambda told: print(told, file=sys.stderr))
+    machine = settled(lambda: measure(device, dtypes, folder, quick=quick), before, logger.info)
     for path in keep(machine, dtypes, folder, quick=quick):
-        print(f"kept in {path}", file=sys.stderr)
-    print(machine.to_json() if as_json else format_machine(machine))
-    return ExitCode.ALL_ANSWERED if output is None else write_asked(output, "--output", machine.to_json() + "\n")
+        logger.info("kept in %s", path)
+    return machine
 
 
 def format_machine(machine: Machine) -> str:

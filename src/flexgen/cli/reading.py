@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import sys
+import logging
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,6 +21,8 @@ from flexgen.options import EngineOptions
 if TYPE_CHECKING:
     from flexgen.llm import LLM
     from flexgen.plan.workload import Workload
+
+logger = logging.getLogger(__name__)
 
 _JOB = "The job"
 
@@ -101,7 +103,8 @@ def lengths_of(reading: Reading, model: str, options: EngineOptions) -> Workload
     if not len(workload):
         raise OptionError(f"--input {source}: none of its {job.num_lines:,} lines can be answered ({job.first_bad})")
     if job.num_bad_lines:
-        print(f"{source}: {job.num_bad_lines:,} of {job.num_lines:,} lines are bad and left out ({job.first_bad})", file=sys.stderr)
+        lines = f"{job.num_bad_lines:,} of {job.num_lines:,} lines are bad and left out"
+        logger.warning("%s: %s (%s)", source, lines, job.first_bad)
     return workload
 
 

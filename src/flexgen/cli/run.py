@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from flexgen.cli.job import Asked, answer_job, show_plan
-from flexgen.cli.options import Model, ProgressFlag, check_file, check_parent, engine_command, is_there, seconds
+from flexgen.cli.options import Model, ProgressFlag, VerboseFlag, check_file, check_parent, engine_command, is_there, seconds
 from flexgen.cli.signals import StopSignals
 from flexgen.cli.streams import check_stdin, check_stdout
 from flexgen.cli.terminal import complain, showing
@@ -54,6 +54,7 @@ def run(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the input, show the plan, and stop.")] = False,
     metrics: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the report as JSON (docs/metrics.md).")] = None,
     progress: ProgressFlag = "auto",
+    verbose: VerboseFlag = False,
     strict: Annotated[
         bool, typer.Option("--strict", help="Refuse an input with bad lines or repeated ids.", rich_help_panel=_AGAIN)
     ] = False,
@@ -106,15 +107,17 @@ def run(
         checkpoint_seconds=checkpoint_seconds,
         metrics=metrics,
         progress=progress,
+        verbose=verbose,
     )
     _check(asked, dry_run)
     messages = sys.stdout if dry_run else sys.stderr  # a dry run's plan is its result
     results = None if asked.output is not None else sys.stderr
     shown = "plain" if dry_run and progress == "none" else progress
-    with showing(shown, messages=messages, results=results) as display, StopSignals() as signals:
+    with showing(shown, messages=messages, results=results, steps=progress != "none") as display, StopSignals() as signals:
         try:
             return show_plan(asked, display) if dry_run else answer_job(asked, display, signals)
         except Stopped:
+            display.close()  # or the last step would stand in the way
             return complain("stopped", signals.exit_code)
 
 

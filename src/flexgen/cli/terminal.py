@@ -31,25 +31,32 @@ def complain_of_bug() -> ExitCode:
 
 
 @contextmanager
-def showing(progress: str, *, messages: TextIO | None = None, results: TextIO | None = None) -> Iterator[Display]:
-    """A display to which the library's log goes, too.
+def showing(progress: str, *, messages: TextIO | None = None, results: TextIO | None = None, steps: bool = True) -> Iterator[Display]:
+    """A display to which the library's log goes, too; its first step is the loading of libraries, which takes seconds.
 
     Args:
         messages, results: where these go; None is stderr, and stdout for what may be lost.
+        steps: whether to say what begins.
     """
     from flexgen.cli.streams import reports
     from flexgen.display import open_display
+    from flexgen.steps import LOGGER as STEPS
+    from flexgen.steps import step
 
-    display = open_display(progress, messages or sys.stderr, results or reports())
+    display = open_display(progress, messages or sys.stderr, results or reports(), steps=sys.stderr)
 
     class Handler(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            display.message(self.format(record))
+            if record.name != STEPS:
+                display.message(self.format(record))
+            elif steps:
+                display.step(self.format(record))
 
     log, handler = logging.getLogger("flexgen"), Handler()
     log.addHandler(handler)
     log.setLevel(logging.INFO)
     try:
+        step("loading libraries")
         yield display
     finally:
         log.removeHandler(handler)

@@ -96,7 +96,7 @@ class ModelRunner:
         self._weights.load_residents()
         self._weights.start()
         self._loaded = True
-        logger.info("weights: %s", self._weights.describe())
+        logger.debug("weights: %s", self._weights.describe())
 
     def _load_residents(self) -> None:
         """Norms, biases, routers' buffers: read once, plainly, and bound for good."""

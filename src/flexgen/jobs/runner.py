@@ -31,6 +31,7 @@ from flexgen.plan.forecast import Plan
 from flexgen.plan.workload import Workload
 from flexgen.prefixes import NO_PREFIXES
 from flexgen.request import Live, SamplingParams, TokenRequest
+from flexgen.steps import counted_lines
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +105,7 @@ class Job:
         census = Census()
         complaints: list[tuple[int, str]] = []
         count = 0
-        for read in self._reader(strict=True).read(self._lines()):
+        for read in self._reader(strict=True).read(counted_lines(self._lines(), f"checking {self.source}")):
             census.add(read.origin)
             if isinstance(read, Refused):
                 count += 1
@@ -270,7 +271,7 @@ class Job:
 
     def _unanswered(self) -> Iterator[Line]:
         """The lines that the scan looks at."""
-        for line in self._lines():
+        for line in counted_lines(self._lines(), f"reading requests from {self.source}"):
             self.num_lines += 1
             if self.store is None or not self.store.is_done(line.number):
                 yield line

@@ -35,6 +35,7 @@ from flexgen.profile.disk import disk_rates, writable
 from flexgen.profile.overheads import NO_OVERHEADS, elementwise_rate, overheads
 from flexgen.profile.repeat import best_of, is_disturbed
 from flexgen.sizes import MIB
+from flexgen.steps import step
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +57,8 @@ def measure(device: str, dtypes: Sequence[str], folder: Path, *, quick: bool = F
         StorageError: the file system fails. OptionError: an unknown dtype.
     """
     torch_dtypes = {name: _dtype(name) for name in dtypes}
+    about = 9 + 4 * len(dtypes) if quick else 22 + 9 * len(dtypes)
+    step(f"measuring this machine: about {about} seconds, kept for later runs")
     started, busy = time.perf_counter(), BusyCores()
     share = 0.3 if quick else 1.0
     where, host = torch.device("cuda" if device == "cuda" else "cpu"), torch.device("cpu")

@@ -1,0 +1,162 @@
+"""What `--help` shows: options in sections, their names whole at any width, examples, and where the rest is written.
+
+Plain text, so that it can be piped and copied, and so that the help is there before any library for terminals is loaded.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from flexgen.cli.exit_codes import ExitCode
+
+_WIDEST = 100  # longer lines are hard to read
+_NAMES_COLUMN = 32  # what is longer has its explanation on the next line
+CONTEXT_SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": _WIDEST}
+
+# Options that no panel of their own was given, by the names of their parameters.
+_SECTIONS = {
+    "Requests": ("source", "max_tokens", "temperature", "top_p", "input_format", "tokenizer", "chat_template", "chat_template_kwargs"),
+    "Output": ("output", "to", "order", "metrics", "output_json", "as_json", "progress", "verbose"),
+}
+
+# By command: what to type, and what that does.
+EXAMPLES = {
+    "flexgen": [
+        ("flexgen run MODEL requests.jsonl -o answers.jsonl", "answer a file of requests"),
+        ("flexgen plan MODEL --input requests.jsonl", "how long that would take"),
+        ("flexgen status answers.jsonl", "how far it is"),
+    ],
+    "run": [
+        ("flexgen run MODEL requests.jsonl -o answers.jsonl", "answer it; the same again goes on where it stopped"),
+        ("flexgen run MODEL requests.jsonl -o answers.jsonl --host-mem 24GiB", "in no more memory than that"),
+        ("flexgen run MODEL requests.jsonl -o answers.jsonl --dry-run", "only check the requests, and show the plan"),
+        ("flexgen run MODEL requests.jsonl -o answers.jsonl --retry-errors", "once more for lines that ended in an error"),
+    ],
+    "plan": [
+        ("flexgen plan MODEL --input requests.jsonl", "these requests, on this machine"),
+        ("flexgen plan opt-175b --machine t4-gcp --prompt-len 512 --gen-len 32", "a model and a machine that are not here"),
+    ],
+    "profile": [
+        ("flexgen profile /data/models", "the disk that this folder is on, and everything else"),
+        ("flexgen profile -o box.json", "for `flexgen plan --machine box.json` somewhere else"),
+    ],
+    "status": [("flexgen status answers.jsonl", "from any terminal, while the job runs or afterwards")],
+    "export": [
+        ("flexgen export answers.jsonl", "write what is done so far into answers.jsonl"),
+        ("flexgen export answers.jsonl --to - | head", "look at it"),
+    ],
+    "bench": [("flexgen bench throughput MODEL --input-len 256 --output-len 32", "tokens per second over random prompts")],
+    "throughput": [
+        ("flexgen bench throughput MODEL --num-prompts 200", "that many random prompts of 256 tokens"),
+        ("flexgen bench throughput MODEL --load-format dummy", "random weights: config.json is enough"),
+    ],
+}  # fmt: skip
+# By command: pages of the documentation, in the repository and in the source distribution.
+PAGES = {
+    "flexgen": ("docs/index.md",),
+    "run": ("docs/labelling.md", "docs/requests.md", "docs/jobs.md", "docs/metrics.md"),
+    "plan": ("docs/plans.md", "docs/models.md"),
+    "profile": ("docs/plans.md",),
+    "status": ("docs/jobs.md",),
+    "export": ("docs/jobs.md",),
+    "bench": ("docs/metrics.md",),
+    "throughput": ("docs/metrics.md",),
+}
+_WITH_EXIT_CODES = ("flexgen", "run")
+
+
+class _Sections:
+    """The parts of a help text that commands and groups share; `formatter` is click's."""
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """What follows the command's name in its usage."""
+        params = ctx.command.get_params(ctx)
+        arguments = [_metavar(each) if each.required else f"[{_metavar(each)}]" for each in params if _is_argument(each)]
+        needed = [f"{each.opts[-1]} {_metavar(each)}" for each in params if not _is_argument(each) and each.required]
+        return ["[OPTIONS]", *arguments, *needed, *(["COMMAND ..."] if isinstance(self, TyperGroup) else [])]
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """The whole text."""
+        command = ctx.command
+        for part in (command.format_usage, command.format_help_text, command.format_options, command.format_epilog):
+            part(ctx, formatter)
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Commands, arguments, then options by section."""
+        rows: dict[str, list[tuple[str, str]]] = {title: [] for title in ("Arguments", *_SECTIONS, "Options")}
+        for param in ctx.command.get_params(ctx):
+            if not param.hidden:
+                rows.setdefault(_section(param), []).append((_names(param), _explanation(param)))
+        rows["Options"] = rows.pop("Options")  # what is left comes last
+        for title, found in {"Commands": list(_commands(ctx)), **rows}.items():
+            _write(formatter, title, found)
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        """Examples, exit codes, and the pages that say more."""
+        name = ctx.command.name if ctx.parent is not None else "flexgen"
+        with formatter.section(typer.style("Examples", bold=True)):
+            for typed, effect in EXAMPLES[name]:
+                formatter.write(f"{'':>{formatter.current_indent}}{typed}\n")
+                with formatter.indentation():
+                    formatter.write_text(effect)
+        if name in _WITH_EXIT_CODES:
+            _write(formatter, "Exit codes", [(f"{code.value}", code.meaning) for code in ExitCode])
+        _write(formatter, "Documentation (in the repository)", [(page, "") for page in PAGES[name]])
+
+
+class Command(_Sections, TyperCommand):
+    """A command with such a help."""
+
+
+class Group(_Sections, TyperGroup):
+    """A group of commands with such a help."""
+
+
+def _write(formatter: Any, title: str, rows: list[tuple[str, str]]) -> None:
+    if rows:
+        with formatter.section(typer.style(title, bold=True)):
+            formatter.write_dl(rows, col_max=_NAMES_COLUMN)
+
+
+def _commands(ctx: Any) -> Iterator[tuple[str, str]]:
+    """(name, first paragraph of the help) of each."""
+    group: Any = ctx.command
+    for name in group.list_commands(ctx) if isinstance(group, TyperGroup) else ():
+        yield name, inspect.cleandoc(str(group.commands[name].help)).partition("\n\n")[0].replace("\n", " ")
+
+
+def _is_argument(param: Any) -> bool:
+    return param.param_type_name == "argument"
+
+
+def _section(param: Any) -> str:
+    if _is_argument(param):
+        return "Arguments"
+    own = getattr(param, "rich_help_panel", None)
+    return own or next((title for title, names in _SECTIONS.items() if param.name in names), "Options")
+
+
+def _metavar(param: Any) -> str:
+    return param.metavar or param.name.upper()
+
+
+def _names(param: Any) -> str:
+    """`-o, --output OUTPUT`; flags have no value to name."""
+    if _is_argument(param):
+        return _metavar(param)
+    names = ", ".join(sorted([*param.opts, *param.secondary_opts], key=lambda name: (name.startswith("--"), name.startswith("--no-"))))
+    return names if param.is_flag else f"{names} {_metavar(param)}"
+
+
+def _explanation(param: Any) -> str:
+    """The help, with what holds where nothing is said."""
+    text, default = param.help or "", param.default
+    if param.required:
+        return text if _is_argument(param) else f"{text} [required]"
+    told = default is None or isinstance(default, bool) or callable(default) or "Default:" in text or not str(default)
+    return text if told or _is_argument(param) else f"{text} [default: {default}]"
