@@ -55,7 +55,7 @@ def test_options_that_the_readme_names_exist(flexgen_command: Callable[..., str]
 
 
 def test_the_readme_stays_short() -> None:
-    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 160
 
 
 def test_versions_agree() -> None:
