@@ -105,7 +105,7 @@ def test_the_report_begins_with_three_lines_for_people() -> None:
 
 def test_what_is_to_be_said_of_the_machine_stands_behind_the_speed() -> None:
     forecast = {**dataclasses.asdict(ENGINE.forecast), "seconds_of_these_passes": 1.0}
-    report = dataclasses.replace(ENGINE.report(), forecast=forecast, rate_ratios={"disk": 0.5, "compute": 1.0})
+    report = dataclasses.replace(ENGINE.report(), elapsed_seconds=20.0, forecast=forecast, rate_ratios={"disk": 0.5, "compute": 1.0})
     lines = format_report(report).splitlines()
     assert [line.split()[0] for line in lines] == ["done", "speed:", "disk", "limit:"]
     assert "disk was 50% slower than measured before" in lines[2]
@@ -137,7 +137,7 @@ def report_of(ratios: dict[str, float], busy_cores: float = 0.1, **checked: dict
     at_check = {"check_rates": checked, "busy_cores": busy_cores, "overlap_at_check": 0.8, "efficiency_at_check": 0.75}
     figures = at_check if checked else {}
     forecast = dataclasses.asdict(FORECAST) | {"seconds_of_these_passes": 1.9}
-    return dataclasses.replace(ENGINE.report(), forecast=forecast, rate_ratios=ratios, **figures)
+    return dataclasses.replace(ENGINE.report(), elapsed_seconds=20.0, forecast=forecast, rate_ratios=ratios, **figures)
 
 
 def test_a_slow_machine_is_told_from_a_slow_engine() -> None:
@@ -154,6 +154,10 @@ def test_a_slow_machine_is_told_from_a_slow_engine() -> None:
     assert "compute was 50% slower than measured before: other programs kept 1.6 cores busy meanwhile; the profile is kept" in busy
     disk = format_report(report_of({"disk": 0.5}, start={"compute": 1.0, "disk_read": 0.5}, end={"compute": 1.0, "disk_read": 0.5}))
     assert "disk was 50% slower than measured before, and so was this machine itself (0.50" in disk
+
+
+def test_a_short_run_says_nothing_of_the_machine() -> None:
+    assert "compute was" not in format_report(dataclasses.replace(report_of({"compute": 0.5}), elapsed_seconds=0.1))
 
 
 def test_a_run_that_was_not_checked_does_not_blame_the_profile() -> None:

@@ -24,6 +24,7 @@ LEAST_SHARE_SHOWN = 0.001  # of an SSD's life
 FASTER = 0.1  # resources are shown with what so much more of their rate is worth
 MOST_HELPS, LEAST_HELP = 3, 0.01  # told in a report
 RATE_TOLERANCE = 0.15  # of a run's own rates against those of the profile
+LEAST_JUDGED_SECONDS = 5.0  # the rates of a shorter run say nothing about the machine
 
 
 def format_plan(plan: Plan) -> str:
@@ -240,6 +241,8 @@ def _against_forecast(report: RunReport) -> list[str]:
 def _machine_lines(report: RunReport) -> list[str]:
     """What to do where the machine was not as measured."""
     lines: list[str] = []
+    if report.elapsed_seconds < LEAST_JUDGED_SECONDS:
+        return lines
     for resource, ratio in report.rate_ratios.items():
         if abs(ratio - 1) > RATE_TOLERANCE:
             how = f"{abs(ratio - 1):.0%} {'faster' if ratio > 1 else 'slower'}"
