@@ -56,7 +56,7 @@ class ProgressClock:
         """Report a snapshot.
 
         Args:
-            moved: link -> bytes since the run began. left: seconds that the run takes from the end of the last pass on, if that is known.
+            moved: link -> bytes since the run began. left: seconds that the run still takes, if that is known.
             unit: (unit within the pass, units of a pass).
         """
         assert self._report is not None
@@ -72,7 +72,7 @@ class ProgressClock:
                 output_tokens=self._output_tokens,
                 prompt_tokens_per_s=self._prompt_tokens / max(elapsed, 1e-9),
                 output_tokens_per_s=self._output_tokens / max(elapsed, 1e-9),
-                eta_seconds=None if left is None else max(left - (elapsed - trace.seconds), 0.0),
+                eta_seconds=left,
                 pass_index=trace.num_passes,
                 unit=unit[0],
                 num_units=unit[1],

@@ -257,10 +257,11 @@ class Engine:
         failpoint("engine.pass")
         start = time.perf_counter()
         batches, load = self.runner.micro_batches(self._live)
+        work = price(load, self.spec, self.policy, self._weights_work)
+        self.record.begins(work)
         with torch.no_grad():
             waits = self.runner.run(batches, self._on_unit)
             results = self._sample(batches)
-        work = price(load, self.spec, self.policy, self._weights_work)
         self.record.passed(time.perf_counter() - start, work, waits)
         yield from results
 

@@ -63,11 +63,17 @@ class Record:
         self._meters, self._remaining = meters, remaining
         self._moved_before, self._busy_before = meters.bytes_moved(), meters.disk_busy_seconds()
         self._clock = ProgressClock(num_requests, on_progress, self.bytes_moved())
-        self._begin = time.perf_counter()
+        self._begin = self._pass_begin = time.perf_counter()
+        self._pass_expected_seconds = 0.0
 
     def over(self) -> None:
         """The run has ended."""
         self.elapsed_seconds = time.perf_counter() - self._begin
+
+    def begins(self, work: PassWork) -> None:
+        """A pass is about to do this work."""
+        self._pass_begin = time.perf_counter()
+        self._pass_expected_seconds = self.trace.expected_of(work)
 
     def passed(self, seconds: float, work: PassWork, waits: dict[str, float]) -> None:
         """A pass as it went."""
@@ -83,8 +89,15 @@ class Record:
     def tell(self, num_live: int, unit: tuple[int, int]) -> None:
         """Report progress, if that is due; `unit` is (unit within the pass, units of a pass)."""
         if self._clock.due():
-            left = self._remaining.seconds(self.trace.seconds, self.trace.expected_seconds) if self._remaining is not None else None
-            self._clock.tell(self.answers.counts, self.trace, self.bytes_moved(), left, num_live, unit)
+            self._clock.tell(self.answers.counts, self.trace, self.bytes_moved(), self._seconds_left(unit[0] / unit[1]), num_live, unit)
+
+    def _seconds_left(self, share: float) -> float | None:
+        """At the pace so far; a pass of which `share` is done counts as far as that.  None where nothing was forecast."""
+        if self._remaining is None:
+            return None
+        spent = self.trace.seconds + time.perf_counter() - self._pass_begin
+        left = self._remaining.seconds(spent, self.trace.expected_seconds + share * self._pass_expected_seconds)
+        return max(left, (1 - share) * self._pass_expected_seconds)  # the forecast may have been wrong about the number of passes
 
     def bytes_moved(self) -> dict[str, int]:
         """Link -> bytes since the run began."""

@@ -44,11 +44,15 @@ class Trace:
         resource, most = busiest(ideal)
         self.busiest_seconds += most
         self.decided[resource] = self.decided.get(resource, 0.0) + most
-        self.expected_seconds += float(self.expectation.seconds(work, self.policy))
+        self.expected_seconds += self.expected_of(work)
         self.compute_share = ideal["compute"] / max(seconds, 1e-9)
         for total, new in ((self.ideal, ideal), (self.expected, expected), (self.waits, waits)):
             for key, value in new.items():
                 total[key] = total.get(key, 0.0) + float(value)
+
+    def expected_of(self, work: PassWork) -> float:
+        """Seconds that a pass with this work should take at typical rates."""
+        return float(self.expectation.seconds(work, self.policy))
 
     def busiest_seconds_at(self, rates: Mapping[str, float]) -> float:
         """`busiest_seconds`, had the best rates been so many times what they are (at least: passes may be decided by others then).
