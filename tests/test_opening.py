@@ -28,7 +28,7 @@ def looked(monkeypatch: pytest.MonkeyPatch) -> list[Path | None]:
 
 
 def report_of(model: Path, **options: object) -> RunReport:
-    with LLM(model, dtype="float32", host_mem="2GiB", device="cpu", **options) as llm:
+    with LLM(model, dtype="float32", device="cpu", **options) as llm:
         llm.generate(["It was a dark night"], SamplingParams(temperature=0, max_tokens=3))
         return llm.report()
 
@@ -56,6 +56,6 @@ def test_a_plan_looks_at_nothing(looked: list[Path | None], novels_opt: Path, mo
     monkeypatch.setattr(opening, "CHECKED_SECONDS", 0.0)
     from flexgen.plan.workload import Workload
 
-    with LLM(novels_opt, dtype="float32", host_mem="2GiB", device="cpu") as llm:
+    with LLM(novels_opt, dtype="float32", device="cpu") as llm:
         llm.plan(Workload(prompt_lens=(5,), output_lens=(3,)))
     assert looked == []

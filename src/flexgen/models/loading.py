@@ -18,6 +18,7 @@ from flexgen.models.checkpoint import Checkpoint, check_supported_number_format
 from flexgen.models.describe import module_plans
 from flexgen.models.layouts import lay_out, trace_config
 from flexgen.models.number_formats import decoded_headers
+from flexgen.models.refusals import check_supported_architecture
 from flexgen.models.rope import recompute_length, rope_regime
 from flexgen.models.skeleton import BoundModel
 from flexgen.models.spec import model_spec
@@ -62,6 +63,7 @@ def load_model(folder: Path, config: Any, dtype: torch.dtype, *, unit_bytes: int
         ModelError: when the architecture, the number format or the files cannot be served.
     """
     check_supported_number_format(config)
+    check_supported_architecture(config)
     checkpoint = Checkpoint(folder)
     model, sources, trace = trace_config(config, dtype, checkpoint)
     layouts = lay_out(model, trace, sources, dtype, unit_bytes)

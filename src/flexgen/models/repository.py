@@ -20,7 +20,7 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from flexgen.models.checkpoint import Headers
 from flexgen.models.folder import SINGLE_FILE
 from flexgen.models.headers import DTYPES, PREFIX_BYTES
-from flexgen.models.skeleton import ANY_ROOM, parameters_on_meta
+from flexgen.models.skeleton import ANY_ROOM, building, parameters_on_meta
 from flexgen.sizes import align_up
 
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -43,9 +43,9 @@ def meta_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """The model of a config without its weights.
 
     Raises:
-        CheckpointError: the config asks for more than any model has.
+        UnsupportedModelError: it cannot be built. CheckpointError: the config asks for more than any model has.
     """
-    with torch.device("meta"), parameters_on_meta(ANY_ROOM):
+    with building(config), torch.device("meta"), parameters_on_meta(ANY_ROOM):
         return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 

@@ -107,6 +107,18 @@ def _numel(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     return 0
 
 
+@contextlib.contextmanager
+def building(config: PretrainedConfig) -> Iterator[None]:
+    """Raises UnsupportedModelError for what is raised inside, where the model of `config` is built; a CheckpointError stays one."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:  # constructors raise whatever a wrong value leads to
+        said = str(error).strip().partition("\n")[0][:300]
+        raise UnsupportedModelError(f"model type {config.model_type!r} cannot be built: {type(error).__name__}: {said}") from error
+
+
 def build_skeleton(config: PretrainedConfig, dtype: torch.dtype, room: Room) -> PreTrainedModel:
     """The causal language model of `config`: parameters on meta, buffers real, attention and experts ours.
 
@@ -118,14 +130,8 @@ def build_skeleton(config: PretrainedConfig, dtype: torch.dtype, room: Room) -> 
 
     register_attention(IMPLEMENTATION)
     register_experts(IMPLEMENTATION)
-    try:
-        with parameters_on_meta(room), _LargeTensorsOnMeta():
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=IMPLEMENTATION)
-    except CheckpointError:
-        raise
-    except Exception as error:  # constructors raise whatever a wrong value leads to
-        said = str(error).partition(chr(10))[0][:300]
-        raise UnsupportedModelError(f"model type {config.model_type!r} cannot be built: {type(error).__name__}: {said}") from error
+    with building(config), parameters_on_meta(room), _LargeTensorsOnMeta():
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=IMPLEMENTATION)
     if not model._supports_attention_backend:
         raise UnsupportedModelError(f"model type {config.model_type!r} does not take an attention function of ours")
     for module in model.modules():

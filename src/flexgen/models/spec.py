@@ -15,6 +15,7 @@ from flexgen.models.checkpoint import Headers
 from flexgen.models.describe import UnitPart
 from flexgen.models.layouts import Layouts, lay_out, trace_config
 from flexgen.models.number_formats import DecodedHeaders, decoded_headers, dtype_name, published_format
+from flexgen.models.refusals import check_supported_architecture
 from flexgen.models.repository import headers_of, meta_model, saved_tensors, sharded
 from flexgen.models.sources import Piece
 from flexgen.models.trace import LayerKV, ModelTrace
@@ -50,6 +51,7 @@ def describe_config(config: Any, dtype: torch.dtype, *, stored: torch.dtype, nam
     Raises:
         UnsupportedModelError: when the architecture or the number format is not understood.
     """
+    check_supported_architecture(config)
     tensors = saved_tensors(meta_model(_without_quantization(config), stored), stored)
     if (number_format := published_format(config)) is not None:
         tensors = [part for tensor in tensors for part in number_format.encode(tensor)]
