@@ -103,6 +103,7 @@ def main() -> int:
 
 def share(folder: Path, asked: argparse.Namespace) -> dict[str, Row]:
     """The rows of all workers."""
+    found_at = commit()["commit"]  # now: work may go on beside
     outcomes = [folder / f"outcomes-{number}.jsonl" for number in range(asked.workers)]
     command = [sys.executable, __file__, "--scratch", str(folder), "--workers", str(asked.workers), "--trials", str(asked.trials)]
     command += ["--most-hits", str(asked.most_hits), "--seed", str(asked.seed), "--jobs", str(asked.jobs)]
@@ -112,7 +113,6 @@ def share(folder: Path, asked: argparse.Namespace) -> dict[str, Row]:
     if any(codes):
         raise SystemExit(f"workers ended with {codes}")
     rows: dict[str, Row] = {}
-    found_at = commit()["commit"]
     for line in (line for path in outcomes for line in path.read_text().splitlines()):
         fields = json.loads(line)
         name, trials = fields.pop("row"), [Trial(**each) for each in fields.pop("trials")]
