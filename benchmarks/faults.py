@@ -1,9 +1,10 @@
 """Thousands of runs that are killed, starved or refused their disk, and the table of docs/faults.md: what was lost, what was there twice.
 
     python benchmarks/faults.py --scratch DIR [--trials 5000] [--workers 2]
+    python benchmarks/faults.py --scratch DIR --only KIND [--only KIND ...] --jobs 57
 
 Every failpoint is struck at each of its hits in turn; then every kind of fault strikes jobs at random.  A worker is a process of this
-script that runs one job after the other and writes an outcome per line.
+script that runs one job after the other and writes an outcome per line.  With --only the rows of other kinds stay what they are.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
-from faults.trials import KINDS, RACE, JobOutcome, Trial, Workshop, run_kind, sweep  # noqa: E402
+from faults.kinds import ALL_KINDS, Workshops  # noqa: E402
+from faults.trials import JobOutcome, Trial, sweep  # noqa: E402
 from record import commit, machine, versions  # noqa: E402
 
 from flexgen.failpoints import FAILPOINTS  # noqa: E402
@@ -56,6 +58,7 @@ class Row:
     hangs: int = 0
     places: collections.Counter[str] = field(default_factory=collections.Counter)
     codes: collections.Counter[int] = field(default_factory=collections.Counter)
+    commit: str = ""
 
     def add(self, outcome: JobOutcome) -> None:
         self.jobs += 1
@@ -81,6 +84,8 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)  # the number of one; then --json is where it writes
     parser.add_argument("--most-hits", type=int, default=60, help="of one failpoint that are struck in turn")
+    parser.add_argument("--only", action="append", choices=ALL_KINDS, default=[], help="a kind; no sweeps, and no other kinds")
+    parser.add_argument("--jobs", type=int, default=57, help="of each kind of --only, and of all workers together")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, default=ROOT / "benchmarks" / "results" / "faults.json")
     parser.add_argument("--markdown", type=Path, default=ROOT / "docs" / "faults.md")
@@ -92,15 +97,17 @@ def main() -> int:
         rows = share(folder, asked)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    write_results(rows, asked.json, asked.markdown)
+    write_results({**(kept_rows(asked.json) if asked.only else {}), **rows}, asked.json, asked.markdown)
     return 1 if any(bad(row) for row in rows.values()) else 0
 
 
 def share(folder: Path, asked: argparse.Namespace) -> dict[str, Row]:
     """The rows of all workers."""
+    found_at = commit()["commit"]  # now: work may go on beside
     outcomes = [folder / f"outcomes-{number}.jsonl" for number in range(asked.workers)]
     command = [sys.executable, __file__, "--scratch", str(folder), "--workers", str(asked.workers), "--trials", str(asked.trials)]
-    command += ["--most-hits", str(asked.most_hits), "--seed", str(asked.seed)]
+    command += ["--most-hits", str(asked.most_hits), "--seed", str(asked.seed), "--jobs", str(asked.jobs)]
+    command += [part for kind in asked.only for part in ("--only", kind)]
     workers = [subprocess.Popen([*command, "--worker", str(number), "--json", str(path)]) for number, path in enumerate(outcomes)]
     codes = [worker.wait() for worker in workers]
     if any(codes):
@@ -109,34 +116,57 @@ def share(folder: Path, asked: argparse.Namespace) -> dict[str, Row]:
     for line in (line for path in outcomes for line in path.read_text().splitlines()):
         fields = json.loads(line)
         name, trials = fields.pop("row"), [Trial(**each) for each in fields.pop("trials")]
-        rows.setdefault(name, Row()).add(JobOutcome(trials=trials, **fields))
-    return {name: rows[name] for name in [*sorted(set(rows) - set(KINDS) - {RACE}), *KINDS, RACE] if name in rows}
+        rows.setdefault(name, Row(commit=found_at)).add(JobOutcome(trials=trials, **fields))
+    return {name: rows[name] for name in [*sorted(set(rows) - set(ALL_KINDS)), *ALL_KINDS] if name in rows}
+
+
+def kept_rows(results: Path) -> dict[str, Row]:
+    """What an earlier run of this script has found."""
+    if not results.exists():
+        return {}
+    found = json.loads(results.read_text())
+    return {
+        name: Row(**{
+            "commit": found["commit"], **fields, "places": collections.Counter(fields["places"]),
+            "codes": collections.Counter({int(code): count for code, count in fields["codes"].items()}),
+        })
+        for name, fields in found["rows"].items()
+    }  # fmt: skip
 
 
 def work(folder: Path, asked: argparse.Namespace) -> int:
     """One worker's share: every so-many-th sweep, then random faults until that makes enough trials."""
-    workshop, struck = Workshop.open(folder), 0
+    workshops, struck = Workshops(folder), 0
     with asked.json.open("w") as file:
-        for name, outcome in jobs(workshop, asked.worker, asked.workers, asked.most_hits, asked.seed):
+        for name, outcome in chosen_jobs(workshops, asked) if asked.only else jobs(workshops, asked):
             struck += sum(trial.struck for trial in outcome.trials)
             file.write(json.dumps({"row": name, **asdict(outcome)}) + "\n")
             file.flush()
             if not outcome.good:
                 print(f"{name}: {outcome}\n{outcome.log}", file=sys.stderr)
-            if struck * asked.workers >= asked.trials:
+            if not asked.only and struck * asked.workers >= asked.trials:
                 break
     return 0
 
 
-def jobs(workshop: Workshop, worker: int, workers: int, most_hits: int, seed: int) -> Iterator[tuple[str, JobOutcome]]:
+def chosen_jobs(workshops: Workshops, asked: argparse.Namespace) -> Iterator[tuple[str, JobOutcome]]:
+    """(row, outcome) of this worker's jobs of the chosen kinds."""
+    num_jobs = len(range(asked.worker, asked.jobs, asked.workers))
+    for kind in asked.only:
+        for outcome in workshops.run_kind(kind, num_jobs, (asked.seed * asked.workers + asked.worker) * 10_000):
+            yield kind, outcome
+
+
+def jobs(workshops: Workshops, asked: argparse.Namespace) -> Iterator[tuple[str, JobOutcome]]:
     """(row, outcome) of all sweeps of this worker, then of all kinds again and again."""
+    worker, workers = asked.worker, asked.workers
     sweeps = [(action, point) for action, points in SWEEPS.items() for point in points]
     for action, point in sweeps[worker::workers]:
-        for outcome in first(until_missed(map(workshop.try_job, sweep(point, action))), most_hits):
+        for outcome in first(until_missed(map(workshops.plain.try_job, sweep(point, action))), asked.most_hits):
             yield f"{action} at every {point}", outcome
     for number in itertools.count():
-        for kind in (*KINDS, RACE):
-            for outcome in run_kind(workshop, kind, JOBS_AT_ONCE.get(kind, 3), (seed * workers + worker) * 10_000 + number):
+        for kind in ALL_KINDS:
+            for outcome in workshops.run_kind(kind, JOBS_AT_ONCE.get(kind, 3), (asked.seed * workers + worker) * 10_000 + number):
                 yield kind, outcome
 
 
@@ -183,6 +213,14 @@ def format_document(rows: dict[str, Row]) -> str:
         "A power failure is a kill after a commit, after which of all blocks written since the commit before any part is lost, torn or",
         "cut off. A bit flips once or for good in what a read brings, after all weights have been read once, under `--verify-reads`.",
         "",
+        "In the last five kinds hostile lines stand among good ones, and the records of the good lines are compared; every hostile line",
+        "ends in one record. *Hostile lines* have sampling values at their limits and beyond, or code that works for one line raises what",
+        "nobody foresaw. *Tokenizer panics*: when it encodes or decodes what some lines hold. *Closed and full descriptors*: standard",
+        "streams are closed, full, read-only, without a reader or without their terminal. *Planted temporaries*: a hard link, link, pipe,",
+        "folder or foreign file lies where a job writes; what lies outside must not change, and such a run may be refused. *Memory before",
+        "the plan*: lines of up to 12 MB, and chat templates that expand a few characters to millions, in a process that may take 1 GiB",
+        "more than it has when it begins. Most of these jobs are killed on their way, too.",
+        "",
         "`python benchmarks/faults.py` makes this page and [its data](../benchmarks/results/faults.json).",
         "",
         "| fault | jobs | runs | struck | after the first commit | lost | duplicated | wrong | outputs that differ | wrong exits | hangs |",
@@ -191,10 +229,22 @@ def format_document(rows: dict[str, Row]) -> str:
     total = Row()
     for name, row in rows.items():
         lines.append(f"| {name} | {' | '.join(f'{value:,}' for value in figures(row))} |")
-        for key in Row.__slots__:
+        for key in set(Row.__slots__) - {"commit"}:
             setattr(total, key, getattr(total, key) + getattr(row, key))
-    lines += [f"| **all** | {' | '.join(f'{value:,}' for value in figures(total))} |", "", *histogram(rows)]
+    lines += [f"| **all** | {' | '.join(f'{value:,}' for value in figures(total))} |", "", *histogram(rows), "", *commits(rows)]
     return "\n".join(lines) + "\n"
+
+
+def commits(rows: dict[str, Row]) -> list[str]:
+    """What was tried, where that differs."""
+    found: dict[str, list[str]] = {}
+    for name, row in rows.items():
+        found.setdefault(row.commit, []).append(name)
+    if len(found) < 2:
+        return []
+    most = max(found, key=lambda commit: len(found[commit]))
+    others = (f"{', '.join(names)}: of commit {commit[:7]}." for commit, names in found.items() if commit != most)
+    return [f"Rows are of commit {most[:7]}, but for these:", "", *(f"- {other}" for other in others)]
 
 
 def figures(row: Row) -> tuple[int, ...]:

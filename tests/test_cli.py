@@ -238,6 +238,7 @@ def test_dry_run(model_folder: Path, tmp_path: Path, output: Path, monkeypatch: 
         (["--max-request-seconds", "0"], "--max-request-seconds must be a positive number"),
         (["--metrics", "/dev/null"], "--metrics /dev/null is no regular file"),
         (["--metrics", "n" * 256], "File name too long"),
+        (["--chat-template-kwargs", "[" * 100_000], "is no JSON: "),
     ],
 )
 def test_usage_errors(model_folder: Path, source: Path, output: Path, flags: list[str], word: str) -> None:

@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 
-from faults.trials import KINDS, RACE
+from faults.hostile import HOSTILE_KINDS
+from faults.kinds import ALL_KINDS
 from flexgen.failpoints import FAILPOINTS
 
 HERE = Path(__file__).parent
@@ -25,17 +26,17 @@ SOURCE = HERE.parent.parent / "src"
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
     """Kind -> what became of its jobs.  A process of its own, because this one has threads, which a fork would not copy."""
-    kinds = [*KINDS, RACE]
+    kinds = ALL_KINDS
     folder = tmp_path_factory.mktemp("faults")
     path = os.pathsep.join([str(SOURCE), str(HERE.parent)])
-    command = [sys.executable, "-m", "faults.trials", str(folder), "2", *kinds]
+    command = [sys.executable, "-m", "faults.kinds", str(folder), "2", *kinds]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": path})
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     return {kind: lines[2 * place : 2 * place + 2] for place, kind in enumerate(kinds)}
 
 
-@pytest.mark.parametrize("kind", [*KINDS, RACE])
+@pytest.mark.parametrize("kind", ALL_KINDS)
 def test_a_disturbed_job_ends_like_an_undisturbed_one(outcomes: dict[str, list[dict[str, Any]]], kind: str) -> None:
     for outcome in outcomes[kind]:
         log = outcome.pop("log")
@@ -50,6 +51,7 @@ def test_the_trials_do_strike(outcomes: dict[str, list[dict[str, Any]]]) -> None
     assert struck["kill -9, twenty in a row"] >= 5  # of forty, unless the job is done before
     assert struck["kill -9 at a failpoint"] >= 1
     assert struck["no file may grow"] >= 1
+    assert all(struck[kind] >= 1 for kind in HOSTILE_KINDS)
     assert any(trial["commits"] for found in outcomes.values() for each in found for trial in each["trials"])
 
 

@@ -22,12 +22,12 @@ import struct
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, suppress
-from dataclasses import asdict, dataclass, field, replace
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, Self
 
-from flexgen import cli, failpoints
+from flexgen import cli, failpoints, opening
 from flexgen.failpoints import FAILPOINTS
 
 PATIENCE_SECONDS = 60.0  # a run that takes longer hangs
@@ -52,6 +52,8 @@ class Fault:
         short: so many of a hundred transfers are cut short.
         flips: not 0 has one bit read wrong; a seed.
         looks: so often `flexgen status` and `flexgen export` look at the job before the signals come.
+        condition, seed: what holds during the whole run, one of those of hostile.py; it is drawn from the seed.
+        flags: more of the command's. codes: exit codes of a run that nothing ends early.
     """
 
     name: str
@@ -65,15 +67,21 @@ class Fault:
     short: int = 0
     flips: int = 0
     looks: int = 0
+    condition: str = ""
+    seed: int = 0
+    flags: tuple[str, ...] = ()
+    codes: frozenset[int] = frozenset({1})
 
     @property
     def endings(self) -> set[int]:
         """Exit codes that a run may have: a job whose lines are all done ends with 1, because two of them are bad."""
         if self.signals or self.action in ("kill", "power", "SIGTERM"):
             stops = {signal.SIGTERM} if self.action == "SIGTERM" else set(self.signals)
-            return {1} | ({-signal.SIGKILL} if signal.SIGKILL in stops or not stops else {code for s in stops for code in (-s, 128 + s)})
-        if self.short or self.action == "device memory":
-            return {1}
+            return {*self.codes} | (
+                {-signal.SIGKILL} if signal.SIGKILL in stops or not stops else {code for s in stops for code in (-s, 128 + s)}
+            )
+        if self.short or self.action == "device memory" or self.condition:
+            return {*self.codes}
         return {1, 75} if self.flips else {1, 3, 75}
 
 
@@ -201,13 +209,13 @@ class Workshop:
     num_jobs: int = 0
 
     @classmethod
-    def open(cls, folder: Path) -> Workshop:
+    def open(cls, folder: Path) -> Self:
         """Make the model, import what runs need, and let one run in peace (twice: the first compiles kernels)."""
         folder.mkdir(parents=True, exist_ok=True)
         _import_everything()
         workshop = cls(folder)
-        workshop._in_child(lambda: write_model(folder / MODEL) or 0)
-        write_requests(folder / REQUESTS)
+        workshop._in_child(lambda: workshop._write_model() or 0)
+        workshop._write_requests()
         for _ in range(2):
             job = workshop.new_folder()
             start = time.monotonic()
@@ -217,6 +225,12 @@ class Workshop:
             workshop.reference = (job / "out.jsonl").read_bytes()
             shutil.rmtree(job)
         return workshop
+
+    def _write_model(self) -> None:
+        write_model(self.folder / MODEL)
+
+    def _write_requests(self) -> None:
+        write_requests(self.folder / REQUESTS)
 
     def new_folder(self) -> Path:
         """For one job."""
@@ -266,10 +280,23 @@ class Workshop:
         self._log_to(job)
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # as in a process whose Python has not begun
         time.time = lambda: NOW
-        failpoints.switch_on(_Saboteur(self.witness, fault, job))
+        opening._PROCESS = os.getpid()  # the process before the fork had one thread, so that none is missing here
+        failpoints.switch_on(Saboteur(self.witness, fault, job))
+        if fault is not None and fault.condition:
+            return self._under_condition(job, fault)
         if fault is not None and fault.file_bytes:
             resource.setrlimit(resource.RLIMIT_FSIZE, (fault.file_bytes, fault.file_bytes))
-        return _flexgen(*command(self.folder, job))
+        return self._flexgen(job)
+
+    def _flexgen(self, job: Path, *flags: str) -> int:
+        return _flexgen(*command(self.folder / MODEL, self._requests(job), job), *flags)
+
+    def _under_condition(self, job: Path, fault: Fault) -> int:
+        raise NotImplementedError
+
+    def _requests(self, job: Path) -> Path:
+        """The input of a job."""
+        return self.folder / REQUESTS
 
     def _look(self, job: Path) -> None:
         """What another terminal may do to a job, whether it has begun or not."""
@@ -297,8 +324,9 @@ class Workshop:
         try:
             code = work()
         finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
+            for stream in (sys.stdout, sys.stderr):
+                with suppress(Exception):
+                    stream.flush()
             os._exit(code)
 
     # -- jobs -------------------------------------------------------------------------------------------------------------------------
@@ -310,10 +338,12 @@ class Workshop:
         hangs = bugs = 0
         for fault in faults:
             (job / "struck").unlink(missing_ok=True)
-            run = self.start(job, fault)
-            code = self.wait(job, run, fault)
+            with self._around(job, fault) as found:
+                run = self.start(job, fault)
+                code = self.wait(job, run, fault)
+                found.append(code)
             hangs += run.hung
-            bugs += code not in fault.endings
+            bugs += code not in fault.endings or len(found) > 1
             if fault.action == "power" and (job / "struck").exists():
                 bugs += not lose_power(job, random.Random(fault.hit))
             duplicated, wrong, _ = self._faults_of(job / "out.jsonl")
@@ -331,7 +361,7 @@ class Workshop:
         # Empty folders are removed by the next run that spills; spilled data is gone at once.
         bugs += sum(path.stat().st_size > 0 for path in job.glob("flexgen-offload-*/*"))
         duplicated, wrong, lost = self._faults_of(job / "out.jsonl")
-        same = same_answers(self.reference, (job / "out.jsonl").read_bytes()) if (job / "out.jsonl").exists() else False
+        same = self._is_whole(job / "out.jsonl")
         outcome = JobOutcome(
             trials=trials, lost=lost, duplicated=duplicated + sum(t.duplicated for t in trials), wrong=wrong + sum(t.wrong for t in trials),
             same_bytes=same, bugs=bugs, hangs=hangs,
@@ -340,6 +370,11 @@ class Workshop:
             shutil.rmtree(job)
             return outcome
         return replace(outcome, log=(job / "log").read_text())
+
+    @contextmanager
+    def _around(self, job: Path, fault: Fault) -> Iterator[list[object]]:
+        """What is made before a run and looked at after it: the list holds its exit code then, and gets what is wrong besides."""
+        yield []
 
     def race(self, num_runs: int) -> JobOutcome:
         """Several runs of one job at once: one works, the others are refused (or come so late that all is done)."""
@@ -359,11 +394,14 @@ class Workshop:
             hangs=sum(run.hung for run in runs), log=log,
         )  # fmt: skip
 
+    def _is_whole(self, output: Path) -> bool:
+        return output.exists() and same_answers(self.reference, output.read_bytes())
+
     def _faults_of(self, output: Path) -> tuple[int, int, int]:
         """(records that are there twice, records that are not the reference's, the reference's that are missing)."""
-        wanted = {_key(line): line for line in self.reference.splitlines(keepends=True)}
+        wanted = {key_of(line): line for line in self.reference.splitlines(keepends=True)}
         found = output.read_bytes().splitlines(keepends=True) if output.exists() else []
-        keys = [_key(line) for line in found]
+        keys = [key_of(line) for line in found]
         wrong = sum(not same_answer(wanted.get(key, b""), line) for key, line in zip(keys, found, strict=True))
         return len(keys) - len(set(keys)), wrong, len(wanted.keys() - set(keys))
 
@@ -426,7 +464,7 @@ def _without_numbers(value: object) -> object:
     return None if isinstance(value, float) else value
 
 
-def _key(line: bytes) -> str:
+def key_of(line: bytes) -> str:
     try:
         record = json.loads(line)
         return str(record.get("custom_id") or record.get("index"))
@@ -434,7 +472,7 @@ def _key(line: bytes) -> str:
         return f"no record: {line[:40]!r}"
 
 
-class _Saboteur:
+class Saboteur:
     """What a fault does within the run, told of every failpoint that is passed."""
 
     def __init__(self, witness: Witness, fault: Fault | None, job: Path) -> None:
@@ -455,10 +493,10 @@ class _Saboteur:
         if self._fault.action == "power" and self._hits == self._fault.hit - 1:
             keep_durable(self._job)
         if self._hits == self._fault.hit:
-            self._strike()
+            self.strike()
             ACTIONS[self._fault.action]()
 
-    def _strike(self) -> None:
+    def strike(self) -> None:
         os.close(os.open(self._job / "struck", os.O_WRONLY | os.O_CREAT))
 
     def _cut_transfers(self, numbers: random.Random, percent: int) -> None:
@@ -468,7 +506,7 @@ class _Saboteur:
             def transfer(descriptor: int, views: list[memoryview], offset: int) -> int:
                 draw = numbers.randrange(100)
                 if draw < percent:
-                    self._strike()
+                    self.strike()
                 if draw < percent and len(views[0]) > 4096:
                     views = [views[0][: 4096 * numbers.randrange(1, len(views[0]) // 4096 + 1)]]
                 return call(descriptor, views, offset)
@@ -488,7 +526,7 @@ class _Saboteur:
             wait -= self._passes > 2
             if wait < 0 and not flipped:
                 flipped.append((offset, numbers.randrange(count * 8)))
-                self._strike()
+                self.strike()
             elif not (flipped and for_good and flipped[0][0] == offset):
                 return count
             views[0][flipped[0][1] // 8] ^= 1 << flipped[0][1] % 8
@@ -544,14 +582,14 @@ def _lines_done(job: Path, database: dict[str, bytes]) -> set[tuple[int, bytes]]
         return set(connection.execute("SELECT line, record FROM records"))
 
 
-def command(folder: Path, job: Path) -> list[str]:
+def command(model: Path, requests: Path, job: Path) -> list[str]:
     """The arguments of a run: weights stream from disk, half of the KV cache is spilled, every pass is stored."""
     flags = {
         "-o": job / "out.jsonl", "--device": "cpu", "--dtype": "float32", "--weights": "disk=1", "--kv": "host=.5,disk=.5",
         "--disk": "64MiB", "--offload-dir": job, "--max-num-seqs": 4, "--prefill-tokens": 64, "--micro-batch-tokens": 64,
         "--checkpoint-seconds": 0, "--progress": "none",
     }  # fmt: skip
-    return ["run", str(folder / MODEL), str(folder / REQUESTS), "--verify-reads", *(str(part) for pair in flags.items() for part in pair)]
+    return ["run", str(model), str(requests), "--verify-reads", *(str(part) for pair in flags.items() for part in pair)]
 
 
 # -- the model and the requests -----------------------------------------------------------------------------------------------------------
@@ -709,20 +747,3 @@ def run_kind(workshop: Workshop, kind: str, num_jobs: int, seed: int) -> Iterato
     numbers = random.Random(f"{kind} {seed}")
     for _ in range(num_jobs):
         yield workshop.race(2) if kind == RACE else workshop.try_job(KINDS[kind](workshop, numbers))
-
-
-def main() -> None:
-    """`trials.py FOLDER NUM_JOBS KIND...`, a kind being one of KINDS or ACTION@POINT: an outcome per line."""
-    folder, num_jobs, *kinds = sys.argv[1:]
-    workshop = Workshop.open(Path(folder))
-    for kind in kinds:
-        action, _, point = kind.partition("@")
-        outcomes = run_kind(workshop, kind, int(num_jobs), 0) if not point else map(workshop.try_job, sweep(point, action))
-        for place, outcome in enumerate(outcomes, 1):
-            print(json.dumps(asdict(outcome)), flush=True)
-            if point and (not outcome.trials[0].struck or place == int(num_jobs)):
-                break
-
-
-if __name__ == "__main__":
-    main()

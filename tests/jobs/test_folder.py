@@ -126,6 +126,16 @@ def test_what_was_planted_in_the_folder_is_neither_waited_for_nor_written_to(tmp
     assert (tmp_path / "precious").read_text() == "precious"
 
 
+def test_what_the_export_needs_is_looked_at_before_the_work(tmp_path: Path) -> None:
+    paths = paths_of(tmp_path / "out.jsonl")
+    fill(tmp_path / "out.jsonl", range(1, 3))
+    (paths.folder / "export.lock").unlink(missing_ok=True)
+    (tmp_path / "precious").write_text("precious")
+    (paths.folder / "export.lock").hardlink_to(tmp_path / "precious")
+    with pytest.raises(StorageError, match="second name"):
+        JobFolder(paths)
+
+
 def test_a_folder_too_deep_for_the_database_is_refused(tmp_path: Path) -> None:
     deep = tmp_path
     while len(str(deep)) < 480:

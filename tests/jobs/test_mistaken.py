@@ -101,6 +101,7 @@ def test_any_text_is_lines_of_text(tmp_path: Path, content: str, said: str) -> N
         "not json, really\n" + LINES, "[\n" + LINES, "[1, 2]\n" + LINES, "{\n" + LINES, "<html>\n" + LINES, "id,text\n1,a\n" + LINES,
         "\0\0\0\n" + LINES, "\x01\x02\x03\x04" * 200 + "\n" + LINES, "foo\nbar\n", "only, one line\n", "Hello, you.\nNo comma here.\n",
         '{"prompt": "a"', '{"prompt": "' + "x" * 200_000 + '"}\n' + LINES, '{"prompt": "a"}', '{"a": 1}\r', b"caf\xe9\n" * 3,
+        '{"prompt": ' + "1" * 5000 + "}\n" + LINES, '{"prompt": ' * 5000 + "\n" + LINES, "1" * 5000 + "\n" + LINES,
     ],
     ids=lambda value: repr(value)[:24],
 )  # fmt: skip

@@ -128,7 +128,7 @@ def _named(path: Path) -> Path | None:
 def _object(text: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise OptionError(f"--chat-template-kwargs {text!r} is no JSON: {error}") from error
     if not isinstance(value, dict):
         raise OptionError(f"--chat-template-kwargs {text!r} is no JSON object")

@@ -212,12 +212,12 @@ def _pretty_object(head: _Head) -> _Mistake | None:
     found: Any = None
     try:
         found, end = json.JSONDecoder().raw_decode(head.text().lstrip())
-    except RecursionError:
-        return None
     except json.JSONDecodeError as error:
         cut_off = not head.whole and (error.pos > len(head.text().lstrip()) - 8 or error.msg.startswith("Unterminated string"))
         if not cut_off:
             return None
+    except (ValueError, RecursionError):  # a number of thousands of digits, or deep nesting: the line's own error
+        return None
     else:
         if "\n" not in head.text().lstrip()[:end]:
             return None
