@@ -73,6 +73,13 @@ def test_neither_folder_nor_repository(name: str) -> None:
         resolve_model(name)
 
 
+@pytest.mark.parametrize("given", [None, 5, b"folder"])
+def test_neither_a_name_nor_a_path(given: Any) -> None:
+    for resolve in (resolve_model, resolve_tokenizer):
+        with pytest.raises(ModelError, match="a folder or a hub id"):
+            resolve(given)
+
+
 def test_a_file_is_no_model(model_folder: Path) -> None:
     with pytest.raises(ModelError, match="not a folder"):
         resolve_model(model_folder / "config.json")

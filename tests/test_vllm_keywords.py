@@ -120,7 +120,5 @@ def test_keywords_of_calls() -> None:
 
 
 def test_values_of_numpy_and_torch() -> None:
-    options = read_keywords(
-        {"gpu_memory_utilization": np.float32(0.5), "device": torch.device("cpu"), "max_model_len": np.int64(8)}
-    ).options
-    assert options == EngineOptions(device="cpu", max_model_len=8)
+    given = {"gpu_memory_utilization": np.float32(0.5), "device": torch.device("cpu"), "max_model_len": np.int64(8)}
+    assert read_keywords(given).options == EngineOptions(device="cpu", max_model_len=8)

@@ -96,7 +96,7 @@ def resolve_model(
         CheckpointError: config.json is no JSON object, or a file of the model is no file.
         CapacityError: the download does not fit on the disk of the cache.
     """
-    name = os.fspath(model)
+    name = _name("model", model)
     folder = Path(name).expanduser()
     commit = None
     if name and folder.is_dir():  # Path("") is the current folder
@@ -135,10 +135,11 @@ def resolve_tokenizer(tokenizer: str | os.PathLike[str], *, revision: str | None
     Raises:
         ModelError: neither a folder nor a repository, or it has no tokenizer files.
     """
-    folder = Path(tokenizer).expanduser()
+    name = _name("tokenizer", tokenizer)
+    folder = Path(name).expanduser()
     if not folder.is_dir():
-        _check_repository_id(os.fspath(tokenizer))
-        folder = _download(os.fspath(tokenizer), revision or "main", SMALL_FILES, token, show_progress=False)
+        _check_repository_id(name)
+        folder = _download(name, revision or "main", SMALL_FILES, token, show_progress=False)
     check_regular(folder)
     if not has_tokenizer(folder):
         raise ModelError(f"{tokenizer} has no tokenizer files ({', '.join(VOCABULARY_FILES)})")
@@ -189,6 +190,12 @@ def read_json(path: Path) -> dict[str, Any]:
         return strict_json(data, max_values=MAX_VALUES if path.name == INDEX_FILE else _MOST_CONFIG_VALUES)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
+
+
+def _name(what: str, given: object) -> str:
+    if not isinstance(given, (str, os.PathLike)):
+        raise ModelError(f"a {what} is given as a folder or a hub id, not as {given!r}")
+    return os.fspath(given)
 
 
 def _check_repository_id(name: str) -> None:

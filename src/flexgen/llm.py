@@ -11,7 +11,7 @@ import logging
 import os
 import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Any, NoReturn, Unpack
 
 import psutil
 
@@ -289,6 +289,8 @@ class LLM:
         Raises:
             FlexGenError: another iterator is not at its end; or, at any result, the LLM is closed.
         """
+        if not isinstance(workload, Workload):
+            raise OptionError("stream takes requests of the engine and their Workload: give prompts and SamplingParams to generate")
         run = self._run(requests, workload, prefixes=prefixes, on_progress=on_progress, on_pass=on_pass)
         return self._turns.iterate(run)
 
@@ -334,6 +336,9 @@ class LLM:
         In a forked process nothing happens: all of it is its parent's.
         """
         _close(self._turns, self._open, self._templates, wait=True)
+
+    def __reduce__(self) -> NoReturn:
+        raise FlexGenError("an LLM holds memory, files and threads, so it cannot be pickled or copied: make one in each process")
 
     def __enter__(self) -> LLM:
         return self
