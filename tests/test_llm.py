@@ -80,9 +80,11 @@ def test_several_prompts_of_ids(llm: LLM) -> None:
     assert texts(llm.generate([[64], [65, 66]], GREEDY)) == [fake_text("a", 5), fake_text("bc", 5)]
 
 
-def test_streams_are_of_requests_not_of_prompts(llm: LLM) -> None:
-    with pytest.raises(OptionError, match="give prompts and SamplingParams to generate"):
-        llm.stream(["a"], SamplingParams())  # pyright: ignore[reportArgumentType]
+def test_what_takes_a_workload_says_so_to_prompts(llm: LLM) -> None:
+    calls: list[Callable[..., Any]] = [lambda prompts: llm.stream(prompts, SamplingParams()), llm.plan, llm.open]  # pyright: ignore
+    for call in calls:
+        with pytest.raises(OptionError, match="prompts and SamplingParams are for generate"):
+            call(["a"])
     assert len(llm.generate(["a"])) == 1
 
 

@@ -289,8 +289,7 @@ class LLM:
         Raises:
             FlexGenError: another iterator is not at its end; or, at any result, the LLM is closed.
         """
-        if not isinstance(workload, Workload):
-            raise OptionError("stream takes requests of the engine and their Workload: give prompts and SamplingParams to generate")
+        _check_workload("stream", workload)
         run = self._run(requests, workload, prefixes=prefixes, on_progress=on_progress, on_pass=on_pass)
         return self._turns.iterate(run)
 
@@ -302,10 +301,12 @@ class LLM:
 
     def plan(self, workload: Workload) -> Plan:
         """What `open` would do with this work (see `plan_job`)."""
+        _check_workload("plan", workload)
         return plan_job(self.files, self.options, workload)
 
     def open(self, workload: Workload) -> Plan:
         """Open the engine for this work, as `stream` would, and tell its plan."""
+        _check_workload("open", workload)
         with self._turns.call():
             engine = self._open.serving(workload)
         assert engine.forecast is not None
@@ -421,6 +422,11 @@ class LLM:
             with naming(what, place):
                 ids.append(_ids(each))
         return ids
+
+
+def _check_workload(call: str, workload: object) -> None:
+    if not isinstance(workload, Workload):
+        raise OptionError(f"{call} takes a Workload, the lengths of requests; prompts and SamplingParams are for generate")
 
 
 def _ids(encoded: list[int] | RequestError) -> list[int]:
