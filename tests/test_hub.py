@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -42,10 +43,41 @@ def test_a_folder_has_no_revision(model_folder: Path) -> None:
         resolve_model(model_folder, revision="main")
 
 
+@pytest.mark.parametrize(
+    "name", ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "model.safetensors"]
+)
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: path.symlink_to("../blobs/0123"), r"a link to \.\./blobs/0123, which is not there"),
+        (lambda path: path.symlink_to(path.name), "which is not there"),
+        (lambda path: path.symlink_to("/dev/zero"), "not a file"),
+        (os.mkdir, "a folder"),
+        (os.mkfifo, "not a file"),
+    ],
+)
+def test_what_only_has_the_name_of_a_file_does_not_pass_for_a_missing_one(
+    model_folder: Path, tmp_path: Path, name: str, make: Callable[[Path], None], message: str
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder, folder)
+    (folder / name).unlink(missing_ok=True)
+    make(folder / name)
+    with pytest.raises(CheckpointError, match=f"{re.escape(name)} is .*{message}"):
+        resolve_model(folder)
+
+
 @pytest.mark.parametrize("name", ["/no/such/folder", "./nothing", "a/b/c", "~/nothing-here", "", "a--b", "has space", "-x", "../up"])
 def test_neither_folder_nor_repository(name: str) -> None:
     with pytest.raises(ModelError, match="hub id"):
         resolve_model(name)
+
+
+@pytest.mark.parametrize("given", [None, 5, b"folder"])
+def test_neither_a_name_nor_a_path(given: Any) -> None:
+    for resolve in (resolve_model, resolve_tokenizer):
+        with pytest.raises(ModelError, match="a folder or a hub id"):
+            resolve(given)
 
 
 def test_a_file_is_no_model(model_folder: Path) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import gc
 import logging
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable, Collection, Iterator
@@ -76,6 +78,20 @@ def test_every_form_of_a_prompt(llm: LLM, prompts: object) -> None:
 
 def test_several_prompts_of_ids(llm: LLM) -> None:
     assert texts(llm.generate([[64], [65, 66]], GREEDY)) == [fake_text("a", 5), fake_text("bc", 5)]
+
+
+def test_what_takes_a_workload_says_so_to_prompts(llm: LLM) -> None:
+    calls: list[Callable[..., Any]] = [lambda prompts: llm.stream(prompts, SamplingParams()), llm.plan, llm.open]  # pyright: ignore
+    for call in calls:
+        with pytest.raises(OptionError, match="prompts and SamplingParams are for generate"):
+            call(["a"])
+    assert len(llm.generate(["a"])) == 1
+
+
+def test_an_llm_is_neither_pickled_nor_copied(llm: LLM) -> None:
+    for spread in (pickle.dumps, copy.copy, copy.deepcopy):
+        with pytest.raises(FlexGenError, match="make one in each process"):
+            spread(llm)
 
 
 def test_no_prompts_open_no_engine(llm: LLM, engines: list[FakeEngine]) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from flexgen.errors import OptionError
 from flexgen.options import EngineOptions
@@ -38,3 +40,38 @@ def test_budgets_that_nobody_means(given: dict[str, Any], said: str) -> None:
 @pytest.mark.parametrize("given", [{"host_mem": "64MiB"}, {"host_mem": "1.5G"}, {"disk": "0"}, {"device_mem": "50%"}, {"disk": 1 << 30}])
 def test_budgets_that_somebody_may_mean(given: dict[str, Any]) -> None:
     EngineOptions(**given)
+
+
+def test_numbers_may_be_those_of_numpy_and_torch() -> None:
+    given = EngineOptions(
+        max_model_len=np.int64(100), max_num_seqs=torch.tensor(4), micro_batch_tokens=64.0, seed=np.int32(7), max_logprobs=np.float32(-1),
+        max_job_seconds=np.float32(60), host_mem=np.int64(1 << 30),
+    )  # fmt: skip
+    plain = EngineOptions(
+        max_model_len=100, max_num_seqs=4, micro_batch_tokens=64, seed=7, max_logprobs=-1, max_job_seconds=60.0, host_mem=1 << 30
+    )
+    assert given == plain
+    assert {type(value) for value in (given.max_model_len, given.max_num_seqs, given.micro_batch_tokens, given.seed, given.host_mem)} == {
+        int
+    }
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"seed": 1.5}, "seed must be an integer that fits 64 bits, not 1.5"),
+        ({"seed": 2**64}, "seed must be"),
+        ({"max_logprobs": None}, "max_logprobs must be"),
+        ({"max_logprobs": -2}, "max_logprobs must be an integer of at least -1"),
+        ({"max_model_len": True}, "max_model_len must be a positive integer"),
+        ({"max_num_seqs": "8"}, "max_num_seqs must be a positive integer, not the text '8'"),
+        ({"max_job_seconds": float("nan")}, "max_job_seconds must be a positive number"),
+        ({"max_request_seconds": True}, "max_request_seconds must be a positive number"),
+        ({"kv": "moon=1"}, "no tier"),
+        ({"weights": {"host": 1}}, "is no text; write shares"),
+        ({"weights": "host=nan"}, "between 0 and 1"),
+    ],
+)
+def test_values_that_are_none_are_refused_before_anything_is_loaded(given: dict[str, Any], said: str) -> None:
+    with pytest.raises(OptionError, match=said):
+        EngineOptions(**given)

@@ -198,3 +198,10 @@ def test_no_nucleus_where_nothing_is_drawn() -> None:
 def test_best_of_one_may_be_any_one() -> None:
     one: dict[str, Any] = {"best_of": np.float64(1)}
     assert SamplingParams(**one) == SamplingParams()
+
+
+def test_params_that_are_assigned_to_say_how_to_change_them() -> None:
+    params = SamplingParams(max_tokens=8)
+    with pytest.raises(dataclasses.FrozenInstanceError, match=r"dataclasses\.replace\(params, max_tokens=50\)"):
+        params.max_tokens = 50  # pyright: ignore[reportAttributeAccessIssue]
+    assert dataclasses.replace(params, max_tokens=50) == SamplingParams(max_tokens=50)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import logging
 
+import numpy as np
 import pytest
+import torch
 
 from flexgen.errors import OptionError
 from flexgen.options import EngineOptions, OptionKeywords
@@ -115,3 +117,8 @@ def test_keywords_of_calls() -> None:
     ):
         with pytest.raises(OptionError, match=reason):
             check_call("generate", keywords, known)
+
+
+def test_values_of_numpy_and_torch() -> None:
+    given = {"gpu_memory_utilization": np.float32(0.5), "device": torch.device("cpu"), "max_model_len": np.int64(8)}
+    assert read_keywords(given).options == EngineOptions(device="cpu", max_model_len=8)

@@ -93,10 +93,10 @@ def resolve_model(
     Raises:
         ModelError: neither a folder nor a repository that can be read, or files are missing.
         UnsupportedModelError: the `model_type` is unknown to transformers (code from model folders is never run).
-        CheckpointError: config.json is no JSON object.
+        CheckpointError: config.json is no JSON object, or a file of the model is no file.
         CapacityError: the download does not fit on the disk of the cache.
     """
-    name = os.fspath(model)
+    name = _name("model", model)
     folder = Path(name).expanduser()
     commit = None
     if name and folder.is_dir():  # Path("") is the current folder
@@ -106,6 +106,7 @@ def resolve_model(
         _check_repository_id(name)
         folder = _download(name, revision or "main", SMALL_FILES, token, show_progress)
         commit = folder.name
+    check_regular(folder)
     if not (folder / "config.json").is_file():
         why = folder_without_config(folder) if commit is None else repository_without_config(_file_names(name, commit, token))
         raise ModelError(f"{name} {why}")
@@ -134,10 +135,12 @@ def resolve_tokenizer(tokenizer: str | os.PathLike[str], *, revision: str | None
     Raises:
         ModelError: neither a folder nor a repository, or it has no tokenizer files.
     """
-    folder = Path(tokenizer).expanduser()
+    name = _name("tokenizer", tokenizer)
+    folder = Path(name).expanduser()
     if not folder.is_dir():
-        _check_repository_id(os.fspath(tokenizer))
-        folder = _download(os.fspath(tokenizer), revision or "main", SMALL_FILES, token, show_progress=False)
+        _check_repository_id(name)
+        folder = _download(name, revision or "main", SMALL_FILES, token, show_progress=False)
+    check_regular(folder)
     if not has_tokenizer(folder):
         raise ModelError(f"{tokenizer} has no tokenizer files ({', '.join(VOCABULARY_FILES)})")
     return folder
@@ -151,6 +154,25 @@ def is_template(name: str) -> bool:
 def has_tokenizer(folder: Path) -> bool:
     """Whether the folder holds a vocabulary that AutoTokenizer can read."""
     return any((folder / name).is_file() for name in VOCABULARY_FILES)
+
+
+def check_regular(folder: Path) -> None:
+    """What has the name of a model's configuration or tokenizer is a file: anything else must not pass for one that is missing.
+
+    Raises:
+        CheckpointError: a folder, a pipe, or a link that leads nowhere.
+    """
+    for name in ("config.json", "generation_config.json", *TOKENIZER_FILES, TEMPLATE_FILE):
+        _check_regular(folder / name)
+
+
+def _check_regular(path: Path) -> None:
+    if path.is_file() or not os.path.lexists(path):
+        return
+    if path.is_symlink() and not path.exists():
+        target = path.readlink()
+        raise CheckpointError(f"{path} is a link to {target}, which is not there: get the file again, or mount the disk that has it")
+    raise CheckpointError(f"{path} is {'a folder' if path.is_dir() else 'a pipe or a device'}, not a file")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -168,6 +190,12 @@ def read_json(path: Path) -> dict[str, Any]:
         return strict_json(data, max_values=MAX_VALUES if path.name == INDEX_FILE else _MOST_CONFIG_VALUES)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
+
+
+def _name(what: str, given: object) -> str:
+    if not isinstance(given, (str, os.PathLike)):
+        raise ModelError(f"a {what} is given as a folder or a hub id, not as {given!r}")
+    return os.fspath(given)
 
 
 def _check_repository_id(name: str) -> None:
@@ -198,7 +226,10 @@ def _check_model_type(name: str, config: dict[str, Any]) -> None:
 
 def _check_weight_files(folder: Path) -> None:
     """Every file that holds weights is there (their contents are checked where they are read)."""
+    _check_regular(folder / INDEX_FILE)
     missing = [name for name in weight_files(folder) if not (folder / name).is_file()]
+    for name in missing:
+        _check_regular(folder / name)
     if missing == [SINGLE_FILE]:
         raise ModelError(f"{folder} {folder_without_weights([path.name for path in folder.iterdir()])}")
     if missing:

@@ -11,7 +11,7 @@ import logging
 import os
 import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Any, NoReturn, Unpack
 
 import psutil
 
@@ -289,6 +289,7 @@ class LLM:
         Raises:
             FlexGenError: another iterator is not at its end; or, at any result, the LLM is closed.
         """
+        _check_workload("stream", workload)
         run = self._run(requests, workload, prefixes=prefixes, on_progress=on_progress, on_pass=on_pass)
         return self._turns.iterate(run)
 
@@ -300,10 +301,12 @@ class LLM:
 
     def plan(self, workload: Workload) -> Plan:
         """What `open` would do with this work (see `plan_job`)."""
+        _check_workload("plan", workload)
         return plan_job(self.files, self.options, workload)
 
     def open(self, workload: Workload) -> Plan:
         """Open the engine for this work, as `stream` would, and tell its plan."""
+        _check_workload("open", workload)
         with self._turns.call():
             engine = self._open.serving(workload)
         assert engine.forecast is not None
@@ -334,6 +337,9 @@ class LLM:
         In a forked process nothing happens: all of it is its parent's.
         """
         _close(self._turns, self._open, self._templates, wait=True)
+
+    def __reduce__(self) -> NoReturn:
+        raise FlexGenError("an LLM holds memory, files and threads, so it cannot be pickled or copied: make one in each process")
 
     def __enter__(self) -> LLM:
         return self
@@ -416,6 +422,11 @@ class LLM:
             with naming(what, place):
                 ids.append(_ids(each))
         return ids
+
+
+def _check_workload(call: str, workload: object) -> None:
+    if not isinstance(workload, Workload):
+        raise OptionError(f"{call} takes a Workload, the lengths of requests; prompts and SamplingParams are for generate")
 
 
 def _ids(encoded: list[int] | RequestError) -> list[int]:

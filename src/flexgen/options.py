@@ -5,11 +5,11 @@ Sizes stay as the user wrote them; `solve` in plan/default.py turns them into by
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypedDict
 
 from flexgen.errors import OptionError
+from flexgen.scalars import as_float, as_int, plain, shown
 from flexgen.sizes import MIB, check_budget
 
 if TYPE_CHECKING:
@@ -22,6 +22,11 @@ SCHEDULES = ("auto", "diagonal", "zigzag", "row")
 TIERS = ("device", "host", "disk")
 # Below these a budget is a slip of the pen ("10" for "10GiB"): an interpreter with torch takes more, a page of a ring no less.
 _LEAST_BYTES = {"host_mem": 64 * MIB, "device_mem": MIB, "disk": MIB}
+# Integers, and the least that each may be; only some may be None.
+_LEAST_INTEGERS = {
+    "max_num_seqs": 1, "micro_batch_tokens": 1, "prefill_tokens": 1, "max_model_len": 1, "max_logprobs": -1, "seed": -(2**63),
+}  # fmt: skip
+_NEVER_NONE = ("max_logprobs", "seed")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,26 +78,43 @@ class EngineOptions:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
+        for name, least in _LEAST_INTEGERS.items():
+            object.__setattr__(self, name, _integer(name, getattr(self, name), least))
+        for name in ("max_request_seconds", "max_job_seconds"):
+            object.__setattr__(self, name, _seconds(name, getattr(self, name)))
+        for name in _LEAST_BYTES:
+            object.__setattr__(self, name, plain(getattr(self, name)))
+        for name in ("weights", "kv"):
+            if (shares := getattr(self, name)) is not None:
+                parse_placement(shares, name=name)
         for name, known in (("device", DEVICES), ("dtype", DTYPES), ("schedule", SCHEDULES), ("load_format", LOAD_FORMATS)):
             if getattr(self, name) not in known:
                 raise OptionError(f"{name}={getattr(self, name)!r} is unknown; known: {', '.join(known)}")
         for name, least_bytes in _LEAST_BYTES.items():
             if (size := getattr(self, name)) is not None:
                 check_budget(size, name=name, least_bytes=least_bytes)
-        for name in ("max_num_seqs", "micro_batch_tokens", "prefill_tokens", "max_model_len"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise OptionError(f"{name} must be a positive integer, not {value!r}")
-        for name in ("max_request_seconds", "max_job_seconds"):
-            value = getattr(self, name)
-            if value is not None and not (isinstance(value, (int, float)) and 0 < value < math.inf):
-                raise OptionError(f"{name} must be a positive number of seconds, not {value!r}")
-        if self.max_logprobs < -1:
-            raise OptionError(f"max_logprobs must be an integer of at least -1, not {self.max_logprobs!r}")
         if self.prefill_tokens is not None and self.schedule not in ("auto", "diagonal"):
             raise OptionError(f"prefill_tokens has a meaning for schedule='diagonal' only, not for {self.schedule!r}")
         if self.trust_remote_code:
             raise OptionError("trust_remote_code: flexgen runs no code from model folders")
+
+
+def _integer(name: str, value: object, least: int) -> int | None:
+    """An integer option; numpy's and 16.0 are integers, too."""
+    if value is None and name not in _NEVER_NONE:
+        return None
+    number = as_int(value)
+    if number is None or not least <= number < 2**63:
+        wanted = {1: "a positive integer", -1: "an integer of at least -1"}.get(least, "an integer that fits 64 bits")
+        raise OptionError(f"{name} must be {wanted}, not {shown(value)}")
+    return number
+
+
+def _seconds(name: str, value: object) -> float | None:
+    number = as_float(value)
+    if value is not None and (number is None or number <= 0):
+        raise OptionError(f"{name} must be a positive number of seconds, not {shown(value)}")
+    return number
 
 
 class OptionKeywords(TypedDict, total=False):
@@ -129,6 +151,8 @@ def parse_placement(text: str, *, name: str = "") -> dict[str, float]:
         OptionError: on an unknown tier, a bad number, or a sum other than 1.
     """
     said = f"{name}={text!r}" if name else repr(text)
+    if not isinstance(text, str):
+        raise OptionError(f"{said} is no text; write shares of {', '.join(TIERS)}, such as device=.2,host=.3,disk=.5")
     shares: dict[str, float] = dict.fromkeys(TIERS, 0.0)
     for part in text.split(","):
         tier, separator, number = part.partition("=")

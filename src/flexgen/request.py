@@ -25,7 +25,7 @@ _Class = TypeVar("_Class")
 
 
 def _names_keywords(cls: type[_Class]) -> type[_Class]:
-    """Make a dataclass refuse keywords by name: unknown ones, and vLLM's whose effect we do not have."""
+    """Make a frozen dataclass refuse keywords by name (unknown ones, and vLLM's whose effect we do not have), and say how to change it."""
     dataclass_type: Any = cls
     known = [each.name for each in dataclasses.fields(dataclass_type)]
     init = dataclass_type.__init__
@@ -41,7 +41,12 @@ def _names_keywords(cls: type[_Class]) -> type[_Class]:
                 raise RequestError(f"{cls.__name__} has no {name!r}{hint}", code="unknown_field", param=name)
         init(self, **{name: value for name, value in keywords.items() if name in known})
 
-    dataclass_type.__init__ = __init__
+    def __setattr__(self: Any, name: str, value: object) -> None:
+        raise dataclasses.FrozenInstanceError(
+            f"{cls.__name__} does not change, because calls may share it: make another, dataclasses.replace(params, {name}={shown(value)})"
+        )
+
+    dataclass_type.__init__, dataclass_type.__setattr__ = __init__, __setattr__
     return cls
 
 

@@ -15,6 +15,7 @@ from typing import Any, TypedDict
 from flexgen.errors import OptionError
 from flexgen.options import EngineOptions, OptionKeywords
 from flexgen.profile.limits import find_device
+from flexgen.scalars import as_float, shown
 
 logger = logging.getLogger(__name__)
 
@@ -247,13 +248,16 @@ def _options(given: Mapping[str, Any]) -> tuple[dict[str, Any], set[str]]:
     if "dtype" in options:
         dtype = str(options["dtype"]).removeprefix("torch.")
         options["dtype"] = _DTYPES.get(dtype, dtype)
+    if "device" in options:
+        options["device"] = str(options["device"])  # torch.device("cpu") is "cpu"
     if options.get("seed", 0) is None:
         options["seed"] = 0
     if (sharing := given.get("enable_prefix_caching")) is not None and options.setdefault("prefix_sharing", sharing) != sharing:
         raise OptionError(f"enable_prefix_caching={sharing!r} contradicts prefix_sharing={options['prefix_sharing']!r}")
     if (share := given.get("gpu_memory_utilization")) is not None:
-        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
-            raise OptionError(f"gpu_memory_utilization must be a number above 0 and up to 1, not {share!r}")
+        given_share, share = share, as_float(share)
+        if share is None or not 0 < share <= 1:
+            raise OptionError(f"gpu_memory_utilization must be a number above 0 and up to 1, not {shown(given_share)}")
         if options.get("device_mem") is None and find_device(options.get("device", "auto")) == "cuda":
             options["device_mem"] = f"{100 * share:g}%"
         else:
