@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from dataclasses import replace
 
 import torch
 
@@ -15,7 +16,13 @@ from flexgen.engine.sampler import sample
 from flexgen.request import TokenRequest
 
 ROUNDS = 9
-SETTINGS = ({}, {"temperature": 1.0}, {"temperature": 1.0, "top_p": 0.95}, {"temperature": 1.0, "top_k": 50})
+GREEDY = TokenRequest(index=0, prompt_token_ids=(1,), max_tokens=1)
+KINDS = (
+    GREEDY,
+    replace(GREEDY, temperature=1.0),
+    replace(GREEDY, temperature=1.0, top_p=0.95),
+    replace(GREEDY, temperature=1.0, top_k=50),
+)
 
 
 def main() -> None:
@@ -25,9 +32,7 @@ def main() -> None:
     asked = parser.parse_args()
     generator = torch.Generator().manual_seed(0)
     logits = (4 * torch.randn(asked.rows, asked.vocab_size, generator=generator)).bfloat16()
-    requests = [
-        TokenRequest(index=row, prompt_token_ids=(1,), max_tokens=1, seed=row, **SETTINGS[row % len(SETTINGS)]) for row in range(asked.rows)
-    ]
+    requests = [replace(KINDS[row % len(KINDS)], index=row, seed=row) for row in range(asked.rows)]
     seconds: list[float] = []
     for _ in range(ROUNDS + 1):
         start = time.perf_counter()

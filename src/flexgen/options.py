@@ -144,7 +144,7 @@ class OptionKeywords(TypedDict, total=False):
     trust_remote_code: bool
 
 
-def parse_placement(text: str, *, name: str = "") -> dict[str, float]:
+def parse_placement(text: object, *, name: str = "") -> dict[str, float]:
     """Fractions per tier from "device=.2,host=.3,disk=.5" (they must add up to 1); `name` is the option's, for messages.
 
     Raises:
