@@ -232,7 +232,7 @@ def test_dry_run(model_folder: Path, tmp_path: Path, output: Path, monkeypatch: 
         (["--temperature", "-1"], "--temperature -1.0: temperature must be a finite number"),
         (["--temperature", "nan"], "--temperature nan"),
         (["--top-p", "2"], "--top-p 2.0: top_p must be a number from 0 to 1"),
-        (["--host-mem", "10"], "--host-mem '10' is 10 B, and less than 64.0 MiB is of no use: did you mean 10GiB?"),
+        (["--host-mem", "10"], "--host-mem '10' is 10 B, and at least 64.0 MiB is needed: did you mean 10GiB?"),
         (["--disk", "100"], "--disk '100' is 100 B"),
         (["--max-job-seconds", "8x"], "not a time"),
         (["--max-request-seconds", "0"], "--max-request-seconds must be a positive number"),

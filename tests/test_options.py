@@ -38,3 +38,22 @@ def test_budgets_that_nobody_means(given: dict[str, Any], said: str) -> None:
 @pytest.mark.parametrize("given", [{"host_mem": "64MiB"}, {"host_mem": "1.5G"}, {"disk": "0"}, {"device_mem": "50%"}, {"disk": 1 << 30}])
 def test_budgets_that_somebody_may_mean(given: dict[str, Any]) -> None:
     EngineOptions(**given)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"weights": "host=2"}, "weights='host=2': a share must be between 0 and 1"),
+        ({"weights": "gpu=1"}, "'gpu' is not a tier"),
+        ({"kv": "host"}, "'host' is not a share"),
+        ({"kv": "host=50%"}, "'50%' is not a share"),
+        ({"kv": "host=.5,host=.5"}, "host is there twice"),
+        ({"weights": "host=.5"}, "add up to 0.5, not 1"),
+        ({"host_mem": "0"}, "host_mem='0' leaves no memory"),
+        ({"host_mem": 0}, "leaves no memory"),
+    ],
+)
+def test_placements_and_budgets_are_looked_at_before_anything_is_read(given: dict[str, Any], said: str) -> None:
+    with pytest.raises(OptionError) as caught:
+        EngineOptions(**given)
+    assert said in str(caught.value)
