@@ -107,6 +107,12 @@ def test_bad_lines_give_exit_code_1(model_folder: Path, tmp_path: Path, output: 
     assert len(engines) == 1
 
 
+def test_a_run_whose_lines_all_failed_did_something(model_folder: Path, tmp_path: Path, output: Path) -> None:
+    done = flexgen("run", model_folder, write(tmp_path / "in.jsonl", "bad", "worse"), "-o", output)
+    assert (done.exit_code, f"\ndone: {output}: 0 of 2 lines answered" in done.stderr) == (1, True), done.stderr
+    assert "nothing was left to do" not in done.stderr
+
+
 def test_max_tokens_is_for_bare_lines_that_do_not_say(model_folder: Path, tmp_path: Path, output: Path, engines: list[FakeEngine]) -> None:
     lines = [{"prompt": "a"}, {"prompt": "a", "max_tokens": 9}, {"custom_id": "c", "url": "/v1/completions", "body": {"prompt": "a"}}]
     done = flexgen("run", model_folder, write(tmp_path / "in.jsonl", *lines), "-o", output, "--max-tokens", 5)
@@ -122,7 +128,7 @@ def test_sampling_of_lines_that_do_not_say(model_folder: Path, tmp_path: Path, o
     source = write(tmp_path / "in.jsonl", *lines)
     done = flexgen("run", model_folder, source, "-o", output, "--temperature", 0, "--top-p", 0.5)
     assert done.exit_code == 0, done.output
-    assert "where lines do not say: greedy" in done.stderr
+    assert "defaults of lines that leave them out: greedy" in done.stderr
     plain, body, sampled = records(output)
     assert plain["text"] == fake_text("ab", 8) == body["response"]["body"]["choices"][0]["text"]
     assert sampled["text"] != plain["text"]
@@ -143,7 +149,7 @@ def test_answers_that_nothing_bounds_are_warned_of(
     monkeypatch.setattr("flexgen.cli.job._LONG_ANSWER", 40)
     source = write(tmp_path / "in.jsonl", {"prompt": "abc"}, {"prompt": "abc"}, GOOD)
     done = flexgen("run", model_folder, source, "-o", output, *flags)
-    said = f"warning: 2 lines do not say how long their answers may be (max_tokens), nor do flags: each may have up to {CONTEXT - 3} tokens"
+    said = f"warning: 2 lines set no max_tokens, and there is no --max-tokens: their answers may have up to {CONTEXT - 3} tokens"
     assert (said in done.stderr) == warns
     output.unlink()
     assert "warning" not in flexgen("run", model_folder, write(source, GOOD), "-o", output, "--fresh").stderr
@@ -236,7 +242,7 @@ def test_dry_run(model_folder: Path, tmp_path: Path, output: Path, monkeypatch: 
         (["--disk", "100"], "--disk '100' is 100 B"),
         (["--max-job-seconds", "8x"], "not a time"),
         (["--max-request-seconds", "0"], "--max-request-seconds must be a positive number"),
-        (["--metrics", "/dev/null"], "--metrics /dev/null is no regular file"),
+        (["--metrics", "/dev/null"], "--metrics /dev/null is not a regular file"),
         (["--metrics", "n" * 256], "File name too long"),
     ],
 )

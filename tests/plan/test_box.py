@@ -87,5 +87,5 @@ def test_a_description_that_cannot_be_meant(find, fields, message):
 
 def test_a_file_that_is_no_json(tmp_path):
     (tmp_path / "box.json").write_text("[" * 100_000)
-    with pytest.raises(OptionError, match="this is no machine"):
+    with pytest.raises(OptionError, match="this is not the description of a machine"):
         find_machine(str(tmp_path / "box.json"))

@@ -75,9 +75,9 @@ class Reading:
         try:
             value = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise OptionError(f"--chat-template-kwargs {text!r} is no JSON: {error}") from error
+            raise OptionError(f"--chat-template-kwargs {text!r} is not valid JSON: {error}") from error
         if not isinstance(value, dict):
-            raise OptionError(f"--chat-template-kwargs {text!r} is no JSON object")
+            raise OptionError(f"--chat-template-kwargs {text!r} is not a JSON object")
         return value
 
 

@@ -86,7 +86,7 @@ def run(
     A line is {"prompt": text or token ids, "id", and sampling parameters as
     in vLLM}, or an OpenAI batch line. What is answered is kept as it is
     done: the same command again goes on where it stopped, and `flexgen
-    status OUTPUT` tells how far it is.
+    status OUTPUT` shows how far it is.
     """
     asked = Asked(
         model=model,
@@ -129,9 +129,9 @@ def _object(text: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except ValueError as error:
-        raise OptionError(f"--chat-template-kwargs {text!r} is no JSON: {error}") from error
+        raise OptionError(f"--chat-template-kwargs {text!r} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
-        raise OptionError(f"--chat-template-kwargs {text!r} is no JSON object")
+        raise OptionError(f"--chat-template-kwargs {text!r} is not a JSON object")
     return value
 
 
