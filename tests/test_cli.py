@@ -119,7 +119,7 @@ def test_max_tokens_is_for_bare_lines_that_do_not_say(model_folder: Path, tmp_pa
     assert done.exit_code == 0
     usages = [record.get("usage") or record["response"]["body"]["usage"] for record in records(output)]
     assert sorted(usage["completion_tokens"] for usage in usages) == [5, 9, 16]
-    assert "top_k 0, 5 tokens; /v1/completions" in done.stderr
+    assert "top_k 0, 5 tokens (/v1/completions" in done.stderr
 
 
 def test_sampling_of_lines_that_do_not_say(model_folder: Path, tmp_path: Path, output: Path, engines: list[FakeEngine]) -> None:

@@ -35,13 +35,13 @@ def run(
     options: EngineOptions,
     max_tokens: Annotated[
         int | None,
-        typer.Option(metavar="N", min=1, help="Longest answer of chats and bare lines that do not say. Default: up to the context."),
+        typer.Option(metavar="N", min=1, help="Longest answer of chats and bare lines that set none. Default: up to the context."),
     ] = None,
     temperature: Annotated[
-        float | None, typer.Option(metavar="T", help="Of lines that do not say; 0 is greedy. Default: the model's generation_config, or 1.")
+        float | None, typer.Option(metavar="T", help="Of lines that set none; 0 is greedy. Default: the model's generation_config, or 1.")
     ] = None,
     top_p: Annotated[
-        float | None, typer.Option(metavar="P", help="Of lines that do not say. Default: the model's generation_config, or 1.")
+        float | None, typer.Option(metavar="P", help="Of lines that set none. Default: the model's generation_config, or 1.")
     ] = None,
     tokenizer: Annotated[str | None, typer.Option(metavar="NAME", help="Another tokenizer than the model's: a folder or hub id.")] = None,
     chat_template: Annotated[

@@ -77,7 +77,7 @@ def _check(fields: Mapping[str, Any]) -> None:
             raise OptionError(f"this is not the description of a machine: unknown field {field!r}; {hint}")
     needs = [*REQUIRED, *(REQUIRED_BY_DEVICE if fields.get("device_bytes") else ())]
     if missing := [field for field in needs if field not in fields]:
-        raise OptionError(f"this is not the description of a machine: without {' and '.join(missing)}; it needs at least {EXAMPLE}")
+        raise OptionError(f"this is not the description of a machine: missing {', '.join(missing)}; a description needs at least {EXAMPLE}")
 
 
 def _bytes(name: str, value: Any) -> int:
