@@ -119,5 +119,5 @@ def choose_template(given: str | os.PathLike[str], own: object) -> str:
         names = f", or one of the model's: {', '.join(named)}" if named else ""
         why = (isinstance(error, OSError) and error.strerror) or error
         raise OptionError(
-            f"the chat template {os.fspath(given)!r} cannot be read ({why}): give a file, the template itself{names}"
+            f"the chat template {os.fspath(given)!r} cannot be read ({why}): give a file or the template itself{names}"
         ) from error
