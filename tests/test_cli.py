@@ -61,7 +61,7 @@ def test_run(model_folder: Path, source: Path, output: Path, engines: list[FakeE
     assert done.exit_code == 0, done.output
     assert {record["id"]: record["text"] for record in records(output)} == {"a": fake_text("abc", 4), "b": fake_text("de", 4)}
     assert "2 lines, 0 of them bad, 0 done before, 2 to answer: 5 prompt and at most 8 output tokens" in done.stderr
-    assert f"temperature 1, top_p 1, top_k 0, up to the context of {CONTEXT}; /v1/completions: 16 tokens" in done.stderr
+    assert f"temperature 1, top_p 1, top_k 0, up to the context of {CONTEXT} (/v1/completions: 16 tokens)" in done.stderr
     assert "plan: cpu, float32, diagonal schedule" in done.stderr
     assert done.stdout.startswith(f"done in 2.0 s (after 0.1 s of loading): {output}: 2 of 2 lines answered, 0 with errors\n")
     assert "overlap" not in done.stdout
@@ -107,13 +107,19 @@ def test_bad_lines_give_exit_code_1(model_folder: Path, tmp_path: Path, output: 
     assert len(engines) == 1
 
 
+def test_a_run_whose_lines_all_failed_did_something(model_folder: Path, tmp_path: Path, output: Path) -> None:
+    done = flexgen("run", model_folder, write(tmp_path / "in.jsonl", "bad", "worse"), "-o", output)
+    assert (done.exit_code, f"\ndone: {output}: 0 of 2 lines answered" in done.stderr) == (1, True), done.stderr
+    assert "nothing was left to do" not in done.stderr
+
+
 def test_max_tokens_is_for_bare_lines_that_do_not_say(model_folder: Path, tmp_path: Path, output: Path, engines: list[FakeEngine]) -> None:
     lines = [{"prompt": "a"}, {"prompt": "a", "max_tokens": 9}, {"custom_id": "c", "url": "/v1/completions", "body": {"prompt": "a"}}]
     done = flexgen("run", model_folder, write(tmp_path / "in.jsonl", *lines), "-o", output, "--max-tokens", 5)
     assert done.exit_code == 0
     usages = [record.get("usage") or record["response"]["body"]["usage"] for record in records(output)]
     assert sorted(usage["completion_tokens"] for usage in usages) == [5, 9, 16]
-    assert "top_k 0, 5 tokens; /v1/completions" in done.stderr
+    assert "top_k 0, 5 tokens (/v1/completions" in done.stderr
 
 
 def test_sampling_of_lines_that_do_not_say(model_folder: Path, tmp_path: Path, output: Path, engines: list[FakeEngine]) -> None:
@@ -122,7 +128,7 @@ def test_sampling_of_lines_that_do_not_say(model_folder: Path, tmp_path: Path, o
     source = write(tmp_path / "in.jsonl", *lines)
     done = flexgen("run", model_folder, source, "-o", output, "--temperature", 0, "--top-p", 0.5)
     assert done.exit_code == 0, done.output
-    assert "where lines do not say: greedy" in done.stderr
+    assert "defaults of lines that leave them out: greedy" in done.stderr
     plain, body, sampled = records(output)
     assert plain["text"] == fake_text("ab", 8) == body["response"]["body"]["choices"][0]["text"]
     assert sampled["text"] != plain["text"]
@@ -143,7 +149,7 @@ def test_answers_that_nothing_bounds_are_warned_of(
     monkeypatch.setattr("flexgen.cli.job._LONG_ANSWER", 40)
     source = write(tmp_path / "in.jsonl", {"prompt": "abc"}, {"prompt": "abc"}, GOOD)
     done = flexgen("run", model_folder, source, "-o", output, *flags)
-    said = f"warning: 2 lines do not say how long their answers may be (max_tokens), nor do flags: each may have up to {CONTEXT - 3} tokens"
+    said = f"warning: 2 lines set no max_tokens, and there is no --max-tokens: their answers may have up to {CONTEXT - 3} tokens"
     assert (said in done.stderr) == warns
     output.unlink()
     assert "warning" not in flexgen("run", model_folder, write(source, GOOD), "-o", output, "--fresh").stderr
@@ -155,7 +161,7 @@ def test_defaults_of_generation_config_are_said(tmp_path: Path, source: Path, ou
     settings = {"temperature": 0.6, "top_k": 20, "max_new_tokens": 7, "repetition_penalty": 1.1, "typical_p": 0.9}
     folder = write_model_folder(tmp_path / "model", generation_config=settings)
     done = flexgen("run", folder, source, "-o", output)
-    assert "temperature 0.6, top_p 1, top_k 20, repetition_penalty 1.1, 7 tokens;" in done.stderr
+    assert "temperature 0.6, top_p 1, top_k 20, repetition_penalty 1.1, 7 tokens (" in done.stderr
     assert "typical_p=0.9, which is not supported yet" in done.stderr
 
 
@@ -232,13 +238,13 @@ def test_dry_run(model_folder: Path, tmp_path: Path, output: Path, monkeypatch: 
         (["--temperature", "-1"], "--temperature -1.0: temperature must be a finite number"),
         (["--temperature", "nan"], "--temperature nan"),
         (["--top-p", "2"], "--top-p 2.0: top_p must be a number from 0 to 1"),
-        (["--host-mem", "10"], "--host-mem '10' is 10 B, and less than 64.0 MiB is of no use: did you mean 10GiB?"),
+        (["--host-mem", "10"], "--host-mem '10' is 10 B, and at least 64.0 MiB is needed: did you mean 10GiB?"),
         (["--disk", "100"], "--disk '100' is 100 B"),
         (["--max-job-seconds", "8x"], "not a time"),
         (["--max-request-seconds", "0"], "--max-request-seconds must be a positive number"),
-        (["--metrics", "/dev/null"], "--metrics /dev/null is no regular file"),
+        (["--metrics", "/dev/null"], "--metrics /dev/null is not a regular file"),
         (["--metrics", "n" * 256], "File name too long"),
-        (["--chat-template-kwargs", "[" * 100_000], "is no JSON: "),
+        (["--chat-template-kwargs", "[" * 100_000], "is not valid JSON: "),
     ],
 )
 def test_usage_errors(model_folder: Path, source: Path, output: Path, flags: list[str], word: str) -> None:

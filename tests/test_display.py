@@ -108,7 +108,7 @@ def test_what_is_to_be_said_of_the_machine_stands_behind_the_speed() -> None:
     report = dataclasses.replace(ENGINE.report(), elapsed_seconds=20.0, forecast=forecast, rate_ratios={"disk": 0.5, "compute": 1.0})
     lines = format_report(report).splitlines()
     assert [line.split()[0] for line in lines] == ["done", "speed:", "disk", "limit:"]
-    assert "disk was 50% slower than measured before" in lines[2]
+    assert "disk was 50% slower than in the profile of this machine" in lines[2]
 
 
 def test_a_report_without_a_forecast_compares_nothing() -> None:
@@ -143,17 +143,20 @@ def report_of(ratios: dict[str, float], busy_cores: float = 0.1, **checked: dict
 def test_a_slow_machine_is_told_from_a_slow_engine() -> None:
     report = report_of({"compute": 0.5}, start={"compute": 0.6, "disk_read": 1.0}, end={"compute": 0.4})
     slow, details = format_report(report), format_details(report)
-    assert "compute was 50% slower than measured before, and so was this machine itself (0.40 of its profile's rate)" in slow
+    assert "compute was 50% slower than in the profile of this machine, and so was this machine itself (0.40 of its profile's rate)" in slow
     assert "overlap 0.90   plan 0.80   efficiency 0.72" in details
     assert "before and after the run: compute 0.60 and 0.40, disk read 1.00; at these rates overlap 0.80, efficiency 0.75" in details
     assert "flexgen profile" not in slow
     engine = format_report(report_of({"compute": 0.5}, start={"compute": 1.0}, end={"compute": 0.9}))
-    assert "compute was 50% slower than measured before, though this machine itself was not" in engine
+    assert "compute was 50% slower than in the profile of this machine, though this machine itself was not" in engine
     assert "flexgen profile" not in engine
     busy = format_report(report_of({"compute": 0.5}, busy_cores=1.6, start={"compute": 1.0}, end={"compute": 1.0}))
-    assert "compute was 50% slower than measured before: other programs kept 1.6 cores busy meanwhile; the profile is kept" in busy
+    assert (
+        "compute was 50% slower than in the profile of this machine: other programs kept 1.6 cores busy meanwhile; the profile is kept"
+        in busy
+    )
     disk = format_report(report_of({"disk": 0.5}, start={"compute": 1.0, "disk_read": 0.5}, end={"compute": 1.0, "disk_read": 0.5}))
-    assert "disk was 50% slower than measured before, and so was this machine itself (0.50" in disk
+    assert "disk was 50% slower than in the profile of this machine, and so was this machine itself (0.50" in disk
 
 
 def test_a_short_run_says_nothing_of_the_machine() -> None:
@@ -163,9 +166,11 @@ def test_a_short_run_says_nothing_of_the_machine() -> None:
 def test_a_run_that_was_not_checked_does_not_blame_the_profile() -> None:
     unknown = format_report(report_of({"compute": 0.5}))
     assert "this machine itself" not in unknown
-    assert "compute was 50% slower than measured before: others may have used it; the profile keeps its better rates" in unknown
-    assert "compute was 40% faster than measured before: `flexgen profile` measures" in format_report(report_of({"compute": 1.4}))
-    assert "than measured before" not in format_report(report_of({"compute": 0.9, "disk": 1.1}))
+    assert "compute was 50% slower than in the profile of this machine: other programs may have been using it; the profile" in unknown
+    assert "compute was 40% faster than in the profile of this machine: `flexgen profile` measures" in format_report(
+        report_of({"compute": 1.4})
+    )
+    assert "than in the profile of this machine" not in format_report(report_of({"compute": 0.9, "disk": 1.1}))
 
 
 def test_the_report_of_a_run_that_did_nothing() -> None:

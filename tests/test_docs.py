@@ -28,6 +28,11 @@ def test_links_lead_somewhere(document: Path) -> None:
     assert not [link for link in local if not (document.parent / link).exists()]
 
 
+def test_the_index_has_every_page() -> None:
+    listed = set(re.findall(r"\]\(([^)\s]+)\)", (ROOT / "docs" / "index.md").read_text()))
+    assert {page.name for page in ROOT.glob("docs/*.md")} - {"index.md"} <= listed
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_code_blocks_are_valid(document: Path) -> None:
     for language, code in re.findall(r"```(python|json)\n(.*?)```", document.read_text(), flags=re.DOTALL):

@@ -44,7 +44,7 @@ def test_a_file(tmp_path: Path, file: str, content: bytes, message: str) -> None
         (["params.json", "consolidated.00.pth", "tokenizer.model"], "maker's own format.*transformers' format"),
         (["model.onnx"], "ONNX"),
         (["weights.npz"], "MLX"),
-        (["README.md", "train.jsonl"], r"no config\.json, so it is no model$"),
+        (["README.md", "train.jsonl"], r"no config\.json, so it is not a model$"),
         (["checkpoint-500/config.json", "trainer_state.json"], "checkpoint-500"),
         (["snapshots/0123/config.json", "blobs/x", "refs/main"], "snapshots/0123, or the hub id"),
         (["models--org--name/refs/main"], "HF_HUB_CACHE"),

@@ -72,6 +72,16 @@ def test_the_page_from_the_table_to_the_labelled_table(
     assert all(row["label"] == "" and row["problem"].startswith("said ") for row in rows)  # the fake engine knows no labels
 
 
+def test_a_table_with_a_byte_order_mark(reviews: list[dict[str, str]]) -> None:
+    """As Excel writes it."""
+    Path("reviews.csv").write_text(Path("reviews.csv").read_text(encoding="utf-8"), encoding="utf-8-sig")
+    Path("answers.jsonl").write_text("".join(json.dumps({"id": row["id"], "text": "praise"}) + "\n" for row in reviews))
+    for script in blocks("python"):
+        run_script(script)
+    assert [json.loads(line)["id"] for line in Path("requests.jsonl").read_text().splitlines()] == [row["id"] for row in reviews]
+    assert [(row["id"], row["label"]) for row in labelled()] == [(row["id"], "praise") for row in reviews]
+
+
 def test_answers_errors_and_rows_without_either_find_their_rows(reviews: list[dict[str, str]]) -> None:
     answers: list[dict[str, Any]] = [{"id": "r2", "text": " Complaint.\n"}, {"id": "r1", "error": {"code": "x", "message": "too long"}}]
     Path("answers.jsonl").write_text("".join(json.dumps(answer) + "\n" for answer in answers))

@@ -67,11 +67,30 @@ def test_numbers_may_be_those_of_numpy_and_torch() -> None:
         ({"max_num_seqs": "8"}, "max_num_seqs must be a positive integer, not the text '8'"),
         ({"max_job_seconds": float("nan")}, "max_job_seconds must be a positive number"),
         ({"max_request_seconds": True}, "max_request_seconds must be a positive number"),
-        ({"kv": "moon=1"}, "no tier"),
-        ({"weights": {"host": 1}}, "is no text; write shares"),
+        ({"kv": "moon=1"}, "not a tier"),
+        ({"weights": {"host": 1}}, "is not a text; write shares"),
         ({"weights": "host=nan"}, "between 0 and 1"),
     ],
 )
 def test_values_that_are_none_are_refused_before_anything_is_loaded(given: dict[str, Any], said: str) -> None:
     with pytest.raises(OptionError, match=said):
         EngineOptions(**given)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"weights": "host=2"}, "weights='host=2': a share must be between 0 and 1"),
+        ({"weights": "gpu=1"}, "'gpu' is not a tier"),
+        ({"kv": "host"}, "'host' is not a share"),
+        ({"kv": "host=50%"}, "'50%' is not a share"),
+        ({"kv": "host=.5,host=.5"}, "host is there twice"),
+        ({"weights": "host=.5"}, "add up to 0.5, not 1"),
+        ({"host_mem": "0"}, "host_mem='0' leaves no memory"),
+        ({"host_mem": 0}, "leaves no memory"),
+    ],
+)
+def test_placements_and_budgets_are_looked_at_before_anything_is_read(given: dict[str, Any], said: str) -> None:
+    with pytest.raises(OptionError) as caught:
+        EngineOptions(**given)
+    assert said in str(caught.value)

@@ -17,7 +17,7 @@ def test_an_object(text: str) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[1]", "no object"),
+        ("[1]", "not a JSON object"),
         ('{"a": NaN}', "NaN"),
         ('{"a": [-Infinity]}', "Infinity"),
         ('{"a": 1, "b": 2, "a": 3}', "'a' is listed twice"),

@@ -206,7 +206,7 @@ def open_display(name: str, messages: TextIO, results: TextIO, *, steps: TextIO 
     if name == "auto":
         name = "rich" if messages.isatty() else "plain"
     if name not in _DISPLAYS:
-        raise OptionError(f"progress={name!r} is unknown; known: auto, {', '.join(_DISPLAYS)}")
+        raise OptionError(f"--progress {name!r} is unknown; known: auto, {', '.join(_DISPLAYS)}")
     return _DISPLAYS[name](messages, results, steps=steps)
 
 

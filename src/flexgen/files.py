@@ -56,7 +56,7 @@ def _check_replaceable(path: Path, target: Path, found: os.stat_result) -> None:
     if stat.S_ISDIR(found.st_mode):
         raise StorageError(f"{path} is a folder; give the name of a file")
     if not stat.S_ISREG(found.st_mode):
-        raise StorageError(f"{path} is no regular file; give the name of one (-o - writes to standard output)")
+        raise StorageError(f"{path} is not a regular file; give the name of one (-o - writes to standard output)")
     if any(_is_open_on(descriptor, found) for descriptor in (0, 1, 2)):
         raise StorageError(f"{path} is what a standard stream of this process reads or writes: give another file")
     if not os.access(target, os.W_OK):
@@ -141,7 +141,7 @@ def open_private(path: Path, flags: int) -> int:
 def check_private(path: Path, found: os.stat_result) -> None:
     """Raises StorageError when a file of a job may be somebody's else, or lie elsewhere, too."""
     if not stat.S_ISREG(found.st_mode):
-        raise StorageError(f"{path} is no regular file")
+        raise StorageError(f"{path} is not a regular file")
     if os.geteuid() not in (found.st_uid, 0):
         raise StorageError(f"{path} belongs to another user")
     if found.st_nlink > 1:

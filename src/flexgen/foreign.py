@@ -74,9 +74,9 @@ def folder_without_config(folder: Path) -> str:
     """Why a folder without config.json is no model, as the rest of a sentence that begins with its name."""
     names = sorted(path.name for path in folder.iterdir())
     if not names:
-        return "is an empty folder: it has no config.json, so it is no model"
+        return "is an empty folder: it has no config.json, so it is not a model"
     if found := _by_files(names):
-        return f"is no model that can be served: {found}"
+        return f"is not a model that flexgen can run: {found}"
     if (folder / "snapshots").is_dir():
         commits = sorted(path.name for path in (folder / "snapshots").iterdir() if (path / "config.json").is_file())
         take = f"give {folder / 'snapshots' / commits[-1]}, or the hub id" if commits else "it holds no whole copy: give the hub id"
@@ -85,13 +85,13 @@ def folder_without_config(folder: Path) -> str:
         return "is a Hugging Face cache of several models: give a hub id, and set HF_HUB_CACHE to this folder"
     below = sorted(path.parent.name for path in folder.glob("*/config.json"))
     hint = f"; {some(below)} in it {'has' if len(below) == 1 else 'have'} one: give {folder / below[0]}" if below else ""
-    return f"has no config.json, so it is no model{hint}"
+    return f"has no config.json, so it is not a model{hint}"
 
 
 def repository_without_config(names: Collection[str]) -> str:
     """The same of a hub repository that has these files."""
     found = _by_files(names)
-    return f"is no model that can be served: {found}" if found else "has no config.json, so it is no model"
+    return f"is not a model that flexgen can run: {found}" if found else "has no config.json, so it is not a model"
 
 
 def folder_without_weights(names: Collection[str]) -> str:

@@ -255,7 +255,7 @@ def _shards(index: dict[str, Any]) -> list[str]:
     names = list(dict.fromkeys(weight_map.values()))
     for name in names:
         if not isinstance(name, str) or not _PLAIN_NAME.fullmatch(name) or not name.endswith(".safetensors"):
-            raise CheckpointError(f"{INDEX_FILE} names {name!r}, which is no plain *.safetensors file name")
+            raise CheckpointError(f"{INDEX_FILE} names {name!r}, which is not a plain *.safetensors file name")
     return names
 
 
@@ -415,5 +415,5 @@ def _reason(error: BaseException) -> str:
     if status is not None:
         return _STATUS.get(status, f"the hub answers with HTTP status {status}" + ": try again later" * (status >= 500))
     if any("Connect" in type(each).__name__ or "Timeout" in type(each).__name__ for each in chain):  # its HTTP library's, by version
-        return f"the hub ({constants.ENDPOINT}) cannot be reached: look at the network, or give a folder"
+        return f"the hub ({constants.ENDPOINT}) cannot be reached: check the network, or give a folder"
     return str(error).strip().partition("\n")[0]

@@ -92,7 +92,7 @@ class EngineOptions:
                 raise OptionError(f"{name}={getattr(self, name)!r} is unknown; known: {', '.join(known)}")
         for name, least_bytes in _LEAST_BYTES.items():
             if (size := getattr(self, name)) is not None:
-                check_budget(size, name=name, least_bytes=least_bytes)
+                check_budget(size, name=name, least_bytes=least_bytes, zero=name != "host_mem")
         if self.prefill_tokens is not None and self.schedule not in ("auto", "diagonal"):
             raise OptionError(f"prefill_tokens has a meaning for schedule='diagonal' only, not for {self.schedule!r}")
         if self.trust_remote_code:
@@ -152,20 +152,24 @@ def parse_placement(text: object, *, name: str = "") -> dict[str, float]:
     """
     said = f"{name}={text!r}" if name else repr(text)
     if not isinstance(text, str):
-        raise OptionError(f"{said} is no text; write shares of {', '.join(TIERS)}, such as device=.2,host=.3,disk=.5")
+        raise OptionError(f"{said} is not a text; write shares of {', '.join(TIERS)}, such as device=.2,host=.3,disk=.5")
     shares: dict[str, float] = dict.fromkeys(TIERS, 0.0)
+    named: set[str] = set()
     for part in text.split(","):
         tier, separator, number = part.partition("=")
         tier = tier.strip()
         if tier not in TIERS or not separator:
-            wrong = f"{tier!r} is no tier" if separator else f"{part!r} is no share"
+            wrong = f"{tier!r} is not a tier" if separator else f"{part!r} is not a share"
             raise OptionError(f"{said}: {wrong}; write shares of {', '.join(TIERS)}, such as device=.2,host=.3,disk=.5")
+        if tier in named:
+            raise OptionError(f"{said}: {tier} is there twice")
+        named.add(tier)
         try:
             shares[tier] = float(number)
         except ValueError as error:
-            raise OptionError(f"{said}: {number!r} is not a number") from error
+            raise OptionError(f"{said}: {number!r} is not a share: write a number between 0 and 1 (.25, not 25%)") from error
         if not 0 <= shares[tier] <= 1:
-            raise OptionError(f"{said}: a share lies between 0 and 1")
+            raise OptionError(f"{said}: a share must be between 0 and 1 (.25, not 25%)")
     if abs(sum(shares.values()) - 1) > 1e-6:
         raise OptionError(f"{said}: the shares add up to {sum(shares.values()):g}, not 1")
     return shares

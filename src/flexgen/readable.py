@@ -234,7 +234,7 @@ def _against_forecast(report: RunReport) -> list[str]:
         return []
     return [
         f"expected: {report.forecast['output_tokens_per_s']:,.2f} output tokens/s in {format_seconds(report.forecast['seconds'])}; "
-        f"for the passes that there were {format_seconds(report.forecast['seconds_of_these_passes'])}"
+        f"for the passes that were made {format_seconds(report.forecast['seconds_of_these_passes'])}"
     ]
 
 
@@ -246,7 +246,7 @@ def _machine_lines(report: RunReport) -> list[str]:
     for resource, ratio in report.rate_ratios.items():
         if abs(ratio - 1) > RATE_TOLERANCE:
             how = f"{abs(ratio - 1):.0%} {'faster' if ratio > 1 else 'slower'}"
-            lines.append(f"{_resource(resource)} was {how} than measured before{_explained(report, resource, ratio)}")
+            lines.append(f"{_resource(resource)} was {how} than in the profile of this machine{_explained(report, resource, ratio)}")
     return lines
 
 
@@ -258,10 +258,10 @@ def _explained(report: RunReport, resource: str, ratio: float) -> str:
     if report.busy_cores is not None and report.busy_cores > BUSY_CORES:
         return f": other programs kept {report.busy_cores:.1f} cores busy meanwhile; the profile is kept"
     if not moments:
-        return ": others may have used it; the profile keeps its better rates, also if `flexgen profile` is run again while they do"
+        return ": other programs may have been using it; the profile keeps the faster rates, so there is no need to measure again"
     if min(moments) < 1 - RATE_TOLERANCE:
-        return f", and so was this machine itself ({min(moments):.2f} of its profile's rate): others use it just now; the profile is kept"
-    return ", though this machine itself was not: what the plan expects of it does not fit this model, or others used it in between"
+        return f", and so was this machine itself ({min(moments):.2f} of its profile's rate): other programs use it; the profile is kept"
+    return ", though this machine itself was not: either the plan misjudges this model, or other programs used the machine in between"
 
 
 def _placement_table(placement: Mapping[str, Mapping[str, int]]) -> list[str]:

@@ -43,8 +43,11 @@ def parse_size(text: str | int, *, total_bytes: int | None = None, name: str = "
     return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
-def check_budget(text: object, *, name: str, least_bytes: int) -> None:
-    """Refuse a size that nobody can mean before anything is done with it; 0 and percentages pass.
+def check_budget(text: object, *, name: str, least_bytes: int, zero: bool = True) -> None:
+    """Refuse a size that nobody can mean before anything is done with it; percentages pass.
+
+    Args:
+        zero: whether 0 has a meaning.
 
     Raises:
         OptionError: the text is no size, or one below `least_bytes`.
@@ -56,11 +59,13 @@ def check_budget(text: object, *, name: str, least_bytes: int) -> None:
         parse_size(said, total_bytes=100, name=f"{name}=")
         return
     size = parse_size(said, name=f"{name}=") if isinstance(text, str) else text
+    if size == 0 and not zero:
+        raise OptionError(f"{name}={said!r} leaves no memory to run in: write 4GiB (binary), 16GB (decimal) or 50%")
     if 0 < size < least_bytes or size < 0:
         number = re.split(r"[A-Za-z ]", said.strip())[0]
         unit = "GiB" if len(number) < 3 else "MiB"
         raise OptionError(
-            f"{name}={said!r} is {format_size(size)}, and less than {format_size(least_bytes)} is of no use: did you mean {number}{unit}? "
+            f"{name}={said!r} is {format_size(size)}, and at least {format_size(least_bytes)} is needed: did you mean {number}{unit}? "
             "(a number without a unit is bytes)"
         )
 

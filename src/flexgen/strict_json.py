@@ -35,7 +35,7 @@ def strict_json(data: bytes, *, max_values: int = MAX_VALUES) -> dict[str, Any]:
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
     if not isinstance(value, dict):
-        raise ValueError("it is no object")
+        raise ValueError("it is not a JSON object")
     if _is_deeper(value, MAX_DEPTH):
         raise ValueError("it is nested too deeply")
     return value

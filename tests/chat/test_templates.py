@@ -70,7 +70,7 @@ def test_a_template_may_be_given(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("given", ["nowhere.jinja", "", ".", "a\0b"])
 def test_what_is_no_template(given: str) -> None:
-    with pytest.raises(OptionError, match="chat_template"):
+    with pytest.raises(OptionError, match="the chat template"):
         choose_template(given, None)
     with pytest.raises(OptionError, match="rag"):
         choose_template(given, {"rag": "x"})

@@ -244,3 +244,17 @@ def test_bad_chats(fields: dict[str, Any], param: str) -> None:
     with pytest.raises(RequestError) as caught:
         chat(**fields)
     assert caught.value.param == param
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("text", "the text to continue is called 'prompt'"),
+        ("max_token", "did you mean 'max_tokens'?"),
+        ("Temperature", "did you mean 'temperature'?"),
+    ],
+)
+def test_an_unknown_field_has_a_hint(name: str, said: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        parse_completion({"prompt": "a", name: 1}, SamplingParams())
+    assert said in str(caught.value)

@@ -175,7 +175,7 @@ def test_files_planted_in_a_job_s_folder_are_refused(output: Path, planted: str,
     path = paths_of(output).folder / planted
     path.unlink(missing_ok=True)
     plant(path)
-    with pytest.raises(StorageError, match=r"no regular file|second name"):
+    with pytest.raises(StorageError, match=r"not a regular file|second name"):
         export(paths_of(output), output)
     assert precious.read_text() == "precious"
 

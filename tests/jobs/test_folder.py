@@ -107,7 +107,7 @@ def test_a_folder_of_other_things_is_not_taken_for_a_job_s(tmp_path: Path) -> No
 
 def test_a_pipe_is_not_replaced(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(StorageError, match="no regular file"):
+    with pytest.raises(StorageError, match="not a regular file"):
         check_target(tmp_path / "pipe")
 
 
@@ -121,7 +121,7 @@ def test_what_was_planted_in_the_folder_is_neither_waited_for_nor_written_to(tmp
         os.mkfifo(paths.folder / planted)
     else:
         (paths.folder / planted).hardlink_to(tmp_path / "precious")
-    with pytest.raises(StorageError, match=r"no regular file|second name"):
+    with pytest.raises(StorageError, match=r"not a regular file|second name"):
         fill(tmp_path / "out.jsonl", range(1, 3))
     assert (tmp_path / "precious").read_text() == "precious"
 

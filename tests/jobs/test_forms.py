@@ -107,8 +107,8 @@ def test_remarks_are_made_once() -> None:
     assert isinstance(request, JobRequest)
     remarks.note(request)
     assert remarks.lines() == [
-        "fields without an effect here, and how many lines have them: user 1,001, stream 1,000",
-        "org/model answers, too, what is addressed to other models: gpt-4o 1,000",
+        "fields that have no effect here, with the number of lines that have them: user 1,001, stream 1,000",
+        "lines that name another model, and are answered by org/model all the same: gpt-4o 1,000",
     ]
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import bz2
 import csv
+import gzip
 import io
 import json
 import lzma
+import os
 import subprocess
 import sys
 import zipfile
@@ -80,7 +82,7 @@ def test_what_is_something_else_is_named(tmp_path: Path, content: str | bytes, s
     with pytest.raises(JobError) as caught:
         check_input(write(tmp_path, content))
     assert said in str(caught.value)
-    assert "no file of requests" in str(caught.value)
+    assert "is not a file of requests" in str(caught.value)
 
 
 @pytest.mark.parametrize(("content", "said"), BYTES, ids=lambda value: repr(value)[:24])
@@ -109,6 +111,31 @@ def test_bad_lines_make_no_other_file(tmp_path: Path, content: str | bytes) -> N
     check_input(write(tmp_path, content))
 
 
+def requests_made(path: Path) -> list[dict[str, object]]:
+    """What the command in the message makes of a file, in a locale that is not Unicode."""
+    with pytest.raises(JobError) as caught:
+        check_input(path)
+    command = str(caught.value).partition("python3 ")[2].partition(" > requests.jsonl")[0]
+    env = {"PATH": os.environ["PATH"], "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    made = subprocess.run(["bash", "-c", f"{sys.executable} {command}"], check=True, capture_output=True, text=True, env=env).stdout
+    return [json.loads(line) for line in made.splitlines()]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "cp1252"])
+@pytest.mark.parametrize("compressed", [False, True])
+def test_the_command_reads_what_spreadsheets_write(tmp_path: Path, encoding: str, compressed: bool) -> None:
+    table = "id,text\r\n1,schön – ja\r\n2,gut\r\n".encode(encoding)
+    path = write(tmp_path, gzip.compress(table) if compressed else table, "in.csv")
+    assert requests_made(path) == [{"id": "1", "prompt": "schön – ja"}, {"id": "2", "prompt": "gut"}]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("compressed", [False, True])
+def test_the_command_reads_arrays_in_any_form(tmp_path: Path, encoding: str, compressed: bool) -> None:
+    array = json.dumps([{"prompt": "schön"}], ensure_ascii=False).encode(encoding)
+    assert requests_made(write(tmp_path, gzip.compress(array) if compressed else array)) == [{"prompt": "schön"}]
+
+
 @pytest.mark.parametrize("delimiter", [",", "\t", ";"])
 def test_the_command_for_a_table_makes_requests_of_it(tmp_path: Path, delimiter: str) -> None:
     rows = [
@@ -121,11 +148,7 @@ def test_the_command_for_a_table_makes_requests_of_it(tmp_path: Path, delimiter:
         writer.writeheader()
         writer.writerows(rows)
     path.write_text(path.read_text().replace('"review\'s text"', "review text").replace('"ID"', "ID").replace('"label"', "label"))
-    with pytest.raises(JobError) as caught:
-        check_input(path)
-    command = str(caught.value).partition("python3 ")[2].partition(" > requests.jsonl")[0]
-    made = subprocess.run(["bash", "-c", f"{sys.executable} {command}"], check=True, capture_output=True, text=True).stdout
-    assert [json.loads(line) for line in made.splitlines()] == [{"id": row["ID"], "prompt": row["review's text"]} for row in rows]
+    assert requests_made(path) == [{"id": row["ID"], "prompt": row["review's text"]} for row in rows]
 
 
 def test_a_table_of_one_column_is_told_by_its_name(tmp_path: Path) -> None:
@@ -134,7 +157,7 @@ def test_a_table_of_one_column_is_told_by_its_name(tmp_path: Path) -> None:
 
 
 def test_another_name_in_the_message(tmp_path: Path) -> None:
-    with pytest.raises(JobError, match=r"^standard input is no file of requests but one JSON array"):
+    with pytest.raises(JobError, match=r"^standard input is not a file of requests but one JSON array"):
         check_input(write(tmp_path, "[1]"), name="standard input")
 
 

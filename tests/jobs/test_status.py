@@ -64,8 +64,8 @@ def test_a_run_that_has_finished_no_line_tells_what_it_knows(tmp_path: Path, clo
     assert (found.eta_seconds, found.eta_age_seconds) == (537.0, 3.0)
     said = format_status(found)
     assert "256 in progress with 4,500 tokens" in said
-    assert "10.0 s of 13:00 min planned" in said
-    assert "ETA 8:57 min, by the run's own estimate of 3.0 s ago" in said
+    assert "10.0 s (13:00 min planned)" in said
+    assert "ETA 8:57 min, as the run itself estimated 3.0 s ago" in said
     after = read_status(paths_of(output))  # killed: what was not stored is gone
     assert (after.process, after.answering, after.in_progress, after.output_tokens, after.eta_seconds) == (None, False, 0, 0, None)
     assert after.planned_seconds == 780.0

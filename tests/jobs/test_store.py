@@ -446,7 +446,7 @@ def test_a_database_of_another_program_is_kept(output: Path) -> None:
     connection.execute("CREATE TABLE theirs (x)")
     connection.close()
     before = database.read_bytes()
-    with pytest.raises(StorageError, match="no job of flexgen"), opened(output):
+    with pytest.raises(StorageError, match="not a flexgen job"), opened(output):
         pass
     assert database.read_bytes() == before
 

@@ -58,16 +58,16 @@ def test_it_has_the_numbers_of_the_shipped_ones(find):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({}, "host_bytes, host_memory, disk_read, flops missing; a description needs at least"),
-        ({key: value for key, value in CPU.items() if key != "flops"}, "no machine: flops missing"),
-        (CPU | {"device_bytes": "8GB"}, "no machine: device_memory, host_to_device missing"),
+        ({}, "missing host_bytes, host_memory, disk_read, flops; a description needs at least"),
+        ({key: value for key, value in CPU.items() if key != "flops"}, "of a machine: missing flops"),
+        (CPU | {"device_bytes": "8GB"}, "of a machine: missing device_memory, host_to_device"),
         (CPU | {"disk_raed": 1e9}, "unknown field 'disk_raed'; did you mean disk_read?"),
         (CPU | {"colour": "grey"}, "unknown field 'colour'; known: host_bytes, "),
         (CPU | {"host_bytes": "lots"}, "host_bytes 'lots' is not a size"),
-        (CPU | {"host_bytes": 0}, "host_bytes is 0: more than 0"),
+        (CPU | {"host_bytes": 0}, "host_bytes is 0: it must be more than 0"),
         (CPU | {"disk_read": "fast/s"}, "disk_read 'fast' is not a size"),
-        (CPU | {"disk_read": "7GB"}, 'disk_read is "7GB": a number'),
-        (CPU | {"disk_read": -1}, "disk_read is -1: a number that is not negative"),
+        (CPU | {"disk_read": "7GB"}, 'disk_read is "7GB": it must be a number'),
+        (CPU | {"disk_read": -1}, "disk_read is -1: it must be a number of at least 0"),
         (CPU | {"host_memory": None}, "host_memory is null"),
         (CPU | {"host_memory": True}, "host_memory is true"),
         (CPU | {"flops": float("inf")}, "flops is Infinity"),
@@ -75,7 +75,7 @@ def test_it_has_the_numbers_of_the_shipped_ones(find):
         (CPU | {"flops": {"int8": 1e12}}, 'flops is "int8": known dtypes: bfloat16'),
         (CPU | {"cores": 1.5}, "cores is 1.5: a whole number"),
         (CPU | {"name": 7}, "name is 7: text"),
-        ([CPU], "it has no keys"),
+        ([CPU], "it is not a JSON object"),
     ],
 )
 def test_a_description_that_cannot_be_meant(find, fields, message):
@@ -87,5 +87,5 @@ def test_a_description_that_cannot_be_meant(find, fields, message):
 
 def test_a_file_that_is_no_json(tmp_path):
     (tmp_path / "box.json").write_text("[" * 100_000)
-    with pytest.raises(OptionError, match="this is no machine"):
+    with pytest.raises(OptionError, match="this is not the description of a machine"):
         find_machine(str(tmp_path / "box.json"))

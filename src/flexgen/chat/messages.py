@@ -154,4 +154,4 @@ def _arguments(value: object, place: str) -> object:
     try:
         return json.loads(value)
     except (ValueError, RecursionError) as error:
-        raise RequestError(f"{place} is no valid JSON", param=place) from error
+        raise RequestError(f"{place} is not valid JSON", param=place) from error

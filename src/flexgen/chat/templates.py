@@ -60,7 +60,10 @@ class Templates:
         """The prompt of each conversation, or why it has none (see `TemplateProcess.render_each`)."""
         if self._process is not None:
             return self._process.render_each(chats, now=now)
-        message = f"{self._model} has no chat template, so it is probably no chat model: give a chat_template, or a prompt"
+        message = (
+            f"{self._model} has no chat template, so it is probably not a chat model: "
+            "give one (--chat-template, chat_template), or write a prompt instead of messages"
+        )
         return iter([RequestError(message, code="no_chat_template", param="messages")] * len(chats))
 
     def prompts(self, chats: Sequence[Chat], given: str | os.PathLike[str] | None) -> list[str]:
@@ -114,4 +117,7 @@ def choose_template(given: str | os.PathLike[str], own: object) -> str:
         return Path(given).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         names = f", or one of the model's: {', '.join(named)}" if named else ""
-        raise OptionError(f"chat_template {os.fspath(given)!r} cannot be read ({error}): give a file, a template{names}") from error
+        why = (isinstance(error, OSError) and error.strerror) or error
+        raise OptionError(
+            f"the chat template {os.fspath(given)!r} cannot be read ({why}): give a file or the template itself{names}"
+        ) from error

@@ -297,7 +297,8 @@ def _conclude(job: Job, store: Store, workload: Workload, asked: Asked, display:
             display.details(report)
         metrics = dataclasses.asdict(report)
     else:
-        display.message(f"nothing was left to do: {_done(job, store)}")
+        what = "nothing was left to do" if store.num_found == job.num_lines else "done"  # all that was new failed as it was read
+        display.message(f"{what}: {_done(job, store)}")
     if asked.metrics is not None:  # if that fails, the exit code still tells of the lines
         write_asked(asked.metrics, "--metrics", json.dumps({**metrics, "job": _figures(job, store)}, indent=2) + "\n")
 
@@ -338,7 +339,7 @@ def _describe(job: Job, workload: Workload) -> str:
     told = (
         f"{job.source}: {job.num_lines:,} lines, {bad}, {found:,} done before, {len(workload):,} to answer: "
         f"{workload.prompt_tokens:,} prompt and at most {workload.output_tokens:,} output tokens\n"
-        f"where lines do not say: {sampling}, {limit}; /v1/completions: {COMPLETIONS_MAX_TOKENS} tokens"
+        f"defaults of lines that leave them out: {sampling}, {limit} (/v1/completions: {COMPLETIONS_MAX_TOKENS} tokens)"
     )
     return "\n".join([told, *job.remarks.lines(), *_warn_of_length(job, workload)])
 
@@ -349,7 +350,7 @@ def _warn_of_length(job: Job, workload: Workload) -> list[str]:
     if not job.remarks.num_unbounded or longest < _LONG_ANSWER:
         return []
     return [
-        f"warning: {job.remarks.num_unbounded:,} lines do not say how long their answers may be (max_tokens), nor do flags: "
-        f"each may have up to {longest:,} tokens, sampled at temperature {job.defaults.temperature:g} where the line does not say; "
-        "--max-tokens N bounds them, --temperature T samples otherwise (0 is greedy)"
+        f"warning: {job.remarks.num_unbounded:,} lines set no max_tokens, and there is no --max-tokens: "
+        f"their answers may have up to {longest:,} tokens, sampled at temperature {job.defaults.temperature:g} where a line sets none; "
+        "--max-tokens N bounds them, and --temperature T changes the default (0 is greedy)"
     ]

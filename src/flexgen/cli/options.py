@@ -32,7 +32,7 @@ VerboseFlag = Annotated[
 ]
 
 # Every field of EngineOptions that has a flag: panel, metavar, help.
-_BUDGETS, _PLACEMENT, _MODEL = "Budgets (4GiB is binary, 16GB decimal, 50% a share of what there is)", "Placement and schedule", "Model"
+_BUDGETS, _PLACEMENT, _MODEL = "Budgets (4GiB is binary, 16GB decimal, 50% a share of the whole)", "Placement and schedule", "Model"
 FLAGS: dict[str, tuple[str, str, str]] = {
     "device_mem": (_BUDGETS, "SIZE", "Memory on the device. Default: most of what is free."),
     "host_mem": (_BUDGETS, "SIZE", "Memory of the whole process. Default: 80 % of what is free, limits of containers obeyed."),

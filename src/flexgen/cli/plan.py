@@ -150,7 +150,7 @@ def plan(
     )  # fmt: skip
     lengths = _Lengths(prompt_len=prompt_len, prefix_len=prefix_len, gen_len=gen_len, num_requests=num_requests)
     if source is not None and lengths.given():
-        raise OptionError(f"--input tells the lengths: leave out {lengths.given()[0]}")
+        raise OptionError(f"the lengths come from --input: leave out {lengths.given()[0]}")
     reading.check()
     with showing("auto"):
         told = _told(model, options, machine, lengths if source is None else reading, pareto=pareto, as_json=as_json)

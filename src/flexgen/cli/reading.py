@@ -30,7 +30,7 @@ Source = Annotated[Path | None, typer.Option("--input", metavar="FILE", help="Re
 InputFormat = Annotated[
     str | None, typer.Option(metavar="jsonl|text", help="Of the input; text takes every line as a prompt.", rich_help_panel=_JOB)
 ]
-MaxTokens = Annotated[int | None, typer.Option(metavar="N", min=1, help="Longest answer of lines that do not say.", rich_help_panel=_JOB)]
+MaxTokens = Annotated[int | None, typer.Option(metavar="N", min=1, help="Longest answer of lines that set none.", rich_help_panel=_JOB)]
 Tokenizer = Annotated[
     str | None, typer.Option(metavar="NAME", help="Another tokenizer than the model's: a folder or hub id.", rich_help_panel=_JOB)
 ]
@@ -75,9 +75,9 @@ class Reading:
         try:
             value = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise OptionError(f"--chat-template-kwargs {text!r} is no JSON: {error}") from error
+            raise OptionError(f"--chat-template-kwargs {text[:80]!r} is not valid JSON: {error}") from error
         if not isinstance(value, dict):
-            raise OptionError(f"--chat-template-kwargs {text!r} is no JSON object")
+            raise OptionError(f"--chat-template-kwargs {text[:80]!r} is not a JSON object")
         return value
 
 

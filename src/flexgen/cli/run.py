@@ -35,13 +35,13 @@ def run(
     options: EngineOptions,
     max_tokens: Annotated[
         int | None,
-        typer.Option(metavar="N", min=1, help="Longest answer of chats and bare lines that do not say. Default: up to the context."),
+        typer.Option(metavar="N", min=1, help="Longest answer of chats and bare lines that set none. Default: up to the context."),
     ] = None,
     temperature: Annotated[
-        float | None, typer.Option(metavar="T", help="Of lines that do not say; 0 is greedy. Default: the model's generation_config, or 1.")
+        float | None, typer.Option(metavar="T", help="Of lines that set none; 0 is greedy. Default: the model's generation_config, or 1.")
     ] = None,
     top_p: Annotated[
-        float | None, typer.Option(metavar="P", help="Of lines that do not say. Default: the model's generation_config, or 1.")
+        float | None, typer.Option(metavar="P", help="Of lines that set none. Default: the model's generation_config, or 1.")
     ] = None,
     tokenizer: Annotated[str | None, typer.Option(metavar="NAME", help="Another tokenizer than the model's: a folder or hub id.")] = None,
     chat_template: Annotated[
@@ -86,7 +86,7 @@ def run(
     A line is {"prompt": text or token ids, "id", and sampling parameters as
     in vLLM}, or an OpenAI batch line. What is answered is kept as it is
     done: the same command again goes on where it stopped, and `flexgen
-    status OUTPUT` tells how far it is.
+    status OUTPUT` shows how far it is.
     """
     asked = Asked(
         model=model,
@@ -129,9 +129,9 @@ def _object(text: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise OptionError(f"--chat-template-kwargs {text!r} is no JSON: {error}") from error
+        raise OptionError(f"--chat-template-kwargs {text[:80]!r} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
-        raise OptionError(f"--chat-template-kwargs {text!r} is no JSON object")
+        raise OptionError(f"--chat-template-kwargs {text[:80]!r} is not a JSON object")
     return value
 
 

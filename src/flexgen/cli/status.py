@@ -55,7 +55,7 @@ def _process(status: JobStatus) -> str:
 def _times(status: JobStatus) -> str:
     from flexgen.durations import format_seconds
 
-    planned = "" if status.planned_seconds is None else f" of {format_seconds(status.planned_seconds)} planned"
+    planned = "" if status.planned_seconds is None else f" ({format_seconds(status.planned_seconds)} planned)"
     return format_seconds(status.run_seconds) + planned
 
 
@@ -64,4 +64,4 @@ def _eta(status: JobStatus) -> str:
 
     if status.eta_seconds is None or status.eta_age_seconds is None:
         return ""
-    return f"\n  ETA {format_seconds(status.eta_seconds)}, by the run's own estimate of {format_seconds(status.eta_age_seconds)} ago"
+    return f"\n  ETA {format_seconds(status.eta_seconds)}, as the run itself estimated {format_seconds(status.eta_age_seconds)} ago"

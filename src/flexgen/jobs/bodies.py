@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 from collections.abc import Mapping
 from typing import Any
 
@@ -81,10 +82,18 @@ def _ignored(fields: Mapping[str, Any], served: frozenset[str], off: Mapping[str
                 only = f" (only {' or '.join(map(repr, off[name]))})" if off[name] else ""
                 raise RequestError(f"{name} is not supported{only}", code="unsupported_field", param=name)
         elif name not in _HARMLESS:
-            raise RequestError(f"unknown field {name[:80]!r}", code="unknown_field", param=name[:80])
+            raise RequestError(f"unknown field {name[:80]!r}{_meant(name, served)}", code="unknown_field", param=name[:80])
         if value is not None:
             ignored.append(name)
     return tuple(ignored)
+
+
+def _meant(name: str, served: frozenset[str]) -> str:
+    """A hint at the field that its author may have had in mind."""
+    if "prompt" in served and name.lower() in ("text", "input", "question", "content", "query", "instruction"):
+        return "; the text to continue is called 'prompt'"
+    close = difflib.get_close_matches(name[:80].lower(), sorted(served | _SAMPLING), n=1, cutoff=0.75)
+    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def _request(

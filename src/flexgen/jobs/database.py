@@ -78,7 +78,7 @@ def _check_file(path: Path, create: bool) -> None:
 def _prepare(connection: sqlite3.Connection, path: Path, create: bool) -> None:
     is_new = create and connection.execute("SELECT count(*) FROM sqlite_schema").fetchone() == (0,)
     if not is_new and connection.execute("PRAGMA application_id").fetchone() != (_APPLICATION_ID,):
-        raise StorageError(f"{path} is no job of flexgen")
+        raise StorageError(f"{path} is not a flexgen job")
     if connection.execute("PRAGMA journal_mode = WAL").fetchone() != ("wal",):
         raise StorageError(f"the file system of {path} cannot hold the state of a job: name a local folder with --state")
     connection.execute("PRAGMA synchronous = FULL")

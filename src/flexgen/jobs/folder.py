@@ -102,7 +102,7 @@ def find_job(named: Path) -> JobPaths:
         with _translated(paths):
             if paths.database.is_file():
                 return paths
-    raise JobError(f"there is no job of {named} (neither {beside.database} nor {inside.database} is there)")
+    raise JobError(f"there is no job of {named} (neither {beside.database} nor {inside.database} exists)")
 
 
 class JobFolder:
@@ -223,7 +223,7 @@ def _make_private(paths: JobPaths) -> bool:
         is_new = False
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
-        raise JobError(f"{folder} is no folder of yours; it would hold private data")
+        raise JobError(f"{folder} is not a folder of yours, and the job would keep private data in it")
     if any(folder.iterdir()) and not ((folder / "lock").exists() or paths.database.exists()):
         raise JobError(f"{folder} holds other files than a job's; name a folder of its own with --state")
     if stat.S_IMODE(found.st_mode) & 0o077:

@@ -106,9 +106,9 @@ class Remarks:
         """Remarks, if there are any."""
         remarks: list[str] = []
         if self._ignored:
-            remarks.append(f"fields without an effect here, and how many lines have them: {_counts(self._ignored)}")
+            remarks.append(f"fields that have no effect here, with the number of lines that have them: {_counts(self._ignored)}")
         if self._others:
-            remarks.append(f"{self._model} answers, too, what is addressed to other models: {_counts(self._others)}")
+            remarks.append(f"lines that name another model, and are answered by {self._model} all the same: {_counts(self._others)}")
         return remarks
 
 

@@ -31,6 +31,19 @@ def open_input(path: Path) -> Iterator[BinaryIO]:
         yield file
 
 
+def is_compressed(path: Path) -> bool:
+    """Whether `open_input` decompresses it."""
+    with path.open("rb") as file:
+        return file.read(len(_GZIP)) == _GZIP
+
+
+def utf16_of(path: Path) -> str | None:
+    """The name under which Python reads the text of a file, compressed or not, that is in UTF-16; None where it is not."""
+    with gzip.open(path) if is_compressed(path) else path.open("rb") as file:
+        start = file.read(_UTF16_LOOK_BYTES)
+    return "utf-16" if (encoding := _utf16(start)) and start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else encoding
+
+
 def _utf16(start: bytes) -> str | None:
     """The encoding of a file that begins so, if it is UTF-16: by its mark, or because every other byte is 0."""
     if start.startswith((b"\xff\xfe\0\0", b"\0\0\xfe\xff")):  # UTF-32

@@ -91,7 +91,7 @@ def parse_object(line: Line) -> dict[str, Any]:
     except ValueError as error:  # JSONDecodeError, or an integer of thousands of digits
         raise _invalid(str(error)) from error
     if not isinstance(value, dict):
-        raise _invalid("it is no object")
+        raise _invalid("it is not a JSON object")
     return value
 
 
@@ -105,7 +105,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _constant(name: str) -> NoReturn:
-    raise _invalid(f"{name} is no JSON number")
+    raise _invalid(f"{name} is not a JSON number")
 
 
 def _float(digits: str) -> float:
@@ -116,4 +116,4 @@ def _float(digits: str) -> float:
 
 
 def _invalid(reason: str) -> RequestError:
-    return RequestError(f"the line is no valid JSON: {reason}", code="invalid_json")
+    return RequestError(f"the line is not valid JSON: {reason}", code="invalid_json")

@@ -5,6 +5,7 @@ A file is refused here only if no line that was looked at is a JSON object: one 
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
 import json
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from flexgen.errors import JobError, StorageError
-from flexgen.jobs.input_file import READ_ERRORS, open_input
+from flexgen.jobs.input_file import READ_ERRORS, is_compressed, open_input, utf16_of
 
 _HEAD_BYTES = 64 << 10
 _HEAD_LINES = 100
@@ -67,13 +68,15 @@ class _Head:
 
     Attributes:
         content: without a byte order mark. whole: whether this is all of the file. suffix: of its name, in lower case.
-        path: as a shell understands it.
+        path: as a shell understands it. compressed: by gzip. utf16: what Python calls its encoding, if that is UTF-16.
     """
 
     content: bytes
     whole: bool
     suffix: str
     path: str
+    compressed: bool
+    utf16: str | None
 
     @property
     def start(self) -> bytes:
@@ -86,6 +89,16 @@ class _Head:
 
     def text(self) -> str:
         return self.content.decode("utf-8", "replace")
+
+    def opened(self) -> str:
+        """The expression that opens the text in a Python script, whatever the locale; what is not Unicode is taken to be Excel's."""
+        encoding = self.utf16 or "utf-8-sig"
+        try:
+            codecs.getincrementaldecoder("utf-8")().decode(self.content, final=self.whole)
+        except UnicodeDecodeError:
+            encoding = "cp1252"
+        opener = '__import__("gzip").open(sys.argv[1], "rt"' if self.compressed else "open(sys.argv[1]"
+        return f'{opener}, encoding="{encoding}", newline="")'
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,6 +122,7 @@ def check_input(path: Path, *, input_format: str = "jsonl", name: str | None = N
     try:
         with open_input(path) as file:
             content = file.read(_HEAD_BYTES + 1)
+        compressed, utf16 = is_compressed(path), utf16_of(path)
     except READ_ERRORS as error:
         raise StorageError(f"{name or path} cannot be read: {error}") from error
     head = _Head(
@@ -116,6 +130,8 @@ def check_input(path: Path, *, input_format: str = "jsonl", name: str | None = N
         whole=len(content) <= _HEAD_BYTES,
         suffix=path.suffix.lower(),
         path=shlex.quote(str(path)) if name is None else "FILE",
+        compressed=compressed,
+        utf16=utf16,
     )
     if not head.start:
         return
@@ -125,7 +141,7 @@ def check_input(path: Path, *, input_format: str = "jsonl", name: str | None = N
     elif mistake is None and input_format == "jsonl":
         mistake = next((found for look in _LOOKS_AT_TEXT if (found := look(head)) is not None), None)
     if mistake is not None:
-        raise JobError(f"{name or path} is no file of requests but {mistake.what}: {mistake.remedy}")
+        raise JobError(f"{name or path} is not a file of requests but {mistake.what}: {mistake.remedy}")
 
 
 # -- whatever the format of the input -------------------------------------------------------------------------------------------------
@@ -198,9 +214,11 @@ def _is_array_over_lines(head: _Head) -> bool:
 def _array(head: _Head) -> _Mistake | None:
     if not head.start.startswith(b"["):
         return None
-    script = "import json, sys; [print(json.dumps(each)) for each in json.load(sys.stdin)]"
-    remedy = f"write a line for each of its elements: jq -c '.[]' {head.path} > requests.jsonl, or "
-    remedy += f"python3 -c {shlex.quote(script)} < {head.path} > requests.jsonl"
+    script = f"import json, sys; [print(json.dumps(each)) for each in json.load({head.opened()})]"
+    remedy = f"python3 -c {shlex.quote(script)} {head.path} > requests.jsonl"
+    if not head.compressed and head.utf16 is None:
+        remedy = f"jq -c '.[]' {head.path} > requests.jsonl, or {remedy}"
+    remedy = f"write a line for each of its elements: {remedy}"
     return _Mistake(what="one JSON array", remedy=remedy)
 
 
@@ -294,9 +312,9 @@ def _from_table(head: _Head, rows: Sequence[Sequence[str]], delimiter: str) -> s
     fields = "".join(f'"id": row[{json.dumps(name, ensure_ascii=False)}], ' for name in ids[:1])
     fields += f'"prompt": row[{json.dumps(prompt, ensure_ascii=False)}]'
     how = "" if delimiter == "," else f", delimiter={json.dumps(delimiter)}"
-    script = f"import csv, json, sys; [print(json.dumps({{{fields}}})) for row in csv.DictReader(sys.stdin{how})]"
+    script = f"import csv, json, sys; [print(json.dumps({{{fields}}})) for row in csv.DictReader({head.opened()}{how})]"
     return (
-        f"make a line of each row: python3 -c {shlex.quote(script)} < {head.path} > requests.jsonl "
+        f"make a line of each row: python3 -c {shlex.quote(script)} {head.path} > requests.jsonl "
         f"(here the column {prompt!r} is the prompt; --input-format text takes every line as a prompt as it stands)"
     )
 

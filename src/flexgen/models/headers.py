@@ -109,7 +109,7 @@ def parse_header(header: bytes, *, file_bytes: int, path: Path) -> dict[str, Sto
     try:
         entries = strict_json(header, max_values=16 * MAX_TENSORS)
     except ValueError as error:
-        raise _broken(path, f"the header is no valid JSON: {error}") from error
+        raise _broken(path, f"the header is not valid JSON: {error}") from error
     metadata = entries.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise _broken(path, "__metadata__ is not a map of strings")
@@ -121,7 +121,7 @@ def parse_header(header: bytes, *, file_bytes: int, path: Path) -> dict[str, Sto
 
 def _stored_tensor(name: str, entry: Any, payload: int, path: Path) -> StoredTensor:
     if not name or len(name) > _MAX_NAME_LENGTH or not (name.isascii() and name.isprintable()):
-        raise _broken(path, f"{name[:80]!r} is no name for a tensor")
+        raise _broken(path, f"{name[:80]!r} is not a name for a tensor")
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise _broken(path, f"{name} is not described by exactly dtype, shape and data_offsets")
     dtype_name, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]

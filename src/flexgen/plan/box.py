@@ -74,10 +74,10 @@ def _check(fields: Mapping[str, Any]) -> None:
         if field not in known:
             close = difflib.get_close_matches(field, known, n=1)
             hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}"
-            raise OptionError(f"this is no machine: unknown field {field!r}; {hint}")
+            raise OptionError(f"this is not the description of a machine: unknown field {field!r}; {hint}")
     needs = [*REQUIRED, *(REQUIRED_BY_DEVICE if fields.get("device_bytes") else ())]
     if missing := [field for field in needs if field not in fields]:
-        raise OptionError(f"this is no machine: {', '.join(missing)} missing; a description needs at least {EXAMPLE}")
+        raise OptionError(f"this is not the description of a machine: missing {', '.join(missing)}; a description needs at least {EXAMPLE}")
 
 
 def _bytes(name: str, value: Any) -> int:
@@ -86,13 +86,13 @@ def _bytes(name: str, value: Any) -> int:
     else:
         size = int(_number(name, value))
     if size <= 0 and name != "device_bytes":
-        raise _wrong(name, value, "more than 0 is needed")
+        raise _wrong(name, value, "it must be more than 0")
     return size
 
 
 def _number(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-        raise _wrong(name, value, "a number that is not negative is needed")
+        raise _wrong(name, value, "it must be a number of at least 0")
     return float(value)
 
 
@@ -101,7 +101,7 @@ def _rate(name: str, value: Any) -> float:
     if isinstance(value, str) and (size := re.fullmatch(r"(.*\S)\s*/\s*s", value)):
         value = parse_size(size[1], name=name)
     if not _number(name, value):
-        raise _wrong(name, value, "more than 0 is needed")
+        raise _wrong(name, value, "it must be more than 0")
     return float(value)
 
 
@@ -130,7 +130,7 @@ def _text(name: str, value: Any) -> str:
 
 
 def _wrong(name: str, value: Any, why: str) -> OptionError:
-    return OptionError(f"this is no machine: {name} is {json.dumps(value)[:80]}: {why}")
+    return OptionError(f"this is not the description of a machine: {name} is {json.dumps(value)[:80]}: {why}")
 
 
 _READERS: dict[str, Callable[[str, Any], Any]] = {

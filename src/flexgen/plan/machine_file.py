@@ -30,7 +30,7 @@ def parsed(text: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise OptionError(f"this is no machine: {error}") from error
+        raise OptionError(f"this is not the description of a machine: {error}") from error
 
 
 def machine_of(fields: Any) -> Machine:
@@ -45,18 +45,18 @@ def machine_of(fields: Any) -> Machine:
 
 def _check_keys(what: str, fields: Any, cls: type) -> None:
     if not isinstance(fields, dict):
-        raise OptionError(f"this is no machine: {what or 'it'} has no keys")
+        raise OptionError(f"this is not the description of a machine: {what or 'it'} is not a JSON object")
     known, given = {field.name for field in dataclasses.fields(cls)}, set(cast(dict[str, Any], fields))
     for problem, names in (("unknown keys", given - known), ("missing keys", known - given)):
         if names:
-            raise OptionError(f"this is no machine: {what and f'{what}: '}{problem}: {', '.join(sorted(names))}")
+            raise OptionError(f"this is not the description of a machine: {what and f'{what}: '}{problem}: {', '.join(sorted(names))}")
 
 
 def _read(name: str, reader: Callable[[Any], Any], value: Any) -> Any:
     try:
         return reader(value)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise OptionError(f"this is no machine: {name} is {json.dumps(value)[:80]}: {error}") from error
+        raise OptionError(f"this is not the description of a machine: {name} is {json.dumps(value)[:80]}: {error}") from error
 
 
 def _text(value: Any) -> str:

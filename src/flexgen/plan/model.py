@@ -217,7 +217,7 @@ def _keys(kind: type[ModelSpec | UnitSpec | KVGroupSpec | _Run]) -> set[str]:
 def _checked(what: str, value: object, known: set[str]) -> dict[str, Any]:
     """`value`, a JSON object with exactly the known keys."""
     if not isinstance(value, dict):
-        raise OptionError(f"{what}: {str(value)[:40]!r} is no object")
+        raise OptionError(f"{what}: {str(value)[:40]!r} is not an object")
     fields = cast("dict[str, Any]", value)
     if unknown := fields.keys() - known:
         raise OptionError(f"{what}: unknown keys {sorted(unknown)}; known: {sorted(known)}")

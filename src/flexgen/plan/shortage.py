@@ -100,7 +100,7 @@ def _advice(space: Space, tier: str, *, shorter: bool) -> str:
             if getattr(options, name) is not None:
                 advice.append(f"lower --{name.replace('_', '-')}")
         if space.limits.offload_in_memory and space.kv is not None and space.kv.disk > 0 and tier == "host":
-            advice.append("give an --offload-dir that is no memory file system")
+            advice.append("give an --offload-dir that is not on a memory file system")
     if shorter:
         advice.append("shorten the longest prompts")
     return "".join(f", or {each}" for each in advice)

@@ -233,7 +233,7 @@ def _load(path: Path, key: dict[str, str | int], quick: bool) -> Machine | None:
             return None
         return machine_of(kept["machine"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OptionError) as error:
-        logger.warning("%s is of no use and is measured again: %s", path, error)
+        logger.warning("%s cannot be used, so the machine is measured again: %s", path, error)
         return None
 
 
