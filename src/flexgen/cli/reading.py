@@ -93,8 +93,8 @@ def lengths_of(reading: Reading, model: str, options: EngineOptions) -> Workload
 
     source = reading.source
     assert source is not None
+    check_input(source, input_format=reading.input_format or "jsonl")
     with _opened(reading, model, options) as llm:
-        check_input(source, input_format=reading.input_format or "jsonl")
         defaults = bare_defaults(llm, {"max_tokens": reading.max_tokens})
         job = Job(llm, source, None, defaults=defaults, input_format=reading.input_format or "jsonl")
         workload = job.scan()

@@ -13,7 +13,7 @@ from typing import Any, cast
 from flexgen.errors import OptionError
 from flexgen.plan.cost import DTYPE_BYTES
 from flexgen.plan.machine import Curve, DiskRequest, Machine, Overheads, Rate
-from flexgen.sizes import parse_size
+from flexgen.sizes import format_size, parse_size
 
 # What is usually reached of a printed rate; of the host's memory by elementwise operations of a model.
 DENSE_SHARE, ATTENTION_SHARE, MEMORY_SHARE, LINK_SHARE, DISK_SHARE, ELEMENTWISE_SHARE = 0.7, 0.3, 0.8, 0.85, 0.9, 0.3
@@ -27,6 +27,8 @@ DISK_REQUEST = DiskRequest(seconds=3e-5, core_seconds=2e-5)
 CORES, DISK_BYTES, WRITE_SHARE, WIDE_SHARE = 16, 10**12, 0.5, 0.5
 REQUIRED = ("host_bytes", "host_memory", "disk_read", "flops")
 REQUIRED_BY_DEVICE = ("device_memory", "host_to_device")
+# What no machine has less of: whoever gives 64 or 7 means GB.
+LEAST_BYTES, LEAST_RATE = 16 << 20, 1e6
 OPTIONAL = ("name", "cores", "disk_bytes", "disk_write", "device_bytes", "device_to_host")
 EXAMPLE = '{"host_bytes": "64GB", "host_memory": 80e9, "disk_read": 7e9, "flops": 2e12}'
 
@@ -85,8 +87,8 @@ def _bytes(name: str, value: Any) -> int:
         size = parse_size(value, name=name)
     else:
         size = int(_number(name, value))
-    if size <= 0 and name != "device_bytes":
-        raise _wrong(name, value, "it must be more than 0")
+    if size < LEAST_BYTES and not (size == 0 and name == "device_bytes"):
+        raise _wrong(name, value, f'it is in bytes, and at least {format_size(LEAST_BYTES)}; sizes may be written as "64GB"')
     return size
 
 
@@ -100,8 +102,8 @@ def _rate(name: str, value: Any) -> float:
     """A number, or a size per second: "7GB/s"."""
     if isinstance(value, str) and (size := re.fullmatch(r"(.*\S)\s*/\s*s", value)):
         value = parse_size(size[1], name=name)
-    if not _number(name, value):
-        raise _wrong(name, value, "it must be more than 0")
+    if _number(name, value) < LEAST_RATE:
+        raise _wrong(name, value, f'it is per second, and at least {LEAST_RATE:g}; write 7e9 or "7GB/s" for bytes, and 165e12 for FLOP/s')
     return float(value)
 
 
