@@ -87,9 +87,9 @@ def parse(content: bytes | None) -> dict:
         (b'{"\\udfff": 1}', "invalid_json", "surrogate"),
         (b'{"a": ' + b"[" * 100_000, "invalid_json", "deep"),
         (b'{"a": ' * 100_000, "invalid_json", "deep"),
-        (b"[1]", "invalid_json", "no object"),
-        (b"null", "invalid_json", "no object"),
-        (b'"text"', "invalid_json", "no object"),
+        (b"[1]", "invalid_json", "not a JSON object"),
+        (b"null", "invalid_json", "not a JSON object"),
+        (b'"text"', "invalid_json", "not a JSON object"),
     ],
     ids=lambda value: repr(value)[:30],
 )

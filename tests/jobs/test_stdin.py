@@ -39,7 +39,7 @@ def test_what_comes_is_kept_privately(output: Path) -> None:
 def test_the_same_or_nothing_is_what_there_was(output: Path, again: bytes) -> None:
     keep(output, b"a\nb\n")
     assert keep(output, again) == b"a\nb\n"
-    assert sorted(path.name for path in paths_of(output).folder.iterdir()) == ["input", "lock"]
+    assert sorted(path.name for path in paths_of(output).folder.iterdir()) == ["export.lock", "input", "lock"]
 
 
 def test_more_lines_may_come(output: Path) -> None:
