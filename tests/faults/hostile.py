@@ -315,13 +315,15 @@ def _planted(job: Path, numbers: random.Random) -> Iterator[list[object]]:
         path.parent.mkdir(mode=0o700, exist_ok=True)
         plant(path, secret)
         planted = path.lstat()
+        print(f"planted: {name} {plant.__name__}", file=(job / "log").open("a"))
         _strike(job)
     found: list[object] = []
     yield found
     if secret.read_bytes() != _SECRET or list(outside.iterdir()) != [secret]:
         found.append(f"{name} {plant.__name__}: the outside has changed")
         print(found, file=(job / "log").open("a"))
-    if planted is not None and os.path.lexists(path) and os.path.samestat(planted, path.lstat()):
+    is_taken = name == "out.jsonl.flexgen" and plant is _folder  # an empty folder of one's own may hold the job from then on
+    if planted is not None and not is_taken and os.path.lexists(path) and os.path.samestat(planted, path.lstat()):
         _remove(path)
     with suppress(OSError):
         (job / "out.jsonl.flexgen").rmdir()  # if nothing is in it
