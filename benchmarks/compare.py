@@ -26,7 +26,7 @@ from record import Results
 from shapes import OUTPUT_TOKENS, PROMPT_TOKENS, SHAPES
 from systems import run_accelerate, run_flexgen, run_llama
 
-from flexgen.sizes import format_size, parse_size
+from flexgen.base.sizes import format_size, parse_size
 
 DEFAULT_RESULTS = Path(__file__).parent / "results" / "compare.jsonl"
 DEFAULT_SHAPES = ["llama-3b", "opt-6.7b"]
@@ -81,7 +81,7 @@ def make(setup: Setup) -> None:
     if not (setup.model / "config.json").exists():
         import torch
 
-        from flexgen.models.dummy import write_random_checkpoint
+        from flexgen.checkpoint.dummy import write_random_checkpoint
 
         partial = setup.model.with_name(f"{setup.shape.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)

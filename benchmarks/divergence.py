@@ -21,7 +21,7 @@ from shapes import SHAPES
 from transformers import AutoModelForCausalLM
 
 from flexgen import LLM, SamplingParams
-from flexgen.models.dummy import write_random_checkpoint
+from flexgen.checkpoint.dummy import write_random_checkpoint
 
 MARGIN = 2.0**-4  # of the largest logit's magnitude: 16 steps of bfloat16's 8-bit significand
 POLICIES: tuple[dict[str, Any], ...] = (

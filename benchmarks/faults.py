@@ -29,7 +29,7 @@ from faults.kinds import ALL_KINDS, Workshops  # noqa: E402
 from faults.trials import JobOutcome, Trial, sweep  # noqa: E402
 from record import commit, machine, versions  # noqa: E402
 
-from flexgen.failpoints import FAILPOINTS  # noqa: E402
+from flexgen.base.failpoints import FAILPOINTS  # noqa: E402
 
 SWEEPS = {
     "kill": FAILPOINTS,

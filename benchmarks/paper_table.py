@@ -10,12 +10,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
+from flexgen.base.sizes import GIB
 from flexgen.options import EngineOptions
-from flexgen.plan.catalogue import catalogue_spec
-from flexgen.plan.default import solve
-from flexgen.plan.expect import Expectation
+from flexgen.plan.known.machines import find_machine, limits_of
+from flexgen.plan.known.models import catalogue_spec
 from flexgen.plan.machine import Machine
-from flexgen.plan.machines import find_machine, limits_of
 from flexgen.plan.model import ModelSpec
 from flexgen.plan.paper.case import PaperCase, PaperMachine, PaperPolicy, PaperVariant
 from flexgen.plan.paper.memory import peak_bytes
@@ -31,10 +30,11 @@ from flexgen.plan.paper.published import (
     WORKLOAD,
 )
 from flexgen.plan.paper.search import best_policy
+from flexgen.plan.play.simulate import simulate
 from flexgen.plan.policy import Fractions, Policy
-from flexgen.plan.simulate import simulate
+from flexgen.plan.price.pass_time import Expectation
+from flexgen.plan.search.solve import solve
 from flexgen.plan.workload import Workload
-from flexgen.sizes import GIB
 
 PROCESS_BYTES, NUM_REQUESTS = int(1.5e9), 1000
 MACHINES = (T4_PRINTED, T4_FITTED)

@@ -22,11 +22,11 @@ from record import Results
 
 from flexgen.errors import CapacityError
 from flexgen.options import EngineOptions
-from flexgen.plan.bounds import Bounds
-from flexgen.plan.catalogue import catalogue_spec
-from flexgen.plan.default import space_of
-from flexgen.plan.machines import beside_checkpoint, find_machine, limits_of
-from flexgen.plan.search import Search, Solution
+from flexgen.plan.known.machines import beside_checkpoint, find_machine, limits_of
+from flexgen.plan.known.models import catalogue_spec
+from flexgen.plan.search.bounds import Bounds
+from flexgen.plan.search.optimise import Search, Solution
+from flexgen.plan.search.solve import space_of
 from flexgen.plan.workload import Workload
 
 PROCESS_BYTES = int(1.5e9)

@@ -27,16 +27,16 @@ from capped import NoCgroup, Outcome, run_capped
 from record import Results
 from shapes import SHAPES, Shape
 
-from flexgen.models.dummy import write_random_checkpoint
-from flexgen.plan.expect import Expectation, rate_at
+from flexgen.base.sizes import parse_size
+from flexgen.checkpoint.dummy import write_random_checkpoint
 from flexgen.plan.machine import DiskRequest, Machine, Rate
 from flexgen.plan.machine_file import read_machine
-from flexgen.plan.outputs import expected
+from flexgen.plan.play.answer_lengths import expected
+from flexgen.plan.play.simulate import simulate
 from flexgen.plan.policy import Policy
-from flexgen.plan.simulate import simulate
+from flexgen.plan.price.pass_time import Expectation, rate_at
 from flexgen.plan.workload import Workload
-from flexgen.sizes import parse_size
-from flexgen.specs import spec_of
+from flexgen.session.lookup import spec_of
 
 LENGTHS = Path(__file__).parent / "conversation_lengths.json"
 DEFAULT_RESULTS = Path(__file__).parent / "results" / "predict.jsonl"

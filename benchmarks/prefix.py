@@ -22,7 +22,7 @@ import torch
 from record import Results
 from shapes import SHAPES, Shape
 
-from flexgen.models.dummy import write_random_checkpoint
+from flexgen.checkpoint.dummy import write_random_checkpoint
 
 PREFIX_TOKENS, OWN_TOKENS, OUTPUT_TOKENS = 400, (8, 24), 16
 DEFAULT_RESULTS = Path(__file__).parent / "results" / "prefix.jsonl"

@@ -13,14 +13,14 @@ from pathlib import Path
 import pytest
 from machines import machine_of
 
-from flexgen.engine.progress import Progress, RunReport
 from flexgen.errors import RequestError
-from flexgen.plan.forecast import Forecast
 from flexgen.plan.model import KVGroupSpec, ModelSpec, UnitSpec
 from flexgen.plan.policy import Fractions, Policy
+from flexgen.plan.tell.forecast import Forecast
 from flexgen.plan.workload import Workload
-from flexgen.prefixes import NO_PREFIXES, CommonPrefixes
+from flexgen.report.progress import Progress, RunReport
 from flexgen.request import Live, TokenRequest, TokenResult
+from flexgen.text.common_prefixes import NO_PREFIXES, CommonPrefixes
 
 VOCAB = 300  # 256 bytes, </s> = 256, <pad> = 257, and some ids that the tokenizer does not know
 CONTEXT = 64
@@ -222,5 +222,5 @@ def engines(monkeypatch: pytest.MonkeyPatch) -> list[FakeEngine]:
         opened.append(FakeEngine(workload))
         return opened[-1]
 
-    monkeypatch.setattr("flexgen.open_engine.open_engine", open_engine)
+    monkeypatch.setattr("flexgen.session.session.open_engine", open_engine)
     return opened

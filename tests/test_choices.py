@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 from tokenizer_kinds import ids_of, make_tokenizer
 
-from flexgen.choices import Choices
-from flexgen.defaults import choice_seed, derive_seed
 from flexgen.errors import RequestError
 from flexgen.request import Logprob, SamplingParams, TokenLogprobs, TokenResult
-from flexgen.stopping import StopStrings
-from flexgen.text import UNFINISHED, Tokenizer
+from flexgen.text.answers import Choices
+from flexgen.text.defaults import choice_seed, derive_seed
+from flexgen.text.stop_strings import StopStrings
+from flexgen.text.tokenizer import UNFINISHED, Tokenizer
 
 VOCAB, A, EOS = 300, 64, 256  # of the tokenizer of bytes: "a" is 64
 

@@ -23,7 +23,7 @@ from flexgen.cli.options import FLAGS
 from flexgen.errors import CapacityError, EngineError
 from flexgen.jobs.reading import index_of
 from flexgen.options import EngineOptions
-from flexgen.plan.forecast import Plan
+from flexgen.plan.tell.forecast import Plan
 from flexgen.plan.workload import Workload
 
 HANGS_SECONDS = 120  # nothing here takes as long, on however busy a machine
@@ -78,7 +78,7 @@ def test_every_option_reaches_the_engine(
         seen.append(options)
         return FakeEngine(workload)
 
-    monkeypatch.setattr("flexgen.open_engine.open_engine", open_engine)
+    monkeypatch.setattr("flexgen.session.session.open_engine", open_engine)
     wanted: dict[str, Any] = {
         "device": "sim", "dtype": "float32", "device_mem": "1GiB", "host_mem": "50%", "disk": "3GB", "offload_dir": str(tmp_path),
         "weights": "host=1", "kv": "host=.5,disk=.5", "max_num_seqs": 3, "micro_batch_tokens": 5, "prefill_tokens": 7,
@@ -279,7 +279,7 @@ def test_what_is_refused_before_the_start_gives_3(source: Path, output: Path, mo
     def open_engine(*args: object) -> None:
         raise CapacityError("KV cache needs 31.2 GiB")
 
-    monkeypatch.setattr("flexgen.open_engine.open_engine", open_engine)
+    monkeypatch.setattr("flexgen.session.session.open_engine", open_engine)
     done = flexgen("run", model_folder, source, "-o", output)
     assert done.exit_code == 3
     assert done.stderr.endswith("flexgen: KV cache needs 31.2 GiB\n")
@@ -373,7 +373,7 @@ def test_memory_that_runs_out_while_loading_can_be_resumed(
     def open_engine(*arguments: object) -> FakeEngine:
         raise error
 
-    monkeypatch.setattr("flexgen.open_engine.open_engine", open_engine)
+    monkeypatch.setattr("flexgen.session.session.open_engine", open_engine)
     done = flexgen("run", model_folder, source, "-o", output)
     assert (done.exit_code, "flexgen: memory ran out" in done.stderr) == (75, True)
 
@@ -382,7 +382,7 @@ def test_memory_that_runs_out_while_loading_can_be_resumed(
 
 SLOW = f"""
 import signal, sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
-import flexgen, flexgen.open_engine, flexgen.cli, fakes
+import flexgen, flexgen.session.session, flexgen.cli, fakes
 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # a shell that runs the tests in the background ignores some
     signal.signal(number, signal.SIG_DFL)
 class Engine(fakes.FakeEngine):
@@ -396,7 +396,7 @@ class Engine(fakes.FakeEngine):
                 on_pass(())
     def close(self):
         print("closed", flush=True)
-flexgen.open_engine.open_engine = lambda files, options, workload: Engine(workload)
+flexgen.session.session.open_engine = lambda files, options, workload: Engine(workload)
 flexgen.cli.main()
 """
 
@@ -705,12 +705,12 @@ def test_a_disk_that_is_full_when_the_output_is_made(
         if name == "export.fsync":
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("flexgen.failpoints._hook", fail)
+    monkeypatch.setattr("flexgen.base.failpoints._hook", fail)
     done = flexgen("run", model_folder, source, "-o", output)
     assert done.exit_code == 75
     assert "No space left on device\n2 of 2 lines are done; the same command goes on" in done.stderr
     assert not output.exists()
-    monkeypatch.setattr("flexgen.failpoints._hook", None)
+    monkeypatch.setattr("flexgen.base.failpoints._hook", None)
     assert flexgen("run", model_folder, source, "-o", output).exit_code == 0
     assert len(engines) == 1
     assert len(records(output)) == 2
@@ -735,7 +735,7 @@ def test_when_memory_runs_out_fewer_sequences_are_alive(
         seen.append(options.max_num_seqs)
         return Starving(workload, max_num_seqs=options.max_num_seqs or 4)
 
-    monkeypatch.setattr("flexgen.open_engine.open_engine", open_engine)
+    monkeypatch.setattr("flexgen.session.session.open_engine", open_engine)
     done = flexgen("run", model_folder, ten, "-o", output)
     assert done.exit_code == code, done.stderr
     assert seen == [None, 2, 1][: num_failures + 1]

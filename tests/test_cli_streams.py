@@ -14,8 +14,8 @@ from fakes import write_model_folder
 
 COMMAND = f"""
 import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
-import flexgen, flexgen.open_engine, flexgen.cli, fakes
-flexgen.open_engine.open_engine = lambda files, options, workload: fakes.FakeEngine(workload)
+import flexgen, flexgen.session.session, flexgen.cli, fakes
+flexgen.session.session.open_engine = lambda files, options, workload: fakes.FakeEngine(workload)
 flexgen.cli.main()
 """
 WAITING = COMMAND.replace("fakes.FakeEngine(workload)", "Engine(workload)").replace(

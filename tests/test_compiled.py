@@ -10,7 +10,7 @@ import numba
 import numpy as np
 import pytest
 
-from flexgen import compiled
+from flexgen.base import compiled
 
 
 def test_without_a_writable_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,13 +9,13 @@ import json
 import pytest
 from fakes import FORECAST, FakeEngine
 
-from flexgen.display import JsonDisplay, PlainDisplay, open_display
-from flexgen.durations import format_seconds, parse_seconds
-from flexgen.engine.progress import Progress, RunReport
+from flexgen.base.durations import format_seconds, parse_seconds
 from flexgen.errors import OptionError
-from flexgen.plan.forecast import Plan
+from flexgen.plan.tell.forecast import Plan
 from flexgen.plan.workload import Workload
-from flexgen.readable import format_details, format_plan, format_progress, format_report
+from flexgen.report.format import format_details, format_plan, format_progress, format_report
+from flexgen.report.progress import Progress, RunReport
+from flexgen.report.show import JsonDisplay, PlainDisplay, open_display
 
 ENGINE = FakeEngine(Workload(prompt_lens=(), output_lens=()))
 PLAN = Plan(spec=ENGINE.spec, machine=ENGINE.machine, policy=ENGINE.policy, forecast=ENGINE.forecast)

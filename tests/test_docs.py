@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from flexgen.engine.progress import RunReport
+from flexgen.report.progress import RunReport
 from flexgen.request import SamplingParams
 
 ROOT = Path(__file__).parent.parent

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from flexgen import failpoints
-from flexgen.failpoints import failpoint, switch_on
+from flexgen.base import failpoints
+from flexgen.base.failpoints import failpoint, switch_on
 
 
 def test_off() -> None:

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from flexgen import files
+from flexgen.base import files
+from flexgen.base.files import follow, open_private, write_file
 from flexgen.errors import StorageError
-from flexgen.files import follow, open_private, write_file
 
 
 def test_a_file_is_made_and_replaced(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ import pytest
 from fakes import write_model_folder
 
 from flexgen.errors import CheckpointError, ModelError, UnsupportedModelError
-from flexgen.hub import resolve_model, resolve_tokenizer, weight_files
+from flexgen.hub.hub import resolve_model, resolve_tokenizer, weight_files
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -276,9 +276,9 @@ def resolve(tmp_path: Path, hub: StandIn) -> Callable[..., list[Any]]:
 import json, sys, types
 sys.modules["transformers"] = types.SimpleNamespace(CONFIG_MAPPING={"opt"}, __version__="stub")  # a second less to import
 from pathlib import Path
-from flexgen import hub
+from flexgen.hub.hub import hub
 from flexgen.errors import FlexGenError
-from flexgen.hub import resolve_model, resolve_tokenizer, weight_headers
+from flexgen.hub.hub import resolve_model, resolve_tokenizer, weight_headers
 for call in json.loads(sys.argv[1]):
     try:
         if "headers_of" in call:

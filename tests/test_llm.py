@@ -20,12 +20,12 @@ import torch
 from fakes import CONTEXT, POISON, VOCAB, FakeEngine, byte_id, fake_text, write_model_folder
 
 from flexgen import LLM, CapacityError, FlexGenError, ModelError, OptionError, RequestError, SamplingParams
-from flexgen.defaults import choice_seed, default_sampling_params, derive_seed, unsupported_defaults
-from flexgen.hub import resolve_model
-from flexgen.open_engine import with_room
+from flexgen.hub.hub import resolve_model
 from flexgen.plan.workload import Workload
-from flexgen.prefixes import NO_PREFIXES
 from flexgen.request import Live
+from flexgen.session.session import with_room
+from flexgen.text.common_prefixes import NO_PREFIXES
+from flexgen.text.defaults import choice_seed, default_sampling_params, derive_seed, unsupported_defaults
 
 GREEDY = SamplingParams(temperature=0, max_tokens=5)
 
@@ -484,7 +484,7 @@ def open_sized(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[FakeEngine
             opened[-1].forecast = dataclasses.replace(opened[-1].forecast, seconds=seconds)
             return opened[-1]
 
-        monkeypatch.setattr("flexgen.open_engine.open_engine", open_engine)
+        monkeypatch.setattr("flexgen.session.session.open_engine", open_engine)
         return opened
 
     return sized
@@ -625,10 +625,10 @@ def test_a_forgotten_llm_closes_its_engine(model_folder: Path, engines: list[Fak
 def test_a_script_that_forgets_to_close_ends_cleanly(model_folder: Path) -> None:
     script = f"""
 import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
-import flexgen, flexgen.open_engine, fakes
+import flexgen, flexgen.session.session, fakes
 class Engine(fakes.FakeEngine):
     def close(self): print("closed")
-flexgen.open_engine.open_engine = lambda files, options, workload: Engine(workload)
+flexgen.session.session.open_engine = lambda files, options, workload: Engine(workload)
 llm = flexgen.LLM({str(model_folder)!r})
 print(llm.generate("ab", flexgen.SamplingParams(temperature=0, max_tokens=3))[0].outputs[0].text)
 """

@@ -15,14 +15,14 @@ import pytest
 import torch
 from machines import machine_of
 
+from flexgen.devices.base import SimulatedDevice
 from flexgen.engine.admission import LengthForecast
 from flexgen.engine.engine import Engine
 from flexgen.engine.sampler import sample
 from flexgen.errors import StorageError
-from flexgen.memory.kv_cache import PagePool
-from flexgen.memory.kv_disk import DiskPlace
-from flexgen.memory.transfer import SimulatedDevice
-from flexgen.models.loading import load_model
+from flexgen.kv.cache import PagePool
+from flexgen.kv.disk import DiskPlace
+from flexgen.models.assemble import load_model
 from flexgen.plan.policy import Fractions, Policy
 from flexgen.request import Generated, Live, TokenRequest, TokenResult
 from tests.models.parity import DISTURBANCE, SAFETY, in_float64

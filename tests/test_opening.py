@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 from machines import machine_of
 
-from flexgen import LLM, SamplingParams, opening
-from flexgen.engine.progress import RunReport
+from flexgen import LLM, SamplingParams
 from flexgen.profile.check import MachineCheck
+from flexgen.report.progress import RunReport
+from flexgen.session import setup as opening
 
 
 @pytest.fixture

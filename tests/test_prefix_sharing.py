@@ -14,16 +14,16 @@ from typing import Any
 import pytest
 import torch
 
+from flexgen.devices.base import SimulatedDevice
 from flexgen.engine.admission import LengthForecast
 from flexgen.engine.engine import Engine
 from flexgen.engine.sequence import Sequence
-from flexgen.engine.trace import Trace
-from flexgen.memory.kv_cache import PagePool
-from flexgen.memory.transfer import SimulatedDevice
-from flexgen.plan.cost import PassWork
+from flexgen.kv.cache import PagePool
 from flexgen.plan.policy import Fractions
-from flexgen.prefixes import NO_PREFIXES, CommonPrefixes, PrefixCensus
+from flexgen.plan.price.work import PassWork
+from flexgen.report.pass_log import Trace
 from flexgen.request import Generated, TokenRequest, TokenResult
+from flexgen.text.common_prefixes import NO_PREFIXES, CommonPrefixes, PrefixCensus
 from tests.models import parity
 from tests.models.test_parity import PLACES, REPRESENTATIVES, STREAMED, VARIANTS, ring_bytes
 from tests.models.tiny_configs import tiny_config

@@ -7,7 +7,7 @@ import itertools
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexgen.prefixes import CommonPrefixes, PrefixCensus
+from flexgen.text.common_prefixes import CommonPrefixes, PrefixCensus
 
 PAGE = 3
 prompts_strategy = st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=20), min_size=1, max_size=20)

@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from flexgen.checkpoint.dummy import write_random_checkpoint
 from flexgen.errors import CheckpointError, ModelError, OptionError
-from flexgen.models.dummy import write_random_checkpoint
-from flexgen.models.loading import load_model
-from flexgen.plan.catalogue import catalogue_spec
+from flexgen.models.assemble import load_model
+from flexgen.plan.known.models import catalogue_spec
 from flexgen.plan.model import ModelSpec
-from flexgen.specs import spec_of
+from flexgen.session.lookup import spec_of
 from tests.models.tiny_configs import tiny_config
 from tests.test_hub import StandIn
 
@@ -31,7 +31,10 @@ def hub() -> Iterator[StandIn]:
 
 
 def test_a_shipped_model_needs_no_torch() -> None:
-    code = "import sys, flexgen.specs as s; print(s.spec_of('llama-3-8b', device='cpu').name, {'torch', 'transformers'} & set(sys.modules))"
+    code = (
+        "import sys, flexgen.session.lookup as s; "
+        "print(s.spec_of('llama-3-8b', device='cpu').name, {'torch', 'transformers'} & set(sys.modules))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout.strip()) == (0, "meta-llama/Meta-Llama-3-8B set()"), done.stderr
 
@@ -40,7 +43,7 @@ def test_a_shipped_model_needs_no_torch() -> None:
     "model", ["facebook/opt-30b", "Facebook/OPT-30B", "OPT-30b", "qwen/qwen3-32B", "meta-llama/Llama-3.3-70B-Instruct"]
 )
 def test_a_hub_id_of_a_shipped_model_needs_no_network(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flexgen.hub.resolve_model", lambda *_, **__: pytest.fail("the hub was asked"))
+    monkeypatch.setattr("flexgen.hub.hub.resolve_model", lambda *_, **__: pytest.fail("the hub was asked"))
     spec = spec_of(model, device="cuda")
     assert spec.name == (model if "/" in model else "facebook/opt-30b")
     wide = spec_of(model, device="cuda", dtype="float32")
@@ -54,7 +57,7 @@ def test_a_revision_of_a_shipped_model_is_asked_of_the_hub(monkeypatch: pytest.M
         asked.append(revision)
         raise ModelError("no hub here")
 
-    monkeypatch.setattr("flexgen.hub.resolve_model", resolve)
+    monkeypatch.setattr("flexgen.hub.hub.resolve_model", resolve)
     with pytest.raises(ModelError, match="no hub here"):
         spec_of("facebook/opt-30b", device="cpu", revision="refs/pr/1")
     assert asked == ["refs/pr/1"]
@@ -98,7 +101,7 @@ def from_hub(hub: StandIn, home: Path) -> ModelSpec:
     """In a fresh process: the hub library reads its environment when it is imported."""
     env = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     env |= {"HF_HOME": str(home), "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
-    code = "from flexgen.specs import spec_of; print(spec_of('org/model', device='cpu').to_json())"
+    code = "from flexgen.session.lookup import spec_of; print(spec_of('org/model', device='cpu').to_json())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=env)
     assert done.returncode == 0, done.stderr
     return ModelSpec.from_json(done.stdout)

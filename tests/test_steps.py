@@ -6,7 +6,7 @@ import logging
 
 import pytest
 
-from flexgen.steps import LOGGER, counted_lines, step
+from flexgen.base.steps import LOGGER, counted_lines, step
 
 
 def test_a_step_is_a_line_of_the_log(caplog: pytest.LogCaptureFixture) -> None:

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizer_kinds import KINDS, ids_of, make_tokenizer
 
-from flexgen.stopping import StopStrings, cut_at_stop
-from flexgen.text import UNFINISHED, Tokenizer
+from flexgen.text.stop_strings import StopStrings, cut_at_stop
+from flexgen.text.tokenizer import UNFINISHED, Tokenizer
 
 
 @pytest.fixture(scope="module")

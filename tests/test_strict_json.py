@@ -6,7 +6,7 @@ import tracemalloc
 
 import pytest
 
-from flexgen.strict_json import MAX_DEPTH, strict_json
+from flexgen.base.strict_json import MAX_DEPTH, strict_json
 
 
 @pytest.mark.parametrize("text", ['{"a": [1, 2.5, null, "x", {"b": true}]}', "{}", '\ufeff{"a": 1}'])

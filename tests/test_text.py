@@ -13,7 +13,7 @@ from tokenizer_kinds import KINDS, SPECIAL, ids_of, make_tokenizer
 from transformers import AutoTokenizer
 
 from flexgen.errors import ModelError, RequestError
-from flexgen.text import UNFINISHED, TextStream, Tokenizer, check_text, eos_token_ids
+from flexgen.text.tokenizer import UNFINISHED, TextStream, Tokenizer, check_text, eos_token_ids
 
 TEXTS = ["It was a dark and stormy night", "", "naïve café ☕ 日本語 \x00 \n\r\n", "</s>", " two  spaces "]
 

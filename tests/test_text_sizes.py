@@ -13,10 +13,10 @@ import tokenizers
 from tokenizers import Regex, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from flexgen import text_sizes
 from flexgen.errors import ModelError, RequestError
-from flexgen.text import Tokenizer
-from flexgen.text_sizes import MEMORY_PER_BYTE, check_file
+from flexgen.text import growth as text_sizes
+from flexgen.text.growth import MEMORY_PER_BYTE, check_file
+from flexgen.text.tokenizer import Tokenizer
 
 ALPHABET = {character: place for place, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
 HOSTILE = "a" * 40 + "b"  # the regex below does not get through it

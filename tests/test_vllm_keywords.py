@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from flexgen.api.vllm_keywords import _CALLS, _ONLY, ChatKeywords, GenerateKeywords, LLMKeywords, check_call, read_keywords
 from flexgen.errors import OptionError
 from flexgen.options import EngineOptions, OptionKeywords
-from flexgen.vllm_keywords import _CALLS, _ONLY, ChatKeywords, GenerateKeywords, LLMKeywords, check_call, read_keywords
 
 # LLM and EngineArgs of vLLM 0.6 to 0.15, with the values that scripts pass.
 HARMLESS = {

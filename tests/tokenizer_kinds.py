@@ -6,7 +6,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from flexgen.text import Tokenizer
+from flexgen.text.tokenizer import Tokenizer
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<|assistant|>"]
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]

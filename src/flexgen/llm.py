@@ -15,26 +15,26 @@ from typing import TYPE_CHECKING, Any, NoReturn, Unpack
 
 import psutil
 
+from flexgen.api.vllm_keywords import ChatKeywords, GenerateKeywords, LLMKeywords, ModelKeywords, check_call, read_keywords
+from flexgen.base.isolation import for_one_request
+from flexgen.base.steps import step
+from flexgen.base.turns import Turns
 from flexgen.chat import Chat, Templates, make_chats
-from flexgen.choices import Choices
-from flexgen.defaults import default_sampling_params, token_limits, unsupported_defaults
-from flexgen.engine.progress import Progress, RunReport
 from flexgen.errors import FlexGenError, ModelError, OptionError, RequestError
-from flexgen.hub import ModelFiles, resolve_model, resolve_tokenizer
-from flexgen.inputs import Prompt, as_conversations, as_params, as_texts, naming, texts_and_ids
-from flexgen.isolation import for_one_request
-from flexgen.open_engine import OpenEngine, check_model, plan_job
+from flexgen.hub.hub import ModelFiles, resolve_model, resolve_tokenizer
 from flexgen.options import EngineOptions
-from flexgen.plan.forecast import Plan
-from flexgen.plan.simulate import PAGE_TOKENS
+from flexgen.plan.play.simulate import PAGE_TOKENS
+from flexgen.plan.tell.forecast import Plan
 from flexgen.plan.workload import Workload
-from flexgen.prefixes import NO_PREFIXES, CommonPrefixes, PrefixCensus
 from flexgen.profile.limits import find_limits
+from flexgen.report.progress import Progress, RunReport
 from flexgen.request import CompletionOutput, Live, RequestOutput, SamplingParams, TokenRequest, TokenResult
-from flexgen.steps import step
-from flexgen.text import Tokenizer, eos_token_ids
-from flexgen.turns import Turns
-from flexgen.vllm_keywords import ChatKeywords, GenerateKeywords, LLMKeywords, ModelKeywords, check_call, read_keywords
+from flexgen.session.session import OpenEngine, check_model, plan_job
+from flexgen.text.answers import Choices
+from flexgen.text.common_prefixes import NO_PREFIXES, CommonPrefixes, PrefixCensus
+from flexgen.text.defaults import default_sampling_params, token_limits, unsupported_defaults
+from flexgen.text.prompts import Prompt, as_conversations, as_params, as_texts, naming, texts_and_ids
+from flexgen.text.tokenizer import Tokenizer, eos_token_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -1,6 +1,6 @@
 """One EngineOptions value: the flags of `flexgen run` and the keywords of `LLM` are the same list.
 
-Sizes stay as the user wrote them; `solve` in plan/default.py turns them into bytes against the machine.
+Sizes stay as the user wrote them; `solve` in plan/search/solve.py turns them into bytes against the machine.
 """
 
 from __future__ import annotations
@@ -8,9 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypedDict
 
+from flexgen.base.scalars import as_float, as_int, plain, shown
+from flexgen.base.sizes import MIB, check_budget
 from flexgen.errors import OptionError
-from flexgen.scalars import as_float, as_int, plain, shown
-from flexgen.sizes import MIB, check_budget
 
 if TYPE_CHECKING:
     import torch

@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
+from flexgen.base.parameters import CHECKS, must_be
+from flexgen.base.scalars import plain, shown
 from flexgen.errors import RequestError
-from flexgen.parameters import CHECKS, must_be
-from flexgen.scalars import plain, shown
 
 # Keywords of vLLM whose effect we do not have, with the value that asks for none.  None asks for none everywhere.
 _UNSUPPORTED: Mapping[str, Any] = {

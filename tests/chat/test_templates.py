@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from flexgen.chat import Chat, Templates
 from flexgen.chat.templates import choose_template, default_template
 from flexgen.errors import OptionError, RequestError
-from flexgen.text import Tokenizer
+from flexgen.text.tokenizer import Tokenizer
 
 HELLO = Chat(messages=({"role": "user", "content": "Hello"},))
 

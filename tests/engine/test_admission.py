@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from flexgen.engine.admission import MIN_OBSERVED, Admission, Homes, LengthForecast, held_pages
 from flexgen.engine.prefixes import PrefixStore
 from flexgen.engine.sequence import Sequence
-from flexgen.memory.kv_cache import KVCache, KVGroup, PageList
-from flexgen.plan.outputs import RESERVED_QUANTILE
-from flexgen.prefixes import PrefixCensus
+from flexgen.kv.cache import KVCache, KVGroup, PageList
+from flexgen.plan.play.answer_lengths import RESERVED_QUANTILE
 from flexgen.request import TokenRequest
+from flexgen.text.common_prefixes import PrefixCensus
 
 
 class Pages:

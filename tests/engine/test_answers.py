@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from flexgen.engine.answers import Answers, Ending, ending, ending_or_error
-from flexgen.engine.clock import RunCounts
 from flexgen.engine.sequence import Sequence
 from flexgen.errors import CapacityError, EngineError, RequestError, StorageError
-from flexgen.jobs.stopping import Stopped
+from flexgen.jobs.interrupt import Stopped
+from flexgen.report.clock import RunCounts
 from flexgen.request import Generated, TokenLogprobs, TokenRequest
 
 

@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 
-from flexgen.engine import clock, record
-from flexgen.engine.progress import Progress
-from flexgen.engine.record import Record
-from flexgen.engine.trace import Trace
-from flexgen.plan.cost import PassWork
+from flexgen.plan.price.work import PassWork
+from flexgen.report import clock
+from flexgen.report import run_log as record
+from flexgen.report.pass_log import Trace
+from flexgen.report.progress import Progress
+from flexgen.report.run_log import Record
 
 
 class Meters:

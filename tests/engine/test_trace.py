@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 from machines import machine_of
 
-from flexgen.engine.trace import Trace
-from flexgen.plan.cost import PassWork
-from flexgen.plan.expect import Expectation
 from flexgen.plan.model import KVGroupSpec, ModelSpec, UnitSpec
 from flexgen.plan.policy import Fractions, Policy
+from flexgen.plan.price.pass_time import Expectation
+from flexgen.plan.price.work import PassWork
+from flexgen.report.pass_log import Trace
 
 SPEC = ModelSpec(
     name="tiny", model_type="opt", units=(UnitSpec(name="layers.0", disk_bytes=8, decoded_bytes=8, flops_per_token=8.0),),

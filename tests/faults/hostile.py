@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from faults.trials import MODEL, REQUESTS, Fault, JobOutcome, Workshop, key_of, same_answer
-from flexgen.failpoints import FAILPOINTS
+from flexgen.base.failpoints import FAILPOINTS
 
 _NUM_PLACES = 8
 _MARK = "~~~"  # at the end of a prompt: something goes wrong in the run's own process with this line
@@ -448,7 +448,7 @@ def write_model(folder: Path) -> None:
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, pre_tokenizers
     from tokenizers.models import BPE
 
-    from flexgen.models.dummy import write_random_checkpoint
+    from flexgen.checkpoint.dummy import write_random_checkpoint
 
     config = transformers.LlamaConfig(
         vocab_size=272, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,

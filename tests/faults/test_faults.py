@@ -17,7 +17,7 @@ import pytest
 
 from faults.hostile import HOSTILE_KINDS
 from faults.kinds import ALL_KINDS
-from flexgen.failpoints import FAILPOINTS
+from flexgen.base.failpoints import FAILPOINTS
 
 HERE = Path(__file__).parent
 SOURCE = HERE.parent.parent / "src"
@@ -66,4 +66,4 @@ def test_every_failpoint_is_known_and_every_known_one_is_somewhere() -> None:
 
 def test_nothing_in_the_package_switches_failpoints_on() -> None:
     users = [path for path in SOURCE.rglob("*.py") if "switch_on" in path.read_text(encoding="utf-8")]
-    assert [path.name for path in users] == ["failpoints.py"]
+    assert [path.name for path in users] == ["base/failpoints.py"]

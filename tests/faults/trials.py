@@ -27,8 +27,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NoReturn, Self
 
-from flexgen import cli, failpoints, opening
-from flexgen.failpoints import FAILPOINTS
+from flexgen import cli
+from flexgen.base import failpoints
+from flexgen.base.failpoints import FAILPOINTS
+from flexgen.session import setup as opening
 
 PATIENCE_SECONDS = 60.0  # a run that takes longer hangs
 NOW = 1_700_000_000.0  # the clock of all runs: answers carry the time at which their job began
@@ -600,7 +602,7 @@ def write_model(folder: Path) -> None:
     import torch
     import transformers
 
-    from flexgen.models.dummy import write_random_checkpoint
+    from flexgen.checkpoint.dummy import write_random_checkpoint
 
     config = transformers.LlamaConfig(
         vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
@@ -632,13 +634,13 @@ def _import_everything() -> None:
     import torch
     import transformers
 
-    import flexgen.engine.report
     import flexgen.jobs.export
     import flexgen.jobs.runner
     import flexgen.jobs.status
+    import flexgen.report.report
     from flexgen.kernels.attention import attention_kernels, warm_up
     from flexgen.llm import LLM  # noqa: F401
-    from flexgen.opening import prepare  # noqa: F401
+    from flexgen.session.setup import prepare  # noqa: F401
 
     torch.set_num_threads(1)
     _ = transformers.LlamaForCausalLM, transformers.LlamaConfig, transformers.AutoConfig, transformers.AutoModelForCausalLM
@@ -646,7 +648,7 @@ def _import_everything() -> None:
     warm_up(kernels, torch.float32)
     kernels.close()
     # The measure of a run's speed takes as long as such a run, and changes nothing that is kept.
-    flexgen.engine.report.least_ideal_seconds = lambda *arguments, **keywords: 1.0
+    flexgen.report.report.least_ideal_seconds = lambda *arguments, **keywords: 1.0
     gc.collect()
     gc.freeze()
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from flexgen import LLM, RequestError, SamplingParams
-from flexgen.jobs.fields import Answer, JobRequest
+from flexgen.api.fields import Answer, JobRequest
 from flexgen.jobs.forms import Forms
 from flexgen.jobs.lines import read_lines
 from flexgen.jobs.prompts import encode_prompts

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
+from flexgen.api.bodies import parse_chat, parse_completion
+from flexgen.api.fields import JobRequest
 from flexgen.chat import Chat
 from flexgen.errors import RequestError
-from flexgen.jobs.bodies import parse_chat, parse_completion
-from flexgen.jobs.fields import JobRequest
 from flexgen.request import SamplingParams
 
 DEFAULTS = SamplingParams(temperature=0.7, max_tokens=None)

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexgen.jobs.census import Census
-from flexgen.jobs.fields import Origin
+from flexgen.api.fields import Origin
+from flexgen.jobs.duplicate_ids import Census
 
 
 def repeated(ids: Sequence[str | int | None]) -> list[int]:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from jobs.places import IDENTITY, fill, opened, paths_of, records, result
 
-from flexgen import failpoints
+from flexgen.base import failpoints
 from flexgen.errors import JobError, OptionError, StorageError
 from flexgen.jobs.database import connect
 from flexgen.jobs.export import _ORDERS, check_output, export, export_to_stream, remove_job
@@ -100,7 +100,7 @@ def test_whatever_fails_the_old_output_stays(output: Path, monkeypatch: pytest.M
 KILLED = """
 import os, sys
 from pathlib import Path
-from flexgen import failpoints
+from flexgen.base import failpoints
 from flexgen.jobs.export import export
 from flexgen.jobs.folder import find_job
 failpoints.switch_on(lambda name: os._exit(9) if name == "export.rename" else None)

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
+from flexgen.api.fields import Answer, Form, JobRequest, Origin
+from flexgen.api.openai import OpenAIForm
+from flexgen.api.plain import PlainForm
 from flexgen.chat import Chat
 from flexgen.errors import OptionError, RequestError
-from flexgen.jobs.fields import Answer, Form, JobRequest, Origin
 from flexgen.jobs.forms import Forms, Remarks
 from flexgen.jobs.lines import Line
-from flexgen.jobs.openai import OpenAIForm
-from flexgen.jobs.plain import PlainForm
 from flexgen.request import CompletionOutput, Logprob, SamplingParams
 
 DEFAULTS = SamplingParams(temperature=0.7, max_tokens=None)
@@ -261,7 +261,7 @@ def test_the_error_of_a_batch_line_has_its_id(custom_id: object, kept: object) -
 
 
 def test_a_line_that_finds_a_bug_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flexgen.jobs.plain.parse_completion", lambda body, defaults: {}["x"])
+    monkeypatch.setattr("flexgen.api.plain.parse_completion", lambda body, defaults: {}["x"])
     origin, _, error = parsed({"id": 5, "prompt": "p"})
     assert isinstance(error, RequestError)
     assert (origin.id, error.code) == (5, "internal_error")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from flexgen.jobs.logprobs import chat_logprobs, completion_logprobs
+from flexgen.api.logprobs import chat_logprobs, completion_logprobs
 from flexgen.request import CompletionOutput, Logprob
 
 

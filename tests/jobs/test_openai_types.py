@@ -14,10 +14,10 @@ from openai.types import Completion, ErrorObject
 from openai.types.chat import ChatCompletion
 
 from flexgen import LLM, RequestError, SamplingParams
-from flexgen.jobs.fields import Answer, JobRequest, Origin
+from flexgen.api.fields import Answer, JobRequest, Origin
+from flexgen.api.openai import OpenAIForm
 from flexgen.jobs.forms import Forms
 from flexgen.jobs.lines import Line
-from flexgen.jobs.openai import OpenAIForm
 from flexgen.jobs.prompts import encode_prompts
 from flexgen.plan.workload import Workload
 from flexgen.request import CompletionOutput, Logprob

@@ -11,8 +11,8 @@ import pytest
 from fakes import byte_id
 
 from flexgen import LLM, RequestError, SamplingParams
+from flexgen.api.fields import JobRequest
 from flexgen.chat import Chat
-from flexgen.jobs.fields import JobRequest
 from flexgen.jobs.prompts import encode_prompts
 
 TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}{{ raise_exception('never') if messages[0].content == 'bad' }}"
@@ -80,7 +80,7 @@ def test_texts_that_no_context_holds_fail_alone(llm: LLM) -> None:
 def test_conversations_are_encoded_as_they_are_rendered(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     """So that few of them are held."""
     monkeypatch.setattr("flexgen.chat.process._BATCH_CHARS", 1)
-    monkeypatch.setattr("flexgen.text._BATCH_BYTES", 100)
+    monkeypatch.setattr("flexgen.text.tokenizer._BATCH_BYTES", 100)
     steps: list[str] = []
     render, encode = llm.render_chats, llm.get_tokenizer().__class__.__call__
 

@@ -16,18 +16,18 @@ from hypothesis import strategies as st
 from jobs.places import paths_of
 
 from flexgen import LLM, EngineError, JobError, OutOfMemoryError, RequestError, SamplingParams, StorageError
-from flexgen.defaults import derive_seed
 from flexgen.jobs import store as store_module
 from flexgen.jobs.export import export
 from flexgen.jobs.folder import JobFolder
 from flexgen.jobs.identity import identity_of
+from flexgen.jobs.interrupt import Stopped, StopRequest
 from flexgen.jobs.reading import Reader, Refused, index_of, place_of
 from flexgen.jobs.runner import Job
 from flexgen.jobs.status import read_status
-from flexgen.jobs.stopping import Stopped, StopRequest
 from flexgen.jobs.store import Store
 from flexgen.plan.workload import Workload
 from flexgen.request import Generated, Live, TokenRequest, TokenResult
+from flexgen.text.defaults import derive_seed
 
 DEFAULTS = SamplingParams(temperature=0.0, max_tokens=None)
 
@@ -416,7 +416,7 @@ class SteppingEngine(FakeEngine):
 
 @pytest.fixture
 def stepping(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flexgen.open_engine.open_engine", lambda files, options, workload: SteppingEngine(workload))
+    monkeypatch.setattr("flexgen.session.session.open_engine", lambda files, options, workload: SteppingEngine(workload))
     monkeypatch.setattr(SteppingEngine, "num_tokens", 0)
     monkeypatch.setattr(store_module, "COMMIT_SECONDS", 0.0)
 
@@ -458,7 +458,7 @@ def test_a_stopped_job_generates_no_token_twice(llm: LLM, tmp_path: Path, looks:
 def test_a_pass_that_is_given_up_costs_no_earlier_token(llm: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = write(tmp_path / "in.jsonl", {"prompt": "ab", "max_tokens": 20})
     stop, generate = StopRequest(), SteppingEngine.generate
-    monkeypatch.setattr("flexgen.jobs.stopping.PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr("flexgen.jobs.interrupt.PATIENCE_SECONDS", 0.0)
 
     def slow(engine: SteppingEngine, requests: Any, *, on_pass: Any, on_progress: Any, **more: Any) -> Iterator[TokenResult]:
         passes = 0

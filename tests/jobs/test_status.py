@@ -10,7 +10,7 @@ from jobs.places import opened, paths_of, result
 
 from flexgen.cli.status import format_status
 from flexgen.jobs import store as store_module
-from flexgen.jobs.begun import Begun
+from flexgen.jobs.saved_progress import Begun
 from flexgen.jobs.status import read_status
 from flexgen.request import Generated
 

@@ -18,13 +18,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jobs.places import IDENTITY, fill, opened, paths_of, result
 
-from flexgen import failpoints
+from flexgen.base import failpoints
 from flexgen.errors import JobError, StorageError
 from flexgen.jobs import store as store_module
-from flexgen.jobs.begun import Begun, Ending, Kept
 from flexgen.jobs.export import check_output
 from flexgen.jobs.folder import JobFolder
 from flexgen.jobs.identity import Identity
+from flexgen.jobs.saved_progress import Begun, Ending, Kept
 from flexgen.jobs.store import Store
 from flexgen.request import Generated, TokenLogprobs
 

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from flexgen import LLM, SamplingParams, cli
 from flexgen.plan.workload import Workload
 from flexgen.request import Generated
-from flexgen.text import UNFINISHED, Tokenizer
+from flexgen.text.tokenizer import UNFINISHED, Tokenizer
 
 WAVE = ("<0xF0>", "<0x9F>", "<0x8C>", "<0x8A>")
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}<|assistant|>"

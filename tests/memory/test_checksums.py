@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from flexgen.errors import StorageError
-from flexgen.memory.checksums import BLOCK_BYTES, BlockSums
-from flexgen.memory.direct_io import AlignedBuffer, File, FileSet
-from flexgen.memory.kv_disk import NEW_FILE
-from flexgen.memory.rows import EmbeddingRows, RowTable
+from flexgen.io.checksums import BLOCK_BYTES, BlockSums
+from flexgen.io.direct_io import AlignedBuffer, File, FileSet
+from flexgen.kv.disk import NEW_FILE
+from flexgen.weights.rows import EmbeddingRows, RowTable
 
 SIZE = 16 * BLOCK_BYTES
 

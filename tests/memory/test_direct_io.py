@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flexgen.errors import StorageError
-from flexgen.memory import direct_io
-from flexgen.memory.direct_io import ALIGNMENT, AlignedBuffer, File, FileSet, IOPool, Ticket, plan_extents
+from flexgen.io import direct_io
+from flexgen.io.direct_io import ALIGNMENT, AlignedBuffer, File, FileSet, IOPool, Ticket, plan_extents
 
 PATHS = [Path("a"), Path("b")]
 SIZE = 3 * ALIGNMENT + 777

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flexgen.errors import EngineError
-from flexgen.memory.kv_cache import KVCache, KVGroup, PageList, PagePool, divide_pool, group_layers, layer_index
+from flexgen.kv.cache import KVCache, KVGroup, PageList, PagePool, divide_pool, group_layers, layer_index
 
 NUM_PAGES = 20
 

@@ -16,15 +16,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from flexgen.devices.base import SimulatedDevice
 from flexgen.errors import StorageError
+from flexgen.io.direct_io import IOPool
 from flexgen.kernels.attention import ReferenceKernels
-from flexgen.memory.direct_io import IOPool
-from flexgen.memory.kv_cache import KVCache, PagePool, SequenceKV, group_layers, layer_index
-from flexgen.memory.kv_disk import DiskPlace, DiskPool
-from flexgen.memory.kv_host import HostPlace
-from flexgen.memory.kv_pass import KVPlan, KVSlice, is_decode
-from flexgen.memory.kv_place import LocalPlace, Place, View
-from flexgen.memory.transfer import SimulatedDevice
+from flexgen.kv.cache import KVCache, PagePool, SequenceKV, group_layers, layer_index
+from flexgen.kv.disk import DiskPlace, DiskPool
+from flexgen.kv.host import HostPlace
+from flexgen.kv.place import LocalPlace, Place, View
+from flexgen.kv.views import KVPlan, KVSlice, is_decode
 from flexgen.models.attention import AttentionCall, LatentProjection
 
 HEADS, DIM, RANK, NOPE, ROPE = 4, 8, 6, 5, 3

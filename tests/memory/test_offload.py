@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from flexgen.errors import StorageError
-from flexgen.memory.offload import OffloadFolder
+from flexgen.io.offload import OffloadFolder
 
 KILLED = """
 import os, sys
 from pathlib import Path
-from flexgen.memory.offload import OffloadFolder
+from flexgen.io.offload import OffloadFolder
 folder = OffloadFolder(Path(sys.argv[1]))
 (folder.path / "kv.spill").write_bytes(b"private")
 os.kill(os.getpid(), 9)

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flexgen.errors import EngineError
-from flexgen.memory.ring import ByteRing, Slot
+from flexgen.weights.ring import ByteRing, Slot
 
 CAPACITY = 100
 

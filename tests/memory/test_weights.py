@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from flexgen.devices.base import SimulatedDevice
 from flexgen.errors import EngineError, StorageError
-from flexgen.memory.direct_io import FileSet, IOPool, plan_extents
-from flexgen.memory.ring import ByteRing
-from flexgen.memory.transfer import SimulatedDevice
-from flexgen.memory.unit import UnitLayout, UnitTensor, packed_offsets
-from flexgen.memory.weights import WeightStore
+from flexgen.io.direct_io import FileSet, IOPool, plan_extents
+from flexgen.weights.ring import ByteRing
+from flexgen.weights.store import WeightStore
+from flexgen.weights.unit import UnitLayout, UnitTensor, packed_offsets
 
 NUM_UNITS = 9
 

@@ -24,10 +24,10 @@ from machines import machine_of
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from flexgen.devices.base import SimulatedDevice
 from flexgen.engine import engine as engine_module
 from flexgen.engine.engine import Engine
-from flexgen.memory.transfer import SimulatedDevice
-from flexgen.models.loading import LoadedModel, load_model
+from flexgen.models.assemble import LoadedModel, load_model
 from flexgen.plan.policy import Fractions, Policy
 from flexgen.request import TokenRequest
 from tests.models.tiny_configs import vary_constants

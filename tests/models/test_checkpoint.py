@@ -16,11 +16,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import Concatenate, ConversionOps, WeightConverter
 
+from flexgen.checkpoint import parameters as checkpoint_module
+from flexgen.checkpoint.parameters import Checkpoint, ModelSources, check_supported_number_format, parameter_sources
+from flexgen.checkpoint.sources import CAST_ELEMENTS, ParameterSource, cast_into
 from flexgen.errors import CheckpointError, UnsupportedModelError
-from flexgen.models import checkpoint as checkpoint_module
-from flexgen.models.checkpoint import Checkpoint, ModelSources, check_supported_number_format, parameter_sources
-from flexgen.models.folder import SINGLE_FILE
-from flexgen.models.sources import CAST_ELEMENTS, ParameterSource, cast_into
+from flexgen.hub.folder import SINGLE_FILE
 from tests.models.tiny_configs import CAUSAL_TYPES, tiny_config
 
 FAMILIES = (

@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import LlamaConfig
 from transformers.core_model_loading import Chunk, Concatenate, Interleave, MergeModulelist, PermuteForRope, Transpose
 
-from flexgen.models.conversion import Traced, Untraceable
-from flexgen.models.headers import StoredTensor
+from flexgen.checkpoint.conversion import Traced, Untraceable
+from flexgen.checkpoint.headers import StoredTensor
 
 
 def stored(name: str, shape: Sequence[int]) -> StoredTensor:

@@ -10,9 +10,9 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
-from flexgen.models.describe import ParameterUse, UnitPart, cut_units, streamed_uses
 from flexgen.models.skeleton import ANY_ROOM, build_skeleton
-from flexgen.models.trace import ModelTrace, trace_model
+from flexgen.models.tracing import ModelTrace, trace_model
+from flexgen.models.units import ParameterUse, UnitPart, cut_units, streamed_uses
 from tests.models.tiny_configs import tiny_config
 
 UNIT_BYTES = 12_000

@@ -10,11 +10,11 @@ import torch
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
+from flexgen.checkpoint import dummy
+from flexgen.checkpoint.dummy import write_random_checkpoint
+from flexgen.checkpoint.parameters import Checkpoint, ModelSources, parameter_sources
 from flexgen.errors import StorageError
-from flexgen.models import dummy
-from flexgen.models.checkpoint import Checkpoint, ModelSources, parameter_sources
-from flexgen.models.dummy import write_random_checkpoint
-from flexgen.models.folder import INDEX_FILE, SINGLE_FILE
+from flexgen.hub.folder import INDEX_FILE, SINGLE_FILE
 from tests.models.tiny_configs import tiny_config
 
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from flexgen.checkpoint.parameters import Checkpoint
 from flexgen.errors import CheckpointError
-from flexgen.models.checkpoint import Checkpoint
-from flexgen.models.folder import INDEX_FILE, SINGLE_FILE, weight_files
+from flexgen.hub.folder import INDEX_FILE, SINGLE_FILE, weight_files
 
 
 def write_index(folder: Path, weight_map: object) -> None:

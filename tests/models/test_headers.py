@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from safetensors import deserialize
 from safetensors.torch import save
 
+from flexgen.checkpoint.headers import DTYPES, MAX_HEADER_BYTES, header_length, parse_header, read_header
+from flexgen.checkpoint.sources import read_bytes
 from flexgen.errors import CheckpointError
-from flexgen.models.headers import DTYPES, MAX_HEADER_BYTES, header_length, parse_header, read_header
-from flexgen.models.sources import read_bytes
 
 HERE = Path("model.safetensors")
 FLOATS = {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}

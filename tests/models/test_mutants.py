@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 
+from flexgen.checkpoint.dummy import write_random_checkpoint
 from flexgen.errors import CapacityError, ModelError
-from flexgen.hub import resolve_model
-from flexgen.models.dummy import write_random_checkpoint
-from flexgen.opening import check_model
+from flexgen.hub.hub import resolve_model
 from flexgen.options import EngineOptions
+from flexgen.session.setup import check_model
 from tests.models.tiny_configs import tiny_config
 
 FAMILIES = ("llama", "opt", "qwen3_moe", "phi3", "deepseek_v3")

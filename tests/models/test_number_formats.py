@@ -9,14 +9,14 @@ import pytest
 import torch
 from transformers import PreTrainedConfig
 
+from flexgen.checkpoint.headers import StoredTensor
+from flexgen.checkpoint.parameters import Headers
+from flexgen.checkpoint.repository import NamedTensor, headers_of, meta_model, saved_tensors, sharded
+from flexgen.checkpoint.sources import Piece, whole
 from flexgen.errors import CheckpointError, UnsupportedModelError
-from flexgen.models.checkpoint import Headers
-from flexgen.models.headers import StoredTensor
+from flexgen.formats.low_bit import FP8_BLOCK, MXFP4, NumberFormat, decoded_headers, published_format
+from flexgen.models.describe import describe_config, describe_headers
 from flexgen.models.layouts import lay_out, trace_config
-from flexgen.models.number_formats import FP8_BLOCK, MXFP4, NumberFormat, decoded_headers, published_format
-from flexgen.models.repository import NamedTensor, headers_of, meta_model, saved_tensors, sharded
-from flexgen.models.sources import Piece, whole
-from flexgen.models.spec import describe_config, describe_headers
 from tests.models.tiny_configs import tiny_config
 
 FORMATS = {"gpt_oss": MXFP4, "deepseek_v3": FP8_BLOCK}

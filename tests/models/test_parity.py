@@ -14,11 +14,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, GenerationConfig
 
+from flexgen.checkpoint.parameters import Checkpoint
 from flexgen.engine.engine import Engine
 from flexgen.engine.sequence import Sequence
 from flexgen.errors import UnsupportedModelError
-from flexgen.models.checkpoint import Checkpoint
-from flexgen.models.loading import LoadedModel, load_model
+from flexgen.models.assemble import LoadedModel, load_model
 from flexgen.plan.policy import Fractions
 from tests.models.parity import Expected, answered, assert_equal, build, describe, expected, policy, requests_for, save
 from tests.models.tiny_configs import CAUSAL_TYPES, tiny_config

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from flexgen.models.checkpoint import Checkpoint
-from flexgen.models.headers import StoredTensor
-from flexgen.models.repository import NamedTensor, headers_of, meta_model, saved_tensors, sharded
+from flexgen.checkpoint.headers import StoredTensor
+from flexgen.checkpoint.parameters import Checkpoint
+from flexgen.checkpoint.repository import NamedTensor, headers_of, meta_model, saved_tensors, sharded
 from tests.models.tiny_configs import tiny_config
 
 

@@ -9,13 +9,13 @@ import pytest
 import torch
 from transformers import PreTrainedConfig
 
+from flexgen.checkpoint.dummy import write_random_checkpoint
+from flexgen.checkpoint.parameters import Checkpoint
 from flexgen.errors import UnsupportedModelError
-from flexgen.memory.direct_io import ALIGNMENT
-from flexgen.memory.unit import UnitLayout
-from flexgen.models.checkpoint import Checkpoint
-from flexgen.models.dummy import write_random_checkpoint
-from flexgen.models.loading import LoadedModel, load_model
-from flexgen.models.spec import describe_config, describe_headers
+from flexgen.io.direct_io import ALIGNMENT
+from flexgen.models.assemble import LoadedModel, load_model
+from flexgen.models.describe import describe_config, describe_headers
+from flexgen.weights.unit import UnitLayout
 from tests.models.test_parity import REFUSED, SUPPORTED, VARIANTS
 from tests.models.tiny_configs import tiny_config
 

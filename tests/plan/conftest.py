@@ -3,11 +3,11 @@
 import pytest
 from machines import machine_of
 
+from flexgen.base.sizes import GIB, MIB
 from flexgen.options import EngineOptions
 from flexgen.plan.machine import Limits
 from flexgen.plan.model import KVGroupSpec, ModelSpec, UnitSpec
 from flexgen.plan.policy import Fractions, Policy
-from flexgen.sizes import GIB, MIB
 
 
 def spec_of(*, layers=3, unit_bytes=1000, decoded=1, groups=None, **changes):

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 from machines import machine_of, steady
 
+from flexgen.base.sizes import GIB, MIB
 from flexgen.options import EngineOptions
-from flexgen.plan.cost import memory_bytes
 from flexgen.plan.machine import Limits, Machine, Overheads
 from flexgen.plan.model import KVGroupSpec, ModelSpec, UnitSpec
-from flexgen.plan.space import Space
+from flexgen.plan.price.work import memory_bytes
+from flexgen.plan.search.space import Space
 from flexgen.plan.workload import Workload
-from flexgen.sizes import GIB, MIB
 
 PROCESS_BYTES = 100 * MIB
 TIERS = ("device", "host", "disk")

@@ -6,7 +6,7 @@ import pytest
 
 from flexgen.errors import OptionError
 from flexgen.models.catalogue import ENTRIES
-from flexgen.plan.catalogue import catalogue_name, catalogue_names, catalogue_spec
+from flexgen.plan.known.models import catalogue_name, catalogue_names, catalogue_spec
 
 # Parameters, to the last, as the hub counts what the files hold; DeepSeek-V3's without the layer that only predicts ahead, and
 # OPT-175B's as they follow from table 1 of its paper.

@@ -5,7 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flexgen.errors import OptionError
-from flexgen.plan.cost import (
+from flexgen.plan.model import KVGroupSpec, UnitSpec
+from flexgen.plan.policy import Fractions
+from flexgen.plan.price.work import (
     RESOURCES,
     PassLoad,
     PassWork,
@@ -16,8 +18,6 @@ from flexgen.plan.cost import (
     weight_bytes,
     weights_work,
 )
-from flexgen.plan.model import KVGroupSpec, UnitSpec
-from flexgen.plan.policy import Fractions
 
 MB = 10**6
 

@@ -5,18 +5,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flexgen.base.sizes import GIB, MIB
 from flexgen.errors import CapacityError, OptionError
-from flexgen.plan.cost import unit_homes
-from flexgen.plan.default import solve
-from flexgen.plan.expect import Expectation
-from flexgen.plan.footprint import activation_bytes, footprint, scratch_bytes
-from flexgen.plan.job import JobSizes
-from flexgen.plan.limit import budgets_of, least_ideal_seconds
 from flexgen.plan.model import KVGroupSpec, UnitSpec
+from flexgen.plan.play.sampling import JobSizes
+from flexgen.plan.play.simulate import simulate
 from flexgen.plan.policy import Fractions
-from flexgen.plan.simulate import simulate
+from flexgen.plan.price.memory import activation_bytes, footprint, scratch_bytes
+from flexgen.plan.price.pass_time import Expectation
+from flexgen.plan.price.work import unit_homes
+from flexgen.plan.search.ideal import budgets_of, least_ideal_seconds
+from flexgen.plan.search.solve import solve
 from flexgen.plan.workload import Workload
-from flexgen.sizes import GIB, MIB
 
 JOB = Workload(prompt_lens=(256,) * 192, output_lens=(32,) * 192)
 

@@ -3,11 +3,11 @@ import dataclasses
 import numpy as np
 import pytest
 
-from flexgen.plan.cost import PassWork
-from flexgen.plan.expect import Expectation, elementwise_bytes, rate_at
 from flexgen.plan.machine import DiskRequest, Overheads, Rate
 from flexgen.plan.model import UnitSpec
-from flexgen.plan.simulate import simulate
+from flexgen.plan.play.simulate import simulate
+from flexgen.plan.price.pass_time import Expectation, elementwise_bytes, rate_at
+from flexgen.plan.price.work import PassWork
 from flexgen.plan.workload import Workload
 
 NOTHING = Overheads(per_pass=0, per_sequence=0, per_unit=0, per_layer_and_micro_batch=0, per_gathered_row=0)

@@ -3,12 +3,12 @@ import json
 
 import pytest
 
+from flexgen.base.sizes import GIB
 from flexgen.errors import OptionError
 from flexgen.options import EngineOptions
+from flexgen.plan.known.machines import beside_checkpoint, find_machine, limits_of, machine_names
 from flexgen.plan.machine import Rate
 from flexgen.plan.machine_file import read_machine
-from flexgen.plan.machines import beside_checkpoint, find_machine, limits_of, machine_names
-from flexgen.sizes import GIB
 
 
 @pytest.mark.parametrize("name", machine_names())

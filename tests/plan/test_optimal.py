@@ -11,22 +11,22 @@ import numpy as np
 import pytest
 from plan.instances import PROCESS_BYTES, instance_of
 
+from flexgen.base.sizes import GIB, MIB, parse_size
 from flexgen.errors import CapacityError
 from flexgen.options import TIERS, EngineOptions
-from flexgen.plan.bounds import Bounds
-from flexgen.plan.catalogue import catalogue_spec
-from flexgen.plan.default import solve
-from flexgen.plan.footprint import footprint
-from flexgen.plan.machines import find_machine, limits_of
-from flexgen.plan.pareto import pareto
-from flexgen.plan.play import Player
-from flexgen.plan.search import Search
-from flexgen.plan.shortage import shortage
-from flexgen.plan.simulate import simulate
-from flexgen.plan.space import Point, Space
-from flexgen.plan.steady import MeanSequence, SteadyState
+from flexgen.plan.known.machines import find_machine, limits_of
+from flexgen.plan.known.models import catalogue_spec
+from flexgen.plan.play.simulate import simulate
+from flexgen.plan.price.memory import footprint
+from flexgen.plan.search.bounds import Bounds
+from flexgen.plan.search.evaluate import Player
+from flexgen.plan.search.optimise import Search
+from flexgen.plan.search.shortage import shortage
+from flexgen.plan.search.solve import solve
+from flexgen.plan.search.space import Point, Space
+from flexgen.plan.search.steady import MeanSequence, SteadyState
+from flexgen.plan.tell.pareto import pareto
 from flexgen.plan.workload import Workload
-from flexgen.sizes import GIB, MIB, parse_size
 
 TOLERANCE = 1.01
 # Values per axis; kv_homes has its three kinds and what lies between.

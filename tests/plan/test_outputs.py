@@ -2,12 +2,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexgen.plan.default import solve
-from flexgen.plan.expect import Expectation
-from flexgen.plan.forecast import forecast, forecast_again, make_plan
-from flexgen.plan.outputs import CONVERSATION_QUANTILES, OutputLengths, expected
-from flexgen.plan.remaining import RemainingTime
-from flexgen.plan.simulate import simulate
+from flexgen.plan.play.answer_lengths import CONVERSATION_QUANTILES, OutputLengths, expected
+from flexgen.plan.play.simulate import simulate
+from flexgen.plan.price.pass_time import Expectation
+from flexgen.plan.search.solve import solve
+from flexgen.plan.tell.forecast import forecast, forecast_again, make_plan
+from flexgen.plan.tell.remaining import RemainingTime
 from flexgen.plan.workload import Workload
 
 JOB = Workload(prompt_lens=(256,) * 96, output_lens=(32,) * 96)

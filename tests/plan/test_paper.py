@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 
+from flexgen.base.sizes import GIB
 from flexgen.errors import OptionError
 from flexgen.options import TIERS
 from flexgen.plan.paper.case import PaperCase, PaperMachine, PaperModel, PaperPolicy, PaperWorkload
@@ -15,7 +16,6 @@ from flexgen.plan.paper.price import block_seconds, decode_seconds, layer_second
 from flexgen.plan.paper.published import OPT, POLICIES, RELEASED, T4_FITTED, T4_PRINTED, TEXT, WORKLOAD
 from flexgen.plan.paper.search import PLACED, best_policy, solve_fractions
 from flexgen.plan.policy import Fractions
-from flexgen.sizes import GIB
 
 TINY = PaperModel(name="tiny", num_hidden_layers=2, hidden_size=4, intermediate_size=8, num_attention_heads=2)
 SHORT = PaperWorkload(prompt_len=3, output_len=4)

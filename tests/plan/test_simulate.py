@@ -8,15 +8,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexgen.plan.cost import PassLoad, PassWork, price, unit_homes, weights_work
-from flexgen.plan.job import PLAYED_REQUESTS, SEARCH_BLOCKS, SEARCH_REQUESTS, Samples, extrapolated
-from flexgen.plan.limit import Budgets, least_ideal_seconds
+from flexgen.base.sizes import GIB
 from flexgen.plan.model import KVGroupSpec
-from flexgen.plan.outputs import expected
+from flexgen.plan.play.answer_lengths import expected
+from flexgen.plan.play.sampling import PLAYED_REQUESTS, SEARCH_BLOCKS, SEARCH_REQUESTS, Samples, extrapolated
+from flexgen.plan.play.simulate import held_kv_bytes, simulate
 from flexgen.plan.policy import Fractions
-from flexgen.plan.simulate import held_kv_bytes, simulate
+from flexgen.plan.price.work import PassLoad, PassWork, price, unit_homes, weights_work
+from flexgen.plan.search.ideal import Budgets, least_ideal_seconds
 from flexgen.plan.workload import Workload
-from flexgen.sizes import GIB
 
 TOKEN = 30  # KV bytes of a token of the small model
 

@@ -10,10 +10,10 @@ from flexgen.engine.admission import Admission, Homes
 from flexgen.engine.prefixes import PrefixStore
 from flexgen.engine.schedule import SCHEDULES, Limits, Quota
 from flexgen.engine.sequence import Sequence
-from flexgen.memory.kv_cache import KVCache, KVGroup, PageList
+from flexgen.kv.cache import KVCache, KVGroup, PageList
 from flexgen.plan.model import KVGroupSpec
+from flexgen.plan.play.simulate import simulate
 from flexgen.plan.policy import Fractions
-from flexgen.plan.simulate import simulate
 from flexgen.plan.workload import Workload
 from flexgen.request import TokenRequest
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 from machines import machine_of
 
-from flexgen.engine.progress import CheckedMachine
+from flexgen.base.sizes import MIB
 from flexgen.errors import StorageError
 from flexgen.profile import check as module
 from flexgen.profile.busy import BusyCores
 from flexgen.profile.check import MachineCheck
-from flexgen.sizes import MIB
+from flexgen.report.progress import CheckedMachine
 
 
 def check_of(machine, tmp_path=None, **changes):

@@ -1,9 +1,9 @@
 import pytest
 
+from flexgen.base.sizes import GIB, KIB, MIB
 from flexgen.errors import CapacityError, OptionError
 from flexgen.options import EngineOptions
 from flexgen.profile.limits import find_limits
-from flexgen.sizes import GIB, KIB, MIB
 
 MEMORY_V1 = "30 20 0:30 / /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory"
 UNIFIED = "31 20 0:31 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw"

@@ -7,6 +7,7 @@ import pytest
 import torch
 from machines import machine_of
 
+from flexgen.base.sizes import KIB, MIB
 from flexgen.errors import OptionError
 from flexgen.plan.machine import Rate
 from flexgen.plan.machine_file import read_machine
@@ -14,7 +15,6 @@ from flexgen.profile import compute, disk
 from flexgen.profile import measure as module
 from flexgen.profile.measure import cached_machine, machine_key, measure
 from flexgen.profile.timing import median_seconds
-from flexgen.sizes import KIB, MIB
 
 BYTES = {"bfloat16": 2, "float32": 4, "float64": 8}
 

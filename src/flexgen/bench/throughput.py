@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from flexgen.engine.progress import Progress
 from flexgen.errors import OptionError
 from flexgen.llm import LLM
 from flexgen.plan.workload import Workload
+from flexgen.report.progress import Progress
 from flexgen.request import SamplingParams, TokenRequest
 
 

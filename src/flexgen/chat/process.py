@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flexgen.base.sizes import MIB, format_size
 from flexgen.chat.messages import Chat
 from flexgen.errors import FlexGenError, RequestError
-from flexgen.sizes import MIB, format_size
 
 _SCRIPT = Path(__file__).with_name("child.py")
 _LENGTH = struct.Struct("<I")  # before every frame; alone, before a batch, it is the number of its frames

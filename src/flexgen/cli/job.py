@@ -17,16 +17,16 @@ from flexgen.cli.options import load, write_asked
 from flexgen.cli.signals import StopSignals
 from flexgen.cli.terminal import complain
 from flexgen.errors import FlexGenError, OptionError, OutOfMemoryError, RequestError, StorageError
-from flexgen.jobs.stopping import Stopped
+from flexgen.jobs.interrupt import Stopped
 from flexgen.options import EngineOptions
 
 if TYPE_CHECKING:
-    from flexgen.display import Display
     from flexgen.jobs.folder import JobFolder
     from flexgen.jobs.runner import Job
     from flexgen.jobs.store import Store
     from flexgen.llm import LLM
     from flexgen.plan.workload import Workload
+    from flexgen.report.show import Display
     from flexgen.request import SamplingParams
 
 _LONG_ANSWER = 256  # tokens
@@ -282,7 +282,7 @@ def _how_to_get(store: Store) -> str:
 
 
 def _conclude(job: Job, store: Store, workload: Workload, asked: Asked, display: Display) -> None:
-    from flexgen.engine.progress import SCHEMA_VERSION
+    from flexgen.report.progress import SCHEMA_VERSION
 
     metrics: dict[str, object] = {"schema_version": SCHEMA_VERSION}  # nothing else of a run that found nothing to do
     if len(workload):
@@ -328,7 +328,7 @@ def _unusual(defaults: SamplingParams) -> list[str]:
 
 def _describe(job: Job, workload: Workload) -> str:
     """What is about to be answered, and with which defaults."""
-    from flexgen.jobs.openai import COMPLETIONS_MAX_TOKENS
+    from flexgen.api.openai import COMPLETIONS_MAX_TOKENS
 
     found = job.store.num_found if job.store is not None else 0
     bare = job.defaults

@@ -11,21 +11,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from flexgen.base.sizes import MIB
+from flexgen.base.steps import step
 from flexgen.cli.exit_codes import ExitCode
 from flexgen.cli.options import engine_command
 from flexgen.cli.reading import ChatTemplate, ChatTemplateKwargs, InputFormat, MaxTokens, Reading, Source, Tokenizer, lengths_of
 from flexgen.cli.terminal import showing
 from flexgen.errors import CapacityError, OptionError
 from flexgen.options import EngineOptions
-from flexgen.sizes import MIB
-from flexgen.steps import step
 
 if TYPE_CHECKING:
-    from flexgen.plan.forecast import Plan
-    from flexgen.plan.formats import FasterFormat
     from flexgen.plan.machine import Limits, Machine
     from flexgen.plan.model import ModelSpec
-    from flexgen.plan.pareto import ParetoPoint
+    from flexgen.plan.tell.dtypes import FasterFormat
+    from flexgen.plan.tell.forecast import Plan
+    from flexgen.plan.tell.pareto import ParetoPoint
     from flexgen.plan.workload import Workload
 
 # Resident memory of a run before any weight is loaded, about: the interpreter, torch, transformers, kernels.
@@ -75,8 +75,8 @@ class _Question:
 
     def plan_in(self, dtype: str) -> Plan | None:
         """The plan in another dtype; None where the machine was not measured in it, or nothing fits."""
-        from flexgen.plan.forecast import make_plan
-        from flexgen.specs import spec_of
+        from flexgen.plan.tell.forecast import make_plan
+        from flexgen.session.lookup import spec_of
 
         machine = self.box or self._kept(dtype)
         if machine is None or dtype not in machine.dense:
@@ -160,12 +160,12 @@ def plan(
 
 def _told(model: str, options: EngineOptions, machine: str | None, asked: _Lengths | Reading, *, pareto: bool, as_json: bool) -> str:
     """The plan, as text or JSON."""
-    from flexgen.plan.default import space_of
-    from flexgen.plan.forecast import make_plan
-    from flexgen.plan.formats import faster_format
-    from flexgen.plan.machines import beside_checkpoint
-    from flexgen.plan.pareto import pareto as curve_of
-    from flexgen.specs import spec_of
+    from flexgen.plan.known.machines import beside_checkpoint
+    from flexgen.plan.search.solve import space_of
+    from flexgen.plan.tell.dtypes import faster_format
+    from flexgen.plan.tell.forecast import make_plan
+    from flexgen.plan.tell.pareto import pareto as curve_of
+    from flexgen.session.lookup import spec_of
 
     limits, box = _limits_and_machine(options, machine)
     step(f"reading config and headers of {model}")
@@ -189,14 +189,14 @@ def _limits_and_machine(options: EngineOptions, name: str | None) -> tuple[Limit
         from flexgen.profile.limits import find_limits
 
         return find_limits(options), None
-    from flexgen.plan.machines import find_machine, limits_of
+    from flexgen.plan.known.machines import find_machine, limits_of
 
     machine = find_machine(name)
     return limits_of(machine, options), machine
 
 
 def _equal_lengths(asked: _Lengths, context: int, options: EngineOptions) -> Workload:
-    from flexgen.plan.simulate import PAGE_TOKENS
+    from flexgen.plan.play.simulate import PAGE_TOKENS
     from flexgen.plan.workload import Workload
 
     answer = asked.gen_len or min(GEN_LEN, context // 4)
@@ -228,7 +228,7 @@ _ORIGINS = {"measured": "measured {}", "datasheet": "by its datasheet", "paper":
 
 
 def _as_text(plan: Plan, faster: FasterFormat | None, curve: Sequence[ParetoPoint]) -> str:
-    from flexgen.readable import format_curve, format_memory, format_plan
+    from flexgen.report.format import format_curve, format_memory, format_plan
 
     origin = _ORIGINS[plan.machine.origin].format(plan.machine.date)
     lines = _what_does_not_run(plan)

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from flexgen.base.sizes import format_size
 from flexgen.cli.exit_codes import ExitCode
 from flexgen.cli.options import check_file, command, write_asked
 from flexgen.cli.terminal import showing
 from flexgen.errors import OptionError
 from flexgen.options import DEVICES, DTYPES
-from flexgen.sizes import format_size
 
 if TYPE_CHECKING:
     from flexgen.plan.machine import Machine, Rate

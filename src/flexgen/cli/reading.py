@@ -112,8 +112,8 @@ def lengths_of(reading: Reading, model: str, options: EngineOptions) -> Workload
 def _opened(reading: Reading, model: str, options: EngineOptions) -> Iterator[LLM]:
     """The model without its weights; a shipped one is what the catalogue says where another tokenizer is given."""
     from flexgen.llm import LLM
-    from flexgen.plan.catalogue import catalogue_spec
-    from flexgen.specs import shipped_name
+    from flexgen.plan.known.models import catalogue_spec
+    from flexgen.session.lookup import shipped_name
 
     options = dataclasses.replace(options, load_format="dummy")
     more = {"tokenizer": reading.tokenizer, "chat_template": reading.chat_template, "chat_template_kwargs": reading.template_kwargs()}
@@ -140,7 +140,7 @@ def _shipped(name: str) -> Iterator[Any]:
     """The files of a shipped model: its config, and nothing else."""
     from transformers import AutoConfig
 
-    from flexgen.hub import ModelFiles, read_json
+    from flexgen.hub.hub import ModelFiles, read_json
     from flexgen.models.catalogue import ENTRIES
 
     entry = ENTRIES[name]

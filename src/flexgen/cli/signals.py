@@ -10,7 +10,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from flexgen.cli.exit_codes import ExitCode
-from flexgen.jobs.stopping import Stopped, StopRequest
+from flexgen.jobs.interrupt import Stopped, StopRequest
 
 _SIGNALS = {signal.SIGINT: ExitCode.INTERRUPTED, signal.SIGTERM: ExitCode.TERMINATED, signal.SIGHUP: ExitCode.HANGUP}
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TextIO
 from flexgen.cli.exit_codes import ExitCode
 
 if TYPE_CHECKING:
-    from flexgen.display import Display
+    from flexgen.report.show import Display
 
 
 def complain(error: object, code: ExitCode) -> ExitCode:
@@ -38,10 +38,10 @@ def showing(progress: str, *, messages: TextIO | None = None, results: TextIO | 
         messages, results: where these go; None is stderr, and stdout for what may be lost.
         steps: whether to say what begins.
     """
+    from flexgen.base.steps import LOGGER as STEPS
+    from flexgen.base.steps import step
     from flexgen.cli.streams import reports
-    from flexgen.display import open_display
-    from flexgen.steps import LOGGER as STEPS
-    from flexgen.steps import step
+    from flexgen.report.show import open_display
 
     display = open_display(progress, messages or sys.stderr, results or reports(), steps=sys.stderr)
 

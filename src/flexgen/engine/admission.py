@@ -11,8 +11,8 @@ import numpy as np
 from flexgen.engine.prefixes import PrefixStore
 from flexgen.engine.schedule import Pages, fits_projected
 from flexgen.engine.sequence import Sequence
-from flexgen.memory.kv_cache import KVCache, KVGroup
-from flexgen.plan.outputs import RESERVED_QUANTILE
+from flexgen.kv.cache import KVCache, KVGroup
+from flexgen.plan.play.answer_lengths import RESERVED_QUANTILE
 
 MIN_OBSERVED = 32
 MANY_TOKENS = 1 << 40

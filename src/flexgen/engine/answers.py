@@ -8,10 +8,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import ParamSpec
 
-from flexgen.engine.clock import RunCounts
+from flexgen.base.isolation import for_one_request
 from flexgen.engine.sequence import Sequence
 from flexgen.errors import RequestError
-from flexgen.isolation import for_one_request
+from flexgen.report.clock import RunCounts
 from flexgen.request import TokenResult
 
 _Arguments = ParamSpec("_Arguments")

@@ -9,8 +9,8 @@ from flexgen.engine.pass_load import kv_slice
 from flexgen.engine.schedule import Slice, defer_behind, defer_remainder, pack
 from flexgen.engine.sequence import Sequence
 from flexgen.engine.sweep import MicroBatch
-from flexgen.memory.kv_pass import is_decode
-from flexgen.memory.kv_place import Place, View
+from flexgen.kv.place import Place, View
+from flexgen.kv.views import is_decode
 from flexgen.plan.policy import Policy
 
 

@@ -14,35 +14,35 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from flexgen.base.failpoints import failpoint
+from flexgen.devices.base import Backend
 from flexgen.engine.admission import Admission, Homes, LengthForecast
 from flexgen.engine.answers import Ending, ending, ending_or_error
 from flexgen.engine.logprobs import token_logprobs
-from flexgen.engine.model_runner import ModelRunner
 from flexgen.engine.prefixes import PrefixStore
-from flexgen.engine.progress import Progress, RunReport
-from flexgen.engine.record import Record
-from flexgen.engine.report import RunContext, make_report
+from flexgen.engine.runner import ModelRunner
 from flexgen.engine.sampler import as_float64, sample
 from flexgen.engine.schedule import SCHEDULES, Limits, Quota
 from flexgen.engine.sequence import Sequence
 from flexgen.engine.sweep import MicroBatch
-from flexgen.engine.trace import Trace
 from flexgen.engine.waiting import Waiting
 from flexgen.errors import EngineError, RequestError
-from flexgen.failpoints import failpoint
-from flexgen.memory.offload import OffloadFolder
-from flexgen.memory.transfer import Backend
-from flexgen.models.loading import LoadedModel
+from flexgen.io.offload import OffloadFolder
+from flexgen.models.assemble import LoadedModel
 from flexgen.options import TIERS
-from flexgen.plan.cost import price, weights_work
-from flexgen.plan.expect import Expectation
-from flexgen.plan.forecast import forecast_again
 from flexgen.plan.machine import Machine
 from flexgen.plan.policy import Policy
-from flexgen.plan.remaining import RemainingTime
+from flexgen.plan.price.pass_time import Expectation
+from flexgen.plan.price.work import price, weights_work
+from flexgen.plan.tell.forecast import forecast_again
+from flexgen.plan.tell.remaining import RemainingTime
 from flexgen.plan.workload import Workload
-from flexgen.prefixes import NO_PREFIXES, CommonPrefixes
+from flexgen.report.pass_log import Trace
+from flexgen.report.progress import Progress, RunReport
+from flexgen.report.report import RunContext, make_report
+from flexgen.report.run_log import Record
 from flexgen.request import Live, TokenRequest, TokenResult
+from flexgen.text.common_prefixes import NO_PREFIXES, CommonPrefixes
 
 logger = logging.getLogger(__name__)
 

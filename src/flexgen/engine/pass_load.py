@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from flexgen.engine.schedule import Slice
 from flexgen.engine.sweep import MicroBatch
-from flexgen.memory.kv_pass import KVSlice, is_decode
-from flexgen.plan.cost import PassLoad
+from flexgen.kv.views import KVSlice, is_decode
+from flexgen.plan.price.work import PassLoad
 
 
 def kv_slice(each: Slice) -> KVSlice:

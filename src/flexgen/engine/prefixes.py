@@ -10,8 +10,8 @@ from collections import Counter
 from collections.abc import Callable, Hashable
 
 from flexgen.engine.sequence import Sequence, StoredPrefix
-from flexgen.memory.kv_cache import KVCache
-from flexgen.prefixes import NO_PREFIXES, CommonPrefix, CommonPrefixes
+from flexgen.kv.cache import KVCache
+from flexgen.text.common_prefixes import NO_PREFIXES, CommonPrefix, CommonPrefixes
 
 Key = tuple[str, Hashable, bytes]  # (home, regime, digest)
 

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from flexgen.base.isolation import for_one_request
 from flexgen.engine.processors import changes_logits, process_logits
 from flexgen.errors import RequestError
-from flexgen.isolation import for_one_request
 from flexgen.request import TokenRequest
 
 _UINT64 = (1 << 64) - 1

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from flexgen.memory.kv_cache import SequenceKV
-from flexgen.prefixes import CommonPrefix
+from flexgen.kv.cache import SequenceKV
 from flexgen.request import Generated, TokenLogprobs, TokenRequest
+from flexgen.text.common_prefixes import CommonPrefix
 
 
 @dataclass(slots=True, eq=False)

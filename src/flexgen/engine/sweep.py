@@ -15,18 +15,18 @@ import torch
 
 from flexgen.engine.schedule import Slice
 from flexgen.errors import EngineError
-from flexgen.memory.kv_place import PendingAttention, View
-from flexgen.memory.weights import WeightStore
+from flexgen.kv.place import PendingAttention, View
 from flexgen.models.attention import AttentionCall, PassCache
+from flexgen.models.coroutine import ForwardCoroutine, Span
 from flexgen.models.skeleton import BoundModel
-from flexgen.models.suspension import ForwardCoroutine, Span
+from flexgen.weights.store import WeightStore
 
 FEW_ROWS = 256  # up to here odd row counts cost nothing
 IDLE_SECONDS = 0.5  # longest wait between looks; arrivals wake the loop earlier
 
 
 class RowSource(Protocol):
-    """Where embedding rows come from (memory/rows.py)."""
+    """Where embedding rows come from (weights/rows.py)."""
 
     def rows(self, module: str, token_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: ...
 

@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from flexgen.base.failpoints import failpoint
+from flexgen.base.files import check_private, open_private
 from flexgen.errors import StorageError
-from flexgen.failpoints import failpoint
-from flexgen.files import check_private, open_private
 
 _APPLICATION_ID = 0x666C7867  # "flxg", by which a job is told from other databases
 _VERSION = 1

@@ -12,12 +12,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from flexgen.base.failpoints import failpoint
+from flexgen.base.files import check_target, create, follow, open_private, sync_folder, temporary_beside
+from flexgen.base.sizes import MIB
 from flexgen.errors import JobError, OptionError, StorageError
-from flexgen.failpoints import failpoint
-from flexgen.files import check_target, create, follow, open_private, sync_folder, temporary_beside
 from flexgen.jobs.database import connect, transaction, translated
 from flexgen.jobs.folder import JobFolder, JobPaths
-from flexgen.sizes import MIB
 
 # Both follow an index: nothing is sorted, whatever the size.
 _ORDERS = {

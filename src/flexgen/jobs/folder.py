@@ -12,8 +12,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from flexgen.base.files import check_target, open_private, sync_folder
 from flexgen.errors import JobError, OptionError, StorageError
-from flexgen.files import check_target, open_private, sync_folder
 
 _SUFFIX = ".flexgen"
 _USUAL_NAME_BYTES = 255

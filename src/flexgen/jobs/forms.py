@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Any
 
+from flexgen.api.bodies import parse_completion
+from flexgen.api.fields import Form, JobRequest, Origin
+from flexgen.api.openai import OpenAIForm, is_batch_line
+from flexgen.api.plain import PlainForm
+from flexgen.base.isolation import for_one_request
 from flexgen.errors import OptionError, RequestError
-from flexgen.isolation import for_one_request
-from flexgen.jobs.bodies import parse_completion
-from flexgen.jobs.fields import Form, JobRequest, Origin
 from flexgen.jobs.lines import Line, parse_object, parse_text
-from flexgen.jobs.openai import OpenAIForm, is_batch_line
-from flexgen.jobs.plain import PlainForm
 from flexgen.request import SamplingParams
 
 INPUT_FORMATS = ("jsonl", "text")

@@ -14,11 +14,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from flexgen.hub import TOKENIZER_FILES, ModelFiles, weight_files
+from flexgen.base.sizes import format_size
+from flexgen.hub.hub import TOKENIZER_FILES, ModelFiles, weight_files
+from flexgen.hub.private_folder import tokenizer_files
 from flexgen.llm import LLM
-from flexgen.private_folder import tokenizer_files
 from flexgen.request import SamplingParams
-from flexgen.sizes import format_size
 
 _PACKAGES = ("flexgen-engine", "torch", "transformers", "tokenizers")
 
@@ -125,9 +125,9 @@ def _compute_dtype(llm: LLM) -> str:
     """What "auto" means for this model on this machine."""
     if llm.options.dtype != "auto":
         return llm.options.dtype
-    from flexgen.model_config import read_config
-    from flexgen.opening import compute_dtype
+    from flexgen.hub.config import read_config
     from flexgen.profile.limits import find_limits
+    from flexgen.session.setup import compute_dtype
 
     return str(compute_dtype("auto", read_config(llm.files), find_limits(llm.options).device)).removeprefix("torch.")
 

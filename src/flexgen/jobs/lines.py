@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO, NoReturn
 
+from flexgen.base.sizes import MIB, format_size
 from flexgen.errors import RequestError
-from flexgen.sizes import MIB, format_size
 
 MAX_LINE_BYTES = 16 * MIB  # some two million token ids
 _BOM = b"\xef\xbb\xbf"

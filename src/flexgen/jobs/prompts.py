@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from flexgen.api.fields import JobRequest
 from flexgen.chat import Chat
 from flexgen.errors import RequestError
-from flexgen.jobs.fields import JobRequest
 from flexgen.llm import LLM
 
 

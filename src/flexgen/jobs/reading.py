@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+from flexgen.api.fields import Form, JobRequest, Origin
+from flexgen.base.isolation import for_one_request
+from flexgen.base.parameters import MAX_CHOICES
 from flexgen.errors import RequestError
-from flexgen.isolation import for_one_request
-from flexgen.jobs.fields import Form, JobRequest, Origin
 from flexgen.jobs.forms import Forms
 from flexgen.jobs.lines import Line
 from flexgen.jobs.prompts import encode_prompts
 from flexgen.llm import LLM
-from flexgen.parameters import MAX_CHOICES
 from flexgen.request import TokenRequest
 
 _BATCH_LINES = 256  # tokenised together

@@ -14,24 +14,24 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from flexgen.engine.progress import Progress
+from flexgen.base.failpoints import failpoint
+from flexgen.base.steps import counted_lines
 from flexgen.errors import EngineError, JobError, OutOfMemoryError, StorageError, is_out_of_memory
-from flexgen.failpoints import failpoint
 from flexgen.jobs.alike import HEAD_LINES, check_head
-from flexgen.jobs.census import Census
+from flexgen.jobs.duplicate_ids import Census
 from flexgen.jobs.forms import Forms, Remarks
 from flexgen.jobs.input_file import READ_ERRORS, open_input
+from flexgen.jobs.interrupt import Stopped, StopRequest
 from flexgen.jobs.lines import Line, read_lines
 from flexgen.jobs.reading import Reader, Refused, Served
 from flexgen.jobs.serving import Serving, failure
-from flexgen.jobs.stopping import Stopped, StopRequest
 from flexgen.jobs.store import Store
 from flexgen.llm import LLM
-from flexgen.plan.forecast import Plan
+from flexgen.plan.tell.forecast import Plan
 from flexgen.plan.workload import Workload
-from flexgen.prefixes import NO_PREFIXES
+from flexgen.report.progress import Progress
 from flexgen.request import Live, SamplingParams, TokenRequest
-from flexgen.steps import counted_lines
+from flexgen.text.common_prefixes import NO_PREFIXES
 
 logger = logging.getLogger(__name__)
 

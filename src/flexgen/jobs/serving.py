@@ -8,11 +8,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from flexgen.api.fields import Answer
+from flexgen.base.isolation import for_one_request
 from flexgen.errors import RequestError
-from flexgen.isolation import for_one_request
-from flexgen.jobs.begun import Begun, Ending, since
-from flexgen.jobs.fields import Answer
 from flexgen.jobs.reading import Refused, Served, place_of
+from flexgen.jobs.saved_progress import Begun, Ending, since
 from flexgen.jobs.store import Result, Store
 from flexgen.llm import LLM
 from flexgen.request import Generated, Live, TokenRequest, TokenResult

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from flexgen.base.files import open_private, sync_folder
+from flexgen.base.sizes import MIB
 from flexgen.errors import StorageError
-from flexgen.files import open_private, sync_folder
 from flexgen.jobs.database import translated
 from flexgen.jobs.folder import JobFolder
-from flexgen.sizes import MIB
 
 
 def keep_input(folder: JobFolder, stream: BinaryIO) -> Path:

@@ -17,12 +17,13 @@ from dataclasses import dataclass
 from typing import Self
 
 from flexgen.errors import JobError
-from flexgen.jobs import begun, snapshot
-from flexgen.jobs.begun import Begun, Kept
+from flexgen.jobs import saved_progress as begun
+from flexgen.jobs import snapshot
 from flexgen.jobs.database import commit, connect, hold, transaction, translated
 from flexgen.jobs.differences import by_number, describe, differing
 from flexgen.jobs.folder import JobFolder
 from flexgen.jobs.identity import Identity, changes
+from flexgen.jobs.saved_progress import Begun, Kept
 
 logger = logging.getLogger(__name__)
 

@@ -14,8 +14,8 @@ import torch
 from transformers import AttentionInterface, Cache
 
 from flexgen.errors import UnsupportedModelError
+from flexgen.models.coroutine import CacheUpdate, current_forward
 from flexgen.models.head_maps import HEAD_MAPS
-from flexgen.models.suspension import CacheUpdate, current_forward
 
 # Arguments that cannot change what a token attends to, or that we honour elsewhere.
 HARMLESS = frozenset(

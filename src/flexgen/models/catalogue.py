@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
-from flexgen.models.spec import describe_config
+from flexgen.models.describe import describe_config
 from flexgen.plan.model import ModelSpec
 
 
@@ -208,7 +208,7 @@ def main() -> None:
     names = parser.parse_args().names
     if unknown := set(names) - ENTRIES.keys():
         parser.error(f"no such entry: {', '.join(sorted(unknown))}")
-    with resources.as_file(resources.files("flexgen.plan.catalogue")) as folder:
+    with resources.as_file(resources.files("flexgen.plan.known.models")) as folder:
         write_catalogue(folder, names or list(ENTRIES))
 
 

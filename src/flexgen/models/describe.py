@@ -1,152 +1,126 @@
-"""How a traced model's parameters are cut into units: what streams, what is split, what stays whole.
-
-Knows no tiers and no budgets.
-"""
+"""A model as numbers, for the planner: of a model that is here, of headers that are elsewhere, or of a config alone."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
-from typing import Any
+from collections.abc import Sequence
+from copy import deepcopy
+from typing import Any, cast
 
-from torch import nn
+import torch
 
-from flexgen.models.skeleton import ModulePlan
-from flexgen.models.trace import ModelTrace, is_experts, is_scored_experts
-from flexgen.sizes import align_up
+from flexgen.checkpoint.parameters import Headers
+from flexgen.checkpoint.repository import headers_of, meta_model, saved_tensors, sharded
+from flexgen.checkpoint.sources import Piece
+from flexgen.errors import UnsupportedModelError
+from flexgen.formats.low_bit import DecodedHeaders, decoded_headers, dtype_name, published_format
+from flexgen.io.direct_io import plan_extents
+from flexgen.models.layouts import Layouts, lay_out, trace_config
+from flexgen.models.refusals import check_supported_architecture
+from flexgen.models.tracing import LayerKV, ModelTrace
+from flexgen.models.units import UnitPart
+from flexgen.plan.model import KVGroupSpec, ModelSpec, UnitSpec
+from flexgen.weights.unit import UnitLayout
 
-GRANULE_ROWS = 64  # matrix products over odd numbers of rows are slower
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ParameterUse:
-    """A module's streamed parameters: what the unit builder cuts.
-
-    Attributes:
-        kind: how they may be cut (see ModulePlan). rows: along dim 0.
-        entered_with: the module whose forward needs them: mostly the same, else one that reads them from outside.
-    """
-
-    module: str
-    parameters: tuple[str, ...]
-    decoded_bytes: int
-    kind: str
-    rows: int
-    flops_per_token: float
-    head: bool
-    entered_with: str
+SHARD_BYTES = 5 * 10**9  # of most repositories' files
 
 
-def streamed_uses(
-    model: Any, trace: ModelTrace, itemsize: int, gathered: frozenset[str], sliceable: Callable[[str], bool]
-) -> list[ParameterUse]:
-    """Modules whose parameters stream, in the order of use.
-
-    Vectors (norms, biases) stay resident, and so do position tables and what a forward comes back to.
+def describe_headers(headers: Headers, config: Any, dtype: torch.dtype, *, name: str) -> ModelSpec:
+    """The model of these headers, also when its weights are in a published low-bit format, which the engine refuses.
 
     Args:
-        sliceable: whether rows of a parameter (state-dict name) can be read apart.
+        headers: of files that need not be here.
+        config: its transformers config; quantization_config says what format the weights are in.
+        dtype: to compute in. name: of the repository.
+
+    Raises:
+        ModelError: when the architecture, the number format or the headers are not understood.
     """
-    modules = dict(model.named_modules())
-    output_embeddings = model.get_output_embeddings()
-    unsplit = {f"{name}.kv_b_proj" for name in modules}  # attention on latents needs it whole
-    uses = []
-    for name in trace.order:
-        module = modules[name]
-        names = tuple(own for own, p in module._parameters.items() if p is not None and p.ndim >= 2)
-        if not names or name in gathered or name in trace.revisited or isinstance(module, nn.Embedding):
-            continue
-        numel = sum(module._parameters[own].numel() for own in names)  # type: ignore[union-attr]
-        kind = "whole"
-        if name in trace.read_by or not all(sliceable(f"{name}.{own}") for own in names):
-            pass
-        elif is_experts(module):
-            kind = "experts"
-        elif is_scored_experts(module):
-            kind = "scored_experts"
-        elif type(module) is nn.Linear and name not in unsplit:
-            kind = "linear"
-        share = 1.0
-        if name in trace.experts_per_token:
-            chosen, num_experts = trace.experts_per_token[name]
-            share = chosen / num_experts
-        uses.append(
-            ParameterUse(
-                module=name,
-                parameters=names,
-                decoded_bytes=numel * itemsize,
-                kind=kind,
-                rows=module._parameters[names[0]].shape[0],  # type: ignore[union-attr]
-                flops_per_token=2.0 * numel * share,
-                head=module is output_embeddings,
-                entered_with=trace.read_by.get(name, name),
+    decoded = decoded_headers(headers, published_format(config), dtype)
+    model, sources, trace = trace_config(_without_quantization(config), dtype, decoded.headers)
+    layouts = lay_out(model, trace, sources, dtype, unit_bytes=None)
+    return model_spec(config, layouts, trace, decoded, name=name)
+
+
+def describe_config(config: Any, dtype: torch.dtype, *, stored: torch.dtype, name: str, shard_bytes: int = SHARD_BYTES) -> ModelSpec:
+    """The model of a config, as if somebody had saved it.
+
+    Args:
+        stored: dtype of the plain weights in the files. shard_bytes: size of the files.
+        config, dtype, name: as in `describe_headers`.
+
+    Raises:
+        UnsupportedModelError: when the architecture or the number format is not understood.
+    """
+    check_supported_architecture(config)
+    tensors = saved_tensors(meta_model(_without_quantization(config), stored), stored)
+    if (number_format := published_format(config)) is not None:
+        tensors = [part for tensor in tensors for part in number_format.encode(tensor)]
+    return describe_headers(headers_of(name, sharded(tensors, shard_bytes)), config, dtype, name=name)
+
+
+def _without_quantization(config: Any) -> Any:
+    """The config of the same model with plain weights."""
+    plain = deepcopy(config)
+    for part in (plain, plain.get_text_config(decoder=True)):
+        part.__dict__.pop("quantization_config", None)
+    return plain
+
+
+def model_spec(config: Any, layouts: Layouts, trace: ModelTrace, decoded: DecodedHeaders, *, name: str) -> ModelSpec:
+    """What the planner needs to know of a model that was laid out.
+
+    Raises:
+        UnsupportedModelError: when the config states no context length.
+    """
+    text = config.get_text_config(decoder=True)
+    sources, itemsize = layouts.sources, layouts.sources.dtype("").itemsize
+    groups: dict[tuple[int | None, ...], list[LayerKV]] = {}
+    for layer in trace.layers:
+        groups.setdefault(layer.group, []).append(layer)
+    context = getattr(text, "max_position_embeddings", None)
+    if not isinstance(context, int):
+        raise UnsupportedModelError(f"model type {config.model_type!r} states no max_position_embeddings")
+    hidden = int(text.hidden_size)
+    tied = {sources.tied_to(f"{t.module}.{t.parameter}") for layout in layouts.streamed for t in layout.tensors}
+    untied = [table for table in layouts.tables if sources.tied_to(f"{table.module}.weight") not in tied]
+    return ModelSpec(
+        name=name,
+        model_type=config.model_type,
+        number_format=decoded.number_format,
+        dtype=dtype_name(sources.dtype("")),
+        units=tuple(_unit_spec(parts, layout, decoded) for parts, layout in zip(layouts.units, layouts.streamed, strict=True)),
+        kv_groups=tuple(
+            KVGroupSpec(
+                num_layers=len(members),
+                bytes_per_token=members[0].elements_per_token * itemsize,
+                attention_flops_per_pair=sum(each.flops_per_pair for each in members) / len(members),
+                window=members[0].window or members[0].chunk,
             )
-        )
-    return uses
+            for members in groups.values()
+        ),
+        resident_bytes=layouts.residents.packed_bytes,
+        embedding_bytes=sum(table.num_rows * table.row_elements * table.dtype.itemsize for table in untied),
+        embedding_row_bytes=sum(table.row_bytes for table in layouts.tables),
+        hidden_size=hidden,
+        intermediate_size=max(_widest(layouts.units), hidden),
+        vocab_size=int(text.vocab_size),
+        max_position_embeddings=context,
+    )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class UnitPart:
-    """Rows of one module within a unit."""
-
-    use: ParameterUse
-    start: int
-    stop: int
-
-
-def cut_units(uses: list[ParameterUse], unit_bytes: int) -> list[list[UnitPart]]:
-    """Consecutive modules share a unit up to `unit_bytes`; larger ones are cut by rows or by experts.
-
-    A unit stays within one decoder layer, and never mixes the head with anything else.
-    """
-    units: list[list[UnitPart]] = []
-    room, owner = 0, None
-    for use in uses:
-        layer = (_layer_of(use.module), use.head)
-        for start, stop in pairwise(_bounds(use, unit_bytes)):
-            size = use.decoded_bytes * (stop - start) // use.rows
-            if not units or size > room or layer != owner:
-                units.append([])
-                room, owner = unit_bytes, layer
-            units[-1].append(UnitPart(use=use, start=start, stop=stop))
-            room -= size
-    return units
+def _unit_spec(parts: Sequence[UnitPart], layout: UnitLayout, decoded: DecodedHeaders) -> UnitSpec:
+    # memory/ knows them by a protocol; these were made by models/
+    pieces = cast("list[Piece]", [piece for tensor in layout.tensors for piece in tensor.source.pieces])
+    extents, _, _ = plan_extents(decoded.ranges(pieces))
+    return UnitSpec(
+        name=layout.name,
+        disk_bytes=sum(extent.size for extent in extents),
+        decoded_bytes=layout.packed_bytes,
+        flops_per_token=sum(part.use.flops_per_token * (part.stop - part.start) / part.use.rows for part in parts),
+        head=parts[0].use.head,
+        plain=layout.plain and not any(piece.tensor.name in decoded.encoded for piece in pieces),
+    )
 
 
-def _bounds(use: ParameterUse, unit_bytes: int) -> list[int]:
-    """Where a module is cut: about evenly, a linear layer at multiples of what matrix products like."""
-    if use.kind == "whole":
-        return [0, use.rows]
-    most = max(unit_bytes * use.rows // use.decoded_bytes, 1)
-    granule = GRANULE_ROWS if use.kind == "linear" and most >= 4 * GRANULE_ROWS else 1
-    pieces = -(-use.rows // (most - most % granule))
-    step = align_up(-(-use.rows // pieces), granule)
-    return [*range(0, use.rows, step), use.rows]
-
-
-def module_plans(units: Sequence[Sequence[UnitPart]]) -> list[ModulePlan]:
-    """The hooks that these units need."""
-    ranges: dict[str, list[tuple[int, int, int]]] = {}
-    uses: dict[str, ParameterUse] = {}
-    for index, parts in enumerate(units):
-        for part in parts:
-            ranges.setdefault(part.use.module, []).append((index, part.start, part.stop))
-            uses[part.use.module] = part.use
-    return [
-        ModulePlan(
-            module=name,
-            entered_with=uses[name].entered_with,
-            parameters=uses[name].parameters,
-            kind="whole" if len(spans) == 1 and uses[name].kind != "scored_experts" else uses[name].kind,
-            ranges=tuple(spans),
-        )
-        for name, spans in ranges.items()
-    ]
-
-
-def _layer_of(module: str) -> str | None:
-    """The decoder layer's number, as the first number in a module's name."""
-    match = re.search(r"\.(\d+)\.", f".{module}.")
-    return match[1] if match else None
+def _widest(units: Sequence[Sequence[UnitPart]]) -> int:
+    return max((part.use.rows for parts in units for part in parts if part.use.kind == "linear" and not part.use.head), default=0)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from flexgen.models.suspension import current_forward
+from flexgen.models.coroutine import current_forward
 
 if TYPE_CHECKING:
     from flexgen.models.skeleton import Part

@@ -12,15 +12,15 @@ from typing import Any
 
 import torch
 
-from flexgen.memory.direct_io import plan_extents
-from flexgen.memory.rows import RowTable
-from flexgen.memory.unit import UnitLayout, UnitTensor, packed_offsets
-from flexgen.models.checkpoint import Headers, ModelSources, parameter_sources
-from flexgen.models.describe import UnitPart, cut_units, streamed_uses
+from flexgen.base.sizes import GIB, MIB
+from flexgen.checkpoint.parameters import Headers, ModelSources, parameter_sources
+from flexgen.io.direct_io import plan_extents
 from flexgen.models.refusals import check_supported_architecture
 from flexgen.models.skeleton import Room, build_skeleton
-from flexgen.models.trace import ModelTrace, trace_model
-from flexgen.sizes import GIB, MIB
+from flexgen.models.tracing import ModelTrace, trace_model
+from flexgen.models.units import UnitPart, cut_units, streamed_uses
+from flexgen.weights.rows import RowTable
+from flexgen.weights.unit import UnitLayout, UnitTensor, packed_offsets
 
 SMALLEST_UNIT_BYTES = 8 * MIB
 

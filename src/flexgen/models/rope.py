@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from flexgen.errors import CheckpointError
-from flexgen.models.suspension import Span, current_forward
+from flexgen.models.coroutine import Span, current_forward
 
 RECOMPUTING = frozenset({"phi3", "phi4_multimodal", "phimoe"})
 

@@ -20,14 +20,14 @@ from torch.overrides import TorchFunctionMode
 
 from flexgen.errors import CheckpointError, EngineError, UnsupportedModelError
 from flexgen.models.attention import register_attention
+from flexgen.models.coroutine import current_forward
 from flexgen.models.experts import register_experts, scored_experts_forward
 from flexgen.models.rope import check_factors, isolate_sequences, recompute_length
-from flexgen.models.suspension import current_forward
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-    from flexgen.models.checkpoint import Headers
+    from flexgen.checkpoint.parameters import Headers
 
 IMPLEMENTATION = "flexgen"
 LARGE = 1 << 24

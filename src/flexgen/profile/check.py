@@ -13,13 +13,13 @@ from pathlib import Path
 
 import torch
 
-from flexgen.engine.progress import CheckedMachine
+from flexgen.base.sizes import MIB
 from flexgen.errors import StorageError
 from flexgen.plan.machine import Machine
 from flexgen.profile.busy import BusyCores
 from flexgen.profile.compute import DENSE_SHAPES, wait
 from flexgen.profile.disk import opened, read_rate
-from flexgen.sizes import MIB
+from flexgen.report.progress import CheckedMachine
 
 logger = logging.getLogger(__name__)
 

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 import torch
 
 from flexgen.kernels.attention import AttentionKernels, attention_kernels
-from flexgen.plan.expect import elementwise_bytes
 from flexgen.plan.machine import Curve, Rate
+from flexgen.plan.price.pass_time import elementwise_bytes
 from flexgen.profile.timing import measured_rate, median_seconds
 
 DENSE_ROWS = (1, 16, 64, 128, 256, 512, 1024)

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 
+from flexgen.base.sizes import MIB
 from flexgen.profile.compute import random_numbers, steps
 from flexgen.profile.disk import file_to_read, opened, read_rate
-from flexgen.sizes import MIB
 
 THREADS, BLOCK_BYTES, FILE_BYTES = 2, 8 * MIB, 128 * MIB
 MANY_ROWS, FEW_ROWS, WIDTH = 512, 16, 2048

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from flexgen.models.sources import cast_into
+from flexgen.base.sizes import MIB
+from flexgen.checkpoint.sources import cast_into
 from flexgen.plan.machine import Rate
 from flexgen.profile.compute import wait
 from flexgen.profile.timing import measured_rate
-from flexgen.sizes import MIB
 
 STORED_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 

@@ -14,10 +14,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from flexgen.base.sizes import KIB, MIB
 from flexgen.errors import StorageError
-from flexgen.memory.direct_io import AlignedBuffer, File, IOPool
+from flexgen.io.direct_io import AlignedBuffer, File, IOPool
 from flexgen.plan.machine import DiskRequest, Rate
-from flexgen.sizes import KIB, MIB
 
 logger = logging.getLogger(__name__)
 

@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from flexgen.base.sizes import GIB, format_size, parse_size
 from flexgen.errors import CapacityError, OptionError
 from flexgen.options import EngineOptions
 from flexgen.plan.machine import Limits
-from flexgen.sizes import GIB, format_size, parse_size
 
 __all__ = ["Limits", "find_limits"]
 

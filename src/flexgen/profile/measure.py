@@ -23,8 +23,10 @@ from pathlib import Path
 import psutil
 import torch
 
+from flexgen.base.files import write_file
+from flexgen.base.sizes import MIB
+from flexgen.base.steps import step
 from flexgen.errors import OptionError, StorageError
-from flexgen.files import write_file
 from flexgen.plan.machine import Curve, Machine, io_threads
 from flexgen.plan.machine_file import machine_of
 from flexgen.profile.busy import BusyCores
@@ -34,8 +36,6 @@ from flexgen.profile.copies import cast_rates, copy_rates, memory_rate
 from flexgen.profile.disk import disk_rates, writable
 from flexgen.profile.overheads import NO_OVERHEADS, elementwise_rate, overheads
 from flexgen.profile.repeat import best_of, is_disturbed
-from flexgen.sizes import MIB
-from flexgen.steps import step
 
 logger = logging.getLogger(__name__)
 

@@ -14,16 +14,16 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, PreTrainedConfig
 
+from flexgen.base.sizes import MIB
+from flexgen.checkpoint.dummy import write_random_checkpoint
+from flexgen.devices.base import open_backend
 from flexgen.engine.engine import Engine
-from flexgen.memory.transfer import open_backend
-from flexgen.models.dummy import write_random_checkpoint
-from flexgen.models.loading import LoadedModel, load_model
-from flexgen.plan.expect import elementwise_bytes, rate_at
+from flexgen.models.assemble import LoadedModel, load_model
 from flexgen.plan.machine import Machine, Overheads, Rate
 from flexgen.plan.policy import Fractions, Policy
+from flexgen.plan.price.pass_time import elementwise_bytes, rate_at
 from flexgen.profile.compute import random_numbers
 from flexgen.request import TokenRequest
-from flexgen.sizes import MIB
 
 NUM_LAYERS, NUM_SEQUENCES, NUM_PARTS = 8, 64, 4
 WARM_UPS, ROUNDS = 1, 6  # of each kind; the fastest counts, since what disturbs only adds

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from flexgen.compiled import entry
+from flexgen.base.compiled import entry
 from flexgen.kernels.cpu.rows import Rows, clear, moved, padded, page_and_next, part, pointer, widen_row
 from flexgen.kernels.cpu.softmax import absorb_rows, begin_rows, softmax_state, write_rows
 from flexgen.kernels.cpu.tile import add_product

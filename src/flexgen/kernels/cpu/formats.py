@@ -13,7 +13,7 @@ import torch
 from llvmlite import ir
 from numba import types
 
-from flexgen.compiled import intrinsic
+from flexgen.base.compiled import intrinsic
 
 INT16, INT32 = ir.IntType(16), ir.IntType(32)
 HALF, FLOAT = ir.HalfType(), ir.FloatType()

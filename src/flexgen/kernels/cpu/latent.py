@@ -10,7 +10,7 @@ from typing import Any
 
 from numba import njit
 
-from flexgen.compiled import entry
+from flexgen.base.compiled import entry
 from flexgen.kernels.cpu.formats import widen
 from flexgen.kernels.cpu.rows import PANEL, Rows, clear, moved, padded, page_and_next, part, pointer, widen_row
 from flexgen.kernels.cpu.softmax import absorb_rows, begin_rows, softmax_state, write_rows

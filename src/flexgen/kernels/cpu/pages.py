@@ -6,7 +6,7 @@ from typing import Any
 
 from numba import njit
 
-from flexgen.compiled import entry
+from flexgen.base.compiled import entry
 from flexgen.errors import EngineError
 from flexgen.kernels.cpu.rows import moved, page_and_next, pointer
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from numba import njit, types
 from numba.extending import register_jitable
 
-from flexgen.compiled import intrinsic
+from flexgen.base.compiled import intrinsic
 from flexgen.errors import EngineError
 from flexgen.kernels.cpu.formats import widen
 

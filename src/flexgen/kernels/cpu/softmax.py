@@ -13,7 +13,7 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import overload
 
-from flexgen.compiled import intrinsic
+from flexgen.base.compiled import intrinsic
 from flexgen.kernels.cpu.formats import narrow
 from flexgen.kernels.cpu.rows import Rows, moved, padded, part
 

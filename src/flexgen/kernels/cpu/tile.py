@@ -11,7 +11,7 @@ from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
 
-from flexgen.compiled import intrinsic
+from flexgen.base.compiled import intrinsic
 from flexgen.kernels.cpu.formats import widen, widened
 from flexgen.kernels.cpu.rows import LANES, PANEL, part
 

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 
+from flexgen.base.sizes import GIB
 from flexgen.plan.paper.case import PaperMachine, PaperModel, PaperPolicy, PaperVariant, PaperWorkload
 from flexgen.plan.paper.memory import released_scratch, text_scratch
-from flexgen.sizes import GIB
 
 TERA = 1e12
 

@@ -1,0 +1,184 @@
+"""The body of a request, whatever the form of its line: which fields are served, which have no effect here, which are refused by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from flexgen.api.fields import JobRequest
+from flexgen.base.scalars import as_int, shown
+from flexgen.chat import Chat, parse_messages
+from flexgen.errors import RequestError
+from flexgen.request import SamplingParams
+
+_SAMPLING = frozenset(field.name for field in dataclasses.fields(SamplingParams)) - {"logprobs"}  # its type depends on the endpoint
+_COMPLETION = frozenset(("prompt", "logprobs"))
+_CHAT = frozenset((
+    "messages", "logprobs", "top_logprobs", "max_completion_tokens", "add_generation_prompt", "continue_final_message",
+    "chat_template_kwargs", "reasoning_effort",
+))  # fmt: skip
+_BOTH = frozenset(("model", "best_of", "return_token_ids"))
+_HARMLESS = frozenset((
+    "cache_salt", "metadata", "parallel_tool_calls", "prediction", "priority", "prompt_cache_key", "prompt_cache_retention", "request_id",
+    "safety_identifier", "service_tier", "store", "stream_options", "user",
+))  # fmt: skip
+# Fields whose effect we do not have, with the values that ask for none.  null asks for none everywhere.
+_OFF: Mapping[str, tuple[Any, ...]] = {
+    "audio": (), "chat_template": (), "detokenize": (True,), "documents": ([],), "echo": (False,), "function_call": ("none", "auto"),
+    "functions": ([],), "include_reasoning": (True,), "length_penalty": (1,), "logits_processors": ([],), "modalities": (["text"],),
+    "prompt_logprobs": (), "response_format": ({"type": "text"},), "return_tokens_as_token_ids": (False,),
+    "spaces_between_special_tokens": (True,), "stream": (False,), "structured_outputs": (), "suffix": ("",), "thinking_token_budget": (),
+    "tool_choice": ("none", "auto"), "tools": ([],), "truncate_prompt_tokens": (), "use_beam_search": (False,), "verbosity": ("medium",),
+    "web_search_options": (),
+}  # fmt: skip
+_COMPLETION_OFF: Mapping[str, tuple[Any, ...]] = {**_OFF, "add_special_tokens": (True,)}
+_CHAT_OFF: Mapping[str, tuple[Any, ...]] = {**_OFF, "add_special_tokens": (False,)}  # templates write them
+
+
+def parse_completion(fields: Mapping[str, Any], defaults: SamplingParams) -> JobRequest:
+    """A request from the fields of a completion; `null` means the default.
+
+    Raises:
+        RequestError: a field is missing, malformed, unknown, or has an effect that is not supported; `param` names it.
+    """
+    ignored = _ignored(fields, _COMPLETION, _COMPLETION_OFF)
+    if fields.get("prompt") is None:
+        raise RequestError("there is no prompt", param="prompt")
+    logprobs = fields.get("logprobs")
+    return _request(fields, _prompt(fields["prompt"]), defaults, ignored, logprobs=None if logprobs is False else logprobs)
+
+
+def parse_chat(fields: Mapping[str, Any], defaults: SamplingParams) -> JobRequest:
+    """A request from the fields of a chat completion; `null` means the default.
+
+    Raises:
+        RequestError: as `parse_completion`, and for messages that are not text.
+    """
+    ignored = _ignored(fields, _CHAT, _CHAT_OFF)
+    if fields.get("messages") is None:
+        raise RequestError("there are no messages", param="messages")
+    chat = Chat(
+        messages=parse_messages(fields["messages"]),
+        add_generation_prompt=_flag(fields, "add_generation_prompt", True),
+        continue_final_message=_flag(fields, "continue_final_message", False),
+        chat_template_kwargs=_template_kwargs(fields),
+    )
+    given: dict[str, Any] = {"logprobs": _chat_logprobs(fields)}
+    if fields.get("max_completion_tokens") is not None:
+        given["max_tokens"] = _max_completion_tokens(fields)
+    return _request(fields, chat, defaults, ignored, **given)
+
+
+def _ignored(fields: Mapping[str, Any], served: frozenset[str], off: Mapping[str, tuple[Any, ...]]) -> tuple[str, ...]:
+    """Names of the fields that have no effect.  Raises RequestError for one that would have, or that nobody knows."""
+    ignored: list[str] = []
+    for name, value in fields.items():
+        if name in served or name in _SAMPLING or name in _BOTH:
+            continue
+        if name in off:
+            if value is not None and not any(_same(value, each) for each in off[name]):
+                only = f" (only {' or '.join(map(repr, off[name]))})" if off[name] else ""
+                raise RequestError(f"{name} is not supported{only}", code="unsupported_field", param=name)
+        elif name not in _HARMLESS:
+            raise RequestError(f"unknown field {name[:80]!r}{_meant(name, served)}", code="unknown_field", param=name[:80])
+        if value is not None:
+            ignored.append(name)
+    return tuple(ignored)
+
+
+def _meant(name: str, served: frozenset[str]) -> str:
+    """A hint at the field that its author may have had in mind."""
+    if "prompt" in served and name.lower() in ("text", "input", "question", "content", "query", "instruction"):
+        return "; the text to continue is called 'prompt'"
+    close = difflib.get_close_matches(name[:80].lower(), sorted(served | _SAMPLING), n=1, cutoff=0.75)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _request(
+    fields: Mapping[str, Any], prompt: str | tuple[int, ...] | Chat, defaults: SamplingParams, ignored: tuple[str, ...], **given: Any
+) -> JobRequest:
+    values = {name: fields[name] for name in _SAMPLING if fields.get(name) is not None}
+    if values.get("stop") == "":
+        del values["stop"]  # some clients write no stop so
+    values.update((name, value) for name, value in given.items() if value is not None)
+    params = dataclasses.replace(defaults, **values)
+    best_of, model = fields.get("best_of"), fields.get("model")
+    if best_of is not None and not _same(best_of, params.n):
+        raise RequestError("best_of is not supported (only as many as n)", code="unsupported_field", param="best_of")
+    if model is not None and not isinstance(model, str):
+        raise RequestError("model must be a text", param="model")
+    return JobRequest(
+        prompt=prompt,
+        params=params,
+        states_max_tokens="max_tokens" in values,
+        return_token_ids=_flag(fields, "return_token_ids", False),
+        model=model,
+        ignored=ignored,
+    )
+
+
+def _prompt(value: Any) -> str | tuple[int, ...]:
+    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], (str, list)):
+        value = value[0]  # OpenAI's list of prompts, with one
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list):
+        ids = value if all(type(i) is int for i in value) else [number for i in value if (number := as_int(i)) is not None]
+        if len(ids) == len(value):
+            return tuple(ids)
+        if all(isinstance(i, (str, list)) for i in value):
+            raise RequestError(
+                "several prompts in one line are not supported: write a line for each", code="unsupported_field", param="prompt"
+            )
+    raise RequestError(f"prompt must be text or a list of token ids, not {shown(value)}", param="prompt")
+
+
+def _template_kwargs(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """As vLLM, reasoning_effort is a variable of the template."""
+    kwargs, effort = fields.get("chat_template_kwargs"), fields.get("reasoning_effort")
+    if kwargs is not None and not isinstance(kwargs, dict):
+        raise RequestError("chat_template_kwargs must be an object", param="chat_template_kwargs")
+    if effort is not None and not isinstance(effort, str):
+        raise RequestError("reasoning_effort must be a text", param="reasoning_effort")
+    return {**(kwargs or {}), **({} if effort is None else {"reasoning_effort": effort})}
+
+
+def _chat_logprobs(fields: Mapping[str, Any]) -> int | None:
+    """How many of the likeliest tokens are shown, or None without log probabilities."""
+    asked, count = _flag(fields, "logprobs", False), fields.get("top_logprobs")
+    if count is None or _same(count, 0):
+        return 0 if asked else None
+    if not asked:
+        raise RequestError("top_logprobs needs logprobs to be true", param="top_logprobs")
+    number = as_int(count)
+    if number is None or number < -1:
+        raise RequestError(f"top_logprobs must be an integer of at least -1, not {shown(count)}", param="top_logprobs")
+    return number
+
+
+def _max_completion_tokens(fields: Mapping[str, Any]) -> int:
+    """The longest answer by its newer name; the older one may say the same."""
+    newer, older = fields["max_completion_tokens"], fields.get("max_tokens")
+    number = as_int(newer)
+    if number is None or number < 1 or number.bit_length() > 63:
+        raise RequestError(f"max_completion_tokens must be an integer of at least 1, not {shown(newer)}", param="max_completion_tokens")
+    if older is not None and as_int(older) != number:
+        message = f"max_tokens ({shown(older)}) and max_completion_tokens ({shown(newer)}) mean the same: give one"
+        raise RequestError(message, param="max_completion_tokens")
+    return number
+
+
+def _flag(fields: Mapping[str, Any], name: str, default: bool) -> bool:
+    value = fields.get(name)
+    if value is None:
+        return default
+    if not isinstance(value, bool):
+        raise RequestError(f"{name} must be true or false, not {shown(value)}", param=name)
+    return value
+
+
+def _same(value: Any, wanted: Any) -> bool:
+    """Equal as JSON: 1 is 1.0, but neither is true."""
+    return value == wanted and isinstance(value, bool) == isinstance(wanted, bool)

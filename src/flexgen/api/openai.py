@@ -1,0 +1,135 @@
+"""OpenAI batch lines: {"custom_id", "method", "url", "body"} in, {"id", "custom_id", "response", "error"} out."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from flexgen.api.bodies import parse_chat, parse_completion
+from flexgen.api.fields import Answer, JobRequest, Origin, as_id
+from flexgen.api.logprobs import chat_logprobs, completion_logprobs
+from flexgen.base.scalars import shown
+from flexgen.errors import RequestError
+from flexgen.request import CompletionOutput, SamplingParams
+
+COMPLETIONS_MAX_TOKENS = 16  # the hosted API's default; that of chats is the context
+_STATUS = {"unsupported_url": 404, "model_not_found": 404, "non_finite_logits": 500, "internal_error": 500}  # 400 for the rest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Endpoint:
+    """What a url stands for.
+
+    Attributes:
+        id_prefix, object: of its response bodies.
+        parse: the body of a request, with the defaults of lines that do not say.
+        choice: what a completion becomes, beside its index and finish_reason.
+    """
+
+    id_prefix: str
+    object: str
+    parse: Callable[[Mapping[str, Any], SamplingParams], JobRequest]
+    choice: Callable[[CompletionOutput, SamplingParams], dict[str, Any]]
+
+
+def _short_completion(body: Mapping[str, Any], defaults: SamplingParams) -> JobRequest:
+    return parse_completion(body, dataclasses.replace(defaults, max_tokens=COMPLETIONS_MAX_TOKENS))
+
+
+def _completion_choice(completion: CompletionOutput, params: SamplingParams) -> dict[str, Any]:
+    return {"text": completion.text, "logprobs": completion_logprobs(completion)}
+
+
+def _chat_choice(completion: CompletionOutput, params: SamplingParams) -> dict[str, Any]:
+    message = {"role": "assistant", "content": completion.text, "refusal": None}
+    return {"message": message, "logprobs": chat_logprobs(completion, params.logprobs or 0)}
+
+
+_COMPLETIONS = Endpoint(id_prefix="cmpl", object="text_completion", parse=_short_completion, choice=_completion_choice)
+_CHAT = Endpoint(id_prefix="chatcmpl", object="chat.completion", parse=parse_chat, choice=_chat_choice)
+ENDPOINTS: Mapping[object, Endpoint] = {
+    "/v1/completions": _COMPLETIONS,
+    "/v1/chat/completions": _CHAT,
+    "/completions": _COMPLETIONS,  # as Azure's batch files have them
+    "/chat/completions": _CHAT,
+}
+
+
+def is_batch_line(fields: Mapping[str, Any]) -> bool:
+    """Whether a line means to be one of OpenAI's."""
+    return "body" in fields or "url" in fields
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenAIForm:
+    """Batch lines of one endpoint, answered by batch lines.
+
+    Attributes:
+        url: the endpoint's, or what stands in its place.
+        model: the name that answers carry.
+        created: seconds since 1970, the same in all answers of a job, so that a resumed job writes the same bytes.
+        defaults: of lines that do not say how they are sampled.
+    """
+
+    url: object
+    model: str
+    created: int
+    defaults: SamplingParams
+
+    def identity(self, fields: Mapping[str, Any]) -> str | int | None:
+        """`custom_id`; an integer is refused, but its error has it."""
+        return as_id(fields.get("custom_id"))
+
+    def parse(self, fields: Mapping[str, Any]) -> JobRequest:
+        """Raises RequestError when the line cannot be served."""
+        body = fields.get("body")
+        custom_id = fields.get("custom_id")
+        if not isinstance(custom_id, str):
+            raise RequestError(f"custom_id must be a text, not {shown(custom_id)}", param="custom_id")
+        if fields.get("method", "POST") != "POST":
+            raise RequestError("method must be POST", param="method")
+        endpoint = ENDPOINTS.get(self.url) if isinstance(self.url, str) else None
+        if endpoint is None:
+            message = f"url {str(self.url)[:80]!r} is not supported; /v1/completions and /v1/chat/completions are"
+            raise RequestError(message, code="unsupported_url", param="url")
+        if not isinstance(body, dict):
+            raise RequestError("body must be an object", param="body")
+        return endpoint.parse(body, self.defaults)
+
+    def success(self, origin: Origin, answer: Answer) -> dict[str, Any]:
+        """The record of an answer: the endpoint's object in a response of status 200."""
+        endpoint = ENDPOINTS[self.url]
+        body = {
+            "id": f"{endpoint.id_prefix}-{_key(origin)}",
+            "object": endpoint.object,
+            "created": self.created,
+            "model": self.model,
+            "choices": [self._choice(endpoint, completion, answer) for completion in answer.completions],
+            "usage": answer.usage,
+        }
+        return _record(origin, 200, body)
+
+    def failure(self, origin: Origin, error: RequestError) -> dict[str, Any]:
+        """The record of an error: a response with the status and error object of the hosted API."""
+        status = _STATUS.get(error.code, 400)
+        kind = "server_error" if status >= 500 else "invalid_request_error"
+        body = {"error": {"message": str(error), "type": kind, "param": error.param, "code": error.code}}
+        return _record(origin, status, body)
+
+    def _choice(self, endpoint: Endpoint, completion: CompletionOutput, answer: Answer) -> dict[str, Any]:
+        choice = {"index": completion.index, **endpoint.choice(completion, answer.params), "finish_reason": completion.finish_reason}
+        if answer.shows_ids:
+            choice["token_ids"] = list(completion.token_ids)
+        return choice
+
+
+def _record(origin: Origin, status: int, body: dict[str, Any]) -> dict[str, Any]:
+    response = {"status_code": status, "request_id": f"req_{_key(origin)}", "body": body}
+    return {"id": f"batch_req_{_key(origin)}", "custom_id": origin.id, "response": response, "error": None}
+
+
+def _key(origin: Origin) -> str:
+    """Unique within the job, and the same whenever the line is answered."""
+    return f"{origin.line_number:08x}{origin.digest:016x}"

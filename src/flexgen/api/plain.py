@@ -1,0 +1,59 @@
+"""Bare lines: {"prompt": ...} or {"messages": ...} with fields beside it in, {"id", "index", "text", ...} out; or lines of mere text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from flexgen.api.bodies import parse_chat, parse_completion
+from flexgen.api.fields import Answer, JobRequest, Origin, as_id
+from flexgen.api.logprobs import token_logprobs
+from flexgen.errors import RequestError
+from flexgen.request import CompletionOutput, SamplingParams
+
+_IDS = ("id", "custom_id")
+_PROMPTS = ("prompt", "messages")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlainForm:
+    """Flat records; `index` is the line's number, from 1.
+
+    Attributes:
+        defaults: of lines that do not say how they are sampled.
+    """
+
+    defaults: SamplingParams
+
+    def identity(self, fields: Mapping[str, Any]) -> str | int | None:
+        """`id` or `custom_id`; of both the first that can be one."""
+        return next((usable for name in _IDS if (usable := as_id(fields.get(name))) is not None), None)
+
+    def parse(self, fields: Mapping[str, Any]) -> JobRequest:
+        """Raises RequestError when the line cannot be served."""
+        given = [fields[name] for name in _IDS if fields.get(name) is not None]
+        if len(given) > 1 or (given and as_id(given[0]) is None):
+            raise RequestError("the line's id must be one text or integer", param="id")
+        body = {name: value for name, value in fields.items() if name not in _IDS and (name not in _PROMPTS or value is not None)}
+        if all(name in body for name in _PROMPTS):
+            raise RequestError("the line has both a prompt and messages", param="messages")
+        return (parse_chat if "messages" in body else parse_completion)(body, self.defaults)
+
+    def success(self, origin: Origin, answer: Answer) -> dict[str, Any]:
+        """The record of an answer; where several choices were asked for, each field of the answer is a list."""
+        choices = [self._choice(completion, answer) for completion in answer.completions]
+        merged = choices[0] if answer.params.n == 1 else {name: [choice[name] for choice in choices] for name in choices[0]}
+        return {"id": origin.id, "index": origin.line_number, **merged, "usage": answer.usage}
+
+    def failure(self, origin: Origin, error: RequestError) -> dict[str, Any]:
+        """The record of an error."""
+        return {"id": origin.id, "index": origin.line_number, "error": {"code": error.code, "message": str(error), "param": error.param}}
+
+    def _choice(self, completion: CompletionOutput, answer: Answer) -> dict[str, Any]:
+        choice: dict[str, Any] = {"text": completion.text if answer.has_text else None}
+        if answer.shows_ids:
+            choice["token_ids"] = list(completion.token_ids)
+        if completion.logprobs is not None:
+            choice["logprobs"] = token_logprobs(completion, answer.params.logprobs or 0)
+        return {**choice, "finish_reason": completion.finish_reason, "stop_reason": completion.stop_reason}

@@ -1,0 +1,332 @@
+"""vLLM's keywords: which of them mean something here, which change nothing, and which ask for what flexgen cannot do (docs/vllm.md).
+
+Knows names and values only, nothing of models and engines.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from dataclasses import fields as fields_of
+from typing import Any, TypedDict
+
+from flexgen.base.scalars import as_float, shown
+from flexgen.errors import OptionError
+from flexgen.options import EngineOptions, OptionKeywords
+from flexgen.profile.limits import find_device
+
+logger = logging.getLogger(__name__)
+
+
+class LLMKeywords(OptionKeywords, total=False):
+    """Every keyword of `LLM` beside those that it names itself: our options, then vLLM's arguments."""
+
+    # What means something here.
+    enable_prefix_caching: bool | None
+    generation_config: str
+    gpu_memory_utilization: float
+    hf_token: bool | str | None
+    skip_tokenizer_init: bool
+    tokenizer_revision: str | None
+
+    # What may only ask for what is done anyway.
+    calculate_kv_scales: bool
+    config_format: str
+    convert: str
+    cpu_offload_params: Any
+    data_parallel_size: int
+    decode_context_parallel_size: int
+    disable_sliding_window: bool
+    download_dir: str | None
+    enable_expert_parallel: bool
+    enable_lora: bool
+    enable_prompt_adapter: bool
+    enable_prompt_embeds: bool
+    hf_config_path: str | None
+    hf_overrides: Any
+    kv_cache_dtype: str
+    kv_transfer_config: Any
+    logits_processors: Any
+    logprobs_mode: str
+    model_impl: str
+    nnodes: int
+    override_attention_dtype: str | None
+    override_generation_config: Mapping[str, Any] | None
+    override_pooler_config: Any
+    pipeline_parallel_size: int
+    pooler_config: Any
+    prefill_context_parallel_size: int
+    quantization: str | None
+    rope_scaling: Any
+    rope_theta: float | None
+    runner: str
+    scheduling_policy: str
+    speculative_config: Any
+    speculative_model: str | None
+    task: str
+    tensor_parallel_size: int
+    tokenizer_mode: str
+    weight_transfer_config: Any
+
+    # What changes nothing.
+    additional_config: Any
+    allowed_local_media_path: str
+    allowed_media_domains: Any
+    async_scheduling: bool | None
+    attention_backend: Any
+    attention_config: Any
+    block_size: int | None
+    code_revision: str | None
+    collect_detailed_traces: Any
+    compilation_config: Any
+    cpu_offload_gb: float
+    cudagraph_capture_sizes: Any
+    device_ids: Any
+    disable_async_output_proc: bool
+    disable_cascade_attn: bool
+    disable_chunked_mm_input: bool
+    disable_custom_all_reduce: bool
+    disable_hybrid_kv_cache_manager: bool | None
+    disable_log_requests: bool
+    disable_log_stats: bool
+    disable_mm_preprocessor_cache: bool
+    distributed_executor_backend: Any
+    enable_chunked_prefill: bool | None
+    enable_log_requests: bool
+    enable_sleep_mode: bool
+    enforce_eager: bool | None
+    guided_decoding_backend: str
+    ignore_patterns: Any
+    kv_cache_memory_bytes: int | None
+    kv_offloading_backend: str
+    kv_offloading_size: float | None
+    limit_mm_per_prompt: Any
+    long_prefill_token_threshold: int
+    max_context_len_to_capture: int | None
+    max_cudagraph_capture_size: int | None
+    max_long_partial_prefills: int
+    max_num_batched_tokens: int | None
+    max_num_partial_prefills: int
+    max_parallel_loading_workers: int | None
+    max_seq_len_to_capture: int
+    media_io_kwargs: Any
+    mm_processor_cache_gb: float
+    mm_processor_kwargs: Any
+    model_loader_extra_config: Any
+    num_gpu_blocks_override: int | None
+    num_lookahead_slots: int
+    num_scheduler_steps: int
+    optimization_level: Any
+    otlp_traces_endpoint: str | None
+    performance_mode: str
+    preemption_mode: str | None
+    prefix_caching_hash_algo: str
+    profiler_config: Any
+    pt_load_map_location: Any
+    ray_workers_use_nsight: bool
+    reasoning_parser: str
+    safetensors_load_strategy: str
+    scheduler_delay_factor: float
+    served_model_name: Any
+    show_hidden_metrics_for_version: str | None
+    skip_mm_profiling: bool
+    stream_interval: int
+    structured_outputs_config: Any
+    swap_space: float
+    tokenizer_pool_size: int
+    use_tqdm_on_load: bool
+    use_v2_block_manager: bool
+    worker_cls: Any
+    worker_extension_cls: str
+    worker_use_ray: bool
+
+
+_ONE_DEVICE = "flexgen runs on one device, and streams what is larger than its memory"
+_GENERATES = "flexgen generates text, and does nothing else with a model"
+_NO_ADAPTERS = "adapters are not supported: merge them into the checkpoint"
+_AS_CONFIGURED = "a model runs as its config.json says: change it in a copy of the folder"
+_NOT_YET = "this is not supported"
+_SAFETENSORS = "only config.json, tokenizer files and safetensors of a Hugging Face folder are read"
+
+# vLLM's argument -> values that ask for what is done anyway (None always does), and why no other can be honoured.
+_ONLY: Mapping[str, tuple[tuple[object, ...], str]] = {
+    "calculate_kv_scales": ((False,), "the KV cache is not scaled"),
+    "config_format": (("auto", "hf"), _SAFETENSORS),
+    "convert": (("auto", "none"), _GENERATES),
+    "cpu_offload_params": ((set(), [], ()), "the planner chooses what lives where; weights= says it by shares"),
+    "data_parallel_size": ((1,), _ONE_DEVICE),
+    "decode_context_parallel_size": ((1,), _ONE_DEVICE),
+    "disable_sliding_window": ((False,), _AS_CONFIGURED),
+    "download_dir": ((), "downloads go to the cache of the hub library: set HF_HUB_CACHE, or give a folder as the model"),
+    "enable_expert_parallel": ((False,), _ONE_DEVICE),
+    "enable_lora": ((False,), _NO_ADAPTERS),
+    "enable_prompt_adapter": ((False,), _NO_ADAPTERS),
+    "enable_prompt_embeds": ((False,), "prompts are text or token ids"),
+    "generation_config": (("auto", "vllm"), 'take "auto" (the model\'s), "vllm" (vLLM\'s defaults), or give SamplingParams'),
+    "hf_config_path": ((), _AS_CONFIGURED),
+    "hf_overrides": (({},), _AS_CONFIGURED),
+    "kv_cache_dtype": (("auto",), "the KV cache has the dtype that is computed in"),
+    "kv_transfer_config": ((), _NOT_YET),
+    "logits_processors": (([], ()), _NOT_YET),
+    "logprobs_mode": (("raw_logprobs",), "log probabilities are of the model's own logits"),
+    "model_impl": (("auto", "transformers"), "models are transformers' own"),
+    "nnodes": ((1,), _ONE_DEVICE),
+    "override_attention_dtype": ((), "attention has the dtype that is computed in"),
+    "override_generation_config": (({},), "give SamplingParams"),
+    "override_pooler_config": ((), _GENERATES),
+    "pipeline_parallel_size": ((1,), _ONE_DEVICE),
+    "pooler_config": ((), _GENERATES),
+    "prefill_context_parallel_size": ((1,), _ONE_DEVICE),
+    "quantization": (
+        (),
+        "weights are computed with as the checkpoint holds them; leave it out, or take a checkpoint that is not quantized",
+    ),
+    "rope_scaling": (({},), _AS_CONFIGURED),
+    "rope_theta": ((), _AS_CONFIGURED),
+    "runner": (("auto", "generate"), _GENERATES),
+    "scheduling_policy": (("fcfs",), "requests have no priorities"),
+    "speculative_config": (({},), _NOT_YET),
+    "speculative_model": ((), _NOT_YET),
+    "task": (("auto", "generate"), _GENERATES),
+    "tensor_parallel_size": ((1,), _ONE_DEVICE),
+    "tokenizer_mode": (("auto", "hf"), "the tokenizer is the one that transformers finds in the folder"),
+    "weight_transfer_config": ((), _NOT_YET),
+}
+_MEANT = frozenset(
+    {"enable_prefix_caching", "generation_config", "gpu_memory_utilization", "hf_token", "skip_tokenizer_init", "tokenizer_revision"}
+)
+_OPTIONS = frozenset(field.name for field in fields_of(EngineOptions))
+_WITHOUT_EFFECT = frozenset(LLMKeywords.__annotations__) - _OPTIONS - _MEANT - frozenset(_ONLY)
+_DTYPES = {"half": "float16", "float": "float32"}  # vLLM's other names
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelKeywords:
+    """What the keywords of `LLM` ask for.
+
+    Attributes:
+        options: of the engine.
+        tokenizer_revision: on the hub; None is the model's.
+        skip_tokenizer_init: prompts are token ids, and answers have no text.
+        token: of the hub; None is the hub library's own.
+        own_defaults: whether defaults of SamplingParams come from the model's generation_config.json.
+    """
+
+    options: EngineOptions
+    tokenizer_revision: str | None = None
+    skip_tokenizer_init: bool = False
+    token: str | None = None
+    own_defaults: bool = True
+
+
+def read_keywords(given: Mapping[str, Any]) -> ModelKeywords:
+    """Sort the keywords of `LLM`; those of vLLM that change nothing are named in one warning.
+
+    Raises:
+        OptionError: an unknown keyword, or a value that cannot be honoured, by name.
+    """
+    _check_names("LLM", given, LLMKeywords.__annotations__)
+    _check_values(given, _ONLY)
+    options, idle = _options(given)
+    if idle := sorted(idle):
+        logger.warning("of vLLM's arguments, these change nothing in flexgen: %s", ", ".join(idle))
+    token = given.get("hf_token")
+    return ModelKeywords(
+        options=EngineOptions(**options),
+        tokenizer_revision=given.get("tokenizer_revision"),
+        skip_tokenizer_init=bool(given.get("skip_tokenizer_init", False)),
+        token=token if isinstance(token, str) else None,
+        own_defaults=given.get("generation_config") != "vllm",
+    )
+
+
+def _options(given: Mapping[str, Any]) -> tuple[dict[str, Any], set[str]]:
+    """The fields of EngineOptions, and the names of what has no effect."""
+    options, idle = {name: value for name, value in given.items() if name in _OPTIONS}, set(_WITHOUT_EFFECT & set(given))
+    if "dtype" in options:
+        dtype = str(options["dtype"]).removeprefix("torch.")
+        options["dtype"] = _DTYPES.get(dtype, dtype)
+    if "device" in options:
+        options["device"] = str(options["device"])  # torch.device("cpu") is "cpu"
+    if options.get("seed", 0) is None:
+        options["seed"] = 0
+    if (sharing := given.get("enable_prefix_caching")) is not None and options.setdefault("prefix_sharing", sharing) != sharing:
+        raise OptionError(f"enable_prefix_caching={sharing!r} contradicts prefix_sharing={options['prefix_sharing']!r}")
+    if (share := given.get("gpu_memory_utilization")) is not None:
+        given_share, share = share, as_float(share)
+        if share is None or not 0 < share <= 1:
+            raise OptionError(f"gpu_memory_utilization must be a number above 0 and up to 1, not {shown(given_share)}")
+        if options.get("device_mem") is None and find_device(options.get("device", "auto")) == "cuda":
+            options["device_mem"] = f"{100 * share:g}%"
+        else:
+            idle.add("gpu_memory_utilization")
+    return options, idle
+
+
+# -- calls ------------------------------------------------------------------------------------------------------------------------------
+
+
+class GenerateKeywords(TypedDict, total=False):
+    """vLLM's keywords of `generate` that may only ask for nothing."""
+
+    guided_options_request: None
+    lora_request: None
+    mm_processor_kwargs: Mapping[str, Any] | None
+    priority: list[int] | None
+    prompt_adapter_request: None
+    prompt_token_ids: None
+    tokenization_kwargs: Mapping[str, Any] | None
+
+
+class ChatKeywords(TypedDict, total=False):
+    """vLLM's keywords of `chat` that may only ask for nothing."""
+
+    chat_template_content_format: str
+    lora_request: None
+    mm_processor_kwargs: Mapping[str, Any] | None
+    tokenization_kwargs: Mapping[str, Any] | None
+    tools: None
+
+
+_CALLS: Mapping[str, tuple[tuple[object, ...], str]] = {
+    "chat_template_content_format": (("auto",), "how a template wants its contents is found from the template"),
+    "guided_options_request": ((), "constrained output is not supported"),
+    "lora_request": ((), _NO_ADAPTERS),
+    "mm_processor_kwargs": (({},), "prompts are text or token ids"),
+    "priority": (([],), "requests have no priorities"),
+    "prompt_adapter_request": ((), _NO_ADAPTERS),
+    "prompt_token_ids": ((), 'give ids as prompts: [1, 2, 3], or {"prompt_token_ids": [1, 2, 3]}'),
+    "tokenization_kwargs": (({},), "tokenize the prompts yourself, and give token ids"),
+    "tools": (([],), "tools are not supported"),
+}
+
+
+def check_call(call: str, given: Mapping[str, Any], known: Iterable[str]) -> None:
+    """Check what a call was given of vLLM's keywords.
+
+    Args:
+        call: its name, for messages. known: its own keywords and vLLM's.
+
+    Raises:
+        OptionError: an unknown keyword, or a value that cannot be honoured, by name.
+    """
+    _check_names(call, given, known)
+    _check_values(given, _CALLS)
+
+
+def _check_names(what: str, given: Iterable[str], known: Iterable[str]) -> None:
+    known = list(known)
+    for name in given:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {close[0]}?" if close else f"; known: {', '.join(sorted(_OPTIONS) if what == 'LLM' else known)}"
+            raise OptionError(f"{what} has no option {name!r}{hint}")
+
+
+def _check_values(given: Mapping[str, Any], only: Mapping[str, tuple[tuple[object, ...], str]]) -> None:
+    for name, value in given.items():
+        neutral, why = only.get(name, ((value,), ""))
+        if value is not None and not any(value == each and isinstance(value, bool) == isinstance(each, bool) for each in neutral):
+            raise OptionError(f"{name}={value!r} cannot be honoured: {why}")

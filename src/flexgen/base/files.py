@@ -1,0 +1,165 @@
+"""Files that are written for others to find: whole or not at all, and never through what somebody planted where they go.
+
+The folder of an output may be shared: names that can be guessed may be links to a file of the user's, or pipes that nobody reads.  So
+what is written gets a name that cannot be guessed, which must not exist, and takes its place when it is complete.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import stat
+from pathlib import Path
+from typing import BinaryIO
+
+from flexgen.base.sizes import MIB
+from flexgen.errors import StorageError
+
+_MOST_LINKS = 40  # as many as Linux follows
+
+
+def follow(path: Path) -> Path:
+    """The file that is meant by `path`: through links, but through those of the user (and of root) only.
+
+    Raises:
+        StorageError: a link that somebody else planted.
+        OSError: links that go round in circles, names that are too long.
+    """
+    for _ in range(_MOST_LINKS):
+        found = _lstat(path)
+        if found is None or not stat.S_ISLNK(found.st_mode):
+            return path.parent.resolve() / path.name
+        if found.st_uid not in (os.geteuid(), 0):
+            raise StorageError(f"{path} is a link that another user made; give another name")
+        path = path.parent / path.readlink()
+    raise StorageError(f"{path}: too many links, one to the other")
+
+
+def check_target(path: Path | None) -> None:
+    """Raises StorageError when a file cannot be made or replaced there; None is standard output.
+
+    A file beside it is made and removed, which finds out about names, permissions and file systems alike.
+    """
+    if path is None:
+        return
+    try:
+        target = follow(path)
+        found = _lstat(target)
+        if found is not None:
+            _check_replaceable(path, target, found)
+        _check_folder(path, target, found)
+    except OSError as error:
+        raise StorageError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def _check_replaceable(path: Path, target: Path, found: os.stat_result) -> None:
+    if stat.S_ISDIR(found.st_mode):
+        raise StorageError(f"{path} is a folder; give the name of a file")
+    if not stat.S_ISREG(found.st_mode):
+        raise StorageError(f"{path} is not a regular file; give the name of one (-o - writes to standard output)")
+    if any(_is_open_on(descriptor, found) for descriptor in (0, 1, 2)):
+        raise StorageError(f"{path} is what a standard stream of this process reads or writes: give another file")
+    if not os.access(target, os.W_OK):
+        raise StorageError(f"{path} is read-only")
+
+
+def _check_folder(path: Path, target: Path, found: os.stat_result | None) -> None:
+    folder = target.parent
+    if not folder.is_dir():
+        raise StorageError(f"{path} cannot be written: the folder {folder} is missing")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise StorageError(f"{path} cannot be written: the folder {folder} is read-only")
+    inside = folder.stat()
+    if found is not None and inside.st_mode & stat.S_ISVTX and os.geteuid() not in (0, found.st_uid, inside.st_uid):
+        raise StorageError(f"{path} belongs to another user, and in {folder} only they can replace it")
+    temporary = temporary_beside(target)
+    create(temporary, target).close()
+    temporary.unlink()
+
+
+def _is_open_on(descriptor: int, found: os.stat_result) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), found)
+    except OSError:
+        return False
+
+
+def temporary_beside(target: Path) -> Path:
+    """A name in the target's folder that nobody can guess, and as short however long the target's is."""
+    return target.with_name(f".flexgen-{secrets.token_hex(8)}.new")
+
+
+def create(temporary: Path, target: Path) -> BinaryIO:
+    """The new file that is to take the place of `target`: with its permissions, or with those that the umask leaves to a new one."""
+    there = _lstat(target)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+    descriptor = os.open(temporary, flags, 0o666 if there is None else 0o600)
+    if there is not None:
+        os.fchmod(descriptor, stat.S_IMODE(there.st_mode) & 0o777)
+    return os.fdopen(descriptor, "wb", buffering=MIB)
+
+
+def write_file(path: Path, text: str) -> None:
+    """Make a file, or replace it.
+
+    Raises:
+        StorageError: it cannot be made; what was there is still there.
+    """
+    check_target(path)
+    target = follow(path)
+    temporary = temporary_beside(target)
+    try:
+        with create(temporary, target) as file:
+            file.write(text.encode())
+        temporary.replace(target)
+    except OSError as error:
+        raise StorageError(f"{path} cannot be written: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def open_private(path: Path, flags: int) -> int:
+    """A descriptor of a file that only its owner can read, and that has no other name.
+
+    Raises:
+        StorageError: something else lies there: a pipe, or a file of others, or one that has a second name.
+        OSError: a link lies there, or the file cannot be opened.
+    """
+    truncate = flags & os.O_TRUNC
+    flags = flags & ~os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # without waiting for the other end of a pipe
+    descriptor = os.open(path, flags, 0o600)
+    try:
+        check_private(path, os.fstat(descriptor))
+        if truncate:
+            os.ftruncate(descriptor, 0)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def check_private(path: Path, found: os.stat_result) -> None:
+    """Raises StorageError when a file of a job may be somebody's else, or lie elsewhere, too."""
+    if not stat.S_ISREG(found.st_mode):
+        raise StorageError(f"{path} is not a regular file")
+    if os.geteuid() not in (found.st_uid, 0):
+        raise StorageError(f"{path} belongs to another user")
+    if found.st_nlink > 1:
+        raise StorageError(f"{path} has a second name (a hard link), and what lies there would be written over")
+
+
+def sync_folder(folder: Path) -> None:
+    """Make durable which files the folder holds."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _lstat(path: Path) -> os.stat_result | None:
+    """None where nothing lies."""
+    try:
+        return path.lstat()
+    except FileNotFoundError:
+        return None

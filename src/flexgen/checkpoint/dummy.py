@@ -1,0 +1,166 @@
+"""A checkpoint with random weights, from a config alone: for benchmarks and tests of models one has no weights of.
+
+The files look like those of a repository (original tensor names, per-expert tensors, shards, index), so that whoever reads
+them does the work it would do on the real ones.  Memory stays bounded: no tensor is ever built.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import math
+import mmap
+import os
+from collections.abc import Iterator, Sequence
+from copy import deepcopy
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedConfig
+
+from flexgen.checkpoint.repository import NamedTensor, encode_header, meta_model, saved_tensors, sharded
+from flexgen.errors import StorageError
+from flexgen.hub.folder import INDEX_FILE
+
+_STANDARD_DEVIATION = 0.02
+# A prime number of elements: repeated through a matrix, no row meets the same numbers twice.
+_BLOCK_ELEMENTS = 4_194_301
+_BUFFER_BYTES = 16 << 20
+
+
+def write_random_checkpoint(
+    config: PreTrainedConfig, folder: Path, dtype: torch.dtype, *, seed: int = 0, shard_bytes: int = 2 * 10**9
+) -> int:
+    """Write config.json and safetensors files with random weights for `config` into `folder`.
+
+    Matrices get normal(0, 0.02) numbers (a block of them, repeated), biases and integers 0, other vectors 1.  Tied
+    weights are written once.  Files are readable by their owner only.
+
+    Args:
+        config: of a causal language model.
+        folder: created if need be; must not hold weights yet.
+        dtype: of all floating-point tensors.
+        shard_bytes: tensors of one file take at most this much, unless a single one takes more.
+
+    Returns:
+        bytes of all tensors.
+
+    Raises:
+        StorageError: when a file exists already or cannot be written.
+    """
+    model = meta_model(config, dtype)
+    files = sharded(saved_tensors(model, dtype), shard_bytes)
+    numbers = _Numbers(dtype, seed)
+    total_bytes = sum(tensor.nbytes for tensors in files.values() for tensor in tensors)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, tensors in files.items():
+            with _NewFile(folder / name) as file:
+                _write_shard(file, tensors, numbers)
+        if len(files) > 1:
+            weight_map = {tensor.name: name for name, tensors in files.items() for tensor in tensors}
+            index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+            _write_text(folder / INDEX_FILE, json.dumps(index, indent=2))
+        described = deepcopy(config)
+        described.architectures, described.dtype = [type(model).__name__], dtype
+        _write_text(folder / "config.json", described.to_json_string())
+    except OSError as error:
+        raise StorageError(f"{folder}: a random checkpoint of {total_bytes} bytes could not be written: {error}") from error
+    return total_bytes
+
+
+def checkpoint_bytes(config: PreTrainedConfig, dtype: torch.dtype) -> int:
+    """Bytes of all tensors that `write_random_checkpoint` would write."""
+    return sum(tensor.nbytes for tensor in saved_tensors(meta_model(config, dtype), dtype))
+
+
+class _Numbers:
+    """The bytes of tensors, in portions."""
+
+    def __init__(self, dtype: torch.dtype, seed: int) -> None:
+        block = torch.empty(_BLOCK_ELEMENTS).normal_(0, _STANDARD_DEVIATION, generator=torch.Generator().manual_seed(seed))
+        self._random = _bytes_of(block.to(dtype))
+        self._begin = 0  # of the last tensor, in elements
+
+    def portions(self, tensor: NamedTensor) -> Iterator[memoryview]:
+        """The bytes of `tensor`, one after the other."""
+        if len(tensor.shape) > 1 and tensor.dtype.is_floating_point and "bias" not in tensor.name:
+            # Each tensor begins elsewhere in the block, far from the one before.
+            self._begin = (self._begin + _BLOCK_ELEMENTS * 5 // 8) % _BLOCK_ELEMENTS
+            source, begin = self._random, self._begin * tensor.dtype.itemsize
+        else:
+            value = 1 if tensor.dtype.is_floating_point and "bias" not in tensor.name else 0
+            source, begin = _bytes_of(torch.full((min(math.prod(tensor.shape), _BLOCK_ELEMENTS),), value, dtype=tensor.dtype)), 0
+        left = tensor.nbytes
+        while left:
+            portion = source[begin : begin + left]
+            yield portion
+            left -= len(portion)
+            begin = 0
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    return tensor.view(torch.uint8).numpy().data
+
+
+def _write_shard(file: _NewFile, tensors: Sequence[NamedTensor], numbers: _Numbers) -> None:
+    header = encode_header(tensors)
+    file.write(len(header).to_bytes(8, "little") + header)
+    for tensor in tensors:
+        for portion in numbers.portions(tensor):
+            file.write(portion)
+
+
+def _write_text(path: Path, text: str) -> None:
+    with _NewFile(path) as file:
+        file.write(text.encode())
+
+
+class _NewFile:
+    """A new file for its owner alone, written in large pieces past the page cache where the file system can do that.
+
+    (Through the page cache a benchmark's checkpoint takes three times as long, and pushes everything else out of it.)
+    """
+
+    def __init__(self, path: Path) -> None:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        self._descriptor = os.open(path, flags, 0o600)
+        self._set_direct(True)
+        self._buffer = mmap.mmap(-1, _BUFFER_BYTES)  # page-aligned, as direct writes ask
+        self._filled = 0
+
+    def __enter__(self) -> _NewFile:
+        return self
+
+    def __exit__(self, kind: object, error: object, traceback: object) -> None:
+        try:
+            if kind is None:
+                self._set_direct(False)  # what is left is no whole number of pages
+                self._flush()
+        finally:
+            os.close(self._descriptor)
+            self._buffer.close()
+
+    def write(self, data: bytes | memoryview) -> None:
+        rest = memoryview(data)
+        while rest:
+            portion = rest[: _BUFFER_BYTES - self._filled]
+            self._buffer[self._filled : self._filled + len(portion)] = portion
+            self._filled += len(portion)
+            rest = rest[len(portion) :]
+            if self._filled == _BUFFER_BYTES:
+                self._flush()
+
+    def _flush(self) -> None:
+        with memoryview(self._buffer) as buffer:
+            done = 0
+            while done < self._filled:
+                done += os.write(self._descriptor, buffer[done : self._filled])
+        self._filled = 0
+
+    def _set_direct(self, direct: bool) -> None:
+        flags = fcntl.fcntl(self._descriptor, fcntl.F_GETFL)
+        wanted = flags | os.O_DIRECT if direct else flags & ~os.O_DIRECT
+        with contextlib.suppress(OSError):  # a file system without direct writes
+            fcntl.fcntl(self._descriptor, fcntl.F_SETFL, wanted)

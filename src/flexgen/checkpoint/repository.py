@@ -1,0 +1,109 @@
+"""The files that a repository of a config would hold: tensor names, shapes, dtypes and offsets.  No numbers, no files.
+
+Names and shapes are those that `save_pretrained` would write (original names, per-expert tensors), and so are the files'
+headers, byte for byte.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
+
+from flexgen.base.sizes import align_up
+from flexgen.checkpoint.headers import DTYPES, PREFIX_BYTES
+from flexgen.checkpoint.parameters import Headers
+from flexgen.hub.folder import SINGLE_FILE
+from flexgen.models.skeleton import ANY_ROOM, building, parameters_on_meta
+
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class NamedTensor:
+    """A tensor that a file would hold."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def meta_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The model of a config without its weights.
+
+    Raises:
+        UnsupportedModelError: it cannot be built. CheckpointError: the config asks for more than any model has.
+    """
+    with building(config), torch.device("meta"), parameters_on_meta(ANY_ROOM):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+def saved_tensors(model: PreTrainedModel, dtype: torch.dtype) -> list[NamedTensor]:
+    """What `save_pretrained` would store: all floating-point numbers in `dtype`, tied weights once."""
+    ignored = model._keys_to_ignore_on_save or ()
+    state = {name: x for name, x in model.state_dict().items() if name not in ignored}
+    state = revert_weight_conversion(model, remove_tied_weights_from_state_dict(state, model))
+    return [NamedTensor(name, tuple(x.shape), dtype if x.is_floating_point() else x.dtype) for name, x in state.items()]
+
+
+def sharded(tensors: Iterable[NamedTensor], shard_bytes: int) -> dict[str, list[NamedTensor]]:
+    """File name -> its tensors in their order in the file.  A tensor larger than `shard_bytes` has one for itself."""
+    shards: list[list[NamedTensor]] = []
+    open_shard: list[NamedTensor] = []
+    filled = 0
+    for tensor in tensors:
+        if tensor.nbytes > shard_bytes:
+            shards.append([tensor])
+            continue
+        if filled + tensor.nbytes > shard_bytes:
+            shards.append(open_shard)
+            open_shard, filled = [], 0
+        open_shard.append(tensor)
+        filled += tensor.nbytes
+    shards += [open_shard] if open_shard else []
+    names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    if len(shards) == 1:
+        names = [SINGLE_FILE]
+    # safetensors lays the largest numbers first, so that all are aligned, and equally large ones by name
+    ordered = (sorted(shard, key=lambda tensor: (-tensor.dtype.itemsize, tensor.name)) for shard in shards)
+    return dict(zip(names, ordered, strict=True))
+
+
+def encode_header(tensors: Sequence[NamedTensor]) -> bytes:
+    """The JSON header of a file that holds `tensors` one after the other; the 8 bytes of its length come before it."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for tensor in tensors:
+        header[tensor.name] = {
+            "dtype": _DTYPE_NAMES[tensor.dtype],
+            "shape": tensor.shape,
+            "data_offsets": [offset, offset + tensor.nbytes],
+        }
+        offset += tensor.nbytes
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    return encoded.ljust(align_up(len(encoded), 8))
+
+
+def headers_of(name: str, files: dict[str, list[NamedTensor]]) -> Headers:
+    """The headers of files that nobody has written.
+
+    Args:
+        name: of the repository, for messages.
+        files: as from `sharded`.
+    """
+    parsed = {}
+    for file_name, tensors in files.items():
+        header = encode_header(tensors)
+        parsed[file_name] = header, PREFIX_BYTES + len(header) + sum(tensor.nbytes for tensor in tensors)
+    return Headers.parsed(Path(name), parsed)

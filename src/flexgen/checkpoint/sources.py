@@ -1,0 +1,224 @@
+"""Which bytes of which files become a parameter: values that whoever moves bytes can execute without knowing models.
+
+Reading is the caller's: it brings the bytes of the pieces, by whatever means, and `assemble` puts them in their places.
+`read` is the plain version of that, for small tensors and to check the fast ones.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from flexgen.checkpoint.headers import StoredTensor
+from flexgen.errors import CheckpointError
+
+# Four megabytes of float32, which caches hold.
+CAST_ELEMENTS = 1 << 20
+Convert = Callable[[Sequence[torch.Tensor]], torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A box of a parameter, and the contiguous byte range of a file that holds its numbers.
+
+    Pieces of one parameter never overlap in the parameter.  They may overlap in the file (where the rows of two halves are
+    stored alternately): coalesce before reading.
+
+    Attributes:
+        tensor: the stored tensor that the numbers belong to.
+        first: index of the box's first element in it, row-major.
+        shape: of the box.
+        strides: of the box through the stored tensor, in elements.
+        start: of the box in the parameter.
+    """
+
+    tensor: StoredTensor
+    first: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    start: tuple[int, ...]
+
+    @property
+    def path(self) -> Path:
+        """The file to read."""
+        return self.tensor.path
+
+    @property
+    def offset(self) -> int:
+        """Of the first byte to read, from the start of the file.  Not always a multiple of the element size."""
+        return self.tensor.offset + self.first * self.tensor.dtype.itemsize
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes to read, from the first to the last number of the box."""
+        return _span(self.shape, self.strides) * self.tensor.dtype.itemsize
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the stored numbers."""
+        return self.tensor.dtype
+
+    @property
+    def target(self) -> tuple[slice, ...]:
+        """The box, as an index of the parameter."""
+        return tuple(slice(first, first + n) for first, n in zip(self.start, self.shape, strict=True))
+
+    @property
+    def is_contiguous(self) -> bool:
+        """Whether the numbers read, in their order, are the box."""
+        expected = contiguous_strides(self.shape)
+        return all(n == 1 or have == want for n, have, want in zip(self.shape, self.strides, expected, strict=True))
+
+    def view(self, raw: torch.Tensor) -> torch.Tensor:
+        """The box, as a view of `raw`: the numbers read, contiguous, of the stored dtype and any shape."""
+        if raw.dtype != self.dtype or raw.nbytes != self.nbytes or not raw.is_contiguous():
+            found = f"{raw.nbytes} bytes of {raw.dtype}"
+            raise ValueError(f"{self.tensor.name}: expected {self.nbytes} contiguous bytes of {self.dtype}, got {found}")
+        return raw.as_strided(self.shape, self.strides)  # keeps the storage offset of `raw`
+
+    def narrow(self, dim: int, start: int, stop: int) -> Piece | None:
+        """What lies within [start, stop) of the parameter's dimension `dim`, placed relative to `start`."""
+        low = max(self.start[dim], start)
+        length = min(self.start[dim] + self.shape[dim], stop) - low
+        if length <= 0:
+            return None
+        return replace(
+            self,
+            first=self.first + (low - self.start[dim]) * self.strides[dim],
+            shape=put(self.shape, dim, length),
+            start=put(self.start, dim, low - start),
+        )
+
+
+def whole(tensor: StoredTensor) -> tuple[Piece, ...]:
+    """The one piece that is all of the tensor; none when it has no elements."""
+    if 0 in tensor.shape:
+        return ()
+    return (Piece(tensor, 0, tensor.shape, contiguous_strides(tensor.shape), (0,) * len(tensor.shape)),)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParameterSource:
+    """Where a parameter, a range of its rows, or a persistent buffer comes from.
+
+    Attributes:
+        name: in the model's state dict.
+        shape: of the parameter, or of the rows.
+        dtype: of the stored numbers.
+        pieces: what to read, in the order in which `assemble` expects it.
+        convert: None when the pieces only have to be put in their places, where they fill the parameter.  Otherwise the
+            function that computes it from the stored tensors; such a source cannot be read in parts.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    pieces: tuple[Piece, ...]
+    convert: Convert | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the pieces."""
+        return sum(piece.nbytes for piece in self.pieces)
+
+    @property
+    def is_view(self) -> bool:
+        """Whether the bytes of the only piece, viewed as `shape`, are the parameter."""
+        if self.convert is not None or len(self.pieces) != 1:
+            return False
+        return self.pieces[0].shape == self.shape and self.pieces[0].is_contiguous
+
+    @property
+    def sliceable(self) -> bool:
+        """Whether `rows` is allowed: there are rows, and the numbers of each lie together in a file."""
+        if self.convert is not None or not self.shape:
+            return False
+        return all(p.shape[0] == 1 or p.strides[0] >= _span(p.shape[1:], p.strides[1:]) for p in self.pieces)
+
+    def rows(self, start: int, stop: int) -> ParameterSource:
+        """The source of rows [start, stop) along dimension 0, which reads the bytes of these rows only.
+
+        Raises:
+            ValueError: when the source is not `sliceable`, or there are no such rows.
+        """
+        if not self.sliceable:
+            raise ValueError(f"{self.name} cannot be read in parts")
+        if not 0 <= start <= stop <= self.shape[0]:
+            raise ValueError(f"{self.name} has {self.shape[0]} rows; [{start}, {stop}) is no part of them")
+        pieces = tuple(part for piece in self.pieces if (part := piece.narrow(0, start, stop)))
+        return replace(self, shape=(stop - start, *self.shape[1:]), pieces=pieces)
+
+    def assemble(self, raws: Sequence[torch.Tensor], out: torch.Tensor) -> None:
+        """Write the parameter into `out`, cast to its dtype.
+
+        Args:
+            raws: for each piece the numbers read: contiguous, of the piece's dtype, of any shape.
+            out: of shape `shape`; any dtype, device and strides.
+        """
+        if tuple(out.shape) != self.shape:
+            raise ValueError(f"{self.name} is {self.shape}, the destination {tuple(out.shape)}")
+        boxes = [piece.view(raw) for piece, raw in zip(self.pieces, raws, strict=True)]
+        with torch.no_grad():
+            if self.convert is None:
+                for piece, box in zip(self.pieces, boxes, strict=True):
+                    cast_into(out[piece.target], box)
+            else:  # transformers casts first and computes then; so do we, to get the same bits
+                out.copy_(self.convert([box.to(device=out.device, dtype=out.dtype) for box in boxes]))
+
+    def read(self, out: torch.Tensor) -> None:
+        """Read the pieces, one plain blocking read each, and `assemble` them.
+
+        Raises:
+            CheckpointError: when a file cannot be read.
+        """
+        self.assemble([read_bytes(p.path, p.offset, p.nbytes).view(p.dtype) for p in self.pieces], out)
+
+
+def cast_into(out: torch.Tensor, numbers: torch.Tensor) -> None:
+    """`out.copy_(numbers)`; float16 becomes bfloat16 through pieces of float32, three to four times faster on a CPU (docs/log.md)."""
+    slow = numbers.dtype == torch.float16 and out.dtype == torch.bfloat16 and not out.is_cuda
+    if not slow or not (out.is_contiguous() and numbers.is_contiguous()) or numbers.numel() < CAST_ELEMENTS:
+        out.copy_(numbers)
+        return
+    wide = torch.empty(CAST_ELEMENTS, dtype=torch.float32)
+    for part, source in zip(out.view(-1).split(CAST_ELEMENTS), numbers.view(-1).split(CAST_ELEMENTS), strict=True):
+        part.copy_(wide[: source.numel()].copy_(source))
+
+
+def read_bytes(path: Path, offset: int, nbytes: int) -> torch.Tensor:
+    """A byte range of a file, by a plain blocking read: uint8, (nbytes,).
+
+    Raises:
+        CheckpointError: when the file cannot be read, or ends too early.
+    """
+    data = torch.empty(nbytes, dtype=torch.uint8)
+    rest = data.numpy().data
+    try:
+        with path.open("rb", buffering=0) as file:
+            while rest and (count := os.preadv(file.fileno(), [rest], offset + nbytes - len(rest))):
+                rest = rest[count:]
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error})") from error
+    if rest:
+        raise CheckpointError(f"{path}: ends before byte {offset + nbytes}; it was longer when its header was read")
+    return data
+
+
+def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
+    """Strides, in elements, of a row-major tensor."""
+    return tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
+
+
+def put(values: Sequence[int], position: int, value: int) -> tuple[int, ...]:
+    """`values` with another value at `position`."""
+    return (*values[:position], value, *values[position + 1 :])
+
+
+def _span(shape: Sequence[int], strides: Sequence[int]) -> int:
+    """Elements from the first to the last of a box, both included."""
+    return 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))

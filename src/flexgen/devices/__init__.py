@@ -1,0 +1,1 @@
+"""Where computing happens besides the host: arenas of memory, and copies in both directions."""

@@ -1,0 +1,1 @@
+"""Number formats: how numbers are stored, and what they become."""

@@ -1,0 +1,1 @@
+"""Boxes and models that ship with the package."""

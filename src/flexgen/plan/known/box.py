@@ -1,0 +1,210 @@
+"""Machines from a few figures, as vendors print them: what software reaches of them, and everything that nobody prints."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+from flexgen.base.sizes import format_size, parse_size
+from flexgen.errors import OptionError
+from flexgen.plan.machine import Curve, DiskRequest, Machine, Overheads, Rate
+from flexgen.plan.price.work import DTYPE_BYTES
+
+# What is usually reached of a printed rate; of the host's memory by elementwise operations of a model.
+DENSE_SHARE, ATTENTION_SHARE, MEMORY_SHARE, LINK_SHARE, DISK_SHARE, ELEMENTWISE_SHARE = 0.7, 0.3, 0.8, 0.85, 0.9, 0.3
+ROWS = (1, 4, 16, 64, 128, 256, 512, 1024, 4096)
+# Measured with PyTorch and transformers on server processors of the years 2022 to 2025.
+DRIVEN_DEVICE = Overheads(per_pass=5e-3, per_sequence=3e-5, per_unit=2e-4, per_layer_and_micro_batch=1e-3, per_gathered_row=2e-6)
+DISK_CORE_SECONDS_PER_BYTE = 2e-11
+DISK_REQUEST = DiskRequest(seconds=3e-5, core_seconds=2e-5)
+
+# What a description may leave out: cores, the disk's size, and what writing reaches of reading; float32 of narrower products.
+CORES, DISK_BYTES, WRITE_SHARE, WIDE_SHARE = 16, 10**12, 0.5, 0.5
+REQUIRED = ("host_bytes", "host_memory", "disk_read", "flops")
+REQUIRED_BY_DEVICE = ("device_memory", "host_to_device")
+# What no machine has less of: whoever gives 64 or 7 means GB.
+LEAST_BYTES, LEAST_RATE = 16 << 20, 1e6
+OPTIONAL = ("name", "cores", "disk_bytes", "disk_write", "device_bytes", "device_to_host")
+EXAMPLE = '{"host_bytes": "64GB", "host_memory": 80e9, "disk_read": 7e9, "flops": 2e12}'
+
+
+def is_box(fields: Any) -> bool:
+    """Whether a JSON value describes a machine by a few figures, rather than by all that `flexgen profile` measures."""
+    return isinstance(fields, dict) and not {"dense", "overheads", "origin"} & cast(dict[str, Any], fields).keys()
+
+
+def box_of(fields: Mapping[str, Any], name: str) -> Machine:
+    """The machine that a few figures describe.
+
+    Args:
+        fields: bytes (numbers, or sizes such as "64GB") and rates per second, as printed; `flops` is a number, which counts for bfloat16
+            and float16, or one per dtype. name: of the machine, where they give none.
+
+    Raises:
+        OptionError: with its name, a missing or unknown field, or an impossible value.
+    """
+    _check(fields)
+    given = {key: _READERS[key](key, value) for key, value in fields.items()}
+    device = given.get("device_bytes", 0) > 0
+    link = given.get("host_to_device", 0.0)
+    machine = device_box(
+        given.get("name", name),
+        cores=given.get("cores", CORES),
+        host_bytes=given["host_bytes"],
+        device_bytes=given.get("device_bytes", 0),
+        disk_bytes=given.get("disk_bytes", DISK_BYTES),
+        disk_read=given["disk_read"],
+        disk_write=given.get("disk_write", WRITE_SHARE * given["disk_read"]),
+        host_memory=given["host_memory"],
+        link=link,
+        device_memory=given.get("device_memory", 0.0) if device else given["host_memory"],
+        flops=given["flops"],
+    )
+    back = given.get("device_to_host", link)
+    return dataclasses.replace(machine, device_to_host=_share(back, LINK_SHARE)) if device else machine
+
+
+def _check(fields: Mapping[str, Any]) -> None:
+    """Raises OptionError for unknown and missing fields."""
+    known = (*REQUIRED, *REQUIRED_BY_DEVICE, *OPTIONAL)
+    for field in fields:
+        if field not in known:
+            close = difflib.get_close_matches(field, known, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}"
+            raise OptionError(f"this is not the description of a machine: unknown field {field!r}; {hint}")
+    needs = [*REQUIRED, *(REQUIRED_BY_DEVICE if fields.get("device_bytes") else ())]
+    if missing := [field for field in needs if field not in fields]:
+        raise OptionError(f"this is not the description of a machine: missing {', '.join(missing)}; a description needs at least {EXAMPLE}")
+
+
+def _bytes(name: str, value: Any) -> int:
+    if isinstance(value, str):
+        size = parse_size(value, name=name)
+    else:
+        size = int(_number(name, value))
+    if size < LEAST_BYTES and not (size == 0 and name == "device_bytes"):
+        raise _wrong(name, value, f'it is in bytes, and at least {format_size(LEAST_BYTES)}; sizes may be written as "64GB"')
+    return size
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+        raise _wrong(name, value, "it must be a number of at least 0")
+    return float(value)
+
+
+def _rate(name: str, value: Any) -> float:
+    """A number, or a size per second: "7GB/s"."""
+    if isinstance(value, str) and (size := re.fullmatch(r"(.*\S)\s*/\s*s", value)):
+        value = parse_size(size[1], name=name)
+    if _number(name, value) < LEAST_RATE:
+        raise _wrong(name, value, f'it is per second, and at least {LEAST_RATE:g}; write 7e9 or "7GB/s" for bytes, and 165e12 for FLOP/s')
+    return float(value)
+
+
+def _flops(name: str, value: Any) -> dict[str, float]:
+    if not isinstance(value, dict):
+        rate = _rate(name, value)
+        return {"bfloat16": rate, "float16": rate, "float32": WIDE_SHARE * rate}
+    rates = {dtype: _rate(f"{name} of {dtype}", each) for dtype, each in cast(dict[str, Any], value).items()}
+    if unknown := [dtype for dtype in rates if dtype not in DTYPE_BYTES]:
+        raise _wrong(name, unknown[0], f"known dtypes: {', '.join(DTYPE_BYTES)}")
+    if not rates:
+        raise _wrong(name, value, "a rate is needed")
+    return rates
+
+
+def _cores(name: str, value: Any) -> int:
+    if _number(name, value) < 1 or int(value) != value:
+        raise _wrong(name, value, "a whole number of at least 1 is needed")
+    return int(value)
+
+
+def _text(name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise _wrong(name, value, "text is needed")
+    return value
+
+
+def _wrong(name: str, value: Any, why: str) -> OptionError:
+    return OptionError(f"this is not the description of a machine: {name} is {json.dumps(value)[:80]}: {why}")
+
+
+_READERS: dict[str, Callable[[str, Any], Any]] = {
+    "name": _text,
+    "cores": _cores,
+    "host_bytes": _bytes,
+    "device_bytes": _bytes,
+    "disk_bytes": _bytes,
+    "disk_read": _rate,
+    "disk_write": _rate,
+    "host_memory": _rate,
+    "device_memory": _rate,
+    "host_to_device": _rate,
+    "device_to_host": _rate,
+    "flops": _flops,
+}
+
+
+def device_box(
+    name: str,
+    *,
+    origin: str = "datasheet",
+    cores: int,
+    host_bytes: int,
+    device_bytes: int,
+    disk_bytes: int,
+    disk_read: float,
+    disk_write: float,
+    host_memory: float,
+    link: float,
+    device_memory: float,
+    flops: dict[str, float],
+) -> Machine:
+    """A machine with one accelerator, or none (`device_bytes` 0: then the host computes), from printed rates (bytes/s, FLOP/s)."""
+    # The host's kernels reach half of what its memory gives, and less where many queries share a key.
+    attending = {"host": {dtype: ((1.0, _share(host_memory, 0.5)), (8.0, _share(host_memory, 0.3))) for dtype in flops}}
+    if device_bytes:
+        attending["device"] = {dtype: ((1.0, _share(device_memory, 0.6)), (8.0, _share(device_memory, 0.6))) for dtype in flops}
+    return Machine(
+        name=name,
+        device="cuda" if device_bytes else "cpu",
+        origin=origin,
+        date="",
+        cores=cores,
+        host_bytes=host_bytes,
+        device_bytes=device_bytes,
+        disk_bytes=disk_bytes,
+        disk_read=_share(disk_read, DISK_SHARE),
+        disk_write=_share(disk_write, DISK_SHARE),
+        disk_core_seconds_per_byte=DISK_CORE_SECONDS_PER_BYTE,
+        disk_request=DISK_REQUEST,
+        disk_slowdown=1.0,
+        compute_slowdown=1.0,
+        host_memory=_share(host_memory, MEMORY_SHARE),
+        host_to_device=_share(link, LINK_SHARE) if device_bytes else None,
+        device_to_host=_share(link, LINK_SHARE) if device_bytes else None,
+        dense={dtype: _dense(peak, device_memory, dtype) for dtype, peak in flops.items()},
+        attention={dtype: _share(peak, ATTENTION_SHARE) for dtype, peak in flops.items()},
+        decode_attention=attending,
+        elementwise={dtype: _share(device_memory, MEMORY_SHARE if device_bytes else ELEMENTWISE_SHARE) for dtype in flops},
+        casts={f"float16 {dtype}": _share(host_memory, 0.3) for dtype in flops if dtype != "float16"},
+        overheads=DRIVEN_DEVICE,
+    )
+
+
+def _share(printed: float, share: float) -> Rate:
+    return Rate(best=printed, typical=share * printed)
+
+
+def _dense(peak: float, device_memory: float, dtype: str) -> Curve:
+    """Few rows are bound by reading the weights: two FLOPs per number and row."""
+    return tuple(
+        (float(rows), Rate(best=min(peak, most), typical=min(DENSE_SHARE * peak, MEMORY_SHARE * most)))
+        for rows, most in ((rows, rows * 2 * device_memory / DTYPE_BYTES[dtype]) for rows in ROWS)
+    )

@@ -1,0 +1,1 @@
+"""A job played through a policy: who is admitted when, and what each pass does."""

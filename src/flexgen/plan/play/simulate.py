@@ -1,0 +1,201 @@
+"""A whole job, pass by pass, without doing it: which sequences each pass carries, what that moves and computes.
+
+Every answer is as long as the workload expects.  Where room is kept for more, it falls free when the answer ends; where for less, the
+answer takes what it needs all the same (the engine would compute a neighbour again).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from flexgen.options import TIERS
+from flexgen.plan.machine import Machine
+from flexgen.plan.model import ModelSpec
+from flexgen.plan.play.admit import DIAGONAL, ROW, ZIGZAG, Admissions, Needs, Pools, Rules, admit
+from flexgen.plan.play.queue import Ints, Queue, queue_of
+from flexgen.plan.policy import Policy
+from flexgen.plan.price.work import PassLoad, PassWork, ideal_seconds, price, unit_homes, weights_work
+from flexgen.plan.workload import Workload
+
+Floats = npt.NDArray[np.float64]
+
+PAGE_TOKENS = 16
+_SCHEDULES = {"diagonal": DIAGONAL, "zigzag": ZIGZAG, "row": ROW}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Simulation:
+    """A job as played.
+
+    Attributes:
+        work: PassWork whose numbers are arrays over the passes.
+        live: sequences in each pass. kv_bytes: home tier -> bytes of pages held during each pass.
+        first_passes, end_passes: of every group of equal requests that entered together, its first pass and the one after its last.
+        num_refused: requests whose KV can never fit; they are left out.
+    """
+
+    work: PassWork
+    live: Ints
+    kv_bytes: dict[str, Ints]
+    first_passes: Ints
+    end_passes: Ints
+    num_refused: int
+
+    @property
+    def num_passes(self) -> int:
+        return len(self.live)
+
+    def passes(self) -> list[PassWork]:
+        """The work of each pass."""
+        names = [field.name for field in dataclasses.fields(PassWork)]
+        columns = [np.broadcast_to(np.asarray(getattr(self.work, name)), self.live.shape).tolist() for name in names]
+        return [PassWork(**dict(zip(names, row, strict=True))) for row in zip(*columns, strict=True)]
+
+    def total(self) -> PassWork:
+        """The work of all passes."""
+        names = [field.name for field in dataclasses.fields(PassWork)]
+        return PassWork(**{name: _spread(getattr(self.work, name), self.num_passes).sum().item() for name in names})
+
+    def ideal_seconds(self, machine: Machine, dtype: str) -> dict[str, Floats]:
+        """Resource -> ideal seconds in each pass."""
+        return {resource: _spread(each, self.num_passes) for resource, each in ideal_seconds(self.work, machine, dtype).items()}
+
+    def busiest_seconds(self, machine: Machine, dtype: str) -> float:
+        """The sum over the passes of the busiest resource's ideal time."""
+        return float(np.maximum.reduce(list(self.ideal_seconds(machine, dtype).values())).sum())
+
+
+def simulate(spec: ModelSpec, policy: Policy, job: Workload | Queue, *, weights: PassWork | None = None) -> Simulation:
+    """Play `job` under `policy`.
+
+    A request admitted by pass p computes its prompt there and yields its first token; its n-th and last comes from pass
+    p + n - 1.  Requests enter longest reserved answer first, in input order among equals, and none overtakes.  Diagonal: whenever
+    there is room, within a bucket of prompt tokens that every pass refills.  Zigzag: into an empty block, all at once.
+    Row: into an empty block, one micro-batch.  What prompts share is computed by the first that has it, and held from then on.
+
+    Args:
+        weights: what every pass moves of them, where that is known already.
+    """
+    tiers = [tier for tier in TIERS if getattr(policy, f"kv_{tier}_bytes") > 0 and getattr(policy.kv, tier) > 0]
+    weights = weights or weights_work(spec, unit_homes(spec, policy.weights), policy.device)
+    queue = job if isinstance(job, Queue) else queue_of(job)
+    queue, num_refused, groups, used = _play(spec, policy, queue, tiers)
+    first_passes, end_passes = groups.first_pass, groups.first_pass + queue.output_len[groups.run]
+    num_passes = int(end_passes.max(initial=0))
+    load = _load(spec, queue, groups, tiers, num_passes)
+    work = price(load, spec, policy, weights)
+    live = np.asarray(sum(load.num_prompts.values()) + sum(load.next_tokens.values()), dtype=np.int64)
+    return Simulation(
+        work=work,
+        live=_spread(live, num_passes).astype(np.int64),
+        kv_bytes=dict(zip(tiers, used, strict=True)),
+        first_passes=first_passes,
+        end_passes=end_passes,
+        num_refused=num_refused,
+    )
+
+
+def _play(spec: ModelSpec, policy: Policy, queue: Queue, tiers: Sequence[str]) -> tuple[Queue, int, Admissions, Ints]:
+    """(runs that can fit, number of other requests, what enters when, bytes used by tier and pass)."""
+    held = held_kv_bytes(spec, policy.page_tokens, int((queue.prompt_len + queue.most).max(initial=0)))
+    shared = shared_kv_bytes(spec, policy.page_tokens, int(queue.found_len.max(initial=0)))
+    capacity = np.array([getattr(policy, f"kv_{tier}_bytes") for tier in tiers], dtype=np.int64)
+    at_most = held[queue.prompt_len + queue.most - 1]
+    fits = at_most <= capacity.max(initial=-1)
+    num_refused, queue = int(queue.count[~fits].sum()), queue.only(fits)
+    # The longest shared beginning is set aside in each tier; those of other requests come after it and are as long at most.
+    # A request that needs it all makes it give way.
+    prefix = shared[queue.found_len.max(initial=0)]
+    capacity = np.maximum(capacity - prefix, np.minimum(capacity, at_most[fits].max(initial=0)))
+    rules = Rules(
+        schedule=_SCHEDULES[policy.schedule],
+        max_num_seqs=policy.max_num_seqs,
+        prefill_tokens=policy.prefill_tokens,
+        micro_batch_tokens=policy.micro_batch_tokens,
+        frees_early=bool((queue.reserved_len > queue.output_len).any()),
+    )
+    shares = np.array([getattr(policy.kv, tier) for tier in tiers], dtype=np.float64)
+    # On disk a sequence takes from the start what it needs at its longest, so that its pages lie together.
+    pools = Pools(capacity=capacity, share=shares, whole=np.array([tier == "disk" for tier in tiers], dtype=bool))
+    columns = (queue.prompt_len, queue.output_len, queue.reserved_len, queue.found_len, queue.count)
+    groups, used = admit(columns, Needs(held=held, shared=shared), pools, rules)
+    return queue, num_refused, Admissions(*groups), used
+
+
+def held_kv_bytes(spec: ModelSpec, page_tokens: int, max_tokens: int) -> Ints:
+    """Bytes of the most pages that a sequence holds on its way to 0, 1, ... max_tokens tokens.
+
+    Pages behind a window are freed, but the window begins and ends within pages.
+    """
+    tokens = np.arange(max_tokens + 1, dtype=np.int64)
+    held = np.zeros_like(tokens)
+    for group in spec.kv_groups:
+        pages = -(-tokens // page_tokens)
+        if group.window is not None:
+            pages = np.minimum(pages, -(-group.window // page_tokens) + 1)
+        held += pages * (page_tokens * group.num_layers * group.bytes_per_token)
+    return held
+
+
+def shared_kv_bytes(spec: ModelSpec, page_tokens: int, max_tokens: int) -> Ints:
+    """Bytes of pages that sequences with 0, 1, ... max_tokens tokens in common hold once; windows soon move on from them."""
+    pages = np.arange(max_tokens + 1, dtype=np.int64) // page_tokens
+    page_bytes = sum(page_tokens * group.num_layers * group.bytes_per_token for group in spec.kv_groups if group.window is None)
+    return pages * page_bytes
+
+
+def _load(spec: ModelSpec, queue: Queue, groups: Admissions, tiers: Sequence[str], num_passes: int) -> PassLoad:
+    """What every pass carries, summed over all groups at once."""
+    pairs: list[Any] = [0 for _ in spec.kv_groups]
+    prompt_tokens: dict[str, Any] = {}
+    num_prompts: dict[str, Any] = {}
+    next_tokens: dict[str, Any] = {}
+    attended: dict[str, list[Any]] = {}
+    longest = int((queue.prompt_len + queue.output_len).max(initial=1))
+    for pool, tier in enumerate(tiers):
+        here = groups.pool == pool
+        index, count, run = groups.first_pass[here], groups.num_seqs[here], groups.run[here]
+        prompt_len, output_len, found_len = queue.prompt_len[run], queue.output_len[run], queue.found_len[run]
+        prompt_tokens[tier] = _at(index, count * (prompt_len - found_len), num_passes)
+        num_prompts[tier] = _at(index, count, num_passes)
+        next_tokens[tier] = _between(index + 1, index + output_len, count, num_passes)
+        attended[tier] = []
+        for number, group in enumerate(spec.kv_groups):
+            window = group.window or longest
+            visible = visible_pairs(prompt_len, window) - visible_pairs(found_len, window)
+            pairs[number] = pairs[number] + _at(index, count * visible, num_passes)
+            # The k-th next token sees prompt_len + k tokens, a ramp, until the window is full.
+            full = index + np.clip(window - prompt_len + 1, 1, output_len)
+            ramp = _between(index + 1, full, count * (prompt_len - index), num_passes)
+            ramp = ramp + _between(index + 1, full, count, num_passes) * np.arange(num_passes)
+            attended[tier].append(ramp + window * _between(full, index + output_len, count, num_passes))
+    return PassLoad(
+        prompt_tokens=prompt_tokens, num_prompts=num_prompts, next_tokens=next_tokens, prompt_pairs=pairs, attended_tokens=attended
+    )
+
+
+def visible_pairs(prompt_len: Any, window: int | float) -> Any:
+    """(query, visible token) pairs of whole prompts."""
+    beyond = np.maximum(prompt_len - window, 0)
+    return (prompt_len * (prompt_len + 1) - beyond * (beyond + 1)) // 2
+
+
+def _at(index: Ints, amount: Ints, num_passes: int) -> Ints:
+    """Sums by pass; float64 between holds them exactly up to 2^53."""
+    return np.bincount(index, weights=amount, minlength=num_passes).astype(np.int64)
+
+
+def _between(start: Ints, end: Ints, amount: Ints, num_passes: int) -> Ints:
+    """`amount` in each pass from `start` to before `end`."""
+    change = _at(start, amount, num_passes + 1) - _at(end, amount, num_passes + 1)
+    return change.cumsum()[:num_passes]
+
+
+def _spread(amount: Any, num_passes: int) -> Floats:
+    return np.broadcast_to(np.asarray(amount, dtype=np.float64), (num_passes,))

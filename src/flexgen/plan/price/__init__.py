@@ -1,0 +1,1 @@
+"""What a pass moves and computes, what that takes, and the memory that a policy needs."""

@@ -1,0 +1,99 @@
+"""Where the bytes of a policy go, tier by tier and part by part."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from flexgen.base.sizes import MIB
+from flexgen.plan.machine import Limits
+from flexgen.plan.model import ModelSpec
+from flexgen.plan.play.sampling import JobSizes
+from flexgen.plan.policy import Policy
+from flexgen.plan.price.work import DTYPE_BYTES, needs_decode, unit_homes, weight_bytes
+
+# Kept free beside everything accounted for: thread stacks, text, code loaded later, fragments of freed memory.
+ALLOWANCE_BYTES = 48 * MIB
+ALLOWANCE_SHARE = 0.02
+# Live tensors are this much smaller than what the allocator holds for them.
+FRAGMENTATION = 1.25
+# A ring holds at least this many of its largest units.
+RING_UNITS = 3
+
+
+def footprint(policy: Policy, spec: ModelSpec, limits: Limits, *, process_bytes: int) -> dict[str, dict[str, int]]:
+    """Tier -> part -> bytes that the policy reserves there."""
+    homes = unit_homes(spec, policy.weights)
+    return reserved(
+        policy, limits, process_bytes=process_bytes, held=weight_bytes(spec, homes), decoding_bytes=scratch_bytes(spec, homes),
+        small_bytes=spec.resident_bytes, embedding_bytes=embedding_table_bytes(spec),
+    )  # fmt: skip
+
+
+def reserved(
+    policy: Policy,
+    limits: Limits,
+    *,
+    process_bytes: int,
+    held: Mapping[str, int],
+    decoding_bytes: int,
+    small_bytes: int,
+    embedding_bytes: int,
+) -> dict[str, dict[str, int]]:
+    """The same from what is known of the weights: bytes `held` per tier, and scratch for decoding what streams."""
+    computing = {"small tensors": small_bytes, "embedding": embedding_bytes * policy.embedding_resident}
+    computing |= {"workspace": policy.workspace_bytes}
+    host = {"process": process_bytes, "allowance": allowance_bytes(limits), "weights": held["host"], "KV": policy.kv_host_bytes}
+    host |= {"weight staging": policy.host_ring_bytes, "KV staging": policy.kv_staging_bytes + policy.kv_tail_bytes}
+    tiers = {"host": host}
+    if policy.device == "cpu":
+        host |= computing
+    else:
+        host["decoding"] = decoding_bytes
+        tiers["device"] = {**computing, "weights": held["device"], "weight staging": policy.device_ring_bytes, "KV": policy.kv_device_bytes}
+    if limits.offload_in_memory:
+        host["KV in a memory file system"] = policy.kv_disk_bytes
+    elif policy.kv_disk_bytes:
+        tiers["disk"] = {"KV": policy.kv_disk_bytes}
+    return tiers
+
+
+def embedding_table_bytes(spec: ModelSpec) -> int:
+    """Memory of the whole embedding; one that is tied to the head's units is a copy."""
+    growth = max(spec.decoded_bytes / max(spec.streamed_bytes, 1), 1.0)
+    return max(spec.embedding_bytes, int(spec.vocab_size * spec.embedding_row_bytes * growth))
+
+
+def allowance_bytes(limits: Limits) -> int:
+    """Host bytes that no plan uses."""
+    return ALLOWANCE_BYTES + int(ALLOWANCE_SHARE * limits.host_bytes)
+
+
+def activation_bytes(spec: ModelSpec, sizes: JobSizes, policy: Policy, max_num_seqs: int | None = None) -> int:
+    """Activations at their worst: every micro-batch of the largest pass suspended inside an MLP, one computing.
+
+    With them the logits and what attention copies: q, k, v and the result, and the KV of the longest sequence.
+
+    Args:
+        max_num_seqs: in place of the policy's.
+    """
+    size, hidden, intermediate = DTYPE_BYTES[policy.dtype], spec.hidden_size, spec.intermediate_size
+    longest_prompt, most = sizes.longest_prompt, max_num_seqs or policy.max_num_seqs
+    prompt_tokens = {
+        "diagonal": policy.prefill_tokens + longest_prompt - 1,  # the last prompt may overdraw the quota
+        "zigzag": most * longest_prompt,
+        "row": max(policy.micro_batch_tokens, longest_prompt),
+    }[policy.schedule]
+    tokens = most + min(prompt_tokens, sizes.prompt_tokens, most * longest_prompt)
+    # Prompts whose KV goes to disk are not cut.
+    running = min(max(policy.micro_batch_tokens, longest_prompt * (policy.kv.disk > 0)), tokens)
+    suspended = tokens * (3 * hidden + 2 * intermediate) * size
+    computing = running * ((4 * hidden + 3 * intermediate) * size + 8 * hidden)
+    logits = most * spec.vocab_size * 4 * 2
+    attention = 4 * max(running, longest_prompt) * hidden * size + 2 * sizes.layer
+    return int(FRAGMENTATION * (suspended + computing + logits + attention))
+
+
+def scratch_bytes(spec: ModelSpec, homes: Sequence[str]) -> int:
+    """Host memory for three of the largest units that are decoded in every pass (the others are, once, at the start)."""
+    decoded = [unit.decoded_bytes for unit, home in zip(spec.units, homes, strict=True) if home == "disk" and needs_decode(unit)]
+    return RING_UNITS * max(decoded, default=0)

@@ -1,0 +1,151 @@
+"""What passes should take on a machine: work at typical rates, with everything that an ideal leaves out.
+
+Linear in the work of a pass, so that the same numbers price a simulated job, a counted pass and a linear program.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from flexgen.plan.machine import Curve, Machine
+from flexgen.plan.model import ModelSpec
+from flexgen.plan.play.simulate import Simulation
+from flexgen.plan.policy import Policy
+from flexgen.plan.price.work import DTYPE_BYTES, PassWork, active_share
+
+RESOURCES = ("disk", "host_to_device", "device_to_host", "compute", "host_compute", "host_memory", "lead")
+
+# How often elementwise operations of a decoder layer read or write each number of a hidden and of an intermediate state:
+# two norms (in float32 inside), two residuals and the rotation; activation and gate.  Rates are measured by the same count.
+PASSES_PER_HIDDEN, PASSES_PER_INTERMEDIATE = 40, 5
+
+
+def elementwise_bytes(hidden_size: int, intermediate_size: int, dtype: str) -> int:
+    """Bytes that one token's elementwise operations in one layer read and write."""
+    return (PASSES_PER_HIDDEN * hidden_size + PASSES_PER_INTERMEDIATE * intermediate_size) * DTYPE_BYTES[dtype]
+
+
+class Expectation:
+    """Prices the passes of one model on one machine in one dtype.
+
+    Raises:
+        OptionError: when the machine was not measured in `dtype`.
+    """
+
+    def __init__(self, spec: ModelSpec, machine: Machine, dtype: str) -> None:
+        self.spec, self.machine, self.dtype = spec, machine, machine.known(dtype)
+        self._dense = machine.dense[dtype]
+        self._body: dict[float, float] = {}
+        self._head: dict[float, float] = {}
+        for unit in spec.units:
+            part = self._head if unit.head else self._body
+            share = active_share(unit, dtype)
+            part[share] = part.get(share, 0.0) + unit.flops_per_token
+        self._num_layers = sum(group.num_layers for group in spec.kv_groups)
+        elementwise = machine.elementwise.get(dtype, machine.host_memory).typical
+        self._token_seconds = self._num_layers * elementwise_bytes(spec.hidden_size, spec.intermediate_size, dtype) / elementwise
+        self._attention = machine.attention[dtype].typical if dtype in machine.attention else self._dense[-1][1].typical
+        self._cast = max((rate.typical for name, rate in machine.casts.items() if name.split()[1] == dtype), default=None)
+
+    def resources(self, work: PassWork, policy: Policy, *, times: Mapping[str, float] | None = None) -> dict[str, Any]:
+        """Resource -> seconds that a pass (or each of many) cannot be shorter than for its sake.
+
+        On a CPU device reading and computing slow each other down.  While both go on, each takes its factor longer; when one is
+        done, the other goes on at its own pace.  That makes both linear in both: whichever is done later is the larger.
+
+        Args:
+            times: resource -> how many times as fast it is taken to be.
+        """
+        apart = self.apart(work, policy)
+        for name, faster in (times or {}).items():
+            apart[name] = apart[name] / faster
+        return self._together(apart, policy)
+
+    def _together(self, apart: dict[str, Any], policy: Policy) -> dict[str, Any]:
+        if policy.device != "cpu":
+            return apart
+        disk, compute = apart["disk"], apart["compute"]
+        d, c = self.machine.disk_slowdown, self.machine.compute_slowdown
+        return apart | {"disk": disk + compute * c * (1 - 1 / d), "compute": compute + disk * d * (1 - 1 / c)}
+
+    def busy(self, work: PassWork, policy: Policy) -> dict[str, Any]:
+        """Resource -> seconds that it is in use in a pass: longer where another slows it down."""
+        apart = self.apart(work, policy)
+        if policy.device != "cpu":
+            return apart
+        together = self._together(apart, policy)
+        slowed = {"disk": self.machine.disk_slowdown, "compute": self.machine.compute_slowdown}
+        return apart | {name: np.minimum(apart[name] * factor, together[name]) for name, factor in slowed.items()}
+
+    def apart(self, work: PassWork, policy: Policy) -> dict[str, Any]:
+        """Resource -> seconds of a pass (or of each of many), each by itself.
+
+        On a CPU device the host's own work (attention to KV, decoding, reading, the modules' code) is part of "compute".
+        """
+        machine, overheads = self.machine, self.machine.overheads
+        micro_batches = np.maximum(work.num_micro_batches, 1)
+        compute = self._dense_seconds(self._body, work.num_tokens, work.num_tokens / micro_batches)
+        compute = compute + self._dense_seconds(self._head, work.num_sampled, work.num_sampled)
+        compute = compute + work.num_tokens * self._token_seconds + work.attention_flops / self._attention
+        compute = compute + self._steps_seconds("device", work.step_flops, work.step_bytes)
+        lead = micro_batches * self._num_layers * overheads.per_layer_and_micro_batch + work.num_streamed_units * overheads.per_unit
+        lead = lead + work.num_sampled * overheads.per_sequence
+        lead = lead + work.num_tokens * overheads.per_gathered_row * (not policy.embedding_resident)
+        host = self._steps_seconds("host", work.host_step_flops, work.host_step_bytes)
+        host = host + work.decoded_bytes / (self._cast or machine.host_memory.typical / 3)
+        working = work.disk_read_bytes * machine.disk_core_seconds_per_byte + work.num_disk_requests * machine.disk_request.core_seconds
+        host = host + working / machine.cores
+        if policy.device == "cpu":
+            compute, host, lead = compute + host + lead, 0.0, 0.0
+        memory = machine.host_memory
+        disk = work.disk_read_bytes / machine.disk_read.typical + work.disk_write_bytes / machine.disk_write.typical
+        return {
+            "disk": disk + work.num_disk_requests * machine.disk_request.seconds,
+            "host_to_device": work.host_to_device_bytes / (machine.host_to_device or memory).typical,
+            "device_to_host": work.device_to_host_bytes / (machine.device_to_host or memory).typical,
+            "compute": compute,
+            "host_compute": host,
+            "host_memory": work.host_memory_bytes / memory.typical,
+            "lead": lead,
+        }
+
+    def seconds(self, work: PassWork, policy: Policy, *, times: Mapping[str, float] | None = None) -> Any:
+        """Seconds of a pass (or of each of many): of its busiest resource, and what comes on top; `times` as in `resources`."""
+        resources = [np.asarray(each, dtype=np.float64) for each in self.resources(work, policy, times=times).values()]
+        return functools.reduce(np.maximum, resources) + self.machine.overheads.per_pass
+
+    def passes(self, played: Simulation, policy: Policy, *, times: Mapping[str, float] | None = None) -> npt.NDArray[np.float64]:
+        """Seconds of each pass of a simulated job; `times` as in `resources`."""
+        return np.broadcast_to(self.seconds(played.work, policy, times=times), (played.num_passes,))
+
+    def _dense_seconds(self, flops_by_share: dict[float, float], tokens: Any, rows: Any) -> Any:
+        """Of linear layers; experts see their share of the rows."""
+        return sum(tokens * flops / rate_at(self._dense, rows * share) for share, flops in flops_by_share.items())
+
+    def _steps_seconds(self, place: str, flops: Any, kv_bytes: Any) -> Any:
+        """Of next tokens' attention to KV."""
+        curve = self.machine.decode_attention.get(place, {}).get(self.dtype)
+        if curve is None:
+            memory = self.machine.host_memory.typical
+            return kv_bytes / memory if place == "host" else flops / self._attention
+        flops_per_byte = flops / np.maximum(kv_bytes, 1)
+        sizes = np.log([size for size, _ in curve])
+        rates = _interpolated(np.log(np.maximum(flops_per_byte, 1e-9)), sizes, [rate.typical for _, rate in curve])
+        return kv_bytes / rates
+
+
+def rate_at(curve: Curve, rows: Any) -> Any:
+    """The typical rate at these row counts; below the fewest measured, time does not fall further."""
+    known = np.array([(size, rate.typical) for size, rate in curve], dtype=np.float64)
+    rates = _interpolated(rows, known[:, 0], known[:, 1])
+    return rates * np.minimum(np.maximum(rows, 1.0) / known[0, 0], 1.0)
+
+
+def _interpolated(at: Any, sizes: Any, values: Any) -> Any:
+    """`np.interp`, whose types are only partly known."""
+    return np.interp(at, sizes, values)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]

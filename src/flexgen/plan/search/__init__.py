@@ -1,0 +1,1 @@
+"""The best policy: a linear program, points near its answers, and moves between them."""

@@ -1,0 +1,114 @@
+"""Policies by how they do: each is played once with a sample of the job, and remembered."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from flexgen.plan.play.sampling import Sample, Samples, extrapolated
+from flexgen.plan.play.simulate import Simulation
+from flexgen.plan.policy import Policy
+from flexgen.plan.price.pass_time import Expectation
+from flexgen.plan.search.bounds import Bounds, longest_request_seconds
+from flexgen.plan.search.moves import Score
+from flexgen.plan.search.space import Point, Space
+
+# Between plans that are about as fast, the one with shorter passes (results come sooner, forecasts matter less) and that moves
+# less (what does not move is never late; from the disk least of all).
+LONG_PASS_PENALTY, MOVING_PENALTY = 0.003, 0.003
+# What spilling has to gain, for the life of the disk and its other users.
+SPILL_PENALTY = 0.05
+# In units of about 10 µs on one core of 2024: finding the policy of a point, and each unit of a placement that is new.
+POINT_EFFORT, UNIT_EFFORT = 20, 0.1
+# And playing a sample: each of its passes, each group that enters together, and each pass of a group's life.
+PLAY_EFFORT, PASS_EFFORT, GROUP_EFFORT, LIFE_EFFORT = 23, 0.009, 0.03, 0.00012
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """How a policy did.
+
+    Attributes:
+        refused: share of the requests that can never fit. seconds: of the job. request_seconds: of the request that takes longest.
+    """
+
+    refused: float
+    seconds: float
+    request_seconds: float
+
+
+def objective(policy: Policy, quota: float, seconds: float) -> float:
+    """What is minimised: seconds, a little more for long passes, for what moves, and for what is written to disk."""
+    computing = "host" if policy.device == "cpu" else "device"
+    moving = 2 - getattr(policy.weights, computing) - getattr(policy.kv, computing) + policy.weights.disk
+    return seconds * (1 + LONG_PASS_PENALTY * quota + MOVING_PENALTY * moving + SPILL_PENALTY * policy.kv.disk)
+
+
+class Player:
+    """Plays the policies of a space.
+
+    Attributes:
+        effort: spent so far.
+    """
+
+    def __init__(self, space: Space) -> None:
+        self.space = space
+        self.expectation = Expectation(space.spec, space.machine, space.dtype)
+        self._samples, self._wholes = Samples(space.workload), Samples.played_once(space.workload)
+        self.effort = 0.0
+        self._policies: dict[Point, Policy | None] = {}
+        self._known: dict[Policy, Outcome] = {}
+        self._known_whole: dict[Policy, Outcome] = {}
+
+    @property
+    def num_played(self) -> int:
+        """Policies."""
+        return len(self._known)
+
+    def score(self, point: Point, bounds: Bounds) -> Score:
+        """(share of requests refused, how far the bounds are exceeded, objective); the less the better, in this order."""
+        policy = self.policy(point)
+        if policy is None:
+            return math.inf, math.inf, math.inf
+        outcome = self.outcome(policy)
+        excess = bounds.excess(outcome.request_seconds, outcome.seconds)
+        return outcome.refused, excess, objective(policy, point.quota, outcome.seconds)
+
+    def policy(self, point: Point) -> Policy | None:
+        """That of the space, found once."""
+        if point not in self._policies:
+            known = len(self.space.layouts)
+            self._policies[point] = self.space.policy(point)
+            self.effort += POINT_EFFORT + UNIT_EFFORT * len(self.space.spec.units) * (len(self.space.layouts) - known)
+        return self._policies[point]
+
+    def seconds(self, point: Point) -> float:
+        """Of the job, with the policy of this point."""
+        policy = self.policy(point)
+        return math.inf if policy is None else self.outcome(policy).seconds
+
+    def outcome(self, policy: Policy) -> Outcome:
+        """How the policy does with the sample, extrapolated to the job."""
+        if policy not in self._known:
+            self._known[policy] = self._play(policy, self._samples.of(self.space.sizes.num_seqs(policy)))
+        return self._known[policy]
+
+    def whole(self, policy: Policy) -> Outcome:
+        """How the policy does with all of the job (or with a larger sample, where there are too many requests)."""
+        if policy not in self._known_whole:
+            self._known_whole[policy] = self._play(policy, self._wholes.of(self.space.sizes.num_seqs(policy)))
+        return self._known_whole[policy]
+
+    def _play(self, policy: Policy, sample: Sample) -> Outcome:
+        longest: list[float] = []
+
+        def seconds(played: Simulation) -> float:
+            passes = self.expectation.passes(played, policy)
+            longest.append(longest_request_seconds(played, passes))
+            lives = played.end_passes - played.first_passes
+            self.effort += PLAY_EFFORT + PASS_EFFORT * len(passes) + GROUP_EFFORT * len(lives) + LIFE_EFFORT * float(lives.sum())
+            return float(passes.sum())
+
+        work = self.space.layouts.of(policy.weights).work
+        refused, total = extrapolated(self.space.spec, policy, sample, seconds, weights=work)
+        return Outcome(refused=refused, seconds=total, request_seconds=max(longest))

@@ -1,0 +1,134 @@
+"""Moves points of a space as long as that helps.  Knows the space's axes, and prices only through the score it is given."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import combinations, product
+from typing import Protocol
+
+from flexgen.plan.search.space import Point
+
+Score = tuple[float, ...]
+Move = Mapping[str, float]
+# A smaller gain is not worth the time to look for more of it.
+LEAST_GAIN = 3e-4
+# Coarse steps along one axis at a time; then finer ones, along two at once too: at the edge of what fits, one share grows only where
+# another shrinks; and the finest along one: prompts of equal lengths fall evenly for a narrow range of quotas.
+COARSE_STEPS, FINE_STEPS, LAST_STEPS = (0.25, 0.125, 0.06, 0.03), (0.25, 0.1, 0.04, 0.015), (0.006, 0.002)
+# Of the points that coarse steps lead to, how many go on in fine ones.
+REFINED = 2
+# A kick draws some axes anew and moves most others by so much (standard deviation); these steps follow it.
+DRAWN_AXES, MOVED_AXES, KICK, KICK_STEPS = 0.2, 0.5, 0.15, (0.1, 0.03, 0.01)
+# So many kicks in a row that lead to nothing better are enough.
+VAIN_KICKS = 32
+
+
+class Axes(Protocol):
+    """What there is to choose from, beside the numbers of a Point."""
+
+    def free_axes(self, schedule: str) -> tuple[str, ...]:
+        """Fields of Point that are not pinned, and make a difference."""
+        ...
+
+    def schedules(self) -> tuple[str, ...]:
+        """Those to choose from."""
+        ...
+
+    def micro_batches(self) -> list[int]:
+        """Sizes to choose from."""
+        ...
+
+
+# From a point, what there is to choose, a score and whether to go on, to a point that is no worse.
+Improvement = Callable[[Point, Axes, Callable[[Point], Score], Callable[[], bool]], Point]
+
+
+def climb(
+    starts: Sequence[Point], space: Axes, score: Callable[[Point], Score], goes_on: Callable[[], bool], *, also: Iterable[Point] = ()
+) -> list[Point]:
+    """Where the starts lead, in coarse steps, and the best of that and of `also` in fine ones; and `also`."""
+    found = [*also, *(_improved(start, space, score, goes_on, steps=COARSE_STEPS, in_pairs=False) for start in starts)]
+    best = list({score(point): point for point in sorted(found, key=score)}.values())[:REFINED]
+    return [*found, *(refine(point, space, score, goes_on) for point in best)]
+
+
+def refine(point: Point, space: Axes, score: Callable[[Point], Score], goes_on: Callable[[], bool]) -> Point:
+    """Where the point leads in fine steps, then in the finest."""
+    point = _improved(point, space, score, goes_on, steps=FINE_STEPS, in_pairs=True)
+    return _improved(point, space, score, goes_on, steps=LAST_STEPS, in_pairs=False)
+
+
+def wander(best: Point, space: Axes, score: Callable[[Point], Score], goes_on: Callable[[], bool]) -> Point:
+    """The best that kicks lead to, one after the other, each followed by steps that help.
+
+    Whole numbers (units, prompts in a pass, micro-batches) make a landscape of many small basins, which steps alone do not leave.
+    """
+    draw, vain = random.Random(0), 0
+    while goes_on() and vain < VAIN_KICKS and space.free_axes(best.schedule):
+        kicked = dataclasses.replace(best, **dict(_kick(best, space, draw)))
+        there = _improved(kicked, space, score, goes_on, steps=KICK_STEPS, in_pairs=False)
+        vain = 0 if _is_better(score(there), score(best)) else vain + 1
+        best = min(best, there, key=score)
+    return best
+
+
+def _kick(point: Point, space: Axes, draw: random.Random) -> Iterator[tuple[str, float]]:
+    """Axes and where they are kicked to."""
+    for axis in space.free_axes(point.schedule):
+        chance = draw.random()
+        if chance < DRAWN_AXES:
+            yield axis, draw.random()
+        elif chance < DRAWN_AXES + MOVED_AXES:
+            yield axis, min(max(getattr(point, axis) + draw.gauss(0, KICK), 0.0), 1.0)
+
+
+def _improved(
+    start: Point, space: Axes, score: Callable[[Point], Score], goes_on: Callable[[], bool], *, steps: Sequence[float], in_pairs: bool
+) -> Point:
+    """The point that is reached from `start` by moves that help, largest steps first, while `goes_on`."""
+    best, value = start, score(start)
+    for step in steps:
+        moving = True
+        while moving and goes_on():
+            moving = False
+            for move in _moves(space.free_axes(best.schedule), step, in_pairs=in_pairs):
+                length = 1
+                while goes_on() and (there := _moved(best, move, length)) != best and _is_better(found := score(there), value):
+                    best, value, moving, length = there, found, True, 2 * length
+            for there in _alternatives(best, space):
+                if goes_on() and _is_better(found := score(there), value):
+                    best, value, moving = there, found, True
+    return best
+
+
+def _is_better(found: Score, than: Score) -> bool:
+    return found < (*than[:-1], than[-1] * (1 - LEAST_GAIN))
+
+
+def _moves(axes: Sequence[str], step: float, *, in_pairs: bool) -> Iterator[Move]:
+    """Steps along each axis in both directions, and along all pairs of them."""
+    for axis, sign in product(axes, (-1, 1)):
+        yield {axis: sign * step}
+    if in_pairs:
+        for (one, other), first, second in product(combinations(axes, 2), (-1, 1), (-1, 1)):
+            yield {one: first * step, other: second * step}
+
+
+def _moved(point: Point, move: Move, length: int) -> Point:
+    """The point so many times the move away, within the unit cube."""
+    return dataclasses.replace(point, **{axis: min(max(getattr(point, axis) + length * by, 0.0), 1.0) for axis, by in move.items()})
+
+
+def _alternatives(point: Point, space: Axes) -> Iterator[Point]:
+    """The same with another of what is not a matter of more or less."""
+    yield dataclasses.replace(point, embedding=not point.embedding)
+    free = space.free_axes(point.schedule)
+    for axis, value in (("kv_disk", 0.0), ("kv_disk", 1.0), ("kv_homes", 0.0), ("kv_homes", 0.5), ("kv_homes", 1.0)):
+        if axis in free:
+            yield dataclasses.replace(point, **{axis: value})
+    for schedule in space.schedules():
+        yield dataclasses.replace(point, schedule=schedule)
+    for tokens in space.micro_batches():
+        yield dataclasses.replace(point, micro_batch_tokens=tokens)

@@ -1,0 +1,243 @@
+"""The best policy of a space.
+
+The linear program of the steady state (steady.py) says about where weights and KV should live; policies around its answers and at the
+corners of the space (starts.py) are played with the job's lengths at typical rates (play.py), and the best of those are moved until
+they get no better, then kicked and moved again (moves.py).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from flexgen.base.durations import format_seconds
+from flexgen.errors import CapacityError
+from flexgen.plan.policy import Policy
+from flexgen.plan.search.bounds import Bounds
+from flexgen.plan.search.evaluate import Outcome, Player
+from flexgen.plan.search.moves import Improvement, climb, refine, wander
+from flexgen.plan.search.shortage import shortage
+from flexgen.plan.search.space import Point, Space
+from flexgen.plan.search.starts import BOUNDED_CAPS, NEAR, starts, steady_states, varied, varied_places, varied_wholes
+from flexgen.plan.search.steady import MeanSequence, Steady
+
+# Effort (see play.py) of the stages of a search.  The first size of micro-batches that fits, under any bounds.
+FIRST_SIZE_EFFORT = 36_000
+# Other sizes, of which those are begun with whose steady states reach this share of the best.
+OTHER_SIZES_EFFORT, PROMISING = 15_000, 0.9
+# Other whole numbers at the best place, and other places for those; then kicks, and fine steps at last.
+WHOLES_EFFORT, PLACES_EFFORT, KICKS_EFFORT, LAST_EFFORT = 12_000, 11_000, 40_000, 12_000
+# Of the effort that is left, what starts may take before they are moved.
+STARTS_SHARE = 0.5
+# Of the best starts, how many are moved first.
+MOVED_STARTS = 2
+# Of all that, what goes to what is best without bounds, and to what is best within: wide bounds cut off little.  And what goes to further
+# bounds, under which much is known already.
+UNBOUNDED, BOUNDED, AGAIN = 0.2, 0.9, 0.5
+# Of the mean seconds that passes may take, what is asked of steady states: some passes of the job will be longer.
+PACES = (0.98, 0.9)
+# Of the points that were found, how many are begun with under the next bounds.
+REMEMBERED = 6
+# A bound that nothing keeps.
+NO_TIME = 1e-9
+# How often bounds are tightened until the whole job keeps them, not its sample only.
+ATTEMPTS = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Solution:
+    """What was found.
+
+    Attributes:
+        policy: the best. seconds: that the job should take with it. refused: share of requests that can never fit.
+        request_seconds: of the request that takes longest.
+        objective: what was minimised (see play.py).
+        point: its place in the space.
+        worth: tier -> relative gain of tokens/s per byte more of it, at the margin of the linear program; empty where that has no answer.
+        num_played: policies that were played.
+        gain_per_gib: tier -> relative gain of tokens/s by 1 GiB more of it; empty where nobody looked.
+    """
+
+    policy: Policy
+    seconds: float
+    refused: float
+    request_seconds: float
+    objective: float
+    point: Point
+    worth: dict[str, float]
+    num_played: int
+    gain_per_gib: dict[str, float] = field(default_factory=dict[str, float])
+
+
+class Search:
+    """Looks for the best policies of a space; what was found under one bound is known under the next.
+
+    Args:
+        patience: times the usual effort.
+    """
+
+    def __init__(self, space: Space, *, patience: float = 1.0) -> None:
+        self.space, self.player = space, Player(space)
+        self._patience = patience
+        self._mean = MeanSequence.of(space.spec, space.workload)
+        self._found: dict[Point, None] = {}
+        self._solved = functools.cache(functools.partial(steady_states, space, self.player.expectation, self._mean))
+
+    def best(self, bounds: Bounds) -> Solution:
+        """The best policy within `bounds`.
+
+        Raises:
+            CapacityError: nothing fits, or nothing is as fast as the bounds ask for.
+        """
+        found, asked = self._solution(bounds), bounds
+        if not bounds.are_given:
+            return found
+        whole = self.player.whole(found.policy)
+        for _ in range(ATTEMPTS):
+            if not bounds.excess(whole.request_seconds, whole.seconds):
+                return found
+            if asked.excess(found.request_seconds, found.seconds):
+                break  # not even the sample
+            # The sample that was searched on flatters: asked for as much less, the whole job will keep the bounds.
+            asked = asked.tightened(found.request_seconds / whole.request_seconds, found.seconds / whole.seconds)
+            found = self._solution(asked)
+            whole = self.player.whole(found.policy)
+        raise CapacityError(too_slow(bounds, whole))
+
+    def shortest(self) -> Solution:
+        """The policy whose requests take the least time.
+
+        Raises:
+            CapacityError: nothing fits.
+        """
+        return self._solution(Bounds(request_seconds=NO_TIME))
+
+    def _solution(self, bounds: Bounds) -> Solution:
+        """The best policy that there is; it may exceed the bounds, where all do."""
+        share = 1.0
+        if self._found:
+            share = AGAIN
+        elif bounds.are_given:
+            share = BOUNDED
+            self._look(Bounds(), UNBOUNDED * self._patience)
+        point = self._look(bounds, share * self._patience)
+        policy = self.player.policy(point) if point is not None else None
+        if point is None or policy is None:
+            raise CapacityError(shortage(self.space))
+        outcome = self.player.outcome(policy)
+        steady = self._steady_states(policy.micro_batch_tokens, self._pass_seconds(bounds))
+        return Solution(
+            policy=policy,
+            seconds=outcome.seconds,
+            refused=outcome.refused,
+            request_seconds=outcome.request_seconds,
+            objective=self.player.score(point, bounds)[-1],
+            point=point,
+            worth=next((each.worth for each, spills in steady if spills == (policy.kv_disk_bytes > 0)), dict[str, float]()),
+            num_played=self.player.num_played,
+        )
+
+    def _look(self, bounds: Bounds, patience: float) -> Point | None:
+        """The first size of micro-batches that fits leads; then others that promise as much; then all that is near the best; then kicks."""
+        hunt = _Hunt(self.space, self.player, bounds, patience, self._found)
+        caps = BOUNDED_CAPS if bounds.are_given else (1.0,)
+        pass_seconds = self._pass_seconds(bounds)
+        rates = self._rates(pass_seconds)
+        best = max(rates.values(), default=1.0)
+        promising = [tokens for tokens, rate in rates.items() if rate >= PROMISING * best]
+        # The fastest steady states first; of about equals the largest size.
+        sizes = sorted(self.space.micro_batches(), key=lambda tokens: (-round(rates.get(tokens, 0.0) / best, 2), -tokens))
+        begun = list[Point]()
+        while sizes and not begun:
+            begun = list(self._begun(sizes.pop(0), caps, pass_seconds))
+        hunt.begin_with([*self._found, *begun], FIRST_SIZE_EFFORT)
+        also_promising = (point for tokens in promising if tokens in sizes for point in self._begun(tokens, caps, pass_seconds))
+        hunt.begin_with(also_promising, OTHER_SIZES_EFFORT)
+        for others, effort in ((varied_wholes, WHOLES_EFFORT), (varied_places, PLACES_EFFORT)):
+            hunt.begin_with(others(hunt.ranked[0], self.space) if hunt.ranked else (), effort)
+        hunt.go_on(wander, KICKS_EFFORT)
+        hunt.go_on(refine, LAST_EFFORT)
+        while sizes and hunt.goes_on():
+            hunt.begin_with(self._begun(sizes.pop(0), caps, pass_seconds), 0)
+        self._found |= dict.fromkeys(hunt.ranked[:REMEMBERED])
+        return hunt.ranked[0] if hunt.ranked else None
+
+    def _pass_seconds(self, bounds: Bounds) -> float | None:
+        """What a pass may take at most, for the longest answer, a pass per token, to be there in time; None where none is so fast."""
+        if bounds.request_seconds is None:
+            return None
+        seconds = bounds.request_seconds / max(self.space.workload.answer_lens)
+        return seconds if any(self._steady_states(tokens, seconds) for tokens in self.space.micro_batches()) else None
+
+    def _rates(self, pass_seconds: float | None) -> dict[int, float]:
+        """Sizes of micro-batches -> tokens/s of their steady states; without those that have none."""
+        states = {tokens: self._steady_states(tokens, pass_seconds) for tokens in self.space.micro_batches()}
+        return {tokens: steady[0][0].tokens_per_s for tokens, steady in states.items() if steady}
+
+    def _steady_states(self, micro_batch_tokens: int, pass_seconds: float | None) -> list[tuple[Steady, bool]]:
+        """The best ones; where passes may not take long, at several paces."""
+        bounds = [None] if pass_seconds is None else [pace * pass_seconds for pace in PACES]
+        return [state for each in bounds for state in self._solved(micro_batch_tokens, pass_seconds=each)]
+
+    def _begun(self, micro_batch_tokens: int, caps: Sequence[float], pass_seconds: float | None) -> Iterator[Point]:
+        """Points to begin with, of different policies."""
+        begun = set[Policy]()
+        steady = self._steady_states(micro_batch_tokens, pass_seconds)
+        others = [state for near in NEAR for state in self._solved(micro_batch_tokens, pass_seconds=pass_seconds, near=near)[:1]]
+        for point in starts(self.space, micro_batch_tokens, steady, others, caps if pass_seconds is None else (1.0,), caps):
+            policy = self.player.policy(point)
+            if policy is not None and policy not in begun:
+                begun.add(policy)
+                yield point
+
+
+class _Hunt:
+    """One look for the best within bounds: what it has found, best first, and the effort that it may spend.
+
+    Args:
+        patience: times the effort of its stages. known: points to begin with.
+    """
+
+    def __init__(self, space: Space, player: Player, bounds: Bounds, patience: float, known: Iterable[Point]) -> None:
+        self._space, self._player, self._patience = space, player, patience
+        self._score = functools.partial(player.score, bounds=bounds)
+        self._most = player.effort
+        self.ranked = sorted(known, key=self._score)
+
+    def goes_on(self) -> bool:
+        """Whether effort is left, of this stage or of earlier ones."""
+        return self._player.effort < self._most
+
+    def begin_with(self, starts: Iterable[Point], effort: float) -> None:
+        """Score the starts, for as long as there is effort for that, and move the best of them."""
+        self._most += self._patience * effort
+        enough = self._player.effort + STARTS_SHARE * (self._most - self._player.effort)
+        scored: list[Point] = []
+        for start in starts:
+            if self._player.effort >= enough:
+                break
+            self._score(start)
+            scored.append(start)
+        chosen = varied(sorted(scored, key=self._score), MOVED_STARTS)
+        for few in (chosen[:MOVED_STARTS], chosen[MOVED_STARTS:]):
+            self._take(climb(few, self._space, self._score, self.goes_on, also=self.ranked))
+
+    def go_on(self, move: Improvement, effort: float) -> None:
+        """Move the best."""
+        self._most += self._patience * effort
+        if self.ranked:
+            self._take([move(self.ranked[0], self._space, self._score, self.goes_on)])
+
+    def _take(self, found: Iterable[Point]) -> None:
+        self.ranked = sorted(dict.fromkeys([*self.ranked, *found]), key=self._score)
+
+
+def too_slow(bounds: Bounds, nearest: Outcome) -> str:
+    """What is asked for, and what there is."""
+    asked = {"--max-job-seconds": bounds.job_seconds, "--max-request-seconds": bounds.request_seconds}
+    given = " and ".join(f"{flag} {seconds:g}" for flag, seconds in asked.items() if seconds is not None)
+    return (
+        f"no plan keeps {given}: the one that comes nearest takes {format_seconds(nearest.request_seconds)} for its longest request and "
+        f"{format_seconds(nearest.seconds)} for the job; allow that much, or raise the budgets"
+    )

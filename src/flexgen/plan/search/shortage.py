@@ -1,0 +1,106 @@
+"""Why nothing fits: what the smallest plan needs per tier, what is missing, and the smallest change that would make it fit."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+from flexgen.base.sizes import GIB, format_size
+from flexgen.options import TIERS
+from flexgen.plan.policy import Fractions
+from flexgen.plan.search.space import Space
+
+# Budgets feed back on needs (an allowance and rings are shares of them): so often is the need computed again.
+ROUNDS = 12
+# Pools are cut to whole bytes.
+ROUNDING_BYTES = 16
+ONE_REQUEST = "KV of one request"
+_FLAGS = {"host": "--host-mem", "device": "--device-mem", "disk": "--disk"}
+
+
+def shortage(space: Space) -> str:
+    """A sentence for each tier that is too small for the smallest plan and one request; empty where all are large enough."""
+    plans = [_needs_met(space, weights, kv) for kv in _kv_homes(space) for weights in _weights_homes(space, kv)]
+    needs = min(plans, key=lambda needs: sum(_missing(space, tier, parts) for tier, parts in needs.items()))
+    return "; ".join(_sentence(space, tier, parts) for tier, parts in needs.items() if _missing(space, tier, parts))
+
+
+def _needs_met(space: Space, weights: Fractions, kv: Fractions) -> dict[str, dict[str, int]]:
+    """What such a plan needs within budgets that are just large enough for it."""
+    wanted = space
+    for _ in range(ROUNDS):
+        needed = {tier: sum(parts.values()) for tier, parts in _needs(wanted, weights, kv).items()}
+        budgets = {f"{tier}_bytes": max(needed.get(tier, 0), getattr(space.limits, f"{tier}_bytes")) for tier in TIERS}
+        wanted = space.within(dataclasses.replace(space.limits, **budgets))
+    return _needs(wanted, weights, kv)
+
+
+def _weights_homes(space: Space, kv: Fractions) -> list[Fractions]:
+    """Where the weights could live: as they are pinned, or streaming; or all in memory, for a small model needs less than its staging.
+
+    All are placed where they compute only if KV lives there, too (see space.py).
+    """
+    if space.weights is not None:
+        return [space.weights]
+    tiers = ["disk"] if space.on_cpu else ["disk", "host"]
+    return [Fractions(**{tier: 1.0}) for tier in [*tiers, *([space.computing] if getattr(kv, space.computing) == 1 else [])]]
+
+
+def _kv_homes(space: Space) -> list[Fractions]:
+    """Where the one request's KV could live: as it is pinned, or wherever it may."""
+    return [space.kv] if space.kv is not None else [Fractions(**{tier: 1.0}) for tier in space.kv_tiers]
+
+
+def _missing(space: Space, tier: str, parts: Mapping[str, int]) -> int:
+    """Bytes more than are in the budget."""
+    return max(sum(parts.values()) - getattr(space.limits, f"{tier}_bytes"), 0)
+
+
+def _needs(space: Space, weights: Fractions, homes: Fractions) -> dict[str, dict[str, int]]:
+    """Tier -> part -> bytes of the smallest plan with one request, whose tier holds the largest share of KV."""
+    draft = space.smallest(weights, spills=homes.disk > 0)
+    largest = max(homes.device, homes.host, homes.disk)
+    kv = {tier: math.ceil(space.sizes.smallest * getattr(homes, tier) / largest) + ROUNDING_BYTES for tier in TIERS}
+    needs = {tier: dict(parts) for tier, parts in space.drafts.used(draft).items()}
+    on_disk = kv["disk"] if homes.disk else 0
+    needs["host"]["KV staging"] += math.ceil(space.staged * on_disk)
+    if space.limits.offload_in_memory:
+        needs["host"]["KV in a memory file system"] = on_disk
+    if on_disk:
+        needs["disk"] = {ONE_REQUEST: on_disk}
+    for tier in ("host", "device"):
+        if getattr(homes, tier):
+            needs[tier][ONE_REQUEST] = kv[tier]
+    return needs
+
+
+def _sentence(space: Space, tier: str, parts: Mapping[str, int]) -> str:
+    needed, budget = sum(parts.values()), getattr(space.limits, f"{tier}_bytes")
+    listed = ", ".join(f"{name} {format_size(size)}" for name, size in parts.items() if size)
+    return (
+        f"{space.spec.name} needs at least {_gib_above(needed)} GiB of {tier}{' memory' * (tier != 'disk')} ({listed}), "
+        f"{format_size(budget)} are in the budget, {_gib_above(needed - budget)} GiB are missing: raise {_FLAGS[tier]} to "
+        f"{_gib_above(needed)}GiB{_advice(space, tier, shorter=parts.get(ONE_REQUEST, 0) > needed - budget)}"
+    )
+
+
+def _gib_above(size_bytes: int) -> str:
+    """In GiB, rounded up, so that what is said is enough."""
+    return f"{math.ceil(size_bytes / GIB * 1000) / 1000:.3f}"
+
+
+def _advice(space: Space, tier: str, *, shorter: bool) -> str:
+    """What else would help; `shorter` where shorter prompts would."""
+    options = space.options
+    pins = {"--weights": space.weights, "--kv": space.kv}
+    advice = [f"give {tier} a smaller share in {flag}" for flag, pin in pins.items() if pin is not None and getattr(pin, tier) > 0]
+    if tier != "disk":
+        for name in ("max_num_seqs", "prefill_tokens", "micro_batch_tokens"):
+            if getattr(options, name) is not None:
+                advice.append(f"lower --{name.replace('_', '-')}")
+        if space.limits.offload_in_memory and space.kv is not None and space.kv.disk > 0 and tier == "host":
+            advice.append("give an --offload-dir that is not on a memory file system")
+    if shorter:
+        advice.append("shorten the longest prompts")
+    return "".join(f", or {each}" for each in advice)

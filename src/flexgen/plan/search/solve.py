@@ -1,0 +1,69 @@
+"""From options to a policy: what is pinned stays, the rest is solved for."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from flexgen.options import EngineOptions
+from flexgen.plan.machine import Limits, Machine
+from flexgen.plan.model import ModelSpec
+from flexgen.plan.play.answer_lengths import expected
+from flexgen.plan.search.bounds import Bounds
+from flexgen.plan.search.optimise import Search, Solution
+from flexgen.plan.search.space import Space
+from flexgen.plan.tell.gains import memory_gains
+from flexgen.plan.workload import Workload
+
+# What is planned for when nothing is known of the job.
+NOMINAL_WORKLOAD = Workload(prompt_lens=(512,) * 256, output_lens=(128,) * 256)
+
+
+def solve(
+    options: EngineOptions,
+    spec: ModelSpec,
+    machine: Machine,
+    limits: Limits,
+    workload: Workload,
+    *,
+    process_bytes: int,
+    kv_tiers: Sequence[str] = ("device", "host", "disk"),
+) -> Solution:
+    """The best policy within the bounds of the options, and what it should do.
+
+    Args:
+        options: what they say is pinned; `dtype` must be a dtype by now, and `device` is taken from `limits`.
+        process_bytes: resident memory of the process before any weight is loaded.
+        kv_tiers: where KV may live; never chosen on disk when the offload folder lies in memory.
+
+    Raises:
+        OptionError: an option that cannot be honoured on this device.
+        CapacityError: it does not fit; the message says what is missing and what to change.  Or it takes longer than it may.
+    """
+    space = space_of(options, spec, machine, limits, workload, process_bytes=process_bytes, kv_tiers=kv_tiers)
+    bounds = Bounds(request_seconds=options.max_request_seconds, job_seconds=options.max_job_seconds)
+    found = Search(space).best(bounds)
+    return dataclasses.replace(found, gain_per_gib=memory_gains(space, found, bounds))
+
+
+def space_of(
+    options: EngineOptions,
+    spec: ModelSpec,
+    machine: Machine,
+    limits: Limits,
+    workload: Workload,
+    *,
+    process_bytes: int,
+    kv_tiers: Sequence[str] = ("device", "host", "disk"),
+) -> Space:
+    """The policies to choose from; arguments and errors are those of `solve`."""
+    planned = _servable(spec, limits, expected(workload) if len(workload) else NOMINAL_WORKLOAD)
+    return Space(options, spec, machine, limits, planned, process_bytes, kv_tiers)
+
+
+def _servable(spec: ModelSpec, limits: Limits, workload: Workload) -> Workload:
+    """Without requests that no tier could ever hold: they end in errors of their own, and no room is kept for them."""
+    most = max(limits.host_bytes, limits.device_bytes, limits.disk_bytes)
+    lengths = zip(workload.prompt_lens, workload.output_lens, strict=True)
+    kept = [place for place, (s, n) in enumerate(lengths) if spec.kv_bytes(s + n - 1) <= most]
+    return workload if len(kept) in (0, len(workload)) else workload.take(kept)

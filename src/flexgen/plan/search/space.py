@@ -1,0 +1,326 @@
+"""The policies that there are: points of the unit cube become policies that fit the budgets, or none.
+
+Budgets are hard: every byte is accounted, with everything the process needs beside it.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from flexgen.errors import OptionError
+from flexgen.options import TIERS, EngineOptions, parse_placement
+from flexgen.plan.machine import Limits, Machine
+from flexgen.plan.model import ModelSpec
+from flexgen.plan.play.sampling import JobSizes
+from flexgen.plan.play.simulate import PAGE_TOKENS
+from flexgen.plan.policy import Fractions, Policy
+from flexgen.plan.price.layout import Layouts
+from flexgen.plan.price.pools import first_of, kv_pools, placed_weights, pool_fractions
+from flexgen.plan.price.work import DTYPE_BYTES, active_share, memory_bytes
+from flexgen.plan.search.drafts import Drafts
+from flexgen.plan.search.steady import Room
+from flexgen.plan.workload import Workload
+
+# Live sequences vary around what the pools hold on average.
+SEQUENCE_SLACK = 1.15
+# A smaller share of KV is not worth a folder on disk.
+LEAST_SPILL = 0.05
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Point:
+    """What is chosen, each from 0 to 1, and what is enumerated.  By default all weights and no KV are on disk, and passes are large.
+
+    Attributes:
+        on_device, on_host: of the weights, how much of what fits there.
+        kv_homes: 0 is the device, 1 the host, a half all of both (see `kv_pools`). kv_disk: the disk's share of KV.
+        quota: prompt tokens per pass, from what replaces half of those that end to a whole block.
+        cap: live sequences, of those that fit. embedding: whether it stays, where that has a use and fits.
+    """
+
+    on_device: float = 0.0
+    on_host: float = 0.0
+    kv_homes: float = 0.0
+    kv_disk: float = 0.0
+    quota: float = 1.0
+    cap: float = 1.0
+    embedding: bool
+    schedule: str
+    micro_batch_tokens: int
+
+
+class _Homes(NamedTuple):
+    """Of KV: in memory as `kv_homes` of a point, and on disk."""
+
+    memory: float
+    disk: float
+
+
+# Most tokens of a micro-batch, unless pinned.
+WIDEST = 16384
+AXES = ("on_device", "on_host", "kv_homes", "kv_disk", "quota", "cap")
+
+
+class Space:
+    """The policies for one model, machine, job and set of options.
+
+    Raises:
+        OptionError: an option that cannot be honoured on this device.
+    """
+
+    def __init__(
+        self,
+        options: EngineOptions,
+        spec: ModelSpec,
+        machine: Machine,
+        limits: Limits,
+        workload: Workload,
+        process_bytes: int,
+        kv_tiers: Sequence[str],
+    ) -> None:
+        if options.dtype not in DTYPE_BYTES:
+            raise OptionError(f"dtype={options.dtype!r}: a plan needs one of {', '.join(DTYPE_BYTES)}")
+        self.options, self.spec, self.machine, self.limits, self.workload = options, spec, machine, limits, workload
+        self.dtype = options.dtype
+        self.on_cpu = limits.device == "cpu"
+        self.computing = "host" if self.on_cpu else "device"
+        self.weights = _pinned("weights", options.weights, limits.device)
+        self.kv = _pinned("kv", options.kv, limits.device)
+        for tier in TIERS:
+            if self.kv is not None and getattr(self.kv, tier) > 0 and tier not in kv_tiers:
+                raise OptionError(f"kv={options.kv!r}: KV can live on {' or '.join(kv_tiers)} here, not on {tier}")
+        self.disk_bytes = limits.disk_bytes if "disk" in kv_tiers and not limits.offload_in_memory else 0
+        there_is = {"device": not self.on_cpu, "host": True, "disk": self.disk_bytes > 0}
+        self.kv_tiers = tuple(tier for tier in TIERS if tier in kv_tiers and there_is[tier])
+        self.sizes = JobSizes(spec, workload, PAGE_TOKENS)
+        self.layouts = Layouts(spec, limits.device)
+        self.weight_bytes = sum(memory_bytes(unit) for unit in spec.units)
+        self.drafts = Drafts(
+            spec, machine, limits, self.sizes, self.layouts, dtype=self.dtype, process_bytes=process_bytes, kv=self.kv,
+            num_seqs=options.max_num_seqs or 1,
+        )  # fmt: skip
+        # Two layers of all KV on disk are staged: one that is attended to, one on its way.  And a page per sequence.
+        layer = max((group.bytes_per_token for group in spec.kv_groups), default=0)
+        self._read_ahead = 2 * layer / max(spec.kv_bytes_per_token, 1)
+        self._tails = PAGE_TOKENS * spec.kv_bytes_per_token / self.sizes.mean
+        self.staged = self._read_ahead + self._tails
+
+    def micro_batches(self) -> list[int]:
+        """From the rows at which dense rates are near their best even for experts, which see a part of them, to what fits anywhere.
+
+        Row by row a micro-batch is all that a pass carries: there larger ones are worth trying whatever the rates.
+        """
+        if self.options.micro_batch_tokens is not None:
+            return [self.options.micro_batch_tokens]
+        points = self.machine.dense[self.machine.known(self.dtype)]
+        best = max(rate.best for _, rate in points)
+        favourable = round(min(rows for rows, rate in points if rate.best >= 0.97 * best))
+        first = 512 if self.on_cpu else min(max(favourable, 512), 4096)
+        share = min((active_share(unit, self.dtype) for unit in self.spec.units if unit.flops_per_token > 0), default=1.0)
+        widest = WIDEST if self.options.schedule == "row" else min(first / share, WIDEST)
+        sizes = [first * 2**power for power in range(WIDEST.bit_length()) if first * 2**power <= max(widest, first)]
+        return [*reversed(sizes), *(tokens for tokens in (256, 128, 64, 32) if tokens < first)]
+
+    def schedules(self) -> tuple[str, ...]:
+        """Those to choose from: one micro-batch at a time is for comparisons only."""
+        if self.options.schedule != "auto":
+            return (self.options.schedule,)
+        return ("diagonal",) if self.options.prefill_tokens is not None else ("diagonal", "zigzag")
+
+    def free_axes(self, schedule: str) -> tuple[str, ...]:
+        """What is not pinned, and makes a difference."""
+        free = set(AXES) - ({"cap"} if self.options.max_num_seqs is not None else set())
+        if self.weights is not None:
+            free -= {"on_device", "on_host"}
+        if self.on_cpu:
+            free -= {"on_device", "kv_homes"}
+        if self.kv is not None:
+            free -= {"kv_homes", "kv_disk"}
+        elif not {"device", "host"} <= set(self.kv_tiers):
+            free -= {"kv_homes"}
+        if not self.disk_bytes:
+            free -= {"kv_disk"}
+        if schedule != "diagonal" or self.options.prefill_tokens is not None:
+            free -= {"quota"}
+        return tuple(axis for axis in AXES if axis in free)
+
+    def default_homes(self) -> float:
+        """Where KV goes if its homes are not free: the device, unless only the host may have it."""
+        return 0.0 if "device" in self.kv_tiers else 1.0
+
+    def policy(self, point: Point) -> Policy | None:
+        """The policy of a point, or None where it does not fit."""
+        kv = _Homes(point.kv_homes, 0.0 if point.kv_disk < LEAST_SPILL else point.kv_disk)
+        spills = kv.disk > 0 or (self.kv is not None and self.kv.disk > 0)
+        bare = self._bare(point, spills=spills)
+        weights = self.weights or self._place(bare, point.on_device, point.on_host)
+        draft = self.drafts.draft(weights, point.schedule, point.micro_batch_tokens, bare.prefill_tokens, spills=spills)
+        if point.schedule == "diagonal" and self.options.prefill_tokens is None:
+            draft = self._with_quota(draft, kv, point.quota, spills=spills)
+        # Rows are gathered as long as any unit streams: the same bytes of units save more reading.
+        if point.embedding and weights.disk == 0:
+            resident = dataclasses.replace(draft, embedding_resident=True)
+            draft = resident if self._holds_largest(resident, kv) else draft
+        max_num_seqs = self.options.max_num_seqs or max(round(point.cap * self._num_seqs_fed(draft, kv)), 1)
+        left = self._left(draft, self.drafts.free(draft), max_num_seqs)
+        pools = self._pools(left, kv, max_num_seqs)
+        if min(left.values()) < 0 or max(pools.values()) < self.sizes.smallest:
+            return None
+        found = {f"kv_{tier}_bytes": size for tier, size in pools.items()}
+        found["kv_staging_bytes"] = draft.kv_staging_bytes + int(self._read_ahead * pools["disk"])
+        found["kv_tail_bytes"] = min(draft.kv_tail_bytes + int(self._tails * pools["disk"]), draft.kv_tail_bytes * max_num_seqs)
+        found["longest_sequence"] = self.sizes.longest
+        if self.options.prefill_tokens is None:
+            found["prefill_tokens"] = min(draft.prefill_tokens, max_num_seqs * self.sizes.longest_prompt)
+        return dataclasses.replace(self.drafts.for_seqs(draft, max_num_seqs), kv=self.kv or pool_fractions(pools), **found)
+
+    def _with_quota(self, draft: Policy, kv: _Homes, quota: float, *, spills: bool) -> Policy:
+        """The draft with that share of prompt tokens per pass, or with the most that leaves room for the KV of one request."""
+
+        def admitting(tokens: int) -> Policy:
+            return self.drafts.draft(draft.weights, draft.schedule, draft.micro_batch_tokens, tokens, spills=spills)
+
+        wanted = self.sizes.quota(sum(self._pools(self.drafts.free(draft), kv).values()), quota)
+        if self._holds_largest(admitting(wanted), kv):
+            return admitting(wanted)
+        return admitting(_largest(wanted, lambda tokens: self._holds_largest(admitting(tokens), kv)))
+
+    def _holds_largest(self, draft: Policy, kv: _Homes) -> bool:
+        """Whether the draft leaves room for the KV of the largest request."""
+        left = self._left(draft, self.drafts.free(draft), self.options.max_num_seqs or 1)
+        return min(left.values()) >= 0 and max(self._pools(left, kv).values()) >= self.sizes.largest
+
+    def _num_seqs_fed(self, draft: Policy, kv: _Homes) -> int:
+        """The most sequences that the pools which their workspace leaves keep alive."""
+        free = self.drafts.free(draft)
+
+        def is_fed(number: int) -> bool:
+            left = self._left(draft, free, number)
+            pools = self._pools(left, kv)
+            return min(left.values()) >= 0 and max(pools.values()) >= self.sizes.smallest and self._fed(pools) >= number
+
+        most = min(self._fed(self._pools(free, kv)), len(self.workload))  # pools shrink as workspaces grow
+        if draft.schedule == "row":
+            most = min(most, max(draft.micro_batch_tokens // self.sizes.shortest_prompt, 1))
+        return _largest(most, is_fed)
+
+    def room(self, point: Point, *, spills: bool) -> tuple[Policy, Room]:
+        """A policy of the fewest sequences with all weights on disk, and what that leaves for weights and KV."""
+        bare = self._bare(point, spills=spills)
+        many = 1024
+        grown = 0.0  # a pinned number has its room already
+        if self.options.max_num_seqs is None:
+            grown = self.drafts.growth(bare, 1 + many) / many
+        free = self.drafts.free(bare)
+        return bare, Room(
+            memory_bytes={"device": free["device"], "host": free["host"], "disk": self.disk_bytes},
+            sequence_bytes={self.computing: grown},
+            kv_bytes=self.sizes.mean,
+            staged=self.staged,
+        )
+
+    def place_like(self, point: Point, weights: Mapping[str, float], *, spills: bool) -> Point:
+        """The point whose weights have about these shares."""
+        whole = max(self.weight_bytes, 1)
+        room = self._weights_room(self._bare(point, spills=spills), 1.0)
+        device = min(max(room["device"], 0.0) / whole, 1.0)
+        on_device = min(weights.get("device", 0.0) / device, 1.0) if device else 0.0
+        host = min(max(room["host"], 0.0) / whole, 1.0 - on_device * device)
+        return dataclasses.replace(point, on_device=on_device, on_host=min(weights.get("host", 0.0) / host, 1.0) if host > 1e-9 else 0.0)
+
+    def _bare(self, point: Point, *, spills: bool) -> Policy:
+        prefill_tokens = self.options.prefill_tokens or self._least_quota(point.schedule, point.micro_batch_tokens)
+        return self.drafts.draft(Fractions(disk=1.0), point.schedule, point.micro_batch_tokens, prefill_tokens, spills=spills)
+
+    def _least_quota(self, schedule: str, micro_batch_tokens: int) -> int:
+        """Prompt tokens that a pass admits at the least: a zigzag block enters at once, a row is one micro-batch."""
+        return {"diagonal": 1, "zigzag": self.sizes.prompt_tokens, "row": micro_batch_tokens}[schedule]
+
+    def _fed(self, pools: dict[str, int]) -> int:
+        """About how many sequences these pools keep alive."""
+        return math.ceil(self.sizes.block(sum(pools.values())) * SEQUENCE_SLACK)
+
+    def _place(self, bare: Policy, on_device: float, on_host: float) -> Fractions:
+        """Shares of what is left for weights beside the rings and the KV of one request; all of them where that fits."""
+        room = self._weights_room(bare, on_device)
+        placed = placed_weights(self.weight_bytes, self.limits.device, room["device"], room["host"], on_device, on_host)
+        tiers = self.layouts.of(placed).tiers
+        lived = {tier: share for tier in TIERS if (share := getattr(placed, tier)) and tier in tiers}  # no share without a unit
+        return Fractions(**{tier: share / sum(lived.values()) for tier, share in lived.items()})
+
+    def _weights_room(self, bare: Policy, on_device: float) -> dict[str, float]:
+        """Bytes per tier that weights may take."""
+        room: dict[str, float] = {**self.drafts.free(bare)}
+        room[self.computing] -= self.sizes.largest
+        drafted = (bare.schedule, bare.micro_batch_tokens, bare.prefill_tokens)
+        whole = self.drafts.draft(Fractions(**{self.computing: 1.0}), *drafted, spills=False)
+        if self.drafts.free(whole)[self.computing] >= self.sizes.smallest:
+            room[self.computing] = self.weight_bytes
+        elif not self.on_cpu:
+            # What the device does not hold may fit on the host, which then needs no staging.
+            rest = placed_weights(self.weight_bytes, self.limits.device, room["device"], math.inf, on_device, 1.0)
+            beside = self.drafts.draft(rest, *drafted, spills=bare.kv_staging_bytes > 0)
+            room["host"] = math.inf if self.drafts.free(beside)["host"] >= 0 else room["host"]
+        return room
+
+    def _left(self, draft: Policy, free: dict[str, int], max_num_seqs: int) -> dict[str, int]:
+        """What is left of `free` once the workspace is that of so many sequences."""
+        grown = self.drafts.growth(draft, max_num_seqs)
+        return {tier: size - grown * (tier == self.computing) for tier, size in free.items()}
+
+    def _pools(self, free: dict[str, int], kv: _Homes, max_num_seqs: int | None = None) -> dict[str, int]:
+        """Pool bytes per tier; no more than so many sequences (by default all requests) can need."""
+        if self.kv is None:
+            pools = kv_pools(free, self.disk_bytes, kv.memory, kv.disk, staged=self.staged)
+        else:
+            pools = self._pinned_pools(self.kv, {tier: max(size, 0) for tier, size in free.items()})
+        # A sequence lives in one tier, so each tier may leave a gap of almost the largest.
+        live = self.sizes.all if max_num_seqs is None else min(self.sizes.all, max_num_seqs * self.sizes.largest)
+        enough = live + self.sizes.largest * sum(size > 0 for size in pools.values())
+        if self.kv is None:
+            return first_of(pools, enough)
+        share = min(enough / max(sum(pools.values()), 1), 1.0)
+        return {tier: int(size * share) for tier, size in pools.items()}
+
+    def _pinned_pools(self, kv: Fractions, free: dict[str, int]) -> dict[str, int]:
+        """The largest pools in the given proportion; those on disk take staging, or all of a folder in memory, from the host's."""
+        host = kv.host + kv.disk * (self.staged + self.limits.offload_in_memory)
+        totals = [free["host"] / host] if host else []
+        totals += [free["device"] / kv.device] if kv.device else []
+        totals += [self.limits.disk_bytes / kv.disk] if kv.disk else []
+        return {tier: int(getattr(kv, tier) * min(totals)) for tier in TIERS}
+
+    def within(self, limits: Limits) -> Space:
+        """The same with other budgets."""
+        again = copy.copy(self)
+        again.limits, again.drafts = limits, self.drafts.within(limits)
+        return again
+
+    def smallest(self, weights: Fractions, *, spills: bool) -> Policy:
+        """The plan with these weights that needs the least memory, without KV; if it `spills`, with staging for KV on disk."""
+        schedule, micro_batch_tokens = self.schedules()[0], self.micro_batches()[-1]
+        prefill_tokens = self.options.prefill_tokens or self._least_quota(schedule, micro_batch_tokens)
+        return self.drafts.draft(weights, schedule, micro_batch_tokens, prefill_tokens, spills=spills)
+
+
+def _pinned(name: str, text: str | None, device: str) -> Fractions | None:
+    if text is None:
+        return None
+    shares = parse_placement(text, name=name)
+    if device == "cpu" and shares["device"] > 0:
+        raise OptionError(f"{name}={text!r}: on a CPU device there is no device tier; divide between host and disk")
+    return Fractions(**shares)
+
+
+def _largest(most: int, holds: Callable[[int], bool]) -> int:
+    """The largest number from 1 to `most` for which `holds`, which no longer does once it does not."""
+    low, high = 1, most
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if holds(middle) else (low, middle - 1)
+    return low

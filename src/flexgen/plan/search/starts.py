@@ -1,0 +1,162 @@
+"""Where a search for a policy begins: about where the steady states' linear programs put weights and KV, and at the corners."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from itertools import product
+from typing import Any
+
+from flexgen.plan.price.pass_time import Expectation
+from flexgen.plan.search.space import LEAST_SPILL, Point, Space
+from flexgen.plan.search.steady import MeanSequence, Steady, SteadyState
+
+# Prompt quotas that are tried near the steady states, and at the corners; and caps, where requests may not take long.
+BOUNDED_CAPS = (1.0, 0.4, 0.15)
+FIRST_QUOTAS, CORNER_QUOTAS = (0.4, 0.0, 0.7, 1.0), (0.1, 0.5)
+# And first of all these times what replaces the sequences that end.
+ENOUGH = 1.1
+# Shares of the weights that fit beside what computes, around which steady states are looked for too: there may be several as good.
+NEAR = (0.0, 0.25, 0.5, 0.75)
+# Of the weights that fit, when a good point's are placed elsewhere.
+SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
+CORNERS: tuple[dict[str, Any], ...] = (
+    {"on_device": 1.0, "on_host": 1.0},
+    {"on_device": 1.0, "on_host": 1.0, "embedding": False},
+    {"on_device": 0.5, "on_host": 1.0},
+    {"on_device": 0.25, "on_host": 1.0},
+    {"on_device": 0.0, "on_host": 1.0},
+    {"on_device": 0.0, "on_host": 0.5},
+    {"on_device": 0.5, "on_host": 0.5},
+    {},
+)
+
+
+def varied_wholes(best: Point, space: Space) -> list[Point]:
+    """A point with all that comes in whole numbers or kinds chosen anew, together: schedule, quota, micro-batches, sequences, embedding.
+
+    Where placements are as good as they get, how evenly prompts fall is a matter of whole numbers, which no small step finds.
+    """
+    points: list[Point] = []
+    for schedule in space.schedules():
+        free = space.free_axes(schedule)
+        quotas = _first_quotas(space) if "quota" in free else (1.0,)
+        caps = {best.cap, 1.0} if "cap" in free else {best.cap}
+        points += [
+            dataclasses.replace(best, schedule=schedule, quota=quota, cap=cap, embedding=embedding, micro_batch_tokens=tokens)
+            for quota, cap, embedding, tokens in product(quotas, sorted(caps), (True, False), _near(best, space))
+        ]
+    return points
+
+
+def varied_places(best: Point, space: Space) -> list[Point]:
+    """A point with its weights elsewhere, on a coarse grid, under every schedule and sizes of micro-batches like its own."""
+    points: list[Point] = []
+    for schedule in space.schedules():
+        free = space.free_axes(schedule)
+        device, host = (SHARES if axis in free else (getattr(best, axis),) for axis in ("on_device", "on_host"))
+        points += [
+            dataclasses.replace(best, schedule=schedule, on_device=on_device, on_host=on_host, micro_batch_tokens=tokens)
+            for on_device, on_host, tokens in product(device, host, _near(best, space))
+        ]
+    return points
+
+
+def _near(best: Point, space: Space) -> list[int]:
+    """Its size of micro-batches, and the next ones."""
+    sizes = space.micro_batches()
+    place = sizes.index(best.micro_batch_tokens)
+    return [best.micro_batch_tokens, *sizes[max(place - 1, 0) : place], *sizes[place + 1 : place + 2]]
+
+
+def steady_states(
+    space: Space,
+    expectation: Expectation,
+    mean: MeanSequence,
+    micro_batch_tokens: int,
+    *,
+    pass_seconds: float | None = None,
+    near: float | None = None,
+) -> list[tuple[Steady, bool]]:
+    """The steady states without and with KV on disk, best first.
+
+    Args:
+        pass_seconds: what their passes may take at most. near: where it is not pinned, the share of the weights in the memory of what
+            computes, of those that fit there.
+    """
+    point = _point(space, space.schedules()[0], micro_batch_tokens)
+    found: list[tuple[Steady, bool]] = []
+    for spills in (False, True) if space.disk_bytes or (space.kv is not None and space.kv.disk > 0) else (False,):
+        bare, room = space.room(point, spills=spills)
+        tiers = space.kv_tiers if spills else tuple(tier for tier in space.kv_tiers if tier != "disk")
+        weights = space.weights and dataclasses.asdict(space.weights)
+        if weights is None and near is not None:
+            weights = {space.computing: near * min(room.memory_bytes[space.computing] / max(space.weight_bytes, 1), 1.0)}
+        most = space.options.max_num_seqs or len(space.workload)
+        steady = SteadyState(expectation, mean, bare).best(
+            room, most, weights=weights, kv=space.kv and dataclasses.asdict(space.kv), kv_tiers=tiers, pass_seconds=pass_seconds
+        )
+        if steady is not None:
+            found.append((steady, spills))
+    return sorted(found, key=lambda each: -each[0].tokens_per_s)
+
+
+def starts(
+    space: Space,
+    micro_batch_tokens: int,
+    steady: Sequence[tuple[Steady, bool]],
+    others: Sequence[tuple[Steady, bool]],
+    near_caps: Sequence[float],
+    caps: Sequence[float],
+) -> Iterator[Point]:
+    """Points near steady states, the best and others, and at the corners, under every schedule, several quotas, several caps."""
+    for schedule in space.schedules():
+        plain = _point(space, schedule, micro_batch_tokens)
+        free = space.free_axes(schedule)
+        near, elsewhere = ([_like(space, plain, each, spills) for each, spills in states] for states in (steady, others))
+        places: list[Point] = []
+        for homes in (0.0, 0.5, 1.0) if "kv_homes" in free else (plain.kv_homes,):
+            places += [dataclasses.replace(plain, kv_homes=homes, **corner) for corner in CORNERS]
+        if "kv_disk" in free:
+            places += [dataclasses.replace(plain, kv_disk=1.0), dataclasses.replace(plain, kv_disk=1.0, **CORNERS[0])]
+        first = _first_quotas(space)
+        kinds = ((near, first, near_caps), (elsewhere, first[:1], near_caps[:1]), (places, CORNER_QUOTAS, caps))
+        for some, quotas, tried in kinds:
+            for place, quota, cap in product(some, quotas if "quota" in free else (1.0,), tried if "cap" in free else (1.0,)):
+                yield dataclasses.replace(place, quota=quota, cap=cap)
+
+
+def _first_quotas(space: Space) -> tuple[float, ...]:
+    return (space.sizes.quota_share(ENOUGH), *FIRST_QUOTAS)
+
+
+def varied(ranked: Sequence[Point], best: int) -> list[Point]:
+    """The best few, then the best of each schedule and kind of homes, between which no single step leads."""
+    kinds: dict[tuple[str, float, bool, int], Point] = {}
+    for point in ranked:
+        kinds.setdefault((point.schedule, round(2 * point.kv_homes), point.kv_disk > 0, round(2 * point.on_host)), point)
+    return list(dict.fromkeys([*ranked[:best], *kinds.values()]))
+
+
+def _point(space: Space, schedule: str, micro_batch_tokens: int) -> Point:
+    """All weights on disk."""
+    return Point(kv_homes=space.default_homes(), embedding=True, schedule=schedule, micro_batch_tokens=micro_batch_tokens)
+
+
+def _like(space: Space, plain: Point, steady: Steady, spills: bool) -> Point:
+    """The point that is about this steady state."""
+    point = dataclasses.replace(plain, kv_disk=steady.kv.get("disk", 0.0) * spills)
+    point = space.place_like(point, steady.weights, spills=spills)
+    return (
+        dataclasses.replace(point, kv_homes=_homes_like(space, point, steady)) if "kv_homes" in space.free_axes(plain.schedule) else point
+    )
+
+
+def _homes_like(space: Space, point: Point, steady: Steady) -> float:
+    """How far KV's homes lie between the device (0), all memory (a half) and the host (1)."""
+    both = space.policy(dataclasses.replace(point, kv_homes=0.5, quota=0.0))
+    device, host = steady.kv.get("device", 0.0), steady.kv.get("host", 0.0)
+    if both is None or not both.kv_device_bytes or not both.kv_host_bytes or device + host < LEAST_SPILL:
+        return point.kv_homes
+    device, host = device / both.kv_device_bytes, host / both.kv_host_bytes
+    return 0.5 * host / device if host <= device else 1.0 - 0.5 * device / host

@@ -1,0 +1,240 @@
+"""The steady state as one linear program: where weights and KV live, how many sequences are alive, how long a pass takes.
+
+With B live sequences a pass takes the longest of its resources, each linear in the homes of the weights, in the sequences
+per home of KV and in 1.  Seconds per live sequence, pass / B, are a ratio of linear functions; divided by B (Charnes and Cooper,
+1962) everything is linear again: t = 1/B, weights w·t, shares of the sequences, and τ = pass·t, which is minimised.  A bound on the
+time of a pass, as of a request, is linear too: τ ≤ seconds·t.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from flexgen.options import TIERS
+from flexgen.plan.model import ModelSpec
+from flexgen.plan.play.simulate import visible_pairs
+from flexgen.plan.policy import Policy
+from flexgen.plan.price.pass_time import RESOURCES, Expectation
+from flexgen.plan.price.work import PassLoad, PassWork, memory_bytes, price, weights_work
+from flexgen.plan.workload import Workload
+
+Floats = npt.NDArray[np.float64]
+
+# Coefficients of sequences are taken from a pass of this many, so that micro-batches are full.
+MANY_SEQUENCES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Room:
+    """What weights and KV may take.
+
+    Attributes:
+        memory_bytes: tier -> bytes left for weights, KV, and what grows with the sequences; disk: for KV only.
+        sequence_bytes: tier -> bytes that each live sequence takes besides its KV.
+        kv_bytes: of a live sequence, on average. staged: host bytes that a byte of KV on disk takes.
+    """
+
+    memory_bytes: Mapping[str, float]
+    sequence_bytes: Mapping[str, float]
+    kv_bytes: float
+    staged: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Steady:
+    """The best steady state.
+
+    Attributes:
+        num_seqs: live sequences. tokens_per_s: of output. weights, kv: shares per tier.
+        worth: tier -> relative gain of tokens/s per byte more of it, at the margin (the dual values).
+    """
+
+    num_seqs: float
+    tokens_per_s: float
+    weights: dict[str, float]
+    kv: dict[str, float]
+    worth: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeanSequence:
+    """What one live sequence brings to a pass of the steady state: the ages of all requests, equally often.
+
+    Attributes:
+        prompt_tokens, num_prompts, next_tokens: as in PassLoad. prompt_pairs, attended_tokens: per KV group.
+    """
+
+    prompt_tokens: float
+    num_prompts: float
+    next_tokens: float
+    prompt_pairs: tuple[float, ...]
+    attended_tokens: tuple[float, ...]
+
+    @staticmethod
+    def of(spec: ModelSpec, workload: Workload) -> MeanSequence:
+        """That of a job."""
+        prompts, found = np.array(workload.prompt_lens, dtype=np.float64), np.array(workload.found_lens, dtype=np.float64)
+        outputs = np.array(workload.answer_lens, dtype=np.float64)
+        passes = float(outputs.sum())
+        pairs: list[float] = []
+        attended: list[float] = []
+        for group in spec.kv_groups:
+            window = float(group.window or (prompts + outputs).max())
+            visible = visible_pairs(prompts, window) - visible_pairs(found, window)
+            pairs.append(float(visible.sum()) / passes)
+            # The k-th next token (k from 1 to n - 1) sees min(s + k, window) tokens.
+            ramp = np.clip(window - prompts, 0, outputs - 1)
+            seen = prompts * ramp + ramp * (ramp + 1) / 2 + window * (outputs - 1 - ramp)
+            attended.append(float(seen.sum()) / passes)
+        return MeanSequence(
+            prompt_tokens=float((prompts - found).sum()) / passes,
+            num_prompts=len(workload) / passes,
+            next_tokens=1.0 - len(workload) / passes,
+            prompt_pairs=tuple(pairs),
+            attended_tokens=tuple(attended),
+        )
+
+    def load(self, home: str, num_seqs: int) -> PassLoad:
+        """What so many bring, with their KV at `home`."""
+        return PassLoad(
+            prompt_tokens={home: self.prompt_tokens * num_seqs},
+            num_prompts={home: self.num_prompts * num_seqs},
+            next_tokens={home: self.next_tokens * num_seqs},
+            prompt_pairs=[pairs * num_seqs for pairs in self.prompt_pairs],
+            attended_tokens={home: [tokens * num_seqs for tokens in self.attended_tokens]},
+        )
+
+
+class SteadyState:
+    """The coefficients for one model, machine and job under one policy's micro-batch size and placement of the embedding."""
+
+    def __init__(self, expectation: Expectation, mean: MeanSequence, policy: Policy) -> None:
+        spec = expectation.spec
+        fixed = _vector(expectation.resources(PassWork(), policy))
+        self.fixed = fixed + expectation.machine.overheads.per_pass
+        tiers = ("host", "disk") if policy.device == "cpu" else TIERS
+        self.weights = {
+            tier: _vector(expectation.resources(weights_work(spec, (tier,) * len(spec.units), policy.device), policy)) - fixed
+            for tier in tiers
+        }
+        self.kv = {tier: _sequence_seconds(expectation, mean, policy, tier) for tier in tiers}
+        self.weight_bytes = float(sum(memory_bytes(unit) for unit in spec.units))
+
+    def best(
+        self,
+        room: Room,
+        max_num_seqs: float,
+        *,
+        weights: Mapping[str, float] | None = None,
+        kv: Mapping[str, float] | None = None,
+        kv_tiers: Sequence[str] = TIERS,
+        pass_seconds: float | None = None,
+    ) -> Steady | None:
+        """The steady state of most tokens/s, or None where nothing fits.
+
+        Args:
+            max_num_seqs: most live sequences. weights, kv: shares that are pinned, per tier. kv_tiers: where KV may live.
+            pass_seconds: what a pass may take at most.
+        """
+        tiers, count = list(self.weights), len(self.weights)
+        at_weights, at_kv, t, tau = 0, count, 2 * count, 2 * count + 1
+        size = tau + 1
+        rows: list[Floats] = []
+        for number in range(len(RESOURCES)):
+            row = np.zeros(size)
+            for place, tier in enumerate(tiers):
+                row[at_weights + place], row[at_kv + place] = self.weights[tier][number], self.kv[tier][number]
+            row[t], row[tau] = self.fixed[number], -1.0
+            rows.append(row)
+        for tier in TIERS:
+            rows.append(self._memory_row(room, tiers, tier, size))
+        if pass_seconds is not None:
+            rows.append(np.zeros(size))
+            rows[-1][t], rows[-1][tau] = -pass_seconds, 1.0
+        equal = np.zeros((2, size))
+        equal[0, at_weights : at_weights + count], equal[0, t] = 1.0, -1.0
+        equal[1, at_kv : at_kv + count] = 1.0
+        pins, pinned = _pins(tiers, t, size, weights, kv)
+        bounds = [(0.0, None)] * count + [(0.0, None if tier in kv_tiers else 0.0) for tier in tiers]
+        bounds += [(1.0 / max_num_seqs, 1.0), (0.0, None)]
+        # Scaled so that all numbers are near 1: seconds per sequence and bytes differ by 15 orders of magnitude.
+        matrix = np.array(rows)
+        scale = np.abs(matrix).max(axis=1)
+        scale[scale == 0] = 1.0
+        goal = np.zeros(size)
+        goal[tau] = 1.0
+        solved = _solve(goal, matrix / scale[:, None], np.concatenate([equal, pins]), np.concatenate([[0.0, 1.0], pinned]), bounds)
+        if solved is None:
+            return None
+        x, duals = solved[0], solved[1] / scale
+        num_seqs = float(1.0 / x[t])
+        memory = dict(zip(TIERS, duals[len(RESOURCES) :], strict=False))
+        return Steady(
+            num_seqs=num_seqs,
+            tokens_per_s=1.0 / float(x[tau]),
+            weights={tier: float(x[at_weights + place]) * num_seqs for place, tier in enumerate(tiers)},
+            kv={tier: float(x[at_kv + place]) for place, tier in enumerate(tiers)},
+            # One byte more relaxes its row, which is divided by B, by t.
+            worth={tier: float(-dual * x[t] / x[tau]) for tier, dual in memory.items()},
+        )
+
+    def _memory_row(self, room: Room, tiers: Sequence[str], tier: str, size: int) -> Floats:
+        """Bytes used in a tier, less those there are, per live sequence."""
+        row = np.zeros(size)
+        count = len(tiers)
+        for place, home in enumerate(tiers):
+            if home == tier and tier != "disk":
+                row[place] = self.weight_bytes
+            row[count + place] = room.kv_bytes * (home == tier) + room.sequence_bytes.get(tier, 0.0)
+            if home == "disk" and tier == "host":
+                row[count + place] += room.staged * room.kv_bytes
+        row[2 * count] = -room.memory_bytes.get(tier, 0.0)
+        return row
+
+
+def _solve(
+    goal: Floats, at_most_zero: Floats, equal: Floats, values: Floats, bounds: Sequence[tuple[float, float | None]]
+) -> tuple[Floats, Floats] | None:
+    """The variables that minimise the goal, and what each inequality is worth; None where nothing fulfils them all."""
+    from scipy import optimize  # pyright: ignore[reportMissingTypeStubs]
+
+    linprog: Any = optimize.linprog  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+    found = linprog(goal, A_ub=at_most_zero, b_ub=np.zeros(len(at_most_zero)), A_eq=equal, b_eq=values, bounds=bounds, method="highs")
+    return (found.x, found.ineqlin.marginals) if found.status == 0 else None
+
+
+def _pins(
+    tiers: Sequence[str], t: int, size: int, weights: Mapping[str, float] | None, kv: Mapping[str, float] | None
+) -> tuple[Floats, Floats]:
+    """Equations that hold the shares where they were put."""
+    rows: list[Floats] = []
+    values: list[float] = []
+    for place, tier in enumerate(tiers[:-1]):  # the last follows
+        if weights is not None and tier in weights:
+            row = np.zeros(size)
+            row[place], row[t] = 1.0, -weights[tier]
+            rows.append(row)
+            values.append(0.0)
+        if kv is not None and tier in kv:
+            row = np.zeros(size)
+            row[len(tiers) + place] = 1.0
+            rows.append(row)
+            values.append(kv[tier])
+    return np.array(rows).reshape(-1, size), np.array(values)
+
+
+def _vector(seconds: Mapping[str, float]) -> Floats:
+    return np.array([float(seconds[resource]) for resource in RESOURCES])
+
+
+def _sequence_seconds(expectation: Expectation, mean: MeanSequence, policy: Policy, home: str) -> Floats:
+    """Seconds of each resource that one live sequence of the job adds to a pass, on average, with its KV at `home`."""
+    load = mean.load(home, MANY_SEQUENCES)
+    seconds = _vector(expectation.resources(price(load, expectation.spec, policy, PassWork()), policy))
+    empty = PassWork(num_micro_batches=0)
+    return (seconds - _vector(expectation.resources(empty, policy))) / MANY_SEQUENCES

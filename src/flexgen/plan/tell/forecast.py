@@ -1,0 +1,177 @@
+"""What a policy should do with a job, told before its first pass: seconds, rates, memory, and what each resource costs."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from flexgen.errors import CapacityError
+from flexgen.options import EngineOptions
+from flexgen.plan.machine import Limits, Machine
+from flexgen.plan.model import ModelSpec
+from flexgen.plan.play.answer_lengths import expected
+from flexgen.plan.play.sampling import Samples, extrapolated
+from flexgen.plan.play.simulate import Simulation
+from flexgen.plan.policy import Policy
+from flexgen.plan.price.memory import footprint
+from flexgen.plan.price.pass_time import Expectation
+from flexgen.plan.price.work import unit_homes, weights_work
+from flexgen.plan.search.bounds import longest_request_seconds
+from flexgen.plan.search.optimise import Solution
+from flexgen.plan.search.solve import solve
+from flexgen.plan.tell.gains import rate_gains
+from flexgen.plan.tell.spill import LEAST_GAIN, Spill
+from flexgen.plan.workload import Workload
+
+# A block counts as full from this share of its most sequences on.
+FULL_BLOCK = 0.9
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forecast:
+    """A job as it is expected to go.
+
+    Attributes:
+        seconds: from the first pass to the last. num_passes, num_requests: of the job. num_refused: requests that can never fit.
+        prompt_tokens, output_tokens: of the job. output_tokens_per_s: end to end.
+        full_block_tokens_per_s: of output, in passes with a full block.
+        live_mean: sequences in a pass. request_seconds: of the request that takes longest, from its first pass to its last.
+        pass_seconds: mean of a pass. resource_seconds: resource -> mean seconds in a pass, each by itself.
+        bottleneck: the resource that decides most of the time.
+        memory_bytes: tier -> part -> bytes reserved. budget_bytes: tier -> bytes.
+        weights_bytes_per_pass: link -> bytes of weights. disk_written_bytes: in all.
+        gain_per_gib: tier -> relative gain of output tokens/s by 1 GiB more of it; empty where unknown.
+        gain_per_rate: resource -> the same per relative gain of its rate, with the same policy.
+        spill: what KV on disk gains, where it would write more than the weights' bytes; None where it does not, or nobody looked.
+    """
+
+    seconds: float
+    num_passes: int
+    num_requests: int
+    num_refused: int
+    prompt_tokens: int
+    output_tokens: int
+    output_tokens_per_s: float
+    full_block_tokens_per_s: float
+    live_mean: float
+    request_seconds: float
+    pass_seconds: float
+    resource_seconds: dict[str, float]
+    bottleneck: str
+    memory_bytes: dict[str, dict[str, int]]
+    budget_bytes: dict[str, int]
+    weights_bytes_per_pass: dict[str, int]
+    disk_written_bytes: float
+    gain_per_gib: dict[str, float]
+    gain_per_rate: dict[str, float]
+    spill: Spill | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What would be done, and how it should go."""
+
+    spec: ModelSpec
+    machine: Machine
+    policy: Policy
+    forecast: Forecast
+
+
+def make_plan(options: EngineOptions, spec: ModelSpec, machine: Machine, limits: Limits, workload: Workload, *, process_bytes: int) -> Plan:
+    """The best policy for a job, and what it should do; arguments and errors are those of `solve`.
+
+    KV that nobody placed goes to disk in more bytes than the weights have only where that gains LEAST_GAIN, or where the budget on disk
+    was given.
+    """
+
+    def best(limits: Limits) -> Plan:
+        solution = solve(options, spec, machine, limits, workload, process_bytes=process_bytes)
+        told = forecast(solution, spec, machine, limits, workload, process_bytes=process_bytes)
+        return Plan(spec=spec, machine=machine, policy=solution.policy, forecast=told)
+
+    plan = best(limits)
+    if options.kv is not None or plan.forecast.disk_written_bytes <= spec.checkpoint_bytes:
+        return plan
+    try:
+        without = best(dataclasses.replace(limits, disk_bytes=0))
+    except CapacityError:
+        return plan
+    return _weighed(plan, without, asked=options.disk is not None)
+
+
+def _weighed(plan: Plan, without: Plan, *, asked: bool) -> Plan:
+    """One of two plans, the first of which writes KV to disk; it stays where that was `asked` for."""
+    spill = Spill(
+        chosen=True, written_bytes=plan.forecast.disk_written_bytes, seconds=plan.forecast.seconds, seconds_without=without.forecast.seconds
+    )
+    if asked or spill.gain >= LEAST_GAIN or without.forecast.num_refused > plan.forecast.num_refused:
+        chosen = plan
+    else:
+        chosen, spill = without, dataclasses.replace(spill, chosen=False)
+    told = dataclasses.replace(chosen.forecast, spill=spill, budget_bytes=plan.forecast.budget_bytes)
+    return dataclasses.replace(chosen, forecast=told)
+
+
+def forecast(solution: Solution, spec: ModelSpec, machine: Machine, limits: Limits, workload: Workload, *, process_bytes: int) -> Forecast:
+    """What `solution`'s policy should do."""
+    policy = solution.policy
+    homes = weights_work(spec, unit_homes(spec, policy.weights), policy.device)
+    return Forecast(
+        **_played(policy, Expectation(spec, machine, policy.dtype), workload),
+        memory_bytes=footprint(policy, spec, limits, process_bytes=process_bytes),
+        budget_bytes={"host": limits.host_bytes, "device": limits.device_bytes, "disk": limits.disk_bytes},
+        weights_bytes_per_pass={"disk_read": int(homes.disk_read_bytes), "host_to_device": int(homes.host_to_device_bytes)},
+        gain_per_gib=solution.gain_per_gib,
+    )
+
+
+def forecast_again(before: Forecast, policy: Policy, expectation: Expectation, workload: Workload) -> Forecast:
+    """What the same policy should do with another job."""
+    return dataclasses.replace(before, spill=None, **_played(policy, expectation, workload))
+
+
+def _played(policy: Policy, expectation: Expectation, workload: Workload) -> dict[str, Any]:
+    """The fields of Forecast that playing the job tells; large jobs are played on a sample and extrapolated."""
+    spec, workload = expectation.spec, expected(workload)
+    sample = Samples.played_once(workload).of(policy.max_num_seqs)
+    jobs: list[Simulation] = []
+
+    def total_seconds(job: Simulation) -> float:
+        jobs.append(job)
+        return float(expectation.passes(job, policy).sum())
+
+    _, total = extrapolated(spec, policy, sample, total_seconds)
+    played = jobs[0]  # then, where that is a sample, a half of it
+    passes = played.num_passes
+    seconds = expectation.passes(played, policy)
+    resources = {name: np.broadcast_to(each, (passes,)) for name, each in expectation.apart(played.work, policy).items()}
+    busiest = np.argmax(np.stack(list(resources.values())), axis=0)
+    decided = {name: float(seconds[busiest == number].sum()) for number, name in enumerate(resources)}
+    outputs = workload.output_tokens
+    return {
+        "seconds": total,
+        "num_passes": round(passes * sample.scale),
+        "num_requests": len(workload),
+        "num_refused": round(played.num_refused * sample.scale),
+        "prompt_tokens": workload.prompt_tokens,
+        "output_tokens": outputs,
+        "output_tokens_per_s": outputs / max(total, 1e-9),
+        "full_block_tokens_per_s": _full_block_rate(played, seconds),
+        "live_mean": float(played.live.mean()) if passes else 0.0,
+        "request_seconds": longest_request_seconds(played, seconds),
+        "pass_seconds": float(seconds.mean()) if passes else 0.0,
+        "resource_seconds": {name: float(each.mean()) if passes else 0.0 for name, each in resources.items()},
+        "bottleneck": max(decided, key=decided.__getitem__),
+        "gain_per_rate": rate_gains(played, policy, expectation),
+        "disk_written_bytes": float(np.broadcast_to(played.work.disk_write_bytes, (passes,)).sum()) * sample.scale,
+    }
+
+
+def _full_block_rate(played: Simulation, seconds: npt.NDArray[np.float64]) -> float:
+    """Output tokens/s of the passes in which nearly as many sequences as ever are alive."""
+    full = played.live >= FULL_BLOCK * played.live.max(initial=0)
+    return float(played.live[full].sum() / max(seconds[full].sum(), 1e-9)) if full.any() else 0.0

@@ -1,0 +1,43 @@
+"""How long a running job still takes: what was expected, corrected by what was seen."""
+
+from __future__ import annotations
+
+from flexgen.plan.play.answer_lengths import OutputLengths, expected
+from flexgen.plan.policy import Policy
+from flexgen.plan.price.pass_time import Expectation
+from flexgen.plan.tell.forecast import Forecast, forecast_again
+from flexgen.plan.workload import Workload
+
+# The forecast's rates count as much as this many passes that were measured.
+ASSUMED_PASSES = 2
+# Answers after which lengths are looked at first; then whenever there are twice as many.
+FIRST_LOOK = 16
+
+
+class RemainingTime:
+    """Seconds left of one run."""
+
+    def __init__(self, forecast: Forecast, policy: Policy, expectation: Expectation, workload: Workload) -> None:
+        self._forecast, self._policy, self._expectation, self._workload = forecast, policy, expectation, workload
+        self._lengths: list[int] = []
+        self._next_look = FIRST_LOOK
+
+    def finished(self, num_tokens: int) -> None:
+        """Take in the length of an answer; where lengths were not known, the job is played again with what was seen so far."""
+        if not self._workload.may_end_early or self._next_look > len(self._workload):
+            return
+        self._lengths.append(num_tokens)
+        if len(self._lengths) == self._next_look:
+            self._next_look *= 2
+            likely = expected(self._workload, OutputLengths().updated(self._lengths))
+            self._forecast = forecast_again(self._forecast, self._policy, self._expectation, likely)
+
+    def seconds(self, spent: float, expected_of_spent: float) -> float:
+        """What is left, at the pace so far.
+
+        Args:
+            spent: seconds of the passes so far. expected_of_spent: what these passes should have taken.
+        """
+        assumed = ASSUMED_PASSES * self._forecast.pass_seconds
+        pace = (spent + assumed) / max(expected_of_spent + assumed, 1e-9)
+        return max(self._forecast.seconds - expected_of_spent, 0.0) * pace

@@ -1,0 +1,1 @@
+"""What a run did and how it is shown: counts per pass, progress, the closing report."""

@@ -1,0 +1,77 @@
+"""A model's name to its numbers: a shipped model, a folder, or a hub repository of which only config and headers are read."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from flexgen.errors import ModelError, OptionError
+from flexgen.plan.known.models import catalogue_name, catalogue_spec, similar_names
+from flexgen.plan.model import PLAIN_FORMATS, ModelSpec
+
+
+def spec_of(model: str, *, device: str, dtype: str = "auto", revision: str | None = None, token: str | None = None) -> ModelSpec:
+    """The model as the planner sees it.
+
+    Weights in a published low-bit format are described too, although the engine does not run them: see `ModelSpec.is_plain`.
+
+    Args:
+        model: a folder, else a name of the catalogue or the hub id of one of its models, in any case, else another hub id, for which
+            the hub is asked.  torch is loaded for a folder and another hub id only, and for a shipped model that is not to be computed
+            in the dtype it ships.
+        device: "cpu", "cuda" or "sim". dtype: to compute in, as in EngineOptions.
+        revision: branch, tag or commit of a hub repository; the hub is asked then. token: of the hub, as in `resolve_model`.
+
+    Raises:
+        ModelError: when there is no such model, or its architecture, number format or files are not understood.
+        OptionError: when a shipped model is asked for in a revision, or the dtype cannot be computed in.
+    """
+    if dtype != "auto" and dtype not in PLAIN_FORMATS:
+        raise OptionError(f"cannot compute in {dtype}; known: auto, {', '.join(sorted(PLAIN_FORMATS))}")
+    if (name := shipped_name(model)) is not None:
+        if revision is None:
+            spec = _shipped(name, device, dtype)
+            return dataclasses.replace(spec, name=model) if "/" in model else spec
+        if "/" not in model:
+            raise OptionError(f"{model} is a name of the catalogue; a revision ({revision}) only has a meaning for a hub repository")
+    return _described(model, device, dtype, revision, token)
+
+
+def shipped_name(model: str) -> str | None:
+    """The catalogue's name of a model that is no folder here; None where it has none."""
+    return None if Path(model).expanduser().is_dir() else catalogue_name(model)
+
+
+def _shipped(name: str, device: str, dtype: str) -> ModelSpec:
+    spec = catalogue_spec(name)
+    if dtype == "auto":  # as the engine would choose
+        dtype = "bfloat16" if spec.dtype == "float16" and device != "cuda" else spec.dtype
+    if dtype == spec.dtype:
+        return spec
+    import torch
+
+    from flexgen.models.catalogue import ENTRIES
+
+    return ENTRIES[name].spec(getattr(torch, dtype))
+
+
+def _described(model: str, device: str, dtype: str, revision: str | None, token: str | None) -> ModelSpec:
+    from flexgen.checkpoint.parameters import Checkpoint, Headers
+    from flexgen.hub.config import read_config
+    from flexgen.hub.hub import resolve_model, weight_files, weight_headers
+    from flexgen.models.describe import describe_headers
+    from flexgen.session.setup import compute_dtype, describing
+
+    try:
+        files = resolve_model(model, revision=revision, token=token, with_weights=False)
+    except ModelError as error:
+        if "/" in model:
+            raise
+        raise ModelError(f"{error}; nor is it in the catalogue: {', '.join(similar_names(model))}") from error
+    config = read_config(files)
+    if files.commit is None or all((files.folder / name).is_file() for name in weight_files(files.folder)):
+        headers = Checkpoint(files.folder)
+    else:
+        headers = Headers.parsed(files.folder, weight_headers(model, files.folder, token=token))
+    with describing(model):
+        return describe_headers(headers, config, compute_dtype(dtype, config, device), name=model)

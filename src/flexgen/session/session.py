@@ -1,0 +1,205 @@
+"""The engine that stays open from one call to the next, and when another must take its place.  Loads torch only when one is opened."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import math
+from typing import TYPE_CHECKING
+
+from flexgen.base.steps import step
+from flexgen.errors import CapacityError
+from flexgen.hub.hub import ModelFiles
+from flexgen.options import EngineOptions
+from flexgen.plan.play.answer_lengths import expected
+from flexgen.plan.play.sampling import JobSizes
+from flexgen.plan.price.memory import activation_bytes
+from flexgen.plan.search.solve import NOMINAL_WORKLOAD
+from flexgen.plan.tell.forecast import Forecast, Plan
+from flexgen.plan.workload import Workload
+
+if TYPE_CHECKING:
+    from flexgen.engine.engine import Engine
+    from flexgen.plan.model import ModelSpec
+    from flexgen.plan.policy import Policy
+
+
+# About what it takes to plan, beside loading; and the room for a prompt, and for an answer, that a plan for growing calls has at least.
+PLAN_SECONDS = 5.0
+ROOM_TOKENS = 256
+
+
+def check_model(files: ModelFiles, options: EngineOptions) -> None:
+    """Refuse a model whose files cannot be served, before there is any work for it; no weights are read.
+
+    Raises:
+        ModelError, OptionError: as `plan_job`.
+    """
+    from flexgen.session import setup as opening
+
+    opening.check_model(files, options)
+
+
+def plan_job(files: ModelFiles, options: EngineOptions, workload: Workload) -> Plan:
+    """The plan that `open_engine` would execute; no weights are read.
+
+    Raises:
+        CapacityError: no plan fits the budgets.
+        UnsupportedModelError: the model is refused by name.
+    """
+    step("loading PyTorch")
+    from flexgen.session.setup import discard, prepare
+
+    found = prepare(files, options, workload)
+    discard(found)
+    return found.plan
+
+
+def open_engine(files: ModelFiles, options: EngineOptions, workload: Workload) -> Engine:
+    """Plan for the workload, load the model, and return the engine that serves it.
+
+    Raises:
+        CapacityError, ModelError, OptionError: as `plan_job`; nothing stays open.
+    """
+    step("loading PyTorch")
+    from flexgen.session.setup import open_prepared, prepare
+
+    return open_prepared(prepare(files, options, workload))
+
+
+class OpenEngine:
+    """At most one engine, opened when there is work, for as long as what was planned holds.
+
+    Args:
+        max_model_len: most tokens of a request.
+
+    Attributes:
+        options: what engines are opened with.
+        engine: None until the first work, and after `close`.
+    """
+
+    def __init__(self, files: ModelFiles, options: EngineOptions, max_model_len: int) -> None:
+        self.options = options
+        self.engine: Engine | None = None
+        self._files, self._max_model_len = files, max_model_len
+        self._planned = self._expected = Workload(prompt_lens=(), output_lens=())  # that it was opened for, that it expects
+        self._hopeless = math.inf  # requests of so many tokens have no place whatever the plan
+        self._slow_seconds = 0.0  # of jobs that another plan might have done faster
+        self._max_num_seqs = 0  # of the last engine, also when it is closed
+
+    def serving(self, workload: Workload) -> Engine:
+        """The open engine if its plan serves the workload, else a fresh one.
+
+        Raises:
+            CapacityError, ModelError, OptionError: as `open_engine`.
+        """
+        if self.engine is None:
+            return self._opened(workload)
+        if workload != self._expected:
+            self.engine.expect(workload)
+            self._expected = workload
+        if self._serves(self.engine, workload):
+            return self.engine
+        self.close()  # a closed engine still holds its memory,
+        gc.collect()  # and its hooks refer back to their modules
+        if self.options.max_request_seconds is None and self.options.max_job_seconds is None:
+            with contextlib.suppress(CapacityError):  # it may fit without room for more
+                self._opened(with_room(workload, self._max_model_len)).expect(workload)
+                self._expected = workload
+        return self.engine or self._opened(workload)
+
+    def shrink(self) -> int | None:
+        """Have the next engine keep half as many sequences alive as the last one.
+
+        Returns:
+            how many; None if it was one already.
+        """
+        if self._max_num_seqs <= 1:
+            return None
+        self.close()
+        self._max_num_seqs //= 2  # also if no engine opens with it
+        self.options = dataclasses.replace(self.options, max_num_seqs=self._max_num_seqs)
+        return self._max_num_seqs
+
+    def close(self) -> None:
+        """Close the engine that is open, if one is."""
+        engine, self.engine = self.engine, None
+        if engine is not None:
+            engine.close()
+
+    def _opened(self, workload: Workload) -> Engine:
+        engine = open_engine(self._files, self.options, workload)
+        self.engine, self._planned, self._expected, self._slow_seconds = engine, workload, workload, 0.0
+        self._max_num_seqs = engine.policy.max_num_seqs
+        self._hopeless = min((total for total in _totals(workload) if total > engine.policy.longest_sequence), default=math.inf)
+        return engine
+
+    def _serves(self, engine: Engine, workload: Workload) -> bool:
+        """Whether the plan serves the workload, and another one would not pay.
+
+        A job that the plan was not made for may be slower than it could be: when such jobs have taken as long as opening does, a fresh
+        plan is due.
+        """
+        new, planned = (_without(each, self._hopeless) for each in (workload, self._planned))
+        if not _has_room(engine.policy, engine.spec, planned, new) or not _keeps(engine.forecast, self.options):
+            return False
+        if _binds(engine.policy, engine.spec, self._planned, workload, self.options) and engine.forecast is not None:
+            self._slow_seconds += engine.forecast.seconds
+        return self._slow_seconds <= PLAN_SECONDS + engine.load_seconds
+
+
+def with_room(workload: Workload, max_model_len: int) -> Workload:
+    """The work, and a request that may be twice as long as the longest, so that few plans serve calls that grow; its answer is short."""
+    job = expected(workload)
+    prompt = min(2 * max(*job.prompt_lens, ROOM_TOKENS // 2), max_model_len - 1)
+    most = min(2 * max(*job.output_lens, ROOM_TOKENS // 2), max_model_len - prompt)
+    return dataclasses.replace(
+        job,
+        prompt_lens=(*job.prompt_lens, prompt),
+        output_lens=(*job.output_lens, most),
+        expected_lens=(*job.answer_lens, 1),
+        reserved_lens=(*job.reserved_lens, most) if job.reserved_lens else (),
+        shared_lens=(*job.shared_lens, 0) if job.shared_lens else (),
+    )
+
+
+def _totals(workload: Workload) -> list[int]:
+    """Most tokens of each request."""
+    return [prompt + most for prompt, most in zip(workload.prompt_lens, workload.output_lens, strict=True)]
+
+
+def _without(workload: Workload, hopeless: float) -> Workload:
+    """The requests that a plan makes room for."""
+    totals = _totals(workload)
+    return workload if max(totals, default=0) < hopeless else workload.take([i for i, total in enumerate(totals) if total < hopeless])
+
+
+def _has_room(policy: Policy, spec: ModelSpec, planned: Workload, new: Workload) -> bool:
+    """Whether every request has a place, and activations fit what was reserved for them."""
+    if not len(new):
+        return True
+    known, wanted = (JobSizes(spec, each, policy.page_tokens) for each in (planned if len(planned) else NOMINAL_WORKLOAD, new))
+    pools = (policy.kv_device_bytes, policy.kv_host_bytes, policy.kv_disk_bytes)
+    if wanted.longest > known.longest and wanted.largest > max(pools):
+        return False  # a sequence's KV has one home
+    return activation_bytes(spec, wanted, policy) <= activation_bytes(spec, known, policy)
+
+
+def _keeps(forecast: Forecast | None, options: EngineOptions) -> bool:
+    """Whether the bounds on time are kept."""
+    if forecast is None:
+        return True
+    request_bound, job_bound = options.max_request_seconds or math.inf, options.max_job_seconds or math.inf
+    return forecast.request_seconds <= request_bound and forecast.seconds <= job_bound
+
+
+def _binds(policy: Policy, spec: ModelSpec, planned: Workload, new: Workload, options: EngineOptions) -> bool:
+    """Whether limits that came from the work planned for, and not from the budgets, keep the new work from being done together."""
+
+    def block_bytes(workload: Workload) -> int:
+        return min(len(workload), policy.max_num_seqs) * spec.kv_bytes(max(_totals(workload), default=0))
+
+    if options.max_num_seqs is None and len(planned) <= policy.max_num_seqs < len(new):
+        return True
+    return block_bytes(planned) <= policy.kv_bytes < block_bytes(new)

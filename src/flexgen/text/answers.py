@@ -1,0 +1,200 @@
+"""The answers to one prompt: what the engine is asked for them, and what of its results is shown.
+
+Knows the model's vocabulary, context and tokenizer; nothing of engines and files.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+from flexgen.errors import RequestError
+from flexgen.request import CompletionOutput, Logprob, SamplingParams, Stops, TokenLogprobs, TokenRequest, TokenResult
+from flexgen.text.defaults import choice_seed, derive_seed
+from flexgen.text.stop_strings import StopStrings, cut_at_stop
+from flexgen.text.tokenizer import TextStream, Tokenizer, no_room
+
+_MAX_BAD_WORDS_CHARS = 1 << 20  # of one request: their tokens are kept as long as it runs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choices:
+    """Between prompts with their sampling parameters and the engine.
+
+    Attributes:
+        tokenizer: None where the model has none.
+        vocab_size, max_model_len: ids lie below the first; prompt and answer together have at most the second.
+        eos_token_ids: what ends an answer unless its parameters ignore it.
+        seed: base of the seeds of prompts that name none.
+        max_logprobs: most log probabilities that a prompt may ask for; -1 is any number.
+    """
+
+    tokenizer: Tokenizer | None
+    vocab_size: int
+    max_model_len: int
+    eos_token_ids: frozenset[int]
+    seed: int
+    max_logprobs: int = 20
+
+    def requests(self, index: int, prompt_token_ids: Sequence[int], params: SamplingParams) -> list[TokenRequest]:
+        """One request per answer, with indices from `index` on.  `max_tokens` is cut to the context that the prompt leaves, as vLLM does.
+
+        Raises:
+            RequestError: an empty prompt, ids outside the vocabulary, no room for an answer (`context_length_exceeded`), or
+                texts among the parameters where there is no tokenizer.
+        """
+        prompt = tuple(prompt_token_ids)
+        room = self._room(prompt)
+        self._check_ids(params)
+        self._check_logprobs(params)
+        first = TokenRequest(
+            index=index,
+            prompt_token_ids=prompt,
+            max_tokens=min(room, params.max_tokens or room),
+            presence_penalty=params.presence_penalty,
+            frequency_penalty=params.frequency_penalty,
+            repetition_penalty=params.repetition_penalty,
+            temperature=params.temperature,
+            top_p=params.top_p,
+            top_k=max(0, params.top_k),
+            min_p=params.min_p,
+            stop_token_ids=frozenset(params.stop_token_ids or ()) | (frozenset() if params.ignore_eos else self.eos_token_ids),
+            min_tokens=params.min_tokens,
+            logit_bias=tuple((int(token_id), bias) for token_id, bias in (params.logit_bias or {}).items()),
+            allowed_token_ids=None if params.allowed_token_ids is None else tuple(params.allowed_token_ids),
+            bad_words_token_ids=self._bad_words(params),
+            num_logprobs=params.logprobs,
+        )
+        return [
+            dataclasses.replace(first, index=index + choice, seed=self._seed(params, index, choice), stops=self._stops(prompt, params))
+            for choice in range(params.n)
+        ]
+
+    def completions(
+        self, results: Iterable[TokenResult], params: SamplingParams, prompt_token_ids: Sequence[int] = ()
+    ) -> list[CompletionOutput]:
+        """The answers to one prompt as vLLM shows them: what stopped an answer is no part of its text unless asked for.
+
+        Args:
+            prompt_token_ids: what the answers follow, which decides about a space at their beginning.
+        """
+        in_order = sorted(results, key=lambda result: result.index)
+        return [self._completion(choice, result, params, prompt_token_ids) for choice, result in enumerate(in_order)]
+
+    # -- requests -------------------------------------------------------------------------------------------------------------------
+
+    def _room(self, prompt: tuple[int, ...]) -> int:
+        """Tokens that the prompt leaves for an answer."""
+        if not prompt:
+            raise RequestError("the prompt has no tokens", param="prompt")
+        room = self.max_model_len - len(prompt)
+        if room < 1:
+            raise no_room(len(prompt), self.max_model_len)
+        if min(prompt) < 0 or max(prompt) >= self.vocab_size:
+            raise RequestError(f"the prompt has token ids outside the vocabulary of {self.vocab_size}", param="prompt")
+        return room
+
+    def _check_ids(self, params: SamplingParams) -> None:
+        named = {
+            "stop_token_ids": params.stop_token_ids,
+            "allowed_token_ids": params.allowed_token_ids,
+            "logit_bias": params.logit_bias,
+        }
+        for param, ids in named.items():
+            if any(int(token_id) >= self.vocab_size for token_id in ids or ()):
+                raise RequestError(f"{param} has token ids outside the vocabulary of {self.vocab_size}", param=param)
+
+    def _check_logprobs(self, params: SamplingParams) -> None:
+        asked = self.vocab_size if params.logprobs == -1 else params.logprobs or 0
+        if 0 <= self.max_logprobs < asked:
+            message = f"logprobs {params.logprobs} is more than {self.max_logprobs}, which max_logprobs (--max-logprobs) can raise"
+            raise RequestError(message, param="logprobs")
+
+    def _seed(self, params: SamplingParams, index: int, choice: int) -> int:
+        return derive_seed(self.seed, index + choice) if params.seed is None else choice_seed(params.seed, choice)
+
+    def _stops(self, prompt: Sequence[int], params: SamplingParams) -> Stops | None:
+        stop = cast("tuple[str, ...]", params.stop)
+        if not stop:
+            return None
+        tokenizer = self._needed_tokenizer("stop")
+        skip = params.skip_special_tokens
+        return StopStrings(tokenizer, stop, prompt=prompt, min_tokens=params.min_tokens, skip_special_tokens=skip)
+
+    def _bad_words(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
+        if (num_chars := sum(map(len, params.bad_words or ()))) > _MAX_BAD_WORDS_CHARS:
+            raise RequestError(f"bad_words have {num_chars:,} characters, more than {_MAX_BAD_WORDS_CHARS:,}", param="bad_words")
+        words = [(word, ids) for word in params.bad_words or () for ids in self._needed_tokenizer("bad_words").encode_word(word)]
+        for word, ids in words:
+            if max(ids, default=0) >= self.vocab_size:
+                message = f"bad_words: {word!r} has a token that the vocabulary of {self.vocab_size:,} does not"
+                raise RequestError(message, param="bad_words")
+        return tuple(tuple(ids) for _, ids in words)
+
+    def _needed_tokenizer(self, param: str) -> Tokenizer:
+        if self.tokenizer is None:
+            raise RequestError(f"{param} needs a tokenizer, and the model has none", param=param)
+        return self.tokenizer
+
+    # -- results --------------------------------------------------------------------------------------------------------------------
+
+    def _completion(self, choice: int, result: TokenResult, params: SamplingParams, prompt: Sequence[int]) -> CompletionOutput:
+        if result.error is not None:
+            return CompletionOutput(index=choice, text="", token_ids=(), finish_reason="error", stop_reason=result.error.code)
+        logprobs = result.logprobs
+        return CompletionOutput(
+            index=choice,
+            text=self._text(result, params, prompt),
+            token_ids=result.token_ids,
+            finish_reason=result.finish_reason,
+            stop_reason=self._stop_reason(result, params),
+            cumulative_logprob=None if logprobs is None else sum(each.logprobs[0] for each in logprobs),
+            logprobs=None if logprobs is None else self._named(logprobs),
+            text_offsets=None if logprobs is None else self._text_offsets(result, params, prompt),
+        )
+
+    def _text(self, result: TokenResult, params: SamplingParams, prompt: Sequence[int]) -> str:
+        if self.tokenizer is None:
+            return ""
+        ids, include, skip = result.token_ids, params.include_stop_str_in_output, params.skip_special_tokens
+        if result.stop_string is None:
+            hides_last = result.finish_reason == "stop" and not include
+            return self.tokenizer.decode_behind(prompt, ids[:-1] if hides_last else ids, skip_special_tokens=skip)
+        text, before = (self.tokenizer.decode_behind(prompt, each, skip_special_tokens=skip) for each in (ids, ids[:-1]))
+        return cut_at_stop(text, before, result.stop_string, include=include)
+
+    def _text_offsets(self, result: TokenResult, params: SamplingParams, prompt: Sequence[int]) -> tuple[int, ...] | None:
+        if self.tokenizer is None:
+            return None
+        stream = TextStream(self.tokenizer, prompt, skip_special_tokens=params.skip_special_tokens)
+        offsets: list[int] = []
+        length = 0
+        for token_id in result.token_ids:
+            before, length = length, length + len(stream.push(token_id))
+            # What was held back before it, and is given out with it, is in front of its own text.
+            offsets.append(max(before, length - len(self.tokenizer.token_text(token_id))))
+        return tuple(offsets)
+
+    def _stop_reason(self, result: TokenResult, params: SamplingParams) -> int | str | None:
+        """The stop string or token; None for the model's own end, as in vLLM."""
+        if result.finish_reason != "stop" or result.stop_string is not None:
+            return result.stop_string
+        last = result.token_ids[-1]
+        return None if last in self.eos_token_ids and not params.ignore_eos else last
+
+    def _named(self, logprobs: Sequence[TokenLogprobs]) -> list[dict[int, Logprob]]:
+        """vLLM's form: each token with its own text, the generated one first."""
+        named: list[dict[int, Logprob]] = []
+        for each in logprobs:
+            ranks = (each.rank, *range(1, len(each.token_ids)))
+            entries = zip(each.token_ids, each.logprobs, ranks, strict=True)
+            named.append({token_id: self._logprob(token_id, value, rank) for token_id, value, rank in entries})
+        return named
+
+    def _logprob(self, token_id: int, value: float, rank: int) -> Logprob:
+        if self.tokenizer is None:
+            return Logprob(logprob=value, rank=rank)
+        text, own = self.tokenizer.token_text(token_id), self.tokenizer.token_bytes(token_id)
+        return Logprob(logprob=value, rank=rank, decoded_token=text, token_bytes=None if own == text.encode() else own)

@@ -1,0 +1,84 @@
+"""What a model says where a request does not: limits, sampling defaults; and the seed of a request that names none."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+from flexgen.errors import ModelError, OptionError, RequestError
+from flexgen.hub.config import read_config
+from flexgen.hub.hub import ModelFiles
+from flexgen.request import SamplingParams
+
+_CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length")  # the first is usual
+
+
+def token_limits(files: ModelFiles, max_model_len: int | None) -> tuple[int, int]:
+    """The vocabulary's size, and the most tokens of prompt and answer together.
+
+    Raises:
+        ModelError: the config is unusable.
+        OptionError: `max_model_len` is more than the model's context, or is needed because the model states none.
+    """
+    config = read_config(files).get_text_config(decoder=True)
+    context = next((value for name in _CONTEXT_NAMES if isinstance(value := getattr(config, name, None), int)), None)
+    vocab_size = getattr(config, "vocab_size", None)
+    if not isinstance(vocab_size, int) or vocab_size < 1:
+        raise ModelError(f"{files.name}: config.json has no vocab_size")
+    if max_model_len is None:
+        if context is None:
+            raise OptionError(f"{files.name} states no context length: give max_model_len")
+        return vocab_size, context
+    if context is not None and max_model_len > context:
+        raise OptionError(f"max_model_len={max_model_len} is more than the model's context of {context}")
+    return vocab_size, max_model_len
+
+
+# What vLLM takes over: names in generation_config.json and in SamplingParams.
+_SAMPLING_NAMES = {
+    "repetition_penalty": "repetition_penalty", "temperature": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p",
+    "max_new_tokens": "max_tokens",
+}  # fmt: skip
+
+
+def default_sampling_params(generation_config: Mapping[str, Any]) -> SamplingParams:
+    """vLLM's defaults under the values of generation_config.json; `do_sample: false` there means greedy.
+
+    Raises:
+        ModelError: a value out of range.
+    """
+    values = {ours: generation_config[theirs] for theirs, ours in _SAMPLING_NAMES.items() if generation_config.get(theirs) is not None}
+    if generation_config.get("do_sample") is False:
+        values["temperature"] = 0.0
+    try:
+        return SamplingParams(**values)
+    except RequestError as error:
+        raise ModelError(f"generation_config.json: {error}") from error
+
+
+_NEUTRAL = {
+    "typical_p": 1, "no_repeat_ngram_size": 0, "num_beams": 1, "suppress_tokens": [], "min_new_tokens": 0, "bad_words_ids": [],
+    "sequence_bias": {}, "stop_strings": [], "min_length": 0, "encoder_no_repeat_ngram_size": 0, "exponential_decay_length_penalty": None,
+    "begin_suppress_tokens": [], "forced_eos_token_id": None, "guidance_scale": 1, "epsilon_cutoff": 0, "eta_cutoff": 0,
+}  # fmt: skip
+
+
+def unsupported_defaults(generation_config: Mapping[str, Any]) -> list[str]:
+    """Settings of generation_config.json that would change answers and are not applied, as "name=value"."""
+    given = ((name, generation_config.get(name)) for name in _NEUTRAL)
+    return [f"{name}={value}" for name, value in given if value is not None and value != _NEUTRAL[name]]
+
+
+def derive_seed(base: int, index: int) -> int:
+    """The seed of a request that names none: it depends on the engine's seed and the request's index only."""
+    return _hashed(f"{base} {index}")
+
+
+def choice_seed(seed: int, choice: int) -> int:
+    """The seed of one of several answers to a request that names a seed; the first answer's is that."""
+    return seed if choice == 0 else _hashed(f"{seed} choice {choice}")
+
+
+def _hashed(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1

@@ -1,0 +1,128 @@
+"""What may be given as prompts and as parameters for them, by vLLM's names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol, runtime_checkable
+
+from flexgen.base.scalars import as_int, as_list, shown
+from flexgen.errors import OptionError, RequestError
+from flexgen.request import SamplingParams
+
+Prompt = str | Sequence[int] | Mapping[str, Any]
+
+
+@runtime_checkable
+class _Table(Protocol):
+    """A data frame: going through one gives the names of its columns, which nobody means."""
+
+    columns: Any
+
+
+def as_prompts(given: Prompt | Iterable[Prompt]) -> list[Any]:
+    """Several prompts; token ids in a row are one.
+
+    Raises:
+        RequestError: it is nothing that holds prompts.
+    """
+    if isinstance(given, (str, Mapping)):
+        return [given]
+    prompts = None if isinstance(given, _Table) else as_list(given)
+    if prompts is None:
+        message = f"prompts must be a text, token ids, a dict with prompt or prompt_token_ids, or several of these, not {shown(given)}"
+        raise RequestError(f"{message}; of a table give one column" if isinstance(given, _Table) else message, param="prompt")
+    return [prompts] if prompts and as_int(prompts[0]) is not None else prompts
+
+
+@contextmanager
+def naming(what: str, place: int) -> Iterator[None]:
+    """Errors of requests say which of several it was, such as "prompt 3"."""
+    try:
+        yield
+    except RequestError as error:
+        raise RequestError(f"{what} {place}: {error}", code=error.code, param=error.param) from error
+
+
+def texts_and_ids(given: Prompt | Iterable[Prompt]) -> list[tuple[str | None, list[int] | None]]:
+    """Text and token ids of every prompt, whichever it has.
+
+    Raises:
+        RequestError: one has neither, or something that is not supported; the message has its index.
+    """
+    read: list[tuple[str | None, list[int] | None]] = []
+    for place, prompt in enumerate(as_prompts(given)):
+        with naming("prompt", place):
+            read.append(text_and_ids(prompt))
+    return read
+
+
+def text_and_ids(prompt: Any) -> tuple[str | None, list[int] | None]:
+    """Text and token ids of one prompt, whichever it has.
+
+    Raises:
+        RequestError: it has neither, or something that is not supported.
+    """
+    text, given = prompt, prompt
+    if isinstance(prompt, Mapping):
+        if unknown := set(prompt) - {"prompt", "prompt_token_ids"}:
+            name = str(min(unknown, key=str))
+            raise RequestError(f"a prompt with {name!r} is not supported", param=name)
+        text, given = prompt.get("prompt"), prompt.get("prompt_token_ids")
+    if isinstance(text, str) and (given is None or given is text):
+        return str(text), None
+    ids = _ids(given)
+    if ids is None:
+        message = f"a prompt is text, a list of token ids, or a dict with prompt or prompt_token_ids, not {shown(prompt)}"
+        raise RequestError(message, param="prompt")
+    return str(text) if isinstance(text, str) else None, ids
+
+
+def _ids(given: object) -> list[int] | None:
+    listed = as_list(given)
+    if listed is None or all(type(each) is int for each in listed):
+        return listed
+    ids = [token_id for each in listed if (token_id := as_int(each)) is not None]
+    return ids if len(ids) == len(listed) else None
+
+
+def as_texts(given: str | Iterable[str]) -> list[str]:
+    """Several texts; one is one.
+
+    Raises:
+        RequestError: one is no text; the message has its index.
+    """
+    texts = [given] if isinstance(given, str) else None if isinstance(given, _Table) else as_list(given)
+    if texts is None:
+        raise RequestError(f"texts must be a text or several texts, not {shown(given)}", param="prompt")
+    for place, each in enumerate(texts):
+        if not isinstance(each, str):
+            raise RequestError(f"text {place} must be a text, not {shown(each)}", param="prompt")
+    return [str(each) for each in texts]
+
+
+def as_params(given: SamplingParams | Iterable[SamplingParams], num_prompts: int) -> list[SamplingParams]:
+    """The parameters of each prompt.
+
+    Raises:
+        OptionError: there are more or fewer than prompts, or one is something else.
+    """
+    if isinstance(given, SamplingParams):
+        return [given] * num_prompts
+    params = as_list(given)
+    if params is None:
+        raise OptionError(f"sampling_params must be a SamplingParams, or one for each prompt, not {shown(given)}")
+    if len(params) != num_prompts:
+        raise OptionError(f"{len(params)} sampling_params for {num_prompts} prompts")
+    for place, each in enumerate(params):
+        if not isinstance(each, SamplingParams):
+            raise OptionError(f"sampling_params {place} must be a SamplingParams, not {shown(each)}")
+    return params
+
+
+def as_conversations(given: object) -> object:
+    """Messages, or lists of messages, in lists; what holds no values stays as it is."""
+    conversations = None if isinstance(given, _Table) else as_list(given)
+    if conversations is None:
+        return given
+    return [each if isinstance(each, Mapping) or (listed := as_list(each)) is None else listed for each in conversations]

@@ -1,0 +1,369 @@
+"""Text to token ids and back, many at once.  Knows the tokenizer; nothing of requests, files or engines."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from flexgen.errors import FlexGenError, ModelError, RequestError, is_failure
+from flexgen.hub.private_folder import tokenizer_folder
+from flexgen.text.growth import TextSizes, check_file
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # decoders' character for bytes that are none, or not yet
+_BATCH_BYTES = 256 << 10  # of texts that are tokenised together
+_BATCH_TEXTS = 256
+_MAX_HELD = 16  # tokens whose text may wait for what completes it
+_NUM_CONTEXT = 5  # tokens of a prompt behind which its answer is decoded: vLLM's number
+_NUM_CHARACTER = 4  # tokens that may make up one character: UTF-8's most
+_BYTE_PIECE = re.compile("<0x([0-9A-F]{2})>")  # how a vocabulary with byte fallback names a byte
+
+
+class Tokenizer:
+    """A Hugging Face tokenizer, in batches.
+
+    Special tokens written in a prompt are recognised.
+
+    Attributes:
+        hf: the Hugging Face tokenizer itself.
+    """
+
+    def __init__(self, hf: PreTrainedTokenizerBase) -> None:
+        self.hf = hf
+        self._named = functools.cache(self._name)  # at most once per entry of the vocabulary
+        self._sizes = TextSizes.of(hf)
+
+    @classmethod
+    def load(cls, folder: Path) -> Tokenizer:
+        """Raises ModelError when the files are unusable; code that comes with them is never run."""
+        from transformers import AutoTokenizer
+
+        try:
+            check_file(folder / "tokenizer.json")
+            with tokenizer_folder(folder) as vetted:
+                tokenizer = AutoTokenizer.from_pretrained(str(vetted), local_files_only=True, trust_remote_code=False)
+            tokenizer.name_or_path = str(folder)
+            return cls(tokenizer)
+        except BaseException as error:  # its backends raise anything, and panic
+            if isinstance(error, ModelError) or not is_failure(error):
+                raise
+            raise ModelError(f"the tokenizer in {folder} cannot be loaded: {_reason(error)}") from error
+
+    @property
+    def eos_token_id(self) -> int | None:
+        """The tokenizer's own end-of-sequence token."""
+        token = self.hf.eos_token_id
+        return token if isinstance(token, int) else None
+
+    @property
+    def chat_template(self) -> object:
+        """The template, templates by name, or None: as transformers found it."""
+        return self.hf.chat_template
+
+    @property
+    def special_tokens(self) -> dict[str, str]:
+        """bos_token, eos_token, ... as text."""
+        return dict(self.hf.special_tokens_map)
+
+    def encode(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
+        """Token ids of each text, special tokens added as asked (a rendered chat has them already), nothing truncated.
+
+        Raises:
+            RequestError: for the first text that has none (see `encode_each`).
+        """
+        return [_unless_error(ids) for ids in self.encode_each(texts, add_special_tokens=add_special_tokens)]
+
+    def encode_each(
+        self,
+        texts: Iterable[str | RequestError],
+        *,
+        add_special_tokens: bool = True,
+        max_tokens: int | None = None,
+        memory_bytes: int | None = None,
+    ) -> Iterator[list[int] | RequestError]:
+        """Token ids of each text, or why there are none: what is no Unicode text, what is too long, and what the tokenizer fails on.
+
+        Texts are pulled as they are needed, and tokenised a few at a time.  Errors among them are handed on.
+
+        Args:
+            max_tokens: of a prompt and its answer: a text with as many is refused, without being tokenised where its length tells.
+            memory_bytes: so is one that takes more memory; None allows any.
+        """
+        batch: list[str | RequestError] = []
+        size = 0
+        for text in texts:
+            checked, num_bytes = self._checked(text, max_tokens, memory_bytes)
+            if batch and (size + num_bytes > _BATCH_BYTES or len(batch) == _BATCH_TEXTS):
+                yield from self._encode_batch(batch, add_special_tokens, max_tokens)
+                batch, size = [], 0
+            batch.append(checked)
+            size += num_bytes
+        yield from self._encode_batch(batch, add_special_tokens, max_tokens)
+
+    def max_chars(self, max_tokens: int) -> int:
+        """No longer text has so few tokens."""
+        return max_tokens * self._sizes.chars_per_token
+
+    def _checked(self, text: str | RequestError, max_tokens: int | None, memory_bytes: int | None) -> tuple[str | RequestError, int]:
+        """A text and how many bytes of it are cut into tokens, or why it is refused."""
+        if isinstance(text, RequestError):
+            return text, 0
+        try:
+            if max_tokens is not None:
+                self._check_chars(text, max_tokens)
+            check_text(text)
+            return text, self._sizes.check_bytes(text, _BATCH_BYTES, memory_bytes)
+        except BaseException as error:  # noqa: BLE001  (raised again there unless it is a failure)
+            return _request_error(error), 0
+
+    def _check_chars(self, text: str, max_tokens: int) -> None:
+        most = self.max_chars(max_tokens)
+        if len(text) > most:
+            message = f"the prompt has {len(text):,} characters, and no more than {most:,} fit a context of {max_tokens:,} tokens"
+            raise RequestError(message, code="context_length_exceeded", param="prompt")
+
+    def _encode_batch(
+        self, batch: list[str | RequestError], add_special_tokens: bool, max_tokens: int | None
+    ) -> Iterator[list[int] | RequestError]:
+        """Where the tokenizer fails on texts together, it is asked for each of them."""
+        texts = [text for text in batch if isinstance(text, str)]
+        try:
+            encoded: Iterator[list[int] | RequestError] = iter(self._encode(texts, add_special_tokens))
+        except BaseException as error:  # noqa: BLE001  (raised again there unless it is a failure)
+            alone = _request_error(error)
+            one_by_one = (ids for text in texts for ids in self._encode_batch([text], add_special_tokens, max_tokens))
+            encoded = one_by_one if len(texts) > 1 else iter([alone])
+        for text in batch:
+            ids = text if isinstance(text, RequestError) else next(encoded)
+            if max_tokens is not None and not isinstance(ids, RequestError) and len(ids) >= max_tokens:
+                ids = no_room(len(ids), max_tokens)
+            yield ids
+
+    def _encode(self, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
+        if not texts:
+            return []
+        encoded = self.hf(
+            texts, add_special_tokens=add_special_tokens, return_attention_mask=False, return_token_type_ids=False, verbose=False
+        )
+        return encoded["input_ids"]
+
+    def encode_word(self, word: str) -> list[list[int]]:
+        """The ids of a word as it stands at the beginning of a text and, if that only changes its first token, behind a space.
+
+        These are what vLLM forbids for one of `bad_words`.
+
+        Raises:
+            RequestError: the word has no tokens.
+        """
+        forms = self.encode_each([word.lstrip(), " " + word.lstrip()], add_special_tokens=False, memory_bytes=_BATCH_BYTES)
+        try:
+            first, later = map(_unless_error, forms)
+        except RequestError as error:
+            raise RequestError(f"bad_words: {word[:40]!r}: {error}", code=error.code, param="bad_words") from error
+        if not first:
+            raise RequestError(f"bad_words: {word!r} has no tokens", param="bad_words")
+        return [first, later] if later and later[0] != first[0] and len(later) == len(first) else [first]
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """The text of some ids; ids that the tokenizer does not know (padding of the vocabulary) are left out."""
+        try:
+            text = self.hf.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+        except BaseException as error:
+            raise _request_error(error, "these tokens", param=None) from error
+        return text if isinstance(text, str) else "".join(text)
+
+    def decode_behind(self, prompt: Sequence[int], token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """The text that some ids add to a prompt's: many decoders strip the space at the beginning of what they are given."""
+        context = self.tail(prompt, skip_special_tokens=skip_special_tokens)
+        before = self.decode(context, skip_special_tokens=skip_special_tokens)
+        whole = self.decode([*context, *token_ids], skip_special_tokens=skip_special_tokens)
+        if whole.startswith(before) and not (UNFINISHED in whole and self._has_byte_fallback):
+            return whole[len(before) :]
+        # The ids complete a character that the prompt began, or one byte that is no text has spoilt all bytes beside it.
+        stream = TextStream(self, prompt, skip_special_tokens=skip_special_tokens)
+        return "".join(map(stream.push, token_ids)) + stream.rest()
+
+    def tail(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> list[int]:
+        """The last few ids that have a text, not beginning within a character if that can be."""
+        found: list[int] = []
+        for token_id in reversed(token_ids):
+            if self.leaves_out(token_id, skip_special_tokens=skip_special_tokens):
+                continue
+            found.append(token_id)
+            if len(found) >= _NUM_CONTEXT + _NUM_CHARACTER:
+                break
+            if len(found) >= _NUM_CONTEXT and self.token_bytes(token_id)[:1] not in _CONTINUATIONS:
+                break
+        return found[::-1]
+
+    def leaves_out(self, token_id: int, *, skip_special_tokens: bool = True) -> bool:
+        """Whether `decode` passes over the id, wherever it stands."""
+        piece = cast("str | None", self.hf.convert_ids_to_tokens(token_id))  # None for an id that the tokenizer does not know
+        return piece is None or (skip_special_tokens and token_id in self._skipped)
+
+    def token_text(self, token_id: int) -> str:
+        """A token's own text as it is within a text, special ones included; a part of a character is a replacement character."""
+        return self._named(token_id)[0]
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """A token's own bytes, also those of a part of a character."""
+        text, own = self._named(token_id)
+        return text.encode() if own is None else own
+
+    def _name(self, token_id: int) -> tuple[str, bytes | None]:
+        """Text, and bytes where they are not the text's.  The text is what a second such token adds, because decoders strip a first one."""
+        text = self.decode([token_id], skip_special_tokens=False)
+        if UNFINISHED in text:
+            return text, _piece_bytes(self.hf.convert_ids_to_tokens(token_id), text)
+        if token_id in self._skipped:
+            return text, None
+        twice = self.decode([token_id, token_id], skip_special_tokens=False)
+        return (twice.removeprefix(text) if twice.startswith(text) else text), None
+
+    @functools.cached_property
+    def _skipped(self) -> frozenset[int]:
+        """Special tokens that `decode` leaves out."""
+        try:
+            added = [token_id for token_id, token in self.hf.added_tokens_decoder.items() if token.special]
+        except NotImplementedError:  # mistral-common's tokenizers cannot tell
+            added = []
+        return frozenset(token_id for token_id in {*added, *self.hf.all_special_ids} if not self.decode([token_id]))
+
+    @functools.cached_property
+    def _has_byte_fallback(self) -> bool:
+        piece = "<0x0A>"
+        token_id = self.hf.convert_tokens_to_ids(piece)
+        return isinstance(token_id, int) and self.hf.convert_ids_to_tokens(token_id) == piece
+
+
+class TextStream:
+    """The text of ids that come one by one behind a prompt; each costs the same, however many there were.
+
+    Ids are decoded behind a few earlier ones, because a decoder may treat the first of a text differently.  What ends in the middle
+    of a character is held back, for at most `_MAX_HELD` tokens.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = (), *, skip_special_tokens: bool = True) -> None:
+        self._tokenizer, self._skip_special_tokens = tokenizer, skip_special_tokens
+        self._context: list[int] = []  # the last ids whose text was given out
+        self._context_text = ""
+        self._held: list[int] = []  # ids behind them
+        self._given = ""  # the part of their text that was given out
+        for token_id in tokenizer.tail(prompt, skip_special_tokens=skip_special_tokens):
+            self.push(token_id)
+        self._given = self._text()  # the prompt may end within a character
+
+    def push(self, token_id: int) -> str:
+        """The characters that the id completes."""
+        if self._tokenizer.leaves_out(token_id, skip_special_tokens=self._skip_special_tokens):
+            return ""
+        self._held.append(token_id)
+        text = self._text()
+        waits_too_long = len(self._held) >= _MAX_HELD
+        whole = text if waits_too_long else text.rstrip(UNFINISHED)
+        new = _behind(self._given, whole)
+        if waits_too_long or (new and whole == text):
+            self._context, self._held, self._given = self._held, [], ""
+            self._context_text = self._decode(self._context)
+        elif new:
+            self._given = whole
+        return new
+
+    def rest(self) -> str:
+        """The text of what is held back, if nothing follows that completes it."""
+        return _behind(self._given, self._text())
+
+    def _text(self) -> str:
+        """Of the ids that are held, behind the context."""
+        text = self._decode([*self._context, *self._held])
+        if text.startswith(self._context_text):
+            return text[len(self._context_text) :]
+        return self._decode(self._held)  # bytes that are no text change what stands before them
+
+    def _decode(self, token_ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(token_ids, skip_special_tokens=self._skip_special_tokens)
+
+
+def _behind(given: str, text: str) -> str:
+    """What a text has behind the beginning that was given out; characters that were unfinished then may be others now."""
+    pairs = enumerate(zip(given, text, strict=False))
+    num_given = next((place for place, (old, new) in pairs if old != new), min(len(given), len(text)))
+    return text[num_given:]
+
+
+_CONTINUATIONS = frozenset(bytes([byte]) for byte in range(0x80, 0xC0))  # bytes of UTF-8 that begin no character
+
+
+def _piece_bytes(piece: object, text: str) -> bytes:
+    """The bytes of a vocabulary's entry that is no whole text: by byte fallback's name, or in the alphabet of byte-level vocabularies."""
+    if not isinstance(piece, str):
+        return text.encode()
+    if (byte := _BYTE_PIECE.fullmatch(piece)) is not None:
+        return bytes.fromhex(byte[1])
+    alphabet = _byte_alphabet()
+    return bytes(alphabet[each] for each in piece) if all(each in alphabet for each in piece) else text.encode()
+
+
+@functools.cache
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's: printable bytes stand for themselves, the others, in their order, for what follows the 256th character."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + place): byte for place, byte in enumerate(others)}
+
+
+def no_room(num_tokens: int, max_model_len: int) -> RequestError:
+    """What to say of a prompt that leaves no room for an answer."""
+    message = f"the prompt has {num_tokens} tokens, which leaves no room for an answer in a context of {max_model_len}"
+    return RequestError(message, code="context_length_exceeded", param="prompt")
+
+
+def _unless_error(ids: list[int] | RequestError) -> list[int]:
+    if isinstance(ids, RequestError):
+        raise ids
+    return ids
+
+
+def _reason(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0][:200] or type(error).__name__
+
+
+def _request_error(error: BaseException, what: str = "the prompt", param: str | None = "prompt") -> RequestError:
+    """What a request is told when the tokenizer fails; what is no failure is raised again."""
+    if isinstance(error, RequestError):
+        return error
+    if not is_failure(error) or isinstance(error, FlexGenError):
+        raise error
+    return RequestError(f"the tokenizer fails on {what}: {_reason(error)}", code="tokenizer_error", param=param)
+
+
+def check_text(text: str) -> None:
+    """Raises RequestError when the text is no Unicode text: a lone surrogate, which JSON can write and UTF-8 cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(f"the prompt has a lone surrogate at character {error.start}", param="prompt") from error
+
+
+def eos_token_ids(config: dict[str, Any], generation_config: dict[str, Any], tokenizer: Tokenizer | None) -> frozenset[int]:
+    """Every id that ends an answer: generation_config.json's, else config.json's, and the tokenizer's own (as vLLM).
+
+    Raises:
+        ModelError: an eos_token_id that is neither an id nor a list of ids.
+    """
+    value = generation_config.get("eos_token_id")
+    if value is None:
+        value = config.get("eos_token_id")
+    if value is None and isinstance(config.get("text_config"), dict):
+        value = config["text_config"].get("eos_token_id")
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+        raise ModelError(f"eos_token_id is {json.dumps(value)}, neither an id nor a list of ids")
+    own = tokenizer.eos_token_id if tokenizer is not None else None
+    return frozenset(ids if own is None else [*ids, own])

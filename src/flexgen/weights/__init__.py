@@ -1,0 +1,1 @@
+"""The units' bytes: layout, ring, and the store that brings them where they are computed with."""

@@ -1,0 +1,113 @@
+"""Rows of embeddings, gathered from where the table lives: memory, or its file, a row at a time."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from flexgen.errors import StorageError
+from flexgen.io.direct_io import AlignedBuffer, File
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowTable:
+    """An embedding table as stored.
+
+    Attributes:
+        module: its name in the model. path, offset: where row 0 begins. stored_dtype, row_elements: of one row.
+        num_rows: of the table. dtype: as computed with.
+    """
+
+    module: str
+    path: Path
+    offset: int
+    num_rows: int
+    row_elements: int
+    stored_dtype: torch.dtype
+    dtype: torch.dtype
+
+    @property
+    def row_bytes(self) -> int:
+        return self.row_elements * self.stored_dtype.itemsize
+
+
+class EmbeddingRows:
+    """Looks rows up for the micro-batches; tables that were loaded answer from memory.
+
+    Args:
+        device: where the rows are wanted.
+        verify: compare rows with what their first reading brought.
+    """
+
+    def __init__(self, tables: list[RowTable], device: torch.device, *, verify: bool = False) -> None:
+        self._tables = {table.module: table for table in tables}
+        self._resident: dict[str, torch.Tensor] = {}
+        self._files: dict[Path, File] = {}
+        self._device = device
+        # Sums of rows that were read, by table and row; -1 of others.
+        self._sums = {table.module: torch.full((table.num_rows,), -1, dtype=torch.int64) for table in tables} if verify else {}
+        self.bytes_gathered = 0
+
+    def load(self, module: str) -> int:
+        """Keep a whole table in memory; returns its bytes."""
+        table = self._tables[module]
+        size = table.num_rows * table.row_bytes
+        buffer = AlignedBuffer(size)
+        self._file(table.path).read_into(buffer.view[:size], table.offset)
+        stored = buffer.tensor[:size].view(table.stored_dtype).view(table.num_rows, table.row_elements)
+        self._resident[module] = stored.to(self._device, table.dtype)
+        return self._resident[module].nbytes
+
+    def _file(self, path: Path) -> File:
+        if path not in self._files:
+            self._files[path] = File(path, direct=False)  # hot rows stay in the page cache, which gives way to any need
+        return self._files[path]
+
+    def rows(self, module: str, token_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(rows (n, dim), `token_ids` renumbered to index them)."""
+        if module in self._resident:
+            return self._resident[module], token_ids
+        table = self._tables[module]
+        wanted, renumbered = torch.unique(token_ids, return_inverse=True)
+        found = self._read(table, wanted)
+        if self._sums and not self._agree(table, wanted, found):
+            logger.warning("%s: rows of %s are not what they were; reading them again", table.path, module)
+            found = self._read(table, wanted)
+            if not self._agree(table, wanted, found):
+                raise StorageError(f"{table.path}: rows of {module} are not what they were when they were first read")
+        self.bytes_gathered += found.numel()
+        stored = found.view(table.stored_dtype).view(len(wanted), table.row_elements)
+        return stored.to(self._device, table.dtype), renumbered
+
+    def _read(self, table: RowTable, wanted: torch.Tensor) -> torch.Tensor:
+        """The bytes of these rows, (n, row_bytes) uint8; those that are not cached are fetched together."""
+        size, file = table.row_bytes, self._file(table.path)
+        buffer = AlignedBuffer(len(wanted) * size)
+        offsets = [table.offset + row * size for row in wanted.tolist()]
+        for offset in offsets:
+            file.will_read(offset, size)
+        for at, offset in enumerate(offsets):
+            file.read_into(buffer.view[at * size : (at + 1) * size], offset)
+        return buffer.tensor[: len(wanted) * size].view(len(wanted), size)
+
+    def _agree(self, table: RowTable, wanted: torch.Tensor, found: torch.Tensor) -> bool:
+        """Whether rows are what they were; those seen for the first time are noted."""
+        sums, before = found.sum(dim=1, dtype=torch.int64), self._sums[table.module][wanted]
+        if bool(((before >= 0) & (before != sums)).any()):
+            return False
+        self._sums[table.module][wanted] = sums
+        return True
+
+    def check_unchanged(self) -> None:
+        """Raises StorageError when a file is not what it was."""
+        for file in self._files.values():
+            file.check_unchanged()
+
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()
