@@ -1,132 +1,120 @@
-"""How models are cut into units: in the order of use, within a size, split where they can be, and never across layers."""
+"""A model as numbers: every stored byte is counted once, and a config alone says what its checkpoint would."""
 
 from __future__ import annotations
 
-import math
-import re
-import resource
+from collections.abc import Iterable
+from pathlib import Path
 
 import pytest
 import torch
-from transformers import CONFIG_MAPPING, PreTrainedConfig
+from transformers import PreTrainedConfig
 
-from flexgen.models.skeleton import ANY_ROOM, build_skeleton
-from flexgen.models.tracing import ModelTrace, trace_model
-from flexgen.models.units import ParameterUse, UnitPart, cut_units, streamed_uses
+from flexgen.checkpoint.dummy import write_random_checkpoint
+from flexgen.checkpoint.parameters import Checkpoint
+from flexgen.errors import UnsupportedModelError
+from flexgen.io.direct_io import ALIGNMENT
+from flexgen.models.assemble import LoadedModel, load_model
+from flexgen.models.describe import describe_config, describe_headers
+from flexgen.weights.unit import UnitLayout
+from tests.models.test_parity import REFUSED, SUPPORTED, VARIANTS
 from tests.models.tiny_configs import tiny_config
 
-UNIT_BYTES = 12_000
+SHARD_BYTES = 40_000
+MAX_GAP_BYTES = 128 << 10
+
+Interval = tuple[Path, int, int]  # (file, start, stop)
 
 
-def traced(config: PreTrainedConfig) -> tuple[ModelTrace, list[list[UnitPart]]]:
-    model = build_skeleton(config, torch.float32, ANY_ROOM)
-    trace = trace_model(model)
-    uses = streamed_uses(model, trace, 4, trace.embeddings, lambda _: True)
-    return trace, cut_units(uses, UNIT_BYTES)
+def config_of(name: str) -> PreTrainedConfig:
+    model_type, changes = VARIANTS.get(name, (name, {}))
+    return tiny_config(model_type, **changes)
 
 
-def modules_of(unit: list[UnitPart]) -> list[str]:
-    return [part.use.module for part in unit]
+def merged(intervals: Iterable[Interval]) -> list[Interval]:
+    """The same bytes as disjoint intervals."""
+    found: list[Interval] = []
+    for path, start, stop in sorted(intervals):
+        if found and found[-1][0] == path and start <= found[-1][2]:
+            found[-1] = path, found[-1][1], max(stop, found[-1][2])
+        else:
+            found.append((path, start, stop))
+    return found
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen3_moe", "deepseek_v3", "gpt2", "llama4_text", "dbrx"])
-def test_units_cover_every_row_once_and_in_order(model_type: str) -> None:
-    trace, units = traced(tiny_config(model_type))
-    order = list(dict.fromkeys(name for unit in units for name in modules_of(unit)))
-    assert order == [name for name in trace.order if name in order]
-    rows: dict[str, int] = {}
-    for unit in units:
-        size = 0
-        for part in unit:
-            assert part.start == rows.get(part.use.module, 0)
-            rows[part.use.module] = part.stop
-            size += part.use.decoded_bytes * (part.stop - part.start) // part.use.rows
-        alone = len(unit) == 1 and (unit[0].use.kind == "whole" or unit[0].stop - unit[0].start == 1)
-        assert size <= UNIT_BYTES or alone
-    assert rows == {part.use.module: part.use.rows for unit in units for part in unit}
+def length(intervals: Iterable[Interval]) -> int:
+    return sum(stop - start for _, start, stop in merged(intervals))
 
 
-def test_large_layers_are_cut_at_favourable_rows() -> None:
-    use = ParameterUse(
-        module="lm_head", parameters=("weight",), decoded_bytes=8192 * 3072 * 2, kind="linear", rows=8192, flops_per_token=1.0,
-        head=True, entered_with="lm_head",
-    )  # fmt: skip
-    spans = [(part.start, part.stop) for unit in cut_units([use], 16 << 20) for part in unit]
-    assert spans == [(0, 2048), (2048, 4096), (4096, 6144), (6144, 8192)]
+def needed(layouts: Iterable[UnitLayout]) -> list[Interval]:
+    """The stored bytes that become the tensors of the layouts."""
+    pieces = [piece for layout in layouts for tensor in layout.tensors for piece in tensor.source.pieces]
+    return merged((piece.path, piece.offset, piece.offset + piece.nbytes) for piece in pieces)
 
 
-def test_units_stay_within_a_layer_and_apart_from_the_head() -> None:
-    _, units = traced(tiny_config("llama"))
-    for unit in units:
-        assert len({tuple(re.findall(r"layers\.(\d+)", name)) for name in modules_of(unit)}) == 1
-        assert len({part.use.head for part in unit}) == 1
-    assert {part.use.module for unit in units for part in unit if part.use.head} == {"lm_head"}
-    assert all(part.use.head for part in units[-1])
+def pages(intervals: Iterable[Interval]) -> list[Interval]:
+    """The whole pages that hold these bytes."""
+    return merged((path, start - start % ALIGNMENT, stop + -stop % ALIGNMENT) for path, start, stop in intervals)
 
 
-def test_what_attention_on_latents_reads_is_not_split() -> None:
-    _, units = traced(tiny_config("deepseek_v3"))
-    kinds = {part.use.module: part.use.kind for unit in units for part in unit}
-    assert {kinds[name] for name in kinds if name.endswith("kv_b_proj")} == {"whole"}
-    assert {kinds[name] for name in kinds if name.endswith("experts")} == {"experts"}
-    assert {kinds[name] for name in kinds if name.endswith("o_proj")} == {"linear"}
+def check_every_byte_is_counted_once(model: LoadedModel) -> None:
+    spec = model.spec
+    placed = length(needed(model.layouts)) + length(needed([model.residents])) + spec.embedding_bytes + model.unused_bytes
+    assert placed == model.total_bytes
+    # what is read beyond that: the rest of pages, and gaps that are not worth another read
+    for unit, layout in zip(spec.units, model.layouts, strict=True):
+        touched = pages(needed([layout]))
+        gaps = len(touched) - len(layout.extents)
+        assert unit.disk_bytes % ALIGNMENT == 0
+        assert 0 <= unit.disk_bytes - length(touched) <= gaps * MAX_GAP_BYTES
+    # decoded tensors begin at multiples of 256 bytes
+    tensors = [tensor for layout in (*model.layouts, model.residents) for tensor in layout.tensors]
+    padding = spec.decoded_bytes + spec.resident_bytes - sum(tensor.nbytes for tensor in tensors)
+    assert 0 <= padding <= 256 * (len(tensors) + 1)
+    assert spec.embedding_bytes + sum(tensor.nbytes for tensor in tensors) + model.unused_bytes == model.total_bytes
 
 
-@pytest.mark.parametrize(
-    ("model_type", "module", "reader"), [("dbrx", "ffn.experts.mlp", "ffn.experts"), ("longcat_flash", "router.classifier", "router")]
-)
-def test_weights_read_from_outside_come_with_their_reader(model_type: str, module: str, reader: str) -> None:
-    _, units = traced(tiny_config(model_type))
-    found = {part.use.module: part.use.entered_with for unit in units for part in unit if part.use.module.endswith(module)}
-    assert found
-    assert all(entered.endswith(reader) and name.startswith(entered) for name, entered in found.items())
+@pytest.mark.parametrize("name", [*SUPPORTED, *VARIANTS])
+def test_bytes_are_those_of_the_checkpoint(name: str, tmp_path: Path) -> None:
+    write_random_checkpoint(config_of(name), tmp_path, torch.float32, shard_bytes=SHARD_BYTES)
+    model = load_model(tmp_path, config_of(name), torch.float32)
+    check_every_byte_is_counted_once(model)
+    alone = describe_config(config_of(name), torch.float32, stored=torch.float32, name=tmp_path.name, shard_bytes=SHARD_BYTES)
+    assert alone == model.spec
+    assert model.spec.number_format == model.spec.dtype == "float32"
 
 
-def test_layers_that_are_looped_stay_resident() -> None:
-    trace, units = traced(tiny_config("hrm_text"))
-    assert any("L_module" in name for name in trace.revisited)
-    assert {name for unit in units for name in modules_of(unit)} == {"lm_head"}
-    assert len(trace.layers) == 8, "each turn has keys of its own"
+def test_dtypes_of_files_and_of_computing(tmp_path: Path) -> None:
+    write_random_checkpoint(tiny_config("llama"), tmp_path, torch.float16)
+    headers = Checkpoint(tmp_path)
+    same, other, wide = (
+        describe_headers(headers, tiny_config("llama"), dtype, name="x") for dtype in (torch.float16, torch.bfloat16, torch.float32)
+    )
+    assert {each.number_format for each in (same, other, wide)} == {"float16"}
+    assert [each.dtype for each in (same, other, wide)] == ["float16", "bfloat16", "float32"]
+    assert [any(unit.plain for unit in each.units) for each in (same, other, wide)] == [True, False, False]
+    assert other.decoded_bytes == same.decoded_bytes
+    assert wide.kv_bytes_per_token == 2 * same.kv_bytes_per_token
+    assert wide.embedding_bytes == 2 * same.embedding_bytes
+    assert wide.embedding_row_bytes == same.embedding_row_bytes, "rows are read as they are stored"
 
 
-def test_towers_are_not_used() -> None:
-    trace, _ = traced(tiny_config("gemma3"))
-    assert not any("vision_tower" in name for name in trace.used)
-    assert "model.language_model.embed_tokens" in trace.embeddings
+def test_headers_alone_take_stored_copies_of_tied_weights_for_equal(tmp_path: Path) -> None:
+    """What OPT's repositories look like: the head is stored beside the embedding that it is tied to."""
+    write_random_checkpoint(tiny_config("llama", tie_word_embeddings=False), tmp_path, torch.float32)
+    tied = tiny_config("llama", tie_word_embeddings=True)
+    here = load_model(tmp_path, tied, torch.float32).spec
+    assert here.embedding_bytes > 0, "random copies differ, so both are used"
+
+    class Elsewhere(Checkpoint):
+        readable = False
+
+    headers = Elsewhere(tmp_path)
+    for path in tmp_path.glob("*.safetensors"):
+        path.unlink()
+    assert describe_headers(headers, tied, torch.float32, name="x").embedding_bytes == 0
 
 
-def test_flops_count_what_runs() -> None:
-    """Two operations per weight and token; of experts those that are chosen."""
-    config = tiny_config("qwen3_moe")
-    _, units = traced(config)
-    counted = sum(part.use.flops_per_token * (part.stop - part.start) / part.use.rows for unit in units for part in unit)
-    skeleton = build_skeleton(config, torch.float32, ANY_ROOM)
-    expected = 0.0
-    for name, parameter in skeleton.named_parameters():
-        if parameter.ndim >= 2 and "embed_tokens" not in name:
-            share = config.num_experts_per_tok / config.num_experts if "experts" in name else 1.0
-            expected += 2 * parameter.numel() * share
-    assert math.isclose(counted, expected)
-
-
-def test_windows_and_chunks_of_layers() -> None:
-    for model_type, group in (("gemma3_text", (6, None)), ("llama4_text", (None, 8)), ("phimoe", (6, None))):
-        trace, _ = traced(tiny_config(model_type))
-        assert group in {(layer.window, layer.chunk) for layer in trace.layers}
-
-
-def test_a_skeleton_is_left_as_it_was() -> None:
-    model = build_skeleton(tiny_config("llama"), torch.float32, ANY_ROOM)
-    trace_model(model)
-    assert all(parameter.is_meta for parameter in model.parameters())
-    assert not any(module._forward_pre_hooks or "forward" in module.__dict__ for module in model.modules())
-
-
-def test_skeletons_take_no_memory() -> None:
-    """A single parameter of this model, half a trillion in all, is larger than the memory of most machines."""
-    config = CONFIG_MAPPING["longcat_flash"]()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    model = build_skeleton(config, torch.bfloat16, ANY_ROOM)
-    assert max(parameter.nbytes for parameter in model.parameters()) > 30 << 30
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 20  # KiB
-    assert not any(buffer.is_meta for name, buffer in model.named_buffers() if "rotary" in name)
+@pytest.mark.parametrize("model_type", ["minimax", "lfm2", "gemma3n", "doge"])
+def test_refused_types_are_refused_by_name(model_type: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=rf"'{model_type}'.*{REFUSED[model_type]}"):
+        describe_config(tiny_config(model_type), torch.float32, stored=torch.float32, name="x")

@@ -381,7 +381,7 @@ def test_memory_that_runs_out_while_loading_can_be_resumed(
 # -- signals ------------------------------------------------------------------------------------------------------------------------------
 
 SLOW = f"""
-import signal, sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
+import signal, sys; sys.path.insert(0, {str(Path(__file__).parent.parent)!r})
 import flexgen, flexgen.session.session, flexgen.cli, fakes
 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # a shell that runs the tests in the background ignores some
     signal.signal(number, signal.SIG_DFL)

@@ -13,7 +13,7 @@ import pytest
 from fakes import write_model_folder
 
 COMMAND = f"""
-import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
+import sys; sys.path.insert(0, {str(Path(__file__).parent.parent)!r})
 import flexgen, flexgen.session.session, flexgen.cli, fakes
 flexgen.session.session.open_engine = lambda files, options, workload: fakes.FakeEngine(workload)
 flexgen.cli.main()

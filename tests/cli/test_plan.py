@@ -16,7 +16,7 @@ from flexgen.cli import app
 from flexgen.plan.machine import Machine
 from flexgen.plan.machine_file import read_machine
 
-NOVELS = Path(__file__).parent.parent / "models" / "novels-opt-7m"
+NOVELS = Path(__file__).parent.parent.parent / "models" / "novels-opt-7m"
 
 
 def flexgen(*arguments: object) -> Result:
