@@ -19,8 +19,8 @@ from flexgen.models.assemble import load_model
 from flexgen.plan.known.models import catalogue_spec
 from flexgen.plan.model import ModelSpec
 from flexgen.session.lookup import spec_of
+from tests.hub.test_hub import StandIn
 from tests.models.tiny_configs import tiny_config
-from tests.test_hub import StandIn
 
 
 @pytest.fixture
