@@ -1,4 +1,7 @@
-"""The house has no cycles: imports run downward, rooms see each other only where a table says so, plan/ knows no torch."""
+"""The house: its rooms have floors and imports run downward, no two files import each other in a circle, plan/ knows no torch.
+
+All imports count, those inside functions and those that only annotations use included.
+"""
 
 from __future__ import annotations
 
@@ -7,111 +10,166 @@ import graphlib
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 FLEXGEN = Path(__file__).parent.parent / "src" / "flexgen"
 
-# Rooms from the ground up; a room may import any room of a lower floor.
+# The public face: the only files that lie beside the rooms.
+FACE = {"__init__", "errors", "llm", "options", "request"}
+# Rooms and files of the face, from the ground up; what stands on one floor does not see each other.
 FLOORS = (
-    {"errors", "failpoints", "durations", "compiled", "scalars", "steps"},
-    {"sizes", "formats", "parameters", "request", "options", "prefixes", "inputs", "isolation", "turns"}
-    | {"strict_json", "links", "foreign"},
-    {"files"},
-    {"plan"},
-    {"quant", "kernels", "memory", "models", "hub", "private_folder", "model_config"}
-    | {"text", "text_sizes", "stopping", "defaults", "choices", "chat"},
+    {"errors"},
+    {"base"},
+    {"options", "request"},
+    {"io", "hub", "plan"},
+    {"passes", "chat"},
+    {"text", "kernels", "devices", "formats"},
+    {"checkpoint", "weights", "kv"},
+    {"models"},
+    {"report"},
     {"engine"},
     {"profile"},
-    {"opening", "open_engine", "specs", "vllm_keywords"},
-    {"llm", "readable"},
-    {"jobs", "bench", "integrations", "display", "cli", "__init__", "__main__"},
+    {"session"},
+    {"api"},
+    {"llm"},
+    {"jobs", "bench"},
+    {"cli"},
+    {"__init__"},
 )
-# Rooms of one floor that may see each other.  (A name that only annotations use may look sideways anyway, never up.)
-BESIDE = {
-    "request": {"parameters"},
-    "inputs": {"request"},
-    "options": {"sizes"},
-    "quant": {"kernels"},
-    "memory": {"kernels", "quant"},
-    "models": {"memory", "kernels", "quant"},
-    "private_folder": {"hub"},
-    "model_config": {"hub", "private_folder"},
-    "text": {"hub", "text_sizes", "private_folder"},
-    "stopping": {"text"},
-    "choices": {"text", "stopping", "defaults"},
-    "defaults": {"hub", "model_config"},
-    "open_engine": {"opening"},
-    "specs": {"opening"},
-    "bench": {"jobs"},
-    "integrations": {"jobs"},
-    "cli": {"jobs", "bench", "integrations", "display"},
-    "__main__": {"cli"},
-}
-# What a mechanism may see of plan/: values, never the choice.  What is above the LLM may see of the engine: values.
+# The rooms of plan/, from the ground up; its loose files are its values.
+FLOORS_OF_PLAN = ({""}, {"known", "price"}, {"play"}, {"search"}, {"tell"})
+# What a mechanism sees of plan/: values, never the choice.  What is above the LLM sees of the engine nothing, of reports values.
+MECHANISMS = {"kernels", "devices", "formats", "checkpoint", "weights", "kv", "models"}
 PLAN_VALUES = {"machine", "model", "policy", "workload"}
-ENGINE_VALUES = {"progress"}
 
 
-def floor(room: str) -> int:
-    return next((index for index, rooms in enumerate(FLOORS) if room in rooms), len(FLOORS))
+@dataclass(frozen=True)
+class Import:
+    """One import: the file that imports, the file that is imported (both as dotted names below flexgen), and the name taken."""
+
+    file: str
+    target: str
+    name: str
+
+    @property
+    def room(self) -> str:
+        return self.file.partition(".")[0]
+
+    @property
+    def other(self) -> str:
+        return self.target.partition(".")[0]
 
 
-def rooms() -> set[str]:
-    return {path.stem for path in FLEXGEN.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
-
-
-def imports() -> Iterator[tuple[str, str, list[str], bool]]:
-    """(file, its room, dotted name, whether only annotations use it) of every import, lazy ones included."""
+def modules() -> dict[str, Path]:
+    """Dotted name below flexgen -> file; a folder stands for its __init__."""
+    found = {}
     for path in sorted(FLEXGEN.rglob("*.py")):
         parts = path.relative_to(FLEXGEN).with_suffix("").parts
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        guarded = [node for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)]
-        type_only = {child for node in guarded for child in ast.walk(node)}
-        for node in ast.walk(tree):
+        found[".".join(parts[:-1] if len(parts) > 1 and parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+MODULES = modules()
+
+
+def module_of(dotted: str) -> str | None:
+    """The file that `flexgen.<dotted>` lies in."""
+    while dotted and dotted not in MODULES:
+        dotted = dotted.rpartition(".")[0]
+    return dotted or None
+
+
+def imports() -> Iterator[Import]:
+    """Every import of a file of ours, lazy and type-only ones included."""
+    for file, path in MODULES.items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ImportFrom):
                 assert node.level == 0, f"{path}: a relative import"
-                yield from (
-                    ("/".join(parts), parts[0], f"{node.module}.{alias.name}".split("."), node in type_only) for alias in node.names
-                )
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
             elif isinstance(node, ast.Import):
-                yield from (("/".join(parts), parts[0], alias.name.split("."), node in type_only) for alias in node.names)
+                names = [alias.name for alias in node.names]
+            else:
+                continue
+            for name in names:
+                package, _, dotted = name.partition(".")
+                if package == "flexgen" and dotted != "__version__":
+                    yield Import(file, module_of(dotted) or "__init__", name.rpartition(".")[2])
+
+
+IMPORTS = list(imports())
+
+
+def floor(name: str, floors: tuple[set[str], ...] = FLOORS) -> int:
+    return next(index for index, rooms in enumerate(floors) if name in rooms)
+
+
+def test_beside_the_rooms_lies_the_public_face_only() -> None:
+    assert {path.stem for path in FLEXGEN.glob("*.py")} == FACE
+
+
+def test_every_room_has_a_floor_and_every_floor_exists() -> None:
+    rooms = {path.name for path in FLEXGEN.iterdir() if (path / "__init__.py").exists()}
+    assert rooms | FACE == set().union(*FLOORS)
+    assert {path.name for path in (FLEXGEN / "plan").iterdir() if (path / "__init__.py").exists()} | {""} == set().union(*FLOORS_OF_PLAN)
 
 
 def test_imports_run_downward() -> None:
-    wrong = []
-    for file, room, (package, *target), type_only in imports():
-        other = target[0] if target and target[0] in rooms() else "__init__"
-        if package != "flexgen" or other == room or (room == "__init__" and other != "cli"):
-            continue
-        sideways = floor(other) == floor(room) and (type_only or other in BESIDE.get(room, ()))
-        if floor(other) >= floor(room) and not sideways and target != ["__version__"]:
-            wrong.append(f"{file} imports {'.'.join(target)}: not downward")
-        if other == "plan" and floor(room) == floor("models") and target[1] not in PLAN_VALUES:
-            wrong.append(f"{file} imports {'.'.join(target)}: a mechanism sees only {sorted(PLAN_VALUES)} of the plan")
-        if other == "engine" and floor(room) > floor("llm") and target[1] not in ENGINE_VALUES:
-            wrong.append(f"{file} imports {'.'.join(target)}: what is above the LLM sees only {sorted(ENGINE_VALUES)} of the engine")
-        if any(part.startswith("_") and not part.startswith("__") for part in target):
-            wrong.append(f"{file} imports {'.'.join(target)}: private to its room")
-    assert not wrong, "\n".join(wrong)
+    wrong = {f"{each.file} imports {each.target}" for each in IMPORTS if each.room != each.other and floor(each.other) >= floor(each.room)}
+    assert not wrong, "not downward:\n" + "\n".join(sorted(wrong))
 
 
-def test_every_room_has_a_floor() -> None:
-    assert not rooms() - set().union(*FLOORS), "give the new room a floor in this file"
+def test_imports_inside_plan_run_downward() -> None:
+    def room(module: str) -> str:
+        return module.split(".")[1] if module.count(".") > 1 or (FLEXGEN / module.replace(".", "/")).is_dir() else ""
+
+    inside = [each for each in IMPORTS if each.room == each.other == "plan" and each.target != "plan"]
+    wrong = {
+        f"{each.file} imports {each.target}"
+        for each in inside
+        if room(each.file) != room(each.target) and floor(room(each.target), FLOORS_OF_PLAN) >= floor(room(each.file), FLOORS_OF_PLAN)
+    }
+    assert not wrong, "not downward:\n" + "\n".join(sorted(wrong))
 
 
-def test_rooms_of_one_floor_have_no_cycle() -> None:
-    graphlib.TopologicalSorter(BESIDE).prepare()
+def test_no_files_import_each_other_in_a_circle() -> None:
+    graph: dict[str, set[str]] = {file: set() for file in MODULES}
+    for each in IMPORTS:
+        graph[each.file].add(each.target)
+    graphlib.TopologicalSorter(graph).prepare()
+
+
+def test_mechanisms_see_values_of_the_plan_only() -> None:
+    wrong = {
+        f"{each.file} imports {each.target}"
+        for each in IMPORTS
+        if each.room in MECHANISMS and each.other == "plan" and each.target.partition(".")[2] not in PLAN_VALUES
+    }
+    assert not wrong, "\n".join(sorted(wrong))
+
+
+def test_what_is_above_the_session_does_not_see_the_engine() -> None:
+    assert not {f"{each.file} imports {each.target}" for each in IMPORTS if each.other == "engine" and floor(each.room) > floor("session")}
+
+
+def test_private_names_stay_in_their_file() -> None:
+    assert not {f"{each.file} imports {each.target}.{each.name}" for each in IMPORTS if each.name.startswith("_") and each.name[1] != "_"}
 
 
 def test_plan_names_no_torch() -> None:
-    assert not [file for file, room, target, _ in imports() if room == "plan" and target[0] in ("torch", "transformers")]
+    for file, path in MODULES.items():
+        if file.partition(".")[0] == "plan":
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+            heavy = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+            heavy += [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
+            assert not {str(name).partition(".")[0] for name in heavy} & {"torch", "transformers"}, file
 
 
 ALL_OF_PLAN = """
 import importlib, pkgutil, flexgen.plan
-for module in pkgutil.iter_modules(flexgen.plan.__path__, "flexgen.plan."):
+for module in pkgutil.walk_packages(flexgen.plan.__path__, "flexgen.plan."):
     importlib.import_module(module.name)
 """
 
