@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypedDict
 
+from flexgen.base.quantities import MIB, check_budget
 from flexgen.base.scalars import as_float, as_int, plain, shown
-from flexgen.base.sizes import MIB, check_budget
 from flexgen.errors import OptionError
 
 if TYPE_CHECKING:

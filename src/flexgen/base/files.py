@@ -12,7 +12,7 @@ import stat
 from pathlib import Path
 from typing import BinaryIO
 
-from flexgen.base.sizes import MIB
+from flexgen.base.quantities import MIB
 from flexgen.errors import StorageError
 
 _MOST_LINKS = 40  # as many as Linux follows

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flexgen.base.sizes import MIB, format_size
+from flexgen.base.quantities import MIB, format_size
 from flexgen.chat.messages import Chat
 from flexgen.errors import FlexGenError, RequestError
 

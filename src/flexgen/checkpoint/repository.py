@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
-from flexgen.base.sizes import align_up
+from flexgen.base.quantities import align_up
 from flexgen.checkpoint.headers import DTYPES, PREFIX_BYTES
 from flexgen.checkpoint.parameters import Headers
 from flexgen.hub.folder import SINGLE_FILE

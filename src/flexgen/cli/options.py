@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flexgen.base.durations import parse_seconds
 from flexgen.base.files import check_target, write_file
+from flexgen.base.quantities import parse_seconds
 from flexgen.cli.exit_codes import ExitCode
 from flexgen.cli.terminal import complain, complain_of_bug
 from flexgen.errors import FlexGenError, OptionError, StorageError, is_out_of_memory

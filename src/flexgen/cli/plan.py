@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flexgen.base.sizes import MIB
+from flexgen.base.quantities import MIB
 from flexgen.base.steps import step
 from flexgen.cli.exit_codes import ExitCode
 from flexgen.cli.options import engine_command

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flexgen.base.sizes import format_size
+from flexgen.base.quantities import format_size
 from flexgen.cli.exit_codes import ExitCode
 from flexgen.cli.options import check_file, command, write_asked
 from flexgen.cli.terminal import showing

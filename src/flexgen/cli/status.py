@@ -53,14 +53,14 @@ def _process(status: JobStatus) -> str:
 
 
 def _times(status: JobStatus) -> str:
-    from flexgen.base.durations import format_seconds
+    from flexgen.base.quantities import format_seconds
 
     planned = "" if status.planned_seconds is None else f" ({format_seconds(status.planned_seconds)} planned)"
     return format_seconds(status.run_seconds) + planned
 
 
 def _eta(status: JobStatus) -> str:
-    from flexgen.base.durations import format_seconds
+    from flexgen.base.quantities import format_seconds
 
     if status.eta_seconds is None or status.eta_age_seconds is None:
         return ""

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flexgen.base.sizes import MIB, format_size
+from flexgen.base.quantities import MIB, format_size
 from flexgen.base.strict_json import MAX_VALUES, strict_json
 from flexgen.errors import CapacityError, CheckpointError, ModelError, UnsupportedModelError
 from flexgen.hub.foreign import (

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from flexgen.base.failpoints import failpoint
-from flexgen.base.sizes import align_up
+from flexgen.base.quantities import align_up
 from flexgen.errors import StorageError
 from flexgen.io.checksums import BlockSums
 

@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from flexgen.base.sizes import format_size
+from flexgen.base.quantities import format_size
 from flexgen.hub.hub import TOKENIZER_FILES, ModelFiles, weight_files
 from flexgen.hub.private_folder import tokenizer_files
 from flexgen.llm import LLM

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from flexgen.base.sizes import MIB
+from flexgen.base.quantities import MIB
 from flexgen.errors import StorageError
 from flexgen.plan.machine import Machine
 from flexgen.profile.busy import BusyCores

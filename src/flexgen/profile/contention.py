@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from flexgen.base.sizes import MIB
+from flexgen.base.quantities import MIB
 from flexgen.profile.compute import random_numbers, steps
 from flexgen.profile.disk import file_to_read, opened, read_rate
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from flexgen.base.sizes import MIB
+from flexgen.base.quantities import MIB
 from flexgen.checkpoint.sources import cast_into
 from flexgen.plan.machine import Rate
 from flexgen.profile.compute import wait

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from flexgen.base.sizes import KIB, MIB
+from flexgen.base.quantities import KIB, MIB
 from flexgen.errors import StorageError
 from flexgen.io.direct_io import AlignedBuffer, File, IOPool
 from flexgen.plan.machine import DiskRequest, Rate

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from flexgen.base.sizes import GIB, format_size, parse_size
+from flexgen.base.quantities import GIB, format_size, parse_size
 from flexgen.errors import CapacityError, OptionError
 from flexgen.options import EngineOptions
 from flexgen.plan.machine import Limits

@@ -24,7 +24,7 @@ import psutil
 import torch
 
 from flexgen.base.files import write_file
-from flexgen.base.sizes import MIB
+from flexgen.base.quantities import MIB
 from flexgen.base.steps import step
 from flexgen.errors import OptionError, StorageError
 from flexgen.plan.machine import Curve, Machine, io_threads

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, PreTrainedConfig
 
-from flexgen.base.sizes import MIB
+from flexgen.base.quantities import MIB
 from flexgen.checkpoint.dummy import write_random_checkpoint
 from flexgen.devices.base import open_backend
 from flexgen.engine.engine import Engine

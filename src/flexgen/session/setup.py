@@ -18,9 +18,8 @@ from typing import Any
 import psutil
 import torch
 
-from flexgen.base.sizes import GIB, MIB, format_size
+from flexgen.base.quantities import GIB, MIB, format_size
 from flexgen.base.steps import step
-from flexgen.base.turns import forked
 from flexgen.checkpoint.dummy import checkpoint_bytes, write_random_checkpoint
 from flexgen.checkpoint.parameters import refuse_quantization
 from flexgen.devices.base import open_backend
@@ -43,6 +42,7 @@ from flexgen.profile.check import MachineCheck
 from flexgen.profile.limits import find_limits
 from flexgen.profile.measure import cached_machine
 from flexgen.report.report import RunContext
+from flexgen.session.turns import forked
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flexgen.base.sizes import format_size
+from flexgen.base.quantities import format_size
 from flexgen.errors import ModelError, RequestError
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
-from flexgen.base.sizes import format_size
+from flexgen.base.quantities import format_size
 from flexgen.devices.base import POISON, Backend, Event
 from flexgen.errors import EngineError
 from flexgen.io.direct_io import AlignedBuffer, FileSet, IOPool, Ticket

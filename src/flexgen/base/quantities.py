@@ -1,4 +1,4 @@
-"""Byte sizes as people write them: "4GiB", "16GB", "50%"; and back again."""
+"""Byte sizes ("4GiB", "16GB", "50%") and durations ("90s", "1h30m") as people write them, and back again."""
 
 from __future__ import annotations
 
@@ -14,8 +14,12 @@ _UNITS = {
     "KIB": KIB, "MIB": MIB, "GIB": GIB, "TIB": TIB,
     "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
 }  # fmt: skip
-_SIZE = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([A-Za-z]*)\s*")
-_PERCENT = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*%\s*")
+_NUMBER = r"(\d+(?:\.\d*)?|\.\d+)"
+_SIZE = re.compile(rf"\s*{_NUMBER}\s*([A-Za-z]*)\s*")
+_PERCENT = re.compile(rf"\s*{_NUMBER}\s*%\s*")
+_PLAIN = re.compile(_NUMBER)
+_TIMES = (("d(?:ays?)?", 86400.0), ("h(?:ours?|rs?)?", 3600.0), ("m(?:in(?:utes?|s)?)?", 60.0), ("s(?:ec(?:onds?|s)?)?", 1.0))
+_DURATION = re.compile("".join(f"(?:{_NUMBER}{unit})?" for unit, _ in _TIMES))
 
 
 def parse_size(text: str | int, *, total_bytes: int | None = None, name: str = "") -> int:
@@ -76,6 +80,34 @@ def format_size(size_bytes: float) -> str:
         if abs(size_bytes) >= unit:
             return f"{size_bytes / unit:.1f} {name}"
     return f"{size_bytes:.0f} B"
+
+
+def parse_seconds(text: str) -> float:
+    """Seconds meant by "90", "90s", "30min", "8h", "1h30m" or "1d".
+
+    Raises:
+        ValueError: the text is no duration.
+    """
+    given = "".join(text.lower().split())
+    if _PLAIN.fullmatch(given):
+        return float(given)
+    parts = _DURATION.fullmatch(given)
+    if not given or parts is None:
+        raise ValueError(f"{text!r} is not a time; write seconds (90), or 30min, 8h, 1h30m, 1d")
+    return sum(float(number) * seconds for number, (_, seconds) in zip(parts.groups(default="0"), _TIMES, strict=True))
+
+
+def format_seconds(seconds: float | None) -> str:
+    """A duration for people: 31 ms, 4.2 s, 3:07 min, 1:02:33 h; a dash for None."""
+    if seconds is None:
+        return "-"
+    if 0 < seconds < 0.0995:
+        return f"{1000 * seconds:.2g} ms"
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d} h" if hours else f"{minutes}:{rest:02d} min"
 
 
 def align_up(size_bytes: int, alignment: int) -> int:
