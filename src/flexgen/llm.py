@@ -20,7 +20,8 @@ from flexgen.base.isolation import for_one_request
 from flexgen.base.steps import step
 from flexgen.chat import Chat, Templates, make_chats
 from flexgen.errors import FlexGenError, ModelError, OptionError, RequestError
-from flexgen.hub.hub import ModelFiles, resolve_model, resolve_tokenizer
+from flexgen.hub.model_files import ModelFiles
+from flexgen.hub.resolve import resolve_model, resolve_tokenizer
 from flexgen.options import EngineOptions
 from flexgen.plan.play.simulate import PAGE_TOKENS
 from flexgen.plan.tell.forecast import Plan

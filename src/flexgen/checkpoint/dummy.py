@@ -21,7 +21,7 @@ from transformers import PreTrainedConfig
 
 from flexgen.checkpoint.repository import NamedTensor, encode_header, meta_model, saved_tensors, sharded
 from flexgen.errors import StorageError
-from flexgen.hub.folder import INDEX_FILE
+from flexgen.hub.model_files import INDEX_FILE
 
 _STANDARD_DEVIATION = 0.02
 # A prime number of elements: repeated through a matrix, no row meets the same numbers twice.

@@ -18,7 +18,7 @@ import torch
 
 from flexgen.base.strict_json import strict_json
 from flexgen.errors import CheckpointError
-from flexgen.hub.foreign import check_fetched
+from flexgen.hub.diagnose import check_fetched
 
 PREFIX_BYTES = 8
 MAX_HEADER_BYTES = 50_000_000  # half of what the format allows; the largest published ones have a tenth

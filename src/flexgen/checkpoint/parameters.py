@@ -24,8 +24,8 @@ from flexgen.checkpoint.conversion import Traced, Untraceable
 from flexgen.checkpoint.headers import MAX_TENSORS, StoredTensor, parse_header, read_header
 from flexgen.checkpoint.sources import ParameterSource, read_bytes, whole
 from flexgen.errors import CheckpointError, UnsupportedModelError
-from flexgen.hub.folder import INDEX_FILE, weight_files
-from flexgen.hub.foreign import some
+from flexgen.hub.diagnose import some
+from flexgen.hub.model_files import INDEX_FILE, find_weight_files
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ class Checkpoint(Headers):
     readable = True
 
     def __init__(self, folder: Path) -> None:
-        files, index = weight_files(Path(folder))
+        files, index = find_weight_files(Path(folder))
         super().__init__(Path(folder), map(read_header, files))
         for name, file_name in index.items():
             if name not in self.tensors or self.tensors[name].path.name != file_name:

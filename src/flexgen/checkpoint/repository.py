@@ -20,7 +20,7 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from flexgen.base.quantities import align_up
 from flexgen.checkpoint.headers import DTYPES, PREFIX_BYTES
 from flexgen.checkpoint.parameters import Headers
-from flexgen.hub.folder import SINGLE_FILE
+from flexgen.hub.model_files import SINGLE_FILE
 from flexgen.models.skeleton import ANY_ROOM, building, parameters_on_meta
 
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}

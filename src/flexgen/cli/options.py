@@ -137,7 +137,7 @@ def load(model: str, options: EngineOptions, progress: str, **more: Any) -> LLM:
     Args:
         **more: keywords of LLM that are no engine options.
     """
-    from flexgen.hub.hub import resolve_model
+    from flexgen.hub.resolve import resolve_model
     from flexgen.llm import LLM
 
     is_there(Path(model), "MODEL", Path.is_dir)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from flexgen.errors import CheckpointError, ModelError
-from flexgen.hub.hub import ModelFiles
+from flexgen.hub.model_files import ModelFiles
 from flexgen.hub.private_folder import config_folder
 
 MAX_LAYERS = 1 << 10

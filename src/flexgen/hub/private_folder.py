@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from flexgen.errors import CheckpointError
-from flexgen.hub.foreign import check_fetched
-from flexgen.hub.hub import TEMPLATE_FILE, TEMPLATE_FOLDER, TOKENIZER_FILES, is_template, read_json
-from flexgen.hub.links import followed
+from flexgen.hub.diagnose import check_fetched
+from flexgen.hub.model_files import TEMPLATE_FILE, TEMPLATE_FOLDER, TOKENIZER_FILES, is_template, read_json
+from flexgen.hub.symlinks import followed
 
 _CONFIG, _ADDED_TOKENS = "config.json", "added_tokens.json"
 _REWRITTEN = ("tokenizer_config.json", "special_tokens_map.json")  # their fields become arguments of tokenizers

@@ -1,8 +1,4 @@
-"""Aligned O_DIRECT reads and writes on a few named threads.  Knows files and bytes, nothing of tensors' meaning.
-
-A read is a list of (file, offset, size, destination); it completes as one ticket.  Where a file system refuses
-O_DIRECT, plain reads take over and that is said once.
-"""
+"""Files read and written past the page cache (O_DIRECT), with plain reads and writes where a file system refuses that."""
 
 from __future__ import annotations
 
@@ -10,100 +6,17 @@ import contextlib
 import errno
 import fcntl
 import logging
-import mmap
 import os
-import queue
 import threading
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
 from flexgen.base.failpoints import failpoint
-from flexgen.base.quantities import align_up
 from flexgen.errors import StorageError
+from flexgen.io.aligned import ALIGNMENT
 from flexgen.io.checksums import BlockSums
 
 logger = logging.getLogger(__name__)
-
-ALIGNMENT = 4096
-CHUNK_BYTES = 8 << 20
-HUGE_PAGE = 2 << 20
-SMALLEST_HUGE_BYTES = 4 * HUGE_PAGE
-
-
-class AlignedBuffer:
-    """Page-aligned anonymous host memory, as a uint8 tensor and as a memoryview.
-
-    Large buffers ask for huge pages: a direct read then pins and maps 512 times fewer pages, which is most of its CPU time.
-    The memory goes back when the last view of it is gone.
-    """
-
-    def __init__(self, size_bytes: int) -> None:
-        self.size_bytes = max(align_up(size_bytes, ALIGNMENT), ALIGNMENT)
-        huge = self.size_bytes >= SMALLEST_HUGE_BYTES
-        self._map = mmap.mmap(-1, self.size_bytes + (HUGE_PAGE if huge else 0), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        start = 0
-        if huge:
-            start = -torch.frombuffer(self._map, dtype=torch.uint8, count=1).data_ptr() % HUGE_PAGE
-            with contextlib.suppress(OSError):  # a kernel without huge pages
-                self._map.madvise(mmap.MADV_HUGEPAGE, start, self.size_bytes - self.size_bytes % HUGE_PAGE)
-        self.view = memoryview(self._map)[start : start + self.size_bytes]
-        self.tensor = torch.frombuffer(self.view, dtype=torch.uint8)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Extent:
-    """A byte range of a file, aligned at both ends, and where it goes in a staging buffer."""
-
-    path: Path
-    offset: int
-    size: int
-    position: int
-
-
-class Ticket:
-    """Completion of a group of transfers.  Thread-safe."""
-
-    def __init__(self, parts: int, on_done: Callable[[], None] | None = None) -> None:
-        self._left = parts
-        self._lock = threading.Lock()
-        self._event = threading.Event()
-        self._on_done = on_done
-        self.error: BaseException | None = None
-        if parts == 0:
-            self._event.set()
-
-    def part_done(self, error: BaseException | None = None) -> None:
-        with self._lock:
-            self._left -= 1
-            self.error = self.error or error
-            last = self._left == 0
-        if last:
-            on_done, self._on_done = self._on_done, None  # a kept ticket keeps no buffer alive
-            self._event.set()
-            if on_done is not None:
-                on_done()
-
-    def done(self) -> bool:
-        return self._event.is_set()
-
-    def wait(self, timeout: float | None = None) -> bool:
-        """True once everything has completed.
-
-        Raises:
-            StorageError: when a part failed.
-        """
-        finished = self._event.wait(timeout)
-        if finished and self.error is not None:
-            raise self.error if isinstance(self.error, StorageError) else StorageError(str(self.error)) from self.error
-        return finished
-
-    def settle(self) -> None:
-        """Return once everything has completed or failed."""
-        self._event.wait()
 
 
 def _warn_of_plain(folder: Path, why: str) -> None:
@@ -260,84 +173,6 @@ class File:
         os.close(self._fd)
 
 
-@dataclass(frozen=True, slots=True)
-class _Job:
-    file: File
-    offset: int
-    view: memoryview
-    ticket: Ticket
-    write: bool
-
-
-class IOPool:
-    """Threads that read and write files; first come, first served.
-
-    Attributes:
-        bytes_read, bytes_written: totals so far. busy_seconds: time during which at least one transfer was in flight.
-    """
-
-    def __init__(self, num_threads: int) -> None:
-        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
-        self._lock = threading.Lock()
-        self._in_flight = 0
-        self._busy_since = 0.0
-        self.bytes_read = 0
-        self.bytes_written = 0
-        self.busy_seconds = 0.0
-        self._threads = [threading.Thread(target=self._work, name=f"flexgen-io-{index}", daemon=True) for index in range(num_threads)]
-        for thread in self._threads:
-            thread.start()
-
-    def read(self, parts: Sequence[tuple[File, int, memoryview]], on_done: Callable[[], None] | None = None) -> Ticket:
-        """Start reading (file, offset, destination) ranges; `on_done` runs on an I/O thread."""
-        return self._submit(parts, False, on_done)
-
-    def write(self, parts: Sequence[tuple[File, int, memoryview]], on_done: Callable[[], None] | None = None) -> Ticket:
-        """Start writing (file, offset, source) ranges; sources must stay unchanged until the ticket is done."""
-        return self._submit(parts, True, on_done)
-
-    def _submit(self, parts: Sequence[tuple[File, int, memoryview]], write: bool, on_done: Callable[[], None] | None) -> Ticket:
-        chunks = [
-            (file, offset + at, view[at : at + CHUNK_BYTES]) for file, offset, view in parts for at in range(0, len(view), CHUNK_BYTES)
-        ]
-        ticket = Ticket(len(chunks), on_done)
-        with self._lock:
-            if chunks and self._in_flight == 0:
-                self._busy_since = time.perf_counter()
-            self._in_flight += len(chunks)
-        if not chunks and on_done is not None:
-            on_done()
-        for file, offset, view in chunks:
-            self._jobs.put(_Job(file, offset, view, ticket, write))
-        return ticket
-
-    def _work(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            error: BaseException | None = None
-            try:
-                (job.file.write_from if job.write else job.file.read_into)(job.view, job.offset)
-            except Exception as caught:  # noqa: BLE001 - handed to whoever waits for the ticket
-                error = caught
-            size = len(job.view)
-            with self._lock:
-                self._in_flight -= 1
-                if job.write:
-                    self.bytes_written += size
-                else:
-                    self.bytes_read += size
-                if self._in_flight == 0:
-                    self.busy_seconds += time.perf_counter() - self._busy_since
-            job.ticket.part_done(error)
-            del job  # an idle thread keeps no buffer alive
-
-    def close(self) -> None:
-        """Let what is queued finish, then end the threads."""
-        for _ in self._threads:
-            self._jobs.put(None)
-        for thread in self._threads:
-            thread.join()
-
-
 class FileSet:
     """Read-only files, opened once each; folders that refuse O_DIRECT are named once.  `verify` as for `File`."""
 
@@ -365,32 +200,3 @@ class FileSet:
         for file in self._files.values():
             file.close()
         self._files.clear()
-
-
-def plan_extents(ranges: Sequence[tuple[Path, int, int]], max_gap: int = 128 << 10) -> tuple[list[Extent], list[int], int]:
-    """Aligned reads that cover byte ranges.
-
-    Args:
-        ranges: (path, offset, size) as stored; need not be aligned or sorted.
-        max_gap: unneeded bytes that are read rather than starting a new extent.
-
-    Returns:
-        (extents, position of each range within the staging buffer, bytes of the staging buffer).
-    """
-    order = sorted(range(len(ranges)), key=lambda index: (str(ranges[index][0]), ranges[index][1]))
-    extents: list[Extent] = []
-    positions = [0] * len(ranges)
-    total = 0
-    for index in order:
-        path, offset, size = ranges[index]
-        start, stop = offset - offset % ALIGNMENT, align_up(offset + size, ALIGNMENT)
-        last = extents[-1] if extents else None
-        if last is not None and last.path == path and start <= last.offset + last.size + max_gap:
-            grown = max(last.offset + last.size, stop) - last.offset
-            extents[-1] = Extent(path=path, offset=last.offset, size=grown, position=last.position)
-            total = last.position + grown
-        else:
-            extents.append(Extent(path=path, offset=start, size=stop - start, position=total))
-            total += stop - start
-        positions[index] = extents[-1].position + offset - extents[-1].offset
-    return extents, positions, total

@@ -16,7 +16,9 @@ from pathlib import Path
 
 from flexgen.base.quantities import KIB, MIB
 from flexgen.errors import StorageError
-from flexgen.io.direct_io import AlignedBuffer, File, IOPool
+from flexgen.io.aligned import AlignedBuffer
+from flexgen.io.direct_io import File
+from flexgen.io.pool import IOPool
 from flexgen.plan.machine import DiskRequest, Rate
 
 logger = logging.getLogger(__name__)

@@ -26,8 +26,8 @@ from flexgen.devices.base import open_backend
 from flexgen.engine.engine import Engine
 from flexgen.errors import CapacityError, FlexGenError, ModelError, OptionError, is_out_of_memory
 from flexgen.hub.config import read_config, reason_of
-from flexgen.hub.foreign import other_quantization
-from flexgen.hub.hub import ModelFiles
+from flexgen.hub.diagnose import other_quantization
+from flexgen.hub.model_files import ModelFiles
 from flexgen.io.checksums import BLOCK_BYTES, BYTES_PER_BLOCK
 from flexgen.io.offload import OffloadFolder
 from flexgen.kernels.attention import attention_kernels, warm_up
