@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from flexgen.text.tokenizer import UNFINISHED, TextStream, Tokenizer
+from flexgen.text.stream import TextStream
+from flexgen.text.tokenizer import UNFINISHED, Tokenizer
 
 
 class StopStrings:

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # decoders' character for bytes that are none, or not yet
 _BATCH_BYTES = 256 << 10  # of texts that are tokenised together
 _BATCH_TEXTS = 256
-_MAX_HELD = 16  # tokens whose text may wait for what completes it
 _NUM_CONTEXT = 5  # tokens of a prompt behind which its answer is decoded: vLLM's number
 _NUM_CHARACTER = 4  # tokens that may make up one character: UTF-8's most
 _BYTE_PIECE = re.compile("<0x([0-9A-F]{2})>")  # how a vocabulary with byte fallback names a byte
@@ -178,17 +177,6 @@ class Tokenizer:
             raise _request_error(error, "these tokens", param=None) from error
         return text if isinstance(text, str) else "".join(text)
 
-    def decode_behind(self, prompt: Sequence[int], token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """The text that some ids add to a prompt's: many decoders strip the space at the beginning of what they are given."""
-        context = self.tail(prompt, skip_special_tokens=skip_special_tokens)
-        before = self.decode(context, skip_special_tokens=skip_special_tokens)
-        whole = self.decode([*context, *token_ids], skip_special_tokens=skip_special_tokens)
-        if whole.startswith(before) and not (UNFINISHED in whole and self._has_byte_fallback):
-            return whole[len(before) :]
-        # The ids complete a character that the prompt began, or one byte that is no text has spoilt all bytes beside it.
-        stream = TextStream(self, prompt, skip_special_tokens=skip_special_tokens)
-        return "".join(map(stream.push, token_ids)) + stream.rest()
-
     def tail(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> list[int]:
         """The last few ids that have a text, not beginning within a character if that can be."""
         found: list[int] = []
@@ -236,65 +224,10 @@ class Tokenizer:
         return frozenset(token_id for token_id in {*added, *self.hf.all_special_ids} if not self.decode([token_id]))
 
     @functools.cached_property
-    def _has_byte_fallback(self) -> bool:
+    def has_byte_fallback(self) -> bool:
         piece = "<0x0A>"
         token_id = self.hf.convert_tokens_to_ids(piece)
         return isinstance(token_id, int) and self.hf.convert_ids_to_tokens(token_id) == piece
-
-
-class TextStream:
-    """The text of ids that come one by one behind a prompt; each costs the same, however many there were.
-
-    Ids are decoded behind a few earlier ones, because a decoder may treat the first of a text differently.  What ends in the middle
-    of a character is held back, for at most `_MAX_HELD` tokens.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = (), *, skip_special_tokens: bool = True) -> None:
-        self._tokenizer, self._skip_special_tokens = tokenizer, skip_special_tokens
-        self._context: list[int] = []  # the last ids whose text was given out
-        self._context_text = ""
-        self._held: list[int] = []  # ids behind them
-        self._given = ""  # the part of their text that was given out
-        for token_id in tokenizer.tail(prompt, skip_special_tokens=skip_special_tokens):
-            self.push(token_id)
-        self._given = self._text()  # the prompt may end within a character
-
-    def push(self, token_id: int) -> str:
-        """The characters that the id completes."""
-        if self._tokenizer.leaves_out(token_id, skip_special_tokens=self._skip_special_tokens):
-            return ""
-        self._held.append(token_id)
-        text = self._text()
-        waits_too_long = len(self._held) >= _MAX_HELD
-        whole = text if waits_too_long else text.rstrip(UNFINISHED)
-        new = _behind(self._given, whole)
-        if waits_too_long or (new and whole == text):
-            self._context, self._held, self._given = self._held, [], ""
-            self._context_text = self._decode(self._context)
-        elif new:
-            self._given = whole
-        return new
-
-    def rest(self) -> str:
-        """The text of what is held back, if nothing follows that completes it."""
-        return _behind(self._given, self._text())
-
-    def _text(self) -> str:
-        """Of the ids that are held, behind the context."""
-        text = self._decode([*self._context, *self._held])
-        if text.startswith(self._context_text):
-            return text[len(self._context_text) :]
-        return self._decode(self._held)  # bytes that are no text change what stands before them
-
-    def _decode(self, token_ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(token_ids, skip_special_tokens=self._skip_special_tokens)
-
-
-def _behind(given: str, text: str) -> str:
-    """What a text has behind the beginning that was given out; characters that were unfinished then may be others now."""
-    pairs = enumerate(zip(given, text, strict=False))
-    num_given = next((place for place, (old, new) in pairs if old != new), min(len(given), len(text)))
-    return text[num_given:]
 
 
 _CONTINUATIONS = frozenset(bytes([byte]) for byte in range(0x80, 0xC0))  # bytes of UTF-8 that begin no character
