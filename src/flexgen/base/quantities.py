@@ -23,13 +23,17 @@ _DURATION = re.compile("".join(f"(?:{_NUMBER}{unit})?" for unit, _ in _TIMES))
 
 
 def parse_size(text: str | int, *, total_bytes: int | None = None, name: str = "") -> int:
-    """Bytes meant by `text`: "4GiB" and "4G" are binary, "16GB" decimal, a bare number is bytes, "50%" is of `total_bytes`.
+    """Return the bytes meant by `text`.
+
+    "4GiB" and "4G" are binary, "16GB" is decimal, a bare number is bytes, and "50%" is a share of `total_bytes`.
 
     Args:
-        name: of the option, for messages: `--host-mem` or `host_mem=`.
+        text: The size as a person wrote it, or a number of bytes.
+        total_bytes: What a percentage refers to; None where percentages have no meaning.
+        name: The option's name for messages, `--host-mem` or `host_mem=`.
 
     Raises:
-        OptionError: when the text is no size, or a percentage of an unknown total.
+        OptionError: The text is not a size, or a percentage of an unknown total.
     """
     if isinstance(text, int):
         return text
@@ -48,13 +52,16 @@ def parse_size(text: str | int, *, total_bytes: int | None = None, name: str = "
 
 
 def check_budget(text: object, *, name: str, least_bytes: int, zero: bool = True) -> None:
-    """Refuse a size that nobody can mean before anything is done with it; percentages pass.
+    """Refuse a size that nobody can mean, before anything is done with it.  Percentages pass.
 
     Args:
-        zero: whether 0 has a meaning.
+        text: The value of the option.
+        name: The option's name for messages.
+        least_bytes: The smallest size that makes sense.
+        zero: Whether 0 has a meaning.
 
     Raises:
-        OptionError: the text is no size, or one below `least_bytes`.
+        OptionError: The text is not a size, or the size is below `least_bytes`.
     """
     if not isinstance(text, (str, int)) or isinstance(text, bool):
         raise OptionError(f"{name}={text!r} is not a size; write '4GiB' (binary), '16GB' (decimal) or '50%'")
@@ -75,7 +82,7 @@ def check_budget(text: object, *, name: str, least_bytes: int, zero: bool = True
 
 
 def format_size(size_bytes: float) -> str:
-    """A size for people, in binary units: 1536 -> "1.5 KiB"."""
+    """Write a size for people, in binary units: 1536 becomes "1.5 KiB"."""
     for unit, name in ((TIB, "TiB"), (GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):
         if abs(size_bytes) >= unit:
             return f"{size_bytes / unit:.1f} {name}"
@@ -83,10 +90,10 @@ def format_size(size_bytes: float) -> str:
 
 
 def parse_seconds(text: str) -> float:
-    """Seconds meant by "90", "90s", "30min", "8h", "1h30m" or "1d".
+    """Return the seconds meant by "90", "90s", "30min", "8h", "1h30m" or "1d".
 
     Raises:
-        ValueError: the text is no duration.
+        ValueError: The text is not a duration.
     """
     given = "".join(text.lower().split())
     if _PLAIN.fullmatch(given):
@@ -98,7 +105,7 @@ def parse_seconds(text: str) -> float:
 
 
 def format_seconds(seconds: float | None) -> str:
-    """A duration for people: 31 ms, 4.2 s, 3:07 min, 1:02:33 h; a dash for None."""
+    """Write a duration for people: 31 ms, 4.2 s, 3:07 min, 1:02:33 h; a dash for None."""
     if seconds is None:
         return "-"
     if 0 < seconds < 0.0995:
@@ -111,5 +118,5 @@ def format_seconds(seconds: float | None) -> str:
 
 
 def align_up(size_bytes: int, alignment: int) -> int:
-    """The least multiple of `alignment` that is at least `size_bytes`."""
+    """Return the least multiple of `alignment` that is at least `size_bytes`."""
     return -(-size_bytes // alignment) * alignment
