@@ -278,7 +278,7 @@ class CompletionOutput:
         finish_reason: "stop", "length" or "error".
         stop_reason: The stop token or string that ended the answer; None for the model's own end; the code of an error.
         cumulative_logprob: Log probability of the generated tokens together, if logprobs were asked for.
-        logprobs: Token id -> log probability for each generated token, which comes first.
+        logprobs: For each generated token, token id -> log probability; the generated token comes first.
         text_offsets: Where the text of each generated token begins in that of the answer (before anything is cut off), if logprobs were
             asked for and there is a tokenizer.
     """

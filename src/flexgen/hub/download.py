@@ -26,9 +26,9 @@ _REQUESTS = 8  # at a time
 
 
 def download(repository: str, revision: str, names: Sequence[str], token: str | None, show_progress: bool) -> Path:
-    """The snapshot folder in the hub's cache, holding those of the named files that the repository has.
+    """Return the snapshot folder in the hub's cache, with those of the named files that the repository has.
 
-    Offline, or where the hub does not answer, the cached snapshot is what there is (the hub library decides, and checks it).
+    When offline, or when the hub does not answer, the cached snapshot is used as it is; the hub library decides that and checks it.
     """
     import huggingface_hub
     from huggingface_hub.utils import tqdm
@@ -45,7 +45,7 @@ def download(repository: str, revision: str, names: Sequence[str], token: str | 
 
 
 def download_weights(repository: str, folder: Path, token: str | None, show_progress: bool) -> None:
-    """Complete a snapshot by the weight files that it lacks, after asking whether they fit."""
+    """Fetch the weight files that a snapshot lacks, after checking that they fit on the disk."""
 
     missing = [name for name in weight_files(folder) if not (folder / name).is_file()]
     if not missing:
@@ -64,7 +64,7 @@ def download_weights(repository: str, folder: Path, token: str | None, show_prog
 
 
 def file_names(repository: str, commit: str, token: str | None) -> list[str]:
-    """What a repository holds; nothing where the hub does not answer."""
+    """Return the names of all files of a repository, or nothing if the hub does not answer."""
     import huggingface_hub
 
     with suppress(ModelError), _translated(repository, commit):
@@ -73,10 +73,11 @@ def file_names(repository: str, commit: str, token: str | None) -> list[str]:
 
 
 def _file_sizes(repository: str, commit: str, names: Sequence[str], token: str | None) -> dict[str, int]:
-    """Bytes of weight files, as the hub states them.
+    """Return the sizes of weight files as the hub states them.
 
     Raises:
-        ModelError: when the repository lacks one.
+        ModelError: The hub cannot be asked, or the repository has no weights.
+        CheckpointError: The repository lacks files that its index names.
     """
     import huggingface_hub
 
@@ -91,17 +92,19 @@ def _file_sizes(repository: str, commit: str, names: Sequence[str], token: str |
 
 
 def weight_headers(repository: str, folder: Path, *, token: str | None = None) -> dict[str, tuple[bytes, int]]:
-    """The headers of a repository's weight files, by range requests: no weight is fetched, nothing is kept.
+    """Fetch the headers of a repository's weight files by range requests.  No weight is fetched, and nothing is kept.
 
     Args:
-        folder: the snapshot that `resolve_model` found; its name is the commit.
+        repository: Id of the repository.
+        folder: The snapshot that `resolve_model` found; its name is the commit.
+        token: Token of the hub; None is the hub library's own.
 
     Returns:
-        file name -> (header without the 8 bytes of its length, size of the whole file as the hub states it).
+        File name -> (header without the 8 bytes of its length, size of the whole file as the hub states it).
 
     Raises:
-        ModelError: when the hub cannot be asked or lacks a file.
-        CheckpointError: when a header is absurdly long.
+        ModelError: The hub cannot be asked, or lacks a file.
+        CheckpointError: A header is absurdly long.
     """
     names = weight_files(folder)
     sizes = _file_sizes(repository, folder.name, names, token)
@@ -121,7 +124,7 @@ def _fetch_header(repository: str, commit: str, name: str, token: str | None) ->
 
 
 def _fetch_start(repository: str, commit: str, name: str, token: str | None, size_bytes: int) -> bytes:
-    """The first bytes of a file, or all of a shorter one.  A server that knows no ranges is left when these have come."""
+    """Return the first bytes of a file, or all of a shorter one.  From a server without range requests no more is read either."""
     from huggingface_hub import hf_hub_url
     from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
@@ -140,7 +143,7 @@ def _fetch_start(repository: str, commit: str, name: str, token: str | None, siz
 
 @contextmanager
 def _translated(repository: str, revision: str, hint: str = "") -> Iterator[None]:
-    """The hub library's errors as ours."""
+    """Translate errors of the hub library."""
     from huggingface_hub import errors
 
     try:
@@ -166,7 +169,7 @@ _STATUS = {
 
 
 def _reason(error: BaseException) -> str:
-    """Why the hub library could not do it, in a sentence."""
+    """Explain in a sentence why the hub library could not do it."""
     from huggingface_hub import constants, errors
 
     chain = [error]

@@ -37,12 +37,12 @@ class ModelFiles:
     """A model on this machine.
 
     Attributes:
-        name: as the user wrote it.
-        folder: where the files are (for a hub model the snapshot of one commit, links into the cache's blobs).
-        commit: of a hub model; None for a plain folder.
-        config: config.json as written; `model_type` is one that transformers knows.
+        name: The model as the user wrote it.
+        folder: Folder of the files.  For a hub model it is the snapshot of one commit, with links into the cache's blobs.
+        commit: Commit of a hub model; None for a plain folder.
+        config: config.json as written; its `model_type` is one that transformers knows.
         generation_config: generation_config.json as written, or empty.
-        has_tokenizer: without one, prompts and answers are token ids only.
+        has_tokenizer: Whether there is a tokenizer.  Without one, prompts and answers are token ids only.
     """
 
     name: str
@@ -54,12 +54,12 @@ class ModelFiles:
 
 
 def is_template(name: str) -> bool:
-    """Whether a file of this name in the folder of additional templates is a template."""
+    """Return whether a file of this name in the folder of additional templates is a template."""
     return name.endswith(_TEMPLATE_ENDING)
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether the folder holds a vocabulary that AutoTokenizer can read."""
+    """Return whether the folder holds a vocabulary that AutoTokenizer can read."""
     return any((folder / name).is_file() for name in VOCABULARY_FILES)
 
 
@@ -88,7 +88,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object from a file of a model.
 
     Raises:
-        CheckpointError: The file cannot be read, is absurdly large, holds no JSON object, or is behind a link that is not followed.
+        CheckpointError: The file cannot be read, is absurdly large, does not hold a JSON object, or is behind a link that is not followed.
     """
     try:
         with followed(path).open("rb") as file:

@@ -34,20 +34,20 @@ def resolve_model(
     with_weights: bool = True,
     show_progress: bool = False,
 ) -> ModelFiles:
-    """The files of a local folder or of a hub repository, downloaded if need be.
+    """Find the files of a model: a local folder, or a hub repository that is downloaded if need be.
 
     Args:
-        model: a folder, or a repository id such as "facebook/opt-6.7b".
-        revision: branch, tag or commit of a repository.
-        token: of the hub; None is the hub library's own (`hf auth login`, HF_TOKEN).
-        with_weights: False asks for configuration and tokenizer only (random weights need no more).
-        show_progress: let the hub library draw its bars on a terminal.
+        model: A folder, or a repository id such as "facebook/opt-6.7b".
+        revision: Branch, tag or commit of a repository.
+        token: Token of the hub; None is the hub library's own (`hf auth login`, HF_TOKEN).
+        with_weights: Whether weights are needed; without them only configuration and tokenizer are fetched.
+        show_progress: Whether the hub library may draw its progress bars on a terminal.
 
     Raises:
-        ModelError: neither a folder nor a repository that can be read, or files are missing.
-        UnsupportedModelError: the `model_type` is unknown to transformers (code from model folders is never run).
-        CheckpointError: config.json is no JSON object, or a file of the model is no file.
-        CapacityError: the download does not fit on the disk of the cache.
+        ModelError: It is neither a folder nor a repository that can be read, or files are missing.
+        UnsupportedModelError: transformers does not know the `model_type` (code from model folders is never run).
+        CheckpointError: config.json does not hold a JSON object, or something that should be a file is not one.
+        CapacityError: The download does not fit on the disk of the cache.
     """
     name = _name("model", model)
     folder = Path(name).expanduser()
@@ -83,10 +83,10 @@ def resolve_model(
 
 
 def resolve_tokenizer(tokenizer: str | os.PathLike[str], *, revision: str | None = None, token: str | None = None) -> Path:
-    """The folder of a tokenizer given apart from its model: local, or downloaded from the hub (tokenizer files only).
+    """Find the folder of a tokenizer that is given apart from its model: a local one, or tokenizer files of a hub repository.
 
     Raises:
-        ModelError: neither a folder nor a repository, or it has no tokenizer files.
+        ModelError: It is neither a folder nor a repository, or it has no tokenizer files.
     """
     name = _name("tokenizer", tokenizer)
     folder = Path(name).expanduser()

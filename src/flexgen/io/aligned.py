@@ -39,7 +39,14 @@ class AlignedBuffer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Extent:
-    """A byte range of a file, aligned at both ends, and where it goes in a staging buffer."""
+    """A byte range of a file, aligned at both ends, and its place in a staging buffer.
+
+    Attributes:
+        path: The file.
+        offset: Offset of the first byte in the file.
+        size: Number of bytes.
+        position: Offset of the first byte in the staging buffer.
+    """
 
     path: Path
     offset: int
@@ -48,14 +55,14 @@ class Extent:
 
 
 def plan_extents(ranges: Sequence[tuple[Path, int, int]], max_gap: int = 128 << 10) -> tuple[list[Extent], list[int], int]:
-    """Aligned reads that cover byte ranges.
+    """Plan aligned reads that cover byte ranges of files.
 
     Args:
-        ranges: (path, offset, size) as stored; need not be aligned or sorted.
-        max_gap: unneeded bytes that are read rather than starting a new extent.
+        ranges: (path, offset, size) of each range as stored; they need not be aligned or sorted.
+        max_gap: Most bytes that are read without need rather than starting a new extent.
 
     Returns:
-        (extents, position of each range within the staging buffer, bytes of the staging buffer).
+        The extents, the position of each range within the staging buffer, and the size of the staging buffer.
     """
     order = sorted(range(len(ranges)), key=lambda index: (str(ranges[index][0]), ranges[index][1]))
     extents: list[Extent] = []

@@ -24,11 +24,15 @@ def _warn_of_plain(folder: Path, why: str) -> None:
 
 
 class File:
-    """An open file that is read, or read and written, at offsets; O_DIRECT where the file system takes it.
+    """An open file that is read, or read and written, at offsets; with O_DIRECT where the file system allows it.
 
     Args:
-        verify: compare whatever is read with what was written, or read before.
-        on_plain: told (folder, reason) when O_DIRECT is refused.
+        path: The file.
+        flags: Flags of open(2).
+        direct: Whether to try O_DIRECT.
+        unlinked: Whether to remove the file's name as soon as it is open, so that it goes when it is closed.
+        verify: Whether to compare whatever is read with what was written or first read.
+        on_plain: Called with the folder and the reason when O_DIRECT is refused.
     """
 
     def __init__(
@@ -69,15 +73,15 @@ class File:
         return fd
 
     def will_read(self, offset: int, size: int) -> None:
-        """Let the page cache fetch this meanwhile; for files that are read through it."""
+        """Ask the page cache to fetch a range in the meantime; for files that are read through it."""
         with contextlib.suppress(OSError):  # a hint
             os.posix_fadvise(self._fd, offset, size, os.POSIX_FADV_WILLNEED)
 
     def read_into(self, view: memoryview, offset: int) -> None:
-        """Fill `view` from `offset`; bytes past the end that the file had when opened are left as they are.
+        """Fill `view` from `offset`.  Bytes past the end that the file had when it was opened are left as they are.
 
         Raises:
-            StorageError: on an I/O error, when the file has become shorter, or twice reads otherwise than before.
+            StorageError: The read failed, the file has become shorter, or it twice brought something else than before.
         """
         self._fill(view, offset)
         if self._sums is None:
@@ -104,7 +108,7 @@ class File:
         """Write all of `view` at `offset`.
 
         Raises:
-            StorageError: on an I/O error or a full disk.
+            StorageError: The write failed or the disk is full.
         """
         written, start = view, offset
         while len(view):
@@ -114,7 +118,11 @@ class File:
             self._sums.note(written, start)
 
     def _transfer(self, call: Callable[[int, list[memoryview], int], int], what: str, view: memoryview, offset: int) -> tuple[int, bool]:
-        """(bytes moved by one system call, whether it was a direct one); repeated when interrupted or O_DIRECT is refused."""
+        """Move bytes with one system call, which is repeated when it is interrupted or refuses O_DIRECT.
+
+        Returns:
+            The number of bytes, and whether the call was a direct one.
+        """
         while True:
             direct = self.direct
             try:
@@ -143,12 +151,20 @@ class File:
         return found.st_size, found.st_mtime_ns
 
     def check_unchanged(self) -> None:
-        """Raises StorageError when somebody wrote to the file since it was opened here for reading."""
+        """Check that nobody wrote to the file since it was opened here for reading.
+
+        Raises:
+            StorageError: The file changed.
+        """
         if self._find_state() != self._state:
             raise StorageError(f"{self.path} changed while it was being read")
 
     def truncate(self, size_bytes: int) -> None:
-        """Give a new file its size; it reads as zeros.  Raises StorageError where it cannot be so large."""
+        """Give a new file its size; it reads as zeros.
+
+        Raises:
+            StorageError: The file cannot be so large.
+        """
         try:
             os.ftruncate(self._fd, size_bytes)
         except OSError as error:
@@ -158,14 +174,18 @@ class File:
             self._sums = BlockSums(size_bytes, known=True)
 
     def sync(self) -> None:
-        """Raises StorageError when what was written cannot be made durable."""
+        """Make durable what was written.
+
+        Raises:
+            StorageError: The system could not do it.
+        """
         try:
             os.fsync(self._fd)
         except OSError as error:
             raise StorageError(f"syncing {self.path}: {error.strerror}") from error
 
     def forget_cached(self) -> None:
-        """Have the system drop what it caches of the file, as far as it likes."""
+        """Ask the system to drop what it caches of the file."""
         with contextlib.suppress(OSError):
             os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
@@ -174,7 +194,11 @@ class File:
 
 
 class FileSet:
-    """Read-only files, opened once each; folders that refuse O_DIRECT are named once.  `verify` as for `File`."""
+    """Read-only files, each opened once.  A folder that refuses O_DIRECT is reported once.
+
+    Args:
+        verify: As for `File`.
+    """
 
     def __init__(self, *, verify: bool = False) -> None:
         self._verify = verify
@@ -192,7 +216,11 @@ class FileSet:
             _warn_of_plain(folder, why)
 
     def check_unchanged(self) -> None:
-        """Raises StorageError when one of them is not what it was."""
+        """Check that none of the files changed since it was opened.
+
+        Raises:
+            StorageError: One of them changed.
+        """
         for file in self._files.values():
             file.check_unchanged()
 

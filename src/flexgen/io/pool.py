@@ -15,7 +15,12 @@ CHUNK_BYTES = 8 << 20
 
 
 class Ticket:
-    """Completion of a group of transfers.  Thread-safe."""
+    """Completion of a group of transfers.  Thread-safe.
+
+    Args:
+        parts: Number of transfers.
+        on_done: Called once, on the thread that completes the last transfer.
+    """
 
     def __init__(self, parts: int, on_done: Callable[[], None] | None = None) -> None:
         self._left = parts
@@ -41,10 +46,10 @@ class Ticket:
         return self._event.is_set()
 
     def wait(self, timeout: float | None = None) -> bool:
-        """True once everything has completed.
+        """Wait until everything has completed, and return whether it has.
 
         Raises:
-            StorageError: when a part failed.
+            StorageError: A transfer failed.
         """
         finished = self._event.wait(timeout)
         if finished and self.error is not None:
@@ -52,7 +57,7 @@ class Ticket:
         return finished
 
     def settle(self) -> None:
-        """Return once everything has completed or failed."""
+        """Wait until everything has completed or failed."""
         self._event.wait()
 
 
@@ -66,10 +71,12 @@ class _Job:
 
 
 class IOPool:
-    """Threads that read and write files; first come, first served.
+    """Threads that read and write files in the order of submission.
 
     Attributes:
-        bytes_read, bytes_written: totals so far. busy_seconds: time during which at least one transfer was in flight.
+        bytes_read: Bytes read so far.
+        bytes_written: Bytes written so far.
+        busy_seconds: Time so far during which at least one transfer was in flight.
     """
 
     def __init__(self, num_threads: int) -> None:
@@ -85,11 +92,11 @@ class IOPool:
             thread.start()
 
     def read(self, parts: Sequence[tuple[File, int, memoryview]], on_done: Callable[[], None] | None = None) -> Ticket:
-        """Start reading (file, offset, destination) ranges; `on_done` runs on an I/O thread."""
+        """Start reading (file, offset, destination) ranges.  `on_done` runs on an I/O thread."""
         return self._submit(parts, False, on_done)
 
     def write(self, parts: Sequence[tuple[File, int, memoryview]], on_done: Callable[[], None] | None = None) -> Ticket:
-        """Start writing (file, offset, source) ranges; sources must stay unchanged until the ticket is done."""
+        """Start writing (file, offset, source) ranges.  Sources must stay unchanged until the ticket is done."""
         return self._submit(parts, True, on_done)
 
     def _submit(self, parts: Sequence[tuple[File, int, memoryview]], write: bool, on_done: Callable[[], None] | None) -> Ticket:
@@ -127,7 +134,7 @@ class IOPool:
             del job  # an idle thread keeps no buffer alive
 
     def close(self) -> None:
-        """Let what is queued finish, then end the threads."""
+        """Let queued transfers finish, then end the threads."""
         for _ in self._threads:
             self._jobs.put(None)
         for thread in self._threads:

@@ -10,10 +10,10 @@ _MAX_HELD = 16  # tokens whose text may wait for what completes it
 
 
 class TextStream:
-    """The text of ids that come one by one behind a prompt; each costs the same, however many there were.
+    """The text of ids that come one by one behind a prompt.  Each costs the same, however many there were.
 
-    Ids are decoded behind a few earlier ones, because a decoder may treat the first of a text differently.  What ends in the middle
-    of a character is held back, for at most `_MAX_HELD` tokens.
+    Ids are decoded behind a few earlier ones, because a decoder may treat the first id of a text differently.  Text that ends in the
+    middle of a character is held back, for at most `_MAX_HELD` tokens.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = (), *, skip_special_tokens: bool = True) -> None:
@@ -27,7 +27,7 @@ class TextStream:
         self._given = self._text()  # the prompt may end within a character
 
     def push(self, token_id: int) -> str:
-        """The characters that the id completes."""
+        """Take an id, and return the characters that it completes."""
         if self._tokenizer.leaves_out(token_id, skip_special_tokens=self._skip_special_tokens):
             return ""
         self._held.append(token_id)
@@ -43,11 +43,11 @@ class TextStream:
         return new
 
     def rest(self) -> str:
-        """The text of what is held back, if nothing follows that completes it."""
+        """Return the text that is held back, for when nothing follows that completes it."""
         return _behind(self._given, self._text())
 
     def _text(self) -> str:
-        """Of the ids that are held, behind the context."""
+        """Return the text of the ids that are held, behind the context."""
         text = self._decode([*self._context, *self._held])
         if text.startswith(self._context_text):
             return text[len(self._context_text) :]
@@ -58,14 +58,20 @@ class TextStream:
 
 
 def _behind(given: str, text: str) -> str:
-    """What a text has behind the beginning that was given out; characters that were unfinished then may be others now."""
+    """Return the text behind the beginning that was given out.
+
+    Characters that were unfinished when they were given out may be others now.
+    """
     pairs = enumerate(zip(given, text, strict=False))
     num_given = next((place for place, (old, new) in pairs if old != new), min(len(given), len(text)))
     return text[num_given:]
 
 
 def decode_behind(tokenizer: Tokenizer, prompt: Sequence[int], token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-    """The text that some ids add to a prompt's: many decoders strip the space at the beginning of what they are given."""
+    """Return the text that some ids add to that of a prompt.
+
+    Many decoders strip the space at the beginning of what they are given, so the ids are decoded behind the last ids of the prompt.
+    """
     context = tokenizer.tail(prompt, skip_special_tokens=skip_special_tokens)
     before = tokenizer.decode(context, skip_special_tokens=skip_special_tokens)
     whole = tokenizer.decode([*context, *token_ids], skip_special_tokens=skip_special_tokens)
