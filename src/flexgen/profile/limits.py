@@ -28,19 +28,22 @@ def find_limits(
     disk_space: Callable[[Path], tuple[int, int]] | None = None,
     cuda_memory: Callable[[], tuple[int, int] | None] | None = None,
 ) -> Limits:
-    """The hard budgets of this process, from the options and from what the system allows.
+    """Find the hard budgets of this process, from the options and from what the system allows.
 
-    Host: the flag, or 80 % of what is available now (this process's own memory counts as available to it).  Device:
-    the flag, or 90 % of the free memory of a GPU, or 1 GiB for the simulated one.  Disk: the flag, or 80 % of what is
-    free; 0 in a memory file system unless asked for.  A percentage is of the total.
+    Host: the option, or 80 % of what is available now (this process's own memory counts as available to it).  Device: the option, or
+    90 % of the free memory of a GPU, or 1 GiB for the simulated one.  Disk: the option, or 80 % of what is free; 0 in a memory file
+    system unless asked for.  A percentage refers to the total.
 
     Args:
+        options: The user's options.
+        root: Folder below which the files of the system are read, so that tests can show another machine.
         rlimits: "RLIMIT_AS" and "RLIMIT_DATA" -> bytes, where set; None asks the system.
-        disk_space: folder -> (free, total) bytes. cuda_memory: (free, total) bytes, or None without a GPU.
+        disk_space: Function from a folder to its (free, total) bytes; None asks the system.
+        cuda_memory: Function that returns (free, total) bytes of the GPU, or None without a GPU; None asks torch.
 
     Raises:
-        OptionError: a size that cannot be read, or one for a tier that the device does not have.
-        CapacityError: a budget larger than the hard limit above it.
+        OptionError: A size cannot be read, or belongs to a tier that the device does not have.
+        CapacityError: A budget is larger than the hard limit above it.
     """
     cuda_memory = cuda_memory or _cuda_memory
     device = find_device(options.device, cuda_memory)
@@ -68,7 +71,7 @@ def find_limits(
 
 
 def find_device(wanted: str, cuda_memory: Callable[[], tuple[int, int] | None] | None = None) -> str:
-    """What "auto" means here."""
+    """Return the device that is meant by the option; "auto" is a GPU if there is one."""
     if wanted != "auto":
         return wanted
     return "cuda" if (cuda_memory or _cuda_memory)() is not None else "cpu"
@@ -78,7 +81,10 @@ def find_device(wanted: str, cuda_memory: Callable[[], tuple[int, int] | None] |
 
 
 def _host_budget(wanted: str | None, hard: Ceiling, tightest: Ceiling, simulated_bytes: int, root: Path) -> tuple[int, str]:
-    """(bytes, where they come from); a simulated device of `simulated_bytes` takes its memory from the same."""
+    """Return the host's budget in bytes and where it comes from.
+
+    A simulated device of `simulated_bytes` takes its memory from the same.
+    """
     if wanted is not None:
         size, source = parse_size(wanted, total_bytes=hard.total_bytes, name="--host-mem"), f"--host-mem {wanted}"
         if size > hard.total_bytes:
@@ -102,7 +108,7 @@ def _host_budget(wanted: str | None, hard: Ceiling, tightest: Ceiling, simulated
 
 
 def _device_budget(device: str, text: str | None, host_total: int, cuda_memory: Callable[[], tuple[int, int] | None]) -> tuple[int, int]:
-    """(budget, total) bytes of the device."""
+    """Return the device's budget and total in bytes."""
     if device == "cpu":
         if text is not None:
             raise OptionError(f"--device-mem {text}: on a CPU device there is no device tier; use --host-mem")
@@ -129,7 +135,7 @@ def _cuda_memory() -> tuple[int, int] | None:
 
 
 def _disk_budget(folder: Path, text: str | None, in_memory: bool, disk_space: Callable[[Path], tuple[int, int]]) -> tuple[int, int]:
-    """(budget, total) bytes of the offload folder's file system."""
+    """Return the budget and total of the offload folder's file system in bytes."""
     if folder.exists() and not folder.is_dir():
         raise OptionError(f"--offload-dir {folder} is not a folder")
     free, total = disk_space(_existing(folder))
@@ -150,6 +156,6 @@ def _disk_space(folder: Path) -> tuple[int, int]:
 
 
 def _existing(folder: Path) -> Path:
-    """The folder, or its nearest parent that exists."""
+    """Return the folder, or its nearest parent that exists."""
     folder = folder.absolute()
     return next((each for each in (folder, *folder.parents) if each.exists()), Path("/"))

@@ -55,7 +55,7 @@ def host_ceilings(root: Path, rlimits: Mapping[str, int] | None) -> Iterator[Cei
 
 
 def _cgroup_ceilings(root: Path) -> Iterator[Ceiling]:
-    """The memory limits of this process's control groups and of all their ancestors, version 1 and 2."""
+    """Yield the memory limits of this process's control groups and of all their ancestors, version 1 and 2."""
     mounts = _mounts(root)
     for line in _lines(root / "proc/self/cgroup"):
         _, controllers, path = line.split(":", 2)
@@ -72,7 +72,7 @@ def _cgroup_ceilings(root: Path) -> Iterator[Ceiling]:
 
 
 def _below(path: str, mount_root: str) -> PurePosixPath:
-    """A group's path relative to where its hierarchy is mounted: a container may see only its own part of the tree."""
+    """Return a group's path relative to where its hierarchy is mounted; a container may see only its own part of the tree."""
     parts = PurePosixPath(path)
     if ".." in parts.parts:  # outside of this process's cgroup namespace
         return PurePosixPath()
@@ -82,7 +82,7 @@ def _below(path: str, mount_root: str) -> PurePosixPath:
 
 
 def _ancestors(base: Path, path: PurePosixPath) -> Iterator[Path]:
-    """The group's folder and its parents up to the mount; what is not visible from here is skipped."""
+    """Yield the group's folder and its parents up to the mount, as far as they are visible from here."""
     for part in (path, *path.parents):
         if (base / part).is_dir():
             yield base / part
@@ -127,7 +127,7 @@ class _Mount:
 
 
 def _mounts(root: Path) -> list[_Mount]:
-    """/proc/self/mountinfo: see proc(5)."""
+    """Read /proc/self/mountinfo (see proc(5))."""
     mounts: list[_Mount] = []
     for line in _lines(root / "proc/self/mountinfo"):
         before, _, after = line.partition(" - ")
@@ -150,7 +150,7 @@ def file_system(root: Path, folder: Path) -> str:
 
 
 def _unescaped(text: str) -> str:
-    """Blanks, tabs, newlines and backslashes are written in octal."""
+    """Decode blanks, tabs, newlines and backslashes, which are written in octal."""
     for code, character in (("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")):
         text = text.replace(code, character)
     return text
@@ -164,7 +164,7 @@ def _lines(path: Path) -> list[str]:
 
 
 def _table(path: Path) -> dict[str, int]:
-    """Lines of a name and a number: /proc/meminfo, memory.stat."""
+    """Read lines of a name and a number, as in /proc/meminfo and memory.stat."""
     rows = [line.replace(":", " ").split() for line in _lines(path)]
     return {row[0]: int(row[1]) for row in rows if len(row) >= 2 and row[1].isdigit()}
 
@@ -175,6 +175,6 @@ def own_memory(root: Path, name: str) -> int:
 
 
 def _number(path: Path) -> int | None:
-    """A file of one number; "max" and what cannot be read are no limit."""
+    """Read a file of one number; "max" and what cannot be read mean no limit."""
     lines = _lines(path)
     return int(lines[0]) if lines and lines[0].strip().isdigit() else None
