@@ -132,7 +132,7 @@ def plan(
         ),
     ] = None,
     num_requests: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help=f"How many. Default: {NUM_REQUESTS:,}.", rich_help_panel=_JOB)
+        int | None, typer.Option(metavar="N", min=1, help=f"Number of requests. Default: {NUM_REQUESTS:,}.", rich_help_panel=_JOB)
     ] = None,
     pareto: Annotated[bool, typer.Option("--pareto", help="Also show what shorter requests would cost.")] = False,
     as_json: Annotated[

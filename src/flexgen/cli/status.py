@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 @command
 def status(
     job: Annotated[Path, typer.Argument(metavar="OUTPUT", help="The output of a `flexgen run`, or the folder given as its --state.")],
-    as_json: Annotated[bool, typer.Option("--json", help="As a JSON object (docs/jobs.md).")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object (docs/jobs.md).")] = False,
 ) -> int:
     """Show how far a job is, whether it runs or not."""
     from flexgen.jobs.folder import find_job

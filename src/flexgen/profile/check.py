@@ -74,8 +74,8 @@ class MachineCheck:
                 rates["disk_read"] = self._reading(self.weights)
         except (OSError, StorageError, MemoryError, RuntimeError) as error:  # the run itself will say what is wrong
             logger.info("the machine could not be checked: %s", error)
-        told = ", ".join(f"{name} {rate:.2f}" for name, rate in rates.items())
-        logger.debug("this machine just now, of its profile's rates: %s (in %.2f s)", told, time.perf_counter() - began)
+        shown = ", ".join(f"{name} {rate:.2f}" for name, rate in rates.items())
+        logger.debug("this machine just now, of its profile's rates: %s (in %.2f s)", shown, time.perf_counter() - began)
         return rates
 
     def _products(self) -> float:

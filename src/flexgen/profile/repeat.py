@@ -48,8 +48,8 @@ def settled(measure: Callable[[], Machine], before: Sequence[Machine], tell: Cal
     if agree(*found[-2:]) and not any(is_disturbed(each) for each in found[-2:]):
         tell("two measurements agree: they replace what was measured before")
         return best_of(found[-2:])
-    told = "two measurements agree" if agree(*found[-2:]) else f"{len(found)} measurements differ by more than {AGREEMENT:.0%}"
-    tell(f"{told}: of each rate, the best is kept" + ", those from before included" * bool(before))
+    outcome = "two measurements agree" if agree(*found[-2:]) else f"{len(found)} measurements differ by more than {AGREEMENT:.0%}"
+    tell(f"{outcome}: of each rate, the best is kept" + ", those from before included" * bool(before))
     return best_of([*found, *before])
 
 
