@@ -38,11 +38,10 @@ def run(
         typer.Option(metavar="N", min=1, help="Longest answer of chats and bare lines that set none. Default: up to the context."),
     ] = None,
     temperature: Annotated[
-        float | None,
-        typer.Option(metavar="T", help="Temperature of lines that set none; 0 is greedy. Default: the model's generation_config, or 1."),
+        float | None, typer.Option(metavar="T", help="For lines that set none; 0 is greedy. Default: the model's generation_config, or 1.")
     ] = None,
     top_p: Annotated[
-        float | None, typer.Option(metavar="P", help="top_p of lines that set none. Default: the model's generation_config, or 1.")
+        float | None, typer.Option(metavar="P", help="For lines that set none. Default: the model's generation_config, or 1.")
     ] = None,
     tokenizer: Annotated[str | None, typer.Option(metavar="NAME", help="Another tokenizer than the model's: a folder or hub id.")] = None,
     chat_template: Annotated[
@@ -51,9 +50,7 @@ def run(
     chat_template_kwargs: Annotated[
         str, typer.Option(metavar="JSON", help='More variables for chat templates, such as {"enable_thinking": false}.')
     ] = "{}",
-    input_format: Annotated[
-        str, typer.Option(metavar="jsonl|text", help="Form of the input; text takes every line as a prompt.")
-    ] = "jsonl",
+    input_format: Annotated[str, typer.Option(metavar="jsonl|text", help="Input form; text takes every line as a prompt.")] = "jsonl",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the input, show the plan, and stop.")] = False,
     metrics: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the report as JSON (docs/metrics.md).")] = None,
     progress: ProgressFlag = "auto",
