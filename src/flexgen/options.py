@@ -87,8 +87,6 @@ class EngineOptions:
             object.__setattr__(self, name, _integer(name, getattr(self, name), least))
         for name in ("max_request_seconds", "max_job_seconds"):
             object.__setattr__(self, name, _seconds(name, getattr(self, name)))
-        for name in _LEAST_BYTES:
-            object.__setattr__(self, name, plain(getattr(self, name)))
         for name in ("weights", "kv"):
             if (shares := getattr(self, name)) is not None:
                 parse_placement(shares, name=name)
@@ -96,7 +94,8 @@ class EngineOptions:
             if getattr(self, name) not in known:
                 raise OptionError(f"{name}={getattr(self, name)!r} is unknown; known: {', '.join(known)}")
         for name, least_bytes in _LEAST_BYTES.items():
-            if (size := getattr(self, name)) is not None:
+            object.__setattr__(self, name, size := plain(getattr(self, name)))
+            if size is not None:
                 check_budget(size, name=name, least_bytes=least_bytes, zero=name != "host_mem")
         if self.prefill_tokens is not None and self.schedule not in ("auto", "diagonal"):
             raise OptionError(f"prefill_tokens has a meaning for schedule='diagonal' only, not for {self.schedule!r}")

@@ -66,10 +66,9 @@ def check_budget(text: object, *, name: str, least_bytes: int, zero: bool = True
     if not isinstance(text, (str, int)) or isinstance(text, bool):
         raise OptionError(f"{name}={text!r} is not a size; write '4GiB' (binary), '16GB' (decimal) or '50%'")
     said = str(text)
+    size = parse_size(text, total_bytes=100, name=f"{name}=")
     if _PERCENT.fullmatch(said):
-        parse_size(said, total_bytes=100, name=f"{name}=")
         return
-    size = parse_size(said, name=f"{name}=") if isinstance(text, str) else text
     if size == 0 and not zero:
         raise OptionError(f"{name}={said!r} leaves no memory to run in: write 4GiB (binary), 16GB (decimal) or 50%")
     if 0 < size < least_bytes or size < 0:

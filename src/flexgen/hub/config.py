@@ -26,8 +26,7 @@ _SIZES = re.compile(
 )
 _WHOLE = (
     "hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size", "num_key_value_heads", "head_dim", "intermediate_size",
-    "max_position_embeddings", "sliding_window", "attention_chunk_size",
-    "original_max_position_embeddings",
+    "max_position_embeddings", "sliding_window", "attention_chunk_size", "original_max_position_embeddings",
 )  # fmt: skip
 _POSITIVE = ("attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar", "logits_scaling", "rope_theta")
 _NOT_NEGATIVE = ("rms_norm_eps", "layer_norm_eps", "norm_eps", "layer_norm_epsilon", "norm_epsilon")

@@ -11,15 +11,7 @@ from typing import Any
 from flexgen.errors import ModelError, UnsupportedModelError
 from flexgen.hub.diagnose import file_instead_of_folder, folder_without_config, other_purpose, repository_without_config
 from flexgen.hub.download import download, download_weights, file_names
-from flexgen.hub.model_files import (
-    SMALL_FILES,
-    VOCABULARY_FILES,
-    ModelFiles,
-    check_regular,
-    check_weight_files,
-    has_tokenizer,
-    read_json,
-)
+from flexgen.hub.model_files import SMALL_FILES, VOCABULARY_FILES, ModelFiles, check_regular, check_weight_files, has_tokenizer, read_json
 
 logger = logging.getLogger(__name__)
 

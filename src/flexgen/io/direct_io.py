@@ -59,15 +59,14 @@ class File:
         self._state = self._find_state()
 
     def _open(self, flags: int, direct: bool) -> int:
-        mode = 0o600
         try:
-            return os.open(self.path, flags | (os.O_DIRECT if direct else 0) | os.O_CLOEXEC, mode)
+            return os.open(self.path, flags | (os.O_DIRECT if direct else 0) | os.O_CLOEXEC, 0o600)
         except OSError as error:
             if not direct or error.errno not in (errno.EINVAL, errno.ENOTSUP):
                 raise
         if flags & os.O_EXCL:
             self.path.unlink(missing_ok=True)  # Linux creates the file before it refuses the flag
-        fd = os.open(self.path, flags | os.O_CLOEXEC, mode)
+        fd = os.open(self.path, flags | os.O_CLOEXEC, 0o600)
         self.direct = False
         self._on_plain(self.path.parent, "refuses O_DIRECT")
         return fd

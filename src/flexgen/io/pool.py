@@ -29,7 +29,7 @@ class Ticket:
         self._on_done = on_done
         self.error: BaseException | None = None
         if parts == 0:
-            self._event.set()
+            self._finish()
 
     def part_done(self, error: BaseException | None = None) -> None:
         with self._lock:
@@ -37,10 +37,13 @@ class Ticket:
             self.error = self.error or error
             last = self._left == 0
         if last:
-            on_done, self._on_done = self._on_done, None  # a kept ticket keeps no buffer alive
-            self._event.set()
-            if on_done is not None:
-                on_done()
+            self._finish()
+
+    def _finish(self) -> None:
+        on_done, self._on_done = self._on_done, None  # a kept ticket keeps no buffer alive
+        self._event.set()
+        if on_done is not None:
+            on_done()
 
     def done(self) -> bool:
         return self._event.is_set()
@@ -62,7 +65,7 @@ class Ticket:
 
 
 @dataclass(frozen=True, slots=True)
-class _Job:
+class _Transfer:
     file: File
     offset: int
     view: memoryview
@@ -80,7 +83,7 @@ class IOPool:
     """
 
     def __init__(self, num_threads: int) -> None:
-        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._transfers: queue.SimpleQueue[_Transfer | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._in_flight = 0
         self._busy_since = 0.0
@@ -108,34 +111,32 @@ class IOPool:
             if chunks and self._in_flight == 0:
                 self._busy_since = time.perf_counter()
             self._in_flight += len(chunks)
-        if not chunks and on_done is not None:
-            on_done()
         for file, offset, view in chunks:
-            self._jobs.put(_Job(file, offset, view, ticket, write))
+            self._transfers.put(_Transfer(file, offset, view, ticket, write))
         return ticket
 
     def _work(self) -> None:
-        while (job := self._jobs.get()) is not None:
+        while (transfer := self._transfers.get()) is not None:
             error: BaseException | None = None
             try:
-                (job.file.write_from if job.write else job.file.read_into)(job.view, job.offset)
+                (transfer.file.write_from if transfer.write else transfer.file.read_into)(transfer.view, transfer.offset)
             except Exception as caught:  # noqa: BLE001 - handed to whoever waits for the ticket
                 error = caught
-            size = len(job.view)
+            size = len(transfer.view)
             with self._lock:
                 self._in_flight -= 1
-                if job.write:
+                if transfer.write:
                     self.bytes_written += size
                 else:
                     self.bytes_read += size
                 if self._in_flight == 0:
                     self.busy_seconds += time.perf_counter() - self._busy_since
-            job.ticket.part_done(error)
-            del job  # an idle thread keeps no buffer alive
+            transfer.ticket.part_done(error)
+            del transfer  # an idle thread keeps no buffer alive
 
     def close(self) -> None:
         """Let queued transfers finish, then end the threads."""
         for _ in self._threads:
-            self._jobs.put(None)
+            self._transfers.put(None)
         for thread in self._threads:
             thread.join()
