@@ -20,7 +20,7 @@ from capped import NoCgroup, run_capped
 from record import Results
 from shapes import SHAPES, Shape
 
-from flexgen.base.sizes import MIB, format_size, parse_size
+from flexgen.base.quantities import MIB, format_size, parse_size
 from flexgen.checkpoint.dummy import write_random_checkpoint
 
 CASES = (("opt-125m", "768MiB"), ("opt-125m", "1GiB"), ("llama-tiny", "900MiB"), ("llama-3b", "2GiB"), ("opt-6.7b", "3GiB"))

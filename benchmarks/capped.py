@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from flexgen.base.sizes import parse_size
+from flexgen.base.quantities import parse_size
 
 CGROUP_ROOT = Path("/sys/fs/cgroup")
 

@@ -26,7 +26,7 @@ from record import Results
 from shapes import OUTPUT_TOKENS, PROMPT_TOKENS, SHAPES
 from systems import run_accelerate, run_flexgen, run_llama
 
-from flexgen.base.sizes import format_size, parse_size
+from flexgen.base.quantities import format_size, parse_size
 
 DEFAULT_RESULTS = Path(__file__).parent / "results" / "compare.jsonl"
 DEFAULT_SHAPES = ["llama-3b", "opt-6.7b"]

@@ -15,7 +15,7 @@ from capped import Outcome, run_capped
 from record import Results, commit
 from shapes import OUTPUT_TOKENS, PROMPT_TOKENS, Shape
 
-from flexgen.base.sizes import format_size
+from flexgen.base.quantities import format_size
 
 
 class Deadline:

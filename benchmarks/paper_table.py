@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
-from flexgen.base.sizes import GIB
+from flexgen.base.quantities import GIB
 from flexgen.options import EngineOptions
 from flexgen.plan.known.machines import find_machine, limits_of
 from flexgen.plan.known.models import catalogue_spec

@@ -27,7 +27,7 @@ from capped import NoCgroup, Outcome, run_capped
 from record import Results
 from shapes import SHAPES, Shape
 
-from flexgen.base.sizes import parse_size
+from flexgen.base.quantities import parse_size
 from flexgen.checkpoint.dummy import write_random_checkpoint
 from flexgen.plan.machine import DiskRequest, Machine, Rate
 from flexgen.plan.machine_file import read_machine

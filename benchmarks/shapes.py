@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from flexgen.base.sizes import GIB
+from flexgen.base.quantities import GIB
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

@@ -1,6 +1,6 @@
 """Machines with numbers of their own choice, for tests."""
 
-from flexgen.base.sizes import GIB
+from flexgen.base.quantities import GIB
 from flexgen.plan.machine import DiskRequest, Machine, Overheads, Rate
 
 OVERHEADS = Overheads(per_pass=5e-3, per_sequence=1e-5, per_unit=3e-4, per_layer_and_micro_batch=3e-4, per_gathered_row=2e-5)

@@ -20,7 +20,7 @@ import torch
 from fakes import CONTEXT, POISON, VOCAB, FakeEngine, byte_id, fake_text, write_model_folder
 
 from flexgen import LLM, CapacityError, FlexGenError, ModelError, OptionError, RequestError, SamplingParams
-from flexgen.hub.hub import resolve_model
+from flexgen.hub.resolve import resolve_model
 from flexgen.plan.workload import Workload
 from flexgen.request import Live
 from flexgen.session.session import with_room

@@ -1,16 +1,16 @@
-"""The exception tree.  Everything flexgen raises on purpose derives from FlexGenError.
+"""The exception tree.  Everything that flexgen raises on purpose derives from FlexGenError.
 
 FlexGenError
 ├── OptionError            an option or keyword that is unknown, malformed, or cannot be honoured
 ├── RequestError           one request that cannot be served (it never stops the others)
-├── JobError               a job that is refused: its input, its output, or what it is answered with is not what it was
+├── JobError               a job that is refused: its input, output or model is not that of the job that was begun
 ├── ModelError             the model folder is unusable
 │   ├── UnsupportedModelError   the architecture or number format is refused by name
-│   └── CheckpointError         files missing, corrupt, unsafe, or disagreeing with the config
+│   └── CheckpointError         files are missing, corrupt, unsafe, or disagree with the config
 ├── CapacityError          the plan does not fit the budgets
 │   └── OutOfMemoryError        memory ran out while the plan was carried out
 ├── StorageError           an offload folder, output file or disk failed
-│   └── DeliveryError           standard output did not take what is done and kept
+│   └── DeliveryError           standard output did not take answers that are done and stored
 └── EngineError            a broken invariant inside the engine (a bug: please report it)
 """
 
@@ -29,9 +29,9 @@ class RequestError(FlexGenError):
     """One request that cannot be served.
 
     Args:
-        message: what is wrong, for the person who wrote the request.
-        code: a short machine-readable reason, OpenAI's where one exists (`context_length_exceeded`).
-        param: the offending field, if one field is to blame.
+        message: What is wrong, for the person who wrote the request.
+        code: A short machine-readable reason, OpenAI's where one exists (`context_length_exceeded`).
+        param: The offending field, if one field is to blame.
     """
 
     def __init__(self, message: str, *, code: str = "invalid_request", param: str | None = None) -> None:
@@ -41,7 +41,7 @@ class RequestError(FlexGenError):
 
 
 class JobError(FlexGenError):
-    """A job that is refused as a whole: lines under --strict, another input or model than it was begun with, a foreign output."""
+    """A job that is refused as a whole: bad lines under --strict, an input or model that changed since the job began, a foreign output."""
 
 
 class ModelError(FlexGenError):
@@ -73,14 +73,15 @@ class EngineError(FlexGenError):
 
 
 def is_failure(error: BaseException) -> bool:
-    """Whether something went wrong, rather than someone wants to stop: an Exception, or a panic of a library written in Rust.
+    """Return whether `error` means that something went wrong, and not that someone wants to stop.
 
-    PyO3's PanicException is none, and cannot be imported.
+    Every Exception is a failure, and so is a panic of a library written in Rust: PyO3's PanicException does not derive from Exception
+    and cannot be imported.
     """
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether it is Python's error, or one of torch's (its CPU allocator raises a plain RuntimeError)."""
+    """Return whether `error` says that memory ran out, in Python or in torch (whose CPU allocator raises a plain RuntimeError)."""
     said = isinstance(error, RuntimeError) and ("out of memory" in str(error) or "can't allocate memory" in str(error))
     return said or isinstance(error, MemoryError)

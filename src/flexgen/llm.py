@@ -18,10 +18,10 @@ import psutil
 from flexgen.api.vllm_keywords import ChatKeywords, GenerateKeywords, LLMKeywords, ModelKeywords, check_call, read_keywords
 from flexgen.base.isolation import for_one_request
 from flexgen.base.steps import step
-from flexgen.base.turns import Turns
 from flexgen.chat import Chat, Templates, make_chats
 from flexgen.errors import FlexGenError, ModelError, OptionError, RequestError
-from flexgen.hub.hub import ModelFiles, resolve_model, resolve_tokenizer
+from flexgen.hub.model_files import ModelFiles
+from flexgen.hub.resolve import resolve_model, resolve_tokenizer
 from flexgen.options import EngineOptions
 from flexgen.plan.play.simulate import PAGE_TOKENS
 from flexgen.plan.tell.forecast import Plan
@@ -30,6 +30,7 @@ from flexgen.profile.limits import find_limits
 from flexgen.report.progress import Progress, RunReport
 from flexgen.request import CompletionOutput, Live, RequestOutput, SamplingParams, TokenRequest, TokenResult
 from flexgen.session.session import OpenEngine, check_model, plan_job
+from flexgen.session.turns import Turns
 from flexgen.text.answers import Choices
 from flexgen.text.common_prefixes import NO_PREFIXES, CommonPrefixes, PrefixCensus
 from flexgen.text.defaults import default_sampling_params, token_limits, unsupported_defaults

@@ -1,6 +1,6 @@
 """One EngineOptions value: the flags of `flexgen run` and the keywords of `LLM` are the same list.
 
-Sizes stay as the user wrote them; `solve` in plan/search/solve.py turns them into bytes against the machine.
+Sizes stay as the user wrote them; `solve` in plan/search/solve.py turns them into bytes for the machine.
 """
 
 from __future__ import annotations
@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypedDict
 
+from flexgen.base.quantities import MIB, check_budget
 from flexgen.base.scalars import as_float, as_int, plain, shown
-from flexgen.base.sizes import MIB, check_budget
 from flexgen.errors import OptionError
 
 if TYPE_CHECKING:
@@ -31,27 +31,32 @@ _NEVER_NONE = ("max_logprobs", "seed")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineOptions:
-    """What a user may say about where and how the model runs.
+    """Where and how the model runs, as far as the user says.
 
     Attributes:
-        device: where matrix products run; "sim" is a hostile stand-in for an accelerator, for tests.
-        dtype: compute and KV dtype; "auto" is the checkpoint's, but never float16 on a CPU.
-        device_mem, host_mem, disk: budgets, hard; None takes the stated default (host: 80 % of what is free now).
-        offload_dir: folder for spilled KV; None is a fresh folder below the system's temporary one.
-        weights, kv: explicit placement, e.g. "host=.3,disk=.7"; None lets the planner choose.
-        max_num_seqs: most sequences alive in a pass; None lets the planner choose.
-        micro_batch_tokens: most tokens computed together; None lets the planner choose.
-        prefill_tokens: most prompt tokens that a pass admits; None lets the planner choose.
-        schedule: "auto", "diagonal" (admit as sequences finish), "zigzag" (only into an empty block), "row" (one micro-batch at a time).
-        prefix_sharing: compute what several prompts begin with once; tokens do not change.
-        max_request_seconds: most that a request may take from its first pass to its last, as predicted; None is no bound.
-        max_job_seconds: most that the job may take, as predicted; None is no bound.
-        load_format: "dummy" makes random weights from config.json alone, for benchmarks.
-        max_model_len: context limit, at most the model's; None is the model's.
-        revision: hub revision. seed: base of every sampled request's own seed.
-        max_logprobs: most log probabilities per token that a request may ask for (vLLM's default); -1 is any number.
-        verify_reads: compare what comes from disk with what was written or first read (one core sums some 10 GB/s).
-        trust_remote_code: accepted only as False.
+        device: Device that computes matrix products; "sim" is a hostile stand-in for an accelerator, for tests.
+        dtype: Dtype of computing and of the KV cache; "auto" is the checkpoint's, but never float16 on a CPU.
+        device_mem: Hard budget of device memory; None is 90 % of what is free on a GPU.
+        host_mem: Hard budget of host memory for the whole process; None is 80 % of what is free now.
+        disk: Hard budget of disk space; None is 80 % of what is free.
+        offload_dir: Folder for spilled KV; None is a fresh folder below the system's temporary one.
+        weights: Explicit placement of weights, such as "host=.3,disk=.7"; None lets the planner choose.
+        kv: Explicit placement of the KV cache, in the same form; None lets the planner choose.
+        max_num_seqs: Most sequences alive in a pass; None lets the planner choose.
+        micro_batch_tokens: Most tokens computed together; None lets the planner choose.
+        prefill_tokens: Most prompt tokens that a pass admits; None lets the planner choose.
+        schedule: "auto", "diagonal" (admit as sequences finish), "zigzag" (admit into an empty block only) or "row" (one micro-batch
+            at a time).
+        prefix_sharing: Whether to compute once what several prompts begin with.  Tokens do not change.
+        max_request_seconds: Most seconds that a request may take from its first pass to its last, as predicted; None is no bound.
+        max_job_seconds: Most seconds that the job may take, as predicted; None is no bound.
+        load_format: "auto", "safetensors", or "dummy" for random weights from config.json alone, for benchmarks.
+        max_model_len: Context limit, at most the model's; None is the model's.
+        revision: Revision of a hub repository.
+        seed: Base of every sampled request's own seed.
+        max_logprobs: Most log probabilities per token that a request may ask for (vLLM's default); -1 is any number.
+        verify_reads: Whether to compare what comes from disk with what was written or first read (one core sums some 10 GB/s).
+        trust_remote_code: Accepted only as False.
     """
 
     device: str = "auto"
@@ -82,8 +87,6 @@ class EngineOptions:
             object.__setattr__(self, name, _integer(name, getattr(self, name), least))
         for name in ("max_request_seconds", "max_job_seconds"):
             object.__setattr__(self, name, _seconds(name, getattr(self, name)))
-        for name in _LEAST_BYTES:
-            object.__setattr__(self, name, plain(getattr(self, name)))
         for name in ("weights", "kv"):
             if (shares := getattr(self, name)) is not None:
                 parse_placement(shares, name=name)
@@ -91,7 +94,8 @@ class EngineOptions:
             if getattr(self, name) not in known:
                 raise OptionError(f"{name}={getattr(self, name)!r} is unknown; known: {', '.join(known)}")
         for name, least_bytes in _LEAST_BYTES.items():
-            if (size := getattr(self, name)) is not None:
+            object.__setattr__(self, name, size := plain(getattr(self, name)))
+            if size is not None:
                 check_budget(size, name=name, least_bytes=least_bytes, zero=name != "host_mem")
         if self.prefill_tokens is not None and self.schedule not in ("auto", "diagonal"):
             raise OptionError(f"prefill_tokens has a meaning for schedule='diagonal' only, not for {self.schedule!r}")
@@ -100,7 +104,7 @@ class EngineOptions:
 
 
 def _integer(name: str, value: object, least: int) -> int | None:
-    """An integer option; numpy's and 16.0 are integers, too."""
+    """Check an integer option; integers of numpy and 16.0 are accepted, too."""
     if value is None and name not in _NEVER_NONE:
         return None
     number = as_int(value)
@@ -118,7 +122,7 @@ def _seconds(name: str, value: object) -> float | None:
 
 
 class OptionKeywords(TypedDict, total=False):
-    """The fields of EngineOptions as keywords, for editors and type checkers; `LLM` takes a few more values (vLLM's)."""
+    """The fields of EngineOptions as keywords, for editors and type checkers; `LLM` takes a few more of vLLM's values."""
 
     device: str
     dtype: str | torch.dtype
@@ -145,10 +149,14 @@ class OptionKeywords(TypedDict, total=False):
 
 
 def parse_placement(text: object, *, name: str = "") -> dict[str, float]:
-    """Fractions per tier from "device=.2,host=.3,disk=.5" (they must add up to 1); `name` is the option's, for messages.
+    """Parse shares per tier such as "device=.2,host=.3,disk=.5", which must add up to 1.
+
+    Args:
+        text: The shares as a person wrote them.
+        name: The option's name for messages.
 
     Raises:
-        OptionError: on an unknown tier, a bad number, or a sum other than 1.
+        OptionError: A tier is unknown, a number is malformed, or the sum is not 1.
     """
     said = f"{name}={text!r}" if name else repr(text)
     if not isinstance(text, str):

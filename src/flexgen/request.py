@@ -25,7 +25,10 @@ _Class = TypeVar("_Class")
 
 
 def _names_keywords(cls: type[_Class]) -> type[_Class]:
-    """Make a frozen dataclass refuse keywords by name (unknown ones, and vLLM's whose effect we do not have), and say how to change it."""
+    """Make a frozen dataclass refuse keywords by name, and explain how to change a value.
+
+    Refused are unknown keywords, and those of vLLM whose effect flexgen does not have.
+    """
     dataclass_type: Any = cls
     known = [each.name for each in dataclasses.fields(dataclass_type)]
     init = dataclass_type.__init__
@@ -51,7 +54,7 @@ def _names_keywords(cls: type[_Class]) -> type[_Class]:
 
 
 def _is_neutral(value: Any, neutral: Any) -> bool:
-    """Whether a value asks for no effect: 1.0 is 1, but true is not."""
+    """Return whether a value asks for no effect: 1.0 is 1, but true is not."""
     return isinstance(value, (int, float)) and isinstance(value, bool) == isinstance(neutral, bool) and value == neutral
 
 
@@ -61,32 +64,32 @@ class SamplingParams:
     """How one prompt is continued (vLLM's names and defaults).
 
     Numbers may be those of numpy or torch, integers may be written as 16.0, and lists may be anything that holds several values; all
-    become plain.
+    are converted to plain values.
 
     Attributes:
-        n: how many answers; equal ones if temperature is 0.
-        presence_penalty, frequency_penalty: taken off the logits of generated tokens, once, and as often as they came; in [-2, 2].
-        repetition_penalty: logits of the prompt's and of generated tokens are divided by it, negative ones multiplied; from 1e-38
-            to 1e38.
+        n: Number of answers; they are equal if temperature is 0.
+        presence_penalty: Subtracted once from the logits of tokens that were generated; in [-2, 2].
+        frequency_penalty: Subtracted from the logits of generated tokens as often as they occurred; in [-2, 2].
+        repetition_penalty: Logits of tokens in the prompt and the answer are divided by it, negative ones multiplied; from 1e-38 to 1e38.
         temperature: 0 is greedy; otherwise logits are divided by it.
-        top_p: keep the smallest set of tokens whose probability reaches this, in (0, 1]; 0 where temperature is 0, too.
-        top_k: keep this many tokens; 0 or -1 keeps all.
-        min_p: keep tokens at least this likely, relative to the likeliest, in [0, 1].
-        seed: with the position it fixes every random choice; None derives one from the engine's seed and the request.
-        stop: at most 4,096 texts that end the answer and are cut off it; becomes a tuple.
-        stop_token_ids: tokens that end the answer besides the model's own; becomes a tuple.
-        bad_words: at most 4,096 texts whose tokens are never completed; becomes a tuple.
-        ignore_eos: go on after an end-of-sequence token.
-        max_tokens: most tokens to generate; None means up to the model's context.
-        min_tokens: before these many tokens nothing stops the answer.
-        logprobs: log probabilities of so many likeliest tokens and of the generated one, at each token; -1 of all.
-        include_stop_str_in_output: leave in the text what stopped it.
-        skip_special_tokens: leave special tokens out of the text.
-        logit_bias: token id -> added to its logit, clamped to [-100, 100]; becomes a dict with integer keys.
-        allowed_token_ids: nothing else is generated; becomes a tuple.
+        top_p: Keep the smallest set of tokens whose probability reaches this, in (0, 1]; 0 is allowed where temperature is 0.
+        top_k: Keep this many tokens; 0 or -1 keeps all.
+        min_p: Keep tokens at least this likely, relative to the likeliest, in [0, 1].
+        seed: Together with the position it determines every random choice; None derives one from the engine's seed and the request.
+        stop: At most 4,096 texts that end the answer and are cut off it; becomes a tuple.
+        stop_token_ids: Tokens that end the answer besides the model's own; becomes a tuple.
+        bad_words: At most 4,096 texts whose tokens are never completed; becomes a tuple.
+        ignore_eos: Whether to go on after an end-of-sequence token.
+        max_tokens: Most tokens to generate; None means up to the model's context.
+        min_tokens: Number of tokens before which nothing stops the answer.
+        logprobs: Number of likeliest tokens whose log probabilities are returned beside the generated one's; -1 is all.
+        include_stop_str_in_output: Whether the stop string stays in the text.
+        skip_special_tokens: Whether special tokens are left out of the text.
+        logit_bias: Token id -> number added to its logit, clamped to [-100, 100]; becomes a dict with integer keys.
+        allowed_token_ids: The only tokens that may be generated; becomes a tuple.
 
     Raises:
-        RequestError: on a keyword or value that cannot be served, naming it.
+        RequestError: A keyword or value cannot be served; the message names it.
     """
 
     n: int = 1
@@ -123,22 +126,22 @@ class Stops(Protocol):
     """The stop strings of one request, as the engine sees them."""
 
     def __call__(self, token_ids: Sequence[int]) -> str | None:
-        """The stop string that has ended the answer, told after each generated token.
+        """Return the stop string that ends the answer, or None; called after each generated token.
 
         Args:
-            token_ids: all that was generated.
+            token_ids: All tokens that were generated so far.
         """
         ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenLogprobs:
-    """Natural log probabilities at one generated token, by the model's own logits: before penalties, masks and temperature.
+    """Natural log probabilities at one generated token, from the model's own logits (before penalties, masks and temperature).
 
     Attributes:
-        token_ids: the generated token, then as many of the likeliest as were asked for, best first (it may be among them).
-        logprobs: of `token_ids`.
-        rank: of the generated token, from 1.
+        token_ids: The generated token, then as many of the likeliest as were asked for, best first (it may be among them).
+        logprobs: Log probability of each of `token_ids`.
+        rank: Rank of the generated token, from 1.
     """
 
     token_ids: tuple[int, ...]
@@ -148,7 +151,12 @@ class TokenLogprobs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Generated:
-    """What was generated so far; `logprobs` has one entry per token if they were asked for."""
+    """The part of an answer that was generated so far.
+
+    Attributes:
+        token_ids: The generated tokens.
+        logprobs: One entry per token if log probabilities were asked for, otherwise None.
+    """
 
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprobs, ...] | None = None
@@ -163,15 +171,16 @@ class TokenRequest:
     """A request as the engine sees it: ids in, ids out.
 
     Attributes:
-        index: the engine hands it back with the answer; unique among the requests of a run.
-        prompt_token_ids: at least one id.
-        max_tokens: resolved (never None), at least 1; prompt and answer together fit the context.
-        seed: resolved; samples depend on (seed, position) only.
-        stop_token_ids: every id that ends the answer (the model's own included unless `ignore_eos`).
-        logit_bias: (token id, bias), each id once. bad_words_token_ids: ids whose last is not generated after the others.
-        num_logprobs: None for none, -1 for all.
-        stops: None without stop strings.
-        generated: by an earlier run; the answer goes on after it, and `max_tokens` counts it.
+        index: Number that the engine hands back with the answer; unique among the requests of a run.
+        prompt_token_ids: The prompt, at least one id.
+        max_tokens: Most tokens to generate, at least 1; prompt and answer together fit the context.
+        seed: Seed of the request; samples depend on (seed, position) only.
+        stop_token_ids: Every id that ends the answer (the model's own included unless `ignore_eos`).
+        logit_bias: Pairs of token id and bias, each id once.
+        bad_words_token_ids: Sequences of ids; the last id of each is not generated after the others.
+        num_logprobs: Number of log probabilities per token; None is none, -1 all.
+        stops: The stop strings; None without any.
+        generated: What an earlier run generated.  The answer goes on after it, and `max_tokens` counts it.
     """
 
     index: int
@@ -206,7 +215,12 @@ class TokenRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Live:
-    """How far the answer to a request has come."""
+    """How far the answer to a request has come.
+
+    Attributes:
+        index: Index of the request.
+        generated: What was generated so far.
+    """
 
     index: int
     generated: Generated
@@ -214,16 +228,16 @@ class Live:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenResult:
-    """What the engine answers.
+    """The engine's answer to a TokenRequest.
 
     Attributes:
-        index: the request's.
-        token_ids: generated ids, those of an earlier run included; the stop token, where one ended the answer, is the last.
+        index: Index of the request.
+        token_ids: Generated ids, those of an earlier run included; a stop token that ended the answer is the last.
         finish_reason: "stop" (a stop token or string), "length" (max_tokens), or "error".
-        stop_string: what ended the answer, if a string did.
-        logprobs: one entry per generated token, if asked for.
-        error: set when the request failed alone (never fitted, non-finite logits, every token masked).
-        num_preemptions: how often its KV was dropped and recomputed.
+        stop_string: The stop string that ended the answer, if one did.
+        logprobs: One entry per generated token, if asked for.
+        error: Why the request failed alone (it never fitted, non-finite logits, every token masked); None otherwise.
+        num_preemptions: How often the KV of the sequence was dropped and computed again.
     """
 
     index: int
@@ -240,10 +254,11 @@ class Logprob:
     """The log probability of one token at one position (vLLM's fields, and one more).
 
     Attributes:
-        rank: 1 for the likeliest.
-        decoded_token: its own text as it is within a text, with its leading space.
-        token_bytes: its own bytes where it is a part of a character, whose text is a replacement character; None where they
-            are those of the text.
+        logprob: The natural log probability.
+        rank: Rank of the token; 1 is the likeliest.
+        decoded_token: The token's own text as it is within a text, with its leading space.
+        token_bytes: The token's own bytes where it is a part of a character, whose text is a replacement character; None where the
+            bytes are those of the text.
     """
 
     logprob: float
@@ -254,14 +269,18 @@ class Logprob:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompletionOutput:
-    """One answer to one prompt (vLLM's fields).
+    """One answer to one prompt (vLLM's fields, and one more).
 
     Attributes:
-        stop_reason: the stop token or string that ended it; None for the model's own end; the code of an error.
-        cumulative_logprob: of the generated tokens together, if logprobs were asked for.
-        logprobs: per generated token, token id -> its log probability; the generated token comes first.
-        text_offsets: per generated token, where its text begins in that of the answer (before anything is cut off), if logprobs
-            were asked for and there is a tokenizer.
+        index: Number of the answer among those of its prompt.
+        text: The text of the answer.
+        token_ids: The generated ids.
+        finish_reason: "stop", "length" or "error".
+        stop_reason: The stop token or string that ended the answer; None for the model's own end; the code of an error.
+        cumulative_logprob: Log probability of the generated tokens together, if logprobs were asked for.
+        logprobs: For each generated token, token id -> log probability; the generated token comes first.
+        text_offsets: Where the text of each generated token begins in that of the answer (before anything is cut off), if logprobs were
+            asked for and there is a tokenizer.
     """
 
     index: int
@@ -276,7 +295,15 @@ class CompletionOutput:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestOutput:
-    """All answers to one prompt (vLLM's fields)."""
+    """All answers to one prompt (vLLM's fields).
+
+    Attributes:
+        request_id: Number of the request, as text.
+        prompt: Text of the prompt; None where it was given as token ids.
+        prompt_token_ids: The prompt's token ids.
+        outputs: The answers, `SamplingParams.n` of them.
+        finished: Always True; there are no partial outputs.
+    """
 
     request_id: str
     prompt: str | None

@@ -20,7 +20,7 @@ from flexgen.checkpoint import parameters as checkpoint_module
 from flexgen.checkpoint.parameters import Checkpoint, ModelSources, check_supported_number_format, parameter_sources
 from flexgen.checkpoint.sources import CAST_ELEMENTS, ParameterSource, cast_into
 from flexgen.errors import CheckpointError, UnsupportedModelError
-from flexgen.hub.folder import SINGLE_FILE
+from flexgen.hub.model_files import SINGLE_FILE
 from tests.models.tiny_configs import CAUSAL_TYPES, tiny_config
 
 FAMILIES = (

@@ -9,7 +9,7 @@ import pytest
 
 from flexgen.errors import ModelError
 from flexgen.hub.config import MAX_INTEGER, MAX_LAYERS, MAX_SIZE, read_config
-from flexgen.hub.hub import ModelFiles
+from flexgen.hub.model_files import ModelFiles
 
 LLAMA = {
     "model_type": "llama", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -14,8 +14,8 @@ from fakes import write_model_folder
 from flexgen import LLM, SamplingParams
 from flexgen.errors import ModelError
 from flexgen.hub.config import read_config
-from flexgen.hub.hub import resolve_model
 from flexgen.hub.private_folder import config_folder, tokenizer_folder
+from flexgen.hub.resolve import resolve_model
 from flexgen.jobs.identity import identity_of
 from flexgen.text.tokenizer import Tokenizer
 

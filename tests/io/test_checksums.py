@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from flexgen.errors import StorageError
+from flexgen.io.aligned import AlignedBuffer
 from flexgen.io.checksums import BLOCK_BYTES, BlockSums
-from flexgen.io.direct_io import AlignedBuffer, File, FileSet
+from flexgen.io.direct_io import File, FileSet
 from flexgen.kv.disk import NEW_FILE
 from flexgen.weights.rows import EmbeddingRows, RowTable
 

@@ -13,8 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flexgen.errors import StorageError
-from flexgen.io import direct_io
-from flexgen.io.direct_io import ALIGNMENT, AlignedBuffer, File, FileSet, IOPool, Ticket, plan_extents
+from flexgen.io import aligned
+from flexgen.io.aligned import ALIGNMENT, AlignedBuffer, plan_extents
+from flexgen.io.direct_io import File, FileSet
+from flexgen.io.pool import IOPool, Ticket
 
 PATHS = [Path("a"), Path("b")]
 SIZE = 3 * ALIGNMENT + 777
@@ -75,7 +77,7 @@ def test_reads_equal_the_file(stored, pool, direct):
 
 
 def test_large_reads_are_cut_and_counted(tmp_path, pool, monkeypatch):
-    monkeypatch.setattr(direct_io, "CHUNK_BYTES", ALIGNMENT)
+    monkeypatch.setattr("flexgen.io.pool.CHUNK_BYTES", ALIGNMENT)
     content = random.Random(2).randbytes(9 * ALIGNMENT)
     (tmp_path / "f").write_bytes(content)
     file, buffer = File(tmp_path / "f"), AlignedBuffer(len(content))
@@ -233,10 +235,10 @@ def test_a_file_that_became_shorter_is_an_error(stored, direct):
     file.close()
 
 
-@pytest.mark.parametrize("size", [1, direct_io.SMALLEST_HUGE_BYTES - 1, direct_io.SMALLEST_HUGE_BYTES, 9 * direct_io.HUGE_PAGE + 5])
+@pytest.mark.parametrize("size", [1, aligned.SMALLEST_HUGE_BYTES - 1, aligned.SMALLEST_HUGE_BYTES, 9 * aligned.HUGE_PAGE + 5])
 def test_buffers_are_aligned_and_whole(size):
     buffer = AlignedBuffer(size)
-    alignment = direct_io.HUGE_PAGE if size >= direct_io.SMALLEST_HUGE_BYTES else ALIGNMENT
+    alignment = aligned.HUGE_PAGE if size >= aligned.SMALLEST_HUGE_BYTES else ALIGNMENT
     assert buffer.tensor.data_ptr() % alignment == 0
     assert buffer.tensor.numel() == len(buffer.view) == buffer.size_bytes >= size
     buffer.tensor[-1], buffer.view[0] = 7, 9

@@ -18,7 +18,7 @@ import torch
 
 from flexgen.devices.base import SimulatedDevice
 from flexgen.errors import StorageError
-from flexgen.io.direct_io import IOPool
+from flexgen.io.pool import IOPool
 from flexgen.kernels.attention import ReferenceKernels
 from flexgen.kv.cache import KVCache, PagePool, SequenceKV, group_layers, layer_index
 from flexgen.kv.disk import DiskPlace, DiskPool

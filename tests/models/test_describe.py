@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig
 from flexgen.checkpoint.dummy import write_random_checkpoint
 from flexgen.checkpoint.parameters import Checkpoint
 from flexgen.errors import UnsupportedModelError
-from flexgen.io.direct_io import ALIGNMENT
+from flexgen.io.aligned import ALIGNMENT
 from flexgen.models.assemble import LoadedModel, load_model
 from flexgen.models.describe import describe_config, describe_headers
 from flexgen.weights.unit import UnitLayout

@@ -14,7 +14,7 @@ import torch
 
 from flexgen.checkpoint.dummy import write_random_checkpoint
 from flexgen.errors import CapacityError, ModelError
-from flexgen.hub.hub import resolve_model
+from flexgen.hub.resolve import resolve_model
 from flexgen.options import EngineOptions
 from flexgen.session.setup import check_model
 from tests.models.tiny_configs import tiny_config

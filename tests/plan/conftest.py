@@ -3,7 +3,7 @@
 import pytest
 from machines import machine_of
 
-from flexgen.base.sizes import GIB, MIB
+from flexgen.base.quantities import GIB, MIB
 from flexgen.options import EngineOptions
 from flexgen.plan.machine import Limits
 from flexgen.plan.model import KVGroupSpec, ModelSpec, UnitSpec

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from machines import machine_of, steady
 
-from flexgen.base.sizes import GIB, MIB
+from flexgen.base.quantities import GIB, MIB
 from flexgen.options import EngineOptions
 from flexgen.plan.machine import Limits, Machine, Overheads
 from flexgen.plan.model import KVGroupSpec, ModelSpec, UnitSpec

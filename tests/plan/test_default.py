@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexgen.base.sizes import GIB, MIB
+from flexgen.base.quantities import GIB, MIB
 from flexgen.errors import CapacityError, OptionError
 from flexgen.plan.model import KVGroupSpec, UnitSpec
 from flexgen.plan.play.sampling import JobSizes

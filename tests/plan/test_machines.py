@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from flexgen.base.sizes import GIB
+from flexgen.base.quantities import GIB
 from flexgen.errors import OptionError
 from flexgen.options import EngineOptions
 from flexgen.plan.known.machines import beside_checkpoint, find_machine, limits_of, machine_names

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from plan.instances import PROCESS_BYTES, instance_of
 
-from flexgen.base.sizes import GIB, MIB, parse_size
+from flexgen.base.quantities import GIB, MIB, parse_size
 from flexgen.errors import CapacityError
 from flexgen.options import TIERS, EngineOptions
 from flexgen.plan.known.machines import find_machine, limits_of

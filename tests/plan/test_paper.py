@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from flexgen.base.sizes import GIB
+from flexgen.base.quantities import GIB
 from flexgen.errors import OptionError
 from flexgen.options import TIERS
 from flexgen.plan.paper.case import PaperCase, PaperMachine, PaperModel, PaperPolicy, PaperWorkload

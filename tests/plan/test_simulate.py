@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexgen.base.sizes import GIB
+from flexgen.base.quantities import GIB
 from flexgen.plan.model import KVGroupSpec
 from flexgen.plan.play.answer_lengths import expected
 from flexgen.plan.play.sampling import PLAYED_REQUESTS, SEARCH_BLOCKS, SEARCH_REQUESTS, Samples, extrapolated

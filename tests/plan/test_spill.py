@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from flexgen.base.sizes import GIB
+from flexgen.base.quantities import GIB
 from flexgen.plan.price.pass_time import Expectation
 from flexgen.plan.tell.forecast import forecast_again, make_plan
 from flexgen.plan.tell.spill import LEAST_GAIN, Spill

@@ -6,7 +6,7 @@ import pytest
 import torch
 from machines import machine_of
 
-from flexgen.base.sizes import MIB
+from flexgen.base.quantities import MIB
 from flexgen.errors import StorageError
 from flexgen.profile import check as module
 from flexgen.profile.busy import BusyCores

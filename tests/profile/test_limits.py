@@ -1,6 +1,6 @@
 import pytest
 
-from flexgen.base.sizes import GIB, KIB, MIB
+from flexgen.base.quantities import GIB, KIB, MIB
 from flexgen.errors import CapacityError, OptionError
 from flexgen.options import EngineOptions
 from flexgen.profile.limits import find_limits

@@ -7,7 +7,7 @@ import pytest
 import torch
 from machines import machine_of
 
-from flexgen.base.sizes import KIB, MIB
+from flexgen.base.quantities import KIB, MIB
 from flexgen.errors import OptionError
 from flexgen.plan.machine import Rate
 from flexgen.plan.machine_file import read_machine

@@ -9,7 +9,7 @@ import json
 import pytest
 from fakes import FORECAST, FakeEngine
 
-from flexgen.base.durations import format_seconds, parse_seconds
+from flexgen.base.quantities import format_seconds, parse_seconds
 from flexgen.errors import OptionError
 from flexgen.plan.tell.forecast import Plan
 from flexgen.plan.workload import Workload

@@ -19,7 +19,7 @@ from flexgen.models.assemble import load_model
 from flexgen.plan.known.models import catalogue_spec
 from flexgen.plan.model import ModelSpec
 from flexgen.session.lookup import spec_of
-from tests.hub.test_hub import StandIn
+from tests.hub.test_resolve import StandIn
 from tests.models.tiny_configs import tiny_config
 
 
@@ -43,7 +43,7 @@ def test_a_shipped_model_needs_no_torch() -> None:
     "model", ["facebook/opt-30b", "Facebook/OPT-30B", "OPT-30b", "qwen/qwen3-32B", "meta-llama/Llama-3.3-70B-Instruct"]
 )
 def test_a_hub_id_of_a_shipped_model_needs_no_network(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flexgen.hub.hub.resolve_model", lambda *_, **__: pytest.fail("the hub was asked"))
+    monkeypatch.setattr("flexgen.hub.resolve.resolve_model", lambda *_, **__: pytest.fail("the hub was asked"))
     spec = spec_of(model, device="cuda")
     assert spec.name == (model if "/" in model else "facebook/opt-30b")
     wide = spec_of(model, device="cuda", dtype="float32")
@@ -57,7 +57,7 @@ def test_a_revision_of_a_shipped_model_is_asked_of_the_hub(monkeypatch: pytest.M
         asked.append(revision)
         raise ModelError("no hub here")
 
-    monkeypatch.setattr("flexgen.hub.hub.resolve_model", resolve)
+    monkeypatch.setattr("flexgen.hub.resolve.resolve_model", resolve)
     with pytest.raises(ModelError, match="no hub here"):
         spec_of("facebook/opt-30b", device="cpu", revision="refs/pr/1")
     assert asked == ["refs/pr/1"]

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from tokenizer_kinds import KINDS, ids_of, make_tokenizer
 
 from flexgen.text.stop_strings import StopStrings, cut_at_stop
+from flexgen.text.stream import decode_behind
 from flexgen.text.tokenizer import UNFINISHED, Tokenizer
 
 
@@ -121,14 +122,14 @@ def test_any_part_of_an_answer_stops_it(kind: Tokenizer, data: st.DataObject) ->
     """As soon as it is complete, wherever it begins, and none of it is left."""
     token_id = st.integers(0, len(kind.hf) - 1)
     prompt, ids = data.draw(st.lists(token_id, max_size=8)), data.draw(st.lists(token_id, min_size=1, max_size=8))
-    text = kind.decode_behind(prompt, ids)
+    text = decode_behind(kind, prompt, ids)
     start = data.draw(st.integers(0, max(0, len(text) - 1)))
     stop = text[start : start + data.draw(st.integers(1, 8))]
     if not stop or UNFINISHED in text:
         return
     stops = StopStrings(kind, [stop], prompt=prompt)
     count = next(count for count in range(1, len(ids) + 1) if stops(ids[:count]) is not None)
-    texts = [kind.decode_behind(prompt, ids[:each]) for each in (count, count - 1)]
+    texts = [decode_behind(kind, prompt, ids[:each]) for each in (count, count - 1)]
     assert stop in texts[0]
     assert stop not in texts[1]
     assert cut_at_stop(*texts, stop, include=False) == text[: text.index(stop)]

@@ -13,7 +13,8 @@ from tokenizer_kinds import KINDS, SPECIAL, ids_of, make_tokenizer
 from transformers import AutoTokenizer
 
 from flexgen.errors import ModelError, RequestError
-from flexgen.text.tokenizer import UNFINISHED, TextStream, Tokenizer, check_text, eos_token_ids
+from flexgen.text.stream import TextStream, decode_behind
+from flexgen.text.tokenizer import UNFINISHED, Tokenizer, check_text, eos_token_ids
 
 TEXTS = ["It was a dark and stormy night", "", "naïve café ☕ 日本語 \x00 \n\r\n", "</s>", " two  spaces "]
 
@@ -154,7 +155,7 @@ def test_an_answer_is_what_its_ids_add_to_the_prompt(kind: Tokenizer, data: st.D
     ids = st.lists(st.integers(0, len(kind.hf) + 3), max_size=14)
     prompt, answer, skip = data.draw(ids), data.draw(ids), data.draw(st.booleans())
     before, whole = (kind.decode(each, skip_special_tokens=skip) for each in (prompt, prompt + answer))
-    found = kind.decode_behind(prompt, answer, skip_special_tokens=skip)
+    found = decode_behind(kind, prompt, answer, skip_special_tokens=skip)
     if whole.startswith(before) and UNFINISHED not in whole:
         assert found == whole.removeprefix(before)
         assert streamed_behind(kind, prompt, answer, skip=skip) == found
@@ -165,7 +166,7 @@ def test_what_is_decoded_alone_as_behind_a_prompt_stays_as_it_is(novels: Tokeniz
     """Byte-level decoders; ids that are no text included."""
     (before,) = novels.encode([prompt])
     for skip in (True, False):
-        assert novels.decode_behind(before, ids, skip_special_tokens=skip) == novels.decode(ids, skip_special_tokens=skip)
+        assert decode_behind(novels, before, ids, skip_special_tokens=skip) == novels.decode(ids, skip_special_tokens=skip)
 
 
 WAVE = ("<0xF0>", "<0x9F>", "<0x8C>", "<0x8A>")
@@ -198,7 +199,7 @@ WAVE = ("<0xF0>", "<0x9F>", "<0x8C>", "<0x8A>")
 )
 def test_llama_answers(llama: Tokenizer, prompt: tuple[str, ...], answer: tuple[str, ...], text: str) -> None:
     before, ids = ids_of(llama, *prompt), ids_of(llama, *answer)
-    assert llama.decode_behind(before, ids) == text
+    assert decode_behind(llama, before, ids) == text
     assert streamed_behind(llama, before, ids) == text
 
 
@@ -216,13 +217,13 @@ def test_llama_answers(llama: Tokenizer, prompt: tuple[str, ...], answer: tuple[
 def test_answers_of_other_kinds(kind: str, prompt: list[str], answer: list[str], text: str) -> None:
     tokenizer = make_tokenizer(kind)
     before, ids = ids_of(tokenizer, *prompt), ids_of(tokenizer, *answer)
-    assert tokenizer.decode_behind(before, ids) == streamed_behind(tokenizer, before, ids) == text
+    assert decode_behind(tokenizer, before, ids) == streamed_behind(tokenizer, before, ids) == text
 
 
 def test_special_tokens_that_are_shown_are_a_beginning(llama: Tokenizer) -> None:
     """A space behind one stays where it is part of the text."""
     prompt, ids = ids_of(llama, "<s>"), ids_of(llama, "▁stood", "</s>", "▁a")
-    assert llama.decode_behind(prompt, ids, skip_special_tokens=False) == " stood</s> a"
+    assert decode_behind(llama, prompt, ids, skip_special_tokens=False) == " stood</s> a"
     assert streamed_behind(llama, prompt, ids, skip=False) == " stood</s> a"
 
 
@@ -236,7 +237,7 @@ def test_a_long_prompt_costs_as_much_as_a_short_one(llama: Tokenizer, monkeypatc
 
     monkeypatch.setattr(llama.hf, "decode", counting)
     for piece in ("a", "<0x9F>", "<s>"):
-        llama.decode_behind(ids_of(llama, piece) * 10_000, ids_of(llama, "a"))
+        decode_behind(llama, ids_of(llama, piece) * 10_000, ids_of(llama, "a"))
     assert most <= 10
 
 
@@ -250,7 +251,7 @@ def test_tokens_are_called_what_they_add_to_a_text(name: str) -> None:
     for token_id in set(range(len(tokenizer.hf))) - set(ids_of(tokenizer, *SPECIAL)):
         text = tokenizer.token_text(token_id)
         if UNFINISHED not in text:
-            assert tokenizer.decode_behind(ids_of(tokenizer, "a"), [token_id], skip_special_tokens=False) == text
+            assert decode_behind(tokenizer, ids_of(tokenizer, "a"), [token_id], skip_special_tokens=False) == text
             assert tokenizer.token_bytes(token_id) == text.encode()
 
 

@@ -12,7 +12,9 @@ import torch
 
 from flexgen.devices.base import SimulatedDevice
 from flexgen.errors import EngineError, StorageError
-from flexgen.io.direct_io import FileSet, IOPool, plan_extents
+from flexgen.io.aligned import plan_extents
+from flexgen.io.direct_io import FileSet
+from flexgen.io.pool import IOPool
 from flexgen.weights.ring import ByteRing
 from flexgen.weights.store import WeightStore
 from flexgen.weights.unit import UnitLayout, UnitTensor, packed_offsets

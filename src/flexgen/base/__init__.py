@@ -1,1 +1,1 @@
-"""What every room stands on: numbers and sizes as people write them, files written whole or not at all, JSON of strangers."""
+"""The ground that all rooms stand on: sizes and durations as people write them, safe files, JSON from strangers."""

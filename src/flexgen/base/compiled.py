@@ -1,4 +1,4 @@
-"""How a function that Python calls gets compiled: without the GIL, and kept on disk where there is a place for it."""
+"""Compiling a function that Python calls: without the GIL, and kept on disk where there is a place for it."""
 
 from __future__ import annotations
 
@@ -26,12 +26,15 @@ def entry(function: Callable[..., Any]) -> Any:
 
 
 def intrinsic(function: Callable[..., Any]) -> Any:
-    """A function that writes LLVM code; compiled functions call it without its first argument, the typing context."""
+    """Make an intrinsic of a function that writes LLVM code.
+
+    Compiled functions call it without its first argument, the typing context.
+    """
     return numba.extending.intrinsic(function)
 
 
 def _forget_outdated(cache: Path, file: Path) -> None:
-    """Remove what was compiled before a change of any file beside `file`; Numba itself looks at the function's own file only."""
+    """Remove what was compiled before any file beside `file` changed; Numba itself looks at the function's own file only."""
     newest = max(source.stat().st_mtime for source in file.parent.glob("*.py"))
     for compiled in cache.glob(f"{file.stem}.*.nb[ic]"):
         with suppress(FileNotFoundError):  # another process was faster

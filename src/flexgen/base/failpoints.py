@@ -1,6 +1,6 @@
 """Named points at which a test can make something fail: by an error, or by the end of the process.
 
-Nothing in the package switches them on; a test's own process does (tests/faults/).  Off, a point costs one comparison.
+Nothing in the package switches them on; a test's own process does (tests/faults/).  A point that is off costs one comparison.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ _hook: Callable[[str], None] | None = None
 
 
 def failpoint(name: str) -> None:
-    """Pass the point `name`; whatever the test's hook does there happens to the caller."""
+    """Pass the point `name`.  Whatever the test's hook does there happens to the caller."""
     if _hook is not None:
         _hook(name)
 
 
 def switch_on(hook: Callable[[str], None]) -> None:
-    """Have `hook` called with the name of every point that this process passes, on whatever thread passes it."""
+    """Call `hook` with the name of every point that this process passes, on whatever thread passes it."""
     global _hook
     _hook = hook

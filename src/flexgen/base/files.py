@@ -1,7 +1,7 @@
-"""Files that are written for others to find: whole or not at all, and never through what somebody planted where they go.
+"""Files that are written for others to find: whole or not at all, and safely in folders that others can write to.
 
-The folder of an output may be shared: names that can be guessed may be links to a file of the user's, or pipes that nobody reads.  So
-what is written gets a name that cannot be guessed, which must not exist, and takes its place when it is complete.
+The folder of an output may be shared.  A name that can be guessed may then be a link to one of the user's files, or a pipe that
+nobody reads.  So a new file gets a name that cannot be guessed and that must not exist, and takes its place when it is complete.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ import stat
 from pathlib import Path
 from typing import BinaryIO
 
-from flexgen.base.sizes import MIB
+from flexgen.base.quantities import MIB
 from flexgen.errors import StorageError
 
 _MOST_LINKS = 40  # as many as Linux follows
 
 
 def follow(path: Path) -> Path:
-    """The file that is meant by `path`: through links, but through those of the user (and of root) only.
+    """Return the file that is meant by `path`, following links of the user and of root only.
 
     Raises:
-        StorageError: a link that somebody else planted.
-        OSError: links that go round in circles, names that are too long.
+        StorageError: A link belongs to another user, or links go round in circles.
+        OSError: A name is too long.
     """
     for _ in range(_MOST_LINKS):
         found = _lstat(path)
@@ -36,9 +36,12 @@ def follow(path: Path) -> Path:
 
 
 def check_target(path: Path | None) -> None:
-    """Raises StorageError when a file cannot be made or replaced there; None is standard output.
+    """Check that a file can be made or replaced at `path`; None is standard output.
 
-    A file beside it is made and removed, which finds out about names, permissions and file systems alike.
+    A file beside it is made and removed, which tests names, permissions and the file system at once.
+
+    Raises:
+        StorageError: No file can be made there; the message says why.
     """
     if path is None:
         return
@@ -85,12 +88,15 @@ def _is_open_on(descriptor: int, found: os.stat_result) -> bool:
 
 
 def temporary_beside(target: Path) -> Path:
-    """A name in the target's folder that nobody can guess, and as short however long the target's is."""
+    """Return a name in the target's folder that cannot be guessed, of the same length however long the target's is."""
     return target.with_name(f".flexgen-{secrets.token_hex(8)}.new")
 
 
 def create(temporary: Path, target: Path) -> BinaryIO:
-    """The new file that is to take the place of `target`: with its permissions, or with those that the umask leaves to a new one."""
+    """Create and open the file that will take the place of `target`.
+
+    It gets the permissions of an existing target, otherwise those that the umask gives a new file.
+    """
     there = _lstat(target)
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
     descriptor = os.open(temporary, flags, 0o666 if there is None else 0o600)
@@ -100,10 +106,10 @@ def create(temporary: Path, target: Path) -> BinaryIO:
 
 
 def write_file(path: Path, text: str) -> None:
-    """Make a file, or replace it.
+    """Make or replace a text file.
 
     Raises:
-        StorageError: it cannot be made; what was there is still there.
+        StorageError: The file cannot be written; an earlier file is unchanged.
     """
     check_target(path)
     target = follow(path)
@@ -119,11 +125,11 @@ def write_file(path: Path, text: str) -> None:
 
 
 def open_private(path: Path, flags: int) -> int:
-    """A descriptor of a file that only its owner can read, and that has no other name.
+    """Open a file that only its owner can read and that has no second name, and return the descriptor.
 
     Raises:
-        StorageError: something else lies there: a pipe, or a file of others, or one that has a second name.
-        OSError: a link lies there, or the file cannot be opened.
+        StorageError: Something else lies there: a pipe, another user's file, or a file with a hard link.
+        OSError: A symbolic link lies there, or the file cannot be opened.
     """
     truncate = flags & os.O_TRUNC
     flags = flags & ~os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # without waiting for the other end of a pipe
@@ -139,7 +145,11 @@ def open_private(path: Path, flags: int) -> int:
 
 
 def check_private(path: Path, found: os.stat_result) -> None:
-    """Raises StorageError when a file of a job may be somebody's else, or lie elsewhere, too."""
+    """Check that a file of a job is a regular file of this user, without a second name.
+
+    Raises:
+        StorageError: It is not; the message says in what respect.
+    """
     if not stat.S_ISREG(found.st_mode):
         raise StorageError(f"{path} is not a regular file")
     if os.geteuid() not in (found.st_uid, 0):
@@ -149,7 +159,7 @@ def check_private(path: Path, found: os.stat_result) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make durable which files the folder holds."""
+    """Make the list of files in the folder durable."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
@@ -158,7 +168,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def _lstat(path: Path) -> os.stat_result | None:
-    """None where nothing lies."""
+    """Return the status of `path` itself, or None if nothing is there."""
     try:
         return path.lstat()
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Work for one request: what goes wrong in it ends that request, and no other."""
+"""Work for one request, isolated so that what goes wrong in it ends that request and no other."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _Value = TypeVar("_Value")
 
 
 def for_one_request(serve: Callable[_Arguments, _Value], *args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Value | RequestError:
-    """What `serve` returns, or the error of the one request that it works for.
+    """Call `serve`, and return its result or the error of the one request that it works for.
 
-    An exception that nobody foresaw ends that request only: it is logged with its traceback, because it is a bug, and becomes an error
-    of code "internal_error".
+    An unexpected exception ends that request only.  It is logged with its traceback, because it is a bug, and becomes an error with
+    the code "internal_error".
 
     Raises:
-        Exception: what concerns more than this request: memory that ran out, a failing disk, a broken invariant.
+        Exception: Whatever concerns more than this request: memory that ran out, a failing disk, a broken invariant.
     """
     try:
         return serve(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""What each sampling parameter may be: bounds, and the one form that every way to write it takes.  Knows single values only."""
+"""Checks of sampling parameters: their bounds, and the one form that every way to write a value is brought to."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _MAX_INT = 2**63 - 1
 
 
 def must_be(param: str, wanted: str, value: object) -> RequestError:
-    """The error of a parameter that is not what it must be."""
+    """Make the error of a parameter that has a wrong value."""
     return RequestError(f"{param} must be {wanted}, not {shown(value)}", param=param)
 
 
@@ -66,7 +66,7 @@ def _several(param: str, value: object, wanted: str) -> list[Any]:
 
 
 def _texts(param: str, value: object) -> tuple[str, ...]:
-    """Several texts, each once."""
+    """Return several texts, each once."""
     texts = _several(param, value, "a list of texts")
     for each in texts:
         if not isinstance(each, str) or not each:
@@ -81,7 +81,7 @@ def _text_or_texts(param: str, value: object) -> tuple[str, ...]:
 
 
 def _ids(param: str, value: object) -> tuple[int, ...]:
-    """Several token ids, each once."""
+    """Return several token ids, each once."""
     ids: dict[int, None] = {}
     for each in _several(param, value, "a list of token ids"):
         token_id = as_int(each)
@@ -99,7 +99,7 @@ def _some_ids(param: str, value: object) -> tuple[int, ...] | None:
 
 
 def _biases(param: str, value: object) -> dict[int, float] | None:
-    """Token id -> bias; JSON writes the ids as text."""
+    """Return token id -> bias.  JSON writes the ids as text."""
     if not isinstance(value, (Mapping, type(None))):
         raise must_be(param, "an object of token ids and biases", value)
     biases: dict[int, float] = {}

@@ -1,4 +1,4 @@
-"""Numbers, flags and lists as callers give them: Python's, JSON's, and those of numpy, torch and pandas, which are not imported."""
+"""Numbers, flags and lists as callers give them: those of Python, JSON, numpy, torch and pandas (which are not imported)."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ class _Array(Protocol):
 
 
 def plain(value: object) -> Any:
-    """Python's number, flag or text for a scalar of numpy or torch; any other value as it is."""
+    """Return Python's number, flag or text for a scalar of numpy or torch, and any other value as it is."""
     if type(value) not in _PLAIN and isinstance(value, _Scalar) and value.ndim == 0:
         return value.item()
     return value
 
 
 def as_int(value: object) -> int | None:
-    """An integer, which may be written as 16.0; None for anything else, flags included."""
+    """Return an integer, which may be written as 16.0; None for anything else, flags included."""
     value = plain(value)
     if isinstance(value, bool):
         return None
@@ -43,7 +43,7 @@ def as_int(value: object) -> int | None:
 
 
 def as_float(value: object) -> float | None:
-    """A finite number; None for anything else, flags included."""
+    """Return a finite number; None for anything else, flags included."""
     value = plain(value)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
@@ -55,9 +55,9 @@ def as_float(value: object) -> float | None:
 
 
 def as_list(value: object) -> list[Any] | None:
-    """The values of a list, tuple, set, range, generator, array, tensor or column; None for one value, a text or a mapping.
+    """Return the values of a list, tuple, set, range, generator, array, tensor or column as a list.
 
-    A column is gone through in its order, whatever its labels are.
+    A column is read in its order, whatever its labels are.  For a single value, a text or a mapping the result is None.
     """
     if isinstance(value, (list, tuple)):
         return list(value)
@@ -70,7 +70,7 @@ def as_list(value: object) -> list[Any] | None:
 
 
 def shown(value: object) -> str:
-    """A value as an error message shows it: short, and texts told from numbers."""
+    """Write a value for an error message: short, and with texts marked as texts."""
     try:
         text = repr(plain(value))
     except Exception:  # noqa: BLE001 - an integer of too many digits, or whatever an object's own repr raises

@@ -1,4 +1,4 @@
-"""What takes long says so when it begins: one logger, whose lines a display may take away when the next step comes."""
+"""Announcements of steps that may take long, through one logger, so that a display may replace a line when the next step begins."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ Item = TypeVar("Item")
 
 
 def step(text: str) -> None:
-    """What begins now, such as "loading weights"."""
+    """Announce the step that begins now, such as "loading weights"."""
     _logger.info("%s ...", text)
 
 
 def counted_lines(lines: Iterable[Item], text: str) -> Iterator[Item]:
-    """The lines themselves; says what begins, and now and then how many there were."""
+    """Yield the lines; announce the step at its beginning, and now and then how many lines there were."""
     step(text)
     due = time.monotonic() + _COUNT_SECONDS
     for count, line in enumerate(lines):

@@ -1,4 +1,4 @@
-"""JSON that strangers wrote: bounded before it is parsed, and without what Python lets pass and JSON does not have."""
+"""JSON from strangers: bounded before it is parsed, and without what Python accepts although JSON does not have it."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ MAX_DEPTH = 100  # whoever walks the value must not run out of stack
 
 
 def strict_json(data: bytes, *, max_values: int = MAX_VALUES) -> dict[str, Any]:
-    """A JSON object in UTF-8.  NaN, a name that is given twice, deep nesting and more than `max_values` values are refused.
+    """Parse a JSON object in UTF-8.
+
+    NaN, a name that is given twice, deep nesting and more than `max_values` values are refused.
 
     Raises:
-        ValueError: saying what is wrong.
+        ValueError: The data is refused; the message says why.
     """
     # Every value but the first stands behind one of these; those in strings are counted too, which honest files can afford.
     if sum(data.count(mark) for mark in (b",", b"[", b"{")) > max_values:
@@ -42,7 +44,7 @@ def strict_json(data: bytes, *, max_values: int = MAX_VALUES) -> dict[str, Any]:
 
 
 def _is_deeper(value: Any, depth: int) -> bool:
-    """Whether there are more than `depth` objects and lists around some value, `value` included."""
+    """Return whether more than `depth` objects and lists are nested around some value, `value` itself included."""
     level = [value]
     for _ in range(depth):
         containers = [each for each in level if isinstance(each, (dict, list))]

@@ -1,4 +1,7 @@
-"""`flexgen bench throughput`: random prompts of one length, answers of one length; vLLM's figures and ours.  Loading is not timed."""
+"""`flexgen bench throughput`: random prompts of one length and answers of one length, reported in vLLM's figures and ours.
+
+Loading is not timed.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +20,10 @@ from flexgen.request import SamplingParams, TokenRequest
 
 
 def uniform_workload(llm: LLM, num_prompts: int, input_len: int, output_len: int) -> Workload:
-    """The same lengths `num_prompts` times.
+    """Make a workload of `num_prompts` requests of the same lengths.
 
     Raises:
-        OptionError: prompt and answer do not fit the context.
+        OptionError: Prompt and answer do not fit the context.
     """
     if input_len + output_len > llm.max_model_len:
         raise OptionError(f"prompt and answer of {input_len + output_len} tokens exceed the context of {llm.max_model_len}")
@@ -28,11 +31,10 @@ def uniform_workload(llm: LLM, num_prompts: int, input_len: int, output_len: int
 
 
 def run_throughput(llm: LLM, workload: Workload, *, on_progress: Callable[[Progress], None] | None = None) -> dict[str, Any]:
-    """Greedy answers of exactly the asked lengths to random ids (seeded by the model's seed).
+    """Answer random prompts (seeded by the model's seed) greedily, each with exactly the number of tokens asked for.
 
     Returns:
-        vLLM's keys (elapsed_time, num_requests, total_num_tokens, requests_per_second, tokens_per_second) and those of
-        `RunReport`.
+        vLLM's keys (elapsed_time, num_requests, total_num_tokens, requests_per_second, tokens_per_second) and those of `RunReport`.
     """
     llm.open(workload)
     start = time.perf_counter()
@@ -57,7 +59,7 @@ def _random_requests(llm: LLM, workload: Workload) -> Iterator[TokenRequest]:
 
 
 def format_throughput(figures: dict[str, Any]) -> str:
-    """vLLM's lines."""
+    """Write the figures in vLLM's lines."""
     return (
         f"Throughput: {figures['requests_per_second']:.2f} requests/s, {figures['tokens_per_second']:.2f} total tokens/s, "
         f"{figures['output_tokens'] / figures['elapsed_time']:.2f} output tokens/s\n"

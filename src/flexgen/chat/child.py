@@ -1,8 +1,8 @@
-"""What runs in the process of a `TemplateProcess`: one template, conversations in, prompts out.
+"""The program of a template process: it takes one template, then conversations, and answers with prompts.
 
-A script, not a module of the package: it imports jinja2, the standard library and content.py only, so that it starts in a tenth of
-a second.  The environment that templates see is that of transformers (utils/chat_template_utils.py), so that prompts are the same
-to the character. Frames are a length of four bytes and JSON.  It ends when its input does.
+It is a script, not a module of the package.  It imports jinja2, the standard library and content.py only, so that it starts in a
+tenth of a second.  The environment that templates see is that of transformers (utils/chat_template_utils.py), so that prompts are
+the same to the character.  A frame is a length of four bytes and JSON.  The process ends when its input does.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ MOST_REASON_CHARS = 500
 
 
 def _sibling(name: str) -> Any:
-    """A module that lies beside this script."""
+    """Load a module that lies beside this script."""
     spec = importlib.util.spec_from_file_location(f"flexgen_chat_{name}", Path(__file__).with_name(f"{name}.py"))
     assert spec is not None
     assert spec.loader is not None
@@ -54,11 +54,11 @@ content = _sibling("content")
 
 
 class TooLongError(Exception):
-    """The prompt has more characters than it may."""
+    """The prompt has more characters than allowed."""
 
 
 class Parts(list[Any]):
-    """Content as a list of parts; where a template writes it as if it were text, it is its text."""
+    """Content as a list of parts.  Where a template writes it as if it were text, it is its text."""
 
     def __str__(self) -> str:
         return "\n".join(part["text"] for part in self)
@@ -71,12 +71,12 @@ class Parts(list[Any]):
 
 
 class Generation(jinja2.ext.Extension):
-    """{% generation %} ... {% endgeneration %}: marks answers for training; here what is between stays as it is."""
+    """The tag {% generation %} ... {% endgeneration %}, which marks answers for training; what is between stays as it is."""
 
     tags = {"generation"}  # noqa: RUF012
 
     def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
-        """A block with a scope of its own."""
+        """Parse the block, which has a scope of its own."""
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return jinja2.nodes.CallBlock(self.call_method("_unchanged"), [], [], body).set_lineno(line)
@@ -86,7 +86,7 @@ class Generation(jinja2.ext.Extension):
 
 
 class Namespace(jinja2.utils.Namespace):
-    """Without names that begin with an underscore, which lead to the interpreter's internals."""
+    """A namespace without names that begin with an underscore, which lead to the interpreter's internals."""
 
     def __init__(*args: Any, **values: Any) -> None:  # no name for self, so that a value may have it
         values = dict(*args[1:], **values)
@@ -106,7 +106,7 @@ class Dict:
         return dict(*args, **values)
 
     def fromkeys(self, *args: Any) -> dict[Any, Any]:
-        """As the type's own."""
+        """Do what the type's own method does."""
         return dict.fromkeys(*args)
 
 
@@ -116,12 +116,12 @@ def _check_name(name: object) -> None:
 
 
 def raise_exception(message: object) -> None:
-    """How templates refuse a conversation."""
+    """Let a template refuse a conversation."""
     raise jinja2.TemplateError(str(message))
 
 
 def to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False) -> str:
-    """The filter `tojson`: jinja2's own escapes HTML."""
+    """Serve as the filter `tojson`; jinja2's own escapes HTML."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
@@ -129,7 +129,7 @@ class Renderer:
     """One compiled template.
 
     Raises:
-        jinja2.TemplateError: it is no valid template.
+        jinja2.TemplateError: The template is not valid.
     """
 
     def __init__(self, source: str, variables: Mapping[str, Any], output_chars: int) -> None:
@@ -142,14 +142,14 @@ class Renderer:
         self._form = content.content_form(environment.parse(source))
 
     def strftime_now(self, format: str) -> str:
-        """The time that templates are told, local."""
+        """Return the local time that templates see."""
         return (datetime.now() if self.now is None else datetime.fromtimestamp(self.now)).strftime(format)
 
     def render(self, chat: Mapping[str, Any]) -> str:
-        """The prompt of a conversation.
+        """Return the prompt of a conversation.
 
         Raises:
-            Exception: whatever the template raises.
+            Exception: Whatever the template raises.
         """
         self.now = chat.get("now")
         messages = [self._shaped(message) for message in chat["messages"]]
@@ -176,7 +176,7 @@ class Renderer:
         return "".join(pieces)
 
     def _shaped(self, message: Any) -> Any:
-        """A message with its content as the template takes it: text, or a list of parts."""
+        """Return a message with its content in the form that the template takes: text, or a list of parts."""
         given = message.get("content")
         if isinstance(given, list):
             shaped = Parts(given) if self._form != content.TEXT else str(Parts(given))
@@ -187,7 +187,7 @@ class Renderer:
         return {**message, "content": shaped}
 
     def _open_ended(self, chat: Mapping[str, Any], messages: list[Any]) -> str:
-        """The prompt up to the end of the last message's content."""
+        """Return the prompt up to the end of the last message's content."""
         *before, last = messages
         if "content" not in self._source:
             raise ValueError("continue_final_message: the template does not read the content of messages")
@@ -204,7 +204,7 @@ class Renderer:
 
 
 def answer(renderer: Renderer, frame: bytes) -> bytes:
-    """The prompt of a conversation, or what went wrong."""
+    """Return a reply with the prompt of a conversation, or with an error."""
     try:
         return json.dumps({"text": renderer.render(json.loads(frame))}, ensure_ascii=False).encode()
     except TooLongError as error:
@@ -219,12 +219,12 @@ def answer(renderer: Renderer, frame: bytes) -> bytes:
 
 
 def failure(reason: str) -> bytes:
-    """A reply without a prompt."""
+    """Return a reply with an error."""
     return json.dumps({"error": f"the chat template {reason}"[:MOST_REASON_CHARS].encode(errors="replace").decode()}).encode()
 
 
 def restrict(memory_bytes: int) -> None:
-    """From here on: no file is opened or written, no process started, and memory is bounded."""
+    """Restrict this process: from now on it can open no file, write none and start no process, and its memory is bounded."""
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")  # a kernel in want of memory ends this process, not its owner
     datetime.now().strftime("%c")  # reads the time zone
@@ -245,7 +245,7 @@ def restrict(memory_bytes: int) -> None:
 
 
 def allow_seconds(cpu_seconds: int) -> None:
-    """Beyond this much more processor time, the kernel ends the process."""
+    """Allow this much more processor time; beyond it the kernel ends the process."""
     usage = resource.getrusage(resource.RUSAGE_SELF)
     most = math.ceil(usage.ru_utime + usage.ru_stime) + cpu_seconds
     _, hard = resource.getrlimit(resource.RLIMIT_CPU)
@@ -253,7 +253,7 @@ def allow_seconds(cpu_seconds: int) -> None:
 
 
 def read_number(source: BinaryIO) -> int:
-    """Ends the process at the end of the input."""
+    """Read a number; end the process at the end of the input."""
     data = source.read(LENGTH.size)
     if len(data) < LENGTH.size:
         sys.exit(0)
@@ -261,7 +261,7 @@ def read_number(source: BinaryIO) -> int:
 
 
 def write_frame(sink: BinaryIO, data: bytes) -> None:
-    """Its length before it."""
+    """Write the data with its length before it."""
     sink.write(LENGTH.pack(len(data)))
     sink.write(data)
     sink.flush()

@@ -1,6 +1,6 @@
-"""Whether a template takes the content of messages as text or as a list of parts, found in its syntax tree (vLLM's idea).
+"""Finds out whether a template takes the content of messages as text or as a list of parts, from its syntax tree (vLLM's idea).
 
-Loaded by child.py by its path, so it imports jinja2 and the standard library only.
+child.py loads this file by its path, so it imports jinja2 and the standard library only.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ Kinds = frozenset[str]
 
 
 def content_form(template: nodes.Template) -> str:
-    """What the template takes.
+    """Return the form of content that the template takes.
 
     Returns:
-        TEXT: it never looks into content. PARTS: it goes through content, or reads a part of it, wherever it is. EITHER: only where it
-        has asked whether the content is a string.
+        TEXT if it never looks into content; PARTS if it goes through content, or reads a part of it, wherever that is; EITHER if it does
+        so only where it has asked whether the content is a string.
     """
     guarded = list(_Tree(template).readings_of_parts())
     return TEXT if not guarded else EITHER if all(guarded) else PARTS
 
 
 class _Tree:
-    """What the names in a template may stand for, wherever they are set: scopes and the order of statements are not looked at."""
+    """The possible meanings of the names in a template, wherever they are set; scopes and the order of statements are ignored."""
 
     def __init__(self, template: nodes.Template) -> None:
         self._template = template
@@ -46,7 +46,7 @@ class _Tree:
                 self._learn(node)
 
     def readings_of_parts(self) -> Iterator[bool]:
-        """For every place where content is read as a list of parts: whether the template has asked there if it is a string."""
+        """Yield, for every place where content is read as a list of parts, whether the template asks there if it is a string."""
         return self._readings(self._template, guarded=False)
 
     def _readings(self, node: nodes.Node, *, guarded: bool) -> Iterator[bool]:
@@ -104,7 +104,7 @@ class _Tree:
     # -- expressions ------------------------------------------------------------------------------------------------------------------
 
     def _kinds(self, node: Any) -> Kinds:
-        """What an expression may stand for."""
+        """Return the possible meanings of an expression."""
         if isinstance(node, nodes.Name):
             return self._names.get(node.name, frozenset())
         if isinstance(node, (nodes.Getattr, nodes.Getitem)):
@@ -131,7 +131,7 @@ class _Tree:
         return self._content(node.node, key)
 
     def _call(self, node: nodes.Call) -> Kinds:
-        """message.get('content')"""
+        """Return the possible meanings of a call; only message.get('content') has any."""
         called, args = node.node, node.args
         if isinstance(called, nodes.Getattr) and called.attr == "get" and args and isinstance(args[0], nodes.Const):
             return self._content(called.node, args[0].value) | self._union(args[1:])
@@ -153,7 +153,7 @@ class _Tree:
 
 
 def _key(node: nodes.Node) -> str | None:
-    """The name in x.name and x['name']."""
+    """Return the name in x.name and x['name']; None for any other node."""
     if isinstance(node, nodes.Getattr):
         return node.attr
     if isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Const) and isinstance(node.arg.value, str):

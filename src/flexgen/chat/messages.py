@@ -1,4 +1,4 @@
-"""Messages from the shapes of OpenAI's API to what templates read.  Knows neither templates nor tokenizers."""
+"""Messages in the shapes of OpenAI's API, brought to the form that templates read.  Knows neither templates nor tokenizers."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ class Chat:
     """A conversation, ready to be rendered.
 
     Attributes:
-        messages: at least one, as templates read them (`parse_messages`).
-        add_generation_prompt: end with the header of the answer.
-        continue_final_message: leave the last message open, for the model to continue.
-        chat_template_kwargs: more variables for the template.
+        messages: At least one message, in the form that templates read (see `parse_messages`).
+        add_generation_prompt: Whether the prompt ends with the header of the answer.
+        continue_final_message: Whether the last message is left open, for the model to continue.
+        chat_template_kwargs: More variables for the template.
 
     Raises:
-        RequestError: the two ways to end the prompt are both asked for, or a variable has a reserved name.
+        RequestError: Both ways to end the prompt are asked for, or a variable has a reserved name.
     """
 
     messages: tuple[Mapping[str, Any], ...]
@@ -43,7 +43,11 @@ class Chat:
 
 
 def check_template_kwargs(kwargs: object) -> None:
-    """Raises RequestError unless these can be variables of a template."""
+    """Check that these can be variables of a template.
+
+    Raises:
+        RequestError: They cannot.
+    """
     if not isinstance(kwargs, Mapping) or not all(isinstance(name, str) for name in kwargs):
         raise RequestError("chat_template_kwargs must be an object", param="chat_template_kwargs")
     for name in _RESERVED:
@@ -52,13 +56,14 @@ def check_template_kwargs(kwargs: object) -> None:
 
 
 def make_chats(messages: object, **how: Any) -> list[Chat]:
-    """The conversations of a call; a list of messages is one, a list of such lists are several.
+    """Make the conversations of a call: one of a list of messages, several of a list of such lists.
 
     Args:
-        how: the other fields of `Chat`, the same for all.
+        messages: The messages.
+        how: The other fields of `Chat`, the same for all conversations.
 
     Raises:
-        RequestError: one is malformed; the message names its place.
+        RequestError: A conversation is malformed; the message names its number.
     """
     if not isinstance(messages, (list, tuple)):
         raise RequestError("messages must be a list of messages, or a list of such lists", param="messages")
@@ -72,14 +77,14 @@ def make_chats(messages: object, **how: Any) -> list[Chat]:
 
 
 def parse_messages(value: object) -> tuple[dict[str, Any], ...]:
-    """Messages as templates read them.
+    """Bring messages to the form that templates read.
 
-    The content is text or a list of text parts; which of them a template gets, is decided where it is known.  Fields that are null
-    are left out, arguments of tool calls that are JSON are parsed, and reasoning gets every name under which templates look for it,
-    as transformers does.
+    The content stays text or a list of text parts; which of them a template gets is decided where the template is known.  Fields that
+    are null are left out, arguments of tool calls that are JSON are parsed, and reasoning gets every name under which templates look
+    for it, as in transformers.
 
     Raises:
-        RequestError: a message is malformed or not only text; `param` names the place.
+        RequestError: A message is malformed or not only text; `param` names the place.
     """
     if not isinstance(value, (list, tuple)) or not value:
         raise RequestError("messages must be a list of at least one message", param="messages")
@@ -116,7 +121,7 @@ def _content(value: object, place: str) -> str | list[dict[str, Any]]:
 
 
 def _part(part: object, place: str) -> dict[str, Any]:
-    """A part of type text, whatever it was called."""
+    """Return a part as one of type text, whatever its type was called."""
     if isinstance(part, str):
         return {"type": "text", "text": part}
     kind = part.get("type") if isinstance(part, Mapping) else None
@@ -133,7 +138,7 @@ def _part(part: object, place: str) -> dict[str, Any]:
 
 
 def _tool_calls(value: object, place: str) -> list[Any]:
-    """Calls that the model made earlier; templates read their arguments as objects, the API writes them as JSON."""
+    """Return calls that the model made earlier.  Templates read their arguments as objects, the API writes them as JSON."""
     if not isinstance(value, (list, tuple)) or not all(isinstance(call, Mapping) for call in value):
         raise RequestError(f"{place} must be a list of objects", param=place)
     calls: list[Any] = []

@@ -1,6 +1,6 @@
-"""Templates come from strangers, and jinja2's sandbox bounds neither time nor memory: they are rendered in a process of their own.
+"""Renders chat templates in a process of their own, because they come from strangers and jinja2's sandbox bounds neither time nor memory.
 
-The process (child.py) imports jinja2 only, gets nothing but conversations, and is replaced when one of them costs it its life.
+The process (child.py) imports jinja2 only, gets nothing but conversations, and is replaced when a conversation brings it to an end.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flexgen.base.sizes import MIB, format_size
+from flexgen.base.quantities import MIB, format_size
 from flexgen.chat.messages import Chat
 from flexgen.errors import FlexGenError, RequestError
 
@@ -32,13 +32,13 @@ _CHAT_FIELDS = tuple(field.name for field in dataclasses.fields(Chat))
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What one conversation may cost.
+    """Limits of rendering one conversation.
 
     Attributes:
-        cpu_seconds: processor time; up to a second more is tolerated.
-        wall_seconds: until its prompt is there.
-        memory_bytes: beyond what the idle process has.
-        output_chars: length of a prompt.
+        cpu_seconds: Processor time; up to a second more is tolerated.
+        wall_seconds: Time until the prompt is there.
+        memory_bytes: Memory beyond that of the idle process.
+        output_chars: Length of the prompt.
     """
 
     cpu_seconds: int = 5
@@ -51,12 +51,13 @@ DEFAULT_LIMITS = Limits()
 
 
 class TemplateProcess:
-    """Renders conversations by one template.  The process starts with the first of them.
+    """Renders conversations by one template.  The process starts with the first conversation.
 
     Args:
-        template: Jinja, as Hugging Face models have it.
-        variables: what the template sees beside a conversation's own (special tokens, defaults of chat_template_kwargs); JSON values.
-        limits: of each conversation.
+        template: The template, Jinja as Hugging Face models have it.
+        variables: Variables of the template besides those of a conversation (special tokens, defaults of chat_template_kwargs), as JSON
+            values.
+        limits: Limits of each conversation.
     """
 
     def __init__(self, template: str, variables: Mapping[str, Any], *, limits: Limits = DEFAULT_LIMITS) -> None:
@@ -68,17 +69,18 @@ class TemplateProcess:
         self._lock = threading.Lock()  # held while a batch is rendered: threads take turns
 
     def render(self, chats: Sequence[Chat], *, now: float | None = None) -> list[str | RequestError]:
-        """All at once what `render_each` yields."""
+        """Return what `render_each` yields, all at once."""
         return list(self.render_each(chats, now=now))
 
     def render_each(self, chats: Sequence[Chat], *, now: float | None = None) -> Iterator[str | RequestError]:
-        """The prompt of every conversation, or why it has none; a few are held at a time.
+        """Yield the prompt of every conversation, or its error; a few are held at a time.
 
         Args:
-            now: the time that templates are told, in seconds since 1970; None is the clock's.
+            chats: The conversations.
+            now: The time that templates see, in seconds since 1970; None is the clock's.
 
         Raises:
-            FlexGenError: the process cannot be started.
+            FlexGenError: The process cannot be started.
         """
         most_chats = max(1, min(_BATCH_CHATS, _BATCH_CHARS // self.limits.output_chars))
         waiting: list[bytes | RequestError] = []
@@ -124,10 +126,10 @@ class TemplateProcess:
         return payload
 
     def _exchange(self, payloads: list[bytes]) -> list[str | RequestError]:
-        """Answers to the first of these, at least to one.
+        """Return the answers to the first of these conversations, at least one.
 
-        A conversation is to blame for the end of the process if that is certain, or if it happened twice: once may be the work of
-        others, such as a kernel in want of memory.
+        A conversation is to blame for the end of the process if that is certain, or if it happened twice.  Once may have another reason,
+        such as a kernel that needs memory.
         """
         answers: list[str | RequestError] = []
         for is_last_attempt in (False, True):
@@ -149,7 +151,11 @@ class TemplateProcess:
         return answers
 
     def _running(self) -> _Child:
-        """Raises RequestError when the template cannot be compiled, or crosses a limit as soon as it is used."""
+        """Return the running process; start it if need be.
+
+        Raises:
+            RequestError: The template cannot be compiled, or crosses a limit as soon as it is used.
+        """
         if self._refusal is not None:
             raise self._refusal
         if self._child is not None and not self._child.is_alive():
@@ -179,8 +185,8 @@ class _EndedError(Exception):
     """The process ended, or had to be ended.
 
     Args:
-        reason: goes on from "the chat template".
-        is_certain: it was the template's doing.
+        reason: The reason, as the rest of a sentence that begins with "the chat template".
+        is_certain: Whether the template is certainly to blame.
     """
 
     def __init__(self, reason: str, *, is_certain: bool) -> None:
@@ -189,7 +195,7 @@ class _EndedError(Exception):
 
 
 class _Child:
-    """Our end of the process."""
+    """This side's end of the process."""
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
@@ -211,7 +217,11 @@ class _Child:
         return self._process.poll() is None
 
     def open(self, opening: bytes) -> None:
-        """Hand over the template.  Raises RequestError when it is none."""
+        """Hand over the template.
+
+        Raises:
+            RequestError: The template is not valid.
+        """
         self._send(_LENGTH.pack(len(opening)) + opening)
         reply = self._read()
         self._is_open = True
@@ -219,7 +229,7 @@ class _Child:
             raise _error(reply["error"])
 
     def send(self, payloads: list[bytes]) -> None:
-        """Hand over a batch; it is read whole before the first answer is written, so that neither side waits for the other."""
+        """Hand over a batch.  It is read whole before the first answer is written, so that neither side waits for the other."""
         self._send(_LENGTH.pack(len(payloads)) + b"".join(_LENGTH.pack(len(payload)) + payload for payload in payloads))
 
     def receive(self) -> str | RequestError:
@@ -261,7 +271,7 @@ class _Child:
         return _EndedError(f"took longer than {self._limits.wall_seconds:g} seconds", is_certain=False)
 
     def _end(self) -> _EndedError:
-        """Why the process ended: its own exit, if it has one, stands."""
+        """Return the error of a process that ended, with its own exit as the reason if it has one."""
         self._process.kill()
         code = self._process.wait()
         if code > 0 and not self._is_open:

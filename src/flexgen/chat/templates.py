@@ -1,4 +1,4 @@
-"""A model's chat templates: which one renders, with which variables.  Knows neither tokenizers nor what becomes of the prompts."""
+"""The choice of a model's chat template and its variables.  Knows neither tokenizers nor what becomes of the prompts."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ class Templates:
     """Renders a model's conversations.
 
     Args:
-        model: its name, for messages.
-        own: the tokenizer's `chat_template`, as transformers found it: a text, texts by name, or None.
-        special_tokens: bos_token, eos_token, ...
-        given: in place of the model's default: a template, the file that holds one, or the name of one of the model's.
-        max_chars: longest prompt that can be used; None is as long as templates may make it.
-        kwargs: variables of all templates, unless a chat gives them another value.
+        model: The model's name, for messages.
+        own: The tokenizer's `chat_template` as transformers found it: a text, texts by name, or None.
+        special_tokens: Special tokens as text, by name (bos_token, eos_token, ...).
+        given: What replaces the model's default: a template, the file that holds one, or the name of one of the model's.
+        kwargs: Variables of all templates, unless a chat gives them another value.
+        max_chars: Length of the longest prompt that can be used; None is as long as templates may make it.
 
     Attributes:
-        text: the template; None where there is none.
+        text: The template; None if there is none.
 
     Raises:
-        OptionError: `given` or `kwargs` are not what they should be.
+        OptionError: `given` or `kwargs` cannot be used.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Templates:
         self._process = self._open(self.text) if self.text is not None else None
 
     def render(self, chats: Sequence[Chat], *, now: float | None = None) -> Iterator[str | RequestError]:
-        """The prompt of each conversation, or why it has none (see `TemplateProcess.render_each`)."""
+        """Yield the prompt of each conversation, or its error (see `TemplateProcess.render_each`)."""
         if self._process is not None:
             return self._process.render_each(chats, now=now)
         message = (
@@ -67,10 +67,10 @@ class Templates:
         return iter([RequestError(message, code="no_chat_template", param="messages")] * len(chats))
 
     def prompts(self, chats: Sequence[Chat], given: str | os.PathLike[str] | None) -> list[str]:
-        """The prompts of all conversations, by another template if one is given.
+        """Return the prompts of all conversations, by another template if one is given.
 
         Raises:
-            RequestError: for the first that has none, by its place.
+            RequestError: A conversation has no prompt; the error is that of the first, with its number.
         """
         if given is None:
             return _unless_errors(self.render(chats))
@@ -96,16 +96,19 @@ def _unless_errors(results: Iterable[str | RequestError]) -> list[str]:
 
 
 def default_template(own: object) -> str | None:
-    """The template of a model where none is asked for; None where it has none, or several and no default."""
+    """Return the template that is used when none is asked for.
+
+    The result is None if the model has no template, or several and none of them is the default.
+    """
     template = own.get("default") if isinstance(own, Mapping) else own
     return template if isinstance(template, str) else None
 
 
 def choose_template(given: str | os.PathLike[str], own: object) -> str:
-    """The text of a template that is asked for: by itself, by its file, or by its name among the model's.
+    """Return the text of a template that is given as text, as a file, or by its name among the model's.
 
     Raises:
-        OptionError: it is none of these.
+        OptionError: It is none of these.
     """
     named = own if isinstance(own, Mapping) else {}
     if isinstance(given, str):

@@ -1,8 +1,8 @@
-"""Where stored numbers end up, found by running transformers' own conversions on tensors without numbers.
+"""Finds out where stored numbers end up, by running transformers' own conversions on tensors without numbers.
 
 A `Traced` tensor has a shape and a dtype and, in place of numbers, the pieces of stored tensors that it consists of.
 Stacking, concatenating, splitting, transposing and reshaping only rearrange pieces.  So transformers' conversion operations
-(merging experts, splitting a fused projection, ...) run as they are, and what comes out says which stored numbers become
+(merging experts, splitting a fused projection, ...) run as they are, and the result says which stored numbers become
 which part of a parameter.  An operation that computes with the numbers raises `Untraceable`.  Knows no model and no name.
 """
 
@@ -43,7 +43,7 @@ class Traced(torch.Tensor):
 
     @classmethod
     def of(cls, tensor: StoredTensor) -> Traced:
-        """The stored tensor, whole."""
+        """Return the whole stored tensor."""
         return cls(tensor.shape, tensor.dtype, whole(tensor))
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
@@ -65,7 +65,7 @@ def _same(x: Traced, **_: Any) -> Traced:
 
 
 def _reindexed(x: Traced, reindex: Callable[[Sequence[int], int], tuple[int, ...]]) -> Traced:
-    """Dimensions reordered, dropped or inserted: `reindex(values, value of an inserted dimension)`."""
+    """Reorder, drop or insert dimensions by `reindex(values, value of an inserted dimension)`."""
     pieces = [replace(p, shape=reindex(p.shape, 1), strides=reindex(p.strides, 0), start=reindex(p.start, 0)) for p in x.pieces]
     return Traced(reindex(x.shape, 1), x.dtype, pieces)
 
@@ -153,13 +153,16 @@ def _view(x: Traced, shape: Sequence[int]) -> Traced:
 
 
 def _reshaped(piece: Piece, shape: tuple[int, ...], start: tuple[int, ...], dim: int) -> Iterator[Piece]:
-    """Boxes that fill the box of `shape` at `start` with the numbers of `piece`, in the same order.
+    """Return the boxes that fill the box of `shape` at `start` with the numbers of `piece`, in the same order.
 
-    One box where strides exist for that; else (transposed dimensions are merged) the boxes of each index of the piece's
+    It is one box where strides exist for that; otherwise (transposed dimensions are merged) the boxes of each index of the piece's
     first dimension.
 
     Args:
-        dim: the dimension of `shape` that the piece's first dimension lies in; those before it have size 1.
+        piece: The piece.
+        shape: Shape of the box to fill.
+        start: Start of the box to fill.
+        dim: The dimension of `shape` that the piece's first dimension lies in; those before it have size 1.
     """
     try:
         strides = torch.empty_strided(piece.shape, piece.strides, device="meta").view(shape).stride()

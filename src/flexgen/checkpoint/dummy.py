@@ -1,7 +1,7 @@
-"""A checkpoint with random weights, from a config alone: for benchmarks and tests of models one has no weights of.
+"""A checkpoint with random weights from a config alone, for benchmarks and tests of models whose weights are not at hand.
 
 The files look like those of a repository (original tensor names, per-expert tensors, shards, index), so that whoever reads
-them does the work it would do on the real ones.  Memory stays bounded: no tensor is ever built.
+them does the work that the real ones would take.  Memory stays bounded: no tensor is ever built.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from transformers import PreTrainedConfig
 
 from flexgen.checkpoint.repository import NamedTensor, encode_header, meta_model, saved_tensors, sharded
 from flexgen.errors import StorageError
-from flexgen.hub.folder import INDEX_FILE
+from flexgen.hub.model_files import INDEX_FILE
 
 _STANDARD_DEVIATION = 0.02
 # A prime number of elements: repeated through a matrix, no row meets the same numbers twice.
@@ -38,16 +38,16 @@ def write_random_checkpoint(
     weights are written once.  Files are readable by their owner only.
 
     Args:
-        config: of a causal language model.
-        folder: created if need be; must not hold weights yet.
-        dtype: of all floating-point tensors.
-        shard_bytes: tensors of one file take at most this much, unless a single one takes more.
+        config: Config of a causal language model.
+        folder: Folder to write to; created if need be.  It must not hold weights yet.
+        dtype: Dtype of all floating-point tensors.
+        shard_bytes: Most bytes of one file, unless a single tensor takes more.
 
     Returns:
-        bytes of all tensors.
+        The bytes of all tensors.
 
     Raises:
-        StorageError: when a file exists already or cannot be written.
+        StorageError: A file exists already or cannot be written.
     """
     model = meta_model(config, dtype)
     files = sharded(saved_tensors(model, dtype), shard_bytes)
@@ -71,7 +71,7 @@ def write_random_checkpoint(
 
 
 def checkpoint_bytes(config: PreTrainedConfig, dtype: torch.dtype) -> int:
-    """Bytes of all tensors that `write_random_checkpoint` would write."""
+    """Return the bytes of all tensors that `write_random_checkpoint` would write."""
     return sum(tensor.nbytes for tensor in saved_tensors(meta_model(config, dtype), dtype))
 
 
@@ -84,7 +84,7 @@ class _Numbers:
         self._begin = 0  # of the last tensor, in elements
 
     def portions(self, tensor: NamedTensor) -> Iterator[memoryview]:
-        """The bytes of `tensor`, one after the other."""
+        """Yield the bytes of `tensor`, portion by portion."""
         if len(tensor.shape) > 1 and tensor.dtype.is_floating_point and "bias" not in tensor.name:
             # Each tensor begins elsewhere in the block, far from the one before.
             self._begin = (self._begin + _BLOCK_ELEMENTS * 5 // 8) % _BLOCK_ELEMENTS
@@ -118,9 +118,9 @@ def _write_text(path: Path, text: str) -> None:
 
 
 class _NewFile:
-    """A new file for its owner alone, written in large pieces past the page cache where the file system can do that.
+    """A new file for its owner alone, written in large pieces past the page cache where the file system allows it.
 
-    (Through the page cache a benchmark's checkpoint takes three times as long, and pushes everything else out of it.)
+    Through the page cache a benchmark's checkpoint takes three times as long, and pushes everything else out of it.
     """
 
     def __init__(self, path: Path) -> None:

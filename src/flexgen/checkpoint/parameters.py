@@ -1,7 +1,7 @@
-"""A model folder's weight files: which files, which tensors, and which of them becomes which parameter of a model.
+"""The tensors of a model folder's weight files, and which of them becomes which parameter of a model.
 
-What becomes what is transformers' business: its renamings and conversions are asked, not repeated.  No weight is read,
-except to find out whether two copies of a tied weight are equal.
+transformers decides that: its renamings and conversions are asked, not repeated.  No weight is read, except to find out whether
+two copies of a tied weight are equal.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from flexgen.checkpoint.conversion import Traced, Untraceable
 from flexgen.checkpoint.headers import MAX_TENSORS, StoredTensor, parse_header, read_header
 from flexgen.checkpoint.sources import ParameterSource, read_bytes, whole
 from flexgen.errors import CheckpointError, UnsupportedModelError
-from flexgen.hub.folder import INDEX_FILE, weight_files
-from flexgen.hub.foreign import some
+from flexgen.hub.diagnose import some
+from flexgen.hub.model_files import INDEX_FILE, find_weight_files
 
 logger = logging.getLogger(__name__)
 
@@ -33,19 +33,20 @@ _COMPARED_BYTES = 16 << 20
 
 
 class Headers:
-    """The tensors of a model's files, known by their validated headers.  The files may be elsewhere, or not be at all.
+    """The tensors of a model's files, known by their validated headers.  The files may be elsewhere, or not exist at all.
 
     Attributes:
-        folder: where the files are, or the name of what has no folder here.
-        tensors: every stored tensor by name, over all files.
-        total_bytes: of all tensors.
-        readable: whether the files are here, so that numbers can be compared.
+        folder: Folder of the files, or the name of a model that has no folder here.
+        tensors: Every stored tensor by name, over all files.
+        total_bytes: Bytes of all tensors.
+        readable: Whether the files are here, so that numbers can be compared.
 
     Args:
-        tensors: file by file, by name.
+        folder: Folder of the files, or a name for messages.
+        tensors: Tensors by name, file by file.
 
     Raises:
-        CheckpointError: when two files hold a tensor of the same name.
+        CheckpointError: Two files hold a tensor of the same name.
     """
 
     readable = False
@@ -63,10 +64,10 @@ class Headers:
 
     @classmethod
     def parsed(cls, folder: Path, files: Mapping[str, tuple[bytes, int]]) -> Headers:
-        """From file name -> (its header without the 8 bytes of its length, size of the whole file).
+        """Make the tensors from file name -> (its header without the 8 bytes of its length, size of the whole file).
 
         Raises:
-            CheckpointError: when a header breaks a rule of the format.
+            CheckpointError: A header breaks a rule of the format.
         """
         return Headers(folder, [parse_header(header, file_bytes=size, path=folder / name) for name, (header, size) in files.items()])
 
@@ -75,17 +76,17 @@ class Checkpoint(Headers):
     """The safetensors files of a model folder.
 
     Args:
-        folder: holds `model.safetensors`, or `model.safetensors.index.json` and the files it names.  Files may be symbolic
+        folder: Folder that holds `model.safetensors`, or `model.safetensors.index.json` and the files it names.  Files may be symbolic
             links into the same repository of the Hugging Face cache.
 
     Raises:
-        CheckpointError: when there are no such files, or one of them is unsafe or broken.
+        CheckpointError: There are no such files, or one of them is unsafe or broken.
     """
 
     readable = True
 
     def __init__(self, folder: Path) -> None:
-        files, index = weight_files(Path(folder))
+        files, index = find_weight_files(Path(folder))
         super().__init__(Path(folder), map(read_header, files))
         for name, file_name in index.items():
             if name not in self.tensors or self.tensors[name].path.name != file_name:
@@ -94,14 +95,14 @@ class Checkpoint(Headers):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSources:
-    """Where everything in a model's state dict comes from.
+    """The sources of everything in a model's state dict.
 
     Attributes:
-        parameters: the source of each parameter and persistent buffer, by its name in the state dict.
-        tied: name of a parameter -> name in `parameters` of the one it shares its numbers with.  It can lack a pair that the
+        parameters: The source of each parameter and persistent buffer, by its name in the state dict.
+        tied: Name of a parameter -> name in `parameters` of the one it shares its numbers with.  It can lack a pair that the
             skeleton ties: when the checkpoint stores two different weights, both are in `parameters`, as in transformers.
-        initialized: names that the model class allows a checkpoint to lack; they keep the values of initialization.
-        unexpected: stored tensors that the model has no use for, without those that the model class knows to ignore.
+        initialized: Names that the model class allows a checkpoint to lack; they keep the values of initialization.
+        unexpected: Stored tensors that the model has no use for, without those that the model class knows to ignore.
     """
 
     parameters: dict[str, ParameterSource]
@@ -111,15 +112,15 @@ class ModelSources:
 
 
 def parameter_sources(model: PreTrainedModel, checkpoint: Headers) -> ModelSources:
-    """Which stored bytes become which parameter.
+    """Find out which stored bytes become which parameter.
 
     Args:
-        model: a skeleton on the meta device; it is not changed.
-        checkpoint: the folder that it is to be loaded from, or headers alone: two stored copies of a tied weight are then
+        model: A skeleton on the meta device; it is not changed.
+        checkpoint: The folder that the model is to be loaded from, or headers alone: two stored copies of a tied weight are then
             taken for equal.
 
     Raises:
-        CheckpointError: when parameters are missing, shapes differ from the config's, or nothing matches.
+        CheckpointError: Parameters are missing, shapes differ from the config's, or nothing matches.
     """
     expected = model.state_dict()
     groups, unexpected = _gather(model, checkpoint, expected)
@@ -203,7 +204,7 @@ class _Group:
         return [tensor.name for _, tensor in self.tensors]
 
     def sources(self, model: PreTrainedModel) -> list[ParameterSource]:
-        """The sources of the parameters: pieces to place where the conversion only moves numbers."""
+        """Return the sources of the parameters, as pieces to place where the conversion only moves numbers."""
         if self.converter is None:
             if len(self.tensors) > 1:
                 raise CheckpointError(f"{some(self.names)} would all become {self.target}")
@@ -233,7 +234,7 @@ class _Group:
         return self._run(model, tensors)[name]
 
     def _run(self, model: PreTrainedModel, tensors: Iterable[torch.Tensor]) -> dict[str, torch.Tensor]:
-        """transformers' conversion of `tensors`, which stand for the stored ones, by name of the parameter."""
+        """Run transformers' conversion on `tensors`, which stand for the stored ones; return the results by name of the parameter."""
         converter = deepcopy(self.converter)
         assert converter is not None
         for (pattern, stored), tensor in zip(self.tensors, tensors, strict=True):
@@ -242,7 +243,7 @@ class _Group:
         return {name: x[0] if isinstance(x, list) else x for name, x in results.items()}
 
     def _check_complete(self) -> None:
-        """Merged tensors are numbered consecutively: with one missing, all that follow would take another's place."""
+        """Check that merged tensors are numbered consecutively; if one is missing, all that follow would take another's place."""
         for pattern in {pattern for pattern, _ in self.tensors}:
             split = [tensor.name.split(".") for matched, tensor in self.tensors if matched == pattern]
             varying = [part for part in zip(*split, strict=False) if len(set(part)) > 1]
@@ -260,7 +261,7 @@ def _traced_source(name: str, x: torch.Tensor) -> ParameterSource:
 
 
 def _gather(model: PreTrainedModel, checkpoint: Headers, expected: Mapping[str, torch.Tensor]) -> tuple[Collection[_Group], set[str]]:
-    """Stored tensors by the parameter they belong to, and the names of those that belong to none.
+    """Group stored tensors by the parameter that they belong to; also return the names of those that belong to none.
 
     The loop is that of transformers' `convert_and_load_state_dict_in_model`, without its loading.
     """
@@ -301,7 +302,7 @@ def _tie(
     expected: Collection[str],
     equal: Callable[[ParameterSource, ParameterSource], bool],
 ) -> dict[str, str]:
-    """Tied parameters -> the one that is kept in `found`: the model's choice if it is stored, else the first that is."""
+    """Return tied parameters -> the one that is kept in `found`: the model's choice if it is stored, else the first that is."""
     families: dict[str, list[str]] = {}
     for name, main in model.all_tied_weights_keys.items():
         families.setdefault(main, [main]).append(name)
@@ -320,12 +321,12 @@ def _tie(
 
 
 def _alike(a: ParameterSource, b: ParameterSource) -> bool:
-    """Whether two sources could hold the same bytes."""
+    """Return whether two sources could hold the same bytes."""
     return (a.shape, a.dtype, len(a.pieces)) == (b.shape, b.dtype, len(b.pieces)) and a.is_view and b.is_view
 
 
 def _equal(a: ParameterSource, b: ParameterSource) -> bool:
-    """Whether two sources hold the same bytes.  Reads them, up to the first difference."""
+    """Return whether two sources hold the same bytes.  Reads them, up to the first difference."""
     if not _alike(a, b):
         return False
     one, other = a.pieces[0], b.pieces[0]

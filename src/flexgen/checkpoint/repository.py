@@ -17,10 +17,10 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
-from flexgen.base.sizes import align_up
+from flexgen.base.quantities import align_up
 from flexgen.checkpoint.headers import DTYPES, PREFIX_BYTES
 from flexgen.checkpoint.parameters import Headers
-from flexgen.hub.folder import SINGLE_FILE
+from flexgen.hub.model_files import SINGLE_FILE
 from flexgen.models.skeleton import ANY_ROOM, building, parameters_on_meta
 
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -40,17 +40,18 @@ class NamedTensor:
 
 
 def meta_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The model of a config without its weights.
+    """Build the model of a config without its weights.
 
     Raises:
-        UnsupportedModelError: it cannot be built. CheckpointError: the config asks for more than any model has.
+        UnsupportedModelError: The model cannot be built.
+        CheckpointError: The config asks for more than any model has.
     """
     with building(config), torch.device("meta"), parameters_on_meta(ANY_ROOM):
         return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
 def saved_tensors(model: PreTrainedModel, dtype: torch.dtype) -> list[NamedTensor]:
-    """What `save_pretrained` would store: all floating-point numbers in `dtype`, tied weights once."""
+    """Return the tensors that `save_pretrained` would store: all floating-point numbers in `dtype`, tied weights once."""
     ignored = model._keys_to_ignore_on_save or ()
     state = {name: x for name, x in model.state_dict().items() if name not in ignored}
     state = revert_weight_conversion(model, remove_tied_weights_from_state_dict(state, model))
@@ -58,7 +59,7 @@ def saved_tensors(model: PreTrainedModel, dtype: torch.dtype) -> list[NamedTenso
 
 
 def sharded(tensors: Iterable[NamedTensor], shard_bytes: int) -> dict[str, list[NamedTensor]]:
-    """File name -> its tensors in their order in the file.  A tensor larger than `shard_bytes` has one for itself."""
+    """Return file name -> its tensors in their order in the file.  A tensor larger than `shard_bytes` has a file for itself."""
     shards: list[list[NamedTensor]] = []
     open_shard: list[NamedTensor] = []
     filled = 0
@@ -81,7 +82,7 @@ def sharded(tensors: Iterable[NamedTensor], shard_bytes: int) -> dict[str, list[
 
 
 def encode_header(tensors: Sequence[NamedTensor]) -> bytes:
-    """The JSON header of a file that holds `tensors` one after the other; the 8 bytes of its length come before it."""
+    """Return the JSON header of a file that holds `tensors` one after the other; the 8 bytes of its length come before it."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for tensor in tensors:
@@ -96,11 +97,11 @@ def encode_header(tensors: Sequence[NamedTensor]) -> bytes:
 
 
 def headers_of(name: str, files: dict[str, list[NamedTensor]]) -> Headers:
-    """The headers of files that nobody has written.
+    """Return the headers of files that nobody has written.
 
     Args:
-        name: of the repository, for messages.
-        files: as from `sharded`.
+        name: Name of the repository, for messages.
+        files: The files, as from `sharded`.
     """
     parsed = {}
     for file_name, tensors in files.items():

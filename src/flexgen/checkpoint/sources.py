@@ -1,6 +1,6 @@
-"""Which bytes of which files become a parameter: values that whoever moves bytes can execute without knowing models.
+"""Which bytes of which files become a parameter, as values that can be carried out without knowing models.
 
-Reading is the caller's: it brings the bytes of the pieces, by whatever means, and `assemble` puts them in their places.
+The caller reads: it brings the bytes of the pieces, by whatever means, and `assemble` puts them in their places.
 `read` is the plain version of that, for small tensors and to check the fast ones.
 """
 
@@ -30,11 +30,11 @@ class Piece:
     stored alternately): coalesce before reading.
 
     Attributes:
-        tensor: the stored tensor that the numbers belong to.
-        first: index of the box's first element in it, row-major.
-        shape: of the box.
-        strides: of the box through the stored tensor, in elements.
-        start: of the box in the parameter.
+        tensor: The stored tensor that the numbers belong to.
+        first: Index of the box's first element in it, row-major.
+        shape: Shape of the box.
+        strides: Strides of the box through the stored tensor, in elements.
+        start: Start of the box in the parameter.
     """
 
     tensor: StoredTensor
@@ -50,17 +50,17 @@ class Piece:
 
     @property
     def offset(self) -> int:
-        """Of the first byte to read, from the start of the file.  Not always a multiple of the element size."""
+        """Offset of the first byte to read from the start of the file, not always a multiple of the element size."""
         return self.tensor.offset + self.first * self.tensor.dtype.itemsize
 
     @property
     def nbytes(self) -> int:
-        """Bytes to read, from the first to the last number of the box."""
+        """Number of bytes to read, from the first to the last number of the box."""
         return _span(self.shape, self.strides) * self.tensor.dtype.itemsize
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the stored numbers."""
+        """Dtype of the stored numbers."""
         return self.tensor.dtype
 
     @property
@@ -75,14 +75,14 @@ class Piece:
         return all(n == 1 or have == want for n, have, want in zip(self.shape, self.strides, expected, strict=True))
 
     def view(self, raw: torch.Tensor) -> torch.Tensor:
-        """The box, as a view of `raw`: the numbers read, contiguous, of the stored dtype and any shape."""
+        """Return the box as a view of `raw`: the numbers read, contiguous, of the stored dtype and any shape."""
         if raw.dtype != self.dtype or raw.nbytes != self.nbytes or not raw.is_contiguous():
             found = f"{raw.nbytes} bytes of {raw.dtype}"
             raise ValueError(f"{self.tensor.name}: expected {self.nbytes} contiguous bytes of {self.dtype}, got {found}")
         return raw.as_strided(self.shape, self.strides)  # keeps the storage offset of `raw`
 
     def narrow(self, dim: int, start: int, stop: int) -> Piece | None:
-        """What lies within [start, stop) of the parameter's dimension `dim`, placed relative to `start`."""
+        """Return the part within [start, stop) of the parameter's dimension `dim`, placed relative to `start`; None if there is none."""
         low = max(self.start[dim], start)
         length = min(self.start[dim] + self.shape[dim], stop) - low
         if length <= 0:
@@ -96,7 +96,7 @@ class Piece:
 
 
 def whole(tensor: StoredTensor) -> tuple[Piece, ...]:
-    """The one piece that is all of the tensor; none when it has no elements."""
+    """Return the one piece that is all of the tensor; none when it has no elements."""
     if 0 in tensor.shape:
         return ()
     return (Piece(tensor, 0, tensor.shape, contiguous_strides(tensor.shape), (0,) * len(tensor.shape)),)
@@ -104,13 +104,13 @@ def whole(tensor: StoredTensor) -> tuple[Piece, ...]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParameterSource:
-    """Where a parameter, a range of its rows, or a persistent buffer comes from.
+    """The source of a parameter, of a range of its rows, or of a persistent buffer.
 
     Attributes:
-        name: in the model's state dict.
-        shape: of the parameter, or of the rows.
-        dtype: of the stored numbers.
-        pieces: what to read, in the order in which `assemble` expects it.
+        name: Name in the model's state dict.
+        shape: Shape of the parameter, or of the rows.
+        dtype: Dtype of the stored numbers.
+        pieces: The pieces to read, in the order in which `assemble` expects them.
         convert: None when the pieces only have to be put in their places, where they fill the parameter.  Otherwise the
             function that computes it from the stored tensors; such a source cannot be read in parts.
     """
@@ -141,10 +141,10 @@ class ParameterSource:
         return all(p.shape[0] == 1 or p.strides[0] >= _span(p.shape[1:], p.strides[1:]) for p in self.pieces)
 
     def rows(self, start: int, stop: int) -> ParameterSource:
-        """The source of rows [start, stop) along dimension 0, which reads the bytes of these rows only.
+        """Return the source of rows [start, stop) along dimension 0, which reads the bytes of these rows only.
 
         Raises:
-            ValueError: when the source is not `sliceable`, or there are no such rows.
+            ValueError: The source is not `sliceable`, or there are no such rows.
         """
         if not self.sliceable:
             raise ValueError(f"{self.name} cannot be read in parts")
@@ -157,8 +157,8 @@ class ParameterSource:
         """Write the parameter into `out`, cast to its dtype.
 
         Args:
-            raws: for each piece the numbers read: contiguous, of the piece's dtype, of any shape.
-            out: of shape `shape`; any dtype, device and strides.
+            raws: For each piece the numbers read: contiguous, of the piece's dtype, of any shape.
+            out: Tensor of shape `shape`, of any dtype, device and strides.
         """
         if tuple(out.shape) != self.shape:
             raise ValueError(f"{self.name} is {self.shape}, the destination {tuple(out.shape)}")
@@ -174,13 +174,13 @@ class ParameterSource:
         """Read the pieces, one plain blocking read each, and `assemble` them.
 
         Raises:
-            CheckpointError: when a file cannot be read.
+            CheckpointError: A file cannot be read.
         """
         self.assemble([read_bytes(p.path, p.offset, p.nbytes).view(p.dtype) for p in self.pieces], out)
 
 
 def cast_into(out: torch.Tensor, numbers: torch.Tensor) -> None:
-    """`out.copy_(numbers)`; float16 becomes bfloat16 through pieces of float32, three to four times faster on a CPU (docs/log.md)."""
+    """Do `out.copy_(numbers)`; float16 becomes bfloat16 through pieces of float32, three to four times faster on a CPU (docs/log.md)."""
     slow = numbers.dtype == torch.float16 and out.dtype == torch.bfloat16 and not out.is_cuda
     if not slow or not (out.is_contiguous() and numbers.is_contiguous()) or numbers.numel() < CAST_ELEMENTS:
         out.copy_(numbers)
@@ -191,10 +191,10 @@ def cast_into(out: torch.Tensor, numbers: torch.Tensor) -> None:
 
 
 def read_bytes(path: Path, offset: int, nbytes: int) -> torch.Tensor:
-    """A byte range of a file, by a plain blocking read: uint8, (nbytes,).
+    """Return a byte range of a file, by a plain blocking read: uint8, (nbytes,).
 
     Raises:
-        CheckpointError: when the file cannot be read, or ends too early.
+        CheckpointError: The file cannot be read, or ends too early.
     """
     data = torch.empty(nbytes, dtype=torch.uint8)
     rest = data.numpy().data
@@ -210,15 +210,15 @@ def read_bytes(path: Path, offset: int, nbytes: int) -> torch.Tensor:
 
 
 def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
-    """Strides, in elements, of a row-major tensor."""
+    """Return the strides, in elements, of a row-major tensor."""
     return tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
 
 
 def put(values: Sequence[int], position: int, value: int) -> tuple[int, ...]:
-    """`values` with another value at `position`."""
+    """Return `values` with another value at `position`."""
     return (*values[:position], value, *values[position + 1 :])
 
 
 def _span(shape: Sequence[int], strides: Sequence[int]) -> int:
-    """Elements from the first to the last of a box, both included."""
+    """Return the number of elements from the first to the last of a box, both included."""
     return 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))

@@ -18,9 +18,9 @@ from flexgen.options import EngineOptions
 def throughput(
     model: Model,
     options: EngineOptions,
-    num_prompts: Annotated[int, typer.Option(metavar="N", min=1, help="How many requests.")] = 100,
-    input_len: Annotated[int, typer.Option(metavar="N", min=1, help="Prompt tokens of each.")] = 256,
-    output_len: Annotated[int, typer.Option(metavar="N", min=1, help="Output tokens of each.")] = 32,
+    num_prompts: Annotated[int, typer.Option(metavar="N", min=1, help="Number of requests.")] = 100,
+    input_len: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens of each prompt.")] = 256,
+    output_len: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens of each answer.")] = 32,
     output_json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the figures as JSON (docs/metrics.md).")] = None,
     progress: ProgressFlag = "auto",
     verbose: VerboseFlag = False,

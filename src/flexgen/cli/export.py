@@ -18,7 +18,7 @@ from flexgen.errors import OptionError
 @command
 def export(
     job: Annotated[Path, typer.Argument(metavar="OUTPUT", help="The output of a `flexgen run`, or the folder given as its --state.")],
-    order: Annotated[str, typer.Option(metavar="input|done", help="In the order of the input, or as lines were finished.")] = "input",
+    order: Annotated[str, typer.Option(metavar="input|done", help="Order of the input, or order in which lines were done.")] = "input",
     to: Annotated[Path | None, typer.Option(metavar="FILE", help="Write here instead of OUTPUT; - is stdout.")] = None,
 ) -> int:
     """Write the answers that are done, also while the job runs."""

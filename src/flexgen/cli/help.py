@@ -32,8 +32,8 @@ EXAMPLES = {
         ("flexgen status answers.jsonl", "how far it is"),
     ],
     "run": [
-        ("flexgen run MODEL requests.jsonl -o answers.jsonl", "answer it; the same again goes on where it stopped"),
-        ("flexgen run MODEL requests.jsonl -o answers.jsonl --host-mem 24GiB", "in no more memory than that"),
+        ("flexgen run MODEL requests.jsonl -o answers.jsonl", "answer the requests; the same command again goes on where it stopped"),
+        ("flexgen run MODEL requests.jsonl -o answers.jsonl --host-mem 24GiB", "use no more memory than that"),
         ("flexgen run MODEL requests.jsonl -o answers.jsonl --dry-run", "only check the requests, and show the plan"),
         ("flexgen run MODEL requests.jsonl -o answers.jsonl --retry-errors", "once more for lines that ended in an error"),
     ],

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flexgen.base.durations import parse_seconds
 from flexgen.base.files import check_target, write_file
+from flexgen.base.quantities import parse_seconds
 from flexgen.cli.exit_codes import ExitCode
 from flexgen.cli.terminal import complain, complain_of_bug
 from flexgen.errors import FlexGenError, OptionError, StorageError, is_out_of_memory
@@ -137,7 +137,7 @@ def load(model: str, options: EngineOptions, progress: str, **more: Any) -> LLM:
     Args:
         **more: keywords of LLM that are no engine options.
     """
-    from flexgen.hub.hub import resolve_model
+    from flexgen.hub.resolve import resolve_model
     from flexgen.llm import LLM
 
     is_there(Path(model), "MODEL", Path.is_dir)

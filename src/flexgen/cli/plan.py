@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flexgen.base.sizes import MIB
+from flexgen.base.quantities import MIB
 from flexgen.base.steps import step
 from flexgen.cli.exit_codes import ExitCode
 from flexgen.cli.options import engine_command
@@ -132,7 +132,7 @@ def plan(
         ),
     ] = None,
     num_requests: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help=f"How many. Default: {NUM_REQUESTS:,}.", rich_help_panel=_JOB)
+        int | None, typer.Option(metavar="N", min=1, help=f"Number of requests. Default: {NUM_REQUESTS:,}.", rich_help_panel=_JOB)
     ] = None,
     pareto: Annotated[bool, typer.Option("--pareto", help="Also show what shorter requests would cost.")] = False,
     as_json: Annotated[

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flexgen.base.sizes import format_size
+from flexgen.base.quantities import format_size
 from flexgen.cli.exit_codes import ExitCode
 from flexgen.cli.options import check_file, command, write_asked
 from flexgen.cli.terminal import showing
@@ -28,10 +28,10 @@ def profile(
     ] = Path(),
     device: Annotated[str, typer.Option(metavar="|".join(DEVICES), help="Where matrix products run.")] = "auto",
     dtype: Annotated[
-        list[str] | None, typer.Option(metavar="|".join(DTYPES[1:]), help="To measure in; may be repeated. Default: what runs here use.")
+        list[str] | None, typer.Option(metavar="|".join(DTYPES[1:]), help="Dtype to measure; may be repeated. Default: what runs here use.")
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the rates as JSON, for --machine.")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="In a third of the time.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Measure in a third of the time, less exactly.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> int:
     """Measure this machine, in half a minute.

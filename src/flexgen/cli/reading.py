@@ -28,7 +28,7 @@ _JOB = "The job"
 
 Source = Annotated[Path | None, typer.Option("--input", metavar="FILE", help="Requests, as for `flexgen run`.", rich_help_panel=_JOB)]
 InputFormat = Annotated[
-    str | None, typer.Option(metavar="jsonl|text", help="Of the input; text takes every line as a prompt.", rich_help_panel=_JOB)
+    str | None, typer.Option(metavar="jsonl|text", help="Form of the input; text takes every line as a prompt.", rich_help_panel=_JOB)
 ]
 MaxTokens = Annotated[int | None, typer.Option(metavar="N", min=1, help="Longest answer of lines that set none.", rich_help_panel=_JOB)]
 Tokenizer = Annotated[
@@ -39,7 +39,7 @@ ChatTemplate = Annotated[
 ]
 ChatTemplateKwargs = Annotated[
     str | None,
-    typer.Option(metavar="JSON", help='What templates are told besides messages: {"enable_thinking": false}.', rich_help_panel=_JOB),
+    typer.Option(metavar="JSON", help='More variables for chat templates, such as {"enable_thinking": false}.', rich_help_panel=_JOB),
 ]
 
 
@@ -140,7 +140,7 @@ def _shipped(name: str) -> Iterator[Any]:
     """The files of a shipped model: its config, and nothing else."""
     from transformers import AutoConfig
 
-    from flexgen.hub.hub import ModelFiles, read_json
+    from flexgen.hub.model_files import ModelFiles, read_json
     from flexgen.models.catalogue import ENTRIES
 
     entry = ENTRIES[name]

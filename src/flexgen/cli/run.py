@@ -38,19 +38,19 @@ def run(
         typer.Option(metavar="N", min=1, help="Longest answer of chats and bare lines that set none. Default: up to the context."),
     ] = None,
     temperature: Annotated[
-        float | None, typer.Option(metavar="T", help="Of lines that set none; 0 is greedy. Default: the model's generation_config, or 1.")
+        float | None, typer.Option(metavar="T", help="For lines that set none; 0 is greedy. Default: the model's generation_config, or 1.")
     ] = None,
     top_p: Annotated[
-        float | None, typer.Option(metavar="P", help="Of lines that set none. Default: the model's generation_config, or 1.")
+        float | None, typer.Option(metavar="P", help="For lines that set none. Default: the model's generation_config, or 1.")
     ] = None,
     tokenizer: Annotated[str | None, typer.Option(metavar="NAME", help="Another tokenizer than the model's: a folder or hub id.")] = None,
     chat_template: Annotated[
         str | None, typer.Option(metavar="FILE", help="A Jinja template, or the name of one of the model's. Default: the model's own.")
     ] = None,
     chat_template_kwargs: Annotated[
-        str, typer.Option(metavar="JSON", help='What templates are told besides messages: {"enable_thinking": false}.')
+        str, typer.Option(metavar="JSON", help='More variables for chat templates, such as {"enable_thinking": false}.')
     ] = "{}",
-    input_format: Annotated[str, typer.Option(metavar="jsonl|text", help="text takes every line as a prompt.")] = "jsonl",
+    input_format: Annotated[str, typer.Option(metavar="jsonl|text", help="Input form; text takes every line as a prompt.")] = "jsonl",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the input, show the plan, and stop.")] = False,
     metrics: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the report as JSON (docs/metrics.md).")] = None,
     progress: ProgressFlag = "auto",
@@ -84,9 +84,9 @@ def run(
     """Answer a file of requests.
 
     A line is {"prompt": text or token ids, "id", and sampling parameters as
-    in vLLM}, or an OpenAI batch line. What is answered is kept as it is
-    done: the same command again goes on where it stopped, and `flexgen
-    status OUTPUT` shows how far it is.
+    in vLLM}, or an OpenAI batch line. Each answer is stored when it is done.
+    If the run is interrupted, the same command goes on where it stopped.
+    `flexgen status OUTPUT` shows how far the job is.
     """
     asked = Asked(
         model=model,

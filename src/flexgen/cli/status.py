@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 @command
 def status(
     job: Annotated[Path, typer.Argument(metavar="OUTPUT", help="The output of a `flexgen run`, or the folder given as its --state.")],
-    as_json: Annotated[bool, typer.Option("--json", help="As a JSON object (docs/jobs.md).")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object (docs/jobs.md).")] = False,
 ) -> int:
     """Show how far a job is, whether it runs or not."""
     from flexgen.jobs.folder import find_job
@@ -53,14 +53,14 @@ def _process(status: JobStatus) -> str:
 
 
 def _times(status: JobStatus) -> str:
-    from flexgen.base.durations import format_seconds
+    from flexgen.base.quantities import format_seconds
 
     planned = "" if status.planned_seconds is None else f" ({format_seconds(status.planned_seconds)} planned)"
     return format_seconds(status.run_seconds) + planned
 
 
 def _eta(status: JobStatus) -> str:
-    from flexgen.base.durations import format_seconds
+    from flexgen.base.quantities import format_seconds
 
     if status.eta_seconds is None or status.eta_age_seconds is None:
         return ""

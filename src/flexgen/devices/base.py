@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import torch
 
-from flexgen.base.sizes import format_size
+from flexgen.base.quantities import format_size
 from flexgen.errors import CapacityError
 
 logger = logging.getLogger(__name__)

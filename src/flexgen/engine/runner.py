@@ -16,7 +16,8 @@ from flexgen.engine.pass_load import pass_load
 from flexgen.engine.schedule import Slice
 from flexgen.engine.sequence import Sequence as LiveSequence
 from flexgen.engine.sweep import MicroBatch, run_pass
-from flexgen.io.direct_io import FileSet, IOPool
+from flexgen.io.direct_io import FileSet
+from flexgen.io.pool import IOPool
 from flexgen.kv.cache import group_layers
 from flexgen.kv.open import open_places
 from flexgen.kv.place import View

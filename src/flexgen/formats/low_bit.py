@@ -18,7 +18,7 @@ from flexgen.checkpoint.parameters import Headers, quantization_of, refuse_quant
 from flexgen.checkpoint.repository import NamedTensor
 from flexgen.checkpoint.sources import Piece
 from flexgen.errors import CheckpointError
-from flexgen.hub.foreign import some
+from flexgen.hub.diagnose import some
 
 ByteRange = tuple[Path, int, int]  # (file, offset, bytes)
 

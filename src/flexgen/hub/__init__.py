@@ -1,1 +1,1 @@
-"""A model's name to a folder of vetted files, and what its config says.  Reads no weights."""
+"""From a model's name to its files, checked: nothing in a model folder is trusted."""

@@ -1,7 +1,7 @@
-"""config.json to transformers' config: its values are checked before anything is made of them, and nothing else is read.
+"""From config.json to a transformers config.  Its values are checked before anything is made of them, and nothing else is read.
 
-What a value is compared with here are bounds that no honest model comes near; whether the config is that of the weights is
-found out where the model is built (models/skeleton.py).
+The checks are bounds that no real model comes near.  Whether the config fits the weights is found out where the model is built
+(models/skeleton.py).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from flexgen.errors import CheckpointError, ModelError
-from flexgen.hub.hub import ModelFiles
+from flexgen.hub.model_files import ModelFiles
 from flexgen.hub.private_folder import config_folder
 
 MAX_LAYERS = 1 << 10
@@ -26,8 +26,7 @@ _SIZES = re.compile(
 )
 _WHOLE = (
     "hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size", "num_key_value_heads", "head_dim", "intermediate_size",
-    "max_position_embeddings", "sliding_window", "attention_chunk_size",
-    "original_max_position_embeddings",
+    "max_position_embeddings", "sliding_window", "attention_chunk_size", "original_max_position_embeddings",
 )  # fmt: skip
 _POSITIVE = ("attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar", "logits_scaling", "rope_theta")
 _NOT_NEGATIVE = ("rms_norm_eps", "layer_norm_eps", "norm_eps", "layer_norm_epsilon", "norm_epsilon")
@@ -36,10 +35,10 @@ _ROPE = re.compile(r"(^|_)factor$|^rope_theta$|^original_max_position_embeddings
 
 
 def read_config(files: ModelFiles) -> Any:
-    """The transformers config of a model; no code from its folder is run, no other file of it is read.
+    """Make the transformers config of a model.  No code from its folder is run, and no other file of it is read.
 
     Raises:
-        CheckpointError: a value is out of all bounds, or contradicts another.
+        CheckpointError: A value is out of bounds, or contradicts another.
         ModelError: transformers cannot make a config of it.
     """
     from transformers import AutoConfig
@@ -61,13 +60,13 @@ def read_config(files: ModelFiles) -> Any:
 
 
 def reason_of(error: BaseException) -> str:
-    """What an error of transformers or torch says, on a line that can be shown."""
+    """Return what an error of transformers or torch says, on one line that can be shown."""
     said = " ".join(str(error).split())
     return f"{type(error).__name__}{': ' if said else ''}{said[:300]}{'...' if len(said) > 300 else ''}"
 
 
 def _values(value: Any, place: str = "") -> Iterator[tuple[str, Any]]:
-    """Every single value of a config with its dotted name; those in lists have the list's."""
+    """Yield every single value of a config with its dotted name; values in lists have the name of the list."""
     if isinstance(value, dict):
         for name, inner in value.items():
             yield from _values(inner, f"{place}.{name}" if place else name)
@@ -79,7 +78,7 @@ def _values(value: Any, place: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _check_bounds(file: str, place: str, value: Any) -> None:
-    """Refuse numbers for which tables would be made that fit into no memory."""
+    """Refuse numbers that would lead to tables larger than any memory."""
     if not _is_number(value):
         return
     name = place.rpartition(".")[2]
@@ -92,7 +91,7 @@ def _check_bounds(file: str, place: str, value: Any) -> None:
 
 
 def _check_meaning(file: str, field: Callable[[str], Any]) -> None:
-    """Refuse values of the language model that mean nothing, or something else than they seem to."""
+    """Refuse values of the language model that have no meaning, or another one than they seem to have."""
     for name in (*_WHOLE, *_POSITIVE, *_NOT_NEGATIVE):
         value = field(name)
         if value is None or isinstance(value, list):  # one for each layer
@@ -109,7 +108,7 @@ def _check_meaning(file: str, field: Callable[[str], Any]) -> None:
 
 
 def _check_rope(file: str, place: str, parameters: Any) -> None:
-    """Factors and bases of rotary frequencies, by layer type or not."""
+    """Check factors and bases of rotary frequencies, which may be given by layer type."""
     for name, value in parameters.items() if isinstance(parameters, dict) else ():
         where = f"{place}.{name}"
         if isinstance(value, dict):
@@ -122,7 +121,10 @@ def _check_rope(file: str, place: str, parameters: Any) -> None:
 
 
 def _field(text: Any, name: str) -> Any:
-    """A field of a config; None where there is none, and where each layer has its own, which transformers raises an error for."""
+    """Return a field of a config.
+
+    The result is None if there is no such field, or if each layer has its own, for which transformers raises an error.
+    """
     try:
         return getattr(text, name, None)
     except Exception:  # noqa: BLE001

@@ -1,7 +1,7 @@
-"""What transformers gets to see of a model's folder: vetted files under their fixed names, in a folder of our own.
+"""The part of a model's folder that transformers gets to see: checked files under their fixed names, in a private folder.
 
-transformers follows what it finds in a folder: file names in configs, versions of files, code.  Here it finds only what was
-checked, and what the identity of a job is made of.
+transformers follows what it finds in a folder: file names in configs, versions of files, code.  In the private folder it finds only
+what was checked, which is also what the identity of a job is made of.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from flexgen.errors import CheckpointError
-from flexgen.hub.foreign import check_fetched
-from flexgen.hub.hub import TEMPLATE_FILE, TEMPLATE_FOLDER, TOKENIZER_FILES, is_template, read_json
-from flexgen.hub.links import followed
+from flexgen.hub.diagnose import check_fetched
+from flexgen.hub.model_files import TEMPLATE_FILE, TEMPLATE_FOLDER, TOKENIZER_FILES, is_template, read_json
+from flexgen.hub.symlinks import followed
 
 _CONFIG, _ADDED_TOKENS = "config.json", "added_tokens.json"
 _REWRITTEN = ("tokenizer_config.json", "special_tokens_map.json")  # their fields become arguments of tokenizers
@@ -34,7 +34,7 @@ _USELESS = frozenset({"num_labels", "id2label", "label2id", "transformers_weight
 
 @contextmanager
 def config_folder(config: Mapping[str, Any]) -> Iterator[Path]:
-    """A folder with this config.json only, without what names files or code."""
+    """Make a folder that holds this config.json only, without fields that name files or code."""
     with tempfile.TemporaryDirectory(prefix="flexgen-config-") as name:
         folder = Path(name)
         _write(folder / _CONFIG, _cleaned(config))
@@ -43,10 +43,10 @@ def config_folder(config: Mapping[str, Any]) -> Iterator[Path]:
 
 @contextmanager
 def tokenizer_folder(source: Path) -> Iterator[Path]:
-    """A folder with the tokenizer and the chat templates of `source`.
+    """Make a folder that holds the tokenizer and the chat templates of `source`.
 
     Raises:
-        CheckpointError: a file is no JSON object, absurdly large, or behind a link that is not followed.
+        CheckpointError: A file does not hold a JSON object, is absurdly large, or is behind a link that is not followed.
     """
     with tempfile.TemporaryDirectory(prefix="flexgen-tokenizer-") as name:
         folder = Path(name)
@@ -64,7 +64,7 @@ def tokenizer_folder(source: Path) -> Iterator[Path]:
 
 
 def tokenizer_files(folder: Path) -> dict[str, Path]:
-    """Everything that a tokenizer and its templates are loaded from, by its name in the folder."""
+    """Return all files that a tokenizer and its templates are loaded from, by their names in the folder."""
     names = [name for name in (*TOKENIZER_FILES, TEMPLATE_FILE) if (folder / name).is_file()]
     templates = folder / TEMPLATE_FOLDER
     if templates.is_dir():
@@ -81,7 +81,7 @@ def _checked(path: Path) -> Path:
 
 
 def _cleaned(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config, and those within it, without what names files and what is useless."""
+    """Return a config, and the configs within it, without fields that name files and fields that are useless here."""
     kept = ((name, value) for name, value in config.items() if name not in _USELESS and not _names_files(name))
     return {name: _cleaned(value) if isinstance(value, dict) else value for name, value in kept}
 

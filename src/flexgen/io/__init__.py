@@ -1,1 +1,1 @@
-"""Bytes to and from disks: direct reads and writes, checksums, the folder of what is spilled."""
+"""Bytes to and from disks: direct reads and writes, checksums, the folder for what is spilled."""

@@ -1,4 +1,4 @@
-"""What blocks of a file held when they were last written or first read, so that a later read that brings something else is noticed."""
+"""Sums of what blocks of a file held when they were last written or first read, to notice a later read that brings something else."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ BYTES_PER_BLOCK = 9  # of memory
 
 
 class BlockSums:
-    """A sum over each block of a file: any single flipped bit changes it.
+    """A sum of each 4 KiB block of a file; any single flipped bit changes it.
 
-    Blocks that are moved in part are neither noted nor checked; the last one may be short.  Different threads may use
-    different blocks at once.
+    Blocks that are moved in part are neither noted nor checked; the last block may be short.  Different threads may use different
+    blocks at the same time.
 
     Args:
-        known: whether the file is new, and reads as zeros.
+        size_bytes: Size of the file.
+        known: Whether the file is new and reads as zeros.
     """
 
     def __init__(self, size_bytes: int, *, known: bool = False) -> None:
@@ -26,7 +27,7 @@ class BlockSums:
         self._known = np.full(count, known)
 
     def note(self, view: memoryview, offset: int) -> None:
-        """What was just written, from `offset` on."""
+        """Remember the sums of what was just written from `offset` on."""
         start, sums = self._summed(view, offset)
         stop = start + len(sums)
         self._sums[start:stop], self._known[start:stop] = sums, True
@@ -37,7 +38,7 @@ class BlockSums:
             self._known[end // BLOCK_BYTES] = False
 
     def agree(self, view: memoryview, offset: int) -> bool:
-        """Whether what was just read is what was there before; blocks seen for the first time are noted."""
+        """Return whether what was just read is what was there before.  Blocks that are seen for the first time are remembered."""
         start, sums = self._summed(view, offset)
         places = slice(start, start + len(sums))
         known = self._known[places]
@@ -47,7 +48,7 @@ class BlockSums:
         return same
 
     def _summed(self, view: memoryview, offset: int) -> tuple[int, npt.NDArray[np.uint64]]:
-        """(number of the first whole block, the sums of all whole blocks)."""
+        """Return the number of the first whole block in the view, and the sums of all whole blocks."""
         view = view[-offset % BLOCK_BYTES :]
         start, count = -(-offset // BLOCK_BYTES), len(view) // BLOCK_BYTES
         whole = view[: count * BLOCK_BYTES]

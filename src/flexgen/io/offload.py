@@ -1,4 +1,4 @@
-"""Private folders for what a run spills: removed when it ends, and by a later run when it could not do so itself."""
+"""Private folders for what a run spills.  A run removes its folder when it ends; what a killed run left, a later run removes."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _PREFIX, _LOCK = "flexgen-offload-", "in-use"
 
 
 class OffloadFolder:
-    """A fresh folder below `parent` that only its owner can read.  What killed runs left there goes first.
+    """A fresh folder below `parent` that only its owner can read.  What killed runs left there is removed first.
 
-    The run holds a lock on a file within; the kernel lets go of it however the run ends, which is how others tell.
+    The run holds a lock on a file in the folder.  The kernel releases it however the run ends, so other runs can tell an abandoned folder.
 
     Raises:
-        StorageError: it cannot be made.
+        StorageError: The folder cannot be made.
     """
 
     def __init__(self, parent: Path) -> None:
@@ -36,7 +36,7 @@ class OffloadFolder:
             raise StorageError(f"the offload folder {parent} cannot be used: {error}") from error
 
     def remove(self) -> None:
-        """Delete it with all that is in it."""
+        """Delete the folder with everything in it."""
         shutil.rmtree(self.path, ignore_errors=True)
         if self._lock >= 0:
             os.close(self._lock)
@@ -44,7 +44,7 @@ class OffloadFolder:
 
 
 def _make(parent: Path) -> tuple[Path, int]:
-    """A folder and its lock; once more if a sweep came between the two."""
+    """Make a folder and lock it; try again if another run's sweep came between the two."""
     while True:
         folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
         try:
@@ -59,7 +59,7 @@ def _make(parent: Path) -> tuple[Path, int]:
 
 
 def _sweep(parent: Path) -> None:
-    """Remove folders of ours that no run holds."""
+    """Remove folders of this user that no run holds."""
     for folder in parent.glob(_PREFIX + "*"):
         with contextlib.suppress(OSError):  # held, just being made, or gone
             found = folder.lstat()

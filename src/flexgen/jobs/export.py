@@ -14,7 +14,7 @@ from typing import BinaryIO
 
 from flexgen.base.failpoints import failpoint
 from flexgen.base.files import check_target, create, follow, open_private, sync_folder, temporary_beside
-from flexgen.base.sizes import MIB
+from flexgen.base.quantities import MIB
 from flexgen.errors import JobError, OptionError, StorageError
 from flexgen.jobs.database import connect, transaction, translated
 from flexgen.jobs.folder import JobFolder, JobPaths

@@ -14,8 +14,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from flexgen.base.sizes import format_size
-from flexgen.hub.hub import TOKENIZER_FILES, ModelFiles, weight_files
+from flexgen.base.quantities import format_size
+from flexgen.hub.model_files import TOKENIZER_FILES, ModelFiles, weight_files
 from flexgen.hub.private_folder import tokenizer_files
 from flexgen.llm import LLM
 from flexgen.request import SamplingParams

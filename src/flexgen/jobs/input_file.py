@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from flexgen.base.sizes import MIB
+from flexgen.base.quantities import MIB
 
 READ_ERRORS = (OSError, EOFError, zlib.error)  # the last two are of damaged archives
 _GZIP = b"\x1f\x8b"

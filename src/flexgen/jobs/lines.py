@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO, NoReturn
 
-from flexgen.base.sizes import MIB, format_size
+from flexgen.base.quantities import MIB, format_size
 from flexgen.errors import RequestError
 
 MAX_LINE_BYTES = 16 * MIB  # some two million token ids

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from flexgen.base.files import open_private, sync_folder
-from flexgen.base.sizes import MIB
+from flexgen.base.quantities import MIB
 from flexgen.errors import StorageError
 from flexgen.jobs.database import translated
 from flexgen.jobs.folder import JobFolder

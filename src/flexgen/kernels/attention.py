@@ -1,4 +1,4 @@
-"""The attention kernels of a device, chosen by a table; what every implementation offers."""
+"""The interface of attention kernels, and the table that chooses the implementation for a device."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from flexgen.kernels import reference
 
 
 class AttentionKernels(Protocol):
-    """Attention on pages. Shapes and meanings: `flexgen.kernels.reference`, function by function."""
+    """Attention on pages.  `flexgen.kernels.reference` defines shapes and meanings, function by function."""
 
     def write_kv(
         self, key: Tensor, value: Tensor, key_pages: Tensor, value_pages: Tensor, page_ids: Tensor, page_offsets: Tensor
@@ -89,7 +89,7 @@ class ReferenceKernels:
 
 
 def attention_kernels(device: torch.device, num_threads: int) -> AttentionKernels:
-    """The attention kernels for tensors on `device`; where they compute on the host, with `num_threads` threads."""
+    """Return the attention kernels for tensors on `device`; where they compute on the host, with `num_threads` threads."""
     return KERNELS.get(device.type, _reference_kernels)(num_threads)
 
 
@@ -107,7 +107,7 @@ KERNELS: dict[str, Callable[[int], AttentionKernels]] = {"cpu": _cpu_kernels}
 
 
 def warm_up(kernels: AttentionKernels, dtype: torch.dtype) -> None:
-    """Run every kernel once on a few numbers, so that compiling them happens now."""
+    """Run every kernel once on a few numbers, so that it is compiled now."""
     heads, dim, page = 2, 16, 16
     key, value = torch.zeros(4, heads, dim, dtype=dtype), torch.zeros(4, heads, dim, dtype=dtype)
     key_pages = torch.zeros(1, heads, dim, page, dtype=dtype)

@@ -26,7 +26,7 @@ def write_kv(key: Tensor, value: Tensor, key_pages: Tensor, value_pages: Tensor,
 
 
 def gather_kv(key_pages: Tensor, value_pages: Tensor, page_table: Tensor, start: int, length: int) -> tuple[Tensor, Tensor]:
-    """Positions start <= p < length of one sequence as contiguous keys (length - start, K, Dk) and values (.., Dv)."""
+    """Return positions start <= p < length of one sequence as contiguous keys (length - start, K, Dk) and values (.., Dv)."""
     page_tokens = key_pages.shape[-1]
     first = start // page_tokens
     pages = page_table[first : -(-length // page_tokens)].long()
@@ -49,15 +49,20 @@ def decode_attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> None:
-    """One query token per sequence, whose own key and value are stored already.
+    """Attend with one query token per sequence, whose own key and value are stored already.
 
     Args:
-        query: (S, H, Dk). out: (S, H, Dv), of the query's dtype; written.
-        page_tables: integers (S, max_pages). Entries of pages wholly outside the visible positions are never read.
-        starts, lengths: int64 (S,). Sequence i sees positions starts[i] <= p < lengths[i], at least one; a start before
-            the first position (of a window longer than the sequence) means the first.
-        softcap: caps the scaled scores s to softcap * tanh(s / softcap).
-        sinks: (H,), one more logit per head that takes its share of the softmax and adds nothing.
+        query: (S, H, Dk).
+        key_pages: (pages, K, Dk, page_tokens).
+        value_pages: (pages, K, page_tokens, Dv).
+        page_tables: Integers (S, max_pages).  Entries of pages wholly outside the visible positions are never read.
+        starts: int64 (S,).  First visible position of each sequence.  One before the first position (of a window longer than the
+            sequence) means the first.
+        lengths: int64 (S,).  Sequence i sees positions starts[i] <= p < lengths[i], at least one.
+        scaling: Factor of the scores.
+        softcap: Caps the scaled scores s to softcap * tanh(s / softcap).
+        sinks: (H,).  One more logit per head, which takes its share of the softmax and adds nothing.
+        out: (S, H, Dv), of the query's dtype; written.
     """
     for i, (start, length) in enumerate(zip(starts.clamp(min=0).tolist(), lengths.tolist(), strict=True)):
         key, value = gather_kv(key_pages, value_pages, page_tables[i], start, length)
@@ -76,13 +81,18 @@ def prefill_attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> None:
-    """The last T of a sequence's N positions attend to what came before them, and to themselves.
+    """Let the last T of a sequence's N positions attend to everything before them and to themselves.
 
     Args:
-        query: (T, H, Dk). key: (N, K, Dk). value: (N, K, Dv). out: (T, H, Dv), of the query's dtype; written.
-        starts: int64 (T,). Query i stands at position N - T + i and sees starts[i] <= p <= N - T + i: zero for full
+        query: (T, H, Dk).
+        key: (N, K, Dk).
+        value: (N, K, Dv).
+        starts: int64 (T,).  Query i stands at position N - T + i and sees starts[i] <= p <= N - T + i: zero for full
             attention, position - window + 1 for a window, the chunk's start for chunked attention.
-        softcap, sinks: as for `decode_attention`.
+        scaling: As for `decode_attention`.
+        softcap: As for `decode_attention`.
+        sinks: As for `decode_attention`.
+        out: (T, H, Dv), of the query's dtype; written.
     """
     num_queries, num_positions = query.shape[0], key.shape[0]
     positions = torch.arange(num_positions, device=query.device)
@@ -103,13 +113,22 @@ def decode_latent_attention(
     scaling: float,
     out: Tensor,
 ) -> None:
-    """Decode attention on cached latents (DeepSeek-V2, arXiv:2405.04434, section 2.1.2, projections absorbed).
+    """Attend to cached latents with one query token per sequence.
 
-    Pages hold the latent c_kv as the one key head (Dk = rank) and the rotated k_rope as the one value head
-    (Dv = rope): score = query_latent . c_kv + query_rope . k_rope, and the result is the weighted sum of c_kv.
+    This is DeepSeek-V2's attention with absorbed projections (arXiv:2405.04434, section 2.1.2).  Pages hold the latent c_kv as the one
+    key head (Dk = rank) and the rotated k_rope as the one value head (Dv = rope): score = query_latent . c_kv + query_rope . k_rope,
+    and the result is the weighted sum of c_kv.
 
     Args:
-        query_latent: (S, H, rank). query_rope: (S, H, rope). out: (S, H, rank), of the query's dtype; written.
+        query_latent: (S, H, rank).
+        query_rope: (S, H, rope).
+        key_pages: (pages, 1, rank, page_tokens), the latents.
+        value_pages: (pages, 1, page_tokens, rope), the rotated keys.
+        page_tables: As for `decode_attention`.
+        starts: As for `decode_attention`.
+        lengths: As for `decode_attention`.
+        scaling: As for `decode_attention`.
+        out: (S, H, rank), of the query's dtype; written.
     """
     query = torch.cat([query_latent, query_rope], dim=-1)  # (S, H, rank + rope)
     for i, (start, length) in enumerate(zip(starts.clamp(min=0).tolist(), lengths.tolist(), strict=True)):
@@ -121,7 +140,7 @@ def decode_latent_attention(
 def _attend(
     query: Tensor, key: Tensor, value: Tensor, visible: Tensor, scaling: float, softcap: float | None, sinks: Tensor | None
 ) -> Tensor:
-    """Softmax attention (T, H, Dv) of T queries over N positions, of which each sees some: `visible` (T, N)."""
+    """Compute softmax attention (T, H, Dv) of T queries over N positions, of which each query sees some: `visible` (T, N)."""
     dtype = torch.promote_types(query.dtype, torch.float32)
     (num_queries, num_heads, key_dim), kv_heads = query.shape, key.shape[1]
     grouped = query.to(dtype).view(num_queries, kv_heads, num_heads // kv_heads, key_dim)

@@ -1,4 +1,4 @@
-"""The threads that host kernels run on: ours, named, and started once.
+"""The threads that host kernels run on: named, started once, and owned by the caller.
 
 Numba's own parallel regions abort when two threads enter them, and OpenMP's pool belongs to torch.
 """
@@ -23,7 +23,7 @@ Range = tuple[int, int]
 
 
 class KernelThreads:
-    """Runs a function over slices of a work list: on the calling thread and on `num_threads - 1` of its own."""
+    """Runs a function over slices of a work list, on the calling thread and on `num_threads - 1` of its own."""
 
     def __init__(self, num_threads: int) -> None:
         if num_threads < 1:
@@ -38,7 +38,7 @@ class KernelThreads:
         self._stop = weakref.finalize(self, _stop, self._batches, len(self._threads))
 
     def run(self, function: Callable[[int, int], None], ranges: Sequence[Range]) -> None:
-        """Call `function(begin, end)` once for each range, in any order; raises the first error after all have ended."""
+        """Call `function(begin, end)` once for each range, in any order.  The first error is raised after all have ended."""
         if not self._stop.alive:
             raise EngineError("these kernel threads are closed")
         if not self._threads or len(ranges) <= 1:
@@ -52,7 +52,7 @@ class KernelThreads:
         batch.wait()
 
     def close(self) -> None:
-        """End the threads. Idempotent."""
+        """End the threads.  Closing twice does no harm."""
         self._stop()
         for thread in self._threads:
             thread.join()
@@ -65,7 +65,7 @@ class KernelThreads:
 
 
 class _Batch:
-    """The slices of one call: whoever is free takes the next one."""
+    """The slices of one call; whoever is free takes the next one."""
 
     def __init__(self, function: Callable[[int, int], None], ranges: Sequence[Range]) -> None:
         self._function = function

@@ -14,7 +14,7 @@ from typing import Protocol
 
 import torch
 
-from flexgen.base.sizes import align_up
+from flexgen.base.quantities import align_up
 from flexgen.errors import EngineError
 
 # (key_heads, key_dim, value_heads, value_dim, window, chunk)

@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from flexgen.devices.base import Backend
-from flexgen.io.direct_io import ALIGNMENT, AlignedBuffer, File, IOPool, Ticket
+from flexgen.io.aligned import ALIGNMENT, AlignedBuffer
+from flexgen.io.direct_io import File
+from flexgen.io.pool import IOPool, Ticket
 from flexgen.kv.cache import KVGroup, PageList
 from flexgen.kv.host import HOST, HostPlace, HostView, Pages
 from flexgen.kv.place import View

@@ -9,7 +9,7 @@ import torch
 
 from flexgen.devices.base import Backend
 from flexgen.errors import EngineError
-from flexgen.io.direct_io import IOPool
+from flexgen.io.pool import IOPool
 from flexgen.kernels.attention import AttentionKernels, attention_kernels
 from flexgen.kv.cache import KVCache, KVGroup, PagePool, Pool, divide_pool
 from flexgen.kv.disk import DiskPlace, DiskPool

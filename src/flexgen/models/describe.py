@@ -13,7 +13,7 @@ from flexgen.checkpoint.repository import headers_of, meta_model, saved_tensors,
 from flexgen.checkpoint.sources import Piece
 from flexgen.errors import UnsupportedModelError
 from flexgen.formats.low_bit import DecodedHeaders, decoded_headers, dtype_name, published_format
-from flexgen.io.direct_io import plan_extents
+from flexgen.io.aligned import plan_extents
 from flexgen.models.layouts import Layouts, lay_out, trace_config
 from flexgen.models.refusals import check_supported_architecture
 from flexgen.models.tracing import LayerKV, ModelTrace

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from flexgen.base.sizes import GIB, MIB
+from flexgen.base.quantities import GIB, MIB
 from flexgen.checkpoint.parameters import Headers, ModelSources, parameter_sources
-from flexgen.io.direct_io import plan_extents
+from flexgen.io.aligned import plan_extents
 from flexgen.models.refusals import check_supported_architecture
 from flexgen.models.skeleton import Room, build_skeleton
 from flexgen.models.tracing import ModelTrace, trace_model

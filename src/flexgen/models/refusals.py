@@ -1,6 +1,6 @@
-"""Models that are refused by what their config says, before anything is built or read.
+"""Models that are refused because of their config, before anything is built or read.
 
-What shows only in the forward (masks, unknown arguments, attention that is not causal) the trace refuses.
+Other reasons show only in the forward (masks, unknown arguments, attention that is not causal); the trace refuses those.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ REFUSED = {
 
 
 def check_supported_architecture(config: Any) -> None:
-    """Refuse what the engine would compute wrongly.
+    """Refuse models that the engine would compute wrongly.
 
     Args:
-        config: the model's transformers config.
+        config: The model's transformers config.
 
     Raises:
-        UnsupportedModelError: naming the model type and the reason.
+        UnsupportedModelError: The model is refused; the message names its type and the reason.
     """
     if (reason := REFUSED.get(config.model_type)) is not None:
         raise UnsupportedModelError(f"model type {config.model_type!r} {reason}, which is not supported")

@@ -1,7 +1,7 @@
 """Rotary frequencies that depend on a sequence's length: chosen per sequence, never by its neighbours.
 
 transformers takes the largest position of the whole call as the length (LongRoPE, dynamic NTK).  In a packed
-micro-batch that would be another sequence's; so the rotary module is called for each stretch of equal length.
+micro-batch that would be another sequence's, so the rotary module is called for each stretch of equal length.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Run = tuple[int, int]  # (tokens, length of the sequence that transformers would
 
 
 def recompute_length(config: Any) -> int | None:
-    """Tokens at which the model's `generate` computes a sequence anew, once it has more; None where it never does."""
+    """Return the length beyond which the model's `generate` computes a sequence anew; None if it never does."""
     text = config.get_text_config(decoder=True)
     if config.model_type not in RECOMPUTING or not _types(getattr(text, "rope_parameters", None)):
         return None
@@ -31,7 +31,10 @@ def recompute_length(config: Any) -> int | None:
 
 
 def rope_regime(config: Any) -> Callable[[int], Hashable]:
-    """For a prompt of so many tokens, which rotary frequencies it gets: where they are equal, equal tokens have equal keys."""
+    """Return a function that names the rotary frequencies of a prompt of some length.
+
+    Where the names are equal, equal tokens have equal keys.
+    """
     text = config.get_text_config(decoder=True)
     parameters = getattr(text, "rope_parameters", None)
     kinds = _types(parameters)
@@ -41,7 +44,7 @@ def rope_regime(config: Any) -> Callable[[int], Hashable]:
 
 
 def _types(parameters: Any) -> set[str]:
-    """The length-dependent rope types among rope parameters, which may be one level down, by layer type."""
+    """Return the length-dependent rope types among rope parameters, which may be one level down, by layer type."""
     if not isinstance(parameters, dict):
         return set()
     if "rope_type" not in parameters:
@@ -50,10 +53,10 @@ def _types(parameters: Any) -> set[str]:
 
 
 def check_factors(model: nn.Module) -> None:
-    """Refuse lists of factors of another length than the frequencies that they scale: one number would silently do for all.
+    """Refuse lists of factors that are not as long as the frequencies that they scale; a single number would silently scale all.
 
     Raises:
-        CheckpointError: naming both lengths.
+        CheckpointError: The lengths differ; the message names both.
     """
     for module in model.modules():
         frequencies = module._buffers.get("inv_freq")
@@ -72,7 +75,8 @@ def isolate_sequences(model: nn.Module, *, recomputes: bool) -> None:
     """Make every length-dependent rotary module of `model` treat each sequence by itself.
 
     Args:
-        recomputes: whether a sequence that grows beyond the threshold is computed anew.  If not, each of its tokens keeps
+        model: The model.
+        recomputes: Whether a sequence that grows beyond the threshold is computed anew.  If not, each of its tokens keeps
             the frequencies of the length at which it was computed first.
     """
     for module in model.modules():
@@ -85,7 +89,7 @@ def isolate_sequences(model: nn.Module, *, recomputes: bool) -> None:
 def _by_sequence(
     module: Any, forward: Callable[..., Any], recomputes: bool, x: torch.Tensor, position_ids: torch.Tensor, *args: Any, **kwargs: Any
 ) -> Any:
-    """The module's forward on each stretch of tokens, with the last position of their sequence appended to make it the longest."""
+    """Call the module's forward on each stretch of tokens, with the last position of their sequence appended as the longest."""
     parts, row = [], 0
     for count, length in _merged(_runs(current_forward().spans(), recomputes), module):
         last = position_ids.new_full((1, 1), length - 1)
@@ -98,7 +102,7 @@ def _by_sequence(
 
 
 def _runs(spans: Sequence[Span], recomputes: bool) -> Iterator[Run]:
-    """A prompt is computed at its own length, each generated token at the length it gave the sequence."""
+    """Yield stretches of tokens with their length: a prompt has its own, a generated token the one that it gave the sequence."""
     for span in spans:
         if recomputes:
             yield span.length, span.total
@@ -110,7 +114,7 @@ def _runs(spans: Sequence[Span], recomputes: bool) -> Iterator[Run]:
 
 
 def _merged(runs: Iterator[Run], module: Any) -> Iterator[Run]:
-    """Neighbours that get the same frequencies."""
+    """Join neighbouring stretches that get the same frequencies."""
     thresholds = _thresholds(module.config.rope_parameters, module.original_max_seq_len)
     dynamic = "dynamic" in str(module.rope_type)
     for _, group in groupby(runs, key=lambda run: _frequencies(thresholds, dynamic, run[1])):
@@ -119,12 +123,12 @@ def _merged(runs: Iterator[Run], module: Any) -> Iterator[Run]:
 
 
 def _frequencies(thresholds: Sequence[int], dynamic: bool, length: int) -> Hashable:
-    """Names the frequencies of a length: LongRoPE knows two sets, dynamic NTK one per length above the threshold."""
+    """Name the frequencies of a length: LongRoPE has two sets, dynamic NTK one per length above the threshold."""
     return max(length, min(thresholds)) if dynamic else tuple(length > each for each in thresholds)
 
 
 def _thresholds(parameters: Any, context: int) -> list[int]:
-    """Lengths up to which frequencies do not change; `context` where the parameters name none."""
+    """Return the lengths up to which frequencies do not change; `context` where the parameters name none."""
     nested = [parameters] if "rope_type" in parameters else list(parameters.values())
     return [each.get("original_max_position_embeddings") or context for each in nested]
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from flexgen.base.sizes import align_up
+from flexgen.base.quantities import align_up
 from flexgen.models.skeleton import ModulePlan
 from flexgen.models.tracing import ModelTrace, is_experts, is_scored_experts
 

@@ -1,1 +1,1 @@
-"""Measuring this machine: its limits and its best rates."""
+"""Measures this machine: its limits and its best rates."""

@@ -1,6 +1,6 @@
-"""How fast this machine is just now beside what was measured before: a moment of products, and of reading where weights stream.
+"""Compares the machine's speed just now with its profile: a moment of matrix products, and of reading where weights stream.
 
-What a shared machine does within minutes shows in both, so that a report can tell a slow machine from a slow engine.
+A shared machine changes within minutes, and both show it, so that a report can tell a slow machine from a slow engine.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from flexgen.base.sizes import MIB
+from flexgen.base.quantities import MIB
 from flexgen.errors import StorageError
 from flexgen.plan.machine import Machine
 from flexgen.profile.busy import BusyCores
@@ -33,12 +33,16 @@ LEAST_FILE_BYTES = 64 * MIB  # smaller ones say little of a disk
 
 @dataclass(slots=True, kw_only=True)
 class MachineCheck:
-    """Compares the machine with its profile, now and at the end of a run.
+    """Compares the machine with its profile, at the beginning and at the end of a run.
 
     Attributes:
-        weights: file that weights stream from; None where none do. max_bytes: of memory that products may take.
-        job_seconds: that the job is expected to take.
-        at_start: as `now`, when the run began; empty where nobody looked.
+        machine: The profile.
+        device: Device that computes.
+        dtype: Dtype that is computed in.
+        max_bytes: Memory that products may take.
+        job_seconds: Seconds that the job is expected to take.
+        weights: File that weights stream from; None where none do.
+        at_start: Result of `now` when the run began; empty where nobody looked.
     """
 
     machine: Machine
@@ -51,17 +55,17 @@ class MachineCheck:
     _busy: BusyCores = field(default_factory=BusyCores)
 
     def start(self) -> None:
-        """The run begins."""
+        """Look at the machine when the run begins."""
         self.at_start = self.now()
         self._busy = BusyCores()
 
     def end(self) -> CheckedMachine:
-        """What was found at both ends of the run, and who used the machine in between."""
+        """Look at the machine again, and return both results and who used the machine in between."""
         busy_cores = self._busy.by_others()
         return CheckedMachine(start=self.at_start, end=self.now(), busy_cores=busy_cores)
 
     def now(self) -> dict[str, float]:
-        """Resource -> its rate just now over the typical one of the profile; nothing of what cannot be looked at."""
+        """Return resource -> its rate just now over the typical one of the profile, without what cannot be looked at."""
         began, rates = time.perf_counter(), dict[str, float]()
         try:
             with torch.inference_mode():
@@ -70,12 +74,12 @@ class MachineCheck:
                 rates["disk_read"] = self._reading(self.weights)
         except (OSError, StorageError, MemoryError, RuntimeError) as error:  # the run itself will say what is wrong
             logger.info("the machine could not be checked: %s", error)
-        told = ", ".join(f"{name} {rate:.2f}" for name, rate in rates.items())
-        logger.debug("this machine just now, of its profile's rates: %s (in %.2f s)", told, time.perf_counter() - began)
+        shown = ", ".join(f"{name} {rate:.2f}" for name, rate in rates.items())
+        logger.debug("this machine just now, of its profile's rates: %s (in %.2f s)", shown, time.perf_counter() - began)
         return rates
 
     def _products(self) -> float:
-        """Of linear layers with about ROWS rows, in a shape of the profile."""
+        """Return the relative rate of linear layers with about ROWS rows, in a shape of the profile."""
         rows, rate = min(self.machine.dense[self.dtype], key=lambda point: abs(point[0] - ROWS))
         features_out, features_in = DENSE_SHAPES[0]
         where, dtype = torch.device("cuda" if self.device == "cuda" else "cpu"), getattr(torch, self.dtype)
@@ -94,16 +98,16 @@ class MachineCheck:
 
     @property
     def _most_seconds(self) -> float:
-        """Of a kind of work."""
+        """The most seconds that a look at one resource may take."""
         return min(MOST_SECONDS, SHARE * self.job_seconds)
 
     @staticmethod
     def _seconds(rows: float, features_out: int, rate: float) -> float:
-        """That a product should take."""
+        """Return the seconds that a product should take."""
         return 2 * rows * features_out * DENSE_SHAPES[0][1] / rate
 
     def _reading(self, path: Path) -> float:
-        """Of the disk that weights stream from, past the page cache."""
+        """Return the relative rate of the disk that weights stream from, past the page cache."""
         with opened(path, os.O_RDONLY) as file:
             rate, _ = read_rate(file, path.stat().st_size, self.machine.io_threads, BLOCK_BYTES, seconds=self._most_seconds / 2)
         return rate / self.machine.disk_read.typical

@@ -1,4 +1,4 @@
-"""How fast linear layers, attention and elementwise operations are computed, on the device that computes and on the host."""
+"""Measures linear layers, attention and elementwise operations, on the device that computes and on the host."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ HEAD_DIM, PAGE_TOKENS, STEP_TOKENS = 128, 16, 512
 
 
 def dense_rates(where: torch.device, dtype: torch.dtype, max_bytes: int, seconds: float) -> Curve:
-    """(rows, FLOP/s) of linear layers, over shapes and rounds."""
+    """Measure linear layers: (rows, FLOP/s), over shapes and rounds."""
     rounds: dict[int, list[float]] = {rows: [] for rows in DENSE_ROWS}
     began = time.perf_counter()
     while not rounds[DENSE_ROWS[0]] or time.perf_counter() - began < seconds / 2:  # the next round takes as long as those before
@@ -51,18 +51,18 @@ def keep_busy(where: torch.device, dtype: torch.dtype, max_bytes: int, seconds: 
 
 
 def better(typical: Curve, other: Curve) -> Curve:
-    """The first curve with the best rates of both."""
+    """Return the first curve with the best rates of both."""
     best = {rows: rate.best for rows, rate in other}
     return tuple((rows, Rate(max(rate.best, best.get(rows, 0.0)), rate.typical, rate.spread)) for rows, rate in typical)
 
 
 def random_numbers(shape: tuple[int, ...], where: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """Between -1 and 1: zeros would be computed at other rates."""
+    """Return numbers between -1 and 1; zeros would be computed at other rates."""
     return torch.empty(shape, dtype=dtype, device=where).uniform_(-1, 1)
 
 
 def _shrunken(shape: tuple[int, int], item_bytes: int, max_bytes: int) -> tuple[int, int]:
-    """The shape, its outputs halved until it fits."""
+    """Return the shape with its outputs halved until it fits."""
     features_out, features_in = shape
     while features_out * features_in * item_bytes > max_bytes and features_out > 256:
         features_out //= 2
@@ -70,7 +70,10 @@ def _shrunken(shape: tuple[int, int], item_bytes: int, max_bytes: int) -> tuple[
 
 
 def attention_rate(where: torch.device, dtype: torch.dtype, max_bytes: int, seconds: float) -> Rate:
-    """FLOP/s of causal attention over the visible pairs: typical of the engine's own, best of that, torch's and plain products."""
+    """Measure causal attention in FLOP/s over the visible pairs.
+
+    The typical rate is that of the engine's own kernels; the best one is the best of theirs, torch's and plain products.
+    """
     heads, own, best = 16, [], 0.0
     with attention_kernels(where, torch.get_num_threads()) as kernels:
         for tokens in ATTENTION_TOKENS:
@@ -87,7 +90,7 @@ def attention_rate(where: torch.device, dtype: torch.dtype, max_bytes: int, seco
 
 
 def _attentions(kernel: Callable[..., None], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> list[Callable[[], None]]:
-    """Three ways to compute the same, the engine's first."""
+    """Return three ways to compute the same attention, the engine's first."""
     starts, out = torch.zeros(len(q), dtype=torch.int64, device=q.device), torch.empty_like(q)
     q_first, k_first, v_first = (tensor.transpose(0, 1).contiguous() for tensor in (q, k, v))  # (heads, tokens, head_dim)
     sdpa = torch.nn.functional.scaled_dot_product_attention
@@ -99,7 +102,7 @@ def _attentions(kernel: Callable[..., None], q: torch.Tensor, k: torch.Tensor, v
 
 
 def plain_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block: int = 256) -> torch.Tensor:
-    """Causal attention as two products per block of queries, each against the keys up to it; (heads, tokens, width)."""
+    """Compute causal attention as two products per block of queries, each against the keys up to it; (heads, tokens, width)."""
     parts: list[torch.Tensor] = []
     for start in range(0, q.shape[1], block):
         end = min(start + block, q.shape[1])
@@ -111,7 +114,7 @@ def plain_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block: in
 
 
 def step_rates(where: torch.device, dtype: torch.dtype, max_bytes: int, seconds: float) -> Curve:
-    """(FLOPs per KV byte, KV bytes/s) of next tokens' attention to pages on `where`."""
+    """Measure the attention of next tokens to pages on `where`: (FLOPs per KV byte, KV bytes/s)."""
     points: dict[float, Rate] = {}
     with attention_kernels(where, torch.get_num_threads()) as kernels:
         for heads, key_heads in STEP_HEADS:
@@ -122,7 +125,7 @@ def step_rates(where: torch.device, dtype: torch.dtype, max_bytes: int, seconds:
 
 @contextlib.contextmanager
 def steps(dtype: torch.dtype, max_bytes: int) -> Iterator[Callable[[], None]]:
-    """Next tokens' attention on the host."""
+    """Yield a function that computes the attention of next tokens on the host."""
     with attention_kernels(torch.device("cpu"), torch.get_num_threads()) as kernels:
         yield _steps(kernels, torch.device("cpu"), dtype, *STEP_HEADS[1], max_bytes)[0]
 
@@ -130,7 +133,11 @@ def steps(dtype: torch.dtype, max_bytes: int) -> Iterator[Callable[[], None]]:
 def _steps(
     kernels: AttentionKernels, where: torch.device, dtype: torch.dtype, heads: int, key_heads: int, max_bytes: int
 ) -> tuple[Callable[[], None], int]:
-    """(attention of next tokens to as many sequences as half the bytes hold, KV bytes that it reads)."""
+    """Make a function that computes next tokens' attention to as many sequences as half the bytes hold.
+
+    Returns:
+        The function, and the KV bytes that it reads.
+    """
     token_bytes = 2 * key_heads * HEAD_DIM * dtype.itemsize
     sequences = max(min(max_bytes // 2 // (STEP_TOKENS * token_bytes), 64), 1)
     per_sequence = STEP_TOKENS // PAGE_TOKENS
@@ -148,7 +155,7 @@ def _steps(
 
 
 def device_elementwise_rate(where: torch.device, dtype: torch.dtype, max_bytes: int, seconds: float) -> Rate:
-    """Bytes/s through what a decoder layer does besides products: two norms, two residuals, rotation, activation and gate."""
+    """Measure a decoder layer without its products, in bytes/s: two norms, two residuals, rotation, activation and gate."""
     hidden, intermediate = 2048, 5632
     rows = max(min(512, max_bytes // (24 * intermediate * dtype.itemsize)), 16)
     x, gate, up = (random_numbers((rows, width), where, dtype) for width in (hidden, intermediate, intermediate))
@@ -168,6 +175,6 @@ def device_elementwise_rate(where: torch.device, dtype: torch.dtype, max_bytes: 
 
 
 def wait(result: torch.Tensor, *_: object) -> None:
-    """Until what was launched on the result's device is done."""
+    """Wait until everything that was launched on the result's device is done."""
     if result.is_cuda:
         torch.cuda.synchronize()

@@ -1,4 +1,4 @@
-"""How much reading and computing slow each other down when a CPU does both: memory, caches and cores are shared."""
+"""Measures how much reading and computing slow each other down on a CPU, where they share memory, caches and cores."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from flexgen.base.sizes import MIB
+from flexgen.base.quantities import MIB
 from flexgen.profile.compute import random_numbers, steps
 from flexgen.profile.disk import file_to_read, opened, read_rate
 
@@ -21,13 +21,20 @@ MANY_ROWS, FEW_ROWS, WIDTH = 512, 16, 2048
 
 
 def slowdowns(folder: Path, dtype: torch.dtype, max_bytes: int, seconds: float, *, rounds: int) -> tuple[float, float]:
-    """(of the disk by computing, of computing by the disk): time together over time apart, each at least 1.
+    """Measure how much longer reading and computing take together than apart.
 
-    Means over three kinds of work: products of many rows, of few rows, attention of next tokens.  What is read goes to a
-    ring, and what is computed with comes from memory that no cache holds, as in a run.
+    The results are means over three kinds of work: products of many rows, products of few rows, attention of next tokens.  Data is read
+    into a ring, and what is computed with comes from memory that no cache holds, as in a run.
 
     Args:
-        folder: whose largest file of weights is read, or a temporary one. max_bytes: half for the ring, a quarter for the rest.
+        folder: Folder whose largest file of weights is read; where it has none, a temporary file.
+        dtype: Dtype that is computed in.
+        max_bytes: Memory to use: half for the ring, a quarter for the rest.
+        seconds: Time that all measurements take.
+        rounds: Number of measurements of each kind of work.
+
+    Returns:
+        The slowdown of the disk by computing, and of computing by the disk, each at least 1.
     """
     disk: list[float] = []
     compute: list[float] = []
@@ -47,7 +54,7 @@ def slowdowns(folder: Path, dtype: torch.dtype, max_bytes: int, seconds: float, 
 
 
 def _round(read: Callable[[list[float], float], None], work: Callable[[], None], length: float) -> tuple[float, float]:
-    """Both slowdowns, once."""
+    """Measure both slowdowns once."""
     alone: list[float] = []
     beside: list[float] = []
     read(alone, length)
@@ -61,7 +68,7 @@ def _round(read: Callable[[list[float], float], None], work: Callable[[], None],
 
 @contextlib.contextmanager
 def _products(rows: int, dtype: torch.dtype, max_bytes: int) -> Iterator[Callable[[], None]]:
-    """A linear layer, each time with other weights."""
+    """Yield a function that computes a linear layer, each time with other weights."""
     host = torch.device("cpu")
     weights = [random_numbers((WIDTH, WIDTH), host, dtype) for _ in range(max(max_bytes // (WIDTH * WIDTH * dtype.itemsize), 1))]
     x = random_numbers((rows, WIDTH), host, dtype)
@@ -76,7 +83,7 @@ def _products(rows: int, dtype: torch.dtype, max_bytes: int) -> Iterator[Callabl
 
 
 def _per_second(work: Callable[[], None], seconds: float, *, until: threading.Thread | None = None) -> float:
-    """How often it is done, for a while or as long as a thread lives."""
+    """Return how often the work is done per second, over some seconds or as long as a thread lives."""
     began, number = time.perf_counter(), 0
     while (until.is_alive() if until is not None else time.perf_counter() - began < seconds) or number == 0:
         work()

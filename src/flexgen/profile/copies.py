@@ -1,10 +1,10 @@
-"""How fast memory is read, bytes are copied to a device and back, and stored numbers are made numbers to compute with."""
+"""Measures reading memory, copying to a device and back, and decoding stored numbers."""
 
 from __future__ import annotations
 
 import torch
 
-from flexgen.base.sizes import MIB
+from flexgen.base.quantities import MIB
 from flexgen.checkpoint.sources import cast_into
 from flexgen.plan.machine import Rate
 from flexgen.profile.compute import wait
@@ -14,13 +14,17 @@ STORED_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def memory_rate(max_bytes: int, seconds: float) -> Rate:
-    """Bytes per second that all cores read together."""
+    """Measure the bytes per second that all cores read together."""
     data = torch.ones(max_bytes // 4, dtype=torch.float32)
     return max((measured_rate(data.nbytes, run, seconds / 2) for run in (data.sum, data.max)), key=lambda rate: rate.typical)
 
 
 def copy_rates(device: str, max_bytes: int, seconds: float) -> tuple[Rate | None, Rate | None]:
-    """(host to device, device to host) bytes per second; None without a separate device."""
+    """Measure copies in bytes per second.
+
+    Returns:
+        The rates from host to device and from device to host; None without a separate device.
+    """
     if device == "cpu":
         return None, None
     size = min(max_bytes // 2, 64 * MIB)
@@ -32,7 +36,7 @@ def copy_rates(device: str, max_bytes: int, seconds: float) -> tuple[Rate | None
 
 
 def cast_rates(dtype: torch.dtype, max_bytes: int, seconds: float) -> dict[str, Rate]:
-    """ "stored computed" -> bytes/s that the decode stage of stored numbers yields."""
+    """Measure the decode stage of stored numbers: "stored computed" -> bytes/s of the result."""
     rates: dict[str, Rate] = {}
     elements = max_bytes // 16
     computed = torch.empty(elements, dtype=dtype)

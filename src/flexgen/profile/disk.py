@@ -1,4 +1,4 @@
-"""How fast a folder's file system reads and writes past the page cache."""
+"""Measures how fast a folder's file system reads and writes past the page cache."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from flexgen.base.sizes import KIB, MIB
+from flexgen.base.quantities import KIB, MIB
 from flexgen.errors import StorageError
-from flexgen.io.direct_io import AlignedBuffer, File, IOPool
+from flexgen.io.aligned import AlignedBuffer
+from flexgen.io.direct_io import File
+from flexgen.io.pool import IOPool
 from flexgen.plan.machine import DiskRequest, Rate
 
 logger = logging.getLogger(__name__)
@@ -34,7 +36,14 @@ DISK_SHARE = 0.25  # of the free space, for the measured file
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DiskRates:
-    """Bytes per second past the page cache, where the file system lets us, and processor time of reading."""
+    """Rates of a file system past the page cache, where it allows that.
+
+    Attributes:
+        read: Bytes per second.
+        write: Bytes per second.
+        core_seconds_per_byte: Processor time of reading a byte.
+        request: Fixed costs of a request.
+    """
 
     read: Rate
     write: Rate
@@ -43,12 +52,18 @@ class DiskRates:
 
 
 def disk_rates(folder: Path, quick: bool, max_bytes: int, io_threads: int) -> DiskRates:
-    """How fast the folder's file system is.
+    """Measure the file system of a folder.
 
-    Weights are read from their own files where those are large; what is written goes where something can be written.
+    Weights are read from their own files where those are large; writes go to a folder that can be written.
 
     Args:
-        io_threads: that will read and write, of which the cost of small requests depends.
+        folder: The folder.
+        quick: Whether to measure less.
+        max_bytes: Most memory to use.
+        io_threads: Number of threads that will read and write, on which the cost of small requests depends.
+
+    Raises:
+        StorageError: The disk cannot be measured.
     """
     where = writable(folder)
     free = os.statvfs(where)
@@ -74,7 +89,7 @@ def disk_rates(folder: Path, quick: bool, max_bytes: int, io_threads: int) -> Di
 
 
 def writable(folder: Path) -> Path:
-    """The folder, or the system's temporary one where nothing can be written."""
+    """Return the folder, or the system's temporary one if the folder cannot be written."""
     if folder.is_dir() and os.access(folder, os.W_OK):
         return folder
     logger.warning("%s cannot be written to: the disk of %s is measured instead", folder, tempfile.gettempdir())
@@ -82,7 +97,11 @@ def writable(folder: Path) -> Path:
 
 
 def _read_rates(path: Path, quick: bool, max_bytes: int) -> tuple[Rate, float]:
-    """(the rate of the best setting, the best of all tried; processor seconds per byte): the promising settings are tried again."""
+    """Measure reading with several settings, the promising ones repeatedly.
+
+    Returns:
+        The rate of the best setting, with the best rate of all; and its processor seconds per byte.
+    """
     settings = [(threads, block) for threads in READ_THREADS for block in READ_SIZES if threads * block <= max_bytes] or [(1, 1 * MIB)]
     with opened(path, os.O_RDONLY) as file:
         size = path.stat().st_size
@@ -104,14 +123,14 @@ def _read_rates(path: Path, quick: bool, max_bytes: int) -> tuple[Rate, float]:
 
 
 def large_file(folder: Path) -> Path | None:
-    """The largest file of weights, if it is large enough to read from for a while."""
+    """Return the largest file of weights that is large enough to read from for a while; None if there is none."""
     files = [path for path in folder.glob("*.safetensors") if path.is_file() and path.stat().st_size >= LARGE_FILE_BYTES]
     return max(files, key=lambda path: path.stat().st_size, default=None)
 
 
 @contextlib.contextmanager
 def file_to_read(folder: Path, num_bytes: int) -> Iterator[Path]:
-    """The folder's largest file of weights, or a temporary one of random bytes where all are small."""
+    """Yield the folder's largest file of weights, or a temporary one of random bytes where all are small."""
     if (weights := large_file(folder)) is not None:
         yield weights
         return
@@ -123,7 +142,7 @@ def file_to_read(folder: Path, num_bytes: int) -> Iterator[Path]:
 
 
 def opened(path: Path, flags: int) -> contextlib.closing[File]:
-    """Past the page cache where that is possible; the engine says where it is not."""
+    """Open a file past the page cache where possible, without the warning where it is not; the engine gives that."""
     return contextlib.closing(File(path, flags=flags, on_plain=lambda folder, why: None))
 
 
@@ -142,7 +161,10 @@ def _write_rate(file: File, size: int, block: int) -> float:
 
 
 def _request_cost(file: File, size: int, rate: float, num_threads: int, *, writes: bool) -> DiskRequest:
-    """Of requests of SMALL_BYTES all over the file, half of them writes if it `writes`, as the engine makes them: less their bytes."""
+    """Measure the fixed cost of small requests all over the file, made as the engine makes them.
+
+    Half of them are writes if `writes`; the time that their bytes take is subtracted.
+    """
     buffer = AlignedBuffer(num_threads * SMALL_BYTES).view
     draw = random.Random(0)
     seconds: list[float] = []
@@ -163,10 +185,18 @@ def _request_cost(file: File, size: int, rate: float, num_threads: int, *, write
 
 
 def read_rate(file: File, size: int, threads: int, block: int, *, seconds: float, ring_bytes: int = 0) -> tuple[float, float]:
-    """(bytes per second, processor seconds per byte) of readers that share the file's blocks, from its beginning, for a while.
+    """Measure readers that share the file's blocks, from its beginning, for a while.
 
     Args:
-        ring_bytes: memory that is read into, in turn; at least a block per thread, which caches may hold.
+        file: The file.
+        size: Size of the file.
+        threads: Number of readers.
+        block: Bytes of a read.
+        seconds: How long to read.
+        ring_bytes: Memory that is read into, in turn; at least a block per thread, which caches may hold.
+
+    Returns:
+        Bytes per second, and processor seconds per byte.
     """
     file.forget_cached()
     blocks = max(size // block, 1)

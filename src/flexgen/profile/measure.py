@@ -1,6 +1,6 @@
-"""The best rates of this machine, measured in a few seconds and kept.
+"""The best rates of this machine, measured in a few seconds and kept for later runs.
 
-Buffers stay below `max_bytes`, since it may run inside a tight budget.
+Buffers stay below `max_bytes`, since measuring may happen inside a tight budget.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import psutil
 import torch
 
 from flexgen.base.files import write_file
-from flexgen.base.sizes import MIB
+from flexgen.base.quantities import MIB
 from flexgen.base.steps import step
 from flexgen.errors import OptionError, StorageError
 from flexgen.plan.machine import Curve, Machine, io_threads
@@ -44,17 +44,19 @@ BUSY_SECONDS = 10.0
 
 
 def measure(device: str, dtypes: Sequence[str], folder: Path, *, quick: bool = False, max_bytes: int = 256 * MIB) -> Machine:
-    """Measure the machine: about 22 seconds and 9 more per dtype, or 9 and 4 if `quick`.
+    """Measure the machine.  It takes about 22 seconds and 9 more per dtype, or 9 and 4 if `quick`.
 
     Args:
         device: "cpu", "cuda" or "sim" (computes on the CPU; its links are copies in host memory).
-        dtypes: torch names; only these are measured.
-        folder: where weights stream from: its largest file is read (a temporary one where all are small), and temporary
-            files are written.
-        max_bytes: most memory of all buffers alive at once.
+        dtypes: Names of torch dtypes; only these are measured.
+        folder: Folder that weights stream from.  Its largest file is read (a temporary one where all are small), and temporary files are
+            written to it.
+        quick: Whether to measure less.
+        max_bytes: Most memory of all buffers at the same time.
 
     Raises:
-        StorageError: the file system fails. OptionError: an unknown dtype.
+        StorageError: The file system fails.
+        OptionError: A dtype is unknown.
     """
     torch_dtypes = {name: _dtype(name) for name in dtypes}
     about = 9 + 4 * len(dtypes) if quick else 22 + 9 * len(dtypes)
@@ -112,7 +114,11 @@ def measure(device: str, dtypes: Sequence[str], folder: Path, *, quick: bool = F
 def _products(
     device: str, where: torch.device, dtypes: Mapping[str, torch.dtype], folder: Path, max_bytes: int, *, quick: bool
 ) -> tuple[dict[str, Curve], tuple[float, float]]:
-    """(rates of products by dtype, slowdowns of the disk and of computing by each other): typical rates are those after BUSY_SECONDS."""
+    """Measure matrix products, and how reading and computing slow each other down; typical rates are those after BUSY_SECONDS.
+
+    Returns:
+        The rates of products by dtype, and the slowdowns of the disk and of computing.
+    """
 
     def dense(seconds: float) -> dict[str, Curve]:
         return {name: dense_rates(where, dtype, max_bytes, seconds) for name, dtype in dtypes.items()}
@@ -153,14 +159,19 @@ def cached_machine(
     max_bytes: int = 256 * MIB,
     again: bool = False,
 ) -> Machine:
-    """The machine as measured before, or measured now and kept.
+    """Return the machine as measured before; if there is no such measurement, measure it now and keep the result.
 
-    Kept per host, processor, cores, file system of `folder`, torch version, dtype and device; `again` measures anyway, and
-    what was measured `quick` serves only those who ask for no more.  What others disturbed does not replace what was measured before: see
-    `best_of`.
+    A measurement is kept per host, processor, cores, file system of `folder`, torch version, dtype and device.  One that other programs
+    disturbed does not replace an earlier one (see `best_of`).
 
     Args:
-        cache_dir: None is ~/.cache/flexgen.  A cache that cannot be read or written is done without.
+        device: Device, as for `measure`.
+        dtype: Name of a torch dtype.
+        folder: Folder that weights stream from.
+        cache_dir: Folder of kept measurements; None is ~/.cache/flexgen.  One that cannot be read or written is not used.
+        quick: Whether a quick measurement is enough.
+        max_bytes: Most memory of all buffers at the same time.
+        again: Whether to measure even if there is a measurement.
     """
     before = kept_machine(device, dtype, folder, cache_dir=cache_dir, quick=quick)
     if not again and before is not None:
@@ -177,12 +188,16 @@ def cached_machine(
 
 
 def kept_machine(device: str, dtype: str, folder: Path, *, cache_dir: Path | None = None, quick: bool = True) -> Machine | None:
-    """The machine as `cached_machine` keeps it; None if it was not measured, or only `quick` and that is not enough."""
+    """Return the machine as `cached_machine` keeps it; None if it was not measured, or only `quick` where that is not enough."""
     return _load(*_place(device, dtype, folder, cache_dir), quick)
 
 
 def keep(machine: Machine, dtypes: Sequence[str], folder: Path, *, cache_dir: Path | None = None, quick: bool = False) -> list[Path]:
-    """Have later runs find what was measured: a file per dtype; none where they cannot be written."""
+    """Keep a measurement for later runs, in a file per dtype.
+
+    Returns:
+        The files that could be written.
+    """
     kept: list[Path] = []
     for dtype in dtypes:
         path, key = _place(machine.device, dtype, folder, cache_dir)
@@ -197,14 +212,14 @@ def keep(machine: Machine, dtypes: Sequence[str], folder: Path, *, cache_dir: Pa
 
 
 def _place(device: str, dtype: str, folder: Path, cache_dir: Path | None) -> tuple[Path, dict[str, str | int]]:
-    """(file, key) of what is kept."""
+    """Return the file of a kept measurement, and its key."""
     key = machine_key(device, dtype, folder)
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     return (cache_dir or Path.home() / ".cache" / "flexgen") / f"machine-{digest}.json", key
 
 
 def machine_key(device: str, dtype: str, folder: Path) -> dict[str, str | int]:
-    """What a measurement depends on."""
+    """Return everything that a measurement depends on."""
     return {
         "host": platform.node(),
         "processor": _processor(),
@@ -220,7 +235,7 @@ def machine_key(device: str, dtype: str, folder: Path) -> dict[str, str | int]:
 
 
 def num_cores() -> int:
-    """Cores that this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0))
 
 

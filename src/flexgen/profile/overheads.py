@@ -1,4 +1,4 @@
-"""What passes cost besides products, attention and transfers: the engine itself, on small models written for this."""
+"""Measures the costs of passes besides products, attention and transfers, in the engine itself on small models written for this."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, PreTrainedConfig
 
-from flexgen.base.sizes import MIB
+from flexgen.base.quantities import MIB
 from flexgen.checkpoint.dummy import write_random_checkpoint
 from flexgen.devices.base import open_backend
 from flexgen.engine.engine import Engine
@@ -35,11 +35,14 @@ NO_OVERHEADS = Overheads(per_pass=0, per_sequence=0, per_unit=0, per_layer_and_m
 
 
 def overheads(device: str, dtype: torch.dtype, folder: Path, machine: Machine, *, quick: bool) -> Overheads:
-    """Differences between runs that differ in one thing: sequences, micro-batches, streamed units, gathered rows.
+    """Measure fixed costs as differences between runs that differ in one thing: sequences, micro-batches, streamed units, gathered rows.
 
     Args:
-        folder: where a temporary checkpoint of a few megabytes is written.
-        machine: any; only what a run reports depends on it.
+        device: Device, as for `measure`.
+        dtype: Dtype that is computed in.
+        folder: Folder for a temporary checkpoint of a few megabytes.
+        machine: Any machine; only the report of a run depends on it.
+        quick: Whether to measure less.
     """
     base = _policy(device, dtype, machine)
     kinds = {  # sequences, policy
@@ -77,13 +80,16 @@ def overheads(device: str, dtype: torch.dtype, folder: Path, machine: Machine, *
 
 
 def elementwise_rate(dtype: torch.dtype, folder: Path, machine: Machine, max_bytes: int) -> Rate:
-    """Bytes/s through norms, activations, rotations, and whatever else a layer does on a CPU besides products and attention.
+    """Measure everything that a layer does on a CPU besides products and attention (norms, activations, rotations, ...), in bytes/s.
 
-    A layer of real width computes a pass of prompts; what products and attention do not account for is divided into the bytes that
-    `elementwise_bytes` counts.  On its own such code is three times faster than in a model (docs/log.md).
+    A layer of real width computes a pass of prompts.  The time that products and attention do not account for is divided into the bytes
+    that `elementwise_bytes` counts.  By itself such code is three times faster than in a model (docs/log.md).
 
     Args:
-        machine: with rates of products and attention, and overheads.
+        dtype: Dtype that is computed in.
+        folder: Folder for a temporary checkpoint.
+        machine: The machine with its rates of products and attention, and its overheads.
+        max_bytes: Most memory to use.
     """
     width = LAYER_WIDTH
     while 2 * _layer_bytes(width, dtype) > max_bytes:
@@ -125,7 +131,7 @@ class _Products:
         ]
 
     def seconds(self) -> float:
-        """Of one time."""
+        """Compute the products once, and return the seconds that they took."""
         began = time.perf_counter()
         for x, weight, count in self._work:
             for _ in range(count):
@@ -133,7 +139,7 @@ class _Products:
         return time.perf_counter() - began
 
     def expected_seconds(self, machine: Machine) -> float:
-        """By the machine's typical rates."""
+        """Return the seconds that the products should take by the machine's typical rates."""
         flops = sum(2 * LAYER_TOKENS * weight.numel() * count for _, weight, count in self._work)
         return float(flops / rate_at(machine.dense[self._name], LAYER_TOKENS))
 
@@ -166,7 +172,7 @@ def _policy(device: str, dtype: torch.dtype, machine: Machine) -> Policy:
 
 
 def _pass_seconds(engine: Engine, num_seqs: int, num_passes: int) -> float:
-    """Of a pass of next tokens: the median between the first, which has the prompts, and the last."""
+    """Return the seconds of a pass of next tokens: the median of all passes but the first, which has the prompts, and the last."""
     ends: list[float] = []
     list(engine.generate(_requests(num_seqs, num_passes), on_pass=lambda unfinished: ends.append(time.perf_counter())))
     return statistics.median(after - before for before, after in itertools.pairwise(ends[:-1]))

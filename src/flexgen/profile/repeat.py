@@ -1,4 +1,4 @@
-"""Measurements that others disturbed: they are repeated, or give way, rate by rate, to what was measured before."""
+"""Handles measurements that other programs disturbed: they are repeated, or joined, rate by rate, with earlier ones."""
 
 from __future__ import annotations
 
@@ -18,18 +18,20 @@ _LESS = ("disk_core_seconds_per_byte", "disk_slowdown", "compute_slowdown", "bus
 
 
 def is_disturbed(machine: Machine) -> bool:
-    """Whether others used the machine while it was measured."""
+    """Return whether other programs used the machine while it was measured."""
     return machine.busy_cores > BUSY_CORES
 
 
 def settled(measure: Callable[[], Machine], before: Sequence[Machine], tell: Callable[[str], None]) -> Machine:
-    """The machine as measured now, unless others disturbed that, or it is slower than ever: then what can be relied on.
+    """Measure the machine, and again if the result cannot be trusted.
 
-    A disturbed measurement is joined with those before, rate by rate.  Where there are none, and where an undisturbed one is slower than
-    those, it is repeated until two agree, MOST_TIMES at most.
+    A measurement that was disturbed is joined with earlier ones, rate by rate.  Where there are none, and where an undisturbed one is
+    slower than those, it is repeated until two agree, MOST_TIMES at most.
 
     Args:
-        before: of this machine, in the same detail. tell: what is done, for people.
+        measure: Measures the machine once.
+        before: Earlier measurements of this machine, in the same detail.
+        tell: Called with each thing that is done, in words for people.
     """
     machine = measure()
     if not is_disturbed(machine) and not _is_slower(machine, before):
@@ -46,19 +48,19 @@ def settled(measure: Callable[[], Machine], before: Sequence[Machine], tell: Cal
     if agree(*found[-2:]) and not any(is_disturbed(each) for each in found[-2:]):
         tell("two measurements agree: they replace what was measured before")
         return best_of(found[-2:])
-    told = "two measurements agree" if agree(*found[-2:]) else f"{len(found)} measurements differ by more than {AGREEMENT:.0%}"
-    tell(f"{told}: of each rate, the best is kept" + ", those from before included" * bool(before))
+    outcome = "two measurements agree" if agree(*found[-2:]) else f"{len(found)} measurements differ by more than {AGREEMENT:.0%}"
+    tell(f"{outcome}: of each rate, the best is kept" + ", those from before included" * bool(before))
     return best_of([*found, *before])
 
 
 def agree(first: Machine, second: Machine) -> bool:
-    """Whether two measurements show the same machine."""
+    """Return whether two measurements show the same machine."""
     others = _deciding(second)
     return all(abs(rate / others[name] - 1) <= AGREEMENT for name, rate in _deciding(first).items() if name in others)
 
 
 def best_of(machines: Sequence[Machine]) -> Machine:
-    """The first, each rate being the best of those that all have; fixed costs are the least."""
+    """Return the first machine with each rate the best of those that all have, and each fixed cost the least."""
     best = machines[0]
     for other in machines[1:]:
         fields = {field.name: getattr(best, field.name) for field in dataclasses.fields(Machine)}
@@ -69,7 +71,7 @@ def best_of(machines: Sequence[Machine]) -> Machine:
 
 
 def _better(value: Any, other: Any) -> Any:
-    """Of two values of a field; what is neither a rate nor a cost is the first's."""
+    """Return the better of two values of a field; for what is neither a rate nor a cost, the first."""
     if isinstance(value, Rate) and isinstance(other, Rate):
         higher = max(value, other, key=lambda rate: rate.typical)
         return dataclasses.replace(higher, best=max(value.best, other.best))
@@ -91,7 +93,7 @@ def _is_slower(machine: Machine, before: Sequence[Machine]) -> bool:
 
 
 def _deciding(machine: Machine) -> dict[str, float]:
-    """The rates that decide plans, by name."""
+    """Return the rates that decide plans, by name."""
     rates = {f"linear {dtype}": max(rate.typical for _, rate in curve) for dtype, curve in machine.dense.items()}
     return rates | {"disk read": machine.disk_read.typical, "memory": machine.host_memory.typical}
 
@@ -101,13 +103,13 @@ def _busy(machine: Machine) -> str:
 
 
 def _num_changed(measured: Machine, joined: Machine) -> str:
-    """How many of the rates another measurement gave."""
+    """Count how many of the rates come from another measurement."""
     pairs = list(zip(_rates(measured), _rates(joined), strict=True))
     return f"{sum(ours.typical != best.typical for ours, best in pairs)} of {len(pairs)}"
 
 
 def _rates(value: Any) -> Iterator[Rate]:
-    """All rates within a value, in order."""
+    """Yield all rates within a value, in order."""
     if isinstance(value, Rate):
         yield value
     elif isinstance(value, Machine):

@@ -1,4 +1,4 @@
-"""Rates of repeated calls: rounds of a few calls each, the median of every round."""
+"""Rates of repeated calls: rounds of a few calls each, with the median of every round."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from flexgen.plan.machine import Rate
 
 
 def median_seconds(run: Callable[[], object], budget_seconds: float) -> float:
-    """The median time of three calls, after one that is not counted; of fewer where they are slow."""
+    """Return the median time of three calls, after one that is not counted; of fewer calls where they are slow."""
     times: list[float] = []
     began = time.perf_counter()
     while len(times) < 4 and (not times or time.perf_counter() - began < budget_seconds):
@@ -21,7 +21,7 @@ def median_seconds(run: Callable[[], object], budget_seconds: float) -> float:
 
 
 def measured_rate(amount: float, run: Callable[[], object], seconds: float) -> Rate:
-    """Amount per second over as many rounds as the time allows, at least two."""
+    """Measure an amount per second over as many rounds as the time allows, at least two."""
     rounds: list[float] = []
     began = time.perf_counter()
     while len(rounds) < 2 or time.perf_counter() - began < seconds:

@@ -7,8 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from flexgen.base.durations import format_seconds
-from flexgen.base.sizes import format_size
+from flexgen.base.quantities import format_seconds, format_size
 from flexgen.plan.tell.spill import ENDURANCE_BYTES, LEAST_GAIN, Spill, endurance_share
 from flexgen.profile.busy import BUSY_CORES
 from flexgen.report.progress import Progress, RunReport

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from flexgen.devices.base import Backend
 from flexgen.engine.answers import Answers, Ending
 from flexgen.engine.sequence import Sequence
-from flexgen.io.direct_io import IOPool
+from flexgen.io.pool import IOPool
 from flexgen.plan.price.work import PassWork
 from flexgen.plan.tell.remaining import RemainingTime
 from flexgen.report.clock import ProgressClock

@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
-from flexgen.base.durations import format_seconds
+from flexgen.base.quantities import format_seconds
 from flexgen.errors import OptionError
 from flexgen.report.format import format_details, format_plan, format_progress, format_report
 from flexgen.report.progress import Progress, RunReport

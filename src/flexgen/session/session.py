@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from flexgen.base.steps import step
 from flexgen.errors import CapacityError
-from flexgen.hub.hub import ModelFiles
+from flexgen.hub.model_files import ModelFiles
 from flexgen.options import EngineOptions
 from flexgen.plan.play.answer_lengths import expected
 from flexgen.plan.play.sampling import JobSizes

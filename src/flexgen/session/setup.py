@@ -18,17 +18,16 @@ from typing import Any
 import psutil
 import torch
 
-from flexgen.base.sizes import GIB, MIB, format_size
+from flexgen.base.quantities import GIB, MIB, format_size
 from flexgen.base.steps import step
-from flexgen.base.turns import forked
 from flexgen.checkpoint.dummy import checkpoint_bytes, write_random_checkpoint
 from flexgen.checkpoint.parameters import refuse_quantization
 from flexgen.devices.base import open_backend
 from flexgen.engine.engine import Engine
 from flexgen.errors import CapacityError, FlexGenError, ModelError, OptionError, is_out_of_memory
 from flexgen.hub.config import read_config, reason_of
-from flexgen.hub.foreign import other_quantization
-from flexgen.hub.hub import ModelFiles
+from flexgen.hub.diagnose import other_quantization
+from flexgen.hub.model_files import ModelFiles
 from flexgen.io.checksums import BLOCK_BYTES, BYTES_PER_BLOCK
 from flexgen.io.offload import OffloadFolder
 from flexgen.kernels.attention import attention_kernels, warm_up
@@ -43,6 +42,7 @@ from flexgen.profile.check import MachineCheck
 from flexgen.profile.limits import find_limits
 from flexgen.profile.measure import cached_machine
 from flexgen.report.report import RunContext
+from flexgen.session.turns import forked
 
 logger = logging.getLogger(__name__)
 

@@ -1,1 +1,1 @@
-"""Text to token ids and back: tokenizer, stop strings, what prompts have in common."""
+"""Tokens and text: tokenizing, decoding as tokens come, stop strings, defaults of requests, common beginnings of prompts."""

@@ -14,7 +14,8 @@ from flexgen.errors import RequestError
 from flexgen.request import CompletionOutput, Logprob, SamplingParams, Stops, TokenLogprobs, TokenRequest, TokenResult
 from flexgen.text.defaults import choice_seed, derive_seed
 from flexgen.text.stop_strings import StopStrings, cut_at_stop
-from flexgen.text.tokenizer import TextStream, Tokenizer, no_room
+from flexgen.text.stream import TextStream, decode_behind
+from flexgen.text.tokenizer import Tokenizer, no_room
 
 _MAX_BAD_WORDS_CHARS = 1 << 20  # of one request: their tokens are kept as long as it runs
 
@@ -161,8 +162,8 @@ class Choices:
         ids, include, skip = result.token_ids, params.include_stop_str_in_output, params.skip_special_tokens
         if result.stop_string is None:
             hides_last = result.finish_reason == "stop" and not include
-            return self.tokenizer.decode_behind(prompt, ids[:-1] if hides_last else ids, skip_special_tokens=skip)
-        text, before = (self.tokenizer.decode_behind(prompt, each, skip_special_tokens=skip) for each in (ids, ids[:-1]))
+            return decode_behind(self.tokenizer, prompt, ids[:-1] if hides_last else ids, skip_special_tokens=skip)
+        text, before = (decode_behind(self.tokenizer, prompt, each, skip_special_tokens=skip) for each in (ids, ids[:-1]))
         return cut_at_stop(text, before, result.stop_string, include=include)
 
     def _text_offsets(self, result: TokenResult, params: SamplingParams, prompt: Sequence[int]) -> tuple[int, ...] | None:

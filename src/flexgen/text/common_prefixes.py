@@ -1,7 +1,7 @@
-"""Which beginnings the prompts of a job have in common: a prefix tree over whole pages of token ids.
+"""The beginnings that prompts of a job have in common: a prefix tree over whole pages of token ids.
 
 A node of the tree is named by a digest of all tokens up to it (a chain of hashes over pages, as in vLLM's automatic
-prefix caching), so the tree is one table: digest -> requests that pass it.  Knows nothing of memory or of engines.
+prefix caching), so the tree is one table: digest -> number of requests that pass it.  Knows no memory and no engines.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ MAX_PAGES = 1 << 18  # about 40 MB of table
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CommonPrefix:
-    """A point of the tree at which requests part, or one ends: what is computed up to it is worth keeping.
+    """A node of the tree at which requests part or end, so that what is computed up to it is worth keeping.
 
     Attributes:
-        length: tokens, a multiple of the page. digest: of those tokens. num_requests: that begin with them.
+        length: Number of tokens, a multiple of the page.
+        digest: Digest of those tokens.
+        num_requests: Number of requests that begin with them.
     """
 
     length: int
@@ -33,17 +35,17 @@ class CommonPrefixes:
     """The prefixes that at least two requests of a job have in common.
 
     Attributes:
-        page_tokens: tokens of a page; only whole pages are shared.
-        num_requests: digest of every shared page -> requests that begin with the tokens up to its end.
+        page_tokens: Tokens of a page; only whole pages are shared.
+        num_requests: Digest of every shared page -> number of requests that begin with the tokens up to its end.
     """
 
     page_tokens: int
     num_requests: Mapping[bytes, int] = field(repr=False)
 
     def path(self, prompt: Sequence[int]) -> tuple[CommonPrefix, ...]:
-        """The common prefixes of a prompt, shortest first.
+        """Return the common prefixes of a prompt, shortest first.
 
-        The prompt's last token is in none of them: who samples after it must compute it.
+        The prompt's last token is in none of them, because a sequence must compute the token after which it samples.
         """
         points: list[CommonPrefix] = []
         for number, digest in enumerate(_page_digests(prompt, self.page_tokens), 1):
@@ -61,11 +63,12 @@ NO_PREFIXES = CommonPrefixes(page_tokens=1, num_requests={})
 class PrefixCensus:
     """Counts how many requests pass each node of the tree, in bounded memory.
 
-    When the table has grown to `max_pages`, the rarest nodes are dropped until half of it is free.  What is lost then are
-    prefixes whose requests lie far apart: at first those of two requests with about `max_pages` pages of other prompts between them.
+    When the table has grown to `max_pages`, the rarest nodes are dropped until half of it is free.  This loses prefixes whose requests
+    lie far apart: at first those of two requests with about `max_pages` pages of other prompts between them.
 
     Args:
-        page_tokens: tokens of a page.
+        page_tokens: Tokens of a page.
+        max_pages: Most nodes that are counted.
     """
 
     def __init__(self, page_tokens: int, max_pages: int = MAX_PAGES) -> None:
@@ -76,7 +79,7 @@ class PrefixCensus:
         """Count a request.
 
         Returns:
-            how many leading tokens of its prompt earlier requests have, in whole pages: it need not compute them.
+            Number of leading tokens of its prompt that earlier requests have too, in whole pages: it need not compute them.
         """
         known = 0
         for number, digest in enumerate(_page_digests(prompt, self._page_tokens), 1):
@@ -89,20 +92,20 @@ class PrefixCensus:
         return known
 
     def _thin_out(self) -> None:
-        """A node is passed by no more requests than the nodes above it, so what stays is a tree."""
+        """Drop the rarest nodes.  A node is passed by no more requests than the nodes above it, so what stays is a tree."""
         least = 1
         while len(self._counts) > self._max_pages // 2:
             least += 1
             self._counts = {digest: count for digest, count in self._counts.items() if count >= least}
 
     def common(self) -> CommonPrefixes:
-        """What was found so far."""
+        """Return the prefixes found so far."""
         shared = {digest: count for digest, count in self._counts.items() if count > 1}
         return CommonPrefixes(page_tokens=self._page_tokens, num_requests=shared)
 
 
 def _page_digests(prompt: Sequence[int], page_tokens: int) -> Iterator[bytes]:
-    """A digest for every whole page before the last token, each of all tokens up to the page's end."""
+    """Yield a digest for every whole page before the last token, each of all tokens up to the page's end."""
     ids = array("Q", prompt).tobytes()
     size, digest = page_tokens * 8, b""
     for start in range(0, (len(prompt) - 1) // page_tokens * size, size):

@@ -8,7 +8,7 @@ from typing import Any
 
 from flexgen.errors import ModelError, OptionError, RequestError
 from flexgen.hub.config import read_config
-from flexgen.hub.hub import ModelFiles
+from flexgen.hub.model_files import ModelFiles
 from flexgen.request import SamplingParams
 
 _CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length")  # the first is usual

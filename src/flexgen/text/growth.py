@@ -1,6 +1,6 @@
-"""How large a text may become on its way to token ids, told from a tokenizer's parts: what keeps tokenising within bounds.
+"""How large a text may become on its way to token ids, found from a tokenizer's parts, to keep tokenising within bounds.
 
-Knows the parts of the tokenizers library by their names in tokenizer.json; nothing of requests or budgets.
+Knows the parts of the tokenizers library by their names in tokenizer.json; knows no requests or budgets.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flexgen.base.sizes import format_size
+from flexgen.base.quantities import format_size
 from flexgen.errors import ModelError, RequestError
 
 if TYPE_CHECKING:
@@ -34,12 +34,12 @@ _PATTERNS = ("Regex", "precompiled_charsmap")  # longer texts, which are never i
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextSizes:
-    """What a tokenizer makes of the size of a text.
+    """How a tokenizer changes the size of a text.
 
     Attributes:
-        chars_per_token: no token stands for more characters; where the tokenizer may drop characters (spaces that it collapses,
+        chars_per_token: Most characters that a token stands for.  Where the tokenizer may drop characters (spaces that it collapses,
             accents that it strips), a generous guess.
-        growing: normalizers that may make a text longer, with those between them, in order; empty where none does.
+        growing: Normalizers that may make a text longer, with those between them, in order; empty where none does.
     """
 
     chars_per_token: int
@@ -47,10 +47,10 @@ class TextSizes:
 
     @classmethod
     def of(cls, hf: PreTrainedTokenizerBase) -> TextSizes:
-        """Of a tokenizer.
+        """Examine a tokenizer.
 
         Raises:
-            ModelError: it would make any text enormous.
+            ModelError: The tokenizer would make any text enormous.
         """
         longest = max(map(len, hf.get_vocab()), default=1)
         backend = getattr(hf, "backend_tokenizer", None)
@@ -67,14 +67,15 @@ class TextSizes:
         return cls(chars_per_token=longest * (composes if sure else _UNSURE), growing=growing)
 
     def check_bytes(self, text: str, least_bytes: int, memory_bytes: int | None) -> int:
-        """Bytes of the text that is cut into tokens.
+        """Return the number of bytes of the text that are cut into tokens.
 
         Args:
-            least_bytes: so many are always allowed.
-            memory_bytes: what tokenising may take; None is any amount.
+            text: The text.
+            least_bytes: Number of bytes that is always allowed.
+            memory_bytes: Most memory that tokenising may take; None is any amount.
 
         Raises:
-            RequestError: it would take more.
+            RequestError: Tokenising would take more.
         """
         most = sys.maxsize if memory_bytes is None else max(least_bytes, memory_bytes // MEMORY_PER_BYTE)
         num_bytes = self._normalized_bytes(text, most)
@@ -86,8 +87,9 @@ class TextSizes:
         return num_bytes
 
     def _normalized_bytes(self, text: str, most: int) -> int:
-        """Where they are more than `most`, something above it.  Measured slice by slice and step by step, so that nothing
-        enormous is made.
+        """Return the size of the normalized text; if it is more than `most`, some number above `most`.
+
+        It is measured slice by slice and step by step, so that nothing enormous is made.
         """
         if not self.growing:
             return len(text.encode())
@@ -100,10 +102,10 @@ class TextSizes:
 
 
 def check_file(path: Path) -> None:
-    """Look at a tokenizer.json before it is loaded, which takes some twenty times its size.
+    """Check a tokenizer.json before it is loaded, which takes some twenty times its size.
 
     Raises:
-        ModelError: it is no real tokenizer's.
+        ModelError: The file is larger, or has more parts, than any real tokenizer's.
     """
     if not path.is_file():
         return
@@ -124,12 +126,12 @@ def _grown(text: str, steps: tuple[Any, ...], most: int) -> int:
 
 
 def _state(part: Any) -> dict[str, Any]:
-    """A part of the tokenizer as it stands in tokenizer.json."""
+    """Return a part of the tokenizer as it stands in tokenizer.json."""
     return {} if part is None else json.loads(part.__getstate__())
 
 
 def _parts(state: Mapping[str, Any], name: str) -> Iterator[Mapping[str, Any]]:
-    """The parts that a sequence of them has, or the part itself."""
+    """Yield the parts of a sequence, or the part itself."""
     if state.get("type") == "Sequence":
         for part in state.get(name, ()):
             yield from _parts(part, name)
@@ -144,7 +146,7 @@ def _normalizers(normalizer: Any) -> tuple[Any, ...]:
 
 
 def _keeps(part: Mapping[str, Any]) -> bool:
-    """Whether a character of the text is still there, if perhaps as another, when this part has done its work."""
+    """Return whether every character of the text is still there, perhaps as another, when this part has done its work."""
     if part.get("type") == "Replace":
         return len(part["content"]) >= len(part["pattern"].get("String", part["content"] + " "))
     return part.get("type") in _KEEP and part.get("behavior") != "Removed"
@@ -157,7 +159,7 @@ def _grows(part: Mapping[str, Any]) -> bool:
 
 
 def _covers_all(backend: Any, parts: list[Mapping[str, Any]]) -> bool:
-    """Whether every character ends in a token, and no token takes any number of them."""
+    """Return whether every character ends in a token, and no token takes any number of characters."""
     if any(token.lstrip or token.rstrip for token in backend.get_added_tokens_decoder().values()):
         return False  # takes all spaces beside it
     kind = type(backend.model).__name__
@@ -166,7 +168,7 @@ def _covers_all(backend: Any, parts: list[Mapping[str, Any]]) -> bool:
 
 
 def _check_part(name: str, part: Any) -> None:
-    """Raises ModelError when a part of the tokenizer could insert a text of absurd length."""
+    """Refuse a part of the tokenizer that could insert a text of absurd length."""
     for path, text in _texts(_state(part), name):
         if len(text) > _MAX_PART_CHARS and not path.endswith(_PATTERNS):
             raise ModelError(f"the tokenizer's {path} is a text of {len(text):,} characters, more than any real tokenizer inserts")

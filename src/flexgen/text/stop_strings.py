@@ -1,21 +1,24 @@
-"""Stop strings: found in the text of an answer as it grows, and cut off it in the end.  Knows text; nothing of engines."""
+"""Stop strings: found in the text of an answer as it grows, and cut off at its end.  Knows text, but no engines."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from flexgen.text.tokenizer import UNFINISHED, TextStream, Tokenizer
+from flexgen.text.stream import TextStream
+from flexgen.text.tokenizer import UNFINISHED, Tokenizer
 
 
 class StopStrings:
     """The stop strings of one request (its `request.Stops`).
 
-    The answer depends on the ids alone.  What was decoded of fewer ids is remembered, so that each further id costs the same.
+    The result depends on the ids alone.  What was decoded of fewer ids is remembered, so that each further id costs the same.
 
     Args:
-        stop: at least one text, none empty.
-        prompt: what the ids follow, which decides about a space at their beginning.
-        min_tokens: what is complete within this many tokens does not count.
+        tokenizer: Decodes the ids.
+        stop: The stop strings: at least one, none empty.
+        prompt: Ids that the answer follows, which decide about a space at its beginning.
+        min_tokens: Number of tokens within which a complete stop string does not count.
+        skip_special_tokens: Whether special tokens are left out of the text.
     """
 
     def __init__(
@@ -34,7 +37,7 @@ class StopStrings:
         self._begin()
 
     def __call__(self, token_ids: Sequence[int]) -> str | None:
-        """The stop string that has ended the text of these ids; of several the one that begins first."""
+        """Return the stop string that has ended the text of these ids, or None.  Of several, the one that begins first counts."""
         if len(token_ids) <= self._num_seen:  # another run of the same request
             self._begin()
         found = None
@@ -59,11 +62,13 @@ class StopStrings:
 
 
 def cut_at_stop(text: str, text_before: str, stop: str, *, include: bool) -> str:
-    """An answer up to the stop string that ended it.
+    """Cut an answer at the stop string that ended it.
 
     Args:
-        text: of all its ids. text_before: of all but the last, which completed the stop string.
-        include: whether the stop string itself stays.
+        text: Text of all ids of the answer.
+        text_before: Text of all ids but the last, which completed the stop string.
+        stop: The stop string.
+        include: Whether the stop string itself stays.
     """
     place = _find(text, stop, len(text_before.rstrip(UNFINISHED)))
     if place < 0:  # decoded as a whole the text may differ from its parts, where a tokenizer tidies up spaces
@@ -72,5 +77,5 @@ def cut_at_stop(text: str, text_before: str, stop: str, *, include: bool) -> str
 
 
 def _find(text: str, stop: str, num_old: int) -> int:
-    """Where `stop` first begins among the places where it ends behind the first `num_old` characters; -1 for nowhere."""
+    """Return where `stop` first begins, among the places where it ends behind the first `num_old` characters; -1 if nowhere."""
     return text.find(stop, max(0, num_old - len(stop) + 1))

@@ -1,4 +1,4 @@
-"""Text to token ids and back, many at once.  Knows the tokenizer; nothing of requests, files or engines."""
+"""Text to token ids and back, many texts at once.  Knows the tokenizer, but no requests, files or engines."""
 
 from __future__ import annotations
 
@@ -19,19 +19,16 @@ if TYPE_CHECKING:
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # decoders' character for bytes that are none, or not yet
 _BATCH_BYTES = 256 << 10  # of texts that are tokenised together
 _BATCH_TEXTS = 256
-_MAX_HELD = 16  # tokens whose text may wait for what completes it
 _NUM_CONTEXT = 5  # tokens of a prompt behind which its answer is decoded: vLLM's number
 _NUM_CHARACTER = 4  # tokens that may make up one character: UTF-8's most
 _BYTE_PIECE = re.compile("<0x([0-9A-F]{2})>")  # how a vocabulary with byte fallback names a byte
 
 
 class Tokenizer:
-    """A Hugging Face tokenizer, in batches.
-
-    Special tokens written in a prompt are recognised.
+    """A Hugging Face tokenizer, used in batches.  Special tokens written in a prompt are recognised.
 
     Attributes:
-        hf: the Hugging Face tokenizer itself.
+        hf: The Hugging Face tokenizer itself.
     """
 
     def __init__(self, hf: PreTrainedTokenizerBase) -> None:
@@ -41,7 +38,11 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: Path) -> Tokenizer:
-        """Raises ModelError when the files are unusable; code that comes with them is never run."""
+        """Load the tokenizer of a folder.  Code that comes with it is never run.
+
+        Raises:
+            ModelError: The files are unusable.
+        """
         from transformers import AutoTokenizer
 
         try:
@@ -57,25 +58,29 @@ class Tokenizer:
 
     @property
     def eos_token_id(self) -> int | None:
-        """The tokenizer's own end-of-sequence token."""
+        """The tokenizer's own end-of-sequence token; None if it has none."""
         token = self.hf.eos_token_id
         return token if isinstance(token, int) else None
 
     @property
     def chat_template(self) -> object:
-        """The template, templates by name, or None: as transformers found it."""
+        """The template, templates by name, or None, as transformers found it."""
         return self.hf.chat_template
 
     @property
     def special_tokens(self) -> dict[str, str]:
-        """bos_token, eos_token, ... as text."""
+        """Special tokens (bos_token, eos_token, ...) as text."""
         return dict(self.hf.special_tokens_map)
 
     def encode(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
-        """Token ids of each text, special tokens added as asked (a rendered chat has them already), nothing truncated.
+        """Return the token ids of each text.  Nothing is truncated.
+
+        Args:
+            texts: The texts.
+            add_special_tokens: Whether to add special tokens; a rendered chat has them already.
 
         Raises:
-            RequestError: for the first text that has none (see `encode_each`).
+            RequestError: A text has no token ids (see `encode_each`); the error is that of the first.
         """
         return [_unless_error(ids) for ids in self.encode_each(texts, add_special_tokens=add_special_tokens)]
 
@@ -87,13 +92,16 @@ class Tokenizer:
         max_tokens: int | None = None,
         memory_bytes: int | None = None,
     ) -> Iterator[list[int] | RequestError]:
-        """Token ids of each text, or why there are none: what is no Unicode text, what is too long, and what the tokenizer fails on.
+        """Yield the token ids of each text, or the error of one that has none.
 
-        Texts are pulled as they are needed, and tokenised a few at a time.  Errors among them are handed on.
+        A text has no token ids if it is not Unicode, is too long, or makes the tokenizer fail.  Texts are pulled as they are needed and
+        tokenised a few at a time.  Errors among them are passed on.
 
         Args:
-            max_tokens: of a prompt and its answer: a text with as many is refused, without being tokenised where its length tells.
-            memory_bytes: so is one that takes more memory; None allows any.
+            texts: The texts, or errors found earlier.
+            add_special_tokens: Whether to add special tokens.
+            max_tokens: Context length.  A prompt with as many tokens is refused, without being tokenised where its length already shows it.
+            memory_bytes: Most memory that tokenising a text may take; None allows any.
         """
         batch: list[str | RequestError] = []
         size = 0
@@ -107,11 +115,11 @@ class Tokenizer:
         yield from self._encode_batch(batch, add_special_tokens, max_tokens)
 
     def max_chars(self, max_tokens: int) -> int:
-        """No longer text has so few tokens."""
+        """Return the most characters that a text of so few tokens can have."""
         return max_tokens * self._sizes.chars_per_token
 
     def _checked(self, text: str | RequestError, max_tokens: int | None, memory_bytes: int | None) -> tuple[str | RequestError, int]:
-        """A text and how many bytes of it are cut into tokens, or why it is refused."""
+        """Return a text and the number of its bytes that are cut into tokens; or its error, and 0."""
         if isinstance(text, RequestError):
             return text, 0
         try:
@@ -131,7 +139,7 @@ class Tokenizer:
     def _encode_batch(
         self, batch: list[str | RequestError], add_special_tokens: bool, max_tokens: int | None
     ) -> Iterator[list[int] | RequestError]:
-        """Where the tokenizer fails on texts together, it is asked for each of them."""
+        """Encode a few texts together.  If the tokenizer fails on them, each is tried by itself."""
         texts = [text for text in batch if isinstance(text, str)]
         try:
             encoded: Iterator[list[int] | RequestError] = iter(self._encode(texts, add_special_tokens))
@@ -154,12 +162,12 @@ class Tokenizer:
         return encoded["input_ids"]
 
     def encode_word(self, word: str) -> list[list[int]]:
-        """The ids of a word as it stands at the beginning of a text and, if that only changes its first token, behind a space.
+        """Return the ids of a word at the beginning of a text and, if that only changes its first token, behind a space.
 
         These are what vLLM forbids for one of `bad_words`.
 
         Raises:
-            RequestError: the word has no tokens.
+            RequestError: The word has no tokens.
         """
         forms = self.encode_each([word.lstrip(), " " + word.lstrip()], add_special_tokens=False, memory_bytes=_BATCH_BYTES)
         try:
@@ -171,26 +179,15 @@ class Tokenizer:
         return [first, later] if later and later[0] != first[0] and len(later) == len(first) else [first]
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """The text of some ids; ids that the tokenizer does not know (padding of the vocabulary) are left out."""
+        """Return the text of some ids.  Ids that the tokenizer does not know (padding of the vocabulary) are left out."""
         try:
             text = self.hf.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
         except BaseException as error:
             raise _request_error(error, "these tokens", param=None) from error
         return text if isinstance(text, str) else "".join(text)
 
-    def decode_behind(self, prompt: Sequence[int], token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """The text that some ids add to a prompt's: many decoders strip the space at the beginning of what they are given."""
-        context = self.tail(prompt, skip_special_tokens=skip_special_tokens)
-        before = self.decode(context, skip_special_tokens=skip_special_tokens)
-        whole = self.decode([*context, *token_ids], skip_special_tokens=skip_special_tokens)
-        if whole.startswith(before) and not (UNFINISHED in whole and self._has_byte_fallback):
-            return whole[len(before) :]
-        # The ids complete a character that the prompt began, or one byte that is no text has spoilt all bytes beside it.
-        stream = TextStream(self, prompt, skip_special_tokens=skip_special_tokens)
-        return "".join(map(stream.push, token_ids)) + stream.rest()
-
     def tail(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> list[int]:
-        """The last few ids that have a text, not beginning within a character if that can be."""
+        """Return the last few ids that have a text, beginning at the start of a character where possible."""
         found: list[int] = []
         for token_id in reversed(token_ids):
             if self.leaves_out(token_id, skip_special_tokens=skip_special_tokens):
@@ -203,21 +200,24 @@ class Tokenizer:
         return found[::-1]
 
     def leaves_out(self, token_id: int, *, skip_special_tokens: bool = True) -> bool:
-        """Whether `decode` passes over the id, wherever it stands."""
+        """Return whether `decode` skips the id, wherever it stands."""
         piece = cast("str | None", self.hf.convert_ids_to_tokens(token_id))  # None for an id that the tokenizer does not know
         return piece is None or (skip_special_tokens and token_id in self._skipped)
 
     def token_text(self, token_id: int) -> str:
-        """A token's own text as it is within a text, special ones included; a part of a character is a replacement character."""
+        """Return a token's own text as it is within a text; a part of a character becomes a replacement character."""
         return self._named(token_id)[0]
 
     def token_bytes(self, token_id: int) -> bytes:
-        """A token's own bytes, also those of a part of a character."""
+        """Return a token's own bytes, also those of a part of a character."""
         text, own = self._named(token_id)
         return text.encode() if own is None else own
 
     def _name(self, token_id: int) -> tuple[str, bytes | None]:
-        """Text, and bytes where they are not the text's.  The text is what a second such token adds, because decoders strip a first one."""
+        """Return a token's text, and its bytes where they are not those of the text.
+
+        The text is what a second such token adds, because decoders strip a first one.
+        """
         text = self.decode([token_id], skip_special_tokens=False)
         if UNFINISHED in text:
             return text, _piece_bytes(self.hf.convert_ids_to_tokens(token_id), text)
@@ -236,72 +236,20 @@ class Tokenizer:
         return frozenset(token_id for token_id in {*added, *self.hf.all_special_ids} if not self.decode([token_id]))
 
     @functools.cached_property
-    def _has_byte_fallback(self) -> bool:
+    def has_byte_fallback(self) -> bool:
         piece = "<0x0A>"
         token_id = self.hf.convert_tokens_to_ids(piece)
         return isinstance(token_id, int) and self.hf.convert_ids_to_tokens(token_id) == piece
-
-
-class TextStream:
-    """The text of ids that come one by one behind a prompt; each costs the same, however many there were.
-
-    Ids are decoded behind a few earlier ones, because a decoder may treat the first of a text differently.  What ends in the middle
-    of a character is held back, for at most `_MAX_HELD` tokens.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = (), *, skip_special_tokens: bool = True) -> None:
-        self._tokenizer, self._skip_special_tokens = tokenizer, skip_special_tokens
-        self._context: list[int] = []  # the last ids whose text was given out
-        self._context_text = ""
-        self._held: list[int] = []  # ids behind them
-        self._given = ""  # the part of their text that was given out
-        for token_id in tokenizer.tail(prompt, skip_special_tokens=skip_special_tokens):
-            self.push(token_id)
-        self._given = self._text()  # the prompt may end within a character
-
-    def push(self, token_id: int) -> str:
-        """The characters that the id completes."""
-        if self._tokenizer.leaves_out(token_id, skip_special_tokens=self._skip_special_tokens):
-            return ""
-        self._held.append(token_id)
-        text = self._text()
-        waits_too_long = len(self._held) >= _MAX_HELD
-        whole = text if waits_too_long else text.rstrip(UNFINISHED)
-        new = _behind(self._given, whole)
-        if waits_too_long or (new and whole == text):
-            self._context, self._held, self._given = self._held, [], ""
-            self._context_text = self._decode(self._context)
-        elif new:
-            self._given = whole
-        return new
-
-    def rest(self) -> str:
-        """The text of what is held back, if nothing follows that completes it."""
-        return _behind(self._given, self._text())
-
-    def _text(self) -> str:
-        """Of the ids that are held, behind the context."""
-        text = self._decode([*self._context, *self._held])
-        if text.startswith(self._context_text):
-            return text[len(self._context_text) :]
-        return self._decode(self._held)  # bytes that are no text change what stands before them
-
-    def _decode(self, token_ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(token_ids, skip_special_tokens=self._skip_special_tokens)
-
-
-def _behind(given: str, text: str) -> str:
-    """What a text has behind the beginning that was given out; characters that were unfinished then may be others now."""
-    pairs = enumerate(zip(given, text, strict=False))
-    num_given = next((place for place, (old, new) in pairs if old != new), min(len(given), len(text)))
-    return text[num_given:]
 
 
 _CONTINUATIONS = frozenset(bytes([byte]) for byte in range(0x80, 0xC0))  # bytes of UTF-8 that begin no character
 
 
 def _piece_bytes(piece: object, text: str) -> bytes:
-    """The bytes of a vocabulary's entry that is no whole text: by byte fallback's name, or in the alphabet of byte-level vocabularies."""
+    """Return the bytes of a vocabulary entry that is not a whole text.
+
+    It is named as byte fallback does, or written in the alphabet of byte-level vocabularies.
+    """
     if not isinstance(piece, str):
         return text.encode()
     if (byte := _BYTE_PIECE.fullmatch(piece)) is not None:
@@ -312,14 +260,17 @@ def _piece_bytes(piece: object, text: str) -> bytes:
 
 @functools.cache
 def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's: printable bytes stand for themselves, the others, in their order, for what follows the 256th character."""
+    """Return GPT-2's alphabet of bytes.
+
+    Printable bytes stand for themselves; the others, in their order, are written as the characters from the 256th on.
+    """
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + place): byte for place, byte in enumerate(others)}
 
 
 def no_room(num_tokens: int, max_model_len: int) -> RequestError:
-    """What to say of a prompt that leaves no room for an answer."""
+    """Make the error of a prompt that leaves no room for an answer."""
     message = f"the prompt has {num_tokens} tokens, which leaves no room for an answer in a context of {max_model_len}"
     return RequestError(message, code="context_length_exceeded", param="prompt")
 
@@ -335,7 +286,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _request_error(error: BaseException, what: str = "the prompt", param: str | None = "prompt") -> RequestError:
-    """What a request is told when the tokenizer fails; what is no failure is raised again."""
+    """Make the error of a request on which the tokenizer fails.  An exception that is not such a failure is raised again."""
     if isinstance(error, RequestError):
         return error
     if not is_failure(error) or isinstance(error, FlexGenError):
@@ -344,7 +295,11 @@ def _request_error(error: BaseException, what: str = "the prompt", param: str | 
 
 
 def check_text(text: str) -> None:
-    """Raises RequestError when the text is no Unicode text: a lone surrogate, which JSON can write and UTF-8 cannot."""
+    """Check that a text is Unicode; JSON can write a lone surrogate, and UTF-8 cannot.
+
+    Raises:
+        RequestError: The text has a lone surrogate.
+    """
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -352,10 +307,10 @@ def check_text(text: str) -> None:
 
 
 def eos_token_ids(config: dict[str, Any], generation_config: dict[str, Any], tokenizer: Tokenizer | None) -> frozenset[int]:
-    """Every id that ends an answer: generation_config.json's, else config.json's, and the tokenizer's own (as vLLM).
+    """Return every id that ends an answer: generation_config.json's, else config.json's, and the tokenizer's own (as in vLLM).
 
     Raises:
-        ModelError: an eos_token_id that is neither an id nor a list of ids.
+        ModelError: An eos_token_id is neither an id nor a list of ids.
     """
     value = generation_config.get("eos_token_id")
     if value is None:

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from flexgen.errors import StorageError
-from flexgen.io.direct_io import AlignedBuffer, File
+from flexgen.io.aligned import AlignedBuffer
+from flexgen.io.direct_io import File
 
 logger = logging.getLogger(__name__)
 

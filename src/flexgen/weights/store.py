@@ -13,10 +13,12 @@ from typing import Any, Protocol
 
 import torch
 
-from flexgen.base.sizes import format_size
+from flexgen.base.quantities import format_size
 from flexgen.devices.base import POISON, Backend, Event
 from flexgen.errors import EngineError
-from flexgen.io.direct_io import AlignedBuffer, FileSet, IOPool, Ticket
+from flexgen.io.aligned import AlignedBuffer
+from flexgen.io.direct_io import FileSet
+from flexgen.io.pool import IOPool, Ticket
 from flexgen.weights.ring import ByteRing, Slot
 from flexgen.weights.unit import UnitLayout, UnitTensor
 

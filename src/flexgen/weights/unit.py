@@ -11,8 +11,8 @@ from typing import Protocol
 
 import torch
 
-from flexgen.base.sizes import align_up
-from flexgen.io.direct_io import Extent
+from flexgen.base.quantities import align_up
+from flexgen.io.aligned import Extent
 
 DEVICE_ALIGNMENT = 256  # of a tensor on a device: vector loads and matrix kernels want it
 

@@ -1,4 +1,4 @@
-"""What compiled code, which trusts its arguments, is never given: other formats, layouts, shapes or positions."""
+"""Checks of arguments before compiled code, which trusts them, sees them: formats, layouts, shapes and positions."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ def check_format(dtype: torch.dtype, **tensors: Tensor) -> None:
 
 
 def check_layout(**tensors: Tensor) -> None:
-    """Refuse a tensor that is written, or too large to copy, and not contiguous."""
+    """Refuse a tensor that is not contiguous, if it is written or too large to copy."""
     for name, tensor in tensors.items():
         if not tensor.is_contiguous():
             raise EngineError(f"{name} is not contiguous: its strides are {tensor.stride()} for the shape {tuple(tensor.shape)}")
 
 
 def check_shapes(**tensors: tuple[Tensor, tuple[int | None, ...]]) -> None:
-    """Refuse a tensor of another shape than stands beside it; None is any size."""
+    """Refuse a tensor whose shape is not the one that stands beside it; None is any size."""
     for name, (tensor, shape) in tensors.items():
         if len(shape) != tensor.dim() or any(want not in (None, size) for want, size in zip(shape, tensor.shape, strict=True)):
             raise EngineError(f"{name} has the shape {tuple(tensor.shape)}, not {tuple('any' if want is None else want for want in shape)}")

@@ -17,7 +17,7 @@ BLOCK_TOKENS = 512  # the scores of a block stay in the first-level cache
 
 
 def decode_workspace(group: int, key_dim: int, value_dim: int, page_tokens: int) -> int:
-    """How many numbers `decode_attention` needs to write down."""
+    """Return the number of elements that `decode_attention` needs as workspace."""
     return sum(padded(group * size) for size in (key_dim, max(BLOCK_TOKENS, page_tokens), value_dim, 1, 1))
 
 
@@ -37,7 +37,7 @@ def decode_attention(
     out: Any,
     workspace: Any,
 ) -> None:
-    """Work items begin <= sequence * kv_heads + kv_head < end."""
+    """Compute work items begin <= sequence * kv_heads + kv_head < end."""
     num_pages, kv_heads, key_dim, page_tokens = key_pages.shape
     value_dim, heads = value_pages.shape[3], query.shape[1]
     group = heads // kv_heads

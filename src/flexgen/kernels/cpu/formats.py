@@ -24,17 +24,17 @@ BFLOAT16, FLOAT16 = types.uint16, types.int16
 
 
 def carried(tensor: torch.Tensor) -> np.ndarray:
-    """A view of a contiguous tensor's memory, in a type that Numba knows."""
+    """Return a view of a contiguous tensor's memory, in a type that Numba knows."""
     return tensor.detach().view(CARRIERS[tensor.dtype]).numpy()
 
 
 def bits(tensor: torch.Tensor) -> np.ndarray:
-    """A view of a contiguous tensor's memory as integers."""
+    """Return a view of a contiguous tensor's memory as integers."""
     return tensor.detach().view(INTEGERS[tensor.itemsize]).numpy()
 
 
 def widened(builder: Any, raw: Any, carrier: types.Type) -> Any:
-    """Code that makes a loaded scalar or vector a floating-point one."""
+    """Generate code that makes a loaded scalar or vector a floating-point one."""
     lanes = raw.type.count if isinstance(raw.type, ir.VectorType) else 0
 
     def shaped(element: ir.Type) -> ir.Type:
@@ -50,7 +50,7 @@ def widened(builder: Any, raw: Any, carrier: types.Type) -> Any:
 
 @intrinsic
 def widen(typing_context: Any, stored: Any) -> Any:
-    """`widen(stored)`: an element as float32 (float64 stays); exact."""
+    """Compile `widen(stored)`: an element as float32 (float64 stays), exactly."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return widened(builder, arguments[0], stored)
@@ -60,7 +60,7 @@ def widen(typing_context: Any, stored: Any) -> Any:
 
 @intrinsic
 def narrow(typing_context: Any, value: Any, like: Any) -> Any:
-    """`narrow(value, like)`: a float32 or float64 in the format of the element `like`."""
+    """Compile `narrow(value, like)`: a float32 or float64 in the format of the element `like`."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         if like == BFLOAT16:

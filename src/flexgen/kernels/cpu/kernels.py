@@ -1,4 +1,4 @@
-"""The host's kernels behind the common interface: tensors become arrays, work lists are cut and run on our threads."""
+"""The host's kernels behind the common interface: tensors become arrays, and work lists are cut and run on kernel threads."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ HEADS_PER_TILE = 8
 
 
 class CpuKernels:
-    """`flexgen.kernels.attention.AttentionKernels` for tensors in host memory; owns `num_threads - 1` threads."""
+    """`flexgen.kernels.attention.AttentionKernels` for tensors in host memory.  Owns `num_threads - 1` threads."""
 
     def __init__(self, num_threads: int) -> None:
         self._threads = KernelThreads(num_threads)
@@ -142,7 +142,7 @@ class CpuKernels:
         )
 
     def close(self) -> None:
-        """End the threads. Idempotent."""
+        """End the threads.  Closing twice does no harm."""
         self._threads.close()
 
     def __enter__(self) -> Self:
@@ -185,7 +185,7 @@ def _where(num_sequences: int, page_tables: Tensor, starts: Tensor, lengths: Ten
 
 
 def _costs(where: Where, items_per_sequence: int) -> np.ndarray:
-    """Of every work item, in tokens read."""
+    """Return the cost of every work item, in tokens read."""
     _, starts, lengths = where
     return np.repeat(lengths - starts + ITEM_TOKENS, items_per_sequence)
 
@@ -199,7 +199,7 @@ def _integers(tensor: Tensor) -> np.ndarray:
 
 
 def _sinks(sinks: Tensor | None, heads: int, number: type[np.floating]) -> np.ndarray:
-    """(heads,), or (0,) for none."""
+    """Return the sinks as (heads,), or (0,) for none."""
     if sinks is None:
         return np.zeros(0, number)
     check_shapes(sinks=(sinks, (heads,)))
@@ -207,7 +207,7 @@ def _sinks(sinks: Tensor | None, heads: int, number: type[np.floating]) -> np.nd
 
 
 def _workspace(size: int, number: type[np.floating]) -> np.ndarray:
-    """Memory of one call on one thread; begins on a cache line, so that vectors do not straddle two."""
+    """Allocate memory for one call on one thread.  It begins on a cache line, so that vectors do not straddle two."""
     line = 64 // np.dtype(number).itemsize
     memory = np.empty(size + line, number)
     skipped = -memory.ctypes.data % 64 // memory.itemsize

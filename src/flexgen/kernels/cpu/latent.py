@@ -1,6 +1,6 @@
-"""Decode attention on cached latents: one key head under which all query heads stand, so computing is what it costs.
+"""Decode attention on cached latents.  All query heads share one key head, so the cost lies in computing.
 
-The latents are keys and values at once.  Pages store them as keys, transposed, for the scores; the weighted sum reads
+The latents are keys and values at once.  Pages store them as keys, transposed, for the scores.  The weighted sum reads
 them the other way round, from panels into which a block is turned once for all heads.
 """
 
@@ -20,7 +20,7 @@ BLOCK_TOKENS = 128  # latents of a block, widened, stay in the second-level cach
 
 
 def latent_workspace(heads: int, rank: int, rope_dim: int, page_tokens: int) -> int:
-    """How many numbers `decode_latent_attention` needs to write down."""
+    """Return the number of elements that `decode_latent_attention` needs as workspace."""
     columns, block_tokens = -(-rank // PANEL) * PANEL, max(BLOCK_TOKENS, page_tokens)
     parts = (
         heads * rank,
@@ -52,7 +52,7 @@ def decode_latent_attention(
     out: Any,
     workspace: Any,
 ) -> None:
-    """Work items begin <= sequence * items per sequence + item < end, of `item_heads` heads each; no sinks: (0,)."""
+    """Compute work items begin <= sequence * items per sequence + item < end, of `item_heads` heads each, without sinks."""
     num_pages, _, rank, page_tokens = key_pages.shape
     heads, rope_dim = query_rope.shape[1:]
     items_per_sequence = (heads + item_heads - 1) // item_heads
@@ -101,7 +101,7 @@ def turn_rope(stored: Any, ropes: Any, rope_dim: int) -> None:
 
 @njit
 def turn_latents(stored: Any, panels: Any, rank: int, block_tokens: int) -> None:
-    """Widen a page of keys (rank, page_tokens) into rows of panels, which are (block_tokens, PANEL) behind each other."""
+    """Widen a page of keys (rank, page_tokens) into rows of panels, which are stored one after the other as (block_tokens, PANEL)."""
     for i in range(rank):
         panel = moved(panels, i // PANEL * PANEL * block_tokens + i % PANEL)
         for token in range(stored.stride):

@@ -13,7 +13,7 @@ from flexgen.kernels.cpu.rows import moved, page_and_next, pointer
 
 @entry
 def write_kv(begin: int, end: int, key: Any, value: Any, key_pages: Any, value_pages: Any, page_ids: Any, page_offsets: Any) -> None:
-    """Tokens begin <= token < end, in runs that lie behind each other in one page."""
+    """Store tokens begin <= token < end, in runs that are adjacent in one page."""
     num_pages, kv_heads, key_dim, page_tokens = key_pages.shape
     value_dim = value_pages.shape[3]
     token = begin
@@ -35,7 +35,7 @@ def write_kv(begin: int, end: int, key: Any, value: Any, key_pages: Any, value_p
 
 @entry
 def gather_kv(begin: int, end: int, key_pages: Any, value_pages: Any, page_table: Any, start: int, key: Any, value: Any) -> None:
-    """Positions start + begin <= position < start + end, to rows begin <= row < end of `key` and `value`."""
+    """Copy positions start + begin <= position < start + end to rows begin <= row < end of `key` and `value`."""
     num_pages, kv_heads, key_dim, page_tokens = key_pages.shape
     value_dim = value_pages.shape[3]
     row = begin
@@ -55,20 +55,20 @@ def gather_kv(begin: int, end: int, key_pages: Any, value_pages: Any, page_table
 
 @njit
 def copy(source: Any, target: Any, size: int) -> None:
-    """Elements that lie behind each other."""
+    """Copy adjacent elements."""
     for i in range(size):
         target[i] = source[i]
 
 
 @njit
 def scatter(source: Any, target: Any, size: int, stride: int) -> None:
-    """A row into a column."""
+    """Copy a row into a column."""
     for i in range(size):
         target[i * stride] = source[i]
 
 
 @njit
 def collect(source: Any, target: Any, size: int, stride: int) -> None:
-    """A column into a row."""
+    """Copy a column into a row."""
     for i in range(size):
         target[i] = source[i * stride]

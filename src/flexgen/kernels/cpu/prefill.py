@@ -2,7 +2,7 @@
 
 A work item is a run of queries under one key head.  A block of keys and values is widened into panels of PANEL
 columns, which the product streams through the first-level cache for one tile of rows after the other.  A row is
-one query token under one query head; the heads of a token lie behind each other.
+one query token under one query head; the heads of a token are adjacent.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ BLOCK_TOKENS = 256  # keys and values of a block, widened, stay in the second-le
 
 
 def prefill_workspace(rows: int, key_dim: int, value_dim: int) -> int:
-    """How many numbers `prefill_attention` needs to write down."""
+    """Return the number of elements that `prefill_attention` needs as workspace."""
     columns = -(-value_dim // PANEL) * PANEL
     parts = (rows * key_dim, BLOCK_TOKENS * key_dim, BLOCK_TOKENS * columns, ROWS_PER_TILE * BLOCK_TOKENS, rows * columns, rows, rows)
     return sum(padded(size) for size in parts)
@@ -44,7 +44,7 @@ def prefill_attention(
     out: Any,
     workspace: Any,
 ) -> None:
-    """Work items begin <= run * kv_heads + kv_head < end, of `item_tokens` queries each."""
+    """Compute work items begin <= run * kv_heads + kv_head < end, of `item_tokens` queries each."""
     num_queries, heads, key_dim = query.shape
     num_positions, kv_heads, value_dim = value.shape
     group, past = heads // kv_heads, num_positions - num_queries
@@ -84,7 +84,7 @@ def prefill_attention(
 
 @njit
 def put_key(stored: Any, panels: Any, column: int, key_dim: int) -> None:
-    """Widen one key into a column of its panel: panels are (key_dim, PANEL) behind each other."""
+    """Widen one key into a column of its panel; panels are stored one after the other as (key_dim, PANEL)."""
     panel = moved(panels, column // PANEL * PANEL * key_dim + column % PANEL)
     for i in range(key_dim):
         panel[i * PANEL] = widen(stored[i])
@@ -92,7 +92,7 @@ def put_key(stored: Any, panels: Any, column: int, key_dim: int) -> None:
 
 @njit
 def put_value(stored: Any, panels: Any, row: int, value_dim: int) -> None:
-    """Widen one value into a row of every panel: panels are (BLOCK_TOKENS, PANEL) behind each other."""
+    """Widen one value into a row of every panel; panels are stored one after the other as (BLOCK_TOKENS, PANEL)."""
     for first in range(0, value_dim, PANEL):
         widen_row(moved(stored, first), moved(panels, first * BLOCK_TOKENS + row * PANEL), min(PANEL, value_dim - first))
 
@@ -102,7 +102,7 @@ def attend_tile(
     queries: Any, keys: Any, values: Any, scores: Any, state: Any, starts: Any,
     first_row: int, rows: int, group: int, past: int, block: int, block_end: int, scaling: Any, softcap: Any,
 ) -> None:  # fmt: skip
-    """A few rows, numbered from `first_row` over all queries, see their part of a block of keys and values."""
+    """Let a few rows, numbered from `first_row` over all queries, see their part of a block of keys and values."""
     first_query, last_query = first_row // group, (first_row + rows - 1) // group
     lowest, highest = block_end, min(past + last_query + 1, block_end)
     for i in range(first_query, last_query + 1):

@@ -1,6 +1,6 @@
-"""Matrices in memory, as bare pointers: Numba counts references to every array that is passed on, for nothing here.
+"""Matrices in memory as bare pointers, because Numba would count references to every array that is passed on.
 
-Whoever calls a kernel keeps the arrays alive; only visible positions are read from their pages.
+Whoever calls a kernel keeps the arrays alive.  Only visible positions are read from their pages.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ PANEL = 2 * LANES  # columns that are worked on at once
 
 
 class Rows(NamedTuple):
-    """A matrix in memory: element (i, j) is `first[i * stride + j]`."""
+    """A matrix in memory.  Element (i, j) is `first[i * stride + j]`."""
 
     first: Any
     stride: int
@@ -27,7 +27,7 @@ class Rows(NamedTuple):
 
 @intrinsic
 def pointer(typing_context: Any, array: Any, index: Any) -> Any:
-    """`pointer(array, index)`: to an element of a contiguous array, counted in memory order.  Keeps nothing alive."""
+    """Compile `pointer(array, index)`: a pointer to an element of a contiguous array, counted in memory order.  It keeps nothing alive."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         data = context.make_array(array)(context, builder, arguments[0]).data
@@ -38,7 +38,7 @@ def pointer(typing_context: Any, array: Any, index: Any) -> Any:
 
 @intrinsic
 def moved(typing_context: Any, start: Any, elements: Any) -> Any:
-    """`moved(start, elements)`: the pointer so many elements further on."""
+    """Compile `moved(start, elements)`: the pointer moved on by so many elements."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.gep(arguments[0], [arguments[1]])
@@ -48,19 +48,19 @@ def moved(typing_context: Any, start: Any, elements: Any) -> Any:
 
 @register_jitable
 def padded(size: int) -> int:
-    """A size rounded up so that what follows begins on a vector's boundary."""
+    """Round a size up so that what follows begins on a vector's boundary."""
     return (size + LANES - 1) // LANES * LANES
 
 
 @njit
 def part(rows: Any, row: int, column: int) -> Any:
-    """The matrix from (row, column) on."""
+    """Return the matrix that begins at (row, column)."""
     return Rows(moved(rows.first, row * rows.stride + column), rows.stride)
 
 
 @njit
 def widen_row(stored: Any, row: Any, size: int) -> None:
-    """Widen `size` elements that lie behind each other."""
+    """Widen `size` adjacent elements."""
     for i in range(size):
         row[i] = widen(stored[i])
 
@@ -74,7 +74,7 @@ def clear(row: Any, size: int) -> None:
 
 @njit
 def page_and_next(table: Any, index: int, last: int, num_pages: int) -> Any:
-    """A page of a sequence, and the one that will be read next."""
+    """Return a page of a sequence, and the one that will be read next."""
     page, following = table[index], table[min(index + 1, last)]
     if min(page, following) < 0 or max(page, following) >= num_pages:
         raise EngineError("a page table names no page of the pool at a visible position")

@@ -1,6 +1,6 @@
-"""Softmax that goes on block by block (Milakov and Gimelshein, arXiv:1805.02867), and its vectorisable functions.
+"""Online softmax, block by block (Milakov and Gimelshein, arXiv:1805.02867), and functions that vectorise.
 
-Float32 exponentials are polynomials, since Numba calls the C library once per element; float64 ones are the library's.
+Float32 exponentials are polynomials, since Numba calls the C library once per element.  Float64 exponentials are the library's.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ IN_ANY_ORDER: Any = {"error_model": "numpy", "fastmath": {"contract", "reassoc",
 
 
 class State(NamedTuple):
-    """What a softmax over several heads knows so far: pointers to a maximum and a normalizer per head, and totals.
+    """The state of a softmax over several heads: pointers to a maximum and a normalizer per head, and the totals.
 
-    totals: `Rows` of one head each, sums of weights times values.
+    The totals are `Rows` of one head each, sums of weights times values.
     """
 
     maxima: Any
@@ -47,18 +47,18 @@ class State(NamedTuple):
 
 
 def exp_nonpositive(x: Any) -> Any:
-    """exp(x) for x <= 0 (NaN stays NaN)."""
+    """Compute exp(x) for x <= 0; NaN stays NaN."""
     return math.exp(x)
 
 
 def tanh(x: Any) -> Any:
-    """The hyperbolic tangent."""
+    """Compute the hyperbolic tangent."""
     return math.tanh(x)
 
 
 @intrinsic
 def _power_of_two(typing_context: Any, exponent: Any) -> Any:
-    """2 ** exponent as float32, for -126 <= exponent <= 127: an int32 put where the exponent's bits stand."""
+    """Compute 2 ** exponent as float32, for -126 <= exponent <= 127, by writing the exponent's bits."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         biased = builder.add(arguments[0], ir.Constant(ir.IntType(32), 127))
@@ -69,7 +69,7 @@ def _power_of_two(typing_context: Any, exponent: Any) -> Any:
 
 @intrinsic
 def _larger(typing_context: Any, a: Any, b: Any) -> Any:
-    """The larger of two numbers, in a form that LLVM takes for a maximum over a loop."""
+    """Return the larger of two numbers, in a form that LLVM takes for a maximum over a loop."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         flags = ("nnan", "nsz")
@@ -112,7 +112,7 @@ def _tanh(x: Any) -> Any:
 
 @njit(**IN_ANY_ORDER)
 def _scale(scores: Any, begin: int, end: int, scaling: Any, maximum: Any) -> Any:
-    """Scale scores in place; returns the largest, at least `maximum`."""
+    """Scale scores in place, and return the largest, at least `maximum`."""
     for i in range(begin, end):
         score = scores[i] * scaling
         scores[i] = score
@@ -128,7 +128,7 @@ def _cap(scores: Any, begin: int, end: int, factor: Any, softcap: Any) -> None:
 
 @njit(**IN_ANY_ORDER)
 def _exponentiate(scores: Any, begin: int, end: int, maximum: Any, total: Any) -> Any:
-    """Replace scores by exp(score - maximum); returns their sum, added to `total`."""
+    """Replace scores by exp(score - maximum), and return their sum added to `total`."""
     for i in range(begin, end):
         weight = exp_nonpositive(scores[i] - maximum)
         scores[i] = weight
@@ -138,10 +138,11 @@ def _exponentiate(scores: Any, begin: int, end: int, maximum: Any, total: Any) -
 
 @njit(**ELEMENTWISE)
 def absorb(scores: Any, begin: int, end: int, scaling: Any, softcap: Any, maximum: Any, normalizer: Any) -> Any:
-    """Turn scores[begin:end], one row of a block, into weights; softcap 0 caps nothing.
+    """Turn scores[begin:end], one row of a block, into weights.  A softcap of 0 caps nothing.
 
-    Returns the maximum so far, the normalizer (the sum of all weights so far), and the factor that brings sums taken
-    under the old maximum to the new one.
+    Returns:
+        The maximum so far, the normalizer (the sum of all weights so far), and the factor that brings sums taken under the old maximum
+        to the new one.
     """
     if softcap > 0:
         _cap(scores, begin, end, scaling / softcap, softcap)
@@ -153,7 +154,7 @@ def absorb(scores: Any, begin: int, end: int, scaling: Any, softcap: Any, maximu
 
 @njit
 def softmax_state(memory: Any, rows: int, columns: int) -> Any:
-    """A state of so many rows, laid out from a pointer on."""
+    """Lay out a state of so many rows from a pointer on."""
     totals = Rows(memory, columns)
     maxima = moved(memory, padded(rows * columns))
     return State(maxima, moved(maxima, padded(rows)), totals)
@@ -161,13 +162,13 @@ def softmax_state(memory: Any, rows: int, columns: int) -> Any:
 
 @njit
 def rows_from(state: Any, row: int) -> Any:
-    """The state of a row and what follows."""
+    """Return the state from a row on."""
     return State(moved(state.maxima, row), moved(state.normalizers, row), part(state.totals, row, 0))
 
 
 @njit
 def begin_rows(state: Any, heads: int, sinks: Any, first_sink: int) -> None:
-    """Nothing seen yet, but the sinks: (H,), or (0,) where there are none."""
+    """Begin with nothing but the sinks: (H,), or (0,) where there are none."""
     for head in range(heads):
         state.maxima[head] = sinks[first_sink + head] if sinks.size else LOWEST
         state.normalizers[head] = 1 if sinks.size else 0
@@ -177,7 +178,7 @@ def begin_rows(state: Any, heads: int, sinks: Any, first_sink: int) -> None:
 
 @njit
 def absorb_rows(scores: Any, begin: int, end: int, heads: int, scaling: Any, softcap: Any, state: Any) -> None:
-    """`absorb` columns begin <= column < end of each head's scores, and rescale its totals."""
+    """Let `absorb` take columns begin <= column < end of each head's scores, and rescale the head's totals."""
     for head in range(heads):
         row = head * scores.stride
         state.maxima[head], state.normalizers[head], factor = absorb(
@@ -190,7 +191,7 @@ def absorb_rows(scores: Any, begin: int, end: int, heads: int, scaling: Any, sof
 
 @njit(**ELEMENTWISE)
 def write_rows(state: Any, heads: int, columns: int, out: Any) -> None:
-    """Divide the totals by the normalizers and store them, heads behind each other, in the format of `out`."""
+    """Divide the totals by the normalizers, and store them, adjacent by head, in the format of `out`."""
     for head in range(heads):
         normalizer = state.normalizers[head]
         for i in range(columns):

@@ -1,6 +1,6 @@
 """The inner loop of attention on a CPU: rows of weights times a piece of the KV cache, with the sums in registers.
 
-Written as LLVM vectors, since compilers do not keep a block of sums in registers by themselves.
+It is written as LLVM vectors, since compilers do not keep a block of sums in registers by themselves.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ INT8, INT32, INT64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
 
 @njit
 def add_product(weights: Any, page: Any, out: Any, heads: int, rows: int, columns: int, ahead: int) -> None:
-    """out (heads, columns) += weights (heads, rows) @ page (rows, columns), each `Rows`.
+    """Compute out (heads, columns) += weights (heads, rows) @ page (rows, columns), each `Rows`.
 
-    weights and out hold float32 (float64 with a float64 page), page any format.  What lies `ahead` elements behind
-    each row of the page is prefetched: hardware cannot guess which page comes next.
+    weights and out hold float32 (float64 with a float64 page), page holds any format.  Elements that lie `ahead` behind
+    each row of the page are prefetched, because hardware cannot guess which page comes next.
     """
     column = 0
     while columns - column >= PANEL:
@@ -41,7 +41,7 @@ def add_product(weights: Any, page: Any, out: Any, heads: int, rows: int, column
 
 
 def _make_tile(heads: int, vectors: int) -> Any:
-    """`tile(weights, page, out, rows, ahead)`: `add_product` for so many heads and vectors of columns."""
+    """Generate `tile(weights, page, out, rows, ahead)`: `add_product` for so many heads and vectors of columns."""
 
     @intrinsic
     def tile(typing_context: Any, weights: Any, page: Any, out: Any, rows: Any, ahead: Any) -> Any:
@@ -74,7 +74,7 @@ def _make_tile(heads: int, vectors: int) -> Any:
 
 
 class _Places:
-    """Where the elements of a `Rows` argument are, while code is generated."""
+    """Addresses of the elements of a `Rows` argument, while code is generated."""
 
     def __init__(self, builder: Any, rows: Any) -> None:
         self._builder = builder
@@ -103,7 +103,7 @@ def _prefetch(builder: Any, place: Any) -> None:
 
 
 def _make_strip(vectors: int) -> Any:
-    """`add(weights, page, out, heads, rows, ahead)`: tiles below each other, for any number of heads."""
+    """Generate `add(weights, page, out, heads, rows, ahead)`: tiles below each other, for any number of heads."""
     tile_1, tile_2, tile_3, tile_4, tile_8 = (_make_tile(heads, vectors) for heads in (1, 2, 3, 4, 8))
 
     @njit

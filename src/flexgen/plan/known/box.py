@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
-from flexgen.base.sizes import format_size, parse_size
+from flexgen.base.quantities import format_size, parse_size
 from flexgen.errors import OptionError
 from flexgen.plan.machine import Curve, DiskRequest, Machine, Overheads, Rate
 from flexgen.plan.price.work import DTYPE_BYTES

@@ -9,7 +9,7 @@ import dataclasses
 import difflib
 from pathlib import Path
 
-from flexgen.base.sizes import format_size, parse_size
+from flexgen.base.quantities import format_size, parse_size
 from flexgen.errors import OptionError
 from flexgen.options import EngineOptions
 from flexgen.plan.known.box import box_of, device_box, is_box

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from flexgen.base.sizes import align_up
+from flexgen.base.quantities import align_up
 from flexgen.plan.model import ModelSpec
 from flexgen.plan.play.queue import Queue, queue_of
 from flexgen.plan.play.simulate import Simulation, held_kv_bytes, shared_kv_bytes, simulate

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from flexgen.base.sizes import MIB
+from flexgen.base.quantities import MIB
 from flexgen.plan.machine import Limits
 from flexgen.plan.model import ModelSpec
 from flexgen.plan.play.sampling import JobSizes

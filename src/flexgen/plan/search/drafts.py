@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 
-from flexgen.base.sizes import align_up
+from flexgen.base.quantities import align_up
 from flexgen.plan.machine import Limits, Machine
 from flexgen.plan.model import ModelSpec
 from flexgen.plan.play.sampling import JobSizes

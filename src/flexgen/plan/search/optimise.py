@@ -11,7 +11,7 @@ import functools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from flexgen.base.durations import format_seconds
+from flexgen.base.quantities import format_seconds
 from flexgen.errors import CapacityError
 from flexgen.plan.policy import Policy
 from flexgen.plan.search.bounds import Bounds

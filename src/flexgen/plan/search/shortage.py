@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 
-from flexgen.base.sizes import GIB, format_size
+from flexgen.base.quantities import GIB, format_size
 from flexgen.options import TIERS
 from flexgen.plan.policy import Fractions
 from flexgen.plan.search.space import Space

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 
-from flexgen.base.sizes import GIB
+from flexgen.base.quantities import GIB
 from flexgen.plan.play.simulate import Simulation
 from flexgen.plan.policy import Policy
 from flexgen.plan.price.pass_time import RESOURCES, Expectation

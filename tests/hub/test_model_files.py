@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from flexgen.checkpoint.parameters import Checkpoint
 from flexgen.errors import CheckpointError
-from flexgen.hub.folder import INDEX_FILE, SINGLE_FILE, weight_files
+from flexgen.hub.model_files import INDEX_FILE, SINGLE_FILE, find_weight_files
 
 
 def write_index(folder: Path, weight_map: object) -> None:
@@ -26,7 +26,7 @@ def write_tensors(path: Path, *names: str) -> None:
 def test_a_single_file(tmp_path: Path) -> None:
     write_tensors(tmp_path / SINGLE_FILE, "a")
     write_index(tmp_path, {"a": "../outside.safetensors"})  # not looked at, as in transformers
-    assert weight_files(tmp_path) == ([tmp_path / SINGLE_FILE], {})
+    assert find_weight_files(tmp_path) == ([tmp_path / SINGLE_FILE], {})
 
 
 def test_shards(tmp_path: Path) -> None:

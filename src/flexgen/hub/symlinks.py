@@ -1,7 +1,7 @@
-"""Which symbolic links in a model's folder are followed.
+"""Decides which symbolic links in a model's folder are followed.
 
 Weights often lie elsewhere (a hub cache whose blobs are on another disk, a folder of links), so an owner's own links are
-followed.  What must not happen is that somebody else's link makes you read a file of yours that he could not read himself.
+followed.  What must not happen is that another user's link makes you read a file of yours that they could not read themselves.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ _MOST_LINKS = 40  # Linux's own limit
 
 
 def followed(path: Path) -> Path:
-    """The file that `path` leads to: `path` itself, or a target of links that may be followed.
+    """Return the file that `path` leads to: `path` itself, or the target of links that may be followed.
 
     A link may stay within its folder, or within its repository of the Hugging Face cache.  One that leads out must belong to
     you, to root, or to the owner of the file that it leads to.
 
     Raises:
-        CheckpointError: there is no regular file, or a link on the way to it belongs to another user.
+        CheckpointError: There is no regular file, or a link on the way to it belongs to another user.
     """
     try:
         folder, real = path.parent.resolve(strict=True), path.resolve(strict=True)
@@ -44,7 +44,7 @@ def followed(path: Path) -> Path:
 
 
 def _homes(folder: Path) -> Iterator[Path]:
-    """What a link may lead to whoever made it."""
+    """Yield the folders that a link may lead into, whoever made it."""
     yield folder
     # models--owner--name/snapshots/<commit>/file -> ../../blobs/<digest>
     if folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--"):
@@ -52,7 +52,7 @@ def _homes(folder: Path) -> Iterator[Path]:
 
 
 def _links(path: Path) -> Iterator[Path]:
-    """The links met on the way to what `path`, in a folder without links, leads to."""
+    """Yield the links on the way from `path`, which lies in a folder without links, to its target."""
     place, rest, count = path.parent, [path.name], 0
     while rest:
         part = rest.pop()

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from flexgen.errors import CheckpointError
-from flexgen.hub.links import followed
+from flexgen.hub.symlinks import followed
 
 ME, ROOT, ALICE, BOB = 1000, 0, 1001, 1002
 

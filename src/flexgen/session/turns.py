@@ -1,4 +1,4 @@
-"""Whose turn it is with a model's engine: one call at a time, in the process that began.  Knows nothing of engines."""
+"""Turns of several callers with one engine: one call at a time, in the process that began."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _Item = TypeVar("_Item")
 
 
 class Turns:
-    """Calls of several threads take turns: each waits for the one before.
+    """Lets calls of several threads wait for each other.
 
-    Whoever iterates over results has the engine from the first to the end, but is not waited for, because nobody knows when, or in which
-    thread, it goes on: other calls are refused until the iterator is exhausted or closed.
+    Whoever iterates over results has the engine from the first result to the end.  Other calls do not wait for an iterator, because
+    nobody knows when it goes on: they are refused until it is exhausted or closed.
 
-    A process that was forked has neither the threads nor, after the first product, a working OpenMP: it is refused.
+    A forked process is refused, because it has none of the threads and, after the first matrix product, no working OpenMP.
     """
 
     def __init__(self) -> None:
@@ -31,7 +31,11 @@ class Turns:
         self._items: Generator[object] | None = None  # what is iterated over
 
     def check(self) -> None:
-        """Raises FlexGenError where no call is possible: in a forked process, or after the end."""
+        """Check that a call is possible.
+
+        Raises:
+            FlexGenError: This is a forked process, or the LLM is closed.
+        """
         if self._is_elsewhere():
             raise FlexGenError(forked("this LLM has been used"))
         if self._closed:
@@ -40,10 +44,10 @@ class Turns:
 
     @contextlib.contextmanager
     def call(self) -> Iterator[None]:
-        """A call that has the engine until it ends.
+        """Hold the engine for one call.
 
         Raises:
-            FlexGenError: as `check`, or because an iterator is not at its end.
+            FlexGenError: As for `check`, or because an iterator is not at its end.
         """
         self.check()
         with self._lock:
@@ -55,10 +59,10 @@ class Turns:
                 self._taken = False
 
     def iterate(self, items: Generator[_Item]) -> Generator[_Item]:
-        """The items, which the engine computes one by one; the lock is held only while it does.
+        """Yield the items, which the engine computes one by one; the lock is held only while it does.
 
         Raises:
-            FlexGenError: as `call`, when the first item is asked for; as `check`, at any other.
+            FlexGenError: As for `call` when the first item is asked for, and as for `check` at any other.
         """
         self.check()
         with self._lock:
@@ -82,16 +86,16 @@ class Turns:
 
     @contextlib.contextmanager
     def end(self, *, wait: bool) -> Iterator[bool]:
-        """The last turn, after whoever is at work; an iterator that is not at its end is closed.
+        """Take the last turn, after whoever is at work.  An iterator that is not at its end is closed.
 
         Args:
-            wait: for a call of another thread.
+            wait: Whether to wait for a call of another thread.
 
         Yields:
-            whether there is anything to close: not in a forked process, nor, without waiting, while somebody is at work.
+            Whether there is something to close: not in a forked process, nor (without waiting) while another call is at work.
 
         Raises:
-            FlexGenError: the call that is at work asks for it.
+            FlexGenError: The call that is at work asks for it.
         """
         if self._is_elsewhere() or not self._lock.acquire(blocking=wait):
             yield False
@@ -128,10 +132,10 @@ class Turns:
 
 
 def forked(used: str) -> str:
-    """Why a forked process is refused, and what to do.
+    """Explain why a forked process is refused, and what to do.
 
     Args:
-        used: what was done before, as a clause.
+        used: What was done before the fork, as a clause.
     """
     return (
         f"{used} in the process that this one was forked from, whose threads are not here: products would wait for them for ever. "

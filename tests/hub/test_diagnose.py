@@ -9,7 +9,7 @@ import pytest
 from fakes import write_model_folder
 
 from flexgen.errors import CheckpointError, ModelError, UnsupportedModelError
-from flexgen.hub.hub import resolve_model, resolve_tokenizer
+from flexgen.hub.resolve import resolve_model, resolve_tokenizer
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 123456789\n"
 

@@ -9,8 +9,8 @@ from collections.abc import Callable, Generator
 
 import pytest
 
-from flexgen.base.turns import Turns
 from flexgen.errors import FlexGenError
+from flexgen.session.turns import Turns
 
 
 def items(closed: list[str]) -> Generator[int]:

@@ -1,6 +1,7 @@
-"""What a path is that was given for a model and is none, or none that can be served: named by its files, with what to take instead.
+"""Explains what a path or repository is that is not a model, or not one that can be run, and says what to take instead.
 
-Looks at names and at the first bytes of small files; opens no weights.
+Looks at names and at the first bytes of small files; opens no weights.  Explanations are the rest of a sentence that begins with
+the name of the path or repository.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ _OTHER_HEADS = (
 
 
 def file_instead_of_folder(path: Path) -> str:
-    """Why a file is no model, as the rest of a sentence that begins with its name."""
+    """Explain why a file is not a model."""
     name = path.name.lower()
     if _is_lfs_pointer(path):
         return "is a git-lfs pointer, not the file itself; and a model is a folder: run `git lfs pull` there, then give the folder"
@@ -71,7 +72,7 @@ def file_instead_of_folder(path: Path) -> str:
 
 
 def folder_without_config(folder: Path) -> str:
-    """Why a folder without config.json is no model, as the rest of a sentence that begins with its name."""
+    """Explain why a folder without config.json is not a model."""
     names = sorted(path.name for path in folder.iterdir())
     if not names:
         return "is an empty folder: it has no config.json, so it is not a model"
@@ -89,13 +90,13 @@ def folder_without_config(folder: Path) -> str:
 
 
 def repository_without_config(names: Collection[str]) -> str:
-    """The same of a hub repository that has these files."""
+    """Explain why a hub repository with these files, none of them config.json, is not a model."""
     found = _by_files(names)
     return f"is not a model that flexgen can run: {found}" if found else "has no config.json, so it is not a model"
 
 
 def folder_without_weights(names: Collection[str]) -> str:
-    """Why a folder of these files, config.json among them, has no weights, as the rest of a sentence that begins with its name."""
+    """Explain why a folder with these files, config.json among them, has no weights."""
     if found := _by_files(names):
         return f"has no weights that can be read: {found}"
     if unfinished := [name for name in names if name.endswith(_UNFINISHED)]:
@@ -106,7 +107,7 @@ def folder_without_weights(names: Collection[str]) -> str:
 
 
 def other_purpose(folder: Path, config: Mapping[str, Any]) -> str | None:
-    """Why a folder with a config is no language model, as the rest of a sentence that begins with its name; None if nothing says so."""
+    """Explain why a folder with a config is not a language model; None if nothing indicates that."""
     if (folder / "model_index.json").is_file():
         return "is a diffusers pipeline, which makes images: give a causal language model"
     if (folder / "modules.json").is_file() or (folder / "config_sentence_transformers.json").is_file():
@@ -119,7 +120,10 @@ def other_purpose(folder: Path, config: Mapping[str, Any]) -> str | None:
 
 
 def other_quantization(folder: Path, config: Mapping[str, Any]) -> str | None:
-    """Who quantized the weights where quantization_config does not say it, as older tools and MLX leave it; None if nobody did."""
+    """Name the tool that quantized the weights where quantization_config does not say it, as older tools and MLX leave it.
+
+    The result is None if nothing indicates a quantization.
+    """
     if isinstance(quantization := config.get("quantization"), dict) and "bits" in quantization:
         return f"MLX, {quantization['bits']!r:.10} bits"
     if (folder / "quantize_config.json").is_file():
@@ -130,7 +134,11 @@ def other_quantization(folder: Path, config: Mapping[str, Any]) -> str | None:
 
 
 def check_fetched(path: Path) -> None:
-    """Raises CheckpointError for what git leaves in the place of a large file that was not fetched."""
+    """Check that a file is not a git-lfs pointer, which git leaves in the place of a large file that was not fetched.
+
+    Raises:
+        CheckpointError: The file is such a pointer.
+    """
     if _is_lfs_pointer(path):
         raise CheckpointError(f"{path} is a git-lfs pointer, not the file itself: run `git lfs pull` in that folder")
 
@@ -148,7 +156,7 @@ def _begins_with(path: Path, start: bytes) -> bool:
 
 
 def _by_files(names: Collection[str]) -> str | None:
-    """What the files of a folder say that it is; None if they say nothing."""
+    """Say what kind of folder these files make; None if they say nothing."""
     found = set(names)
     if "adapter_config.json" in found:
         return _ADAPTER
@@ -167,6 +175,6 @@ def _by_files(names: Collection[str]) -> str | None:
 
 
 def some(names: Iterable[str], count: int = 3) -> str:
-    """The first few names, for a message."""
+    """List the first few names for a message."""
     ordered = sorted(names)
     return ", ".join(ordered[:count]) + (f" and {len(ordered) - count} more" if len(ordered) > count else "")

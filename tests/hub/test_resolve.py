@@ -21,7 +21,8 @@ import pytest
 from fakes import write_model_folder
 
 from flexgen.errors import CheckpointError, ModelError, UnsupportedModelError
-from flexgen.hub.hub import resolve_model, resolve_tokenizer, weight_files
+from flexgen.hub.model_files import weight_files
+from flexgen.hub.resolve import resolve_model, resolve_tokenizer
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -277,12 +278,14 @@ import json, sys, types
 sys.modules["transformers"] = types.SimpleNamespace(CONFIG_MAPPING={"opt"}, __version__="stub")  # a second less to import
 from pathlib import Path
 from flexgen.hub import hub
+from flexgen.hub import download
 from flexgen.errors import FlexGenError
-from flexgen.hub.hub import resolve_model, resolve_tokenizer, weight_headers
+from flexgen.hub.download import weight_headers
+from flexgen.hub.resolve import resolve_model, resolve_tokenizer
 for call in json.loads(sys.argv[1]):
     try:
         if "headers_of" in call:
-            hub._LIKELY_HEADER_BYTES = call["first_bytes"]
+            download._LIKELY_HEADER_BYTES = call["first_bytes"]
             found = weight_headers(call["headers_of"], Path(call["folder"]))
             print(json.dumps({name: [header.decode(), size] for name, (header, size) in found.items()}))
         elif "tokenizer" in call:

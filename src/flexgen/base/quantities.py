@@ -1,0 +1,121 @@
+"""Byte sizes ("4GiB", "16GB", "50%") and durations ("90s", "1h30m") as people write them, and back again."""
+
+from __future__ import annotations
+
+import re
+
+from flexgen.errors import OptionError
+
+KIB, MIB, GIB, TIB = 1 << 10, 1 << 20, 1 << 30, 1 << 40
+
+_UNITS = {
+    "": 1, "B": 1,
+    "K": KIB, "M": MIB, "G": GIB, "T": TIB,
+    "KIB": KIB, "MIB": MIB, "GIB": GIB, "TIB": TIB,
+    "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+}  # fmt: skip
+_NUMBER = r"(\d+(?:\.\d*)?|\.\d+)"
+_SIZE = re.compile(rf"\s*{_NUMBER}\s*([A-Za-z]*)\s*")
+_PERCENT = re.compile(rf"\s*{_NUMBER}\s*%\s*")
+_PLAIN = re.compile(_NUMBER)
+_TIMES = (("d(?:ays?)?", 86400.0), ("h(?:ours?|rs?)?", 3600.0), ("m(?:in(?:utes?|s)?)?", 60.0), ("s(?:ec(?:onds?|s)?)?", 1.0))
+_DURATION = re.compile("".join(f"(?:{_NUMBER}{unit})?" for unit, _ in _TIMES))
+
+
+def parse_size(text: str | int, *, total_bytes: int | None = None, name: str = "") -> int:
+    """Return the bytes meant by `text`.
+
+    "4GiB" and "4G" are binary, "16GB" is decimal, a bare number is bytes, and "50%" is a share of `total_bytes`.
+
+    Args:
+        text: The size as a person wrote it, or a number of bytes.
+        total_bytes: What a percentage refers to; None where percentages have no meaning.
+        name: The option's name for messages, `--host-mem` or `host_mem=`.
+
+    Raises:
+        OptionError: The text is not a size, or a percentage of an unknown total.
+    """
+    if isinstance(text, int):
+        return text
+    said = f"{name}{text!r}" if name.endswith("=") else f"{name} {text!r}".strip()
+    if match := _PERCENT.fullmatch(text):
+        if total_bytes is None:
+            raise OptionError(f"{said}: a percentage has no meaning here; give a size such as 4GiB or 16GB")
+        share = float(match[1])
+        if share > 100:
+            raise OptionError(f"{said}: a share of more than 100 %")
+        return int(total_bytes * share / 100)
+    match = _SIZE.fullmatch(text)
+    if match is None or match[2].upper() not in _UNITS:
+        raise OptionError(f"{said} is not a size; write 4GiB (binary), 16GB (decimal) or 50%")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def check_budget(text: object, *, name: str, least_bytes: int, zero: bool = True) -> None:
+    """Refuse a size that nobody can mean, before anything is done with it.  Percentages pass.
+
+    Args:
+        text: The value of the option.
+        name: The option's name for messages.
+        least_bytes: The smallest size that makes sense.
+        zero: Whether 0 has a meaning.
+
+    Raises:
+        OptionError: The text is not a size, or the size is below `least_bytes`.
+    """
+    if not isinstance(text, (str, int)) or isinstance(text, bool):
+        raise OptionError(f"{name}={text!r} is not a size; write '4GiB' (binary), '16GB' (decimal) or '50%'")
+    said = str(text)
+    size = parse_size(text, total_bytes=100, name=f"{name}=")
+    if _PERCENT.fullmatch(said):
+        return
+    if size == 0 and not zero:
+        raise OptionError(f"{name}={said!r} leaves no memory to run in: write 4GiB (binary), 16GB (decimal) or 50%")
+    if 0 < size < least_bytes or size < 0:
+        number = re.split(r"[A-Za-z ]", said.strip())[0]
+        unit = "GiB" if len(number) < 3 else "MiB"
+        raise OptionError(
+            f"{name}={said!r} is {format_size(size)}, and at least {format_size(least_bytes)} is needed: did you mean {number}{unit}? "
+            "(a number without a unit is bytes)"
+        )
+
+
+def format_size(size_bytes: float) -> str:
+    """Write a size for people, in binary units: 1536 becomes "1.5 KiB"."""
+    for unit, name in ((TIB, "TiB"), (GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):
+        if abs(size_bytes) >= unit:
+            return f"{size_bytes / unit:.1f} {name}"
+    return f"{size_bytes:.0f} B"
+
+
+def parse_seconds(text: str) -> float:
+    """Return the seconds meant by "90", "90s", "30min", "8h", "1h30m" or "1d".
+
+    Raises:
+        ValueError: The text is not a duration.
+    """
+    given = "".join(text.lower().split())
+    if _PLAIN.fullmatch(given):
+        return float(given)
+    parts = _DURATION.fullmatch(given)
+    if not given or parts is None:
+        raise ValueError(f"{text!r} is not a time; write seconds (90), or 30min, 8h, 1h30m, 1d")
+    return sum(float(number) * seconds for number, (_, seconds) in zip(parts.groups(default="0"), _TIMES, strict=True))
+
+
+def format_seconds(seconds: float | None) -> str:
+    """Write a duration for people: 31 ms, 4.2 s, 3:07 min, 1:02:33 h; a dash for None."""
+    if seconds is None:
+        return "-"
+    if 0 < seconds < 0.0995:
+        return f"{1000 * seconds:.2g} ms"
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d} h" if hours else f"{minutes}:{rest:02d} min"
+
+
+def align_up(size_bytes: int, alignment: int) -> int:
+    """Return the least multiple of `alignment` that is at least `size_bytes`."""
+    return -(-size_bytes // alignment) * alignment
