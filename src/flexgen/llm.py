@@ -116,6 +116,11 @@ class LLM:
         self._finalizer = weakref.finalize(self, _close, self._turns, self._open, self._templates, wait=False)
 
     @property
+    def name(self) -> str:
+        """The name of the model, as the user wrote it."""
+        return self.files.name
+
+    @property
     def options(self) -> EngineOptions:
         """What was asked for; smaller after `shrink`."""
         return self._open.options

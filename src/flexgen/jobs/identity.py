@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
-from flexgen.llm import LLM
+from flexgen.jobs.model import JobModel
 from flexgen.request import SamplingParams
 
 _PACKAGES = ("flexgen-engine", "torch", "transformers", "tokenizers")
@@ -58,11 +58,11 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Change]:
     return [Change(name=name, old=old[name], new=new[name]) for name in new if name in old and old[name] != new[name]]
 
 
-def identity_of(llm: LLM, defaults: SamplingParams, **settings: object) -> Identity:
+def identity_of(model: JobModel, defaults: SamplingParams, **settings: object) -> Identity:
     """The identity of a job for this model.
 
     Args:
-        llm: the model.
+        model: the model of the job.
         defaults: the sampling parameters of lines that set none.
         **settings: others that change answers; JSON values.
 
@@ -70,7 +70,7 @@ def identity_of(llm: LLM, defaults: SamplingParams, **settings: object) -> Ident
         FlexGenError: as `LLM.fingerprint`.
     """
     defaulted = {f"default {name}": value for name, value in dataclasses.asdict(defaults).items()}
-    return Identity(answers=llm.fingerprint() | settings | defaulted, versions={name: _version(name) for name in _PACKAGES})
+    return Identity(answers=model.fingerprint() | settings | defaulted, versions={name: _version(name) for name in _PACKAGES})
 
 
 def _version(package: str) -> str:
