@@ -26,10 +26,11 @@ from flexgen.options import EngineOptions
 from flexgen.plan.play.simulate import PAGE_TOKENS
 from flexgen.plan.tell.forecast import Plan
 from flexgen.plan.workload import Workload
-from flexgen.profile.limits import find_limits
 from flexgen.report.progress import Progress, RunReport
 from flexgen.request import CompletionOutput, Live, RequestOutput, SamplingParams, TokenRequest, TokenResult
-from flexgen.session.session import OpenEngine, check_model, plan_job
+from flexgen.session.fingerprint import fingerprint
+from flexgen.session.model import ResolvedModel
+from flexgen.session.session import OpenEngine, plan_job
 from flexgen.session.turns import Turns
 from flexgen.text.answers import Choices
 from flexgen.text.common_prefixes import NO_PREFIXES, CommonPrefixes, PrefixCensus
@@ -91,7 +92,8 @@ class LLM:
         else:
             self.files = resolve_model(model, revision=options.revision, token=asked.token, with_weights=options.load_format != "dummy")
         step(f"reading configuration and tokenizer of {self.files.name}")
-        self.vocab_size, self.max_model_len = token_limits(self.files, options.max_model_len)
+        self._model = ResolvedModel(self.files, options)
+        self.vocab_size, self.max_model_len = token_limits(self.files.name, self._model.config, options.max_model_len)
         self.tokenizer = _tokenizer(self.files, tokenizer, asked)
         self.eos_token_ids = eos_token_ids(self.files.config, self.files.generation_config, self.tokenizer)
         for setting in unsupported_defaults(self.files.generation_config):
@@ -110,9 +112,14 @@ class LLM:
         )
         self._own_defaults = asked.own_defaults
         self._num_requests = 0
-        self._open = OpenEngine(self.files, options, self.max_model_len)
+        self._open = OpenEngine(self._model, options, self.max_model_len)
         self._turns = Turns()
         self._finalizer = weakref.finalize(self, _close, self._turns, self._open, self._templates, wait=False)
+
+    @property
+    def name(self) -> str:
+        """The name of the model, as the user wrote it."""
+        return self.files.name
 
     @property
     def options(self) -> EngineOptions:
@@ -209,7 +216,15 @@ class LLM:
         Raises:
             ModelError: naming what is wrong.
         """
-        check_model(self.files, self.options)
+        self._model.check()
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What of this model changes its answers, as JSON values by name: a job refuses to go on with another one.
+
+        Raises:
+            FlexGenError: as `check_model`.
+        """
+        return fingerprint(self._model, self._choices, self.chat_template, self.options.load_format)
 
     def encode(self, texts: str | Iterable[str], *, add_special_tokens: bool = True) -> list[list[int]]:
         """Token ids of each text (rendered chats have their special tokens already).
@@ -233,8 +248,7 @@ class LLM:
     @functools.cached_property
     def _tokenizing_bytes(self) -> int:
         """Memory for one text while it is tokenised: a part of what the host budget leaves before there is a plan."""
-        budget_bytes = find_limits(self.options).host_bytes
-        return max(budget_bytes - psutil.Process().memory_info().rss, 0) // _TOKENIZING_PARTS
+        return max(self._model.limits.host_bytes - psutil.Process().memory_info().rss, 0) // _TOKENIZING_PARTS
 
     def render_chats(self, chats: Sequence[Chat], *, now: float | None = None) -> Iterator[str | RequestError]:
         """The prompt of each conversation by the model's template, or why it has none; rendered as they are asked for.
@@ -303,7 +317,7 @@ class LLM:
     def plan(self, workload: Workload) -> Plan:
         """What `open` would do with this work (see `plan_job`)."""
         _check_workload("plan", workload)
-        return plan_job(self.files, self.options, workload)
+        return plan_job(self._model, self.options, workload)
 
     def open(self, workload: Workload) -> Plan:
         """Open the engine for this work, as `stream` would, and tell its plan."""

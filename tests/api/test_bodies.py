@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from flexgen.api.bodies import parse_chat, parse_completion
-from flexgen.api.fields import JobRequest
+from flexgen.api.job_request import RequestBody
 from flexgen.chat import Chat
 from flexgen.errors import RequestError
 from flexgen.request import SamplingParams
@@ -16,11 +16,11 @@ DEFAULTS = SamplingParams(temperature=0.7, max_tokens=None)
 MESSAGES = [{"role": "user", "content": "Hi"}]
 
 
-def completion(**fields: Any) -> JobRequest:
+def completion(**fields: Any) -> RequestBody:
     return parse_completion({"prompt": "p", **fields}, DEFAULTS)
 
 
-def chat(**fields: Any) -> JobRequest:
+def chat(**fields: Any) -> RequestBody:
     return parse_chat({"messages": MESSAGES, **fields}, DEFAULTS)
 
 

@@ -163,9 +163,9 @@ def _let_code_fail(job: Path, numbers: random.Random) -> None:
     if which == 0:
         sampler._choose = failing(sampler._choose, lambda row, request, past: request.prompt_token_ids)
     elif which == 1:
-        Serving._success = failing(Serving._success, lambda self, served, results: served.token_requests[0].prompt_token_ids)
+        Serving._success = failing(Serving._success, lambda self, line: line.token_requests[0].prompt_token_ids)
     else:
-        Reader._token_requests = failing(Reader._token_requests, lambda self, origin, request, ids: ids)
+        Reader._token_requests = failing(Reader._token_requests, lambda self, request, ids: ids)
 
 
 def _let_tokenizer_panic(job: Path, numbers: random.Random) -> None:

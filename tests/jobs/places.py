@@ -9,7 +9,7 @@ from pathlib import Path
 
 from flexgen.jobs.folder import JobFolder, JobPaths
 from flexgen.jobs.identity import Identity
-from flexgen.jobs.store import Result, Store
+from flexgen.jobs.store import ResultRow, Store
 
 IDENTITY = Identity(answers={"model": "m", "seed": 0}, versions={"torch": "2.0"})
 
@@ -25,9 +25,9 @@ def opened(output: Path, identity: Identity = IDENTITY, *, accept_changes: bool 
         yield store
 
 
-def result(number: int, *, failed: bool = False, digest: int | None = None) -> Result:
+def result(number: int, *, failed: bool = False, digest: int | None = None) -> ResultRow:
     record = json.dumps({"id": None, "index": number, "text": "x" * (number * 7 % 50)}).encode() + b"\n"
-    return Result(
+    return ResultRow(
         line_number=number, digest=digest or number + 1000, record=record, failed=failed, prompt_tokens=2, output_tokens=number
     )  # fmt: skip
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from flexgen import LLM, RequestError, SamplingParams
-from flexgen.api.fields import Answer, JobRequest
+from flexgen.api.job_request import RequestBody
 from flexgen.jobs.forms import Forms
 from flexgen.jobs.lines import read_lines
-from flexgen.jobs.prompts import encode_prompts
+from flexgen.jobs.reading import encode_prompts
 from flexgen.request import CompletionOutput
 
 NUM_LINES = 10_000
@@ -108,21 +108,17 @@ def llm(model_folder: Path) -> Iterator[LLM]:
 def test_every_bad_line_has_one_outcome(llm: LLM) -> None:
     forms = Forms(model="m", created=1, defaults=SamplingParams())
     parsed = [forms.parse(line) for line in read_lines(io.BytesIO(bad_lines()))]
-    assert [origin.line_number for origin, _, _ in parsed] == list(range(1, NUM_LINES + 1))
+    assert [request.line_number for request in parsed] == list(range(1, NUM_LINES + 1))
     outcomes = {"request": 0, "error": 0}
     for start in range(0, NUM_LINES, BATCH):
         batch = parsed[start : start + BATCH]
-        prompts = encode_prompts(llm, [request for _, _, request in batch])
-        for (origin, form, request), ids in zip(batch, prompts, strict=True):
+        prompts = encode_prompts(llm, [request.asked for request in batch])
+        for request, ids in zip(batch, prompts, strict=True):
             if isinstance(ids, RequestError):
-                record = form.failure(origin, ids)
+                record = request.form.failure(request, ids)
             else:
-                assert isinstance(request, JobRequest)
                 assert all(type(each) is int for each in ids)
-                answer = Answer(
-                    num_prompt_tokens=len(ids), completions=[COMPLETION], params=SamplingParams(), shows_ids=True, has_text=True
-                )
-                record = form.success(origin, answer)
+                record = request.form.success(request, [COMPLETION] * request.body.params.n, len(ids))
             json.dumps(record, allow_nan=False).encode("ascii")
             outcomes["error" if isinstance(ids, RequestError) else "request"] += 1
     assert min(outcomes.values()) > NUM_LINES // 50, "the generator is of no use if lines are all good or all bad"
@@ -132,4 +128,4 @@ def test_every_bad_line_is_text(llm: LLM) -> None:
     forms = Forms(model="m", created=1, defaults=SamplingParams(), input_format="text")
     parsed = [forms.parse(line) for line in read_lines(io.BytesIO(bad_lines()))]
     assert len(parsed) == NUM_LINES
-    assert all(isinstance(request, JobRequest) or request.code == "invalid_utf8" for _, _, request in parsed)
+    assert all(isinstance(each.asked, RequestBody) or each.asked.code == "invalid_utf8" for each in parsed)

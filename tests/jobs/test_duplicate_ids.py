@@ -7,14 +7,13 @@ from collections.abc import Sequence
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexgen.api.fields import Origin
 from flexgen.jobs.duplicate_ids import Census
 
 
 def repeated(ids: Sequence[str | int | None]) -> list[int]:
     census = Census()
     for line_number, identity in enumerate(ids, 1):
-        census.add(Origin(line_number=line_number, digest=1, id=identity))
+        census.add(line_number, identity)
     return census.repeated()
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Any
 
 import pytest
 
-from flexgen.api.fields import Answer, Form, JobRequest, Origin
+from flexgen.api.job_request import Form, JobRequest, RequestBody
 from flexgen.api.openai import OpenAIForm
 from flexgen.api.plain import PlainForm
 from flexgen.chat import Chat
@@ -18,7 +19,6 @@ from flexgen.request import CompletionOutput, Logprob, SamplingParams
 
 DEFAULTS = SamplingParams(temperature=0.7, max_tokens=None)
 MESSAGES = [{"role": "user", "content": "Hi"}]
-ORIGIN = Origin(line_number=7, digest=0xABC, id="x")
 PLAIN = PlainForm(defaults=DEFAULTS)
 
 
@@ -34,7 +34,7 @@ def chat_line(**body: Any) -> dict[str, Any]:
     return {"custom_id": "c1", "method": "POST", "url": "/v1/chat/completions", "body": {"messages": MESSAGES, **body}}
 
 
-def parsed(line: object, **options: Any) -> tuple[Origin, Form, JobRequest | RequestError]:
+def parsed(line: object, **options: Any) -> JobRequest:
     content = line if isinstance(line, bytes) else json.dumps(line).encode()
     forms = Forms(**{"model": "org/model", "created": 1234, "defaults": DEFAULTS, **options})
     return forms.parse(Line(number=3, content=content, digest=9))
@@ -59,18 +59,17 @@ def parsed(line: object, **options: Any) -> tuple[Origin, Form, JobRequest | Req
     ids=str,
 )
 def test_the_form_of_a_line(line: object, form: type, identity: str | None) -> None:
-    origin, found, request = parsed(line)
-    assert isinstance(found, form)
-    assert origin == Origin(line_number=3, digest=9, id=identity)
-    assert found.failure(origin, request if isinstance(request, RequestError) else RequestError("no"))
+    request = parsed(line)
+    assert isinstance(request.form, form)
+    assert (request.line_number, request.digest, request.id) == (3, 9, identity)
+    assert request.form.failure(request, request.asked if isinstance(request.asked, RequestError) else RequestError("no"))
 
 
 def test_text_is_a_prompt_whatever_it_looks_like() -> None:
     for text in ('{"prompt": "p"}', "  two spaces ", "ü\0\x0b"):
-        origin, form, request = parsed(text.encode(), input_format="text")
-        assert isinstance(request, JobRequest)
-        assert (request.prompt, request.params, origin.id, form) == (text, DEFAULTS, None, PLAIN)
-    _, _, error = parsed(b"\xff", input_format="text")
+        request = parsed(text.encode(), input_format="text")
+        assert (request.body.prompt, request.body.params, request.id, request.form) == (text, DEFAULTS, None, PLAIN)
+    error = parsed(b"\xff", input_format="text").asked
     assert isinstance(error, RequestError)
     assert error.code == "invalid_utf8"
 
@@ -86,13 +85,13 @@ def test_an_unknown_input_format() -> None:
 @pytest.mark.parametrize(("named", "strict_error"), [(None, False), ("org/model", False), ("model", False), ("gpt-4o-mini", True)])
 @pytest.mark.parametrize("line", [batch_line, chat_line, lambda **body: {"prompt": "p", **body}])
 def test_strict_refuses_another_model(line: Any, named: str | None, strict_error: bool) -> None:
-    _, _, request = parsed(line(model=named))
-    assert isinstance(request, JobRequest)
-    origin, form, request = parsed(line(model=named), strict=True)
-    assert isinstance(request, RequestError) == strict_error
-    if isinstance(request, RequestError):
-        assert (request.code, request.param) == ("model_not_found", "model")
-        record = form.failure(origin, request)
+    assert isinstance(parsed(line(model=named)).asked, RequestBody)
+    request = parsed(line(model=named), strict=True)
+    error = request.asked
+    assert isinstance(error, RequestError) == strict_error
+    if isinstance(error, RequestError):
+        assert (error.code, error.param) == ("model_not_found", "model")
+        record = request.form.failure(request, error)
         assert "response" not in record or record["response"]["status_code"] == 404
 
 
@@ -100,12 +99,8 @@ def test_remarks_are_made_once() -> None:
     remarks = Remarks("org/model")
     assert remarks.lines() == []
     for _ in range(1000):
-        _, _, request = parsed({"prompt": "p", "user": "u", "stream": False, "model": "gpt-4o"})
-        assert isinstance(request, JobRequest)
-        remarks.note(request)
-    _, _, request = parsed({"prompt": "p", "user": "u", "model": "model"})
-    assert isinstance(request, JobRequest)
-    remarks.note(request)
+        remarks.note(parsed({"prompt": "p", "user": "u", "stream": False, "model": "gpt-4o"}).body)
+    remarks.note(parsed({"prompt": "p", "user": "u", "model": "model"}).body)
     assert remarks.lines() == [
         "fields that have no effect here, with the number of lines that have them: user 1,001, stream 1,000",
         "lines that name another model, and are answered by org/model all the same: gpt-4o 1,000",
@@ -115,9 +110,7 @@ def test_remarks_are_made_once() -> None:
 def test_remarks_stay_short() -> None:
     remarks = Remarks("m")
     for number in range(10_000):
-        _, _, request = parsed({"prompt": "p", "model": f"other {number}"})
-        assert isinstance(request, JobRequest)
-        remarks.note(request)
+        remarks.note(parsed({"prompt": "p", "model": f"other {number}"}).body)
     (line,) = remarks.lines()
     assert len(line) < 400
     assert "others 9,992" in line
@@ -178,13 +171,23 @@ FIRST = CompletionOutput(index=0, text="Antwort ☃", token_ids=(1, 2, 3), finis
 SECOND = CompletionOutput(index=1, text="Ab", token_ids=(1, 2), finish_reason="length", logprobs=LOGPROBS)
 
 
-def answer(*completions: CompletionOutput, shows_ids: bool = False, has_text: bool = True, logprobs: int | None = None) -> Answer:
+def line(form: Form, asked: RequestBody | RequestError, line_number: int = 7) -> JobRequest:
+    return JobRequest(line_number=line_number, digest=0xABC, id="x", form=form, asked=asked)
+
+
+def success(form: Form, *completions: CompletionOutput, shows_ids: bool = False, logprobs: int | None = None, **of_line: Any) -> Any:
+    """The record of an answer to a prompt of two tokens."""
     params = SamplingParams(n=len(completions), logprobs=logprobs)
-    return Answer(num_prompt_tokens=2, completions=list(completions), params=params, shows_ids=shows_ids, has_text=has_text)
+    body = RequestBody(prompt="p", params=params, states_max_tokens=False, return_token_ids=shows_ids, model=None, ignored=())
+    return form.success(line(form, body, **of_line), completions, 2)
+
+
+def failure(form: Form, error: RequestError) -> Any:
+    return form.failure(line(form, error), error)
 
 
 def test_bare_records() -> None:
-    assert PLAIN.success(ORIGIN, answer(FIRST, shows_ids=True)) == {
+    assert success(PLAIN, FIRST, shows_ids=True) == {
         "id": "x",
         "index": 7,
         "text": "Antwort ☃",
@@ -193,11 +196,10 @@ def test_bare_records() -> None:
         "stop_reason": 3,
         "usage": {"prompt_tokens": 2, "completion_tokens": 3, "total_tokens": 5},
     }
-    without = PLAIN.success(ORIGIN, answer(FIRST, has_text=False))
-    assert without["text"] is None
-    assert "token_ids" not in without
-    assert "logprobs" not in without
-    assert PLAIN.failure(ORIGIN, RequestError("no", code="c", param="p")) == {
+    assert not {"token_ids", "logprobs"} & set(success(PLAIN, FIRST))
+    without = success(dataclasses.replace(PLAIN, has_text=False), FIRST)
+    assert (without["text"], without["token_ids"]) == (None, [1, 2, 3])
+    assert failure(PLAIN, RequestError("no", code="c", param="p")) == {
         "id": "x",
         "index": 7,
         "error": {"code": "c", "message": "no", "param": "p"},
@@ -205,7 +207,7 @@ def test_bare_records() -> None:
 
 
 def test_a_bare_record_of_several_choices_has_lists() -> None:
-    record = PLAIN.success(ORIGIN, answer(FIRST, FIRST, shows_ids=True))
+    record = success(PLAIN, FIRST, FIRST, shows_ids=True)
     assert record["text"] == ["Antwort ☃"] * 2
     assert record["token_ids"] == [[1, 2, 3]] * 2
     assert (record["finish_reason"], record["stop_reason"]) == (["stop"] * 2, [3] * 2)
@@ -213,7 +215,7 @@ def test_a_bare_record_of_several_choices_has_lists() -> None:
 
 
 def test_log_probabilities_in_a_bare_record() -> None:
-    record = PLAIN.success(ORIGIN, answer(SECOND, logprobs=1))
+    record = success(PLAIN, SECOND, logprobs=1)
     assert [entry["token"] for entry in record["logprobs"]] == ["A", "b"]
     assert [len(entry["top_logprobs"]) for entry in record["logprobs"]] == [1, 1]
 
@@ -247,41 +249,40 @@ def test_openai_defaults() -> None:
     ],
 )
 def test_bad_batch_lines(change: dict[str, Any], code: str, param: str) -> None:
-    origin, form, error = parsed(batch_line() | change)
+    request = parsed(batch_line() | change)
+    error = request.asked
     assert isinstance(error, RequestError)
     assert (error.code, error.param) == (code, param)
-    assert form.failure(origin, error)["response"]["status_code"] == (404 if code == "unsupported_url" else 400)
+    assert request.form.failure(request, error)["response"]["status_code"] == (404 if code == "unsupported_url" else 400)
 
 
 @pytest.mark.parametrize(("custom_id", "kept"), [(16, 16), (16.0, 16), ("x", "x"), (True, None), ([1], None), (1.5, None), (None, None)])
 def test_the_error_of_a_batch_line_has_its_id(custom_id: object, kept: object) -> None:
-    origin, form, error = parsed(batch_line(max_tokens=0) | {"custom_id": custom_id})
-    assert isinstance(error, RequestError)
-    assert form.failure(origin, error)["custom_id"] == kept
+    request = parsed(batch_line(max_tokens=0) | {"custom_id": custom_id})
+    assert isinstance(request.asked, RequestError)
+    assert request.form.failure(request, request.asked)["custom_id"] == kept
 
 
 def test_a_line_that_finds_a_bug_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("flexgen.api.plain.parse_completion", lambda body, defaults: {}["x"])
-    origin, _, error = parsed({"id": 5, "prompt": "p"})
-    assert isinstance(error, RequestError)
-    assert (origin.id, error.code) == (5, "internal_error")
+    request = parsed({"id": 5, "prompt": "p"})
+    assert isinstance(request.asked, RequestError)
+    assert (request.id, request.asked.code) == (5, "internal_error")
 
 
 def test_an_internal_error_is_the_server_s() -> None:
-    record = openai().failure(ORIGIN, RequestError("bug", code="internal_error"))
+    record = failure(openai(), RequestError("bug", code="internal_error"))
     assert (record["response"]["status_code"], record["response"]["body"]["error"]["type"]) == (500, "server_error")
 
 
 @pytest.mark.parametrize("url", ["/chat/completions", "/completions"])
 def test_azure_s_urls(url: str) -> None:
-    line = (chat_line() if "chat" in url else batch_line()) | {"url": url}
-    origin, form, request = parsed(line)
-    assert isinstance(request, JobRequest)
-    assert form.success(origin, answer(FIRST))["response"]["status_code"] == 200
+    request = parsed((chat_line() if "chat" in url else batch_line()) | {"url": url})
+    assert request.form.success(request, [FIRST], 2)["response"]["status_code"] == 200
 
 
 def test_openai_completions() -> None:
-    record = json.loads(json.dumps(openai().success(ORIGIN, answer(FIRST))))
+    record = json.loads(json.dumps(success(openai(), FIRST)))
     assert record["custom_id"] == "x"
     assert record["error"] is None
     assert record["response"]["status_code"] == 200
@@ -295,12 +296,12 @@ def test_openai_completions() -> None:
         "choices": [{"index": 0, "text": "Antwort ☃", "logprobs": None, "finish_reason": "stop"}],
         "usage": {"prompt_tokens": 2, "completion_tokens": 3, "total_tokens": 5},
     }
-    (choice,) = openai().success(ORIGIN, answer(FIRST, shows_ids=True))["response"]["body"]["choices"]
+    (choice,) = success(openai(), FIRST, shows_ids=True)["response"]["body"]["choices"]
     assert choice["token_ids"] == [1, 2, 3]
 
 
 def test_openai_chats() -> None:
-    body = openai("/v1/chat/completions").success(ORIGIN, answer(FIRST))["response"]["body"]
+    body = success(openai("/v1/chat/completions"), FIRST)["response"]["body"]
     assert body.pop("id").startswith("chatcmpl-")
     message = {"role": "assistant", "content": "Antwort ☃", "refusal": None}
     assert body == {
@@ -313,9 +314,8 @@ def test_openai_chats() -> None:
 
 
 def test_openai_choices_and_log_probabilities() -> None:
-    both = answer(FIRST, SECOND, logprobs=1)
-    text = openai().success(ORIGIN, both)["response"]["body"]["choices"]
-    chat = openai("/v1/chat/completions").success(ORIGIN, both)["response"]["body"]["choices"]
+    forms = (openai(), openai("/v1/chat/completions"))
+    text, chat = (success(form, FIRST, SECOND, logprobs=1)["response"]["body"]["choices"] for form in forms)
     assert [choice["index"] for choice in text] == [choice["index"] for choice in chat] == [0, 1]
     assert [choice["finish_reason"] for choice in chat] == ["stop", "length"]
     assert text[1]["logprobs"]["tokens"] == [entry["token"] for entry in chat[1]["logprobs"]["content"]] == ["A", "b"]
@@ -324,9 +324,8 @@ def test_openai_choices_and_log_probabilities() -> None:
 
 def test_openai_ids_are_the_same_at_every_run_and_differ_by_line() -> None:
     form = openai()
-    assert form.success(ORIGIN, answer(FIRST)) == form.success(ORIGIN, answer(FIRST))
-    other = Origin(line_number=8, digest=ORIGIN.digest, id="x")
-    assert form.success(other, answer(FIRST))["id"] != form.success(ORIGIN, answer(FIRST))["id"]
+    assert success(form, FIRST) == success(form, FIRST)
+    assert success(form, FIRST, line_number=8)["id"] != success(form, FIRST)["id"]
 
 
 @pytest.mark.parametrize(
@@ -334,7 +333,7 @@ def test_openai_ids_are_the_same_at_every_run_and_differ_by_line() -> None:
     [("non_finite_logits", 500, "server_error"), ("x", 400, "invalid_request_error"), ("model_not_found", 404, "invalid_request_error")],
 )
 def test_openai_failures(code: str, status: int, kind: str) -> None:
-    record = openai(None).failure(ORIGIN, RequestError("no", code=code, param="p"))
+    record = failure(openai(None), RequestError("no", code=code, param="p"))
     assert record["error"] is None
     assert record["response"]["status_code"] == status
     assert record["response"]["body"] == {"error": {"message": "no", "type": kind, "param": "p", "code": code}}

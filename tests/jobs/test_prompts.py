@@ -11,18 +11,18 @@ import pytest
 from fakes import byte_id
 
 from flexgen import LLM, RequestError, SamplingParams
-from flexgen.api.fields import JobRequest
+from flexgen.api.job_request import RequestBody
 from flexgen.chat import Chat
-from flexgen.jobs.prompts import encode_prompts
+from flexgen.jobs.reading import encode_prompts
 
 TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}{{ raise_exception('never') if messages[0].content == 'bad' }}"
 
 
-def request(prompt: str | tuple[int, ...] | Chat) -> JobRequest:
-    return JobRequest(prompt=prompt, params=SamplingParams(), states_max_tokens=False, return_token_ids=False, model=None, ignored=())
+def request(prompt: str | tuple[int, ...] | Chat) -> RequestBody:
+    return RequestBody(prompt=prompt, params=SamplingParams(), states_max_tokens=False, return_token_ids=False, model=None, ignored=())
 
 
-def chat(content: str) -> JobRequest:
+def chat(content: str) -> RequestBody:
     return request(Chat(messages=({"role": "user", "content": content},)))
 
 

@@ -21,7 +21,7 @@ from flexgen.jobs.export import export
 from flexgen.jobs.folder import JobFolder
 from flexgen.jobs.identity import identity_of
 from flexgen.jobs.interrupt import Stopped, StopRequest
-from flexgen.jobs.reading import Reader, Refused, index_of, place_of
+from flexgen.jobs.reading import Reader, index_of, place_of
 from flexgen.jobs.runner import Job
 from flexgen.jobs.status import read_status
 from flexgen.jobs.store import Store
@@ -535,9 +535,9 @@ def test_a_line_that_only_the_scan_could_serve_ends_in_an_error(
 
     def fickle(reader: Reader, found: Any) -> Iterator[Any]:
         readings.append(1)
-        for each in read(reader, found):
-            refuses = len(readings) == 2 and each.origin.line_number == 3
-            yield Refused(origin=each.origin, form=each.form, error=RequestError("unlucky")) if refuses else each
+        for request, token_requests in read(reader, found):
+            refuses = len(readings) == 2 and request.line_number == 3
+            yield (request.refused(RequestError("unlucky")), ()) if refuses else (request, token_requests)
 
     monkeypatch.setattr(Reader, "read", fickle)
     run(llm, source, output)

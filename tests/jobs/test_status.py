@@ -10,7 +10,7 @@ from jobs.places import opened, paths_of, result
 
 from flexgen.cli.status import format_status
 from flexgen.jobs import store as store_module
-from flexgen.jobs.saved_progress import Begun
+from flexgen.jobs.saved_progress import ProgressRow
 from flexgen.jobs.status import read_status
 from flexgen.request import Generated
 
@@ -37,7 +37,7 @@ def test_a_job_while_it_runs_and_afterwards(tmp_path: Path, clock: list[float]) 
         for number in (1, 2, 3, 4):
             store.add(result(number, failed=number == 3))
         clock[0] += 8.0
-        store.commit([Begun(line_number=9, digest=1, choice=0, start=0, generated=Generated(token_ids=(1,) * 30))])
+        store.commit([ProgressRow(line_number=9, digest=1, choice=0, start=0, generated=Generated(token_ids=(1,) * 30))])
         found = read_status(store.paths)
         assert (found.process, found.ending, found.lines) == (os.getpid(), None, 20)
         assert (found.answered, found.failed, found.in_progress, found.in_progress_tokens) == (3, 1, 1, 30)
@@ -55,7 +55,7 @@ def test_a_run_that_has_finished_no_line_tells_what_it_knows(tmp_path: Path, clo
     with opened(output) as store:
         store.start_run(num_lines=20)
         clock[0] += 10.0
-        store.tell(output_tokens=4500, in_progress=256, eta_seconds=540.0, planned_seconds=780.0)
+        store.run.tell(output_tokens=4500, in_progress=256, eta_seconds=540.0, planned_seconds=780.0)
         now[0] += 3.0
         found = read_status(store.paths)
     assert found.answering
@@ -74,7 +74,7 @@ def test_a_run_that_has_finished_no_line_tells_what_it_knows(tmp_path: Path, clo
 def test_answers_that_are_done_are_no_longer_in_progress(tmp_path: Path) -> None:
     with opened(tmp_path / "out.jsonl") as store:
         store.start_run(num_lines=20)
-        store.tell(output_tokens=50, in_progress=2, eta_seconds=None, planned_seconds=None)
+        store.run.tell(output_tokens=50, in_progress=2, eta_seconds=None, planned_seconds=None)
         store.add(result(30))
         store.commit()
         found = read_status(store.paths)
@@ -85,7 +85,7 @@ def test_what_an_earlier_run_told_is_not_this_one_s(tmp_path: Path) -> None:
     output = tmp_path / "out.jsonl"
     with opened(output) as store:
         store.start_run(num_lines=20)
-        store.tell(output_tokens=9, in_progress=5, eta_seconds=60.0, planned_seconds=70.0)
+        store.run.tell(output_tokens=9, in_progress=5, eta_seconds=60.0, planned_seconds=70.0)
     with opened(output) as store:
         store.start_run(num_lines=20)
         found = read_status(store.paths)
@@ -105,7 +105,7 @@ def test_a_job_of_an_earlier_version(tmp_path: Path) -> None:
     assert (found.answered, found.lines, found.planned_seconds) == (1, 3, None)
     with opened(output) as store:
         store.start_run(num_lines=3)
-        store.tell(output_tokens=1, in_progress=1, eta_seconds=2.0, planned_seconds=None)
+        store.run.tell(output_tokens=1, in_progress=1, eta_seconds=2.0, planned_seconds=None)
         assert read_status(store.paths).answering
         assert store.num_found == 1
 
@@ -114,7 +114,7 @@ def test_a_word_that_cannot_be_kept_stops_nothing(tmp_path: Path) -> None:
     with opened(tmp_path / "out.jsonl") as store:
         store.start_run(num_lines=3)
         store._connection.execute("DROP TABLE snapshot")
-        store.tell(output_tokens=1, in_progress=1, eta_seconds=2.0, planned_seconds=None)
+        store.run.tell(output_tokens=1, in_progress=1, eta_seconds=2.0, planned_seconds=None)
         store.add(result(1))
         store.commit()
         assert read_status(store.paths).answered == 1
@@ -129,7 +129,7 @@ def test_a_later_run_has_its_own_pace(tmp_path: Path, clock: list[float]) -> Non
             for number in range(first, first + 10):
                 store.add(result(number))
             clock[0] += seconds
-            store.commit([Begun(line_number=25, digest=1, choice=0, start=first, generated=Generated(token_ids=(1, 2)))])
+            store.commit([ProgressRow(line_number=25, digest=1, choice=0, start=first, generated=Generated(token_ids=(1, 2)))])
             found = read_status(store.paths)
     assert (found.answered, found.run_seconds, found.lines_per_s) == (20, 5.0, 2.0)
     assert found.output_tokens_per_s == (sum(range(11, 21)) + 2) / 5.0

@@ -24,9 +24,9 @@ from flexgen.jobs import store as store_module
 from flexgen.jobs.export import check_output
 from flexgen.jobs.folder import JobFolder
 from flexgen.jobs.identity import Identity
-from flexgen.jobs.saved_progress import Begun, Ending, Kept
+from flexgen.jobs.saved_progress import ProgressRow, SavedProgress
 from flexgen.jobs.store import Store
-from flexgen.request import Generated, TokenLogprobs
+from flexgen.request import Generated, TokenLogprobs, TokenResult
 
 
 @pytest.fixture
@@ -144,8 +144,8 @@ def logprobs(*token_ids: int) -> tuple[TokenLogprobs, ...]:
     return tuple(TokenLogprobs(token_ids=(i, 7), logprobs=(-0.1 * i, -1 / 3), rank=i) for i in token_ids)
 
 
-def begun(choice: int, start: int, token_ids: tuple[int, ...], **more: Any) -> Begun:
-    return Begun(line_number=4, digest=2**63 + 4, choice=choice, start=start, generated=Generated(token_ids=token_ids, **more))
+def begun(choice: int, start: int, token_ids: tuple[int, ...], **more: Any) -> ProgressRow:
+    return ProgressRow(line_number=4, digest=2**63 + 4, choice=choice, start=start, generated=Generated(token_ids=token_ids, **more))
 
 
 def test_tokens_of_answers_in_progress_add_up(output: Path) -> None:
@@ -154,8 +154,8 @@ def test_tokens_of_answers_in_progress_add_up(output: Path) -> None:
         store.commit([begun(0, 2, (7,)), begun(2, 1, (2, 3), logprobs=logprobs(2, 3))])
     with opened(output) as store:
         assert store.kept(4, 2**63 + 4) == {
-            0: Kept(generated=Generated(token_ids=(5, 6, 7))),
-            2: Kept(generated=Generated(token_ids=(1, 2, 3), logprobs=logprobs(1, 2, 3))),
+            0: SavedProgress(generated=Generated(token_ids=(5, 6, 7))),
+            2: SavedProgress(generated=Generated(token_ids=(1, 2, 3), logprobs=logprobs(1, 2, 3))),
         }
         assert store.kept(4, 5) == {}  # another line
         assert store.kept(5, 5) == {}
@@ -164,8 +164,8 @@ def test_tokens_of_answers_in_progress_add_up(output: Path) -> None:
 def test_a_choice_that_is_finished_before_its_line(output: Path) -> None:
     with opened(output) as store:
         store.keep(begun(1, 0, (5,)))
-        ending = Ending(finish_reason="stop", stop_string="\n")
-        store.keep(Begun(line_number=4, digest=9, choice=1, start=0, generated=Generated(token_ids=(5,)), ending=ending))
+        end = TokenResult(index=7, token_ids=(5,), finish_reason="stop", stop_string="\n")
+        store.keep(ProgressRow(line_number=4, digest=9, choice=1, start=0, generated=Generated(token_ids=(5,)), result=end))
         store.commit()
     with opened(output) as store:
         found = store.kept(4, 9)[1].result(77)
@@ -488,7 +488,7 @@ def test_whatever_happens_what_was_committed_is_there(tmp_path_factory: pytest.T
                         store.add(result(number))
                         added.add(number)
                     elif action == "progress" and number not in added | durable:
-                        store.commit([Begun(line_number=number, digest=1, choice=0, start=0, generated=Generated(token_ids=(1,)))])
+                        store.commit([ProgressRow(line_number=number, digest=1, choice=0, start=0, generated=Generated(token_ids=(1,)))])
                         durable |= added
                     elif action == "commit":
                         store.commit()

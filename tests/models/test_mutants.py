@@ -16,7 +16,7 @@ from flexgen.checkpoint.dummy import write_random_checkpoint
 from flexgen.errors import CapacityError, ModelError
 from flexgen.hub.resolve import resolve_model
 from flexgen.options import EngineOptions
-from flexgen.session.setup import check_model
+from flexgen.session.model import ResolvedModel
 from tests.models.tiny_configs import tiny_config
 
 FAMILIES = ("llama", "opt", "qwen3_moe", "phi3", "deepseek_v3")
@@ -28,7 +28,7 @@ MEMORY_KIB = 400 << 10
 
 def check(folder: Path, config: dict[str, Any]) -> None:
     (folder / "config.json").write_text(json.dumps(config))
-    check_model(resolve_model(folder), OPTIONS)
+    ResolvedModel(resolve_model(folder), OPTIONS).check()
 
 
 def written(folder: Path, model_type: str) -> dict[str, Any]:
@@ -80,7 +80,7 @@ def test_why_a_mutant_is_refused(llama: tuple[Path, dict[str, Any]], change: dic
     folder, config = llama
     (folder / "config.json").write_text(json.dumps(config | change))
     with pytest.raises(ModelError, match=message):
-        check_model(resolve_model(folder), EngineOptions(device="cpu", dtype="auto" if "dtype" in change else "float32"))
+        ResolvedModel(resolve_model(folder), EngineOptions(device="cpu", dtype="auto" if "dtype" in change else "float32")).check()
 
 
 def test_the_config_is_compared_with_the_headers_before_anything_large_is_made(llama: tuple[Path, dict[str, Any]]) -> None:

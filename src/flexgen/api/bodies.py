@@ -7,7 +7,7 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
-from flexgen.api.fields import JobRequest
+from flexgen.api.job_request import RequestBody
 from flexgen.base.scalars import as_int, shown
 from flexgen.chat import Chat, parse_messages
 from flexgen.errors import RequestError
@@ -37,7 +37,7 @@ _COMPLETION_OFF: Mapping[str, tuple[Any, ...]] = {**_OFF, "add_special_tokens": 
 _CHAT_OFF: Mapping[str, tuple[Any, ...]] = {**_OFF, "add_special_tokens": (False,)}  # templates write them
 
 
-def parse_completion(fields: Mapping[str, Any], defaults: SamplingParams) -> JobRequest:
+def parse_completion(fields: Mapping[str, Any], defaults: SamplingParams) -> RequestBody:
     """A request from the fields of a completion; `null` means the default.
 
     Raises:
@@ -50,7 +50,7 @@ def parse_completion(fields: Mapping[str, Any], defaults: SamplingParams) -> Job
     return _request(fields, _prompt(fields["prompt"]), defaults, ignored, logprobs=None if logprobs is False else logprobs)
 
 
-def parse_chat(fields: Mapping[str, Any], defaults: SamplingParams) -> JobRequest:
+def parse_chat(fields: Mapping[str, Any], defaults: SamplingParams) -> RequestBody:
     """A request from the fields of a chat completion; `null` means the default.
 
     Raises:
@@ -98,7 +98,7 @@ def _meant(name: str, served: frozenset[str]) -> str:
 
 def _request(
     fields: Mapping[str, Any], prompt: str | tuple[int, ...] | Chat, defaults: SamplingParams, ignored: tuple[str, ...], **given: Any
-) -> JobRequest:
+) -> RequestBody:
     values = {name: fields[name] for name in _SAMPLING if fields.get(name) is not None}
     if values.get("stop") == "":
         del values["stop"]  # some clients write no stop so
@@ -109,7 +109,7 @@ def _request(
         raise RequestError("best_of is not supported (only as many as n)", code="unsupported_field", param="best_of")
     if model is not None and not isinstance(model, str):
         raise RequestError("model must be a text", param="model")
-    return JobRequest(
+    return RequestBody(
         prompt=prompt,
         params=params,
         states_max_tokens="max_tokens" in values,

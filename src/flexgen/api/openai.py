@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from flexgen.api.bodies import parse_chat, parse_completion
-from flexgen.api.fields import Answer, JobRequest, Origin, as_id
+from flexgen.api.job_request import JobRequest, RequestBody, as_id, usage
 from flexgen.api.logprobs import chat_logprobs, completion_logprobs
 from flexgen.base.scalars import shown
 from flexgen.errors import RequestError
@@ -23,18 +23,19 @@ class Endpoint:
     """What a url stands for.
 
     Attributes:
-        id_prefix, object: of its response bodies.
-        parse: the body of a request, with the defaults of lines that do not say.
-        choice: what a completion becomes, beside its index and finish_reason.
+        id_prefix: what the ids of its response bodies begin with.
+        object: the type that its response bodies name.
+        parse: reads the body of a request; takes the sampling parameters of lines that set none.
+        choice: writes a completion, without its index and finish_reason.
     """
 
     id_prefix: str
     object: str
-    parse: Callable[[Mapping[str, Any], SamplingParams], JobRequest]
+    parse: Callable[[Mapping[str, Any], SamplingParams], RequestBody]
     choice: Callable[[CompletionOutput, SamplingParams], dict[str, Any]]
 
 
-def _short_completion(body: Mapping[str, Any], defaults: SamplingParams) -> JobRequest:
+def _short_completion(body: Mapping[str, Any], defaults: SamplingParams) -> RequestBody:
     return parse_completion(body, dataclasses.replace(defaults, max_tokens=COMPLETIONS_MAX_TOKENS))
 
 
@@ -67,22 +68,24 @@ class OpenAIForm:
     """Batch lines of one endpoint, answered by batch lines.
 
     Attributes:
-        url: the endpoint's, or what stands in its place.
+        url: the url of the endpoint, or whatever the line has in its place.
         model: the name that answers carry.
         created: seconds since 1970, the same in all answers of a job, so that a resumed job writes the same bytes.
-        defaults: of lines that do not say how they are sampled.
+        defaults: the sampling parameters of lines that set none.
+        has_text: False where the model has no tokenizer, so that answers are token ids.
     """
 
     url: object
     model: str
     created: int
     defaults: SamplingParams
+    has_text: bool = True
 
     def identity(self, fields: Mapping[str, Any]) -> str | int | None:
         """`custom_id`; an integer is refused, but its error has it."""
         return as_id(fields.get("custom_id"))
 
-    def parse(self, fields: Mapping[str, Any]) -> JobRequest:
+    def parse(self, fields: Mapping[str, Any]) -> RequestBody:
         """Raises RequestError when the line cannot be served."""
         body = fields.get("body")
         custom_id = fields.get("custom_id")
@@ -98,38 +101,38 @@ class OpenAIForm:
             raise RequestError("body must be an object", param="body")
         return endpoint.parse(body, self.defaults)
 
-    def success(self, origin: Origin, answer: Answer) -> dict[str, Any]:
+    def success(self, request: JobRequest, completions: Sequence[CompletionOutput], num_prompt_tokens: int) -> dict[str, Any]:
         """The record of an answer: the endpoint's object in a response of status 200."""
         endpoint = ENDPOINTS[self.url]
         body = {
-            "id": f"{endpoint.id_prefix}-{_key(origin)}",
+            "id": f"{endpoint.id_prefix}-{_key(request)}",
             "object": endpoint.object,
             "created": self.created,
             "model": self.model,
-            "choices": [self._choice(endpoint, completion, answer) for completion in answer.completions],
-            "usage": answer.usage,
+            "choices": [self._choice(endpoint, completion, request.body) for completion in completions],
+            "usage": usage(completions, num_prompt_tokens),
         }
-        return _record(origin, 200, body)
+        return _record(request, 200, body)
 
-    def failure(self, origin: Origin, error: RequestError) -> dict[str, Any]:
+    def failure(self, request: JobRequest, error: RequestError) -> dict[str, Any]:
         """The record of an error: a response with the status and error object of the hosted API."""
         status = _STATUS.get(error.code, 400)
         kind = "server_error" if status >= 500 else "invalid_request_error"
         body = {"error": {"message": str(error), "type": kind, "param": error.param, "code": error.code}}
-        return _record(origin, status, body)
+        return _record(request, status, body)
 
-    def _choice(self, endpoint: Endpoint, completion: CompletionOutput, answer: Answer) -> dict[str, Any]:
-        choice = {"index": completion.index, **endpoint.choice(completion, answer.params), "finish_reason": completion.finish_reason}
-        if answer.shows_ids:
+    def _choice(self, endpoint: Endpoint, completion: CompletionOutput, body: RequestBody) -> dict[str, Any]:
+        choice = {"index": completion.index, **endpoint.choice(completion, body.params), "finish_reason": completion.finish_reason}
+        if body.shows_ids or not self.has_text:
             choice["token_ids"] = list(completion.token_ids)
         return choice
 
 
-def _record(origin: Origin, status: int, body: dict[str, Any]) -> dict[str, Any]:
-    response = {"status_code": status, "request_id": f"req_{_key(origin)}", "body": body}
-    return {"id": f"batch_req_{_key(origin)}", "custom_id": origin.id, "response": response, "error": None}
+def _record(request: JobRequest, status: int, body: dict[str, Any]) -> dict[str, Any]:
+    response = {"status_code": status, "request_id": f"req_{_key(request)}", "body": body}
+    return {"id": f"batch_req_{_key(request)}", "custom_id": request.id, "response": response, "error": None}
 
 
-def _key(origin: Origin) -> str:
+def _key(request: JobRequest) -> str:
     """Unique within the job, and the same whenever the line is answered."""
-    return f"{origin.line_number:08x}{origin.digest:016x}"
+    return f"{request.line_number:08x}{request.digest:016x}"

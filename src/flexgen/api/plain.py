@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from flexgen.api.bodies import parse_chat, parse_completion
-from flexgen.api.fields import Answer, JobRequest, Origin, as_id
+from flexgen.api.job_request import JobRequest, RequestBody, as_id, usage
 from flexgen.api.logprobs import token_logprobs
 from flexgen.errors import RequestError
 from flexgen.request import CompletionOutput, SamplingParams
@@ -21,16 +21,18 @@ class PlainForm:
     """Flat records; `index` is the line's number, from 1.
 
     Attributes:
-        defaults: of lines that do not say how they are sampled.
+        defaults: the sampling parameters of lines that set none.
+        has_text: False where the model has no tokenizer, so that answers are token ids only.
     """
 
     defaults: SamplingParams
+    has_text: bool = True
 
     def identity(self, fields: Mapping[str, Any]) -> str | int | None:
         """`id` or `custom_id`; of both the first that can be one."""
         return next((usable for name in _IDS if (usable := as_id(fields.get(name))) is not None), None)
 
-    def parse(self, fields: Mapping[str, Any]) -> JobRequest:
+    def parse(self, fields: Mapping[str, Any]) -> RequestBody:
         """Raises RequestError when the line cannot be served."""
         given = [fields[name] for name in _IDS if fields.get(name) is not None]
         if len(given) > 1 or (given and as_id(given[0]) is None):
@@ -40,20 +42,21 @@ class PlainForm:
             raise RequestError("the line has both a prompt and messages", param="messages")
         return (parse_chat if "messages" in body else parse_completion)(body, self.defaults)
 
-    def success(self, origin: Origin, answer: Answer) -> dict[str, Any]:
+    def success(self, request: JobRequest, completions: Sequence[CompletionOutput], num_prompt_tokens: int) -> dict[str, Any]:
         """The record of an answer; where several choices were asked for, each field of the answer is a list."""
-        choices = [self._choice(completion, answer) for completion in answer.completions]
-        merged = choices[0] if answer.params.n == 1 else {name: [choice[name] for choice in choices] for name in choices[0]}
-        return {"id": origin.id, "index": origin.line_number, **merged, "usage": answer.usage}
+        choices = [self._choice(completion, request.body) for completion in completions]
+        merged = choices[0] if request.body.params.n == 1 else {name: [choice[name] for choice in choices] for name in choices[0]}
+        return {"id": request.id, "index": request.line_number, **merged, "usage": usage(completions, num_prompt_tokens)}
 
-    def failure(self, origin: Origin, error: RequestError) -> dict[str, Any]:
+    def failure(self, request: JobRequest, error: RequestError) -> dict[str, Any]:
         """The record of an error."""
-        return {"id": origin.id, "index": origin.line_number, "error": {"code": error.code, "message": str(error), "param": error.param}}
+        told = {"code": error.code, "message": str(error), "param": error.param}
+        return {"id": request.id, "index": request.line_number, "error": told}
 
-    def _choice(self, completion: CompletionOutput, answer: Answer) -> dict[str, Any]:
-        choice: dict[str, Any] = {"text": completion.text if answer.has_text else None}
-        if answer.shows_ids:
+    def _choice(self, completion: CompletionOutput, body: RequestBody) -> dict[str, Any]:
+        choice: dict[str, Any] = {"text": completion.text if self.has_text else None}
+        if body.shows_ids or not self.has_text:
             choice["token_ids"] = list(completion.token_ids)
         if completion.logprobs is not None:
-            choice["logprobs"] = token_logprobs(completion, answer.params.logprobs or 0)
+            choice["logprobs"] = token_logprobs(completion, body.params.logprobs or 0)
         return {**choice, "finish_reason": completion.finish_reason, "stop_reason": completion.stop_reason}

@@ -257,7 +257,7 @@ def _run(job: Job, workload: Workload, display: Display) -> None:
         try:
             return job.run(workload, on_progress=display.progress)
         except OutOfMemoryError as error:
-            num_seqs = job.llm.shrink()
+            num_seqs = job.model.shrink()
             if num_seqs is None:
                 raise
             display.message(f"{error}\ngoing on with at most {num_seqs:,} sequences at once")
@@ -286,7 +286,7 @@ def _conclude(job: Job, store: Store, workload: Workload, asked: Asked, display:
 
     metrics: dict[str, object] = {"schema_version": SCHEMA_VERSION}  # nothing else of a run that found nothing to do
     if len(workload):
-        report = job.llm.report()
+        report = job.model.report()
         if job.num_resumed:
             display.message(
                 f"{job.num_resumed:,} answers went on after {job.tokens_kept:,} tokens that earlier runs had generated; "
@@ -332,7 +332,7 @@ def _describe(job: Job, workload: Workload) -> str:
 
     found = job.store.num_found if job.store is not None else 0
     bare = job.defaults
-    limit = f"{bare.max_tokens:,} tokens" if bare.max_tokens is not None else f"up to the context of {job.llm.max_model_len:,}"
+    limit = f"{bare.max_tokens:,} tokens" if bare.max_tokens is not None else f"up to the context of {job.model.max_model_len:,}"
     sampling = "greedy" if bare.temperature == 0 else f"temperature {bare.temperature:g}, top_p {bare.top_p:g}, top_k {bare.top_k}"
     sampling = ", ".join([sampling, *_unusual(bare)])
     bad = f"{job.num_bad_lines:,} of them bad" + (f" ({job.first_bad})" if job.first_bad else "")

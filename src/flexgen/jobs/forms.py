@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Any
 
-from flexgen.api.bodies import parse_completion
-from flexgen.api.fields import Form, JobRequest, Origin
+from flexgen.api.job_request import Form, JobRequest, RequestBody
 from flexgen.api.openai import OpenAIForm, is_batch_line
 from flexgen.api.plain import PlainForm
 from flexgen.base.isolation import for_one_request
@@ -21,56 +21,62 @@ _MOST_NAMES = 8  # kept of each kind of remark
 
 
 class Forms:
-    """Reads lines.
+    """Reads lines as requests.
 
     Args:
-        model: the name of the model, which answers carry. created: seconds since 1970, which answers carry.
-        defaults: of lines that do not say how they are sampled.
+        model: the name of the model, which answers carry.
+        created: the time that answers carry, in seconds since 1970.
+        defaults: the sampling parameters of lines that set none.
+        has_text: False where the model has no tokenizer.
         input_format: "jsonl" recognises the form line by line; "text" takes every line as a prompt.
         strict: refuse lines that name another model.
 
     Raises:
-        OptionError: an unknown input format.
+        OptionError: the input format is unknown.
     """
 
-    def __init__(self, *, model: str, created: int, defaults: SamplingParams, input_format: str = "jsonl", strict: bool = False) -> None:
+    def __init__(
+        self,
+        *,
+        model: str,
+        created: int,
+        defaults: SamplingParams,
+        has_text: bool = True,
+        input_format: str = "jsonl",
+        strict: bool = False,
+    ) -> None:
         if input_format not in INPUT_FORMATS:
             raise OptionError(f"input_format {input_format!r} is unknown; known: {', '.join(INPUT_FORMATS)}")
-        self._model, self._created, self._defaults = model, created, defaults
-        self._is_text, self._strict = input_format == "text", strict
-        self._plain = PlainForm(defaults=defaults)
+        self._model, self._is_text, self._strict = model, input_format == "text", strict
+        self._plain = PlainForm(defaults=defaults, has_text=has_text)
+        self._openai = OpenAIForm(url=None, model=model, created=created, defaults=defaults, has_text=has_text)
 
-    def parse(self, line: Line) -> tuple[Origin, Form, JobRequest | RequestError]:
-        """Never raises: a line that cannot be served has its error in place of a request."""
+    def parse(self, line: Line) -> JobRequest:
+        """The request of a line.  It never raises: a line that cannot be served has its error in place of what it asks for."""
         form: Form = self._plain
         identity = None
         if self._is_text:
-            request = for_one_request(self._parse_text, line)
+            asked = for_one_request(self._parse_text, line)
         elif isinstance(fields := for_one_request(parse_object, line), RequestError):
-            request = fields
+            asked = fields
         else:
             form = self._form(fields)
             identity = form.identity(fields)
-            request = for_one_request(self._parse, form, fields)
-        return Origin(line_number=line.number, digest=line.digest, id=identity), form, request
+            asked = for_one_request(self._parse, form, fields)
+        return JobRequest(line_number=line.number, digest=line.digest, id=identity, form=form, asked=asked)
 
-    def _parse_text(self, line: Line) -> JobRequest:
-        return parse_completion({"prompt": parse_text(line)}, self._defaults)
+    def _parse_text(self, line: Line) -> RequestBody:
+        return self._plain.parse({"prompt": parse_text(line)})
 
-    def _parse(self, form: Form, fields: Mapping[str, Any]) -> JobRequest:
-        request = form.parse(fields)
-        self._check_model(request)
-        return request
+    def _parse(self, form: Form, fields: Mapping[str, Any]) -> RequestBody:
+        body = form.parse(fields)
+        if self._strict and names_another(body.model, self._model):
+            message = f"the line asks for the model {body.model!r}, this job has {self._model!r}"
+            raise RequestError(message, code="model_not_found", param="model")
+        return body
 
     def _form(self, fields: Mapping[str, Any]) -> Form:
-        if is_batch_line(fields):
-            return OpenAIForm(url=fields.get("url"), model=self._model, created=self._created, defaults=self._defaults)
-        return self._plain
-
-    def _check_model(self, request: JobRequest) -> None:
-        if self._strict and names_another(request.model, self._model):
-            message = f"the line asks for the model {request.model!r}, this job has {self._model!r}"
-            raise RequestError(message, code="model_not_found", param="model")
+        return dataclasses.replace(self._openai, url=fields.get("url")) if is_batch_line(fields) else self._plain
 
 
 def names_another(asked: str | None, model: str) -> bool:
@@ -79,7 +85,7 @@ def names_another(asked: str | None, model: str) -> bool:
 
 
 class Remarks:
-    """What the author of a file should be told once, not once per line.
+    """Counts what the author of a file should read once, and not once per line.
 
     Args:
         model: the name of the job's model.
@@ -94,13 +100,13 @@ class Remarks:
         self._ignored: Counter[str] = Counter()
         self._others: Counter[str] = Counter()
 
-    def note(self, request: JobRequest) -> None:
-        """Count what a line gives in vain."""
-        self.num_unbounded += request.params.max_tokens is None
-        self._ignored.update(request.ignored)
-        if request.model is not None and names_another(request.model, self._model):
-            known = request.model in self._others or len(self._others) < _MOST_NAMES
-            self._others[request.model if known else "others"] += 1
+    def note(self, body: RequestBody) -> None:
+        """Count the fields of a line that have no effect."""
+        self.num_unbounded += body.params.max_tokens is None
+        self._ignored.update(body.ignored)
+        if body.model is not None and names_another(body.model, self._model):
+            known = body.model in self._others or len(self._others) < _MOST_NAMES
+            self._others[body.model if known else "others"] += 1
 
     def lines(self) -> list[str]:
         """Remarks, if there are any."""

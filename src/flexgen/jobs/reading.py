@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 
-from flexgen.api.fields import Form, JobRequest, Origin
+from flexgen.api.job_request import JobRequest, RequestBody
 from flexgen.base.isolation import for_one_request
 from flexgen.base.parameters import MAX_CHOICES
+from flexgen.chat import Chat
 from flexgen.errors import RequestError
 from flexgen.jobs.forms import Forms
 from flexgen.jobs.lines import Line
-from flexgen.jobs.prompts import encode_prompts
-from flexgen.llm import LLM
+from flexgen.jobs.model import JobModel
 from flexgen.request import TokenRequest
 
 _BATCH_LINES = 256  # tokenised together
@@ -20,36 +19,13 @@ _BATCH_BYTES = 4 << 20
 _CHOICE_BITS = MAX_CHOICES.bit_length()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Served:
-    """A line that can be answered.
-
-    Attributes:
-        token_requests: one for every choice.
-    """
-
-    origin: Origin
-    form: Form
-    request: JobRequest
-    token_requests: Sequence[TokenRequest]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Refused:
-    """A line that cannot."""
-
-    origin: Origin
-    form: Form
-    error: RequestError
-
-
 def index_of(line_number: int) -> int:
-    """The engine's index of a line's first choice; the others follow.  Seeds that are not given depend on it."""
+    """The engine's index of a line's first choice; the others follow.  Derived seeds depend on it."""
     return line_number << _CHOICE_BITS
 
 
 def place_of(index: int) -> tuple[int, int]:
-    """(line number, choice) of an index."""
+    """The line number and the choice of an index."""
     return index >> _CHOICE_BITS, index & ((1 << _CHOICE_BITS) - 1)
 
 
@@ -57,45 +33,59 @@ class Reader:
     """Reads lines for a model.
 
     Args:
+        model: encodes prompts and resolves parameters.
         forms: how lines are understood.
-        now: the time that chat templates are told, in seconds since 1970; None is the clock's.
+        now: the time that chat templates see, in seconds since 1970; None is the clock's.
     """
 
-    def __init__(self, llm: LLM, forms: Forms, *, now: float | None = None) -> None:
-        self._llm, self._forms, self._now = llm, forms, now
+    def __init__(self, model: JobModel, forms: Forms, *, now: float | None = None) -> None:
+        self._model, self._forms, self._now = model, forms, now
 
-    def read(self, lines: Iterable[Line]) -> Iterator[Served | Refused]:
-        """Every line, in order."""
+    def read(self, lines: Iterable[Line]) -> Iterator[tuple[JobRequest, Sequence[TokenRequest]]]:
+        """Every line in order, with the engine's requests for its choices; there are none where the line ends in an error."""
         for batch in _batches(lines):
-            parsed = [self._forms.parse(line) for line in batch]
-            prompts = encode_prompts(self._llm, [request for _, _, request in parsed], now=self._now)
-            for (origin, form, request), ids in zip(parsed, prompts, strict=True):
-                yield self._served(origin, form, request, ids)
+            requests = [self._forms.parse(line) for line in batch]
+            prompts = encode_prompts(self._model, [request.asked for request in requests], now=self._now)
+            for request, ids in zip(requests, prompts, strict=True):
+                found = ids if isinstance(ids, RequestError) else for_one_request(self._token_requests, request, ids)
+                yield (request.refused(found), ()) if isinstance(found, RequestError) else (request, found)
 
-    def _served(
-        self, origin: Origin, form: Form, request: JobRequest | RequestError, ids: Sequence[int] | RequestError
-    ) -> Served | Refused:
-        if isinstance(request, RequestError):
-            return Refused(origin=origin, form=form, error=request)
-        if isinstance(ids, RequestError):
-            return Refused(origin=origin, form=form, error=ids)
-        asked = for_one_request(self._token_requests, origin, request, ids)
-        if isinstance(asked, RequestError):
-            return Refused(origin=origin, form=form, error=asked)
-        return Served(origin=origin, form=form, request=request, token_requests=asked)
-
-    def _token_requests(self, origin: Origin, request: JobRequest, ids: Sequence[int]) -> list[TokenRequest]:
-        token_requests = self._llm.token_requests(index_of(origin.line_number), ids, request.params)
-        self._check_length(request, token_requests[0])
+    def _token_requests(self, request: JobRequest, ids: Sequence[int]) -> list[TokenRequest]:
+        token_requests = self._model.token_requests(index_of(request.line_number), ids, request.body.params)
+        self._check_length(request.body, token_requests[0])
         return token_requests
 
-    def _check_length(self, request: JobRequest, first: TokenRequest) -> None:
-        """A length that the line states is never cut."""
-        asked = request.params.max_tokens
-        if request.states_max_tokens and asked is not None and first.max_tokens < asked:
-            length, context = len(first.prompt_token_ids), self._llm.max_model_len
+    def _check_length(self, body: RequestBody, first: TokenRequest) -> None:
+        """Refuse a request whose answer would be cut below the length that the line states."""
+        asked = body.params.max_tokens
+        if body.states_max_tokens and asked is not None and first.max_tokens < asked:
+            length, context = len(first.prompt_token_ids), self._model.max_model_len
             message = f"the prompt's {length} tokens and max_tokens {asked} exceed the context of {context}"
             raise RequestError(message, code="context_length_exceeded", param="max_tokens")
+
+
+def encode_prompts(
+    model: JobModel, asked: Sequence[RequestBody | RequestError], *, now: float | None = None
+) -> list[Sequence[int] | RequestError]:
+    """The prompt of each request as token ids, or why it has none; errors stay what they are.
+
+    A few texts are held at a time: what is rendered is encoded before more is rendered.
+
+    Args:
+        model: renders conversations and encodes texts.
+        asked: the requests.
+        now: the time that chat templates see (see `LLM.render_chats`).
+    """
+    prompts = [each if isinstance(each, RequestError) else each.prompt for each in asked]
+    ids: list[Sequence[int] | RequestError] = [() if isinstance(prompt, (str, Chat)) else prompt for prompt in prompts]
+    texts = {place: prompt for place, prompt in enumerate(prompts) if isinstance(prompt, str)}
+    chats = {place: prompt for place, prompt in enumerate(prompts) if isinstance(prompt, Chat)}
+    for place, each in zip(texts, model.encode_each(texts.values()), strict=True):
+        ids[place] = each
+    rendered = model.render_chats(list(chats.values()), now=now)
+    for place, each in zip(chats, model.encode_each(rendered, add_special_tokens=False), strict=True):
+        ids[place] = each
+    return ids
 
 
 def _batches(lines: Iterable[Line]) -> Iterator[list[Line]]:

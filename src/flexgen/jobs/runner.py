@@ -11,22 +11,23 @@ import itertools
 import logging
 import time
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
+from flexgen.api.job_request import JobRequest
 from flexgen.base.failpoints import failpoint
 from flexgen.base.steps import counted_lines
-from flexgen.errors import EngineError, JobError, OutOfMemoryError, StorageError, is_out_of_memory
-from flexgen.jobs.alike import HEAD_LINES, check_head
+from flexgen.errors import EngineError, OutOfMemoryError, RequestError, StorageError, is_out_of_memory
+from flexgen.jobs.checks import HEAD_LINES, check_head, check_strictly
 from flexgen.jobs.duplicate_ids import Census
 from flexgen.jobs.forms import Forms, Remarks
 from flexgen.jobs.input_file import READ_ERRORS, open_input
 from flexgen.jobs.interrupt import Stopped, StopRequest
 from flexgen.jobs.lines import Line, read_lines
-from flexgen.jobs.reading import Reader, Refused, Served
+from flexgen.jobs.model import JobModel
+from flexgen.jobs.reading import Reader
 from flexgen.jobs.serving import Serving, failure
 from flexgen.jobs.store import Store
-from flexgen.llm import LLM
 from flexgen.plan.tell.forecast import Plan
 from flexgen.plan.workload import Workload
 from flexgen.report.progress import Progress
@@ -37,32 +38,33 @@ logger = logging.getLogger(__name__)
 
 CHECKPOINT_SECONDS = 30.0
 STATUS_SECONDS = 2.0  # what `flexgen status` tells of a run is no older, as long as the run goes on
-_MOST_COMPLAINTS = 20
 
 
 class Job:
     """A file of requests on its way through a model.
 
     Args:
-        llm: the model.
+        model: answers the lines.
         source: the input file; it must not change while the job runs.
         store: where results go; None only measures (`--dry-run`).
-        defaults: of lines that do not say how they are sampled.
+        defaults: the sampling parameters of lines that set none.
         input_format: see `Forms`.
         checkpoint_seconds: tokens of answers in progress are stored after a pass, at most this often.
-        stop: looked at after every pass.
+        stop: the job looks after every pass whether it is asked to stop.
 
     Attributes:
         num_lines: lines that are not blank.
-        num_bad_lines: those that the scan answered with an error. first_bad: the first of them and what is wrong with it.
+        num_bad_lines: lines that the scan answered with an error.
+        first_bad: the first of them, and what is wrong with it.
         started: whether the model has taken requests.
         remarks: on the lines that the scan left for the model.
-        num_resumed: answers that went on where an earlier run left them. tokens_kept: of theirs, not generated again.
+        num_resumed: answers that went on where an earlier run left them.
+        tokens_kept: tokens of those answers that were not generated again.
     """
 
     def __init__(
         self,
-        llm: LLM,
+        model: JobModel,
         source: Path,
         store: Store | None,
         *,
@@ -71,7 +73,7 @@ class Job:
         checkpoint_seconds: float = CHECKPOINT_SECONDS,
         stop: StopRequest | None = None,
     ) -> None:
-        self.llm, self.source, self.store, self.defaults = llm, source, store, defaults
+        self.model, self.source, self.store, self.defaults = model, source, store, defaults
         self.num_lines = self.num_bad_lines = 0
         self.first_bad = ""
         self.started = False
@@ -80,7 +82,7 @@ class Job:
         self._planned_seconds: float | None = None
         self._stop = stop or StopRequest()
         self._input_format = input_format
-        self.remarks = Remarks(llm.files.name)
+        self.remarks = Remarks(model.name)
         self._pending = array("Q")  # digests of the lines that the scan left for the model, in order
         self._prefixes = NO_PREFIXES  # of their prompts
 
@@ -102,20 +104,8 @@ class Job:
         Raises:
             JobError: lines that cannot be served, or ids that several lines have; the message lists the first.
         """
-        census = Census()
-        complaints: list[tuple[int, str]] = []
-        count = 0
-        for read in self._reader(strict=True).read(counted_lines(self._lines(), f"checking {self.source}")):
-            census.add(read.origin)
-            if isinstance(read, Refused):
-                count += 1
-                if count <= _MOST_COMPLAINTS:
-                    complaints.append((read.origin.line_number, str(read.error)))
-        repeated = census.repeated()
-        complaints += [(line_number, "an earlier line has the same id") for line_number in repeated[:_MOST_COMPLAINTS]]
-        if complaints:
-            listed = "\n".join(f"line {line_number}: {what}" for line_number, what in sorted(complaints)[:_MOST_COMPLAINTS])
-            raise JobError(f"{self.source}: --strict found {count + len(repeated):,} faults; the first are\n{listed}")
+        lines = counted_lines(self._lines(), f"checking {self.source}")
+        check_strictly(str(self.source), (request for request, _ in self._reader(strict=True).read(lines)))
 
     def check_head(self) -> None:
         """Look at the first lines, unless one of them is done.
@@ -125,7 +115,7 @@ class Job:
         """
         head = list(itertools.islice(self._lines(), HEAD_LINES))
         if len(head) == HEAD_LINES and not any(self.store is not None and self.store.is_done(line.number) for line in head):
-            check_head(str(self.source), head, self._reader().read(head))
+            check_head(str(self.source), head, (request for request, _ in self._reader().read(head)))
 
     def scan(self) -> Workload:
         """Answer bad lines, and measure the good ones that have no answer yet; find what their prompts have in common.
@@ -135,29 +125,26 @@ class Job:
         Raises:
             StorageError: the input cannot be read, or an error cannot be stored.
         """
-        self.num_lines, self._pending, self.remarks = 0, array("Q"), Remarks(self.llm.files.name)
+        self.num_lines, self._pending, self.remarks = 0, array("Q"), Remarks(self.model.name)
         same: dict[int, int] = {}  # one object per length: a tuple of a million of them stays small
         prompt_lens: list[int] = []
         output_lens: list[int] = []
         may_end_early = False
         shared_lens: list[int] = []
-        census, prefixes = Census(), self.llm.prefix_census()
-        for read in self._reader().read(self._unanswered()):
-            census.add(read.origin)
-            if isinstance(read, Refused):
-                self.num_bad_lines += 1
-                self.first_bad = self.first_bad or f"line {read.origin.line_number}: {read.error}"
-                if self.store is not None:
-                    self.store.add(failure(read, read.error))
+        census, prefixes = Census(), self.model.prefix_census()
+        for request, token_requests in self._reader().read(self._unanswered()):
+            census.add(request.line_number, request.id)
+            if isinstance(request.asked, RequestError):
+                self._note_bad(request, request.asked)
                 continue
-            self.remarks.note(read.request)
-            self._pending.append(read.origin.digest)
-            may_end_early = may_end_early or any(request.may_end_early for request in read.token_requests)
-            for prompt_len, output_len in self._lengths(read):
+            self.remarks.note(request.asked)
+            self._pending.append(request.digest)
+            may_end_early = may_end_early or any(each.may_end_early for each in token_requests)
+            for prompt_len, output_len in self._lengths(request, token_requests):
                 prompt_lens.append(same.setdefault(prompt_len, prompt_len))
                 output_lens.append(same.setdefault(output_len, output_len))
-            for request in read.token_requests:
-                shared_len = prefixes.add(request.prompt_token_ids) if prefixes is not None else 0
+            for each in token_requests:
+                shared_len = prefixes.add(each.prompt_token_ids) if prefixes is not None else 0
                 shared_lens.append(same.setdefault(shared_len, shared_len))
         self._prefixes = NO_PREFIXES if prefixes is None else prefixes.common()
         if repeated := census.repeated():
@@ -168,16 +155,22 @@ class Job:
             prompt_lens=tuple(prompt_lens), output_lens=tuple(output_lens), shared_lens=tuple(shared_lens), may_end_early=may_end_early
         )
 
-    def _lengths(self, served: Served) -> Iterator[tuple[int, int]]:
-        """(tokens given, most that are generated) of each choice; what an earlier run has generated is given."""
-        kept = self.store.kept(served.origin.line_number, served.origin.digest) if self.store is not None else {}
-        for choice, request in enumerate(served.token_requests):
+    def _note_bad(self, request: JobRequest, error: RequestError) -> None:
+        self.num_bad_lines += 1
+        self.first_bad = self.first_bad or f"line {request.line_number}: {error}"
+        if self.store is not None:
+            self.store.add(failure(request, error))
+
+    def _lengths(self, request: JobRequest, token_requests: Sequence[TokenRequest]) -> Iterator[tuple[int, int]]:
+        """For each choice, the tokens given and the most that are generated; what an earlier run has generated is given."""
+        kept = self.store.kept(request.line_number, request.digest) if self.store is not None else {}
+        for choice, each in enumerate(token_requests):
             before = len(kept[choice].generated.token_ids) if choice in kept else 0
-            yield len(request.prompt_token_ids) + before, max(request.max_tokens - before, 1)
+            yield len(each.prompt_token_ids) + before, max(each.max_tokens - before, 1)
 
     def open(self, workload: Workload) -> Plan:
-        """Have the model ready for what the scan left, and tell the plan."""
-        plan = self.llm.open(workload)
+        """Have the model get ready for what the scan left, and return its plan."""
+        plan = self.model.open(workload)
         self._planned_seconds = plan.forecast.seconds
         return plan
 
@@ -194,7 +187,7 @@ class Job:
         """
         if self.store is None or not len(workload):
             return
-        serving = Serving(self.llm, self.store)
+        serving = Serving(self.model, self.store)
         self._next_checkpoint = time.monotonic() + self._checkpoint_seconds
         try:
             self._answer(serving, self.store, workload, on_progress)
@@ -228,7 +221,7 @@ class Job:
                 raise Stopped
 
         requests = self._token_requests(serving, store)
-        for result in self.llm.stream(requests, workload, prefixes=self._prefixes, on_progress=within_pass, on_pass=after_pass):
+        for result in self.model.stream(requests, workload, prefixes=self._prefixes, on_progress=within_pass, on_pass=after_pass):
             serving.take(result)
         store.commit()
         self.num_resumed, self.tokens_kept = serving.num_resumed, serving.tokens_kept
@@ -239,7 +232,7 @@ class Job:
     def _teller(self, store: Store) -> Callable[[Progress], None]:
         """What leaves word for `flexgen status`, now and then."""
         tokens_before, planned = store.num_output_tokens, self._planned_seconds
-        store.tell(output_tokens=tokens_before, in_progress=0, eta_seconds=planned, planned_seconds=planned)
+        store.run.tell(output_tokens=tokens_before, in_progress=0, eta_seconds=planned, planned_seconds=planned)
         following = time.monotonic() + STATUS_SECONDS
 
         def tell(progress: Progress) -> None:
@@ -247,16 +240,19 @@ class Job:
             if time.monotonic() >= following:
                 following = time.monotonic() + STATUS_SECONDS
                 tokens, left = tokens_before + progress.output_tokens, progress.eta_seconds
-                store.tell(output_tokens=tokens, in_progress=progress.num_live_sequences, eta_seconds=left, planned_seconds=planned)
+                store.run.tell(output_tokens=tokens, in_progress=progress.num_live_sequences, eta_seconds=left, planned_seconds=planned)
 
         return tell
 
     # -- reading ------------------------------------------------------------------------------------------------------------------------
 
     def _reader(self, *, strict: bool = False) -> Reader:
-        model, created = (self.store.model, self.store.created) if self.store is not None else (self.llm.files.name, 0)
-        forms = Forms(model=model, created=created, defaults=self.defaults, input_format=self._input_format, strict=strict)
-        return Reader(self.llm, forms, now=created or None)
+        model, created = (self.store.model, self.store.created) if self.store is not None else (self.model.name, 0)
+        forms = Forms(
+            model=model, created=created, defaults=self.defaults, has_text=self.model.tokenizer is not None,
+            input_format=self._input_format, strict=strict,
+        )  # fmt: skip
+        return Reader(self.model, forms, now=created or None)
 
     def _lines(self) -> Iterator[Line]:
         if not self.source.is_file():
@@ -278,12 +274,12 @@ class Job:
 
     def _token_requests(self, serving: Serving, store: Store) -> Iterator[TokenRequest]:
         """What the model pulls."""
-        for read in self._reader().read(self._left_by_scan(store)):
+        for request, token_requests in self._reader().read(self._left_by_scan(store)):
             self.started = True
-            if isinstance(read, Served):
-                yield from serving.requests(read)
-            else:  # the scan could serve it: a template that draws lots, or that only now took too long
-                serving.refuse(read)
+            if isinstance(request.asked, RequestError):  # a template may draw lots, or only now have taken too long
+                serving.refuse(request, request.asked)
+            else:
+                yield from serving.requests(request, token_requests)
 
     def _left_by_scan(self, store: Store) -> Iterator[Line]:
         """The lines that the scan looked at, less those that it answered."""

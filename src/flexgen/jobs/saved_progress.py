@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,35 +15,16 @@ from flexgen.request import Generated, TokenLogprobs, TokenResult
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Ending:
-    """How a choice ended whose line is not done, because others of its choices are not."""
-
-    finish_reason: str
-    stop_string: str | None = None
-
-    @classmethod
-    def of(cls, result: TokenResult) -> Ending:
-        """What a result says besides its tokens."""
-        return cls(finish_reason=result.finish_reason, stop_string=result.stop_string)
-
-    def to_json(self) -> str:
-        """As one object."""
-        return json.dumps({"finish_reason": self.finish_reason, "stop_string": self.stop_string})
-
-    @classmethod
-    def from_json(cls, text: str) -> Ending:
-        """The inverse of `to_json`."""
-        return cls(**json.loads(text))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Begun:
+class ProgressRow:
     """What one choice of a line has got since its last row.
 
     Attributes:
-        digest: of the line.
-        start: tokens of the choice in earlier rows.
-        ending: set where the choice is finished.
+        line_number: the line's number, from 1.
+        digest: the digest of the line.
+        choice: which of the line's answers it is, from 0.
+        start: how many tokens of the choice earlier rows have.
+        generated: the tokens since then.
+        result: set where the choice is finished and its line is not, because others of its choices are not.
     """
 
     line_number: int
@@ -51,27 +32,27 @@ class Begun:
     choice: int
     start: int
     generated: Generated
-    ending: Ending | None = None
+    result: TokenResult | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Kept:
-    """All that earlier runs generated for a choice; `ending` as in `Begun`."""
+class SavedProgress:
+    """All that earlier runs generated for a choice.
+
+    Attributes:
+        generated: the tokens.
+        ending: `finish_reason` and `stop_string` of its result, where the choice is finished.
+    """
 
     generated: Generated = field(default_factory=Generated)
-    ending: Ending | None = None
+    ending: Mapping[str, Any] | None = None
 
     def result(self, index: int) -> TokenResult | None:
-        """The engine's answer to request `index`, if this is all of it."""
+        """The engine's result for request `index`, where the choice is finished."""
         if self.ending is None:
             return None
-        return TokenResult(
-            index=index,
-            token_ids=self.generated.token_ids,
-            finish_reason=self.ending.finish_reason,
-            stop_string=self.ending.stop_string,
-            logprobs=self.generated.logprobs,
-        )
+        generated = self.generated
+        return TokenResult(index=index, token_ids=generated.token_ids, logprobs=generated.logprobs, **self.ending)
 
 
 def since(generated: Generated, start: int) -> Generated:
@@ -80,7 +61,7 @@ def since(generated: Generated, start: int) -> Generated:
     return Generated(token_ids=generated.token_ids[start:], logprobs=None if logprobs is None else logprobs[start:])
 
 
-def write(connection: sqlite3.Connection, rows: Iterable[tuple[int, Begun]]) -> None:
+def write(connection: sqlite3.Connection, rows: Iterable[tuple[int, ProgressRow]]) -> None:
     """Add rows, each with its line's digest as SQLite holds it, within the caller's transaction."""
     rows = list(rows)
     begun = ((row.line_number, row.choice, digest) for digest, row in rows if row.start == 0)
@@ -88,38 +69,44 @@ def write(connection: sqlite3.Connection, rows: Iterable[tuple[int, Begun]]) -> 
     connection.executemany("INSERT OR REPLACE INTO begun VALUES (?, ?, ?, ?, ?, ?, ?, ?)", (_row(digest, each) for digest, each in rows))
 
 
-def read(connection: sqlite3.Connection, line_number: int, digest: int) -> dict[int, Kept]:
-    """What is kept of a line, by choice; nothing if it was another line then."""
-    found: dict[int, Kept] = {}
+def read(connection: sqlite3.Connection, line_number: int, digest: int) -> dict[int, SavedProgress]:
+    """What earlier runs generated for a line, by choice; nothing where it was another line then."""
+    found: dict[int, SavedProgress] = {}
     query = "SELECT choice, start, token_ids, logprobs, ending FROM begun WHERE line = ? AND digest = ? ORDER BY choice, start"
     for choice, start, token_ids, logprobs, ending in connection.execute(query, (line_number, digest)):
-        before = found.get(choice, Kept()).generated
+        before = found.get(choice, SavedProgress()).generated
         if start != len(before.token_ids):
-            continue  # not what follows: of an earlier, shorter attempt at the line
-        found[choice] = Kept(
+            continue  # it does not follow: a row of an earlier, shorter attempt at the line
+        found[choice] = SavedProgress(
             generated=_joined(before, tuple(json.loads(token_ids)), logprobs),
-            ending=None if ending is None else Ending.from_json(ending),
+            ending=None if ending is None else json.loads(ending),
         )
     return found
 
 
 def stale(connection: sqlite3.Connection, digests: Sequence[int]) -> list[tuple[int, int]]:
-    """(line number, digest) of what is kept of lines that are others now, or gone; digests by line number, as SQLite holds them."""
+    """The (line number, digest) of saved progress whose line has changed or is gone.
+
+    Args:
+        connection: the database of the job.
+        digests: by line number, the digests of the lines as they are now, as SQLite holds them.
+    """
     rows = connection.execute("SELECT DISTINCT line, digest FROM begun")
     return [(line, digest) for line, digest in rows if line >= len(digests) or digests[line] != digest]
 
 
 def forget(connection: sqlite3.Connection, lines: Iterable[tuple[int, int]]) -> None:
-    """Drop what is kept of those lines, within the caller's transaction."""
+    """Drop the progress of those lines, within the caller's transaction."""
     connection.executemany("DELETE FROM begun WHERE line = ? AND digest = ?", lines)
 
 
-def _row(digest: int, begun: Begun) -> tuple[Any, ...]:
-    generated = begun.generated
+def _row(digest: int, row: ProgressRow) -> tuple[Any, ...]:
+    generated, result = row.generated, row.result
+    ending = None if result is None else {"finish_reason": result.finish_reason, "stop_string": result.stop_string}
     return (
-        begun.line_number, begun.choice, begun.start, digest, len(generated.token_ids), json.dumps(generated.token_ids),
+        row.line_number, row.choice, row.start, digest, len(generated.token_ids), json.dumps(generated.token_ids),
         None if generated.logprobs is None else json.dumps([[each.token_ids, each.logprobs, each.rank] for each in generated.logprobs]),
-        None if begun.ending is None else begun.ending.to_json(),
+        None if ending is None else json.dumps(ending),
     )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from flexgen.errors import ModelError, OptionError
 from flexgen.plan.known.models import catalogue_name, catalogue_spec, similar_names
 from flexgen.plan.model import PLAIN_FORMATS, ModelSpec
+from flexgen.session.model import compute_dtype, config_dtype, describing
 
 
 def spec_of(model: str, *, device: str, dtype: str = "auto", revision: str | None = None, token: str | None = None) -> ModelSpec:
@@ -44,8 +45,8 @@ def shipped_name(model: str) -> str | None:
 
 def _shipped(name: str, device: str, dtype: str) -> ModelSpec:
     spec = catalogue_spec(name)
-    if dtype == "auto":  # as the engine would choose
-        dtype = "bfloat16" if spec.dtype == "float16" and device != "cuda" else spec.dtype
+    if dtype == "auto":
+        dtype = compute_dtype(spec.dtype, device)
     if dtype == spec.dtype:
         return spec
     import torch
@@ -56,13 +57,14 @@ def _shipped(name: str, device: str, dtype: str) -> ModelSpec:
 
 
 def _described(model: str, device: str, dtype: str, revision: str | None, token: str | None) -> ModelSpec:
+    import torch
+
     from flexgen.checkpoint.parameters import Checkpoint, Headers
     from flexgen.hub.config import read_config
     from flexgen.hub.download import weight_headers
     from flexgen.hub.model_files import weight_files
     from flexgen.hub.resolve import resolve_model
     from flexgen.models.describe import describe_headers
-    from flexgen.session.setup import compute_dtype, describing
 
     try:
         files = resolve_model(model, revision=revision, token=token, with_weights=False)
@@ -76,4 +78,5 @@ def _described(model: str, device: str, dtype: str, revision: str | None, token:
     else:
         headers = Headers.parsed(files.folder, weight_headers(model, files.folder, token=token))
     with describing(model):
-        return describe_headers(headers, config, compute_dtype(dtype, config, device), name=model)
+        computed = compute_dtype(config_dtype(config), device) if dtype == "auto" else dtype
+        return describe_headers(headers, config, getattr(torch, computed), name=model)

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 from flexgen.base.steps import step
 from flexgen.errors import CapacityError
-from flexgen.hub.model_files import ModelFiles
 from flexgen.options import EngineOptions
 from flexgen.plan.play.answer_lengths import expected
 from flexgen.plan.play.sampling import JobSizes
@@ -18,6 +17,7 @@ from flexgen.plan.price.memory import activation_bytes
 from flexgen.plan.search.solve import NOMINAL_WORKLOAD
 from flexgen.plan.tell.forecast import Forecast, Plan
 from flexgen.plan.workload import Workload
+from flexgen.session.model import ResolvedModel
 
 if TYPE_CHECKING:
     from flexgen.engine.engine import Engine
@@ -30,18 +30,7 @@ PLAN_SECONDS = 5.0
 ROOM_TOKENS = 256
 
 
-def check_model(files: ModelFiles, options: EngineOptions) -> None:
-    """Refuse a model whose files cannot be served, before there is any work for it; no weights are read.
-
-    Raises:
-        ModelError, OptionError: as `plan_job`.
-    """
-    from flexgen.session import setup as opening
-
-    opening.check_model(files, options)
-
-
-def plan_job(files: ModelFiles, options: EngineOptions, workload: Workload) -> Plan:
+def plan_job(model: ResolvedModel, options: EngineOptions, workload: Workload) -> Plan:
     """The plan that `open_engine` would execute; no weights are read.
 
     Raises:
@@ -51,12 +40,12 @@ def plan_job(files: ModelFiles, options: EngineOptions, workload: Workload) -> P
     step("loading PyTorch")
     from flexgen.session.setup import discard, prepare
 
-    found = prepare(files, options, workload)
+    found = prepare(model, options, workload)
     discard(found)
     return found.plan
 
 
-def open_engine(files: ModelFiles, options: EngineOptions, workload: Workload) -> Engine:
+def open_engine(model: ResolvedModel, options: EngineOptions, workload: Workload) -> Engine:
     """Plan for the workload, load the model, and return the engine that serves it.
 
     Raises:
@@ -65,7 +54,7 @@ def open_engine(files: ModelFiles, options: EngineOptions, workload: Workload) -
     step("loading PyTorch")
     from flexgen.session.setup import open_prepared, prepare
 
-    return open_prepared(prepare(files, options, workload))
+    return open_prepared(prepare(model, options, workload))
 
 
 class OpenEngine:
@@ -79,10 +68,10 @@ class OpenEngine:
         engine: None until the first work, and after `close`.
     """
 
-    def __init__(self, files: ModelFiles, options: EngineOptions, max_model_len: int) -> None:
+    def __init__(self, model: ResolvedModel, options: EngineOptions, max_model_len: int) -> None:
         self.options = options
         self.engine: Engine | None = None
-        self._files, self._max_model_len = files, max_model_len
+        self._model, self._max_model_len = model, max_model_len
         self._planned = self._expected = Workload(prompt_lens=(), output_lens=())  # that it was opened for, that it expects
         self._hopeless = math.inf  # requests of so many tokens have no place whatever the plan
         self._slow_seconds = 0.0  # of jobs that another plan might have done faster
@@ -129,7 +118,7 @@ class OpenEngine:
             engine.close()
 
     def _opened(self, workload: Workload) -> Engine:
-        engine = open_engine(self._files, self.options, workload)
+        engine = open_engine(self._model, self.options, workload)
         self.engine, self._planned, self._expected, self._slow_seconds = engine, workload, workload, 0.0
         self._max_num_seqs = engine.policy.max_num_seqs
         self._hopeless = min((total for total in _totals(workload) if total > engine.policy.longest_sequence), default=math.inf)

@@ -8,9 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import threading
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,17 +19,13 @@ import torch
 from flexgen.base.quantities import GIB, MIB, format_size
 from flexgen.base.steps import step
 from flexgen.checkpoint.dummy import checkpoint_bytes, write_random_checkpoint
-from flexgen.checkpoint.parameters import refuse_quantization
 from flexgen.devices.base import open_backend
 from flexgen.engine.engine import Engine
-from flexgen.errors import CapacityError, FlexGenError, ModelError, OptionError, is_out_of_memory
-from flexgen.hub.config import read_config, reason_of
-from flexgen.hub.diagnose import other_quantization
-from flexgen.hub.model_files import ModelFiles
+from flexgen.errors import CapacityError, FlexGenError
 from flexgen.io.checksums import BLOCK_BYTES, BYTES_PER_BLOCK
 from flexgen.io.offload import OffloadFolder
 from flexgen.kernels.attention import attention_kernels, warm_up
-from flexgen.models.assemble import LoadedModel, load_model
+from flexgen.models.assemble import LoadedModel
 from flexgen.options import EngineOptions
 from flexgen.plan.machine import Limits
 from flexgen.plan.play import admit
@@ -39,9 +33,9 @@ from flexgen.plan.search.ideal import budgets_of
 from flexgen.plan.tell.forecast import Plan, make_plan
 from flexgen.plan.workload import Workload
 from flexgen.profile.check import MachineCheck
-from flexgen.profile.limits import find_limits
 from flexgen.profile.measure import cached_machine
 from flexgen.report.report import RunContext
+from flexgen.session.model import DESCRIBING, ResolvedModel
 from flexgen.session.turns import forked
 
 logger = logging.getLogger(__name__)
@@ -52,9 +46,6 @@ CHECKED_SECONDS = 5.0
 THOROUGH_BYTES = 1 * GIB
 # The process that loaded this module, and with it torch, to open an engine.
 _PROCESS = os.getpid()
-# Building a skeleton replaces functions of torch for a moment: models are described one at a time.
-_DESCRIBING = threading.Lock()
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +67,7 @@ class Prepared:
     verify_reads: bool
 
 
-def prepare(files: ModelFiles, options: EngineOptions, workload: Workload) -> Prepared:
+def prepare(found: ResolvedModel, options: EngineOptions, workload: Workload) -> Prepared:
     """Describe the model, measure the machine, and choose the policy; no weights are read.
 
     Raises:
@@ -85,36 +76,33 @@ def prepare(files: ModelFiles, options: EngineOptions, workload: Workload) -> Pr
     """
     if os.getpid() != _PROCESS:
         raise FlexGenError(forked("a model has been opened"))
-    with _DESCRIBING:
-        return _prepare(files, options, workload)
+    with DESCRIBING, contextlib.ExitStack() as undo:
+        prepared = _prepare(found, options, workload, undo)
+        undo.pop_all()
+    return prepared
 
 
-def _prepare(files: ModelFiles, options: EngineOptions, workload: Workload) -> Prepared:
-    config = read_config(files)
-    limits = find_limits(options)
-    dtype = compute_dtype(options.dtype, config, limits.device)
-    options = replace(options, dtype=str(dtype).removeprefix("torch."), device=limits.device)
-    dummy_folder = _write_dummy(config, dtype, limits) if options.load_format == "dummy" else None
-    try:
-        step("tracing the model's layers")
-        model = _load_model(files, dummy_folder.path if dummy_folder is not None else files.folder, config, dtype)
-        if dummy_folder is not None:
-            limits = replace(limits, disk_bytes=max(limits.disk_bytes - model.total_bytes, 0))
-        model = replace(model, spec=replace(model.spec, name=files.name))
-        weights = model.layouts[0].extents[0].path.parent
-        quick = model.total_bytes < THOROUGH_BYTES
-        machine = cached_machine(limits.device, options.dtype, weights, max_bytes=min(256 * MIB, limits.host_bytes // 8), quick=quick)
-        step("loading kernels (compiled once)")
-        _warm_up_kernels(dtype)
-        process_bytes = psutil.Process().memory_info().rss
-        if options.verify_reads:
-            process_bytes += (model.total_bytes + limits.disk_bytes) // BLOCK_BYTES * BYTES_PER_BLOCK
-        step("choosing a plan")
-        plan = make_plan(options, model.spec, machine, limits, workload, process_bytes=process_bytes)
-    except BaseException:
-        if dummy_folder is not None:
-            dummy_folder.remove()
-        raise
+def _prepare(found: ResolvedModel, options: EngineOptions, workload: Workload, undo: contextlib.ExitStack) -> Prepared:
+    limits, dtype = found.limits, getattr(torch, found.dtype)
+    options = replace(options, dtype=found.dtype, device=limits.device)
+    dummy_folder = None
+    if options.load_format == "dummy":
+        dummy_folder = _write_dummy(found.config, dtype, limits)
+        undo.callback(dummy_folder.remove)
+    model = found.take(dummy_folder.path if dummy_folder is not None else found.files.folder)
+    model = replace(model, spec=replace(model.spec, name=found.files.name))
+    if dummy_folder is not None:
+        limits = replace(limits, disk_bytes=max(limits.disk_bytes - model.total_bytes, 0))
+    weights = model.layouts[0].extents[0].path.parent
+    quick = model.total_bytes < THOROUGH_BYTES
+    machine = cached_machine(limits.device, options.dtype, weights, max_bytes=min(256 * MIB, limits.host_bytes // 8), quick=quick)
+    step("loading kernels (compiled once)")
+    _warm_up_kernels(dtype)
+    process_bytes = psutil.Process().memory_info().rss
+    if options.verify_reads:
+        process_bytes += (model.total_bytes + limits.disk_bytes) // BLOCK_BYTES * BYTES_PER_BLOCK
+    step("choosing a plan")
+    plan = make_plan(options, model.spec, machine, limits, workload, process_bytes=process_bytes)
     return Prepared(
         model=model, plan=plan, limits=limits, workload=workload, process_bytes=process_bytes, dummy_folder=dummy_folder,
         verify_reads=options.verify_reads,
@@ -188,63 +176,6 @@ def _construct(prepared: Prepared, undo: contextlib.ExitStack, check: MachineChe
         model, policy, prepared.plan.machine, context=context, backend=backend, offload_dir=offload_dir, temporary=folders,
         verify_reads=prepared.verify_reads,
     )  # fmt: skip
-
-
-def check_model(files: ModelFiles, options: EngineOptions) -> None:
-    """Refuse what `prepare` would refuse because of the model's files, before anything else is done.
-
-    Raises:
-        ModelError: naming what is wrong.
-        OptionError: the dtype cannot be computed in.
-    """
-    config = read_config(files)
-    dtype = compute_dtype(options.dtype, config, find_limits(options).device)
-    if options.load_format != "dummy":
-        with _DESCRIBING:
-            _load_model(files, files.folder, config, dtype)
-
-
-def _load_model(files: ModelFiles, folder: Path, config: Any, dtype: torch.dtype) -> LoadedModel:
-    """The model in a folder; what is refused because it is quantized is so before its weights are compared with its config."""
-    if (tool := other_quantization(files.folder, files.config)) is not None:
-        raise refuse_quantization({"quant_method": tool})
-    with describing(files.name):
-        return load_model(folder, config, dtype)
-
-
-@contextlib.contextmanager
-def describing(name: str) -> Iterator[None]:
-    """Whatever fails while a model is described fails because of its files: it is refused, and nothing is run.
-
-    Raises:
-        ModelError: for what is no error of ours.
-        CapacityError: for what takes more memory than there is.
-    """
-    try:
-        yield
-    except FlexGenError:
-        raise
-    except Exception as error:
-        logger.debug("%s cannot be described", name, exc_info=True)
-        if is_out_of_memory(error):
-            raise CapacityError(f"{name}: describing the model takes more memory than there is ({reason_of(error)})") from error
-        raise ModelError(f"{name} cannot be used, because of its config.json or its weights: {reason_of(error)}") from error
-
-
-def compute_dtype(wanted: str, config: Any, device: str) -> torch.dtype:
-    """The dtype to compute in: "auto" is the checkpoint's, but never float16 on a CPU, which computes it slowly."""
-    if wanted != "auto":
-        dtype = getattr(torch, wanted)
-    else:
-        stored = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None) or torch.float32
-        dtype = getattr(torch, stored, None) if isinstance(stored, str) else stored
-        if dtype not in _DTYPES:
-            raise ModelError(f"config.json has dtype {str(stored)[:40]}, which cannot be computed in: give --dtype")
-        if dtype == torch.float16 and device != "cuda":
-            dtype = torch.bfloat16
-    if dtype not in _DTYPES:
-        raise OptionError(f"cannot compute in {dtype}")
-    return dtype
 
 
 def _warm_up_kernels(dtype: torch.dtype) -> None:

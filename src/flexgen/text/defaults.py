@@ -7,28 +7,31 @@ from collections.abc import Mapping
 from typing import Any
 
 from flexgen.errors import ModelError, OptionError, RequestError
-from flexgen.hub.config import read_config
-from flexgen.hub.model_files import ModelFiles
 from flexgen.request import SamplingParams
 
 _CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length")  # the first is usual
 
 
-def token_limits(files: ModelFiles, max_model_len: int | None) -> tuple[int, int]:
+def token_limits(name: str, config: Any, max_model_len: int | None) -> tuple[int, int]:
     """The vocabulary's size, and the most tokens of prompt and answer together.
 
+    Args:
+        name: the model's, for messages.
+        config: its transformers config.
+        max_model_len: the limit that was asked for; None is the model's context.
+
     Raises:
-        ModelError: the config is unusable.
+        ModelError: the config states no vocabulary.
         OptionError: `max_model_len` is more than the model's context, or is needed because the model states none.
     """
-    config = read_config(files).get_text_config(decoder=True)
-    context = next((value for name in _CONTEXT_NAMES if isinstance(value := getattr(config, name, None), int)), None)
-    vocab_size = getattr(config, "vocab_size", None)
+    text = config.get_text_config(decoder=True)
+    context = next((value for field in _CONTEXT_NAMES if isinstance(value := getattr(text, field, None), int)), None)
+    vocab_size = getattr(text, "vocab_size", None)
     if not isinstance(vocab_size, int) or vocab_size < 1:
-        raise ModelError(f"{files.name}: config.json has no vocab_size")
+        raise ModelError(f"{name}: config.json has no vocab_size")
     if max_model_len is None:
         if context is None:
-            raise OptionError(f"{files.name} states no context length: give max_model_len")
+            raise OptionError(f"{name} states no context length: give max_model_len")
         return vocab_size, context
     if context is not None and max_model_len > context:
         raise OptionError(f"max_model_len={max_model_len} is more than the model's context of {context}")

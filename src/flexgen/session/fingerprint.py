@@ -1,0 +1,65 @@
+"""What of a model changes its answers, as JSON values: a job compares it from one run to the next."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from flexgen.base.quantities import format_size
+from flexgen.hub.model_files import TOKENIZER_FILES, ModelFiles, weight_files
+from flexgen.hub.private_folder import tokenizer_files
+from flexgen.session.model import ResolvedModel
+from flexgen.text.answers import Choices
+from flexgen.text.tokenizer import Tokenizer
+
+
+def fingerprint(model: ResolvedModel, choices: Choices, chat_template: str | None, load_format: str) -> dict[str, Any]:
+    """By name, everything about a model that changes its answers.
+
+    Raises:
+        ModelError: a file of the model cannot be understood.
+        OptionError, CapacityError: as `ResolvedModel.dtype`.
+    """
+    return {
+        "model": _weights(model.files, load_format),
+        "config": _digest([json.dumps(model.files.config, sort_keys=True).encode()]),
+        "tokenizer": None if choices.tokenizer is None else _tokenizer_digest(choices.tokenizer, model.files.folder),
+        "chat_template": None if chat_template is None else _digest([chat_template.encode()]),
+        "eos_token_ids": sorted(choices.eos_token_ids),
+        "dtype": model.dtype,
+        "load_format": load_format,
+        "max_model_len": choices.max_model_len,
+        "seed": choices.seed,
+    }
+
+
+def _weights(files: ModelFiles, load_format: str) -> str:
+    """The commit of a hub model; for a folder, what it shows of its weights without reading them."""
+    if files.commit is not None:
+        return f"{files.name} at {files.commit}"
+    if load_format == "dummy":
+        return "random weights"
+    names = sorted(weight_files(files.folder))
+    found = [(files.folder / name).stat() for name in names]
+    parts = (f"{name} {each.st_size} {each.st_mtime_ns}".encode() for name, each in zip(names, found, strict=True))
+    return f"{len(names)} files, {format_size(sum(each.st_size for each in found))}, {_digest(parts)}"
+
+
+def _tokenizer_digest(tokenizer: Tokenizer, model_folder: Path) -> str:
+    """The digest of all files that the tokenizer is loaded from, without templates."""
+    folder = Path(tokenizer.hf.name_or_path)
+    found = {name: path for name, path in tokenizer_files(folder).items() if name in TOKENIZER_FILES}
+    if folder != model_folder and (folder / "config.json").is_file():  # a tokenizer of its own, found by its model's type
+        found["config.json"] = folder / "config.json"
+    return _digest(part for name, path in sorted(found.items()) for part in (name.encode(), path.read_bytes()))
+
+
+def _digest(parts: Iterable[bytes]) -> str:
+    hasher = hashlib.blake2b(digest_size=8)
+    for part in parts:
+        hasher.update(len(part).to_bytes(8, "little"))
+        hasher.update(part)
+    return hasher.hexdigest()

@@ -1,0 +1,156 @@
+"""What is found out about a model once per run: its config, the dtype to compute in, the budgets, and its description.
+
+Loads torch only where a model is described.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flexgen.base.steps import step
+from flexgen.errors import CapacityError, FlexGenError, ModelError, is_out_of_memory
+from flexgen.hub.config import read_config, reason_of
+from flexgen.hub.diagnose import other_quantization
+from flexgen.hub.model_files import ModelFiles
+from flexgen.options import EngineOptions
+from flexgen.plan.machine import Limits
+from flexgen.plan.model import PLAIN_FORMATS
+from flexgen.profile.limits import find_limits
+
+if TYPE_CHECKING:
+    from flexgen.models.assemble import LoadedModel
+
+logger = logging.getLogger(__name__)
+
+# Building a skeleton replaces functions of torch for a moment, so models are described one at a time.
+DESCRIBING = threading.RLock()
+
+
+class ResolvedModel:
+    """The files of a model together with everything that follows from them, from the options and from this machine.
+
+    Each fact is found when it is first asked for, and only once; whoever needs one takes it from here.
+
+    Args:
+        files: the model's files.
+        options: say the device, the dtype, the budgets, and whether weights are random.
+
+    Attributes:
+        files: the model's files.
+        config: the transformers config.
+
+    Raises:
+        ModelError: the config is unusable.
+    """
+
+    def __init__(self, files: ModelFiles, options: EngineOptions) -> None:
+        self.files, self._options = files, options
+        self.config: Any = read_config(files)
+        self._limits: Limits | None = None
+        self._description: LoadedModel | None = None
+
+    @property
+    def limits(self) -> Limits:
+        """The hard budgets of this process, as they were before anything was loaded.
+
+        Raises:
+            OptionError, CapacityError: a budget cannot be granted.
+        """
+        if self._limits is None:
+            self._limits = find_limits(self._options)
+        return self._limits
+
+    @functools.cached_property
+    def dtype(self) -> str:
+        """The dtype to compute in, never "auto".
+
+        Raises:
+            OptionError, CapacityError: as `limits`.
+            ModelError: the checkpoint's dtype is none to compute in, and the options name no other.
+        """
+        device = self.limits.device
+        if self._options.dtype != "auto":
+            return self._options.dtype
+        return compute_dtype(config_dtype(self.config), device)
+
+    def check(self) -> None:
+        """Refuse a model that cannot be served because of its files; no weights are read.
+
+        Raises:
+            ModelError: the message names what is wrong.
+            OptionError, CapacityError: as `dtype`.
+        """
+        folder, dtype = self.files.folder, self.dtype
+        if self._options.load_format != "dummy" and self._description is None:
+            self._description = self._describe(folder, dtype)
+
+    def take(self, folder: Path) -> LoadedModel:
+        """The description of the model, whose weights lie in `folder`.
+
+        It belongs to the caller alone, because an engine keeps weights in it.  The next caller gets another one, and fresh limits,
+        since memory may have been taken or freed by then.
+
+        Raises:
+            ModelError: the model cannot be served.
+        """
+        description, self._description = self._description, None
+        if description is None:
+            step("tracing the model's layers")
+            description = self._describe(folder, self.dtype)
+        self._limits = None
+        return description
+
+    def _describe(self, folder: Path, dtype: str) -> LoadedModel:
+        """The model in a folder.  Quantized weights are refused as such, before they are compared with the config."""
+        import torch
+
+        from flexgen.checkpoint.parameters import refuse_quantization
+        from flexgen.models.assemble import load_model
+
+        with DESCRIBING, describing(self.files.name):
+            if (tool := other_quantization(self.files.folder, self.files.config)) is not None:
+                raise refuse_quantization({"quant_method": tool})
+            return load_model(folder, self.config, getattr(torch, dtype))
+
+
+def config_dtype(config: Any) -> str:
+    """The dtype that a config states for its weights; float32 where it states none.
+
+    Raises:
+        ModelError: it is none to compute in.
+    """
+    stored = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None) or "float32"
+    name = str(stored).removeprefix("torch.")
+    if name not in PLAIN_FORMATS:
+        raise ModelError(f"config.json has dtype {str(stored)[:40]}, which cannot be computed in: give --dtype")
+    return name
+
+
+def compute_dtype(stored: str, device: str) -> str:
+    """What "auto" means: the checkpoint's dtype, but bfloat16 instead of float16 on a CPU, which computes float16 slowly."""
+    return "bfloat16" if stored == "float16" and device != "cuda" else stored
+
+
+@contextlib.contextmanager
+def describing(name: str) -> Iterator[None]:
+    """Turn whatever fails while a model is described into a refusal, because its files are the reason.
+
+    Raises:
+        ModelError: for every error that is not one of flexgen's.
+        CapacityError: the description takes more memory than there is.
+    """
+    try:
+        yield
+    except FlexGenError:
+        raise
+    except Exception as error:
+        logger.debug("%s cannot be described", name, exc_info=True)
+        if is_out_of_memory(error):
+            raise CapacityError(f"{name}: describing the model takes more memory than there is ({reason_of(error)})") from error
+        raise ModelError(f"{name} cannot be used, because of its config.json or its weights: {reason_of(error)}") from error
