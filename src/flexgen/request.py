@@ -205,8 +205,13 @@ class TokenRequest:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Live:
-    """How far the answer to a request has come."""
+class PartialAnswer:
+    """How far the answer to a request has come.
+
+    Attributes:
+        index: The request's.
+        generated: What there is of the answer, earlier runs included.
+    """
 
     index: int
     generated: Generated

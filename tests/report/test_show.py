@@ -11,14 +11,13 @@ from fakes import FORECAST, FakeEngine
 
 from flexgen.base.durations import format_seconds, parse_seconds
 from flexgen.errors import OptionError
-from flexgen.plan.tell.forecast import Plan
 from flexgen.plan.workload import Workload
 from flexgen.report.format import format_details, format_plan, format_progress, format_report
 from flexgen.report.progress import Progress, RunReport
 from flexgen.report.show import JsonDisplay, PlainDisplay, open_display
 
 ENGINE = FakeEngine(Workload(prompt_lens=(), output_lens=()))
-PLAN = Plan(spec=ENGINE.spec, machine=ENGINE.machine, policy=ENGINE.policy, forecast=ENGINE.forecast)
+PLAN = ENGINE.plan
 PROGRESS = dataclasses.replace(ENGINE._progress(10), num_requests_done=3)
 
 

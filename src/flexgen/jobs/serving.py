@@ -15,7 +15,7 @@ from flexgen.jobs.reading import Refused, Served, place_of
 from flexgen.jobs.saved_progress import Begun, Ending, since
 from flexgen.jobs.store import Result, Store
 from flexgen.llm import LLM
-from flexgen.request import Generated, Live, TokenRequest, TokenResult
+from flexgen.request import Generated, PartialAnswer, TokenRequest, TokenResult
 
 MAX_RECORD_BYTES = 900_000_000  # SQLite's own limit is 10^9
 
@@ -85,7 +85,7 @@ class Serving:
         self.tokens_kept += len(generated.token_ids)
         return dataclasses.replace(request, generated=generated)
 
-    def progress(self, live: Iterable[Live]) -> list[Begun]:
+    def progress(self, live: Iterable[PartialAnswer]) -> list[Begun]:
         """What choices in progress have got since it was last asked."""
         return [self._row(each.index, each.generated) for each in live if len(each.generated.token_ids) > self._stored.get(each.index, 0)]
 
