@@ -112,6 +112,7 @@ class Engine:
         results = list(self._take_ended())
         if not self.has_work:
             return results
+        self.load()
         scheduled = self._scheduler.schedule()
         self.log.preempted(scheduled.num_preempted)
         for each in scheduled.entered:
