@@ -16,10 +16,10 @@ from machines import machine_of
 from flexgen.errors import RequestError
 from flexgen.plan.model import KVGroupSpec, ModelSpec, UnitSpec
 from flexgen.plan.policy import Fractions, Policy
-from flexgen.plan.tell.forecast import Forecast
+from flexgen.plan.tell.forecast import Forecast, Plan
 from flexgen.plan.workload import Workload
 from flexgen.report.progress import Progress, RunReport
-from flexgen.request import Live, TokenRequest, TokenResult
+from flexgen.request import PartialAnswer, TokenRequest, TokenResult
 from flexgen.text.common_prefixes import NO_PREFIXES, CommonPrefixes
 
 VOCAB = 300  # 256 bytes, </s> = 256, <pad> = 257, and some ids that the tokenizer does not know
@@ -67,7 +67,7 @@ class FakeEngine:
         self.prefixes = NO_PREFIXES
         self.results: list[TokenResult] = []
         self.prompt_tokens = 0
-        self.spec = ModelSpec(
+        spec = ModelSpec(
             name="fake",
             model_type="opt",
             units=(UnitSpec(name="layers.0", disk_bytes=1000, decoded_bytes=1000, flops_per_token=2000.0),),
@@ -80,16 +80,16 @@ class FakeEngine:
             vocab_size=VOCAB,
             max_position_embeddings=CONTEXT,
         )
-        self.machine = machine_of(dense={"float32": [(1, 1e11)]}, host_to_device=None, device_to_host=None)
-        self.forecast = FORECAST
+        machine = machine_of(dense={"float32": [(1, 1e11)]}, host_to_device=None, device_to_host=None)
         self.load_seconds = 0.0
         totals = [p + o for p, o in zip(workload.prompt_lens, workload.output_lens, strict=True)]
-        self.policy = Policy(
+        policy = Policy(
             device="cpu", dtype="float32", weights=Fractions(host=0.25, disk=0.75), kv=Fractions(host=1.0), kv_device_bytes=0,
             kv_host_bytes=kv_host_bytes, kv_disk_bytes=0, host_ring_bytes=1 << 20, device_ring_bytes=0, workspace_bytes=1 << 20,
             embedding_resident=True, schedule="diagonal", max_num_seqs=max_num_seqs, prefill_tokens=256, micro_batch_tokens=64,
             page_tokens=16, compute_threads=1, io_threads=1, longest_sequence=max((n for n in totals if n <= most_tokens), default=512),
         )  # fmt: skip
+        self.plan = Plan(spec=spec, machine=machine, policy=policy, forecast=FORECAST)
 
     def expect(self, workload: Workload) -> None:
         self.expected = workload
@@ -101,13 +101,13 @@ class FakeEngine:
         num_requests: int | None = None,
         prefixes: CommonPrefixes = NO_PREFIXES,
         on_progress: Callable[[Progress], None] | None = None,
-        on_pass: Callable[[Iterable[Live]], None] | None = None,
+        on_pass: Callable[[Iterable[PartialAnswer]], None] | None = None,
     ) -> Iterator[TokenResult]:
         waiting = iter(requests)
         self.prefixes = prefixes
         self.results = []
         self.prompt_tokens = 0
-        while block := [r for _, r in zip(range(self.policy.max_num_seqs), waiting, strict=False)]:
+        while block := [r for _, r in zip(range(self.plan.policy.max_num_seqs), waiting, strict=False)]:
             self.num_pulled += len(block)
             self.prompt_tokens += sum(len(r.prompt_token_ids) for r in block)
             for request in sorted(block, key=lambda r: r.max_tokens):

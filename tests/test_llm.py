@@ -22,7 +22,7 @@ from fakes import CONTEXT, POISON, VOCAB, FakeEngine, byte_id, fake_text, write_
 from flexgen import LLM, CapacityError, FlexGenError, ModelError, OptionError, RequestError, SamplingParams
 from flexgen.hub.resolve import resolve_model
 from flexgen.plan.workload import Workload
-from flexgen.request import Live
+from flexgen.request import PartialAnswer
 from flexgen.session.session import with_room
 from flexgen.text.common_prefixes import NO_PREFIXES
 from flexgen.text.defaults import choice_seed, default_sampling_params, derive_seed, unsupported_defaults
@@ -298,7 +298,7 @@ def test_a_parameter_that_cannot_be_served_is_named_with_its_prompt(llm: LLM, en
 
 
 def test_passes_are_told(llm: LLM) -> None:
-    told: list[list[Live]] = []
+    told: list[list[PartialAnswer]] = []
     requests = llm.token_requests(0, [64], dataclasses.replace(GREEDY, n=9))
     assert len(list(llm.stream(requests, workload(9), on_pass=lambda live: told.append(list(live))))) == 9
     assert len(told) == 3
@@ -481,7 +481,8 @@ def open_sized(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[FakeEngine
             if workload in refuse:
                 raise CapacityError("too large")
             opened.append(FakeEngine(workload, max_num_seqs, kv_bytes, most_tokens))
-            opened[-1].forecast = dataclasses.replace(opened[-1].forecast, seconds=seconds)
+            plan = opened[-1].plan
+            opened[-1].plan = dataclasses.replace(plan, forecast=dataclasses.replace(plan.forecast, seconds=seconds))
             return opened[-1]
 
         monkeypatch.setattr("flexgen.session.session.open_engine", open_engine)
@@ -584,7 +585,8 @@ def test_bounds_on_time_hold_for_every_call(model_folder: Path, open_sized: Call
     llm.open(workload(2))
     llm.open(workload(1))
     assert len(opened) == 1
-    opened[0].forecast = dataclasses.replace(opened[0].forecast, seconds=4.0)  # as expected for the next job
+    forecast = dataclasses.replace(opened[0].plan.forecast, seconds=4.0)
+    opened[0].plan = dataclasses.replace(opened[0].plan, forecast=forecast)  # as expected for the next job
     llm.open(workload(3))
     assert [engine.workload for engine in opened] == [workload(2), workload(3)]  # and no more than was asked for is planned
 

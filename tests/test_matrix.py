@@ -24,7 +24,7 @@ from flexgen.kv.cache import PagePool
 from flexgen.kv.disk import DiskPlace
 from flexgen.models.assemble import load_model
 from flexgen.plan.policy import Fractions, Policy
-from flexgen.request import Generated, Live, TokenRequest, TokenResult
+from flexgen.request import Generated, PartialAnswer, TokenRequest, TokenResult
 from tests.models.parity import DISTURBANCE, SAFETY, in_float64
 
 # Prompts of one token, of whole pages, of whole micro-batches and one more, of several micro-batches.
@@ -250,7 +250,7 @@ CASES = [
 def test_answers_are_those_of_transformers(checkpoint: Checkpoint, case: Case, tmp_path: Path) -> None:
     with Run(checkpoint, case.policy(checkpoint), tmp_path, device_bytes=64 << 20) as run:
         assert run.answers() == checkpoint.answers
-        assert run.engine.record.answers.counts.preemptions == 0, "forecasts were right"
+        assert run.engine.log.counts.preemptions == 0, "forecasts were right"
         assert not any(tmp_path.iterdir()), "spill files are unlinked"
 
 
@@ -285,7 +285,7 @@ def test_wrong_forecasts_are_repaired(
     with Run(checkpoint, case.policy(checkpoint), tmp_path, device_bytes=64 << 20) as run:
         results = run.results(checkpoint.crowd)
         assert {index: result.token_ids for index, result in results.items()} == checkpoint.crowd_answers
-        preemptions = run.engine.record.answers.counts.preemptions
+        preemptions = run.engine.log.counts.preemptions
         assert preemptions == sum(result.num_preemptions for result in results.values()) > 0
 
 
@@ -305,7 +305,7 @@ def test_a_request_that_never_fits_fails_alone(checkpoint: Checkpoint, device: s
         assert error.code == "kv_cache_too_small"
     assert len(results.pop(just_fits.index).token_ids) == 2
     assert {index: result.token_ids for index, result in results.items()} == checkpoint.answers
-    assert run.engine.record.answers.counts.errors == 2
+    assert run.engine.log.counts.errors == 2
 
 
 def test_only_requests_that_never_fit(checkpoint: Checkpoint, tmp_path: Path) -> None:
@@ -401,7 +401,7 @@ def test_an_answer_goes_on_wherever_it_was_cut(checkpoint: Checkpoint, case: Cas
         cut = [(request, count) for request in checkpoint.requests for count in range(len(whole[request.index].token_ids))]
         requests = [replace(begun(request, whole[request.index], count), index=i) for i, (request, count) in enumerate(cut)]
         results = run.results(requests)
-        counts = run.engine.record.answers.counts
+        counts = run.engine.log.counts
     assert len(results) == len(cut)
     for index, (request, _) in enumerate(cut):
         assert_same_answer(results[index], whole[request.index])
@@ -416,10 +416,10 @@ def test_a_resumed_answer_may_be_preempted(checkpoint: Checkpoint, tmp_path: Pat
     roomy, tight = (Case("cpu", {"host": 1.0}, {"host": tokens}, "diagonal", 16, 256) for tokens in (ROOM, 12 * PAGE_TOKENS))
     with Run(checkpoint, roomy.policy(checkpoint), tmp_path) as run:
         whole = run.results(requests)
-        assert run.engine.record.answers.counts.preemptions == 0
+        assert run.engine.log.counts.preemptions == 0
     with Run(checkpoint, tight.policy(checkpoint), tmp_path) as run:
         results = run.results([begun(request, whole[request.index], 3) for request in requests])
-        counts = run.engine.record.answers.counts
+        counts = run.engine.log.counts
     for index, wanted in whole.items():
         assert_same_answer(results[index], wanted)
     assert counts.preemptions > 0
@@ -431,7 +431,7 @@ def test_an_answer_that_had_come_to_its_end_is_given_back(checkpoint: Checkpoint
     with Run(checkpoint, case.policy(checkpoint), tmp_path) as run:
         whole = run.results()
         results = run.results([begun(request, whole[request.index], request.max_tokens) for request in checkpoint.requests])
-        assert run.engine.record.trace.num_passes == 0
+        assert run.engine.log.passes.num_passes == 0
     assert results == whole
 
 
@@ -479,7 +479,7 @@ def test_what_a_pass_tells(checkpoint: Checkpoint, tmp_path: Path) -> None:
 
     def look(live: Any) -> None:
         for each in live:
-            assert isinstance(each, Live)
+            assert isinstance(each, PartialAnswer)
             assert each.index not in finished, "results come first"
             told.setdefault(each.index, []).append(each.generated)
 

@@ -5,7 +5,6 @@ What transformers answers to the same requests is the business of test_matrix.py
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -15,13 +14,13 @@ import pytest
 import torch
 
 from flexgen.devices.base import SimulatedDevice
-from flexgen.engine.admission import LengthForecast
+from flexgen.engine.admission import Admission, LengthForecast
 from flexgen.engine.engine import Engine
-from flexgen.engine.sequence import Sequence
+from flexgen.engine.sequence import LiveSequence
 from flexgen.kv.cache import PagePool
 from flexgen.plan.policy import Fractions
 from flexgen.plan.price.work import PassWork
-from flexgen.report.pass_log import Trace
+from flexgen.report.pass_log import PassLog
 from flexgen.request import Generated, TokenRequest, TokenResult
 from flexgen.text.common_prefixes import NO_PREFIXES, CommonPrefixes, PrefixCensus
 from tests.models import parity
@@ -85,13 +84,13 @@ class SharingRun(Run):
     def __init__(self, *args: Any, monkeypatch: pytest.MonkeyPatch, **more: Any) -> None:
         super().__init__(*args, **more)
         self.num_computed = 0
-        add = Trace.add
+        add = PassLog.add
 
-        def counting(trace: Trace, seconds: float, work: PassWork, waits: Any) -> None:
+        def counting(passes: PassLog, seconds: float, work: PassWork, waits: Any) -> None:
             self.num_computed += work.num_tokens
-            add(trace, seconds, work, waits)
+            add(passes, seconds, work, waits)
 
-        monkeypatch.setattr(Trace, "add", counting)
+        monkeypatch.setattr(PassLog, "add", counting)
 
     def shared(self, requests: Iterable[TokenRequest], prefixes: CommonPrefixes) -> dict[int, TokenResult]:
         results = {result.index: result for result in self.engine.generate(requests, prefixes=prefixes)}
@@ -100,7 +99,7 @@ class SharingRun(Run):
 
     @property
     def num_shared(self) -> int:
-        return self.engine.record.answers.counts.shared_prompt_tokens
+        return self.engine.log.counts.shared_prompt_tokens
 
 
 def num_tokens(requests: Iterable[TokenRequest]) -> int:
@@ -129,7 +128,7 @@ def test_a_prefix_is_computed_once(
     assert saved == (9 * 3 + 6 * 2 + 4) * PAGE_TOKENS
     with SharingRun(checkpoint, case.policy(checkpoint), tmp_path, device_bytes=64 << 20, monkeypatch=monkeypatch) as run:
         assert run.shared(checkpoint.requests, prefixes) == wanted
-        assert run.engine.record.answers.counts.preemptions == 0, "forecasts were right"
+        assert run.engine.log.counts.preemptions == 0, "forecasts were right"
         assert run.num_shared == saved
         assert run.num_computed == num_tokens(checkpoint.requests) - saved
         assert run.results() == wanted, "and without it again"
@@ -157,7 +156,7 @@ def test_several_homes_and_little_room(
     with SharingRun(checkpoint, case.policy(checkpoint), tmp_path, device_bytes=64 << 20, monkeypatch=monkeypatch) as run:
         assert run.shared(checkpoint.requests, prefixes) == wanted
         assert 0 < run.num_shared <= saved
-        assert run.engine.record.answers.counts.preemptions == 0, "forecasts were right"
+        assert run.engine.log.counts.preemptions == 0, "forecasts were right"
         assert run.num_computed == num_tokens(checkpoint.requests) - run.num_shared
 
 
@@ -169,14 +168,14 @@ def test_shared_pages_are_held_once(checkpoint: Checkpoint, tier: str, tmp_path:
     case = Case("cpu", {"host": 1.0}, {tier: 15 * PAGE_TOKENS}, "zigzag", 10, 512)
     with Run(checkpoint, case.policy(checkpoint), tmp_path) as run:
         alone = run.results(requests)
-        num_passes = run.engine.record.trace.num_passes
+        num_passes = run.engine.log.passes.num_passes
         results = {result.index: result for result in run.engine.generate(requests, prefixes=common(requests)[0])}
         run.check_budgets()
         assert results == alone
         assert run.engine.cache.peak_bytes[tier] == 15 * PAGE_TOKENS * checkpoint.token_bytes
         if tier == "disk":  # decoding alone would read the prefix for each of ten sequences in each of seven passes
-            assert run.engine.record.bytes_moved()["disk_read"] < 7 * 10 * 5 * PAGE_TOKENS * checkpoint.token_bytes
-        assert run.engine.record.trace.num_passes == 8 + (tier == "disk") < num_passes, "one block; on disk the others begin a pass later"
+            assert run.engine.log.bytes_moved()["disk_read"] < 7 * 10 * 5 * PAGE_TOKENS * checkpoint.token_bytes
+        assert run.engine.log.passes.num_passes == 8 + (tier == "disk") < num_passes, "one block; on disk the others begin a pass later"
 
 
 @pytest.mark.parametrize(
@@ -194,7 +193,7 @@ def test_preempted_sequences_share_again(
         alone = run.results(requests)
         run.num_computed = 0
         results = run.shared(requests, common(requests)[0])
-        counts = run.engine.record.answers.counts
+        counts = run.engine.log.counts
     assert {i: result.token_ids for i, result in results.items()} == {i: result.token_ids for i, result in alone.items()}
     assert counts.preemptions > 0
     again = sum(results[i].num_preemptions for i in results)
@@ -212,7 +211,7 @@ def test_resumed_answers_share_their_prompts(checkpoint: Checkpoint, wanted: dic
     with Run(checkpoint, case.policy(checkpoint), tmp_path) as run:
         results = {result.index: result for result in run.engine.generate(requests, prefixes=prefixes)}
         assert results == wanted
-        assert run.engine.record.answers.counts.shared_prompt_tokens == saved
+        assert run.engine.log.counts.shared_prompt_tokens == saved
 
 
 def test_a_run_that_ends_early_leaves_nothing(checkpoint: Checkpoint, wanted: dict[int, TokenResult], tmp_path: Path) -> None:
@@ -253,7 +252,7 @@ def answered(model: Any, chosen: Any, requests: list[TokenRequest], prefixes: Co
         results = {result.index: result for result in engine.generate(requests, prefixes=prefixes)}
         assert not [result.error for result in results.values() if result.error is not None]
         assert all(used == 0 for used in engine.cache.used_bytes.values())
-        return {index: result.token_ids for index, result in results.items()}, engine.record.answers.counts.shared_prompt_tokens
+        return {index: result.token_ids for index, result in results.items()}, engine.log.counts.shared_prompt_tokens
 
 
 @pytest.mark.parametrize(
@@ -297,7 +296,7 @@ def test_prompts_with_other_frequencies_do_not_share(name: str, tmp_path: Path, 
     parity.save(reference, tmp_path)
     outgrew = Engine._outgrew
 
-    def outgrew_or_unlucky(engine: Engine, sequence: Sequence) -> bool:
+    def outgrew_or_unlucky(engine: Engine, sequence: LiveSequence) -> bool:
         return outgrew(engine, sequence) or (sequence.num_generated == 5 and sequence.num_preemptions < 2)
 
     monkeypatch.setattr(Engine, "_outgrew", outgrew_or_unlucky)
@@ -318,15 +317,17 @@ def test_requests_of_a_prefix_run_together(checkpoint: Checkpoint, tmp_path: Pat
     prefixes, saved = common(requests)
     case = Case("cpu", {"host": 1.0}, {"host": 12 * PAGE_TOKENS}, "diagonal", 6, 64)
     with Run(checkpoint, case.policy(checkpoint), tmp_path) as run:
-        entered = Counter[int]()
         order: list[int] = []
-        really = run.engine.record.answers.__class__.entered
+        really = Admission.admit
+
+        def admit(admission: Admission, sequence: LiveSequence, live: Any) -> bool:
+            if entered := really(admission, sequence, live):
+                order.append(sequence.id % 6)
+            return entered
+
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(
-                "flexgen.engine.answers.Answers.entered", lambda answers, s: (order.append(s.request.index % 6), really(answers, s))[1]
-            )
+            patch.setattr(Admission, "admit", admit)
             list(run.engine.generate(requests, prefixes=prefixes))
         run.check_budgets()
-        entered.update(order)
-        assert run.engine.record.answers.counts.shared_prompt_tokens == saved
+        assert run.engine.log.counts.shared_prompt_tokens == saved
     assert order == sorted(order)

@@ -27,10 +27,10 @@ from flexgen.plan.play.simulate import PAGE_TOKENS
 from flexgen.plan.tell.forecast import Plan
 from flexgen.plan.workload import Workload
 from flexgen.report.progress import Progress, RunReport
-from flexgen.request import CompletionOutput, Live, RequestOutput, SamplingParams, TokenRequest, TokenResult
+from flexgen.request import CompletionOutput, PartialAnswer, RequestOutput, SamplingParams, TokenRequest, TokenResult
 from flexgen.session.fingerprint import fingerprint
 from flexgen.session.model import ResolvedModel
-from flexgen.session.session import OpenEngine, plan_job
+from flexgen.session.session import EngineSession, plan_job
 from flexgen.session.turns import Turns
 from flexgen.text.answers import Choices
 from flexgen.text.common_prefixes import NO_PREFIXES, CommonPrefixes, PrefixCensus
@@ -112,7 +112,7 @@ class LLM:
         )
         self._own_defaults = asked.own_defaults
         self._num_requests = 0
-        self._open = OpenEngine(self._model, options, self.max_model_len)
+        self._open = EngineSession(self._model, options, self.max_model_len)
         self._turns = Turns()
         self._finalizer = weakref.finalize(self, _close, self._turns, self._open, self._templates, wait=False)
 
@@ -287,7 +287,7 @@ class LLM:
         *,
         prefixes: CommonPrefixes = NO_PREFIXES,
         on_progress: Callable[[Progress], None] | None = None,
-        on_pass: Callable[[Iterable[Live]], None] | None = None,
+        on_pass: Callable[[Iterable[PartialAnswer]], None] | None = None,
     ) -> Iterator[TokenResult]:
         """Results as they finish.
 
@@ -323,9 +323,7 @@ class LLM:
         """Open the engine for this work, as `stream` would, and tell its plan."""
         _check_workload("open", workload)
         with self._turns.call():
-            engine = self._open.serving(workload)
-        assert engine.forecast is not None
-        return Plan(spec=engine.spec, machine=engine.machine, policy=engine.policy, forecast=engine.forecast)
+            return self._open.serving(workload).plan
 
     def shrink(self) -> int | None:
         """After memory ran out: have the next engine keep half as many sequences alive as the last one.
@@ -462,7 +460,7 @@ def _tokenizer(files: ModelFiles, other: str | os.PathLike[str] | None, asked: M
     return Tokenizer.load(files.folder) if files.has_tokenizer else None
 
 
-def _close(turns: Turns, engine: OpenEngine, templates: Templates, *, wait: bool) -> None:
+def _close(turns: Turns, engine: EngineSession, templates: Templates, *, wait: bool) -> None:
     """What is left to do when an LLM is closed or forgotten.
 
     Args:

@@ -214,12 +214,12 @@ class TokenRequest:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Live:
+class PartialAnswer:
     """How far the answer to a request has come.
 
     Attributes:
         index: Index of the request.
-        generated: What was generated so far.
+        generated: What was generated so far, by earlier runs too.
     """
 
     index: int

@@ -204,8 +204,7 @@ def test_progress_none(model_folder: Path, source: Path, output: Path, engines: 
 
 def test_dry_run(model_folder: Path, tmp_path: Path, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def plan_job(files: object, options: object, workload: Workload) -> Plan:
-        engine = FakeEngine(workload)
-        return Plan(spec=engine.spec, machine=engine.machine, policy=engine.policy, forecast=engine.forecast)
+        return FakeEngine(workload).plan
 
     monkeypatch.setattr("flexgen.llm.plan_job", plan_job)
     source = write(tmp_path / "in.jsonl", GOOD)

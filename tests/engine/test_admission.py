@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from flexgen.engine.admission import MIN_OBSERVED, Admission, Homes, LengthForecast, held_pages
 from flexgen.engine.prefixes import PrefixStore
-from flexgen.engine.sequence import Sequence
+from flexgen.engine.sequence import LiveSequence
 from flexgen.kv.cache import KVCache, KVGroup, PageList
 from flexgen.plan.play.answer_lengths import RESERVED_QUANTILE
 from flexgen.request import TokenRequest
@@ -40,8 +40,8 @@ GROUPS = [group(), group(window=6), group(window=9), group(chunk=8), group(chunk
 lengths = st.tuples(st.integers(1, 30), st.integers(1, 25))  # (prompt, answer)
 
 
-def waiting(index: int, prompt: int, answer: int) -> Sequence:
-    return Sequence(TokenRequest(index=index, prompt_token_ids=(0,) * prompt, max_tokens=answer), answer)
+def waiting(index: int, prompt: int, answer: int) -> LiveSequence:
+    return LiveSequence(TokenRequest(index=index, prompt_token_ids=(0,) * prompt, max_tokens=answer), answer)
 
 
 @given(
@@ -58,7 +58,7 @@ def test_right_forecasts_never_run_a_pool_dry(
     admission = Admission(cache, Homes(shares), PrefixStore(cache))
     queue = [waiting(index, *each) for index, each in enumerate(requests)]
     queue = [each for each in queue if admission.can_ever_fit(each)]
-    live: list[Sequence] = []
+    live: list[LiveSequence] = []
     while queue or live:
         for each in live:
             assert each.kv is not None
@@ -98,7 +98,7 @@ def test_prefixes_never_run_a_pool_dry(
     prefixes.begin(census.common())
     admission = Admission(cache, Homes(shares), prefixes)
     queue = [
-        Sequence(TokenRequest(index=index, prompt_token_ids=prompt, max_tokens=requests[index][3]), requests[index][3])
+        LiveSequence(TokenRequest(index=index, prompt_token_ids=prompt, max_tokens=requests[index][3]), requests[index][3])
         for index, prompt in enumerate(prompts)
     ]
     for each in queue:
@@ -106,7 +106,7 @@ def test_prefixes_never_run_a_pool_dry(
     for each in [each for each in queue if not admission.can_ever_fit(each)]:
         queue.remove(each)
         prefixes.done(each)
-    live: list[Sequence] = []
+    live: list[LiveSequence] = []
     while queue or live:
         for each in live:
             assert each.kv is not None

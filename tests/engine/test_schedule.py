@@ -9,15 +9,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexgen.engine import schedule
-from flexgen.engine.schedule import SCHEDULES, Limits, Quota, defer_remainder, fits_projected, pack
-from flexgen.engine.sequence import Sequence
+from flexgen.engine import admission
+from flexgen.engine.admission import fits_projected
+from flexgen.engine.packing import defer_remainder, pack
+from flexgen.engine.schedule import SCHEDULES, BlockLimits, Quota
+from flexgen.engine.sequence import LiveSequence
 from flexgen.request import TokenRequest
 
 
-def sequence(index: int, prompt: int, *, stored: int = 0, generated: int = 0, max_tokens: int = 10) -> Sequence:
+def sequence(index: int, prompt: int, *, stored: int = 0, generated: int = 0, max_tokens: int = 10) -> LiveSequence:
     request = TokenRequest(index=index, prompt_token_ids=tuple(range(prompt)), max_tokens=max_tokens)
-    made = Sequence(request, max_tokens)
+    made = LiveSequence(request, max_tokens)
     for token in range(generated):
         made.append(token)
     made.num_stored = stored
@@ -28,17 +30,17 @@ def play(name: str, prompts: list[int], answers: list[int], *, max_num_seqs: int
     """Which requests each pass admits, when request i takes answers[i] passes; `room` live at most by KV."""
     waiting = [sequence(index, prompt) for index, prompt in enumerate(prompts)]
     live: dict[int, int] = {}
-    credit, limits, passes = Quota(quota), Limits(max_num_seqs=max_num_seqs, micro_batch_tokens=32), []
+    credit, limits, passes = Quota(quota), BlockLimits(max_num_seqs=max_num_seqs, micro_batch_tokens=32), []
     while waiting or live:
         entered: list[int] = []
 
-        def admit(candidate: Sequence, entered: list[int] = entered, num_live: int = len(live)) -> bool:
+        def admit(candidate: LiveSequence, entered: list[int] = entered, num_live: int = len(live)) -> bool:
             if num_live + len(entered) >= room:
                 return False
             entered.append(candidate.request.index)
             return True
 
-        count = SCHEDULES[name](waiting, [sequence(index, 1) for index in live], limits, credit, admit)
+        count = SCHEDULES[name](waiting, len(live), limits, credit, admit)
         assert count == len(entered)
         del waiting[:count]
         passes.append(entered)
@@ -70,9 +72,11 @@ def test_who_is_admitted_when(name: str, options: dict[str, int], admitted: list
     assert play(name, PROMPTS, ANSWERS, **options) == admitted
 
 
-def packed(sequences: list[Sequence], micro_batch_tokens: int, *, mix: bool, chunk: bool = True) -> list[list[tuple[int, int, int, bool]]]:
+def packed(
+    sequences: list[LiveSequence], micro_batch_tokens: int, *, mix: bool, chunk: bool = True
+) -> list[list[tuple[int, int, int, bool]]]:
     batches = pack(sequences, micro_batch_tokens, mix=mix, chunk=chunk)
-    return [[(s.sequence.request.index, s.start, s.length, s.last) for s in batch] for batch in batches]
+    return [[(s.sequence, s.start, s.length, bool(s.wanted)) for s in batch] for batch in batches]
 
 
 STEP = [sequence(index, 4, stored=5, generated=2) for index in range(3)]
@@ -143,10 +147,10 @@ def test_pack_keeps_its_promises(kinds: list[str | int], micro_batch_tokens: int
     ]
     batches = pack(sequences, micro_batch_tokens, mix=mix, chunk=chunk)
     for each in sequences:
-        own = [(number, s) for number, batch in enumerate(batches) for s in batch if s.sequence is each]
+        own = [(number, s) for number, batch in enumerate(batches) for s in batch if s.sequence == each.id]
         assert [s.start for _, s in own] == [each.num_stored, *(s.start + s.length for _, s in own[:-1])]
         assert sum(s.length for _, s in own) == each.num_new
-        assert [s.last for _, s in own] == [False] * (len(own) - 1) + [True]
+        assert [bool(s.wanted) for _, s in own] == [False] * (len(own) - 1) + [True]
         assert all(after == before + 1 for (before, _), (after, _) in pairwise(own))
         assert chunk or len(own) == 1
     for batch in batches:
@@ -184,7 +188,7 @@ def test_projection_at_few_times_is_careful(sequences: list[tuple[int, int]], ca
     """With many different ends only some are looked at; what is let in still fits."""
     stored, remaining = [s for s, _ in sequences], [r for _, r in sequences]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(schedule, "MAX_PROJECTED_TIMES", 3)
+        patch.setattr(admission, "MAX_PROJECTED_TIMES", 3)
         fits = fits_projected(
             np.array(stored[1:], dtype=np.int64), np.array(remaining[1:], dtype=np.int64), (stored[0], remaining[0]),
             [lambda lengths: -(-lengths // 16)], [capacity], [0],

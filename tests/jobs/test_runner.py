@@ -26,7 +26,7 @@ from flexgen.jobs.runner import Job
 from flexgen.jobs.status import read_status
 from flexgen.jobs.store import Store
 from flexgen.plan.workload import Workload
-from flexgen.request import Generated, Live, TokenRequest, TokenResult
+from flexgen.request import Generated, PartialAnswer, TokenRequest, TokenResult
 from flexgen.text.defaults import derive_seed
 
 DEFAULTS = SamplingParams(temperature=0.0, max_tokens=None)
@@ -411,7 +411,7 @@ class SteppingEngine(FakeEngine):
                 live.remove((request, ids))
                 yield TokenResult(index=request.index, token_ids=tuple(ids), finish_reason="length")
             if on_pass is not None:
-                on_pass(Live(index=request.index, generated=Generated(token_ids=tuple(ids))) for request, ids in live)
+                on_pass(PartialAnswer(index=request.index, generated=Generated(token_ids=tuple(ids))) for request, ids in live)
 
 
 @pytest.fixture

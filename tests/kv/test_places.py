@@ -24,8 +24,8 @@ from flexgen.kv.cache import KVCache, PagePool, SequenceKV, group_layers, layer_
 from flexgen.kv.disk import DiskPlace, DiskPool
 from flexgen.kv.host import HostPlace
 from flexgen.kv.place import LocalPlace, Place, View
-from flexgen.kv.views import KVPlan, KVSlice, is_decode
 from flexgen.models.attention import AttentionCall, LatentProjection
+from flexgen.passes.plan import Slice
 
 HEADS, DIM, RANK, NOPE, ROPE = 4, 8, 6, 5, 3
 PAGE_TOKENS, NUM_PAGES = 4, 40
@@ -127,8 +127,8 @@ class Bench:
 
     def batches(self, pieces: list[Piece], choose: random.Random) -> list[list[Piece]]:
         """Micro-batches as the place allows them: chunks one after the other, kinds apart where they must be."""
-        steps = [piece for piece in pieces if is_decode(as_slice(piece))]
-        prompts = [piece for piece in pieces if not is_decode(as_slice(piece))]
+        steps = [piece for piece in pieces if as_slice(piece).is_decode]
+        prompts = [piece for piece in pieces if not as_slice(piece).is_decode]
         batches: list[list[Piece]] = [[*steps, *prompts]] if self.place.mixes else [steps, prompts]
         if self.place.chunks and prompts and prompts[0][2] > 3:
             conversation, start, length = prompts[0]
@@ -154,9 +154,10 @@ class Bench:
             self.cache.trim(conversation.kv, conversation.stored)
 
 
-def as_slice(piece: Piece) -> KVSlice:
+def as_slice(piece: Piece) -> Slice:
     conversation, start, length = piece
-    return KVSlice(start=start, length=length, tables=conversation.kv.tables)
+    tables = tuple(map(tuple, conversation.kv.tables))
+    return Slice(sequence=0, token_ids=(0,) * length, start=start, prompt_len=start + length, total=start + length, tables=tables)
 
 
 def attend(view: View, index: int, batch: list[Piece]) -> object:
@@ -284,30 +285,6 @@ def test_pages_with_tails_are_written_once(tmp_path: Path) -> None:
     bench.place.close()
     for close in bench.close:
         close()
-
-
-def test_plan_counts_what_is_attended_to(bench: Bench) -> None:
-    step, prompt = (Conversation(20, bench.cache.admit(bench.tier)) for _ in range(2))
-    bench.run_pass([(step, 0, 9)], random.Random(0))
-    for conversation, length in ((step, 10), (prompt, 8)):
-        assert bench.cache.reserve(conversation.kv, length)
-    view = bench.place.view([as_slice((step, 9, 1))])
-    seen = [10, 7, 4, 10, 10, 1]  # per group: full, window 7, chunk 6, one head, latent, window 1
-    assert view.plan.decode_tokens_read() == view.plan.visible_pairs() == seen
-    view = bench.place.view([as_slice((prompt, 0, 8))])
-    assert view.plan.decode_tokens_read() == [0] * len(GROUPS)
-    assert view.plan.visible_pairs() == [36, 35, 24, 36, 36, 8]
-
-
-def test_plan_counts_what_several_slices_read() -> None:
-    """Next tokens at 9, 9 and 6 (pages of 4): two of the pages that they see are two sequences', one is all three's."""
-    tables = [[0, 1, 2], [0, 1, 3], [0, 4]]
-    slices = [KVSlice(start=start, length=1, tables=[table] * len(GROUPS)) for start, table in zip((9, 9, 6), tables, strict=True)]
-    plan = KVPlan(GROUPS, slices, torch.device("cpu"))
-    whole = next(index for index, group in enumerate(GROUPS) if group.window is None and group.chunk is None)
-    narrow = next(index for index, group in enumerate(GROUPS) if group.window == 1)
-    assert plan.decode_tokens_shared()[whole] == 3 * PAGE_TOKENS
-    assert plan.decode_tokens_shared()[narrow] == 0
 
 
 def test_layers_find_their_group() -> None:

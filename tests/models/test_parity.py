@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Gene
 
 from flexgen.checkpoint.parameters import Checkpoint
 from flexgen.engine.engine import Engine
-from flexgen.engine.sequence import Sequence
+from flexgen.engine.sequence import LiveSequence
 from flexgen.errors import UnsupportedModelError
 from flexgen.models.assemble import LoadedModel, load_model
 from flexgen.plan.policy import Fractions
@@ -174,7 +174,7 @@ def test_recomputing_does_not_change_answers(name: str, tmp_path: Path, monkeypa
     requests = requests_for(128)
     outgrew = Engine._outgrew
 
-    def outgrew_or_unlucky(engine: Engine, sequence: Sequence) -> bool:
+    def outgrew_or_unlucky(engine: Engine, sequence: LiveSequence) -> bool:
         return outgrew(engine, sequence) or (sequence.num_generated == 9 and sequence.num_preemptions < 2)
 
     monkeypatch.setattr(Engine, "_outgrew", outgrew_or_unlucky)

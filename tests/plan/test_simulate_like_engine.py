@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from flexgen.engine.admission import Admission, Homes
 from flexgen.engine.prefixes import PrefixStore
-from flexgen.engine.schedule import SCHEDULES, Limits, Quota
-from flexgen.engine.sequence import Sequence
+from flexgen.engine.schedule import SCHEDULES, BlockLimits, Quota
+from flexgen.engine.sequence import LiveSequence
 from flexgen.kv.cache import KVCache, KVGroup, PageList
 from flexgen.plan.model import KVGroupSpec
 from flexgen.plan.play.simulate import simulate
@@ -42,11 +42,14 @@ def engine_passes(policy, workload):
     sizes = {tier: getattr(policy, f"kv_{tier}_bytes") for tier in ("device", "host", "disk")}
     cache = KVCache((group,), {tier: Pages(size // group.page_bytes) for tier, size in sizes.items() if size})
     admission = Admission(cache, Homes({tier: getattr(policy.kv, tier) for tier in cache.pools}), PrefixStore(cache))
-    limits, quota = Limits(max_num_seqs=policy.max_num_seqs, micro_batch_tokens=policy.micro_batch_tokens), Quota(policy.prefill_tokens)
+    limits, quota = (
+        BlockLimits(max_num_seqs=policy.max_num_seqs, micro_batch_tokens=policy.micro_batch_tokens),
+        Quota(policy.prefill_tokens),
+    )
     waiting, live, passes = [], [], []
     for index, (prompt_len, output_len) in enumerate(zip(workload.prompt_lens, workload.output_lens, strict=True)):
         request = TokenRequest(index=index, prompt_token_ids=(1,) * prompt_len, max_tokens=output_len)
-        sequence = Sequence(request, output_len)
+        sequence = LiveSequence(request, output_len)
         if admission.can_ever_fit(sequence):
             heapq.heappush(waiting, (-sequence.remaining, index, sequence))
 
@@ -59,7 +62,7 @@ def engine_passes(policy, workload):
     while waiting or live:
         old = list(live)
         candidates = (each[2] for each in sorted(waiting))
-        for _ in range(SCHEDULES[policy.schedule](candidates, tuple(live), limits, quota, enter)):
+        for _ in range(SCHEDULES[policy.schedule](candidates, len(live), limits, quota, enter)):
             heapq.heappop(waiting)
         if not live:
             continue

@@ -7,9 +7,8 @@ from machines import machine_of
 
 from flexgen.plan.model import KVGroupSpec, ModelSpec, UnitSpec
 from flexgen.plan.policy import Fractions, Policy
-from flexgen.plan.price.pass_time import Expectation
 from flexgen.plan.price.work import PassWork
-from flexgen.report.pass_log import Trace
+from flexgen.report.pass_log import PassLog
 
 SPEC = ModelSpec(
     name="tiny", model_type="opt", units=(UnitSpec(name="layers.0", disk_bytes=8, decoded_bytes=8, flops_per_token=8.0),),
@@ -24,26 +23,26 @@ POLICY = Policy(
 
 
 @pytest.fixture
-def trace() -> Trace:
+def log() -> PassLog:
     """Three seconds of reading beside one of computing, and the reverse."""
     machine = machine_of(disk_read=1e9, dense={"bfloat16": [(1, 1e9)]})
-    trace = Trace(Expectation(SPEC, machine, "bfloat16"), POLICY)
+    log = PassLog(SPEC, machine, POLICY, ["disk"])
     for read, computed in ((3e9, 1e9), (1e9, 3e9)):
-        trace.add(5.0, PassWork(disk_read_bytes=read, dense_flops=computed), {})
-    return trace
+        log.add(5.0, PassWork(disk_read_bytes=read, dense_flops=computed), {})
+    return log
 
 
-def test_each_pass_is_decided_by_its_busiest_resource(trace: Trace) -> None:
-    assert trace.busiest_seconds == 6
-    assert trace.decided == {"disk_read": 3, "compute": 3}
-    assert (trace.ideal["disk_read"], trace.ideal["compute"]) == (4, 4)
+def test_each_pass_is_decided_by_its_busiest_resource(log: PassLog) -> None:
+    assert log.busiest_seconds == 6
+    assert log.decided == {"disk_read": 3, "compute": 3}
+    assert (log.ideal["disk_read"], log.ideal["compute"]) == (4, 4)
 
 
 @pytest.mark.parametrize(
     ("rates", "seconds"),
     [({}, 6), ({"compute": 1.0}, 6), ({"compute": 0.5}, 9), ({"compute": 0.5, "disk_read": 0.5}, 12), ({"compute": 0.1}, 40)],
 )
-def test_at_other_rates(trace: Trace, rates: dict[str, float], seconds: float) -> None:
+def test_at_other_rates(log: PassLog, rates: dict[str, float], seconds: float) -> None:
     """The last: both passes are decided by computing then, of which there is 4 seconds at the best rate."""
-    assert trace.busiest_seconds_at(rates) == pytest.approx(seconds)
-    assert trace.busiest_seconds == 6
+    assert log.busiest_seconds_at(rates) == pytest.approx(seconds)
+    assert log.busiest_seconds == 6

@@ -1,4 +1,4 @@
-"""The books of a run: the time left within a pass that takes long."""
+"""The log of a run: what it counts, and the time left within a pass that takes long."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 
+from flexgen.errors import RequestError
 from flexgen.plan.price.work import PassWork
-from flexgen.report import clock
-from flexgen.report import run_log as record
-from flexgen.report.pass_log import Trace
+from flexgen.report import run_log
+from flexgen.report.pass_log import PassLog
 from flexgen.report.progress import Progress
-from flexgen.report.run_log import Record
+from flexgen.report.run_log import RunCounts, RunLog
+from flexgen.request import Generated, TokenRequest, TokenResult
 
 
 class Meters:
@@ -25,8 +26,27 @@ class Meters:
 class Remaining:
     """Of a job of 100 expected seconds, at the pace so far."""
 
+    def __init__(self) -> None:
+        self.lengths: list[int] = []
+
+    def finished(self, num_tokens: int) -> None:
+        self.lengths.append(num_tokens)
+
     def seconds(self, spent: float, expected_of_spent: float) -> float:
         return max(100 - expected_of_spent, 0) * (spent / expected_of_spent if expected_of_spent else 1)
+
+
+class Passes(PassLog):
+    """Passes of 40 expected seconds, whatever they carry."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds, self.expected_seconds, self.num_passes = seconds, seconds, 0
+
+    def work_of(self, load: Any) -> PassWork:
+        return PassWork()
+
+    def expected_of(self, work: PassWork) -> float:
+        return 40.0
 
 
 class Now:
@@ -36,6 +56,10 @@ class Now:
         return self.seconds
 
 
+def new_log(**how: Any) -> RunLog:
+    return RunLog(Meters(), Passes(how.pop("seconds", 0.0)), **how)
+
+
 @pytest.mark.parametrize(
     ("unit", "elapsed", "expected"),
     [(0, 1.0, 100.0), (5, 20.0, 80.0), (5, 80.0, 320.0), (10, 80.0, 120.0), (10, 20.0, 30.0)],
@@ -43,24 +67,60 @@ class Now:
 def test_the_time_left_goes_on_within_a_pass(monkeypatch: pytest.MonkeyPatch, unit: int, elapsed: float, expected: float) -> None:
     """The first pass should take 40 seconds; it is as fast as expected, four times or twice as slow, or twice as fast."""
     now = Now()
-    monkeypatch.setattr(record, "time", now)
-    monkeypatch.setattr(clock, "time", now)
+    monkeypatch.setattr(run_log, "time", now)
+    monkeypatch.setattr(RunLog, "_link_shares", lambda *_: {})
     told: list[Progress] = []
-    trace: Any = Trace.__new__(Trace)
-    trace.seconds, trace.expected_seconds, trace.num_passes = 0.0, 0.0, 0
-    monkeypatch.setattr(Trace, "expected_of", lambda self, work: 40.0)
-    monkeypatch.setattr(clock.ProgressClock, "_shares", lambda *_: {})
-    books = Record(Meters(), trace, remaining=Remaining(), on_progress=told.append)  # type: ignore[arg-type]
-    books.begins(PassWork())
+    log = new_log(remaining=Remaining(), on_progress=told.append)
+    log.begins(None)  # type: ignore[arg-type]
     now.seconds += elapsed
-    books.tell(3, (unit, 10))
+    log.tell(3, unit, 10)
     assert told[-1].eta_seconds == pytest.approx(expected)
 
 
-def test_what_the_forecast_left_out_is_at_least_the_rest_of_the_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    trace: Any = Trace.__new__(Trace)
-    trace.seconds, trace.expected_seconds = 120.0, 120.0
-    monkeypatch.setattr(Trace, "expected_of", lambda self, work: 40.0)
-    books = Record(Meters(), trace, remaining=Remaining())  # type: ignore[arg-type]
-    books.begins(PassWork())
-    assert books._seconds_left(0.25) == pytest.approx(30.0)
+def test_what_the_forecast_left_out_is_at_least_the_rest_of_the_pass() -> None:
+    log = new_log(seconds=120.0, remaining=Remaining())
+    log.begins(None)  # type: ignore[arg-type]
+    assert log._seconds_left(0.25) == pytest.approx(30.0)
+
+
+def request(*earlier: int) -> TokenRequest:
+    return TokenRequest(index=7, prompt_token_ids=(1, 2), generated=Generated(token_ids=earlier), max_tokens=5)
+
+
+def test_an_earlier_run_s_tokens_are_given_not_generated() -> None:
+    remaining = Remaining()
+    log = new_log(remaining=remaining)
+    log.entered(recomputed_tokens=4, shared_tokens=1)
+    log.finished(TokenResult(index=7, token_ids=(3, 4, 9, 5, 6), finish_reason="stop"), request(3, 4, 9), 1)
+    assert (list(log.given), list(log.generated), list(log.found)) == ([5], [2], [1])
+    assert log.counts == RunCounts(requests=1, prompt_tokens=2, output_tokens=2, recomputed_tokens=4, shared_prompt_tokens=1)
+    assert remaining.lengths == [2]
+
+
+def test_errors_are_counted() -> None:
+    remaining = Remaining()
+    log = new_log(remaining=remaining)
+    log.finished(TokenResult(index=7, token_ids=(5,), finish_reason="error", error=RequestError("no")), request(), 0)
+    assert (log.counts.requests, log.counts.errors, log.finish_reasons["error"]) == (1, 1, 1)
+    assert remaining.lengths == [], "the length of an answer that failed says nothing"
+
+
+def test_a_pass_counts_as_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Told only once some time has passed since it was told last."""
+    now = Now()
+    monkeypatch.setattr(run_log, "time", now)
+    monkeypatch.setattr(RunLog, "_link_shares", lambda *_: {})
+    monkeypatch.setattr(Passes, "add", lambda *_: None)
+    monkeypatch.setattr(Passes, "work_of", lambda *_: PassWork(num_prompt_tokens=6, num_sampled=2))
+    told: list[Progress] = []
+    log = new_log(on_progress=told.append, num_requests=3)
+    log.begins(None)  # type: ignore[arg-type]
+    log.passed(1.0, {})
+    log.tell(1, 0, 10)
+    assert told == []
+    now.seconds += 10
+    log.tell(1, 4, 10)
+    log.tell(1, 5, 10)
+    assert [(each.num_requests, each.unit, each.prompt_tokens, each.output_tokens, each.eta_seconds) for each in told] == [
+        (3, 4, 6, 2, None)
+    ]

@@ -11,14 +11,13 @@ from fakes import FORECAST, FakeEngine
 
 from flexgen.base.quantities import format_seconds, parse_seconds
 from flexgen.errors import OptionError
-from flexgen.plan.tell.forecast import Plan
 from flexgen.plan.workload import Workload
 from flexgen.report.format import format_details, format_plan, format_progress, format_report
 from flexgen.report.progress import Progress, RunReport
 from flexgen.report.show import JsonDisplay, PlainDisplay, open_display
 
 ENGINE = FakeEngine(Workload(prompt_lens=(), output_lens=()))
-PLAN = Plan(spec=ENGINE.spec, machine=ENGINE.machine, policy=ENGINE.policy, forecast=ENGINE.forecast)
+PLAN = ENGINE.plan
 PROGRESS = dataclasses.replace(ENGINE._progress(10), num_requests_done=3)
 
 
@@ -93,7 +92,7 @@ def test_the_plan_has_everything() -> None:
 
 
 def test_the_report_begins_with_three_lines_for_people() -> None:
-    forecast = {**dataclasses.asdict(ENGINE.forecast), "seconds_of_these_passes": 1.0}
+    forecast = {**dataclasses.asdict(PLAN.forecast), "seconds_of_these_passes": 1.0}
     report = dataclasses.replace(ENGINE.report(), num_requests=5, num_errors=2, forecast=forecast)
     done, speed, limit = format_report(report).splitlines()
     assert done == "done in 2.0 s (after 0.1 s of loading): 3 of 5 requests answered, 2 with errors"
@@ -104,7 +103,7 @@ def test_the_report_begins_with_three_lines_for_people() -> None:
 
 
 def test_what_is_to_be_said_of_the_machine_stands_behind_the_speed() -> None:
-    forecast = {**dataclasses.asdict(ENGINE.forecast), "seconds_of_these_passes": 1.0}
+    forecast = {**dataclasses.asdict(PLAN.forecast), "seconds_of_these_passes": 1.0}
     report = dataclasses.replace(ENGINE.report(), elapsed_seconds=20.0, forecast=forecast, rate_ratios={"disk": 0.5, "compute": 1.0})
     lines = format_report(report).splitlines()
     assert [line.split()[0] for line in lines] == ["done", "speed:", "disk", "limit:"]
@@ -116,7 +115,7 @@ def test_a_report_without_a_forecast_compares_nothing() -> None:
 
 
 def test_where_nothing_would_help_that_is_said() -> None:
-    forecast = {**dataclasses.asdict(ENGINE.forecast), "gain_per_gib": {}, "gain_per_rate": {"disk": 0.001}}
+    forecast = {**dataclasses.asdict(PLAN.forecast), "gain_per_gib": {}, "gain_per_rate": {"disk": 0.001}}
     report = dataclasses.replace(ENGINE.report(), forecast={**forecast, "seconds_of_these_passes": 1.0})
     assert format_report(report).splitlines()[-1] == "limit: disk; nothing would help much by itself"
 

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable
-from collections.abc import Sequence as SequenceOf
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
 from flexgen.engine.prefixes import PrefixStore
-from flexgen.engine.schedule import Pages, fits_projected
-from flexgen.engine.sequence import Sequence
+from flexgen.engine.sequence import LiveSequence
 from flexgen.kv.cache import KVCache, KVGroup
 from flexgen.plan.play.answer_lengths import RESERVED_QUANTILE
 
 MIN_OBSERVED = 32
 MANY_TOKENS = 1 << 40
+MAX_PROJECTED_TIMES = 256
+
+HeldPages = Callable[[np.ndarray], np.ndarray]  # numbers of stored tokens -> pages held at most
 
 
 class LengthForecast:
@@ -66,7 +67,7 @@ class Homes:
         self._given[tier] += tokens
 
 
-def held_pages(group: KVGroup) -> Pages:
+def held_pages(group: KVGroup) -> HeldPages:
     """Most pages of a group held on the way to given numbers of stored tokens, as an array function.
 
     Windows and chunks hold a page more or less from pass to pass; the most of it rises with the length only, so that
@@ -80,6 +81,34 @@ def held_pages(group: KVGroup) -> Pages:
     return held
 
 
+def fits_projected(
+    stored: np.ndarray, remaining: np.ndarray, candidate: tuple[int, int], pages: Sequence[HeldPages], capacity: Sequence[int],
+    elsewhere: Sequence[np.ndarray | int],
+) -> bool:  # fmt: skip
+    """Whether a candidate's KV fits beside the live ones' at every future pass.
+
+    A sequence holds stored + t tokens t passes from now, while t <= remaining; the sum peaks where one ends.
+
+    Args:
+        stored: The tokens that each live sequence has stored after this pass.
+        remaining: The passes that each still takes after it.
+        candidate: (stored, remaining) of the one that would join.
+        pages: For each layer group, the pages held at given lengths.
+        capacity: The pages of each group.
+        elsewhere: For each group, how many of each sequence's pages (the candidate's last) are counted elsewhere.
+    """
+    lengths = np.append(stored, candidate[0])
+    ends = np.append(remaining, candidate[1])
+    times = np.unique(ends)
+    if len(times) > MAX_PROJECTED_TIMES:
+        times = times[np.linspace(0, len(times) - 1, MAX_PROJECTED_TIMES).astype(int)]
+    future = lengths[None, :] + np.minimum(times[:, None], ends[None, :])  # (times, sequences)
+    alive = np.append(-1, times[:-1])[:, None] < ends[None, :]  # those that end since the last of the times looked at, too
+    return all(
+        ((held(future) - others) * alive).sum(axis=1).max() <= room for held, room, others in zip(pages, capacity, elsewhere, strict=True)
+    )
+
+
 class Admission:
     """Admits sequences into the KV cache.  What has no room gives way in this order: stored prefixes without users, those who wait."""
 
@@ -87,11 +116,11 @@ class Admission:
         self._cache, self._homes, self._prefixes = cache, homes, prefixes
         self._pages = [held_pages(group) for group in cache.groups]
 
-    def can_ever_fit(self, sequence: Sequence) -> bool:
-        final = len(sequence.request.prompt_token_ids) + sequence.request.max_tokens - 1
+    def can_ever_fit(self, sequence: LiveSequence) -> bool:
+        final = sequence.prompt_len + sequence.request.max_tokens - 1
         return any(self._cache.could_ever_hold(tier, len(sequence.tokens), final) for tier in self._homes.by_need())
 
-    def admit(self, sequence: Sequence, live: Iterable[Sequence]) -> bool:
+    def admit(self, sequence: LiveSequence, live: Iterable[LiveSequence]) -> bool:
         """Give the sequence a home and pages for its tokens, if its projected KV fits; it begins with the longest prefix stored there."""
         for tier in self._homes.by_need():
             neighbours = [each for each in live if each.kv is not None and each.kv.home == tier]
@@ -108,7 +137,7 @@ class Admission:
             self._prefixes.publish(sequence)
         return True
 
-    def _enter(self, sequence: Sequence, neighbours: SequenceOf[Sequence], tier: str) -> bool:
+    def _enter(self, sequence: LiveSequence, neighbours: Sequence[LiveSequence], tier: str) -> bool:
         found = self._prefixes.hold(sequence, tier)
         if self._clear_for(sequence, neighbours, tier):
             kv = self._cache.admit(tier) if found is None else self._cache.fork(found.kv, found.length)
@@ -123,7 +152,7 @@ class Admission:
         self._prefixes.let_go(sequence)
         return False
 
-    def _clear_for(self, sequence: Sequence, neighbours: SequenceOf[Sequence], tier: str) -> bool:
+    def _clear_for(self, sequence: LiveSequence, neighbours: Sequence[LiveSequence], tier: str) -> bool:
         """Whether the projected KV fits, for which prefixes without users are forgotten if that is enough."""
         unused = self._prefixes.num_unused(tier)
         if not self._fits(sequence, neighbours, self._room(tier, [-pages for pages in unused])):
@@ -132,12 +161,12 @@ class Admission:
             pass
         return True
 
-    def _room(self, tier: str, more: SequenceOf[int] = ()) -> list[int]:
+    def _room(self, tier: str, more: Sequence[int] = ()) -> list[int]:
         """Pages per group besides those of stored prefixes, and of `more`."""
         sizes, held = self._cache.pools[tier].num_pages, self._prefixes.num_pages(tier)
         return [size - pages - extra for size, pages, extra in zip(sizes, held, more or [0] * len(sizes), strict=True)]
 
-    def _fits(self, sequence: Sequence, neighbours: SequenceOf[Sequence], num_pages: SequenceOf[int]) -> bool:
+    def _fits(self, sequence: LiveSequence, neighbours: Sequence[LiveSequence], num_pages: Sequence[int]) -> bool:
         """Whether pages for what each sequence has to itself suffice at every future pass."""
         stored = np.array([len(each.tokens) for each in neighbours], dtype=np.int64)
         remaining = np.array([each.remaining - 1 for each in neighbours], dtype=np.int64)

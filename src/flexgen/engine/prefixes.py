@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Hashable
 
-from flexgen.engine.sequence import Sequence, StoredPrefix
+from flexgen.engine.sequence import LiveSequence, StoredPrefix
 from flexgen.kv.cache import KVCache
 from flexgen.text.common_prefixes import NO_PREFIXES, CommonPrefix, CommonPrefixes
 
@@ -23,7 +23,7 @@ class PrefixStore:
         regime: what else the keys of a sequence's prompt depend on, besides its tokens (models/rope.py).
     """
 
-    def __init__(self, cache: KVCache, regime: Callable[[Sequence], Hashable] = lambda sequence: None) -> None:
+    def __init__(self, cache: KVCache, regime: Callable[[LiveSequence], Hashable] = lambda sequence: None) -> None:
         self._cache, self._regime = cache, regime
         self._stored: dict[Key, StoredPrefix] = {}  # least recently used first
         self._pages = {home: [Counter[int]() for _ in cache.groups] for home in cache.pools}  # page -> prefixes that hold it
@@ -43,18 +43,18 @@ class PrefixStore:
 
     # -- requests ---------------------------------------------------------------------------------------------------------------
 
-    def expect(self, sequence: Sequence) -> None:
+    def expect(self, sequence: LiveSequence) -> None:
         """Find the common prefixes of a sequence that begins to wait."""
         sequence.path = self._common.path(sequence.request.prompt_token_ids)
         for point in sequence.path:
             self._left.setdefault(point.digest, point.num_requests)
             self._first.setdefault(point.digest, sequence.request.index)
 
-    def order(self, sequence: Sequence) -> tuple[int, ...]:
+    def order(self, sequence: LiveSequence) -> tuple[int, ...]:
         """Sorts requests by input, but those of a common prefix next to the first of them, at every depth of the tree."""
         return (*(self._first[point.digest] for point in sequence.path), sequence.request.index)
 
-    def done(self, sequence: Sequence) -> None:
+    def done(self, sequence: LiveSequence) -> None:
         """A request has ended: what no other will begin with is freed."""
         for point in sequence.path:
             self._left[point.digest] -= 1
@@ -65,7 +65,7 @@ class PrefixStore:
 
     # -- sequences --------------------------------------------------------------------------------------------------------------
 
-    def hold(self, sequence: Sequence, home: str) -> StoredPrefix | None:
+    def hold(self, sequence: LiveSequence, home: str) -> StoredPrefix | None:
         """The longest stored prefix of a sequence; it and shorter ones stay until `let_go`."""
         found = [key for key in self._keys(sequence, home) if key in self._stored]
         for key in reversed(found):  # the shortest was used last: long ones go first
@@ -75,7 +75,7 @@ class PrefixStore:
             each.num_users += 1
         return sequence.prefixes[-1] if found else None
 
-    def num_kept(self, sequence: Sequence) -> list[int]:
+    def num_kept(self, sequence: LiveSequence) -> list[int]:
         """Per group, pages that would outlive the sequence's own use of them, were it to `publish`: those that leave its window."""
         lengths = [point.length for point in sequence.path if self._is_wanted(sequence, point)]
         return [
@@ -85,7 +85,7 @@ class PrefixStore:
             for group in self._cache.groups
         ]
 
-    def publish(self, sequence: Sequence) -> None:
+    def publish(self, sequence: LiveSequence) -> None:
         """Offer what an admitted sequence will have computed to others; they must run behind it."""
         kv = sequence.kv
         assert kv is not None
@@ -98,7 +98,7 @@ class PrefixStore:
             for pages, held in zip(self._pages[kv.home], stored.pages(), strict=True):
                 pages.update(held)
 
-    def let_go(self, sequence: Sequence) -> None:
+    def let_go(self, sequence: LiveSequence) -> None:
         """A sequence ends, is preempted or was not admitted; what it has not computed is of no use to others."""
         for each in sequence.prefixes:
             each.num_users -= 1
@@ -133,11 +133,11 @@ class PrefixStore:
 
     # -- inside -----------------------------------------------------------------------------------------------------------------
 
-    def _is_wanted(self, sequence: Sequence, point: CommonPrefix) -> bool:
+    def _is_wanted(self, sequence: LiveSequence, point: CommonPrefix) -> bool:
         """Whether an admitted sequence computes a prefix with which others will begin."""
         return point.length > sequence.num_stored and self._left[point.digest] > 1
 
-    def _keys(self, sequence: Sequence, home: str) -> list[Key]:
+    def _keys(self, sequence: LiveSequence, home: str) -> list[Key]:
         regime = self._regime(sequence)
         return [(home, regime, point.digest) for point in sequence.path]
 

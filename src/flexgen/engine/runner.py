@@ -1,31 +1,27 @@
-"""ModelRunner: a model where its policy puts it, and the threads that move it; runs passes.  Knows nothing of requests that wait or end."""
+"""A model where its policy puts it, and the threads that move it; executes plans of passes.  Knows no requests and no sequences."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import sys
-from collections.abc import Callable, Iterable, Sequence
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from flexgen.devices.base import Backend
-from flexgen.engine.batches import micro_batches
-from flexgen.engine.pass_load import pass_load
-from flexgen.engine.schedule import Slice
-from flexgen.engine.sequence import Sequence as LiveSequence
-from flexgen.engine.sweep import MicroBatch, run_pass
+from flexgen.engine.sweep import MicroBatchForward, run_pass
 from flexgen.io.direct_io import FileSet
 from flexgen.io.pool import IOPool
 from flexgen.kv.cache import group_layers
 from flexgen.kv.open import open_places
-from flexgen.kv.place import View
 from flexgen.models.assemble import LoadedModel
 from flexgen.models.attention import PassCache
+from flexgen.passes.plan import PassPlan
 from flexgen.plan.policy import Policy
-from flexgen.plan.price.work import PassLoad, unit_homes
-from flexgen.report.run_log import Meters
+from flexgen.plan.price.work import unit_homes
 from flexgen.weights.rows import EmbeddingRows
 from flexgen.weights.store import WeightStore
 
@@ -37,17 +33,20 @@ SWITCH_SECONDS = 1e-4
 
 
 class ModelRunner:
-    """What executes passes, and owns the memory and the threads that this takes.
+    """Executes passes, and owns the memory and the threads that this takes.
 
     Args:
-        model: described, without weights. policy: where everything lives.
-        backend: the device, or None when computing happens in host memory; it is closed with the runner.
-        offload_dir: folder for spilled KV; needed only where the policy puts KV on disk.
-        verify_reads: check what comes from disk against what was written or first read.
-        poison: overwrite released memory, so that a late use shows (tests).
+        model: The model, described, without weights.
+        policy: Where everything lives.
+        backend: The device, or None when computing happens in host memory; it is closed with the runner.
+        offload_dir: The folder for spilled KV; needed only where the policy puts KV on disk.
+        verify_reads: Whether what comes from disk is checked against what was written or first read.
+        poison: Whether released memory is overwritten, so that a late use shows (for tests).
 
     Attributes:
-        homes: of every unit's weights. places, cache: where KV is kept, by tier.
+        homes: The home of each unit's weights.
+        places: Where KV is kept and attended to, by tier.
+        cache: The pages of all sequences.
     """
 
     def __init__(
@@ -66,22 +65,23 @@ class ModelRunner:
         self._files = FileSet(verify=verify_reads)
         self.homes = unit_homes(model.spec, policy.weights)
         self._rows = EmbeddingRows(list(model.tables), self._device, verify=verify_reads)
+        self._arrived = threading.Event()  # wakes the ready loop
         groups = group_layers([(layer.layer, layer.group) for layer in model.layers], policy.page_tokens, model.dtype)
         with contextlib.ExitStack() as undo:  # what would outlive a runner that cannot be made
             self._io = IOPool(policy.io_threads)
             undo.callback(self._io.close)
             self._weights = WeightStore(
                 model.layouts, self.homes, model.bound, self._io, self._files, backend=backend,
-                host_ring_bytes=policy.host_ring_bytes, device_ring_bytes=policy.device_ring_bytes, poison=poison,
+                host_ring_bytes=policy.host_ring_bytes, device_ring_bytes=policy.device_ring_bytes, on_arrival=self._arrived.set,
+                poison=poison,
             )  # fmt: skip
             undo.callback(self._weights.close)
             self.places, self.cache = open_places(
-                groups, policy, backend=backend, io=self._io, offload_dir=offload_dir, notify=self._weights.notify, verify=verify_reads
+                groups, policy, backend=backend, io=self._io, offload_dir=offload_dir, notify=self._arrived.set, verify=verify_reads
             )
             undo.pop_all()
         torch.set_num_threads(policy.compute_threads)
         sys.setswitchinterval(SWITCH_SECONDS)
-        self.meters = Meters(io=self._io, rows=self._rows, backend=backend)
         self._pass_cache = PassCache()
         self._loaded = False
 
@@ -120,42 +120,60 @@ class ModelRunner:
         torch.set_num_threads(self._previous_threads)
         sys.setswitchinterval(self._previous_interval)
 
+    # -- passes ---------------------------------------------------------------------------------------------------------------------
+
     @property
     def num_units(self) -> int:
         """Units of a pass: the steps of its progress."""
         return len(self.model.layouts)
 
-    def device_bytes(self) -> int:
-        """Bytes of the device's arenas (0 on a CPU device)."""
-        return self._backend.used_bytes if self._backend is not None else 0
-
-    def micro_batches(self, live: Iterable[LiveSequence]) -> tuple[list[MicroBatch], PassLoad]:
-        """What the next pass computes for these sequences, and what it carries, counted for pricing."""
-        batches = micro_batches(live, self.places, self.policy, self._micro_batch)
-        return batches, pass_load(batches, tuple(self.places), len(self.cache.groups))
-
-    def _micro_batch(self, slices: Sequence[Slice], view: View) -> MicroBatch:
-        bound, even_rows = self.model.bound, self._backend is None
-        return MicroBatch(slices, bound, self._pass_cache, view, self._rows, self._device, even_rows=even_rows)
-
-    def run(self, batches: Sequence[MicroBatch], on_unit: Callable[[int], None]) -> dict[str, float]:
-        """A pass; then each micro-batch has its logits.
+    def run(self, plan: PassPlan, on_unit: Callable[[int], None] = lambda unit: None) -> tuple[list[torch.Tensor], dict[str, float]]:
+        """Execute a pass.
 
         Args:
-            on_unit: told whenever the frontmost micro-batch enters a unit.
+            plan: What it computes.
+            on_unit: Called whenever the frontmost micro-batch enters a unit.
 
         Returns:
-            seconds without anything to run, by what was waited for.
+            For each micro-batch the logits (positions wanted, vocab), its slices and their positions in order; and the seconds without
+            anything to run, by what was waited for.
 
         Raises:
-            StorageError: when something could not be read or written, or is not what it was.
+            StorageError: Something could not be read or written, or is not what it was.
         """
-        waits: dict[str, float] = {}
+        forwards: list[MicroBatchForward] = []
+        for batch in plan.micro_batches:
+            view, after = self.places[batch.home].view(batch.slices), [forwards[index] for index in batch.after]
+            forwards.append(MicroBatchForward(batch, self.model.bound, self._pass_cache, view, self._rows, self._device, after))
         for home, place in self.places.items():
-            place.begin_pass([batch.view for batch in batches if batch.home == home])
-        run_pass(batches, self._weights, self.num_units, on_unit=on_unit, waits=waits)
+            place.begin_pass([forward.view for forward in forwards if forward.batch.home == home])
+        waits = run_pass(forwards, self._weights, self.num_units, self._arrived, on_unit)
         for place in self.places.values():
             place.finish_pass()
         self._files.check_unchanged()  # before any token comes of what was read
         self._rows.check_unchanged()
-        return waits
+        return [forward.logits for forward in forwards if forward.logits is not None], waits
+
+    # -- what was used --------------------------------------------------------------------------------------------------------------
+
+    def device_bytes(self) -> int:
+        """Bytes of the device's arenas (0 on a CPU device)."""
+        return self._backend.used_bytes if self._backend is not None else 0
+
+    def weights_bytes(self) -> dict[str, int]:
+        """Bytes of the units by home, as assigned."""
+        placed: dict[str, int] = {}
+        for layout, home in zip(self.model.layouts, self.homes, strict=True):
+            placed[home] = placed.get(home, 0) + (layout.staging_bytes if home == "disk" else layout.packed_bytes)
+        return placed
+
+    def bytes_moved(self) -> dict[str, int]:
+        """Link -> bytes, since the runner was made."""
+        moved = {"disk_read": self._io.bytes_read + self._rows.bytes_gathered, "disk_write": self._io.bytes_written}
+        if self._backend is not None:
+            moved |= {"host_to_device": self._backend.bytes_in, "device_to_host": self._backend.bytes_out}
+        return moved
+
+    def disk_busy_seconds(self) -> float:
+        """Seconds in which the disk was reading or writing, since the runner was made."""
+        return self._io.busy_seconds

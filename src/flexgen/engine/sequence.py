@@ -1,11 +1,13 @@
-"""A live sequence: its request, its tokens so far, where its KV is, and what of that it shares.  Decides nothing."""
+"""A live sequence: its request, its tokens so far, where its KV is, what of that it shares, and what ends its answer."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from flexgen.base.isolation import for_one_request
+from flexgen.errors import RequestError
 from flexgen.kv.cache import SequenceKV
-from flexgen.request import Generated, TokenLogprobs, TokenRequest
+from flexgen.request import Generated, PartialAnswer, TokenLogprobs, TokenRequest, TokenResult
 from flexgen.text.common_prefixes import CommonPrefix
 
 
@@ -14,14 +16,15 @@ class StoredPrefix:
     """The KV of a beginning that several prompts have.
 
     Attributes:
-        kv: its pages, shared. length: its tokens.
-        writer: the sequence that computes it, None when it no longer matters which.
-        num_users: live sequences that begin with it, the writer included.
+        kv: Its pages, which it shares with the sequences that use it.
+        length: Its tokens.
+        writer: The sequence that computes it; None when it no longer matters which.
+        num_users: The live sequences that begin with it, the writer included.
     """
 
     kv: SequenceKV
     length: int
-    writer: Sequence | None
+    writer: LiveSequence | None
     num_users: int
 
     @property
@@ -30,24 +33,48 @@ class StoredPrefix:
         return self.writer is None or self.writer.num_stored >= self.length
 
     def pages(self) -> list[list[int]]:
-        """Per layer group, the page ids that it holds."""
+        """The page ids that it holds, per layer group."""
         return [table[freed:] for table, freed in zip(self.kv.tables, self.kv.freed, strict=True)]
 
 
-@dataclass(slots=True, eq=False)
-class Sequence:
-    """State of one request between its admission and its end.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finish:
+    """Why an answer is finished.
 
     Attributes:
-        tokens: prompt and generated ids. num_stored: leading tokens whose KV is stored, or will be by what it runs behind.
-        generated: the generated ids alone. logprobs: one entry for each, if the request asks for them.
-        kv: its pages, None while it waits (again).
-        deferred: trailing prompt tokens that this pass leaves to the next.
-        expected_tokens: generated tokens after which it probably ends (at most max_tokens).
-        num_found: prompt tokens that were stored when it first entered.
-        num_lost: tokens whose KV was computed before and is gone: an earlier run's, or a preempted sequence's.
-        path: what its prompt has in common with others', shortest first.
-        prefixes: of these, what is stored where it lives, shortest first. source: the one it began with instead of computing it.
+        reason: "stop" (by a stop token or string), "length", or "error".
+        stop_string: The stop string that was found, if that is the reason.
+        error: What went wrong, for the reason "error".
+    """
+
+    reason: str
+    stop_string: str | None = None
+    error: RequestError | None = None
+
+    @classmethod
+    def failed(cls, error: RequestError) -> Finish:
+        return cls(reason="error", error=error)
+
+
+@dataclass(slots=True, eq=False)
+class LiveSequence:
+    """The state of one request between its arrival and its end.
+
+    Attributes:
+        request: What is to be answered.
+        expected_tokens: Generated tokens after which it probably ends, at most `max_tokens`.
+        tokens: The ids of the prompt and of the generated tokens.
+        generated: The generated ids alone.
+        logprobs: One entry for each generated token, if the request asks for them.
+        num_stored: Leading tokens whose KV is stored, or will be by what the sequence runs behind.
+        kv: Its pages; None while it waits (again).
+        deferred: Trailing prompt tokens that this pass leaves to the next.
+        num_preemptions: How often its KV was dropped.
+        num_found: Prompt tokens that were stored already when it first entered.
+        num_lost: Tokens whose KV was computed before and is gone: by an earlier run, or before a preemption.
+        path: What its prompt has in common with those of others, shortest first.
+        prefixes: What of `path` is stored where the sequence lives, shortest first.
+        source: The stored prefix that it began with instead of computing it.
     """
 
     request: TokenRequest
@@ -72,6 +99,8 @@ class Sequence:
         self.logprobs = list(earlier.logprobs or ())
         self.num_lost = len(self.tokens) - 1 if self.generated else 0  # the last one's is never computed before its successor is
 
+    # -- the answer -----------------------------------------------------------------------------------------------------------------
+
     def append(self, token_id: int, logprobs: TokenLogprobs | None = None) -> None:
         """Take a generated token."""
         self.tokens.append(token_id)
@@ -79,10 +108,44 @@ class Sequence:
         if logprobs is not None:
             self.logprobs.append(logprobs)
 
-    def so_far(self) -> Generated:
+    def finish(self) -> Finish | None:
+        """How the last generated token finishes the answer, if it does; an exception of the request's own code finishes it, too."""
+        found = for_one_request(self._finish)
+        return Finish.failed(found) if isinstance(found, RequestError) else found
+
+    def _finish(self) -> Finish | None:
+        request, generated = self.request, self.generated
+        if not generated:
+            return None
+        if generated[-1] in request.stop_token_ids:
+            return Finish(reason="stop")
+        stop_string = request.stops(generated) if request.stops is not None else None
+        if stop_string is not None:
+            return Finish(reason="stop", stop_string=stop_string)
+        return Finish(reason="length") if len(generated) >= request.max_tokens else None
+
+    def so_far(self) -> PartialAnswer:
         """What was generated, earlier runs included."""
         logprobs = None if self.request.num_logprobs is None else tuple(self.logprobs)
-        return Generated(token_ids=tuple(self.generated), logprobs=logprobs)
+        return PartialAnswer(index=self.id, generated=Generated(token_ids=tuple(self.generated), logprobs=logprobs))
+
+    def result(self, finish: Finish) -> TokenResult:
+        generated = self.so_far().generated
+        return TokenResult(
+            index=self.id, token_ids=generated.token_ids, finish_reason=finish.reason, stop_string=finish.stop_string,
+            logprobs=generated.logprobs, error=finish.error, num_preemptions=self.num_preemptions,
+        )  # fmt: skip
+
+    # -- counts ---------------------------------------------------------------------------------------------------------------------
+
+    @property
+    def id(self) -> int:
+        """The request's index, by which plans of passes name the sequence."""
+        return self.request.index
+
+    @property
+    def prompt_len(self) -> int:
+        return len(self.request.prompt_token_ids)
 
     @property
     def num_resumed(self) -> int:
@@ -109,7 +172,7 @@ class Sequence:
         return self.prefixes[-1].length if self.prefixes else 0
 
     @property
-    def behind(self) -> Sequence | None:
+    def behind(self) -> LiveSequence | None:
         """The sequence that computes the beginning of this one, as long as that is not stored."""
         return None if self.source is None or self.source.is_stored else self.source.writer
 

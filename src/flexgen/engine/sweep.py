@@ -6,6 +6,7 @@ Dataflow, no barrier per layer: lowest unit first; a unit is released when the l
 from __future__ import annotations
 
 import dataclasses
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -13,16 +14,17 @@ from typing import Protocol
 import greenlet
 import torch
 
-from flexgen.engine.schedule import Slice
 from flexgen.errors import EngineError
 from flexgen.kv.place import PendingAttention, View
 from flexgen.models.attention import AttentionCall, PassCache
-from flexgen.models.coroutine import ForwardCoroutine, Span
+from flexgen.models.coroutine import ForwardCoroutine
 from flexgen.models.skeleton import BoundModel
+from flexgen.passes.plan import MicroBatch, Slice
 from flexgen.weights.store import WeightStore
 
-FEW_ROWS = 256  # up to here odd row counts cost nothing
-IDLE_SECONDS = 0.5  # longest wait between looks; arrivals wake the loop earlier
+# The longest waits between looks, for weights and for attention; what arrives wakes the loop earlier.
+IDLE_SECONDS = 0.5
+POLL_SECONDS = 0.0005
 
 
 class RowSource(Protocol):
@@ -31,54 +33,44 @@ class RowSource(Protocol):
     def rows(self, module: str, token_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
-class MicroBatch(ForwardCoroutine):
-    """Slices computed together; a greenlet that runs the model's forward.
+class MicroBatchForward(ForwardCoroutine):
+    """The coroutine that takes one micro-batch through the model.
 
     Attributes:
-        wanted: the unit it waits for (-1 before it starts). pending: attention it waits for.
-        logits: (sampled, vocab) once it has finished.
-        after: micro-batches whose attention must come first in every layer (the previous chunk of a prompt, a shared beginning).
-        filler: rows (0 or 1) that repeat the last token and are thrown away: CPU matrix kernels lose up to a quarter of
-            their rate at odd row counts (docs/log.md).
+        batch: What it computes.
+        unit: The unit of weights that it has come to: it runs once that is there; -1 before it starts.
+        pending: The attention that it waits for, if any.
+        after: The coroutines whose attention must come first in every layer.
+        view: The KV that it reads and writes.
+        logits: (positions wanted, vocab) once it has finished.
     """
 
     def __init__(
-        self, slices: Sequence[Slice], model: BoundModel, cache: PassCache, view: View, rows: RowSource, device: torch.device,
-        *, even_rows: bool = False,
+        self, batch: MicroBatch, model: BoundModel, cache: PassCache, view: View, rows: RowSource, device: torch.device,
+        after: Sequence[MicroBatchForward],
     ) -> None:  # fmt: skip
         super().__init__(self._forward)
-        self.slices = tuple(slices)
-        num_tokens = sum(each.length for each in slices)
-        self.filler = num_tokens % 2 if even_rows and num_tokens > FEW_ROWS else 0
-        self.wanted = -1
+        self.batch, self.view, self.after = batch, view, after
+        self.unit = -1
         self.pending: PendingAttention | None = None
         self.logits: torch.Tensor | None = None
-        self.after: set[MicroBatch] = set()
-        self.view = view
         self._model, self._cache, self._rows, self._device = model, cache, rows, device
-
-    @property
-    def home(self) -> str:
-        """The tier of its sequences' KV."""
-        kv = self.slices[0].sequence.kv
-        assert kv is not None
-        return kv.home
 
     def _forward(self) -> None:
         ids: list[int] = []
         positions: list[int] = []
-        sampled: list[int] = []
-        for each in self.slices:
-            ids += each.sequence.tokens[each.start : each.start + each.length]
-            positions += range(each.start, each.start + each.length)
-            if each.last:
-                sampled.append(len(ids) - 1)
-        ids += ids[-1:] * self.filler
-        positions += positions[-1:] * self.filler
+        wanted: list[int] = []  # rows
+        for each in self.batch.slices:
+            first = len(ids) - each.start  # row of position 0
+            wanted += range(first + each.wanted.start, first + each.wanted.stop)
+            ids += each.token_ids
+            positions += range(each.start, each.stop)
+        ids += ids[-1:] * self.batch.filler
+        positions += positions[-1:] * self.batch.filler
         self.logits = self._model.forward(
             torch.tensor([ids], device=self._device),
             torch.tensor([positions], device=self._device),
-            torch.tensor(sampled, dtype=torch.int64, device=self._device),
+            torch.tensor(wanted, dtype=torch.int64, device=self._device),
             self._cache,
         )
 
@@ -87,26 +79,20 @@ class MicroBatch(ForwardCoroutine):
         self.parent.switch()
 
     def enter_unit(self, unit: int) -> None:
-        if unit < self.wanted:
-            raise EngineError(f"unit {unit} was entered after unit {self.wanted}")
-        if unit > self.wanted:
-            self.wanted = unit
+        if unit < self.unit:
+            raise EngineError(f"unit {unit} was entered after unit {self.unit}")
+        if unit > self.unit:
+            self.unit = unit
             self._suspend()
 
-    def spans(self) -> list[Span]:
-        last = self.slices[-1]
-        return [
-            Span(
-                start=each.start,
-                length=each.length + (self.filler if each is last else 0),
-                prompt_len=len(each.sequence.request.prompt_token_ids),
-                total=len(each.sequence.tokens),
-            )
-            for each in self.slices
-        ]
+    def slices(self) -> Sequence[Slice]:
+        if not self.batch.filler:
+            return self.batch.slices
+        *others, last = self.batch.slices
+        return [*others, dataclasses.replace(last, token_ids=last.token_ids + last.token_ids[-1:])]
 
     def attend(self, call: AttentionCall) -> torch.Tensor:
-        if self.filler:
+        if self.batch.filler:
             attended = self._attend(_without_last_row(call))
             return torch.cat([attended, torch.zeros_like(attended[:, :1])], dim=1)
         return self._attend(call)
@@ -125,9 +111,9 @@ class MicroBatch(ForwardCoroutine):
     def runnable(self, weights: WeightStore) -> bool:
         if self.pending is not None and not self.pending.done():
             return False
-        if any(not other.dead and other.wanted <= self.wanted for other in self.after):
+        if any(not other.dead and other.unit <= self.unit for other in self.after):
             return False
-        return weights.is_ready(self.wanted)
+        return weights.is_ready(self.unit)
 
 
 def _without_last_row(call: AttentionCall) -> AttentionCall:
@@ -137,54 +123,63 @@ def _without_last_row(call: AttentionCall) -> AttentionCall:
 
 
 def run_pass(
-    batches: Sequence[MicroBatch], weights: WeightStore, num_units: int, *, on_unit: Callable[[int], None], waits: dict[str, float]
-) -> None:
-    """Run all micro-batches through the model.
+    forwards: Sequence[MicroBatchForward], weights: WeightStore, num_units: int, arrived: threading.Event, on_unit: Callable[[int], None]
+) -> dict[str, float]:
+    """Take all micro-batches through the model.
 
     Args:
-        on_unit: told whenever the frontmost micro-batch enters a unit.
-        waits: seconds without anything to run are added to "attention" or "weights".
+        forwards: Their coroutines, in the order in which they should go first.
+        weights: Where the units arrive.
+        num_units: The units of the model.
+        arrived: Set by other threads whenever a unit has arrived or attention is done.
+        on_unit: Called whenever the frontmost micro-batch enters a unit.
+
+    Returns:
+        The seconds without anything to run, by what was waited for ("attention" or "weights").
     """
-    active = list(batches)
+    waits: dict[str, float] = {}
+    active = list(forwards)
     front = released = 0
     try:
         while active:
-            batch = _next_runnable(active, weights)
-            if batch is None:
-                _wait(active, weights, waits)
+            arrived.clear()  # before looking: what arrives meanwhile sets it again
+            forward = _next_runnable(active, weights)
+            if forward is None:
+                _wait(active, arrived, waits)
                 continue
-            batch.pending = None
-            if batch.wanted >= 0:
-                weights.open(batch.wanted)
-            if batch.wanted > front:
-                front = batch.wanted
+            forward.pending = None
+            if forward.unit >= 0:
+                weights.open(forward.unit)
+            if forward.unit > front:
+                front = forward.unit
                 on_unit(front)
-            batch.switch()
-            if batch.dead:
-                active.remove(batch)
-            done = min((each.wanted for each in active), default=num_units)
+            forward.switch()
+            if forward.dead:
+                active.remove(forward)
+            done = min((each.unit for each in active), default=num_units)
             while released < done:
                 weights.release(released)
                 released += 1
     finally:
-        for batch in active:
-            batch.throw(greenlet.GreenletExit)
+        for forward in active:
+            forward.throw(greenlet.GreenletExit)
+    return waits
 
 
-def _next_runnable(active: Sequence[MicroBatch], weights: WeightStore) -> MicroBatch | None:
+def _next_runnable(active: Sequence[MicroBatchForward], weights: WeightStore) -> MicroBatchForward | None:
     """The runnable micro-batch at the lowest unit; among equals the first."""
-    for batch in sorted(active, key=_position):
-        if batch.runnable(weights):
-            return batch
+    for forward in sorted(active, key=_unit_of):
+        if forward.runnable(weights):
+            return forward
     return None
 
 
-def _position(batch: MicroBatch) -> int:
-    return batch.wanted
+def _unit_of(forward: MicroBatchForward) -> int:
+    return forward.unit
 
 
-def _wait(active: Sequence[MicroBatch], weights: WeightStore, waits: dict[str, float]) -> None:
+def _wait(active: Sequence[MicroBatchForward], arrived: threading.Event, waits: dict[str, float]) -> None:
     cause = "attention" if any(each.pending is not None and not each.pending.done() for each in active) else "weights"
     start = time.perf_counter()
-    weights.wait_arrival(IDLE_SECONDS if cause == "weights" else 0.0005, lambda: _next_runnable(active, weights) is not None)
+    arrived.wait(IDLE_SECONDS if cause == "weights" else POLL_SECONDS)
     waits[cause] = waits.get(cause, 0.0) + time.perf_counter() - start

@@ -31,7 +31,7 @@ from flexgen.jobs.store import Store
 from flexgen.plan.tell.forecast import Plan
 from flexgen.plan.workload import Workload
 from flexgen.report.progress import Progress
-from flexgen.request import Live, SamplingParams, TokenRequest
+from flexgen.request import PartialAnswer, SamplingParams, TokenRequest
 from flexgen.text.common_prefixes import NO_PREFIXES
 
 logger = logging.getLogger(__name__)
@@ -198,7 +198,7 @@ class Job:
             raise
 
     def _answer(self, serving: Serving, store: Store, workload: Workload, on_progress: Callable[[Progress], None] | None) -> None:
-        unfinished: Iterable[Live] = ()
+        unfinished: Iterable[PartialAnswer] = ()
         tell = self._teller(store)
 
         def within_pass(progress: Progress) -> None:
@@ -210,7 +210,7 @@ class Job:
             if on_progress is not None:
                 on_progress(progress)
 
-        def after_pass(live: Iterable[Live]) -> None:
+        def after_pass(live: Iterable[PartialAnswer]) -> None:
             nonlocal unfinished
             unfinished = live
             asked = self._stop.asked  # once: it may be asked for between two looks

@@ -15,7 +15,7 @@ from flexgen.jobs.model import JobModel
 from flexgen.jobs.reading import place_of
 from flexgen.jobs.saved_progress import ProgressRow, since
 from flexgen.jobs.store import ResultRow, Store
-from flexgen.request import Generated, Live, TokenRequest, TokenResult
+from flexgen.request import Generated, PartialAnswer, TokenRequest, TokenResult
 
 MAX_RECORD_BYTES = 900_000_000  # SQLite's own limit is 10^9
 
@@ -89,7 +89,7 @@ class Serving:
         self.tokens_kept += len(generated.token_ids)
         return dataclasses.replace(request, generated=generated)
 
-    def progress(self, live: Iterable[Live]) -> list[ProgressRow]:
+    def progress(self, live: Iterable[PartialAnswer]) -> list[ProgressRow]:
         """What choices in progress have got since the last call."""
         return [self._row(each.index, each.generated) for each in live if len(each.generated.token_ids) > self._stored.get(each.index, 0)]
 

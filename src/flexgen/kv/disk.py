@@ -7,6 +7,7 @@ micro-batch share is read once.  A page is written when it is full; until then i
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
 import threading
@@ -25,7 +26,8 @@ from flexgen.kv.cache import KVGroup, PageList
 from flexgen.kv.host import HOST, HostPlace, HostView, Pages
 from flexgen.kv.place import View
 from flexgen.kv.tails import Moves, Tails
-from flexgen.kv.views import KVPlan, KVSlice
+from flexgen.kv.views import KVPlan
+from flexgen.passes.plan import Slice
 
 if TYPE_CHECKING:
     from flexgen.kernels.attention import AttentionKernels as Kernels
@@ -128,7 +130,7 @@ class DiskPlace(HostPlace):
         self._failure: BaseException | None = None
         self._stopping = False
 
-    def view(self, slices: Sequence[KVSlice]) -> DiskView:
+    def view(self, slices: Sequence[Slice]) -> DiskView:
         view = DiskView(self, slices)
         self._filled += view.filled
         return view
@@ -291,7 +293,7 @@ class DiskView(HostView):
         reads: whether there are earlier tokens.
     """
 
-    def __init__(self, place: DiskPlace, slices: Sequence[KVSlice]) -> None:
+    def __init__(self, place: DiskPlace, slices: Sequence[Slice]) -> None:
         self._disk_place = place
         groups = place.disk.groups
         self._pages: list[list[_StagedPage]] = []  # per group: all pages of the micro-batch, by slot
@@ -303,11 +305,11 @@ class DiskView(HostView):
         staged_tables: list[list[list[int]]] = [[] for _ in slices]
         for index, group in enumerate(groups):
             self._lay_out(index, group, slices, staged_tables)
-        staged = [KVSlice(start=each.start, length=each.length, tables=tables) for each, tables in zip(slices, staged_tables, strict=True)]
+        staged = [dataclasses.replace(each, tables=tuple(map(tuple, tables))) for each, tables in zip(slices, staged_tables, strict=True)]
         super().__init__(place, KVPlan(groups, staged, HOST), KVPlan(groups, staged, place.device))
         self.reads = any(each.start for each in slices)
 
-    def _lay_out(self, index: int, group: KVGroup, slices: Sequence[KVSlice], tables: list[list[list[int]]]) -> None:
+    def _lay_out(self, index: int, group: KVGroup, slices: Sequence[Slice], tables: list[list[list[int]]]) -> None:
         tails = self._disk_place.disk.tails
         pages: list[_StagedPage] = []
         slots: dict[int, int] = {}  # page -> its slot

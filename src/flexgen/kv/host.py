@@ -20,7 +20,6 @@ from flexgen.kv.cache import KVGroup, PagePool, layer_index
 from flexgen.kv.place import NewKV, PendingAttention, View
 from flexgen.kv.views import (
     KVPlan,
-    KVSlice,
     Past,
     attend_prompts,
     attend_steps,
@@ -29,6 +28,7 @@ from flexgen.kv.views import (
     step_queries,
     write_new,
 )
+from flexgen.passes.plan import Slice
 
 if TYPE_CHECKING:
     from flexgen.kernels.attention import AttentionKernels as Kernels
@@ -123,7 +123,7 @@ class HostPlace:
         self.where = layer_index(groups)
         self.worker = Worker(worker)
 
-    def view(self, slices: Sequence[KVSlice]) -> HostView:
+    def view(self, slices: Sequence[Slice]) -> HostView:
         groups = self.pool.groups
         return HostView(self, KVPlan(groups, slices, HOST), KVPlan(groups, slices, self.device))
 

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 from flexgen.kv.cache import PagePool, layer_index
-from flexgen.kv.views import KVPlan, KVSlice, attend, write_new
+from flexgen.kv.views import KVPlan, attend, write_new
+from flexgen.passes.plan import Slice
 
 if TYPE_CHECKING:
     from flexgen.kernels.attention import AttentionKernels as Kernels
@@ -33,7 +34,7 @@ class Place(Protocol):
     chunks: bool
     mixes: bool
 
-    def view(self, slices: Sequence[KVSlice]) -> View: ...
+    def view(self, slices: Sequence[Slice]) -> View: ...
 
     def begin_pass(self, views: Sequence[View]) -> None:
         """All views of the coming pass, in the order in which they will run."""
@@ -94,7 +95,7 @@ class LocalPlace:
         self.pool, self.kernels, self.device = pool, kernels, device
         self.where = layer_index(pool.groups)
 
-    def view(self, slices: Sequence[KVSlice]) -> LocalView:
+    def view(self, slices: Sequence[Slice]) -> LocalView:
         return LocalView(self, KVPlan(self.pool.groups, slices, self.device))
 
     def pages(self, layer: int) -> tuple[int, tuple[torch.Tensor, torch.Tensor]]:

@@ -13,23 +13,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from flexgen.kv.cache import KVGroup
+from flexgen.passes.plan import Slice
 
 if TYPE_CHECKING:
     from flexgen.kernels.attention import AttentionKernels as Kernels
     from flexgen.models.attention import AttentionCall, LatentProjection
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class KVSlice:
-    """What a sequence contributes to the micro-batch.
-
-    Attributes:
-        start: tokens already stored. length: new tokens. tables: page table per group, covering start + length tokens.
-    """
-
-    start: int
-    length: int
-    tables: Sequence[Sequence[int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,16 +39,16 @@ class KVPlan:
         slices: in the micro-batch's order; single tokens that have a past first.
     """
 
-    def __init__(self, groups: Sequence[KVGroup], slices: Sequence[KVSlice], device: torch.device) -> None:
+    def __init__(self, groups: Sequence[KVGroup], slices: Sequence[Slice], device: torch.device) -> None:
         self.slices = tuple(slices)
-        self.num_decodes = sum(1 for each in slices if is_decode(each))
+        self.num_decodes = sum(1 for each in slices if each.is_decode)
         self.num_tokens = sum(each.length for each in slices)
-        assert all(is_decode(each) for each in self.slices[: self.num_decodes])
+        assert all(each.is_decode for each in self.slices[: self.num_decodes])
         self.groups = [self._plan_group(index, group, device) for index, group in enumerate(groups)]
         self._layouts = groups
 
     @property
-    def prefills(self) -> tuple[KVSlice, ...]:
+    def prefills(self) -> tuple[Slice, ...]:
         return self.slices[self.num_decodes :]
 
     def _plan_group(self, index: int, group: KVGroup, device: torch.device) -> _GroupPlan:
@@ -88,40 +76,6 @@ class KVPlan:
 
     def first_visible(self, group: int, position: int) -> int:
         return self._layouts[group].first_visible(position)
-
-    def visible_pairs(self) -> list[int]:
-        """(query, visible token) pairs per group."""
-        pairs = []
-        for group in self._layouts:
-            total = 0
-            for each in self.slices:
-                for position in range(each.start, each.start + each.length):
-                    total += position + 1 - group.first_visible(position)
-            pairs.append(total)
-        return pairs
-
-    def decode_tokens_read(self) -> list[int]:
-        """Tokens whose KV the decode kernel reads, per group."""
-        return [
-            sum(each.start + 1 - group.first_visible(each.start) for each in self.slices[: self.num_decodes]) for group in self._layouts
-        ]
-
-    def decode_tokens_shared(self) -> list[int]:
-        """Of `decode_tokens_read`, tokens on pages that an earlier slice reads as well, per group."""
-        shared = []
-        for index, group in enumerate(self._layouts):
-            pages = [page for each in self.slices[: self.num_decodes] for page in self._pages_read(each, index, group)]
-            shared.append((len(pages) - len(set(pages))) * group.page_tokens)
-        return shared
-
-    def _pages_read(self, each: KVSlice, index: int, group: KVGroup) -> Sequence[int]:
-        size = group.page_tokens
-        return each.tables[index][group.first_visible(each.start) // size : each.start // size + 1]
-
-
-def is_decode(each: KVSlice) -> bool:
-    """One token that continues a sequence."""
-    return each.length == 1 and each.start > 0
 
 
 def write_new(

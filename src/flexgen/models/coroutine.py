@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import greenlet
 
 from flexgen.errors import EngineError
+from flexgen.passes.plan import Slice
 
 if TYPE_CHECKING:
     import torch
@@ -21,21 +21,6 @@ if TYPE_CHECKING:
     from flexgen.models.attention import AttentionCall
 
     KeyValue = tuple[torch.Tensor, torch.Tensor]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Span:
-    """Consecutive tokens of one sequence within a micro-batch.
-
-    Attributes:
-        start, length: tokens [start, start + length) of the sequence.
-        prompt_len: of its prompt. total: all tokens it has now, those of later chunks included.
-    """
-
-    start: int
-    length: int
-    prompt_len: int
-    total: int
 
 
 class CacheUpdate:
@@ -81,7 +66,7 @@ class ForwardCoroutine(greenlet.greenlet):
         super().__init__(run)
         self.updates: list[CacheUpdate] = []
 
-    def spans(self) -> Sequence[Span]:
+    def slices(self) -> Sequence[Slice]:
         """What the micro-batch is made of, in order."""
         raise NotImplementedError
 

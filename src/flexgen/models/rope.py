@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from flexgen.errors import CheckpointError
-from flexgen.models.coroutine import Span, current_forward
+from flexgen.models.coroutine import current_forward
+from flexgen.passes.plan import Slice
 
 RECOMPUTING = frozenset({"phi3", "phi4_multimodal", "phimoe"})
 
@@ -91,7 +92,7 @@ def _by_sequence(
 ) -> Any:
     """Call the module's forward on each stretch of tokens, with the last position of their sequence appended as the longest."""
     parts, row = [], 0
-    for count, length in _merged(_runs(current_forward().spans(), recomputes), module):
+    for count, length in _merged(_runs(current_forward().slices(), recomputes), module):
         last = position_ids.new_full((1, 1), length - 1)
         _forget_lengths(module)
         out = forward(x, torch.cat([position_ids[:, row : row + count], last], dim=1), *args, **kwargs)
@@ -101,16 +102,16 @@ def _by_sequence(
     return tuple(joined) if len(joined) > 1 else joined[0]
 
 
-def _runs(spans: Sequence[Span], recomputes: bool) -> Iterator[Run]:
+def _runs(slices: Sequence[Slice], recomputes: bool) -> Iterator[Run]:
     """Yield stretches of tokens with their length: a prompt has its own, a generated token the one that it gave the sequence."""
-    for span in spans:
+    for each in slices:
         if recomputes:
-            yield span.length, span.total
+            yield each.length, each.total
             continue
-        in_prompt = min(max(span.prompt_len - span.start, 0), span.length)
+        in_prompt = min(max(each.prompt_len - each.start, 0), each.length)
         if in_prompt:
-            yield in_prompt, span.prompt_len
-        yield from ((1, position + 1) for position in range(span.start + in_prompt, span.start + span.length))
+            yield in_prompt, each.prompt_len
+        yield from ((1, position + 1) for position in range(each.start + in_prompt, each.stop))
 
 
 def _merged(runs: Iterator[Run], module: Any) -> Iterator[Run]:

@@ -17,7 +17,8 @@ from torch.overrides import TorchFunctionMode
 
 from flexgen.errors import UnsupportedModelError
 from flexgen.models.attention import AttentionCall, PassCache
-from flexgen.models.coroutine import ForwardCoroutine, Span
+from flexgen.models.coroutine import ForwardCoroutine
+from flexgen.passes.plan import Slice
 
 TRACE_IDS = (7, 5)  # falling, so that they cannot be taken for positions
 
@@ -84,9 +85,9 @@ class _Tracer(ForwardCoroutine):
         self.position_ids = torch.arange(len(TRACE_IDS))[None]
         self.layers: dict[int, LayerKV] = {}
 
-    def spans(self) -> list[Span]:
+    def slices(self) -> list[Slice]:
         count = len(TRACE_IDS)
-        return [Span(start=0, length=count, prompt_len=count, total=count)]
+        return [Slice(sequence=0, token_ids=TRACE_IDS, start=0, prompt_len=count, total=count)]
 
     def attend(self, call: AttentionCall) -> torch.Tensor:
         heads, value_dim = call.query.shape[1], call.value.shape[3]

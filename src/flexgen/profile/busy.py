@@ -6,9 +6,6 @@ import time
 
 import psutil
 
-# From here on, what others do shows in rates.
-BUSY_CORES = 0.3
-
 
 class BusyCores:
     """Counts the cores that other programs use, from its making on."""

@@ -112,7 +112,7 @@ def elementwise_rate(dtype: torch.dtype, folder: Path, machine: Machine, max_byt
                 taken = time.perf_counter() - began
                 # Products beside it in time: what slows both by the same factor says nothing of the rest.
                 pace = products.seconds() / products.expected_seconds(machine)
-                left = taken / pace - engine.record.trace.expected_seconds
+                left = taken / pace - engine.log.passes.expected_seconds
                 moved = LAYER_TOKENS * elementwise_bytes(width, INTERMEDIATE * width // 4, name)
                 rounds.append(moved / max(left, moved / machine.host_memory.best))  # differences scatter, but nothing is faster than memory
     return Rate.of(rounds[1:])

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from flexgen.plan.machine import DiskRequest, Machine, Overheads, Rate
-from flexgen.profile.busy import BUSY_CORES
+from flexgen.report.progress import BUSY_CORES
 
 # Measurements agree within this share, in the rates that decide plans; one that is slower by more than the other is doubted.
 AGREEMENT, SLOWER = 0.1, 0.15

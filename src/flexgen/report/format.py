@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 
 from flexgen.base.quantities import format_seconds, format_size
 from flexgen.plan.tell.spill import ENDURANCE_BYTES, LEAST_GAIN, Spill, endurance_share
-from flexgen.profile.busy import BUSY_CORES
-from flexgen.report.progress import Progress, RunReport
+from flexgen.report.progress import BUSY_CORES, Progress, RunReport
 
 if TYPE_CHECKING:
     from flexgen.plan.policy import Fractions

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 SCHEMA_VERSION = 1
+# From so many cores on, what other programs compute shows in the rates.
+BUSY_CORES = 0.3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,9 +20,9 @@ from flexgen.plan.workload import Workload
 from flexgen.session.model import ResolvedModel
 
 if TYPE_CHECKING:
-    from flexgen.engine.engine import Engine
     from flexgen.plan.model import ModelSpec
     from flexgen.plan.policy import Policy
+    from flexgen.session.planned import PlannedEngine
 
 
 # About what it takes to plan, beside loading; and the room for a prompt, and for an answer, that a plan for growing calls has at least.
@@ -45,7 +45,7 @@ def plan_job(model: ResolvedModel, options: EngineOptions, workload: Workload) -
     return found.plan
 
 
-def open_engine(model: ResolvedModel, options: EngineOptions, workload: Workload) -> Engine:
+def open_engine(model: ResolvedModel, options: EngineOptions, workload: Workload) -> PlannedEngine:
     """Plan for the workload, load the model, and return the engine that serves it.
 
     Raises:
@@ -57,7 +57,7 @@ def open_engine(model: ResolvedModel, options: EngineOptions, workload: Workload
     return open_prepared(prepare(model, options, workload))
 
 
-class OpenEngine:
+class EngineSession:
     """At most one engine, opened when there is work, for as long as what was planned holds.
 
     Args:
@@ -70,14 +70,14 @@ class OpenEngine:
 
     def __init__(self, model: ResolvedModel, options: EngineOptions, max_model_len: int) -> None:
         self.options = options
-        self.engine: Engine | None = None
+        self.engine: PlannedEngine | None = None
         self._model, self._max_model_len = model, max_model_len
         self._planned = self._expected = Workload(prompt_lens=(), output_lens=())  # that it was opened for, that it expects
         self._hopeless = math.inf  # requests of so many tokens have no place whatever the plan
         self._slow_seconds = 0.0  # of jobs that another plan might have done faster
         self._max_num_seqs = 0  # of the last engine, also when it is closed
 
-    def serving(self, workload: Workload) -> Engine:
+    def serving(self, workload: Workload) -> PlannedEngine:
         """The open engine if its plan serves the workload, else a fresh one.
 
         Raises:
@@ -117,24 +117,26 @@ class OpenEngine:
         if engine is not None:
             engine.close()
 
-    def _opened(self, workload: Workload) -> Engine:
+    def _opened(self, workload: Workload) -> PlannedEngine:
         engine = open_engine(self._model, self.options, workload)
         self.engine, self._planned, self._expected, self._slow_seconds = engine, workload, workload, 0.0
-        self._max_num_seqs = engine.policy.max_num_seqs
-        self._hopeless = min((total for total in _totals(workload) if total > engine.policy.longest_sequence), default=math.inf)
+        policy = engine.plan.policy
+        self._max_num_seqs = policy.max_num_seqs
+        self._hopeless = min((total for total in _totals(workload) if total > policy.longest_sequence), default=math.inf)
         return engine
 
-    def _serves(self, engine: Engine, workload: Workload) -> bool:
+    def _serves(self, engine: PlannedEngine, workload: Workload) -> bool:
         """Whether the plan serves the workload, and another one would not pay.
 
         A job that the plan was not made for may be slower than it could be: when such jobs have taken as long as opening does, a fresh
         plan is due.
         """
+        policy, spec, forecast = engine.plan.policy, engine.plan.spec, engine.plan.forecast
         new, planned = (_without(each, self._hopeless) for each in (workload, self._planned))
-        if not _has_room(engine.policy, engine.spec, planned, new) or not _keeps(engine.forecast, self.options):
+        if not _has_room(policy, spec, planned, new) or not _keeps(forecast, self.options):
             return False
-        if _binds(engine.policy, engine.spec, self._planned, workload, self.options) and engine.forecast is not None:
-            self._slow_seconds += engine.forecast.seconds
+        if _binds(policy, spec, self._planned, workload, self.options):
+            self._slow_seconds += forecast.seconds
         return self._slow_seconds <= PLAN_SECONDS + engine.load_seconds
 
 
@@ -175,10 +177,8 @@ def _has_room(policy: Policy, spec: ModelSpec, planned: Workload, new: Workload)
     return activation_bytes(spec, wanted, policy) <= activation_bytes(spec, known, policy)
 
 
-def _keeps(forecast: Forecast | None, options: EngineOptions) -> bool:
+def _keeps(forecast: Forecast, options: EngineOptions) -> bool:
     """Whether the bounds on time are kept."""
-    if forecast is None:
-        return True
     request_bound, job_bound = options.max_request_seconds or math.inf, options.max_job_seconds or math.inf
     return forecast.request_seconds <= request_bound and forecast.seconds <= job_bound
 

@@ -36,6 +36,7 @@ from flexgen.profile.check import MachineCheck
 from flexgen.profile.measure import cached_machine
 from flexgen.report.report import RunContext
 from flexgen.session.model import DESCRIBING, ResolvedModel
+from flexgen.session.planned import PlannedEngine
 from flexgen.session.turns import forked
 
 logger = logging.getLogger(__name__)
@@ -109,27 +110,23 @@ def _prepare(found: ResolvedModel, options: EngineOptions, workload: Workload, u
     )  # fmt: skip
 
 
-def open_prepared(prepared: Prepared) -> Engine:
+def open_prepared(prepared: Prepared) -> PlannedEngine:
     """The engine that executes a prepared plan, with its resident weights loaded.
 
     Raises:
         CapacityError, StorageError: when memory or the offload folder cannot be had; nothing stays open.
     """
     step("loading weights")
-    with contextlib.ExitStack() as undo:
-        undo.callback(discard, prepared)
+    with contextlib.ExitStack() as resources:
+        resources.callback(discard, prepared)
         check = _machine_check(prepared)
         start = time.perf_counter()
-        engine = _construct(prepared, undo, check)
-        undo.pop_all()  # from here on the engine owns everything
-    try:
+        engine = _construct(prepared, resources)
         engine.load()
-    except BaseException:
-        engine.close()
-        raise
-    engine.load_seconds = time.perf_counter() - start
-    logger.info("loaded in %.1f s", engine.load_seconds)
-    return engine
+        load_seconds = time.perf_counter() - start
+        logger.info("loaded in %.1f s", load_seconds)
+        context = _context(prepared, load_seconds, check)
+        return PlannedEngine(engine, prepared.plan, prepared.workload, context, resources.pop_all())
 
 
 def discard(prepared: Prepared) -> None:
@@ -152,30 +149,35 @@ def _machine_check(prepared: Prepared) -> MachineCheck | None:
     return check
 
 
-def _construct(prepared: Prepared, undo: contextlib.ExitStack, check: MachineCheck | None) -> Engine:
-    """An engine without weights; what it would own is registered with `undo` as it is made."""
-    limits, policy, model = prepared.limits, prepared.plan.policy, prepared.model
-    backend = open_backend(limits.device, limits.device_bytes)
-    if backend is not None:
-        undo.callback(backend.close)
-    offload = OffloadFolder(Path(limits.offload_dir)) if policy.kv_disk_bytes else None
-    if offload is not None:
-        undo.callback(offload.remove)
-    folders = [folder for folder in (offload, prepared.dummy_folder) if folder is not None]
-    context = RunContext(
-        model=model.spec.name,
+def _construct(prepared: Prepared, resources: contextlib.ExitStack) -> Engine:
+    """An engine without weights; `resources` closes it, and removes its offload folder."""
+    limits, policy = prepared.limits, prepared.plan.policy
+    offload_dir = None
+    with contextlib.ExitStack() as undo:
+        backend = open_backend(limits.device, limits.device_bytes)
+        if backend is not None:
+            undo.callback(backend.close)
+        if policy.kv_disk_bytes:
+            offload = OffloadFolder(Path(limits.offload_dir))
+            resources.callback(offload.remove)
+            offload_dir = offload.path
+        engine = Engine(
+            prepared.model, policy, prepared.plan.machine, backend=backend, offload_dir=offload_dir, verify_reads=prepared.verify_reads
+        )
+        undo.pop_all()  # the engine closes it
+    return resources.enter_context(engine)
+
+
+def _context(prepared: Prepared, load_seconds: float, check: MachineCheck | None) -> RunContext:
+    limits, spec = prepared.limits, prepared.model.spec
+    return RunContext(
+        model=spec.name,
+        load_seconds=load_seconds,
         host_budget_bytes=limits.host_bytes,
         device_budget_bytes=limits.device_bytes,
-        budgets=budgets_of(limits, model.spec, prepared.process_bytes),
-        forecast=prepared.plan.forecast,
-        workload=prepared.workload,
+        budgets=budgets_of(limits, spec, prepared.process_bytes),
         check=check.end if check is not None else None,
     )
-    offload_dir = offload.path if offload is not None else None
-    return Engine(
-        model, policy, prepared.plan.machine, context=context, backend=backend, offload_dir=offload_dir, temporary=folders,
-        verify_reads=prepared.verify_reads,
-    )  # fmt: skip
 
 
 def _warm_up_kernels(dtype: torch.dtype) -> None:

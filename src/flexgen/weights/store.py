@@ -64,6 +64,7 @@ class WeightStore:
         layouts: all units, in the order in which a pass needs them.
         homes: "device", "host" or "disk" of each; on a CPU device (no backend) never "device".
         host_ring_bytes: staging of units from disk. device_ring_bytes: staging on the device.
+        on_arrival: called, on any thread, whenever a unit may have become ready, and when a link has failed.
         poison: overwrite released slots, so that a late use shows (tests).
     """
 
@@ -78,11 +79,12 @@ class WeightStore:
         backend: Backend | None,
         host_ring_bytes: int,
         device_ring_bytes: int,
+        on_arrival: Callable[[], None] = lambda: None,
         poison: bool = False,
     ) -> None:
         self._layouts, self._homes, self._binder = layouts, homes, binder
         self._io, self._files, self._backend = io, files, backend
-        self._poison = poison
+        self._on_arrival, self._poison = on_arrival, poison
         self._lock = threading.Condition(threading.RLock())
         self._failure: BaseException | None = None
         self._closing = False
@@ -166,6 +168,7 @@ class WeightStore:
                 with self._lock:
                     self._failure = error
                     self._lock.notify_all()
+                self._on_arrival()
 
         thread = threading.Thread(target=guarded, name=name, daemon=True)
         self._threads.append(thread)
@@ -197,11 +200,13 @@ class WeightStore:
                 with self._lock:
                     visit.ticket = ticket  # after small reads that are done already: who waits looks again
                     self._lock.notify_all()
+                self._on_arrival()
 
     def _disk_done(self, visit: _Visit) -> None:
         with self._lock:
             visit.arrived = self._backend is None
             self._lock.notify_all()
+        self._on_arrival()
 
     def _run_device(self) -> None:
         assert self._backend is not None
@@ -223,6 +228,7 @@ class WeightStore:
                         self._host_ring.give_back(visit.host_slot)
                     visit.arrived = True
                     self._lock.notify_all()
+                self._on_arrival()
 
     def _next_read(self) -> _Visit | None:
         """The next unit from disk, once read; None when closing."""
@@ -356,18 +362,6 @@ class WeightStore:
             else:
                 self._host_ring.give_back(slot)
             self._lock.notify_all()
-
-    def notify(self) -> None:
-        """Wake whoever waits in `wait_arrival`: something else that it waits for may be done (any thread)."""
-        with self._lock:
-            self._lock.notify_all()
-
-    def wait_arrival(self, timeout: float, satisfied: Callable[[], bool]) -> None:
-        """Block until something arrives, unless `satisfied` already, or until `timeout` seconds have passed."""
-        with self._lock:
-            self._raise_failure()
-            if not satisfied():
-                self._lock.wait(timeout)
 
     def describe(self) -> str:
         """For people: bytes by home and ring sizes."""

@@ -1,0 +1,148 @@
+"""From the live sequences to the plan of the next pass: which tokens it computes, and which of them together.  No tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Protocol
+
+from flexgen.engine.sequence import LiveSequence
+from flexgen.passes.plan import MicroBatch, PassPlan, Slice
+from flexgen.plan.policy import Policy
+
+SMALL_REMAINDER = 0.375  # of a micro-batch
+FEW_ROWS = 256  # up to here odd row counts cost nothing
+
+
+class HomeRules(Protocol):
+    """What may be packed together where KV lives (kv/place.py).
+
+    Attributes:
+        chunks: Whether later chunks of a prompt may follow the first within a pass.
+        mixes: Whether next tokens and prompts may share a micro-batch.
+    """
+
+    chunks: bool
+    mixes: bool
+
+
+def plan_pass(live: Collection[LiveSequence], homes: Mapping[str, HomeRules], policy: Policy) -> PassPlan:
+    """What the next pass computes for the live sequences, oldest first."""
+    batches: list[MicroBatch] = []
+    for home, rules in homes.items():
+        members = [each for each in live if each.kv is not None and each.kv.home == home]
+        for each in members:
+            each.deferred = 0
+        if rules.mixes and policy.schedule == "diagonal":
+            defer_remainder(members, policy.micro_batch_tokens)
+        defer_behind(members, within_pass=rules.chunks)
+        by_id = {each.id: each for each in members}
+        latest: dict[int, int] = {}  # sequence -> the last micro-batch, so far, that computes its tokens
+        for slices in pack(members, policy.micro_batch_tokens, mix=rules.mixes, chunk=rules.chunks):
+            slices.sort(key=lambda each: not each.is_decode)
+            after = {latest[each] for each in _stored_by(slices, by_id) if each in latest}
+            latest.update((each.sequence, len(batches)) for each in slices)
+            filler = _odd_row(slices) if policy.device == "cpu" else 0
+            batches.append(MicroBatch(home=home, slices=tuple(slices), after=tuple(sorted(after)), filler=filler))
+    return PassPlan(micro_batches=tuple(batches))
+
+
+def _stored_by(slices: Iterable[Slice], by_id: Mapping[int, LiveSequence]) -> Iterator[int]:
+    """The sequences that compute, in the same pass, what these slices go on from."""
+    for each in slices:
+        sequence = by_id[each.sequence]
+        if each.start > sequence.num_stored:
+            yield each.sequence
+        elif (writer := sequence.behind) is not None:
+            yield writer.id
+
+
+def _odd_row(slices: Iterable[Slice]) -> int:
+    num_tokens = sum(each.length for each in slices)
+    return num_tokens % 2 if num_tokens > FEW_ROWS else 0
+
+
+def defer_remainder(sequences: Sequence[LiveSequence], rows: int) -> None:
+    """Bring a pass to a multiple of `rows`: a small remainder of prompt tokens is left to the next pass.
+
+    A micro-batch of few rows is computed at a fraction of the rate of a full one (docs/log.md).  The youngest
+    prompts give way; a pass never ends up below `rows`.
+
+    Args:
+        sequences: Those of one home, oldest first, nothing deferred yet; their `deferred` is set.
+        rows: The tokens of a full micro-batch.
+    """
+    total = sum(sequence.num_new for sequence in sequences)
+    of_prompts = sum(sequence.num_new for sequence in sequences if sequence.num_new > 1)
+    excess = total % rows
+    if total < rows or excess > min(SMALL_REMAINDER * rows, of_prompts):
+        return
+    for sequence in reversed(sequences):
+        if excess and sequence.num_new > 1:
+            sequence.deferred = min(excess, sequence.num_new)
+            excess -= sequence.deferred
+
+
+def defer_behind(sequences: Sequence[LiveSequence], *, within_pass: bool) -> None:
+    """Leave to the next pass what begins with a prefix that is not stored by then.
+
+    Args:
+        sequences: Those of one home, oldest first; their `deferred` is set.
+        within_pass: Whether a prefix that this pass computes is there for the micro-batches behind it.
+    """
+    for sequence in sequences:
+        writer, source = sequence.behind, sequence.source
+        if writer is not None and source is not None and (not within_pass or len(writer.tokens) - writer.deferred < source.length):
+            sequence.deferred = sequence.num_new
+
+
+def pack(sequences: Sequence[LiveSequence], micro_batch_tokens: int, *, mix: bool, chunk: bool = True) -> list[list[Slice]]:
+    """Micro-batches of one pass: next tokens first, prompts after, long prompts in consecutive chunks.
+
+    Micro-batches that mix are filled to the last row, whatever prompt that cuts; others cut only what is longer.
+    Next tokens of sequences that run behind a prompt of this pass come last.
+
+    Args:
+        sequences: Those of one home.
+        micro_batch_tokens: The tokens of a full micro-batch.
+        mix: Whether next tokens and prompts may share a micro-batch.
+        chunk: Whether a prompt may be cut; otherwise a long one is a micro-batch of its own, however large.
+    """
+    steps = [s for s in sequences if s.num_new == 1 and s.num_stored > 0]
+    prompts = [s for s in sequences if not (s.num_new == 1 and s.num_stored > 0)]
+    batches = _next_tokens([s for s in steps if s.behind is None], micro_batch_tokens)
+    room = micro_batch_tokens - len(batches[-1]) if batches and mix else 0
+    for sequence in prompts:
+        start, stop = sequence.num_stored, len(sequence.tokens) - sequence.deferred
+        if not (mix and chunk) and stop - start > room and room < micro_batch_tokens:
+            batches.append([])
+            room = micro_batch_tokens
+        while start < stop:
+            if room == 0:
+                batches.append([])
+                room = micro_batch_tokens
+            length = min(stop - start, room) if chunk else stop - start
+            batches[-1].append(_slice(sequence, start, start + length))
+            start, room = start + length, max(room - length, 0)
+            if length == 1 and batches[-1][-1].start > 0 and not mix:
+                room = 0  # a last chunk of one token is computed as a next token is
+    return batches + _next_tokens([s for s in steps if s.behind is not None and not s.deferred], micro_batch_tokens)
+
+
+def _next_tokens(sequences: Sequence[LiveSequence], micro_batch_tokens: int) -> list[list[Slice]]:
+    """Micro-batches of sequences that compute one token each."""
+    slices = [_slice(each, each.num_stored, each.num_stored + 1) for each in sequences]
+    return [slices[start : start + micro_batch_tokens] for start in range(0, len(slices), micro_batch_tokens)]
+
+
+def _slice(sequence: LiveSequence, start: int, stop: int) -> Slice:
+    """Tokens [start, stop) of a sequence; the logits behind its last token are wanted."""
+    total = len(sequence.tokens)
+    return Slice(
+        sequence=sequence.id,
+        token_ids=tuple(sequence.tokens[start:stop]),
+        start=start,
+        prompt_len=sequence.prompt_len,
+        total=total,
+        wanted=range(total - 1 if stop == total else total, total),
+        tables=tuple(map(tuple, sequence.kv.tables)) if sequence.kv is not None else (),
+    )

@@ -1,0 +1,184 @@
+"""The sequences in work: those that wait, those that are live, and the pages that these hold.  No tensors."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from dataclasses import dataclass
+
+from flexgen.engine.admission import Admission, Homes
+from flexgen.engine.packing import HomeRules, plan_pass
+from flexgen.engine.prefixes import PrefixStore
+from flexgen.engine.schedule import SCHEDULES, BlockLimits, Quota, Waiting
+from flexgen.engine.sequence import LiveSequence
+from flexgen.errors import EngineError
+from flexgen.kv.cache import KVCache
+from flexgen.options import TIERS
+from flexgen.passes.plan import PassPlan
+from flexgen.plan.policy import Policy
+from flexgen.text.common_prefixes import NO_PREFIXES, CommonPrefixes
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scheduled:
+    """What was decided before a pass.
+
+    Attributes:
+        plan: What the pass computes; without micro-batches where nothing is live.
+        entered: The sequences that it admits.
+        refused: The sequences that can never fit; they have left.
+        num_preempted: How many sequences had to give way; they wait again.
+    """
+
+    plan: PassPlan
+    entered: list[LiveSequence]
+    refused: list[LiveSequence]
+    num_preempted: int
+
+
+class Scheduler:
+    """Decides before each pass who joins, who gives way, and what is computed.
+
+    Args:
+        policy: How many sequences may be live, and when they join.
+        cache: Where their KV is kept.
+        homes: Tier -> what may be packed together there.
+        regime: What the keys of a sequence's prompt depend on besides its tokens (models/rope.py).
+    """
+
+    def __init__(self, policy: Policy, cache: KVCache, homes: Mapping[str, HomeRules], regime: Callable[[LiveSequence], Hashable]) -> None:
+        self._policy, self._cache, self._homes = policy, cache, homes
+        self._prefixes = PrefixStore(cache, regime)
+        self._admission = Admission(cache, Homes({tier: getattr(policy.kv, tier) for tier in TIERS if tier in cache.pools}), self._prefixes)
+        self._join = SCHEDULES[policy.schedule]
+        self._limits = BlockLimits(max_num_seqs=policy.max_num_seqs, micro_batch_tokens=policy.micro_batch_tokens)
+        self._quota = Quota(policy.prefill_tokens, policy.prefill_tokens)
+        self._live: dict[int, LiveSequence] = {}  # by id, oldest first
+        self._waiting = Waiting()  # answers as long in the order of the input, requests of a common prefix together
+
+    # -- who is here ----------------------------------------------------------------------------------------------------------------
+
+    @property
+    def num_live(self) -> int:
+        return len(self._live)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    def __iter__(self) -> Iterator[LiveSequence]:
+        """All sequences, the live ones first."""
+        yield from self._live.values()
+        yield from self._waiting
+
+    def __getitem__(self, sequence_id: int) -> LiveSequence:
+        """A live sequence."""
+        return self._live[sequence_id]
+
+    # -- who comes and goes ---------------------------------------------------------------------------------------------------------
+
+    def begin(self, prefixes: CommonPrefixes) -> None:
+        """Start a run of requests that have these prefixes in common."""
+        if prefixes is not NO_PREFIXES and prefixes.page_tokens != self._policy.page_tokens:
+            raise EngineError(f"prefixes of pages of {prefixes.page_tokens} tokens for pages of {self._policy.page_tokens}")
+        self._prefixes.begin(prefixes)
+
+    def register(self, sequence: LiveSequence) -> None:
+        """Find what a new sequence has in common with others."""
+        self._prefixes.expect(sequence)
+
+    def enqueue(self, sequence: LiveSequence, *, preempted: bool = False) -> None:
+        """Let a registered sequence wait for its turn."""
+        self._waiting.add(sequence, self._prefixes.order(sequence), preempted=preempted)
+
+    def leave(self, sequence: LiveSequence) -> None:
+        """Forget a sequence whose answer is finished, and free its pages."""
+        if self._live.pop(sequence.id, None) is not None:
+            self._free(sequence)
+        self._prefixes.done(sequence)
+
+    def preempt(self, sequence: LiveSequence) -> None:
+        """Take the pages of a live sequence; it waits to be computed again."""
+        num_lost = sequence.num_stored if sequence.behind is None else 0  # nothing was computed as long as it waited for a prefix
+        del self._live[sequence.id]
+        self._free(sequence)
+        sequence.num_lost, sequence.num_stored, sequence.deferred = num_lost, 0, 0
+        sequence.num_preemptions += 1
+        sequence.expected_tokens = sequence.request.max_tokens
+        self.enqueue(sequence, preempted=True)
+        logger.debug("request %d was preempted", sequence.id)
+
+    def trim(self, sequence: LiveSequence) -> None:
+        """Free the pages that no later token of a live sequence sees."""
+        assert sequence.kv is not None
+        self._cache.trim(sequence.kv, sequence.num_stored)
+
+    def clear(self) -> None:
+        """Forget all sequences and prefixes."""
+        for sequence in reversed(self._live.values()):  # who computes a prefix after those behind it
+            self._free(sequence)
+        self._prefixes.clear()
+        self._live.clear()
+        self._waiting.clear()
+
+    def _free(self, sequence: LiveSequence) -> None:
+        assert sequence.kv is not None
+        self._cache.release(sequence.kv)
+        sequence.kv = None
+        self._prefixes.let_go(sequence)
+
+    # -- before a pass --------------------------------------------------------------------------------------------------------------
+
+    def schedule(self) -> Scheduled:
+        """Decide about the next pass."""
+        num_preempted = self._make_room()
+        refused = self._refuse()
+        entered = self._admit()
+        plan = plan_pass(self._live.values(), self._homes, self._policy)
+        return Scheduled(plan=plan, entered=entered, refused=refused, num_preempted=num_preempted)
+
+    def _make_room(self) -> int:
+        """Take pages for every live sequence's new token, before others may take them; returns how many sequences gave way.
+
+        Wrong forecasts are repaired by forgetting prefixes that have no user at present, then by preempting the youngest.
+        """
+        num_preempted = 0
+        for sequence in list(self._live.values()):
+            while sequence.kv is not None and not self._cache.reserve(sequence.kv, len(sequence.tokens)):
+                home = sequence.kv.home
+                if not self._prefixes.evict(home):
+                    self.preempt(next(each for each in reversed(self._live.values()) if each.kv is not None and each.kv.home == home))
+                    num_preempted += 1
+        return num_preempted
+
+    def _refuse(self) -> list[LiveSequence]:
+        """Take out whoever comes next and could not fit even alone."""
+        refused: list[LiveSequence] = []
+        while self._waiting and not self._admission.can_ever_fit(self._waiting.first):
+            refused.append(self._waiting.pop())
+            self.leave(refused[-1])
+        return refused
+
+    def _admit(self) -> list[LiveSequence]:
+        """Let the schedule choose who joins; an empty block waits for no quota."""
+        entered: list[LiveSequence] = []
+
+        def enter(sequence: LiveSequence) -> bool:
+            if not self._admission.can_ever_fit(sequence) or not self._admission.admit(sequence, self._live.values()):
+                return False
+            if not sequence.num_preemptions:
+                sequence.num_found = sequence.num_stored
+            self._live[sequence.id] = sequence
+            entered.append(sequence)
+            return True
+
+        while True:
+            self._join(self._waiting, self.num_live, self._limits, self._quota, enter)
+            for _ in entered:
+                self._waiting.pop()
+            if self._live or not self._waiting:
+                return entered
+            if self._quota.credit > 0:
+                raise EngineError("nothing was admitted into an empty block")

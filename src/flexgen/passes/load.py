@@ -1,0 +1,66 @@
+"""Counts what a pass carries, for pricing.  No tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+from flexgen.passes.plan import PassPlan, Slice
+from flexgen.plan.price.work import PassLoad
+
+
+class LayerGroup(Protocol):
+    """Layers whose queries see equally far back, and whose KV lies on the same pages."""
+
+    @property
+    def page_tokens(self) -> int: ...
+
+    def first_visible(self, position: int) -> int: ...
+
+
+def pass_load(plan: PassPlan, homes: Sequence[str], groups: Sequence[LayerGroup]) -> PassLoad:
+    """What a pass carries.
+
+    Args:
+        plan: The pass.
+        homes: The tiers that hold KV.
+        groups: The layer groups, in the order of the slices' page tables.
+    """
+    prompts, starts, steps = (dict.fromkeys(homes, 0) for _ in range(3))
+    pairs = [0] * len(groups)
+    attended = {home: [0] * len(groups) for home in homes}
+    repeated = {"disk": [0] * len(groups)} if "disk" in homes else {}
+    for batch in plan.micro_batches:
+        home = batch.home
+        decodes = [each for each in batch.slices if each.is_decode]
+        others = [each for each in batch.slices if not each.is_decode]
+        steps[home] += len(decodes)
+        prompts[home] += sum(each.length for each in others)
+        starts[home] += sum(each.stop == each.total for each in others)
+        for index, group in enumerate(groups):
+            attended[home][index] += sum(each.stop - group.first_visible(each.start) for each in decodes)
+            pairs[index] += visible_pairs(others, group)
+            if home in repeated:
+                repeated[home][index] += tokens_read_twice(decodes, index, group)
+    return PassLoad(
+        prompt_tokens=prompts, num_prompts=starts, next_tokens=steps, prompt_pairs=pairs, attended_tokens=attended,
+        repeated_tokens=repeated,
+    )  # fmt: skip
+
+
+def visible_pairs(slices: Iterable[Slice], group: LayerGroup) -> int:
+    """(query, visible token) pairs of the slices."""
+    return sum(position + 1 - group.first_visible(position) for each in slices for position in range(each.start, each.stop))
+
+
+def tokens_read_twice(decodes: Iterable[Slice], index: int, group: LayerGroup) -> int:
+    """Tokens on pages that an earlier of these slices reads as well.
+
+    Args:
+        decodes: Slices of one token.
+        index: The group's place among the slices' page tables.
+        group: The layer group.
+    """
+    size = group.page_tokens
+    pages = [page for each in decodes for page in each.tables[index][group.first_visible(each.start) // size : each.start // size + 1]]
+    return (len(pages) - len(set(pages))) * size

@@ -1,0 +1,83 @@
+"""An engine with the plan that it executes: keeps the log of each run, and reports on the last one."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator
+
+from flexgen.engine.engine import Engine
+from flexgen.plan.price.pass_time import Expectation
+from flexgen.plan.tell.forecast import Plan, forecast_again
+from flexgen.plan.tell.remaining import RemainingTime
+from flexgen.plan.workload import Workload
+from flexgen.report.pass_log import PassLog
+from flexgen.report.progress import Progress, RunReport
+from flexgen.report.report import Placement, RunContext, make_report
+from flexgen.report.run_log import RunLog
+from flexgen.request import PartialAnswer, TokenRequest, TokenResult
+from flexgen.text.common_prefixes import NO_PREFIXES, CommonPrefixes
+
+
+class PlannedEngine:
+    """An open engine and what was planned for it.
+
+    Args:
+        engine: The engine, with its weights loaded.
+        plan: What it executes.
+        workload: The work that it was planned for.
+        context: What reports need to know besides.
+        resources: Closes the engine, and removes what was written for it.
+
+    Attributes:
+        plan: The plan, with the forecast of the work that is expected next.
+    """
+
+    def __init__(self, engine: Engine, plan: Plan, workload: Workload, context: RunContext, resources: contextlib.ExitStack) -> None:
+        self.plan = plan
+        self._engine, self._workload, self._context, self._resources = engine, workload, context, resources
+
+    @property
+    def load_seconds(self) -> float:
+        return self._context.load_seconds
+
+    def expect(self, workload: Workload) -> None:
+        """Name the work that comes next, if it is not what the engine was planned for."""
+        self._workload = workload
+        self.plan = dataclasses.replace(
+            self.plan, forecast=forecast_again(self.plan.forecast, self.plan.policy, self._expectation(), workload)
+        )
+
+    def generate(
+        self,
+        requests: Iterable[TokenRequest],
+        *,
+        num_requests: int | None = None,
+        prefixes: CommonPrefixes = NO_PREFIXES,
+        on_progress: Callable[[Progress], None] | None = None,
+        on_pass: Callable[[Iterable[PartialAnswer]], None] | None = None,
+    ) -> Iterator[TokenResult]:
+        """Answer requests, as `Engine.generate` does.
+
+        Args:
+            requests, prefixes, on_pass: As for `Engine.generate`.
+            num_requests: How many there are, if that is known.
+            on_progress: Called now and then with how the run goes.
+        """
+        remaining = RemainingTime(self.plan.forecast, self.plan.policy, self._expectation(), self._workload)
+        passes = PassLog(self.plan.spec, self.plan.machine, self.plan.policy, self._engine.runner.homes)
+        log = RunLog(self._engine.runner, passes, remaining=remaining, num_requests=num_requests, on_progress=on_progress)
+        return self._engine.generate(requests, prefixes=prefixes, log=log, on_pass=on_pass)
+
+    def report(self) -> RunReport:
+        """How the last run went."""
+        runner = self._engine.runner
+        placement = Placement(weights=runner.weights_bytes(), kv=self._engine.cache.peak_bytes, device_bytes=runner.device_bytes())
+        return make_report(self._engine.log, self.plan, placement, self._context)
+
+    def close(self) -> None:
+        """Close the engine, and remove what was written for it; safe to call twice."""
+        self._resources.close()
+
+    def _expectation(self) -> Expectation:
+        return Expectation(self.plan.spec, self.plan.machine, self.plan.policy.dtype)
