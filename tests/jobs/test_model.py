@@ -21,7 +21,7 @@ from flexgen.jobs.store import Store
 from flexgen.plan.tell.forecast import Plan
 from flexgen.plan.workload import Workload
 from flexgen.report.progress import Progress
-from flexgen.request import CompletionOutput, Live, TokenRequest, TokenResult
+from flexgen.request import CompletionOutput, PartialAnswer, TokenRequest, TokenResult
 from flexgen.text.common_prefixes import NO_PREFIXES, CommonPrefixes, PrefixCensus
 
 
@@ -57,7 +57,7 @@ class Echo:
         *,
         prefixes: CommonPrefixes = NO_PREFIXES,
         on_progress: Callable[[Progress], None] | None = None,
-        on_pass: Callable[[Iterable[Live]], None] | None = None,
+        on_pass: Callable[[Iterable[PartialAnswer]], None] | None = None,
     ) -> Iterator[TokenResult]:
         for request in requests:
             yield TokenResult(index=request.index, token_ids=request.prompt_token_ids)

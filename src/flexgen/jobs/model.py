@@ -10,7 +10,7 @@ from flexgen.errors import RequestError
 from flexgen.plan.tell.forecast import Plan
 from flexgen.plan.workload import Workload
 from flexgen.report.progress import Progress
-from flexgen.request import CompletionOutput, Live, SamplingParams, TokenRequest, TokenResult
+from flexgen.request import CompletionOutput, PartialAnswer, SamplingParams, TokenRequest, TokenResult
 from flexgen.text.common_prefixes import CommonPrefixes, PrefixCensus
 
 
@@ -63,7 +63,7 @@ class JobModel(Protocol):
         *,
         prefixes: CommonPrefixes = ...,
         on_progress: Callable[[Progress], None] | None = None,
-        on_pass: Callable[[Iterable[Live]], None] | None = None,
+        on_pass: Callable[[Iterable[PartialAnswer]], None] | None = None,
     ) -> Iterator[TokenResult]:
         """The results of the requests, as they finish."""
         ...
