@@ -14,7 +14,7 @@ from hypothesis import settings
 # Before torch is loaded: OpenMP threads that wait by spinning would starve whatever shares the cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-pytest_plugins = ["fakes"]
+pytest_plugins = ["fakes", "sampling"]
 
 ROOT = Path(__file__).parent.parent
 
