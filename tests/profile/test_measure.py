@@ -29,6 +29,7 @@ def small(monkeypatch):
     monkeypatch.setattr(disk, "FILE_BYTES", (4 * MIB, 8 * MIB))
 
 
+@pytest.mark.matrix(1)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
 def test_every_rate_is_found(small, tmp_path, dtype):
     machine = measure("cpu", [dtype], tmp_path, quick=True, max_bytes=16 * MIB)
