@@ -406,7 +406,7 @@ RESUMED = [
 ]
 
 
-@pytest.mark.matrix(2)
+@pytest.mark.matrix(1)
 @pytest.mark.parametrize("case", RESUMED, ids=str)
 def test_an_answer_goes_on_wherever_it_was_cut(checkpoint: Checkpoint, case: Case, tmp_path: Path) -> None:
     """Every answer, cut at every token, all in one run; what is computed again is counted as such."""

@@ -14,7 +14,9 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, GenerationConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from flexgen.checkpoint.parameters import Checkpoint
 from flexgen.engine.engine import Engine
@@ -100,7 +102,7 @@ def ring_bytes(model: LoadedModel) -> int:
 
 
 # Beside those of REPRESENTATIVES, which are in every run below.
-@pytest.mark.matrix(16, always=["llama", "gpt2", "llama-dynamic", "llama-longrope"])
+@pytest.mark.matrix(12, always=["llama", "gpt2", "llama-dynamic", "llama-longrope"])
 @pytest.mark.parametrize("name", [*SUPPORTED, *VARIANTS])
 def test_same_answers_as_transformers(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model_type, changes = VARIANTS.get(name, (name, {}))
@@ -112,6 +114,13 @@ def test_same_answers_as_transformers(name: str, tmp_path: Path, monkeypatch: py
     requests = requests_for(model.spec.vocab_size)
     chosen = policy(weights=STREAMED, kv=IN_MEMORY, ring_bytes=ring_bytes(model))
     assert_equal(answered(model, chosen, requests, monkeypatch), expected(reference, requests))
+
+
+@pytest.mark.slow
+def test_every_type_that_declares_an_attention_backend_is_tested() -> None:
+    """What is read in the files is what the classes have."""
+    classes = {model_type: getattr(transformers, name) for model_type, name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items()}
+    assert set(CAUSAL_TYPES) == {each for each, it in classes.items() if getattr(it, "_supports_attention_backend", False)}
 
 
 def check_spec(model: LoadedModel, folder: Path) -> None:

@@ -126,13 +126,16 @@ def seconds_on_box(model, box, workload, **pins):
         return math.inf
 
 
-SLOW_BOXES = [
-    pytest.param(*each, marks=pytest.mark.slow)
-    for each in (("opt-6.7b", "t4-gcp", 32), ("opt-6.7b", "a100-80gb-512gb", 128), ("llama-3-70b", "16gb-gpu-64gb", 128))
-]
-
-
-@pytest.mark.parametrize(("model", "box", "output_len"), [("llama-3-8b", "rtx3090-64gb", 128), *SLOW_BOXES])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model", "box", "output_len"),
+    [
+        ("llama-3-8b", "rtx3090-64gb", 128),
+        ("opt-6.7b", "t4-gcp", 32),
+        ("opt-6.7b", "a100-80gb-512gb", 128),
+        ("llama-3-70b", "16gb-gpu-64gb", 128),
+    ],
+)
 def test_freedom_costs_little_on_large_jobs(model, box, output_len):
     """Where policies take long to play, searches end because their effort is spent; fewer choices must not be much better."""
     seconds = functools.partial(seconds_on_box, model, box, Workload(prompt_lens=(512,) * 5000, output_lens=(output_len,) * 5000))
