@@ -73,7 +73,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, exitstatu
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Mark as slow what the sample leaves out, before pytest deselects by marks; not where tests are asked for by name."""
-    if any("::" in argument for argument in config.args):
+    if config.option.keyword or any("::" in argument for argument in config.args):
         return
     matrices: dict[str, list[pytest.Function]] = defaultdict(list)
     for item in items:

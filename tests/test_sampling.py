@@ -94,6 +94,7 @@ def test_the_seed_is_printed(suite: pytest.Pytester) -> None:
 def test_what_is_asked_for_by_name_is_run(suite: pytest.Pytester) -> None:
     for number in range(12):
         assert run(suite, "-m", "not slow", f"test_it.py::test_matrix[{number}]")[0] == {f"test_matrix[{number}]"}
+    assert len(run(suite, "-m", "not slow", "-k", "matrix")[0]) == 12
 
 
 def test_a_fixed_case_that_is_not_there_is_an_error(suite: pytest.Pytester) -> None:
