@@ -131,7 +131,7 @@ def test_a_slower_disk_wants_no_fewer_sequences(plan, llama_3b):
     assert live[1] >= live[0]
 
 
-@pytest.mark.matrix(1)
+@pytest.mark.slow  # test_optimal.py has a sample of smaller problems in every run
 @pytest.mark.parametrize("lengths", [[(256, 32)] * 96, [(64, 64), (400, 16), (128, 100)] * 30], ids=["equal", "mixed"])
 def test_chooses_as_well_as_brute_force(plan, llama_3b, make_machine, lengths):
     job = Workload(prompt_lens=tuple(s for s, _ in lengths), output_lens=tuple(n for _, n in lengths))

@@ -260,7 +260,7 @@ def test_worth_is_the_gain_from_a_little_more_memory(seed):
 SEEDS = (1, 9, 13, 24, 25, 30, 45, 50)
 
 
-@pytest.mark.matrix(1, always=["0.3-1"])
+@pytest.mark.matrix(1)
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("share", [0.3, 0.8])
 def test_bounds_are_kept_at_the_least_cost(seed, share):
