@@ -1,16 +1,22 @@
 # make demo    the main job on the bundled model: resident, then with weights on disk; same answers
-# make test    the default tests (no GPU needed)
-# make lint types test-slow test-gpu bench format clean
+# make test    the default tests: every promise, and a sample of the large matrices; some minutes on two cores, no GPU needed
+# make test-slow    what `make test` leaves out; make test-all    both; make test-gpu    what needs CUDA
+# make lint types bench format clean
+# make test WORKERS=n ARGS='...'    in n processes (0: in pytest's own), with more arguments for pytest
 PYTHON ?= python3
 # A CPU-only machine can save the CUDA libraries: see "Install" in README.md.
 TORCH ?= torch==2.13.0
 
 BIN := .venv/bin
+# As many test processes as there are cores, but no more than four: each takes up to 2 GB of memory.
+WORKERS ?= $(shell n=$$(nproc); echo $$((n > 4 ? 4 : n > 1 ? n : 0)))
+PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
 STAMP := .venv/.installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-gpu lint types format bench clean
+.PHONY: help install demo test test-slow test-all test-gpu lint types format bench clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -31,13 +37,16 @@ demo: $(STAMP)
 	@$(BIN)/python examples/demo.py
 
 test: $(STAMP)
-	@$(BIN)/python -m pytest
+	@$(PYTEST) $(ARGS)
 
 test-slow: $(STAMP)
-	@$(BIN)/python -m pytest -m 'slow and not gpu'
+	@$(PYTEST) -m 'slow and not gpu' $(ARGS)
+
+test-all: $(STAMP)
+	@$(PYTEST) -m 'not gpu' $(ARGS)
 
 test-gpu: $(STAMP)
-	@$(BIN)/python -m pytest -m gpu
+	@$(BIN)/python -m pytest -m gpu $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -13,8 +13,10 @@ from hypothesis import settings
 
 # Before torch is loaded: OpenMP threads that wait by spinning would starve whatever shares the cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+if "PYTEST_XDIST_WORKER" in os.environ:  # one process per core: more threads than that would wait for each other
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-pytest_plugins = ["fakes"]
+pytest_plugins = ["fakes", "sampling"]
 
 ROOT = Path(__file__).parent.parent
 

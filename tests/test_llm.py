@@ -149,7 +149,6 @@ class Frame(Column):
         Column([64], {"prompt": "bc"}), (np.array(ids) for ids in ([64], [65, 66])), [torch.tensor([64]), np.array([65.0, 66.0])],
         [{"prompt_token_ids": np.array([64])}, (np.int64(65), torch.tensor(66))], [range(64, 65), Column(65, 66)], [[64.0], "bc"],
     ],
-    ids=str,
 )  # fmt: skip
 def test_several_prompts_of_any_kind(llm: LLM, prompts: Any) -> None:
     outputs = llm.generate(prompts, (GREEDY for _ in range(2)))
@@ -189,7 +188,7 @@ def test_what_is_no_sampling_params(llm: LLM, params: Any, words: str) -> None:
         llm.generate(["a", "b"], params)
 
 
-@pytest.mark.parametrize("given", [["a", "bc"], Column("a", "bc"), (each for each in ["a", "bc"]), np.array(["a", "bc"])], ids=str)
+@pytest.mark.parametrize("given", [["a", "bc"], Column("a", "bc"), (each for each in ["a", "bc"]), np.array(["a", "bc"])])
 def test_encode_takes_any_texts(llm: LLM, given: Any) -> None:
     assert llm.encode(given) == [[64], [65, 66]]
     assert llm.encode("bc") == [[65, 66]]

@@ -4,6 +4,7 @@ simulated one, gives the tokens of transformers' `generate` in float32."""
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import threading
 from collections.abc import Iterator
@@ -61,7 +62,10 @@ class Checkpoint:
         return num_tokens * self.token_bytes
 
 
-@pytest.fixture(scope="module", params=["novels_opt", "novels_qwen3"])
+MODELS = ("novels_qwen3", "novels_opt")
+
+
+@pytest.fixture(scope="module", params=MODELS)
 def checkpoint(request: pytest.FixtureRequest) -> Checkpoint:
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -108,6 +112,7 @@ def _draw(model: Any, request: TokenRequest) -> tuple[int, ...]:
     return tuple(tokens[len(request.prompt_token_ids) :])
 
 
+@pytest.mark.matrix(1)
 def test_answers_are_decided_by_more_than_rounding(checkpoint: Checkpoint) -> None:
     """The other tests compare tokens one by one, on whatever processor."""
     from transformers import AutoModelForCausalLM
@@ -218,34 +223,39 @@ class Case:
 
 
 ROOM, TIGHT = 2048, 336  # tokens of KV: for everything at once; for two or three sequences
+# In every run: together these have every device, tier and schedule, and pools with much and with little room.
+ALWAYS = [
+    Case("cpu", {"disk": 1.0}, {"disk": ROOM}, "diagonal", 16, 64),
+    Case("sim", {"device": 0.2, "host": 0.3, "disk": 0.5}, {"device": ROOM, "host": ROOM, "disk": ROOM}, "diagonal", 16, 64),
+    Case("cpu", {"disk": 1.0}, {"host": ROOM}, "row", 16, 64),
+    Case("sim", {"host": 0.6, "disk": 0.4}, {"device": ROOM, "host": ROOM, "disk": ROOM}, "zigzag", 16, 32),
+    Case("sim", {"host": 0.5, "disk": 0.5}, {"device": TIGHT, "host": TIGHT, "disk": TIGHT}, "diagonal", 16, 64),
+]
 CASES = [
+    *ALWAYS,
     # each tier alone
     Case("cpu", {"host": 1.0}, {"host": ROOM}, "diagonal", 16, 4096, embedding_resident=True),
     Case("cpu", {"disk": 1.0}, {"host": ROOM}, "diagonal", 5, 64),
-    Case("cpu", {"disk": 1.0}, {"disk": ROOM}, "diagonal", 16, 64),
     Case("sim", {"device": 1.0}, {"device": ROOM}, "diagonal", 5, 64, embedding_resident=True),
     Case("sim", {"host": 1.0}, {"host": ROOM}, "diagonal", 16, 64),
     Case("sim", {"disk": 1.0}, {"disk": ROOM}, "diagonal", 5, 64),
     # mixed
     Case("cpu", {"host": 0.5, "disk": 0.5}, {"host": ROOM, "disk": ROOM}, "diagonal", 16, 32),
-    Case("sim", {"device": 0.2, "host": 0.3, "disk": 0.5}, {"device": ROOM, "host": ROOM, "disk": ROOM}, "diagonal", 16, 64),
     Case("sim", {"device": 0.5, "disk": 0.5}, {"device": 640, "host": ROOM}, "diagonal", 7, 17),
     # schedules
     Case("cpu", {"host": 0.3, "disk": 0.7}, {"host": ROOM}, "zigzag", 6, 64),
-    Case("cpu", {"disk": 1.0}, {"host": ROOM}, "row", 16, 64),
-    Case("sim", {"host": 0.6, "disk": 0.4}, {"device": ROOM, "host": ROOM, "disk": ROOM}, "zigzag", 16, 32),
     Case("sim", {"device": 0.4, "host": 0.6}, {"host": ROOM}, "row", 16, 128),
     Case("cpu", {"host": 1.0}, {"disk": ROOM}, "zigzag", 5, 16),
     # block and micro-batch sizes; pools that hold a few sequences only
     Case("cpu", {"host": 0.9, "disk": 0.1}, {"host": TIGHT}, "diagonal", 16, 64),
     Case("cpu", {"disk": 1.0}, {"host": TIGHT, "disk": TIGHT}, "diagonal", 16, 8),
-    Case("sim", {"host": 0.5, "disk": 0.5}, {"device": TIGHT, "host": TIGHT, "disk": TIGHT}, "diagonal", 16, 64),
     Case("cpu", {"host": 1.0}, {"host": ROOM}, "diagonal", 1, 64),
     Case("cpu", {"host": 1.0}, {"host": ROOM}, "diagonal", 16, 1),
     Case("sim", {"device": 1.0}, {"host": ROOM}, "diagonal", 16, 16),
 ]
 
 
+@pytest.mark.matrix(5, always=[f"{model}-{case}" for case, model in zip(ALWAYS, itertools.cycle(MODELS), strict=False)])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_answers_are_those_of_transformers(checkpoint: Checkpoint, case: Case, tmp_path: Path) -> None:
     with Run(checkpoint, case.policy(checkpoint), tmp_path, device_bytes=64 << 20) as run:
@@ -254,6 +264,7 @@ def test_answers_are_those_of_transformers(checkpoint: Checkpoint, case: Case, t
         assert not any(tmp_path.iterdir()), "spill files are unlinked"
 
 
+@pytest.mark.matrix(1)
 def test_a_second_run_of_the_same_engine(checkpoint: Checkpoint, tmp_path: Path) -> None:
     case = Case("sim", {"host": 0.5, "disk": 0.5}, {"device": ROOM, "host": ROOM}, "diagonal", 5, 64)
     with Run(checkpoint, case.policy(checkpoint), tmp_path, device_bytes=64 << 20) as run:
@@ -264,6 +275,7 @@ def test_a_second_run_of_the_same_engine(checkpoint: Checkpoint, tmp_path: Path)
         assert run.answers() == checkpoint.answers
 
 
+@pytest.mark.matrix(2, always=["novels_qwen3-cpu-host-diagonal", "novels_opt-sim-disk-diagonal"])
 @pytest.mark.parametrize(
     ("device", "tier", "schedule"),
     [
@@ -289,6 +301,7 @@ def test_wrong_forecasts_are_repaired(
         assert preemptions == sum(result.num_preemptions for result in results.values()) > 0
 
 
+@pytest.mark.matrix(1, always=["novels_qwen3-sim-zigzag"])
 @pytest.mark.parametrize(("device", "schedule"), [("cpu", "diagonal"), ("sim", "zigzag"), ("cpu", "row")])
 def test_a_request_that_never_fits_fails_alone(checkpoint: Checkpoint, device: str, schedule: str, tmp_path: Path) -> None:
     """Too long a prompt, and too long an answer; before, among and after others."""
@@ -393,6 +406,7 @@ RESUMED = [
 ]
 
 
+@pytest.mark.matrix(1)
 @pytest.mark.parametrize("case", RESUMED, ids=str)
 def test_an_answer_goes_on_wherever_it_was_cut(checkpoint: Checkpoint, case: Case, tmp_path: Path) -> None:
     """Every answer, cut at every token, all in one run; what is computed again is counted as such."""
@@ -409,6 +423,7 @@ def test_an_answer_goes_on_wherever_it_was_cut(checkpoint: Checkpoint, case: Cas
     assert counts.recomputed_tokens == sum(len(request.prompt_token_ids) + count - 1 for request, count in cut if count)
 
 
+@pytest.mark.matrix(1)
 def test_a_resumed_answer_may_be_preempted(checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And be computed a third time; penalties and log probabilities still count all of it."""
     monkeypatch.setattr(LengthForecast, "expect", lambda self, max_tokens: 1)
@@ -439,6 +454,7 @@ class Interrupted(Exception):
     """What a caller may raise."""
 
 
+@pytest.mark.matrix(1)
 @pytest.mark.parametrize("every", [1, 4])
 def test_a_run_that_is_interrupted_again_and_again(checkpoint: Checkpoint, every: int, tmp_path: Path) -> None:
     """Only results and what `on_pass` once told live on, even if it was told some passes before; answers are those of a whole run."""
@@ -493,6 +509,7 @@ def test_what_a_pass_tells(checkpoint: Checkpoint, tmp_path: Path) -> None:
         assert told.get(request.index, []) == beginnings
 
 
+@pytest.mark.matrix(3, always=["novels_qwen3-cpu-40"])
 @pytest.mark.parametrize("num_reads", [0, 40, 150])
 @pytest.mark.parametrize("device", ["cpu", "sim"])
 def test_a_failing_disk_ends_the_run(

@@ -120,6 +120,7 @@ CASES = [
 ]
 
 
+@pytest.mark.matrix(2, always=[str(CASES[0]), str(CASES[13])])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_a_prefix_is_computed_once(
     checkpoint: Checkpoint, wanted: dict[int, TokenResult], case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -135,6 +136,7 @@ def test_a_prefix_is_computed_once(
         assert run.num_shared == 0
 
 
+@pytest.mark.matrix(2, always=["diagonal-sim-kv4"])
 @pytest.mark.parametrize(
     ("device", "kv"),
     [
@@ -178,6 +180,7 @@ def test_shared_pages_are_held_once(checkpoint: Checkpoint, tier: str, tmp_path:
         assert run.engine.log.passes.num_passes == 8 + (tier == "disk") < num_passes, "one block; on disk the others begin a pass later"
 
 
+@pytest.mark.matrix(1)
 @pytest.mark.parametrize(
     ("device", "tier", "schedule"),
     [("cpu", "host", "diagonal"), ("cpu", "disk", "diagonal"), ("sim", "device", "zigzag"), ("sim", "host", "diagonal")],
@@ -255,9 +258,8 @@ def answered(model: Any, chosen: Any, requests: list[TokenRequest], prefixes: Co
         return {index: result.token_ids for index, result in results.items()}, engine.log.counts.shared_prompt_tokens
 
 
-@pytest.mark.parametrize(
-    "place", ["cpu-host", *(pytest.param(place, marks=[pytest.mark.slow] * (PLACES[place][0] == "sim")) for place in PLACES)]
-)
+@pytest.mark.matrix(3, always=["llama-cpu-host", "gemma3_text-cpu-disk", "deepseek_v3-sim-mixed"])
+@pytest.mark.parametrize("place", ["cpu-host", *PLACES])
 @pytest.mark.parametrize("model_type", REPRESENTATIVES)
 def test_every_kind_of_attention(model_type: str, place: str, tmp_path: Path) -> None:
     """Prompts are longer than the tiny models' windows and chunks, and lie on both sides of what changes rotary frequencies."""

@@ -166,7 +166,6 @@ class Scalar:
         ("repetition_penalty", 1e-38, 1e-38), ("repetition_penalty", 1e38, 1e38), ("temperature", 1e-320, 1e-320),
         ("top_p", 5e-324, 5e-324),
     ],
-    ids=str,
 )  # fmt: skip
 def test_numbers_and_lists_of_others_become_plain(name: str, given: Any, wanted: object) -> None:
     value = getattr(SamplingParams(**{name: given}), name)

@@ -52,8 +52,11 @@ def test_a_plan_as_json() -> None:
     assert read_machine(json.dumps(plan["machine"])).name == "rtx4090-64gb"
 
 
+QUICK = ("--schedule", "zigzag", "--kv", "host=1", "--micro-batch-tokens", 512)  # little is left to search
+
+
 def test_shorter_requests_and_what_they_cost() -> None:
-    job = ("plan", "opt-30b", "--machine", "t4-gcp", "--num-requests", 200)
+    job = ("plan", "opt-30b", "--machine", "t4-gcp", "--num-requests", 200, "--weights", "host=1", *QUICK)
     told = flexgen(*job, "--pareto").stdout.splitlines()
     curve = [line.split() for line in told[told.index("what shorter requests cost:") + 2 :]]
     assert len(curve) >= 2
@@ -75,7 +78,7 @@ def test_what_fits_the_device_and_what_does_not_run_yet_is_said() -> None:
 
 
 def test_what_a_narrower_dtype_would_gain_is_said_where_it_is_much() -> None:
-    job = ("plan", "opt-30b", "--machine", "t4-gcp", "--num-requests", 200)
+    job = ("plan", "opt-30b", "--machine", "t4-gcp", "--num-requests", 200, "--weights", "host=1", *QUICK)
     wide, narrow = (json.loads(flexgen(*job, "--json", "--dtype", dtype).stdout) for dtype in ("float32", "bfloat16"))
     faster = wide["faster_format"]
     assert faster["dtype"] == "bfloat16"
@@ -116,7 +119,7 @@ def test_lines_that_cannot_be_answered_are_left_out_of_a_plan(tmp_path: Path) ->
 
 
 def test_a_common_beginning_is_computed_once() -> None:
-    job = ("plan", "opt-30b", "--machine", "t4-gcp", "--prompt-len", 1000, "--gen-len", 4, "--num-requests", 200, "--json")
+    job = ("plan", "opt-30b", "--machine", "t4-gcp", "--prompt-len", 1000, "--gen-len", 4, "--num-requests", 200, "--json", *QUICK)
     seconds = [
         json.loads(flexgen(*job, *more).stdout)["forecast"]["seconds"]
         for more in ((), ("--prefix-len", 0), ("--prefix-len", 960), ("--prefix-len", 960, "--no-prefix-sharing"))
@@ -165,7 +168,7 @@ def test_an_input_is_read_as_run_would(chats: Path) -> None:
 
 def test_an_input_for_a_shipped_model_needs_a_tokenizer_and_no_network(chats: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("the hub was asked"))
-    job = ("--machine", "t4-gcp", "--input", chats / "in.jsonl", "--tokenizer", NOVELS, "--chat-template", chats / "chat.jinja")
+    job = ("--machine", "t4-gcp", "--input", chats / "in.jsonl", "--tokenizer", NOVELS, "--chat-template", chats / "chat.jinja", *QUICK)
     lengths = [forecast_of(model, *job)["prompt_tokens"] for model in ("opt-30b", "facebook/OPT-30B", "opt-175b")]
     assert lengths[0] == lengths[1] == lengths[2] > 10
     assert not list(Path(tempfile.gettempdir()).glob("flexgen-plan-*"))

@@ -424,6 +424,7 @@ def ten(tmp_path: Path) -> Path:
     return write(tmp_path / "in.jsonl", *({**GOOD, "id": n} for n in range(10)))
 
 
+@pytest.mark.matrix(1)
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_ends_the_pass_and_the_same_command_goes_on(
     model_folder: Path, ten: Path, output: Path, number: int, code: int, engines: list[FakeEngine]

@@ -147,6 +147,7 @@ def test_answers_that_standard_output_does_not_take_are_kept(place: Path) -> Non
     assert [json.loads(line)["id"] for line in exported.stdout.splitlines()] == ["a", "b"]
 
 
+@pytest.mark.matrix(3, always=[">&--run --help", ">/dev/full-status done.jsonl", ">&- 2>&--export done.jsonl --to -"])
 @pytest.mark.parametrize(
     "args", ["--help", "run --help", "--version", "status done.jsonl", "status done.jsonl --json", "export done.jsonl --to -"]
 )

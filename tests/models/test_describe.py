@@ -73,6 +73,7 @@ def check_every_byte_is_counted_once(model: LoadedModel) -> None:
     assert spec.embedding_bytes + sum(tensor.nbytes for tensor in tensors) + model.unused_bytes == model.total_bytes
 
 
+@pytest.mark.matrix(20, always=["llama", "qwen3_moe", "gpt_oss", "deepseek_v3", "opt", "llama-tied"])
 @pytest.mark.parametrize("name", [*SUPPORTED, *VARIANTS])
 def test_bytes_are_those_of_the_checkpoint(name: str, tmp_path: Path) -> None:
     write_random_checkpoint(config_of(name), tmp_path, torch.float32, shard_bytes=SHARD_BYTES)

@@ -7,12 +7,16 @@ chunked and late.
 from __future__ import annotations
 
 import copy
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, GenerationConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from flexgen.checkpoint.parameters import Checkpoint
 from flexgen.engine.engine import Engine
@@ -97,6 +101,8 @@ def ring_bytes(model: LoadedModel) -> int:
     return 2 * max(max(layout.staging_bytes, layout.packed_bytes) for layout in model.layouts)
 
 
+# Beside those of REPRESENTATIVES, which are in every run below.
+@pytest.mark.matrix(12, always=["llama", "gpt2", "llama-dynamic", "llama-longrope"])
 @pytest.mark.parametrize("name", [*SUPPORTED, *VARIANTS])
 def test_same_answers_as_transformers(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model_type, changes = VARIANTS.get(name, (name, {}))
@@ -108,6 +114,13 @@ def test_same_answers_as_transformers(name: str, tmp_path: Path, monkeypatch: py
     requests = requests_for(model.spec.vocab_size)
     chosen = policy(weights=STREAMED, kv=IN_MEMORY, ring_bytes=ring_bytes(model))
     assert_equal(answered(model, chosen, requests, monkeypatch), expected(reference, requests))
+
+
+@pytest.mark.slow
+def test_every_type_that_declares_an_attention_backend_is_tested() -> None:
+    """What is read in the files is what the classes have."""
+    classes = {model_type: getattr(transformers, name) for model_type, name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items()}
+    assert set(CAUSAL_TYPES) == {each for each, it in classes.items() if getattr(it, "_supports_attention_backend", False)}
 
 
 def check_spec(model: LoadedModel, folder: Path) -> None:
@@ -140,23 +153,27 @@ def test_attention_that_is_not_causal_is_refused(model_type: str, tmp_path: Path
 
 
 @pytest.fixture(scope="module")
-def representatives(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Expected]]:
-    """Saved models, and what transformers answers with them."""
-    made = {}
-    for model_type in REPRESENTATIVES:
+def representative(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Expected]]:
+    """A saved model of a type, and what transformers answers with it."""
+
+    @functools.cache
+    def made(model_type: str) -> tuple[Path, Expected]:
         folder = tmp_path_factory.mktemp(model_type)
         reference = build(tiny_config(model_type))
         save(reference, folder)
-        made[model_type] = folder, expected(reference, requests_for(128))
+        return folder, expected(reference, requests_for(128))
+
     return made
 
 
+# Each mechanism once, on a different place in turn.
+@pytest.mark.matrix(5, always=[f"{model}-{place}" for model, place in zip(REPRESENTATIVES, [*PLACES, *PLACES], strict=True)])
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("model_type", REPRESENTATIVES)
 def test_places_do_not_change_answers(
-    model_type: str, place: str, representatives: dict[str, tuple[Path, Expected]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model_type: str, place: str, representative: Callable[[str], tuple[Path, Expected]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder, wanted = representatives[model_type]
+    folder, wanted = representative(model_type)
     device, weights, kv = PLACES[place]
     model = describe(folder, tiny_config(model_type))
     chosen = policy(device, weights=weights, kv=kv, ring_bytes=ring_bytes(model))

@@ -6,6 +6,7 @@ nothing about flexgen. `tiny_config` gives the configuration, `vary_constants` f
 
 import copy
 import dataclasses
+from pathlib import Path
 
 import torch
 import transformers
@@ -14,10 +15,15 @@ from transformers.configuration_utils import SubConfigSpec
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+
+def _declares_attention_backend(class_name: str) -> bool:
+    """Whether the file of the class says so: to import all of them would take seconds, in every process that collects tests."""
+    file = Path(transformers.__file__).parent.joinpath(*transformers._class_to_module[class_name].split(".")).with_suffix(".py")
+    return "_supports_attention_backend = True" in file.read_text(encoding="utf-8")
+
+
 CAUSAL_TYPES: tuple[str, ...] = tuple(
-    model_type
-    for model_type, class_name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items()
-    if getattr(getattr(transformers, class_name), "_supports_attention_backend", False)
+    model_type for model_type, class_name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items() if _declares_attention_backend(class_name)
 )
 
 # What a field of this name becomes, in whatever configuration has it. Four layers, so that two kinds of layers alternate twice.

@@ -131,6 +131,7 @@ def test_a_slower_disk_wants_no_fewer_sequences(plan, llama_3b):
     assert live[1] >= live[0]
 
 
+@pytest.mark.slow  # test_optimal.py has a sample of smaller problems in every run
 @pytest.mark.parametrize("lengths", [[(256, 32)] * 96, [(64, 64), (400, 16), (128, 100)] * 30], ids=["equal", "mixed"])
 def test_chooses_as_well_as_brute_force(plan, llama_3b, make_machine, lengths):
     job = Workload(prompt_lens=tuple(s for s, _ in lengths), output_lens=tuple(n for _, n in lengths))
@@ -188,9 +189,10 @@ def test_schedules_set_their_own_quota(plan):
 # Budgets
 
 
-@settings(max_examples=30)
+@pytest.mark.matrix(1)
+@pytest.mark.parametrize("device", ["cpu", "sim", "cuda"])
+@settings(max_examples=10)
 @given(
-    device=st.sampled_from(["cpu", "sim", "cuda"]),
     host=st.floats(0.6, 12),
     device_gib=st.floats(0.3, 8),
     disk=st.sampled_from([0, 50 * GIB]),

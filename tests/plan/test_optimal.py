@@ -66,6 +66,7 @@ def ratio_to_grid(seed, numbers, sizes):
     return found.objective / least if found.refused == refused else 0.0
 
 
+@pytest.mark.matrix(5)
 @pytest.mark.parametrize("seed", range(20))
 def test_never_worse_than_a_grid(seed):
     ratio = ratio_to_grid(seed, COARSE, 1)
@@ -125,13 +126,16 @@ def seconds_on_box(model, box, workload, **pins):
         return math.inf
 
 
-SLOW_BOXES = [
-    pytest.param(*each, marks=pytest.mark.slow)
-    for each in (("opt-6.7b", "t4-gcp", 32), ("opt-6.7b", "a100-80gb-512gb", 128), ("llama-3-70b", "16gb-gpu-64gb", 128))
-]
-
-
-@pytest.mark.parametrize(("model", "box", "output_len"), [("llama-3-8b", "rtx3090-64gb", 128), *SLOW_BOXES])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model", "box", "output_len"),
+    [
+        ("llama-3-8b", "rtx3090-64gb", 128),
+        ("opt-6.7b", "t4-gcp", 32),
+        ("opt-6.7b", "a100-80gb-512gb", 128),
+        ("llama-3-70b", "16gb-gpu-64gb", 128),
+    ],
+)
 def test_freedom_costs_little_on_large_jobs(model, box, output_len):
     """Where policies take long to play, searches end because their effort is spent; fewer choices must not be much better."""
     seconds = functools.partial(seconds_on_box, model, box, Workload(prompt_lens=(512,) * 5000, output_lens=(output_len,) * 5000))
@@ -253,10 +257,11 @@ def test_worth_is_the_gain_from_a_little_more_memory(seed):
 # Bounds on time
 
 
-SLOW_SEEDS = [pytest.param(seed, marks=pytest.mark.slow) for seed in (13, 24, 25, 30, 45, 50)]
+SEEDS = (1, 9, 13, 24, 25, 30, 45, 50)
 
 
-@pytest.mark.parametrize("seed", [1, 9, *SLOW_SEEDS])
+@pytest.mark.matrix(1)
+@pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("share", [0.3, 0.8])
 def test_bounds_are_kept_at_the_least_cost(seed, share):
     instance = instance_of(seed)
@@ -288,7 +293,8 @@ def test_the_job_bound_is_kept():
     assert solved(dataclasses.replace(instance, options=options)).seconds <= free.seconds * 1.02
 
 
-@pytest.mark.parametrize("seed", [1, *SLOW_SEEDS])
+@pytest.mark.matrix(1)
+@pytest.mark.parametrize("seed", SEEDS)
 def test_the_curve_rises_from_short_requests_to_throughput(seed):
     space = instance_of(seed).space()
     curve = pareto(space)
@@ -300,6 +306,7 @@ def test_the_curve_rises_from_short_requests_to_throughput(seed):
     assert curve[-1].tokens_per_s >= space.workload.output_tokens / best.seconds / TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0.1, 0.5])
 def test_more_effort_finds_little_more_under_bounds_on_large_jobs(share):
     """A job whose policies take long to play, where searches end because their effort is spent."""
@@ -315,6 +322,7 @@ def test_more_effort_finds_little_more_under_bounds_on_large_jobs(share):
 # Pins and budgets
 
 
+@pytest.mark.matrix(4)
 @pytest.mark.parametrize("seed", range(300, 312))
 def test_pins_stay_and_budgets_hold(seed):
     instance = instance_of(seed)
@@ -339,6 +347,7 @@ def test_pins_stay_and_budgets_hold(seed):
     assert {type(each) for each in numbers} <= {int, float, str, bool, dict}
 
 
+@pytest.mark.matrix(16)
 @pytest.mark.parametrize("seed", range(400, 480))
 def test_the_smallest_change_makes_it_fit(seed):
     """Budgets cut below the least: exactly what the message asks for is enough, and 2 MiB less is not."""

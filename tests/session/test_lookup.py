@@ -107,6 +107,7 @@ def from_hub(hub: StandIn, home: Path) -> ModelSpec:
     return ModelSpec.from_json(done.stdout)
 
 
+@pytest.mark.matrix(1)
 @pytest.mark.parametrize("model_type", ["llama", "qwen3_moe"])
 def test_a_repository_by_its_headers(hub: StandIn, tmp_path: Path, model_type: str) -> None:
     """Nothing but the first bytes of weight files is asked for, and the numbers are those of the files."""
