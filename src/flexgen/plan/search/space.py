@@ -85,7 +85,7 @@ class Space:
     ) -> None:
         if options.dtype not in DTYPE_BYTES:
             raise OptionError(f"dtype={options.dtype!r}: a plan needs one of {', '.join(DTYPE_BYTES)}")
-        self.options, self.spec, self.machine, self.limits, self.workload = options, spec, machine, limits, workload
+        self.options, self.spec, self.machine, self.workload = options, spec, machine, workload
         self.dtype = options.dtype
         self.on_cpu = limits.device == "cpu"
         self.computing = "host" if self.on_cpu else "device"
@@ -94,9 +94,7 @@ class Space:
         for tier in TIERS:
             if self.kv is not None and getattr(self.kv, tier) > 0 and tier not in kv_tiers:
                 raise OptionError(f"kv={options.kv!r}: KV can live on {' or '.join(kv_tiers)} here, not on {tier}")
-        self.disk_bytes = limits.disk_bytes if "disk" in kv_tiers and not limits.offload_in_memory else 0
-        there_is = {"device": not self.on_cpu, "host": True, "disk": self.disk_bytes > 0}
-        self.kv_tiers = tuple(tier for tier in TIERS if tier in kv_tiers and there_is[tier])
+        self._allowed_kv_tiers = kv_tiers
         self.sizes = JobSizes(spec, workload, PAGE_TOKENS)
         self.layouts = Layouts(spec, limits.device)
         self.weight_bytes = sum(memory_bytes(unit) for unit in spec.units)
@@ -109,6 +107,15 @@ class Space:
         self._read_ahead = 2 * layer / max(spec.kv_bytes_per_token, 1)
         self._tails = PAGE_TOKENS * spec.kv_bytes_per_token / self.sizes.mean
         self.staged = self._read_ahead + self._tails
+        self._take_limits(limits)
+
+    def _take_limits(self, limits: Limits) -> None:
+        """Set what follows from the budgets."""
+        self.limits = limits
+        allowed = self._allowed_kv_tiers
+        self.disk_bytes = limits.disk_bytes if "disk" in allowed and not limits.offload_in_memory else 0
+        exists = {"device": not self.on_cpu, "host": True, "disk": self.disk_bytes > 0}
+        self.kv_tiers = tuple(tier for tier in TIERS if tier in allowed and exists[tier])
 
     def micro_batches(self) -> list[int]:
         """From the rows at which dense rates are near their best even for experts, which see a part of them, to what fits anywhere.
@@ -298,7 +305,8 @@ class Space:
     def within(self, limits: Limits) -> Space:
         """The same with other budgets."""
         again = copy.copy(self)
-        again.limits, again.drafts = limits, self.drafts.within(limits)
+        again.drafts = self.drafts.within(limits)
+        again._take_limits(limits)
         return again
 
     def smallest(self, weights: Fractions, *, spills: bool) -> Policy:
