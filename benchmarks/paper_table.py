@@ -130,7 +130,7 @@ def priced(name: str, machine: Machine, spec: ModelSpec) -> float:
         page_tokens=16, compute_threads=1, io_threads=1,
     )  # fmt: skip
     block = job(published.num_sequences)
-    return block.output_tokens / float(Expectation(spec, machine, spec.dtype).passes(simulate(spec, policy, block), policy).sum())
+    return block.output_tokens / float(simulate(spec, policy, block).seconds(Expectation(spec, machine, spec.dtype), policy).sum())
 
 
 def job(num_requests: int) -> Workload:

@@ -4,7 +4,7 @@ import dataclasses
 import random
 
 import pytest
-from plan.instances import PROCESS_BYTES, TIERS, instance_of
+from plan.instances import TIERS, instance_of
 
 from flexgen.base.sizes import GIB
 from flexgen.plan.search.space import Point

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from flexgen.errors import OptionError
 
+PAGE_TOKENS = 16  # of a page of KV, in every plan
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fractions:
@@ -46,12 +48,12 @@ class Policy:
     dtype: str
     weights: Fractions
     kv: Fractions
-    kv_device_bytes: int
-    kv_host_bytes: int
-    kv_disk_bytes: int
-    host_ring_bytes: int
-    device_ring_bytes: int
-    workspace_bytes: int
+    kv_device_bytes: int = 0
+    kv_host_bytes: int = 0
+    kv_disk_bytes: int = 0
+    host_ring_bytes: int = 0
+    device_ring_bytes: int = 0
+    workspace_bytes: int = 0
     embedding_resident: bool
     schedule: str
     max_num_seqs: int

@@ -14,13 +14,13 @@ from dataclasses import dataclass, field
 from flexgen.base.durations import format_seconds
 from flexgen.errors import CapacityError
 from flexgen.plan.policy import Policy
-from flexgen.plan.search.bounds import Bounds
-from flexgen.plan.search.evaluate import Outcome, Player
+from flexgen.plan.price.requests import RequestLoad
+from flexgen.plan.search.evaluate import Bounds, Outcome, Player
 from flexgen.plan.search.moves import Improvement, climb, refine, wander
 from flexgen.plan.search.shortage import shortage
 from flexgen.plan.search.space import Point, Space
 from flexgen.plan.search.starts import BOUNDED_CAPS, NEAR, starts, steady_states, varied, varied_places, varied_wholes
-from flexgen.plan.search.steady import MeanSequence, Steady
+from flexgen.plan.search.steady import Steady
 
 # Effort (see play.py) of the stages of a search.  The first size of micro-batches that fits, under any bounds.
 FIRST_SIZE_EFFORT = 36_000
@@ -80,7 +80,7 @@ class Search:
     def __init__(self, space: Space, *, patience: float = 1.0) -> None:
         self.space, self.player = space, Player(space)
         self._patience = patience
-        self._mean = MeanSequence.of(space.spec, space.workload)
+        self._mean = RequestLoad.of(space.spec, space.workload).mean()
         self._found: dict[Point, None] = {}
         self._solved = functools.cache(functools.partial(steady_states, space, self.player.expectation, self._mean))
 

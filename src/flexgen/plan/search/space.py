@@ -16,13 +16,11 @@ from flexgen.errors import OptionError
 from flexgen.options import TIERS, EngineOptions, parse_placement
 from flexgen.plan.machine import Limits, Machine
 from flexgen.plan.model import ModelSpec
-from flexgen.plan.play.sampling import JobSizes
-from flexgen.plan.play.simulate import PAGE_TOKENS
-from flexgen.plan.policy import Fractions, Policy
-from flexgen.plan.price.layout import Layouts
-from flexgen.plan.price.pools import first_of, kv_pools, placed_weights, pool_fractions
+from flexgen.plan.policy import PAGE_TOKENS, Fractions, Policy
+from flexgen.plan.price.memory import PlacedWeights
+from flexgen.plan.price.requests import JobSizes
 from flexgen.plan.price.work import DTYPE_BYTES, active_share, memory_bytes
-from flexgen.plan.search.drafts import Drafts
+from flexgen.plan.search.drafts import Drafts, first_of, kv_pools, placed_weights, pool_fractions
 from flexgen.plan.search.steady import Room
 from flexgen.plan.workload import Workload
 
@@ -96,10 +94,10 @@ class Space:
                 raise OptionError(f"kv={options.kv!r}: KV can live on {' or '.join(kv_tiers)} here, not on {tier}")
         self._allowed_kv_tiers = kv_tiers
         self.sizes = JobSizes(spec, workload, PAGE_TOKENS)
-        self.layouts = Layouts(spec, limits.device)
+        self.placed = PlacedWeights(spec, limits.device)
         self.weight_bytes = sum(memory_bytes(unit) for unit in spec.units)
         self.drafts = Drafts(
-            spec, machine, limits, self.sizes, self.layouts, dtype=self.dtype, process_bytes=process_bytes, kv=self.kv,
+            spec, machine, limits, self.sizes, self.placed, dtype=self.dtype, process_bytes=process_bytes, kv=self.kv,
             num_seqs=options.max_num_seqs or 1,
         )  # fmt: skip
         # Two layers of all KV on disk are staged: one that is attended to, one on its way.  And a page per sequence.
@@ -256,7 +254,7 @@ class Space:
         """Shares of what is left for weights beside the rings and the KV of one request; all of them where that fits."""
         room = self._weights_room(bare, on_device)
         placed = placed_weights(self.weight_bytes, self.limits.device, room["device"], room["host"], on_device, on_host)
-        tiers = self.layouts.of(placed).tiers
+        tiers = self.placed.of(placed).tiers
         lived = {tier: share for tier in TIERS if (share := getattr(placed, tier)) and tier in tiers}  # no share without a unit
         return Fractions(**{tier: share / sum(lived.values()) for tier, share in lived.items()})
 

@@ -8,8 +8,9 @@ from itertools import product
 from typing import Any
 
 from flexgen.plan.price.pass_time import Expectation
+from flexgen.plan.price.requests import RequestLoad
 from flexgen.plan.search.space import LEAST_SPILL, Point, Space
-from flexgen.plan.search.steady import MeanSequence, Steady, SteadyState
+from flexgen.plan.search.steady import Steady, SteadyState
 
 # Prompt quotas that are tried near the steady states, and at the corners; and caps, where requests may not take long.
 BOUNDED_CAPS = (1.0, 0.4, 0.15)
@@ -72,7 +73,7 @@ def _near(best: Point, space: Space) -> list[int]:
 def steady_states(
     space: Space,
     expectation: Expectation,
-    mean: MeanSequence,
+    mean: RequestLoad,
     micro_batch_tokens: int,
     *,
     pass_seconds: float | None = None,
