@@ -14,8 +14,10 @@ from flexgen.base.sizes import GIB
 from flexgen.plan.play.simulate import simulate
 from flexgen.plan.policy import Fractions
 from flexgen.plan.price.work import unit_homes
+from flexgen.plan.search.evaluate import Bounds
 from flexgen.plan.search.ideal import Budgets, budgets_of, least_ideal_seconds
-from flexgen.plan.search.solve import solve
+from flexgen.plan.search.optimise import Search
+from flexgen.plan.search.solve import space_of
 from flexgen.plan.workload import Workload
 
 
@@ -150,6 +152,7 @@ def test_the_plan_is_never_better_than_the_least(llama_3b, make_machine, make_li
         job = Workload(
             prompt_lens=tuple(draw.randrange(20, 600) for _ in range(60)), output_lens=tuple(draw.randrange(4, 80) for _ in range(60))
         )
-        policy = solve(make_options(), llama_3b, make_machine(), limits, job, process_bytes=process_bytes).policy
+        space = space_of(make_options(), llama_3b, make_machine(), limits, job, process_bytes=process_bytes)
+        policy = Search(space).best(Bounds()).policy
         least = least_ideal_seconds(llama_3b, make_machine(), job, budgets_of(limits, llama_3b, process_bytes), "bfloat16")
         assert least <= simulate(llama_3b, policy, job).busiest_seconds(make_machine(), "bfloat16")

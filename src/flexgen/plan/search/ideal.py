@@ -28,7 +28,7 @@ from flexgen.options import TIERS
 from flexgen.plan.machine import Limits, Machine
 from flexgen.plan.model import ModelSpec
 from flexgen.plan.policy import Fractions, Policy
-from flexgen.plan.price.requests import RequestLoad, attended_tokens
+from flexgen.plan.price.requests import RequestLoad
 from flexgen.plan.price.work import PassWork, attended_bytes, ideal_seconds, memory_bytes, price, weights_work
 from flexgen.plan.search.steady import Minimum, minimum
 from flexgen.plan.workload import Workload
@@ -85,55 +85,64 @@ def least_ideal_seconds(spec: ModelSpec, machine: Machine, workload: Workload, b
 
 
 class _Program:
-    """The coefficients: seconds by resource and bytes by tier, of kinds of units and of requests, by home."""
+    """The coefficients of the program: seconds by resource and bytes by tier, of kinds of units and of requests, by home.
+
+    Attributes:
+        output_lens: tokens of all answers.
+    """
 
     def __init__(self, spec: ModelSpec, machine: Machine, workload: Workload, budgets: Budgets, dtype: str) -> None:
-        self._spec, self._machine, self._dtype = spec, machine, dtype
+        self._spec, self._machine, self._policy = spec, machine, _bare_policy(budgets.device, dtype)
         self._tiers = ("host", "disk") if budgets.device == "cpu" else TIERS
         self._room = np.array([getattr(budgets, f"{tier}_bytes") for tier in self._tiers], dtype=np.float64)
-        self._policy = _bare_policy(budgets.device, dtype)
-        units = Counter(dataclasses.replace(unit, name="") for unit in spec.units)
-        in_memory = np.array([tier != "disk" for tier in self._tiers])
-        # Axes: resource or tier, kind of unit, home.
-        self._unit_seconds = np.stack(
-            [self._seconds(weights_work(dataclasses.replace(spec, units=(unit,)), (tier,), budgets.device)) * number
-             for unit, number in units.items() for tier in self._tiers], axis=-1,
-        ).reshape(-1, len(units), len(self._tiers))  # fmt: skip
-        held = np.array([memory_bytes(unit) * number for unit, number in units.items()], dtype=np.float64)
-        self._unit_bytes = np.diag(in_memory.astype(np.float64))[:, None, :] * held[None, :, None]
+        self.output_lens = np.array(workload.answer_lens)
+        self._take_units()
         self._take_requests(workload)
 
-    def _take_requests(self, workload: Workload) -> None:
-        columns = np.array([workload.answer_lens, workload.prompt_lens, workload.found_lens])
-        (outputs, prompts, found), self._counts = np.unique(columns, axis=1, return_counts=True)
-        self.output_lens = np.repeat(outputs, self._counts)
-        self._outputs, self._own = outputs, prompts - found
-        alone = Workload(prompt_lens=tuple(prompts), output_lens=tuple(outputs), shared_lens=tuple(found))
-        load, own = RequestLoad.of(self._spec, alone), prompts - found
-        no_prompts = dataclasses.replace(load, prompt_tokens=0 * own, num_prompts=0 * own, prompt_pairs=(0,) * len(load.prompt_pairs))
-        beyond = RequestLoad.of(self._spec, Workload(prompt_lens=tuple(own), output_lens=tuple(outputs)))
-        nexts = [self._request_seconds(no_prompts, beyond, tier) for tier in self._tiers]
-        wholes = [self._request_seconds(load, beyond, tier) for tier in self._tiers]
-        # Axes: resource or tier, request, home.
-        self._life_seconds = np.stack(wholes, axis=-1)
-        self._prompt_seconds = np.stack([whole - rest for whole, rest in zip(wholes, nexts, strict=True)], axis=-1)
-        groups = self._spec.kv_groups
-        windows = [float(group.window or (prompts + outputs).max()) for group in groups]
-        seen = [np.minimum(own, window) + attended_tokens(own, outputs, window) for window in windows]
-        held = np.broadcast_to(np.asarray(attended_bytes(groups, seen), dtype=np.float64), own.shape)
-        self._held_bytes = np.eye(len(self._tiers))[:, None, :] * held[None, :, None]
-        self._held = float((held * self._counts).sum())
+    def _take_units(self) -> None:
+        """Arrays of (resources or tiers, kinds of units, homes); weights on disk take no room there."""
+        kinds = Counter(dataclasses.replace(unit, name="") for unit in self._spec.units)
+        alone = [dataclasses.replace(self._spec, units=(unit,)) for unit in kinds]
+        homes = [
+            [
+                self._seconds(weights_work(spec, (tier,), self._policy.device), 1) * number
+                for spec, number in zip(alone, kinds.values(), strict=True)
+            ]
+            for tier in self._tiers
+        ]
+        self._unit_seconds = np.moveaxis(np.array(homes)[..., 0], -1, 0).swapaxes(1, 2)
+        held = np.array([memory_bytes(unit) * number for unit, number in kinds.items()], dtype=np.float64)
+        self._unit_bytes = np.diag([float(tier != "disk") for tier in self._tiers])[:, None, :] * held[:, None]
 
-    def _seconds(self, work: PassWork) -> Floats:
-        """Ideal seconds by resource."""
-        return np.stack([np.asarray(each, dtype=np.float64) for each in ideal_seconds(work, self._machine, self._dtype).values()])
+    def _take_requests(self, workload: Workload) -> None:
+        """Arrays of (resources or tiers, different requests, homes)."""
+        columns = np.array([workload.answer_lens, workload.prompt_lens, workload.found_lens])
+        (self._outputs, prompts, found), self._counts = np.unique(columns, axis=1, return_counts=True)
+        own = prompts - found
+        load, own_load = (
+            RequestLoad.of(self._spec, Workload(prompt_lens=tuple(lengths), output_lens=tuple(self._outputs), shared_lens=shared))
+            for lengths, shared in ((prompts, tuple(found)), (own, ()))
+        )
+        prompt = dataclasses.replace(load, next_tokens=0 * own, attended_tokens=(0 * own,) * len(load.attended_tokens))
+        self._life_seconds, self._prompt_seconds = (
+            np.stack([self._request_seconds(each, own_load, tier) for tier in self._tiers], axis=-1) for each in (load, prompt)
+        )
+        groups = self._spec.kv_groups
+        at_first = [np.minimum(own, group.window or np.inf) for group in groups]
+        held = attended_bytes(groups, [first + seen for first, seen in zip(at_first, own_load.attended_tokens, strict=True)])
+        held = np.broadcast_to(np.asarray(held, dtype=np.float64), own.shape)
+        self._held_bytes = np.eye(len(self._tiers))[:, None, :] * held[:, None]
 
     def _request_seconds(self, load: RequestLoad, own: RequestLoad, home: str) -> Floats:
-        """Seconds of shape (resources, requests); what several requests have in common on disk may be read once for all of them."""
-        shared = [seen - least for seen, least in zip(load.attended_tokens, own.attended_tokens, strict=True)]
+        """Seconds by resource and request; what several requests have in common on disk may be read once for all of them."""
+        shared = [np.maximum(seen - least, 0) for seen, least in zip(load.attended_tokens, own.attended_tokens, strict=True)]
         brought = dataclasses.replace(load.at(home), repeated_tokens={home: shared} if home == "disk" else {})
-        seconds = ideal_seconds(price(brought, self._spec, self._policy, PassWork()), self._machine, self._dtype)
-        return np.stack([np.broadcast_to(np.asarray(each, dtype=np.float64), self._outputs.shape) for each in seconds.values()])
+        return self._seconds(price(brought, self._spec, self._policy, PassWork()), len(self._outputs))
+
+    def _seconds(self, work: PassWork, number: int) -> Floats:
+        """Ideal seconds of so many passes, by resource and pass."""
+        seconds = ideal_seconds(work, self._machine, self._policy.dtype).values()
+        return np.stack([np.broadcast_to(np.asarray(each, dtype=np.float64), (number,)) for each in seconds])
 
     def bound(self, tail: int) -> float:
         """The bound that sets the last `tail` passes apart."""
@@ -158,7 +167,6 @@ class _Program:
         seconds, size, life, prompts, held = (
             part.reshape(len(part), -1) for part in (self._unit_seconds, self._unit_bytes, life, prompts, held)
         )
-        least = max(int(self._outputs.max()), self._held / max(self._room.sum(), 1e-9)) - tail
         units, kinds = (np.kron(np.eye(number), np.ones(tiers)) for number in (num_units, num_kinds))
 
         def rows(fixed: Sequence[Any], before: Floats, within: Floats, requests: Floats) -> Floats:
@@ -181,7 +189,7 @@ class _Program:
         (matrix, limits), (equations, values) = (tuple(map(np.concatenate, zip(*blocks, strict=True))) for blocks in (at_most, equal))
         goal = np.zeros(matrix.shape[1])
         goal[:2] = 1.0
-        bounds = [(0.0, None), (0.0, None), (least, None)] + [(0.0, None)] * (len(goal) - 3)
+        bounds = [(0.0, None), (0.0, None), (float(self._outputs.max() - tail), None)] + [(0.0, None)] * (len(goal) - 3)
         return minimum(goal, matrix, limits, equations, values, bounds)
 
 
