@@ -52,8 +52,10 @@ class Overheads:
     """Seconds that do not depend on how much is moved or computed.
 
     Attributes:
-        per_pass: sampling, admission, bookkeeping. per_sequence: of each next token or prompt, in a pass.
-        per_unit: of each streamed unit, in a pass. per_layer_and_micro_batch: switches, and the modules' own code.
+        per_pass: sampling, admission, bookkeeping.
+        per_sequence: of each next token or prompt, in a pass.
+        per_unit: of each streamed unit, in a pass.
+        per_layer_and_micro_batch: switches, and the modules' own code.
         per_gathered_row: of an embedding that is not resident.
     """
 
@@ -69,7 +71,8 @@ class DiskRequest:
     """What a small read or write costs beside its bytes.
 
     Attributes:
-        seconds: of all I/O threads together: a thousand take a thousand times as long. core_seconds: processor time.
+        seconds: of all I/O threads together: a thousand take a thousand times as long.
+        core_seconds: processor time.
     """
 
     seconds: float
@@ -81,13 +84,19 @@ class Machine:
     """Capacities and rates, measured apart from any run.
 
     Attributes:
-        name: for people. device: "cpu", "cuda" or "sim": where matrix products run.
-        origin: "measured", "datasheet" or "paper". date: of the measurement, ISO. versions: of what was measured with.
+        name: for people.
+        device: "cpu", "cuda" or "sim": where matrix products run.
+        origin: "measured", "datasheet" or "paper".
+        date: of the measurement, ISO.
+        versions: of what was measured with.
         busy_cores: cores that others kept busy meanwhile.
-        cores: usable cores. host_bytes, device_bytes, disk_bytes: what there is in all (device: 0 on "cpu").
+        cores: usable cores.
+        host_bytes, device_bytes, disk_bytes: what there is in all (device: 0 on "cpu").
         disk_read, disk_write: bytes/s of the folder's file system, past the page cache.
-        disk_core_seconds_per_byte: processor time of reading. disk_request: of small reads and writes, each.
-        disk_slowdown: how many times longer reading takes while a CPU device computes. compute_slowdown: computing, while it reads.
+        disk_core_seconds_per_byte: processor time of reading.
+        disk_request: of small reads and writes, each.
+        disk_slowdown: how many times longer reading takes while a CPU device computes.
+        compute_slowdown: computing, while it reads.
         host_memory: bytes/s of plain reads, all cores.
         host_to_device, device_to_host: bytes/s; None where there is no separate device.
         dense: dtype -> FLOP/s of linear layers over rows, on the device that computes.
@@ -159,7 +168,8 @@ class Limits:
 
     Attributes:
         device: "cpu", "cuda" or "sim".
-        host_bytes: for the whole process, interpreter included. host_source: where the number comes from, for people.
+        host_bytes: for the whole process, interpreter included.
+        host_source: where the number comes from, for people.
         host_total_bytes, host_total_source: the hard limit above it (physical memory, a control group, an rlimit).
         device_bytes, device_total_bytes: 0 on a CPU device.
         disk_bytes, disk_total_bytes: of the offload folder's file system, for spilled KV.

@@ -155,7 +155,8 @@ class _Run:
     """Consecutive layers with equal units.
 
     Attributes:
-        first: number of the first layer; None for units outside of layers. layers: how many.
+        first: number of the first layer; None for units outside of layers.
+        layers: how many.
         kinds: of the units of each, in order, as indices into the list of kinds.
     """
 

@@ -37,7 +37,8 @@ class Policy:
         workspace_bytes: reserved for activations and temporary tensors.
         embedding_resident: whether the input embedding stays in memory (rows are gathered from disk otherwise).
         schedule: "diagonal", "zigzag" or "row".
-        max_num_seqs: most sequences alive.  prefill_tokens: most prompt tokens a pass admits.
+        max_num_seqs: most sequences alive.
+        prefill_tokens: most prompt tokens a pass admits.
         micro_batch_tokens: most tokens computed together.
         page_tokens: tokens of a KV page.
         compute_threads, io_threads: threads of the process.

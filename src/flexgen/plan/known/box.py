@@ -42,7 +42,8 @@ def box_of(fields: Mapping[str, Any], name: str) -> Machine:
 
     Args:
         fields: bytes (numbers, or sizes such as "64GB") and rates per second, as printed; `flops` is a number, which counts for bfloat16
-            and float16, or one per dtype. name: of the machine, where they give none.
+            and float16, or one per dtype.
+        name: of the machine, where they give none.
 
     Raises:
         OptionError: with its name, a missing or unknown field, or an impossible value.

@@ -44,8 +44,8 @@ class Samples:
     slow where that matters.
 
     Args:
-        requests: that a sample has at least. entries: groups of requests that enter together, at most; a job of no more requests is
-            its own sample.
+        requests: that a sample has at least.
+        entries: groups of requests that enter together, at most; a job of no more requests is its own sample.
     """
 
     def __init__(self, workload: Workload, *, requests: int = SEARCH_REQUESTS, entries: int = SEARCH_ENTRIES) -> None:

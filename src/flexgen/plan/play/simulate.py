@@ -34,8 +34,11 @@ class Queue:
     """Runs of equal neighbours: each attribute has a number per run.
 
     Attributes:
-        prompt_len, output_len: tokens. reserved_len: of the answer, for which room is kept. most: that each may generate.
-        found_len: leading tokens of the prompt that it finds computed. count: of requests.
+        prompt_len, output_len: tokens.
+        reserved_len: of the answer, for which room is kept.
+        most: that each may generate.
+        found_len: leading tokens of the prompt that it finds computed.
+        count: of requests.
     """
 
     prompt_len: Ints
@@ -77,7 +80,8 @@ class Simulation:
 
     Attributes:
         work: PassWork whose numbers are arrays over the passes.
-        live: sequences in each pass. kv_bytes: home tier -> bytes of pages held during each pass.
+        live: sequences in each pass.
+        kv_bytes: home tier -> bytes of pages held during each pass.
         first_passes, end_passes: of every group of equal requests that entered together, its first pass and the one after its last.
         num_requests: requests of the job.
         num_refused: those of them whose KV can never fit; they are left out.

@@ -105,8 +105,11 @@ class Placement:
     """One placement of all units.
 
     Attributes:
-        held: home tier -> bytes. from_disk, over_link: bytes of the units that stream, and `largest_...` of the largest.
-        scratch_bytes: for decoding what streams. work: what every pass moves. tiers: those with at least one unit.
+        held: home tier -> bytes.
+        from_disk, over_link: bytes of the units that stream, and `largest_...` of the largest.
+        scratch_bytes: for decoding what streams.
+        work: what every pass moves.
+        tiers: those with at least one unit.
     """
 
     held: dict[str, int]

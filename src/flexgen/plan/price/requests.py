@@ -113,10 +113,13 @@ class JobSizes:
     """What a job's requests need: their KV bytes, and the prompt tokens that keep a block full.
 
     Attributes:
-        largest, smallest, all: KV bytes at their longest (all: shared ones once); of a single one with what windowed layers
-            hold of it during its prompt. mean: of a live sequence. layer: of one layer of the longest.
-        prompt_tokens: to compute. shortest_prompt: of them, the fewest of a request. longest_prompt, longest: tokens of a prompt, of a
-            whole sequence.
+        largest, smallest, all: KV bytes at their longest (all: shared ones once); of a single one with what windowed layers hold of it
+            during its prompt.
+        mean: of a live sequence.
+        layer: of one layer of the longest.
+        prompt_tokens: to compute.
+        shortest_prompt: of them, the fewest of a request.
+        longest_prompt, longest: tokens of a prompt, of a whole sequence.
     """
 
     def __init__(self, spec: ModelSpec, workload: Workload, page_tokens: int) -> None:

@@ -38,11 +38,13 @@ class PassWork:
         attention_flops: visible (query, key) pairs of prompts.
         step_flops, step_bytes: of next tokens' attention to KV on the device: FLOPs, and KV bytes read.
         host_step_flops, host_step_bytes: the same where the host attends.
-        host_memory_bytes: what crosses the host's memory bus: disk transfers, copies, decoding, and the KV that next
-            tokens attend to where it lives on the host (weights read by a matrix product are part of its rate).
+        host_memory_bytes: what crosses the host's memory bus: disk transfers, copies, decoding, and the KV that next tokens attend to
+            where it lives on the host (weights read by a matrix product are part of its rate).
         decoded_bytes: what decode stages yield.
-        num_tokens: computed, prompts included. num_sampled: positions that yield a token.
-        num_micro_batches: as few as the policy's size, homes and kinds allow. num_streamed_units: that arrive.
+        num_tokens: computed, prompts included.
+        num_sampled: positions that yield a token.
+        num_micro_batches: as few as the policy's size, homes and kinds allow.
+        num_streamed_units: that arrive.
         num_disk_requests: reads and writes of KV pages on disk; one each of keys and of values per sequence and layer.
     """
 
@@ -77,8 +79,8 @@ class PassLoad:
         prompt_tokens, num_prompts: of sequences admitted by this pass, by home tier of their KV.
         next_tokens: sequences that decode, by home tier of their KV.
         prompt_pairs: visible pairs of the prompts, per KV group (all layers of a group are alike).
-        attended_tokens: home tier -> visible tokens of the next tokens, per KV group. repeated_tokens: of these on disk, those
-            that are read once for several sequences of a micro-batch, counted without the first.
+        attended_tokens: home tier -> visible tokens of the next tokens, per KV group.
+        repeated_tokens: of these on disk, those that are read once for several sequences of a micro-batch, counted without the first.
     """
 
     prompt_tokens: Mapping[str, Any]

@@ -22,8 +22,11 @@ class Drafts:
     """Of one model, machine, job and budget.
 
     Args:
-        dtype: that is computed in. sizes: of the job's requests. process_bytes: resident before any weight is loaded.
-        kv: pinned shares. num_seqs: live sequences that a draft has workspace for.
+        dtype: that is computed in.
+        sizes: of the job's requests.
+        process_bytes: resident before any weight is loaded.
+        kv: pinned shares.
+        num_seqs: live sequences that a draft has workspace for.
     """
 
     def __init__(

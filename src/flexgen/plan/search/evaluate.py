@@ -51,7 +51,9 @@ class Outcome:
     """How a policy did.
 
     Attributes:
-        refused: share of the requests that can never fit. seconds: of the job. request_seconds: of the request that takes longest.
+        refused: share of the requests that can never fit.
+        seconds: of the job.
+        request_seconds: of the request that takes longest.
     """
 
     refused: float

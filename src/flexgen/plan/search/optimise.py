@@ -50,7 +50,9 @@ class Solution:
     """What was found.
 
     Attributes:
-        policy: the best. seconds: that the job should take with it. refused: share of requests that can never fit.
+        policy: the best.
+        seconds: that the job should take with it.
+        refused: share of requests that can never fit.
         request_seconds: of the request that takes longest.
         objective: what was minimised (see play.py).
         point: its place in the space.
@@ -196,7 +198,8 @@ class _Hunt:
     """One look for the best within bounds: what it has found, best first, and the effort that it may spend.
 
     Args:
-        patience: times the effort of its stages. known: points to begin with.
+        patience: times the effort of its stages.
+        known: points to begin with.
     """
 
     def __init__(self, space: Space, player: Player, bounds: Bounds, patience: float, known: Iterable[Point]) -> None:

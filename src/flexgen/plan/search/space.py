@@ -36,9 +36,11 @@ class Point:
 
     Attributes:
         on_device, on_host: of the weights, how much of what fits there.
-        kv_homes: 0 is the device, 1 the host, a half all of both (see `kv_pools`). kv_disk: the disk's share of KV.
+        kv_homes: 0 is the device, 1 the host, a half all of both (see `kv_pools`).
+        kv_disk: the disk's share of KV.
         quota: prompt tokens per pass, from what replaces half of those that end to a whole block.
-        cap: live sequences, of those that fit. embedding: whether it stays, where that has a use and fits.
+        cap: live sequences, of those that fit.
+        embedding: whether it stays, where that has a use and fits.
     """
 
     on_device: float = 0.0

@@ -34,7 +34,8 @@ class Room:
     Attributes:
         memory_bytes: tier -> bytes left for weights, KV, and what grows with the sequences; disk: for KV only.
         sequence_bytes: tier -> bytes that each live sequence takes besides its KV.
-        kv_bytes: of a live sequence, on average. staged: host bytes that a byte of KV on disk takes.
+        kv_bytes: of a live sequence, on average.
+        staged: host bytes that a byte of KV on disk takes.
     """
 
     memory_bytes: Mapping[str, float]
@@ -48,7 +49,9 @@ class Steady:
     """The best steady state.
 
     Attributes:
-        num_seqs: live sequences. tokens_per_s: of output. weights, kv: shares per tier.
+        num_seqs: live sequences.
+        tokens_per_s: of output.
+        weights, kv: shares per tier.
         worth: tier -> relative gain of tokens/s per byte more of it, at the margin (the dual values).
     """
 
@@ -87,7 +90,9 @@ class SteadyState:
         """The steady state of most tokens/s, or None where nothing fits.
 
         Args:
-            max_num_seqs: most live sequences. weights, kv: shares that are pinned, per tier. kv_tiers: where KV may live.
+            max_num_seqs: most live sequences.
+            weights, kv: shares that are pinned, per tier.
+            kv_tiers: where KV may live.
             pass_seconds: what a pass may take at most.
         """
         tiers, count = list(self.weights), len(self.weights)

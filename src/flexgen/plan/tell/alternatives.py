@@ -34,7 +34,8 @@ def faster_format(plan: Plan, plan_in: Callable[[str], Plan | None]) -> FasterFo
     """The narrower dtype that gains most, if that is much.
 
     Args:
-        plan: the job, as it was asked for. plan_in: the same job in another dtype; None where rates for that are not known.
+        plan: the job, as it was asked for.
+        plan_in: the same job in another dtype; None where rates for that are not known.
     """
     others = {dtype: other for dtype in NARROWER.get(plan.policy.dtype, ()) if (other := plan_in(dtype)) is not None}
     gains = [FasterFormat(dtype, plan.forecast.seconds / max(other.forecast.seconds, 1e-9)) for dtype, other in others.items()]
@@ -47,7 +48,8 @@ class ParetoPoint:
     """One plan of the curve.
 
     Attributes:
-        request_seconds: of the request that takes longest, first pass to last. tokens_per_s: of output, end to end.
+        request_seconds: of the request that takes longest, first pass to last.
+        tokens_per_s: of output, end to end.
     """
 
     request_seconds: float

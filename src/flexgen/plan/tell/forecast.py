@@ -36,14 +36,21 @@ class Forecast:
     """A job as it is expected to go.
 
     Attributes:
-        seconds: from the first pass to the last. num_passes, num_requests: of the job. num_refused: requests that can never fit.
-        prompt_tokens, output_tokens: of the job. output_tokens_per_s: end to end.
+        seconds: from the first pass to the last.
+        num_passes, num_requests: of the job.
+        num_refused: requests that can never fit.
+        prompt_tokens, output_tokens: of the job.
+        output_tokens_per_s: end to end.
         full_block_tokens_per_s: of output, in passes with a full block.
-        live_mean: sequences in a pass. request_seconds: of the request that takes longest, from its first pass to its last.
-        pass_seconds: mean of a pass. resource_seconds: resource -> mean seconds in a pass, each by itself.
+        live_mean: sequences in a pass.
+        request_seconds: of the request that takes longest, from its first pass to its last.
+        pass_seconds: mean of a pass.
+        resource_seconds: resource -> mean seconds in a pass, each by itself.
         bottleneck: the resource that decides most of the time.
-        memory_bytes: tier -> part -> bytes reserved. budget_bytes: tier -> bytes.
-        weights_bytes_per_pass: link -> bytes of weights. disk_written_bytes: in all.
+        memory_bytes: tier -> part -> bytes reserved.
+        budget_bytes: tier -> bytes.
+        weights_bytes_per_pass: link -> bytes of weights.
+        disk_written_bytes: in all.
         gain_per_gib: tier -> relative gain of output tokens/s by 1 GiB more of it; empty where unknown.
         gain_per_rate: resource -> the same per relative gain of its rate, with the same policy.
         spill: what KV on disk gains, where it would write more than the weights' bytes; None where it does not, or nobody looked.

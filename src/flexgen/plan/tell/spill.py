@@ -15,7 +15,8 @@ class Spill:
     """Two plans for one job: the best, which writes KV to disk, and the best that does not.
 
     Attributes:
-        chosen: whether the plan is the one that writes. written_bytes: by that one, in all.
+        chosen: whether the plan is the one that writes.
+        written_bytes: by that one, in all.
         seconds, seconds_without: of the job, with and without.
     """
 
