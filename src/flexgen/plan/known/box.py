@@ -43,7 +43,7 @@ def box_of(fields: Mapping[str, Any], name: str) -> Machine:
     Args:
         fields: bytes (numbers, or sizes such as "64GB") and rates per second, as printed; `flops` is a number, which counts for bfloat16
             and float16, or one per dtype.
-        name: of the machine, where they give none.
+        name: name of the machine, where they give none.
 
     Raises:
         OptionError: with its name, a missing or unknown field, or an impossible value.
@@ -86,7 +86,7 @@ def box_of(fields: Mapping[str, Any], name: str) -> Machine:
 
 
 def _check(fields: Mapping[str, Any]) -> None:
-    """Raises OptionError for unknown and missing fields."""
+    """Check for unknown and missing fields."""
     known = (*REQUIRED, *REQUIRED_BY_DEVICE, *OPTIONAL)
     for field in fields:
         if field not in known:

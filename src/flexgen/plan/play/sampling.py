@@ -26,7 +26,9 @@ class Sample:
     """A job that stands for one `scale` times as large.
 
     Attributes:
+        queue: requests of the sample.
         half: every other of its requests; None where the scale is 1.
+        scale: how many times as large as the sample the job is.
     """
 
     queue: Queue
@@ -44,8 +46,8 @@ class Samples:
     slow where that matters.
 
     Args:
-        requests: that a sample has at least.
-        entries: groups of requests that enter together, at most; a job of no more requests is its own sample.
+        requests: fewest requests of a sample.
+        entries: most groups of requests that enter together; a job of no more requests is its own sample.
     """
 
     def __init__(self, workload: Workload, *, requests: int = SEARCH_REQUESTS, entries: int = SEARCH_ENTRIES) -> None:
@@ -121,7 +123,7 @@ def play_sample(spec: ModelSpec, policy: Policy, sample: Sample, *, weights: Pas
     """Play the job that a sample stands for.
 
     Args:
-        weights: what every pass moves of them, where that is known already.
+        weights: what every pass moves of the weights, where that is known already.
     """
     weights = weights or weights_work(spec, unit_homes(spec, policy.weights), policy.device)
     queues = [sample.queue] if sample.half is None else [sample.queue, sample.half]

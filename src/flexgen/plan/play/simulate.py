@@ -34,11 +34,12 @@ class Queue:
     """Runs of equal neighbours: each attribute has a number per run.
 
     Attributes:
-        prompt_len, output_len: tokens.
-        reserved_len: of the answer, for which room is kept.
-        most: that each may generate.
-        found_len: leading tokens of the prompt that it finds computed.
-        count: of requests.
+        prompt_len: tokens of the prompt.
+        output_len: tokens of the answer.
+        reserved_len: tokens of the answer for which room is kept.
+        most: tokens that each may generate.
+        found_len: leading tokens of the prompt that are found computed.
+        count: number of requests.
     """
 
     prompt_len: Ints
@@ -53,7 +54,7 @@ class Queue:
         return int(self.count.sum())
 
     def only(self, chosen: npt.NDArray[np.bool_]) -> Queue:
-        """Without the runs that are not chosen."""
+        """The queue without the runs that are not chosen."""
         return Queue(*(getattr(self, name)[chosen] for name in Queue.__slots__))
 
 

@@ -40,7 +40,14 @@ def reserved(
     small_bytes: int,
     embedding_bytes: int,
 ) -> dict[str, dict[str, int]]:
-    """The same from what is known of the weights: bytes `held` per tier, and scratch for decoding what streams."""
+    """Tier -> part -> bytes that the policy reserves, given what is known of the weights.
+
+    Args:
+        held: tier -> bytes of the weights at home there.
+        decoding_bytes: host memory for decoding what streams to a device.
+        small_bytes: tensors that never move.
+        embedding_bytes: the whole input embedding.
+    """
     computing = {"small tensors": small_bytes, "embedding": embedding_bytes * policy.embedding_resident}
     computing |= {"workspace": policy.workspace_bytes}
     host = {"process": process_bytes, "allowance": allowance_bytes(limits), "weights": held["host"], "KV": policy.kv_host_bytes}
@@ -105,11 +112,14 @@ class Placement:
     """One placement of all units.
 
     Attributes:
-        held: home tier -> bytes.
-        from_disk, over_link: bytes of the units that stream, and `largest_...` of the largest.
-        scratch_bytes: for decoding what streams.
+        held: home tier -> bytes of the weights there.
+        from_disk: bytes that each pass reads from disk.
+        largest_from_disk: bytes of the largest unit among them.
+        over_link: bytes that each pass sends to a separate device.
+        largest_over_link: bytes of the largest unit among them.
+        scratch_bytes: host memory for decoding what streams.
         work: what every pass moves.
-        tiers: those with at least one unit.
+        tiers: tiers that are the home of at least one unit.
     """
 
     held: dict[str, int]
@@ -123,18 +133,18 @@ class Placement:
 
 
 class PlacedWeights:
-    """The layouts of one model's weights on one kind of device."""
+    """The placements of one model's weights on one kind of device, remembered: a search asks for them again and again."""
 
     def __init__(self, spec: ModelSpec, device: str) -> None:
         self._spec, self._device = spec, device
         self._known: dict[Fractions, Placement] = {}
 
     def __len__(self) -> int:
-        """Layouts that are known."""
+        """Number of placements that are known."""
         return len(self._known)
 
     def of(self, weights: Fractions) -> Placement:
-        """The layout that honours these shares."""
+        """The placement that honours these shares."""
         if weights not in self._known:
             self._known[weights] = self._laid_out(weights)
         return self._known[weights]

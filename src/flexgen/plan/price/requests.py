@@ -110,16 +110,18 @@ class RequestLoad:
 
 
 class JobSizes:
-    """What a job's requests need: their KV bytes, and the prompt tokens that keep a block full.
+    """What a job's requests need: KV bytes, and the prompt tokens that keep a block full.
 
     Attributes:
-        largest, smallest, all: KV bytes at their longest (all: shared ones once); of a single one with what windowed layers hold of it
-            during its prompt.
-        mean: of a live sequence.
-        layer: of one layer of the longest.
-        prompt_tokens: to compute.
-        shortest_prompt: of them, the fewest of a request.
-        longest_prompt, longest: tokens of a prompt, of a whole sequence.
+        largest: KV bytes of the largest request at its longest, with what windowed layers hold during its prompt.
+        smallest: KV bytes of the smallest request, counted alike.
+        all: KV bytes of all requests at their longest, shared ones counted once.
+        mean: KV bytes of a live sequence on average.
+        layer: KV bytes of one layer of the longest sequence.
+        prompt_tokens: prompt tokens that the job computes.
+        shortest_prompt: the fewest prompt tokens that a request computes.
+        longest_prompt: tokens of the longest prompt.
+        longest: tokens of the longest prompt and answer.
     """
 
     def __init__(self, spec: ModelSpec, workload: Workload, page_tokens: int) -> None:

@@ -19,13 +19,14 @@ RING_SHARE = 0.05
 
 
 class Drafts:
-    """Of one model, machine, job and budget.
+    """Draft policies for one model, machine, job and budget.
 
     Args:
-        dtype: that is computed in.
-        sizes: of the job's requests.
-        process_bytes: resident before any weight is loaded.
-        kv: pinned shares.
+        sizes: what the job's requests need.
+        placed: placements of the weights.
+        dtype: dtype of computing.
+        process_bytes: resident memory of the process before any weight is loaded.
+        kv: pinned shares of KV; None where they are free.
         num_seqs: live sequences that a draft has workspace for.
     """
 
@@ -99,7 +100,7 @@ class Drafts:
         return {tier: budget - sum(used.get(tier, {}).values()) for tier, budget in budgets.items()}
 
     def used(self, draft: Policy) -> dict[str, dict[str, int]]:
-        """What `footprint` says of the draft."""
+        """Tier -> part -> bytes that the draft reserves, as `footprint` counts."""
         placement = self._placed.of(draft.weights)
         return reserved(
             draft, self._limits, process_bytes=self._process_bytes, held=placement.held, decoding_bytes=placement.scratch_bytes,
@@ -107,7 +108,7 @@ class Drafts:
         )  # fmt: skip
 
     def within(self, limits: Limits) -> Drafts:
-        """The same with other budgets."""
+        """The drafts for the same job within other budgets."""
         again = copy.copy(self)
         again._limits, again._known = limits, {}
         return again

@@ -52,8 +52,8 @@ class Outcome:
 
     Attributes:
         refused: share of the requests that can never fit.
-        seconds: of the job.
-        request_seconds: of the request that takes longest.
+        seconds: duration of the job.
+        request_seconds: duration of the request that takes longest.
     """
 
     refused: float
@@ -62,17 +62,17 @@ class Outcome:
 
 
 def objective(policy: Policy, quota: float, seconds: float) -> float:
-    """What is minimised: seconds, a little more for long passes, for what moves, and for what is written to disk."""
+    """The number to minimise: seconds, and a little more for long passes, for what moves and for what is written to disk."""
     computing = "host" if policy.device == "cpu" else "device"
     moving = 2 - getattr(policy.weights, computing) - getattr(policy.kv, computing) + policy.weights.disk
     return seconds * (1 + LONG_PASS_PENALTY * quota + MOVING_PENALTY * moving + SPILL_PENALTY * policy.kv.disk)
 
 
 class Player:
-    """Plays the policies of a space.
+    """Plays the policies of a space, and remembers how they did.
 
     Attributes:
-        effort: spent so far.
+        effort: effort that was spent so far.
     """
 
     def __init__(self, space: Space) -> None:
@@ -86,7 +86,7 @@ class Player:
 
     @property
     def num_played(self) -> int:
-        """Policies."""
+        """Number of policies that were played."""
         return len(self._known)
 
     def score(self, point: Point, bounds: Bounds) -> Score:
@@ -99,7 +99,7 @@ class Player:
         return outcome.refused, excess, objective(policy, point.quota, outcome.seconds)
 
     def policy(self, point: Point) -> Policy | None:
-        """That of the space, found once."""
+        """The policy of a point, or None where it does not fit."""
         if point not in self._policies:
             known = len(self.space.placed)
             self._policies[point] = self.space.policy(point)
@@ -107,7 +107,7 @@ class Player:
         return self._policies[point]
 
     def seconds(self, point: Point) -> float:
-        """Of the job, with the policy of this point."""
+        """Duration of the job with the policy of this point; infinite where it does not fit."""
         policy = self.policy(point)
         return math.inf if policy is None else self.outcome(policy).seconds
 

@@ -39,8 +39,10 @@ class Point:
         kv_homes: 0 is the device, 1 the host, a half all of both (see `kv_pools`).
         kv_disk: the disk's share of KV.
         quota: prompt tokens per pass, from what replaces half of those that end to a whole block.
-        cap: live sequences, of those that fit.
-        embedding: whether it stays, where that has a use and fits.
+        cap: share of the sequences that fit which may be alive.
+        embedding: whether the embedding stays in memory, where that has a use and fits.
+        schedule: "diagonal", "zigzag" or "row".
+        micro_batch_tokens: most tokens computed together.
     """
 
     on_device: float = 0.0
@@ -55,7 +57,7 @@ class Point:
 
 
 class _Homes(NamedTuple):
-    """Of KV: in memory as `kv_homes` of a point, and on disk."""
+    """Where KV lives: in memory as `kv_homes` of a point says, and the share on disk."""
 
     memory: float
     disk: float
@@ -134,13 +136,13 @@ class Space:
         return [*reversed(sizes), *(tokens for tokens in (256, 128, 64, 32) if tokens < first)]
 
     def schedules(self) -> tuple[str, ...]:
-        """Those to choose from: one micro-batch at a time is for comparisons only."""
+        """Schedules to choose from: one micro-batch at a time is for comparisons only."""
         if self.options.schedule != "auto":
             return (self.options.schedule,)
         return ("diagonal",) if self.options.prefill_tokens is not None else ("diagonal", "zigzag")
 
     def free_axes(self, schedule: str) -> tuple[str, ...]:
-        """What is not pinned, and makes a difference."""
+        """Axes that are not pinned and make a difference."""
         free = set(AXES) - ({"cap"} if self.options.max_num_seqs is not None else set())
         if self.weights is not None:
             free -= {"on_device", "on_host"}
@@ -303,7 +305,7 @@ class Space:
         return {tier: int(getattr(kv, tier) * min(totals)) for tier in TIERS}
 
     def within(self, limits: Limits) -> Space:
-        """The same with other budgets."""
+        """The policies for the same requests within other budgets."""
         again = copy.copy(self)
         again.drafts = self.drafts.within(limits)
         again._take_limits(limits)

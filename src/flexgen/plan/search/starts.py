@@ -82,8 +82,8 @@ def steady_states(
     """The steady states without and with KV on disk, best first.
 
     Args:
-        pass_seconds: what their passes may take at most.
-        near: where it is not pinned, the share of the weights in the memory of what computes, of those that fit there.
+        pass_seconds: most seconds that a pass may take.
+        near: share of the weights that fit where they compute which are at home there, unless it is pinned.
     """
     point = _point(space, space.schedules()[0], micro_batch_tokens)
     found: list[tuple[Steady, bool]] = []

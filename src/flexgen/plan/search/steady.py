@@ -34,7 +34,7 @@ class Room:
     Attributes:
         memory_bytes: tier -> bytes left for weights, KV, and what grows with the sequences; disk: for KV only.
         sequence_bytes: tier -> bytes that each live sequence takes besides its KV.
-        kv_bytes: of a live sequence, on average.
+        kv_bytes: KV bytes of a live sequence on average.
         staged: host bytes that a byte of KV on disk takes.
     """
 
@@ -49,9 +49,10 @@ class Steady:
     """The best steady state.
 
     Attributes:
-        num_seqs: live sequences.
-        tokens_per_s: of output.
-        weights, kv: shares per tier.
+        num_seqs: number of live sequences.
+        tokens_per_s: output tokens per second.
+        weights: share of the weights per tier.
+        kv: share of KV per tier.
         worth: tier -> relative gain of tokens/s per byte more of it, at the margin (the dual values).
     """
 

@@ -1,4 +1,4 @@
-"""What a policy should do with a job: seconds, rates, memory, and what each resource costs; and plans, which are both."""
+"""Plans: the best policy for a job, and its forecast: seconds, rates, memory, and what each resource costs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from flexgen.plan.workload import Workload
 
 # A block counts as full from this share of its most sequences on.
 FULL_BLOCK = 0.9
-# What a faster rate gains is told for a rate so many times as fast.
+# The gain of a faster rate is stated for a rate so many times as fast.
 FASTER = 1.1
 
 
@@ -36,15 +36,17 @@ class Forecast:
     """A job as it is expected to go.
 
     Attributes:
-        seconds: from the first pass to the last.
-        num_passes, num_requests: of the job.
-        num_refused: requests that can never fit.
-        prompt_tokens, output_tokens: of the job.
-        output_tokens_per_s: end to end.
-        full_block_tokens_per_s: of output, in passes with a full block.
-        live_mean: sequences in a pass.
-        request_seconds: of the request that takes longest, from its first pass to its last.
-        pass_seconds: mean of a pass.
+        seconds: time from the first pass to the last.
+        num_passes: number of passes.
+        num_requests: number of requests.
+        num_refused: number of requests that can never fit.
+        prompt_tokens: tokens of all prompts.
+        output_tokens: tokens of all answers.
+        output_tokens_per_s: output tokens per second, from end to end.
+        full_block_tokens_per_s: output tokens per second in passes with a full block.
+        live_mean: mean number of sequences in a pass.
+        request_seconds: time of the request that takes longest, from its first pass to its last.
+        pass_seconds: mean time of a pass.
         resource_seconds: resource -> mean seconds in a pass, each by itself.
         bottleneck: the resource that decides most of the time.
         memory_bytes: tier -> part -> bytes reserved.
@@ -53,7 +55,7 @@ class Forecast:
         disk_written_bytes: in all.
         gain_per_gib: tier -> relative gain of output tokens/s by 1 GiB more of it; empty where unknown.
         gain_per_rate: resource -> the same per relative gain of its rate, with the same policy.
-        spill: what KV on disk gains, where it would write more than the weights' bytes; None where it does not, or nobody looked.
+        spill: what KV on disk gains, where it would write more than the weights' bytes; None where it would not, or was not compared.
     """
 
     seconds: float
@@ -80,7 +82,7 @@ class Forecast:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What would be done, and how it should go."""
+    """A policy for a job, with its forecast."""
 
     spec: ModelSpec
     machine: Machine
@@ -97,8 +99,8 @@ def make_plan(options: EngineOptions, spec: ModelSpec, machine: Machine, limits:
 
     def best(limits: Limits) -> Plan:
         solution = solve(options, spec, machine, limits, workload, process_bytes=process_bytes)
-        told = forecast(solution, spec, machine, limits, workload, process_bytes=process_bytes)
-        return Plan(spec=spec, machine=machine, policy=solution.policy, forecast=told)
+        expectation = forecast(solution, spec, machine, limits, workload, process_bytes=process_bytes)
+        return Plan(spec=spec, machine=machine, policy=solution.policy, forecast=expectation)
 
     plan = best(limits)
     if options.kv is not None or plan.forecast.disk_written_bytes <= spec.checkpoint_bytes:
@@ -119,8 +121,8 @@ def _weighed(plan: Plan, without: Plan, *, asked: bool) -> Plan:
         chosen = plan
     else:
         chosen, spill = without, dataclasses.replace(spill, chosen=False)
-    told = dataclasses.replace(chosen.forecast, spill=spill, budget_bytes=plan.forecast.budget_bytes)
-    return dataclasses.replace(chosen, forecast=told)
+    weighed = dataclasses.replace(chosen.forecast, spill=spill, budget_bytes=plan.forecast.budget_bytes)
+    return dataclasses.replace(chosen, forecast=weighed)
 
 
 def forecast(solution: Solution, spec: ModelSpec, machine: Machine, limits: Limits, workload: Workload, *, process_bytes: int) -> Forecast:
