@@ -10,16 +10,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
-from flexgen.base.quantities import GIB
-from flexgen.options import EngineOptions
-from flexgen.plan.known.machines import find_machine, limits_of
-from flexgen.plan.known.models import catalogue_spec
-from flexgen.plan.machine import Machine
-from flexgen.plan.model import ModelSpec
-from flexgen.plan.paper.case import PaperCase, PaperMachine, PaperPolicy, PaperVariant
-from flexgen.plan.paper.memory import peak_bytes
-from flexgen.plan.paper.price import decode_seconds, layer_seconds, prefill_seconds, throughput
-from flexgen.plan.paper.published import (
+from paper.case import PaperCase, PaperMachine, PaperPolicy, PaperVariant
+from paper.memory import peak_bytes
+from paper.price import decode_seconds, layer_seconds, prefill_seconds, throughput
+from paper.published import (
     MEASURED_DECODE_TOKENS_PER_S,
     MEASURED_TOKENS_PER_S,
     OPT,
@@ -29,7 +23,14 @@ from flexgen.plan.paper.published import (
     VARIANTS,
     WORKLOAD,
 )
-from flexgen.plan.paper.search import best_policy
+from paper.search import best_policy
+
+from flexgen.base.quantities import GIB
+from flexgen.options import EngineOptions
+from flexgen.plan.known.machines import find_machine, limits_of
+from flexgen.plan.known.models import catalogue_spec
+from flexgen.plan.machine import Machine
+from flexgen.plan.model import ModelSpec
 from flexgen.plan.play.simulate import simulate
 from flexgen.plan.policy import Fractions, Policy
 from flexgen.plan.price.pass_time import Expectation
@@ -130,7 +131,7 @@ def priced(name: str, machine: Machine, spec: ModelSpec) -> float:
         page_tokens=16, compute_threads=1, io_threads=1,
     )  # fmt: skip
     block = job(published.num_sequences)
-    return block.output_tokens / float(Expectation(spec, machine, spec.dtype).passes(simulate(spec, policy, block), policy).sum())
+    return block.output_tokens / float(simulate(spec, policy, block).seconds(Expectation(spec, machine, spec.dtype), policy).sum())
 
 
 def job(num_requests: int) -> Workload:

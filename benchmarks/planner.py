@@ -24,7 +24,7 @@ from flexgen.errors import CapacityError
 from flexgen.options import EngineOptions
 from flexgen.plan.known.machines import beside_checkpoint, find_machine, limits_of
 from flexgen.plan.known.models import catalogue_spec
-from flexgen.plan.search.bounds import Bounds
+from flexgen.plan.search.evaluate import Bounds
 from flexgen.plan.search.optimise import Search, Solution
 from flexgen.plan.search.solve import space_of
 from flexgen.plan.workload import Workload

@@ -204,7 +204,7 @@ def at_own_rates(case: Case, folder: Path, report: dict[str, Any], machine: Mach
     if case.first is not None:
         workload = dataclasses.replace(workload, expected_lens=tuple(n for _, n in lengths))
     played = simulate(spec, policy, workload)
-    return workload.output_tokens / float(Expectation(spec, machine, policy.dtype).passes(played, policy).sum())
+    return workload.output_tokens / float(played.seconds(Expectation(spec, machine, policy.dtype), policy).sum())
 
 
 def scaled(machine: Machine, *, disk: float, compute: float) -> Machine:

@@ -23,7 +23,7 @@ from flexgen.errors import FlexGenError, ModelError, OptionError, RequestError
 from flexgen.hub.model_files import ModelFiles
 from flexgen.hub.resolve import resolve_model, resolve_tokenizer
 from flexgen.options import EngineOptions
-from flexgen.plan.play.simulate import PAGE_TOKENS
+from flexgen.plan.policy import PAGE_TOKENS
 from flexgen.plan.tell.forecast import Plan
 from flexgen.plan.workload import Workload
 from flexgen.report.progress import Progress, RunReport

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from flexgen.errors import OptionError
-from flexgen.models.catalogue import ENTRIES
-from flexgen.plan.known.models import catalogue_name, catalogue_names, catalogue_spec
+from flexgen.models.catalogue import described
+from flexgen.plan.known.models import catalogue_fields, catalogue_name, catalogue_names, catalogue_spec
 
 # Parameters, to the last, as the hub counts what the files hold; DeepSeek-V3's without the layer that only predicts ahead, and
 # OPT-175B's as they follow from table 1 of its paper.
@@ -66,15 +66,15 @@ FILE_BYTES = {
 
 
 def test_the_files_are_those_of_the_entries() -> None:
-    assert catalogue_names() == sorted(ENTRIES) == sorted(PARAMETERS)
-    assert all(catalogue_spec(name).name == entry.source for name, entry in ENTRIES.items())
+    assert catalogue_names() == sorted(PARAMETERS)
+    assert all(catalogue_spec(name).name == catalogue_fields(name)["source"] for name in catalogue_names())
 
 
 def test_models_are_known_by_name_and_by_hub_id_in_any_case() -> None:
-    for name, entry in ENTRIES.items():
+    for name, source in ((name, catalogue_fields(name)["source"]) for name in catalogue_names()):
         assert catalogue_name(name) == catalogue_name(name.upper()) == name
-        if "/" in entry.source:
-            assert catalogue_name(entry.source) == catalogue_name(entry.source.upper()) == name
+        if "/" in source:
+            assert catalogue_name(source) == catalogue_name(source.upper()) == name
     assert catalogue_name("Meta-Llama/Meta-Llama-3-8B-Instruct") == "llama-3-8b"
     assert [catalogue_name(other) for other in ("facebook/opt-31b", "opt", "", "elsewhere/opt-30b", "../opt-30b")] == [None] * 5
 
@@ -124,7 +124,7 @@ def test_kv_of_a_token() -> None:
 
 @pytest.mark.parametrize("name", ["opt-125m", "opt-350m", "llama-3-8b", "gpt-oss-20b", "qwen3-30b-a3b", "qwen3-32b", "llama-3.2-3b"])
 def test_the_command_would_write_the_same(name: str) -> None:
-    assert ENTRIES[name].spec() == catalogue_spec(name)
+    assert described(name) == catalogue_spec(name)
 
 
 def test_an_unknown_name_lists_the_known_ones() -> None:

@@ -6,12 +6,12 @@ import pytest
 from flexgen.base.quantities import GIB
 from flexgen.errors import OptionError
 from flexgen.options import EngineOptions
-from flexgen.plan.known.machines import beside_checkpoint, find_machine, limits_of, machine_names
+from flexgen.plan.known.machines import MACHINES, beside_checkpoint, find_machine, limits_of
 from flexgen.plan.machine import Rate
 from flexgen.plan.machine_file import read_machine
 
 
-@pytest.mark.parametrize("name", machine_names())
+@pytest.mark.parametrize("name", MACHINES)
 def test_a_shipped_machine_is_whole(name):
     machine = find_machine(name)
     assert machine.name == name

@@ -1,5 +1,4 @@
 import dataclasses
-import itertools
 import random
 from collections import Counter
 
@@ -10,12 +9,9 @@ from hypothesis import strategies as st
 
 from flexgen.base.quantities import GIB
 from flexgen.plan.model import KVGroupSpec
-from flexgen.plan.play.answer_lengths import expected
-from flexgen.plan.play.sampling import PLAYED_REQUESTS, SEARCH_BLOCKS, SEARCH_REQUESTS, Samples, extrapolated
-from flexgen.plan.play.simulate import held_kv_bytes, simulate
+from flexgen.plan.play.simulate import simulate
 from flexgen.plan.policy import Fractions
 from flexgen.plan.price.work import PassLoad, PassWork, price, unit_homes, weights_work
-from flexgen.plan.search.ideal import Budgets, least_ideal_seconds
 from flexgen.plan.workload import Workload
 
 TOKEN = 30  # KV bytes of a token of the small model
@@ -126,12 +122,6 @@ def test_two_homes_fill_in_proportion(make_spec, make_policy):
     policy = make_policy(kv_host_bytes=30 * TOKEN, kv_disk_bytes=90 * TOKEN, kv=Fractions(host=0.25, disk=0.75))
     played = simulate(make_spec(), policy, jobs([(10, 1)] * 8))
     assert {tier: used.tolist() for tier, used in played.kv_bytes.items()} == {"host": [20 * TOKEN], "disk": [60 * TOKEN]}
-
-
-def test_pages_round_up_and_windows_free_them(make_spec):
-    groups = (KVGroupSpec(num_layers=1, bytes_per_token=1, attention_flops_per_pair=1.0, window=7),)
-    assert held_kv_bytes(make_spec(groups=groups), 4, 13).tolist() == [0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12, 12]
-    assert held_kv_bytes(make_spec(), 4, 5).tolist() == [0, 4 * TOKEN, 4 * TOKEN, 4 * TOKEN, 4 * TOKEN, 8 * TOKEN]
 
 
 # Against a plain simulation, one sequence at a time
@@ -320,91 +310,3 @@ def test_the_diagonal_beats_the_zigzag_where_passes_are_bound_by_the_disk(llama_
     zigzag = dataclasses.replace(diagonal, schedule="zigzag", prefill_tokens=1 << 30)
     seconds = [simulate(llama_3b, policy, workload).busiest_seconds(make_machine(), "bfloat16") for policy in (diagonal, zigzag)]
     assert seconds[0] < 0.8 * seconds[1]
-
-
-# T*
-
-
-def allowed_policies(draw, spec, budgets, workload, make_policy, count):
-    """Policies drawn at random within the budgets, every byte of memory used."""
-    while count:
-        host = draw.random()
-        weights = Fractions(host=host, disk=1 - host)
-        homes = unit_homes(spec, weights)
-        held = sum(unit.decoded_bytes for unit, home in zip(spec.units, homes, strict=True) if home == "host")
-        if held > budgets.host_bytes:
-            continue
-        count -= 1
-        room = budgets.host_bytes - held
-        yield make_policy(
-            weights=weights,
-            embedding_resident=False,
-            kv_host_bytes=room,
-            kv_disk_bytes=room if budgets.disk_bytes else 0,
-            kv=Fractions(host=0.5, disk=0.5) if budgets.disk_bytes else Fractions(host=1.0),
-            schedule=draw.choice(["diagonal", "zigzag", "row"]),
-            prefill_tokens=draw.choice([200, 512, 1024, 4096, 1 << 20]),
-            max_num_seqs=draw.choice([4, 20, 60, len(workload)]),
-            micro_batch_tokens=2048,
-            page_tokens=draw.choice([1, 16, 64]),
-        )
-
-
-@pytest.mark.parametrize("disk_bytes", [0, 100 * GIB])
-@pytest.mark.parametrize("lengths", [[(256, 32)] * 96, [(64, 64), (400, 16), (128, 100)] * 30], ids=["equal", "mixed"])
-def test_no_policy_within_the_budgets_is_faster_than_the_least(llama_3b, make_machine, make_policy, lengths, disk_bytes):
-    workload, machine = jobs(lengths), make_machine()
-    budgets = Budgets(device="cpu", host_bytes=3 * GIB, disk_bytes=disk_bytes)
-    least = least_ideal_seconds(llama_3b, machine, workload, budgets, "bfloat16")
-    for policy in allowed_policies(random.Random(7), llama_3b, budgets, workload, make_policy, 60):
-        played = simulate(llama_3b, policy, workload)
-        if not played.num_refused:
-            assert least <= played.busiest_seconds(machine, "bfloat16")
-    # And it is no fantasy: everything must be computed, and a pass cannot read less than what never fits.
-    total = simulate(llama_3b, make_policy(), workload).total()
-    assert least >= total.dense_flops / 8e11 + total.attention_flops / 5e10
-    assert least >= max(workload.output_lens) * (llama_3b.streamed_bytes - 3 * GIB) / 2e9
-
-
-def test_the_least_is_the_computing_where_everything_fits(llama_3b, make_machine, make_policy):
-    workload = jobs([(256, 32)] * 20)
-    least = least_ideal_seconds(llama_3b, make_machine(), workload, Budgets(device="cpu", host_bytes=20 * GIB), "bfloat16")
-    total = simulate(llama_3b, make_policy(), workload).total()
-    assert least == pytest.approx(total.dense_flops / 8e11 + total.attention_flops / 5e10)
-
-
-@pytest.mark.parametrize("device", ["cpu", "sim"])
-def test_more_memory_is_never_worse(llama_3b, make_machine, device):
-    workload = jobs([(256, 32)] * 64)
-
-    def least(scale):
-        budgets = Budgets(device=device, host_bytes=int(scale * GIB), device_bytes=0 if device == "cpu" else int(scale * GIB))
-        return least_ideal_seconds(llama_3b, make_machine(), workload, budgets, "bfloat16")
-
-    seconds = [least(scale) for scale in (1, 2, 4, 8)]
-    assert all(more <= less * 1.005 for less, more in itertools.pairwise(seconds))
-
-
-def test_the_least_is_at_most_that_of_a_policy_that_ran(make_spec, make_machine, make_policy):
-    workload, machine = jobs([(10, 5)] * 4), make_machine()
-    wide = make_policy(weights=Fractions(host=1.0))  # beyond the budgets, so that the search cannot find it
-    budgets = Budgets(device="cpu", host_bytes=1000)
-    least = least_ideal_seconds(make_spec(), machine, workload, budgets, "bfloat16", also=[wide])
-    assert least == pytest.approx(simulate(make_spec(), wide, workload).busiest_seconds(machine, "bfloat16"))
-
-
-@pytest.mark.parametrize(("kv_bytes", "prefill_tokens"), [(3 * GIB, 1024), (60 * GIB, 8192)])
-@pytest.mark.parametrize("unknown", [False, True])
-def test_large_jobs_are_extrapolated(llama_3b, make_machine, make_policy, kv_bytes, prefill_tokens, unknown):
-    draw = random.Random(3)
-    workload = jobs([(draw.randrange(50, 400), draw.randrange(8, 64)) for _ in range(30_000)])
-    if unknown:
-        workload = expected(dataclasses.replace(workload, may_end_early=True))
-    most = kv_bytes // llama_3b.kv_bytes(300)
-    policy = make_policy(kv_host_bytes=kv_bytes, max_num_seqs=most, prefill_tokens=prefill_tokens, page_tokens=16)
-    exact = simulate(llama_3b, policy, workload).busiest_seconds(make_machine(), "bfloat16")
-    searched, played = Samples(workload).of(policy.max_num_seqs), Samples.played_once(workload).of(policy.max_num_seqs)
-    for sample, least, tolerance in ((searched, SEARCH_REQUESTS, 0.13 if unknown else 0.05), (played, PLAYED_REQUESTS // 2, 0.04)):
-        assert max(least, SEARCH_BLOCKS * policy.max_num_seqs) <= sample.queue.num_requests < len(workload)
-        _, guessed = extrapolated(llama_3b, policy, sample, lambda played: played.busiest_seconds(make_machine(), "bfloat16"))
-        assert guessed == pytest.approx(exact, rel=tolerance)

@@ -23,9 +23,8 @@ from flexgen.options import EngineOptions
 if TYPE_CHECKING:
     from flexgen.plan.machine import Limits, Machine
     from flexgen.plan.model import ModelSpec
-    from flexgen.plan.tell.dtypes import FasterFormat
+    from flexgen.plan.tell.alternatives import FasterFormat, ParetoPoint
     from flexgen.plan.tell.forecast import Plan
-    from flexgen.plan.tell.pareto import ParetoPoint
     from flexgen.plan.workload import Workload
 
 # Resident memory of a run before any weight is loaded, about: the interpreter, torch, transformers, kernels.
@@ -162,9 +161,9 @@ def _told(model: str, options: EngineOptions, machine: str | None, asked: _Lengt
     """The plan, as text or JSON."""
     from flexgen.plan.known.machines import beside_checkpoint
     from flexgen.plan.search.solve import space_of
-    from flexgen.plan.tell.dtypes import faster_format
+    from flexgen.plan.tell.alternatives import faster_format
+    from flexgen.plan.tell.alternatives import pareto as curve_of
     from flexgen.plan.tell.forecast import make_plan
-    from flexgen.plan.tell.pareto import pareto as curve_of
     from flexgen.session.lookup import spec_of
 
     limits, box = _limits_and_machine(options, machine)
@@ -196,7 +195,7 @@ def _limits_and_machine(options: EngineOptions, name: str | None) -> tuple[Limit
 
 
 def _equal_lengths(asked: _Lengths, context: int, options: EngineOptions) -> Workload:
-    from flexgen.plan.play.simulate import PAGE_TOKENS
+    from flexgen.plan.policy import PAGE_TOKENS
     from flexgen.plan.workload import Workload
 
     answer = asked.gen_len or min(GEN_LEN, context // 4)

@@ -138,14 +138,14 @@ def _opened(reading: Reading, model: str, options: EngineOptions) -> Iterator[LL
 @contextlib.contextmanager
 def _shipped(name: str) -> Iterator[Any]:
     """The files of a shipped model: its config, and nothing else."""
-    from transformers import AutoConfig
 
     from flexgen.hub.model_files import ModelFiles, read_json
-    from flexgen.models.catalogue import ENTRIES
+    from flexgen.models.catalogue import catalogue_config
+    from flexgen.plan.known.models import catalogue_fields
 
-    entry = ENTRIES[name]
     with tempfile.TemporaryDirectory(prefix="flexgen-plan-") as folder:
         path = Path(folder)
-        AutoConfig.for_model(entry.model_type, **entry.config).save_pretrained(path)
+        catalogue_config(name).save_pretrained(path)
         config = read_json(path / "config.json")
-        yield ModelFiles(name=entry.source, folder=path, config=config, generation_config={}, commit=None, has_tokenizer=False)
+        source = catalogue_fields(name)["source"]
+        yield ModelFiles(name=source, folder=path, config=config, generation_config={}, commit=None, has_tokenizer=False)

@@ -25,9 +25,9 @@ class Rate:
     """Work per second, as measured again and again.
 
     Attributes:
-        best: of all rounds: what an ideal divides by.
-        typical: the median: what is expected of a run.
-        spread: the middle 80 % of the rounds, as a share of the median.
+        best: the best of all rounds; ideal times divide by it.
+        typical: the median of all rounds; expected times divide by it.
+        spread: the width of the middle 80 % of the rounds, as a share of the median.
     """
 
     best: float
@@ -36,7 +36,7 @@ class Rate:
 
     @classmethod
     def of(cls, rounds: Sequence[float]) -> Rate:
-        """From the rates of single rounds."""
+        """The rate that these rounds measured, each in work per second."""
         ranked = sorted(rounds)
         median = ranked[len(ranked) // 2] if len(ranked) % 2 else (ranked[len(ranked) // 2 - 1] + ranked[len(ranked) // 2]) / 2
         low, high = ranked[round(0.1 * (len(ranked) - 1))], ranked[round(0.9 * (len(ranked) - 1))]
@@ -44,7 +44,7 @@ class Rate:
 
 
 Curve = tuple[tuple[float, Rate], ...]
-"""Rates over a size, rising sizes."""
+"""Rates by size, in order of rising sizes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,9 +52,11 @@ class Overheads:
     """Seconds that do not depend on how much is moved or computed.
 
     Attributes:
-        per_pass: sampling, admission, bookkeeping. per_sequence: of each next token or prompt, in a pass.
-        per_unit: of each streamed unit, in a pass. per_layer_and_micro_batch: switches, and the modules' own code.
-        per_gathered_row: of an embedding that is not resident.
+        per_pass: seconds of sampling, admission and bookkeeping in each pass.
+        per_sequence: seconds for each next token or prompt of a pass.
+        per_unit: seconds for each unit that streams in a pass.
+        per_layer_and_micro_batch: seconds of the modules' own code and of switching, for each layer and micro-batch.
+        per_gathered_row: seconds for each row of an embedding that is not resident.
     """
 
     per_pass: float
@@ -66,10 +68,11 @@ class Overheads:
 
 @dataclass(frozen=True, slots=True)
 class DiskRequest:
-    """What a small read or write costs beside its bytes.
+    """What a small read or write costs in addition to its bytes.
 
     Attributes:
-        seconds: of all I/O threads together: a thousand take a thousand times as long. core_seconds: processor time.
+        seconds: time of one request with all I/O threads at work, so that a thousand take a thousand times as long.
+        core_seconds: processor time of one request.
     """
 
     seconds: float
@@ -81,21 +84,31 @@ class Machine:
     """Capacities and rates, measured apart from any run.
 
     Attributes:
-        name: for people. device: "cpu", "cuda" or "sim": where matrix products run.
-        origin: "measured", "datasheet" or "paper". date: of the measurement, ISO. versions: of what was measured with.
-        busy_cores: cores that others kept busy meanwhile.
-        cores: usable cores. host_bytes, device_bytes, disk_bytes: what there is in all (device: 0 on "cpu").
-        disk_read, disk_write: bytes/s of the folder's file system, past the page cache.
-        disk_core_seconds_per_byte: processor time of reading. disk_request: of small reads and writes, each.
-        disk_slowdown: how many times longer reading takes while a CPU device computes. compute_slowdown: computing, while it reads.
-        host_memory: bytes/s of plain reads, all cores.
-        host_to_device, device_to_host: bytes/s; None where there is no separate device.
+        name: name that is shown to people.
+        device: where matrix products run: "cpu", "cuda" or "sim".
+        origin: where the numbers come from: "measured", "datasheet" or "paper".
+        date: ISO date of the measurement.
+        versions: versions of the software that was measured.
+        busy_cores: cores that other programs kept busy during the measurement.
+        cores: usable cores.
+        host_bytes: memory of the host.
+        device_bytes: memory of the device; 0 on "cpu".
+        disk_bytes: size of the disk.
+        disk_read: bytes/s read from the folder's file system, without the page cache.
+        disk_write: bytes/s written to it, without the page cache.
+        disk_core_seconds_per_byte: processor time of reading a byte.
+        disk_request: what each small read or write costs in addition.
+        disk_slowdown: how many times longer reading takes while a CPU device computes.
+        compute_slowdown: how many times longer a CPU device computes while the disk is read.
+        host_memory: bytes/s of plain reads by all cores.
+        host_to_device: bytes/s of the link to the device; None where there is no separate device.
+        device_to_host: bytes/s of the link back; None where there is no separate device.
         dense: dtype -> FLOP/s of linear layers over rows, on the device that computes.
         attention: dtype -> FLOP/s of causal prefill attention, on the device that computes.
         decode_attention: "host" or "device" -> dtype -> KV bytes/s of attention of next tokens, over FLOPs per KV byte.
-        elementwise: dtype -> bytes/s through norms, activations and rotations (see cost.elementwise_bytes).
+        elementwise: dtype -> bytes/s through norms, activations and rotations (counted by pass_time.elementwise_bytes).
         casts: "float16 bfloat16" (stored, computed) -> bytes/s of what a decode stage yields.
-        overheads: see there.
+        overheads: seconds that do not depend on how much is moved or computed.
     """
 
     name: str
@@ -149,7 +162,7 @@ class Machine:
         return dtype
 
     def to_json(self) -> str:
-        """See machine_file.py."""
+        """The JSON text that machine_file.py reads."""
         return json.dumps(dataclasses.asdict(self), indent=2)
 
 
@@ -159,10 +172,14 @@ class Limits:
 
     Attributes:
         device: "cpu", "cuda" or "sim".
-        host_bytes: for the whole process, interpreter included. host_source: where the number comes from, for people.
-        host_total_bytes, host_total_source: the hard limit above it (physical memory, a control group, an rlimit).
-        device_bytes, device_total_bytes: 0 on a CPU device.
-        disk_bytes, disk_total_bytes: of the offload folder's file system, for spilled KV.
+        host_bytes: budget of host memory for the whole process, interpreter included.
+        host_source: where that number comes from, for people.
+        host_total_bytes: the hard limit above it (physical memory, a control group, an rlimit).
+        host_total_source: where the hard limit comes from, for people.
+        device_bytes: budget of device memory; 0 on a CPU device.
+        device_total_bytes: memory that the device has; 0 on a CPU device.
+        disk_bytes: budget for spilled KV on the offload folder's file system.
+        disk_total_bytes: size of that file system.
         offload_dir: folder in which a fresh offload folder is made.
         offload_in_memory: whether that folder lies on a memory file system: its bytes then count as host bytes.
     """

@@ -16,7 +16,7 @@ def read_machine(text: str) -> Machine:
     """The machine that `Machine.to_json` wrote.
 
     Raises:
-        OptionError: as `machine_of`; or this is no JSON.
+        OptionError: the text is not JSON, or not a machine (see `machine_of`).
     """
     return machine_of(parsed(text))
 
@@ -25,7 +25,7 @@ def parsed(text: str) -> Any:
     """The JSON value.
 
     Raises:
-        OptionError: this is no JSON.
+        OptionError: the text is not JSON.
     """
     try:
         return json.loads(text)
@@ -37,7 +37,7 @@ def machine_of(fields: Any) -> Machine:
     """The machine of a JSON value.
 
     Raises:
-        OptionError: with its name, an unknown or missing key, or an impossible value; or this is no machine at all.
+        OptionError: a key is unknown or missing, a value is impossible (the message names both), or this is not a machine at all.
     """
     _check_keys("", fields, Machine)
     return Machine(**{name: _read(name, _READERS[name], value) for name, value in fields.items()})

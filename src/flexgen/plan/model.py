@@ -62,15 +62,19 @@ class ModelSpec:
     """A model as the planner sees it.
 
     Attributes:
-        name: of the folder or hub repository.
+        name: name of the folder or hub repository.
+        model_type: transformers' name of the architecture.
         units: streamed units, in the order in which a pass needs them.
+        kv_groups: groups of attention layers with equal KV.
         resident_bytes: small tensors (norms, biases, buffers) that always live on the device.
         embedding_row_bytes: bytes gathered per input token when the embedding is not resident.
         embedding_bytes: the whole input embedding (0 when it is tied to the head's units).
-        hidden_size, vocab_size, intermediate_size: for activation memory.
+        hidden_size: numbers of a hidden state; decides activation memory.
+        intermediate_size: numbers inside an MLP; decides activation memory.
+        vocab_size: numbers of logits of a position.
         max_position_embeddings: the model's context.
         number_format: of the stored weights: a dtype (that of most bytes), or a published low-bit format ("mxfp4", "fp8_block").
-        dtype: computed in; decoded bytes, resident bytes and KV are of it.
+        dtype: the dtype of computing, of decoded and resident bytes and of KV.
     """
 
     name: str
@@ -139,7 +143,11 @@ class ModelSpec:
 
     @classmethod
     def from_json(cls, text: str) -> ModelSpec:
-        """Raises OptionError when the text is not a model's JSON, or a key is unknown or missing."""
+        """The model that `to_json` wrote.
+
+        Raises:
+            OptionError: the text is not a model's JSON, or a key is unknown or missing.
+        """
         try:
             fields = _checked("model", json.loads(text), _keys(cls) - {"units"} | {"unit_kinds", "unit_runs"})
             kinds = [UnitSpec(**_checked("model: unit_kinds", kind, _keys(UnitSpec))) for kind in fields.pop("unit_kinds")]
@@ -155,7 +163,8 @@ class _Run:
     """Consecutive layers with equal units.
 
     Attributes:
-        first: number of the first layer; None for units outside of layers. layers: how many.
+        first: number of the first layer; None for units outside of layers.
+        layers: number of layers.
         kinds: of the units of each, in order, as indices into the list of kinds.
     """
 

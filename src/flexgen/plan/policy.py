@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from flexgen.errors import OptionError
 
+PAGE_TOKENS = 16  # tokens of a KV page in every plan
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fractions:
@@ -27,7 +29,9 @@ class Policy:
         dtype: compute and KV dtype, a torch name ("bfloat16").
         weights: home fractions of the units' bytes.
         kv: home fractions of KV bytes.
-        kv_device_bytes, kv_host_bytes, kv_disk_bytes: sizes of the page pools.
+        kv_device_bytes: size of the page pool on the device.
+        kv_host_bytes: size of the page pool in host memory.
+        kv_disk_bytes: size of the page pool on disk.
         kv_staging_bytes: host memory for pages read ahead from disk (0 without KV on disk).
         kv_tail_bytes: host memory for pages on their way to disk that are not full yet.
         host_ring_bytes: staging for units that come from disk.
@@ -35,10 +39,12 @@ class Policy:
         workspace_bytes: reserved for activations and temporary tensors.
         embedding_resident: whether the input embedding stays in memory (rows are gathered from disk otherwise).
         schedule: "diagonal", "zigzag" or "row".
-        max_num_seqs: most sequences alive.  prefill_tokens: most prompt tokens a pass admits.
+        max_num_seqs: most sequences that are alive at once.
+        prefill_tokens: most prompt tokens that a pass admits.
         micro_batch_tokens: most tokens computed together.
         page_tokens: tokens of a KV page.
-        compute_threads, io_threads: threads of the process.
+        compute_threads: threads that compute.
+        io_threads: threads that read and write files.
         longest_sequence: tokens of the job's longest prompt and answer; each layer group can hold one such sequence whole.
     """
 
@@ -46,12 +52,12 @@ class Policy:
     dtype: str
     weights: Fractions
     kv: Fractions
-    kv_device_bytes: int
-    kv_host_bytes: int
-    kv_disk_bytes: int
-    host_ring_bytes: int
-    device_ring_bytes: int
-    workspace_bytes: int
+    kv_device_bytes: int = 0
+    kv_host_bytes: int = 0
+    kv_disk_bytes: int = 0
+    host_ring_bytes: int = 0
+    device_ring_bytes: int = 0
+    workspace_bytes: int = 0
     embedding_resident: bool
     schedule: str
     max_num_seqs: int
@@ -66,7 +72,7 @@ class Policy:
 
     @property
     def kv_bytes(self) -> int:
-        """Of all pools."""
+        """Bytes of all page pools."""
         return self.kv_device_bytes + self.kv_host_bytes + self.kv_disk_bytes
 
     def to_json(self) -> str:

@@ -14,9 +14,9 @@ class Workload:
     Attributes:
         prompt_lens: tokens of each prompt.
         output_lens: most tokens of each answer (max_tokens).
-        expected_lens: tokens that each answer is expected to have; empty: all it may.
-        reserved_lens: tokens of each answer that room is kept for when it enters; empty: all it may.
-        shared_lens: leading tokens of each prompt that an earlier request computes as well, in whole pages; empty: none.
+        expected_lens: tokens that each answer is expected to have; where empty, as many as it may have.
+        reserved_lens: tokens of each answer for which room is kept when its request enters; where empty, as many as it may have.
+        shared_lens: leading tokens of each prompt, in whole pages, that an earlier request computes as well; where empty, none.
         may_end_early: whether answers may end before their most tokens.
     """
 

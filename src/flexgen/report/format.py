@@ -13,8 +13,8 @@ from flexgen.report.progress import BUSY_CORES, Progress, RunReport
 
 if TYPE_CHECKING:
     from flexgen.plan.policy import Fractions
+    from flexgen.plan.tell.alternatives import ParetoPoint
     from flexgen.plan.tell.forecast import Forecast, Plan
-    from flexgen.plan.tell.pareto import ParetoPoint
 
 LEAST_SHOWN = 0.01  # of a pass: resources that take less are left out
 LEAST_GAIN_SHOWN = 0.001

@@ -112,8 +112,7 @@ def _least_ideal_seconds(log: RunLog, plan: Plan, budgets: Budgets) -> float:
         output_lens=tuple(log.generated[index] for index in served),
         shared_lens=tuple(log.found[index] for index in served),
     )
-    ideal = least_ideal_seconds(plan.spec, plan.machine, workload, budgets, plan.policy.dtype, also=(plan.policy,))
-    return min(ideal, log.passes.busiest_seconds)  # what ran is a way to run the job
+    return least_ideal_seconds(plan.spec, plan.machine, workload, budgets, plan.policy.dtype)
 
 
 def _told(forecast: Forecast, passes: PassLog) -> dict[str, object]:

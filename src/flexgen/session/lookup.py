@@ -51,9 +51,9 @@ def _shipped(name: str, device: str, dtype: str) -> ModelSpec:
         return spec
     import torch
 
-    from flexgen.models.catalogue import ENTRIES
+    from flexgen.models.catalogue import described
 
-    return ENTRIES[name].spec(getattr(torch, dtype))
+    return described(name, getattr(torch, dtype))
 
 
 def _described(model: str, device: str, dtype: str, revision: str | None, token: str | None) -> ModelSpec:

@@ -12,8 +12,8 @@ from flexgen.base.steps import step
 from flexgen.errors import CapacityError
 from flexgen.options import EngineOptions
 from flexgen.plan.play.answer_lengths import expected
-from flexgen.plan.play.sampling import JobSizes
 from flexgen.plan.price.memory import activation_bytes
+from flexgen.plan.price.requests import JobSizes
 from flexgen.plan.search.solve import NOMINAL_WORKLOAD
 from flexgen.plan.tell.forecast import Forecast, Plan
 from flexgen.plan.workload import Workload

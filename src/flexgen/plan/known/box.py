@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import json
 import math
@@ -43,34 +42,51 @@ def box_of(fields: Mapping[str, Any], name: str) -> Machine:
 
     Args:
         fields: bytes (numbers, or sizes such as "64GB") and rates per second, as printed; `flops` is a number, which counts for bfloat16
-            and float16, or one per dtype. name: of the machine, where they give none.
+            and float16, or one per dtype.
+        name: name of the machine, where they give none.
 
     Raises:
         OptionError: with its name, a missing or unknown field, or an impossible value.
     """
     _check(fields)
-    given = {key: _READERS[key](key, value) for key, value in fields.items()}
-    device = given.get("device_bytes", 0) > 0
-    link = given.get("host_to_device", 0.0)
-    machine = device_box(
-        given.get("name", name),
-        cores=given.get("cores", CORES),
+    given: dict[str, Any] = {"name": name, "cores": CORES, "device_bytes": 0, "disk_bytes": DISK_BYTES, "host_to_device": 0.0}
+    given |= {key: _READERS[key](key, value) for key, value in fields.items()}
+    flops, host_memory, disk_read, link = (given[key] for key in ("flops", "host_memory", "disk_read", "host_to_device"))
+    has_device = given["device_bytes"] > 0
+    memory = given["device_memory"] if has_device else host_memory  # of what computes
+    # The host's kernels reach half of what its memory gives, and less where many queries share a key.
+    attending = {"host": {dtype: ((1.0, _share(host_memory, 0.5)), (8.0, _share(host_memory, 0.3))) for dtype in flops}}
+    if has_device:
+        attending["device"] = {dtype: ((1.0, _share(memory, 0.6)), (8.0, _share(memory, 0.6))) for dtype in flops}
+    return Machine(
+        name=given["name"],
+        device="cuda" if has_device else "cpu",
+        origin="datasheet",
+        date="",
+        cores=given["cores"],
         host_bytes=given["host_bytes"],
-        device_bytes=given.get("device_bytes", 0),
-        disk_bytes=given.get("disk_bytes", DISK_BYTES),
-        disk_read=given["disk_read"],
-        disk_write=given.get("disk_write", WRITE_SHARE * given["disk_read"]),
-        host_memory=given["host_memory"],
-        link=link,
-        device_memory=given.get("device_memory", 0.0) if device else given["host_memory"],
-        flops=given["flops"],
+        device_bytes=given["device_bytes"],
+        disk_bytes=given["disk_bytes"],
+        disk_read=_share(disk_read, DISK_SHARE),
+        disk_write=_share(given.get("disk_write", WRITE_SHARE * disk_read), DISK_SHARE),
+        disk_core_seconds_per_byte=DISK_CORE_SECONDS_PER_BYTE,
+        disk_request=DISK_REQUEST,
+        disk_slowdown=1.0,
+        compute_slowdown=1.0,
+        host_memory=_share(host_memory, MEMORY_SHARE),
+        host_to_device=_share(link, LINK_SHARE) if has_device else None,
+        device_to_host=_share(given.get("device_to_host", link), LINK_SHARE) if has_device else None,
+        dense={dtype: _dense(peak, memory, dtype) for dtype, peak in flops.items()},
+        attention={dtype: _share(peak, ATTENTION_SHARE) for dtype, peak in flops.items()},
+        decode_attention=attending,
+        elementwise={dtype: _share(memory, MEMORY_SHARE if has_device else ELEMENTWISE_SHARE) for dtype in flops},
+        casts={f"float16 {dtype}": _share(host_memory, 0.3) for dtype in flops if dtype != "float16"},
+        overheads=DRIVEN_DEVICE,
     )
-    back = given.get("device_to_host", link)
-    return dataclasses.replace(machine, device_to_host=_share(back, LINK_SHARE)) if device else machine
 
 
 def _check(fields: Mapping[str, Any]) -> None:
-    """Raises OptionError for unknown and missing fields."""
+    """Check for unknown and missing fields."""
     known = (*REQUIRED, *REQUIRED_BY_DEVICE, *OPTIONAL)
     for field in fields:
         if field not in known:
@@ -149,53 +165,6 @@ _READERS: dict[str, Callable[[str, Any], Any]] = {
     "device_to_host": _rate,
     "flops": _flops,
 }
-
-
-def device_box(
-    name: str,
-    *,
-    origin: str = "datasheet",
-    cores: int,
-    host_bytes: int,
-    device_bytes: int,
-    disk_bytes: int,
-    disk_read: float,
-    disk_write: float,
-    host_memory: float,
-    link: float,
-    device_memory: float,
-    flops: dict[str, float],
-) -> Machine:
-    """A machine with one accelerator, or none (`device_bytes` 0: then the host computes), from printed rates (bytes/s, FLOP/s)."""
-    # The host's kernels reach half of what its memory gives, and less where many queries share a key.
-    attending = {"host": {dtype: ((1.0, _share(host_memory, 0.5)), (8.0, _share(host_memory, 0.3))) for dtype in flops}}
-    if device_bytes:
-        attending["device"] = {dtype: ((1.0, _share(device_memory, 0.6)), (8.0, _share(device_memory, 0.6))) for dtype in flops}
-    return Machine(
-        name=name,
-        device="cuda" if device_bytes else "cpu",
-        origin=origin,
-        date="",
-        cores=cores,
-        host_bytes=host_bytes,
-        device_bytes=device_bytes,
-        disk_bytes=disk_bytes,
-        disk_read=_share(disk_read, DISK_SHARE),
-        disk_write=_share(disk_write, DISK_SHARE),
-        disk_core_seconds_per_byte=DISK_CORE_SECONDS_PER_BYTE,
-        disk_request=DISK_REQUEST,
-        disk_slowdown=1.0,
-        compute_slowdown=1.0,
-        host_memory=_share(host_memory, MEMORY_SHARE),
-        host_to_device=_share(link, LINK_SHARE) if device_bytes else None,
-        device_to_host=_share(link, LINK_SHARE) if device_bytes else None,
-        dense={dtype: _dense(peak, device_memory, dtype) for dtype, peak in flops.items()},
-        attention={dtype: _share(peak, ATTENTION_SHARE) for dtype, peak in flops.items()},
-        decode_attention=attending,
-        elementwise={dtype: _share(device_memory, MEMORY_SHARE if device_bytes else ELEMENTWISE_SHARE) for dtype in flops},
-        casts={f"float16 {dtype}": _share(host_memory, 0.3) for dtype in flops if dtype != "float16"},
-        overheads=DRIVEN_DEVICE,
-    )
 
 
 def _share(printed: float, share: float) -> Rate:

@@ -40,7 +40,9 @@ class Pools(NamedTuple):
     """The tiers that have KV; each attribute has a number per tier.
 
     Attributes:
-        capacity: bytes. share: of all tokens. whole: whether a sequence takes from the start what it needs at its longest.
+        capacity: bytes of the pool.
+        share: the share of all tokens that should live there.
+        whole: whether a sequence takes from the start what it needs at its longest.
     """
 
     capacity: npt.NDArray[np.int64]
@@ -59,7 +61,10 @@ class Admissions(NamedTuple):
     """Groups of equal sequences that enter together; each attribute has a number per group.
 
     Attributes:
-        first_pass: that carries them. run: place in the queue. pool: where their KV lives. num_seqs: how many.
+        first_pass: the first pass that carries them.
+        run: their place in the queue.
+        pool: the pool where their KV lives.
+        num_seqs: number of sequences.
     """
 
     first_pass: npt.NDArray[np.int64]

@@ -7,7 +7,7 @@ answer takes what it needs all the same (the engine would compute a neighbour ag
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,15 +18,61 @@ from flexgen.options import TIERS
 from flexgen.plan.machine import Machine
 from flexgen.plan.model import ModelSpec
 from flexgen.plan.play.admit import DIAGONAL, ROW, ZIGZAG, Admissions, Needs, Pools, Rules, admit
-from flexgen.plan.play.queue import Ints, Queue, queue_of
 from flexgen.plan.policy import Policy
+from flexgen.plan.price.pass_time import Expectation
+from flexgen.plan.price.requests import Ints, held_kv_bytes, shared_kv_bytes, visible_pairs
 from flexgen.plan.price.work import PassLoad, PassWork, ideal_seconds, price, unit_homes, weights_work
 from flexgen.plan.workload import Workload
 
 Floats = npt.NDArray[np.float64]
 
-PAGE_TOKENS = 16
 _SCHEDULES = {"diagonal": DIAGONAL, "zigzag": ZIGZAG, "row": ROW}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Queue:
+    """Runs of equal neighbours: each attribute has a number per run.
+
+    Attributes:
+        prompt_len: tokens of the prompt.
+        output_len: tokens of the answer.
+        reserved_len: tokens of the answer for which room is kept.
+        most: tokens that each may generate.
+        found_len: leading tokens of the prompt that are found computed.
+        count: number of requests.
+    """
+
+    prompt_len: Ints
+    output_len: Ints
+    reserved_len: Ints
+    most: Ints
+    found_len: Ints
+    count: Ints
+
+    @property
+    def num_requests(self) -> int:
+        return int(self.count.sum())
+
+    def only(self, chosen: npt.NDArray[np.bool_]) -> Queue:
+        """The queue without the runs that are not chosen."""
+        return Queue(*(getattr(self, name)[chosen] for name in Queue.__slots__))
+
+
+def queue_of(workload: Workload) -> Queue:
+    """Longest reserved answer first, in input order among equals."""
+    most = np.maximum(np.array(workload.output_lens, dtype=np.int64), 1)
+    expected = np.array(workload.answer_lens, dtype=np.int64)
+    kept = np.array(workload.reserved_lens, dtype=np.int64) if workload.reserved_lens else most
+    reserved = np.maximum(kept, expected)
+    order = np.argsort(-(kept if workload.reserved_lens else reserved), kind="stable")
+    prompts, found = (np.array(lengths, dtype=np.int64) for lengths in (workload.prompt_lens, workload.found_lens))
+    columns = [lengths[order] for lengths in (prompts, expected, reserved, most, found)]
+    begins = np.ones(len(order), dtype=bool)
+    if len(order) > 1:
+        begins[1:] = np.any([column[1:] != column[:-1] for column in columns], axis=0)
+    first = np.flatnonzero(begins)
+    prompt_len, output_len, reserved_len, may_have, found_len = (column[first] for column in columns)
+    return Queue(prompt_len, output_len, reserved_len, may_have, found_len, count=np.diff(first, append=len(order)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,9 +81,11 @@ class Simulation:
 
     Attributes:
         work: PassWork whose numbers are arrays over the passes.
-        live: sequences in each pass. kv_bytes: home tier -> bytes of pages held during each pass.
+        live: sequences in each pass.
+        kv_bytes: home tier -> bytes of pages held during each pass.
         first_passes, end_passes: of every group of equal requests that entered together, its first pass and the one after its last.
-        num_refused: requests whose KV can never fit; they are left out.
+        num_requests: requests of the job.
+        num_refused: those of them whose KV can never fit; they are left out.
     """
 
     work: PassWork
@@ -45,6 +93,7 @@ class Simulation:
     kv_bytes: dict[str, Ints]
     first_passes: Ints
     end_passes: Ints
+    num_requests: int
     num_refused: int
 
     @property
@@ -61,6 +110,17 @@ class Simulation:
         """The work of all passes."""
         names = [field.name for field in dataclasses.fields(PassWork)]
         return PassWork(**{name: _spread(getattr(self.work, name), self.num_passes).sum().item() for name in names})
+
+    def seconds(self, expectation: Expectation, policy: Policy, *, times: Mapping[str, float] | None = None) -> Floats:
+        """Expected seconds of each pass; `times` is resource -> how many times as fast it is taken to be."""
+        return np.broadcast_to(expectation.seconds(self.work, policy, times=times), (self.num_passes,))
+
+    def longest_request_seconds(self, seconds: Floats) -> float:
+        """Seconds from the first pass of a request to its last, of the one that takes longest, given the seconds of each pass."""
+        if not len(self.first_passes):
+            return 0.0
+        until = np.concatenate([[0.0], np.cumsum(seconds)])
+        return float((until[self.end_passes] - until[self.first_passes]).max())
 
     def ideal_seconds(self, machine: Machine, dtype: str) -> dict[str, Floats]:
         """Resource -> ideal seconds in each pass."""
@@ -84,8 +144,8 @@ def simulate(spec: ModelSpec, policy: Policy, job: Workload | Queue, *, weights:
     """
     tiers = [tier for tier in TIERS if getattr(policy, f"kv_{tier}_bytes") > 0 and getattr(policy.kv, tier) > 0]
     weights = weights or weights_work(spec, unit_homes(spec, policy.weights), policy.device)
-    queue = job if isinstance(job, Queue) else queue_of(job)
-    queue, num_refused, groups, used = _play(spec, policy, queue, tiers)
+    whole = job if isinstance(job, Queue) else queue_of(job)
+    queue, num_refused, groups, used = _play(spec, policy, whole, tiers)
     first_passes, end_passes = groups.first_pass, groups.first_pass + queue.output_len[groups.run]
     num_passes = int(end_passes.max(initial=0))
     load = _load(spec, queue, groups, tiers, num_passes)
@@ -97,6 +157,7 @@ def simulate(spec: ModelSpec, policy: Policy, job: Workload | Queue, *, weights:
         kv_bytes=dict(zip(tiers, used, strict=True)),
         first_passes=first_passes,
         end_passes=end_passes,
+        num_requests=whole.num_requests,
         num_refused=num_refused,
     )
 
@@ -128,28 +189,6 @@ def _play(spec: ModelSpec, policy: Policy, queue: Queue, tiers: Sequence[str]) -
     return queue, num_refused, Admissions(*groups), used
 
 
-def held_kv_bytes(spec: ModelSpec, page_tokens: int, max_tokens: int) -> Ints:
-    """Bytes of the most pages that a sequence holds on its way to 0, 1, ... max_tokens tokens.
-
-    Pages behind a window are freed, but the window begins and ends within pages.
-    """
-    tokens = np.arange(max_tokens + 1, dtype=np.int64)
-    held = np.zeros_like(tokens)
-    for group in spec.kv_groups:
-        pages = -(-tokens // page_tokens)
-        if group.window is not None:
-            pages = np.minimum(pages, -(-group.window // page_tokens) + 1)
-        held += pages * (page_tokens * group.num_layers * group.bytes_per_token)
-    return held
-
-
-def shared_kv_bytes(spec: ModelSpec, page_tokens: int, max_tokens: int) -> Ints:
-    """Bytes of pages that sequences with 0, 1, ... max_tokens tokens in common hold once; windows soon move on from them."""
-    pages = np.arange(max_tokens + 1, dtype=np.int64) // page_tokens
-    page_bytes = sum(page_tokens * group.num_layers * group.bytes_per_token for group in spec.kv_groups if group.window is None)
-    return pages * page_bytes
-
-
 def _load(spec: ModelSpec, queue: Queue, groups: Admissions, tiers: Sequence[str], num_passes: int) -> PassLoad:
     """What every pass carries, summed over all groups at once."""
     pairs: list[Any] = [0 for _ in spec.kv_groups]
@@ -178,12 +217,6 @@ def _load(spec: ModelSpec, queue: Queue, groups: Admissions, tiers: Sequence[str
     return PassLoad(
         prompt_tokens=prompt_tokens, num_prompts=num_prompts, next_tokens=next_tokens, prompt_pairs=pairs, attended_tokens=attended
     )
-
-
-def visible_pairs(prompt_len: Any, window: int | float) -> Any:
-    """(query, visible token) pairs of whole prompts."""
-    beyond = np.maximum(prompt_len - window, 0)
-    return (prompt_len * (prompt_len + 1) - beyond * (beyond + 1)) // 2
 
 
 def _at(index: Ints, amount: Ints, num_passes: int) -> Ints:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from flexgen.base.quantities import MIB
 from flexgen.plan.machine import Limits
 from flexgen.plan.model import ModelSpec
-from flexgen.plan.play.sampling import JobSizes
-from flexgen.plan.policy import Policy
-from flexgen.plan.price.work import DTYPE_BYTES, needs_decode, unit_homes, weight_bytes
+from flexgen.plan.policy import Fractions, Policy
+from flexgen.plan.price.requests import JobSizes
+from flexgen.plan.price.work import DTYPE_BYTES, PassWork, needs_decode, unit_homes, weight_bytes, weights_work
 
 # Kept free beside everything accounted for: thread stacks, text, code loaded later, fragments of freed memory.
 ALLOWANCE_BYTES = 48 * MIB
@@ -39,7 +40,14 @@ def reserved(
     small_bytes: int,
     embedding_bytes: int,
 ) -> dict[str, dict[str, int]]:
-    """The same from what is known of the weights: bytes `held` per tier, and scratch for decoding what streams."""
+    """Tier -> part -> bytes that the policy reserves, given what is known of the weights.
+
+    Args:
+        held: tier -> bytes of the weights at home there.
+        decoding_bytes: host memory for decoding what streams to a device.
+        small_bytes: tensors that never move.
+        embedding_bytes: the whole input embedding.
+    """
     computing = {"small tensors": small_bytes, "embedding": embedding_bytes * policy.embedding_resident}
     computing |= {"workspace": policy.workspace_bytes}
     host = {"process": process_bytes, "allowance": allowance_bytes(limits), "weights": held["host"], "KV": policy.kv_host_bytes}
@@ -97,3 +105,62 @@ def scratch_bytes(spec: ModelSpec, homes: Sequence[str]) -> int:
     """Host memory for three of the largest units that are decoded in every pass (the others are, once, at the start)."""
     decoded = [unit.decoded_bytes for unit, home in zip(spec.units, homes, strict=True) if home == "disk" and needs_decode(unit)]
     return RING_UNITS * max(decoded, default=0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placement:
+    """One placement of all units.
+
+    Attributes:
+        held: home tier -> bytes of the weights there.
+        from_disk: bytes that each pass reads from disk.
+        largest_from_disk: bytes of the largest unit among them.
+        over_link: bytes that each pass sends to a separate device.
+        largest_over_link: bytes of the largest unit among them.
+        scratch_bytes: host memory for decoding what streams.
+        work: what every pass moves.
+        tiers: tiers that are the home of at least one unit.
+    """
+
+    held: dict[str, int]
+    from_disk: int
+    largest_from_disk: int
+    over_link: int
+    largest_over_link: int
+    scratch_bytes: int
+    work: PassWork
+    tiers: frozenset[str]
+
+
+class PlacedWeights:
+    """The placements of one model's weights on one kind of device, remembered: a search asks for them again and again."""
+
+    def __init__(self, spec: ModelSpec, device: str) -> None:
+        self._spec, self._device = spec, device
+        self._known: dict[Fractions, Placement] = {}
+
+    def __len__(self) -> int:
+        """Number of placements that are known."""
+        return len(self._known)
+
+    def of(self, weights: Fractions) -> Placement:
+        """The placement that honours these shares."""
+        if weights not in self._known:
+            self._known[weights] = self._laid_out(weights)
+        return self._known[weights]
+
+    def _laid_out(self, weights: Fractions) -> Placement:
+        homes = unit_homes(self._spec, weights)
+        from_disk = [unit.disk_bytes for unit, home in zip(self._spec.units, homes, strict=True) if home == "disk"]
+        crossing = [unit.decoded_bytes for unit, home in zip(self._spec.units, homes, strict=True) if home != "device"]
+        over_link = crossing if self._device != "cpu" else []
+        return Placement(
+            held=weight_bytes(self._spec, homes),
+            from_disk=sum(from_disk),
+            largest_from_disk=max(from_disk, default=0),
+            over_link=sum(over_link),
+            largest_over_link=max(over_link, default=0),
+            scratch_bytes=scratch_bytes(self._spec, homes),
+            work=weights_work(self._spec, homes, self._device),
+            tiers=frozenset(homes),
+        )

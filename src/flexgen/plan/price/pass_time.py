@@ -10,11 +10,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from flexgen.plan.machine import Curve, Machine
 from flexgen.plan.model import ModelSpec
-from flexgen.plan.play.simulate import Simulation
 from flexgen.plan.policy import Policy
 from flexgen.plan.price.work import DTYPE_BYTES, PassWork, active_share
 
@@ -118,10 +116,6 @@ class Expectation:
         """Seconds of a pass (or of each of many): of its busiest resource, and what comes on top; `times` as in `resources`."""
         resources = [np.asarray(each, dtype=np.float64) for each in self.resources(work, policy, times=times).values()]
         return functools.reduce(np.maximum, resources) + self.machine.overheads.per_pass
-
-    def passes(self, played: Simulation, policy: Policy, *, times: Mapping[str, float] | None = None) -> npt.NDArray[np.float64]:
-        """Seconds of each pass of a simulated job; `times` as in `resources`."""
-        return np.broadcast_to(self.seconds(played.work, policy, times=times), (played.num_passes,))
 
     def _dense_seconds(self, flops_by_share: dict[float, float], tokens: Any, rows: Any) -> Any:
         """Of linear layers; experts see their share of the rows."""

@@ -16,7 +16,6 @@ from flexgen.plan.machine import Machine
 from flexgen.plan.model import KVGroupSpec, ModelSpec, UnitSpec
 from flexgen.plan.policy import Fractions, Policy
 
-RESOURCES = ("disk_read", "disk_write", "host_to_device", "device_to_host", "compute", "host_memory")
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 
 # Stored and decoded bytes that differ by no more than this differ by alignment only: views, no decode stage.
@@ -32,17 +31,22 @@ class PassWork:
     """What one pass moves and computes.
 
     Attributes:
-        disk_read_bytes, disk_write_bytes: streamed units, gathered embedding rows, spilled KV.
-        host_to_device_bytes, device_to_host_bytes: 0 on a CPU device.
-        dense_flops: linear layers, the head for sampled positions only.
-        attention_flops: visible (query, key) pairs of prompts.
+        disk_read_bytes: bytes of streamed units, gathered embedding rows and spilled KV that are read.
+        disk_write_bytes: bytes of spilled KV that are written.
+        host_to_device_bytes: bytes over the link to a separate device; 0 on a CPU device.
+        device_to_host_bytes: bytes over the link back; 0 on a CPU device.
+        dense_flops: FLOPs of linear layers, of the head for sampled positions only.
+        attention_flops: FLOPs of the visible (query, key) pairs of prompts.
         step_flops, step_bytes: of next tokens' attention to KV on the device: FLOPs, and KV bytes read.
         host_step_flops, host_step_bytes: the same where the host attends.
-        host_memory_bytes: what crosses the host's memory bus: disk transfers, copies, decoding, and the KV that next
-            tokens attend to where it lives on the host (weights read by a matrix product are part of its rate).
-        decoded_bytes: what decode stages yield.
-        num_tokens: computed, prompts included. num_sampled: positions that yield a token.
-        num_micro_batches: as few as the policy's size, homes and kinds allow. num_streamed_units: that arrive.
+        host_memory_bytes: what crosses the host's memory bus: disk transfers, copies, decoding, and the KV that next tokens attend to
+            where it lives on the host (weights read by a matrix product are part of its rate).
+        decoded_bytes: bytes that decode stages yield.
+        num_tokens: tokens that are computed, prompts included.
+        num_prompt_tokens: those of them that belong to prompts.
+        num_sampled: positions that yield a token.
+        num_micro_batches: micro-batches, as few as the policy's size, homes and kinds allow.
+        num_streamed_units: units that stream.
         num_disk_requests: reads and writes of KV pages on disk; one each of keys and of values per sequence and layer.
     """
 
@@ -77,8 +81,8 @@ class PassLoad:
         prompt_tokens, num_prompts: of sequences admitted by this pass, by home tier of their KV.
         next_tokens: sequences that decode, by home tier of their KV.
         prompt_pairs: visible pairs of the prompts, per KV group (all layers of a group are alike).
-        attended_tokens: home tier -> visible tokens of the next tokens, per KV group. repeated_tokens: of these on disk, those
-            that are read once for several sequences of a micro-batch, counted without the first.
+        attended_tokens: home tier -> visible tokens of the next tokens, per KV group.
+        repeated_tokens: of these on disk, those that are read once for several sequences of a micro-batch, counted without the first.
     """
 
     prompt_tokens: Mapping[str, Any]

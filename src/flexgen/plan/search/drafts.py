@@ -6,13 +6,12 @@ import copy
 import dataclasses
 
 from flexgen.base.quantities import align_up
+from flexgen.options import TIERS
 from flexgen.plan.machine import Limits, Machine
 from flexgen.plan.model import ModelSpec
-from flexgen.plan.play.sampling import JobSizes
-from flexgen.plan.play.simulate import PAGE_TOKENS
-from flexgen.plan.policy import Fractions, Policy
-from flexgen.plan.price.layout import Layouts
-from flexgen.plan.price.memory import RING_UNITS, activation_bytes, embedding_table_bytes, reserved
+from flexgen.plan.policy import PAGE_TOKENS, Fractions, Policy
+from flexgen.plan.price.memory import RING_UNITS, PlacedWeights, activation_bytes, embedding_table_bytes, reserved
+from flexgen.plan.price.requests import JobSizes
 
 # A ring holds what a link delivers in this time, but never more than this share of its tier.
 RING_SECONDS = 0.3
@@ -20,11 +19,15 @@ RING_SHARE = 0.05
 
 
 class Drafts:
-    """Of one model, machine, job and budget.
+    """Draft policies for one model, machine, job and budget.
 
     Args:
-        dtype: that is computed in. sizes: of the job's requests. process_bytes: resident before any weight is loaded.
-        kv: pinned shares. num_seqs: live sequences that a draft has workspace for.
+        sizes: what the job's requests need.
+        placed: placements of the weights.
+        dtype: dtype of computing.
+        process_bytes: resident memory of the process before any weight is loaded.
+        kv: pinned shares of KV; None where they are free.
+        num_seqs: live sequences that a draft has workspace for.
     """
 
     def __init__(
@@ -33,14 +36,14 @@ class Drafts:
         machine: Machine,
         limits: Limits,
         sizes: JobSizes,
-        layouts: Layouts,
+        placed: PlacedWeights,
         *,
         dtype: str,
         process_bytes: int,
         kv: Fractions | None,
         num_seqs: int,
     ) -> None:
-        self._spec, self._machine, self._limits, self._sizes, self._layouts = spec, machine, limits, sizes, layouts
+        self._spec, self._machine, self._limits, self._sizes, self._placed = spec, machine, limits, sizes, placed
         self._dtype, self._process_bytes, self._kv, self._least_seqs = dtype, process_bytes, kv, num_seqs
         self._embedding_bytes = embedding_table_bytes(spec)
         self._known: dict[tuple[Fractions, str, int, int, bool], Policy] = {}
@@ -53,7 +56,7 @@ class Drafts:
         return self._known[key]
 
     def _drafted(self, weights: Fractions, schedule: str, micro_batch_tokens: int, prefill_tokens: int, spills: bool) -> Policy:
-        layout = self._layouts.of(weights)
+        placement = self._placed.of(weights)
         draft = Policy(
             device=self._limits.device,
             dtype=self._dtype,
@@ -63,11 +66,11 @@ class Drafts:
             kv_host_bytes=0,
             kv_disk_bytes=0,
             host_ring_bytes=_ring(
-                layout.largest_from_disk, layout.from_disk, self._machine.disk_read.best * RING_SECONDS, self._limits.host_bytes
+                placement.largest_from_disk, placement.from_disk, self._machine.disk_read.best * RING_SECONDS, self._limits.host_bytes
             ),
             kv_staging_bytes=self._sizes.layer * spills,
             kv_tail_bytes=PAGE_TOKENS * self._spec.kv_bytes_per_token * spills,
-            device_ring_bytes=_ring(layout.largest_over_link, layout.over_link, 0, self._limits.device_bytes),
+            device_ring_bytes=_ring(placement.largest_over_link, placement.over_link, 0, self._limits.device_bytes),
             workspace_bytes=0,
             embedding_resident=False,
             schedule=schedule,
@@ -78,7 +81,7 @@ class Drafts:
             compute_threads=self._machine.cores,
             io_threads=self._machine.io_threads,
         )
-        scratch = layout.scratch_bytes if self._limits.device == "cpu" else 0
+        scratch = placement.scratch_bytes if self._limits.device == "cpu" else 0
         return dataclasses.replace(draft, workspace_bytes=self._activations(draft, draft.max_num_seqs) + scratch)
 
     def for_seqs(self, draft: Policy, max_num_seqs: int) -> Policy:
@@ -97,15 +100,15 @@ class Drafts:
         return {tier: budget - sum(used.get(tier, {}).values()) for tier, budget in budgets.items()}
 
     def used(self, draft: Policy) -> dict[str, dict[str, int]]:
-        """What `footprint` says of the draft."""
-        layout = self._layouts.of(draft.weights)
+        """Tier -> part -> bytes that the draft reserves, as `footprint` counts."""
+        placement = self._placed.of(draft.weights)
         return reserved(
-            draft, self._limits, process_bytes=self._process_bytes, held=layout.held, decoding_bytes=layout.scratch_bytes,
+            draft, self._limits, process_bytes=self._process_bytes, held=placement.held, decoding_bytes=placement.scratch_bytes,
             small_bytes=self._spec.resident_bytes, embedding_bytes=self._embedding_bytes,
         )  # fmt: skip
 
     def within(self, limits: Limits) -> Drafts:
-        """The same with other budgets."""
+        """The drafts for the same job within other budgets."""
         again = copy.copy(self)
         again._limits, again._known = limits, {}
         return again
@@ -117,3 +120,47 @@ class Drafts:
 def _ring(largest: int, streamed: int, wanted: float, tier_bytes: int) -> int:
     """A few of the largest units, and a while of the link where there is room, but no more than what streams."""
     return align_up(min(max(RING_UNITS * largest, int(min(wanted, RING_SHARE * tier_bytes))), streamed), 4096)
+
+
+def placed_weights(weight_bytes: int, device: str, device_bytes: float, host_bytes: float, on_device: float, on_host: float) -> Fractions:
+    """Home shares of so many bytes that use `on_device` and `on_host` (0 to 1) of the most that fits each tier."""
+    whole = max(weight_bytes, 1)
+    share = on_device * min(max(device_bytes, 0) / whole, 1.0) if device != "cpu" else 0.0
+    host = on_host * min(max(host_bytes, 0) / whole, 1.0 - share)
+    disk = 1.0 - share - host
+    return Fractions(device=share, host=host, disk=disk if disk > 1e-9 else 0.0)
+
+
+def kv_pools(free: dict[str, int], disk_bytes: int, kv_homes: float, kv_disk: float, *, staged: float = 0.0) -> dict[str, int]:
+    """Pool bytes per tier.
+
+    Args:
+        kv_homes: 0 takes the device, 1 the host, a half all of both; between, a part of the one or of the other.
+        kv_disk: the disk's share of all KV.
+        staged: host bytes of staging that a byte on disk takes.
+    """
+    device = int(max(free["device"], 0) * min(2 - 2 * kv_homes, 1.0))
+    room = max(free["host"], 0)
+    host = int(room * min(2 * kv_homes, 1.0)) if free["device"] > 0 else room
+    most = min(disk_bytes, int(room / staged) if staged else disk_bytes)
+    if kv_disk >= 1:
+        return {"device": 0, "host": 0, "disk": most}
+    # Each byte on the host brings `ratio` bytes on disk, and these their staging on the host.
+    ratio = kv_disk / (1 - kv_disk)
+    host = min(host, int(max(room - staged * ratio * device, 0) / (1 + staged * ratio)))
+    return {"device": device, "host": host, "disk": min(int((device + host) * ratio), most)}
+
+
+def first_of(pools: dict[str, int], enough: int) -> dict[str, int]:
+    """Pools that together have no more than `enough`: the fastest tiers keep what they have."""
+    kept: dict[str, int] = {}
+    for tier in TIERS:
+        kept[tier] = min(pools[tier], enough)
+        enough -= kept[tier]
+    return kept
+
+
+def pool_fractions(pools: dict[str, int]) -> Fractions:
+    """The shares of all KV bytes that pools of these sizes stand for."""
+    total = max(sum(pools.values()), 1)
+    return Fractions(**{tier: size / total for tier, size in pools.items()})

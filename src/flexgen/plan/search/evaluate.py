@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from flexgen.plan.play.sampling import Sample, Samples, extrapolated
+from flexgen.plan.play.sampling import Sample, Samples, play_sample
 from flexgen.plan.play.simulate import Simulation
 from flexgen.plan.policy import Policy
 from flexgen.plan.price.pass_time import Expectation
-from flexgen.plan.search.bounds import Bounds, longest_request_seconds
 from flexgen.plan.search.moves import Score
 from flexgen.plan.search.space import Point, Space
 
@@ -25,11 +24,36 @@ PLAY_EFFORT, PASS_EFFORT, GROUP_EFFORT, LIFE_EFFORT = 23, 0.009, 0.03, 0.00012
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Bounds:
+    """Seconds that a job, and each request from its first pass to its last, may take at most; None is no bound."""
+
+    request_seconds: float | None = None
+    job_seconds: float | None = None
+
+    @property
+    def are_given(self) -> bool:
+        return self.request_seconds is not None or self.job_seconds is not None
+
+    def excess(self, request_seconds: float, job_seconds: float) -> float:
+        """By what share the worse of the two is exceeded; 0 where both are kept."""
+        pairs = ((request_seconds, self.request_seconds), (job_seconds, self.job_seconds))
+        return max((max(taken / most - 1.0, 0.0) for taken, most in pairs if most is not None), default=0.0)
+
+    def tightened(self, request_share: float, job_share: float) -> Bounds:
+        """Bounds of these shares, where those are less than 1."""
+        shares = ((self.request_seconds, request_share), (self.job_seconds, job_share))
+        request_seconds, job_seconds = (most and most * min(share, 1.0) for most, share in shares)
+        return Bounds(request_seconds=request_seconds, job_seconds=job_seconds)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
     """How a policy did.
 
     Attributes:
-        refused: share of the requests that can never fit. seconds: of the job. request_seconds: of the request that takes longest.
+        refused: share of the requests that can never fit.
+        seconds: duration of the job.
+        request_seconds: duration of the request that takes longest.
     """
 
     refused: float
@@ -38,17 +62,17 @@ class Outcome:
 
 
 def objective(policy: Policy, quota: float, seconds: float) -> float:
-    """What is minimised: seconds, a little more for long passes, for what moves, and for what is written to disk."""
+    """The number to minimise: seconds, and a little more for long passes, for what moves and for what is written to disk."""
     computing = "host" if policy.device == "cpu" else "device"
     moving = 2 - getattr(policy.weights, computing) - getattr(policy.kv, computing) + policy.weights.disk
     return seconds * (1 + LONG_PASS_PENALTY * quota + MOVING_PENALTY * moving + SPILL_PENALTY * policy.kv.disk)
 
 
 class Player:
-    """Plays the policies of a space.
+    """Plays the policies of a space, and remembers how they did.
 
     Attributes:
-        effort: spent so far.
+        effort: effort that was spent so far.
     """
 
     def __init__(self, space: Space) -> None:
@@ -62,7 +86,7 @@ class Player:
 
     @property
     def num_played(self) -> int:
-        """Policies."""
+        """Number of policies that were played."""
         return len(self._known)
 
     def score(self, point: Point, bounds: Bounds) -> Score:
@@ -75,15 +99,15 @@ class Player:
         return outcome.refused, excess, objective(policy, point.quota, outcome.seconds)
 
     def policy(self, point: Point) -> Policy | None:
-        """That of the space, found once."""
+        """The policy of a point, or None where it does not fit."""
         if point not in self._policies:
-            known = len(self.space.layouts)
+            known = len(self.space.placed)
             self._policies[point] = self.space.policy(point)
-            self.effort += POINT_EFFORT + UNIT_EFFORT * len(self.space.spec.units) * (len(self.space.layouts) - known)
+            self.effort += POINT_EFFORT + UNIT_EFFORT * len(self.space.spec.units) * (len(self.space.placed) - known)
         return self._policies[point]
 
     def seconds(self, point: Point) -> float:
-        """Of the job, with the policy of this point."""
+        """Duration of the job with the policy of this point; infinite where it does not fit."""
         policy = self.policy(point)
         return math.inf if policy is None else self.outcome(policy).seconds
 
@@ -100,15 +124,17 @@ class Player:
         return self._known_whole[policy]
 
     def _play(self, policy: Policy, sample: Sample) -> Outcome:
-        longest: list[float] = []
+        played = play_sample(self.space.spec, policy, sample, weights=self.space.placed.of(policy.weights).work)
+        seconds = [job.seconds(self.expectation, policy) for job in played.jobs]
+        self.effort += sum(map(_effort, played.jobs))
+        return Outcome(
+            refused=played.refused,
+            seconds=played.extrapolated([float(each.sum()) for each in seconds]),
+            request_seconds=max(job.longest_request_seconds(each) for job, each in zip(played.jobs, seconds, strict=True)),
+        )
 
-        def seconds(played: Simulation) -> float:
-            passes = self.expectation.passes(played, policy)
-            longest.append(longest_request_seconds(played, passes))
-            lives = played.end_passes - played.first_passes
-            self.effort += PLAY_EFFORT + PASS_EFFORT * len(passes) + GROUP_EFFORT * len(lives) + LIFE_EFFORT * float(lives.sum())
-            return float(passes.sum())
 
-        work = self.space.layouts.of(policy.weights).work
-        refused, total = extrapolated(self.space.spec, policy, sample, seconds, weights=work)
-        return Outcome(refused=refused, seconds=total, request_seconds=max(longest))
+def _effort(job: Simulation) -> float:
+    """Effort of playing a job."""
+    lives = job.end_passes - job.first_passes
+    return PLAY_EFFORT + PASS_EFFORT * job.num_passes + GROUP_EFFORT * len(lives) + LIFE_EFFORT * float(lives.sum())

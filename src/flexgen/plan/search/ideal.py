@@ -1,28 +1,46 @@
-"""T*: the least ideal time of a job within budgets, which no choice and no engine can beat (the measure of both)."""
+"""T*: a lower bound on the ideal time of a job within budgets, which no policy and no engine can beat.  It measures both.
+
+The ideal time of a job is the sum over its passes of the busiest resource's time.  The bound is a linear program over totals.  Each pass
+reads the weights that are not at home where they compute, so with A passes and shares w of the weights the products A·w are the variables.
+Memory bounds A from below: over all passes together, weights and the KV of every request, pass by pass of its life, must fit.
+
+A request enters at least as many passes before the end as its answer has tokens.  So passes are told apart: a tail of K passes, in which
+no prompt of an answer with more than K tokens is computed, and the passes before it.  Each of the two takes at least as long as its own
+work on each resource, and both together as long as all work on it.  Every K gives a bound; the largest counts.
+
+Many different requests are put together for the program.  Its dual values then price each request alone, which is a bound again (weak
+duality), and exact where few were put together.
+"""
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import product
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
+from flexgen.options import TIERS
 from flexgen.plan.machine import Limits, Machine
 from flexgen.plan.model import ModelSpec
-from flexgen.plan.play.sampling import JobSizes, Samples, extrapolated
-from flexgen.plan.policy import Policy
-from flexgen.plan.price.pools import kv_pools, placed_weights, pool_fractions
-from flexgen.plan.price.work import memory_bytes, unit_homes, weight_bytes
-from flexgen.plan.search.moves import climb
-from flexgen.plan.search.space import Point
-from flexgen.plan.search.starts import varied
+from flexgen.plan.policy import Fractions, Policy
+from flexgen.plan.price.requests import RequestLoad
+from flexgen.plan.price.work import PassWork, attended_bytes, ideal_seconds, memory_bytes, price, weights_work
+from flexgen.plan.search.steady import Minimum, minimum
 from flexgen.plan.workload import Workload
 
-MICRO_BATCH_TOKENS = 1 << 20
-QUOTAS = (0.0, 0.15, 0.4, 0.7, 1.0)
-# Of the best of a coarse grid, how many are moved, beside the best of each kind.
-MOVED_STARTS = 4
+Floats = npt.NDArray[np.float64]
+
+# Requests of different lengths are put together into at most so many kinds.
+KINDS = 64
+# Lengths of the tail that are tried: those of answers at these shares of all, the shortest first.
+TAILS = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
+# The solver's tolerance: the bound is lowered by this share.
+TOLERANCE = 5e-7
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,111 +69,133 @@ def budgets_of(limits: Limits, spec: ModelSpec, process_bytes: int) -> Budgets:
     )
 
 
-def least_ideal_seconds(
-    spec: ModelSpec, machine: Machine, workload: Workload, budgets: Budgets, dtype: str, *, also: Sequence[Policy] = ()
-) -> float:
-    """T*: the least sum over the passes of the busiest resource's ideal time, within `budgets`, without overheads.
+def least_ideal_seconds(spec: ModelSpec, machine: Machine, workload: Workload, budgets: Budgets, dtype: str) -> float:
+    """T*: no policy that keeps within `budgets` and serves all requests has a smaller sum of its passes' ideal times.
 
-    Searched over the shares of resident weights, the homes of KV and the prefill quota, under the diagonal and the zigzag
-    schedule.  `also` are policies known to be allowed (the one that ran): T* is at most theirs.
+    Overheads, pages, staging and activations are left out, and so are the rows of an embedding that is not in memory.
 
     Raises:
         OptionError: when the machine was not measured in `dtype`.
     """
     if not len(workload):
         return 0.0
-    space = _IdealSpace(spec, budgets, workload, dtype)
-    samples, wholes = Samples(workload), Samples.played_once(workload)
-    policy_of = functools.cache(space.policy)
-
-    def seconds(policy: Policy, lengths: Samples) -> tuple[float, float]:
-        return extrapolated(spec, policy, lengths.of(space.sizes.num_seqs(policy)), lambda played: played.busiest_seconds(machine, dtype))
-
-    @functools.cache
-    def sampled(policy: Policy) -> tuple[float, float]:
-        return seconds(policy, samples)
-
-    def score(point: Point) -> tuple[float, float]:
-        policy = policy_of(point)
-        return (math.inf, math.inf) if policy is None else sampled(policy)
-
-    starts = varied(sorted(space.starts(), key=score), MOVED_STARTS)
-    found = [policy_of(point) for point in climb(starts, space, score, lambda: True)]
-    candidates = [*also, *dict.fromkeys(policy for policy in found if policy is not None)]
-    return min((seconds(policy, wholes) for policy in candidates), default=(0.0, math.inf))[1]
+    program = _Program(spec, machine, workload, budgets, dtype)
+    tails = {int(np.quantile(program.output_lens, share)) - 1 for share in TAILS}
+    return max(program.bound(tail) for tail in tails) * (1 - TOLERANCE)
 
 
-class _IdealSpace:
-    """Points of the unit cube as policies that use every byte of the budgets for weights and KV."""
+class _Program:
+    """The coefficients of the program: seconds by resource and bytes by tier, of kinds of units and of requests, by home.
 
-    def __init__(self, spec: ModelSpec, budgets: Budgets, workload: Workload, dtype: str) -> None:
-        self.spec, self.budgets, self.dtype = spec, budgets, dtype
-        self.workload = workload
-        self.computing = "host" if budgets.device == "cpu" else "device"
-        self.sizes = JobSizes(spec, workload, page_tokens=1)
-        self.memory_bytes = sum(memory_bytes(unit) for unit in spec.units)
+    Attributes:
+        output_lens: tokens of all answers.
+    """
 
-    def free_axes(self, schedule: str) -> tuple[str, ...]:
-        """All that the tiers leave to choose."""
-        axes = ["on_host"] if self.budgets.device == "cpu" else ["on_device", "on_host", "kv_homes"]
-        axes += ["kv_disk"] * (self.budgets.disk_bytes > 0) + ["quota"] * (schedule == "diagonal")
-        return tuple(axes)
+    def __init__(self, spec: ModelSpec, machine: Machine, workload: Workload, budgets: Budgets, dtype: str) -> None:
+        self._spec, self._machine, self._policy = spec, machine, _bare_policy(budgets.device, dtype)
+        self._tiers = ("host", "disk") if budgets.device == "cpu" else TIERS
+        self._room = np.array([getattr(budgets, f"{tier}_bytes") for tier in self._tiers], dtype=np.float64)
+        self.output_lens = np.array(workload.answer_lens)
+        self._take_units()
+        self._take_requests(workload)
 
-    def schedules(self) -> tuple[str, ...]:
-        """Those that a job may choose from."""
-        return ("diagonal", "zigzag")
+    def _take_units(self) -> None:
+        """Arrays of (resources or tiers, kinds of units, homes); weights on disk take no room there."""
+        kinds = Counter(dataclasses.replace(unit, name="") for unit in self._spec.units)
+        alone = [dataclasses.replace(self._spec, units=(unit,)) for unit in kinds]
+        homes = [
+            [
+                self._seconds(weights_work(spec, (tier,), self._policy.device), 1) * number
+                for spec, number in zip(alone, kinds.values(), strict=True)
+            ]
+            for tier in self._tiers
+        ]
+        self._unit_seconds = np.moveaxis(np.array(homes)[..., 0], -1, 0).swapaxes(1, 2)
+        held = np.array([memory_bytes(unit) * number for unit, number in kinds.items()], dtype=np.float64)
+        self._unit_bytes = np.diag([float(tier != "disk") for tier in self._tiers])[:, None, :] * held[:, None]
 
-    def micro_batches(self) -> list[int]:
-        """All at once: without overheads, more rows are never slower."""
-        return [MICRO_BATCH_TOKENS]
-
-    def starts(self) -> Iterator[Point]:
-        """A coarse grid."""
-        values = {
-            "on_device": (0.0, 0.5, 1.0),
-            "on_host": (0.0, 0.5, 1.0),
-            "kv_homes": (0.0, 0.5, 1.0),
-            "kv_disk": (0.0, 1.0),
-            "quota": QUOTAS,
-        }
-        for schedule in self.schedules():
-            free = self.free_axes(schedule)
-            for chosen in product(*(values[axis] for axis in free)):
-                shares = dict(zip(free, chosen, strict=True))
-                yield Point(**shares, embedding=False, schedule=schedule, micro_batch_tokens=MICRO_BATCH_TOKENS)
-
-    def policy(self, point: Point) -> Policy | None:
-        """The policy of a point, or None where it does not fit."""
-        weights = placed_weights(
-            self.memory_bytes, self.budgets.device, self.budgets.device_bytes, self.budgets.host_bytes, point.on_device, point.on_host
+    def _take_requests(self, workload: Workload) -> None:
+        """Arrays of (resources or tiers, different requests, homes)."""
+        columns = np.array([workload.answer_lens, workload.prompt_lens, workload.found_lens])
+        (self._outputs, prompts, found), self._counts = np.unique(columns, axis=1, return_counts=True)
+        own = prompts - found
+        load, own_load = (
+            RequestLoad.of(self._spec, Workload(prompt_lens=tuple(lengths), output_lens=tuple(self._outputs), shared_lens=shared))
+            for lengths, shared in ((prompts, tuple(found)), (own, ()))
         )
-        held = weight_bytes(self.spec, unit_homes(self.spec, weights))
-        free = {"device": self.budgets.device_bytes - held["device"], "host": self.budgets.host_bytes - held["host"]}
-        # A tied embedding costs nothing: its rows are the head's.
-        resident = (point.embedding or weights.disk == 0) and free[self.computing] >= self.spec.embedding_bytes
-        free[self.computing] -= self.spec.embedding_bytes * resident
-        if min(free.values()) < 0:
-            return None
-        pools = kv_pools(free, self.budgets.disk_bytes, point.kv_homes, point.kv_disk)
-        if not any(pools.values()):
-            return None
-        return Policy(
-            device=self.budgets.device,
-            dtype=self.dtype,
-            weights=weights,
-            kv=pool_fractions(pools),
-            kv_device_bytes=pools["device"],
-            kv_host_bytes=pools["host"],
-            kv_disk_bytes=pools["disk"],
-            host_ring_bytes=0,
-            device_ring_bytes=0,
-            workspace_bytes=0,
-            embedding_resident=resident,
-            schedule=point.schedule,
-            max_num_seqs=len(self.workload),
-            prefill_tokens=self.sizes.quota(sum(pools.values()), point.quota),
-            micro_batch_tokens=point.micro_batch_tokens,
-            page_tokens=1,
-            compute_threads=1,
-            io_threads=1,
+        prompt = dataclasses.replace(load, next_tokens=0 * own, attended_tokens=(0 * own,) * len(load.attended_tokens))
+        self._life_seconds, self._prompt_seconds = (
+            np.stack([self._request_seconds(each, own_load, tier) for tier in self._tiers], axis=-1) for each in (load, prompt)
         )
+        groups = self._spec.kv_groups
+        at_first = [np.minimum(own, group.window or np.inf) for group in groups]
+        held = attended_bytes(groups, [first + seen for first, seen in zip(at_first, own_load.attended_tokens, strict=True)])
+        held = np.broadcast_to(np.asarray(held, dtype=np.float64), own.shape)
+        self._held_bytes = np.eye(len(self._tiers))[:, None, :] * held[:, None]
+
+    def _request_seconds(self, load: RequestLoad, own: RequestLoad, home: str) -> Floats:
+        """Seconds by resource and request; what several requests have in common on disk may be read once for all of them."""
+        shared = [np.maximum(seen - least, 0) for seen, least in zip(load.attended_tokens, own.attended_tokens, strict=True)]
+        brought = dataclasses.replace(load.at(home), repeated_tokens={home: shared} if home == "disk" else {})
+        return self._seconds(price(brought, self._spec, self._policy, PassWork()), len(self._outputs))
+
+    def _seconds(self, work: PassWork, number: int) -> Floats:
+        """Ideal seconds of so many passes, by resource and pass."""
+        seconds = ideal_seconds(work, self._machine, self._policy.dtype).values()
+        return np.stack([np.broadcast_to(np.asarray(each, dtype=np.float64), (number,)) for each in seconds])
+
+    def bound(self, tail: int) -> float:
+        """The bound that sets the last `tail` passes apart."""
+        in_head = self._prompt_seconds * (self._outputs > tail)[:, None]
+        parts = (self._life_seconds, in_head, self._held_bytes)
+        counts = self._counts[:, None]
+        firsts = np.unique(np.linspace(0, len(counts), KINDS, endpoint=False).astype(np.int64))
+        found = self._solved(tail, *(np.add.reduceat(part * counts, firsts, axis=1) for part in parts))
+        if found is None:
+            return math.inf
+        prices, paid = -found.worth[: sum(map(len, parts))], float(found.equal_worth[2 * self._unit_bytes.shape[1] :].sum())
+        each = np.tensordot(prices, np.concatenate(parts), axes=1)
+        return found.value - paid + float((each.min(axis=1) * self._counts).sum())
+
+    def _solved(self, tail: int, life: Floats, prompts: Floats, held: Floats) -> Minimum | None:
+        """The linear program; requests are in the first rows, and in the last equations.
+
+        Variables are the seconds before the tail and in it, the passes before it, for each kind of unit and each home the passes before
+        the tail and in it in which its units are at home there, and for each kind of request and each home its share.
+        """
+        num_units, num_kinds, tiers = self._unit_seconds.shape[1], life.shape[1], len(self._tiers)
+        seconds, size, life, prompts, held = (
+            part.reshape(len(part), -1) for part in (self._unit_seconds, self._unit_bytes, life, prompts, held)
+        )
+        units, kinds = (np.kron(np.eye(number), np.ones(tiers)) for number in (num_units, num_kinds))
+
+        def rows(fixed: Sequence[Any], before: Floats, within: Floats, requests: Floats) -> Floats:
+            return np.hstack([*(np.broadcast_to(each, (len(before), 1)) for each in fixed), before, within, requests])
+
+        no_units, no_bytes, room = 0 * seconds, 0 * size, -self._room[:, None]
+        at_most = [
+            (rows((-1, -1, 0), seconds, seconds, life), 0 * seconds[:, 0]),
+            (rows((-1, 0, 0), seconds, no_units, prompts), 0 * seconds[:, 0]),
+            (rows((0, 0, room), size, size, held), tail * self._room),
+            (rows((0, -1, 0), no_units, seconds, 0 * life), 0 * seconds[:, 0]),
+            (rows((0, 0, room), size, no_bytes, 0 * held), 0 * self._room),
+            (rows((0, 0, 0), no_bytes, size, 0 * held), tail * self._room),
+        ]
+        equal = [
+            (rows((0, 0, -1), units, 0 * units, np.zeros((num_units, kinds.shape[1]))), np.zeros(num_units)),
+            (rows((0, 0, 0), 0 * units, units, np.zeros((num_units, kinds.shape[1]))), np.full(num_units, tail)),
+            (rows((0, 0, 0), *np.zeros((2, num_kinds, units.shape[1])), kinds), np.ones(num_kinds)),
+        ]
+        (matrix, limits), (equations, values) = (tuple(map(np.concatenate, zip(*blocks, strict=True))) for blocks in (at_most, equal))
+        goal = np.zeros(matrix.shape[1])
+        goal[:2] = 1.0
+        bounds = [(0.0, None), (0.0, None), (float(self._outputs.max() - tail), None)] + [(0.0, None)] * (len(goal) - 3)
+        return minimum(goal, matrix, limits, equations, values, bounds)
+
+
+def _bare_policy(device: str, dtype: str) -> Policy:
+    """A policy by which work is priced; where KV lives is said by the load."""
+    return Policy(
+        device=device, dtype=dtype, weights=Fractions(disk=1.0), kv=Fractions(host=1.0), embedding_resident=True, schedule="diagonal",
+        max_num_seqs=1, prefill_tokens=1, micro_batch_tokens=1, page_tokens=1, compute_threads=1, io_threads=1,
+    )  # fmt: skip

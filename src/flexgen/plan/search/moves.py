@@ -22,7 +22,7 @@ REFINED = 2
 # A kick draws some axes anew and moves most others by so much (standard deviation); these steps follow it.
 DRAWN_AXES, MOVED_AXES, KICK, KICK_STEPS = 0.2, 0.5, 0.15, (0.1, 0.03, 0.01)
 # So many kicks in a row that lead to nothing better are enough.
-VAIN_KICKS = 32
+FAILED_KICKS = 32
 
 
 class Axes(Protocol):
@@ -65,11 +65,11 @@ def wander(best: Point, space: Axes, score: Callable[[Point], Score], goes_on: C
 
     Whole numbers (units, prompts in a pass, micro-batches) make a landscape of many small basins, which steps alone do not leave.
     """
-    draw, vain = random.Random(0), 0
-    while goes_on() and vain < VAIN_KICKS and space.free_axes(best.schedule):
+    draw, failed = random.Random(0), 0
+    while goes_on() and failed < FAILED_KICKS and space.free_axes(best.schedule):
         kicked = dataclasses.replace(best, **dict(_kick(best, space, draw)))
         there = _improved(kicked, space, score, goes_on, steps=KICK_STEPS, in_pairs=False)
-        vain = 0 if _is_better(score(there), score(best)) else vain + 1
+        failed = 0 if _is_better(score(there), score(best)) else failed + 1
         best = min(best, there, key=score)
     return best
 

@@ -1,7 +1,7 @@
 """The best policy of a space.
 
 The linear program of the steady state (steady.py) says about where weights and KV should live; policies around its answers and at the
-corners of the space (starts.py) are played with the job's lengths at typical rates (play.py), and the best of those are moved until
+corners of the space (starts.py) are played with the job's lengths at typical rates (evaluate.py), and the best of those are moved until
 they get no better, then kicked and moved again (moves.py).
 """
 
@@ -14,15 +14,15 @@ from dataclasses import dataclass, field
 from flexgen.base.quantities import format_seconds
 from flexgen.errors import CapacityError
 from flexgen.plan.policy import Policy
-from flexgen.plan.search.bounds import Bounds
-from flexgen.plan.search.evaluate import Outcome, Player
+from flexgen.plan.price.requests import RequestLoad
+from flexgen.plan.search.evaluate import Bounds, Outcome, Player
 from flexgen.plan.search.moves import Improvement, climb, refine, wander
 from flexgen.plan.search.shortage import shortage
 from flexgen.plan.search.space import Point, Space
 from flexgen.plan.search.starts import BOUNDED_CAPS, NEAR, starts, steady_states, varied, varied_places, varied_wholes
-from flexgen.plan.search.steady import MeanSequence, Steady
+from flexgen.plan.search.steady import Steady
 
-# Effort (see play.py) of the stages of a search.  The first size of micro-batches that fits, under any bounds.
+# Effort (see evaluate.py) of the stages of a search.  The first size of micro-batches that fits, under any bounds.
 FIRST_SIZE_EFFORT = 36_000
 # Other sizes, of which those are begun with whose steady states reach this share of the best.
 OTHER_SIZES_EFFORT, PROMISING = 15_000, 0.9
@@ -47,16 +47,18 @@ ATTEMPTS = 4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Solution:
-    """What was found.
+    """The best policy that a search found.
 
     Attributes:
-        policy: the best. seconds: that the job should take with it. refused: share of requests that can never fit.
-        request_seconds: of the request that takes longest.
-        objective: what was minimised (see play.py).
-        point: its place in the space.
+        policy: the best policy.
+        seconds: time that the job should take with it.
+        refused: share of the requests that can never fit.
+        request_seconds: time of the request that takes longest.
+        objective: the number that was minimised (see evaluate.py).
+        point: the place of the policy in the space.
         worth: tier -> relative gain of tokens/s per byte more of it, at the margin of the linear program; empty where that has no answer.
-        num_played: policies that were played.
-        gain_per_gib: tier -> relative gain of tokens/s by 1 GiB more of it; empty where nobody looked.
+        num_played: number of policies that were played.
+        gain_per_gib: tier -> relative gain of tokens/s by 1 GiB more of it; empty where it was not searched for.
     """
 
     policy: Policy
@@ -74,13 +76,13 @@ class Search:
     """Looks for the best policies of a space; what was found under one bound is known under the next.
 
     Args:
-        patience: times the usual effort.
+        patience: how many times the usual effort a search may spend.
     """
 
     def __init__(self, space: Space, *, patience: float = 1.0) -> None:
         self.space, self.player = space, Player(space)
         self._patience = patience
-        self._mean = MeanSequence.of(space.spec, space.workload)
+        self._mean = RequestLoad.of(space.spec, space.workload).mean()
         self._found: dict[Point, None] = {}
         self._solved = functools.cache(functools.partial(steady_states, space, self.player.expectation, self._mean))
 
@@ -196,7 +198,8 @@ class _Hunt:
     """One look for the best within bounds: what it has found, best first, and the effort that it may spend.
 
     Args:
-        patience: times the effort of its stages. known: points to begin with.
+        patience: how many times the usual effort its stages may spend.
+        known: points to begin with.
     """
 
     def __init__(self, space: Space, player: Player, bounds: Bounds, patience: float, known: Iterable[Point]) -> None:
@@ -234,7 +237,7 @@ class _Hunt:
 
 
 def too_slow(bounds: Bounds, nearest: Outcome) -> str:
-    """What is asked for, and what there is."""
+    """A sentence that names the bounds that were asked for and what the nearest plan takes."""
     asked = {"--max-job-seconds": bounds.job_seconds, "--max-request-seconds": bounds.request_seconds}
     given = " and ".join(f"{flag} {seconds:g}" for flag, seconds in asked.items() if seconds is not None)
     return (

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
+from flexgen.base.quantities import GIB
 from flexgen.options import EngineOptions
 from flexgen.plan.machine import Limits, Machine
 from flexgen.plan.model import ModelSpec
 from flexgen.plan.play.answer_lengths import expected
-from flexgen.plan.search.bounds import Bounds
+from flexgen.plan.search.evaluate import Bounds, Player
+from flexgen.plan.search.moves import wander
 from flexgen.plan.search.optimise import Search, Solution
 from flexgen.plan.search.space import Space
-from flexgen.plan.tell.gains import memory_gains
 from flexgen.plan.workload import Workload
 
+# Gains from this on per GiB are looked for, with so much effort (see evaluate.py), before they are promised.
+PROMISE, EFFORT = 0.01, 6_000
 # What is planned for when nothing is known of the job.
 NOMINAL_WORKLOAD = Workload(prompt_lens=(512,) * 256, output_lens=(128,) * 256)
 
@@ -67,3 +71,20 @@ def _servable(spec: ModelSpec, limits: Limits, workload: Workload) -> Workload:
     lengths = zip(workload.prompt_lens, workload.output_lens, strict=True)
     kept = [place for place, (s, n) in enumerate(lengths) if spec.kv_bytes(s + n - 1) <= most]
     return workload if len(kept) in (0, len(workload)) else workload.take(kept)
+
+
+def memory_gains(space: Space, found: Solution, bounds: Bounds) -> dict[str, float]:
+    """Tier -> relative gain by 1 GiB more of it: what the linear program says, or less where a search from `found` finds less.
+
+    Args:
+        bounds: that it keeps.
+    """
+    gains = {tier: gain * GIB for tier, gain in found.worth.items()}
+    for tier, gain in gains.items():
+        if gain >= PROMISE:
+            more = {f"{tier}_bytes": getattr(space.limits, f"{tier}_bytes") + GIB}
+            player = Player(space.within(dataclasses.replace(space.limits, **more)))
+            score = functools.partial(player.score, bounds=bounds)
+            best = wander(found.point, player.space, score, lambda player=player: player.effort < EFFORT)
+            gains[tier] = min(gain, max(found.seconds / player.seconds(best) - 1, 0.0))
+    return gains

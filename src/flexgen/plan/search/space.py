@@ -16,13 +16,11 @@ from flexgen.errors import OptionError
 from flexgen.options import TIERS, EngineOptions, parse_placement
 from flexgen.plan.machine import Limits, Machine
 from flexgen.plan.model import ModelSpec
-from flexgen.plan.play.sampling import JobSizes
-from flexgen.plan.play.simulate import PAGE_TOKENS
-from flexgen.plan.policy import Fractions, Policy
-from flexgen.plan.price.layout import Layouts
-from flexgen.plan.price.pools import first_of, kv_pools, placed_weights, pool_fractions
+from flexgen.plan.policy import PAGE_TOKENS, Fractions, Policy
+from flexgen.plan.price.memory import PlacedWeights
+from flexgen.plan.price.requests import JobSizes
 from flexgen.plan.price.work import DTYPE_BYTES, active_share, memory_bytes
-from flexgen.plan.search.drafts import Drafts
+from flexgen.plan.search.drafts import Drafts, first_of, kv_pools, placed_weights, pool_fractions
 from flexgen.plan.search.steady import Room
 from flexgen.plan.workload import Workload
 
@@ -38,9 +36,13 @@ class Point:
 
     Attributes:
         on_device, on_host: of the weights, how much of what fits there.
-        kv_homes: 0 is the device, 1 the host, a half all of both (see `kv_pools`). kv_disk: the disk's share of KV.
+        kv_homes: 0 is the device, 1 the host, a half all of both (see `kv_pools`).
+        kv_disk: the disk's share of KV.
         quota: prompt tokens per pass, from what replaces half of those that end to a whole block.
-        cap: live sequences, of those that fit. embedding: whether it stays, where that has a use and fits.
+        cap: share of the sequences that fit which may be alive.
+        embedding: whether the embedding stays in memory, where that has a use and fits.
+        schedule: "diagonal", "zigzag" or "row".
+        micro_batch_tokens: most tokens computed together.
     """
 
     on_device: float = 0.0
@@ -55,7 +57,7 @@ class Point:
 
 
 class _Homes(NamedTuple):
-    """Of KV: in memory as `kv_homes` of a point, and on disk."""
+    """Where KV lives: in memory as `kv_homes` of a point says, and the share on disk."""
 
     memory: float
     disk: float
@@ -85,7 +87,7 @@ class Space:
     ) -> None:
         if options.dtype not in DTYPE_BYTES:
             raise OptionError(f"dtype={options.dtype!r}: a plan needs one of {', '.join(DTYPE_BYTES)}")
-        self.options, self.spec, self.machine, self.limits, self.workload = options, spec, machine, limits, workload
+        self.options, self.spec, self.machine, self.workload = options, spec, machine, workload
         self.dtype = options.dtype
         self.on_cpu = limits.device == "cpu"
         self.computing = "host" if self.on_cpu else "device"
@@ -94,14 +96,12 @@ class Space:
         for tier in TIERS:
             if self.kv is not None and getattr(self.kv, tier) > 0 and tier not in kv_tiers:
                 raise OptionError(f"kv={options.kv!r}: KV can live on {' or '.join(kv_tiers)} here, not on {tier}")
-        self.disk_bytes = limits.disk_bytes if "disk" in kv_tiers and not limits.offload_in_memory else 0
-        there_is = {"device": not self.on_cpu, "host": True, "disk": self.disk_bytes > 0}
-        self.kv_tiers = tuple(tier for tier in TIERS if tier in kv_tiers and there_is[tier])
+        self._allowed_kv_tiers = kv_tiers
         self.sizes = JobSizes(spec, workload, PAGE_TOKENS)
-        self.layouts = Layouts(spec, limits.device)
+        self.placed = PlacedWeights(spec, limits.device)
         self.weight_bytes = sum(memory_bytes(unit) for unit in spec.units)
         self.drafts = Drafts(
-            spec, machine, limits, self.sizes, self.layouts, dtype=self.dtype, process_bytes=process_bytes, kv=self.kv,
+            spec, machine, limits, self.sizes, self.placed, dtype=self.dtype, process_bytes=process_bytes, kv=self.kv,
             num_seqs=options.max_num_seqs or 1,
         )  # fmt: skip
         # Two layers of all KV on disk are staged: one that is attended to, one on its way.  And a page per sequence.
@@ -109,6 +109,15 @@ class Space:
         self._read_ahead = 2 * layer / max(spec.kv_bytes_per_token, 1)
         self._tails = PAGE_TOKENS * spec.kv_bytes_per_token / self.sizes.mean
         self.staged = self._read_ahead + self._tails
+        self._take_limits(limits)
+
+    def _take_limits(self, limits: Limits) -> None:
+        """Set what follows from the budgets."""
+        self.limits = limits
+        allowed = self._allowed_kv_tiers
+        self.disk_bytes = limits.disk_bytes if "disk" in allowed and not limits.offload_in_memory else 0
+        exists = {"device": not self.on_cpu, "host": True, "disk": self.disk_bytes > 0}
+        self.kv_tiers = tuple(tier for tier in TIERS if tier in allowed and exists[tier])
 
     def micro_batches(self) -> list[int]:
         """From the rows at which dense rates are near their best even for experts, which see a part of them, to what fits anywhere.
@@ -127,13 +136,13 @@ class Space:
         return [*reversed(sizes), *(tokens for tokens in (256, 128, 64, 32) if tokens < first)]
 
     def schedules(self) -> tuple[str, ...]:
-        """Those to choose from: one micro-batch at a time is for comparisons only."""
+        """Schedules to choose from: one micro-batch at a time is for comparisons only."""
         if self.options.schedule != "auto":
             return (self.options.schedule,)
         return ("diagonal",) if self.options.prefill_tokens is not None else ("diagonal", "zigzag")
 
     def free_axes(self, schedule: str) -> tuple[str, ...]:
-        """What is not pinned, and makes a difference."""
+        """Axes that are not pinned and make a difference."""
         free = set(AXES) - ({"cap"} if self.options.max_num_seqs is not None else set())
         if self.weights is not None:
             free -= {"on_device", "on_host"}
@@ -249,7 +258,7 @@ class Space:
         """Shares of what is left for weights beside the rings and the KV of one request; all of them where that fits."""
         room = self._weights_room(bare, on_device)
         placed = placed_weights(self.weight_bytes, self.limits.device, room["device"], room["host"], on_device, on_host)
-        tiers = self.layouts.of(placed).tiers
+        tiers = self.placed.of(placed).tiers
         lived = {tier: share for tier in TIERS if (share := getattr(placed, tier)) and tier in tiers}  # no share without a unit
         return Fractions(**{tier: share / sum(lived.values()) for tier, share in lived.items()})
 
@@ -296,9 +305,10 @@ class Space:
         return {tier: int(getattr(kv, tier) * min(totals)) for tier in TIERS}
 
     def within(self, limits: Limits) -> Space:
-        """The same with other budgets."""
+        """The policies for the same requests within other budgets."""
         again = copy.copy(self)
-        again.limits, again.drafts = limits, self.drafts.within(limits)
+        again.drafts = self.drafts.within(limits)
+        again._take_limits(limits)
         return again
 
     def smallest(self, weights: Fractions, *, spills: bool) -> Policy:

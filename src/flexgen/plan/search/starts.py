@@ -8,8 +8,9 @@ from itertools import product
 from typing import Any
 
 from flexgen.plan.price.pass_time import Expectation
+from flexgen.plan.price.requests import RequestLoad
 from flexgen.plan.search.space import LEAST_SPILL, Point, Space
-from flexgen.plan.search.steady import MeanSequence, Steady, SteadyState
+from flexgen.plan.search.steady import Steady, SteadyState
 
 # Prompt quotas that are tried near the steady states, and at the corners; and caps, where requests may not take long.
 BOUNDED_CAPS = (1.0, 0.4, 0.15)
@@ -72,7 +73,7 @@ def _near(best: Point, space: Space) -> list[int]:
 def steady_states(
     space: Space,
     expectation: Expectation,
-    mean: MeanSequence,
+    mean: RequestLoad,
     micro_batch_tokens: int,
     *,
     pass_seconds: float | None = None,
@@ -81,8 +82,8 @@ def steady_states(
     """The steady states without and with KV on disk, best first.
 
     Args:
-        pass_seconds: what their passes may take at most. near: where it is not pinned, the share of the weights in the memory of what
-            computes, of those that fit there.
+        pass_seconds: most seconds that a pass may take.
+        near: share of the weights that fit where they compute which are at home there, unless it is pinned.
     """
     point = _point(space, space.schedules()[0], micro_batch_tokens)
     found: list[tuple[Steady, bool]] = []

@@ -16,12 +16,10 @@ import numpy as np
 import numpy.typing as npt
 
 from flexgen.options import TIERS
-from flexgen.plan.model import ModelSpec
-from flexgen.plan.play.simulate import visible_pairs
 from flexgen.plan.policy import Policy
 from flexgen.plan.price.pass_time import RESOURCES, Expectation
-from flexgen.plan.price.work import PassLoad, PassWork, memory_bytes, price, weights_work
-from flexgen.plan.workload import Workload
+from flexgen.plan.price.requests import RequestLoad
+from flexgen.plan.price.work import PassWork, memory_bytes, price, weights_work
 
 Floats = npt.NDArray[np.float64]
 
@@ -36,7 +34,8 @@ class Room:
     Attributes:
         memory_bytes: tier -> bytes left for weights, KV, and what grows with the sequences; disk: for KV only.
         sequence_bytes: tier -> bytes that each live sequence takes besides its KV.
-        kv_bytes: of a live sequence, on average. staged: host bytes that a byte of KV on disk takes.
+        kv_bytes: KV bytes of a live sequence on average.
+        staged: host bytes that a byte of KV on disk takes.
     """
 
     memory_bytes: Mapping[str, float]
@@ -50,7 +49,10 @@ class Steady:
     """The best steady state.
 
     Attributes:
-        num_seqs: live sequences. tokens_per_s: of output. weights, kv: shares per tier.
+        num_seqs: number of live sequences.
+        tokens_per_s: output tokens per second.
+        weights: share of the weights per tier.
+        kv: share of KV per tier.
         worth: tier -> relative gain of tokens/s per byte more of it, at the margin (the dual values).
     """
 
@@ -61,59 +63,10 @@ class Steady:
     worth: dict[str, float]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MeanSequence:
-    """What one live sequence brings to a pass of the steady state: the ages of all requests, equally often.
-
-    Attributes:
-        prompt_tokens, num_prompts, next_tokens: as in PassLoad. prompt_pairs, attended_tokens: per KV group.
-    """
-
-    prompt_tokens: float
-    num_prompts: float
-    next_tokens: float
-    prompt_pairs: tuple[float, ...]
-    attended_tokens: tuple[float, ...]
-
-    @staticmethod
-    def of(spec: ModelSpec, workload: Workload) -> MeanSequence:
-        """That of a job."""
-        prompts, found = np.array(workload.prompt_lens, dtype=np.float64), np.array(workload.found_lens, dtype=np.float64)
-        outputs = np.array(workload.answer_lens, dtype=np.float64)
-        passes = float(outputs.sum())
-        pairs: list[float] = []
-        attended: list[float] = []
-        for group in spec.kv_groups:
-            window = float(group.window or (prompts + outputs).max())
-            visible = visible_pairs(prompts, window) - visible_pairs(found, window)
-            pairs.append(float(visible.sum()) / passes)
-            # The k-th next token (k from 1 to n - 1) sees min(s + k, window) tokens.
-            ramp = np.clip(window - prompts, 0, outputs - 1)
-            seen = prompts * ramp + ramp * (ramp + 1) / 2 + window * (outputs - 1 - ramp)
-            attended.append(float(seen.sum()) / passes)
-        return MeanSequence(
-            prompt_tokens=float((prompts - found).sum()) / passes,
-            num_prompts=len(workload) / passes,
-            next_tokens=1.0 - len(workload) / passes,
-            prompt_pairs=tuple(pairs),
-            attended_tokens=tuple(attended),
-        )
-
-    def load(self, home: str, num_seqs: int) -> PassLoad:
-        """What so many bring, with their KV at `home`."""
-        return PassLoad(
-            prompt_tokens={home: self.prompt_tokens * num_seqs},
-            num_prompts={home: self.num_prompts * num_seqs},
-            next_tokens={home: self.next_tokens * num_seqs},
-            prompt_pairs=[pairs * num_seqs for pairs in self.prompt_pairs],
-            attended_tokens={home: [tokens * num_seqs for tokens in self.attended_tokens]},
-        )
-
-
 class SteadyState:
     """The coefficients for one model, machine and job under one policy's micro-batch size and placement of the embedding."""
 
-    def __init__(self, expectation: Expectation, mean: MeanSequence, policy: Policy) -> None:
+    def __init__(self, expectation: Expectation, mean: RequestLoad, policy: Policy) -> None:
         spec = expectation.spec
         fixed = _vector(expectation.resources(PassWork(), policy))
         self.fixed = fixed + expectation.machine.overheads.per_pass
@@ -138,7 +91,9 @@ class SteadyState:
         """The steady state of most tokens/s, or None where nothing fits.
 
         Args:
-            max_num_seqs: most live sequences. weights, kv: shares that are pinned, per tier. kv_tiers: where KV may live.
+            max_num_seqs: most live sequences.
+            weights, kv: shares that are pinned, per tier.
+            kv_tiers: where KV may live.
             pass_seconds: what a pass may take at most.
         """
         tiers, count = list(self.weights), len(self.weights)
@@ -162,16 +117,12 @@ class SteadyState:
         pins, pinned = _pins(tiers, t, size, weights, kv)
         bounds = [(0.0, None)] * count + [(0.0, None if tier in kv_tiers else 0.0) for tier in tiers]
         bounds += [(1.0 / max_num_seqs, 1.0), (0.0, None)]
-        # Scaled so that all numbers are near 1: seconds per sequence and bytes differ by 15 orders of magnitude.
-        matrix = np.array(rows)
-        scale = np.abs(matrix).max(axis=1)
-        scale[scale == 0] = 1.0
-        goal = np.zeros(size)
+        matrix, goal = np.array(rows), np.zeros(size)
         goal[tau] = 1.0
-        solved = _solve(goal, matrix / scale[:, None], np.concatenate([equal, pins]), np.concatenate([[0.0, 1.0], pinned]), bounds)
+        solved = minimum(goal, matrix, np.zeros(len(rows)), np.concatenate([equal, pins]), np.concatenate([[0.0, 1.0], pinned]), bounds)
         if solved is None:
             return None
-        x, duals = solved[0], solved[1] / scale
+        x, duals = solved.at, solved.worth
         num_seqs = float(1.0 / x[t])
         memory = dict(zip(TIERS, duals[len(RESOURCES) :], strict=False))
         return Steady(
@@ -197,15 +148,39 @@ class SteadyState:
         return row
 
 
-def _solve(
-    goal: Floats, at_most_zero: Floats, equal: Floats, values: Floats, bounds: Sequence[tuple[float, float | None]]
-) -> tuple[Floats, Floats] | None:
-    """The variables that minimise the goal, and what each inequality is worth; None where nothing fulfils them all."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Minimum:
+    """The solution of a linear program.
+
+    Attributes:
+        value: the least value of the goal.
+        at: the variables.
+        worth: what the goal changes by per unit that an inequality's right side grows.
+        equal_worth: the same of the equations.
+    """
+
+    value: float
+    at: Floats
+    worth: Floats
+    equal_worth: Floats
+
+
+def minimum(
+    goal: Floats, at_most: Floats, limits: Floats, equal: Floats, values: Floats, bounds: Sequence[tuple[float, float | None]]
+) -> Minimum | None:
+    """Minimise goal · x where at_most · x <= limits and equal · x = values; None where nothing fulfils them all.
+
+    Rows of inequalities are scaled, so that all numbers are near 1: seconds and bytes differ by 15 orders of magnitude.
+    """
     from scipy import optimize  # pyright: ignore[reportMissingTypeStubs]
 
     linprog: Any = optimize.linprog  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
-    found = linprog(goal, A_ub=at_most_zero, b_ub=np.zeros(len(at_most_zero)), A_eq=equal, b_eq=values, bounds=bounds, method="highs")
-    return (found.x, found.ineqlin.marginals) if found.status == 0 else None
+    scale = np.abs(at_most).max(axis=1)
+    scale[scale == 0] = 1.0
+    found = linprog(goal, A_ub=at_most / scale[:, None], b_ub=limits / scale, A_eq=equal, b_eq=values, bounds=bounds, method="highs")
+    if found.status != 0:
+        return None
+    return Minimum(value=found.fun, at=found.x, worth=found.ineqlin.marginals / scale, equal_worth=found.eqlin.marginals)
 
 
 def _pins(
@@ -232,9 +207,9 @@ def _vector(seconds: Mapping[str, float]) -> Floats:
     return np.array([float(seconds[resource]) for resource in RESOURCES])
 
 
-def _sequence_seconds(expectation: Expectation, mean: MeanSequence, policy: Policy, home: str) -> Floats:
+def _sequence_seconds(expectation: Expectation, mean: RequestLoad, policy: Policy, home: str) -> Floats:
     """Seconds of each resource that one live sequence of the job adds to a pass, on average, with its KV at `home`."""
-    load = mean.load(home, MANY_SEQUENCES)
+    load = mean.at(home, MANY_SEQUENCES)
     seconds = _vector(expectation.resources(price(load, expectation.spec, policy, PassWork()), policy))
     empty = PassWork(num_micro_batches=0)
     return (seconds - _vector(expectation.resources(empty, policy))) / MANY_SEQUENCES

@@ -1,4 +1,4 @@
-"""What a policy should do with a job, told before its first pass: seconds, rates, memory, and what each resource costs."""
+"""Plans: the best policy for a job, and its forecast: seconds, rates, memory, and what each resource costs."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from flexgen.options import EngineOptions
 from flexgen.plan.machine import Limits, Machine
 from flexgen.plan.model import ModelSpec
 from flexgen.plan.play.answer_lengths import expected
-from flexgen.plan.play.sampling import Samples, extrapolated
+from flexgen.plan.play.sampling import Samples, play_sample
 from flexgen.plan.play.simulate import Simulation
 from flexgen.plan.policy import Policy
 from flexgen.plan.price.memory import footprint
-from flexgen.plan.price.pass_time import Expectation
+from flexgen.plan.price.pass_time import RESOURCES, Expectation
 from flexgen.plan.price.work import unit_homes, weights_work
-from flexgen.plan.search.bounds import longest_request_seconds
 from flexgen.plan.search.optimise import Solution
 from flexgen.plan.search.solve import solve
-from flexgen.plan.tell.gains import rate_gains
 from flexgen.plan.tell.spill import LEAST_GAIN, Spill
 from flexgen.plan.workload import Workload
 
 # A block counts as full from this share of its most sequences on.
 FULL_BLOCK = 0.9
+# The gain of a faster rate is stated for a rate so many times as fast.
+FASTER = 1.1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,17 +36,26 @@ class Forecast:
     """A job as it is expected to go.
 
     Attributes:
-        seconds: from the first pass to the last. num_passes, num_requests: of the job. num_refused: requests that can never fit.
-        prompt_tokens, output_tokens: of the job. output_tokens_per_s: end to end.
-        full_block_tokens_per_s: of output, in passes with a full block.
-        live_mean: sequences in a pass. request_seconds: of the request that takes longest, from its first pass to its last.
-        pass_seconds: mean of a pass. resource_seconds: resource -> mean seconds in a pass, each by itself.
+        seconds: time from the first pass to the last.
+        num_passes: number of passes.
+        num_requests: number of requests.
+        num_refused: number of requests that can never fit.
+        prompt_tokens: tokens of all prompts.
+        output_tokens: tokens of all answers.
+        output_tokens_per_s: output tokens per second, from end to end.
+        full_block_tokens_per_s: output tokens per second in passes with a full block.
+        live_mean: mean number of sequences in a pass.
+        request_seconds: time of the request that takes longest, from its first pass to its last.
+        pass_seconds: mean time of a pass.
+        resource_seconds: resource -> mean seconds in a pass, each by itself.
         bottleneck: the resource that decides most of the time.
-        memory_bytes: tier -> part -> bytes reserved. budget_bytes: tier -> bytes.
-        weights_bytes_per_pass: link -> bytes of weights. disk_written_bytes: in all.
+        memory_bytes: tier -> part -> bytes reserved.
+        budget_bytes: tier -> bytes.
+        weights_bytes_per_pass: link -> bytes of weights.
+        disk_written_bytes: in all.
         gain_per_gib: tier -> relative gain of output tokens/s by 1 GiB more of it; empty where unknown.
         gain_per_rate: resource -> the same per relative gain of its rate, with the same policy.
-        spill: what KV on disk gains, where it would write more than the weights' bytes; None where it does not, or nobody looked.
+        spill: what KV on disk gains, where it would write more than the weights' bytes; None where it would not, or was not compared.
     """
 
     seconds: float
@@ -73,7 +82,7 @@ class Forecast:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What would be done, and how it should go."""
+    """A policy for a job, with its forecast."""
 
     spec: ModelSpec
     machine: Machine
@@ -90,8 +99,8 @@ def make_plan(options: EngineOptions, spec: ModelSpec, machine: Machine, limits:
 
     def best(limits: Limits) -> Plan:
         solution = solve(options, spec, machine, limits, workload, process_bytes=process_bytes)
-        told = forecast(solution, spec, machine, limits, workload, process_bytes=process_bytes)
-        return Plan(spec=spec, machine=machine, policy=solution.policy, forecast=told)
+        expectation = forecast(solution, spec, machine, limits, workload, process_bytes=process_bytes)
+        return Plan(spec=spec, machine=machine, policy=solution.policy, forecast=expectation)
 
     plan = best(limits)
     if options.kv is not None or plan.forecast.disk_written_bytes <= spec.checkpoint_bytes:
@@ -112,8 +121,8 @@ def _weighed(plan: Plan, without: Plan, *, asked: bool) -> Plan:
         chosen = plan
     else:
         chosen, spill = without, dataclasses.replace(spill, chosen=False)
-    told = dataclasses.replace(chosen.forecast, spill=spill, budget_bytes=plan.forecast.budget_bytes)
-    return dataclasses.replace(chosen, forecast=told)
+    weighed = dataclasses.replace(chosen.forecast, spill=spill, budget_bytes=plan.forecast.budget_bytes)
+    return dataclasses.replace(chosen, forecast=weighed)
 
 
 def forecast(solution: Solution, spec: ModelSpec, machine: Machine, limits: Limits, workload: Workload, *, process_bytes: int) -> Forecast:
@@ -138,16 +147,11 @@ def _played(policy: Policy, expectation: Expectation, workload: Workload) -> dic
     """The fields of Forecast that playing the job tells; large jobs are played on a sample and extrapolated."""
     spec, workload = expectation.spec, expected(workload)
     sample = Samples.played_once(workload).of(policy.max_num_seqs)
-    jobs: list[Simulation] = []
-
-    def total_seconds(job: Simulation) -> float:
-        jobs.append(job)
-        return float(expectation.passes(job, policy).sum())
-
-    _, total = extrapolated(spec, policy, sample, total_seconds)
-    played = jobs[0]  # then, where that is a sample, a half of it
+    jobs = play_sample(spec, policy, sample)
+    total = jobs.extrapolated([float(job.seconds(expectation, policy).sum()) for job in jobs.jobs])
+    played = jobs.jobs[0]
     passes = played.num_passes
-    seconds = expectation.passes(played, policy)
+    seconds = played.seconds(expectation, policy)
     resources = {name: np.broadcast_to(each, (passes,)) for name, each in expectation.apart(played.work, policy).items()}
     busiest = np.argmax(np.stack(list(resources.values())), axis=0)
     decided = {name: float(seconds[busiest == number].sum()) for number, name in enumerate(resources)}
@@ -162,7 +166,7 @@ def _played(policy: Policy, expectation: Expectation, workload: Workload) -> dic
         "output_tokens_per_s": outputs / max(total, 1e-9),
         "full_block_tokens_per_s": _full_block_rate(played, seconds),
         "live_mean": float(played.live.mean()) if passes else 0.0,
-        "request_seconds": longest_request_seconds(played, seconds),
+        "request_seconds": played.longest_request_seconds(seconds),
         "pass_seconds": float(seconds.mean()) if passes else 0.0,
         "resource_seconds": {name: float(each.mean()) if passes else 0.0 for name, each in resources.items()},
         "bottleneck": max(decided, key=decided.__getitem__),
@@ -175,3 +179,10 @@ def _full_block_rate(played: Simulation, seconds: npt.NDArray[np.float64]) -> fl
     """Output tokens/s of the passes in which nearly as many sequences as ever are alive."""
     full = played.live >= FULL_BLOCK * played.live.max(initial=0)
     return float(played.live[full].sum() / max(seconds[full].sum(), 1e-9)) if full.any() else 0.0
+
+
+def rate_gains(played: Simulation, policy: Policy, expectation: Expectation) -> dict[str, float]:
+    """Resource -> relative gain per relative gain of its rate, the policy being as it is: of `FASTER`, in the passes that it decides."""
+    seconds = float(played.seconds(expectation, policy).sum())
+    faster = {name: float(played.seconds(expectation, policy, times={name: FASTER}).sum()) for name in RESOURCES}
+    return {name: (seconds / max(less, 1e-12) - 1) / (FASTER - 1) for name, less in faster.items()}

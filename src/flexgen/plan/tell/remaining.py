@@ -36,7 +36,8 @@ class RemainingTime:
         """What is left, at the pace so far.
 
         Args:
-            spent: seconds of the passes so far. expected_of_spent: what these passes should have taken.
+            spent: seconds of the passes so far.
+            expected_of_spent: what these passes should have taken.
         """
         assumed = ASSUMED_PASSES * self._forecast.pass_seconds
         pace = (spent + assumed) / max(expected_of_spent + assumed, 1e-9)

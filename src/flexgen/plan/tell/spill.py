@@ -1,4 +1,4 @@
-"""KV cache on disk beside none: what spilling gains a job, and what it takes of an SSD's life."""
+"""What KV cache on disk gains a job, and what it takes of an SSD's life."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ class Spill:
     """Two plans for one job: the best, which writes KV to disk, and the best that does not.
 
     Attributes:
-        chosen: whether the plan is the one that writes. written_bytes: by that one, in all.
-        seconds, seconds_without: of the job, with and without.
+        chosen: whether the plan is the one that writes.
+        written_bytes: bytes that it writes in all.
+        seconds: time of the job with KV on disk.
+        seconds_without: time of the job without.
     """
 
     chosen: bool
@@ -26,10 +28,10 @@ class Spill:
 
     @property
     def gain(self) -> float:
-        """Of tokens/s, relative, by writing."""
+        """Relative gain of tokens/s by writing."""
         return self.seconds_without / max(self.seconds, 1e-9) - 1
 
 
 def endurance_share(written_bytes: float) -> float:
-    """Of what an SSD of ENDURANCE_BYTES takes in its life."""
+    """The share of the bytes that an SSD of ENDURANCE_BYTES takes in its life."""
     return written_bytes / ENDURANCE_BYTES

@@ -1,6 +1,6 @@
 """Models that are known without their weights: public configs in their shipped number formats, as ModelSpec JSON.
 
-`python -m flexgen.models.catalogue` writes the files; nothing here needs torch.
+`benchmarks/catalogue.py` writes the files from the numbers in ../configs.json; nothing here needs torch.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import json
 from importlib import resources
+from typing import Any
 
 from flexgen.errors import OptionError
 from flexgen.plan.model import ModelSpec
@@ -55,6 +56,16 @@ def catalogue_spec(name: str) -> ModelSpec:
     if name not in catalogue_names():
         raise OptionError(f"{name!r} is not in the catalogue; known: {', '.join(similar_names(name))}")
     return ModelSpec.from_json((resources.files(__name__) / f"{name}{_SUFFIX}").read_text(encoding="utf-8"))
+
+
+def catalogue_fields(name: str) -> dict[str, Any]:
+    """What the public config of a shipped model says.
+
+    The keys are `source` (hub id, or what the numbers were taken from), `dtype` (of the plain weights), `model_type` and `config`
+    (what differs from the defaults of transformers' config class, or decides a size).
+    """
+    text = (resources.files("flexgen.plan.known") / "configs.json").read_text(encoding="utf-8")
+    return json.loads(text)[name]
 
 
 def similar_names(name: str) -> list[str]:

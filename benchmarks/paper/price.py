@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from flexgen.errors import OptionError
-from flexgen.plan.paper.case import BYTES_PER_NUMBER, PaperCase, PaperPolicy
 from flexgen.plan.policy import Fractions
+from paper.case import BYTES_PER_NUMBER, PaperCase, PaperPolicy
 
 
 def _off_device(shares: Fractions) -> float:

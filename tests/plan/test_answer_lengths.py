@@ -71,7 +71,7 @@ def test_a_forecast_says_what_the_simulation_does(llama_3b, make_machine, make_l
     arguments = make_options(), llama_3b, make_machine(), make_limits(), JOB
     plan = make_plan(*arguments, process_bytes=process_bytes)
     told, played = plan.forecast, simulate(llama_3b, plan.policy, JOB)
-    seconds = Expectation(llama_3b, make_machine(), "bfloat16").passes(played, plan.policy)
+    seconds = played.seconds(Expectation(llama_3b, make_machine(), "bfloat16"), plan.policy)
     assert told.seconds == pytest.approx(seconds.sum())
     assert told.num_passes == played.num_passes
     assert told.output_tokens_per_s == pytest.approx(96 * 32 / seconds.sum())

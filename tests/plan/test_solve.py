@@ -1,5 +1,4 @@
 import itertools
-import random
 
 import pytest
 from hypothesis import given, settings
@@ -8,13 +7,12 @@ from hypothesis import strategies as st
 from flexgen.base.quantities import GIB, MIB
 from flexgen.errors import CapacityError, OptionError
 from flexgen.plan.model import KVGroupSpec, UnitSpec
-from flexgen.plan.play.sampling import JobSizes
 from flexgen.plan.play.simulate import simulate
 from flexgen.plan.policy import Fractions
 from flexgen.plan.price.memory import activation_bytes, footprint, scratch_bytes
 from flexgen.plan.price.pass_time import Expectation
+from flexgen.plan.price.requests import JobSizes
 from flexgen.plan.price.work import unit_homes
-from flexgen.plan.search.ideal import budgets_of, least_ideal_seconds
 from flexgen.plan.search.solve import solve
 from flexgen.plan.workload import Workload
 
@@ -138,7 +136,7 @@ def test_chooses_as_well_as_brute_force(plan, llama_3b, make_machine, lengths):
     machine = make_machine(host_to_device=None)
 
     def seconds(policy):
-        return Expectation(llama_3b, machine, policy.dtype).passes(simulate(llama_3b, policy, job), policy).sum()
+        return simulate(llama_3b, policy, job).seconds(Expectation(llama_3b, machine, policy.dtype), policy).sum()
 
     best = min(
         seconds(plan(job, weights=f"host={share / 20:g},disk={1 - share / 20:g}", prefill_tokens=quota))
@@ -288,23 +286,11 @@ def test_options_that_cannot_be_honoured(plan, options, message):
 # The limit, and the text
 
 
-def test_the_plan_is_never_better_than_the_least(plan, llama_3b, make_machine, make_limits, process_bytes):
-    draw = random.Random(2)
-    for _ in range(6):
-        limits = make_limits(host_bytes=int(draw.uniform(1, 9) * GIB))
-        job = Workload(
-            prompt_lens=tuple(draw.randrange(20, 600) for _ in range(60)), output_lens=tuple(draw.randrange(4, 80) for _ in range(60))
-        )
-        policy = plan(job, limits={"host_bytes": limits.host_bytes})
-        least = least_ideal_seconds(llama_3b, make_machine(), job, budgets_of(limits, llama_3b, process_bytes), "bfloat16")
-        assert least <= simulate(llama_3b, policy, job).busiest_seconds(make_machine(), "bfloat16")
-
-
 def test_expected_time_is_never_below_the_ideal(plan, llama_3b, make_machine):
     for changes in ({}, {"limits": {"device": "sim", "device_bytes": 3 * GIB}}, {"schedule": "row"}):
         policy = plan(**changes)
         played = simulate(llama_3b, policy, JOB)
-        expected = Expectation(llama_3b, make_machine(), policy.dtype).passes(played, policy)
+        expected = played.seconds(Expectation(llama_3b, make_machine(), policy.dtype), policy)
         assert expected.sum() >= played.busiest_seconds(make_machine(), "bfloat16")
 
 

@@ -18,14 +18,14 @@ from flexgen.plan.known.machines import find_machine, limits_of
 from flexgen.plan.known.models import catalogue_spec
 from flexgen.plan.play.simulate import simulate
 from flexgen.plan.price.memory import footprint
-from flexgen.plan.search.bounds import Bounds
-from flexgen.plan.search.evaluate import Player
+from flexgen.plan.price.requests import RequestLoad
+from flexgen.plan.search.evaluate import Bounds, Player
 from flexgen.plan.search.optimise import Search
 from flexgen.plan.search.shortage import shortage
 from flexgen.plan.search.solve import solve
 from flexgen.plan.search.space import Point, Space
-from flexgen.plan.search.steady import MeanSequence, SteadyState
-from flexgen.plan.tell.pareto import pareto
+from flexgen.plan.search.steady import SteadyState
+from flexgen.plan.tell.alternatives import pareto
 from flexgen.plan.workload import Workload
 
 TOLERANCE = 1.01
@@ -179,7 +179,12 @@ def steady_problem(seed):
     player = Player(space)
     point = next(grid_of(space, COARSE, 1))
     bare, room = space.room(point, spills=bool(space.disk_bytes))
-    return SteadyState(player.expectation, MeanSequence.of(space.spec, space.workload), bare), room, len(space.workload), space.kv_tiers
+    return (
+        SteadyState(player.expectation, RequestLoad.of(space.spec, space.workload).mean(), bare),
+        room,
+        len(space.workload),
+        space.kv_tiers,
+    )
 
 
 def steady_solution(seed):

@@ -1,0 +1,25 @@
+"""Write the catalogue's files, src/flexgen/plan/known/models/NAME.json, from the public configs in src/flexgen/plan/known/configs.json.
+
+python benchmarks/catalogue.py [NAME ...]
+
+The sizes that follow from the configs are checked against published ones in tests/plan/test_catalogue.py.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import resources
+from pathlib import Path
+
+from flexgen.models.catalogue import described
+from flexgen.plan.known.models import catalogue_names
+
+
+def main() -> None:
+    folder = Path(str(resources.files("flexgen.plan.known.models")))
+    for name in sys.argv[1:] or catalogue_names():
+        (folder / f"{name}.json").write_text(described(name).to_json(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""Machines that are known by name, for planning on hardware that is not there, and the budgets on them.
+
+The JSON files beside this one are read as a user's are: those of the t4-gcp have all rates, the others the figures of data sheets (box.py).
+
+* t4-gcp is the machine of Sheng et al. (ICML 2023), section 6: an NVIDIA T4 on Google's cloud.  Links and disk are as printed there
+  (12 GB/s, about 2 GB/s read and 1 GB/s written).  FLOP/s and the host's attention are the rates that its authors fitted to their runs:
+  21.24 TFLOP/s of products in prefill, 9.97 of batched ones, and 12.3 GFLOP/s on the host, which is 12.3 GB/s of KV (OPT has one query
+  per key).
+* The others are desktops and servers with one NVIDIA GPU and a PCIe 4 disk of 2 TB: dense tensor FLOP/s with float32 sums, memory and link
+  rates as NVIDIA prints them.  16gb-gpu-64gb has an RTX 4060 Ti 16 GB on PCIe 4 x8.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from importlib import resources
+from pathlib import Path
+
+from flexgen.base.quantities import format_size, parse_size
+from flexgen.errors import OptionError
+from flexgen.options import EngineOptions
+from flexgen.plan.known.box import box_of, is_box
+from flexgen.plan.machine import Limits, Machine
+from flexgen.plan.machine_file import machine_of, parsed
+
+# Of the memory that a machine has, what a plan takes where nobody says.
+HOST_SHARE, DEVICE_SHARE, STORAGE_SHARE = 0.8, 0.9, 0.8
+MACHINES = ("t4-gcp", "16gb-gpu-64gb", "rtx3090-64gb", "rtx4090-64gb", "rtx5090-128gb", "a100-80gb-512gb", "h100-80gb-512gb")
+
+
+def find_machine(name: str) -> Machine:
+    """The shipped machine of that name, or the one in a JSON file: measured, or described by a few figures (see box.py).
+
+    Raises:
+        OptionError: neither.
+    """
+    if name in MACHINES:
+        return _machine_of((resources.files(__name__) / f"{name}.json").read_text(encoding="utf-8"), name)
+    path = Path(name)
+    if path.is_file():
+        try:
+            return _machine_of(path.read_text(), path.stem)
+        except (OSError, UnicodeDecodeError, OptionError) as error:
+            raise OptionError(f"--machine {name}: {error}") from error
+    close = difflib.get_close_matches(name, MACHINES, n=1)
+    hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(MACHINES)}"
+    raise OptionError(f"--machine {name} is neither a file nor a known machine; {hint}")
+
+
+def _machine_of(text: str, name: str) -> Machine:
+    """The machine of a JSON text; `name` is its name where a few figures give none."""
+    fields = parsed(text)
+    return box_of(fields, name) if is_box(fields) else machine_of(fields)
+
+
+def limits_of(machine: Machine, options: EngineOptions) -> Limits:
+    """The budgets on a machine that is not this one: the options', or most of what it has.
+
+    Raises:
+        OptionError: a size that cannot be read, or one for a tier that the machine does not have.
+    """
+    if options.device not in ("auto", machine.device):
+        raise OptionError(f"--device {options.device}: machine {machine.name!r} computes on {machine.device!r}")
+    if options.device_mem is not None and not machine.device_bytes:
+        raise OptionError(f"--device-mem {options.device_mem}: machine {machine.name!r} has no device tier")
+    host = _granted("--host-mem", options.host_mem, machine.host_bytes, HOST_SHARE)
+    return Limits(
+        device=machine.device,
+        host_bytes=host,
+        host_source=f"--host-mem {options.host_mem}" if options.host_mem else f"{HOST_SHARE:.0%} of what {machine.name} has",
+        host_total_bytes=machine.host_bytes,
+        host_total_source=machine.name,
+        device_bytes=_granted("--device-mem", options.device_mem, machine.device_bytes, DEVICE_SHARE),
+        device_total_bytes=machine.device_bytes,
+        disk_bytes=_granted("--disk", options.disk, machine.disk_bytes, STORAGE_SHARE),
+        disk_total_bytes=machine.disk_bytes,
+        offload_dir="",
+        offload_in_memory=False,
+    )
+
+
+def beside_checkpoint(limits: Limits, checkpoint_bytes: int, options: EngineOptions) -> Limits:
+    """The budgets of `limits_of` once the model lies on the same disk; `--disk` is what it says."""
+    if options.disk is not None:
+        return limits
+    return dataclasses.replace(limits, disk_bytes=int(STORAGE_SHARE * max(limits.disk_total_bytes - checkpoint_bytes, 0)))
+
+
+def _granted(flag: str, text: str | None, total_bytes: int, share: float) -> int:
+    if text is None:
+        return int(share * total_bytes)
+    size = parse_size(text, total_bytes=total_bytes, name=flag)
+    if size > total_bytes:
+        raise OptionError(f"{flag} {text} is more than the machine has ({format_size(total_bytes)})")
+    return size

@@ -1,0 +1,165 @@
+"""What the requests of a job hold and bring: KV bytes by their number of tokens, and the load of a request over its whole life."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from flexgen.base.quantities import align_up
+from flexgen.plan.model import ModelSpec
+from flexgen.plan.policy import Policy
+from flexgen.plan.price.work import PassLoad
+from flexgen.plan.workload import Workload
+
+Ints = npt.NDArray[np.int64]
+
+
+def held_kv_bytes(spec: ModelSpec, page_tokens: int, max_tokens: int) -> Ints:
+    """Bytes of the most pages that a sequence holds on its way to 0, 1, ... max_tokens tokens.
+
+    Pages behind a window are freed, but the window begins and ends within pages.
+    """
+    tokens = np.arange(max_tokens + 1, dtype=np.int64)
+    held = np.zeros_like(tokens)
+    for group in spec.kv_groups:
+        pages = -(-tokens // page_tokens)
+        if group.window is not None:
+            pages = np.minimum(pages, -(-group.window // page_tokens) + 1)
+        held += pages * (page_tokens * group.num_layers * group.bytes_per_token)
+    return held
+
+
+def shared_kv_bytes(spec: ModelSpec, page_tokens: int, max_tokens: int) -> Ints:
+    """Bytes of pages that sequences with 0, 1, ... max_tokens tokens in common hold once; windows soon move on from them."""
+    pages = np.arange(max_tokens + 1, dtype=np.int64) // page_tokens
+    page_bytes = sum(page_tokens * group.num_layers * group.bytes_per_token for group in spec.kv_groups if group.window is None)
+    return pages * page_bytes
+
+
+def visible_pairs(prompt_len: Any, window: int | float) -> Any:
+    """(query, visible token) pairs of whole prompts."""
+    beyond = np.maximum(prompt_len - window, 0)
+    return (prompt_len * (prompt_len + 1) - beyond * (beyond + 1)) // 2
+
+
+def attended_tokens(prompt_len: Any, output_len: Any, window: float) -> Any:
+    """Tokens that all next tokens of an answer see: the k-th one (k from 1 to output_len - 1) sees min(prompt_len + k, window)."""
+    ramp = np.clip(window - prompt_len, 0, output_len - 1)
+    return prompt_len * ramp + ramp * (ramp + 1) / 2 + window * (output_len - 1 - ramp)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestLoad:
+    """What requests bring to the passes over their whole lives.
+
+    Each number is an array over requests, or the mean of a live sequence in a pass.
+
+    Attributes:
+        prompt_tokens: prompt tokens that are computed.
+        num_prompts: prompts.
+        next_tokens: tokens that are computed after the prompt.
+        prompt_pairs: visible pairs of the prompts, per KV group.
+        attended_tokens: visible tokens of the next tokens, per KV group.
+    """
+
+    prompt_tokens: Any
+    num_prompts: Any
+    next_tokens: Any
+    prompt_pairs: tuple[Any, ...]
+    attended_tokens: tuple[Any, ...]
+
+    @staticmethod
+    def of(spec: ModelSpec, workload: Workload) -> RequestLoad:
+        """The load of each request of a job."""
+        prompts, found = np.array(workload.prompt_lens, dtype=np.float64), np.array(workload.found_lens, dtype=np.float64)
+        outputs = np.array(workload.answer_lens, dtype=np.float64)
+        windows = [float(group.window or (prompts + outputs).max()) for group in spec.kv_groups]
+        return RequestLoad(
+            prompt_tokens=prompts - found,
+            num_prompts=np.ones_like(prompts),
+            next_tokens=outputs - 1,
+            prompt_pairs=tuple(visible_pairs(prompts, window) - visible_pairs(found, window) for window in windows),
+            attended_tokens=tuple(attended_tokens(prompts, outputs, window) for window in windows),
+        )
+
+    def mean(self) -> RequestLoad:
+        """What one live sequence brings to a pass of the steady state: the ages of all requests, equally often."""
+        passes = float((self.num_prompts + self.next_tokens).sum())
+        entering = len(self.num_prompts) / passes
+        return RequestLoad(
+            prompt_tokens=float(self.prompt_tokens.sum()) / passes,
+            num_prompts=entering,
+            next_tokens=1.0 - entering,
+            prompt_pairs=tuple(float(pairs.sum()) / passes for pairs in self.prompt_pairs),
+            attended_tokens=tuple(float(tokens.sum()) / passes for tokens in self.attended_tokens),
+        )
+
+    def at(self, home: str, times: float = 1) -> PassLoad:
+        """The load of so many of them, with their KV at `home`."""
+        return PassLoad(
+            prompt_tokens={home: self.prompt_tokens * times},
+            num_prompts={home: self.num_prompts * times},
+            next_tokens={home: self.next_tokens * times},
+            prompt_pairs=[pairs * times for pairs in self.prompt_pairs],
+            attended_tokens={home: [tokens * times for tokens in self.attended_tokens]},
+        )
+
+
+class JobSizes:
+    """What a job's requests need: KV bytes, and the prompt tokens that keep a block full.
+
+    Attributes:
+        largest: KV bytes of the largest request at its longest, with what windowed layers hold during its prompt.
+        smallest: KV bytes of the smallest request, counted alike.
+        all: KV bytes of all requests at their longest, shared ones counted once.
+        mean: KV bytes of a live sequence on average.
+        layer: KV bytes of one layer of the longest sequence.
+        prompt_tokens: prompt tokens that the job computes.
+        shortest_prompt: the fewest prompt tokens that a request computes.
+        longest_prompt: tokens of the longest prompt.
+        longest: tokens of the longest prompt and answer.
+    """
+
+    def __init__(self, spec: ModelSpec, workload: Workload, page_tokens: int) -> None:
+        prompts, most, answers = workload.prompt_lens, [max(n, 1) for n in workload.output_lens], workload.answer_lens
+        longest = [s + n for s, n in zip(prompts, most, strict=True)]
+        held = held_kv_bytes(spec, page_tokens, max(longest))
+        peaks = [int(held[length - 1]) for length in longest]
+        before = np.concatenate([[0], np.cumsum(held)])
+        self._number, self._passes = len(prompts), sum(answers)
+        found = list(workload.found_lens)
+        shared = [int(each) for each in shared_kv_bytes(spec, page_tokens, max(found))[found]]
+        self.prompt_tokens = sum(prompts) - sum(found)
+        self.longest_prompt, self.longest = max(prompts), max(longest)
+        self.shortest_prompt = min(s - c for s, c in zip(prompts, found, strict=True))
+        whole = sum(
+            (align_up(self.longest, page_tokens) + page_tokens) * group.num_layers * group.bytes_per_token
+            for group in spec.kv_groups
+            if group.window is not None
+        )
+        self.largest, self.smallest, self.all = max(peaks) + whole, min(peaks) + whole, sum(peaks) - sum(shared)
+        held_by_all = sum(int(before[s + n] - before[s]) - n * once for s, n, once in zip(prompts, answers, shared, strict=True))
+        self.mean = max(held_by_all / self._passes, 1.0)
+        self.layer = self.longest * max((group.bytes_per_token for group in spec.kv_groups), default=0)
+
+    def block(self, pool_bytes: float) -> float:
+        """About how many sequences pools keep alive."""
+        return min(pool_bytes / self.mean, self._number)
+
+    def num_seqs(self, policy: Policy) -> float:
+        """About how many sequences a policy keeps alive."""
+        return min(policy.max_num_seqs, self.block(policy.kv_bytes))
+
+    def quota(self, pool_bytes: float, share: float) -> int:
+        """Prompt tokens per pass: from half of what replaces those that end (`share` 0) to the whole block at once (1)."""
+        prompts = max(self.block(pool_bytes), 1.0) * self.prompt_tokens / self._number
+        slowest = self._number / self._passes / 2
+        return math.ceil(prompts * slowest ** (1 - share))
+
+    def quota_share(self, times: float) -> float:
+        """The share at which that is so many times what replaces those that end."""
+        return min(math.log(2 * times) / math.log(2 * self._passes / self._number), 1.0)

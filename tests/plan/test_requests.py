@@ -1,0 +1,32 @@
+"""What requests hold and bring."""
+
+import numpy as np
+import pytest
+from plan.test_simulate import TOKEN
+
+from flexgen.plan.model import KVGroupSpec
+from flexgen.plan.price.requests import RequestLoad, attended_tokens, held_kv_bytes
+from flexgen.plan.workload import Workload
+
+
+def test_pages_round_up_and_windows_free_them(make_spec):
+    groups = (KVGroupSpec(num_layers=1, bytes_per_token=1, attention_flops_per_pair=1.0, window=7),)
+    assert held_kv_bytes(make_spec(groups=groups), 4, 13).tolist() == [0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12, 12]
+    assert held_kv_bytes(make_spec(), 4, 5).tolist() == [0, 4 * TOKEN, 4 * TOKEN, 4 * TOKEN, 4 * TOKEN, 8 * TOKEN]
+
+
+@pytest.mark.parametrize("window", [1, 5, 9, 10, 12, 40])
+def test_the_tokens_that_next_tokens_see_are_counted_one_by_one(window):
+    seen = sum(min(10 + step, window) for step in range(1, 7))
+    assert attended_tokens(np.array([10.0]), np.array([7.0]), window).item() == seen
+
+
+def test_the_mean_of_a_live_sequence_is_that_of_all_passes(make_spec):
+    load = RequestLoad.of(make_spec(), Workload(prompt_lens=(10, 4), output_lens=(3, 1), shared_lens=(0, 2)))
+    assert load.prompt_tokens.tolist() == [10, 2]
+    assert load.next_tokens.tolist() == [2, 0]
+    assert load.attended_tokens[0].tolist() == [11 + 12, 0]
+    mean = load.mean()
+    assert (mean.prompt_tokens, mean.num_prompts, mean.next_tokens) == (12 / 4, 2 / 4, 2 / 4)
+    assert mean.attended_tokens == (23 / 4,)
+    assert mean.at("host", 8).attended_tokens == {"host": [46]}

@@ -1,0 +1,36 @@
+"""The space of policies, and copies of it with other budgets."""
+
+import dataclasses
+import random
+
+import pytest
+from plan.instances import TIERS, instance_of
+
+from flexgen.base.quantities import GIB
+from flexgen.plan.search.space import Point
+
+
+def random_points(space, draw, number):
+    """Points anywhere in the unit cube, some of them with all KV on disk."""
+    for _ in range(number):
+        yield Point(
+            on_device=draw.random(), on_host=draw.random(), kv_homes=draw.random(), kv_disk=draw.choice([0.0, draw.random(), 1.0]),
+            quota=draw.random(), cap=draw.random(), embedding=draw.random() < 0.5, schedule=draw.choice(space.schedules()),
+            micro_batch_tokens=draw.choice(space.micro_batches()),
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("seed", range(20))
+def test_a_space_within_other_budgets_is_the_space_made_for_them(seed, tier):
+    instance = instance_of(seed)
+    draw = random.Random(seed)
+    name = f"{tier}_bytes"
+    size = draw.choice([0.5, 2.0]) * getattr(instance.limits, name) + draw.choice([0, GIB])
+    limits = dataclasses.replace(instance.limits, **{name: int(size)})
+    within, fresh = instance.space().within(limits), dataclasses.replace(instance, limits=limits).space()
+    assert (within.limits, within.disk_bytes, within.kv_tiers) == (fresh.limits, fresh.disk_bytes, fresh.kv_tiers)
+    for point in random_points(fresh, draw, 40):
+        assert within.free_axes(point.schedule) == fresh.free_axes(point.schedule)
+        assert within.policy(point) == fresh.policy(point)
+        assert within.room(point, spills=True) == fresh.room(point, spills=True)
