@@ -11,8 +11,8 @@ import sys
 from importlib import resources
 from pathlib import Path
 
-from flexgen.models.catalogue import described
 from flexgen.plan.known.models import catalogue_names
+from flexgen.session.shipped import described
 
 
 def main() -> None:

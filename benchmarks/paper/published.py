@@ -7,9 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 
-from flexgen.plan.paper.case import PaperMachine, PaperModel, PaperPolicy, PaperVariant, PaperWorkload
-from flexgen.plan.paper.memory import released_scratch, text_scratch
-
 from flexgen.base.quantities import GIB
 from paper.case import PaperMachine, PaperModel, PaperPolicy, PaperVariant, PaperWorkload
 from paper.memory import released_scratch, text_scratch

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from flexgen.errors import OptionError
-from flexgen.models.catalogue import described
 from flexgen.plan.known.models import catalogue_fields, catalogue_name, catalogue_names, catalogue_spec
+from flexgen.session.shipped import described
 
 # Parameters, to the last, as the hub counts what the files hold; DeepSeek-V3's without the layer that only predicts ahead, and
 # OPT-175B's as they follow from table 1 of its paper.

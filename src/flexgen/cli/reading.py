@@ -140,8 +140,8 @@ def _shipped(name: str) -> Iterator[Any]:
     """The files of a shipped model: its config, and nothing else."""
 
     from flexgen.hub.model_files import ModelFiles, read_json
-    from flexgen.models.catalogue import catalogue_config
     from flexgen.plan.known.models import catalogue_fields
+    from flexgen.session.shipped import catalogue_config
 
     with tempfile.TemporaryDirectory(prefix="flexgen-plan-") as folder:
         path = Path(folder)

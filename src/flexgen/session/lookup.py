@@ -51,7 +51,7 @@ def _shipped(name: str, device: str, dtype: str) -> ModelSpec:
         return spec
     import torch
 
-    from flexgen.models.catalogue import described
+    from flexgen.session.shipped import described
 
     return described(name, getattr(torch, dtype))
 
