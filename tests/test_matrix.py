@@ -168,7 +168,7 @@ class Run:
             assert free == pool.num_pages, "every page came back"
         if self.backend is not None:
             homes = zip(self.engine.runner.model.layouts, self.engine.runner.homes, strict=True)
-            resident = sum(layout.packed_bytes for layout, home in homes if home == "device")
+            resident = sum(layout.decoded_bytes for layout, home in homes if home == "device")
             assert self.backend.used_bytes <= resident + chosen.kv_device_bytes + chosen.device_ring_bytes + 1024
 
 

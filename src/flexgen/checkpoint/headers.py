@@ -10,7 +10,6 @@ import math
 import os
 import stat
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import torch
 
 from flexgen.base.strict_json import strict_json
 from flexgen.errors import CheckpointError
+from flexgen.formats.base import StoredTensor
 from flexgen.hub.foreign import check_fetched
 
 PREFIX_BYTES = 8
@@ -35,25 +35,6 @@ DTYPES: Mapping[str, torch.dtype] = {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
     "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
 }  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StoredTensor:
-    """A tensor of a checkpoint: where its bytes lie.
-
-    Attributes:
-        name: its name in the file.
-        path: the file.
-        offset: of its first byte, from the start of the file.  Not always a multiple of the element size.
-        nbytes: always the product of `shape` times the element size; row-major, little-endian.
-    """
-
-    name: str
-    path: Path
-    offset: int
-    nbytes: int
-    dtype: torch.dtype
-    shape: tuple[int, ...]
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:

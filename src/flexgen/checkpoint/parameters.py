@@ -1,4 +1,4 @@
-"""A model folder's weight files: which files, which tensors, and which of them becomes which parameter of a model.
+"""Which stored tensor becomes which parameter of a model.
 
 What becomes what is transformers' business: its renamings and conversions are asked, not repeated.  No weight is read,
 except to find out whether two copies of a tied weight are equal.
@@ -13,83 +13,22 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 from flexgen.checkpoint.conversion import Traced, Untraceable
-from flexgen.checkpoint.headers import MAX_TENSORS, StoredTensor, parse_header, read_header
+from flexgen.checkpoint.files import Headers
 from flexgen.checkpoint.sources import ParameterSource, read_bytes, whole
-from flexgen.errors import CheckpointError, UnsupportedModelError
-from flexgen.hub.folder import INDEX_FILE, weight_files
+from flexgen.errors import CheckpointError
+from flexgen.formats.base import StoredTensor
 from flexgen.hub.foreign import some
 
 logger = logging.getLogger(__name__)
 
 _COMPARED_BYTES = 16 << 20
-
-
-class Headers:
-    """The tensors of a model's files, known by their validated headers.  The files may be elsewhere, or not be at all.
-
-    Attributes:
-        folder: where the files are, or the name of what has no folder here.
-        tensors: every stored tensor by name, over all files.
-        total_bytes: of all tensors.
-        readable: whether the files are here, so that numbers can be compared.
-
-    Args:
-        tensors: file by file, by name.
-
-    Raises:
-        CheckpointError: when two files hold a tensor of the same name.
-    """
-
-    readable = False
-
-    def __init__(self, folder: Path, tensors: Iterable[Mapping[str, StoredTensor]]) -> None:
-        self.folder = folder
-        self.tensors: dict[str, StoredTensor] = {}
-        for stored in tensors:
-            for name in stored.keys() & self.tensors.keys():
-                raise CheckpointError(f"{name} is stored twice: in {self.tensors[name].path.name} and in {stored[name].path.name}")
-            self.tensors.update(stored)
-            if len(self.tensors) > MAX_TENSORS:
-                raise CheckpointError(f"{folder}: more than {MAX_TENSORS:,} tensors; no known model has as many")
-        self.total_bytes = sum(tensor.nbytes for tensor in self.tensors.values())
-
-    @classmethod
-    def parsed(cls, folder: Path, files: Mapping[str, tuple[bytes, int]]) -> Headers:
-        """From file name -> (its header without the 8 bytes of its length, size of the whole file).
-
-        Raises:
-            CheckpointError: when a header breaks a rule of the format.
-        """
-        return Headers(folder, [parse_header(header, file_bytes=size, path=folder / name) for name, (header, size) in files.items()])
-
-
-class Checkpoint(Headers):
-    """The safetensors files of a model folder.
-
-    Args:
-        folder: holds `model.safetensors`, or `model.safetensors.index.json` and the files it names.  Files may be symbolic
-            links into the same repository of the Hugging Face cache.
-
-    Raises:
-        CheckpointError: when there are no such files, or one of them is unsafe or broken.
-    """
-
-    readable = True
-
-    def __init__(self, folder: Path) -> None:
-        files, index = weight_files(Path(folder))
-        super().__init__(Path(folder), map(read_header, files))
-        for name, file_name in index.items():
-            if name not in self.tensors or self.tensors[name].path.name != file_name:
-                raise CheckpointError(f"{self.folder / INDEX_FILE}: {name} is not in {file_name}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,6 +47,20 @@ class ModelSources:
     tied: dict[str, str]
     initialized: tuple[str, ...]
     unexpected: tuple[str, ...]
+
+    def names(self) -> list[str]:
+        """Everything that has a source, tied names included."""
+        return [*self.parameters, *self.tied]
+
+    def kept_as(self, name: str) -> str:
+        """The name in `parameters` of the one that `name` shares its numbers with; mostly itself."""
+        return self.tied.get(name, name)
+
+    def __getitem__(self, name: str) -> ParameterSource:
+        return self.parameters[self.kept_as(name)]
+
+    def __contains__(self, name: str) -> bool:
+        return self.kept_as(name) in self.parameters
 
 
 def parameter_sources(model: PreTrainedModel, checkpoint: Headers) -> ModelSources:
@@ -155,38 +108,6 @@ def parameter_sources(model: PreTrainedModel, checkpoint: Headers) -> ModelSourc
         tied=tied,
         initialized=tuple(sorted(absent)),
         unexpected=tuple(sorted(report.unexpected_keys)),
-    )
-
-
-def check_supported_number_format(config: PreTrainedConfig | Mapping[str, Any]) -> None:
-    """Refuse weights that are not plain numbers.
-
-    Args:
-        config: the model's config, or the contents of its config.json.
-
-    Raises:
-        UnsupportedModelError: naming the quantization method.
-    """
-    quantization = quantization_of(config)
-    if quantization is not None:
-        raise refuse_quantization(quantization)
-
-
-def quantization_of(config: PreTrainedConfig | Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """What the config says about how its weights, or those of a part of it, are quantized; None where they are plain numbers."""
-    values = config if isinstance(config, Mapping) else config.to_dict()
-    for part in (values, *(value for value in values.values() if isinstance(value, Mapping))):
-        quantization = part.get("quantization_config") or part.get("compression_config")
-        if quantization:
-            return quantization if isinstance(quantization, Mapping) else {}
-    return None
-
-
-def refuse_quantization(quantization: Mapping[str, Any]) -> UnsupportedModelError:
-    """The error that names the method of a quantization_config."""
-    return UnsupportedModelError(
-        f"the weights are quantized ({quantization.get('quant_method') or 'by an unnamed method'}, see quantization_config in "
-        "config.json), which is not supported: use a repository with the bfloat16, float16 or float32 weights of this model"
     )
 
 

@@ -123,7 +123,7 @@ def _weights_placement(engine: Engine) -> dict[str, int]:
     """Bytes of the units by home, as assigned."""
     placed: dict[str, int] = {}
     for layout, home in zip(engine.runner.model.layouts, engine.runner.homes, strict=True):
-        placed[home] = placed.get(home, 0) + (layout.staging_bytes if home == "disk" else layout.packed_bytes)
+        placed[home] = placed.get(home, 0) + (layout.stored_bytes if home == "disk" else layout.decoded_bytes)
     return placed
 
 

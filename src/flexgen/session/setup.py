@@ -22,10 +22,10 @@ from flexgen.base.sizes import GIB, MIB, format_size
 from flexgen.base.steps import step
 from flexgen.base.turns import forked
 from flexgen.checkpoint.dummy import checkpoint_bytes, write_random_checkpoint
-from flexgen.checkpoint.parameters import refuse_quantization
 from flexgen.devices.base import open_backend
 from flexgen.engine.engine import Engine
 from flexgen.errors import CapacityError, FlexGenError, ModelError, OptionError, is_out_of_memory
+from flexgen.formats.table import refuse_quantization
 from flexgen.hub.config import read_config, reason_of
 from flexgen.hub.foreign import other_quantization
 from flexgen.hub.hub import ModelFiles
