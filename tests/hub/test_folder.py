@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from flexgen.checkpoint.files import Checkpoint
 from flexgen.errors import CheckpointError
-from flexgen.hub.folder import INDEX_FILE, SINGLE_FILE, weight_files
+from flexgen.hub.folder import INDEX_FILE, SINGLE_FILE, weight_files, weight_index, weight_paths
 
 
 def write_index(folder: Path, weight_map: object) -> None:
@@ -26,7 +26,8 @@ def write_tensors(path: Path, *names: str) -> None:
 def test_a_single_file(tmp_path: Path) -> None:
     write_tensors(tmp_path / SINGLE_FILE, "a")
     write_index(tmp_path, {"a": "../outside.safetensors"})  # not looked at, as in transformers
-    assert weight_files(tmp_path) == ([tmp_path / SINGLE_FILE], {})
+    assert weight_files(tmp_path) == [SINGLE_FILE]
+    assert weight_paths(tmp_path, weight_index(tmp_path)) == [tmp_path / SINGLE_FILE]
 
 
 def test_shards(tmp_path: Path) -> None:

@@ -21,7 +21,8 @@ import pytest
 from fakes import write_model_folder
 
 from flexgen.errors import CheckpointError, ModelError, UnsupportedModelError
-from flexgen.hub.hub import resolve_model, resolve_tokenizer, weight_files
+from flexgen.hub.folder import weight_files
+from flexgen.hub.hub import resolve_model, resolve_tokenizer
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

@@ -12,7 +12,7 @@ from flexgen.checkpoint.headers import MAX_TENSORS, parse_header, read_header
 from flexgen.errors import CheckpointError
 from flexgen.formats.base import NumberFormat, StoredTensor
 from flexgen.formats.plain import dtype_name
-from flexgen.hub.folder import INDEX_FILE, weight_files
+from flexgen.hub.folder import INDEX_FILE, weight_index, weight_paths
 from flexgen.hub.foreign import some
 
 
@@ -107,8 +107,12 @@ class Checkpoint(Headers):
     readable = True
 
     def __init__(self, folder: Path) -> None:
-        files, index = weight_files(Path(folder))
-        super().__init__(Path(folder), map(read_header, files))
+        try:
+            index = weight_index(folder)
+            files = weight_paths(folder, index)
+        except OSError as error:
+            raise CheckpointError(f"{folder}: cannot be read ({error})") from error
+        super().__init__(folder, map(read_header, files))
         for name, file_name in index.items():
             if name not in self.tensors or self.tensors[name].path.name != file_name:
                 raise CheckpointError(f"{self.folder / INDEX_FILE}: {name} is not in {file_name}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -86,16 +86,21 @@ class Piece:
             raise ValueError(f"{self.tensor.name}: expected {self.nbytes} contiguous bytes of {self.dtype}, got {found}")
         return raw.as_strided(self.shape, self.strides)  # keeps the storage offset of `raw`
 
-    def decoded(self, raws: Sequence[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
-        """The box of an encoded tensor, of the dtype and on the device of `like`.
+    @property
+    def num_ranges(self) -> int:
+        return 1 if self.tensor.encoding is None else len(self.tensor.encoding.parts)
+
+    def box(self, raws: Sequence[torch.Tensor], out: torch.Tensor) -> torch.Tensor:
+        """The box: a view of the numbers read, or, of an encoded tensor, decoded to the dtype of `out` and on its device.
 
         Args:
             raws: what was read of each range, on that device.
         """
         encoding = self.tensor.encoding
-        assert encoding is not None
+        if encoding is None:
+            return self.view(raws[0])
         start, stop = self.tensor.rows(self.first, _span(self.shape, self.strides))
-        rows = torch.empty((stop - start, *encoding.shape[1:]), dtype=like.dtype, device=like.device)
+        rows = torch.empty((stop - start, *encoding.shape[1:]), dtype=out.dtype, device=out.device)
         encoding.format.decode(raws, start, rows)
         return rows.view(-1)[self.first - start * rows[0].numel() :].as_strided(self.shape, self.strides)
 
@@ -193,22 +198,16 @@ class ParameterSource:
         """
         if tuple(out.shape) != self.shape:
             raise ValueError(f"{self.name} is {self.shape}, the destination {tuple(out.shape)}")
-        boxes = list(self._boxes(raws, out))
+        if (num_ranges := sum(piece.num_ranges for piece in self.pieces)) != len(raws):
+            raise ValueError(f"{self.name} is made of {num_ranges} ranges, not of {len(raws)}")
+        rest = iter(raws)
+        boxes = [piece.box(list(islice(rest, piece.num_ranges)), out) for piece in self.pieces]
         with torch.no_grad():
             if self.convert is None:
                 for piece, box in zip(self.pieces, boxes, strict=True):
                     cast_into(out[piece.target], box)
             else:  # transformers casts first and computes then; so do we, to get the same bits
                 out.copy_(self.convert([box.to(device=out.device, dtype=out.dtype) for box in boxes]))
-
-    def _boxes(self, raws: Sequence[torch.Tensor], out: torch.Tensor) -> Iterator[torch.Tensor]:
-        """The numbers of each piece in the shape of its box."""
-        rest = iter(raws)
-        for piece in self.pieces:
-            if piece.tensor.encoding is None:
-                yield piece.view(next(rest))
-            else:
-                yield piece.decoded(list(islice(rest, len(piece.tensor.encoding.parts))), out)
 
     def read(self, out: torch.Tensor) -> None:
         """Read the ranges, one plain blocking read each, and `assemble` them.

@@ -140,7 +140,8 @@ def _shipped(name: str) -> Iterator[Any]:
     """The files of a shipped model: its config, and nothing else."""
     from transformers import AutoConfig
 
-    from flexgen.hub.hub import ModelFiles, read_json
+    from flexgen.hub.folder import read_json
+    from flexgen.hub.hub import ModelFiles
     from flexgen.models.catalogue import ENTRIES
 
     entry = ENTRIES[name]

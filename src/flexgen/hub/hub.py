@@ -16,23 +16,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flexgen.base.sizes import MIB, format_size
-from flexgen.base.strict_json import MAX_VALUES, strict_json
+from flexgen.base.sizes import format_size
 from flexgen.errors import CapacityError, CheckpointError, ModelError, UnsupportedModelError
+from flexgen.hub.folder import INDEX_FILE, MAX_JSON_BYTES, SINGLE_FILE, read_json, weight_files
 from flexgen.hub.foreign import (
-    check_fetched,
     file_instead_of_folder,
     folder_without_config,
     folder_without_weights,
     other_purpose,
     repository_without_config,
 )
-from flexgen.hub.links import followed
 
 logger = logging.getLogger(__name__)
 
-INDEX_FILE = "model.safetensors.index.json"
-SINGLE_FILE = "model.safetensors"
 # What AutoTokenizer reads; any of the first group is a tokenizer by itself.
 _ONE_FILE = ("tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tekken.json", "tiktoken.model")
 VOCABULARY_FILES = (*_ONE_FILE, "vocab.json", "vocab.txt")
@@ -44,10 +40,7 @@ TEMPLATE_FILE, TEMPLATE_FOLDER, _TEMPLATE_ENDING = "chat_template.jinja", "addit
 _TEMPLATES = (TEMPLATE_FILE, f"{TEMPLATE_FOLDER}/*{_TEMPLATE_ENDING}")
 SMALL_FILES = ("config.json", "generation_config.json", INDEX_FILE, *TOKENIZER_FILES, *_TEMPLATES)
 
-_PLAIN_NAME = re.compile(r"[\w][\w.\-]*")
 _REPOSITORY = re.compile(r"[\w][\w.\-]*(/[\w][\w.\-]*)?")
-_MOST_JSON_BYTES = 32 * MIB  # the largest honest index files have some 15 MiB
-_MOST_CONFIG_VALUES = 1 << 18
 _LIKELY_HEADER_BYTES = 128 << 10  # most headers are shorter: one request brings them
 _REQUESTS = 8  # at a time
 
@@ -175,23 +168,6 @@ def _check_regular(path: Path) -> None:
     raise CheckpointError(f"{path} is {'a folder' if path.is_dir() else 'a pipe or a device'}, not a file")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of a model.
-
-    Raises:
-        CheckpointError: unreadable, absurdly large, not an object, or behind a link that is not followed.
-    """
-    try:
-        with followed(path).open("rb") as file:
-            data = file.read(_MOST_JSON_BYTES + 1)
-        if len(data) > _MOST_JSON_BYTES:
-            raise CheckpointError(f"{path} has more than {format_size(_MOST_JSON_BYTES)}, which no honest one has")
-        check_fetched(path)
-        return strict_json(data, max_values=MAX_VALUES if path.name == INDEX_FILE else _MOST_CONFIG_VALUES)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
-
-
 def _name(what: str, given: object) -> str:
     if not isinstance(given, (str, os.PathLike)):
         raise ModelError(f"a {what} is given as a folder or a hub id, not as {given!r}")
@@ -234,29 +210,6 @@ def _check_weight_files(folder: Path) -> None:
         raise ModelError(f"{folder} {folder_without_weights([path.name for path in folder.iterdir()])}")
     if missing:
         raise CheckpointError(f"{folder}: {len(missing)} files named by {INDEX_FILE} are missing ({', '.join(missing[:3])})")
-
-
-def weight_files(folder: Path) -> list[str]:
-    """Names of the files that hold the folder's weights, whether or not they are there.
-
-    Raises:
-        CheckpointError: the index is malformed or names a file outside the folder.
-    """
-    if (folder / INDEX_FILE).is_file() and not (folder / SINGLE_FILE).is_file():  # transformers' order of preference
-        return _shards(read_json(folder / INDEX_FILE))
-    return [SINGLE_FILE]
-
-
-def _shards(index: dict[str, Any]) -> list[str]:
-    """The weight files that an index names, each once."""
-    weight_map = index.get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{INDEX_FILE} has no weight_map")
-    names = list(dict.fromkeys(weight_map.values()))
-    for name in names:
-        if not isinstance(name, str) or not _PLAIN_NAME.fullmatch(name) or not name.endswith(".safetensors"):
-            raise CheckpointError(f"{INDEX_FILE} names {name!r}, which is not a plain *.safetensors file name")
-    return names
 
 
 # -- the hub ------------------------------------------------------------------------------------------------------------------------
@@ -350,7 +303,7 @@ def weight_headers(repository: str, folder: Path, *, token: str | None = None) -
 def _fetch_header(repository: str, commit: str, name: str, token: str | None) -> bytes:
     start = _fetch_start(repository, commit, name, token, _LIKELY_HEADER_BYTES)
     length = int.from_bytes(start[:8], "little")
-    if length > _MOST_JSON_BYTES:
+    if length > MAX_JSON_BYTES:
         raise CheckpointError(f"{repository}: {name} states a header of {format_size(length)}, more than any honest one")
     if 8 + length > len(start) == _LIKELY_HEADER_BYTES:
         start = _fetch_start(repository, commit, name, token, 8 + length)

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from flexgen.errors import CheckpointError
+from flexgen.hub.folder import read_json
 from flexgen.hub.foreign import check_fetched
-from flexgen.hub.hub import TEMPLATE_FILE, TEMPLATE_FOLDER, TOKENIZER_FILES, is_template, read_json
+from flexgen.hub.hub import TEMPLATE_FILE, TEMPLATE_FOLDER, TOKENIZER_FILES, is_template
 from flexgen.hub.links import followed
 
 _CONFIG, _ADDED_TOKENS = "config.json", "added_tokens.json"

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from flexgen.base.sizes import format_size
-from flexgen.hub.hub import TOKENIZER_FILES, ModelFiles, weight_files
+from flexgen.hub.folder import weight_files
+from flexgen.hub.hub import TOKENIZER_FILES, ModelFiles
 from flexgen.hub.private_folder import tokenizer_files
 from flexgen.llm import LLM
 from flexgen.request import SamplingParams

@@ -58,7 +58,8 @@ def _shipped(name: str, device: str, dtype: str) -> ModelSpec:
 def _described(model: str, device: str, dtype: str, revision: str | None, token: str | None) -> ModelSpec:
     from flexgen.checkpoint.files import Checkpoint, Headers
     from flexgen.hub.config import read_config
-    from flexgen.hub.hub import resolve_model, weight_files, weight_headers
+    from flexgen.hub.folder import weight_files
+    from flexgen.hub.hub import resolve_model, weight_headers
     from flexgen.models.describe import describe_headers
     from flexgen.session.setup import compute_dtype, describing
 
