@@ -265,6 +265,25 @@ def test_a_signal_while_a_link_starts(written: Written, monkeypatch: pytest.Monk
     opened.__exit__()
 
 
+@pytest.mark.parametrize("device", [False, True])
+def test_arrivals_are_announced_without_the_lock(written: Written, device: bool) -> None:
+    """Whoever is told may look whether the unit is ready, in another thread and under a lock of its own."""
+    opened, mine = Opened(written, ["disk"] * NUM_UNITS, device), threading.Condition()
+
+    def on_arrival() -> None:
+        with mine:
+            mine.notify_all()
+
+    opened.store._waiting._on_arrival = on_arrival
+    with opened:
+        for unit in range(NUM_UNITS):
+            with mine:
+                assert mine.wait_for(lambda unit=unit: opened.store.is_ready(unit), timeout=20)
+            opened.store.open(unit)
+            opened.check(unit)
+            opened.store.release(unit)
+
+
 def test_units_come_in_order_only(written: Written) -> None:
     with Opened(written, ["disk"] * NUM_UNITS, False) as opened:
         opened.wait(0)
