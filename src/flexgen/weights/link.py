@@ -10,7 +10,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -50,19 +50,11 @@ class Arrival:
     events: Sequence[Event] = field(default_factory=list[Event])
 
 
-class Source(Protocol):
-    """Where units are taken from: a link that brings them, or memory in which they stay."""
-
-    def is_ready(self, unit: int) -> bool: ...
-    def take(self, unit: int) -> Arrival: ...
-    def give_back(self, arrival: Arrival) -> None: ...
-
-
 class Waiting:
     """What links and sweep share: the lock under which they wait, whether all is closing, and what failed.
 
     Args:
-        on_arrival: called, without the lock, when a unit may have become ready for the sweep, and when a link has failed.
+        on_arrival: called by any thread, without the lock, when a unit may have become ready and when a link has failed.
     """
 
     def __init__(self, on_arrival: Callable[[], None]) -> None:
@@ -77,7 +69,7 @@ class Waiting:
             self.condition.notify_all()
 
     def arrived(self) -> None:
-        """Something arrived at the end of the way."""
+        """The same, for those outside too."""
         self.changed()
         self._on_arrival()
 
@@ -102,29 +94,25 @@ class Waiting:
 
 
 class Link:
-    """One link: what all kinds have in common.
+    """What all kinds of links have in common.
 
     Args:
         name: of its thread.
         layouts: what it brings in every pass, in order.
         buffer: the ring's memory, uint8.
-        announce: called when a unit has arrived.
+        waiting: shared by all links.
         poison: overwrite slots that are given back, so that a late use shows (tests).
     """
 
-    def __init__(
-        self, name: str, layouts: Sequence[UnitLayout], buffer: torch.Tensor, waiting: Waiting, announce: Callable[[], None],
-        *, poison: bool,
-    ) -> None:  # fmt: skip
+    def __init__(self, name: str, layouts: Sequence[UnitLayout], buffer: torch.Tensor, waiting: Waiting, *, poison: bool) -> None:
         self.ring = ByteRing(len(buffer))
-        self._layouts, self._buffer, self._poison = layouts, buffer, poison
-        self._waiting, self._announce = waiting, announce
-        self._arrivals: deque[Arrival] = deque()
         self.thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self.layouts, self._buffer, self._waiting, self._poison = layouts, buffer, waiting, poison
+        self._arrivals: deque[Arrival] = deque()
 
     def _run(self) -> None:
         try:
-            while all(self._bring(layout) for layout in self._layouts):
+            while all(self._bring(layout) for layout in self.layouts):
                 pass
         except BaseException as error:  # noqa: BLE001 - reported to the sweep, which waits for this thread's work
             self._waiting.fail(error)
@@ -141,7 +129,7 @@ class Link:
     def _append(self, arrival: Arrival) -> None:
         with self._waiting.condition:
             self._arrivals.append(arrival)
-        self._announce()
+        self._waiting.arrived()
 
     def is_ready(self, unit: int) -> bool:
         """Whether `unit`, which must be the next one, has arrived.
@@ -163,7 +151,7 @@ class Link:
             return self._arrivals.popleft()
 
     def give_back(self, arrival: Arrival) -> None:
-        """Free an arrival's slot; nothing may refer to it any more."""
+        """Free an arrival's slot, if it has one; nothing may refer to it any more."""
         slot = arrival.slot
         if slot is None or slot.released:
             return
@@ -188,17 +176,16 @@ class DiskLink(Link):
     """From files into host memory.  Several units are read at a time."""
 
     def __init__(
-        self, layouts: Sequence[UnitLayout], buffer: torch.Tensor, io: IOPool, files: FileSet, waiting: Waiting,
-        announce: Callable[[], None], *, poison: bool,
-    ) -> None:  # fmt: skip
-        super().__init__("flexgen-disk-link", layouts, buffer, waiting, announce, poison=poison)
+        self, layouts: Sequence[UnitLayout], buffer: torch.Tensor, io: IOPool, files: FileSet, waiting: Waiting, *, poison: bool
+    ) -> None:
+        super().__init__("flexgen-disk-link", layouts, buffer, waiting, poison=poison)
         self._io, self._files = io, files
 
     def _bring(self, layout: UnitLayout) -> bool:
         if (claimed := self._claim(layout.stored_bytes)) is None:
             return False
         slot, data = claimed
-        ticket = read_unit(layout, data, self._io, self._files, self._announce)
+        ticket = read_unit(layout, data, self._io, self._files, self._waiting.arrived)
         self._append(Arrival(layout=layout, data=data, form=Form.STORED, slot=slot, ticket=ticket))
         return True
 
@@ -207,31 +194,37 @@ class DeviceLink(Link):
     """From host memory onto a device, one unit at a time.
 
     Args:
-        sources: where each unit is taken from, by its index.
+        host_homes: units that stay in host memory, by index.
+        disk: brings the others.
     """
 
     def __init__(
-        self, layouts: Sequence[UnitLayout], buffer: torch.Tensor, backend: Backend, sources: Mapping[int, Source], waiting: Waiting,
-        announce: Callable[[], None], *, poison: bool,
+        self, layouts: Sequence[UnitLayout], buffer: torch.Tensor, backend: Backend, host_homes: Mapping[int, Arrival],
+        disk: DiskLink | None, waiting: Waiting, *, poison: bool,
     ) -> None:  # fmt: skip
-        super().__init__("flexgen-device-link", layouts, buffer, waiting, announce, poison=poison)
-        self._backend, self._sources = backend, sources
+        super().__init__("flexgen-device-link", layouts, buffer, waiting, poison=poison)
+        self._backend, self._host_homes, self._disk = backend, host_homes, disk
         self._marker: Any = None  # what the device had computed when a slot was last given back
-        decoding = [layout.carried_bytes for layout in layouts if isinstance(sources[layout.index], DiskLink) and not layout.plain]
+        decoding = [layout.carried_bytes for layout in disk.layouts if not layout.plain] if disk is not None else []
         self._decoded = backend.allocate_host(max(decoding, default=1))
 
     def _bring(self, layout: UnitLayout) -> bool:
-        if (claimed := self._claim(layout.carried_bytes)) is None:
+        claimed = self._claim(layout.carried_bytes)
+        unit = self._host_homes.get(layout.index) or self._from_disk(layout.index)
+        if claimed is None or unit is None:
             return False
         slot, data = claimed
-        source = self._sources[layout.index]
-        if not self._waiting.until(lambda: source.is_ready(layout.index)):
-            return False
-        taken = source.take(layout.index)
-        events = copy_in(taken, data, self._decoded, self._backend, self._marker)
-        source.give_back(taken)
+        events = copy_in(unit, data, self._decoded, self._backend, self._marker)
+        if self._disk is not None:
+            self._disk.give_back(unit)
         self._append(Arrival(layout=layout, data=data, form=Form.CARRIED, slot=slot, events=events))
         return True
+
+    def _from_disk(self, unit: int) -> Arrival | None:
+        """A unit, as soon as it has been read; None when all is closing."""
+        disk = self._disk
+        assert disk is not None
+        return disk.take(unit) if self._waiting.until(lambda: disk.is_ready(unit)) else None
 
     def _released(self) -> None:
         self._marker = self._backend.marker()

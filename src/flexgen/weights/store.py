@@ -16,7 +16,7 @@ import torch
 from flexgen.base.sizes import format_size
 from flexgen.devices.base import POISON, Backend
 from flexgen.io.direct_io import AlignedBuffer, FileSet, IOPool
-from flexgen.weights.link import Arrival, DeviceLink, DiskLink, Link, Source, Waiting, copy_in, read_unit
+from flexgen.weights.link import Arrival, DeviceLink, DiskLink, Link, Waiting, copy_in, read_unit
 from flexgen.weights.unit import Form, UnitLayout, UnitTensor
 
 Bind = Callable[[str, str, torch.Tensor], None]  # (module, parameter, tensor)
@@ -46,25 +46,6 @@ class ScratchPool:
 
     def give_back(self, scratch: torch.Tensor) -> None:
         self._free.setdefault(len(scratch), []).append(scratch)
-
-
-class HostHomes:
-    """Units that stay in host memory beside a device, in the form that crosses the link."""
-
-    def __init__(self) -> None:
-        self._units: dict[int, Arrival] = {}
-
-    def keep(self, layout: UnitLayout, data: torch.Tensor) -> None:
-        self._units[layout.index] = Arrival(layout=layout, data=data, form=Form.CARRIED)
-
-    def is_ready(self, unit: int) -> bool:
-        return True
-
-    def take(self, unit: int) -> Arrival:
-        return self._units[unit]
-
-    def give_back(self, arrival: Arrival) -> None:
-        """It stays."""
 
 
 class WeightStore:
@@ -103,7 +84,7 @@ class WeightStore:
         self._allocate = backend.allocate if backend is not None else partial(torch.empty, dtype=torch.uint8)
         self._scratch = ScratchPool(self._allocate)
         self._open: dict[int, tuple[Arrival, list[torch.Tensor]]] = {}
-        self._host_homes = HostHomes()
+        self._host_homes: dict[int, Arrival] = {}  # beside a device
         self._links = self._chain(host_ring_bytes, device_ring_bytes)
         self._streamed = frozenset(layout.index for layout in self._at_home("disk", "host" if backend is not None else "disk"))
 
@@ -113,17 +94,14 @@ class WeightStore:
     def _chain(self, host_ring_bytes: int, device_ring_bytes: int) -> list[Link]:
         """The links that units need, from the disk on; the sweep takes from the last one."""
         waiting, poison, backend, links = self._waiting, self._poison, self._backend, list[Link]()
+        disk = None
         if from_disk := self._at_home("disk"):
             buffer = backend.allocate_host(host_ring_bytes) if backend is not None else AlignedBuffer(host_ring_bytes).tensor
-            buffer = buffer[:host_ring_bytes]
-            announce = waiting.arrived if backend is None else waiting.changed
-            links.append(DiskLink(from_disk, buffer, self._io, self._files, waiting, announce, poison=poison))
+            disk = DiskLink(from_disk, buffer[:host_ring_bytes], self._io, self._files, waiting, poison=poison)
+            links.append(disk)
         if backend is not None and (crossing := self._at_home("disk", "host")):
-            sources: dict[int, Source] = {
-                layout.index: links[0] if self._homes[layout.index] == "disk" else self._host_homes for layout in crossing
-            }
             buffer = backend.allocate(device_ring_bytes)
-            links.append(DeviceLink(crossing, buffer, backend, sources, waiting, waiting.arrived, poison=poison))
+            links.append(DeviceLink(crossing, buffer, backend, self._host_homes, disk, waiting, poison=poison))
         return links
 
     # ------------------------------------------------------------------ what stays in memory
@@ -132,7 +110,7 @@ class WeightStore:
         """Read the units that stay in memory, and bind those that live where computing happens."""
         for layout, home in zip(self._layouts, self._homes, strict=True):
             if home == "host" and self._backend is not None:
-                self._host_homes.keep(layout, self._in_host_memory(layout, self._backend))
+                self._host_homes[layout.index] = self._in_host_memory(layout, self._backend)
             elif home != "disk":
                 self.keep(layout, partial(self._binder.bind, layout.index))
 
@@ -152,12 +130,12 @@ class WeightStore:
         read_unit(layout, stored, self._io, self._files).wait()
         return stored
 
-    def _in_host_memory(self, layout: UnitLayout, backend: Backend) -> torch.Tensor:
-        """The carried bytes of a unit, in memory of its own that the link reaches fast."""
+    def _in_host_memory(self, layout: UnitLayout, backend: Backend) -> Arrival:
+        """A unit as it will cross the link, in memory that the link reaches fast."""
         data = backend.allocate_host(layout.carried_bytes)
         for at, portion in layout.carried(self._read(layout), data):
             data[at : at + len(portion)] = portion
-        return data
+        return Arrival(layout=layout, data=data, form=Form.CARRIED)
 
     def _fresh(self, tensor: UnitTensor) -> torch.Tensor:
         return tensor.view(self._allocate(tensor.nbytes), 0)
