@@ -172,8 +172,10 @@ class Run:
             free = [pages.num_free for pages in pool._free]  # type: ignore[attr-defined]
             assert free == pool.num_pages, "every page came back"
         if self.backend is not None:
-            homes = zip(self.engine.runner.model.layouts, self.engine.runner.homes, strict=True)
-            resident = sum(layout.packed_bytes for layout, home in homes if home == "device")
+            model, homes = self.engine.runner.model, self.engine.runner.homes
+            kept = [layout for layout, home in zip(model.layouts, homes, strict=True) if home == "device"]
+            kept += [model.residents, *(table.layout for table in model.tables if chosen.embedding_resident)]
+            resident = sum(layout.decoded_bytes for layout in kept)
             assert self.backend.used_bytes <= resident + chosen.kv_device_bytes + chosen.device_ring_bytes + 1024
 
 

@@ -13,7 +13,7 @@ from transformers import LlamaConfig
 from transformers.core_model_loading import Chunk, Concatenate, Interleave, MergeModulelist, PermuteForRope, Transpose
 
 from flexgen.checkpoint.conversion import Traced, Untraceable
-from flexgen.checkpoint.headers import StoredTensor
+from flexgen.formats.base import StoredTensor
 
 
 def stored(name: str, shape: Sequence[int]) -> StoredTensor:

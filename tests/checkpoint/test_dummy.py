@@ -12,7 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from flexgen.checkpoint import dummy
 from flexgen.checkpoint.dummy import write_random_checkpoint
-from flexgen.checkpoint.parameters import Checkpoint, ModelSources, parameter_sources
+from flexgen.checkpoint.files import Checkpoint
+from flexgen.checkpoint.parameters import ModelSources, parameter_sources
 from flexgen.errors import StorageError
 from flexgen.hub.model_files import INDEX_FILE, SINGLE_FILE
 from tests.models.tiny_configs import tiny_config

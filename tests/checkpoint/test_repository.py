@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from flexgen.checkpoint.headers import StoredTensor
-from flexgen.checkpoint.parameters import Checkpoint
-from flexgen.checkpoint.repository import NamedTensor, headers_of, meta_model, saved_tensors, sharded
+from flexgen.checkpoint.files import Checkpoint
+from flexgen.checkpoint.repository import headers_of, meta_model, saved_tensors, sharded
+from flexgen.formats.base import NamedTensor, StoredTensor
 from tests.models.tiny_configs import tiny_config
 
 

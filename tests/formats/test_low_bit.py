@@ -9,16 +9,18 @@ import pytest
 import torch
 from transformers import PreTrainedConfig
 
-from flexgen.checkpoint.headers import StoredTensor
-from flexgen.checkpoint.parameters import Headers
-from flexgen.checkpoint.repository import NamedTensor, headers_of, meta_model, saved_tensors, sharded
+from flexgen.checkpoint.files import Headers
+from flexgen.checkpoint.repository import headers_of, meta_model, saved_tensors, sharded
 from flexgen.checkpoint.sources import Piece, whole
 from flexgen.errors import CheckpointError, UnsupportedModelError
-from flexgen.formats.low_bit import FP8_BLOCK, MXFP4, NumberFormat, decoded_headers, published_format
+from flexgen.formats.base import NamedTensor, NumberFormat, StoredTensor
+from flexgen.formats.table import FORMATS as ALL_FORMATS
+from flexgen.formats.table import stated_format
 from flexgen.models.describe import describe_config, describe_headers
-from flexgen.models.layouts import lay_out, trace_config
+from flexgen.models.units import cut_model
 from tests.models.tiny_configs import tiny_config
 
+MXFP4, FP8_BLOCK = ALL_FORMATS["mxfp4"], ALL_FORMATS["fp8_block"]
 FORMATS = {"gpt_oss": MXFP4, "deepseek_v3": FP8_BLOCK}
 QUANTIZATION = {"gpt_oss": {"quant_method": "mxfp4"}, "deepseek_v3": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
 WIDE = {"hidden_size": 320, "intermediate_size": 416, "moe_intermediate_size": 192}  # blocks of 128 that do not come out even
@@ -42,7 +44,7 @@ def encoded_headers(model_type: str, shard_bytes: int = 10**9) -> Headers:
 @pytest.mark.parametrize("model_type", FORMATS)
 def test_what_is_encoded_is_found_again(model_type: str) -> None:
     headers = encoded_headers(model_type)
-    decoded = decoded_headers(headers, FORMATS[model_type], torch.bfloat16).headers
+    decoded = headers.decoded(FORMATS[model_type], torch.bfloat16)
     plain = {tensor.name: tensor for tensor in saved_tensors(meta_model(config_of(model_type), torch.bfloat16), torch.bfloat16)}
     assert {name: (tensor.shape, tensor.dtype) for name, tensor in decoded.tensors.items()} == {
         name: (tensor.shape, tensor.dtype) for name, tensor in plain.items()
@@ -55,12 +57,10 @@ def test_what_is_encoded_is_found_again(model_type: str) -> None:
 def test_units_read_every_stored_byte(model_type: str, unit_bytes: int | None) -> None:
     """Rows of numbers are read by exactly one unit; a row of block scales by each unit that has rows of its block."""
     headers = encoded_headers(model_type, shard_bytes=50_000)
-    decoded = decoded_headers(headers, FORMATS[model_type], torch.bfloat16)
-    model, sources, trace = trace_config(config_of(model_type), torch.bfloat16, decoded.headers)
-    layouts = lay_out(model, trace, sources, torch.bfloat16, unit_bytes)
-    everything = (*layouts.streamed, layouts.residents)
-    pieces: list[Any] = [piece for layout in everything for tensor in layout.tensors for piece in tensor.source.pieces]
-    ranges = decoded.ranges(pieces) + [(table.path, table.offset, table.num_rows * table.row_bytes) for table in layouts.tables]
+    units = cut_model(encoded_config(model_type), torch.bfloat16, headers, unit_bytes)
+    tensors = [tensor for layout in (*units.layouts, units.residents) for tensor in layout.tensors]
+    ranges = [(each.path, each.offset, each.nbytes) for tensor in tensors for each in tensor.source.ranges]
+    ranges += [(table.path, table.offset, table.num_rows * table.row_bytes) for table in units.tables]
     ends = {tensor.path: tensor.offset + tensor.nbytes for tensor in sorted(headers.tensors.values(), key=lambda each: each.offset)}
     times = {path: torch.zeros(end, dtype=torch.int32) for path, end in ends.items()}
     for path, offset, size in ranges:
@@ -74,15 +74,15 @@ def test_units_read_every_stored_byte(model_type: str, unit_bytes: int | None) -
 def test_rows_of_blocks() -> None:
     """576 rows of 300 numbers: scales in 5 rows of 3."""
     headers = headers_of("x", sharded(FP8_BLOCK.encode(NamedTensor("a_proj.weight", (576, 300), torch.bfloat16)), 10**9))
-    decoded = decoded_headers(headers, FP8_BLOCK, torch.bfloat16)
+    decoded = headers.decoded(FP8_BLOCK, torch.bfloat16)
     weight, scales = headers.tensors["a_proj.weight"], headers.tensors["a_proj.weight_scale_inv"]
     assert (weight.nbytes, scales.shape) == (576 * 300, (5, 3))
-    (all_rows,) = whole(decoded.headers.tensors["a_proj.weight"])
+    (all_rows,) = whole(decoded.tensors["a_proj.weight"])
 
     def read(start: int, stop: int) -> list[tuple[int, int]]:
         piece = all_rows.narrow(0, start, stop)
         assert piece is not None
-        return [(offset, size) for _, offset, size in decoded.ranges([piece])]
+        return [(each.offset, each.nbytes) for each in piece.ranges]
 
     def rows(start: int, stop: int, first: int, last: int) -> list[tuple[int, int]]:
         return [(weight.offset + 300 * start, 300 * (stop - start)), (scales.offset + 12 * first, 12 * (last - first))]
@@ -118,7 +118,7 @@ def test_unknown_formats_are_refused_by_name(quantization: dict[str, Any]) -> No
     config = tiny_config("llama")
     config.quantization_config = quantization
     with pytest.raises(UnsupportedModelError, match=quantization.get("quant_method", "unnamed")):
-        published_format(config)
+        stated_format(config)
 
 
 @pytest.mark.parametrize(
@@ -136,12 +136,12 @@ def test_unknown_formats_are_refused_by_name(quantization: dict[str, Any]) -> No
 )
 def test_headers_that_contradict_the_config(number_format: NumberFormat, tensors: list[NamedTensor], message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
-        decoded_headers(headers_of("x", sharded(tensors, 10**9)), number_format, torch.bfloat16)
+        headers_of("x", sharded(tensors, 10**9)).decoded(number_format, torch.bfloat16)
 
 
 def test_plain_headers_stay_as_they_are() -> None:
     stored = StoredTensor(name="a", path=Path("f"), offset=8, nbytes=8, dtype=torch.float16, shape=(4,))
-    decoded = decoded_headers(Headers(Path("x"), [{"a": stored}]), None, torch.float32)
-    assert decoded.headers.tensors == {"a": stored}
+    decoded = Headers(Path("x"), [{"a": stored}]).decoded(None, torch.float32)
+    assert decoded.tensors == {"a": stored}
     assert decoded.number_format == "float16"
-    assert decoded.ranges([Piece(stored, 1, (2,), (1,), (0,))]) == [(Path("f"), 10, 4)]
+    assert Piece(stored, 1, (2,), (1,), (0,)).ranges == [(Path("f"), 10, 4, torch.float16)]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from flexgen.checkpoint.parameters import Checkpoint
+from flexgen.checkpoint.files import Checkpoint
 from flexgen.errors import CheckpointError
 from flexgen.hub.model_files import INDEX_FILE, SINGLE_FILE, find_weight_files
 

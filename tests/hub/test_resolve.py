@@ -279,6 +279,7 @@ sys.modules["transformers"] = types.SimpleNamespace(CONFIG_MAPPING={"opt"}, __ve
 from pathlib import Path
 from flexgen.hub import hub
 from flexgen.hub import download
+from flexgen.hub import hub
 from flexgen.errors import FlexGenError
 from flexgen.hub.download import weight_headers
 from flexgen.hub.resolve import resolve_model, resolve_tokenizer

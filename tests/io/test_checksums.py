@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from flexgen.checkpoint.sources import ParameterSource, whole
 from flexgen.errors import StorageError
+from flexgen.formats.base import StoredTensor
 from flexgen.io.aligned import AlignedBuffer
 from flexgen.io.checksums import BLOCK_BYTES, BlockSums
 from flexgen.io.direct_io import File, FileSet
@@ -92,9 +94,9 @@ def test_what_a_second_reading_brings_right_is_no_failure(
 def test_rows_of_an_embedding_are_compared_with_their_first_reading(tmp_path: Path) -> None:
     path = tmp_path / "weights"
     path.write_bytes(bytes(range(200)) * 8)
-    table = RowTable(
-        module="m", path=path, offset=8, num_rows=20, row_elements=5, stored_dtype=torch.float32, dtype=torch.float32
-    )  # fmt: skip
+    stored = StoredTensor(name="m", path=path, offset=8, nbytes=400, dtype=torch.float32, shape=(20, 5))
+    source = ParameterSource(name="m", shape=(20, 5), dtype=torch.float32, pieces=whole(stored))
+    table = RowTable(module="m", source=source, dtype=torch.float32)
     rows = EmbeddingRows([table], torch.device("cpu"), verify=True)
     before = rows.rows("m", torch.tensor([3, 7, 3]))[0].view(torch.uint8)
     for row, noticed in ((7, True), (9, False)):

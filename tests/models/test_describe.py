@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from flexgen.checkpoint.dummy import write_random_checkpoint
-from flexgen.checkpoint.parameters import Checkpoint
+from flexgen.checkpoint.files import Checkpoint
 from flexgen.errors import UnsupportedModelError
 from flexgen.io.aligned import ALIGNMENT
 from flexgen.models.assemble import LoadedModel, load_model

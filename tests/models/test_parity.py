@@ -18,7 +18,7 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, GenerationConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from flexgen.checkpoint.parameters import Checkpoint
+from flexgen.checkpoint.files import Checkpoint
 from flexgen.engine.engine import Engine
 from flexgen.engine.sequence import LiveSequence
 from flexgen.errors import UnsupportedModelError
@@ -98,7 +98,7 @@ IN_MEMORY = Fractions(host=1.0)
 
 def ring_bytes(model: LoadedModel) -> int:
     """Room for two of the largest unit: rings wrap many times a pass."""
-    return 2 * max(max(layout.staging_bytes, layout.packed_bytes) for layout in model.layouts)
+    return 2 * max(max(layout.stored_bytes, layout.decoded_bytes) for layout in model.layouts)
 
 
 # Beside those of REPRESENTATIVES, which are in every run below.
@@ -209,7 +209,7 @@ def test_text_of_a_multimodal_checkpoint(tmp_path: Path, monkeypatch: pytest.Mon
     reference: Any = AutoModelForCausalLM.from_pretrained(tmp_path, config=copy.deepcopy(config), attn_implementation="eager")
     reference.generation_config = GenerationConfig(pad_token_id=0, eos_token_id=None, bos_token_id=1)
     model = describe(tmp_path, config)
-    assert sum(layout.staging_bytes for layout in model.layouts) + model.residents.staging_bytes < model.total_bytes / 4
+    assert sum(layout.stored_bytes for layout in model.layouts) + model.residents.stored_bytes < model.total_bytes / 4
     requests = requests_for(128)
     chosen = policy(weights=STREAMED, kv=IN_MEMORY, ring_bytes=ring_bytes(model))
     assert_equal(answered(model, chosen, requests, monkeypatch), expected(reference.eval(), requests))

@@ -10,22 +10,24 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
-from flexgen.models.skeleton import ANY_ROOM, build_skeleton
+from flexgen.checkpoint.meta import ANY_ROOM
+from flexgen.models.parts import ParameterUse, Part
+from flexgen.models.skeleton import build_skeleton
 from flexgen.models.tracing import ModelTrace, trace_model
-from flexgen.models.units import ParameterUse, UnitPart, cut_units, streamed_uses
+from flexgen.models.units import cut_units, streamed_uses
 from tests.models.tiny_configs import tiny_config
 
 UNIT_BYTES = 12_000
 
 
-def traced(config: PreTrainedConfig) -> tuple[ModelTrace, list[list[UnitPart]]]:
+def traced(config: PreTrainedConfig) -> tuple[ModelTrace, list[list[Part]]]:
     model = build_skeleton(config, torch.float32, ANY_ROOM)
     trace = trace_model(model)
     uses = streamed_uses(model, trace, 4, trace.embeddings, lambda _: True)
     return trace, cut_units(uses, UNIT_BYTES)
 
 
-def modules_of(unit: list[UnitPart]) -> list[str]:
+def modules_of(unit: list[Part]) -> list[str]:
     return [part.use.module for part in unit]
 
 

@@ -27,6 +27,7 @@ units = st.builds(
     flops_per_token=st.sampled_from([0.0, 1 / 3, 2e18]),
     head=st.booleans(),
     plain=st.sampled_from([None, True, False]),
+    encoded_bytes=st.sampled_from([None, 0, 2**40]),
 )
 
 

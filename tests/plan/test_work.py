@@ -48,6 +48,18 @@ def test_bytes_at_home_in_memory_are_decoded(make_spec):
     assert weight_bytes(spec, ("host",))["host"] == 8192
 
 
+def test_a_device_that_decodes_is_sent_the_encoded_bytes(make_spec):
+    unit = UnitSpec(name="q", disk_bytes=MB, decoded_bytes=4 * MB, flops_per_token=1.0, plain=False)
+    encoded = dataclasses.replace(unit, encoded_bytes=MB)
+    assert (unit.carried_bytes, encoded.carried_bytes) == (4 * MB, MB)
+    work = weights_work(make_spec(units=(encoded,)), ("disk",), "cuda")
+    assert (work.host_to_device_bytes, work.decoded_bytes, work.host_memory_bytes) == (MB, 0, 2 * MB)
+    work = weights_work(make_spec(units=(unit,)), ("disk",), "cuda")
+    assert (work.host_to_device_bytes, work.decoded_bytes, work.host_memory_bytes) == (4 * MB, 4 * MB, 10 * MB)
+    on_cpu = [weights_work(make_spec(units=(each,)), ("disk",), "cpu") for each in (unit, encoded)]
+    assert on_cpu[0] == on_cpu[1]
+
+
 def test_weights_move_once_per_pass(make_spec):
     spec = make_spec(unit_bytes=MB)
     homes = ("device", "host", "disk", "disk")

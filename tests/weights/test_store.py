@@ -12,31 +12,31 @@ import torch
 
 from flexgen.devices.base import SimulatedDevice
 from flexgen.errors import EngineError, StorageError
-from flexgen.io.aligned import plan_extents
+from flexgen.formats.base import StoredRange
 from flexgen.io.direct_io import FileSet
 from flexgen.io.pool import IOPool
 from flexgen.weights.ring import ByteRing
 from flexgen.weights.store import WeightStore
-from flexgen.weights.unit import UnitLayout, UnitTensor, packed_offsets
+from flexgen.weights.unit import UnitLayout, WantedTensor
 
 NUM_UNITS = 9
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in the file: its own pieces, its own source."""
+    """A tensor in the file."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
+    path: Path
+    offset: int
     is_view: bool = True
+    carried_as_stored: bool = False
 
     @property
-    def nbytes(self) -> int:
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
-
-    @property
-    def pieces(self) -> list["Stored"]:
-        return [self]
+    def ranges(self) -> list[StoredRange]:
+        nbytes = torch.Size(self.shape).numel() * self.dtype.itemsize
+        return [StoredRange(self.path, self.offset, nbytes, self.dtype)]
 
     def assemble(self, raws: list[torch.Tensor], out: torch.Tensor) -> None:
         out.copy_(raws[0].view(self.shape))
@@ -72,33 +72,18 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Written:
     generator = torch.Generator().manual_seed(0)
     for unit in range(NUM_UNITS):
         names = ["cast"] if unit % 3 == 2 else ["plain", "odd", "cast"]
-        ranges, wanted = [], []
+        wanted = []
         for name in names:
             dtype = torch.float16 if name == "cast" else torch.float32
             value = torch.randn(5 + unit, 100 * (unit + 1), generator=generator).to(dtype)
             content += bytes((1 if name == "odd" else -len(content)) % 8)
-            ranges.append((path, len(content), value.nbytes))
-            wanted.append((name, Stored(tuple(value.shape), dtype)))
+            source = Stored(tuple(value.shape), dtype, path, len(content))
+            wanted.append(WantedTensor(module="m", parameter=name, source=source, dtype=torch.float32))
             content += value.numpy().tobytes()
             values[unit, name] = value.float()
-        layouts.append(_layout(unit, ranges, wanted))
+        layouts.append(UnitLayout.of(unit, f"unit {unit}", wanted))
     path.write_bytes(content)
     return Written(layouts, values)
-
-
-def _layout(unit: int, ranges: list[tuple[Path, int, int]], wanted: list[tuple[str, Stored]]) -> UnitLayout:
-    extents, positions, staging_bytes = plan_extents(ranges)
-    offsets, packed_bytes = packed_offsets([torch.Size(stored.shape).numel() * 4 for _, stored in wanted])
-    tensors = tuple(
-        UnitTensor(
-            module="m", parameter=name, shape=stored.shape, dtype=torch.float32, source=stored,
-            positions=(position,), packed_offset=offset,
-        )
-        for (name, stored), position, offset in zip(wanted, positions, offsets, strict=True)
-    )  # fmt: skip
-    return UnitLayout(
-        index=unit, name=f"unit {unit}", tensors=tensors, extents=tuple(extents), staging_bytes=staging_bytes, packed_bytes=packed_bytes
-    )
 
 
 class Opened:
@@ -107,15 +92,15 @@ class Opened:
     def __init__(self, written: Written, homes: list[str], device: bool, *, slots: int = 3) -> None:
         self.written, self.model = written, FakeModel()
         self.backend = SimulatedDevice(8 << 20) if device else None
-        self.io, self.files, self.arrived = IOPool(2), FileSet(), threading.Event()
+        self.io, self.files = IOPool(2), FileSet()
         self.store = WeightStore(
             written.layouts, homes, self.model, self.io, self.files, backend=self.backend,
-            host_ring_bytes=slots * max(layout.staging_bytes for layout in written.layouts),
-            device_ring_bytes=slots * max(layout.packed_bytes for layout in written.layouts), on_arrival=self.arrived.set, poison=True,
+            host_ring_bytes=slots * max(layout.stored_bytes for layout in written.layouts),
+            device_ring_bytes=slots * max(layout.carried_bytes for layout in written.layouts), poison=True,
         )  # fmt: skip
 
     def __enter__(self) -> "Opened":
-        self.store.load_residents()
+        self.store.load()
         self.store.start()
         return self
 
@@ -129,10 +114,9 @@ class Opened:
     def wait(self, unit: int) -> None:
         """Until a unit is ready, as the sweep does."""
         for _ in range(100):
-            self.arrived.clear()
             if self.store.is_ready(unit):
                 return
-            self.arrived.wait(0.1)
+            self.store.wait_arrival(0.1, lambda: self.store.is_ready(unit))
         raise AssertionError(f"unit {unit} never arrived")
 
     def check(self, unit: int) -> None:
@@ -208,7 +192,7 @@ def test_the_rings_stay_within_their_capacity(written: Written, monkeypatch: pyt
             opened.store.open(unit)
             opened.store.release(unit)
         assert opened.backend is not None
-        assert opened.backend.used_bytes == opened.store._device_ring.capacity_bytes
+        assert opened.backend.used_bytes == opened.store._links[-1].ring.capacity_bytes
     assert len(most) == 2
 
 
@@ -246,7 +230,7 @@ def test_a_unit_that_cannot_fit_its_ring(written: Written, device: bool) -> None
     with Opened(written, ["disk"] * NUM_UNITS, device) as opened:
         pass
     opened = Opened(written, ["disk"] * NUM_UNITS, device)
-    opened.store._host_ring = ByteRing(100)
+    opened.store._links[0].ring = ByteRing(100)
     with opened, pytest.raises(EngineError, match="cannot fit"):
         opened.wait(0)
 
@@ -263,7 +247,7 @@ def test_close_while_reads_are_in_flight(written: Written, monkeypatch: pytest.M
     monkeypatch.setattr(os, "preadv", slow)
     with Opened(written, ["disk"] * NUM_UNITS, device) as opened:
         assert begun.wait(10)
-        threads = list(opened.store._threads)
+        threads = [link.thread for link in opened.store._links]
         threading.Timer(0.05, may_go_on.set).start()
     assert not any(thread.is_alive() for thread in threads)
 
@@ -280,6 +264,25 @@ def test_a_signal_while_a_link_starts(written: Written, monkeypatch: pytest.Monk
         with pytest.raises(KeyboardInterrupt):
             opened.store.start()
     opened.__exit__()
+
+
+@pytest.mark.parametrize("device", [False, True])
+def test_arrivals_are_announced_without_the_lock(written: Written, device: bool) -> None:
+    """Whoever is told may look whether the unit is ready, in another thread and under a lock of its own."""
+    opened, mine = Opened(written, ["disk"] * NUM_UNITS, device), threading.Condition()
+
+    def on_arrival() -> None:
+        with mine:
+            mine.notify_all()
+
+    opened.store._waiting._on_arrival = on_arrival
+    with opened:
+        for unit in range(NUM_UNITS):
+            with mine:
+                assert mine.wait_for(lambda unit=unit: opened.store.is_ready(unit), timeout=20)
+            opened.store.open(unit)
+            opened.check(unit)
+            opened.store.release(unit)
 
 
 def test_units_come_in_order_only(written: Written) -> None:

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from flexgen.checkpoint.headers import StoredTensor
 from flexgen.checkpoint.sources import Piece, put, whole
+from flexgen.formats.base import StoredTensor
 
 _aten = torch.ops.aten
 _MAX_PIECES = 1 << 14  # of one tensor; beyond, placing piece by piece costs more than computing would

@@ -19,8 +19,9 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedConfig
 
-from flexgen.checkpoint.repository import NamedTensor, encode_header, meta_model, saved_tensors, sharded
+from flexgen.checkpoint.repository import encode_header, meta_model, saved_tensors, sharded
 from flexgen.errors import StorageError
+from flexgen.formats.base import NamedTensor
 from flexgen.hub.model_files import INDEX_FILE
 
 _STANDARD_DEVIATION = 0.02

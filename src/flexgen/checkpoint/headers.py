@@ -1,4 +1,4 @@
-"""The header of a safetensors file, validated from its bytes, so that it may come from a disk or from a network.
+"""The header of a safetensors file: validated, from bytes, so that it may come from a disk or from a network.
 
 Every rule of the format is checked here, because payload offsets leave this module as plain numbers that others read
 from.  Knows nothing of models or folders, and never sees a weight.
@@ -10,7 +10,6 @@ import math
 import os
 import stat
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import torch
 
 from flexgen.base.strict_json import strict_json
 from flexgen.errors import CheckpointError
+from flexgen.formats.base import StoredTensor
 from flexgen.hub.diagnose import check_fetched
 
 PREFIX_BYTES = 8
@@ -37,30 +37,11 @@ DTYPES: Mapping[str, torch.dtype] = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StoredTensor:
-    """A tensor of a checkpoint, and where its bytes lie.
-
-    Attributes:
-        name: Name in the file.
-        path: The file.
-        offset: Offset of its first byte from the start of the file, not always a multiple of the element size.
-        nbytes: Product of `shape` times the element size; tensors are row-major and little-endian.
-    """
-
-    name: str
-    path: Path
-    offset: int
-    nbytes: int
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-
 def read_header(path: Path) -> dict[str, StoredTensor]:
-    """Return the tensors of the file, from its header alone.
+    """The tensors of the file, from its header alone.
 
     Raises:
-        CheckpointError: It is not a regular file, cannot be read, or its header breaks a rule of the format.
+        CheckpointError: when it is no regular file, cannot be read, or its header breaks a rule of the format.
     """
     check_fetched(path)
     try:
@@ -75,12 +56,12 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 
 
 def _open_without_waiting(path: str, flags: int) -> int:
-    """Open a file without waiting for the other end of a pipe that somebody put in its place."""
+    """A pipe planted under a weight file's name must not hang us."""
     return os.open(path, flags | os.O_NONBLOCK)
 
 
 def header_length(prefix: bytes, *, file_bytes: int, path: Path) -> int:
-    """Return the length of the JSON header that follows the first 8 bytes, `prefix`, of a file of `file_bytes`."""
+    """Length of the JSON header that follows the first 8 bytes, `prefix`, of a file of `file_bytes`."""
     if len(prefix) < PREFIX_BYTES:
         raise _broken(path, f"{file_bytes} bytes are too few for a header")
     length = int.from_bytes(prefix, "little")
@@ -92,15 +73,15 @@ def header_length(prefix: bytes, *, file_bytes: int, path: Path) -> int:
 
 
 def parse_header(header: bytes, *, file_bytes: int, path: Path) -> dict[str, StoredTensor]:
-    """Return the tensors that the JSON after the first 8 bytes of a file describes.
+    """The tensors that `header`, the JSON after the first 8 bytes of the file, describes.
 
     Args:
-        header: The JSON, exactly `header_length` bytes.
-        file_bytes: Size of the whole file; the tensors must fill it without holes.
-        path: File that is recorded in the result and named in errors; nothing is opened.
+        header: exactly `header_length` bytes.
+        file_bytes: size of the whole file; the tensors must fill it without holes.
+        path: recorded in the result and named in errors; nothing is opened.
 
     Raises:
-        CheckpointError: A rule of the format is broken.
+        CheckpointError: when a rule of the format is broken.
     """
     if not header.startswith(b"{"):
         raise _broken(path, "the header does not begin with '{'")
@@ -145,7 +126,7 @@ def _are_sizes(value: Any) -> bool:
 
 
 def _check_layout(tensors: Mapping[str, StoredTensor], *, start: int, end: int, path: Path) -> None:
-    """Check that tensors fill [start, end) of the file without overlaps and gaps."""
+    """Tensors fill [start, end) of the file: nothing overlaps, nothing is left over."""
     position, previous = start, "the header"
     for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.offset, tensor.nbytes)):
         if tensor.offset != position:

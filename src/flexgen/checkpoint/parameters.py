@@ -1,7 +1,7 @@
-"""The tensors of a model folder's weight files, and which of them becomes which parameter of a model.
+"""Which stored tensor becomes which parameter of a model.
 
-transformers decides that: its renamings and conversions are asked, not repeated.  No weight is read, except to find out whether
-two copies of a tied weight are equal.
+What becomes what is transformers' business: its renamings and conversions are asked, not repeated.  No weight is read,
+except to find out whether two copies of a tied weight are equal.
 """
 
 from __future__ import annotations
@@ -13,96 +13,34 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 from flexgen.checkpoint.conversion import Traced, Untraceable
-from flexgen.checkpoint.headers import MAX_TENSORS, StoredTensor, parse_header, read_header
+from flexgen.checkpoint.files import Headers
 from flexgen.checkpoint.sources import ParameterSource, read_bytes, whole
-from flexgen.errors import CheckpointError, UnsupportedModelError
+from flexgen.errors import CheckpointError
+from flexgen.formats.base import StoredTensor
 from flexgen.hub.diagnose import some
-from flexgen.hub.model_files import INDEX_FILE, find_weight_files
 
 logger = logging.getLogger(__name__)
 
 _COMPARED_BYTES = 16 << 20
 
 
-class Headers:
-    """The tensors of a model's files, known by their validated headers.  The files may be elsewhere, or not exist at all.
-
-    Attributes:
-        folder: Folder of the files, or the name of a model that has no folder here.
-        tensors: Every stored tensor by name, over all files.
-        total_bytes: Bytes of all tensors.
-        readable: Whether the files are here, so that numbers can be compared.
-
-    Args:
-        folder: Folder of the files, or a name for messages.
-        tensors: Tensors by name, file by file.
-
-    Raises:
-        CheckpointError: Two files hold a tensor of the same name.
-    """
-
-    readable = False
-
-    def __init__(self, folder: Path, tensors: Iterable[Mapping[str, StoredTensor]]) -> None:
-        self.folder = folder
-        self.tensors: dict[str, StoredTensor] = {}
-        for stored in tensors:
-            for name in stored.keys() & self.tensors.keys():
-                raise CheckpointError(f"{name} is stored twice: in {self.tensors[name].path.name} and in {stored[name].path.name}")
-            self.tensors.update(stored)
-            if len(self.tensors) > MAX_TENSORS:
-                raise CheckpointError(f"{folder}: more than {MAX_TENSORS:,} tensors; no known model has as many")
-        self.total_bytes = sum(tensor.nbytes for tensor in self.tensors.values())
-
-    @classmethod
-    def parsed(cls, folder: Path, files: Mapping[str, tuple[bytes, int]]) -> Headers:
-        """Make the tensors from file name -> (its header without the 8 bytes of its length, size of the whole file).
-
-        Raises:
-            CheckpointError: A header breaks a rule of the format.
-        """
-        return Headers(folder, [parse_header(header, file_bytes=size, path=folder / name) for name, (header, size) in files.items()])
-
-
-class Checkpoint(Headers):
-    """The safetensors files of a model folder.
-
-    Args:
-        folder: Folder that holds `model.safetensors`, or `model.safetensors.index.json` and the files it names.  Files may be symbolic
-            links into the same repository of the Hugging Face cache.
-
-    Raises:
-        CheckpointError: There are no such files, or one of them is unsafe or broken.
-    """
-
-    readable = True
-
-    def __init__(self, folder: Path) -> None:
-        files, index = find_weight_files(Path(folder))
-        super().__init__(Path(folder), map(read_header, files))
-        for name, file_name in index.items():
-            if name not in self.tensors or self.tensors[name].path.name != file_name:
-                raise CheckpointError(f"{self.folder / INDEX_FILE}: {name} is not in {file_name}")
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSources:
-    """The sources of everything in a model's state dict.
+    """Where everything in a model's state dict comes from.
 
     Attributes:
-        parameters: The source of each parameter and persistent buffer, by its name in the state dict.
-        tied: Name of a parameter -> name in `parameters` of the one it shares its numbers with.  It can lack a pair that the
+        parameters: the source of each parameter and persistent buffer, by its name in the state dict.
+        tied: name of a parameter -> name in `parameters` of the one it shares its numbers with.  It can lack a pair that the
             skeleton ties: when the checkpoint stores two different weights, both are in `parameters`, as in transformers.
-        initialized: Names that the model class allows a checkpoint to lack; they keep the values of initialization.
-        unexpected: Stored tensors that the model has no use for, without those that the model class knows to ignore.
+        initialized: names that the model class allows a checkpoint to lack; they keep the values of initialization.
+        unexpected: stored tensors that the model has no use for, without those that the model class knows to ignore.
     """
 
     parameters: dict[str, ParameterSource]
@@ -110,17 +48,31 @@ class ModelSources:
     initialized: tuple[str, ...]
     unexpected: tuple[str, ...]
 
+    def names(self) -> list[str]:
+        """Everything that has a source, tied names included."""
+        return [*self.parameters, *self.tied]
+
+    def kept_as(self, name: str) -> str:
+        """The name in `parameters` of the one that `name` shares its numbers with; mostly itself."""
+        return self.tied.get(name, name)
+
+    def __getitem__(self, name: str) -> ParameterSource:
+        return self.parameters[self.kept_as(name)]
+
+    def __contains__(self, name: str) -> bool:
+        return self.kept_as(name) in self.parameters
+
 
 def parameter_sources(model: PreTrainedModel, checkpoint: Headers) -> ModelSources:
-    """Find out which stored bytes become which parameter.
+    """Which stored bytes become which parameter.
 
     Args:
-        model: A skeleton on the meta device; it is not changed.
-        checkpoint: The folder that the model is to be loaded from, or headers alone: two stored copies of a tied weight are then
+        model: a skeleton on the meta device; it is not changed.
+        checkpoint: the folder that it is to be loaded from, or headers alone: two stored copies of a tied weight are then
             taken for equal.
 
     Raises:
-        CheckpointError: Parameters are missing, shapes differ from the config's, or nothing matches.
+        CheckpointError: when parameters are missing, shapes differ from the config's, or nothing matches.
     """
     expected = model.state_dict()
     groups, unexpected = _gather(model, checkpoint, expected)
@@ -159,38 +111,6 @@ def parameter_sources(model: PreTrainedModel, checkpoint: Headers) -> ModelSourc
     )
 
 
-def check_supported_number_format(config: PreTrainedConfig | Mapping[str, Any]) -> None:
-    """Refuse weights that are not plain numbers.
-
-    Args:
-        config: the model's config, or the contents of its config.json.
-
-    Raises:
-        UnsupportedModelError: naming the quantization method.
-    """
-    quantization = quantization_of(config)
-    if quantization is not None:
-        raise refuse_quantization(quantization)
-
-
-def quantization_of(config: PreTrainedConfig | Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """What the config says about how its weights, or those of a part of it, are quantized; None where they are plain numbers."""
-    values = config if isinstance(config, Mapping) else config.to_dict()
-    for part in (values, *(value for value in values.values() if isinstance(value, Mapping))):
-        quantization = part.get("quantization_config") or part.get("compression_config")
-        if quantization:
-            return quantization if isinstance(quantization, Mapping) else {}
-    return None
-
-
-def refuse_quantization(quantization: Mapping[str, Any]) -> UnsupportedModelError:
-    """The error that names the method of a quantization_config."""
-    return UnsupportedModelError(
-        f"the weights are quantized ({quantization.get('quant_method') or 'by an unnamed method'}, see quantization_config in "
-        "config.json), which is not supported: use a repository with the bfloat16, float16 or float32 weights of this model"
-    )
-
-
 @dataclass(slots=True)
 class _Group:
     """Stored tensors that are converted together, into one parameter or several."""
@@ -204,7 +124,7 @@ class _Group:
         return [tensor.name for _, tensor in self.tensors]
 
     def sources(self, model: PreTrainedModel) -> list[ParameterSource]:
-        """Return the sources of the parameters, as pieces to place where the conversion only moves numbers."""
+        """The sources of the parameters: pieces to place where the conversion only moves numbers."""
         if self.converter is None:
             if len(self.tensors) > 1:
                 raise CheckpointError(f"{some(self.names)} would all become {self.target}")
@@ -234,7 +154,7 @@ class _Group:
         return self._run(model, tensors)[name]
 
     def _run(self, model: PreTrainedModel, tensors: Iterable[torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Run transformers' conversion on `tensors`, which stand for the stored ones; return the results by name of the parameter."""
+        """transformers' conversion of `tensors`, which stand for the stored ones, by name of the parameter."""
         converter = deepcopy(self.converter)
         assert converter is not None
         for (pattern, stored), tensor in zip(self.tensors, tensors, strict=True):
@@ -243,7 +163,7 @@ class _Group:
         return {name: x[0] if isinstance(x, list) else x for name, x in results.items()}
 
     def _check_complete(self) -> None:
-        """Check that merged tensors are numbered consecutively; if one is missing, all that follow would take another's place."""
+        """Merged tensors are numbered consecutively: with one missing, all that follow would take another's place."""
         for pattern in {pattern for pattern, _ in self.tensors}:
             split = [tensor.name.split(".") for matched, tensor in self.tensors if matched == pattern]
             varying = [part for part in zip(*split, strict=False) if len(set(part)) > 1]
@@ -261,7 +181,7 @@ def _traced_source(name: str, x: torch.Tensor) -> ParameterSource:
 
 
 def _gather(model: PreTrainedModel, checkpoint: Headers, expected: Mapping[str, torch.Tensor]) -> tuple[Collection[_Group], set[str]]:
-    """Group stored tensors by the parameter that they belong to; also return the names of those that belong to none.
+    """Stored tensors by the parameter they belong to, and the names of those that belong to none.
 
     The loop is that of transformers' `convert_and_load_state_dict_in_model`, without its loading.
     """
@@ -302,7 +222,7 @@ def _tie(
     expected: Collection[str],
     equal: Callable[[ParameterSource, ParameterSource], bool],
 ) -> dict[str, str]:
-    """Return tied parameters -> the one that is kept in `found`: the model's choice if it is stored, else the first that is."""
+    """Tied parameters -> the one that is kept in `found`: the model's choice if it is stored, else the first that is."""
     families: dict[str, list[str]] = {}
     for name, main in model.all_tied_weights_keys.items():
         families.setdefault(main, [main]).append(name)
@@ -321,12 +241,12 @@ def _tie(
 
 
 def _alike(a: ParameterSource, b: ParameterSource) -> bool:
-    """Return whether two sources could hold the same bytes."""
+    """Whether two sources could hold the same bytes."""
     return (a.shape, a.dtype, len(a.pieces)) == (b.shape, b.dtype, len(b.pieces)) and a.is_view and b.is_view
 
 
 def _equal(a: ParameterSource, b: ParameterSource) -> bool:
-    """Return whether two sources hold the same bytes.  Reads them, up to the first difference."""
+    """Whether two sources hold the same bytes.  Reads them, up to the first difference."""
     if not _alike(a, b):
         return False
     one, other = a.pieces[0], b.pieces[0]

@@ -7,9 +7,7 @@ headers, byte for byte.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,25 +16,15 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from flexgen.base.quantities import align_up
+from flexgen.checkpoint.files import Headers
 from flexgen.checkpoint.headers import DTYPES, PREFIX_BYTES
+from flexgen.checkpoint.meta import ANY_ROOM, building, parameters_on_meta
 from flexgen.checkpoint.parameters import Headers
+from flexgen.formats.base import NamedTensor
 from flexgen.hub.model_files import SINGLE_FILE
-from flexgen.models.skeleton import ANY_ROOM, building, parameters_on_meta
+from flexgen.models.skeleton import building, parameters_on_meta
 
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
-
-@dataclass(frozen=True, slots=True)
-class NamedTensor:
-    """A tensor that a file would hold."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
 
 
 def meta_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:

@@ -10,15 +10,15 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import torch
 
-from flexgen.checkpoint.headers import StoredTensor
 from flexgen.errors import CheckpointError
+from flexgen.formats.base import StoredRange, StoredTensor
+from flexgen.formats.plain import cast_into
 
-# Four megabytes of float32, which caches hold.
-CAST_ELEMENTS = 1 << 20
 Convert = Callable[[Sequence[torch.Tensor]], torch.Tensor]
 
 
@@ -55,8 +55,13 @@ class Piece:
 
     @property
     def nbytes(self) -> int:
-        """Number of bytes to read, from the first to the last number of the box."""
+        """Bytes from the first to the last number of the box."""
         return _span(self.shape, self.strides) * self.tensor.dtype.itemsize
+
+    @property
+    def ranges(self) -> list[StoredRange]:
+        """What has to be read: one range, or one for each part of an encoded tensor."""
+        return self.tensor.ranges(self.first, _span(self.shape, self.strides))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -80,6 +85,24 @@ class Piece:
             found = f"{raw.nbytes} bytes of {raw.dtype}"
             raise ValueError(f"{self.tensor.name}: expected {self.nbytes} contiguous bytes of {self.dtype}, got {found}")
         return raw.as_strided(self.shape, self.strides)  # keeps the storage offset of `raw`
+
+    @property
+    def num_ranges(self) -> int:
+        return 1 if self.tensor.encoding is None else len(self.tensor.encoding.parts)
+
+    def box(self, raws: Sequence[torch.Tensor], out: torch.Tensor) -> torch.Tensor:
+        """The box: a view of the numbers read, or, of an encoded tensor, decoded to the dtype of `out` and on its device.
+
+        Args:
+            raws: what was read of each range, on that device.
+        """
+        encoding = self.tensor.encoding
+        if encoding is None:
+            return self.view(raws[0])
+        start, stop = self.tensor.rows(self.first, _span(self.shape, self.strides))
+        rows = torch.empty((stop - start, *encoding.shape[1:]), dtype=out.dtype, device=out.device)
+        encoding.format.decode(raws, start, rows)
+        return rows.view(-1)[self.first - start * rows[0].numel() :].as_strided(self.shape, self.strides)
 
     def narrow(self, dim: int, start: int, stop: int) -> Piece | None:
         """Return the part within [start, stop) of the parameter's dimension `dim`, placed relative to `start`; None if there is none."""
@@ -127,9 +150,22 @@ class ParameterSource:
         return sum(piece.nbytes for piece in self.pieces)
 
     @property
+    def ranges(self) -> list[StoredRange]:
+        """What has to be read, in the order in which `assemble` expects it."""
+        return [each for piece in self.pieces for each in piece.ranges]
+
+    @property
+    def carried_as_stored(self) -> bool:
+        """Whether the bytes that were read cross a link to a device, which assembles the parameter; otherwise the host does before."""
+        if self.convert is not None or not self.pieces:
+            return False
+        encodings = (piece.tensor.encoding for piece in self.pieces)
+        return all(each is not None and each.format.carried_as_stored for each in encodings)
+
+    @property
     def is_view(self) -> bool:
         """Whether the bytes of the only piece, viewed as `shape`, are the parameter."""
-        if self.convert is not None or len(self.pieces) != 1:
+        if self.convert is not None or len(self.pieces) != 1 or self.pieces[0].tensor.encoding is not None:
             return False
         return self.pieces[0].shape == self.shape and self.pieces[0].is_contiguous
 
@@ -157,12 +193,15 @@ class ParameterSource:
         """Write the parameter into `out`, cast to its dtype.
 
         Args:
-            raws: For each piece the numbers read: contiguous, of the piece's dtype, of any shape.
-            out: Tensor of shape `shape`, of any dtype, device and strides.
+            raws: for each of `ranges` the numbers read: contiguous, of the range's dtype, of any shape.
+            out: of shape `shape`; any dtype, device and strides.
         """
         if tuple(out.shape) != self.shape:
             raise ValueError(f"{self.name} is {self.shape}, the destination {tuple(out.shape)}")
-        boxes = [piece.view(raw) for piece, raw in zip(self.pieces, raws, strict=True)]
+        if (num_ranges := sum(piece.num_ranges for piece in self.pieces)) != len(raws):
+            raise ValueError(f"{self.name} is made of {num_ranges} ranges, not of {len(raws)}")
+        rest = iter(raws)
+        boxes = [piece.box(list(islice(rest, piece.num_ranges)), out) for piece in self.pieces]
         with torch.no_grad():
             if self.convert is None:
                 for piece, box in zip(self.pieces, boxes, strict=True):
@@ -171,23 +210,12 @@ class ParameterSource:
                 out.copy_(self.convert([box.to(device=out.device, dtype=out.dtype) for box in boxes]))
 
     def read(self, out: torch.Tensor) -> None:
-        """Read the pieces, one plain blocking read each, and `assemble` them.
+        """Read the ranges, one plain blocking read each, and `assemble` them.
 
         Raises:
             CheckpointError: A file cannot be read.
         """
-        self.assemble([read_bytes(p.path, p.offset, p.nbytes).view(p.dtype) for p in self.pieces], out)
-
-
-def cast_into(out: torch.Tensor, numbers: torch.Tensor) -> None:
-    """Do `out.copy_(numbers)`; float16 becomes bfloat16 through pieces of float32, three to four times faster on a CPU (docs/log.md)."""
-    slow = numbers.dtype == torch.float16 and out.dtype == torch.bfloat16 and not out.is_cuda
-    if not slow or not (out.is_contiguous() and numbers.is_contiguous()) or numbers.numel() < CAST_ELEMENTS:
-        out.copy_(numbers)
-        return
-    wide = torch.empty(CAST_ELEMENTS, dtype=torch.float32)
-    for part, source in zip(out.view(-1).split(CAST_ELEMENTS), numbers.view(-1).split(CAST_ELEMENTS), strict=True):
-        part.copy_(wide[: source.numel()].copy_(source))
+        self.assemble([read_bytes(each.path, each.offset, each.nbytes).view(each.dtype) for each in self.ranges], out)
 
 
 def read_bytes(path: Path, offset: int, nbytes: int) -> torch.Tensor:

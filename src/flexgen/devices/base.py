@@ -17,6 +17,7 @@ import torch
 
 from flexgen.base.quantities import format_size
 from flexgen.errors import CapacityError
+from flexgen.io.aligned import AlignedBuffer
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ class Backend(Protocol):
         ...
 
     def allocate_host(self, size_bytes: int) -> torch.Tensor:
-        """A uint8 arena in host memory that the links reach fast."""
+        """A uint8 arena in host memory that the links reach fast, page-aligned."""
         ...
 
     def copy_in(self, destination: torch.Tensor, source: torch.Tensor, after: Any = None) -> Event:
@@ -123,7 +124,7 @@ class SimulatedDevice(_Arenas):
         return torch.full((size_bytes,), POISON, dtype=torch.uint8)
 
     def allocate_host(self, size_bytes: int) -> torch.Tensor:
-        return torch.empty(size_bytes, dtype=torch.uint8)
+        return AlignedBuffer(size_bytes).tensor[:size_bytes]
 
     def copy_in(self, destination: torch.Tensor, source: torch.Tensor, after: Any = None) -> SimEvent:
         self.bytes_in += source.nbytes
@@ -198,7 +199,7 @@ class CudaDevice(_Arenas):
         return torch.empty(size_bytes, dtype=torch.uint8, device=self.device)
 
     def allocate_host(self, size_bytes: int) -> torch.Tensor:
-        arena = torch.empty(size_bytes, dtype=torch.uint8)
+        arena = AlignedBuffer(size_bytes).tensor[:size_bytes]
         # Registered in place: torch's own pinned allocator rounds sizes up to powers of two.
         runtime: Any = torch.cuda.cudart()
         code = runtime.cudaHostRegister(arena.data_ptr(), size_bytes, 0)

@@ -89,23 +89,15 @@ class ModelRunner:
         """Read what stays in memory, bind it, and let the links run ahead; done once."""
         if self._loaded:
             return
-        self._load_residents()
+        self._weights.keep(self.model.residents, self.model.bound.bind_resident)
         if self.policy.embedding_resident:
             for table in self.model.tables:
-                self._rows.load(table.module)
+                self._weights.keep(table.layout, self._rows.keep)
         self.model.bound.move_buffers(self._device)
-        self._weights.load_residents()
+        self._weights.load()
         self._weights.start()
         self._loaded = True
         logger.debug("weights: %s", self._weights.describe())
-
-    def _load_residents(self) -> None:
-        """Norms, biases, routers' buffers: read once, plainly, and bound for good."""
-        for tensor in self.model.residents.tensors:
-            out = torch.empty(tensor.shape, dtype=tensor.dtype)
-            tensor.source.read(out)  # type: ignore[attr-defined]
-            name = f"{tensor.module}.{tensor.parameter}" if tensor.module else tensor.parameter
-            self.model.bound.bind_resident(name, out.to(self._device))
 
     def close(self) -> None:
         """Stop the links and free the memory."""

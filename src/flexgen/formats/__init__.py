@@ -1,1 +1,1 @@
-"""Number formats: how numbers are stored, and what they become."""
+"""Number formats, a file each: how weights are stored, what crosses a link to a device, and what they are decoded to."""

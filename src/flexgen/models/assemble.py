@@ -1,4 +1,4 @@
-"""From a model folder to everything the engine executes: bound skeleton, unit layouts, KV groups, ModelSpec.
+"""From a model folder to what the engine executes: the bound skeleton, its units, its KV and its ModelSpec.
 
 Reads headers and configs, never weights.
 """
@@ -12,15 +12,14 @@ from typing import Any
 
 import torch
 
-from flexgen.checkpoint.parameters import Checkpoint, check_supported_number_format
-from flexgen.formats.low_bit import decoded_headers
+from flexgen.checkpoint.files import Checkpoint
+from flexgen.formats.table import check_supported_number_format
 from flexgen.models.describe import model_spec
-from flexgen.models.layouts import lay_out, trace_config
 from flexgen.models.refusals import check_supported_architecture
 from flexgen.models.rope import recompute_length, rope_regime
 from flexgen.models.skeleton import BoundModel
 from flexgen.models.tracing import LayerKV
-from flexgen.models.units import module_plans
+from flexgen.models.units import cut_model
 from flexgen.plan.model import ModelSpec
 from flexgen.weights.rows import RowTable
 from flexgen.weights.unit import UnitLayout
@@ -31,9 +30,14 @@ class LoadedModel:
     """A model ready to be executed, without a byte of its weights.
 
     Attributes:
-        bound: the skeleton with its hooks. layouts: what streams, in order.
-        residents: small tensors and buffers that always live on the device, as one layout.
-        tables: embeddings whose rows are gathered. layers: KV per attention layer. spec: for the planner.
+        bound: the skeleton with its hooks.
+        layouts: what streams, in the order of use.
+        residents: small tensors and buffers that always live where computing happens, as one layout.
+        tables: embeddings whose rows are gathered.
+        layers: KV per attention layer.
+        spec: for the planner.
+        dtype: that is computed in.
+        total_bytes: of all stored tensors.
         recompute_length: when a sequence has more tokens than this for the first time, its keys change and are computed anew.
         rope_regime: length of a prompt -> what its keys depend on besides its tokens.
         unused_bytes: stored parameters that text does not need, such as those of vision towers.
@@ -56,7 +60,9 @@ def load_model(folder: Path, config: Any, dtype: torch.dtype, *, unit_bytes: int
     """Describe the model in `folder`.
 
     Args:
-        config: its transformers config. dtype: to compute in.
+        folder: holds its weights.
+        config: its transformers config.
+        dtype: to compute in.
         unit_bytes: size of a unit; None chooses.
 
     Raises:
@@ -65,18 +71,17 @@ def load_model(folder: Path, config: Any, dtype: torch.dtype, *, unit_bytes: int
     check_supported_number_format(config)
     check_supported_architecture(config)
     checkpoint = Checkpoint(folder)
-    model, sources, trace = trace_config(config, dtype, checkpoint)
-    layouts = lay_out(model, trace, sources, dtype, unit_bytes)
+    units = cut_model(config, dtype, checkpoint, unit_bytes)
     return LoadedModel(
-        bound=BoundModel(model, module_plans(layouts.units), sorted(table.module for table in layouts.tables)),
-        layouts=layouts.streamed,
-        residents=layouts.residents,
-        tables=layouts.tables,
-        layers=trace.layers,
-        spec=model_spec(config, layouts, trace, decoded_headers(checkpoint, None, dtype), name=folder.name),
+        bound=BoundModel(units.model, units.parts, sorted(table.module for table in units.tables)),
+        layouts=units.layouts,
+        residents=units.residents,
+        tables=units.tables,
+        layers=units.trace.layers,
+        spec=model_spec(config, units, dtype, name=folder.name),
         dtype=dtype,
         total_bytes=checkpoint.total_bytes,
         recompute_length=recompute_length(config),
         rope_regime=rope_regime(config),
-        unused_bytes=layouts.unused_bytes,
+        unused_bytes=units.unused_bytes,
     )

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from copy import deepcopy
-from typing import Any, cast
+from typing import Any
 
 import torch
 
-from flexgen.checkpoint.parameters import Headers
+from flexgen.checkpoint.files import Headers
 from flexgen.checkpoint.repository import headers_of, meta_model, saved_tensors, sharded
-from flexgen.checkpoint.sources import Piece
 from flexgen.errors import UnsupportedModelError
-from flexgen.formats.low_bit import DecodedHeaders, decoded_headers, dtype_name, published_format
-from flexgen.io.aligned import plan_extents
-from flexgen.models.layouts import Layouts, lay_out, trace_config
+from flexgen.formats.plain import dtype_name
+from flexgen.formats.table import stated_format, without_quantization
+from flexgen.models.parts import Part
 from flexgen.models.refusals import check_supported_architecture
-from flexgen.models.tracing import LayerKV, ModelTrace
-from flexgen.models.units import UnitPart
+from flexgen.models.tracing import LayerKV
+from flexgen.models.units import ModelUnits, cut_model
 from flexgen.plan.model import KVGroupSpec, ModelSpec, UnitSpec
 from flexgen.weights.unit import UnitLayout
 
@@ -30,97 +28,92 @@ def describe_headers(headers: Headers, config: Any, dtype: torch.dtype, *, name:
     Args:
         headers: of files that need not be here.
         config: its transformers config; quantization_config says what format the weights are in.
-        dtype: to compute in. name: of the repository.
+        dtype: to compute in.
+        name: of the repository.
 
     Raises:
         ModelError: when the architecture, the number format or the headers are not understood.
     """
-    decoded = decoded_headers(headers, published_format(config), dtype)
-    model, sources, trace = trace_config(_without_quantization(config), dtype, decoded.headers)
-    layouts = lay_out(model, trace, sources, dtype, unit_bytes=None)
-    return model_spec(config, layouts, trace, decoded, name=name)
+    return model_spec(config, cut_model(config, dtype, headers), dtype, name=name)
 
 
 def describe_config(config: Any, dtype: torch.dtype, *, stored: torch.dtype, name: str, shard_bytes: int = SHARD_BYTES) -> ModelSpec:
     """The model of a config, as if somebody had saved it.
 
     Args:
-        stored: dtype of the plain weights in the files. shard_bytes: size of the files.
-        config, dtype, name: as in `describe_headers`.
+        config: as in `describe_headers`.
+        dtype: as in `describe_headers`.
+        stored: dtype of the plain weights in the files.
+        name: as in `describe_headers`.
+        shard_bytes: size of the files.
 
     Raises:
         UnsupportedModelError: when the architecture or the number format is not understood.
     """
     check_supported_architecture(config)
-    tensors = saved_tensors(meta_model(_without_quantization(config), stored), stored)
-    if (number_format := published_format(config)) is not None:
+    tensors = saved_tensors(meta_model(without_quantization(config), stored), stored)
+    if (number_format := stated_format(config)) is not None:
         tensors = [part for tensor in tensors for part in number_format.encode(tensor)]
     return describe_headers(headers_of(name, sharded(tensors, shard_bytes)), config, dtype, name=name)
 
 
-def _without_quantization(config: Any) -> Any:
-    """The config of the same model with plain weights."""
-    plain = deepcopy(config)
-    for part in (plain, plain.get_text_config(decoder=True)):
-        part.__dict__.pop("quantization_config", None)
-    return plain
-
-
-def model_spec(config: Any, layouts: Layouts, trace: ModelTrace, decoded: DecodedHeaders, *, name: str) -> ModelSpec:
-    """What the planner needs to know of a model that was laid out.
+def model_spec(config: Any, units: ModelUnits, dtype: torch.dtype, *, name: str) -> ModelSpec:
+    """What the planner needs to know of a model that was cut into units.
 
     Raises:
         UnsupportedModelError: when the config states no context length.
     """
     text = config.get_text_config(decoder=True)
-    sources, itemsize = layouts.sources, layouts.sources.dtype("").itemsize
-    groups: dict[tuple[int | None, ...], list[LayerKV]] = {}
-    for layer in trace.layers:
-        groups.setdefault(layer.group, []).append(layer)
     context = getattr(text, "max_position_embeddings", None)
     if not isinstance(context, int):
         raise UnsupportedModelError(f"model type {config.model_type!r} states no max_position_embeddings")
-    hidden = int(text.hidden_size)
-    tied = {sources.tied_to(f"{t.module}.{t.parameter}") for layout in layouts.streamed for t in layout.tensors}
-    untied = [table for table in layouts.tables if sources.tied_to(f"{table.module}.weight") not in tied]
+    hidden, kept_as = int(text.hidden_size), units.sources.kept_as
+    tied = {kept_as(f"{tensor.module}.{tensor.parameter}") for layout in units.layouts for tensor in layout.tensors}
+    untied = [table for table in units.tables if kept_as(f"{table.module}.weight") not in tied]
     return ModelSpec(
         name=name,
         model_type=config.model_type,
-        number_format=decoded.number_format,
-        dtype=dtype_name(sources.dtype("")),
-        units=tuple(_unit_spec(parts, layout, decoded) for parts, layout in zip(layouts.units, layouts.streamed, strict=True)),
-        kv_groups=tuple(
-            KVGroupSpec(
-                num_layers=len(members),
-                bytes_per_token=members[0].elements_per_token * itemsize,
-                attention_flops_per_pair=sum(each.flops_per_pair for each in members) / len(members),
-                window=members[0].window or members[0].chunk,
-            )
-            for members in groups.values()
-        ),
-        resident_bytes=layouts.residents.packed_bytes,
+        number_format=units.number_format,
+        dtype=dtype_name(dtype),
+        units=tuple(_unit_spec(parts, layout) for parts, layout in zip(units.parts, units.layouts, strict=True)),
+        kv_groups=_kv_groups(units.trace.layers, dtype.itemsize),
+        resident_bytes=units.residents.decoded_bytes,
         embedding_bytes=sum(table.num_rows * table.row_elements * table.dtype.itemsize for table in untied),
-        embedding_row_bytes=sum(table.row_bytes for table in layouts.tables),
+        embedding_row_bytes=sum(table.row_bytes for table in units.tables),
         hidden_size=hidden,
-        intermediate_size=max(_widest(layouts.units), hidden),
+        intermediate_size=max(_widest(units.parts), hidden),
         vocab_size=int(text.vocab_size),
         max_position_embeddings=context,
     )
 
 
-def _unit_spec(parts: Sequence[UnitPart], layout: UnitLayout, decoded: DecodedHeaders) -> UnitSpec:
-    # memory/ knows them by a protocol; these were made by models/
-    pieces = cast("list[Piece]", [piece for tensor in layout.tensors for piece in tensor.source.pieces])
-    extents, _, _ = plan_extents(decoded.ranges(pieces))
-    return UnitSpec(
-        name=layout.name,
-        disk_bytes=sum(extent.size for extent in extents),
-        decoded_bytes=layout.packed_bytes,
-        flops_per_token=sum(part.use.flops_per_token * (part.stop - part.start) / part.use.rows for part in parts),
-        head=parts[0].use.head,
-        plain=layout.plain and not any(piece.tensor.name in decoded.encoded for piece in pieces),
+def _kv_groups(layers: Sequence[LayerKV], itemsize: int) -> tuple[KVGroupSpec, ...]:
+    groups: dict[tuple[int | None, ...], list[LayerKV]] = {}
+    for layer in layers:
+        groups.setdefault(layer.group, []).append(layer)
+    return tuple(
+        KVGroupSpec(
+            num_layers=len(members),
+            bytes_per_token=members[0].elements_per_token * itemsize,
+            attention_flops_per_pair=sum(each.flops_per_pair for each in members) / len(members),
+            window=members[0].window or members[0].chunk,
+        )
+        for members in groups.values()
     )
 
 
-def _widest(units: Sequence[Sequence[UnitPart]]) -> int:
+def _unit_spec(parts: Sequence[Part], layout: UnitLayout) -> UnitSpec:
+    encoded = layout.carried_bytes != layout.decoded_bytes
+    return UnitSpec(
+        name=layout.name,
+        disk_bytes=layout.stored_bytes,
+        decoded_bytes=layout.decoded_bytes,
+        encoded_bytes=layout.carried_bytes if encoded else None,
+        flops_per_token=sum(part.use.flops_per_token * (part.stop - part.start) / part.use.rows for part in parts),
+        head=parts[0].use.head,
+        plain=layout.plain,
+    )
+
+
+def _widest(units: Sequence[Sequence[Part]]) -> int:
     return max((part.use.rows for parts in units for part in parts if part.use.kind == "linear" and not part.use.head), default=0)

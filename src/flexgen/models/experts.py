@@ -6,14 +6,12 @@ Registered with transformers' ExpertsInterface; the arithmetic follows the eager
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from flexgen.models.coroutine import current_forward
-
-if TYPE_CHECKING:
-    from flexgen.models.skeleton import Part
+from flexgen.models.parts import Part
 
 
 def register_experts(name: str) -> None:

@@ -1,6 +1,6 @@
-"""How a traced model's parameters are cut into units: what streams, what is split, what stays whole.
+"""A traced model, cut into units: what streams, what stays in memory, what is gathered row by row, and where their bytes are.
 
-Knows no tiers and no budgets.
+Reads headers, never weights; knows no tiers and no budgets.
 """
 
 from __future__ import annotations
@@ -11,32 +11,100 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+import torch
 from torch import nn
 
-from flexgen.base.quantities import align_up
-from flexgen.models.skeleton import ModulePlan
-from flexgen.models.tracing import ModelTrace, is_experts, is_scored_experts
+from flexgen.base.quantities import GIB, MIB, align_up
+from flexgen.checkpoint.files import Headers
+from flexgen.checkpoint.meta import Room
+from flexgen.checkpoint.parameters import ModelSources, parameter_sources
+from flexgen.formats.table import stated_format, without_quantization
+from flexgen.models.parts import ParameterUse, Part
+from flexgen.models.refusals import check_supported_architecture
+from flexgen.models.skeleton import build_skeleton
+from flexgen.models.tracing import ModelTrace, is_experts, is_scored_experts, trace_model
+from flexgen.weights.rows import RowTable
+from flexgen.weights.unit import UnitLayout, WantedTensor
 
 GRANULE_ROWS = 64  # matrix products over odd numbers of rows are slower
+SMALLEST_UNIT_BYTES = 8 * MIB
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ParameterUse:
-    """A module's streamed parameters: what the unit builder cuts.
+class ModelUnits:
+    """A model, cut into units.
 
     Attributes:
-        kind: how they may be cut (see ModulePlan). rows: along dim 0.
-        entered_with: the module whose forward needs them: mostly the same, else one that reads them from outside.
+        model: the skeleton.
+        trace: what its forward does.
+        sources: where its parameters are stored.
+        number_format: what they are stored in, as in ModelSpec.
+        parts: what streams: the parts of each unit, in the order of use.
+        layouts: the same units as bytes.
+        residents: what stays where computing happens: vectors (norms, biases), position tables, buffers.
+        tables: embeddings whose rows are gathered.
+        unused_bytes: stored parameters that text does not need, such as those of vision towers.
     """
 
-    module: str
-    parameters: tuple[str, ...]
-    decoded_bytes: int
-    kind: str
-    rows: int
-    flops_per_token: float
-    head: bool
-    entered_with: str
+    model: Any
+    trace: ModelTrace
+    sources: ModelSources
+    number_format: str
+    parts: Sequence[Sequence[Part]]
+    layouts: tuple[UnitLayout, ...]
+    residents: UnitLayout
+    tables: tuple[RowTable, ...]
+    unused_bytes: int
+
+
+def cut_model(config: Any, dtype: torch.dtype, headers: Headers, unit_bytes: int | None = None) -> ModelUnits:
+    """Trace the model of a config, and cut it into units.
+
+    The config is compared with the headers before anything as large as it says is made.
+
+    Args:
+        config: its transformers config; quantization_config says what format the weights are in.
+        dtype: to compute in.
+        headers: of its weights, as stored.
+        unit_bytes: about the size of a unit; None chooses.
+
+    Raises:
+        UnsupportedModelError: when the engine would compute the model wrongly, or not at all, or the number format is not known.
+        CheckpointError: when the headers are not those of this model.
+    """
+    headers = headers.decoded(stated_format(config), dtype)
+    check_supported_architecture(config)
+    model = build_skeleton(without_quantization(config), dtype, Room.of(headers))
+    sources = parameter_sources(model, headers)
+    trace = trace_model(model)
+    wanted = _Wanted(model, sources, dtype)
+    tables = _row_tables(trace, sources, wanted.dtype)
+    gathered = frozenset(table.module for table in tables)
+    uses = streamed_uses(model, trace, dtype.itemsize, gathered, lambda name: sources[name].sliceable)
+    parts = cut_units(uses, unit_bytes or default_unit_bytes(sum(use.decoded_bytes for use in uses)))
+    layouts = tuple(_layout(unit, wanted) for unit in parts)
+    streamed = {f"{tensor.module}.{tensor.parameter}" for layout in layouts for tensor in layout.tensors}
+    unused = _unused(model, sources, trace)
+    placed = streamed | unused | {name for name in sources.names() if name.rpartition(".")[0] in gathered}
+    return ModelUnits(
+        model=model,
+        trace=trace,
+        sources=sources,
+        number_format=headers.number_format,
+        parts=parts,
+        layouts=layouts,
+        residents=wanted.residents(placed),
+        tables=tables,
+        unused_bytes=sum(sources[name].nbytes for name in unused if sources.kept_as(name) == name),
+    )
+
+
+def default_unit_bytes(weight_bytes: int) -> int:
+    """1 % of the weights within [8 MiB, 1 GiB]; small models are still cut into a few dozen units."""
+    return max(min(weight_bytes // 100, GIB), min(SMALLEST_UNIT_BYTES, weight_bytes // 24), 1)
+
+
+# ---------------------------------------------------------------------- what streams
 
 
 def streamed_uses(
@@ -51,7 +119,6 @@ def streamed_uses(
     """
     modules = dict(model.named_modules())
     output_embeddings = model.get_output_embeddings()
-    unsplit = {f"{name}.kv_b_proj" for name in modules}  # attention on latents needs it whole
     uses = []
     for name in trace.order:
         module = modules[name]
@@ -59,27 +126,16 @@ def streamed_uses(
         if not names or name in gathered or name in trace.revisited or isinstance(module, nn.Embedding):
             continue
         numel = sum(module._parameters[own].numel() for own in names)  # type: ignore[union-attr]
-        kind = "whole"
-        if name in trace.read_by or not all(sliceable(f"{name}.{own}") for own in names):
-            pass
-        elif is_experts(module):
-            kind = "experts"
-        elif is_scored_experts(module):
-            kind = "scored_experts"
-        elif type(module) is nn.Linear and name not in unsplit:
-            kind = "linear"
-        share = 1.0
-        if name in trace.experts_per_token:
-            chosen, num_experts = trace.experts_per_token[name]
-            share = chosen / num_experts
+        chosen, of = trace.experts_per_token.get(name, (1, 1))
+        can_be_cut = name not in trace.read_by and all(sliceable(f"{name}.{own}") for own in names)
         uses.append(
             ParameterUse(
                 module=name,
                 parameters=names,
                 decoded_bytes=numel * itemsize,
-                kind=kind,
+                kind=_kind(name, module) if can_be_cut else "whole",
                 rows=module._parameters[names[0]].shape[0],  # type: ignore[union-attr]
-                flops_per_token=2.0 * numel * share,
+                flops_per_token=2.0 * numel * (chosen / of),
                 head=module is output_embeddings,
                 entered_with=trace.read_by.get(name, name),
             )
@@ -87,21 +143,22 @@ def streamed_uses(
     return uses
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class UnitPart:
-    """Rows of one module within a unit."""
+def _kind(name: str, module: nn.Module) -> str:
+    """How a module whose rows can be read apart may be cut (see ParameterUse)."""
+    if is_experts(module):
+        return "experts"
+    if is_scored_experts(module):
+        return "scored_experts"
+    needed_whole = name.endswith(".kv_b_proj")  # by attention on latents
+    return "linear" if type(module) is nn.Linear and not needed_whole else "whole"
 
-    use: ParameterUse
-    start: int
-    stop: int
 
-
-def cut_units(uses: list[ParameterUse], unit_bytes: int) -> list[list[UnitPart]]:
+def cut_units(uses: Sequence[ParameterUse], unit_bytes: int) -> list[list[Part]]:
     """Consecutive modules share a unit up to `unit_bytes`; larger ones are cut by rows or by experts.
 
     A unit stays within one decoder layer, and never mixes the head with anything else.
     """
-    units: list[list[UnitPart]] = []
+    units: list[list[Part]] = []
     room, owner = 0, None
     for use in uses:
         layer = (_layer_of(use.module), use.head)
@@ -110,7 +167,7 @@ def cut_units(uses: list[ParameterUse], unit_bytes: int) -> list[list[UnitPart]]
             if not units or size > room or layer != owner:
                 units.append([])
                 room, owner = unit_bytes, layer
-            units[-1].append(UnitPart(use=use, start=start, stop=stop))
+            units[-1].append(Part(use=use, unit=len(units) - 1, start=start, stop=stop))
             room -= size
     return units
 
@@ -126,27 +183,78 @@ def _bounds(use: ParameterUse, unit_bytes: int) -> list[int]:
     return [*range(0, use.rows, step), use.rows]
 
 
-def module_plans(units: Sequence[Sequence[UnitPart]]) -> list[ModulePlan]:
-    """The hooks that these units need."""
-    ranges: dict[str, list[tuple[int, int, int]]] = {}
-    uses: dict[str, ParameterUse] = {}
-    for index, parts in enumerate(units):
-        for part in parts:
-            ranges.setdefault(part.use.module, []).append((index, part.start, part.stop))
-            uses[part.use.module] = part.use
-    return [
-        ModulePlan(
-            module=name,
-            entered_with=uses[name].entered_with,
-            parameters=uses[name].parameters,
-            kind="whole" if len(spans) == 1 and uses[name].kind != "scored_experts" else uses[name].kind,
-            ranges=tuple(spans),
-        )
-        for name, spans in ranges.items()
-    ]
-
-
 def _layer_of(module: str) -> str | None:
     """The decoder layer's number, as the first number in a module's name."""
     match = re.search(r"\.(\d+)\.", f".{module}.")
     return match[1] if match else None
+
+
+# ---------------------------------------------------------------------- where its bytes are
+
+
+class _Wanted:
+    """The tensors that units bring: where each is stored, and the dtype that it is computed in."""
+
+    def __init__(self, model: Any, sources: ModelSources, dtype: torch.dtype) -> None:
+        self._sources, self._dtype, self._fp32 = sources, dtype, _fp32_patterns(model, dtype)
+        self._buffers = dict(model.named_buffers())
+        self._parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Of a parameter or buffer, by its name in the state dict."""
+        if name in self._buffers:
+            return self._buffers[name].dtype
+        return torch.float32 if any(pattern.search(name) for pattern in self._fp32) else self._dtype
+
+    def tensor(self, name: str, rows: tuple[int, int] | None = None) -> WantedTensor:
+        """One parameter or buffer, or some of its rows."""
+        module, _, parameter = name.rpartition(".")
+        source = self._sources[name] if rows is None else self._sources[name].rows(*rows)
+        return WantedTensor(module=module, parameter=parameter, source=source, dtype=self.dtype(name))
+
+    def residents(self, placed: set[str]) -> UnitLayout:
+        """Everything that the model has and that is not placed elsewhere."""
+        known = (self._parameters | self._buffers.keys()) & set(self._sources.names())
+        return UnitLayout.of(-1, "resident", [self.tensor(name) for name in sorted(known - placed)])
+
+
+def _layout(parts: Sequence[Part], wanted: _Wanted) -> UnitLayout:
+    first = parts[0].use.module
+    name = first if len(parts) == 1 else f"{first} +{len(parts) - 1}"
+    tensors = [
+        wanted.tensor(f"{part.use.module}.{parameter}", None if part.is_whole else (part.start, part.stop))
+        for part in parts
+        for parameter in part.use.parameters
+    ]
+    return UnitLayout.of(parts[0].unit, name, tensors)
+
+
+def _fp32_patterns(model: Any, dtype: torch.dtype) -> list[re.Pattern[str]]:
+    """Modules that transformers keeps in float32 whatever the dtype."""
+    names: set[str] = set()
+    if dtype in (torch.float16, torch.bfloat16):
+        names |= set(model._keep_in_fp32_modules_strict or ())
+    if dtype == torch.float16:
+        names |= set(model._keep_in_fp32_modules or ())
+    return [re.compile(rf"((^|\.){re.escape(name)}($|\.))") for name in sorted(names)]
+
+
+def _row_tables(trace: ModelTrace, sources: ModelSources, dtype: Callable[[str], torch.dtype]) -> tuple[RowTable, ...]:
+    """Embeddings of input ids, where their rows can be read one by one."""
+    weights = {name: f"{name}.weight" for name in sorted(trace.embeddings)}
+    return tuple(
+        RowTable(module=name, source=sources[weight], dtype=dtype(weight))
+        for name, weight in weights.items()
+        if weight in sources and sources[weight].is_view
+    )
+
+
+def _unused(model: Any, sources: ModelSources, trace: ModelTrace) -> set[str]:
+    """Stored parameters of modules that the trace did not use, and buffers of what it never came near."""
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+
+    def is_used(name: str) -> bool:
+        module = name.rpartition(".")[0]
+        return module in trace.used if name in parameters else bool({module, module.rpartition(".")[0]} & trace.entered)
+
+    return {name for name in sources.names() if not is_used(name)}

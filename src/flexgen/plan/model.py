@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -16,6 +16,7 @@ from flexgen.errors import OptionError
 
 # The number of a layer in the name of a unit.
 _LAYER_NUMBER = re.compile(r"(?<=\.)(0|[1-9]\d*)(?=\.| |$)")
+_ENCODED = "encoded_bytes"
 PLAIN_FORMATS = frozenset({"bfloat16", "float16", "float32", "float64"})
 
 
@@ -25,11 +26,12 @@ class UnitSpec:
 
     Attributes:
         name: for people, e.g. "layers.3.mlp.up_proj".
-        disk_bytes: bytes read from the source each time it streams (alignment included).
+        disk_bytes: stored bytes, read from the source each time it streams (alignment included).
         decoded_bytes: bytes once in the compute dtype.
         flops_per_token: multiply-adds count two; of a token that passes through it.
         head: True for vocabulary rows of the output head, computed for sampled positions only.
         plain: whether the stored bytes are used as they are; None where that must be guessed from the sizes.
+        encoded_bytes: bytes that cross a link to a device which decodes them itself; None where the host decodes before the link.
     """
 
     name: str
@@ -38,6 +40,12 @@ class UnitSpec:
     flops_per_token: float
     head: bool = False
     plain: bool | None = None
+    encoded_bytes: int | None = None
+
+    @property
+    def carried_bytes(self) -> int:
+        """Bytes over a link to a device."""
+        return self.decoded_bytes if self.encoded_bytes is None else self.encoded_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,7 +142,7 @@ class ModelSpec:
         kinds, runs = _unit_runs(self.units)
         lists = {
             "kv_groups": [dataclasses.asdict(group) for group in self.kv_groups],
-            "unit_kinds": [dataclasses.asdict(kind) for kind in kinds],
+            "unit_kinds": [_without_default(dataclasses.asdict(kind)) for kind in kinds],
             "unit_runs": [dataclasses.asdict(run) for run in runs],
         }
         lines = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in fields.items()]
@@ -150,7 +158,7 @@ class ModelSpec:
         """
         try:
             fields = _checked("model", json.loads(text), _keys(cls) - {"units"} | {"unit_kinds", "unit_runs"})
-            kinds = [UnitSpec(**_checked("model: unit_kinds", kind, _keys(UnitSpec))) for kind in fields.pop("unit_kinds")]
+            kinds = [UnitSpec(**_checked("model: unit_kinds", kind, _keys(UnitSpec), {_ENCODED})) for kind in fields.pop("unit_kinds")]
             runs = [_Run(**_checked("model: unit_runs", run, _keys(_Run))) for run in fields.pop("unit_runs")]
             groups = [KVGroupSpec(**_checked("model: kv_groups", group, _keys(KVGroupSpec))) for group in fields.pop("kv_groups")]
             return cls(units=tuple(_units(kinds, runs)), kv_groups=tuple(groups), **fields)
@@ -223,13 +231,18 @@ def _keys(kind: type[ModelSpec | UnitSpec | KVGroupSpec | _Run]) -> set[str]:
     return {field.name for field in dataclasses.fields(kind)}
 
 
-def _checked(what: str, value: object, known: set[str]) -> dict[str, Any]:
-    """`value`, a JSON object with exactly the known keys."""
+def _without_default(kind: dict[str, Any]) -> dict[str, Any]:
+    """A unit's fields, without the one that most units leave open."""
+    return {name: value for name, value in kind.items() if name != _ENCODED or value is not None}
+
+
+def _checked(what: str, value: object, known: set[str], optional: Collection[str] = ()) -> dict[str, Any]:
+    """`value`, a JSON object with exactly the known keys; the optional ones may be missing."""
     if not isinstance(value, dict):
         raise OptionError(f"{what}: {str(value)[:40]!r} is not an object")
     fields = cast("dict[str, Any]", value)
     if unknown := fields.keys() - known:
         raise OptionError(f"{what}: unknown keys {sorted(unknown)}; known: {sorted(known)}")
-    if missing := known - fields.keys():
+    if missing := known - fields.keys() - set(optional):
         raise OptionError(f"{what}: missing keys {sorted(missing)}")
     return fields

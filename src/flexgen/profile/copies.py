@@ -6,6 +6,7 @@ import torch
 
 from flexgen.base.quantities import MIB
 from flexgen.checkpoint.sources import cast_into
+from flexgen.formats.plain import cast_into
 from flexgen.plan.machine import Rate
 from flexgen.profile.compute import wait
 from flexgen.profile.timing import measured_rate

@@ -110,7 +110,7 @@ class ResolvedModel:
         """The model in a folder.  Quantized weights are refused as such, before they are compared with the config."""
         import torch
 
-        from flexgen.checkpoint.parameters import refuse_quantization
+        from flexgen.formats.table import refuse_quantization
         from flexgen.models.assemble import load_model
 
         with DESCRIBING, describing(self.files.name):

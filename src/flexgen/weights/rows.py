@@ -11,6 +11,7 @@ import torch
 from flexgen.errors import StorageError
 from flexgen.io.aligned import AlignedBuffer
 from flexgen.io.direct_io import File
+from flexgen.weights.unit import TensorSource, UnitLayout, WantedTensor
 
 logger = logging.getLogger(__name__)
 
@@ -20,21 +21,41 @@ class RowTable:
     """An embedding table as stored.
 
     Attributes:
-        module: its name in the model. path, offset: where row 0 begins. stored_dtype, row_elements: of one row.
-        num_rows: of the table. dtype: as computed with.
+        module: its name in the model.
+        source: where it is stored, row by row.
+        dtype: that is computed in.
     """
 
     module: str
-    path: Path
-    offset: int
-    num_rows: int
-    row_elements: int
-    stored_dtype: torch.dtype
+    source: TensorSource
     dtype: torch.dtype
 
     @property
+    def path(self) -> Path:
+        """The file that holds it."""
+        return self.source.ranges[0].path
+
+    @property
+    def offset(self) -> int:
+        """Where row 0 begins in the file."""
+        return self.source.ranges[0].offset
+
+    @property
+    def num_rows(self) -> int:
+        return self.source.shape[0]
+
+    @property
+    def row_elements(self) -> int:
+        return self.source.shape[1]
+
+    @property
     def row_bytes(self) -> int:
-        return self.row_elements * self.stored_dtype.itemsize
+        return self.row_elements * self.source.dtype.itemsize
+
+    @property
+    def layout(self) -> UnitLayout:
+        """The whole table, to be loaded like a unit."""
+        return UnitLayout.of(-1, self.module, [WantedTensor(module=self.module, parameter="weight", source=self.source, dtype=self.dtype)])
 
 
 class EmbeddingRows:
@@ -54,15 +75,9 @@ class EmbeddingRows:
         self._sums = {table.module: torch.full((table.num_rows,), -1, dtype=torch.int64) for table in tables} if verify else {}
         self.bytes_gathered = 0
 
-    def load(self, module: str) -> int:
-        """Keep a whole table in memory; returns its bytes."""
-        table = self._tables[module]
-        size = table.num_rows * table.row_bytes
-        buffer = AlignedBuffer(size)
-        self._file(table.path).read_into(buffer.view[:size], table.offset)
-        stored = buffer.tensor[:size].view(table.stored_dtype).view(table.num_rows, table.row_elements)
-        self._resident[module] = stored.to(self._device, table.dtype)
-        return self._resident[module].nbytes
+    def keep(self, module: str, parameter: str, table: torch.Tensor) -> None:
+        """Answer from a table that was loaded."""
+        self._resident[module] = table
 
     def _file(self, path: Path) -> File:
         if path not in self._files:
@@ -82,7 +97,7 @@ class EmbeddingRows:
             if not self._agree(table, wanted, found):
                 raise StorageError(f"{table.path}: rows of {module} are not what they were when they were first read")
         self.bytes_gathered += found.numel()
-        stored = found.view(table.stored_dtype).view(len(wanted), table.row_elements)
+        stored = found.view(table.source.dtype).view(len(wanted), table.row_elements)
         return stored.to(self._device, table.dtype), renumbered
 
     def _read(self, table: RowTable, wanted: torch.Tensor) -> torch.Tensor:

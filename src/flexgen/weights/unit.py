@@ -1,118 +1,183 @@
-"""A unit as bytes: which extents to read, and which tensors come out of them.
+"""A unit as bytes: what is read for it, what crosses a link to a device, and which tensors come out of it.
 
-Knows parameters only through `TensorSource`; models/ fills it in.
+Knows parameters only through `TensorSource`, and no model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from typing import Protocol
 
 import torch
 
 from flexgen.base.quantities import align_up
-from flexgen.io.aligned import Extent
+from flexgen.formats.base import StoredRange
+from flexgen.io.aligned import Extent, plan_extents
 
 DEVICE_ALIGNMENT = 256  # of a tensor on a device: vector loads and matrix kernels want it
 
+Take = Callable[["UnitTensor"], torch.Tensor]
 
-class StoredPiece(Protocol):
-    """A contiguous byte range of a file that becomes a block of a parameter."""
 
-    @property
-    def nbytes(self) -> int: ...
+class Form(Enum):
+    """What the bytes of a unit are on a part of their way."""
+
+    STORED = "as in the files, over-read included"
+    CARRIED = "as they cross a link to a device: decoded by the host, or stored where the device decodes"
+
+
+class TensorSource(Protocol):
+    """How what is stored becomes a tensor.  Implemented by checkpoint/sources.py."""
+
     @property
     def shape(self) -> tuple[int, ...]: ...
     @property
     def dtype(self) -> torch.dtype: ...
-
-
-class TensorSource(Protocol):
-    """How stored pieces become a tensor."""
-
     @property
     def is_view(self) -> bool: ...
     @property
-    def dtype(self) -> torch.dtype: ...
+    def carried_as_stored(self) -> bool: ...
     @property
-    def pieces(self) -> Sequence[StoredPiece]: ...
+    def ranges(self) -> Sequence[StoredRange]: ...
     def assemble(self, raws: Sequence[torch.Tensor], out: torch.Tensor) -> None: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class UnitTensor:
-    """One tensor of a unit.
+class WantedTensor:
+    """A tensor that a unit is to bring.
 
     Attributes:
-        module, parameter: where it is bound. shape, dtype: as bound (decoded).
-        source: how its pieces become it. positions: of each piece in the unit's staging bytes.
-        packed_offset: where it lies in the unit's packed (decoded, aligned) form.
+        module: where it is bound.
+        parameter: its own name there.
+        source: where it comes from.
+        dtype: that it is computed in.
     """
 
     module: str
     parameter: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
     source: TensorSource
-    positions: tuple[int, ...]
-    packed_offset: int
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnitTensor(WantedTensor):
+    """One tensor of a unit, with its place in the unit's bytes.
+
+    Attributes:
+        stored_at: positions of the source's ranges in the unit's stored bytes.
+        carried_at: positions of the same ranges in its carried bytes where the device decodes; else of the decoded tensor.
+    """
+
+    stored_at: tuple[int, ...]
+    carried_at: tuple[int, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.source.shape)
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the decoded tensor."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
     @property
     def plain(self) -> bool:
-        """The stored bytes are the tensor: a view of the staging buffer serves."""
-        aligned = all(position % self.dtype.itemsize == 0 for position in self.positions)
+        """Whether the stored bytes are the tensor, so that a view of them serves."""
+        aligned = all(position % self.dtype.itemsize == 0 for position in self.stored_at)
         return self.source.is_view and self.source.dtype == self.dtype and aligned
 
-    def view(self, staging: torch.Tensor) -> torch.Tensor:
-        """The tensor as a view of its unit's staging bytes (plain tensors only)."""
-        start = self.positions[0]
-        return staging[start : start + self.nbytes].view(self.dtype).view(self.shape)
+    def view(self, data: torch.Tensor, position: int) -> torch.Tensor:
+        """The decoded tensor as a view of the bytes that begin at `position`."""
+        return data[position : position + self.nbytes].view(self.dtype).view(self.shape)
 
-    def decode(self, staging: torch.Tensor, out: torch.Tensor) -> None:
-        """Assemble and cast the stored pieces into `out`."""
+    def numbers(self, data: torch.Tensor, form: Form, take: Take) -> torch.Tensor:
+        """The tensor as it is computed with: a view of its unit's bytes if they hold it, else decoded.
+
+        Args:
+            data: the unit's bytes, uint8, wherever they are.
+            form: what these bytes are.
+            take: gives the tensor, on the same device, to decode into.
+        """
+        positions = self.stored_at if form is Form.STORED else self.carried_at
+        if self.plain if form is Form.STORED else not self.source.carried_as_stored:
+            return self.view(data, positions[0])
+        out = take(self)
         raws = []
-        for piece, position in zip(self.source.pieces, self.positions, strict=True):
-            raw = staging[position : position + piece.nbytes]
-            if position % piece.dtype.itemsize:
-                raw = raw.clone()  # torch views need aligned storage offsets
-            raws.append(raw.view(piece.dtype))
+        for each, position in zip(self.source.ranges, positions, strict=True):
+            raw = data[position : position + each.nbytes]
+            if position % each.dtype.itemsize:
+                raw = raw.clone()  # torch's views need aligned storage offsets
+            raws.append(raw.view(each.dtype))
         self.source.assemble(raws, out)
-
-    def packed_view(self, packed: torch.Tensor) -> torch.Tensor:
-        """The tensor as a view of its unit's packed bytes."""
-        return packed[self.packed_offset : self.packed_offset + self.nbytes].view(self.dtype).view(self.shape)
+        return out
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnitLayout:
-    """A unit: what is read and what is bound.
+    """A unit: what is read, and what is bound.
 
     Attributes:
-        staging_bytes: of the read as it lies in a ring, over-read included.
-        packed_bytes: of all tensors decoded, each at a multiple of DEVICE_ALIGNMENT.
+        index: its place in the order of use.
+        name: for people.
+        tensors: what it brings.
+        extents: what is read for it.
+        stored_bytes: of all extents, as they lie in a ring.
+        carried_bytes: of what crosses a link to a device, each tensor at a multiple of DEVICE_ALIGNMENT.
+        decoded_bytes: of all tensors decoded, each at a multiple of DEVICE_ALIGNMENT.
     """
 
     index: int
     name: str
     tensors: tuple[UnitTensor, ...]
     extents: tuple[Extent, ...]
-    staging_bytes: int
-    packed_bytes: int
+    stored_bytes: int
+    carried_bytes: int
+    decoded_bytes: int
 
     @property
     def plain(self) -> bool:
         return all(tensor.plain for tensor in self.tensors)
 
+    @classmethod
+    def of(cls, index: int, name: str, wanted: Sequence[WantedTensor]) -> UnitLayout:
+        """Lay tensors out for reading, for the link and for computing."""
+        sources = [each.source for each in wanted]
+        extents, positions, stored_bytes = plan_extents([stored[:3] for source in sources for stored in source.ranges])
+        tensors: list[UnitTensor] = []
+        at = carried_bytes = decoded_bytes = 0
+        for each in wanted:
+            decoded = torch.Size(each.source.shape).numel() * each.dtype.itemsize
+            carried_at = []
+            for size in [stored.nbytes for stored in each.source.ranges] if each.source.carried_as_stored else [decoded]:
+                carried_at.append(carried_bytes)
+                carried_bytes += align_up(size, DEVICE_ALIGNMENT)
+            decoded_bytes += align_up(decoded, DEVICE_ALIGNMENT)
+            stored_at = tuple(positions[at : at + len(each.source.ranges)])
+            at += len(stored_at)
+            tensors.append(
+                UnitTensor(
+                    module=each.module, parameter=each.parameter, source=each.source, dtype=each.dtype,
+                    stored_at=stored_at, carried_at=tuple(carried_at),
+                )
+            )  # fmt: skip
+        return cls(
+            index=index, name=name, tensors=tuple(tensors), extents=tuple(extents),
+            stored_bytes=max(stored_bytes, 1), carried_bytes=max(carried_bytes, 1), decoded_bytes=max(decoded_bytes, 1),
+        )  # fmt: skip
 
-def packed_offsets(sizes: Sequence[int]) -> tuple[list[int], int]:
-    """(offset of each tensor, total) when each starts at a multiple of DEVICE_ALIGNMENT."""
-    offsets, total = [], 0
-    for size in sizes:
-        offsets.append(total)
-        total += align_up(size, DEVICE_ALIGNMENT)
-    return offsets, total
+    def carried(self, stored: torch.Tensor, into: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+        """The carried bytes, portion by portion: (position, bytes).
+
+        Args:
+            stored: the unit's stored bytes.
+            into: host memory for `carried_bytes`; what the host decodes goes to its position there.
+        """
+        for tensor in self.tensors:
+            if tensor.source.carried_as_stored:
+                for each, stored_at, at in zip(tensor.source.ranges, tensor.stored_at, tensor.carried_at, strict=True):
+                    yield at, stored[stored_at : stored_at + each.nbytes]
+            else:
+                numbers = tensor.numbers(stored, Form.STORED, lambda each: each.view(into, each.carried_at[0]))
+                yield tensor.carried_at[0], numbers.view(-1).view(torch.uint8)

@@ -152,7 +152,7 @@ class PlacedWeights:
     def _laid_out(self, weights: Fractions) -> Placement:
         homes = unit_homes(self._spec, weights)
         from_disk = [unit.disk_bytes for unit, home in zip(self._spec.units, homes, strict=True) if home == "disk"]
-        crossing = [unit.decoded_bytes for unit, home in zip(self._spec.units, homes, strict=True) if home != "device"]
+        crossing = [unit.carried_bytes for unit, home in zip(self._spec.units, homes, strict=True) if home != "device"]
         over_link = crossing if self._device != "cpu" else []
         return Placement(
             held=weight_bytes(self._spec, homes),

@@ -136,7 +136,7 @@ def weight_bytes(spec: ModelSpec, homes: Sequence[str]) -> dict[str, int]:
 
 
 def weights_work(spec: ModelSpec, homes: Sequence[str], device: str) -> PassWork:
-    """What every pass moves of the weights, whatever it carries.  Decoding is the host's, before the link to a device."""
+    """What every pass moves of the weights, whatever it carries.  The host decodes before the link, unless the device does."""
     disk = link = memory = decoded = streamed = 0
     for unit, home in zip(spec.units, homes, strict=True):
         crosses = device != "cpu" and home != "device"
@@ -144,12 +144,12 @@ def weights_work(spec: ModelSpec, homes: Sequence[str], device: str) -> PassWork
         if home == "disk":
             disk += unit.disk_bytes
             memory += unit.disk_bytes
-            if needs_decode(unit):
+            if needs_decode(unit) and not (crosses and unit.encoded_bytes is not None):
                 memory += unit.disk_bytes + unit.decoded_bytes
                 decoded += unit.decoded_bytes
         if crosses:
-            link += unit.decoded_bytes
-            memory += unit.decoded_bytes
+            link += unit.carried_bytes
+            memory += unit.carried_bytes
     return PassWork(
         disk_read_bytes=disk, host_to_device_bytes=link, host_memory_bytes=memory, decoded_bytes=decoded, num_streamed_units=streamed
     )

@@ -1,0 +1,114 @@
+"""The tensors of a model's weight files, known by their headers: files that are here, elsewhere, or that nobody has written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+
+from flexgen.checkpoint.headers import MAX_TENSORS, parse_header, read_header
+from flexgen.errors import CheckpointError
+from flexgen.formats.base import NumberFormat, StoredTensor
+from flexgen.formats.plain import dtype_name
+from flexgen.hub.diagnose import some
+from flexgen.hub.model_files import INDEX_FILE, find_weight_files
+
+
+class Headers:
+    """The tensors of a model's files, known by their validated headers.  The files may be elsewhere, or not be at all.
+
+    Args:
+        folder: where the files are, or the name of what has no folder here.
+        tensors: file by file, by name.
+
+    Attributes:
+        folder: as given.
+        tensors: every stored tensor by name, over all files.
+        total_bytes: of all tensors.
+        number_format: name of the format that the weights are stored in, as in ModelSpec.
+        readable: whether the files are here, so that numbers can be compared.
+
+    Raises:
+        CheckpointError: when two files hold a tensor of the same name.
+    """
+
+    readable = False
+
+    def __init__(self, folder: Path, tensors: Iterable[Mapping[str, StoredTensor]]) -> None:
+        self.folder = folder
+        self.tensors: dict[str, StoredTensor] = {}
+        for stored in tensors:
+            for name in stored.keys() & self.tensors.keys():
+                raise CheckpointError(f"{name} is stored twice: in {self.tensors[name].path.name} and in {stored[name].path.name}")
+            self.tensors.update(stored)
+            if len(self.tensors) > MAX_TENSORS:
+                raise CheckpointError(f"{folder}: more than {MAX_TENSORS:,} tensors; no known model has as many")
+        self.total_bytes = sum(tensor.nbytes for tensor in self.tensors.values())
+        self.number_format = _most_common_dtype(self.tensors.values())
+
+    @classmethod
+    def parsed(cls, folder: Path, files: Mapping[str, tuple[bytes, int]]) -> Headers:
+        """From file name -> (its header without the 8 bytes of its length, size of the whole file).
+
+        Raises:
+            CheckpointError: when a header breaks a rule of the format.
+        """
+        return Headers(folder, [parse_header(header, file_bytes=size, path=folder / name) for name, (header, size) in files.items()])
+
+    def decoded(self, number_format: NumberFormat | None, dtype: torch.dtype) -> Headers:
+        """What the headers would say if the encoded tensors had been stored in `dtype`; each says how it is really stored.
+
+        Args:
+            number_format: of the weights; None where they are plain numbers.
+
+        Raises:
+            CheckpointError: when the tensors are not stored as the format has it.
+        """
+        if number_format is None:
+            return self
+        encodings = number_format.find(self.tensors)
+        consumed = {part.tensor.name for each in encodings.values() for part in each.parts}
+        tensors = {name: tensor for name, tensor in self.tensors.items() if name not in consumed}
+        low_bit = [name for name, tensor in tensors.items() if tensor.dtype.is_floating_point and tensor.dtype.itemsize == 1]
+        if not encodings or low_bit:
+            what = f"{some(low_bit)} without scales" if low_bit else "none of its tensors is"
+            raise CheckpointError(f"{self.folder}: config.json says that the weights are {number_format.name}, but {what}")
+        for name, encoding in encodings.items():
+            first, nbytes = encoding.parts[0].tensor, math.prod(encoding.shape) * dtype.itemsize
+            tensors[name] = StoredTensor(
+                name=name, path=first.path, offset=first.offset, nbytes=nbytes, dtype=dtype, shape=encoding.shape, encoding=encoding
+            )
+        decoded = Headers(self.folder, [tensors])
+        decoded.number_format = number_format.name
+        return decoded
+
+
+def _most_common_dtype(tensors: Iterable[StoredTensor]) -> str:
+    """Name of the dtype that most of the stored bytes are of."""
+    sizes: dict[torch.dtype, int] = {}
+    for tensor in tensors:
+        sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.nbytes
+    return dtype_name(max(sizes, key=lambda dtype: sizes[dtype])) if sizes else ""
+
+
+class Checkpoint(Headers):
+    """The safetensors files of a model folder.
+
+    Args:
+        folder: holds `model.safetensors`, or `model.safetensors.index.json` and the files it names.  Files may be symbolic
+            links into the same repository of the Hugging Face cache.
+
+    Raises:
+        CheckpointError: when there are no such files, or one of them is unsafe or broken.
+    """
+
+    readable = True
+
+    def __init__(self, folder: Path) -> None:
+        files, index = find_weight_files(folder)
+        super().__init__(folder, map(read_header, files))
+        for name, file_name in index.items():
+            if name not in self.tensors or self.tensors[name].path.name != file_name:
+                raise CheckpointError(f"{self.folder / INDEX_FILE}: {name} is not in {file_name}")

@@ -1,0 +1,107 @@
+"""Models without memory for their weights: how parameters are kept on the meta device, and how many there may be."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedConfig
+
+from flexgen.checkpoint.files import Headers
+from flexgen.errors import CheckpointError, UnsupportedModelError
+
+LARGE = 1 << 24
+_SPLIT = 8  # parameters that one stored tensor may become
+_PACKED = 32  # numbers that one stored number may hold
+_MIN_PARAMETERS = 1 << 12
+_CREATING = frozenset({torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn, torch.full})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Room:
+    """How much a skeleton may hold: what weights can fill.
+
+    Attributes:
+        parameters: their number.
+        elements: of one of them.
+        why: what it would mean to have more.
+    """
+
+    parameters: int
+    elements: int
+    why: str = "far more than the weights hold: it is not the config of these weights"
+
+    @classmethod
+    def of(cls, headers: Headers) -> Room:
+        """What these weights can fill, with room for tensors that are stored merged, packed or once for several modules."""
+        stored = headers.tensors.values()
+        elements = sum(math.prod(tensor.shape) for tensor in stored)
+        return cls(parameters=_SPLIT * len(stored) + _MIN_PARAMETERS, elements=_PACKED * elements + LARGE)
+
+
+ANY_ROOM = Room(parameters=1 << 18, elements=1 << 48, why="more than any known model has")
+
+
+@contextlib.contextmanager
+def parameters_on_meta(room: Room) -> Iterator[None]:
+    """Parameters registered inside live on the meta device; buffers (rotary frequencies) stay real."""
+    original = nn.Module.register_parameter
+    count = 0
+
+    def register(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        nonlocal count
+        original(self, name, param)
+        if param is None:
+            return
+        count += 1
+        if count > room.parameters or param.numel() > room.elements:
+            what = f"more than {count - 1:,} parameters" if count > room.parameters else f"a parameter of shape {tuple(param.shape)}"
+            raise CheckpointError(f"config.json asks for {what}, {room.why}")
+        if param.device.type != "meta":
+            self._parameters[name] = nn.Parameter(param.detach().to("meta"), requires_grad=False)
+
+    nn.Module.register_parameter = register  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = original  # type: ignore[method-assign]
+
+
+class LargeTensorsOnMeta(TorchFunctionMode):
+    """Tensors as large as weights are created on the meta device: before they are registered, they must not take memory."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if kwargs.get("device") is None and _numel(func, args, kwargs) >= LARGE:
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
+
+
+def _numel(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """How many elements a call creates; 0 for one that creates none, or does not say it in numbers."""
+    if func in _CREATING:
+        size = kwargs.get("size", args[0] if args and isinstance(args[0], (tuple, list)) else args)
+        return math.prod(size) if all(isinstance(each, int) for each in size) else 0
+    if func is torch.arange:
+        bounds = [kwargs.get(name, 0) for name in ("start", "end")] if not args else [0, args[0]] if len(args) == 1 else args[:2]
+        step = kwargs.get("step", args[2] if len(args) > 2 else 1)
+        return int((bounds[1] - bounds[0]) / step) if all(isinstance(each, (int, float)) for each in (*bounds, step)) and step else 0
+    return 0
+
+
+@contextlib.contextmanager
+def building(config: PreTrainedConfig) -> Iterator[None]:
+    """Raises UnsupportedModelError for what is raised inside, where the model of `config` is built; a CheckpointError stays one."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:  # constructors raise whatever a wrong value leads to
+        said = str(error).strip().partition("\n")[0][:300]
+        raise UnsupportedModelError(f"model type {config.model_type!r} cannot be built: {type(error).__name__}: {said}") from error

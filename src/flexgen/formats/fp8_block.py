@@ -1,0 +1,44 @@
+"""FP8 in square blocks, as DeepSeek-V3 stores its linear layers: E4M3 beside one float32 scale a block.  Counted, not decoded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from flexgen.formats.base import Encoding, NamedTensor, NumberFormat, Part, StoredTensor
+
+_BLOCK = 128  # rows, and columns, that share a scale (arXiv:2412.19437, section 3.3.2)
+_SCALE = "_scale_inv"
+_MODULES = ("_proj.weight", "_proj_with_mqa.weight")
+
+
+class FP8Block(NumberFormat):
+    """Matrices in blocks of 128 by 128."""
+
+    name = "fp8_block"
+
+    def is_stated_by(self, quantization: Mapping[str, Any]) -> bool:
+        block = quantization.get("weight_block_size")
+        return quantization.get("quant_method") == "fp8" and block is not None and list(block) == [_BLOCK, _BLOCK]
+
+    def encode(self, tensor: NamedTensor) -> list[NamedTensor]:
+        if not tensor.name.endswith(_MODULES) or len(tensor.shape) != 2:
+            return [tensor]
+        return [
+            NamedTensor(tensor.name, tensor.shape, torch.float8_e4m3fn),
+            NamedTensor(tensor.name + _SCALE, _blocks(tensor.shape), torch.float32),
+        ]
+
+    def find(self, tensors: Mapping[str, StoredTensor]) -> dict[str, Encoding]:
+        found = {}
+        for name, weight in tensors.items():
+            scales = tensors.get(name + _SCALE)
+            if scales is not None and scales.shape == _blocks(weight.shape):
+                found[name] = Encoding(self, weight.shape, (Part(weight, 1), Part(scales, _BLOCK)))
+        return found
+
+
+def _blocks(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(-(-n // _BLOCK) for n in shape)

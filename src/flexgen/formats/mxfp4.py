@@ -1,0 +1,44 @@
+"""MXFP4 as gpt-oss stores its experts: blocks of 4-bit numbers beside a tensor of their scales.  Counted, not decoded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from flexgen.formats.base import Encoding, NamedTensor, NumberFormat, Part, StoredTensor
+
+_GROUP = 32  # numbers of 4 bits that share a scale of 8 bits (OCP Microscaling Formats 1.0)
+_BLOCK_BYTES = _GROUP // 2
+_EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+
+
+class MXFP4(NumberFormat):
+    """Experts of shape (experts, inputs, outputs), transposed and in blocks along the inputs."""
+
+    name = "mxfp4"
+
+    def is_stated_by(self, quantization: Mapping[str, Any]) -> bool:
+        return quantization.get("quant_method") == "mxfp4"
+
+    def encode(self, tensor: NamedTensor) -> list[NamedTensor]:
+        if not tensor.name.endswith(_EXPERTS):
+            return [tensor]
+        experts, inputs, outputs = tensor.shape
+        groups = (experts, outputs, inputs // _GROUP)
+        return [
+            NamedTensor(f"{tensor.name}_blocks", (*groups, _BLOCK_BYTES), torch.uint8),
+            NamedTensor(f"{tensor.name}_scales", groups, torch.uint8),
+        ]
+
+    def find(self, tensors: Mapping[str, StoredTensor]) -> dict[str, Encoding]:
+        found = {}
+        for name, blocks in tensors.items():
+            scales = tensors.get(name.removesuffix("_blocks") + "_scales")
+            if scales is None or blocks.shape != (*scales.shape, _BLOCK_BYTES):
+                continue
+            experts, outputs, groups = scales.shape
+            shape = (experts, groups * _GROUP, outputs)
+            found[name.removesuffix("_blocks")] = Encoding(self, shape, (Part(blocks, 1), Part(scales, 1)))
+        return found

@@ -1,0 +1,78 @@
+"""All number formats, and which of them a model's config states.  A new format is a file of its own and a line here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from copy import deepcopy
+from typing import Any
+
+import torch
+
+from flexgen.errors import UnsupportedModelError
+from flexgen.formats.base import NumberFormat
+from flexgen.formats.fp8_block import FP8Block
+from flexgen.formats.mxfp4 import MXFP4
+from flexgen.formats.plain import PlainNumbers
+
+_PLAIN = tuple(PlainNumbers(dtype) for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64))
+FORMATS: Mapping[str, NumberFormat] = {each.name: each for each in (*_PLAIN, MXFP4(), FP8Block())}
+
+
+def stated_format(config: Any) -> NumberFormat | None:
+    """The format that a config's quantization_config states; None where weights are plain numbers.
+
+    Args:
+        config: the model's transformers config, or the contents of its config.json.
+
+    Raises:
+        UnsupportedModelError: when the format is not known here.
+    """
+    quantization = quantization_of(config)
+    if quantization is None:
+        return None
+    found = next((each for each in FORMATS.values() if each.is_stated_by(quantization)), None)
+    if found is None:
+        raise refuse_quantization(quantization)
+    return found
+
+
+def check_supported_number_format(config: Any) -> None:
+    """Refuse weights that the engine cannot compute with.
+
+    Args:
+        config: as in `stated_format`.
+
+    Raises:
+        UnsupportedModelError: naming the quantization method.
+    """
+    found = stated_format(config)
+    if found is not None and not found.runs:
+        raise refuse_quantization(quantization_of(config) or {})
+
+
+def quantization_of(config: Any) -> Mapping[str, Any] | None:
+    """What the config says about how its weights, or those of a part of it, are quantized; None where they are plain numbers."""
+    values = config if isinstance(config, Mapping) else config.to_dict()
+    for part in (values, *(value for value in values.values() if isinstance(value, Mapping))):
+        quantization = part.get("quantization_config") or part.get("compression_config")
+        if quantization:
+            return quantization if isinstance(quantization, Mapping) else {}
+    return None
+
+
+def without_quantization(config: Any) -> Any:
+    """The transformers config of the same model with plain weights."""
+    if quantization_of(config) is None:
+        return config
+    plain = deepcopy(config)
+    for part in (plain, plain.get_text_config(decoder=True)):
+        part.__dict__.pop("quantization_config", None)
+    return plain
+
+
+def refuse_quantization(quantization: Mapping[str, Any]) -> UnsupportedModelError:
+    """The error that names the method of a quantization_config."""
+    return UnsupportedModelError(
+        f"the weights are quantized ({quantization.get('quant_method') or 'by an unnamed method'}, see quantization_config in "
+        "config.json), which is not supported: use a repository with the bfloat16, float16 or float32 weights of this model"
+    )

@@ -1,0 +1,153 @@
+"""A format of two stored tensors through all of its way: found in headers, cut by rows, carried stored or decoded, decoded once."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from flexgen.checkpoint.files import Checkpoint
+from flexgen.checkpoint.sources import ParameterSource, whole
+from flexgen.devices.base import SimulatedDevice
+from flexgen.errors import EngineError
+from flexgen.formats.base import Encoding, NamedTensor, NumberFormat, Part, StoredTensor
+from flexgen.formats.table import FORMATS
+from flexgen.io.direct_io import FileSet
+from flexgen.io.pool import IOPool
+from flexgen.plan.model import PLAIN_FORMATS
+from flexgen.weights.store import WeightStore
+from flexgen.weights.unit import UnitLayout, WantedTensor
+
+ROWS, COLUMNS, CUT = 24, 40, 10
+
+
+class RowScaled(NumberFormat):
+    """8-bit integers and a float32 scale for each pair of rows."""
+
+    name = "row_scaled"
+    runs = True
+
+    def __init__(self, *, carried_as_stored: bool) -> None:
+        self.carried_as_stored = carried_as_stored
+        self.threads: list[str] = []
+
+    def find(self, tensors: Mapping[str, StoredTensor]) -> dict[str, Encoding]:
+        names = [name for name in tensors if f"{name}_scale" in tensors]
+        return {name: Encoding(self, tensors[name].shape, (Part(tensors[name], 1), Part(tensors[f"{name}_scale"], 2))) for name in names}
+
+    def decode(self, parts: Sequence[torch.Tensor], start: int, out: torch.Tensor) -> None:
+        numbers, scales = parts
+        scale = scales.repeat_interleave(2)[start % 2 :][: len(out)]
+        out.copy_(numbers.view(out.shape) * scale[:, None])
+        self.threads.append(threading.current_thread().name)
+
+
+class Model:
+    """Remembers what is bound."""
+
+    def __init__(self) -> None:
+        self.bound: dict[tuple[int, str], torch.Tensor] = {}
+
+    def bind(self, unit: int, module: str, parameter: str, tensor: torch.Tensor) -> None:
+        self.bound[unit, parameter] = tensor
+
+    def unbind(self, unit: int, module: str, parameter: str) -> None:
+        del self.bound[unit, parameter]
+
+
+def write(folder: Path) -> torch.Tensor:
+    """A matrix in the format beside a plain one; returns the decoded matrix."""
+    generator = torch.Generator().manual_seed(0)
+    numbers = torch.randint(-127, 128, (ROWS, COLUMNS), dtype=torch.int8, generator=generator)
+    scales = torch.rand(ROWS // 2, generator=generator)
+    save_file({"w": numbers, "w_scale": scales, "plain": torch.ones(3, COLUMNS)}, folder / "model.safetensors")
+    return numbers * scales.repeat_interleave(2)[:, None]
+
+
+def layouts(folder: Path, number_format: NumberFormat) -> list[UnitLayout]:
+    """Two units: the first rows, and the others with the plain tensor."""
+    headers = Checkpoint(folder).decoded(number_format, torch.float32)
+    sources = {
+        name: ParameterSource(name=name, shape=tensor.shape, dtype=tensor.dtype, pieces=whole(tensor))
+        for name, tensor in headers.tensors.items()
+    }
+    assert sources.keys() == {"w", "plain"}
+
+    def wanted(name: str, source: ParameterSource) -> WantedTensor:
+        return WantedTensor(module="m", parameter=name, source=source, dtype=torch.float32)
+
+    return [
+        UnitLayout.of(0, "first", [wanted("w", sources["w"].rows(0, CUT - 1))]),
+        UnitLayout.of(1, "second", [wanted("w", sources["w"].rows(CUT - 1, ROWS)), wanted("plain", sources["plain"])]),
+    ]
+
+
+@pytest.fixture(params=[True, False], ids=["carried as stored", "carried decoded"])
+def number_format(request: pytest.FixtureRequest) -> RowScaled:
+    return RowScaled(carried_as_stored=request.param)
+
+
+@pytest.fixture
+def io() -> Iterator[IOPool]:
+    pool = IOPool(2)
+    yield pool
+    pool.close()
+
+
+ON_CPU = [("disk", "disk"), ("host", "disk"), ("host", "host")]
+ON_DEVICE = [*ON_CPU, ("device", "disk"), ("device", "device")]
+
+
+@pytest.mark.parametrize(("on_device", "homes"), [(False, homes) for homes in ON_CPU] + [(True, homes) for homes in ON_DEVICE])
+def test_what_is_bound_is_decoded(tmp_path: Path, number_format: RowScaled, io: IOPool, homes: tuple[str, str], on_device: bool) -> None:
+    decoded, units, model, files = write(tmp_path), layouts(tmp_path, number_format), Model(), FileSet()
+    backend = SimulatedDevice(1 << 20) if on_device else None
+    store = WeightStore(
+        units, homes, model, io, files, backend=backend, host_ring_bytes=3 * 4096, device_ring_bytes=8192, poison=True
+    )  # fmt: skip
+    store.load()
+    store.start()
+    for _ in range(3):
+        for unit, (start, stop) in enumerate([(0, CUT - 1), (CUT - 1, ROWS)]):
+            while not store.is_ready(unit):
+                store.wait_arrival(1.0, lambda unit=unit: store.is_ready(unit))
+            store.open(unit)
+            assert torch.equal(model.bound[unit, "w"], decoded[start:stop])
+            store.release(unit)
+    decoding = set(number_format.threads) - {"MainThread"}
+    link_decodes = on_device and not number_format.carried_as_stored and "disk" in homes
+    assert decoding == ({"flexgen-device-link"} if link_decodes else set()), "the host decodes before the link only"
+    store.close()
+    files.close()
+    if backend is not None:
+        backend.close()
+
+
+def test_a_unit_has_three_sizes(tmp_path: Path, number_format: RowScaled) -> None:
+    write(tmp_path)
+    first, second = layouts(tmp_path, number_format)
+    assert first.stored_bytes == 4096
+    assert first.decoded_bytes == -(-4 * (CUT - 1) * COLUMNS // 256) * 256
+    stored = (CUT - 1) * COLUMNS, 4 * CUT // 2  # numbers, and the scales of the pairs of rows that are touched
+    carried = sum(-(-size // 256) * 256 for size in stored)
+    assert first.carried_bytes == (carried if number_format.carried_as_stored else first.decoded_bytes)
+    assert (second.carried_bytes < second.decoded_bytes) == number_format.carried_as_stored
+    assert not first.plain
+
+
+def test_plain_formats_are_those_of_the_planner() -> None:
+    assert {name for name, each in FORMATS.items() if each.runs} == PLAIN_FORMATS
+    assert all(each.name == name for name, each in FORMATS.items())
+
+
+@pytest.mark.parametrize("name", ["mxfp4", "fp8_block"])
+def test_formats_that_are_only_counted_are_not_decoded(name: str) -> None:
+    assert FORMATS[name].encode(NamedTensor("norm.weight", (64,), torch.bfloat16)) == [NamedTensor("norm.weight", (64,), torch.bfloat16)]
+    parts: list[Any] = []
+    with pytest.raises(EngineError, match=name):
+        FORMATS[name].decode(parts, 0, torch.empty(1))
