@@ -107,15 +107,18 @@ ON_DEVICE = [*ON_CPU, ("device", "disk"), ("device", "device")]
 def test_what_is_bound_is_decoded(tmp_path: Path, number_format: RowScaled, io: IOPool, homes: tuple[str, str], on_device: bool) -> None:
     decoded, units, model, files = write(tmp_path), layouts(tmp_path, number_format), Model(), FileSet()
     backend = SimulatedDevice(1 << 20) if on_device else None
+    arrived = threading.Event()
     store = WeightStore(
-        units, homes, model, io, files, backend=backend, host_ring_bytes=3 * 4096, device_ring_bytes=8192, poison=True
+        units, homes, model, io, files, backend=backend, host_ring_bytes=3 * 4096, device_ring_bytes=8192,
+        on_arrival=arrived.set, poison=True,
     )  # fmt: skip
     store.load()
     store.start()
     for _ in range(3):
         for unit, (start, stop) in enumerate([(0, CUT - 1), (CUT - 1, ROWS)]):
             while not store.is_ready(unit):
-                store.wait_arrival(1.0, lambda unit=unit: store.is_ready(unit))
+                arrived.wait(0.1)
+                arrived.clear()
             store.open(unit)
             assert torch.equal(model.bound[unit, "w"], decoded[start:stop])
             store.release(unit)

@@ -92,11 +92,11 @@ class Opened:
     def __init__(self, written: Written, homes: list[str], device: bool, *, slots: int = 3) -> None:
         self.written, self.model = written, FakeModel()
         self.backend = SimulatedDevice(8 << 20) if device else None
-        self.io, self.files = IOPool(2), FileSet()
+        self.io, self.files, self.arrived = IOPool(2), FileSet(), threading.Event()
         self.store = WeightStore(
             written.layouts, homes, self.model, self.io, self.files, backend=self.backend,
             host_ring_bytes=slots * max(layout.stored_bytes for layout in written.layouts),
-            device_ring_bytes=slots * max(layout.carried_bytes for layout in written.layouts), poison=True,
+            device_ring_bytes=slots * max(layout.carried_bytes for layout in written.layouts), on_arrival=self.arrived.set, poison=True,
         )  # fmt: skip
 
     def __enter__(self) -> "Opened":
@@ -114,9 +114,10 @@ class Opened:
     def wait(self, unit: int) -> None:
         """Until a unit is ready, as the sweep does."""
         for _ in range(100):
+            self.arrived.clear()
             if self.store.is_ready(unit):
                 return
-            self.store.wait_arrival(0.1, lambda: self.store.is_ready(unit))
+            self.arrived.wait(0.1)
         raise AssertionError(f"unit {unit} never arrived")
 
     def check(self, unit: int) -> None:

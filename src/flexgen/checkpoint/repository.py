@@ -19,10 +19,8 @@ from flexgen.base.quantities import align_up
 from flexgen.checkpoint.files import Headers
 from flexgen.checkpoint.headers import DTYPES, PREFIX_BYTES
 from flexgen.checkpoint.meta import ANY_ROOM, building, parameters_on_meta
-from flexgen.checkpoint.parameters import Headers
 from flexgen.formats.base import NamedTensor
 from flexgen.hub.model_files import SINGLE_FILE
-from flexgen.models.skeleton import building, parameters_on_meta
 
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 

@@ -156,7 +156,7 @@ class ModelRunner:
         """Bytes of the units by home, as assigned."""
         placed: dict[str, int] = {}
         for layout, home in zip(self.model.layouts, self.homes, strict=True):
-            placed[home] = placed.get(home, 0) + (layout.staging_bytes if home == "disk" else layout.packed_bytes)
+            placed[home] = placed.get(home, 0) + (layout.stored_bytes if home == "disk" else layout.decoded_bytes)
         return placed
 
     def bytes_moved(self) -> dict[str, int]:

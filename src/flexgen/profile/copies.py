@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 
 from flexgen.base.quantities import MIB
-from flexgen.checkpoint.sources import cast_into
 from flexgen.formats.plain import cast_into
 from flexgen.plan.machine import Rate
 from flexgen.profile.compute import wait

@@ -60,7 +60,6 @@ def _described(model: str, device: str, dtype: str, revision: str | None, token:
     import torch
 
     from flexgen.checkpoint.files import Checkpoint, Headers
-    from flexgen.checkpoint.parameters import Headers
     from flexgen.hub.config import read_config
     from flexgen.hub.download import weight_headers
     from flexgen.hub.model_files import weight_files
