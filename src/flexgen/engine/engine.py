@@ -147,7 +147,7 @@ class Engine:
             raise EngineError("a run began before the last one was over")
         self._scheduler.begin(prefixes)
         self.log = self._new_log() if log is None else log
-        source, unfinished = iter(requests), _Unfinished(self._scheduler)
+        source = iter(requests)
         try:
             while True:
                 yield from self._read_ahead(source)
@@ -155,7 +155,7 @@ class Engine:
                     return
                 yield from self.step()
                 if on_pass is not None:
-                    on_pass(unfinished)
+                    on_pass(self._scheduler)
         finally:
             self.log.over()
             self.clear()
@@ -248,13 +248,3 @@ def _never_fits(sequence: LiveSequence) -> Finish:
             code="kv_cache_too_small",
         )
     )
-
-
-class _Unfinished:
-    """The answers that go on, as far as they have come when one iterates; those of sequences that wait again included."""
-
-    def __init__(self, sequences: Iterable[LiveSequence]) -> None:
-        self._sequences = sequences
-
-    def __iter__(self) -> Iterator[PartialAnswer]:
-        return (sequence.so_far() for sequence in self._sequences if sequence.generated)
