@@ -11,8 +11,8 @@ from flexgen.engine.admission import Admission, Homes
 from flexgen.engine.packing import plan_pass
 from flexgen.engine.prefixes import PrefixStore
 from flexgen.engine.schedule import SCHEDULES, Quota, Waiting
-from flexgen.engine.sequence import LiveSequence
-from flexgen.errors import EngineError
+from flexgen.engine.sequence import Finish, LiveSequence
+from flexgen.errors import EngineError, RequestError
 from flexgen.kv.cache import KVCache
 from flexgen.kv.place import Place
 from flexgen.options import TIERS
@@ -31,13 +31,13 @@ class Scheduled:
     Attributes:
         plan: What the pass computes; without micro-batches where nothing is live.
         entered: The sequences that it admits.
-        refused: The sequences that can never fit; they have left.
+        refused: The sequences that can never fit, with the error that says so; they have left.
         num_preempted: How many sequences had to give way; they wait again.
     """
 
     plan: PassPlan
     entered: list[LiveSequence]
-    refused: list[LiveSequence]
+    refused: list[tuple[LiveSequence, Finish]]
     num_preempted: int
 
 
@@ -154,12 +154,18 @@ class Scheduler:
                     num_preempted += 1
         return num_preempted
 
-    def _refuse(self) -> list[LiveSequence]:
+    def _refuse(self) -> list[tuple[LiveSequence, Finish]]:
         """Take out whoever comes next and could not fit even alone."""
-        refused: list[LiveSequence] = []
+        refused: list[tuple[LiveSequence, Finish]] = []
         while self._waiting and not self._admission.can_ever_fit(self._waiting.first):
-            refused.append(self._waiting.pop())
-            self.leave(refused[-1])
+            sequence = self._waiting.pop()
+            self.leave(sequence)
+            error = RequestError(
+                f"the KV cache of {sequence.prompt_len} prompt tokens and up to {sequence.request.max_tokens} generated ones does not "
+                "fit the memory granted: lower max_tokens or raise --host-mem",
+                code="kv_cache_too_small",
+            )
+            refused.append((sequence, Finish.failed(error)))
         return refused
 
     def _admit(self) -> list[LiveSequence]:
