@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from itertools import pairwise
 
 import numpy as np
@@ -12,9 +13,16 @@ from hypothesis import strategies as st
 from flexgen.engine import admission
 from flexgen.engine.admission import fits_projected
 from flexgen.engine.packing import defer_remainder, pack
-from flexgen.engine.schedule import SCHEDULES, BlockLimits, Quota
+from flexgen.engine.schedule import SCHEDULES, Quota
 from flexgen.engine.sequence import LiveSequence
+from flexgen.plan.policy import Fractions, Policy
 from flexgen.request import TokenRequest
+
+POLICY = Policy(
+    device="cpu", dtype="float32", weights=Fractions(host=1.0), kv=Fractions(host=1.0), kv_device_bytes=0, kv_host_bytes=64,
+    kv_disk_bytes=0, host_ring_bytes=0, device_ring_bytes=0, workspace_bytes=0, embedding_resident=True, schedule="diagonal",
+    max_num_seqs=1, prefill_tokens=1, micro_batch_tokens=32, page_tokens=1, compute_threads=1, io_threads=1,
+)  # fmt: skip
 
 
 def sequence(index: int, prompt: int, *, stored: int = 0, generated: int = 0, max_tokens: int = 10) -> LiveSequence:
@@ -30,7 +38,8 @@ def play(name: str, prompts: list[int], answers: list[int], *, max_num_seqs: int
     """Which requests each pass admits, when request i takes answers[i] passes; `room` live at most by KV."""
     waiting = [sequence(index, prompt) for index, prompt in enumerate(prompts)]
     live: dict[int, int] = {}
-    credit, limits, passes = Quota(quota), BlockLimits(max_num_seqs=max_num_seqs, micro_batch_tokens=32), []
+    credit, passes = Quota(quota), []
+    policy = dataclasses.replace(POLICY, max_num_seqs=max_num_seqs)
     while waiting or live:
         entered: list[int] = []
 
@@ -40,7 +49,7 @@ def play(name: str, prompts: list[int], answers: list[int], *, max_num_seqs: int
             entered.append(candidate.request.index)
             return True
 
-        count = SCHEDULES[name](waiting, len(live), limits, credit, admit)
+        count = SCHEDULES[name](waiting, len(live), policy, credit, admit)
         assert count == len(entered)
         del waiting[:count]
         passes.append(entered)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from flexgen.engine.admission import Admission, Homes
 from flexgen.engine.prefixes import PrefixStore
-from flexgen.engine.schedule import SCHEDULES, BlockLimits, Quota
+from flexgen.engine.schedule import SCHEDULES, Quota
 from flexgen.engine.sequence import LiveSequence
 from flexgen.kv.cache import KVCache, KVGroup, PageList
 from flexgen.plan.model import KVGroupSpec
@@ -42,10 +42,7 @@ def engine_passes(policy, workload):
     sizes = {tier: getattr(policy, f"kv_{tier}_bytes") for tier in ("device", "host", "disk")}
     cache = KVCache((group,), {tier: Pages(size // group.page_bytes) for tier, size in sizes.items() if size})
     admission = Admission(cache, Homes({tier: getattr(policy.kv, tier) for tier in cache.pools}), PrefixStore(cache))
-    limits, quota = (
-        BlockLimits(max_num_seqs=policy.max_num_seqs, micro_batch_tokens=policy.micro_batch_tokens),
-        Quota(policy.prefill_tokens),
-    )
+    quota = Quota(policy.prefill_tokens)
     waiting, live, passes = [], [], []
     for index, (prompt_len, output_len) in enumerate(zip(workload.prompt_lens, workload.output_lens, strict=True)):
         request = TokenRequest(index=index, prompt_token_ids=(1,) * prompt_len, max_tokens=output_len)
@@ -62,7 +59,7 @@ def engine_passes(policy, workload):
     while waiting or live:
         old = list(live)
         candidates = (each[2] for each in sorted(waiting))
-        for _ in range(SCHEDULES[policy.schedule](candidates, len(live), limits, quota, enter)):
+        for _ in range(SCHEDULES[policy.schedule](candidates, len(live), policy, quota, enter)):
             heapq.heappop(waiting)
         if not live:
             continue

@@ -109,7 +109,7 @@ class Engine:
         Raises:
             StorageError, EngineError: The engine cannot go on.
         """
-        results = list(self._take_ended())
+        results = self._take_ended()
         if not self.has_work:
             return results
         self.load()
@@ -117,7 +117,7 @@ class Engine:
         self.log.preempted(scheduled.num_preempted)
         for each in scheduled.entered:
             self.log.entered(recomputed_tokens=max(each.num_lost - each.num_stored, 0), shared_tokens=each.num_stored)
-        results += [self._result(each, _never_fits(each)) for each in scheduled.refused]
+        results += [self._result(each, finish) for each, finish in scheduled.refused]
         if scheduled.plan.micro_batches:
             results += self._run(scheduled.plan)
         return results
@@ -130,7 +130,7 @@ class Engine:
         log: RunLog | None = None,
         on_pass: Callable[[Iterable[PartialAnswer]], None] | None = None,
     ) -> Iterator[TokenResult]:
-        """Answer requests, pulled as they are needed; results come as they finish, in any order.
+        """Answer requests, which are pulled as they are needed; results come as they finish, in any order.
 
         Args:
             requests: Their indices are unique.
@@ -147,7 +147,7 @@ class Engine:
             raise EngineError("a run began before the last one was over")
         self._scheduler.begin(prefixes)
         self.log = self._new_log() if log is None else log
-        source, unfinished = iter(requests), _Unfinished(self._scheduler)
+        source = iter(requests)
         try:
             while True:
                 yield from self._read_ahead(source)
@@ -155,7 +155,7 @@ class Engine:
                     return
                 yield from self.step()
                 if on_pass is not None:
-                    on_pass(unfinished)
+                    on_pass(self._scheduler)
         finally:
             self.log.over()
             self.clear()
@@ -171,9 +171,9 @@ class Engine:
             self.add(request)
             yield from self._take_ended()
 
-    def _take_ended(self) -> Iterator[TokenResult]:
-        while self._ended:
-            yield self._ended.pop(0)
+    def _take_ended(self) -> list[TokenResult]:
+        ended, self._ended = self._ended, []
+        return ended
 
     def _finish(self, sequence: LiveSequence, finish: Finish) -> TokenResult:
         self._scheduler.leave(sequence)
@@ -238,23 +238,3 @@ def _append(sequence: LiveSequence, row: torch.Tensor, token: int) -> None:
     """Add a token, with its log probabilities by the model's logits if they are asked for."""
     asked = sequence.request.num_logprobs
     sequence.append(token, None if asked is None else token_logprobs(as_float64(row), token, asked))
-
-
-def _never_fits(sequence: LiveSequence) -> Finish:
-    return Finish.failed(
-        RequestError(
-            f"the KV cache of {sequence.prompt_len} prompt tokens and up to {sequence.request.max_tokens} generated ones does not "
-            "fit the memory granted: lower max_tokens or raise --host-mem",
-            code="kv_cache_too_small",
-        )
-    )
-
-
-class _Unfinished:
-    """The answers that go on, as far as they have come when one iterates; those of sequences that wait again included."""
-
-    def __init__(self, sequences: Iterable[LiveSequence]) -> None:
-        self._sequences = sequences
-
-    def __iter__(self) -> Iterator[PartialAnswer]:
-        return (sequence.so_far() for sequence in self._sequences if sequence.generated)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Protocol
 
 from flexgen.engine.sequence import LiveSequence
+from flexgen.kv.place import Place
 from flexgen.passes.plan import MicroBatch, PassPlan, Slice
 from flexgen.plan.policy import Policy
 
@@ -13,31 +13,19 @@ SMALL_REMAINDER = 0.375  # of a micro-batch
 FEW_ROWS = 256  # up to here odd row counts cost nothing
 
 
-class HomeRules(Protocol):
-    """What may be packed together where KV lives (kv/place.py).
-
-    Attributes:
-        chunks: Whether later chunks of a prompt may follow the first within a pass.
-        mixes: Whether next tokens and prompts may share a micro-batch.
-    """
-
-    chunks: bool
-    mixes: bool
-
-
-def plan_pass(live: Collection[LiveSequence], homes: Mapping[str, HomeRules], policy: Policy) -> PassPlan:
+def plan_pass(live: Collection[LiveSequence], places: Mapping[str, Place], policy: Policy) -> PassPlan:
     """What the next pass computes for the live sequences, oldest first."""
     batches: list[MicroBatch] = []
-    for home, rules in homes.items():
+    for home, place in places.items():
         members = [each for each in live if each.kv is not None and each.kv.home == home]
         for each in members:
             each.deferred = 0
-        if rules.mixes and policy.schedule == "diagonal":
+        if place.mixes and policy.schedule == "diagonal":
             defer_remainder(members, policy.micro_batch_tokens)
-        defer_behind(members, within_pass=rules.chunks)
+        defer_behind(members, within_pass=place.chunks)
         by_id = {each.id: each for each in members}
         latest: dict[int, int] = {}  # sequence -> the last micro-batch, so far, that computes its tokens
-        for slices in pack(members, policy.micro_batch_tokens, mix=rules.mixes, chunk=rules.chunks):
+        for slices in pack(members, policy.micro_batch_tokens, mix=place.mixes, chunk=place.chunks):
             slices.sort(key=lambda each: not each.is_decode)
             after = {latest[each] for each in _stored_by(slices, by_id) if each in latest}
             latest.update((each.sequence, len(batches)) for each in slices)

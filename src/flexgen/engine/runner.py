@@ -152,12 +152,12 @@ class ModelRunner:
         """Bytes of the device's arenas (0 on a CPU device)."""
         return self._backend.used_bytes if self._backend is not None else 0
 
-    def weights_bytes(self) -> dict[str, int]:
-        """Bytes of the units by home, as assigned."""
-        placed: dict[str, int] = {}
+    def placement(self) -> dict[str, dict[str, int]]:
+        """Tier -> bytes, for "weights" as assigned and "kv" at the peak."""
+        weights: dict[str, int] = {}
         for layout, home in zip(self.model.layouts, self.homes, strict=True):
-            placed[home] = placed.get(home, 0) + (layout.stored_bytes if home == "disk" else layout.decoded_bytes)
-        return placed
+            weights[home] = weights.get(home, 0) + (layout.stored_bytes if home == "disk" else layout.decoded_bytes)
+        return {"weights": weights, "kv": dict(self.cache.peak_bytes)}
 
     def bytes_moved(self) -> dict[str, int]:
         """Link -> bytes, since the runner was made."""

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from flexgen.engine.sequence import LiveSequence
+from flexgen.plan.policy import Policy
 
 _BEFORE_ALL = -(1 << 60)
 
@@ -64,29 +65,16 @@ class Quota:
         self.credit = min(self.credit + self.per_pass, self.per_pass)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BlockLimits:
-    """What bounds the block of live sequences.
-
-    Attributes:
-        max_num_seqs: The most live sequences.
-        micro_batch_tokens: The prompt tokens that the "row" schedule takes at once.
-    """
-
-    max_num_seqs: int
-    micro_batch_tokens: int
-
-
 Admit = Callable[[LiveSequence], bool]  # takes pages and makes it live, or says no
 
 
-def diagonal(waiting: Iterable[LiveSequence], num_live: int, limits: BlockLimits, quota: Quota, admit: Admit) -> int:
+def diagonal(waiting: Iterable[LiveSequence], num_live: int, policy: Policy, quota: Quota, admit: Admit) -> int:
     """Admit as others finish: prompts within the quota of the pass, as long as the projected KV fits.
 
     Args:
         waiting: The candidates, best first.
         num_live: The sequences that are live before the pass.
-        limits: What bounds the block.
+        policy: How many sequences may be live.
         quota: It is refilled, and the admitted prompts are taken off it.
         admit: Called with one candidate after the other until it refuses one.
 
@@ -96,34 +84,34 @@ def diagonal(waiting: Iterable[LiveSequence], num_live: int, limits: BlockLimits
     quota.refill()
     count = 0
     for sequence in waiting:
-        if num_live + count >= limits.max_num_seqs or quota.credit <= 0 or not admit(sequence):
+        if num_live + count >= policy.max_num_seqs or quota.credit <= 0 or not admit(sequence):
             break
         quota.credit -= sequence.num_new
         count += 1
     return count
 
 
-def zigzag(waiting: Iterable[LiveSequence], num_live: int, limits: BlockLimits, quota: Quota, admit: Admit) -> int:
+def zigzag(waiting: Iterable[LiveSequence], num_live: int, policy: Policy, quota: Quota, admit: Admit) -> int:
     """The paper's Algorithm 1: a new block only once the old one is empty.  Arguments as for `diagonal`."""
     del quota
     if num_live:
         return 0
     count = 0
     for sequence in waiting:
-        if count >= limits.max_num_seqs or not admit(sequence):
+        if count >= policy.max_num_seqs or not admit(sequence):
             break
         count += 1
     return count
 
 
-def row(waiting: Iterable[LiveSequence], num_live: int, limits: BlockLimits, quota: Quota, admit: Admit) -> int:
+def row(waiting: Iterable[LiveSequence], num_live: int, policy: Policy, quota: Quota, admit: Admit) -> int:
     """One micro-batch at a time, as systems without blocks do.  Arguments as for `diagonal`."""
     del quota
     if num_live:
         return 0
     count = tokens = 0
     for sequence in waiting:
-        if count and (tokens + sequence.num_own > limits.micro_batch_tokens or count >= limits.max_num_seqs):
+        if count and (tokens + sequence.num_own > policy.micro_batch_tokens or count >= policy.max_num_seqs):
             break
         if not admit(sequence):
             break

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 
 from flexgen.engine.admission import Admission, Homes
-from flexgen.engine.packing import HomeRules, plan_pass
+from flexgen.engine.packing import plan_pass
 from flexgen.engine.prefixes import PrefixStore
-from flexgen.engine.schedule import SCHEDULES, BlockLimits, Quota, Waiting
-from flexgen.engine.sequence import LiveSequence
-from flexgen.errors import EngineError
+from flexgen.engine.schedule import SCHEDULES, Quota, Waiting
+from flexgen.engine.sequence import Finish, LiveSequence
+from flexgen.errors import EngineError, RequestError
 from flexgen.kv.cache import KVCache
+from flexgen.kv.place import Place
 from flexgen.options import TIERS
 from flexgen.passes.plan import PassPlan
 from flexgen.plan.policy import Policy
+from flexgen.request import PartialAnswer
 from flexgen.text.common_prefixes import NO_PREFIXES, CommonPrefixes
 
 logger = logging.getLogger(__name__)
@@ -28,13 +31,13 @@ class Scheduled:
     Attributes:
         plan: What the pass computes; without micro-batches where nothing is live.
         entered: The sequences that it admits.
-        refused: The sequences that can never fit; they have left.
+        refused: The sequences that can never fit, with the error that says so; they have left.
         num_preempted: How many sequences had to give way; they wait again.
     """
 
     plan: PassPlan
     entered: list[LiveSequence]
-    refused: list[LiveSequence]
+    refused: list[tuple[LiveSequence, Finish]]
     num_preempted: int
 
 
@@ -44,16 +47,15 @@ class Scheduler:
     Args:
         policy: How many sequences may be live, and when they join.
         cache: Where their KV is kept.
-        homes: Tier -> what may be packed together there.
+        places: Who serves each tier, and what may be packed together there.
         regime: What the keys of a sequence's prompt depend on besides its tokens (models/rope.py).
     """
 
-    def __init__(self, policy: Policy, cache: KVCache, homes: Mapping[str, HomeRules], regime: Callable[[LiveSequence], Hashable]) -> None:
-        self._policy, self._cache, self._homes = policy, cache, homes
+    def __init__(self, policy: Policy, cache: KVCache, places: Mapping[str, Place], regime: Callable[[LiveSequence], Hashable]) -> None:
+        self._policy, self._cache, self._places = policy, cache, places
         self._prefixes = PrefixStore(cache, regime)
         self._admission = Admission(cache, Homes({tier: getattr(policy.kv, tier) for tier in TIERS if tier in cache.pools}), self._prefixes)
         self._join = SCHEDULES[policy.schedule]
-        self._limits = BlockLimits(max_num_seqs=policy.max_num_seqs, micro_batch_tokens=policy.micro_batch_tokens)
         self._quota = Quota(policy.prefill_tokens, policy.prefill_tokens)
         self._live: dict[int, LiveSequence] = {}  # by id, oldest first
         self._waiting = Waiting()  # answers as long in the order of the input, requests of a common prefix together
@@ -68,10 +70,9 @@ class Scheduler:
     def num_waiting(self) -> int:
         return len(self._waiting)
 
-    def __iter__(self) -> Iterator[LiveSequence]:
-        """All sequences, the live ones first."""
-        yield from self._live.values()
-        yield from self._waiting
+    def __iter__(self) -> Iterator[PartialAnswer]:
+        """The answers that were begun, as far as they have come by now; those of sequences that wait again included."""
+        return (each.so_far() for each in itertools.chain(self._live.values(), self._waiting) if each.generated)
 
     def __getitem__(self, sequence_id: int) -> LiveSequence:
         """A live sequence."""
@@ -136,7 +137,7 @@ class Scheduler:
         num_preempted = self._make_room()
         refused = self._refuse()
         entered = self._admit()
-        plan = plan_pass(self._live.values(), self._homes, self._policy)
+        plan = plan_pass(self._live.values(), self._places, self._policy)
         return Scheduled(plan=plan, entered=entered, refused=refused, num_preempted=num_preempted)
 
     def _make_room(self) -> int:
@@ -153,12 +154,18 @@ class Scheduler:
                     num_preempted += 1
         return num_preempted
 
-    def _refuse(self) -> list[LiveSequence]:
+    def _refuse(self) -> list[tuple[LiveSequence, Finish]]:
         """Take out whoever comes next and could not fit even alone."""
-        refused: list[LiveSequence] = []
+        refused: list[tuple[LiveSequence, Finish]] = []
         while self._waiting and not self._admission.can_ever_fit(self._waiting.first):
-            refused.append(self._waiting.pop())
-            self.leave(refused[-1])
+            sequence = self._waiting.pop()
+            self.leave(sequence)
+            error = RequestError(
+                f"the KV cache of {sequence.prompt_len} prompt tokens and up to {sequence.request.max_tokens} generated ones does not "
+                "fit the memory granted: lower max_tokens or raise --host-mem",
+                code="kv_cache_too_small",
+            )
+            refused.append((sequence, Finish.failed(error)))
         return refused
 
     def _admit(self) -> list[LiveSequence]:
@@ -175,7 +182,7 @@ class Scheduler:
             return True
 
         while True:
-            self._join(self._waiting, self.num_live, self._limits, self._quota, enter)
+            self._join(self._waiting, self.num_live, self._policy, self._quota, enter)
             for _ in entered:
                 self._waiting.pop()
             if self._live or not self._waiting:

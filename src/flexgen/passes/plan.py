@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-PageTables = tuple[tuple[int, ...], ...]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Slice:
@@ -32,7 +30,7 @@ class Slice:
     prompt_len: int
     total: int
     wanted: range = range(0)
-    tables: PageTables = ()
+    tables: tuple[tuple[int, ...], ...] = ()
 
     @property
     def length(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -41,23 +41,16 @@ class RunContext:
     check: Callable[[], CheckedMachine] | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Placement:
-    """Where things really were.
+def make_report(log: RunLog, plan: Plan, placement: dict[str, dict[str, int]], device_bytes: int, context: RunContext) -> RunReport:
+    """The report of a run.
 
-    Attributes:
-        weights: Tier -> bytes of weights.
-        kv: Tier -> bytes of KV, at the peak.
+    Args:
+        log: What has happened.
+        plan: What was executed.
+        placement: Tier -> bytes, for "weights" and "kv" (peak), as they really were.
         device_bytes: All memory taken on the device.
+        context: What it needs to know besides.
     """
-
-    weights: Mapping[str, int]
-    kv: Mapping[str, int]
-    device_bytes: int
-
-
-def make_report(log: RunLog, plan: Plan, placement: Placement, context: RunContext) -> RunReport:
-    """The report of a run."""
     passes, counts = log.passes, log.counts
     elapsed = max(log.elapsed_seconds, 1e-9)
     busiest = passes.busiest_seconds
@@ -80,7 +73,7 @@ def make_report(log: RunLog, plan: Plan, placement: Placement, context: RunConte
         efficiency=ideal / elapsed,
         ideal_seconds=ideal,
         busiest_seconds=dict(passes.ideal),
-        placement={"weights": dict(placement.weights), "kv": dict(placement.kv)},
+        placement=placement,
         bytes_moved=log.bytes_moved(),
         wait_seconds=dict(passes.waits),
         forecast=_told(plan.forecast, passes),
@@ -91,7 +84,7 @@ def make_report(log: RunLog, plan: Plan, placement: Placement, context: RunConte
         efficiency_at_check=None if at_check is None else at_check * (ideal / busiest if busiest else 1.0),
         peak_host_bytes=_peak_resident_bytes(),
         host_budget_bytes=context.host_budget_bytes,
-        peak_device_bytes=placement.device_bytes,
+        peak_device_bytes=device_bytes,
         device_budget_bytes=context.device_budget_bytes,
         num_preemptions=counts.preemptions,
         recomputed_tokens=counts.recomputed_tokens,

@@ -13,7 +13,7 @@ from flexgen.plan.tell.remaining import RemainingTime
 from flexgen.plan.workload import Workload
 from flexgen.report.pass_log import PassLog
 from flexgen.report.progress import Progress, RunReport
-from flexgen.report.report import Placement, RunContext, make_report
+from flexgen.report.report import RunContext, make_report
 from flexgen.report.run_log import RunLog
 from flexgen.request import PartialAnswer, TokenRequest, TokenResult
 from flexgen.text.common_prefixes import NO_PREFIXES, CommonPrefixes
@@ -31,15 +31,12 @@ class PlannedEngine:
 
     Attributes:
         plan: The plan, with the forecast of the work that is expected next.
+        load_seconds: What it took to load the weights.
     """
 
     def __init__(self, engine: Engine, plan: Plan, workload: Workload, context: RunContext, resources: contextlib.ExitStack) -> None:
-        self.plan = plan
+        self.plan, self.load_seconds = plan, context.load_seconds
         self._engine, self._workload, self._context, self._resources = engine, workload, context, resources
-
-    @property
-    def load_seconds(self) -> float:
-        return self._context.load_seconds
 
     def expect(self, workload: Workload) -> None:
         """Name the work that comes next, if it is not what the engine was planned for."""
@@ -72,8 +69,7 @@ class PlannedEngine:
     def report(self) -> RunReport:
         """How the last run went."""
         runner = self._engine.runner
-        placement = Placement(weights=runner.weights_bytes(), kv=self._engine.cache.peak_bytes, device_bytes=runner.device_bytes())
-        return make_report(self._engine.log, self.plan, placement, self._context)
+        return make_report(self._engine.log, self.plan, runner.placement(), runner.device_bytes(), self._context)
 
     def close(self) -> None:
         """Close the engine, and remove what was written for it; safe to call twice."""
