@@ -10,7 +10,10 @@ from hypothesis import strategies as st
 from flexgen.engine.admission import MIN_OBSERVED, Admission, Homes, LengthForecast, held_pages
 from flexgen.engine.prefixes import PrefixStore
 from flexgen.engine.sequence import Sequence
-from flexgen.kv.cache import KVCache, KVGroup, PageList
+from flexgen.kv.cache import KVCache
+from flexgen.kv.format import PlainKV
+from flexgen.kv.pages import KVGroup, PageList
+from flexgen.passes.geometry import KVGeometry
 from flexgen.plan.play.answer_lengths import RESERVED_QUANTILE
 from flexgen.request import TokenRequest
 from flexgen.text.common_prefixes import PrefixCensus
@@ -32,8 +35,9 @@ class Pages:
 
 def group(window: int | None = None, chunk: int | None = None) -> KVGroup:
     return KVGroup(
-        layers=(0,), key_heads=1, key_dim=1, value_heads=1, value_dim=1, window=window, chunk=chunk, page_tokens=4, dtype=torch.float32
-    )
+        layers=(0,), page_tokens=4, format=PlainKV(torch.float32),
+        geometry=KVGeometry(key_heads=1, key_dim=1, value_heads=1, value_dim=1, window=window, chunk=chunk),
+    )  # fmt: skip
 
 
 GROUPS = [group(), group(window=6), group(window=9), group(chunk=8), group(chunk=7)]
@@ -141,7 +145,7 @@ def test_held_pages_bound_what_is_held(group: KVGroup) -> None:
     lengths = np.arange(1, 80)
     held = held_pages(group)(lengths)
     for length, bound in zip(lengths.tolist(), held.tolist(), strict=True):
-        during = -(-length // 4) - group.first_visible(length - 1) // 4
+        during = -(-length // 4) - group.geometry.first_visible(length - 1) // 4
         assert during <= bound
     assert (np.diff(held) >= 0).all()
 

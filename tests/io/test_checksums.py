@@ -13,7 +13,7 @@ import torch
 from flexgen.errors import StorageError
 from flexgen.io.checksums import BLOCK_BYTES, BlockSums
 from flexgen.io.direct_io import AlignedBuffer, File, FileSet
-from flexgen.kv.disk import NEW_FILE
+from flexgen.kv.spill import NEW_FILE
 from flexgen.weights.rows import EmbeddingRows, RowTable
 
 SIZE = 16 * BLOCK_BYTES

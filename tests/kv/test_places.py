@@ -20,12 +20,17 @@ from flexgen.devices.base import SimulatedDevice
 from flexgen.errors import StorageError
 from flexgen.io.direct_io import IOPool
 from flexgen.kernels.attention import ReferenceKernels
-from flexgen.kv.cache import KVCache, PagePool, SequenceKV, group_layers, layer_index
-from flexgen.kv.disk import DiskPlace, DiskPool
-from flexgen.kv.host import HostPlace
-from flexgen.kv.place import LocalPlace, Place, View
+from flexgen.kv.cache import KVCache, SequenceKV
+from flexgen.kv.disk import DiskPlace
+from flexgen.kv.format import PlainKV
+from flexgen.kv.host import HostAttention, HostPlace
+from flexgen.kv.local import LocalPlace
+from flexgen.kv.pages import PagePool, group_layers, layer_index
+from flexgen.kv.place import Place, View
+from flexgen.kv.spill import DiskPool
 from flexgen.kv.views import KVPlan, KVSlice, is_decode
-from flexgen.models.attention import AttentionCall, LatentProjection
+from flexgen.passes.calls import AttentionCall, LatentProjection
+from flexgen.passes.geometry import KVGeometry, LayerKV
 
 HEADS, DIM, RANK, NOPE, ROPE = 4, 8, 6, 5, 3
 PAGE_TOKENS, NUM_PAGES = 4, 40
@@ -44,10 +49,9 @@ class Layer:
     latent: LatentProjection | None = None
 
     @property
-    def shape(self) -> tuple[int, int, int, int, int | None, int | None]:
-        if self.latent is not None:
-            return 1, RANK, 1, ROPE, self.window, self.chunk
-        return self.kv_heads, DIM, self.kv_heads, DIM, self.window, self.chunk
+    def geometry(self) -> KVGeometry:
+        heads, dims = (1, (RANK, ROPE)) if self.latent is not None else (self.kv_heads, (DIM, DIM))
+        return KVGeometry(key_heads=heads, key_dim=dims[0], value_heads=heads, value_dim=dims[1], window=self.window, chunk=self.chunk)
 
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -66,7 +70,8 @@ LAYERS = [
     Layer(window=1),
     Layer(),
 ]
-GROUPS = group_layers([(index, layer.shape) for index, layer in enumerate(LAYERS)], PAGE_TOKENS, torch.float64)
+KV = [LayerKV(layer=index, geometry=layer.geometry, flops_per_pair=1.0) for index, layer in enumerate(LAYERS)]
+GROUPS = group_layers(KV, PAGE_TOKENS, PlainKV(torch.float64))
 
 
 class Conversation:
@@ -170,7 +175,7 @@ def attend(view: View, index: int, batch: list[Piece]) -> object:
         value=packed(lambda each: each.value[index]), new=new, scaling=SCALING, softcap=layer.softcap, sinks=layer.sinks,
         window=layer.window, chunk=layer.chunk, latent=layer.latent,
     )  # fmt: skip
-    return view.attend(call, new)
+    return view.attend(call)
 
 
 def finished(answer: object) -> torch.Tensor:
@@ -197,17 +202,21 @@ def open_local(folder: Path) -> Bench:
     return Bench(place, KVCache(GROUPS, {"host": pool}), "host")
 
 
+def host_attention(device: SimulatedDevice | None) -> HostAttention:
+    return HostAttention(GROUPS, ReferenceKernels(), ReferenceKernels(), device, nothing, "flexgen-test-attention")
+
+
 def open_host(folder: Path) -> Bench:
     device = SimulatedDevice(1 << 20, max_delay_seconds=0.0001)
     pool = PagePool(GROUPS, [NUM_PAGES] * len(GROUPS), poisoned)
-    place = HostPlace(pool, ReferenceKernels(), ReferenceKernels(), device, nothing)
+    place = HostPlace(pool, host_attention(device))
     return Bench(place, KVCache(GROUPS, {"host": pool}), "host", [device.close])
 
 
 def open_disk(folder: Path, device: SimulatedDevice | None = None, *, num_tails: int = 0) -> Bench:
     tail_bytes = num_tails * sum(group.page_bytes for group in GROUPS)
     pool, io = DiskPool(GROUPS, [NUM_PAGES] * len(GROUPS), folder, tail_bytes=tail_bytes), IOPool(2)
-    place = DiskPlace(pool, ReferenceKernels(), ReferenceKernels(), device, nothing, io, staging_bytes=4096)
+    place = DiskPlace(pool, host_attention(device), io, staging_bytes=4096)
     return Bench(place, KVCache(GROUPS, {"disk": pool}), "disk", [io.close])
 
 
@@ -279,7 +288,7 @@ def test_pages_with_tails_are_written_once(tmp_path: Path) -> None:
         bench.cache.release(each.kv)
     again = [Conversation(30, bench.cache.admit("disk")) for _ in range(3)]
     bench.run_pass([(each, 0, 5) for each in again], random.Random(0))
-    tails = bench.place.disk.tails  # type: ignore[attr-defined]
+    tails = bench.place.pool.tails  # type: ignore[attr-defined]
     assert sum(tails.slot(0, each.kv.tables[0][1]) is not None for each in again) == 2, "slots of those that ended are free again"
     bench.place.close()
     for close in bench.close:
@@ -304,8 +313,8 @@ def test_plan_counts_what_several_slices_read() -> None:
     tables = [[0, 1, 2], [0, 1, 3], [0, 4]]
     slices = [KVSlice(start=start, length=1, tables=[table] * len(GROUPS)) for start, table in zip((9, 9, 6), tables, strict=True)]
     plan = KVPlan(GROUPS, slices, torch.device("cpu"))
-    whole = next(index for index, group in enumerate(GROUPS) if group.window is None and group.chunk is None)
-    narrow = next(index for index, group in enumerate(GROUPS) if group.window == 1)
+    whole = next(index for index, group in enumerate(GROUPS) if group.geometry.window is None and group.geometry.chunk is None)
+    narrow = next(index for index, group in enumerate(GROUPS) if group.geometry.window == 1)
     assert plan.decode_tokens_shared()[whole] == 3 * PAGE_TOKENS
     assert plan.decode_tokens_shared()[narrow] == 0
 
@@ -340,7 +349,7 @@ def test_micro_batches_may_overtake_each_other(tmp_path: Path) -> None:
     first, second = (Conversation(20, bench.cache.admit("disk")) for _ in range(2))
     bench.run_pass([(first, 0, 18), (second, 0, 17)], random.Random(0))
     assert isinstance(bench.place, DiskPlace)
-    bench.place._staging_bytes = 1  # one layer of one micro-batch
+    bench.place.read_ahead._limit_bytes = 1  # one layer of one micro-batch
     batches: list[list[Piece]] = [[(first, 18, 1)], [(second, 17, 1)]]
     for batch in batches:
         assert bench.cache.reserve(batch[0][0].kv, batch[0][1] + 1)

@@ -16,9 +16,10 @@ import torch
 from flexgen.engine.schedule import Slice
 from flexgen.errors import EngineError
 from flexgen.kv.place import PendingAttention, View
-from flexgen.models.attention import AttentionCall, PassCache
-from flexgen.models.coroutine import ForwardCoroutine, Span
+from flexgen.models.attention import PassCache
+from flexgen.models.coroutine import ForwardCoroutine
 from flexgen.models.skeleton import BoundModel
+from flexgen.passes.calls import AttentionCall, Span
 from flexgen.weights.store import WeightStore
 
 FEW_ROWS = 256  # up to here odd row counts cost nothing
@@ -112,7 +113,7 @@ class MicroBatch(ForwardCoroutine):
         return self._attend(call)
 
     def _attend(self, call: AttentionCall) -> torch.Tensor:
-        answer = self.view.attend(call, call.new)
+        answer = self.view.attend(call)
         if isinstance(answer, torch.Tensor):
             return answer
         self.pending = answer

@@ -1,23 +1,22 @@
-"""KV at home on the host beside a device: next tokens are attended to on the host, prompts on the device.
+"""KV on the host beside a device: next tokens are attended to on the host, prompts on the device.
 
-q and the new k, v cross the link; the device goes on with other micro-batches meanwhile.  One worker thread takes
-jobs in order, so what a pass writes is there before a later job reads it.
+q and the new k, v cross the link; the device goes on with other micro-batches meanwhile.  One worker thread takes jobs
+in order, so that what a pass writes is there before a later job reads it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import queue
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
 
 import torch
 
-from flexgen.devices.base import Backend, Event
-from flexgen.kv.cache import KVGroup, PagePool, layer_index
-from flexgen.kv.place import NewKV, PendingAttention, View
+from flexgen.devices.base import Backend
+from flexgen.kernels.attention import AttentionKernels
+from flexgen.kv.format import KVPages
+from flexgen.kv.pages import KVGroup, PagePool, layer_index
+from flexgen.kv.place import PendingAttention, View
 from flexgen.kv.views import (
     KVPlan,
     KVSlice,
@@ -29,115 +28,40 @@ from flexgen.kv.views import (
     step_queries,
     write_new,
 )
-
-if TYPE_CHECKING:
-    from flexgen.kernels.attention import AttentionKernels as Kernels
-    from flexgen.models.attention import AttentionCall
+from flexgen.kv.worker import Link, Worker
+from flexgen.passes.calls import AttentionCall
 
 HOST = torch.device("cpu")
-MAX_JOBS = 8  # each holds the q, k and v of a micro-batch
-Pages = tuple[torch.Tensor, torch.Tensor]
+
+# Lends the pages of a layer, by the model's index, for the time of one job on the worker.
+LendPages = Callable[[int], contextlib.AbstractContextManager[KVPages]]
 
 
-class Worker:
-    """One thread that runs jobs in order; the first error is kept and raised by `drain`."""
-
-    def __init__(self, name: str) -> None:
-        self._jobs: queue.Queue[Callable[[], None] | None] = queue.Queue(maxsize=MAX_JOBS)
-        self.error: BaseException | None = None
-        self._thread = threading.Thread(target=self._work, name=name, daemon=True)
-        self._thread.start()
-
-    def submit(self, job: Callable[[], None]) -> None:
-        self._jobs.put(job)
-
-    def _work(self) -> None:
-        with torch.no_grad():
-            while (job := self._jobs.get()) is not None:
-                try:
-                    job()
-                except BaseException as error:  # noqa: BLE001 - raised by drain()
-                    self.error = self.error or error
-                finally:
-                    self._jobs.task_done()
-        self._jobs.task_done()
-
-    def drain(self) -> None:
-        """Return once all jobs have run.  Raises what one of them raised."""
-        self._jobs.join()
-        if self.error is not None:
-            raise self.error
-
-    def close(self) -> None:
-        self._jobs.put(None)
-        self._thread.join()
-
-
-class Link:
-    """Copies of whole tensors between the computing device and the host; without a device nothing is copied."""
-
-    def __init__(self, backend: Backend | None) -> None:
-        self._backend = backend
-
-    def to_host(self, *tensors: torch.Tensor) -> tuple[list[torch.Tensor], list[Event]]:
-        """Host copies, and the events after which they may be read."""
-        if self._backend is None:
-            return list(tensors), []
-        sources = [tensor.contiguous() for tensor in tensors]
-        copies = [torch.empty(source.shape, dtype=source.dtype) for source in sources]
-        return copies, [self._backend.copy_out(copy, source) for copy, source in zip(copies, sources, strict=True)]
-
-    def to_device(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A device copy, there when this returns (called on the worker)."""
-        if self._backend is None:
-            return tensor
-        copy = torch.empty(tensor.shape, dtype=tensor.dtype, device=self._backend.device)
-        self._backend.copy_in(copy, tensor.contiguous(), self._backend.marker()).wait()
-        return copy
-
-
-class HostPlace:
-    """Serves micro-batches whose pages are in host memory while computing is elsewhere.
+class HostAttention:
+    """Attends on a worker thread to pages in host memory, while computing is elsewhere.
 
     Args:
-        kernels: of the host. device_kernels: of the device, for prompts. notify: wakes the ready loop.
+        groups: The layer groups.
+        kernels: Of the host.
+        device_kernels: Of the computing device, for prompts.
+        backend: The computing device; None where that is the host.
+        notify: Wakes the ready loop.
+        worker: Name of the thread.
     """
 
-    chunks = True
-    mixes = False
-
     def __init__(
-        self, pool: PagePool, kernels: Kernels, device_kernels: Kernels, backend: Backend | None, notify: Callable[[], None]
-    ) -> None:
-        self._share(pool.groups, kernels, device_kernels, backend, notify, "flexgen-host-attention")
-        self.pool = pool
-
-    def _share(
-        self, groups: Sequence[KVGroup], kernels: Kernels, device_kernels: Kernels, backend: Backend | None,
+        self, groups: Sequence[KVGroup], kernels: AttentionKernels, device_kernels: AttentionKernels, backend: Backend | None,
         notify: Callable[[], None], worker: str,
     ) -> None:  # fmt: skip
-        """What every place has whose attention runs on a worker."""
         self.kernels, self.device_kernels = kernels, device_kernels
-        self.device = backend.device if backend is not None else HOST
         self.link, self.notify = Link(backend), notify
         self.where = layer_index(groups)
         self.worker = Worker(worker)
+        self._groups, self._device = groups, backend.device if backend is not None else HOST
 
-    def view(self, slices: Sequence[KVSlice]) -> HostView:
-        groups = self.pool.groups
-        return HostView(self, KVPlan(groups, slices, HOST), KVPlan(groups, slices, self.device))
-
-    @contextlib.contextmanager
-    def pages(self, view: HostView, layer: int) -> Iterator[Pages]:
-        """A layer's key and value pages, for the time of one job on the worker."""
-        group, index = self.where[layer]
-        yield self.pool.keys[group][index], self.pool.values[group][index]
-
-    def begin_pass(self, views: Sequence[View]) -> None:
-        pass
-
-    def finish_pass(self) -> None:
-        self.worker.drain()
+    def view(self, slices: Sequence[KVSlice], lend: LendPages) -> HostView:
+        """A view of pages that are lent layer by layer."""
+        return HostView(self, KVPlan(self._groups, slices, HOST), KVPlan(self._groups, slices, self._device), lend)
 
     def close(self) -> None:
         self.worker.close()
@@ -145,70 +69,91 @@ class HostPlace:
         self.device_kernels.close()
 
 
-class HostView:
-    """One micro-batch: all next tokens, or all prompts.
+class HostPlace:
+    """Serves micro-batches whose pages are in host memory.
 
-    Attributes:
-        plan: index tensors on the host, beside the pages. device_plan: the same beside the computing.
+    Args:
+        pool: The pages.
+        attention: Attends to them.
     """
 
-    def __init__(self, place: HostPlace, plan: KVPlan, device_plan: KVPlan) -> None:
-        self._place, self.plan, self.device_plan = place, plan, device_plan
+    chunks = True
+    mixes = False
 
-    def attend(self, call: AttentionCall, new: NewKV) -> torch.Tensor | PendingAttention:
-        if self.plan.prefills:
-            return self._attend_prompts(call, new)
-        return self._attend_steps(call, new)
+    def __init__(self, pool: PagePool, attention: HostAttention) -> None:
+        self.pool, self._attention = pool, attention
 
-    def _attend_steps(self, call: AttentionCall, new: NewKV) -> PendingAttention:
-        place, plan = self._place, self.plan
-        tensors = [step_queries(call, plan.num_decodes), *(new or ()), *([call.sinks] if call.sinks is not None else [])]
-        copies, events = place.link.to_host(*tensors)
+    def view(self, slices: Sequence[KVSlice]) -> HostView:
+        return self._attention.view(slices, lambda layer: contextlib.nullcontext(self.pool.pages[layer]))
+
+    def begin_pass(self, views: Sequence[View]) -> None:
+        pass
+
+    def finish_pass(self) -> None:
+        self._attention.worker.drain()
+
+    def close(self) -> None:
+        self._attention.close()
+
+
+class HostView:
+    """A micro-batch of next tokens only, or of prompts only.
+
+    Attributes:
+        plan: Index tensors on the host, beside the pages.
+        device_plan: The same beside the computing.
+    """
+
+    def __init__(self, attention: HostAttention, plan: KVPlan, device_plan: KVPlan, lend: LendPages) -> None:
+        self._attention, self.plan, self.device_plan, self._lend = attention, plan, device_plan, lend
+
+    def attend(self, call: AttentionCall) -> torch.Tensor | PendingAttention:
+        group, _ = self._attention.where[call.layer]
+        return self._attend_prompts(call, group) if self.plan.prefills else self._attend_steps(call, group)
+
+    def _attend_steps(self, call: AttentionCall, group: int) -> PendingAttention:
+        attention, plan = self._attention, self.plan.groups[group]
+        new, sinks = call.new or (), () if call.sinks is None else (call.sinks,)
+        copies = attention.link.to_host(step_queries(call, plan.num_steps), *new, *sinks)
         pending = PendingSteps(call)
 
         def job() -> None:
-            for event in events:
-                event.wait()
-            group, _ = place.where[call.layer]
-            with place.pages(self, call.layer) as pages:
-                if new is not None:
-                    write_new(place.kernels, plan, group, copies[1], copies[2], pages)
-                here = dataclasses.replace(call, sinks=copies[-1] if call.sinks is not None else None)
-                attended = attend_steps(place.kernels, plan, group, here, copies[0], pages)
-            pending.finish(place.link.to_device(attended))
-            place.notify()
+            with copies as (query, *others), self._lend(call.layer) as pages:
+                if call.new is not None:
+                    write_new(attention.kernels, plan, (others[0], others[1]), pages)
+                here = dataclasses.replace(call, sinks=others[-1] if call.sinks is not None else None)
+                attended = attend_steps(attention.kernels, plan, here, query, pages)
+            pending.finish(attention.link.to_device(attended))
+            attention.notify()
 
-        place.worker.submit(_reporting(job, pending, place.notify))
+        attention.worker.submit(_reporting(job, pending, attention.notify))
         return pending
 
-    def _attend_prompts(self, call: AttentionCall, new: NewKV) -> torch.Tensor | PendingAttention:
+    def _attend_prompts(self, call: AttentionCall, group: int) -> torch.Tensor | PendingAttention:
         """Prompts attend on the device; their keys and values go to the pages, what they go on from comes from there."""
-        place, plan = self._place, self.plan
-        group, _ = place.where[call.layer]
-        continued = any(each.start > 0 for each in plan.prefills)
-        copies, events = place.link.to_host(*(new or ()))
-        pending = PendingPrompts(self, call)
+        attention, plan = self._attention, self.plan.groups[group]
+        continued = any(each.start > 0 for each in self.plan.prefills)
+        copies = attention.link.to_host(*(call.new or ()))
+        pending = PendingPrompts(self, call, group)
 
         def job() -> None:
-            for event in events:
-                event.wait()
-            with place.pages(self, call.layer) as pages:
-                if new is not None:  # first: a prompt may go on from what another of this micro-batch stores
-                    write_new(place.kernels, plan, group, copies[0], copies[1], pages)
+            with copies as new, self._lend(call.layer) as pages:
+                if call.new is not None:  # first: a prompt may go on from what another of this micro-batch stores
+                    write_new(attention.kernels, plan, (new[0], new[1]), pages)
                 if continued:
-                    past = [gather_past(place.kernels, plan, group, index, pages) for index in range(len(plan.prefills))]
-                    pending.past = [each and (place.link.to_device(each[0]), place.link.to_device(each[1])) for each in past]
+                    past = gather_past(attention.kernels, plan, pages, call.query.dtype)
+                    pending.past = [each and (attention.link.to_device(each[0]), attention.link.to_device(each[1])) for each in past]
                     pending.finish(None)
-                    place.notify()
+                    attention.notify()
 
-        if continued or new is not None:
-            place.worker.submit(_reporting(job, pending, place.notify))
-        return pending if continued else self._on_device(call, [None] * len(plan.prefills))
+        if continued or call.new is not None:
+            attention.worker.submit(_reporting(job, pending, attention.notify))
+        return pending if continued else self.attend_on_device(call, group, [None] * len(plan.prompts))
 
-    def _on_device(self, call: AttentionCall, past: Sequence[Past]) -> torch.Tensor:
-        out = call.query.new_empty(1, call.query.shape[2], call.query.shape[1], call.value.shape[3])
-        group, _ = self._place.where[call.layer]
-        attend_prompts(self._place.device_kernels, self.device_plan, group, call, past, out)
+    def attend_on_device(self, call: AttentionCall, group: int, past: Sequence[Past]) -> torch.Tensor:
+        """Attention of the prompts, given what they see of the tokens stored before them."""
+        out = call.new_output()
+        attend_prompts(self._attention.device_kernels, self.device_plan.groups[group], call, past, out)
         return out
 
 
@@ -226,15 +171,15 @@ class PendingSteps(PendingAttention):
 class PendingPrompts(PendingAttention):
     """Past keys and values on their way to the device; the attention itself runs when they are there."""
 
-    def __init__(self, view: HostView, call: AttentionCall) -> None:
+    def __init__(self, view: HostView, call: AttentionCall, group: int) -> None:
         super().__init__()
-        self._view, self._call = view, call
+        self._view, self._call, self._group = view, call, group
         self.past: list[Past] = []
 
     def result(self) -> torch.Tensor:
         if self.error is not None:
             raise self.error
-        return self._view._on_device(self._call, self.past)
+        return self._view.attend_on_device(self._call, self._group, self.past)
 
 
 def _reporting(job: Callable[[], None], pending: PendingAttention, notify: Callable[[], None]) -> Callable[[], None]:

@@ -14,13 +14,14 @@ import torch
 
 from flexgen.checkpoint.parameters import Checkpoint, check_supported_number_format
 from flexgen.formats.low_bit import decoded_headers
+from flexgen.kv.format import KVFormat, PlainKV
 from flexgen.models.describe import model_spec
 from flexgen.models.layouts import lay_out, trace_config
 from flexgen.models.refusals import check_supported_architecture
 from flexgen.models.rope import recompute_length, rope_regime
 from flexgen.models.skeleton import BoundModel
-from flexgen.models.tracing import LayerKV
 from flexgen.models.units import module_plans
+from flexgen.passes.geometry import LayerKV
 from flexgen.plan.model import ModelSpec
 from flexgen.weights.rows import RowTable
 from flexgen.weights.unit import UnitLayout
@@ -34,6 +35,7 @@ class LoadedModel:
         bound: the skeleton with its hooks. layouts: what streams, in order.
         residents: small tensors and buffers that always live on the device, as one layout.
         tables: embeddings whose rows are gathered. layers: KV per attention layer. spec: for the planner.
+        dtype: to compute in. kv_format: how keys and values are kept.
         recompute_length: when a sequence has more tokens than this for the first time, its keys change and are computed anew.
         rope_regime: length of a prompt -> what its keys depend on besides its tokens.
         unused_bytes: stored parameters that text does not need, such as those of vision towers.
@@ -46,24 +48,29 @@ class LoadedModel:
     layers: tuple[LayerKV, ...]
     spec: ModelSpec
     dtype: torch.dtype
+    kv_format: KVFormat
     total_bytes: int
     recompute_length: int | None
     rope_regime: Callable[[int], Hashable]
     unused_bytes: int
 
 
-def load_model(folder: Path, config: Any, dtype: torch.dtype, *, unit_bytes: int | None = None) -> LoadedModel:
+def load_model(
+    folder: Path, config: Any, dtype: torch.dtype, *, unit_bytes: int | None = None, kv_format: KVFormat | None = None
+) -> LoadedModel:
     """Describe the model in `folder`.
 
     Args:
         config: its transformers config. dtype: to compute in.
         unit_bytes: size of a unit; None chooses.
+        kv_format: how keys and values are kept; None for plain numbers of `dtype`.
 
     Raises:
         ModelError: when the architecture, the number format or the files cannot be served.
     """
     check_supported_number_format(config)
     check_supported_architecture(config)
+    kv_format = kv_format or PlainKV(dtype)
     checkpoint = Checkpoint(folder)
     model, sources, trace = trace_config(config, dtype, checkpoint)
     layouts = lay_out(model, trace, sources, dtype, unit_bytes)
@@ -73,8 +80,9 @@ def load_model(folder: Path, config: Any, dtype: torch.dtype, *, unit_bytes: int
         residents=layouts.residents,
         tables=layouts.tables,
         layers=trace.layers,
-        spec=model_spec(config, layouts, trace, decoded_headers(checkpoint, None, dtype), name=folder.name),
+        spec=model_spec(config, layouts, trace, decoded_headers(checkpoint, None, dtype), name=folder.name, kv_format=kv_format),
         dtype=dtype,
+        kv_format=kv_format,
         total_bytes=checkpoint.total_bytes,
         recompute_length=recompute_length(config),
         rope_regime=rope_regime(config),

@@ -14,10 +14,12 @@ from flexgen.checkpoint.sources import Piece
 from flexgen.errors import UnsupportedModelError
 from flexgen.formats.low_bit import DecodedHeaders, decoded_headers, dtype_name, published_format
 from flexgen.io.direct_io import plan_extents
+from flexgen.kv.format import KVFormat, PlainKV
 from flexgen.models.layouts import Layouts, lay_out, trace_config
 from flexgen.models.refusals import check_supported_architecture
-from flexgen.models.tracing import LayerKV, ModelTrace
+from flexgen.models.tracing import ModelTrace
 from flexgen.models.units import UnitPart
+from flexgen.passes.geometry import by_geometry
 from flexgen.plan.model import KVGroupSpec, ModelSpec, UnitSpec
 from flexgen.weights.unit import UnitLayout
 
@@ -38,7 +40,7 @@ def describe_headers(headers: Headers, config: Any, dtype: torch.dtype, *, name:
     decoded = decoded_headers(headers, published_format(config), dtype)
     model, sources, trace = trace_config(_without_quantization(config), dtype, decoded.headers)
     layouts = lay_out(model, trace, sources, dtype, unit_bytes=None)
-    return model_spec(config, layouts, trace, decoded, name=name)
+    return model_spec(config, layouts, trace, decoded, name=name, kv_format=PlainKV(dtype))
 
 
 def describe_config(config: Any, dtype: torch.dtype, *, stored: torch.dtype, name: str, shard_bytes: int = SHARD_BYTES) -> ModelSpec:
@@ -66,17 +68,14 @@ def _without_quantization(config: Any) -> Any:
     return plain
 
 
-def model_spec(config: Any, layouts: Layouts, trace: ModelTrace, decoded: DecodedHeaders, *, name: str) -> ModelSpec:
+def model_spec(config: Any, layouts: Layouts, trace: ModelTrace, decoded: DecodedHeaders, *, name: str, kv_format: KVFormat) -> ModelSpec:
     """What the planner needs to know of a model that was laid out.
 
     Raises:
         UnsupportedModelError: when the config states no context length.
     """
     text = config.get_text_config(decoder=True)
-    sources, itemsize = layouts.sources, layouts.sources.dtype("").itemsize
-    groups: dict[tuple[int | None, ...], list[LayerKV]] = {}
-    for layer in trace.layers:
-        groups.setdefault(layer.group, []).append(layer)
+    sources = layouts.sources
     context = getattr(text, "max_position_embeddings", None)
     if not isinstance(context, int):
         raise UnsupportedModelError(f"model type {config.model_type!r} states no max_position_embeddings")
@@ -92,11 +91,11 @@ def model_spec(config: Any, layouts: Layouts, trace: ModelTrace, decoded: Decode
         kv_groups=tuple(
             KVGroupSpec(
                 num_layers=len(members),
-                bytes_per_token=members[0].elements_per_token * itemsize,
+                bytes_per_token=kv_format.key_bytes(geometry) + kv_format.value_bytes(geometry),
                 attention_flops_per_pair=sum(each.flops_per_pair for each in members) / len(members),
-                window=members[0].window or members[0].chunk,
+                window=geometry.reach,
             )
-            for members in groups.values()
+            for geometry, members in by_geometry(trace.layers).items()
         ),
         resident_bytes=layouts.residents.packed_bytes,
         embedding_bytes=sum(table.num_rows * table.row_elements * table.dtype.itemsize for table in untied),

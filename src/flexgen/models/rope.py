@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from flexgen.errors import CheckpointError
-from flexgen.models.coroutine import Span, current_forward
+from flexgen.models.coroutine import current_forward
+from flexgen.passes.calls import Span
 
 RECOMPUTING = frozenset({"phi3", "phi4_multimodal", "phimoe"})
 
