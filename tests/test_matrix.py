@@ -165,7 +165,7 @@ class Run:
             size = sum(count * group.page_bytes for count, group in zip(pool.num_pages, cache.groups, strict=True))
             assert cache.peak_bytes[tier] <= size <= granted[tier]
             assert cache.used_bytes[tier] == 0
-            free = [pages.num_free for pages in pool._free]  # type: ignore[attr-defined]
+            free = [pages.num_free for pages in pool.free]
             assert free == pool.num_pages, "every page came back"
         if self.backend is not None:
             homes = zip(self.engine.runner.model.layouts, self.engine.runner.homes, strict=True)

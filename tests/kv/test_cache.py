@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from flexgen.errors import EngineError
 from flexgen.kv.cache import KVCache
 from flexgen.kv.format import PlainKV
-from flexgen.kv.pages import KVGroup, PageList, PagePool, divide_pool, group_layers, layer_index
+from flexgen.kv.pages import KVGroup, PageList, PagePool, Pool, divide_pool, group_layers, layer_index
 from flexgen.passes.geometry import KVGeometry, LayerKV
 
 NUM_PAGES = 20
@@ -67,21 +67,7 @@ def group(window: int | None = None, chunk: int | None = None, *, layers: int = 
     )  # fmt: skip
 
 
-class Pages:
-    """A pool without memory."""
-
-    def __init__(self, num_pages: list[int]) -> None:
-        self.num_pages = num_pages
-        self.free = [PageList(count) for count in num_pages]
-
-    def take(self, group: int, count: int) -> list[int] | None:
-        return self.free[group].take(count)
-
-    def give_back(self, group: int, pages: list[int]) -> None:
-        self.free[group].give_back(pages)
-
-
-def check_accounts(cache: KVCache, pool: Pages, live: list[list]) -> None:
+def check_accounts(cache: KVCache, pool: Pool, live: list[list]) -> None:
     """Every page is free or held, is counted once, and nothing is missing that is still seen; `live` has [kv, length]."""
     held_bytes = 0
     for index, each in enumerate(cache.groups):
@@ -94,7 +80,7 @@ def check_accounts(cache: KVCache, pool: Pages, live: list[list]) -> None:
     assert cache.used_bytes["host"] == held_bytes <= cache.peak_bytes["host"]
 
 
-def check_release(cache: KVCache, pool: Pages, live: list[list]) -> None:
+def check_release(cache: KVCache, pool: Pool, live: list[list]) -> None:
     """All pages are free once all sequences are released."""
     for kv, _ in live:
         cache.release(kv)
@@ -128,7 +114,7 @@ def test_what_is_seen_and_what_is_held(group: KVGroup) -> None:
     st.lists(st.sampled_from(GROUPS), min_size=1, max_size=3),
 )
 def test_sequences_never_share_lose_or_double_a_page(steps: list[tuple[str, int, int]], groups: list[KVGroup]) -> None:
-    pool = Pages([12, 9, 7][: len(groups)])
+    pool = Pool(groups, [12, 9, 7][: len(groups)])
     cache = KVCache(groups, {"host": pool})
     live: list[list] = []  # [kv, length]
     for action, which, tokens in steps:
@@ -162,7 +148,7 @@ def test_sequences_never_share_lose_or_double_a_page(steps: list[tuple[str, int,
 )
 def test_forks_share_what_their_queries_see(steps: list[tuple[str, int, int]], groups: list[KVGroup]) -> None:
     """A page comes free with the last sequence that holds it, and is counted once."""
-    pool = Pages([12, 9, 7][: len(groups)])
+    pool = Pool(groups, [12, 9, 7][: len(groups)])
     cache = KVCache(groups, {"host": pool})
     live: list[list] = []  # [kv, length]
     for action, which, tokens in steps:
@@ -193,8 +179,9 @@ def test_forks_share_what_their_queries_see(steps: list[tuple[str, int, int]], g
 
 
 def test_trimming_frees_what_lies_behind_the_window() -> None:
-    pool = Pages([10])
-    cache = KVCache([group(window=6)], {"host": pool})
+    groups = [group(window=6)]
+    pool = Pool(groups, [10])
+    cache = KVCache(groups, {"host": pool})
     kv = cache.admit("host")
     assert cache.reserve(kv, 20)
     cache.trim(kv, 20)  # the next query is at 20 and sees from 15

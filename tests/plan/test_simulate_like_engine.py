@@ -12,7 +12,7 @@ from flexgen.engine.schedule import SCHEDULES, Limits, Quota
 from flexgen.engine.sequence import Sequence
 from flexgen.kv.cache import KVCache
 from flexgen.kv.format import PlainKV
-from flexgen.kv.pages import KVGroup, PageList
+from flexgen.kv.pages import KVGroup, Pool
 from flexgen.passes.geometry import KVGeometry
 from flexgen.plan.model import KVGroupSpec
 from flexgen.plan.play.simulate import simulate
@@ -23,19 +23,6 @@ from flexgen.request import TokenRequest
 TOKEN_BYTES = 2 * 16  # of KV, over two layers
 
 
-class Pages:
-    """A pool of one group without memory."""
-
-    def __init__(self, count):
-        self.num_pages, self._free = [count], PageList(count)
-
-    def take(self, group, count):
-        return self._free.take(count)
-
-    def give_back(self, group, pages):
-        self._free.give_back(pages)
-
-
 def engine_passes(policy, workload):
     """(prompt tokens, next tokens) of each pass, by the engine's parts."""
     group = KVGroup(
@@ -43,7 +30,7 @@ def engine_passes(policy, workload):
         page_tokens=policy.page_tokens, format=PlainKV(torch.bfloat16),
     )  # fmt: skip
     sizes = {tier: getattr(policy, f"kv_{tier}_bytes") for tier in ("device", "host", "disk")}
-    cache = KVCache((group,), {tier: Pages(size // group.page_bytes) for tier, size in sizes.items() if size})
+    cache = KVCache((group,), {tier: Pool((group,), [size // group.page_bytes]) for tier, size in sizes.items() if size})
     admission = Admission(cache, Homes({tier: getattr(policy.kv, tier) for tier in cache.pools}), PrefixStore(cache))
     limits, quota = Limits(max_num_seqs=policy.max_num_seqs, micro_batch_tokens=policy.micro_batch_tokens), Quota(policy.prefill_tokens)
     waiting, live, passes = [], [], []

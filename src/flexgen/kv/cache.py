@@ -9,9 +9,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
-from flexgen.kv.pages import KVGroup
+from flexgen.kv.pages import KVGroup, Pool
 
 
 @dataclass(slots=True)
@@ -27,22 +26,6 @@ class SequenceKV:
     home: str
     tables: list[list[int]]
     freed: list[int] = field(default_factory=list)
-
-
-class Pool(Protocol):
-    """The pages of one tier.
-
-    Attributes:
-        num_pages: Per group.
-    """
-
-    num_pages: list[int]
-
-    def take(self, group: int, count: int) -> list[int] | None:
-        """So many page ids, or None (and nothing taken) when there are too few."""
-        ...
-
-    def give_back(self, group: int, pages: Sequence[int]) -> None: ...
 
 
 class KVCache:

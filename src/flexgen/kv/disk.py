@@ -15,7 +15,7 @@ from flexgen.io.direct_io import IOPool, Ticket
 from flexgen.kv.format import KVPages
 from flexgen.kv.host import HostAttention, HostView
 from flexgen.kv.pages import layer_index
-from flexgen.kv.place import PendingAttention, View
+from flexgen.kv.place import PendingAttention, Place, View
 from flexgen.kv.read_ahead import ReadAhead
 from flexgen.kv.slots import BatchSlots
 from flexgen.kv.spill import DiskPool, StagedLayer
@@ -23,7 +23,7 @@ from flexgen.kv.views import KVSlice
 from flexgen.passes.calls import AttentionCall
 
 
-class DiskPlace:
+class DiskPlace(Place):
     """Serves micro-batches whose pages are on disk.
 
     Args:

@@ -19,7 +19,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from flexgen.kernels.attention import AttentionKernels
+from flexgen.kernels.reference import AttentionKernels
 from flexgen.passes.calls import AttentionCall
 from flexgen.passes.geometry import KVGeometry
 

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 
 import torch
 
-from flexgen.kernels.attention import AttentionKernels
+from flexgen.kernels.reference import AttentionKernels
 from flexgen.kv.pages import PagePool, layer_index
-from flexgen.kv.place import View
-from flexgen.kv.views import KVPlan, KVSlice, attend, write_new
+from flexgen.kv.place import Place
+from flexgen.kv.views import KVPlan, KVSlice
 from flexgen.passes.calls import AttentionCall
 
 
-class LocalPlace:
+class LocalPlace(Place):
     """Serves micro-batches whose pages are in the memory of the computing device.
 
     Args:
@@ -32,12 +32,6 @@ class LocalPlace:
     def view(self, slices: Sequence[KVSlice]) -> LocalView:
         return LocalView(self, KVPlan(self.pool.groups, slices, self.device))
 
-    def begin_pass(self, views: Sequence[View]) -> None:
-        pass
-
-    def finish_pass(self) -> None:
-        pass
-
     def close(self) -> None:
         self.kernels.close()
 
@@ -52,5 +46,5 @@ class LocalView:
         kernels, pages = self._place.kernels, self._place.pool.pages[call.layer]
         plan = self.plan.groups[self._place.where[call.layer][0]]
         if call.new is not None:
-            write_new(kernels, plan, call.new, pages)
-        return attend(kernels, plan, call, pages)
+            plan.write(kernels, call.new, pages)
+        return plan.attend(kernels, call, pages)

@@ -12,12 +12,13 @@ import torch
 from flexgen.devices.base import Backend
 from flexgen.errors import EngineError
 from flexgen.io.direct_io import IOPool
-from flexgen.kernels.attention import AttentionKernels, attention_kernels
-from flexgen.kv.cache import KVCache, Pool
+from flexgen.kernels.attention import attention_kernels
+from flexgen.kernels.reference import AttentionKernels
+from flexgen.kv.cache import KVCache
 from flexgen.kv.disk import DiskPlace
 from flexgen.kv.host import HOST, HostAttention, HostPlace
 from flexgen.kv.local import LocalPlace
-from flexgen.kv.pages import KVGroup, PagePool, divide_pool
+from flexgen.kv.pages import KVGroup, PagePool, Pool, divide_pool
 from flexgen.kv.place import Place
 from flexgen.kv.spill import DiskPool
 from flexgen.plan.policy import Policy
@@ -72,7 +73,7 @@ def _open_device(setup: KVSetup) -> Opened:
 
 
 def _open_host(setup: KVSetup) -> Opened:
-    pool = PagePool(setup.groups, setup.num_pages(setup.policy.kv_host_bytes), lambda size: torch.empty(size, dtype=torch.uint8))
+    pool = PagePool(setup.groups, setup.num_pages(setup.policy.kv_host_bytes))
     if setup.backend is None:
         return pool, LocalPlace(pool, setup.kernels(HOST), HOST)
     return pool, HostPlace(pool, setup.host_attention("flexgen-host-attention"))

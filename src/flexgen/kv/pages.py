@@ -100,6 +100,14 @@ def divide_pool(groups: Sequence[KVGroup], pool_bytes: int, longest: int) -> lis
     return [whole + share for whole, share in zip(first, shared, strict=True)]
 
 
+Allocate = Callable[[int], torch.Tensor]  # makes a uint8 tensor of so many bytes
+
+
+def allocate_memory(size_bytes: int) -> torch.Tensor:
+    """Plain host memory."""
+    return torch.empty(size_bytes, dtype=torch.uint8)
+
+
 class PageMemory:
     """Memory for `count` pages of a group in some of its layers, keys and values apart.
 
@@ -114,7 +122,7 @@ class PageMemory:
         values: uint8 (layers, pages, bytes of a page's values).
     """
 
-    def __init__(self, group: KVGroup, num_layers: int, count: int, allocate: Callable[[int], torch.Tensor]) -> None:
+    def __init__(self, group: KVGroup, num_layers: int, count: int, allocate: Allocate) -> None:
         self._group = group
         key_bytes, value_bytes = num_layers * count * group.key_page_bytes, num_layers * count * group.value_page_bytes
         begin = align_up(key_bytes, VALUES_ALIGNMENT)
@@ -127,26 +135,40 @@ class PageMemory:
         return self._group.format.pages(self.keys[layer], self.values[layer], self._group.geometry, self._group.page_tokens)
 
 
-class PagePool:
-    """The pages of one tier that computing or kernels can reach directly.
+class Pool:
+    """Which pages of a tier are free.
 
     Attributes:
+        groups: The layer groups.
         num_pages: Per group.
+        free: Per group.
+    """
+
+    def __init__(self, groups: Sequence[KVGroup], num_pages: Sequence[int]) -> None:
+        self.groups, self.num_pages = tuple(groups), list(num_pages)
+        self.free = [PageList(count) for count in num_pages]
+
+    def take(self, group: int, count: int) -> list[int] | None:
+        """So many page ids, or None (and nothing taken) when there are too few."""
+        return self.free[group].take(count)
+
+    def give_back(self, group: int, pages: Sequence[int]) -> None:
+        """Make page ids free again."""
+        self.free[group].give_back(pages)
+
+
+class PagePool(Pool):
+    """The pages of a tier that computing or kernels can reach directly.
+
+    Attributes:
         memory: Per group.
         pages: The model's layer index -> that layer's pages.
     """
 
-    def __init__(self, groups: Sequence[KVGroup], num_pages: Sequence[int], allocate: Callable[[int], torch.Tensor]) -> None:
-        self.groups, self.num_pages = tuple(groups), list(num_pages)
+    def __init__(self, groups: Sequence[KVGroup], num_pages: Sequence[int], allocate: Allocate = allocate_memory) -> None:
+        super().__init__(groups, num_pages)
         self.memory = [PageMemory(group, len(group.layers), count, allocate) for group, count in zip(groups, num_pages, strict=True)]
         self.pages = {layer: self.memory[group].pages(place) for layer, (group, place) in layer_index(groups).items()}
-        self._free = [PageList(count) for count in num_pages]
-
-    def take(self, group: int, count: int) -> list[int] | None:
-        return self._free[group].take(count)
-
-    def give_back(self, group: int, pages: Sequence[int]) -> None:
-        self._free[group].give_back(pages)
 
 
 class PageList:

@@ -7,8 +7,8 @@ the ready loop polls.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
 
@@ -33,11 +33,9 @@ class Place(Protocol):
 
     def begin_pass(self, views: Sequence[View]) -> None:
         """Take note of all views of the coming pass, in the order in which they will run."""
-        ...
 
     def finish_pass(self) -> None:
         """Return once everything that the pass wrote has reached its home."""
-        ...
 
     def close(self) -> None:
         """End the threads, and free the memory and the file."""
@@ -59,23 +57,27 @@ class View(Protocol):
 
 
 class PendingAttention:
-    """Attention that another thread computes."""
+    """Attention that another thread computes.
 
-    def __init__(self) -> None:
+    Args:
+        complete: Makes the result of what the other thread has found, on the thread that asks for it.
+    """
+
+    def __init__(self, complete: Callable[[Any], torch.Tensor]) -> None:
+        self._complete = complete
         self._event = threading.Event()
-        self._result: torch.Tensor | None = None
-        self.error: BaseException | None = None
+        self._found: Any = None
+        self._error: BaseException | None = None
 
     def done(self) -> bool:
         return self._event.is_set()
 
-    def finish(self, result: torch.Tensor | None, error: BaseException | None = None) -> None:
-        self._result, self.error = result, error
+    def finish(self, found: Any, error: BaseException | None = None) -> None:
+        self._found, self._error = found, error
         self._event.set()
 
     def result(self) -> torch.Tensor:
         """What was computed; raises what failed."""
-        if self.error is not None:
-            raise self.error
-        assert self._result is not None
-        return self._result
+        if self._error is not None:
+            raise self._error
+        return self._complete(self._found)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from flexgen.io.direct_io import ALIGNMENT, AlignedBuffer, File, Ticket
-from flexgen.kv.pages import KVGroup, PageList, PageMemory
+from flexgen.kv.pages import KVGroup, PageMemory, Pool
 from flexgen.kv.slots import StagedPage
 from flexgen.kv.tails import Tails
 
@@ -33,7 +33,7 @@ class StagedLayer:
         self.memory = PageMemory(group, 1, num_slots, lambda size: AlignedBuffer(size).tensor)
         self.pages = self.memory.pages(0)
         self.ticket: Ticket | None = None
-        self._views = tuple(memoryview(each.view(-1).numpy()) for each in (self.memory.keys, self.memory.values))
+        self._views = tuple(each.view(-1).numpy().data for each in (self.memory.keys, self.memory.values))
 
     def bytes_of(self, start: int, count: int) -> tuple[memoryview, memoryview]:
         """The memory of keys and of values in `count` slots from `start` on."""
@@ -42,7 +42,7 @@ class StagedLayer:
         return keys, values
 
 
-class DiskPool:
+class DiskPool(Pool):
     """Pages in a spill file: for each group, each layer's key pages, then its value pages.
 
     Args:
@@ -56,7 +56,7 @@ class DiskPool:
     def __init__(
         self, groups: Sequence[KVGroup], num_pages: Sequence[int], folder: Path, *, tail_bytes: int = 0, verify: bool = False
     ) -> None:
-        self.groups, self.num_pages = tuple(groups), list(num_pages)
+        super().__init__(groups, num_pages)
         self.tails = Tails(groups, tail_bytes)
         odd = [size for group in groups for size in (group.key_page_bytes, group.value_page_bytes) if size % ALIGNMENT]
         if odd:
@@ -69,14 +69,10 @@ class DiskPool:
             self._bases.append(total)
             total += count * group.page_bytes
         self.file.truncate(total)
-        self._free = [PageList(count) for count in num_pages]
-
-    def take(self, group: int, count: int) -> list[int] | None:
-        return self._free[group].take(count)
 
     def give_back(self, group: int, pages: Sequence[int]) -> None:
         self.tails.forget(group, pages)
-        self._free[group].give_back(pages)
+        super().give_back(group, pages)
 
     def parts(self, group: int, place: int, staged: StagedLayer, pages: Sequence[StagedPage]) -> list[tuple[File, int, memoryview]]:
         """Ranges of the file and their memory, for some pages of a layer; neighbours in both are joined.

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from flexgen.kv.pages import KVGroup, PageMemory
+from flexgen.kv.pages import KVGroup, PageMemory, allocate_memory
 
 Moves = tuple[torch.Tensor, torch.Tensor]  # (rows of staging, slots here)
 
@@ -23,7 +23,7 @@ class Tails:
 
     def __init__(self, groups: Sequence[KVGroup], num_bytes: int) -> None:
         count = num_bytes // max(sum(group.page_bytes for group in groups), 1)
-        self._memory = [PageMemory(group, len(group.layers), count, _allocate) for group in groups]
+        self._memory = [PageMemory(group, len(group.layers), count, allocate_memory) for group in groups]
         self._free = [list(range(count)) for _ in groups]
         self._slots: list[dict[int, int]] = [{} for _ in groups]  # page -> slot
 
@@ -66,7 +66,3 @@ class Tails:
             here = self._memory[group]
             here.keys[place].index_copy_(0, slots, staging.keys[0].index_select(0, rows))
             here.values[place].index_copy_(0, slots, staging.values[0].index_select(0, rows))
-
-
-def _allocate(size_bytes: int) -> torch.Tensor:
-    return torch.empty(size_bytes, dtype=torch.uint8)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from flexgen.kernels.attention import AttentionKernels
+from flexgen.kernels.reference import AttentionKernels
 from flexgen.kv.format import KVPages, Steps
 from flexgen.kv.pages import KVGroup
 from flexgen.passes.calls import AttentionCall, KeyValue, LatentProjection
@@ -56,7 +56,10 @@ class PromptPlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupPlan:
-    """Index tensors of a micro-batch in one layer group.
+    """Index tensors of a micro-batch in one layer group, and attention by them.
+
+    Next tokens are attended to in three steps (`step_queries`, `attend_steps`, `step_outputs`), so that the middle one
+    can run where the pages are.
 
     Attributes:
         page_ids: int64 (tokens,), the page of each new token.
@@ -72,6 +75,50 @@ class GroupPlan:
     steps: Steps
     prompts: tuple[PromptPlan, ...]
 
+    def write(self, kernels: AttentionKernels, new: KeyValue, pages: KVPages) -> None:
+        """Store the micro-batch's new keys and values (1, heads, tokens, dim)."""
+        key, value = new
+        pages.write(kernels, key[0].transpose(0, 1), value[0].transpose(0, 1), self.page_ids, self.page_offsets)
+
+    def attend(self, kernels: AttentionKernels, call: AttentionCall, pages: KVPages) -> torch.Tensor:
+        """Attention (1, tokens, heads, value_dim) of all slices, whose new tokens are stored already.
+
+        The pages are on the device of the call's tensors.
+        """
+        out = call.new_output()
+        if self.num_steps:
+            attended = self.attend_steps(kernels, call, step_queries(call, self.num_steps), pages)
+            out[0, : self.num_steps] = step_outputs(call, attended)
+        if self.prompts:
+            self.attend_prompts(kernels, call, self.gather_past(kernels, pages, call.query.dtype), out)
+        return out
+
+    def attend_steps(self, kernels: AttentionKernels, call: AttentionCall, query: torch.Tensor, pages: KVPages) -> torch.Tensor:
+        """Attention (steps, heads, value_dim) of the next tokens' `step_queries`; on latents (steps, heads, rank)."""
+        dim = call.value.shape[3] if call.latent is None else call.latent.key_up.shape[2]
+        out = query.new_empty(*query.shape[:2], dim)
+        pages.decode(kernels, call, query, self.steps, out)
+        return out
+
+    def gather_past(self, kernels: AttentionKernels, pages: KVPages, dtype: torch.dtype) -> list[Past]:
+        """What each prompt slice sees of the tokens stored before it."""
+        return [each.past and pages.gather(kernels, *each.past, dtype) for each in self.prompts]
+
+    def attend_prompts(self, kernels: AttentionKernels, call: AttentionCall, past: Sequence[Past], out: torch.Tensor) -> None:
+        """Attention of the prompt slices, written to their rows of `out` (1, tokens, heads, value_dim)."""
+        row = self.num_steps
+        for each, before in zip(self.prompts, past, strict=True):
+            rows = slice(row, row + each.length)
+            key, value = call.key[0, :, rows], call.value[0, :, rows]  # (heads, length, dim)
+            if before is not None:
+                earlier = _as_attended(call, before)
+                key, value = torch.cat([earlier[0], key], dim=1), torch.cat([earlier[1], value], dim=1)
+            kernels.prefill_attention(
+                call.query[0, :, rows].transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1), each.starts,
+                scaling=call.scaling, softcap=call.softcap, sinks=call.sinks, out=out[0, rows],
+            )  # fmt: skip
+            row += each.length
+
 
 class KVPlan:
     """The index tensors of a micro-batch.
@@ -82,21 +129,18 @@ class KVPlan:
         device: Of the index tensors.
 
     Attributes:
-        num_decodes: How many slices are next tokens.
+        slices: All slices.
+        steps: Those that are next tokens.
+        prompts: The others.
         groups: The index tensors of each group.
     """
 
     def __init__(self, groups: Sequence[KVGroup], slices: Sequence[KVSlice], device: torch.device) -> None:
-        self.slices = tuple(slices)
-        self.num_decodes = sum(1 for each in slices if is_decode(each))
-        assert all(is_decode(each) for each in self.slices[: self.num_decodes])
+        num_steps = sum(1 for each in slices if is_decode(each))
+        self.slices, self.steps, self.prompts = tuple(slices), tuple(slices[:num_steps]), tuple(slices[num_steps:])
+        assert all(is_decode(each) for each in self.steps)
         self._layer_groups = groups
         self.groups = [self._plan_group(index, group, device) for index, group in enumerate(groups)]
-
-    @property
-    def prefills(self) -> tuple[KVSlice, ...]:
-        """The slices that are chunks of prompts."""
-        return self.slices[self.num_decodes :]
 
     def _plan_group(self, index: int, group: KVGroup, device: torch.device) -> GroupPlan:
         def integers(values: Sequence[object]) -> torch.Tensor:
@@ -109,11 +153,10 @@ class KVPlan:
             table = each.tables[index]
             page_ids += [table[position // size] for position in positions]
             offsets += [position % size for position in positions]
-        steps = self.slices[: self.num_decodes]
-        widest = max((len(each.tables[index]) for each in steps), default=1)
-        tables = [list(each.tables[index]) + [-1] * (widest - len(each.tables[index])) for each in steps]
+        widest = max((len(each.tables[index]) for each in self.steps), default=1)
+        tables = [list(each.tables[index]) + [-1] * (widest - len(each.tables[index])) for each in self.steps]
         prompts = []
-        for each in self.prefills:
+        for each in self.prompts:
             first = min(first_visible(each.start), each.start)
             past = (integers(each.tables[index]), first, each.start) if first < each.start else None
             starts = [first_visible(position) - first for position in range(each.start, each.start + each.length)]
@@ -121,11 +164,11 @@ class KVPlan:
         return GroupPlan(
             page_ids=integers(page_ids),
             page_offsets=integers(offsets),
-            num_steps=self.num_decodes,
+            num_steps=len(self.steps),
             steps=Steps(
-                tables=integers(tables).view(len(steps), widest),
-                starts=integers([first_visible(each.start) for each in steps]),
-                lengths=integers([each.start + 1 for each in steps]),
+                tables=integers(tables).view(len(self.steps), widest),
+                starts=integers([first_visible(each.start) for each in self.steps]),
+                lengths=integers([each.start + 1 for each in self.steps]),
             ),
             prompts=tuple(prompts),
         )
@@ -143,42 +186,18 @@ class KVPlan:
 
     def decode_tokens_read(self) -> list[int]:
         """Tokens whose KV the next tokens read, per group."""
-        steps = self.slices[: self.num_decodes]
-        return [sum(each.start + 1 - group.geometry.first_visible(each.start) for each in steps) for group in self._layer_groups]
+        return [sum(each.start + 1 - group.geometry.first_visible(each.start) for each in self.steps) for group in self._layer_groups]
 
     def decode_tokens_shared(self) -> list[int]:
         """Of `decode_tokens_read`, tokens on pages that an earlier slice reads as well, per group."""
         shared = []
         for index, group in enumerate(self._layer_groups):
-            pages = [page for each in self.slices[: self.num_decodes] for page in self._pages_read(each, index, group)]
+            pages = [page for each in self.steps for page in self._pages_read(each, index, group)]
             shared.append((len(pages) - len(set(pages))) * group.page_tokens)
         return shared
 
     def _pages_read(self, each: KVSlice, index: int, group: KVGroup) -> Sequence[int]:
         return each.tables[index][group.first_page(each.start) : each.start // group.page_tokens + 1]
-
-
-def write_new(kernels: AttentionKernels, plan: GroupPlan, new: KeyValue, pages: KVPages) -> None:
-    """Store a micro-batch's new keys and values (1, heads, tokens, dim)."""
-    key, value = new
-    pages.write(kernels, key[0].transpose(0, 1), value[0].transpose(0, 1), plan.page_ids, plan.page_offsets)
-
-
-def attend(kernels: AttentionKernels, plan: GroupPlan, call: AttentionCall, pages: KVPages) -> torch.Tensor:
-    """Attention (1, tokens, heads, value_dim) of all slices, whose new tokens are stored already.
-
-    The pages are on the device of the call's tensors.
-    """
-    out = call.new_output()
-    if plan.num_steps:
-        attended = attend_steps(kernels, plan, call, step_queries(call, plan.num_steps), pages)
-        out[0, : plan.num_steps] = step_outputs(call, attended)
-    if plan.prompts:
-        attend_prompts(kernels, plan, call, gather_past(kernels, plan, pages, call.query.dtype), out)
-    return out
-
-
-# Next tokens in three steps, so that the middle one can run where the pages are.
 
 
 def step_queries(call: AttentionCall, steps: int) -> torch.Tensor:
@@ -190,38 +209,9 @@ def step_queries(call: AttentionCall, steps: int) -> torch.Tensor:
     return torch.cat([torch.einsum("shn,hnr->shr", query[..., :nope], call.latent.key_up), query[..., nope:]], dim=-1)
 
 
-def attend_steps(kernels: AttentionKernels, plan: GroupPlan, call: AttentionCall, query: torch.Tensor, pages: KVPages) -> torch.Tensor:
-    """Attention (steps, heads, value_dim) of the next tokens; on latents (steps, heads, rank)."""
-    dim = call.value.shape[3] if call.latent is None else call.latent.key_up.shape[2]
-    out = query.new_empty(*query.shape[:2], dim)
-    pages.decode(kernels, call, query, plan.steps, out)
-    return out
-
-
 def step_outputs(call: AttentionCall, attended: torch.Tensor) -> torch.Tensor:
     """The results (steps, heads, value_dim); on latents the value up-projection comes last."""
     return attended if call.latent is None else torch.einsum("shr,hvr->shv", attended, call.latent.value_up)
-
-
-def gather_past(kernels: AttentionKernels, plan: GroupPlan, pages: KVPages, dtype: torch.dtype) -> list[Past]:
-    """What each prompt slice sees of the tokens stored before it."""
-    return [each.past and pages.gather(kernels, *each.past, dtype) for each in plan.prompts]
-
-
-def attend_prompts(kernels: AttentionKernels, plan: GroupPlan, call: AttentionCall, past: Sequence[Past], out: torch.Tensor) -> None:
-    """Attention of the prompt slices, written to their rows of `out` (1, tokens, heads, value_dim)."""
-    row = plan.num_steps
-    for each, before in zip(plan.prompts, past, strict=True):
-        rows = slice(row, row + each.length)
-        key, value = call.key[0, :, rows], call.value[0, :, rows]  # (heads, length, dim)
-        if before is not None:
-            earlier = _as_attended(call, before)
-            key, value = torch.cat([earlier[0], key], dim=1), torch.cat([earlier[1], value], dim=1)
-        kernels.prefill_attention(
-            call.query[0, :, rows].transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1), each.starts,
-            scaling=call.scaling, softcap=call.softcap, sinks=call.sinks, out=out[0, rows],
-        )  # fmt: skip
-        row += each.length
 
 
 def _as_attended(call: AttentionCall, cached: KeyValue) -> KeyValue:

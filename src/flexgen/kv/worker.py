@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
-from collections.abc import Callable
-from types import TracebackType
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -64,42 +65,40 @@ class BounceBuffers:
 
     def __init__(self, allocate: Callable[[int], torch.Tensor]) -> None:
         self._allocate = allocate
-        self._lock = threading.Lock()
-        self._spare: list[torch.Tensor] = []
+        self._spare: queue.SimpleQueue[torch.Tensor] = queue.SimpleQueue()
 
     def take(self, size_bytes: int) -> torch.Tensor:
         """At least so many bytes; a spare buffer that is too small is replaced by one of the next power of two."""
-        with self._lock:
-            spare = self._spare.pop() if self._spare else None
-        if spare is not None and spare.nbytes >= size_bytes:
-            return spare
+        with contextlib.suppress(queue.Empty):
+            if (spare := self._spare.get_nowait()).nbytes >= size_bytes:
+                return spare
         return self._allocate(1 << max(size_bytes - 1, 0).bit_length())
 
     def give_back(self, buffer: torch.Tensor) -> None:
-        with self._lock:
-            self._spare.append(buffer)
+        self._spare.put(buffer)
 
 
+@dataclass(frozen=True, slots=True)
 class HostCopies:
-    """Tensors on their way to the host; entered, they are there, until the block ends.
+    """Tensors on their way to the host.
 
-    Args:
+    Attributes:
         tensors: The copies.
         events: Their arrivals.
         release: Gives back the memory of the copies.
     """
 
-    def __init__(self, tensors: list[torch.Tensor], events: list[Event], release: Callable[[], None]) -> None:
-        self._tensors, self._events, self._release = tensors, events, release
+    tensors: Sequence[torch.Tensor]
+    events: Sequence[Event] = ()
+    release: Callable[[], None] = lambda: None
 
-    def __enter__(self) -> list[torch.Tensor]:
-        for event in self._events:
+    @contextlib.contextmanager
+    def arrived(self) -> Iterator[Sequence[torch.Tensor]]:
+        """The copies once they are there; their memory is given back when the block ends."""
+        for event in self.events:
             event.wait()
-        return self._tensors
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._tensors = []
-        self._release()
+        yield self.tensors
+        self.release()
 
 
 class Link:
@@ -112,7 +111,7 @@ class Link:
     def to_host(self, *tensors: torch.Tensor) -> HostCopies:
         """Host copies of device tensors."""
         if self._backend is None or self._buffers is None or not tensors:
-            return HostCopies(list(tensors), [], lambda: None)
+            return HostCopies(tensors)
         backend, buffers = self._backend, self._buffers
         sources = [tensor.contiguous() for tensor in tensors]
         buffer = buffers.take(sum(align_up(source.nbytes, TENSOR_ALIGNMENT) for source in sources))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Self
 
 import numpy as np
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 from flexgen.kernels.cpu import decode, latent, pages, prefill
 from flexgen.kernels.cpu.checks import check_format, check_groups, check_layout, check_positions, check_shapes
 from flexgen.kernels.cpu.formats import bits, carried
+from flexgen.kernels.reference import AttentionKernels
 from flexgen.kernels.threads import SLICES_PER_THREAD, KernelThreads, split_evenly
 
 ITEM_TOKENS = 16  # what beginning a work item costs, in tokens read
@@ -19,8 +19,8 @@ MOVED_AT_ONCE = 64  # tokens for which another thread is worth waking
 HEADS_PER_TILE = 8
 
 
-class CpuKernels:
-    """`flexgen.kernels.attention.AttentionKernels` for tensors in host memory; owns `num_threads - 1` threads."""
+class CpuKernels(AttentionKernels):
+    """Attention kernels for tensors in host memory; owns `num_threads - 1` threads."""
 
     def __init__(self, num_threads: int) -> None:
         self._threads = KernelThreads(num_threads)
@@ -142,14 +142,7 @@ class CpuKernels:
         )
 
     def close(self) -> None:
-        """End the threads. Idempotent."""
         self._threads.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
 
     def _run(self, function: Callable[[int, int], None], costs: np.ndarray) -> None:
         self._threads.run(function, split_evenly(costs, SLICES_PER_THREAD * self._threads.num_threads))
