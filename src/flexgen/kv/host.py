@@ -52,7 +52,8 @@ class HostAttention:
 
     def view(self, slices: Sequence[KVSlice], lend: LendPages) -> HostView:
         """A view of pages that are lent layer by layer."""
-        return HostView(self, KVPlan(self._groups, slices, HOST), KVPlan(self._groups, slices, self._device), lend)
+        plan = KVPlan(self._groups, slices, HOST)
+        return HostView(self, plan, plan if self._device == HOST else KVPlan(self._groups, slices, self._device), lend)
 
     def later(self, job: Callable[[], Any], complete: Callable[[Any], torch.Tensor]) -> PendingAttention:
         """Run a job on the worker; its error reaches the micro-batch that waits for it, too."""

@@ -70,7 +70,7 @@ class ModelSpec:
         hidden_size, vocab_size, intermediate_size: for activation memory.
         max_position_embeddings: the model's context.
         number_format: of the stored weights: a dtype (that of most bytes), or a published low-bit format ("mxfp4", "fp8_block").
-        dtype: computed in; decoded bytes, resident bytes and KV are of it.
+        dtype: computed in; decoded and resident bytes are of it.
     """
 
     name: str
