@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from record import commit, machine, versions
 
-from flexgen.kernels.attention import AttentionKernels, attention_kernels
+from flexgen.kernels.attention import attention_kernels
+from flexgen.kernels.reference import AttentionKernels
 
 PAGE_TOKENS = 32
 DTYPE = torch.bfloat16

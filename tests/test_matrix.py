@@ -21,8 +21,8 @@ from flexgen.engine.admission import LengthForecast
 from flexgen.engine.engine import Engine
 from flexgen.engine.sampler import sample
 from flexgen.errors import StorageError
-from flexgen.kv.cache import PagePool
-from flexgen.kv.disk import DiskPlace
+from flexgen.kv.pages import PagePool
+from flexgen.kv.read_ahead import ReadAhead
 from flexgen.models.assemble import load_model
 from flexgen.plan.policy import Fractions, Policy
 from flexgen.request import Generated, PartialAnswer, TokenRequest, TokenResult
@@ -144,8 +144,9 @@ class Run:
         self.engine = Engine(model, chosen, MACHINE, backend=self.backend, offload_dir=folder, poison=True)
         for pool in self.engine.cache.pools.values():
             if isinstance(pool, PagePool):
-                for pages in (*pool.keys, *pool.values):
-                    pages.fill_(torch.nan)
+                for memory in pool.memory:
+                    memory.keys.fill_(0xFF)  # NaN
+                    memory.values.fill_(0xFF)
 
     def __enter__(self) -> Run:
         return self
@@ -169,7 +170,7 @@ class Run:
             size = sum(count * group.page_bytes for count, group in zip(pool.num_pages, cache.groups, strict=True))
             assert cache.peak_bytes[tier] <= size <= granted[tier]
             assert cache.used_bytes[tier] == 0
-            free = [pages.num_free for pages in pool._free]  # type: ignore[attr-defined]
+            free = [pages.num_free for pages in pool.free]
             assert free == pool.num_pages, "every page came back"
         if self.backend is not None:
             model, homes = self.engine.runner.model, self.engine.runner.homes
@@ -181,17 +182,17 @@ class Run:
 
 @pytest.fixture(autouse=True)
 def _staging_stays_within_its_budget(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    really = DiskPlace._take
+    really = ReadAhead._take
     problems: list[str] = []
 
-    def take(place: DiskPlace, view: Any, group: int) -> Any:
-        staged = really(place, view, group)
-        with place._lock:
-            if place._staged and place._in_use > place._staging_bytes and not place._starved():
-                problems.append(f"{place._in_use} of {place._staging_bytes} bytes")
+    def take(ahead: ReadAhead, batch: Any, group: int) -> Any:
+        staged = really(ahead, batch, group)
+        with ahead._lock:
+            if ahead._staged and ahead._in_use > ahead._limit_bytes and not ahead._starved():
+                problems.append(f"{ahead._in_use} of {ahead._limit_bytes} bytes")
         return staged
 
-    monkeypatch.setattr(DiskPlace, "_take", take)
+    monkeypatch.setattr(ReadAhead, "_take", take)
     yield
     assert not problems
 

@@ -17,7 +17,7 @@ from flexgen.devices.base import SimulatedDevice
 from flexgen.engine.admission import Admission, LengthForecast
 from flexgen.engine.engine import Engine
 from flexgen.engine.sequence import LiveSequence
-from flexgen.kv.cache import PagePool
+from flexgen.kv.pages import PagePool
 from flexgen.plan.policy import Fractions
 from flexgen.plan.price.work import PassWork
 from flexgen.report.pass_log import PassLog
@@ -250,8 +250,9 @@ def answered(model: Any, chosen: Any, requests: list[TokenRequest], prefixes: Co
     with Engine(model, chosen, parity.MACHINE, backend=backend, offload_dir=folder, poison=True) as engine:
         for pool in engine.cache.pools.values():
             if isinstance(pool, PagePool):
-                for pages in (*pool.keys, *pool.values):
-                    pages.fill_(torch.nan)
+                for memory in pool.memory:
+                    memory.keys.fill_(0xFF)  # NaN
+                    memory.values.fill_(0xFF)
         results = {result.index: result for result in engine.generate(requests, prefixes=prefixes)}
         assert not [result.error for result in results.values() if result.error is not None]
         assert all(used == 0 for used in engine.cache.used_bytes.values())

@@ -10,30 +10,20 @@ from hypothesis import strategies as st
 from flexgen.engine.admission import MIN_OBSERVED, Admission, Homes, LengthForecast, held_pages
 from flexgen.engine.prefixes import PrefixStore
 from flexgen.engine.sequence import LiveSequence
-from flexgen.kv.cache import KVCache, KVGroup, PageList
+from flexgen.kv.cache import KVCache
+from flexgen.kv.format import PlainKV
+from flexgen.kv.pages import KVGroup, Pool
+from flexgen.passes.geometry import KVGeometry
 from flexgen.plan.play.answer_lengths import RESERVED_QUANTILE
 from flexgen.request import TokenRequest
 from flexgen.text.common_prefixes import PrefixCensus
 
 
-class Pages:
-    """A pool without memory."""
-
-    def __init__(self, num_pages: list[int]) -> None:
-        self.num_pages = num_pages
-        self.free = [PageList(count) for count in num_pages]
-
-    def take(self, group: int, count: int) -> list[int] | None:
-        return self.free[group].take(count)
-
-    def give_back(self, group: int, pages: list[int]) -> None:
-        self.free[group].give_back(pages)
-
-
 def group(window: int | None = None, chunk: int | None = None) -> KVGroup:
     return KVGroup(
-        layers=(0,), key_heads=1, key_dim=1, value_heads=1, value_dim=1, window=window, chunk=chunk, page_tokens=4, dtype=torch.float32
-    )
+        layers=(0,), page_tokens=4, format=PlainKV(torch.float32),
+        geometry=KVGeometry(key_heads=1, key_dim=1, value_heads=1, value_dim=1, window=window, chunk=chunk),
+    )  # fmt: skip
 
 
 GROUPS = [group(), group(window=6), group(window=9), group(chunk=8), group(chunk=7)]
@@ -54,7 +44,7 @@ def test_right_forecasts_never_run_a_pool_dry(
     requests: list[tuple[int, int]], groups: list[KVGroup], shares: dict[str, float], num_pages: int
 ) -> None:
     """The engine's passes without computing: live sequences take their pages first, then others are admitted."""
-    cache = KVCache(groups, {tier: Pages([num_pages] * len(groups)) for tier in shares})
+    cache = KVCache(groups, {tier: Pool(groups, [num_pages] * len(groups)) for tier in shares})
     admission = Admission(cache, Homes(shares), PrefixStore(cache))
     queue = [waiting(index, *each) for index, each in enumerate(requests)]
     queue = [each for each in queue if admission.can_ever_fit(each)]
@@ -93,7 +83,7 @@ def test_prefixes_never_run_a_pool_dry(
     census = PrefixCensus(4)
     for prompt in prompts:
         census.add(prompt)
-    cache = KVCache(groups, {tier: Pages([num_pages] * len(groups)) for tier in shares})
+    cache = KVCache(groups, {tier: Pool(groups, [num_pages] * len(groups)) for tier in shares})
     prefixes = PrefixStore(cache)
     prefixes.begin(census.common())
     admission = Admission(cache, Homes(shares), prefixes)
@@ -141,13 +131,13 @@ def test_held_pages_bound_what_is_held(group: KVGroup) -> None:
     lengths = np.arange(1, 80)
     held = held_pages(group)(lengths)
     for length, bound in zip(lengths.tolist(), held.tolist(), strict=True):
-        during = -(-length // 4) - group.first_visible(length - 1) // 4
+        during = -(-length // 4) - group.geometry.first_visible(length - 1) // 4
         assert during <= bound
     assert (np.diff(held) >= 0).all()
 
 
 def test_an_empty_block_takes_the_longest_that_fits() -> None:
-    cache = KVCache([group()], {"host": Pages([5])})
+    cache = KVCache([group()], {"host": Pool([group()], [5])})
     admission = Admission(cache, Homes({"host": 1.0}), PrefixStore(cache))
     assert admission.can_ever_fit(waiting(0, 17, 4))  # the last token is never stored
     assert not admission.can_ever_fit(waiting(0, 17, 5))

@@ -16,7 +16,7 @@ from flexgen.formats.base import StoredTensor
 from flexgen.io.aligned import AlignedBuffer
 from flexgen.io.checksums import BLOCK_BYTES, BlockSums
 from flexgen.io.direct_io import File, FileSet
-from flexgen.kv.disk import NEW_FILE
+from flexgen.kv.spill import NEW_FILE
 from flexgen.weights.rows import EmbeddingRows, RowTable
 
 SIZE = 16 * BLOCK_BYTES

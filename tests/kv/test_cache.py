@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from flexgen.errors import EngineError
-from flexgen.kv.cache import KVCache, KVGroup, PageList, PagePool, divide_pool, group_layers, layer_index
+from flexgen.kv.cache import KVCache
+from flexgen.kv.format import PlainKV
+from flexgen.kv.pages import KVGroup, PageList, PagePool, Pool, divide_pool, group_layers, layer_index
+from flexgen.passes.geometry import KVGeometry, LayerKV
 
 NUM_PAGES = 20
 
@@ -57,26 +62,12 @@ def test_a_page_freed_twice(freed: list[int]) -> None:
 
 def group(window: int | None = None, chunk: int | None = None, *, layers: int = 2, page_tokens: int = 4) -> KVGroup:
     return KVGroup(
-        layers=tuple(range(layers)), key_heads=1, key_dim=2, value_heads=1, value_dim=2, window=window, chunk=chunk,
-        page_tokens=page_tokens, dtype=torch.float32,
+        layers=tuple(range(layers)), page_tokens=page_tokens, format=PlainKV(torch.float32),
+        geometry=KVGeometry(key_heads=1, key_dim=2, value_heads=1, value_dim=2, window=window, chunk=chunk),
     )  # fmt: skip
 
 
-class Pages:
-    """A pool without memory."""
-
-    def __init__(self, num_pages: list[int]) -> None:
-        self.num_pages = num_pages
-        self.free = [PageList(count) for count in num_pages]
-
-    def take(self, group: int, count: int) -> list[int] | None:
-        return self.free[group].take(count)
-
-    def give_back(self, group: int, pages: list[int]) -> None:
-        self.free[group].give_back(pages)
-
-
-def check_accounts(cache: KVCache, pool: Pages, live: list[list]) -> None:
+def check_accounts(cache: KVCache, pool: Pool, live: list[list]) -> None:
     """Every page is free or held, is counted once, and nothing is missing that is still seen; `live` has [kv, length]."""
     held_bytes = 0
     for index, each in enumerate(cache.groups):
@@ -85,11 +76,11 @@ def check_accounts(cache: KVCache, pool: Pages, live: list[list]) -> None:
         held_bytes += len(held) * each.page_bytes
         for kv, length in live:
             assert len(kv.tables[index]) == -(-length // each.page_tokens)
-            assert -1 not in kv.tables[index][each.first_visible(length) // each.page_tokens :], "still seen"
+            assert -1 not in kv.tables[index][each.geometry.first_visible(length) // each.page_tokens :], "still seen"
     assert cache.used_bytes["host"] == held_bytes <= cache.peak_bytes["host"]
 
 
-def check_release(cache: KVCache, pool: Pages, live: list[list]) -> None:
+def check_release(cache: KVCache, pool: Pool, live: list[list]) -> None:
     """All pages are free once all sequences are released."""
     for kv, _ in live:
         cache.release(kv)
@@ -105,13 +96,13 @@ def test_what_is_seen_and_what_is_held(group: KVGroup) -> None:
     most = 0
     for length in range(1, 60):
         position = length - 1
-        if group.window:
-            seen = range(max(0, position - group.window + 1), length)
-        elif group.chunk:
-            seen = range(position // group.chunk * group.chunk, length)
+        if group.geometry.window:
+            seen = range(max(0, position - group.geometry.window + 1), length)
+        elif group.geometry.chunk:
+            seen = range(position // group.geometry.chunk * group.geometry.chunk, length)
         else:
             seen = range(length)
-        assert group.first_visible(position) == seen.start
+        assert group.geometry.first_visible(position) == seen.start
         during = len({p // group.page_tokens for p in seen})  # while its last token is computed
         most = max(most, during, group.pages_held(length))
         assert group.pages_held(length) <= during
@@ -123,7 +114,7 @@ def test_what_is_seen_and_what_is_held(group: KVGroup) -> None:
     st.lists(st.sampled_from(GROUPS), min_size=1, max_size=3),
 )
 def test_sequences_never_share_lose_or_double_a_page(steps: list[tuple[str, int, int]], groups: list[KVGroup]) -> None:
-    pool = Pages([12, 9, 7][: len(groups)])
+    pool = Pool(groups, [12, 9, 7][: len(groups)])
     cache = KVCache(groups, {"host": pool})
     live: list[list] = []  # [kv, length]
     for action, which, tokens in steps:
@@ -157,7 +148,7 @@ def test_sequences_never_share_lose_or_double_a_page(steps: list[tuple[str, int,
 )
 def test_forks_share_what_their_queries_see(steps: list[tuple[str, int, int]], groups: list[KVGroup]) -> None:
     """A page comes free with the last sequence that holds it, and is counted once."""
-    pool = Pages([12, 9, 7][: len(groups)])
+    pool = Pool(groups, [12, 9, 7][: len(groups)])
     cache = KVCache(groups, {"host": pool})
     live: list[list] = []  # [kv, length]
     for action, which, tokens in steps:
@@ -168,12 +159,12 @@ def test_forks_share_what_their_queries_see(steps: list[tuple[str, int, int]], g
         elif live and action == "fork":
             kv, length = live[which % len(live)]
             for shared in range(length // 4 * 4, 0, -4):
-                if all(each.first_visible(shared) // 4 >= kv.freed[index] for index, each in enumerate(groups)):
+                if all(each.geometry.first_visible(shared) // 4 >= kv.freed[index] for index, each in enumerate(groups)):
                     fork = cache.fork(kv, shared)
                     assert all(
                         fork.tables[i][p] == kv.tables[i][p]
                         for i, e in enumerate(groups)
-                        for p in range(e.first_visible(shared) // 4, shared // 4)
+                        for p in range(e.geometry.first_visible(shared) // 4, shared // 4)
                     )
                     live.append([fork, shared])
                     break
@@ -188,8 +179,9 @@ def test_forks_share_what_their_queries_see(steps: list[tuple[str, int, int]], g
 
 
 def test_trimming_frees_what_lies_behind_the_window() -> None:
-    pool = Pages([10])
-    cache = KVCache([group(window=6)], {"host": pool})
+    groups = [group(window=6)]
+    pool = Pool(groups, [10])
+    cache = KVCache(groups, {"host": pool})
     kv = cache.admit("host")
     assert cache.reserve(kv, 20)
     cache.trim(kv, 20)  # the next query is at 20 and sees from 15
@@ -200,10 +192,12 @@ def test_trimming_frees_what_lies_behind_the_window() -> None:
 
 
 def test_layers_of_equal_shape_are_a_group() -> None:
-    full, windowed = (2, 16, 2, 16, None, None), (2, 16, 2, 16, 128, None)
-    groups = group_layers([(0, full), (1, windowed), (2, full), (5, windowed)], 16, torch.bfloat16)
+    full = KVGeometry(key_heads=2, key_dim=16, value_heads=2, value_dim=16)
+    layers = {0: full, 1: replace(full, window=128), 2: full, 5: replace(full, window=128)}
+    kv = [LayerKV(layer=layer, geometry=geometry, flops_per_pair=1.0) for layer, geometry in layers.items()]
+    groups = group_layers(kv, 16, PlainKV(torch.bfloat16))
     assert [each.layers for each in groups] == [(0, 2), (1, 5)]
-    assert [each.window for each in groups] == [None, 128]
+    assert [each.geometry.window for each in groups] == [None, 128]
     assert layer_index(groups) == {0: (0, 0), 2: (0, 1), 1: (1, 0), 5: (1, 1)}
     assert groups[0].page_bytes == 2 * 2 * (2 * 16 * 16 * 2)
 
@@ -212,7 +206,7 @@ def test_layers_of_equal_shape_are_a_group() -> None:
 def test_a_pool_is_divided_within_its_bytes(groups: list[KVGroup], pool_bytes: int) -> None:
     pages = divide_pool(groups, pool_bytes, 64)
     assert sum(count * each.page_bytes for count, each in zip(pages, groups, strict=True)) <= pool_bytes
-    first = [-(-64 // each.page_tokens) + 1 if each.window or each.chunk else 0 for each in groups]
+    first = [-(-64 // each.page_tokens) + 1 if each.geometry.reach else 0 for each in groups]
     if sum(count * each.page_bytes for count, each in zip(first, groups, strict=True)) > pool_bytes:
         return
     shares = [(count - whole) / each.most_pages_held(64) for count, whole, each in zip(pages, first, groups, strict=True)]
@@ -228,8 +222,8 @@ def test_a_pool_is_two_arenas_of_its_own_size() -> None:
 
     groups = [group(layers=3), group(window=6)]
     pool = PagePool(groups, [5, 2], allocate)
-    assert [tuple(keys.shape) for keys in pool.keys] == [(3, 5, 1, 2, 4), (2, 2, 1, 2, 4)]
-    assert [tuple(values.shape) for values in pool.values] == [(3, 5, 1, 4, 2), (2, 2, 1, 4, 2)]
+    assert [tuple(memory.keys.shape) for memory in pool.memory] == [(3, 5, 32), (2, 2, 32)]
+    assert [tuple(memory.values.shape) for memory in pool.memory] == [(3, 5, 32), (2, 2, 32)]
     assert sum(asked) <= 5 * groups[0].page_bytes + 2 * groups[1].page_bytes + 2 * 256
-    pool.keys[0].zero_()
-    assert torch.isnan(pool.values[0]).all(), "keys and values do not overlap"
+    pool.memory[0].keys.zero_()
+    assert (pool.memory[0].values == 0xFF).all(), "keys and values do not overlap"

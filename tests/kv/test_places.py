@@ -9,7 +9,7 @@ import errno
 import os
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,12 +19,17 @@ import torch
 from flexgen.devices.base import SimulatedDevice
 from flexgen.errors import StorageError
 from flexgen.io.pool import IOPool
-from flexgen.kernels.attention import ReferenceKernels
-from flexgen.kv.cache import KVCache, PagePool, SequenceKV, group_layers, layer_index
-from flexgen.kv.disk import DiskPlace, DiskPool
-from flexgen.kv.host import HostPlace
-from flexgen.kv.place import LocalPlace, Place, View
-from flexgen.models.attention import AttentionCall, LatentProjection
+from flexgen.kernels.reference import AttentionKernels
+from flexgen.kv.cache import KVCache, SequenceKV
+from flexgen.kv.disk import DiskPlace
+from flexgen.kv.format import PlainKV
+from flexgen.kv.host import HostAttention, HostPlace
+from flexgen.kv.local import LocalPlace
+from flexgen.kv.pages import KVGroup, PagePool, group_layers, layer_index
+from flexgen.kv.place import Place, View
+from flexgen.kv.spill import DiskPool
+from flexgen.passes.calls import AttentionCall, LatentProjection
+from flexgen.passes.geometry import KVGeometry, LayerKV
 from flexgen.passes.plan import Slice
 
 HEADS, DIM, RANK, NOPE, ROPE = 4, 8, 6, 5, 3
@@ -44,10 +49,9 @@ class Layer:
     latent: LatentProjection | None = None
 
     @property
-    def shape(self) -> tuple[int, int, int, int, int | None, int | None]:
-        if self.latent is not None:
-            return 1, RANK, 1, ROPE, self.window, self.chunk
-        return self.kv_heads, DIM, self.kv_heads, DIM, self.window, self.chunk
+    def geometry(self) -> KVGeometry:
+        heads, dims = (1, (RANK, ROPE)) if self.latent is not None else (self.kv_heads, (DIM, DIM))
+        return KVGeometry(key_heads=heads, key_dim=dims[0], value_heads=heads, value_dim=dims[1], window=self.window, chunk=self.chunk)
 
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -66,7 +70,9 @@ LAYERS = [
     Layer(window=1),
     Layer(),
 ]
-GROUPS = group_layers([(index, layer.shape) for index, layer in enumerate(LAYERS)], PAGE_TOKENS, torch.float64)
+KV = [LayerKV(layer=index, geometry=layer.geometry, flops_per_pair=1.0) for index, layer in enumerate(LAYERS)]
+GROUPS = group_layers(KV, PAGE_TOKENS, PlainKV(torch.float64))
+Groups = Sequence[KVGroup]
 
 
 class Conversation:
@@ -124,6 +130,7 @@ class Bench:
     cache: KVCache
     tier: str
     close: list[Callable[[], None]] = field(default_factory=list)
+    tolerance: float = 1e-9
 
     def batches(self, pieces: list[Piece], choose: random.Random) -> list[list[Piece]]:
         """Micro-batches as the place allows them: chunks one after the other, kinds apart where they must be."""
@@ -147,7 +154,7 @@ class Bench:
             answers = [attend(view, index, batch) for view, batch in zip(views, batches, strict=True)]
             for answer, batch in zip(answers, batches, strict=True):
                 expected = torch.cat([conversation.dense(index, start, length) for conversation, start, length in batch])
-                torch.testing.assert_close(finished(answer)[0], expected, rtol=1e-9, atol=1e-9)
+                torch.testing.assert_close(finished(answer)[0], expected, rtol=self.tolerance, atol=self.tolerance)
         self.place.finish_pass()
         for conversation, start, length in pieces:
             conversation.stored = start + length
@@ -171,7 +178,7 @@ def attend(view: View, index: int, batch: list[Piece]) -> object:
         value=packed(lambda each: each.value[index]), new=new, scaling=SCALING, softcap=layer.softcap, sinks=layer.sinks,
         window=layer.window, chunk=layer.chunk, latent=layer.latent,
     )  # fmt: skip
-    return view.attend(call, new)
+    return view.attend(call)
 
 
 def finished(answer: object) -> torch.Tensor:
@@ -192,39 +199,43 @@ def poisoned(size_bytes: int) -> torch.Tensor:
     return torch.full((size_bytes,), 0xFF, dtype=torch.uint8)
 
 
-def open_local(folder: Path) -> Bench:
-    pool = PagePool(GROUPS, [NUM_PAGES] * len(GROUPS), poisoned)
-    place = LocalPlace(pool, ReferenceKernels(), torch.device("cpu"))
-    return Bench(place, KVCache(GROUPS, {"host": pool}), "host")
+def open_local(folder: Path, groups: Groups = GROUPS) -> Bench:
+    pool = PagePool(groups, [NUM_PAGES] * len(groups), poisoned)
+    place = LocalPlace(pool, AttentionKernels(), torch.device("cpu"))
+    return Bench(place, KVCache(groups, {"host": pool}), "host")
 
 
-def open_host(folder: Path) -> Bench:
+def host_attention(groups: Groups, device: SimulatedDevice | None) -> HostAttention:
+    return HostAttention(groups, AttentionKernels(), AttentionKernels(), device, nothing, "flexgen-test-attention")
+
+
+def open_host(folder: Path, groups: Groups = GROUPS) -> Bench:
     device = SimulatedDevice(1 << 20, max_delay_seconds=0.0001)
-    pool = PagePool(GROUPS, [NUM_PAGES] * len(GROUPS), poisoned)
-    place = HostPlace(pool, ReferenceKernels(), ReferenceKernels(), device, nothing)
-    return Bench(place, KVCache(GROUPS, {"host": pool}), "host", [device.close])
+    pool = PagePool(groups, [NUM_PAGES] * len(groups), poisoned)
+    place = HostPlace(pool, host_attention(groups, device))
+    return Bench(place, KVCache(groups, {"host": pool}), "host", [device.close])
 
 
-def open_disk(folder: Path, device: SimulatedDevice | None = None, *, num_tails: int = 0) -> Bench:
-    tail_bytes = num_tails * sum(group.page_bytes for group in GROUPS)
-    pool, io = DiskPool(GROUPS, [NUM_PAGES] * len(GROUPS), folder, tail_bytes=tail_bytes), IOPool(2)
-    place = DiskPlace(pool, ReferenceKernels(), ReferenceKernels(), device, nothing, io, staging_bytes=4096)
-    return Bench(place, KVCache(GROUPS, {"disk": pool}), "disk", [io.close])
+def open_disk(folder: Path, groups: Groups = GROUPS, *, device: SimulatedDevice | None = None, num_tails: int = 0) -> Bench:
+    tail_bytes = num_tails * sum(group.page_bytes for group in groups)
+    pool, io = DiskPool(groups, [NUM_PAGES] * len(groups), folder, tail_bytes=tail_bytes), IOPool(2)
+    place = DiskPlace(pool, host_attention(groups, device), io, staging_bytes=4096)
+    return Bench(place, KVCache(groups, {"disk": pool}), "disk", [io.close])
 
 
-def open_disk_beside_device(folder: Path) -> Bench:
+def open_disk_beside_device(folder: Path, groups: Groups = GROUPS) -> Bench:
     device = SimulatedDevice(1 << 20, max_delay_seconds=0.0001)
-    bench = open_disk(folder, device)
+    bench = open_disk(folder, groups, device=device)
     bench.close.append(device.close)
     return bench
 
 
-def open_disk_with_tails(folder: Path) -> Bench:
-    return open_disk(folder, num_tails=4)
+def open_disk_with_tails(folder: Path, groups: Groups = GROUPS) -> Bench:
+    return open_disk(folder, groups, num_tails=4)
 
 
-def open_disk_with_few_tails(folder: Path) -> Bench:
-    return open_disk(folder, num_tails=1)
+def open_disk_with_few_tails(folder: Path, groups: Groups = GROUPS) -> Bench:
+    return open_disk(folder, groups, num_tails=1)
 
 
 PLACES = {
@@ -248,8 +259,11 @@ def bench(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Bench]:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_attention_equals_dense_attention(bench: Bench, seed: int) -> None:
+    converse(bench, random.Random(seed))
+
+
+def converse(bench: Bench, choose: random.Random) -> None:
     """Sequences join with prompts, go on by single tokens (or several at once), end, and others take their pages."""
-    choose = random.Random(seed)
     live: list[Conversation] = []
     for _ in range(8):
         while len(live) < 4 and choose.random() < 0.7:
@@ -280,7 +294,7 @@ def test_pages_with_tails_are_written_once(tmp_path: Path) -> None:
         bench.cache.release(each.kv)
     again = [Conversation(30, bench.cache.admit("disk")) for _ in range(3)]
     bench.run_pass([(each, 0, 5) for each in again], random.Random(0))
-    tails = bench.place.disk.tails  # type: ignore[attr-defined]
+    tails = bench.place.pool.tails  # type: ignore[attr-defined]
     assert sum(tails.slot(0, each.kv.tables[0][1]) is not None for each in again) == 2, "slots of those that ended are free again"
     bench.place.close()
     for close in bench.close:
@@ -317,7 +331,7 @@ def test_micro_batches_may_overtake_each_other(tmp_path: Path) -> None:
     first, second = (Conversation(20, bench.cache.admit("disk")) for _ in range(2))
     bench.run_pass([(first, 0, 18), (second, 0, 17)], random.Random(0))
     assert isinstance(bench.place, DiskPlace)
-    bench.place._staging_bytes = 1  # one layer of one micro-batch
+    bench.place.read_ahead._limit_bytes = 1  # one layer of one micro-batch
     batches: list[list[Piece]] = [[(first, 18, 1)], [(second, 17, 1)]]
     for batch in batches:
         assert bench.cache.reserve(batch[0][0].kv, batch[0][1] + 1)

@@ -131,7 +131,7 @@ def check_spec(model: LoadedModel, folder: Path) -> None:
     assert placed + spec.embedding_bytes + model.unused_bytes == Checkpoint(folder).total_bytes == model.total_bytes
     padding = spec.decoded_bytes + spec.resident_bytes - placed
     assert 0 <= padding <= 256 * (len(tensors) + len(model.layouts) + 1)
-    assert spec.kv_bytes_per_token == sum(layer.elements_per_token for layer in model.layers) * 4
+    assert spec.kv_bytes_per_token == sum(layer.geometry.elements_per_token for layer in model.layers) * 4
     assert len(spec.units) == len(model.layouts) > 1
 
 

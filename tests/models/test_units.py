@@ -114,7 +114,7 @@ def test_flops_count_what_runs() -> None:
 def test_windows_and_chunks_of_layers() -> None:
     for model_type, group in (("gemma3_text", (6, None)), ("llama4_text", (None, 8)), ("phimoe", (6, None))):
         trace, _ = traced(tiny_config(model_type))
-        assert group in {(layer.window, layer.chunk) for layer in trace.layers}
+        assert group in {(layer.geometry.window, layer.geometry.chunk) for layer in trace.layers}
 
 
 def test_a_skeleton_is_left_as_it_was() -> None:

@@ -10,7 +10,10 @@ from flexgen.engine.admission import Admission, Homes
 from flexgen.engine.prefixes import PrefixStore
 from flexgen.engine.schedule import SCHEDULES, Quota
 from flexgen.engine.sequence import LiveSequence
-from flexgen.kv.cache import KVCache, KVGroup, PageList
+from flexgen.kv.cache import KVCache
+from flexgen.kv.format import PlainKV
+from flexgen.kv.pages import KVGroup, Pool
+from flexgen.passes.geometry import KVGeometry
 from flexgen.plan.model import KVGroupSpec
 from flexgen.plan.play.simulate import simulate
 from flexgen.plan.policy import Fractions
@@ -20,27 +23,14 @@ from flexgen.request import TokenRequest
 TOKEN_BYTES = 2 * 16  # of KV, over two layers
 
 
-class Pages:
-    """A pool of one group without memory."""
-
-    def __init__(self, count):
-        self.num_pages, self._free = [count], PageList(count)
-
-    def take(self, group, count):
-        return self._free.take(count)
-
-    def give_back(self, group, pages):
-        self._free.give_back(pages)
-
-
 def engine_passes(policy, workload):
     """(prompt tokens, next tokens) of each pass, by the engine's parts."""
     group = KVGroup(
-        layers=(0, 1), key_heads=1, key_dim=4, value_heads=1, value_dim=4, window=None, chunk=None,
-        page_tokens=policy.page_tokens, dtype=torch.bfloat16,
+        layers=(0, 1), geometry=KVGeometry(key_heads=1, key_dim=4, value_heads=1, value_dim=4),
+        page_tokens=policy.page_tokens, format=PlainKV(torch.bfloat16),
     )  # fmt: skip
     sizes = {tier: getattr(policy, f"kv_{tier}_bytes") for tier in ("device", "host", "disk")}
-    cache = KVCache((group,), {tier: Pages(size // group.page_bytes) for tier, size in sizes.items() if size})
+    cache = KVCache((group,), {tier: Pool((group,), [size // group.page_bytes]) for tier, size in sizes.items() if size})
     admission = Admission(cache, Homes({tier: getattr(policy.kv, tier) for tier in cache.pools}), PrefixStore(cache))
     quota = Quota(policy.prefill_tokens)
     waiting, live, passes = [], [], []

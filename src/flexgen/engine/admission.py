@@ -9,7 +9,8 @@ import numpy as np
 
 from flexgen.engine.prefixes import PrefixStore
 from flexgen.engine.sequence import LiveSequence
-from flexgen.kv.cache import KVCache, KVGroup
+from flexgen.kv.cache import KVCache
+from flexgen.kv.pages import KVGroup
 from flexgen.plan.play.answer_lengths import RESERVED_QUANTILE
 
 MIN_OBSERVED = 32
@@ -172,6 +173,6 @@ class Admission:
         remaining = np.array([each.remaining - 1 for each in neighbours], dtype=np.int64)
         shared = np.array([each.num_shared for each in (*neighbours, sequence)], dtype=np.int64)
         # Behind a window a sequence soon lets go of what it shares: its pages are counted as its own from the start.
-        elsewhere = [shared // group.page_tokens * (group.window is None and group.chunk is None) for group in self._cache.groups]
+        elsewhere = [shared // group.page_tokens * (group.geometry.reach is None) for group in self._cache.groups]
         candidate = (len(sequence.tokens), sequence.remaining - 1)
         return fits_projected(stored, remaining, candidate, self._pages, num_pages, elsewhere)

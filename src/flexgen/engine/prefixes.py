@@ -79,9 +79,7 @@ class PrefixStore:
         """Per group, pages that would outlive the sequence's own use of them, were it to `publish`: those that leave its window."""
         lengths = [point.length for point in sequence.path if self._is_wanted(sequence, point)]
         return [
-            sum(length // group.page_tokens - group.first_visible(length) // group.page_tokens for length in lengths)
-            if group.window or group.chunk
-            else 0
+            sum(length // group.page_tokens - group.first_page(length) for length in lengths) if group.geometry.reach is not None else 0
             for group in self._cache.groups
         ]
 

@@ -15,8 +15,8 @@ from flexgen.devices.base import Backend
 from flexgen.engine.sweep import MicroBatchForward, run_pass
 from flexgen.io.direct_io import FileSet
 from flexgen.io.pool import IOPool
-from flexgen.kv.cache import group_layers
-from flexgen.kv.open import open_places
+from flexgen.kv.open import KVSetup, open_places
+from flexgen.kv.pages import group_layers
 from flexgen.models.assemble import LoadedModel
 from flexgen.models.attention import PassCache
 from flexgen.passes.plan import PassPlan
@@ -66,7 +66,7 @@ class ModelRunner:
         self.homes = unit_homes(model.spec, policy.weights)
         self._rows = EmbeddingRows(list(model.tables), self._device, verify=verify_reads)
         self._arrived = threading.Event()  # wakes the ready loop
-        groups = group_layers([(layer.layer, layer.group) for layer in model.layers], policy.page_tokens, model.dtype)
+        groups = group_layers(model.layers, policy.page_tokens, model.kv_format)
         with contextlib.ExitStack() as undo:  # what would outlive a runner that cannot be made
             self._io = IOPool(policy.io_threads)
             undo.callback(self._io.close)
@@ -76,9 +76,10 @@ class ModelRunner:
                 poison=poison,
             )  # fmt: skip
             undo.callback(self._weights.close)
-            self.places, self.cache = open_places(
-                groups, policy, backend=backend, io=self._io, offload_dir=offload_dir, notify=self._arrived.set, verify=verify_reads
-            )
+            self.places, self.cache = open_places(KVSetup(
+                groups=groups, policy=policy, backend=backend, io=self._io, offload_dir=offload_dir, notify=self._arrived.set,
+                verify=verify_reads,
+            ))  # fmt: skip
             undo.pop_all()
         torch.set_num_threads(policy.compute_threads)
         sys.setswitchinterval(SWITCH_SECONDS)

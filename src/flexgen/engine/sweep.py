@@ -16,9 +16,10 @@ import torch
 
 from flexgen.errors import EngineError
 from flexgen.kv.place import PendingAttention, View
-from flexgen.models.attention import AttentionCall, PassCache
+from flexgen.models.attention import PassCache
 from flexgen.models.coroutine import ForwardCoroutine
 from flexgen.models.skeleton import BoundModel
+from flexgen.passes.calls import AttentionCall
 from flexgen.passes.plan import MicroBatch, Slice
 from flexgen.weights.store import WeightStore
 
@@ -98,7 +99,7 @@ class MicroBatchForward(ForwardCoroutine):
         return self._attend(call)
 
     def _attend(self, call: AttentionCall) -> torch.Tensor:
-        answer = self.view.attend(call, call.new)
+        answer = self.view.attend(call)
         if isinstance(answer, torch.Tensor):
             return answer
         self.pending = answer

@@ -15,6 +15,8 @@ sums are float32, for float64 inputs float64.
 
 from __future__ import annotations
 
+from typing import Self
+
 import torch
 from torch import Tensor
 
@@ -153,3 +155,25 @@ def _attend(
     weights = torch.softmax(scores, dim=-1)[..., : key.shape[0]]
     weights = weights.view(kv_heads, num_heads // kv_heads, num_queries, -1)  # (K, G, T, N)
     return torch.einsum("kgtn,nkd->tkgd", weights, value.to(dtype)).flatten(1, 2).to(query.dtype)
+
+
+class AttentionKernels:
+    """Attention on pages by the functions above, on any device.
+
+    Kernels of a device derive from this class and override what they compute faster.
+    """
+
+    write_kv = staticmethod(write_kv)
+    gather_kv = staticmethod(gather_kv)
+    decode_attention = staticmethod(decode_attention)
+    prefill_attention = staticmethod(prefill_attention)
+    decode_latent_attention = staticmethod(decode_latent_attention)
+
+    def close(self) -> None:
+        """End what the kernels run on.  Idempotent."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()

@@ -1,8 +1,10 @@
-"""Opens the KV pools that a policy asks for, and the place that attends to each."""
+"""Opens the KV pools that a policy asks for, and the place of each tier, by a table."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -10,55 +12,99 @@ import torch
 from flexgen.devices.base import Backend
 from flexgen.errors import EngineError
 from flexgen.io.pool import IOPool
-from flexgen.kernels.attention import AttentionKernels, attention_kernels
-from flexgen.kv.cache import KVCache, KVGroup, PagePool, Pool, divide_pool
-from flexgen.kv.disk import DiskPlace, DiskPool
-from flexgen.kv.host import HOST, HostPlace
-from flexgen.kv.place import LocalPlace, Place
+from flexgen.kernels.attention import attention_kernels
+from flexgen.kernels.reference import AttentionKernels
+from flexgen.kv.cache import KVCache
+from flexgen.kv.disk import DiskPlace
+from flexgen.kv.host import HOST, HostAttention, HostPlace
+from flexgen.kv.local import LocalPlace
+from flexgen.kv.pages import KVGroup, PagePool, Pool, divide_pool
+from flexgen.kv.place import Place
+from flexgen.kv.spill import DiskPool
 from flexgen.plan.policy import Policy
 
 
-def open_places(
-    groups: Sequence[KVGroup],
-    policy: Policy,
-    *,
-    backend: Backend | None,
-    io: IOPool,
-    offload_dir: Path | None,
-    notify: Callable[[], None],
-    verify: bool = False,
-) -> tuple[dict[str, Place], KVCache]:
-    """Tier -> place, and the cache over all tiers, for the policy's pools.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KVSetup:
+    """What places are built from.
+
+    Attributes:
+        groups: The model's layer groups.
+        policy: Says how large the pools are.
+        backend: The computing device; None where that is the host.
+        io: Reads and writes pages on disk.
+        offload_dir: Folder of the spill file; None when there is none.
+        notify: Wakes the ready loop.
+        verify: Whether to compare what is read from disk with what was written.
+    """
+
+    groups: Sequence[KVGroup]
+    policy: Policy
+    backend: Backend | None
+    io: IOPool
+    offload_dir: Path | None
+    notify: Callable[[], None]
+    verify: bool = False
+
+    @property
+    def device(self) -> torch.device:
+        """Where computing happens."""
+        return self.backend.device if self.backend is not None else HOST
+
+    def num_pages(self, pool_bytes: int) -> list[int]:
+        """Pages per group of a pool."""
+        return divide_pool(self.groups, pool_bytes, self.policy.longest_sequence)
+
+    def kernels(self, device: torch.device) -> AttentionKernels:
+        return attention_kernels(device, self.policy.compute_threads)
+
+    def host_attention(self, worker: str) -> HostAttention:
+        """Attention on a worker thread of this name."""
+        return HostAttention(self.groups, self.kernels(HOST), self.kernels(self.device), self.backend, self.notify, worker)
+
+
+Opened = tuple[Pool, Place]
+
+
+def _open_device(setup: KVSetup) -> Opened:
+    assert setup.backend is not None
+    pool = PagePool(setup.groups, setup.num_pages(setup.policy.kv_device_bytes), setup.backend.allocate)
+    return pool, LocalPlace(pool, setup.kernels(setup.device), setup.device)
+
+
+def _open_host(setup: KVSetup) -> Opened:
+    pool = PagePool(setup.groups, setup.num_pages(setup.policy.kv_host_bytes))
+    if setup.backend is None:
+        return pool, LocalPlace(pool, setup.kernels(HOST), HOST)
+    return pool, HostPlace(pool, setup.host_attention("flexgen-host-attention"))
+
+
+def _open_disk(setup: KVSetup) -> Opened:
+    if setup.offload_dir is None:
+        raise EngineError("KV on disk needs an offload folder")
+    policy = setup.policy
+    pages = setup.num_pages(policy.kv_disk_bytes)
+    pool = DiskPool(setup.groups, pages, setup.offload_dir, tail_bytes=policy.kv_tail_bytes, verify=setup.verify)
+    return pool, DiskPlace(pool, setup.host_attention("flexgen-disk-attention"), setup.io, policy.kv_staging_bytes)
+
+
+PLACES: dict[str, Callable[[KVSetup], Opened]] = {"device": _open_device, "host": _open_host, "disk": _open_disk}
+
+
+def open_places(setup: KVSetup) -> tuple[dict[str, Place], KVCache]:
+    """Tier -> place, and the cache over all tiers, for the pools of the policy.
 
     Raises:
-        StorageError: the spill file cannot be made; no place stays open.
+        StorageError: when the spill file cannot be made.
+        CapacityError: when a pool does not fit the device.
     """
     pools: dict[str, Pool] = {}
     places: dict[str, Place] = {}
-    spilled: DiskPool | None = None
-    if policy.kv_disk_bytes:  # first, because it is what can fail
-        if offload_dir is None:
-            raise EngineError("KV on disk needs an offload folder")
-        pages = divide_pool(groups, policy.kv_disk_bytes, policy.longest_sequence)
-        spilled = DiskPool(groups, pages, offload_dir, tail_bytes=policy.kv_tail_bytes, verify=verify)
-    device = backend.device if backend is not None else HOST
-
-    def kernels(where: torch.device) -> AttentionKernels:
-        return attention_kernels(where, policy.compute_threads)
-
-    if policy.kv_device_bytes:
-        assert backend is not None
-        pool = PagePool(groups, divide_pool(groups, policy.kv_device_bytes, policy.longest_sequence), backend.allocate)
-        pools["device"], places["device"] = pool, LocalPlace(pool, kernels(device), device)
-    if policy.kv_host_bytes:
-        pages = divide_pool(groups, policy.kv_host_bytes, policy.longest_sequence)
-        pool = PagePool(groups, pages, lambda size: torch.empty(size, dtype=torch.uint8))
-        pools["host"] = pool
-        if backend is None:
-            places["host"] = LocalPlace(pool, kernels(HOST), HOST)
-        else:
-            places["host"] = HostPlace(pool, kernels(HOST), kernels(device), backend, notify)
-    if spilled is not None:
-        pools["disk"] = spilled
-        places["disk"] = DiskPlace(spilled, kernels(HOST), kernels(device), backend, notify, io, policy.kv_staging_bytes)
-    return places, KVCache(groups, pools)
+    sizes = {"device": setup.policy.kv_device_bytes, "host": setup.policy.kv_host_bytes, "disk": setup.policy.kv_disk_bytes}
+    with contextlib.ExitStack() as undo:
+        for tier, open_place in PLACES.items():
+            if sizes[tier]:
+                pools[tier], places[tier] = open_place(setup)
+                undo.callback(places[tier].close)
+        undo.pop_all()
+    return places, KVCache(setup.groups, pools)

@@ -14,12 +14,13 @@ import torch
 
 from flexgen.checkpoint.files import Checkpoint
 from flexgen.formats.table import check_supported_number_format
+from flexgen.kv.format import KVFormat, PlainKV
 from flexgen.models.describe import model_spec
 from flexgen.models.refusals import check_supported_architecture
 from flexgen.models.rope import recompute_length, rope_regime
 from flexgen.models.skeleton import BoundModel
-from flexgen.models.tracing import LayerKV
 from flexgen.models.units import cut_model
+from flexgen.passes.geometry import LayerKV
 from flexgen.plan.model import ModelSpec
 from flexgen.weights.rows import RowTable
 from flexgen.weights.unit import UnitLayout
@@ -30,14 +31,15 @@ class LoadedModel:
     """A model ready to be executed, without a byte of its weights.
 
     Attributes:
-        bound: the skeleton with its hooks.
-        layouts: what streams, in the order of use.
-        residents: small tensors and buffers that always live where computing happens, as one layout.
-        tables: embeddings whose rows are gathered.
-        layers: KV per attention layer.
-        spec: for the planner.
-        dtype: that is computed in.
-        total_bytes: of all stored tensors.
+        bound: The skeleton with its hooks.
+        layouts: What streams, in the order of use.
+        residents: Small tensors and buffers that always live where computing happens, as one layout.
+        tables: Embeddings whose rows are gathered.
+        layers: The KV of each attention layer.
+        spec: The model for the planner.
+        dtype: The dtype of computing.
+        kv_format: How keys and values are kept.
+        total_bytes: Bytes of all stored tensors.
         recompute_length: when a sequence has more tokens than this for the first time, its keys change and are computed anew.
         rope_regime: length of a prompt -> what its keys depend on besides its tokens.
         unused_bytes: stored parameters that text does not need, such as those of vision towers.
@@ -50,13 +52,16 @@ class LoadedModel:
     layers: tuple[LayerKV, ...]
     spec: ModelSpec
     dtype: torch.dtype
+    kv_format: KVFormat
     total_bytes: int
     recompute_length: int | None
     rope_regime: Callable[[int], Hashable]
     unused_bytes: int
 
 
-def load_model(folder: Path, config: Any, dtype: torch.dtype, *, unit_bytes: int | None = None) -> LoadedModel:
+def load_model(
+    folder: Path, config: Any, dtype: torch.dtype, *, unit_bytes: int | None = None, kv_format: KVFormat | None = None
+) -> LoadedModel:
     """Describe the model in `folder`.
 
     Args:
@@ -64,12 +69,14 @@ def load_model(folder: Path, config: Any, dtype: torch.dtype, *, unit_bytes: int
         config: its transformers config.
         dtype: to compute in.
         unit_bytes: size of a unit; None chooses.
+        kv_format: how keys and values are kept; None for plain numbers of `dtype`.
 
     Raises:
         ModelError: when the architecture, the number format or the files cannot be served.
     """
     check_supported_number_format(config)
     check_supported_architecture(config)
+    kv_format = kv_format or PlainKV(dtype)
     checkpoint = Checkpoint(folder)
     units = cut_model(config, dtype, checkpoint, unit_bytes)
     return LoadedModel(
@@ -78,8 +85,9 @@ def load_model(folder: Path, config: Any, dtype: torch.dtype, *, unit_bytes: int
         residents=units.residents,
         tables=units.tables,
         layers=units.trace.layers,
-        spec=model_spec(config, units, dtype, name=folder.name),
+        spec=model_spec(config, units, dtype, name=folder.name, kv_format=kv_format),
         dtype=dtype,
+        kv_format=kv_format,
         total_bytes=checkpoint.total_bytes,
         recompute_length=recompute_length(config),
         rope_regime=rope_regime(config),

@@ -7,15 +7,15 @@ not understand.  Does not know pages or tiers: the coroutine it runs in attends.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import AttentionInterface, Cache
 
 from flexgen.errors import UnsupportedModelError
-from flexgen.models.coroutine import CacheUpdate, current_forward
+from flexgen.models.coroutine import current_forward
 from flexgen.models.head_maps import HEAD_MAPS
+from flexgen.passes.calls import AttentionCall, CacheUpdate, LatentProjection
 
 # Arguments that cannot change what a token attends to, or that we honour elsewhere.
 HARMLESS = frozenset(
@@ -24,45 +24,6 @@ HARMLESS = frozenset(
         "training", "is_causal", "position_embeddings", "past_key_values", "logits_to_keep", "deterministic", "cache_position",
     }
 )  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LatentProjection:
-    """Multi-head latent attention: how cached latents relate to keys and values.
-
-    Attributes:
-        key_up: (heads, nope_dim, rank): latent -> the part of each key without position.
-        value_up: (heads, value_dim, rank): latent -> each value.
-    """
-
-    key_up: torch.Tensor
-    value_up: torch.Tensor
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AttentionCall:
-    """One call of the attention function, understood.
-
-    Attributes:
-        layer: index of the layer whose KV is attended to.
-        query: (1, heads, tokens, key_dim). key, value: this micro-batch's own, (1, kv_heads, tokens, dim).
-        new: keys and values to store first, as they are cached; None when an earlier call has brought them.
-        scaling: multiplies the scores. softcap: caps them by tanh, or None. sinks: (heads,) logits, or None.
-        window: visible tokens (the token itself included), or None. chunk: tokens attend within aligned chunks, or None.
-        latent: set when the cache holds latents instead of `key` and `value`.
-    """
-
-    layer: int
-    query: torch.Tensor
-    key: torch.Tensor
-    value: torch.Tensor
-    new: tuple[torch.Tensor, torch.Tensor] | None = None
-    scaling: float
-    softcap: float | None = None
-    sinks: torch.Tensor | None = None
-    window: int | None = None
-    chunk: int | None = None
-    latent: LatentProjection | None = None
 
 
 def register_attention(name: str) -> None:

@@ -6,50 +6,15 @@ Knows nothing of schedules, rings or pages: subclasses (the sweep's, the tracer'
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import greenlet
+import torch
 
 from flexgen.errors import EngineError
+from flexgen.passes.calls import AttentionCall, CacheUpdate
 from flexgen.passes.plan import Slice
-
-if TYPE_CHECKING:
-    import torch
-
-    from flexgen.models.attention import AttentionCall
-
-    KeyValue = tuple[torch.Tensor, torch.Tensor]
-
-
-class CacheUpdate:
-    """Keys and values (1, heads, tokens, dim) that a layer handed to the cache.
-
-    Held until they are attended to; recognized after that as long as the model itself holds them.
-
-    Attributes:
-        layer: the index under which the model stores them. key, value: None once let go.
-        stored: whether an attention call has taken them to be stored.
-    """
-
-    def __init__(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
-        self.layer, self.stored = layer, False
-        self.key: torch.Tensor | None = key
-        self.value: torch.Tensor | None = value
-        self._known = weakref.ref(key), weakref.ref(value)
-
-    def is_of(self, key: torch.Tensor, value: torch.Tensor) -> bool:
-        """Whether these are the very tensors that the model got back."""
-        return self._known[0]() is key and self._known[1]() is value
-
-    def take(self, key: torch.Tensor, value: torch.Tensor) -> KeyValue | None:
-        """`key` and `value` the first time, to be stored; None afterwards."""
-        first, self.stored = not self.stored, True
-        return (key, value) if first else None
-
-    def let_go(self) -> None:
-        self.key = self.value = None
 
 
 class ForwardCoroutine(greenlet.greenlet):

@@ -12,10 +12,11 @@ from flexgen.checkpoint.repository import headers_of, meta_model, saved_tensors,
 from flexgen.errors import UnsupportedModelError
 from flexgen.formats.plain import dtype_name
 from flexgen.formats.table import stated_format, without_quantization
+from flexgen.kv.format import KVFormat, PlainKV
 from flexgen.models.parts import Part
 from flexgen.models.refusals import check_supported_architecture
-from flexgen.models.tracing import LayerKV
 from flexgen.models.units import ModelUnits, cut_model
+from flexgen.passes.geometry import by_geometry
 from flexgen.plan.model import KVGroupSpec, ModelSpec, UnitSpec
 from flexgen.weights.unit import UnitLayout
 
@@ -34,7 +35,7 @@ def describe_headers(headers: Headers, config: Any, dtype: torch.dtype, *, name:
     Raises:
         ModelError: when the architecture, the number format or the headers are not understood.
     """
-    return model_spec(config, cut_model(config, dtype, headers), dtype, name=name)
+    return model_spec(config, cut_model(config, dtype, headers), dtype, name=name, kv_format=PlainKV(dtype))
 
 
 def describe_config(config: Any, dtype: torch.dtype, *, stored: torch.dtype, name: str, shard_bytes: int = SHARD_BYTES) -> ModelSpec:
@@ -57,7 +58,7 @@ def describe_config(config: Any, dtype: torch.dtype, *, stored: torch.dtype, nam
     return describe_headers(headers_of(name, sharded(tensors, shard_bytes)), config, dtype, name=name)
 
 
-def model_spec(config: Any, units: ModelUnits, dtype: torch.dtype, *, name: str) -> ModelSpec:
+def model_spec(config: Any, units: ModelUnits, dtype: torch.dtype, *, name: str, kv_format: KVFormat) -> ModelSpec:
     """What the planner needs to know of a model that was cut into units.
 
     Raises:
@@ -76,7 +77,15 @@ def model_spec(config: Any, units: ModelUnits, dtype: torch.dtype, *, name: str)
         number_format=units.number_format,
         dtype=dtype_name(dtype),
         units=tuple(_unit_spec(parts, layout) for parts, layout in zip(units.parts, units.layouts, strict=True)),
-        kv_groups=_kv_groups(units.trace.layers, dtype.itemsize),
+        kv_groups=tuple(
+            KVGroupSpec(
+                num_layers=len(members),
+                bytes_per_token=kv_format.key_bytes(geometry) + kv_format.value_bytes(geometry),
+                attention_flops_per_pair=sum(each.flops_per_pair for each in members) / len(members),
+                window=geometry.reach,
+            )
+            for geometry, members in by_geometry(units.trace.layers).items()
+        ),
         resident_bytes=units.residents.decoded_bytes,
         embedding_bytes=sum(table.num_rows * table.row_elements * table.dtype.itemsize for table in untied),
         embedding_row_bytes=sum(table.row_bytes for table in units.tables),
@@ -84,21 +93,6 @@ def model_spec(config: Any, units: ModelUnits, dtype: torch.dtype, *, name: str)
         intermediate_size=max(_widest(units.parts), hidden),
         vocab_size=int(text.vocab_size),
         max_position_embeddings=context,
-    )
-
-
-def _kv_groups(layers: Sequence[LayerKV], itemsize: int) -> tuple[KVGroupSpec, ...]:
-    groups: dict[tuple[int | None, ...], list[LayerKV]] = {}
-    for layer in layers:
-        groups.setdefault(layer.group, []).append(layer)
-    return tuple(
-        KVGroupSpec(
-            num_layers=len(members),
-            bytes_per_token=members[0].elements_per_token * itemsize,
-            attention_flops_per_pair=sum(each.flops_per_pair for each in members) / len(members),
-            window=members[0].window or members[0].chunk,
-        )
-        for members in groups.values()
     )
 
 

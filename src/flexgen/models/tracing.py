@@ -16,41 +16,13 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from flexgen.errors import UnsupportedModelError
-from flexgen.models.attention import AttentionCall, PassCache
+from flexgen.models.attention import PassCache
 from flexgen.models.coroutine import ForwardCoroutine
+from flexgen.passes.calls import AttentionCall
+from flexgen.passes.geometry import LayerKV
 from flexgen.passes.plan import Slice
 
 TRACE_IDS = (7, 5)  # falling, so that they cannot be taken for positions
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LayerKV:
-    """What one attention layer caches per token, and which earlier tokens it sees.
-
-    Attributes:
-        layer: the index under which the model stores it.
-        key_heads, key_dim, value_heads, value_dim: of the cached tensors (for latent attention: 1, rank, 1, rope).
-        window: visible tokens (the token itself included), or None. chunk: tokens attend within aligned chunks, or None.
-        flops_per_pair: of one (query, visible token) pair, all heads of all calls that attend to it.
-    """
-
-    layer: int
-    key_heads: int
-    key_dim: int
-    value_heads: int
-    value_dim: int
-    window: int | None
-    chunk: int | None
-    flops_per_pair: float
-
-    @property
-    def group(self) -> tuple[int, int, int, int, int | None, int | None]:
-        """Layers with equal groups share page tables and pools."""
-        return (self.key_heads, self.key_dim, self.value_heads, self.value_dim, self.window, self.chunk)
-
-    @property
-    def elements_per_token(self) -> int:
-        return self.key_heads * self.key_dim + self.value_heads * self.value_dim
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,24 +62,14 @@ class _Tracer(ForwardCoroutine):
         return [Slice(sequence=0, token_ids=TRACE_IDS, start=0, prompt_len=count, total=count)]
 
     def attend(self, call: AttentionCall) -> torch.Tensor:
-        heads, value_dim = call.query.shape[1], call.value.shape[3]
         if call.new is not None:
-            self.layers[call.layer] = _layer_kv(call)
+            self.layers[call.layer] = LayerKV(layer=call.layer, geometry=call.geometry, flops_per_pair=_flops_per_pair(call))
         else:
             earlier = self.layers[call.layer]
-            if (earlier.window, earlier.chunk) != (call.window, call.chunk):
+            if (earlier.geometry.window, earlier.geometry.chunk) != (call.window, call.chunk):
                 raise UnsupportedModelError(f"layer {call.layer}'s keys are attended to with different windows")
             self.layers[call.layer] = replace(earlier, flops_per_pair=earlier.flops_per_pair + _flops_per_pair(call))
-        return call.query.new_zeros(1, call.query.shape[2], heads, value_dim)
-
-
-def _layer_kv(call: AttentionCall) -> LayerKV:
-    assert call.new is not None
-    key, value = call.new
-    return LayerKV(
-        layer=call.layer, key_heads=key.shape[1], key_dim=key.shape[3], value_heads=value.shape[1], value_dim=value.shape[3],
-        window=call.window, chunk=call.chunk, flops_per_pair=_flops_per_pair(call),
-    )  # fmt: skip
+        return call.new_output().zero_()
 
 
 def _flops_per_pair(call: AttentionCall) -> float:

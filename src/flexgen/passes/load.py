@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
+from flexgen.passes.geometry import KVGeometry
 from flexgen.passes.plan import PassPlan, Slice
 from flexgen.plan.price.work import PassLoad
 
 
 class LayerGroup(Protocol):
-    """Layers whose queries see equally far back, and whose KV lies on the same pages."""
+    """Layers of one geometry, whose KV lies on the same pages."""
 
     @property
     def page_tokens(self) -> int: ...
 
-    def first_visible(self, position: int) -> int: ...
+    @property
+    def geometry(self) -> KVGeometry: ...
 
 
 def pass_load(plan: PassPlan, homes: Sequence[str], groups: Sequence[LayerGroup]) -> PassLoad:
@@ -38,7 +40,7 @@ def pass_load(plan: PassPlan, homes: Sequence[str], groups: Sequence[LayerGroup]
         prompts[home] += sum(each.length for each in others)
         starts[home] += sum(each.stop == each.total for each in others)
         for index, group in enumerate(groups):
-            attended[home][index] += sum(each.stop - group.first_visible(each.start) for each in decodes)
+            attended[home][index] += sum(each.stop - group.geometry.first_visible(each.start) for each in decodes)
             pairs[index] += visible_pairs(others, group)
             if home in repeated:
                 repeated[home][index] += tokens_read_twice(decodes, index, group)
@@ -50,7 +52,7 @@ def pass_load(plan: PassPlan, homes: Sequence[str], groups: Sequence[LayerGroup]
 
 def visible_pairs(slices: Iterable[Slice], group: LayerGroup) -> int:
     """(query, visible token) pairs of the slices."""
-    return sum(position + 1 - group.first_visible(position) for each in slices for position in range(each.start, each.stop))
+    return sum(position + 1 - group.geometry.first_visible(position) for each in slices for position in range(each.start, each.stop))
 
 
 def tokens_read_twice(decodes: Iterable[Slice], index: int, group: LayerGroup) -> int:
@@ -62,5 +64,7 @@ def tokens_read_twice(decodes: Iterable[Slice], index: int, group: LayerGroup) -
         group: The layer group.
     """
     size = group.page_tokens
-    pages = [page for each in decodes for page in each.tables[index][group.first_visible(each.start) // size : each.start // size + 1]]
+    pages = [
+        page for each in decodes for page in each.tables[index][group.geometry.first_visible(each.start) // size : each.start // size + 1]
+    ]
     return (len(pages) - len(set(pages))) * size

@@ -82,7 +82,7 @@ class ModelSpec:
         vocab_size: numbers of logits of a position.
         max_position_embeddings: the model's context.
         number_format: of the stored weights: a dtype (that of most bytes), or a published low-bit format ("mxfp4", "fp8_block").
-        dtype: the dtype of computing, of decoded and resident bytes and of KV.
+        dtype: the dtype of computing, of decoded and resident bytes.
     """
 
     name: str

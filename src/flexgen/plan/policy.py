@@ -26,7 +26,7 @@ class Policy:
 
     Attributes:
         device: "cpu", "cuda" or "sim".  On "cpu" there is no device tier: host is where compute happens.
-        dtype: compute and KV dtype, a torch name ("bfloat16").
+        dtype: computed in, a torch name ("bfloat16").
         weights: home fractions of the units' bytes.
         kv: home fractions of KV bytes.
         kv_device_bytes: size of the page pool on the device.

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from flexgen.kernels.attention import AttentionKernels, attention_kernels
+from flexgen.kernels.attention import attention_kernels
+from flexgen.kernels.reference import AttentionKernels
 from flexgen.plan.machine import Curve, Rate
 from flexgen.plan.price.pass_time import elementwise_bytes
 from flexgen.profile.timing import measured_rate, median_seconds

@@ -1,9 +1,8 @@
-"""The host's kernels behind the common interface: tensors become arrays, and work lists are cut and run on kernel threads."""
+"""The host's kernels behind the common interface: tensors become arrays, work lists are cut and run on our threads."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Self
 
 import numpy as np
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 from flexgen.kernels.cpu import decode, latent, pages, prefill
 from flexgen.kernels.cpu.checks import check_format, check_groups, check_layout, check_positions, check_shapes
 from flexgen.kernels.cpu.formats import bits, carried
+from flexgen.kernels.reference import AttentionKernels
 from flexgen.kernels.threads import SLICES_PER_THREAD, KernelThreads, split_evenly
 
 ITEM_TOKENS = 16  # what beginning a work item costs, in tokens read
@@ -19,8 +19,8 @@ MOVED_AT_ONCE = 64  # tokens for which another thread is worth waking
 HEADS_PER_TILE = 8
 
 
-class CpuKernels:
-    """`flexgen.kernels.attention.AttentionKernels` for tensors in host memory.  Owns `num_threads - 1` threads."""
+class CpuKernels(AttentionKernels):
+    """Attention kernels for tensors in host memory; owns `num_threads - 1` threads."""
 
     def __init__(self, num_threads: int) -> None:
         self._threads = KernelThreads(num_threads)
@@ -142,14 +142,7 @@ class CpuKernels:
         )
 
     def close(self) -> None:
-        """End the threads.  Closing twice does no harm."""
         self._threads.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
 
     def _run(self, function: Callable[[int, int], None], costs: np.ndarray) -> None:
         self._threads.run(function, split_evenly(costs, SLICES_PER_THREAD * self._threads.num_threads))
@@ -185,7 +178,7 @@ def _where(num_sequences: int, page_tables: Tensor, starts: Tensor, lengths: Ten
 
 
 def _costs(where: Where, items_per_sequence: int) -> np.ndarray:
-    """Return the cost of every work item, in tokens read."""
+    """Of every work item, in tokens read."""
     _, starts, lengths = where
     return np.repeat(lengths - starts + ITEM_TOKENS, items_per_sequence)
 
@@ -199,7 +192,7 @@ def _integers(tensor: Tensor) -> np.ndarray:
 
 
 def _sinks(sinks: Tensor | None, heads: int, number: type[np.floating]) -> np.ndarray:
-    """Return the sinks as (heads,), or (0,) for none."""
+    """(heads,), or (0,) for none."""
     if sinks is None:
         return np.zeros(0, number)
     check_shapes(sinks=(sinks, (heads,)))
@@ -207,7 +200,7 @@ def _sinks(sinks: Tensor | None, heads: int, number: type[np.floating]) -> np.nd
 
 
 def _workspace(size: int, number: type[np.floating]) -> np.ndarray:
-    """Allocate memory for one call on one thread.  It begins on a cache line, so that vectors do not straddle two."""
+    """Memory of one call on one thread; begins on a cache line, so that vectors do not straddle two."""
     line = 64 // np.dtype(number).itemsize
     memory = np.empty(size + line, number)
     skipped = -memory.ctypes.data % 64 // memory.itemsize

@@ -1,0 +1,152 @@
+"""How pages hold keys and values: their bytes, and what is written to and read from them.
+
+Only a format knows the dtype of a page; pools, files and links move its bytes.  Another format (int8, int4, fp8) is one
+file beside this one with two classes:
+
+* a `KVFormat`, which says how many bytes a token takes and makes pages of memory;
+* its `KVPages`, which must write and gather.  `decode` works through `gather` until the format overrides it with a
+  kernel that reads its pages as they are.
+
+`load_model` takes the format, so that the planner prices its bytes, and the engine hands it to every pool.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from flexgen.kernels.reference import AttentionKernels
+from flexgen.passes.calls import AttentionCall
+from flexgen.passes.geometry import KVGeometry
+
+
+class KVFormat(Protocol):
+    """A way to keep keys and values."""
+
+    def key_bytes(self, geometry: KVGeometry) -> int:
+        """Bytes of a token's keys in one layer."""
+        ...
+
+    def value_bytes(self, geometry: KVGeometry) -> int:
+        """Bytes of a token's values in one layer."""
+        ...
+
+    def pages(self, keys: Tensor, values: Tensor, geometry: KVGeometry, page_tokens: int) -> KVPages:
+        """One layer's pages in this memory.
+
+        Args:
+            keys: Contiguous uint8 (pages, page_tokens * key_bytes), on any device; the pages write to it.
+            values: Contiguous uint8 (pages, page_tokens * value_bytes), on the same device.
+            geometry: Of the layer.
+            page_tokens: Tokens of a page.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Steps:
+    """Where the tokens lie that each of several next tokens sees, its own included.
+
+    Attributes:
+        tables: int64 (steps, pages), the page ids of each sequence.
+        starts: int64 (steps,), the first position seen.
+        lengths: int64 (steps,), the position behind the last one seen.
+    """
+
+    tables: Tensor
+    starts: Tensor
+    lengths: Tensor
+
+
+class KVPages(ABC):
+    """One layer's pages in the memory of one device.
+
+    Keys and values come and go in the dtype of computing, in the shapes of `flexgen.kernels.reference`.  `kernels` are
+    those of the device that the pages are on.
+    """
+
+    @abstractmethod
+    def write(self, kernels: AttentionKernels, key: Tensor, value: Tensor, page_ids: Tensor, page_offsets: Tensor) -> None:
+        """Store keys and values (tokens, heads, dim) at these pages and offsets, both int64 (tokens,)."""
+
+    @abstractmethod
+    def gather(self, kernels: AttentionKernels, table: Tensor, start: int, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Keys and values (length - start, heads, dim) in `dtype` of one sequence, whose pages are `table`."""
+
+    def decode(self, kernels: AttentionKernels, call: AttentionCall, query: Tensor, steps: Steps, out: Tensor) -> None:
+        """Attention of one query token per sequence.
+
+        Args:
+            kernels: Of the pages' device.
+            call: Scaling, cap and sinks of the scores; where it has a projection, the pages hold latents as keys and
+                rotary keys as values, and the result is a sum of latents.
+            query: (steps, heads, key_dim), or (steps, heads, rank + rope) on latents.
+            steps: What each query sees.
+            out: (steps, heads, value_dim), or (steps, heads, rank) on latents; written.
+        """
+        for row, (start, length) in enumerate(zip(steps.starts.clamp(min=0).tolist(), steps.lengths.tolist(), strict=True)):
+            key, value = self.gather(kernels, steps.tables[row], start, length, query.dtype)
+            if call.latent is not None:
+                key, value = torch.cat([key, value], dim=-1), key
+            kernels.prefill_attention(
+                query[row : row + 1], key, value, steps.starts.new_zeros(1),
+                scaling=call.scaling, softcap=call.softcap, sinks=call.sinks, out=out[row : row + 1],
+            )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class PlainKV:
+    """Keys and values as plain numbers.
+
+    Attributes:
+        dtype: Of the numbers; computing may be in another.
+    """
+
+    dtype: torch.dtype
+
+    def key_bytes(self, geometry: KVGeometry) -> int:
+        return geometry.key_heads * geometry.key_dim * self.dtype.itemsize
+
+    def value_bytes(self, geometry: KVGeometry) -> int:
+        return geometry.value_heads * geometry.value_dim * self.dtype.itemsize
+
+    def pages(self, keys: Tensor, values: Tensor, geometry: KVGeometry, page_tokens: int) -> PlainPages:
+        return PlainPages(
+            keys.view(self.dtype).view(len(keys), geometry.key_heads, geometry.key_dim, page_tokens),
+            values.view(self.dtype).view(len(values), geometry.value_heads, page_tokens, geometry.value_dim),
+        )
+
+
+class PlainPages(KVPages):
+    """Pages as the kernels read them.
+
+    Attributes:
+        keys: (pages, key_heads, key_dim, page_tokens).
+        values: (pages, value_heads, page_tokens, value_dim).
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        self.keys, self.values = keys, values
+
+    def write(self, kernels: AttentionKernels, key: Tensor, value: Tensor, page_ids: Tensor, page_offsets: Tensor) -> None:
+        dtype = self.keys.dtype
+        kernels.write_kv(key.to(dtype), value.to(dtype), self.keys, self.values, page_ids, page_offsets)
+
+    def gather(self, kernels: AttentionKernels, table: Tensor, start: int, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        key, value = kernels.gather_kv(self.keys, self.values, table, start, length)
+        return key.to(dtype), value.to(dtype)
+
+    def decode(self, kernels: AttentionKernels, call: AttentionCall, query: Tensor, steps: Steps, out: Tensor) -> None:
+        where = self.keys, self.values, steps.tables, steps.starts, steps.lengths
+        if query.dtype != self.keys.dtype:  # the kernels compute in the dtype of the pages
+            super().decode(kernels, call, query, steps, out)
+        elif call.latent is None:
+            kernels.decode_attention(query, *where, scaling=call.scaling, softcap=call.softcap, sinks=call.sinks, out=out)
+        else:
+            rank = out.shape[-1]
+            latent, rope = query[..., :rank].contiguous(), query[..., rank:].contiguous()
+            kernels.decode_latent_attention(latent, rope, *where, scaling=call.scaling, out=out)

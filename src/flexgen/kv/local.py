@@ -1,0 +1,51 @@
+"""KV in the memory where computing happens: attention is computed at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from flexgen.kernels.reference import AttentionKernels
+from flexgen.kv.pages import PagePool, layer_index
+from flexgen.kv.place import Place
+from flexgen.kv.views import KVPlan
+from flexgen.passes.calls import AttentionCall
+from flexgen.passes.plan import Slice
+
+
+class LocalPlace(Place):
+    """Serves micro-batches whose pages are in the memory of the computing device.
+
+    Args:
+        pool: The pages.
+        kernels: Of the device.
+        device: That computes and holds the pages.
+    """
+
+    chunks = True
+    mixes = True
+
+    def __init__(self, pool: PagePool, kernels: AttentionKernels, device: torch.device) -> None:
+        self.pool, self.kernels, self.device = pool, kernels, device
+        self.where = layer_index(pool.groups)
+
+    def view(self, slices: Sequence[Slice]) -> LocalView:
+        return LocalView(self, KVPlan(self.pool.groups, slices, self.device))
+
+    def close(self) -> None:
+        self.kernels.close()
+
+
+class LocalView:
+    """A micro-batch over the pages of a `LocalPlace`."""
+
+    def __init__(self, place: LocalPlace, plan: KVPlan) -> None:
+        self._place, self.plan = place, plan
+
+    def attend(self, call: AttentionCall) -> torch.Tensor:
+        kernels, pages = self._place.kernels, self._place.pool.pages[call.layer]
+        plan = self.plan.groups[self._place.where[call.layer][0]]
+        if call.new is not None:
+            plan.write(kernels, call.new, pages)
+        return plan.attend(kernels, call, pages)

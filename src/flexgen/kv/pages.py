@@ -1,0 +1,223 @@
+"""Pages of KV: layer groups, the memory that holds their pages, and which pages are free.
+
+A page holds `page_tokens` tokens of one layer; a page id stands for that page in every layer of its group.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from flexgen.base.quantities import align_up
+from flexgen.errors import EngineError
+from flexgen.kv.format import KVFormat, KVPages
+from flexgen.passes.geometry import KVGeometry, LayerKV, by_geometry
+
+VALUES_ALIGNMENT = 256  # more than any vector's; direct I/O has pages that are multiples of its own
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KVGroup:
+    """Layers with equal geometries, which share page tables and pools.
+
+    Attributes:
+        layers: The model's layer indices, in order; a layer's place here indexes the memory of the group.
+        geometry: What each of the layers caches and sees.
+        page_tokens: Tokens of a page.
+        format: How a page holds them.
+    """
+
+    layers: tuple[int, ...]
+    geometry: KVGeometry
+    page_tokens: int
+    format: KVFormat
+
+    @property
+    def key_page_bytes(self) -> int:
+        """Bytes of a page's keys in one layer."""
+        return self.page_tokens * self.format.key_bytes(self.geometry)
+
+    @property
+    def value_page_bytes(self) -> int:
+        """Bytes of a page's values in one layer."""
+        return self.page_tokens * self.format.value_bytes(self.geometry)
+
+    @property
+    def layer_page_bytes(self) -> int:
+        """Bytes of a page in one layer."""
+        return self.key_page_bytes + self.value_page_bytes
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of a page id in all layers of the group."""
+        return len(self.layers) * self.layer_page_bytes
+
+    def num_pages(self, tokens: int) -> int:
+        """Pages that hold so many tokens, the last one perhaps in part."""
+        return -(-tokens // self.page_tokens)
+
+    def first_page(self, position: int) -> int:
+        """Index of the first page that a query at `position` sees."""
+        return self.geometry.first_visible(position) // self.page_tokens
+
+    def pages_held(self, length: int) -> int:
+        """Pages of a sequence that has stored `length` tokens and goes on."""
+        return self.num_pages(length) - self.first_page(length)
+
+    def most_pages_held(self, length: int) -> int:
+        """The most pages that it held on its way there; windows and chunks begin within pages."""
+        pages, reach = self.num_pages(length), self.geometry.reach
+        return pages if reach is None else min(pages, self.num_pages(reach) + 1)
+
+
+def group_layers(layers: Iterable[LayerKV], page_tokens: int, kv_format: KVFormat) -> tuple[KVGroup, ...]:
+    """The layer groups of a model."""
+    return tuple(
+        KVGroup(layers=tuple(each.layer for each in members), geometry=geometry, page_tokens=page_tokens, format=kv_format)
+        for geometry, members in by_geometry(layers).items()
+    )
+
+
+def layer_index(groups: Sequence[KVGroup]) -> dict[int, tuple[int, int]]:
+    """The model's layer index -> (group, place within the group)."""
+    return {layer: (g, i) for g, group in enumerate(groups) for i, layer in enumerate(group.layers)}
+
+
+def divide_pool(groups: Sequence[KVGroup], pool_bytes: int, longest: int) -> list[int]:
+    """Pages per group such that all run out together for sequences of `longest` tokens.
+
+    Groups with windows or chunks first get the pages of one whole sequence: a prompt's are freed only after its pass.
+    """
+    first = [group.num_pages(longest) + 1 if group.geometry.reach is not None else 0 for group in groups]
+    rest = pool_bytes - sum(pages * group.page_bytes for pages, group in zip(first, groups, strict=True))
+    if rest < 0:
+        first, rest = [0] * len(groups), pool_bytes
+    wanted = [group.most_pages_held(longest) * group.page_bytes for group in groups]
+    shared = [int(rest * want / sum(wanted)) // group.page_bytes for group, want in zip(groups, wanted, strict=True)]
+    return [whole + share for whole, share in zip(first, shared, strict=True)]
+
+
+Allocate = Callable[[int], torch.Tensor]  # makes a uint8 tensor of so many bytes
+
+
+def allocate_memory(size_bytes: int) -> torch.Tensor:
+    """Plain host memory."""
+    return torch.empty(size_bytes, dtype=torch.uint8)
+
+
+class PageMemory:
+    """Memory for `count` pages of a group in some of its layers, keys and values apart.
+
+    Args:
+        group: Whose pages these are.
+        num_layers: Layers to hold.
+        count: Pages per layer.
+        allocate: Makes a uint8 tensor of so many bytes.
+
+    Attributes:
+        keys: uint8 (layers, pages, bytes of a page's keys).
+        values: uint8 (layers, pages, bytes of a page's values).
+    """
+
+    def __init__(self, group: KVGroup, num_layers: int, count: int, allocate: Allocate) -> None:
+        self._group = group
+        key_bytes, value_bytes = num_layers * count * group.key_page_bytes, num_layers * count * group.value_page_bytes
+        begin = align_up(key_bytes, VALUES_ALIGNMENT)
+        arena = allocate(max(begin + value_bytes, 1))
+        self.keys = arena[:key_bytes].view(num_layers, count, group.key_page_bytes)
+        self.values = arena[begin : begin + value_bytes].view(num_layers, count, group.value_page_bytes)
+
+    def pages(self, layer: int) -> KVPages:
+        """The pages of one layer, by its place here."""
+        return self._group.format.pages(self.keys[layer], self.values[layer], self._group.geometry, self._group.page_tokens)
+
+
+class Pool:
+    """Which pages of a tier are free.
+
+    Attributes:
+        groups: The layer groups.
+        num_pages: Per group.
+        free: Per group.
+    """
+
+    def __init__(self, groups: Sequence[KVGroup], num_pages: Sequence[int]) -> None:
+        self.groups, self.num_pages = tuple(groups), list(num_pages)
+        self.free = [PageList(count) for count in num_pages]
+
+    def take(self, group: int, count: int) -> list[int] | None:
+        """So many page ids, or None (and nothing taken) when there are too few."""
+        return self.free[group].take(count)
+
+    def give_back(self, group: int, pages: Sequence[int]) -> None:
+        """Make page ids free again."""
+        self.free[group].give_back(pages)
+
+
+class PagePool(Pool):
+    """The pages of a tier that computing or kernels can reach directly.
+
+    Attributes:
+        memory: Per group.
+        pages: The model's layer index -> that layer's pages.
+    """
+
+    def __init__(self, groups: Sequence[KVGroup], num_pages: Sequence[int], allocate: Allocate = allocate_memory) -> None:
+        super().__init__(groups, num_pages)
+        self.memory = [PageMemory(group, len(group.layers), count, allocate) for group, count in zip(groups, num_pages, strict=True)]
+        self.pages = {layer: self.memory[group].pages(place) for layer, (group, place) in layer_index(groups).items()}
+
+
+class PageList:
+    """Free page ids as sorted runs: what is asked for together comes contiguous where possible."""
+
+    def __init__(self, num_pages: int) -> None:
+        self._starts = [0] if num_pages else []
+        self._stops = [num_pages] if num_pages else []
+        self.num_free = num_pages
+
+    def take(self, count: int, *, contiguous: bool = False) -> list[int] | None:
+        """`count` page ids, or None (and nothing taken) when there are too few, or no such run."""
+        if count > self.num_free:
+            return None
+        fitting = [index for index in range(len(self._starts)) if self._stops[index] - self._starts[index] >= count]
+        if fitting:  # the smallest run that fits
+            index = min(fitting, key=lambda i: self._stops[i] - self._starts[i])
+            return self._cut(index, count)
+        if contiguous:
+            return None
+        pages: list[int] = []
+        while len(pages) < count:
+            length = self._stops[-1] - self._starts[-1]
+            pages += self._cut(len(self._starts) - 1, min(length, count - len(pages)))
+        return pages
+
+    def _cut(self, index: int, count: int) -> list[int]:
+        start = self._starts[index]
+        self.num_free -= count
+        self._starts[index] += count
+        if self._starts[index] == self._stops[index]:
+            del self._starts[index], self._stops[index]
+        return list(range(start, start + count))
+
+    def give_back(self, pages: Sequence[int]) -> None:
+        for page in sorted(pages):
+            index = bisect.bisect_right(self._starts, page)
+            joins_before = index > 0 and self._stops[index - 1] == page
+            joins_after = index < len(self._starts) and self._starts[index] == page + 1
+            if index > 0 and self._stops[index - 1] > page:
+                raise EngineError(f"page {page} was freed twice")
+            if joins_before and joins_after:
+                self._stops[index - 1] = self._stops[index]
+                del self._starts[index], self._stops[index]
+            elif joins_before:
+                self._stops[index - 1] = page + 1
+            elif joins_after:
+                self._starts[index] = page
+            else:
+                self._starts.insert(index, page)
+                self._stops.insert(index, page + 1)
+            self.num_free += 1

@@ -1,0 +1,135 @@
+"""Reads pages of KV ahead, layer by layer and micro-batch by micro-batch, into staging of a limited size."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+from flexgen.io.pool import IOPool
+from flexgen.kv.pages import layer_index
+from flexgen.kv.slots import BatchSlots
+from flexgen.kv.spill import DiskPool, StagedLayer
+
+Wanted = tuple[BatchSlots, int]  # a layer of a micro-batch, by the model's index
+
+
+class ReadAhead:
+    """Staging that a thread fills, from which a worker takes layers and to which it gives them back.
+
+    Args:
+        pool: What is read.
+        io: Reads it.
+        limit_bytes: Size of the staging; it holds at least one layer of one micro-batch.
+    """
+
+    def __init__(self, pool: DiskPool, io: IOPool, limit_bytes: int) -> None:
+        self._pool, self._io, self._limit_bytes = pool, io, limit_bytes
+        self._where = layer_index(pool.groups)
+        self._lock = threading.Condition()
+        self._staged: dict[Wanted, StagedLayer] = {}
+        self._in_use = 0  # bytes of staging
+        self._lent = 0  # staged layers that the worker uses, or that are being written back
+        self._wanted: Wanted | None = None  # what the worker waits for
+        self._spare: dict[tuple[int, int], list[StagedLayer]] = {}  # (group, slots) -> staging of that size
+        self._thread: threading.Thread | None = None
+        self._failure: BaseException | None = None
+        self._stopping = False
+
+    def begin(self, batches: Sequence[BatchSlots]) -> None:
+        """Start reading what these micro-batches will attend to."""
+        if batches:
+            self._thread = threading.Thread(target=self._read, args=(batches,), name="flexgen-kv-ahead", daemon=True)
+            self._thread.start()
+
+    def _read(self, batches: Sequence[BatchSlots]) -> None:
+        try:
+            for layer in sorted(self._where):
+                for batch in batches:
+                    if not self._stage(batch, layer):
+                        return
+        except BaseException as error:  # noqa: BLE001 - raised to the worker, which waits for the pages
+            with self._lock:
+                self._failure = error
+                self._lock.notify_all()
+
+    def _stage(self, batch: BatchSlots, layer: int) -> bool:
+        group, place = self._where[layer]
+        staged = self._take(batch, group)
+        if staged is None:
+            return False
+        staged.ticket = self._io.read(self._pool.parts(group, place, staged, batch.groups[group].read))
+        with self._lock:
+            self._staged[batch, layer] = staged
+            self._lock.notify_all()
+        return True
+
+    def _take(self, batch: BatchSlots, group: int) -> StagedLayer | None:
+        """Staging for one layer of a micro-batch, once there is room; None when closing.
+
+        Micro-batches may overtake each other.  When the worker waits for what is not staged yet, and nothing that is
+        will be given back before, there is no room to wait for: the limit is passed.
+        """
+        slots, size = batch.groups[group].num_slots, self._size(batch, group)
+        with self._lock:
+            while self._in_use and self._in_use + size > self._limit_bytes and not self._stopping:
+                if self._starved() and not self._lent:
+                    break
+                self._lock.wait()
+            if self._stopping:
+                return None
+            self._in_use += size
+            if spare := self._spare.get((group, slots)):
+                return spare.pop()
+            self._spare.clear()  # sizes change from pass to pass: spares of another size would hold memory for nothing
+            return StagedLayer(self._pool.groups[group], slots)
+
+    def _size(self, batch: BatchSlots, group: int) -> int:
+        return batch.groups[group].num_slots * self._pool.groups[group].layer_page_bytes
+
+    def _starved(self) -> bool:
+        """Whether the worker waits for a layer that is not staged (a layer staged a moment ago may not have woken it yet)."""
+        return self._wanted is not None and self._wanted not in self._staged
+
+    def acquire(self, batch: BatchSlots, layer: int) -> StagedLayer:
+        """A layer's pages, once they are read."""
+        with self._lock:
+            while (batch, layer) not in self._staged:
+                if self._failure is not None:
+                    raise self._failure
+                self._wanted = (batch, layer)
+                self._lock.notify_all()
+                self._lock.wait()
+            self._wanted = None
+            self._lent += 1
+            staged = self._staged.pop((batch, layer))
+        assert staged.ticket is not None
+        staged.ticket.wait()
+        return staged
+
+    def give_back(self, batch: BatchSlots, group: int, staged: StagedLayer) -> None:
+        """Let staging be used again."""
+        with self._lock:
+            self._in_use -= self._size(batch, group)
+            self._lent -= 1
+            self._spare.setdefault((group, batch.groups[group].num_slots), []).append(staged)
+            self._lock.notify_all()
+
+    def finish(self) -> None:
+        """Return once everything has been read."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def stop(self) -> None:
+        """End the thread; a worker that waits gets an error."""
+        with self._lock:
+            self._stopping = True
+            self._failure = self._failure or RuntimeError("closed")
+            self._lock.notify_all()
+        self.finish()
+
+    def settle(self) -> None:
+        """Return once no read writes to the staging any more."""
+        for staged in self._staged.values():
+            if staged.ticket is not None:
+                staged.ticket.settle()

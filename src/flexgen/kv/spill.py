@@ -1,0 +1,113 @@
+"""The spill file: pages of KV on disk.
+
+A layer's pages lie together, and the pages of a sequence in runs, so that reads are large.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from flexgen.io.aligned import AlignedBuffer
+from flexgen.io.direct_io import ALIGNMENT, File
+from flexgen.io.pool import Ticket
+from flexgen.kv.pages import KVGroup, PageMemory, Pool
+from flexgen.kv.slots import StagedPage
+from flexgen.kv.tails import Tails
+
+logger = logging.getLogger(__name__)
+
+NEW_FILE = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+
+
+class StagedLayer:
+    """One layer's pages of one micro-batch, in host memory.
+
+    Attributes:
+        memory: The pages' bytes.
+        pages: The pages as their format reads them.
+        ticket: Of the read that fills them.
+    """
+
+    def __init__(self, group: KVGroup, num_slots: int) -> None:
+        self.memory = PageMemory(group, 1, num_slots, lambda size: AlignedBuffer(size).tensor)
+        self.pages = self.memory.pages(0)
+        self.ticket: Ticket | None = None
+        self._views = tuple(each.view(-1).numpy().data for each in (self.memory.keys, self.memory.values))
+
+    def bytes_of(self, start: int, count: int) -> tuple[memoryview, memoryview]:
+        """The memory of keys and of values in `count` slots from `start` on."""
+        sizes = self.memory.keys.shape[2], self.memory.values.shape[2]
+        keys, values = (view[start * size : (start + count) * size] for view, size in zip(self._views, sizes, strict=True))
+        return keys, values
+
+
+class DiskPool(Pool):
+    """Pages in a spill file: for each group, each layer's key pages, then its value pages.
+
+    Args:
+        groups: The layer groups.
+        num_pages: Per group.
+        folder: Where the file is made; it is unlinked at once.
+        tail_bytes: Memory for pages that are not full yet.
+        verify: Whether to compare what is read with what was written.
+    """
+
+    def __init__(
+        self, groups: Sequence[KVGroup], num_pages: Sequence[int], folder: Path, *, tail_bytes: int = 0, verify: bool = False
+    ) -> None:
+        super().__init__(groups, num_pages)
+        self.tails = Tails(groups, tail_bytes)
+        odd = [size for group in groups for size in (group.key_page_bytes, group.value_page_bytes) if size % ALIGNMENT]
+        if odd:
+            logger.warning("KV pages of %d bytes are no multiple of %d: they go through the page cache, which is slower", odd[0], ALIGNMENT)
+        path = folder / f"kv-{os.getpid()}-{id(self):x}.spill"
+        self.file = File(path, flags=NEW_FILE, direct=not odd, unlinked=True, verify=verify)
+        self._bases: list[int] = []
+        total = 0
+        for group, count in zip(groups, num_pages, strict=True):
+            self._bases.append(total)
+            total += count * group.page_bytes
+        self.file.truncate(total)
+
+    def give_back(self, group: int, pages: Sequence[int]) -> None:
+        self.tails.forget(group, pages)
+        super().give_back(group, pages)
+
+    def parts(self, group: int, place: int, staged: StagedLayer, pages: Sequence[StagedPage]) -> list[tuple[File, int, memoryview]]:
+        """Ranges of the file and their memory, for some pages of a layer; neighbours in both are joined.
+
+        Args:
+            group: Index of the layer group.
+            place: Of the layer within the group.
+            staged: The memory.
+            pages: Which pages.
+        """
+        layout, count = self.groups[group], self.num_pages[group]
+        key_bytes, value_bytes = layout.key_page_bytes, layout.value_page_bytes
+        first_key = self._bases[group] + place * count * (key_bytes + value_bytes)
+        first_value = first_key + count * key_bytes
+        parts = []
+        for start, length in _runs(pages):
+            keys, values = staged.bytes_of(start.slot, length)
+            parts.append((self.file, first_key + start.page * key_bytes, keys))
+            parts.append((self.file, first_value + start.page * value_bytes, values))
+        return parts
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def _runs(pages: Sequence[StagedPage]) -> list[tuple[StagedPage, int]]:
+    """(first page, count) of stretches that are consecutive in the file and in staging."""
+    runs: list[tuple[StagedPage, int]] = []
+    for each in pages:
+        if runs:
+            first, count = runs[-1]
+            if each.page == first.page + count and each.slot == first.slot + count:
+                runs[-1] = (first, count + 1)
+                continue
+        runs.append((each, 1))
+    return runs

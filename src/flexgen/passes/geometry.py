@@ -1,0 +1,71 @@
+"""What attention layers cache for each token, and which earlier tokens they see.  Plain values, no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KVGeometry:
+    """The shape of a layer's cached tensors and the reach of its queries.
+
+    Layers with equal geometries share page tables and pools.  Latent attention caches the latent as its one key head
+    and the rotary key as its one value head.
+
+    Attributes:
+        key_heads: Heads of the cached keys.
+        key_dim: Numbers per key head.
+        value_heads: Heads of the cached values.
+        value_dim: Numbers per value head.
+        window: Tokens that a query sees, itself included; None for all.
+        chunk: Size of the aligned chunks within which tokens attend; None for no chunks.
+    """
+
+    key_heads: int
+    key_dim: int
+    value_heads: int
+    value_dim: int
+    window: int | None = None
+    chunk: int | None = None
+
+    @property
+    def reach(self) -> int | None:
+        """The most tokens that a query sees; None where it sees all."""
+        return self.window or self.chunk
+
+    @property
+    def elements_per_token(self) -> int:
+        """Numbers that a layer caches for a token."""
+        return self.key_heads * self.key_dim + self.value_heads * self.value_dim
+
+    def first_visible(self, position: int) -> int:
+        """The earliest token that a query at `position` sees."""
+        if self.window is not None:
+            return max(0, position - self.window + 1)
+        if self.chunk is not None:
+            return position - position % self.chunk
+        return 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerKV:
+    """The cache of one attention layer.
+
+    Attributes:
+        layer: The index under which the model stores its keys and values.
+        geometry: What is cached, and what is seen of it.
+        flops_per_pair: FLOPs of one (query, visible token) pair, over all heads of all calls that attend to this layer.
+    """
+
+    layer: int
+    geometry: KVGeometry
+    flops_per_pair: float
+
+
+def by_geometry(layers: Iterable[LayerKV]) -> dict[KVGeometry, list[LayerKV]]:
+    """The layers of each geometry, in the order of the first layer that has it."""
+    groups: dict[KVGeometry, list[LayerKV]] = {}
+    for layer in layers:
+        groups.setdefault(layer.geometry, []).append(layer)
+    return groups
