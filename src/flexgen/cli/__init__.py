@@ -11,9 +11,9 @@ from typing import Annotated
 import typer
 
 from flexgen.cli import bench, export, plan, profile, run, status
+from flexgen.cli.exit_codes import complain_of_bug
 from flexgen.cli.help import CONTEXT_SETTINGS, Command, Group
 from flexgen.cli.streams import standard_streams
-from flexgen.cli.terminal import complain_of_bug
 
 app = typer.Typer(
     cls=Group,

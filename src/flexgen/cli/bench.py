@@ -8,9 +8,9 @@ from typing import Annotated
 
 import typer
 
-from flexgen.cli.exit_codes import ExitCode
+from flexgen.cli.exit_codes import ExitCode, complain
 from flexgen.cli.options import Model, ProgressFlag, VerboseFlag, check_file, engine_command, load, write_asked
-from flexgen.cli.terminal import complain, showing
+from flexgen.cli.terminal import showing
 from flexgen.options import EngineOptions
 
 

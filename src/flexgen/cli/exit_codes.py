@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
+import traceback
 from enum import IntEnum
 
 
@@ -25,3 +28,17 @@ class ExitCode(IntEnum):
     HANGUP = 129, "stopped by SIGHUP; the same command goes on"
     INTERRUPTED = 130, "stopped by SIGINT (Ctrl-C); the same command goes on"
     TERMINATED = 143, "stopped by SIGTERM; the same command goes on"
+
+
+def complain(error: object, code: ExitCode) -> ExitCode:
+    """Say why the command ends with `code`."""
+    print(f"flexgen: {error}", file=sys.stderr)
+    return code
+
+
+def complain_of_bug() -> ExitCode:
+    """Say that the exception in flight is a bug, wherever it can be said."""
+    with contextlib.suppress(OSError, ValueError):  # stderr is full, or closed
+        traceback.print_exc()
+        complain("this is a bug in flexgen; please report it with the lines above", ExitCode.BUG)
+    return ExitCode.BUG

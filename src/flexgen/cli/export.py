@@ -8,10 +8,9 @@ from typing import Annotated
 
 import typer
 
-from flexgen.cli.exit_codes import ExitCode
+from flexgen.cli.exit_codes import ExitCode, complain
 from flexgen.cli.options import check_parent, command
 from flexgen.cli.streams import check_stdout
-from flexgen.cli.terminal import complain
 from flexgen.errors import OptionError
 
 

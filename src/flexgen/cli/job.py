@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flexgen.cli.exit_codes import ExitCode
+from flexgen.cli.exit_codes import ExitCode, complain
 from flexgen.cli.options import load, write_asked
 from flexgen.cli.signals import StopSignals
-from flexgen.cli.terminal import complain
 from flexgen.errors import FlexGenError, OptionError, OutOfMemoryError, RequestError, StorageError
 from flexgen.jobs.interrupt import Stopped
 from flexgen.options import EngineOptions

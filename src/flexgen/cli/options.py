@@ -16,8 +16,7 @@ import typer
 
 from flexgen.base.files import check_target, write_file
 from flexgen.base.quantities import parse_seconds
-from flexgen.cli.exit_codes import ExitCode
-from flexgen.cli.terminal import complain, complain_of_bug
+from flexgen.cli.exit_codes import ExitCode, complain, complain_of_bug
 from flexgen.errors import FlexGenError, OptionError, StorageError, is_out_of_memory
 from flexgen.options import DEVICES, DTYPES, LOAD_FORMATS, SCHEDULES, EngineOptions
 

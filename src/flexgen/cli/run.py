@@ -10,11 +10,12 @@ from typing import Annotated, Any
 import typer
 
 from flexgen.base.files import check_target
+from flexgen.cli.exit_codes import complain
 from flexgen.cli.job import Asked, answer_job, show_plan
 from flexgen.cli.options import Model, ProgressFlag, VerboseFlag, check_file, check_parent, engine_command, is_there, seconds
 from flexgen.cli.signals import StopSignals
 from flexgen.cli.streams import check_stdin, check_stdout
-from flexgen.cli.terminal import complain, showing
+from flexgen.cli.terminal import showing
 from flexgen.errors import OptionError
 from flexgen.jobs.interrupt import Stopped
 from flexgen.options import EngineOptions

@@ -17,8 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO
 
-from flexgen.cli.exit_codes import ExitCode
-from flexgen.cli.terminal import complain
+from flexgen.cli.exit_codes import ExitCode, complain
 from flexgen.errors import StorageError
 
 # Closed descriptors are opened the wrong way round: using them fails as before, and as `check_stdin` and `check_stdout` tell.

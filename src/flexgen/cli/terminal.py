@@ -2,32 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import sys
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TextIO
 
-from flexgen.cli.exit_codes import ExitCode
-
 if TYPE_CHECKING:
     from flexgen.report.show import Display
-
-
-def complain(error: object, code: ExitCode) -> ExitCode:
-    """Say why the command ends with `code`."""
-    print(f"flexgen: {error}", file=sys.stderr)
-    return code
-
-
-def complain_of_bug() -> ExitCode:
-    """Say that the exception in flight is a bug, wherever it can be said."""
-    with contextlib.suppress(OSError, ValueError):  # stderr is full, or closed
-        traceback.print_exc()
-        complain("this is a bug in flexgen; please report it with the lines above", ExitCode.BUG)
-    return ExitCode.BUG
 
 
 @contextmanager
