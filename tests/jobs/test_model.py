@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fakes import FakeEngine
+from jobs.places import paths_of
 
 from flexgen import RequestError, SamplingParams
 from flexgen.chat import Chat
@@ -22,7 +23,6 @@ from flexgen.plan.workload import Workload
 from flexgen.report.progress import Progress
 from flexgen.request import CompletionOutput, Live, TokenRequest, TokenResult
 from flexgen.text.common_prefixes import NO_PREFIXES, CommonPrefixes, PrefixCensus
-from jobs.places import paths_of
 
 
 class Echo:
