@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, NoReturn, Unpack
 
 import psutil
 
-from flexgen.api.vllm_keywords import ChatKeywords, GenerateKeywords, LLMKeywords, ModelKeywords, check_call, read_keywords
+from flexgen.api.vllm_keywords import ModelKeywords, check_call, read_keywords
+from flexgen.api.vllm_types import ChatKeywords, GenerateKeywords, LLMKeywords
 from flexgen.base.isolation import for_one_request
 from flexgen.base.steps import step
 from flexgen.base.turns import Turns

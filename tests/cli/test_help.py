@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from flexgen.cli import app
 from flexgen.cli.help import EXAMPLES, PAGES
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def commands(command: Any = None, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:

@@ -111,9 +111,8 @@ class Answering:
                 self.display.details(report)
             metrics = dataclasses.asdict(report)
         else:
-            what = (
-                "nothing was left to do" if self.store.num_found == self.job.num_lines else "done"
-            )  # all that was new failed as it was read
+            nothing_new = self.store.num_found == self.job.num_lines  # otherwise all that was new failed as it was read
+            what = "nothing was left to do" if nothing_new else "done"
             self.display.message(f"{what}: {self._done()}")
         if self.flags.metrics is not None:  # if that fails, the exit code still tells of the lines
             write_asked(self.flags.metrics, "--metrics", json.dumps({**metrics, "job": self._figures()}, indent=2) + "\n")
