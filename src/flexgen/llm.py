@@ -5,7 +5,6 @@ Knows nothing of files of requests (jobs/) or terminals (cli/).
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import logging
 import os
@@ -13,10 +12,8 @@ import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, Unpack
 
-import psutil
-
-from flexgen.api.vllm_keywords import ChatKeywords, GenerateKeywords, LLMKeywords, ModelKeywords, check_call, read_keywords
-from flexgen.base.isolation import for_one_request
+from flexgen.api.vllm_keywords import ModelKeywords, check_call, read_keywords
+from flexgen.api.vllm_types import ChatKeywords, GenerateKeywords, LLMKeywords
 from flexgen.base.steps import step
 from flexgen.chat import Chat, Templates, make_chats
 from flexgen.errors import FlexGenError, ModelError, OptionError, RequestError
@@ -35,6 +32,7 @@ from flexgen.session.turns import Turns
 from flexgen.text.answers import Choices
 from flexgen.text.common_prefixes import NO_PREFIXES, CommonPrefixes, PrefixCensus
 from flexgen.text.defaults import default_sampling_params, token_limits, unsupported_defaults
+from flexgen.text.encoding import Encoder, ids_or_raise
 from flexgen.text.prompts import Prompt, as_conversations, as_params, as_texts, naming, texts_and_ids
 from flexgen.text.tokenizer import Tokenizer, eos_token_ids
 
@@ -43,7 +41,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_TOKENIZING_PARTS = 4  # of the host budget's rest, one is for the text that is tokenised
 _CHAT_KEYWORDS = ("chat_template", "add_generation_prompt", "continue_final_message", "chat_template_kwargs", "use_tqdm")
 
 
@@ -64,10 +61,11 @@ class LLM:
             nothing and are named in a warning, and what asks for something else than is done is refused.
 
     Attributes:
-        files: of the model, resolved.
+        files: the model's files, resolved.
         tokenizer: None where the model has none: prompts are then token ids, and answers have no text.
-        vocab_size, max_model_len: ids lie below the first; prompt and answer together have at most the second.
-        eos_token_ids: what ends an answer unless its parameters ignore it.
+        vocab_size: token ids lie below it.
+        max_model_len: the most tokens that a prompt and its answer have together.
+        eos_token_ids: the tokens that end an answer unless its parameters ignore them.
 
     Raises:
         OptionError: an unknown option, or one that cannot be honoured, by name.
@@ -98,6 +96,7 @@ class LLM:
         self.eos_token_ids = eos_token_ids(self.files.config, self.files.generation_config, self.tokenizer)
         for setting in unsupported_defaults(self.files.generation_config):
             logger.warning("%s: generation_config.json asks for %s, which is not supported yet and not applied", self.files.name, setting)
+        self._encoder = Encoder(self.name, self.tokenizer, self.max_model_len, functools.cache(self._model.tokenizing_bytes))
         own, tokens = (self.tokenizer.chat_template, self.tokenizer.special_tokens) if self.tokenizer is not None else (None, {})
         self._templates = Templates(
             self.files.name, own, tokens, given=chat_template, kwargs=chat_template_kwargs, max_chars=self._max_prompt_chars
@@ -190,7 +189,7 @@ class LLM:
             chat_template_kwargs=dict(chat_template_kwargs or {}),
         )
         texts = self._templates.prompts(chats, chat_template)
-        ids = self._encoded("conversation", texts, add_special_tokens=False)
+        ids = self._encoder.all("conversation", texts, add_special_tokens=False)
         prompts = [{"prompt": text, "prompt_token_ids": each} for text, each in zip(texts, ids, strict=True)]
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
@@ -232,30 +231,20 @@ class LLM:
         Raises:
             RequestError: for the first text that has none (see `encode_each`); the message has its index.
         """
-        return self._encoded("text", as_texts(texts), add_special_tokens=add_special_tokens)
+        return self._encoder.all("text", as_texts(texts), add_special_tokens=add_special_tokens)
 
     def encode_each(self, texts: Iterable[str | RequestError], *, add_special_tokens: bool = True) -> Iterator[list[int] | RequestError]:
         """Token ids of each text, or why it has none: it is no Unicode text, longer than the context or the host budget allow, the
         tokenizer fails on it, or the model has none.  Texts are pulled as they are needed; errors among them are handed on.
         """
-        if self.tokenizer is None:
-            error = RequestError(f"{self.files.name} has no tokenizer: give the prompt as token ids", param="prompt")
-            return (text if isinstance(text, RequestError) else error for text in texts)
-        return self.tokenizer.encode_each(
-            texts, add_special_tokens=add_special_tokens, max_tokens=self.max_model_len, memory_bytes=self._tokenizing_bytes
-        )
-
-    @functools.cached_property
-    def _tokenizing_bytes(self) -> int:
-        """Memory for one text while it is tokenised: a part of what the host budget leaves before there is a plan."""
-        return max(self._model.limits.host_bytes - psutil.Process().memory_info().rss, 0) // _TOKENIZING_PARTS
+        return self._encoder.each(texts, add_special_tokens=add_special_tokens)
 
     def render_chats(self, chats: Sequence[Chat], *, now: float | None = None) -> Iterator[str | RequestError]:
         """The prompt of each conversation by the model's template, or why it has none; rendered as they are asked for.
 
         Args:
-            now: the time that templates are told, in seconds since 1970, for prompts that a later run must find again; None is the
-                clock's.
+            chats: the conversations.
+            now: the time that templates see, in seconds since 1970, for prompts that a later run must find again; None is the clock's.
         """
         self._turns.check()
         return self._templates.render(chats, now=now)
@@ -388,7 +377,9 @@ class LLM:
                 request_id=str(of_prompt[0].index),
                 prompt=text,
                 prompt_token_ids=of_prompt[0].prompt_token_ids,
-                outputs=self._shown([results[request.index] for request in of_prompt], prompt_params, of_prompt[0].prompt_token_ids),
+                outputs=self._choices.shown(
+                    [results[request.index] for request in of_prompt], prompt_params, of_prompt[0].prompt_token_ids
+                ),
             )
             for of_prompt, (text, _), prompt_params in zip(choices, batch, params, strict=True)
         ]
@@ -402,14 +393,6 @@ class LLM:
             self._open.close()  # what was alive in it is of no use to a later call
             raise
 
-    def _shown(self, results: list[TokenResult], params: SamplingParams, prompt_token_ids: Sequence[int]) -> list[CompletionOutput]:
-        """The answers to one prompt; one that cannot be shown ends in its own error."""
-        outputs = for_one_request(self.completions, results, params, prompt_token_ids)
-        if not isinstance(outputs, RequestError):
-            return outputs
-        failed = CompletionOutput(index=0, text="", token_ids=(), finish_reason="error", stop_reason=outputs.code)
-        return [dataclasses.replace(failed, index=choice) for choice in range(len(results))]
-
     @property
     def _max_prompt_chars(self) -> int | None:
         """What has more characters does not fit the context."""
@@ -422,30 +405,16 @@ class LLM:
         index = self._num_requests
         for place, (_, ids) in enumerate(batch):
             with naming("prompt", place):
-                found = ids if ids is not None else _ids(next(encoded))
+                found = ids if ids is not None else ids_or_raise(next(encoded))
                 choices.append(self.token_requests(index, found, params[place]))
             index += len(choices[-1])
         self._num_requests = index
         return choices
 
-    def _encoded(self, what: str, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:
-        """Token ids of every text; the error of one names its place."""
-        ids: list[list[int]] = []
-        for place, each in enumerate(self.encode_each(texts, add_special_tokens=add_special_tokens)):
-            with naming(what, place):
-                ids.append(_ids(each))
-        return ids
-
 
 def _check_workload(call: str, workload: object) -> None:
     if not isinstance(workload, Workload):
         raise OptionError(f"{call} takes a Workload, the lengths of requests; prompts and SamplingParams are for generate")
-
-
-def _ids(encoded: list[int] | RequestError) -> list[int]:
-    if isinstance(encoded, RequestError):
-        raise encoded
-    return encoded
 
 
 def _tokenizer(files: ModelFiles, other: str | os.PathLike[str] | None, asked: ModelKeywords) -> Tokenizer | None:

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from flexgen.api.vllm_keywords import _CALLS, _ONLY, ChatKeywords, GenerateKeywords, LLMKeywords, check_call, read_keywords
+from flexgen.api.vllm_keywords import _CALLS, _ONLY, check_call, read_keywords
+from flexgen.api.vllm_types import ChatKeywords, GenerateKeywords, LLMKeywords
 from flexgen.errors import OptionError
 from flexgen.options import EngineOptions, OptionKeywords
 

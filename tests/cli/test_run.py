@@ -146,7 +146,7 @@ def test_answers_that_nothing_bounds_are_warned_of(
     flags: list[str],
     warns: bool,
 ) -> None:
-    monkeypatch.setattr("flexgen.cli.job._LONG_ANSWER", 40)
+    monkeypatch.setattr("flexgen.cli.defaults._LONG_ANSWER", 40)
     source = write(tmp_path / "in.jsonl", {"prompt": "abc"}, {"prompt": "abc"}, GOOD)
     done = flexgen("run", model_folder, source, "-o", output, *flags)
     said = f"warning: 2 lines set no max_tokens, and there is no --max-tokens: their answers may have up to {CONTEXT - 3} tokens"

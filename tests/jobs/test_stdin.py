@@ -10,7 +10,7 @@ import pytest
 from jobs.places import paths_of
 
 from flexgen.jobs.folder import JobFolder
-from flexgen.jobs.stdin import keep_input, settle_input
+from flexgen.jobs.input_file import keep_input, settle_input
 
 
 @pytest.fixture

@@ -105,23 +105,43 @@ def _with_flags(message: str) -> str:
 
 
 def engine_command(body: Callable[..., int]) -> Callable[..., None]:
-    """The same from a function that takes `options`: with a flag for every field of them."""
+    """A command from a function that takes `options`: with a flag for every field of them."""
     hints = typing.get_type_hints(EngineOptions)
     fields = {field.name: field for field in dataclasses.fields(EngineOptions) if field.name in FLAGS}
-    parameters = [p for p in inspect.signature(body, eval_str=True).parameters.values() if p.name != "options"]
+    parameters: list[inspect.Parameter] = []
     for name, (panel, metavar, text) in FLAGS.items():
         parser = seconds if metavar == "TIME" else None
         flag = typer.Option(_spelling(name, fields[name].default), metavar=metavar or None, help=text, rich_help_panel=panel, parser=parser)
-        annotation = Annotated[hints[name], flag]
-        parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=fields[name].default, annotation=annotation))
+        parameters.append(_flag(name, fields[name].default, Annotated[hints[name], flag]))
+    return command(_with_parameters(body, "options", EngineOptions, parameters))
+
+
+def takes(argument: str, flags: type[Any]) -> Callable[[Callable[..., int]], Callable[..., int]]:
+    """Gives a function parameters in place of `argument`: the fields of a dataclass, each annotated as one of typer's."""
+    hints = typing.get_type_hints(flags, include_extras=True)
+    unset = {dataclasses.MISSING: inspect.Parameter.empty}
+    parameters = [_flag(each.name, unset.get(each.default, each.default), hints[each.name]) for each in dataclasses.fields(flags)]
+    return lambda body: _with_parameters(body, argument, flags, parameters)
+
+
+def _flag(name: str, default: object, annotation: object) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def _with_parameters(
+    body: Callable[..., int], argument: str, make: Callable[..., object], parameters: list[inspect.Parameter]
+) -> Callable[..., int]:
+    """`body` with `parameters` in place of `argument`, which is made of their values."""
 
     @functools.wraps(body)
-    def with_options(**values: Any) -> int:
-        options = EngineOptions(**{name: values.pop(name) for name in FLAGS})
-        return body(options=options, **values)
+    def wrapped(**values: Any) -> int:
+        made = make(**{each.name: values.pop(each.name) for each in parameters})
+        return body(**{argument: made}, **values)
 
-    with_options.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportAttributeAccessIssue]
-    return command(with_options)
+    own = [each for each in inspect.signature(body, eval_str=True).parameters.values() if each.name != argument]
+    own = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in own]
+    wrapped.__signature__ = inspect.Signature([*own, *parameters])  # pyright: ignore[reportAttributeAccessIssue]
+    return wrapped
 
 
 def _spelling(name: str, default: object) -> str:

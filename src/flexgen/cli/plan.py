@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,8 +14,8 @@ import typer
 from flexgen.base.quantities import MIB
 from flexgen.base.steps import step
 from flexgen.cli.exit_codes import ExitCode
-from flexgen.cli.options import engine_command
-from flexgen.cli.reading import ChatTemplate, ChatTemplateKwargs, InputFormat, MaxTokens, Reading, Source, Tokenizer, lengths_of
+from flexgen.cli.options import engine_command, takes
+from flexgen.cli.reading import Reading, check_source, lengths_of
 from flexgen.cli.terminal import showing
 from flexgen.errors import CapacityError, OptionError
 from flexgen.options import EngineOptions
@@ -34,16 +34,30 @@ PROMPT_LEN, GEN_LEN, NUM_REQUESTS = 512, 128, 1000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Lengths:
-    """The same request many times; None is the default."""
+class Lengths:
+    """The flags of a job that is the same request many times."""
 
-    prompt_len: int | None
-    prefix_len: int | None
-    gen_len: int | None
-    num_requests: int | None
+    prompt_len: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", min=1, help=f"Tokens of each prompt. Default: {PROMPT_LEN}, or what fits the context.", rich_help_panel=_JOB
+        ),
+    ] = None
+    prefix_len: Annotated[
+        int | None, typer.Option(metavar="N", min=0, help="Tokens that all prompts begin with. Default: 0.", rich_help_panel=_JOB)
+    ] = None
+    gen_len: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", min=1, help=f"Tokens of each answer. Default: {GEN_LEN}, or a quarter of the context.", rich_help_panel=_JOB
+        ),
+    ] = None
+    num_requests: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help=f"How many. Default: {NUM_REQUESTS:,}.", rich_help_panel=_JOB)
+    ] = None
 
     def given(self) -> list[str]:
-        """Flags that were."""
+        """The flags that were given."""
         names = (field.name for field in dataclasses.fields(self))
         return [f"--{name.replace('_', '-')}" for name in names if getattr(self, name) is not None]
 
@@ -98,41 +112,22 @@ class _Question:
 
 
 @engine_command
+@takes("lengths", Lengths)
+@takes("reading", Reading)
 def plan(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="A folder, a hub id (of which config and headers are read), or a name such as opt-175b.")
     ],
     options: EngineOptions,
+    lengths: Lengths,
+    reading: Reading,
     machine: Annotated[
         str | None,
         typer.Option(
             metavar="NAME|FILE", help="A known machine (t4-gcp), or a file: of `flexgen profile -o`, or a few figures. Default: this one."
         ),
     ] = None,
-    source: Source = None,
-    input_format: InputFormat = None,
-    max_tokens: MaxTokens = None,
-    tokenizer: Tokenizer = None,
-    chat_template: ChatTemplate = None,
-    chat_template_kwargs: ChatTemplateKwargs = None,
-    prompt_len: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N", min=1, help=f"Tokens of each prompt. Default: {PROMPT_LEN}, or what fits the context.", rich_help_panel=_JOB
-        ),
-    ] = None,
-    prefix_len: Annotated[
-        int | None, typer.Option(metavar="N", min=0, help="Tokens that all prompts begin with. Default: 0.", rich_help_panel=_JOB)
-    ] = None,
-    gen_len: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N", min=1, help=f"Tokens of each answer. Default: {GEN_LEN}, or a quarter of the context.", rich_help_panel=_JOB
-        ),
-    ] = None,
-    num_requests: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help=f"Number of requests. Default: {NUM_REQUESTS:,}.", rich_help_panel=_JOB)
-    ] = None,
+    source: Annotated[Path | None, typer.Option("--input", metavar="FILE", help="Requests, as for `flexgen run`.")] = None,
     pareto: Annotated[bool, typer.Option("--pareto", help="Also show what shorter requests would cost.")] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print JSON: model, machine, limits, policy, forecast, faster_format, pareto if asked for.")
@@ -143,22 +138,23 @@ def plan(
     Where weights and KV cache would live, how fast it would go, and what
     would help. Nothing is run, and no weights are read.
     """
-    reading = Reading(
-        source=source, input_format=input_format, max_tokens=max_tokens, tokenizer=tokenizer, chat_template=chat_template,
-        chat_template_kwargs=chat_template_kwargs,
-    )  # fmt: skip
-    lengths = _Lengths(prompt_len=prompt_len, prefix_len=prefix_len, gen_len=gen_len, num_requests=num_requests)
     if source is not None and lengths.given():
         raise OptionError(f"the lengths come from --input: leave out {lengths.given()[0]}")
-    reading.check()
+    check_source(source, reading)
+
+    def workload_of(context: int) -> Workload:
+        return _equal_lengths(lengths, context, options) if source is None else lengths_of(source, reading, model, options)
+
     with showing("auto"):
-        told = _told(model, options, machine, lengths if source is None else reading, pareto=pareto, as_json=as_json)
+        told = _told(model, options, machine, workload_of, pareto=pareto, as_json=as_json)
     print(told)
     return ExitCode.ALL_ANSWERED
 
 
-def _told(model: str, options: EngineOptions, machine: str | None, asked: _Lengths | Reading, *, pareto: bool, as_json: bool) -> str:
-    """The plan, as text or JSON."""
+def _told(
+    model: str, options: EngineOptions, machine: str | None, workload_of: Callable[[int], Workload], *, pareto: bool, as_json: bool
+) -> str:
+    """The plan, as text or JSON; `workload_of` takes the model's context."""
     from flexgen.plan.known.machines import beside_checkpoint
     from flexgen.plan.search.solve import space_of
     from flexgen.plan.tell.alternatives import faster_format
@@ -172,8 +168,7 @@ def _told(model: str, options: EngineOptions, machine: str | None, asked: _Lengt
     if box is not None:
         limits = beside_checkpoint(limits, spec.checkpoint_bytes, options)
     context = min(spec.max_position_embeddings, options.max_model_len or spec.max_position_embeddings)
-    workload = lengths_of(asked, model, options) if isinstance(asked, Reading) else _equal_lengths(asked, context, options)
-    question = _Question(model=model, options=options, limits=limits, box=box, workload=workload)
+    question = _Question(model=model, options=options, limits=limits, box=box, workload=workload_of(context))
     job = question.job(spec, question.machine(spec.dtype))
     step("choosing a plan")
     planned = make_plan(**job)
@@ -194,7 +189,7 @@ def _limits_and_machine(options: EngineOptions, name: str | None) -> tuple[Limit
     return limits_of(machine, options), machine
 
 
-def _equal_lengths(asked: _Lengths, context: int, options: EngineOptions) -> Workload:
+def _equal_lengths(asked: Lengths, context: int, options: EngineOptions) -> Workload:
     from flexgen.plan.policy import PAGE_TOKENS
     from flexgen.plan.workload import Workload
 

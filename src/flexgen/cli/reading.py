@@ -1,4 +1,4 @@
-"""How an input is read when nothing is to be answered: the flags of `flexgen run` that decide about lengths, and what they give."""
+"""How a file of requests is read: the flags that say so, and the lengths that it gives `flexgen plan`."""
 
 from __future__ import annotations
 
@@ -24,53 +24,34 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_JOB = "The job"
-
-Source = Annotated[Path | None, typer.Option("--input", metavar="FILE", help="Requests, as for `flexgen run`.", rich_help_panel=_JOB)]
-InputFormat = Annotated[
-    str | None, typer.Option(metavar="jsonl|text", help="Form of the input; text takes every line as a prompt.", rich_help_panel=_JOB)
-]
-MaxTokens = Annotated[int | None, typer.Option(metavar="N", min=1, help="Longest answer of lines that set none.", rich_help_panel=_JOB)]
-Tokenizer = Annotated[
-    str | None, typer.Option(metavar="NAME", help="Another tokenizer than the model's: a folder or hub id.", rich_help_panel=_JOB)
-]
-ChatTemplate = Annotated[
-    str | None, typer.Option(metavar="FILE", help="A Jinja template, or the name of one of the model's.", rich_help_panel=_JOB)
-]
-ChatTemplateKwargs = Annotated[
-    str | None,
-    typer.Option(metavar="JSON", help='More variables for chat templates, such as {"enable_thinking": false}.', rich_help_panel=_JOB),
-]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reading:
-    """A file of requests, and how `flexgen run` would read it; None is what that does without the flag."""
+    """The flags that say how a file of requests is read, as `flexgen run` and `flexgen plan` have them."""
 
-    source: Path | None
-    input_format: str | None
-    max_tokens: int | None
-    tokenizer: str | None
-    chat_template: str | None
-    chat_template_kwargs: str | None
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="Longest answer of chats and bare lines that set none. Default: up to the context."),
+    ] = None
+    tokenizer: Annotated[str | None, typer.Option(metavar="NAME", help="Another tokenizer than the model's: a folder or hub id.")] = None
+    chat_template: Annotated[
+        str | None, typer.Option(metavar="FILE", help="A Jinja template, or the name of one of the model's. Default: the model's own.")
+    ] = None
+    chat_template_kwargs: Annotated[
+        str | None, typer.Option(metavar="JSON", help='What templates are told besides messages: {"enable_thinking": false}.')
+    ] = None
+    input_format: Annotated[str | None, typer.Option(metavar="jsonl|text", help="text takes every line as a prompt. Default: jsonl.")] = (
+        None
+    )
 
-    def check(self) -> None:
-        """Raises OptionError for flags that cannot be meant."""
-        from flexgen.jobs.forms import INPUT_FORMATS
+    @property
+    def form(self) -> str:
+        """The format of the input."""
+        return self.input_format or "jsonl"
 
-        if self.source is None:
-            given = [field.name for field in dataclasses.fields(self) if getattr(self, field.name) is not None]
-            if given:
-                also = ": use --gen-len" * (given[0] == "max_tokens")
-                raise OptionError(f"--{given[0].replace('_', '-')} is for the lines of an --input{also}")
-        elif not self.source.is_file():
-            raise OptionError(f"--input {self.source}: {'this is a folder' if self.source.is_dir() else 'there is no such file'}")
-        if self.input_format not in (None, *INPUT_FORMATS):
-            raise OptionError(f"--input-format {self.input_format!r} is unknown; known: {', '.join(INPUT_FORMATS)}")
-        self.template_kwargs()
-
+    @property
     def template_kwargs(self) -> dict[str, Any]:
-        """Raises OptionError where they are no JSON object."""
+        """The variables of templates.  Raises OptionError where they are not a JSON object."""
         text = self.chat_template_kwargs or "{}"
         try:
             value = json.loads(text)
@@ -80,23 +61,47 @@ class Reading:
             raise OptionError(f"--chat-template-kwargs {text[:80]!r} is not a JSON object")
         return value
 
+    @property
+    def keywords(self) -> dict[str, Any]:
+        """Keywords of `LLM`."""
+        return {"tokenizer": self.tokenizer, "chat_template": self.chat_template, "chat_template_kwargs": self.template_kwargs}
 
-def lengths_of(reading: Reading, model: str, options: EngineOptions) -> Workload:
-    """Of a file's requests, by the model's tokenizer and template.
+    def check(self) -> None:
+        """Raises OptionError for values that cannot be meant."""
+        from flexgen.jobs.forms import INPUT_FORMATS
+
+        if self.form not in INPUT_FORMATS:
+            raise OptionError(f"--input-format {self.form!r} is unknown; known: {', '.join(INPUT_FORMATS)}")
+        _ = self.template_kwargs
+
+
+def check_source(source: Path | None, reading: Reading) -> None:
+    """Raises OptionError where `--input` is not a file, or flags for its lines are given without it."""
+    if source is None:
+        given = [field.name for field in dataclasses.fields(reading) if getattr(reading, field.name) is not None]
+        if given:
+            also = ": use --gen-len" * (given[0] == "max_tokens")
+            raise OptionError(f"--{given[0].replace('_', '-')} is for the lines of an --input{also}")
+    elif not source.is_file():
+        raise OptionError(f"--input {source}: {'this is a folder' if source.is_dir() else 'there is no such file'}")
+    reading.check()
+
+
+def lengths_of(source: Path, reading: Reading, model: str, options: EngineOptions) -> Workload:
+    """The lengths of a file's requests, by the model's tokenizer and template.
 
     Raises:
-        OptionError: no line can be answered. ModelError: there is no tokenizer to be had.
+        OptionError: no line can be answered.
+        ModelError: there is no tokenizer.
     """
-    from flexgen.cli.job import bare_defaults
+    from flexgen.cli.defaults import bare_defaults
     from flexgen.jobs.mistaken import check_input
     from flexgen.jobs.runner import Job
 
-    source = reading.source
-    assert source is not None
-    check_input(source, input_format=reading.input_format or "jsonl")
+    check_input(source, input_format=reading.form)
     with _opened(reading, model, options) as llm:
         defaults = bare_defaults(llm, {"max_tokens": reading.max_tokens})
-        job = Job(llm, source, None, defaults=defaults, input_format=reading.input_format or "jsonl")
+        job = Job(llm, source, None, defaults=defaults, input_format=reading.form)
         workload = job.scan()
     if not job.num_lines:
         raise OptionError(f"--input {source}: it has no lines")
@@ -116,19 +121,18 @@ def _opened(reading: Reading, model: str, options: EngineOptions) -> Iterator[LL
     from flexgen.session.lookup import shipped_name
 
     options = dataclasses.replace(options, load_format="dummy")
-    more = {"tokenizer": reading.tokenizer, "chat_template": reading.chat_template, "chat_template_kwargs": reading.template_kwargs()}
     name = shipped_name(model) if options.revision is None else None
     if name is None:
-        with load(model, options, "none", **more) as llm:
+        with load(model, options, "none", **reading.keywords) as llm:
             yield llm
         return
     if reading.tokenizer is not None:
-        with _shipped(name) as files, LLM(files, **more, **dataclasses.asdict(options)) as llm:
+        with _shipped(name) as files, LLM(files, **reading.keywords, **dataclasses.asdict(options)) as llm:
             yield llm
         return
     repository = model if "/" in model else catalogue_spec(name).name
     try:
-        llm = load(repository, options, "none", **more)
+        llm = load(repository, options, "none", **reading.keywords)
     except ModelError as error:
         raise ModelError(f"--input needs the tokenizer of {model}; give --tokenizer, or --prompt-len and --gen-len: {error}") from error
     with llm:

@@ -69,7 +69,7 @@ def job_paths(source: Path | None, output: Path | None, state: Path | None) -> J
 
 
 def _beside(named: Path) -> Path:
-    """The folder beside a file, named after it; names of files that leave no room for the ending are cut, and told apart by a digest."""
+    """The folder beside a file, named after it; names of files that leave no room for the ending are cut, and get a digest."""
     whole = named.name + _SUFFIX
     most = _longest_name(named.parent)
     if len(os.fsencode(whole)) <= most:

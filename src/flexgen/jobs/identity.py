@@ -53,7 +53,7 @@ class Change:
 
 
 def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Change]:
-    """What differs.  A name that one side lacks says nothing: another version of flexgen wrote it, which is told apart."""
+    """What differs.  A name that one side lacks says nothing, because another version of flexgen wrote it; see `Identity.versions`."""
     new = json.loads(json.dumps(dict(new)))
     return [Change(name=name, old=old[name], new=new[name]) for name in new if name in old and old[name] != new[name]]
 

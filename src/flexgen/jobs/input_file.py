@@ -1,17 +1,26 @@
-"""The input as bytes: a file that is compressed by gzip, or written in UTF-16, reads as if it were neither.  Knows no lines."""
+"""The input as bytes.  Knows no lines.
+
+A file that is compressed by gzip, or written in UTF-16, reads as if it were neither.  Standard input is kept in the job's folder, because
+a job reads its input several times, and a later run must find the same.
+"""
 
 from __future__ import annotations
 
 import codecs
 import gzip
 import io
+import os
 import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from flexgen.base.files import open_private, sync_folder
 from flexgen.base.quantities import MIB
+from flexgen.errors import StorageError
+from flexgen.jobs.database import translated
+from flexgen.jobs.folder import JobFolder
 
 READ_ERRORS = (OSError, EOFError, zlib.error)  # the last two are of damaged archives
 _GZIP = b"\x1f\x8b"
@@ -20,7 +29,7 @@ _UTF16_LOOK_BYTES = 8  # what a request begins with is ASCII
 
 @contextmanager
 def open_input(path: Path) -> Iterator[BinaryIO]:
-    """The content of `path`, decompressed if need be, as UTF-8.  What reads it may raise any of READ_ERRORS."""
+    """The content of `path`, decompressed if need be, as UTF-8.  Reading it may raise any of READ_ERRORS."""
     with ExitStack() as stack:
         file = stack.enter_context(path.open("rb"))
         if file.peek(2)[:2] == _GZIP:
@@ -45,7 +54,7 @@ def utf16_of(path: Path) -> str | None:
 
 
 def _utf16(start: bytes) -> str | None:
-    """The encoding of a file that begins so, if it is UTF-16: by its mark, or because every other byte is 0."""
+    """The encoding of a file with this start, if it is UTF-16: by its mark, or because every other byte is 0."""
     if start.startswith((b"\xff\xfe\0\0", b"\0\0\xfe\xff")):  # UTF-32
         return None
     if start.startswith(codecs.BOM_UTF16_LE):
@@ -60,7 +69,7 @@ def _utf16(start: bytes) -> str | None:
 
 
 class _AsUTF8(io.RawIOBase):
-    """A file in another encoding, read as UTF-8; what is no text in it is none in UTF-8, so that only its line suffers."""
+    """A file in another encoding, read as UTF-8.  What is malformed in it is malformed in UTF-8, so that only its line fails."""
 
     def __init__(self, file: BinaryIO, encoding: str) -> None:
         self._file = file
@@ -85,3 +94,50 @@ class _AsUTF8(io.RawIOBase):
         if not piece:
             self._decoder.errors = "replace"  # half a character at the end
         return self._decoder.decode(piece, final=not piece)
+
+
+# -- standard input ----------------------------------------------------------------------------------------------------------------------
+
+
+def keep_input(folder: JobFolder, stream: BinaryIO) -> Path:
+    """The file that holds what `stream` gives, or gave an earlier run if it gives nothing now (a terminal is not read again).
+
+    New input stays beside that of an earlier run until `settle_input`, because a run that is refused leaves the job as it was.
+
+    Raises:
+        StorageError: it cannot be read or kept.
+    """
+    copy = folder.paths.input_copy
+    new = folder.paths.new_input
+    with translated(copy):
+        if copy.exists() and stream.isatty():
+            return copy
+        new.unlink(missing_ok=True)
+        with os.fdopen(open_private(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "wb") as file:
+            for piece in _pieces(stream):
+                file.write(piece)
+            file.flush()
+            os.fsync(file.fileno())
+        if copy.exists() and new.stat().st_size == 0:
+            new.unlink()
+            return copy
+    return new if copy.exists() else settle_input(folder, new)
+
+
+def settle_input(folder: JobFolder, source: Path) -> Path:
+    """Let new input take the place of that of an earlier run; returns the file to read from here on."""
+    copy = folder.paths.input_copy
+    if source != folder.paths.new_input:
+        return source
+    with translated(copy):
+        source.replace(copy)
+        sync_folder(copy.parent)
+    return copy
+
+
+def _pieces(stream: BinaryIO) -> Iterator[bytes]:
+    try:
+        while piece := stream.read(MIB):
+            yield piece
+    except OSError as error:
+        raise StorageError(f"standard input cannot be read: {error.strerror or error}") from error

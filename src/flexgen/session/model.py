@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
+
 from flexgen.base.steps import step
 from flexgen.errors import CapacityError, FlexGenError, ModelError, is_out_of_memory
 from flexgen.hub.config import read_config, reason_of
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_TOKENIZING_PARTS = 4  # one part of what the host budget leaves is for the text that is tokenised
 # Building a skeleton replaces functions of torch for a moment, so models are described one at a time.
 DESCRIBING = threading.RLock()
 
@@ -65,6 +68,10 @@ class ResolvedModel:
         if self._limits is None:
             self._limits = find_limits(self._options)
         return self._limits
+
+    def tokenizing_bytes(self) -> int:
+        """Memory for one text while it is tokenised: a part of what the host budget leaves now, before there is a plan."""
+        return max(self.limits.host_bytes - psutil.Process().memory_info().rss, 0) // _TOKENIZING_PARTS
 
     @functools.cached_property
     def dtype(self) -> str:

@@ -114,7 +114,7 @@ def open_prepared(prepared: Prepared) -> PlannedEngine:
     """The engine that executes a prepared plan, with its resident weights loaded.
 
     Raises:
-        CapacityError, StorageError: when memory or the offload folder cannot be had; nothing stays open.
+        CapacityError, StorageError: there is not enough memory, or no offload folder; nothing stays open.
     """
     step("loading weights")
     with contextlib.ExitStack() as resources:

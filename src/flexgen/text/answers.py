@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
+from flexgen.base.isolation import for_one_request
 from flexgen.errors import RequestError
 from flexgen.request import CompletionOutput, Logprob, SamplingParams, Stops, TokenLogprobs, TokenRequest, TokenResult
 from flexgen.text.defaults import choice_seed, derive_seed
@@ -26,10 +27,11 @@ class Choices:
 
     Attributes:
         tokenizer: None where the model has none.
-        vocab_size, max_model_len: ids lie below the first; prompt and answer together have at most the second.
-        eos_token_ids: what ends an answer unless its parameters ignore it.
+        vocab_size: token ids lie below it.
+        max_model_len: the most tokens that a prompt and its answer have together.
+        eos_token_ids: the tokens that end an answer unless its parameters ignore them.
         seed: base of the seeds of prompts that name none.
-        max_logprobs: most log probabilities that a prompt may ask for; -1 is any number.
+        max_logprobs: the most log probabilities that a prompt may ask for; -1 is any number.
     """
 
     tokenizer: Tokenizer | None
@@ -83,6 +85,14 @@ class Choices:
         """
         in_order = sorted(results, key=lambda result: result.index)
         return [self._completion(choice, result, params, prompt_token_ids) for choice, result in enumerate(in_order)]
+
+    def shown(self, results: Sequence[TokenResult], params: SamplingParams, prompt_token_ids: Sequence[int]) -> list[CompletionOutput]:
+        """As `completions`; answers that cannot be shown end in their own error."""
+        outputs = for_one_request(self.completions, results, params, prompt_token_ids)
+        if not isinstance(outputs, RequestError):
+            return outputs
+        failed = CompletionOutput(index=0, text="", token_ids=(), finish_reason="error", stop_reason=outputs.code)
+        return [dataclasses.replace(failed, index=choice) for choice in range(len(results))]
 
     # -- requests -------------------------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,134 @@
+"""A job from the moment its lines are known: they are answered, the output is made, and the user reads how it went."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from flexgen.cli.exit_codes import ExitCode, complain
+from flexgen.cli.options import write_asked
+from flexgen.cli.run_flags import RunFlags
+from flexgen.cli.signals import StopSignals
+from flexgen.errors import FlexGenError, OutOfMemoryError
+from flexgen.jobs.interrupt import Stopped
+
+if TYPE_CHECKING:
+    from flexgen.jobs.runner import Job
+    from flexgen.jobs.store import Store
+    from flexgen.llm import LLM
+    from flexgen.plan.workload import Workload
+    from flexgen.report.show import Display
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answering:
+    """A job whose lines are about to be answered.
+
+    Attributes:
+        llm: the model.
+        job: the lines.
+        store: what is known about them.
+        flags: say what the user wants to see at the end.
+        display: shows how it goes.
+        signals: may stop it.
+    """
+
+    llm: LLM
+    job: Job
+    store: Store
+    flags: RunFlags
+    display: Display
+    signals: StopSignals
+
+    def run(self, workload: Workload) -> ExitCode:
+        """Have the lines answered, and make the output from what there is then."""
+        reason: object = None
+        try:
+            self.store.start_run(self.job.num_lines)
+            self._run(workload)
+            code = ExitCode.SOME_FAILED if self.store.num_failed else ExitCode.ALL_ANSWERED
+        except Stopped:
+            code, reason = self.signals.exit_code, f"stopped by {self.signals.name}"
+        except FlexGenError as error:
+            code, reason = ExitCode.RESUMABLE if self.job.started else ExitCode.REFUSED, error
+        self.display.close()
+        try:
+            self._write_output(finished=reason is None)
+            self.store.end_run(str(reason or "finished"))
+        except FlexGenError as error:
+            error = f"{error}{self._how_to_get()}"
+            code, reason = (ExitCode.RESUMABLE, error) if reason is None else (code, f"{reason}; then {error}")
+        if reason is not None:
+            done = self.store.num_answered + self.store.num_failed
+            return complain(f"{reason}\n{done:,} of {self.job.num_lines:,} lines are done; the same command goes on from there", code)
+        self._conclude(workload)
+        return code
+
+    def _run(self, workload: Workload) -> None:
+        """Answer the lines, with half as many sequences at once whenever memory runs out."""
+        while True:
+            try:
+                return self.job.run(workload, on_progress=self.display.progress)
+            except OutOfMemoryError as error:
+                num_seqs = self.llm.shrink()
+                if num_seqs is None:
+                    raise
+                self.display.message(f"{error}\ngoing on with at most {num_seqs:,} sequences at once")
+                workload = self.job.scan()
+
+    def _write_output(self, *, finished: bool) -> None:
+        """A file shows what there is; who reads standard output gets all or nothing."""
+        from flexgen.jobs.export import export, export_to_stream
+
+        if self.store.paths.output is not None:
+            export(self.store.paths, self.store.paths.output)
+        elif finished:
+            export_to_stream(self.store.paths, sys.stdout.buffer)
+
+    def _how_to_get(self) -> str:
+        """Where answers are that could not be delivered."""
+        if self.store.paths.output is not None:
+            return ""
+        return f"; the answers are kept: `flexgen export {self.store.paths.folder} --to FILE` writes them"
+
+    def _conclude(self, workload: Workload) -> None:
+        from flexgen.report.progress import SCHEMA_VERSION
+
+        metrics: dict[str, object] = {"schema_version": SCHEMA_VERSION}  # nothing else of a run that found nothing to do
+        if len(workload):
+            report = self.llm.report()
+            if self.job.num_resumed:
+                self.display.message(
+                    f"{self.job.num_resumed:,} answers went on after {self.job.tokens_kept:,} tokens that earlier runs had generated; "
+                    f"{report.recomputed_tokens:,} tokens were computed again"
+                )
+            self.display.report(report, self._done())
+            if self.flags.verbose:
+                self.display.details(report)
+            metrics = dataclasses.asdict(report)
+        else:
+            nothing_new = self.store.num_found == self.job.num_lines  # otherwise all that was new failed as it was read
+            what = "nothing was left to do" if nothing_new else "done"
+            self.display.message(f"{what}: {self._done()}")
+        if self.flags.metrics is not None:  # if that fails, the exit code still tells of the lines
+            write_asked(self.flags.metrics, "--metrics", json.dumps({**metrics, "job": self._figures()}, indent=2) + "\n")
+
+    def _done(self) -> str:
+        """Where what is, and what may be done about errors."""
+        before = f" ({self.store.num_found:,} done before)" if self.store.num_found else ""
+        again = "; the same command with --retry-errors tries those again" if self.store.num_failed else ""
+        lines = f"{self.store.num_answered:,} of {self.job.num_lines:,} lines answered, {self.store.num_failed:,} with errors"
+        return f"{self.store.paths.name if self.store.paths.output is not None else 'standard output'}: {lines}{before}{again}"
+
+    def _figures(self) -> dict[str, int]:
+        """The job's part of the metrics."""
+        lines = {
+            "lines": self.job.num_lines,
+            "answered": self.store.num_answered,
+            "failed": self.store.num_failed,
+            "done_before": self.store.num_found,
+        }
+        return lines | {"answers_resumed": self.job.num_resumed, "tokens_kept": self.job.tokens_kept}

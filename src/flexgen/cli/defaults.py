@@ -1,0 +1,72 @@
+"""How lines are sampled that do not say, and what the user reads about that before a job begins."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from flexgen.errors import OptionError, RequestError
+
+if TYPE_CHECKING:
+    from flexgen.jobs.runner import Job
+    from flexgen.llm import LLM
+    from flexgen.plan.workload import Workload
+    from flexgen.request import SamplingParams
+
+_LONG_ANSWER = 256  # tokens
+
+
+def bare_defaults(llm: LLM, given: Mapping[str, Any]) -> SamplingParams:
+    """The sampling parameters of lines that set none: flags, then generation_config.json, then vLLM's defaults, but up to the context.
+
+    Raises:
+        OptionError: the value of a flag is out of range.
+    """
+    given = {name: value for name, value in given.items() if value is not None}
+    limit = llm.files.generation_config.get("max_new_tokens")
+    try:
+        return dataclasses.replace(llm.get_default_sampling_params(), **{"max_tokens": limit, **given})
+    except RequestError as error:
+        if error.param not in given:
+            raise
+        raise OptionError(f"--{error.param.replace('_', '-')} {given[error.param]}: {error}") from error
+
+
+def describe(job: Job, workload: Workload) -> str:
+    """What is about to be answered, and with which defaults."""
+    from flexgen.api.openai import COMPLETIONS_MAX_TOKENS
+
+    found = job.store.num_found if job.store is not None else 0
+    bare = job.defaults
+    limit = f"{bare.max_tokens:,} tokens" if bare.max_tokens is not None else f"up to the context of {job.model.max_model_len:,}"
+    sampling = "greedy" if bare.temperature == 0 else f"temperature {bare.temperature:g}, top_p {bare.top_p:g}, top_k {bare.top_k}"
+    sampling = ", ".join([sampling, *_unusual(bare)])
+    bad = f"{job.num_bad_lines:,} of them bad" + (f" ({job.first_bad})" if job.first_bad else "")
+    told = (
+        f"{job.source}: {job.num_lines:,} lines, {bad}, {found:,} done before, {len(workload):,} to answer: "
+        f"{workload.prompt_tokens:,} prompt and at most {workload.output_tokens:,} output tokens\n"
+        f"defaults of lines that leave them out: {sampling}, {limit} (/v1/completions: {COMPLETIONS_MAX_TOKENS} tokens)"
+    )
+    return "\n".join([told, *job.remarks.lines(), *_warn_of_length(job, workload)])
+
+
+def _warn_of_length(job: Job, workload: Workload) -> list[str]:
+    """Nobody may have meant answers of hundreds or thousands of tokens, or random ones."""
+    longest = max(workload.output_lens, default=0)
+    if not job.remarks.num_unbounded or longest < _LONG_ANSWER:
+        return []
+    return [
+        f"warning: {job.remarks.num_unbounded:,} lines set no max_tokens, and there is no --max-tokens: "
+        f"their answers may have up to {longest:,} tokens, sampled at temperature {job.defaults.temperature:g} where a line sets none; "
+        "--max-tokens N bounds them, and --temperature T changes the default (0 is greedy)"
+    ]
+
+
+def _unusual(defaults: SamplingParams) -> list[str]:
+    """Defaults that are not vLLM's, besides those that are always told."""
+    from flexgen.request import SamplingParams
+
+    told = ("temperature", "top_p", "top_k", "max_tokens")
+    usual = dataclasses.asdict(SamplingParams())
+    return [f"{name} {value}" for name, value in dataclasses.asdict(defaults).items() if name not in told and value != usual[name]]
