@@ -167,7 +167,7 @@ class _Program:
         seconds, size, life, prompts, held = (
             part.reshape(len(part), -1) for part in (self._unit_seconds, self._unit_bytes, life, prompts, held)
         )
-        units, kinds = (np.kron(np.eye(number), np.ones(tiers)) for number in (num_units, num_kinds))
+        units, kinds = (np.kron(np.eye(number), np.ones(tiers)).astype(np.float64) for number in (num_units, num_kinds))
 
         def rows(fixed: Sequence[Any], before: Floats, within: Floats, requests: Floats) -> Floats:
             return np.hstack([*(np.broadcast_to(each, (len(before), 1)) for each in fixed), before, within, requests])
