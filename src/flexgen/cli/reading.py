@@ -38,11 +38,11 @@ class Reading:
         str | None, typer.Option(metavar="FILE", help="A Jinja template, or the name of one of the model's. Default: the model's own.")
     ] = None
     chat_template_kwargs: Annotated[
-        str | None, typer.Option(metavar="JSON", help='What templates are told besides messages: {"enable_thinking": false}.')
+        str | None, typer.Option(metavar="JSON", help='More variables for chat templates, such as {"enable_thinking": false}.')
     ] = None
-    input_format: Annotated[str | None, typer.Option(metavar="jsonl|text", help="text takes every line as a prompt. Default: jsonl.")] = (
-        None
-    )
+    input_format: Annotated[
+        str | None, typer.Option(metavar="jsonl|text", help="Input form; text takes every line as a prompt. Default: jsonl.")
+    ] = None
 
     @property
     def form(self) -> str:

@@ -27,10 +27,10 @@ class RunFlags:
         typer.Option("--output", "-o", metavar="OUTPUT", help="Answers, in the order of the input; - is stdout, when all is done."),
     ]
     temperature: Annotated[
-        float | None, typer.Option(metavar="T", help="Of lines that set none; 0 is greedy. Default: the model's generation_config, or 1.")
+        float | None, typer.Option(metavar="T", help="For lines that set none; 0 is greedy. Default: the model's generation_config, or 1.")
     ] = None
     top_p: Annotated[
-        float | None, typer.Option(metavar="P", help="Of lines that set none. Default: the model's generation_config, or 1.")
+        float | None, typer.Option(metavar="P", help="For lines that set none. Default: the model's generation_config, or 1.")
     ] = None
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the input, show the plan, and stop.")] = False
     metrics: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the report as JSON (docs/metrics.md).")] = None

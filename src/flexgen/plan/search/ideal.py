@@ -167,13 +167,14 @@ class _Program:
         seconds, size, life, prompts, held = (
             part.reshape(len(part), -1) for part in (self._unit_seconds, self._unit_bytes, life, prompts, held)
         )
-        units, kinds = (np.kron(np.eye(number), np.ones(tiers)) for number in (num_units, num_kinds))
+        units, kinds = (np.kron(np.eye(number), np.ones(tiers)).astype(np.float64) for number in (num_units, num_kinds))
 
         def rows(fixed: Sequence[Any], before: Floats, within: Floats, requests: Floats) -> Floats:
             return np.hstack([*(np.broadcast_to(each, (len(before), 1)) for each in fixed), before, within, requests])
 
+        no_homes = np.zeros((num_kinds, units.shape[1]))
         no_units, no_bytes, room = 0 * seconds, 0 * size, -self._room[:, None]
-        at_most = [
+        at_most: list[tuple[Floats, Floats]] = [
             (rows((-1, -1, 0), seconds, seconds, life), 0 * seconds[:, 0]),
             (rows((-1, 0, 0), seconds, no_units, prompts), 0 * seconds[:, 0]),
             (rows((0, 0, room), size, size, held), tail * self._room),
@@ -181,16 +182,21 @@ class _Program:
             (rows((0, 0, room), size, no_bytes, 0 * held), 0 * self._room),
             (rows((0, 0, 0), no_bytes, size, 0 * held), tail * self._room),
         ]
-        equal = [
+        equal: list[tuple[Floats, Floats]] = [
             (rows((0, 0, -1), units, 0 * units, np.zeros((num_units, kinds.shape[1]))), np.zeros(num_units)),
             (rows((0, 0, 0), 0 * units, units, np.zeros((num_units, kinds.shape[1]))), np.full(num_units, tail)),
-            (rows((0, 0, 0), *np.zeros((2, num_kinds, units.shape[1])), kinds), np.ones(num_kinds)),
+            (rows((0, 0, 0), no_homes, no_homes, kinds), np.ones(num_kinds)),
         ]
-        (matrix, limits), (equations, values) = (tuple(map(np.concatenate, zip(*blocks, strict=True))) for blocks in (at_most, equal))
+        (matrix, limits), (equations, values) = _joined(at_most), _joined(equal)
         goal = np.zeros(matrix.shape[1])
         goal[:2] = 1.0
         bounds = [(0.0, None), (0.0, None), (float(self._outputs.max() - tail), None)] + [(0.0, None)] * (len(goal) - 3)
         return minimum(goal, matrix, limits, equations, values, bounds)
+
+
+def _joined(blocks: Sequence[tuple[Floats, Floats]]) -> tuple[Floats, Floats]:
+    """The rows of all blocks, and their right sides."""
+    return np.concatenate([rows for rows, _ in blocks]), np.concatenate([sides for _, sides in blocks])
 
 
 def _bare_policy(device: str, dtype: str) -> Policy:
