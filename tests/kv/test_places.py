@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from flexgen.devices.base import SimulatedDevice
+from flexgen.devices.sim import SimulatedDevice
 from flexgen.errors import StorageError
 from flexgen.io.direct_io import IOPool
 from flexgen.kernels.attention import ReferenceKernels

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from flexgen.devices.base import SimulatedDevice
+from flexgen.devices.sim import SimulatedDevice
 from flexgen.errors import EngineError, StorageError
 from flexgen.io.direct_io import FileSet, IOPool, plan_extents
 from flexgen.weights.ring import ByteRing

@@ -23,7 +23,7 @@ from flexgen.base.steps import step
 from flexgen.base.turns import forked
 from flexgen.checkpoint.dummy import checkpoint_bytes, write_random_checkpoint
 from flexgen.checkpoint.parameters import refuse_quantization
-from flexgen.devices.base import open_backend
+from flexgen.devices.open import open_device
 from flexgen.engine.engine import Engine
 from flexgen.errors import CapacityError, FlexGenError, ModelError, OptionError, is_out_of_memory
 from flexgen.hub.config import read_config, reason_of
@@ -167,7 +167,7 @@ def _machine_check(prepared: Prepared) -> MachineCheck | None:
 def _construct(prepared: Prepared, undo: contextlib.ExitStack, check: MachineCheck | None) -> Engine:
     """An engine without weights; what it would own is registered with `undo` as it is made."""
     limits, policy, model = prepared.limits, prepared.plan.policy, prepared.model
-    backend = open_backend(limits.device, limits.device_bytes)
+    backend = open_device(limits.device, limits.device_bytes)
     if backend is not None:
         undo.callback(backend.close)
     offload = OffloadFolder(Path(limits.offload_dir)) if policy.kv_disk_bytes else None
