@@ -181,6 +181,7 @@ class SimulatedDevice(Arenas):
                     self._settle(stream[-1])
             if self._synchronised in timeline.observers:
                 timeline.observers.remove(self._synchronised)
+            timeline.finish(timeline.now)  # arenas that are opened later may lie where these lay
 
 
 def _next(stream: deque[SimEvent]) -> SimEvent | None:
