@@ -53,9 +53,7 @@ def overheads(device: str, dtype: torch.dtype, folder: Path, machine: Machine, *
         config = _config(64, NUM_LAYERS)
         write_random_checkpoint(config, Path(name), dtype)
         engines = {
-            kind: stack.enter_context(
-                Engine(_model(Path(name), config, dtype), policy, machine, backend=open_device(device, DEVICE_BYTES))
-            )
+            kind: stack.enter_context(Engine(_model(Path(name), config, dtype), policy, machine, backend=open_device(device, DEVICE_BYTES)))
             for kind, (_, policy) in kinds.items()
         }
         seconds = dict.fromkeys(kinds, math.inf)
