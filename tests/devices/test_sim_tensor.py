@@ -53,7 +53,7 @@ LEGAL: dict[str, Callable[[Make], torch.Tensor]] = {
     "a new tensor": lambda on: on(numbers(8)).new_zeros(3),
     "joined": lambda on: torch.cat([on(numbers(4, 8)), on(numbers(4, 8))]),
     "bytes as numbers": lambda on: on(torch.zeros(64, dtype=torch.uint8))[16:32].view(torch.float32).view(2, 2),
-    "attention": lambda on: functional.scaled_dot_product_attention(*[on(numbers(1, 2, 4, 8))] * 3),
+    "attention": lambda on: functional.scaled_dot_product_attention(x := on(numbers(1, 2, 4, 8)), x, x),
     "a sum over letters": lambda on: torch.einsum("td,nd->tn", on(numbers(4, 8)), on(numbers(3, 8))),
     "a norm": lambda on: functional.layer_norm(on(numbers(4, 8)), (8,)),
     "a lookup": lambda on: functional.embedding(on(torch.tensor([0, 1])), on(numbers(4, 8))),

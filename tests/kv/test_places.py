@@ -23,7 +23,7 @@ from flexgen.kernels.attention import ReferenceKernels
 from flexgen.kv.cache import KVCache, PagePool, SequenceKV, group_layers, layer_index
 from flexgen.kv.disk import DiskPlace, DiskPool
 from flexgen.kv.host import HostPlace
-from flexgen.kv.place import LocalPlace, Place, View
+from flexgen.kv.place import LocalPlace, View
 from flexgen.kv.views import KVPlan, KVSlice, is_decode
 from flexgen.models.attention import AttentionCall, LatentProjection
 
@@ -120,7 +120,7 @@ Piece = tuple[Conversation, int, int]  # (sequence, start, length)
 class Bench:
     """A place with its cache; runs passes and compares."""
 
-    place: Place
+    place: LocalPlace | HostPlace
     cache: KVCache
     tier: str
     close: list[Callable[[], None]] = field(default_factory=list)

@@ -167,7 +167,7 @@ def answered(
 
     def recording(logits: torch.Tensor, sampled: list[TokenRequest], generated: list[list[int]]) -> object:
         for row, request in zip(logits, sampled, strict=True):
-            rows[request.index].append(row.clone())
+            rows[request.index].append(row.to("cpu", copy=True))
         return original(logits, sampled, generated)
 
     monkeypatch.setattr(engine_module, "sample", recording)
