@@ -59,7 +59,7 @@ class SimEvent:
 
 
 def _checksum(tensor: torch.Tensor) -> int:
-    return zlib.crc32(_bytes(tensor).numpy())
+    return zlib.crc32(_bytes(tensor).numpy().data)
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:

@@ -131,12 +131,15 @@ class SimTensor(torch.Tensor):
     in_arena: bool
 
     @staticmethod
-    def __new__(cls, raw: torch.Tensor, *, in_arena: bool = False) -> SimTensor:
+    def __new__(cls: type[SimTensor], raw: torch.Tensor, *, in_arena: bool = False) -> SimTensor:
         made: Any = torch.Tensor._make_wrapper_subclass(
             cls, raw.size(), strides=raw.stride(), storage_offset=raw.storage_offset(), dtype=raw.dtype, device=device()
         )
         made.raw, made.in_arena = raw, in_arena
         return made
+
+    def __init__(self, raw: torch.Tensor, *, in_arena: bool = False) -> None:
+        super().__init__()
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
