@@ -16,7 +16,7 @@ import pytest
 import torch
 from machines import machine_of
 
-from flexgen.devices.base import SimulatedDevice
+from flexgen.devices.sim import SimulatedDevice
 from flexgen.engine.admission import LengthForecast
 from flexgen.engine.engine import Engine
 from flexgen.engine.sampler import sample

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from flexgen.devices.base import SimulatedDevice
+from flexgen.devices.sim import SimulatedDevice
 from flexgen.engine.admission import Admission, LengthForecast
 from flexgen.engine.engine import Engine
 from flexgen.engine.sequence import LiveSequence

@@ -14,7 +14,7 @@ import torch
 from machines import machine_of
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from flexgen.devices.base import SimulatedDevice
+from flexgen.devices.sim import SimulatedDevice
 from flexgen.engine.engine import Engine
 from flexgen.engine.runner import ModelRunner
 from flexgen.errors import EngineError

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from flexgen.checkpoint.files import Checkpoint
 from flexgen.checkpoint.sources import ParameterSource, whole
-from flexgen.devices.base import SimulatedDevice
+from flexgen.devices.sim import SimulatedDevice
 from flexgen.errors import EngineError
 from flexgen.formats.base import Encoding, NamedTensor, NumberFormat, Part, StoredTensor
 from flexgen.formats.table import FORMATS

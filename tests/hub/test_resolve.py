@@ -277,9 +277,7 @@ def resolve(tmp_path: Path, hub: StandIn) -> Callable[..., list[Any]]:
 import json, sys, types
 sys.modules["transformers"] = types.SimpleNamespace(CONFIG_MAPPING={"opt"}, __version__="stub")  # a second less to import
 from pathlib import Path
-from flexgen.hub import hub
 from flexgen.hub import download
-from flexgen.hub import hub
 from flexgen.errors import FlexGenError
 from flexgen.hub.download import weight_headers
 from flexgen.hub.resolve import resolve_model, resolve_tokenizer

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from flexgen.devices.base import SimulatedDevice
+from flexgen.devices.sim import SimulatedDevice
 from flexgen.errors import CapacityError, EngineError, StorageError
 from flexgen.io.pool import IOPool
 from flexgen.kv.disk import DiskPlace

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from flexgen.devices.base import SimulatedDevice
+from flexgen.devices.sim import SimulatedDevice
 from flexgen.errors import StorageError
 from flexgen.io.pool import IOPool
 from flexgen.kernels.reference import AttentionKernels
@@ -26,7 +26,7 @@ from flexgen.kv.format import PlainKV
 from flexgen.kv.host import HostAttention, HostPlace
 from flexgen.kv.local import LocalPlace
 from flexgen.kv.pages import KVGroup, PagePool, group_layers, layer_index
-from flexgen.kv.place import Place, View
+from flexgen.kv.place import View
 from flexgen.kv.spill import DiskPool
 from flexgen.passes.calls import AttentionCall, LatentProjection
 from flexgen.passes.geometry import KVGeometry, LayerKV
@@ -126,7 +126,7 @@ Piece = tuple[Conversation, int, int]  # (sequence, start, length)
 class Bench:
     """A place with its cache; runs passes and compares."""
 
-    place: Place
+    place: LocalPlace | HostPlace
     cache: KVCache
     tier: str
     close: list[Callable[[], None]] = field(default_factory=list)
@@ -151,10 +151,10 @@ class Bench:
         views = [self.place.view([as_slice(piece) for piece in batch]) for batch in batches]
         self.place.begin_pass(views)  # type: ignore[arg-type]
         for index in range(len(LAYERS)):
-            answers = [attend(view, index, batch) for view, batch in zip(views, batches, strict=True)]
+            answers = [attend(view, index, batch, self.place.device) for view, batch in zip(views, batches, strict=True)]
             for answer, batch in zip(answers, batches, strict=True):
                 expected = torch.cat([conversation.dense(index, start, length) for conversation, start, length in batch])
-                torch.testing.assert_close(finished(answer)[0], expected, rtol=self.tolerance, atol=self.tolerance)
+                torch.testing.assert_close(finished(answer)[0].cpu(), expected, rtol=self.tolerance, atol=self.tolerance)
         self.place.finish_pass()
         for conversation, start, length in pieces:
             conversation.stored = start + length
@@ -167,16 +167,18 @@ def as_slice(piece: Piece) -> Slice:
     return Slice(sequence=0, token_ids=(0,) * length, start=start, prompt_len=start + length, total=start + length, tables=tables)
 
 
-def attend(view: View, index: int, batch: list[Piece]) -> object:
+def attend(view: View, index: int, batch: list[Piece], device: torch.device) -> object:
     def packed(tensors: Callable[[Conversation], torch.Tensor]) -> torch.Tensor:
-        return torch.cat([tensors(each)[:, start : start + length] for each, start, length in batch], dim=1)[None]
+        return torch.cat([tensors(each)[:, start : start + length] for each, start, length in batch], dim=1)[None].to(device)
 
     new = packed(lambda each: each.cached[index][0]), packed(lambda each: each.cached[index][1])
     layer = LAYERS[index]
+    sinks = layer.sinks.to(device) if layer.sinks is not None else None
+    latent = layer.latent and LatentProjection(key_up=layer.latent.key_up.to(device), value_up=layer.latent.value_up.to(device))
     call = AttentionCall(
         layer=index, query=packed(lambda each: each.query[index]), key=packed(lambda each: each.key[index]),
-        value=packed(lambda each: each.value[index]), new=new, scaling=SCALING, softcap=layer.softcap, sinks=layer.sinks,
-        window=layer.window, chunk=layer.chunk, latent=layer.latent,
+        value=packed(lambda each: each.value[index]), new=new, scaling=SCALING, softcap=layer.softcap, sinks=sinks,
+        window=layer.window, chunk=layer.chunk, latent=latent,
     )  # fmt: skip
     return view.attend(call)
 
@@ -338,7 +340,7 @@ def test_micro_batches_may_overtake_each_other(tmp_path: Path) -> None:
     views = [bench.place.view([as_slice(piece) for piece in batch]) for batch in batches]
     bench.place.begin_pass(views)  # type: ignore[arg-type]
     for index in range(len(LAYERS)):
-        answers = [attend(view, index, batch) for view, batch in zip(views[::-1], batches[::-1], strict=True)]
+        answers = [attend(view, index, batch, bench.place.device) for view, batch in zip(views[::-1], batches[::-1], strict=True)]
         for answer, batch in zip(answers, batches[::-1], strict=True):
             torch.testing.assert_close(finished(answer)[0], batch[0][0].dense(index, batch[0][1], 1), rtol=1e-9, atol=1e-9)
     bench.place.finish_pass()

@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 
-from flexgen.devices.base import SimulatedDevice
+from flexgen.devices.sim import SimulatedDevice
 from flexgen.kv.worker import BounceBuffers, Link, Worker
 
 

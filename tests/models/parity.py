@@ -24,7 +24,7 @@ from machines import machine_of
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from flexgen.devices.base import SimulatedDevice
+from flexgen.devices.sim import SimulatedDevice
 from flexgen.engine import engine as engine_module
 from flexgen.engine.engine import Engine
 from flexgen.models.assemble import LoadedModel, load_model
@@ -167,7 +167,7 @@ def answered(
 
     def recording(logits: torch.Tensor, sampled: list[TokenRequest], generated: list[list[int]]) -> object:
         for row, request in zip(logits, sampled, strict=True):
-            rows[request.index].append(row.clone())
+            rows[request.index].append(row.to("cpu", copy=True))
         return original(logits, sampled, generated)
 
     monkeypatch.setattr(engine_module, "sample", recording)

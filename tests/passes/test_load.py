@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from flexgen.passes.geometry import KVGeometry
 from flexgen.passes.load import pass_load
 from flexgen.passes.plan import MicroBatch, PassPlan, Slice
 
@@ -14,17 +15,15 @@ PAGE_TOKENS = 4
 class Group:
     """Layers with a window, or with chunks, or with neither."""
 
-    window: int | None = None
-    chunk: int | None = None
+    geometry: KVGeometry
     page_tokens: int = PAGE_TOKENS
 
-    def first_visible(self, position: int) -> int:
-        if self.chunk is not None:
-            return position - position % self.chunk
-        return 0 if self.window is None else max(0, position - self.window + 1)
+
+def geometry(**reach: int) -> KVGeometry:
+    return KVGeometry(key_heads=1, key_dim=4, value_heads=1, value_dim=4, **reach)
 
 
-GROUPS = (Group(), Group(window=7), Group(chunk=6), Group(window=1))
+GROUPS = tuple(Group(each) for each in (geometry(), geometry(window=7), geometry(chunk=6), geometry(window=1)))
 
 
 def next_token(position: int, table: tuple[int, ...] = (0, 1, 2)) -> Slice:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from flexgen.devices.base import SimulatedDevice
+from flexgen.devices.sim import SimulatedDevice
 from flexgen.errors import EngineError, StorageError
 from flexgen.formats.base import StoredRange
 from flexgen.io.direct_io import FileSet
@@ -123,7 +123,7 @@ class Opened:
     def check(self, unit: int) -> None:
         names = [tensor.parameter for tensor in self.written.layouts[unit].tensors]
         for name in names:
-            assert torch.equal(self.model.bound[unit, name], self.written.values[unit, name])
+            assert torch.equal(self.model.bound[unit, name].cpu(), self.written.values[unit, name])
 
 
 MIXTURES = {
@@ -170,7 +170,7 @@ def test_a_released_unit_is_poisoned(opened: Opened) -> None:
     resident = 0 not in opened.store._streamed
     opened.store.release(0)
     for name, tensor in kept.items():
-        assert torch.equal(tensor, opened.written.values[0, name]) == resident
+        assert torch.equal(tensor.cpu(), opened.written.values[0, name]) == resident
 
 
 def test_the_rings_stay_within_their_capacity(written: Written, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ import torch
 
 from flexgen.base.failpoints import failpoint
 from flexgen.base.isolation import for_one_request
-from flexgen.devices.base import Backend
+from flexgen.devices.base import Device
 from flexgen.engine.admission import LengthForecast
 from flexgen.engine.logprobs import token_logprobs
 from flexgen.engine.runner import ModelRunner
@@ -54,7 +54,7 @@ class Engine:
         policy: Policy,
         machine: Machine,
         *,
-        backend: Backend | None = None,
+        backend: Device | None = None,
         offload_dir: Path | None = None,
         verify_reads: bool = False,
         poison: bool = False,

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from flexgen.devices.base import Backend
+from flexgen.devices.base import Device
 from flexgen.engine.sweep import MicroBatchForward, run_pass
 from flexgen.io.direct_io import FileSet
 from flexgen.io.pool import IOPool
@@ -54,7 +54,7 @@ class ModelRunner:
         model: LoadedModel,
         policy: Policy,
         *,
-        backend: Backend | None = None,
+        backend: Device | None = None,
         offload_dir: Path | None = None,
         verify_reads: bool = False,
         poison: bool = False,

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from flexgen.devices.base import Backend
+from flexgen.devices.base import Device
 from flexgen.kernels.reference import AttentionKernels
 from flexgen.kv.format import KVPages
 from flexgen.kv.pages import KVGroup, PagePool, layer_index
@@ -42,7 +42,7 @@ class HostAttention:
     """
 
     def __init__(
-        self, groups: Sequence[KVGroup], kernels: AttentionKernels, device_kernels: AttentionKernels, backend: Backend | None,
+        self, groups: Sequence[KVGroup], kernels: AttentionKernels, device_kernels: AttentionKernels, backend: Device | None,
         notify: Callable[[], None], worker: str,
     ) -> None:  # fmt: skip
         self.kernels, self.device_kernels = kernels, device_kernels

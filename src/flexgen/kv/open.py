@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from flexgen.devices.base import Backend
+from flexgen.devices.base import Device
 from flexgen.errors import EngineError
 from flexgen.io.pool import IOPool
 from flexgen.kernels.attention import attention_kernels
@@ -40,7 +40,7 @@ class KVSetup:
 
     groups: Sequence[KVGroup]
     policy: Policy
-    backend: Backend | None
+    backend: Device | None
     io: IOPool
     offload_dir: Path | None
     notify: Callable[[], None]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from flexgen.base.quantities import align_up
-from flexgen.devices.base import Backend, Event
+from flexgen.devices.base import Device, Event
 
 MAX_JOBS = 8  # each holds the q, k and v of a micro-batch
 TENSOR_ALIGNMENT = 256
@@ -104,7 +104,7 @@ class HostCopies:
 class Link:
     """Copies of whole tensors between the computing device and the host; without a device nothing is copied."""
 
-    def __init__(self, backend: Backend | None) -> None:
+    def __init__(self, backend: Device | None) -> None:
         self._backend = backend
         self._buffers = BounceBuffers(backend.allocate_host) if backend is not None else None
 

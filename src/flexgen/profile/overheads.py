@@ -16,7 +16,7 @@ from transformers import LlamaConfig, PreTrainedConfig
 
 from flexgen.base.quantities import MIB
 from flexgen.checkpoint.dummy import write_random_checkpoint
-from flexgen.devices.base import open_backend
+from flexgen.devices.open import open_device
 from flexgen.engine.engine import Engine
 from flexgen.models.assemble import LoadedModel, load_model
 from flexgen.plan.machine import Machine, Overheads, Rate
@@ -56,9 +56,7 @@ def overheads(device: str, dtype: torch.dtype, folder: Path, machine: Machine, *
         config = _config(64, NUM_LAYERS)
         write_random_checkpoint(config, Path(name), dtype)
         engines = {
-            kind: stack.enter_context(
-                Engine(_model(Path(name), config, dtype), policy, machine, backend=open_backend(device, DEVICE_BYTES))
-            )
+            kind: stack.enter_context(Engine(_model(Path(name), config, dtype), policy, machine, backend=open_device(device, DEVICE_BYTES)))
             for kind, (_, policy) in kinds.items()
         }
         seconds = dict.fromkeys(kinds, math.inf)

@@ -19,7 +19,7 @@ import torch
 from flexgen.base.quantities import GIB, MIB, format_size
 from flexgen.base.steps import step
 from flexgen.checkpoint.dummy import checkpoint_bytes, write_random_checkpoint
-from flexgen.devices.base import open_backend
+from flexgen.devices.open import open_device
 from flexgen.engine.engine import Engine
 from flexgen.errors import CapacityError, FlexGenError
 from flexgen.io.checksums import BLOCK_BYTES, BYTES_PER_BLOCK
@@ -154,7 +154,7 @@ def _construct(prepared: Prepared, resources: contextlib.ExitStack) -> Engine:
     limits, policy = prepared.limits, prepared.plan.policy
     offload_dir = None
     with contextlib.ExitStack() as undo:
-        backend = open_backend(limits.device, limits.device_bytes)
+        backend = open_device(limits.device, limits.device_bytes)
         if backend is not None:
             undo.callback(backend.close)
         if policy.kv_disk_bytes:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from flexgen.devices.base import POISON, Backend, Event
+from flexgen.devices.base import POISON, Device, Event
 from flexgen.errors import EngineError
 from flexgen.io.direct_io import FileSet
 from flexgen.io.pool import IOPool, Ticket
@@ -200,7 +200,7 @@ class DeviceLink(Link):
     """
 
     def __init__(
-        self, layouts: Sequence[UnitLayout], buffer: torch.Tensor, backend: Backend, host_homes: Mapping[int, Arrival],
+        self, layouts: Sequence[UnitLayout], buffer: torch.Tensor, backend: Device, host_homes: Mapping[int, Arrival],
         disk: DiskLink | None, waiting: Waiting, *, poison: bool,
     ) -> None:  # fmt: skip
         super().__init__("flexgen-device-link", layouts, buffer, waiting, poison=poison)
@@ -231,7 +231,7 @@ class DeviceLink(Link):
         self._marker = self._backend.marker()
 
 
-def copy_in(unit: Arrival, destination: torch.Tensor, decoded: torch.Tensor, backend: Backend, after: Any = None) -> list[Event]:
+def copy_in(unit: Arrival, destination: torch.Tensor, decoded: torch.Tensor, backend: Device, after: Any = None) -> list[Event]:
     """Bring a unit from host memory onto the device, and wait until it is there.
 
     Args:

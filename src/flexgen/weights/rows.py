@@ -89,7 +89,8 @@ class EmbeddingRows:
         if module in self._resident:
             return self._resident[module], token_ids
         table = self._tables[module]
-        wanted, renumbered = torch.unique(token_ids, return_inverse=True)
+        unique, renumbered = torch.unique(token_ids, return_inverse=True)
+        wanted = unique.cpu()
         found = self._read(table, wanted)
         if self._sums and not self._agree(table, wanted, found):
             logger.warning("%s: rows of %s are not what they were; reading them again", table.path, module)

@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 
 from flexgen.base.quantities import format_size
-from flexgen.devices.base import POISON, Backend
+from flexgen.devices.base import POISON, Device
 from flexgen.io.aligned import AlignedBuffer
 from flexgen.io.direct_io import FileSet
 from flexgen.io.pool import IOPool
@@ -74,7 +74,7 @@ class WeightStore:
         io: IOPool,
         files: FileSet,
         *,
-        backend: Backend | None,
+        backend: Device | None,
         host_ring_bytes: int,
         device_ring_bytes: int,
         on_arrival: Callable[[], None] = lambda: None,
@@ -132,7 +132,7 @@ class WeightStore:
         read_unit(layout, stored, self._io, self._files).wait()
         return stored
 
-    def _in_host_memory(self, layout: UnitLayout, backend: Backend) -> Arrival:
+    def _in_host_memory(self, layout: UnitLayout, backend: Device) -> Arrival:
         """A unit as it will cross the link, in memory that the link reaches fast."""
         data = backend.allocate_host(layout.carried_bytes)
         for at, portion in layout.carried(self._read(layout), data):

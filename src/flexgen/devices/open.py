@@ -1,0 +1,17 @@
+"""Opens a device by its name; each lies in a file of its own, which is imported when it is wanted."""
+
+from __future__ import annotations
+
+import importlib
+
+from flexgen.devices.base import Device
+
+DEVICES = {"cuda": ("flexgen.devices.cuda", "CudaDevice"), "sim": ("flexgen.devices.sim", "SimulatedDevice")}
+
+
+def open_device(name: str, budget_bytes: int) -> Device | None:
+    """The device of that name with a budget of so many bytes; None for "cpu", where computing happens in host memory."""
+    if name not in DEVICES:
+        return None
+    module, own_name = DEVICES[name]
+    return getattr(importlib.import_module(module), own_name)(budget_bytes)

@@ -1,0 +1,188 @@
+"""A simulated device for tests: strict about where tensors live, hostile about when copies run.
+
+Its tensors are of a type of their own (sim_tensor.py).  Each direction of copies is a queue that runs in its own order,
+as late as the program allows or, at random, earlier: when the host asks for an event or computing waits for one.
+Until then the destination holds poison.
+
+Computing runs when it is called, not later: results of queued kernels would need their shapes in advance, and finding
+these costs more than the kernels of the tests.  What a late kernel would break is checked instead: a copy to bytes
+that computing uses, without a marker behind that use, is refused; so is a change of a copy's source before the host has
+seen the copy end.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+import zlib
+from collections import deque
+from typing import Any
+
+import torch
+
+from flexgen.devices.base import POISON, Arenas, Event
+from flexgen.devices.sim_tensor import SimTensor, register, timeline
+from flexgen.errors import EngineError
+from flexgen.io.aligned import AlignedBuffer
+
+EARLY = 0.3  # how often a copy runs before anybody waits for it
+SEEN = 0.5  # how often asking whether a copy is done helps it along
+
+
+class SimEvent:
+    """One copy, and its completion."""
+
+    def __init__(self, device: SimulatedDevice, stream: deque[SimEvent], destination: torch.Tensor, source: torch.Tensor) -> None:
+        self._device, self.stream = device, stream
+        self.destination, self.source = destination, source
+        self.submitted = timeline.now
+        self.awaited = self.settled = False
+        self.copied: int | None = None  # checksum of the bytes, once the copy has run
+
+    def run(self) -> None:
+        """Copy, unless that has happened."""
+        if self.copied is None:
+            self.destination.copy_(self.source)
+            self.copied = _checksum(self.source)
+
+    def check_source(self) -> None:
+        """Refuse a source that the program changed while a copy from it might still have run."""
+        if _checksum(self.source) != self.copied:
+            raise EngineError(f"the source of a copy of {self.source.nbytes} bytes was changed before the copy was known to be complete")
+
+    def done(self) -> bool:
+        return self._device.poll(self)
+
+    def wait(self) -> None:
+        self._device.finish(self)
+
+
+def _checksum(tensor: torch.Tensor) -> int:
+    return zlib.crc32(_bytes(tensor).numpy().data)
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+class SimulatedDevice(Arenas):
+    """The simulated device.
+
+    Args:
+        budget_bytes: of its arenas.
+        seed: of what happens at random.
+        max_delay_seconds: the longest time that waiting for a copy takes.
+    """
+
+    def __init__(self, budget_bytes: int, *, seed: int = 0, max_delay_seconds: float = 0.001) -> None:
+        super().__init__(budget_bytes)
+        self.device = register()
+        self._random = random.Random(seed)
+        self._max_delay_seconds = max_delay_seconds
+        self._lock = threading.RLock()
+        self._in: deque[SimEvent] = deque()  # submitted, and not known to the host to be complete
+        self._out: deque[SimEvent] = deque()
+        self._synchronisations_before = timeline.synchronisations
+        timeline.observers.append(self._synchronised)
+
+    @property
+    def synchronisations(self) -> int:
+        """How often the host has waited for the device's computing since the device was opened."""
+        return timeline.synchronisations - self._synchronisations_before
+
+    def allocate(self, size_bytes: int) -> SimTensor:
+        self._charge(size_bytes)
+        return SimTensor(torch.full((size_bytes,), POISON, dtype=torch.uint8), in_arena=True)
+
+    def allocate_host(self, size_bytes: int) -> torch.Tensor:
+        return AlignedBuffer(size_bytes).tensor[:size_bytes]
+
+    def copy_in(self, destination: torch.Tensor, source: torch.Tensor, after: Any = None) -> SimEvent:
+        assert isinstance(destination, SimTensor)
+        assert source.device.type == "cpu"
+        self.bytes_in += source.nbytes
+        if after is None and not destination.in_arena:
+            raise EngineError("a copy to memory that computing may have used a moment ago needs a marker")
+        if timeline.used_since(after or 0, destination.raw):
+            raise EngineError(f"a copy of {source.nbytes} bytes would overwrite what computing still uses: it needs a later marker")
+        return self._submit(self._in, destination.raw, source)
+
+    def copy_out(self, destination: torch.Tensor, source: torch.Tensor) -> SimEvent:
+        assert isinstance(source, SimTensor)
+        assert destination.device.type == "cpu"
+        self.bytes_out += source.nbytes
+        return self._submit(self._out, destination, source.raw)
+
+    def _submit(self, stream: deque[SimEvent], destination: torch.Tensor, source: torch.Tensor) -> SimEvent:
+        with self._lock:
+            _bytes(destination).fill_(POISON)
+            event = SimEvent(self, stream, destination, source)
+            stream.append(event)
+            if self._random.random() < EARLY:
+                self._run_one()
+        return event
+
+    def _run_one(self) -> None:
+        """Run the next copy of a stream chosen at random."""
+        waiting = [each for each in (_next(self._in), _next(self._out)) if each is not None]
+        if waiting:
+            self._random.choice(waiting).run()
+
+    def poll(self, event: SimEvent) -> bool:
+        """Whether the copy is complete, as the host sees it."""
+        with self._lock:
+            if not event.settled and (event.copied is not None or self._random.random() < SEEN):
+                self._settle(event)
+            return event.settled
+
+    def finish(self, event: SimEvent) -> None:
+        """Make the host wait for a copy."""
+        if not event.settled:
+            time.sleep(self._random.uniform(0, self._max_delay_seconds))
+        with self._lock:
+            self._settle(event)
+
+    def _settle(self, event: SimEvent) -> None:
+        """The host knows that a copy, and what was submitted to its stream before it, is complete."""
+        while not event.settled:
+            first = event.stream.popleft()
+            if first.copied is not None:
+                first.check_source()
+            first.run()
+            first.settled = True
+        if event.stream is self._out:
+            timeline.finish(event.submitted)
+
+    def marker(self) -> int:
+        return timeline.now
+
+    def await_in(self, event: Event) -> None:
+        assert isinstance(event, SimEvent)
+        with self._lock:
+            if not event.settled:
+                for each in self._in:
+                    each.run()
+                    each.awaited = True
+                    if each is event:
+                        break
+
+    def _synchronised(self) -> None:
+        """The host has waited for computing, and so for every copy that computing waited for."""
+        with self._lock:
+            awaited = [each for each in self._in if each.awaited]
+            if awaited:
+                self._settle(awaited[-1])
+
+    def close(self) -> None:
+        with self._lock:
+            for stream in (self._in, self._out):
+                if stream:
+                    self._settle(stream[-1])
+            if self._synchronised in timeline.observers:
+                timeline.observers.remove(self._synchronised)
+            timeline.finish(timeline.now)  # arenas that are opened later may lie where these lay
+
+
+def _next(stream: deque[SimEvent]) -> SimEvent | None:
+    return next((each for each in stream if each.copied is None), None)
