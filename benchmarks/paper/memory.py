@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from paper.case import BYTES_PER_NUMBER, PaperCase, PaperModel, PaperPolicy, PaperWorkload
+from .case import BYTES_PER_NUMBER, PaperCase, PaperModel, PaperPolicy, PaperWorkload
 
 
 def held_bytes(case: PaperCase, policy: PaperPolicy) -> dict[str, tuple[float, ...]]:

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 from flexgen.errors import OptionError
 from flexgen.plan.policy import Fractions
-from paper.case import BYTES_PER_NUMBER, PaperCase, PaperPolicy
+
+from .case import BYTES_PER_NUMBER, PaperCase, PaperPolicy
 
 
 def _off_device(shares: Fractions) -> float:

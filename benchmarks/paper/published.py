@@ -8,8 +8,9 @@ from __future__ import annotations
 import dataclasses
 
 from flexgen.base.quantities import GIB
-from paper.case import PaperMachine, PaperModel, PaperPolicy, PaperVariant, PaperWorkload
-from paper.memory import released_scratch, text_scratch
+
+from .case import PaperMachine, PaperModel, PaperPolicy, PaperVariant, PaperWorkload
+from .memory import released_scratch, text_scratch
 
 TERA = 1e12
 

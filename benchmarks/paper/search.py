@@ -18,9 +18,10 @@ from scipy.optimize import linprog  # pyright: ignore[reportMissingTypeStubs, re
 from flexgen.errors import EngineError
 from flexgen.options import TIERS
 from flexgen.plan.policy import Fractions
-from paper.case import PaperCase, PaperPolicy, PaperVariant
-from paper.memory import held_bytes
-from paper.price import decode_seconds, overlapped, prefill_seconds, throughput
+
+from .case import PaperCase, PaperPolicy, PaperVariant
+from .memory import held_bytes
+from .price import decode_seconds, overlapped, prefill_seconds, throughput
 
 Array = npt.NDArray[np.float64]
 

@@ -7,15 +7,15 @@ import math
 import numpy as np
 import pytest
 
+from benchmarks.paper.case import PaperCase, PaperMachine, PaperModel, PaperPolicy, PaperWorkload
+from benchmarks.paper.memory import held_bytes, peak_bytes
+from benchmarks.paper.price import block_seconds, decode_seconds, layer_seconds, overlapped, prefill_seconds, throughput
+from benchmarks.paper.published import OPT, POLICIES, RELEASED, T4_FITTED, T4_PRINTED, TEXT, WORKLOAD
+from benchmarks.paper.search import PLACED, best_policy, solve_fractions
 from flexgen.base.quantities import GIB
 from flexgen.errors import OptionError
 from flexgen.options import TIERS
 from flexgen.plan.policy import Fractions
-from paper.case import PaperCase, PaperMachine, PaperModel, PaperPolicy, PaperWorkload
-from paper.memory import held_bytes, peak_bytes
-from paper.price import block_seconds, decode_seconds, layer_seconds, overlapped, prefill_seconds, throughput
-from paper.published import OPT, POLICIES, RELEASED, T4_FITTED, T4_PRINTED, TEXT, WORKLOAD
-from paper.search import PLACED, best_policy, solve_fractions
 
 TINY = PaperModel(name="tiny", num_hidden_layers=2, hidden_size=4, intermediate_size=8, num_attention_heads=2)
 SHORT = PaperWorkload(prompt_len=3, output_len=4)
