@@ -120,7 +120,7 @@ def test_what_is_bound_is_decoded(tmp_path: Path, number_format: RowScaled, io: 
                 arrived.wait(0.1)
                 arrived.clear()
             store.open(unit)
-            assert torch.equal(model.bound[unit, "w"], decoded[start:stop])
+            assert torch.equal(model.bound[unit, "w"].cpu(), decoded[start:stop])
             store.release(unit)
     decoding = set(number_format.threads) - {"MainThread"}
     link_decodes = on_device and not number_format.carried_as_stored and "disk" in homes

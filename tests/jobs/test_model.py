@@ -47,8 +47,7 @@ class Echo:
         return None
 
     def open(self, workload: Workload) -> Plan:
-        engine = FakeEngine(workload)
-        return Plan(spec=engine.spec, machine=engine.machine, policy=engine.policy, forecast=engine.forecast)
+        return FakeEngine(workload).plan
 
     def stream(
         self,

@@ -119,6 +119,7 @@ class Conversation:
         return out
 
 
+CPU = torch.device("cpu")
 Piece = tuple[Conversation, int, int]  # (sequence, start, length)
 
 
@@ -131,6 +132,7 @@ class Bench:
     tier: str
     close: list[Callable[[], None]] = field(default_factory=list)
     tolerance: float = 1e-9
+    device: torch.device = CPU
 
     def batches(self, pieces: list[Piece], choose: random.Random) -> list[list[Piece]]:
         """Micro-batches as the place allows them: chunks one after the other, kinds apart where they must be."""
@@ -151,7 +153,7 @@ class Bench:
         views = [self.place.view([as_slice(piece) for piece in batch]) for batch in batches]
         self.place.begin_pass(views)  # type: ignore[arg-type]
         for index in range(len(LAYERS)):
-            answers = [attend(view, index, batch, self.place.device) for view, batch in zip(views, batches, strict=True)]
+            answers = [attend(view, index, batch, self.device) for view, batch in zip(views, batches, strict=True)]
             for answer, batch in zip(answers, batches, strict=True):
                 expected = torch.cat([conversation.dense(index, start, length) for conversation, start, length in batch])
                 torch.testing.assert_close(finished(answer)[0].cpu(), expected, rtol=self.tolerance, atol=self.tolerance)
@@ -203,7 +205,7 @@ def poisoned(size_bytes: int) -> torch.Tensor:
 
 def open_local(folder: Path, groups: Groups = GROUPS) -> Bench:
     pool = PagePool(groups, [NUM_PAGES] * len(groups), poisoned)
-    place = LocalPlace(pool, AttentionKernels(), torch.device("cpu"))
+    place = LocalPlace(pool, AttentionKernels(), CPU)
     return Bench(place, KVCache(groups, {"host": pool}), "host")
 
 
@@ -215,14 +217,14 @@ def open_host(folder: Path, groups: Groups = GROUPS) -> Bench:
     device = SimulatedDevice(1 << 20, max_delay_seconds=0.0001)
     pool = PagePool(groups, [NUM_PAGES] * len(groups), poisoned)
     place = HostPlace(pool, host_attention(groups, device))
-    return Bench(place, KVCache(groups, {"host": pool}), "host", [device.close])
+    return Bench(place, KVCache(groups, {"host": pool}), "host", [device.close], device=device.device)
 
 
 def open_disk(folder: Path, groups: Groups = GROUPS, *, device: SimulatedDevice | None = None, num_tails: int = 0) -> Bench:
     tail_bytes = num_tails * sum(group.page_bytes for group in groups)
     pool, io = DiskPool(groups, [NUM_PAGES] * len(groups), folder, tail_bytes=tail_bytes), IOPool(2)
     place = DiskPlace(pool, host_attention(groups, device), io, staging_bytes=4096)
-    return Bench(place, KVCache(groups, {"disk": pool}), "disk", [io.close])
+    return Bench(place, KVCache(groups, {"disk": pool}), "disk", [io.close], device=CPU if device is None else device.device)
 
 
 def open_disk_beside_device(folder: Path, groups: Groups = GROUPS) -> Bench:
@@ -340,7 +342,7 @@ def test_micro_batches_may_overtake_each_other(tmp_path: Path) -> None:
     views = [bench.place.view([as_slice(piece) for piece in batch]) for batch in batches]
     bench.place.begin_pass(views)  # type: ignore[arg-type]
     for index in range(len(LAYERS)):
-        answers = [attend(view, index, batch, bench.place.device) for view, batch in zip(views[::-1], batches[::-1], strict=True)]
+        answers = [attend(view, index, batch, bench.device) for view, batch in zip(views[::-1], batches[::-1], strict=True)]
         for answer, batch in zip(answers, batches[::-1], strict=True):
             torch.testing.assert_close(finished(answer)[0], batch[0][0].dense(index, batch[0][1], 1), rtol=1e-9, atol=1e-9)
     bench.place.finish_pass()

@@ -32,10 +32,10 @@ def test_copies_pass_through_memory_of_the_device_again_and_again() -> None:
     for seed in range(4):
         torch.manual_seed(seed)
         sources = torch.randn(3, 5).bfloat16().T, torch.randn(7, dtype=torch.float64)
-        with link.to_host(*sources).arrived() as copies:
+        with link.to_host(*(source.to(device.device) for source in sources)).arrived() as copies:
             assert all(torch.equal(copy, source) for copy, source in zip(copies, sources, strict=True))
             assert all(device.gave(copy) for copy in copies)
-        assert torch.equal(link.to_device(sources[0]), sources[0])
+        assert torch.equal(link.to_device(sources[0]).cpu(), sources[0])
     assert len(device.given) == 1, "the copies of one time after the other share a buffer"
     device.close()
 
@@ -43,7 +43,7 @@ def test_copies_pass_through_memory_of_the_device_again_and_again() -> None:
 def test_copies_that_wait_together_share_no_memory() -> None:
     device = CountingDevice()
     link = Link(device)
-    waiting = [link.to_host(torch.full((9,), float(number))) for number in range(5)]
+    waiting = [link.to_host(torch.full((9,), float(number), device=device.device)) for number in range(5)]
     for number, copies in enumerate(waiting):
         with copies.arrived() as (copy,):
             assert copy.tolist() == [number] * 9

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import torch
 
+from flexgen.checkpoint.sources import ParameterSource, whole
 from flexgen.devices.sim import SimulatedDevice
+from flexgen.formats.base import StoredTensor
 from flexgen.weights.rows import EmbeddingRows, RowTable
 
 
@@ -15,9 +17,9 @@ def test_rows_on_a_device_are_verified(tmp_path: Path) -> None:
     numbers = torch.randn(16, 8, generator=torch.Generator().manual_seed(0))
     path = tmp_path / "table"
     path.write_bytes(numbers.numpy().tobytes())
-    table = RowTable(
-        module="embed", path=path, offset=0, num_rows=16, row_elements=8, stored_dtype=torch.float32, dtype=torch.float32
-    )  # fmt: skip
+    stored = StoredTensor(name="embed", path=path, offset=0, nbytes=numbers.nbytes, dtype=torch.float32, shape=(16, 8))
+    source = ParameterSource(name="embed", shape=(16, 8), dtype=torch.float32, pieces=whole(stored))
+    table = RowTable(module="embed", source=source, dtype=torch.float32)
     sim = SimulatedDevice(1 << 20)
     rows = EmbeddingRows([table], sim.device, verify=True)
     ids = torch.tensor([3, 9, 3, 0], device=sim.device)
