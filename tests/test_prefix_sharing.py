@@ -323,8 +323,8 @@ def test_requests_of_a_prefix_run_together(checkpoint: Checkpoint, tmp_path: Pat
         order: list[int] = []
         really = Admission.admit
 
-        def admit(admission: Admission, sequence: LiveSequence, live: Any) -> bool:
-            if entered := really(admission, sequence, live):
+        def admit(admission: Admission, sequence: LiveSequence) -> bool:
+            if entered := really(admission, sequence):
                 order.append(sequence.id % 6)
             return entered
 

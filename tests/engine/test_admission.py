@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from flexgen.engine.admission import MIN_OBSERVED, Admission, Homes, LengthForecast, held_pages
@@ -53,7 +53,8 @@ def test_right_forecasts_never_run_a_pool_dry(
         for each in live:
             assert each.kv is not None
             assert cache.reserve(each.kv, len(each.tokens)), "a live sequence finds no page"
-        while queue and admission.admit(queue[0], live):
+        admission.begin_pass(live)
+        while queue and admission.admit(queue[0]):
             live.append(queue.pop(0))
         assert live, "nothing was admitted into an empty block"
         for each in live:
@@ -75,6 +76,7 @@ def test_right_forecasts_never_run_a_pool_dry(
     st.sampled_from([{"host": 1.0}, {"disk": 1.0}, {"host": 0.7, "disk": 0.3}]),
     st.integers(8, 20),
 )
+@example([(1, 1, 1, 1), (0, 0, 4, 25), (0, 0, 1, 8), (1, 0, 1, 1), (1, 1, 1, 12)], [group(window=6)], {"disk": 1.0}, 15)
 def test_prefixes_never_run_a_pool_dry(
     requests: list[tuple[int, int, int, int]], groups: list[KVGroup], shares: dict[str, float], num_pages: int
 ) -> None:
@@ -102,7 +104,8 @@ def test_prefixes_never_run_a_pool_dry(
             assert each.kv is not None
             while not cache.reserve(each.kv, len(each.tokens)):
                 assert prefixes.evict(each.kv.home), "a live sequence finds no page"
-        while queue and admission.admit(queue[0], live):
+        admission.begin_pass(live)
+        while queue and admission.admit(queue[0]):
             live.append(queue.pop(0))
         assert live, "nothing was admitted into an empty block"
         for each in live:
@@ -142,7 +145,7 @@ def test_an_empty_block_takes_the_longest_that_fits() -> None:
     assert admission.can_ever_fit(waiting(0, 17, 4))  # the last token is never stored
     assert not admission.can_ever_fit(waiting(0, 17, 5))
     assert not admission.can_ever_fit(waiting(0, 21, 1))
-    assert admission.admit(waiting(0, 17, 4), [])
+    assert admission.admit(waiting(0, 17, 4))
 
 
 @given(st.lists(st.integers(1, 100), min_size=1, max_size=200), st.integers(0, 10))

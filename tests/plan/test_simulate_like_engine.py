@@ -41,13 +41,14 @@ def engine_passes(policy, workload):
             heapq.heappush(waiting, (-sequence.remaining, index, sequence))
 
     def enter(sequence):
-        if admission.admit(sequence, live):
+        if admission.admit(sequence):
             live.append(sequence)
             return True
         return False
 
     while waiting or live:
         old = list(live)
+        admission.begin_pass(old)
         candidates = (each[2] for each in sorted(waiting))
         for _ in range(SCHEDULES[policy.schedule](candidates, len(live), policy, quota, enter)):
             heapq.heappop(waiting)

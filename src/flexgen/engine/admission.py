@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -110,21 +111,85 @@ def fits_projected(
     )
 
 
+class Neighbours:
+    """The live sequences of one tier, as numbers that stay the same while others are admitted to a pass.
+
+    Args:
+        groups: The layer groups.
+        pages: For each of them, the pages held at given lengths.
+
+    Attributes:
+        num_pages: For each group, what the sequences hold at most, if each held its most at the same time.
+    """
+
+    def __init__(self, groups: Sequence[KVGroup], pages: Sequence[HeldPages]) -> None:
+        self._groups, self._pages = groups, pages
+        self._stored: list[int] = []
+        self._remaining: list[int] = []
+        self._shared: list[int] = []
+        self.num_pages = [0] * len(groups)
+
+    def __len__(self) -> int:
+        return len(self._stored)
+
+    def add(self, sequence: LiveSequence) -> None:
+        self._stored.append(len(sequence.tokens))
+        self._remaining.append(sequence.remaining - 1)
+        self._shared.append(sequence.num_shared)
+        self.num_pages = [sum(pair) for pair in zip(self.num_pages, self._most(sequence), strict=True)]
+
+    def fit_beside(self, sequence: LiveSequence, num_pages: Sequence[int]) -> bool:
+        """Whether pages for what each sequence has to itself suffice at every future pass."""
+        most = self._most(sequence)
+        if all(held + more <= room for held, more, room in zip(self.num_pages, most, num_pages, strict=True)):
+            return True  # without looking at when each holds its most
+        stored, remaining = np.array(self._stored, dtype=np.int64), np.array(self._remaining, dtype=np.int64)
+        shared = np.array([*self._shared, sequence.num_shared], dtype=np.int64)
+        candidate = (len(sequence.tokens), sequence.remaining - 1)
+        return fits_projected(stored, remaining, candidate, self._pages, num_pages, [_elsewhere(shared, each) for each in self._groups])
+
+    def _most(self, sequence: LiveSequence) -> list[int]:
+        """For each group, the most pages that the sequence has to itself."""
+        final = np.int64(len(sequence.tokens) + sequence.remaining - 1)
+        return [
+            int(held(final)) - int(_elsewhere(np.int64(sequence.num_shared), group))
+            for held, group in zip(self._pages, self._groups, strict=True)
+        ]
+
+
+def _elsewhere(shared: Any, group: KVGroup) -> Any:
+    """Pages of shared tokens that are counted with stored prefixes.
+
+    Behind a window a sequence soon lets go of what it shares: its pages are counted as its own from the start.
+    """
+    return shared // group.page_tokens * (group.geometry.reach is None)
+
+
 class Admission:
     """Admits sequences into the KV cache.  What has no room gives way in this order: stored prefixes without users, those who wait."""
 
     def __init__(self, cache: KVCache, homes: Homes, prefixes: PrefixStore) -> None:
         self._cache, self._homes, self._prefixes = cache, homes, prefixes
         self._pages = [held_pages(group) for group in cache.groups]
+        self._live: Iterable[LiveSequence] = ()
+        self._neighbours: dict[str, Neighbours] | None = None
+
+    def begin_pass(self, live: Iterable[LiveSequence]) -> None:
+        """Look at the live sequences anew; those that are admitted from now on are added to them.
+
+        Args:
+            live: It is read when the first sequence asks for room.
+        """
+        self._live, self._neighbours = live, None
 
     def can_ever_fit(self, sequence: LiveSequence) -> bool:
         final = sequence.prompt_len + sequence.request.max_tokens - 1
         return any(self._cache.could_ever_hold(tier, len(sequence.tokens), final) for tier in self._homes.by_need())
 
-    def admit(self, sequence: LiveSequence, live: Iterable[LiveSequence]) -> bool:
+    def admit(self, sequence: LiveSequence) -> bool:
         """Give the sequence a home and pages for its tokens, if its projected KV fits; it begins with the longest prefix stored there."""
         for tier in self._homes.by_need():
-            neighbours = [each for each in live if each.kv is not None and each.kv.home == tier]
+            neighbours = self._of(tier)
             if self._enter(sequence, neighbours, tier):
                 break
             if not neighbours:  # prefixes have no users, and are in the way
@@ -134,18 +199,27 @@ class Admission:
         else:
             return False
         self._homes.give(tier, sequence.final_len - sequence.num_stored)
-        if self._fits(sequence, neighbours, self._room(tier, self._prefixes.num_kept(sequence))):
+        if neighbours.fit_beside(sequence, self._room(tier, self._prefixes.num_kept(sequence))):
             self._prefixes.publish(sequence)
+        neighbours.add(sequence)
         return True
 
-    def _enter(self, sequence: LiveSequence, neighbours: Sequence[LiveSequence], tier: str) -> bool:
+    def _of(self, tier: str) -> Neighbours:
+        """The live sequences of a tier."""
+        if self._neighbours is None:
+            self._neighbours = {each: Neighbours(self._cache.groups, self._pages) for each in self._cache.pools}
+            for each in self._live:
+                if each.kv is not None:
+                    self._neighbours[each.kv.home].add(each)
+        return self._neighbours[tier]
+
+    def _enter(self, sequence: LiveSequence, neighbours: Neighbours, tier: str) -> bool:
         found = self._prefixes.hold(sequence, tier)
         if self._clear_for(sequence, neighbours, tier):
             kv = self._cache.admit(tier) if found is None else self._cache.fork(found.kv, found.length)
-            length = len(sequence.tokens)
             # On disk a sequence's pages should lie together: it takes all that it expects to need at once, if it can.
-            together = max(sequence.final_len, length) if tier == "disk" else length
-            if self._cache.reserve(kv, together) or (not neighbours and self._cache.reserve(kv, length)):
+            ahead = sequence.final_len if tier == "disk" else 0
+            if self._cache.reserve(kv, len(sequence.tokens), ahead) or (not neighbours and self._cache.reserve(kv, len(sequence.tokens))):
                 sequence.kv, sequence.source = kv, found
                 sequence.num_stored = 0 if found is None else found.length
                 return True
@@ -153,12 +227,12 @@ class Admission:
         self._prefixes.let_go(sequence)
         return False
 
-    def _clear_for(self, sequence: LiveSequence, neighbours: Sequence[LiveSequence], tier: str) -> bool:
+    def _clear_for(self, sequence: LiveSequence, neighbours: Neighbours, tier: str) -> bool:
         """Whether the projected KV fits, for which prefixes without users are forgotten if that is enough."""
         unused = self._prefixes.num_unused(tier)
-        if not self._fits(sequence, neighbours, self._room(tier, [-pages for pages in unused])):
+        if not neighbours.fit_beside(sequence, self._room(tier, [-pages for pages in unused])):
             return False
-        while not self._fits(sequence, neighbours, self._room(tier)) and self._prefixes.evict(tier):
+        while not neighbours.fit_beside(sequence, self._room(tier)) and self._prefixes.evict(tier):
             pass
         return True
 
@@ -166,13 +240,3 @@ class Admission:
         """Pages per group besides those of stored prefixes, and of `more`."""
         sizes, held = self._cache.pools[tier].num_pages, self._prefixes.num_pages(tier)
         return [size - pages - extra for size, pages, extra in zip(sizes, held, more or [0] * len(sizes), strict=True)]
-
-    def _fits(self, sequence: LiveSequence, neighbours: Sequence[LiveSequence], num_pages: Sequence[int]) -> bool:
-        """Whether pages for what each sequence has to itself suffice at every future pass."""
-        stored = np.array([len(each.tokens) for each in neighbours], dtype=np.int64)
-        remaining = np.array([each.remaining - 1 for each in neighbours], dtype=np.int64)
-        shared = np.array([each.num_shared for each in (*neighbours, sequence)], dtype=np.int64)
-        # Behind a window a sequence soon lets go of what it shares: its pages are counted as its own from the start.
-        elsewhere = [shared // group.page_tokens * (group.geometry.reach is None) for group in self._cache.groups]
-        candidate = (len(sequence.tokens), sequence.remaining - 1)
-        return fits_projected(stored, remaining, candidate, self._pages, num_pages, elsewhere)

@@ -173,7 +173,7 @@ class Scheduler:
         entered: list[LiveSequence] = []
 
         def enter(sequence: LiveSequence) -> bool:
-            if not self._admission.can_ever_fit(sequence) or not self._admission.admit(sequence, self._live.values()):
+            if not self._admission.can_ever_fit(sequence) or not self._admission.admit(sequence):
                 return False
             if not sequence.num_preemptions:
                 sequence.num_found = sequence.num_stored
@@ -181,6 +181,7 @@ class Scheduler:
             entered.append(sequence)
             return True
 
+        self._admission.begin_pass(self._live.values())
         while True:
             self._join(self._waiting, self.num_live, self._policy, self._quota, enter)
             for _ in entered:

@@ -63,11 +63,21 @@ class KVCache:
             forked.tables[index], forked.freed[index] = [-1] * first + table[first:], first
         return forked
 
-    def reserve(self, kv: SequenceKV, length: int) -> bool:
-        """Make room for `length` tokens; False (and nothing taken) when the pool has too few pages."""
+    def reserve(self, kv: SequenceKV, length: int, ahead: int = 0) -> bool:
+        """Make room for `length` tokens.
+
+        Args:
+            kv: The sequence.
+            length: Its tokens.
+            ahead: Tokens for which layers that see all of them take pages at the same time, so that these lie together.
+
+        Returns:
+            False, and nothing is taken, when the pool has too few pages.
+        """
         pool, taken = self.pools[kv.home], []
         for index, group in enumerate(self.groups):
-            missing = group.num_pages(length) - len(kv.tables[index])
+            wanted = max(length, ahead) if group.geometry.reach is None else length
+            missing = group.num_pages(wanted) - len(kv.tables[index])
             pages = pool.take(index, missing) if missing > 0 else []
             if pages is None:
                 for other, given in taken:
