@@ -108,7 +108,6 @@ class ResolvedModel:
         """
         description, self._description = self._description, None
         if description is None:
-            step("tracing the model's layers")
             description = self._describe(folder, self.dtype)
         self._limits = None
         return description
@@ -120,6 +119,7 @@ class ResolvedModel:
         from flexgen.formats.table import refuse_quantization
         from flexgen.models.assemble import load_model
 
+        step("tracing the model's layers")
         with DESCRIBING, describing(self.files.name):
             if (tool := other_quantization(self.files.folder, self.files.config)) is not None:
                 raise refuse_quantization({"quant_method": tool})
