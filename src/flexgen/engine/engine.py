@@ -155,7 +155,7 @@ class Engine:
                     return
                 yield from self.step()
                 if on_pass is not None:
-                    on_pass(self._scheduler)
+                    on_pass(self._scheduler.unfinished())
         finally:
             self.log.over()
             self.clear()

@@ -70,8 +70,8 @@ class Scheduler:
     def num_waiting(self) -> int:
         return len(self._waiting)
 
-    def __iter__(self) -> Iterator[PartialAnswer]:
-        """The answers that were begun, as far as they have come by now; those of sequences that wait again included."""
+    def unfinished(self) -> Iterator[PartialAnswer]:
+        """Yield the answers that were begun, as far as they have come by now; those of sequences that wait again included."""
         return (each.so_far() for each in itertools.chain(self._live.values(), self._waiting) if each.generated)
 
     def __getitem__(self, sequence_id: int) -> LiveSequence:
