@@ -1,7 +1,7 @@
 """Models that rearrange heads between cache and attention: how their calls become plain grouped-query attention.
 
-A map gets (query, key, value) as given and (key, value) as cached, all (1, heads, tokens, dim).  It returns None for a call
-that it does not know.
+A map receives (query, key, value) as passed to attention and (key, value) as cached, all (1, heads, tokens, dim).  It returns None
+for a call that it does not know.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ Tensor = torch.Tensor
 
 @dataclass(frozen=True, slots=True)
 class Mapped:
-    """A plain call, in which query head h attends to head h // groups of `key` and `value`, which are stored.
+    """A plain attention call, in which query head h attends to head h // groups of `key` and `value`, which are stored.
 
     Attributes:
         query: The queries.
         key: The keys to store.
         value: The values to store.
-        restore: Function from the result of that call, (1, tokens, heads, dim), to what the model expects.
+        restore: A function from the result of that call, (1, tokens, heads, dim), to the result that the model expects.
     """
 
     query: Tensor

@@ -1,7 +1,7 @@
-"""Rotary frequencies that depend on a sequence's length: chosen per sequence, never by its neighbours.
+"""Rotary frequencies that depend on a sequence's length, chosen for each sequence independently of its neighbours.
 
 transformers takes the largest position of the whole call as the length (LongRoPE, dynamic NTK).  In a packed
-micro-batch that would be another sequence's, so the rotary module is called for each stretch of equal length.
+micro-batch that could be another sequence's, so the rotary module is called once for each run of tokens of equal length.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from flexgen.passes.plan import Slice
 
 RECOMPUTING = frozenset({"phi3", "phi4_multimodal", "phimoe"})
 
-Run = tuple[int, int]  # (tokens, length of the sequence that transformers would see)
+Run = tuple[int, int]  # (tokens, the sequence length that transformers would see)
 
 
 def recompute_length(config: Any) -> int | None:
@@ -32,9 +32,9 @@ def recompute_length(config: Any) -> int | None:
 
 
 def rope_regime(config: Any) -> Callable[[int], Hashable]:
-    """Return a function that names the rotary frequencies of a prompt of some length.
+    """Return a function from the length of a prompt to a key of the rotary frequencies.
 
-    Where the names are equal, equal tokens have equal keys.
+    Where these keys are equal, equal tokens have equal attention keys.
     """
     text = config.get_text_config(decoder=True)
     parameters = getattr(text, "rope_parameters", None)
@@ -54,7 +54,7 @@ def _types(parameters: Any) -> set[str]:
 
 
 def check_factors(model: nn.Module) -> None:
-    """Refuse lists of factors that are not as long as the frequencies that they scale; a single number would silently scale all.
+    """Refuse lists of factors that differ in length from the frequencies they scale; a single number would silently scale all.
 
     Raises:
         CheckpointError: The lengths differ; the message names both.
