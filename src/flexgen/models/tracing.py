@@ -86,9 +86,7 @@ class _Usage:
     def __init__(self, ids: torch.Tensor) -> None:
         self._ids = ids
         self._running: list[str] = []
-        self._uses: list[
-            tuple[str, str | None]
-        ] = []  # (module, None) for an entered module, (owner, reader) for parameters read from outside
+        self._uses: list[tuple[str, str | None]] = []  # (module, None) entered, (owner, reader) read from outside
         self._owner_of: dict[int, str] = {}  # id of a placeholder -> its module
         self._streamable: set[str] = set()
         self.entered: set[str] = set()

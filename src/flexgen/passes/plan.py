@@ -38,12 +38,12 @@ class Slice:
 
     @property
     def stop(self) -> int:
-        """The position behind the last token."""
+        """The position after the last token."""
         return self.start + len(self.token_ids)
 
     @property
     def is_decode(self) -> bool:
-        """Whether it is a single token that continues a sequence."""
+        """Whether the slice is a single token that continues a sequence."""
         return self.start > 0 and len(self.token_ids) == 1
 
 
@@ -53,11 +53,11 @@ class MicroBatch:
 
     Attributes:
         home: The tier on which the KV of all its sequences lives.
-        slices: Single tokens that continue a sequence come first.
+        slices: The slices; single tokens that continue a sequence come first.
         after: Indices of the micro-batches of the pass whose attention must come first in every layer, because they store what these
             slices go on from: the previous chunk of a prompt, or a shared beginning.
-        filler: Rows (0 or 1) that repeat the last token and are thrown away: CPU matrix kernels lose up to a quarter of their rate
-            at odd row counts (docs/log.md).
+        filler: The number of rows (0 or 1) that repeat the last token and are discarded: CPU matrix kernels lose up to a quarter of their
+            rate at odd row counts (docs/log.md).
     """
 
     home: str
@@ -67,7 +67,7 @@ class MicroBatch:
 
     @property
     def wanted(self) -> Iterator[tuple[int, int]]:
-        """The (sequence id, position) of each row of its logits, in order."""
+        """The (sequence id, position) of each row of the logits, in order."""
         return ((each.sequence, position) for each in self.slices for position in each.wanted)
 
 
@@ -76,7 +76,7 @@ class PassPlan:
     """Everything that one pass over the model's layers computes.
 
     Attributes:
-        micro_batches: In the order in which they should go first.
+        micro_batches: The micro-batches, in the order in which they should go first.
     """
 
     micro_batches: tuple[MicroBatch, ...] = ()
