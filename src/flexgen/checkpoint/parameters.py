@@ -133,7 +133,7 @@ class _Group:
         self._check_complete()
         try:
             return [_traced_source(name, x) for name, x in self._run(model, map(Traced.of, self._stored)).items()]
-        except Exception as error:  # any error of a conversion that is given tensors without numbers
+        except Exception as error:  # noqa: BLE001 - conversions fail in any way on tensors without numbers
             logger.debug("%s cannot be traced, so it will be computed: %r", self.target, error)
         meta = (torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for tensor in self._stored)
         try:
