@@ -1,9 +1,9 @@
-"""Finds out where stored numbers end up, by running transformers' own conversions on tensors without numbers.
+"""Determines where stored numbers end up by running transformers' own conversions on tensors without numbers.
 
 A `Traced` tensor has a shape and a dtype and, in place of numbers, the pieces of stored tensors that it consists of.
 Stacking, concatenating, splitting, transposing and reshaping only rearrange pieces.  So transformers' conversion operations
 (merging experts, splitting a fused projection, ...) run as they are, and the result says which stored numbers become
-which part of a parameter.  An operation that computes with the numbers raises `Untraceable`.  Knows no model and no name.
+which part of a parameter.  An operation that computes with the numbers raises `Untraceable`.  The module knows no models and no names.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _MAX_PIECES = 1 << 14  # per tensor; with more, placing them one by one costs mo
 
 
 class Untraceable(Exception):
-    """The operation does more than move numbers."""
+    """Raised by an operation that does more than move numbers."""
 
 
 class Traced(torch.Tensor):

@@ -25,7 +25,7 @@ from flexgen.formats.base import NamedTensor
 from flexgen.hub.model_files import INDEX_FILE
 
 _STANDARD_DEVIATION = 0.02
-# A prime number of elements: repeated through a matrix, no row meets the same numbers twice.
+# A prime number of elements: repeated through a matrix, no two rows of a matrix get the same numbers.
 _BLOCK_ELEMENTS = 4_194_301
 _BUFFER_BYTES = 16 << 20
 

@@ -24,7 +24,7 @@ class Headers:
         tensors: The tensors of each file, by name.
 
     Attributes:
-        folder: As given.
+        folder: The folder of the files, or a name for files without a folder on this machine.
         tensors: Every stored tensor by name, over all files.
         total_bytes: The bytes of all tensors.
         number_format: The name of the format of the stored weights, as in ModelSpec.

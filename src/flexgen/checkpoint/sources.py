@@ -245,7 +245,7 @@ def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def put(values: Sequence[int], position: int, value: int) -> tuple[int, ...]:
-    """Return `values` with another value at `position`."""
+    """Return `values` with the entry at `position` replaced."""
     return (*values[:position], value, *values[position + 1 :])
 
 

@@ -1,4 +1,4 @@
-"""Opens a device by its name; each kind has a file of its own, which is imported on demand."""
+"""Opens a device by its name; each kind of device is one file, which is imported on demand."""
 
 from __future__ import annotations
 

@@ -178,7 +178,7 @@ class Admission:
         self._neighbours: dict[str, Neighbours] | None = None
 
     def begin_pass(self, live: Iterable[LiveSequence]) -> None:
-        """Look at the live sequences anew; sequences that are admitted later in this pass are added to them.
+        """Update the live sequences; sequences that are admitted later in this pass are added to them.
 
         Args:
             live: The live sequences; it is iterated over when the first sequence asks for room.

@@ -42,10 +42,10 @@ class Engine:
         model: The description of the model, without weights.
         policy: Where every byte lives and what a pass carries.
         machine: The measured rates with which the log compares the passes.
-        backend: As for `ModelRunner`.
-        offload_dir: As for `ModelRunner`.
-        verify_reads: As for `ModelRunner`.
-        poison: As for `ModelRunner`.
+        backend: The device, or None when computing happens in host memory; it is closed with the engine.
+        offload_dir: The folder of the spill file; needed only if the policy puts KV on disk.
+        verify_reads: Whether to compare the bytes that are read from disk with those that were written or first read.
+        poison: Whether to overwrite released memory, so that a late use is noticed (for tests).
 
     Attributes:
         log: The log of the current run, or of the last one.

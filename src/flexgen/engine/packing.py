@@ -24,7 +24,7 @@ def plan_pass(live: Collection[LiveSequence], places: Mapping[str, Place], polic
             defer_remainder(members, policy.micro_batch_tokens)
         defer_behind(members, within_pass=place.chunks)
         by_id = {each.id: each for each in members}
-        latest: dict[int, int] = {}  # sequence -> the last micro-batch, so far, that computes its tokens
+        latest: dict[int, int] = {}  # sequence -> the last micro-batch so far that computes its tokens
         for slices in pack(members, policy.micro_batch_tokens, mix=place.mixes, chunk=place.chunks):
             slices.sort(key=lambda each: not each.is_decode)
             after = {latest[each] for each in _stored_by(slices, by_id) if each in latest}

@@ -1,6 +1,6 @@
 """Changes that a request makes to its row of logits before a token is chosen: masks, bias and penalties, in vLLM's order.
 
-Works on one row of float64 numbers, and neither knows batches nor chooses tokens.
+Works on one row of float64 numbers, and knows no batches; the sampler chooses the token.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ class StoredPrefix:
         return self.writer is None or self.writer.num_stored >= self.length
 
     def pages(self) -> list[list[int]]:
-        """The page ids that the prefix holds, for each layer group."""
+        """Return the page ids that the prefix holds, for each layer group."""
         return [table[freed:] for table, freed in zip(self.kv.tables, self.kv.freed, strict=True)]
 
 

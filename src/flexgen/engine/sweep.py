@@ -137,7 +137,7 @@ def run_pass(
         on_unit: A function that is called whenever the frontmost micro-batch enters a unit.
 
     Returns:
-        The seconds without anything to run, by what was waited for ("attention" or "weights").
+        For each cause ("attention" or "weights"), the seconds in which there was nothing to run.
     """
     waits: dict[str, float] = {}
     active = list(forwards)

@@ -31,7 +31,7 @@ class StoredRange(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class NamedTensor:
-    """A tensor that a file would hold."""
+    """The name, shape and dtype of a tensor that a file would hold."""
 
     name: str
     shape: tuple[int, ...]

@@ -40,7 +40,7 @@ def check_supported_number_format(config: Any) -> None:
     """Refuse weights that the engine cannot compute with.
 
     Args:
-        config: As in `stated_format`.
+        config: The model's transformers config, or the contents of its config.json.
 
     Raises:
         UnsupportedModelError: The weights are quantized; the message names the method.

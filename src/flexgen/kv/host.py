@@ -1,6 +1,6 @@
 """KV on the host beside a device: next tokens are attended to on the host, prompts on the device.
 
-q and the new k, v cross the link; the device goes on with other micro-batches meanwhile.  One worker thread runs jobs
+q and the new k, v cross the link; meanwhile the device continues with other micro-batches.  One worker thread runs jobs
 in order, so that what a pass writes is complete before a later job reads it.
 """
 

@@ -25,7 +25,7 @@ class KVGroup:
 
     Attributes:
         layers: The model's layer indices, in order; an index into `layers` is also one into the memory of the group.
-        geometry: What each of the layers caches, and which tokens its queries see.
+        geometry: The geometry of the cache of each layer.
         page_tokens: The number of tokens of a page.
         format: The format of keys and values in a page.
     """

@@ -18,7 +18,7 @@ from flexgen.passes.plan import Slice
 
 
 class Place(Protocol):
-    """The place that serves the micro-batches whose KV is on one tier.
+    """The interface to the KV of one tier, which serves the micro-batches of its sequences.
 
     Attributes:
         chunks: Whether later chunks of a prompt may follow the first within a pass.

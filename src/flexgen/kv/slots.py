@@ -30,7 +30,7 @@ class GroupSlots:
         index: The index of the group.
         group: The group.
         slices: The slices of the micro-batch.
-        tails: As for `BatchSlots`.
+        tails: The memory of pages that are not full; its slots are reserved for pages that will not be full after this pass.
 
     Attributes:
         tables: The page table of each slice, with slots in place of pages.

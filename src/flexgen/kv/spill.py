@@ -101,7 +101,7 @@ class DiskPool(Pool):
 
 
 def _runs(pages: Sequence[StagedPage]) -> list[tuple[StagedPage, int]]:
-    """Yield (first page, count) for runs that are consecutive both in the file and in staging."""
+    """Return (first page, count) for runs that are consecutive both in the file and in staging."""
     runs: list[tuple[StagedPage, int]] = []
     for each in pages:
         if runs:

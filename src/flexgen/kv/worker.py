@@ -1,4 +1,4 @@
-"""A thread that computes attention in parallel to the device, and the copies that it needs."""
+"""A thread that computes attention in parallel with the rest of a pass, and the copies that it needs."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ class ForwardCoroutine(greenlet.greenlet):
         self.updates: list[CacheUpdate] = []
 
     def slices(self) -> Sequence[Slice]:
-        """The slices of the micro-batch, in order."""
+        """Return the slices of the micro-batch, in order."""
         raise NotImplementedError
 
     def enter_unit(self, unit: int) -> None:

@@ -42,10 +42,10 @@ def describe_config(config: Any, dtype: torch.dtype, *, stored: torch.dtype, nam
     """Describe the model of a config as if `save_pretrained` had written it.
 
     Args:
-        config: As in `describe_headers`.
-        dtype: As in `describe_headers`.
+        config: The model's transformers config; its quantization_config states the format of the weights.
+        dtype: The dtype of computing.
         stored: The dtype of the plain weights in the files.
-        name: As in `describe_headers`.
+        name: The name of the repository.
         shard_bytes: The size of the files.
 
     Raises:

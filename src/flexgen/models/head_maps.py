@@ -32,7 +32,7 @@ class Mapped:
 
 
 def _tiled(query: Tensor, key: Tensor, value: Tensor, cached_key: Tensor, cached_value: Tensor) -> Mapped | None:
-    """Map JetMoe (arXiv:2404.07413): query head h attends to head h % kv_heads, so query heads are put in groups."""
+    """Map JetMoe (arXiv:2404.07413): query head h attends to head h % kv_heads, so the query heads are reordered into groups."""
     kv_heads, heads = cached_key.shape[1], query.shape[1]
     if key.shape[1] != heads or heads % kv_heads or cached_value.shape[1] != kv_heads:
         return None
@@ -48,7 +48,7 @@ def _tiled(query: Tensor, key: Tensor, value: Tensor, cached_key: Tensor, cached
 def _halved(query: Tensor, key: Tensor, value: Tensor, cached_key: Tensor, cached_value: Tensor) -> Mapped | None:
     """Map DiffLlama (arXiv:2410.05258): two calls, for the first and for the second half of the value heads, each tiled twice.
 
-    Both halves are stored beside each other under every key head, and each call takes its share of the result.
+    Both halves are stored side by side under every key head, and each call takes its part of the result.
     """
     if key is not cached_key or value.shape != cached_value.shape or cached_value.shape[1] % 2:
         return None

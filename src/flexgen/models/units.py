@@ -254,7 +254,9 @@ def _row_tables(trace: ModelTrace, sources: ModelSources, dtype: Callable[[str],
 
 
 def _unused(model: Any, sources: ModelSources, trace: ModelTrace) -> set[str]:
-    """Return the names of stored parameters of modules that the trace did not use, and of buffers that no entered module is near."""
+    """Return the names of stored parameters of modules that the trace did not use, and of buffers whose module and its parent were not
+    entered.
+    """
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
 
     def is_used(name: str) -> bool:

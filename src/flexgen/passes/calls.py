@@ -57,7 +57,7 @@ class AttentionCall:
 
     @property
     def geometry(self) -> KVGeometry:
-        """Return the geometry of the layer's cache, according to a call that passes new keys and values."""
+        """The geometry of the layer's cache, according to a call that passes new keys and values."""
         assert self.new is not None
         key, value = self.new
         return KVGeometry(
@@ -79,7 +79,7 @@ class CacheUpdate:
         layer: The index under which the model stores them.
         key: The keys; None once they are no longer held.
         value: The values; None once they are no longer held.
-        stored: Whether an attention call has taken them to be stored.
+        stored: Whether an attention call has taken the tensors to store them.
     """
 
     def __init__(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:

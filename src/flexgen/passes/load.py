@@ -11,7 +11,7 @@ from flexgen.plan.price.work import PassLoad
 
 
 class LayerGroup(Protocol):
-    """Layers of one geometry, whose KV lies on the same pages."""
+    """Layers of one geometry, whose KV is stored in the same pages."""
 
     @property
     def page_tokens(self) -> int: ...

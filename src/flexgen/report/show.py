@@ -1,4 +1,4 @@
-"""Displays of a run: its progress and its closing report.  Depends on the values of report/progress.py and on no engine.
+"""Displays of a run: its progress and its closing report.  Depends on plans and on the values of report/progress.py, not on the engine.
 
 Messages and progress go to one stream, the report (and JSON events) to another, so that either can be piped.
 """

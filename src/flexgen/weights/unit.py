@@ -46,7 +46,7 @@ class TensorSource(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WantedTensor:
-    """A tensor that a unit is to bring.
+    """A tensor that a unit brings, before its position in the unit is known.
 
     Attributes:
         module: The name of the module to which it is bound.
@@ -117,7 +117,7 @@ class UnitTensor(WantedTensor):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnitLayout:
-    """A unit: what is read, and what is bound.
+    """A unit: the bytes that are read for it, and the tensors that are bound.
 
     Attributes:
         index: The position of the unit in the order of use.
