@@ -156,9 +156,7 @@ class ParameterSource:
 
     @property
     def carried_as_stored(self) -> bool:
-        """Whether the bytes that were read cross a link to a device, which assembles the parameter; otherwise the host assembles it
-        before.
-        """
+        """Whether a device assembles the parameter from the bytes that were read; otherwise the host does so before the link."""
         if self.convert is not None or not self.pieces:
             return False
         encodings = (piece.tensor.encoding for piece in self.pieces)

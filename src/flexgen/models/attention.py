@@ -144,8 +144,9 @@ class PassCache(Cache):
         return key_states, value_states
 
     def get_seq_length(self, layer_idx: int | None = None) -> Any:
-        """Return the number of tokens stored before those of the forward: one number per token if a layer asks, since each has its own
-        sequence.
+        """Return the number of tokens stored before those of the forward.
+
+        If a layer asks, there is one number per token, since each token has its own sequence.
 
         Without a layer, the result is used for the length of a mask or of a range of positions, which covers the forward's own tokens only.
         """

@@ -117,8 +117,7 @@ class _Usage:
             self._uses.append((owner, self._running[-1]))
 
     def order(self) -> tuple[list[str], dict[str, str]]:
-        """Return the owners of matrices in the order of use, with repeated uses, and the reader of those that are read before they are
-        entered.
+        """Return the owners of matrices in the order of use, with repeated uses, and the readers of those read before they are entered.
 
         Parameters that are read from outside must be present when their reader begins.
         """

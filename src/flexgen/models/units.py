@@ -254,8 +254,9 @@ def _row_tables(trace: ModelTrace, sources: ModelSources, dtype: Callable[[str],
 
 
 def _unused(model: Any, sources: ModelSources, trace: ModelTrace) -> set[str]:
-    """Return the names of stored parameters of modules that the trace did not use, and of buffers whose module and its parent were not
-    entered.
+    """Return the names of stored parameters and buffers that the trace did not use.
+
+    A parameter is used if its module is; a buffer is used if its module, or the parent of its module, was entered.
     """
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
 
