@@ -155,7 +155,7 @@ class Scheduler:
         return num_preempted
 
     def _refuse(self) -> list[tuple[LiveSequence, Finish]]:
-        """Remove waiting sequences from the head of the queue that could not fit even alone."""
+        """Remove sequences that could not fit even alone from the head of the queue; return them with their errors."""
         refused: list[tuple[LiveSequence, Finish]] = []
         while self._waiting and not self._admission.can_ever_fit(self._waiting.first):
             sequence = self._waiting.pop()

@@ -85,7 +85,7 @@ class HostCopies:
     Attributes:
         tensors: The copies.
         events: The completion of each copy.
-        release: A function that frees the memory of the copies.
+        release: A function that gives back the memory of the copies.
     """
 
     tensors: Sequence[torch.Tensor]

@@ -148,7 +148,7 @@ class PassCache(Cache):
 
         If a layer asks, there is one number per token, since each token has its own sequence.
 
-        Without a layer, the result is used for the length of a mask or of a range of positions, which covers the forward's own tokens only.
+        Without a layer it is 0: models use it for the length of a mask or of a range of positions, which covers the forward's own tokens.
         """
         if layer_idx is None:
             return 0

@@ -34,7 +34,7 @@ def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype, room: Room) -> 
 
     Raises:
         UnsupportedModelError: transformers has no such causal model, or the model does not accept an attention function.
-        CheckpointError: The model would have more parameters than `room` allows.
+        CheckpointError: The model is larger than `room` allows.
     """
     from transformers import AutoModelForCausalLM
 
