@@ -197,7 +197,7 @@ def _layer_of(module: str) -> str | None:
 
 
 class _Wanted:
-    """The tensors that units bring: where each is stored, and the dtype in which it is computed with."""
+    """The tensors that units bring: where each is stored, and its dtype once decoded."""
 
     def __init__(self, model: Any, sources: ModelSources, dtype: torch.dtype) -> None:
         self._sources, self._dtype, self._fp32 = sources, dtype, _fp32_patterns(model, dtype)

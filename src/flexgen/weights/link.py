@@ -205,7 +205,7 @@ class DeviceLink(Link):
     ) -> None:  # fmt: skip
         super().__init__("flexgen-device-link", layouts, buffer, waiting, poison=poison)
         self._backend, self._host_homes, self._disk = backend, host_homes, disk
-        self._marker: Any = None  # marks what the device had been given to compute when a slot was last given back
+        self._marker: Any = None  # a marker of the computing submitted before a slot was last given back
         decoding = [layout.carried_bytes for layout in disk.layouts if not layout.plain] if disk is not None else []
         self._decoded = backend.allocate_host(max(decoding, default=1))
 

@@ -20,7 +20,7 @@ class Slot:
 class ByteRing:
     """The allocation of a ring buffer; it holds no memory and is not thread-safe (its owner locks).
 
-    A slot never wraps; too small a rest at the end of the buffer is skipped.
+    A slot never wraps; if the rest of the buffer is too small for it, the rest is skipped.
     """
 
     def __init__(self, capacity_bytes: int) -> None:

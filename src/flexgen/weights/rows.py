@@ -23,7 +23,7 @@ class RowTable:
     Attributes:
         module: The name of the module in the model.
         source: The stored bytes of the table, row by row.
-        dtype: The dtype of computing.
+        dtype: The dtype of the decoded rows.
     """
 
     module: str

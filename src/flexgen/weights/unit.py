@@ -52,7 +52,7 @@ class WantedTensor:
         module: The name of the module to which it is bound.
         parameter: The name of the parameter within the module.
         source: The stored bytes of the tensor.
-        dtype: The dtype of computing.
+        dtype: The dtype of the decoded tensor.
     """
 
     module: str
@@ -94,7 +94,7 @@ class UnitTensor(WantedTensor):
         return data[position : position + self.nbytes].view(self.dtype).view(self.shape)
 
     def numbers(self, data: torch.Tensor, form: Form, take: Take) -> torch.Tensor:
-        """Return the tensor in the dtype of computing: a view of its unit's bytes if they hold it, otherwise decoded.
+        """Return the decoded tensor: a view of its unit's bytes if they hold it, otherwise decoded.
 
         Args:
             data: The unit's bytes, uint8, on any device.
