@@ -1,1 +1,1 @@
-"""Where each parameter's bytes are: safetensors headers, transformers' conversions run on them, random weights.  Reads no weights."""
+"""The stored bytes of each parameter: safetensors headers, transformers' conversions applied to them, random weights.  Reads no weights."""

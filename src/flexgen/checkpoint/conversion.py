@@ -1,9 +1,9 @@
-"""Finds out where stored numbers end up, by running transformers' own conversions on tensors without numbers.
+"""Determines where stored numbers end up by running transformers' own conversions on tensors without numbers.
 
 A `Traced` tensor has a shape and a dtype and, in place of numbers, the pieces of stored tensors that it consists of.
 Stacking, concatenating, splitting, transposing and reshaping only rearrange pieces.  So transformers' conversion operations
 (merging experts, splitting a fused projection, ...) run as they are, and the result says which stored numbers become
-which part of a parameter.  An operation that computes with the numbers raises `Untraceable`.  Knows no model and no name.
+which part of a parameter.  An operation that computes with the numbers raises `Untraceable`.  The module knows no models and no names.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from flexgen.checkpoint.sources import Piece, put, whole
 from flexgen.formats.base import StoredTensor
 
 _aten = torch.ops.aten
-_MAX_PIECES = 1 << 14  # of one tensor; beyond, placing piece by piece costs more than computing would
+_MAX_PIECES = 1 << 14  # per tensor; with more, placing them one by one costs more than computing would
 
 
 class Untraceable(Exception):
-    """The operation does more than move numbers."""
+    """Raised by an operation that does more than move numbers."""
 
 
 class Traced(torch.Tensor):
@@ -61,7 +61,7 @@ class Traced(torch.Tensor):
 
 
 def _same(x: Traced, **_: Any) -> Traced:
-    return Traced(x.shape, x.dtype, x.pieces)  # anew: torch forbids an operation to return its argument
+    return Traced(x.shape, x.dtype, x.pieces)  # a new tensor: torch forbids an operation to return its argument
 
 
 def _reindexed(x: Traced, reindex: Callable[[Sequence[int], int], tuple[int, ...]]) -> Traced:
@@ -153,15 +153,15 @@ def _view(x: Traced, shape: Sequence[int]) -> Traced:
 
 
 def _reshaped(piece: Piece, shape: tuple[int, ...], start: tuple[int, ...], dim: int) -> Iterator[Piece]:
-    """Return the boxes that fill the box of `shape` at `start` with the numbers of `piece`, in the same order.
+    """Yield the boxes that fill the box of `shape` at `start` with the numbers of `piece`, in the same order.
 
-    It is one box where strides exist for that; otherwise (transposed dimensions are merged) the boxes of each index of the piece's
+    There is one box if strides exist for it; otherwise (transposed dimensions are merged) there is one for each index of the piece's
     first dimension.
 
     Args:
         piece: The piece.
-        shape: Shape of the box to fill.
-        start: Start of the box to fill.
+        shape: The shape of the box to fill.
+        start: The start of the box to fill.
         dim: The dimension of `shape` that the piece's first dimension lies in; those before it have size 1.
     """
     try:
@@ -172,7 +172,7 @@ def _reshaped(piece: Piece, shape: tuple[int, ...], start: tuple[int, ...], dim:
         count = piece.shape[0]
     if shape[dim] % count or count > _MAX_PIECES:
         raise Untraceable("a reshape across dimensions")
-    rows = shape[dim] // count  # of dimension `dim`, for each index
+    rows = shape[dim] // count  # rows of dimension `dim` for each index
     deeper = rows == 1 and dim + 1 < len(shape)
     for index in range(count):
         part = replace(piece, first=piece.first + index * piece.strides[0], shape=piece.shape[1:], strides=piece.strides[1:])

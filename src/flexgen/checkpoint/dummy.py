@@ -1,7 +1,7 @@
-"""A checkpoint with random weights from a config alone, for benchmarks and tests of models whose weights are not at hand.
+"""Random checkpoints from a config alone, for benchmarks and tests of models whose weights are not on this machine.
 
-The files look like those of a repository (original tensor names, per-expert tensors, shards, index), so that whoever reads
-them does the work that the real ones would take.  Memory stays bounded: no tensor is ever built.
+The files look like those of a repository (original tensor names, per-expert tensors, shards, index), so that reading them
+takes the same work as reading the real ones.  Memory stays bounded: no tensor is ever built.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from flexgen.formats.base import NamedTensor
 from flexgen.hub.model_files import INDEX_FILE
 
 _STANDARD_DEVIATION = 0.02
-# A prime number of elements: repeated through a matrix, no row meets the same numbers twice.
+# A prime number of elements: repeated through a matrix, no two rows of a matrix get the same numbers.
 _BLOCK_ELEMENTS = 4_194_301
 _BUFFER_BYTES = 16 << 20
 
@@ -36,13 +36,14 @@ def write_random_checkpoint(
     """Write config.json and safetensors files with random weights for `config` into `folder`.
 
     Matrices get normal(0, 0.02) numbers (a block of them, repeated), biases and integers 0, other vectors 1.  Tied
-    weights are written once.  Files are readable by their owner only.
+    weights are written once.  The files are readable by their owner only.
 
     Args:
-        config: Config of a causal language model.
-        folder: Folder to write to; created if need be.  It must not hold weights yet.
-        dtype: Dtype of all floating-point tensors.
-        shard_bytes: Most bytes of one file, unless a single tensor takes more.
+        config: The config of a causal language model.
+        folder: The folder to write to; it is created if necessary, and must not hold weights yet.
+        dtype: The dtype of all floating-point tensors.
+        seed: The seed of the random numbers.
+        shard_bytes: The most bytes of one file, unless a single tensor takes more.
 
     Returns:
         The bytes of all tensors.
@@ -77,17 +78,17 @@ def checkpoint_bytes(config: PreTrainedConfig, dtype: torch.dtype) -> int:
 
 
 class _Numbers:
-    """The bytes of tensors, in portions."""
+    """The random bytes of tensors, in portions."""
 
     def __init__(self, dtype: torch.dtype, seed: int) -> None:
         block = torch.empty(_BLOCK_ELEMENTS).normal_(0, _STANDARD_DEVIATION, generator=torch.Generator().manual_seed(seed))
         self._random = _bytes_of(block.to(dtype))
-        self._begin = 0  # of the last tensor, in elements
+        self._begin = 0  # where the last tensor begins in the block, in elements
 
     def portions(self, tensor: NamedTensor) -> Iterator[memoryview]:
-        """Yield the bytes of `tensor`, portion by portion."""
+        """Yield the bytes of `tensor` in portions."""
         if len(tensor.shape) > 1 and tensor.dtype.is_floating_point and "bias" not in tensor.name:
-            # Each tensor begins elsewhere in the block, far from the one before.
+            # Each tensor begins at another position of the block, far from the previous one.
             self._begin = (self._begin + _BLOCK_ELEMENTS * 5 // 8) % _BLOCK_ELEMENTS
             source, begin = self._random, self._begin * tensor.dtype.itemsize
         else:
@@ -119,16 +120,16 @@ def _write_text(path: Path, text: str) -> None:
 
 
 class _NewFile:
-    """A new file for its owner alone, written in large pieces past the page cache where the file system allows it.
+    """A new file readable by its owner only, written in large pieces that bypass the page cache where the file system allows it.
 
-    Through the page cache a benchmark's checkpoint takes three times as long, and pushes everything else out of it.
+    Through the page cache, writing a benchmark's checkpoint takes three times as long and evicts everything else from it.
     """
 
     def __init__(self, path: Path) -> None:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         self._descriptor = os.open(path, flags, 0o600)
         self._set_direct(True)
-        self._buffer = mmap.mmap(-1, _BUFFER_BYTES)  # page-aligned, as direct writes ask
+        self._buffer = mmap.mmap(-1, _BUFFER_BYTES)  # page-aligned, as direct writes require
         self._filled = 0
 
     def __enter__(self) -> _NewFile:
@@ -137,7 +138,7 @@ class _NewFile:
     def __exit__(self, kind: object, error: object, traceback: object) -> None:
         try:
             if kind is None:
-                self._set_direct(False)  # what is left is no whole number of pages
+                self._set_direct(False)  # the rest is not a whole number of pages
                 self._flush()
         finally:
             os.close(self._descriptor)
@@ -163,5 +164,5 @@ class _NewFile:
     def _set_direct(self, direct: bool) -> None:
         flags = fcntl.fcntl(self._descriptor, fcntl.F_GETFL)
         wanted = flags | os.O_DIRECT if direct else flags & ~os.O_DIRECT
-        with contextlib.suppress(OSError):  # a file system without direct writes
+        with contextlib.suppress(OSError):  # the file system may not support direct writes
             fcntl.fcntl(self._descriptor, fcntl.F_SETFL, wanted)

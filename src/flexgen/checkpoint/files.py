@@ -1,4 +1,4 @@
-"""The tensors of a model's weight files, known by their headers: files that are here, elsewhere, or that nobody has written."""
+"""The tensors of a model's weight files, known by their headers alone; the files may be here, elsewhere, or not written at all."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from flexgen.hub.model_files import INDEX_FILE, find_weight_files
 
 
 class Headers:
-    """The tensors of a model's files, known by their validated headers.  The files may be elsewhere, or not be at all.
+    """The tensors of a model's files, known by their validated headers.  The files may be elsewhere, or may not exist.
 
     Args:
-        folder: where the files are, or the name of what has no folder here.
-        tensors: file by file, by name.
+        folder: The folder of the files, or a name for files without a folder on this machine.
+        tensors: The tensors of each file, by name.
 
     Attributes:
-        folder: as given.
-        tensors: every stored tensor by name, over all files.
-        total_bytes: of all tensors.
-        number_format: name of the format that the weights are stored in, as in ModelSpec.
-        readable: whether the files are here, so that numbers can be compared.
+        folder: The folder of the files, or a name for files without a folder on this machine.
+        tensors: Every stored tensor by name, over all files.
+        total_bytes: The bytes of all tensors.
+        number_format: The name of the format of the stored weights, as in ModelSpec.
+        readable: Whether the files are on this machine, so that numbers can be compared.
 
     Raises:
-        CheckpointError: when two files hold a tensor of the same name.
+        CheckpointError: Two files hold a tensor of the same name, or there are more tensors than in any known model.
     """
 
     readable = False
@@ -50,21 +50,21 @@ class Headers:
 
     @classmethod
     def parsed(cls, folder: Path, files: Mapping[str, tuple[bytes, int]]) -> Headers:
-        """From file name -> (its header without the 8 bytes of its length, size of the whole file).
+        """Return the headers of files given as file name -> (header without the 8 bytes of its length, size of the whole file).
 
         Raises:
-            CheckpointError: when a header breaks a rule of the format.
+            CheckpointError: A header breaks a rule of the format.
         """
         return Headers(folder, [parse_header(header, file_bytes=size, path=folder / name) for name, (header, size) in files.items()])
 
     def decoded(self, number_format: NumberFormat | None, dtype: torch.dtype) -> Headers:
-        """What the headers would say if the encoded tensors had been stored in `dtype`; each says how it is really stored.
+        """Return the headers as if the encoded tensors had been stored in `dtype`; each tensor states its encoding.
 
         Args:
-            number_format: of the weights; None where they are plain numbers.
+            number_format: The format of the weights; None for plain numbers.
 
         Raises:
-            CheckpointError: when the tensors are not stored as the format has it.
+            CheckpointError: The tensors are not stored as the format requires.
         """
         if number_format is None:
             return self
@@ -86,7 +86,7 @@ class Headers:
 
 
 def _most_common_dtype(tensors: Iterable[StoredTensor]) -> str:
-    """Name of the dtype that most of the stored bytes are of."""
+    """Return the name of the dtype that takes most of the stored bytes."""
     sizes: dict[torch.dtype, int] = {}
     for tensor in tensors:
         sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.nbytes
@@ -97,11 +97,11 @@ class Checkpoint(Headers):
     """The safetensors files of a model folder.
 
     Args:
-        folder: holds `model.safetensors`, or `model.safetensors.index.json` and the files it names.  Files may be symbolic
-            links into the same repository of the Hugging Face cache.
+        folder: The folder, which holds `model.safetensors`, or `model.safetensors.index.json` and the files that it names.  Files may be
+            symbolic links into the same repository of the Hugging Face cache.
 
     Raises:
-        CheckpointError: when there are no such files, or one of them is unsafe or broken.
+        CheckpointError: There are no such files, or one of them is unsafe or broken.
     """
 
     readable = True

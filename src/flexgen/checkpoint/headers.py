@@ -1,7 +1,7 @@
-"""The header of a safetensors file: validated, from bytes, so that it may come from a disk or from a network.
+"""The header of a safetensors file, parsed and validated from bytes that may come from a disk or from a network.
 
-Every rule of the format is checked here, because payload offsets leave this module as plain numbers that others read
-from.  Knows nothing of models or folders, and never sees a weight.
+Every rule of the format is checked here, because other modules use the payload offsets as plain numbers to read from.  This module
+knows no models or folders, and never sees a weight.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from flexgen.formats.base import StoredTensor
 from flexgen.hub.diagnose import check_fetched
 
 PREFIX_BYTES = 8
-MAX_HEADER_BYTES = 50_000_000  # half of what the format allows; the largest published ones have a tenth
-MAX_TENSORS = 1 << 18  # of a model; each takes a kilobyte here
-_MAX_NAME_LENGTH = 1024  # names meet regular expressions later
+MAX_HEADER_BYTES = 50_000_000  # half of what the format allows; the largest published headers have a tenth of that
+MAX_TENSORS = 1 << 18  # per model; each tensor takes a kilobyte here
+_MAX_NAME_LENGTH = 1024  # names are matched by regular expressions later
 _MAX_DIMENSIONS = 16
 _MAX_ELEMENTS = 1 << 60
 
@@ -38,10 +38,10 @@ DTYPES: Mapping[str, torch.dtype] = {
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of the file, from its header alone.
+    """Return the tensors of the file, from its header alone.
 
     Raises:
-        CheckpointError: when it is no regular file, cannot be read, or its header breaks a rule of the format.
+        CheckpointError: The file is not a regular file, cannot be read, or its header breaks a rule of the format.
     """
     check_fetched(path)
     try:
@@ -56,12 +56,12 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 
 
 def _open_without_waiting(path: str, flags: int) -> int:
-    """A pipe planted under a weight file's name must not hang us."""
+    """Open a file without blocking: a pipe under a weight file's name must not block the program."""
     return os.open(path, flags | os.O_NONBLOCK)
 
 
 def header_length(prefix: bytes, *, file_bytes: int, path: Path) -> int:
-    """Length of the JSON header that follows the first 8 bytes, `prefix`, of a file of `file_bytes`."""
+    """Return the length of the JSON header that follows the first 8 bytes, `prefix`, of a file of `file_bytes`."""
     if len(prefix) < PREFIX_BYTES:
         raise _broken(path, f"{file_bytes} bytes are too few for a header")
     length = int.from_bytes(prefix, "little")
@@ -73,15 +73,15 @@ def header_length(prefix: bytes, *, file_bytes: int, path: Path) -> int:
 
 
 def parse_header(header: bytes, *, file_bytes: int, path: Path) -> dict[str, StoredTensor]:
-    """The tensors that `header`, the JSON after the first 8 bytes of the file, describes.
+    """Return the tensors that `header`, the JSON after the first 8 bytes of the file, describes.
 
     Args:
-        header: exactly `header_length` bytes.
-        file_bytes: size of the whole file; the tensors must fill it without holes.
-        path: recorded in the result and named in errors; nothing is opened.
+        header: The header, exactly `header_length` bytes.
+        file_bytes: The size of the whole file, which the tensors must fill without holes.
+        path: The path that is recorded in the result and named in errors; nothing is opened.
 
     Raises:
-        CheckpointError: when a rule of the format is broken.
+        CheckpointError: A rule of the format is broken.
     """
     if not header.startswith(b"{"):
         raise _broken(path, "the header does not begin with '{'")
@@ -126,7 +126,7 @@ def _are_sizes(value: Any) -> bool:
 
 
 def _check_layout(tensors: Mapping[str, StoredTensor], *, start: int, end: int, path: Path) -> None:
-    """Tensors fill [start, end) of the file: nothing overlaps, nothing is left over."""
+    """Check that the tensors fill [start, end) of the file without overlaps or gaps."""
     position, previous = start, "the header"
     for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.offset, tensor.nbytes)):
         if tensor.offset != position:

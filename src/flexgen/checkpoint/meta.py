@@ -1,4 +1,4 @@
-"""Models without memory for their weights: how parameters are kept on the meta device, and how many there may be."""
+"""Models without memory for their weights: parameters are kept on the meta device, and their number is limited."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from flexgen.checkpoint.files import Headers
 from flexgen.errors import CheckpointError, UnsupportedModelError
 
 LARGE = 1 << 24
-_SPLIT = 8  # parameters that one stored tensor may become
-_PACKED = 32  # numbers that one stored number may hold
+_SPLIT = 8  # the most parameters that one stored tensor may become
+_PACKED = 32  # the most numbers that one stored number may hold
 _MIN_PARAMETERS = 1 << 12
 _CREATING = frozenset({torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn, torch.full})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Room:
-    """How much a skeleton may hold: what weights can fill.
+    """The limits of a skeleton's size, which follow from the size of the weights.
 
     Attributes:
-        parameters: their number.
-        elements: of one of them.
-        why: what it would mean to have more.
+        parameters: The most parameters.
+        elements: The most elements of one parameter.
+        why: The explanation for a skeleton that exceeds a limit, as it appears in the message.
     """
 
     parameters: int
@@ -39,7 +39,7 @@ class Room:
 
     @classmethod
     def of(cls, headers: Headers) -> Room:
-        """What these weights can fill, with room for tensors that are stored merged, packed or once for several modules."""
+        """Return the limits for these weights, with an allowance for tensors that are stored merged, packed or once for several modules."""
         stored = headers.tensors.values()
         elements = sum(math.prod(tensor.shape) for tensor in stored)
         return cls(parameters=_SPLIT * len(stored) + _MIN_PARAMETERS, elements=_PACKED * elements + LARGE)
@@ -50,7 +50,7 @@ ANY_ROOM = Room(parameters=1 << 18, elements=1 << 48, why="more than any known m
 
 @contextlib.contextmanager
 def parameters_on_meta(room: Room) -> Iterator[None]:
-    """Parameters registered inside live on the meta device; buffers (rotary frequencies) stay real."""
+    """Put parameters that are registered inside the block on the meta device; buffers (rotary frequencies) stay real."""
     original = nn.Module.register_parameter
     count = 0
 
@@ -74,7 +74,7 @@ def parameters_on_meta(room: Room) -> Iterator[None]:
 
 
 class LargeTensorsOnMeta(TorchFunctionMode):
-    """Tensors as large as weights are created on the meta device: before they are registered, they must not take memory."""
+    """Creates tensors as large as weights on the meta device, so that they take no memory before they are registered."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -84,7 +84,7 @@ class LargeTensorsOnMeta(TorchFunctionMode):
 
 
 def _numel(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    """How many elements a call creates; 0 for one that creates none, or does not say it in numbers."""
+    """Return how many elements a call creates; 0 if it creates none or its size is not given in numbers."""
     if func in _CREATING:
         size = kwargs.get("size", args[0] if args and isinstance(args[0], (tuple, list)) else args)
         return math.prod(size) if all(isinstance(each, int) for each in size) else 0
@@ -97,11 +97,15 @@ def _numel(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
 
 @contextlib.contextmanager
 def building(config: PreTrainedConfig) -> Iterator[None]:
-    """Raises UnsupportedModelError for what is raised inside, where the model of `config` is built; a CheckpointError stays one."""
+    """Translate exceptions raised inside the block, where the model of `config` is built; a CheckpointError is raised unchanged.
+
+    Raises:
+        UnsupportedModelError: Building the model failed.
+    """
     try:
         yield
     except CheckpointError:
         raise
-    except Exception as error:  # constructors raise whatever a wrong value leads to
+    except Exception as error:  # constructors raise any exception for a wrong value
         said = str(error).strip().partition("\n")[0][:300]
         raise UnsupportedModelError(f"model type {config.model_type!r} cannot be built: {type(error).__name__}: {said}") from error

@@ -1,6 +1,6 @@
-"""Which stored tensor becomes which parameter of a model.
+"""The mapping from stored tensors to the parameters of a model.
 
-What becomes what is transformers' business: its renamings and conversions are asked, not repeated.  No weight is read,
+It follows transformers' own renamings and conversions, which are called, not repeated.  No weight is read,
 except to find out whether two copies of a tied weight are equal.
 """
 
@@ -33,14 +33,14 @@ _COMPARED_BYTES = 16 << 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSources:
-    """Where everything in a model's state dict comes from.
+    """The sources of all tensors in a model's state dict.
 
     Attributes:
-        parameters: the source of each parameter and persistent buffer, by its name in the state dict.
-        tied: name of a parameter -> name in `parameters` of the one it shares its numbers with.  It can lack a pair that the
-            skeleton ties: when the checkpoint stores two different weights, both are in `parameters`, as in transformers.
-        initialized: names that the model class allows a checkpoint to lack; they keep the values of initialization.
-        unexpected: stored tensors that the model has no use for, without those that the model class knows to ignore.
+        parameters: The source of each parameter and persistent buffer, by its name in the state dict.
+        tied: For each tied parameter, the name in `parameters` of the one with which it shares its numbers.  A pair that the skeleton ties
+            is missing if the checkpoint stores two different weights; then both are in `parameters`, as in transformers.
+        initialized: The names that the model class allows a checkpoint to lack; they keep their initial values.
+        unexpected: The stored tensors that the model does not use, without those that the model class ignores.
     """
 
     parameters: dict[str, ParameterSource]
@@ -49,11 +49,11 @@ class ModelSources:
     unexpected: tuple[str, ...]
 
     def names(self) -> list[str]:
-        """Everything that has a source, tied names included."""
+        """Return all names that have a source, including tied ones."""
         return [*self.parameters, *self.tied]
 
     def kept_as(self, name: str) -> str:
-        """The name in `parameters` of the one that `name` shares its numbers with; mostly itself."""
+        """Return the name in `parameters` of the one with which `name` shares its numbers; usually `name` itself."""
         return self.tied.get(name, name)
 
     def __getitem__(self, name: str) -> ParameterSource:
@@ -64,15 +64,15 @@ class ModelSources:
 
 
 def parameter_sources(model: PreTrainedModel, checkpoint: Headers) -> ModelSources:
-    """Which stored bytes become which parameter.
+    """Return which stored bytes become which parameter.
 
     Args:
-        model: a skeleton on the meta device; it is not changed.
-        checkpoint: the folder that it is to be loaded from, or headers alone: two stored copies of a tied weight are then
-            taken for equal.
+        model: A skeleton on the meta device; it is not changed.
+        checkpoint: The files from which the model is to be loaded, or headers alone, in which case two stored copies of a tied weight are
+            assumed to be equal.
 
     Raises:
-        CheckpointError: when parameters are missing, shapes differ from the config's, or nothing matches.
+        CheckpointError: Parameters are missing, shapes differ from the config's, or nothing matches.
     """
     expected = model.state_dict()
     groups, unexpected = _gather(model, checkpoint, expected)
@@ -92,7 +92,7 @@ def parameter_sources(model: PreTrainedModel, checkpoint: Headers) -> ModelSourc
                 found[source.name] = source
     _check_shapes(found.values(), expected, checkpoint.folder)
     tied = _tie(model, found, expected, _equal if checkpoint.readable else _alike)
-    # transformers' own rules about what a checkpoint may lack or have in addition
+    # transformers' own rules about which tensors a checkpoint may lack or have in addition
     report = SimpleNamespace(missing_keys=expected.keys() - found.keys() - tied.keys(), unexpected_keys=unexpected)
     absent = set(report.missing_keys)
     model._adjust_missing_and_unexpected_keys(report)  # pyright: ignore[reportArgumentType]
@@ -124,7 +124,7 @@ class _Group:
         return [tensor.name for _, tensor in self.tensors]
 
     def sources(self, model: PreTrainedModel) -> list[ParameterSource]:
-        """The sources of the parameters: pieces to place where the conversion only moves numbers."""
+        """Return the sources of the parameters: pieces to place if the conversion only moves numbers."""
         if self.converter is None:
             if len(self.tensors) > 1:
                 raise CheckpointError(f"{some(self.names)} would all become {self.target}")
@@ -133,7 +133,7 @@ class _Group:
         self._check_complete()
         try:
             return [_traced_source(name, x) for name, x in self._run(model, map(Traced.of, self._stored)).items()]
-        except Exception as error:  # noqa: BLE001 - whatever a conversion makes of tensors without numbers
+        except Exception as error:  # noqa: BLE001 - conversions fail in any way on tensors without numbers
             logger.debug("%s cannot be traced, so it will be computed: %r", self.target, error)
         meta = (torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for tensor in self._stored)
         try:
@@ -154,7 +154,7 @@ class _Group:
         return self._run(model, tensors)[name]
 
     def _run(self, model: PreTrainedModel, tensors: Iterable[torch.Tensor]) -> dict[str, torch.Tensor]:
-        """transformers' conversion of `tensors`, which stand for the stored ones, by name of the parameter."""
+        """Run transformers' conversion on `tensors`, which stand for the stored ones; return the results by parameter name."""
         converter = deepcopy(self.converter)
         assert converter is not None
         for (pattern, stored), tensor in zip(self.tensors, tensors, strict=True):
@@ -163,7 +163,7 @@ class _Group:
         return {name: x[0] if isinstance(x, list) else x for name, x in results.items()}
 
     def _check_complete(self) -> None:
-        """Merged tensors are numbered consecutively: with one missing, all that follow would take another's place."""
+        """Check that merged tensors are numbered consecutively: if one were missing, all that follow would be misplaced."""
         for pattern in {pattern for pattern, _ in self.tensors}:
             split = [tensor.name.split(".") for matched, tensor in self.tensors if matched == pattern]
             varying = [part for part in zip(*split, strict=False) if len(set(part)) > 1]
@@ -181,7 +181,7 @@ def _traced_source(name: str, x: torch.Tensor) -> ParameterSource:
 
 
 def _gather(model: PreTrainedModel, checkpoint: Headers, expected: Mapping[str, torch.Tensor]) -> tuple[Collection[_Group], set[str]]:
-    """Stored tensors by the parameter they belong to, and the names of those that belong to none.
+    """Return the stored tensors by the parameter to which they belong, and the names of those that belong to none.
 
     The loop is that of transformers' `convert_and_load_state_dict_in_model`, without its loading.
     """
@@ -222,7 +222,7 @@ def _tie(
     expected: Collection[str],
     equal: Callable[[ParameterSource, ParameterSource], bool],
 ) -> dict[str, str]:
-    """Tied parameters -> the one that is kept in `found`: the model's choice if it is stored, else the first that is."""
+    """Return tied parameters -> the one that is kept in `found`: the model's choice if it is stored, otherwise the first that is."""
     families: dict[str, list[str]] = {}
     for name, main in model.all_tied_weights_keys.items():
         families.setdefault(main, [main]).append(name)
@@ -241,12 +241,12 @@ def _tie(
 
 
 def _alike(a: ParameterSource, b: ParameterSource) -> bool:
-    """Whether two sources could hold the same bytes."""
+    """Return whether two sources could hold the same bytes."""
     return (a.shape, a.dtype, len(a.pieces)) == (b.shape, b.dtype, len(b.pieces)) and a.is_view and b.is_view
 
 
 def _equal(a: ParameterSource, b: ParameterSource) -> bool:
-    """Whether two sources hold the same bytes.  Reads them, up to the first difference."""
+    """Return whether two sources hold the same bytes, reading them up to the first difference."""
     if not _alike(a, b):
         return False
     one, other = a.pieces[0], b.pieces[0]

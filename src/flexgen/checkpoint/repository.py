@@ -1,4 +1,4 @@
-"""The files that a repository of a config would hold: tensor names, shapes, dtypes and offsets.  No numbers, no files.
+"""The files that a repository of a config would hold: tensor names, shapes, dtypes and offsets.  No numbers are computed or written.
 
 Names and shapes are those that `save_pretrained` would write (original names, per-expert tensors), and so are the files'
 headers, byte for byte.
@@ -30,7 +30,7 @@ def meta_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
 
     Raises:
         UnsupportedModelError: The model cannot be built.
-        CheckpointError: The config asks for more than any model has.
+        CheckpointError: The config asks for a larger model than any known one.
     """
     with building(config), torch.device("meta"), parameters_on_meta(ANY_ROOM):
         return AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -83,10 +83,10 @@ def encode_header(tensors: Sequence[NamedTensor]) -> bytes:
 
 
 def headers_of(name: str, files: dict[str, list[NamedTensor]]) -> Headers:
-    """Return the headers of files that nobody has written.
+    """Return the headers of files that do not exist.
 
     Args:
-        name: Name of the repository, for messages.
+        name: The name of the repository, for messages.
         files: The files, as from `sharded`.
     """
     parsed = {}

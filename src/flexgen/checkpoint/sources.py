@@ -1,7 +1,7 @@
-"""Which bytes of which files become a parameter, as values that can be carried out without knowing models.
+"""The bytes of files that become a parameter, as values that can be used without knowing models.
 
-The caller reads: it brings the bytes of the pieces, by whatever means, and `assemble` puts them in their places.
-`read` is the plain version of that, for small tensors and to check the fast ones.
+The caller reads the bytes of the pieces, by whatever means, and `assemble` puts them in their places.
+`read` is the plain version of that, for small tensors and to check the fast versions.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ Convert = Callable[[Sequence[torch.Tensor]], torch.Tensor]
 class Piece:
     """A box of a parameter, and the contiguous byte range of a file that holds its numbers.
 
-    Pieces of one parameter never overlap in the parameter.  They may overlap in the file (where the rows of two halves are
-    stored alternately): coalesce before reading.
+    Pieces of one parameter never overlap in the parameter.  They may overlap in the file (if the rows of two halves are
+    stored alternately), in which case they should be merged before reading.
 
     Attributes:
         tensor: The stored tensor that the numbers belong to.
-        first: Index of the box's first element in it, row-major.
-        shape: Shape of the box.
-        strides: Strides of the box through the stored tensor, in elements.
-        start: Start of the box in the parameter.
+        first: The index of the box's first element in it, row-major.
+        shape: The shape of the box.
+        strides: The strides of the box through the stored tensor, in elements.
+        start: The start of the box in the parameter.
     """
 
     tensor: StoredTensor
@@ -50,32 +50,32 @@ class Piece:
 
     @property
     def offset(self) -> int:
-        """Offset of the first byte to read from the start of the file, not always a multiple of the element size."""
+        """The offset of the first byte to read from the start of the file, not always a multiple of the element size."""
         return self.tensor.offset + self.first * self.tensor.dtype.itemsize
 
     @property
     def nbytes(self) -> int:
-        """Bytes from the first to the last number of the box."""
+        """The number of bytes from the first to the last number of the box."""
         return _span(self.shape, self.strides) * self.tensor.dtype.itemsize
 
     @property
     def ranges(self) -> list[StoredRange]:
-        """What has to be read: one range, or one for each part of an encoded tensor."""
+        """The ranges to read: one, or one for each part of an encoded tensor."""
         return self.tensor.ranges(self.first, _span(self.shape, self.strides))
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of the stored numbers."""
+        """The dtype of the stored numbers."""
         return self.tensor.dtype
 
     @property
     def target(self) -> tuple[slice, ...]:
-        """The box, as an index of the parameter."""
+        """The box as an index into the parameter."""
         return tuple(slice(first, first + n) for first, n in zip(self.start, self.shape, strict=True))
 
     @property
     def is_contiguous(self) -> bool:
-        """Whether the numbers read, in their order, are the box."""
+        """Whether the numbers of the byte range, in their order, are the box."""
         expected = contiguous_strides(self.shape)
         return all(n == 1 or have == want for n, have, want in zip(self.shape, self.strides, expected, strict=True))
 
@@ -91,10 +91,10 @@ class Piece:
         return 1 if self.tensor.encoding is None else len(self.tensor.encoding.parts)
 
     def box(self, raws: Sequence[torch.Tensor], out: torch.Tensor) -> torch.Tensor:
-        """The box: a view of the numbers read, or, of an encoded tensor, decoded to the dtype of `out` and on its device.
+        """Return the box: a view of the numbers read or, for an encoded tensor, decoded to the dtype and device of `out`.
 
         Args:
-            raws: what was read of each range, on that device.
+            raws: The numbers read for each range, on the device of `out`.
         """
         encoding = self.tensor.encoding
         if encoding is None:
@@ -119,7 +119,7 @@ class Piece:
 
 
 def whole(tensor: StoredTensor) -> tuple[Piece, ...]:
-    """Return the one piece that is all of the tensor; none when it has no elements."""
+    """Return the one piece that covers the whole tensor; none if it has no elements."""
     if 0 in tensor.shape:
         return ()
     return (Piece(tensor, 0, tensor.shape, contiguous_strides(tensor.shape), (0,) * len(tensor.shape)),)
@@ -130,12 +130,12 @@ class ParameterSource:
     """The source of a parameter, of a range of its rows, or of a persistent buffer.
 
     Attributes:
-        name: Name in the model's state dict.
-        shape: Shape of the parameter, or of the rows.
-        dtype: Dtype of the stored numbers.
+        name: The name in the model's state dict.
+        shape: The shape of the parameter, or of the rows.
+        dtype: The dtype of the stored numbers.
         pieces: The pieces to read, in the order in which `assemble` expects them.
-        convert: None when the pieces only have to be put in their places, where they fill the parameter.  Otherwise the
-            function that computes it from the stored tensors; such a source cannot be read in parts.
+        convert: None if the pieces only have to be put in their places, where they fill the parameter.  Otherwise the function that
+            computes it from the stored tensors; such a source cannot be read in parts.
     """
 
     name: str
@@ -146,17 +146,17 @@ class ParameterSource:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the pieces."""
+        """The bytes of all pieces."""
         return sum(piece.nbytes for piece in self.pieces)
 
     @property
     def ranges(self) -> list[StoredRange]:
-        """What has to be read, in the order in which `assemble` expects it."""
+        """The ranges to read, in the order in which `assemble` expects them."""
         return [each for piece in self.pieces for each in piece.ranges]
 
     @property
     def carried_as_stored(self) -> bool:
-        """Whether the bytes that were read cross a link to a device, which assembles the parameter; otherwise the host does before."""
+        """Whether a device assembles the parameter from the bytes that were read; otherwise the host does so before the link."""
         if self.convert is not None or not self.pieces:
             return False
         encodings = (piece.tensor.encoding for piece in self.pieces)
@@ -171,7 +171,7 @@ class ParameterSource:
 
     @property
     def sliceable(self) -> bool:
-        """Whether `rows` is allowed: there are rows, and the numbers of each lie together in a file."""
+        """Whether `rows` is allowed: there are rows, and the numbers of each are contiguous in a file."""
         if self.convert is not None or not self.shape:
             return False
         return all(p.shape[0] == 1 or p.strides[0] >= _span(p.shape[1:], p.strides[1:]) for p in self.pieces)
@@ -193,8 +193,8 @@ class ParameterSource:
         """Write the parameter into `out`, cast to its dtype.
 
         Args:
-            raws: for each of `ranges` the numbers read: contiguous, of the range's dtype, of any shape.
-            out: of shape `shape`; any dtype, device and strides.
+            raws: For each of `ranges` the numbers read: contiguous, of the range's dtype, in any shape.
+            out: A tensor of shape `shape`, of any dtype, device and strides.
         """
         if tuple(out.shape) != self.shape:
             raise ValueError(f"{self.name} is {self.shape}, the destination {tuple(out.shape)}")
@@ -206,11 +206,11 @@ class ParameterSource:
             if self.convert is None:
                 for piece, box in zip(self.pieces, boxes, strict=True):
                     cast_into(out[piece.target], box)
-            else:  # transformers casts first and computes then; so do we, to get the same bits
+            else:  # transformers casts first and computes then; so does this code, to get the same bits
                 out.copy_(self.convert([box.to(device=out.device, dtype=out.dtype) for box in boxes]))
 
     def read(self, out: torch.Tensor) -> None:
-        """Read the ranges, one plain blocking read each, and `assemble` them.
+        """Read the ranges, each with one blocking read, and `assemble` them.
 
         Raises:
             CheckpointError: A file cannot be read.
@@ -219,7 +219,7 @@ class ParameterSource:
 
 
 def read_bytes(path: Path, offset: int, nbytes: int) -> torch.Tensor:
-    """Return a byte range of a file, by a plain blocking read: uint8, (nbytes,).
+    """Return a byte range of a file, (nbytes,) uint8, by blocking reads.
 
     Raises:
         CheckpointError: The file cannot be read, or ends too early.
@@ -243,7 +243,7 @@ def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def put(values: Sequence[int], position: int, value: int) -> tuple[int, ...]:
-    """Return `values` with another value at `position`."""
+    """Return `values` with the entry at `position` replaced."""
     return (*values[:position], value, *values[position + 1 :])
 
 

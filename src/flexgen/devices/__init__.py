@@ -1,1 +1,1 @@
-"""Where computing happens besides the host: arenas of memory, and copies in both directions."""
+"""Devices that compute besides the host: arenas of memory, and copies in both directions."""

@@ -1,6 +1,6 @@
-"""What every device offers: memory of its own, host memory that its links reach fast, and copies between the two.
+"""The interface of a device: memory of its own, host memory that its links reach fast, and copies between the two.
 
-On a CPU there is no such device: host memory is where computing happens.
+On a CPU there is no such device: computing happens in host memory.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ class Event(Protocol):
     def done(self) -> bool: ...
 
     def wait(self) -> None:
-        """Return once the copy is complete: its source may be overwritten, its destination read."""
+        """Return once the copy is complete, so that its source may be overwritten and its destination read."""
         ...
 
 
 class Device(Protocol):
     """A device with memory of its own.
 
-    Copies in, copies out and computing are three streams: each runs in its order, none waits for another unless a
+    Copies in, copies out and computing are three streams: each runs in its order, and none waits for another unless a
     marker, an event or the host makes it.
 
     Attributes:
-        device: where tensors to compute with live.
-        bytes_in: copied to the device so far.
-        bytes_out: copied from the device so far.
-        budget_bytes: what `allocate` may give in all.
-        used_bytes: what `allocate` has given.
+        device: The torch device of tensors to compute with.
+        bytes_in: The bytes copied to the device so far.
+        bytes_out: The bytes copied from the device so far.
+        budget_bytes: The most bytes that `allocate` may return in total.
+        used_bytes: The bytes that `allocate` has returned.
     """
 
     device: torch.device
@@ -46,49 +46,49 @@ class Device(Protocol):
     used_bytes: int
 
     def allocate(self, size_bytes: int) -> torch.Tensor:
-        """A uint8 arena on the device, which lives until the device is closed.
+        """Return a uint8 arena on the device, which lives until the device is closed.
 
         Raises:
-            CapacityError: it is more than what is left of the budget.
+            CapacityError: The arena exceeds the rest of the budget.
         """
         ...
 
     def allocate_host(self, size_bytes: int) -> torch.Tensor:
-        """A uint8 arena in host memory for copies to start from and end in: page-aligned, and pinned where that exists.
+        """Return a uint8 arena in host memory for copies to start from and end in: page-aligned, and pinned if the device supports that.
 
         It must not be used after `close`.
         """
         ...
 
     def copy_in(self, destination: torch.Tensor, source: torch.Tensor, after: Any = None) -> Event:
-        """Start a copy from the host to the device, of equally many bytes.
+        """Start a copy from the host to the device; both tensors have the same number of bytes.
 
         Args:
-            destination: on the device; it holds anything until the event, for which computing waits by `await_in`.
-            source: on the host; it must not change until the host has seen the event.
-            after: a marker; the copy starts when it has passed. Needed where earlier computing used the destination.
+            destination: A tensor on the device.  Its contents are undefined until the event, for which computing waits by `await_in`.
+            source: A tensor on the host, which must not change until the host has seen the event.
+            after: A marker after which the copy starts; needed if earlier computing used the destination.
         """
         ...
 
     def copy_out(self, destination: torch.Tensor, source: torch.Tensor) -> Event:
-        """Start a copy from the device to the host, of what has been computed so far."""
+        """Start a copy from the device to the host, of the results of all computing so far."""
         ...
 
     def marker(self) -> Any:
-        """A point in the device's computing, which passes when everything submitted before it is done."""
+        """Return a marker in the device's computing, which passes when everything submitted before it is done."""
         ...
 
     def await_in(self, event: Event) -> None:
-        """Make all later computing wait for a copy; the host goes on."""
+        """Make all later computing wait for a copy; the host does not wait."""
         ...
 
     def close(self) -> None:
-        """Return once all copies are complete, and give host memory back."""
+        """Return once all copies are complete, and free host memory."""
         ...
 
 
 class Arenas:
-    """The budget of a device's arenas, and what has been copied."""
+    """The budget of a device's arenas, and the bytes that were copied."""
 
     def __init__(self, budget_bytes: int) -> None:
         self.budget_bytes = budget_bytes

@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 class CudaRuntime(Protocol):
-    """What is called of libcudart; each call returns an error code, 0 for success."""
+    """The functions of libcudart that are called; each returns an error code, 0 for success."""
 
     def cudaHostRegister(self, address: Any, size_bytes: Any, flags: Any) -> int: ...
     def cudaHostUnregister(self, address: Any) -> int: ...
@@ -24,16 +24,16 @@ class CudaRuntime(Protocol):
 
 
 def cuda_runtime() -> CudaRuntime:
-    """The runtime library that torch has loaded; torch itself does not offer cudaGetLastError."""
+    """Return the runtime library that torch has loaded; torch itself does not offer cudaGetLastError."""
     torch.cuda.init()
     assert torch.version.cuda is not None
     return ctypes.CDLL(f"libcudart.so.{torch.version.cuda.partition('.')[0]}")  # type: ignore[return-value]
 
 
 class PinnedMemory:
-    """Host memory in whole pages, registered with CUDA in place: torch's own allocator rounds sizes up to powers of two.
+    """Host memory in whole pages, registered with CUDA in place, since torch's own allocator rounds sizes up to powers of two.
 
-    Where registering fails, the memory is given unpinned, and a warning says once that copies will be slower.
+    If registering fails, the memory is returned unpinned, and a warning says once that copies will be slower.
     """
 
     def __init__(self, runtime: CudaRuntime) -> None:
@@ -42,7 +42,7 @@ class PinnedMemory:
         self._warned = False
 
     def allocate(self, size_bytes: int) -> torch.Tensor:
-        """Memory that stays registered until `close`; no two registrations share a page."""
+        """Return memory that stays registered until `close`; no two registrations share a page."""
         buffer = AlignedBuffer(size_bytes)
         address = ctypes.c_void_p(buffer.tensor.data_ptr())
         code = self._runtime.cudaHostRegister(address, ctypes.c_size_t(buffer.size_bytes), ctypes.c_uint(0))
@@ -54,7 +54,7 @@ class PinnedMemory:
         return buffer.tensor[:size_bytes]
 
     def close(self) -> None:
-        """Unregister everything; what still refers to it is ordinary memory then."""
+        """Unregister all memory; tensors that still refer to it then use ordinary memory."""
         while self._registered:
             buffer = self._registered.pop()
             code = self._runtime.cudaHostUnregister(ctypes.c_void_p(buffer.tensor.data_ptr()))
@@ -82,7 +82,7 @@ class CudaEvent:
 
 
 class CudaDevice(Arenas):
-    """A CUDA device; computing is on the current stream."""
+    """A CUDA device, which computes on the current stream."""
 
     def __init__(self, budget_bytes: int, index: int = 0) -> None:
         super().__init__(budget_bytes)

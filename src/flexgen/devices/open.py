@@ -1,4 +1,4 @@
-"""Opens a device by its name; each lies in a file of its own, which is imported when it is wanted."""
+"""Opens a device by its name; each kind of device is one file, which is imported on demand."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ DEVICES = {"cuda": ("flexgen.devices.cuda", "CudaDevice"), "sim": ("flexgen.devi
 
 
 def open_device(name: str, budget_bytes: int) -> Device | None:
-    """The device of that name with a budget of so many bytes; None for "cpu", where computing happens in host memory."""
+    """Open the device of this name with the given budget; return None for "cpu", where computing happens in host memory."""
     if name not in DEVICES:
         return None
     module, own_name = DEVICES[name]

@@ -1,12 +1,12 @@
-"""A simulated device for tests: strict about where tensors live, hostile about when copies run.
+"""A simulated device for tests: strict about where tensors live, and hostile in the timing of its copies.
 
 Its tensors are of a type of their own (sim_tensor.py).  Each direction of copies is a queue that runs in its own order,
 as late as the program allows or, at random, earlier: when the host asks for an event or computing waits for one.
 Until then the destination holds poison.
 
 Computing runs when it is called, not later: results of queued kernels would need their shapes in advance, and finding
-these costs more than the kernels of the tests.  What a late kernel would break is checked instead: a copy to bytes
-that computing uses, without a marker behind that use, is refused; so is a change of a copy's source before the host has
+these costs more than the kernels of the tests.  Instead, the errors that a late kernel would expose are checked: a copy to bytes
+that computing uses is refused unless it has a marker after that use, and so is a change of a copy's source before the host has
 seen the copy end.
 """
 
@@ -26,8 +26,8 @@ from flexgen.devices.sim_tensor import SimTensor, register, timeline
 from flexgen.errors import EngineError
 from flexgen.io.aligned import AlignedBuffer
 
-EARLY = 0.3  # how often a copy runs before anybody waits for it
-SEEN = 0.5  # how often asking whether a copy is done helps it along
+EARLY = 0.3  # the probability that a copy runs before anything waits for it
+SEEN = 0.5  # the probability that polling a copy completes it
 
 
 class SimEvent:
@@ -41,13 +41,13 @@ class SimEvent:
         self.copied: int | None = None  # checksum of the bytes, once the copy has run
 
     def run(self) -> None:
-        """Copy, unless that has happened."""
+        """Copy, unless that has happened already."""
         if self.copied is None:
             self.destination.copy_(self.source)
             self.copied = _checksum(self.source)
 
     def check_source(self) -> None:
-        """Refuse a source that the program changed while a copy from it might still have run."""
+        """Refuse a source that the program changed while a copy from it might still have been running."""
         if _checksum(self.source) != self.copied:
             raise EngineError(f"the source of a copy of {self.source.nbytes} bytes was changed before the copy was known to be complete")
 
@@ -70,9 +70,9 @@ class SimulatedDevice(Arenas):
     """The simulated device.
 
     Args:
-        budget_bytes: of its arenas.
-        seed: of what happens at random.
-        max_delay_seconds: the longest time that waiting for a copy takes.
+        budget_bytes: The budget of its arenas.
+        seed: The seed of its random choices.
+        max_delay_seconds: The longest time that waiting for a copy takes.
     """
 
     def __init__(self, budget_bytes: int, *, seed: int = 0, max_delay_seconds: float = 0.001) -> None:
@@ -88,7 +88,7 @@ class SimulatedDevice(Arenas):
 
     @property
     def synchronisations(self) -> int:
-        """How often the host has waited for the device's computing since the device was opened."""
+        """The number of times that the host has waited for the device's computing since the device was opened."""
         return timeline.synchronisations - self._synchronisations_before
 
     def allocate(self, size_bytes: int) -> SimTensor:
@@ -130,7 +130,7 @@ class SimulatedDevice(Arenas):
             self._random.choice(waiting).run()
 
     def poll(self, event: SimEvent) -> bool:
-        """Whether the copy is complete, as the host sees it."""
+        """Return whether the copy is complete, as the host sees it."""
         with self._lock:
             if not event.settled and (event.copied is not None or self._random.random() < SEEN):
                 self._settle(event)
@@ -144,7 +144,7 @@ class SimulatedDevice(Arenas):
             self._settle(event)
 
     def _settle(self, event: SimEvent) -> None:
-        """The host knows that a copy, and what was submitted to its stream before it, is complete."""
+        """Record that the host knows that a copy, and all earlier copies of its stream, are complete."""
         while not event.settled:
             first = event.stream.popleft()
             if first.copied is not None:
@@ -168,7 +168,7 @@ class SimulatedDevice(Arenas):
                         break
 
     def _synchronised(self) -> None:
-        """The host has waited for computing, and so for every copy that computing waited for."""
+        """Record that the host has waited for computing, and so for every copy that computing waited for."""
         with self._lock:
             awaited = [each for each in self._in if each.awaited]
             if awaited:
@@ -181,7 +181,7 @@ class SimulatedDevice(Arenas):
                     self._settle(stream[-1])
             if self._synchronised in timeline.observers:
                 timeline.observers.remove(self._synchronised)
-            timeline.finish(timeline.now)  # arenas that are opened later may lie where these lay
+            timeline.finish(timeline.now)  # arenas that are opened later may have the same addresses
 
 
 def _next(stream: deque[SimEvent]) -> SimEvent | None:

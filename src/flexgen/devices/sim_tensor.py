@@ -1,8 +1,8 @@
 """Tensors of the simulated device: computed on the host, but as strict as an accelerator's about where a tensor lives.
 
 The device is torch's private-use backend with its kernels written in Python (an experimental interface, of torch 2.11 and
-2.13).  Registering it is global to the process and cannot be undone, therefore `register` is called when a simulated
-device is opened for the first time; a process that opens none is not changed.
+2.13).  Registering it is global to the process and cannot be undone.  Therefore `register` is called when a simulated
+device is opened for the first time, and a process that opens none is not changed.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ MAX_REMEMBERED = 1 << 20  # operations on arenas since the last synchronisation
 
 aten = torch.ops.aten
 COPIES = frozenset({"copy_", "_to_copy"})
-# As on CUDA, the positions of these may be on the host.
+# As on CUDA, the indices passed to these may be on the host.
 INDEXING = frozenset({"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "_unsafe_index_put"})
 # Their results are numbers for the host, or have shapes that depend on the data.
 WAITING = frozenset(
     {"_local_scalar_dense", "nonzero", "masked_select", "bincount", "equal", "repeat_interleave"}
     | {"_unique", "_unique2", "unique_dim", "unique_consecutive"}
 )
-# Torch would take these apart before they come here: as a whole they run as fast as on the host.
+# Torch would decompose these before they are dispatched here; as a whole they run as fast as on the host.
 WHOLE = ("linear", "matmul", "einsum", "layer_norm")
 CREATED = ("empty.memory_format", "empty_strided.default", "arange.default", "arange.start", "arange.start_step")
 
 
 class Timeline:
-    """What has been computed, for those who ask whether a copy comes too early.
+    """A record of the computing, by which copies that come too early are detected.
 
     Attributes:
-        now: operations so far.
-        synchronisations: times that the host has waited for the device: by reading a number, or copying to the host.
-        observers: called at every synchronisation.
+        now: The number of operations so far.
+        synchronisations: The number of times that the host has waited for the device, by reading a number or copying to the host.
+        observers: The functions that are called at every synchronisation.
     """
 
     def __init__(self) -> None:
@@ -48,10 +48,10 @@ class Timeline:
         self.synchronisations = 0
         self.observers: list[Callable[[], None]] = []
         self._finished = 0  # operations that the host has waited for
-        self._uses: deque[tuple[int, int, int]] = deque(maxlen=MAX_REMEMBERED)  # (when, first byte, end) of arenas
+        self._uses: deque[tuple[int, int, int]] = deque(maxlen=MAX_REMEMBERED)  # (time of use, first byte, end) in arenas
 
     def use(self, tensors: Iterable[SimTensor]) -> None:
-        """Note an operation that reads or writes these."""
+        """Record an operation that reads or writes these tensors."""
         self.now += 1
         for tensor in tensors:
             if tensor.in_arena:
@@ -59,20 +59,20 @@ class Timeline:
                 self._uses.append((self.now, start, start + tensor.raw.nbytes))
 
     def synchronise(self) -> None:
-        """Note that the host has waited for all operations so far."""
+        """Record that the host has waited for all operations so far."""
         self.synchronisations += 1
         self.finish(self.now)
         for observer in tuple(self.observers):
             observer()
 
     def finish(self, when: int) -> None:
-        """Note that the host has waited for the operations up to `when`."""
+        """Record that the host has waited for the operations up to `when`."""
         self._finished = max(self._finished, when)
         while self._uses and self._uses[0][0] <= self._finished:
             self._uses.popleft()
 
     def used_since(self, when: int, raw: torch.Tensor) -> bool:
-        """Whether operations after `when` that the host has not waited for use these bytes."""
+        """Return whether these bytes are used by operations after `when` for which the host has not waited."""
         start, when = raw.data_ptr(), max(when, self._finished)
         end = start + raw.nbytes
         return any(used > when and start < until and first < end for used, first, until in tuple(self._uses))
@@ -83,16 +83,16 @@ timeline = Timeline()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Operation:
-    """What is known of an operation by its schema.
+    """The properties of an operation, as derived from its schema.
 
     Attributes:
-        run: computes it, on host tensors.
-        is_view: whether its result shares memory with its first argument.
-        mutates: whether it writes to an argument.
-        copies: whether it may take tensors of both sides.
-        indexes: whether it takes positions, which may be on the host.
-        waits: whether the host has to wait for its result.
-        may_wait: whether that depends on the arguments.
+        run: The function that computes it, on host tensors.
+        is_view: Whether its result shares memory with its first argument.
+        mutates: Whether it writes to an argument.
+        copies: Whether it may take both host and device tensors.
+        indexes: Whether it takes indices, which may be on the host.
+        waits: Whether the host has to wait for its result.
+        may_wait: Whether the host may have to wait, depending on the arguments.
     """
 
     run: Callable[..., Any]
@@ -123,8 +123,8 @@ class SimTensor(torch.Tensor):
     """A tensor of the simulated device.
 
     Attributes:
-        raw: the host tensor that holds its numbers; only devices/ may touch it.
-        in_arena: whether it is a view of an arena, to which copies are made.
+        raw: The host tensor that holds its numbers; only devices/ may access it.
+        in_arena: Whether it is a view of an arena, to which copies are made.
     """
 
     raw: torch.Tensor
@@ -143,7 +143,7 @@ class SimTensor(torch.Tensor):
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
-    def tolist(self) -> Any:  # torch's own asks for the storage
+    def tolist(self) -> Any:  # torch's own implementation needs the storage
         return self.cpu().tolist()
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
@@ -193,7 +193,7 @@ def _wrapped(out: Any, *, in_arena: bool) -> Any:
 
 
 def _written(out: Any, found: Sequence[SimTensor]) -> Any:
-    """The tensors of the caller that an operation has written, in place of what they hold."""
+    """Return the caller's tensors that an operation has written, in place of their host tensors."""
     if isinstance(out, (list, tuple)):
         return type(out)(_written(each, found) for each in out)
     for each in found:
@@ -217,7 +217,10 @@ def _check_host(func: Any, operation: _Operation, args: Sequence[Any], host: Seq
 
 
 def _waits(operation: _Operation, args: Sequence[Any]) -> bool:
-    """Whether the host has to wait for an operation with these arguments: a mask's positions are found first; a copy goes to the host."""
+    """Return whether the host has to wait for an operation with these arguments.
+
+    It waits for an index by a mask, whose positions have to be found first, and for a copy to the host.
+    """
     if operation.indexes:
         return any(isinstance(each, torch.Tensor) and each.dtype in (torch.bool, torch.uint8) for each in args[1])
     return type(args[0]) is not SimTensor
@@ -229,7 +232,7 @@ _registering = threading.Lock()
 
 @functools.cache
 def device() -> torch.device:
-    """The simulated device, which `register` has made known to torch."""
+    """Return the simulated device, which `register` has made known to torch."""
     return torch.device(NAME, 0)
 
 
@@ -261,14 +264,14 @@ def _whole(function: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _copy_from(source: torch.Tensor, destination: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
-    """What torch calls where it creates a tensor out of a list."""
+    """Copy a tensor, as torch requests when it creates a tensor from a list."""
     raw = [each.raw if type(each) is SimTensor else each for each in (source, destination)]
     raw[1].copy_(raw[0])
     return destination
 
 
 class _Module:
-    """What torch asks of a device's module, `torch.sim`."""
+    """The functions that torch requires of a device's module, `torch.sim`."""
 
     def is_initialized(self) -> bool:
         return True

@@ -1,1 +1,1 @@
-"""The engine: passes over the layers, for all live sequences at once."""
+"""The engine: passes over the layers of the model, each for all live sequences at once."""

@@ -1,4 +1,4 @@
-"""Who may enter the block: forecasts of answer lengths, homes for KV, shared beginnings, projected pages.  No tensors."""
+"""Admission of sequences: forecasts of answer lengths, homes of KV, common prefixes, projected pages.  Uses no tensors."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ MIN_OBSERVED = 32
 MANY_TOKENS = 1 << 40
 MAX_PROJECTED_TIMES = 256
 
-HeldPages = Callable[[np.ndarray], np.ndarray]  # numbers of stored tokens -> pages held at most
+HeldPages = Callable[[np.ndarray], np.ndarray]  # numbers of stored tokens -> the most pages held
 
 
 class LengthForecast:
-    """Expected answer lengths: max_tokens at first, then at most a high quantile of what was seen."""
+    """A forecast of answer lengths: `max_tokens` at first, later at most a high quantile of the observed lengths."""
 
     def __init__(self) -> None:
-        self._counts = array("q")  # answers by length
+        self._counts = array("q")  # the number of answers of each length
         self._num_seen = 0
-        self._quantile = 0  # a length, with `_below` answers that are shorter
+        self._quantile = 0  # a length; `_below` answers are shorter
         self._below = 0
 
     def observe(self, num_tokens: int) -> None:
-        """Take in the length of a finished answer."""
+        """Record the length of a finished answer."""
         self._counts.extend([0] * (num_tokens + 1 - len(self._counts)))
         self._counts[num_tokens] += 1
         self._num_seen += 1
@@ -45,15 +45,15 @@ class LengthForecast:
             self._quantile += 1
 
     def expect(self, max_tokens: int) -> int:
-        """Tokens that an answer of at most `max_tokens` will have."""
+        """Return the number of tokens that an answer of at most `max_tokens` is expected to have."""
         return max_tokens if self._num_seen < MIN_OBSERVED else min(max_tokens, self._quantile)
 
 
 class Homes:
-    """Chooses each sequence's KV home so that the plan's shares of KV bytes are kept.
+    """A chooser of each sequence's home that keeps the plan's shares of KV bytes.
 
     Args:
-        shares: tier -> fraction; tiers with pages only.
+        shares: The fraction of each tier; only tiers with pages are included.
     """
 
     def __init__(self, shares: dict[str, float]) -> None:
@@ -61,7 +61,7 @@ class Homes:
         self._given = dict.fromkeys(self._shares, 0)
 
     def by_need(self) -> list[str]:
-        """Tiers, the one furthest behind its share first."""
+        """Return the tiers, the one furthest behind its share first."""
         total = sum(self._given.values()) + 1
         return sorted(self._shares, key=lambda tier: self._given[tier] - self._shares[tier] * total)
 
@@ -70,10 +70,10 @@ class Homes:
 
 
 def held_pages(group: KVGroup) -> HeldPages:
-    """Most pages of a group held on the way to given numbers of stored tokens, as an array function.
+    """Return a function from numbers of stored tokens to the most pages of a group that a sequence holds on the way there.
 
-    Windows and chunks hold a page more or less from pass to pass; the most of it rises with the length only, so that
-    a sum over sequences peaks where one of them ends.
+    The function takes and returns arrays.  With windows and chunks the pages held vary by one from pass to pass, but the most
+    held so far only rises with the length, so that a sum over sequences peaks where one of them ends.
     """
     most = group.most_pages_held(MANY_TOKENS)
 
@@ -87,17 +87,17 @@ def fits_projected(
     stored: np.ndarray, remaining: np.ndarray, candidate: tuple[int, int], pages: Sequence[HeldPages], capacity: Sequence[int],
     elsewhere: Sequence[np.ndarray | int],
 ) -> bool:  # fmt: skip
-    """Whether a candidate's KV fits beside the live ones' at every future pass.
+    """Return whether a candidate's KV fits beside that of the live sequences in every future pass.
 
     A sequence holds stored + t tokens t passes from now, while t <= remaining; the sum peaks where one ends.
 
     Args:
         stored: The tokens that each live sequence has stored after this pass.
-        remaining: The passes that each still takes after it.
-        candidate: (stored, remaining) of the one that would join.
-        pages: For each layer group, the pages held at given lengths.
+        remaining: The passes that each live sequence still takes after this pass.
+        candidate: The candidate's (stored, remaining).
+        pages: For each layer group, a function from lengths to the pages held.
         capacity: The pages of each group.
-        elsewhere: For each group, how many of each sequence's pages (the candidate's last) are counted elsewhere.
+        elsewhere: For each group, how many pages of each sequence (the candidate last) are counted elsewhere.
     """
     lengths = np.append(stored, candidate[0])
     ends = np.append(remaining, candidate[1])
@@ -105,7 +105,7 @@ def fits_projected(
     if len(times) > MAX_PROJECTED_TIMES:
         times = times[np.linspace(0, len(times) - 1, MAX_PROJECTED_TIMES).astype(int)]
     future = lengths[None, :] + np.minimum(times[:, None], ends[None, :])  # (times, sequences)
-    alive = np.append(-1, times[:-1])[:, None] < ends[None, :]  # those that end since the last of the times looked at, too
+    alive = np.append(-1, times[:-1])[:, None] < ends[None, :]  # includes the sequences that have ended since the previous time
     return all(
         ((held(future) - others) * alive).sum(axis=1).max() <= room for held, room, others in zip(pages, capacity, elsewhere, strict=True)
     )
@@ -116,10 +116,10 @@ class Neighbours:
 
     Args:
         groups: The layer groups.
-        pages: For each of them, the pages held at given lengths.
+        pages: For each group, a function from lengths to the pages held.
 
     Attributes:
-        num_pages: For each group, what the sequences hold at most, if each held its most at the same time.
+        num_pages: For each group, the pages that the sequences hold if all hold their most at the same time.
     """
 
     def __init__(self, groups: Sequence[KVGroup], pages: Sequence[HeldPages]) -> None:
@@ -139,17 +139,17 @@ class Neighbours:
         self.num_pages = [sum(pair) for pair in zip(self.num_pages, self._most(sequence), strict=True)]
 
     def fit_beside(self, sequence: LiveSequence, num_pages: Sequence[int]) -> bool:
-        """Whether pages for what each sequence has to itself suffice at every future pass."""
+        """Return whether the pages that each sequence has to itself suffice in every future pass."""
         most = self._most(sequence)
         if all(held + more <= room for held, more, room in zip(self.num_pages, most, num_pages, strict=True)):
-            return True  # without looking at when each holds its most
+            return True  # without considering when each sequence holds its most pages
         stored, remaining = np.array(self._stored, dtype=np.int64), np.array(self._remaining, dtype=np.int64)
         shared = np.array([*self._shared, sequence.num_shared], dtype=np.int64)
         candidate = (len(sequence.tokens), sequence.remaining - 1)
         return fits_projected(stored, remaining, candidate, self._pages, num_pages, [_elsewhere(shared, each) for each in self._groups])
 
     def _most(self, sequence: LiveSequence) -> list[int]:
-        """For each group, the most pages that the sequence has to itself."""
+        """Return, for each group, the most pages that the sequence has to itself."""
         final = np.int64(len(sequence.tokens) + sequence.remaining - 1)
         return [
             int(held(final)) - int(_elsewhere(np.int64(sequence.num_shared), group))
@@ -158,15 +158,18 @@ class Neighbours:
 
 
 def _elsewhere(shared: Any, group: KVGroup) -> Any:
-    """Pages of shared tokens that are counted with stored prefixes.
+    """Return the number of pages of shared tokens that are counted with stored prefixes.
 
-    Behind a window a sequence soon lets go of what it shares: its pages are counted as its own from the start.
+    With a window a sequence soon drops the pages that it shares, so they are counted as its own from the start.
     """
     return shared // group.page_tokens * (group.geometry.reach is None)
 
 
 class Admission:
-    """Admits sequences into the KV cache.  What has no room gives way in this order: stored prefixes without users, those who wait."""
+    """Admits sequences into the KV cache.
+
+    If there is too little room, stored prefixes without users are forgotten first; if that is not enough, the sequence waits.
+    """
 
     def __init__(self, cache: KVCache, homes: Homes, prefixes: PrefixStore) -> None:
         self._cache, self._homes, self._prefixes = cache, homes, prefixes
@@ -175,10 +178,10 @@ class Admission:
         self._neighbours: dict[str, Neighbours] | None = None
 
     def begin_pass(self, live: Iterable[LiveSequence]) -> None:
-        """Look at the live sequences anew; those that are admitted from now on are added to them.
+        """Update the live sequences; sequences that are admitted later in this pass are added to them.
 
         Args:
-            live: It is read when the first sequence asks for room.
+            live: The live sequences; it is iterated over when the first sequence asks for room.
         """
         self._live, self._neighbours = live, None
 
@@ -187,12 +190,12 @@ class Admission:
         return any(self._cache.could_ever_hold(tier, len(sequence.tokens), final) for tier in self._homes.by_need())
 
     def admit(self, sequence: LiveSequence) -> bool:
-        """Give the sequence a home and pages for its tokens, if its projected KV fits; it begins with the longest prefix stored there."""
+        """Give the sequence a home and pages if its projected KV fits; it starts with the longest prefix that is stored there."""
         for tier in self._homes.by_need():
             neighbours = self._of(tier)
             if self._enter(sequence, neighbours, tier):
                 break
-            if not neighbours:  # prefixes have no users, and are in the way
+            if not neighbours:  # prefixes have no users, and only take up room
                 self._prefixes.clear(tier)
                 if self._enter(sequence, neighbours, tier):
                     break
@@ -205,7 +208,7 @@ class Admission:
         return True
 
     def _of(self, tier: str) -> Neighbours:
-        """The live sequences of a tier."""
+        """Return the live sequences of a tier."""
         if self._neighbours is None:
             self._neighbours = {each: Neighbours(self._cache.groups, self._pages) for each in self._cache.pools}
             for each in self._live:
@@ -217,7 +220,7 @@ class Admission:
         found = self._prefixes.hold(sequence, tier)
         if self._clear_for(sequence, neighbours, tier):
             kv = self._cache.admit(tier) if found is None else self._cache.fork(found.kv, found.length)
-            # On disk a sequence's pages should lie together: it takes all that it expects to need at once, if it can.
+            # On disk a sequence's pages should be contiguous, so it takes all that it expects to need at once, if possible.
             ahead = sequence.final_len if tier == "disk" else 0
             if self._cache.reserve(kv, len(sequence.tokens), ahead) or (not neighbours and self._cache.reserve(kv, len(sequence.tokens))):
                 sequence.kv, sequence.source = kv, found
@@ -228,7 +231,7 @@ class Admission:
         return False
 
     def _clear_for(self, sequence: LiveSequence, neighbours: Neighbours, tier: str) -> bool:
-        """Whether the projected KV fits, for which prefixes without users are forgotten if that is enough."""
+        """Return whether the projected KV fits, and forget prefixes without users if that makes it fit."""
         unused = self._prefixes.num_unused(tier)
         if not neighbours.fit_beside(sequence, self._room(tier, [-pages for pages in unused])):
             return False
@@ -237,6 +240,6 @@ class Admission:
         return True
 
     def _room(self, tier: str, more: Sequence[int] = ()) -> list[int]:
-        """Pages per group besides those of stored prefixes, and of `more`."""
+        """Return, for each group, the pages that remain after those of stored prefixes and after `more`."""
         sizes, held = self._cache.pools[tier].num_pages, self._prefixes.num_pages(tier)
         return [size - pages - extra for size, pages, extra in zip(sizes, held, more or [0] * len(sizes), strict=True)]

@@ -1,7 +1,7 @@
 """The engine: requests are added, and every step is a pass over the model that gives each live sequence its next token.
 
-The scheduler decides what a pass computes, the runner computes it.  Knows no text, no forecasts and no reports: the session that opened
-the engine gives it the log of a run.
+The scheduler decides what a pass computes, and the runner computes it.  The engine knows no text, forecasts or reports: the session that
+opened it passes the log of a run.
 """
 
 from __future__ import annotations
@@ -32,20 +32,23 @@ from flexgen.report.run_log import RunLog
 from flexgen.request import PartialAnswer, TokenRequest, TokenResult
 from flexgen.text.common_prefixes import NO_PREFIXES, CommonPrefixes
 
-LOOKAHEAD = 4  # requests read ahead, in multiples of max_num_seqs: the longest answers among them start first
+LOOKAHEAD = 4  # requests read ahead, in multiples of max_num_seqs: those with the longest answers start first
 
 
 class Engine:
-    """Answers requests as a policy says.
+    """The engine, which answers requests as a policy says.
 
     Args:
-        model: The model, described, without weights.
-        policy: Where everything lives, and what a pass carries.
-        machine: The rates that the log compares passes with.
-        backend, offload_dir, verify_reads, poison: As for `ModelRunner`.
+        model: The description of the model, without weights.
+        policy: Where every byte lives and what a pass carries.
+        machine: The measured rates with which the log compares the passes.
+        backend: The device, or None when computing happens in host memory; it is closed with the engine.
+        offload_dir: The folder of the spill file; needed only if the policy puts KV on disk.
+        verify_reads: Whether to compare the bytes that are read from disk with those that were written or first read.
+        poison: Whether to overwrite released memory, so that a late use is noticed (for tests).
 
     Attributes:
-        log: What has happened in this run, or in the last one.
+        log: The log of the current run, or of the last one.
     """
 
     def __init__(
@@ -64,7 +67,7 @@ class Engine:
         self.cache = self.runner.cache
         self._scheduler = Scheduler(policy, self.cache, self.runner.places, self._regime)
         self._lengths = LengthForecast()
-        self._ended: list[TokenResult] = []  # of requests that had come to their end before they were added
+        self._ended: list[TokenResult] = []  # the results of requests that had finished before they were added
         self.log = self._new_log()
         self._closed = False
 
@@ -72,7 +75,7 @@ class Engine:
         return RunLog(self.runner, PassLog(self._model.spec, self._machine, self.policy, self.runner.homes))
 
     def load(self) -> None:
-        """Read what stays in memory, and let the links run ahead; done once."""
+        """Read the weights that stay in memory and start the links; call it once."""
         self.runner.load()
 
     def close(self) -> None:
@@ -90,10 +93,10 @@ class Engine:
     # -- requests in, results out ---------------------------------------------------------------------------------------------------
 
     def add(self, request: TokenRequest) -> None:
-        """Take a request; it may come at any time, also while others run."""
+        """Add a request; this is possible at any time, also while others run."""
         sequence = LiveSequence(request, self._lengths.expect(request.max_tokens))
         self._scheduler.register(sequence)
-        if (finish := sequence.finish()) is not None:  # an earlier run had brought it to its end
+        if (finish := sequence.finish()) is not None:  # an earlier run had finished it
             self._ended.append(self._finish(sequence, finish))
         else:
             self._scheduler.enqueue(sequence)
@@ -104,10 +107,13 @@ class Engine:
         return bool(self._scheduler.num_live or self._scheduler.num_waiting or self._ended)
 
     def step(self) -> list[TokenResult]:
-        """Admit requests, run one pass, and sample; the results of the requests that ended.  Without work nothing happens.
+        """Admit requests, run one pass and sample; return the results of the requests that finished.
+
+        Without work nothing happens.
 
         Raises:
-            StorageError, EngineError: The engine cannot go on.
+            StorageError: Something could not be read or written, so the engine cannot continue.
+            EngineError: The engine cannot continue.
         """
         results = self._take_ended()
         if not self.has_work:
@@ -130,17 +136,18 @@ class Engine:
         log: RunLog | None = None,
         on_pass: Callable[[Iterable[PartialAnswer]], None] | None = None,
     ) -> Iterator[TokenResult]:
-        """Answer requests, which are pulled as they are needed; results come as they finish, in any order.
+        """Yield the results of requests as they finish, in any order; requests are pulled as they are needed.
 
         Args:
-            requests: Their indices are unique.
-            prefixes: What their prompts have in common; it is computed once (per tier on which it is needed).
-            log: Where the run is logged.
-            on_pass: Called after every step, once its results are out, with what the unfinished answers are so far; they are gathered
-                while it iterates.  What it raises ends the run.
+            requests: The requests; their indices are unique.
+            prefixes: The common prefixes of their prompts; each is computed once (per tier on which it is needed).
+            log: The log of the run.
+            on_pass: A function that is called after every step, once its results have been yielded, with the unfinished answers so far;
+                they are gathered while it iterates.  An exception that it raises ends the run.
 
         Raises:
-            StorageError, EngineError: The run cannot go on, or another one is not at its end.
+            StorageError: Something could not be read or written, so the run cannot continue.
+            EngineError: The run cannot continue, or another run has not ended.
         """
         self.load()
         if self.has_work:
@@ -161,12 +168,12 @@ class Engine:
             self.clear()
 
     def clear(self) -> None:
-        """Forget all requests that are not answered."""
+        """Forget all unanswered requests."""
         self._scheduler.clear()
         self._ended.clear()
 
     def _read_ahead(self, source: Iterator[TokenRequest]) -> Iterator[TokenResult]:
-        """Add requests while few wait; those that are answered already come at once."""
+        """Add requests while few are waiting; yield the results of those that had finished already."""
         while self._scheduler.num_waiting < LOOKAHEAD * self.policy.max_num_seqs and (request := next(source, None)) is not None:
             self.add(request)
             yield from self._take_ended()
@@ -202,7 +209,7 @@ class Engine:
         self.log.tell(self._scheduler.num_live, unit, self.runner.num_units)
 
     def _sample(self, batch: MicroBatch, logits: torch.Tensor) -> Iterator[TokenResult]:
-        """Give each sequence whose last token was computed its next one; the results of those that ended."""
+        """Append the next token to each sequence whose last token was computed; yield the results of the sequences that finished."""
         for each in batch.slices:
             sequence = self._scheduler[each.sequence]
             sequence.num_stored = max(sequence.num_stored, each.stop)
@@ -218,23 +225,23 @@ class Engine:
                 self._scheduler.trim(sequence)
 
     def _regime(self, sequence: LiveSequence) -> Hashable:
-        """What the keys of its prompt depend on besides the tokens; keys that are computed anew depend on the answer, too."""
+        """Return what the keys of a prompt depend on besides its tokens; keys that are computed anew depend on the answer as well."""
         recomputes = self._model.recompute_length is not None
         return self._model.rope_regime(len(sequence.tokens) if recomputes else sequence.prompt_len)
 
     def _outgrew(self, sequence: LiveSequence) -> bool:
-        """Whether the model computes all keys of this sequence anew, now that it has one token more."""
+        """Return whether the model computes all keys of this sequence anew, now that it has one more token."""
         length = self._model.recompute_length
         return length is not None and len(sequence.tokens) == length + 1 and sequence.num_generated > 0
 
 
 def _take(sequence: LiveSequence, row: torch.Tensor, token: int | RequestError) -> Finish | None:
-    """Give a sequence its token, or the error that it has instead; how that finishes the answer, if it does."""
+    """Append the token of a sequence, or record its error; return how that finishes the answer, or None if it does not."""
     error = token if isinstance(token, RequestError) else for_one_request(_append, sequence, row, token)
     return sequence.finish() if error is None else Finish.failed(error)
 
 
 def _append(sequence: LiveSequence, row: torch.Tensor, token: int) -> None:
-    """Add a token, with its log probabilities by the model's logits if they are asked for."""
+    """Append a token, with log probabilities from the model's logits if they were requested."""
     asked = sequence.request.num_logprobs
     sequence.append(token, None if asked is None else token_logprobs(as_float64(row), token, asked))

@@ -1,4 +1,4 @@
-"""Log probabilities of a generated token and of the likeliest ones, by the model's own logits.  One row at a time."""
+"""Log probabilities of the generated token and of the likeliest tokens, from the model's logits of one row."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from flexgen.request import TokenLogprobs
 
 
 def token_logprobs(row: np.ndarray, token_id: int, num_logprobs: int) -> TokenLogprobs:
-    """The generated token's and the `num_logprobs` largest (all for -1), computed in float64.
+    """Return the log probabilities of the generated token and of the `num_logprobs` likeliest tokens (all for -1), computed in float64.
 
     Among equal logits the lower id ranks higher.
 
     Args:
-        row: (vocab,) float64, finite, the logits as the model gave them.
+        row: The logits as the model returned them, (vocab,) float64, finite.
     """
     largest = row.max()
     log_sum = largest + np.log(np.exp(row - largest).sum())
@@ -24,7 +24,7 @@ def token_logprobs(row: np.ndarray, token_id: int, num_logprobs: int) -> TokenLo
 
 
 def _likeliest(row: np.ndarray, count: int) -> np.ndarray:
-    """Ids of the largest entries, largest first."""
+    """Return the ids of the largest entries, largest first."""
     if count == 0:
         return np.empty(0, dtype=np.int64)
     threshold = np.partition(row, -count)[-count]

@@ -1,4 +1,4 @@
-"""From the live sequences to the plan of the next pass: which tokens it computes, and which of them together.  No tensors."""
+"""Builds the plan of the next pass from the live sequences: which tokens it computes, and which of them together.  Uses no tensors."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from flexgen.kv.place import Place
 from flexgen.passes.plan import MicroBatch, PassPlan, Slice
 from flexgen.plan.policy import Policy
 
-SMALL_REMAINDER = 0.375  # of a micro-batch
-FEW_ROWS = 256  # up to here odd row counts cost nothing
+SMALL_REMAINDER = 0.375  # as a fraction of a micro-batch
+FEW_ROWS = 256  # up to this many rows, odd row counts cost nothing
 
 
 def plan_pass(live: Collection[LiveSequence], places: Mapping[str, Place], policy: Policy) -> PassPlan:
-    """What the next pass computes for the live sequences, oldest first."""
+    """Return the plan of the next pass for the live sequences, which are given oldest first."""
     batches: list[MicroBatch] = []
     for home, place in places.items():
         members = [each for each in live if each.kv is not None and each.kv.home == home]
@@ -24,7 +24,7 @@ def plan_pass(live: Collection[LiveSequence], places: Mapping[str, Place], polic
             defer_remainder(members, policy.micro_batch_tokens)
         defer_behind(members, within_pass=place.chunks)
         by_id = {each.id: each for each in members}
-        latest: dict[int, int] = {}  # sequence -> the last micro-batch, so far, that computes its tokens
+        latest: dict[int, int] = {}  # sequence -> the last micro-batch so far that computes its tokens
         for slices in pack(members, policy.micro_batch_tokens, mix=place.mixes, chunk=place.chunks):
             slices.sort(key=lambda each: not each.is_decode)
             after = {latest[each] for each in _stored_by(slices, by_id) if each in latest}
@@ -35,7 +35,7 @@ def plan_pass(live: Collection[LiveSequence], places: Mapping[str, Place], polic
 
 
 def _stored_by(slices: Iterable[Slice], by_id: Mapping[int, LiveSequence]) -> Iterator[int]:
-    """The sequences that compute, in the same pass, what these slices go on from."""
+    """Yield the ids of the sequences that compute, in the same pass, the KV that these slices continue from."""
     for each in slices:
         sequence = by_id[each.sequence]
         if each.start > sequence.num_stored:
@@ -50,13 +50,13 @@ def _odd_row(slices: Iterable[Slice]) -> int:
 
 
 def defer_remainder(sequences: Sequence[LiveSequence], rows: int) -> None:
-    """Bring a pass to a multiple of `rows`: a small remainder of prompt tokens is left to the next pass.
+    """Defer a small remainder of prompt tokens, so that the tokens of a pass are a multiple of `rows`.
 
     A micro-batch of few rows is computed at a fraction of the rate of a full one (docs/log.md).  The youngest
-    prompts give way; a pass never ends up below `rows`.
+    prompts are deferred first; a pass never gets fewer than `rows` tokens.
 
     Args:
-        sequences: Those of one home, oldest first, nothing deferred yet; their `deferred` is set.
+        sequences: The sequences of one home, oldest first, with nothing deferred yet; their `deferred` is set.
         rows: The tokens of a full micro-batch.
     """
     total = sum(sequence.num_new for sequence in sequences)
@@ -71,11 +71,11 @@ def defer_remainder(sequences: Sequence[LiveSequence], rows: int) -> None:
 
 
 def defer_behind(sequences: Sequence[LiveSequence], *, within_pass: bool) -> None:
-    """Leave to the next pass what begins with a prefix that is not stored by then.
+    """Defer prompts that begin with a prefix that will not be stored in time.
 
     Args:
-        sequences: Those of one home, oldest first; their `deferred` is set.
-        within_pass: Whether a prefix that this pass computes is there for the micro-batches behind it.
+        sequences: The sequences of one home, oldest first; their `deferred` is set.
+        within_pass: Whether a prefix that this pass computes is available to later micro-batches of the pass.
     """
     for sequence in sequences:
         writer, source = sequence.behind, sequence.source
@@ -84,16 +84,16 @@ def defer_behind(sequences: Sequence[LiveSequence], *, within_pass: bool) -> Non
 
 
 def pack(sequences: Sequence[LiveSequence], micro_batch_tokens: int, *, mix: bool, chunk: bool = True) -> list[list[Slice]]:
-    """Micro-batches of one pass: next tokens first, prompts after, long prompts in consecutive chunks.
+    """Return the micro-batches of one pass: next tokens first, then prompts, long prompts in consecutive chunks.
 
-    Micro-batches that mix are filled to the last row, whatever prompt that cuts; others cut only what is longer.
-    Next tokens of sequences that run behind a prompt of this pass come last.
+    Micro-batches that mix both are filled to the last row, even if that cuts a prompt; others cut only prompts that are longer than a
+    micro-batch.  Next tokens of sequences that depend on a prompt of this pass come last.
 
     Args:
-        sequences: Those of one home.
+        sequences: The sequences of one home.
         micro_batch_tokens: The tokens of a full micro-batch.
         mix: Whether next tokens and prompts may share a micro-batch.
-        chunk: Whether a prompt may be cut; otherwise a long one is a micro-batch of its own, however large.
+        chunk: Whether a prompt may be cut; otherwise a long prompt is a micro-batch of its own, however large.
     """
     steps = [s for s in sequences if s.num_new == 1 and s.num_stored > 0]
     prompts = [s for s in sequences if not (s.num_new == 1 and s.num_stored > 0)]
@@ -112,18 +112,18 @@ def pack(sequences: Sequence[LiveSequence], micro_batch_tokens: int, *, mix: boo
             batches[-1].append(_slice(sequence, start, start + length))
             start, room = start + length, max(room - length, 0)
             if length == 1 and batches[-1][-1].start > 0 and not mix:
-                room = 0  # a last chunk of one token is computed as a next token is
+                room = 0  # a last chunk of one token is computed like a next token
     return batches + _next_tokens([s for s in steps if s.behind is not None and not s.deferred], micro_batch_tokens)
 
 
 def _next_tokens(sequences: Sequence[LiveSequence], micro_batch_tokens: int) -> list[list[Slice]]:
-    """Micro-batches of sequences that compute one token each."""
+    """Return micro-batches of sequences that compute one token each."""
     slices = [_slice(each, each.num_stored, each.num_stored + 1) for each in sequences]
     return [slices[start : start + micro_batch_tokens] for start in range(0, len(slices), micro_batch_tokens)]
 
 
 def _slice(sequence: LiveSequence, start: int, stop: int) -> Slice:
-    """Tokens [start, stop) of a sequence; the logits behind its last token are wanted."""
+    """Return tokens [start, stop) of a sequence as a slice; the logits after the sequence's last token are wanted."""
     total = len(sequence.tokens)
     return Slice(
         sequence=sequence.id,

@@ -1,7 +1,7 @@
-"""KV of common prefixes: who computes one, who uses it, how long it stays.  Pages are the cache's; no tensors.
+"""KV of common prefixes: which sequence computes a prefix, which sequences use it, and how long it stays.
 
-A stored prefix is a sequence that never goes on: it shares its pages with the one that computes it and with all that
-begin with it, on the same tier.  It is there for others from the moment its writer is admitted; they run behind it.
+A stored prefix is a sequence that never continues: it shares its pages with the sequence that computes it and with all that
+begin with it, on the same tier.  Others may use it from the moment its writer is admitted; they run after the writer.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ Key = tuple[str, Hashable, bytes]  # (home, regime, digest)
 
 
 class PrefixStore:
-    """The prefixes that are stored, per tier.
+    """The stored prefixes of each tier.
 
     Args:
-        regime: what else the keys of a sequence's prompt depend on, besides its tokens (models/rope.py).
+        regime: A function that returns what the keys of a sequence's prompt depend on besides its tokens (models/rope.py).
     """
 
     def __init__(self, cache: KVCache, regime: Callable[[LiveSequence], Hashable] = lambda sequence: None) -> None:
@@ -28,8 +28,8 @@ class PrefixStore:
         self._stored: dict[Key, StoredPrefix] = {}  # least recently used first
         self._pages = {home: [Counter[int]() for _ in cache.groups] for home in cache.pools}  # page -> prefixes that hold it
         self._common = NO_PREFIXES
-        self._left: dict[bytes, int] = {}  # requests that will yet begin with it, or do so now
-        self._first: dict[bytes, int] = {}  # the first request that began with it
+        self._left: dict[bytes, int] = {}  # digest -> unfinished requests that begin with the prefix
+        self._first: dict[bytes, int] = {}  # digest -> the first request that began with the prefix
 
     def begin(self, common: CommonPrefixes) -> None:
         """Start a run whose requests have these prefixes in common."""
@@ -37,7 +37,7 @@ class PrefixStore:
         self._common, self._left, self._first = common, {}, {}
 
     def clear(self, home: str | None = None) -> None:
-        """Forget all prefixes of a tier, or of all; nobody may use them."""
+        """Forget all prefixes of a tier, or of all tiers; none may be in use."""
         for key in [key for key in self._stored if home in (None, key[0])]:
             self._drop(key)
 
@@ -51,11 +51,11 @@ class PrefixStore:
             self._first.setdefault(point.digest, sequence.request.index)
 
     def order(self, sequence: LiveSequence) -> tuple[int, ...]:
-        """Sorts requests by input, but those of a common prefix next to the first of them, at every depth of the tree."""
+        """Return a sort key: input order, but requests with a common prefix follow the first of them, at every depth of the tree."""
         return (*(self._first[point.digest] for point in sequence.path), sequence.request.index)
 
     def done(self, sequence: LiveSequence) -> None:
-        """A request has ended: what no other will begin with is freed."""
+        """Count a request as finished, and free prefixes with which no other request will begin."""
         for point in sequence.path:
             self._left[point.digest] -= 1
             if self._left[point.digest] > 0:
@@ -66,9 +66,9 @@ class PrefixStore:
     # -- sequences --------------------------------------------------------------------------------------------------------------
 
     def hold(self, sequence: LiveSequence, home: str) -> StoredPrefix | None:
-        """The longest stored prefix of a sequence; it and shorter ones stay until `let_go`."""
+        """Return the longest stored prefix of a sequence; it and the shorter ones are kept until `let_go`."""
         found = [key for key in self._keys(sequence, home) if key in self._stored]
-        for key in reversed(found):  # the shortest was used last: long ones go first
+        for key in reversed(found):  # longer prefixes are evicted first, so the shortest counts as used last
             self._stored[key] = self._stored.pop(key)
         sequence.prefixes = [self._stored[key] for key in found]
         for each in sequence.prefixes:
@@ -76,7 +76,7 @@ class PrefixStore:
         return sequence.prefixes[-1] if found else None
 
     def num_kept(self, sequence: LiveSequence) -> list[int]:
-        """Per group, pages that would outlive the sequence's own use of them, were it to `publish`: those that leave its window."""
+        """Return, for each group, the pages that `publish` would keep after the sequence itself drops them (they leave its window)."""
         lengths = [point.length for point in sequence.path if self._is_wanted(sequence, point)]
         return [
             sum(length // group.page_tokens - group.first_page(length) for length in lengths) if group.geometry.reach is not None else 0
@@ -84,7 +84,7 @@ class PrefixStore:
         ]
 
     def publish(self, sequence: LiveSequence) -> None:
-        """Offer what an admitted sequence will have computed to others; they must run behind it."""
+        """Offer the KV that an admitted sequence will compute to others, which must run after it."""
         kv = sequence.kv
         assert kv is not None
         for key, point in zip(self._keys(sequence, kv.home), sequence.path, strict=True):
@@ -97,7 +97,7 @@ class PrefixStore:
                 pages.update(held)
 
     def let_go(self, sequence: LiveSequence) -> None:
-        """A sequence ends, is preempted or was not admitted; what it has not computed is of no use to others."""
+        """Release the prefixes of a sequence that ends, is preempted or was not admitted; a prefix that it has not computed is dropped."""
         for each in sequence.prefixes:
             each.num_users -= 1
             if each.writer is sequence and each.is_stored:
@@ -110,11 +110,11 @@ class PrefixStore:
     # -- room -------------------------------------------------------------------------------------------------------------------
 
     def num_pages(self, home: str) -> list[int]:
-        """Pages that prefixes hold, per group."""
+        """Return, for each group, the pages that prefixes hold."""
         return [len(pages) for pages in self._pages[home]]
 
     def num_unused(self, home: str) -> list[int]:
-        """Of these, pages that come free if prefixes without users are forgotten."""
+        """Return, for each group, the pages that become free if prefixes without users are forgotten."""
         used = [set[int]() for _ in self._cache.groups]
         for (at, _, _), each in self._stored.items():
             if at == home and each.num_users:
@@ -123,16 +123,16 @@ class PrefixStore:
         return [len(pages) - len(of_users) for pages, of_users in zip(self._pages[home], used, strict=True)]
 
     def evict(self, home: str) -> bool:
-        """Forget the prefix without users that was used longest ago; False if there is none."""
+        """Forget the least recently used prefix without users; return False if there is none."""
         key = next((key for key, each in self._stored.items() if key[0] == home and not each.num_users), None)
         if key is not None:
             self._drop(key)
         return key is not None
 
-    # -- inside -----------------------------------------------------------------------------------------------------------------
+    # -- internals --------------------------------------------------------------------------------------------------------------
 
     def _is_wanted(self, sequence: LiveSequence, point: CommonPrefix) -> bool:
-        """Whether an admitted sequence computes a prefix with which others will begin."""
+        """Return whether an admitted sequence computes a prefix with which others will begin."""
         return point.length > sequence.num_stored and self._left[point.digest] > 1
 
     def _keys(self, sequence: LiveSequence, home: str) -> list[Key]:

@@ -1,6 +1,6 @@
-"""What a request does to its row of logits before a token is chosen: masks, bias, penalties, in vLLM's order.
+"""Changes that a request makes to its row of logits before a token is chosen: masks, bias and penalties, in vLLM's order.
 
-Works on one row of float64 numbers; knows no batches and no choice.
+Works on one row of float64 numbers, and knows no batches; the sampler chooses the token.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from flexgen.request import TokenRequest
 
 
 def changes_logits(request: TokenRequest) -> bool:
-    """Whether `process_logits` has anything to do."""
+    """Return whether `process_logits` has anything to do."""
     return (
         request.allowed_token_ids is not None
         or bool(request.bad_words_token_ids or request.min_tokens or request.logit_bias)
@@ -24,11 +24,11 @@ def changes_logits(request: TokenRequest) -> bool:
 
 
 def process_logits(logits: np.ndarray, request: TokenRequest, generated: Sequence[int]) -> np.ndarray:
-    """A changed copy of one row; masked tokens are at minus infinity.
+    """Return a changed copy of one row, in which masked tokens are at minus infinity.
 
     Args:
-        logits: (vocab,) float64.
-        generated: what the request has generated so far.
+        logits: The logits, (vocab,) float64.
+        generated: The ids that the request has generated so far.
     """
     row = logits.copy()
     if request.allowed_token_ids is not None:
@@ -37,7 +37,7 @@ def process_logits(logits: np.ndarray, request: TokenRequest, generated: Sequenc
         _mask_completion(row, word, generated)
     if len(generated) < request.min_tokens:
         row[_within(sorted(request.stop_token_ids), row)] = -np.inf
-    with np.errstate(over="ignore", invalid="ignore"):  # the sampler looks whether a logit is left that is finite
+    with np.errstate(over="ignore", invalid="ignore"):  # the sampler checks that a finite logit is left
         if request.logit_bias:
             _add_biases(row, request.logit_bias)
         if request.repetition_penalty != 1:
@@ -55,7 +55,7 @@ def _keep_only(row: np.ndarray, token_ids: Sequence[int]) -> None:
 
 
 def _mask_completion(row: np.ndarray, word: Sequence[int], generated: Sequence[int]) -> None:
-    """The last token of a word whose other tokens were just generated."""
+    """Mask the last token of a word whose other tokens were just generated."""
     start = len(generated) - len(word) + 1
     if start >= 0 and tuple(generated[start:]) == tuple(word[:-1]):
         row[_within([word[-1]], row)] = -np.inf
@@ -64,7 +64,7 @@ def _mask_completion(row: np.ndarray, word: Sequence[int], generated: Sequence[i
 def _add_biases(row: np.ndarray, biases: Sequence[tuple[int, float]]) -> None:
     ids, values = np.array([token_id for token_id, _ in biases]), np.array([bias for _, bias in biases])
     has_logit = ids < len(row)
-    row[ids[has_logit]] += values[has_logit]  # each id is there once
+    row[ids[has_logit]] += values[has_logit]  # each id occurs once
 
 
 def _penalise_repetition(row: np.ndarray, penalty: float, token_ids: Sequence[int]) -> None:
@@ -78,6 +78,6 @@ def _penalise_presence(row: np.ndarray, frequency: float, presence: float, gener
 
 
 def _within(token_ids: Sequence[int] | np.ndarray, row: np.ndarray) -> np.ndarray:
-    """Those that have a logit: some vocabularies are larger than the model's head."""
+    """Return the ids that have a logit: some vocabularies are larger than the model's head."""
     ids = np.asarray(token_ids, dtype=np.int64)
     return ids[ids < len(row)]

@@ -1,4 +1,7 @@
-"""A model where its policy puts it, and the threads that move it; executes plans of passes.  Knows no requests and no sequences."""
+"""A model with its bytes where the policy puts them, and the threads that move them.
+
+It executes the plans of passes, and knows no requests and no sequences.
+"""
 
 from __future__ import annotations
 
@@ -27,25 +30,25 @@ from flexgen.weights.store import WeightStore
 
 logger = logging.getLogger(__name__)
 
-# A thread that has read a chunk wants the interpreter for some microseconds; others give it up after this time.  With Python's own 5 ms a
-# disk of 3.4 GB/s reads 1.6 beside Python code (docs/log.md).
+# A thread that has read a chunk needs the interpreter for some microseconds; others release it after this time.  With Python's default
+# of 5 ms, a disk of 3.4 GB/s reads at 1.6 GB/s beside Python code (docs/log.md).
 SWITCH_SECONDS = 1e-4
 
 
 class ModelRunner:
-    """Executes passes, and owns the memory and the threads that this takes.
+    """An executor of passes, which owns the memory and the threads that they need.
 
     Args:
-        model: The model, described, without weights.
-        policy: Where everything lives.
-        backend: The device, or None when computing happens in host memory; it is closed with the runner.
-        offload_dir: The folder for spilled KV; needed only where the policy puts KV on disk.
-        verify_reads: Whether what comes from disk is checked against what was written or first read.
-        poison: Whether released memory is overwritten, so that a late use shows (for tests).
+        model: The description of the model, without weights.
+        policy: Where every byte lives and what a pass carries.
+        backend: The device, or None when computing happens in host memory; the runner closes it.
+        offload_dir: The folder of the spill file; needed only if the policy puts KV on disk.
+        verify_reads: Whether to compare the bytes that are read from disk with those that were written or first read.
+        poison: Whether to overwrite released memory, so that a late use is noticed (for tests).
 
     Attributes:
         homes: The home of each unit's weights.
-        places: Where KV is kept and attended to, by tier.
+        places: For each tier, the place where its KV is kept and attended to.
         cache: The pages of all sequences.
     """
 
@@ -67,7 +70,7 @@ class ModelRunner:
         self._rows = EmbeddingRows(list(model.tables), self._device, verify=verify_reads)
         self._arrived = threading.Event()  # wakes the ready loop
         groups = group_layers(model.layers, policy.page_tokens, model.kv_format)
-        with contextlib.ExitStack() as undo:  # what would outlive a runner that cannot be made
+        with contextlib.ExitStack() as undo:  # undoes what would otherwise outlive a failed construction
             self._io = IOPool(policy.io_threads)
             undo.callback(self._io.close)
             self._weights = WeightStore(
@@ -87,7 +90,7 @@ class ModelRunner:
         self._loaded = False
 
     def load(self) -> None:
-        """Read what stays in memory, bind it, and let the links run ahead; done once."""
+        """Read the weights that stay in memory, bind them, and start the links; call it once."""
         if self._loaded:
             return
         self._weights.keep(self.model.residents, self.model.bound.bind_resident)
@@ -117,22 +120,23 @@ class ModelRunner:
 
     @property
     def num_units(self) -> int:
-        """Units of a pass: the steps of its progress."""
+        """The number of units of a pass, which are the steps of its progress."""
         return len(self.model.layouts)
 
     def run(self, plan: PassPlan, on_unit: Callable[[int], None] = lambda unit: None) -> tuple[list[torch.Tensor], dict[str, float]]:
         """Execute a pass.
 
         Args:
-            plan: What it computes.
-            on_unit: Called whenever the frontmost micro-batch enters a unit.
+            plan: The plan of the pass.
+            on_unit: A function that is called whenever the frontmost micro-batch enters a unit.
 
         Returns:
-            For each micro-batch the logits (positions wanted, vocab), its slices and their positions in order; and the seconds without
-            anything to run, by what was waited for.
+            For each micro-batch the logits, (wanted positions, vocab), in the order of its slices and their positions; and for each cause
+                the
+            seconds in which there was nothing to run.
 
         Raises:
-            StorageError: Something could not be read or written, or is not what it was.
+            StorageError: Something could not be read or written, or has changed on disk.
         """
         forwards: list[MicroBatchForward] = []
         for batch in plan.micro_batches:
@@ -143,30 +147,30 @@ class ModelRunner:
         waits = run_pass(forwards, self._weights, self.num_units, self._arrived, on_unit)
         for place in self.places.values():
             place.finish_pass()
-        self._files.check_unchanged()  # before any token comes of what was read
+        self._files.check_unchanged()  # before any token results from what was read
         self._rows.check_unchanged()
         return [forward.logits for forward in forwards if forward.logits is not None], waits
 
-    # -- what was used --------------------------------------------------------------------------------------------------------------
+    # -- figures --------------------------------------------------------------------------------------------------------------------
 
     def device_bytes(self) -> int:
-        """Bytes of the device's arenas (0 on a CPU device)."""
+        """Return the bytes of the device's arenas (0 on a CPU)."""
         return self._backend.used_bytes if self._backend is not None else 0
 
     def placement(self) -> dict[str, dict[str, int]]:
-        """Tier -> bytes, for "weights" as assigned and "kv" at the peak."""
+        """Return, for each tier, the bytes of "weights" as assigned and of "kv" at the peak."""
         weights: dict[str, int] = {}
         for layout, home in zip(self.model.layouts, self.homes, strict=True):
             weights[home] = weights.get(home, 0) + (layout.stored_bytes if home == "disk" else layout.decoded_bytes)
         return {"weights": weights, "kv": dict(self.cache.peak_bytes)}
 
     def bytes_moved(self) -> dict[str, int]:
-        """Link -> bytes, since the runner was made."""
+        """Return the bytes that each link has moved since the runner was made."""
         moved = {"disk_read": self._io.bytes_read + self._rows.bytes_gathered, "disk_write": self._io.bytes_written}
         if self._backend is not None:
             moved |= {"host_to_device": self._backend.bytes_in, "device_to_host": self._backend.bytes_out}
         return moved
 
     def disk_busy_seconds(self) -> float:
-        """Seconds in which the disk was reading or writing, since the runner was made."""
+        """Return the seconds in which the disk was reading or writing since the runner was made."""
         return self._io.busy_seconds

@@ -1,6 +1,6 @@
-"""Logits to tokens.  Each row is decided by itself: neither its neighbours nor the size of the batch can change its token.
+"""Chooses tokens from logits.  Each row is sampled by itself: neither its neighbours nor the size of the batch can change its token.
 
-Knows nothing of sequences and text: a row comes with its request and with what that has generated so far.
+Knows no sequences and no text: a row comes with its request and the ids generated so far.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ from flexgen.errors import RequestError
 from flexgen.request import TokenRequest
 
 _UINT64 = (1 << 64) - 1
-_FIRST_CANDIDATES = 256  # a nucleus is mostly smaller; larger ones cost another partition
+_FIRST_CANDIDATES = 256  # most nuclei are smaller; a larger one costs another partition
 
 
 def sample(logits: torch.Tensor, requests: Sequence[TokenRequest], generated: Sequence[Sequence[int]]) -> list[int | RequestError]:
-    """The next token of every row, or why that row has none.
+    """Return the next token of every row, or the error that the row has instead.
 
-    First masks, bias and penalties change the logits (processors.py).  Temperature 0 then takes the largest, the lowest id among
-    equals, as transformers' `generate` does.  Otherwise temperature, min-p, top-k and top-p are applied in this order, as in vLLM
+    First, masks, bias and penalties change the logits (processors.py).  Temperature 0 then takes the largest logit, with the lowest id
+    among equals, as transformers' `generate` does.  Otherwise temperature, min-p, top-k and top-p are applied in this order, as in vLLM
     (ties with the k-th logit stay), and the token is drawn by inverting the cumulative distribution in float64 at one uniform number
     that depends on (seed, position) only.
 
     Args:
-        logits: (rows, vocab), any floating dtype and device; not changed.
-        requests: one per row.
-        generated: one per row, the ids generated so far.
+        logits: The logits, (rows, vocab), of any floating dtype and on any device; they are not changed.
+        requests: The request of each row.
+        generated: For each row, the ids generated so far.
 
     Returns:
-        One entry per row: a token id, or a `RequestError` of code "non_finite_logits" for a row with a NaN or an infinity, of
-        code "no_token_allowed" for one whose every token is masked, of code "internal_error" for whatever else went wrong with it.
+        For each row a token id or a `RequestError`.  The error has the code "non_finite_logits" for a row with a NaN or an infinity,
+        "no_token_allowed" for a row whose tokens are all masked, and "internal_error" for any other failure.
     """
     if logits.ndim != 2 or not len(logits) == len(requests) == len(generated):
         raise ValueError(f"logits {tuple(logits.shape)} for {len(requests)} requests and {len(generated)} answers")
@@ -52,21 +52,21 @@ def sample(logits: torch.Tensor, requests: Sequence[TokenRequest], generated: Se
 
 
 def uniform(seed: int, position: int) -> float:
-    """A number in [0, 1) that depends on (seed, position) only: one block of the counter-based generator Philox-4x64."""
+    """Return a number in [0, 1) that depends on (seed, position) only: one block of the counter-based generator Philox-4x64."""
     bits = np.random.Philox(key=seed & _UINT64, counter=position).random_raw()
     return (int(bits) >> 11) * 2.0**-53
 
 
 def as_float64(row: torch.Tensor) -> np.ndarray:
-    """The numbers of a tensor on the host; of a float64 tensor there they are shared."""
+    """Return the numbers of a tensor as an array on the host, which shares memory with a float64 tensor there."""
     return row.detach().to(device="cpu", dtype=torch.float64).numpy()
 
 
 def _choose(row: np.ndarray, request: TokenRequest, generated: Sequence[int]) -> int | RequestError:
-    """The token of one row of float64 logits."""
+    """Return the token of one row of float64 logits."""
     if changes_logits(request):
         row = process_logits(row, request, generated)
-        likeliest = row.max()  # NaN if one is NaN
+        likeliest = row.max()  # NaN if any logit is NaN
         if likeliest == -np.inf:
             return RequestError("bad_words, min_tokens and allowed_token_ids leave no token to generate", code="no_token_allowed")
         if not np.isfinite(likeliest):
@@ -77,7 +77,7 @@ def _choose(row: np.ndarray, request: TokenRequest, generated: Sequence[int]) ->
 
 
 def _draw(row: np.ndarray, request: TokenRequest, u: float) -> int:
-    """A token by temperature, filters and the uniform number `u`.
+    """Draw a token by temperature, the filters and the uniform number `u`.
 
     min-p and top-k both keep what lies above a threshold, so their order does not matter; top-k first leaves less to exponentiate.
     """
@@ -87,7 +87,7 @@ def _draw(row: np.ndarray, request: TokenRequest, u: float) -> int:
         ids = np.flatnonzero(row >= threshold)
         row = row[ids]
     with np.errstate(over="ignore", under="ignore"):  # tiny temperatures: the others' weights become 0
-        weights = np.exp((row - row.max()) / request.temperature)  # relative to the likeliest
+        weights = np.exp((row - row.max()) / request.temperature)  # relative to the likeliest token
     if request.min_p > 0:
         likely = np.flatnonzero(weights >= request.min_p)
         ids = likely if ids is None else ids[likely]
@@ -103,20 +103,20 @@ def _draw(row: np.ndarray, request: TokenRequest, u: float) -> int:
 
 
 def _nucleus(weights: np.ndarray, top_p: float) -> np.ndarray:
-    """Indices, rising, of the smallest set of largest weights that holds the share `top_p` of their sum (at least one).
+    """Return the indices, ascending, of the smallest set of largest weights that sum to at least `top_p` of the total (at least one index).
 
-    Equal weights enter in order of their index.
+    Among equal weights, lower indices enter first.
     """
     wanted = top_p * weights.sum()
     size = min(_FIRST_CANDIDATES, len(weights))
     while size < len(weights):
         threshold = np.partition(weights, -size)[-size]
-        candidates = np.flatnonzero(weights >= threshold)  # rising ids, all ties of the threshold included
+        candidates = np.flatnonzero(weights >= threshold)  # ascending ids, with all ties of the threshold
         if weights[candidates].sum() >= wanted:
             break
         size *= 8
     else:
         candidates = np.arange(len(weights))
     order = candidates[np.argsort(-weights[candidates], kind="stable")]
-    before = np.cumsum(weights[order]) - weights[order]  # the mass of what ranks higher
+    before = np.cumsum(weights[order]) - weights[order]  # the mass of the tokens that rank higher
     return np.sort(order[: max(1, int(np.searchsorted(before, wanted, side="left")))])

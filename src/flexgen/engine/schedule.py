@@ -1,6 +1,6 @@
-"""Who waits to enter the block, and how many of them the next pass admits.  Pure: no tensors, no clocks.
+"""The waiting sequences, and the rules by which a pass admits them.  Pure functions without tensors or clocks.
 
-Three schedules are three functions.  Every pass carries the next token of each live sequence; they differ in when
+Each of the three schedules is a function.  Every pass carries the next token of each live sequence; the schedules differ in when
 new sequences may join.
 """
 
@@ -17,7 +17,7 @@ _BEFORE_ALL = -(1 << 60)
 
 
 class Waiting:
-    """The sequences that wait: the longest expected answer first, then by their `order`; preempted sequences before all others."""
+    """A queue of waiting sequences: preempted ones first, then those with the longest expected answers, then by their `order`."""
 
     def __init__(self) -> None:
         self._heap: list[tuple[int, tuple[int, ...], LiveSequence]] = []
@@ -26,28 +26,28 @@ class Waiting:
         return len(self._heap)
 
     def __iter__(self) -> Iterator[LiveSequence]:
-        """The sequences, first one first; they are sorted only as far as they are asked for."""
+        """Yield the sequences in the order of the queue, sorting only as many as are requested."""
         heap = self._heap.copy()
         while heap:
             yield heapq.heappop(heap)[2]
 
     def add(self, sequence: LiveSequence, order: tuple[int, ...], *, preempted: bool = False) -> None:
-        """Add a sequence.
+        """Add a sequence to the queue.
 
         Args:
-            sequence: It waits from now on.
-            order: Its place among those with equally long answers; no two sequences have the same.
-            preempted: Whether it goes before all that were not preempted.
+            sequence: The sequence.
+            order: The sort key among sequences with equally long expected answers; no two sequences have the same.
+            preempted: Whether the sequence goes before all that were not preempted.
         """
         heapq.heappush(self._heap, (_BEFORE_ALL if preempted else -sequence.remaining, order, sequence))
 
     @property
     def first(self) -> LiveSequence:
-        """The sequence whose turn it is next."""
+        """The sequence at the head of the queue."""
         return self._heap[0][2]
 
     def pop(self) -> LiveSequence:
-        """The first sequence, which no longer waits."""
+        """Remove the first sequence from the queue and return it."""
         return heapq.heappop(self._heap)[2]
 
     def clear(self) -> None:
@@ -56,7 +56,7 @@ class Waiting:
 
 @dataclass(slots=True)
 class Quota:
-    """Prompt tokens that passes may admit: a bucket that `per_pass` refills, so that long prompts average out."""
+    """The prompt tokens that passes may admit: a bucket that `per_pass` refills, so that long prompts average out."""
 
     per_pass: int
     credit: int = 0
@@ -65,18 +65,18 @@ class Quota:
         self.credit = min(self.credit + self.per_pass, self.per_pass)
 
 
-Admit = Callable[[LiveSequence], bool]  # takes pages and makes it live, or says no
+Admit = Callable[[LiveSequence], bool]  # takes pages and makes the sequence live, or returns False
 
 
 def diagonal(waiting: Iterable[LiveSequence], num_live: int, policy: Policy, quota: Quota, admit: Admit) -> int:
-    """Admit as others finish: prompts within the quota of the pass, as long as the projected KV fits.
+    """Admit prompts within the quota of the pass as others finish, as long as the projected KV fits.
 
     Args:
         waiting: The candidates, best first.
-        num_live: The sequences that are live before the pass.
-        policy: How many sequences may be live.
-        quota: It is refilled, and the admitted prompts are taken off it.
-        admit: Called with one candidate after the other until it refuses one.
+        num_live: The number of sequences that are live before the pass.
+        policy: The policy, which limits the number of live sequences.
+        quota: The quota; it is refilled, and the admitted prompts are subtracted.
+        admit: A function that is called with one candidate after the other until it refuses one.
 
     Returns:
         The number of admitted sequences.
@@ -92,7 +92,7 @@ def diagonal(waiting: Iterable[LiveSequence], num_live: int, policy: Policy, quo
 
 
 def zigzag(waiting: Iterable[LiveSequence], num_live: int, policy: Policy, quota: Quota, admit: Admit) -> int:
-    """The paper's Algorithm 1: a new block only once the old one is empty.  Arguments as for `diagonal`."""
+    """Admit a new block only when the old one is empty: the paper's Algorithm 1.  The arguments are those of `diagonal`."""
     del quota
     if num_live:
         return 0
@@ -105,7 +105,7 @@ def zigzag(waiting: Iterable[LiveSequence], num_live: int, policy: Policy, quota
 
 
 def row(waiting: Iterable[LiveSequence], num_live: int, policy: Policy, quota: Quota, admit: Admit) -> int:
-    """One micro-batch at a time, as systems without blocks do.  Arguments as for `diagonal`."""
+    """Admit one micro-batch at a time, as systems without blocks do.  The arguments are those of `diagonal`."""
     del quota
     if num_live:
         return 0

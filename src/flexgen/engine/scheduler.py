@@ -1,4 +1,4 @@
-"""The sequences in work: those that wait, those that are live, and the pages that these hold.  No tensors."""
+"""The sequences in progress: those that wait, those that are live, and the pages that these hold.  Uses no tensors."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scheduled:
-    """What was decided before a pass.
+    """The decisions before a pass.
 
     Attributes:
-        plan: What the pass computes; without micro-batches where nothing is live.
-        entered: The sequences that it admits.
-        refused: The sequences that can never fit, with the error that says so; they have left.
-        num_preempted: How many sequences had to give way; they wait again.
+        plan: The plan of the pass; it has no micro-batches if nothing is live.
+        entered: The sequences that the pass admits.
+        refused: The sequences that can never fit, each with its error; they have left the scheduler.
+        num_preempted: The number of sequences that were preempted; they wait again.
     """
 
     plan: PassPlan
@@ -42,13 +42,13 @@ class Scheduled:
 
 
 class Scheduler:
-    """Decides before each pass who joins, who gives way, and what is computed.
+    """Decides before each pass which sequences join, which are preempted, and what is computed.
 
     Args:
-        policy: How many sequences may be live, and when they join.
-        cache: Where their KV is kept.
-        places: Who serves each tier, and what may be packed together there.
-        regime: What the keys of a sequence's prompt depend on besides its tokens (models/rope.py).
+        policy: The policy, which says how many sequences may be live and when they join.
+        cache: The cache that holds their KV.
+        places: For each tier, the place that attends to its KV, and says what may be packed together.
+        regime: A function that returns what the keys of a sequence's prompt depend on besides its tokens (models/rope.py).
     """
 
     def __init__(self, policy: Policy, cache: KVCache, places: Mapping[str, Place], regime: Callable[[LiveSequence], Hashable]) -> None:
@@ -58,9 +58,9 @@ class Scheduler:
         self._join = SCHEDULES[policy.schedule]
         self._quota = Quota(policy.prefill_tokens, policy.prefill_tokens)
         self._live: dict[int, LiveSequence] = {}  # by id, oldest first
-        self._waiting = Waiting()  # answers as long in the order of the input, requests of a common prefix together
+        self._waiting = Waiting()  # among equally long answers, in input order with requests of a common prefix together
 
-    # -- who is here ----------------------------------------------------------------------------------------------------------------
+    # -- the sequences --------------------------------------------------------------------------------------------------------------
 
     @property
     def num_live(self) -> int:
@@ -71,14 +71,14 @@ class Scheduler:
         return len(self._waiting)
 
     def unfinished(self) -> Iterator[PartialAnswer]:
-        """Yield the answers that were begun, as far as they have come by now; those of sequences that wait again included."""
+        """Yield the unfinished answers as far as they have come, those of preempted sequences included."""
         return (each.so_far() for each in itertools.chain(self._live.values(), self._waiting) if each.generated)
 
     def __getitem__(self, sequence_id: int) -> LiveSequence:
-        """A live sequence."""
+        """Return a live sequence by its id."""
         return self._live[sequence_id]
 
-    # -- who comes and goes ---------------------------------------------------------------------------------------------------------
+    # -- joining and leaving --------------------------------------------------------------------------------------------------------
 
     def begin(self, prefixes: CommonPrefixes) -> None:
         """Start a run of requests that have these prefixes in common."""
@@ -87,11 +87,11 @@ class Scheduler:
         self._prefixes.begin(prefixes)
 
     def register(self, sequence: LiveSequence) -> None:
-        """Find what a new sequence has in common with others."""
+        """Find the prefixes that a new sequence has in common with others."""
         self._prefixes.expect(sequence)
 
     def enqueue(self, sequence: LiveSequence, *, preempted: bool = False) -> None:
-        """Let a registered sequence wait for its turn."""
+        """Add a registered sequence to the waiting ones."""
         self._waiting.add(sequence, self._prefixes.order(sequence), preempted=preempted)
 
     def leave(self, sequence: LiveSequence) -> None:
@@ -101,8 +101,8 @@ class Scheduler:
         self._prefixes.done(sequence)
 
     def preempt(self, sequence: LiveSequence) -> None:
-        """Take the pages of a live sequence; it waits to be computed again."""
-        num_lost = sequence.num_stored if sequence.behind is None else 0  # nothing was computed as long as it waited for a prefix
+        """Free the pages of a live sequence, which then waits to be computed again."""
+        num_lost = sequence.num_stored if sequence.behind is None else 0  # nothing was computed while it waited for a prefix
         del self._live[sequence.id]
         self._free(sequence)
         sequence.num_lost, sequence.num_stored, sequence.deferred = num_lost, 0, 0
@@ -112,13 +112,13 @@ class Scheduler:
         logger.debug("request %d was preempted", sequence.id)
 
     def trim(self, sequence: LiveSequence) -> None:
-        """Free the pages that no later token of a live sequence sees."""
+        """Free the pages that no later token of a live sequence attends to."""
         assert sequence.kv is not None
         self._cache.trim(sequence.kv, sequence.num_stored)
 
     def clear(self) -> None:
         """Forget all sequences and prefixes."""
-        for sequence in reversed(self._live.values()):  # who computes a prefix after those behind it
+        for sequence in reversed(self._live.values()):  # the writer of a prefix after the sequences that use it
             self._free(sequence)
         self._prefixes.clear()
         self._live.clear()
@@ -133,7 +133,7 @@ class Scheduler:
     # -- before a pass --------------------------------------------------------------------------------------------------------------
 
     def schedule(self) -> Scheduled:
-        """Decide about the next pass."""
+        """Decide what the next pass computes."""
         num_preempted = self._make_room()
         refused = self._refuse()
         entered = self._admit()
@@ -141,9 +141,9 @@ class Scheduler:
         return Scheduled(plan=plan, entered=entered, refused=refused, num_preempted=num_preempted)
 
     def _make_room(self) -> int:
-        """Take pages for every live sequence's new token, before others may take them; returns how many sequences gave way.
+        """Reserve pages for the new token of every live sequence before others are admitted; return the number of preempted sequences.
 
-        Wrong forecasts are repaired by forgetting prefixes that have no user at present, then by preempting the youngest.
+        Where forecasts were wrong, prefixes without users are forgotten first; then the youngest sequences are preempted.
         """
         num_preempted = 0
         for sequence in list(self._live.values()):
@@ -155,7 +155,7 @@ class Scheduler:
         return num_preempted
 
     def _refuse(self) -> list[tuple[LiveSequence, Finish]]:
-        """Take out whoever comes next and could not fit even alone."""
+        """Remove sequences that could not fit even alone from the head of the queue; return them with their errors."""
         refused: list[tuple[LiveSequence, Finish]] = []
         while self._waiting and not self._admission.can_ever_fit(self._waiting.first):
             sequence = self._waiting.pop()
@@ -169,7 +169,7 @@ class Scheduler:
         return refused
 
     def _admit(self) -> list[LiveSequence]:
-        """Let the schedule choose who joins; an empty block waits for no quota."""
+        """Let the schedule choose which sequences join; an empty block ignores the quota."""
         entered: list[LiveSequence] = []
 
         def enter(sequence: LiveSequence) -> bool:

@@ -1,4 +1,4 @@
-"""A live sequence: its request, its tokens so far, where its KV is, what of that it shares, and what ends its answer."""
+"""A live sequence: its request, its tokens so far, its KV, the prefixes that it shares, and what finishes its answer."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from flexgen.text.common_prefixes import CommonPrefix
 
 @dataclass(slots=True, eq=False)
 class StoredPrefix:
-    """The KV of a beginning that several prompts have.
+    """The KV of a prefix that several prompts have in common.
 
     Attributes:
-        kv: Its pages, which it shares with the sequences that use it.
-        length: Its tokens.
-        writer: The sequence that computes it; None when it no longer matters which.
-        num_users: The live sequences that begin with it, the writer included.
+        kv: The pages of the prefix, which it shares with the sequences that use it.
+        length: The number of its tokens.
+        writer: The sequence that computes it; None when that no longer matters.
+        num_users: The number of live sequences that begin with it, the writer included.
     """
 
     kv: SequenceKV
@@ -29,22 +29,22 @@ class StoredPrefix:
 
     @property
     def is_stored(self) -> bool:
-        """Whether all of it has been computed."""
+        """Whether the whole prefix has been computed."""
         return self.writer is None or self.writer.num_stored >= self.length
 
     def pages(self) -> list[list[int]]:
-        """The page ids that it holds, per layer group."""
+        """Return the page ids that the prefix holds, for each layer group."""
         return [table[freed:] for table, freed in zip(self.kv.tables, self.kv.freed, strict=True)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finish:
-    """Why an answer is finished.
+    """The reason why an answer is finished.
 
     Attributes:
         reason: "stop" (by a stop token or string), "length", or "error".
         stop_string: The stop string that was found, if that is the reason.
-        error: What went wrong, for the reason "error".
+        error: The error, if the reason is "error".
     """
 
     reason: str
@@ -61,19 +61,19 @@ class LiveSequence:
     """The state of one request between its arrival and its end.
 
     Attributes:
-        request: What is to be answered.
-        expected_tokens: Generated tokens after which it probably ends, at most `max_tokens`.
+        request: The request that is answered.
+        expected_tokens: The number of generated tokens after which the answer is expected to end, at most `max_tokens`.
         tokens: The ids of the prompt and of the generated tokens.
         generated: The generated ids alone.
         logprobs: One entry for each generated token, if the request asks for them.
-        num_stored: Leading tokens whose KV is stored, or will be by what the sequence runs behind.
-        kv: Its pages; None while it waits (again).
-        deferred: Trailing prompt tokens that this pass leaves to the next.
-        num_preemptions: How often its KV was dropped.
-        num_found: Prompt tokens that were stored already when it first entered.
-        num_lost: Tokens whose KV was computed before and is gone: by an earlier run, or before a preemption.
-        path: What its prompt has in common with those of others, shortest first.
-        prefixes: What of `path` is stored where the sequence lives, shortest first.
+        num_stored: The number of leading tokens whose KV is stored, or will be by a sequence that runs before this one.
+        kv: The pages of the sequence; None while it waits.
+        deferred: The number of trailing prompt tokens that this pass leaves to the next.
+        num_preemptions: The number of times that its KV was dropped.
+        num_found: The number of prompt tokens whose KV was already stored when it was first admitted.
+        num_lost: The number of tokens whose KV was computed before and is lost: by an earlier run, or before a preemption.
+        path: The prefixes that its prompt has in common with others, shortest first.
+        prefixes: The prefixes of `path` that are stored where the sequence lives, shortest first.
         source: The stored prefix that it began with instead of computing it.
     """
 
@@ -97,19 +97,19 @@ class LiveSequence:
         self.generated = list(earlier.token_ids)
         self.tokens = [*self.request.prompt_token_ids, *self.generated]
         self.logprobs = list(earlier.logprobs or ())
-        self.num_lost = len(self.tokens) - 1 if self.generated else 0  # the last one's is never computed before its successor is
+        self.num_lost = len(self.tokens) - 1 if self.generated else 0  # the KV of the last one was not computed yet
 
     # -- the answer -----------------------------------------------------------------------------------------------------------------
 
     def append(self, token_id: int, logprobs: TokenLogprobs | None = None) -> None:
-        """Take a generated token."""
+        """Append a generated token."""
         self.tokens.append(token_id)
         self.generated.append(token_id)
         if logprobs is not None:
             self.logprobs.append(logprobs)
 
     def finish(self) -> Finish | None:
-        """How the last generated token finishes the answer, if it does; an exception of the request's own code finishes it, too."""
+        """Return how the last generated token finishes the answer, or None; an exception in the request's own code finishes it, too."""
         found = for_one_request(self._finish)
         return Finish.failed(found) if isinstance(found, RequestError) else found
 
@@ -125,7 +125,7 @@ class LiveSequence:
         return Finish(reason="length") if len(generated) >= request.max_tokens else None
 
     def so_far(self) -> PartialAnswer:
-        """What was generated, earlier runs included."""
+        """Return the answer so far, including what earlier runs generated."""
         logprobs = None if self.request.num_logprobs is None else tuple(self.logprobs)
         return PartialAnswer(index=self.id, generated=Generated(token_ids=tuple(self.generated), logprobs=logprobs))
 
@@ -140,7 +140,7 @@ class LiveSequence:
 
     @property
     def id(self) -> int:
-        """The request's index, by which plans of passes name the sequence."""
+        """The request's index, by which plans of passes refer to the sequence."""
         return self.request.index
 
     @property
@@ -149,7 +149,7 @@ class LiveSequence:
 
     @property
     def num_resumed(self) -> int:
-        """Generated tokens that an earlier run brought."""
+        """The number of generated tokens that come from an earlier run."""
         return len(self.request.generated.token_ids)
 
     @property
@@ -158,30 +158,30 @@ class LiveSequence:
 
     @property
     def num_new(self) -> int:
-        """Tokens that the next pass must compute."""
+        """The number of tokens that the next pass must compute."""
         return len(self.tokens) - self.num_stored
 
     @property
     def num_own(self) -> int:
-        """Tokens that it must compute if all that it has in common with others is stored."""
+        """The number of tokens that the sequence must compute if all its common prefixes are stored."""
         return len(self.tokens) - max(self.num_stored, self.path[-1].length if self.path else 0)
 
     @property
     def num_shared(self) -> int:
-        """Leading tokens whose pages belong to stored prefixes."""
+        """The number of leading tokens whose pages belong to stored prefixes."""
         return self.prefixes[-1].length if self.prefixes else 0
 
     @property
     def behind(self) -> LiveSequence | None:
-        """The sequence that computes the beginning of this one, as long as that is not stored."""
+        """The sequence that computes the prefix of this one, until that is stored."""
         return None if self.source is None or self.source.is_stored else self.source.writer
 
     @property
     def remaining(self) -> int:
-        """Tokens that it will probably still generate, at least one."""
+        """The number of tokens that are expected to be generated yet, at least one."""
         return max(self.expected_tokens - self.num_generated, 1)
 
     @property
     def final_len(self) -> int:
-        """Tokens that are stored when it ends as expected (the last generated one is not)."""
+        """The number of tokens whose KV is stored when the answer ends as expected (the last generated one's is not)."""
         return len(self.tokens) + self.remaining - 1

@@ -1,6 +1,7 @@
-"""One pass: a coroutine per micro-batch, and one ready loop that runs whichever has what it waits for.
+"""One pass: a coroutine per micro-batch, and one ready loop that runs those that have what they wait for.
 
-Dataflow, no barrier per layer: lowest unit first; a unit is released when the last coroutine has left it.
+The order is by dataflow, without a barrier per layer: the lowest unit goes first, and a unit is released when the last coroutine
+has left it.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ from flexgen.passes.calls import AttentionCall
 from flexgen.passes.plan import MicroBatch, Slice
 from flexgen.weights.store import WeightStore
 
-# The longest waits between looks, for weights and for attention; what arrives wakes the loop earlier.
+# The longest waits between checks, for weights and for attention; arrivals wake the loop earlier.
 IDLE_SECONDS = 0.5
 POLL_SECONDS = 0.0005
 
 
 class RowSource(Protocol):
-    """Where embedding rows come from (weights/rows.py)."""
+    """A source of embedding rows (weights/rows.py)."""
 
     def rows(self, module: str, token_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: ...
 
@@ -38,12 +39,12 @@ class MicroBatchForward(ForwardCoroutine):
     """The coroutine that takes one micro-batch through the model.
 
     Attributes:
-        batch: What it computes.
-        unit: The unit of weights that it has come to: it runs once that is there; -1 before it starts.
-        pending: The attention that it waits for, if any.
+        batch: The micro-batch.
+        unit: The unit of weights that it has reached, and runs once that is ready; -1 before it starts.
+        pending: The attention that it waits for, or None.
         after: The coroutines whose attention must come first in every layer.
         view: The KV that it reads and writes.
-        logits: (positions wanted, vocab) once it has finished.
+        logits: The logits, (wanted positions, vocab), once it has finished.
     """
 
     def __init__(
@@ -62,7 +63,7 @@ class MicroBatchForward(ForwardCoroutine):
         positions: list[int] = []
         wanted: list[int] = []  # rows
         for each in self.batch.slices:
-            first = len(ids) - each.start  # row of position 0
+            first = len(ids) - each.start  # the row of position 0
             wanted += range(first + each.wanted.start, first + each.wanted.stop)
             ids += each.token_ids
             positions += range(each.start, each.stop)
@@ -129,21 +130,21 @@ def run_pass(
     """Take all micro-batches through the model.
 
     Args:
-        forwards: Their coroutines, in the order in which they should go first.
-        weights: Where the units arrive.
-        num_units: The units of the model.
-        arrived: Set by other threads whenever a unit has arrived or attention is done.
-        on_unit: Called whenever the frontmost micro-batch enters a unit.
+        forwards: The coroutines of the micro-batches, in the order in which they should go first.
+        weights: The store in which the units arrive.
+        num_units: The number of units of the model.
+        arrived: An event that other threads set whenever a unit has arrived or attention is done.
+        on_unit: A function that is called whenever the frontmost micro-batch enters a unit.
 
     Returns:
-        The seconds without anything to run, by what was waited for ("attention" or "weights").
+        For each cause ("attention" or "weights"), the seconds in which there was nothing to run.
     """
     waits: dict[str, float] = {}
     active = list(forwards)
     front = released = 0
     try:
         while active:
-            arrived.clear()  # before looking: what arrives meanwhile sets it again
+            arrived.clear()  # before checking: an arrival in the meantime sets it again
             forward = _next_runnable(active, weights)
             if forward is None:
                 _wait(active, arrived, waits)
@@ -168,7 +169,7 @@ def run_pass(
 
 
 def _next_runnable(active: Sequence[MicroBatchForward], weights: WeightStore) -> MicroBatchForward | None:
-    """The runnable micro-batch at the lowest unit; among equals the first."""
+    """Return the runnable micro-batch at the lowest unit; among equals the first."""
     for forward in sorted(active, key=_unit_of):
         if forward.runnable(weights):
             return forward

@@ -1,4 +1,4 @@
-"""What a number format is, and the stored tensors that it stands for.  Opens no file, and knows no model."""
+"""The definition of a number format and of the stored tensors that it encodes.  Opens no file, and knows no model."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class StoredRange(NamedTuple):
     """Bytes of a file that are read together.
 
     Attributes:
-        path: the file.
-        offset: of the first byte, from the start of the file.
-        nbytes: how many there are.
-        dtype: of the numbers that they are.
+        path: The file.
+        offset: The offset of the first byte from the start of the file.
+        nbytes: The number of bytes.
+        dtype: The dtype of the stored numbers.
     """
 
     path: Path
@@ -31,7 +31,7 @@ class StoredRange(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class NamedTensor:
-    """A tensor that a file would hold."""
+    """The name, shape and dtype of a tensor that a file would hold."""
 
     name: str
     shape: tuple[int, ...]
@@ -47,13 +47,13 @@ class StoredTensor:
     """A tensor of a checkpoint: where its bytes lie, or what it is encoded as.
 
     Attributes:
-        name: its name in the file.
-        path: the file.
-        offset: of its first byte, from the start of the file.  Not always a multiple of the element size.
-        nbytes: always the product of `shape` times the element size; row-major, little-endian.
-        dtype: of its numbers; of an encoded tensor that of the decoded numbers.
-        shape: of an encoded tensor that of the decoded numbers.
-        encoding: None for plain numbers.  Otherwise the tensors that are really stored; `path` and `offset` then mean nothing.
+        name: The name of the tensor in the file.
+        path: The file.
+        offset: The offset of its first byte from the start of the file, not always a multiple of the element size.
+        nbytes: The product of `shape` times the element size; the numbers are row-major and little-endian.
+        dtype: The dtype of its numbers; for an encoded tensor, that of the decoded numbers.
+        shape: The shape; for an encoded tensor, that of the decoded one.
+        encoding: The tensors that are actually stored, in which case `path` and `offset` have no meaning; None for plain numbers.
     """
 
     name: str
@@ -65,25 +65,25 @@ class StoredTensor:
     encoding: Encoding | None = None
 
     def ranges(self, first: int, count: int) -> list[StoredRange]:
-        """What has to be read for `count` elements from element `first` on."""
+        """Return the ranges to read for `count` elements starting at element `first`."""
         if self.encoding is not None:
             start, stop = self.rows(first, count)
             return self.encoding.ranges(start, stop)
         return [StoredRange(self.path, self.offset + first * self.dtype.itemsize, count * self.dtype.itemsize, self.dtype)]
 
     def rows(self, first: int, count: int) -> tuple[int, int]:
-        """The rows [start, stop) that hold these elements."""
+        """Return the rows [start, stop) that contain these elements."""
         row_elements = math.prod(self.shape[1:])
         return first // row_elements, -(-(first + count) // row_elements)
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A stored tensor that holds some of what an encoded one is made of.
+    """A stored tensor that holds a part of an encoded one.
 
     Attributes:
-        tensor: as stored.
-        rows: how many rows of the encoded tensor one row of this one stands for.
+        tensor: The tensor as stored.
+        rows: The number of rows of the encoded tensor that correspond to one row of this tensor.
     """
 
     tensor: StoredTensor
@@ -92,12 +92,12 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Encoding:
-    """How one tensor of the model is stored in a format.
+    """The way in which one tensor of the model is stored in a format.
 
     Attributes:
-        format: what decodes it.
-        shape: of the decoded tensor.
-        parts: the stored tensors, in the order in which the format decodes them.
+        format: The format that decodes it.
+        shape: The shape of the decoded tensor.
+        parts: The stored tensors, in the order in which the format expects them for decoding.
     """
 
     format: NumberFormat
@@ -105,7 +105,7 @@ class Encoding:
     parts: tuple[Part, ...]
 
     def ranges(self, start: int, stop: int) -> list[StoredRange]:
-        """What has to be read for rows [start, stop) of the decoded tensor, a range for each part."""
+        """Return the ranges to read for rows [start, stop) of the decoded tensor, one for each part."""
         ranges = []
         for part in self.parts:
             first, last = start // part.rows, -(-stop // part.rows)
@@ -116,12 +116,12 @@ class Encoding:
 
 
 class NumberFormat:
-    """A format of stored weights.  Members stand in formats/table.py.
+    """A format of stored weights.  All formats are listed in formats/table.py.
 
     Attributes:
-        name: in ModelSpec.number_format and in messages.
-        runs: whether the engine computes with such weights; models in other formats can only be planned for.
-        carried_as_stored: whether stored bytes cross the link to a device, which decodes them; otherwise the host decodes before the link.
+        name: The name in ModelSpec.number_format and in messages.
+        runs: Whether the engine can compute with such weights; models in other formats can only be planned for.
+        carried_as_stored: Whether stored bytes cross the link to a device, which decodes them; otherwise the host decodes before the link.
     """
 
     name: str
@@ -129,23 +129,23 @@ class NumberFormat:
     carried_as_stored: bool = False
 
     def is_stated_by(self, quantization: Mapping[str, Any]) -> bool:
-        """Whether a quantization_config means this format."""
+        """Return whether a quantization_config states this format."""
         return False
 
     def encode(self, tensor: NamedTensor) -> list[NamedTensor]:
-        """The tensors that are stored for one that `save_pretrained` would write: itself where the format leaves it alone."""
+        """Return the tensors that are stored for one that `save_pretrained` would write: the tensor itself if it is not encoded."""
         return [tensor]
 
     def find(self, tensors: Mapping[str, StoredTensor]) -> dict[str, Encoding]:
-        """The encoded tensors among stored ones, by the name of the decoded one."""
+        """Return the encoded tensors among stored ones, by the name of the decoded tensor."""
         return {}
 
     def decode(self, parts: Sequence[torch.Tensor], start: int, out: torch.Tensor) -> None:
-        """Compute rows of a tensor from what is stored for them.
+        """Decode rows of a tensor from what is stored for them.
 
         Args:
-            parts: what was read of each part of the encoding: its rows, flattened, on the device of `out`.
-            start: number of the first row.
-            out: (rows, ...), of the dtype that is computed in.
+            parts: For each part of the encoding, the numbers read of its rows, flattened, on the device of `out`.
+            start: The index of the first row.
+            out: The decoded rows, (rows, ...), in the dtype of computing; they are written.
         """
         raise EngineError(f"numbers in {self.name} cannot be decoded")

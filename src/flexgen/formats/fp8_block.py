@@ -1,4 +1,7 @@
-"""FP8 in square blocks, as DeepSeek-V3 stores its linear layers: E4M3 beside one float32 scale a block.  Counted, not decoded."""
+"""FP8 in square blocks, as DeepSeek-V3 stores its linear layers: E4M3 with one float32 scale per block.
+
+The planner counts its bytes; the engine does not decode it.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +12,13 @@ import torch
 
 from flexgen.formats.base import Encoding, NamedTensor, NumberFormat, Part, StoredTensor
 
-_BLOCK = 128  # rows, and columns, that share a scale (arXiv:2412.19437, section 3.3.2)
+_BLOCK = 128  # rows and columns that share a scale (arXiv:2412.19437, section 3.3.2)
 _SCALE = "_scale_inv"
 _MODULES = ("_proj.weight", "_proj_with_mqa.weight")
 
 
 class FP8Block(NumberFormat):
-    """Matrices in blocks of 128 by 128."""
+    """FP8 matrices in blocks of 128 by 128."""
 
     name = "fp8_block"
 

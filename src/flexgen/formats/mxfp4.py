@@ -1,4 +1,7 @@
-"""MXFP4 as gpt-oss stores its experts: blocks of 4-bit numbers beside a tensor of their scales.  Counted, not decoded."""
+"""MXFP4 as gpt-oss stores its experts: blocks of 4-bit numbers and a separate tensor of their scales.
+
+The planner counts its bytes; the engine does not decode it.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +12,13 @@ import torch
 
 from flexgen.formats.base import Encoding, NamedTensor, NumberFormat, Part, StoredTensor
 
-_GROUP = 32  # numbers of 4 bits that share a scale of 8 bits (OCP Microscaling Formats 1.0)
+_GROUP = 32  # 4-bit numbers that share an 8-bit scale (OCP Microscaling Formats 1.0)
 _BLOCK_BYTES = _GROUP // 2
 _EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
 
 
 class MXFP4(NumberFormat):
-    """Experts of shape (experts, inputs, outputs), transposed and in blocks along the inputs."""
+    """MXFP4 experts of shape (experts, inputs, outputs), stored transposed and in blocks along the inputs."""
 
     name = "mxfp4"
 

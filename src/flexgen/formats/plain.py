@@ -1,4 +1,4 @@
-"""Plain numbers: a dtype of torch, cast to the one that is computed in."""
+"""Plain numbers: any dtype of torch, cast to the dtype of computing."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import torch
 
 from flexgen.formats.base import NumberFormat
 
-# Four megabytes of float32, which caches hold.
+# Four megabytes of float32, which fit into CPU caches.
 CAST_ELEMENTS = 1 << 20
 
 
 class PlainNumbers(NumberFormat):
-    """Numbers of one dtype, stored as they are: no encoding, only a cast (`cast_into`), on the host before the link."""
+    """Numbers of one dtype, stored as they are, which the host casts (`cast_into`) before the link."""
 
     runs = True
 
@@ -20,12 +20,15 @@ class PlainNumbers(NumberFormat):
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """torch's name of a dtype: "bfloat16"."""
+    """Return torch's name of a dtype, such as "bfloat16"."""
     return str(dtype).removeprefix("torch.")
 
 
 def cast_into(out: torch.Tensor, numbers: torch.Tensor) -> None:
-    """`out.copy_(numbers)`; float16 becomes bfloat16 through pieces of float32, three to four times faster on a CPU (docs/log.md)."""
+    """Copy `numbers` into `out` with a cast.
+
+    float16 becomes bfloat16 through pieces of float32, which is three to four times faster on a CPU (docs/log.md).
+    """
     slow = numbers.dtype == torch.float16 and out.dtype == torch.bfloat16 and not out.is_cuda
     if not slow or not (out.is_contiguous() and numbers.is_contiguous()) or numbers.numel() < CAST_ELEMENTS:
         out.copy_(numbers)

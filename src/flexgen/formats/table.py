@@ -1,4 +1,4 @@
-"""All number formats, and which of them a model's config states.  A new format is a file of its own and a line here."""
+"""All number formats, and the choice of the one that a model's config states.  A new format is a new file and an entry here."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ FORMATS: Mapping[str, NumberFormat] = {each.name: each for each in (*_PLAIN, MXF
 
 
 def stated_format(config: Any) -> NumberFormat | None:
-    """The format that a config's quantization_config states; None where weights are plain numbers.
+    """Return the format that a config's quantization_config states; None if the weights are plain numbers.
 
     Args:
-        config: the model's transformers config, or the contents of its config.json.
+        config: The model's transformers config, or the contents of its config.json.
 
     Raises:
-        UnsupportedModelError: when the format is not known here.
+        UnsupportedModelError: The format is not known.
     """
     quantization = quantization_of(config)
     if quantization is None:
@@ -40,10 +40,10 @@ def check_supported_number_format(config: Any) -> None:
     """Refuse weights that the engine cannot compute with.
 
     Args:
-        config: as in `stated_format`.
+        config: The model's transformers config, or the contents of its config.json.
 
     Raises:
-        UnsupportedModelError: naming the quantization method.
+        UnsupportedModelError: The weights are quantized; the message names the method.
     """
     found = stated_format(config)
     if found is not None and not found.runs:
@@ -51,7 +51,7 @@ def check_supported_number_format(config: Any) -> None:
 
 
 def quantization_of(config: Any) -> Mapping[str, Any] | None:
-    """What the config says about how its weights, or those of a part of it, are quantized; None where they are plain numbers."""
+    """Return what the config states about the quantization of its weights, or of a part of them; None if they are plain numbers."""
     values = config if isinstance(config, Mapping) else config.to_dict()
     for part in (values, *(value for value in values.values() if isinstance(value, Mapping))):
         quantization = part.get("quantization_config") or part.get("compression_config")
@@ -61,7 +61,7 @@ def quantization_of(config: Any) -> Mapping[str, Any] | None:
 
 
 def without_quantization(config: Any) -> Any:
-    """The transformers config of the same model with plain weights."""
+    """Return the transformers config of the same model with plain weights."""
     if quantization_of(config) is None:
         return config
     plain = deepcopy(config)
@@ -71,7 +71,7 @@ def without_quantization(config: Any) -> Any:
 
 
 def refuse_quantization(quantization: Mapping[str, Any]) -> UnsupportedModelError:
-    """The error that names the method of a quantization_config."""
+    """Return the error that names the method of a quantization_config."""
     return UnsupportedModelError(
         f"the weights are quantized ({quantization.get('quant_method') or 'by an unnamed method'}, see quantization_config in "
         "config.json), which is not supported: use a repository with the bfloat16, float16 or float32 weights of this model"

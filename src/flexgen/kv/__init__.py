@@ -1,1 +1,1 @@
-"""The KV cache: pages per tier, the views of a pass, and the places that attend to them."""
+"""The KV cache: the pages of each tier, the views of a pass, and the places that attend to them."""

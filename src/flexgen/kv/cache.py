@@ -1,7 +1,7 @@
 """The KV cache: which pages each sequence holds on its tier, and which of them are shared.
 
-Pages wholly behind a window are freed.  Sequences that begin alike may share pages.  Knows no bytes of KV and computes
-no attention.
+Pages that lie wholly before a window are freed.  Sequences with a common prefix may share pages.  The cache does not access the bytes
+of KV and computes no attention.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from flexgen.kv.pages import KVGroup, Pool
 
 @dataclass(slots=True)
 class SequenceKV:
-    """One sequence's pages.
+    """The pages of one sequence.
 
     Attributes:
         home: The tier that holds them.
-        tables: Per group, the page id of each page of tokens; -1 once freed.
-        freed: Per group, how many leading pages are freed already.
+        tables: For each group, the page id of each page of tokens; -1 once freed.
+        freed: For each group, the number of leading pages that are freed already.
     """
 
     home: str
@@ -36,8 +36,8 @@ class KVCache:
         pools: The pool of each tier.
 
     Attributes:
-        used_bytes: Per tier, bytes of the pages that sequences hold now.
-        peak_bytes: Per tier, the most that they have held.
+        used_bytes: For each tier, the bytes of the pages that sequences hold now.
+        peak_bytes: For each tier, the most bytes that they have held.
     """
 
     def __init__(self, groups: Sequence[KVGroup], pools: Mapping[str, Pool]) -> None:
@@ -46,14 +46,17 @@ class KVCache:
         self._page_bytes = [group.page_bytes for group in groups]
         self.used_bytes = dict.fromkeys(pools, 0)
         self.peak_bytes = dict.fromkeys(pools, 0)
-        self._sharers = {home: [Counter[int]() for _ in groups] for home in pools}  # page -> sequences that hold it besides one
+        self._sharers = {home: [Counter[int]() for _ in groups] for home in pools}  # page -> the number of its holders besides the first
 
     def admit(self, home: str) -> SequenceKV:
-        """A sequence without pages."""
+        """Return a new sequence without pages."""
         return SequenceKV(home, [[] for _ in self.groups], [0] * len(self.groups))
 
     def fork(self, kv: SequenceKV, length: int) -> SequenceKV:
-        """A sequence that shares the first `length` tokens of another: of their whole pages, those that later queries see."""
+        """Return a new sequence that shares the first `length` tokens of another.
+
+        It shares whole pages only, and of these only the ones that later queries attend to.
+        """
         forked = self.admit(kv.home)
         for index, group in enumerate(self.groups):
             table = kv.tables[index][: length // group.page_tokens]
@@ -64,15 +67,15 @@ class KVCache:
         return forked
 
     def reserve(self, kv: SequenceKV, length: int, ahead: int = 0) -> bool:
-        """Make room for `length` tokens.
+        """Reserve pages for `length` tokens.
 
         Args:
             kv: The sequence.
-            length: Its tokens.
-            ahead: Tokens for which layers that see all of them take pages at the same time, so that these lie together.
+            length: The number of its tokens.
+            ahead: The number of tokens for which layers that see all tokens reserve pages at the same time, so that these are contiguous.
 
         Returns:
-            False, and nothing is taken, when the pool has too few pages.
+            Whether the pages were reserved; if the pool has too few, none are.
         """
         pool, taken = self.pools[kv.home], []
         for index, group in enumerate(self.groups):
@@ -90,7 +93,7 @@ class KVCache:
         return True
 
     def trim(self, kv: SequenceKV, length: int) -> None:
-        """Free the pages that no later query sees, when `length` tokens are stored."""
+        """Free the pages that no query after the first `length` tokens attends to."""
         for index, group in enumerate(self.groups):
             useless = min(group.first_page(length), len(kv.tables[index]))
             if useless > kv.freed[index]:
@@ -100,7 +103,7 @@ class KVCache:
                 kv.freed[index] = useless
 
     def release(self, kv: SequenceKV) -> None:
-        """Free all pages of a sequence that it shares with no other."""
+        """Drop all pages of a sequence, and free those that it shares with no other."""
         for index in range(len(self.groups)):
             self._let_go(kv.home, index, kv.tables[index][kv.freed[index] :])
             kv.tables[index], kv.freed[index] = [], 0
@@ -120,7 +123,7 @@ class KVCache:
         self.peak_bytes[home] = max(self.peak_bytes[home], self.used_bytes[home])
 
     def could_ever_hold(self, home: str, prompt_len: int, final_len: int) -> bool:
-        """Whether a sequence alone would fit the tier."""
+        """Return whether a sequence would fit the tier if it were alone."""
         return all(
             max(group.num_pages(prompt_len), group.most_pages_held(final_len)) <= self.pools[home].num_pages[index]
             for index, group in enumerate(self.groups)

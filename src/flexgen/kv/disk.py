@@ -1,6 +1,6 @@
 """KV on disk: pages are read ahead into staging, attended to on the host, and written when they are full.
 
-Until a page is full it stays in memory (tails.py).
+Pages that are not full yet stay in memory (tails.py).
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from flexgen.passes.plan import Slice
 
 
 class DiskPlace(Place):
-    """Serves micro-batches whose pages are on disk.
+    """The place for micro-batches whose pages are on disk.
 
     Args:
         pool: The pages.
-        attention: Attends to them once they are in staging.
-        io: Reads and writes them.
-        staging_bytes: Of pages read ahead, at least one layer of one micro-batch.
+        attention: The host attention, which attends to pages in staging.
+        io: The threads that read and write pages.
+        staging_bytes: The staging for pages that are read ahead: at least one layer of one micro-batch.
     """
 
     chunks = False  # a later chunk's read would race with an earlier one's write
@@ -42,7 +42,7 @@ class DiskPlace(Place):
         self._where = layer_index(pool.groups)
         self._served: set[tuple[BatchSlots, int]] = set()  # layers of this pass that the worker has stored
         self._writes: list[Ticket] = []
-        self._filled: list[tuple[int, list[int]]] = []  # (group, pages) of tails that this pass writes
+        self._filled: list[tuple[int, list[int]]] = []  # (group, pages) of tails that are written in this pass
 
     def view(self, slices: Sequence[Slice]) -> DiskView:
         batch = BatchSlots(self.pool.groups, slices, self.pool.tails)
@@ -54,7 +54,7 @@ class DiskPlace(Place):
 
     @contextlib.contextmanager
     def _lend(self, batch: BatchSlots, layer: int) -> Iterator[KVPages]:
-        """A layer's pages in staging; those with new tokens go back afterwards, to disk or to the tails."""
+        """Lend a layer's pages in staging; those with new tokens are written to disk or copied to the tails afterwards."""
         (group, place), again = self._where[layer], (batch, layer) in self._served
         slots, tails = batch.groups[group], self.pool.tails
         staged = self._read_again(batch, layer) if again else self._acquire(batch, layer)
@@ -66,7 +66,7 @@ class DiskPlace(Place):
             self._served.add((batch, layer))
 
     def _read_again(self, batch: BatchSlots, layer: int) -> StagedLayer:
-        """The pages that an earlier layer has stored: layers that share keys come back to them."""
+        """Read again the pages that an earlier layer has stored, for a layer that shares its keys."""
         for ticket in self._writes:
             ticket.wait()
         group, place = self._where[layer]
@@ -77,7 +77,7 @@ class DiskPlace(Place):
     def _acquire(self, batch: BatchSlots, layer: int) -> StagedLayer:
         if batch.reads:
             return self.read_ahead.acquire(batch, layer)
-        group, _ = self._where[layer]  # new prompts bring their own staging
+        group, _ = self._where[layer]  # new prompts are not read, so they have staging of their own
         return StagedLayer(self.pool.groups[group], batch.groups[group].num_slots)
 
     def _write_back(self, batch: BatchSlots, layer: int, staged: StagedLayer) -> None:
@@ -87,7 +87,7 @@ class DiskPlace(Place):
             ticket = self._io.write(parts, lambda: self.read_ahead.give_back(batch, group, staged))
         else:
             ticket = self._io.write(parts)
-            ticket.wait()  # so that the staging of new prompts is that of one layer at a time
+            ticket.wait()  # so that the staging of new prompts holds one layer at a time
         self._writes.append(ticket)
 
     def finish_pass(self) -> None:
@@ -111,11 +111,11 @@ class DiskPlace(Place):
 
 
 class DiskView:
-    """A micro-batch over staged pages.
+    """The KV of a micro-batch, over staged pages.
 
     Attributes:
-        batch: Its slots.
-        plan: Its index tensors, of slots.
+        batch: The slots of the micro-batch.
+        plan: The index tensors, which refer to slots.
     """
 
     def __init__(self, batch: BatchSlots, staged: HostView) -> None:

@@ -1,4 +1,4 @@
-"""How pages hold keys and values: their bytes, and what is written to and read from them.
+"""The formats of keys and values in pages: how many bytes they take, and how they are written and read.
 
 Only a format knows the dtype of a page; pools, files and links move its bytes.  Another format (int8, int4, fp8) is one
 file beside this one with two classes:
@@ -7,7 +7,7 @@ file beside this one with two classes:
 * its `KVPages`, which must write and gather.  `decode` works through `gather` until the format overrides it with a
   kernel that reads its pages as they are.
 
-`load_model` takes the format, so that the planner prices its bytes, and the engine hands it to every pool.
+`load_model` takes the format, so that the planner prices its bytes, and the engine passes it to every pool.
 """
 
 from __future__ import annotations
@@ -25,36 +25,36 @@ from flexgen.passes.geometry import KVGeometry
 
 
 class KVFormat(Protocol):
-    """A way to keep keys and values."""
+    """A format in which keys and values are kept."""
 
     def key_bytes(self, geometry: KVGeometry) -> int:
-        """Bytes of a token's keys in one layer."""
+        """Return the bytes of a token's keys in one layer."""
         ...
 
     def value_bytes(self, geometry: KVGeometry) -> int:
-        """Bytes of a token's values in one layer."""
+        """Return the bytes of a token's values in one layer."""
         ...
 
     def pages(self, keys: Tensor, values: Tensor, geometry: KVGeometry, page_tokens: int) -> KVPages:
-        """One layer's pages in this memory.
+        """Return one layer's pages in the given memory.
 
         Args:
             keys: Contiguous uint8 (pages, page_tokens * key_bytes), on any device; the pages write to it.
             values: Contiguous uint8 (pages, page_tokens * value_bytes), on the same device.
-            geometry: Of the layer.
-            page_tokens: Tokens of a page.
+            geometry: The geometry of the layer.
+            page_tokens: The number of tokens of a page.
         """
         ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Steps:
-    """Where the tokens lie that each of several next tokens sees, its own included.
+    """The tokens that each of several next tokens attends to, its own included.
 
     Attributes:
-        tables: int64 (steps, pages), the page ids of each sequence.
-        starts: int64 (steps,), the first position seen.
-        lengths: int64 (steps,), the position behind the last one seen.
+        tables: The page ids of each sequence, int64 (steps, pages).
+        starts: The first visible position, int64 (steps,).
+        lengths: The position after the last visible one, int64 (steps,).
     """
 
     tables: Tensor
@@ -65,8 +65,8 @@ class Steps:
 class KVPages(ABC):
     """One layer's pages in the memory of one device.
 
-    Keys and values come and go in the dtype of computing, in the shapes of `flexgen.kernels.reference`.  `kernels` are
-    those of the device that the pages are on.
+    Keys and values are passed in the dtype of computing, in the shapes of `flexgen.kernels.reference`.  `kernels` are those of the
+    device that holds the pages.
     """
 
     @abstractmethod
@@ -75,18 +75,18 @@ class KVPages(ABC):
 
     @abstractmethod
     def gather(self, kernels: AttentionKernels, table: Tensor, start: int, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Keys and values (length - start, heads, dim) in `dtype` of one sequence, whose pages are `table`."""
+        """Return the keys and values, (length - start, heads, dim) in `dtype`, of one sequence, whose pages are `table`."""
 
     def decode(self, kernels: AttentionKernels, call: AttentionCall, query: Tensor, steps: Steps, out: Tensor) -> None:
-        """Attention of one query token per sequence.
+        """Compute the attention of one query token per sequence.
 
         Args:
-            kernels: Of the pages' device.
-            call: Scaling, cap and sinks of the scores; where it has a projection, the pages hold latents as keys and
-                rotary keys as values, and the result is a sum of latents.
-            query: (steps, heads, key_dim), or (steps, heads, rank + rope) on latents.
-            steps: What each query sees.
-            out: (steps, heads, value_dim), or (steps, heads, rank) on latents; written.
+            kernels: The kernels of the device that holds the pages.
+            call: The attention call, with scaling, cap and sinks of the scores.  If it has a latent projection, the pages hold latents as
+                keys and rotary keys as values, and the result is a sum of latents.
+            query: The queries, (steps, heads, key_dim), or (steps, heads, rank + rope) on latents.
+            steps: The tokens that each query attends to.
+            out: The result, (steps, heads, value_dim), or (steps, heads, rank) on latents; it is written.
         """
         for row, (start, length) in enumerate(zip(steps.starts.clamp(min=0).tolist(), steps.lengths.tolist(), strict=True)):
             key, value = self.gather(kernels, steps.tables[row], start, length, query.dtype)
@@ -100,10 +100,10 @@ class KVPages(ABC):
 
 @dataclass(frozen=True, slots=True)
 class PlainKV:
-    """Keys and values as plain numbers.
+    """A format of plain numbers.
 
     Attributes:
-        dtype: Of the numbers; computing may be in another.
+        dtype: The dtype of the numbers, which may differ from the dtype of computing.
     """
 
     dtype: torch.dtype
@@ -122,11 +122,11 @@ class PlainKV:
 
 
 class PlainPages(KVPages):
-    """Pages as the kernels read them.
+    """Pages of plain numbers in the layout that the kernels read.
 
     Attributes:
-        keys: (pages, key_heads, key_dim, page_tokens).
-        values: (pages, value_heads, page_tokens, value_dim).
+        keys: The keys, (pages, key_heads, key_dim, page_tokens).
+        values: The values, (pages, value_heads, page_tokens, value_dim).
     """
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:

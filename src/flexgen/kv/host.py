@@ -1,7 +1,7 @@
 """KV on the host beside a device: next tokens are attended to on the host, prompts on the device.
 
-q and the new k, v cross the link; the device goes on with other micro-batches meanwhile.  One worker thread takes jobs
-in order, so that what a pass writes is there before a later job reads it.
+q and the new k, v cross the link; meanwhile the device continues with other micro-batches.  One worker thread runs jobs
+in order, so that what a pass writes is complete before a later job reads it.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from flexgen.passes.plan import Slice
 
 HOST = torch.device("cpu")
 
-# Lends the pages of a layer, by the model's index, for the time of one job on the worker.
+# Lends the pages of a layer, by the model's layer index, for the duration of one job on the worker.
 LendPages = Callable[[int], contextlib.AbstractContextManager[KVPages]]
 
 
 class HostAttention:
-    """Attends on a worker thread to pages in host memory, while computing is elsewhere.
+    """Attention to pages in host memory, computed by a worker thread.
 
     Args:
         groups: The layer groups.
-        kernels: Of the host.
-        device_kernels: Of the computing device, for prompts.
-        backend: The computing device; None where that is the host.
-        notify: Wakes the ready loop.
-        worker: Name of the thread.
+        kernels: The kernels of the host.
+        device_kernels: The kernels of the computing device, for prompts.
+        backend: The computing device; None if that is the host.
+        notify: A function that wakes the ready loop.
+        worker: The name of the thread.
     """
 
     def __init__(
@@ -52,12 +52,12 @@ class HostAttention:
         self._groups, self._device = groups, backend.device if backend is not None else HOST
 
     def view(self, slices: Sequence[Slice], lend: LendPages) -> HostView:
-        """A view of pages that are lent layer by layer."""
+        """Return a view of pages that are lent layer by layer."""
         plan = KVPlan(self._groups, slices, HOST)
         return HostView(self, plan, plan if self._device == HOST else KVPlan(self._groups, slices, self._device), lend)
 
     def later(self, job: Callable[[], Any], complete: Callable[[Any], torch.Tensor]) -> PendingAttention:
-        """Run a job on the worker; its error reaches the micro-batch that waits for it, too."""
+        """Run a job on the worker; its error is also raised to the micro-batch that waits for it."""
         pending = PendingAttention(complete)
 
         def run() -> None:
@@ -79,11 +79,11 @@ class HostAttention:
 
 
 class HostPlace(Place):
-    """Serves micro-batches whose pages are in host memory.
+    """The place for micro-batches whose pages are in host memory.
 
     Args:
         pool: The pages.
-        attention: Attends to them.
+        attention: The host attention, which attends to the pages.
     """
 
     chunks = True
@@ -103,11 +103,11 @@ class HostPlace(Place):
 
 
 class HostView:
-    """A micro-batch of next tokens only, or of prompts only.
+    """The KV of a micro-batch that consists either of next tokens or of prompts.
 
     Attributes:
-        plan: Index tensors on the host, beside the pages.
-        device_plan: The same beside the computing.
+        plan: The index tensors on the host, where the pages are.
+        device_plan: The same index tensors on the computing device.
     """
 
     def __init__(self, attention: HostAttention, plan: KVPlan, device_plan: KVPlan, lend: LendPages) -> None:
@@ -133,14 +133,14 @@ class HostView:
         return attention.later(job, lambda attended: step_outputs(call, attended)[None])
 
     def _attend_prompts(self, call: AttentionCall, group: int) -> torch.Tensor | PendingAttention:
-        """Prompts attend on the device; their keys and values go to the pages, what they go on from comes from there."""
+        """Attend to prompts on the device; their keys and values are copied to the pages, and stored tokens before them from the pages."""
         attention, plan = self._attention, self.plan.groups[group]
         continued = any(each.start > 0 for each in self.plan.prompts)
         copies = attention.link.to_host(*(call.new or ()))
 
         def job() -> list[Past]:
             with copies.arrived() as new, self._lend(call.layer) as pages:
-                if call.new is not None:  # first: a prompt may go on from what another of this micro-batch stores
+                if call.new is not None:  # first, since a prompt may continue what another of this micro-batch stores
                     plan.write(attention.kernels, (new[0], new[1]), pages)
                 past = plan.gather_past(attention.kernels, pages, call.query.dtype) if continued else []
             return [each and (attention.link.to_device(each[0]), attention.link.to_device(each[1])) for each in past]

@@ -1,4 +1,4 @@
-"""KV in the memory where computing happens: attention is computed at once."""
+"""KV in the memory of the computing device: attention is computed immediately."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from flexgen.passes.plan import Slice
 
 
 class LocalPlace(Place):
-    """Serves micro-batches whose pages are in the memory of the computing device.
+    """The place for micro-batches whose pages are in the memory of the computing device.
 
     Args:
         pool: The pages.
-        kernels: Of the device.
-        device: That computes and holds the pages.
+        kernels: The kernels of the device.
+        device: The device that computes and holds the pages.
     """
 
     chunks = True
@@ -38,7 +38,7 @@ class LocalPlace(Place):
 
 
 class LocalView:
-    """A micro-batch over the pages of a `LocalPlace`."""
+    """The KV of a micro-batch, over the pages of a `LocalPlace`."""
 
     def __init__(self, place: LocalPlace, plan: KVPlan) -> None:
         self._place, self.plan = place, plan

@@ -1,4 +1,4 @@
-"""Opens the KV pools that a policy asks for, and the place of each tier, by a table."""
+"""Opens the KV pools of a policy, and the place of each tier, from a table."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ from flexgen.plan.policy import Policy
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KVSetup:
-    """What places are built from.
+    """The inputs from which places are built.
 
     Attributes:
         groups: The model's layer groups.
-        policy: Says how large the pools are.
-        backend: The computing device; None where that is the host.
-        io: Reads and writes pages on disk.
-        offload_dir: Folder of the spill file; None when there is none.
-        notify: Wakes the ready loop.
-        verify: Whether to compare what is read from disk with what was written.
+        policy: The policy, which states the sizes of the pools.
+        backend: The computing device; None if that is the host.
+        io: The threads that read and write pages on disk.
+        offload_dir: The folder of the spill file; None if there is none.
+        notify: A function that wakes the ready loop.
+        verify: Whether to compare the bytes that are read from disk with those that were written.
     """
 
     groups: Sequence[KVGroup]
@@ -48,18 +48,18 @@ class KVSetup:
 
     @property
     def device(self) -> torch.device:
-        """Where computing happens."""
+        """The device that computes."""
         return self.backend.device if self.backend is not None else HOST
 
     def num_pages(self, pool_bytes: int) -> list[int]:
-        """Pages per group of a pool."""
+        """Return the pages of each group in a pool of this size."""
         return divide_pool(self.groups, pool_bytes, self.policy.longest_sequence)
 
     def kernels(self, device: torch.device) -> AttentionKernels:
         return attention_kernels(device, self.policy.compute_threads)
 
     def host_attention(self, worker: str) -> HostAttention:
-        """Attention on a worker thread of this name."""
+        """Return host attention with a worker thread of this name."""
         return HostAttention(self.groups, self.kernels(HOST), self.kernels(self.device), self.backend, self.notify, worker)
 
 
@@ -92,11 +92,11 @@ PLACES: dict[str, Callable[[KVSetup], Opened]] = {"device": _open_device, "host"
 
 
 def open_places(setup: KVSetup) -> tuple[dict[str, Place], KVCache]:
-    """Tier -> place, and the cache over all tiers, for the pools of the policy.
+    """Return the place of each tier, and the cache over all tiers, for the pools of the policy.
 
     Raises:
-        StorageError: when the spill file cannot be made.
-        CapacityError: when a pool does not fit the device.
+        StorageError: The spill file cannot be created.
+        CapacityError: A pool does not fit the device.
     """
     pools: dict[str, Pool] = {}
     places: dict[str, Place] = {}

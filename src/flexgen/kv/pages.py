@@ -16,7 +16,7 @@ from flexgen.errors import EngineError
 from flexgen.kv.format import KVFormat, KVPages
 from flexgen.passes.geometry import KVGeometry, LayerKV, by_geometry
 
-VALUES_ALIGNMENT = 256  # more than any vector's; direct I/O has pages that are multiples of its own
+VALUES_ALIGNMENT = 256  # more than any vector load needs; direct I/O uses pages that are multiples of its own alignment
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,10 +24,10 @@ class KVGroup:
     """Layers with equal geometries, which share page tables and pools.
 
     Attributes:
-        layers: The model's layer indices, in order; a layer's place here indexes the memory of the group.
-        geometry: What each of the layers caches and sees.
-        page_tokens: Tokens of a page.
-        format: How a page holds them.
+        layers: The model's layer indices, in order; an index into `layers` is also one into the memory of the group.
+        geometry: The geometry of the cache of each layer.
+        page_tokens: The number of tokens of a page.
+        format: The format of keys and values in a page.
     """
 
     layers: tuple[int, ...]
@@ -37,44 +37,44 @@ class KVGroup:
 
     @property
     def key_page_bytes(self) -> int:
-        """Bytes of a page's keys in one layer."""
+        """The bytes of a page's keys in one layer."""
         return self.page_tokens * self.format.key_bytes(self.geometry)
 
     @property
     def value_page_bytes(self) -> int:
-        """Bytes of a page's values in one layer."""
+        """The bytes of a page's values in one layer."""
         return self.page_tokens * self.format.value_bytes(self.geometry)
 
     @property
     def layer_page_bytes(self) -> int:
-        """Bytes of a page in one layer."""
+        """The bytes of a page in one layer."""
         return self.key_page_bytes + self.value_page_bytes
 
     @property
     def page_bytes(self) -> int:
-        """Bytes of a page id in all layers of the group."""
+        """The bytes of a page in all layers of the group."""
         return len(self.layers) * self.layer_page_bytes
 
     def num_pages(self, tokens: int) -> int:
-        """Pages that hold so many tokens, the last one perhaps in part."""
+        """Return the number of pages that hold this many tokens; the last page may be partly filled."""
         return -(-tokens // self.page_tokens)
 
     def first_page(self, position: int) -> int:
-        """Index of the first page that a query at `position` sees."""
+        """Return the index of the first page that a query at `position` attends to."""
         return self.geometry.first_visible(position) // self.page_tokens
 
     def pages_held(self, length: int) -> int:
-        """Pages of a sequence that has stored `length` tokens and goes on."""
+        """Return the number of pages of a live sequence that has stored `length` tokens."""
         return self.num_pages(length) - self.first_page(length)
 
     def most_pages_held(self, length: int) -> int:
-        """The most pages that it held on its way there; windows and chunks begin within pages."""
+        """Return the most pages that a sequence holds until it has `length` tokens; windows and chunks may begin within a page."""
         pages, reach = self.num_pages(length), self.geometry.reach
         return pages if reach is None else min(pages, self.num_pages(reach) + 1)
 
 
 def group_layers(layers: Iterable[LayerKV], page_tokens: int, kv_format: KVFormat) -> tuple[KVGroup, ...]:
-    """The layer groups of a model."""
+    """Return the layer groups of a model."""
     return tuple(
         KVGroup(layers=tuple(each.layer for each in members), geometry=geometry, page_tokens=page_tokens, format=kv_format)
         for geometry, members in by_geometry(layers).items()
@@ -82,14 +82,14 @@ def group_layers(layers: Iterable[LayerKV], page_tokens: int, kv_format: KVForma
 
 
 def layer_index(groups: Sequence[KVGroup]) -> dict[int, tuple[int, int]]:
-    """The model's layer index -> (group, place within the group)."""
+    """Return, for each layer index of the model, (group, index within the group)."""
     return {layer: (g, i) for g, group in enumerate(groups) for i, layer in enumerate(group.layers)}
 
 
 def divide_pool(groups: Sequence[KVGroup], pool_bytes: int, longest: int) -> list[int]:
-    """Pages per group such that all run out together for sequences of `longest` tokens.
+    """Return the pages of each group such that all groups run out together for sequences of `longest` tokens.
 
-    Groups with windows or chunks first get the pages of one whole sequence: a prompt's are freed only after its pass.
+    Groups with windows or chunks first get the pages of one whole sequence, since the pages of a prompt are freed only after its pass.
     """
     first = [group.num_pages(longest) + 1 if group.geometry.reach is not None else 0 for group in groups]
     rest = pool_bytes - sum(pages * group.page_bytes for pages, group in zip(first, groups, strict=True))
@@ -100,26 +100,26 @@ def divide_pool(groups: Sequence[KVGroup], pool_bytes: int, longest: int) -> lis
     return [whole + share for whole, share in zip(first, shared, strict=True)]
 
 
-Allocate = Callable[[int], torch.Tensor]  # makes a uint8 tensor of so many bytes
+Allocate = Callable[[int], torch.Tensor]  # makes a uint8 tensor of this many bytes
 
 
 def allocate_memory(size_bytes: int) -> torch.Tensor:
-    """Plain host memory."""
+    """Return ordinary host memory."""
     return torch.empty(size_bytes, dtype=torch.uint8)
 
 
 class PageMemory:
-    """Memory for `count` pages of a group in some of its layers, keys and values apart.
+    """Memory for `count` pages of a group in some of its layers, with keys and values separate.
 
     Args:
-        group: Whose pages these are.
-        num_layers: Layers to hold.
-        count: Pages per layer.
-        allocate: Makes a uint8 tensor of so many bytes.
+        group: The group of the pages.
+        num_layers: The number of layers.
+        count: The number of pages per layer.
+        allocate: A function that makes a uint8 tensor of a given number of bytes.
 
     Attributes:
-        keys: uint8 (layers, pages, bytes of a page's keys).
-        values: uint8 (layers, pages, bytes of a page's values).
+        keys: The keys, uint8 (layers, pages, bytes of a page's keys).
+        values: The values, uint8 (layers, pages, bytes of a page's values).
     """
 
     def __init__(self, group: KVGroup, num_layers: int, count: int, allocate: Allocate) -> None:
@@ -131,17 +131,17 @@ class PageMemory:
         self.values = arena[begin : begin + value_bytes].view(num_layers, count, group.value_page_bytes)
 
     def pages(self, layer: int) -> KVPages:
-        """The pages of one layer, by its place here."""
+        """Return the pages of one layer, by its index in this memory."""
         return self._group.format.pages(self.keys[layer], self.values[layer], self._group.geometry, self._group.page_tokens)
 
 
 class Pool:
-    """Which pages of a tier are free.
+    """The free pages of a tier.
 
     Attributes:
         groups: The layer groups.
-        num_pages: Per group.
-        free: Per group.
+        num_pages: The number of pages of each group.
+        free: The free pages of each group.
     """
 
     def __init__(self, groups: Sequence[KVGroup], num_pages: Sequence[int]) -> None:
@@ -149,20 +149,20 @@ class Pool:
         self.free = [PageList(count) for count in num_pages]
 
     def take(self, group: int, count: int) -> list[int] | None:
-        """So many page ids, or None (and nothing taken) when there are too few."""
+        """Return `count` page ids, or None if too few are free, in which case none are taken."""
         return self.free[group].take(count)
 
     def give_back(self, group: int, pages: Sequence[int]) -> None:
-        """Make page ids free again."""
+        """Free these page ids."""
         self.free[group].give_back(pages)
 
 
 class PagePool(Pool):
-    """The pages of a tier that computing or kernels can reach directly.
+    """The pages of a tier that computing or kernels can access directly.
 
     Attributes:
-        memory: Per group.
-        pages: The model's layer index -> that layer's pages.
+        memory: The memory of each group.
+        pages: For each layer index of the model, that layer's pages.
     """
 
     def __init__(self, groups: Sequence[KVGroup], num_pages: Sequence[int], allocate: Allocate = allocate_memory) -> None:
@@ -172,7 +172,7 @@ class PagePool(Pool):
 
 
 class PageList:
-    """Free page ids as sorted runs: what is asked for together comes contiguous where possible."""
+    """Free page ids as sorted runs, so that ids that are taken together are contiguous where possible."""
 
     def __init__(self, num_pages: int) -> None:
         self._starts = [0] if num_pages else []
@@ -180,7 +180,7 @@ class PageList:
         self.num_free = num_pages
 
     def take(self, count: int, *, contiguous: bool = False) -> list[int] | None:
-        """`count` page ids, or None (and nothing taken) when there are too few, or no such run."""
+        """Return `count` page ids; None, with none taken, if too few are free or no run is long enough for `contiguous`."""
         if count > self.num_free:
             return None
         fitting = [index for index in range(len(self._starts)) if self._stops[index] - self._starts[index] >= count]

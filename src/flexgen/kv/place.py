@@ -1,6 +1,6 @@
-"""What the engine asks of a tier that holds KV: a view for every micro-batch, which stores and attends.
+"""The interface of a tier that holds KV: for every micro-batch it makes a view, which stores keys and values and attends to them.
 
-A tier is one file (local.py, host.py, disk.py).  Attention that takes time is answered with a pending result, which
+Each tier is one file (local.py, host.py, disk.py).  Attention that takes time returns a pending result, which
 the ready loop polls.
 """
 
@@ -18,7 +18,7 @@ from flexgen.passes.plan import Slice
 
 
 class Place(Protocol):
-    """Serves the micro-batches whose KV is on one tier.
+    """The interface to the KV of one tier, which serves the micro-batches of its sequences.
 
     Attributes:
         chunks: Whether later chunks of a prompt may follow the first within a pass.
@@ -29,17 +29,17 @@ class Place(Protocol):
     mixes: bool
 
     def view(self, slices: Sequence[Slice]) -> View:
-        """The KV of one micro-batch during one pass."""
+        """Return the KV of one micro-batch during one pass."""
         ...
 
     def begin_pass(self, views: Sequence[View]) -> None:
-        """Take note of all views of the coming pass, in the order in which they will run."""
+        """Prepare for the coming pass, given all its views in the order in which they will run."""
 
     def finish_pass(self) -> None:
         """Return once everything that the pass wrote has reached its home."""
 
     def close(self) -> None:
-        """End the threads, and free the memory and the file."""
+        """Stop the threads, free the memory and close the file."""
         ...
 
 
@@ -47,13 +47,13 @@ class View(Protocol):
     """The KV of one micro-batch during one pass.
 
     Attributes:
-        plan: Its index tensors.
+        plan: The index tensors of the micro-batch.
     """
 
     plan: KVPlan
 
     def attend(self, call: AttentionCall) -> torch.Tensor | PendingAttention:
-        """Store what the call brings, and attend: (1, tokens, heads, value_dim), now or later."""
+        """Store the call's new keys and values, and return its attention, (1, tokens, heads, value_dim), now or as a pending result."""
         ...
 
 
@@ -61,7 +61,7 @@ class PendingAttention:
     """Attention that another thread computes.
 
     Args:
-        complete: Makes the result of what the other thread has found, on the thread that asks for it.
+        complete: A function from the other thread's result to the attention; it runs on the thread that asks for the result.
     """
 
     def __init__(self, complete: Callable[[Any], torch.Tensor]) -> None:
@@ -78,7 +78,7 @@ class PendingAttention:
         self._event.set()
 
     def result(self) -> torch.Tensor:
-        """What was computed; raises what failed."""
+        """Return the attention, or raise the error of the other thread."""
         if self._error is not None:
             raise self._error
         return self._complete(self._found)

@@ -14,12 +14,12 @@ Wanted = tuple[BatchSlots, int]  # a layer of a micro-batch, by the model's inde
 
 
 class ReadAhead:
-    """Staging that a thread fills, from which a worker takes layers and to which it gives them back.
+    """Staging that a thread fills with layers, which a worker acquires and gives back.
 
     Args:
-        pool: What is read.
-        io: Reads it.
-        limit_bytes: Size of the staging; it holds at least one layer of one micro-batch.
+        pool: The pages on disk.
+        io: The threads that read.
+        limit_bytes: The size of the staging; it holds at least one layer of one micro-batch.
     """
 
     def __init__(self, pool: DiskPool, io: IOPool, limit_bytes: int) -> None:
@@ -28,15 +28,15 @@ class ReadAhead:
         self._lock = threading.Condition()
         self._staged: dict[Wanted, StagedLayer] = {}
         self._in_use = 0  # bytes of staging
-        self._lent = 0  # staged layers that the worker uses, or that are being written back
-        self._wanted: Wanted | None = None  # what the worker waits for
+        self._lent = 0  # staged layers that the worker uses, or that are being written to disk
+        self._wanted: Wanted | None = None  # the layer that the worker waits for
         self._spare: dict[tuple[int, int], list[StagedLayer]] = {}  # (group, slots) -> staging of that size
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
         self._stopping = False
 
     def begin(self, batches: Sequence[BatchSlots]) -> None:
-        """Start reading what these micro-batches will attend to."""
+        """Start reading the pages that these micro-batches will attend to."""
         if batches:
             self._thread = threading.Thread(target=self._read, args=(batches,), name="flexgen-kv-ahead", daemon=True)
             self._thread.start()
@@ -64,10 +64,10 @@ class ReadAhead:
         return True
 
     def _take(self, batch: BatchSlots, group: int) -> StagedLayer | None:
-        """Staging for one layer of a micro-batch, once there is room; None when closing.
+        """Wait for room and return staging for one layer of a micro-batch; return None when closing.
 
-        Micro-batches may overtake each other.  When the worker waits for what is not staged yet, and nothing that is
-        will be given back before, there is no room to wait for: the limit is passed.
+        Micro-batches may overtake each other.  If the worker waits for a layer that is not staged yet while nothing staged is lent,
+        nothing will be given back, so the limit is exceeded.
         """
         slots, size = batch.groups[group].num_slots, self._size(batch, group)
         with self._lock:
@@ -80,18 +80,18 @@ class ReadAhead:
             self._in_use += size
             if spare := self._spare.get((group, slots)):
                 return spare.pop()
-            self._spare.clear()  # sizes change from pass to pass: spares of another size would hold memory for nothing
+            self._spare.clear()  # sizes change from pass to pass: spares of other sizes would only take memory
             return StagedLayer(self._pool.groups[group], slots)
 
     def _size(self, batch: BatchSlots, group: int) -> int:
         return batch.groups[group].num_slots * self._pool.groups[group].layer_page_bytes
 
     def _starved(self) -> bool:
-        """Whether the worker waits for a layer that is not staged (a layer staged a moment ago may not have woken it yet)."""
+        """Return whether the worker waits for a layer that is not staged (it may not have noticed yet one that has just been staged)."""
         return self._wanted is not None and self._wanted not in self._staged
 
     def acquire(self, batch: BatchSlots, layer: int) -> StagedLayer:
-        """A layer's pages, once they are read."""
+        """Wait until a layer's pages have been read, and return them."""
         with self._lock:
             while (batch, layer) not in self._staged:
                 if self._failure is not None:
@@ -107,7 +107,7 @@ class ReadAhead:
         return staged
 
     def give_back(self, batch: BatchSlots, group: int, staged: StagedLayer) -> None:
-        """Let staging be used again."""
+        """Let staging be reused."""
         with self._lock:
             self._in_use -= self._size(batch, group)
             self._lent -= 1
@@ -121,7 +121,7 @@ class ReadAhead:
             self._thread = None
 
     def stop(self) -> None:
-        """End the thread; a worker that waits gets an error."""
+        """Stop the thread; a waiting worker gets an error."""
         with self._lock:
             self._stopping = True
             self._failure = self._failure or RuntimeError("closed")

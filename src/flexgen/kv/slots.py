@@ -1,4 +1,4 @@
-"""Slots of staging for a micro-batch whose KV is on disk: which pages are read into them, and where they go afterwards.
+"""Slots of staging for a micro-batch whose KV is on disk: which pages are read into them, and where they are written afterwards.
 
 A page that several sequences of the micro-batch share has one slot, and is read once.
 """
@@ -27,18 +27,18 @@ class GroupSlots:
     """The slots of a micro-batch in one layer group.
 
     Args:
-        index: Of the group.
+        index: The index of the group.
         group: The group.
-        slices: Of the micro-batch.
-        tails: As for `BatchSlots`.
+        slices: The slices of the micro-batch.
+        tails: The memory of pages that are not full; its slots are reserved for pages that will not be full after this pass.
 
     Attributes:
         tables: The page table of each slice, with slots in place of pages.
-        read: Pages with earlier tokens that are on disk.
-        written: Pages that go to disk.
-        filled: Page ids of tails that go to disk.
-        loaded: Pages that come from the tails.
-        kept: Pages that go to the tails.
+        read: The pages with earlier tokens that are on disk.
+        written: The pages that are written to disk.
+        filled: The page ids of tails that are written to disk.
+        loaded: The pages that are copied from the tails.
+        kept: The pages that are copied to the tails.
     """
 
     def __init__(self, index: int, group: KVGroup, slices: Sequence[Slice], tails: Tails) -> None:
@@ -58,7 +58,7 @@ class GroupSlots:
 
     @property
     def stored(self) -> list[StagedPage]:
-        """Pages that are on disk once the pass has written."""
+        """The pages that are on disk once the pass has written."""
         kept = {slot for slot, _ in self._kept}
         return [StagedPage(page, slot) for page, slot in self._slots.items() if slot not in kept]
 
@@ -77,7 +77,7 @@ class GroupSlots:
         return table
 
     def _move(self, page: int, *, has_old: bool, has_new: bool, is_full: bool) -> None:
-        """Note where a page comes from and where it goes."""
+        """Record where a page comes from and where it is stored afterwards."""
         slot, tail = self._slots[page], self._tails.slot(self._index, page)
         if tail is not None:
             self._loaded.append((slot, tail))
@@ -98,13 +98,13 @@ class BatchSlots:
 
     Args:
         groups: The layer groups.
-        slices: Of the micro-batch, with tables of pages.
-        tails: Where pages are kept that are not full; slots there are taken for those that stay so.
+        slices: The slices of the micro-batch, with tables of pages.
+        tails: The memory of pages that are not full; its slots are reserved for pages that will not be full after this pass.
 
     Attributes:
         groups: The slots of each layer group.
         slices: The slices with tables of slots.
-        reads: Whether there are earlier tokens.
+        reads: Whether some tokens were stored by earlier passes.
     """
 
     def __init__(self, groups: Sequence[KVGroup], slices: Sequence[Slice], tails: Tails) -> None:

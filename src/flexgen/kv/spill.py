@@ -1,6 +1,6 @@
 """The spill file: pages of KV on disk.
 
-A layer's pages lie together, and the pages of a sequence in runs, so that reads are large.
+The pages of one layer are stored together, and those of a sequence in runs, so that reads are large.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ NEW_FILE = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
 
 
 class StagedLayer:
-    """One layer's pages of one micro-batch, in host memory.
+    """The pages of one layer for one micro-batch, in host memory.
 
     Attributes:
-        memory: The pages' bytes.
+        memory: The bytes of the pages.
         pages: The pages as their format reads them.
-        ticket: Of the read that fills them.
+        ticket: The read that fills them.
     """
 
     def __init__(self, group: KVGroup, num_slots: int) -> None:
@@ -38,21 +38,21 @@ class StagedLayer:
         self._views = tuple(each.view(-1).numpy().data for each in (self.memory.keys, self.memory.values))
 
     def bytes_of(self, start: int, count: int) -> tuple[memoryview, memoryview]:
-        """The memory of keys and of values in `count` slots from `start` on."""
+        """Return the memory of the keys and of the values in `count` slots starting at `start`."""
         sizes = self.memory.keys.shape[2], self.memory.values.shape[2]
         keys, values = (view[start * size : (start + count) * size] for view, size in zip(self._views, sizes, strict=True))
         return keys, values
 
 
 class DiskPool(Pool):
-    """Pages in a spill file: for each group, each layer's key pages, then its value pages.
+    """Pages in a spill file, which holds for each group and layer the key pages and then the value pages.
 
     Args:
         groups: The layer groups.
-        num_pages: Per group.
-        folder: Where the file is made; it is unlinked at once.
-        tail_bytes: Memory for pages that are not full yet.
-        verify: Whether to compare what is read with what was written.
+        num_pages: The number of pages of each group.
+        folder: The folder of the file, which is unlinked immediately.
+        tail_bytes: The memory for pages that are not full yet.
+        verify: Whether to compare the bytes that are read with those that were written.
     """
 
     def __init__(
@@ -77,13 +77,13 @@ class DiskPool(Pool):
         super().give_back(group, pages)
 
     def parts(self, group: int, place: int, staged: StagedLayer, pages: Sequence[StagedPage]) -> list[tuple[File, int, memoryview]]:
-        """Ranges of the file and their memory, for some pages of a layer; neighbours in both are joined.
+        """Return ranges of the file and the memory for them, for some pages of a layer; ranges that are adjacent in both are merged.
 
         Args:
-            group: Index of the layer group.
-            place: Of the layer within the group.
+            group: The index of the layer group.
+            place: The index of the layer within the group.
             staged: The memory.
-            pages: Which pages.
+            pages: The pages and their slots.
         """
         layout, count = self.groups[group], self.num_pages[group]
         key_bytes, value_bytes = layout.key_page_bytes, layout.value_page_bytes
@@ -101,7 +101,7 @@ class DiskPool(Pool):
 
 
 def _runs(pages: Sequence[StagedPage]) -> list[tuple[StagedPage, int]]:
-    """(first page, count) of stretches that are consecutive in the file and in staging."""
+    """Return (first page, count) for runs that are consecutive both in the file and in staging."""
     runs: list[tuple[StagedPage, int]] = []
     for each in pages:
         if runs:

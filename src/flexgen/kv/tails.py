@@ -8,17 +8,17 @@ import torch
 
 from flexgen.kv.pages import KVGroup, PageMemory, allocate_memory
 
-Moves = tuple[torch.Tensor, torch.Tensor]  # (rows of staging, slots here)
+Moves = tuple[torch.Tensor, torch.Tensor]  # (rows of staging, slots of the tails)
 
 
 class Tails:
-    """A slot per sequence, for as many as the memory holds; the pages of others are written with every new token.
+    """Slots for unfinished pages, one per sequence for as many sequences as fit; the other pages are written with every new token.
 
-    Slots are taken and forgotten by the thread that plans passes; between those, a worker moves bytes.
+    The thread that plans passes takes and frees slots; while a pass runs, a worker moves the bytes.
 
     Args:
         groups: The layer groups.
-        num_bytes: Memory for tails, over all layers.
+        num_bytes: The memory for tails, over all layers.
     """
 
     def __init__(self, groups: Sequence[KVGroup], num_bytes: int) -> None:
@@ -28,11 +28,11 @@ class Tails:
         self._slots: list[dict[int, int]] = [{} for _ in groups]  # page -> slot
 
     def slot(self, group: int, page: int) -> int | None:
-        """The slot of a page; None when it is not here."""
+        """Return the slot of a page; None if the page has none."""
         return self._slots[group].get(page)
 
     def keep(self, group: int, page: int) -> int | None:
-        """A slot for the page, its own if it has one; None when all are taken."""
+        """Return a slot for the page, its own if it has one; None if all are taken."""
         slots, free = self._slots[group], self._free[group]
         if page not in slots and free:
             slots[page] = free.pop()
@@ -48,10 +48,10 @@ class Tails:
         """Copy slots to rows of staging.
 
         Args:
-            group: Index of the layer group.
-            place: Of the layer within the group.
+            group: The index of the layer group.
+            place: The index of the layer within the group.
             staging: Pages of that layer alone.
-            moves: From where to where.
+            moves: The rows of staging and the slots, in pairs.
         """
         rows, slots = moves
         if len(rows):
@@ -60,7 +60,7 @@ class Tails:
             staging.values[0].index_copy_(0, rows, here.values[place].index_select(0, slots))
 
     def store(self, group: int, place: int, staging: PageMemory, moves: Moves) -> None:
-        """Copy rows of staging to slots; arguments as for `load`."""
+        """Copy rows of staging to slots; the arguments are those of `load`."""
         rows, slots = moves
         if len(rows):
             here = self._memory[group]

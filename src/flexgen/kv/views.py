@@ -1,7 +1,7 @@
-"""Attention of one micro-batch over pages: where its new tokens go, what its queries see, which kernels run.
+"""Attention of one micro-batch over pages: where its new tokens are stored, which tokens its queries see, and which kernels run.
 
-The plan of a micro-batch is made once per pass and used by every layer.  Works on any memory that torch reaches; the
-places wait and copy.
+The plan of a micro-batch is made once per pass and used by every layer.  It works on any memory that torch can access; waiting and
+copying is left to the places.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ class PromptPlan:
     """Index tensors of one prompt slice in one layer group.
 
     Attributes:
-        length: New tokens.
-        past: (page table, first position, position behind the last) of what was stored before and is seen; None for nothing.
-        starts: int64 (length,), what each token sees first, counted from the first position of `past`, if any.
+        length: The number of new tokens.
+        past: (page table, first position, position after the last) of the visible tokens that were stored before; None if there are none.
+        starts: The first token that each token sees, int64 (length,), counted from the first position of `past`, if any.
     """
 
     length: int
@@ -43,10 +43,10 @@ class GroupPlan:
     can run where the pages are.
 
     Attributes:
-        page_ids: int64 (tokens,), the page of each new token.
-        page_offsets: int64 (tokens,), its place in the page.
-        num_steps: How many slices, the first ones, are next tokens.
-        steps: What the next tokens see.
+        page_ids: The page of each new token, int64 (tokens,).
+        page_offsets: The position of each new token in its page, int64 (tokens,).
+        num_steps: The number of slices that are next tokens; they come first.
+        steps: The tokens that the next tokens see.
         prompts: The other slices.
     """
 
@@ -62,7 +62,7 @@ class GroupPlan:
         pages.write(kernels, key[0].transpose(0, 1), value[0].transpose(0, 1), self.page_ids, self.page_offsets)
 
     def attend(self, kernels: AttentionKernels, call: AttentionCall, pages: KVPages) -> torch.Tensor:
-        """Attention (1, tokens, heads, value_dim) of all slices, whose new tokens are stored already.
+        """Return the attention, (1, tokens, heads, value_dim), of all slices, whose new tokens are stored already.
 
         The pages are on the device of the call's tensors.
         """
@@ -75,18 +75,18 @@ class GroupPlan:
         return out
 
     def attend_steps(self, kernels: AttentionKernels, call: AttentionCall, query: torch.Tensor, pages: KVPages) -> torch.Tensor:
-        """Attention (steps, heads, value_dim) of the next tokens' `step_queries`; on latents (steps, heads, rank)."""
+        """Return the attention, (steps, heads, value_dim), of the next tokens' `step_queries`; on latents (steps, heads, rank)."""
         dim = call.value.shape[3] if call.latent is None else call.latent.key_up.shape[2]
         out = query.new_empty(*query.shape[:2], dim)
         pages.decode(kernels, call, query, self.steps, out)
         return out
 
     def gather_past(self, kernels: AttentionKernels, pages: KVPages, dtype: torch.dtype) -> list[Past]:
-        """What each prompt slice sees of the tokens stored before it."""
+        """Return, for each prompt slice, the visible keys and values of tokens stored before it."""
         return [each.past and pages.gather(kernels, *each.past, dtype) for each in self.prompts]
 
     def attend_prompts(self, kernels: AttentionKernels, call: AttentionCall, past: Sequence[Past], out: torch.Tensor) -> None:
-        """Attention of the prompt slices, written to their rows of `out` (1, tokens, heads, value_dim)."""
+        """Write the attention of the prompt slices to their rows of `out`, (1, tokens, heads, value_dim)."""
         row = self.num_steps
         for each, before in zip(self.prompts, past, strict=True):
             rows = slice(row, row + each.length)
@@ -106,13 +106,13 @@ class KVPlan:
 
     Args:
         groups: The layer groups.
-        slices: In the order of the micro-batch; next tokens come first, prompts follow.
-        device: Of the index tensors.
+        slices: The slices in the order of the micro-batch, next tokens before prompts.
+        device: The device of the index tensors.
 
     Attributes:
         slices: All slices.
-        steps: Those that are next tokens.
-        prompts: The others.
+        steps: The slices that are next tokens.
+        prompts: The other slices.
         groups: The index tensors of each group.
     """
 
@@ -155,7 +155,7 @@ class KVPlan:
 
 
 def step_queries(call: AttentionCall, steps: int) -> torch.Tensor:
-    """Queries (steps, heads, dim) of the next tokens; on latents the key up-projection has moved into them."""
+    """Return the queries, (steps, heads, dim), of the next tokens; on latents the key up-projection is applied to them."""
     query = call.query[0, :, :steps].transpose(0, 1)  # (steps, heads, key_dim)
     if call.latent is None:
         return query
@@ -164,12 +164,12 @@ def step_queries(call: AttentionCall, steps: int) -> torch.Tensor:
 
 
 def step_outputs(call: AttentionCall, attended: torch.Tensor) -> torch.Tensor:
-    """The results (steps, heads, value_dim); on latents the value up-projection comes last."""
+    """Return the results, (steps, heads, value_dim); on latents the value up-projection is applied here."""
     return attended if call.latent is None else torch.einsum("shr,hvr->shv", attended, call.latent.value_up)
 
 
 def _as_attended(call: AttentionCall, cached: KeyValue) -> KeyValue:
-    """Cached (tokens, heads, dim) tensors as keys and values (heads, tokens, dim)."""
+    """Return cached (tokens, heads, dim) tensors as keys and values, (heads, tokens, dim)."""
     key, value = cached
     if call.latent is not None:
         return _expand(call.latent, key[:, 0], value[:, 0])
@@ -177,7 +177,7 @@ def _as_attended(call: AttentionCall, cached: KeyValue) -> KeyValue:
 
 
 def _expand(latent: LatentProjection, compressed: torch.Tensor, rope: torch.Tensor) -> KeyValue:
-    """Latents (tokens, rank) and rotary keys (tokens, rope) as keys and values per head."""
+    """Expand latents (tokens, rank) and rotary keys (tokens, rope) to keys and values per head."""
     nope = torch.einsum("tr,hnr->htn", compressed, latent.key_up)
     key = torch.cat([nope, rope[None].expand(nope.shape[0], -1, -1)], dim=-1)
     return key, torch.einsum("tr,hvr->htv", compressed, latent.value_up)

@@ -1,4 +1,4 @@
-"""A thread that attends beside the computing, and the copies that bring it what it needs."""
+"""A thread that computes attention in parallel with the rest of a pass, and the copies that it needs."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import torch
 from flexgen.base.quantities import align_up
 from flexgen.devices.base import Device, Event
 
-MAX_JOBS = 8  # each holds the q, k and v of a micro-batch
+MAX_JOBS = 8  # each job holds the q, k and v of a micro-batch
 TENSOR_ALIGNMENT = 256
 
 
 class Worker:
-    """One thread that runs jobs in order; the first error is kept and raised by `drain`."""
+    """A thread that runs jobs in order; the first error is kept and raised by `drain`."""
 
     def __init__(self, name: str) -> None:
         self._jobs: queue.Queue[Callable[[], None] | None] = queue.Queue(maxsize=MAX_JOBS)
@@ -27,7 +27,7 @@ class Worker:
         self._thread.start()
 
     def submit(self, job: Callable[[], None]) -> None:
-        """Run a job after those before it; waits while too many do."""
+        """Queue a job after the earlier ones; wait while too many are queued."""
         self._jobs.put(job)
 
     def _work(self) -> None:
@@ -42,7 +42,7 @@ class Worker:
         self._jobs.task_done()
 
     def drain(self) -> None:
-        """Return once all jobs have run.  Raises what one of them raised."""
+        """Return once all jobs have run, and raise the first error among them."""
         self._jobs.join()
         if self.error is not None:
             raise self.error
@@ -54,13 +54,13 @@ class Worker:
 
 
 class BounceBuffers:
-    """Host memory that copies to and from a device pass through.  Thread-safe.
+    """Host memory through which copies to and from a device pass.  Thread-safe.
 
-    Buffers are used again, since memory that a link reaches fast is slow to get: there are as many as were ever in use
+    Buffers are reused, since memory that a link reaches fast is slow to allocate: there are as many as were ever in use
     at once.
 
     Args:
-        allocate: Makes a uint8 tensor of so many bytes.
+        allocate: A function that makes a uint8 tensor of a given number of bytes.
     """
 
     def __init__(self, allocate: Callable[[int], torch.Tensor]) -> None:
@@ -68,7 +68,7 @@ class BounceBuffers:
         self._spare: queue.SimpleQueue[torch.Tensor] = queue.SimpleQueue()
 
     def take(self, size_bytes: int) -> torch.Tensor:
-        """At least so many bytes; a spare buffer that is too small is replaced by one of the next power of two."""
+        """Return a buffer of at least this size; a spare one that is too small is replaced by one of the next power of two."""
         with contextlib.suppress(queue.Empty):
             if (spare := self._spare.get_nowait()).nbytes >= size_bytes:
                 return spare
@@ -80,12 +80,12 @@ class BounceBuffers:
 
 @dataclass(frozen=True, slots=True)
 class HostCopies:
-    """Tensors on their way to the host.
+    """Tensors that are being copied to the host.
 
     Attributes:
         tensors: The copies.
-        events: Their arrivals.
-        release: Gives back the memory of the copies.
+        events: The completion of each copy.
+        release: A function that gives back the memory of the copies.
     """
 
     tensors: Sequence[torch.Tensor]
@@ -94,7 +94,7 @@ class HostCopies:
 
     @contextlib.contextmanager
     def arrived(self) -> Iterator[Sequence[torch.Tensor]]:
-        """The copies once they are there; their memory is given back when the block ends."""
+        """Wait for the copies and lend them; their memory is freed when the block ends."""
         for event in self.events:
             event.wait()
         yield self.tensors
@@ -109,7 +109,7 @@ class Link:
         self._buffers = BounceBuffers(backend.allocate_host) if backend is not None else None
 
     def to_host(self, *tensors: torch.Tensor) -> HostCopies:
-        """Host copies of device tensors."""
+        """Start to copy device tensors to the host."""
         if self._backend is None or self._buffers is None or not tensors:
             return HostCopies(tensors)
         backend, buffers = self._backend, self._buffers
@@ -123,7 +123,7 @@ class Link:
         return HostCopies(copies, events, lambda: buffers.give_back(buffer))
 
     def to_device(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A device copy of a host tensor, complete on return."""
+        """Return a copy of a host tensor on the device, complete on return."""
         if self._backend is None or self._buffers is None:
             return tensor
         buffer = self._buffers.take(tensor.nbytes)
@@ -135,5 +135,5 @@ class Link:
 
 
 def _part(buffer: torch.Tensor, offset: int, like: torch.Tensor) -> torch.Tensor:
-    """Bytes of a buffer from `offset` on, as a tensor of the shape and dtype of another."""
+    """Return the bytes of a buffer from `offset` on, as a tensor of the shape and dtype of another."""
     return buffer[offset : offset + like.nbytes].view(like.dtype).view(like.shape)

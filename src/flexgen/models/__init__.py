@@ -1,1 +1,1 @@
-"""What is computed: transformers' models without weights, and where their parameters come from."""
+"""The computation of a model: transformers' models without weights, and where their parameters come from."""

@@ -1,4 +1,4 @@
-"""From a model folder to what the engine executes: the bound skeleton, its units, its KV and its ModelSpec.
+"""From a model folder to the parts that the engine executes: the bound skeleton, its units, its KV and its ModelSpec.
 
 Reads headers and configs, never weights.
 """
@@ -28,21 +28,21 @@ from flexgen.weights.unit import UnitLayout
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedModel:
-    """A model ready to be executed, without a byte of its weights.
+    """A model that is ready to be executed, without its weights.
 
     Attributes:
         bound: The skeleton with its hooks.
-        layouts: What streams, in the order of use.
+        layouts: The units that stream, in the order of use.
         residents: Small tensors and buffers that always live where computing happens, as one layout.
         tables: Embeddings whose rows are gathered.
         layers: The KV of each attention layer.
-        spec: The model for the planner.
+        spec: The model as numbers, for the planner.
         dtype: The dtype of computing.
-        kv_format: How keys and values are kept.
+        kv_format: The format of keys and values.
         total_bytes: Bytes of all stored tensors.
-        recompute_length: when a sequence has more tokens than this for the first time, its keys change and are computed anew.
-        rope_regime: length of a prompt -> what its keys depend on besides its tokens.
-        unused_bytes: stored parameters that text does not need, such as those of vision towers.
+        recompute_length: The length beyond which a sequence's keys change, so that they are computed anew; None if there is none.
+        rope_regime: A function from the length of a prompt to what its keys depend on besides its tokens.
+        unused_bytes: The bytes of stored parameters that text generation does not need, such as those of vision towers.
     """
 
     bound: BoundModel
@@ -65,14 +65,14 @@ def load_model(
     """Describe the model in `folder`.
 
     Args:
-        folder: holds its weights.
-        config: its transformers config.
-        dtype: to compute in.
-        unit_bytes: size of a unit; None chooses.
-        kv_format: how keys and values are kept; None for plain numbers of `dtype`.
+        folder: The folder of the weights.
+        config: The model's transformers config.
+        dtype: The dtype of computing.
+        unit_bytes: The approximate size of a unit; None for a default that depends on the model.
+        kv_format: The format of keys and values; None for plain numbers of `dtype`.
 
     Raises:
-        ModelError: when the architecture, the number format or the files cannot be served.
+        ModelError: The architecture, the number format or the files are not supported.
     """
     check_supported_number_format(config)
     check_supported_architecture(config)

@@ -1,7 +1,7 @@
 """Our attention function and Cache, as transformers' models call them.
 
-Responsible for understanding what a model passes (windows, chunks, caps, sinks, latents) and refusing what it does
-not understand.  Does not know pages or tiers: the coroutine it runs in attends.
+This module interprets what a model passes (windows, chunks, caps, sinks, latents) and refuses what it does not understand.
+It knows no pages and no tiers: the coroutine in which it runs computes the attention.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from flexgen.models.coroutine import current_forward
 from flexgen.models.head_maps import HEAD_MAPS
 from flexgen.passes.calls import AttentionCall, CacheUpdate, LatentProjection
 
-# Arguments that cannot change what a token attends to, or that we honour elsewhere.
+# Arguments that cannot change which tokens are attended to, or that are handled elsewhere.
 HARMLESS = frozenset(
     {
         "position_ids", "use_cache", "output_attentions", "output_hidden_states", "output_router_logits", "return_dict",
@@ -27,9 +27,9 @@ HARMLESS = frozenset(
 
 
 def register_attention(name: str) -> None:
-    """Make `name` an attention implementation of transformers (idempotent).
+    """Register `name` as an attention implementation of transformers (idempotent).
 
-    No mask function goes with it: for an unregistered name transformers builds no mask.
+    No mask function is registered with it: without one, transformers builds no mask.
     """
     AttentionInterface.register(name, attention_forward)
 
@@ -46,10 +46,10 @@ def attention_forward(
     s_aux: torch.Tensor | None = None,
     **arguments: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of packed queries over everything their sequences have stored; (1, tokens, heads, value_dim).
+    """Return the attention, (1, tokens, heads, value_dim), of packed queries over all stored tokens of their sequences.
 
     Raises:
-        UnsupportedModelError: on anything whose meaning is unknown.
+        UnsupportedModelError: An argument has an unknown meaning.
     """
     _refuse_unknown(module, attention_mask, arguments)
     forward = current_forward()
@@ -96,9 +96,9 @@ def _refuse_unknown(module: Any, attention_mask: torch.Tensor | None, arguments:
 
 
 def visible_tokens(module: Any, arguments: Mapping[str, Any]) -> tuple[int | None, int | None]:
-    """(window, chunk) of a layer: from the call if it says so, else from the config.
+    """Return the (window, chunk) of a layer: from the call if it passes a window, otherwise from the config.
 
-    The layer's place in `layer_types` is the module's own, whatever index its cache has.
+    The index in `layer_types` is the module's own, whatever index its cache has.
     """
     config = module.config
     layer_types = getattr(config, "layer_types", None)
@@ -113,12 +113,12 @@ def visible_tokens(module: Any, arguments: Mapping[str, Any]) -> tuple[int | Non
 
 
 def _update_of(updates: list[CacheUpdate], key: torch.Tensor, value: torch.Tensor) -> CacheUpdate | None:
-    """Whose keys and values these are: mostly the last layer's, an earlier one's where layers share them."""
+    """Return the update that stored these keys and values: usually the last layer's, or an earlier one's if layers share them."""
     return next((update for update in reversed(updates) if update.is_of(key, value)), None)
 
 
 def _latent_projection(module: Any, update: CacheUpdate) -> LatentProjection | None:
-    """The up-projection of a latent attention module (DeepSeek-V2/V3 and kin), split into keys and values."""
+    """Return the up-projection of a latent attention module (DeepSeek-V2/V3 and similar), split into keys and values; None for others."""
     projection = getattr(module, "kv_b_proj", None)
     if projection is None or update.key is None or update.key.shape[1] != 1 or update.key.shape[3] != projection.in_features:
         return None
@@ -129,9 +129,9 @@ def _latent_projection(module: Any, update: CacheUpdate) -> LatentProjection | N
 
 
 class PassCache(Cache):
-    """What a forward sees as `past_key_values`: new keys and values go to the coroutine, nothing comes back.
+    """The `past_key_values` of a forward: new keys and values go to the coroutine, and nothing is returned from storage.
 
-    Stateless: one instance serves every micro-batch.
+    It is stateless, so that one instance serves every micro-batch.
     """
 
     def __init__(self) -> None:
@@ -144,9 +144,11 @@ class PassCache(Cache):
         return key_states, value_states
 
     def get_seq_length(self, layer_idx: int | None = None) -> Any:
-        """Tokens stored before the forward's own: a number per token where a layer asks, since each has its own sequence.
+        """Return the number of tokens stored before those of the forward.
 
-        Without a layer the question is how long a mask or a range of positions must be: the forward's own tokens only.
+        If a layer asks, there is one number per token, since each token has its own sequence.
+
+        Without a layer it is 0: models use it for the length of a mask or of a range of positions, which covers the forward's own tokens.
         """
         if layer_idx is None:
             return 0

@@ -1,7 +1,7 @@
-"""The coroutine in which a micro-batch's forward pass runs, as the model code meets it.
+"""The coroutine in which a micro-batch's forward pass runs, as the model code sees it.
 
-Hooks, attention and experts ask the coroutine they run in: "I need unit u", "attend with these q, k, v".
-Knows nothing of schedules, rings or pages: subclasses (the sweep's, the tracer's) answer.
+Hooks, attention and experts make requests to the coroutine in which they run, such as "enter unit u" or "attend with these q, k, v".
+It knows no schedules, rings or pages: its subclasses (the sweep's and the tracer's) answer the requests.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ class ForwardCoroutine(greenlet.greenlet):
     """A forward pass that can be suspended inside the model's own code.
 
     Attributes:
-        position_ids: (1, tokens) of the running forward.
-        updates: what its layers have handed to the cache so far.
+        position_ids: The positions, (1, tokens), of the running forward.
+        updates: The updates that its layers have passed to the cache so far.
     """
 
     position_ids: torch.Tensor
@@ -32,33 +32,33 @@ class ForwardCoroutine(greenlet.greenlet):
         self.updates: list[CacheUpdate] = []
 
     def slices(self) -> Sequence[Slice]:
-        """What the micro-batch is made of, in order."""
+        """Return the slices of the micro-batch, in order."""
         raise NotImplementedError
 
     def enter_unit(self, unit: int) -> None:
-        """Return once the weights of `unit` are bound; units are entered in rising order."""
+        """Return once the weights of `unit` are bound; units are entered in ascending order."""
         raise NotImplementedError
 
     def attend(self, call: AttentionCall) -> torch.Tensor:
-        """Store what the call brings, and attend; returns (1, tokens, heads, value_dim)."""
+        """Store the call's new keys and values, and return its attention, (1, tokens, heads, value_dim)."""
         raise NotImplementedError
 
     def input_rows(self, module_name: str, token_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows (n, dim) of the embedding `module_name`, and `token_ids` renumbered to index them."""
+        """Return rows (n, dim) of the embedding `module_name`, and `token_ids` renumbered to index them."""
         raise NotImplementedError
 
     def update(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Remember what a layer hands to the cache, until its attention call."""
+        """Remember the keys and values that a layer passes to the cache, until its attention call."""
         if self.updates:
             self.updates[-1].let_go()
         self.updates.append(CacheUpdate(layer, key, value))
 
 
 def current_forward() -> ForwardCoroutine:
-    """The coroutine that runs the calling code.
+    """Return the coroutine in which the calling code runs.
 
     Raises:
-        EngineError: when model code runs outside of a coroutine.
+        EngineError: Model code runs outside of a coroutine.
     """
     coroutine = greenlet.getcurrent()
     if not isinstance(coroutine, ForwardCoroutine):

@@ -1,4 +1,4 @@
-"""A model as numbers, for the planner: of a model that is here, of headers that are elsewhere, or of a config alone."""
+"""Describes a model as numbers for the planner: a model on this machine, one known by its headers, or one known by its config alone."""
 
 from __future__ import annotations
 
@@ -20,36 +20,36 @@ from flexgen.passes.geometry import by_geometry
 from flexgen.plan.model import KVGroupSpec, ModelSpec, UnitSpec
 from flexgen.weights.unit import UnitLayout
 
-SHARD_BYTES = 5 * 10**9  # of most repositories' files
+SHARD_BYTES = 5 * 10**9  # the size of the files in most repositories
 
 
 def describe_headers(headers: Headers, config: Any, dtype: torch.dtype, *, name: str) -> ModelSpec:
-    """The model of these headers, also when its weights are in a published low-bit format, which the engine refuses.
+    """Describe the model of these headers, even if its weights are in a published low-bit format that the engine refuses.
 
     Args:
-        headers: of files that need not be here.
-        config: its transformers config; quantization_config says what format the weights are in.
-        dtype: to compute in.
-        name: of the repository.
+        headers: The headers of the weight files, which need not be on this machine.
+        config: The model's transformers config; its quantization_config states the format of the weights.
+        dtype: The dtype of computing.
+        name: The name of the repository.
 
     Raises:
-        ModelError: when the architecture, the number format or the headers are not understood.
+        ModelError: The architecture, the number format or the headers are not supported.
     """
     return model_spec(config, cut_model(config, dtype, headers), dtype, name=name, kv_format=PlainKV(dtype))
 
 
 def describe_config(config: Any, dtype: torch.dtype, *, stored: torch.dtype, name: str, shard_bytes: int = SHARD_BYTES) -> ModelSpec:
-    """The model of a config, as if somebody had saved it.
+    """Describe the model of a config as if `save_pretrained` had written it.
 
     Args:
-        config: as in `describe_headers`.
-        dtype: as in `describe_headers`.
-        stored: dtype of the plain weights in the files.
-        name: as in `describe_headers`.
-        shard_bytes: size of the files.
+        config: The model's transformers config; its quantization_config states the format of the weights.
+        dtype: The dtype of computing.
+        stored: The dtype of the plain weights in the files.
+        name: The name of the repository.
+        shard_bytes: The size of the files.
 
     Raises:
-        UnsupportedModelError: when the architecture or the number format is not understood.
+        UnsupportedModelError: The architecture or the number format is not supported.
     """
     check_supported_architecture(config)
     tensors = saved_tensors(meta_model(without_quantization(config), stored), stored)
@@ -59,10 +59,10 @@ def describe_config(config: Any, dtype: torch.dtype, *, stored: torch.dtype, nam
 
 
 def model_spec(config: Any, units: ModelUnits, dtype: torch.dtype, *, name: str, kv_format: KVFormat) -> ModelSpec:
-    """What the planner needs to know of a model that was cut into units.
+    """Return what the planner needs to know about a model that was cut into units.
 
     Raises:
-        UnsupportedModelError: when the config states no context length.
+        UnsupportedModelError: The config states no context length.
     """
     text = config.get_text_config(decoder=True)
     context = getattr(text, "max_position_embeddings", None)

@@ -1,6 +1,6 @@
-"""Our experts function: fused expert weights arrive group by group, each group is used as it arrives.
+"""Our experts function: fused expert weights arrive group by group, and each group is used as it arrives.
 
-Registered with transformers' ExpertsInterface; the arithmetic follows the eager loop of the decorated classes.
+It is registered with transformers' ExpertsInterface; the arithmetic follows the eager loop of the decorated classes.
 """
 
 from __future__ import annotations
@@ -15,20 +15,23 @@ from flexgen.models.parts import Part
 
 
 def register_experts(name: str) -> None:
-    """Make `name` an experts implementation of transformers (idempotent)."""
+    """Register `name` as an experts implementation of transformers (idempotent)."""
     from transformers.integrations.moe import ExpertsInterface
 
     ExpertsInterface.register(name, experts_forward)
 
 
 def experts_forward(module: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
-    """Weighted sum of the chosen experts' outputs.
+    """Return the weighted sum of the chosen experts' outputs.
 
     Args:
-        hidden_states: (tokens, hidden). top_k_index: int64 (tokens, k). top_k_weights: (tokens, k).
+        module: The experts module.
+        hidden_states: The inputs, (tokens, hidden).
+        top_k_index: The chosen experts of each token, int64 (tokens, k).
+        top_k_weights: Their weights, (tokens, k).
 
     Returns:
-        (tokens, hidden), dtype of `hidden_states`.
+        The sum, (tokens, hidden), in the dtype of `hidden_states`.
     """
     parts = getattr(module, "flexgen_parts", None)
     if parts is None:  # not split: the module's own hook has entered its unit
@@ -49,7 +52,7 @@ def _add_experts(
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
 ) -> torch.Tensor:
-    """Contribution of the experts first, first + 1, ... whose weights are the rows of `tensors`."""
+    """Add the outputs of the experts first, first + 1, ..., whose weights are the rows of `tensors`."""
     total = torch.zeros_like(hidden_states)
     num_experts = next(iter(tensors.values())).shape[0]
     inside = (top_k_index >= first) & (top_k_index < first + num_experts)
@@ -62,7 +65,7 @@ def _add_experts(
 
 
 def _by_expert(expert: torch.Tensor, num_experts: int) -> Iterator[tuple[int, torch.Tensor]]:
-    """(expert, which of the pairs are its own), given each pair's expert (pairs,)."""
+    """Yield each expert with a selection of its own pairs, given the expert of each pair, (pairs,)."""
     order = torch.argsort(expert, stable=True)
     counts = torch.bincount(expert, minlength=num_experts).tolist()
     for index, pairs in enumerate(order.split(counts)):
@@ -71,7 +74,7 @@ def _by_expert(expert: torch.Tensor, num_experts: int) -> Iterator[tuple[int, to
 
 
 def _one_expert(module: Any, tensors: dict[str, torch.Tensor], index: int, x: torch.Tensor) -> torch.Tensor:
-    """x: (rows, hidden) -> (rows, hidden)"""
+    """Return the output, (rows, hidden), of one expert for the inputs `x`, (rows, hidden)."""
     up = "gate_up_proj" if module.has_gate else "up_proj"
     hidden = _linear(module, tensors, up, index, x)
     hidden = module._apply_gate(hidden) if module.has_gate else module.act_fn(hidden)
@@ -86,15 +89,17 @@ def _linear(module: Any, tensors: dict[str, torch.Tensor], name: str, index: int
 
 
 def scored_experts_forward(module: Any, parts: Sequence[Part], hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Llama 4's mixture, whose scores multiply the inputs: each expert computes its own tokens only.
+    """Return the output of Llama 4's experts, whose scores multiply the inputs; each expert computes its own tokens only.
 
-    transformers gives every token to every expert, multiplied by zero where it was not chosen.
+    transformers passes every token to every expert, multiplied by zero where the expert was not chosen.
 
     Args:
-        module: a Llama4TextMoe. parts: ranges of its experts. hidden_states: (batch, tokens, hidden).
+        module: A Llama4TextMoe.
+        parts: Ranges of its experts.
+        hidden_states: The inputs, (batch, tokens, hidden).
 
     Returns:
-        (tokens, hidden), and the router's logits.
+        The output, (tokens, hidden), and the router's logits.
     """
     forward = current_forward()
     hidden = hidden_states.reshape(-1, module.hidden_dim)

@@ -1,7 +1,7 @@
 """Models that rearrange heads between cache and attention: how their calls become plain grouped-query attention.
 
-A map gets (query, key, value) as given and (key, value) as cached, all (1, heads, tokens, dim).  It returns None for a call
-that it does not know.
+A map receives (query, key, value) as passed to attention and (key, value) as cached, all (1, heads, tokens, dim).  It returns None
+for a call that it does not know.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ Tensor = torch.Tensor
 
 @dataclass(frozen=True, slots=True)
 class Mapped:
-    """A plain call, in which query head h attends to head h // groups of `key` and `value`, which are stored.
+    """A plain attention call, in which query head h attends to head h // groups of `key` and `value`, which are stored.
 
     Attributes:
         query: The queries.
         key: The keys to store.
         value: The values to store.
-        restore: Function from the result of that call, (1, tokens, heads, dim), to what the model expects.
+        restore: A function from the result of that call, (1, tokens, heads, dim), to the result that the model expects.
     """
 
     query: Tensor
@@ -32,7 +32,7 @@ class Mapped:
 
 
 def _tiled(query: Tensor, key: Tensor, value: Tensor, cached_key: Tensor, cached_value: Tensor) -> Mapped | None:
-    """Map JetMoe (arXiv:2404.07413): query head h attends to head h % kv_heads, so query heads are put in groups."""
+    """Map JetMoe (arXiv:2404.07413): query head h attends to head h % kv_heads, so the query heads are reordered into groups."""
     kv_heads, heads = cached_key.shape[1], query.shape[1]
     if key.shape[1] != heads or heads % kv_heads or cached_value.shape[1] != kv_heads:
         return None
@@ -48,7 +48,7 @@ def _tiled(query: Tensor, key: Tensor, value: Tensor, cached_key: Tensor, cached
 def _halved(query: Tensor, key: Tensor, value: Tensor, cached_key: Tensor, cached_value: Tensor) -> Mapped | None:
     """Map DiffLlama (arXiv:2410.05258): two calls, for the first and for the second half of the value heads, each tiled twice.
 
-    Both halves are stored beside each other under every key head, and each call takes its share of the result.
+    Both halves are stored side by side under every key head, and each call takes its part of the result.
     """
     if key is not cached_key or value.shape != cached_value.shape or cached_value.shape[1] % 2:
         return None

@@ -1,4 +1,4 @@
-"""How a module's parameters are divided into units: the module that is cut, and the rows of it that one unit brings."""
+"""The division of parameters into units: the module that is cut, and the rows of it that one unit brings."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ class ParameterUse:
     """A module whose parameters stream, and how a forward uses them.
 
     Attributes:
-        module: its name in the tree.
-        parameters: own names of the parameters that stream.
-        decoded_bytes: of all of them, in the dtype that is computed in.
-        kind: how they may be cut: "whole" (not at all), "linear" (by output rows), "experts" (by ranges of experts) or
+        module: The name of the module in the model.
+        parameters: The names, within the module, of the parameters that stream.
+        decoded_bytes: The bytes of all these parameters in the dtype of computing.
+        kind: How the parameters may be cut: "whole" (not at all), "linear" (by output rows), "experts" (by ranges of experts) or
             "scored_experts" (Llama 4's, by ranges of experts).
-        rows: along dim 0 of every parameter.
-        flops_per_token: of a token that passes through the module.
-        head: whether it is the output head.
-        entered_with: the module whose forward needs them: mostly the same, else one that reads them from outside.
+        rows: The size of dimension 0 of every parameter.
+        flops_per_token: The FLOPs of one token that passes through the module.
+        head: Whether the module is the output head.
+        entered_with: The name of the module whose forward needs the parameters: usually `module`, otherwise one that reads them from
+            outside.
     """
 
     module: str
@@ -38,11 +39,11 @@ class Part:
     """Rows of a module's parameters that belong to one unit.
 
     Attributes:
-        use: the module.
-        unit: index of the unit.
-        start: the first row along dim 0.
-        stop: the row after the last one.
-        tensors: own parameter name -> bound rows; empty while the unit is not open.
+        use: The module and how it is used.
+        unit: The index of the unit.
+        start: The first row along dimension 0.
+        stop: The row after the last one.
+        tensors: The bound rows by parameter name within the module; empty while the unit is not open.
     """
 
     use: ParameterUse
@@ -53,5 +54,5 @@ class Part:
 
     @property
     def is_whole(self) -> bool:
-        """Whether these are all rows of the module."""
+        """Whether the part contains all rows of the module."""
         return (self.start, self.stop) == (0, self.use.rows)

@@ -1,6 +1,6 @@
-"""Models that are refused because of their config, before anything is built or read.
+"""Refuses models because of their config, before anything is built or read.
 
-Other reasons show only in the forward (masks, unknown arguments, attention that is not causal); the trace refuses those.
+Other reasons appear only in the forward (masks, unknown arguments, attention that is not causal), and are refused by the trace.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Rotary frequencies that depend on a sequence's length: chosen per sequence, never by its neighbours.
+"""Rotary frequencies that depend on a sequence's length, chosen for each sequence independently of its neighbours.
 
 transformers takes the largest position of the whole call as the length (LongRoPE, dynamic NTK).  In a packed
-micro-batch that would be another sequence's, so the rotary module is called for each stretch of equal length.
+micro-batch that could be another sequence's, so the rotary module is called once for each run of tokens of equal length.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from flexgen.passes.plan import Slice
 
 RECOMPUTING = frozenset({"phi3", "phi4_multimodal", "phimoe"})
 
-Run = tuple[int, int]  # (tokens, length of the sequence that transformers would see)
+Run = tuple[int, int]  # (tokens, the sequence length that transformers would see)
 
 
 def recompute_length(config: Any) -> int | None:
@@ -32,9 +32,9 @@ def recompute_length(config: Any) -> int | None:
 
 
 def rope_regime(config: Any) -> Callable[[int], Hashable]:
-    """Return a function that names the rotary frequencies of a prompt of some length.
+    """Return a function from the length of a prompt to a key of the rotary frequencies.
 
-    Where the names are equal, equal tokens have equal keys.
+    Where these keys are equal, equal tokens have equal attention keys.
     """
     text = config.get_text_config(decoder=True)
     parameters = getattr(text, "rope_parameters", None)
@@ -54,7 +54,7 @@ def _types(parameters: Any) -> set[str]:
 
 
 def check_factors(model: nn.Module) -> None:
-    """Refuse lists of factors that are not as long as the frequencies that they scale; a single number would silently scale all.
+    """Refuse lists of factors that differ in length from the frequencies they scale; a single number would silently scale all.
 
     Raises:
         CheckpointError: The lengths differ; the message names both.
@@ -90,7 +90,7 @@ def isolate_sequences(model: nn.Module, *, recomputes: bool) -> None:
 def _by_sequence(
     module: Any, forward: Callable[..., Any], recomputes: bool, x: torch.Tensor, position_ids: torch.Tensor, *args: Any, **kwargs: Any
 ) -> Any:
-    """Call the module's forward on each stretch of tokens, with the last position of their sequence appended as the longest."""
+    """Call the module's forward on each run of tokens, with the last position of their sequence appended as the longest."""
     parts, row = [], 0
     for count, length in _merged(_runs(current_forward().slices(), recomputes), module):
         last = position_ids.new_full((1, 1), length - 1)
@@ -103,7 +103,7 @@ def _by_sequence(
 
 
 def _runs(slices: Sequence[Slice], recomputes: bool) -> Iterator[Run]:
-    """Yield stretches of tokens with their length: a prompt has its own, a generated token the one that it gave the sequence."""
+    """Yield runs of tokens with their length: a prompt has its own, a generated token that of the sequence up to it."""
     for each in slices:
         if recomputes:
             yield each.length, each.total
@@ -115,7 +115,7 @@ def _runs(slices: Sequence[Slice], recomputes: bool) -> Iterator[Run]:
 
 
 def _merged(runs: Iterator[Run], module: Any) -> Iterator[Run]:
-    """Join neighbouring stretches that get the same frequencies."""
+    """Merge adjacent runs that get the same frequencies."""
     thresholds = _thresholds(module.config.rope_parameters, module.original_max_seq_len)
     dynamic = "dynamic" in str(module.rope_type)
     for _, group in groupby(runs, key=lambda run: _frequencies(thresholds, dynamic, run[1])):
@@ -124,18 +124,18 @@ def _merged(runs: Iterator[Run], module: Any) -> Iterator[Run]:
 
 
 def _frequencies(thresholds: Sequence[int], dynamic: bool, length: int) -> Hashable:
-    """Name the frequencies of a length: LongRoPE has two sets, dynamic NTK one per length above the threshold."""
+    """Return a key of the frequencies for a length: LongRoPE has two sets, dynamic NTK one per length above the threshold."""
     return max(length, min(thresholds)) if dynamic else tuple(length > each for each in thresholds)
 
 
 def _thresholds(parameters: Any, context: int) -> list[int]:
-    """Return the lengths up to which frequencies do not change; `context` where the parameters name none."""
+    """Return the lengths up to which frequencies do not change; `context` if the parameters state none."""
     nested = [parameters] if "rope_type" in parameters else list(parameters.values())
     return [each.get("original_max_position_embeddings") or context for each in nested]
 
 
 def _forget_lengths(module: Any) -> None:
-    """Undo what dynamic NTK remembers of earlier calls."""
+    """Reset the state that dynamic NTK keeps from earlier calls."""
     if "dynamic" not in str(module.rope_type):
         return
     for name in [name for name in vars(module) if name.endswith("max_seq_len_cached")]:

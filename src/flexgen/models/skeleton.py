@@ -1,7 +1,7 @@
 """A transformers model on the meta device, and the hooks that suspend its forward where weights are needed.
 
-Responsible for building the module tree without weights and for binding arrived tensors to it.
-Does not know where bytes come from (weights/) nor who runs the coroutines (engine/).
+This module builds the model without weights and binds tensors to it as they arrive.
+It knows neither where bytes come from (weights/) nor who runs the coroutines (engine/).
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ IMPLEMENTATION = "flexgen"
 
 
 def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype, room: Room) -> PreTrainedModel:
-    """The causal language model of `config`: parameters on meta, buffers real, attention and experts ours.
+    """Return the causal language model of `config` with parameters on the meta device, real buffers, and our attention and experts.
 
     Raises:
-        UnsupportedModelError: when transformers has no such causal model, or it takes no attention function.
-        CheckpointError: when it has no room.
+        UnsupportedModelError: transformers has no such causal model, or the model does not accept an attention function.
+        CheckpointError: The model is larger than `room` allows.
     """
     from transformers import AutoModelForCausalLM
 
@@ -59,14 +59,14 @@ def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype, room: Room) -> 
 
 
 class BoundModel:
-    """A skeleton with its hooks installed: units are bound to it and unbound from it.
+    """A skeleton with its hooks installed, to which units are bound and from which they are unbound.
 
     Not thread-safe: bind, unbind and the forwards run on one thread.
 
     Args:
-        model: a fresh skeleton.
-        units: the parts that each unit brings.
-        gathered: names of the embeddings whose rows are looked up as they are needed.
+        model: A fresh skeleton.
+        units: The parts of each unit.
+        gathered: The names of the embeddings whose rows are gathered as they are needed.
     """
 
     def __init__(self, model: PreTrainedModel, units: Iterable[Sequence[Part]], gathered: Sequence[str]) -> None:
@@ -86,7 +86,7 @@ class BoundModel:
             module.register_forward_pre_hook(functools.partial(_gather_rows, name))
 
     def _install(self, parts: Sequence[Part]) -> None:
-        """The hook of one module, which is entered as its parts arrive."""
+        """Install the hook of one module, which is entered as its parts arrive."""
         use = parts[0].use
         module: Any = self._modules[use.module]
         if len(parts) == 1 and use.kind != "scored_experts":
@@ -111,21 +111,21 @@ class BoundModel:
             raise EngineError(f"modules of kind {use.kind!r} cannot be cut")
 
     def bind(self, unit: int, module: str, parameter: str, tensor: torch.Tensor) -> None:
-        """Make `tensor` the unit's rows of `module.parameter`."""
+        """Bind `tensor` as the unit's rows of `module.parameter`."""
         if (part := self._parts.get((unit, module, parameter))) is not None:
             part.tensors[parameter] = tensor
         else:
             self._modules[module]._parameters[parameter] = nn.Parameter(tensor, requires_grad=False)
 
     def unbind(self, unit: int, module: str, parameter: str) -> None:
-        """Forget the rows: a use after this fails instead of reading released bytes."""
+        """Unbind the rows, so that a later use fails instead of reading released bytes."""
         if (part := self._parts.get((unit, module, parameter))) is not None:
             del part.tensors[parameter]
         else:
             self._modules[module]._parameters[parameter] = self._placeholders[module, parameter]
 
     def bind_resident(self, module: str, parameter: str, tensor: torch.Tensor) -> None:
-        """Bind a small parameter or a persistent buffer for good."""
+        """Bind a small parameter or a persistent buffer permanently."""
         owner = self._modules[module]
         if parameter in owner._buffers:
             owner._buffers[parameter] = tensor
@@ -133,7 +133,7 @@ class BoundModel:
             owner._parameters[parameter] = nn.Parameter(tensor, requires_grad=False)
 
     def move_buffers(self, device: torch.device) -> None:
-        """Buffers (rotary frequencies, masks) go where the computing is, and so does what embeddings hold before the first rows."""
+        """Move buffers (rotary frequencies, masks), and the placeholders of embeddings before their first rows, to the computing device."""
         for name in self._gathered:
             weight = self._modules[name]._parameters["weight"]
             assert weight is not None
@@ -144,11 +144,12 @@ class BoundModel:
                     module._buffers[name] = buffer.to(device)
 
     def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor, sampled: torch.Tensor, cache: Any) -> torch.Tensor:
-        """Logits (sampled, vocab) of a packed micro-batch; runs inside a ForwardCoroutine.
+        """Return the logits, (sampled, vocab), of a packed micro-batch; this must be called inside a ForwardCoroutine.
 
         Args:
-            input_ids, position_ids: int64 (1, tokens).
-            sampled: int64, the positions within the micro-batch whose logits are wanted.
+            input_ids: The token ids, int64 (1, tokens).
+            position_ids: The positions of the tokens in their sequences, int64 (1, tokens).
+            sampled: The positions within the micro-batch whose logits are wanted, int64.
         """
         current_forward().position_ids = position_ids
         output = self.model(input_ids=input_ids, position_ids=position_ids, past_key_values=cache, use_cache=True, logits_to_keep=sampled)
@@ -156,7 +157,7 @@ class BoundModel:
 
 
 def _split_linear(module: Any, parts: Sequence[Part], x: torch.Tensor) -> torch.Tensor:
-    """A linear layer whose output rows arrive as several units."""
+    """Compute a linear layer whose output rows arrive as several units."""
     forward = current_forward()
     out = x.new_empty(*x.shape[:-1], module.out_features)
     for part in parts:
@@ -166,7 +167,7 @@ def _split_linear(module: Any, parts: Sequence[Part], x: torch.Tensor) -> torch.
 
 
 def _gather_rows(name: str, module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    """Bind just the rows that this micro-batch looks up, and renumber its ids to match."""
+    """Bind only the rows that this micro-batch looks up, and renumber its ids to match."""
     rows, renumbered = current_forward().input_rows(name, args[0])
     module._parameters["weight"] = nn.Parameter(rows, requires_grad=False)
     return (renumbered, *args[1:])

@@ -1,7 +1,6 @@
-"""What a forward does: one traced pass of the skeleton gives the order in which parameters are used, every attention
-call and every cache entry.
+"""Traces one forward pass of the skeleton: the order in which parameters are used, every attention call and every cache entry.
 
-The trace computes nothing: parameters are zeros without memory, linear layers return zeros.
+The trace computes nothing: parameters are zeros without memory, and linear layers return zeros.
 """
 
 from __future__ import annotations
@@ -22,21 +21,22 @@ from flexgen.passes.calls import AttentionCall
 from flexgen.passes.geometry import LayerKV
 from flexgen.passes.plan import Slice
 
-TRACE_IDS = (7, 5)  # falling, so that they cannot be taken for positions
+TRACE_IDS = (7, 5)  # descending, so that they cannot be mistaken for positions
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelTrace:
-    """Raw findings of the trace.
+    """The findings of a trace.
 
     Attributes:
-        order: modules with matrices, in the order of their first use.
-        read_by: those of them whose matrices another module reads before they are entered, if ever -> that module.
-        revisited: those of them that are used again after others (they cannot stream).
-        entered: all modules whose forward ran. used: these, and those whose parameters were read.
-        embeddings: embedding modules that look input ids up.
-        layers: KV by layer index.
-        experts_per_token: experts module -> (k, num_experts).
+        order: The modules with matrices, in the order of their first use.
+        read_by: For each of these modules whose matrices another module reads before it is entered, that other module.
+        revisited: The modules that are used again after others, so that they cannot stream.
+        entered: All modules whose forward ran.
+        used: The entered modules and those whose parameters were read.
+        embeddings: The embedding modules that look input ids up.
+        layers: The KV of each layer, by layer index.
+        experts_per_token: For each experts module, (k, num_experts).
     """
 
     order: tuple[str, ...]
@@ -50,7 +50,7 @@ class ModelTrace:
 
 
 class _Tracer(ForwardCoroutine):
-    """Answers the model's questions with zeros and writes down what was asked."""
+    """Answers the model's requests with zeros and records them."""
 
     def __init__(self, run: Any) -> None:
         super().__init__(run)
@@ -81,7 +81,7 @@ def _flops_per_pair(call: AttentionCall) -> float:
 
 
 class _Usage:
-    """Who is running, and whose parameters are used when: hooks and a torch function mode write here."""
+    """A record of the running modules and of when each module's parameters are used, written by hooks and a torch function mode."""
 
     def __init__(self, ids: torch.Tensor) -> None:
         self._ids = ids
@@ -117,9 +117,9 @@ class _Usage:
             self._uses.append((owner, self._running[-1]))
 
     def order(self) -> tuple[list[str], dict[str, str]]:
-        """Owners of matrices in the order of use, again for each later use; and who reads those that are read before any entry.
+        """Return the owners of matrices in the order of use, with repeated uses, and the readers of those read before they are entered.
 
-        What is read from outside must be there when its reader begins.
+        Parameters that are read from outside must be present when their reader begins.
         """
         read_by: dict[str, str] = {}
         for name, reader in self._uses:
@@ -137,14 +137,14 @@ class _Usage:
 
 
 class _ParameterReads(TorchFunctionMode):
-    """Tells a usage about every parameter that an operation takes."""
+    """Reports every parameter that an operation takes to a `_Usage`."""
 
     def __init__(self, usage: _Usage) -> None:
         super().__init__()
         self._usage = usage
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
-        if getattr(func, "__name__", "") != "__get__":  # asking for a dtype or a shape is no use
+        if getattr(func, "__name__", "") != "__get__":  # reading a dtype or a shape does not count as use
             for arg in (*args, *(kwargs or {}).values()):
                 for each in arg if isinstance(arg, (list, tuple)) else (arg,):
                     self._usage.read(each)
@@ -152,13 +152,13 @@ class _ParameterReads(TorchFunctionMode):
 
 
 def trace_model(model: Any) -> ModelTrace:
-    """Run one forward without weights and write down what it used.
+    """Run one forward without weights and record what it used.
 
     Args:
-        model: a fresh skeleton (build_skeleton); left as it was.
+        model: A fresh skeleton (build_skeleton); it is left unchanged.
 
     Raises:
-        UnsupportedModelError: when the forward needs what the engine does not offer.
+        UnsupportedModelError: The forward needs something that the engine does not offer.
     """
     ids = torch.tensor([TRACE_IDS])
     usage = _Usage(ids)
@@ -198,7 +198,7 @@ def trace_model(model: Any) -> ModelTrace:
 
 
 def _fake_modules(model: nn.Module, usage: _Usage) -> Iterator[Callable[[], Any]]:
-    """Make every parameter zeros without memory and every large product free; yields what undoes it."""
+    """Make every parameter zeros without memory and every large product free; yield functions that undo this."""
     for name, module in model.named_modules():
         pre_hook = lambda module, args, name=name: usage.enter(name, module, args)  # noqa: E731
         yield module.register_forward_pre_hook(pre_hook, prepend=True).remove
@@ -217,7 +217,7 @@ def _fake_modules(model: nn.Module, usage: _Usage) -> Iterator[Callable[[], Any]
 
 
 def _fake_forward(name: str, module: Any, top_k: Any, experts: dict[str, tuple[int, int]]) -> Any:
-    """A forward of the right shape that costs nothing, or None where the real one is cheap."""
+    """Return a forward of the right output shape that costs nothing, or None if the real one is cheap."""
     if type(module) is nn.Linear:
         return lambda x: x.new_zeros(*x.shape[:-1], module.out_features)
     if is_experts(module):
@@ -238,10 +238,10 @@ def _fake_forward(name: str, module: Any, top_k: Any, experts: dict[str, tuple[i
 
 
 def is_experts(module: nn.Module) -> bool:
-    """Whether transformers dispatches this module's forward to our experts function."""
+    """Return whether transformers dispatches this module's forward to our experts function."""
     return all(hasattr(module, name) for name in ("has_gate", "has_bias", "is_transposed", "num_experts", "_apply_gate"))
 
 
 def is_scored_experts(module: nn.Module) -> bool:
-    """Whether these are Llama 4's experts, which transformers does not dispatch."""
+    """Return whether these are Llama 4's experts, which transformers does not dispatch."""
     return type(module).__name__ == "Llama4TextExperts"

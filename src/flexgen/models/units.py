@@ -1,4 +1,4 @@
-"""A traced model, cut into units: what streams, what stays in memory, what is gathered row by row, and where their bytes are.
+"""Cuts a traced model into units: what streams, what stays in memory, what is gathered row by row, and where their bytes are.
 
 Reads headers, never weights; knows no tiers and no budgets.
 """
@@ -32,18 +32,18 @@ SMALLEST_UNIT_BYTES = 8 * MIB
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelUnits:
-    """A model, cut into units.
+    """A model that is cut into units.
 
     Attributes:
-        model: the skeleton.
-        trace: what its forward does.
-        sources: where its parameters are stored.
-        number_format: what they are stored in, as in ModelSpec.
-        parts: what streams: the parts of each unit, in the order of use.
-        layouts: the same units as bytes.
-        residents: what stays where computing happens: vectors (norms, biases), position tables, buffers.
-        tables: embeddings whose rows are gathered.
-        unused_bytes: stored parameters that text does not need, such as those of vision towers.
+        model: The skeleton.
+        trace: The findings of the trace.
+        sources: The stored bytes of its parameters.
+        number_format: The format in which the parameters are stored, as in ModelSpec.
+        parts: For each unit that streams, its parts, in the order of use.
+        layouts: The same units as bytes.
+        residents: The tensors that stay where computing happens: vectors (norms, biases), position tables and buffers.
+        tables: The embeddings whose rows are gathered.
+        unused_bytes: The bytes of stored parameters that text generation does not need, such as those of vision towers.
     """
 
     model: Any
@@ -58,19 +58,19 @@ class ModelUnits:
 
 
 def cut_model(config: Any, dtype: torch.dtype, headers: Headers, unit_bytes: int | None = None) -> ModelUnits:
-    """Trace the model of a config, and cut it into units.
+    """Trace the model of a config and cut it into units.
 
-    The config is compared with the headers before anything as large as it says is made.
+    The config is compared with the headers before anything of the size that it states is allocated.
 
     Args:
-        config: its transformers config; quantization_config says what format the weights are in.
-        dtype: to compute in.
-        headers: of its weights, as stored.
-        unit_bytes: about the size of a unit; None chooses.
+        config: The model's transformers config; its quantization_config states the format of the weights.
+        dtype: The dtype of computing.
+        headers: The headers of the weights, as stored.
+        unit_bytes: The approximate size of a unit; None for a default that depends on the model.
 
     Raises:
-        UnsupportedModelError: when the engine would compute the model wrongly, or not at all, or the number format is not known.
-        CheckpointError: when the headers are not those of this model.
+        UnsupportedModelError: The engine does not support the model, or the number format is not known.
+        CheckpointError: The headers do not match the model.
     """
     headers = headers.decoded(stated_format(config), dtype)
     check_supported_architecture(config)
@@ -100,22 +100,26 @@ def cut_model(config: Any, dtype: torch.dtype, headers: Headers, unit_bytes: int
 
 
 def default_unit_bytes(weight_bytes: int) -> int:
-    """1 % of the weights within [8 MiB, 1 GiB]; small models are still cut into a few dozen units."""
+    """Return 1 % of the weights, within [8 MiB, 1 GiB]; small models are still cut into a few dozen units."""
     return max(min(weight_bytes // 100, GIB), min(SMALLEST_UNIT_BYTES, weight_bytes // 24), 1)
 
 
-# ---------------------------------------------------------------------- what streams
+# ---------------------------------------------------------------------- the parts that stream
 
 
 def streamed_uses(
     model: Any, trace: ModelTrace, itemsize: int, gathered: frozenset[str], sliceable: Callable[[str], bool]
 ) -> list[ParameterUse]:
-    """Modules whose parameters stream, in the order of use.
+    """Return the modules whose parameters stream, in the order of use.
 
-    Vectors (norms, biases) stay resident, and so do position tables and what a forward comes back to.
+    Vectors (norms, biases) stay resident, and so do position tables and modules that a forward returns to.
 
     Args:
-        sliceable: whether rows of a parameter (state-dict name) can be read apart.
+        model: The skeleton.
+        trace: The findings of the trace.
+        itemsize: The bytes of a number in the dtype of computing.
+        gathered: The names of the embeddings whose rows are gathered.
+        sliceable: A function that returns whether rows of a parameter (by its name in the state dict) can be read separately.
     """
     modules = dict(model.named_modules())
     output_embeddings = model.get_output_embeddings()
@@ -144,17 +148,17 @@ def streamed_uses(
 
 
 def _kind(name: str, module: nn.Module) -> str:
-    """How a module whose rows can be read apart may be cut (see ParameterUse)."""
+    """Return how a module whose rows can be read separately may be cut (see ParameterUse)."""
     if is_experts(module):
         return "experts"
     if is_scored_experts(module):
         return "scored_experts"
-    needed_whole = name.endswith(".kv_b_proj")  # by attention on latents
+    needed_whole = name.endswith(".kv_b_proj")  # attention on latents needs it whole
     return "linear" if type(module) is nn.Linear and not needed_whole else "whole"
 
 
 def cut_units(uses: Sequence[ParameterUse], unit_bytes: int) -> list[list[Part]]:
-    """Consecutive modules share a unit up to `unit_bytes`; larger ones are cut by rows or by experts.
+    """Divide modules into units: consecutive modules share one of up to `unit_bytes`, and larger modules are cut by rows or by experts.
 
     A unit stays within one decoder layer, and never mixes the head with anything else.
     """
@@ -173,7 +177,7 @@ def cut_units(uses: Sequence[ParameterUse], unit_bytes: int) -> list[list[Part]]
 
 
 def _bounds(use: ParameterUse, unit_bytes: int) -> list[int]:
-    """Where a module is cut: about evenly, a linear layer at multiples of what matrix products like."""
+    """Return the rows at which a module is cut: about evenly, a linear layer at multiples that suit matrix products."""
     if use.kind == "whole":
         return [0, use.rows]
     most = max(unit_bytes * use.rows // use.decoded_bytes, 1)
@@ -184,16 +188,16 @@ def _bounds(use: ParameterUse, unit_bytes: int) -> list[int]:
 
 
 def _layer_of(module: str) -> str | None:
-    """The decoder layer's number, as the first number in a module's name."""
+    """Return the decoder layer's number, which is the first number in a module's name; None if there is none."""
     match = re.search(r"\.(\d+)\.", f".{module}.")
     return match[1] if match else None
 
 
-# ---------------------------------------------------------------------- where its bytes are
+# ---------------------------------------------------------------------- their bytes
 
 
 class _Wanted:
-    """The tensors that units bring: where each is stored, and the dtype that it is computed in."""
+    """The tensors that units bring: where each is stored, and its dtype once decoded."""
 
     def __init__(self, model: Any, sources: ModelSources, dtype: torch.dtype) -> None:
         self._sources, self._dtype, self._fp32 = sources, dtype, _fp32_patterns(model, dtype)
@@ -201,19 +205,19 @@ class _Wanted:
         self._parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
 
     def dtype(self, name: str) -> torch.dtype:
-        """Of a parameter or buffer, by its name in the state dict."""
+        """Return the dtype of a parameter or buffer, by its name in the state dict."""
         if name in self._buffers:
             return self._buffers[name].dtype
         return torch.float32 if any(pattern.search(name) for pattern in self._fp32) else self._dtype
 
     def tensor(self, name: str, rows: tuple[int, int] | None = None) -> WantedTensor:
-        """One parameter or buffer, or some of its rows."""
+        """Return one parameter or buffer, or some of its rows."""
         module, _, parameter = name.rpartition(".")
         source = self._sources[name] if rows is None else self._sources[name].rows(*rows)
         return WantedTensor(module=module, parameter=parameter, source=source, dtype=self.dtype(name))
 
     def residents(self, placed: set[str]) -> UnitLayout:
-        """Everything that the model has and that is not placed elsewhere."""
+        """Return the layout of all tensors of the model that are not placed elsewhere."""
         known = (self._parameters | self._buffers.keys()) & set(self._sources.names())
         return UnitLayout.of(-1, "resident", [self.tensor(name) for name in sorted(known - placed)])
 
@@ -230,7 +234,7 @@ def _layout(parts: Sequence[Part], wanted: _Wanted) -> UnitLayout:
 
 
 def _fp32_patterns(model: Any, dtype: torch.dtype) -> list[re.Pattern[str]]:
-    """Modules that transformers keeps in float32 whatever the dtype."""
+    """Return patterns of the modules that transformers keeps in float32 whatever the dtype."""
     names: set[str] = set()
     if dtype in (torch.float16, torch.bfloat16):
         names |= set(model._keep_in_fp32_modules_strict or ())
@@ -240,7 +244,7 @@ def _fp32_patterns(model: Any, dtype: torch.dtype) -> list[re.Pattern[str]]:
 
 
 def _row_tables(trace: ModelTrace, sources: ModelSources, dtype: Callable[[str], torch.dtype]) -> tuple[RowTable, ...]:
-    """Embeddings of input ids, where their rows can be read one by one."""
+    """Return the embeddings of input ids whose rows can be read one by one."""
     weights = {name: f"{name}.weight" for name in sorted(trace.embeddings)}
     return tuple(
         RowTable(module=name, source=sources[weight], dtype=dtype(weight))
@@ -250,7 +254,10 @@ def _row_tables(trace: ModelTrace, sources: ModelSources, dtype: Callable[[str],
 
 
 def _unused(model: Any, sources: ModelSources, trace: ModelTrace) -> set[str]:
-    """Stored parameters of modules that the trace did not use, and buffers of what it never came near."""
+    """Return the names of stored parameters and buffers that the trace did not use.
+
+    A parameter is used if its module is; a buffer is used if its module, or the parent of its module, was entered.
+    """
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
 
     def is_used(name: str) -> bool:

@@ -1,1 +1,1 @@
-"""The plain values of one pass, which the engine, the models and the KV cache hand to each other."""
+"""The plain values of one pass, which the engine, the models and the KV cache exchange."""

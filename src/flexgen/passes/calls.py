@@ -1,4 +1,4 @@
-"""What a model's forward hands over: attention calls, cache updates, and the spans of tokens that it computes."""
+"""The values that a model's forward passes on: attention calls, cache updates, and the spans of tokens that it computes."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ KeyValue = tuple[torch.Tensor, torch.Tensor]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LatentProjection:
-    """How cached latents relate to keys and values in multi-head latent attention.
+    """The relation of cached latents to keys and values in multi-head latent attention.
 
     Attributes:
-        key_up: (heads, nope_dim, rank), from a latent to the part of each key that has no position.
-        value_up: (heads, value_dim, rank), from a latent to each value.
+        key_up: The projection from a latent to the part of each key without a position, (heads, nope_dim, rank).
+        value_up: The projection from a latent to each value, (heads, value_dim, rank).
     """
 
     key_up: torch.Tensor
@@ -30,17 +30,17 @@ class AttentionCall:
     """One call of the attention function, with the meaning of its arguments made explicit.
 
     Attributes:
-        layer: Index of the layer whose KV is attended to.
-        query: (1, heads, tokens, key_dim).
-        key: (1, kv_heads, tokens, key_dim), of this micro-batch's own tokens.
-        value: (1, kv_heads, tokens, value_dim), of this micro-batch's own tokens.
-        new: Keys and values to store first, as they are cached; None when an earlier call has brought them.
-        scaling: Factor of the scores.
-        softcap: Limit of the scores, applied by tanh; None for none.
-        sinks: (heads,) logits that take a share of the softmax; None for none.
-        window: Tokens that a query sees, itself included; None for all.
-        chunk: Size of the aligned chunks within which tokens attend; None for no chunks.
-        latent: Set when the cache holds latents instead of `key` and `value`.
+        layer: The index of the layer whose KV is attended to.
+        query: The queries, (1, heads, tokens, key_dim).
+        key: The keys of this micro-batch's own tokens, (1, kv_heads, tokens, key_dim).
+        value: The values of this micro-batch's own tokens, (1, kv_heads, tokens, value_dim).
+        new: The keys and values to store first, as they are cached; None if an earlier call has passed them.
+        scaling: The factor of the scores.
+        softcap: The limit of the scores, applied by tanh; None for no limit.
+        sinks: Logits, (heads,), that take a share of the softmax; None for no sinks.
+        window: The number of tokens that a query sees, itself included; None for all.
+        chunk: The size of the aligned chunks within which tokens attend; None for no chunks.
+        latent: The projection of the latents, if the cache holds latents instead of `key` and `value`; None otherwise.
     """
 
     layer: int
@@ -57,7 +57,7 @@ class AttentionCall:
 
     @property
     def geometry(self) -> KVGeometry:
-        """What a call that brings new keys and values says about its layer's cache."""
+        """The geometry of the layer's cache, according to a call that passes new keys and values."""
         assert self.new is not None
         key, value = self.new
         return KVGeometry(
@@ -66,20 +66,20 @@ class AttentionCall:
         )  # fmt: skip
 
     def new_output(self) -> torch.Tensor:
-        """Memory for the result: (1, tokens, heads, value_dim)."""
+        """Return uninitialized memory for the result, (1, tokens, heads, value_dim)."""
         return self.query.new_empty(1, self.query.shape[2], self.query.shape[1], self.value.shape[3])
 
 
 class CacheUpdate:
-    """Keys and values (1, heads, tokens, dim) that a layer has handed to the cache.
+    """Keys and values, (1, heads, tokens, dim), that a layer has passed to the cache.
 
-    They are held until they are attended to; afterwards they are recognized for as long as the model itself holds them.
+    They are held until they are attended to; afterwards they can be recognized for as long as the model itself holds them.
 
     Attributes:
         layer: The index under which the model stores them.
-        key: The keys; None once let go.
-        value: The values; None once let go.
-        stored: Whether an attention call has taken them to be stored.
+        key: The keys; None once they are no longer held.
+        value: The values; None once they are no longer held.
+        stored: Whether an attention call has taken the tensors to store them.
     """
 
     def __init__(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
@@ -89,14 +89,14 @@ class CacheUpdate:
         self._known = weakref.ref(key), weakref.ref(value)
 
     def is_of(self, key: torch.Tensor, value: torch.Tensor) -> bool:
-        """Whether these are the very tensors that the model got back."""
+        """Return whether these are the very tensors that the model got back."""
         return self._known[0]() is key and self._known[1]() is value
 
     def take(self, key: torch.Tensor, value: torch.Tensor) -> KeyValue | None:
-        """`key` and `value` the first time, to be stored; None afterwards."""
+        """Return `key` and `value` the first time, to be stored; None afterwards."""
         first, self.stored = not self.stored, True
         return (key, value) if first else None
 
     def let_go(self) -> None:
-        """Hold the tensors no longer."""
+        """Drop the references to the tensors."""
         self.key = self.value = None

@@ -1,4 +1,4 @@
-"""What attention layers cache for each token, and which earlier tokens they see.  Plain values, no torch."""
+"""The geometry of a layer's cache: what it stores for each token, and which earlier tokens its queries see.  Plain values, no torch."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ class KVGeometry:
     and the rotary key as its one value head.
 
     Attributes:
-        key_heads: Heads of the cached keys.
-        key_dim: Numbers per key head.
-        value_heads: Heads of the cached values.
-        value_dim: Numbers per value head.
-        window: Tokens that a query sees, itself included; None for all.
-        chunk: Size of the aligned chunks within which tokens attend; None for no chunks.
+        key_heads: The number of heads of the cached keys.
+        key_dim: The size of a key head.
+        value_heads: The number of heads of the cached values.
+        value_dim: The size of a value head.
+        window: The number of tokens that a query sees, itself included; None for all.
+        chunk: The size of the aligned chunks within which tokens attend; None for no chunks.
     """
 
     key_heads: int
@@ -31,16 +31,16 @@ class KVGeometry:
 
     @property
     def reach(self) -> int | None:
-        """The most tokens that a query sees; None where it sees all."""
+        """The most tokens that a query sees; None if it sees all."""
         return self.window or self.chunk
 
     @property
     def elements_per_token(self) -> int:
-        """Numbers that a layer caches for a token."""
+        """The number of elements that a layer caches for a token."""
         return self.key_heads * self.key_dim + self.value_heads * self.value_dim
 
     def first_visible(self, position: int) -> int:
-        """The earliest token that a query at `position` sees."""
+        """Return the position of the earliest token that a query at `position` sees."""
         if self.window is not None:
             return max(0, position - self.window + 1)
         if self.chunk is not None:
@@ -54,8 +54,8 @@ class LayerKV:
 
     Attributes:
         layer: The index under which the model stores its keys and values.
-        geometry: What is cached, and what is seen of it.
-        flops_per_pair: FLOPs of one (query, visible token) pair, over all heads of all calls that attend to this layer.
+        geometry: The geometry of the cache.
+        flops_per_pair: The FLOPs of one (query, visible token) pair, over all heads of all calls that attend to this layer.
     """
 
     layer: int
@@ -64,7 +64,7 @@ class LayerKV:
 
 
 def by_geometry(layers: Iterable[LayerKV]) -> dict[KVGeometry, list[LayerKV]]:
-    """The layers of each geometry, in the order of the first layer that has it."""
+    """Return the layers of each geometry, in the order of the first layer that has it."""
     groups: dict[KVGeometry, list[LayerKV]] = {}
     for layer in layers:
         groups.setdefault(layer.geometry, []).append(layer)

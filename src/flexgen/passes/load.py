@@ -1,4 +1,4 @@
-"""Counts what a pass carries, for pricing.  No tensors."""
+"""Counts the work of a pass, from which the planner computes its time.  Uses no tensors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from flexgen.plan.price.work import PassLoad
 
 
 class LayerGroup(Protocol):
-    """Layers of one geometry, whose KV lies on the same pages."""
+    """Layers of one geometry, whose KV is stored in the same pages."""
 
     @property
     def page_tokens(self) -> int: ...
@@ -21,10 +21,10 @@ class LayerGroup(Protocol):
 
 
 def pass_load(plan: PassPlan, homes: Sequence[str], groups: Sequence[LayerGroup]) -> PassLoad:
-    """What a pass carries.
+    """Return the work of a pass.
 
     Args:
-        plan: The pass.
+        plan: The plan of the pass.
         homes: The tiers that hold KV.
         groups: The layer groups, in the order of the slices' page tables.
     """
@@ -51,16 +51,16 @@ def pass_load(plan: PassPlan, homes: Sequence[str], groups: Sequence[LayerGroup]
 
 
 def visible_pairs(slices: Iterable[Slice], group: LayerGroup) -> int:
-    """(query, visible token) pairs of the slices."""
+    """Return the number of (query, visible token) pairs of the slices."""
     return sum(position + 1 - group.geometry.first_visible(position) for each in slices for position in range(each.start, each.stop))
 
 
 def tokens_read_twice(decodes: Iterable[Slice], index: int, group: LayerGroup) -> int:
-    """Tokens on pages that an earlier of these slices reads as well.
+    """Return the number of tokens on pages that an earlier one of these slices reads as well.
 
     Args:
         decodes: Slices of one token.
-        index: The group's place among the slices' page tables.
+        index: The index of the group among the slices' page tables.
         group: The layer group.
     """
     size = group.page_tokens

@@ -1,7 +1,7 @@
-"""What one pass computes, as plain values: nothing in them is alive, so that a plan can be sent to another process.
+"""The plan of one pass, as plain values without references to live objects, so that a plan can be sent to another process.
 
-The engine's schedule makes a `PassPlan` from its live sequences.  Whoever executes it knows no sequences: it returns logits for
-the positions that the plan wants, and the engine finds the sequences again by their ids.
+The engine's schedule makes a `PassPlan` from its live sequences.  The code that executes it knows no sequences: it returns logits
+for the wanted positions of the plan, and the engine finds the sequences by their ids.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ class Slice:
     Attributes:
         sequence: The id of the sequence.
         token_ids: The tokens to compute.
-        start: The position of the first of them in the sequence; the KV of all tokens before it is stored, or will be by what comes first.
+        start: The position of the first token in the sequence; the KV of all tokens before it is stored, or will be by earlier slices.
         wanted: The positions in the sequence whose logits are wanted; an empty range for none.
         prompt_len: The length of the sequence's prompt.
-        total: All tokens that the sequence has now, those of later chunks included.
+        total: The number of tokens that the sequence has now, those of later chunks included.
         tables: For each layer group, the page ids of the sequence's pages, up to the last token of the slice at least.
     """
 
@@ -38,12 +38,12 @@ class Slice:
 
     @property
     def stop(self) -> int:
-        """The position behind the last token."""
+        """The position after the last token."""
         return self.start + len(self.token_ids)
 
     @property
     def is_decode(self) -> bool:
-        """Whether it is a single token that continues a sequence."""
+        """Whether the slice is a single token that continues a sequence."""
         return self.start > 0 and len(self.token_ids) == 1
 
 
@@ -53,11 +53,11 @@ class MicroBatch:
 
     Attributes:
         home: The tier on which the KV of all its sequences lives.
-        slices: Single tokens that continue a sequence come first.
+        slices: The slices; single tokens that continue a sequence come first.
         after: Indices of the micro-batches of the pass whose attention must come first in every layer, because they store what these
-            slices go on from: the previous chunk of a prompt, or a shared beginning.
-        filler: Rows (0 or 1) that repeat the last token and are thrown away: CPU matrix kernels lose up to a quarter of their rate
-            at odd row counts (docs/log.md).
+            slices continue: the previous chunk of a prompt, or a shared prefix.
+        filler: The number of rows (0 or 1) that repeat the last token and are discarded: CPU matrix kernels lose up to a quarter of their
+            rate at odd row counts (docs/log.md).
     """
 
     home: str
@@ -67,7 +67,7 @@ class MicroBatch:
 
     @property
     def wanted(self) -> Iterator[tuple[int, int]]:
-        """The (sequence id, position) of each row of its logits, in order."""
+        """The (sequence id, position) of each row of the logits, in order."""
         return ((each.sequence, position) for each in self.slices for position in each.wanted)
 
 
@@ -76,7 +76,7 @@ class PassPlan:
     """Everything that one pass over the model's layers computes.
 
     Attributes:
-        micro_batches: In the order in which they should go first.
+        micro_batches: The micro-batches, in the order in which they should go first.
     """
 
     micro_batches: tuple[MicroBatch, ...] = ()

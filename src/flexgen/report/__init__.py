@@ -1,1 +1,1 @@
-"""What a run did and how it is shown: counts per pass, progress, the closing report."""
+"""The record of a run and how it is shown: counts per pass, progress, and the closing report."""

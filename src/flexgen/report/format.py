@@ -16,17 +16,17 @@ if TYPE_CHECKING:
     from flexgen.plan.tell.alternatives import ParetoPoint
     from flexgen.plan.tell.forecast import Forecast, Plan
 
-LEAST_SHOWN = 0.01  # of a pass: resources that take less are left out
+LEAST_SHOWN = 0.01  # as a fraction of a pass: resources that take less are left out
 LEAST_GAIN_SHOWN = 0.001
-LEAST_SHARE_SHOWN = 0.001  # of an SSD's life
-FASTER = 0.1  # resources are shown with what so much more of their rate is worth
-MOST_HELPS, LEAST_HELP = 3, 0.01  # told in a report
-RATE_TOLERANCE = 0.15  # of a run's own rates against those of the profile
+LEAST_SHARE_SHOWN = 0.001  # as a fraction of an SSD's life
+FASTER = 0.1  # what a resource is worth is shown for a rate that is faster by this fraction
+MOST_HELPS, LEAST_HELP = 3, 0.01  # how many gains a report mentions, and the smallest one
+RATE_TOLERANCE = 0.15  # by how much a run's own rates may differ from those of the profile
 LEAST_JUDGED_SECONDS = 5.0  # the rates of a shorter run say nothing about the machine
 
 
 def format_plan(plan: Plan) -> str:
-    """Where bytes will live, what a pass will carry, and what that should do."""
+    """Return the plan as text: where bytes will live, what a pass will carry, and the forecast."""
     policy, spec = plan.policy, plan.spec
     staging = policy.host_ring_bytes + policy.device_ring_bytes
     lines = [
@@ -43,7 +43,7 @@ def format_plan(plan: Plan) -> str:
 
 
 def format_forecast(forecast: Forecast) -> list[str]:
-    """What is expected: time, rates, the resources of a pass with the busiest marked, what memory is worth."""
+    """Return the forecast as lines: time, rates, the resources of a pass with the busiest marked, and what more memory is worth."""
     if not forecast.num_passes:
         return []
     resources = sorted(forecast.resource_seconds.items(), key=lambda each: (each[0] != forecast.bottleneck, -each[1]))
@@ -70,7 +70,7 @@ def format_forecast(forecast: Forecast) -> list[str]:
 
 
 def _written(forecast: Forecast) -> list[str]:
-    """What goes to disk, what that means for it, and what the other plan would be."""
+    """Return lines about the KV written to disk: how much it is, what it means for the SSD, and how the alternative plan compares."""
     spill, written = forecast.spill, forecast.disk_written_bytes
     lines: list[str] = []
     if written:
@@ -94,7 +94,7 @@ def _longer(spill: Spill) -> str:
 
 
 def format_curve(curve: Sequence[ParetoPoint]) -> str:
-    """What shorter requests cost: a line per plan, shortest requests first."""
+    """Return a table of plans by request time, one per line, shortest requests first."""
     rows = [["longest request", "tokens/s", "sequences", "schedule", "weights", "KV"]]
     for point in curve:
         policy = point.policy
@@ -106,7 +106,7 @@ def format_curve(curve: Sequence[ParetoPoint]) -> str:
 
 
 def format_memory(forecast: Forecast) -> list[str]:
-    """What is reserved where."""
+    """Return one line per tier with the memory that is reserved on it."""
     lines: list[str] = []
     for tier, parts in forecast.memory_bytes.items():
         listed = ", ".join(f"{name} {format_size(size)}" for name, size in parts.items() if size)
@@ -115,7 +115,6 @@ def format_memory(forecast: Forecast) -> list[str]:
 
 
 def _resource(name: str) -> str:
-    """What a resource is called."""
     return "issuing work" if name == "lead" else name.replace("_", " ")
 
 
@@ -125,7 +124,7 @@ def _shares(fractions: Fractions) -> str:
 
 
 def format_progress(progress: Progress) -> str:
-    """One line for a log."""
+    """Return the progress as one line for a log."""
     total = "?" if progress.num_requests is None else f"{progress.num_requests:,}"
     links = ", ".join(f"{name} {share:.0%}" for name, share in progress.link_shares.items())
     return (
@@ -137,12 +136,13 @@ def format_progress(progress: Progress) -> str:
 
 
 def format_report(report: RunReport, done: str = "") -> str:
-    """The closing report for people: what was done, how fast against the plan, what limited it; `format_details` has the rest.
+    """Return the closing report: what was done, how its speed compares with the plan, and what limited it.
 
-    What is to be said of the machine as it was just then has lines of its own behind the second.
+    `format_details` returns the rest.  Remarks on the state of the machine during the run are on lines of their own after the second line.
 
     Args:
-        done: what was done, in the caller's words; without it requests are counted.
+        report: The report of the run.
+        done: What was done, in the caller's words; if empty, the requests are counted.
     """
     done = (
         done
@@ -153,7 +153,7 @@ def format_report(report: RunReport, done: str = "") -> str:
 
 
 def _speed(report: RunReport) -> str:
-    """How fast it was, and what was planned for the same passes (answers may have ended earlier than they might)."""
+    """Return how fast the run was and what was planned for the same passes (answers may have ended earlier than allowed)."""
     speed = f"speed: {report.output_tokens_per_s:,.1f} output tokens/s"
     planned = report.forecast.get("seconds_of_these_passes")
     if not planned or not report.elapsed_seconds:
@@ -163,7 +163,7 @@ def _speed(report: RunReport) -> str:
 
 
 def _limit(report: RunReport) -> list[str]:
-    """The resource that decided most of the time as planned, and what would have helped, best first."""
+    """Return the resource that decided most of the time, as planned, and the changes that would have helped, best first."""
     if not report.forecast.get("num_passes"):
         return []
     gains = sorted(_gains(report.forecast["gain_per_gib"], report.forecast["gain_per_rate"]), key=lambda each: -each[1])
@@ -173,13 +173,13 @@ def _limit(report: RunReport) -> list[str]:
 
 
 def _gains(per_gib: Mapping[str, float], per_rate: Mapping[str, float]) -> list[tuple[str, float]]:
-    """(what there could be more of, the relative gain of tokens/s)."""
+    """Return pairs of a resource that could be increased and the relative gain in tokens/s, best first."""
     memory = [(f"1 GiB more of {tier} memory (--{tier}-mem)", gain) for tier, gain in per_gib.items()]
     return memory + [(f"{_resource(name)} {FASTER:.0%} faster", FASTER * gain) for name, gain in per_rate.items()]
 
 
 def format_details(report: RunReport) -> str:
-    """The rest of the report: where bytes lived and moved, what was waited for, how good it was."""
+    """Return the rest of the report: where bytes lived and moved, what computing waited for, and how efficient the run was."""
     lines = [
         f"{report.num_requests:,} requests ({report.num_errors:,} errors): {report.output_tokens_per_s:,.2f} output tokens/s, "
         f"{report.total_tokens_per_s:,.2f} tokens/s in all, {report.requests_per_s:,.3f} requests/s",
@@ -205,7 +205,7 @@ def format_details(report: RunReport) -> str:
 
 
 def _checked(report: RunReport) -> list[str]:
-    """How fast the machine itself was before and after the run, and how good the run was at those rates."""
+    """Return how fast the machine was right before and after the run, and how efficient the run was at those rates."""
     if not any(report.check_rates.values()) or report.overlap_at_check is None or report.efficiency_at_check is None:
         return []
     resources = dict.fromkeys(resource for rates in report.check_rates.values() for resource in rates)
@@ -217,17 +217,17 @@ def _checked(report: RunReport) -> list[str]:
 
 
 def _share_at_check(share: float) -> str:
-    """A share of what the machine could do at the ends of the run: in between it may have been faster."""
+    """Return a share of what the machine could do at the ends of the run; in between it may have been faster."""
     return f"{share:.2f}" if share <= 1 else "above 1.00 (it was faster in between)"
 
 
 def _moments(report: RunReport, resource: str) -> list[float]:
-    """The machine's own rates before and after the run, over those of the profile."""
+    """Return the machine's rates right before and after the run, relative to those of the profile."""
     return [rates[resource] for rates in report.check_rates.values() if resource in rates]
 
 
 def _against_forecast(report: RunReport) -> list[str]:
-    """What was expected beside what was."""
+    """Return the forecast beside the measured values."""
     if not report.forecast.get("num_passes"):
         return []
     return [
@@ -237,7 +237,7 @@ def _against_forecast(report: RunReport) -> list[str]:
 
 
 def _machine_lines(report: RunReport) -> list[str]:
-    """What to do where the machine was not as measured."""
+    """Return advice for a machine that was not as fast as measured."""
     lines: list[str] = []
     if report.elapsed_seconds < LEAST_JUDGED_SECONDS:
         return lines
@@ -249,7 +249,7 @@ def _machine_lines(report: RunReport) -> list[str]:
 
 
 def _explained(report: RunReport, resource: str, ratio: float) -> str:
-    """Why a run's own rate was not that of the profile, and what to do."""
+    """Return why the run's own rate differed from that of the profile, and what to do about it."""
     if ratio > 1:
         return ": `flexgen profile` measures this machine again"
     moments = _moments(report, "disk_read" if resource == "disk" else resource)
@@ -271,7 +271,7 @@ def _placement_table(placement: Mapping[str, Mapping[str, int]]) -> list[str]:
 
 
 def _resource_table(report: RunReport) -> list[str]:
-    """Bytes per link and pass, and the ideal seconds of every resource as a share of the run."""
+    """Return a table of the bytes per link and pass, and of the ideal seconds of every resource as a share of the run."""
     rows = [["resource", "moved", "per pass", "ideal time", "share"]]
     for name in dict.fromkeys([*report.bytes_moved, *report.busiest_seconds]):
         moved, busy = report.bytes_moved.get(name), report.busiest_seconds.get(name)
@@ -290,7 +290,7 @@ def _resource_table(report: RunReport) -> list[str]:
 
 
 def _table(rows: list[list[str]]) -> list[str]:
-    """Columns aligned: the first to the left, figures to the right."""
+    """Align the columns of a table: the first to the left, the others to the right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return ["   ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]) for row in rows]
 

@@ -1,4 +1,4 @@
-"""What the passes really did: seconds, ideal and expected seconds, waits.  Sums only: a long run costs no memory.  Decides nothing."""
+"""Sums over the passes of a run: measured, ideal and expected seconds, and waits.  Memory use does not grow with the length of the run."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from flexgen.plan.price.work import PassLoad, PassWork, busiest, ideal_seconds, 
 
 
 class PassLog:
-    """The passes of a run so far.
+    """A log of the passes of a run.
 
     Args:
         spec: The model.
-        machine: Its rates, that the passes are compared with.
-        policy: Where everything lives.
+        machine: The measured rates of the machine, with which the passes are compared.
+        policy: Where every byte lives and what a pass carries.
         homes: The home of each unit.
 
     Attributes:
-        num_passes: Passes so far.
-        busiest_seconds: Sum over the passes of the busiest resource's ideal time: what the engine could not beat with these passes.
-        ideal: Resource -> sum of its ideal seconds.
-        decided: Resource -> sum of its ideal seconds over the passes in which it was the busiest.
-        expected_seconds: What these passes should have taken at typical rates.
-        expected: Resource -> seconds that it should have been in use.
-        seconds: What the passes took.
-        waits: Cause -> seconds without anything to run.
-        compute_share: Of the last pass, ideal seconds of computing over wall time.
+        num_passes: The number of passes so far.
+        busiest_seconds: The ideal time of the busiest resource, summed over the passes: a lower bound on the time of these passes.
+        ideal: For each resource, the sum of its ideal seconds.
+        decided: For each resource, the sum of its ideal seconds over the passes in which it was the busiest.
+        expected_seconds: The seconds that these passes should have taken at typical rates.
+        expected: For each resource, the seconds for which it should have been in use.
+        seconds: The seconds that the passes took.
+        waits: For each cause, the seconds in which there was nothing to run.
+        compute_share: The ideal seconds of computing over the wall time, for the last pass.
     """
 
     def __init__(self, spec: ModelSpec, machine: Machine, policy: Policy, homes: Sequence[str]) -> None:
@@ -45,11 +45,11 @@ class PassLog:
         self.waits: dict[str, float] = {}
 
     def work_of(self, load: PassLoad) -> PassWork:
-        """What a pass moves and computes."""
+        """Return the bytes that a pass moves and the work that it computes."""
         return price(load, self._spec, self._policy, self._weights)
 
     def add(self, seconds: float, work: PassWork, waits: Mapping[str, float]) -> None:
-        """Count a pass as it went: its wall time, and its work as counted, not as planned."""
+        """Add a finished pass: its wall time and its work as counted, not as planned."""
         ideal = ideal_seconds(work, self.machine, self._policy.dtype)
         expected = self._expectation.busy(work, self._policy)
         self.num_passes += 1
@@ -64,14 +64,14 @@ class PassLog:
                 total[key] = total.get(key, 0.0) + float(value)
 
     def expected_of(self, work: PassWork) -> float:
-        """Seconds that a pass with this work should take at typical rates."""
+        """Return the seconds that a pass with this work should take at typical rates."""
         return float(self._expectation.seconds(work, self._policy))
 
     def busiest_seconds_at(self, rates: Mapping[str, float]) -> float:
-        """A lower bound of `busiest_seconds`, had the best rates been others; other resources may decide the passes then.
+        """Return a lower bound of `busiest_seconds` for other best rates, at which other resources may decide the passes.
 
         Args:
-            rates: Resource -> how many times its best rate; 1 for those that are left out.
+            rates: For each resource, the factor by which its best rate changes; 1 for those that are left out.
         """
         decided = sum(seconds / rates.get(resource, 1.0) for resource, seconds in self.decided.items())
         return max([decided, *(seconds / rates.get(resource, 1.0) for resource, seconds in self.ideal.items())])

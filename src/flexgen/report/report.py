@@ -1,4 +1,4 @@
-"""How a run went: the three figures, bytes, waits and placement, from its log, its plan and its placement."""
+"""Builds the report of a run (the three figures, bytes, waits and placement) from its log, its plan and its placement."""
 
 from __future__ import annotations
 
@@ -17,20 +17,21 @@ from flexgen.report.pass_log import PassLog
 from flexgen.report.progress import CheckedMachine, RunReport
 from flexgen.report.run_log import RunLog
 
-LEAST_SHARE = 0.1  # of a run's time: what was busy for less says little about its rate
+LEAST_SHARE = 0.1  # as a fraction of a run's time: the rate of a resource that was busy for less cannot be judged
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunContext:
-    """What a report needs to know beyond the run and its plan.
+    """The inputs of a report besides the run and its plan.
 
     Attributes:
         model: The model's name.
-        load_seconds: What it took to load it.
+        load_seconds: The seconds that loading the model took.
         host_budget_bytes: The memory granted on the host.
         device_budget_bytes: The memory granted on the device.
-        budgets: What the least ideal time may use.
-        check: What a look at the machine found before the run, and finds when it is called; None where the job is too short for that.
+        budgets: The memory that the least ideal time may use.
+        check: A function that measures the machine again and returns its rates before and after the run; None if the job is too short for
+            that.
     """
 
     model: str
@@ -42,14 +43,14 @@ class RunContext:
 
 
 def make_report(log: RunLog, plan: Plan, placement: dict[str, dict[str, int]], device_bytes: int, context: RunContext) -> RunReport:
-    """The report of a run.
+    """Return the report of a run.
 
     Args:
-        log: What has happened.
-        plan: What was executed.
-        placement: Tier -> bytes, for "weights" and "kv" (peak), as they really were.
-        device_bytes: All memory taken on the device.
-        context: What it needs to know besides.
+        log: The log of the run.
+        plan: The plan that was executed.
+        placement: For each tier, the bytes of "weights" and of "kv" (at the peak), as measured.
+        device_bytes: All memory that was allocated on the device.
+        context: The other inputs of the report.
     """
     passes, counts = log.passes, log.counts
     elapsed = max(log.elapsed_seconds, 1e-9)
@@ -98,7 +99,7 @@ def make_report(log: RunLog, plan: Plan, placement: dict[str, dict[str, int]], d
 
 
 def _least_ideal_seconds(log: RunLog, plan: Plan, budgets: Budgets) -> float:
-    """T* of the requests that were served."""
+    """Return T* of the requests that were served."""
     served = [index for index, generated in enumerate(log.generated) if generated > 0]
     workload = Workload(
         prompt_lens=tuple(log.given[index] for index in served),
@@ -109,12 +110,12 @@ def _least_ideal_seconds(log: RunLog, plan: Plan, budgets: Budgets) -> float:
 
 
 def _told(forecast: Forecast, passes: PassLog) -> dict[str, object]:
-    """What was expected, and what the passes that there were should have taken."""
+    """Return the forecast, and the seconds that the passes of this run should have taken."""
     return {**dataclasses.asdict(forecast), "seconds_of_these_passes": passes.expected_seconds}
 
 
 def _rate_ratios(log: RunLog, device: str) -> dict[str, float]:
-    """Resource -> the run's own rate over the expected one, where the run kept the resource busy long enough to tell."""
+    """Return the run's own rate over the expected one, for each resource that was busy long enough to measure."""
     passes, ratios = log.passes, dict[str, float]()
     disk, busy = passes.expected.get("disk", 0.0), log.disk_busy_seconds()
     if disk > LEAST_SHARE * passes.seconds and busy > 0:
@@ -126,7 +127,7 @@ def _rate_ratios(log: RunLog, device: str) -> dict[str, float]:
 
 
 def _peak_resident_bytes() -> int:
-    """VmHWM; getrusage would report the parent's peak where that was larger."""
+    """Return VmHWM; getrusage would report the parent's peak if that was larger."""
     with Path("/proc/self/status").open(encoding="ascii") as status:
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM:"))
 

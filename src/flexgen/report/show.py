@@ -1,4 +1,4 @@
-"""What a run shows: progress as it goes, and the closing report.  Knows the values of report/progress.py; nothing of engines.
+"""Displays of a run: its progress and its closing report.  Depends on plans and on the values of report/progress.py, not on the engine.
 
 Messages and progress go to one stream, the report (and JSON events) to another, so that either can be piped.
 """
@@ -28,30 +28,30 @@ _JSON_SECONDS = 1.0
 
 
 class Display(Protocol):
-    """How a run is shown."""
+    """A way to show a run."""
 
     def message(self, text: str) -> None:
-        """Something said once: what is about to run, and with what."""
+        """Show a message once, such as which model is about to run."""
         ...
 
     def step(self, text: str) -> None:
-        """Something that begins now and may take a while."""
+        """Show that a step begins that may take a while."""
         ...
 
     def plan(self, plan: Plan) -> None:
-        """How it will run."""
+        """Show the plan that will be executed."""
         ...
 
     def progress(self, progress: Progress) -> None:
-        """A snapshot; called as often as the engine likes."""
+        """Show a snapshot; the engine may call this as often as it likes."""
         ...
 
     def report(self, report: RunReport, done: str = "") -> None:
-        """How it went; `done` says in words what was done."""
+        """Show the closing report; `done` says in words what was done."""
         ...
 
     def details(self, report: RunReport) -> None:
-        """The rest of the report."""
+        """Show the rest of the report."""
         ...
 
     def close(self) -> None:
@@ -60,38 +60,38 @@ class Display(Protocol):
 
 
 class NoDisplay:
-    """The report only."""
+    """A display that shows only the plan and the report."""
 
     def __init__(self, messages: TextIO, results: TextIO, *, steps: TextIO | None = None) -> None:
         self._messages, self._results, self._steps = messages, results, steps or messages
 
     def message(self, text: str) -> None:
-        """Nothing."""
+        """Ignore the message."""
 
     def step(self, text: str) -> None:
-        """Nothing."""
+        """Ignore the step."""
 
     def plan(self, plan: Plan) -> None:
-        """The plan as text, as a message."""
+        """Show the plan as a message."""
         self.message(format_plan(plan))
 
     def progress(self, progress: Progress) -> None:
-        """Nothing."""
+        """Ignore the snapshot."""
 
     def report(self, report: RunReport, done: str = "") -> None:
-        """The report as text."""
+        """Write the report as text."""
         _write(self._results, format_report(report, done))
 
     def details(self, report: RunReport) -> None:
-        """The rest as text."""
+        """Write the rest of the report as text."""
         _write(self._results, "\n" + format_details(report))
 
     def close(self) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
 class PlainDisplay(NoDisplay):
-    """One line per interval: for log files."""
+    """A display for log files, with one line of progress per interval."""
 
     def __init__(self, messages: TextIO, results: TextIO, *, steps: TextIO | None = None, interval_seconds: float = _PLAIN_SECONDS) -> None:
         super().__init__(messages, results, steps=steps)
@@ -99,22 +99,22 @@ class PlainDisplay(NoDisplay):
         self._next = time.monotonic() + interval_seconds
 
     def message(self, text: str) -> None:
-        """The text."""
+        """Write the message."""
         _write(self._messages, text)
 
     def step(self, text: str) -> None:
-        """The text."""
+        """Write the step."""
         _write(self._steps, text)
 
     def progress(self, progress: Progress) -> None:
-        """A line, if the last one is old enough."""
+        """Write a line of progress, if the last one is old enough."""
         if time.monotonic() >= self._next:
             self._next = time.monotonic() + self._interval_seconds
             _write(self._messages, format_progress(progress))
 
 
 class JsonDisplay(NoDisplay):
-    """One JSON object per line, all with `event`: "message", "plan", "progress", "report"."""
+    """A display that writes one JSON object per line, each with the key `event`: "message", "plan", "progress" or "report"."""
 
     def __init__(self, messages: TextIO, results: TextIO, *, steps: TextIO | None = None, interval_seconds: float = _JSON_SECONDS) -> None:
         super().__init__(messages, results, steps=steps)
@@ -122,38 +122,38 @@ class JsonDisplay(NoDisplay):
         self._next = 0.0
 
     def message(self, text: str) -> None:
-        """{"event": "message", "text": ...}"""
+        """Write {"event": "message", "text": ...}."""
         self._event("message", {"text": text})
 
     def step(self, text: str) -> None:
-        """The same."""
+        """Write the step as a message."""
         self.message(text)
 
     def plan(self, plan: Plan) -> None:
-        """{"event": "plan", "policy": {...the fields of Policy}, "forecast": {...the fields of Forecast}}"""
+        """Write {"event": "plan", "policy": {...the fields of Policy}, "forecast": {...the fields of Forecast}}."""
         self._event("plan", {"policy": dataclasses.asdict(plan.policy), "forecast": dataclasses.asdict(plan.forecast)})
 
     def progress(self, progress: Progress) -> None:
-        """{"event": "progress", ...the fields of Progress}"""
+        """Write {"event": "progress", ...the fields of Progress}."""
         if time.monotonic() >= self._next:
             self._next = time.monotonic() + self._interval_seconds
             self._event("progress", dataclasses.asdict(progress))
 
     def report(self, report: RunReport, done: str = "") -> None:
-        """{"event": "report", ...the fields of RunReport}, behind a message if there are words."""
+        """Write {"event": "report", ...the fields of RunReport}, preceded by a message if `done` is not empty."""
         if done:
             self.message(done)
         self._event("report", dataclasses.asdict(report))
 
     def details(self, report: RunReport) -> None:
-        """Nothing: the report has them."""
+        """Do nothing, because the report contains the details."""
 
     def _event(self, event: str, fields: Mapping[str, Any]) -> None:
         _write(self._results, json.dumps({"event": event, **fields}))
 
 
 class RichDisplay(NoDisplay):
-    """A live picture at the foot of a terminal."""
+    """A display at the bottom of a terminal that is updated in place."""
 
     def __init__(self, messages: TextIO, results: TextIO, *, steps: TextIO | None = None) -> None:
         super().__init__(messages, results, steps=steps)
@@ -163,17 +163,17 @@ class RichDisplay(NoDisplay):
         self._live: Live | None = None
 
     def message(self, text: str) -> None:
-        """The text, above the picture."""
+        """Write the message above the live display."""
         self._console.print(text, markup=False)
 
     def step(self, text: str) -> None:
-        """In place of the step before."""
+        """Show the step in place of the previous one."""
         from rich.text import Text
 
         self._draw(Text(text, style="dim", no_wrap=True, overflow="ellipsis"))
 
     def progress(self, progress: Progress) -> None:
-        """Redraw."""
+        """Redraw the live display."""
         self._draw(_picture(progress))
 
     def _draw(self, picture: RenderableType) -> None:
@@ -185,7 +185,7 @@ class RichDisplay(NoDisplay):
         self._live.update(picture, refresh=True)
 
     def close(self) -> None:
-        """Take the picture away."""
+        """Remove the live display from the terminal."""
         if self._live is not None:
             self._live.stop()
             self._live = None
@@ -195,13 +195,16 @@ _DISPLAYS = {"rich": RichDisplay, "plain": PlainDisplay, "json": JsonDisplay, "n
 
 
 def open_display(name: str, messages: TextIO, results: TextIO, *, steps: TextIO | None = None) -> Display:
-    """The display of that name; "auto" is rich on a terminal and plain elsewhere.
+    """Open the display of this name; "auto" chooses "rich" on a terminal and "plain" elsewhere.
 
     Args:
-        steps: where a plain display's steps go; None is where its messages do.
+        name: The name of the display.
+        messages: The stream of messages and progress.
+        results: The stream of the report.
+        steps: The stream of a plain display's steps; None for `messages`.
 
     Raises:
-        OptionError: an unknown name.
+        OptionError: The name is unknown.
     """
     if name == "auto":
         name = "rich" if messages.isatty() else "plain"
@@ -211,14 +214,14 @@ def open_display(name: str, messages: TextIO, results: TextIO, *, steps: TextIO 
 
 
 def _write(stream: TextIO, text: str) -> None:
-    """A reader who left (`| head`), a full disk or a closed terminal does not stop the run."""
+    """Write to a stream; a reader that left (`| head`), a full disk or a closed terminal does not stop the run."""
     with contextlib.suppress(OSError):
         stream.write(text + "\n")
         stream.flush()
 
 
 def _picture(progress: Progress) -> Any:
-    """Three lines for a terminal: requests, rates, links."""
+    """Return three lines for a terminal: requests, rates and links."""
     from rich.console import Group
     from rich.progress_bar import ProgressBar
     from rich.table import Table

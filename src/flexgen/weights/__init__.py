@@ -1,1 +1,1 @@
-"""The units' bytes: layout, ring, and the store that brings them where they are computed with."""
+"""The bytes of the units: their layout, the rings, and the store that brings them to where computing happens."""

@@ -1,4 +1,4 @@
-"""The links of a unit's way to where computing happens, each with a ring and a thread of its own.
+"""The links on a unit's way to where computing happens, each with its own ring and thread.
 
 A link brings the same units pass after pass, in the order of use, and runs ahead as far as its ring allows.  The next link, or the
 sweep, takes each unit as it arrives and gives its slot back.
@@ -35,12 +35,12 @@ class Arrival:
     """A unit that a link has brought, or is bringing.
 
     Attributes:
-        layout: the unit.
-        data: its bytes, where the link ends.
-        form: what these bytes are.
-        slot: the place of `data` in the link's ring; None for a unit that stays there.
-        ticket: the reading that fills `data`; None once that is over.
-        events: copies that computing has to wait for.
+        layout: The layout of the unit.
+        data: The bytes of the unit at the end of the link.
+        form: The form of these bytes.
+        slot: The slot of `data` in the link's ring; None for a unit that stays in memory.
+        ticket: The read that fills `data`; None once it has finished.
+        events: The copies for which computing has to wait.
     """
 
     layout: UnitLayout
@@ -52,10 +52,10 @@ class Arrival:
 
 
 class Waiting:
-    """What links and sweep share: the lock under which they wait, whether all is closing, and what failed.
+    """The state that links and sweep share: the lock under which they wait, whether the store is closing, and the failure of a link.
 
     Args:
-        on_arrival: called by any thread, without the lock, when a unit may have become ready and when a link has failed.
+        on_arrival: A function that any thread calls, without the lock, when a unit may have become ready or a link has failed.
     """
 
     def __init__(self, on_arrival: Callable[[], None]) -> None:
@@ -65,27 +65,27 @@ class Waiting:
         self._on_arrival = on_arrival
 
     def changed(self) -> None:
-        """Let all who wait look again."""
+        """Wake all waiting threads, so that they check again."""
         with self.condition:
             self.condition.notify_all()
 
     def arrived(self) -> None:
-        """The same, for those outside too."""
+        """Wake all waiting threads and call `on_arrival`."""
         self.changed()
         self._on_arrival()
 
     def fail(self, error: BaseException) -> None:
-        """The sweep raises this."""
+        """Record a failure, which the sweep raises."""
         self._failure = error
         self.arrived()
 
     def check(self) -> None:
-        """Raise what a link failed of."""
+        """Raise the failure of a link, if there is one."""
         if self._failure is not None:
             raise self._failure
 
     def until(self, found: Callable[[], T | None]) -> T | None:
-        """What `found` returns as soon as it is something; None when all is closing."""
+        """Wait until `found` returns a true value, and return that; return None when the store is closing."""
         with self.condition:
             while not self.closing:
                 if value := found():
@@ -95,14 +95,14 @@ class Waiting:
 
 
 class Link:
-    """What all kinds of links have in common.
+    """The common part of all kinds of links.
 
     Args:
-        name: of its thread.
-        layouts: what it brings in every pass, in order.
-        buffer: the ring's memory, uint8.
-        waiting: shared by all links.
-        poison: overwrite slots that are given back, so that a late use shows (tests).
+        name: The name of the thread.
+        layouts: The units that the link brings in every pass, in order.
+        buffer: The memory of the ring, uint8.
+        waiting: The state shared by all links.
+        poison: Whether to overwrite slots that are given back, so that a late use is noticed (for tests).
     """
 
     def __init__(self, name: str, layouts: Sequence[UnitLayout], buffer: torch.Tensor, waiting: Waiting, *, poison: bool) -> None:
@@ -119,11 +119,11 @@ class Link:
             self._waiting.fail(error)
 
     def _bring(self, layout: UnitLayout) -> bool:
-        """Bring one unit, as far as to its place in the row of arrivals; False when all is closing."""
+        """Bring one unit, up to adding it to the arrivals; return False when the store is closing."""
         raise NotImplementedError
 
     def _claim(self, size_bytes: int) -> tuple[Slot, torch.Tensor] | None:
-        """A slot and its memory, as soon as there is room; None when all is closing."""
+        """Wait for a slot and return it with its memory; return None when the store is closing."""
         slot = self._waiting.until(lambda: self.ring.take(size_bytes))
         return None if slot is None else (slot, self._buffer[slot.offset : slot.offset + slot.size])
 
@@ -133,10 +133,10 @@ class Link:
         self._waiting.arrived()
 
     def is_ready(self, unit: int) -> bool:
-        """Whether `unit`, which must be the next one, has arrived.
+        """Return whether `unit`, which must be the next one, has arrived.
 
         Raises:
-            StorageError: when it could not be read.
+            StorageError: The unit could not be read.
         """
         with self._waiting.condition:
             first = self._arrivals[0] if self._arrivals else None
@@ -147,12 +147,12 @@ class Link:
         return first.ticket is None or first.ticket.wait(0)
 
     def take(self, unit: int) -> Arrival:
-        """The next unit, which is ready."""
+        """Return the next unit, which must be ready."""
         with self._waiting.condition:
             return self._arrivals.popleft()
 
     def give_back(self, arrival: Arrival) -> None:
-        """Free an arrival's slot, if it has one; nothing may refer to it any more."""
+        """Free the slot of an arrival, if it has one; nothing may refer to its bytes any more."""
         slot = arrival.slot
         if slot is None or slot.released:
             return
@@ -164,17 +164,17 @@ class Link:
             self._waiting.condition.notify_all()
 
     def _released(self) -> None:
-        """A slot is about to be given back."""
+        """Prepare for a slot being given back."""
 
     def settle(self) -> None:
-        """Return once all reads under way have ended."""
+        """Return once all started reads have ended."""
         for arrival in self._arrivals:
             if arrival.ticket is not None:
                 arrival.ticket.settle()
 
 
 class DiskLink(Link):
-    """From files into host memory.  Several units are read at a time."""
+    """A link from files into host memory, which reads several units at a time."""
 
     def __init__(
         self, layouts: Sequence[UnitLayout], buffer: torch.Tensor, io: IOPool, files: FileSet, waiting: Waiting, *, poison: bool
@@ -192,11 +192,11 @@ class DiskLink(Link):
 
 
 class DeviceLink(Link):
-    """From host memory onto a device, one unit at a time.
+    """A link from host memory onto a device, one unit at a time.
 
     Args:
-        host_homes: units that stay in host memory, by index.
-        disk: brings the others.
+        host_homes: The units that stay in host memory, by index.
+        disk: The link that brings the other units; None if there are none.
     """
 
     def __init__(
@@ -205,7 +205,7 @@ class DeviceLink(Link):
     ) -> None:  # fmt: skip
         super().__init__("flexgen-device-link", layouts, buffer, waiting, poison=poison)
         self._backend, self._host_homes, self._disk = backend, host_homes, disk
-        self._marker: Any = None  # what the device had computed when a slot was last given back
+        self._marker: Any = None  # a marker of the computing submitted before a slot was last given back
         decoding = [layout.carried_bytes for layout in disk.layouts if not layout.plain] if disk is not None else []
         self._decoded = backend.allocate_host(max(decoding, default=1))
 
@@ -222,7 +222,7 @@ class DeviceLink(Link):
         return True
 
     def _from_disk(self, unit: int) -> Arrival | None:
-        """A unit, as soon as it has been read; None when all is closing."""
+        """Wait until a unit has been read and return it; return None when the store is closing."""
         disk = self._disk
         assert disk is not None
         return disk.take(unit) if self._waiting.until(lambda: disk.is_ready(unit)) else None
@@ -232,12 +232,12 @@ class DeviceLink(Link):
 
 
 def copy_in(unit: Arrival, destination: torch.Tensor, decoded: torch.Tensor, backend: Device, after: Any = None) -> list[Event]:
-    """Bring a unit from host memory onto the device, and wait until it is there.
+    """Copy a unit from host memory onto the device, and return once the copies have arrived.
 
     Args:
-        destination: its memory on the device.
-        decoded: host memory for what the host has to decode before.
-        after: a marker of the device that has to pass first.
+        destination: The memory on the device.
+        decoded: Host memory for tensors that the host has to decode before the copy.
+        after: A marker of the device; the copies start when it has passed.
     """
     portions = [(0, unit.data)] if unit.form is Form.CARRIED else unit.layout.carried(unit.data, decoded)
     events = [backend.copy_in(destination[at : at + len(portion)], portion, after) for at, portion in portions]

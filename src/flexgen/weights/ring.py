@@ -1,4 +1,4 @@
-"""A FIFO of bytes: slots are given out in order around a buffer and come back in any order."""
+"""A ring buffer of bytes: slots are allocated in order and may be released in any order."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from flexgen.errors import EngineError
 
 @dataclass(slots=True, eq=False)
 class Slot:
-    """`size` contiguous bytes at `offset`; `end` is where the next slot may begin."""
+    """A slot of `size` contiguous bytes at `offset`."""
 
     offset: int
     size: int
@@ -18,9 +18,9 @@ class Slot:
 
 
 class ByteRing:
-    """Allocation only: holds no memory, is not thread-safe (its owner locks).
+    """The allocation of a ring buffer; it holds no memory and is not thread-safe (its owner locks).
 
-    A slot never wraps; what is left at the end of the buffer is skipped.
+    A slot never wraps; if the rest of the buffer is too small for it, the rest is skipped.
     """
 
     def __init__(self, capacity_bytes: int) -> None:
@@ -32,10 +32,10 @@ class ByteRing:
         return len(self._slots)
 
     def take(self, size_bytes: int) -> Slot | None:
-        """The next slot, or None while there is no room.
+        """Return the next slot, or None while there is no room.
 
         Raises:
-            EngineError: when the slot could never fit.
+            EngineError: The slot is larger than the ring.
         """
         if size_bytes > self.capacity_bytes:
             raise EngineError(f"a slot of {size_bytes} bytes cannot fit a ring of {self.capacity_bytes}")

@@ -1,4 +1,4 @@
-"""Rows of embeddings, gathered from where the table lives: memory, or its file, a row at a time."""
+"""Rows of embeddings, gathered from memory or from the file of the table, one row at a time."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class RowTable:
     """An embedding table as stored.
 
     Attributes:
-        module: its name in the model.
-        source: where it is stored, row by row.
-        dtype: that is computed in.
+        module: The name of the module in the model.
+        source: The stored bytes of the table, row by row.
+        dtype: The dtype of the decoded rows.
     """
 
     module: str
@@ -32,12 +32,12 @@ class RowTable:
 
     @property
     def path(self) -> Path:
-        """The file that holds it."""
+        """The file that holds the table."""
         return self.source.ranges[0].path
 
     @property
     def offset(self) -> int:
-        """Where row 0 begins in the file."""
+        """The offset of row 0 in the file."""
         return self.source.ranges[0].offset
 
     @property
@@ -54,16 +54,16 @@ class RowTable:
 
     @property
     def layout(self) -> UnitLayout:
-        """The whole table, to be loaded like a unit."""
+        """The whole table as a layout, so that it can be loaded like a unit."""
         return UnitLayout.of(-1, self.module, [WantedTensor(module=self.module, parameter="weight", source=self.source, dtype=self.dtype)])
 
 
 class EmbeddingRows:
-    """Looks rows up for the micro-batches; tables that were loaded answer from memory.
+    """Gathers rows for the micro-batches, from memory for tables that were loaded.
 
     Args:
-        device: where the rows are wanted.
-        verify: compare rows with what their first reading brought.
+        device: The device on which the rows are needed.
+        verify: Whether to compare rows with those of their first read.
     """
 
     def __init__(self, tables: list[RowTable], device: torch.device, *, verify: bool = False) -> None:
@@ -71,21 +71,21 @@ class EmbeddingRows:
         self._resident: dict[str, torch.Tensor] = {}
         self._files: dict[Path, File] = {}
         self._device = device
-        # Sums of rows that were read, by table and row; -1 of others.
+        # Checksums of the rows of each table; -1 for rows that have not been read.
         self._sums = {table.module: torch.full((table.num_rows,), -1, dtype=torch.int64) for table in tables} if verify else {}
         self.bytes_gathered = 0
 
     def keep(self, module: str, parameter: str, table: torch.Tensor) -> None:
-        """Answer from a table that was loaded."""
+        """Use a table that was loaded into memory."""
         self._resident[module] = table
 
     def _file(self, path: Path) -> File:
         if path not in self._files:
-            self._files[path] = File(path, direct=False)  # hot rows stay in the page cache, which gives way to any need
+            self._files[path] = File(path, direct=False)  # hot rows stay in the page cache, which the kernel can reclaim
         return self._files[path]
 
     def rows(self, module: str, token_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(rows (n, dim), `token_ids` renumbered to index them)."""
+        """Return rows (n, dim) and `token_ids` renumbered to index them."""
         if module in self._resident:
             return self._resident[module], token_ids
         table = self._tables[module]
@@ -102,7 +102,7 @@ class EmbeddingRows:
         return stored.to(self._device, table.dtype), renumbered
 
     def _read(self, table: RowTable, wanted: torch.Tensor) -> torch.Tensor:
-        """The bytes of these rows, (n, row_bytes) uint8; those that are not cached are fetched together."""
+        """Return the bytes of these rows, (n, row_bytes) uint8; those that are not cached are fetched together."""
         size, file = table.row_bytes, self._file(table.path)
         buffer = AlignedBuffer(len(wanted) * size)
         offsets = [table.offset + row * size for row in wanted.tolist()]
@@ -113,7 +113,7 @@ class EmbeddingRows:
         return buffer.tensor[: len(wanted) * size].view(len(wanted), size)
 
     def _agree(self, table: RowTable, wanted: torch.Tensor, found: torch.Tensor) -> bool:
-        """Whether rows are what they were; those seen for the first time are noted."""
+        """Return whether the rows have the checksums of their first read; record the checksums of rows that are read for the first time."""
         sums, before = found.sum(dim=1, dtype=torch.int64), self._sums[table.module][wanted]
         if bool(((before >= 0) & (before != sums)).any()):
             return False
@@ -121,7 +121,11 @@ class EmbeddingRows:
         return True
 
     def check_unchanged(self) -> None:
-        """Raises StorageError when a file is not what it was."""
+        """Check that no file has changed.
+
+        Raises:
+            StorageError: A file has changed.
+        """
         for file in self._files.values():
             file.check_unchanged()
 

@@ -1,8 +1,8 @@
-"""Where the units' bytes live, and how they arrive in time.
+"""The homes of the units' bytes, and the links that bring them in time.
 
-Units at home where computing happens stay bound.  The others come through a chain of links: from disk into host memory and, where
-there is a device, from host memory onto it.  The sweep opens a unit when it has arrived and releases it when the last micro-batch
-has left.  Knows no model code: a `Binder` binds.
+Units whose home is where computing happens stay bound.  The others come through a chain of links: from disk into host memory and,
+if there is a device, from host memory onto it.  The sweep opens a unit when it has arrived and releases it when the last
+micro-batch has left.  The store knows no model code: a `Binder` binds.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ Bind = Callable[[str, str, torch.Tensor], None]  # (module, parameter, tensor)
 
 
 class Binder(Protocol):
-    """Who makes a unit's tensors usable: the skeleton."""
+    """Binds the tensors of a unit so that they can be used, as the skeleton does."""
 
     def bind(self, unit: int, module: str, parameter: str, tensor: torch.Tensor) -> None: ...
     def unbind(self, unit: int, module: str, parameter: str) -> None: ...
 
 
 class ScratchPool:
-    """Reused memory for decoding: fresh pages would be faulted in on every pass.
+    """Reused memory for decoding; newly allocated pages would cause page faults in every pass.
 
     Args:
-        allocate: bytes -> uint8 memory where computing happens.
+        allocate: A function that returns uint8 memory of a given size where computing happens.
     """
 
     def __init__(self, allocate: Callable[[int], torch.Tensor]) -> None:
@@ -51,19 +51,19 @@ class ScratchPool:
 
 
 class WeightStore:
-    """Units at home where computing happens stay bound; the others stream through links, pass after pass.
+    """A store of units: those whose home is where computing happens stay bound, the others stream through links pass after pass.
 
     Args:
-        layouts: all units, in the order in which a pass needs them.
-        homes: "device", "host" or "disk" of each; on a CPU device (no backend) never "device".
-        binder: told which tensors are there.
-        io: threads that read.
-        files: what they read.
-        backend: the device, or None when computing happens in host memory.
-        host_ring_bytes: staging of units from disk.
-        device_ring_bytes: staging on the device.
-        on_arrival: called by any thread when a unit may have become ready; it must not block.
-        poison: overwrite released memory, so that a late use shows (tests).
+        layouts: All units, in the order in which a pass needs them.
+        homes: The home of each unit: "device", "host" or "disk"; never "device" on a CPU (no backend).
+        binder: The binder of the tensors.
+        io: The threads that read.
+        files: The files that are read.
+        backend: The device, or None when computing happens in host memory.
+        host_ring_bytes: The size of the ring for units from disk.
+        device_ring_bytes: The size of the ring on the device.
+        on_arrival: A function that any thread calls when a unit may have become ready; it must not block.
+        poison: Whether to overwrite released memory, so that a late use is noticed (for tests).
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class WeightStore:
         self._allocate = backend.allocate if backend is not None else partial(torch.empty, dtype=torch.uint8)
         self._scratch = ScratchPool(self._allocate)
         self._open: dict[int, tuple[Arrival, list[torch.Tensor]]] = {}
-        self._host_homes: dict[int, Arrival] = {}  # beside a device
+        self._host_homes: dict[int, Arrival] = {}  # used only with a device
         self._links = self._chain(host_ring_bytes, device_ring_bytes)
         self._streamed = frozenset(layout.index for layout in self._at_home("disk", "host" if backend is not None else "disk"))
 
@@ -94,7 +94,7 @@ class WeightStore:
         return [layout for layout, home in zip(self._layouts, self._homes, strict=True) if home in homes]
 
     def _chain(self, host_ring_bytes: int, device_ring_bytes: int) -> list[Link]:
-        """The links that units need, from the disk on; the sweep takes from the last one."""
+        """Return the links that units need, starting at the disk; the sweep takes units from the last one."""
         waiting, poison, backend, links = self._waiting, self._poison, self._backend, list[Link]()
         disk = None
         if from_disk := self._at_home("disk"):
@@ -106,10 +106,10 @@ class WeightStore:
             links.append(DeviceLink(crossing, buffer, backend, self._host_homes, disk, waiting, poison=poison))
         return links
 
-    # ------------------------------------------------------------------ what stays in memory
+    # ------------------------------------------------------------------ units that stay in memory
 
     def load(self) -> None:
-        """Read the units that stay in memory, and bind those that live where computing happens."""
+        """Read the units that stay in memory, and bind those whose home is where computing happens."""
         for layout, home in zip(self._layouts, self._homes, strict=True):
             if home == "host" and self._backend is not None:
                 self._host_homes[layout.index] = self._in_host_memory(layout, self._backend)
@@ -117,7 +117,7 @@ class WeightStore:
                 self.keep(layout, partial(self._binder.bind, layout.index))
 
     def keep(self, layout: UnitLayout, bind: Bind) -> None:
-        """Read tensors and bind them, for good, where computing happens."""
+        """Read tensors and bind them permanently where computing happens."""
         data, form = self._read(layout), Form.STORED
         if self._backend is not None:
             stored, data, form = data, self._backend.allocate(layout.carried_bytes), Form.CARRIED
@@ -127,13 +127,13 @@ class WeightStore:
             bind(tensor.module, tensor.parameter, tensor.numbers(data, form, self._fresh))
 
     def _read(self, layout: UnitLayout) -> torch.Tensor:
-        """The stored bytes of a unit, in memory of its own."""
+        """Return the stored bytes of a unit, in newly allocated memory."""
         stored = AlignedBuffer(layout.stored_bytes).tensor
         read_unit(layout, stored, self._io, self._files).wait()
         return stored
 
     def _in_host_memory(self, layout: UnitLayout, backend: Device) -> Arrival:
-        """A unit as it will cross the link, in memory that the link reaches fast."""
+        """Return a unit as it will cross the link, in host memory that the link reaches fast."""
         data = backend.allocate_host(layout.carried_bytes)
         for at, portion in layout.carried(self._read(layout), data):
             data[at : at + len(portion)] = portion
@@ -145,12 +145,12 @@ class WeightStore:
     # ------------------------------------------------------------------ the sweep's side
 
     def start(self) -> None:
-        """Let the links run ahead."""
+        """Start the links, which run ahead."""
         for link in self._links:
             link.thread.start()
 
     def is_ready(self, unit: int) -> bool:
-        """Whether `unit` can be opened now without waiting (or is open)."""
+        """Return whether `unit` can be opened now without waiting (or is open)."""
         if unit not in self._streamed or unit in self._open:
             return True
         self._waiting.check()
@@ -192,19 +192,19 @@ class WeightStore:
         self._links[-1].give_back(arrival)
 
     def describe(self) -> str:
-        """For people: bytes by home and per pass."""
+        """Return the bytes by home and per pass, as text for people."""
         held = {home: sum(layout.decoded_bytes for layout in self._at_home(home)) for home in ("device", "host")}
         streamed = sum(layout.stored_bytes for layout in self._at_home("disk"))
         parts = [f"{home} {format_size(size)}" for home, size in held.items() if size]
         return ", ".join([*parts, f"from disk {format_size(streamed)} per pass"])
 
     def close(self) -> None:
-        """Stop the links; reads under way finish first."""
+        """Stop the links; reads that have started finish first."""
         with self._waiting.condition:
             self._waiting.closing = True
             self._waiting.condition.notify_all()
         for link in self._links:
-            if link.thread.is_alive():  # a signal may have come before it was
+            if link.thread.is_alive():  # a signal may have come before it was started
                 link.thread.join()
         for link in self._links:
             link.settle()

@@ -1,4 +1,4 @@
-"""A unit as bytes: what is read for it, what crosses a link to a device, and which tensors come out of it.
+"""A unit as bytes: what is read for it, what crosses a link to a device, and which tensors result.
 
 Knows parameters only through `TensorSource`, and no model.
 """
@@ -16,20 +16,20 @@ from flexgen.base.quantities import align_up
 from flexgen.formats.base import StoredRange
 from flexgen.io.aligned import Extent, plan_extents
 
-DEVICE_ALIGNMENT = 256  # of a tensor on a device: vector loads and matrix kernels want it
+DEVICE_ALIGNMENT = 256  # the alignment of a tensor on a device, for vector loads and matrix kernels
 
 Take = Callable[["UnitTensor"], torch.Tensor]
 
 
 class Form(Enum):
-    """What the bytes of a unit are on a part of their way."""
+    """The form of a unit's bytes on a part of their way."""
 
     STORED = "as in the files, over-read included"
     CARRIED = "as they cross a link to a device: decoded by the host, or stored where the device decodes"
 
 
 class TensorSource(Protocol):
-    """How what is stored becomes a tensor.  Implemented by checkpoint/sources.py."""
+    """A way to make a tensor from stored bytes, as implemented by checkpoint/sources.py."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -46,13 +46,13 @@ class TensorSource(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WantedTensor:
-    """A tensor that a unit is to bring.
+    """A tensor that a unit brings, before its position in the unit is known.
 
     Attributes:
-        module: where it is bound.
-        parameter: its own name there.
-        source: where it comes from.
-        dtype: that it is computed in.
+        module: The name of the module to which it is bound.
+        parameter: The name of the parameter within the module.
+        source: The stored bytes of the tensor.
+        dtype: The dtype of the decoded tensor.
     """
 
     module: str
@@ -63,11 +63,12 @@ class WantedTensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnitTensor(WantedTensor):
-    """One tensor of a unit, with its place in the unit's bytes.
+    """One tensor of a unit, with its positions in the unit's bytes.
 
     Attributes:
-        stored_at: positions of the source's ranges in the unit's stored bytes.
-        carried_at: positions of the same ranges in its carried bytes where the device decodes; else of the decoded tensor.
+        stored_at: The positions of the source's ranges in the unit's stored bytes.
+        carried_at: The positions of the same ranges in the unit's carried bytes if the device decodes; otherwise the position of the
+            decoded tensor.
     """
 
     stored_at: tuple[int, ...]
@@ -79,26 +80,26 @@ class UnitTensor(WantedTensor):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the decoded tensor."""
+        """The number of bytes of the decoded tensor."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
     @property
     def plain(self) -> bool:
-        """Whether the stored bytes are the tensor, so that a view of them serves."""
+        """Whether the stored bytes are the tensor, so that it can be a view of them."""
         aligned = all(position % self.dtype.itemsize == 0 for position in self.stored_at)
         return self.source.is_view and self.source.dtype == self.dtype and aligned
 
     def view(self, data: torch.Tensor, position: int) -> torch.Tensor:
-        """The decoded tensor as a view of the bytes that begin at `position`."""
+        """Return the decoded tensor as a view of the bytes that begin at `position`."""
         return data[position : position + self.nbytes].view(self.dtype).view(self.shape)
 
     def numbers(self, data: torch.Tensor, form: Form, take: Take) -> torch.Tensor:
-        """The tensor as it is computed with: a view of its unit's bytes if they hold it, else decoded.
+        """Return the decoded tensor: a view of its unit's bytes if they hold it, otherwise decoded.
 
         Args:
-            data: the unit's bytes, uint8, wherever they are.
-            form: what these bytes are.
-            take: gives the tensor, on the same device, to decode into.
+            data: The unit's bytes, uint8, on any device.
+            form: The form of these bytes.
+            take: A function that returns the tensor, on the same device, into which to decode.
         """
         positions = self.stored_at if form is Form.STORED else self.carried_at
         if self.plain if form is Form.STORED else not self.source.carried_as_stored:
@@ -116,16 +117,16 @@ class UnitTensor(WantedTensor):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnitLayout:
-    """A unit: what is read, and what is bound.
+    """A unit: the bytes that are read for it, and the tensors that are bound.
 
     Attributes:
-        index: its place in the order of use.
-        name: for people.
-        tensors: what it brings.
-        extents: what is read for it.
-        stored_bytes: of all extents, as they lie in a ring.
-        carried_bytes: of what crosses a link to a device, each tensor at a multiple of DEVICE_ALIGNMENT.
-        decoded_bytes: of all tensors decoded, each at a multiple of DEVICE_ALIGNMENT.
+        index: The position of the unit in the order of use.
+        name: A name for people.
+        tensors: The tensors that the unit brings.
+        extents: The ranges of files that are read for it.
+        stored_bytes: The bytes of all extents, as they lie in a ring.
+        carried_bytes: The bytes that cross a link to a device, each tensor at a multiple of DEVICE_ALIGNMENT.
+        decoded_bytes: The bytes of all decoded tensors, each at a multiple of DEVICE_ALIGNMENT.
     """
 
     index: int
@@ -168,11 +169,11 @@ class UnitLayout:
         )  # fmt: skip
 
     def carried(self, stored: torch.Tensor, into: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
-        """The carried bytes, portion by portion: (position, bytes).
+        """Yield the carried bytes in portions: (position, bytes).
 
         Args:
-            stored: the unit's stored bytes.
-            into: host memory for `carried_bytes`; what the host decodes goes to its position there.
+            stored: The unit's stored bytes.
+            into: Host memory for `carried_bytes`; tensors that the host decodes are written to their positions in it.
         """
         for tensor in self.tensors:
             if tensor.source.carried_as_stored:
