@@ -1,4 +1,5 @@
-"""Machines from a few figures, as vendors print them: what software reaches of them, and everything that nobody prints."""
+"""Makes machines from a few figures, as vendors print them, with usual values for the rates that software reaches and for everything else.
+"""
 
 from __future__ import annotations
 
@@ -33,20 +34,20 @@ EXAMPLE = '{"host_bytes": "64GB", "host_memory": 80e9, "disk_read": 7e9, "flops"
 
 
 def is_box(fields: Any) -> bool:
-    """Whether a JSON value describes a machine by a few figures, rather than by all that `flexgen profile` measures."""
+    """Return whether a JSON value describes a machine by a few figures, rather than by all that `flexgen profile` measures."""
     return isinstance(fields, dict) and not {"dense", "overheads", "origin"} & cast(dict[str, Any], fields).keys()
 
 
 def box_of(fields: Mapping[str, Any], name: str) -> Machine:
-    """The machine that a few figures describe.
+    """Return the machine that a few figures describe.
 
     Args:
-        fields: bytes (numbers, or sizes such as "64GB") and rates per second, as printed; `flops` is a number, which counts for bfloat16
-            and float16, or one per dtype.
-        name: name of the machine, where they give none.
+        fields: The figures as printed: bytes (numbers, or sizes such as "64GB"), rates per second, and `flops`, which is either one number,
+            for bfloat16 and float16, or one per dtype.
+        name: The name of the machine, where the fields have none.
 
     Raises:
-        OptionError: with its name, a missing or unknown field, or an impossible value.
+        OptionError: A field is missing, unknown or impossible; the message names it.
     """
     _check(fields)
     given: dict[str, Any] = {"name": name, "cores": CORES, "device_bytes": 0, "disk_bytes": DISK_BYTES, "host_to_device": 0.0}
@@ -115,7 +116,7 @@ def _number(name: str, value: Any) -> float:
 
 
 def _rate(name: str, value: Any) -> float:
-    """A number, or a size per second: "7GB/s"."""
+    """Read a number, or a size per second such as "7GB/s"."""
     if isinstance(value, str) and (size := re.fullmatch(r"(.*\S)\s*/\s*s", value)):
         value = parse_size(size[1], name=name)
     if _number(name, value) < LEAST_RATE:
@@ -172,7 +173,7 @@ def _share(printed: float, share: float) -> Rate:
 
 
 def _dense(peak: float, device_memory: float, dtype: str) -> Curve:
-    """Few rows are bound by reading the weights: two FLOPs per number and row."""
+    """Return a curve in which few rows are bound by reading the weights: two FLOPs per number and row."""
     return tuple(
         (float(rows), Rate(best=min(peak, most), typical=min(DENSE_SHARE * peak, MEMORY_SHARE * most)))
         for rows, most in ((rows, rows * 2 * device_memory / DTYPE_BYTES[dtype]) for rows in ROWS)
