@@ -9,7 +9,7 @@ from typing import Any
 from flexgen.errors import ModelError, OptionError, RequestError
 from flexgen.request import SamplingParams
 
-_CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length")  # the first is the usual one
+_CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length")  # the first is usual
 
 
 def token_limits(name: str, config: Any, max_model_len: int | None) -> tuple[int, int]:

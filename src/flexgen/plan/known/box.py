@@ -1,5 +1,4 @@
-"""Makes machines from a few figures, as vendors print them, with usual values for the rates that software reaches and for everything else.
-"""
+"""Makes machines from a few figures that vendors print, with usual values for the rates that software reaches and for all else."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How long answers are that may end by themselves: a distribution, which stands in for what nobody knows before a job has run."""
+"""A distribution of answer lengths, for answers that may end early and whose lengths are unknown before the job has run."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ class OutputLengths:
     """A distribution of answer lengths.
 
     Attributes:
-        quantiles: equally likely lengths, rising.
+        quantiles: Equally likely lengths, rising.
     """
 
     quantiles: tuple[int, ...] = CONVERSATION_QUANTILES
 
     def at(self, share: float) -> int:
-        """The length that `share` of the answers do not exceed; between the quantiles, in equal steps."""
+        """Return the length that `share` of the answers do not exceed, interpolated linearly between the quantiles."""
         place = min(max(share * len(self.quantiles) - 0.5, 0.0), len(self.quantiles) - 1.0)
         low = int(place)
         high = min(low + 1, len(self.quantiles) - 1)
         return max(round(self.quantiles[low] + (place - low) * (self.quantiles[high] - self.quantiles[low])), 1)
 
     def updated(self, seen: Sequence[int]) -> OutputLengths:
-        """What is known after answers of these lengths have ended; what was assumed fades."""
+        """Return the distribution after answers of these lengths have ended; the more there are, the less the assumed lengths count."""
         if not seen:
             return self
         assumed = [self.at((each + 0.5) / ASSUMED_ANSWERS) for each in range(ASSUMED_ANSWERS)]
@@ -49,7 +49,7 @@ class OutputLengths:
 
 
 def expected(workload: Workload, lengths: OutputLengths | None = None) -> Workload:
-    """The workload with answers of likely lengths, each at most what it may have; one whose lengths are certain is left alone."""
+    """Return the workload with likely answer lengths within their maxima; one whose lengths are already known is returned as it is."""
     if not workload.may_end_early or workload.expected_lens:
         return workload
     lengths = lengths or OutputLengths()

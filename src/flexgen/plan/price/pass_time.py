@@ -115,8 +115,7 @@ class Expectation:
         }
 
     def seconds(self, work: PassWork, policy: Policy, *, times: Mapping[str, float] | None = None) -> Any:
-        """Return the seconds of a pass (or of each of many): those of its busiest resource, plus the overhead; `times` as in `resources`.
-        """
+        """Return the seconds of a pass (or of each of many): its busiest resource's, plus the overhead; `times` as in `resources`."""
         resources = [np.asarray(each, dtype=np.float64) for each in self.resources(work, policy, times=times).values()]
         return functools.reduce(np.maximum, resources) + self.machine.overheads.per_pass
 

@@ -90,8 +90,7 @@ class RequestLoad:
         )
 
     def mean(self) -> RequestLoad:
-        """Return the load that one live sequence adds to a pass of the steady state, where all ages of all requests are equally frequent.
-        """
+        """Return what one live sequence adds to a pass of the steady state on average, with all ages of all requests equally frequent."""
         passes = float((self.num_prompts + self.next_tokens).sum())
         entering = len(self.num_prompts) / passes
         return RequestLoad(
@@ -159,8 +158,7 @@ class JobSizes:
         return min(policy.max_num_seqs, self.block(policy.kv_bytes))
 
     def quota(self, pool_bytes: float, share: float) -> int:
-        """Return the prompt tokens per pass: from half of those that replace ending sequences (`share` 0) to the whole block at once (1).
-        """
+        """Return the prompt tokens per pass: half of those that replace ending sequences at `share` 0, the whole block at 1."""
         prompts = max(self.block(pool_bytes), 1.0) * self.prompt_tokens / self._number
         slowest = self._number / self._passes / 2
         return math.ceil(prompts * slowest ** (1 - share))

@@ -1,4 +1,4 @@
-"""Moves points of a space as long as that helps.  Knows the space's axes, and prices only through the score it is given."""
+"""Moves points of a space as long as that helps. Knows the space's axes, and prices only through the score that it is given."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ FAILED_KICKS = 32
 
 
 class Axes(Protocol):
-    """What there is to choose from, beside the numbers of a Point."""
+    """The choices beside the numbers of a Point."""
 
     def free_axes(self, schedule: str) -> tuple[str, ...]:
-        """Fields of Point that are not pinned, and make a difference."""
+        """Return the fields of Point that are not pinned, and make a difference."""
         ...
 
     def schedules(self) -> tuple[str, ...]:
-        """Those to choose from."""
+        """Return the schedules to choose from."""
         ...
 
     def micro_batches(self) -> list[int]:
-        """Sizes to choose from."""
+        """Return the sizes of micro-batches to choose from."""
         ...
 
 
@@ -48,20 +48,20 @@ Improvement = Callable[[Point, Axes, Callable[[Point], Score], Callable[[], bool
 def climb(
     starts: Sequence[Point], space: Axes, score: Callable[[Point], Score], goes_on: Callable[[], bool], *, also: Iterable[Point] = ()
 ) -> list[Point]:
-    """Where the starts lead, in coarse steps, and the best of that and of `also` in fine ones; and `also`."""
+    """Return the points that the starts lead to in coarse steps, `also`, and those that the best of all these lead to in fine steps."""
     found = [*also, *(_improved(start, space, score, goes_on, steps=COARSE_STEPS, in_pairs=False) for start in starts)]
     best = list({score(point): point for point in sorted(found, key=score)}.values())[:REFINED]
     return [*found, *(refine(point, space, score, goes_on) for point in best)]
 
 
 def refine(point: Point, space: Axes, score: Callable[[Point], Score], goes_on: Callable[[], bool]) -> Point:
-    """Where the point leads in fine steps, then in the finest."""
+    """Return the point that this one leads to in fine steps, then in the finest."""
     point = _improved(point, space, score, goes_on, steps=FINE_STEPS, in_pairs=True)
     return _improved(point, space, score, goes_on, steps=LAST_STEPS, in_pairs=False)
 
 
 def wander(best: Point, space: Axes, score: Callable[[Point], Score], goes_on: Callable[[], bool]) -> Point:
-    """The best that kicks lead to, one after the other, each followed by steps that help.
+    """Return the best point that kicks lead to, one after the other, each followed by steps that help.
 
     Whole numbers (units, prompts in a pass, micro-batches) make a landscape of many small basins, which steps alone do not leave.
     """
@@ -75,7 +75,7 @@ def wander(best: Point, space: Axes, score: Callable[[Point], Score], goes_on: C
 
 
 def _kick(point: Point, space: Axes, draw: random.Random) -> Iterator[tuple[str, float]]:
-    """Axes and where they are kicked to."""
+    """Yield the axes that a kick changes, and their new values."""
     for axis in space.free_axes(point.schedule):
         chance = draw.random()
         if chance < DRAWN_AXES:
@@ -87,7 +87,7 @@ def _kick(point: Point, space: Axes, draw: random.Random) -> Iterator[tuple[str,
 def _improved(
     start: Point, space: Axes, score: Callable[[Point], Score], goes_on: Callable[[], bool], *, steps: Sequence[float], in_pairs: bool
 ) -> Point:
-    """The point that is reached from `start` by moves that help, largest steps first, while `goes_on`."""
+    """Return the point that is reached from `start` by moves that help, largest steps first, while `goes_on`."""
     best, value = start, score(start)
     for step in steps:
         moving = True
@@ -108,7 +108,7 @@ def _is_better(found: Score, than: Score) -> bool:
 
 
 def _moves(axes: Sequence[str], step: float, *, in_pairs: bool) -> Iterator[Move]:
-    """Steps along each axis in both directions, and along all pairs of them."""
+    """Yield steps along each axis in both directions, and along all pairs of axes."""
     for axis, sign in product(axes, (-1, 1)):
         yield {axis: sign * step}
     if in_pairs:
@@ -117,12 +117,12 @@ def _moves(axes: Sequence[str], step: float, *, in_pairs: bool) -> Iterator[Move
 
 
 def _moved(point: Point, move: Move, length: int) -> Point:
-    """The point so many times the move away, within the unit cube."""
+    """Return the point that is `length` times the move away, within the unit cube."""
     return dataclasses.replace(point, **{axis: min(max(getattr(point, axis) + length * by, 0.0), 1.0) for axis, by in move.items()})
 
 
 def _alternatives(point: Point, space: Axes) -> Iterator[Point]:
-    """The same with another of what is not a matter of more or less."""
+    """Yield the same point with another value of one discrete choice, or with a corner value of an axis of KV's homes."""
     yield dataclasses.replace(point, embedding=not point.embedding)
     free = space.free_axes(point.schedule)
     for axis, value in (("kv_disk", 0.0), ("kv_disk", 1.0), ("kv_homes", 0.0), ("kv_homes", 0.5), ("kv_homes", 1.0)):
