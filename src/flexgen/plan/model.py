@@ -14,7 +14,7 @@ from typing import Any, cast
 
 from flexgen.errors import OptionError
 
-# The number of a layer in the name of a unit.
+# Matches the number of a layer in the name of a unit.
 _LAYER_NUMBER = re.compile(r"(?<=\.)(0|[1-9]\d*)(?=\.| |$)")
 _ENCODED = "encoded_bytes"
 PLAIN_FORMATS = frozenset({"bfloat16", "float16", "float32", "float64"})

@@ -21,7 +21,8 @@ def fingerprint(model: ResolvedModel, choices: Choices, chat_template: str | Non
 
     Raises:
         ModelError: A file of the model cannot be understood.
-        OptionError, CapacityError: As for `ResolvedModel.dtype`.
+        OptionError: As for `ResolvedModel.dtype`.
+        CapacityError: As for `ResolvedModel.dtype`.
     """
     return {
         "model": _weights(model.files, load_format),

@@ -63,7 +63,8 @@ class ResolvedModel:
         """The hard budgets of this process, as they were before anything was loaded.
 
         Raises:
-            OptionError, CapacityError: A budget cannot be granted.
+            OptionError: A size cannot be read, or an option cannot be honoured on this machine.
+            CapacityError: A budget is larger than the hard limit above it.
         """
         if self._limits is None:
             self._limits = find_limits(self._options)
@@ -78,7 +79,8 @@ class ResolvedModel:
         """The dtype to compute in, never "auto".
 
         Raises:
-            OptionError, CapacityError: As for `limits`.
+            OptionError: As for `limits`.
+            CapacityError: As for `limits`.
             ModelError: The checkpoint's dtype cannot be computed in, and the options name no other.
         """
         device = self.limits.device
@@ -91,7 +93,8 @@ class ResolvedModel:
 
         Raises:
             ModelError: The model cannot be served; the message names the reason.
-            OptionError, CapacityError: As for `dtype`.
+            OptionError: As for `dtype`.
+            CapacityError: As for `dtype`.
         """
         folder, dtype = self.files.folder, self.dtype
         if self._options.load_format != "dummy" and self._description is None:

@@ -35,8 +35,9 @@ def plan_job(model: ResolvedModel, options: EngineOptions, workload: Workload) -
     """Return the plan that `open_engine` would execute; no weights are read.
 
     Raises:
-        CapacityError: No plan fits the budgets.
-        UnsupportedModelError: The model's architecture or number format is not supported.
+        CapacityError: A budget cannot be granted, or the budgets are too small.
+        ModelError: The model cannot be served.
+        OptionError: An option cannot be honoured on this machine.
     """
     step("loading PyTorch")
     from flexgen.session.setup import discard, prepare
@@ -50,7 +51,9 @@ def open_engine(model: ResolvedModel, options: EngineOptions, workload: Workload
     """Plan for the workload, load the model, and return the engine that serves it.
 
     Raises:
-        CapacityError, ModelError, OptionError: As for `plan_job`; nothing stays open.
+        CapacityError: As for `plan_job`; nothing stays open.
+        ModelError: As for `plan_job`; nothing stays open.
+        OptionError: As for `plan_job`; nothing stays open.
     """
     step("loading PyTorch")
     from flexgen.session.setup import open_prepared, prepare
@@ -84,7 +87,9 @@ class EngineSession:
         """Return the open engine if its plan serves the workload, else a fresh one.
 
         Raises:
-            CapacityError, ModelError, OptionError: As for `open_engine`.
+            CapacityError: As for `open_engine`.
+            ModelError: As for `open_engine`.
+            OptionError: As for `open_engine`.
         """
         if self.engine is None:
             return self._opened(workload)

@@ -76,7 +76,9 @@ def prepare(found: ResolvedModel, options: EngineOptions, workload: Workload) ->
     """Describe the model, measure the machine, and choose the policy; no weights are read.
 
     Raises:
-        ModelError, OptionError, CapacityError: The model, an option or the budgets do not allow a run.
+        ModelError: The model cannot be served.
+        OptionError: An option cannot be honoured on this machine.
+        CapacityError: A budget cannot be granted, or the budgets are too small.
         FlexGenError: This process was forked from one that had loaded this module.
     """
     if os.getpid() != _PROCESS:
@@ -118,7 +120,8 @@ def open_prepared(prepared: Prepared) -> PlannedEngine:
     """Open the engine that executes a prepared plan, with its resident weights loaded.
 
     Raises:
-        CapacityError, StorageError: There is not enough memory, or no offload folder can be made; nothing stays open.
+        CapacityError: There is not enough memory; nothing stays open.
+        StorageError: No offload folder can be made; nothing stays open.
     """
     step("loading weights")
     with contextlib.ExitStack() as resources:

@@ -14,7 +14,7 @@ from flexgen.errors import OptionError
 from flexgen.plan.machine import Curve, DiskRequest, Machine, Overheads, Rate
 from flexgen.plan.price.work import DTYPE_BYTES
 
-# What is usually reached of a printed rate; of the host's memory by elementwise operations of a model.
+# The shares of a printed rate that are usually reached; the last is that of the host's memory for elementwise operations of a model.
 DENSE_SHARE, ATTENTION_SHARE, MEMORY_SHARE, LINK_SHARE, DISK_SHARE, ELEMENTWISE_SHARE = 0.7, 0.3, 0.8, 0.85, 0.9, 0.3
 ROWS = (1, 4, 16, 64, 128, 256, 512, 1024, 4096)
 # Measured with PyTorch and transformers on server processors of the years 2022 to 2025.
@@ -22,11 +22,12 @@ DRIVEN_DEVICE = Overheads(per_pass=5e-3, per_sequence=3e-5, per_unit=2e-4, per_l
 DISK_CORE_SECONDS_PER_BYTE = 2e-11
 DISK_REQUEST = DiskRequest(seconds=3e-5, core_seconds=2e-5)
 
-# What a description may leave out: cores, the disk's size, and what writing reaches of reading; float32 of narrower products.
+# Values for figures that a description leaves out: cores, the disk's size, the rate of writing as a share of that of reading, and the
+# rate of float32 as a share of that of narrower dtypes.
 CORES, DISK_BYTES, WRITE_SHARE, WIDE_SHARE = 16, 10**12, 0.5, 0.5
 REQUIRED = ("host_bytes", "host_memory", "disk_read", "flops")
 REQUIRED_BY_DEVICE = ("device_memory", "host_to_device")
-# What no machine has less of: whoever gives 64 or 7 means GB.
+# No machine has less than this: a description with 64 or 7 means GB.
 LEAST_BYTES, LEAST_RATE = 16 << 20, 1e6
 OPTIONAL = ("name", "cores", "disk_bytes", "disk_write", "device_bytes", "device_to_host")
 EXAMPLE = '{"host_bytes": "64GB", "host_memory": 80e9, "disk_read": 7e9, "flops": 2e12}'
@@ -53,8 +54,8 @@ def box_of(fields: Mapping[str, Any], name: str) -> Machine:
     given |= {key: _READERS[key](key, value) for key, value in fields.items()}
     flops, host_memory, disk_read, link = (given[key] for key in ("flops", "host_memory", "disk_read", "host_to_device"))
     has_device = given["device_bytes"] > 0
-    memory = given["device_memory"] if has_device else host_memory  # of what computes
-    # The host's kernels reach half of what its memory gives, and less where many queries share a key.
+    memory = given["device_memory"] if has_device else host_memory  # the memory of the device that computes
+    # The host's kernels reach half the rate of its memory, and less where many queries share a key.
     attending = {"host": {dtype: ((1.0, _share(host_memory, 0.5)), (8.0, _share(host_memory, 0.3))) for dtype in flops}}
     if has_device:
         attending["device"] = {dtype: ((1.0, _share(memory, 0.6)), (8.0, _share(memory, 0.6))) for dtype in flops}

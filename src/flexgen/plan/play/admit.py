@@ -14,11 +14,12 @@ from numba import njit
 from flexgen.base.compiled import entry
 
 DIAGONAL, ZIGZAG, ROW = range(3)
-# Equal sequences that enter together are given homes in about so many steps; up to twice as many, one by one, as the engine does.
+# Equal sequences that enter together are given homes in about this many steps. Fewer than twice as many sequences are given homes one
+# by one, as the engine does.
 HOME_STEPS = 64
-# No pass before a sequence ends.
+# In place of a pass: no pass can admit more before a sequence ends.
 _NEVER = -1
-# Rows of groups while playing: those of `Admissions`, and one more than the group before that ends in the same pass.
+# The rows of groups while playing: those of `Admissions`, and one more than the index of the previous group that ends in the same pass.
 _PASS, _RUN, _POOL, _COUNT, _BEFORE = range(5)
 
 
@@ -98,16 +99,16 @@ def admit(queue: Any, needs: Needs, pools: Pools, rules: Rules) -> Any:
     prompts, outputs, reserved_lens, founds, counts = queue
     groups, num_groups = np.zeros((5, 256), dtype=np.int64), 0
     used = np.zeros((len(pools.capacity), 256), dtype=np.int64)
-    ending = np.zeros((1, 256), dtype=np.int64)  # by pass: one more than the last group of which it is the first without
+    ending = np.zeros((1, 256), dtype=np.int64)  # by pass: one more than the index of the last group that ends just before it
     given = np.zeros(len(pools.capacity), dtype=np.int64)  # tokens, by pool
     index = live = credit = last_end = run = ended = 0
     refilled, left = -1, counts[0] if len(counts) else 0
-    needed, needed_of = np.empty((0, 0), dtype=np.int64), -1  # by such a sequence, and the run that it is of
+    needed, needed_of = np.empty((0, 0), dtype=np.int64), -1  # the bytes that a sequence of a run needs, and that run
     while run < len(counts):
         while ended <= min(index, last_end):
             live -= _leave(used, groups, ending[0, ended], ended, queue, needs, pools)
             ended += 1
-        later = _NEVER  # the next pass that could take in more
+        later = _NEVER  # the next pass that could admit more
         if rules.schedule == DIAGONAL or live == 0:
             credit, refilled, taken = _refilled(rules, credit, index - refilled, live), index, 0
             while run < len(counts):
@@ -142,13 +143,13 @@ def admit(queue: Any, needs: Needs, pools: Pools, rules: Rules) -> Any:
         if run == len(counts):
             break
         if later == _NEVER or rules.schedule != DIAGONAL:
-            # For want of a place, or in a closed block, nothing changes before a sequence ends.
+            # Where a sequence must end first, for its slot or its room, or the block is closed, nothing changes before one ends.
             assert live > 0, "a request that fits was not admitted to empty pools"
             index = ended
             while ending[0, index] == 0:
                 index += 1
         else:
-            index = min(later, last_end)  # there is no pass without a sequence
+            index = min(later, last_end)  # every pass has a sequence
     return groups[:_BEFORE, :num_groups], _longer(used, last_end)[:, :last_end]
 
 

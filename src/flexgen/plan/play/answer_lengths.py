@@ -9,14 +9,14 @@ from dataclasses import dataclass
 
 from flexgen.plan.workload import Workload
 
-# Tokens of answers in conversations, twenty quantiles (2.5 %, 7.5 %, ...) of 19,366 requests: Azure LLM inference trace 2023
+# The tokens of answers in conversations: twenty quantiles (2.5 %, 7.5 %, ...) of 19,366 requests: Azure LLM inference trace 2023
 # (Patel et al., ISCA 2024; Azure/AzurePublicDataset, CC BY 4.0).
 CONVERSATION_QUANTILES = (28, 48, 60, 72, 82, 88, 93, 99, 108, 120, 139, 162, 195, 373, 391, 396, 406, 416, 430, 522)
-# Room is kept for answers as long as this share of those seen (engine/admission.py).
+# Room is kept for an answer of the length that this share of the answers does not exceed (engine/admission.py).
 RESERVED_QUANTILE = 0.9
 # An irrational step visits all quantiles evenly, however many are drawn.
 GOLDEN_STEP = (math.sqrt(5) - 1) / 2
-# What was assumed counts as much as this many answers that were seen.
+# The assumed distribution counts as much as this many answers seen.
 ASSUMED_ANSWERS = 16
 DRAWN_QUANTILES = 1000
 

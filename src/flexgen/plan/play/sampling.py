@@ -14,8 +14,8 @@ from flexgen.plan.policy import Policy
 from flexgen.plan.price.work import PassWork, unit_homes, weights_work
 from flexgen.plan.workload import Workload
 
-# Jobs beyond these sizes are searched on a sample of their requests and extrapolated; then the winner is played whole.  A sample has as
-# many requests as some blocks at least, of a few lengths, in groups of equal ones that enter together.
+# Policies for larger jobs are searched on a sample of the requests and extrapolated; then the best one is played with the whole job. A
+# sample has at least the requests of some blocks, of a few lengths, in groups of equal ones that enter together.
 SEARCH_REQUESTS, SEARCH_BLOCKS = 512, 4
 SEARCH_LENGTHS, SEARCH_ENTRIES = 64, 128
 PLAYED_REQUESTS = 20_000

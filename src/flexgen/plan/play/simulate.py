@@ -174,8 +174,8 @@ def _play(spec: ModelSpec, policy: Policy, queue: Queue, tiers: Sequence[str]) -
     at_most = held[queue.prompt_len + queue.most - 1]
     fits = at_most <= capacity.max(initial=-1)
     num_refused, queue = int(queue.count[~fits].sum()), queue.only(fits)
-    # The longest shared beginning is set aside in each tier; those of other requests come after it and are as long at most.
-    # A request that needs it all makes it give way.
+    # Room for the longest prefix is set aside in each tier; the prefixes of other requests come after it and are no longer.
+    # A request that needs the whole tier displaces it.
     prefix = shared[queue.found_len.max(initial=0)]
     capacity = np.maximum(capacity - prefix, np.minimum(capacity, at_most[fits].max(initial=0)))
     rules = Rules(

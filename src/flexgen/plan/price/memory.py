@@ -12,10 +12,10 @@ from flexgen.plan.policy import Fractions, Policy
 from flexgen.plan.price.requests import JobSizes
 from flexgen.plan.price.work import DTYPE_BYTES, PassWork, needs_decode, unit_homes, weight_bytes, weights_work
 
-# Kept free beside everything accounted for: thread stacks, text, code loaded later, fragments of freed memory.
+# Kept free in addition to all that is accounted for: thread stacks, text, code loaded later, fragments of freed memory.
 ALLOWANCE_BYTES = 48 * MIB
 ALLOWANCE_SHARE = 0.02
-# Live tensors are this much smaller than what the allocator holds for them.
+# The allocator holds this many times the bytes of live tensors.
 FRAGMENTATION = 1.25
 # A ring holds at least this many of its largest units.
 RING_UNITS = 3
@@ -98,7 +98,7 @@ def activation_bytes(spec: ModelSpec, sizes: JobSizes, policy: Policy, max_num_s
         "row": max(policy.micro_batch_tokens, longest_prompt),
     }[policy.schedule]
     tokens = most + min(prompt_tokens, sizes.prompt_tokens, most * longest_prompt)
-    # Prompts whose KV goes to disk are not cut.
+    # Prompts whose KV goes to disk are never cut into chunks.
     running = min(max(policy.micro_batch_tokens, longest_prompt * (policy.kv.disk > 0)), tokens)
     suspended = tokens * (3 * hidden + 2 * intermediate) * size
     computing = running * ((4 * hidden + 3 * intermediate) * size + 8 * hidden)

@@ -18,7 +18,7 @@ from flexgen.plan.policy import Fractions, Policy
 
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 
-# Stored and decoded bytes that differ by no more than this differ by alignment only: views, no decode stage.
+# Where stored and decoded bytes differ by no more than this, only alignment differs: the unit needs views and no decode stage.
 ALIGNMENT_SLACK_BYTES = 2 * 4096
 
 
@@ -183,7 +183,7 @@ def price(load: PassLoad, spec: ModelSpec, policy: Policy, weights: PassWork) ->
     requests: Any = 0
     if not policy.embedding_resident:
         disk_read = disk_read + tokens * spec.embedding_row_bytes
-    # On a separate device q goes to where host KV is attended to, and the result comes back: about hidden_size each.
+    # With a separate device, q goes to the host, which attends to the KV there, and the result comes back: about hidden_size each.
     crossing = sum(group.num_layers for group in groups) * spec.hidden_size * DTYPE_BYTES[policy.dtype]
     for home, attended in load.attended_tokens.items():
         flops, read = attended_flops(groups, attended), attended_bytes(groups, attended)
@@ -200,7 +200,7 @@ def price(load: PassLoad, spec: ModelSpec, policy: Policy, weights: PassWork) ->
         if home == "disk":
             fetched = read - attended_bytes(groups, load.repeated_tokens[home]) if home in load.repeated_tokens else read
             disk_read, disk_write, memory = disk_read + fetched, disk_write + written, memory + fetched + written
-            # Each sequence's keys and values are read in one piece; a next token fills a page now and then.
+            # Each sequence's keys and values are read in one piece; a next token fills a page once in page_tokens.
             pieces = load.num_prompts[home] + load.next_tokens[home] * (1 + 1 / policy.page_tokens)
             requests = requests + 2 * sum(group.num_layers for group in groups) * pieces
     return PassWork(

@@ -13,7 +13,7 @@ from flexgen.plan.policy import PAGE_TOKENS, Fractions, Policy
 from flexgen.plan.price.memory import RING_UNITS, PlacedWeights, activation_bytes, embedding_table_bytes, reserved
 from flexgen.plan.price.requests import JobSizes
 
-# A ring holds what a link delivers in this time, but never more than this share of its tier.
+# A ring holds the bytes that a link delivers in this time, but (beyond its least number of units) at most this share of its tier.
 RING_SECONDS = 0.3
 RING_SHARE = 0.05
 
@@ -153,7 +153,7 @@ def kv_pools(free: dict[str, int], disk_bytes: int, kv_homes: float, kv_disk: fl
     most = min(disk_bytes, int(room / staged) if staged else disk_bytes)
     if kv_disk >= 1:
         return {"device": 0, "host": 0, "disk": most}
-    # Each byte on the host brings `ratio` bytes on disk, and these their staging on the host.
+    # Each byte in memory entails `ratio` bytes on disk, and these need staging on the host.
     ratio = kv_disk / (1 - kv_disk)
     host = min(host, int(max(room - staged * ratio * device, 0) / (1 + staged * ratio)))
     return {"device": device, "host": host, "disk": min(int((device + host) * ratio), most)}

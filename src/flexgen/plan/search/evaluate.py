@@ -12,14 +12,14 @@ from flexgen.plan.price.pass_time import Expectation
 from flexgen.plan.search.moves import Score
 from flexgen.plan.search.space import Point, Space
 
-# Between plans that are about as fast, the one with shorter passes (results come sooner, forecasts matter less) and that moves
-# less (what does not move is never late; from the disk least of all).
+# Among plans that are about as fast, those are preferred that have shorter passes (results come sooner, forecasts matter less) and that
+# move fewer bytes (bytes that do not move are never late), above all from the disk.
 LONG_PASS_PENALTY, MOVING_PENALTY = 0.003, 0.003
-# What spilling has to gain, for the life of the disk and its other users.
+# The gain that spilling must exceed, for the sake of the disk's life and its other users.
 SPILL_PENALTY = 0.05
-# In units of about 10 µs on one core of 2024: finding the policy of a point, and each unit of a placement that is new.
+# Efforts are in units of about 10 µs on one core of 2024. Of finding the policy of a point, and of each unit of a new placement.
 POINT_EFFORT, UNIT_EFFORT = 20, 0.1
-# And playing a sample: each of its passes, each group that enters together, and each pass of a group's life.
+# Of playing a sample, plus each of its passes, each group that enters together, and each pass of a group's life.
 PLAY_EFFORT, PASS_EFFORT, GROUP_EFFORT, LIFE_EFFORT = 23, 0.009, 0.03, 0.00012
 
 

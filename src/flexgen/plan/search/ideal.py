@@ -35,9 +35,9 @@ from flexgen.plan.workload import Workload
 
 Floats = npt.NDArray[np.float64]
 
-# Requests of different lengths are put together into at most so many kinds.
+# The most kinds into which requests of different lengths are put together.
 KINDS = 64
-# Lengths of the tail that are tried: those of answers at these shares of all, the shortest first.
+# The lengths of the tail that are tried: the quantiles of answer lengths at these shares.
 TAILS = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
 # The solver's tolerance: the bound is lowered by this share.
 TOLERANCE = 5e-7

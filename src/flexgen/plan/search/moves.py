@@ -12,16 +12,17 @@ from flexgen.plan.search.space import Point
 
 Score = tuple[float, ...]
 Move = Mapping[str, float]
-# A smaller gain is not worth the time to look for more of it.
+# A move with a smaller gain counts as none, because looking for more such gains is not worth the time.
 LEAST_GAIN = 3e-4
-# Coarse steps along one axis at a time; then finer ones, along two at once too: at the edge of what fits, one share grows only where
-# another shrinks; and the finest along one: prompts of equal lengths fall evenly for a narrow range of quotas.
+# First coarse steps along one axis at a time. Then finer ones, also along two axes at once: at the edge of what fits, one share grows
+# only where another shrinks. Then the finest along one axis: prompts of equal lengths fall evenly for a narrow range of quotas only.
 COARSE_STEPS, FINE_STEPS, LAST_STEPS = (0.25, 0.125, 0.06, 0.03), (0.25, 0.1, 0.04, 0.015), (0.006, 0.002)
-# Of the points that coarse steps lead to, how many go on in fine ones.
+# The number of points, among those that coarse steps lead to, that are refined by fine steps.
 REFINED = 2
-# A kick draws some axes anew and moves most others by so much (standard deviation); these steps follow it.
+# A kick draws an axis anew with probability DRAWN_AXES, moves it with MOVED_AXES (KICK is the standard deviation), and is followed by
+# these steps.
 DRAWN_AXES, MOVED_AXES, KICK, KICK_STEPS = 0.2, 0.5, 0.15, (0.1, 0.03, 0.01)
-# So many kicks in a row that lead to nothing better are enough.
+# The search ends after so many kicks in a row that lead to nothing better.
 FAILED_KICKS = 32
 
 
@@ -41,7 +42,7 @@ class Axes(Protocol):
         ...
 
 
-# From a point, what there is to choose, a score and whether to go on, to a point that is no worse.
+# Takes a point, the choices, a score and whether to go on, and returns a point that is no worse.
 Improvement = Callable[[Point, Axes, Callable[[Point], Score], Callable[[], bool]], Point]
 
 

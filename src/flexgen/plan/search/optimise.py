@@ -22,26 +22,26 @@ from flexgen.plan.search.space import Point, Space
 from flexgen.plan.search.starts import BOUNDED_CAPS, NEAR, starts, steady_states, varied, varied_places, varied_wholes
 from flexgen.plan.search.steady import Steady
 
-# Effort (see evaluate.py) of the stages of a search.  The first size of micro-batches that fits, under any bounds.
+# The effort (see evaluate.py) of the stages of a search, beginning with the first size of micro-batches that fits.
 FIRST_SIZE_EFFORT = 36_000
-# Other sizes, of which those are begun with whose steady states reach this share of the best.
+# The effort for other sizes, of which those are tried whose steady states reach the share PROMISING of the best.
 OTHER_SIZES_EFFORT, PROMISING = 15_000, 0.9
-# Other whole numbers at the best place, and other places for those; then kicks, and fine steps at last.
+# The effort for other discrete choices at the best placement, for other placements, for kicks, and for the fine steps at the end.
 WHOLES_EFFORT, PLACES_EFFORT, KICKS_EFFORT, LAST_EFFORT = 12_000, 11_000, 40_000, 12_000
-# Of the effort that is left, what starts may take before they are moved.
+# The share of the remaining effort that scoring the starts may take before they are moved.
 STARTS_SHARE = 0.5
-# Of the best starts, how many are moved first.
+# How many of the best starts are moved first.
 MOVED_STARTS = 2
-# Of all that, what goes to what is best without bounds, and to what is best within: wide bounds cut off little.  And what goes to further
-# bounds, under which much is known already.
+# The shares of all this effort for the best point without bounds (UNBOUNDED), which is often within wide bounds, and then for the best
+# within them (BOUNDED); and the share for any further bounds (AGAIN), when many good points are known already.
 UNBOUNDED, BOUNDED, AGAIN = 0.2, 0.9, 0.5
-# Of the mean seconds that passes may take, what is asked of steady states: some passes of the job will be longer.
+# Steady states must keep these shares of the mean seconds that passes may take, because some passes of the job will be longer.
 PACES = (0.98, 0.9)
-# Of the points that were found, how many are begun with under the next bounds.
+# How many of the points found are starts under the next bounds.
 REMEMBERED = 6
-# A bound that nothing keeps.
+# A bound that no plan keeps.
 NO_TIME = 1e-9
-# How often bounds are tightened until the whole job keeps them, not its sample only.
+# How often bounds are tightened until the whole job keeps them, and not only its sample.
 ATTEMPTS = 4
 
 
@@ -102,8 +102,8 @@ class Search:
             if not bounds.excess(whole.request_seconds, whole.seconds):
                 return found
             if asked.excess(found.request_seconds, found.seconds):
-                break  # not even the sample
-            # The sample that was searched on flatters: asked for as much less, the whole job will keep the bounds.
+                break  # not even the sample keeps them
+            # The sample is faster than the whole job: under bounds tightened by the same factor, the whole job should keep the given ones.
             asked = asked.tightened(found.request_seconds / whole.request_seconds, found.seconds / whole.seconds)
             found = self._solution(asked)
             whole = self.player.whole(found.policy)
@@ -153,7 +153,7 @@ class Search:
         rates = self._rates(pass_seconds)
         best = max(rates.values(), default=1.0)
         promising = [tokens for tokens, rate in rates.items() if rate >= PROMISING * best]
-        # The fastest steady states first; of about equals the largest size.
+        # The sizes with the fastest steady states come first; among nearly equal ones, the largest.
         sizes = sorted(self.space.micro_batches(), key=lambda tokens: (-round(rates.get(tokens, 0.0) / best, 2), -tokens))
         begun = list[Point]()
         while sizes and not begun:

@@ -11,7 +11,7 @@ from flexgen.options import TIERS
 from flexgen.plan.policy import Fractions
 from flexgen.plan.search.space import Space
 
-# Budgets feed back on needs (an allowance and rings are shares of them): so often is the need computed again.
+# How often the needs are computed again, because they depend on budgets (the allowance and rings are shares of them).
 ROUNDS = 12
 # Pools are cut to whole bytes.
 ROUNDING_BYTES = 16

@@ -17,9 +17,9 @@ from flexgen.plan.search.optimise import Search, Solution
 from flexgen.plan.search.space import Space
 from flexgen.plan.workload import Workload
 
-# Gains from this on per GiB are looked for, with so much effort (see evaluate.py), before they are promised.
+# Gains per GiB of at least PROMISE are confirmed by a search of so much EFFORT (see evaluate.py) before they are stated.
 PROMISE, EFFORT = 0.01, 6_000
-# What is planned for when nothing is known of the job.
+# The workload that is planned for when nothing is known of the job.
 NOMINAL_WORKLOAD = Workload(prompt_lens=(512,) * 256, output_lens=(128,) * 256)
 
 

@@ -24,9 +24,9 @@ from flexgen.plan.search.drafts import Drafts, first_of, kv_pools, placed_weight
 from flexgen.plan.search.steady import Room
 from flexgen.plan.workload import Workload
 
-# Live sequences vary around what the pools hold on average.
+# The number of live sequences may exceed the pools' average by this factor.
 SEQUENCE_SLACK = 1.15
-# A smaller share of KV is not worth a folder on disk.
+# A smaller share of KV on disk is not worth an offload folder.
 LEAST_SPILL = 0.05
 
 
@@ -66,7 +66,7 @@ class _Homes(NamedTuple):
     disk: float
 
 
-# Most tokens of a micro-batch, unless pinned.
+# The most tokens of a micro-batch, unless pinned.
 WIDEST = 16384
 AXES = ("on_device", "on_host", "kv_homes", "kv_disk", "quota", "cap")
 
@@ -107,7 +107,7 @@ class Space:
             spec, machine, limits, self.sizes, self.placed, dtype=self.dtype, process_bytes=process_bytes, kv=self.kv,
             num_seqs=options.max_num_seqs or 1,
         )  # fmt: skip
-        # Two layers of all KV on disk are staged: one that is attended to, one on its way.  And a page per sequence.
+        # Staging holds two layers of all KV on disk (one that is attended to, one on its way), and a page per sequence.
         layer = max((group.bytes_per_token for group in spec.kv_groups), default=0)
         self._read_ahead = 2 * layer / max(spec.kv_bytes_per_token, 1)
         self._tails = PAGE_TOKENS * spec.kv_bytes_per_token / self.sizes.mean
@@ -175,7 +175,7 @@ class Space:
         draft = self.drafts.draft(weights, point.schedule, point.micro_batch_tokens, bare.prefill_tokens, spills=spills)
         if point.schedule == "diagonal" and self.options.prefill_tokens is None:
             draft = self._with_quota(draft, kv, point.quota, spills=spills)
-        # Rows are gathered as long as any unit streams: the same bytes of units save more reading.
+        # Rows are gathered as long as any unit streams, because units of the same bytes at home save more reading than the embedding.
         if point.embedding and weights.disk == 0:
             resident = dataclasses.replace(draft, embedding_resident=True)
             draft = resident if self._holds_largest(resident, kv) else draft
@@ -226,7 +226,7 @@ class Space:
         """Return a policy of the fewest sequences with all weights on disk, and the room that it leaves for weights and KV."""
         bare = self._bare(point, spills=spills)
         many = 1024
-        grown = 0.0  # a pinned number has its room already
+        grown = 0.0  # a pinned number of sequences has its workspace already
         if self.options.max_num_seqs is None:
             grown = self.drafts.growth(bare, 1 + many) / many
         free = self.drafts.free(bare)
@@ -263,7 +263,7 @@ class Space:
         room = self._weights_room(bare, on_device)
         placed = placed_weights(self.weight_bytes, self.limits.device, room["device"], room["host"], on_device, on_host)
         tiers = self.placed.of(placed).tiers
-        lived = {tier: share for tier in TIERS if (share := getattr(placed, tier)) and tier in tiers}  # no share without a unit
+        lived = {tier: share for tier in TIERS if (share := getattr(placed, tier)) and tier in tiers}  # a tier without a unit has no share
         return Fractions(**{tier: share / sum(lived.values()) for tier, share in lived.items()})
 
     def _weights_room(self, bare: Policy, on_device: float) -> dict[str, float]:
@@ -275,7 +275,7 @@ class Space:
         if self.drafts.free(whole)[self.computing] >= self.sizes.smallest:
             room[self.computing] = self.weight_bytes
         elif not self.on_cpu:
-            # What the device does not hold may fit on the host, which then needs no staging.
+            # The weights that the device does not hold may all fit on the host, which then needs no staging.
             rest = placed_weights(self.weight_bytes, self.limits.device, room["device"], math.inf, on_device, 1.0)
             beside = self.drafts.draft(rest, *drafted, spills=bare.kv_staging_bytes > 0)
             room["host"] = math.inf if self.drafts.free(beside)["host"] >= 0 else room["host"]
@@ -292,7 +292,7 @@ class Space:
             pools = kv_pools(free, self.disk_bytes, kv.memory, kv.disk, staged=self.staged)
         else:
             pools = self._pinned_pools(self.kv, {tier: max(size, 0) for tier, size in free.items()})
-        # A sequence lives in one tier, so each tier may leave a gap of almost the largest.
+        # A sequence's KV has one home, so each tier may leave almost the bytes of the largest sequence unused.
         live = self.sizes.all if max_num_seqs is None else min(self.sizes.all, max_num_seqs * self.sizes.largest)
         enough = live + self.sizes.largest * sum(size > 0 for size in pools.values())
         if self.kv is None:

@@ -12,14 +12,14 @@ from flexgen.plan.price.requests import RequestLoad
 from flexgen.plan.search.space import LEAST_SPILL, Point, Space
 from flexgen.plan.search.steady import Steady, SteadyState
 
-# Prompt quotas that are tried near the steady states, and at the corners; and caps, where requests may not take long.
+# Caps that are tried where time is bounded; prompt quotas that are tried near the steady states, and at the corners.
 BOUNDED_CAPS = (1.0, 0.4, 0.15)
 FIRST_QUOTAS, CORNER_QUOTAS = (0.4, 0.0, 0.7, 1.0), (0.1, 0.5)
-# And first of all these times what replaces the sequences that end.
+# The first quota tried is so many times the prompt tokens that replace the sequences that end.
 ENOUGH = 1.1
-# Shares of the weights that fit beside what computes, around which steady states are looked for too: there may be several as good.
+# Of the weights that fit where they compute, shares around which steady states are looked for too: several may be equally good.
 NEAR = (0.0, 0.25, 0.5, 0.75)
-# Of the weights that fit, when a good point's are placed elsewhere.
+# Of the weights that fit, the shares that are tried when the weights of a good point are placed elsewhere.
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 CORNERS: tuple[dict[str, Any], ...] = (
     {"on_device": 1.0, "on_host": 1.0},

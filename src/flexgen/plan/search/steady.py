@@ -23,7 +23,7 @@ from flexgen.plan.price.work import PassWork, memory_bytes, price, weights_work
 
 Floats = npt.NDArray[np.float64]
 
-# Coefficients of sequences are taken from a pass of this many, so that micro-batches are full.
+# The coefficients of sequences are those of a pass with this many, so that micro-batches are full.
 MANY_SEQUENCES = 1 << 20
 
 
@@ -132,7 +132,7 @@ class SteadyState:
             tokens_per_s=1.0 / float(x[tau]),
             weights={tier: float(x[at_weights + place]) * num_seqs for place, tier in enumerate(tiers)},
             kv={tier: float(x[at_kv + place]) for place, tier in enumerate(tiers)},
-            # One byte more relaxes its row, which is divided by B, by t.
+            # One more byte relaxes the tier's row by t, because the row is divided by B.
             worth={tier: float(-dual * x[t] / x[tau]) for tier, dual in memory.items()},
         )
 
@@ -191,7 +191,7 @@ def _pins(
     """Return equations that fix the pinned shares."""
     rows: list[Floats] = []
     values: list[float] = []
-    for place, tier in enumerate(tiers[:-1]):  # the last follows
+    for place, tier in enumerate(tiers[:-1]):  # the last tier's share follows from the others
         if weights is not None and tier in weights:
             row = np.zeros(size)
             row[place], row[t] = 1.0, -weights[tier]

@@ -12,13 +12,13 @@ from flexgen.plan.search.optimise import Search
 from flexgen.plan.search.space import Space
 from flexgen.plan.tell.forecast import Plan
 
-# From this on it is worth a sentence.
+# The least speedup that is worth mentioning.
 WORTH_SAYING = 1.5
-# Of gains that differ by less than searches do, the first counts.
+# Among gains that differ by less than the searches themselves vary, the first counts.
 ABOUT_EQUAL = 0.97
-# Plans on the curve of shorter requests.
+# The number of plans on the curve of shorter requests.
 CURVE_POINTS = 8
-# Computed dtype -> those that take half the bytes and less time, the one with the wider range first.
+# Dtype of computing -> the dtypes that take at most half its bytes and less time, those with a wider range first.
 NARROWER = {"float64": ("float32", "bfloat16", "float16"), "float32": ("bfloat16", "float16")}
 
 
@@ -80,7 +80,7 @@ def pareto(space: Space, *, num_points: int = CURVE_POINTS) -> list[ParetoPoint]
         try:
             found.append(search.best(Bounds(request_seconds=seconds)))
         except CapacityError:
-            continue  # the search is not exhaustive: it may miss, near the shortest, what it found there
+            continue  # the search is not exhaustive: close to the shortest requests it may miss the plan that it found for them
     played = [(solution.policy, search.player.whole(solution.policy)) for solution in found]
     return _undominated(played, space.workload.output_tokens)
 

@@ -25,9 +25,9 @@ from flexgen.plan.search.solve import solve
 from flexgen.plan.tell.spill import LEAST_GAIN, Spill
 from flexgen.plan.workload import Workload
 
-# A block counts as full from this share of its most sequences on.
+# A block counts as full if it has at least this share of its maximum number of sequences.
 FULL_BLOCK = 0.9
-# The gain of a faster rate is stated for a rate so many times as fast.
+# The gain of a faster rate is computed for a rate that is this many times as fast.
 FASTER = 1.1
 
 

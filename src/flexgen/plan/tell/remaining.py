@@ -8,9 +8,9 @@ from flexgen.plan.price.pass_time import Expectation
 from flexgen.plan.tell.forecast import Forecast, forecast_again
 from flexgen.plan.workload import Workload
 
-# The forecast's rates count as much as this many passes that were measured.
+# The forecast's pace counts as much as this many measured passes.
 ASSUMED_PASSES = 2
-# Answers after which lengths are looked at first; then whenever there are twice as many.
+# The job is forecast again after this many answers, and then whenever their number has doubled.
 FIRST_LOOK = 16
 
 

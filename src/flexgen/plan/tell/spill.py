@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-# What writing more than the weights' bytes has to gain, in tokens/s, where nobody asked for a room on disk.
+# The least relative gain of tokens/s for which more than the weights' bytes are written, unless the options give a budget on disk.
 LEAST_GAIN = 0.2
-# What usual SSDs of 1 TB are rated for, in bytes written (600 TBW).
+# The bytes that a typical SSD of 1 TB is rated to have written to it in its life (600 TBW).
 ENDURANCE_BYTES = 600e12
 
 

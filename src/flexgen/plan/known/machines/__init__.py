@@ -25,7 +25,7 @@ from flexgen.plan.known.box import box_of, is_box
 from flexgen.plan.machine import Limits, Machine
 from flexgen.plan.machine_file import machine_of, parsed
 
-# Of the memory that a machine has, what a plan takes where nobody says.
+# The shares of a machine's memory and disk that a plan may use where the options give no budget.
 HOST_SHARE, DEVICE_SHARE, STORAGE_SHARE = 0.8, 0.9, 0.8
 MACHINES = ("t4-gcp", "16gb-gpu-64gb", "rtx3090-64gb", "rtx4090-64gb", "rtx5090-128gb", "a100-80gb-512gb", "h100-80gb-512gb")
 

@@ -14,7 +14,7 @@ from flexgen.errors import OptionError
 from flexgen.plan.model import ModelSpec
 
 _SUFFIX = ".json"
-# Hub ids of models whose config has the numbers of another's, letter case aside -> that one's name here.
+# Hub ids, in lower case, of models whose config has the same numbers as another's -> the catalogue's name of that other model.
 _SAME_NUMBERS = {
     "meta-llama/meta-llama-3-8b-instruct": "llama-3-8b",
     "meta-llama/meta-llama-3-70b-instruct": "llama-3-70b",
