@@ -44,7 +44,7 @@ def reserved(
 
     Args:
         policy: The policy.
-        limits: The budgets, which decide the allowance.
+        limits: The budgets, which decide the allowance and whether KV on disk counts as host memory.
         process_bytes: The resident memory of the process before any weight is loaded.
         held: The bytes of the weights at home on each tier.
         decoding_bytes: Host memory for decoding the units that stream to a device.

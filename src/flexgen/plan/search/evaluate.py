@@ -17,9 +17,9 @@ from flexgen.plan.search.space import Point, Space
 LONG_PASS_PENALTY, MOVING_PENALTY = 0.003, 0.003
 # The gain that spilling must exceed, for the sake of the disk's life and its other users.
 SPILL_PENALTY = 0.05
-# Efforts are in units of about 10 µs on one core of 2024. Of finding the policy of a point, and of each unit of a new placement.
+# The effort of finding the policy of a point, and of each unit of a new placement, in units of about 10 µs on one core of 2024.
 POINT_EFFORT, UNIT_EFFORT = 20, 0.1
-# Of playing a sample, plus each of its passes, each group that enters together, and each pass of a group's life.
+# The effort of playing a sample, and of each of its passes, each group that enters together, and each pass of a group's life.
 PLAY_EFFORT, PASS_EFFORT, GROUP_EFFORT, LIFE_EFFORT = 23, 0.009, 0.03, 0.00012
 
 

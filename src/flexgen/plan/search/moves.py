@@ -19,8 +19,8 @@ LEAST_GAIN = 3e-4
 COARSE_STEPS, FINE_STEPS, LAST_STEPS = (0.25, 0.125, 0.06, 0.03), (0.25, 0.1, 0.04, 0.015), (0.006, 0.002)
 # The number of points, among those that coarse steps lead to, that are refined by fine steps.
 REFINED = 2
-# A kick draws an axis anew with probability DRAWN_AXES, moves it with MOVED_AXES (KICK is the standard deviation), and is followed by
-# these steps.
+# A kick draws an axis anew with probability DRAWN_AXES or moves it with probability MOVED_AXES (KICK is the standard deviation). Steps
+# of KICK_STEPS follow.
 DRAWN_AXES, MOVED_AXES, KICK, KICK_STEPS = 0.2, 0.5, 0.15, (0.1, 0.03, 0.01)
 # The search ends after so many kicks in a row that lead to nothing better.
 FAILED_KICKS = 32

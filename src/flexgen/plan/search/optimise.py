@@ -171,9 +171,7 @@ class Search:
         return hunt.ranked[0] if hunt.ranked else None
 
     def _pass_seconds(self, bounds: Bounds) -> float | None:
-        """Return the most seconds that a pass may take so that the longest answer, a pass per token, is in time; None if no pass is so
-        fast.
-        """
+        """Return the most seconds per pass for the longest answer, at a pass per token, to be in time; None if no pass is so fast."""
         if bounds.request_seconds is None:
             return None
         seconds = bounds.request_seconds / max(self.space.workload.answer_lens)
