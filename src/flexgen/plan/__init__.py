@@ -1,1 +1,1 @@
-"""What will happen, as numbers: models, machines, workloads, policies and their price.  No torch."""
+"""Predicts what a job takes, in numbers only: models, machines, workloads, policies and their price. No torch."""

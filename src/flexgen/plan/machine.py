@@ -1,4 +1,4 @@
-"""Machine and Limits: rates and capacities of one computer, as numbers.  Found by profile/; machines are kept as JSON."""
+"""Machine and Limits: the rates, capacities and budgets of one computer as numbers, found by profile/; machines are kept as JSON."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FEW_CORES = 4
 
 
 def io_threads(cores: int) -> int:
-    """Threads that read and write files: two keep a disk busy, and few cores have no time for more."""
+    """Return the number of threads that read and write files: two keep a disk busy, and few cores have no time for more."""
     return 2 if cores <= FEW_CORES else 4
 
 
@@ -22,12 +22,12 @@ ORIGINS = ("measured", "datasheet", "paper")
 
 @dataclass(frozen=True, slots=True)
 class Rate:
-    """Work per second, as measured again and again.
+    """Work per second, measured in several rounds.
 
     Attributes:
-        best: the best of all rounds; ideal times divide by it.
-        typical: the median of all rounds; expected times divide by it.
-        spread: the width of the middle 80 % of the rounds, as a share of the median.
+        best: The best of all rounds. Ideal times divide by it.
+        typical: The median of all rounds. Expected times divide by it.
+        spread: The width of the middle 80 % of the rounds, as a share of the median.
     """
 
     best: float
@@ -36,7 +36,7 @@ class Rate:
 
     @classmethod
     def of(cls, rounds: Sequence[float]) -> Rate:
-        """The rate that these rounds measured, each in work per second."""
+        """Return the rate that these rounds measured, each in work per second."""
         ranked = sorted(rounds)
         median = ranked[len(ranked) // 2] if len(ranked) % 2 else (ranked[len(ranked) // 2 - 1] + ranked[len(ranked) // 2]) / 2
         low, high = ranked[round(0.1 * (len(ranked) - 1))], ranked[round(0.9 * (len(ranked) - 1))]
@@ -49,14 +49,14 @@ Curve = tuple[tuple[float, Rate], ...]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Overheads:
-    """Seconds that do not depend on how much is moved or computed.
+    """Seconds that do not depend on how many bytes are moved or FLOPs computed.
 
     Attributes:
-        per_pass: seconds of sampling, admission and bookkeeping in each pass.
-        per_sequence: seconds for each next token or prompt of a pass.
-        per_unit: seconds for each unit that streams in a pass.
-        per_layer_and_micro_batch: seconds of the modules' own code and of switching, for each layer and micro-batch.
-        per_gathered_row: seconds for each row of an embedding that is not resident.
+        per_pass: Seconds of sampling, admission and bookkeeping in each pass.
+        per_sequence: Seconds for each next token or prompt of a pass.
+        per_unit: Seconds for each unit that streams in a pass.
+        per_layer_and_micro_batch: Seconds of the modules' own code and of switching, for each layer and micro-batch.
+        per_gathered_row: Seconds for each row of an embedding that is not resident.
     """
 
     per_pass: float
@@ -68,11 +68,11 @@ class Overheads:
 
 @dataclass(frozen=True, slots=True)
 class DiskRequest:
-    """What a small read or write costs in addition to its bytes.
+    """The cost of a small read or write in addition to its bytes.
 
     Attributes:
-        seconds: time of one request with all I/O threads at work, so that a thousand take a thousand times as long.
-        core_seconds: processor time of one request.
+        seconds: The time of one request while all I/O threads are at work, so that a thousand take a thousand times as long.
+        core_seconds: The processor time of one request.
     """
 
     seconds: float
@@ -81,34 +81,34 @@ class DiskRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """Capacities and rates, measured apart from any run.
+    """Capacities and rates of a computer, measured outside of any run.
 
     Attributes:
-        name: name that is shown to people.
-        device: where matrix products run: "cpu", "cuda" or "sim".
-        origin: where the numbers come from: "measured", "datasheet" or "paper".
-        date: ISO date of the measurement.
-        versions: versions of the software that was measured.
-        busy_cores: cores that other programs kept busy during the measurement.
-        cores: usable cores.
-        host_bytes: memory of the host.
-        device_bytes: memory of the device; 0 on "cpu".
-        disk_bytes: size of the disk.
-        disk_read: bytes/s read from the folder's file system, without the page cache.
-        disk_write: bytes/s written to it, without the page cache.
-        disk_core_seconds_per_byte: processor time of reading a byte.
-        disk_request: what each small read or write costs in addition.
-        disk_slowdown: how many times longer reading takes while a CPU device computes.
-        compute_slowdown: how many times longer a CPU device computes while the disk is read.
-        host_memory: bytes/s of plain reads by all cores.
-        host_to_device: bytes/s of the link to the device; None where there is no separate device.
-        device_to_host: bytes/s of the link back; None where there is no separate device.
-        dense: dtype -> FLOP/s of linear layers over rows, on the device that computes.
-        attention: dtype -> FLOP/s of causal prefill attention, on the device that computes.
-        decode_attention: "host" or "device" -> dtype -> KV bytes/s of attention of next tokens, over FLOPs per KV byte.
-        elementwise: dtype -> bytes/s through norms, activations and rotations (counted by pass_time.elementwise_bytes).
-        casts: "float16 bfloat16" (stored, computed) -> bytes/s of what a decode stage yields.
-        overheads: seconds that do not depend on how much is moved or computed.
+        name: The name that is shown to people.
+        device: Where matrix products run: "cpu", "cuda" or "sim".
+        origin: Where the numbers come from: "measured", "datasheet" or "paper".
+        date: The ISO date of the measurement.
+        versions: The versions of the software that was measured.
+        busy_cores: The number of cores that other programs kept busy during the measurement.
+        cores: The number of usable cores.
+        host_bytes: The memory of the host.
+        device_bytes: The memory of the device; 0 on "cpu".
+        disk_bytes: The size of the disk.
+        disk_read: Bytes/s read from the folder's file system, without the page cache.
+        disk_write: Bytes/s written to it, without the page cache.
+        disk_core_seconds_per_byte: The processor time of reading a byte.
+        disk_request: The additional cost of each small read or write.
+        disk_slowdown: How many times longer reading takes while a CPU device computes.
+        compute_slowdown: How many times longer a CPU device computes while the disk is read.
+        host_memory: Bytes/s of plain reads by all cores.
+        host_to_device: Bytes/s of the link to the device; None where there is no separate device.
+        device_to_host: Bytes/s of the link back; None where there is no separate device.
+        dense: By dtype, FLOP/s of linear layers by the number of rows, on the device that computes.
+        attention: By dtype, FLOP/s of causal prefill attention, on the device that computes.
+        decode_attention: By "host" or "device" and then by dtype, KV bytes/s of the attention of next tokens, by FLOPs per KV byte.
+        elementwise: By dtype, bytes/s through norms, activations and rotations (counted by pass_time.elementwise_bytes).
+        casts: By stored and computed dtype, such as "float16 bfloat16", bytes/s that a decode stage yields.
+        overheads: Seconds that do not depend on how many bytes are moved or FLOPs computed.
     """
 
     name: str
@@ -143,18 +143,18 @@ class Machine:
         return io_threads(self.cores)
 
     def dense_flops(self, dtype: str) -> float:
-        """The best rate of a linear layer over all row counts.
+        """Return the best rate of a linear layer over all row counts.
 
         Raises:
-            OptionError: when the machine was not measured in that dtype.
+            OptionError: The machine was not measured in that dtype.
         """
         return max(rate.best for _, rate in self.dense[self.known(dtype)])
 
     def known(self, dtype: str) -> str:
-        """The dtype, if the machine was measured in it.
+        """Return the dtype unchanged if the machine was measured in it.
 
         Raises:
-            OptionError: if not.
+            OptionError: The machine was not measured in that dtype.
         """
         if dtype not in self.dense:
             known = ", ".join(sorted(self.dense)) or "none"
@@ -162,26 +162,26 @@ class Machine:
         return dtype
 
     def to_json(self) -> str:
-        """The JSON text that machine_file.py reads."""
+        """Return the JSON text that machine_file.py reads."""
         return json.dumps(dataclasses.asdict(self), indent=2)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """The hard budgets of this process.  Found by profile/limits.py.
+    """The hard budgets of this process, found by profile/limits.py.
 
     Attributes:
         device: "cpu", "cuda" or "sim".
-        host_bytes: budget of host memory for the whole process, interpreter included.
-        host_source: where that number comes from, for people.
-        host_total_bytes: the hard limit above it (physical memory, a control group, an rlimit).
-        host_total_source: where the hard limit comes from, for people.
-        device_bytes: budget of device memory; 0 on a CPU device.
-        device_total_bytes: memory that the device has; 0 on a CPU device.
-        disk_bytes: budget for spilled KV on the offload folder's file system.
-        disk_total_bytes: size of that file system.
-        offload_dir: folder in which a fresh offload folder is made.
-        offload_in_memory: whether that folder lies on a memory file system: its bytes then count as host bytes.
+        host_bytes: The budget of host memory for the whole process, interpreter included.
+        host_source: Where that budget comes from, for people.
+        host_total_bytes: The hard limit above it (physical memory, a control group, an rlimit).
+        host_total_source: Where the hard limit comes from, for people.
+        device_bytes: The budget of device memory; 0 on a CPU device.
+        device_total_bytes: The memory that the device has; 0 on a CPU device.
+        disk_bytes: The budget for spilled KV on the offload folder's file system.
+        disk_total_bytes: The size of that file system.
+        offload_dir: The folder in which a fresh offload folder is made.
+        offload_in_memory: Whether that folder lies on a memory file system: its bytes then count as host bytes.
     """
 
     device: str

@@ -1,4 +1,4 @@
-"""Machines from JSON: every value is checked, since people write and change these files."""
+"""Reads machines from JSON and checks every value, since people write and change these files."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from flexgen.plan.machine import ORIGINS, Curve, DiskRequest, Machine, Overheads
 
 
 def read_machine(text: str) -> Machine:
-    """The machine that `Machine.to_json` wrote.
+    """Return the machine that `Machine.to_json` wrote.
 
     Raises:
-        OptionError: the text is not JSON, or not a machine (see `machine_of`).
+        OptionError: The text is not JSON, or does not describe a machine (see `machine_of`).
     """
     return machine_of(parsed(text))
 
 
 def parsed(text: str) -> Any:
-    """The JSON value.
+    """Parse the JSON text of a machine.
 
     Raises:
-        OptionError: the text is not JSON.
+        OptionError: The text is not JSON.
     """
     try:
         return json.loads(text)
@@ -34,10 +34,10 @@ def parsed(text: str) -> Any:
 
 
 def machine_of(fields: Any) -> Machine:
-    """The machine of a JSON value.
+    """Return the machine that a JSON value describes.
 
     Raises:
-        OptionError: a key is unknown or missing, a value is impossible (the message names both), or this is not a machine at all.
+        OptionError: A key is unknown or missing, a value is impossible (the message names both), or the value is not a JSON object.
     """
     _check_keys("", fields, Machine)
     return Machine(**{name: _read(name, _READERS[name], value) for name, value in fields.items()})
@@ -75,7 +75,7 @@ def _one_of(known: Sequence[str]) -> Callable[[Any], str]:
 
 
 def _number(value: Any) -> float:
-    """Finite, and not negative."""
+    """Check that a value is a finite number that is not negative."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
         raise ValueError("a number that is not negative is needed")
     return value
@@ -123,7 +123,7 @@ def _places(fields: Mapping[str, Any]) -> dict[str, dict[str, Curve]]:
 
 
 def _numbers(name: str, cls: type) -> Callable[[Any], Any]:
-    """Of a dataclass of plain numbers."""
+    """Return a reader of a dataclass whose fields are all numbers."""
 
     def reader(fields: Any) -> Any:
         _check_keys(name, fields, cls)

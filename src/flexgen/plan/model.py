@@ -1,4 +1,4 @@
-"""ModelSpec: what a model costs, as numbers only: bytes, FLOPs and KV, unit by unit.  No torch, no files."""
+"""ModelSpec: the costs of a model as numbers only (bytes, FLOPs and KV, unit by unit). No torch, no files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any, cast
 
 from flexgen.errors import OptionError
 
-# The number of a layer in the name of a unit.
+# Matches the number of a layer in the name of a unit.
 _LAYER_NUMBER = re.compile(r"(?<=\.)(0|[1-9]\d*)(?=\.| |$)")
 _ENCODED = "encoded_bytes"
 PLAIN_FORMATS = frozenset({"bfloat16", "float16", "float32", "float64"})
@@ -22,16 +22,16 @@ PLAIN_FORMATS = frozenset({"bfloat16", "float16", "float32", "float64"})
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnitSpec:
-    """The group of weights that moves and becomes ready at once.
+    """A group of weights that moves and becomes ready at once.
 
     Attributes:
-        name: for people, e.g. "layers.3.mlp.up_proj".
-        disk_bytes: stored bytes, read from the source each time it streams (alignment included).
-        decoded_bytes: bytes once in the compute dtype.
-        flops_per_token: multiply-adds count two; of a token that passes through it.
-        head: True for vocabulary rows of the output head, computed for sampled positions only.
-        plain: whether the stored bytes are used as they are; None where that must be guessed from the sizes.
-        encoded_bytes: bytes that cross a link to a device which decodes them itself; None where the host decodes before the link.
+        name: The name that is shown to people, e.g. "layers.3.mlp.up_proj".
+        disk_bytes: The stored bytes, read from the source each time the unit streams (alignment included).
+        decoded_bytes: The bytes in the compute dtype.
+        flops_per_token: The FLOPs of a token that passes through the unit; a multiply-add counts as two.
+        head: Whether the unit is vocabulary rows of the output head, which are computed for sampled positions only.
+        plain: Whether the stored bytes are used as they are; None where that must be guessed from the sizes.
+        encoded_bytes: The bytes that cross a link to a device which decodes them itself; None where the host decodes before the link.
     """
 
     name: str
@@ -44,7 +44,7 @@ class UnitSpec:
 
     @property
     def carried_bytes(self) -> int:
-        """Bytes over a link to a device."""
+        """The bytes that cross a link to a device."""
         return self.decoded_bytes if self.encoded_bytes is None else self.encoded_bytes
 
 
@@ -53,10 +53,10 @@ class KVGroupSpec:
     """Attention layers that share a page-table shape.
 
     Attributes:
-        num_layers: layers of this group that own KV.
-        bytes_per_token: KV bytes of one token in ONE layer of the group.
-        attention_flops_per_pair: FLOPs of one (query token, visible token) pair in one layer (all heads, both products).
-        window: visible tokens, or None for all; chunked attention counts as its chunk size.
+        num_layers: The number of layers of this group that own KV.
+        bytes_per_token: The KV bytes of one token in ONE layer of the group.
+        attention_flops_per_pair: The FLOPs of one (query token, visible token) pair in one layer (all heads, both products).
+        window: The number of visible tokens; None for all. Chunked attention counts as its chunk size.
     """
 
     num_layers: int
@@ -70,19 +70,19 @@ class ModelSpec:
     """A model as the planner sees it.
 
     Attributes:
-        name: name of the folder or hub repository.
+        name: The name of the folder or hub repository.
         model_type: transformers' name of the architecture.
-        units: streamed units, in the order in which a pass needs them.
-        kv_groups: groups of attention layers with equal KV.
-        resident_bytes: small tensors (norms, biases, buffers) that always live on the device.
-        embedding_row_bytes: bytes gathered per input token when the embedding is not resident.
-        embedding_bytes: the whole input embedding (0 when it is tied to the head's units).
-        hidden_size: numbers of a hidden state; decides activation memory.
-        intermediate_size: numbers inside an MLP; decides activation memory.
-        vocab_size: numbers of logits of a position.
-        max_position_embeddings: the model's context.
-        number_format: of the stored weights: a dtype (that of most bytes), or a published low-bit format ("mxfp4", "fp8_block").
-        dtype: the dtype of computing, of decoded and resident bytes.
+        units: The streamed units, in the order in which a pass needs them.
+        kv_groups: The groups of attention layers with equal KV.
+        resident_bytes: The bytes of small tensors (norms, biases, buffers) that always live where the model computes.
+        embedding_row_bytes: The bytes gathered per input token when the embedding is not resident.
+        embedding_bytes: The bytes of the whole input embedding (0 when it is tied to the head's units).
+        hidden_size: The width of a hidden state, which decides activation memory.
+        intermediate_size: The width inside an MLP, which decides activation memory.
+        vocab_size: The number of logits of a position.
+        max_position_embeddings: The model's context length.
+        number_format: The format of the stored weights: a dtype (that of most bytes), or a published low-bit format ("mxfp4", "fp8_block").
+        dtype: The dtype of computing, and of decoded and resident bytes.
     """
 
     name: str
@@ -101,17 +101,17 @@ class ModelSpec:
 
     @property
     def is_plain(self) -> bool:
-        """Whether the weights are stored as plain numbers.  Others can be planned for, but not run yet."""
+        """Whether the weights are stored as plain numbers. Models in other formats can be planned for, but not run yet."""
         return self.number_format in PLAIN_FORMATS
 
     @cached_property
     def streamed_bytes(self) -> int:
-        """Bytes one pass reads when nothing is resident."""
+        """The bytes that one pass reads when nothing is resident."""
         return sum(unit.disk_bytes for unit in self.units)
 
     @property
     def checkpoint_bytes(self) -> int:
-        """Bytes of the weights on disk, about."""
+        """The approximate bytes of the weights on disk."""
         return self.streamed_bytes + self.embedding_bytes + self.resident_bytes
 
     @cached_property
@@ -120,16 +120,16 @@ class ModelSpec:
 
     @cached_property
     def kv_bytes_per_token(self) -> int:
-        """KV bytes of one token over all layers, windows ignored."""
+        """The KV bytes of one token over all layers, with windows ignored."""
         return sum(group.num_layers * group.bytes_per_token for group in self.kv_groups)
 
     def kv_bytes(self, num_tokens: int) -> int:
-        """KV bytes of a sequence of `num_tokens`, windows honoured, pages ignored."""
+        """Return the KV bytes of a sequence of `num_tokens`, with windows honoured and pages ignored."""
         return sum(g.num_layers * g.bytes_per_token * min(num_tokens, g.window or num_tokens) for g in self.kv_groups)
 
     @cached_property
     def flops_per_token(self) -> float:
-        """Linear FLOPs of one token through every unit but the head."""
+        """The linear FLOPs of one token through every unit but the head."""
         return sum(unit.flops_per_token for unit in self.units if not unit.head)
 
     @cached_property
@@ -137,7 +137,7 @@ class ModelSpec:
         return sum(unit.flops_per_token for unit in self.units if unit.head)
 
     def to_json(self) -> str:
-        """Units that differ in the layer's number only are written once, and runs of equal layers as their count."""
+        """Return the model as JSON; units that differ only in the layer's number are written once, and runs of equal layers as a count."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name not in ("units", "kv_groups")}
         kinds, runs = _unit_runs(self.units)
         lists = {
@@ -151,10 +151,10 @@ class ModelSpec:
 
     @classmethod
     def from_json(cls, text: str) -> ModelSpec:
-        """The model that `to_json` wrote.
+        """Return the model that `to_json` wrote.
 
         Raises:
-            OptionError: the text is not a model's JSON, or a key is unknown or missing.
+            OptionError: The text is not a model's JSON, or a key is unknown or missing.
         """
         try:
             fields = _checked("model", json.loads(text), _keys(cls) - {"units"} | {"unit_kinds", "unit_runs"})
@@ -171,9 +171,9 @@ class _Run:
     """Consecutive layers with equal units.
 
     Attributes:
-        first: number of the first layer; None for units outside of layers.
-        layers: number of layers.
-        kinds: of the units of each, in order, as indices into the list of kinds.
+        first: The number of the first layer; None for units outside of layers.
+        layers: The number of layers.
+        kinds: The kinds of the units of each layer, in order, as indices into the list of kinds.
     """
 
     first: int | None
@@ -181,14 +181,14 @@ class _Run:
     kinds: Sequence[int]
 
     def with_next(self, other: _Run) -> _Run | None:
-        """One run of both, where `other` is the next layer and has equal units."""
+        """Merge with the next layer's run into one; return None unless `other` is the next layer and has equal units."""
         if self.first is None or other.first != self.first + self.layers or self.kinds != other.kinds:
             return None
         return dataclasses.replace(self, layers=self.layers + other.layers)
 
 
 def _unit_runs(units: Iterable[UnitSpec]) -> tuple[list[UnitSpec], list[_Run]]:
-    """(kinds of units, "{}" in their names standing for the layer's number; runs of them)."""
+    """Return the kinds of units, with "{}" in their names in place of the layer's number, and the runs of them."""
     kinds: dict[UnitSpec, int] = {}
     numbered: list[tuple[int | None, int]] = []
     for unit in units:
@@ -205,7 +205,7 @@ def _unit_runs(units: Iterable[UnitSpec]) -> tuple[list[UnitSpec], list[_Run]]:
 
 
 def _units(kinds: Sequence[UnitSpec], runs: Iterable[_Run]) -> Iterable[UnitSpec]:
-    """The units that `_unit_runs` made these of."""
+    """Yield the units from which `_unit_runs` made these kinds and runs."""
     for run in runs:
         for layer in range(run.layers):
             for kind in run.kinds:
@@ -216,7 +216,7 @@ def _units(kinds: Sequence[UnitSpec], runs: Iterable[_Run]) -> Iterable[UnitSpec
 
 
 def _split_name(name: str) -> tuple[int | None, str]:
-    """(the layer's number, the name with "{}" in its place), or (None, the name) when it has none."""
+    """Return the layer's number and the name with "{}" in its place, or (None, the name) if the name has no number."""
     match = _LAYER_NUMBER.search(name)
     if match is None or "{}" in name:
         return None, name
@@ -232,12 +232,12 @@ def _keys(kind: type[ModelSpec | UnitSpec | KVGroupSpec | _Run]) -> set[str]:
 
 
 def _without_default(kind: dict[str, Any]) -> dict[str, Any]:
-    """A unit's fields, without the one that most units leave open."""
+    """Return a unit's fields without `encoded_bytes` where it is None, as it is for most units."""
     return {name: value for name, value in kind.items() if name != _ENCODED or value is not None}
 
 
 def _checked(what: str, value: object, known: set[str], optional: Collection[str] = ()) -> dict[str, Any]:
-    """`value`, a JSON object with exactly the known keys; the optional ones may be missing."""
+    """Return `value`, a JSON object with exactly the known keys; the optional ones may be missing."""
     if not isinstance(value, dict):
         raise OptionError(f"{what}: {str(value)[:40]!r} is not an object")
     fields = cast("dict[str, Any]", value)

@@ -1,4 +1,4 @@
-"""Policy: the plan as data.  The planner writes it, the engine executes it; JSON in between."""
+"""Policy: the decisions of a plan as data. The planner writes it and the engine executes it, with JSON in between."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PAGE_TOKENS = 16  # tokens of a KV page in every plan
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fractions:
-    """Shares per tier, adding up to 1."""
+    """Shares per tier, which add up to 1."""
 
     device: float = 0.0
     host: float = 0.0
@@ -25,27 +25,27 @@ class Policy:
     """Where every byte lives and what a pass carries.
 
     Attributes:
-        device: "cpu", "cuda" or "sim".  On "cpu" there is no device tier: host is where compute happens.
-        dtype: computed in, a torch name ("bfloat16").
-        weights: home fractions of the units' bytes.
-        kv: home fractions of KV bytes.
-        kv_device_bytes: size of the page pool on the device.
-        kv_host_bytes: size of the page pool in host memory.
-        kv_disk_bytes: size of the page pool on disk.
-        kv_staging_bytes: host memory for pages read ahead from disk (0 without KV on disk).
-        kv_tail_bytes: host memory for pages on their way to disk that are not full yet.
-        host_ring_bytes: staging for units that come from disk.
-        device_ring_bytes: staging on the device for units that are not at home there (0 on "cpu").
-        workspace_bytes: reserved for activations and temporary tensors.
-        embedding_resident: whether the input embedding stays in memory (rows are gathered from disk otherwise).
+        device: "cpu", "cuda" or "sim". On "cpu" there is no device tier, and the model computes in host memory.
+        dtype: The dtype of computing, by torch's name ("bfloat16").
+        weights: The home fractions of the units' bytes.
+        kv: The home fractions of KV bytes.
+        kv_device_bytes: The size of the page pool on the device.
+        kv_host_bytes: The size of the page pool in host memory.
+        kv_disk_bytes: The size of the page pool on disk.
+        kv_staging_bytes: Host memory for pages read ahead from disk (0 without KV on disk).
+        kv_tail_bytes: Host memory for pages on their way to disk that are not full yet.
+        host_ring_bytes: Staging memory for units that come from disk.
+        device_ring_bytes: Staging memory on the device for units that are not at home there (0 on "cpu").
+        workspace_bytes: Memory reserved for activations and temporary tensors.
+        embedding_resident: Whether the input embedding stays in memory (rows are gathered from disk otherwise).
         schedule: "diagonal", "zigzag" or "row".
-        max_num_seqs: most sequences that are alive at once.
-        prefill_tokens: most prompt tokens that a pass admits.
-        micro_batch_tokens: most tokens computed together.
-        page_tokens: tokens of a KV page.
-        compute_threads: threads that compute.
-        io_threads: threads that read and write files.
-        longest_sequence: tokens of the job's longest prompt and answer; each layer group can hold one such sequence whole.
+        max_num_seqs: The most sequences that are alive at once.
+        prefill_tokens: The prompt quota: the most prompt tokens that a pass admits on average.
+        micro_batch_tokens: The most tokens computed together.
+        page_tokens: The number of tokens of a KV page.
+        compute_threads: The number of threads that compute.
+        io_threads: The number of threads that read and write files.
+        longest_sequence: The tokens of the job's longest prompt and answer. Each layer group can hold one such sequence whole.
     """
 
     device: str
@@ -72,7 +72,7 @@ class Policy:
 
     @property
     def kv_bytes(self) -> int:
-        """Bytes of all page pools."""
+        """The bytes of all page pools."""
         return self.kv_device_bytes + self.kv_host_bytes + self.kv_disk_bytes
 
     def to_json(self) -> str:
@@ -80,7 +80,11 @@ class Policy:
 
     @classmethod
     def from_json(cls, text: str) -> Policy:
-        """Raises OptionError on an unknown or missing key."""
+        """Return the policy that `to_json` wrote.
+
+        Raises:
+            OptionError: A key is unknown or missing.
+        """
         fields = json.loads(text)
         known = {field.name for field in dataclasses.fields(cls)}
         if unknown := set(fields) - known:

@@ -1,4 +1,4 @@
-"""Workload: how many requests, how long their prompts are, how much they may generate.  No text, no ids."""
+"""Workload: the number of requests, the lengths of their prompts, and how much they may generate. No text, no ids."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ class Workload:
     """Lengths of a job's requests, in input order.
 
     Attributes:
-        prompt_lens: tokens of each prompt.
-        output_lens: most tokens of each answer (max_tokens).
-        expected_lens: tokens that each answer is expected to have; where empty, as many as it may have.
-        reserved_lens: tokens of each answer for which room is kept when its request enters; where empty, as many as it may have.
-        shared_lens: leading tokens of each prompt, in whole pages, that an earlier request computes as well; where empty, none.
-        may_end_early: whether answers may end before their most tokens.
+        prompt_lens: The tokens of each prompt.
+        output_lens: The most tokens of each answer (max_tokens).
+        expected_lens: The tokens that each answer is expected to have. If it is empty, each is expected to have the most it may.
+        reserved_lens: The answer tokens for which room is kept when a request enters. If it is empty, room is kept for the most.
+        shared_lens: The leading tokens of each prompt, in whole pages, that an earlier request computes as well. If it is empty, none.
+        may_end_early: Whether answers may end before they reach their most tokens.
     """
 
     prompt_lens: tuple[int, ...]
@@ -44,12 +44,12 @@ class Workload:
 
     @property
     def answer_lens(self) -> tuple[int, ...]:
-        """Tokens that each answer should have, at least one."""
+        """The tokens that each answer is expected to have, at least one."""
         return tuple(max(n, 1) for n in self.expected_lens or self.output_lens)
 
     @property
     def found_lens(self) -> tuple[int, ...]:
-        """Tokens of each prompt that it finds computed, at most all but one."""
+        """The tokens of each prompt that are already computed when it enters, at most all but one."""
         return tuple(min(c, s - 1) for c, s in zip(self.shared_lens or (0,) * len(self), self.prompt_lens, strict=True))
 
     @property
@@ -57,16 +57,16 @@ class Workload:
         return sum(self.answer_lens)
 
     def take(self, places: Sequence[int]) -> Workload:
-        """The requests at these places."""
+        """Return the workload of the requests at these indices."""
         lengths = {name: tuple(values[place] for place in places) for name, values in self._lengths().items()}
         return dataclasses.replace(self, **lengths)
 
     def rows(self) -> list[tuple[int, ...]]:
-        """The lengths of each request."""
+        """Return one tuple per request, with its lengths."""
         return list(zip(*self._lengths().values(), strict=True))
 
     def averaged(self, spans: Sequence[tuple[int, int]]) -> Workload:
-        """Requests of each span of places made alike: of its mean lengths."""
+        """Return the workload in which all requests of a span of indices have the span's mean lengths."""
         lengths = {
             name: tuple(mean for start, end in spans for mean in [round(sum(values[start:end]) / (end - start))] * (end - start))
             for name, values in self._lengths().items()
@@ -74,6 +74,6 @@ class Workload:
         return dataclasses.replace(self, **lengths)
 
     def _lengths(self) -> dict[str, tuple[int, ...]]:
-        """Those that are given."""
+        """Return the lengths that are given, by the name of their field."""
         names = (field.name for field in dataclasses.fields(self) if field.name.endswith("_lens"))
         return {name: values for name in names if (values := getattr(self, name))}

@@ -1,1 +1,1 @@
-"""From files and options to an open engine, and when another must take its place."""
+"""Resolving a model and its options, opening the engine that serves them, and replacing that engine when its plan no longer fits."""

@@ -1,4 +1,4 @@
-"""What of a model changes its answers, as JSON values: a job compares it from one run to the next."""
+"""Describes everything about a model that changes its answers, as JSON values that a job compares from one run to the next."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from flexgen.text.tokenizer import Tokenizer
 
 
 def fingerprint(model: ResolvedModel, choices: Choices, chat_template: str | None, load_format: str) -> dict[str, Any]:
-    """By name, everything about a model that changes its answers.
+    """Return everything about a model that changes its answers, by name.
 
     Raises:
-        ModelError: a file of the model cannot be understood.
-        OptionError, CapacityError: as `ResolvedModel.dtype`.
+        ModelError: A file of the model cannot be understood.
+        OptionError: As for `ResolvedModel.dtype`.
+        CapacityError: As for `ResolvedModel.dtype`.
     """
     return {
         "model": _weights(model.files, load_format),
@@ -37,7 +38,7 @@ def fingerprint(model: ResolvedModel, choices: Choices, chat_template: str | Non
 
 
 def _weights(files: ModelFiles, load_format: str) -> str:
-    """The commit of a hub model; for a folder, what it shows of its weights without reading them."""
+    """Identify the weights: by the commit of a hub model, by the names, sizes and times of the files of a folder, which are not read."""
     if files.commit is not None:
         return f"{files.name} at {files.commit}"
     if load_format == "dummy":
@@ -49,10 +50,10 @@ def _weights(files: ModelFiles, load_format: str) -> str:
 
 
 def _tokenizer_digest(tokenizer: Tokenizer, model_folder: Path) -> str:
-    """The digest of all files that the tokenizer is loaded from, without templates."""
+    """Return the digest of all files that the tokenizer is loaded from, chat templates excluded."""
     folder = Path(tokenizer.hf.name_or_path)
     found = {name: path for name, path in tokenizer_files(folder).items() if name in TOKENIZER_FILES}
-    if folder != model_folder and (folder / "config.json").is_file():  # a tokenizer of its own, found by its model's type
+    if folder != model_folder and (folder / "config.json").is_file():  # a separate tokenizer, loaded according to its own model type
         found["config.json"] = folder / "config.json"
     return _digest(part for name, path in sorted(found.items()) for part in (name.encode(), path.read_bytes()))
 

@@ -1,4 +1,4 @@
-"""A model's name to its numbers: a shipped model, a folder, or a hub repository of which only config and headers are read."""
+"""Finds the ModelSpec of a model by name: a shipped model, a folder, or a hub repository of which only config and headers are read."""
 
 from __future__ import annotations
 
@@ -12,20 +12,22 @@ from flexgen.session.model import compute_dtype, config_dtype, describing
 
 
 def spec_of(model: str, *, device: str, dtype: str = "auto", revision: str | None = None, token: str | None = None) -> ModelSpec:
-    """The model as the planner sees it.
+    """Return the model as the planner sees it.
 
     Weights in a published low-bit format are described too, although the engine does not run them: see `ModelSpec.is_plain`.
 
     Args:
-        model: a folder, else a name of the catalogue or the hub id of one of its models, in any case, else another hub id, for which
-            the hub is asked.  torch is loaded for a folder and another hub id only, and for a shipped model that is not to be computed
-            in the dtype it ships.
-        device: "cpu", "cuda" or "sim". dtype: to compute in, as in EngineOptions.
-        revision: branch, tag or commit of a hub repository; the hub is asked then. token: of the hub, as in `resolve_model`.
+        model: A folder; else a name of the catalogue or the hub id of one of its models, in any letter case; else another hub id, for which
+            the hub is asked. torch is loaded only for a folder, for another hub id, and for a shipped model that is computed in another
+            dtype than it ships in.
+        device: "cpu", "cuda" or "sim".
+        dtype: The dtype to compute in, as in EngineOptions.
+        revision: The branch, tag or commit of a hub repository. If it is given, the hub is asked even for a model of the catalogue.
+        token: The access token for the hub, as in `resolve_model`.
 
     Raises:
-        ModelError: when there is no such model, or its architecture, number format or files are not understood.
-        OptionError: when a shipped model is asked for in a revision, or the dtype cannot be computed in.
+        ModelError: The model does not exist, or its architecture, number format or files are not supported.
+        OptionError: A revision was given for a name of the catalogue, or the dtype cannot be computed in.
     """
     if dtype != "auto" and dtype not in PLAIN_FORMATS:
         raise OptionError(f"cannot compute in {dtype}; known: auto, {', '.join(sorted(PLAIN_FORMATS))}")
@@ -39,7 +41,7 @@ def spec_of(model: str, *, device: str, dtype: str = "auto", revision: str | Non
 
 
 def shipped_name(model: str) -> str | None:
-    """The catalogue's name of a model that is no folder here; None where it has none."""
+    """Return the catalogue's name of a model; None for a folder on this machine or a model that is not in the catalogue."""
     return None if Path(model).expanduser().is_dir() else catalogue_name(model)
 
 

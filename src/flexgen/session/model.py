@@ -1,4 +1,4 @@
-"""What is found out about a model once per run: its config, the dtype to compute in, the budgets, and its description.
+"""Finds each fact about a model once per run: its config, the dtype to compute in, the budgets, and its description.
 
 Loads torch only where a model is described.
 """
@@ -30,26 +30,26 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_TOKENIZING_PARTS = 4  # one part of what the host budget leaves is for the text that is tokenised
-# Building a skeleton replaces functions of torch for a moment, so models are described one at a time.
+_TOKENIZING_PARTS = 4  # of the memory that the host budget leaves, one part in so many is for the text that is tokenised
+# Building a skeleton temporarily replaces functions of torch, so models are described one at a time.
 DESCRIBING = threading.RLock()
 
 
 class ResolvedModel:
     """The files of a model together with everything that follows from them, from the options and from this machine.
 
-    Each fact is found when it is first asked for, and only once; whoever needs one takes it from here.
+    Each fact is determined when it is first needed, and only once; all other code takes it from here.
 
     Args:
-        files: the model's files.
-        options: say the device, the dtype, the budgets, and whether weights are random.
+        files: The model's files.
+        options: The options that state the device, the dtype, the budgets, and whether weights are random.
 
     Attributes:
-        files: the model's files.
-        config: the transformers config.
+        files: The model's files.
+        config: The transformers config.
 
     Raises:
-        ModelError: the config is unusable.
+        ModelError: The config is unusable.
     """
 
     def __init__(self, files: ModelFiles, options: EngineOptions) -> None:
@@ -63,14 +63,15 @@ class ResolvedModel:
         """The hard budgets of this process, as they were before anything was loaded.
 
         Raises:
-            OptionError, CapacityError: a budget cannot be granted.
+            OptionError: A size cannot be read, or an option cannot be honoured on this machine.
+            CapacityError: A budget is larger than the hard limit above it.
         """
         if self._limits is None:
             self._limits = find_limits(self._options)
         return self._limits
 
     def tokenizing_bytes(self) -> int:
-        """Memory for one text while it is tokenised: a part of what the host budget leaves now, before there is a plan."""
+        """Return the memory that one text may use while it is tokenised: a part of what the host budget leaves, before there is a plan."""
         return max(self.limits.host_bytes - psutil.Process().memory_info().rss, 0) // _TOKENIZING_PARTS
 
     @functools.cached_property
@@ -78,8 +79,9 @@ class ResolvedModel:
         """The dtype to compute in, never "auto".
 
         Raises:
-            OptionError, CapacityError: as `limits`.
-            ModelError: the checkpoint's dtype is none to compute in, and the options name no other.
+            OptionError: As for `limits`.
+            CapacityError: As for `limits`.
+            ModelError: The checkpoint's dtype cannot be computed in, and the options name no other.
         """
         device = self.limits.device
         if self._options.dtype != "auto":
@@ -90,21 +92,22 @@ class ResolvedModel:
         """Refuse a model that cannot be served because of its files; no weights are read.
 
         Raises:
-            ModelError: the message names what is wrong.
-            OptionError, CapacityError: as `dtype`.
+            ModelError: The model cannot be served; the message names the reason.
+            OptionError: As for `dtype`.
+            CapacityError: As for `dtype`.
         """
         folder, dtype = self.files.folder, self.dtype
         if self._options.load_format != "dummy" and self._description is None:
             self._description = self._describe(folder, dtype)
 
     def take(self, folder: Path) -> LoadedModel:
-        """The description of the model, whose weights lie in `folder`.
+        """Return the description of the model, whose weights lie in `folder`.
 
-        It belongs to the caller alone, because an engine keeps weights in it.  The next caller gets another one, and fresh limits,
-        since memory may have been taken or freed by then.
+        The description belongs to the caller alone, because an engine keeps weights in it. The next caller gets another one, and fresh
+        limits, since memory may have been taken or freed by then.
 
         Raises:
-            ModelError: the model cannot be served.
+            ModelError: The model cannot be served.
         """
         description, self._description = self._description, None
         if description is None:
@@ -113,7 +116,7 @@ class ResolvedModel:
         return description
 
     def _describe(self, folder: Path, dtype: str) -> LoadedModel:
-        """The model in a folder.  Quantized weights are refused as such, before they are compared with the config."""
+        """Describe the model in a folder; quantized weights are refused as such, before they are compared with the config."""
         import torch
 
         from flexgen.formats.table import refuse_quantization
@@ -127,10 +130,10 @@ class ResolvedModel:
 
 
 def config_dtype(config: Any) -> str:
-    """The dtype that a config states for its weights; float32 where it states none.
+    """Return the dtype that a config states for its weights; float32 where it states none.
 
     Raises:
-        ModelError: it is none to compute in.
+        ModelError: The dtype cannot be computed in.
     """
     stored = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None) or "float32"
     name = str(stored).removeprefix("torch.")
@@ -140,7 +143,7 @@ def config_dtype(config: Any) -> str:
 
 
 def compute_dtype(stored: str, device: str) -> str:
-    """What "auto" means: the checkpoint's dtype, but bfloat16 instead of float16 on a CPU, which computes float16 slowly."""
+    """Resolve "auto": the checkpoint's dtype, but bfloat16 instead of float16 unless on CUDA, because CPUs compute float16 slowly."""
     return "bfloat16" if stored == "float16" and device != "cuda" else stored
 
 
@@ -149,8 +152,8 @@ def describing(name: str) -> Iterator[None]:
     """Turn whatever fails while a model is described into a refusal, because its files are the reason.
 
     Raises:
-        ModelError: for every error that is not one of flexgen's.
-        CapacityError: the description takes more memory than there is.
+        ModelError: An error occurred that is not one of flexgen's.
+        CapacityError: Describing the model takes more memory than there is.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""An engine with the plan that it executes: keeps the log of each run, and reports on the last one."""
+"""An open engine together with its plan: keeps the log of each run, and reports on the last one."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from flexgen.text.common_prefixes import NO_PREFIXES, CommonPrefixes
 
 
 class PlannedEngine:
-    """An open engine and what was planned for it.
+    """An open engine and the plan that it executes.
 
     Args:
         engine: The engine, with its weights loaded.
-        plan: What it executes.
+        plan: The plan that it executes.
         workload: The work that it was planned for.
-        context: What reports need to know besides.
-        resources: Closes the engine, and removes what was written for it.
+        context: The facts beyond plan and engine that reports state.
+        resources: The stack that closes the engine and removes the files written for it.
 
     Attributes:
         plan: The plan, with the forecast of the work that is expected next.
-        load_seconds: What it took to load the weights.
+        load_seconds: The time that loading the weights took.
     """
 
     def __init__(self, engine: Engine, plan: Plan, workload: Workload, context: RunContext, resources: contextlib.ExitStack) -> None:
@@ -39,7 +39,7 @@ class PlannedEngine:
         self._engine, self._workload, self._context, self._resources = engine, workload, context, resources
 
     def expect(self, workload: Workload) -> None:
-        """Name the work that comes next, if it is not what the engine was planned for."""
+        """Set the work that comes next, if it differs from the work that the engine was planned for, and forecast it."""
         self._workload = workload
         self.plan = dataclasses.replace(
             self.plan, forecast=forecast_again(self.plan.forecast, self.plan.policy, self._expectation(), workload)
@@ -57,9 +57,11 @@ class PlannedEngine:
         """Answer requests, as `Engine.generate` does.
 
         Args:
-            requests, prefixes, on_pass: As for `Engine.generate`.
-            num_requests: How many there are, if that is known.
-            on_progress: Called now and then with how the run goes.
+            requests: As for `Engine.generate`.
+            num_requests: The number of requests, if it is known.
+            prefixes: As for `Engine.generate`.
+            on_progress: Called now and then with the progress of the run.
+            on_pass: As for `Engine.generate`.
         """
         remaining = RemainingTime(self.plan.forecast, self.plan.policy, self._expectation(), self._workload)
         passes = PassLog(self.plan.spec, self.plan.machine, self.plan.policy, self._engine.runner.homes)
@@ -67,12 +69,12 @@ class PlannedEngine:
         return self._engine.generate(requests, prefixes=prefixes, log=log, on_pass=on_pass)
 
     def report(self) -> RunReport:
-        """How the last run went."""
+        """Return the report on the last run."""
         runner = self._engine.runner
         return make_report(self._engine.log, self.plan, runner.placement(), runner.device_bytes(), self._context)
 
     def close(self) -> None:
-        """Close the engine, and remove what was written for it; safe to call twice."""
+        """Close the engine, and remove the files written for it; may be called twice."""
         self._resources.close()
 
     def _expectation(self) -> Expectation:

@@ -1,4 +1,4 @@
-"""The engine that stays open from one call to the next, and when another must take its place.  Loads torch only when one is opened."""
+"""Keeps an engine open from one call to the next, and replaces it when its plan no longer fits. Loads torch only to plan or open one."""
 
 from __future__ import annotations
 
@@ -25,17 +25,19 @@ if TYPE_CHECKING:
     from flexgen.session.planned import PlannedEngine
 
 
-# About what it takes to plan, beside loading; and the room for a prompt, and for an answer, that a plan for growing calls has at least.
+# The approximate time of planning, in addition to loading.
 PLAN_SECONDS = 5.0
+# A plan for growing calls has room for a prompt, and for an answer, of at least this many tokens.
 ROOM_TOKENS = 256
 
 
 def plan_job(model: ResolvedModel, options: EngineOptions, workload: Workload) -> Plan:
-    """The plan that `open_engine` would execute; no weights are read.
+    """Return the plan that `open_engine` would execute; no weights are read.
 
     Raises:
-        CapacityError: no plan fits the budgets.
-        UnsupportedModelError: the model is refused by name.
+        CapacityError: A budget cannot be granted, or the budgets are too small.
+        ModelError: The model cannot be served.
+        OptionError: An option cannot be honoured on this machine.
     """
     step("loading PyTorch")
     from flexgen.session.setup import discard, prepare
@@ -49,7 +51,9 @@ def open_engine(model: ResolvedModel, options: EngineOptions, workload: Workload
     """Plan for the workload, load the model, and return the engine that serves it.
 
     Raises:
-        CapacityError, ModelError, OptionError: as `plan_job`; nothing stays open.
+        CapacityError: As for `plan_job`; nothing stays open.
+        ModelError: As for `plan_job`; nothing stays open.
+        OptionError: As for `plan_job`; nothing stays open.
     """
     step("loading PyTorch")
     from flexgen.session.setup import open_prepared, prepare
@@ -58,30 +62,34 @@ def open_engine(model: ResolvedModel, options: EngineOptions, workload: Workload
 
 
 class EngineSession:
-    """At most one engine, opened when there is work, for as long as what was planned holds.
+    """At most one engine, opened when there is work and kept for as long as its plan holds.
 
     Args:
-        max_model_len: most tokens of a request.
+        model: The model that engines serve.
+        options: The options that engines are opened with.
+        max_model_len: The most tokens of a request.
 
     Attributes:
-        options: what engines are opened with.
-        engine: None until the first work, and after `close`.
+        options: The options that engines are opened with.
+        engine: The open engine; None before the first work and after `close`.
     """
 
     def __init__(self, model: ResolvedModel, options: EngineOptions, max_model_len: int) -> None:
         self.options = options
         self.engine: PlannedEngine | None = None
         self._model, self._max_model_len = model, max_model_len
-        self._planned = self._expected = Workload(prompt_lens=(), output_lens=())  # that it was opened for, that it expects
-        self._hopeless = math.inf  # requests of so many tokens have no place whatever the plan
-        self._slow_seconds = 0.0  # of jobs that another plan might have done faster
-        self._max_num_seqs = 0  # of the last engine, also when it is closed
+        self._planned = self._expected = Workload(prompt_lens=(), output_lens=())  # the work it was opened for, the work it expects
+        self._hopeless = math.inf  # requests of so many tokens or more fit no plan
+        self._slow_seconds = 0.0  # forecast of the jobs that another plan might have done faster
+        self._max_num_seqs = 0  # of the last engine, even after it was closed
 
     def serving(self, workload: Workload) -> PlannedEngine:
-        """The open engine if its plan serves the workload, else a fresh one.
+        """Return the open engine if its plan serves the workload, else a fresh one.
 
         Raises:
-            CapacityError, ModelError, OptionError: as `open_engine`.
+            CapacityError: As for `open_engine`.
+            ModelError: As for `open_engine`.
+            OptionError: As for `open_engine`.
         """
         if self.engine is None:
             return self._opened(workload)
@@ -93,21 +101,21 @@ class EngineSession:
         self.close()  # a closed engine still holds its memory,
         gc.collect()  # and its hooks refer back to their modules
         if self.options.max_request_seconds is None and self.options.max_job_seconds is None:
-            with contextlib.suppress(CapacityError):  # it may fit without room for more
+            with contextlib.suppress(CapacityError):  # the work may still fit without the additional room
                 self._opened(with_room(workload, self._max_model_len)).expect(workload)
                 self._expected = workload
         return self.engine or self._opened(workload)
 
     def shrink(self) -> int | None:
-        """Have the next engine keep half as many sequences alive as the last one.
+        """Make the next engine keep half as many sequences alive as the last one.
 
         Returns:
-            how many; None if it was one already.
+            The new number of sequences; None if it was one already.
         """
         if self._max_num_seqs <= 1:
             return None
         self.close()
-        self._max_num_seqs //= 2  # also if no engine opens with it
+        self._max_num_seqs //= 2  # kept even if no engine can be opened with it
         self.options = dataclasses.replace(self.options, max_num_seqs=self._max_num_seqs)
         return self._max_num_seqs
 
@@ -126,10 +134,10 @@ class EngineSession:
         return engine
 
     def _serves(self, engine: PlannedEngine, workload: Workload) -> bool:
-        """Whether the plan serves the workload, and another one would not pay.
+        """Return whether the plan serves the workload and a new plan would not pay.
 
-        A job that the plan was not made for may be slower than it could be: when such jobs have taken as long as opening does, a fresh
-        plan is due.
+        A job that the plan was not made for may run slower than it could: once such jobs have taken as long as opening an engine does, a
+        fresh plan is due.
         """
         policy, spec, forecast = engine.plan.policy, engine.plan.spec, engine.plan.forecast
         new, planned = (_without(each, self._hopeless) for each in (workload, self._planned))
@@ -141,7 +149,7 @@ class EngineSession:
 
 
 def with_room(workload: Workload, max_model_len: int) -> Workload:
-    """The work, and a request that may be twice as long as the longest, so that few plans serve calls that grow; its answer is short."""
+    """Add a request that may be twice as long as the longest, so that few plans serve growing calls; its expected answer is one token."""
     job = expected(workload)
     prompt = min(2 * max(*job.prompt_lens, ROOM_TOKENS // 2), max_model_len - 1)
     most = min(2 * max(*job.output_lens, ROOM_TOKENS // 2), max_model_len - prompt)
@@ -156,18 +164,18 @@ def with_room(workload: Workload, max_model_len: int) -> Workload:
 
 
 def _totals(workload: Workload) -> list[int]:
-    """Most tokens of each request."""
+    """Return the most tokens of each request, prompt and answer together."""
     return [prompt + most for prompt, most in zip(workload.prompt_lens, workload.output_lens, strict=True)]
 
 
 def _without(workload: Workload, hopeless: float) -> Workload:
-    """The requests that a plan makes room for."""
+    """Return the requests with fewer tokens than `hopeless`, for which a plan makes room."""
     totals = _totals(workload)
     return workload if max(totals, default=0) < hopeless else workload.take([i for i, total in enumerate(totals) if total < hopeless])
 
 
 def _has_room(policy: Policy, spec: ModelSpec, planned: Workload, new: Workload) -> bool:
-    """Whether every request has a place, and activations fit what was reserved for them."""
+    """Return whether every request fits a pool, and activations fit the workspace reserved for them."""
     if not len(new):
         return True
     known, wanted = (JobSizes(spec, each, policy.page_tokens) for each in (planned if len(planned) else NOMINAL_WORKLOAD, new))
@@ -178,13 +186,13 @@ def _has_room(policy: Policy, spec: ModelSpec, planned: Workload, new: Workload)
 
 
 def _keeps(forecast: Forecast, options: EngineOptions) -> bool:
-    """Whether the bounds on time are kept."""
+    """Return whether the forecast keeps the bounds on time."""
     request_bound, job_bound = options.max_request_seconds or math.inf, options.max_job_seconds or math.inf
     return forecast.request_seconds <= request_bound and forecast.seconds <= job_bound
 
 
 def _binds(policy: Policy, spec: ModelSpec, planned: Workload, new: Workload, options: EngineOptions) -> bool:
-    """Whether limits that came from the work planned for, and not from the budgets, keep the new work from being done together."""
+    """Return whether limits that came from the planned work, not from the budgets, keep the new work from being done together."""
 
     def block_bytes(workload: Workload) -> int:
         return min(len(workload), policy.max_num_seqs) * spec.kv_bytes(max(_totals(workload), default=0))

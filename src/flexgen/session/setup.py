@@ -1,6 +1,6 @@
-"""From files and options to a plan, and from a plan to an open engine.  Called by llm.LLM only.
+"""From files and options to a plan, and from a plan to an open engine.
 
-Everything heavy (transformers, kernels) is loaded before the process is measured, so that the plan sees what is left.
+Everything heavy (transformers, kernels) is loaded before the process is measured, so that the plan sees the memory that is left.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ from flexgen.session.turns import forked
 
 logger = logging.getLogger(__name__)
 
-# From this expected time on, a moment's look at the machine before and after a job is little beside it.
+# From this expected duration of a job on, the brief check of the machine before and after it costs little in comparison.
 CHECKED_SECONDS = 5.0
-# From this size of weights on, half a minute of measuring is little beside the run.
+# From this size of weights on, half a minute of measuring costs little compared with the run.
 THOROUGH_BYTES = 1 * GIB
 # The process that loaded this module, and with it torch, to open an engine.
 _PROCESS = os.getpid()
@@ -51,12 +51,16 @@ _PROCESS = os.getpid()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prepared:
-    """A plan, and what was found on the way to it.
+    """A plan, and the facts that were determined on the way to it.
 
     Attributes:
-        process_bytes: resident memory of the process before any weight was loaded.
-        dummy_folder: random weights written for this run, removed with it.
-        verify_reads: as in EngineOptions.
+        model: The model's description, without weights.
+        plan: The plan.
+        limits: The budgets that it keeps.
+        workload: The work that it is for.
+        process_bytes: The resident memory of the process before any weight was loaded, plus that of checksums if reads are verified.
+        dummy_folder: The folder of random weights written for this run, removed with it; None for real weights.
+        verify_reads: As in EngineOptions.
     """
 
     model: LoadedModel
@@ -72,8 +76,10 @@ def prepare(found: ResolvedModel, options: EngineOptions, workload: Workload) ->
     """Describe the model, measure the machine, and choose the policy; no weights are read.
 
     Raises:
-        ModelError, OptionError, CapacityError: when the model, an option or the budgets do not allow a run.
-        FlexGenError: in a process that was forked from one that opened an engine.
+        ModelError: The model cannot be served.
+        OptionError: An option cannot be honoured on this machine.
+        CapacityError: A budget cannot be granted, or the budgets are too small.
+        FlexGenError: This process was forked from one that had loaded this module.
     """
     if os.getpid() != _PROCESS:
         raise FlexGenError(forked("a model has been opened"))
@@ -111,10 +117,11 @@ def _prepare(found: ResolvedModel, options: EngineOptions, workload: Workload, u
 
 
 def open_prepared(prepared: Prepared) -> PlannedEngine:
-    """The engine that executes a prepared plan, with its resident weights loaded.
+    """Open the engine that executes a prepared plan, with its resident weights loaded.
 
     Raises:
-        CapacityError, StorageError: there is not enough memory, or no offload folder; nothing stays open.
+        CapacityError: There is not enough memory; nothing stays open.
+        StorageError: No offload folder can be made; nothing stays open.
     """
     step("loading weights")
     with contextlib.ExitStack() as resources:
@@ -130,13 +137,13 @@ def open_prepared(prepared: Prepared) -> PlannedEngine:
 
 
 def discard(prepared: Prepared) -> None:
-    """Remove what `prepare` wrote, if no engine will."""
+    """Remove the random weights that `prepare` wrote, if it wrote any."""
     if prepared.dummy_folder is not None:
         prepared.dummy_folder.remove()
 
 
 def _machine_check(prepared: Prepared) -> MachineCheck | None:
-    """How fast the machine is now; None for a short job."""
+    """Start measuring how fast the machine is now; return None for a short job."""
     policy, model = prepared.plan.policy, prepared.model
     if prepared.plan.forecast.seconds < CHECKED_SECONDS:
         return None
@@ -150,7 +157,7 @@ def _machine_check(prepared: Prepared) -> MachineCheck | None:
 
 
 def _construct(prepared: Prepared, resources: contextlib.ExitStack) -> Engine:
-    """An engine without weights; `resources` closes it, and removes its offload folder."""
+    """Return an engine without weights; `resources` closes it and removes its offload folder."""
     limits, policy = prepared.limits, prepared.plan.policy
     offload_dir = None
     with contextlib.ExitStack() as undo:
@@ -191,7 +198,7 @@ def _warm_up_kernels(dtype: torch.dtype) -> None:
 
 
 def _write_dummy(config: Any, dtype: torch.dtype, limits: Limits) -> OffloadFolder:
-    """Random weights for a config, on the offload folder's disk."""
+    """Write random weights for a config to a fresh offload folder, and return it."""
     folder = OffloadFolder(Path(limits.offload_dir))
     logger.info("writing random weights to %s", folder.path)
     try:

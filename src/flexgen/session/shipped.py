@@ -1,4 +1,4 @@
-"""The catalogue's models from their public configs, for what the shipped files do not say: another dtype, or the config itself."""
+"""Describes the catalogue's models from their public configs, for what the shipped files lack: another dtype, or the config itself."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 
 def catalogue_config(name: str) -> PretrainedConfig:
-    """The config of a shipped model: what differs from the defaults of its type, or decides a size."""
+    """Return the config of a shipped model, made from the values that differ from the defaults of its type or decide a size."""
     fields = catalogue_fields(name)
     return AutoConfig.for_model(fields["model_type"], **fields["config"])
 
 
 def described(name: str, dtype: torch.dtype | None = None) -> ModelSpec:
-    """A shipped model computed in `dtype`; None is the dtype of its plain weights."""
+    """Describe a shipped model computed in `dtype`; None stands for the dtype of its plain weights."""
     fields = catalogue_fields(name)
     stored = getattr(torch, fields["dtype"])
     return describe_config(catalogue_config(name), dtype or stored, stored=stored, name=fields["source"])

@@ -1,4 +1,4 @@
-"""Turns of several callers with one engine: one call at a time, in the process that began."""
+"""Lets several callers take turns with one engine: one call at a time, in the process of the first call."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ _Item = TypeVar("_Item")
 class Turns:
     """Lets calls of several threads wait for each other.
 
-    Whoever iterates over results has the engine from the first result to the end.  Other calls do not wait for an iterator, because
-    nobody knows when it goes on: they are refused until it is exhausted or closed.
+    An iterator over results holds the engine from its first result to its end. Other calls do not wait for an iterator, because nobody
+    knows when it will go on: they are refused until it is exhausted or closed.
 
     A forked process is refused, because it has none of the threads and, after the first matrix product, no working OpenMP.
     """
@@ -26,9 +26,9 @@ class Turns:
         self._lock = threading.RLock()
         self._process: int | None = None  # of the first call
         self._closed = False
-        self._taken = False  # by a call or by an iterator
-        self._working = False  # somebody is at work who holds the lock
-        self._items: Generator[object] | None = None  # what is iterated over
+        self._taken = False  # by a call or by an iterator that has not reached its end
+        self._working = False  # the holder of the lock is at work
+        self._items: Generator[object] | None = None  # the items of the iterator that holds the engine
 
     def check(self) -> None:
         """Check that a call is possible.
@@ -47,7 +47,7 @@ class Turns:
         """Hold the engine for one call.
 
         Raises:
-            FlexGenError: As for `check`, or because an iterator is not at its end.
+            FlexGenError: As for `check`, or because an iterator has not reached its end.
         """
         self.check()
         with self._lock:
@@ -59,10 +59,10 @@ class Turns:
                 self._taken = False
 
     def iterate(self, items: Generator[_Item]) -> Generator[_Item]:
-        """Yield the items, which the engine computes one by one; the lock is held only while it does.
+        """Yield the items, which the engine computes one by one; the lock is held only while it computes.
 
         Raises:
-            FlexGenError: As for `call` when the first item is asked for, and as for `check` at any other.
+            FlexGenError: As for `call` when the first item is requested, and as for `check` at any other.
         """
         self.check()
         with self._lock:
@@ -86,7 +86,7 @@ class Turns:
 
     @contextlib.contextmanager
     def end(self, *, wait: bool) -> Iterator[bool]:
-        """Take the last turn, after whoever is at work.  An iterator that is not at its end is closed.
+        """Take the last turn, after the call that is at work, and close an iterator that has not reached its end.
 
         Args:
             wait: Whether to wait for a call of another thread.
@@ -95,7 +95,7 @@ class Turns:
             Whether there is something to close: not in a forked process, nor (without waiting) while another call is at work.
 
         Raises:
-            FlexGenError: The call that is at work asks for it.
+            FlexGenError: The request comes from within the call that is at work.
         """
         if self._is_elsewhere() or not self._lock.acquire(blocking=wait):
             yield False
@@ -132,10 +132,10 @@ class Turns:
 
 
 def forked(used: str) -> str:
-    """Explain why a forked process is refused, and what to do.
+    """Explain why a forked process is refused, and what to do instead.
 
     Args:
-        used: What was done before the fork, as a clause.
+        used: A clause that says what was done before the fork.
     """
     return (
         f"{used} in the process that this one was forked from, whose threads are not here: products would wait for them for ever. "

@@ -1,6 +1,6 @@
-"""The answers to one prompt: what the engine is asked for them, and what of its results is shown.
+"""The answers to one prompt: turns a prompt and its parameters into requests for the engine, and results into what the caller sees.
 
-Knows the model's vocabulary, context and tokenizer; nothing of engines and files.
+Knows the model's vocabulary, context and tokenizer; knows nothing of engines and files.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from flexgen.text.stop_strings import StopStrings, cut_at_stop
 from flexgen.text.stream import TextStream, decode_behind
 from flexgen.text.tokenizer import Tokenizer, no_room
 
-_MAX_BAD_WORDS_CHARS = 1 << 20  # of one request: their tokens are kept as long as it runs
+_MAX_BAD_WORDS_CHARS = 1 << 20  # of one request, whose tokens stay in memory while it runs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choices:
-    """Between prompts with their sampling parameters and the engine.
+    """Translates prompts with their sampling parameters into the engine's requests, and the engine's results into vLLM's outputs.
 
     Attributes:
-        tokenizer: None where the model has none.
-        vocab_size: token ids lie below it.
-        max_model_len: the most tokens that a prompt and its answer have together.
-        eos_token_ids: the tokens that end an answer unless its parameters ignore them.
-        seed: base of the seeds of prompts that name none.
-        max_logprobs: the most log probabilities that a prompt may ask for; -1 is any number.
+        tokenizer: The model's tokenizer; None where it has none.
+        vocab_size: The size of the vocabulary; all token ids are below it.
+        max_model_len: The most tokens that a prompt and its answer have together.
+        eos_token_ids: The tokens that end an answer unless its parameters ignore them.
+        seed: The base of the seeds of prompts that name none.
+        max_logprobs: The most log probabilities that a prompt may request; -1 allows any number.
     """
 
     tokenizer: Tokenizer | None
@@ -42,11 +42,13 @@ class Choices:
     max_logprobs: int = 20
 
     def requests(self, index: int, prompt_token_ids: Sequence[int], params: SamplingParams) -> list[TokenRequest]:
-        """One request per answer, with indices from `index` on.  `max_tokens` is cut to the context that the prompt leaves, as vLLM does.
+        """Return one request per answer, with indices from `index` on.
+
+        As in vLLM, `max_tokens` is cut to the context that the prompt leaves.
 
         Raises:
-            RequestError: an empty prompt, ids outside the vocabulary, no room for an answer (`context_length_exceeded`), or
-                texts among the parameters where there is no tokenizer.
+            RequestError: The prompt is empty, has ids outside the vocabulary or leaves no room for an answer (`context_length_exceeded`),
+                or the parameters hold texts although there is no tokenizer.
         """
         prompt = tuple(prompt_token_ids)
         room = self._room(prompt)
@@ -78,16 +80,18 @@ class Choices:
     def completions(
         self, results: Iterable[TokenResult], params: SamplingParams, prompt_token_ids: Sequence[int] = ()
     ) -> list[CompletionOutput]:
-        """The answers to one prompt as vLLM shows them: what stopped an answer is no part of its text unless asked for.
+        """Return the answers to one prompt as vLLM shows them; their text excludes whatever stopped them unless the parameters include it.
 
         Args:
-            prompt_token_ids: what the answers follow, which decides about a space at their beginning.
+            results: The engine's results for the prompt, in any order.
+            params: The sampling parameters of the prompt.
+            prompt_token_ids: The prompt, which decides about a space at the beginning of an answer.
         """
         in_order = sorted(results, key=lambda result: result.index)
         return [self._completion(choice, result, params, prompt_token_ids) for choice, result in enumerate(in_order)]
 
     def shown(self, results: Sequence[TokenResult], params: SamplingParams, prompt_token_ids: Sequence[int]) -> list[CompletionOutput]:
-        """As `completions`; answers that cannot be shown end in their own error."""
+        """Return the same as `completions`, but with an error in place of each answer if they cannot be shown."""
         outputs = for_one_request(self.completions, results, params, prompt_token_ids)
         if not isinstance(outputs, RequestError):
             return outputs
@@ -97,7 +101,7 @@ class Choices:
     # -- requests -------------------------------------------------------------------------------------------------------------------
 
     def _room(self, prompt: tuple[int, ...]) -> int:
-        """Tokens that the prompt leaves for an answer."""
+        """Return the number of tokens that the prompt leaves for an answer."""
         if not prompt:
             raise RequestError("the prompt has no tokens", param="prompt")
         room = self.max_model_len - len(prompt)
@@ -184,19 +188,19 @@ class Choices:
         length = 0
         for token_id in result.token_ids:
             before, length = length, length + len(stream.push(token_id))
-            # What was held back before it, and is given out with it, is in front of its own text.
+            # Text that was held back and is emitted together with this token lies before the token's own text.
             offsets.append(max(before, length - len(self.tokenizer.token_text(token_id))))
         return tuple(offsets)
 
     def _stop_reason(self, result: TokenResult, params: SamplingParams) -> int | str | None:
-        """The stop string or token; None for the model's own end, as in vLLM."""
+        """Return the stop string or token; None for the model's own end, as in vLLM."""
         if result.finish_reason != "stop" or result.stop_string is not None:
             return result.stop_string
         last = result.token_ids[-1]
         return None if last in self.eos_token_ids and not params.ignore_eos else last
 
     def _named(self, logprobs: Sequence[TokenLogprobs]) -> list[dict[int, Logprob]]:
-        """vLLM's form: each token with its own text, the generated one first."""
+        """Return log probabilities in vLLM's form: each token with its own text, the generated one first."""
         named: list[dict[int, Logprob]] = []
         for each in logprobs:
             ranks = (each.rank, *range(1, len(each.token_ids)))

@@ -1,4 +1,4 @@
-"""What a model says where a request does not: limits, sampling defaults; and the seed of a request that names none."""
+"""A model's own limits and sampling defaults, which hold where a request states none, and the seeds of requests that name none."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ _CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_sequence_length
 
 
 def token_limits(name: str, config: Any, max_model_len: int | None) -> tuple[int, int]:
-    """The vocabulary's size, and the most tokens of prompt and answer together.
+    """Return the vocabulary's size, and the most tokens of prompt and answer together.
 
     Args:
-        name: the model's, for messages.
-        config: its transformers config.
-        max_model_len: the limit that was asked for; None is the model's context.
+        name: The model's name, for messages.
+        config: The model's transformers config.
+        max_model_len: The limit that the options state; None stands for the model's context.
 
     Raises:
-        ModelError: the config states no vocabulary.
-        OptionError: `max_model_len` is more than the model's context, or is needed because the model states none.
+        ModelError: The config states no vocabulary size.
+        OptionError: `max_model_len` exceeds the model's context, or is needed because the model states none.
     """
     text = config.get_text_config(decoder=True)
     context = next((value for field in _CONTEXT_NAMES if isinstance(value := getattr(text, field, None), int)), None)
@@ -38,7 +38,7 @@ def token_limits(name: str, config: Any, max_model_len: int | None) -> tuple[int
     return vocab_size, max_model_len
 
 
-# What vLLM takes over: names in generation_config.json and in SamplingParams.
+# The settings that vLLM adopts: their names in generation_config.json and in SamplingParams.
 _SAMPLING_NAMES = {
     "repetition_penalty": "repetition_penalty", "temperature": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p",
     "max_new_tokens": "max_tokens",
@@ -46,10 +46,10 @@ _SAMPLING_NAMES = {
 
 
 def default_sampling_params(generation_config: Mapping[str, Any]) -> SamplingParams:
-    """vLLM's defaults under the values of generation_config.json; `do_sample: false` there means greedy.
+    """Return vLLM's defaults, overridden by generation_config.json; `do_sample: false` there means greedy sampling.
 
     Raises:
-        ModelError: a value out of range.
+        ModelError: A value is out of range.
     """
     values = {ours: generation_config[theirs] for theirs, ours in _SAMPLING_NAMES.items() if generation_config.get(theirs) is not None}
     if generation_config.get("do_sample") is False:
@@ -68,18 +68,18 @@ _NEUTRAL = {
 
 
 def unsupported_defaults(generation_config: Mapping[str, Any]) -> list[str]:
-    """Settings of generation_config.json that would change answers and are not applied, as "name=value"."""
+    """Return the settings of generation_config.json that would change answers but are not applied, as "name=value"."""
     given = ((name, generation_config.get(name)) for name in _NEUTRAL)
     return [f"{name}={value}" for name, value in given if value is not None and value != _NEUTRAL[name]]
 
 
 def derive_seed(base: int, index: int) -> int:
-    """The seed of a request that names none: it depends on the engine's seed and the request's index only."""
+    """Return the seed of a request that names none; it depends only on the engine's seed and the request's index."""
     return _hashed(f"{base} {index}")
 
 
 def choice_seed(seed: int, choice: int) -> int:
-    """The seed of one of several answers to a request that names a seed; the first answer's is that."""
+    """Return the seed of one of several answers to a request that names a seed; the first answer has the request's own."""
     return seed if choice == 0 else _hashed(f"{seed} choice {choice}")
 
 

@@ -1,4 +1,4 @@
-"""Texts to token ids, within the model's context and a bound of memory; each text that has none has its own error."""
+"""Encodes texts as token ids, within the model's context and a bound on memory; a text that cannot be encoded has an error of its own."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ class Encoder:
     """Encodes the prompts of a model.
 
     Args:
-        name: the name of the model, for messages.
-        tokenizer: None where the model has none.
-        max_tokens: texts with more tokens have an error.
-        memory_bytes: returns the memory for one text while it is tokenised; asked when a text is first encoded.
+        name: The name of the model, for messages.
+        tokenizer: The model's tokenizer; None where it has none.
+        max_tokens: The most tokens of a text; a longer one has an error.
+        memory_bytes: Returns the memory that one text may use while it is tokenised; called once for every group of texts.
     """
 
     def __init__(self, name: str, tokenizer: Tokenizer | None, max_tokens: int, memory_bytes: Callable[[], int]) -> None:
         self._name, self._tokenizer, self._max_tokens, self._memory_bytes = name, tokenizer, max_tokens, memory_bytes
 
     def each(self, texts: Iterable[str | RequestError], *, add_special_tokens: bool = True) -> Iterator[list[int] | RequestError]:
-        """The token ids of each text, or why it has none; errors among the texts are handed on."""
+        """Return the token ids of each text, or the error that explains why it has none; errors among the texts are passed through."""
         if self._tokenizer is None:
             error = RequestError(f"{self._name} has no tokenizer: give the prompt as token ids", param="prompt")
             return (text if isinstance(text, RequestError) else error for text in texts)
@@ -32,7 +32,11 @@ class Encoder:
         )
 
     def all(self, what: str, texts: Iterable[str | RequestError], *, add_special_tokens: bool = True) -> list[list[int]]:
-        """The token ids of all texts.  Raises the first error, which names its place, such as "text 3"."""
+        """Return the token ids of all texts.
+
+        Raises:
+            RequestError: A text cannot be encoded; the message names the first such text, for example "text 3".
+        """
         ids: list[list[int]] = []
         for place, each in enumerate(self.each(texts, add_special_tokens=add_special_tokens)):
             with naming(what, place):
@@ -41,7 +45,7 @@ class Encoder:
 
 
 def ids_or_raise(encoded: list[int] | RequestError) -> list[int]:
-    """Token ids as they are; raises the error in place of which there are none."""
+    """Return token ids unchanged, or raise the error that stands in their place."""
     if isinstance(encoded, RequestError):
         raise encoded
     return encoded

@@ -1,4 +1,4 @@
-"""What may be given as prompts and as parameters for them, by vLLM's names."""
+"""Reads the forms in which prompts and their parameters may be given, by vLLM's names."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ Prompt = str | Sequence[int] | Mapping[str, Any]
 
 @runtime_checkable
 class _Table(Protocol):
-    """A data frame: going through one gives the names of its columns, which nobody means."""
+    """A data frame: iterating over one yields its column names, which are never the prompts that were meant."""
 
     columns: Any
 
 
 def as_prompts(given: Prompt | Iterable[Prompt]) -> list[Any]:
-    """Several prompts; token ids in a row are one.
+    """Return the prompts as a list; a single prompt, such as a sequence of token ids, becomes a list of one.
 
     Raises:
-        RequestError: it is nothing that holds prompts.
+        RequestError: The value holds no prompts.
     """
     if isinstance(given, (str, Mapping)):
         return [given]
@@ -37,7 +37,7 @@ def as_prompts(given: Prompt | Iterable[Prompt]) -> list[Any]:
 
 @contextmanager
 def naming(what: str, place: int) -> Iterator[None]:
-    """Errors of requests say which of several it was, such as "prompt 3"."""
+    """Make errors of requests name the one of several that they belong to, such as "prompt 3"."""
     try:
         yield
     except RequestError as error:
@@ -45,10 +45,10 @@ def naming(what: str, place: int) -> Iterator[None]:
 
 
 def texts_and_ids(given: Prompt | Iterable[Prompt]) -> list[tuple[str | None, list[int] | None]]:
-    """Text and token ids of every prompt, whichever it has.
+    """Return the text and the token ids of every prompt; None for the one that it does not have.
 
     Raises:
-        RequestError: one has neither, or something that is not supported; the message has its index.
+        RequestError: A prompt has neither, or something that is not supported; the message has its index.
     """
     read: list[tuple[str | None, list[int] | None]] = []
     for place, prompt in enumerate(as_prompts(given)):
@@ -58,10 +58,10 @@ def texts_and_ids(given: Prompt | Iterable[Prompt]) -> list[tuple[str | None, li
 
 
 def text_and_ids(prompt: Any) -> tuple[str | None, list[int] | None]:
-    """Text and token ids of one prompt, whichever it has.
+    """Return the text and the token ids of one prompt; None for the one that it does not have.
 
     Raises:
-        RequestError: it has neither, or something that is not supported.
+        RequestError: The prompt has neither, or something that is not supported.
     """
     text, given = prompt, prompt
     if isinstance(prompt, Mapping):
@@ -87,10 +87,10 @@ def _ids(given: object) -> list[int] | None:
 
 
 def as_texts(given: str | Iterable[str]) -> list[str]:
-    """Several texts; one is one.
+    """Return the texts as a list; a single text becomes a list of one.
 
     Raises:
-        RequestError: one is no text; the message has its index.
+        RequestError: An item is not a text; the message has its index.
     """
     texts = [given] if isinstance(given, str) else None if isinstance(given, _Table) else as_list(given)
     if texts is None:
@@ -102,10 +102,10 @@ def as_texts(given: str | Iterable[str]) -> list[str]:
 
 
 def as_params(given: SamplingParams | Iterable[SamplingParams], num_prompts: int) -> list[SamplingParams]:
-    """The parameters of each prompt.
+    """Return the sampling parameters of each prompt.
 
     Raises:
-        OptionError: there are more or fewer than prompts, or one is something else.
+        OptionError: Their number differs from that of the prompts, or an item is not a SamplingParams.
     """
     if isinstance(given, SamplingParams):
         return [given] * num_prompts
@@ -121,7 +121,7 @@ def as_params(given: SamplingParams | Iterable[SamplingParams], num_prompts: int
 
 
 def as_conversations(given: object) -> object:
-    """Messages, or lists of messages, in lists; what holds no values stays as it is."""
+    """Return a conversation, or several, with lists in place of other sequences; a value that is not a sequence is returned as it is."""
     conversations = None if isinstance(given, _Table) else as_list(given)
     if conversations is None:
         return given

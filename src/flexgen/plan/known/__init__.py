@@ -1,1 +1,1 @@
-"""Boxes and models that ship with the package."""
+"""Machines and models that ship with the package."""

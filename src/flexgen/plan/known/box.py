@@ -1,4 +1,4 @@
-"""Machines from a few figures, as vendors print them: what software reaches of them, and everything that nobody prints."""
+"""Makes machines from a few figures that vendors print, with usual values for the rates that software reaches and for all else."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from flexgen.errors import OptionError
 from flexgen.plan.machine import Curve, DiskRequest, Machine, Overheads, Rate
 from flexgen.plan.price.work import DTYPE_BYTES
 
-# What is usually reached of a printed rate; of the host's memory by elementwise operations of a model.
+# The shares of a printed rate that are usually reached; the last is that of the host's memory for elementwise operations of a model.
 DENSE_SHARE, ATTENTION_SHARE, MEMORY_SHARE, LINK_SHARE, DISK_SHARE, ELEMENTWISE_SHARE = 0.7, 0.3, 0.8, 0.85, 0.9, 0.3
 ROWS = (1, 4, 16, 64, 128, 256, 512, 1024, 4096)
 # Measured with PyTorch and transformers on server processors of the years 2022 to 2025.
@@ -22,39 +22,40 @@ DRIVEN_DEVICE = Overheads(per_pass=5e-3, per_sequence=3e-5, per_unit=2e-4, per_l
 DISK_CORE_SECONDS_PER_BYTE = 2e-11
 DISK_REQUEST = DiskRequest(seconds=3e-5, core_seconds=2e-5)
 
-# What a description may leave out: cores, the disk's size, and what writing reaches of reading; float32 of narrower products.
+# Values for figures that a description leaves out: cores, the disk's size, the rate of writing as a share of that of reading, and the
+# rate of float32 as a share of that of narrower dtypes.
 CORES, DISK_BYTES, WRITE_SHARE, WIDE_SHARE = 16, 10**12, 0.5, 0.5
 REQUIRED = ("host_bytes", "host_memory", "disk_read", "flops")
 REQUIRED_BY_DEVICE = ("device_memory", "host_to_device")
-# What no machine has less of: whoever gives 64 or 7 means GB.
+# No machine has less than this: a description with 64 or 7 means GB.
 LEAST_BYTES, LEAST_RATE = 16 << 20, 1e6
 OPTIONAL = ("name", "cores", "disk_bytes", "disk_write", "device_bytes", "device_to_host")
 EXAMPLE = '{"host_bytes": "64GB", "host_memory": 80e9, "disk_read": 7e9, "flops": 2e12}'
 
 
 def is_box(fields: Any) -> bool:
-    """Whether a JSON value describes a machine by a few figures, rather than by all that `flexgen profile` measures."""
+    """Return whether a JSON value describes a machine by a few figures, rather than by all that `flexgen profile` measures."""
     return isinstance(fields, dict) and not {"dense", "overheads", "origin"} & cast(dict[str, Any], fields).keys()
 
 
 def box_of(fields: Mapping[str, Any], name: str) -> Machine:
-    """The machine that a few figures describe.
+    """Return the machine that a few figures describe.
 
     Args:
-        fields: bytes (numbers, or sizes such as "64GB") and rates per second, as printed; `flops` is a number, which counts for bfloat16
-            and float16, or one per dtype.
-        name: name of the machine, where they give none.
+        fields: The figures as printed: bytes (numbers, or sizes such as "64GB"), rates per second, and `flops`, which is either one number,
+            for bfloat16 and float16, or one per dtype.
+        name: The name of the machine, where the fields have none.
 
     Raises:
-        OptionError: with its name, a missing or unknown field, or an impossible value.
+        OptionError: A field is missing, unknown or impossible; the message names it.
     """
     _check(fields)
     given: dict[str, Any] = {"name": name, "cores": CORES, "device_bytes": 0, "disk_bytes": DISK_BYTES, "host_to_device": 0.0}
     given |= {key: _READERS[key](key, value) for key, value in fields.items()}
     flops, host_memory, disk_read, link = (given[key] for key in ("flops", "host_memory", "disk_read", "host_to_device"))
     has_device = given["device_bytes"] > 0
-    memory = given["device_memory"] if has_device else host_memory  # of what computes
-    # The host's kernels reach half of what its memory gives, and less where many queries share a key.
+    memory = given["device_memory"] if has_device else host_memory  # the memory of the device that computes
+    # The host's kernels reach half the rate of its memory, and less where many queries share a key.
     attending = {"host": {dtype: ((1.0, _share(host_memory, 0.5)), (8.0, _share(host_memory, 0.3))) for dtype in flops}}
     if has_device:
         attending["device"] = {dtype: ((1.0, _share(memory, 0.6)), (8.0, _share(memory, 0.6))) for dtype in flops}
@@ -115,7 +116,7 @@ def _number(name: str, value: Any) -> float:
 
 
 def _rate(name: str, value: Any) -> float:
-    """A number, or a size per second: "7GB/s"."""
+    """Read a number, or a size per second such as "7GB/s"."""
     if isinstance(value, str) and (size := re.fullmatch(r"(.*\S)\s*/\s*s", value)):
         value = parse_size(size[1], name=name)
     if _number(name, value) < LEAST_RATE:
@@ -172,7 +173,7 @@ def _share(printed: float, share: float) -> Rate:
 
 
 def _dense(peak: float, device_memory: float, dtype: str) -> Curve:
-    """Few rows are bound by reading the weights: two FLOPs per number and row."""
+    """Return a curve in which few rows are bound by reading the weights: two FLOPs per number and row."""
     return tuple(
         (float(rows), Rate(best=min(peak, most), typical=min(DENSE_SHARE * peak, MEMORY_SHARE * most)))
         for rows, most in ((rows, rows * 2 * device_memory / DTYPE_BYTES[dtype]) for rows in ROWS)

@@ -1,1 +1,1 @@
-"""A job played through a policy: who is admitted when, and what each pass does."""
+"""Plays a job under a policy: which sequences are admitted when, and the work of each pass."""

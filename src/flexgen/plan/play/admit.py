@@ -1,6 +1,6 @@
 """Which sequences enter in which pass, and where their KV lives: the loop over the passes of a job, compiled.
 
-The rules are those of engine/schedule.py and engine/admission.py.  A search plays them some thousand times.
+The rules are those of engine/schedule.py and engine/admission.py. A search plays them thousands of times.
 """
 
 from __future__ import annotations
@@ -14,19 +14,24 @@ from numba import njit
 from flexgen.base.compiled import entry
 
 DIAGONAL, ZIGZAG, ROW = range(3)
-# Equal sequences that enter together are given homes in about so many steps; up to twice as many, one by one, as the engine does.
+# Equal sequences that enter together are given homes in about this many steps. Fewer than twice as many sequences are given homes one
+# by one, as the engine does.
 HOME_STEPS = 64
-# No pass before a sequence ends.
+# In place of a pass: no pass can admit more before a sequence ends.
 _NEVER = -1
-# Rows of groups while playing: those of `Admissions`, and one more than the group before that ends in the same pass.
+# The rows of groups while playing: those of `Admissions`, and one more than the index of the previous group that ends in the same pass.
 _PASS, _RUN, _POOL, _COUNT, _BEFORE = range(5)
 
 
 class Rules(NamedTuple):
-    """What a policy says of admission.
+    """The rules of a policy for admission.
 
     Attributes:
-        frees_early: whether room is kept for answers that end earlier than they may.
+        schedule: DIAGONAL, ZIGZAG or ROW.
+        max_num_seqs: The most sequences that are alive at once.
+        prefill_tokens: The prompt quota.
+        micro_batch_tokens: The most tokens computed together.
+        frees_early: Whether room is kept for answers that end earlier than they may.
     """
 
     schedule: int
@@ -40,9 +45,9 @@ class Pools(NamedTuple):
     """The tiers that have KV; each attribute has a number per tier.
 
     Attributes:
-        capacity: bytes of the pool.
-        share: the share of all tokens that should live there.
-        whole: whether a sequence takes from the start what it needs at its longest.
+        capacity: The bytes of the pool.
+        share: The share of all tokens that should live there.
+        whole: Whether a sequence takes from the start the bytes that it needs at its longest.
     """
 
     capacity: npt.NDArray[np.int64]
@@ -51,7 +56,12 @@ class Pools(NamedTuple):
 
 
 class Needs(NamedTuple):
-    """Bytes of KV by tokens of a sequence (its pages at their most so far), and by tokens that it shares (held once, by all)."""
+    """Bytes of KV by number of tokens.
+
+    Attributes:
+        held: The bytes by the tokens of a sequence (the most pages that it has held so far).
+        shared: The bytes by the tokens that it shares (held once, for all sequences).
+    """
 
     held: npt.NDArray[np.int64]
     shared: npt.NDArray[np.int64]
@@ -61,10 +71,10 @@ class Admissions(NamedTuple):
     """Groups of equal sequences that enter together; each attribute has a number per group.
 
     Attributes:
-        first_pass: the first pass that carries them.
-        run: their place in the queue.
-        pool: the pool where their KV lives.
-        num_seqs: number of sequences.
+        first_pass: The first pass that carries them.
+        run: The index of their run in the queue.
+        pool: The pool where their KV lives.
+        num_seqs: The number of sequences.
     """
 
     first_pass: npt.NDArray[np.int64]
@@ -79,23 +89,26 @@ def admit(queue: Any, needs: Needs, pools: Pools, rules: Rules) -> Any:
 
     Args:
         queue: int64 columns (prompt_len, output_len, reserved_len, found_len, count) of runs that all fit.
+        needs: The bytes of KV by number of tokens.
+        pools: The tiers that have KV.
+        rules: The rules of the policy.
 
     Returns:
-        (groups, used), int64: the rows of `Admissions`; bytes used, of shape (pools, passes).
+        (groups, used), both int64: the rows of `Admissions`; the bytes used, of shape (pools, passes).
     """
     prompts, outputs, reserved_lens, founds, counts = queue
     groups, num_groups = np.zeros((5, 256), dtype=np.int64), 0
     used = np.zeros((len(pools.capacity), 256), dtype=np.int64)
-    ending = np.zeros((1, 256), dtype=np.int64)  # by pass: one more than the last group of which it is the first without
+    ending = np.zeros((1, 256), dtype=np.int64)  # by pass: one more than the index of the last group that ends just before it
     given = np.zeros(len(pools.capacity), dtype=np.int64)  # tokens, by pool
     index = live = credit = last_end = run = ended = 0
     refilled, left = -1, counts[0] if len(counts) else 0
-    needed, needed_of = np.empty((0, 0), dtype=np.int64), -1  # by such a sequence, and the run that it is of
+    needed, needed_of = np.empty((0, 0), dtype=np.int64), -1  # the bytes that a sequence of a run needs, and that run
     while run < len(counts):
         while ended <= min(index, last_end):
             live -= _leave(used, groups, ending[0, ended], ended, queue, needs, pools)
             ended += 1
-        later = _NEVER  # the next pass that could take in more
+        later = _NEVER  # the next pass that could admit more
         if rules.schedule == DIAGONAL or live == 0:
             credit, refilled, taken = _refilled(rules, credit, index - refilled, live), index, 0
             while run < len(counts):
@@ -130,22 +143,28 @@ def admit(queue: Any, needs: Needs, pools: Pools, rules: Rules) -> Any:
         if run == len(counts):
             break
         if later == _NEVER or rules.schedule != DIAGONAL:
-            # For want of a place, or in a closed block, nothing changes before a sequence ends.
+            # Where a sequence must end first, for its slot or its room, or the block is closed, nothing changes before one ends.
             assert live > 0, "a request that fits was not admitted to empty pools"
             index = ended
             while ending[0, index] == 0:
                 index += 1
         else:
-            index = min(later, last_end)  # there is no pass without a sequence
+            index = min(later, last_end)  # every pass has a sequence
     return groups[:_BEFORE, :num_groups], _longer(used, last_end)[:, :last_end]
 
 
 @njit
 def _leave(used: Any, groups: Any, last: int, end: int, queue: Any, needs: Needs, pools: Pools) -> int:
-    """How many sequences end before pass `end`; what was kept for more tokens than they had falls free.
+    """Return how many sequences end before pass `end`, and free the room that was kept for more tokens than they had.
 
     Args:
-        last: one more than the last of their groups.
+        used: The bytes used, by pool and pass; updated.
+        groups: The groups that have entered.
+        last: One more than the index of the last group that ends there.
+        end: The first pass without these groups.
+        queue: The runs, as in `admit`.
+        needs: The bytes of KV by number of tokens.
+        pools: The tiers that have KV.
     """
     prompts, outputs, reserved_lens, founds, _ = queue
     left = 0
@@ -161,7 +180,7 @@ def _leave(used: Any, groups: Any, last: int, end: int, queue: Any, needs: Needs
 
 @njit
 def _enter(used: Any, groups: Any, number: int, ending: Any, index: int, run: int, end: int, needed: Any, entering: Any) -> Any:
-    """A group for each pool that sequences of the run enter in pass `index`; (the groups, their number)."""
+    """Add a group for each pool that sequences of the run enter in pass `index`; return the groups and their number."""
     for pool in range(len(entering)):
         if entering[pool] > 0:
             _add(used, needed, pool, index, 0, entering[pool])
@@ -176,7 +195,7 @@ def _enter(used: Any, groups: Any, number: int, ending: Any, index: int, run: in
 
 @njit
 def _refilled(rules: Rules, credit: int, num_passes: int, live: int) -> int:
-    """Prompt tokens to admit after so many passes: each adds its quota, and an empty block waits for none."""
+    """Return the prompt tokens to admit after so many passes: each adds its quota, and an empty block never waits for credit."""
     quota = rules.prefill_tokens
     credit = min(credit + quota * num_passes, quota)
     return credit + quota * (1 + -credit // quota) if live == 0 and credit <= 0 else credit
@@ -184,7 +203,7 @@ def _refilled(rules: Rules, credit: int, num_passes: int, live: int) -> int:
 
 @njit
 def _needed(needs: Needs, pools: Pools, prompt_len: int, reserved_len: int, found_len: int) -> Any:
-    """Bytes of its own pages, by pool and pass of a sequence's life (its last token gets no KV)."""
+    """Return the bytes of a sequence's own pages, by pool and pass of its life (its last token gets no KV)."""
     needed = np.empty((len(pools.whole), reserved_len), dtype=np.int64)
     for pool in range(len(pools.whole)):
         for age in range(reserved_len):
@@ -195,7 +214,7 @@ def _needed(needs: Needs, pools: Pools, prompt_len: int, reserved_len: int, foun
 
 @njit
 def _within_quota(rules: Rules, own_len: int, credit: int, taken: int) -> int:
-    """How many such prompts the pass still admits; the last may overdraw, at the cost of the next passes."""
+    """Return how many such prompts the pass still admits; the last may overdraw, at the cost of the next passes."""
     if rules.schedule == DIAGONAL:
         return -(-max(credit, 0) // own_len)
     if rules.schedule == ROW:
@@ -205,7 +224,7 @@ def _within_quota(rules: Rules, own_len: int, credit: int, taken: int) -> int:
 
 @njit
 def _longer(numbers: Any, size: int) -> Any:
-    """With room for so many along the second axis; what is new is 0."""
+    """Return the array with room for at least `size` columns; new columns are 0."""
     if size <= numbers.shape[1]:
         return numbers
     longer = np.zeros((numbers.shape[0], max(size, 2 * numbers.shape[1])), dtype=np.int64)
@@ -225,14 +244,14 @@ def _sum(numbers: Any) -> int:
 
 @njit
 def _add(used: Any, needed: Any, pool: int, index: int, age: int, count: int) -> None:
-    """What so many sequences need from this age on is used from pass `index` on."""
+    """Add the bytes of `count` sequences, which have this age in pass `index`, to those used from that pass on."""
     for later in range(needed.shape[1] - age):
         used[pool, index + later] += needed[pool, age + later] * count
 
 
 @njit
 def _room(used: Any, pools: Pools, index: int, needed: Any, wanted: int) -> Any:
-    """How many of `wanted` sequences fit in all the passes from `index` on, by pool; at most 0 where none does."""
+    """Return, by pool, how many of `wanted` sequences fit in all the passes from `index` on; at most 0 where none does."""
     room = np.empty(len(pools.capacity), dtype=np.int64)
     for pool in range(len(room)):
         fits = wanted
@@ -248,9 +267,10 @@ def _room(used: Any, pools: Pools, index: int, needed: Any, wanted: int) -> Any:
 
 @njit
 def _earliest(used: Any, pools: Pools, index: int, needed: Any) -> int:
-    """A pass after `index` before which such a sequence cannot enter, given that it cannot at `index`.
+    """Return a pass after `index` before which such a sequence cannot enter, given that it cannot enter at `index`.
 
-    Where a pass leaves too little room for its age, it must be younger by then: young enough for the room.
+    Where a pass leaves too little room for the age that the sequence would have, the sequence must be younger by then: young enough for the
+    room.
     """
     first = _NEVER
     for pool in range(len(pools.capacity)):
@@ -268,9 +288,9 @@ def _earliest(used: Any, pools: Pools, index: int, needed: Any) -> int:
 
 @njit
 def _homes(room: Any, share: Any, given: Any, tokens: int, wanted: int) -> Any:
-    """How many of `wanted` equal sequences of so many tokens enter now, by pool.
+    """Return, by pool, how many of `wanted` equal sequences with so many tokens enter now.
 
-    Each goes to the pool with room that is furthest behind its share of the tokens given so far; of very many, some at once.
+    Each goes to the pool with room that is furthest behind its share of the tokens given so far; of very many, several go at once.
     """
     entering = np.zeros(len(room), dtype=np.int64)
     if len(room) == 1:
@@ -296,7 +316,7 @@ def _homes(room: Any, share: Any, given: Any, tokens: int, wanted: int) -> Any:
 
 
 def prepare() -> None:
-    """Compile, or load what was compiled: the memory that this takes does not come back."""
+    """Compile the loop, or load it compiled; the memory that this takes is never released."""
     none, rules = np.empty(0, dtype=np.int64), Rules(DIAGONAL, 1, 1, 1, frees_early=False)
     pools = Pools(capacity=none, share=none.astype(np.float64), whole=none.astype(bool))
     admit((none,) * 5, Needs(held=none, shared=none), pools, rules)

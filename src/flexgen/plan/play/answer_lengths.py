@@ -1,4 +1,4 @@
-"""How long answers are that may end by themselves: a distribution, which stands in for what nobody knows before a job has run."""
+"""A distribution of answer lengths, for answers that may end early and whose lengths are unknown before the job has run."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from dataclasses import dataclass
 
 from flexgen.plan.workload import Workload
 
-# Tokens of answers in conversations, twenty quantiles (2.5 %, 7.5 %, ...) of 19,366 requests: Azure LLM inference trace 2023
+# The tokens of answers in conversations: twenty quantiles (2.5 %, 7.5 %, ...) of 19,366 requests: Azure LLM inference trace 2023
 # (Patel et al., ISCA 2024; Azure/AzurePublicDataset, CC BY 4.0).
 CONVERSATION_QUANTILES = (28, 48, 60, 72, 82, 88, 93, 99, 108, 120, 139, 162, 195, 373, 391, 396, 406, 416, 430, 522)
-# Room is kept for answers as long as this share of those seen (engine/admission.py).
+# Room is kept for an answer of the length that this share of the answers does not exceed (engine/admission.py).
 RESERVED_QUANTILE = 0.9
 # An irrational step visits all quantiles evenly, however many are drawn.
 GOLDEN_STEP = (math.sqrt(5) - 1) / 2
-# What was assumed counts as much as this many answers that were seen.
+# The assumed distribution counts as much as this many answers seen.
 ASSUMED_ANSWERS = 16
 DRAWN_QUANTILES = 1000
 
@@ -26,20 +26,20 @@ class OutputLengths:
     """A distribution of answer lengths.
 
     Attributes:
-        quantiles: equally likely lengths, rising.
+        quantiles: Equally likely lengths, rising.
     """
 
     quantiles: tuple[int, ...] = CONVERSATION_QUANTILES
 
     def at(self, share: float) -> int:
-        """The length that `share` of the answers do not exceed; between the quantiles, in equal steps."""
+        """Return the length that `share` of the answers do not exceed, interpolated linearly between the quantiles."""
         place = min(max(share * len(self.quantiles) - 0.5, 0.0), len(self.quantiles) - 1.0)
         low = int(place)
         high = min(low + 1, len(self.quantiles) - 1)
         return max(round(self.quantiles[low] + (place - low) * (self.quantiles[high] - self.quantiles[low])), 1)
 
     def updated(self, seen: Sequence[int]) -> OutputLengths:
-        """What is known after answers of these lengths have ended; what was assumed fades."""
+        """Return the distribution after answers of these lengths have ended; the more there are, the less the assumed lengths count."""
         if not seen:
             return self
         assumed = [self.at((each + 0.5) / ASSUMED_ANSWERS) for each in range(ASSUMED_ANSWERS)]
@@ -49,7 +49,7 @@ class OutputLengths:
 
 
 def expected(workload: Workload, lengths: OutputLengths | None = None) -> Workload:
-    """The workload with answers of likely lengths, each at most what it may have; one whose lengths are certain is left alone."""
+    """Return the workload with likely answer lengths within their maxima; one whose lengths are already known is returned as it is."""
     if not workload.may_end_early or workload.expected_lens:
         return workload
     lengths = lengths or OutputLengths()

@@ -1,4 +1,4 @@
-"""Samples of a job that are small enough to be played again and again, and the whole job from a sample."""
+"""Samples of a job that are small enough to be played again and again, and the whole job extrapolated from a sample."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from flexgen.plan.policy import Policy
 from flexgen.plan.price.work import PassWork, unit_homes, weights_work
 from flexgen.plan.workload import Workload
 
-# Jobs beyond these sizes are searched on a sample of their requests and extrapolated; then the winner is played whole.  A sample has as
-# many requests as some blocks at least, of a few lengths, in groups of equal ones that enter together.
+# Policies for larger jobs are searched on a sample of the requests and extrapolated; then the best one is played with the whole job. A
+# sample has at least the requests of some blocks, of a few lengths, in groups of equal ones that enter together.
 SEARCH_REQUESTS, SEARCH_BLOCKS = 512, 4
 SEARCH_LENGTHS, SEARCH_ENTRIES = 64, 128
 PLAYED_REQUESTS = 20_000
@@ -23,12 +23,12 @@ PLAYED_REQUESTS = 20_000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """A job that stands for one `scale` times as large.
+    """A small job that stands for one `scale` times as large.
 
     Attributes:
-        queue: requests of the sample.
-        half: every other of its requests; None where the scale is 1.
-        scale: how many times as large as the sample the job is.
+        queue: The requests of the sample.
+        half: Every other of these requests; None where the scale is 1.
+        scale: How many times as large as the sample the job is.
     """
 
     queue: Queue
@@ -37,17 +37,18 @@ class Sample:
 
 
 class Samples:
-    """Smaller jobs like a job: small enough to be played hundreds of times, large enough to show how it goes.
+    """Samples of a job: small enough to be played hundreds of times, large enough to show how the job goes.
 
-    Requests are drawn evenly from the sorted lengths; where many lengths differ, neighbours are averaged.  They come in an order that says
-    nothing of their lengths, some equal ones together.
+    Requests are drawn evenly from the sorted lengths; where many lengths differ, neighbours are averaged. Their order is independent of
+    their lengths, except that some equal ones stand together.
 
-    Answers of many lengths end at ever more different times, which takes some dozen blocks: samples of a few blocks are up to a sixth too
-    slow where that matters.
+    Answers of many lengths end at ever more different times, a process that takes some dozen blocks: samples of a few blocks are up to a
+    sixth too slow where it matters.
 
     Args:
-        requests: fewest requests of a sample.
-        entries: most groups of requests that enter together; a job of no more requests is its own sample.
+        workload: The job.
+        requests: The fewest requests of a sample.
+        entries: The most groups of requests that enter together. A job of no more requests is its own sample.
     """
 
     def __init__(self, workload: Workload, *, requests: int = SEARCH_REQUESTS, entries: int = SEARCH_ENTRIES) -> None:
@@ -56,11 +57,11 @@ class Samples:
 
     @classmethod
     def played_once(cls, workload: Workload) -> Samples:
-        """For few policies: all of the job, where it is not too large, else much of it."""
+        """Return larger samples, to play few policies with: the whole job where it is not too large, else much of it."""
         return cls(workload, requests=PLAYED_REQUESTS // 2, entries=PLAYED_REQUESTS)
 
     def of(self, num_seqs: float) -> Sample:
-        """The sample for policies that keep about so many sequences alive."""
+        """Return the sample for policies that keep about so many sequences alive."""
         most, number = len(self._workload), self._requests
         while number < SEARCH_BLOCKS * num_seqs:
             number *= 2
@@ -71,7 +72,7 @@ class Samples:
 
     @functools.cached_property
     def _order(self) -> list[int]:
-        """Places of all requests, short answers first."""
+        """The indices of all requests, short answers first."""
         answers, prompts = self._workload.answer_lens, self._workload.prompt_lens
         return sorted(range(len(self._workload)), key=lambda place: (answers[place], prompts[place]))
 
@@ -85,7 +86,7 @@ class Samples:
         return Sample(queue=queue_of(self._mixed(drawn)), half=half, scale=scale)
 
     def _mixed(self, drawn: Workload) -> Workload:
-        """Groups of neighbours in an order that says nothing of their lengths, as in an input."""
+        """Return groups of neighbours in an order that is independent of their lengths, as in an input."""
         together = -(-len(drawn) // self._entries)
         firsts = list(range(0, len(drawn), together))
         random.Random(0).shuffle(firsts)
@@ -94,11 +95,11 @@ class Samples:
 
 @dataclass(frozen=True, slots=True)
 class PlayedSample:
-    """A policy's way through a sample, which stands for a whole job.
+    """A sample as played under a policy, from which the whole job is extrapolated.
 
     Attributes:
-        jobs: the sample as played, and every other of its requests where that was played too.
-        scale: how many times as large as the sample the job is.
+        jobs: The sample as played, and every other of its requests where that was played too.
+        scale: How many times as large as the sample the job is.
     """
 
     jobs: tuple[Simulation, ...]
@@ -106,14 +107,14 @@ class PlayedSample:
 
     @property
     def refused(self) -> float:
-        """Share of the requests that can never fit."""
+        """The share of the requests that can never fit."""
         return self.jobs[0].num_refused / max(self.jobs[0].num_requests, 1)
 
     def extrapolated(self, seconds: Sequence[float]) -> float:
-        """Seconds of the whole job, given those of each of `jobs`.
+        """Return the seconds of the whole job, given those of each of `jobs`.
 
-        Ramp and tail happen once: what the sample takes longer than every other of its requests is the steady state's.  That is only
-        true of samples of several blocks: requests that enter a block with places left cost little.
+        Ramp and tail happen once: the time by which the sample exceeds every other of its requests is the steady state's. That holds only
+        for samples of several blocks, because requests that enter a block with free room cost little.
         """
         more = max(seconds[0] - seconds[1], 0.0) if len(seconds) > 1 else 0.0
         return seconds[0] + more * 2 * (self.scale - 1)
@@ -123,7 +124,10 @@ def play_sample(spec: ModelSpec, policy: Policy, sample: Sample, *, weights: Pas
     """Play the job that a sample stands for.
 
     Args:
-        weights: what every pass moves of the weights, where that is known already.
+        spec: The model.
+        policy: The policy to play.
+        sample: The sample.
+        weights: The work of moving weights in every pass; None to compute it here.
     """
     weights = weights or weights_work(spec, unit_homes(spec, policy.weights), policy.device)
     queues = [sample.queue] if sample.half is None else [sample.queue, sample.half]

@@ -1,7 +1,7 @@
-"""A whole job, pass by pass, without doing it: which sequences each pass carries, what that moves and computes.
+"""Simulates a whole job pass by pass: which sequences each pass carries, and the work that it is.
 
-Every answer is as long as the workload expects.  Where room is kept for more, it falls free when the answer ends; where for less, the
-answer takes what it needs all the same (the engine would compute a neighbour again).
+Every answer is as long as the workload expects. Room that is kept for more falls free when the answer ends; an answer for which less is
+kept takes the room that it needs all the same (the engine would preempt another sequence).
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ _SCHEDULES = {"diagonal": DIAGONAL, "zigzag": ZIGZAG, "row": ROW}
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Queue:
-    """Runs of equal neighbours: each attribute has a number per run.
+    """Runs of equal neighbours; each attribute has a number per run.
 
     Attributes:
-        prompt_len: tokens of the prompt.
-        output_len: tokens of the answer.
-        reserved_len: tokens of the answer for which room is kept.
-        most: tokens that each may generate.
-        found_len: leading tokens of the prompt that are found computed.
-        count: number of requests.
+        prompt_len: The tokens of the prompt.
+        output_len: The tokens of the answer.
+        reserved_len: The tokens of the answer for which room is kept.
+        most: The most tokens that each may generate.
+        found_len: The leading tokens of the prompt that are already computed.
+        count: The number of requests.
     """
 
     prompt_len: Ints
@@ -54,12 +54,12 @@ class Queue:
         return int(self.count.sum())
 
     def only(self, chosen: npt.NDArray[np.bool_]) -> Queue:
-        """The queue without the runs that are not chosen."""
+        """Return the queue of the chosen runs."""
         return Queue(*(getattr(self, name)[chosen] for name in Queue.__slots__))
 
 
 def queue_of(workload: Workload) -> Queue:
-    """Longest reserved answer first, in input order among equals."""
+    """Return the requests as a queue: longest reserved answer first, in input order among equals."""
     most = np.maximum(np.array(workload.output_lens, dtype=np.int64), 1)
     expected = np.array(workload.answer_lens, dtype=np.int64)
     kept = np.array(workload.reserved_lens, dtype=np.int64) if workload.reserved_lens else most
@@ -80,12 +80,13 @@ class Simulation:
     """A job as played.
 
     Attributes:
-        work: PassWork whose numbers are arrays over the passes.
-        live: sequences in each pass.
-        kv_bytes: home tier -> bytes of pages held during each pass.
-        first_passes, end_passes: of every group of equal requests that entered together, its first pass and the one after its last.
-        num_requests: requests of the job.
-        num_refused: those of them whose KV can never fit; they are left out.
+        work: The work of each pass: a PassWork whose numbers are arrays over the passes.
+        live: The number of sequences in each pass.
+        kv_bytes: Per home tier, the bytes of pages held during each pass.
+        first_passes: The first pass of every group of equal requests that entered together.
+        end_passes: The pass after the last one of every such group.
+        num_requests: The number of requests of the job.
+        num_refused: The number of those whose KV can never fit; they are left out.
     """
 
     work: PassWork
@@ -101,46 +102,49 @@ class Simulation:
         return len(self.live)
 
     def passes(self) -> list[PassWork]:
-        """The work of each pass."""
+        """Return the work of each pass."""
         names = [field.name for field in dataclasses.fields(PassWork)]
         columns = [np.broadcast_to(np.asarray(getattr(self.work, name)), self.live.shape).tolist() for name in names]
         return [PassWork(**dict(zip(names, row, strict=True))) for row in zip(*columns, strict=True)]
 
     def total(self) -> PassWork:
-        """The work of all passes."""
+        """Return the work of all passes together."""
         names = [field.name for field in dataclasses.fields(PassWork)]
         return PassWork(**{name: _spread(getattr(self.work, name), self.num_passes).sum().item() for name in names})
 
     def seconds(self, expectation: Expectation, policy: Policy, *, times: Mapping[str, float] | None = None) -> Floats:
-        """Expected seconds of each pass; `times` is resource -> how many times as fast it is taken to be."""
+        """Return the expected seconds of each pass; `times` says, by resource, how many times as fast it is assumed to be."""
         return np.broadcast_to(expectation.seconds(self.work, policy, times=times), (self.num_passes,))
 
     def longest_request_seconds(self, seconds: Floats) -> float:
-        """Seconds from the first pass of a request to its last, of the one that takes longest, given the seconds of each pass."""
+        """Return the time from first to last pass of the request that takes longest, given the seconds of each pass."""
         if not len(self.first_passes):
             return 0.0
         until = np.concatenate([[0.0], np.cumsum(seconds)])
         return float((until[self.end_passes] - until[self.first_passes]).max())
 
     def ideal_seconds(self, machine: Machine, dtype: str) -> dict[str, Floats]:
-        """Resource -> ideal seconds in each pass."""
+        """Return, by resource, the ideal seconds in each pass."""
         return {resource: _spread(each, self.num_passes) for resource, each in ideal_seconds(self.work, machine, dtype).items()}
 
     def busiest_seconds(self, machine: Machine, dtype: str) -> float:
-        """The sum over the passes of the busiest resource's ideal time."""
+        """Return the sum over the passes of the busiest resource's ideal time."""
         return float(np.maximum.reduce(list(self.ideal_seconds(machine, dtype).values())).sum())
 
 
 def simulate(spec: ModelSpec, policy: Policy, job: Workload | Queue, *, weights: PassWork | None = None) -> Simulation:
     """Play `job` under `policy`.
 
-    A request admitted by pass p computes its prompt there and yields its first token; its n-th and last comes from pass
-    p + n - 1.  Requests enter longest reserved answer first, in input order among equals, and none overtakes.  Diagonal: whenever
-    there is room, within a bucket of prompt tokens that every pass refills.  Zigzag: into an empty block, all at once.
-    Row: into an empty block, one micro-batch.  What prompts share is computed by the first that has it, and held from then on.
+    A request admitted by pass p computes its prompt there and yields its first token; its n-th and last comes from pass p + n - 1. Requests
+    enter longest reserved answer first, in input order among equals, and none overtakes another. Diagonal: they enter whenever there is
+    room, within a bucket of prompt tokens that every pass refills. Zigzag: they enter an empty block, all at once. Row: they enter an empty
+    block, as many as one micro-batch holds. A prefix that prompts share is computed by the first that has it, and held from then on.
 
     Args:
-        weights: what every pass moves of them, where that is known already.
+        spec: The model.
+        policy: The policy to play.
+        job: The job, or its requests as a queue.
+        weights: The work of moving weights in every pass; None to compute it here.
     """
     tiers = [tier for tier in TIERS if getattr(policy, f"kv_{tier}_bytes") > 0 and getattr(policy.kv, tier) > 0]
     weights = weights or weights_work(spec, unit_homes(spec, policy.weights), policy.device)
@@ -163,15 +167,15 @@ def simulate(spec: ModelSpec, policy: Policy, job: Workload | Queue, *, weights:
 
 
 def _play(spec: ModelSpec, policy: Policy, queue: Queue, tiers: Sequence[str]) -> tuple[Queue, int, Admissions, Ints]:
-    """(runs that can fit, number of other requests, what enters when, bytes used by tier and pass)."""
+    """Return the runs that can fit, the number of other requests, the admissions, and the bytes used by tier and pass."""
     held = held_kv_bytes(spec, policy.page_tokens, int((queue.prompt_len + queue.most).max(initial=0)))
     shared = shared_kv_bytes(spec, policy.page_tokens, int(queue.found_len.max(initial=0)))
     capacity = np.array([getattr(policy, f"kv_{tier}_bytes") for tier in tiers], dtype=np.int64)
     at_most = held[queue.prompt_len + queue.most - 1]
     fits = at_most <= capacity.max(initial=-1)
     num_refused, queue = int(queue.count[~fits].sum()), queue.only(fits)
-    # The longest shared beginning is set aside in each tier; those of other requests come after it and are as long at most.
-    # A request that needs it all makes it give way.
+    # Room for the longest prefix is set aside in each tier; the prefixes of other requests come after it and are no longer.
+    # A request that needs the whole tier displaces it.
     prefix = shared[queue.found_len.max(initial=0)]
     capacity = np.maximum(capacity - prefix, np.minimum(capacity, at_most[fits].max(initial=0)))
     rules = Rules(
@@ -190,7 +194,7 @@ def _play(spec: ModelSpec, policy: Policy, queue: Queue, tiers: Sequence[str]) -
 
 
 def _load(spec: ModelSpec, queue: Queue, groups: Admissions, tiers: Sequence[str], num_passes: int) -> PassLoad:
-    """What every pass carries, summed over all groups at once."""
+    """Return the load of every pass, summed over all groups at once."""
     pairs: list[Any] = [0 for _ in spec.kv_groups]
     prompt_tokens: dict[str, Any] = {}
     num_prompts: dict[str, Any] = {}
@@ -220,12 +224,12 @@ def _load(spec: ModelSpec, queue: Queue, groups: Admissions, tiers: Sequence[str
 
 
 def _at(index: Ints, amount: Ints, num_passes: int) -> Ints:
-    """Sums by pass; float64 between holds them exactly up to 2^53."""
+    """Return sums by pass; the float64 used in between holds them exactly up to 2^53."""
     return np.bincount(index, weights=amount, minlength=num_passes).astype(np.int64)
 
 
 def _between(start: Ints, end: Ints, amount: Ints, num_passes: int) -> Ints:
-    """`amount` in each pass from `start` to before `end`."""
+    """Return `amount` in each pass from `start` to before `end`."""
     change = _at(start, amount, num_passes + 1) - _at(end, amount, num_passes + 1)
     return change.cumsum()[:num_passes]
 

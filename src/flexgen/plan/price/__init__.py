@@ -1,1 +1,1 @@
-"""What a pass moves and computes, what that takes, and the memory that a policy needs."""
+"""Prices a pass: the bytes it moves and FLOPs it computes, the time these take, and the memory that a policy needs."""

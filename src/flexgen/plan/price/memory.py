@@ -1,4 +1,4 @@
-"""Where the bytes of a policy go, tier by tier and part by part."""
+"""Accounts for the memory that a policy reserves, tier by tier and part by part."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from flexgen.plan.policy import Fractions, Policy
 from flexgen.plan.price.requests import JobSizes
 from flexgen.plan.price.work import DTYPE_BYTES, PassWork, needs_decode, unit_homes, weight_bytes, weights_work
 
-# Kept free beside everything accounted for: thread stacks, text, code loaded later, fragments of freed memory.
+# Kept free in addition to all that is accounted for: thread stacks, text, code loaded later, fragments of freed memory.
 ALLOWANCE_BYTES = 48 * MIB
 ALLOWANCE_SHARE = 0.02
-# Live tensors are this much smaller than what the allocator holds for them.
+# The allocator holds this many times the bytes of live tensors.
 FRAGMENTATION = 1.25
 # A ring holds at least this many of its largest units.
 RING_UNITS = 3
 
 
 def footprint(policy: Policy, spec: ModelSpec, limits: Limits, *, process_bytes: int) -> dict[str, dict[str, int]]:
-    """Tier -> part -> bytes that the policy reserves there."""
+    """Return the bytes that the policy reserves, by tier and part."""
     homes = unit_homes(spec, policy.weights)
     return reserved(
         policy, limits, process_bytes=process_bytes, held=weight_bytes(spec, homes), decoding_bytes=scratch_bytes(spec, homes),
@@ -40,13 +40,16 @@ def reserved(
     small_bytes: int,
     embedding_bytes: int,
 ) -> dict[str, dict[str, int]]:
-    """Tier -> part -> bytes that the policy reserves, given what is known of the weights.
+    """Return the bytes that the policy reserves, by tier and part, for weights whose sizes are already known.
 
     Args:
-        held: tier -> bytes of the weights at home there.
-        decoding_bytes: host memory for decoding what streams to a device.
-        small_bytes: tensors that never move.
-        embedding_bytes: the whole input embedding.
+        policy: The policy.
+        limits: The budgets, which decide the allowance and whether KV on disk counts as host memory.
+        process_bytes: The resident memory of the process before any weight is loaded.
+        held: The bytes of the weights at home on each tier.
+        decoding_bytes: Host memory for decoding the units that stream to a device.
+        small_bytes: The bytes of tensors that never move.
+        embedding_bytes: The bytes of the whole input embedding.
     """
     computing = {"small tensors": small_bytes, "embedding": embedding_bytes * policy.embedding_resident}
     computing |= {"workspace": policy.workspace_bytes}
@@ -66,23 +69,26 @@ def reserved(
 
 
 def embedding_table_bytes(spec: ModelSpec) -> int:
-    """Memory of the whole embedding; one that is tied to the head's units is a copy."""
+    """Return the memory of the whole embedding; an embedding that is tied to the head's units counts too, because it is a copy."""
     growth = max(spec.decoded_bytes / max(spec.streamed_bytes, 1), 1.0)
     return max(spec.embedding_bytes, int(spec.vocab_size * spec.embedding_row_bytes * growth))
 
 
 def allowance_bytes(limits: Limits) -> int:
-    """Host bytes that no plan uses."""
+    """Return the host bytes that every plan leaves unused."""
     return ALLOWANCE_BYTES + int(ALLOWANCE_SHARE * limits.host_bytes)
 
 
 def activation_bytes(spec: ModelSpec, sizes: JobSizes, policy: Policy, max_num_seqs: int | None = None) -> int:
-    """Activations at their worst: every micro-batch of the largest pass suspended inside an MLP, one computing.
+    """Return the bytes of activations in the worst case: every micro-batch of the largest pass suspended inside an MLP, and one computing.
 
-    With them the logits and what attention copies: q, k, v and the result, and the KV of the longest sequence.
+    They include the logits and the copies that attention makes: q, k, v and the result, and the KV of the longest sequence.
 
     Args:
-        max_num_seqs: in place of the policy's.
+        spec: The model.
+        sizes: The sizes of the job's requests.
+        policy: The policy.
+        max_num_seqs: The number of sequences to assume in place of the policy's.
     """
     size, hidden, intermediate = DTYPE_BYTES[policy.dtype], spec.hidden_size, spec.intermediate_size
     longest_prompt, most = sizes.longest_prompt, max_num_seqs or policy.max_num_seqs
@@ -92,7 +98,7 @@ def activation_bytes(spec: ModelSpec, sizes: JobSizes, policy: Policy, max_num_s
         "row": max(policy.micro_batch_tokens, longest_prompt),
     }[policy.schedule]
     tokens = most + min(prompt_tokens, sizes.prompt_tokens, most * longest_prompt)
-    # Prompts whose KV goes to disk are not cut.
+    # Prompts whose KV goes to disk are never cut into chunks.
     running = min(max(policy.micro_batch_tokens, longest_prompt * (policy.kv.disk > 0)), tokens)
     suspended = tokens * (3 * hidden + 2 * intermediate) * size
     computing = running * ((4 * hidden + 3 * intermediate) * size + 8 * hidden)
@@ -102,24 +108,24 @@ def activation_bytes(spec: ModelSpec, sizes: JobSizes, policy: Policy, max_num_s
 
 
 def scratch_bytes(spec: ModelSpec, homes: Sequence[str]) -> int:
-    """Host memory for three of the largest units that are decoded in every pass (the others are, once, at the start)."""
+    """Return the host memory for three of the largest units that are decoded in every pass (the others are decoded once, at the start)."""
     decoded = [unit.decoded_bytes for unit, home in zip(spec.units, homes, strict=True) if home == "disk" and needs_decode(unit)]
     return RING_UNITS * max(decoded, default=0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placement:
-    """One placement of all units.
+    """A home for every unit, and the sizes that follow from it.
 
     Attributes:
-        held: home tier -> bytes of the weights there.
-        from_disk: bytes that each pass reads from disk.
-        largest_from_disk: bytes of the largest unit among them.
-        over_link: bytes that each pass sends to a separate device.
-        largest_over_link: bytes of the largest unit among them.
-        scratch_bytes: host memory for decoding what streams.
-        work: what every pass moves.
-        tiers: tiers that are the home of at least one unit.
+        held: The bytes of the weights at home on each tier.
+        from_disk: The bytes that each pass reads from disk.
+        largest_from_disk: The bytes of the largest unit among them.
+        over_link: The bytes that each pass sends to a separate device.
+        largest_over_link: The bytes of the largest unit among them.
+        scratch_bytes: Host memory for decoding the units that stream.
+        work: The work of moving weights, the same in every pass.
+        tiers: The tiers that are the home of at least one unit.
     """
 
     held: dict[str, int]
@@ -133,18 +139,18 @@ class Placement:
 
 
 class PlacedWeights:
-    """The placements of one model's weights on one kind of device, remembered: a search asks for them again and again."""
+    """The placements of one model's weights on one kind of device, cached because a search needs them again and again."""
 
     def __init__(self, spec: ModelSpec, device: str) -> None:
         self._spec, self._device = spec, device
         self._known: dict[Fractions, Placement] = {}
 
     def __len__(self) -> int:
-        """Number of placements that are known."""
+        """Return the number of cached placements."""
         return len(self._known)
 
     def of(self, weights: Fractions) -> Placement:
-        """The placement that honours these shares."""
+        """Return the placement that honours these shares."""
         if weights not in self._known:
             self._known[weights] = self._laid_out(weights)
         return self._known[weights]

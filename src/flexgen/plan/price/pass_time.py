@@ -1,6 +1,6 @@
-"""What passes should take on a machine: work at typical rates, with everything that an ideal leaves out.
+"""Expected times of passes on a machine: work at typical rates, with everything that ideal times leave out.
 
-Linear in the work of a pass, so that the same numbers price a simulated job, a counted pass and a linear program.
+They are linear in the work of a pass, so that the same numbers price a simulated job, a counted pass and a linear program.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PASSES_PER_HIDDEN, PASSES_PER_INTERMEDIATE = 40, 5
 
 
 def elementwise_bytes(hidden_size: int, intermediate_size: int, dtype: str) -> int:
-    """Bytes that one token's elementwise operations in one layer read and write."""
+    """Return the bytes that one token's elementwise operations in one layer read and write."""
     return (PASSES_PER_HIDDEN * hidden_size + PASSES_PER_INTERMEDIATE * intermediate_size) * DTYPE_BYTES[dtype]
 
 
@@ -32,7 +32,7 @@ class Expectation:
     """Prices the passes of one model on one machine in one dtype.
 
     Raises:
-        OptionError: when the machine was not measured in `dtype`.
+        OptionError: The machine was not measured in `dtype`.
     """
 
     def __init__(self, spec: ModelSpec, machine: Machine, dtype: str) -> None:
@@ -51,13 +51,15 @@ class Expectation:
         self._cast = max((rate.typical for name, rate in machine.casts.items() if name.split()[1] == dtype), default=None)
 
     def resources(self, work: PassWork, policy: Policy, *, times: Mapping[str, float] | None = None) -> dict[str, Any]:
-        """Resource -> seconds that a pass (or each of many) cannot be shorter than for its sake.
+        """Return, by resource, the least seconds that a pass (or each of many) can take because of it.
 
-        On a CPU device reading and computing slow each other down.  While both go on, each takes its factor longer; when one is
-        done, the other goes on at its own pace.  That makes both linear in both: whichever is done later is the larger.
+        On a CPU device, reading and computing slow each other down. While both go on, each takes its factor longer; when one ends, the
+        other goes on at its own pace. That makes both linear in both: whichever ends later has the larger value.
 
         Args:
-            times: resource -> how many times as fast it is taken to be.
+            work: The work of a pass; its numbers may be arrays over passes.
+            policy: The policy that the pass executes.
+            times: By resource, how many times as fast it is assumed to be.
         """
         apart = self.apart(work, policy)
         for name, faster in (times or {}).items():
@@ -72,7 +74,7 @@ class Expectation:
         return apart | {"disk": disk + compute * c * (1 - 1 / d), "compute": compute + disk * d * (1 - 1 / c)}
 
     def busy(self, work: PassWork, policy: Policy) -> dict[str, Any]:
-        """Resource -> seconds that it is in use in a pass: longer where another slows it down."""
+        """Return the seconds that each resource is in use in a pass, which are more where another resource slows it down."""
         apart = self.apart(work, policy)
         if policy.device != "cpu":
             return apart
@@ -81,7 +83,7 @@ class Expectation:
         return apart | {name: np.minimum(apart[name] * factor, together[name]) for name, factor in slowed.items()}
 
     def apart(self, work: PassWork, policy: Policy) -> dict[str, Any]:
-        """Resource -> seconds of a pass (or of each of many), each by itself.
+        """Return, by resource, the seconds of a pass (or of each of many), as if each resource worked alone.
 
         On a CPU device the host's own work (attention to KV, decoding, reading, the modules' code) is part of "compute".
         """
@@ -113,16 +115,16 @@ class Expectation:
         }
 
     def seconds(self, work: PassWork, policy: Policy, *, times: Mapping[str, float] | None = None) -> Any:
-        """Seconds of a pass (or of each of many): of its busiest resource, and what comes on top; `times` as in `resources`."""
+        """Return the seconds of a pass (or of each of many): its busiest resource's, plus the overhead; `times` as in `resources`."""
         resources = [np.asarray(each, dtype=np.float64) for each in self.resources(work, policy, times=times).values()]
         return functools.reduce(np.maximum, resources) + self.machine.overheads.per_pass
 
     def _dense_seconds(self, flops_by_share: dict[float, float], tokens: Any, rows: Any) -> Any:
-        """Of linear layers; experts see their share of the rows."""
+        """Return the seconds of linear layers; experts see their share of the rows."""
         return sum(tokens * flops / rate_at(self._dense, rows * share) for share, flops in flops_by_share.items())
 
     def _steps_seconds(self, place: str, flops: Any, kv_bytes: Any) -> Any:
-        """Of next tokens' attention to KV."""
+        """Return the seconds of next tokens' attention to KV."""
         curve = self.machine.decode_attention.get(place, {}).get(self.dtype)
         if curve is None:
             memory = self.machine.host_memory.typical
@@ -134,12 +136,12 @@ class Expectation:
 
 
 def rate_at(curve: Curve, rows: Any) -> Any:
-    """The typical rate at these row counts; below the fewest measured, time does not fall further."""
+    """Return the typical rate at these row counts; below the smallest one measured, fewer rows take no less time."""
     known = np.array([(size, rate.typical) for size, rate in curve], dtype=np.float64)
     rates = _interpolated(rows, known[:, 0], known[:, 1])
     return rates * np.minimum(np.maximum(rows, 1.0) / known[0, 0], 1.0)
 
 
 def _interpolated(at: Any, sizes: Any, values: Any) -> Any:
-    """`np.interp`, whose types are only partly known."""
+    """Call `np.interp`, whose types are only partly known."""
     return np.interp(at, sizes, values)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]

@@ -1,4 +1,4 @@
-"""What the requests of a job hold and bring: KV bytes by their number of tokens, and the load of a request over its whole life."""
+"""The needs and the load of a job's requests: KV bytes by their number of tokens, and the work of a request over its whole life."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Ints = npt.NDArray[np.int64]
 
 
 def held_kv_bytes(spec: ModelSpec, page_tokens: int, max_tokens: int) -> Ints:
-    """Bytes of the most pages that a sequence holds on its way to 0, 1, ... max_tokens tokens.
+    """Return the bytes of the most pages that a sequence holds on its way to 0, 1, ... max_tokens tokens.
 
     Pages behind a window are freed, but the window begins and ends within pages.
     """
@@ -34,36 +34,39 @@ def held_kv_bytes(spec: ModelSpec, page_tokens: int, max_tokens: int) -> Ints:
 
 
 def shared_kv_bytes(spec: ModelSpec, page_tokens: int, max_tokens: int) -> Ints:
-    """Bytes of pages that sequences with 0, 1, ... max_tokens tokens in common hold once; windows soon move on from them."""
+    """Return the bytes of the pages that sequences with 0, 1, ... max_tokens common tokens hold once.
+
+    Layers with windows do not count, because their windows soon move beyond the common tokens.
+    """
     pages = np.arange(max_tokens + 1, dtype=np.int64) // page_tokens
     page_bytes = sum(page_tokens * group.num_layers * group.bytes_per_token for group in spec.kv_groups if group.window is None)
     return pages * page_bytes
 
 
 def visible_pairs(prompt_len: Any, window: int | float) -> Any:
-    """(query, visible token) pairs of whole prompts."""
+    """Return the number of (query, visible token) pairs of whole prompts."""
     beyond = np.maximum(prompt_len - window, 0)
     return (prompt_len * (prompt_len + 1) - beyond * (beyond + 1)) // 2
 
 
 def attended_tokens(prompt_len: Any, output_len: Any, window: float) -> Any:
-    """Tokens that all next tokens of an answer see: the k-th one (k from 1 to output_len - 1) sees min(prompt_len + k, window)."""
+    """Return how many tokens all next tokens of an answer see: the k-th (k from 1 to output_len - 1) sees min(prompt_len + k, window)."""
     ramp = np.clip(window - prompt_len, 0, output_len - 1)
     return prompt_len * ramp + ramp * (ramp + 1) / 2 + window * (output_len - 1 - ramp)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestLoad:
-    """What requests bring to the passes over their whole lives.
+    """The load that requests add to passes over their whole lives.
 
     Each number is an array over requests, or the mean of a live sequence in a pass.
 
     Attributes:
-        prompt_tokens: prompt tokens that are computed.
-        num_prompts: prompts.
-        next_tokens: tokens that are computed after the prompt.
-        prompt_pairs: visible pairs of the prompts, per KV group.
-        attended_tokens: visible tokens of the next tokens, per KV group.
+        prompt_tokens: The prompt tokens that are computed.
+        num_prompts: The number of prompts.
+        next_tokens: The number of tokens that are computed after the prompt.
+        prompt_pairs: The visible pairs of the prompts, per KV group.
+        attended_tokens: The visible tokens of the next tokens, per KV group.
     """
 
     prompt_tokens: Any
@@ -74,7 +77,7 @@ class RequestLoad:
 
     @staticmethod
     def of(spec: ModelSpec, workload: Workload) -> RequestLoad:
-        """The load of each request of a job."""
+        """Return the load of each request of a job."""
         prompts, found = np.array(workload.prompt_lens, dtype=np.float64), np.array(workload.found_lens, dtype=np.float64)
         outputs = np.array(workload.answer_lens, dtype=np.float64)
         windows = [float(group.window or (prompts + outputs).max()) for group in spec.kv_groups]
@@ -87,7 +90,7 @@ class RequestLoad:
         )
 
     def mean(self) -> RequestLoad:
-        """What one live sequence brings to a pass of the steady state: the ages of all requests, equally often."""
+        """Return what one live sequence adds to a pass of the steady state on average, with all ages of all requests equally frequent."""
         passes = float((self.num_prompts + self.next_tokens).sum())
         entering = len(self.num_prompts) / passes
         return RequestLoad(
@@ -99,7 +102,7 @@ class RequestLoad:
         )
 
     def at(self, home: str, times: float = 1) -> PassLoad:
-        """The load of so many of them, with their KV at `home`."""
+        """Return `times` this load, with the KV at `home`."""
         return PassLoad(
             prompt_tokens={home: self.prompt_tokens * times},
             num_prompts={home: self.num_prompts * times},
@@ -110,18 +113,18 @@ class RequestLoad:
 
 
 class JobSizes:
-    """What a job's requests need: KV bytes, and the prompt tokens that keep a block full.
+    """The needs of a job's requests: KV bytes, and the prompt tokens that keep a block full.
 
     Attributes:
-        largest: KV bytes of the largest request at its longest, with what windowed layers hold during its prompt.
-        smallest: KV bytes of the smallest request, counted alike.
-        all: KV bytes of all requests at their longest, shared ones counted once.
-        mean: KV bytes of a live sequence on average.
-        layer: KV bytes of one layer of the longest sequence.
-        prompt_tokens: prompt tokens that the job computes.
-        shortest_prompt: the fewest prompt tokens that a request computes.
-        longest_prompt: tokens of the longest prompt.
-        longest: tokens of the longest prompt and answer.
+        largest: The KV bytes of the largest request at its longest, including those that windowed layers hold during its prompt.
+        smallest: The KV bytes of the smallest request, counted in the same way.
+        all: The KV bytes of all requests at their longest, with shared ones counted once.
+        mean: The KV bytes of a live sequence on average.
+        layer: The KV bytes of one layer of the longest sequence.
+        prompt_tokens: The prompt tokens that the job computes.
+        shortest_prompt: The fewest prompt tokens that a request computes.
+        longest_prompt: The tokens of the longest prompt.
+        longest: The tokens of the longest prompt and answer.
     """
 
     def __init__(self, spec: ModelSpec, workload: Workload, page_tokens: int) -> None:
@@ -147,19 +150,19 @@ class JobSizes:
         self.layer = self.longest * max((group.bytes_per_token for group in spec.kv_groups), default=0)
 
     def block(self, pool_bytes: float) -> float:
-        """About how many sequences pools keep alive."""
+        """Return the approximate number of sequences that pools keep alive."""
         return min(pool_bytes / self.mean, self._number)
 
     def num_seqs(self, policy: Policy) -> float:
-        """About how many sequences a policy keeps alive."""
+        """Return the approximate number of sequences that a policy keeps alive."""
         return min(policy.max_num_seqs, self.block(policy.kv_bytes))
 
     def quota(self, pool_bytes: float, share: float) -> int:
-        """Prompt tokens per pass: from half of what replaces those that end (`share` 0) to the whole block at once (1)."""
+        """Return the prompt tokens per pass: half of those that replace ending sequences at `share` 0, the whole block at 1."""
         prompts = max(self.block(pool_bytes), 1.0) * self.prompt_tokens / self._number
         slowest = self._number / self._passes / 2
         return math.ceil(prompts * slowest ** (1 - share))
 
     def quota_share(self, times: float) -> float:
-        """The share at which that is so many times what replaces those that end."""
+        """Return the share whose quota is `times` the prompt tokens that replace the sequences that end."""
         return min(math.log(2 * times) / math.log(2 * self._passes / self._number), 1.0)

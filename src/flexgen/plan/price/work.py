@@ -1,7 +1,7 @@
-"""The price of a pass, resource by resource: what it moves and computes, and the least seconds that can take.
+"""The work of a pass, resource by resource: bytes and FLOPs, and the least seconds that they can take.
 
-Knows nothing of schedules.  `price` turns what a pass carries into work; `ideal_seconds` divides work by best rates.
-The numbers may be scalars (one pass, as the engine counts it) or equally long arrays (all passes of a simulation).
+Knows nothing of schedules. `price` turns the load of a pass into work; `ideal_seconds` divides work by best rates. The numbers may be
+scalars (one pass, as the engine counts it) or equally long arrays (all passes of a simulation).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from flexgen.plan.policy import Fractions, Policy
 
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 
-# Stored and decoded bytes that differ by no more than this differ by alignment only: views, no decode stage.
+# Where stored and decoded bytes differ by no more than this, only alignment differs: the unit needs views and no decode stage.
 ALIGNMENT_SLACK_BYTES = 2 * 4096
 
 
@@ -28,26 +28,28 @@ WHOLE_SHARE = 0.9
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PassWork:
-    """What one pass moves and computes.
+    """The bytes that one pass moves and the FLOPs that it computes.
 
     Attributes:
-        disk_read_bytes: bytes of streamed units, gathered embedding rows and spilled KV that are read.
-        disk_write_bytes: bytes of spilled KV that are written.
-        host_to_device_bytes: bytes over the link to a separate device; 0 on a CPU device.
-        device_to_host_bytes: bytes over the link back; 0 on a CPU device.
-        dense_flops: FLOPs of linear layers, of the head for sampled positions only.
-        attention_flops: FLOPs of the visible (query, key) pairs of prompts.
-        step_flops, step_bytes: of next tokens' attention to KV on the device: FLOPs, and KV bytes read.
-        host_step_flops, host_step_bytes: the same where the host attends.
-        host_memory_bytes: what crosses the host's memory bus: disk transfers, copies, decoding, and the KV that next tokens attend to
-            where it lives on the host (weights read by a matrix product are part of its rate).
-        decoded_bytes: bytes that decode stages yield.
-        num_tokens: tokens that are computed, prompts included.
-        num_prompt_tokens: those of them that belong to prompts.
-        num_sampled: positions that yield a token.
-        num_micro_batches: micro-batches, as few as the policy's size, homes and kinds allow.
-        num_streamed_units: units that stream.
-        num_disk_requests: reads and writes of KV pages on disk; one each of keys and of values per sequence and layer.
+        disk_read_bytes: The bytes of streamed units, gathered embedding rows and spilled KV that are read.
+        disk_write_bytes: The bytes of spilled KV that are written.
+        host_to_device_bytes: The bytes over the link to a separate device; 0 on a CPU device.
+        device_to_host_bytes: The bytes over the link back; 0 on a CPU device.
+        dense_flops: The FLOPs of linear layers; those of the head for sampled positions only.
+        attention_flops: The FLOPs of the visible (query, key) pairs of prompts.
+        step_flops: The FLOPs of next tokens' attention to KV on the device.
+        step_bytes: The KV bytes that this attention reads.
+        host_step_flops: The FLOPs of next tokens' attention that the host computes.
+        host_step_bytes: The KV bytes that the host's attention reads.
+        host_memory_bytes: The bytes that cross the host's memory bus: disk transfers, copies, decoding, and the KV that next tokens attend
+            to where it lives on the host (weights read by a matrix product are part of its rate).
+        decoded_bytes: The bytes that decode stages yield.
+        num_tokens: The tokens that are computed, prompts included.
+        num_prompt_tokens: The number of those tokens that belong to prompts.
+        num_sampled: The positions that yield a token.
+        num_micro_batches: The micro-batches, as few as the policy's size, homes and kinds allow.
+        num_streamed_units: The units that stream.
+        num_disk_requests: The reads and writes of KV pages on disk: one each of keys and of values per sequence and layer.
     """
 
     disk_read_bytes: float = 0
@@ -75,14 +77,16 @@ class PassWork:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PassLoad:
-    """What one pass carries, in tokens; each number may be an array over passes.
+    """The tokens that one pass carries; each number may be an array over passes.
 
     Attributes:
-        prompt_tokens, num_prompts: of sequences admitted by this pass, by home tier of their KV.
-        next_tokens: sequences that decode, by home tier of their KV.
-        prompt_pairs: visible pairs of the prompts, per KV group (all layers of a group are alike).
-        attended_tokens: home tier -> visible tokens of the next tokens, per KV group.
-        repeated_tokens: of these on disk, those that are read once for several sequences of a micro-batch, counted without the first.
+        prompt_tokens: The prompt tokens of sequences admitted by this pass, by home tier of their KV.
+        num_prompts: The number of those sequences, by home tier of their KV.
+        next_tokens: The number of sequences that decode, by home tier of their KV.
+        prompt_pairs: The visible pairs of the prompts, per KV group (all layers of a group are alike).
+        attended_tokens: The visible tokens of the next tokens, by home tier and then per KV group.
+        repeated_tokens: The attended tokens on disk that need no read of their own, because another sequence of the micro-batch reads them;
+            indexed like `attended_tokens`.
     """
 
     prompt_tokens: Mapping[str, Any]
@@ -94,20 +98,20 @@ class PassLoad:
 
 
 def needs_decode(unit: UnitSpec) -> bool:
-    """Whether the unit's stored numbers are not those that compute uses."""
+    """Return whether the unit's stored numbers differ from those that it computes with."""
     if unit.plain is not None:
         return not unit.plain
     return abs(unit.decoded_bytes - unit.disk_bytes) > ALIGNMENT_SLACK_BYTES
 
 
 def active_share(unit: UnitSpec, dtype: str) -> float:
-    """Of a unit's weights, those that a token passes through: 1 but for experts, which see that share of the rows."""
+    """Return the share of a unit's weights that a token passes through: 1 except for experts, which see that share of the rows."""
     share = unit.flops_per_token / max(2 * unit.decoded_bytes / DTYPE_BYTES[dtype], 1)
     return 1.0 if share >= WHOLE_SHARE else float(f"{share:.3g}")
 
 
 def unit_homes(spec: ModelSpec, fractions: Fractions) -> tuple[str, ...]:
-    """The home of each unit: shares honoured to within one unit at every depth (error diffusion over stored bytes)."""
+    """Return the home of each unit; shares are honoured to within one unit at every depth (error diffusion over stored bytes)."""
     shares = {tier: getattr(fractions, tier) for tier in TIERS}
     credit = {tier: 0.0 for tier, share in shares.items() if share > 0}
     if len(credit) == 1:
@@ -123,12 +127,12 @@ def unit_homes(spec: ModelSpec, fractions: Fractions) -> tuple[str, ...]:
 
 
 def memory_bytes(unit: UnitSpec) -> int:
-    """Bytes of a unit at home in memory: decoded, or just as it was read, over-read included."""
+    """Return the bytes of a unit at home in memory: decoded, or just as it was read, over-read included."""
     return unit.decoded_bytes if needs_decode(unit) else max(unit.decoded_bytes, unit.disk_bytes)
 
 
 def weight_bytes(spec: ModelSpec, homes: Sequence[str]) -> dict[str, int]:
-    """Bytes of the units per home tier."""
+    """Return the bytes of the units per home tier."""
     held: dict[str, int] = dict.fromkeys(TIERS, 0)
     for unit, home in zip(spec.units, homes, strict=True):
         held[home] += unit.disk_bytes if home == "disk" else memory_bytes(unit)
@@ -136,7 +140,10 @@ def weight_bytes(spec: ModelSpec, homes: Sequence[str]) -> dict[str, int]:
 
 
 def weights_work(spec: ModelSpec, homes: Sequence[str], device: str) -> PassWork:
-    """What every pass moves of the weights, whatever it carries.  The host decodes before the link, unless the device does."""
+    """Return the work of moving weights in every pass, whatever the pass carries.
+
+    The host decodes before the link, unless the device decodes.
+    """
     disk = link = memory = decoded = streamed = 0
     for unit, home in zip(spec.units, homes, strict=True):
         crosses = device != "cpu" and home != "device"
@@ -156,17 +163,17 @@ def weights_work(spec: ModelSpec, homes: Sequence[str], device: str) -> PassWork
 
 
 def attended_flops(groups: Sequence[KVGroupSpec], pairs: Sequence[Any]) -> Any:
-    """Attention FLOPs of `pairs` visible pairs per group."""
+    """Return the attention FLOPs of `pairs` visible pairs per group."""
     return sum(group.num_layers * group.attention_flops_per_pair * each for group, each in zip(groups, pairs, strict=True))
 
 
 def attended_bytes(groups: Sequence[KVGroupSpec], tokens: Sequence[Any]) -> Any:
-    """KV bytes that next tokens with `tokens` visible tokens per group read."""
+    """Return the KV bytes that next tokens with `tokens` visible tokens per group read."""
     return sum(group.num_layers * group.bytes_per_token * each for group, each in zip(groups, tokens, strict=True))
 
 
 def price(load: PassLoad, spec: ModelSpec, policy: Policy, weights: PassWork) -> PassWork:
-    """The work of a pass: `weights` (from `weights_work`) and what its slices add under the policy's homes."""
+    """Return the work of a pass: `weights` (from `weights_work`), and the work that its slices add under the policy's homes."""
     groups, device = spec.kv_groups, policy.device
     prompt_tokens, next_tokens = sum(load.prompt_tokens.values()), sum(load.next_tokens.values())
     tokens, sampled = prompt_tokens + next_tokens, sum(load.num_prompts.values()) + next_tokens
@@ -176,7 +183,7 @@ def price(load: PassLoad, spec: ModelSpec, policy: Policy, weights: PassWork) ->
     requests: Any = 0
     if not policy.embedding_resident:
         disk_read = disk_read + tokens * spec.embedding_row_bytes
-    # On a separate device q goes to where host KV is attended to, and the result comes back: about hidden_size each.
+    # With a separate device, q goes to the host, which attends to the KV there, and the result comes back: about hidden_size each.
     crossing = sum(group.num_layers for group in groups) * spec.hidden_size * DTYPE_BYTES[policy.dtype]
     for home, attended in load.attended_tokens.items():
         flops, read = attended_flops(groups, attended), attended_bytes(groups, attended)
@@ -193,7 +200,7 @@ def price(load: PassLoad, spec: ModelSpec, policy: Policy, weights: PassWork) ->
         if home == "disk":
             fetched = read - attended_bytes(groups, load.repeated_tokens[home]) if home in load.repeated_tokens else read
             disk_read, disk_write, memory = disk_read + fetched, disk_write + written, memory + fetched + written
-            # Each sequence's keys and values are read in one piece; a next token fills a page now and then.
+            # Each sequence's keys and values are read in one piece; a next token fills a page once in page_tokens.
             pieces = load.num_prompts[home] + load.next_tokens[home] * (1 + 1 / policy.page_tokens)
             requests = requests + 2 * sum(group.num_layers for group in groups) * pieces
     return PassWork(
@@ -216,7 +223,10 @@ def price(load: PassLoad, spec: ModelSpec, policy: Policy, weights: PassWork) ->
 
 
 def _num_micro_batches(load: PassLoad, policy: Policy) -> Any:
-    """Of one KV home each; next tokens and prompts share one only where computing and all KV are in the same memory."""
+    """Return the number of micro-batches, of one KV home each.
+
+    Next tokens and prompts share one only where computing and all KV are in the same memory.
+    """
     mixed = policy.device == "cpu"
     number: Any = 0
     for home in load.attended_tokens:
@@ -227,13 +237,13 @@ def _num_micro_batches(load: PassLoad, policy: Policy) -> Any:
 
 
 def ideal_seconds(work: PassWork, machine: Machine, dtype: str) -> dict[str, Any]:
-    """Resource -> least seconds for `work`: work / best rate.
+    """Return the least seconds for `work` per resource: work / best rate.
 
-    Attention of unknown rate counts as dense; a link of unknown rate as a copy in host memory, which is what a
-    simulated device's links are.
+    Attention of unknown rate counts as dense; a link of unknown rate counts as a copy in host memory, which is what a simulated device's
+    links are.
 
     Raises:
-        OptionError: when the machine was not measured in `dtype`.
+        OptionError: The machine was not measured in `dtype`.
     """
     dense = machine.dense_flops(dtype)
     attention = machine.attention[dtype].best if dtype in machine.attention else dense
@@ -249,6 +259,6 @@ def ideal_seconds(work: PassWork, machine: Machine, dtype: str) -> dict[str, Any
 
 
 def busiest(seconds: Mapping[str, float]) -> tuple[str, float]:
-    """The resource that takes longest, and its seconds: no pass can be shorter."""
+    """Return the resource that takes longest, and its seconds: no pass can be shorter."""
     resource = max(seconds, key=seconds.__getitem__)
     return resource, seconds[resource]

@@ -1,1 +1,1 @@
-"""The best policy: a linear program, points near its answers, and moves between them."""
+"""Finds the best policy: by a linear program, by playing points near its answers, and by moves between points."""

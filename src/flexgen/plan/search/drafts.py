@@ -1,4 +1,4 @@
-"""Policies but for their KV, and the memory that these leave: budgets are hard, so every byte is accounted."""
+"""Draft policies, complete but for their KV, and the memory that they leave: budgets are hard, so every byte is accounted for."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from flexgen.plan.policy import PAGE_TOKENS, Fractions, Policy
 from flexgen.plan.price.memory import RING_UNITS, PlacedWeights, activation_bytes, embedding_table_bytes, reserved
 from flexgen.plan.price.requests import JobSizes
 
-# A ring holds what a link delivers in this time, but never more than this share of its tier.
+# A ring holds the bytes that a link delivers in this time, but (beyond its least number of units) at most this share of its tier.
 RING_SECONDS = 0.3
 RING_SHARE = 0.05
 
@@ -22,12 +22,15 @@ class Drafts:
     """Draft policies for one model, machine, job and budget.
 
     Args:
-        sizes: what the job's requests need.
-        placed: placements of the weights.
-        dtype: dtype of computing.
-        process_bytes: resident memory of the process before any weight is loaded.
-        kv: pinned shares of KV; None where they are free.
-        num_seqs: live sequences that a draft has workspace for.
+        spec: The model.
+        machine: The machine.
+        limits: The budgets.
+        sizes: The needs of the job's requests.
+        placed: The placements of the weights.
+        dtype: The dtype of computing.
+        process_bytes: The resident memory of the process before any weight is loaded.
+        kv: The pinned shares of KV; None where they are free.
+        num_seqs: The number of live sequences that a draft has workspace for.
     """
 
     def __init__(
@@ -49,7 +52,10 @@ class Drafts:
         self._known: dict[tuple[Fractions, str, int, int, bool], Policy] = {}
 
     def draft(self, weights: Fractions, schedule: str, micro_batch_tokens: int, prefill_tokens: int, *, spills: bool) -> Policy:
-        """A policy with everything but KV, for as many sequences as are pinned or one; if it `spills`, with staging for KV on disk."""
+        """Return a policy with everything but KV, with workspace for the pinned number of sequences or one.
+
+        If it `spills`, it has staging for KV on disk.
+        """
         key = (weights, schedule, micro_batch_tokens, prefill_tokens, spills)
         if key not in self._known:
             self._known[key] = self._drafted(*key)
@@ -85,22 +91,22 @@ class Drafts:
         return dataclasses.replace(draft, workspace_bytes=self._activations(draft, draft.max_num_seqs) + scratch)
 
     def for_seqs(self, draft: Policy, max_num_seqs: int) -> Policy:
-        """The draft with the workspace of so many sequences."""
+        """Return the draft with the workspace of so many sequences."""
         workspace_bytes = draft.workspace_bytes + self.growth(draft, max_num_seqs)
         return dataclasses.replace(draft, max_num_seqs=max_num_seqs, workspace_bytes=workspace_bytes)
 
     def growth(self, draft: Policy, max_num_seqs: int) -> int:
-        """Bytes that the workspace of so many sequences takes beyond the draft's."""
+        """Return the bytes that the workspace of so many sequences takes beyond the draft's."""
         return self._activations(draft, max_num_seqs) - self._activations(draft, draft.max_num_seqs)
 
     def free(self, draft: Policy) -> dict[str, int]:
-        """Bytes left in memory."""
+        """Return the bytes of memory that the draft leaves in the device's and the host's budget; negative where it exceeds one."""
         used = self.used(draft)
         budgets = {"device": self._limits.device_bytes, "host": self._limits.host_bytes}
         return {tier: budget - sum(used.get(tier, {}).values()) for tier, budget in budgets.items()}
 
     def used(self, draft: Policy) -> dict[str, dict[str, int]]:
-        """Tier -> part -> bytes that the draft reserves, as `footprint` counts."""
+        """Return the bytes that the draft reserves, by tier and part, counted as `footprint` does."""
         placement = self._placed.of(draft.weights)
         return reserved(
             draft, self._limits, process_bytes=self._process_bytes, held=placement.held, decoding_bytes=placement.scratch_bytes,
@@ -108,7 +114,7 @@ class Drafts:
         )  # fmt: skip
 
     def within(self, limits: Limits) -> Drafts:
-        """The drafts for the same job within other budgets."""
+        """Return the drafts for the same job within other budgets."""
         again = copy.copy(self)
         again._limits, again._known = limits, {}
         return again
@@ -118,12 +124,12 @@ class Drafts:
 
 
 def _ring(largest: int, streamed: int, wanted: float, tier_bytes: int) -> int:
-    """A few of the largest units, and a while of the link where there is room, but no more than what streams."""
+    """Return the size of a ring: a few of the largest units, or `wanted` bytes where the tier has room, but no more than what streams."""
     return align_up(min(max(RING_UNITS * largest, int(min(wanted, RING_SHARE * tier_bytes))), streamed), 4096)
 
 
 def placed_weights(weight_bytes: int, device: str, device_bytes: float, host_bytes: float, on_device: float, on_host: float) -> Fractions:
-    """Home shares of so many bytes that use `on_device` and `on_host` (0 to 1) of the most that fits each tier."""
+    """Return home shares of the weights that use `on_device` and `on_host` (0 to 1) of the most that fits each tier."""
     whole = max(weight_bytes, 1)
     share = on_device * min(max(device_bytes, 0) / whole, 1.0) if device != "cpu" else 0.0
     host = on_host * min(max(host_bytes, 0) / whole, 1.0 - share)
@@ -132,12 +138,14 @@ def placed_weights(weight_bytes: int, device: str, device_bytes: float, host_byt
 
 
 def kv_pools(free: dict[str, int], disk_bytes: int, kv_homes: float, kv_disk: float, *, staged: float = 0.0) -> dict[str, int]:
-    """Pool bytes per tier.
+    """Return the pool bytes per tier.
 
     Args:
-        kv_homes: 0 takes the device, 1 the host, a half all of both; between, a part of the one or of the other.
-        kv_disk: the disk's share of all KV.
-        staged: host bytes of staging that a byte on disk takes.
+        free: The bytes of memory left per tier.
+        disk_bytes: The bytes available on disk.
+        kv_homes: 0 takes the device, 1 the host, 0.5 all of both; values in between take all of one and a part of the other.
+        kv_disk: The disk's share of all KV.
+        staged: The host bytes of staging that a byte on disk takes.
     """
     device = int(max(free["device"], 0) * min(2 - 2 * kv_homes, 1.0))
     room = max(free["host"], 0)
@@ -145,14 +153,14 @@ def kv_pools(free: dict[str, int], disk_bytes: int, kv_homes: float, kv_disk: fl
     most = min(disk_bytes, int(room / staged) if staged else disk_bytes)
     if kv_disk >= 1:
         return {"device": 0, "host": 0, "disk": most}
-    # Each byte on the host brings `ratio` bytes on disk, and these their staging on the host.
+    # Each byte in memory entails `ratio` bytes on disk, and these need staging on the host.
     ratio = kv_disk / (1 - kv_disk)
     host = min(host, int(max(room - staged * ratio * device, 0) / (1 + staged * ratio)))
     return {"device": device, "host": host, "disk": min(int((device + host) * ratio), most)}
 
 
 def first_of(pools: dict[str, int], enough: int) -> dict[str, int]:
-    """Pools that together have no more than `enough`: the fastest tiers keep what they have."""
+    """Cut pools to `enough` bytes together; the fastest tiers keep their bytes."""
     kept: dict[str, int] = {}
     for tier in TIERS:
         kept[tier] = min(pools[tier], enough)
@@ -161,6 +169,6 @@ def first_of(pools: dict[str, int], enough: int) -> dict[str, int]:
 
 
 def pool_fractions(pools: dict[str, int]) -> Fractions:
-    """The shares of all KV bytes that pools of these sizes stand for."""
+    """Return the shares of all KV bytes that pools of these sizes hold."""
     total = max(sum(pools.values()), 1)
     return Fractions(**{tier: size / total for tier, size in pools.items()})

@@ -1,4 +1,4 @@
-"""Policies by how they do: each is played once with a sample of the job, and remembered."""
+"""Evaluates policies: each is played once with a sample of the job, and its outcome is cached."""
 
 from __future__ import annotations
 
@@ -12,20 +12,25 @@ from flexgen.plan.price.pass_time import Expectation
 from flexgen.plan.search.moves import Score
 from flexgen.plan.search.space import Point, Space
 
-# Between plans that are about as fast, the one with shorter passes (results come sooner, forecasts matter less) and that moves
-# less (what does not move is never late; from the disk least of all).
+# Among plans that are about as fast, those are preferred that have shorter passes (results come sooner, forecasts matter less) and that
+# move fewer bytes (bytes that do not move are never late), above all from the disk.
 LONG_PASS_PENALTY, MOVING_PENALTY = 0.003, 0.003
-# What spilling has to gain, for the life of the disk and its other users.
+# The gain that spilling must exceed, for the sake of the disk's life and its other users.
 SPILL_PENALTY = 0.05
-# In units of about 10 µs on one core of 2024: finding the policy of a point, and each unit of a placement that is new.
+# The effort of finding the policy of a point, and of each unit of a new placement, in units of about 10 µs on one core of 2024.
 POINT_EFFORT, UNIT_EFFORT = 20, 0.1
-# And playing a sample: each of its passes, each group that enters together, and each pass of a group's life.
+# The effort of playing a sample, and of each of its passes, each group that enters together, and each pass of a group's life.
 PLAY_EFFORT, PASS_EFFORT, GROUP_EFFORT, LIFE_EFFORT = 23, 0.009, 0.03, 0.00012
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bounds:
-    """Seconds that a job, and each request from its first pass to its last, may take at most; None is no bound."""
+    """The most seconds that a job and each of its requests may take.
+
+    Attributes:
+        request_seconds: The bound on each request, from its first pass to its last; None for no bound.
+        job_seconds: The bound on the job; None for no bound.
+    """
 
     request_seconds: float | None = None
     job_seconds: float | None = None
@@ -35,12 +40,12 @@ class Bounds:
         return self.request_seconds is not None or self.job_seconds is not None
 
     def excess(self, request_seconds: float, job_seconds: float) -> float:
-        """By what share the worse of the two is exceeded; 0 where both are kept."""
+        """Return the share by which the worse of the two is exceeded; 0 where both are kept."""
         pairs = ((request_seconds, self.request_seconds), (job_seconds, self.job_seconds))
         return max((max(taken / most - 1.0, 0.0) for taken, most in pairs if most is not None), default=0.0)
 
     def tightened(self, request_share: float, job_share: float) -> Bounds:
-        """Bounds of these shares, where those are less than 1."""
+        """Return the bounds multiplied by these shares, where the shares are less than 1."""
         shares = ((self.request_seconds, request_share), (self.job_seconds, job_share))
         request_seconds, job_seconds = (most and most * min(share, 1.0) for most, share in shares)
         return Bounds(request_seconds=request_seconds, job_seconds=job_seconds)
@@ -48,12 +53,12 @@ class Bounds:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """How a policy did.
+    """The result of playing a policy.
 
     Attributes:
-        refused: share of the requests that can never fit.
-        seconds: duration of the job.
-        request_seconds: duration of the request that takes longest.
+        refused: The share of the requests that can never fit.
+        seconds: The duration of the job.
+        request_seconds: The duration of the request that takes longest.
     """
 
     refused: float
@@ -62,17 +67,17 @@ class Outcome:
 
 
 def objective(policy: Policy, quota: float, seconds: float) -> float:
-    """The number to minimise: seconds, and a little more for long passes, for what moves and for what is written to disk."""
+    """Return the number to minimise: seconds, and a little more for long passes, for what moves and for what is written to disk."""
     computing = "host" if policy.device == "cpu" else "device"
     moving = 2 - getattr(policy.weights, computing) - getattr(policy.kv, computing) + policy.weights.disk
     return seconds * (1 + LONG_PASS_PENALTY * quota + MOVING_PENALTY * moving + SPILL_PENALTY * policy.kv.disk)
 
 
 class Player:
-    """Plays the policies of a space, and remembers how they did.
+    """Plays the policies of a space, and caches their outcomes.
 
     Attributes:
-        effort: effort that was spent so far.
+        effort: The effort spent so far.
     """
 
     def __init__(self, space: Space) -> None:
@@ -86,11 +91,11 @@ class Player:
 
     @property
     def num_played(self) -> int:
-        """Number of policies that were played."""
+        """The number of policies that were played."""
         return len(self._known)
 
     def score(self, point: Point, bounds: Bounds) -> Score:
-        """(share of requests refused, how far the bounds are exceeded, objective); the less the better, in this order."""
+        """Return (share of requests refused, excess over the bounds, objective); less is better, in this order."""
         policy = self.policy(point)
         if policy is None:
             return math.inf, math.inf, math.inf
@@ -99,7 +104,7 @@ class Player:
         return outcome.refused, excess, objective(policy, point.quota, outcome.seconds)
 
     def policy(self, point: Point) -> Policy | None:
-        """The policy of a point, or None where it does not fit."""
+        """Return the policy of a point, or None where it does not fit."""
         if point not in self._policies:
             known = len(self.space.placed)
             self._policies[point] = self.space.policy(point)
@@ -107,18 +112,18 @@ class Player:
         return self._policies[point]
 
     def seconds(self, point: Point) -> float:
-        """Duration of the job with the policy of this point; infinite where it does not fit."""
+        """Return the duration of the job under the policy of this point; infinite where it does not fit."""
         policy = self.policy(point)
         return math.inf if policy is None else self.outcome(policy).seconds
 
     def outcome(self, policy: Policy) -> Outcome:
-        """How the policy does with the sample, extrapolated to the job."""
+        """Return the policy's outcome for the sample, extrapolated to the job."""
         if policy not in self._known:
             self._known[policy] = self._play(policy, self._samples.of(self.space.sizes.num_seqs(policy)))
         return self._known[policy]
 
     def whole(self, policy: Policy) -> Outcome:
-        """How the policy does with all of the job (or with a larger sample, where there are too many requests)."""
+        """Return the policy's outcome for the whole job (or for a larger sample, where there are too many requests)."""
         if policy not in self._known_whole:
             self._known_whole[policy] = self._play(policy, self._wholes.of(self.space.sizes.num_seqs(policy)))
         return self._known_whole[policy]
@@ -135,6 +140,6 @@ class Player:
 
 
 def _effort(job: Simulation) -> float:
-    """Effort of playing a job."""
+    """Return the effort of playing a job."""
     lives = job.end_passes - job.first_passes
     return PLAY_EFFORT + PASS_EFFORT * job.num_passes + GROUP_EFFORT * len(lives) + LIFE_EFFORT * float(lives.sum())

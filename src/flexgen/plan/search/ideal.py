@@ -1,14 +1,14 @@
-"""T*: a lower bound on the ideal time of a job within budgets, which no policy and no engine can beat.  It measures both.
+"""T*: a lower bound on the ideal time of a job within budgets, which no policy and no engine can beat, and by which both are measured.
 
-The ideal time of a job is the sum over its passes of the busiest resource's time.  The bound is a linear program over totals.  Each pass
+The ideal time of a job is the sum over its passes of the busiest resource's time. The bound is a linear program over totals. Each pass
 reads the weights that are not at home where they compute, so with A passes and shares w of the weights the products A·w are the variables.
 Memory bounds A from below: over all passes together, weights and the KV of every request, pass by pass of its life, must fit.
 
-A request enters at least as many passes before the end as its answer has tokens.  So passes are told apart: a tail of K passes, in which
-no prompt of an answer with more than K tokens is computed, and the passes before it.  Each of the two takes at least as long as its own
-work on each resource, and both together as long as all work on it.  Every K gives a bound; the largest counts.
+A request enters at least as many passes before the end as its answer has tokens. So two kinds of passes are distinguished: a tail of K
+passes, in which no prompt of an answer with more than K tokens is computed, and the passes before it. Each of the two takes at least as
+long as its own work on each resource, and both together as long as all work on it. Every K gives a bound; the largest counts.
 
-Many different requests are put together for the program.  Its dual values then price each request alone, which is a bound again (weak
+Many different requests are put together for the program. Its dual values then price each request alone, which is a bound again (weak
 duality), and exact where few were put together.
 """
 
@@ -35,9 +35,9 @@ from flexgen.plan.workload import Workload
 
 Floats = npt.NDArray[np.float64]
 
-# Requests of different lengths are put together into at most so many kinds.
+# The most kinds into which requests of different lengths are put together.
 KINDS = 64
-# Lengths of the tail that are tried: those of answers at these shares of all, the shortest first.
+# The lengths of the tail that are tried: the quantiles of answer lengths at these shares.
 TAILS = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
 # The solver's tolerance: the bound is lowered by this share.
 TOLERANCE = 5e-7
@@ -45,11 +45,13 @@ TOLERANCE = 5e-7
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budgets:
-    """Bytes that weights and KV may take, per tier; what the process itself needs is already taken off.
+    """The bytes that weights and KV may take, per tier; what the process itself needs is already subtracted.
 
     Attributes:
-        device: "cpu" (then there is no device tier), "cuda" or "sim".
-        disk_bytes: for KV; 0 forbids KV on disk.
+        device: "cpu" (without a device tier), "cuda" or "sim".
+        host_bytes: The bytes of host memory.
+        device_bytes: The bytes of device memory.
+        disk_bytes: The bytes for KV on disk; 0 forbids KV on disk.
     """
 
     device: str
@@ -59,7 +61,7 @@ class Budgets:
 
 
 def budgets_of(limits: Limits, spec: ModelSpec, process_bytes: int) -> Budgets:
-    """What T* may use: everything but the process itself and the tensors that never move."""
+    """Return the budgets for T*: everything but the process itself and the tensors that never move."""
     on_cpu = limits.device == "cpu"
     return Budgets(
         device=limits.device,
@@ -70,12 +72,12 @@ def budgets_of(limits: Limits, spec: ModelSpec, process_bytes: int) -> Budgets:
 
 
 def least_ideal_seconds(spec: ModelSpec, machine: Machine, workload: Workload, budgets: Budgets, dtype: str) -> float:
-    """T*: no policy that keeps within `budgets` and serves all requests has a smaller sum of its passes' ideal times.
+    """Return T*: no policy that keeps within `budgets` and serves all requests has a smaller sum of its passes' ideal times.
 
     Overheads, pages, staging and activations are left out, and so are the rows of an embedding that is not in memory.
 
     Raises:
-        OptionError: when the machine was not measured in `dtype`.
+        OptionError: The machine was not measured in `dtype`.
     """
     if not len(workload):
         return 0.0
@@ -88,7 +90,7 @@ class _Program:
     """The coefficients of the program: seconds by resource and bytes by tier, of kinds of units and of requests, by home.
 
     Attributes:
-        output_lens: tokens of all answers.
+        output_lens: The tokens of all answers.
     """
 
     def __init__(self, spec: ModelSpec, machine: Machine, workload: Workload, budgets: Budgets, dtype: str) -> None:
@@ -100,7 +102,7 @@ class _Program:
         self._take_requests(workload)
 
     def _take_units(self) -> None:
-        """Arrays of (resources or tiers, kinds of units, homes); weights on disk take no room there."""
+        """Set the arrays of (resources or tiers, kinds of units, homes); weights on disk take no room there."""
         kinds = Counter(dataclasses.replace(unit, name="") for unit in self._spec.units)
         alone = [dataclasses.replace(self._spec, units=(unit,)) for unit in kinds]
         homes = [
@@ -115,7 +117,7 @@ class _Program:
         self._unit_bytes = np.diag([float(tier != "disk") for tier in self._tiers])[:, None, :] * held[:, None]
 
     def _take_requests(self, workload: Workload) -> None:
-        """Arrays of (resources or tiers, different requests, homes)."""
+        """Set the arrays of (resources or tiers, different requests, homes)."""
         columns = np.array([workload.answer_lens, workload.prompt_lens, workload.found_lens])
         (self._outputs, prompts, found), self._counts = np.unique(columns, axis=1, return_counts=True)
         own = prompts - found
@@ -134,18 +136,18 @@ class _Program:
         self._held_bytes = np.eye(len(self._tiers))[:, None, :] * held[:, None]
 
     def _request_seconds(self, load: RequestLoad, own: RequestLoad, home: str) -> Floats:
-        """Seconds by resource and request; what several requests have in common on disk may be read once for all of them."""
+        """Return the seconds by resource and request; what several requests have in common on disk may be read once for all of them."""
         shared = [np.maximum(seen - least, 0) for seen, least in zip(load.attended_tokens, own.attended_tokens, strict=True)]
         brought = dataclasses.replace(load.at(home), repeated_tokens={home: shared} if home == "disk" else {})
         return self._seconds(price(brought, self._spec, self._policy, PassWork()), len(self._outputs))
 
     def _seconds(self, work: PassWork, number: int) -> Floats:
-        """Ideal seconds of so many passes, by resource and pass."""
+        """Return the ideal seconds of so many passes, by resource and pass."""
         seconds = ideal_seconds(work, self._machine, self._policy.dtype).values()
         return np.stack([np.broadcast_to(np.asarray(each, dtype=np.float64), (number,)) for each in seconds])
 
     def bound(self, tail: int) -> float:
-        """The bound that sets the last `tail` passes apart."""
+        """Return the bound that follows from separating the last `tail` passes."""
         in_head = self._prompt_seconds * (self._outputs > tail)[:, None]
         parts = (self._life_seconds, in_head, self._held_bytes)
         counts = self._counts[:, None]
@@ -158,10 +160,10 @@ class _Program:
         return found.value - paid + float((each.min(axis=1) * self._counts).sum())
 
     def _solved(self, tail: int, life: Floats, prompts: Floats, held: Floats) -> Minimum | None:
-        """The linear program; requests are in the first rows, and in the last equations.
+        """Solve the linear program; requests are in the first rows, and in the last equations.
 
-        Variables are the seconds before the tail and in it, the passes before it, for each kind of unit and each home the passes before
-        the tail and in it in which its units are at home there, and for each kind of request and each home its share.
+        The variables are the seconds before the tail and in it; the number of passes before it; for each kind of unit and each home, the
+        passes before the tail and in it in which its units are at home there; and for each kind of request and each home, its share.
         """
         num_units, num_kinds, tiers = self._unit_seconds.shape[1], life.shape[1], len(self._tiers)
         seconds, size, life, prompts, held = (
@@ -195,12 +197,12 @@ class _Program:
 
 
 def _joined(blocks: Sequence[tuple[Floats, Floats]]) -> tuple[Floats, Floats]:
-    """The rows of all blocks, and their right sides."""
+    """Return the rows of all blocks, and their right-hand sides."""
     return np.concatenate([rows for rows, _ in blocks]), np.concatenate([sides for _, sides in blocks])
 
 
 def _bare_policy(device: str, dtype: str) -> Policy:
-    """A policy by which work is priced; where KV lives is said by the load."""
+    """Return a policy to price work with; the load says where KV lives."""
     return Policy(
         device=device, dtype=dtype, weights=Fractions(disk=1.0), kv=Fractions(host=1.0), embedding_resident=True, schedule="diagonal",
         max_num_seqs=1, prefill_tokens=1, micro_batch_tokens=1, page_tokens=1, compute_threads=1, io_threads=1,

@@ -1,4 +1,4 @@
-"""Moves points of a space as long as that helps.  Knows the space's axes, and prices only through the score it is given."""
+"""Moves points of a space as long as that helps. Knows the space's axes, and prices only through the score that it is given."""
 
 from __future__ import annotations
 
@@ -12,56 +12,57 @@ from flexgen.plan.search.space import Point
 
 Score = tuple[float, ...]
 Move = Mapping[str, float]
-# A smaller gain is not worth the time to look for more of it.
+# A move with a smaller gain counts as none, because looking for more such gains is not worth the time.
 LEAST_GAIN = 3e-4
-# Coarse steps along one axis at a time; then finer ones, along two at once too: at the edge of what fits, one share grows only where
-# another shrinks; and the finest along one: prompts of equal lengths fall evenly for a narrow range of quotas.
+# First coarse steps along one axis at a time. Then finer ones, also along two axes at once: at the edge of what fits, one share grows
+# only where another shrinks. Then the finest along one axis: prompts of equal lengths fall evenly for a narrow range of quotas only.
 COARSE_STEPS, FINE_STEPS, LAST_STEPS = (0.25, 0.125, 0.06, 0.03), (0.25, 0.1, 0.04, 0.015), (0.006, 0.002)
-# Of the points that coarse steps lead to, how many go on in fine ones.
+# The number of points, among those that coarse steps lead to, that are refined by fine steps.
 REFINED = 2
-# A kick draws some axes anew and moves most others by so much (standard deviation); these steps follow it.
+# A kick draws an axis anew with probability DRAWN_AXES or moves it with probability MOVED_AXES (KICK is the standard deviation). Steps
+# of KICK_STEPS follow.
 DRAWN_AXES, MOVED_AXES, KICK, KICK_STEPS = 0.2, 0.5, 0.15, (0.1, 0.03, 0.01)
-# So many kicks in a row that lead to nothing better are enough.
+# The search ends after so many kicks in a row that lead to nothing better.
 FAILED_KICKS = 32
 
 
 class Axes(Protocol):
-    """What there is to choose from, beside the numbers of a Point."""
+    """The choices beside the numbers of a Point."""
 
     def free_axes(self, schedule: str) -> tuple[str, ...]:
-        """Fields of Point that are not pinned, and make a difference."""
+        """Return the fields of Point that are not pinned, and make a difference."""
         ...
 
     def schedules(self) -> tuple[str, ...]:
-        """Those to choose from."""
+        """Return the schedules to choose from."""
         ...
 
     def micro_batches(self) -> list[int]:
-        """Sizes to choose from."""
+        """Return the sizes of micro-batches to choose from."""
         ...
 
 
-# From a point, what there is to choose, a score and whether to go on, to a point that is no worse.
+# Takes a point, the choices, a score and whether to go on, and returns a point that is no worse.
 Improvement = Callable[[Point, Axes, Callable[[Point], Score], Callable[[], bool]], Point]
 
 
 def climb(
     starts: Sequence[Point], space: Axes, score: Callable[[Point], Score], goes_on: Callable[[], bool], *, also: Iterable[Point] = ()
 ) -> list[Point]:
-    """Where the starts lead, in coarse steps, and the best of that and of `also` in fine ones; and `also`."""
+    """Return the points that the starts lead to in coarse steps, `also`, and those that the best of all these lead to in fine steps."""
     found = [*also, *(_improved(start, space, score, goes_on, steps=COARSE_STEPS, in_pairs=False) for start in starts)]
     best = list({score(point): point for point in sorted(found, key=score)}.values())[:REFINED]
     return [*found, *(refine(point, space, score, goes_on) for point in best)]
 
 
 def refine(point: Point, space: Axes, score: Callable[[Point], Score], goes_on: Callable[[], bool]) -> Point:
-    """Where the point leads in fine steps, then in the finest."""
+    """Return the point that this one leads to in fine steps, then in the finest."""
     point = _improved(point, space, score, goes_on, steps=FINE_STEPS, in_pairs=True)
     return _improved(point, space, score, goes_on, steps=LAST_STEPS, in_pairs=False)
 
 
 def wander(best: Point, space: Axes, score: Callable[[Point], Score], goes_on: Callable[[], bool]) -> Point:
-    """The best that kicks lead to, one after the other, each followed by steps that help.
+    """Return the best point that kicks lead to, one after the other, each followed by steps that help.
 
     Whole numbers (units, prompts in a pass, micro-batches) make a landscape of many small basins, which steps alone do not leave.
     """
@@ -75,7 +76,7 @@ def wander(best: Point, space: Axes, score: Callable[[Point], Score], goes_on: C
 
 
 def _kick(point: Point, space: Axes, draw: random.Random) -> Iterator[tuple[str, float]]:
-    """Axes and where they are kicked to."""
+    """Yield the axes that a kick changes, and their new values."""
     for axis in space.free_axes(point.schedule):
         chance = draw.random()
         if chance < DRAWN_AXES:
@@ -87,7 +88,7 @@ def _kick(point: Point, space: Axes, draw: random.Random) -> Iterator[tuple[str,
 def _improved(
     start: Point, space: Axes, score: Callable[[Point], Score], goes_on: Callable[[], bool], *, steps: Sequence[float], in_pairs: bool
 ) -> Point:
-    """The point that is reached from `start` by moves that help, largest steps first, while `goes_on`."""
+    """Return the point that is reached from `start` by moves that help, largest steps first, while `goes_on`."""
     best, value = start, score(start)
     for step in steps:
         moving = True
@@ -108,7 +109,7 @@ def _is_better(found: Score, than: Score) -> bool:
 
 
 def _moves(axes: Sequence[str], step: float, *, in_pairs: bool) -> Iterator[Move]:
-    """Steps along each axis in both directions, and along all pairs of them."""
+    """Yield steps along each axis in both directions, and along all pairs of axes."""
     for axis, sign in product(axes, (-1, 1)):
         yield {axis: sign * step}
     if in_pairs:
@@ -117,12 +118,12 @@ def _moves(axes: Sequence[str], step: float, *, in_pairs: bool) -> Iterator[Move
 
 
 def _moved(point: Point, move: Move, length: int) -> Point:
-    """The point so many times the move away, within the unit cube."""
+    """Return the point that is `length` times the move away, within the unit cube."""
     return dataclasses.replace(point, **{axis: min(max(getattr(point, axis) + length * by, 0.0), 1.0) for axis, by in move.items()})
 
 
 def _alternatives(point: Point, space: Axes) -> Iterator[Point]:
-    """The same with another of what is not a matter of more or less."""
+    """Yield the same point with another value of one discrete choice, or with a corner value of an axis of KV's homes."""
     yield dataclasses.replace(point, embedding=not point.embedding)
     free = space.free_axes(point.schedule)
     for axis, value in (("kv_disk", 0.0), ("kv_disk", 1.0), ("kv_homes", 0.0), ("kv_homes", 0.5), ("kv_homes", 1.0)):

@@ -1,6 +1,6 @@
-"""The best policy of a space.
+"""Searches a space for its best policy.
 
-The linear program of the steady state (steady.py) says about where weights and KV should live; policies around its answers and at the
+The linear program of the steady state (steady.py) says about where weights and KV should live. Policies around its answers and at the
 corners of the space (starts.py) are played with the job's lengths at typical rates (evaluate.py), and the best of those are moved until
 they get no better, then kicked and moved again (moves.py).
 """
@@ -22,26 +22,26 @@ from flexgen.plan.search.space import Point, Space
 from flexgen.plan.search.starts import BOUNDED_CAPS, NEAR, starts, steady_states, varied, varied_places, varied_wholes
 from flexgen.plan.search.steady import Steady
 
-# Effort (see evaluate.py) of the stages of a search.  The first size of micro-batches that fits, under any bounds.
+# The effort (see evaluate.py) of the stages of a search, beginning with the first size of micro-batches that fits.
 FIRST_SIZE_EFFORT = 36_000
-# Other sizes, of which those are begun with whose steady states reach this share of the best.
+# The effort for other sizes, of which those are tried whose steady states reach the share PROMISING of the best.
 OTHER_SIZES_EFFORT, PROMISING = 15_000, 0.9
-# Other whole numbers at the best place, and other places for those; then kicks, and fine steps at last.
+# The effort for other discrete choices at the best placement, for other placements, for kicks, and for the fine steps at the end.
 WHOLES_EFFORT, PLACES_EFFORT, KICKS_EFFORT, LAST_EFFORT = 12_000, 11_000, 40_000, 12_000
-# Of the effort that is left, what starts may take before they are moved.
+# The share of the remaining effort that scoring the starts may take before they are moved.
 STARTS_SHARE = 0.5
-# Of the best starts, how many are moved first.
+# How many of the best starts are moved first.
 MOVED_STARTS = 2
-# Of all that, what goes to what is best without bounds, and to what is best within: wide bounds cut off little.  And what goes to further
-# bounds, under which much is known already.
+# The shares of all this effort for the best point without bounds (UNBOUNDED), which is often within wide bounds, and then for the best
+# within them (BOUNDED); and the share for any further bounds (AGAIN), when many good points are known already.
 UNBOUNDED, BOUNDED, AGAIN = 0.2, 0.9, 0.5
-# Of the mean seconds that passes may take, what is asked of steady states: some passes of the job will be longer.
+# Steady states must keep these shares of the mean seconds that passes may take, because some passes of the job will be longer.
 PACES = (0.98, 0.9)
-# Of the points that were found, how many are begun with under the next bounds.
+# How many of the points found are starts under the next bounds.
 REMEMBERED = 6
-# A bound that nothing keeps.
+# A bound that no plan keeps.
 NO_TIME = 1e-9
-# How often bounds are tightened until the whole job keeps them, not its sample only.
+# How often bounds are tightened until the whole job keeps them, and not only its sample.
 ATTEMPTS = 4
 
 
@@ -50,15 +50,16 @@ class Solution:
     """The best policy that a search found.
 
     Attributes:
-        policy: the best policy.
-        seconds: time that the job should take with it.
-        refused: share of the requests that can never fit.
-        request_seconds: time of the request that takes longest.
-        objective: the number that was minimised (see evaluate.py).
-        point: the place of the policy in the space.
-        worth: tier -> relative gain of tokens/s per byte more of it, at the margin of the linear program; empty where that has no answer.
-        num_played: number of policies that were played.
-        gain_per_gib: tier -> relative gain of tokens/s by 1 GiB more of it; empty where it was not searched for.
+        policy: The best policy.
+        seconds: The time that the job should take with it.
+        refused: The share of the requests that can never fit.
+        request_seconds: The time of the request that takes longest.
+        objective: The number that was minimised (see evaluate.py).
+        point: The point of the space that became the policy.
+        worth: Per tier, the relative gain of tokens/s per byte more of it, at the margin of the linear program; empty where that has no
+            solution.
+        num_played: The number of policies that were played.
+        gain_per_gib: Per tier, the relative gain of tokens/s by 1 GiB more of it; empty where it was not searched for.
     """
 
     policy: Policy
@@ -73,10 +74,11 @@ class Solution:
 
 
 class Search:
-    """Looks for the best policies of a space; what was found under one bound is known under the next.
+    """Looks for the best policies of a space; points found under one set of bounds are the start for the next.
 
     Args:
-        patience: how many times the usual effort a search may spend.
+        space: The space of policies.
+        patience: How many times the usual effort a search may spend.
     """
 
     def __init__(self, space: Space, *, patience: float = 1.0) -> None:
@@ -87,10 +89,10 @@ class Search:
         self._solved = functools.cache(functools.partial(steady_states, space, self.player.expectation, self._mean))
 
     def best(self, bounds: Bounds) -> Solution:
-        """The best policy within `bounds`.
+        """Return the best policy within `bounds`.
 
         Raises:
-            CapacityError: nothing fits, or nothing is as fast as the bounds ask for.
+            CapacityError: No policy fits the budgets, or none is as fast as the bounds require.
         """
         found, asked = self._solution(bounds), bounds
         if not bounds.are_given:
@@ -100,23 +102,23 @@ class Search:
             if not bounds.excess(whole.request_seconds, whole.seconds):
                 return found
             if asked.excess(found.request_seconds, found.seconds):
-                break  # not even the sample
-            # The sample that was searched on flatters: asked for as much less, the whole job will keep the bounds.
+                break  # not even the sample keeps them
+            # The sample is faster than the whole job: under bounds tightened by the same factor, the whole job should keep the given ones.
             asked = asked.tightened(found.request_seconds / whole.request_seconds, found.seconds / whole.seconds)
             found = self._solution(asked)
             whole = self.player.whole(found.policy)
         raise CapacityError(too_slow(bounds, whole))
 
     def shortest(self) -> Solution:
-        """The policy whose requests take the least time.
+        """Return the policy whose requests take the least time.
 
         Raises:
-            CapacityError: nothing fits.
+            CapacityError: No policy fits the budgets.
         """
         return self._solution(Bounds(request_seconds=NO_TIME))
 
     def _solution(self, bounds: Bounds) -> Solution:
-        """The best policy that there is; it may exceed the bounds, where all do."""
+        """Return the best policy found; it may exceed the bounds, where all policies do."""
         share = 1.0
         if self._found:
             share = AGAIN
@@ -141,14 +143,17 @@ class Search:
         )
 
     def _look(self, bounds: Bounds, patience: float) -> Point | None:
-        """The first size of micro-batches that fits leads; then others that promise as much; then all that is near the best; then kicks."""
+        """Return the best point found within bounds, or None where nothing fits.
+
+        The first size of micro-batches that fits leads; then come others that promise as much, then all that is near the best, then kicks.
+        """
         hunt = _Hunt(self.space, self.player, bounds, patience, self._found)
         caps = BOUNDED_CAPS if bounds.are_given else (1.0,)
         pass_seconds = self._pass_seconds(bounds)
         rates = self._rates(pass_seconds)
         best = max(rates.values(), default=1.0)
         promising = [tokens for tokens, rate in rates.items() if rate >= PROMISING * best]
-        # The fastest steady states first; of about equals the largest size.
+        # The sizes with the fastest steady states come first; among nearly equal ones, the largest.
         sizes = sorted(self.space.micro_batches(), key=lambda tokens: (-round(rates.get(tokens, 0.0) / best, 2), -tokens))
         begun = list[Point]()
         while sizes and not begun:
@@ -166,24 +171,24 @@ class Search:
         return hunt.ranked[0] if hunt.ranked else None
 
     def _pass_seconds(self, bounds: Bounds) -> float | None:
-        """What a pass may take at most, for the longest answer, a pass per token, to be there in time; None where none is so fast."""
+        """Return the most seconds per pass for the longest answer, at a pass per token, to be in time; None if no pass is so fast."""
         if bounds.request_seconds is None:
             return None
         seconds = bounds.request_seconds / max(self.space.workload.answer_lens)
         return seconds if any(self._steady_states(tokens, seconds) for tokens in self.space.micro_batches()) else None
 
     def _rates(self, pass_seconds: float | None) -> dict[int, float]:
-        """Sizes of micro-batches -> tokens/s of their steady states; without those that have none."""
+        """Return the tokens/s of the best steady state per size of micro-batches, without the sizes that have none."""
         states = {tokens: self._steady_states(tokens, pass_seconds) for tokens in self.space.micro_batches()}
         return {tokens: steady[0][0].tokens_per_s for tokens, steady in states.items() if steady}
 
     def _steady_states(self, micro_batch_tokens: int, pass_seconds: float | None) -> list[tuple[Steady, bool]]:
-        """The best ones; where passes may not take long, at several paces."""
+        """Return the best steady states; where the time of passes is bounded, at several paces."""
         bounds = [None] if pass_seconds is None else [pace * pass_seconds for pace in PACES]
         return [state for each in bounds for state in self._solved(micro_batch_tokens, pass_seconds=each)]
 
     def _begun(self, micro_batch_tokens: int, caps: Sequence[float], pass_seconds: float | None) -> Iterator[Point]:
-        """Points to begin with, of different policies."""
+        """Yield points to begin with, each with a different policy."""
         begun = set[Policy]()
         steady = self._steady_states(micro_batch_tokens, pass_seconds)
         others = [state for near in NEAR for state in self._solved(micro_batch_tokens, pass_seconds=pass_seconds, near=near)[:1]]
@@ -195,11 +200,14 @@ class Search:
 
 
 class _Hunt:
-    """One look for the best within bounds: what it has found, best first, and the effort that it may spend.
+    """One search for the best points within bounds: the points found, best first, and the effort that it may spend.
 
     Args:
-        patience: how many times the usual effort its stages may spend.
-        known: points to begin with.
+        space: The space of policies.
+        player: Plays the policies, and counts the effort.
+        bounds: The bounds that points should keep.
+        patience: How many times the usual effort its stages may spend.
+        known: The points to begin with.
     """
 
     def __init__(self, space: Space, player: Player, bounds: Bounds, patience: float, known: Iterable[Point]) -> None:
@@ -209,11 +217,11 @@ class _Hunt:
         self.ranked = sorted(known, key=self._score)
 
     def goes_on(self) -> bool:
-        """Whether effort is left, of this stage or of earlier ones."""
+        """Return whether effort is left, of this stage or of earlier ones."""
         return self._player.effort < self._most
 
     def begin_with(self, starts: Iterable[Point], effort: float) -> None:
-        """Score the starts, for as long as there is effort for that, and move the best of them."""
+        """Score the starts for as long as the effort allows, and move the best of them."""
         self._most += self._patience * effort
         enough = self._player.effort + STARTS_SHARE * (self._most - self._player.effort)
         scored: list[Point] = []
@@ -227,7 +235,7 @@ class _Hunt:
             self._take(climb(few, self._space, self._score, self.goes_on, also=self.ranked))
 
     def go_on(self, move: Improvement, effort: float) -> None:
-        """Move the best."""
+        """Move the best point."""
         self._most += self._patience * effort
         if self.ranked:
             self._take([move(self.ranked[0], self._space, self._score, self.goes_on)])
@@ -237,7 +245,7 @@ class _Hunt:
 
 
 def too_slow(bounds: Bounds, nearest: Outcome) -> str:
-    """A sentence that names the bounds that were asked for and what the nearest plan takes."""
+    """Return a message that names the bounds that were requested and the times that the nearest plan takes."""
     asked = {"--max-job-seconds": bounds.job_seconds, "--max-request-seconds": bounds.request_seconds}
     given = " and ".join(f"{flag} {seconds:g}" for flag, seconds in asked.items() if seconds is not None)
     return (

@@ -1,4 +1,4 @@
-"""Why nothing fits: what the smallest plan needs per tier, what is missing, and the smallest change that would make it fit."""
+"""Explains why nothing fits: what the smallest plan needs per tier, what is missing, and the smallest change that would make it fit."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from flexgen.options import TIERS
 from flexgen.plan.policy import Fractions
 from flexgen.plan.search.space import Space
 
-# Budgets feed back on needs (an allowance and rings are shares of them): so often is the need computed again.
+# How often the needs are computed again, because they depend on budgets (the allowance and rings are shares of them).
 ROUNDS = 12
 # Pools are cut to whole bytes.
 ROUNDING_BYTES = 16
@@ -20,14 +20,14 @@ _FLAGS = {"host": "--host-mem", "device": "--device-mem", "disk": "--disk"}
 
 
 def shortage(space: Space) -> str:
-    """A sentence for each tier that is too small for the smallest plan and one request; empty where all are large enough."""
+    """Return a sentence for each tier that is too small for the smallest plan and one request; empty where all are large enough."""
     plans = [_needs_met(space, weights, kv) for kv in _kv_homes(space) for weights in _weights_homes(space, kv)]
     needs = min(plans, key=lambda needs: sum(_missing(space, tier, parts) for tier, parts in needs.items()))
     return "; ".join(_sentence(space, tier, parts) for tier, parts in needs.items() if _missing(space, tier, parts))
 
 
 def _needs_met(space: Space, weights: Fractions, kv: Fractions) -> dict[str, dict[str, int]]:
-    """What such a plan needs within budgets that are just large enough for it."""
+    """Return the needs of such a plan within budgets that are just large enough for it."""
     wanted = space
     for _ in range(ROUNDS):
         needed = {tier: sum(parts.values()) for tier, parts in _needs(wanted, weights, kv).items()}
@@ -37,9 +37,9 @@ def _needs_met(space: Space, weights: Fractions, kv: Fractions) -> dict[str, dic
 
 
 def _weights_homes(space: Space, kv: Fractions) -> list[Fractions]:
-    """Where the weights could live: as they are pinned, or streaming; or all in memory, for a small model needs less than its staging.
+    """Return the possible homes of the weights: as pinned, or streaming; or all in memory, as a small model needs less than its staging.
 
-    All are placed where they compute only if KV lives there, too (see space.py).
+    All weights are placed where they compute only if KV lives there, too (see space.py).
     """
     if space.weights is not None:
         return [space.weights]
@@ -48,17 +48,17 @@ def _weights_homes(space: Space, kv: Fractions) -> list[Fractions]:
 
 
 def _kv_homes(space: Space) -> list[Fractions]:
-    """Where the one request's KV could live: as it is pinned, or wherever it may."""
+    """Return the possible homes of the one request's KV: as pinned, or wherever it may live."""
     return [space.kv] if space.kv is not None else [Fractions(**{tier: 1.0}) for tier in space.kv_tiers]
 
 
 def _missing(space: Space, tier: str, parts: Mapping[str, int]) -> int:
-    """Bytes more than are in the budget."""
+    """Return the bytes by which the parts exceed the tier's budget."""
     return max(sum(parts.values()) - getattr(space.limits, f"{tier}_bytes"), 0)
 
 
 def _needs(space: Space, weights: Fractions, homes: Fractions) -> dict[str, dict[str, int]]:
-    """Tier -> part -> bytes of the smallest plan with one request, whose tier holds the largest share of KV."""
+    """Return the needs of the smallest plan for one request, by tier and part; its largest tier of KV can hold the request."""
     draft = space.smallest(weights, spills=homes.disk > 0)
     largest = max(homes.device, homes.host, homes.disk)
     kv = {tier: math.ceil(space.sizes.smallest * getattr(homes, tier) / largest) + ROUNDING_BYTES for tier in TIERS}
@@ -86,12 +86,12 @@ def _sentence(space: Space, tier: str, parts: Mapping[str, int]) -> str:
 
 
 def _gib_above(size_bytes: int) -> str:
-    """In GiB, rounded up, so that what is said is enough."""
+    """Format a size in GiB, rounded up, so that the size in the message is enough."""
     return f"{math.ceil(size_bytes / GIB * 1000) / 1000:.3f}"
 
 
 def _advice(space: Space, tier: str, *, shorter: bool) -> str:
-    """What else would help; `shorter` where shorter prompts would."""
+    """Return what else would help; `shorter` says whether shorter prompts would."""
     options = space.options
     pins = {"--weights": space.weights, "--kv": space.kv}
     advice = [f"give {tier} a smaller share in {flag}" for flag, pin in pins.items() if pin is not None and getattr(pin, tier) > 0]

@@ -1,4 +1,4 @@
-"""From options to a policy: what is pinned stays, the rest is solved for."""
+"""From options to a policy: pinned choices stay as they are, all others are searched for."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from flexgen.plan.search.optimise import Search, Solution
 from flexgen.plan.search.space import Space
 from flexgen.plan.workload import Workload
 
-# Gains from this on per GiB are looked for, with so much effort (see evaluate.py), before they are promised.
+# Gains per GiB of at least PROMISE are confirmed by a search of so much EFFORT (see evaluate.py) before they are stated.
 PROMISE, EFFORT = 0.01, 6_000
-# What is planned for when nothing is known of the job.
+# The workload that is planned for when nothing is known of the job.
 NOMINAL_WORKLOAD = Workload(prompt_lens=(512,) * 256, output_lens=(128,) * 256)
 
 
@@ -33,16 +33,20 @@ def solve(
     process_bytes: int,
     kv_tiers: Sequence[str] = ("device", "host", "disk"),
 ) -> Solution:
-    """The best policy within the bounds of the options, and what it should do.
+    """Return the best policy within the bounds of the options, and its expected times.
 
     Args:
-        options: what they say is pinned; `dtype` must be a dtype by now, and `device` is taken from `limits`.
-        process_bytes: resident memory of the process before any weight is loaded.
-        kv_tiers: where KV may live; never chosen on disk when the offload folder lies in memory.
+        options: The options, which pin what they state; `dtype` must be a concrete dtype, and `device` is taken from `limits`.
+        spec: The model.
+        machine: The machine.
+        limits: The budgets.
+        workload: The job.
+        process_bytes: The resident memory of the process before any weight is loaded.
+        kv_tiers: The tiers where KV may live; the disk is never chosen when the offload folder lies in memory.
 
     Raises:
-        OptionError: an option that cannot be honoured on this device.
-        CapacityError: it does not fit; the message says what is missing and what to change.  Or it takes longer than it may.
+        OptionError: An option cannot be honoured on this device.
+        CapacityError: The job does not fit (the message says what is missing and what to change), or it takes longer than it may.
     """
     space = space_of(options, spec, machine, limits, workload, process_bytes=process_bytes, kv_tiers=kv_tiers)
     bounds = Bounds(request_seconds=options.max_request_seconds, job_seconds=options.max_job_seconds)
@@ -60,13 +64,13 @@ def space_of(
     process_bytes: int,
     kv_tiers: Sequence[str] = ("device", "host", "disk"),
 ) -> Space:
-    """The policies to choose from; arguments and errors are those of `solve`."""
+    """Return the policies to choose from; arguments and errors are those of `solve`."""
     planned = _servable(spec, limits, expected(workload) if len(workload) else NOMINAL_WORKLOAD)
     return Space(options, spec, machine, limits, planned, process_bytes, kv_tiers)
 
 
 def _servable(spec: ModelSpec, limits: Limits, workload: Workload) -> Workload:
-    """Without requests that no tier could ever hold: they end in errors of their own, and no room is kept for them."""
+    """Leave out requests that no tier could ever hold: they end in errors of their own, and no room is kept for them."""
     most = max(limits.host_bytes, limits.device_bytes, limits.disk_bytes)
     lengths = zip(workload.prompt_lens, workload.output_lens, strict=True)
     kept = [place for place, (s, n) in enumerate(lengths) if spec.kv_bytes(s + n - 1) <= most]
@@ -74,10 +78,12 @@ def _servable(spec: ModelSpec, limits: Limits, workload: Workload) -> Workload:
 
 
 def memory_gains(space: Space, found: Solution, bounds: Bounds) -> dict[str, float]:
-    """Tier -> relative gain by 1 GiB more of it: what the linear program says, or less where a search from `found` finds less.
+    """Return, per tier, the relative gain by 1 GiB more of it: that of the linear program, or less where a search finds less.
 
     Args:
-        bounds: that it keeps.
+        space: The space of policies.
+        found: The solution where the search begins.
+        bounds: The bounds that the search keeps.
     """
     gains = {tier: gain * GIB for tier, gain in found.worth.items()}
     for tier, gain in gains.items():

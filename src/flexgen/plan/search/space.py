@@ -1,6 +1,6 @@
-"""The policies that there are: points of the unit cube become policies that fit the budgets, or none.
+"""The space of policies: points of the unit cube become policies that fit the budgets, or none.
 
-Budgets are hard: every byte is accounted, with everything the process needs beside it.
+Budgets are hard: every byte is accounted for, including everything that the process needs besides.
 """
 
 from __future__ import annotations
@@ -24,25 +24,28 @@ from flexgen.plan.search.drafts import Drafts, first_of, kv_pools, placed_weight
 from flexgen.plan.search.steady import Room
 from flexgen.plan.workload import Workload
 
-# Live sequences vary around what the pools hold on average.
+# The number of live sequences may exceed the pools' average by this factor.
 SEQUENCE_SLACK = 1.15
-# A smaller share of KV is not worth a folder on disk.
+# A smaller share of KV on disk is not worth an offload folder.
 LEAST_SPILL = 0.05
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Point:
-    """What is chosen, each from 0 to 1, and what is enumerated.  By default all weights and no KV are on disk, and passes are large.
+    """The choices that make a policy: numbers from 0 to 1, and discrete ones.
+
+    By default all weights and no KV are on disk, and passes are large.
 
     Attributes:
-        on_device, on_host: of the weights, how much of what fits there.
-        kv_homes: 0 is the device, 1 the host, a half all of both (see `kv_pools`).
-        kv_disk: the disk's share of KV.
-        quota: prompt tokens per pass, from what replaces half of those that end to a whole block.
-        cap: share of the sequences that fit which may be alive.
-        embedding: whether the embedding stays in memory, where that has a use and fits.
+        on_device: Of the weights that fit on the device, the share that lives there.
+        on_host: Of the weights that fit on the host, the share that lives there.
+        kv_homes: 0 is the device, 1 the host, 0.5 all of both (see `kv_pools`).
+        kv_disk: The disk's share of KV.
+        quota: The prompt tokens per pass, from half of those that replace ending sequences (0) to a whole block (1).
+        cap: The share of the sequences that fit which may be alive.
+        embedding: Whether the embedding stays in memory, where that is useful and it fits.
         schedule: "diagonal", "zigzag" or "row".
-        micro_batch_tokens: most tokens computed together.
+        micro_batch_tokens: The most tokens computed together.
     """
 
     on_device: float = 0.0
@@ -57,13 +60,13 @@ class Point:
 
 
 class _Homes(NamedTuple):
-    """Where KV lives: in memory as `kv_homes` of a point says, and the share on disk."""
+    """Where KV lives: in memory according to a point's `kv_homes`, and the share on disk."""
 
     memory: float
     disk: float
 
 
-# Most tokens of a micro-batch, unless pinned.
+# The most tokens of a micro-batch, unless pinned.
 WIDEST = 16384
 AXES = ("on_device", "on_host", "kv_homes", "kv_disk", "quota", "cap")
 
@@ -72,7 +75,7 @@ class Space:
     """The policies for one model, machine, job and set of options.
 
     Raises:
-        OptionError: an option that cannot be honoured on this device.
+        OptionError: An option cannot be honoured on this device.
     """
 
     def __init__(
@@ -104,7 +107,7 @@ class Space:
             spec, machine, limits, self.sizes, self.placed, dtype=self.dtype, process_bytes=process_bytes, kv=self.kv,
             num_seqs=options.max_num_seqs or 1,
         )  # fmt: skip
-        # Two layers of all KV on disk are staged: one that is attended to, one on its way.  And a page per sequence.
+        # Staging holds two layers of all KV on disk (one that is attended to, one on its way), and a page per sequence.
         layer = max((group.bytes_per_token for group in spec.kv_groups), default=0)
         self._read_ahead = 2 * layer / max(spec.kv_bytes_per_token, 1)
         self._tails = PAGE_TOKENS * spec.kv_bytes_per_token / self.sizes.mean
@@ -112,7 +115,7 @@ class Space:
         self._take_limits(limits)
 
     def _take_limits(self, limits: Limits) -> None:
-        """Set what follows from the budgets."""
+        """Set the attributes that follow from the budgets."""
         self.limits = limits
         allowed = self._allowed_kv_tiers
         self.disk_bytes = limits.disk_bytes if "disk" in allowed and not limits.offload_in_memory else 0
@@ -120,9 +123,10 @@ class Space:
         self.kv_tiers = tuple(tier for tier in TIERS if tier in allowed and exists[tier])
 
     def micro_batches(self) -> list[int]:
-        """From the rows at which dense rates are near their best even for experts, which see a part of them, to what fits anywhere.
+        """Return the sizes of micro-batches to choose from.
 
-        Row by row a micro-batch is all that a pass carries: there larger ones are worth trying whatever the rates.
+        They reach from the rows at which dense rates are near their best even for experts, which see a part of them, down to what fits
+        anywhere. With the row schedule, a micro-batch is all that a pass carries, so larger ones are worth trying whatever the rates.
         """
         if self.options.micro_batch_tokens is not None:
             return [self.options.micro_batch_tokens]
@@ -136,13 +140,13 @@ class Space:
         return [*reversed(sizes), *(tokens for tokens in (256, 128, 64, 32) if tokens < first)]
 
     def schedules(self) -> tuple[str, ...]:
-        """Schedules to choose from: one micro-batch at a time is for comparisons only."""
+        """Return the schedules to choose from; "row" only if the options state it, since it is for comparisons only."""
         if self.options.schedule != "auto":
             return (self.options.schedule,)
         return ("diagonal",) if self.options.prefill_tokens is not None else ("diagonal", "zigzag")
 
     def free_axes(self, schedule: str) -> tuple[str, ...]:
-        """Axes that are not pinned and make a difference."""
+        """Return the axes that are not pinned and make a difference."""
         free = set(AXES) - ({"cap"} if self.options.max_num_seqs is not None else set())
         if self.weights is not None:
             free -= {"on_device", "on_host"}
@@ -159,11 +163,11 @@ class Space:
         return tuple(axis for axis in AXES if axis in free)
 
     def default_homes(self) -> float:
-        """Where KV goes if its homes are not free: the device, unless only the host may have it."""
+        """Return `kv_homes` for KV whose homes are not free: the device, unless KV may not live there."""
         return 0.0 if "device" in self.kv_tiers else 1.0
 
     def policy(self, point: Point) -> Policy | None:
-        """The policy of a point, or None where it does not fit."""
+        """Return the policy of a point, or None where it does not fit."""
         kv = _Homes(point.kv_homes, 0.0 if point.kv_disk < LEAST_SPILL else point.kv_disk)
         spills = kv.disk > 0 or (self.kv is not None and self.kv.disk > 0)
         bare = self._bare(point, spills=spills)
@@ -171,7 +175,7 @@ class Space:
         draft = self.drafts.draft(weights, point.schedule, point.micro_batch_tokens, bare.prefill_tokens, spills=spills)
         if point.schedule == "diagonal" and self.options.prefill_tokens is None:
             draft = self._with_quota(draft, kv, point.quota, spills=spills)
-        # Rows are gathered as long as any unit streams: the same bytes of units save more reading.
+        # Rows are gathered as long as any unit streams, because units of the same bytes at home save more reading than the embedding.
         if point.embedding and weights.disk == 0:
             resident = dataclasses.replace(draft, embedding_resident=True)
             draft = resident if self._holds_largest(resident, kv) else draft
@@ -189,7 +193,7 @@ class Space:
         return dataclasses.replace(self.drafts.for_seqs(draft, max_num_seqs), kv=self.kv or pool_fractions(pools), **found)
 
     def _with_quota(self, draft: Policy, kv: _Homes, quota: float, *, spills: bool) -> Policy:
-        """The draft with that share of prompt tokens per pass, or with the most that leaves room for the KV of one request."""
+        """Return the draft with that share of prompt tokens per pass, or with the most that leaves room for the KV of one request."""
 
         def admitting(tokens: int) -> Policy:
             return self.drafts.draft(draft.weights, draft.schedule, draft.micro_batch_tokens, tokens, spills=spills)
@@ -200,12 +204,12 @@ class Space:
         return admitting(_largest(wanted, lambda tokens: self._holds_largest(admitting(tokens), kv)))
 
     def _holds_largest(self, draft: Policy, kv: _Homes) -> bool:
-        """Whether the draft leaves room for the KV of the largest request."""
+        """Return whether the draft leaves room for the KV of the largest request."""
         left = self._left(draft, self.drafts.free(draft), self.options.max_num_seqs or 1)
         return min(left.values()) >= 0 and max(self._pools(left, kv).values()) >= self.sizes.largest
 
     def _num_seqs_fed(self, draft: Policy, kv: _Homes) -> int:
-        """The most sequences that the pools which their workspace leaves keep alive."""
+        """Return the largest number of sequences that can be alive in the pools which remain beside their workspace."""
         free = self.drafts.free(draft)
 
         def is_fed(number: int) -> bool:
@@ -219,10 +223,10 @@ class Space:
         return _largest(most, is_fed)
 
     def room(self, point: Point, *, spills: bool) -> tuple[Policy, Room]:
-        """A policy of the fewest sequences with all weights on disk, and what that leaves for weights and KV."""
+        """Return a policy of the fewest sequences with all weights on disk, and the room that it leaves for weights and KV."""
         bare = self._bare(point, spills=spills)
         many = 1024
-        grown = 0.0  # a pinned number has its room already
+        grown = 0.0  # a pinned number of sequences has its workspace already
         if self.options.max_num_seqs is None:
             grown = self.drafts.growth(bare, 1 + many) / many
         free = self.drafts.free(bare)
@@ -234,7 +238,7 @@ class Space:
         )
 
     def place_like(self, point: Point, weights: Mapping[str, float], *, spills: bool) -> Point:
-        """The point whose weights have about these shares."""
+        """Return the point whose weights have about these shares."""
         whole = max(self.weight_bytes, 1)
         room = self._weights_room(self._bare(point, spills=spills), 1.0)
         device = min(max(room["device"], 0.0) / whole, 1.0)
@@ -247,23 +251,23 @@ class Space:
         return self.drafts.draft(Fractions(disk=1.0), point.schedule, point.micro_batch_tokens, prefill_tokens, spills=spills)
 
     def _least_quota(self, schedule: str, micro_batch_tokens: int) -> int:
-        """Prompt tokens that a pass admits at the least: a zigzag block enters at once, a row is one micro-batch."""
+        """Return the fewest prompt tokens that a pass admits: a zigzag block enters at once, a row is one micro-batch."""
         return {"diagonal": 1, "zigzag": self.sizes.prompt_tokens, "row": micro_batch_tokens}[schedule]
 
     def _fed(self, pools: dict[str, int]) -> int:
-        """About how many sequences these pools keep alive."""
+        """Return the approximate number of sequences that these pools keep alive."""
         return math.ceil(self.sizes.block(sum(pools.values())) * SEQUENCE_SLACK)
 
     def _place(self, bare: Policy, on_device: float, on_host: float) -> Fractions:
-        """Shares of what is left for weights beside the rings and the KV of one request; all of them where that fits."""
+        """Return shares of the room that the rings and the KV of one request leave for weights; all of them where that fits."""
         room = self._weights_room(bare, on_device)
         placed = placed_weights(self.weight_bytes, self.limits.device, room["device"], room["host"], on_device, on_host)
         tiers = self.placed.of(placed).tiers
-        lived = {tier: share for tier in TIERS if (share := getattr(placed, tier)) and tier in tiers}  # no share without a unit
+        lived = {tier: share for tier in TIERS if (share := getattr(placed, tier)) and tier in tiers}  # a tier without a unit has no share
         return Fractions(**{tier: share / sum(lived.values()) for tier, share in lived.items()})
 
     def _weights_room(self, bare: Policy, on_device: float) -> dict[str, float]:
-        """Bytes per tier that weights may take."""
+        """Return the bytes per tier that weights may take."""
         room: dict[str, float] = {**self.drafts.free(bare)}
         room[self.computing] -= self.sizes.largest
         drafted = (bare.schedule, bare.micro_batch_tokens, bare.prefill_tokens)
@@ -271,24 +275,24 @@ class Space:
         if self.drafts.free(whole)[self.computing] >= self.sizes.smallest:
             room[self.computing] = self.weight_bytes
         elif not self.on_cpu:
-            # What the device does not hold may fit on the host, which then needs no staging.
+            # The weights that the device does not hold may all fit on the host, which then needs no staging.
             rest = placed_weights(self.weight_bytes, self.limits.device, room["device"], math.inf, on_device, 1.0)
             beside = self.drafts.draft(rest, *drafted, spills=bare.kv_staging_bytes > 0)
             room["host"] = math.inf if self.drafts.free(beside)["host"] >= 0 else room["host"]
         return room
 
     def _left(self, draft: Policy, free: dict[str, int], max_num_seqs: int) -> dict[str, int]:
-        """What is left of `free` once the workspace is that of so many sequences."""
+        """Return the bytes that remain of `free` once the workspace is that of so many sequences."""
         grown = self.drafts.growth(draft, max_num_seqs)
         return {tier: size - grown * (tier == self.computing) for tier, size in free.items()}
 
     def _pools(self, free: dict[str, int], kv: _Homes, max_num_seqs: int | None = None) -> dict[str, int]:
-        """Pool bytes per tier; no more than so many sequences (by default all requests) can need."""
+        """Return the pool bytes per tier, at most what so many sequences (by default all requests) can need."""
         if self.kv is None:
             pools = kv_pools(free, self.disk_bytes, kv.memory, kv.disk, staged=self.staged)
         else:
             pools = self._pinned_pools(self.kv, {tier: max(size, 0) for tier, size in free.items()})
-        # A sequence lives in one tier, so each tier may leave a gap of almost the largest.
+        # A sequence's KV has one home, so each tier may leave almost the bytes of the largest sequence unused.
         live = self.sizes.all if max_num_seqs is None else min(self.sizes.all, max_num_seqs * self.sizes.largest)
         enough = live + self.sizes.largest * sum(size > 0 for size in pools.values())
         if self.kv is None:
@@ -297,7 +301,7 @@ class Space:
         return {tier: int(size * share) for tier, size in pools.items()}
 
     def _pinned_pools(self, kv: Fractions, free: dict[str, int]) -> dict[str, int]:
-        """The largest pools in the given proportion; those on disk take staging, or all of a folder in memory, from the host's."""
+        """Return the largest pools in the given proportion; those on disk take staging, or all of a folder in memory, from the host's."""
         host = kv.host + kv.disk * (self.staged + self.limits.offload_in_memory)
         totals = [free["host"] / host] if host else []
         totals += [free["device"] / kv.device] if kv.device else []
@@ -305,14 +309,14 @@ class Space:
         return {tier: int(getattr(kv, tier) * min(totals)) for tier in TIERS}
 
     def within(self, limits: Limits) -> Space:
-        """The policies for the same requests within other budgets."""
+        """Return the policies for the same requests within other budgets."""
         again = copy.copy(self)
         again.drafts = self.drafts.within(limits)
         again._take_limits(limits)
         return again
 
     def smallest(self, weights: Fractions, *, spills: bool) -> Policy:
-        """The plan with these weights that needs the least memory, without KV; if it `spills`, with staging for KV on disk."""
+        """Return the plan with these weights that needs the least memory, without KV; if it `spills`, with staging for KV on disk."""
         schedule, micro_batch_tokens = self.schedules()[0], self.micro_batches()[-1]
         prefill_tokens = self.options.prefill_tokens or self._least_quota(schedule, micro_batch_tokens)
         return self.drafts.draft(weights, schedule, micro_batch_tokens, prefill_tokens, spills=spills)
@@ -328,7 +332,7 @@ def _pinned(name: str, text: str | None, device: str) -> Fractions | None:
 
 
 def _largest(most: int, holds: Callable[[int], bool]) -> int:
-    """The largest number from 1 to `most` for which `holds`, which no longer does once it does not."""
+    """Return the largest number from 1 to `most` for which `holds` is true, given that it stays false once it is false."""
     low, high = 1, most
     while low < high:
         middle = (low + high + 1) // 2

@@ -1,4 +1,4 @@
-"""Where a search for a policy begins: about where the steady states' linear programs put weights and KV, and at the corners."""
+"""The starting points of a search: near the homes that the steady states' linear programs give to weights and KV, and at the corners."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from flexgen.plan.price.requests import RequestLoad
 from flexgen.plan.search.space import LEAST_SPILL, Point, Space
 from flexgen.plan.search.steady import Steady, SteadyState
 
-# Prompt quotas that are tried near the steady states, and at the corners; and caps, where requests may not take long.
+# Caps that are tried where time is bounded; prompt quotas that are tried near the steady states, and at the corners.
 BOUNDED_CAPS = (1.0, 0.4, 0.15)
 FIRST_QUOTAS, CORNER_QUOTAS = (0.4, 0.0, 0.7, 1.0), (0.1, 0.5)
-# And first of all these times what replaces the sequences that end.
+# The first quota tried is so many times the prompt tokens that replace the sequences that end.
 ENOUGH = 1.1
-# Shares of the weights that fit beside what computes, around which steady states are looked for too: there may be several as good.
+# Of the weights that fit where they compute, shares around which steady states are looked for too: several may be equally good.
 NEAR = (0.0, 0.25, 0.5, 0.75)
-# Of the weights that fit, when a good point's are placed elsewhere.
+# Of the weights that fit, the shares that are tried when the weights of a good point are placed elsewhere.
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 CORNERS: tuple[dict[str, Any], ...] = (
     {"on_device": 1.0, "on_host": 1.0},
@@ -34,9 +34,9 @@ CORNERS: tuple[dict[str, Any], ...] = (
 
 
 def varied_wholes(best: Point, space: Space) -> list[Point]:
-    """A point with all that comes in whole numbers or kinds chosen anew, together: schedule, quota, micro-batches, sequences, embedding.
+    """Return variants of a point in all combinations of its discrete choices: schedule, quota, micro-batches, sequences, embedding.
 
-    Where placements are as good as they get, how evenly prompts fall is a matter of whole numbers, which no small step finds.
+    Once placements cannot be improved, how evenly prompts fall is a matter of whole numbers, and no small step finds a better one.
     """
     points: list[Point] = []
     for schedule in space.schedules():
@@ -51,7 +51,7 @@ def varied_wholes(best: Point, space: Space) -> list[Point]:
 
 
 def varied_places(best: Point, space: Space) -> list[Point]:
-    """A point with its weights elsewhere, on a coarse grid, under every schedule and sizes of micro-batches like its own."""
+    """Return variants of a point with its weights elsewhere, on a coarse grid, for every schedule and similar sizes of micro-batches."""
     points: list[Point] = []
     for schedule in space.schedules():
         free = space.free_axes(schedule)
@@ -64,7 +64,7 @@ def varied_places(best: Point, space: Space) -> list[Point]:
 
 
 def _near(best: Point, space: Space) -> list[int]:
-    """Its size of micro-batches, and the next ones."""
+    """Return the point's size of micro-batches, and the sizes next to it."""
     sizes = space.micro_batches()
     place = sizes.index(best.micro_batch_tokens)
     return [best.micro_batch_tokens, *sizes[max(place - 1, 0) : place], *sizes[place + 1 : place + 2]]
@@ -79,11 +79,18 @@ def steady_states(
     pass_seconds: float | None = None,
     near: float | None = None,
 ) -> list[tuple[Steady, bool]]:
-    """The steady states without and with KV on disk, best first.
+    """Return the steady states without and with KV on disk, best first.
 
     Args:
-        pass_seconds: most seconds that a pass may take.
-        near: share of the weights that fit where they compute which are at home there, unless it is pinned.
+        space: The space of policies.
+        expectation: Prices the passes.
+        mean: The load of a live sequence in a pass, on average.
+        micro_batch_tokens: The most tokens computed together.
+        pass_seconds: The most seconds that a pass may take; None for no bound.
+        near: Of the weights that fit where they compute, the share that is at home there, unless it is pinned; None to choose the best.
+
+    Returns:
+        Each steady state, and whether it has KV on disk.
     """
     point = _point(space, space.schedules()[0], micro_batch_tokens)
     found: list[tuple[Steady, bool]] = []
@@ -110,7 +117,7 @@ def starts(
     near_caps: Sequence[float],
     caps: Sequence[float],
 ) -> Iterator[Point]:
-    """Points near steady states, the best and others, and at the corners, under every schedule, several quotas, several caps."""
+    """Yield points near steady states, the best and others, and at the corners, under every schedule, several quotas, several caps."""
     for schedule in space.schedules():
         plain = _point(space, schedule, micro_batch_tokens)
         free = space.free_axes(schedule)
@@ -132,7 +139,7 @@ def _first_quotas(space: Space) -> tuple[float, ...]:
 
 
 def varied(ranked: Sequence[Point], best: int) -> list[Point]:
-    """The best few, then the best of each schedule and kind of homes, between which no single step leads."""
+    """Return the best few, then the best of each schedule and kind of homes, between which no single step leads."""
     kinds: dict[tuple[str, float, bool, int], Point] = {}
     for point in ranked:
         kinds.setdefault((point.schedule, round(2 * point.kv_homes), point.kv_disk > 0, round(2 * point.on_host)), point)
@@ -140,12 +147,12 @@ def varied(ranked: Sequence[Point], best: int) -> list[Point]:
 
 
 def _point(space: Space, schedule: str, micro_batch_tokens: int) -> Point:
-    """All weights on disk."""
+    """Return a point with all weights on disk."""
     return Point(kv_homes=space.default_homes(), embedding=True, schedule=schedule, micro_batch_tokens=micro_batch_tokens)
 
 
 def _like(space: Space, plain: Point, steady: Steady, spills: bool) -> Point:
-    """The point that is about this steady state."""
+    """Return the point that comes close to this steady state."""
     point = dataclasses.replace(plain, kv_disk=steady.kv.get("disk", 0.0) * spills)
     point = space.place_like(point, steady.weights, spills=spills)
     return (
@@ -154,7 +161,7 @@ def _like(space: Space, plain: Point, steady: Steady, spills: bool) -> Point:
 
 
 def _homes_like(space: Space, point: Point, steady: Steady) -> float:
-    """How far KV's homes lie between the device (0), all memory (a half) and the host (1)."""
+    """Return how far KV's homes lie between the device (0), all memory (0.5) and the host (1)."""
     both = space.policy(dataclasses.replace(point, kv_homes=0.5, quota=0.0))
     device, host = steady.kv.get("device", 0.0), steady.kv.get("host", 0.0)
     if both is None or not both.kv_device_bytes or not both.kv_host_bytes or device + host < LEAST_SPILL:

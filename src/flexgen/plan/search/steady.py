@@ -1,9 +1,9 @@
 """The steady state as one linear program: where weights and KV live, how many sequences are alive, how long a pass takes.
 
-With B live sequences a pass takes the longest of its resources, each linear in the homes of the weights, in the sequences
-per home of KV and in 1.  Seconds per live sequence, pass / B, are a ratio of linear functions; divided by B (Charnes and Cooper,
-1962) everything is linear again: t = 1/B, weights w·t, shares of the sequences, and τ = pass·t, which is minimised.  A bound on the
-time of a pass, as of a request, is linear too: τ ≤ seconds·t.
+With B live sequences a pass takes as long as its slowest resource, and each resource is linear in the homes of the weights, in the
+sequences per home of KV and in 1. Seconds per live sequence, pass / B, are a ratio of linear functions; divided by B (Charnes and Cooper,
+1962) everything is linear again: t = 1/B, weights w·t, shares of the sequences, and τ = pass·t, which is minimised. A bound on the time of
+a pass, as of a request, is linear too: τ ≤ seconds·t.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from flexgen.plan.price.work import PassWork, memory_bytes, price, weights_work
 
 Floats = npt.NDArray[np.float64]
 
-# Coefficients of sequences are taken from a pass of this many, so that micro-batches are full.
+# The coefficients of sequences are those of a pass with this many, so that micro-batches are full.
 MANY_SEQUENCES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Room:
-    """What weights and KV may take.
+    """The bytes that weights and KV may take.
 
     Attributes:
-        memory_bytes: tier -> bytes left for weights, KV, and what grows with the sequences; disk: for KV only.
-        sequence_bytes: tier -> bytes that each live sequence takes besides its KV.
-        kv_bytes: KV bytes of a live sequence on average.
-        staged: host bytes that a byte of KV on disk takes.
+        memory_bytes: Per tier, the bytes left for weights, KV, and what grows with the sequences; on disk, those for KV only.
+        sequence_bytes: Per tier, the bytes that each live sequence takes besides its KV.
+        kv_bytes: The KV bytes of a live sequence on average.
+        staged: The host bytes that a byte of KV on disk takes.
     """
 
     memory_bytes: Mapping[str, float]
@@ -49,11 +49,11 @@ class Steady:
     """The best steady state.
 
     Attributes:
-        num_seqs: number of live sequences.
-        tokens_per_s: output tokens per second.
-        weights: share of the weights per tier.
-        kv: share of KV per tier.
-        worth: tier -> relative gain of tokens/s per byte more of it, at the margin (the dual values).
+        num_seqs: The number of live sequences.
+        tokens_per_s: The output tokens per second.
+        weights: The share of the weights per tier.
+        kv: The share of KV per tier.
+        worth: Per tier, the relative gain of tokens/s per byte more of it, at the margin (the dual values).
     """
 
     num_seqs: float
@@ -88,13 +88,15 @@ class SteadyState:
         kv_tiers: Sequence[str] = TIERS,
         pass_seconds: float | None = None,
     ) -> Steady | None:
-        """The steady state of most tokens/s, or None where nothing fits.
+        """Return the steady state with the most tokens/s, or None where nothing fits.
 
         Args:
-            max_num_seqs: most live sequences.
-            weights, kv: shares that are pinned, per tier.
-            kv_tiers: where KV may live.
-            pass_seconds: what a pass may take at most.
+            room: The bytes that weights and KV may take.
+            max_num_seqs: The most live sequences.
+            weights: The pinned shares of weights per tier; None where they are free.
+            kv: The pinned shares of KV per tier; None where they are free.
+            kv_tiers: The tiers where KV may live.
+            pass_seconds: The most seconds that a pass may take; None for no bound.
         """
         tiers, count = list(self.weights), len(self.weights)
         at_weights, at_kv, t, tau = 0, count, 2 * count, 2 * count + 1
@@ -130,12 +132,12 @@ class SteadyState:
             tokens_per_s=1.0 / float(x[tau]),
             weights={tier: float(x[at_weights + place]) * num_seqs for place, tier in enumerate(tiers)},
             kv={tier: float(x[at_kv + place]) for place, tier in enumerate(tiers)},
-            # One byte more relaxes its row, which is divided by B, by t.
+            # One more byte relaxes the tier's row by t, because the row is divided by B.
             worth={tier: float(-dual * x[t] / x[tau]) for tier, dual in memory.items()},
         )
 
     def _memory_row(self, room: Room, tiers: Sequence[str], tier: str, size: int) -> Floats:
-        """Bytes used in a tier, less those there are, per live sequence."""
+        """Return the bytes used in a tier minus those available, per live sequence."""
         row = np.zeros(size)
         count = len(tiers)
         for place, home in enumerate(tiers):
@@ -153,10 +155,10 @@ class Minimum:
     """The solution of a linear program.
 
     Attributes:
-        value: the least value of the goal.
-        at: the variables.
-        worth: what the goal changes by per unit that an inequality's right side grows.
-        equal_worth: the same of the equations.
+        value: The least value of the goal.
+        at: The values of the variables.
+        worth: The change of the goal per unit by which an inequality's right-hand side grows.
+        equal_worth: The same for the equations.
     """
 
     value: float
@@ -168,9 +170,9 @@ class Minimum:
 def minimum(
     goal: Floats, at_most: Floats, limits: Floats, equal: Floats, values: Floats, bounds: Sequence[tuple[float, float | None]]
 ) -> Minimum | None:
-    """Minimise goal · x where at_most · x <= limits and equal · x = values; None where nothing fulfils them all.
+    """Minimise goal · x where at_most · x <= limits and equal · x = values; return None where nothing fulfils them all.
 
-    Rows of inequalities are scaled, so that all numbers are near 1: seconds and bytes differ by 15 orders of magnitude.
+    Rows of inequalities are scaled so that all numbers are near 1: seconds and bytes differ by 15 orders of magnitude.
     """
     from scipy import optimize  # pyright: ignore[reportMissingTypeStubs]
 
@@ -186,10 +188,10 @@ def minimum(
 def _pins(
     tiers: Sequence[str], t: int, size: int, weights: Mapping[str, float] | None, kv: Mapping[str, float] | None
 ) -> tuple[Floats, Floats]:
-    """Equations that hold the shares where they were put."""
+    """Return equations that fix the pinned shares."""
     rows: list[Floats] = []
     values: list[float] = []
-    for place, tier in enumerate(tiers[:-1]):  # the last follows
+    for place, tier in enumerate(tiers[:-1]):  # the last tier's share follows from the others
         if weights is not None and tier in weights:
             row = np.zeros(size)
             row[place], row[t] = 1.0, -weights[tier]
@@ -208,7 +210,7 @@ def _vector(seconds: Mapping[str, float]) -> Floats:
 
 
 def _sequence_seconds(expectation: Expectation, mean: RequestLoad, policy: Policy, home: str) -> Floats:
-    """Seconds of each resource that one live sequence of the job adds to a pass, on average, with its KV at `home`."""
+    """Return the seconds of each resource that one live sequence of the job adds to a pass, on average, with its KV at `home`."""
     load = mean.at(home, MANY_SEQUENCES)
     seconds = _vector(expectation.resources(price(load, expectation.spec, policy, PassWork()), policy))
     empty = PassWork(num_micro_batches=0)

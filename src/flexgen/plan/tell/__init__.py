@@ -1,1 +1,1 @@
-"""What a plan says: the forecast, what would help, what it costs to finish sooner."""
+"""Explains a plan: its forecast, the changes that would help, and the price of finishing sooner."""

@@ -1,4 +1,4 @@
-"""What else one could ask for: a faster number format, and shorter requests."""
+"""Alternatives to a plan: a faster number format, and shorter requests."""
 
 from __future__ import annotations
 
@@ -12,30 +12,35 @@ from flexgen.plan.search.optimise import Search
 from flexgen.plan.search.space import Space
 from flexgen.plan.tell.forecast import Plan
 
-# From this on it is worth a sentence.
+# The least speedup that is worth mentioning.
 WORTH_SAYING = 1.5
-# Of gains that differ by less than searches do, the first counts.
+# Among gains that differ by less than the searches themselves vary, the first counts.
 ABOUT_EQUAL = 0.97
-# Plans on the curve of shorter requests.
+# The number of plans on the curve of shorter requests.
 CURVE_POINTS = 8
-# Computed dtype -> those that take half the bytes and less time, the one with the wider range first.
+# Dtype of computing -> the dtypes that take at most half its bytes and less time, those with a wider range first.
 NARROWER = {"float64": ("float32", "bfloat16", "float16"), "float32": ("bfloat16", "float16")}
 
 
 @dataclass(frozen=True, slots=True)
 class FasterFormat:
-    """A dtype, by torch's name, in which the same job would be done `speedup` times as fast."""
+    """A dtype in which the same job would be faster.
+
+    Attributes:
+        dtype: The dtype, by torch's name.
+        speedup: How many times as fast the job would be.
+    """
 
     dtype: str
     speedup: float
 
 
 def faster_format(plan: Plan, plan_in: Callable[[str], Plan | None]) -> FasterFormat | None:
-    """The narrower dtype that gains most, if that is much.
+    """Return the narrower dtype that gains most; None if the gain is small.
 
     Args:
-        plan: the job, as it was asked for.
-        plan_in: the same job in another dtype; None where rates for that are not known.
+        plan: The plan of the job in the dtype that was chosen.
+        plan_in: Plans the same job in another dtype; returns None where rates for that dtype are not known.
     """
     others = {dtype: other for dtype in NARROWER.get(plan.policy.dtype, ()) if (other := plan_in(dtype)) is not None}
     gains = [FasterFormat(dtype, plan.forecast.seconds / max(other.forecast.seconds, 1e-9)) for dtype, other in others.items()]
@@ -48,8 +53,9 @@ class ParetoPoint:
     """One plan of the curve.
 
     Attributes:
-        request_seconds: of the request that takes longest, first pass to last.
-        tokens_per_s: of output, end to end.
+        request_seconds: The time of the request that takes longest, from its first pass to its last.
+        tokens_per_s: The output tokens per second, from end to end.
+        policy: The policy of the plan.
     """
 
     request_seconds: float
@@ -58,10 +64,12 @@ class ParetoPoint:
 
 
 def pareto(space: Space, *, num_points: int = CURVE_POINTS) -> list[ParetoPoint]:
-    """The curve from the plan with the shortest requests to the one of most tokens/s, rising in both; no point is dominated by another.
+    """Return the curve from the plan with the shortest requests to the plan with the most tokens/s.
+
+    Both numbers rise along it, and no point is dominated by another.
 
     Raises:
-        CapacityError: nothing fits.
+        CapacityError: No plan fits the budgets.
     """
     search = Search(space)
     widest = search.best(Bounds())
@@ -72,13 +80,13 @@ def pareto(space: Space, *, num_points: int = CURVE_POINTS) -> list[ParetoPoint]
         try:
             found.append(search.best(Bounds(request_seconds=seconds)))
         except CapacityError:
-            continue  # the search is not exhaustive: it may miss, near the shortest, what it found there
+            continue  # the search is not exhaustive: close to the shortest requests it may miss the plan that it found for them
     played = [(solution.policy, search.player.whole(solution.policy)) for solution in found]
     return _undominated(played, space.workload.output_tokens)
 
 
 def _undominated(played: list[tuple[Policy, Outcome]], output_tokens: int) -> list[ParetoPoint]:
-    """Without plans that another one beats in both."""
+    """Return the plans that no other plan beats in both numbers."""
     kept: list[ParetoPoint] = []
     for policy, outcome in sorted(played, key=lambda each: (each[1].request_seconds, each[1].seconds)):
         rate = output_tokens / max(outcome.seconds, 1e-9)

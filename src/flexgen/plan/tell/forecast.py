@@ -1,4 +1,4 @@
-"""Plans: the best policy for a job, and its forecast: seconds, rates, memory, and what each resource costs."""
+"""Plans: the best policy for a job, and its forecast of seconds, rates, memory, and the time of each resource."""
 
 from __future__ import annotations
 
@@ -25,37 +25,37 @@ from flexgen.plan.search.solve import solve
 from flexgen.plan.tell.spill import LEAST_GAIN, Spill
 from flexgen.plan.workload import Workload
 
-# A block counts as full from this share of its most sequences on.
+# A block counts as full if it has at least this share of its maximum number of sequences.
 FULL_BLOCK = 0.9
-# The gain of a faster rate is stated for a rate so many times as fast.
+# The gain of a faster rate is computed for a rate that is this many times as fast.
 FASTER = 1.1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Forecast:
-    """A job as it is expected to go.
+    """The expected course of a job.
 
     Attributes:
-        seconds: time from the first pass to the last.
-        num_passes: number of passes.
-        num_requests: number of requests.
-        num_refused: number of requests that can never fit.
-        prompt_tokens: tokens of all prompts.
-        output_tokens: tokens of all answers.
-        output_tokens_per_s: output tokens per second, from end to end.
-        full_block_tokens_per_s: output tokens per second in passes with a full block.
-        live_mean: mean number of sequences in a pass.
-        request_seconds: time of the request that takes longest, from its first pass to its last.
-        pass_seconds: mean time of a pass.
-        resource_seconds: resource -> mean seconds in a pass, each by itself.
-        bottleneck: the resource that decides most of the time.
-        memory_bytes: tier -> part -> bytes reserved.
-        budget_bytes: tier -> bytes.
-        weights_bytes_per_pass: link -> bytes of weights.
-        disk_written_bytes: in all.
-        gain_per_gib: tier -> relative gain of output tokens/s by 1 GiB more of it; empty where unknown.
-        gain_per_rate: resource -> the same per relative gain of its rate, with the same policy.
-        spill: what KV on disk gains, where it would write more than the weights' bytes; None where it would not, or was not compared.
+        seconds: The time from the first pass to the last.
+        num_passes: The number of passes.
+        num_requests: The number of requests.
+        num_refused: The number of requests that can never fit.
+        prompt_tokens: The tokens of all prompts.
+        output_tokens: The tokens of all answers.
+        output_tokens_per_s: The output tokens per second, from end to end.
+        full_block_tokens_per_s: The output tokens per second in passes with a full block.
+        live_mean: The mean number of sequences in a pass.
+        request_seconds: The time of the request that takes longest, from its first pass to its last.
+        pass_seconds: The mean time of a pass.
+        resource_seconds: Per resource, the mean seconds in a pass if it worked alone.
+        bottleneck: The resource that decides most of the time.
+        memory_bytes: The bytes reserved, by tier and part.
+        budget_bytes: The budget of each tier.
+        weights_bytes_per_pass: Per link, the bytes of weights in each pass.
+        disk_written_bytes: The bytes that the whole job writes to disk.
+        gain_per_gib: Per tier, the relative gain of output tokens/s by 1 GiB more of it; empty where unknown.
+        gain_per_rate: Per resource, the relative gain of output tokens/s per relative gain of its rate, with the same policy.
+        spill: The gain of KV on disk, where it would write more than the weights' bytes; None where it would not, or was not compared.
     """
 
     seconds: float
@@ -91,10 +91,10 @@ class Plan:
 
 
 def make_plan(options: EngineOptions, spec: ModelSpec, machine: Machine, limits: Limits, workload: Workload, *, process_bytes: int) -> Plan:
-    """The best policy for a job, and what it should do; arguments and errors are those of `solve`.
+    """Return the best policy for a job, and its forecast; arguments and errors are those of `solve`.
 
-    KV that nobody placed goes to disk in more bytes than the weights have only where that gains LEAST_GAIN, or where the budget on disk
-    was given.
+    Unless the options place KV, a policy that writes more bytes of KV to disk than the weights have is chosen only if it gains at least
+    LEAST_GAIN, or if the options give a budget on disk.
     """
 
     def best(limits: Limits) -> Plan:
@@ -113,7 +113,7 @@ def make_plan(options: EngineOptions, spec: ModelSpec, machine: Machine, limits:
 
 
 def _weighed(plan: Plan, without: Plan, *, asked: bool) -> Plan:
-    """One of two plans, the first of which writes KV to disk; it stays where that was `asked` for."""
+    """Return one of two plans, the first of which writes KV to disk; that one stays where writing was `asked` for."""
     spill = Spill(
         chosen=True, written_bytes=plan.forecast.disk_written_bytes, seconds=plan.forecast.seconds, seconds_without=without.forecast.seconds
     )
@@ -126,7 +126,7 @@ def _weighed(plan: Plan, without: Plan, *, asked: bool) -> Plan:
 
 
 def forecast(solution: Solution, spec: ModelSpec, machine: Machine, limits: Limits, workload: Workload, *, process_bytes: int) -> Forecast:
-    """What `solution`'s policy should do."""
+    """Return the forecast of `solution`'s policy."""
     policy = solution.policy
     homes = weights_work(spec, unit_homes(spec, policy.weights), policy.device)
     return Forecast(
@@ -139,12 +139,12 @@ def forecast(solution: Solution, spec: ModelSpec, machine: Machine, limits: Limi
 
 
 def forecast_again(before: Forecast, policy: Policy, expectation: Expectation, workload: Workload) -> Forecast:
-    """What the same policy should do with another job."""
+    """Return the forecast of the same policy for another job."""
     return dataclasses.replace(before, spill=None, **_played(policy, expectation, workload))
 
 
 def _played(policy: Policy, expectation: Expectation, workload: Workload) -> dict[str, Any]:
-    """The fields of Forecast that playing the job tells; large jobs are played on a sample and extrapolated."""
+    """Return the fields of Forecast that follow from playing the job; large jobs are played on a sample and extrapolated."""
     spec, workload = expectation.spec, expected(workload)
     sample = Samples.played_once(workload).of(policy.max_num_seqs)
     jobs = play_sample(spec, policy, sample)
@@ -176,13 +176,16 @@ def _played(policy: Policy, expectation: Expectation, workload: Workload) -> dic
 
 
 def _full_block_rate(played: Simulation, seconds: npt.NDArray[np.float64]) -> float:
-    """Output tokens/s of the passes in which nearly as many sequences as ever are alive."""
+    """Return the output tokens/s of the passes in which nearly the maximum number of sequences is alive."""
     full = played.live >= FULL_BLOCK * played.live.max(initial=0)
     return float(played.live[full].sum() / max(seconds[full].sum(), 1e-9)) if full.any() else 0.0
 
 
 def rate_gains(played: Simulation, policy: Policy, expectation: Expectation) -> dict[str, float]:
-    """Resource -> relative gain per relative gain of its rate, the policy being as it is: of `FASTER`, in the passes that it decides."""
+    """Return, per resource, the relative gain per relative gain of its rate while the policy stays the same.
+
+    It is computed from a rate `FASTER` times as high, which shortens the passes that the resource decides.
+    """
     seconds = float(played.seconds(expectation, policy).sum())
     faster = {name: float(played.seconds(expectation, policy, times={name: FASTER}).sum()) for name in RESOURCES}
     return {name: (seconds / max(less, 1e-12) - 1) / (FASTER - 1) for name, less in faster.items()}

@@ -1,4 +1,4 @@
-"""How long a running job still takes: what was expected, corrected by what was seen."""
+"""Estimates how long a running job still takes: the forecast, corrected by the measured pace and the answers seen so far."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from flexgen.plan.price.pass_time import Expectation
 from flexgen.plan.tell.forecast import Forecast, forecast_again
 from flexgen.plan.workload import Workload
 
-# The forecast's rates count as much as this many passes that were measured.
+# The forecast's pace counts as much as this many measured passes.
 ASSUMED_PASSES = 2
-# Answers after which lengths are looked at first; then whenever there are twice as many.
+# The job is forecast again after this many answers, and then whenever their number has doubled.
 FIRST_LOOK = 16
 
 
 class RemainingTime:
-    """Seconds left of one run."""
+    """Estimates the seconds left of one run."""
 
     def __init__(self, forecast: Forecast, policy: Policy, expectation: Expectation, workload: Workload) -> None:
         self._forecast, self._policy, self._expectation, self._workload = forecast, policy, expectation, workload
@@ -23,7 +23,7 @@ class RemainingTime:
         self._next_look = FIRST_LOOK
 
     def finished(self, num_tokens: int) -> None:
-        """Take in the length of an answer; where lengths were not known, the job is played again with what was seen so far."""
+        """Add the length of an answer; where lengths were not known, the job is played again with those seen so far."""
         if not self._workload.may_end_early or self._next_look > len(self._workload):
             return
         self._lengths.append(num_tokens)
@@ -33,11 +33,11 @@ class RemainingTime:
             self._forecast = forecast_again(self._forecast, self._policy, self._expectation, likely)
 
     def seconds(self, spent: float, expected_of_spent: float) -> float:
-        """What is left, at the pace so far.
+        """Return the seconds left, at the pace so far.
 
         Args:
-            spent: seconds of the passes so far.
-            expected_of_spent: what these passes should have taken.
+            spent: The seconds of the passes so far.
+            expected_of_spent: The seconds that these passes were expected to take.
         """
         assumed = ASSUMED_PASSES * self._forecast.pass_seconds
         pace = (spent + assumed) / max(expected_of_spent + assumed, 1e-9)

@@ -1,12 +1,12 @@
-"""What KV cache on disk gains a job, and what it takes of an SSD's life."""
+"""The gain of KV cache on disk for a job, and the share of an SSD's life that it costs."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-# What writing more than the weights' bytes has to gain, in tokens/s, where nobody asked for a room on disk.
+# The least relative gain of tokens/s for which more than the weights' bytes are written, unless the options give a budget on disk.
 LEAST_GAIN = 0.2
-# What usual SSDs of 1 TB are rated for, in bytes written (600 TBW).
+# The bytes that a typical SSD of 1 TB is rated to have written to it in its life (600 TBW).
 ENDURANCE_BYTES = 600e12
 
 
@@ -15,10 +15,10 @@ class Spill:
     """Two plans for one job: the best, which writes KV to disk, and the best that does not.
 
     Attributes:
-        chosen: whether the plan is the one that writes.
-        written_bytes: bytes that it writes in all.
-        seconds: time of the job with KV on disk.
-        seconds_without: time of the job without.
+        chosen: Whether the plan is the one that writes.
+        written_bytes: The bytes that it writes in all.
+        seconds: The time of the job with KV on disk.
+        seconds_without: The time of the job without KV on disk.
     """
 
     chosen: bool
@@ -28,10 +28,10 @@ class Spill:
 
     @property
     def gain(self) -> float:
-        """Relative gain of tokens/s by writing."""
+        """The relative gain of tokens/s by writing."""
         return self.seconds_without / max(self.seconds, 1e-9) - 1
 
 
 def endurance_share(written_bytes: float) -> float:
-    """The share of the bytes that an SSD of ENDURANCE_BYTES takes in its life."""
+    """Return the share of the bytes that an SSD rated for ENDURANCE_BYTES can take in its life."""
     return written_bytes / ENDURANCE_BYTES

@@ -1,13 +1,14 @@
-"""Machines that are known by name, for planning on hardware that is not there, and the budgets on them.
+"""Machines that are known by name, for planning for hardware that is not at hand, and the budgets on them.
 
-The JSON files beside this one are read as a user's are: those of the t4-gcp have all rates, the others the figures of data sheets (box.py).
+The JSON files beside this one are read as a user's are: that of the t4-gcp has all rates, the others have the figures of data sheets
+(box.py).
 
-* t4-gcp is the machine of Sheng et al. (ICML 2023), section 6: an NVIDIA T4 on Google's cloud.  Links and disk are as printed there
-  (12 GB/s, about 2 GB/s read and 1 GB/s written).  FLOP/s and the host's attention are the rates that its authors fitted to their runs:
-  21.24 TFLOP/s of products in prefill, 9.97 of batched ones, and 12.3 GFLOP/s on the host, which is 12.3 GB/s of KV (OPT has one query
-  per key).
+* t4-gcp is the machine of Sheng et al. (ICML 2023), section 6: an NVIDIA T4 on Google's cloud. Links and disk are as printed there (12
+  GB/s, about 2 GB/s read and 1 GB/s written). FLOP/s and the host's attention are the rates that its authors fitted to their runs: 21.24
+  TFLOP/s for products in prefill, 9.97 for batched ones, and 12.3 GFLOP/s on the host, which is 12.3 GB/s of KV (OPT has one query per
+  key).
 * The others are desktops and servers with one NVIDIA GPU and a PCIe 4 disk of 2 TB: dense tensor FLOP/s with float32 sums, memory and link
-  rates as NVIDIA prints them.  16gb-gpu-64gb has an RTX 4060 Ti 16 GB on PCIe 4 x8.
+  rates as NVIDIA prints them. 16gb-gpu-64gb has an RTX 4060 Ti 16 GB on PCIe 4 x8.
 """
 
 from __future__ import annotations
@@ -24,16 +25,16 @@ from flexgen.plan.known.box import box_of, is_box
 from flexgen.plan.machine import Limits, Machine
 from flexgen.plan.machine_file import machine_of, parsed
 
-# Of the memory that a machine has, what a plan takes where nobody says.
+# The shares of a machine's memory and disk that a plan may use where the options give no budget.
 HOST_SHARE, DEVICE_SHARE, STORAGE_SHARE = 0.8, 0.9, 0.8
 MACHINES = ("t4-gcp", "16gb-gpu-64gb", "rtx3090-64gb", "rtx4090-64gb", "rtx5090-128gb", "a100-80gb-512gb", "h100-80gb-512gb")
 
 
 def find_machine(name: str) -> Machine:
-    """The shipped machine of that name, or the one in a JSON file: measured, or described by a few figures (see box.py).
+    """Return the shipped machine of that name, or the one in a JSON file: measured, or described by a few figures (see box.py).
 
     Raises:
-        OptionError: neither.
+        OptionError: The name is neither a file nor a shipped machine, or the file does not describe a machine.
     """
     if name in MACHINES:
         return _machine_of((resources.files(__name__) / f"{name}.json").read_text(encoding="utf-8"), name)
@@ -49,16 +50,16 @@ def find_machine(name: str) -> Machine:
 
 
 def _machine_of(text: str, name: str) -> Machine:
-    """The machine of a JSON text; `name` is its name where a few figures give none."""
+    """Return the machine of a JSON text; `name` becomes its name where a few figures give none."""
     fields = parsed(text)
     return box_of(fields, name) if is_box(fields) else machine_of(fields)
 
 
 def limits_of(machine: Machine, options: EngineOptions) -> Limits:
-    """The budgets on a machine that is not this one: the options', or most of what it has.
+    """Return the budgets on a machine that is not this one: those of the options, else most of what the machine has.
 
     Raises:
-        OptionError: a size that cannot be read, or one for a tier that the machine does not have.
+        OptionError: The options name another device, or a size is invalid, too large, or for a tier that the machine does not have.
     """
     if options.device not in ("auto", machine.device):
         raise OptionError(f"--device {options.device}: machine {machine.name!r} computes on {machine.device!r}")
@@ -81,7 +82,7 @@ def limits_of(machine: Machine, options: EngineOptions) -> Limits:
 
 
 def beside_checkpoint(limits: Limits, checkpoint_bytes: int, options: EngineOptions) -> Limits:
-    """The budgets of `limits_of` once the model lies on the same disk; `--disk` is what it says."""
+    """Return the budgets of `limits_of` once the model lies on the same disk; a size given by `--disk` stays as it is."""
     if options.disk is not None:
         return limits
     return dataclasses.replace(limits, disk_bytes=int(STORAGE_SHARE * max(limits.disk_total_bytes - checkpoint_bytes, 0)))

@@ -14,7 +14,7 @@ from flexgen.errors import OptionError
 from flexgen.plan.model import ModelSpec
 
 _SUFFIX = ".json"
-# Hub ids of models whose config has the numbers of another's, letter case aside -> that one's name here.
+# Hub ids, in lower case, of models whose config has the same numbers as another's -> the catalogue's name of that other model.
 _SAME_NUMBERS = {
     "meta-llama/meta-llama-3-8b-instruct": "llama-3-8b",
     "meta-llama/meta-llama-3-70b-instruct": "llama-3-70b",
@@ -29,12 +29,12 @@ _SAME_NUMBERS = {
 
 
 def catalogue_names() -> list[str]:
-    """Names of the shipped models, in alphabetical order."""
+    """Return the names of the shipped models, in alphabetical order."""
     return sorted(file.name.removesuffix(_SUFFIX) for file in resources.files(__name__).iterdir() if file.name.endswith(_SUFFIX))
 
 
 def catalogue_name(model: str) -> str | None:
-    """The name here of a model that is named so, or by its hub id, in any case; None where there is none."""
+    """Return the catalogue's name of a model, found by that name or by a hub id in any letter case; None where there is none."""
     wanted, names = model.lower(), catalogue_names()
     if wanted in names or "/" not in wanted:
         return wanted if wanted in names else None
@@ -42,16 +42,16 @@ def catalogue_name(model: str) -> str | None:
 
 
 def _hub_id(name: str) -> str:
-    """What the shipped file states as the model's name: its hub id, if it has one.  Only the first line is read."""
+    """Return the name that the shipped file states: the model's hub id, if it has one. Only the first line is read."""
     with (resources.files(__name__) / f"{name}{_SUFFIX}").open(encoding="utf-8") as file:
         return str(json.loads(file.readline().rstrip(",\n") + "}")["name"])
 
 
 def catalogue_spec(name: str) -> ModelSpec:
-    """A shipped model, computed in the dtype that its weights have (bfloat16 where they are of a low-bit format).
+    """Return a shipped model, computed in the dtype that its weights have (bfloat16 where they are in a low-bit format).
 
     Raises:
-        OptionError: when there is none of this name; the message lists those there are, similar ones first.
+        OptionError: The catalogue has no model of this name; the message lists the known names, similar ones first.
     """
     if name not in catalogue_names():
         raise OptionError(f"{name!r} is not in the catalogue; known: {', '.join(similar_names(name))}")
@@ -59,17 +59,17 @@ def catalogue_spec(name: str) -> ModelSpec:
 
 
 def catalogue_fields(name: str) -> dict[str, Any]:
-    """What the public config of a shipped model says.
+    """Return the public config of a shipped model.
 
-    The keys are `source` (hub id, or what the numbers were taken from), `dtype` (of the plain weights), `model_type` and `config`
-    (what differs from the defaults of transformers' config class, or decides a size).
+    The keys are `source` (hub id, or what the numbers were taken from), `dtype` (of the plain weights), `model_type` and `config` (the
+    values that differ from the defaults of transformers' config class, or decide a size).
     """
     text = (resources.files("flexgen.plan.known") / "configs.json").read_text(encoding="utf-8")
     return json.loads(text)[name]
 
 
 def similar_names(name: str) -> list[str]:
-    """Names of the shipped models, those that resemble `name` first."""
+    """Return the names of the shipped models, those that resemble `name` first."""
     names = catalogue_names()
     close = difflib.get_close_matches(name.lower(), names, n=3)
     return [*close, *(each for each in names if each not in close)]
