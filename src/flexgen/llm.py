@@ -53,23 +53,23 @@ class LLM:
     refused instead.  Processes may not: a process that was forked after the first call is refused (take the start method "spawn").
 
     Args:
-        model: a Hugging Face folder or hub id, or files that are already resolved.
-        tokenizer: folder or hub id of another tokenizer than the model's.
-        chat_template: a Jinja template, the file that holds one, or the name of one of the model's; None is the model's default.
-        chat_template_kwargs: variables that every chat's template sees, unless the chat gives them another value.
-        **keywords: the fields of `EngineOptions`, by name, and vLLM's arguments (docs/vllm.md): some mean something here, most change
+        model: A Hugging Face folder or hub id, or files that are already resolved.
+        tokenizer: Folder or hub id of another tokenizer than the model's.
+        chat_template: A Jinja template, the file that holds one, or the name of one of the model's; None is the model's default.
+        chat_template_kwargs: Variables that every chat's template sees, unless the chat gives them another value.
+        **keywords: The fields of `EngineOptions`, by name, and vLLM's arguments (docs/vllm.md): some mean something here, most change
             nothing and are named in a warning, and what asks for something else than is done is refused.
 
     Attributes:
-        files: the model's files, resolved.
+        files: The model's files, resolved.
         tokenizer: None where the model has none: prompts are then token ids, and answers have no text.
-        vocab_size: token ids lie below it.
-        max_model_len: the most tokens that a prompt and its answer have together.
-        eos_token_ids: the tokens that end an answer unless its parameters ignore them.
+        vocab_size: Token ids lie below it.
+        max_model_len: The most tokens that a prompt and its answer have together.
+        eos_token_ids: The tokens that end an answer unless its parameters ignore them.
 
     Raises:
-        OptionError: an unknown option, or one that cannot be honoured, by name.
-        ModelError: the model cannot be found or is not supported.
+        OptionError: An unknown option, or one that cannot be honoured, by name.
+        ModelError: The model cannot be found or is not supported.
 
     Every call raises FlexGenError after `close`, and in a forked process.
     """
@@ -138,17 +138,17 @@ class LLM:
         """Continue every prompt; outputs are in the order of the prompts, each with its `n` answers.
 
         Args:
-            prompts: one or several of: text, token ids, {"prompt": text}, {"prompt_token_ids": ids}.  Several may be a list, a
+            prompts: One or several of: text, token ids, {"prompt": text}, {"prompt_token_ids": ids}.  Several may be a list, a
                 generator, an array, a column of a table; ids may be a list, an array or a tensor.
-            sampling_params: one for all, one for each, or None for `get_default_sampling_params()`.
-            use_tqdm: draw a progress bar on stderr; what is not a boolean is called to make one, as tqdm is.
-            **keywords: what else vLLM has, with values that ask for nothing.
+            sampling_params: One for all, one for each, or None for `get_default_sampling_params()`.
+            use_tqdm: Draw a progress bar on stderr; what is not a boolean is called to make one, as tqdm is.
+            **keywords: What else vLLM has, with values that ask for nothing.
 
         Raises:
-            OptionError: sampling_params of another number than the prompts, or a keyword that cannot be honoured.
-            RequestError: a prompt or its parameters cannot be served; nothing has run then.  (A request that fails alone while
+            OptionError: Sampling_params of another number than the prompts, or a keyword that cannot be honoured.
+            RequestError: A prompt or its parameters cannot be served; nothing has run then.  (A request that fails alone while
                 running has finish_reason "error" and the error's code as stop_reason.)
-            CapacityError: the work does not fit the budgets.
+            CapacityError: The work does not fit the budgets.
         """
         check_call("generate", keywords, ("use_tqdm", *GenerateKeywords.__annotations__))
         with self._turns.call():
@@ -170,15 +170,15 @@ class LLM:
 
         Args:
             messages: {"role", "content"} objects, or several lists of these; the content is text or a list of text parts.
-            sampling_params, use_tqdm, **keywords: as for `generate`.
-            chat_template: for this call, in place of the model's.
-            add_generation_prompt: end the prompt with the header of an answer.
-            continue_final_message: leave the last message open, for the model to continue (without a generation prompt).
-            chat_template_kwargs: more variables for the template.
+            sampling_params, use_tqdm, **keywords: As for `generate`.
+            chat_template: For this call, in place of the model's.
+            add_generation_prompt: End the prompt with the header of an answer.
+            continue_final_message: Leave the last message open, for the model to continue (without a generation prompt).
+            chat_template_kwargs: More variables for the template.
 
         Raises:
-            RequestError: a conversation is malformed or refused by the template, or the model has none; nothing has run then.
-            OptionError: as for `generate`.
+            RequestError: A conversation is malformed or refused by the template, or the model has none; nothing has run then.
+            OptionError: As for `generate`.
         """
         check_call("chat", keywords, (*_CHAT_KEYWORDS, *ChatKeywords.__annotations__))
         self._turns.check()
@@ -197,7 +197,7 @@ class LLM:
         """The Hugging Face tokenizer.
 
         Raises:
-            ModelError: the model has none.
+            ModelError: The model has none.
         """
         if self.tokenizer is None:
             raise ModelError(f"{self.files.name} has no tokenizer")
@@ -213,7 +213,7 @@ class LLM:
         """Refuse a model whose files cannot be served now, and not when there is work for it; no weights are read.
 
         Raises:
-            ModelError: naming what is wrong.
+            ModelError: Naming what is wrong.
         """
         self._model.check()
 
@@ -221,7 +221,7 @@ class LLM:
         """What of this model changes its answers, as JSON values by name: a job refuses to go on with another one.
 
         Raises:
-            FlexGenError: as `check_model`.
+            FlexGenError: As `check_model`.
         """
         return fingerprint(self._model, self._choices, self.chat_template, self.options.load_format)
 
@@ -229,7 +229,7 @@ class LLM:
         """Token ids of each text (rendered chats have their special tokens already).
 
         Raises:
-            RequestError: for the first text that has none (see `encode_each`); the message has its index.
+            RequestError: For the first text that has none (see `encode_each`); the message has its index.
         """
         return self._encoder.all("text", as_texts(texts), add_special_tokens=add_special_tokens)
 
@@ -243,8 +243,8 @@ class LLM:
         """The prompt of each conversation by the model's template, or why it has none; rendered as they are asked for.
 
         Args:
-            chats: the conversations.
-            now: the time that templates see, in seconds since 1970, for prompts that a later run must find again; None is the clock's.
+            chats: The conversations.
+            now: The time that templates see, in seconds since 1970, for prompts that a later run must find again; None is the clock's.
         """
         self._turns.check()
         return self._templates.render(chats, now=now)
@@ -261,7 +261,7 @@ class LLM:
         seed; all others are derived.
 
         Raises:
-            RequestError: the prompt or a parameter cannot be served (`context_length_exceeded` where there is no room for an answer).
+            RequestError: The prompt or a parameter cannot be served (`context_length_exceeded` where there is no room for an answer).
         """
         return self._choices.requests(index, prompt_token_ids, params)
 
@@ -284,14 +284,14 @@ class LLM:
         others, and closing the LLM closes the iterator.
 
         Args:
-            requests: pulled lazily.
-            workload: tells their lengths beforehand; what an earlier run generated counts as prompt.
-            prefixes: what their prompts have in common.
-            on_progress: told now and then how the run goes.
-            on_pass: called after every pass with what the unfinished answers are so far; they are gathered while it iterates.
+            requests: Pulled lazily.
+            workload: Tells their lengths beforehand; what an earlier run generated counts as prompt.
+            prefixes: What their prompts have in common.
+            on_progress: Told now and then how the run goes.
+            on_pass: Called after every pass with what the unfinished answers are so far; they are gathered while it iterates.
 
         Raises:
-            FlexGenError: another iterator is not at its end; or, at any result, the LLM is closed.
+            FlexGenError: Another iterator is not at its end; or, at any result, the LLM is closed.
         """
         _check_workload("stream", workload)
         run = self._run(requests, workload, prefixes=prefixes, on_progress=on_progress, on_pass=on_pass)
@@ -318,7 +318,7 @@ class LLM:
         """After memory ran out: have the next engine keep half as many sequences alive as the last one.
 
         Returns:
-            how many; None if it was one already.
+            How many; None if it was one already.
         """
         with self._turns.call():
             return self._open.shrink()
@@ -327,7 +327,7 @@ class LLM:
         """How the last run went.
 
         Raises:
-            FlexGenError: nothing has run yet.
+            FlexGenError: Nothing has run yet.
         """
         if self._open.engine is None:
             raise FlexGenError("nothing has run yet, so there is nothing to report")
@@ -433,7 +433,7 @@ def _close(turns: Turns, engine: EngineSession, templates: Templates, *, wait: b
     """What is left to do when an LLM is closed or forgotten.
 
     Args:
-        wait: for a call of another thread; at the end of the process, the system takes what such a call has.
+        wait: For a call of another thread; at the end of the process, the system takes what such a call has.
     """
     with turns.end(wait=wait) as mine:
         if mine:

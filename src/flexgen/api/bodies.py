@@ -41,7 +41,7 @@ def parse_completion(fields: Mapping[str, Any], defaults: SamplingParams) -> Req
     """A request from the fields of a completion; `null` means the default.
 
     Raises:
-        RequestError: a field is missing, malformed, unknown, or has an effect that is not supported; `param` names it.
+        RequestError: A field is missing, malformed, unknown, or has an effect that is not supported; `param` names it.
     """
     ignored = _ignored(fields, _COMPLETION, _COMPLETION_OFF)
     if fields.get("prompt") is None:
@@ -54,7 +54,7 @@ def parse_chat(fields: Mapping[str, Any], defaults: SamplingParams) -> RequestBo
     """A request from the fields of a chat completion; `null` means the default.
 
     Raises:
-        RequestError: as `parse_completion`, and for messages that are not text.
+        RequestError: As `parse_completion`, and for messages that are not text.
     """
     ignored = _ignored(fields, _CHAT, _CHAT_OFF)
     if fields.get("messages") is None:

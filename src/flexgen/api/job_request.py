@@ -18,12 +18,12 @@ class RequestBody:
     """What a request asks for.
 
     Attributes:
-        prompt: text, token ids, or a conversation.
-        params: how the prompt is continued.
-        states_max_tokens: whether the line itself says how long its answer may be, so that it is never cut silently.
-        return_token_ids: whether the answer shows ids beside its text (vLLM's field).
-        model: the model that the line names, if it names one.
-        ignored: names of the fields that the line gives and that have no effect here.
+        prompt: Text, token ids, or a conversation.
+        params: How the prompt is continued.
+        states_max_tokens: Whether the line itself says how long its answer may be, so that it is never cut silently.
+        return_token_ids: Whether the answer shows ids beside its text (vLLM's field).
+        model: The model that the line names, if it names one.
+        ignored: Names of the fields that the line gives and that have no effect here.
     """
 
     prompt: str | tuple[int, ...] | Chat
@@ -44,11 +44,11 @@ class JobRequest:
     """A line of a job as a request.
 
     Attributes:
-        line_number: the line's number, from 1.
+        line_number: The line's number, from 1.
         digest: 64 bits of the hash of the line.
-        id: the id by which the line's author knows it, if it has one.
-        form: how the line is written; its record is written likewise.
-        asked: what the line asks for, or the error that the line ends in.
+        id: The id by which the line's author knows it, if it has one.
+        form: How the line is written; its record is written likewise.
+        asked: What the line asks for, or the error that the line ends in.
     """
 
     line_number: int

@@ -23,10 +23,10 @@ class Endpoint:
     """What a url stands for.
 
     Attributes:
-        id_prefix: what the ids of its response bodies begin with.
-        object: the type that its response bodies name.
-        parse: reads the body of a request; takes the sampling parameters of lines that set none.
-        choice: writes a completion, without its index and finish_reason.
+        id_prefix: What the ids of its response bodies begin with.
+        object: The type that its response bodies name.
+        parse: Reads the body of a request; takes the sampling parameters of lines that set none.
+        choice: Writes a completion, without its index and finish_reason.
     """
 
     id_prefix: str
@@ -68,10 +68,10 @@ class OpenAIForm:
     """Batch lines of one endpoint, answered by batch lines.
 
     Attributes:
-        url: the url of the endpoint, or whatever the line has in its place.
-        model: the name that answers carry.
-        created: seconds since 1970, the same in all answers of a job, so that a resumed job writes the same bytes.
-        defaults: the sampling parameters of lines that set none.
+        url: The url of the endpoint, or whatever the line has in its place.
+        model: The name that answers carry.
+        created: Seconds since 1970, the same in all answers of a job, so that a resumed job writes the same bytes.
+        defaults: The sampling parameters of lines that set none.
         has_text: False where the model has no tokenizer, so that answers are token ids.
     """
 

@@ -21,7 +21,7 @@ class PlainForm:
     """Flat records; `index` is the line's number, from 1.
 
     Attributes:
-        defaults: the sampling parameters of lines that set none.
+        defaults: The sampling parameters of lines that set none.
         has_text: False where the model has no tokenizer, so that answers are token ids only.
     """
 

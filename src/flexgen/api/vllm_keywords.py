@@ -85,11 +85,11 @@ class ModelKeywords:
     """What the keywords of `LLM` ask for.
 
     Attributes:
-        options: the options of the engine.
-        tokenizer_revision: the revision of the tokenizer on the hub; None is the model's.
-        skip_tokenizer_init: whether to load no tokenizer, so that prompts are token ids and answers have no text.
-        token: the token for the hub; None is the hub library's own.
-        own_defaults: whether defaults of SamplingParams come from the model's generation_config.json.
+        options: The options of the engine.
+        tokenizer_revision: The revision of the tokenizer on the hub; None is the model's.
+        skip_tokenizer_init: Whether to load no tokenizer, so that prompts are token ids and answers have no text.
+        token: The token for the hub; None is the hub library's own.
+        own_defaults: Whether defaults of SamplingParams come from the model's generation_config.json.
     """
 
     options: EngineOptions
@@ -103,7 +103,7 @@ def read_keywords(given: Mapping[str, Any]) -> ModelKeywords:
     """Sort the keywords of `LLM`; those of vLLM that change nothing are named in one warning.
 
     Raises:
-        OptionError: an unknown keyword, or a value that cannot be honoured, by name.
+        OptionError: An unknown keyword, or a value that cannot be honoured, by name.
     """
     _check_names("LLM", given, LLMKeywords.__annotations__)
     _check_values(given, _ONLY)
@@ -163,12 +163,12 @@ def check_call(call: str, given: Mapping[str, Any], known: Iterable[str]) -> Non
     """Check the keywords that a call was given.
 
     Args:
-        call: the name of the call, for messages.
-        given: the keywords with their values.
-        known: the names of the call's own keywords and of vLLM's.
+        call: The name of the call, for messages.
+        given: The keywords with their values.
+        known: The names of the call's own keywords and of vLLM's.
 
     Raises:
-        OptionError: an unknown keyword, or a value that cannot be honoured, by name.
+        OptionError: An unknown keyword, or a value that cannot be honoured, by name.
     """
     _check_names(call, given, known)
     _check_values(given, _CALLS)

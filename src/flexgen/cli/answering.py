@@ -28,12 +28,12 @@ class Answering:
     """A job whose lines are about to be answered.
 
     Attributes:
-        llm: the model.
-        job: the lines.
-        store: what is known about them.
-        flags: say what the user wants to see at the end.
-        display: shows how it goes.
-        signals: may stop it.
+        llm: The model.
+        job: The lines.
+        store: What is known about them.
+        flags: Say what the user wants to see at the end.
+        display: Shows how it goes.
+        signals: May stop it.
     """
 
     llm: LLM

@@ -21,7 +21,7 @@ def bare_defaults(llm: LLM, given: Mapping[str, Any]) -> SamplingParams:
     """The sampling parameters of lines that set none: flags, then generation_config.json, then vLLM's defaults, but up to the context.
 
     Raises:
-        OptionError: the value of a flag is out of range.
+        OptionError: The value of a flag is out of range.
     """
     given = {name: value for name, value in given.items() if value is not None}
     limit = llm.files.generation_config.get("max_new_tokens")

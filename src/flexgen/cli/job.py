@@ -33,11 +33,11 @@ class JobCommand:
     """One `flexgen run`.
 
     Attributes:
-        flags: what was asked for.
-        reading: how the input is read.
-        options: where and how the model runs.
-        display: shows how it goes.
-        signals: may stop it.
+        flags: What was asked for.
+        reading: How the input is read.
+        options: Where and how the model runs.
+        display: Shows how it goes.
+        signals: May stop it.
     """
 
     flags: RunFlags
@@ -66,8 +66,8 @@ class JobCommand:
         """Answer what is not answered yet.
 
         Raises:
-            Stopped: by a signal, before the model had anything.
-            FlexGenError: refused before the start.
+            Stopped: By a signal, before the model had anything.
+            FlexGenError: Refused before the start.
         """
         if self.flags.source is None and self.flags.output is None and self.flags.state is None:
             return self._answer_in_passing()

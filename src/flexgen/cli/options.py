@@ -154,7 +154,7 @@ def load(model: str, options: EngineOptions, progress: str, **more: Any) -> LLM:
     """The model that a command names, downloaded if need be; weights are not read yet.
 
     Args:
-        **more: keywords of LLM that are no engine options.
+        **more: Keywords of LLM that are no engine options.
     """
     from flexgen.hub.resolve import resolve_model
     from flexgen.llm import LLM

@@ -91,8 +91,8 @@ def lengths_of(source: Path, reading: Reading, model: str, options: EngineOption
     """The lengths of a file's requests, by the model's tokenizer and template.
 
     Raises:
-        OptionError: no line can be answered.
-        ModelError: there is no tokenizer.
+        OptionError: No line can be answered.
+        ModelError: There is no tokenizer.
     """
     from flexgen.cli.defaults import bare_defaults
     from flexgen.jobs.mistaken import check_input

@@ -22,7 +22,7 @@ class StopSignals:
     which loses nothing that is durable.  What was ignored before (nohup, background jobs) stays ignored.
 
     Attributes:
-        request: for the job to look at.
+        request: For the job to look at.
     """
 
     def __init__(self) -> None:

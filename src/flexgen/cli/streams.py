@@ -50,7 +50,7 @@ class _Results(_Descriptor):
     """Fails once.  What follows is dropped: it could only be a part, and the interpreter flushes once more when it ends.
 
     Attributes:
-        failure: the error, if there was one.
+        failure: The error, if there was one.
     """
 
     failure: OSError | None = None

@@ -17,8 +17,8 @@ def showing(progress: str, *, messages: TextIO | None = None, results: TextIO | 
     """A display to which the library's log goes, too; its first step is the loading of libraries, which takes seconds.
 
     Args:
-        messages, results: where these go; None is stderr, and stdout for what may be lost.
-        steps: whether to say what begins.
+        messages, results: Where these go; None is stderr, and stdout for what may be lost.
+        steps: Whether to say what begins.
     """
     from flexgen.base.steps import LOGGER as STEPS
     from flexgen.base.steps import step

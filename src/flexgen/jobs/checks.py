@@ -21,7 +21,7 @@ def check_strictly(name: str, requests: Iterable[JobRequest]) -> None:
     """Check every line of a file (--strict).
 
     Raises:
-        JobError: lines that cannot be served, or ids that several lines have; the message lists the first.
+        JobError: Lines that cannot be served, or ids that several lines have; the message lists the first.
     """
     census = Census()
     complaints: list[tuple[int, str]] = []
@@ -43,12 +43,12 @@ def check_head(name: str, lines: Sequence[Line], requests: Iterable[JobRequest])
     """Compare why the first lines of a file fail: one reason for all of them is a mistake about the file, not about its lines.
 
     Args:
-        name: the name of the file.
-        lines: its first lines.
-        requests: what became of them.
+        name: The name of the file.
+        lines: Its first lines.
+        requests: What became of them.
 
     Raises:
-        JobError: all of them fail, for the same reason.
+        JobError: All of them fail, for the same reason.
     """
     first: RequestError | None = None
     for request in requests:

@@ -50,7 +50,7 @@ def connect(path: Path, *, create: bool = False) -> sqlite3.Connection:
     """An open database of a job; every statement is its own transaction unless `transaction` says otherwise.
 
     Raises:
-        StorageError: there is none, it is something else, of another version or damaged, or it cannot be opened.
+        StorageError: There is none, it is something else, of another version or damaged, or it cannot be opened.
     """
     with translated(path):
         _check_file(path, create)
@@ -98,7 +98,7 @@ def transaction(connection: sqlite3.Connection, path: Path) -> Iterator[None]:
     Within a larger one (`hold`) it is a part of that, and as durable.
 
     Raises:
-        StorageError: it could not be made durable; nothing has changed then.
+        StorageError: It could not be made durable; nothing has changed then.
     """
     held = connection.in_transaction
     hold(connection, path)

@@ -38,12 +38,12 @@ def export(paths: JobPaths, target: Path, order: str = "input") -> int:
         order: "input", or "done" for the order in which lines were finished.
 
     Returns:
-        how many records.
+        How many records.
 
     Raises:
-        JobError: there is a file that no export has written.
-        OptionError: an unknown order.
-        StorageError: it cannot be written; what was there is still there.
+        JobError: There is a file that no export has written.
+        OptionError: An unknown order.
+        StorageError: It cannot be written; what was there is still there.
     """
     query = _query(order)
     check_target(target)
@@ -65,7 +65,7 @@ def export_to_stream(paths: JobPaths, stream: BinaryIO, order: str = "input") ->
     """The same to an open stream.
 
     Raises:
-        DeliveryError: it does not take all of them.
+        DeliveryError: It does not take all of them.
     """
     query = _query(order)
     count = 0
@@ -94,7 +94,7 @@ def remove_job(folder: JobFolder) -> None:
     """Remove what earlier runs of a job kept and wrote (`--fresh`).
 
     Raises:
-        JobError: its output is not theirs; nothing is removed then.
+        JobError: Its output is not theirs; nothing is removed then.
     """
     paths = folder.paths
     if paths.database.exists():

@@ -27,8 +27,8 @@ class JobPaths:
     """The places of a job.
 
     Attributes:
-        folder: holds everything that is kept about the job.
-        output: the file of answers; None is standard output.
+        folder: Holds everything that is kept about the job.
+        output: The file of answers; None is standard output.
     """
 
     folder: Path
@@ -58,7 +58,7 @@ def job_paths(source: Path | None, output: Path | None, state: Path | None) -> J
     """Where the job of these files lives: in `state`, else beside its output, else beside its input.
 
     Raises:
-        OptionError: standard input to standard output leaves no place that a rerun would find.
+        OptionError: Standard input to standard output leaves no place that a rerun would find.
     """
     if state is not None:
         return JobPaths(folder=state, output=output)
@@ -93,7 +93,7 @@ def find_job(named: Path) -> JobPaths:
     """The job that writes the file `named`, or that lives in the folder `named`.
 
     Raises:
-        JobError: there is none.
+        JobError: There is none.
     """
     named = named.absolute()
     beside = JobPaths(folder=_beside(named), output=named)
@@ -109,8 +109,8 @@ class JobFolder:
     """The folder of a job, created if need be, and the right to run the job until `close`.
 
     Raises:
-        JobError: another run has it, or it is not ours.
-        StorageError: it or the output cannot be written.
+        JobError: Another run has it, or it is not ours.
+        StorageError: It or the output cannot be written.
     """
 
     def __init__(self, paths: JobPaths) -> None:

@@ -24,15 +24,15 @@ class Forms:
     """Reads lines as requests.
 
     Args:
-        model: the name of the model, which answers carry.
-        created: the time that answers carry, in seconds since 1970.
-        defaults: the sampling parameters of lines that set none.
+        model: The name of the model, which answers carry.
+        created: The time that answers carry, in seconds since 1970.
+        defaults: The sampling parameters of lines that set none.
         has_text: False where the model has no tokenizer.
         input_format: "jsonl" recognises the form line by line; "text" takes every line as a prompt.
-        strict: refuse lines that name another model.
+        strict: Refuse lines that name another model.
 
     Raises:
-        OptionError: the input format is unknown.
+        OptionError: The input format is unknown.
     """
 
     def __init__(
@@ -88,10 +88,10 @@ class Remarks:
     """Counts what the author of a file should read once, and not once per line.
 
     Args:
-        model: the name of the job's model.
+        model: The name of the job's model.
 
     Attributes:
-        num_unbounded: lines whose answers nothing bounds but the context.
+        num_unbounded: Lines whose answers nothing bounds but the context.
     """
 
     def __init__(self, model: str) -> None:

@@ -23,8 +23,8 @@ class Identity:
     """A job's identity; all values are JSON values.
 
     Attributes:
-        answers: what changes answers, by name.
-        versions: what may change them in the last digits.
+        answers: What changes answers, by name.
+        versions: What may change them in the last digits.
     """
 
     answers: Mapping[str, Any]
@@ -62,12 +62,12 @@ def identity_of(model: JobModel, defaults: SamplingParams, **settings: object) -
     """The identity of a job for this model.
 
     Args:
-        model: the model of the job.
-        defaults: the sampling parameters of lines that set none.
-        **settings: others that change answers; JSON values.
+        model: The model of the job.
+        defaults: The sampling parameters of lines that set none.
+        **settings: Others that change answers; JSON values.
 
     Raises:
-        FlexGenError: as `LLM.fingerprint`.
+        FlexGenError: As `LLM.fingerprint`.
     """
     defaulted = {f"default {name}": value for name, value in dataclasses.asdict(defaults).items()}
     return Identity(answers=model.fingerprint() | settings | defaulted, versions={name: _version(name) for name in _PACKAGES})

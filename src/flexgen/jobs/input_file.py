@@ -105,7 +105,7 @@ def keep_input(folder: JobFolder, stream: BinaryIO) -> Path:
     New input stays beside that of an earlier run until `settle_input`, because a run that is refused leaves the job as it was.
 
     Raises:
-        StorageError: it cannot be read or kept.
+        StorageError: It cannot be read or kept.
     """
     copy = folder.paths.input_copy
     new = folder.paths.new_input

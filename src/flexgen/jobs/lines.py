@@ -22,8 +22,8 @@ class Line:
     """A line that is not blank.
 
     Attributes:
-        number: from 1, blank lines counted.
-        content: without the line end; None for a line longer than was asked for.
+        number: From 1, blank lines counted.
+        content: Without the line end; None for a line longer than was asked for.
         digest: 64 bits of the content's hash, never 0.
     """
 

@@ -60,13 +60,13 @@ def check_input(path: Path, *, input_format: str = "jsonl", name: str | None = N
     """Look at the first bytes of the input.
 
     Args:
-        path: the input.
-        input_format: see `Forms`.
-        name: what messages call the input, where that is not its path.
+        path: The input.
+        input_format: See `Forms`.
+        name: What messages call the input, where that is not its path.
 
     Raises:
-        JobError: the file is not one of lines of requests.
-        StorageError: it cannot be read.
+        JobError: The file is not one of lines of requests.
+        StorageError: It cannot be read.
     """
     try:
         with open_input(path) as file:

@@ -20,11 +20,11 @@ class Head:
     """The beginning of a file.
 
     Attributes:
-        content: its first bytes, without a byte order mark.
-        whole: whether this is all of the file.
-        suffix: the ending of its name, in lower case.
-        path: its path as a shell understands it.
-        compressed: whether it is compressed by gzip.
+        content: Its first bytes, without a byte order mark.
+        whole: Whether this is all of the file.
+        suffix: The ending of its name, in lower case.
+        path: Its path as a shell understands it.
+        compressed: Whether it is compressed by gzip.
         utf16: Python's name of its encoding, if that is UTF-16.
     """
 

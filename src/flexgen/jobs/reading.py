@@ -33,9 +33,9 @@ class Reader:
     """Reads lines for a model.
 
     Args:
-        model: encodes prompts and resolves parameters.
-        forms: how lines are understood.
-        now: the time that chat templates see, in seconds since 1970; None is the clock's.
+        model: Encodes prompts and resolves parameters.
+        forms: How lines are understood.
+        now: The time that chat templates see, in seconds since 1970; None is the clock's.
     """
 
     def __init__(self, model: JobModel, forms: Forms, *, now: float | None = None) -> None:
@@ -72,9 +72,9 @@ def encode_prompts(
     A few texts are held at a time: what is rendered is encoded before more is rendered.
 
     Args:
-        model: renders conversations and encodes texts.
-        asked: the requests.
-        now: the time that chat templates see (see `LLM.render_chats`).
+        model: Renders conversations and encodes texts.
+        asked: The requests.
+        now: The time that chat templates see (see `LLM.render_chats`).
     """
     prompts = [each if isinstance(each, RequestError) else each.prompt for each in asked]
     ids: list[Sequence[int] | RequestError] = [() if isinstance(prompt, (str, Chat)) else prompt for prompt in prompts]

@@ -44,22 +44,22 @@ class Job:
     """A file of requests on its way through a model.
 
     Args:
-        model: answers the lines.
-        source: the input file; it must not change while the job runs.
-        store: where results go; None only measures (`--dry-run`).
-        defaults: the sampling parameters of lines that set none.
-        input_format: see `Forms`.
-        checkpoint_seconds: tokens of answers in progress are stored after a pass, at most this often.
-        stop: the job looks after every pass whether it is asked to stop.
+        model: Answers the lines.
+        source: The input file; it must not change while the job runs.
+        store: Where results go; None only measures (`--dry-run`).
+        defaults: The sampling parameters of lines that set none.
+        input_format: See `Forms`.
+        checkpoint_seconds: Tokens of answers in progress are stored after a pass, at most this often.
+        stop: The job looks after every pass whether it is asked to stop.
 
     Attributes:
-        num_lines: lines that are not blank.
-        num_bad_lines: lines that the scan answered with an error.
-        first_bad: the first of them, and what is wrong with it.
-        started: whether the model has taken requests.
-        remarks: on the lines that the scan left for the model.
-        num_resumed: answers that went on where an earlier run left them.
-        tokens_kept: tokens of those answers that were not generated again.
+        num_lines: Lines that are not blank.
+        num_bad_lines: Lines that the scan answered with an error.
+        first_bad: The first of them, and what is wrong with it.
+        started: Whether the model has taken requests.
+        remarks: On the lines that the scan left for the model.
+        num_resumed: Answers that went on where an earlier run left them.
+        tokens_kept: Tokens of those answers that were not generated again.
     """
 
     def __init__(
@@ -92,8 +92,8 @@ class Job:
         """Compare the input with what earlier runs answered.
 
         Raises:
-            JobError: lines that are done have changed, and that is not accepted.
-            StorageError: the input cannot be read.
+            JobError: Lines that are done have changed, and that is not accepted.
+            StorageError: The input cannot be read.
         """
         if self.store is not None:
             self.store.match_input(((line.number, line.digest) for line in self._lines()), accept_changes=accept_changes)
@@ -102,7 +102,7 @@ class Job:
         """Check every line, done or not (--strict).
 
         Raises:
-            JobError: lines that cannot be served, or ids that several lines have; the message lists the first.
+            JobError: Lines that cannot be served, or ids that several lines have; the message lists the first.
         """
         lines = counted_lines(self._lines(), f"checking {self.source}")
         check_strictly(str(self.source), (request for request, _ in self._reader(strict=True).read(lines)))
@@ -111,7 +111,7 @@ class Job:
         """Look at the first lines, unless one of them is done.
 
         Raises:
-            JobError: there are many, and all fail for the same reason.
+            JobError: There are many, and all fail for the same reason.
         """
         head = list(itertools.islice(self._lines(), HEAD_LINES))
         if len(head) == HEAD_LINES and not any(self.store is not None and self.store.is_done(line.number) for line in head):
@@ -123,7 +123,7 @@ class Job:
         Each run needs a scan before it.
 
         Raises:
-            StorageError: the input cannot be read, or an error cannot be stored.
+            StorageError: The input cannot be read, or an error cannot be stored.
         """
         self.num_lines, self._pending, self.remarks = 0, array("Q"), Remarks(self.model.name)
         same: dict[int, int] = {}  # one object per length: a tuple of a million of them stays small
@@ -181,9 +181,9 @@ class Job:
 
         Raises:
             Stopped: `stop` was asked for; what was generated is stored.
-            StorageError: the input changed since the scan, or results cannot be stored.
-            OutOfMemoryError: with `LLM.shrink` and another scan the job can go on.
-            FlexGenError: whatever else stops the engine; what was finished is kept.
+            StorageError: The input changed since the scan, or results cannot be stored.
+            OutOfMemoryError: With `LLM.shrink` and another scan the job can go on.
+            FlexGenError: Whatever else stops the engine; what was finished is kept.
         """
         if self.store is None or not len(workload):
             return

@@ -19,12 +19,12 @@ class ProgressRow:
     """What one choice of a line has got since its last row.
 
     Attributes:
-        line_number: the line's number, from 1.
-        digest: the digest of the line.
-        choice: which of the line's answers it is, from 0.
-        start: how many tokens of the choice earlier rows have.
-        generated: the tokens since then.
-        result: set where the choice is finished and its line is not, because others of its choices are not.
+        line_number: The line's number, from 1.
+        digest: The digest of the line.
+        choice: Which of the line's answers it is, from 0.
+        start: How many tokens of the choice earlier rows have.
+        generated: The tokens since then.
+        result: Set where the choice is finished and its line is not, because others of its choices are not.
     """
 
     line_number: int
@@ -40,7 +40,7 @@ class SavedProgress:
     """All that earlier runs generated for a choice.
 
     Attributes:
-        generated: the tokens.
+        generated: The tokens.
         ending: `finish_reason` and `stop_string` of its result, where the choice is finished.
     """
 
@@ -88,8 +88,8 @@ def stale(connection: sqlite3.Connection, digests: Sequence[int]) -> list[tuple[
     """The (line number, digest) of saved progress whose line has changed or is gone.
 
     Args:
-        connection: the database of the job.
-        digests: by line number, the digests of the lines as they are now, as SQLite holds them.
+        connection: The database of the job.
+        digests: By line number, the digests of the lines as they are now, as SQLite holds them.
     """
     rows = connection.execute("SELECT DISTINCT line, digest FROM begun")
     return [(line, digest) for line, digest in rows if line >= len(digests) or digests[line] != digest]

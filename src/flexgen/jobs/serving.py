@@ -25,9 +25,9 @@ class _OpenLine:
     """A line in progress.
 
     Attributes:
-        request: the line.
-        token_requests: one for each of its choices.
-        results: the results of the choices that are finished.
+        request: The line.
+        token_requests: One for each of its choices.
+        results: The results of the choices that are finished.
     """
 
     request: JobRequest
@@ -43,13 +43,13 @@ class Serving:
     """The lines that the model has.
 
     Args:
-        model: answers them.
-        store: takes their results, and has what earlier runs generated for them.
+        model: Answers them.
+        store: Takes their results, and has what earlier runs generated for them.
 
     Attributes:
-        num_taken: lines handed to the model so far.
-        num_resumed: answers that went on where an earlier run left them.
-        tokens_kept: tokens of those answers that are not generated again.
+        num_taken: Lines handed to the model so far.
+        num_resumed: Answers that went on where an earlier run left them.
+        tokens_kept: Tokens of those answers that are not generated again.
     """
 
     def __init__(self, model: JobModel, store: Store) -> None:

@@ -34,12 +34,12 @@ class ResultRow:
     """How a line ended.
 
     Attributes:
-        line_number: the line's number, from 1.
+        line_number: The line's number, from 1.
         digest: 64 bits of the hash of the line.
-        record: the line of the output, with its end.
-        failed: whether the record is an error.
-        prompt_tokens: tokens of the prompt.
-        output_tokens: generated tokens.
+        record: The line of the output, with its end.
+        failed: Whether the record is an error.
+        prompt_tokens: Tokens of the prompt.
+        output_tokens: Generated tokens.
     """
 
     line_number: int
@@ -54,15 +54,15 @@ class Store:
     """The state of one job, for the run that holds its folder.
 
     Attributes:
-        created: when the job was first started, in seconds since 1970.
-        model: the name that answers carry.
-        run: the run that is going on, which leaves snapshots of itself.
-        num_answered: lines with an answer, earlier runs included.
-        num_failed: lines with an error, earlier runs included.
-        num_found: lines that earlier runs had finished.
+        created: When the job was first started, in seconds since 1970.
+        model: The name that answers carry.
+        run: The run that is going on, which leaves snapshots of itself.
+        num_answered: Lines with an answer, earlier runs included.
+        num_failed: Lines with an error, earlier runs included.
+        num_found: Lines that earlier runs had finished.
 
     Raises:
-        StorageError: the state is damaged or another program's, or it cannot be read or written.
+        StorageError: The state is damaged or another program's, or it cannot be read or written.
     """
 
     def __init__(self, folder: JobFolder) -> None:
@@ -100,10 +100,10 @@ class Store:
         Changes that are accepted, here and later, count when the run starts: one that is refused after all leaves the job as it was.
 
         Args:
-            model: the name that answers carry, unless an earlier run chose one.
+            model: The name that answers carry, unless an earlier run chose one.
 
         Raises:
-            JobError: something changed, and that is not accepted.
+            JobError: Something changed, and that is not accepted.
         """
         with translated(self._path):
             facts = dict(self._connection.execute("SELECT name, value FROM facts"))
@@ -146,7 +146,7 @@ class Store:
         A line that ended in an error may change, or go: it is answered again.
 
         Raises:
-            JobError: one that was answered differs or is gone, and that is not accepted.
+            JobError: One that was answered differs or is gone, and that is not accepted.
         """
         if not self._num_done and not self._begun_lines:
             return
@@ -257,7 +257,7 @@ class Store:
         """Make durable what was added, and what lines in progress have got.
 
         Raises:
-            StorageError: that failed; nothing of it counts as done then.
+            StorageError: That failed; nothing of it counts as done then.
         """
         results, rows = self._pending, [*self._pending_rows, *progress]
         if not results and not rows:
