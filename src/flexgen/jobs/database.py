@@ -50,7 +50,8 @@ def connect(path: Path, *, create: bool = False) -> sqlite3.Connection:
     """Open the database of a job.  Outside of `transaction` and `hold`, every statement is a transaction of its own.
 
     Raises:
-        StorageError: The database does not exist (and `create` is false), cannot be opened, is damaged, has another version, or is not a job.
+        StorageError: The database does not exist (unless `create` is true), cannot be opened, is damaged, is of another version, or is
+            not that of a job.
     """
     with translated(path):
         _check_file(path, create)

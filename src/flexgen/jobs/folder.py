@@ -133,9 +133,8 @@ class JobFolder:
             self._lock = open_private(paths.folder / "lock", os.O_RDWR | os.O_CREAT)
             try:
                 self._take_lock()
-                os.close(
-                    open_private(paths.folder / "export.lock", os.O_RDWR | os.O_CREAT)
-                )  # needed at the end of the run: fail now rather than then
+                # The output needs this lock at the end of the run: fail now rather than then.
+                os.close(open_private(paths.folder / "export.lock", os.O_RDWR | os.O_CREAT))
                 os.ftruncate(self._lock, 0)
                 os.pwrite(self._lock, f"{os.getpid()}\n".encode(), 0)
             except BaseException:

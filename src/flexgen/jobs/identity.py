@@ -24,7 +24,7 @@ class Identity:
 
     Attributes:
         answers: The settings that change answers, by name.
-        versions: The versions of packages, by name, which may change answers only through the last digits of numbers.
+        versions: The versions of packages, by name; another version may change answers in their last digits.
     """
 
     answers: Mapping[str, Any]
