@@ -310,7 +310,7 @@ class LLM:
             requests: The requests, pulled lazily.
             workload: The lengths of the requests; tokens that an earlier run generated count as prompt.
             prefixes: The common prefixes of the prompts.
-            on_progress: A callback that is called now and then with the progress of the run.
+            on_progress: A callback that is called with the progress of the run, also within passes, but not for every step.
             on_pass: A callback that is called after every pass with the unfinished answers, which are gathered while it iterates.
 
         Raises:

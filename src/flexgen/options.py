@@ -36,10 +36,10 @@ class EngineOptions:
     Attributes:
         device: Device that computes matrix products; "sim" is a strict simulation of an accelerator on the CPU, for tests.
         dtype: Dtype of computing and of the KV cache; "auto" is that of the checkpoint, but never float16 on a CPU.
-        device_mem: Hard budget of device memory; None is 90 % of what is free on a GPU.
-        host_mem: Hard budget of host memory for the whole process; None is 80 % of what is free now.
-        disk: Hard budget of disk space; None is 80 % of what is free.
-        offload_dir: Folder for spilled KV; None is a fresh folder below the system's temporary one.
+        device_mem: Hard budget of device memory; None for 90 % of the memory that is free on a GPU.
+        host_mem: Hard budget of host memory for the whole process; None for 80 % of the memory that is free now.
+        disk: Hard budget of disk space; None for 80 % of the space that is free.
+        offload_dir: Folder for spilled KV; None for a new folder in the system's temporary folder.
         weights: Explicit placement of weights, such as "host=.3,disk=.7"; None lets the planner choose.
         kv: Explicit placement of the KV cache, in the same form; None lets the planner choose.
         max_num_seqs: Most sequences alive in a pass; None lets the planner choose.
@@ -48,10 +48,10 @@ class EngineOptions:
         schedule: "auto", "diagonal" (admit as sequences finish), "zigzag" (admit into an empty block only) or "row" (one micro-batch
             at a time).
         prefix_sharing: Whether to compute common prefixes of prompts once.  Tokens do not change.
-        max_request_seconds: Most seconds that a request may take from its first pass to its last, as predicted; None is no bound.
-        max_job_seconds: Most seconds that the job may take, as predicted; None is no bound.
+        max_request_seconds: Most seconds that a request may take from its first pass to its last, as predicted; None for no bound.
+        max_job_seconds: Most seconds that the job may take, as predicted; None for no bound.
         load_format: "auto", "safetensors", or "dummy" for random weights from config.json alone, for benchmarks.
-        max_model_len: Context limit, at most the model's; None is the model's.
+        max_model_len: Context limit, at most the model's; None for the model's.
         revision: Revision of a hub repository.
         seed: Base of every sampled request's own seed.
         max_logprobs: Most log probabilities per token that a request may ask for (vLLM's default); -1 is any number.

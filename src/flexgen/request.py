@@ -179,7 +179,7 @@ class TokenRequest:
         stop_token_ids: Every id that ends the answer (the model's own included unless `ignore_eos`).
         logit_bias: Pairs of token id and bias, each id once.
         bad_words_token_ids: Sequences of ids; the last id of each is not generated after the others.
-        num_logprobs: Number of log probabilities per token; None is none, -1 all.
+        num_logprobs: Number of log probabilities per token; None for none, -1 for all.
         stops: The stop strings; None without any.
         generated: The tokens that an earlier run generated.  The answer goes on after them, and `max_tokens` counts them.
     """
@@ -303,7 +303,7 @@ class RequestOutput:
         prompt: Text of the prompt; None where it was given as token ids.
         prompt_token_ids: The prompt's token ids.
         outputs: The answers, `SamplingParams.n` of them.
-        finished: Always True; there are no partial outputs.
+        finished: Always True, because outputs are never partial.
     """
 
     request_id: str

@@ -34,7 +34,7 @@ _OFF: Mapping[str, tuple[Any, ...]] = {
     "web_search_options": (),
 }  # fmt: skip
 _COMPLETION_OFF: Mapping[str, tuple[Any, ...]] = {**_OFF, "add_special_tokens": (True,)}
-_CHAT_OFF: Mapping[str, tuple[Any, ...]] = {**_OFF, "add_special_tokens": (False,)}  # templates write them
+_CHAT_OFF: Mapping[str, tuple[Any, ...]] = {**_OFF, "add_special_tokens": (False,)}  # chat templates write the special tokens
 
 
 def parse_completion(fields: Mapping[str, Any], defaults: SamplingParams) -> RequestBody:

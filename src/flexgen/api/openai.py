@@ -53,7 +53,7 @@ _CHAT = Endpoint(id_prefix="chatcmpl", object="chat.completion", parse=parse_cha
 ENDPOINTS: Mapping[object, Endpoint] = {
     "/v1/completions": _COMPLETIONS,
     "/v1/chat/completions": _CHAT,
-    "/completions": _COMPLETIONS,  # as Azure's batch files have them
+    "/completions": _COMPLETIONS,  # as in Azure's batch files
     "/chat/completions": _CHAT,
 }
 

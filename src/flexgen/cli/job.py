@@ -142,7 +142,7 @@ class JobCommand:
 
         source, form = self.flags.source, self.reading.form
         if source is not None and not self.flags.source_is_stream:
-            check_input(source, input_format=form)  # before anything is removed for it
+            check_input(source, input_format=form)  # checked before `--fresh` removes anything
             if self.flags.fresh:
                 remove_job(folder)
             return source

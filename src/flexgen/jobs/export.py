@@ -50,7 +50,7 @@ def export(paths: JobPaths, target: Path, order: str = "input") -> int:
     query = _query(order)
     check_target(target)
     with translated(target), _turn(paths) as turn, _reading(paths) as connection:
-        target = follow(target)  # a link stays a link
+        target = follow(target)  # a symlink stays, and its target is replaced
         _check_ours(connection, target)
         with turn.temporary(target) as temporary:
             count, digest = _write(connection, query, temporary, target)
@@ -186,7 +186,7 @@ class _Turn:
         """Remove the temporary file of a killed export, if the file of that name is a regular file of this user."""
         left = Path(os.fsdecode(os.pread(self._lock, os.fstat(self._lock).st_size, 0)))
         if left.name:
-            with suppress(OSError):  # gone, or in a folder that is gone
+            with suppress(OSError):  # the file or its folder no longer exists
                 found = left.lstat()
                 if stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid():
                     left.unlink()

@@ -184,7 +184,7 @@ class JobFolder:
             self.remove_state()
             for name in ("export.lock", "lock"):
                 (self.paths.folder / name).unlink(missing_ok=True)
-            with suppress(OSError):  # somebody has put a file into it
+            with suppress(OSError):  # another program has put a file into it
                 self.paths.folder.rmdir()
 
     def close(self) -> None:

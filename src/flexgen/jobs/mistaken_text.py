@@ -174,7 +174,7 @@ def _rows(head: Head, delimiter: str) -> list[list[str]]:
         rows = [row for row in csv.reader(io.StringIO(text), delimiter=delimiter) if row]
     except csv.Error:
         return []
-    return rows if head.whole else rows[:-1]  # the last may have been cut within quotes
+    return rows if head.whole else rows[:-1]  # the last row may have been cut within quotes
 
 
 def _has_columns(rows: Sequence[Sequence[str]]) -> bool:

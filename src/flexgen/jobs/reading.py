@@ -14,7 +14,7 @@ from flexgen.jobs.lines import Line
 from flexgen.jobs.model import JobModel
 from flexgen.request import TokenRequest
 
-_BATCH_LINES = 256  # tokenised together
+_BATCH_LINES = 256  # lines that are tokenised together, at most
 _BATCH_BYTES = 4 << 20
 _CHOICE_BITS = MAX_CHOICES.bit_length()
 

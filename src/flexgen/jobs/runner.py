@@ -84,7 +84,7 @@ class Job:
         self._input_format = input_format
         self.remarks = Remarks(model.name)
         self._pending = array("Q")  # digests of the lines that the scan left for the model, in the order of the input
-        self._prefixes = NO_PREFIXES  # of their prompts
+        self._prefixes = NO_PREFIXES  # common prefixes of the prompts of these lines
 
     # -- before the start ---------------------------------------------------------------------------------------------------------------
 

@@ -54,7 +54,7 @@ class Serving:
 
     def __init__(self, model: JobModel, store: Store) -> None:
         self._model, self._store = model, store
-        self._lines: dict[int, _OpenLine] = {}  # by number
+        self._lines: dict[int, _OpenLine] = {}  # by line number
         self._stored: dict[int, int] = {}  # index -> tokens of a choice that are stored
         self.num_taken = self.num_resumed = self.tokens_kept = 0
 
@@ -75,7 +75,7 @@ class Serving:
             self._finish(line)
             return
         left = [choice for choice in range(len(token_requests)) if choice not in line.results]
-        for choice in left:  # the first may be finished before the last is asked for
+        for choice in left:  # the first choice may be finished before the last is pulled
             yield self._resumed(token_requests[choice], kept[choice].generated) if choice in kept else token_requests[choice]
 
     def refuse(self, request: JobRequest, error: RequestError) -> None:
@@ -113,7 +113,7 @@ class Serving:
         line.results[choice] = result
         if line.done:
             self._finish(line)
-        elif result.error is None:  # an error is for this run; a later one may have more memory
+        elif result.error is None:  # an error is not stored, because a later run may have more memory
             generated = Generated(token_ids=result.token_ids, logprobs=result.logprobs)
             self._store.keep(self._row(result.index, generated, result))
 

@@ -86,7 +86,7 @@ def read_status(paths: JobPaths) -> JobStatus:
         StorageError: The state of the job cannot be read.
     """
     with closing(connect(paths.database)) as connection, translated(paths.database):
-        connection.execute("BEGIN")  # one snapshot
+        connection.execute("BEGIN")  # so that all figures are of one moment
         run, results, told = latest_run(connection), _results(connection), latest_snapshot(connection)
     process = running_process(paths)
     if told is not None and told.run != run.id:
