@@ -1,4 +1,4 @@
-"""LLM: the one place that wires the parts (files, tokenizer, plan, engine), with vLLM's names.
+"""The class LLM, which puts the parts together (model files, tokenizer, plan, engine) under vLLM's names.
 
 Knows nothing of files of requests (jobs/) or terminals (cli/).
 """
@@ -49,29 +49,30 @@ class LLM:
 
     The engine is opened by the first call that generates, because the plan depends on the work, and stays open for later calls.
 
-    Threads may share an LLM: calls that use the engine wait for each other.  While an iterator of `stream` is not at its end, they are
-    refused instead.  Processes may not: a process that was forked after the first call is refused (take the start method "spawn").
+    Threads may share an LLM: calls that use the engine wait for each other, but are refused while an iterator of `stream` is not at its
+    end.  Processes may not share one: calls in a process that was forked after the first call are refused (use the start method
+    "spawn").
+
+    After `close`, calls that use the engine or the chat templates raise FlexGenError.
 
     Args:
-        model: a Hugging Face folder or hub id, or files that are already resolved.
-        tokenizer: folder or hub id of another tokenizer than the model's.
-        chat_template: a Jinja template, the file that holds one, or the name of one of the model's; None is the model's default.
-        chat_template_kwargs: variables that every chat's template sees, unless the chat gives them another value.
-        **keywords: the fields of `EngineOptions`, by name, and vLLM's arguments (docs/vllm.md): some mean something here, most change
-            nothing and are named in a warning, and what asks for something else than is done is refused.
+        model: A Hugging Face folder or hub id, or files that are already resolved.
+        tokenizer: The folder or hub id of another tokenizer than the model's.
+        chat_template: A Jinja template, a file that holds one, or the name of one of the model's; None for the model's default.
+        chat_template_kwargs: Variables for the template of every chat; a chat may override them.
+        **keywords: The fields of `EngineOptions`, by name, and vLLM's arguments (docs/vllm.md).  Of these some have a meaning here, most
+            change nothing and are named in a warning, and values that cannot be honoured are refused.
 
     Attributes:
-        files: the model's files, resolved.
-        tokenizer: None where the model has none: prompts are then token ids, and answers have no text.
-        vocab_size: token ids lie below it.
-        max_model_len: the most tokens that a prompt and its answer have together.
-        eos_token_ids: the tokens that end an answer unless its parameters ignore them.
+        files: The model's files, resolved.
+        tokenizer: The tokenizer; None where there is none, so that prompts are token ids and answers have no text.
+        vocab_size: The size of the vocabulary; token ids lie below it.
+        max_model_len: The most tokens that a prompt and its answer may have together.
+        eos_token_ids: The tokens that end an answer unless its parameters ignore them.
 
     Raises:
-        OptionError: an unknown option, or one that cannot be honoured, by name.
-        ModelError: the model cannot be found or is not supported.
-
-    Every call raises FlexGenError after `close`, and in a forked process.
+        OptionError: An option is unknown or cannot be honoured; the message names it.
+        ModelError: The model cannot be found or is not supported.
     """
 
     def __init__(
@@ -122,7 +123,7 @@ class LLM:
 
     @property
     def options(self) -> EngineOptions:
-        """What was asked for; smaller after `shrink`."""
+        """The options that were asked for; `shrink` lowers `max_num_seqs`."""
         return self._open.options
 
     # -- vLLM's calls -------------------------------------------------------------------------------------------------------------
@@ -135,20 +136,20 @@ class LLM:
         use_tqdm: bool | Callable[..., Any] = False,
         **keywords: Unpack[GenerateKeywords],
     ) -> list[RequestOutput]:
-        """Continue every prompt; outputs are in the order of the prompts, each with its `n` answers.
+        """Continue every prompt, and return outputs in the order of the prompts, each with `n` answers.
 
         Args:
-            prompts: one or several of: text, token ids, {"prompt": text}, {"prompt_token_ids": ids}.  Several may be a list, a
-                generator, an array, a column of a table; ids may be a list, an array or a tensor.
-            sampling_params: one for all, one for each, or None for `get_default_sampling_params()`.
-            use_tqdm: draw a progress bar on stderr; what is not a boolean is called to make one, as tqdm is.
-            **keywords: what else vLLM has, with values that ask for nothing.
+            prompts: One or several prompts, each a text, token ids, {"prompt": text} or {"prompt_token_ids": ids}.  Several may be a
+                list, a generator, an array or a column of a table; ids may be a list, an array or a tensor.
+            sampling_params: One value for all prompts, or one for each; None for `get_default_sampling_params()`.
+            use_tqdm: Whether to draw a progress bar on stderr; a callable is called in place of tqdm.
+            **keywords: Other keywords of vLLM, with values that have no effect.
 
         Raises:
-            OptionError: sampling_params of another number than the prompts, or a keyword that cannot be honoured.
-            RequestError: a prompt or its parameters cannot be served; nothing has run then.  (A request that fails alone while
+            OptionError: There are not as many sampling_params as prompts, or a keyword cannot be honoured.
+            RequestError: A prompt or its parameters cannot be served; nothing has run then.  (A request that fails alone while
                 running has finish_reason "error" and the error's code as stop_reason.)
-            CapacityError: the work does not fit the budgets.
+            CapacityError: The work does not fit the budgets.
         """
         check_call("generate", keywords, ("use_tqdm", *GenerateKeywords.__annotations__))
         with self._turns.call():
@@ -166,19 +167,21 @@ class LLM:
         use_tqdm: bool | Callable[..., Any] = False,
         **keywords: Unpack[ChatKeywords],
     ) -> list[RequestOutput]:
-        """Answer one or several conversations; outputs are in their order, with the rendered prompts.
+        """Answer one or several conversations, and return outputs in their order, with the rendered prompts.
 
         Args:
-            messages: {"role", "content"} objects, or several lists of these; the content is text or a list of text parts.
-            sampling_params, use_tqdm, **keywords: as for `generate`.
-            chat_template: for this call, in place of the model's.
-            add_generation_prompt: end the prompt with the header of an answer.
-            continue_final_message: leave the last message open, for the model to continue (without a generation prompt).
-            chat_template_kwargs: more variables for the template.
+            messages: A list of {"role", "content"} objects, or several such lists; the content is text or a list of text parts.
+            sampling_params: See `generate`.
+            chat_template: The template for this call, in place of the model's.
+            add_generation_prompt: Whether to end the prompt with the header of an answer.
+            continue_final_message: Whether to leave the last message open for the model to continue (without a generation prompt).
+            chat_template_kwargs: More variables for the template.
+            use_tqdm: See `generate`.
+            **keywords: See `generate`.
 
         Raises:
-            RequestError: a conversation is malformed or refused by the template, or the model has none; nothing has run then.
-            OptionError: as for `generate`.
+            RequestError: A conversation is malformed or refused by the template, or the model has no template; nothing has run then.
+            OptionError: See `generate`.
         """
         check_call("chat", keywords, (*_CHAT_KEYWORDS, *ChatKeywords.__annotations__))
         self._turns.check()
@@ -194,57 +197,72 @@ class LLM:
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
     def get_tokenizer(self) -> PreTrainedTokenizerBase:
-        """The Hugging Face tokenizer.
+        """Return the Hugging Face tokenizer.
 
         Raises:
-            ModelError: the model has none.
+            ModelError: The model has no tokenizer.
         """
         if self.tokenizer is None:
             raise ModelError(f"{self.files.name} has no tokenizer")
         return self.tokenizer.hf
 
     def get_default_sampling_params(self) -> SamplingParams:
-        """vLLM's defaults under the values of generation_config.json (without them for `generation_config="vllm"`)."""
+        """Return vLLM's defaults, overridden by generation_config.json unless `generation_config="vllm"` was given."""
         return default_sampling_params(self.files.generation_config if self._own_defaults else {})
 
-    # -- what jobs and benchmarks are made of ----------------------------------------------------------------------------------------
+    # -- calls for jobs and benchmarks -----------------------------------------------------------------------------------------------
 
     def check_model(self) -> None:
-        """Refuse a model whose files cannot be served now, and not when there is work for it; no weights are read.
+        """Check that the model's files can be served, so that this does not fail only when there is work; no weights are read.
 
         Raises:
-            ModelError: naming what is wrong.
+            ModelError: The model cannot be served; the message says why.
         """
         self._model.check()
 
     def fingerprint(self) -> dict[str, Any]:
-        """What of this model changes its answers, as JSON values by name: a job refuses to go on with another one.
+        """Return the properties of the model that change its answers, as JSON values by name.
+
+        A job refuses to go on with another fingerprint.
 
         Raises:
-            FlexGenError: as `check_model`.
+            FlexGenError: See `check_model`.
         """
         return fingerprint(self._model, self._choices, self.chat_template, self.options.load_format)
 
     def encode(self, texts: str | Iterable[str], *, add_special_tokens: bool = True) -> list[list[int]]:
-        """Token ids of each text (rendered chats have their special tokens already).
+        """Return the token ids of each text.
+
+        Args:
+            texts: One or several texts.
+            add_special_tokens: Whether to add the special tokens of the tokenizer, which rendered chats have already.
 
         Raises:
-            RequestError: for the first text that has none (see `encode_each`); the message has its index.
+            RequestError: A text cannot be encoded (see `encode_each`); the message has its index.
         """
         return self._encoder.all("text", as_texts(texts), add_special_tokens=add_special_tokens)
 
     def encode_each(self, texts: Iterable[str | RequestError], *, add_special_tokens: bool = True) -> Iterator[list[int] | RequestError]:
-        """Token ids of each text, or why it has none: it is no Unicode text, longer than the context or the host budget allow, the
-        tokenizer fails on it, or the model has none.  Texts are pulled as they are needed; errors among them are handed on.
+        """Yield the token ids of each text, or the error that prevents them.
+
+        A text fails if it is not valid Unicode, is longer than the context or the host budget allow, or the tokenizer fails on it or is
+        missing.
+
+        Args:
+            texts: The texts, pulled as they are needed; errors among them are yielded as they are.
+            add_special_tokens: See `encode`.
         """
         return self._encoder.each(texts, add_special_tokens=add_special_tokens)
 
     def render_chats(self, chats: Sequence[Chat], *, now: float | None = None) -> Iterator[str | RequestError]:
-        """The prompt of each conversation by the model's template, or why it has none; rendered as they are asked for.
+        """Yield the prompt of each conversation by the model's template, or the error that prevents it.
+
+        Prompts are rendered as the iterator is advanced.
 
         Args:
-            chats: the conversations.
-            now: the time that templates see, in seconds since 1970, for prompts that a later run must find again; None is the clock's.
+            chats: The conversations.
+            now: The time that templates see, in seconds since 1970, given where a later run must render the same prompts; None for the
+                current time.
         """
         self._turns.check()
         return self._templates.render(chats, now=now)
@@ -255,18 +273,23 @@ class LLM:
         return self._templates.text
 
     def token_requests(self, index: int, prompt_token_ids: Sequence[int], params: SamplingParams) -> list[TokenRequest]:
-        """What the engine is asked for the `n` answers to one prompt: requests with indices from `index` on.
+        """Return the engine's requests for the `n` answers to one prompt.
 
-        `max_tokens` is cut to the context that the prompt leaves, as vLLM does.  The first answer to a prompt with a seed has that
-        seed; all others are derived.
+        `max_tokens` is cut to the context that the prompt leaves, as in vLLM.  If the parameters have a seed, the first answer uses it;
+        all other seeds are derived.
+
+        Args:
+            index: The index of the first request; those of the others follow.
+            prompt_token_ids: The prompt.
+            params: The sampling parameters.
 
         Raises:
-            RequestError: the prompt or a parameter cannot be served (`context_length_exceeded` where there is no room for an answer).
+            RequestError: The prompt or a parameter cannot be served (`context_length_exceeded` where there is no room for an answer).
         """
         return self._choices.requests(index, prompt_token_ids, params)
 
     def prefix_census(self) -> PrefixCensus | None:
-        """What finds the common prefixes of requests before they are streamed; None where they are not to be shared."""
+        """Return an object that finds the common prefixes of requests before they are streamed; None if prefix sharing is off."""
         return PrefixCensus(PAGE_TOKENS) if self.options.prefix_sharing else None
 
     def stream(
@@ -278,20 +301,20 @@ class LLM:
         on_progress: Callable[[Progress], None] | None = None,
         on_pass: Callable[[Iterable[PartialAnswer]], None] | None = None,
     ) -> Iterator[TokenResult]:
-        """Results as they finish.
+        """Answer requests, and yield the results as they finish.
 
-        From the first result to the end of the iterator, the engine is its own: other calls that need it are refused, in this thread and in
-        others, and closing the LLM closes the iterator.
+        From the first result to the end of the iterator, the iterator owns the engine: other calls that need it are refused in all threads,
+        and closing the LLM closes the iterator.
 
         Args:
-            requests: pulled lazily.
-            workload: tells their lengths beforehand; what an earlier run generated counts as prompt.
-            prefixes: what their prompts have in common.
-            on_progress: told now and then how the run goes.
-            on_pass: called after every pass with what the unfinished answers are so far; they are gathered while it iterates.
+            requests: The requests, pulled lazily.
+            workload: The lengths of the requests; tokens that an earlier run generated count as prompt.
+            prefixes: The common prefixes of the prompts.
+            on_progress: A callback that is called with the progress of the run, also within passes, but not for every step.
+            on_pass: A callback that is called after every pass with the unfinished answers, which are gathered while it iterates.
 
         Raises:
-            FlexGenError: another iterator is not at its end; or, at any result, the LLM is closed.
+            FlexGenError: Another iterator is not at its end; or, at any result, the LLM is closed.
         """
         _check_workload("stream", workload)
         run = self._run(requests, workload, prefixes=prefixes, on_progress=on_progress, on_pass=on_pass)
@@ -300,43 +323,50 @@ class LLM:
     def completions(
         self, results: Iterable[TokenResult], params: SamplingParams, prompt_token_ids: Sequence[int] = ()
     ) -> list[CompletionOutput]:
-        """The answers to one prompt as vLLM shows them, in the order of their indices; their text is decoded behind the prompt's."""
+        """Return the answers to one prompt as vLLM's outputs, in the order of their indices.
+
+        Args:
+            results: The results of the engine's requests for the prompt.
+            params: The sampling parameters.
+            prompt_token_ids: The prompt, after which the text of the answers is decoded.
+        """
         return self._choices.completions(results, params, prompt_token_ids)
 
     def plan(self, workload: Workload) -> Plan:
-        """What `open` would do with this work (see `plan_job`)."""
+        """Return the plan that `open` would make for this workload, without opening the engine (see `plan_job`)."""
         _check_workload("plan", workload)
         return plan_job(self._model, self.options, workload)
 
     def open(self, workload: Workload) -> Plan:
-        """Open the engine for this work, as `stream` would, and tell its plan."""
+        """Open the engine for this workload, as `stream` would, and return its plan."""
         _check_workload("open", workload)
         with self._turns.call():
             return self._open.serving(workload).plan
 
     def shrink(self) -> int | None:
-        """After memory ran out: have the next engine keep half as many sequences alive as the last one.
+        """Have the next engine keep half as many sequences alive as the last one, after memory ran out.
 
         Returns:
-            how many; None if it was one already.
+            The new number of sequences; None if it was 1 already.
         """
         with self._turns.call():
             return self._open.shrink()
 
     def report(self) -> RunReport:
-        """How the last run went.
+        """Return the report of the last run.
 
         Raises:
-            FlexGenError: nothing has run yet.
+            FlexGenError: Nothing has run yet.
         """
         if self._open.engine is None:
             raise FlexGenError("nothing has run yet, so there is nothing to report")
         return self._open.engine.report()
 
     def close(self) -> None:
-        """Free the engine's memory, files, threads and processes, after a call of another thread; a closed LLM cannot generate again.
+        """Free the engine's memory, files, threads and processes.  A closed LLM cannot generate again.
 
-        In a forked process nothing happens: all of it is its parent's.
+        If another thread is within a call, this waits for its end.  In a forked process nothing happens, because all of it belongs to the
+        parent.
         """
         _close(self._turns, self._open, self._templates, wait=True)
 
@@ -385,21 +415,21 @@ class LLM:
         ]
 
     def _run(self, requests: Iterable[TokenRequest], workload: Workload, **how: Any) -> Generator[TokenResult]:
-        """The results of the engine, whose turn it must be; `how` as for `stream`."""
+        """Yield the results of the engine, which the caller must own.  `how` has the other arguments of `stream`."""
         engine = self._open.serving(workload)
         try:
             yield from engine.generate(requests, num_requests=len(workload), **how)
         except BaseException:
-            self._open.close()  # what was alive in it is of no use to a later call
+            self._open.close()  # its live sequences are of no use to a later call
             raise
 
     @property
     def _max_prompt_chars(self) -> int | None:
-        """What has more characters does not fit the context."""
+        """The most characters of a text that can fit the context; None without a tokenizer."""
         return self.tokenizer.max_chars(self.max_model_len) if self.tokenizer is not None else None
 
     def _token_requests(self, batch: list[tuple[str | None, list[int] | None]], params: list[SamplingParams]) -> list[list[TokenRequest]]:
-        """The requests of each prompt."""
+        """Return the engine's requests for each prompt."""
         encoded = self.encode_each([text for text, ids in batch if text is not None and ids is None])
         choices: list[list[TokenRequest]] = []
         index = self._num_requests
@@ -418,7 +448,7 @@ def _check_workload(call: str, workload: object) -> None:
 
 
 def _tokenizer(files: ModelFiles, other: str | os.PathLike[str] | None, asked: ModelKeywords) -> Tokenizer | None:
-    """The model's own tokenizer or another one, if there is one."""
+    """Load the model's own tokenizer or another one; return None if there is none or `skip_tokenizer_init` is set."""
     if asked.skip_tokenizer_init:
         return None
     revision = asked.tokenizer_revision
@@ -430,10 +460,13 @@ def _tokenizer(files: ModelFiles, other: str | os.PathLike[str] | None, asked: M
 
 
 def _close(turns: Turns, engine: EngineSession, templates: Templates, *, wait: bool) -> None:
-    """What is left to do when an LLM is closed or forgotten.
+    """Release the resources of an LLM that is closed or garbage collected.
 
     Args:
-        wait: for a call of another thread; at the end of the process, the system takes what such a call has.
+        turns: The turns of the LLM.
+        engine: The engine of the LLM.
+        templates: The templates of the LLM.
+        wait: Whether to wait for a call of another thread; if not, the operating system frees its resources at the end of the process.
     """
     with turns.end(wait=wait) as mine:
         if mine:

@@ -1,6 +1,6 @@
-"""One EngineOptions value: the flags of `flexgen run` and the keywords of `LLM` are the same list.
+"""The options of the engine as one value: its fields are the flags of `flexgen run` and the keywords of `LLM`.
 
-Sizes stay as the user wrote them; `solve` in plan/search/solve.py turns them into bytes for the machine.
+Sizes stay as the user wrote them; `solve` in plan/search/solve.py converts them to bytes for the machine.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
 LOAD_FORMATS = ("auto", "safetensors", "dummy")
 SCHEDULES = ("auto", "diagonal", "zigzag", "row")
 TIERS = ("device", "host", "disk")
-# Below these a budget is a slip of the pen ("10" for "10GiB"): an interpreter with torch takes more, a page of a ring no less.
+# A budget below these is a typing mistake ("10" for "10GiB"): an interpreter with torch takes more, a page of a ring no less.
 _LEAST_BYTES = {"host_mem": 64 * MIB, "device_mem": MIB, "disk": MIB}
-# Integers, and the least that each may be; only some may be None.
+# The integer options and the least value of each; those in _NEVER_NONE may not be None.
 _LEAST_INTEGERS = {
     "max_num_seqs": 1, "micro_batch_tokens": 1, "prefill_tokens": 1, "max_model_len": 1, "max_logprobs": -1, "seed": -(2**63),
 }  # fmt: skip
@@ -31,15 +31,15 @@ _NEVER_NONE = ("max_logprobs", "seed")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineOptions:
-    """Where and how the model runs, as far as the user says.
+    """The user's choices of where and how the model runs.
 
     Attributes:
-        device: Device that computes matrix products; "sim" is a hostile stand-in for an accelerator, for tests.
-        dtype: Dtype of computing and of the KV cache; "auto" is the checkpoint's, but never float16 on a CPU.
-        device_mem: Hard budget of device memory; None is 90 % of what is free on a GPU.
-        host_mem: Hard budget of host memory for the whole process; None is 80 % of what is free now.
-        disk: Hard budget of disk space; None is 80 % of what is free.
-        offload_dir: Folder for spilled KV; None is a fresh folder below the system's temporary one.
+        device: Device that computes matrix products; "sim" is a strict simulation of an accelerator on the CPU, for tests.
+        dtype: Dtype of computing and of the KV cache; "auto" is that of the checkpoint, but never float16 on a CPU.
+        device_mem: Hard budget of device memory; None for 90 % of the memory that is free on a GPU.
+        host_mem: Hard budget of host memory for the whole process; None for 80 % of the memory that is free now.
+        disk: Hard budget of disk space; None for 80 % of the space that is free.
+        offload_dir: Folder for spilled KV; None for a new folder in the system's temporary folder.
         weights: Explicit placement of weights, such as "host=.3,disk=.7"; None lets the planner choose.
         kv: Explicit placement of the KV cache, in the same form; None lets the planner choose.
         max_num_seqs: Most sequences alive in a pass; None lets the planner choose.
@@ -47,15 +47,16 @@ class EngineOptions:
         prefill_tokens: Most prompt tokens that a pass admits; None lets the planner choose.
         schedule: "auto", "diagonal" (admit as sequences finish), "zigzag" (admit into an empty block only) or "row" (one micro-batch
             at a time).
-        prefix_sharing: Whether to compute once what several prompts begin with.  Tokens do not change.
-        max_request_seconds: Most seconds that a request may take from its first pass to its last, as predicted; None is no bound.
-        max_job_seconds: Most seconds that the job may take, as predicted; None is no bound.
+        prefix_sharing: Whether to compute common prefixes of prompts once.  Tokens do not change.
+        max_request_seconds: Most seconds that a request may take from its first pass to its last, as predicted; None for no bound.
+        max_job_seconds: Most seconds that the job may take, as predicted; None for no bound.
         load_format: "auto", "safetensors", or "dummy" for random weights from config.json alone, for benchmarks.
-        max_model_len: Context limit, at most the model's; None is the model's.
+        max_model_len: Context limit, at most the model's; None for the model's.
         revision: Revision of a hub repository.
         seed: Base of every sampled request's own seed.
         max_logprobs: Most log probabilities per token that a request may ask for (vLLM's default); -1 is any number.
-        verify_reads: Whether to compare what comes from disk with what was written or first read (one core sums some 10 GB/s).
+        verify_reads: Whether to compare checksums of bytes read from disk with those of the bytes written or first read (one core sums some
+            10 GB/s).
         trust_remote_code: Accepted only as False.
     """
 
@@ -104,7 +105,7 @@ class EngineOptions:
 
 
 def _integer(name: str, value: object, least: int) -> int | None:
-    """Check an integer option; integers of numpy and 16.0 are accepted, too."""
+    """Check an integer option, and return it as an int.  Integers of numpy and 16.0 are accepted, too."""
     if value is None and name not in _NEVER_NONE:
         return None
     number = as_int(value)
@@ -122,7 +123,7 @@ def _seconds(name: str, value: object) -> float | None:
 
 
 class OptionKeywords(TypedDict, total=False):
-    """The fields of EngineOptions as keywords, for editors and type checkers; `LLM` takes a few more of vLLM's values."""
+    """The fields of EngineOptions as keywords, for editors and type checkers; `LLM` also takes some of vLLM's values."""
 
     device: str
     dtype: str | torch.dtype
@@ -152,8 +153,8 @@ def parse_placement(text: object, *, name: str = "") -> dict[str, float]:
     """Parse shares per tier such as "device=.2,host=.3,disk=.5", which must add up to 1.
 
     Args:
-        text: The shares as a person wrote them.
-        name: The option's name for messages.
+        text: The shares as the user wrote them.
+        name: The name of the option, for messages.
 
     Raises:
         OptionError: A tier is unknown, a number is malformed, or the sum is not 1.

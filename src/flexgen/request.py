@@ -13,7 +13,7 @@ from flexgen.base.parameters import CHECKS, must_be
 from flexgen.base.scalars import plain, shown
 from flexgen.errors import RequestError
 
-# Keywords of vLLM whose effect we do not have, with the value that asks for none.  None asks for none everywhere.
+# Keywords of vLLM whose effect is not supported, with the value that asks for no effect, as None always does.
 _UNSUPPORTED: Mapping[str, Any] = {
     "best_of": 1, "detokenize": True, "extra_args": None, "flat_logprobs": False, "guided_decoding": None, "logits_processors": None,
     "logprob_token_ids": None, "output_kind": None, "prompt_logprobs": None, "repetition_detection": None,
@@ -27,7 +27,7 @@ _Class = TypeVar("_Class")
 def _names_keywords(cls: type[_Class]) -> type[_Class]:
     """Make a frozen dataclass refuse keywords by name, and explain how to change a value.
 
-    Refused are unknown keywords, and those of vLLM whose effect flexgen does not have.
+    It refuses unknown keywords, and those of vLLM whose effect flexgen does not support.
     """
     dataclass_type: Any = cls
     known = [each.name for each in dataclasses.fields(dataclass_type)]
@@ -61,26 +61,27 @@ def _is_neutral(value: Any, neutral: Any) -> bool:
 @_names_keywords
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """How one prompt is continued (vLLM's names and defaults).
+    """The sampling parameters of one prompt (vLLM's names and defaults).
 
     Numbers may be those of numpy or torch, integers may be written as 16.0, and lists may be anything that holds several values; all
     are converted to plain values.
 
     Attributes:
         n: Number of answers; they are equal if temperature is 0.
-        presence_penalty: Subtracted once from the logits of tokens that were generated; in [-2, 2].
-        frequency_penalty: Subtracted from the logits of generated tokens as often as they occurred; in [-2, 2].
-        repetition_penalty: Logits of tokens in the prompt and the answer are divided by it, negative ones multiplied; from 1e-38 to 1e38.
-        temperature: 0 is greedy; otherwise logits are divided by it.
-        top_p: Keep the smallest set of tokens whose probability reaches this, in (0, 1]; 0 is allowed where temperature is 0.
-        top_k: Keep this many tokens; 0 or -1 keeps all.
-        min_p: Keep tokens at least this likely, relative to the likeliest, in [0, 1].
-        seed: Together with the position it determines every random choice; None derives one from the engine's seed and the request.
+        presence_penalty: Number subtracted once from the logits of generated tokens, in [-2, 2].
+        frequency_penalty: Number subtracted from the logits of generated tokens once per occurrence, in [-2, 2].
+        repetition_penalty: Number by which logits of tokens in the prompt and the answer are divided, or multiplied if they are negative;
+            from 1e-38 to 1e38.
+        temperature: Number by which logits are divided; 0 is greedy.
+        top_p: Probability that the smallest set of tokens to sample from must reach, in (0, 1]; 0 is allowed where temperature is 0.
+        top_k: Number of likeliest tokens to sample from; 0 or -1 for all.
+        min_p: Least probability of a token relative to that of the likeliest, in [0, 1].
+        seed: Seed that determines every random choice together with the position; None derives one from the engine's seed and the request.
         stop: At most 4,096 texts that end the answer and are cut off it; becomes a tuple.
         stop_token_ids: Tokens that end the answer besides the model's own; becomes a tuple.
         bad_words: At most 4,096 texts whose tokens are never completed; becomes a tuple.
         ignore_eos: Whether to go on after an end-of-sequence token.
-        max_tokens: Most tokens to generate; None means up to the model's context.
+        max_tokens: Most tokens to generate; None for as many as the model's context allows.
         min_tokens: Number of tokens before which nothing stops the answer.
         logprobs: Number of likeliest tokens whose log probabilities are returned beside the generated one's; -1 is all.
         include_stop_str_in_output: Whether the stop string stays in the text.
@@ -174,13 +175,13 @@ class TokenRequest:
         index: Number that the engine hands back with the answer; unique among the requests of a run.
         prompt_token_ids: The prompt, at least one id.
         max_tokens: Most tokens to generate, at least 1; prompt and answer together fit the context.
-        seed: Seed of the request; samples depend on (seed, position) only.
+        seed: Seed of the request; samples depend only on seed and position.
         stop_token_ids: Every id that ends the answer (the model's own included unless `ignore_eos`).
         logit_bias: Pairs of token id and bias, each id once.
         bad_words_token_ids: Sequences of ids; the last id of each is not generated after the others.
-        num_logprobs: Number of log probabilities per token; None is none, -1 all.
+        num_logprobs: Number of log probabilities per token; None for none, -1 for all.
         stops: The stop strings; None without any.
-        generated: What an earlier run generated.  The answer goes on after it, and `max_tokens` counts it.
+        generated: The tokens that an earlier run generated.  The answer goes on after them, and `max_tokens` counts them.
     """
 
     index: int
@@ -215,11 +216,11 @@ class TokenRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PartialAnswer:
-    """How far the answer to a request has come.
+    """The part of an answer that is generated so far.
 
     Attributes:
         index: Index of the request.
-        generated: What was generated so far, by earlier runs too.
+        generated: The tokens generated so far, those of earlier runs included.
     """
 
     index: int
@@ -234,10 +235,10 @@ class TokenResult:
         index: Index of the request.
         token_ids: Generated ids, those of an earlier run included; a stop token that ended the answer is the last.
         finish_reason: "stop" (a stop token or string), "length" (max_tokens), or "error".
-        stop_string: The stop string that ended the answer, if one did.
-        logprobs: One entry per generated token, if asked for.
-        error: Why the request failed alone (it never fitted, non-finite logits, every token masked); None otherwise.
-        num_preemptions: How often the KV of the sequence was dropped and computed again.
+        stop_string: The stop string that ended the answer, or None.
+        logprobs: One entry per generated token if log probabilities were asked for, otherwise None.
+        error: The error with which the request failed alone (it never fitted, non-finite logits, every token masked); None otherwise.
+        num_preemptions: Number of times that the KV of the sequence was dropped and computed again.
     """
 
     index: int
@@ -256,7 +257,7 @@ class Logprob:
     Attributes:
         logprob: The natural log probability.
         rank: Rank of the token; 1 is the likeliest.
-        decoded_token: The token's own text as it is within a text, with its leading space.
+        decoded_token: The token's text as it appears within a text, with its leading space.
         token_bytes: The token's own bytes where it is a part of a character, whose text is a replacement character; None where the
             bytes are those of the text.
     """
@@ -279,8 +280,8 @@ class CompletionOutput:
         stop_reason: The stop token or string that ended the answer; None for the model's own end; the code of an error.
         cumulative_logprob: Log probability of the generated tokens together, if logprobs were asked for.
         logprobs: For each generated token, token id -> log probability; the generated token comes first.
-        text_offsets: Where the text of each generated token begins in that of the answer (before anything is cut off), if logprobs were
-            asked for and there is a tokenizer.
+        text_offsets: Offset of each generated token's text in that of the answer (before anything is cut off), if logprobs were asked for
+            and there is a tokenizer.
     """
 
     index: int
@@ -302,7 +303,7 @@ class RequestOutput:
         prompt: Text of the prompt; None where it was given as token ids.
         prompt_token_ids: The prompt's token ids.
         outputs: The answers, `SamplingParams.n` of them.
-        finished: Always True; there are no partial outputs.
+        finished: Always True, because outputs are never partial.
     """
 
     request_id: str

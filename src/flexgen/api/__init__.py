@@ -1,1 +1,1 @@
-"""How requests and answers are written: bare JSONL, OpenAI's batch lines, vLLM's keywords.  Knows no files and no engines."""
+"""The forms of requests and answers: bare JSON lines, OpenAI's batch lines, vLLM's keywords.  Knows nothing of files and engines."""

@@ -1,4 +1,4 @@
-"""The body of a request, whatever the form of its line: which fields are served, which have no effect here, which are refused by name."""
+"""Parses the body of a request in any form: some fields are served, some have no effect here, all others are refused by name."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _HARMLESS = frozenset((
     "cache_salt", "metadata", "parallel_tool_calls", "prediction", "priority", "prompt_cache_key", "prompt_cache_retention", "request_id",
     "safety_identifier", "service_tier", "store", "stream_options", "user",
 ))  # fmt: skip
-# Fields whose effect we do not have, with the values that ask for none.  null asks for none everywhere.
+# Fields whose effect is not supported, with the values that ask for no effect, as null always does.
 _OFF: Mapping[str, tuple[Any, ...]] = {
     "audio": (), "chat_template": (), "detokenize": (True,), "documents": ([],), "echo": (False,), "function_call": ("none", "auto"),
     "functions": ([],), "include_reasoning": (True,), "length_penalty": (1,), "logits_processors": ([],), "modalities": (["text"],),
@@ -34,14 +34,18 @@ _OFF: Mapping[str, tuple[Any, ...]] = {
     "web_search_options": (),
 }  # fmt: skip
 _COMPLETION_OFF: Mapping[str, tuple[Any, ...]] = {**_OFF, "add_special_tokens": (True,)}
-_CHAT_OFF: Mapping[str, tuple[Any, ...]] = {**_OFF, "add_special_tokens": (False,)}  # templates write them
+_CHAT_OFF: Mapping[str, tuple[Any, ...]] = {**_OFF, "add_special_tokens": (False,)}  # chat templates write the special tokens
 
 
 def parse_completion(fields: Mapping[str, Any], defaults: SamplingParams) -> RequestBody:
-    """A request from the fields of a completion; `null` means the default.
+    """Parse the fields of a completion as a request; `null` means the default.
+
+    Args:
+        fields: The fields of the body.
+        defaults: The sampling parameters of bodies that set none.
 
     Raises:
-        RequestError: a field is missing, malformed, unknown, or has an effect that is not supported; `param` names it.
+        RequestError: A field is missing, malformed, unknown, or has an effect that is not supported; `param` names it.
     """
     ignored = _ignored(fields, _COMPLETION, _COMPLETION_OFF)
     if fields.get("prompt") is None:
@@ -51,10 +55,14 @@ def parse_completion(fields: Mapping[str, Any], defaults: SamplingParams) -> Req
 
 
 def parse_chat(fields: Mapping[str, Any], defaults: SamplingParams) -> RequestBody:
-    """A request from the fields of a chat completion; `null` means the default.
+    """Parse the fields of a chat completion as a request; `null` means the default.
+
+    Args:
+        fields: The fields of the body.
+        defaults: The sampling parameters of bodies that set none.
 
     Raises:
-        RequestError: as `parse_completion`, and for messages that are not text.
+        RequestError: A message is not text, or see `parse_completion`.
     """
     ignored = _ignored(fields, _CHAT, _CHAT_OFF)
     if fields.get("messages") is None:
@@ -72,7 +80,11 @@ def parse_chat(fields: Mapping[str, Any], defaults: SamplingParams) -> RequestBo
 
 
 def _ignored(fields: Mapping[str, Any], served: frozenset[str], off: Mapping[str, tuple[Any, ...]]) -> tuple[str, ...]:
-    """Names of the fields that have no effect.  Raises RequestError for one that would have, or that nobody knows."""
+    """Return the names of the fields that have no effect.
+
+    Raises:
+        RequestError: A field is unknown, or has an effect that is not supported.
+    """
     ignored: list[str] = []
     for name, value in fields.items():
         if name in served or name in _SAMPLING or name in _BOTH:
@@ -89,7 +101,7 @@ def _ignored(fields: Mapping[str, Any], served: frozenset[str], off: Mapping[str
 
 
 def _meant(name: str, served: frozenset[str]) -> str:
-    """A hint at the field that its author may have had in mind."""
+    """Return a hint at the field that may be meant; empty if there is none."""
     if "prompt" in served and name.lower() in ("text", "input", "question", "content", "query", "instruction"):
         return "; the text to continue is called 'prompt'"
     close = difflib.get_close_matches(name[:80].lower(), sorted(served | _SAMPLING), n=1, cutoff=0.75)
@@ -101,7 +113,7 @@ def _request(
 ) -> RequestBody:
     values = {name: fields[name] for name in _SAMPLING if fields.get(name) is not None}
     if values.get("stop") == "":
-        del values["stop"]  # some clients write no stop so
+        del values["stop"]  # some clients write this for no stop
     values.update((name, value) for name, value in given.items() if value is not None)
     params = dataclasses.replace(defaults, **values)
     best_of, model = fields.get("best_of"), fields.get("model")
@@ -121,7 +133,7 @@ def _request(
 
 def _prompt(value: Any) -> str | tuple[int, ...]:
     if isinstance(value, list) and len(value) == 1 and isinstance(value[0], (str, list)):
-        value = value[0]  # OpenAI's list of prompts, with one
+        value = value[0]  # OpenAI's list of prompts, with one prompt
     if isinstance(value, str):
         return value
     if isinstance(value, list):
@@ -136,7 +148,7 @@ def _prompt(value: Any) -> str | tuple[int, ...]:
 
 
 def _template_kwargs(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """As vLLM, reasoning_effort is a variable of the template."""
+    """Return the variables of the template; reasoning_effort is one of them, as in vLLM."""
     kwargs, effort = fields.get("chat_template_kwargs"), fields.get("reasoning_effort")
     if kwargs is not None and not isinstance(kwargs, dict):
         raise RequestError("chat_template_kwargs must be an object", param="chat_template_kwargs")
@@ -146,7 +158,7 @@ def _template_kwargs(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _chat_logprobs(fields: Mapping[str, Any]) -> int | None:
-    """How many of the likeliest tokens are shown, or None without log probabilities."""
+    """Return the number of likeliest tokens to show; None if no log probabilities were asked for."""
     asked, count = _flag(fields, "logprobs", False), fields.get("top_logprobs")
     if count is None or _same(count, 0):
         return 0 if asked else None
@@ -159,7 +171,7 @@ def _chat_logprobs(fields: Mapping[str, Any]) -> int | None:
 
 
 def _max_completion_tokens(fields: Mapping[str, Any]) -> int:
-    """The longest answer by its newer name; the older one may say the same."""
+    """Return `max_completion_tokens`; `max_tokens`, its older name, may be given with the same value."""
     newer, older = fields["max_completion_tokens"], fields.get("max_tokens")
     number = as_int(newer)
     if number is None or number < 1 or number.bit_length() > 63:
@@ -180,5 +192,5 @@ def _flag(fields: Mapping[str, Any], name: str, default: bool) -> bool:
 
 
 def _same(value: Any, wanted: Any) -> bool:
-    """Equal as JSON: 1 is 1.0, but neither is true."""
+    """Return whether two JSON values are equal: 1 is 1.0, but neither is true."""
     return value == wanted and isinstance(value, bool) == isinstance(wanted, bool)

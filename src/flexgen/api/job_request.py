@@ -1,4 +1,4 @@
-"""What all forms of lines have in common: a line as a request, and how a form turns lines into requests and answers into records."""
+"""The interface of forms: values for a line and its request, and the protocol by which a form reads requests and writes records."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from flexgen.request import CompletionOutput, SamplingParams
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestBody:
-    """What a request asks for.
+    """The body of a request.
 
     Attributes:
-        prompt: text, token ids, or a conversation.
-        params: how the prompt is continued.
-        states_max_tokens: whether the line itself says how long its answer may be, so that it is never cut silently.
-        return_token_ids: whether the answer shows ids beside its text (vLLM's field).
-        model: the model that the line names, if it names one.
-        ignored: names of the fields that the line gives and that have no effect here.
+        prompt: The prompt: text, token ids, or a conversation.
+        params: The sampling parameters.
+        states_max_tokens: Whether the line itself sets `max_tokens`, which is then never lowered silently.
+        return_token_ids: Whether the answer has token ids beside its text (vLLM's field).
+        model: The model that the line names; None if it names none.
+        ignored: The names of the line's fields that have no effect here.
     """
 
     prompt: str | tuple[int, ...] | Chat
@@ -35,7 +35,7 @@ class RequestBody:
 
     @property
     def shows_ids(self) -> bool:
-        """Whether the answer has token ids: they were asked for, or the prompt was given as such."""
+        """Whether the answer has token ids, because they were asked for or the prompt was given as token ids."""
         return self.return_token_ids or isinstance(self.prompt, tuple)
 
 
@@ -44,11 +44,11 @@ class JobRequest:
     """A line of a job as a request.
 
     Attributes:
-        line_number: the line's number, from 1.
+        line_number: The line's number, from 1.
         digest: 64 bits of the hash of the line.
-        id: the id by which the line's author knows it, if it has one.
-        form: how the line is written; its record is written likewise.
-        asked: what the line asks for, or the error that the line ends in.
+        id: The id that the author gave the line; None if it has none.
+        form: The form of the line, and of its record.
+        asked: The request of the line, or the error that the line ends in.
     """
 
     line_number: int
@@ -59,42 +59,56 @@ class JobRequest:
 
     @property
     def body(self) -> RequestBody:
-        """What the line asks for; raises its error where there is one."""
+        """The request of the line.
+
+        Raises:
+            RequestError: The line ends in this error.
+        """
         if isinstance(self.asked, RequestError):
             raise self.asked
         return self.asked
 
     def refused(self, error: RequestError) -> JobRequest:
-        """The same line, ending in an error."""
+        """Return the same line with an error in place of its request."""
         return dataclasses.replace(self, asked=error)
 
 
 class Form(Protocol):
-    """A form of lines.  All dicts are JSON objects."""
+    """A form of lines and their records.  All dicts are JSON objects."""
 
     def identity(self, fields: Mapping[str, Any]) -> str | int | None:
-        """The id by which the author of the line knows it, also where `parse` refuses the line; None where it has no usable id."""
+        """Return the id that the author gave the line, also where `parse` refuses the line; None where it has no valid id."""
         ...
 
     def parse(self, fields: Mapping[str, Any]) -> RequestBody:
-        """What a line asks for; raises RequestError when it cannot be served."""
+        """Parse the request of a line.
+
+        Raises:
+            RequestError: The line cannot be served.
+        """
         ...
 
     def success(self, request: JobRequest, completions: Sequence[CompletionOutput], num_prompt_tokens: int) -> dict[str, Any]:
-        """The record of an answer: one completion for each of the request's `n` choices, in order."""
+        """Return the record of an answer.
+
+        Args:
+            request: The line.
+            completions: One completion for each of the request's `n` choices, in order.
+            num_prompt_tokens: The length of the prompt.
+        """
         ...
 
     def failure(self, request: JobRequest, error: RequestError) -> dict[str, Any]:
-        """The record of an error."""
+        """Return the record of an error."""
         ...
 
 
 def usage(completions: Sequence[CompletionOutput], num_prompt_tokens: int) -> dict[str, int]:
-    """OpenAI's counts of tokens."""
+    """Return OpenAI's counts of tokens."""
     generated = sum(len(completion.token_ids) for completion in completions)
     return {"prompt_tokens": num_prompt_tokens, "completion_tokens": generated, "total_tokens": num_prompt_tokens + generated}
 
 
 def as_id(value: object) -> str | int | None:
-    """A text or an integer, which may identify a line; None for anything else."""
+    """Return the id of a line, a text or an integer; None if the value is neither."""
     return value if isinstance(value, str) else as_int(value)

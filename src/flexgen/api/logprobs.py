@@ -1,4 +1,4 @@
-"""Log probabilities as OpenAI's endpoints write them; completions and chat have a shape each."""
+"""Writes log probabilities in the two formats of OpenAI's endpoints, for completions and for chats."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 
 from flexgen.request import CompletionOutput, Logprob
 
-_LEAST = -9999.0  # JSON has no infinity; vLLM's value
+_LEAST = -9999.0  # stands for -infinity, which JSON does not have; vLLM's value
 
 
 def completion_logprobs(completion: CompletionOutput) -> dict[str, Any] | None:
-    """The shape of /v1/completions: parallel lists, and at each token the likeliest ones with the generated one."""
+    """Return the format of /v1/completions: parallel lists, and for each token a dict of the likeliest ones and the generated one."""
     if completion.logprobs is None:
         return None
     steps = list(zip(completion.token_ids, completion.logprobs, strict=True))
@@ -26,14 +26,14 @@ def completion_logprobs(completion: CompletionOutput) -> dict[str, Any] | None:
 
 
 def chat_logprobs(completion: CompletionOutput, num_top: int) -> dict[str, Any] | None:
-    """The shape of /v1/chat/completions: an object for each token, with the `num_top` likeliest ones (-1: all) in it."""
+    """Return the format of /v1/chat/completions: an object for each token, with the `num_top` likeliest tokens in it (-1: all)."""
     if completion.logprobs is None:
         return None
     return {"content": token_logprobs(completion, num_top), "refusal": None}
 
 
 def token_logprobs(completion: CompletionOutput, num_top: int) -> list[dict[str, Any]]:
-    """An object for each generated token of a completion that has log probabilities."""
+    """Return an object for each generated token, with the `num_top` likeliest tokens in it (-1: all)."""
     return [
         {**_entry(token_id, step[token_id]), "top_logprobs": [_entry(*each) for each in _likeliest(token_id, step, num_top)]}
         for token_id, step in zip(completion.token_ids, completion.logprobs or (), strict=True)
@@ -41,13 +41,19 @@ def token_logprobs(completion: CompletionOutput, num_top: int) -> list[dict[str,
 
 
 def _likeliest(token_id: int, step: dict[int, Logprob], num_top: int) -> list[tuple[int, Logprob]]:
-    """Best first.  The generated token comes beside as many as were asked for, unless it is one of them."""
+    """Return the likeliest tokens, best first.
+
+    The engine returns the generated token beside as many as were asked for; it is left out here unless it is one of them.
+    """
     others = [each for each in step.items() if num_top < 0 or len(step) <= num_top or each[0] != token_id]
     return sorted(others, key=lambda each: -each[1].logprob)
 
 
 def _by_token(generated: int, step: dict[int, Logprob]) -> dict[str, float]:
-    """Best first.  Of tokens with the same text one has it as its name, the generated one or the best; the others are named by id."""
+    """Return the log probabilities of a step by token text, best first.
+
+    Of several tokens with the same text, the generated one or else the best has it as its key; the keys of the others are their ids.
+    """
     best_first = sorted(step.items(), key=lambda each: -each[1].logprob)
     owners: dict[str, int] = {_token(generated, step[generated]): generated}
     for token_id, logprob in best_first:
@@ -66,7 +72,7 @@ def _token(token_id: int, logprob: Logprob) -> str:
 
 
 def _by_id(token_id: int) -> str:
-    return f"token_id:{token_id}"  # vLLM's way
+    return f"token_id:{token_id}"  # as vLLM writes it
 
 
 def _value(logprob: Logprob) -> float:

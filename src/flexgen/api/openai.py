@@ -1,4 +1,4 @@
-"""OpenAI batch lines: {"custom_id", "method", "url", "body"} in, {"id", "custom_id", "response", "error"} out."""
+"""OpenAI's batch lines: {"custom_id", "method", "url", "body"} is answered by {"id", "custom_id", "response", "error"}."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from flexgen.base.scalars import shown
 from flexgen.errors import RequestError
 from flexgen.request import CompletionOutput, SamplingParams
 
-COMPLETIONS_MAX_TOKENS = 16  # the hosted API's default; that of chats is the context
+COMPLETIONS_MAX_TOKENS = 16  # the hosted API's default; chats may fill the context
 _STATUS = {"unsupported_url": 404, "model_not_found": 404, "non_finite_logits": 500, "internal_error": 500}  # 400 for the rest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Endpoint:
-    """What a url stands for.
+    """An endpoint of the API.
 
     Attributes:
-        id_prefix: what the ids of its response bodies begin with.
-        object: the type that its response bodies name.
-        parse: reads the body of a request; takes the sampling parameters of lines that set none.
-        choice: writes a completion, without its index and finish_reason.
+        id_prefix: The prefix of the ids of response bodies.
+        object: The field `object` of response bodies.
+        parse: The parser of request bodies, which also takes the default sampling parameters.
+        choice: The function that writes a completion, without its index and finish_reason.
     """
 
     id_prefix: str
@@ -53,13 +53,13 @@ _CHAT = Endpoint(id_prefix="chatcmpl", object="chat.completion", parse=parse_cha
 ENDPOINTS: Mapping[object, Endpoint] = {
     "/v1/completions": _COMPLETIONS,
     "/v1/chat/completions": _CHAT,
-    "/completions": _COMPLETIONS,  # as Azure's batch files have them
+    "/completions": _COMPLETIONS,  # as in Azure's batch files
     "/chat/completions": _CHAT,
 }
 
 
 def is_batch_line(fields: Mapping[str, Any]) -> bool:
-    """Whether a line means to be one of OpenAI's."""
+    """Return whether a line is in OpenAI's form, which its fields `body` and `url` show."""
     return "body" in fields or "url" in fields
 
 
@@ -68,11 +68,11 @@ class OpenAIForm:
     """Batch lines of one endpoint, answered by batch lines.
 
     Attributes:
-        url: the url of the endpoint, or whatever the line has in its place.
-        model: the name that answers carry.
-        created: seconds since 1970, the same in all answers of a job, so that a resumed job writes the same bytes.
-        defaults: the sampling parameters of lines that set none.
-        has_text: False where the model has no tokenizer, so that answers are token ids.
+        url: The url of the endpoint, or any other value that the line has for it.
+        model: The name of the model, written into answers.
+        created: The time written into answers, in seconds since 1970; one for the whole job, so that a resumed job writes the same bytes.
+        defaults: The sampling parameters of lines that set none.
+        has_text: Whether answers have text; False where the model has no tokenizer, so that they are token ids.
     """
 
     url: object
@@ -82,11 +82,15 @@ class OpenAIForm:
     has_text: bool = True
 
     def identity(self, fields: Mapping[str, Any]) -> str | int | None:
-        """`custom_id`; an integer is refused, but its error has it."""
+        """Return `custom_id`, also an integer: `parse` refuses it, and the record of the error shows it."""
         return as_id(fields.get("custom_id"))
 
     def parse(self, fields: Mapping[str, Any]) -> RequestBody:
-        """Raises RequestError when the line cannot be served."""
+        """Parse the request of a line.
+
+        Raises:
+            RequestError: The line cannot be served.
+        """
         body = fields.get("body")
         custom_id = fields.get("custom_id")
         if not isinstance(custom_id, str):
@@ -102,7 +106,7 @@ class OpenAIForm:
         return endpoint.parse(body, self.defaults)
 
     def success(self, request: JobRequest, completions: Sequence[CompletionOutput], num_prompt_tokens: int) -> dict[str, Any]:
-        """The record of an answer: the endpoint's object in a response of status 200."""
+        """Return the record of an answer: the endpoint's object in a response with status 200."""
         endpoint = ENDPOINTS[self.url]
         body = {
             "id": f"{endpoint.id_prefix}-{_key(request)}",
@@ -115,7 +119,7 @@ class OpenAIForm:
         return _record(request, 200, body)
 
     def failure(self, request: JobRequest, error: RequestError) -> dict[str, Any]:
-        """The record of an error: a response with the status and error object of the hosted API."""
+        """Return the record of an error: a response with the status and error object of the hosted API."""
         status = _STATUS.get(error.code, 400)
         kind = "server_error" if status >= 500 else "invalid_request_error"
         body = {"error": {"message": str(error), "type": kind, "param": error.param, "code": error.code}}
@@ -134,5 +138,5 @@ def _record(request: JobRequest, status: int, body: dict[str, Any]) -> dict[str,
 
 
 def _key(request: JobRequest) -> str:
-    """Unique within the job, and the same whenever the line is answered."""
+    """Return an id that is unique within the job, and the same whenever the line is answered."""
     return f"{request.line_number:08x}{request.digest:016x}"

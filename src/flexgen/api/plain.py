@@ -1,4 +1,4 @@
-"""Bare lines: {"prompt": ...} or {"messages": ...} with fields beside it in, {"id", "index", "text", ...} out; or lines of mere text."""
+"""Bare lines: {"prompt": ...} or {"messages": ...} with other fields, or plain text, is answered by {"id", "index", "text", ...}."""
 
 from __future__ import annotations
 
@@ -18,22 +18,26 @@ _PROMPTS = ("prompt", "messages")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlainForm:
-    """Flat records; `index` is the line's number, from 1.
+    """Bare lines, answered by flat records whose `index` is the line's number, from 1.
 
     Attributes:
-        defaults: the sampling parameters of lines that set none.
-        has_text: False where the model has no tokenizer, so that answers are token ids only.
+        defaults: The sampling parameters of lines that set none.
+        has_text: Whether answers have text; False where the model has no tokenizer, so that they are token ids only.
     """
 
     defaults: SamplingParams
     has_text: bool = True
 
     def identity(self, fields: Mapping[str, Any]) -> str | int | None:
-        """`id` or `custom_id`; of both the first that can be one."""
+        """Return `id` or `custom_id`, the first of them that is a valid id; None if neither is."""
         return next((usable for name in _IDS if (usable := as_id(fields.get(name))) is not None), None)
 
     def parse(self, fields: Mapping[str, Any]) -> RequestBody:
-        """Raises RequestError when the line cannot be served."""
+        """Parse the request of a line.
+
+        Raises:
+            RequestError: The line cannot be served.
+        """
         given = [fields[name] for name in _IDS if fields.get(name) is not None]
         if len(given) > 1 or (given and as_id(given[0]) is None):
             raise RequestError("the line's id must be one text or integer", param="id")
@@ -43,13 +47,13 @@ class PlainForm:
         return (parse_chat if "messages" in body else parse_completion)(body, self.defaults)
 
     def success(self, request: JobRequest, completions: Sequence[CompletionOutput], num_prompt_tokens: int) -> dict[str, Any]:
-        """The record of an answer; where several choices were asked for, each field of the answer is a list."""
+        """Return the record of an answer; if several choices were asked for, each field of the answer is a list."""
         choices = [self._choice(completion, request.body) for completion in completions]
         merged = choices[0] if request.body.params.n == 1 else {name: [choice[name] for choice in choices] for name in choices[0]}
         return {"id": request.id, "index": request.line_number, **merged, "usage": usage(completions, num_prompt_tokens)}
 
     def failure(self, request: JobRequest, error: RequestError) -> dict[str, Any]:
-        """The record of an error."""
+        """Return the record of an error."""
         told = {"code": error.code, "message": str(error), "param": error.param}
         return {"id": request.id, "index": request.line_number, "error": told}
 

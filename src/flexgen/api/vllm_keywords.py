@@ -1,6 +1,6 @@
-"""vLLM's keywords: which of them mean something here, which change nothing, and which ask for what flexgen cannot do (docs/vllm.md).
+"""Reads vLLM's keywords: some have a meaning here, some change nothing, some ask for what flexgen cannot do (docs/vllm.md).
 
-Knows names and values only, nothing of models and engines.
+Knows names and values, and nothing of models and engines.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _AS_CONFIGURED = "a model runs as its config.json says: change it in a copy of t
 _NOT_YET = "this is not supported"
 _SAFETENSORS = "only config.json, tokenizer files and safetensors of a Hugging Face folder are read"
 
-# vLLM's argument -> values that ask for what is done anyway (None always does), and why no other can be honoured.
+# vLLM's argument -> (values that ask for what is done anyway, as None always does; the reason why others cannot be honoured)
 _ONLY: Mapping[str, tuple[tuple[object, ...], str]] = {
     "calculate_kv_scales": ((False,), "the KV cache is not scaled"),
     "config_format": (("auto", "hf"), _SAFETENSORS),
@@ -82,14 +82,14 @@ _DTYPES = {"half": "float16", "float": "float32"}  # vLLM's other names
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelKeywords:
-    """What the keywords of `LLM` ask for.
+    """The keywords of `LLM`, sorted.
 
     Attributes:
-        options: the options of the engine.
-        tokenizer_revision: the revision of the tokenizer on the hub; None is the model's.
-        skip_tokenizer_init: whether to load no tokenizer, so that prompts are token ids and answers have no text.
-        token: the token for the hub; None is the hub library's own.
-        own_defaults: whether defaults of SamplingParams come from the model's generation_config.json.
+        options: The options of the engine.
+        tokenizer_revision: The revision of another tokenizer on the hub; None for the default branch.
+        skip_tokenizer_init: Whether to load no tokenizer, so that prompts are token ids and answers have no text.
+        token: The access token for the hub; None for that of the hub library.
+        own_defaults: Whether the default SamplingParams come from the model's generation_config.json.
     """
 
     options: EngineOptions
@@ -100,10 +100,10 @@ class ModelKeywords:
 
 
 def read_keywords(given: Mapping[str, Any]) -> ModelKeywords:
-    """Sort the keywords of `LLM`; those of vLLM that change nothing are named in one warning.
+    """Sort the keywords of `LLM`, and log one warning with the names of those that change nothing.
 
     Raises:
-        OptionError: an unknown keyword, or a value that cannot be honoured, by name.
+        OptionError: A keyword is unknown or its value cannot be honoured; the message names it.
     """
     _check_names("LLM", given, LLMKeywords.__annotations__)
     _check_values(given, _ONLY)
@@ -121,7 +121,7 @@ def read_keywords(given: Mapping[str, Any]) -> ModelKeywords:
 
 
 def _options(given: Mapping[str, Any]) -> tuple[dict[str, Any], set[str]]:
-    """The fields of EngineOptions, and the names of what has no effect."""
+    """Return the fields of EngineOptions, and the names of keywords that have no effect."""
     options, idle = {name: value for name, value in given.items() if name in _OPTIONS}, set(_WITHOUT_EFFECT & set(given))
     if "dtype" in options:
         dtype = str(options["dtype"]).removeprefix("torch.")
@@ -160,15 +160,15 @@ _CALLS: Mapping[str, tuple[tuple[object, ...], str]] = {
 
 
 def check_call(call: str, given: Mapping[str, Any], known: Iterable[str]) -> None:
-    """Check the keywords that a call was given.
+    """Check the keywords of a call.
 
     Args:
-        call: the name of the call, for messages.
-        given: the keywords with their values.
-        known: the names of the call's own keywords and of vLLM's.
+        call: The name of the call, for messages.
+        given: The keywords with their values.
+        known: The names of the call's own keywords and of vLLM's.
 
     Raises:
-        OptionError: an unknown keyword, or a value that cannot be honoured, by name.
+        OptionError: A keyword is unknown or its value cannot be honoured; the message names it.
     """
     _check_names(call, given, known)
     _check_values(given, _CALLS)

@@ -9,9 +9,9 @@ from flexgen.options import OptionKeywords
 
 
 class LLMKeywords(OptionKeywords, total=False):
-    """Every keyword of `LLM` beside those that it names itself: our options, then vLLM's arguments."""
+    """The keywords of `LLM` that are not in its signature: the fields of EngineOptions, then vLLM's arguments."""
 
-    # What means something here.
+    # Arguments that have a meaning here.
     enable_prefix_caching: bool | None
     generation_config: str
     gpu_memory_utilization: float
@@ -19,7 +19,7 @@ class LLMKeywords(OptionKeywords, total=False):
     skip_tokenizer_init: bool
     tokenizer_revision: str | None
 
-    # What may only ask for what is done anyway.
+    # Arguments that may only ask for what is done anyway.
     calculate_kv_scales: bool
     config_format: str
     convert: str
@@ -58,7 +58,7 @@ class LLMKeywords(OptionKeywords, total=False):
     tokenizer_mode: str
     weight_transfer_config: Any
 
-    # What changes nothing.
+    # Arguments that change nothing.
     additional_config: Any
     allowed_local_media_path: str
     allowed_media_domains: Any
@@ -132,7 +132,7 @@ class LLMKeywords(OptionKeywords, total=False):
 
 
 class GenerateKeywords(TypedDict, total=False):
-    """vLLM's keywords of `generate` that may only ask for nothing."""
+    """vLLM's keywords of `generate` that are accepted only with values that have no effect."""
 
     guided_options_request: None
     lora_request: None
@@ -144,7 +144,7 @@ class GenerateKeywords(TypedDict, total=False):
 
 
 class ChatKeywords(TypedDict, total=False):
-    """vLLM's keywords of `chat` that may only ask for nothing."""
+    """vLLM's keywords of `chat` that are accepted only with values that have no effect."""
 
     chat_template_content_format: str
     lora_request: None

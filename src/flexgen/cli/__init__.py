@@ -1,5 +1,7 @@
-"""The command `flexgen`: flags to values, one call, print.  The only package that touches the terminal, and light to import:
-what is heavy (torch, transformers) is imported by the command that needs it.
+"""The command `flexgen`: each command turns its flags into values, makes one call, and prints the result.
+
+This is the only package that touches the terminal.  It is light to import: torch and transformers are imported by the commands that need
+them.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ app = typer.Typer(
     cls=Group,
     no_args_is_help=True,
     context_settings=CONTEXT_SETTINGS,
-    rich_markup_mode=None,  # plain text: see help.py
+    rich_markup_mode=None,  # plain text, see help.py
     pretty_exceptions_enable=False,
     help="Batch inference for language models that are larger than the memory of the device that runs them.",
 )
@@ -45,14 +47,14 @@ def _flexgen(
 
 
 def main() -> None:
-    """The entry point of the command."""
-    # Read by the OpenMP runtime when torch loads it: threads that spin while they wait take the cores that reading and
-    # attention need, and any other program's use of a core then stalls every matrix product (measured: docs/log.md).
+    """Run the command `flexgen`."""
+    # The OpenMP runtime reads this when torch loads it.  Threads that spin while they wait take the cores that reading and
+    # attention need, and any other program's use of a core then stalls every matrix product (measurements: docs/log.md).
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         with standard_streams():
             app()
     except (SystemExit, KeyboardInterrupt):
         raise
-    except BaseException:  # noqa: BLE001  (1 would say that lines have errors)
+    except BaseException:  # noqa: BLE001  (the default exit code 1 would mean that lines have errors)
         sys.exit(complain_of_bug())

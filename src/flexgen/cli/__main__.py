@@ -1,4 +1,4 @@
-"""`python -m flexgen.cli`."""
+"""Runs the command as `python -m flexgen.cli`."""
 
 from __future__ import annotations
 

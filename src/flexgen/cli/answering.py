@@ -1,4 +1,4 @@
-"""A job from the moment its lines are known: they are answered, the output is made, and the user reads how it went."""
+"""The part of a job after its lines are known: they are answered, the output is written, and the result is reported to the user."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ class Answering:
     """A job whose lines are about to be answered.
 
     Attributes:
-        llm: the model.
-        job: the lines.
-        store: what is known about them.
-        flags: say what the user wants to see at the end.
-        display: shows how it goes.
-        signals: may stop it.
+        llm: The model.
+        job: The job, which has been scanned.
+        store: The state of the job.
+        flags: The flags of the command, some of which ask for reports.
+        display: The display for progress and messages.
+        signals: The signals that may stop the run.
     """
 
     llm: LLM
@@ -44,7 +44,7 @@ class Answering:
     signals: StopSignals
 
     def run(self, workload: Workload) -> ExitCode:
-        """Have the lines answered, and make the output from what there is then."""
+        """Answer the lines, write the output from all finished lines, and return the exit code."""
         reason: object = None
         try:
             self.store.start_run(self.job.num_lines)
@@ -68,7 +68,7 @@ class Answering:
         return code
 
     def _run(self, workload: Workload) -> None:
-        """Answer the lines, with half as many sequences at once whenever memory runs out."""
+        """Answer the lines, halving the number of sequences at once whenever memory runs out."""
         while True:
             try:
                 return self.job.run(workload, on_progress=self.display.progress)
@@ -80,7 +80,7 @@ class Answering:
                 workload = self.job.scan()
 
     def _write_output(self, *, finished: bool) -> None:
-        """A file shows what there is; who reads standard output gets all or nothing."""
+        """Write the output: a file in any case, standard output only when the job is finished."""
         from flexgen.jobs.export import export, export_to_stream
 
         if self.store.paths.output is not None:
@@ -89,7 +89,7 @@ class Answering:
             export_to_stream(self.store.paths, sys.stdout.buffer)
 
     def _how_to_get(self) -> str:
-        """Where answers are that could not be delivered."""
+        """Return a hint how to get answers that could not be written to standard output."""
         if self.store.paths.output is not None:
             return ""
         return f"; the answers are kept: `flexgen export {self.store.paths.folder} --to FILE` writes them"
@@ -97,7 +97,7 @@ class Answering:
     def _conclude(self, workload: Workload) -> None:
         from flexgen.report.progress import SCHEMA_VERSION
 
-        metrics: dict[str, object] = {"schema_version": SCHEMA_VERSION}  # nothing else of a run that found nothing to do
+        metrics: dict[str, object] = {"schema_version": SCHEMA_VERSION}  # all there is where nothing was left to do
         if len(workload):
             report = self.llm.report()
             if self.job.num_resumed:
@@ -110,21 +110,21 @@ class Answering:
                 self.display.details(report)
             metrics = dataclasses.asdict(report)
         else:
-            nothing_new = self.store.num_found == self.job.num_lines  # otherwise all that was new failed as it was read
+            nothing_new = self.store.num_found == self.job.num_lines  # otherwise all new lines failed when they were read
             what = "nothing was left to do" if nothing_new else "done"
             self.display.message(f"{what}: {self._done()}")
-        if self.flags.metrics is not None:  # if that fails, the exit code still tells of the lines
+        if self.flags.metrics is not None:  # if that fails, the exit code is still that of the lines
             write_asked(self.flags.metrics, "--metrics", json.dumps({**metrics, "job": self._figures()}, indent=2) + "\n")
 
     def _done(self) -> str:
-        """Where what is, and what may be done about errors."""
+        """Return a summary: the output, the number of lines with answers and errors, and how to retry errors."""
         before = f" ({self.store.num_found:,} done before)" if self.store.num_found else ""
         again = "; the same command with --retry-errors tries those again" if self.store.num_failed else ""
         lines = f"{self.store.num_answered:,} of {self.job.num_lines:,} lines answered, {self.store.num_failed:,} with errors"
         return f"{self.store.paths.name if self.store.paths.output is not None else 'standard output'}: {lines}{before}{again}"
 
     def _figures(self) -> dict[str, int]:
-        """The job's part of the metrics."""
+        """Return the metrics of the job itself."""
         lines = {
             "lines": self.job.num_lines,
             "answered": self.store.num_answered,

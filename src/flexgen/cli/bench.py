@@ -1,4 +1,4 @@
-"""`flexgen bench throughput`."""
+"""`flexgen bench throughput`: measures tokens per second over random prompts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How lines are sampled that do not say, and what the user reads about that before a job begins."""
+"""The sampling parameters of lines that set none, and the summary that the user reads before a job begins."""
 
 from __future__ import annotations
 
@@ -18,10 +18,17 @@ _LONG_ANSWER = 256  # tokens
 
 
 def bare_defaults(llm: LLM, given: Mapping[str, Any]) -> SamplingParams:
-    """The sampling parameters of lines that set none: flags, then generation_config.json, then vLLM's defaults, but up to the context.
+    """Return the sampling parameters of lines that set none.
+
+    Flags come first, then generation_config.json, then vLLM's defaults.  Answers may fill the context unless a flag or `max_new_tokens` in
+    generation_config.json bounds them.
+
+    Args:
+        llm: The model.
+        given: The values of flags, by name of the sampling parameter; None where a flag is not given.
 
     Raises:
-        OptionError: the value of a flag is out of range.
+        OptionError: The value of a flag is out of range.
     """
     given = {name: value for name, value in given.items() if value is not None}
     limit = llm.files.generation_config.get("max_new_tokens")
@@ -34,7 +41,7 @@ def bare_defaults(llm: LLM, given: Mapping[str, Any]) -> SamplingParams:
 
 
 def describe(job: Job, workload: Workload) -> str:
-    """What is about to be answered, and with which defaults."""
+    """Describe the lines that are about to be answered, and the defaults of their sampling parameters."""
     from flexgen.api.openai import COMPLETIONS_MAX_TOKENS
 
     found = job.store.num_found if job.store is not None else 0
@@ -52,7 +59,7 @@ def describe(job: Job, workload: Workload) -> str:
 
 
 def _warn_of_length(job: Job, workload: Workload) -> list[str]:
-    """Nobody may have meant answers of hundreds or thousands of tokens, or random ones."""
+    """Return a warning if lines without `max_tokens` may get long answers, which may be unintended; otherwise nothing."""
     longest = max(workload.output_lens, default=0)
     if not job.remarks.num_unbounded or longest < _LONG_ANSWER:
         return []
@@ -64,7 +71,7 @@ def _warn_of_length(job: Job, workload: Workload) -> list[str]:
 
 
 def _unusual(defaults: SamplingParams) -> list[str]:
-    """Defaults that are not vLLM's, besides those that are always told."""
+    """Return the defaults that differ from vLLM's, without those that are always shown."""
     from flexgen.request import SamplingParams
 
     told = ("temperature", "top_p", "top_k", "max_tokens")

@@ -1,4 +1,4 @@
-"""What the command's exit codes mean."""
+"""The exit codes of the command, with their meanings."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from enum import IntEnum
 
 
 class ExitCode(IntEnum):
-    """Exit codes, each with its meaning for the person who reads the help."""
+    """An exit code, with its meaning as the help shows it."""
 
     meaning: str
 
@@ -31,13 +31,13 @@ class ExitCode(IntEnum):
 
 
 def complain(error: object, code: ExitCode) -> ExitCode:
-    """Say why the command ends with `code`."""
+    """Print why the command ends with `code` on stderr, and return the code."""
     print(f"flexgen: {error}", file=sys.stderr)
     return code
 
 
 def complain_of_bug() -> ExitCode:
-    """Say that the exception in flight is a bug, wherever it can be said."""
+    """Print the current exception as a bug, if stderr can be written, and return the exit code."""
     with contextlib.suppress(OSError, ValueError):  # stderr is full, or closed
         traceback.print_exc()
         complain("this is a bug in flexgen; please report it with the lines above", ExitCode.BUG)

@@ -1,4 +1,4 @@
-"""`flexgen export`: the answers that a job has so far."""
+"""`flexgen export`: writes the answers that a job has so far."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""What `--help` shows: options in sections, their names whole at any width, examples, and where the rest is written.
+"""Writes the text of `--help`: options in sections, with names that are never cut, examples, and pages of the documentation.
 
-Plain text, so that it can be piped and copied, and so that the help is there before any library for terminals is loaded.
+It is plain text, so that it can be piped and copied, and so that it appears before any library for terminals is loaded.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from typer.core import TyperCommand, TyperGroup
 from flexgen.cli.exit_codes import ExitCode
 
 _WIDEST = 100  # longer lines are hard to read
-_NAMES_COLUMN = 32  # what is longer has its explanation on the next line
+_NAMES_COLUMN = 32  # longer names have their explanation on the next line
 CONTEXT_SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": _WIDEST}
 
-# Options that no panel of their own was given, by the names of their parameters.
+# Section -> names of the parameters in it, for options without a panel of their own.
 _SECTIONS = {
     "Requests": ("source", "max_tokens", "temperature", "top_p", "input_format", "tokenizer", "chat_template", "chat_template_kwargs"),
     "Output": ("output", "to", "order", "metrics", "output_json", "as_json", "progress", "verbose"),
 }
 
-# By command: what to type, and what that does.
+# Command -> (example, its effect).
 EXAMPLES = {
     "flexgen": [
         ("flexgen run MODEL requests.jsonl -o answers.jsonl", "answer a file of requests"),
@@ -56,7 +56,7 @@ EXAMPLES = {
         ("flexgen bench throughput MODEL --load-format dummy", "random weights: config.json is enough"),
     ],
 }  # fmt: skip
-# By command: pages of the documentation, in the repository and in the source distribution.
+# Command -> pages of the documentation, which are in the repository and in the source distribution.
 PAGES = {
     "flexgen": ("docs/index.md",),
     "run": ("docs/labelling.md", "docs/requests.md", "docs/jobs.md", "docs/metrics.md"),
@@ -74,30 +74,30 @@ class _Sections:
     """The parts of a help text that commands and groups share; `formatter` is click's."""
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
-        """What follows the command's name in its usage."""
+        """Return the parts of the usage line after the command's name."""
         params = ctx.command.get_params(ctx)
         arguments = [_metavar(each) if each.required else f"[{_metavar(each)}]" for each in params if _is_argument(each)]
         needed = [f"{each.opts[-1]} {_metavar(each)}" for each in params if not _is_argument(each) and each.required]
         return ["[OPTIONS]", *arguments, *needed, *(["COMMAND ..."] if isinstance(self, TyperGroup) else [])]
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
-        """The whole text."""
+        """Write the whole text."""
         command = ctx.command
         for part in (command.format_usage, command.format_help_text, command.format_options, command.format_epilog):
             part(ctx, formatter)
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
-        """Commands, arguments, then options by section."""
+        """Write commands, arguments, then options by section."""
         rows: dict[str, list[tuple[str, str]]] = {title: [] for title in ("Arguments", *_SECTIONS, "Options")}
         for param in ctx.command.get_params(ctx):
             if not param.hidden:
                 rows.setdefault(_section(param), []).append((_names(param), _explanation(param)))
-        rows["Options"] = rows.pop("Options")  # what is left comes last
+        rows["Options"] = rows.pop("Options")  # options of no section come last
         for title, found in {"Commands": list(_commands(ctx)), **rows}.items():
             _write(formatter, title, found)
 
     def format_epilog(self, ctx: Any, formatter: Any) -> None:
-        """Examples, exit codes, and the pages that say more."""
+        """Write examples, exit codes, and pages of the documentation."""
         name = ctx.command.name if ctx.parent is not None else "flexgen"
         with formatter.section(typer.style("Examples", bold=True)):
             for typed, effect in EXAMPLES[name]:
@@ -110,11 +110,11 @@ class _Sections:
 
 
 class Command(_Sections, TyperCommand):
-    """A command with such a help."""
+    """A command whose help has sections."""
 
 
 class Group(_Sections, TyperGroup):
-    """A group of commands with such a help."""
+    """A group of commands whose help has sections."""
 
 
 def _write(formatter: Any, title: str, rows: list[tuple[str, str]]) -> None:
@@ -124,7 +124,7 @@ def _write(formatter: Any, title: str, rows: list[tuple[str, str]]) -> None:
 
 
 def _commands(ctx: Any) -> Iterator[tuple[str, str]]:
-    """(name, first paragraph of the help) of each."""
+    """Yield the name and the first paragraph of the help of each command of a group."""
     group: Any = ctx.command
     for name in group.list_commands(ctx) if isinstance(group, TyperGroup) else ():
         yield name, inspect.cleandoc(str(group.commands[name].help)).partition("\n\n")[0].replace("\n", " ")
@@ -146,7 +146,7 @@ def _metavar(param: Any) -> str:
 
 
 def _names(param: Any) -> str:
-    """`-o, --output OUTPUT`; flags have no value to name."""
+    """Return the names of an option with its metavar, such as `-o, --output OUTPUT`; a flag has no metavar."""
     if _is_argument(param):
         return _metavar(param)
     names = ", ".join(sorted([*param.opts, *param.secondary_opts], key=lambda name: (name.startswith("--"), name.startswith("--no-"))))
@@ -154,7 +154,7 @@ def _names(param: Any) -> str:
 
 
 def _explanation(param: Any) -> str:
-    """The help, with what holds where nothing is said."""
+    """Return the help of a parameter, with its default."""
     text, default = param.help or "", param.default
     if param.required:
         return text if _is_argument(param) else f"{text} [required]"

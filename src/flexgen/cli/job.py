@@ -1,4 +1,4 @@
-"""One run of a job, from what was asked for to an exit code."""
+"""One run of a job, from its flags to an exit code."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ class JobCommand:
     """One `flexgen run`.
 
     Attributes:
-        flags: what was asked for.
-        reading: how the input is read.
-        options: where and how the model runs.
-        display: shows how it goes.
-        signals: may stop it.
+        flags: The flags of `flexgen run` alone.
+        reading: The flags that say how the input is read.
+        options: The options of the engine.
+        display: The display for progress and messages.
+        signals: The signals that may stop the run.
     """
 
     flags: RunFlags
@@ -47,7 +47,7 @@ class JobCommand:
     signals: StopSignals
 
     def show_plan(self) -> int:
-        """Show what would be done (`--dry-run`)."""
+        """Check the input, show the plan, and return the exit code (`--dry-run`)."""
         from flexgen.jobs.mistaken import check_input
         from flexgen.jobs.runner import Job
 
@@ -63,18 +63,18 @@ class JobCommand:
         return ExitCode.SOME_FAILED if job.num_bad_lines else ExitCode.ALL_ANSWERED
 
     def answer(self) -> int:
-        """Answer what is not answered yet.
+        """Answer the lines that are not answered yet, and return the exit code.
 
         Raises:
-            Stopped: by a signal, before the model had anything.
-            FlexGenError: refused before the start.
+            Stopped: A signal arrived before the model had any request.
+            FlexGenError: The job was refused before the start.
         """
         if self.flags.source is None and self.flags.output is None and self.flags.state is None:
             return self._answer_in_passing()
         return self._answer_kept(self.flags.state)
 
     def _answer_in_passing(self) -> int:
-        """From standard input to standard output: a job that nobody can name, kept in a temporary folder until it is done."""
+        """Answer standard input on standard output: the job has no name, and is kept in a temporary folder until it is done."""
         try:
             state = Path(tempfile.mkdtemp(prefix="flexgen-job-"))
         except OSError as error:
@@ -84,7 +84,7 @@ class JobCommand:
         try:
             code = self._answer_kept(state)
             return code
-        except FlexGenError:  # it was refused: nothing is there that could go on
+        except FlexGenError:  # the job was refused, so that nothing can be continued
             shutil.rmtree(state, ignore_errors=True)
             raise
         finally:
@@ -95,13 +95,13 @@ class JobCommand:
                 print(f"flexgen: {said}", file=sys.stderr)
 
     def _answer_kept(self, state: Path | None) -> int:
-        """Answer a job that has a place of its own."""
+        """Answer a job whose state is kept in a folder."""
         from flexgen.jobs.folder import JobFolder, job_paths
 
         paths = job_paths(None if self.flags.source_is_stream else self.flags.source, self.flags.output, state)
         with JobFolder(paths) as folder:
             try:
-                with self._load() as llm:  # what is wrong with the model is reported before the input is read
+                with self._load() as llm:  # errors of the model are reported before the input is read
                     return self._answer_in(folder, llm)
             except FlexGenError:
                 folder.undo()
@@ -136,13 +136,13 @@ class JobCommand:
                 return answering.run(workload)
 
     def _prepare_folder(self, folder: JobFolder) -> Path:
-        """Do what `--fresh` and a piped input ask for; return the file to read, which looks like one of requests."""
+        """Remove earlier runs for `--fresh`, copy a piped input, and return the file to read, checked to be a file of requests."""
         from flexgen.jobs.export import remove_job
         from flexgen.jobs.mistaken import check_input
 
         source, form = self.flags.source, self.reading.form
         if source is not None and not self.flags.source_is_stream:
-            check_input(source, input_format=form)  # before anything is removed for it
+            check_input(source, input_format=form)  # checked before `--fresh` removes anything
             if self.flags.fresh:
                 remove_job(folder)
             return source
@@ -153,7 +153,7 @@ class JobCommand:
         return kept
 
     def _prepare_lines(self, job: Job, store: Store | None) -> Workload:
-        """What is left to answer, once the input has been found to be right."""
+        """Check the input, and return the workload that is left to answer."""
         if self.flags.strict:
             job.check()
         job.match(accept_changes=self.flags.accept_changes)

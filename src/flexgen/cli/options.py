@@ -1,4 +1,4 @@
-"""Flags that several commands share: the fields of EngineOptions, how progress is shown, and the errors they may end in."""
+"""The parts that several commands share: flags for the fields of EngineOptions and for progress, and the translation of errors."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ VerboseFlag = Annotated[
     typer.Option("--verbose", "-v", help="End with all figures: placement, bytes, waits, overlap, plan, efficiency (docs/metrics.md)."),
 ]
 
-# Every field of EngineOptions that has a flag: panel, metavar, help.
+# Field of EngineOptions that has a flag -> (panel, metavar, help).
 _BUDGETS, _PLACEMENT, _MODEL = "Budgets (4GiB is binary, 16GB decimal, 50% a share of the whole)", "Placement and schedule", "Model"
 FLAGS: dict[str, tuple[str, str, str]] = {
     "device_mem": (_BUDGETS, "SIZE", "Memory on the device. Default: most of what is free."),
@@ -62,7 +62,7 @@ FLAGS: dict[str, tuple[str, str, str]] = {
 
 
 def seconds(text: str | float) -> float:
-    """Of a flag that takes a time."""
+    """Parse the value of a flag that takes a time, and return seconds."""
     try:
         return text if isinstance(text, (int, float)) else parse_seconds(text)
     except ValueError as error:
@@ -70,7 +70,7 @@ def seconds(text: str | float) -> float:
 
 
 def command(body: Callable[..., int]) -> Callable[..., None]:
-    """A command from a function that returns an exit code: errors that flexgen raises on purpose become messages."""
+    """Make a command of a function that returns an exit code; errors that flexgen raises on purpose become messages."""
 
     @functools.wraps(body)
     def wrapped(**values: Any) -> None:
@@ -86,7 +86,7 @@ def command(body: Callable[..., int]) -> Callable[..., None]:
             code = complain(f"memory ran out: {str(error).partition(chr(10))[0]}".rstrip(": "), ExitCode.RESUMABLE)
         except KeyboardInterrupt:
             code = complain("stopped", ExitCode.INTERRUPTED)
-        except (EOFError, BrokenPipeError):  # typer would end with 1, which says that lines have errors
+        except (EOFError, BrokenPipeError):  # typer would exit with 1, which means that lines have errors
             code = complain_of_bug()
         raise typer.Exit(code)
 
@@ -95,7 +95,7 @@ def command(body: Callable[..., int]) -> Callable[..., None]:
 
 
 def _with_flags(message: str) -> str:
-    """The message with flags in place of the fields of EngineOptions: `dtype='int8'` becomes `--dtype 'int8'`."""
+    """Return the message with flags in place of fields of EngineOptions: `dtype='int8'` becomes `--dtype 'int8'`."""
     for name in FLAGS:
         flag = f"--{name.replace('_', '-')}"
         message = re.sub(rf"(?<![\w-]){name}=(?=')", f"{flag} ", message)
@@ -105,7 +105,7 @@ def _with_flags(message: str) -> str:
 
 
 def engine_command(body: Callable[..., int]) -> Callable[..., None]:
-    """A command from a function that takes `options`: with a flag for every field of them."""
+    """Make a command of a function that takes `options`, with a flag for every field of EngineOptions in FLAGS."""
     hints = typing.get_type_hints(EngineOptions)
     fields = {field.name: field for field in dataclasses.fields(EngineOptions) if field.name in FLAGS}
     parameters: list[inspect.Parameter] = []
@@ -117,7 +117,7 @@ def engine_command(body: Callable[..., int]) -> Callable[..., None]:
 
 
 def takes(argument: str, flags: type[Any]) -> Callable[[Callable[..., int]], Callable[..., int]]:
-    """Gives a function parameters in place of `argument`: the fields of a dataclass, each annotated as one of typer's."""
+    """Return a decorator that replaces the parameter `argument` by the fields of a dataclass, which are annotated as options of typer."""
     hints = typing.get_type_hints(flags, include_extras=True)
     unset = {dataclasses.MISSING: inspect.Parameter.empty}
     parameters = [_flag(each.name, unset.get(each.default, each.default), hints[each.name]) for each in dataclasses.fields(flags)]
@@ -131,7 +131,7 @@ def _flag(name: str, default: object, annotation: object) -> inspect.Parameter:
 def _with_parameters(
     body: Callable[..., int], argument: str, make: Callable[..., object], parameters: list[inspect.Parameter]
 ) -> Callable[..., int]:
-    """`body` with `parameters` in place of `argument`, which is made of their values."""
+    """Return `body` with `parameters` in place of `argument`, whose value `make` builds from theirs."""
 
     @functools.wraps(body)
     def wrapped(**values: Any) -> int:
@@ -145,16 +145,19 @@ def _with_parameters(
 
 
 def _spelling(name: str, default: object) -> str:
-    """The flag of a field; what is on by default has one to switch it off."""
+    """Return the flag of a field; a field that is on by default also gets a flag to turn it off."""
     words = name.replace("_", "-")
     return f"--{words}/--no-{words}" if default is True else f"--{words}"
 
 
 def load(model: str, options: EngineOptions, progress: str, **more: Any) -> LLM:
-    """The model that a command names, downloaded if need be; weights are not read yet.
+    """Load the model that a command names, downloading it if need be; weights are not read yet.
 
     Args:
-        **more: keywords of LLM that are no engine options.
+        model: The folder or hub id of the model.
+        options: The options of the engine.
+        progress: The value of `--progress`.
+        **more: Keywords of LLM that are not engine options.
     """
     from flexgen.hub.resolve import resolve_model
     from flexgen.llm import LLM
@@ -166,7 +169,11 @@ def load(model: str, options: EngineOptions, progress: str, **more: Any) -> LLM:
 
 
 def check_file(path: Path | None, flag: str) -> None:
-    """Raises OptionError when a file cannot be made there."""
+    """Check that a file can be created at `path`.
+
+    Raises:
+        OptionError: The file cannot be created.
+    """
     check_parent(path, flag)
     try:
         check_target(path)
@@ -175,13 +182,26 @@ def check_file(path: Path | None, flag: str) -> None:
 
 
 def check_parent(path: Path | None, flag: str) -> None:
-    """Raises OptionError when something cannot be made because its folder is not there."""
+    """Check that the folder of a file that is to be created exists.
+
+    Raises:
+        OptionError: The folder does not exist.
+    """
     if path is not None and not is_there(path.parent, flag, Path.is_dir):
         raise OptionError(f"{flag} {path}: there is no folder {path.parent}")
 
 
 def is_there(path: Path, flag: str, kind: Callable[[Path], bool]) -> bool:
-    """Whether a file or folder is there (`Path.is_file`, `Path.is_dir`).  Raises OptionError when that cannot be found out."""
+    """Return whether a path is of a kind.
+
+    Args:
+        path: The path.
+        flag: The name of the flag or argument, for messages.
+        kind: The test, `Path.is_file` or `Path.is_dir`.
+
+    Raises:
+        OptionError: The path cannot be examined.
+    """
     try:
         return kind(path)
     except OSError as error:
@@ -189,7 +209,7 @@ def is_there(path: Path, flag: str, kind: Callable[[Path], bool]) -> bool:
 
 
 def write_asked(path: Path, flag: str, text: str) -> ExitCode:
-    """Make or replace a file that a flag asks for; the exit code of a command of which that is the result."""
+    """Write a file that a flag asks for, and return the exit code of a command whose result it is."""
     try:
         write_file(path, text)
     except StorageError as error:

@@ -1,4 +1,4 @@
-"""`flexgen plan`: what a job would take, on this machine or another, without running it."""
+"""`flexgen plan`: forecasts a job on this machine or another, without running it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from flexgen.plan.tell.forecast import Plan
     from flexgen.plan.workload import Workload
 
-# Resident memory of a run before any weight is loaded, about: the interpreter, torch, transformers, kernels.
+# Approximate resident memory of a run before any weight is loaded: the interpreter, torch, transformers, kernels.
 PROCESS_BYTES = {"cpu": 480 * MIB, "sim": 480 * MIB, "cuda": 1500 * MIB}
 _JOB = "The job"
 PROMPT_LEN, GEN_LEN, NUM_REQUESTS = 512, 128, 1000
@@ -35,7 +35,7 @@ PROMPT_LEN, GEN_LEN, NUM_REQUESTS = 512, 128, 1000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lengths:
-    """The flags of a job that is the same request many times."""
+    """The flags of a job of many equal requests."""
 
     prompt_len: Annotated[
         int | None,
@@ -57,14 +57,14 @@ class Lengths:
     ] = None
 
     def given(self) -> list[str]:
-        """The flags that were given."""
+        """Return the flags that were given."""
         names = (field.name for field in dataclasses.fields(self))
         return [f"--{name.replace('_', '-')}" for name in names if getattr(self, name) is not None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Question:
-    """A job on a machine (`box`; None is this one), whatever the dtype."""
+    """A job on a machine, in any dtype; `box` is the machine, or None for this one."""
 
     model: str
     options: EngineOptions
@@ -73,7 +73,7 @@ class _Question:
     workload: Workload
 
     def machine(self, dtype: str) -> Machine:
-        """As measured before, or measured now."""
+        """Return the machine; this one is measured now unless its rates are kept."""
         if self.box is not None:
             return self.box
         from flexgen.profile.measure import cached_machine
@@ -81,13 +81,13 @@ class _Question:
         return cached_machine(self.limits.device, dtype, self._weights_folder)
 
     def job(self, spec: ModelSpec, machine: Machine) -> dict[str, Any]:
-        """The arguments of `make_plan` and of `space_of`."""
+        """Return the arguments of `make_plan` and `space_of`."""
         options = dataclasses.replace(self.options, dtype=spec.dtype, device=self.limits.device)
         given = {"options": options, "spec": spec, "machine": machine, "limits": self.limits, "workload": self.workload}
         return given | {"process_bytes": PROCESS_BYTES[self.limits.device]}
 
     def plan_in(self, dtype: str) -> Plan | None:
-        """The plan in another dtype; None where the machine was not measured in it, or nothing fits."""
+        """Return the plan in another dtype; None where the machine was not measured in it, or nothing fits the budgets."""
         from flexgen.plan.tell.forecast import make_plan
         from flexgen.session.lookup import spec_of
 
@@ -107,7 +107,7 @@ class _Question:
 
     @property
     def _weights_folder(self) -> Path:
-        """From where weights stream, if the model is here."""
+        """The folder from which weights stream; the current folder if the model is not a local folder."""
         return Path(self.model) if Path(self.model).is_dir() else Path()
 
 
@@ -154,7 +154,7 @@ def plan(
 def _told(
     model: str, options: EngineOptions, machine: str | None, workload_of: Callable[[int], Workload], *, pareto: bool, as_json: bool
 ) -> str:
-    """The plan, as text or JSON; `workload_of` takes the model's context."""
+    """Return the plan as text or JSON; `workload_of` makes the workload from the model's context."""
     from flexgen.plan.known.machines import beside_checkpoint
     from flexgen.plan.search.solve import space_of
     from flexgen.plan.tell.alternatives import faster_format
@@ -178,7 +178,7 @@ def _told(
 
 
 def _limits_and_machine(options: EngineOptions, name: str | None) -> tuple[Limits, Machine | None]:
-    """The budgets, and the machine if it is not this one."""
+    """Return the budgets, and the machine if it is not this one."""
     if name is None:
         from flexgen.profile.limits import find_limits
 
@@ -200,7 +200,7 @@ def _equal_lengths(asked: Lengths, context: int, options: EngineOptions) -> Work
     prefix = asked.prefix_len or 0
     if prefix > prompt:
         raise OptionError(f"--prefix-len {prefix} is more than a prompt has (--prompt-len {prompt})")
-    shared = prefix // PAGE_TOKENS * PAGE_TOKENS if options.prefix_sharing else 0  # in whole pages, computed by the first
+    shared = prefix // PAGE_TOKENS * PAGE_TOKENS if options.prefix_sharing else 0  # in whole pages, which the first request computes
     return Workload(prompt_lens=(prompt,) * number, output_lens=(answer,) * number, shared_lens=(0, *(shared,) * (number - 1)))
 
 
@@ -239,7 +239,7 @@ def _as_text(plan: Plan, faster: FasterFormat | None, curve: Sequence[ParetoPoin
 
 
 def _what_does_not_run(plan: Plan) -> list[str]:
-    """What has to be known before anything else."""
+    """Return a line that says that this model cannot run, if so."""
     if plan.spec.is_plain:
         return []
     what = f"its weights are in {plan.spec.number_format}, a low-bit format"

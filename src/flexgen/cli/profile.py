@@ -1,4 +1,4 @@
-"""`flexgen profile`: how fast this machine is, measured thing by thing."""
+"""`flexgen profile`: measures the rates of this machine."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def profile(
 
 
 def _measured(device: str, dtype: list[str] | None, folder: Path, *, quick: bool) -> Machine:
-    """The machine, measured now and kept."""
+    """Measure the machine, keep its profile, and return it."""
     from flexgen.profile.limits import find_device
     from flexgen.profile.measure import keep, kept_machine, measure
     from flexgen.profile.repeat import settled
@@ -71,7 +71,7 @@ def _measured(device: str, dtype: list[str] | None, folder: Path, *, quick: bool
 
 
 def format_machine(machine: Machine) -> str:
-    """A line per thing measured: median, best, spread."""
+    """Return the rates as text, a line each: typical rate, best rate, spread."""
     from flexgen.profile.repeat import is_disturbed
 
     lines = [f"{machine.name} ({machine.origin} {machine.date}), {format_size(machine.host_bytes)} of memory"]

@@ -1,4 +1,4 @@
-"""How a file of requests is read: the flags that say so, and the lengths that it gives `flexgen plan`."""
+"""The flags that say how a file of requests is read, and the lengths of its requests for `flexgen plan`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reading:
-    """The flags that say how a file of requests is read, as `flexgen run` and `flexgen plan` have them."""
+    """The flags that say how a file of requests is read, shared by `flexgen run` and `flexgen plan`."""
 
     max_tokens: Annotated[
         int | None,
@@ -51,7 +51,11 @@ class Reading:
 
     @property
     def template_kwargs(self) -> dict[str, Any]:
-        """The variables of templates.  Raises OptionError where they are not a JSON object."""
+        """The variables for chat templates.
+
+        Raises:
+            OptionError: The flag is not a JSON object.
+        """
         text = self.chat_template_kwargs or "{}"
         try:
             value = json.loads(text)
@@ -63,11 +67,15 @@ class Reading:
 
     @property
     def keywords(self) -> dict[str, Any]:
-        """Keywords of `LLM`."""
+        """The flags as keywords of `LLM`."""
         return {"tokenizer": self.tokenizer, "chat_template": self.chat_template, "chat_template_kwargs": self.template_kwargs}
 
     def check(self) -> None:
-        """Raises OptionError for values that cannot be meant."""
+        """Check the values of the flags.
+
+        Raises:
+            OptionError: The input format is unknown, or the variables for templates are not a JSON object.
+        """
         from flexgen.jobs.forms import INPUT_FORMATS
 
         if self.form not in INPUT_FORMATS:
@@ -76,7 +84,11 @@ class Reading:
 
 
 def check_source(source: Path | None, reading: Reading) -> None:
-    """Raises OptionError where `--input` is not a file, or flags for its lines are given without it."""
+    """Check `--input` and the flags for its lines.
+
+    Raises:
+        OptionError: `--input` is not a file, flags for its lines are given without it, or their values are wrong.
+    """
     if source is None:
         given = [field.name for field in dataclasses.fields(reading) if getattr(reading, field.name) is not None]
         if given:
@@ -88,11 +100,17 @@ def check_source(source: Path | None, reading: Reading) -> None:
 
 
 def lengths_of(source: Path, reading: Reading, model: str, options: EngineOptions) -> Workload:
-    """The lengths of a file's requests, by the model's tokenizer and template.
+    """Return the lengths of a file's requests by the model's tokenizer and template.
+
+    Args:
+        source: The file of requests.
+        reading: The flags that say how the file is read.
+        model: The name of the model.
+        options: The options of the engine.
 
     Raises:
-        OptionError: no line can be answered.
-        ModelError: there is no tokenizer.
+        OptionError: No line can be answered.
+        ModelError: There is no tokenizer.
     """
     from flexgen.cli.defaults import bare_defaults
     from flexgen.jobs.mistaken import check_input
@@ -115,7 +133,7 @@ def lengths_of(source: Path, reading: Reading, model: str, options: EngineOption
 
 @contextlib.contextmanager
 def _opened(reading: Reading, model: str, options: EngineOptions) -> Iterator[LLM]:
-    """The model without its weights; a shipped one is what the catalogue says where another tokenizer is given."""
+    """Open the model without its weights; one of the catalogue needs no files if `--tokenizer` names another tokenizer."""
     from flexgen.llm import LLM
     from flexgen.plan.known.models import catalogue_spec
     from flexgen.session.lookup import shipped_name
@@ -141,7 +159,7 @@ def _opened(reading: Reading, model: str, options: EngineOptions) -> Iterator[LL
 
 @contextlib.contextmanager
 def _shipped(name: str) -> Iterator[Any]:
-    """The files of a shipped model: its config, and nothing else."""
+    """Yield the files of a model of the catalogue: its config only, in a temporary folder."""
 
     from flexgen.hub.model_files import ModelFiles, read_json
     from flexgen.plan.known.models import catalogue_fields

@@ -1,4 +1,4 @@
-"""`flexgen run`: a file of requests in, a file of answers out."""
+"""`flexgen run`: answers a file of requests."""
 
 from __future__ import annotations
 
@@ -36,5 +36,5 @@ def run(flags: RunFlags, reading: Reading, options: EngineOptions) -> int:
         try:
             return command.show_plan() if flags.dry_run else command.answer()
         except Stopped:
-            display.close()  # or the last step would stand in the way
+            display.close()  # because the line of the last step would remain otherwise
             return complain("stopped", signals.exit_code)

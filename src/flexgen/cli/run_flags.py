@@ -1,4 +1,4 @@
-"""The flags of `flexgen run`, and which of them cannot be meant."""
+"""The flags of `flexgen run`, and the check for values and combinations that make no sense."""
 
 from __future__ import annotations
 
@@ -69,18 +69,23 @@ class RunFlags:
 
     @property
     def source_is_stream(self) -> bool:
-        """Whether the input can be read once only: standard input, a named pipe, or a shell's `<(...)`."""
+        """Whether the input can be read only once: standard input, a named pipe, or a shell's `<(...)`."""
         return self.source is None or not self.source.is_file()
 
     @property
     def sampling(self) -> dict[str, Any]:
-        """The sampling parameters of lines that set none, where flags give them."""
+        """The sampling parameters that flags give to lines that set none."""
         given = {"temperature": self.temperature, "top_p": self.top_p}
         return {name: value for name, value in given.items() if value is not None}
 
 
 def check(flags: RunFlags) -> None:
-    """Raises OptionError for paths and flags that cannot be meant."""
+    """Check paths, standard streams and combinations of flags.
+
+    Raises:
+        OptionError: A path cannot be used, or flags contradict each other.
+        StorageError: The output cannot be written, or a standard stream is closed.
+    """
     _check_source(flags)
     check_parent(flags.output, "--output")
     check_target(flags.output)
@@ -109,7 +114,7 @@ def check(flags: RunFlags) -> None:
 
 
 def _check_source(flags: RunFlags) -> None:
-    """Raises OptionError for an input that is no file and no pipe.  (Not by typer, which would look for a file named -.)"""
+    """Refuse an input that is neither a file nor a pipe.  Typer does not check this, because it would look for a file named `-`."""
     source = flags.source
     if source is None or is_there(source, "INPUT", Path.is_file) or source.is_fifo() or source.is_socket():
         return

@@ -1,4 +1,4 @@
-"""SIGINT, SIGTERM and SIGHUP: the first asks, the second insists."""
+"""Handles SIGINT, SIGTERM and SIGHUP: the first signal asks the run to stop, a second one ends the process."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _SIGNALS = {signal.SIGINT: ExitCode.INTERRUPTED, signal.SIGTERM: ExitCode.TERMIN
 
 
 class StopSignals:
-    """Turns signals into a request to stop, while it is open.
+    """A context in which signals become a request to stop.
 
-    The first signal raises Stopped, or within `deferred` asks for the end of the pass; a second one ends the process on the spot,
-    which loses nothing that is durable.  What was ignored before (nohup, background jobs) stays ignored.
+    The first signal raises Stopped, or within `deferred` asks the job to stop after its pass; a second one ends the process at once, which
+    loses nothing that is durable.  Signals that were ignored before (nohup, background jobs) stay ignored.
 
     Attributes:
-        request: for the job to look at.
+        request: The request to stop, which the job checks.
     """
 
     def __init__(self) -> None:
@@ -33,19 +33,19 @@ class StopSignals:
 
     @property
     def name(self) -> str:
-        """Of the signal that was received."""
+        """The name of the signal that was received."""
         assert self._received is not None
         return self._received.name
 
     @property
     def exit_code(self) -> ExitCode:
-        """Of a command that stops because of the signal."""
+        """The exit code of a command that stops because of the signal."""
         assert self._received is not None
         return _SIGNALS[self._received]
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Within, the first signal interrupts nothing."""
+        """Let the first signal only ask the job to stop, instead of raising Stopped, while the context is open."""
         self._deferring = True
         try:
             yield
@@ -74,6 +74,6 @@ class StopSignals:
 
 
 def _say(text: bytes) -> None:
-    """To stderr, if it takes anything: the terminal may be gone, which is what SIGHUP tells."""
+    """Write to stderr if possible: after SIGHUP the terminal may be gone."""
     with suppress(OSError):
         os.write(2, text)

@@ -1,4 +1,4 @@
-"""`flexgen status`: how far a job is, from another terminal."""
+"""`flexgen status`: shows the progress of a job, also from another terminal."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def status(
 
 
 def format_status(status: JobStatus) -> str:
-    """A few lines."""
+    """Return the progress of a job as a few lines of text."""
     done = status.answered + status.failed
     total = "?" if status.lines is None else f"{status.lines:,}"
     in_progress = f"{status.in_progress:,} in progress"

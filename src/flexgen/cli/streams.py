@@ -1,7 +1,8 @@
-"""Standard input, output and error of the command, so that where messages go decides about nothing else.
+"""Standard input, output and error of the command, arranged so that messages that cannot be written do not stop a run.
 
-What standard error does not take is dropped.  Standard output keeps its first failure in mind, because it may carry results; what is
-no result (the report of a run) goes there by `reports`.  Descriptors 0 to 2 exist, or a database would be opened on one of them.
+Bytes that standard error does not take are dropped.  Standard output records its first failure, because it may carry results; other text
+(such as the report of a run) is written to it by `reports`.  Closed descriptors 0 to 2 are opened, because a database would be opened on
+one of them otherwise.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ from typing import Any, TextIO
 from flexgen.cli.exit_codes import ExitCode, complain
 from flexgen.errors import StorageError
 
-# Closed descriptors are opened the wrong way round: using them fails as before, and as `check_stdin` and `check_stdout` tell.
+# Closed descriptors are opened in the wrong direction, so that using them still fails, and `check_stdin` and `check_stdout` notice.
 _CLOSED = {0: os.O_WRONLY, 1: os.O_RDONLY, 2: os.O_WRONLY}
 
 
 class _Descriptor(io.FileIO):
-    """Bytes to a descriptor that stays open.  One that takes nothing just now (another program made it non-blocking) is waited for."""
+    """Writes bytes to a descriptor that stays open, and waits if another program has made it non-blocking."""
 
     def __init__(self, descriptor: int) -> None:
         super().__init__(descriptor, "wb", closefd=False)
@@ -37,7 +38,7 @@ class _Descriptor(io.FileIO):
 
 
 class _Dropping(_Descriptor):
-    """What cannot be written is dropped."""
+    """Drops bytes that cannot be written."""
 
     def write(self, data: Any, /) -> int:
         try:
@@ -47,10 +48,12 @@ class _Dropping(_Descriptor):
 
 
 class _Results(_Descriptor):
-    """Fails once.  What follows is dropped: it could only be a part, and the interpreter flushes once more when it ends.
+    """Raises the first error, and drops all later bytes.
+
+    The results are incomplete by then, and the interpreter flushes once more when it ends.
 
     Attributes:
-        failure: the error, if there was one.
+        failure: The first error, or None.
     """
 
     failure: OSError | None = None
@@ -67,7 +70,7 @@ class _Results(_Descriptor):
 
 @contextmanager
 def standard_streams() -> Iterator[None]:
-    """Open the three streams for a command, and end the process with the code it asks for, unless its results could not be written."""
+    """Open the three streams for a command, and exit with its exit code, or with RESUMABLE if its results could not be written."""
     _open_descriptors()
     if sys.stdin is None:
         sys.stdin = open(0, closefd=False)  # noqa: SIM115
@@ -76,7 +79,7 @@ def standard_streams() -> Iterator[None]:
     results = _Results(1)
     if sys.stdout is sys.__stdout__:
         sys.stdout = _text(results, sys.stdout, line_buffering=results.isatty())
-    stdout = sys.stdout  # typer puts another in its place when a reader has left
+    stdout = sys.stdout  # typer replaces it when the reader has left
     code: object = ExitCode.ALL_ANSWERED
     try:
         yield
@@ -93,32 +96,40 @@ def standard_streams() -> Iterator[None]:
 
 
 def _undelivered(failure: OSError, code: object) -> object:
-    """The exit code of a command that could not write its results (1 may be typer's own word for a reader who left)."""
+    """Return the exit code of a command that could not write its results.  A code of 1 may come from typer, whose reader has left."""
     if code in (ExitCode.ALL_ANSWERED, ExitCode.SOME_FAILED):
         return complain(f"standard output: {reason_of(failure)}", ExitCode.RESUMABLE)
     return code
 
 
 def reason_of(error: OSError) -> str:
-    """Why something could not be written to standard output."""
+    """Return the reason why standard output could not be written."""
     said = {errno.EPIPE: "its reader has left", errno.EBADF: "it is closed, or open for reading only"}
     return said.get(error.errno or 0) or error.strerror or str(error)
 
 
 def reports() -> TextIO:
-    """Standard output for what is no result: dropped where it cannot be written."""
+    """Return standard output for text that is not a result, which is dropped if it cannot be written."""
     raw = getattr(getattr(sys.stdout, "buffer", None), "raw", None)
     return _text(_Dropping(1), sys.stdout, line_buffering=True) if isinstance(raw, _Results) else sys.stdout
 
 
 def check_stdin() -> None:
-    """Raises StorageError when standard input is closed."""
+    """Check that standard input can be read.
+
+    Raises:
+        StorageError: Standard input is closed.
+    """
     if _access(sys.stdin) == os.O_WRONLY:
         raise StorageError("standard input is closed: give a file of requests in place of -")
 
 
 def check_stdout() -> None:
-    """Raises StorageError when standard output takes nothing, as far as that shows before something is written."""
+    """Check that standard output can be written, as far as this can be known before a write.
+
+    Raises:
+        StorageError: Standard output cannot be written.
+    """
     access = _access(sys.stdout)
     if access is None:
         return
@@ -131,7 +142,7 @@ def check_stdout() -> None:
 
 
 def _fault(descriptor: int) -> str:
-    """What keeps a descriptor from taking bytes; empty if nothing does."""
+    """Return the reason why a descriptor cannot be written; empty if it can."""
     mode = os.fstat(descriptor).st_mode
     if stat.S_ISCHR(mode):
         os.write(descriptor, b"")  # a full device and a closed terminal refuse even that
@@ -148,7 +159,7 @@ def _fault(descriptor: int) -> str:
 
 
 def _access(stream: TextIO) -> int | None:
-    """Whether the stream's descriptor is open for reading, writing or both; None for a stream without one, as in tests."""
+    """Return the access mode of the stream's descriptor, such as `os.O_RDONLY`; None for a stream without one, as in tests."""
     try:
         return fcntl.fcntl(stream.fileno(), fcntl.F_GETFL) & os.O_ACCMODE
     except (OSError, ValueError):
@@ -160,18 +171,21 @@ def _open_descriptors() -> None:
         try:
             os.fstat(descriptor)
         except OSError:
-            opened = os.open(os.devnull, flags)  # the lowest that is free: this one
+            opened = os.open(os.devnull, flags)  # the lowest free descriptor, which is this one
             os.set_inheritable(opened, True)
 
 
 def _text(raw: _Descriptor, like: TextIO | None, *, line_buffering: bool) -> TextIO:
-    """A stream of text in the encoding of `like`; characters that it lacks, and bytes in file names that are none, do not fail."""
+    """Return a stream of text in the encoding of `like`.
+
+    Characters that the encoding lacks, and undecodable bytes of file names, are escaped.
+    """
     encoding = like.encoding if like is not None else "utf-8"
     return io.TextIOWrapper(io.BufferedWriter(raw), encoding=encoding, errors="backslashreplace", line_buffering=line_buffering)
 
 
 def _flush(stream: TextIO) -> None:
-    """Have the interpreter find nothing to write when it ends; a failure is kept in mind by the stream."""
+    """Flush the stream, so that nothing is left to write when the interpreter ends.  The stream records a failure."""
     try:
         stream.flush()
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""What commands share on the terminal: a display for their messages and the library's log, and their last words."""
+"""The display that commands share, for their own messages and for the library's log."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ if TYPE_CHECKING:
 
 @contextmanager
 def showing(progress: str, *, messages: TextIO | None = None, results: TextIO | None = None, steps: bool = True) -> Iterator[Display]:
-    """A display to which the library's log goes, too; its first step is the loading of libraries, which takes seconds.
+    """Open a display that also shows the library's log.  Its first step is the loading of libraries, which takes seconds.
 
     Args:
-        messages, results: where these go; None is stderr, and stdout for what may be lost.
-        steps: whether to say what begins.
+        progress: The value of `--progress`.
+        messages: The stream for messages and progress; None for stderr.
+        results: The stream for reports; None for stdout, where they are dropped if they cannot be written.
+        steps: Whether to show steps when they begin.
     """
     from flexgen.base.steps import LOGGER as STEPS
     from flexgen.base.steps import step

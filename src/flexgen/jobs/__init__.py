@@ -1,18 +1,19 @@
-"""A file of requests in, a file of answers out.
+"""Jobs: a file of requests is answered by a model, and the answers are written to a file.
 
-The way of a request, and the forms that it takes:
+A request takes these forms on its way:
 
 1. `Line` (lines.py): the bytes of a line, its number and its digest.
-2. `JobRequest` (forms.py reads it; api/ knows how): the line with its id and form, and what it asks for, or the error that it ends in.
+2. `JobRequest` (forms.py makes it with the parsers of api/): the line with its id and form, and its request or the error that it ends in.
 3. `TokenRequest` (reading.py has the model make it): one for each answer that the line asks for, token ids and resolved parameters.
-4. `TokenResult`: the engine's answer to one of them.  Until then it is the engine's, which reports after each pass how far answers have
-   come; saved_progress.py stores that, so that a later run goes on from there.
+4. `TokenResult`: the engine's answer to one of them.  Until it is finished, the engine reports after each pass the tokens generated so far;
+   saved_progress.py stores them, so that a later run goes on from there.
 5. `CompletionOutput` (serving.py has the model make it): the answer with its text.
 6. The record, a JSON object of the line's form; its bytes become durable in a `ResultRow` of the database (store.py).
 
 The output file is made from the records (export.py).  A job knows its model only by the protocol in model.py.
 
-Every line is read and tokenised twice, by the scan and by the run, and under --strict once more before them.  The plan depends on the
-lengths of all requests, and what would have to be kept instead of reading them again has no bound: the ids of a million prompts take
-more memory than the input, and as a file more time than tokenising takes beside the model's passes.
+Every line is read and tokenised twice, by the scan and by the run, and under --strict once more before them.  The scan comes first because
+the plan depends on the lengths of all requests.  Its token ids are not kept, because nothing bounds them: the ids of a million prompts
+take more memory than the input, and writing and reading a file of them takes more time than tokenising, which is little beside the
+model's passes.
 """

@@ -1,4 +1,4 @@
-"""What refuses an input as a whole, before anything is answered: faults under --strict, and first lines that all fail alike."""
+"""Checks that refuse an input as a whole before anything is answered: any fault under --strict, and first lines that all fail alike."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from flexgen.jobs.lines import Line
 
 HEAD_LINES = 100
 _MOST_COMPLAINTS = 20
-# Errors whose code says it all: what differs from line to line is where it was found.
+# Errors whose code is reason enough: their messages differ from line to line only in where the fault was found.
 _SAY_ENOUGH = ("invalid_json", "invalid_utf8", "line_too_long", "context_length_exceeded")
 _DETAILS = re.compile(r"'[^']*'|\"[^\"]*\"|\d[\d,.]*")
 
@@ -21,7 +21,7 @@ def check_strictly(name: str, requests: Iterable[JobRequest]) -> None:
     """Check every line of a file (--strict).
 
     Raises:
-        JobError: lines that cannot be served, or ids that several lines have; the message lists the first.
+        JobError: Some lines cannot be served, or several lines have the same id; the message lists the first of them.
     """
     census = Census()
     complaints: list[tuple[int, str]] = []
@@ -40,15 +40,15 @@ def check_strictly(name: str, requests: Iterable[JobRequest]) -> None:
 
 
 def check_head(name: str, lines: Sequence[Line], requests: Iterable[JobRequest]) -> None:
-    """Compare why the first lines of a file fail: one reason for all of them is a mistake about the file, not about its lines.
+    """Refuse a file whose first lines all fail for the same reason, because then the mistake is about the file, not about its lines.
 
     Args:
-        name: the name of the file.
-        lines: its first lines.
-        requests: what became of them.
+        name: The name of the file, for messages.
+        lines: The first lines of the file.
+        requests: The same lines as requests.
 
     Raises:
-        JobError: all of them fail, for the same reason.
+        JobError: All lines fail for the same reason.
     """
     first: RequestError | None = None
     for request in requests:
@@ -65,7 +65,7 @@ def check_head(name: str, lines: Sequence[Line], requests: Iterable[JobRequest])
 
 
 def _reason(error: RequestError) -> tuple[str, ...]:
-    """What errors of the same reason have in common."""
+    """Return a key that is equal for errors with the same reason."""
     if error.code in _SAY_ENOUGH:
         return (error.code,)
     return (error.code, str(error.param), _DETAILS.sub("", str(error)))

@@ -1,6 +1,6 @@
-"""The database of a job: its tables, how it is opened, and when a transaction counts as done.  Knows no requests.
+"""The database of a job: its tables, how it is opened, and when a transaction is durable.  Knows nothing of requests.
 
-SQLite with a write-ahead log and synchronous=FULL: what is committed survives a kill and a power failure, and other processes
+It is SQLite with a write-ahead log and synchronous=FULL: what is committed survives a kill and a power failure, and other processes
 (`flexgen status`, `flexgen export`) read a consistent snapshot while a run writes.
 """
 
@@ -16,10 +16,10 @@ from flexgen.base.failpoints import failpoint
 from flexgen.base.files import check_private, open_private
 from flexgen.errors import StorageError
 
-_APPLICATION_ID = 0x666C7867  # "flxg", by which a job is told from other databases
+_APPLICATION_ID = 0x666C7867  # "flxg", which distinguishes a job from other databases
 _VERSION = 1
 _BUSY_SECONDS = 60.0
-# Rows of `results` are small, so that counting a million lines and finding out which are done reads no answers.
+# Rows of `results` are small, so that counting a million lines and finding those that are done reads no answers.
 _SCHEMA = f"""
 BEGIN;
 CREATE TABLE facts (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
@@ -42,15 +42,16 @@ PRAGMA user_version = {_VERSION};
 COMMIT;
 """
 
-# What a job has got since: older versions do without it, so that the format is the same.
+# Tables added later.  Older versions work without them, so the format keeps its number.
 _ADDITIONS = "CREATE TABLE IF NOT EXISTS snapshot (id INTEGER PRIMARY KEY, value TEXT NOT NULL)"
 
 
 def connect(path: Path, *, create: bool = False) -> sqlite3.Connection:
-    """An open database of a job; every statement is its own transaction unless `transaction` says otherwise.
+    """Open the database of a job.  Outside of `transaction` and `hold`, every statement is a transaction of its own.
 
     Raises:
-        StorageError: there is none, it is something else, of another version or damaged, or it cannot be opened.
+        StorageError: The database does not exist (unless `create` is true), cannot be opened, is damaged, is of another version, or is
+            not that of a job.
     """
     with translated(path):
         _check_file(path, create)
@@ -64,12 +65,15 @@ def connect(path: Path, *, create: bool = False) -> sqlite3.Connection:
 
 
 def _check_file(path: Path, create: bool) -> None:
-    """Private from the start, and no link.  A file that exists is not opened: closing it would drop this process's SQLite locks."""
+    """Check that the database is a private file and not a symlink, creating an empty one first if asked to.
+
+    A file that exists is not opened, because closing it would drop the SQLite locks of this process.
+    """
     if create:
         with suppress(FileExistsError):
             os.close(open_private(path, os.O_RDWR | os.O_CREAT | os.O_EXCL))
     check_private(path, path.lstat())
-    for end in ("-wal", "-shm"):  # made by SQLite, which follows what lies there
+    for end in ("-wal", "-shm"):  # made by SQLite, which would follow a symlink there
         beside = path.with_name(path.name + end)
         with suppress(FileNotFoundError):
             check_private(beside, beside.lstat())
@@ -93,12 +97,12 @@ def _prepare(connection: sqlite3.Connection, path: Path, create: bool) -> None:
 
 @contextmanager
 def transaction(connection: sqlite3.Connection, path: Path) -> Iterator[None]:
-    """All or nothing, and durable when it is left.
+    """Run the body as one transaction, which is durable when the context is left.
 
-    Within a larger one (`hold`) it is a part of that, and as durable.
+    After `hold` the body becomes a part of the transaction that `hold` began, and is durable with its commit.
 
     Raises:
-        StorageError: it could not be made durable; nothing has changed then.
+        StorageError: The transaction could not be made durable; nothing has changed then.
     """
     held = connection.in_transaction
     hold(connection, path)
@@ -114,14 +118,14 @@ def transaction(connection: sqlite3.Connection, path: Path) -> Iterator[None]:
 
 
 def hold(connection: sqlite3.Connection, path: Path) -> None:
-    """Let nothing that follows count before `commit`; closing the connection instead drops it all."""
+    """Begin a transaction that lasts until `commit`, unless one is open.  Closing the connection instead rolls it back."""
     with translated(path):
         if not connection.in_transaction:
             connection.execute("BEGIN IMMEDIATE")
 
 
 def commit(connection: sqlite3.Connection, path: Path) -> None:
-    """Make everything since `hold` count."""
+    """Commit everything since `hold`."""
     with translated(path):
         failpoint("store.commit")
         connection.execute("COMMIT")
@@ -130,7 +134,7 @@ def commit(connection: sqlite3.Connection, path: Path) -> None:
 
 @contextmanager
 def translated(path: Path) -> Iterator[None]:
-    """SQLite's errors, and the system's, as ours."""
+    """Raise errors of SQLite and of the operating system as StorageError."""
     try:
         yield
     except sqlite3.Error as error:

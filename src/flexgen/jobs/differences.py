@@ -1,15 +1,15 @@
-"""How an input differs from the one that a job has answered: by the digests of its lines, 64 signed bits each, 0 for none."""
+"""Compares an input with the one that a job has answered, by the digests of the lines: signed 64-bit integers, 0 where there is no line."""
 
 from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Sequence
 
-_CONFIRMED_LINES = 1  # after one that moved, so many have to move with it
+_CONFIRMED_LINES = 1  # a line counts as moved if this many lines after it moved with it
 
 
 def by_number(lines: Iterable[tuple[int, int]]) -> array[int]:
-    """Digests by line number, from (number, digest) in order."""
+    """Return an array of digests by line number, from (number, digest) pairs in ascending order."""
     digests = array("q")
     for number, digest in lines:
         digests.extend([0] * (number + 1 - len(digests)))
@@ -18,14 +18,20 @@ def by_number(lines: Iterable[tuple[int, int]]) -> array[int]:
 
 
 def differing(old: array[int], new: array[int]) -> array[int]:
-    """The lines of `old` that are another one in `new`, or gone."""
+    """Return the numbers of the lines of `old` that are different or missing in `new`."""
     found = array("q", (number for number, (before, now) in enumerate(zip(old, new, strict=False)) if before and before != now))
     found.extend(number for number in range(len(new), len(old)) if old[number])
     return found
 
 
 def describe(old: array[int], new: array[int], answered: Sequence[int]) -> str:
-    """What became of the lines that were answered and differ."""
+    """Describe, for an error message, how the input differs.
+
+    Args:
+        old: Digests of the lines that earlier runs finished, by line number.
+        new: Digests of the lines of the input, by line number.
+        answered: Numbers of the answered lines that differ, in ascending order, at least one.
+    """
     found = f"{len(answered):,} lines that were answered differ, the first is line {answered[0]}"
     place = moved(old, new, answered[0])
     if place is None:
@@ -37,7 +43,7 @@ def describe(old: array[int], new: array[int], answered: Sequence[int]) -> str:
 
 
 def moved(old: array[int], new: array[int], line: int) -> tuple[int, int] | None:
-    """(number of a line before, its number now), if lines were removed or inserted before the line that differs."""
+    """Return the former and the present number of a line that moved, if lines were removed or inserted at the line that differs."""
     places: list[tuple[int, int]] = []
     if line < len(new) and new[line] in old[line + 1 :]:
         places.append((old.index(new[line], line + 1), line))

@@ -1,4 +1,4 @@
-"""The output file, made from the database: as a whole, in one moment, at any time, also while a run goes on."""
+"""Writes the output file from the database.  The file is replaced atomically, and this works at any time, also during a run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from flexgen.errors import JobError, OptionError, StorageError
 from flexgen.jobs.database import connect, transaction, translated
 from flexgen.jobs.folder import JobFolder, JobPaths
 
-# Both follow an index: nothing is sorted, whatever the size.
+# Both queries follow an index, so that nothing is sorted, however large the job is.
 _ORDERS = {
     "input": "SELECT record FROM records ORDER BY line",
     "done": "SELECT record FROM results CROSS JOIN records USING (line) ORDER BY place",
@@ -28,27 +28,29 @@ ORDERS = tuple(_ORDERS)
 
 
 class DeliveryError(StorageError):
-    """Standard output did not take what is done and kept."""
+    """Standard output did not take all answers; they are still in the database."""
 
 
 def export(paths: JobPaths, target: Path, order: str = "input") -> int:
-    """Write the records of the lines that are done to `target`, which is replaced at once or not at all.
+    """Write the records of all finished lines to `target`, which is replaced atomically.
 
     Args:
-        order: "input", or "done" for the order in which lines were finished.
+        paths: The paths of the job.
+        target: The file to write.
+        order: "input" for the order of the input, or "done" for the order in which lines were finished.
 
     Returns:
-        how many records.
+        The number of records.
 
     Raises:
-        JobError: there is a file that no export has written.
-        OptionError: an unknown order.
-        StorageError: it cannot be written; what was there is still there.
+        JobError: `target` exists and was not written by an export of this job.
+        OptionError: `order` is unknown.
+        StorageError: The file cannot be written; an earlier file is unchanged.
     """
     query = _query(order)
     check_target(target)
     with translated(target), _turn(paths) as turn, _reading(paths) as connection:
-        target = follow(target)  # a link stays a link
+        target = follow(target)  # a symlink stays, and its target is replaced
         _check_ours(connection, target)
         with turn.temporary(target) as temporary:
             count, digest = _write(connection, query, temporary, target)
@@ -62,10 +64,11 @@ def export(paths: JobPaths, target: Path, order: str = "input") -> int:
 
 
 def export_to_stream(paths: JobPaths, stream: BinaryIO, order: str = "input") -> int:
-    """The same to an open stream.
+    """Write the records of all finished lines to an open stream, and return their number.
 
     Raises:
-        DeliveryError: it does not take all of them.
+        DeliveryError: The stream does not take all of them.
+        OptionError: `order` is unknown.
     """
     query = _query(order)
     count = 0
@@ -83,7 +86,11 @@ def export_to_stream(paths: JobPaths, stream: BinaryIO, order: str = "input") ->
 
 
 def check_output(paths: JobPaths) -> None:
-    """Raises JobError when the output is a file that no export of this job has written."""
+    """Check that the output can be replaced: it is missing, empty, or was written by an export of this job.
+
+    Raises:
+        JobError: The output is a file that no export of this job has written.
+    """
     if paths.output is None:
         return
     with _reading(paths) as connection:
@@ -91,10 +98,10 @@ def check_output(paths: JobPaths) -> None:
 
 
 def remove_job(folder: JobFolder) -> None:
-    """Remove what earlier runs of a job kept and wrote (`--fresh`).
+    """Remove the state and the output of earlier runs of a job (`--fresh`).
 
     Raises:
-        JobError: its output is not theirs; nothing is removed then.
+        JobError: The output was not written by this job; nothing is removed then.
     """
     paths = folder.paths
     if paths.database.exists():
@@ -103,12 +110,12 @@ def remove_job(folder: JobFolder) -> None:
             with translated(paths.output):
                 paths.output.unlink(missing_ok=True)
     with _turn(paths):
-        pass  # what a killed export left goes
+        pass  # taking the turn removes the file that a killed export left
     folder.remove_state()
 
 
 def _check_before_removal(paths: JobPaths) -> None:
-    """A database that cannot be read tells nothing of the output: then only an empty one may go."""
+    """Check that the output may be removed; where the database cannot be read, only an empty output may."""
     try:
         check_output(paths)
     except StorageError as error:
@@ -128,7 +135,7 @@ def _records(connection: sqlite3.Connection, query: str) -> Iterator[bytes]:
 
 
 def _write(connection: sqlite3.Connection, query: str, temporary: Path, target: Path) -> tuple[int, bytes]:
-    """(records written, digest of the file), durable."""
+    """Write the records to `temporary` durably; return their number and the digest of the file."""
     count, hasher = 0, hashlib.blake2b(digest_size=16)
     with create(temporary, target) as file:
         for record in _records(connection, query):
@@ -156,14 +163,17 @@ def _check_ours(connection: sqlite3.Connection, target: Path) -> None:
 
 
 class _Turn:
-    """The right to export.  The file that gives it names the temporary file in use, so that the next one can remove it after a kill."""
+    """The exclusive right to export.
+
+    The lock file holds the name of the temporary file in use, so that the next export can remove that file after a kill.
+    """
 
     def __init__(self, lock: int) -> None:
         self._lock = lock
 
     @contextmanager
     def temporary(self, target: Path) -> Iterator[Path]:
-        """A name for what is to take the place of `target`; gone at the end."""
+        """Yield the path of a temporary file that is to replace `target`, and remove what is left of it at the end."""
         temporary = temporary_beside(target.absolute())
         self._note(os.fsencode(temporary))
         try:
@@ -173,10 +183,10 @@ class _Turn:
             self._note(b"")
 
     def remove_left(self) -> None:
-        """Remove the file that a killed export left, if what lies there can be it."""
+        """Remove the temporary file of a killed export, if the file of that name is a regular file of this user."""
         left = Path(os.fsdecode(os.pread(self._lock, os.fstat(self._lock).st_size, 0)))
         if left.name:
-            with suppress(OSError):  # gone, or in a folder that is gone
+            with suppress(OSError):  # the file or its folder no longer exists
                 found = left.lstat()
                 if stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid():
                     left.unlink()
@@ -189,7 +199,7 @@ class _Turn:
 
 @contextmanager
 def _turn(paths: JobPaths) -> Iterator[_Turn]:
-    """One export at a time: a slow one must not replace what a later one has written."""
+    """Wait for the right to export: one export runs at a time, because a slow one must not replace the file of a later one."""
     with translated(paths.folder):
         fd = open_private(paths.folder / "export.lock", os.O_RDWR | os.O_CREAT)
         try:
@@ -212,7 +222,7 @@ def _reading(paths: JobPaths) -> Iterator[sqlite3.Connection]:
 
 
 def _send_nowhere(stream: BinaryIO) -> None:
-    """Let what is still buffered be written without complaint when the stream is closed."""
+    """Redirect the stream to /dev/null, so that flushing its buffer when it is closed does not fail."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, stream.fileno())
     os.close(nowhere)

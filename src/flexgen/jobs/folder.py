@@ -1,4 +1,4 @@
-"""Where a job lives: a private folder beside its output, used by one run at a time.  Knows nothing of what is kept in it."""
+"""The folder of a job: private, beside the job's output, and used by one run at a time.  Knows nothing of the contents of its files."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from flexgen.errors import JobError, OptionError, StorageError
 
 _SUFFIX = ".flexgen"
 _USUAL_NAME_BYTES = 255
-_DATABASE_BYTES = 504  # SQLite takes 512 for the path of the longest of its files
-_LOCK_TRIES = 4  # `flexgen status` holds the lock for the moment of a look
+_DATABASE_BYTES = 504  # SQLite allows 512 for the longest of its file paths
+_LOCK_TRIES = 4  # `flexgen status` holds the lock for a moment
 _LOCK_SECONDS = 0.05
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobPaths:
-    """The places of a job.
+    """The paths of a job.
 
     Attributes:
-        folder: holds everything that is kept about the job.
-        output: the file of answers; None is standard output.
+        folder: The folder that holds all state of the job.
+        output: The file of answers; None for standard output.
     """
 
     folder: Path
@@ -40,25 +40,30 @@ class JobPaths:
 
     @property
     def input_copy(self) -> Path:
-        """The input of a job that reads standard input."""
+        """The copy of the input of a job that reads standard input."""
         return self.folder / "input"
 
     @property
     def new_input(self) -> Path:
-        """Where that is written before it counts."""
+        """The file in which a new copy of the input is written before it replaces `input_copy`."""
         return self.folder / "input.new"
 
     @property
     def name(self) -> str:
-        """What messages call the job."""
+        """The name of the job in messages."""
         return str(self.output if self.output is not None else self.folder)
 
 
 def job_paths(source: Path | None, output: Path | None, state: Path | None) -> JobPaths:
-    """Where the job of these files lives: in `state`, else beside its output, else beside its input.
+    """Return the paths of the job of these files: its folder is `state`, else beside its output, else beside its input.
+
+    Args:
+        source: The input file; None for standard input.
+        output: The output file; None for standard output.
+        state: The folder that the user named, if any.
 
     Raises:
-        OptionError: standard input to standard output leaves no place that a rerun would find.
+        OptionError: All three are None, so that a rerun could not find the job.
     """
     if state is not None:
         return JobPaths(folder=state, output=output)
@@ -69,7 +74,7 @@ def job_paths(source: Path | None, output: Path | None, state: Path | None) -> J
 
 
 def _beside(named: Path) -> Path:
-    """The folder beside a file, named after it; names of files that leave no room for the ending are cut, and get a digest."""
+    """Return the folder beside a file, named after it; a name too long for the suffix is cut and gets a digest."""
     whole = named.name + _SUFFIX
     most = _longest_name(named.parent)
     if len(os.fsencode(whole)) <= most:
@@ -82,18 +87,19 @@ def _beside(named: Path) -> Path:
 
 
 def _longest_name(folder: Path) -> int:
-    """In bytes, on the folder's file system."""
+    """Return the most bytes that a file name may have on the folder's file system."""
     try:
         return os.pathconf(folder, "PC_NAME_MAX")
-    except OSError:  # a folder that is not there, which others complain of
+    except OSError:  # the folder does not exist, which is reported elsewhere
         return _USUAL_NAME_BYTES
 
 
 def find_job(named: Path) -> JobPaths:
-    """The job that writes the file `named`, or that lives in the folder `named`.
+    """Return the paths of the job that writes the file `named`, or whose folder is `named`.
 
     Raises:
-        JobError: there is none.
+        JobError: There is no such job.
+        StorageError: The folder cannot be read.
     """
     named = named.absolute()
     beside = JobPaths(folder=_beside(named), output=named)
@@ -106,11 +112,14 @@ def find_job(named: Path) -> JobPaths:
 
 
 class JobFolder:
-    """The folder of a job, created if need be, and the right to run the job until `close`.
+    """The folder of a job, created if it does not exist, and the exclusive right to run the job until `close`.
+
+    Args:
+        paths: The paths of the job.
 
     Raises:
-        JobError: another run has it, or it is not ours.
-        StorageError: it or the output cannot be written.
+        JobError: Another process runs the job, or the folder belongs to another user or holds other files than a job's.
+        StorageError: The folder or the output cannot be written.
     """
 
     def __init__(self, paths: JobPaths) -> None:
@@ -124,7 +133,8 @@ class JobFolder:
             self._lock = open_private(paths.folder / "lock", os.O_RDWR | os.O_CREAT)
             try:
                 self._take_lock()
-                os.close(open_private(paths.folder / "export.lock", os.O_RDWR | os.O_CREAT))  # needed at the end: refused now
+                # The output needs this lock at the end of the run: fail now rather than then.
+                os.close(open_private(paths.folder / "export.lock", os.O_RDWR | os.O_CREAT))
                 os.ftruncate(self._lock, 0)
                 os.pwrite(self._lock, f"{os.getpid()}\n".encode(), 0)
             except BaseException:
@@ -146,7 +156,7 @@ class JobFolder:
         raise JobError(f"{self.paths.name} is being written by another flexgen (process {holder or 'unknown'})")
 
     def remove_state(self) -> None:
-        """Delete what earlier runs kept; the lock stays."""
+        """Delete the database and the copy of the input; the lock stays."""
         with _translated(self.paths):
             database = self.paths.database
             for path in (
@@ -157,11 +167,14 @@ class JobFolder:
                 path.unlink(missing_ok=True)
 
     def keep(self) -> None:
-        """From here on `undo` does nothing: the run starts."""
+        """Make `undo` do nothing from here on, because the run starts."""
         self._kept = True
 
     def undo(self) -> None:
-        """After a run that was refused before the start: remove the folder, if this run has made it, and an input that does not count."""
+        """Clean up after a run that was refused before its start, unless `keep` was called.
+
+        Removes a new copy of the input, and the folder if this run created it.
+        """
         if self._kept:
             return
         with _translated(self.paths):
@@ -171,11 +184,11 @@ class JobFolder:
             self.remove_state()
             for name in ("export.lock", "lock"):
                 (self.paths.folder / name).unlink(missing_ok=True)
-            with suppress(OSError):  # somebody has put something into it
+            with suppress(OSError):  # another program has put a file into it
                 self.paths.folder.rmdir()
 
     def close(self) -> None:
-        """Let others run the job."""
+        """Release the right to run the job."""
         if self._lock >= 0:
             os.close(self._lock)
         self._lock = -1
@@ -188,7 +201,7 @@ class JobFolder:
 
 
 def running_process(paths: JobPaths) -> int | None:
-    """The id of the process that runs the job now."""
+    """Return the id of the process that runs the job now; 0 if the id is unknown, None if no process runs the job."""
     try:
         fd = open_private(paths.folder / "lock", os.O_RDONLY)
     except FileNotFoundError:
@@ -213,7 +226,7 @@ def _check_length(paths: JobPaths) -> None:
 
 
 def _make_private(paths: JobPaths) -> bool:
-    """Whether the folder is new."""
+    """Create the folder if it does not exist, make it private, and return whether it is new."""
     folder = paths.folder
     is_new = True
     try:

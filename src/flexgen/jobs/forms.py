@@ -1,4 +1,4 @@
-"""The form of each line, and what the line asks for in it.  Knows every form; nothing of models."""
+"""Recognises the form of each line and parses its request.  Knows all forms, and nothing of models."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from flexgen.jobs.lines import Line, parse_object, parse_text
 from flexgen.request import SamplingParams
 
 INPUT_FORMATS = ("jsonl", "text")
-_MOST_NAMES = 8  # kept of each kind of remark
+_MOST_NAMES = 8  # of other models; further ones are counted together
 
 
 class Forms:
-    """Reads lines as requests.
+    """Parses lines as requests.
 
     Args:
-        model: the name of the model, which answers carry.
-        created: the time that answers carry, in seconds since 1970.
-        defaults: the sampling parameters of lines that set none.
-        has_text: False where the model has no tokenizer.
-        input_format: "jsonl" recognises the form line by line; "text" takes every line as a prompt.
-        strict: refuse lines that name another model.
+        model: The name of the model, written into answers.
+        created: The time written into answers, in seconds since 1970.
+        defaults: The sampling parameters of lines that set none.
+        has_text: Whether answers have text; False where the model has no tokenizer.
+        input_format: The format of the file: "jsonl" recognises the form line by line, "text" takes every line as a prompt.
+        strict: Whether lines that name another model are refused.
 
     Raises:
-        OptionError: the input format is unknown.
+        OptionError: The input format is unknown.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Forms:
         self._openai = OpenAIForm(url=None, model=model, created=created, defaults=defaults, has_text=has_text)
 
     def parse(self, line: Line) -> JobRequest:
-        """The request of a line.  It never raises: a line that cannot be served has its error in place of what it asks for."""
+        """Parse a line as a request.  This never raises: for a line that cannot be served, the error takes the place of the request."""
         form: Form = self._plain
         identity = None
         if self._is_text:
@@ -80,18 +80,18 @@ class Forms:
 
 
 def names_another(asked: str | None, model: str) -> bool:
-    """Whether a line asks for another model than this one; the last part of a path or hub id is name enough."""
+    """Return whether a line asks for another model than this one, which it may name by its full name or the last part of it."""
     return asked is not None and asked not in (model, PurePath(model).name)
 
 
 class Remarks:
-    """Counts what the author of a file should read once, and not once per line.
+    """Counts what the author of a file should be informed of once, not once per line.
 
     Args:
-        model: the name of the job's model.
+        model: The name of the job's model.
 
     Attributes:
-        num_unbounded: lines whose answers nothing bounds but the context.
+        num_unbounded: The number of lines whose answers are bounded only by the context.
     """
 
     def __init__(self, model: str) -> None:
@@ -101,7 +101,7 @@ class Remarks:
         self._others: Counter[str] = Counter()
 
     def note(self, body: RequestBody) -> None:
-        """Count the fields of a line that have no effect."""
+        """Count the fields of a line that have no effect, an answer without a bound, and the name of another model."""
         self.num_unbounded += body.params.max_tokens is None
         self._ignored.update(body.ignored)
         if body.model is not None and names_another(body.model, self._model):
@@ -109,7 +109,7 @@ class Remarks:
             self._others[body.model if known else "others"] += 1
 
     def lines(self) -> list[str]:
-        """Remarks, if there are any."""
+        """Return the remarks, one line each."""
         remarks: list[str] = []
         if self._ignored:
             remarks.append(f"fields that have no effect here, with the number of lines that have them: {_counts(self._ignored)}")

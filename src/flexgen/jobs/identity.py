@@ -1,6 +1,6 @@
-"""What a job must keep from one run to the next, because it changes answers, and what only deserves a warning.
+"""The identity of a job: settings that change answers, so that all runs must share them, and versions whose change is only a warning.
 
-Budgets, placement, schedule, threads and the machine are in neither: they cannot change answers.
+Budgets, placement, schedule, threads and the machine are not part of it, because they cannot change answers.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ class Identity:
     """A job's identity; all values are JSON values.
 
     Attributes:
-        answers: what changes answers, by name.
-        versions: what may change them in the last digits.
+        answers: The settings that change answers, by name.
+        versions: The versions of packages, by name; another version may change answers in their last digits.
     """
 
     answers: Mapping[str, Any]
     versions: Mapping[str, Any]
 
     def to_json(self) -> str:
-        """Both, as one object."""
+        """Return both as the text of one JSON object."""
         return json.dumps({"answers": dict(self.answers), "versions": dict(self.versions)})
 
     @classmethod
     def from_json(cls, text: str) -> Identity:
-        """The inverse of `to_json`."""
+        """Return the identity that `to_json` has written."""
         return cls(**json.loads(text))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Change:
-    """A value that is not what it was."""
+    """A value that has changed."""
 
     name: str
     old: Any
@@ -53,21 +53,24 @@ class Change:
 
 
 def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Change]:
-    """What differs.  A name that one side lacks says nothing, because another version of flexgen wrote it; see `Identity.versions`."""
+    """Return the values that differ.
+
+    Names that only one side has are left out, because they come from another version of flexgen, which `Identity.versions` records.
+    """
     new = json.loads(json.dumps(dict(new)))
     return [Change(name=name, old=old[name], new=new[name]) for name in new if name in old and old[name] != new[name]]
 
 
 def identity_of(model: JobModel, defaults: SamplingParams, **settings: object) -> Identity:
-    """The identity of a job for this model.
+    """Return the identity of a job for this model.
 
     Args:
-        model: the model of the job.
-        defaults: the sampling parameters of lines that set none.
-        **settings: others that change answers; JSON values.
+        model: The model of the job.
+        defaults: The sampling parameters of lines that set none.
+        **settings: Other settings that change answers, as JSON values.
 
     Raises:
-        FlexGenError: as `LLM.fingerprint`.
+        FlexGenError: See `LLM.fingerprint`.
     """
     defaulted = {f"default {name}": value for name, value in dataclasses.asdict(defaults).items()}
     return Identity(answers=model.fingerprint() | settings | defaulted, versions={name: _version(name) for name in _PACKAGES})

@@ -1,7 +1,7 @@
-"""The input as bytes.  Knows no lines.
+"""Reads the input as bytes of UTF-8.  Knows nothing of lines.
 
-A file that is compressed by gzip, or written in UTF-16, reads as if it were neither.  Standard input is kept in the job's folder, because
-a job reads its input several times, and a later run must find the same.
+Files that are compressed by gzip or written in UTF-16 are converted as they are read.  Standard input is copied into the job's folder,
+because a job reads its input several times, and a later run needs the same input.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from flexgen.errors import StorageError
 from flexgen.jobs.database import translated
 from flexgen.jobs.folder import JobFolder
 
-READ_ERRORS = (OSError, EOFError, zlib.error)  # the last two are of damaged archives
+READ_ERRORS = (OSError, EOFError, zlib.error)  # the last two come from damaged archives
 _GZIP = b"\x1f\x8b"
-_UTF16_LOOK_BYTES = 8  # what a request begins with is ASCII
+_UTF16_LOOK_BYTES = 8  # a request begins with ASCII characters
 
 
 @contextmanager
 def open_input(path: Path) -> Iterator[BinaryIO]:
-    """The content of `path`, decompressed if need be, as UTF-8.  Reading it may raise any of READ_ERRORS."""
+    """Open `path` for reading as UTF-8, decompressed if need be.  Reading may raise any of READ_ERRORS."""
     with ExitStack() as stack:
         file = stack.enter_context(path.open("rb"))
         if file.peek(2)[:2] == _GZIP:
@@ -41,20 +41,20 @@ def open_input(path: Path) -> Iterator[BinaryIO]:
 
 
 def is_compressed(path: Path) -> bool:
-    """Whether `open_input` decompresses it."""
+    """Return whether the file is compressed by gzip, so that `open_input` decompresses it."""
     with path.open("rb") as file:
         return file.read(len(_GZIP)) == _GZIP
 
 
 def utf16_of(path: Path) -> str | None:
-    """The name under which Python reads the text of a file, compressed or not, that is in UTF-16; None where it is not."""
+    """Return Python's name of the encoding of a file in UTF-16, compressed or not; None for any other encoding."""
     with gzip.open(path) if is_compressed(path) else path.open("rb") as file:
         start = file.read(_UTF16_LOOK_BYTES)
     return "utf-16" if (encoding := _utf16(start)) and start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else encoding
 
 
 def _utf16(start: bytes) -> str | None:
-    """The encoding of a file with this start, if it is UTF-16: by its mark, or because every other byte is 0."""
+    """Return the encoding of a file that begins with `start` if it is UTF-16, recognised by its mark or because every other byte is 0."""
     if start.startswith((b"\xff\xfe\0\0", b"\0\0\xfe\xff")):  # UTF-32
         return None
     if start.startswith(codecs.BOM_UTF16_LE):
@@ -69,7 +69,7 @@ def _utf16(start: bytes) -> str | None:
 
 
 class _AsUTF8(io.RawIOBase):
-    """A file in another encoding, read as UTF-8.  What is malformed in it is malformed in UTF-8, so that only its line fails."""
+    """A file in another encoding, read as UTF-8.  Lone surrogates become malformed UTF-8, so that only their line fails."""
 
     def __init__(self, file: BinaryIO, encoding: str) -> None:
         self._file = file
@@ -100,12 +100,12 @@ class _AsUTF8(io.RawIOBase):
 
 
 def keep_input(folder: JobFolder, stream: BinaryIO) -> Path:
-    """The file that holds what `stream` gives, or gave an earlier run if it gives nothing now (a terminal is not read again).
+    """Copy a stream into the job's folder and return the file; return the copy of an earlier run if the stream is empty or a terminal.
 
-    New input stays beside that of an earlier run until `settle_input`, because a run that is refused leaves the job as it was.
+    A new copy stays beside that of an earlier run until `settle_input`, because a run that is refused leaves the job as it was.
 
     Raises:
-        StorageError: it cannot be read or kept.
+        StorageError: The stream cannot be read, or the copy cannot be written.
     """
     copy = folder.paths.input_copy
     new = folder.paths.new_input
@@ -125,7 +125,7 @@ def keep_input(folder: JobFolder, stream: BinaryIO) -> Path:
 
 
 def settle_input(folder: JobFolder, source: Path) -> Path:
-    """Let new input take the place of that of an earlier run; returns the file to read from here on."""
+    """Let a new copy of the input replace that of an earlier run, and return the file to read from here on."""
     copy = folder.paths.input_copy
     if source != folder.paths.new_input:
         return source

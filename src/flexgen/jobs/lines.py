@@ -1,4 +1,4 @@
-"""The lines of a request file, one at a time and in bounded memory, however hostile.  Knows JSON, not what a request is."""
+"""Reads the lines of a request file, one at a time and in bounded memory even for hostile files.  Knows JSON, but not requests."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Line:
     """A line that is not blank.
 
     Attributes:
-        number: from 1, blank lines counted.
-        content: without the line end; None for a line longer than was asked for.
+        number: The line's number, from 1; blank lines are counted.
+        content: The line without its end; None if it is longer than the limit.
         digest: 64 bits of the content's hash, never 0.
     """
 
@@ -33,7 +33,7 @@ class Line:
 
 
 def read_lines(file: BinaryIO, *, max_line_bytes: int = MAX_LINE_BYTES) -> Iterator[Line]:
-    """Every line that is not blank.  Ends are LF or CRLF; a byte order mark before the first line is dropped."""
+    """Yield every line that is not blank.  Lines end in LF or CRLF; a byte order mark before the first line is dropped."""
     number = 0
     while start := file.readline(max_line_bytes + 2):
         number += 1
@@ -58,10 +58,10 @@ def _skip_line(file: BinaryIO, hasher: hashlib.blake2b) -> None:
 
 
 def parse_text(line: Line) -> str:
-    """A line as it stands.
+    """Return the text of a line.
 
     Raises:
-        RequestError: `line_too_long` or `invalid_utf8`.
+        RequestError: The line is too long (`line_too_long`) or not UTF-8 (`invalid_utf8`).
     """
     if line.content is None:
         raise RequestError(f"the line is longer than {format_size(MAX_LINE_BYTES)}", code="line_too_long")
@@ -74,10 +74,10 @@ def parse_text(line: Line) -> str:
 
 
 def parse_object(line: Line) -> dict[str, Any]:
-    """The JSON object of a line, stricter than Python: standard JSON only, each key once, text that UTF-8 can hold.
+    """Parse a line as a JSON object, more strictly than Python: standard JSON only, each key once, and no lone surrogates.
 
     Raises:
-        RequestError: `line_too_long`, `invalid_utf8` or `invalid_json`.
+        RequestError: The line is not a JSON object (`invalid_json`), or see `parse_text`.
     """
     text = parse_text(line)
     try:

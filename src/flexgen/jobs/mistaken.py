@@ -1,6 +1,7 @@
-"""Files that are not files of requests: what they are, by their first bytes, and how to make requests of them.
+"""Refuses files that are not files of requests: recognises them by their first bytes, and says how to make requests of them.
 
-A file is refused here only if no line that was looked at is a JSON object: one bad line must not stop the others.
+One bad line must not stop the others: text with lines that are JSON objects is refused only where these are parts of one larger array or
+object.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ _UNPACK = "unpack it first: {} {{path}} > requests.jsonl"
 _TO_JSONL = 'to_json("requests.jsonl", orient="records", lines=True)'
 _TABLE = "make JSON lines of it, with a column named prompt: python3 -c 'import pandas, sys; pandas.{}(sys.argv[1]).{}' {{path}}"
 _WEIGHTS = "requests come from a file of JSON lines: flexgen run MODEL INPUT -o OUTPUT"
-# The bytes that a file begins with: what it is, and what to do.
+# (first bytes of a file, its kind, the remedy)
 _MAGIC: tuple[tuple[bytes, str, str], ...] = (
     (b"\x28\xb5\x2f\xfd", "a file compressed by zstd", _UNPACK.format("zstd -dc")),
     (b"\xfd7zXZ\0", "a file compressed by xz", _UNPACK.format("xz -dc")),
@@ -57,16 +58,16 @@ _TAR = b"ustar"
 
 
 def check_input(path: Path, *, input_format: str = "jsonl", name: str | None = None) -> None:
-    """Look at the first bytes of the input.
+    """Check by its first bytes that the input is a file of requests.
 
     Args:
-        path: the input.
-        input_format: see `Forms`.
-        name: what messages call the input, where that is not its path.
+        path: The input file.
+        input_format: The format of the input, see `Forms`.
+        name: The name of the input in messages; None for its path.
 
     Raises:
-        JobError: the file is not one of lines of requests.
-        StorageError: it cannot be read.
+        JobError: The file is not a file of requests.
+        StorageError: The file cannot be read.
     """
     try:
         with open_input(path) as file:
@@ -122,7 +123,7 @@ def _weights(head: Head) -> Mistake | None:
 
 
 def _binary(head: Head) -> Mistake | None:
-    """Finds files of NUL bytes alone, or of so many control characters that they are not text."""
+    """Recognise files of NUL bytes alone, or with so many control characters that they are not text."""
     if not head.content.strip(b"\0"):
         return Mistake(what="nothing but NUL bytes", remedy="a full disk or an interrupted copy may have damaged it: write it again")
     start = head.content[:512]

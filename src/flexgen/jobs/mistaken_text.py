@@ -1,4 +1,4 @@
-"""Text that is not JSON lines: arrays, objects over several lines, web pages and tables, and how to make requests of them."""
+"""Recognises text that is not JSON lines (arrays, objects over several lines, web pages, tables), and says how to make requests of it."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ class Head:
     """The beginning of a file.
 
     Attributes:
-        content: its first bytes, without a byte order mark.
-        whole: whether this is all of the file.
-        suffix: the ending of its name, in lower case.
-        path: its path as a shell understands it.
-        compressed: whether it is compressed by gzip.
-        utf16: Python's name of its encoding, if that is UTF-16.
+        content: The first bytes of the file, without a byte order mark.
+        whole: Whether `content` is all of the file.
+        suffix: The suffix of the file's name, in lower case.
+        path: The path of the file, quoted for a shell.
+        compressed: Whether the file is compressed by gzip.
+        utf16: Python's name of the file's encoding if that is UTF-16, otherwise None.
     """
 
     content: bytes
@@ -37,20 +37,23 @@ class Head:
 
     @property
     def start(self) -> bytes:
-        """The content without blanks before it."""
+        """The content without leading white space."""
         return self.content.lstrip()
 
     def lines(self) -> list[bytes]:
-        """The first lines that are not blank; one that is cut off is left out."""
+        """Return the first lines that are not blank, without one that is cut off."""
         lines = self.content.split(b"\n")
         return [line.strip() for line in (lines if self.whole else lines[:-1]) if line.strip()][:_HEAD_LINES]
 
     def text(self) -> str:
-        """The content as text."""
+        """Return the content as text."""
         return self.content.decode("utf-8", "replace")
 
     def opened(self) -> str:
-        """The expression that opens the text in a Python script, whatever the locale; text that is not Unicode is taken to be Excel's."""
+        """Return the Python expression that opens the file as text in any locale.
+
+        Text that is neither UTF-8 nor UTF-16 is taken for Windows-1252.
+        """
         encoding = self.utf16 or "utf-8-sig"
         try:
             codecs.getincrementaldecoder("utf-8")().decode(self.content, final=self.whole)
@@ -62,19 +65,24 @@ class Head:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mistake:
-    """What a file is, and what to do about it."""
+    """A file that is not a file of requests.
+
+    Attributes:
+        what: The kind of the file, for messages.
+        remedy: The steps that make a file of requests of it.
+    """
 
     what: str
     remedy: str
 
 
 def is_object(line: bytes) -> bool:
-    """Whether a line holds a JSON object."""
+    """Return whether a line holds a JSON object."""
     return isinstance(_value(line), dict)
 
 
 def _value(text: bytes) -> Any:
-    """The JSON value that the text holds; None where it is not JSON."""
+    """Return the JSON value of a text; None where it is not JSON."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
@@ -82,7 +90,7 @@ def _value(text: bytes) -> Any:
 
 
 def is_array_over_lines(head: Head) -> bool:
-    """Whether an array is spread over lines, some of which may be objects by themselves."""
+    """Return whether the file is a JSON array over several lines, some of which may be objects by themselves."""
     return head.start.startswith(b"[") and (head.lines() or [b""])[0] == b"[" and head.whole and isinstance(_value(head.content), list)
 
 
@@ -98,7 +106,7 @@ def _array(head: Head) -> Mistake | None:
 
 
 def pretty_object(head: Head) -> Mistake | None:
-    """Finds JSON objects that go over several lines."""
+    """Recognise JSON objects that extend over several lines; return None for anything else."""
     lines = head.lines()
     if not head.start.startswith(b"{") or len(lines) < 2 or is_object(lines[0]):
         return None
@@ -109,7 +117,7 @@ def pretty_object(head: Head) -> Mistake | None:
         cut_off = not head.whole and (error.pos > len(head.text().lstrip()) - 8 or error.msg.startswith("Unterminated string"))
         if not cut_off:
             return None
-    except (ValueError, RecursionError):  # a number of thousands of digits, or deep nesting: the line's own error
+    except (ValueError, RecursionError):  # a number of thousands of digits, or deep nesting, is an error of that line alone
         return None
     else:
         if "\n" not in head.text().lstrip()[:end]:
@@ -121,13 +129,13 @@ def pretty_object(head: Head) -> Mistake | None:
 
 
 def _list_after(line: bytes) -> str | None:
-    """The key of the list that begins on a line of an object that is too long to be looked at whole."""
+    """Return the key of the list that begins on this line of an object that is longer than the head."""
     begin = re.match(rb'"(\w+)":\s*\[$', line)
     return None if begin is None or begin[1] == b"messages" else begin[1].decode()
 
 
 def _list_in(found: dict[str, Any]) -> str | None:
-    """The key of the list of objects in an object that is not a request itself."""
+    """Return the key of a list of objects in an object that is not itself a request."""
     if "messages" in found or "body" in found:
         return None
     return next((key for key, value in found.items() if isinstance(value, list) and value and isinstance(value[0], dict)), None)
@@ -143,7 +151,7 @@ def _web_page(head: Head) -> Mistake | None:
 
 
 def _table(head: Head) -> Mistake | None:
-    """Finds comma-separated values and the like: the same number of fields in every row, below names of columns."""
+    """Recognise comma-separated values and the like: column names, and the same number of fields in every row."""
     if head.start.startswith((b"{", b"[", b"<")):
         return None
     for delimiter, kind in (
@@ -166,7 +174,7 @@ def _rows(head: Head, delimiter: str) -> list[list[str]]:
         rows = [row for row in csv.reader(io.StringIO(text), delimiter=delimiter) if row]
     except csv.Error:
         return []
-    return rows if head.whole else rows[:-1]  # the last may have been cut within quotes
+    return rows if head.whole else rows[:-1]  # the last row may have been cut within quotes
 
 
 def _has_columns(rows: Sequence[Sequence[str]]) -> bool:
@@ -178,7 +186,10 @@ def _has_columns(rows: Sequence[Sequence[str]]) -> bool:
 
 
 def _from_table(head: Head, rows: Sequence[Sequence[str]], delimiter: str) -> str:
-    """A command that makes requests of the rows: the prompt is a column of that name, else the one with the longest text."""
+    """Return a command that makes requests of the rows.
+
+    The prompt is the column named prompt, text, question or input, else the one with the longest text.
+    """
     names = list(rows[0])
     lengths = [sum(len(row[place]) for row in rows[1:] if place < len(row)) for place in range(len(names))]
     known = [name for name in names if name.strip().lower() in ("prompt", "text", "question", "input")]

@@ -1,4 +1,4 @@
-"""What a job needs of a model: `LLM` has it, and so may whatever runs a model elsewhere or in several processes."""
+"""The interface of a model to a job.  `LLM` implements it, and so may anything that runs a model elsewhere or in several processes."""
 
 from __future__ import annotations
 
@@ -15,45 +15,49 @@ from flexgen.text.common_prefixes import CommonPrefixes, PrefixCensus
 
 
 class JobModel(Protocol):
-    """A model that answers the lines of a job.  Every member means what it means in `LLM`, which says more about it."""
+    """A model that answers the lines of a job.  The members are those of `LLM`, whose docstrings say more."""
 
     @property
     def name(self) -> str:
-        """The name that answers carry, and that lines may ask for."""
+        """The name of the model, which is written into answers and which lines may ask for."""
         ...
 
     @property
     def max_model_len(self) -> int:
-        """The most tokens that a prompt and its answer have together."""
+        """The most tokens that a prompt and its answer may have together."""
         ...
 
     @property
     def tokenizer(self) -> object | None:
-        """None where the model has none, so that answers are token ids only."""
+        """The tokenizer; None where the model has none, so that answers are token ids only."""
         ...
 
     def fingerprint(self) -> dict[str, Any]:
-        """What of the model changes its answers, as JSON values by name."""
+        """Return the properties of the model that change its answers, as JSON values by name."""
         ...
 
     def render_chats(self, chats: Sequence[Chat], *, now: float | None = None) -> Iterator[str | RequestError]:
-        """The prompt of each conversation, or why it has none."""
+        """Yield the prompt of each conversation, or the error that prevents it."""
         ...
 
     def encode_each(self, texts: Iterable[str | RequestError], *, add_special_tokens: bool = True) -> Iterator[list[int] | RequestError]:
-        """The token ids of each text, or why it has none."""
+        """Yield the token ids of each text, or the error that prevents them."""
         ...
 
     def token_requests(self, index: int, prompt_token_ids: Sequence[int], params: SamplingParams) -> list[TokenRequest]:
-        """The engine's requests for the `n` answers to one prompt; raises RequestError where it cannot be served."""
+        """Return the engine's requests for the `n` answers to one prompt.
+
+        Raises:
+            RequestError: The prompt cannot be served.
+        """
         ...
 
     def prefix_census(self) -> PrefixCensus | None:
-        """Finds what prompts have in common; None where that is not shared."""
+        """Return an object that finds the common prefixes of prompts; None where prefixes are not shared."""
         ...
 
     def open(self, workload: Workload) -> Plan:
-        """Get ready for this work."""
+        """Open the engine for this workload, and return its plan."""
         ...
 
     def stream(
@@ -65,11 +69,11 @@ class JobModel(Protocol):
         on_progress: Callable[[Progress], None] | None = None,
         on_pass: Callable[[Iterable[PartialAnswer]], None] | None = None,
     ) -> Iterator[TokenResult]:
-        """The results of the requests, as they finish."""
+        """Yield the results of the requests as they finish."""
         ...
 
     def completions(
         self, results: Iterable[TokenResult], params: SamplingParams, prompt_token_ids: Sequence[int] = ()
     ) -> list[CompletionOutput]:
-        """The answers to one prompt, in order, with their texts."""
+        """Return the answers to one prompt, in order, with their texts."""
         ...

@@ -1,4 +1,4 @@
-"""From lines to what the engine is asked, a few lines at a time.  Keeps nothing of a line that it has handed on."""
+"""Turns lines into requests of the engine, a few lines at a time.  Keeps nothing of a line that it has yielded."""
 
 from __future__ import annotations
 
@@ -14,35 +14,35 @@ from flexgen.jobs.lines import Line
 from flexgen.jobs.model import JobModel
 from flexgen.request import TokenRequest
 
-_BATCH_LINES = 256  # tokenised together
+_BATCH_LINES = 256  # lines that are tokenised together, at most
 _BATCH_BYTES = 4 << 20
 _CHOICE_BITS = MAX_CHOICES.bit_length()
 
 
 def index_of(line_number: int) -> int:
-    """The engine's index of a line's first choice; the others follow.  Derived seeds depend on it."""
+    """Return the engine's index of a line's first choice; those of the others follow.  Derived seeds depend on it."""
     return line_number << _CHOICE_BITS
 
 
 def place_of(index: int) -> tuple[int, int]:
-    """The line number and the choice of an index."""
+    """Return the line number and the choice that belong to an index of the engine."""
     return index >> _CHOICE_BITS, index & ((1 << _CHOICE_BITS) - 1)
 
 
 class Reader:
-    """Reads lines for a model.
+    """Turns lines into requests of the engine.
 
     Args:
-        model: encodes prompts and resolves parameters.
-        forms: how lines are understood.
-        now: the time that chat templates see, in seconds since 1970; None is the clock's.
+        model: The model, which encodes prompts and resolves parameters.
+        forms: The parser of lines.
+        now: The time that chat templates see, in seconds since 1970; None for the current time.
     """
 
     def __init__(self, model: JobModel, forms: Forms, *, now: float | None = None) -> None:
         self._model, self._forms, self._now = model, forms, now
 
     def read(self, lines: Iterable[Line]) -> Iterator[tuple[JobRequest, Sequence[TokenRequest]]]:
-        """Every line in order, with the engine's requests for its choices; there are none where the line ends in an error."""
+        """Yield every line in order, with the engine's requests for its choices: none where the line ends in an error."""
         for batch in _batches(lines):
             requests = [self._forms.parse(line) for line in batch]
             prompts = encode_prompts(self._model, [request.asked for request in requests], now=self._now)
@@ -56,7 +56,7 @@ class Reader:
         return token_requests
 
     def _check_length(self, body: RequestBody, first: TokenRequest) -> None:
-        """Refuse a request whose answer would be cut below the length that the line states."""
+        """Refuse a request whose answer would be cut below the `max_tokens` that the line states."""
         asked = body.params.max_tokens
         if body.states_max_tokens and asked is not None and first.max_tokens < asked:
             length, context = len(first.prompt_token_ids), self._model.max_model_len
@@ -67,14 +67,14 @@ class Reader:
 def encode_prompts(
     model: JobModel, asked: Sequence[RequestBody | RequestError], *, now: float | None = None
 ) -> list[Sequence[int] | RequestError]:
-    """The prompt of each request as token ids, or why it has none; errors stay what they are.
+    """Return the prompt of each request as token ids, or its error.  Errors among `asked` are returned as they are.
 
-    A few texts are held at a time: what is rendered is encoded before more is rendered.
+    Only a few texts are held at a time: rendered conversations are encoded before more are rendered.
 
     Args:
-        model: renders conversations and encodes texts.
-        asked: the requests.
-        now: the time that chat templates see (see `LLM.render_chats`).
+        model: The model, which renders conversations and encodes texts.
+        asked: The requests, or the errors of lines that have none.
+        now: The time that chat templates see, see `LLM.render_chats`.
     """
     prompts = [each if isinstance(each, RequestError) else each.prompt for each in asked]
     ids: list[Sequence[int] | RequestError] = [() if isinstance(prompt, (str, Chat)) else prompt for prompt in prompts]
@@ -89,7 +89,7 @@ def encode_prompts(
 
 
 def _batches(lines: Iterable[Line]) -> Iterator[list[Line]]:
-    """A few lines at a time, fewer where they are long."""
+    """Yield a few lines at a time, fewer where they are long."""
     batch: list[Line] = []
     size = 0
     for line in lines:

@@ -1,8 +1,8 @@
-"""One job: every line of the input that is not blank ends in exactly one record.
+"""Runs one job: every line of the input that is not blank ends in exactly one record.
 
-The input is streamed, several times: to compare it with what earlier runs answered, under --strict to check it as a whole, to answer
-bad lines and measure the others (the plan depends on their lengths), and to feed those to the model as it asks for them.
-Knows lines and answers; nothing of how the model runs.
+The input is streamed several times: to compare it with the lines that earlier runs answered, under --strict to check it as a whole, to
+answer bad lines and measure the others (the plan depends on their lengths), and to feed those to the model as it asks for them.
+Knows lines and answers, and nothing of how the model runs.
 """
 
 from __future__ import annotations
@@ -37,29 +37,29 @@ from flexgen.text.common_prefixes import NO_PREFIXES
 logger = logging.getLogger(__name__)
 
 CHECKPOINT_SECONDS = 30.0
-STATUS_SECONDS = 2.0  # what `flexgen status` tells of a run is no older, as long as the run goes on
+STATUS_SECONDS = 2.0  # the least time between two snapshots for `flexgen status`
 
 
 class Job:
-    """A file of requests on its way through a model.
+    """A file of requests that is answered by a model.
 
     Args:
-        model: answers the lines.
-        source: the input file; it must not change while the job runs.
-        store: where results go; None only measures (`--dry-run`).
-        defaults: the sampling parameters of lines that set none.
-        input_format: see `Forms`.
-        checkpoint_seconds: tokens of answers in progress are stored after a pass, at most this often.
-        stop: the job looks after every pass whether it is asked to stop.
+        model: The model that answers the lines.
+        source: The input file, which must not change while the job runs.
+        store: The state of the job, which takes the results; None for a job that is only measured (`--dry-run`).
+        defaults: The sampling parameters of lines that set none.
+        input_format: The format of the input, see `Forms`.
+        checkpoint_seconds: The least time between two passes after which the tokens of answers in progress are stored.
+        stop: The request to stop, which is checked during and after every pass.
 
     Attributes:
-        num_lines: lines that are not blank.
-        num_bad_lines: lines that the scan answered with an error.
-        first_bad: the first of them, and what is wrong with it.
-        started: whether the model has taken requests.
-        remarks: on the lines that the scan left for the model.
-        num_resumed: answers that went on where an earlier run left them.
-        tokens_kept: tokens of those answers that were not generated again.
+        num_lines: The number of lines that are not blank.
+        num_bad_lines: The number of lines that the scan answered with an error.
+        first_bad: The number and the error of the first of these lines, for messages.
+        started: Whether the model has taken requests.
+        remarks: Remarks on the lines that the scan left for the model.
+        num_resumed: The number of answers that went on from the tokens of an earlier run.
+        tokens_kept: The number of tokens of those answers that were not generated again.
     """
 
     def __init__(
@@ -83,17 +83,17 @@ class Job:
         self._stop = stop or StopRequest()
         self._input_format = input_format
         self.remarks = Remarks(model.name)
-        self._pending = array("Q")  # digests of the lines that the scan left for the model, in order
-        self._prefixes = NO_PREFIXES  # of their prompts
+        self._pending = array("Q")  # digests of the lines that the scan left for the model, in the order of the input
+        self._prefixes = NO_PREFIXES  # common prefixes of the prompts of these lines
 
     # -- before the start ---------------------------------------------------------------------------------------------------------------
 
     def match(self, *, accept_changes: bool = False) -> None:
-        """Compare the input with what earlier runs answered.
+        """Compare the input with the lines that earlier runs answered.
 
         Raises:
-            JobError: lines that are done have changed, and that is not accepted.
-            StorageError: the input cannot be read.
+            JobError: Lines that were answered have changed, and `accept_changes` is false.
+            StorageError: The input cannot be read.
         """
         if self.store is not None:
             self.store.match_input(((line.number, line.digest) for line in self._lines()), accept_changes=accept_changes)
@@ -102,28 +102,28 @@ class Job:
         """Check every line, done or not (--strict).
 
         Raises:
-            JobError: lines that cannot be served, or ids that several lines have; the message lists the first.
+            JobError: Some lines cannot be served, or several lines have the same id; the message lists the first of them.
         """
         lines = counted_lines(self._lines(), f"checking {self.source}")
         check_strictly(str(self.source), (request for request, _ in self._reader(strict=True).read(lines)))
 
     def check_head(self) -> None:
-        """Look at the first lines, unless one of them is done.
+        """Check the first lines, unless one of them is done or there are fewer than HEAD_LINES.
 
         Raises:
-            JobError: there are many, and all fail for the same reason.
+            JobError: All of them fail for the same reason.
         """
         head = list(itertools.islice(self._lines(), HEAD_LINES))
         if len(head) == HEAD_LINES and not any(self.store is not None and self.store.is_done(line.number) for line in head):
             check_head(str(self.source), head, (request for request, _ in self._reader().read(head)))
 
     def scan(self) -> Workload:
-        """Answer bad lines, and measure the good ones that have no answer yet; find what their prompts have in common.
+        """Answer bad lines, measure the good ones that have no answer yet, and find the common prefixes of their prompts.
 
-        Each run needs a scan before it.
+        Every call of `run` needs a scan before it.
 
         Raises:
-            StorageError: the input cannot be read, or an error cannot be stored.
+            StorageError: The input cannot be read, or an error cannot be stored.
         """
         self.num_lines, self._pending, self.remarks = 0, array("Q"), Remarks(self.model.name)
         same: dict[int, int] = {}  # one object per length: a tuple of a million of them stays small
@@ -162,14 +162,14 @@ class Job:
             self.store.add(failure(request, error))
 
     def _lengths(self, request: JobRequest, token_requests: Sequence[TokenRequest]) -> Iterator[tuple[int, int]]:
-        """For each choice, the tokens given and the most that are generated; what an earlier run has generated is given."""
+        """Yield, for each choice, its prompt tokens and the most tokens to generate; those of an earlier run count as prompt."""
         kept = self.store.kept(request.line_number, request.digest) if self.store is not None else {}
         for choice, each in enumerate(token_requests):
             before = len(kept[choice].generated.token_ids) if choice in kept else 0
             yield len(each.prompt_token_ids) + before, max(each.max_tokens - before, 1)
 
     def open(self, workload: Workload) -> Plan:
-        """Have the model get ready for what the scan left, and return its plan."""
+        """Open the model for the workload that the scan returned, and return its plan."""
         plan = self.model.open(workload)
         self._planned_seconds = plan.forecast.seconds
         return plan
@@ -177,13 +177,13 @@ class Job:
     # -- the run ------------------------------------------------------------------------------------------------------------------------
 
     def run(self, workload: Workload, *, on_progress: Callable[[Progress], None] | None = None) -> None:
-        """Have the model answer what the scan left for it; results become durable as they finish.
+        """Have the model answer the lines that the scan left for it; results become durable as they finish.
 
         Raises:
-            Stopped: `stop` was asked for; what was generated is stored.
-            StorageError: the input changed since the scan, or results cannot be stored.
-            OutOfMemoryError: with `LLM.shrink` and another scan the job can go on.
-            FlexGenError: whatever else stops the engine; what was finished is kept.
+            Stopped: The run was asked to stop; the generated tokens are stored.
+            StorageError: The input changed since the scan, or results cannot be stored.
+            OutOfMemoryError: Memory ran out; the job can go on after `LLM.shrink` and another scan.
+            FlexGenError: The engine failed for another reason; finished lines are kept.
         """
         if self.store is None or not len(workload):
             return
@@ -213,7 +213,7 @@ class Job:
         def after_pass(live: Iterable[PartialAnswer]) -> None:
             nonlocal unfinished
             unfinished = live
-            asked = self._stop.asked  # once: it may be asked for between two looks
+            asked = self._stop.asked  # read once, because it may change between two reads
             if asked or time.monotonic() >= self._next_checkpoint:
                 store.commit(serving.progress(live))
                 self._next_checkpoint = time.monotonic() + self._checkpoint_seconds
@@ -230,7 +230,7 @@ class Job:
             raise EngineError(f"the engine left {num_left:,} of {len(self._pending):,} lines unanswered")
 
     def _teller(self, store: Store) -> Callable[[Progress], None]:
-        """What leaves word for `flexgen status`, now and then."""
+        """Return a callback that leaves snapshots for `flexgen status`, at most every STATUS_SECONDS."""
         tokens_before, planned = store.num_output_tokens, self._planned_seconds
         store.run.tell(output_tokens=tokens_before, in_progress=0, eta_seconds=planned, planned_seconds=planned)
         following = time.monotonic() + STATUS_SECONDS
@@ -266,23 +266,23 @@ class Job:
             raise StorageError(f"{self.source} cannot be read: {error}") from error
 
     def _unanswered(self) -> Iterator[Line]:
-        """The lines that the scan looks at."""
+        """Yield the lines for the scan: all that are not done."""
         for line in counted_lines(self._lines(), f"reading requests from {self.source}"):
             self.num_lines += 1
             if self.store is None or not self.store.is_done(line.number):
                 yield line
 
     def _token_requests(self, serving: Serving, store: Store) -> Iterator[TokenRequest]:
-        """What the model pulls."""
+        """Yield the engine's requests for the lines that the scan left, as the model pulls them."""
         for request, token_requests in self._reader().read(self._left_by_scan(store)):
             self.started = True
-            if isinstance(request.asked, RequestError):  # a template may draw lots, or only now have taken too long
+            if isinstance(request.asked, RequestError):  # a template may give another result than in the scan, or take too long only now
                 serving.refuse(request, request.asked)
             else:
                 yield from serving.requests(request, token_requests)
 
     def _left_by_scan(self, store: Store) -> Iterator[Line]:
-        """The lines that the scan looked at, less those that it answered."""
+        """Yield the lines that the scan did not answer itself."""
         num_left = 0
         for line in self._lines():
             if num_left == len(self._pending):
@@ -298,7 +298,7 @@ class Job:
 
 
 def _rescue(store: Store) -> None:
-    """Whatever stops a run does not take finished lines with it."""
+    """Store finished lines when a run stops for any reason."""
     try:
         store.commit()
     except StorageError as error:

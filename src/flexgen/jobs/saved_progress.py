@@ -1,6 +1,6 @@
-"""Answers in progress: what the model has generated for lines that are not done, kept so that a later run goes on from there.
+"""Answers in progress: the tokens generated for lines that are not done, stored so that a later run goes on from there.
 
-Rows are only ever added, a few tokens each, and go away with the line's result.
+Each row adds a few tokens to earlier rows, and the rows of a line are deleted when its result is stored.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from flexgen.request import Generated, TokenLogprobs, TokenResult
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProgressRow:
-    """What one choice of a line has got since its last row.
+    """The tokens that one choice of a line has received since its last row.
 
     Attributes:
-        line_number: the line's number, from 1.
-        digest: the digest of the line.
-        choice: which of the line's answers it is, from 0.
-        start: how many tokens of the choice earlier rows have.
-        generated: the tokens since then.
-        result: set where the choice is finished and its line is not, because others of its choices are not.
+        line_number: The line's number, from 1.
+        digest: The digest of the line.
+        choice: The index of the answer among those of the line, from 0.
+        start: The number of tokens of the choice in earlier rows.
+        generated: The tokens after those.
+        result: The result of the choice if it is finished but other choices of its line are not; otherwise None.
     """
 
     line_number: int
@@ -37,18 +37,18 @@ class ProgressRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SavedProgress:
-    """All that earlier runs generated for a choice.
+    """The tokens that earlier runs generated for a choice.
 
     Attributes:
-        generated: the tokens.
-        ending: `finish_reason` and `stop_string` of its result, where the choice is finished.
+        generated: The tokens.
+        ending: The `finish_reason` and `stop_string` of the result if the choice is finished; otherwise None.
     """
 
     generated: Generated = field(default_factory=Generated)
     ending: Mapping[str, Any] | None = None
 
     def result(self, index: int) -> TokenResult | None:
-        """The engine's result for request `index`, where the choice is finished."""
+        """Return the choice as the engine's result for request `index`; None if it is not finished."""
         if self.ending is None:
             return None
         generated = self.generated
@@ -56,13 +56,13 @@ class SavedProgress:
 
 
 def since(generated: Generated, start: int) -> Generated:
-    """What follows the first `start` tokens."""
+    """Return the tokens after the first `start` ones."""
     logprobs = generated.logprobs
     return Generated(token_ids=generated.token_ids[start:], logprobs=None if logprobs is None else logprobs[start:])
 
 
 def write(connection: sqlite3.Connection, rows: Iterable[tuple[int, ProgressRow]]) -> None:
-    """Add rows, each with its line's digest as SQLite holds it, within the caller's transaction."""
+    """Add (digest, row) pairs within the caller's transaction, with digests as signed integers."""
     rows = list(rows)
     begun = ((row.line_number, row.choice, digest) for digest, row in rows if row.start == 0)
     connection.executemany("DELETE FROM begun WHERE line = ? AND choice = ? AND digest != ?", begun)
@@ -70,13 +70,13 @@ def write(connection: sqlite3.Connection, rows: Iterable[tuple[int, ProgressRow]
 
 
 def read(connection: sqlite3.Connection, line_number: int, digest: int) -> dict[int, SavedProgress]:
-    """What earlier runs generated for a line, by choice; nothing where it was another line then."""
+    """Return the progress that earlier runs stored for a line, by choice; progress of a line with another digest is left out."""
     found: dict[int, SavedProgress] = {}
     query = "SELECT choice, start, token_ids, logprobs, ending FROM begun WHERE line = ? AND digest = ? ORDER BY choice, start"
     for choice, start, token_ids, logprobs, ending in connection.execute(query, (line_number, digest)):
         before = found.get(choice, SavedProgress()).generated
         if start != len(before.token_ids):
-            continue  # it does not follow: a row of an earlier, shorter attempt at the line
+            continue  # a row of an earlier attempt at the line, which these tokens do not follow
         found[choice] = SavedProgress(
             generated=_joined(before, tuple(json.loads(token_ids)), logprobs),
             ending=None if ending is None else json.loads(ending),
@@ -85,18 +85,18 @@ def read(connection: sqlite3.Connection, line_number: int, digest: int) -> dict[
 
 
 def stale(connection: sqlite3.Connection, digests: Sequence[int]) -> list[tuple[int, int]]:
-    """The (line number, digest) of saved progress whose line has changed or is gone.
+    """Return the (line number, digest) pairs of saved progress whose line has changed or is gone.
 
     Args:
-        connection: the database of the job.
-        digests: by line number, the digests of the lines as they are now, as SQLite holds them.
+        connection: The database of the job.
+        digests: The digests of the present lines, by line number, as signed integers.
     """
     rows = connection.execute("SELECT DISTINCT line, digest FROM begun")
     return [(line, digest) for line, digest in rows if line >= len(digests) or digests[line] != digest]
 
 
 def forget(connection: sqlite3.Connection, lines: Iterable[tuple[int, int]]) -> None:
-    """Drop the progress of those lines, within the caller's transaction."""
+    """Delete the progress of these (line number, digest) pairs within the caller's transaction."""
     connection.executemany("DELETE FROM begun WHERE line = ? AND digest = ?", lines)
 
 
@@ -111,7 +111,7 @@ def _row(digest: int, row: ProgressRow) -> tuple[Any, ...]:
 
 
 def _joined(before: Generated, token_ids: tuple[int, ...], logprobs: str | None) -> Generated:
-    """Earlier tokens and those of the next row."""
+    """Return the tokens of earlier rows and those of the next row together."""
     if logprobs is None:
         return Generated(token_ids=before.token_ids + token_ids)
     entries = (TokenLogprobs(token_ids=tuple(ids), logprobs=tuple(values), rank=rank) for ids, values, rank in json.loads(logprobs))

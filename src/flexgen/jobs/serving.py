@@ -1,4 +1,4 @@
-"""Lines while the model has them: what it is asked for each, what it has generated so far, and the record at the end."""
+"""The lines that the model is answering: the requests for each, the tokens generated so far, and the record at the end."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class _OpenLine:
     """A line in progress.
 
     Attributes:
-        request: the line.
-        token_requests: one for each of its choices.
-        results: the results of the choices that are finished.
+        request: The line.
+        token_requests: The engine's request for each choice of the line.
+        results: The results of finished choices, by choice.
     """
 
     request: JobRequest
@@ -40,31 +40,31 @@ class _OpenLine:
 
 
 class Serving:
-    """The lines that the model has.
+    """The lines that the model is answering.
 
     Args:
-        model: answers them.
-        store: takes their results, and has what earlier runs generated for them.
+        model: The model.
+        store: The state of the job, which takes results and has the tokens that earlier runs generated.
 
     Attributes:
-        num_taken: lines handed to the model so far.
-        num_resumed: answers that went on where an earlier run left them.
-        tokens_kept: tokens of those answers that are not generated again.
+        num_taken: Number of lines taken so far, refused ones included.
+        num_resumed: Number of answers that went on from the tokens of an earlier run.
+        tokens_kept: Number of tokens of those answers that are not generated again.
     """
 
     def __init__(self, model: JobModel, store: Store) -> None:
         self._model, self._store = model, store
-        self._lines: dict[int, _OpenLine] = {}  # by number
+        self._lines: dict[int, _OpenLine] = {}  # by line number
         self._stored: dict[int, int] = {}  # index -> tokens of a choice that are stored
         self.num_taken = self.num_resumed = self.tokens_kept = 0
 
     @property
     def num_unfinished(self) -> int:
-        """Lines that were handed to the model and have no result."""
+        """The number of lines that were handed to the model and have no result."""
         return len(self._lines)
 
     def requests(self, request: JobRequest, token_requests: Sequence[TokenRequest]) -> Iterator[TokenRequest]:
-        """What the model is asked for a line; it goes on after what earlier runs have stored."""
+        """Yield the engine's requests for a line, which go on after the tokens that earlier runs have stored."""
         self.num_taken += 1
         line = self._lines[request.line_number] = _OpenLine(request, token_requests)
         kept = self._store.kept(request.line_number, request.digest)
@@ -75,11 +75,11 @@ class Serving:
             self._finish(line)
             return
         left = [choice for choice in range(len(token_requests)) if choice not in line.results]
-        for choice in left:  # the first may be finished before the last is asked for
+        for choice in left:  # the first choice may be finished before the last is pulled
             yield self._resumed(token_requests[choice], kept[choice].generated) if choice in kept else token_requests[choice]
 
     def refuse(self, request: JobRequest, error: RequestError) -> None:
-        """End a line that the model is not asked for."""
+        """Store the error of a line that the model is not asked to answer."""
         self.num_taken += 1
         self._store.add(failure(request, error))
 
@@ -90,7 +90,7 @@ class Serving:
         return dataclasses.replace(request, generated=generated)
 
     def progress(self, live: Iterable[PartialAnswer]) -> list[ProgressRow]:
-        """What choices in progress have got since the last call."""
+        """Return the new tokens of choices in progress since the last call."""
         return [self._row(each.index, each.generated) for each in live if len(each.generated.token_ids) > self._stored.get(each.index, 0)]
 
     def _row(self, index: int, generated: Generated, result: TokenResult | None = None) -> ProgressRow:
@@ -113,7 +113,7 @@ class Serving:
         line.results[choice] = result
         if line.done:
             self._finish(line)
-        elif result.error is None:  # an error is for this run; a later one may have more memory
+        elif result.error is None:  # an error is not stored, because a later run may have more memory
             generated = Generated(token_ids=result.token_ids, logprobs=result.logprobs)
             self._store.keep(self._row(result.index, generated, result))
 
@@ -125,7 +125,7 @@ class Serving:
         self._store.add(failure(line.request, error) if error is not None else self._answered(line))
 
     def _answered(self, line: _OpenLine) -> ResultRow:
-        """The result of a line whose choices are all there; it is an error where the record cannot be written or stored."""
+        """Return the result of a line whose choices are all finished: an error where the record cannot be made or is too large to store."""
         result = for_one_request(self._success, line)
         if isinstance(result, RequestError):
             return failure(line.request, result)
@@ -148,7 +148,7 @@ class Serving:
 
 
 def failure(request: JobRequest, error: RequestError) -> ResultRow:
-    """The result of a line that ended in an error."""
+    """Return the result of a line that ended in an error."""
     record = _encoded(request.form.failure(request, error))
     return ResultRow(line_number=request.line_number, digest=request.digest, record=record, failed=True)
 

@@ -1,7 +1,7 @@
-"""What is known about a job: which lines are done, with which record, and what lines in progress have so far.
+"""The state of a job: the lines that are done, with their records, and the tokens of lines in progress.
 
-The database is the truth; the output file is made from it (export.py).  Results are committed many at a time, because a commit
-waits for the disk; a line counts as done when its commit has returned.  Knows nothing of requests.
+The database is authoritative, and the output file is made from it (export.py).  Results are committed many at a time, because a commit
+waits for the disk; a line is done when its commit has returned.  Knows nothing of requests.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ _COMMIT_BYTES = 4 << 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResultRow:
-    """How a line ended.
+    """The result of a line.
 
     Attributes:
-        line_number: the line's number, from 1.
+        line_number: The line's number, from 1.
         digest: 64 bits of the hash of the line.
-        record: the line of the output, with its end.
-        failed: whether the record is an error.
-        prompt_tokens: tokens of the prompt.
-        output_tokens: generated tokens.
+        record: The line of the output, with its line end.
+        failed: Whether the record is an error.
+        prompt_tokens: Number of tokens of the prompt.
+        output_tokens: Number of generated tokens.
     """
 
     line_number: int
@@ -54,15 +54,16 @@ class Store:
     """The state of one job, for the run that holds its folder.
 
     Attributes:
-        created: when the job was first started, in seconds since 1970.
-        model: the name that answers carry.
-        run: the run that is going on, which leaves snapshots of itself.
-        num_answered: lines with an answer, earlier runs included.
-        num_failed: lines with an error, earlier runs included.
-        num_found: lines that earlier runs had finished.
+        paths: The paths of the job.
+        created: Time at which the job was first started, in seconds since 1970.
+        model: Name of the model that is written into answers.
+        run: The record of the current run, with its snapshots.
+        num_answered: Number of lines with an answer, earlier runs included.
+        num_failed: Number of lines with an error, earlier runs included.
+        num_found: Number of lines that earlier runs had finished.
 
     Raises:
-        StorageError: the state is damaged or another program's, or it cannot be read or written.
+        StorageError: The state is damaged, belongs to another program, or cannot be read or written.
     """
 
     def __init__(self, folder: JobFolder) -> None:
@@ -71,7 +72,7 @@ class Store:
         self._pending: list[ResultRow] = []
         self._pending_rows: list[ProgressRow] = []
         self._pending_bytes = 0
-        self._oldest = 0.0  # when the first of them came, on the monotonic clock
+        self._oldest = 0.0  # time at which the oldest pending result was added, on the monotonic clock
         self._connection = connect(self._path, create=True)
         self.run = RunRecorder(self._connection)
         try:
@@ -81,7 +82,7 @@ class Store:
             raise
 
     def _load(self) -> None:
-        """What is in the database."""
+        """Load digests and counts from the database."""
         with translated(self._path):
             self._digests = array("q")  # by line number; 0 for lines that are not done
             for line_number, digest in self._connection.execute("SELECT line, digest FROM results ORDER BY line"):
@@ -95,15 +96,17 @@ class Store:
     # -- the start of a run -----------------------------------------------------------------------------------------------------------
 
     def begin(self, identity: Identity, model: str, *, accept_changes: bool = False) -> None:
-        """Agree with earlier runs on what changes answers; a job that has answered nothing may become any other.
+        """Check that everything that changes answers is as in earlier runs.  A job without answers may change freely.
 
-        Changes that are accepted, here and later, count when the run starts: one that is refused after all leaves the job as it was.
+        Accepted changes, here and in `match_input`, are committed when the run starts; a run that is refused leaves the job as it was.
 
         Args:
-            model: the name that answers carry, unless an earlier run chose one.
+            identity: The identity of the job now.
+            model: Name of the model to write into answers, unless an earlier run of the same model chose one.
+            accept_changes: Whether to go on although the identity changed.
 
         Raises:
-            JobError: something changed, and that is not accepted.
+            JobError: The identity changed, and `accept_changes` is false.
         """
         with translated(self._path):
             facts = dict(self._connection.execute("SELECT name, value FROM facts"))
@@ -141,12 +144,16 @@ class Store:
         self._begun_lines.clear()
 
     def match_input(self, lines: Iterable[tuple[int, int]], *, accept_changes: bool = False) -> None:
-        """Compare the input's lines, (number, digest) in order, with those that earlier runs had in their places.
+        """Compare the lines of the input with those that earlier runs had under the same numbers.
 
-        A line that ended in an error may change, or go: it is answered again.
+        A line that ended in an error may change or be removed; it is answered again.
+
+        Args:
+            lines: The (number, digest) pairs of the lines, in order.
+            accept_changes: Whether answered lines that changed are answered again.
 
         Raises:
-            JobError: one that was answered differs or is gone, and that is not accepted.
+            JobError: An answered line changed or is gone, and `accept_changes` is false.
         """
         if not self._num_done and not self._begun_lines:
             return
@@ -166,13 +173,13 @@ class Store:
         self._forget(other)
 
     def _answered(self, lines: Iterable[int]) -> array[int]:
-        """Those of the lines whose record is an answer."""
+        """Return those of the lines whose record is an answer."""
         query = "SELECT failed FROM results WHERE line = ?"
         with translated(self._path):
             return array("q", (line for line in lines if self._connection.execute(query, (line,)).fetchone() == (0,)))
 
     def _forget_begun(self, new: array[int]) -> None:
-        """Drop what lines had got that are others now."""
+        """Delete the progress of lines that have changed."""
         with translated(self._path):
             stale = saved_progress.stale(self._connection, new)
         if stale:
@@ -182,7 +189,7 @@ class Store:
             self._load()
 
     def forget_failed(self) -> int:
-        """Have lines that ended in an error answered again; how many there are."""
+        """Have lines that ended in an error answered again, and return their number."""
         with translated(self._path):
             failed = array("q", (line for (line,) in self._connection.execute("SELECT line FROM results WHERE failed")))
         self._forget(failed)
@@ -198,7 +205,7 @@ class Store:
         self._load()
 
     def start_run(self, num_lines: int) -> None:
-        """Note that a run begins, for `flexgen status`; from here on changes that were accepted count."""
+        """Record that a run begins, and commit the changes that were accepted."""
         with transaction(self._connection, self._path):
             self.run.start(num_lines, self._num_done, self._output_tokens + self._tokens_in_progress())
         if self._connection.in_transaction:
@@ -206,29 +213,29 @@ class Store:
 
     @property
     def num_output_tokens(self) -> int:
-        """The tokens generated by all runs, as far as they are durable."""
+        """The number of durable tokens that all runs have generated."""
         with translated(self._path):
             return self._output_tokens + self._tokens_in_progress()
 
     def end_run(self, ending: str) -> None:
-        """Note how the run ended."""
+        """Record the reason why the run ended."""
         with transaction(self._connection, self._path):
             self.run.end(ending)
 
     # -- lines --------------------------------------------------------------------------------------------------------------------------
 
     def is_done(self, line_number: int) -> bool:
-        """Whether the line has its record."""
+        """Return whether the line has its record."""
         return self._known(line_number) != 0
 
     def add(self, result: ResultRow) -> None:
-        """Take the result of a line.  It counts as done with the commit that makes it durable, this one or a later."""
+        """Take the result of a line.  The line is done once the result is committed, now or later."""
         self._wait(len(result.record))
         self._pending.append(result)
         self.commit_if_due()
 
     def keep(self, row: ProgressRow) -> None:
-        """Take a choice that is finished, of a line that is not; as durable as what is added."""
+        """Take a finished choice of a line that is not finished.  Like results, it is committed now or later."""
         self._wait(len(row.generated.token_ids))
         self._pending_rows.append(row)
         self.commit_if_due()
@@ -239,14 +246,14 @@ class Store:
         self._pending_bytes += size
 
     def kept(self, line_number: int, digest: int) -> dict[int, SavedProgress]:
-        """What earlier runs generated for a line that is not done, by choice."""
+        """Return the progress that earlier runs stored for a line that is not done, by choice."""
         if line_number not in self._begun_lines:
             return {}
         with translated(self._path):
             return saved_progress.read(self._connection, line_number, _signed(digest))
 
     def commit_if_due(self) -> None:
-        """Commit when there is much, or when something has waited for long."""
+        """Commit if much is pending, or if something has been pending for COMMIT_SECONDS."""
         if not self._pending and not self._pending_rows:
             return
         many = len(self._pending) >= _COMMIT_RESULTS or self._pending_bytes >= _COMMIT_BYTES
@@ -254,10 +261,10 @@ class Store:
             self.commit()
 
     def commit(self, progress: Iterable[ProgressRow] = ()) -> None:
-        """Make durable what was added, and what lines in progress have got.
+        """Make durable all pending results, and the given progress of lines that are not done.
 
         Raises:
-            StorageError: that failed; nothing of it counts as done then.
+            StorageError: The commit failed; nothing of it is stored then.
         """
         results, rows = self._pending, [*self._pending_rows, *progress]
         if not results and not rows:
@@ -265,7 +272,7 @@ class Store:
         self._pending, self._pending_rows, self._pending_bytes = [], [], 0
         with transaction(self._connection, self._path):
             saved_progress.write(self._connection, ((_signed(row.digest), row) for row in rows))
-            self._write_results(results)  # after their rows, which they remove
+            self._write_results(results)  # after the rows of progress, because results delete those of their lines
             self.run.update(self._output_tokens + sum(each.output_tokens for each in results) + self._tokens_in_progress())
         for result in results:
             self._note(result.line_number, _signed(result.digest))
@@ -292,7 +299,7 @@ class Store:
         return int(self._connection.execute("SELECT total(tokens) FROM begun").fetchone()[0])
 
     def close(self) -> None:
-        """Let go of the database.  What was not committed is not done."""
+        """Close the database; what is not committed is lost."""
         self._connection.close()
 
     def __enter__(self) -> Self:
@@ -315,5 +322,5 @@ class Store:
 
 
 def _signed(digest: int) -> int:
-    """64 bits as SQLite's integers are."""
+    """Return 64 unsigned bits as the signed integer that SQLite stores."""
     return digest - (1 << 64) if digest >= 1 << 63 else digest
