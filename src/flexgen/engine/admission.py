@@ -18,7 +18,7 @@ MIN_OBSERVED = 32
 MANY_TOKENS = 1 << 40
 MAX_PROJECTED_TIMES = 256
 
-HeldPages = Callable[[np.ndarray], np.ndarray]  # numbers of stored tokens -> the most pages held
+HeldPages = Callable[[Any], Any]  # numbers of stored tokens, one or an array of them -> pages held at most
 
 
 class LengthForecast:
