@@ -34,7 +34,7 @@ from flexgen.plan.model import ModelSpec
 from flexgen.plan.play.simulate import simulate
 from flexgen.plan.policy import Fractions, Policy
 from flexgen.plan.price.pass_time import Expectation
-from flexgen.plan.search.solve import solve
+from flexgen.plan.search.solve import solve, space_of
 from flexgen.plan.workload import Workload
 
 PROCESS_BYTES, NUM_REQUESTS = int(1.5e9), 1000
@@ -111,7 +111,7 @@ def our_rows(name: str) -> Iterator[str]:
     published = priced(name, machine, spec)
     options = EngineOptions(dtype=spec.dtype, device_mem="100%", host_mem="100%", disk="100%")
     limits = limits_of(machine, options)
-    found = solve(options, spec, machine, limits, job(NUM_REQUESTS), process_bytes=PROCESS_BYTES)
+    found = solve(space_of(options, spec, machine, limits, job(NUM_REQUESTS), process_bytes=PROCESS_BYTES))
     placed = ", ".join(percent(shares) for shares in (found.policy.weights, found.policy.kv))
     chosen = f"{found.policy.schedule}, {found.policy.max_num_seqs:,} sequences ({placed})"
     yield row(

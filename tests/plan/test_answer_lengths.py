@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from flexgen.plan.play.answer_lengths import CONVERSATION_QUANTILES, OutputLengths, expected
 from flexgen.plan.play.simulate import simulate
 from flexgen.plan.price.pass_time import Expectation
-from flexgen.plan.search.solve import solve
+from flexgen.plan.search.solve import solve, space_of
 from flexgen.plan.tell.forecast import forecast, forecast_again, make_plan
 from flexgen.plan.tell.remaining import RemainingTime
 from flexgen.plan.workload import Workload
@@ -81,7 +81,7 @@ def test_a_forecast_says_what_the_simulation_does(llama_3b, make_machine, make_l
     assert sum(told.memory_bytes["host"].values()) <= told.budget_bytes["host"]
     assert told.gain_per_gib["host"] >= 0
     assert told.disk_written_bytes == 0
-    again = forecast(solve(*arguments, process_bytes=process_bytes), *arguments[1:], process_bytes=process_bytes)
+    again = forecast(solve(space_of(*arguments, process_bytes=process_bytes)), *arguments[1:], process_bytes=process_bytes)
     assert again == told
     longer = forecast_again(
         told, plan.policy, Expectation(llama_3b, make_machine(), "bfloat16"), Workload(prompt_lens=(256,), output_lens=(8,))

@@ -22,7 +22,7 @@ from flexgen.plan.price.requests import RequestLoad
 from flexgen.plan.search.evaluate import Bounds, Player
 from flexgen.plan.search.optimise import Search
 from flexgen.plan.search.shortage import shortage
-from flexgen.plan.search.solve import solve
+from flexgen.plan.search.solve import solve, space_of
 from flexgen.plan.search.space import Point, Space
 from flexgen.plan.search.steady import SteadyState
 from flexgen.plan.tell.alternatives import pareto
@@ -35,7 +35,8 @@ FINE = {"on_device": 5, "on_host": 7, "kv_homes": 5, "kv_disk": 5, "quota": 6, "
 
 
 def solved(instance):
-    return solve(instance.options, instance.spec, instance.machine, instance.limits, instance.workload, process_bytes=PROCESS_BYTES)
+    problem = instance.options, instance.spec, instance.machine, instance.limits, instance.workload
+    return solve(space_of(*problem, process_bytes=PROCESS_BYTES))
 
 
 def grid_of(space, numbers, sizes):

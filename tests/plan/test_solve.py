@@ -13,7 +13,7 @@ from flexgen.plan.price.memory import activation_bytes, footprint, scratch_bytes
 from flexgen.plan.price.pass_time import Expectation
 from flexgen.plan.price.requests import JobSizes
 from flexgen.plan.price.work import unit_homes
-from flexgen.plan.search.solve import solve
+from flexgen.plan.search.solve import solve, space_of
 from flexgen.plan.workload import Workload
 
 JOB = Workload(prompt_lens=(256,) * 192, output_lens=(32,) * 192)
@@ -26,7 +26,7 @@ def plan(llama_3b, make_machine, make_limits, make_options, process_bytes):
     def run(
         workload=JOB, spec=llama_3b, limits=None, process_bytes=process_bytes, kv_tiers=("device", "host", "disk"), machine=None, **options
     ):
-        return solve(
+        space = space_of(
             make_options(**options),
             spec,
             make_machine(**(machine or {})),
@@ -34,7 +34,8 @@ def plan(llama_3b, make_machine, make_limits, make_options, process_bytes):
             workload,
             process_bytes=process_bytes,
             kv_tiers=kv_tiers,
-        ).policy
+        )
+        return solve(space).policy
 
     return run
 

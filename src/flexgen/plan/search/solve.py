@@ -7,7 +7,7 @@ import functools
 from collections.abc import Sequence
 
 from flexgen.base.quantities import GIB
-from flexgen.options import EngineOptions
+from flexgen.options import TIERS, EngineOptions
 from flexgen.plan.machine import Limits, Machine
 from flexgen.plan.model import ModelSpec
 from flexgen.plan.play.answer_lengths import expected
@@ -23,33 +23,13 @@ PROMISE, EFFORT = 0.01, 6_000
 NOMINAL_WORKLOAD = Workload(prompt_lens=(512,) * 256, output_lens=(128,) * 256)
 
 
-def solve(
-    options: EngineOptions,
-    spec: ModelSpec,
-    machine: Machine,
-    limits: Limits,
-    workload: Workload,
-    *,
-    process_bytes: int,
-    kv_tiers: Sequence[str] = ("device", "host", "disk"),
-) -> Solution:
-    """Return the best policy within the bounds of the options, and its expected times.
-
-    Args:
-        options: The options, which pin what they state; `dtype` must be a concrete dtype, and `device` is taken from `limits`.
-        spec: The model.
-        machine: The machine.
-        limits: The budgets.
-        workload: The job.
-        process_bytes: The resident memory of the process before any weight is loaded.
-        kv_tiers: The tiers where KV may live; the disk is never chosen when the offload folder lies in memory.
+def solve(space: Space) -> Solution:
+    """Return the best policy within the bounds of the space's options, and its expected times.
 
     Raises:
-        OptionError: An option cannot be honoured on this device.
         CapacityError: The job does not fit (the message says what is missing and what to change), or it takes longer than it may.
     """
-    space = space_of(options, spec, machine, limits, workload, process_bytes=process_bytes, kv_tiers=kv_tiers)
-    bounds = Bounds(request_seconds=options.max_request_seconds, job_seconds=options.max_job_seconds)
+    bounds = Bounds(request_seconds=space.options.max_request_seconds, job_seconds=space.options.max_job_seconds)
     found = Search(space).best(bounds)
     return dataclasses.replace(found, gain_per_gib=memory_gains(space, found, bounds))
 
@@ -62,9 +42,22 @@ def space_of(
     workload: Workload,
     *,
     process_bytes: int,
-    kv_tiers: Sequence[str] = ("device", "host", "disk"),
+    kv_tiers: Sequence[str] = TIERS,
 ) -> Space:
-    """Return the policies to choose from; arguments and errors are those of `solve`."""
+    """Return the policies to choose from.
+
+    Args:
+        options: The options, which pin what they state; `dtype` must be a concrete dtype, and `device` is taken from `limits`.
+        spec: The model.
+        machine: The machine.
+        limits: The budgets.
+        workload: The job.
+        process_bytes: The resident memory of the process before any weight is loaded.
+        kv_tiers: The tiers where KV may live; the disk is never chosen when the offload folder lies in memory.
+
+    Raises:
+        OptionError: An option cannot be honoured on this device.
+    """
     planned = _servable(spec, limits, expected(workload) if len(workload) else NOMINAL_WORKLOAD)
     return Space(options, spec, machine, limits, planned, process_bytes, kv_tiers)
 

@@ -21,7 +21,7 @@ from flexgen.plan.price.memory import footprint
 from flexgen.plan.price.pass_time import RESOURCES, Expectation
 from flexgen.plan.price.work import unit_homes, weights_work
 from flexgen.plan.search.optimise import Solution
-from flexgen.plan.search.solve import solve
+from flexgen.plan.search.solve import solve, space_of
 from flexgen.plan.tell.spill import LEAST_GAIN, Spill
 from flexgen.plan.workload import Workload
 
@@ -91,14 +91,14 @@ class Plan:
 
 
 def make_plan(options: EngineOptions, spec: ModelSpec, machine: Machine, limits: Limits, workload: Workload, *, process_bytes: int) -> Plan:
-    """Return the best policy for a job, and its forecast; arguments and errors are those of `solve`.
+    """Return the best policy for a job, and its forecast; arguments and errors are those of `space_of` and `solve`.
 
     Unless the options place KV, a policy that writes more bytes of KV to disk than the weights have is chosen only if it gains at least
     LEAST_GAIN, or if the options give a budget on disk.
     """
 
     def best(limits: Limits) -> Plan:
-        solution = solve(options, spec, machine, limits, workload, process_bytes=process_bytes)
+        solution = solve(space_of(options, spec, machine, limits, workload, process_bytes=process_bytes))
         expectation = forecast(solution, spec, machine, limits, workload, process_bytes=process_bytes)
         return Plan(spec=spec, machine=machine, policy=solution.policy, forecast=expectation)
 
