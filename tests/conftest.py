@@ -25,8 +25,14 @@ settings.register_profile("flexgen", deadline=None, derandomize=True)
 settings.load_profile("flexgen")
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip `gpu` tests, with the reason, where torch sees no CUDA device."""
+    """Put the trials of faults first, and skip `gpu` tests, with the reason, where torch sees no CUDA device.
+
+    The trials have one fixture that takes most of a minute.  At the front of the list, one worker runs all of them; later in it, some
+    would be stolen by a second worker, which would make the fixture again while the others have finished.
+    """
+    items.sort(key=lambda item: "faults" not in item.path.parts)
     on_gpu = [item for item in items if item.get_closest_marker("gpu")]
     if not on_gpu:
         return

@@ -6,7 +6,8 @@ A test that is parametrised over a matrix says how much of it one run needs:
 
 Each run takes the cases in `always`, which together touch what the test promises, and at most 12 of the others.  Those that are left out
 are marked `slow`.  The others are cut into slices of 12, and the seed of the run says which slice is taken: as many consecutive seeds as
-there are slices run all of them.  The seed is the hash of the commit unless `--sample-seed` gives another one, so that the tests of a
+there are slices run all of them.  `by="device"` names the parameter that decides how long a case takes: every slice then has each of its
+values in about the same share, so that all samples take about as long.  The seed is the hash of the commit unless `--sample-seed` gives another one, so that the tests of a
 commit are the same ones on every machine and on every day: a failure in CI comes back wherever it is repeated, and a commit that has
 passed does not fail tomorrow because a clock went on.
 """
@@ -16,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import subprocess
 from collections import defaultdict
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import pytest
@@ -25,11 +26,10 @@ ROOT = Path(__file__).parent.parent
 NO_COMMIT = "0"  # outside a checkout, for instance in an archive of the sources
 
 
-def sample(names: Iterable[str], always: Collection[str], size: int, seed: int) -> set[str]:
-    """The names that are in `always`, and one slice of at most `size` of the others."""
-    names = set(names)
-    kept = names & set(always)
-    others = sorted(names - kept, key=lambda name: hashlib.sha256(name.encode()).hexdigest())
+def sample(groups: Mapping[str, str], always: Collection[str], size: int, seed: int) -> set[str]:
+    """The names that are in `always`, and one slice of at most `size` of the others; `groups` gives the group of each name."""
+    kept = groups.keys() & set(always)
+    others = sorted(groups.keys() - kept, key=lambda name: (groups[name], hashlib.sha256(name.encode()).hexdigest()))
     num_slices = max(1, -(-len(others) // size))
     return kept | set(others[seed % num_slices :: num_slices])
 
@@ -89,7 +89,9 @@ def leave_out(name: str, cases: list[pytest.Function], seed: int) -> None:
     by_id = {case.callspec.id: case for case in cases}
     if unknown := set(always) - set(by_id):
         raise pytest.UsageError(f"{name}: `always` names cases that are not there: {', '.join(sorted(unknown))}")
-    kept = sample(by_id, always, mark.args[0], seed)
+    by = mark.kwargs.get("by")
+    groups = {case_id: str(case.callspec.params[by]) if by else "" for case_id, case in by_id.items()}
+    kept = sample(groups, always, mark.args[0], seed)
     for case_id, case in by_id.items():
         if case_id not in kept:
             case.add_marker(pytest.mark.slow)

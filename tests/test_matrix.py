@@ -258,7 +258,7 @@ CASES = [
 ]
 
 
-@pytest.mark.matrix(5, always=[f"{model}-{case}" for case, model in zip(ALWAYS, itertools.cycle(MODELS), strict=False)])
+@pytest.mark.matrix(5, always=[f"{model}-{case}" for case, model in zip(ALWAYS, itertools.cycle(MODELS), strict=False)], by="case")
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_answers_are_those_of_transformers(checkpoint: Checkpoint, case: Case, tmp_path: Path) -> None:
     with Run(checkpoint, case.policy(checkpoint), tmp_path, device_bytes=64 << 20) as run:
@@ -278,7 +278,7 @@ def test_a_second_run_of_the_same_engine(checkpoint: Checkpoint, tmp_path: Path)
         assert run.answers() == checkpoint.answers
 
 
-@pytest.mark.matrix(2, always=["novels_qwen3-cpu-host-diagonal", "novels_opt-sim-disk-diagonal"])
+@pytest.mark.matrix(2, always=["novels_qwen3-cpu-host-diagonal", "novels_opt-sim-disk-diagonal"], by="device")
 @pytest.mark.parametrize(
     ("device", "tier", "schedule"),
     [
@@ -304,7 +304,7 @@ def test_wrong_forecasts_are_repaired(
         assert preemptions == sum(result.num_preemptions for result in results.values()) > 0
 
 
-@pytest.mark.matrix(1, always=["novels_qwen3-sim-zigzag"])
+@pytest.mark.matrix(1, always=["novels_qwen3-sim-zigzag"], by="device")
 @pytest.mark.parametrize(("device", "schedule"), [("cpu", "diagonal"), ("sim", "zigzag"), ("cpu", "row")])
 def test_a_request_that_never_fits_fails_alone(checkpoint: Checkpoint, device: str, schedule: str, tmp_path: Path) -> None:
     """Too long a prompt, and too long an answer; before, among and after others."""

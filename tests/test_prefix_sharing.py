@@ -120,7 +120,7 @@ CASES = [
 ]
 
 
-@pytest.mark.matrix(2, always=[str(CASES[0]), str(CASES[13])])
+@pytest.mark.matrix(2, always=[str(CASES[0]), str(CASES[13])], by="case")
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_a_prefix_is_computed_once(
     checkpoint: Checkpoint, wanted: dict[int, TokenResult], case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -136,7 +136,7 @@ def test_a_prefix_is_computed_once(
         assert run.num_shared == 0
 
 
-@pytest.mark.matrix(2, always=["diagonal-sim-kv4"])
+@pytest.mark.matrix(2, always=["diagonal-sim-kv4"], by="device")
 @pytest.mark.parametrize(
     ("device", "kv"),
     [
@@ -189,7 +189,7 @@ def test_preempted_sequences_share_again(
     checkpoint: Checkpoint, device: str, tier: str, schedule: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     instruction = tokens(3 * PAGE_TOKENS, 1)
-    requests = [TokenRequest(index=i, prompt_token_ids=(*instruction, *tokens(9 + i, 10 + i)), max_tokens=20 + i) for i in range(8)]
+    requests = [TokenRequest(index=i, prompt_token_ids=(*instruction, *tokens(9 + i, 10 + i)), max_tokens=9 + i) for i in range(8)]
     monkeypatch.setattr(LengthForecast, "expect", lambda self, max_tokens: 1)
     case = Case(device, {"host": 1.0}, {tier: 12 * PAGE_TOKENS}, schedule, 16, 256)
     with SharingRun(checkpoint, case.policy(checkpoint), tmp_path, device_bytes=64 << 20, monkeypatch=monkeypatch) as run:
@@ -259,7 +259,7 @@ def answered(model: Any, chosen: Any, requests: list[TokenRequest], prefixes: Co
         return {index: result.token_ids for index, result in results.items()}, engine.log.counts.shared_prompt_tokens
 
 
-@pytest.mark.matrix(3, always=["llama-cpu-host", "gemma3_text-cpu-disk", "deepseek_v3-sim-mixed"])
+@pytest.mark.matrix(2, always=["llama-cpu-host", "gemma3_text-cpu-disk", "deepseek_v3-sim-mixed"], by="place")
 @pytest.mark.parametrize("place", ["cpu-host", *PLACES])
 @pytest.mark.parametrize("model_type", REPRESENTATIVES)
 def test_every_kind_of_attention(model_type: str, place: str, tmp_path: Path) -> None:

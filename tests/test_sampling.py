@@ -11,7 +11,7 @@ from sampling import NO_COMMIT, commit, sample
 
 pytest_plugins = ["pytester"]
 
-NAMES = [f"case-{number}" for number in range(100)]
+NAMES = {f"case-{number}": "" for number in range(100)}
 ALWAYS = ["case-3", "case-71"]
 
 
@@ -34,8 +34,16 @@ def test_neighbours_are_not_in_one_slice() -> None:
     assert numbers != list(range(numbers[0], numbers[0] + 20))
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_every_slice_has_its_share_of_each_group(seed: int) -> None:
+    """The slices of 20 take every fifth case: 2 of 10 on one device, 18 of 90 on the other."""
+    groups = {name: "cpu" if number % 10 else "sim" for number, name in enumerate(NAMES)}
+    taken = [groups[name] for name in sample(groups, (), 20, seed)]
+    assert (taken.count("cpu"), taken.count("sim")) == (18, 2)
+
+
 def test_the_same_seed_gives_the_same_sample() -> None:
-    assert sample(NAMES, ALWAYS, 9, 0xABC) == sample(reversed(NAMES), ALWAYS, 9, 0xABC) != sample(NAMES, ALWAYS, 9, 0xABD)
+    assert sample(NAMES, ALWAYS, 9, 0xABC) == sample(dict(reversed(NAMES.items())), ALWAYS, 9, 0xABC) != sample(NAMES, ALWAYS, 9, 0xABD)
 
 
 def test_the_seed_is_the_commit() -> None:

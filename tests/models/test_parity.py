@@ -167,7 +167,7 @@ def representative(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], 
 
 
 # Each mechanism once, on a different place in turn.
-@pytest.mark.matrix(5, always=[f"{model}-{place}" for model, place in zip(REPRESENTATIVES, [*PLACES, *PLACES], strict=True)])
+@pytest.mark.matrix(5, always=[f"{model}-{place}" for model, place in zip(REPRESENTATIVES, [*PLACES, *PLACES], strict=True)], by="place")
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("model_type", REPRESENTATIVES)
 def test_places_do_not_change_answers(

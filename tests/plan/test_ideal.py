@@ -145,14 +145,13 @@ def test_more_memory_is_never_worse(llama_3b, make_machine, device):
     assert all(more <= less * 1.005 for less, more in itertools.pairwise(seconds))
 
 
-def test_the_plan_is_never_better_than_the_least(llama_3b, make_machine, make_limits, make_options, process_bytes):
-    draw = random.Random(2)
-    for _ in range(6):
-        limits = make_limits(host_bytes=int(draw.uniform(1, 9) * GIB))
-        job = Workload(
-            prompt_lens=tuple(draw.randrange(20, 600) for _ in range(60)), output_lens=tuple(draw.randrange(4, 80) for _ in range(60))
-        )
-        space = space_of(make_options(), llama_3b, make_machine(), limits, job, process_bytes=process_bytes)
-        policy = Search(space).best(Bounds()).policy
-        least = least_ideal_seconds(llama_3b, make_machine(), job, budgets_of(limits, llama_3b, process_bytes), "bfloat16")
-        assert least <= simulate(llama_3b, policy, job).busiest_seconds(make_machine(), "bfloat16")
+@pytest.mark.matrix(2)
+@pytest.mark.parametrize("seed", range(6))
+def test_the_plan_is_never_better_than_the_least(llama_3b, make_machine, make_limits, make_options, process_bytes, seed):
+    draw = random.Random(seed)
+    limits = make_limits(host_bytes=int(draw.uniform(1, 9) * GIB))
+    job = jobs([(draw.randrange(20, 600), draw.randrange(4, 80)) for _ in range(60)])
+    space = space_of(make_options(), llama_3b, make_machine(), limits, job, process_bytes=process_bytes)
+    policy = Search(space).best(Bounds()).policy
+    least = least_ideal_seconds(llama_3b, make_machine(), job, budgets_of(limits, llama_3b, process_bytes), "bfloat16")
+    assert least <= simulate(llama_3b, policy, job).busiest_seconds(make_machine(), "bfloat16")

@@ -10,7 +10,7 @@ from flexgen.base.quantities import KIB, MIB
 from flexgen.errors import OptionError
 from flexgen.plan.machine import Rate
 from flexgen.plan.machine_file import read_machine
-from flexgen.profile import compute, disk, timing
+from flexgen.profile import compute, disk, overheads, timing
 from flexgen.profile import measure as module
 from flexgen.profile.measure import cached_machine, machine_key, measure
 from flexgen.profile.timing import median_seconds
@@ -26,6 +26,11 @@ def small(monkeypatch):
     monkeypatch.setattr(disk, "READ_THREADS", (1, 2))
     monkeypatch.setattr(disk, "READ_SIZES", (256 * KIB, 1 * MIB))
     monkeypatch.setattr(disk, "FILE_BYTES", (4 * MIB, 8 * MIB))
+    monkeypatch.setattr(overheads, "NUM_LAYERS", 2)
+    monkeypatch.setattr(overheads, "NUM_SEQUENCES", 8)
+    monkeypatch.setattr(overheads, "LAYER_WIDTH", 256)
+    monkeypatch.setattr(overheads, "LAYER_TOKENS", 128)
+    monkeypatch.setattr(overheads, "LAYER_PROMPT", 64)
 
 
 @pytest.mark.matrix(1)
