@@ -6,10 +6,10 @@ A test that is parametrised over a matrix says how much of it one run needs:
 
 Each run takes the cases in `always`, which together touch what the test promises, and at most 12 of the others.  Those that are left out
 are marked `slow`.  The others are cut into slices of 12, and the seed of the run says which slice is taken: as many consecutive seeds as
-there are slices run all of them.  `by="device"` names the parameter that decides how long a case takes: every slice then has each of its
-values in about the same share, so that all samples take about as long.  The seed is the hash of the commit unless `--sample-seed` gives another one, so that the tests of a
-commit are the same ones on every machine and on every day: a failure in CI comes back wherever it is repeated, and a commit that has
-passed does not fail tomorrow because a clock went on.
+there are slices run all of them.  `by="device"` names the parameter that decides how long a case takes: each slice then takes about the
+same share of each of its values, so that all samples last about equally long.  The seed is the hash of the commit unless `--sample-seed`
+gives another one, so that the tests of a commit are the same ones on every machine and on every day: a failure in CI comes back wherever
+it is repeated, and a commit that has passed does not fail tomorrow because a clock went on.
 """
 
 from __future__ import annotations

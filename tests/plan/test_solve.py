@@ -100,7 +100,7 @@ def test_a_small_device_streams_through_both_rings(plan, llama_3b):
 
 
 def test_kv_goes_to_disk_only_where_it_may(plan):
-    job = Workload(prompt_lens=(2000,) * 24, output_lens=(100,) * 24)
+    job = Workload(prompt_lens=(2000,) * 64, output_lens=(400,) * 64)
     limits = {"host_bytes": 2 * GIB, "disk_bytes": 100 * GIB}
     fast = {
         "disk_read": 8e9,

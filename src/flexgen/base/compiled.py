@@ -1,4 +1,4 @@
-"""Compiling a function that Python calls: without the GIL, and kept on disk where there is a place for it."""
+"""Compiling a function that Python calls: without the GIL, and kept on disk where a folder for it can be written."""
 
 from __future__ import annotations
 

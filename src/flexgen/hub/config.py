@@ -44,8 +44,8 @@ def read_config(files: ModelFiles) -> Any:
     from transformers import AutoConfig
 
     for file, values in (("config.json", files.config), ("generation_config.json", files.generation_config)):
-        for place, value in _values(values):
-            _check_bounds(f"{files.name}: {file}", place, value)
+        for key, value in _values(values):
+            _check_bounds(f"{files.name}: {file}", key, value)
     for part in (files.config, files.config.get("text_config")):  # as written: transformers' classes leave out what they take for unused
         if isinstance(part, dict):
             _check_meaning(f"{files.name}: config.json", part.get)
@@ -65,29 +65,29 @@ def reason_of(error: BaseException) -> str:
     return f"{type(error).__name__}{': ' if said else ''}{said[:300]}{'...' if len(said) > 300 else ''}"
 
 
-def _values(value: Any, place: str = "") -> Iterator[tuple[str, Any]]:
+def _values(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
     """Yield every single value of a config with its dotted name; values in lists have the name of the list."""
     if isinstance(value, dict):
         for name, inner in value.items():
-            yield from _values(inner, f"{place}.{name}" if place else name)
+            yield from _values(inner, f"{key}.{name}" if key else name)
     elif isinstance(value, list):
         for inner in value:
-            yield from _values(inner, place)
+            yield from _values(inner, key)
     else:
-        yield place, value
+        yield key, value
 
 
-def _check_bounds(file: str, place: str, value: Any) -> None:
+def _check_bounds(file: str, key: str, value: Any) -> None:
     """Refuse numbers that would lead to tables larger than any memory."""
     if not _is_number(value):
         return
-    name = place.rpartition(".")[2]
+    name = key.rpartition(".")[2]
     if not math.isfinite(value) or (isinstance(value, int) and abs(value) > MAX_INTEGER):
-        raise _refused(file, place, value, f"a number of at most {MAX_INTEGER:,}")
+        raise _refused(file, key, value, f"a number of at most {MAX_INTEGER:,}")
     if _LAYERS.search(name) and value > MAX_LAYERS:
-        raise _refused(file, place, value, f"at most {MAX_LAYERS:,}")
+        raise _refused(file, key, value, f"at most {MAX_LAYERS:,}")
     if _SIZES.search(name) and value > MAX_SIZE:
-        raise _refused(file, place, value, f"at most {MAX_SIZE:,}")
+        raise _refused(file, key, value, f"at most {MAX_SIZE:,}")
 
 
 def _check_meaning(file: str, field: Callable[[str], Any]) -> None:
@@ -107,10 +107,10 @@ def _check_meaning(file: str, field: Callable[[str], Any]) -> None:
     _check_rope(file, "rope_parameters", field("rope_parameters"))
 
 
-def _check_rope(file: str, place: str, parameters: Any) -> None:
+def _check_rope(file: str, key: str, parameters: Any) -> None:
     """Check factors and bases of rotary frequencies, which may be given by layer type."""
     for name, value in parameters.items() if isinstance(parameters, dict) else ():
-        where = f"{place}.{name}"
+        where = f"{key}.{name}"
         if isinstance(value, dict):
             _check_rope(file, where, value)
         elif isinstance(value, list):
@@ -135,5 +135,5 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _refused(file: str, place: str, value: Any, wanted: str) -> CheckpointError:
-    return CheckpointError(f"{file} has {place} {str(value)[:40]}; it should be {wanted}")
+def _refused(file: str, key: str, value: Any, wanted: str) -> CheckpointError:
+    return CheckpointError(f"{file} has {key} {str(value)[:40]}; it should be {wanted}")

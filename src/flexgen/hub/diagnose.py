@@ -134,7 +134,7 @@ def other_quantization(folder: Path, config: Mapping[str, Any]) -> str | None:
 
 
 def check_fetched(path: Path) -> None:
-    """Check that a file is not a git-lfs pointer, which git leaves in the place of a large file that was not fetched.
+    """Check that a file is not a git-lfs pointer, which git leaves instead of a large file that was not fetched.
 
     Raises:
         CheckpointError: The file is such a pointer.

@@ -53,15 +53,15 @@ def _homes(folder: Path) -> Iterator[Path]:
 
 def _links(path: Path) -> Iterator[Path]:
     """Yield the links on the way from `path`, which lies in a folder without links, to its target."""
-    place, rest, count = path.parent, [path.name], 0
+    current, rest, count = path.parent, [path.name], 0
     while rest:
         part = rest.pop()
-        place = place.parent if part == ".." else place / part
-        if not place.is_symlink():
+        current = current.parent if part == ".." else current / part
+        if not current.is_symlink():
             continue
         if (count := count + 1) > _MOST_LINKS:
             raise RuntimeError("too many links")
-        yield place
-        target = place.readlink()
+        yield current
+        target = current.readlink()
         rest += reversed([part for part in target.parts if part != target.anchor])
-        place = Path(target.anchor) if target.is_absolute() else place.parent
+        current = Path(target.anchor) if target.is_absolute() else current.parent
