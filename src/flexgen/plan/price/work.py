@@ -182,7 +182,10 @@ def price(load: PassLoad, spec: ModelSpec, policy: Policy, weights: PassWork) ->
     steps: dict[str, Any] = {"step_flops": 0, "step_bytes": 0, "host_step_flops": 0, "host_step_bytes": 0}
     requests: Any = 0
     if not policy.embedding_resident:
-        disk_read = disk_read + tokens * spec.embedding_row_bytes
+        rows = tokens * spec.embedding_row_bytes
+        disk_read = disk_read + rows
+        if device != "cpu":
+            to_device, memory = to_device + rows, memory + rows
     # With a separate device, q goes to the host, which attends to the KV there, and the result comes back: about hidden_size each.
     crossing = sum(group.num_layers for group in groups) * spec.hidden_size * DTYPE_BYTES[policy.dtype]
     for home, attended in load.attended_tokens.items():
