@@ -16,10 +16,10 @@ from flexgen.checkpoint.sources import ParameterSource, whole
 from flexgen.devices.sim import SimulatedDevice
 from flexgen.errors import EngineError
 from flexgen.formats.base import Encoding, NamedTensor, NumberFormat, Part, StoredTensor
-from flexgen.formats.table import FORMATS
+from flexgen.formats.table import FORMATS, runs
 from flexgen.io.direct_io import FileSet
 from flexgen.io.pool import IOPool
-from flexgen.plan.model import PLAIN_FORMATS
+from flexgen.options import DTYPE_BYTES
 from flexgen.weights.store import WeightStore
 from flexgen.weights.unit import UnitLayout, WantedTensor
 
@@ -143,8 +143,8 @@ def test_a_unit_has_three_sizes(tmp_path: Path, number_format: RowScaled) -> Non
     assert not first.plain
 
 
-def test_plain_formats_are_those_of_the_planner() -> None:
-    assert {name for name, each in FORMATS.items() if each.runs} == PLAIN_FORMATS
+def test_formats_that_can_be_run() -> None:
+    assert [name for name in (*FORMATS, "unknown", "") if runs(name)] == list(DTYPE_BYTES)
     assert all(each.name == name for name, each in FORMATS.items())
 
 

@@ -6,11 +6,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import torch
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flexgen.errors import EngineError
+
+if TYPE_CHECKING:
+    import torch
 
 
 class StoredRange(NamedTuple):

@@ -8,8 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 from flexgen.formats.base import Encoding, NamedTensor, NumberFormat, Part, StoredTensor
 
 _BLOCK = 128  # rows and columns that share a scale (arXiv:2412.19437, section 3.3.2)
@@ -27,6 +25,8 @@ class FP8Block(NumberFormat):
         return quantization.get("quant_method") == "fp8" and block is not None and list(block) == [_BLOCK, _BLOCK]
 
     def encode(self, tensor: NamedTensor) -> list[NamedTensor]:
+        import torch
+
         if not tensor.name.endswith(_MODULES) or len(tensor.shape) != 2:
             return [tensor]
         return [

@@ -8,8 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 from flexgen.formats.base import Encoding, NamedTensor, NumberFormat, Part, StoredTensor
 
 _GROUP = 32  # 4-bit numbers that share an 8-bit scale (OCP Microscaling Formats 1.0)
@@ -26,6 +24,8 @@ class MXFP4(NumberFormat):
         return quantization.get("quant_method") == "mxfp4"
 
     def encode(self, tensor: NamedTensor) -> list[NamedTensor]:
+        import torch
+
         if not tensor.name.endswith(_EXPERTS):
             return [tensor]
         experts, inputs, outputs = tensor.shape

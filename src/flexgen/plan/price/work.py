@@ -11,12 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from flexgen.options import TIERS
+from flexgen.options import DTYPE_BYTES, TIERS
 from flexgen.plan.machine import Machine
 from flexgen.plan.model import KVGroupSpec, ModelSpec, UnitSpec
 from flexgen.plan.policy import Fractions, Policy
-
-DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 
 # Where stored and decoded bytes differ by no more than this, only alignment differs: the unit needs views and no decode stage.
 ALIGNMENT_SLACK_BYTES = 2 * 4096
