@@ -15,7 +15,7 @@ from flexgen.checkpoint.files import Checkpoint
 from flexgen.checkpoint.sources import ParameterSource, whole
 from flexgen.devices.sim import SimulatedDevice
 from flexgen.errors import EngineError
-from flexgen.formats.base import Encoding, NamedTensor, NumberFormat, Part, StoredTensor
+from flexgen.formats.base import Encoding, EncodingPart, NamedTensor, NumberFormat, StoredTensor
 from flexgen.formats.table import FORMATS, runs
 from flexgen.io.direct_io import FileSet
 from flexgen.io.pool import IOPool
@@ -38,7 +38,10 @@ class RowScaled(NumberFormat):
 
     def find(self, tensors: Mapping[str, StoredTensor]) -> dict[str, Encoding]:
         names = [name for name in tensors if f"{name}_scale" in tensors]
-        return {name: Encoding(self, tensors[name].shape, (Part(tensors[name], 1), Part(tensors[f"{name}_scale"], 2))) for name in names}
+        return {
+            name: Encoding(self, tensors[name].shape, (EncodingPart(tensors[name], 1), EncodingPart(tensors[f"{name}_scale"], 2)))
+            for name in names
+        }
 
     def decode(self, parts: Sequence[torch.Tensor], start: int, out: torch.Tensor) -> None:
         numbers, scales = parts

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from flexgen.formats.base import Encoding, NamedTensor, NumberFormat, Part, StoredTensor
+from flexgen.formats.base import Encoding, EncodingPart, NamedTensor, NumberFormat, StoredTensor
 
 _BLOCK = 128  # rows and columns that share a scale (arXiv:2412.19437, section 3.3.2)
 _SCALE = "_scale_inv"
@@ -39,7 +39,7 @@ class FP8Block(NumberFormat):
         for name, weight in tensors.items():
             scales = tensors.get(name + _SCALE)
             if scales is not None and scales.shape == _blocks(weight.shape):
-                found[name] = Encoding(self, weight.shape, (Part(weight, 1), Part(scales, _BLOCK)))
+                found[name] = Encoding(self, weight.shape, (EncodingPart(weight, 1), EncodingPart(scales, _BLOCK)))
         return found
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from flexgen.devices.base import Device
+from flexgen.devices.base import HOST, Device
 from flexgen.devices.staging import Staging
 from flexgen.kernels.reference import AttentionKernels
 from flexgen.kv.format import KVPages
@@ -23,8 +23,6 @@ from flexgen.kv.views import KVPlan, Past, step_outputs, step_queries
 from flexgen.kv.worker import Worker
 from flexgen.passes.calls import AttentionCall, KeyValue
 from flexgen.passes.plan import Slice
-
-HOST = torch.device("cpu")
 
 # Lends the pages of a layer, by the model's layer index, for the duration of one job on the worker.
 LendPages = Callable[[int], contextlib.AbstractContextManager[KVPages]]
