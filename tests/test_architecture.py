@@ -180,8 +180,9 @@ for module in pkgutil.walk_packages(flexgen.plan.__path__, "flexgen.plan."):
         ("import flexgen", {"torch", "transformers", "numba"}),
         ("import flexgen.cli", {"torch", "transformers", "numba"}),
         (ALL_OF_PLAN, {"torch", "transformers"}),
+        ("import flexgen.formats.table", {"torch", "transformers"}),
     ],
-    ids=["flexgen", "cli", "plan"],
+    ids=["flexgen", "cli", "plan", "formats"],
 )
 def test_imports_load_nothing_heavy(code: str, heavy: set[str]) -> None:
     check = f"import sys; print({heavy!r} & set(sys.modules))"

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     import torch
 
 DEVICES = ("auto", "cpu", "cuda", "sim")
-DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
+DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}  # the dtypes of computing, and the bytes of a number
+DTYPES = ("auto", *DTYPE_BYTES)
 LOAD_FORMATS = ("auto", "safetensors", "dummy")
 SCHEDULES = ("auto", "diagonal", "zigzag", "row")
 TIERS = ("device", "host", "disk")

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from flexgen.models.assemble import load_model
 from flexgen.passes.plan import MicroBatch, PassPlan, Slice
 from flexgen.plan.policy import Fractions, Policy
 from flexgen.request import Generated, TokenRequest, TokenResult
+from flexgen.weights.rows import EmbeddingRows
 
 POLICY = Policy(
     device="cpu", dtype="float32", weights=Fractions(host=0.5, disk=0.5), kv=Fractions(host=1.0), kv_device_bytes=0,
@@ -137,6 +139,26 @@ def test_forgotten_requests_leave_nothing(engine: Engine) -> None:
     assert not engine.has_work
     assert all(used == 0 for used in engine.cache.used_bytes.values())
     assert len(list(engine.generate(requests()))) == 10
+
+
+@pytest.mark.parametrize("model", ["novels_opt", "novels_qwen3"])
+def test_the_device_is_not_asked_for_token_ids(model: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of the embedding are gathered without waiting for the device, also where the model reshapes its input."""
+    folder = request.getfixturevalue(model)
+    backend, waits, gather = SimulatedDevice(64 << 20), list[int](), EmbeddingRows.rows
+
+    def counting(rows: EmbeddingRows, *args: Any) -> Any:
+        before = backend.synchronisations
+        found = gather(rows, *args)
+        waits.append(backend.synchronisations - before)
+        return found
+
+    monkeypatch.setattr(EmbeddingRows, "rows", counting)
+    policy = replace(POLICY, device="sim", device_ring_bytes=16 << 20, kv=Fractions(device=1.0), kv_device_bytes=4 << 20, kv_host_bytes=0)
+    with Engine(load_model(folder, AutoConfig.from_pretrained(folder), torch.float32), policy, MACHINE, backend=backend) as engine:
+        list(engine.generate(requests(3)))
+    assert waits
+    assert set(waits) == {0}
 
 
 # -- plans made by hand -------------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from flexgen.errors import OptionError
+from flexgen.formats.table import runs
 from flexgen.plan.known.models import catalogue_fields, catalogue_name, catalogue_names, catalogue_spec
 from flexgen.session.shipped import described
 
@@ -109,9 +110,9 @@ def test_number_formats() -> None:
     assert formats == {name: low_bit.get(name, "float16" if name.startswith("opt") else "bfloat16") for name in formats}
     for name, number_format in formats.items():
         spec = catalogue_spec(name)
-        assert spec.dtype == (number_format if spec.is_plain else "bfloat16")
+        assert spec.dtype == (number_format if runs(number_format) else "bfloat16")
         experts = [unit for unit in spec.units if "experts" in unit.name and unit.decoded_bytes > 1 << 20]
-        assert spec.is_plain or (experts and not any(unit.plain for unit in experts))
+        assert runs(number_format) or (experts and not any(unit.plain for unit in experts))
 
 
 def test_kv_of_a_token() -> None:

@@ -90,8 +90,3 @@ def test_runs_of_units_that_are_not_there(make_spec: Callable[..., ModelSpec]) -
     for runs in ([{"first": 0, "layers": 1, "kinds": [99]}], [{"first": "x", "layers": 1, "kinds": [0]}], 3):
         with pytest.raises(OptionError, match="model: "):
             ModelSpec.from_json(json.dumps(fields | {"unit_runs": runs}))
-
-
-def test_formats_that_can_be_run(make_spec: Callable[..., ModelSpec]) -> None:
-    assert make_spec(number_format="float16").is_plain
-    assert not make_spec(number_format="fp8_block").is_plain

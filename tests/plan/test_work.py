@@ -121,6 +121,15 @@ def test_the_price_of_host_kv_beside_a_device(make_spec, make_policy):
     assert work.host_memory_bytes == 900 + 13 * 30
 
 
+def test_gathered_rows_cross_the_link(make_spec, make_policy):
+    resident, gathered = (
+        price(load_of(), make_spec(), make_policy(device="sim", embedding_resident=each), PassWork()) for each in (True, False)
+    )
+    rows = PassWork(disk_read_bytes=13 * 16, host_to_device_bytes=13 * 16, host_memory_bytes=13 * 16)  # one per token
+    for name in ("disk_read_bytes", "host_to_device_bytes", "host_memory_bytes"):
+        assert getattr(gathered, name) - getattr(resident, name) == getattr(rows, name)
+
+
 def test_the_price_of_device_kv(make_spec, make_policy):
     load = load_of(prompt_tokens={"device": 10}, num_prompts={"device": 2}, next_tokens={"device": 3}, attended_tokens={"device": [30]})
     work = price(load, make_spec(), make_policy(device="sim"), PassWork())

@@ -276,7 +276,7 @@ def test_arrivals_are_announced_without_the_lock(written: Written, device: bool)
         with mine:
             mine.notify_all()
 
-    opened.store._waiting._on_arrival = on_arrival
+    opened.store._state._on_arrival = on_arrival
     with opened:
         for unit in range(NUM_UNITS):
             with mine:

@@ -24,7 +24,7 @@ _CREATING = frozenset({torch.empty, torch.zeros, torch.ones, torch.rand, torch.r
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Room:
+class SkeletonLimits:
     """The limits of a skeleton's size, which follow from the size of the weights.
 
     Attributes:
@@ -38,18 +38,18 @@ class Room:
     why: str = "far more than the weights hold: it is not the config of these weights"
 
     @classmethod
-    def of(cls, headers: Headers) -> Room:
+    def of(cls, headers: Headers) -> SkeletonLimits:
         """Return the limits for these weights, with an allowance for tensors that are stored merged, packed or once for several modules."""
         stored = headers.tensors.values()
         elements = sum(math.prod(tensor.shape) for tensor in stored)
         return cls(parameters=_SPLIT * len(stored) + _MIN_PARAMETERS, elements=_PACKED * elements + LARGE)
 
 
-ANY_ROOM = Room(parameters=1 << 18, elements=1 << 48, why="more than any known model has")
+LOOSEST_LIMITS = SkeletonLimits(parameters=1 << 18, elements=1 << 48, why="more than any known model has")
 
 
 @contextlib.contextmanager
-def parameters_on_meta(room: Room) -> Iterator[None]:
+def parameters_on_meta(limits: SkeletonLimits) -> Iterator[None]:
     """Put parameters that are registered inside the block on the meta device; buffers (rotary frequencies) stay real."""
     original = nn.Module.register_parameter
     count = 0
@@ -60,9 +60,9 @@ def parameters_on_meta(room: Room) -> Iterator[None]:
         if param is None:
             return
         count += 1
-        if count > room.parameters or param.numel() > room.elements:
-            what = f"more than {count - 1:,} parameters" if count > room.parameters else f"a parameter of shape {tuple(param.shape)}"
-            raise CheckpointError(f"config.json asks for {what}, {room.why}")
+        if count > limits.parameters or param.numel() > limits.elements:
+            what = f"more than {count - 1:,} parameters" if count > limits.parameters else f"a parameter of shape {tuple(param.shape)}"
+            raise CheckpointError(f"config.json asks for {what}, {limits.why}")
         if param.device.type != "meta":
             self._parameters[name] = nn.Parameter(param.detach().to("meta"), requires_grad=False)
 

@@ -18,7 +18,7 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from flexgen.base.quantities import align_up
 from flexgen.checkpoint.files import Headers
 from flexgen.checkpoint.headers import DTYPES, PREFIX_BYTES
-from flexgen.checkpoint.meta import ANY_ROOM, building, parameters_on_meta
+from flexgen.checkpoint.meta import LOOSEST_LIMITS, building, parameters_on_meta
 from flexgen.formats.base import NamedTensor
 from flexgen.hub.model_files import SINGLE_FILE
 
@@ -32,7 +32,7 @@ def meta_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
         UnsupportedModelError: The model cannot be built.
         CheckpointError: The config asks for a larger model than any known one.
     """
-    with building(config), torch.device("meta"), parameters_on_meta(ANY_ROOM):
+    with building(config), torch.device("meta"), parameters_on_meta(LOOSEST_LIMITS):
         return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 

@@ -18,6 +18,7 @@ from flexgen.cli.options import engine_command, takes
 from flexgen.cli.reading import Reading, check_source, lengths_of
 from flexgen.cli.terminal import showing
 from flexgen.errors import CapacityError, OptionError
+from flexgen.formats.table import runs
 from flexgen.options import EngineOptions
 
 if TYPE_CHECKING:
@@ -206,7 +207,7 @@ def _equal_lengths(asked: Lengths, context: int, options: EngineOptions) -> Work
 
 def _as_json(plan: Plan, limits: Limits, faster: FasterFormat | None, curve: Sequence[ParetoPoint]) -> str:
     values: dict[str, Any] = {
-        "model": {"name": plan.spec.name, "number_format": plan.spec.number_format, "runs": plan.spec.is_plain},
+        "model": {"name": plan.spec.name, "number_format": plan.spec.number_format, "runs": runs(plan.spec.number_format)},
         "machine": json.loads(plan.machine.to_json()),
         "limits": dataclasses.asdict(limits),
         "policy": dataclasses.asdict(plan.policy),
@@ -240,7 +241,7 @@ def _as_text(plan: Plan, faster: FasterFormat | None, curve: Sequence[ParetoPoin
 
 def _what_does_not_run(plan: Plan) -> list[str]:
     """Return a line that says that this model cannot run, if so."""
-    if plan.spec.is_plain:
+    if runs(plan.spec.number_format):
         return []
     what = f"its weights are in {plan.spec.number_format}, a low-bit format"
     return [f"this version of flexgen cannot run {plan.spec.name}: {what}; the plan is for the weights as shipped, for comparison"]

@@ -12,6 +12,7 @@ import torch
 from flexgen.base.quantities import format_size
 from flexgen.errors import CapacityError
 
+HOST = torch.device("cpu")
 POISON = 0xFF  # as floating point: NaN in every format
 
 

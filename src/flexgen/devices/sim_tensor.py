@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 
+from flexgen.devices.base import HOST
+
 NAME = "sim"
-HOST = torch.device("cpu")
 MAX_REMEMBERED = 1 << 20  # operations on arenas since the last synchronisation
 
 aten = torch.ops.aten

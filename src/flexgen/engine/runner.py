@@ -67,7 +67,7 @@ class ModelRunner:
         self._backend, self._device = backend, backend.device if backend is not None else torch.device("cpu")
         self._files = FileSet(verify=verify_reads)
         self.homes = unit_homes(model.spec, policy.weights)
-        self._rows = EmbeddingRows(list(model.tables), self._device, verify=verify_reads)
+        self._rows = EmbeddingRows(model.tables, backend, verify=verify_reads)
         self._arrived = threading.Event()  # wakes the ready loop
         groups = group_layers(model.layers, policy.page_tokens, model.kv_format)
         with contextlib.ExitStack() as undo:  # undoes what would otherwise outlive a failed construction

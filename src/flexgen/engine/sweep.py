@@ -32,7 +32,7 @@ POLL_SECONDS = 0.0005
 class RowSource(Protocol):
     """A source of embedding rows (weights/rows.py)."""
 
-    def rows(self, module: str, token_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: ...
+    def rows(self, module: str, token_ids: torch.Tensor, host_ids: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
 class MicroBatchForward(ForwardCoroutine):
@@ -69,8 +69,10 @@ class MicroBatchForward(ForwardCoroutine):
             positions += range(each.start, each.stop)
         ids += ids[-1:] * self.batch.filler
         positions += positions[-1:] * self.batch.filler
+        self._host_ids = torch.tensor([ids])
+        self._input_ids = self._host_ids.to(self._device)
         self.logits = self._model.forward(
-            torch.tensor([ids], device=self._device),
+            self._input_ids,
             torch.tensor([positions], device=self._device),
             torch.tensor(wanted, dtype=torch.int64, device=self._device),
             self._cache,
@@ -108,7 +110,8 @@ class MicroBatchForward(ForwardCoroutine):
         return answer.result()
 
     def input_rows(self, module_name: str, token_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._rows.rows(module_name, token_ids)
+        is_input = token_ids is self._input_ids or token_ids._base is self._input_ids  # models may reshape their input
+        return self._rows.rows(module_name, token_ids, self._host_ids if is_input else None)
 
     def runnable(self, weights: WeightStore) -> bool:
         if self.pending is not None and not self.pending.done():

@@ -6,11 +6,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import torch
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flexgen.errors import EngineError
+
+if TYPE_CHECKING:
+    import torch
 
 
 class StoredRange(NamedTuple):
@@ -78,7 +79,7 @@ class StoredTensor:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class EncodingPart:
     """A stored tensor that holds a part of an encoded one.
 
     Attributes:
@@ -102,7 +103,7 @@ class Encoding:
 
     format: NumberFormat
     shape: tuple[int, ...]
-    parts: tuple[Part, ...]
+    parts: tuple[EncodingPart, ...]
 
     def ranges(self, start: int, stop: int) -> list[StoredRange]:
         """Return the ranges to read for rows [start, stop) of the decoded tensor, one for each part."""

@@ -8,9 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
-from flexgen.formats.base import Encoding, NamedTensor, NumberFormat, Part, StoredTensor
+from flexgen.formats.base import Encoding, EncodingPart, NamedTensor, NumberFormat, StoredTensor
 
 _BLOCK = 128  # rows and columns that share a scale (arXiv:2412.19437, section 3.3.2)
 _SCALE = "_scale_inv"
@@ -27,6 +25,8 @@ class FP8Block(NumberFormat):
         return quantization.get("quant_method") == "fp8" and block is not None and list(block) == [_BLOCK, _BLOCK]
 
     def encode(self, tensor: NamedTensor) -> list[NamedTensor]:
+        import torch
+
         if not tensor.name.endswith(_MODULES) or len(tensor.shape) != 2:
             return [tensor]
         return [
@@ -39,7 +39,7 @@ class FP8Block(NumberFormat):
         for name, weight in tensors.items():
             scales = tensors.get(name + _SCALE)
             if scales is not None and scales.shape == _blocks(weight.shape):
-                found[name] = Encoding(self, weight.shape, (Part(weight, 1), Part(scales, _BLOCK)))
+                found[name] = Encoding(self, weight.shape, (EncodingPart(weight, 1), EncodingPart(scales, _BLOCK)))
         return found
 
 

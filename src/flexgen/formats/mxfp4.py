@@ -8,9 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
-from flexgen.formats.base import Encoding, NamedTensor, NumberFormat, Part, StoredTensor
+from flexgen.formats.base import Encoding, EncodingPart, NamedTensor, NumberFormat, StoredTensor
 
 _GROUP = 32  # 4-bit numbers that share an 8-bit scale (OCP Microscaling Formats 1.0)
 _BLOCK_BYTES = _GROUP // 2
@@ -26,6 +24,8 @@ class MXFP4(NumberFormat):
         return quantization.get("quant_method") == "mxfp4"
 
     def encode(self, tensor: NamedTensor) -> list[NamedTensor]:
+        import torch
+
         if not tensor.name.endswith(_EXPERTS):
             return [tensor]
         experts, inputs, outputs = tensor.shape
@@ -43,5 +43,5 @@ class MXFP4(NumberFormat):
                 continue
             experts, outputs, groups = scales.shape
             shape = (experts, groups * _GROUP, outputs)
-            found[name.removesuffix("_blocks")] = Encoding(self, shape, (Part(blocks, 1), Part(scales, 1)))
+            found[name.removesuffix("_blocks")] = Encoding(self, shape, (EncodingPart(blocks, 1), EncodingPart(scales, 1)))
         return found

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
 
 from flexgen.formats.base import NumberFormat
+
+if TYPE_CHECKING:
+    import torch
 
 # Four megabytes of float32, which fit into CPU caches.
 CAST_ELEMENTS = 1 << 20
@@ -15,8 +18,8 @@ class PlainNumbers(NumberFormat):
 
     runs = True
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.name = dtype_name(dtype)
+    def __init__(self, dtype: str) -> None:
+        self.name = dtype
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -29,6 +32,8 @@ def cast_into(out: torch.Tensor, numbers: torch.Tensor) -> None:
 
     float16 becomes bfloat16 through pieces of float32, which is three to four times faster on a CPU (docs/log.md).
     """
+    import torch
+
     slow = numbers.dtype == torch.float16 and out.dtype == torch.bfloat16 and not out.is_cuda
     if not slow or not (out.is_contiguous() and numbers.is_contiguous()) or numbers.numel() < CAST_ELEMENTS:
         out.copy_(numbers)

@@ -1,4 +1,7 @@
-"""All number formats, and the choice of the one that a model's config states.  A new format is a new file and an entry here."""
+"""All number formats, and the choice of the one that a model's config states.  A new format is a new file and an entry here.
+
+Importing the table does not load torch, so that `flexgen plan` can ask which formats run.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +9,19 @@ from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any
 
-import torch
-
 from flexgen.errors import UnsupportedModelError
 from flexgen.formats.base import NumberFormat
 from flexgen.formats.fp8_block import FP8Block
 from flexgen.formats.mxfp4 import MXFP4
 from flexgen.formats.plain import PlainNumbers
+from flexgen.options import DTYPE_BYTES
 
-_PLAIN = tuple(PlainNumbers(dtype) for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64))
-FORMATS: Mapping[str, NumberFormat] = {each.name: each for each in (*_PLAIN, MXFP4(), FP8Block())}
+FORMATS: Mapping[str, NumberFormat] = {each.name: each for each in (*map(PlainNumbers, DTYPE_BYTES), MXFP4(), FP8Block())}
+
+
+def runs(number_format: str) -> bool:
+    """Return whether the engine can compute with weights in the format of this name."""
+    return number_format in FORMATS and FORMATS[number_format].runs
 
 
 def stated_format(config: Any) -> NumberFormat | None:

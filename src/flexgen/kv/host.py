@@ -13,17 +13,16 @@ from typing import Any
 
 import torch
 
-from flexgen.devices.base import Device
+from flexgen.devices.base import HOST, Device
+from flexgen.devices.staging import Staging
 from flexgen.kernels.reference import AttentionKernels
 from flexgen.kv.format import KVPages
 from flexgen.kv.pages import KVGroup, PagePool, layer_index
 from flexgen.kv.place import PendingAttention, Place
 from flexgen.kv.views import KVPlan, Past, step_outputs, step_queries
-from flexgen.kv.worker import Link, Worker
-from flexgen.passes.calls import AttentionCall
+from flexgen.kv.worker import Worker
+from flexgen.passes.calls import AttentionCall, KeyValue
 from flexgen.passes.plan import Slice
-
-HOST = torch.device("cpu")
 
 # Lends the pages of a layer, by the model's layer index, for the duration of one job on the worker.
 LendPages = Callable[[int], contextlib.AbstractContextManager[KVPages]]
@@ -46,7 +45,7 @@ class HostAttention:
         notify: Callable[[], None], worker: str,
     ) -> None:  # fmt: skip
         self.kernels, self.device_kernels = kernels, device_kernels
-        self.link, self.notify = Link(backend), notify
+        self.staging, self.notify = Staging(backend), notify
         self.where = layer_index(groups)
         self.worker = Worker(worker)
         self._groups, self._device = groups, backend.device if backend is not None else HOST
@@ -120,7 +119,7 @@ class HostView:
     def _attend_steps(self, call: AttentionCall, group: int) -> PendingAttention:
         attention, plan = self._attention, self.plan.groups[group]
         new, sinks = call.new or (), () if call.sinks is None else (call.sinks,)
-        copies = attention.link.to_host(step_queries(call, plan.num_steps), *new, *sinks)
+        copies = attention.staging.to_host(step_queries(call, plan.num_steps), *new, *sinks)
 
         def job() -> torch.Tensor:
             with copies.arrived() as (query, *others), self._lend(call.layer) as pages:
@@ -128,7 +127,7 @@ class HostView:
                     plan.write(attention.kernels, (others[0], others[1]), pages)
                 here = dataclasses.replace(call, sinks=others[-1] if call.sinks is not None else None)
                 attended = plan.attend_steps(attention.kernels, here, query, pages)
-            return attention.link.to_device(attended)
+            return attention.staging.to_device(attended)[0]
 
         return attention.later(job, lambda attended: step_outputs(call, attended)[None])
 
@@ -136,14 +135,14 @@ class HostView:
         """Attend to prompts on the device; their keys and values are copied to the pages, and stored tokens before them from the pages."""
         attention, plan = self._attention, self.plan.groups[group]
         continued = any(each.start > 0 for each in self.plan.prompts)
-        copies = attention.link.to_host(*(call.new or ()))
+        copies = attention.staging.to_host(*(call.new or ()))
 
         def job() -> list[Past]:
             with copies.arrived() as new, self._lend(call.layer) as pages:
                 if call.new is not None:  # first, since a prompt may continue what another of this micro-batch stores
                     plan.write(attention.kernels, (new[0], new[1]), pages)
                 past = plan.gather_past(attention.kernels, pages, call.query.dtype) if continued else []
-            return [each and (attention.link.to_device(each[0]), attention.link.to_device(each[1])) for each in past]
+            return [each and _to_device(attention.staging, *each) for each in past]
 
         def attended(past: Sequence[Past]) -> torch.Tensor:
             out = call.new_output()
@@ -152,3 +151,8 @@ class HostView:
 
         pending = attention.later(job, attended) if continued or call.new is not None else None
         return pending if continued and pending is not None else attended([None] * len(plan.prompts))
+
+
+def _to_device(staging: Staging, key: torch.Tensor, value: torch.Tensor) -> KeyValue:
+    key, value = staging.to_device(key, value)
+    return key, value

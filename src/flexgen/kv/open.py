@@ -9,14 +9,14 @@ from pathlib import Path
 
 import torch
 
-from flexgen.devices.base import Device
+from flexgen.devices.base import HOST, Device
 from flexgen.errors import EngineError
 from flexgen.io.pool import IOPool
 from flexgen.kernels.attention import attention_kernels
 from flexgen.kernels.reference import AttentionKernels
 from flexgen.kv.cache import KVCache
 from flexgen.kv.disk import DiskPlace
-from flexgen.kv.host import HOST, HostAttention, HostPlace
+from flexgen.kv.host import HostAttention, HostPlace
 from flexgen.kv.local import LocalPlace
 from flexgen.kv.pages import KVGroup, PagePool, Pool, divide_pool
 from flexgen.kv.place import Place

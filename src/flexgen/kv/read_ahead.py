@@ -10,7 +10,7 @@ from flexgen.kv.pages import layer_index
 from flexgen.kv.slots import BatchSlots
 from flexgen.kv.spill import DiskPool, StagedLayer
 
-Wanted = tuple[BatchSlots, int]  # a layer of a micro-batch, by the model's index
+BatchLayer = tuple[BatchSlots, int]  # a layer of a micro-batch, by the model's index
 
 
 class ReadAhead:
@@ -26,10 +26,10 @@ class ReadAhead:
         self._pool, self._io, self._limit_bytes = pool, io, limit_bytes
         self._where = layer_index(pool.groups)
         self._lock = threading.Condition()
-        self._staged: dict[Wanted, StagedLayer] = {}
+        self._staged: dict[BatchLayer, StagedLayer] = {}
         self._in_use = 0  # bytes of staging
         self._lent = 0  # staged layers that the worker uses, or that are being written to disk
-        self._wanted: Wanted | None = None  # the layer that the worker waits for
+        self._wanted: BatchLayer | None = None  # the layer that the worker waits for
         self._spare: dict[tuple[int, int], list[StagedLayer]] = {}  # (group, slots) -> staging of that size
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from flexgen.checkpoint.meta import LARGE, LargeTensorsOnMeta, Room, building, parameters_on_meta
+from flexgen.checkpoint.meta import LARGE, LargeTensorsOnMeta, SkeletonLimits, building, parameters_on_meta
 from flexgen.errors import EngineError, UnsupportedModelError
 from flexgen.models.attention import register_attention
 from flexgen.models.coroutine import current_forward
@@ -29,18 +29,18 @@ if TYPE_CHECKING:
 IMPLEMENTATION = "flexgen"
 
 
-def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype, room: Room) -> PreTrainedModel:
+def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype, limits: SkeletonLimits) -> PreTrainedModel:
     """Return the causal language model of `config` with parameters on the meta device, real buffers, and our attention and experts.
 
     Raises:
         UnsupportedModelError: transformers has no such causal model, or the model does not accept an attention function.
-        CheckpointError: The model is larger than `room` allows.
+        CheckpointError: The model is larger than `limits` allow.
     """
     from transformers import AutoModelForCausalLM
 
     register_attention(IMPLEMENTATION)
     register_experts(IMPLEMENTATION)
-    with building(config), parameters_on_meta(room), LargeTensorsOnMeta():
+    with building(config), parameters_on_meta(limits), LargeTensorsOnMeta():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=IMPLEMENTATION)
     if not model._supports_attention_backend:
         raise UnsupportedModelError(f"model type {config.model_type!r} does not take an attention function of ours")

@@ -16,7 +16,7 @@ from torch import nn
 
 from flexgen.base.quantities import GIB, MIB, align_up
 from flexgen.checkpoint.files import Headers
-from flexgen.checkpoint.meta import Room
+from flexgen.checkpoint.meta import SkeletonLimits
 from flexgen.checkpoint.parameters import ModelSources, parameter_sources
 from flexgen.formats.table import stated_format, without_quantization
 from flexgen.models.parts import ParameterUse, Part
@@ -74,15 +74,15 @@ def cut_model(config: Any, dtype: torch.dtype, headers: Headers, unit_bytes: int
     """
     headers = headers.decoded(stated_format(config), dtype)
     check_supported_architecture(config)
-    model = build_skeleton(without_quantization(config), dtype, Room.of(headers))
+    model = build_skeleton(without_quantization(config), dtype, SkeletonLimits.of(headers))
     sources = parameter_sources(model, headers)
     trace = trace_model(model)
-    wanted = _Wanted(model, sources, dtype)
-    tables = _row_tables(trace, sources, wanted.dtype)
+    tensors = _Tensors(model, sources, dtype)
+    tables = _row_tables(trace, sources, tensors.dtype)
     gathered = frozenset(table.module for table in tables)
     uses = streamed_uses(model, trace, dtype.itemsize, gathered, lambda name: sources[name].sliceable)
     parts = cut_units(uses, unit_bytes or default_unit_bytes(sum(use.decoded_bytes for use in uses)))
-    layouts = tuple(_layout(unit, wanted) for unit in parts)
+    layouts = tuple(_layout(unit, tensors) for unit in parts)
     streamed = {f"{tensor.module}.{tensor.parameter}" for layout in layouts for tensor in layout.tensors}
     unused = _unused(model, sources, trace)
     placed = streamed | unused | {name for name in sources.names() if name.rpartition(".")[0] in gathered}
@@ -93,7 +93,7 @@ def cut_model(config: Any, dtype: torch.dtype, headers: Headers, unit_bytes: int
         number_format=headers.number_format,
         parts=parts,
         layouts=layouts,
-        residents=wanted.residents(placed),
+        residents=tensors.residents(placed),
         tables=tables,
         unused_bytes=sum(sources[name].nbytes for name in unused if sources.kept_as(name) == name),
     )
@@ -196,7 +196,7 @@ def _layer_of(module: str) -> str | None:
 # ---------------------------------------------------------------------- their bytes
 
 
-class _Wanted:
+class _Tensors:
     """The tensors that units bring: where each is stored, and its dtype once decoded."""
 
     def __init__(self, model: Any, sources: ModelSources, dtype: torch.dtype) -> None:
@@ -222,15 +222,15 @@ class _Wanted:
         return UnitLayout.of(-1, "resident", [self.tensor(name) for name in sorted(known - placed)])
 
 
-def _layout(parts: Sequence[Part], wanted: _Wanted) -> UnitLayout:
+def _layout(parts: Sequence[Part], tensors: _Tensors) -> UnitLayout:
     first = parts[0].use.module
     name = first if len(parts) == 1 else f"{first} +{len(parts) - 1}"
-    tensors = [
-        wanted.tensor(f"{part.use.module}.{parameter}", None if part.is_whole else (part.start, part.stop))
+    wanted = [
+        tensors.tensor(f"{part.use.module}.{parameter}", None if part.is_whole else (part.start, part.stop))
         for part in parts
         for parameter in part.use.parameters
     ]
-    return UnitLayout.of(parts[0].unit, name, tensors)
+    return UnitLayout.of(parts[0].unit, name, wanted)
 
 
 def _fp32_patterns(model: Any, dtype: torch.dtype) -> list[re.Pattern[str]]:

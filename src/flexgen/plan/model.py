@@ -17,7 +17,6 @@ from flexgen.errors import OptionError
 # Matches the number of a layer in the name of a unit.
 _LAYER_NUMBER = re.compile(r"(?<=\.)(0|[1-9]\d*)(?=\.| |$)")
 _ENCODED = "encoded_bytes"
-PLAIN_FORMATS = frozenset({"bfloat16", "float16", "float32", "float64"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,11 +97,6 @@ class ModelSpec:
     max_position_embeddings: int
     number_format: str = "bfloat16"
     dtype: str = "bfloat16"
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether the weights are stored as plain numbers. Models in other formats can be planned for, but not run yet."""
-        return self.number_format in PLAIN_FORMATS
 
     @cached_property
     def streamed_bytes(self) -> int:

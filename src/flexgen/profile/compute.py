@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from flexgen.formats.plain import dtype_name
 from flexgen.kernels.attention import attention_kernels
 from flexgen.kernels.reference import AttentionKernels
 from flexgen.plan.machine import Curve, Rate
@@ -172,7 +173,7 @@ def device_elementwise_rate(where: torch.device, dtype: torch.dtype, max_bytes: 
         state = x + (state * cosine + turned * cosine)
         wait(state + norm(state), torch.nn.functional.silu(gate) * up)
 
-    return measured_rate(rows * elementwise_bytes(hidden, intermediate, str(dtype).removeprefix("torch.")), layer, seconds)
+    return measured_rate(rows * elementwise_bytes(hidden, intermediate, dtype_name(dtype)), layer, seconds)
 
 
 def wait(result: torch.Tensor, *_: object) -> None:

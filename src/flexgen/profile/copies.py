@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from flexgen.base.quantities import MIB
-from flexgen.formats.plain import cast_into
+from flexgen.formats.plain import cast_into, dtype_name
 from flexgen.plan.machine import Rate
 from flexgen.profile.compute import wait
 from flexgen.profile.timing import measured_rate
@@ -43,6 +43,6 @@ def cast_rates(dtype: torch.dtype, max_bytes: int, seconds: float) -> dict[str, 
     for stored in STORED_DTYPES:
         if stored != dtype:
             source = torch.ones(elements, dtype=stored)
-            name = f"{stored} {dtype}".replace("torch.", "")
+            name = f"{dtype_name(stored)} {dtype_name(dtype)}"
             rates[name] = measured_rate(computed.nbytes, lambda source=source: cast_into(computed, source), seconds / len(STORED_DTYPES))
     return rates

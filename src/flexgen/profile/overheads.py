@@ -18,6 +18,7 @@ from flexgen.base.quantities import MIB
 from flexgen.checkpoint.dummy import write_random_checkpoint
 from flexgen.devices.open import open_device
 from flexgen.engine.engine import Engine
+from flexgen.formats.plain import dtype_name
 from flexgen.models.assemble import LoadedModel, load_model
 from flexgen.plan.machine import Machine, Overheads, Rate
 from flexgen.plan.policy import Fractions, Policy
@@ -92,7 +93,7 @@ def elementwise_rate(dtype: torch.dtype, folder: Path, machine: Machine, max_byt
     width = LAYER_WIDTH
     while 2 * _layer_bytes(width, dtype) > max_bytes:
         width //= 2
-    name = str(dtype).removeprefix("torch.")
+    name = dtype_name(dtype)
     with tempfile.TemporaryDirectory(dir=folder, prefix="flexgen-measure-") as path:
         config = _config(width, 1)
         write_random_checkpoint(config, Path(path), dtype)
@@ -120,7 +121,7 @@ class _Products:
     """The matrix products of such a layer, alone."""
 
     def __init__(self, width: int, dtype: torch.dtype) -> None:
-        self._name = str(dtype).removeprefix("torch.")
+        self._name = dtype_name(dtype)
         shapes = ((width, width, 2), (width // 4, width, 2), (INTERMEDIATE * width // 4, width, 2), (width, INTERMEDIATE * width // 4, 1))
         host = torch.device("cpu")
         self._work = [
@@ -162,7 +163,7 @@ def _policy(device: str, dtype: torch.dtype, machine: Machine) -> Policy:
     on_cpu = device == "cpu"
     home = Fractions(host=1.0) if on_cpu else Fractions(device=1.0)
     return Policy(
-        device=device, dtype=str(dtype).removeprefix("torch."), weights=home, kv=home, kv_device_bytes=0 if on_cpu else 16 * MIB,
+        device=device, dtype=dtype_name(dtype), weights=home, kv=home, kv_device_bytes=0 if on_cpu else 16 * MIB,
         kv_host_bytes=16 * MIB if on_cpu else 0, kv_disk_bytes=0, host_ring_bytes=4 * MIB, device_ring_bytes=0 if on_cpu else 4 * MIB,
         workspace_bytes=16 * MIB, embedding_resident=True, schedule="zigzag", max_num_seqs=NUM_SEQUENCES, prefill_tokens=NUM_SEQUENCES,
         micro_batch_tokens=NUM_SEQUENCES, page_tokens=16, compute_threads=machine.cores, io_threads=machine.io_threads, longest_sequence=64,

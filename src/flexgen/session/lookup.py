@@ -6,15 +6,16 @@ import dataclasses
 from pathlib import Path
 
 from flexgen.errors import ModelError, OptionError
+from flexgen.options import DTYPE_BYTES
 from flexgen.plan.known.models import catalogue_name, catalogue_spec, similar_names
-from flexgen.plan.model import PLAIN_FORMATS, ModelSpec
+from flexgen.plan.model import ModelSpec
 from flexgen.session.model import compute_dtype, config_dtype, describing
 
 
 def spec_of(model: str, *, device: str, dtype: str = "auto", revision: str | None = None, token: str | None = None) -> ModelSpec:
     """Return the model as the planner sees it.
 
-    Weights in a published low-bit format are described too, although the engine does not run them: see `ModelSpec.is_plain`.
+    Weights in a published low-bit format are described too, although the engine does not run them (`formats.table.runs`).
 
     Args:
         model: A folder; else a name of the catalogue or the hub id of one of its models, in any letter case; else another hub id, for which
@@ -29,8 +30,8 @@ def spec_of(model: str, *, device: str, dtype: str = "auto", revision: str | Non
         ModelError: The model does not exist, or its architecture, number format or files are not supported.
         OptionError: A revision was given for a name of the catalogue, or the dtype cannot be computed in.
     """
-    if dtype != "auto" and dtype not in PLAIN_FORMATS:
-        raise OptionError(f"cannot compute in {dtype}; known: auto, {', '.join(sorted(PLAIN_FORMATS))}")
+    if dtype != "auto" and dtype not in DTYPE_BYTES:
+        raise OptionError(f"cannot compute in {dtype}; known: auto, {', '.join(sorted(DTYPE_BYTES))}")
     if (name := shipped_name(model)) is not None:
         if revision is None:
             spec = _shipped(name, device, dtype)

@@ -20,9 +20,8 @@ from flexgen.errors import CapacityError, FlexGenError, ModelError, is_out_of_me
 from flexgen.hub.config import read_config, reason_of
 from flexgen.hub.diagnose import other_quantization
 from flexgen.hub.model_files import ModelFiles
-from flexgen.options import EngineOptions
+from flexgen.options import DTYPE_BYTES, EngineOptions
 from flexgen.plan.machine import Limits
-from flexgen.plan.model import PLAIN_FORMATS
 from flexgen.profile.limits import find_limits
 
 if TYPE_CHECKING:
@@ -137,7 +136,7 @@ def config_dtype(config: Any) -> str:
     """
     stored = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None) or "float32"
     name = str(stored).removeprefix("torch.")
-    if name not in PLAIN_FORMATS:
+    if name not in DTYPE_BYTES:
         raise ModelError(f"config.json has dtype {str(stored)[:40]}, which cannot be computed in: give --dtype")
     return name
 

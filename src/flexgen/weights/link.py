@@ -19,7 +19,7 @@ from flexgen.errors import EngineError
 from flexgen.io.direct_io import FileSet
 from flexgen.io.pool import IOPool, Ticket
 from flexgen.weights.ring import ByteRing, Slot
-from flexgen.weights.unit import Form, UnitLayout
+from flexgen.weights.unit import UnitForm, UnitLayout
 
 T = TypeVar("T")
 
@@ -45,13 +45,13 @@ class Arrival:
 
     layout: UnitLayout
     data: torch.Tensor
-    form: Form
+    form: UnitForm
     slot: Slot | None = None
     ticket: Ticket | None = None
     events: Sequence[Event] = field(default_factory=list[Event])
 
 
-class Waiting:
+class LinkState:
     """The state that links and sweep share: the lock under which they wait, whether the store is closing, and the failure of a link.
 
     Args:
@@ -101,14 +101,14 @@ class Link:
         name: The name of the thread.
         layouts: The units that the link brings in every pass, in order.
         buffer: The memory of the ring, uint8.
-        waiting: The state shared by all links.
+        state: The state shared by all links.
         poison: Whether to overwrite slots that are given back, so that a late use is noticed (for tests).
     """
 
-    def __init__(self, name: str, layouts: Sequence[UnitLayout], buffer: torch.Tensor, waiting: Waiting, *, poison: bool) -> None:
+    def __init__(self, name: str, layouts: Sequence[UnitLayout], buffer: torch.Tensor, state: LinkState, *, poison: bool) -> None:
         self.ring = ByteRing(len(buffer))
         self.thread = threading.Thread(target=self._run, name=name, daemon=True)
-        self.layouts, self._buffer, self._waiting, self._poison = layouts, buffer, waiting, poison
+        self.layouts, self._buffer, self._state, self._poison = layouts, buffer, state, poison
         self._arrivals: deque[Arrival] = deque()
 
     def _run(self) -> None:
@@ -116,7 +116,7 @@ class Link:
             while all(self._bring(layout) for layout in self.layouts):
                 pass
         except BaseException as error:  # noqa: BLE001 - reported to the sweep, which waits for this thread's work
-            self._waiting.fail(error)
+            self._state.fail(error)
 
     def _bring(self, layout: UnitLayout) -> bool:
         """Bring one unit, up to adding it to the arrivals; return False when the store is closing."""
@@ -124,13 +124,13 @@ class Link:
 
     def _claim(self, size_bytes: int) -> tuple[Slot, torch.Tensor] | None:
         """Wait for a slot and return it with its memory; return None when the store is closing."""
-        slot = self._waiting.until(lambda: self.ring.take(size_bytes))
+        slot = self._state.until(lambda: self.ring.take(size_bytes))
         return None if slot is None else (slot, self._buffer[slot.offset : slot.offset + slot.size])
 
     def _append(self, arrival: Arrival) -> None:
-        with self._waiting.condition:
+        with self._state.condition:
             self._arrivals.append(arrival)
-        self._waiting.arrived()
+        self._state.arrived()
 
     def is_ready(self, unit: int) -> bool:
         """Return whether `unit`, which must be the next one, has arrived.
@@ -138,7 +138,7 @@ class Link:
         Raises:
             StorageError: The unit could not be read.
         """
-        with self._waiting.condition:
+        with self._state.condition:
             first = self._arrivals[0] if self._arrivals else None
         if first is None:
             return False
@@ -148,7 +148,7 @@ class Link:
 
     def take(self, unit: int) -> Arrival:
         """Return the next unit, which must be ready."""
-        with self._waiting.condition:
+        with self._state.condition:
             return self._arrivals.popleft()
 
     def give_back(self, arrival: Arrival) -> None:
@@ -158,10 +158,10 @@ class Link:
             return
         if self._poison:
             arrival.data.fill_(POISON)
-        with self._waiting.condition:
+        with self._state.condition:
             self._released()
             self.ring.give_back(slot)
-            self._waiting.condition.notify_all()
+            self._state.condition.notify_all()
 
     def _released(self) -> None:
         """Prepare for a slot being given back."""
@@ -177,17 +177,17 @@ class DiskLink(Link):
     """A link from files into host memory, which reads several units at a time."""
 
     def __init__(
-        self, layouts: Sequence[UnitLayout], buffer: torch.Tensor, io: IOPool, files: FileSet, waiting: Waiting, *, poison: bool
+        self, layouts: Sequence[UnitLayout], buffer: torch.Tensor, io: IOPool, files: FileSet, state: LinkState, *, poison: bool
     ) -> None:
-        super().__init__("flexgen-disk-link", layouts, buffer, waiting, poison=poison)
+        super().__init__("flexgen-disk-link", layouts, buffer, state, poison=poison)
         self._io, self._files = io, files
 
     def _bring(self, layout: UnitLayout) -> bool:
         if (claimed := self._claim(layout.stored_bytes)) is None:
             return False
         slot, data = claimed
-        ticket = read_unit(layout, data, self._io, self._files, self._waiting.arrived)
-        self._append(Arrival(layout=layout, data=data, form=Form.STORED, slot=slot, ticket=ticket))
+        ticket = read_unit(layout, data, self._io, self._files, self._state.arrived)
+        self._append(Arrival(layout=layout, data=data, form=UnitForm.STORED, slot=slot, ticket=ticket))
         return True
 
 
@@ -201,9 +201,9 @@ class DeviceLink(Link):
 
     def __init__(
         self, layouts: Sequence[UnitLayout], buffer: torch.Tensor, backend: Device, host_homes: Mapping[int, Arrival],
-        disk: DiskLink | None, waiting: Waiting, *, poison: bool,
+        disk: DiskLink | None, state: LinkState, *, poison: bool,
     ) -> None:  # fmt: skip
-        super().__init__("flexgen-device-link", layouts, buffer, waiting, poison=poison)
+        super().__init__("flexgen-device-link", layouts, buffer, state, poison=poison)
         self._backend, self._host_homes, self._disk = backend, host_homes, disk
         self._marker: Any = None  # a marker of the computing submitted before a slot was last given back
         decoding = [layout.carried_bytes for layout in disk.layouts if not layout.plain] if disk is not None else []
@@ -218,14 +218,14 @@ class DeviceLink(Link):
         events = copy_in(unit, data, self._decoded, self._backend, self._marker)
         if self._disk is not None:
             self._disk.give_back(unit)
-        self._append(Arrival(layout=layout, data=data, form=Form.CARRIED, slot=slot, events=events))
+        self._append(Arrival(layout=layout, data=data, form=UnitForm.CARRIED, slot=slot, events=events))
         return True
 
     def _from_disk(self, unit: int) -> Arrival | None:
         """Wait until a unit has been read and return it; return None when the store is closing."""
         disk = self._disk
         assert disk is not None
-        return disk.take(unit) if self._waiting.until(lambda: disk.is_ready(unit)) else None
+        return disk.take(unit) if self._state.until(lambda: disk.is_ready(unit)) else None
 
     def _released(self) -> None:
         self._marker = self._backend.marker()
@@ -239,7 +239,7 @@ def copy_in(unit: Arrival, destination: torch.Tensor, decoded: torch.Tensor, bac
         decoded: Host memory for tensors that the host has to decode before the copy.
         after: A marker of the device; the copies start when it has passed.
     """
-    portions = [(0, unit.data)] if unit.form is Form.CARRIED else unit.layout.carried(unit.data, decoded)
+    portions = [(0, unit.data)] if unit.form is UnitForm.CARRIED else unit.layout.carried(unit.data, decoded)
     events = [backend.copy_in(destination[at : at + len(portion)], portion, after) for at, portion in portions]
     for event in events:
         event.wait()

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from flexgen.devices.base import Device
+from flexgen.devices.staging import Staging
 from flexgen.errors import StorageError
 from flexgen.io.aligned import AlignedBuffer
 from flexgen.io.direct_io import File
@@ -62,15 +65,16 @@ class EmbeddingRows:
     """Gathers rows for the micro-batches, from memory for tables that were loaded.
 
     Args:
-        device: The device on which the rows are needed.
+        tables: The tables.
+        backend: The device on which the rows are needed; None when computing happens in host memory.
         verify: Whether to compare rows with those of their first read.
     """
 
-    def __init__(self, tables: list[RowTable], device: torch.device, *, verify: bool = False) -> None:
+    def __init__(self, tables: Sequence[RowTable], backend: Device | None, *, verify: bool = False) -> None:
         self._tables = {table.module: table for table in tables}
         self._resident: dict[str, torch.Tensor] = {}
         self._files: dict[Path, File] = {}
-        self._device = device
+        self._staging = Staging(backend)
         # Checksums of the rows of each table; -1 for rows that have not been read.
         self._sums = {table.module: torch.full((table.num_rows,), -1, dtype=torch.int64) for table in tables} if verify else {}
         self.bytes_gathered = 0
@@ -79,27 +83,33 @@ class EmbeddingRows:
         """Use a table that was loaded into memory."""
         self._resident[module] = table
 
+    def rows(self, module: str, token_ids: torch.Tensor, host_ids: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return rows (n, dim) and `token_ids` renumbered to index them, both where computing happens.
+
+        Args:
+            module: The name of the embedding.
+            token_ids: The token ids, where computing happens.
+            host_ids: The same ids in host memory; None if they have to be copied there first, for which the host waits.
+        """
+        if module in self._resident:
+            return self._resident[module], token_ids
+        table = self._tables[module]
+        unique, renumbered = torch.unique(token_ids.cpu() if host_ids is None else host_ids, return_inverse=True)
+        found = self._read(table, unique)
+        if self._sums and not self._agree(table, unique, found):
+            logger.warning("%s: rows of %s are not what they were; reading them again", table.path, module)
+            found = self._read(table, unique)
+            if not self._agree(table, unique, found):
+                raise StorageError(f"{table.path}: rows of {module} are not what they were when they were first read")
+        self.bytes_gathered += found.numel()
+        stored = found.view(table.source.dtype).view(len(unique), table.row_elements)
+        rows, renumbered = self._staging.to_device(stored.to(table.dtype), renumbered, non_blocking=True)
+        return rows, renumbered
+
     def _file(self, path: Path) -> File:
         if path not in self._files:
             self._files[path] = File(path, direct=False)  # hot rows stay in the page cache, which the kernel can reclaim
         return self._files[path]
-
-    def rows(self, module: str, token_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return rows (n, dim) and `token_ids` renumbered to index them."""
-        if module in self._resident:
-            return self._resident[module], token_ids
-        table = self._tables[module]
-        unique, renumbered = torch.unique(token_ids, return_inverse=True)
-        wanted = unique.cpu()
-        found = self._read(table, wanted)
-        if self._sums and not self._agree(table, wanted, found):
-            logger.warning("%s: rows of %s are not what they were; reading them again", table.path, module)
-            found = self._read(table, wanted)
-            if not self._agree(table, wanted, found):
-                raise StorageError(f"{table.path}: rows of {module} are not what they were when they were first read")
-        self.bytes_gathered += found.numel()
-        stored = found.view(table.source.dtype).view(len(wanted), table.row_elements)
-        return stored.to(self._device, table.dtype), renumbered
 
     def _read(self, table: RowTable, wanted: torch.Tensor) -> torch.Tensor:
         """Return the bytes of these rows, (n, row_bytes) uint8; those that are not cached are fetched together."""

@@ -18,8 +18,8 @@ from flexgen.devices.base import POISON, Device
 from flexgen.io.aligned import AlignedBuffer
 from flexgen.io.direct_io import FileSet
 from flexgen.io.pool import IOPool
-from flexgen.weights.link import Arrival, DeviceLink, DiskLink, Link, Waiting, copy_in, read_unit
-from flexgen.weights.unit import Form, UnitLayout, UnitTensor
+from flexgen.weights.link import Arrival, DeviceLink, DiskLink, Link, LinkState, copy_in, read_unit
+from flexgen.weights.unit import UnitForm, UnitLayout, UnitTensor
 
 Bind = Callable[[str, str, torch.Tensor], None]  # (module, parameter, tensor)
 
@@ -82,7 +82,7 @@ class WeightStore:
     ) -> None:
         self._layouts, self._homes, self._binder = layouts, homes, binder
         self._io, self._files, self._backend, self._poison = io, files, backend, poison
-        self._waiting = Waiting(on_arrival)
+        self._state = LinkState(on_arrival)
         self._allocate = backend.allocate if backend is not None else partial(torch.empty, dtype=torch.uint8)
         self._scratch = ScratchPool(self._allocate)
         self._open: dict[int, tuple[Arrival, list[torch.Tensor]]] = {}
@@ -95,15 +95,15 @@ class WeightStore:
 
     def _chain(self, host_ring_bytes: int, device_ring_bytes: int) -> list[Link]:
         """Return the links that units need, starting at the disk; the sweep takes units from the last one."""
-        waiting, poison, backend, links = self._waiting, self._poison, self._backend, list[Link]()
+        state, poison, backend, links = self._state, self._poison, self._backend, list[Link]()
         disk = None
         if from_disk := self._at_home("disk"):
             buffer = backend.allocate_host(host_ring_bytes) if backend is not None else AlignedBuffer(host_ring_bytes).tensor
-            disk = DiskLink(from_disk, buffer[:host_ring_bytes], self._io, self._files, waiting, poison=poison)
+            disk = DiskLink(from_disk, buffer[:host_ring_bytes], self._io, self._files, state, poison=poison)
             links.append(disk)
         if backend is not None and (crossing := self._at_home("disk", "host")):
             buffer = backend.allocate(device_ring_bytes)
-            links.append(DeviceLink(crossing, buffer, backend, self._host_homes, disk, waiting, poison=poison))
+            links.append(DeviceLink(crossing, buffer, backend, self._host_homes, disk, state, poison=poison))
         return links
 
     # ------------------------------------------------------------------ units that stay in memory
@@ -118,10 +118,10 @@ class WeightStore:
 
     def keep(self, layout: UnitLayout, bind: Bind) -> None:
         """Read tensors and bind them permanently where computing happens."""
-        data, form = self._read(layout), Form.STORED
+        data, form = self._read(layout), UnitForm.STORED
         if self._backend is not None:
-            stored, data, form = data, self._backend.allocate(layout.carried_bytes), Form.CARRIED
-            unit = Arrival(layout=layout, data=stored, form=Form.STORED)
+            stored, data, form = data, self._backend.allocate(layout.carried_bytes), UnitForm.CARRIED
+            unit = Arrival(layout=layout, data=stored, form=UnitForm.STORED)
             copy_in(unit, data, torch.empty(layout.carried_bytes, dtype=torch.uint8), self._backend)
         for tensor in layout.tensors:
             bind(tensor.module, tensor.parameter, tensor.numbers(data, form, self._fresh))
@@ -137,7 +137,7 @@ class WeightStore:
         data = backend.allocate_host(layout.carried_bytes)
         for at, portion in layout.carried(self._read(layout), data):
             data[at : at + len(portion)] = portion
-        return Arrival(layout=layout, data=data, form=Form.CARRIED)
+        return Arrival(layout=layout, data=data, form=UnitForm.CARRIED)
 
     def _fresh(self, tensor: UnitTensor) -> torch.Tensor:
         return tensor.view(self._allocate(tensor.nbytes), 0)
@@ -153,7 +153,7 @@ class WeightStore:
         """Return whether `unit` can be opened now without waiting (or is open)."""
         if unit not in self._streamed or unit in self._open:
             return True
-        self._waiting.check()
+        self._state.check()
         return self._links[-1].is_ready(unit)
 
     def open(self, unit: int) -> None:
@@ -200,9 +200,9 @@ class WeightStore:
 
     def close(self) -> None:
         """Stop the links; reads that have started finish first."""
-        with self._waiting.condition:
-            self._waiting.closing = True
-            self._waiting.condition.notify_all()
+        with self._state.condition:
+            self._state.closing = True
+            self._state.condition.notify_all()
         for link in self._links:
             if link.thread.is_alive():  # a signal may have come before it was started
                 link.thread.join()

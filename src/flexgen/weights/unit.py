@@ -21,7 +21,7 @@ DEVICE_ALIGNMENT = 256  # the alignment of a tensor on a device, for vector load
 Take = Callable[["UnitTensor"], torch.Tensor]
 
 
-class Form(Enum):
+class UnitForm(Enum):
     """The form of a unit's bytes on a part of their way."""
 
     STORED = "as in the files, over-read included"
@@ -93,7 +93,7 @@ class UnitTensor(WantedTensor):
         """Return the decoded tensor as a view of the bytes that begin at `position`."""
         return data[position : position + self.nbytes].view(self.dtype).view(self.shape)
 
-    def numbers(self, data: torch.Tensor, form: Form, take: Take) -> torch.Tensor:
+    def numbers(self, data: torch.Tensor, form: UnitForm, take: Take) -> torch.Tensor:
         """Return the decoded tensor: a view of its unit's bytes if they hold it, otherwise decoded.
 
         Args:
@@ -101,8 +101,8 @@ class UnitTensor(WantedTensor):
             form: The form of these bytes.
             take: A function that returns the tensor, on the same device, into which to decode.
         """
-        positions = self.stored_at if form is Form.STORED else self.carried_at
-        if self.plain if form is Form.STORED else not self.source.carried_as_stored:
+        positions = self.stored_at if form is UnitForm.STORED else self.carried_at
+        if self.plain if form is UnitForm.STORED else not self.source.carried_as_stored:
             return self.view(data, positions[0])
         out = take(self)
         raws = []
@@ -180,5 +180,5 @@ class UnitLayout:
                 for each, stored_at, at in zip(tensor.source.ranges, tensor.stored_at, tensor.carried_at, strict=True):
                     yield at, stored[stored_at : stored_at + each.nbytes]
             else:
-                numbers = tensor.numbers(stored, Form.STORED, lambda each: each.view(into, each.carried_at[0]))
+                numbers = tensor.numbers(stored, UnitForm.STORED, lambda each: each.view(into, each.carried_at[0]))
                 yield tensor.carried_at[0], numbers.view(-1).view(torch.uint8)

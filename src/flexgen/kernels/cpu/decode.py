@@ -13,12 +13,12 @@ from flexgen.kernels.cpu.rows import Rows, clear, moved, padded, page_and_next, 
 from flexgen.kernels.cpu.softmax import absorb_rows, begin_rows, softmax_state, write_rows
 from flexgen.kernels.cpu.tile import add_product
 
-BLOCK_TOKENS = 512  # the scores of a block stay in the first-level cache
+DECODE_BLOCK = 512  # tokens; the scores of a block stay in the first-level cache
 
 
 def decode_workspace(group: int, key_dim: int, value_dim: int, page_tokens: int) -> int:
     """Return the number of elements that `decode_attention` needs as workspace."""
-    return sum(padded(group * size) for size in (key_dim, max(BLOCK_TOKENS, page_tokens), value_dim, 1, 1))
+    return sum(padded(group * size) for size in (key_dim, max(DECODE_BLOCK, page_tokens), value_dim, 1, 1))
 
 
 @entry
@@ -41,7 +41,7 @@ def decode_attention(
     num_pages, kv_heads, key_dim, page_tokens = key_pages.shape
     value_dim, heads = value_pages.shape[3], query.shape[1]
     group = heads // kv_heads
-    block_tokens = max(BLOCK_TOKENS, page_tokens)
+    block_tokens = max(DECODE_BLOCK, page_tokens)
     queries = Rows(pointer(workspace, 0), key_dim)
     scores = Rows(moved(queries.first, padded(group * key_dim)), block_tokens)
     state = softmax_state(moved(scores.first, padded(group * block_tokens)), group, value_dim)

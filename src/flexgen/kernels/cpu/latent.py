@@ -16,12 +16,12 @@ from flexgen.kernels.cpu.rows import PANEL, Rows, clear, moved, padded, page_and
 from flexgen.kernels.cpu.softmax import absorb_rows, begin_rows, softmax_state, write_rows
 from flexgen.kernels.cpu.tile import add_product
 
-BLOCK_TOKENS = 128  # latents of a block, widened, stay in the second-level cache
+LATENT_BLOCK = 128  # tokens; latents of a block, widened, stay in the second-level cache
 
 
 def latent_workspace(heads: int, rank: int, rope_dim: int, page_tokens: int) -> int:
     """Return the number of elements that `decode_latent_attention` needs as workspace."""
-    columns, block_tokens = -(-rank // PANEL) * PANEL, max(BLOCK_TOKENS, page_tokens)
+    columns, block_tokens = -(-rank // PANEL) * PANEL, max(LATENT_BLOCK, page_tokens)
     parts = (
         heads * rank,
         heads * rope_dim,
@@ -56,7 +56,7 @@ def decode_latent_attention(
     num_pages, _, rank, page_tokens = key_pages.shape
     heads, rope_dim = query_rope.shape[1:]
     items_per_sequence = (heads + item_heads - 1) // item_heads
-    columns, block_tokens = (rank + PANEL - 1) // PANEL * PANEL, max(BLOCK_TOKENS, page_tokens)
+    columns, block_tokens = (rank + PANEL - 1) // PANEL * PANEL, max(LATENT_BLOCK, page_tokens)
     latent_queries = Rows(pointer(workspace, 0), rank)
     rope_queries = Rows(moved(latent_queries.first, padded(item_heads * rank)), rope_dim)
     ropes = Rows(moved(rope_queries.first, padded(item_heads * rope_dim)), page_tokens)

@@ -19,13 +19,13 @@ from flexgen.kernels.cpu.tile import add_product
 
 ROWS_PER_ITEM = 512
 ROWS_PER_TILE = 8
-BLOCK_TOKENS = 256  # keys and values of a block, widened, stay in the second-level cache
+PREFILL_BLOCK = 256  # tokens; keys and values of a block, widened, stay in the second-level cache
 
 
 def prefill_workspace(rows: int, key_dim: int, value_dim: int) -> int:
     """Return the number of elements that `prefill_attention` needs as workspace."""
     columns = -(-value_dim // PANEL) * PANEL
-    parts = (rows * key_dim, BLOCK_TOKENS * key_dim, BLOCK_TOKENS * columns, ROWS_PER_TILE * BLOCK_TOKENS, rows * columns, rows, rows)
+    parts = (rows * key_dim, PREFILL_BLOCK * key_dim, PREFILL_BLOCK * columns, ROWS_PER_TILE * PREFILL_BLOCK, rows * columns, rows, rows)
     return sum(padded(size) for size in parts)
 
 
@@ -51,9 +51,9 @@ def prefill_attention(
     rows, columns = item_tokens * group, (value_dim + PANEL - 1) // PANEL * PANEL
     queries = Rows(pointer(workspace, 0), key_dim)
     keys = Rows(moved(queries.first, padded(rows * key_dim)), PANEL)
-    values = Rows(moved(keys.first, padded(BLOCK_TOKENS * key_dim)), PANEL)
-    scores = Rows(moved(values.first, padded(BLOCK_TOKENS * columns)), BLOCK_TOKENS)
-    state = softmax_state(moved(scores.first, ROWS_PER_TILE * BLOCK_TOKENS), rows, columns)
+    values = Rows(moved(keys.first, padded(PREFILL_BLOCK * key_dim)), PANEL)
+    scores = Rows(moved(values.first, padded(PREFILL_BLOCK * columns)), PREFILL_BLOCK)
+    state = softmax_state(moved(scores.first, ROWS_PER_TILE * PREFILL_BLOCK), rows, columns)
 
     for item in range(begin, end):
         kv_head, first_query = item % kv_heads, item // kv_heads * item_tokens
@@ -65,8 +65,8 @@ def prefill_attention(
             begin_rows(rows_from(state, i * group), group, sinks, kv_head * group)
             lowest = min(lowest, starts[first_query + i])
         # Blocks lie where they lie for every item, so that no result depends on how the work was cut.
-        for block in range(lowest // BLOCK_TOKENS * BLOCK_TOKENS, last, BLOCK_TOKENS):
-            block_end = min(block + BLOCK_TOKENS, last)
+        for block in range(lowest // PREFILL_BLOCK * PREFILL_BLOCK, last, PREFILL_BLOCK):
+            block_end = min(block + PREFILL_BLOCK, last)
             for position in range(max(block, lowest // PANEL * PANEL), block_end):
                 place = position * kv_heads + kv_head
                 put_key(pointer(key, place * key_dim), keys.first, position - block, key_dim)
@@ -92,9 +92,9 @@ def put_key(stored: Any, panels: Any, column: int, key_dim: int) -> None:
 
 @njit
 def put_value(stored: Any, panels: Any, row: int, value_dim: int) -> None:
-    """Widen one value into a row of every panel; panels are stored one after the other as (BLOCK_TOKENS, PANEL)."""
+    """Widen one value into a row of every panel; panels are stored one after the other as (PREFILL_BLOCK, PANEL)."""
     for first in range(0, value_dim, PANEL):
-        widen_row(moved(stored, first), moved(panels, first * BLOCK_TOKENS + row * PANEL), min(PANEL, value_dim - first))
+        widen_row(moved(stored, first), moved(panels, first * PREFILL_BLOCK + row * PANEL), min(PANEL, value_dim - first))
 
 
 @njit
@@ -108,7 +108,7 @@ def attend_tile(
     for i in range(first_query, last_query + 1):
         lowest = min(lowest, max(starts[i], block))
     first, last = (lowest - block) // PANEL * PANEL, highest - block
-    clear(scores.first, rows * BLOCK_TOKENS)
+    clear(scores.first, rows * PREFILL_BLOCK)
     for column in range(first, last, PANEL):
         panel = Rows(moved(keys.first, column * queries.stride), PANEL)
         add_product(queries, panel, part(scores, 0, column), rows, queries.stride, PANEL, 0)
@@ -121,5 +121,5 @@ def attend_tile(
         clear(moved(own.first, first), min(begin, last) - first)
         clear(moved(own.first, max(end, first)), last - max(end, first))
     for column in range(0, state.totals.stride, PANEL):
-        panel = Rows(moved(values.first, column * BLOCK_TOKENS + first * PANEL), PANEL)
+        panel = Rows(moved(values.first, column * PREFILL_BLOCK + first * PANEL), PANEL)
         add_product(part(scores, 0, first), panel, part(state.totals, 0, column), rows, last - first, PANEL, 0)

@@ -11,12 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from flexgen.options import TIERS
+from flexgen.options import DTYPE_BYTES, TIERS
 from flexgen.plan.machine import Machine
 from flexgen.plan.model import KVGroupSpec, ModelSpec, UnitSpec
 from flexgen.plan.policy import Fractions, Policy
-
-DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 
 # Where stored and decoded bytes differ by no more than this, only alignment differs: the unit needs views and no decode stage.
 ALIGNMENT_SLACK_BYTES = 2 * 4096
@@ -182,7 +180,10 @@ def price(load: PassLoad, spec: ModelSpec, policy: Policy, weights: PassWork) ->
     steps: dict[str, Any] = {"step_flops": 0, "step_bytes": 0, "host_step_flops": 0, "host_step_bytes": 0}
     requests: Any = 0
     if not policy.embedding_resident:
-        disk_read = disk_read + tokens * spec.embedding_row_bytes
+        rows = tokens * spec.embedding_row_bytes
+        disk_read = disk_read + rows
+        if device != "cpu":
+            to_device, memory = to_device + rows, memory + rows
     # With a separate device, q goes to the host, which attends to the KV there, and the result comes back: about hidden_size each.
     crossing = sum(group.num_layers for group in groups) * spec.hidden_size * DTYPE_BYTES[policy.dtype]
     for home, attended in load.attended_tokens.items():
