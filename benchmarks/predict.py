@@ -27,6 +27,7 @@ from capped import NoCgroup, Outcome, run_capped
 from record import Results
 from shapes import SHAPES, Shape
 
+from flexgen.base.from_json import dataclass_from_json
 from flexgen.base.quantities import parse_size
 from flexgen.checkpoint.dummy import write_random_checkpoint
 from flexgen.plan.machine import DiskRequest, Machine, Rate
@@ -195,7 +196,7 @@ def at_own_rates(case: Case, folder: Path, report: dict[str, Any], machine: Mach
     """Output tokens/s that the same plan and lengths give with the rates that the run had."""
     ratios = report["rate_ratios"]
     machine = scaled(machine, disk=ratios.get("disk", 1.0), compute=ratios.get("compute", 1.0))
-    policy = Policy.from_json(json.dumps(report["policy"]))
+    policy = dataclass_from_json(Policy, report["policy"], "policy")
     spec = spec_of(str(folder), device="cpu", dtype=policy.dtype)
     lengths = case.lengths()
     bound = case.answer

@@ -6,7 +6,9 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
+from flexgen.base.from_json import Positive, needed
 from flexgen.errors import OptionError
 
 FEW_CORES = 4
@@ -17,7 +19,8 @@ def io_threads(cores: int) -> int:
     return 2 if cores <= FEW_CORES else 4
 
 
-ORIGINS = ("measured", "datasheet", "paper")
+Cores = Annotated[int, needed(bool, "more than 0 is needed")]
+DEVICES, ORIGINS = ("cpu", "cuda", "sim"), ("measured", "datasheet", "paper")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +33,8 @@ class Rate:
         spread: The width of the middle 80 % of the rounds, as a share of the median.
     """
 
-    best: float
-    typical: float
+    best: Positive
+    typical: Positive
     spread: float = 0.0
 
     @classmethod
@@ -43,7 +46,7 @@ class Rate:
         return cls(best=ranked[-1], typical=median, spread=(high - low) / median)
 
 
-Curve = tuple[tuple[float, Rate], ...]
+Curve = Annotated[tuple[tuple[Positive, Rate], ...], needed(bool, "a curve needs a point")]
 """Rates by size, in order of rising sizes."""
 
 
@@ -112,10 +115,10 @@ class Machine:
     """
 
     name: str
-    device: str
-    origin: str
+    device: Annotated[str, needed(DEVICES.__contains__, f"known: {', '.join(DEVICES)}")]
+    origin: Annotated[str, needed(ORIGINS.__contains__, f"known: {', '.join(ORIGINS)}")]
     date: str
-    cores: int
+    cores: Cores
     host_bytes: int
     device_bytes: int
     disk_bytes: int
@@ -123,8 +126,8 @@ class Machine:
     disk_write: Rate
     disk_core_seconds_per_byte: float
     disk_request: DiskRequest
-    disk_slowdown: float
-    compute_slowdown: float
+    disk_slowdown: Positive
+    compute_slowdown: Positive
     host_memory: Rate
     host_to_device: Rate | None
     device_to_host: Rate | None

@@ -18,12 +18,13 @@ import difflib
 from importlib import resources
 from pathlib import Path
 
+from flexgen.base.from_json import parsed_json
 from flexgen.base.quantities import format_size, parse_size
 from flexgen.errors import OptionError
 from flexgen.options import EngineOptions
 from flexgen.plan.known.box import box_of, is_box
 from flexgen.plan.machine import Limits, Machine
-from flexgen.plan.machine_file import machine_of, parsed
+from flexgen.plan.machine_file import NOT_A_MACHINE, machine_of
 
 # The shares of a machine's memory and disk that a plan may use where the options give no budget.
 HOST_SHARE, DEVICE_SHARE, STORAGE_SHARE = 0.8, 0.9, 0.8
@@ -51,7 +52,7 @@ def find_machine(name: str) -> Machine:
 
 def _machine_of(text: str, name: str) -> Machine:
     """Return the machine of a JSON text; `name` becomes its name where a few figures give none."""
-    fields = parsed(text)
+    fields = parsed_json(text, NOT_A_MACHINE)
     return box_of(fields, name) if is_box(fields) else machine_of(fields)
 
 
