@@ -30,8 +30,7 @@ from shapes import SHAPES, Shape
 from flexgen.base.from_json import dataclass_from_json
 from flexgen.base.quantities import parse_size
 from flexgen.checkpoint.dummy import write_random_checkpoint
-from flexgen.plan.machine import DiskRequest, Machine, Rate
-from flexgen.plan.machine_file import read_machine
+from flexgen.plan.machine import DiskRequest, Machine, Rate, read_machine
 from flexgen.plan.play.answer_lengths import expected
 from flexgen.plan.play.simulate import simulate
 from flexgen.plan.policy import Policy

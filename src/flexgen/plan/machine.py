@@ -6,12 +6,15 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
-from flexgen.base.from_json import Positive, needed
+from flexgen.base.from_json import Positive, dataclass_from_json, needed, parsed_json
 from flexgen.errors import OptionError
 
 FEW_CORES = 4
+# The shares of memory and of free disk that a plan may use where the options give no budget.
+HOST_SHARE, DEVICE_SHARE, DISK_SHARE = 0.8, 0.9, 0.8
+NOT_A_MACHINE = "this is not the description of a machine"  # how messages begin
 
 
 def io_threads(cores: int) -> int:
@@ -165,8 +168,26 @@ class Machine:
         return dtype
 
     def to_json(self) -> str:
-        """Return the JSON text that machine_file.py reads."""
+        """Return the JSON text that `read_machine` reads."""
         return json.dumps(dataclasses.asdict(self), indent=2)
+
+
+def read_machine(text: str) -> Machine:
+    """Return the machine that a JSON text describes.
+
+    Raises:
+        OptionError: The text is not JSON, or does not describe a machine (see `machine_of`).
+    """
+    return machine_of(parsed_json(text, NOT_A_MACHINE))
+
+
+def machine_of(fields: Any) -> Machine:
+    """Return the machine that a JSON value describes.
+
+    Raises:
+        OptionError: A key is unknown or missing, a value is impossible (the message names both), or the value is not a JSON object.
+    """
+    return dataclass_from_json(Machine, fields, NOT_A_MACHINE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,12 +14,11 @@ from typing import Annotated, Any, cast
 from flexgen.base.from_json import fields_from_json
 from flexgen.base.quantities import format_size, parse_size
 from flexgen.errors import OptionError
-from flexgen.plan.machine import Cores, Curve, DiskRequest, Machine, Overheads, Rate
-from flexgen.plan.machine_file import NOT_A_MACHINE
+from flexgen.plan.machine import NOT_A_MACHINE, Cores, Curve, DiskRequest, Machine, Overheads, Rate
 from flexgen.plan.price.work import DTYPE_BYTES
 
 # The shares of a printed rate that are usually reached; the last is that of the host's memory for elementwise operations of a model.
-DENSE_SHARE, ATTENTION_SHARE, MEMORY_SHARE, LINK_SHARE, DISK_SHARE, ELEMENTWISE_SHARE = 0.7, 0.3, 0.8, 0.85, 0.9, 0.3
+DENSE_SHARE, ATTENTION_SHARE, MEMORY_SHARE, LINK_SHARE, DISK_RATE_SHARE, ELEMENTWISE_SHARE = 0.7, 0.3, 0.8, 0.85, 0.9, 0.3
 ROWS = (1, 4, 16, 64, 128, 256, 512, 1024, 4096)
 # Measured with PyTorch and transformers on server processors of the years 2022 to 2025.
 DRIVEN_DEVICE = Overheads(per_pass=5e-3, per_sequence=3e-5, per_unit=2e-4, per_layer_and_micro_batch=1e-3, per_gathered_row=2e-6)
@@ -130,8 +129,8 @@ def box_of(fields: Mapping[str, Any], name: str) -> Machine:
         host_bytes=box.host_bytes,
         device_bytes=box.device_bytes,
         disk_bytes=box.disk_bytes,
-        disk_read=_share(box.disk_read, DISK_SHARE),
-        disk_write=_share(box.disk_write or WRITE_SHARE * box.disk_read, DISK_SHARE),
+        disk_read=_share(box.disk_read, DISK_RATE_SHARE),
+        disk_write=_share(box.disk_write or WRITE_SHARE * box.disk_read, DISK_RATE_SHARE),
         disk_core_seconds_per_byte=DISK_CORE_SECONDS_PER_BYTE,
         disk_request=DISK_REQUEST,
         disk_slowdown=1.0,
