@@ -27,10 +27,10 @@ from capped import NoCgroup, Outcome, run_capped
 from record import Results
 from shapes import SHAPES, Shape
 
+from flexgen.base.from_json import dataclass_from_json
 from flexgen.base.quantities import parse_size
 from flexgen.checkpoint.dummy import write_random_checkpoint
-from flexgen.plan.machine import DiskRequest, Machine, Rate
-from flexgen.plan.machine_file import read_machine
+from flexgen.plan.machine import DiskRequest, Machine, Rate, read_machine
 from flexgen.plan.play.answer_lengths import expected
 from flexgen.plan.play.simulate import simulate
 from flexgen.plan.policy import Policy
@@ -195,7 +195,7 @@ def at_own_rates(case: Case, folder: Path, report: dict[str, Any], machine: Mach
     """Output tokens/s that the same plan and lengths give with the rates that the run had."""
     ratios = report["rate_ratios"]
     machine = scaled(machine, disk=ratios.get("disk", 1.0), compute=ratios.get("compute", 1.0))
-    policy = Policy.from_json(json.dumps(report["policy"]))
+    policy = dataclass_from_json(Policy, report["policy"], "policy")
     spec = spec_of(str(folder), device="cpu", dtype=policy.dtype)
     lengths = case.lengths()
     bound = case.answer

@@ -13,8 +13,7 @@ from machines import machine_of
 from typer.testing import CliRunner, Result
 
 from flexgen.cli import app
-from flexgen.plan.machine import Machine
-from flexgen.plan.machine_file import read_machine
+from flexgen.plan.machine import Machine, read_machine
 
 NOVELS = Path(__file__).parent.parent.parent / "models" / "novels-opt-7m"
 

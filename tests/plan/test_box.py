@@ -8,8 +8,7 @@ import pytest
 
 from flexgen.errors import OptionError
 from flexgen.plan.known.machines import find_machine
-from flexgen.plan.machine import Machine
-from flexgen.plan.machine_file import read_machine
+from flexgen.plan.machine import Machine, read_machine
 
 CPU = {"host_bytes": "64GB", "host_memory": 80e9, "disk_read": 7e9, "flops": 2e12}
 GPU = CPU | {"device_bytes": "24GiB", "device_memory": 1008e9, "host_to_device": "32GB/s", "flops": {"bfloat16": 165e12, "float32": 82e12}}

@@ -9,7 +9,7 @@ import pytest
 from flexgen.base.quantities import GIB
 from flexgen.plan.price.pass_time import Expectation
 from flexgen.plan.tell.forecast import forecast_again, make_plan
-from flexgen.plan.tell.spill import LEAST_GAIN, Spill
+from flexgen.plan.tell.spill import LEAST_SPILL_GAIN, Spill
 from flexgen.plan.workload import Workload
 from flexgen.report.format import format_forecast
 
@@ -39,13 +39,13 @@ def test_much_is_written_only_where_it_gains_enough(planned, little, llama_3b):
     spill = little.forecast.spill
     assert (little.policy.kv_disk_bytes, little.forecast.disk_written_bytes) == (0, 0)
     assert not spill.chosen
-    assert 0 < spill.gain < LEAST_GAIN
+    assert 0 < spill.gain < LEAST_SPILL_GAIN
     assert spill.written_bytes > llama_3b.checkpoint_bytes
     assert spill.seconds_without == little.forecast.seconds
     much = planned(MUCH)
     assert much.policy.kv_disk_bytes > 0
     assert much.forecast.spill.chosen
-    assert much.forecast.spill.gain >= LEAST_GAIN
+    assert much.forecast.spill.gain >= LEAST_SPILL_GAIN
     assert much.forecast.spill.seconds == much.forecast.seconds
     assert little.forecast.budget_bytes["disk"] == much.forecast.budget_bytes["disk"] == 100 * GIB
 

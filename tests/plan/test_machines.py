@@ -7,8 +7,7 @@ from flexgen.base.quantities import GIB
 from flexgen.errors import OptionError
 from flexgen.options import EngineOptions
 from flexgen.plan.known.machines import MACHINES, beside_checkpoint, find_machine, limits_of
-from flexgen.plan.machine import Rate
-from flexgen.plan.machine_file import read_machine
+from flexgen.plan.machine import Rate, read_machine
 
 
 @pytest.mark.parametrize("name", MACHINES)

@@ -179,7 +179,7 @@ def steady_problem(seed):
         return None
     player = Player(space)
     point = next(grid_of(space, COARSE, 1))
-    bare, room = space.room(point, spills=bool(space.disk_bytes))
+    bare, room = space.free_memory(point, spills=bool(space.disk_bytes))
     return (
         SteadyState(player.expectation, RequestLoad.of(space.spec, space.workload).mean(), bare),
         room,

@@ -33,4 +33,4 @@ def test_a_space_within_other_budgets_is_the_space_made_for_them(seed, tier):
     for point in random_points(fresh, draw, 40):
         assert within.free_axes(point.schedule) == fresh.free_axes(point.schedule)
         assert within.policy(point) == fresh.policy(point)
-        assert within.room(point, spills=True) == fresh.room(point, spills=True)
+        assert within.free_memory(point, spills=True) == fresh.free_memory(point, spills=True)

@@ -8,8 +8,7 @@ from machines import machine_of
 
 from flexgen.base.quantities import KIB, MIB
 from flexgen.errors import OptionError
-from flexgen.plan.machine import Rate
-from flexgen.plan.machine_file import read_machine
+from flexgen.plan.machine import Rate, read_machine
 from flexgen.profile import compute, disk, overheads, timing
 from flexgen.profile import measure as module
 from flexgen.profile.measure import cached_machine, machine_key, measure

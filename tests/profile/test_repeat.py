@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 from machines import OVERHEADS, machine_of
 
-from flexgen.plan.machine import DiskRequest, Rate
-from flexgen.plan.machine_file import read_machine
+from flexgen.plan.machine import DiskRequest, Rate, read_machine
 from flexgen.profile.repeat import MOST_TIMES, agree, best_of, is_disturbed, settled
 
 QUIET, BUSY = 0.05, 1.4

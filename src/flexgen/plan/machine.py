@@ -6,10 +6,15 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated, Any
 
+from flexgen.base.from_json import Positive, dataclass_from_json, needed, parsed_json
 from flexgen.errors import OptionError
 
 FEW_CORES = 4
+# The shares of memory and of free disk that a plan may use where the options give no budget.
+HOST_SHARE, DEVICE_SHARE, DISK_SHARE = 0.8, 0.9, 0.8
+NOT_A_MACHINE = "this is not the description of a machine"  # how messages begin
 
 
 def io_threads(cores: int) -> int:
@@ -17,7 +22,8 @@ def io_threads(cores: int) -> int:
     return 2 if cores <= FEW_CORES else 4
 
 
-ORIGINS = ("measured", "datasheet", "paper")
+Cores = Annotated[int, needed(bool, "more than 0 is needed")]
+DEVICES, ORIGINS = ("cpu", "cuda", "sim"), ("measured", "datasheet", "paper")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +36,8 @@ class Rate:
         spread: The width of the middle 80 % of the rounds, as a share of the median.
     """
 
-    best: float
-    typical: float
+    best: Positive
+    typical: Positive
     spread: float = 0.0
 
     @classmethod
@@ -43,7 +49,7 @@ class Rate:
         return cls(best=ranked[-1], typical=median, spread=(high - low) / median)
 
 
-Curve = tuple[tuple[float, Rate], ...]
+Curve = Annotated[tuple[tuple[Positive, Rate], ...], needed(bool, "a curve needs a point")]
 """Rates by size, in order of rising sizes."""
 
 
@@ -112,10 +118,10 @@ class Machine:
     """
 
     name: str
-    device: str
-    origin: str
+    device: Annotated[str, needed(DEVICES.__contains__, f"known: {', '.join(DEVICES)}")]
+    origin: Annotated[str, needed(ORIGINS.__contains__, f"known: {', '.join(ORIGINS)}")]
     date: str
-    cores: int
+    cores: Cores
     host_bytes: int
     device_bytes: int
     disk_bytes: int
@@ -123,8 +129,8 @@ class Machine:
     disk_write: Rate
     disk_core_seconds_per_byte: float
     disk_request: DiskRequest
-    disk_slowdown: float
-    compute_slowdown: float
+    disk_slowdown: Positive
+    compute_slowdown: Positive
     host_memory: Rate
     host_to_device: Rate | None
     device_to_host: Rate | None
@@ -162,8 +168,26 @@ class Machine:
         return dtype
 
     def to_json(self) -> str:
-        """Return the JSON text that machine_file.py reads."""
+        """Return the JSON text that `read_machine` reads."""
         return json.dumps(dataclasses.asdict(self), indent=2)
+
+
+def read_machine(text: str) -> Machine:
+    """Return the machine that a JSON text describes.
+
+    Raises:
+        OptionError: The text is not JSON, or does not describe a machine (see `machine_of`).
+    """
+    return machine_of(parsed_json(text, NOT_A_MACHINE))
+
+
+def machine_of(fields: Any) -> Machine:
+    """Return the machine that a JSON value describes.
+
+    Raises:
+        OptionError: A key is unknown or missing, a value is impossible (the message names both), or the value is not a JSON object.
+    """
+    return dataclass_from_json(Machine, fields, NOT_A_MACHINE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
 from operator import itemgetter
-from typing import Any, cast
 
+from flexgen.base.from_json import dataclass_from_json, parsed_json
 from flexgen.errors import OptionError
 
 # Matches the number of a layer in the name of a unit.
@@ -132,15 +132,14 @@ class ModelSpec:
 
     def to_json(self) -> str:
         """Return the model as JSON; units that differ only in the layer's number are written once, and runs of equal layers as a count."""
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name not in ("units", "kv_groups")}
-        kinds, runs = _unit_runs(self.units)
-        lists = {
-            "kv_groups": [dataclasses.asdict(group) for group in self.kv_groups],
-            "unit_kinds": [_without_default(dataclasses.asdict(kind)) for kind in kinds],
-            "unit_runs": [dataclasses.asdict(run) for run in runs],
-        }
+        fields = dataclasses.asdict(dataclasses.replace(self, units=())) | dataclasses.asdict(_packed(self.units))
+        del fields["units"]
+        for kind in fields["unit_kinds"]:
+            if kind[_ENCODED] is None:  # as for most units
+                del kind[_ENCODED]
+        lists = {name: fields.pop(name) for name in ("kv_groups", "unit_kinds", "unit_runs")}
         lines = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in fields.items()]
-        lines += [f"{json.dumps(name)}: [\n  {_lines(values)}\n]" for name, values in lists.items()]
+        lines += [f"{json.dumps(name)}: [\n  " + ",\n  ".join(map(json.dumps, values)) + "\n]" for name, values in lists.items()]
         return "{" + ",\n".join(lines) + "}\n"
 
     @classmethod
@@ -150,17 +149,18 @@ class ModelSpec:
         Raises:
             OptionError: The text is not a model's JSON, or a key is unknown or missing.
         """
+        fields = parsed_json(text, "model")
         try:
-            fields = _checked("model", json.loads(text), _keys(cls) - {"units"} | {"unit_kinds", "unit_runs"})
-            kinds = [UnitSpec(**_checked("model: unit_kinds", kind, _keys(UnitSpec), {_ENCODED})) for kind in fields.pop("unit_kinds")]
-            runs = [_Run(**_checked("model: unit_runs", run, _keys(_Run))) for run in fields.pop("unit_runs")]
-            groups = [KVGroupSpec(**_checked("model: kv_groups", group, _keys(KVGroupSpec))) for group in fields.pop("kv_groups")]
-            return cls(units=tuple(_units(kinds, runs)), kv_groups=tuple(groups), **fields)
-        except (ValueError, TypeError, IndexError) as error:
+            packed = {name: fields.pop(name) for name in ("unit_kinds", "unit_runs") if name in fields}
+            for kind in packed.get("unit_kinds", ()):
+                kind.setdefault(_ENCODED, None)
+            units = _unpacked(dataclass_from_json(_PackedUnits, packed, "model"))
+            return dataclasses.replace(dataclass_from_json(cls, fields | {"units": []}, "model"), units=units)
+        except (TypeError, AttributeError, IndexError) as error:
             raise OptionError(f"model: not the JSON of one: {error}") from error
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class _Run:
     """Consecutive layers with equal units.
 
@@ -172,17 +172,23 @@ class _Run:
 
     first: int | None
     layers: int
-    kinds: Sequence[int]
-
-    def with_next(self, other: _Run) -> _Run | None:
-        """Merge with the next layer's run into one; return None unless `other` is the next layer and has equal units."""
-        if self.first is None or other.first != self.first + self.layers or self.kinds != other.kinds:
-            return None
-        return dataclasses.replace(self, layers=self.layers + other.layers)
+    kinds: tuple[int, ...]
 
 
-def _unit_runs(units: Iterable[UnitSpec]) -> tuple[list[UnitSpec], list[_Run]]:
-    """Return the kinds of units, with "{}" in their names in place of the layer's number, and the runs of them."""
+@dataclass(frozen=True, slots=True)
+class _PackedUnits:
+    """The units of a model as they are written.
+
+    Attributes:
+        unit_kinds: The different units, with "{}" in their names in place of the layer's number.
+        unit_runs: The runs of them, in order.
+    """
+
+    unit_kinds: tuple[UnitSpec, ...]
+    unit_runs: tuple[_Run, ...]
+
+
+def _packed(units: Iterable[UnitSpec]) -> _PackedUnits:
     kinds: dict[UnitSpec, int] = {}
     numbered: list[tuple[int | None, int]] = []
     for unit in units:
@@ -190,23 +196,21 @@ def _unit_runs(units: Iterable[UnitSpec]) -> tuple[list[UnitSpec], list[_Run]]:
         numbered.append((layer, kinds.setdefault(dataclasses.replace(unit, name=name), len(kinds))))
     runs: list[_Run] = []
     for layer, members in groupby(numbered, key=itemgetter(0)):
-        run = _Run(first=layer, layers=1, kinds=[kind for _, kind in members])
-        if runs and (longer := runs[-1].with_next(run)) is not None:
-            runs[-1] = longer
+        last, run = runs[-1] if runs else None, _Run(layer, 1, tuple(kind for _, kind in members))
+        if last is not None and last.first is not None and (last.first + last.layers, last.kinds) == (run.first, run.kinds):
+            runs[-1] = dataclasses.replace(last, layers=last.layers + 1)
         else:
             runs.append(run)
-    return list(kinds), runs
+    return _PackedUnits(tuple(kinds), tuple(runs))
 
 
-def _units(kinds: Sequence[UnitSpec], runs: Iterable[_Run]) -> Iterable[UnitSpec]:
-    """Yield the units from which `_unit_runs` made these kinds and runs."""
-    for run in runs:
-        for layer in range(run.layers):
-            for kind in run.kinds:
-                unit = kinds[kind]
-                if run.first is not None:
-                    unit = dataclasses.replace(unit, name=unit.name.replace("{}", str(run.first + layer), 1))
-                yield unit
+def _unpacked(packed: _PackedUnits) -> tuple[UnitSpec, ...]:
+    return tuple(
+        kind if run.first is None else dataclasses.replace(kind, name=kind.name.replace("{}", str(run.first + layer), 1))
+        for run in packed.unit_runs
+        for layer in range(run.layers)
+        for kind in map(packed.unit_kinds.__getitem__, run.kinds)
+    )
 
 
 def _split_name(name: str) -> tuple[int | None, str]:
@@ -215,28 +219,3 @@ def _split_name(name: str) -> tuple[int | None, str]:
     if match is None or "{}" in name:
         return None, name
     return int(match[0]), name[: match.start()] + "{}" + name[match.end() :]
-
-
-def _lines(values: Iterable[Any]) -> str:
-    return ",\n  ".join(json.dumps(value) for value in values)
-
-
-def _keys(kind: type[ModelSpec | UnitSpec | KVGroupSpec | _Run]) -> set[str]:
-    return {field.name for field in dataclasses.fields(kind)}
-
-
-def _without_default(kind: dict[str, Any]) -> dict[str, Any]:
-    """Return a unit's fields without `encoded_bytes` where it is None, as it is for most units."""
-    return {name: value for name, value in kind.items() if name != _ENCODED or value is not None}
-
-
-def _checked(what: str, value: object, known: set[str], optional: Collection[str] = ()) -> dict[str, Any]:
-    """Return `value`, a JSON object with exactly the known keys; the optional ones may be missing."""
-    if not isinstance(value, dict):
-        raise OptionError(f"{what}: {str(value)[:40]!r} is not an object")
-    fields = cast("dict[str, Any]", value)
-    if unknown := fields.keys() - known:
-        raise OptionError(f"{what}: unknown keys {sorted(unknown)}; known: {sorted(known)}")
-    if missing := known - fields.keys() - set(optional):
-        raise OptionError(f"{what}: missing keys {sorted(missing)}")
-    return fields

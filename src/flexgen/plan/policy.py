@@ -1,12 +1,8 @@
-"""Policy: the decisions of a plan as data. The planner writes it and the engine executes it, with JSON in between."""
+"""Policy: the decisions of a plan as data. The planner makes it and the engine executes it."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from dataclasses import dataclass
-
-from flexgen.errors import OptionError
 
 PAGE_TOKENS = 16  # tokens of a KV page in every plan
 
@@ -74,23 +70,3 @@ class Policy:
     def kv_bytes(self) -> int:
         """The bytes of all page pools."""
         return self.kv_device_bytes + self.kv_host_bytes + self.kv_disk_bytes
-
-    def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=2)
-
-    @classmethod
-    def from_json(cls, text: str) -> Policy:
-        """Return the policy that `to_json` wrote.
-
-        Raises:
-            OptionError: A key is unknown or missing.
-        """
-        fields = json.loads(text)
-        known = {field.name for field in dataclasses.fields(cls)}
-        if unknown := set(fields) - known:
-            raise OptionError(f"policy: unknown keys {sorted(unknown)}; known: {sorted(known)}")
-        if missing := known - set(fields):
-            raise OptionError(f"policy: missing keys {sorted(missing)}")
-        for key in ("weights", "kv"):
-            fields[key] = Fractions(**fields[key])
-        return cls(**fields)

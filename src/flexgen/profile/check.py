@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 MOST_SECONDS, SHARE = 0.3, 0.02
 # The rows of products, and what a call should take at most: beside other programs, many short ones tell more than a few long ones.
 ROWS, CALL_SECONDS = 128, 0.02
-BLOCK_BYTES = 4 * MIB
+CHECK_BLOCK_BYTES = 4 * MIB
 LEAST_FILE_BYTES = 64 * MIB  # smaller ones say little of a disk
 
 
@@ -109,5 +109,5 @@ class MachineCheck:
     def _reading(self, path: Path) -> float:
         """Return the relative rate of the disk that weights stream from, past the page cache."""
         with opened(path, os.O_RDONLY) as file:
-            rate, _ = read_rate(file, path.stat().st_size, self.machine.io_threads, BLOCK_BYTES, seconds=self._most_seconds / 2)
+            rate, _ = read_rate(file, path.stat().st_size, self.machine.io_threads, CHECK_BLOCK_BYTES, seconds=self._most_seconds / 2)
         return rate / self.machine.disk_read.typical

@@ -16,7 +16,7 @@ from flexgen.base.quantities import MIB
 from flexgen.profile.compute import random_numbers, steps
 from flexgen.profile.disk import file_to_read, opened, read_rate
 
-THREADS, BLOCK_BYTES, FILE_BYTES = 2, 8 * MIB, 128 * MIB
+THREADS, RING_BLOCK_BYTES, FILE_BYTES = 2, 8 * MIB, 128 * MIB
 MANY_ROWS, FEW_ROWS, WIDTH = 512, 16, 2048
 
 
@@ -41,7 +41,7 @@ def slowdowns(folder: Path, dtype: torch.dtype, max_bytes: int, seconds: float, 
     with file_to_read(folder, min(FILE_BYTES, max_bytes)) as path, opened(path, os.O_RDONLY) as file:
 
         def read(results: list[float], length: float) -> None:
-            block = min(BLOCK_BYTES, max_bytes // 4)
+            block = min(RING_BLOCK_BYTES, max_bytes // 4)
             results.append(read_rate(file, path.stat().st_size, THREADS, block, seconds=length, ring_bytes=max_bytes // 2)[0])
 
         kinds = (_products(MANY_ROWS, dtype, max_bytes // 4), _products(FEW_ROWS, dtype, max_bytes // 4), steps(dtype, max_bytes // 4))

@@ -31,7 +31,7 @@ LARGE_FILE_BYTES = 256 * MIB
 # Small requests: as large as a page of KV, so many at once, so often.
 SMALL_BYTES, REQUESTS, REQUEST_ROUNDS = 32 * KIB, 500, 3
 LEAST_REQUEST_SECONDS = 1e-6
-DISK_SHARE = 0.25  # of the free space, for the measured file
+FREE_SHARE = 0.25  # of the free space, for the measured file
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +68,7 @@ def disk_rates(folder: Path, quick: bool, max_bytes: int, io_threads: int) -> Di
     where = writable(folder)
     free = os.statvfs(where)
     largest = max(READ_SIZES)
-    size = min(FILE_BYTES[not quick], int(free.f_bavail * free.f_frsize * DISK_SHARE)) // largest * largest
+    size = min(FILE_BYTES[not quick], int(free.f_bavail * free.f_frsize * FREE_SHARE)) // largest * largest
     try:
         if size == 0 and (weights := large_file(folder)) is not None:
             read, core_seconds = _read_rates(weights, quick, max_bytes)

@@ -10,12 +10,9 @@ from pathlib import Path
 from flexgen.base.quantities import GIB, format_size, parse_size
 from flexgen.errors import CapacityError, OptionError
 from flexgen.options import EngineOptions
-from flexgen.plan.machine import Limits
+from flexgen.plan.machine import DEVICE_SHARE, DISK_SHARE, HOST_SHARE, Limits
 from flexgen.profile.system import Ceiling, file_system, host_ceilings, own_memory
 
-HOST_SHARE = 0.8
-DISK_SHARE = 0.8
-CUDA_SHARE = 0.9
 SIM_DEVICE_BYTES = 1 * GIB
 MEMORY_FILE_SYSTEMS = ("tmpfs", "ramfs", "hugetlbfs", "devtmpfs")
 
@@ -121,7 +118,7 @@ def _device_budget(device: str, text: str | None, host_total: int, cuda_memory: 
         raise OptionError("--device cuda: this torch sees no CUDA device; use --device cpu")
     free, total = memory
     if text is None:
-        return int(CUDA_SHARE * free), total
+        return int(DEVICE_SHARE * free), total
     budget = parse_size(text, total_bytes=total, name="--device-mem")
     if budget > total:
         raise CapacityError(f"--device-mem {text} ({format_size(budget)}) is more than the device has ({format_size(total)})")

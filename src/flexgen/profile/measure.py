@@ -27,8 +27,7 @@ from flexgen.base.files import write_file
 from flexgen.base.quantities import MIB
 from flexgen.base.steps import step
 from flexgen.errors import OptionError, StorageError
-from flexgen.plan.machine import Curve, Machine, io_threads
-from flexgen.plan.machine_file import machine_of
+from flexgen.plan.machine import Curve, Machine, io_threads, machine_of
 from flexgen.profile.busy import BusyCores
 from flexgen.profile.compute import attention_rate, better, dense_rates, device_elementwise_rate, keep_busy, step_rates
 from flexgen.profile.contention import slowdowns

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from flexgen.base.quantities import format_seconds, format_size
-from flexgen.plan.tell.spill import ENDURANCE_BYTES, LEAST_GAIN, Spill, endurance_share
+from flexgen.plan.tell.spill import ENDURANCE_BYTES, LEAST_SPILL_GAIN, Spill, endurance_share
 from flexgen.report.progress import BUSY_CORES, Progress, RunReport
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 LEAST_SHOWN = 0.01  # as a fraction of a pass: resources that take less are left out
 LEAST_GAIN_SHOWN = 0.001
 LEAST_SHARE_SHOWN = 0.001  # as a fraction of an SSD's life
-FASTER = 0.1  # what a resource is worth is shown for a rate that is faster by this fraction
+SHOWN_SPEEDUP = 0.1  # what a resource is worth is shown for a rate that is faster by this fraction
 MOST_HELPS, LEAST_HELP = 3, 0.01  # how many gains a report mentions, and the smallest one
 RATE_TOLERANCE = 0.15  # by how much a run's own rates may differ from those of the profile
 LEAST_JUDGED_SECONDS = 5.0  # the rates of a shorter run say nothing about the machine
@@ -84,7 +84,7 @@ def _written(forecast: Forecast) -> list[str]:
         saved = format_seconds(spill.seconds_without - spill.seconds)
         lines.append(
             f"no KV on disk: it would write {format_size(spill.written_bytes)} and save {saved} ({spill.gain:.0%} more tokens/s, "
-            f"less than {LEAST_GAIN:.0%}); --disk SIZE allows it"
+            f"less than {LEAST_SPILL_GAIN:.0%}); --disk SIZE allows it"
         )
     return lines
 
@@ -175,7 +175,7 @@ def _limit(report: RunReport) -> list[str]:
 def _gains(per_gib: Mapping[str, float], per_rate: Mapping[str, float]) -> list[tuple[str, float]]:
     """Return pairs of a resource that could be increased and the relative gain in tokens/s, best first."""
     memory = [(f"1 GiB more of {tier} memory (--{tier}-mem)", gain) for tier, gain in per_gib.items()]
-    return memory + [(f"{_resource(name)} {FASTER:.0%} faster", FASTER * gain) for name, gain in per_rate.items()]
+    return memory + [(f"{_resource(name)} {SHOWN_SPEEDUP:.0%} faster", SHOWN_SPEEDUP * gain) for name, gain in per_rate.items()]
 
 
 def format_details(report: RunReport) -> str:

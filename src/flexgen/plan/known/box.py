@@ -2,35 +2,97 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import json
 import math
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from dataclasses import dataclass
+from typing import Annotated, Any, cast
 
+from flexgen.base.from_json import fields_from_json
 from flexgen.base.quantities import format_size, parse_size
 from flexgen.errors import OptionError
-from flexgen.plan.machine import Curve, DiskRequest, Machine, Overheads, Rate
+from flexgen.plan.machine import NOT_A_MACHINE, Cores, Curve, DiskRequest, Machine, Overheads, Rate
 from flexgen.plan.price.work import DTYPE_BYTES
 
 # The shares of a printed rate that are usually reached; the last is that of the host's memory for elementwise operations of a model.
-DENSE_SHARE, ATTENTION_SHARE, MEMORY_SHARE, LINK_SHARE, DISK_SHARE, ELEMENTWISE_SHARE = 0.7, 0.3, 0.8, 0.85, 0.9, 0.3
+DENSE_SHARE, ATTENTION_SHARE, MEMORY_SHARE, LINK_SHARE, DISK_RATE_SHARE, ELEMENTWISE_SHARE = 0.7, 0.3, 0.8, 0.85, 0.9, 0.3
 ROWS = (1, 4, 16, 64, 128, 256, 512, 1024, 4096)
 # Measured with PyTorch and transformers on server processors of the years 2022 to 2025.
 DRIVEN_DEVICE = Overheads(per_pass=5e-3, per_sequence=3e-5, per_unit=2e-4, per_layer_and_micro_batch=1e-3, per_gathered_row=2e-6)
 DISK_CORE_SECONDS_PER_BYTE = 2e-11
 DISK_REQUEST = DiskRequest(seconds=3e-5, core_seconds=2e-5)
 
-# Values for figures that a description leaves out: cores, the disk's size, the rate of writing as a share of that of reading, and the
-# rate of float32 as a share of that of narrower dtypes.
-CORES, DISK_BYTES, WRITE_SHARE, WIDE_SHARE = 16, 10**12, 0.5, 0.5
-REQUIRED = ("host_bytes", "host_memory", "disk_read", "flops")
-REQUIRED_BY_DEVICE = ("device_memory", "host_to_device")
+# The rate of writing as a share of that of reading, and the rate of float32 as a share of that of narrower dtypes.
+WRITE_SHARE, WIDE_SHARE = 0.5, 0.5
 # No machine has less than this: a description with 64 or 7 means GB.
 LEAST_BYTES, LEAST_RATE = 16 << 20, 1e6
-OPTIONAL = ("name", "cores", "disk_bytes", "disk_write", "device_bytes", "device_to_host")
+REQUIRED_BY_DEVICE = ("device_memory", "host_to_device")
 EXAMPLE = '{"host_bytes": "64GB", "host_memory": 80e9, "disk_read": 7e9, "flops": 2e12}'
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+        raise ValueError("it must be a number of at least 0")
+    return float(value)
+
+
+def _bytes(name: str) -> Callable[[Any], int]:
+    """Return a reader of a number of bytes, or of a size such as "64GB"; `name` is that of the field."""
+
+    def read(value: Any) -> int:
+        size = parse_size(value, name=name) if isinstance(value, str) else int(_number(value))
+        if size < LEAST_BYTES and not (size == 0 and name == "device_bytes"):
+            raise ValueError(f'it is in bytes, and at least {format_size(LEAST_BYTES)}; sizes may be written as "64GB"')
+        return size
+
+    return read
+
+
+def _rate(name: str) -> Callable[[Any], float]:
+    """Return a reader of a number, or of a size per second such as "7GB/s"; `name` is that of the field."""
+
+    def read(value: Any) -> float:
+        if isinstance(value, str) and (size := re.fullmatch(r"(.*\S)\s*/\s*s", value)):
+            value = parse_size(size[1], name=name)
+        if _number(value) < LEAST_RATE:
+            raise ValueError(f'it is per second, and at least {LEAST_RATE:g}; write 7e9 or "7GB/s" for bytes, and 165e12 for FLOP/s')
+        return float(value)
+
+    return read
+
+
+def _flops(value: Any) -> dict[str, float]:
+    """Read one rate, for bfloat16 and float16, or one per dtype."""
+    if not isinstance(value, dict):
+        rate = _rate("flops")(value)
+        return {"bfloat16": rate, "float16": rate, "float32": WIDE_SHARE * rate}
+    rates = {dtype: _rate(f"flops of {dtype}")(each) for dtype, each in cast(dict[str, Any], value).items()}
+    if unknown := [dtype for dtype in rates if dtype not in DTYPE_BYTES]:
+        raise OptionError(f"{NOT_A_MACHINE}: flops is {json.dumps(unknown[0])}: known dtypes: {', '.join(DTYPE_BYTES)}")
+    if not rates:
+        raise ValueError("a rate is needed")
+    return rates
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Box:
+    """The fields of a description, in the order in which messages list them; None or 0 where they follow from others."""
+
+    host_bytes: Annotated[Any, _bytes("host_bytes")]
+    host_memory: Annotated[Any, _rate("host_memory")]
+    disk_read: Annotated[Any, _rate("disk_read")]
+    flops: Annotated[Any, _flops]
+    device_memory: Annotated[Any, _rate("device_memory")] = None
+    host_to_device: Annotated[Any, _rate("host_to_device")] = None
+    name: str = ""
+    cores: Cores = 16
+    disk_bytes: Annotated[Any, _bytes("disk_bytes")] = 10**12
+    disk_write: Annotated[Any, _rate("disk_write")] = None
+    device_bytes: Annotated[Any, _bytes("device_bytes")] = 0
+    device_to_host: Annotated[Any, _rate("device_to_host")] = None
 
 
 def is_box(fields: Any) -> bool:
@@ -49,34 +111,33 @@ def box_of(fields: Mapping[str, Any], name: str) -> Machine:
     Raises:
         OptionError: A field is missing, unknown or impossible; the message names it.
     """
-    _check(fields)
-    given: dict[str, Any] = {"name": name, "cores": CORES, "device_bytes": 0, "disk_bytes": DISK_BYTES, "host_to_device": 0.0}
-    given |= {key: _READERS[key](key, value) for key, value in fields.items()}
-    flops, host_memory, disk_read, link = (given[key] for key in ("flops", "host_memory", "disk_read", "host_to_device"))
-    has_device = given["device_bytes"] > 0
-    memory = given["device_memory"] if has_device else host_memory  # the memory of the device that computes
+    _check_names(fields)
+    box = _Box(**dict[str, Any](name=name) | fields_from_json(_Box, fields, NOT_A_MACHINE))
+    flops, host_memory = box.flops, box.host_memory
+    has_device = box.device_bytes > 0
+    memory = box.device_memory if has_device else host_memory  # the memory of the device that computes
     # The host's kernels reach half the rate of its memory, and less where many queries share a key.
     attending = {"host": {dtype: ((1.0, _share(host_memory, 0.5)), (8.0, _share(host_memory, 0.3))) for dtype in flops}}
     if has_device:
         attending["device"] = {dtype: ((1.0, _share(memory, 0.6)), (8.0, _share(memory, 0.6))) for dtype in flops}
     return Machine(
-        name=given["name"],
+        name=box.name,
         device="cuda" if has_device else "cpu",
         origin="datasheet",
         date="",
-        cores=given["cores"],
-        host_bytes=given["host_bytes"],
-        device_bytes=given["device_bytes"],
-        disk_bytes=given["disk_bytes"],
-        disk_read=_share(disk_read, DISK_SHARE),
-        disk_write=_share(given.get("disk_write", WRITE_SHARE * disk_read), DISK_SHARE),
+        cores=box.cores,
+        host_bytes=box.host_bytes,
+        device_bytes=box.device_bytes,
+        disk_bytes=box.disk_bytes,
+        disk_read=_share(box.disk_read, DISK_RATE_SHARE),
+        disk_write=_share(box.disk_write or WRITE_SHARE * box.disk_read, DISK_RATE_SHARE),
         disk_core_seconds_per_byte=DISK_CORE_SECONDS_PER_BYTE,
         disk_request=DISK_REQUEST,
         disk_slowdown=1.0,
         compute_slowdown=1.0,
         host_memory=_share(host_memory, MEMORY_SHARE),
-        host_to_device=_share(link, LINK_SHARE) if has_device else None,
-        device_to_host=_share(given.get("device_to_host", link), LINK_SHARE) if has_device else None,
+        host_to_device=_share(box.host_to_device, LINK_SHARE) if has_device else None,
+        device_to_host=_share(box.device_to_host or box.host_to_device, LINK_SHARE) if has_device else None,
         dense={dtype: _dense(peak, memory, dtype) for dtype, peak in flops.items()},
         attention={dtype: _share(peak, ATTENTION_SHARE) for dtype, peak in flops.items()},
         decode_attention=attending,
@@ -86,86 +147,17 @@ def box_of(fields: Mapping[str, Any], name: str) -> Machine:
     )
 
 
-def _check(fields: Mapping[str, Any]) -> None:
+def _check_names(fields: Mapping[str, Any]) -> None:
     """Check for unknown and missing fields."""
-    known = (*REQUIRED, *REQUIRED_BY_DEVICE, *OPTIONAL)
+    known = {field.name: field.default is dataclasses.MISSING for field in dataclasses.fields(_Box)}
     for field in fields:
         if field not in known:
             close = difflib.get_close_matches(field, known, n=1)
             hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}"
-            raise OptionError(f"this is not the description of a machine: unknown field {field!r}; {hint}")
-    needs = [*REQUIRED, *(REQUIRED_BY_DEVICE if fields.get("device_bytes") else ())]
+            raise OptionError(f"{NOT_A_MACHINE}: unknown field {field!r}; {hint}")
+    needs = [field for field, required in known.items() if required or (field in REQUIRED_BY_DEVICE and fields.get("device_bytes"))]
     if missing := [field for field in needs if field not in fields]:
-        raise OptionError(f"this is not the description of a machine: missing {', '.join(missing)}; a description needs at least {EXAMPLE}")
-
-
-def _bytes(name: str, value: Any) -> int:
-    if isinstance(value, str):
-        size = parse_size(value, name=name)
-    else:
-        size = int(_number(name, value))
-    if size < LEAST_BYTES and not (size == 0 and name == "device_bytes"):
-        raise _wrong(name, value, f'it is in bytes, and at least {format_size(LEAST_BYTES)}; sizes may be written as "64GB"')
-    return size
-
-
-def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-        raise _wrong(name, value, "it must be a number of at least 0")
-    return float(value)
-
-
-def _rate(name: str, value: Any) -> float:
-    """Read a number, or a size per second such as "7GB/s"."""
-    if isinstance(value, str) and (size := re.fullmatch(r"(.*\S)\s*/\s*s", value)):
-        value = parse_size(size[1], name=name)
-    if _number(name, value) < LEAST_RATE:
-        raise _wrong(name, value, f'it is per second, and at least {LEAST_RATE:g}; write 7e9 or "7GB/s" for bytes, and 165e12 for FLOP/s')
-    return float(value)
-
-
-def _flops(name: str, value: Any) -> dict[str, float]:
-    if not isinstance(value, dict):
-        rate = _rate(name, value)
-        return {"bfloat16": rate, "float16": rate, "float32": WIDE_SHARE * rate}
-    rates = {dtype: _rate(f"{name} of {dtype}", each) for dtype, each in cast(dict[str, Any], value).items()}
-    if unknown := [dtype for dtype in rates if dtype not in DTYPE_BYTES]:
-        raise _wrong(name, unknown[0], f"known dtypes: {', '.join(DTYPE_BYTES)}")
-    if not rates:
-        raise _wrong(name, value, "a rate is needed")
-    return rates
-
-
-def _cores(name: str, value: Any) -> int:
-    if _number(name, value) < 1 or int(value) != value:
-        raise _wrong(name, value, "a whole number of at least 1 is needed")
-    return int(value)
-
-
-def _text(name: str, value: Any) -> str:
-    if not isinstance(value, str):
-        raise _wrong(name, value, "text is needed")
-    return value
-
-
-def _wrong(name: str, value: Any, why: str) -> OptionError:
-    return OptionError(f"this is not the description of a machine: {name} is {json.dumps(value)[:80]}: {why}")
-
-
-_READERS: dict[str, Callable[[str, Any], Any]] = {
-    "name": _text,
-    "cores": _cores,
-    "host_bytes": _bytes,
-    "device_bytes": _bytes,
-    "disk_bytes": _bytes,
-    "disk_read": _rate,
-    "disk_write": _rate,
-    "host_memory": _rate,
-    "device_memory": _rate,
-    "host_to_device": _rate,
-    "device_to_host": _rate,
-    "flops": _flops,
-}
+        raise OptionError(f"{NOT_A_MACHINE}: missing {', '.join(missing)}; a description needs at least {EXAMPLE}")
 
 
 def _share(printed: float, share: float) -> Rate:

@@ -12,8 +12,9 @@ import numpy.typing as npt
 from numba import njit
 
 from flexgen.base.compiled import entry
+from flexgen.options import SCHEDULES
 
-DIAGONAL, ZIGZAG, ROW = range(3)
+DIAGONAL, ZIGZAG, ROW = (SCHEDULES.index(name) for name in ("diagonal", "zigzag", "row"))
 # Equal sequences that enter together are given homes in about this many steps. Fewer than twice as many sequences are given homes one
 # by one, as the engine does.
 HOME_STEPS = 64

@@ -14,19 +14,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from flexgen.options import TIERS
+from flexgen.options import SCHEDULES, TIERS
 from flexgen.plan.machine import Machine
 from flexgen.plan.model import ModelSpec
-from flexgen.plan.play.admit import DIAGONAL, ROW, ZIGZAG, Admissions, Needs, Pools, Rules, admit
+from flexgen.plan.play.admit import Admissions, Needs, Pools, Rules, admit
 from flexgen.plan.policy import Policy
 from flexgen.plan.price.pass_time import Expectation
-from flexgen.plan.price.requests import Ints, held_kv_bytes, shared_kv_bytes, visible_pairs
+from flexgen.plan.price.requests import Floats, Ints, held_kv_bytes, shared_kv_bytes, visible_pairs
 from flexgen.plan.price.work import PassLoad, PassWork, ideal_seconds, price, unit_homes, weights_work
 from flexgen.plan.workload import Workload
-
-Floats = npt.NDArray[np.float64]
-
-_SCHEDULES = {"diagonal": DIAGONAL, "zigzag": ZIGZAG, "row": ROW}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -179,7 +175,7 @@ def _play(spec: ModelSpec, policy: Policy, queue: Queue, tiers: Sequence[str]) -
     prefix = shared[queue.found_len.max(initial=0)]
     capacity = np.maximum(capacity - prefix, np.minimum(capacity, at_most[fits].max(initial=0)))
     rules = Rules(
-        schedule=_SCHEDULES[policy.schedule],
+        schedule=SCHEDULES.index(policy.schedule),
         max_num_seqs=policy.max_num_seqs,
         prefill_tokens=policy.prefill_tokens,
         micro_batch_tokens=policy.micro_batch_tokens,

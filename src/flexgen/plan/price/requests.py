@@ -16,6 +16,7 @@ from flexgen.plan.price.work import PassLoad
 from flexgen.plan.workload import Workload
 
 Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
 
 
 def held_kv_bytes(spec: ModelSpec, page_tokens: int, max_tokens: int) -> Ints:

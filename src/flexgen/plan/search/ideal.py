@@ -22,18 +22,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from flexgen.options import TIERS
 from flexgen.plan.machine import Limits, Machine
 from flexgen.plan.model import ModelSpec
 from flexgen.plan.policy import Fractions, Policy
-from flexgen.plan.price.requests import RequestLoad
+from flexgen.plan.price.requests import Floats, RequestLoad
 from flexgen.plan.price.work import PassWork, attended_bytes, ideal_seconds, memory_bytes, price, weights_work
 from flexgen.plan.search.steady import Minimum, minimum
 from flexgen.plan.workload import Workload
-
-Floats = npt.NDArray[np.float64]
 
 # The most kinds into which requests of different lengths are put together.
 KINDS = 64

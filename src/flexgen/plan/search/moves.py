@@ -13,7 +13,7 @@ from flexgen.plan.search.space import Point
 Score = tuple[float, ...]
 Move = Mapping[str, float]
 # A move with a smaller gain counts as none, because looking for more such gains is not worth the time.
-LEAST_GAIN = 3e-4
+LEAST_IMPROVEMENT = 3e-4
 # First coarse steps along one axis at a time. Then finer ones, also along two axes at once: at the edge of what fits, one share grows
 # only where another shrinks. Then the finest along one axis: prompts of equal lengths fall evenly for a narrow range of quotas only.
 COARSE_STEPS, FINE_STEPS, LAST_STEPS = (0.25, 0.125, 0.06, 0.03), (0.25, 0.1, 0.04, 0.015), (0.006, 0.002)
@@ -105,7 +105,7 @@ def _improved(
 
 
 def _is_better(found: Score, than: Score) -> bool:
-    return found < (*than[:-1], than[-1] * (1 - LEAST_GAIN))
+    return found < (*than[:-1], than[-1] * (1 - LEAST_IMPROVEMENT))
 
 
 def _moves(axes: Sequence[str], step: float, *, in_pairs: bool) -> Iterator[Move]:

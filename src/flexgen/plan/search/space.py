@@ -21,7 +21,7 @@ from flexgen.plan.price.memory import PlacedWeights
 from flexgen.plan.price.requests import JobSizes
 from flexgen.plan.price.work import DTYPE_BYTES, active_share, memory_bytes
 from flexgen.plan.search.drafts import Drafts, first_of, kv_pools, placed_weights, pool_fractions
-from flexgen.plan.search.steady import Room
+from flexgen.plan.search.steady import FreeMemory
 from flexgen.plan.workload import Workload
 
 # The number of live sequences may exceed the pools' average by this factor.
@@ -59,7 +59,7 @@ class Point:
     micro_batch_tokens: int
 
 
-class _Homes(NamedTuple):
+class _KVHomes(NamedTuple):
     """Where KV lives: in memory according to a point's `kv_homes`, and the share on disk."""
 
     memory: float
@@ -67,7 +67,7 @@ class _Homes(NamedTuple):
 
 
 # The most tokens of a micro-batch, unless pinned.
-WIDEST = 16384
+MAX_MICRO_BATCH_TOKENS = 16384
 AXES = ("on_device", "on_host", "kv_homes", "kv_disk", "quota", "cap")
 
 
@@ -135,8 +135,8 @@ class Space:
         favourable = round(min(rows for rows, rate in points if rate.best >= 0.97 * best))
         first = 512 if self.on_cpu else min(max(favourable, 512), 4096)
         share = min((active_share(unit, self.dtype) for unit in self.spec.units if unit.flops_per_token > 0), default=1.0)
-        widest = WIDEST if self.options.schedule == "row" else min(first / share, WIDEST)
-        sizes = [first * 2**power for power in range(WIDEST.bit_length()) if first * 2**power <= max(widest, first)]
+        widest = MAX_MICRO_BATCH_TOKENS if self.options.schedule == "row" else min(first / share, MAX_MICRO_BATCH_TOKENS)
+        sizes = [first * 2**power for power in range(MAX_MICRO_BATCH_TOKENS.bit_length()) if first * 2**power <= max(widest, first)]
         return [*reversed(sizes), *(tokens for tokens in (256, 128, 64, 32) if tokens < first)]
 
     def schedules(self) -> tuple[str, ...]:
@@ -168,7 +168,7 @@ class Space:
 
     def policy(self, point: Point) -> Policy | None:
         """Return the policy of a point, or None where it does not fit."""
-        kv = _Homes(point.kv_homes, 0.0 if point.kv_disk < LEAST_SPILL else point.kv_disk)
+        kv = _KVHomes(point.kv_homes, 0.0 if point.kv_disk < LEAST_SPILL else point.kv_disk)
         spills = kv.disk > 0 or (self.kv is not None and self.kv.disk > 0)
         bare = self._bare(point, spills=spills)
         weights = self.weights or self._place(bare, point.on_device, point.on_host)
@@ -192,7 +192,7 @@ class Space:
             found["prefill_tokens"] = min(draft.prefill_tokens, max_num_seqs * self.sizes.longest_prompt)
         return dataclasses.replace(self.drafts.for_seqs(draft, max_num_seqs), kv=self.kv or pool_fractions(pools), **found)
 
-    def _with_quota(self, draft: Policy, kv: _Homes, quota: float, *, spills: bool) -> Policy:
+    def _with_quota(self, draft: Policy, kv: _KVHomes, quota: float, *, spills: bool) -> Policy:
         """Return the draft with that share of prompt tokens per pass, or with the most that leaves room for the KV of one request."""
 
         def admitting(tokens: int) -> Policy:
@@ -203,12 +203,12 @@ class Space:
             return admitting(wanted)
         return admitting(_largest(wanted, lambda tokens: self._holds_largest(admitting(tokens), kv)))
 
-    def _holds_largest(self, draft: Policy, kv: _Homes) -> bool:
+    def _holds_largest(self, draft: Policy, kv: _KVHomes) -> bool:
         """Return whether the draft leaves room for the KV of the largest request."""
         left = self._left(draft, self.drafts.free(draft), self.options.max_num_seqs or 1)
         return min(left.values()) >= 0 and max(self._pools(left, kv).values()) >= self.sizes.largest
 
-    def _num_seqs_fed(self, draft: Policy, kv: _Homes) -> int:
+    def _num_seqs_fed(self, draft: Policy, kv: _KVHomes) -> int:
         """Return the largest number of sequences that can be alive in the pools which remain beside their workspace."""
         free = self.drafts.free(draft)
 
@@ -222,15 +222,15 @@ class Space:
             most = min(most, max(draft.micro_batch_tokens // self.sizes.shortest_prompt, 1))
         return _largest(most, is_fed)
 
-    def room(self, point: Point, *, spills: bool) -> tuple[Policy, Room]:
-        """Return a policy of the fewest sequences with all weights on disk, and the room that it leaves for weights and KV."""
+    def free_memory(self, point: Point, *, spills: bool) -> tuple[Policy, FreeMemory]:
+        """Return a policy of the fewest sequences with all weights on disk, and the memory that it leaves for weights and KV."""
         bare = self._bare(point, spills=spills)
         many = 1024
         grown = 0.0  # a pinned number of sequences has its workspace already
         if self.options.max_num_seqs is None:
             grown = self.drafts.growth(bare, 1 + many) / many
         free = self.drafts.free(bare)
-        return bare, Room(
+        return bare, FreeMemory(
             memory_bytes={"device": free["device"], "host": free["host"], "disk": self.disk_bytes},
             sequence_bytes={self.computing: grown},
             kv_bytes=self.sizes.mean,
@@ -286,7 +286,7 @@ class Space:
         grown = self.drafts.growth(draft, max_num_seqs)
         return {tier: size - grown * (tier == self.computing) for tier, size in free.items()}
 
-    def _pools(self, free: dict[str, int], kv: _Homes, max_num_seqs: int | None = None) -> dict[str, int]:
+    def _pools(self, free: dict[str, int], kv: _KVHomes, max_num_seqs: int | None = None) -> dict[str, int]:
         """Return the pool bytes per tier, at most what so many sequences (by default all requests) can need."""
         if self.kv is None:
             pools = kv_pools(free, self.disk_bytes, kv.memory, kv.disk, staged=self.staged)

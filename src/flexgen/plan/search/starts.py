@@ -95,14 +95,14 @@ def steady_states(
     point = _point(space, space.schedules()[0], micro_batch_tokens)
     found: list[tuple[Steady, bool]] = []
     for spills in (False, True) if space.disk_bytes or (space.kv is not None and space.kv.disk > 0) else (False,):
-        bare, room = space.room(point, spills=spills)
+        bare, free = space.free_memory(point, spills=spills)
         tiers = space.kv_tiers if spills else tuple(tier for tier in space.kv_tiers if tier != "disk")
         weights = space.weights and dataclasses.asdict(space.weights)
         if weights is None and near is not None:
-            weights = {space.computing: near * min(room.memory_bytes[space.computing] / max(space.weight_bytes, 1), 1.0)}
+            weights = {space.computing: near * min(free.memory_bytes[space.computing] / max(space.weight_bytes, 1), 1.0)}
         most = space.options.max_num_seqs or len(space.workload)
         steady = SteadyState(expectation, mean, bare).best(
-            room, most, weights=weights, kv=space.kv and dataclasses.asdict(space.kv), kv_tiers=tiers, pass_seconds=pass_seconds
+            free, most, weights=weights, kv=space.kv and dataclasses.asdict(space.kv), kv_tiers=tiers, pass_seconds=pass_seconds
         )
         if steady is not None:
             found.append((steady, spills))

@@ -13,22 +13,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from flexgen.options import TIERS
 from flexgen.plan.policy import Policy
 from flexgen.plan.price.pass_time import RESOURCES, Expectation
-from flexgen.plan.price.requests import RequestLoad
+from flexgen.plan.price.requests import Floats, RequestLoad
 from flexgen.plan.price.work import PassWork, memory_bytes, price, weights_work
-
-Floats = npt.NDArray[np.float64]
 
 # The coefficients of sequences are those of a pass with this many, so that micro-batches are full.
 MANY_SEQUENCES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Room:
+class FreeMemory:
     """The bytes that weights and KV may take.
 
     Attributes:
@@ -80,7 +77,7 @@ class SteadyState:
 
     def best(
         self,
-        room: Room,
+        free: FreeMemory,
         max_num_seqs: float,
         *,
         weights: Mapping[str, float] | None = None,
@@ -91,7 +88,7 @@ class SteadyState:
         """Return the steady state with the most tokens/s, or None where nothing fits.
 
         Args:
-            room: The bytes that weights and KV may take.
+            free: The bytes that weights and KV may take.
             max_num_seqs: The most live sequences.
             weights: The pinned shares of weights per tier; None where they are free.
             kv: The pinned shares of KV per tier; None where they are free.
@@ -109,7 +106,7 @@ class SteadyState:
             row[t], row[tau] = self.fixed[number], -1.0
             rows.append(row)
         for tier in TIERS:
-            rows.append(self._memory_row(room, tiers, tier, size))
+            rows.append(self._memory_row(free, tiers, tier, size))
         if pass_seconds is not None:
             rows.append(np.zeros(size))
             rows[-1][t], rows[-1][tau] = -pass_seconds, 1.0
@@ -136,17 +133,17 @@ class SteadyState:
             worth={tier: float(-dual * x[t] / x[tau]) for tier, dual in memory.items()},
         )
 
-    def _memory_row(self, room: Room, tiers: Sequence[str], tier: str, size: int) -> Floats:
+    def _memory_row(self, free: FreeMemory, tiers: Sequence[str], tier: str, size: int) -> Floats:
         """Return the bytes used in a tier minus those available, per live sequence."""
         row = np.zeros(size)
         count = len(tiers)
         for place, home in enumerate(tiers):
             if home == tier and tier != "disk":
                 row[place] = self.weight_bytes
-            row[count + place] = room.kv_bytes * (home == tier) + room.sequence_bytes.get(tier, 0.0)
+            row[count + place] = free.kv_bytes * (home == tier) + free.sequence_bytes.get(tier, 0.0)
             if home == "disk" and tier == "host":
-                row[count + place] += room.staged * room.kv_bytes
-        row[2 * count] = -room.memory_bytes.get(tier, 0.0)
+                row[count + place] += free.staged * free.kv_bytes
+        row[2 * count] = -free.memory_bytes.get(tier, 0.0)
         return row
 
 

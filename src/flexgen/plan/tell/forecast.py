@@ -22,13 +22,13 @@ from flexgen.plan.price.pass_time import RESOURCES, Expectation
 from flexgen.plan.price.work import unit_homes, weights_work
 from flexgen.plan.search.optimise import Solution
 from flexgen.plan.search.solve import solve, space_of
-from flexgen.plan.tell.spill import LEAST_GAIN, Spill
+from flexgen.plan.tell.spill import LEAST_SPILL_GAIN, Spill
 from flexgen.plan.workload import Workload
 
 # A block counts as full if it has at least this share of its maximum number of sequences.
 FULL_BLOCK = 0.9
 # The gain of a faster rate is computed for a rate that is this many times as fast.
-FASTER = 1.1
+TIMES_AS_FAST = 1.1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,7 +94,7 @@ def make_plan(options: EngineOptions, spec: ModelSpec, machine: Machine, limits:
     """Return the best policy for a job, and its forecast; arguments and errors are those of `space_of` and `solve`.
 
     Unless the options place KV, a policy that writes more bytes of KV to disk than the weights have is chosen only if it gains at least
-    LEAST_GAIN, or if the options give a budget on disk.
+    LEAST_SPILL_GAIN, or if the options give a budget on disk.
     """
 
     def best(limits: Limits) -> Plan:
@@ -117,7 +117,7 @@ def _weighed(plan: Plan, without: Plan, *, asked: bool) -> Plan:
     spill = Spill(
         chosen=True, written_bytes=plan.forecast.disk_written_bytes, seconds=plan.forecast.seconds, seconds_without=without.forecast.seconds
     )
-    if asked or spill.gain >= LEAST_GAIN or without.forecast.num_refused > plan.forecast.num_refused:
+    if asked or spill.gain >= LEAST_SPILL_GAIN or without.forecast.num_refused > plan.forecast.num_refused:
         chosen = plan
     else:
         chosen, spill = without, dataclasses.replace(spill, chosen=False)
@@ -184,8 +184,8 @@ def _full_block_rate(played: Simulation, seconds: npt.NDArray[np.float64]) -> fl
 def rate_gains(played: Simulation, policy: Policy, expectation: Expectation) -> dict[str, float]:
     """Return, per resource, the relative gain per relative gain of its rate while the policy stays the same.
 
-    It is computed from a rate `FASTER` times as high, which shortens the passes that the resource decides.
+    It is computed from a rate `TIMES_AS_FAST` times as high, which shortens the passes that the resource decides.
     """
     seconds = float(played.seconds(expectation, policy).sum())
-    faster = {name: float(played.seconds(expectation, policy, times={name: FASTER}).sum()) for name in RESOURCES}
-    return {name: (seconds / max(less, 1e-12) - 1) / (FASTER - 1) for name, less in faster.items()}
+    faster = {name: float(played.seconds(expectation, policy, times={name: TIMES_AS_FAST}).sum()) for name in RESOURCES}
+    return {name: (seconds / max(less, 1e-12) - 1) / (TIMES_AS_FAST - 1) for name, less in faster.items()}

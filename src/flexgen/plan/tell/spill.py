@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 # The least relative gain of tokens/s for which more than the weights' bytes are written, unless the options give a budget on disk.
-LEAST_GAIN = 0.2
+LEAST_SPILL_GAIN = 0.2
 # The bytes that a typical SSD of 1 TB is rated to have written to it in its life (600 TBW).
 ENDURANCE_BYTES = 600e12
 

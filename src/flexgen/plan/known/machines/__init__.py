@@ -18,15 +18,13 @@ import difflib
 from importlib import resources
 from pathlib import Path
 
+from flexgen.base.from_json import parsed_json
 from flexgen.base.quantities import format_size, parse_size
 from flexgen.errors import OptionError
 from flexgen.options import EngineOptions
 from flexgen.plan.known.box import box_of, is_box
-from flexgen.plan.machine import Limits, Machine
-from flexgen.plan.machine_file import machine_of, parsed
+from flexgen.plan.machine import DEVICE_SHARE, DISK_SHARE, HOST_SHARE, NOT_A_MACHINE, Limits, Machine, machine_of
 
-# The shares of a machine's memory and disk that a plan may use where the options give no budget.
-HOST_SHARE, DEVICE_SHARE, STORAGE_SHARE = 0.8, 0.9, 0.8
 MACHINES = ("t4-gcp", "16gb-gpu-64gb", "rtx3090-64gb", "rtx4090-64gb", "rtx5090-128gb", "a100-80gb-512gb", "h100-80gb-512gb")
 
 
@@ -51,7 +49,7 @@ def find_machine(name: str) -> Machine:
 
 def _machine_of(text: str, name: str) -> Machine:
     """Return the machine of a JSON text; `name` becomes its name where a few figures give none."""
-    fields = parsed(text)
+    fields = parsed_json(text, NOT_A_MACHINE)
     return box_of(fields, name) if is_box(fields) else machine_of(fields)
 
 
@@ -74,7 +72,7 @@ def limits_of(machine: Machine, options: EngineOptions) -> Limits:
         host_total_source=machine.name,
         device_bytes=_granted("--device-mem", options.device_mem, machine.device_bytes, DEVICE_SHARE),
         device_total_bytes=machine.device_bytes,
-        disk_bytes=_granted("--disk", options.disk, machine.disk_bytes, STORAGE_SHARE),
+        disk_bytes=_granted("--disk", options.disk, machine.disk_bytes, DISK_SHARE),
         disk_total_bytes=machine.disk_bytes,
         offload_dir="",
         offload_in_memory=False,
@@ -85,7 +83,7 @@ def beside_checkpoint(limits: Limits, checkpoint_bytes: int, options: EngineOpti
     """Return the budgets of `limits_of` once the model lies on the same disk; a size given by `--disk` stays as it is."""
     if options.disk is not None:
         return limits
-    return dataclasses.replace(limits, disk_bytes=int(STORAGE_SHARE * max(limits.disk_total_bytes - checkpoint_bytes, 0)))
+    return dataclasses.replace(limits, disk_bytes=int(DISK_SHARE * max(limits.disk_total_bytes - checkpoint_bytes, 0)))
 
 
 def _granted(flag: str, text: str | None, total_bytes: int, share: float) -> int:
