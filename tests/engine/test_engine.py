@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from machines import machine_of
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from flexgen.devices.sim import SimulatedDevice
@@ -28,7 +27,6 @@ POLICY = Policy(
     kv_host_bytes=4 << 20, kv_disk_bytes=0, host_ring_bytes=16 << 20, device_ring_bytes=0, workspace_bytes=0, embedding_resident=False,
     schedule="diagonal", max_num_seqs=4, prefill_tokens=16, micro_batch_tokens=12, page_tokens=16, compute_threads=1, io_threads=1,
 )  # fmt: skip
-MACHINE = machine_of(dense={"float32": [(1, 1e11)]})
 
 
 def requests(count: int = 10) -> list[TokenRequest]:
@@ -41,7 +39,7 @@ def requests(count: int = 10) -> list[TokenRequest]:
 @pytest.fixture
 def engine(request: pytest.FixtureRequest, novels_opt: Path) -> Iterator[Engine]:
     model = load_model(novels_opt, AutoConfig.from_pretrained(novels_opt), torch.float32)
-    with Engine(model, replace(POLICY, schedule=getattr(request, "param", "diagonal")), MACHINE, poison=True) as engine:
+    with Engine(model, replace(POLICY, schedule=getattr(request, "param", "diagonal")), poison=True) as engine:
         yield engine
 
 

@@ -20,7 +20,6 @@ from typing import Any
 
 import pytest
 import torch
-from machines import machine_of
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -41,8 +40,6 @@ WITHOUT_CACHE = frozenset({"phi4_multimodal"})
 DISTURBANCE = 16 * 2.0**-24  # of each parameter, relative, standard deviation
 SAFETY = 4.0
 MOST = 0.5  # of a model's tokens are decided, or the comparison would mean little
-
-MACHINE = machine_of(dense={"float32": [(1, 1e11)]})
 
 
 @dataclass(slots=True)
@@ -172,7 +169,7 @@ def answered(
 
     monkeypatch.setattr(engine_module, "sample", recording)
     backend = SimulatedDevice(32_000_000) if chosen.device == "sim" else None
-    with Engine(model, chosen, MACHINE, backend=backend, offload_dir=offload_dir, poison=True) as engine:
+    with Engine(model, chosen, backend=backend, offload_dir=offload_dir, poison=True) as engine:
         for result in engine.generate(requests):
             assert result.error is None, result.error
             answers.tokens[result.index] = list(result.token_ids)
