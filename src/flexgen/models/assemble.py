@@ -60,7 +60,13 @@ class LoadedModel:
 
 
 def load_model(
-    folder: Path, config: Any, dtype: torch.dtype, *, unit_bytes: int | None = None, kv_format: KVFormat | None = None
+    folder: Path,
+    config: Any,
+    dtype: torch.dtype,
+    *,
+    name: str | None = None,
+    unit_bytes: int | None = None,
+    kv_format: KVFormat | None = None,
 ) -> LoadedModel:
     """Describe the model in `folder`.
 
@@ -68,6 +74,7 @@ def load_model(
         folder: The folder of the weights.
         config: The model's transformers config.
         dtype: The dtype of computing.
+        name: The name of the model; None for that of the folder.
         unit_bytes: The approximate size of a unit; None for a default that depends on the model.
         kv_format: The format of keys and values; None for plain numbers of `dtype`.
 
@@ -85,7 +92,7 @@ def load_model(
         residents=units.residents,
         tables=units.tables,
         layers=units.trace.layers,
-        spec=model_spec(config, units, dtype, name=folder.name, kv_format=kv_format),
+        spec=model_spec(config, units, dtype, name=name or folder.name, kv_format=kv_format),
         dtype=dtype,
         kv_format=kv_format,
         total_bytes=checkpoint.total_bytes,

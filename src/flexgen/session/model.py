@@ -126,7 +126,7 @@ class ResolvedModel:
         with DESCRIBING, describing(self.files.name):
             if (tool := other_quantization(self.files.folder, self.files.config)) is not None:
                 raise refuse_quantization({"quant_method": tool})
-            return load_model(folder, self.config, getattr(torch, dtype))
+            return load_model(folder, self.config, getattr(torch, dtype), name=self.files.name)
 
 
 def config_dtype(config: Any) -> str:
