@@ -22,7 +22,7 @@ from flexgen.engine.sampler import sample
 from flexgen.errors import StorageError
 from flexgen.kv.pages import PagePool
 from flexgen.kv.read_ahead import ReadAhead
-from flexgen.models.assemble import load_model
+from flexgen.models.assemble import assemble_model
 from flexgen.plan.policy import Fractions, Policy
 from flexgen.request import Generated, PartialAnswer, TokenRequest, TokenResult
 from tests.models.parity import DISTURBANCE, SAFETY, in_float64
@@ -138,7 +138,7 @@ class Run:
     def __init__(self, checkpoint: Checkpoint, chosen: Policy, folder: Path, *, device_bytes: int = 0) -> None:
         self.policy, self.requests = chosen, checkpoint.requests
         self.backend = SimulatedDevice(device_bytes, max_delay_seconds=0.0002) if chosen.device == "sim" else None
-        model = load_model(checkpoint.folder, checkpoint.config, torch.float32)
+        model = assemble_model(checkpoint.folder, checkpoint.config, torch.float32)
         self.engine = Engine(model, chosen, backend=self.backend, offload_dir=folder, poison=True)
         for pool in self.engine.cache.pools.values():
             if isinstance(pool, PagePool):

@@ -29,7 +29,7 @@ from flexgen.session.fingerprint import fingerprint
 from flexgen.session.model import ResolvedModel
 from flexgen.session.session import EngineSession, plan_job
 from flexgen.session.turns import Turns
-from flexgen.text.answers import Choices
+from flexgen.text.answers import RequestTranslator
 from flexgen.text.common_prefixes import NO_PREFIXES, CommonPrefixes, PrefixCensus
 from flexgen.text.defaults import default_sampling_params, token_limits, unsupported_defaults
 from flexgen.text.encoding import Encoder, ids_or_raise
@@ -102,7 +102,7 @@ class LLM:
         self._templates = Templates(
             self.files.name, own, tokens, given=chat_template, kwargs=chat_template_kwargs, max_chars=self._max_prompt_chars
         )
-        self._choices = Choices(
+        self._translator = RequestTranslator(
             tokenizer=self.tokenizer,
             vocab_size=self.vocab_size,
             max_model_len=self.max_model_len,
@@ -228,7 +228,7 @@ class LLM:
         Raises:
             FlexGenError: See `check_model`.
         """
-        return fingerprint(self._model, self._choices, self.chat_template, self.options.load_format)
+        return fingerprint(self._model, self._translator, self.chat_template, self.options.load_format)
 
     def encode(self, texts: str | Iterable[str], *, add_special_tokens: bool = True) -> list[list[int]]:
         """Return the token ids of each text.
@@ -286,7 +286,7 @@ class LLM:
         Raises:
             RequestError: The prompt or a parameter cannot be served (`context_length_exceeded` where there is no room for an answer).
         """
-        return self._choices.requests(index, prompt_token_ids, params)
+        return self._translator.requests(index, prompt_token_ids, params)
 
     def prefix_census(self) -> PrefixCensus | None:
         """Return an object that finds the common prefixes of requests before they are streamed; None if prefix sharing is off."""
@@ -330,7 +330,7 @@ class LLM:
             params: The sampling parameters.
             prompt_token_ids: The prompt, after which the text of the answers is decoded.
         """
-        return self._choices.completions(results, params, prompt_token_ids)
+        return self._translator.completions(results, params, prompt_token_ids)
 
     def plan(self, workload: Workload) -> Plan:
         """Return the plan that `open` would make for this workload, without opening the engine (see `plan_job`)."""
@@ -407,7 +407,7 @@ class LLM:
                 request_id=str(of_prompt[0].index),
                 prompt=text,
                 prompt_token_ids=of_prompt[0].prompt_token_ids,
-                outputs=self._choices.shown(
+                outputs=self._translator.shown(
                     [results[request.index] for request in of_prompt], prompt_params, of_prompt[0].prompt_token_ids
                 ),
             )

@@ -17,7 +17,7 @@ from flexgen.devices.sim import SimulatedDevice
 from flexgen.engine.engine import Engine
 from flexgen.engine.runner import ModelRunner
 from flexgen.errors import EngineError
-from flexgen.models.assemble import load_model
+from flexgen.models.assemble import assemble_model
 from flexgen.passes.plan import MicroBatch, PassPlan, Slice
 from flexgen.plan.policy import Fractions, Policy
 from flexgen.request import Generated, TokenRequest, TokenResult
@@ -38,7 +38,7 @@ def requests(count: int = 10) -> list[TokenRequest]:
 
 @pytest.fixture
 def engine(request: pytest.FixtureRequest, novels_opt: Path) -> Iterator[Engine]:
-    model = load_model(novels_opt, AutoConfig.from_pretrained(novels_opt), torch.float32)
+    model = assemble_model(novels_opt, AutoConfig.from_pretrained(novels_opt), torch.float32)
     with Engine(model, replace(POLICY, schedule=getattr(request, "param", "diagonal")), poison=True) as engine:
         yield engine
 
@@ -148,7 +148,7 @@ def test_logits_of_a_range_of_positions(novels_opt: Path, device: str, tier: str
         POLICY, **sizes, device=device, kv=Fractions(**{tier: 1.0}), device_ring_bytes=(16 << 20) * (device == "sim"),
         kv_staging_bytes=(1 << 20) * (tier == "disk"), kv_tail_bytes=(1 << 20) * (tier == "disk"),
     )  # fmt: skip
-    model = load_model(novels_opt, AutoConfig.from_pretrained(novels_opt), torch.float32)
+    model = assemble_model(novels_opt, AutoConfig.from_pretrained(novels_opt), torch.float32)
     backend = SimulatedDevice(64 << 20) if device == "sim" else None
     runner = ModelRunner(model, policy, backend=backend, offload_dir=tmp_path, poison=True)
     generator = torch.Generator().manual_seed(4)

@@ -26,7 +26,7 @@ from transformers.utils import logging as transformers_logging
 from flexgen.devices.sim import SimulatedDevice
 from flexgen.engine import engine as engine_module
 from flexgen.engine.engine import Engine
-from flexgen.models.assemble import LoadedModel, load_model
+from flexgen.models.assemble import AssembledModel, assemble_model
 from flexgen.plan.policy import Fractions, Policy
 from flexgen.request import TokenRequest
 from tests.models.tiny_configs import vary_constants
@@ -150,12 +150,12 @@ def policy(device: str = "cpu", *, weights: Fractions, kv: Fractions, ring_bytes
     )  # fmt: skip
 
 
-def describe(folder: Path, config: PreTrainedConfig) -> LoadedModel:
-    return load_model(folder, copy.deepcopy(config), torch.float32, unit_bytes=UNIT_BYTES)
+def describe(folder: Path, config: PreTrainedConfig) -> AssembledModel:
+    return assemble_model(folder, copy.deepcopy(config), torch.float32, unit_bytes=UNIT_BYTES)
 
 
 def answered(
-    model: LoadedModel, chosen: Policy, requests: list[TokenRequest], monkeypatch: pytest.MonkeyPatch, offload_dir: Path | None = None
+    model: AssembledModel, chosen: Policy, requests: list[TokenRequest], monkeypatch: pytest.MonkeyPatch, offload_dir: Path | None = None
 ) -> Answers:
     """What the engine answers."""
     answers = Answers()

@@ -22,7 +22,7 @@ from flexgen.engine.sampler import as_float64, sample
 from flexgen.engine.scheduler import Scheduler
 from flexgen.engine.sequence import Finish, LiveSequence
 from flexgen.errors import EngineError, RequestError
-from flexgen.models.assemble import LoadedModel
+from flexgen.models.assemble import AssembledModel
 from flexgen.passes.load import pass_load
 from flexgen.passes.plan import MicroBatch, PassPlan
 from flexgen.plan.policy import Policy
@@ -38,7 +38,7 @@ class Engine:
     """The engine, which answers requests as a policy says.
 
     Args:
-        model: The description of the model, without weights.
+        model: The assembled model, without weights.
         policy: Where every byte lives and what a pass carries.
         backend: The device, or None when computing happens in host memory; the engine closes it, also if it cannot be constructed.
         offload_dir: The folder of the spill file; needed only if the policy puts KV on disk.
@@ -51,7 +51,7 @@ class Engine:
 
     def __init__(
         self,
-        model: LoadedModel,
+        model: AssembledModel,
         policy: Policy,
         *,
         backend: Device | None = None,

@@ -20,7 +20,7 @@ from flexgen.io.direct_io import FileSet
 from flexgen.io.pool import IOPool
 from flexgen.kv.open import KVSetup, open_places
 from flexgen.kv.pages import group_layers
-from flexgen.models.assemble import LoadedModel
+from flexgen.models.assemble import AssembledModel
 from flexgen.models.attention import PassCache
 from flexgen.passes.plan import PassPlan
 from flexgen.plan.policy import Policy
@@ -39,7 +39,7 @@ class ModelRunner:
     """An executor of passes, which owns the memory and the threads that they need.
 
     Args:
-        model: The description of the model, without weights.
+        model: The assembled model, without weights.
         policy: Where every byte lives and what a pass carries.
         backend: The device, or None when computing happens in host memory; the runner closes it, also if it cannot be constructed.
         offload_dir: The folder of the spill file; needed only if the policy puts KV on disk.
@@ -54,7 +54,7 @@ class ModelRunner:
 
     def __init__(
         self,
-        model: LoadedModel,
+        model: AssembledModel,
         policy: Policy,
         *,
         backend: Device | None = None,

@@ -1,4 +1,4 @@
-"""Policy: the decisions of a plan as data. The planner writes it and the engine executes it, with JSON in between."""
+"""Policy: the decisions of a plan as data. The planner makes it, the engine executes it, and the report of a run has it as JSON."""
 
 from __future__ import annotations
 

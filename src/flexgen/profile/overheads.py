@@ -18,7 +18,7 @@ from flexgen.base.quantities import MIB
 from flexgen.checkpoint.dummy import write_random_checkpoint
 from flexgen.devices.open import open_device
 from flexgen.engine.engine import Engine
-from flexgen.models.assemble import LoadedModel, load_model
+from flexgen.models.assemble import AssembledModel, assemble_model
 from flexgen.plan.machine import Machine, Overheads, Rate
 from flexgen.plan.policy import Fractions, Policy
 from flexgen.plan.price.pass_time import elementwise_bytes, rate_at
@@ -157,8 +157,8 @@ def _config(hidden_size: int, num_layers: int) -> PreTrainedConfig:
     )  # fmt: skip
 
 
-def _model(folder: Path, config: PreTrainedConfig, dtype: torch.dtype) -> LoadedModel:
-    return load_model(folder, config, dtype, unit_bytes=1 * MIB)  # a unit is a whole layer
+def _model(folder: Path, config: PreTrainedConfig, dtype: torch.dtype) -> AssembledModel:
+    return assemble_model(folder, config, dtype, unit_bytes=1 * MIB)  # a unit is a whole layer
 
 
 def _policy(device: str, dtype: torch.dtype, machine: Machine) -> Policy:

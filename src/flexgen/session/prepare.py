@@ -22,7 +22,7 @@ from flexgen.errors import CapacityError, FlexGenError
 from flexgen.io.checksums import BLOCK_BYTES, BYTES_PER_BLOCK
 from flexgen.io.offload import OffloadFolder
 from flexgen.kernels.attention import attention_kernels, warm_up
-from flexgen.models.assemble import LoadedModel
+from flexgen.models.assemble import AssembledModel
 from flexgen.options import EngineOptions
 from flexgen.plan.machine import Limits, Machine
 from flexgen.plan.play import admit
@@ -54,7 +54,7 @@ class Prepared:
         verify_reads: As in EngineOptions.
     """
 
-    model: LoadedModel
+    model: AssembledModel
     plan: Plan
     limits: Limits
     workload: Workload
@@ -104,7 +104,7 @@ def prepare(found: ResolvedModel, options: EngineOptions, workload: Workload) ->
     )  # fmt: skip
 
 
-def _measured(model: LoadedModel, limits: Limits, dtype: str) -> Machine:
+def _measured(model: AssembledModel, limits: Limits, dtype: str) -> Machine:
     """Return the rates of this machine, with the disk that the weights lie on."""
     weights = model.layouts[0].extents[0].path.parent
     quick = model.total_bytes < THOROUGH_BYTES
