@@ -24,7 +24,7 @@ from flexgen.hub.resolve import resolve_model
 from flexgen.plan.workload import Workload
 from flexgen.request import PartialAnswer
 from flexgen.session.session import with_room
-from flexgen.text.answers import Choices
+from flexgen.text.answers import RequestTranslator
 from flexgen.text.common_prefixes import NO_PREFIXES
 from flexgen.text.defaults import choice_seed, default_sampling_params, derive_seed, unsupported_defaults
 
@@ -202,14 +202,14 @@ def test_encode_names_a_bad_text(llm: LLM, bad: Any) -> None:
 
 
 def test_an_answer_that_cannot_be_shown_ends_alone(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    works = Choices.completions
+    works = RequestTranslator.completions
 
-    def breaks(self: Choices, results: Any, params: SamplingParams, *more: Any) -> Any:
+    def breaks(self: RequestTranslator, results: Any, params: SamplingParams, *more: Any) -> Any:
         if params.seed == 13:
             raise IndexError("broken")
         return works(self, results, params, *more)
 
-    monkeypatch.setattr(Choices, "completions", breaks)
+    monkeypatch.setattr(RequestTranslator, "completions", breaks)
     good, bad = llm.generate(["ab", "ab"], [GREEDY, dataclasses.replace(GREEDY, seed=13, n=2)])
     assert texts([good]) == [fake_text("ab", 5)]
     assert [(each.index, each.finish_reason, each.stop_reason) for each in bad.outputs] == [(n, "error", "internal_error") for n in (0, 1)]

@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-from machines import machine_of
 
 from flexgen.devices.sim import SimulatedDevice
 from flexgen.engine.admission import LengthForecast
@@ -23,7 +22,7 @@ from flexgen.engine.sampler import sample
 from flexgen.errors import StorageError
 from flexgen.kv.pages import PagePool
 from flexgen.kv.read_ahead import ReadAhead
-from flexgen.models.assemble import load_model
+from flexgen.models.assemble import assemble_model
 from flexgen.plan.policy import Fractions, Policy
 from flexgen.request import Generated, PartialAnswer, TokenRequest, TokenResult
 from tests.models.parity import DISTURBANCE, SAFETY, in_float64
@@ -43,7 +42,6 @@ SAMPLING = (
 CROWD = [(27 + index, 20 - index) for index in range(6)]  # (prompt, answer): two pages each at first, three soon
 PAGE_TOKENS = 16
 FIRST_SAMPLED = 100  # indices of requests that change logits or draw
-MACHINE = machine_of(dense={"float32": [(1, 1e11)]})
 
 
 @dataclass(frozen=True)
@@ -140,8 +138,8 @@ class Run:
     def __init__(self, checkpoint: Checkpoint, chosen: Policy, folder: Path, *, device_bytes: int = 0) -> None:
         self.policy, self.requests = chosen, checkpoint.requests
         self.backend = SimulatedDevice(device_bytes, max_delay_seconds=0.0002) if chosen.device == "sim" else None
-        model = load_model(checkpoint.folder, checkpoint.config, torch.float32)
-        self.engine = Engine(model, chosen, MACHINE, backend=self.backend, offload_dir=folder, poison=True)
+        model = assemble_model(checkpoint.folder, checkpoint.config, torch.float32)
+        self.engine = Engine(model, chosen, backend=self.backend, offload_dir=folder, poison=True)
         for pool in self.engine.cache.pools.values():
             if isinstance(pool, PagePool):
                 for memory in pool.memory:

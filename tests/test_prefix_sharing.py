@@ -247,7 +247,7 @@ def test_pages_of_another_size_are_an_error(checkpoint: Checkpoint, tmp_path: Pa
 def answered(model: Any, chosen: Any, requests: list[TokenRequest], prefixes: CommonPrefixes, folder: Path) -> tuple[dict[int, Any], int]:
     """(tokens of each answer, shared prompt tokens); every page comes back, and none is read before it is written."""
     backend = SimulatedDevice(32_000_000) if chosen.device == "sim" else None
-    with Engine(model, chosen, parity.MACHINE, backend=backend, offload_dir=folder, poison=True) as engine:
+    with Engine(model, chosen, backend=backend, offload_dir=folder, poison=True) as engine:
         for pool in engine.cache.pools.values():
             if isinstance(pool, PagePool):
                 for memory in pool.memory:

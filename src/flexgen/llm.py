@@ -25,15 +25,16 @@ from flexgen.plan.tell.forecast import Plan
 from flexgen.plan.workload import Workload
 from flexgen.report.progress import Progress, RunReport
 from flexgen.request import CompletionOutput, PartialAnswer, RequestOutput, SamplingParams, TokenRequest, TokenResult
+from flexgen.session.batch import Batch
 from flexgen.session.fingerprint import fingerprint
 from flexgen.session.model import ResolvedModel
 from flexgen.session.session import EngineSession, plan_job
 from flexgen.session.turns import Turns
-from flexgen.text.answers import Choices
+from flexgen.text.answers import RequestTranslator
 from flexgen.text.common_prefixes import NO_PREFIXES, CommonPrefixes, PrefixCensus
 from flexgen.text.defaults import default_sampling_params, token_limits, unsupported_defaults
-from flexgen.text.encoding import Encoder, ids_or_raise
-from flexgen.text.prompts import Prompt, as_conversations, as_params, as_texts, naming, texts_and_ids
+from flexgen.text.encoding import Encoder
+from flexgen.text.prompts import Prompt, as_conversations, as_texts
 from flexgen.text.tokenizer import Tokenizer, eos_token_ids
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ class LLM:
         self._templates = Templates(
             self.files.name, own, tokens, given=chat_template, kwargs=chat_template_kwargs, max_chars=self._max_prompt_chars
         )
-        self._choices = Choices(
+        self._translator = RequestTranslator(
             tokenizer=self.tokenizer,
             vocab_size=self.vocab_size,
             max_model_len=self.max_model_len,
@@ -228,7 +229,7 @@ class LLM:
         Raises:
             FlexGenError: See `check_model`.
         """
-        return fingerprint(self._model, self._choices, self.chat_template, self.options.load_format)
+        return fingerprint(self._model, self._translator, self.chat_template, self.options.load_format)
 
     def encode(self, texts: str | Iterable[str], *, add_special_tokens: bool = True) -> list[list[int]]:
         """Return the token ids of each text.
@@ -286,7 +287,7 @@ class LLM:
         Raises:
             RequestError: The prompt or a parameter cannot be served (`context_length_exceeded` where there is no room for an answer).
         """
-        return self._choices.requests(index, prompt_token_ids, params)
+        return self._translator.requests(index, prompt_token_ids, params)
 
     def prefix_census(self) -> PrefixCensus | None:
         """Return an object that finds the common prefixes of requests before they are streamed; None if prefix sharing is off."""
@@ -330,7 +331,7 @@ class LLM:
             params: The sampling parameters.
             prompt_token_ids: The prompt, after which the text of the answers is decoded.
         """
-        return self._choices.completions(results, params, prompt_token_ids)
+        return self._translator.completions(results, params, prompt_token_ids)
 
     def plan(self, workload: Workload) -> Plan:
         """Return the plan that `open` would make for this workload, without opening the engine (see `plan_job`)."""
@@ -387,32 +388,15 @@ class LLM:
         sampling_params: SamplingParams | Iterable[SamplingParams] | None,
         use_tqdm: bool | Callable[..., Any],
     ) -> list[RequestOutput]:
-        batch = texts_and_ids(prompts)
-        params = as_params(self.get_default_sampling_params() if sampling_params is None else sampling_params, len(batch))
-        choices = self._token_requests(batch, params)
-        requests = [request for of_prompt in choices for request in of_prompt]
-        if not requests:
+        params = self.get_default_sampling_params() if sampling_params is None else sampling_params
+        batch = Batch(prompts, params, encoder=self._encoder, translator=self._translator, first_index=self._num_requests)
+        self._num_requests += len(batch.requests)
+        if not batch.requests:
             return []
         census = self.prefix_census()
-        workload = Workload(
-            prompt_lens=tuple(len(request.prompt_token_ids) for request in requests),
-            output_lens=tuple(request.max_tokens for request in requests),
-            may_end_early=any(request.may_end_early for request in requests),
-            shared_lens=() if census is None else tuple(census.add(request.prompt_token_ids) for request in requests),
-        )
-        run = self._run(requests, workload, prefixes=NO_PREFIXES if census is None else census.common())
-        results = {result.index: result for result in _with_bar(run, len(requests), use_tqdm)}
-        return [
-            RequestOutput(
-                request_id=str(of_prompt[0].index),
-                prompt=text,
-                prompt_token_ids=of_prompt[0].prompt_token_ids,
-                outputs=self._choices.shown(
-                    [results[request.index] for request in of_prompt], prompt_params, of_prompt[0].prompt_token_ids
-                ),
-            )
-            for of_prompt, (text, _), prompt_params in zip(choices, batch, params, strict=True)
-        ]
+        workload = batch.workload(census)
+        run = self._run(batch.requests, workload, prefixes=NO_PREFIXES if census is None else census.common())
+        return batch.outputs({result.index: result for result in _with_bar(run, len(workload), use_tqdm)})
 
     def _run(self, requests: Iterable[TokenRequest], workload: Workload, **how: Any) -> Generator[TokenResult]:
         """Yield the results of the engine, which the caller must own.  `how` has the other arguments of `stream`."""
@@ -427,19 +411,6 @@ class LLM:
     def _max_prompt_chars(self) -> int | None:
         """The most characters of a text that can fit the context; None without a tokenizer."""
         return self.tokenizer.max_chars(self.max_model_len) if self.tokenizer is not None else None
-
-    def _token_requests(self, batch: list[tuple[str | None, list[int] | None]], params: list[SamplingParams]) -> list[list[TokenRequest]]:
-        """Return the engine's requests for each prompt."""
-        encoded = self.encode_each([text for text, ids in batch if text is not None and ids is None])
-        choices: list[list[TokenRequest]] = []
-        index = self._num_requests
-        for place, (_, ids) in enumerate(batch):
-            with naming("prompt", place):
-                found = ids if ids is not None else ids_or_raise(next(encoded))
-                choices.append(self.token_requests(index, found, params[place]))
-            index += len(choices[-1])
-        self._num_requests = index
-        return choices
 
 
 def _check_workload(call: str, workload: object) -> None:

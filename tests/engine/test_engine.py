@@ -12,14 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from machines import machine_of
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from flexgen.devices.sim import SimulatedDevice
 from flexgen.engine.engine import Engine
 from flexgen.engine.runner import ModelRunner
 from flexgen.errors import EngineError
-from flexgen.models.assemble import load_model
+from flexgen.models.assemble import assemble_model
 from flexgen.passes.plan import MicroBatch, PassPlan, Slice
 from flexgen.plan.policy import Fractions, Policy
 from flexgen.request import Generated, TokenRequest, TokenResult
@@ -30,7 +29,6 @@ POLICY = Policy(
     kv_host_bytes=4 << 20, kv_disk_bytes=0, host_ring_bytes=16 << 20, device_ring_bytes=0, workspace_bytes=0, embedding_resident=False,
     schedule="diagonal", max_num_seqs=4, prefill_tokens=16, micro_batch_tokens=12, page_tokens=16, compute_threads=1, io_threads=1,
 )  # fmt: skip
-MACHINE = machine_of(dense={"float32": [(1, 1e11)]})
 
 
 def requests(count: int = 10) -> list[TokenRequest]:
@@ -42,8 +40,8 @@ def requests(count: int = 10) -> list[TokenRequest]:
 
 @pytest.fixture
 def engine(request: pytest.FixtureRequest, novels_opt: Path) -> Iterator[Engine]:
-    model = load_model(novels_opt, AutoConfig.from_pretrained(novels_opt), torch.float32)
-    with Engine(model, replace(POLICY, schedule=getattr(request, "param", "diagonal")), MACHINE, poison=True) as engine:
+    model = assemble_model(novels_opt, AutoConfig.from_pretrained(novels_opt), torch.float32)
+    with Engine(model, replace(POLICY, schedule=getattr(request, "param", "diagonal")), poison=True) as engine:
         yield engine
 
 
@@ -172,7 +170,7 @@ def test_logits_of_a_range_of_positions(novels_opt: Path, device: str, tier: str
         POLICY, **sizes, device=device, kv=Fractions(**{tier: 1.0}), device_ring_bytes=(16 << 20) * (device == "sim"),
         kv_staging_bytes=(1 << 20) * (tier == "disk"), kv_tail_bytes=(1 << 20) * (tier == "disk"),
     )  # fmt: skip
-    model = load_model(novels_opt, AutoConfig.from_pretrained(novels_opt), torch.float32)
+    model = assemble_model(novels_opt, AutoConfig.from_pretrained(novels_opt), torch.float32)
     backend = SimulatedDevice(64 << 20) if device == "sim" else None
     runner = ModelRunner(model, policy, backend=backend, offload_dir=tmp_path, poison=True)
     generator = torch.Generator().manual_seed(4)

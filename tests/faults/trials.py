@@ -640,7 +640,7 @@ def _import_everything() -> None:
     import flexgen.report.report
     from flexgen.kernels.attention import attention_kernels, warm_up
     from flexgen.llm import LLM  # noqa: F401
-    from flexgen.session.setup import prepare  # noqa: F401
+    from flexgen.session.planned import PlannedEngine  # noqa: F401
 
     torch.set_num_threads(1)
     _ = transformers.LlamaForCausalLM, transformers.LlamaConfig, transformers.AutoConfig, transformers.AutoModelForCausalLM

@@ -17,7 +17,7 @@ from flexgen.kernels.cpu import CpuKernels
 from flexgen.kernels.reference import AttentionKernels
 from flexgen.kv.format import KVFormat, KVPages, PlainKV, Steps
 from flexgen.kv.pages import group_layers
-from flexgen.models.assemble import load_model
+from flexgen.models.assemble import assemble_model
 from flexgen.passes.calls import AttentionCall, LatentProjection
 from flexgen.passes.geometry import KVGeometry
 from flexgen.plan.policy import Fractions
@@ -118,8 +118,8 @@ def test_a_run_with_another_format(
     """
     config = tiny_config(model_type)
     save(build(config), tmp_path)
-    plain = load_model(tmp_path, config, torch.float32)
-    model = load_model(tmp_path, config, torch.float32, kv_format=kv_format)
+    plain = assemble_model(tmp_path, config, torch.float32)
+    model = assemble_model(tmp_path, config, torch.float32, kv_format=kv_format)
     geometries = [layer.geometry for layer in model.layers]
     assert model.spec.kv_bytes_per_token == sum(kv_format.key_bytes(each) + kv_format.value_bytes(each) for each in geometries)
     assert model.spec.kv_bytes_per_token < plain.spec.kv_bytes_per_token

@@ -20,14 +20,13 @@ from typing import Any
 
 import pytest
 import torch
-from machines import machine_of
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from flexgen.devices.sim import SimulatedDevice
 from flexgen.engine import engine as engine_module
 from flexgen.engine.engine import Engine
-from flexgen.models.assemble import LoadedModel, load_model
+from flexgen.models.assemble import AssembledModel, assemble_model
 from flexgen.plan.policy import Fractions, Policy
 from flexgen.request import TokenRequest
 from tests.models.tiny_configs import vary_constants
@@ -41,8 +40,6 @@ WITHOUT_CACHE = frozenset({"phi4_multimodal"})
 DISTURBANCE = 16 * 2.0**-24  # of each parameter, relative, standard deviation
 SAFETY = 4.0
 MOST = 0.5  # of a model's tokens are decided, or the comparison would mean little
-
-MACHINE = machine_of(dense={"float32": [(1, 1e11)]})
 
 
 @dataclass(slots=True)
@@ -153,12 +150,12 @@ def policy(device: str = "cpu", *, weights: Fractions, kv: Fractions, ring_bytes
     )  # fmt: skip
 
 
-def describe(folder: Path, config: PreTrainedConfig) -> LoadedModel:
-    return load_model(folder, copy.deepcopy(config), torch.float32, unit_bytes=UNIT_BYTES)
+def describe(folder: Path, config: PreTrainedConfig) -> AssembledModel:
+    return assemble_model(folder, copy.deepcopy(config), torch.float32, unit_bytes=UNIT_BYTES)
 
 
 def answered(
-    model: LoadedModel, chosen: Policy, requests: list[TokenRequest], monkeypatch: pytest.MonkeyPatch, offload_dir: Path | None = None
+    model: AssembledModel, chosen: Policy, requests: list[TokenRequest], monkeypatch: pytest.MonkeyPatch, offload_dir: Path | None = None
 ) -> Answers:
     """What the engine answers."""
     answers = Answers()
@@ -172,7 +169,7 @@ def answered(
 
     monkeypatch.setattr(engine_module, "sample", recording)
     backend = SimulatedDevice(32_000_000) if chosen.device == "sim" else None
-    with Engine(model, chosen, MACHINE, backend=backend, offload_dir=offload_dir, poison=True) as engine:
+    with Engine(model, chosen, backend=backend, offload_dir=offload_dir, poison=True) as engine:
         for result in engine.generate(requests):
             assert result.error is None, result.error
             answers.tokens[result.index] = list(result.token_ids)

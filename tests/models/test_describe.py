@@ -13,7 +13,7 @@ from flexgen.checkpoint.dummy import write_random_checkpoint
 from flexgen.checkpoint.files import Checkpoint
 from flexgen.errors import UnsupportedModelError
 from flexgen.io.aligned import ALIGNMENT
-from flexgen.models.assemble import LoadedModel, load_model
+from flexgen.models.assemble import AssembledModel, assemble_model
 from flexgen.models.describe import describe_config, describe_headers
 from flexgen.weights.unit import UnitLayout
 from tests.models.test_parity import REFUSED, SUPPORTED, VARIANTS
@@ -56,7 +56,7 @@ def pages(intervals: Iterable[Interval]) -> list[Interval]:
     return merged((path, start - start % ALIGNMENT, stop + -stop % ALIGNMENT) for path, start, stop in intervals)
 
 
-def check_every_byte_is_counted_once(model: LoadedModel) -> None:
+def check_every_byte_is_counted_once(model: AssembledModel) -> None:
     spec = model.spec
     placed = length(needed(model.layouts)) + length(needed([model.residents])) + spec.embedding_bytes + model.unused_bytes
     assert placed == model.total_bytes
@@ -77,7 +77,7 @@ def check_every_byte_is_counted_once(model: LoadedModel) -> None:
 @pytest.mark.parametrize("name", [*SUPPORTED, *VARIANTS])
 def test_bytes_are_those_of_the_checkpoint(name: str, tmp_path: Path) -> None:
     write_random_checkpoint(config_of(name), tmp_path, torch.float32, shard_bytes=SHARD_BYTES)
-    model = load_model(tmp_path, config_of(name), torch.float32)
+    model = assemble_model(tmp_path, config_of(name), torch.float32)
     check_every_byte_is_counted_once(model)
     alone = describe_config(config_of(name), torch.float32, stored=torch.float32, name=tmp_path.name, shard_bytes=SHARD_BYTES)
     assert alone == model.spec
@@ -103,7 +103,7 @@ def test_headers_alone_take_stored_copies_of_tied_weights_for_equal(tmp_path: Pa
     """What OPT's repositories look like: the head is stored beside the embedding that it is tied to."""
     write_random_checkpoint(tiny_config("llama", tie_word_embeddings=False), tmp_path, torch.float32)
     tied = tiny_config("llama", tie_word_embeddings=True)
-    here = load_model(tmp_path, tied, torch.float32).spec
+    here = assemble_model(tmp_path, tied, torch.float32).spec
     assert here.embedding_bytes > 0, "random copies differ, so both are used"
 
     class Elsewhere(Checkpoint):

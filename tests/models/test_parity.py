@@ -22,7 +22,7 @@ from flexgen.checkpoint.files import Checkpoint
 from flexgen.engine.engine import Engine
 from flexgen.engine.sequence import LiveSequence
 from flexgen.errors import UnsupportedModelError
-from flexgen.models.assemble import LoadedModel, load_model
+from flexgen.models.assemble import AssembledModel, assemble_model
 from flexgen.plan.policy import Fractions
 from tests.models.parity import Expected, answered, assert_equal, build, describe, expected, policy, requests_for, save
 from tests.models.tiny_configs import CAUSAL_TYPES, tiny_config
@@ -96,7 +96,7 @@ STREAMED = Fractions(host=0.3, disk=0.7)
 IN_MEMORY = Fractions(host=1.0)
 
 
-def ring_bytes(model: LoadedModel) -> int:
+def ring_bytes(model: AssembledModel) -> int:
     """Room for two of the largest unit: rings wrap many times a pass."""
     return 2 * max(max(layout.stored_bytes, layout.decoded_bytes) for layout in model.layouts)
 
@@ -123,7 +123,7 @@ def test_every_type_that_declares_an_attention_backend_is_tested() -> None:
     assert set(CAUSAL_TYPES) == {each for each, it in classes.items() if getattr(it, "_supports_attention_backend", False)}
 
 
-def check_spec(model: LoadedModel, folder: Path) -> None:
+def check_spec(model: AssembledModel, folder: Path) -> None:
     """Every stored byte is in exactly one place: a unit, the residents, an embedding, or not needed for text."""
     spec = model.spec
     tensors = [tensor for layout in (*model.layouts, model.residents) for tensor in layout.tensors]
@@ -141,7 +141,7 @@ def test_refused_by_name(model_type: str, tmp_path: Path) -> None:
     if model_type in SAVED_AS:
         save(build(tiny_config(SAVED_AS[model_type])), tmp_path)
     with pytest.raises(UnsupportedModelError, match=rf"'{model_type}'.*{REFUSED[model_type]}"):
-        load_model(tmp_path, tiny_config(model_type), torch.float32)
+        assemble_model(tmp_path, tiny_config(model_type), torch.float32)
 
 
 @pytest.mark.parametrize("model_type", NOT_CAUSAL)
@@ -149,7 +149,7 @@ def test_attention_that_is_not_causal_is_refused(model_type: str, tmp_path: Path
     config = tiny_config(model_type, **NOT_CAUSAL[model_type])
     save(build(config), tmp_path)
     with pytest.raises(UnsupportedModelError, match=f"'{model_type}'.*not causal"):
-        load_model(tmp_path, config, torch.float32)
+        assemble_model(tmp_path, config, torch.float32)
 
 
 @pytest.fixture(scope="module")

@@ -46,3 +46,12 @@ def test_at_other_rates(log: PassLog, rates: dict[str, float], seconds: float) -
     """The last: both passes are decided by computing then, of which there is 4 seconds at the best rate."""
     assert log.busiest_seconds_at(rates) == pytest.approx(seconds)
     assert log.busiest_seconds == 6
+
+
+def test_passes_that_are_compared_with_no_machine() -> None:
+    log = PassLog(SPEC, None, POLICY, ["disk"])
+    work = PassWork(disk_read_bytes=3e9, dense_flops=1e9)
+    for _ in range(2):
+        log.add(5.0, work, {"disk": 1.5})
+    assert (log.num_passes, log.seconds, log.waits) == (2, 10.0, {"disk": 3.0})
+    assert (log.ideal, log.expected, log.busiest_seconds, log.expected_of(work)) == ({}, {}, 0.0, 0.0)

@@ -15,7 +15,7 @@ import torch
 
 from flexgen.checkpoint.dummy import write_random_checkpoint
 from flexgen.errors import CheckpointError, ModelError, OptionError
-from flexgen.models.assemble import load_model
+from flexgen.models.assemble import assemble_model
 from flexgen.plan.known.models import catalogue_spec
 from flexgen.plan.model import ModelSpec
 from flexgen.session.lookup import spec_of
@@ -78,7 +78,7 @@ def test_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_random_checkpoint(tiny_config("llama"), tmp_path / "llama-3-8b", torch.bfloat16)
     monkeypatch.chdir(tmp_path)
     spec = spec_of("llama-3-8b", device="cpu")
-    here = load_model(tmp_path / "llama-3-8b", tiny_config("llama"), torch.bfloat16).spec
+    here = assemble_model(tmp_path / "llama-3-8b", tiny_config("llama"), torch.bfloat16).spec
     assert spec == here
     assert spec != catalogue_spec("llama-3-8b")
     (tmp_path / "llama-3-8b" / "model.safetensors").unlink()
@@ -115,7 +115,7 @@ def test_a_repository_by_its_headers(hub: StandIn, tmp_path: Path, model_type: s
     write_random_checkpoint(tiny_config(model_type), folder, torch.bfloat16, shard_bytes=60_000)
     hub.repositories["org/model"] = {path.name: path.read_bytes() for path in folder.iterdir()}
     spec = from_hub(hub, tmp_path / "hf")
-    here = load_model(folder, tiny_config(model_type), torch.bfloat16).spec
+    here = assemble_model(folder, tiny_config(model_type), torch.bfloat16).spec
     assert spec == dataclasses.replace(here, name="org/model")
     assert not [name for name in hub.fetched if name.endswith(".safetensors")]
     index = json.loads((folder / "model.safetensors.index.json").read_text())

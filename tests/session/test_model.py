@@ -44,7 +44,7 @@ def found(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
     count(session_model, "read_config")
     count(session_model, "find_limits")
-    count(assemble, "load_model")
+    count(assemble, "assemble_model")
     return counts
 
 
@@ -54,7 +54,7 @@ def test_a_job_finds_every_fact_once(found: Counter[str], novels_opt: Path, tmp_
     source.write_text('{"prompt": "It was", "max_tokens": 2}\n')
     done = CliRunner().invoke(app, ["run", str(novels_opt), str(source), "-o", str(tmp_path / "out.jsonl"), "--device", "cpu", *more])
     assert done.exit_code == 0, done.output
-    assert found == {"read_config": 1, "find_limits": 1, "load_model": 1}
+    assert found == {"read_config": 1, "find_limits": 1, "assemble_model": 1}
 
 
 def test_a_call_finds_every_fact_once(found: Counter[str], novels_opt: Path) -> None:
@@ -62,15 +62,15 @@ def test_a_call_finds_every_fact_once(found: Counter[str], novels_opt: Path) -> 
         llm.check_model()
         llm.generate(["It was"], GREEDY)
         llm.generate(["It was"], GREEDY)
-    assert found == {"read_config": 1, "find_limits": 1, "load_model": 1}
+    assert found == {"read_config": 1, "find_limits": 1, "assemble_model": 1}
 
 
 def test_random_weights_are_described_where_they_are_written(found: Counter[str], novels_opt: Path) -> None:
     with LLM(novels_opt, device="cpu", load_format="dummy") as llm:
         llm.check_model()
-        assert found["load_model"] == 0
+        assert found["assemble_model"] == 0
         llm.generate(["It was"], GREEDY)
-    assert found == {"read_config": 1, "find_limits": 1, "load_model": 1}
+    assert found == {"read_config": 1, "find_limits": 1, "assemble_model": 1}
 
 
 def test_a_description_has_one_owner(novels_opt: Path) -> None:

@@ -1,7 +1,7 @@
 """The engine: requests are added, and every step is a pass over the model that gives each live sequence its next token.
 
-The scheduler decides what a pass computes, and the runner computes it.  The engine knows no text, forecasts or reports: the session that
-opened it passes the log of a run.
+The scheduler decides what a pass computes, and the runner computes it.  Prompts and answers are token ids here, and what happens is
+recorded in a log, from which the session that opened the engine makes progress and reports.
 """
 
 from __future__ import annotations
@@ -22,10 +22,9 @@ from flexgen.engine.sampler import as_float64, sample
 from flexgen.engine.scheduler import Scheduler
 from flexgen.engine.sequence import Finish, LiveSequence
 from flexgen.errors import EngineError, RequestError
-from flexgen.models.assemble import LoadedModel
+from flexgen.models.assemble import AssembledModel
 from flexgen.passes.load import pass_load
 from flexgen.passes.plan import MicroBatch, PassPlan
-from flexgen.plan.machine import Machine
 from flexgen.plan.policy import Policy
 from flexgen.report.pass_log import PassLog
 from flexgen.report.run_log import RunLog
@@ -39,10 +38,9 @@ class Engine:
     """The engine, which answers requests as a policy says.
 
     Args:
-        model: The description of the model, without weights.
+        model: The assembled model, without weights.
         policy: Where every byte lives and what a pass carries.
-        machine: The measured rates with which the log compares the passes.
-        backend: The device, or None when computing happens in host memory; it is closed with the engine.
+        backend: The device, or None when computing happens in host memory; the engine closes it, also if it cannot be constructed.
         offload_dir: The folder of the spill file; needed only if the policy puts KV on disk.
         verify_reads: Whether to compare the bytes that are read from disk with those that were written or first read.
         poison: Whether to overwrite released memory, so that a late use is noticed (for tests).
@@ -53,16 +51,15 @@ class Engine:
 
     def __init__(
         self,
-        model: LoadedModel,
+        model: AssembledModel,
         policy: Policy,
-        machine: Machine,
         *,
         backend: Device | None = None,
         offload_dir: Path | None = None,
         verify_reads: bool = False,
         poison: bool = False,
     ) -> None:
-        self.policy, self._model, self._machine = policy, model, machine
+        self.policy, self._model = policy, model
         self.runner = ModelRunner(model, policy, backend=backend, offload_dir=offload_dir, verify_reads=verify_reads, poison=poison)
         self.cache = self.runner.cache
         self._scheduler = Scheduler(policy, self.cache, self.runner.places, self._regime)
@@ -72,7 +69,7 @@ class Engine:
         self._closed = False
 
     def _new_log(self) -> RunLog:
-        return RunLog(self.runner, PassLog(self._model.spec, self._machine, self.policy, self.runner.homes))
+        return RunLog(self.runner, PassLog(self._model.spec, None, self.policy, self.runner.homes))
 
     def load(self) -> None:
         """Read the weights that stay in memory and start the links; call it once."""
@@ -141,7 +138,7 @@ class Engine:
         Args:
             requests: The requests; their indices are unique.
             prefixes: The common prefixes of their prompts; each is computed once (per tier on which it is needed).
-            log: The log of the run.
+            log: The log of the run; None for one that counts, but compares the passes with no machine.
             on_pass: A function that is called after every step, once its results have been yielded, with the unfinished answers so far;
                 they are gathered while it iterates.  An exception that it raises ends the run.
 

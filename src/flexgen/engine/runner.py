@@ -20,7 +20,7 @@ from flexgen.io.direct_io import FileSet
 from flexgen.io.pool import IOPool
 from flexgen.kv.open import KVSetup, open_places
 from flexgen.kv.pages import group_layers
-from flexgen.models.assemble import LoadedModel
+from flexgen.models.assemble import AssembledModel
 from flexgen.models.attention import PassCache
 from flexgen.passes.plan import PassPlan
 from flexgen.plan.policy import Policy
@@ -39,9 +39,9 @@ class ModelRunner:
     """An executor of passes, which owns the memory and the threads that they need.
 
     Args:
-        model: The description of the model, without weights.
+        model: The assembled model, without weights.
         policy: Where every byte lives and what a pass carries.
-        backend: The device, or None when computing happens in host memory; the runner closes it.
+        backend: The device, or None when computing happens in host memory; the runner closes it, also if it cannot be constructed.
         offload_dir: The folder of the spill file; needed only if the policy puts KV on disk.
         verify_reads: Whether to compare the bytes that are read from disk with those that were written or first read.
         poison: Whether to overwrite released memory, so that a late use is noticed (for tests).
@@ -54,7 +54,7 @@ class ModelRunner:
 
     def __init__(
         self,
-        model: LoadedModel,
+        model: AssembledModel,
         policy: Policy,
         *,
         backend: Device | None = None,
@@ -71,6 +71,8 @@ class ModelRunner:
         self._arrived = threading.Event()  # wakes the ready loop
         groups = group_layers(model.layers, policy.page_tokens, model.kv_format)
         with contextlib.ExitStack() as undo:  # undoes what would otherwise outlive a failed construction
+            if backend is not None:
+                undo.callback(backend.close)
             self._io = IOPool(policy.io_threads)
             undo.callback(self._io.close)
             self._weights = WeightStore(

@@ -7,7 +7,7 @@ file beside this one with two classes:
 * its `KVPages`, which must write and gather.  `decode` works through `gather` until the format overrides it with a
   kernel that reads its pages as they are.
 
-`load_model` takes the format, so that the planner prices its bytes, and the engine passes it to every pool.
+`assemble_model` takes the format, so that the planner prices its bytes, and the engine passes it to every pool.
 """
 
 from __future__ import annotations
@@ -119,6 +119,11 @@ class PlainKV:
             keys.view(self.dtype).view(len(keys), geometry.key_heads, geometry.key_dim, page_tokens),
             values.view(self.dtype).view(len(values), geometry.value_heads, page_tokens, geometry.value_dim),
         )
+
+
+def default_kv_format(dtype: torch.dtype) -> KVFormat:
+    """Return the format of a model that computes in `dtype`, unless another one is asked for: plain numbers of that dtype."""
+    return PlainKV(dtype)
 
 
 class PlainPages(KVPages):

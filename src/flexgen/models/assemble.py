@@ -14,7 +14,7 @@ import torch
 
 from flexgen.checkpoint.files import Checkpoint
 from flexgen.formats.table import check_supported_number_format
-from flexgen.kv.format import KVFormat, PlainKV
+from flexgen.kv.format import KVFormat, default_kv_format
 from flexgen.models.describe import model_spec
 from flexgen.models.refusals import check_supported_architecture
 from flexgen.models.rope import recompute_length, rope_regime
@@ -27,8 +27,8 @@ from flexgen.weights.unit import UnitLayout
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LoadedModel:
-    """A model that is ready to be executed, without its weights.
+class AssembledModel:
+    """A model taken apart into what the engine executes, without its weights.
 
     Attributes:
         bound: The skeleton with its hooks.
@@ -59,33 +59,40 @@ class LoadedModel:
     unused_bytes: int
 
 
-def load_model(
-    folder: Path, config: Any, dtype: torch.dtype, *, unit_bytes: int | None = None, kv_format: KVFormat | None = None
-) -> LoadedModel:
-    """Describe the model in `folder`.
+def assemble_model(
+    folder: Path,
+    config: Any,
+    dtype: torch.dtype,
+    *,
+    name: str | None = None,
+    unit_bytes: int | None = None,
+    kv_format: KVFormat | None = None,
+) -> AssembledModel:
+    """Take the model in `folder` apart into what the engine executes; no weights are read.
 
     Args:
         folder: The folder of the weights.
         config: The model's transformers config.
         dtype: The dtype of computing.
+        name: The name of the model; None for that of the folder.
         unit_bytes: The approximate size of a unit; None for a default that depends on the model.
-        kv_format: The format of keys and values; None for plain numbers of `dtype`.
+        kv_format: The format of keys and values; None for `default_kv_format`.
 
     Raises:
         ModelError: The architecture, the number format or the files are not supported.
     """
     check_supported_number_format(config)
     check_supported_architecture(config)
-    kv_format = kv_format or PlainKV(dtype)
+    kv_format = kv_format or default_kv_format(dtype)
     checkpoint = Checkpoint(folder)
     units = cut_model(config, dtype, checkpoint, unit_bytes)
-    return LoadedModel(
+    return AssembledModel(
         bound=BoundModel(units.model, units.parts, sorted(table.module for table in units.tables)),
         layouts=units.layouts,
         residents=units.residents,
         tables=units.tables,
         layers=units.trace.layers,
-        spec=model_spec(config, units, dtype, name=folder.name, kv_format=kv_format),
+        spec=model_spec(config, units, dtype, name=name or folder.name, kv_format=kv_format),
         dtype=dtype,
         kv_format=kv_format,
         total_bytes=checkpoint.total_bytes,

@@ -12,7 +12,7 @@ from flexgen.checkpoint.repository import headers_of, meta_model, saved_tensors,
 from flexgen.errors import UnsupportedModelError
 from flexgen.formats.plain import dtype_name
 from flexgen.formats.table import stated_format, without_quantization
-from flexgen.kv.format import KVFormat, PlainKV
+from flexgen.kv.format import KVFormat, default_kv_format
 from flexgen.models.parts import Part
 from flexgen.models.refusals import check_supported_architecture
 from flexgen.models.units import ModelUnits, cut_model
@@ -35,7 +35,7 @@ def describe_headers(headers: Headers, config: Any, dtype: torch.dtype, *, name:
     Raises:
         ModelError: The architecture, the number format or the headers are not supported.
     """
-    return model_spec(config, cut_model(config, dtype, headers), dtype, name=name, kv_format=PlainKV(dtype))
+    return model_spec(config, cut_model(config, dtype, headers), dtype, name=name, kv_format=default_kv_format(dtype))
 
 
 def describe_config(config: Any, dtype: torch.dtype, *, stored: torch.dtype, name: str, shard_bytes: int = SHARD_BYTES) -> ModelSpec:

@@ -1,4 +1,4 @@
-"""Policy: the decisions of a plan as data. The planner makes it and the engine executes it."""
+"""Policy: the decisions of a plan as data. The planner makes it, the engine executes it, and the report of a run has it as JSON."""
 
 from __future__ import annotations
 

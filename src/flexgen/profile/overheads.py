@@ -19,11 +19,13 @@ from flexgen.checkpoint.dummy import write_random_checkpoint
 from flexgen.devices.open import open_device
 from flexgen.engine.engine import Engine
 from flexgen.formats.plain import dtype_name
-from flexgen.models.assemble import LoadedModel, load_model
+from flexgen.models.assemble import AssembledModel, assemble_model
 from flexgen.plan.machine import Machine, Overheads, Rate
 from flexgen.plan.policy import Fractions, Policy
 from flexgen.plan.price.pass_time import elementwise_bytes, rate_at
 from flexgen.profile.compute import random_numbers
+from flexgen.report.pass_log import PassLog
+from flexgen.report.run_log import RunLog
 from flexgen.request import TokenRequest
 
 NUM_LAYERS, NUM_SEQUENCES, NUM_PARTS = 8, 64, 4
@@ -42,7 +44,7 @@ def overheads(device: str, dtype: torch.dtype, folder: Path, machine: Machine, *
         device: Device, as for `measure`.
         dtype: Dtype that is computed in.
         folder: Folder for a temporary checkpoint of a few megabytes.
-        machine: Any machine; only the report of a run depends on it.
+        machine: Any machine; only the log of a run depends on its rates.
         quick: Whether to measure less.
     """
     base = _policy(device, dtype, machine)
@@ -57,13 +59,13 @@ def overheads(device: str, dtype: torch.dtype, folder: Path, machine: Machine, *
         config = _config(64, NUM_LAYERS)
         write_random_checkpoint(config, Path(name), dtype)
         engines = {
-            kind: stack.enter_context(Engine(_model(Path(name), config, dtype), policy, machine, backend=open_device(device, DEVICE_BYTES)))
+            kind: stack.enter_context(Engine(_model(Path(name), config, dtype), policy, backend=open_device(device, DEVICE_BYTES)))
             for kind, (_, policy) in kinds.items()
         }
         seconds = dict.fromkeys(kinds, math.inf)
         for number in range(WARM_UPS + (1 if quick else ROUNDS)):  # in turn, since machines are now faster and now slower
             for kind, (num_seqs, _) in kinds.items():
-                taken = _pass_seconds(engines[kind], num_seqs, QUICK_PASSES if quick else PASSES)
+                taken = _pass_seconds(engines[kind], machine, num_seqs, QUICK_PASSES if quick else PASSES)
                 if number >= WARM_UPS:
                     seconds[kind] = min(seconds[kind], taken)
         num_units = engines["streamed"].runner.num_units
@@ -104,14 +106,15 @@ def elementwise_rate(dtype: torch.dtype, folder: Path, machine: Machine, max_byt
         machine = dataclasses.replace(machine, elementwise={name: Rate(math.inf, math.inf)})
         products = _Products(width, dtype)
         rounds: list[float] = []
-        with Engine(_model(Path(path), config, dtype), policy, machine) as engine:
+        with Engine(_model(Path(path), config, dtype), policy) as engine:
             for _ in range(LAYER_PASSES):
+                log = _log(engine, machine)
                 began = time.perf_counter()
-                list(engine.generate(_requests(LAYER_TOKENS // LAYER_PROMPT, 1, prompt_len=LAYER_PROMPT)))
+                list(engine.generate(_requests(LAYER_TOKENS // LAYER_PROMPT, 1, prompt_len=LAYER_PROMPT), log=log))
                 taken = time.perf_counter() - began
                 # Products beside it in time: what slows both by the same factor says nothing of the rest.
                 pace = products.seconds() / products.expected_seconds(machine)
-                left = taken / pace - engine.log.passes.expected_seconds
+                left = taken / pace - log.passes.expected_seconds
                 moved = LAYER_TOKENS * elementwise_bytes(width, INTERMEDIATE * width // 4, name)
                 rounds.append(moved / max(left, moved / machine.host_memory.best))  # differences scatter, but nothing is faster than memory
     return Rate.of(rounds[1:])
@@ -155,8 +158,8 @@ def _config(hidden_size: int, num_layers: int) -> PreTrainedConfig:
     )  # fmt: skip
 
 
-def _model(folder: Path, config: PreTrainedConfig, dtype: torch.dtype) -> LoadedModel:
-    return load_model(folder, config, dtype, unit_bytes=1 * MIB)  # a unit is a whole layer
+def _model(folder: Path, config: PreTrainedConfig, dtype: torch.dtype) -> AssembledModel:
+    return assemble_model(folder, config, dtype, unit_bytes=1 * MIB)  # a unit is a whole layer
 
 
 def _policy(device: str, dtype: torch.dtype, machine: Machine) -> Policy:
@@ -170,10 +173,15 @@ def _policy(device: str, dtype: torch.dtype, machine: Machine) -> Policy:
     )  # fmt: skip
 
 
-def _pass_seconds(engine: Engine, num_seqs: int, num_passes: int) -> float:
+def _log(engine: Engine, machine: Machine) -> RunLog:
+    return RunLog(engine.runner, PassLog(engine.runner.model.spec, machine, engine.policy, engine.runner.homes))
+
+
+def _pass_seconds(engine: Engine, machine: Machine, num_seqs: int, num_passes: int) -> float:
     """Return the seconds of a pass of next tokens: the median of all passes but the first, which has the prompts, and the last."""
     ends: list[float] = []
-    list(engine.generate(_requests(num_seqs, num_passes), on_pass=lambda unfinished: ends.append(time.perf_counter())))
+    requests, log = _requests(num_seqs, num_passes), _log(engine, machine)
+    list(engine.generate(requests, log=log, on_pass=lambda unfinished: ends.append(time.perf_counter())))
     return statistics.median(after - before for before, after in itertools.pairwise(ends[:-1]))
 
 

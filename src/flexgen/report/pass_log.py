@@ -16,7 +16,7 @@ class PassLog:
 
     Args:
         spec: The model.
-        machine: The measured rates of the machine, with which the passes are compared.
+        machine: The measured rates of the machine, with which the passes are compared; None to record no ideal and expected seconds.
         policy: Where every byte lives and what a pass carries.
         homes: The home of each unit.
 
@@ -32,10 +32,10 @@ class PassLog:
         compute_share: The ideal seconds of computing over the wall time, for the last pass.
     """
 
-    def __init__(self, spec: ModelSpec, machine: Machine, policy: Policy, homes: Sequence[str]) -> None:
+    def __init__(self, spec: ModelSpec, machine: Machine | None, policy: Policy, homes: Sequence[str]) -> None:
         self.machine = machine
         self._spec, self._policy = spec, policy
-        self._expectation = Expectation(spec, machine, policy.dtype)
+        self._expectation = None if machine is None else Expectation(spec, machine, policy.dtype)
         self._weights = weights_work(spec, homes, policy.device)
         self.num_passes = 0
         self.busiest_seconds = self.expected_seconds = self.seconds = self.compute_share = 0.0
@@ -50,22 +50,23 @@ class PassLog:
 
     def add(self, seconds: float, work: PassWork, waits: Mapping[str, float]) -> None:
         """Add a finished pass: its wall time and its work as counted, not as planned."""
-        ideal = ideal_seconds(work, self.machine, self._policy.dtype)
-        expected = self._expectation.busy(work, self._policy)
         self.num_passes += 1
         self.seconds += seconds
+        _add(self.waits, waits)
+        if self.machine is None or self._expectation is None:
+            return
+        ideal = ideal_seconds(work, self.machine, self._policy.dtype)
+        _add(self.ideal, ideal)
+        _add(self.expected, self._expectation.busy(work, self._policy))
         resource, most = busiest(ideal)
         self.busiest_seconds += most
         self.decided[resource] = self.decided.get(resource, 0.0) + most
         self.expected_seconds += self.expected_of(work)
         self.compute_share = ideal["compute"] / max(seconds, 1e-9)
-        for total, new in ((self.ideal, ideal), (self.expected, expected), (self.waits, waits)):
-            for key, value in new.items():
-                total[key] = total.get(key, 0.0) + float(value)
 
     def expected_of(self, work: PassWork) -> float:
         """Return the seconds that a pass with this work should take at typical rates."""
-        return float(self._expectation.seconds(work, self._policy))
+        return 0.0 if self._expectation is None else float(self._expectation.seconds(work, self._policy))
 
     def busiest_seconds_at(self, rates: Mapping[str, float]) -> float:
         """Return a lower bound of `busiest_seconds` for other best rates, at which other resources may decide the passes.
@@ -75,3 +76,8 @@ class PassLog:
         """
         decided = sum(seconds / rates.get(resource, 1.0) for resource, seconds in self.decided.items())
         return max([decided, *(seconds / rates.get(resource, 1.0) for resource, seconds in self.ideal.items())])
+
+
+def _add(total: dict[str, float], new: Mapping[str, float]) -> None:
+    for key, value in new.items():
+        total[key] = total.get(key, 0.0) + float(value)

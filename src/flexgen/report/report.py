@@ -25,19 +25,13 @@ class RunContext:
     """The inputs of a report besides the run and its plan.
 
     Attributes:
-        model: The model's name.
         load_seconds: The seconds that loading the model took.
-        host_budget_bytes: The memory granted on the host.
-        device_budget_bytes: The memory granted on the device.
         budgets: The memory that the least ideal time may use.
         check: A function that measures the machine again and returns its rates before and after the run; None if the job is too short for
             that.
     """
 
-    model: str
     load_seconds: float
-    host_budget_bytes: int
-    device_budget_bytes: int
     budgets: Budgets
     check: Callable[[], CheckedMachine] | None = None
 
@@ -84,16 +78,16 @@ def make_report(log: RunLog, plan: Plan, placement: dict[str, dict[str, int]], d
         overlap_at_check=at_check,
         efficiency_at_check=None if at_check is None else at_check * (ideal / busiest if busiest else 1.0),
         peak_host_bytes=_peak_resident_bytes(),
-        host_budget_bytes=context.host_budget_bytes,
+        host_budget_bytes=plan.forecast.budget_bytes["host"],
         peak_device_bytes=device_bytes,
-        device_budget_bytes=context.device_budget_bytes,
+        device_budget_bytes=plan.forecast.budget_bytes["device"],
         num_preemptions=counts.preemptions,
         recomputed_tokens=counts.recomputed_tokens,
         shared_prompt_tokens=counts.shared_prompt_tokens,
         finish_reasons=dict(log.finish_reasons),
         policy=dataclasses.asdict(plan.policy),
         machine=json.loads(plan.machine.to_json()),
-        model=context.model,
+        model=plan.spec.name,
         versions=_versions(),
     )
 

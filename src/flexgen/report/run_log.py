@@ -193,6 +193,8 @@ class RunLog:
     def _link_shares(self, moved: dict[str, int], seconds: float) -> dict[str, float]:
         """Return achieved over attainable rates: of links since the last report of progress, of computing over the last whole pass."""
         machine = self.passes.machine
+        if machine is None:
+            return {}
         rates = {
             "disk_read": machine.disk_read.best,
             "disk_write": machine.disk_write.best,

@@ -12,11 +12,11 @@ from flexgen.base.quantities import format_size
 from flexgen.hub.model_files import TOKENIZER_FILES, ModelFiles, weight_files
 from flexgen.hub.private_folder import tokenizer_files
 from flexgen.session.model import ResolvedModel
-from flexgen.text.answers import Choices
+from flexgen.text.answers import RequestTranslator
 from flexgen.text.tokenizer import Tokenizer
 
 
-def fingerprint(model: ResolvedModel, choices: Choices, chat_template: str | None, load_format: str) -> dict[str, Any]:
+def fingerprint(model: ResolvedModel, translator: RequestTranslator, chat_template: str | None, load_format: str) -> dict[str, Any]:
     """Return everything about a model that changes its answers, by name.
 
     Raises:
@@ -27,13 +27,13 @@ def fingerprint(model: ResolvedModel, choices: Choices, chat_template: str | Non
     return {
         "model": _weights(model.files, load_format),
         "config": _digest([json.dumps(model.files.config, sort_keys=True).encode()]),
-        "tokenizer": None if choices.tokenizer is None else _tokenizer_digest(choices.tokenizer, model.files.folder),
+        "tokenizer": None if translator.tokenizer is None else _tokenizer_digest(translator.tokenizer, model.files.folder),
         "chat_template": None if chat_template is None else _digest([chat_template.encode()]),
-        "eos_token_ids": sorted(choices.eos_token_ids),
+        "eos_token_ids": sorted(translator.eos_token_ids),
         "dtype": model.dtype,
         "load_format": load_format,
-        "max_model_len": choices.max_model_len,
-        "seed": choices.seed,
+        "max_model_len": translator.max_model_len,
+        "seed": translator.seed,
     }
 
 

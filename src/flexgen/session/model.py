@@ -1,4 +1,4 @@
-"""Finds each fact about a model once per run: its config, the dtype to compute in, the budgets, and its description.
+"""Finds each fact about a model once per run: its config, the dtype to compute in, the budgets, and the parts to execute.
 
 Loads torch only where a model is described.
 """
@@ -25,7 +25,7 @@ from flexgen.plan.machine import Limits
 from flexgen.profile.limits import find_limits
 
 if TYPE_CHECKING:
-    from flexgen.models.assemble import LoadedModel
+    from flexgen.models.assemble import AssembledModel
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ class ResolvedModel:
         self.files, self._options = files, options
         self.config: Any = read_config(files)
         self._limits: Limits | None = None
-        self._description: LoadedModel | None = None
+        self._assembled: AssembledModel | None = None
 
     @property
     def limits(self) -> Limits:
@@ -96,36 +96,36 @@ class ResolvedModel:
             CapacityError: As for `dtype`.
         """
         folder, dtype = self.files.folder, self.dtype
-        if self._options.load_format != "dummy" and self._description is None:
-            self._description = self._describe(folder, dtype)
+        if self._options.load_format != "dummy" and self._assembled is None:
+            self._assembled = self._assemble(folder, dtype)
 
-    def take(self, folder: Path) -> LoadedModel:
-        """Return the description of the model, whose weights lie in `folder`.
+    def take(self, folder: Path) -> AssembledModel:
+        """Return the model, whose weights lie in `folder`, ready for an engine.
 
-        The description belongs to the caller alone, because an engine keeps weights in it. The next caller gets another one, and fresh
-        limits, since memory may have been taken or freed by then.
+        It belongs to the caller alone, because an engine keeps weights in it. The next caller gets another one, and fresh limits, since
+        memory may have been taken or freed by then.
 
         Raises:
             ModelError: The model cannot be served.
         """
-        description, self._description = self._description, None
-        if description is None:
-            description = self._describe(folder, self.dtype)
+        assembled, self._assembled = self._assembled, None
+        if assembled is None:
+            assembled = self._assemble(folder, self.dtype)
         self._limits = None
-        return description
+        return assembled
 
-    def _describe(self, folder: Path, dtype: str) -> LoadedModel:
-        """Describe the model in a folder; quantized weights are refused as such, before they are compared with the config."""
+    def _assemble(self, folder: Path, dtype: str) -> AssembledModel:
+        """Assemble the model in a folder; quantized weights are refused as such, before they are compared with the config."""
         import torch
 
         from flexgen.formats.table import refuse_quantization
-        from flexgen.models.assemble import load_model
+        from flexgen.models.assemble import assemble_model
 
         step("tracing the model's layers")
         with DESCRIBING, describing(self.files.name):
             if (tool := other_quantization(self.files.folder, self.files.config)) is not None:
                 raise refuse_quantization({"quant_method": tool})
-            return load_model(folder, self.config, getattr(torch, dtype))
+            return assemble_model(folder, self.config, getattr(torch, dtype), name=self.files.name)
 
 
 def config_dtype(config: Any) -> str:

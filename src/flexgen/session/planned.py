@@ -1,49 +1,76 @@
-"""An open engine together with its plan: keeps the log of each run, and reports on the last one."""
+"""An open engine together with its plan: opens it, keeps the log of each run, and reports on the last one."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
+import time
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 
+from flexgen.base.steps import step
+from flexgen.devices.open import open_device
 from flexgen.engine.engine import Engine
+from flexgen.io.offload import OffloadFolder
 from flexgen.plan.price.pass_time import Expectation
-from flexgen.plan.tell.forecast import Plan, forecast_again
+from flexgen.plan.search.ideal import budgets_of
+from flexgen.plan.tell.forecast import forecast_again
 from flexgen.plan.tell.remaining import RemainingTime
 from flexgen.plan.workload import Workload
+from flexgen.profile.check import MachineCheck
 from flexgen.report.pass_log import PassLog
 from flexgen.report.progress import Progress, RunReport
 from flexgen.report.report import RunContext, make_report
 from flexgen.report.run_log import RunLog
 from flexgen.request import PartialAnswer, TokenRequest, TokenResult
+from flexgen.session.prepare import Prepared
 from flexgen.text.common_prefixes import NO_PREFIXES, CommonPrefixes
+
+logger = logging.getLogger(__name__)
+
+# From this expected duration of a job on, the brief check of the machine before and after it costs little in comparison.
+CHECKED_SECONDS = 5.0
 
 
 class PlannedEngine:
-    """An open engine and the plan that it executes.
+    """The engine that executes a plan, opened with its resident weights loaded.
 
     Args:
-        engine: The engine, with its weights loaded.
-        plan: The plan that it executes.
-        workload: The work that it was planned for.
-        context: The facts beyond plan and engine that reports state.
-        resources: The stack that closes the engine and removes the files written for it.
+        prepared: The plan and the model.
 
     Attributes:
         plan: The plan, with the forecast of the work that is expected next.
         load_seconds: The time that loading the weights took.
+
+    Raises:
+        CapacityError: There is not enough memory; nothing stays open.
+        StorageError: No offload folder can be made; nothing stays open.
     """
 
-    def __init__(self, engine: Engine, plan: Plan, workload: Workload, context: RunContext, resources: contextlib.ExitStack) -> None:
-        self.plan, self.load_seconds = plan, context.load_seconds
-        self._engine, self._workload, self._context, self._resources = engine, workload, context, resources
+    def __init__(self, prepared: Prepared) -> None:
+        step("loading weights")
+        self.plan, self._workload = prepared.plan, prepared.workload
+        with contextlib.ExitStack() as resources:
+            resources.callback(prepared.discard)
+            check = _machine_check(prepared)
+            start = time.perf_counter()
+            self._engine = _opened(prepared, resources)
+            self._engine.load()
+            self.load_seconds = time.perf_counter() - start
+            logger.info("loaded in %.1f s", self.load_seconds)
+            self._context = RunContext(
+                load_seconds=self.load_seconds,
+                budgets=budgets_of(prepared.limits, self.plan.spec, prepared.process_bytes),
+                check=check.end if check is not None else None,
+            )
+            self._resources = resources.pop_all()
 
     def expect(self, workload: Workload) -> None:
-        """Set the work that comes next, if it differs from the work that the engine was planned for, and forecast it."""
-        self._workload = workload
-        self.plan = dataclasses.replace(
-            self.plan, forecast=forecast_again(self.plan.forecast, self.plan.policy, self._expectation(), workload)
-        )
+        """Set the work that comes next, and forecast it if it differs from the work expected so far."""
+        if workload != self._workload:
+            forecast = forecast_again(self.plan.forecast, self.plan.policy, self._expectation(), workload)
+            self.plan, self._workload = dataclasses.replace(self.plan, forecast=forecast), workload
 
     def generate(
         self,
@@ -79,3 +106,30 @@ class PlannedEngine:
 
     def _expectation(self) -> Expectation:
         return Expectation(self.plan.spec, self.plan.machine, self.plan.policy.dtype)
+
+
+def _opened(prepared: Prepared, resources: contextlib.ExitStack) -> Engine:
+    """Return an engine without weights; `resources` closes it and removes its offload folder."""
+    limits, policy = prepared.limits, prepared.plan.policy
+    offload_dir = None
+    if policy.kv_disk_bytes:
+        offload = OffloadFolder(Path(limits.offload_dir))
+        resources.callback(offload.remove)
+        offload_dir = offload.path
+    backend = open_device(limits.device, limits.device_bytes)
+    engine = Engine(prepared.model, policy, backend=backend, offload_dir=offload_dir, verify_reads=prepared.verify_reads)
+    return resources.enter_context(engine)
+
+
+def _machine_check(prepared: Prepared) -> MachineCheck | None:
+    """Start measuring how fast the machine is now; return None for a short job."""
+    policy, layouts, seconds = prepared.plan.policy, prepared.model.layouts, prepared.plan.forecast.seconds
+    if seconds < CHECKED_SECONDS:
+        return None
+    files = {extent.path for layout in layouts for extent in layout.extents} if policy.weights.disk else set[Path]()
+    check = MachineCheck(
+        machine=prepared.plan.machine, device=policy.device, dtype=policy.dtype, max_bytes=policy.workspace_bytes,
+        job_seconds=seconds, weights=max(files, key=lambda path: path.stat().st_size, default=None),
+    )  # fmt: skip
+    check.start()
+    return check

@@ -40,11 +40,11 @@ def plan_job(model: ResolvedModel, options: EngineOptions, workload: Workload) -
         OptionError: An option cannot be honoured on this machine.
     """
     step("loading PyTorch")
-    from flexgen.session.setup import discard, prepare
+    from flexgen.session.prepare import prepare
 
-    found = prepare(model, options, workload)
-    discard(found)
-    return found.plan
+    prepared = prepare(model, options, workload)
+    prepared.discard()
+    return prepared.plan
 
 
 def open_engine(model: ResolvedModel, options: EngineOptions, workload: Workload) -> PlannedEngine:
@@ -56,9 +56,10 @@ def open_engine(model: ResolvedModel, options: EngineOptions, workload: Workload
         OptionError: As for `plan_job`; nothing stays open.
     """
     step("loading PyTorch")
-    from flexgen.session.setup import open_prepared, prepare
+    from flexgen.session.planned import PlannedEngine
+    from flexgen.session.prepare import prepare
 
-    return open_prepared(prepare(model, options, workload))
+    return PlannedEngine(prepare(model, options, workload))
 
 
 class EngineSession:
@@ -78,7 +79,7 @@ class EngineSession:
         self.options = options
         self.engine: PlannedEngine | None = None
         self._model, self._max_model_len = model, max_model_len
-        self._planned = self._expected = Workload(prompt_lens=(), output_lens=())  # the work it was opened for, the work it expects
+        self._planned = Workload(prompt_lens=(), output_lens=())  # the work that the engine was opened for
         self._hopeless = math.inf  # requests of so many tokens or more fit no plan
         self._slow_seconds = 0.0  # forecast of the jobs that another plan might have done faster
         self._max_num_seqs = 0  # of the last engine, even after it was closed
@@ -93,9 +94,7 @@ class EngineSession:
         """
         if self.engine is None:
             return self._opened(workload)
-        if workload != self._expected:
-            self.engine.expect(workload)
-            self._expected = workload
+        self.engine.expect(workload)
         if self._serves(self.engine, workload):
             return self.engine
         self.close()  # a closed engine still holds its memory,
@@ -103,7 +102,6 @@ class EngineSession:
         if self.options.max_request_seconds is None and self.options.max_job_seconds is None:
             with contextlib.suppress(CapacityError):  # the work may still fit without the additional room
                 self._opened(with_room(workload, self._max_model_len)).expect(workload)
-                self._expected = workload
         return self.engine or self._opened(workload)
 
     def shrink(self) -> int | None:
@@ -127,7 +125,7 @@ class EngineSession:
 
     def _opened(self, workload: Workload) -> PlannedEngine:
         engine = open_engine(self._model, self.options, workload)
-        self.engine, self._planned, self._expected, self._slow_seconds = engine, workload, workload, 0.0
+        self.engine, self._planned, self._slow_seconds = engine, workload, 0.0
         policy = engine.plan.policy
         self._max_num_seqs = policy.max_num_seqs
         self._hopeless = min((total for total in _totals(workload) if total > policy.longest_sequence), default=math.inf)

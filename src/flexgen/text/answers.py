@@ -22,7 +22,7 @@ _MAX_BAD_WORDS_CHARS = 1 << 20  # of one request, whose tokens stay in memory wh
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Choices:
+class RequestTranslator:
     """Translates prompts with their sampling parameters into the engine's requests, and the engine's results into vLLM's outputs.
 
     Attributes:

@@ -10,7 +10,7 @@ from machines import machine_of
 from flexgen import LLM, SamplingParams
 from flexgen.profile.check import MachineCheck
 from flexgen.report.progress import RunReport
-from flexgen.session import setup as opening
+from flexgen.session import planned, prepare
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def looked(monkeypatch: pytest.MonkeyPatch) -> list[Path | None]:
         return {"compute": 0.5, "disk_read": 0.5}
 
     machine = machine_of(decode_attention={"host": {}}, elementwise={"float32": 30e9}, attention={"float32": 1e11})
-    monkeypatch.setattr(opening, "cached_machine", lambda *_, **__: machine)
+    monkeypatch.setattr(prepare, "cached_machine", lambda *_, **__: machine)
     monkeypatch.setattr(MachineCheck, "now", now)
     return calls
 
@@ -41,7 +41,7 @@ def test_a_short_job_is_not_looked_at(looked: list[Path | None], novels_opt: Pat
 
 
 def test_a_longer_one_is_looked_at_before_and_after(looked: list[Path | None], novels_opt: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(opening, "CHECKED_SECONDS", 0.0)
+    monkeypatch.setattr(planned, "CHECKED_SECONDS", 0.0)
     report = report_of(novels_opt)
     assert looked == [None, None]
     assert report.check_rates == {"start": {"compute": 0.5, "disk_read": 0.5}, "end": {"compute": 0.5, "disk_read": 0.5}}
@@ -54,7 +54,7 @@ def test_a_longer_one_is_looked_at_before_and_after(looked: list[Path | None], n
 
 
 def test_a_plan_looks_at_nothing(looked: list[Path | None], novels_opt: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(opening, "CHECKED_SECONDS", 0.0)
+    monkeypatch.setattr(planned, "CHECKED_SECONDS", 0.0)
     from flexgen.plan.workload import Workload
 
     with LLM(novels_opt, dtype="float32", device="cpu") as llm:

@@ -1,0 +1,137 @@
+"""From a resolved model and options to a plan; no weights are read.
+
+Everything heavy (transformers, kernels) is loaded before the process is measured, so that the plan sees the memory that is left.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from flexgen.base.quantities import GIB, MIB, format_size
+from flexgen.base.steps import step
+from flexgen.checkpoint.dummy import checkpoint_bytes, write_random_checkpoint
+from flexgen.errors import CapacityError, FlexGenError
+from flexgen.io.checksums import BLOCK_BYTES, BYTES_PER_BLOCK
+from flexgen.io.offload import OffloadFolder
+from flexgen.kernels.attention import attention_kernels, warm_up
+from flexgen.models.assemble import AssembledModel
+from flexgen.options import EngineOptions
+from flexgen.plan.machine import Limits, Machine
+from flexgen.plan.play import admit
+from flexgen.plan.tell.forecast import Plan, make_plan
+from flexgen.plan.workload import Workload
+from flexgen.profile.measure import cached_machine
+from flexgen.session.model import DESCRIBING, ResolvedModel
+from flexgen.session.turns import forked
+
+logger = logging.getLogger(__name__)
+
+# From this size of weights on, half a minute of measuring costs little compared with the run.
+THOROUGH_BYTES = 1 * GIB
+# The process that loaded this module, and with it torch, to open an engine.
+_PROCESS = os.getpid()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """A plan, and what is needed to open the engine that executes it.
+
+    Attributes:
+        model: The model, without weights.
+        plan: The plan.
+        limits: The budgets that it keeps.
+        workload: The work that it is for.
+        process_bytes: The resident memory of the process before any weight was loaded, plus that of checksums if reads are verified.
+        dummy_folder: The folder of random weights written for this run, removed with it; None for real weights.
+        verify_reads: As in EngineOptions.
+    """
+
+    model: AssembledModel
+    plan: Plan
+    limits: Limits
+    workload: Workload
+    process_bytes: int
+    dummy_folder: OffloadFolder | None
+    verify_reads: bool
+
+    def discard(self) -> None:
+        """Remove the random weights that were written for the run, if any were."""
+        if self.dummy_folder is not None:
+            self.dummy_folder.remove()
+
+
+def prepare(found: ResolvedModel, options: EngineOptions, workload: Workload) -> Prepared:
+    """Describe the model, measure the machine, and choose the policy.
+
+    Raises:
+        ModelError: The model cannot be served.
+        OptionError: An option cannot be honoured on this machine.
+        CapacityError: A budget cannot be granted, or the budgets are too small.
+        FlexGenError: This process was forked from one that had loaded this module.
+    """
+    if os.getpid() != _PROCESS:
+        raise FlexGenError(forked("a model has been opened"))
+    with DESCRIBING, contextlib.ExitStack() as undo:
+        limits, folder, dummy_folder = found.limits, found.files.folder, None
+        options = replace(options, dtype=found.dtype, device=limits.device)
+        if options.load_format == "dummy":
+            dummy_folder = _random_weights(found.config, getattr(torch, options.dtype), limits)
+            undo.callback(dummy_folder.remove)
+            folder = dummy_folder.path
+        model = found.take(folder)
+        if dummy_folder is not None:
+            limits = replace(limits, disk_bytes=max(limits.disk_bytes - model.total_bytes, 0))
+        machine = _measured(model, limits, options.dtype)
+        step("loading kernels (compiled once)")
+        _warm_up_kernels(model.dtype)
+        process_bytes = psutil.Process().memory_info().rss
+        if options.verify_reads:
+            process_bytes += (model.total_bytes + limits.disk_bytes) // BLOCK_BYTES * BYTES_PER_BLOCK
+        step("choosing a plan")
+        plan = make_plan(options, model.spec, machine, limits, workload, process_bytes=process_bytes)
+        undo.pop_all()
+    return Prepared(
+        model=model, plan=plan, limits=limits, workload=workload, process_bytes=process_bytes, dummy_folder=dummy_folder,
+        verify_reads=options.verify_reads,
+    )  # fmt: skip
+
+
+def _measured(model: AssembledModel, limits: Limits, dtype: str) -> Machine:
+    """Return the rates of this machine, with the disk that the weights lie on."""
+    weights = model.layouts[0].extents[0].path.parent
+    quick = model.total_bytes < THOROUGH_BYTES
+    return cached_machine(limits.device, dtype, weights, max_bytes=min(256 * MIB, limits.host_bytes // 8), quick=quick)
+
+
+def _warm_up_kernels(dtype: torch.dtype) -> None:
+    """Compile (or load) the host's kernels and the planner's loop now: their memory belongs to the process, and their time to loading."""
+    admit.prepare()
+    kernels = attention_kernels(torch.device("cpu"), 1)
+    try:
+        warm_up(kernels, dtype)
+    finally:
+        kernels.close()
+
+
+def _random_weights(config: Any, dtype: torch.dtype, limits: Limits) -> OffloadFolder:
+    """Write random weights for a config to a fresh offload folder, and return it."""
+    folder = OffloadFolder(Path(limits.offload_dir))
+    logger.info("writing random weights to %s", folder.path)
+    try:
+        size = checkpoint_bytes(config, dtype)
+        if size > limits.disk_bytes:
+            granted = format_size(limits.disk_bytes)
+            raise CapacityError(f"random weights take {format_size(size)} of disk, {granted} are granted: raise --disk")
+        write_random_checkpoint(config, folder.path, dtype)
+    except BaseException:
+        folder.remove()
+        raise
+    return folder
