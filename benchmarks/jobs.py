@@ -30,7 +30,7 @@ from flexgen.jobs.export import export  # noqa: E402
 from flexgen.jobs.folder import JobFolder, job_paths  # noqa: E402
 from flexgen.jobs.identity import identity_of  # noqa: E402
 from flexgen.jobs.runner import Job  # noqa: E402
-from flexgen.jobs.store import ResultRow, Store  # noqa: E402
+from flexgen.jobs.store import Store  # noqa: E402
 from flexgen.plan.workload import Workload  # noqa: E402
 from flexgen.request import TokenRequest, TokenResult  # noqa: E402
 
@@ -139,9 +139,9 @@ class WatchedStore(Store):
 
     samples: Samples | None = None
 
-    def add(self, result: ResultRow) -> None:
+    def add(self, *args: Any, **kwargs: Any) -> None:
         """Take the result of a line."""
-        super().add(result)
+        super().add(*args, **kwargs)
         if self.samples is not None:
             self.samples.line_done()
 

@@ -116,7 +116,8 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         for each in dataclasses.fields(self):
-            object.__setattr__(self, each.name, CHECKS[each.name](each.name, getattr(self, each.name)))
+            if (value := getattr(self, each.name)) is not each.default:
+                object.__setattr__(self, each.name, CHECKS[each.name](each.name, value))
         if self.top_p == 0 and self.temperature > 0:
             raise must_be("top_p", "a number above 0, unless temperature is 0", self.top_p)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:

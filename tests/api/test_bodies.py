@@ -7,21 +7,23 @@ from typing import Any
 import pytest
 
 from flexgen.api.bodies import parse_chat, parse_completion
-from flexgen.api.job_request import RequestBody
+from flexgen.api.job_request import JobRequest
+from flexgen.api.plain import PlainForm
 from flexgen.chat import Chat
 from flexgen.errors import RequestError
 from flexgen.request import SamplingParams
 
 DEFAULTS = SamplingParams(temperature=0.7, max_tokens=None)
 MESSAGES = [{"role": "user", "content": "Hi"}]
+LINE = JobRequest(line_number=1, digest=1, form=PlainForm(defaults=DEFAULTS))
 
 
-def completion(**fields: Any) -> RequestBody:
-    return parse_completion({"prompt": "p", **fields}, DEFAULTS)
+def completion(**fields: Any) -> JobRequest:
+    return parse_completion(LINE, {"prompt": "p", **fields}, DEFAULTS)
 
 
-def chat(**fields: Any) -> RequestBody:
-    return parse_chat({"messages": MESSAGES, **fields}, DEFAULTS)
+def chat(**fields: Any) -> JobRequest:
+    return parse_chat(LINE, {"messages": MESSAGES, **fields}, DEFAULTS)
 
 
 @pytest.fixture(params=[completion, chat], ids=["completion", "chat"])
@@ -256,5 +258,5 @@ def test_bad_chats(fields: dict[str, Any], param: str) -> None:
 )
 def test_an_unknown_field_has_a_hint(name: str, said: str) -> None:
     with pytest.raises(RequestError) as caught:
-        parse_completion({"prompt": "a", name: 1}, SamplingParams())
+        parse_completion(LINE, {"prompt": "a", name: 1}, SamplingParams())
     assert said in str(caught.value)

@@ -14,7 +14,7 @@ from openai.types import Completion, ErrorObject
 from openai.types.chat import ChatCompletion
 
 from flexgen import LLM, RequestError, SamplingParams
-from flexgen.api.job_request import JobRequest, RequestBody
+from flexgen.api.job_request import JobRequest
 from flexgen.api.openai import OpenAIForm
 from flexgen.jobs.forms import Forms
 from flexgen.jobs.lines import Line
@@ -82,8 +82,7 @@ def test_answers(url: str) -> None:
     form = OpenAIForm(url=url, model="m", created=1, defaults=SamplingParams())
     for n, num_logprobs, shows_ids in itertools.product((1, 3), (None, 0, 2), (False, True)):
         params = SamplingParams(n=n, logprobs=num_logprobs)
-        body = RequestBody(prompt="p", params=params, states_max_tokens=False, return_token_ids=shows_ids, model=None, ignored=())
-        request = JobRequest(line_number=1, digest=2, id="c", form=form, asked=body)
+        request = JobRequest(line_number=1, digest=2, id="c", form=form, prompt="p", params=params, return_token_ids=shows_ids)
         record = form.success(request, [completion(index, num_logprobs) for index in range(n)], 5)
         check(record)
         assert record["response"]["status_code"] == 200
@@ -93,7 +92,7 @@ def test_answers(url: str) -> None:
 @pytest.mark.parametrize("identity", ["c", None])
 def test_errors(error: RequestError, identity: str | None) -> None:
     form = OpenAIForm(url=None, model="m", created=1, defaults=SamplingParams())
-    check(form.failure(JobRequest(line_number=1, digest=2, id=identity, form=form, asked=error), error))
+    check(form.failure(JobRequest(line_number=1, digest=2, id=identity, form=form, error=error), error))
 
 
 @pytest.fixture
@@ -105,15 +104,15 @@ def llm(model_folder: Path, engines: list[FakeEngine]) -> Iterator[LLM]:
 def test_a_file_made_for_the_hosted_api_runs_as_it_is(llm: LLM) -> None:
     forms = Forms(model="m", created=1, defaults=llm.get_default_sampling_params())
     parsed = [forms.parse(Line(number=n, content=json.dumps(line).encode(), digest=n)) for n, line in enumerate(HOSTED, 1)]
-    prompts = encode_prompts(llm, [request.asked for request in parsed])
+    prompts = encode_prompts(llm, parsed)
     for request, ids, line in zip(parsed, prompts, HOSTED, strict=True):
         assert not isinstance(ids, RequestError)
-        token_requests = llm.token_requests(request.line_number << 16, ids, request.body.params)
+        token_requests = llm.token_requests(request.line_number << 16, ids, request.params)
         lengths = Workload(prompt_lens=(len(ids),) * len(token_requests), output_lens=tuple(each.max_tokens for each in token_requests))
-        completions = llm.completions(llm.stream(token_requests, lengths), request.body.params)
+        completions = llm.completions(llm.stream(token_requests, lengths), request.params)
         record = request.form.success(request, completions, len(ids))
         check(record)
         assert record["custom_id"] == line["custom_id"]
         assert len(record["response"]["body"]["choices"]) == line["body"].get("n", 1)
         for name in ("temperature", "top_p", "seed", "presence_penalty", "max_tokens"):
-            assert line["body"].get(name) in (None, getattr(request.body.params, name))
+            assert line["body"].get(name) in (None, getattr(request.params, name))

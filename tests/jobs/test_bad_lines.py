@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from flexgen import LLM, RequestError, SamplingParams
-from flexgen.api.job_request import RequestBody
 from flexgen.jobs.forms import Forms
 from flexgen.jobs.lines import read_lines
 from flexgen.jobs.reading import encode_prompts
@@ -112,13 +111,13 @@ def test_every_bad_line_has_one_outcome(llm: LLM) -> None:
     outcomes = {"request": 0, "error": 0}
     for start in range(0, NUM_LINES, BATCH):
         batch = parsed[start : start + BATCH]
-        prompts = encode_prompts(llm, [request.asked for request in batch])
+        prompts = encode_prompts(llm, batch)
         for request, ids in zip(batch, prompts, strict=True):
             if isinstance(ids, RequestError):
                 record = request.form.failure(request, ids)
             else:
                 assert all(type(each) is int for each in ids)
-                record = request.form.success(request, [COMPLETION] * request.body.params.n, len(ids))
+                record = request.form.success(request, [COMPLETION] * request.params.n, len(ids))
             json.dumps(record, allow_nan=False).encode("ascii")
             outcomes["error" if isinstance(ids, RequestError) else "request"] += 1
     assert min(outcomes.values()) > NUM_LINES // 50, "the generator is of no use if lines are all good or all bad"
@@ -128,4 +127,4 @@ def test_every_bad_line_is_text(llm: LLM) -> None:
     forms = Forms(model="m", created=1, defaults=SamplingParams(), input_format="text")
     parsed = [forms.parse(line) for line in read_lines(io.BytesIO(bad_lines()))]
     assert len(parsed) == NUM_LINES
-    assert all(isinstance(each.asked, RequestBody) or each.asked.code == "invalid_utf8" for each in parsed)
+    assert all(each.error is None or each.error.code == "invalid_utf8" for each in parsed)

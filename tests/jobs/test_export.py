@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from jobs.places import IDENTITY, fill, opened, paths_of, records, result
+from jobs.places import IDENTITY, fill, opened, paths_of, record, records, result
 
 from flexgen.base import failpoints
 from flexgen.errors import JobError, OptionError, StorageError
@@ -31,13 +31,13 @@ def output(tmp_path: Path) -> Path:
 def test_both_orders(output: Path) -> None:
     with opened(output) as store:
         for number in (5, 2, 9, 1):
-            store.add(result(number))
+            store.add(**result(number))
         store.commit()
         assert export(store.paths, output) == 4  # while the job runs
     paths = paths_of(output)
-    assert output.read_bytes() == b"".join(result(number).record for number in (1, 2, 5, 9))
+    assert output.read_bytes() == b"".join(record(number) for number in (1, 2, 5, 9))
     export(paths, output, "done")
-    assert output.read_bytes() == b"".join(result(number).record for number in (5, 2, 9, 1))
+    assert output.read_bytes() == b"".join(record(number) for number in (5, 2, 9, 1))
     with pytest.raises(OptionError, match="known: input, done"):
         export(paths, output, "random")
 
@@ -52,13 +52,14 @@ def test_no_order_sorts(output: Path, query: str) -> None:
     assert "TEMP B-TREE" not in plan
 
 
-def test_a_run_s_uncommitted_results_are_not_there(output: Path) -> None:
+def test_a_run_s_uncommitted_results_are_not_there(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flexgen.jobs.store.COMMIT_SECONDS", 3600.0)
     with opened(output) as store:
-        store.add(result(1))
+        store.add(**result(1))
         store.commit()
-        store._pending.append(result(2))
+        store.add(**result(2))
         export(store.paths, output)
-    assert output.read_bytes() == result(1).record
+    assert output.read_bytes() == record(1)
 
 
 def test_a_job_without_lines_gives_an_empty_file(output: Path) -> None:
@@ -142,10 +143,10 @@ def test_every_name_that_a_file_may_have(tmp_path: Path, length: int) -> None:
     paths = job_paths(None, output, None)
     with JobFolder(paths) as folder, Store(folder) as store:
         store.begin(IDENTITY, "m")
-        store.add(result(1))
+        store.add(**result(1))
         store.commit()
         export(paths, output)
-    assert output.read_bytes() == result(1).record
+    assert output.read_bytes() == record(1)
     assert find_job(output) == paths
 
 
@@ -180,7 +181,7 @@ def test_files_planted_in_a_job_s_folder_are_refused(output: Path, planted: str,
     assert precious.read_text() == "precious"
 
 
-@pytest.mark.parametrize("content", [b"precious\n", result(1).record])
+@pytest.mark.parametrize("content", [b"precious\n", record(1)])
 def test_a_foreign_file_is_refused_and_kept(output: Path, content: bytes) -> None:
     fill(output, range(1, 4))
     paths = paths_of(output)

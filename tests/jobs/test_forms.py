@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from flexgen.api.job_request import Form, JobRequest, RequestBody
+from flexgen.api.job_request import JobRequest, LineForm
 from flexgen.api.openai import OpenAIForm
 from flexgen.api.plain import PlainForm
 from flexgen.chat import Chat
@@ -20,6 +20,7 @@ from flexgen.request import CompletionOutput, Logprob, SamplingParams
 DEFAULTS = SamplingParams(temperature=0.7, max_tokens=None)
 MESSAGES = [{"role": "user", "content": "Hi"}]
 PLAIN = PlainForm(defaults=DEFAULTS)
+BARE = JobRequest(line_number=7, digest=0xABC, form=PLAIN)
 
 
 def openai(url: object = "/v1/completions") -> OpenAIForm:
@@ -62,14 +63,14 @@ def test_the_form_of_a_line(line: object, form: type, identity: str | None) -> N
     request = parsed(line)
     assert isinstance(request.form, form)
     assert (request.line_number, request.digest, request.id) == (3, 9, identity)
-    assert request.form.failure(request, request.asked if isinstance(request.asked, RequestError) else RequestError("no"))
+    assert request.form.failure(request, request.error or RequestError("no"))
 
 
 def test_text_is_a_prompt_whatever_it_looks_like() -> None:
     for text in ('{"prompt": "p"}', "  two spaces ", "ü\0\x0b"):
         request = parsed(text.encode(), input_format="text")
-        assert (request.body.prompt, request.body.params, request.id, request.form) == (text, DEFAULTS, None, PLAIN)
-    error = parsed(b"\xff", input_format="text").asked
+        assert (request.prompt, request.params, request.id, request.form) == (text, DEFAULTS, None, PLAIN)
+    error = parsed(b"\xff", input_format="text").error
     assert isinstance(error, RequestError)
     assert error.code == "invalid_utf8"
 
@@ -85,9 +86,9 @@ def test_an_unknown_input_format() -> None:
 @pytest.mark.parametrize(("named", "strict_error"), [(None, False), ("org/model", False), ("model", False), ("gpt-4o-mini", True)])
 @pytest.mark.parametrize("line", [batch_line, chat_line, lambda **body: {"prompt": "p", **body}])
 def test_strict_refuses_another_model(line: Any, named: str | None, strict_error: bool) -> None:
-    assert isinstance(parsed(line(model=named)).asked, RequestBody)
+    assert parsed(line(model=named)).error is None
     request = parsed(line(model=named), strict=True)
-    error = request.asked
+    error = request.error
     assert isinstance(error, RequestError) == strict_error
     if isinstance(error, RequestError):
         assert (error.code, error.param) == ("model_not_found", "model")
@@ -99,8 +100,8 @@ def test_remarks_are_made_once() -> None:
     remarks = Remarks("org/model")
     assert remarks.lines() == []
     for _ in range(1000):
-        remarks.note(parsed({"prompt": "p", "user": "u", "stream": False, "model": "gpt-4o"}).body)
-    remarks.note(parsed({"prompt": "p", "user": "u", "model": "model"}).body)
+        remarks.note(parsed({"prompt": "p", "user": "u", "stream": False, "model": "gpt-4o"}))
+    remarks.note(parsed({"prompt": "p", "user": "u", "model": "model"}))
     assert remarks.lines() == [
         "fields that have no effect here, with the number of lines that have them: user 1,001, stream 1,000",
         "lines that name another model, and are answered by org/model all the same: gpt-4o 1,000",
@@ -110,7 +111,7 @@ def test_remarks_are_made_once() -> None:
 def test_remarks_stay_short() -> None:
     remarks = Remarks("m")
     for number in range(10_000):
-        remarks.note(parsed({"prompt": "p", "model": f"other {number}"}).body)
+        remarks.note(parsed({"prompt": "p", "model": f"other {number}"}))
     (line,) = remarks.lines()
     assert len(line) < 400
     assert "others 9,992" in line
@@ -120,11 +121,11 @@ def test_remarks_stay_short() -> None:
 
 
 def test_bare_lines_have_the_job_s_defaults() -> None:
-    for line in ({"prompt": "p"}, {"messages": MESSAGES}):
-        request = PLAIN.parse(line)
+    for fields in ({"prompt": "p"}, {"messages": MESSAGES}):
+        request = PLAIN.parse(BARE, fields)
         assert request.params == DEFAULTS
         assert not request.states_max_tokens
-    assert isinstance(PLAIN.parse({"messages": MESSAGES}).prompt, Chat)
+    assert isinstance(PLAIN.parse(BARE, {"messages": MESSAGES}).prompt, Chat)
 
 
 @pytest.mark.parametrize(
@@ -141,7 +142,7 @@ def test_bare_lines_have_the_job_s_defaults() -> None:
 )
 def test_bare_identity(fields: dict[str, Any], wanted: object) -> None:
     assert PLAIN.identity(fields) == wanted
-    PLAIN.parse({"prompt": "p", **fields})
+    PLAIN.parse(BARE, {"prompt": "p", **fields})
 
 
 @pytest.mark.parametrize(
@@ -152,16 +153,16 @@ def test_a_bare_id_that_is_none(fields: dict[str, Any], wanted: object) -> None:
     """Its error is found by what there is, all the same."""
     assert PLAIN.identity(fields) == wanted
     with pytest.raises(RequestError, match="id must be"):
-        PLAIN.parse({"prompt": "p", **fields})
+        PLAIN.parse(BARE, {"prompt": "p", **fields})
 
 
 def test_bare_lines_have_one_prompt() -> None:
     with pytest.raises(RequestError, match="no prompt"):
-        PLAIN.parse({})
+        PLAIN.parse(BARE, {})
     with pytest.raises(RequestError, match="both"):
-        PLAIN.parse({"prompt": "p", "messages": MESSAGES})
-    assert PLAIN.parse({"prompt": "p", "messages": None}).prompt == "p"
-    assert isinstance(PLAIN.parse({"prompt": None, "messages": MESSAGES}).prompt, Chat)
+        PLAIN.parse(BARE, {"prompt": "p", "messages": MESSAGES})
+    assert PLAIN.parse(BARE, {"prompt": "p", "messages": None}).prompt == "p"
+    assert isinstance(PLAIN.parse(BARE, {"prompt": None, "messages": MESSAGES}).prompt, Chat)
 
 
 # -- records ------------------------------------------------------------------------------------------------------------------------------
@@ -171,19 +172,18 @@ FIRST = CompletionOutput(index=0, text="Antwort ☃", token_ids=(1, 2, 3), finis
 SECOND = CompletionOutput(index=1, text="Ab", token_ids=(1, 2), finish_reason="length", logprobs=LOGPROBS)
 
 
-def line(form: Form, asked: RequestBody | RequestError, line_number: int = 7) -> JobRequest:
-    return JobRequest(line_number=line_number, digest=0xABC, id="x", form=form, asked=asked)
+def line(form: LineForm, **fields: Any) -> JobRequest:
+    return dataclasses.replace(BARE, id="x", form=form, **fields)
 
 
-def success(form: Form, *completions: CompletionOutput, shows_ids: bool = False, logprobs: int | None = None, **of_line: Any) -> Any:
+def success(form: LineForm, *completions: CompletionOutput, shows_ids: bool = False, logprobs: int | None = None, **of_line: Any) -> Any:
     """The record of an answer to a prompt of two tokens."""
     params = SamplingParams(n=len(completions), logprobs=logprobs)
-    body = RequestBody(prompt="p", params=params, states_max_tokens=False, return_token_ids=shows_ids, model=None, ignored=())
-    return form.success(line(form, body, **of_line), completions, 2)
+    return form.success(line(form, prompt="p", params=params, return_token_ids=shows_ids, **of_line), completions, 2)
 
 
-def failure(form: Form, error: RequestError) -> Any:
-    return form.failure(line(form, error), error)
+def failure(form: LineForm, error: RequestError) -> Any:
+    return form.failure(line(form, error=error), error)
 
 
 def test_bare_records() -> None:
@@ -225,10 +225,10 @@ def test_log_probabilities_in_a_bare_record() -> None:
 
 def test_openai_defaults() -> None:
     """As vLLM's server: the model's own values; 16 tokens for completions, up to the context for chats."""
-    request = openai().parse(batch_line())
+    request = openai().parse(BARE, batch_line())
     assert request.params == SamplingParams(temperature=0.7, max_tokens=16)
     assert not request.states_max_tokens
-    chat = openai("/v1/chat/completions").parse(chat_line())
+    chat = openai("/v1/chat/completions").parse(BARE, chat_line())
     assert chat.params == DEFAULTS
 
 
@@ -250,7 +250,7 @@ def test_openai_defaults() -> None:
 )
 def test_bad_batch_lines(change: dict[str, Any], code: str, param: str) -> None:
     request = parsed(batch_line() | change)
-    error = request.asked
+    error = request.error
     assert isinstance(error, RequestError)
     assert (error.code, error.param) == (code, param)
     assert request.form.failure(request, error)["response"]["status_code"] == (404 if code == "unsupported_url" else 400)
@@ -259,15 +259,15 @@ def test_bad_batch_lines(change: dict[str, Any], code: str, param: str) -> None:
 @pytest.mark.parametrize(("custom_id", "kept"), [(16, 16), (16.0, 16), ("x", "x"), (True, None), ([1], None), (1.5, None), (None, None)])
 def test_the_error_of_a_batch_line_has_its_id(custom_id: object, kept: object) -> None:
     request = parsed(batch_line(max_tokens=0) | {"custom_id": custom_id})
-    assert isinstance(request.asked, RequestError)
-    assert request.form.failure(request, request.asked)["custom_id"] == kept
+    assert isinstance(request.error, RequestError)
+    assert request.form.failure(request, request.error)["custom_id"] == kept
 
 
 def test_a_line_that_finds_a_bug_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flexgen.api.plain.parse_completion", lambda body, defaults: {}["x"])
+    monkeypatch.setattr("flexgen.api.plain.parse_completion", lambda line, body, defaults: {}["x"])
     request = parsed({"id": 5, "prompt": "p"})
-    assert isinstance(request.asked, RequestError)
-    assert (request.id, request.asked.code) == (5, "internal_error")
+    assert isinstance(request.error, RequestError)
+    assert (request.id, request.error.code) == (5, "internal_error")
 
 
 def test_an_internal_error_is_the_server_s() -> None:

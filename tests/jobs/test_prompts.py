@@ -11,18 +11,19 @@ import pytest
 from fakes import byte_id
 
 from flexgen import LLM, RequestError, SamplingParams
-from flexgen.api.job_request import RequestBody
+from flexgen.api.job_request import JobRequest
+from flexgen.api.plain import PlainForm
 from flexgen.chat import Chat
 from flexgen.jobs.reading import encode_prompts
 
 TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}{{ raise_exception('never') if messages[0].content == 'bad' }}"
 
 
-def request(prompt: str | tuple[int, ...] | Chat) -> RequestBody:
-    return RequestBody(prompt=prompt, params=SamplingParams(), states_max_tokens=False, return_token_ids=False, model=None, ignored=())
+def request(prompt: str | tuple[int, ...] | Chat) -> JobRequest:
+    return JobRequest(line_number=1, digest=1, form=PlainForm(defaults=SamplingParams()), prompt=prompt)
 
 
-def chat(content: str) -> RequestBody:
+def chat(content: str) -> JobRequest:
     return request(Chat(messages=({"role": "user", "content": content},)))
 
 
@@ -38,7 +39,8 @@ def llm(model_folder: Path) -> Iterator[LLM]:
 
 def test_each_request_has_its_own(llm: LLM) -> None:
     error = RequestError("was bad before")
-    found = encode_prompts(llm, [chat("a"), request("bc"), error, request((7, 8)), chat("bad"), chat("d"), request("")])
+    bad = request("e").refused(error)
+    found = encode_prompts(llm, [chat("a"), request("bc"), bad, request((7, 8)), chat("bad"), chat("d"), request("")])
     refused = found.pop(4)
     assert isinstance(refused, RequestError)
     assert "never" in str(refused)

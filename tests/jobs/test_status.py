@@ -35,7 +35,7 @@ def test_a_job_while_it_runs_and_afterwards(tmp_path: Path, clock: list[float]) 
         store.start_run(num_lines=20)
         assert not read_status(store.paths).answering
         for number in (1, 2, 3, 4):
-            store.add(result(number, failed=number == 3))
+            store.add(**result(number, failed=number == 3))
         clock[0] += 8.0
         store.commit([ProgressRow(line_number=9, digest=1, choice=0, start=0, generated=Generated(token_ids=(1,) * 30))])
         found = read_status(store.paths)
@@ -75,7 +75,7 @@ def test_answers_that_are_done_are_no_longer_in_progress(tmp_path: Path) -> None
     with opened(tmp_path / "out.jsonl") as store:
         store.start_run(num_lines=20)
         store.run.tell(output_tokens=50, in_progress=2, eta_seconds=None, planned_seconds=None)
-        store.add(result(30))
+        store.add(**result(30))
         store.commit()
         found = read_status(store.paths)
     assert (found.output_tokens, found.in_progress_tokens, found.eta_seconds) == (50, 20, None)
@@ -98,7 +98,7 @@ def test_a_job_of_an_earlier_version(tmp_path: Path) -> None:
     output = tmp_path / "out.jsonl"
     with opened(output) as store:
         store.start_run(num_lines=3)
-        store.add(result(1))
+        store.add(**result(1))
         store.commit()
         store._connection.execute("DROP TABLE snapshot")
     found = read_status(paths_of(output))
@@ -115,7 +115,7 @@ def test_a_word_that_cannot_be_kept_stops_nothing(tmp_path: Path) -> None:
         store.start_run(num_lines=3)
         store._connection.execute("DROP TABLE snapshot")
         store.run.tell(output_tokens=1, in_progress=1, eta_seconds=2.0, planned_seconds=None)
-        store.add(result(1))
+        store.add(**result(1))
         store.commit()
         assert read_status(store.paths).answered == 1
 
@@ -127,7 +127,7 @@ def test_a_later_run_has_its_own_pace(tmp_path: Path, clock: list[float]) -> Non
         with opened(output) as store:
             store.start_run(num_lines=30)
             for number in range(first, first + 10):
-                store.add(result(number))
+                store.add(**result(number))
             clock[0] += seconds
             store.commit([ProgressRow(line_number=25, digest=1, choice=0, start=first, generated=Generated(token_ids=(1, 2)))])
             found = read_status(store.paths)

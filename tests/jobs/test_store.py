@@ -56,7 +56,7 @@ def test_results_are_remembered(output: Path) -> None:
 def test_lines_may_finish_in_any_order(output: Path) -> None:
     with opened(output) as store:
         for number in (500, 3, 77):
-            store.add(result(number))
+            store.add(**result(number))
         store.commit()
     with opened(output) as store:
         assert done(store, 600) == [3, 77, 500]
@@ -66,13 +66,13 @@ def test_done_means_durable(output: Path, monkeypatch: pytest.MonkeyPatch) -> No
     """A line counts when its commit has returned, not before."""
     monkeypatch.setattr(store_module, "COMMIT_SECONDS", 1e9)
     with opened(output) as store:
-        store.add(result(1))
+        store.add(**result(1))
         assert (store.num_answered, store.is_done(1)) == (0, False)
         assert count_results(output) == 0
         store.commit()
         assert (store.num_answered, store.is_done(1)) == (1, True)
         assert count_results(output) == 1
-        store.add(result(2))
+        store.add(**result(2))
     with opened(output) as store:
         assert done(store) == [1]
 
@@ -82,7 +82,7 @@ def test_much_or_old_is_committed_by_itself(output: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(store_module, "_COMMIT_RESULTS", 3)
     with opened(output) as store:
         for number in range(1, 8):
-            store.add(result(number))
+            store.add(**result(number))
         assert done(store) == [1, 2, 3, 4, 5, 6]
         monkeypatch.setattr(store_module, "COMMIT_SECONDS", 0.0)
         store.commit_if_due()
@@ -92,8 +92,8 @@ def test_much_or_old_is_committed_by_itself(output: Path, monkeypatch: pytest.Mo
 def fill_in_pairs(output: Path) -> None:
     with opened(output) as store:
         for first in (1, 3, 5):
-            store.add(result(first))
-            store.add(result(first + 1))
+            store.add(**result(first))
+            store.add(**result(first + 1))
             store.commit()
 
 
@@ -117,21 +117,25 @@ def test_a_commit_that_fails_is_whole_or_not_at_all(output: Path, monkeypatch: p
         assert done(store) == list(range(1, 1 + 2 * max(whole, 0)))
         for number in range(1, 7):
             if not store.is_done(number):
-                store.add(result(number))
+                store.add(**result(number))
         store.commit()
         assert done(store) == [1, 2, 3, 4, 5, 6]
 
 
+def add_all(store: Store, numbers: range) -> None:
+    for number in numbers:
+        store.add(**result(number))
+    store.commit()
+
+
 def test_a_full_database_is_a_storage_error_and_keeps_what_was_committed(output: Path) -> None:
     with opened(output) as store:
-        store.add(result(1))
+        store.add(**result(1))
         store.commit()
         (pages,) = store._connection.execute("PRAGMA page_count").fetchone()
         store._connection.execute(f"PRAGMA max_page_count = {pages}")
-        for number in range(2, 2000):
-            store._pending.append(result(number))
         with pytest.raises(StorageError, match="full"):
-            store.commit()
+            add_all(store, range(2, 2000))
         assert done(store) == [1]
     with opened(output) as store:
         assert done(store, 3000) == [1]
@@ -178,7 +182,7 @@ def test_a_result_ends_the_progress_of_its_line_also_within_one_commit(output: P
     with opened(output) as store:
         store.commit([begun(0, 0, (5, 6))])
         store.keep(begun(1, 0, (5,)))
-        store.add(result(4))
+        store.add(**result(4))
         store.commit([begun(0, 2, (7,))])
         assert store._connection.execute("SELECT count(*) FROM begun").fetchone() == (0,)
 
@@ -255,7 +259,7 @@ def test_who_looks_at_a_running_job_leaves_its_log_alone(output: Path) -> None:
     with opened(output) as store:
         check_output(store.paths)
         for number in (1, 2, 4):
-            store.add(result(number))
+            store.add(**result(number))
             store.commit()
             assert look(output) == store.num_answered
         log = store.paths.database.with_name("job.sqlite-wal")
@@ -282,7 +286,7 @@ def test_a_job_of_which_nothing_is_kept_may_change(output: Path) -> None:
 def test_a_job_that_has_answered_nothing_may_change(output: Path) -> None:
     """Its errors may come from what was wrong then."""
     with opened(output) as store:
-        store.add(result(1, failed=True))
+        store.add(**result(1, failed=True))
         store.commit()
     with opened(output) as store:  # the same as before
         assert store.num_failed == 1
@@ -293,7 +297,7 @@ def test_a_job_that_has_answered_nothing_may_change(output: Path) -> None:
         assert store.num_failed == 1
     with opened(output, other) as store:
         store.start_run(num_lines=1)
-        store.add(result(1))
+        store.add(**result(1))
         store.commit()
     with pytest.raises(JobError, match="seed 1, now it is 0"), opened(output):
         pass
@@ -341,7 +345,7 @@ def test_another_input_is_refused_or_its_lines_forgotten(output: Path, given_lin
         assert set(done(store)) == same
         for number in range(1, 8):
             if number not in same:
-                store.add(result(number, digest=5))
+                store.add(**result(number, digest=5))
         store.commit()
     with opened(output) as store:
         assert store.num_found == 7
@@ -369,7 +373,7 @@ def test_a_line_that_failed_may_change_or_go(output: Path, given_lines: list[tup
 def test_lines_that_moved_are_told_apart(output: Path, numbers: list[int], was: int, now: int) -> None:
     with opened(output) as store:
         for number in range(1, 9):
-            store.add(result(number))
+            store.add(**result(number))
         store.commit()
         with pytest.raises(JobError, match=f"what was line {was} is line {now} now"):
             store.match_input([(place, number + 1000) for place, number in enumerate(numbers, 1)])
@@ -400,7 +404,7 @@ def test_failed_lines_can_be_answered_again(output: Path) -> None:
         assert store.forget_failed() == 2
         assert (store.num_answered, store.num_failed, store.num_found) == (5, 0, 5)
         assert done(store) == [1, 2, 4, 5, 7]
-        store.add(result(3))
+        store.add(**result(3))
         store.commit()
         assert (store.num_answered, store.num_failed) == (6, 0)
 
@@ -485,7 +489,7 @@ def test_whatever_happens_what_was_committed_is_there(tmp_path_factory: pytest.T
                 added.clear()
                 for action, number in run:
                     if action == "add" and number not in added | durable:
-                        store.add(result(number))
+                        store.add(**result(number))
                         added.add(number)
                     elif action == "progress" and number not in added | durable:
                         store.commit([ProgressRow(line_number=number, digest=1, choice=0, start=0, generated=Generated(token_ids=(1,)))])
@@ -502,12 +506,12 @@ def test_a_hundred_thousand_lines(output: Path) -> None:
     """Memory does not grow with lines, but for eight bytes each; it takes a second or two."""
     count = 100_000
     with opened(output) as store:
-        store.add(result(1))
+        store.add(**result(1))
         store.commit()
         tracemalloc.start()
         try:
             for number in range(2, count + 1):
-                store.add(result(number))
+                store.add(**result(number))
             store.commit()
             grown, _ = tracemalloc.get_traced_memory()
         finally:
@@ -527,7 +531,7 @@ from pathlib import Path
 from jobs.places import opened, result
 with opened(Path({str(output)!r})) as store:
     for number in range(1, 10**9):
-        store.add(result(number))
+        store.add(**result(number))
         if number % 10 == 0:
             store.commit()
             print(number, flush=True)

@@ -7,7 +7,7 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
-from flexgen.api.job_request import RequestBody
+from flexgen.api.job_request import JobRequest
 from flexgen.base.scalars import as_int, shown
 from flexgen.chat import Chat, parse_messages
 from flexgen.errors import RequestError
@@ -37,10 +37,11 @@ _COMPLETION_OFF: Mapping[str, tuple[Any, ...]] = {**_OFF, "add_special_tokens": 
 _CHAT_OFF: Mapping[str, tuple[Any, ...]] = {**_OFF, "add_special_tokens": (False,)}  # chat templates write the special tokens
 
 
-def parse_completion(fields: Mapping[str, Any], defaults: SamplingParams) -> RequestBody:
-    """Parse the fields of a completion as a request; `null` means the default.
+def parse_completion(line: JobRequest, fields: Mapping[str, Any], defaults: SamplingParams) -> JobRequest:
+    """Return a line with the prompt and parameters of a completion; `null` means the default.
 
     Args:
+        line: The line.
         fields: The fields of the body.
         defaults: The sampling parameters of bodies that set none.
 
@@ -51,13 +52,15 @@ def parse_completion(fields: Mapping[str, Any], defaults: SamplingParams) -> Req
     if fields.get("prompt") is None:
         raise RequestError("there is no prompt", param="prompt")
     logprobs = fields.get("logprobs")
-    return _request(fields, _prompt(fields["prompt"]), defaults, ignored, logprobs=None if logprobs is False else logprobs)
+    given = {"logprobs": None if logprobs is False else logprobs}
+    return _request(line, fields, defaults, given, prompt=_prompt(fields["prompt"]), ignored=ignored)
 
 
-def parse_chat(fields: Mapping[str, Any], defaults: SamplingParams) -> RequestBody:
-    """Parse the fields of a chat completion as a request; `null` means the default.
+def parse_chat(line: JobRequest, fields: Mapping[str, Any], defaults: SamplingParams) -> JobRequest:
+    """Return a line with the conversation and parameters of a chat completion; `null` means the default.
 
     Args:
+        line: The line.
         fields: The fields of the body.
         defaults: The sampling parameters of bodies that set none.
 
@@ -73,10 +76,10 @@ def parse_chat(fields: Mapping[str, Any], defaults: SamplingParams) -> RequestBo
         continue_final_message=_flag(fields, "continue_final_message", False),
         chat_template_kwargs=_template_kwargs(fields),
     )
-    given: dict[str, Any] = {"logprobs": _chat_logprobs(fields)}
+    given = {"logprobs": _chat_logprobs(fields)}
     if fields.get("max_completion_tokens") is not None:
         given["max_tokens"] = _max_completion_tokens(fields)
-    return _request(fields, chat, defaults, ignored, **given)
+    return _request(line, fields, defaults, given, prompt=chat, ignored=ignored)
 
 
 def _ignored(fields: Mapping[str, Any], served: frozenset[str], off: Mapping[str, tuple[Any, ...]]) -> tuple[str, ...]:
@@ -108,9 +111,8 @@ def _meant(name: str, served: frozenset[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def _request(
-    fields: Mapping[str, Any], prompt: str | tuple[int, ...] | Chat, defaults: SamplingParams, ignored: tuple[str, ...], **given: Any
-) -> RequestBody:
+def _request(line: JobRequest, fields: Mapping[str, Any], defaults: SamplingParams, given: Mapping[str, Any], **parsed: Any) -> JobRequest:
+    """Return the line as a request; `given` has sampling parameters besides those of `fields`, `parsed` has fields of JobRequest."""
     values = {name: fields[name] for name in _SAMPLING if fields.get(name) is not None}
     if values.get("stop") == "":
         del values["stop"]  # some clients write this for no stop
@@ -121,14 +123,8 @@ def _request(
         raise RequestError("best_of is not supported (only as many as n)", code="unsupported_field", param="best_of")
     if model is not None and not isinstance(model, str):
         raise RequestError("model must be a text", param="model")
-    return RequestBody(
-        prompt=prompt,
-        params=params,
-        states_max_tokens="max_tokens" in values,
-        return_token_ids=_flag(fields, "return_token_ids", False),
-        model=model,
-        ignored=ignored,
-    )
+    ids = _flag(fields, "return_token_ids", False)
+    return dataclasses.replace(line, params=params, states_max_tokens="max_tokens" in values, return_token_ids=ids, model=model, **parsed)
 
 
 def _prompt(value: Any) -> str | tuple[int, ...]:

@@ -1,8 +1,7 @@
-"""The interface of forms: values for a line and its request, and the protocol by which a form reads requests and writes records."""
+"""A line as a request, and the protocol by which a form of lines reads requests and writes records."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -12,31 +11,7 @@ from flexgen.chat import Chat
 from flexgen.errors import RequestError
 from flexgen.request import CompletionOutput, SamplingParams
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RequestBody:
-    """The body of a request.
-
-    Attributes:
-        prompt: The prompt: text, token ids, or a conversation.
-        params: The sampling parameters.
-        states_max_tokens: Whether the line itself sets `max_tokens`, which is then never lowered silently.
-        return_token_ids: Whether the answer has token ids beside its text (vLLM's field).
-        model: The model that the line names; None if it names none.
-        ignored: The names of the line's fields that have no effect here.
-    """
-
-    prompt: str | tuple[int, ...] | Chat
-    params: SamplingParams
-    states_max_tokens: bool
-    return_token_ids: bool
-    model: str | None
-    ignored: tuple[str, ...]
-
-    @property
-    def shows_ids(self) -> bool:
-        """Whether the answer has token ids, because they were asked for or the prompt was given as token ids."""
-        return self.return_token_ids or isinstance(self.prompt, tuple)
+_NO_PARAMS = SamplingParams()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,42 +21,52 @@ class JobRequest:
     Attributes:
         line_number: The line's number, from 1.
         digest: 64 bits of the hash of the line.
-        id: The id that the author gave the line; None if it has none.
         form: The form of the line, and of its record.
-        asked: The request of the line, or the error that the line ends in.
+        id: The id that the author gave the line; None if it has none.
+        error: The error that the line ends in, in which case the fields below mean nothing; None if it can be served.
+        prompt: The prompt: text, token ids, or a conversation.
+        params: The sampling parameters.
+        states_max_tokens: Whether the line itself sets `max_tokens`, which is then never lowered silently.
+        return_token_ids: Whether the answer has token ids beside its text (vLLM's field).
+        model: The model that the line names; None if it names none.
+        ignored: The names of the line's fields that have no effect here.
     """
 
     line_number: int
     digest: int
-    id: str | int | None
-    form: Form
-    asked: RequestBody | RequestError
+    form: LineForm
+    id: str | int | None = None
+    error: RequestError | None = None
+    prompt: str | tuple[int, ...] | Chat = ()
+    params: SamplingParams = _NO_PARAMS
+    states_max_tokens: bool = False
+    return_token_ids: bool = False
+    model: str | None = None
+    ignored: tuple[str, ...] = ()
 
     @property
-    def body(self) -> RequestBody:
-        """The request of the line.
-
-        Raises:
-            RequestError: The line ends in this error.
-        """
-        if isinstance(self.asked, RequestError):
-            raise self.asked
-        return self.asked
+    def shows_ids(self) -> bool:
+        """Whether the answer has token ids, because they were asked for or the prompt was given as token ids."""
+        return self.return_token_ids or isinstance(self.prompt, tuple)
 
     def refused(self, error: RequestError) -> JobRequest:
         """Return the same line with an error in place of its request."""
-        return dataclasses.replace(self, asked=error)
+        return JobRequest(line_number=self.line_number, digest=self.digest, form=self.form, id=self.id, error=error)
 
 
-class Form(Protocol):
+class LineForm(Protocol):
     """A form of lines and their records.  All dicts are JSON objects."""
 
     def identity(self, fields: Mapping[str, Any]) -> str | int | None:
         """Return the id that the author gave the line, also where `parse` refuses the line; None where it has no valid id."""
         ...
 
-    def parse(self, fields: Mapping[str, Any]) -> RequestBody:
-        """Parse the request of a line.
+    def parse(self, line: JobRequest, fields: Mapping[str, Any]) -> JobRequest:
+        """Return the line with its prompt and parameters.
+
+        Args:
+            line: The line, of which nothing but its number, digest, id and form is known yet.
+            fields: The fields of the line.
 
         Raises:
             RequestError: The line cannot be served.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flexgen.api.bodies import parse_chat, parse_completion
-from flexgen.api.job_request import JobRequest, RequestBody, as_id, usage
+from flexgen.api.job_request import JobRequest, as_id, usage
 from flexgen.api.logprobs import chat_logprobs, completion_logprobs
 from flexgen.base.scalars import shown
 from flexgen.errors import RequestError
@@ -25,18 +25,18 @@ class Endpoint:
     Attributes:
         id_prefix: The prefix of the ids of response bodies.
         object: The field `object` of response bodies.
-        parse: The parser of request bodies, which also takes the default sampling parameters.
+        parse: The parser of request bodies, which also takes the line and the default sampling parameters.
         choice: The function that writes a completion, without its index and finish_reason.
     """
 
     id_prefix: str
     object: str
-    parse: Callable[[Mapping[str, Any], SamplingParams], RequestBody]
+    parse: Callable[[JobRequest, Mapping[str, Any], SamplingParams], JobRequest]
     choice: Callable[[CompletionOutput, SamplingParams], dict[str, Any]]
 
 
-def _short_completion(body: Mapping[str, Any], defaults: SamplingParams) -> RequestBody:
-    return parse_completion(body, dataclasses.replace(defaults, max_tokens=COMPLETIONS_MAX_TOKENS))
+def _short_completion(line: JobRequest, body: Mapping[str, Any], defaults: SamplingParams) -> JobRequest:
+    return parse_completion(line, body, dataclasses.replace(defaults, max_tokens=COMPLETIONS_MAX_TOKENS))
 
 
 def _completion_choice(completion: CompletionOutput, params: SamplingParams) -> dict[str, Any]:
@@ -85,8 +85,8 @@ class OpenAIForm:
         """Return `custom_id`, also an integer: `parse` refuses it, and the record of the error shows it."""
         return as_id(fields.get("custom_id"))
 
-    def parse(self, fields: Mapping[str, Any]) -> RequestBody:
-        """Parse the request of a line.
+    def parse(self, line: JobRequest, fields: Mapping[str, Any]) -> JobRequest:
+        """Return the line with its prompt and parameters.
 
         Raises:
             RequestError: The line cannot be served.
@@ -103,7 +103,7 @@ class OpenAIForm:
             raise RequestError(message, code="unsupported_url", param="url")
         if not isinstance(body, dict):
             raise RequestError("body must be an object", param="body")
-        return endpoint.parse(body, self.defaults)
+        return endpoint.parse(line, body, self.defaults)
 
     def success(self, request: JobRequest, completions: Sequence[CompletionOutput], num_prompt_tokens: int) -> dict[str, Any]:
         """Return the record of an answer: the endpoint's object in a response with status 200."""
@@ -113,7 +113,7 @@ class OpenAIForm:
             "object": endpoint.object,
             "created": self.created,
             "model": self.model,
-            "choices": [self._choice(endpoint, completion, request.body) for completion in completions],
+            "choices": [self._choice(endpoint, completion, request) for completion in completions],
             "usage": usage(completions, num_prompt_tokens),
         }
         return _record(request, 200, body)
@@ -125,9 +125,9 @@ class OpenAIForm:
         body = {"error": {"message": str(error), "type": kind, "param": error.param, "code": error.code}}
         return _record(request, status, body)
 
-    def _choice(self, endpoint: Endpoint, completion: CompletionOutput, body: RequestBody) -> dict[str, Any]:
-        choice = {"index": completion.index, **endpoint.choice(completion, body.params), "finish_reason": completion.finish_reason}
-        if body.shows_ids or not self.has_text:
+    def _choice(self, endpoint: Endpoint, completion: CompletionOutput, request: JobRequest) -> dict[str, Any]:
+        choice = {"index": completion.index, **endpoint.choice(completion, request.params), "finish_reason": completion.finish_reason}
+        if request.shows_ids or not self.has_text:
             choice["token_ids"] = list(completion.token_ids)
         return choice
 

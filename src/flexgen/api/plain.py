@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flexgen.api.bodies import parse_chat, parse_completion
-from flexgen.api.job_request import JobRequest, RequestBody, as_id, usage
+from flexgen.api.job_request import JobRequest, as_id, usage
 from flexgen.api.logprobs import token_logprobs
 from flexgen.errors import RequestError
 from flexgen.request import CompletionOutput, SamplingParams
@@ -32,8 +32,8 @@ class PlainForm:
         """Return `id` or `custom_id`, the first of them that is a valid id; None if neither is."""
         return next((usable for name in _IDS if (usable := as_id(fields.get(name))) is not None), None)
 
-    def parse(self, fields: Mapping[str, Any]) -> RequestBody:
-        """Parse the request of a line.
+    def parse(self, line: JobRequest, fields: Mapping[str, Any]) -> JobRequest:
+        """Return the line with its prompt and parameters.
 
         Raises:
             RequestError: The line cannot be served.
@@ -44,12 +44,12 @@ class PlainForm:
         body = {name: value for name, value in fields.items() if name not in _IDS and (name not in _PROMPTS or value is not None)}
         if all(name in body for name in _PROMPTS):
             raise RequestError("the line has both a prompt and messages", param="messages")
-        return (parse_chat if "messages" in body else parse_completion)(body, self.defaults)
+        return (parse_chat if "messages" in body else parse_completion)(line, body, self.defaults)
 
     def success(self, request: JobRequest, completions: Sequence[CompletionOutput], num_prompt_tokens: int) -> dict[str, Any]:
         """Return the record of an answer; if several choices were asked for, each field of the answer is a list."""
-        choices = [self._choice(completion, request.body) for completion in completions]
-        merged = choices[0] if request.body.params.n == 1 else {name: [choice[name] for choice in choices] for name in choices[0]}
+        choices = [self._choice(completion, request) for completion in completions]
+        merged = choices[0] if request.params.n == 1 else {name: [choice[name] for choice in choices] for name in choices[0]}
         return {"id": request.id, "index": request.line_number, **merged, "usage": usage(completions, num_prompt_tokens)}
 
     def failure(self, request: JobRequest, error: RequestError) -> dict[str, Any]:
@@ -57,10 +57,10 @@ class PlainForm:
         told = {"code": error.code, "message": str(error), "param": error.param}
         return {"id": request.id, "index": request.line_number, "error": told}
 
-    def _choice(self, completion: CompletionOutput, body: RequestBody) -> dict[str, Any]:
+    def _choice(self, completion: CompletionOutput, request: JobRequest) -> dict[str, Any]:
         choice: dict[str, Any] = {"text": completion.text if self.has_text else None}
-        if body.shows_ids or not self.has_text:
+        if request.shows_ids or not self.has_text:
             choice["token_ids"] = list(completion.token_ids)
         if completion.logprobs is not None:
-            choice["logprobs"] = token_logprobs(completion, body.params.logprobs or 0)
+            choice["logprobs"] = token_logprobs(completion, request.params.logprobs or 0)
         return {**choice, "finish_reason": completion.finish_reason, "stop_reason": completion.stop_reason}

@@ -68,11 +68,11 @@ def make_chats(messages: object, **how: Any) -> list[Chat]:
     if not isinstance(messages, (list, tuple)):
         raise RequestError("messages must be a list of messages, or a list of such lists", param="messages")
     chats: list[Chat] = []
-    for place, conversation in enumerate(messages if all(isinstance(each, (list, tuple)) for each in messages) else [messages]):
+    for index, conversation in enumerate(messages if all(isinstance(each, (list, tuple)) for each in messages) else [messages]):
         try:
             chats.append(Chat(messages=parse_messages(conversation), **how))
         except RequestError as error:
-            raise RequestError(f"conversation {place}: {error}", code=error.code, param=error.param) from error
+            raise RequestError(f"conversation {index}: {error}", code=error.code, param=error.param) from error
     return chats
 
 

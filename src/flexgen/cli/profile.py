@@ -90,9 +90,9 @@ def format_machine(machine: Machine) -> str:
     for dtype, curve in machine.dense.items():
         lines += [_line(f"linear, {dtype}, {rows:.0f} rows", rate, "FLOP/s") for rows, rate in curve]
     lines += [_line(f"prompt attention, {dtype}", rate, "FLOP/s") for dtype, rate in machine.attention.items()]
-    for place, curves in machine.decode_attention.items():
+    for home, curves in machine.decode_attention.items():
         for dtype, curve in curves.items():
-            lines += [_line(f"KV on {place}, {dtype}, {ratio:g} FLOP/B", rate, "B/s") for ratio, rate in curve]
+            lines += [_line(f"KV on {home}, {dtype}, {ratio:g} FLOP/B", rate, "B/s") for ratio, rate in curve]
     lines += [_line(f"elementwise, {dtype}", rate, "B/s") for dtype, rate in machine.elementwise.items()]
     lines += [_line(f"cast {cast.replace(' ', ' to ')}", rate, "B/s") for cast, rate in machine.casts.items()]
     costs = machine.overheads

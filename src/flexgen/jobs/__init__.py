@@ -3,13 +3,14 @@
 A request takes these forms on its way:
 
 1. `Line` (lines.py): the bytes of a line, its number and its digest.
-2. `JobRequest` (forms.py makes it with the parsers of api/): the line with its id and form, and its request or the error that it ends in.
+2. `JobRequest` (forms.py makes it with the parsers of api/): the line's number, digest, id and form, its prompt and parameters, or the
+   error that it ends in.
 3. `TokenRequest` (reading.py has the model make it): one for each answer that the line asks for, token ids and resolved parameters.
 4. `TokenResult`: the engine's answer to one of them.  Until it is finished, the engine reports after each pass the tokens generated so far;
    saved_progress.py stores them, so that a later run goes on from there.
 5. `CompletionOutput` (serving.py has the model make it): the answer with its text.
-6. The record, a JSON object of the line's form; its bytes become durable in a `ResultRow` of the database (store.py).
 
+serving.py writes the answers as the line's record, a JSON object of its form, whose bytes become durable in the database (store.py).
 The output file is made from the records (export.py).  A job knows its model only by the protocol in model.py.
 
 Every line is read and tokenised twice, by the scan and by the run, and under --strict once more before them.  The scan comes first because

@@ -28,10 +28,10 @@ def check_strictly(name: str, requests: Iterable[JobRequest]) -> None:
     count = 0
     for request in requests:
         census.add(request.line_number, request.id)
-        if isinstance(request.asked, RequestError):
+        if request.error is not None:
             count += 1
             if count <= _MOST_COMPLAINTS:
-                complaints.append((request.line_number, str(request.asked)))
+                complaints.append((request.line_number, str(request.error)))
     repeated = census.repeated()
     complaints += [(line_number, "an earlier line has the same id") for line_number in repeated[:_MOST_COMPLAINTS]]
     if complaints:
@@ -52,11 +52,8 @@ def check_head(name: str, lines: Sequence[Line], requests: Iterable[JobRequest])
     """
     first: RequestError | None = None
     for request in requests:
-        error = request.asked
-        if not isinstance(error, RequestError):
-            return
-        first = first or error
-        if _reason(error) != _reason(first):
+        first = first or request.error
+        if request.error is None or first is None or _reason(request.error) != _reason(first):
             return
     raise JobError(
         f"{name}: the first {len(lines):,} lines all fail for the same reason, and nothing was answered; line {lines[0].number}: "

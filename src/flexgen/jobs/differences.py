@@ -24,7 +24,7 @@ def differing(old: array[int], new: array[int]) -> array[int]:
     return found
 
 
-def describe(old: array[int], new: array[int], answered: Sequence[int]) -> str:
+def describe_difference(old: array[int], new: array[int], answered: Sequence[int]) -> str:
     """Describe, for an error message, how the input differs.
 
     Args:
@@ -33,23 +33,23 @@ def describe(old: array[int], new: array[int], answered: Sequence[int]) -> str:
         answered: Numbers of the answered lines that differ, in ascending order, at least one.
     """
     found = f"{len(answered):,} lines that were answered differ, the first is line {answered[0]}"
-    place = moved(old, new, answered[0])
-    if place is None:
+    move = moved(old, new, answered[0])
+    if move is None:
         return found
     return (
-        f"{found}; what was line {place[0]} is line {place[1]} now, and answers belong to line numbers: "
+        f"{found}; what was line {move[0]} is line {move[1]} now, and answers belong to line numbers: "
         "leave a blank line in place of one that is taken out, and put new lines at the end"
     )
 
 
 def moved(old: array[int], new: array[int], line: int) -> tuple[int, int] | None:
     """Return the former and the present number of a line that moved, if lines were removed or inserted at the line that differs."""
-    places: list[tuple[int, int]] = []
+    moves: list[tuple[int, int]] = []
     if line < len(new) and new[line] in old[line + 1 :]:
-        places.append((old.index(new[line], line + 1), line))
+        moves.append((old.index(new[line], line + 1), line))
     if old[line] in new[line + 1 :]:
-        places.append((line, new.index(old[line], line + 1)))
-    return next((place for place in places if _go_on_alike(old, new, *place)), None)
+        moves.append((line, new.index(old[line], line + 1)))
+    return next((move for move in moves if _go_on_alike(old, new, *move)), None)
 
 
 def _go_on_alike(old: array[int], new: array[int], was: int, now: int) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Any
 
-from flexgen.api.job_request import Form, JobRequest, RequestBody
+from flexgen.api.job_request import JobRequest, LineForm
 from flexgen.api.openai import OpenAIForm, is_batch_line
 from flexgen.api.plain import PlainForm
 from flexgen.base.isolation import for_one_request
@@ -53,29 +53,27 @@ class Forms:
 
     def parse(self, line: Line) -> JobRequest:
         """Parse a line as a request.  This never raises: for a line that cannot be served, the error takes the place of the request."""
-        form: Form = self._plain
+        form: LineForm = self._plain
         identity = None
-        if self._is_text:
-            asked = for_one_request(self._parse_text, line)
-        elif isinstance(fields := for_one_request(parse_object, line), RequestError):
-            asked = fields
-        else:
+        fields = for_one_request(self._fields, line)
+        if not isinstance(fields, RequestError):
             form = self._form(fields)
             identity = form.identity(fields)
-            asked = for_one_request(self._parse, form, fields)
-        return JobRequest(line_number=line.number, digest=line.digest, id=identity, form=form, asked=asked)
+        request = JobRequest(line_number=line.number, digest=line.digest, form=form, id=identity)
+        parsed = fields if isinstance(fields, RequestError) else for_one_request(self._parse, request, fields)
+        return request.refused(parsed) if isinstance(parsed, RequestError) else parsed
 
-    def _parse_text(self, line: Line) -> RequestBody:
-        return self._plain.parse({"prompt": parse_text(line)})
+    def _fields(self, line: Line) -> dict[str, Any]:
+        return {"prompt": parse_text(line)} if self._is_text else parse_object(line)
 
-    def _parse(self, form: Form, fields: Mapping[str, Any]) -> RequestBody:
-        body = form.parse(fields)
-        if self._strict and names_another(body.model, self._model):
-            message = f"the line asks for the model {body.model!r}, this job has {self._model!r}"
+    def _parse(self, line: JobRequest, fields: Mapping[str, Any]) -> JobRequest:
+        request = line.form.parse(line, fields)
+        if self._strict and names_another(request.model, self._model):
+            message = f"the line asks for the model {request.model!r}, this job has {self._model!r}"
             raise RequestError(message, code="model_not_found", param="model")
-        return body
+        return request
 
-    def _form(self, fields: Mapping[str, Any]) -> Form:
+    def _form(self, fields: Mapping[str, Any]) -> LineForm:
         return dataclasses.replace(self._openai, url=fields.get("url")) if is_batch_line(fields) else self._plain
 
 
@@ -100,13 +98,13 @@ class Remarks:
         self._ignored: Counter[str] = Counter()
         self._others: Counter[str] = Counter()
 
-    def note(self, body: RequestBody) -> None:
+    def note(self, request: JobRequest) -> None:
         """Count the fields of a line that have no effect, an answer without a bound, and the name of another model."""
-        self.num_unbounded += body.params.max_tokens is None
-        self._ignored.update(body.ignored)
-        if body.model is not None and names_another(body.model, self._model):
-            known = body.model in self._others or len(self._others) < _MOST_NAMES
-            self._others[body.model if known else "others"] += 1
+        self.num_unbounded += request.params.max_tokens is None
+        self._ignored.update(request.ignored)
+        if request.model is not None and names_another(request.model, self._model):
+            known = request.model in self._others or len(self._others) < _MOST_NAMES
+            self._others[request.model if known else "others"] += 1
 
     def lines(self) -> list[str]:
         """Return the remarks, one line each."""

@@ -191,7 +191,7 @@ def _from_table(head: Head, rows: Sequence[Sequence[str]], delimiter: str) -> st
     The prompt is the column named prompt, text, question or input, else the one with the longest text.
     """
     names = list(rows[0])
-    lengths = [sum(len(row[place]) for row in rows[1:] if place < len(row)) for place in range(len(names))]
+    lengths = [sum(len(row[column]) for row in rows[1:] if column < len(row)) for column in range(len(names))]
     known = [name for name in names if name.strip().lower() in ("prompt", "text", "question", "input")]
     prompt = known[0] if known else names[lengths.index(max(lengths))]
     ids = [name for name in names if name.strip().lower() == "id" and name != prompt]

@@ -26,7 +26,7 @@ from flexgen.jobs.interrupt import Stopped, StopRequest
 from flexgen.jobs.lines import Line, read_lines
 from flexgen.jobs.model import JobModel
 from flexgen.jobs.reading import Reader
-from flexgen.jobs.serving import Serving, failure
+from flexgen.jobs.serving import Serving, add_failure
 from flexgen.jobs.store import Store
 from flexgen.plan.tell.forecast import Plan
 from flexgen.plan.workload import Workload
@@ -134,10 +134,10 @@ class Job:
         census, prefixes = Census(), self.model.prefix_census()
         for request, token_requests in self._reader().read(self._unanswered()):
             census.add(request.line_number, request.id)
-            if isinstance(request.asked, RequestError):
-                self._note_bad(request, request.asked)
+            if request.error is not None:
+                self._note_bad(request, request.error)
                 continue
-            self.remarks.note(request.asked)
+            self.remarks.note(request)
             self._pending.append(request.digest)
             may_end_early = may_end_early or any(each.may_end_early for each in token_requests)
             for prompt_len, output_len in self._lengths(request, token_requests):
@@ -159,7 +159,7 @@ class Job:
         self.num_bad_lines += 1
         self.first_bad = self.first_bad or f"line {request.line_number}: {error}"
         if self.store is not None:
-            self.store.add(failure(request, error))
+            add_failure(self.store, request, error)
 
     def _lengths(self, request: JobRequest, token_requests: Sequence[TokenRequest]) -> Iterator[tuple[int, int]]:
         """Yield, for each choice, its prompt tokens and the most tokens to generate; those of an earlier run count as prompt."""
@@ -276,8 +276,8 @@ class Job:
         """Yield the engine's requests for the lines that the scan left, as the model pulls them."""
         for request, token_requests in self._reader().read(self._left_by_scan(store)):
             self.started = True
-            if isinstance(request.asked, RequestError):  # a template may give another result than in the scan, or take too long only now
-                serving.refuse(request, request.asked)
+            if request.error is not None:  # a template may give another result than in the scan, or take too long only now
+                serving.refuse(request, request.error)
             else:
                 yield from serving.requests(request, token_requests)
 

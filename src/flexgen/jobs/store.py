@@ -10,13 +10,12 @@ import logging
 import time
 from array import array
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Self
 
 from flexgen.errors import JobError
 from flexgen.jobs import saved_progress
 from flexgen.jobs.database import commit, connect, hold, transaction, translated
-from flexgen.jobs.differences import by_number, describe, differing
+from flexgen.jobs.differences import by_number, describe_difference, differing
 from flexgen.jobs.folder import JobFolder
 from flexgen.jobs.identity import Identity, changes
 from flexgen.jobs.runs import RunRecorder
@@ -27,27 +26,6 @@ logger = logging.getLogger(__name__)
 COMMIT_SECONDS = 0.1
 _COMMIT_RESULTS = 1000
 _COMMIT_BYTES = 4 << 20
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ResultRow:
-    """The result of a line.
-
-    Attributes:
-        line_number: The line's number, from 1.
-        digest: 64 bits of the hash of the line.
-        record: The line of the output, with its line end.
-        failed: Whether the record is an error.
-        prompt_tokens: Number of tokens of the prompt.
-        output_tokens: Number of generated tokens.
-    """
-
-    line_number: int
-    digest: int
-    record: bytes
-    failed: bool
-    prompt_tokens: int = 0
-    output_tokens: int = 0
 
 
 class Store:
@@ -69,7 +47,8 @@ class Store:
     def __init__(self, folder: JobFolder) -> None:
         self.paths, self._path = folder.paths, folder.paths.database
         self.created, self.model = int(time.time()), ""
-        self._pending: list[ResultRow] = []
+        self._pending: list[tuple[int, int, int, bool, int, int]] = []  # rows of the table `results`
+        self._pending_records: list[tuple[int, bytes]] = []  # rows of the table `records`
         self._pending_rows: list[ProgressRow] = []
         self._pending_bytes = 0
         self._oldest = 0.0  # time at which the oldest pending result was added, on the monotonic clock
@@ -88,7 +67,7 @@ class Store:
             for line_number, digest in self._connection.execute("SELECT line, digest FROM results ORDER BY line"):
                 self._note(line_number, digest)
             query = "SELECT count(*), total(failed), ifnull(max(place), 0), total(output_tokens) FROM results"
-            done, failed, self._place, tokens = self._connection.execute(query).fetchone()
+            done, failed, self._num_ordered, tokens = self._connection.execute(query).fetchone()
             self._begun_lines = {line for (line,) in self._connection.execute("SELECT DISTINCT line FROM begun")}
         self.num_failed, self.num_answered, self._output_tokens = int(failed), done - int(failed), int(tokens)
         self.num_found = done
@@ -163,7 +142,7 @@ class Store:
         answered = self._answered(other)
         if answered and not accept_changes:
             raise JobError(
-                f"{self.paths.name} answers another input ({describe(self._digests, new, answered)}): "
+                f"{self.paths.name} answers another input ({describe_difference(self._digests, new, answered)}): "
                 "--accept-changes answers those again, --fresh all lines, another output keeps both"
             )
         if answered:
@@ -228,10 +207,23 @@ class Store:
         """Return whether the line has its record."""
         return self._known(line_number) != 0
 
-    def add(self, result: ResultRow) -> None:
-        """Take the result of a line.  The line is done once the result is committed, now or later."""
-        self._wait(len(result.record))
-        self._pending.append(result)
+    def add(
+        self, line_number: int, digest: int, record: bytes, *, failed: bool = False, prompt_tokens: int = 0, output_tokens: int = 0
+    ) -> None:
+        """Take the result of a line.  The line is done once the result is committed, now or later.
+
+        Args:
+            line_number: The line's number, from 1.
+            digest: 64 bits of the hash of the line.
+            record: The line of the output, with its line end.
+            failed: Whether the record is an error.
+            prompt_tokens: Number of tokens of the prompt.
+            output_tokens: Number of generated tokens.
+        """
+        self._wait(len(record))
+        order = self._num_ordered + len(self._pending) + 1
+        self._pending.append((line_number, _signed(digest), order, failed, prompt_tokens, output_tokens))
+        self._pending_records.append((line_number, record))
         self.commit_if_due()
 
     def keep(self, row: ProgressRow) -> None:
@@ -266,34 +258,25 @@ class Store:
         Raises:
             StorageError: The commit failed; nothing of it is stored then.
         """
-        results, rows = self._pending, [*self._pending_rows, *progress]
+        results, records, rows = self._pending, self._pending_records, [*self._pending_rows, *progress]
         if not results and not rows:
             return
-        self._pending, self._pending_rows, self._pending_bytes = [], [], 0
+        self._pending, self._pending_records, self._pending_rows, self._pending_bytes = [], [], [], 0
+        execute = self._connection.executemany
         with transaction(self._connection, self._path):
             saved_progress.write(self._connection, ((_signed(row.digest), row) for row in rows))
-            self._write_results(results)  # after the rows of progress, because results delete those of their lines
-            self.run.update(self._output_tokens + sum(each.output_tokens for each in results) + self._tokens_in_progress())
-        for result in results:
-            self._note(result.line_number, _signed(result.digest))
-            self.num_failed += result.failed
-            self.num_answered += not result.failed
-            self._output_tokens += result.output_tokens
-        self._place += len(results)
+            execute("INSERT INTO results VALUES (?, ?, ?, ?, ?, ?)", results)
+            execute("INSERT INTO records VALUES (?, ?)", records)
+            execute("DELETE FROM begun WHERE line = ?", ((line_number,) for line_number, _ in records))  # also progress written above
+            self.run.update(self._output_tokens + sum(result[-1] for result in results) + self._tokens_in_progress())
         self._begun_lines.update(row.line_number for row in rows)
-        self._begun_lines.difference_update(result.line_number for result in results)
-
-    def _write_results(self, results: list[ResultRow]) -> None:
-        execute = self._connection.executemany
-        execute(
-            "INSERT INTO results VALUES (?, ?, ?, ?, ?, ?)",
-            (
-                (each.line_number, _signed(each.digest), self._place + place, each.failed, each.prompt_tokens, each.output_tokens)
-                for place, each in enumerate(results, 1)
-            ),
-        )
-        execute("INSERT INTO records VALUES (?, ?)", ((each.line_number, each.record) for each in results))
-        execute("DELETE FROM begun WHERE line = ?", ((each.line_number,) for each in results))
+        for line_number, digest, order, failed, _, output_tokens in results:
+            self._note(line_number, digest)
+            self.num_failed += failed
+            self.num_answered += not failed
+            self._output_tokens += output_tokens
+            self._num_ordered = order
+            self._begun_lines.discard(line_number)
 
     def _tokens_in_progress(self) -> int:
         return int(self._connection.execute("SELECT total(tokens) FROM begun").fetchone()[0])

@@ -38,8 +38,8 @@ class Encoder:
             RequestError: A text cannot be encoded; the message names the first such text, for example "text 3".
         """
         ids: list[list[int]] = []
-        for place, each in enumerate(self.each(texts, add_special_tokens=add_special_tokens)):
-            with naming(what, place):
+        for index, each in enumerate(self.each(texts, add_special_tokens=add_special_tokens)):
+            with naming(what, index):
                 ids.append(ids_or_raise(each))
         return ids
 

@@ -36,12 +36,12 @@ def as_prompts(given: Prompt | Iterable[Prompt]) -> list[Any]:
 
 
 @contextmanager
-def naming(what: str, place: int) -> Iterator[None]:
+def naming(what: str, index: int) -> Iterator[None]:
     """Make errors of requests name the one of several that they belong to, such as "prompt 3"."""
     try:
         yield
     except RequestError as error:
-        raise RequestError(f"{what} {place}: {error}", code=error.code, param=error.param) from error
+        raise RequestError(f"{what} {index}: {error}", code=error.code, param=error.param) from error
 
 
 def texts_and_ids(given: Prompt | Iterable[Prompt]) -> list[tuple[str | None, list[int] | None]]:
@@ -51,8 +51,8 @@ def texts_and_ids(given: Prompt | Iterable[Prompt]) -> list[tuple[str | None, li
         RequestError: A prompt has neither, or something that is not supported; the message has its index.
     """
     read: list[tuple[str | None, list[int] | None]] = []
-    for place, prompt in enumerate(as_prompts(given)):
-        with naming("prompt", place):
+    for index, prompt in enumerate(as_prompts(given)):
+        with naming("prompt", index):
             read.append(text_and_ids(prompt))
     return read
 
@@ -95,9 +95,9 @@ def as_texts(given: str | Iterable[str]) -> list[str]:
     texts = [given] if isinstance(given, str) else None if isinstance(given, _Table) else as_list(given)
     if texts is None:
         raise RequestError(f"texts must be a text or several texts, not {shown(given)}", param="prompt")
-    for place, each in enumerate(texts):
+    for index, each in enumerate(texts):
         if not isinstance(each, str):
-            raise RequestError(f"text {place} must be a text, not {shown(each)}", param="prompt")
+            raise RequestError(f"text {index} must be a text, not {shown(each)}", param="prompt")
     return [str(each) for each in texts]
 
 
@@ -114,9 +114,9 @@ def as_params(given: SamplingParams | Iterable[SamplingParams], num_prompts: int
         raise OptionError(f"sampling_params must be a SamplingParams, or one for each prompt, not {shown(given)}")
     if len(params) != num_prompts:
         raise OptionError(f"{len(params)} sampling_params for {num_prompts} prompts")
-    for place, each in enumerate(params):
+    for index, each in enumerate(params):
         if not isinstance(each, SamplingParams):
-            raise OptionError(f"sampling_params {place} must be a SamplingParams, not {shown(each)}")
+            raise OptionError(f"sampling_params {index} must be a SamplingParams, not {shown(each)}")
     return params
 
 

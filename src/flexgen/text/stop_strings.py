@@ -57,7 +57,7 @@ class StopStrings:
         self._tail = text[max(0, len(text) - self._overlap) :]
         if self._num_seen <= self._min_tokens:
             return None
-        found = [(place, each) for each in self._stop if (place := _find(text, each, num_old)) >= 0]
+        found = [(begin, each) for each in self._stop if (begin := _find(text, each, num_old)) >= 0]
         return min(found, key=lambda each: each[0])[1] if found else None
 
 
@@ -70,12 +70,12 @@ def cut_at_stop(text: str, text_before: str, stop: str, *, include: bool) -> str
         stop: The stop string.
         include: Whether the stop string itself stays.
     """
-    place = _find(text, stop, len(text_before.rstrip(UNFINISHED)))
-    if place < 0:  # decoded as a whole the text may differ from its parts, where a tokenizer tidies up spaces
+    begin = _find(text, stop, len(text_before.rstrip(UNFINISHED)))
+    if begin < 0:  # decoded as a whole the text may differ from its parts, where a tokenizer tidies up spaces
         return text
-    return text[: place + len(stop) if include else place]
+    return text[: begin + len(stop) if include else begin]
 
 
 def _find(text: str, stop: str, num_old: int) -> int:
-    """Return where `stop` first begins, among the places where it ends behind the first `num_old` characters; -1 if nowhere."""
+    """Return where `stop` first begins, where it ends behind the first `num_old` characters; -1 if nowhere."""
     return text.find(stop, max(0, num_old - len(stop) + 1))

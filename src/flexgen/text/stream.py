@@ -63,7 +63,7 @@ def _behind(given: str, text: str) -> str:
     Characters that were unfinished when they were given out may be others now.
     """
     pairs = enumerate(zip(given, text, strict=False))
-    num_given = next((place for place, (old, new) in pairs if old != new), min(len(given), len(text)))
+    num_given = next((index for index, (old, new) in pairs if old != new), min(len(given), len(text)))
     return text[num_given:]
 
 
