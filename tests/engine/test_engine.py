@@ -153,7 +153,8 @@ def test_the_device_is_not_asked_for_token_ids(model: str, request: pytest.Fixtu
 
     monkeypatch.setattr(EmbeddingRows, "rows", counting)
     policy = replace(POLICY, device="sim", device_ring_bytes=16 << 20, kv=Fractions(device=1.0), kv_device_bytes=4 << 20, kv_host_bytes=0)
-    with Engine(load_model(folder, AutoConfig.from_pretrained(folder), torch.float32), policy, MACHINE, backend=backend) as engine:
+    model = assemble_model(folder, AutoConfig.from_pretrained(folder), torch.float32)
+    with Engine(model, policy, backend=backend) as engine:
         list(engine.generate(requests(3)))
     assert waits
     assert set(waits) == {0}
