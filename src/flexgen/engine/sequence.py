@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from flexgen.base.isolation import for_one_request
@@ -66,6 +67,8 @@ class LiveSequence:
         tokens: The ids of the prompt and of the generated tokens.
         generated: The generated ids alone.
         logprobs: One entry for each generated token, if the request asks for them.
+        prompt_logprobs: One entry for each token of the prompt that is scored, as far as they have been computed.
+        error: The error with which the answer will finish once the prompt has been computed; None if there is none.
         num_stored: The number of leading tokens whose KV is stored, or will be by a sequence that runs before this one.
         kv: The pages of the sequence; None while it waits.
         deferred: The number of trailing prompt tokens that this pass leaves to the next.
@@ -82,6 +85,8 @@ class LiveSequence:
     tokens: list[int] = field(init=False)
     generated: list[int] = field(init=False)
     logprobs: list[TokenLogprobs] = field(init=False)
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    error: RequestError | None = None
     num_stored: int = 0
     kv: SequenceKV | None = None
     num_preemptions: int = 0
@@ -108,6 +113,14 @@ class LiveSequence:
         if logprobs is not None:
             self.logprobs.append(logprobs)
 
+    def scored(self, entries: Iterable[TokenLogprobs | RequestError]) -> None:
+        """Append log probabilities of the next tokens of the prompt, or remember their error."""
+        for each in entries:
+            if isinstance(each, RequestError):
+                self.error = self.error or each
+            else:
+                self.prompt_logprobs.append(each)
+
     def finish(self) -> Finish | None:
         """Return how the last generated token finishes the answer, or None; an exception in the request's own code finishes it, too."""
         found = for_one_request(self._finish)
@@ -115,8 +128,10 @@ class LiveSequence:
 
     def _finish(self) -> Finish | None:
         request, generated = self.request, self.generated
+        if self.error is not None and self.num_stored >= self.prompt_len:
+            return Finish.failed(self.error)
         if not generated:
-            return None
+            return None if request.max_tokens or self.num_new else Finish(reason="length")
         if generated[-1] in request.stop_token_ids:
             return Finish(reason="stop")
         stop_string = request.stops(generated) if request.stops is not None else None
@@ -131,9 +146,10 @@ class LiveSequence:
 
     def result(self, finish: Finish) -> TokenResult:
         generated = self.so_far().generated
+        prompt_logprobs = None if self.request.num_prompt_logprobs is None else tuple(self.prompt_logprobs)
         return TokenResult(
             index=self.id, token_ids=generated.token_ids, finish_reason=finish.reason, stop_string=finish.stop_string,
-            logprobs=generated.logprobs, error=finish.error, num_preemptions=self.num_preemptions,
+            logprobs=generated.logprobs, prompt_logprobs=prompt_logprobs, error=finish.error, num_preemptions=self.num_preemptions,
         )  # fmt: skip
 
     # -- counts ---------------------------------------------------------------------------------------------------------------------
@@ -151,6 +167,11 @@ class LiveSequence:
     def num_resumed(self) -> int:
         """The number of generated tokens that come from an earlier run."""
         return len(self.request.generated.token_ids)
+
+    @property
+    def next_scored(self) -> int:
+        """The position of the next token of the prompt to be scored; 0 if none is."""
+        return 0 if self.request.num_prompt_logprobs is None else self.request.first_scored + len(self.prompt_logprobs)
 
     @property
     def num_generated(self) -> int:

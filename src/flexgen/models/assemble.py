@@ -80,7 +80,7 @@ def load_model(
     checkpoint = Checkpoint(folder)
     units = cut_model(config, dtype, checkpoint, unit_bytes)
     return LoadedModel(
-        bound=BoundModel(units.model, units.parts, sorted(table.module for table in units.tables)),
+        bound=BoundModel(units.model, units.parts, sorted(table.module for table in units.tables), units.trace.tail),
         layouts=units.layouts,
         residents=units.residents,
         tables=units.tables,
