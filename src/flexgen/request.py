@@ -183,6 +183,7 @@ class TokenRequest:
         num_prompt_logprobs: Number of likeliest tokens whose log probabilities are wanted beside those of the prompt's tokens; None if the
             prompt is not scored, -1 for all.
         first_scored: The position of the first token of the prompt that is scored, at least 1, because nothing predicts the first token.
+        alternatives: Tokens that are scored as alternatives of the token after the prompt; needs `num_prompt_logprobs`.
         stops: The stop strings; None without any.
         generated: The tokens that an earlier run generated.  The answer goes on after them, and `max_tokens` counts them.
     """
@@ -206,6 +207,7 @@ class TokenRequest:
     num_logprobs: int | None = None
     num_prompt_logprobs: int | None = None
     first_scored: int = 1
+    alternatives: tuple[int, ...] = ()
     stops: Stops | None = None
     generated: Generated = Generated()
 
@@ -250,7 +252,8 @@ class TokenResult:
         finish_reason: "stop" (a stop token or string), "length" (max_tokens), or "error".
         stop_string: The stop string that ended the answer, or None.
         logprobs: One entry per generated token if log probabilities were asked for, otherwise None.
-        prompt_logprobs: One entry per token of the prompt from `first_scored` on if it was scored, otherwise None.
+        prompt_logprobs: One entry per token of the prompt from `first_scored` on, and one per token of `alternatives`, if the prompt was
+            scored; otherwise None.
         error: The error with which the request failed alone (it never fitted, non-finite logits, every token masked); None otherwise.
         num_preemptions: Number of times that the KV of the sequence was dropped and computed again.
     """

@@ -76,10 +76,11 @@ def check(found: dict[int, TokenResult], requests: list[TokenRequest], wanted: E
     for each in requests:
         logprobs, tolerance, result = wanted.logprobs[each.index], wanted.tolerance[each.index], found[each.index]
         assert result.error is None
-        entries, targets = result.prompt_logprobs, each.prompt_token_ids[each.first_scored :]
+        entries, targets = result.prompt_logprobs, (*each.prompt_token_ids[each.first_scored :], *each.alternatives)
         assert entries is not None
         assert [entry.token_ids[0] for entry in entries] == list(targets)
-        for entry, row in zip(entries, logprobs[each.first_scored - 1 :], strict=False):
+        rows = [*logprobs[each.first_scored - 1 : -1], *([logprobs[-1]] * len(each.alternatives))]
+        for entry, row in zip(entries, rows, strict=True):
             assert len(entry.token_ids) == 1 + NUM_LIKELIEST
             assert torch.tensor(entry.logprobs, dtype=torch.float64).sub(row[list(entry.token_ids)]).abs().max() <= tolerance
             assert list(entry.logprobs[1:]) == sorted(entry.logprobs[1:], reverse=True)
@@ -119,6 +120,8 @@ def test_places_do_not_change_scores(model_type: str, place: str, tmp_path: Path
         *scored(requests_for(model.spec.vocab_size)),
         *scored(endings, first_scored=len(beginning)),
         *scored([replace(endings[0], index=20, max_tokens=2)]),
+        *scored([replace(endings[1], index=21, alternatives=(4, 40, 4, 17))], first_scored=len(beginning) + 3),
+        *scored([replace(endings[2], index=22, alternatives=(8,))], first_scored=len(beginning) + 1),
     ]
     chosen = policy(device, weights=weights, kv=kv, ring_bytes=ring_bytes(model))
     found = results(model, chosen, requests, tmp_path, share=True)

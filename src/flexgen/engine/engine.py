@@ -228,7 +228,7 @@ class Engine:
         targets = [target for each in slices for target in each.targets]
         found = prompt_logprobs(scores, targets, [each.num_likeliest for each in slices for _ in each.targets])
         for each in slices:
-            self._scheduler[each.sequence].scored(itertools.islice(found, len(each.targets)))
+            self._scheduler[each.sequence].take_scores(itertools.islice(found, len(each.targets)))
 
     def _sample(self, batch: MicroBatch, logits: torch.Tensor) -> Iterator[TokenResult]:
         """Append the next token to each sequence whose last token was computed; yield the results of the sequences that finished."""

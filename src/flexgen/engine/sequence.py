@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from flexgen.base.isolation import for_one_request
@@ -64,10 +64,10 @@ class LiveSequence:
     Attributes:
         request: The request that is answered.
         expected_tokens: The number of generated tokens after which the answer is expected to end, at most `max_tokens`.
-        tokens: The ids of the prompt and of the generated tokens.
+        tokens: The ids of the prompt and of the generated tokens; without the prompt's last one if nothing depends on it.
         generated: The generated ids alone.
         logprobs: One entry for each generated token, if the request asks for them.
-        prompt_logprobs: One entry for each token of the prompt that is scored, as far as they have been computed.
+        prompt_logprobs: One entry for each token that the request wants scored, as far as they have been computed.
         error: The error with which the answer will finish once the prompt has been computed; None if there is none.
         num_stored: The number of leading tokens whose KV is stored, or will be by a sequence that runs before this one.
         kv: The pages of the sequence; None while it waits.
@@ -101,6 +101,8 @@ class LiveSequence:
         earlier = self.request.generated
         self.generated = list(earlier.token_ids)
         self.tokens = [*self.request.prompt_token_ids, *self.generated]
+        if not self.request.max_tokens and not self.request.alternatives:
+            self.tokens.pop()  # it is only scored
         self.logprobs = list(earlier.logprobs or ())
         self.num_lost = len(self.tokens) - 1 if self.generated else 0  # the KV of the last one was not computed yet
 
@@ -113,8 +115,8 @@ class LiveSequence:
         if logprobs is not None:
             self.logprobs.append(logprobs)
 
-    def scored(self, entries: Iterable[TokenLogprobs | RequestError]) -> None:
-        """Append log probabilities of the next tokens of the prompt, or remember their error."""
+    def take_scores(self, entries: Iterable[TokenLogprobs | RequestError]) -> None:
+        """Append the log probabilities of the next tokens to be scored, or remember their error."""
         for each in entries:
             if isinstance(each, RequestError):
                 self.error = self.error or each
@@ -128,7 +130,7 @@ class LiveSequence:
 
     def _finish(self) -> Finish | None:
         request, generated = self.request, self.generated
-        if self.error is not None and self.num_stored >= self.prompt_len:
+        if self.error is not None and (generated or not self.num_new):
             return Finish.failed(self.error)
         if not generated:
             return None if request.max_tokens or self.num_new else Finish(reason="length")
@@ -168,10 +170,17 @@ class LiveSequence:
         """The number of generated tokens that come from an earlier run."""
         return len(self.request.generated.token_ids)
 
-    @property
-    def next_scored(self) -> int:
-        """The position of the next token of the prompt to be scored; 0 if none is."""
-        return 0 if self.request.num_prompt_logprobs is None else self.request.first_scored + len(self.prompt_logprobs)
+    def scored(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """Yield the positions in [start, stop) at which known tokens are still to be scored, each with such a token."""
+        request, prompt = self.request, self.request.prompt_token_ids
+        if request.num_prompt_logprobs is None:
+            return
+        first = request.first_scored + len(self.prompt_logprobs)
+        for position in range(max(start, first - 1), min(stop, len(prompt) - 1)):
+            yield position, prompt[position + 1]
+        if start < len(prompt) <= stop and first <= len(prompt):
+            for token in request.alternatives:
+                yield len(prompt) - 1, token
 
     @property
     def num_generated(self) -> int:

@@ -69,7 +69,7 @@ class MicroBatchForward(ForwardCoroutine):
         for each in self.batch.slices:
             first = len(ids) - each.start  # the row of position 0
             wanted += range(first + each.wanted.start, first + each.wanted.stop)
-            scored += range(first + each.scored.start, first + each.scored.stop)
+            scored += [first + position for position in each.scored]
             ids += each.token_ids
             positions += range(each.start, each.stop)
         ids += ids[-1:] * self.batch.filler
