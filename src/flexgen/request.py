@@ -143,12 +143,12 @@ class TokenLogprobs:
     Attributes:
         token_ids: The generated token, then as many of the likeliest as were asked for, best first (it may be among them).
         logprobs: Log probability of each of `token_ids`.
-        rank: Rank of the generated token, from 1.
+        rank: Rank of the generated token, from 1; None for a token of a prompt that is not among the likeliest ones.
     """
 
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
-    rank: int
+    rank: int | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,12 +175,16 @@ class TokenRequest:
     Attributes:
         index: Number that the engine hands back with the answer; unique among the requests of a run.
         prompt_token_ids: The prompt, at least one id.
-        max_tokens: Most tokens to generate, at least 1; prompt and answer together fit the context.
+        max_tokens: Most tokens to generate, at least 1, or 0 for a prompt that is only scored; prompt and answer together fit the context.
         seed: Seed of the request; samples depend only on seed and position.
         stop_token_ids: Every id that ends the answer (the model's own included unless `ignore_eos`).
         logit_bias: Pairs of token id and bias, each id once.
         bad_words_token_ids: Sequences of ids; the last id of each is not generated after the others.
         num_logprobs: Number of log probabilities per token; None for none, -1 for all.
+        num_prompt_logprobs: Number of likeliest tokens whose log probabilities are wanted beside those of the prompt's tokens; None if the
+            prompt is not scored, -1 for all.
+        first_scored: The position of the first token of the prompt that is scored, at least 1, because nothing predicts the first token.
+        alternatives: Tokens that are scored as alternatives of the token after the prompt; needs `num_prompt_logprobs`.
         stops: The stop strings; None without any.
         generated: The tokens that an earlier run generated.  The answer goes on after them, and `max_tokens` counts them.
     """
@@ -202,6 +206,9 @@ class TokenRequest:
     allowed_token_ids: tuple[int, ...] | None = None
     bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
     num_logprobs: int | None = None
+    num_prompt_logprobs: int | None = None
+    first_scored: int = 1
+    alternatives: tuple[int, ...] = ()
     stops: Stops | None = None
     generated: Generated = Generated()
 
@@ -209,6 +216,14 @@ class TokenRequest:
     def may_end_early(self) -> bool:
         """Whether the answer may have fewer than `max_tokens`."""
         return (bool(self.stop_token_ids) or self.stops is not None) and self.min_tokens < self.max_tokens
+
+    @property
+    def sharable(self) -> tuple[int, ...]:
+        """The leading tokens of the prompt, of which all but the last may be computed by another request that begins with them.
+
+        A sequence computes the positions itself whose logits it needs: after its last token, and before each token that is scored.
+        """
+        return self.prompt_token_ids if self.num_prompt_logprobs is None else self.prompt_token_ids[: self.first_scored]
 
     def __post_init__(self) -> None:
         if self.num_logprobs is not None and self.generated.token_ids and self.generated.logprobs is None:
@@ -238,6 +253,8 @@ class TokenResult:
         finish_reason: "stop" (a stop token or string), "length" (max_tokens), or "error".
         stop_string: The stop string that ended the answer, or None.
         logprobs: One entry per generated token if log probabilities were asked for, otherwise None.
+        prompt_logprobs: One entry per token of the prompt from `first_scored` on, and one per token of `alternatives`, if the prompt was
+            scored; otherwise None.
         error: The error with which the request failed alone (it never fitted, non-finite logits, every token masked); None otherwise.
         num_preemptions: Number of times that the KV of the sequence was dropped and computed again.
     """
@@ -247,6 +264,7 @@ class TokenResult:
     finish_reason: str = "length"
     stop_string: str | None = None
     logprobs: tuple[TokenLogprobs, ...] | None = None
+    prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
     error: RequestError | None = None
     num_preemptions: int = 0
 

@@ -6,8 +6,9 @@ recorded in a log, from which the session that opened the engine makes progress 
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -16,15 +17,16 @@ from flexgen.base.failpoints import failpoint
 from flexgen.base.isolation import for_one_request
 from flexgen.devices.base import Device
 from flexgen.engine.admission import LengthForecast
-from flexgen.engine.logprobs import token_logprobs
-from flexgen.engine.runner import ModelRunner
+from flexgen.engine.logprobs import prompt_logprobs, token_logprobs
+from flexgen.engine.runner import BatchOutput, ModelRunner
 from flexgen.engine.sampler import as_float64, sample
 from flexgen.engine.scheduler import Scheduler
 from flexgen.engine.sequence import Finish, LiveSequence
 from flexgen.errors import EngineError, RequestError
 from flexgen.models.assemble import AssembledModel
+from flexgen.models.scoring import Scores
 from flexgen.passes.load import pass_load
-from flexgen.passes.plan import MicroBatch, PassPlan
+from flexgen.passes.plan import MicroBatch, PassPlan, Slice
 from flexgen.plan.policy import Policy
 from flexgen.report.pass_log import PassLog
 from flexgen.report.run_log import RunLog
@@ -184,7 +186,7 @@ class Engine:
         return self._result(sequence, finish)
 
     def _result(self, sequence: LiveSequence, finish: Finish) -> TokenResult:
-        if finish.error is None:
+        if finish.error is None and sequence.request.max_tokens:
             self._lengths.observe(sequence.num_generated)
         result = sequence.result(finish)
         self.log.finished(result, sequence.request, sequence.num_found)
@@ -197,19 +199,36 @@ class Engine:
         start = time.perf_counter()
         self.log.begins(pass_load(plan, tuple(self.runner.places), self.cache.groups))
         with torch.no_grad():
-            logits, waits = self.runner.run(plan, self._on_unit)
-            results = [result for batch, rows in zip(plan.micro_batches, logits, strict=True) for result in self._sample(batch, rows)]
+            outputs, waits = self.runner.run(plan, self._on_unit)
+            results = [result for batch, output in zip(plan.micro_batches, outputs, strict=True) for result in self._receive(batch, output)]
         self.log.passed(time.perf_counter() - start, waits)
         return results
 
     def _on_unit(self, unit: int) -> None:
         self.log.tell(self._scheduler.num_live, unit, self.runner.num_units)
 
-    def _sample(self, batch: MicroBatch, logits: torch.Tensor) -> Iterator[TokenResult]:
-        """Append the next token to each sequence whose last token was computed; yield the results of the sequences that finished."""
+    def _receive(self, batch: MicroBatch, output: BatchOutput) -> Iterator[TokenResult]:
+        """Give the sequences of a micro-batch what was computed for them; yield the results of those that finished."""
         for each in batch.slices:
             sequence = self._scheduler[each.sequence]
             sequence.num_stored = max(sequence.num_stored, each.stop)
+        if output.scores is not None:
+            self._score(batch.slices, output.scores)
+        for each in batch.slices:
+            sequence = self._scheduler[each.sequence]
+            if not sequence.request.max_tokens and (finish := sequence.finish()) is not None:
+                yield self._finish(sequence, finish)
+        yield from self._sample(batch, output.logits)
+
+    def _score(self, slices: Sequence[Slice], scores: Scores) -> None:
+        """Append log probabilities to the sequences whose prompts are scored."""
+        targets = [target for each in slices for target in each.targets]
+        found = prompt_logprobs(scores, targets, [each.num_likeliest for each in slices for _ in each.targets])
+        for each in slices:
+            self._scheduler[each.sequence].take_scores(itertools.islice(found, len(each.targets)))
+
+    def _sample(self, batch: MicroBatch, logits: torch.Tensor) -> Iterator[TokenResult]:
+        """Append the next token to each sequence whose last token was computed; yield the results of the sequences that finished."""
         sequences = [self._scheduler[sequence] for sequence, _ in batch.wanted]
         tokens = sample(logits, [each.request for each in sequences], [each.generated for each in sequences])
         for sequence, row, token in zip(sequences, logits, tokens, strict=True):

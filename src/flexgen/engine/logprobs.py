@@ -1,9 +1,14 @@
-"""Log probabilities of the generated token and of the likeliest tokens, from the model's logits of one row."""
+"""Log probabilities of generated tokens and of the tokens of prompts, each with those of the likeliest tokens at its position."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator, Sequence
+
 import numpy as np
 
+from flexgen.errors import RequestError
+from flexgen.models.scoring import Scores
 from flexgen.request import TokenLogprobs
 
 
@@ -21,6 +26,27 @@ def token_logprobs(row: np.ndarray, token_id: int, num_logprobs: int) -> TokenLo
     ids = [token_id, *likeliest.tolist()]
     above = np.count_nonzero(row > row[token_id]) + np.count_nonzero(row[:token_id] == row[token_id])
     return TokenLogprobs(token_ids=tuple(ids), logprobs=tuple((row[ids] - log_sum).tolist()), rank=int(above) + 1)
+
+
+def prompt_logprobs(scores: Scores, targets: Sequence[int], counts: Sequence[int]) -> Iterator[TokenLogprobs | RequestError]:
+    """Yield the log probabilities of tokens of prompts.
+
+    Args:
+        scores: The scores of the positions before these tokens.
+        targets: The tokens.
+        counts: For each token, the number of likeliest tokens that are wanted beside it; -1 for all.
+
+    Yields:
+        The log probabilities, or an error with the code "non_finite_logits".
+    """
+    rows = zip(targets, counts, scores.logprobs.tolist(), scores.likeliest.tolist(), scores.likeliest_logprobs.tolist(), strict=True)
+    for target, count, logprob, likeliest, logprobs in rows:
+        if not math.isfinite(logprob):
+            yield RequestError("the model produced logits that are not finite", code="non_finite_logits")
+            continue
+        stop = len(likeliest) if count == -1 else count
+        rank = likeliest.index(target) + 1 if target in likeliest else None
+        yield TokenLogprobs(token_ids=(target, *likeliest[:stop]), logprobs=(logprob, *logprobs[:stop]), rank=rank)
 
 
 def _likeliest(row: np.ndarray, count: int) -> np.ndarray:

@@ -123,14 +123,21 @@ def _next_tokens(sequences: Sequence[LiveSequence], micro_batch_tokens: int) -> 
 
 
 def _slice(sequence: LiveSequence, start: int, stop: int) -> Slice:
-    """Return tokens [start, stop) of a sequence as a slice; the logits after the sequence's last token are wanted."""
-    total = len(sequence.tokens)
+    """Return tokens [start, stop) of a sequence as a slice.
+
+    The logits after the sequence's last token are wanted if its answer goes on, and scores before the tokens of a prompt that is scored.
+    """
+    total, request = len(sequence.tokens), sequence.request
+    scored = list(sequence.scored(start, stop))
     return Slice(
         sequence=sequence.id,
         token_ids=tuple(sequence.tokens[start:stop]),
         start=start,
         prompt_len=sequence.prompt_len,
         total=total,
-        wanted=range(total - 1 if stop == total else total, total),
+        wanted=range(total - 1 if stop == total and request.max_tokens else total, total),
+        scored=tuple(position for position, _ in scored),
+        targets=tuple(target for _, target in scored),
+        num_likeliest=request.num_prompt_logprobs or 0,
         tables=tuple(map(tuple, sequence.kv.tables)) if sequence.kv is not None else (),
     )

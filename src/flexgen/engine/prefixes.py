@@ -45,7 +45,7 @@ class PrefixStore:
 
     def expect(self, sequence: LiveSequence) -> None:
         """Find the common prefixes of a sequence that begins to wait."""
-        sequence.path = self._common.path(sequence.request.prompt_token_ids)
+        sequence.path = self._common.path(sequence.request.sharable)
         for point in sequence.path:
             self._left.setdefault(point.digest, point.num_requests)
             self._first.setdefault(point.digest, sequence.request.index)

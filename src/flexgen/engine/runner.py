@@ -10,6 +10,7 @@ import logging
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ from flexgen.kv.open import KVSetup, open_places
 from flexgen.kv.pages import group_layers
 from flexgen.models.assemble import AssembledModel
 from flexgen.models.attention import PassCache
+from flexgen.models.scoring import Scores
 from flexgen.passes.plan import PassPlan
 from flexgen.plan.policy import Policy
 from flexgen.plan.price.work import unit_homes
@@ -33,6 +35,19 @@ logger = logging.getLogger(__name__)
 # A thread that has read a chunk needs the interpreter for some microseconds; others release it after this time.  With Python's default
 # of 5 ms, a disk of 3.4 GB/s reads at 1.6 GB/s beside Python code (docs/log.md).
 SWITCH_SECONDS = 1e-4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchOutput:
+    """What a micro-batch computed.
+
+    Attributes:
+        logits: The logits of the wanted positions, (positions, vocab), in the order of the slices and their positions.
+        scores: The scores of the scored positions in the same order; None if there are none.
+    """
+
+    logits: torch.Tensor
+    scores: Scores | None
 
 
 class ModelRunner:
@@ -125,7 +140,7 @@ class ModelRunner:
         """The number of units of a pass, which are the steps of its progress."""
         return len(self.model.layouts)
 
-    def run(self, plan: PassPlan, on_unit: Callable[[int], None] = lambda unit: None) -> tuple[list[torch.Tensor], dict[str, float]]:
+    def run(self, plan: PassPlan, on_unit: Callable[[int], None] = lambda unit: None) -> tuple[list[BatchOutput], dict[str, float]]:
         """Execute a pass.
 
         Args:
@@ -133,9 +148,7 @@ class ModelRunner:
             on_unit: A function that is called whenever the frontmost micro-batch enters a unit.
 
         Returns:
-            For each micro-batch the logits, (wanted positions, vocab), in the order of its slices and their positions; and for each cause
-                the
-            seconds in which there was nothing to run.
+            The output of each micro-batch; and for each cause the seconds in which there was nothing to run.
 
         Raises:
             StorageError: Something could not be read or written, or has changed on disk.
@@ -151,7 +164,7 @@ class ModelRunner:
             place.finish_pass()
         self._files.check_unchanged()  # before any token results from what was read
         self._rows.check_unchanged()
-        return [forward.logits for forward in forwards if forward.logits is not None], waits
+        return [BatchOutput(logits=each.logits, scores=each.scores) for each in forwards if each.logits is not None], waits
 
     # -- figures --------------------------------------------------------------------------------------------------------------------
 

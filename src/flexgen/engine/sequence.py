@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from flexgen.base.isolation import for_one_request
@@ -63,9 +64,11 @@ class LiveSequence:
     Attributes:
         request: The request that is answered.
         expected_tokens: The number of generated tokens after which the answer is expected to end, at most `max_tokens`.
-        tokens: The ids of the prompt and of the generated tokens.
+        tokens: The ids of the prompt and of the generated tokens; without the prompt's last one if nothing depends on it.
         generated: The generated ids alone.
         logprobs: One entry for each generated token, if the request asks for them.
+        prompt_logprobs: One entry for each token that the request wants scored, as far as they have been computed.
+        error: The error with which the answer will finish once the prompt has been computed; None if there is none.
         num_stored: The number of leading tokens whose KV is stored, or will be by a sequence that runs before this one.
         kv: The pages of the sequence; None while it waits.
         deferred: The number of trailing prompt tokens that this pass leaves to the next.
@@ -82,6 +85,8 @@ class LiveSequence:
     tokens: list[int] = field(init=False)
     generated: list[int] = field(init=False)
     logprobs: list[TokenLogprobs] = field(init=False)
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    error: RequestError | None = None
     num_stored: int = 0
     kv: SequenceKV | None = None
     num_preemptions: int = 0
@@ -96,6 +101,8 @@ class LiveSequence:
         earlier = self.request.generated
         self.generated = list(earlier.token_ids)
         self.tokens = [*self.request.prompt_token_ids, *self.generated]
+        if not self.request.max_tokens and not self.request.alternatives:
+            self.tokens.pop()  # it is only scored
         self.logprobs = list(earlier.logprobs or ())
         self.num_lost = len(self.tokens) - 1 if self.generated else 0  # the KV of the last one was not computed yet
 
@@ -108,6 +115,14 @@ class LiveSequence:
         if logprobs is not None:
             self.logprobs.append(logprobs)
 
+    def take_scores(self, entries: Iterable[TokenLogprobs | RequestError]) -> None:
+        """Append the log probabilities of the next tokens to be scored, or remember their error."""
+        for each in entries:
+            if isinstance(each, RequestError):
+                self.error = self.error or each
+            else:
+                self.prompt_logprobs.append(each)
+
     def finish(self) -> Finish | None:
         """Return how the last generated token finishes the answer, or None; an exception in the request's own code finishes it, too."""
         found = for_one_request(self._finish)
@@ -115,8 +130,10 @@ class LiveSequence:
 
     def _finish(self) -> Finish | None:
         request, generated = self.request, self.generated
+        if self.error is not None and (generated or not self.num_new):
+            return Finish.failed(self.error)
         if not generated:
-            return None
+            return None if request.max_tokens or self.num_new else Finish(reason="length")
         if generated[-1] in request.stop_token_ids:
             return Finish(reason="stop")
         stop_string = request.stops(generated) if request.stops is not None else None
@@ -131,9 +148,10 @@ class LiveSequence:
 
     def result(self, finish: Finish) -> TokenResult:
         generated = self.so_far().generated
+        prompt_logprobs = None if self.request.num_prompt_logprobs is None else tuple(self.prompt_logprobs)
         return TokenResult(
             index=self.id, token_ids=generated.token_ids, finish_reason=finish.reason, stop_string=finish.stop_string,
-            logprobs=generated.logprobs, error=finish.error, num_preemptions=self.num_preemptions,
+            logprobs=generated.logprobs, prompt_logprobs=prompt_logprobs, error=finish.error, num_preemptions=self.num_preemptions,
         )  # fmt: skip
 
     # -- counts ---------------------------------------------------------------------------------------------------------------------
@@ -151,6 +169,18 @@ class LiveSequence:
     def num_resumed(self) -> int:
         """The number of generated tokens that come from an earlier run."""
         return len(self.request.generated.token_ids)
+
+    def scored(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """Yield the positions in [start, stop) at which known tokens are still to be scored, each with such a token."""
+        request, prompt = self.request, self.request.prompt_token_ids
+        if request.num_prompt_logprobs is None:
+            return
+        first = request.first_scored + len(self.prompt_logprobs)
+        for position in range(max(start, first - 1), min(stop, len(prompt) - 1)):
+            yield position, prompt[position + 1]
+        if start < len(prompt) <= stop and first <= len(prompt):
+            for token in request.alternatives:
+                yield len(prompt) - 1, token
 
     @property
     def num_generated(self) -> int:

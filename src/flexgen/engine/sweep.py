@@ -19,6 +19,7 @@ from flexgen.errors import EngineError
 from flexgen.kv.place import PendingAttention, View
 from flexgen.models.attention import PassCache
 from flexgen.models.coroutine import ForwardCoroutine
+from flexgen.models.scoring import Scorer, Scores
 from flexgen.models.skeleton import BoundModel
 from flexgen.passes.calls import AttentionCall
 from flexgen.passes.plan import MicroBatch, Slice
@@ -45,6 +46,7 @@ class MicroBatchForward(ForwardCoroutine):
         after: The coroutines whose attention must come first in every layer.
         view: The KV that it reads and writes.
         logits: The logits, (wanted positions, vocab), once it has finished.
+        scores: The scores of the scored positions, once it has finished; None if there are none.
     """
 
     def __init__(
@@ -56,15 +58,18 @@ class MicroBatchForward(ForwardCoroutine):
         self.unit = -1
         self.pending: PendingAttention | None = None
         self.logits: torch.Tensor | None = None
+        self.scores: Scores | None = None
         self._model, self._cache, self._rows, self._device = model, cache, rows, device
 
     def _forward(self) -> None:
         ids: list[int] = []
         positions: list[int] = []
         wanted: list[int] = []  # rows
+        scored: list[int] = []  # rows
         for each in self.batch.slices:
             first = len(ids) - each.start  # the row of position 0
             wanted += range(first + each.wanted.start, first + each.wanted.stop)
+            scored += [first + position for position in each.scored]
             ids += each.token_ids
             positions += range(each.start, each.stop)
         ids += ids[-1:] * self.batch.filler
@@ -74,9 +79,18 @@ class MicroBatchForward(ForwardCoroutine):
         self.logits = self._model.forward(
             self._input_ids,
             torch.tensor([positions], device=self._device),
-            torch.tensor(wanted, dtype=torch.int64, device=self._device),
+            torch.tensor(wanted + scored, dtype=torch.int64, device=self._device),
             self._cache,
+            scorer := self._scorer(),
         )
+        self.scores = None if scorer is None else scorer.result()
+
+    def _scorer(self) -> Scorer | None:
+        targets = [target for each in self.batch.slices for target in each.targets]
+        counts = {each.num_likeliest for each in self.batch.slices if each.scored}
+        if not targets:
+            return None
+        return Scorer(torch.tensor(targets, device=self._device), -1 if -1 in counts else max(counts))
 
     def _suspend(self) -> None:
         assert self.parent is not None

@@ -87,7 +87,7 @@ def assemble_model(
     checkpoint = Checkpoint(folder)
     units = cut_model(config, dtype, checkpoint, unit_bytes)
     return AssembledModel(
-        bound=BoundModel(units.model, units.parts, sorted(table.module for table in units.tables)),
+        bound=BoundModel(units.model, units.parts, sorted(table.module for table in units.tables), units.trace.tail),
         layouts=units.layouts,
         residents=units.residents,
         tables=units.tables,

@@ -13,6 +13,7 @@ import greenlet
 import torch
 
 from flexgen.errors import EngineError
+from flexgen.models.scoring import Scorer
 from flexgen.passes.calls import AttentionCall, CacheUpdate
 from flexgen.passes.plan import Slice
 
@@ -23,12 +24,14 @@ class ForwardCoroutine(greenlet.greenlet):
     Attributes:
         position_ids: The positions, (1, tokens), of the running forward.
         updates: The updates that its layers have passed to the cache so far.
+        scorer: The scorer of the rows whose logits are only scored; None if there are none.
     """
 
     position_ids: torch.Tensor
 
     def __init__(self, run: Any) -> None:
         super().__init__(run)
+        self.scorer: Scorer | None = None
         self.updates: list[CacheUpdate] = []
 
     def slices(self) -> Sequence[Slice]:

@@ -20,8 +20,10 @@ from flexgen.errors import EngineError, UnsupportedModelError
 from flexgen.models.attention import register_attention
 from flexgen.models.coroutine import current_forward
 from flexgen.models.experts import register_experts, scored_experts_forward
+from flexgen.models.head import Tail, head_forward
 from flexgen.models.parts import Part
 from flexgen.models.rope import check_factors, isolate_sequences, recompute_length
+from flexgen.models.scoring import Scorer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -67,11 +69,12 @@ class BoundModel:
         model: A fresh skeleton.
         units: The parts of each unit.
         gathered: The names of the embeddings whose rows are gathered as they are needed.
+        tail: What the model does to the logits after its head, see `head_forward`.
     """
 
-    def __init__(self, model: PreTrainedModel, units: Iterable[Sequence[Part]], gathered: Sequence[str]) -> None:
+    def __init__(self, model: PreTrainedModel, units: Iterable[Sequence[Part]], gathered: Sequence[str], tail: Tail | None = None) -> None:
         isolate_sequences(model, recomputes=recompute_length(model.config) is not None)
-        self.model = model
+        self.model, self._tail = model, tail
         self._placeholders: dict[tuple[str, str], nn.Parameter] = {}
         self._parts: dict[tuple[int, str, str], Part] = {}
         self._modules = dict(model.named_modules())
@@ -89,7 +92,8 @@ class BoundModel:
         """Install the hook of one module, which is entered as its parts arrive."""
         use = parts[0].use
         module: Any = self._modules[use.module]
-        if len(parts) == 1 and use.kind != "scored_experts":
+        is_head = use.head and use.kind == "linear"
+        if len(parts) == 1 and use.kind != "scored_experts" and not is_head:
             unit = parts[0].unit
             self._modules[use.entered_with].register_forward_pre_hook(lambda *_: current_forward().enter_unit(unit))
             for parameter in use.parameters:
@@ -100,7 +104,9 @@ class BoundModel:
         for part in parts:
             for parameter in use.parameters:
                 self._parts[part.unit, use.module, parameter] = part
-        if use.kind == "linear":
+        if is_head:
+            module.forward = functools.partial(head_forward, module, parts, self._tail)
+        elif use.kind == "linear":
             module.forward = functools.partial(_split_linear, module, parts)
         elif use.kind == "experts":
             module.flexgen_parts = parts  # read by experts.py
@@ -143,17 +149,27 @@ class BoundModel:
                 if buffer is not None and buffer.device != device and buffer.device.type != "meta":
                     module._buffers[name] = buffer.to(device)
 
-    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor, sampled: torch.Tensor, cache: Any) -> torch.Tensor:
-        """Return the logits, (sampled, vocab), of a packed micro-batch; this must be called inside a ForwardCoroutine.
+    def forward(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor, rows: torch.Tensor, cache: Any, scorer: Scorer | None = None
+    ) -> torch.Tensor:
+        """Return the logits, (rows, vocab), of a packed micro-batch; this must be called inside a ForwardCoroutine.
 
         Args:
             input_ids: The token ids, int64 (1, tokens).
             position_ids: The positions of the tokens in their sequences, int64 (1, tokens).
-            sampled: The positions within the micro-batch whose logits are wanted, int64.
+            rows: The positions within the micro-batch whose logits are computed, int64.
+            cache: The cache that takes new keys and values.
+            scorer: The scorer of the last of `rows`, whose logits it takes, so that they are not returned.
         """
-        current_forward().position_ids = position_ids
-        output = self.model(input_ids=input_ids, position_ids=position_ids, past_key_values=cache, use_cache=True, logits_to_keep=sampled)
-        return output.logits[0]
+        forward = current_forward()
+        forward.position_ids, forward.scorer = position_ids, scorer
+        output = self.model(input_ids=input_ids, position_ids=position_ids, past_key_values=cache, use_cache=True, logits_to_keep=rows)
+        logits = output.logits[0]
+        if scorer is not None and len(logits) == len(rows):  # the head could not hand them over part by part
+            num_sampled = len(rows) - scorer.num_rows
+            logits, scored = logits[:num_sampled], logits[num_sampled:]
+            scorer.add(((each, scored[each]) for each in scorer.slices(scored.shape[1], scored.element_size())), 0)
+        return logits
 
 
 def _split_linear(module: Any, parts: Sequence[Part], x: torch.Tensor) -> torch.Tensor:

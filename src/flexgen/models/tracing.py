@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from flexgen.errors import UnsupportedModelError
 from flexgen.models.attention import PassCache
 from flexgen.models.coroutine import ForwardCoroutine
+from flexgen.models.head import Tail, TailRecorder
 from flexgen.passes.calls import AttentionCall
 from flexgen.passes.geometry import LayerKV
 from flexgen.passes.plan import Slice
@@ -37,6 +38,7 @@ class ModelTrace:
         embeddings: The embedding modules that look input ids up.
         layers: The KV of each layer, by layer index.
         experts_per_token: For each experts module, (k, num_experts).
+        tail: What the model does to the logits after its head, see `TailRecorder.tail`.
     """
 
     order: tuple[str, ...]
@@ -47,6 +49,7 @@ class ModelTrace:
     embeddings: frozenset[str]
     layers: tuple[LayerKV, ...]
     experts_per_token: dict[str, tuple[int, int]]
+    tail: Tail | None
 
 
 class _Tracer(ForwardCoroutine):
@@ -164,12 +167,16 @@ def trace_model(model: Any) -> ModelTrace:
     usage = _Usage(ids)
     undo = list(_fake_modules(model, usage))
 
+    recorder = TailRecorder(model)
+    tails: list[Tail | None] = []
+
     def run() -> None:
-        with torch.no_grad(), _ParameterReads(usage):
-            model(
+        with torch.no_grad(), _ParameterReads(usage), recorder:
+            output = model(
                 input_ids=ids, position_ids=torch.arange(len(TRACE_IDS))[None], past_key_values=PassCache(), use_cache=True,
                 logits_to_keep=torch.tensor([len(TRACE_IDS) - 1]),
             )  # fmt: skip
+        tails.append(recorder.tail(output.logits))
 
     tracer = _Tracer(run)
     try:
@@ -194,6 +201,7 @@ def trace_model(model: Any) -> ModelTrace:
         embeddings=frozenset(usage.embeddings),
         layers=tuple(tracer.layers[layer] for layer in sorted(tracer.layers)),
         experts_per_token=usage.experts,
+        tail=tails[0],
     )
 
 

@@ -19,6 +19,10 @@ class Slice:
         token_ids: The tokens to compute.
         start: The position of the first token in the sequence; the KV of all tokens before it is stored, or will be by earlier slices.
         wanted: The positions in the sequence whose logits are wanted; an empty range for none.
+        scored: The positions in the sequence at which the log probability of a known token is wanted, ascending; a position may be there
+            several times.
+        targets: The known token for each of them.
+        num_likeliest: The number of likeliest tokens that are wanted beside it at these positions; -1 for all.
         prompt_len: The length of the sequence's prompt.
         total: The number of tokens that the sequence has now, those of later chunks included.
         tables: For each layer group, the page ids of the sequence's pages, up to the last token of the slice at least.
@@ -30,6 +34,9 @@ class Slice:
     prompt_len: int
     total: int
     wanted: range = range(0)
+    scored: tuple[int, ...] = ()
+    targets: tuple[int, ...] = ()
+    num_likeliest: int = 0
     tables: tuple[tuple[int, ...], ...] = ()
 
     @property
