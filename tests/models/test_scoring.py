@@ -20,7 +20,7 @@ from flexgen.models.assemble import AssembledModel
 from flexgen.models.scoring import Scorer, likeliest_ids
 from flexgen.plan.policy import Policy
 from flexgen.request import TokenRequest, TokenResult
-from flexgen.text.common_prefixes import PrefixCensus
+from flexgen.text.common_prefixes import NO_PREFIXES, PrefixCensus
 from tests.models.parity import DISTURBANCE, SAFETY, build, describe, in_float64, policy, requests_for, save
 from tests.models.test_parity import IN_MEMORY, PLACES, REPRESENTATIVES, STREAMED, SUPPORTED, VARIANTS, ring_bytes
 from tests.models.tiny_configs import tiny_config
@@ -63,8 +63,8 @@ def results(
     for each in requests:
         census.add(each.sharable)
     with Engine(model, chosen, backend=backend, offload_dir=folder, poison=True) as engine:
-        kwargs = {"prefixes": census.common()} if share else {}
-        found = {result.index: result for result in engine.generate(requests, **kwargs)}
+        prefixes = census.common() if share else NO_PREFIXES
+        found = {result.index: result for result in engine.generate(requests, prefixes=prefixes)}
         assert (engine.log.counts.shared_prompt_tokens > 0) == share
         assert all(not used for used in engine.cache.used_bytes.values()), "no page is kept"
     return found
@@ -142,7 +142,8 @@ def test_a_prompt_of_one_token_has_no_scores(tmp_path: Path) -> None:
 def test_scores_that_are_not_finite_fail_alone(tmp_path: Path) -> None:
     config = tiny_config("llama", tie_word_embeddings=False)
     reference = build(config)
-    reference.get_input_embeddings().weight.data[7] = torch.nan
+    embeddings: Any = reference.get_input_embeddings()
+    embeddings.weight.data[7] = torch.nan
     save(reference, tmp_path)
     model = describe(tmp_path, config)
     prompts = {0: (5, 6, 8, 9), 1: (5, *range(8, 40), 7, 8, *range(8, 40)), 2: (7,) * 30}
