@@ -163,7 +163,7 @@ def _let_code_fail(job: Path, numbers: random.Random) -> None:
     if which == 0:
         sampler._choose = failing(sampler._choose, lambda row, request, past: request.prompt_token_ids)
     elif which == 1:
-        Serving._success = failing(Serving._success, lambda self, line: line.token_requests[0].prompt_token_ids)
+        Serving._record = failing(Serving._record, lambda self, request, prompt, results: prompt)
     else:
         Reader._token_requests = failing(Reader._token_requests, lambda self, request, ids: ids)
 

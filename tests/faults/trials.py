@@ -30,7 +30,7 @@ from typing import NoReturn, Self
 from flexgen import cli
 from flexgen.base import failpoints
 from flexgen.base.failpoints import FAILPOINTS
-from flexgen.session import setup as opening
+from flexgen.session import prepare as opening
 
 PATIENCE_SECONDS = 300.0  # a run that takes longer hangs: on a quiet machine it takes one or two
 NOW = 1_700_000_000.0  # the clock of all runs: answers carry the time at which their job began
