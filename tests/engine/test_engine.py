@@ -200,9 +200,9 @@ def test_logits_of_a_range_of_positions(novels_opt: Path, device: str, tier: str
                 plan = PassPlan(
                     micro_batches=tuple(MicroBatch(home=tier, slices=each, after=tuple(range(i))) for i, each in enumerate(batches))
                 )
-                logits, _ = runner.run(plan)
-                for batch, rows in zip(plan.micro_batches, logits, strict=True):
-                    found.update(zip(batch.wanted, rows.to("cpu"), strict=True))
+                outputs, _ = runner.run(plan)
+                for batch, output in zip(plan.micro_batches, outputs, strict=True):
+                    found.update(zip(batch.wanted, output.logits.to("cpu"), strict=True))
             reference = AutoModelForCausalLM.from_pretrained(novels_opt, dtype=torch.float32, attn_implementation="eager").eval()
             whole = [reference(torch.tensor([prompt])).logits[0] for prompt in prompts]  # (tokens, vocab)
     finally:
