@@ -83,38 +83,31 @@ class TailRecorder(TorchFunctionMode):
         return run
 
 
-def head_forward(module: Any, parts: Sequence[Part], tail: Tail | None, x: torch.Tensor) -> torch.Tensor:
-    """Compute the logits of the rows to sample from, and score the other rows, as the head's parts arrive.
+def split_linear(module: Any, parts: Sequence[Part], tail: Tail | None, x: torch.Tensor) -> torch.Tensor:
+    """Compute a linear layer whose output rows arrive as several units; if it is the head, score the rows that are only scored.
 
     Args:
-        module: The head, a linear layer.
+        module: The linear layer.
         parts: Its parts.
-        tail: What the model does to the logits afterwards; None if it cannot be applied to a part, so that all logits are returned.
-        x: The hidden states, (1, rows, hidden); those of the rows to score come last.
+        tail: For the head, what the model does to the logits afterwards. None for other layers, and for a head whose tail cannot be applied
+            to a part: all outputs are returned then.
+        x: The inputs, (..., rows, in_features); those of the rows to score come last.
 
     Returns:
-        The logits of the other rows, (1, rows, vocab), before the tail.
+        The outputs of the other rows, (..., rows, out_features).
     """
     forward = current_forward()
     scorer = forward.scorer if tail is not None else None
-    num_sampled = x.shape[-2] - (0 if scorer is None else scorer.num_rows)
-    sampled = x[..., :num_sampled, :]
-    out = x.new_empty(*sampled.shape[:-1], module.out_features)
+    own = x if scorer is None else x[..., : x.shape[-2] - scorer.num_rows, :]
+    out = x.new_empty(*own.shape[:-1], module.out_features)
     for part in parts:
         forward.enter_unit(part.unit)
         weight = part.tensors["weight"]
-        if num_sampled:
-            _sampled_logits(out, sampled, weight, module.bias, part)
-        if scorer is not None:
-            assert tail is not None
+        out[..., part.start : part.stop] = functional.linear(own, weight, module.bias if part.is_whole else None)
+        if scorer is not None and tail is not None:
             bias = None if module.bias is None else module.bias[part.start : part.stop]
-            scorer.add(_scored_logits(scorer, x[0, num_sampled:], weight, bias, tail), part.start)
+            scorer.add(_scored_logits(scorer, x[0, own.shape[-2] :], weight, bias, tail), part.start)
     return out if len(parts) == 1 or module.bias is None else out.add_(module.bias)
-
-
-def _sampled_logits(out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, part: Part) -> None:
-    whole = part.is_whole
-    out[..., part.start : part.stop] = functional.linear(x, weight, bias if whole else None)
 
 
 def _scored_logits(

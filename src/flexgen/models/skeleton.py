@@ -13,14 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from flexgen.checkpoint.meta import LARGE, LargeTensorsOnMeta, SkeletonLimits, building, parameters_on_meta
 from flexgen.errors import EngineError, UnsupportedModelError
 from flexgen.models.attention import register_attention
 from flexgen.models.coroutine import current_forward
 from flexgen.models.experts import register_experts, scored_experts_forward
-from flexgen.models.head import Tail, head_forward
+from flexgen.models.head import Tail, split_linear
 from flexgen.models.parts import Part
 from flexgen.models.rope import check_factors, isolate_sequences, recompute_length
 from flexgen.models.scoring import Scorer
@@ -69,7 +68,7 @@ class BoundModel:
         model: A fresh skeleton.
         units: The parts of each unit.
         gathered: The names of the embeddings whose rows are gathered as they are needed.
-        tail: What the model does to the logits after its head, see `head_forward`.
+        tail: What the model does to the logits after its head, see `split_linear`.
     """
 
     def __init__(self, model: PreTrainedModel, units: Iterable[Sequence[Part]], gathered: Sequence[str], tail: Tail | None = None) -> None:
@@ -104,10 +103,8 @@ class BoundModel:
         for part in parts:
             for parameter in use.parameters:
                 self._parts[part.unit, use.module, parameter] = part
-        if is_head:
-            module.forward = functools.partial(head_forward, module, parts, self._tail)
-        elif use.kind == "linear":
-            module.forward = functools.partial(_split_linear, module, parts)
+        if use.kind == "linear":
+            module.forward = functools.partial(split_linear, module, parts, self._tail if use.head else None)
         elif use.kind == "experts":
             module.flexgen_parts = parts  # read by experts.py
         elif use.kind == "scored_experts":
@@ -170,16 +167,6 @@ class BoundModel:
             logits, scored = logits[:num_sampled], logits[num_sampled:]
             scorer.add(((each, scored[each]) for each in scorer.slices(scored.shape[1], scored.element_size())), 0)
         return logits
-
-
-def _split_linear(module: Any, parts: Sequence[Part], x: torch.Tensor) -> torch.Tensor:
-    """Compute a linear layer whose output rows arrive as several units."""
-    forward = current_forward()
-    out = x.new_empty(*x.shape[:-1], module.out_features)
-    for part in parts:
-        forward.enter_unit(part.unit)
-        out[..., part.start : part.stop] = functional.linear(x, part.tensors["weight"])
-    return out if module.bias is None else out.add_(module.bias)
 
 
 def _gather_rows(name: str, module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
