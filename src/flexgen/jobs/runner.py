@@ -144,7 +144,7 @@ class Job:
                 prompt_lens.append(same.setdefault(prompt_len, prompt_len))
                 output_lens.append(same.setdefault(output_len, output_len))
             for each in token_requests:
-                shared_len = prefixes.add(each.prompt_token_ids) if prefixes is not None else 0
+                shared_len = prefixes.add(each.sharable) if prefixes is not None else 0
                 shared_lens.append(same.setdefault(shared_len, shared_len))
         self._prefixes = NO_PREFIXES if prefixes is None else prefixes.common()
         if repeated := census.repeated():

@@ -56,7 +56,7 @@ class Batch:
             prompt_lens=tuple(len(request.prompt_token_ids) for request in self.requests),
             output_lens=tuple(request.max_tokens for request in self.requests),
             may_end_early=any(request.may_end_early for request in self.requests),
-            shared_lens=() if census is None else tuple(census.add(request.prompt_token_ids) for request in self.requests),
+            shared_lens=() if census is None else tuple(census.add(request.sharable) for request in self.requests),
         )
 
     def outputs(self, results: Mapping[int, TokenResult]) -> list[RequestOutput]:
