@@ -208,7 +208,7 @@ class RequestTranslator:
             named.append({token_id: self._logprob(token_id, value, rank) for token_id, value, rank in entries})
         return named
 
-    def _logprob(self, token_id: int, value: float, rank: int) -> Logprob:
+    def _logprob(self, token_id: int, value: float, rank: int | None) -> Logprob:
         if self.tokenizer is None:
             return Logprob(logprob=value, rank=rank)
         text, own = self.tokenizer.token_text(token_id), self.tokenizer.token_bytes(token_id)
