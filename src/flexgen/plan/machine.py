@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 from flexgen.base.from_json import Positive, dataclass_from_json, needed, parsed_json
 from flexgen.errors import OptionError
+from flexgen.options import DEVICES
 
 FEW_CORES = 4
 # The shares of memory and of free disk that a plan may use where the options give no budget.
@@ -23,7 +24,8 @@ def io_threads(cores: int) -> int:
 
 
 Cores = Annotated[int, needed(bool, "more than 0 is needed")]
-DEVICES, ORIGINS = ("cpu", "cuda", "sim"), ("measured", "datasheet", "paper")
+ORIGINS = ("measured", "datasheet", "paper")
+_DEVICES = tuple(name for name in DEVICES if name != "auto")
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +120,7 @@ class Machine:
     """
 
     name: str
-    device: Annotated[str, needed(DEVICES.__contains__, f"known: {', '.join(DEVICES)}")]
+    device: Annotated[str, needed(_DEVICES.__contains__, f"known: {', '.join(_DEVICES)}")]
     origin: Annotated[str, needed(ORIGINS.__contains__, f"known: {', '.join(ORIGINS)}")]
     date: str
     cores: Cores

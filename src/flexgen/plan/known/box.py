@@ -14,8 +14,8 @@ from typing import Annotated, Any, cast
 from flexgen.base.from_json import fields_from_json
 from flexgen.base.quantities import format_size, parse_size
 from flexgen.errors import OptionError
+from flexgen.options import DTYPE_BYTES
 from flexgen.plan.machine import NOT_A_MACHINE, Cores, Curve, DiskRequest, Machine, Overheads, Rate
-from flexgen.plan.price.work import DTYPE_BYTES
 
 # The shares of a printed rate that are usually reached; the last is that of the host's memory for elementwise operations of a model.
 DENSE_SHARE, ATTENTION_SHARE, MEMORY_SHARE, LINK_SHARE, DISK_RATE_SHARE, ELEMENTWISE_SHARE = 0.7, 0.3, 0.8, 0.85, 0.9, 0.3

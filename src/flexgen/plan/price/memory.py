@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from flexgen.base.quantities import MIB
+from flexgen.options import DTYPE_BYTES
 from flexgen.plan.machine import Limits
 from flexgen.plan.model import ModelSpec
 from flexgen.plan.policy import Fractions, Policy
 from flexgen.plan.price.requests import JobSizes
-from flexgen.plan.price.work import DTYPE_BYTES, PassWork, needs_decode, unit_homes, weight_bytes, weights_work
+from flexgen.plan.price.work import PassWork, needs_decode, unit_homes, weight_bytes, weights_work
 
 # Kept free in addition to all that is accounted for: thread stacks, text, code loaded later, fragments of freed memory.
 ALLOWANCE_BYTES = 48 * MIB

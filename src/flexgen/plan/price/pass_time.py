@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from flexgen.options import DTYPE_BYTES
 from flexgen.plan.machine import Curve, Machine
 from flexgen.plan.model import ModelSpec
 from flexgen.plan.policy import Policy
-from flexgen.plan.price.work import DTYPE_BYTES, PassWork, active_share
+from flexgen.plan.price.work import PassWork, active_share
 
 RESOURCES = ("disk", "host_to_device", "device_to_host", "compute", "host_compute", "host_memory", "lead")
 

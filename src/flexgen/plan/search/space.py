@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from flexgen.errors import OptionError
-from flexgen.options import TIERS, EngineOptions, parse_placement
+from flexgen.options import DTYPE_BYTES, TIERS, EngineOptions, parse_placement
 from flexgen.plan.machine import Limits, Machine
 from flexgen.plan.model import ModelSpec
 from flexgen.plan.policy import PAGE_TOKENS, Fractions, Policy
 from flexgen.plan.price.memory import PlacedWeights
 from flexgen.plan.price.requests import JobSizes
-from flexgen.plan.price.work import DTYPE_BYTES, active_share, memory_bytes
+from flexgen.plan.price.work import active_share, memory_bytes
 from flexgen.plan.search.drafts import Drafts, first_of, kv_pools, placed_weights, pool_fractions
 from flexgen.plan.search.steady import FreeMemory
 from flexgen.plan.workload import Workload
