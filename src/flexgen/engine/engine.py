@@ -10,6 +10,7 @@ import itertools
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,6 +28,7 @@ from flexgen.models.assemble import AssembledModel
 from flexgen.models.scoring import Scores
 from flexgen.passes.load import pass_load
 from flexgen.passes.plan import MicroBatch, PassPlan, Slice
+from flexgen.plan.machine import Machine
 from flexgen.plan.policy import Policy
 from flexgen.report.pass_log import PassLog
 from flexgen.report.run_log import RunLog
@@ -67,11 +69,17 @@ class Engine:
         self._scheduler = Scheduler(policy, self.cache, self.runner.places, self._regime)
         self._lengths = LengthForecast()
         self._ended: list[TokenResult] = []  # the results of requests that had finished before they were added
-        self.log = self._new_log()
+        self.log = self.new_log()
         self._closed = False
 
-    def _new_log(self) -> RunLog:
-        return RunLog(self.runner, PassLog(self._model.spec, None, self.policy, self.runner.homes))
+    def new_log(self, machine: Machine | None = None, **how: Any) -> RunLog:
+        """Return an empty log for a run.
+
+        Args:
+            machine: The measured rates with which the passes are compared; None to compare them with none.
+            how: The other arguments of `RunLog`.
+        """
+        return RunLog(self.runner, PassLog(self._model.spec, machine, self.policy, self.runner.homes), **how)
 
     def load(self) -> None:
         """Read the weights that stay in memory and start the links; call it once."""
@@ -140,7 +148,7 @@ class Engine:
         Args:
             requests: The requests; their indices are unique.
             prefixes: The common prefixes of their prompts; each is computed once (per tier on which it is needed).
-            log: The log of the run; None for one that counts, but compares the passes with no machine.
+            log: The log of the run, from `new_log`; None for one that counts, but compares the passes with no machine.
             on_pass: A function that is called after every step, once its results have been yielded, with the unfinished answers so far;
                 they are gathered while it iterates.  An exception that it raises ends the run.
 
@@ -152,7 +160,7 @@ class Engine:
         if self.has_work:
             raise EngineError("a run began before the last one was over")
         self._scheduler.begin(prefixes)
-        self.log = self._new_log() if log is None else log
+        self.log = self.new_log() if log is None else log
         source = iter(requests)
         try:
             while True:

@@ -24,8 +24,6 @@ from flexgen.plan.machine import Machine, Overheads, Rate
 from flexgen.plan.policy import Fractions, Policy
 from flexgen.plan.price.pass_time import elementwise_bytes, rate_at
 from flexgen.profile.compute import random_numbers
-from flexgen.report.pass_log import PassLog
-from flexgen.report.run_log import RunLog
 from flexgen.request import TokenRequest
 
 NUM_LAYERS, NUM_SEQUENCES, NUM_PARTS = 8, 64, 4
@@ -108,7 +106,7 @@ def elementwise_rate(dtype: torch.dtype, folder: Path, machine: Machine, max_byt
         rounds: list[float] = []
         with Engine(_model(Path(path), config, dtype), policy) as engine:
             for _ in range(LAYER_PASSES):
-                log = _log(engine, machine)
+                log = engine.new_log(machine)
                 began = time.perf_counter()
                 list(engine.generate(_requests(LAYER_TOKENS // LAYER_PROMPT, 1, prompt_len=LAYER_PROMPT), log=log))
                 taken = time.perf_counter() - began
@@ -173,14 +171,10 @@ def _policy(device: str, dtype: torch.dtype, machine: Machine) -> Policy:
     )  # fmt: skip
 
 
-def _log(engine: Engine, machine: Machine) -> RunLog:
-    return RunLog(engine.runner, PassLog(engine.runner.model.spec, machine, engine.policy, engine.runner.homes))
-
-
 def _pass_seconds(engine: Engine, machine: Machine, num_seqs: int, num_passes: int) -> float:
     """Return the seconds of a pass of next tokens: the median of all passes but the first, which has the prompts, and the last."""
     ends: list[float] = []
-    requests, log = _requests(num_seqs, num_passes), _log(engine, machine)
+    requests, log = _requests(num_seqs, num_passes), engine.new_log(machine)
     list(engine.generate(requests, log=log, on_pass=lambda unfinished: ends.append(time.perf_counter())))
     return statistics.median(after - before for before, after in itertools.pairwise(ends[:-1]))
 

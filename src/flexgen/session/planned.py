@@ -19,10 +19,8 @@ from flexgen.plan.tell.forecast import forecast_again
 from flexgen.plan.tell.remaining import RemainingTime
 from flexgen.plan.workload import Workload
 from flexgen.profile.check import MachineCheck
-from flexgen.report.pass_log import PassLog
 from flexgen.report.progress import Progress, RunReport
 from flexgen.report.report import RunContext, make_report
-from flexgen.report.run_log import RunLog
 from flexgen.request import PartialAnswer, TokenRequest, TokenResult
 from flexgen.session.prepare import Prepared
 from flexgen.text.common_prefixes import NO_PREFIXES, CommonPrefixes
@@ -91,8 +89,7 @@ class PlannedEngine:
             on_pass: As for `Engine.generate`.
         """
         remaining = RemainingTime(self.plan.forecast, self.plan.policy, self._expectation(), self._workload)
-        passes = PassLog(self.plan.spec, self.plan.machine, self.plan.policy, self._engine.runner.homes)
-        log = RunLog(self._engine.runner, passes, remaining=remaining, num_requests=num_requests, on_progress=on_progress)
+        log = self._engine.new_log(self.plan.machine, remaining=remaining, num_requests=num_requests, on_progress=on_progress)
         return self._engine.generate(requests, prefixes=prefixes, log=log, on_pass=on_pass)
 
     def report(self) -> RunReport:
