@@ -21,12 +21,20 @@ if TYPE_CHECKING:
     )
     from flexgen.llm import LLM
     from flexgen.options import EngineOptions
-    from flexgen.request import CompletionOutput, Logprob, RequestOutput, SamplingParams
+    from flexgen.request import (
+        ClassificationOutput,
+        ClassificationRequestOutput,
+        CompletionOutput,
+        Logprob,
+        RequestOutput,
+        SamplingParams,
+    )
 
     __version__: str
 
 __all__ = [
-    "LLM", "SamplingParams", "RequestOutput", "CompletionOutput", "Logprob", "EngineOptions",
+    "LLM", "SamplingParams", "RequestOutput", "CompletionOutput", "Logprob", "ClassificationRequestOutput", "ClassificationOutput",
+    "EngineOptions",
     "FlexGenError", "OptionError", "RequestError", "JobError", "ModelError", "UnsupportedModelError", "CheckpointError", "CapacityError",
     "OutOfMemoryError", "StorageError", "EngineError",
     "__version__",
@@ -37,6 +45,8 @@ _HOMES = {
     "SamplingParams": "request",
     "RequestOutput": "request",
     "CompletionOutput": "request",
+    "ClassificationRequestOutput": "request",
+    "ClassificationOutput": "request",
     "Logprob": "request",
     "EngineOptions": "options",
 }

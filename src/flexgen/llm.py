@@ -10,7 +10,7 @@ import logging
 import os
 import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn, Unpack
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, Unpack
 
 from flexgen.api.vllm_keywords import ModelKeywords, check_call, read_keywords
 from flexgen.api.vllm_types import ChatKeywords, GenerateKeywords, LLMKeywords
@@ -24,13 +24,14 @@ from flexgen.plan.policy import PAGE_TOKENS
 from flexgen.plan.tell.forecast import Plan
 from flexgen.plan.workload import Workload
 from flexgen.report.progress import Progress, RunReport
-from flexgen.request import CompletionOutput, PartialAnswer, RequestOutput, SamplingParams, TokenRequest, TokenResult
-from flexgen.session.batch import Batch
+from flexgen.request import ClassificationRequestOutput, PartialAnswer, RequestOutput, SamplingParams, TokenRequest, TokenResult
+from flexgen.session.batch import Batch, choice_batch, completion_batch
 from flexgen.session.fingerprint import fingerprint
 from flexgen.session.model import ResolvedModel
 from flexgen.session.session import EngineSession, plan_job
 from flexgen.session.turns import Turns
 from flexgen.text.answers import RequestTranslator
+from flexgen.text.choices import Choice
 from flexgen.text.common_prefixes import NO_PREFIXES, CommonPrefixes, PrefixCensus
 from flexgen.text.defaults import default_sampling_params, token_limits, unsupported_defaults
 from flexgen.text.encoding import Encoder
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_Output = TypeVar("_Output")
 _CHAT_KEYWORDS = ("chat_template", "add_generation_prompt", "continue_final_message", "chat_template_kwargs", "use_tqdm")
 
 
@@ -197,6 +199,31 @@ class LLM:
         prompts = [{"prompt": text, "prompt_token_ids": each} for text, each in zip(texts, ids, strict=True)]
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
+    def classify(
+        self,
+        prompts: Prompt | Iterable[Prompt],
+        choices: Iterable[Choice] | Iterable[Iterable[Choice]],
+        *,
+        use_tqdm: bool | Callable[..., Any] = False,
+    ) -> list[ClassificationRequestOutput]:
+        """Score what may follow each prompt, such as labels, and return outputs in the order of the prompts.
+
+        Args:
+            prompts: See `generate`.
+            choices: The choices of all prompts, or a list of choices for each prompt: texts after prompts that are texts, otherwise token
+                ids.  A choice begins where the prompt ends; spaces at the end of a prompt belong to the choice.
+            use_tqdm: See `generate`.
+
+        Raises:
+            OptionError: There are not as many lists of choices as prompts, or an item is not a choice.
+            RequestError: A prompt or a choice cannot be scored; the message has the index of the prompt.
+            CapacityError: The work does not fit the budgets.
+        """
+        with self._turns.call():
+            batch = choice_batch(prompts, choices, encoder=self._encoder, translator=self._translator, first_index=self._num_requests)
+            self._num_requests += len(batch.requests)
+            return self._answered(batch, use_tqdm)
+
     def get_tokenizer(self) -> PreTrainedTokenizerBase:
         """Return the Hugging Face tokenizer.
 
@@ -289,6 +316,14 @@ class LLM:
         """
         return self._translator.requests(index, prompt_token_ids, params)
 
+    def choice_requests(self, index: int, prompt_token_ids: Sequence[int], choices: Sequence[Sequence[int]]) -> list[TokenRequest]:
+        """Return the engine's requests that score choices after a prompt; that of choice i has the index `index + 1 + i`.
+
+        Raises:
+            RequestError: The prompt or a choice cannot be served.
+        """
+        return self._translator.choice_requests(index, prompt_token_ids, choices)
+
     def prefix_census(self) -> PrefixCensus | None:
         """Return an object that finds the common prefixes of requests before they are streamed; None if prefix sharing is off."""
         return PrefixCensus(PAGE_TOKENS) if self.options.prefix_sharing else None
@@ -321,17 +356,22 @@ class LLM:
         run = self._run(requests, workload, prefixes=prefixes, on_progress=on_progress, on_pass=on_pass)
         return self._turns.iterate(run)
 
-    def completions(
-        self, results: Iterable[TokenResult], params: SamplingParams, prompt_token_ids: Sequence[int] = ()
-    ) -> list[CompletionOutput]:
-        """Return the answers to one prompt as vLLM's outputs, in the order of their indices.
+    def output(
+        self, results: Iterable[TokenResult], params: SamplingParams, prompt_token_ids: Sequence[int], prompt: str | None = None
+    ) -> RequestOutput:
+        """Return the answers to one prompt as vLLM's output, in the order of their indices.
 
         Args:
             results: The results of the engine's requests for the prompt.
             params: The sampling parameters.
             prompt_token_ids: The prompt, after which the text of the answers is decoded.
+            prompt: The text of the prompt, if it was given as text.
         """
-        return self._translator.completions(results, params, prompt_token_ids)
+        return self._translator.output(results, params, prompt_token_ids, prompt)
+
+    def text_of(self, token_ids: Sequence[int]) -> str:
+        """Return the text of a prompt that was given as token ids, special tokens included."""
+        return self._translator.text_of(token_ids)
 
     def plan(self, workload: Workload) -> Plan:
         """Return the plan that `open` would make for this workload, without opening the engine (see `plan_job`)."""
@@ -389,8 +429,11 @@ class LLM:
         use_tqdm: bool | Callable[..., Any],
     ) -> list[RequestOutput]:
         params = self.get_default_sampling_params() if sampling_params is None else sampling_params
-        batch = Batch(prompts, params, encoder=self._encoder, translator=self._translator, first_index=self._num_requests)
+        batch = completion_batch(prompts, params, encoder=self._encoder, translator=self._translator, first_index=self._num_requests)
         self._num_requests += len(batch.requests)
+        return self._answered(batch, use_tqdm)
+
+    def _answered(self, batch: Batch[_Output], use_tqdm: bool | Callable[..., Any]) -> list[_Output]:
         if not batch.requests:
             return []
         census = self.prefix_census()

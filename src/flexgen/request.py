@@ -16,7 +16,7 @@ from flexgen.errors import RequestError
 # Keywords of vLLM whose effect is not supported, with the value that asks for no effect, as None always does.
 _UNSUPPORTED: Mapping[str, Any] = {
     "best_of": 1, "detokenize": True, "extra_args": None, "flat_logprobs": False, "guided_decoding": None, "logits_processors": None,
-    "logprob_token_ids": None, "output_kind": None, "prompt_logprobs": None, "repetition_detection": None,
+    "logprob_token_ids": None, "output_kind": None, "repetition_detection": None,
     "skip_reading_prefix_cache": None, "spaces_between_special_tokens": True, "stream_interval": None, "structured_outputs": None,
     "thinking_token_budget": None, "truncate_prompt_tokens": None,
 }  # fmt: skip
@@ -81,9 +81,12 @@ class SamplingParams:
         stop_token_ids: Tokens that end the answer besides the model's own; becomes a tuple.
         bad_words: At most 4,096 texts whose tokens are never completed; becomes a tuple.
         ignore_eos: Whether to go on after an end-of-sequence token.
-        max_tokens: Most tokens to generate; None for as many as the model's context allows.
+        max_tokens: Most tokens to generate; 0 to generate nothing, as for prompts that are only scored; None for as many as the model's
+            context allows.
         min_tokens: Number of tokens before which nothing stops the answer.
         logprobs: Number of likeliest tokens whose log probabilities are returned beside the generated one's; -1 is all.
+        prompt_logprobs: Number of likeliest tokens whose log probabilities are returned beside those of the prompt's own tokens; -1 is all,
+            None does not score the prompt.
         include_stop_str_in_output: Whether the stop string stays in the text.
         skip_special_tokens: Whether special tokens are left out of the text.
         logit_bias: Token id -> number added to its logit, clamped to [-100, 100]; becomes a dict with integer keys.
@@ -109,6 +112,7 @@ class SamplingParams:
     max_tokens: int | None = 16
     min_tokens: int = 0
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
     logit_bias: Mapping[int, float] | Mapping[str, float] | None = field(default=None, hash=False)
@@ -138,12 +142,12 @@ class Stops(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenLogprobs:
-    """Natural log probabilities at one generated token, from the model's own logits (before penalties, masks and temperature).
+    """Natural log probabilities at one generated or scored token, from the model's own logits (before penalties, masks and temperature).
 
     Attributes:
-        token_ids: The generated token, then as many of the likeliest as were asked for, best first (it may be among them).
+        token_ids: The token itself, then as many of the likeliest as were asked for, best first (it may be among them).
         logprobs: Log probability of each of `token_ids`.
-        rank: Rank of the generated token, from 1; None for a token of a prompt that is not among the likeliest ones.
+        rank: Rank of the token, from 1; None for a token of a prompt that is not among the likeliest ones.
     """
 
     token_ids: tuple[int, ...]
@@ -275,7 +279,7 @@ class Logprob:
 
     Attributes:
         logprob: The natural log probability.
-        rank: Rank of the token; 1 is the likeliest.
+        rank: Rank of the token, 1 is the likeliest; None for a token of a prompt that is not among the likeliest ones returned.
         decoded_token: The token's text as it appears within a text, with its leading space.
         token_bytes: The token's own bytes where it is a part of a character, whose text is a replacement character; None where the
             bytes are those of the text.
@@ -321,6 +325,8 @@ class RequestOutput:
         request_id: Number of the request, as text.
         prompt: Text of the prompt; None where it was given as token ids.
         prompt_token_ids: The prompt's token ids.
+        prompt_logprobs: For each token of the prompt, token id -> log probability, the prompt's own token first; None for the first token,
+            which nothing predicts.  None as a whole unless the parameters have `prompt_logprobs`.
         outputs: The answers, `SamplingParams.n` of them.
         finished: Always True, because outputs are never partial.
     """
@@ -328,5 +334,52 @@ class RequestOutput:
     request_id: str
     prompt: str | None
     prompt_token_ids: tuple[int, ...]
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     outputs: list[CompletionOutput] = field(default_factory=list)
+    finished: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClassificationOutput:
+    """The scores of the choices after one prompt; every list has an entry per choice.
+
+    Attributes:
+        probs: The probabilities of the choices, normalised so that they sum to 1 (vLLM's field).
+        logprobs: The natural log probability of each choice after the prompt, which is the sum over its tokens.
+        num_tokens: The number of tokens of each choice.
+        is_greedy: Whether greedy generation would begin with the choice.
+    """
+
+    probs: list[float]
+    logprobs: list[float]
+    num_tokens: list[int]
+    is_greedy: list[bool]
+
+    @property
+    def num_classes(self) -> int:
+        """The number of choices."""
+        return len(self.probs)
+
+    @property
+    def best(self) -> int:
+        """The index of the likeliest choice, the first among equals."""
+        return max(range(len(self.logprobs)), key=self.logprobs.__getitem__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClassificationRequestOutput:
+    """The scores of the choices after one prompt, with the prompt (vLLM's fields).
+
+    Attributes:
+        request_id: Number of the request, as text.
+        prompt: Text of the prompt; None where it was given as token ids.
+        prompt_token_ids: The prompt's token ids.
+        outputs: The scores.
+        finished: Always True.
+    """
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: tuple[int, ...]
+    outputs: ClassificationOutput
     finished: bool = True

@@ -8,33 +8,39 @@ from collections.abc import Mapping
 from typing import Any
 
 from flexgen.api.job_request import JobRequest
+from flexgen.base.parameters import MAX_CHOICES
 from flexgen.base.scalars import as_int, shown
 from flexgen.chat import Chat, parse_messages
 from flexgen.errors import RequestError
 from flexgen.request import SamplingParams
 
 _SAMPLING = frozenset(field.name for field in dataclasses.fields(SamplingParams)) - {"logprobs"}  # its type depends on the endpoint
-_COMPLETION = frozenset(("prompt", "logprobs"))
+_COMPLETION = frozenset(("prompt", "logprobs", "echo"))
 _CHAT = frozenset((
     "messages", "logprobs", "top_logprobs", "max_completion_tokens", "add_generation_prompt", "continue_final_message",
     "chat_template_kwargs", "reasoning_effort",
 ))  # fmt: skip
-_BOTH = frozenset(("model", "best_of", "return_token_ids"))
+_OTHER_SAMPLING = ("logprobs", "top_logprobs", "max_completion_tokens", "best_of", "echo")
+_BOTH = frozenset(("model", "best_of", "return_token_ids", "choices"))
 _HARMLESS = frozenset((
     "cache_salt", "metadata", "parallel_tool_calls", "prediction", "priority", "prompt_cache_key", "prompt_cache_retention", "request_id",
     "safety_identifier", "service_tier", "store", "stream_options", "user",
 ))  # fmt: skip
 # Fields whose effect is not supported, with the values that ask for no effect, as null always does.
 _OFF: Mapping[str, tuple[Any, ...]] = {
-    "audio": (), "chat_template": (), "detokenize": (True,), "documents": ([],), "echo": (False,), "function_call": ("none", "auto"),
+    "audio": (), "chat_template": (), "detokenize": (True,), "documents": ([],), "function_call": ("none", "auto"),
     "functions": ([],), "include_reasoning": (True,), "length_penalty": (1,), "logits_processors": ([],), "modalities": (["text"],),
-    "prompt_logprobs": (), "response_format": ({"type": "text"},), "return_tokens_as_token_ids": (False,),
+    "response_format": ({"type": "text"},), "return_tokens_as_token_ids": (False,),
     "spaces_between_special_tokens": (True,), "stream": (False,), "structured_outputs": (), "suffix": ("",), "thinking_token_budget": (),
     "tool_choice": ("none", "auto"), "tools": ([],), "truncate_prompt_tokens": (), "use_beam_search": (False,), "verbosity": ("medium",),
     "web_search_options": (),
 }  # fmt: skip
 _COMPLETION_OFF: Mapping[str, tuple[Any, ...]] = {**_OFF, "add_special_tokens": (True,)}
-_CHAT_OFF: Mapping[str, tuple[Any, ...]] = {**_OFF, "add_special_tokens": (False,)}  # chat templates write the special tokens
+_CHAT_OFF: Mapping[str, tuple[Any, ...]] = {
+    **_OFF,
+    "echo": (False,),
+    "add_special_tokens": (False,),
+}  # chat templates write the special tokens
 
 
 def parse_completion(line: JobRequest, fields: Mapping[str, Any], defaults: SamplingParams) -> JobRequest:
@@ -51,9 +57,11 @@ def parse_completion(line: JobRequest, fields: Mapping[str, Any], defaults: Samp
     ignored = _ignored(fields, _COMPLETION, _COMPLETION_OFF)
     if fields.get("prompt") is None:
         raise RequestError("there is no prompt", param="prompt")
-    logprobs = fields.get("logprobs")
+    logprobs, echo = fields.get("logprobs"), _flag(fields, "echo", False)
     given = {"logprobs": None if logprobs is False else logprobs}
-    return _request(line, fields, defaults, given, prompt=_prompt(fields["prompt"]), ignored=ignored)
+    if echo and fields.get("prompt_logprobs") is None:
+        given["prompt_logprobs"] = given["logprobs"]  # as in OpenAI's and vLLM's completions
+    return _request(line, fields, defaults, given, prompt=_prompt(fields["prompt"]), echo=echo, ignored=ignored)
 
 
 def parse_chat(line: JobRequest, fields: Mapping[str, Any], defaults: SamplingParams) -> JobRequest:
@@ -113,18 +121,43 @@ def _meant(name: str, served: frozenset[str]) -> str:
 
 def _request(line: JobRequest, fields: Mapping[str, Any], defaults: SamplingParams, given: Mapping[str, Any], **parsed: Any) -> JobRequest:
     """Return the line as a request; `given` has sampling parameters besides those of `fields`, `parsed` has fields of JobRequest."""
+    model, ids = fields.get("model"), _flag(fields, "return_token_ids", False)
+    if model is not None and not isinstance(model, str):
+        raise RequestError("model must be a text", param="model")
+    line = dataclasses.replace(line, return_token_ids=ids, model=model, **parsed)
+    if fields.get("choices") is not None:
+        return dataclasses.replace(line, choices=_choices(fields))
     values = {name: fields[name] for name in _SAMPLING if fields.get(name) is not None}
     if values.get("stop") == "":
         del values["stop"]  # some clients write this for no stop
     values.update((name, value) for name, value in given.items() if value is not None)
     params = dataclasses.replace(defaults, **values)
-    best_of, model = fields.get("best_of"), fields.get("model")
+    best_of = fields.get("best_of")
     if best_of is not None and not _same(best_of, params.n):
         raise RequestError("best_of is not supported (only as many as n)", code="unsupported_field", param="best_of")
-    if model is not None and not isinstance(model, str):
-        raise RequestError("model must be a text", param="model")
-    ids = _flag(fields, "return_token_ids", False)
-    return dataclasses.replace(line, params=params, states_max_tokens="max_tokens" in values, return_token_ids=ids, model=model, **parsed)
+    return dataclasses.replace(line, params=params, states_max_tokens="max_tokens" in values)
+
+
+def _choices(fields: Mapping[str, Any]) -> tuple[str | tuple[int, ...], ...]:
+    """Return the choices of a line, which are scored, so that nothing is generated and sampling parameters are refused."""
+    sampling = sorted(name for name in (*_SAMPLING, *_OTHER_SAMPLING) if fields.get(name) is not None)
+    if sampling:
+        message = f"choices are scored and nothing is generated, so {sampling[0]} has no meaning: leave it out"
+        raise RequestError(message, code="unsupported_field", param=sampling[0])
+    given = fields["choices"]
+    found = given if isinstance(given, list) else []
+    choices = [each if isinstance(each, str) else _token_ids(each) for each in found]
+    if not found or not all(choices) or len(choices) > MAX_CHOICES:
+        message = f"choices must be a list of 1 to {MAX_CHOICES:,} texts or lists of token ids, none of them empty"
+        raise RequestError(f"{message}, not {shown(given)}", param="choices")
+    return tuple(choices)
+
+
+def _token_ids(value: Any) -> tuple[int, ...]:
+    """Return a list of token ids as a tuple; an empty one if it is not such a list."""
+    listed = value if isinstance(value, list) else []
+    ids = [number for each in listed if (number := as_int(each)) is not None]
+    return tuple(ids) if len(ids) == len(listed) else ()
 
 
 def _prompt(value: Any) -> str | tuple[int, ...]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from flexgen.base.scalars import as_int
 from flexgen.chat import Chat
 from flexgen.errors import RequestError
-from flexgen.request import CompletionOutput, SamplingParams
+from flexgen.request import ClassificationRequestOutput, RequestOutput, SamplingParams
 
 _NO_PARAMS = SamplingParams()
 
@@ -26,6 +26,8 @@ class JobRequest:
         error: The error that the line ends in, in which case the fields below mean nothing; None if it can be served.
         prompt: The prompt: text, token ids, or a conversation.
         params: The sampling parameters.
+        choices: The choices that are scored after the prompt, texts or token ids; nothing is generated then.
+        echo: Whether the prompt is part of the answer's text.
         states_max_tokens: Whether the line itself sets `max_tokens`, which is then never lowered silently.
         return_token_ids: Whether the answer has token ids beside its text (vLLM's field).
         model: The model that the line names; None if it names none.
@@ -39,6 +41,8 @@ class JobRequest:
     error: RequestError | None = None
     prompt: str | tuple[int, ...] | Chat = ()
     params: SamplingParams = _NO_PARAMS
+    choices: tuple[str | tuple[int, ...], ...] = ()
+    echo: bool = False
     states_max_tokens: bool = False
     return_token_ids: bool = False
     model: str | None = None
@@ -73,14 +77,17 @@ class LineForm(Protocol):
         """
         ...
 
-    def success(self, request: JobRequest, completions: Sequence[CompletionOutput], num_prompt_tokens: int) -> dict[str, Any]:
+    def success(self, request: JobRequest, output: RequestOutput) -> dict[str, Any]:
         """Return the record of an answer.
 
         Args:
             request: The line.
-            completions: One completion for each of the request's `n` choices, in order.
-            num_prompt_tokens: The length of the prompt.
+            output: The output, which has the text of the prompt if the line asks for it.
         """
+        ...
+
+    def scored(self, request: JobRequest, output: ClassificationRequestOutput) -> dict[str, Any]:
+        """Return the record of a line with choices."""
         ...
 
     def failure(self, request: JobRequest, error: RequestError) -> dict[str, Any]:
@@ -88,10 +95,34 @@ class LineForm(Protocol):
         ...
 
 
-def usage(completions: Sequence[CompletionOutput], num_prompt_tokens: int) -> dict[str, int]:
-    """Return OpenAI's counts of tokens."""
-    generated = sum(len(completion.token_ids) for completion in completions)
-    return {"prompt_tokens": num_prompt_tokens, "completion_tokens": generated, "total_tokens": num_prompt_tokens + generated}
+def usage(output: RequestOutput | ClassificationRequestOutput) -> dict[str, int]:
+    """Return OpenAI's counts of tokens; choices that are scored count as completions."""
+    prompt = len(output.prompt_token_ids)
+    generated = sum(len(each.token_ids) for each in output.outputs) if isinstance(output, RequestOutput) else sum(output.outputs.num_tokens)
+    return {"prompt_tokens": prompt, "completion_tokens": generated, "total_tokens": prompt + generated}
+
+
+def labels(request: JobRequest, output: ClassificationRequestOutput) -> list[dict[str, Any]]:
+    """Return the scores of the choices of a line as JSON objects, in the order of the line."""
+    scores = output.outputs
+    return [
+        {
+            "text" if isinstance(choice, str) else "token_ids": choice,
+            "logprob": logprob,
+            "probability": probability,
+            "num_tokens": num_tokens,
+            "is_greedy": is_greedy,
+        }
+        for choice, logprob, probability, num_tokens, is_greedy in zip(
+            request.choices, scores.logprobs, scores.probs, scores.num_tokens, scores.is_greedy, strict=True
+        )
+    ]
+
+
+def best_choice(request: JobRequest, output: ClassificationRequestOutput) -> str | list[int]:
+    """Return the likeliest choice of a line."""
+    choice = request.choices[output.outputs.best]
+    return choice if isinstance(choice, str) else list(choice)
 
 
 def as_id(value: object) -> str | int | None:

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from flexgen.api.bodies import parse_chat, parse_completion
-from flexgen.api.job_request import JobRequest, as_id, usage
-from flexgen.api.logprobs import chat_logprobs, completion_logprobs
+from flexgen.api.job_request import JobRequest, as_id, best_choice, labels, usage
+from flexgen.api.logprobs import chat_logprobs, completion_logprobs, vllm_prompt_logprobs
 from flexgen.base.scalars import shown
 from flexgen.errors import RequestError
-from flexgen.request import CompletionOutput, SamplingParams
+from flexgen.request import ClassificationRequestOutput, CompletionOutput, RequestOutput, SamplingParams
 
 COMPLETIONS_MAX_TOKENS = 16  # the hosted API's default; chats may fill the context
 _STATUS = {"unsupported_url": 404, "model_not_found": 404, "non_finite_logits": 500, "internal_error": 500}  # 400 for the rest
@@ -27,29 +27,50 @@ class Endpoint:
         object: The field `object` of response bodies.
         parse: The parser of request bodies, which also takes the line and the default sampling parameters.
         choice: The function that writes a completion, without its index and finish_reason.
+        label: The function that writes the likeliest of the choices of a line.
     """
 
     id_prefix: str
     object: str
     parse: Callable[[JobRequest, Mapping[str, Any], SamplingParams], JobRequest]
-    choice: Callable[[CompletionOutput, SamplingParams], dict[str, Any]]
+    choice: Callable[[CompletionOutput, JobRequest, RequestOutput], dict[str, Any]]
+    label: Callable[[str | None], dict[str, Any]]
 
 
 def _short_completion(line: JobRequest, body: Mapping[str, Any], defaults: SamplingParams) -> JobRequest:
     return parse_completion(line, body, dataclasses.replace(defaults, max_tokens=COMPLETIONS_MAX_TOKENS))
 
 
-def _completion_choice(completion: CompletionOutput, params: SamplingParams) -> dict[str, Any]:
-    return {"text": completion.text, "logprobs": completion_logprobs(completion)}
+def _completion_choice(completion: CompletionOutput, request: JobRequest, output: RequestOutput) -> dict[str, Any]:
+    if request.echo:
+        choice = {"text": (output.prompt or "") + completion.text, "logprobs": completion_logprobs(completion, output)}
+    else:
+        choice = {"text": completion.text, "logprobs": completion_logprobs(completion)}
+    if output.prompt_logprobs is None or (request.echo and completion.logprobs is not None):
+        return choice
+    return {**choice, "prompt_logprobs": vllm_prompt_logprobs(output)}
 
 
-def _chat_choice(completion: CompletionOutput, params: SamplingParams) -> dict[str, Any]:
-    message = {"role": "assistant", "content": completion.text, "refusal": None}
-    return {"message": message, "logprobs": chat_logprobs(completion, params.logprobs or 0)}
+def _completion_label(text: str | None) -> dict[str, Any]:
+    return {"text": text, "logprobs": None}
 
 
-_COMPLETIONS = Endpoint(id_prefix="cmpl", object="text_completion", parse=_short_completion, choice=_completion_choice)
-_CHAT = Endpoint(id_prefix="chatcmpl", object="chat.completion", parse=parse_chat, choice=_chat_choice)
+def _chat_choice(completion: CompletionOutput, request: JobRequest, output: RequestOutput) -> dict[str, Any]:
+    return {"message": _message(completion.text), "logprobs": chat_logprobs(completion, request.params.logprobs or 0)}
+
+
+def _chat_label(text: str | None) -> dict[str, Any]:
+    return {"message": _message(text), "logprobs": None}
+
+
+def _message(text: str | None) -> dict[str, Any]:
+    return {"role": "assistant", "content": text, "refusal": None}
+
+
+_COMPLETIONS = Endpoint(
+    id_prefix="cmpl", object="text_completion", parse=_short_completion, choice=_completion_choice, label=_completion_label
+)
+_CHAT = Endpoint(id_prefix="chatcmpl", object="chat.completion", parse=parse_chat, choice=_chat_choice, label=_chat_label)
 ENDPOINTS: Mapping[object, Endpoint] = {
     "/v1/completions": _COMPLETIONS,
     "/v1/chat/completions": _CHAT,
@@ -105,17 +126,31 @@ class OpenAIForm:
             raise RequestError("body must be an object", param="body")
         return endpoint.parse(line, body, self.defaults)
 
-    def success(self, request: JobRequest, completions: Sequence[CompletionOutput], num_prompt_tokens: int) -> dict[str, Any]:
+    def success(self, request: JobRequest, output: RequestOutput) -> dict[str, Any]:
         """Return the record of an answer: the endpoint's object in a response with status 200."""
+        return self._answer(request, [self._choice(completion, request, output) for completion in output.outputs], output)
+
+    def scored(self, request: JobRequest, output: ClassificationRequestOutput) -> dict[str, Any]:
+        """Return the record of a line with choices: the likeliest one as the answer, with the scores of all in `labels`."""
+        best = best_choice(request, output)
+        text = best if isinstance(best, str) else None
+        choice = {"index": 0, **ENDPOINTS[self.url].label(text), "finish_reason": "stop", "labels": labels(request, output)}
+        return self._answer(request, [choice if text is not None else {**choice, "token_ids": best}], output)
+
+    def _answer(
+        self, request: JobRequest, choices: Sequence[dict[str, Any]], output: RequestOutput | ClassificationRequestOutput
+    ) -> dict[str, Any]:
         endpoint = ENDPOINTS[self.url]
         body = {
             "id": f"{endpoint.id_prefix}-{_key(request)}",
             "object": endpoint.object,
             "created": self.created,
             "model": self.model,
-            "choices": [self._choice(endpoint, completion, request) for completion in completions],
-            "usage": usage(completions, num_prompt_tokens),
+            "choices": choices,
+            "usage": usage(output),
         }
+        if endpoint is _CHAT and isinstance(output, RequestOutput) and output.prompt_logprobs is not None:
+            body["prompt_logprobs"] = vllm_prompt_logprobs(output)
         return _record(request, 200, body)
 
     def failure(self, request: JobRequest, error: RequestError) -> dict[str, Any]:
@@ -125,8 +160,9 @@ class OpenAIForm:
         body = {"error": {"message": str(error), "type": kind, "param": error.param, "code": error.code}}
         return _record(request, status, body)
 
-    def _choice(self, endpoint: Endpoint, completion: CompletionOutput, request: JobRequest) -> dict[str, Any]:
-        choice = {"index": completion.index, **endpoint.choice(completion, request.params), "finish_reason": completion.finish_reason}
+    def _choice(self, completion: CompletionOutput, request: JobRequest, output: RequestOutput) -> dict[str, Any]:
+        written = ENDPOINTS[self.url].choice(completion, request, output)
+        choice = {"index": completion.index, **written, "finish_reason": completion.finish_reason}
         if request.shows_ids or not self.has_text:
             choice["token_ids"] = list(completion.token_ids)
         return choice

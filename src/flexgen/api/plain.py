@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from flexgen.api.bodies import parse_chat, parse_completion
-from flexgen.api.job_request import JobRequest, as_id, usage
-from flexgen.api.logprobs import token_logprobs
+from flexgen.api.job_request import JobRequest, as_id, best_choice, labels, usage
+from flexgen.api.logprobs import generated_logprobs, prompt_logprobs
 from flexgen.errors import RequestError
-from flexgen.request import CompletionOutput, SamplingParams
+from flexgen.request import ClassificationRequestOutput, CompletionOutput, RequestOutput, SamplingParams
 
 _IDS = ("id", "custom_id")
 _PROMPTS = ("prompt", "messages")
@@ -46,21 +46,32 @@ class PlainForm:
             raise RequestError("the line has both a prompt and messages", param="messages")
         return (parse_chat if "messages" in body else parse_completion)(line, body, self.defaults)
 
-    def success(self, request: JobRequest, completions: Sequence[CompletionOutput], num_prompt_tokens: int) -> dict[str, Any]:
+    def success(self, request: JobRequest, output: RequestOutput) -> dict[str, Any]:
         """Return the record of an answer; if several choices were asked for, each field of the answer is a list."""
-        choices = [self._choice(completion, request) for completion in completions]
+        prompt = output.prompt or "" if request.echo else ""
+        choices = [self._choice(completion, request, prompt) for completion in output.outputs]
         merged = choices[0] if request.params.n == 1 else {name: [choice[name] for choice in choices] for name in choices[0]}
-        return {"id": request.id, "index": request.line_number, **merged, "usage": usage(completions, num_prompt_tokens)}
+        record = {"id": request.id, "index": request.line_number, **merged}
+        if output.prompt_logprobs is not None:
+            record["prompt_logprobs"] = prompt_logprobs(output, request.params.prompt_logprobs or 0)
+        return {**record, "usage": usage(output)}
+
+    def scored(self, request: JobRequest, output: ClassificationRequestOutput) -> dict[str, Any]:
+        """Return the record of a line with choices: the likeliest one and the scores of all."""
+        best = best_choice(request, output)
+        record: dict[str, Any] = {"id": request.id, "index": request.line_number}
+        record |= {"text": best} if isinstance(best, str) else {"text": None, "token_ids": best}
+        return {**record, "labels": labels(request, output), "usage": usage(output)}
 
     def failure(self, request: JobRequest, error: RequestError) -> dict[str, Any]:
         """Return the record of an error."""
         told = {"code": error.code, "message": str(error), "param": error.param}
         return {"id": request.id, "index": request.line_number, "error": told}
 
-    def _choice(self, completion: CompletionOutput, request: JobRequest) -> dict[str, Any]:
-        choice: dict[str, Any] = {"text": completion.text if self.has_text else None}
+    def _choice(self, completion: CompletionOutput, request: JobRequest, prompt: str) -> dict[str, Any]:
+        choice: dict[str, Any] = {"text": prompt + completion.text if self.has_text else None}
         if request.shows_ids or not self.has_text:
             choice["token_ids"] = list(completion.token_ids)
         if completion.logprobs is not None:
-            choice["logprobs"] = token_logprobs(completion, request.params.logprobs or 0)
+            choice["logprobs"] = generated_logprobs(completion, request.params.logprobs or 0)
         return {**choice, "finish_reason": completion.finish_reason, "stop_reason": completion.stop_reason}

@@ -10,7 +10,7 @@ from flexgen.errors import RequestError
 from flexgen.plan.tell.forecast import Plan
 from flexgen.plan.workload import Workload
 from flexgen.report.progress import Progress
-from flexgen.request import CompletionOutput, PartialAnswer, SamplingParams, TokenRequest, TokenResult
+from flexgen.request import PartialAnswer, RequestOutput, SamplingParams, TokenRequest, TokenResult
 from flexgen.text.common_prefixes import CommonPrefixes, PrefixCensus
 
 
@@ -52,6 +52,14 @@ class JobModel(Protocol):
         """
         ...
 
+    def choice_requests(self, index: int, prompt_token_ids: Sequence[int], choices: Sequence[Sequence[int]]) -> list[TokenRequest]:
+        """Return the engine's requests that score choices after a prompt.
+
+        Raises:
+            RequestError: The prompt or a choice cannot be served.
+        """
+        ...
+
     def prefix_census(self) -> PrefixCensus | None:
         """Return an object that finds the common prefixes of prompts; None where prefixes are not shared."""
         ...
@@ -72,8 +80,12 @@ class JobModel(Protocol):
         """Yield the results of the requests as they finish."""
         ...
 
-    def completions(
-        self, results: Iterable[TokenResult], params: SamplingParams, prompt_token_ids: Sequence[int] = ()
-    ) -> list[CompletionOutput]:
+    def output(
+        self, results: Iterable[TokenResult], params: SamplingParams, prompt_token_ids: Sequence[int], prompt: str | None = None
+    ) -> RequestOutput:
         """Return the answers to one prompt, in order, with their texts."""
+        ...
+
+    def text_of(self, token_ids: Sequence[int]) -> str:
+        """Return the text of a prompt that was given as token ids."""
         ...

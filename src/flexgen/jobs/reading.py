@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 
 from flexgen.api.job_request import JobRequest
@@ -13,10 +15,14 @@ from flexgen.jobs.forms import Forms
 from flexgen.jobs.lines import Line
 from flexgen.jobs.model import JobModel
 from flexgen.request import TokenRequest
+from flexgen.text.choices import Choice, texts_to_encode, tokens_at_seam
+from flexgen.text.encoding import ids_or_raise
 
+Tokens = tuple[Sequence[int], Sequence[Sequence[int]]]  # the token ids of a prompt, and of each of its choices
 _BATCH_LINES = 256  # lines that are tokenised together, at most
 _BATCH_BYTES = 4 << 20
 _CHOICE_BITS = MAX_CHOICES.bit_length()
+_NO_TEXT = RequestError("there is no text to encode")
 
 
 def index_of(line_number: int) -> int:
@@ -46,12 +52,15 @@ class Reader:
         for batch in _batches(lines):
             requests = [self._forms.parse(line) for line in batch]
             prompts = encode_prompts(self._model, requests, now=self._now)
-            for request, ids in zip(requests, prompts, strict=True):
-                found = ids if isinstance(ids, RequestError) else for_one_request(self._token_requests, request, ids)
+            for request, tokens in zip(requests, prompts, strict=True):
+                found = tokens if isinstance(tokens, RequestError) else for_one_request(self._token_requests, request, tokens)
                 yield (request.refused(found), ()) if isinstance(found, RequestError) else (request, found)
 
-    def _token_requests(self, request: JobRequest, ids: Sequence[int]) -> list[TokenRequest]:
-        token_requests = self._model.token_requests(index_of(request.line_number), ids, request.params)
+    def _token_requests(self, request: JobRequest, tokens: Tokens) -> list[TokenRequest]:
+        index, (prompt, choices) = index_of(request.line_number), tokens
+        if request.choices:
+            return self._model.choice_requests(index, prompt, choices)
+        token_requests = self._model.token_requests(index, prompt, request.params)
         self._check_length(request, token_requests[0])
         return token_requests
 
@@ -64,8 +73,8 @@ class Reader:
             raise RequestError(message, code="context_length_exceeded", param="max_tokens")
 
 
-def encode_prompts(model: JobModel, requests: Sequence[JobRequest], *, now: float | None = None) -> list[Sequence[int] | RequestError]:
-    """Return the prompt of each request as token ids, or its error.
+def encode_prompts(model: JobModel, requests: Sequence[JobRequest], *, now: float | None = None) -> list[Tokens | RequestError]:
+    """Return the prompt of each request as token ids, with the token ids of its choices, or its error.
 
     Only a few texts are held at a time: rendered conversations are encoded before more are rendered.
 
@@ -74,16 +83,42 @@ def encode_prompts(model: JobModel, requests: Sequence[JobRequest], *, now: floa
         requests: The requests, some of which may have an error already.
         now: The time that chat templates see, see `LLM.render_chats`.
     """
-    prompts = [each.error or each.prompt for each in requests]
-    ids: list[Sequence[int] | RequestError] = [() if isinstance(prompt, (str, Chat)) else prompt for prompt in prompts]
-    texts = {at: prompt for at, prompt in enumerate(prompts) if isinstance(prompt, str)}
-    chats = {at: prompt for at, prompt in enumerate(prompts) if isinstance(prompt, Chat)}
-    for at, each in zip(texts, model.encode_each(texts.values()), strict=True):
-        ids[at] = each
-    rendered = model.render_chats(list(chats.values()), now=now)
-    for at, each in zip(chats, model.encode_each(rendered, add_special_tokens=False), strict=True):
-        ids[at] = each
-    return ids
+    found: list[Tokens | RequestError] = [each.error or ((), ()) for each in requests]
+    chats = {at: each for at, each in enumerate(requests) if each.error is None and isinstance(each.prompt, Chat)}
+    others = {at: each for at, each in enumerate(requests) if each.error is None and not isinstance(each.prompt, Chat)}
+    rendered = model.render_chats([each.prompt for each in chats.values() if isinstance(each.prompt, Chat)], now=now)
+    given = (each.prompt for each in others.values() if not isinstance(each.prompt, Chat))
+    found_others = _encoded(model, list(others.values()), given, add_special_tokens=True)
+    found_chats = _encoded(model, list(chats.values()), rendered, add_special_tokens=False)
+    for at, each in itertools.chain(zip(others, found_others, strict=True), zip(chats, found_chats, strict=True)):
+        found[at] = each
+    return found
+
+
+def _encoded(
+    model: JobModel, requests: Sequence[JobRequest], prompts: Iterable[str | tuple[int, ...] | RequestError], *, add_special_tokens: bool
+) -> Iterator[Tokens | RequestError]:
+    """Yield the tokens of each request, whose prompts are pulled a few at a time."""
+    pulled: deque[tuple[str | tuple[int, ...], list[str] | RequestError]] = deque()  # prompts, each with the texts to encode for it
+
+    def texts() -> Iterator[str | RequestError]:
+        for request, prompt in zip(requests, prompts, strict=True):
+            own = prompt if isinstance(prompt, RequestError) else for_one_request(texts_to_encode, prompt, request.choices)
+            pulled.append(("" if isinstance(prompt, RequestError) else prompt, own))
+            yield from [own] if isinstance(own, RequestError) else own or [_NO_TEXT]  # at least one item for each request
+
+    encoded = model.encode_each(texts(), add_special_tokens=add_special_tokens)
+    for request, first in zip(requests, encoded, strict=False):
+        prompt, own = pulled.popleft()
+        if isinstance(own, RequestError):
+            yield own
+        else:
+            rest = list(itertools.islice(encoded, max(len(own) - 1, 0)))
+            yield for_one_request(_tokens, prompt, request.choices, [first, *rest] if own else [])
+
+
+def _tokens(prompt: str | tuple[int, ...], choices: Sequence[Choice], encoded: Sequence[list[int] | RequestError]) -> Tokens:
+    return tokens_at_seam(prompt, choices, [ids_or_raise(each) for each in encoded])
 
 
 def _batches(lines: Iterable[Line]) -> Iterator[list[Line]]:

@@ -41,7 +41,7 @@ class SavedProgress:
 
     Attributes:
         generated: The tokens.
-        ending: The `finish_reason` and `stop_string` of the result if the choice is finished; otherwise None.
+        ending: The `finish_reason`, `stop_string` and `prompt_logprobs` of the result if the choice is finished; otherwise None.
     """
 
     generated: Generated = field(default_factory=Generated)
@@ -51,8 +51,15 @@ class SavedProgress:
         """Return the choice as the engine's result for request `index`; None if it is not finished."""
         if self.ending is None:
             return None
-        generated = self.generated
-        return TokenResult(index=index, token_ids=generated.token_ids, logprobs=generated.logprobs, **self.ending)
+        generated, scores = self.generated, self.ending.get("prompt_logprobs")
+        return TokenResult(
+            index=index,
+            token_ids=generated.token_ids,
+            logprobs=generated.logprobs,
+            finish_reason=self.ending["finish_reason"],
+            stop_string=self.ending["stop_string"],
+            prompt_logprobs=None if scores is None else _from_json(scores),
+        )
 
 
 def since(generated: Generated, start: int) -> Generated:
@@ -102,10 +109,13 @@ def forget(connection: sqlite3.Connection, lines: Iterable[tuple[int, int]]) -> 
 
 def _row(digest: int, row: ProgressRow) -> tuple[Any, ...]:
     generated, result = row.generated, row.result
-    ending = None if result is None else {"finish_reason": result.finish_reason, "stop_string": result.stop_string}
+    ending = None
+    if result is not None:
+        scores = None if result.prompt_logprobs is None else _to_json(result.prompt_logprobs)
+        ending = {"finish_reason": result.finish_reason, "stop_string": result.stop_string, "prompt_logprobs": scores}
     return (
         row.line_number, row.choice, row.start, digest, len(generated.token_ids), json.dumps(generated.token_ids),
-        None if generated.logprobs is None else json.dumps([[each.token_ids, each.logprobs, each.rank] for each in generated.logprobs]),
+        None if generated.logprobs is None else json.dumps(_to_json(generated.logprobs)),
         None if ending is None else json.dumps(ending),
     )  # fmt: skip
 
@@ -114,5 +124,12 @@ def _joined(before: Generated, token_ids: tuple[int, ...], logprobs: str | None)
     """Return the tokens of earlier rows and those of the next row together."""
     if logprobs is None:
         return Generated(token_ids=before.token_ids + token_ids)
-    entries = (TokenLogprobs(token_ids=tuple(ids), logprobs=tuple(values), rank=rank) for ids, values, rank in json.loads(logprobs))
-    return Generated(token_ids=before.token_ids + token_ids, logprobs=(*(before.logprobs or ()), *entries))
+    return Generated(token_ids=before.token_ids + token_ids, logprobs=(*(before.logprobs or ()), *_from_json(json.loads(logprobs))))
+
+
+def _to_json(logprobs: Sequence[TokenLogprobs]) -> list[Any]:
+    return [[each.token_ids, each.logprobs, each.rank] for each in logprobs]
+
+
+def _from_json(logprobs: Sequence[Any]) -> tuple[TokenLogprobs, ...]:
+    return tuple(TokenLogprobs(token_ids=tuple(ids), logprobs=tuple(values), rank=rank) for ids, values, rank in logprobs)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from flexgen.api.job_request import JobRequest
@@ -15,6 +15,7 @@ from flexgen.jobs.reading import line_and_choice
 from flexgen.jobs.saved_progress import ProgressRow, since
 from flexgen.jobs.store import Store
 from flexgen.request import Generated, PartialAnswer, TokenRequest, TokenResult
+from flexgen.text.choices import classified
 
 MAX_RECORD_BYTES = 900_000_000  # SQLite's own limit is 10^9
 
@@ -48,14 +49,15 @@ class Serving:
         """Yield the engine's requests for a line, which go on after the tokens that earlier runs have stored."""
         self.num_taken += 1
         kept = self._store.kept(request.line_number, request.digest)
-        finished = ((choice, each.result(token_requests[choice].index)) for choice, each in kept.items())
+        of_choice = {line_and_choice(each.index)[1]: each for each in token_requests}
+        finished = ((choice, each.result(of_choice[choice].index)) for choice, each in kept.items() if choice in of_choice)
         results = {choice: result for choice, result in finished if result is not None}
         self._lines[request.line_number] = request, token_requests, results
-        left = [choice for choice in range(len(token_requests)) if choice not in results]
+        left = [choice for choice in of_choice if choice not in results]
         if not left:
             self._finish(request.line_number)
         for choice in left:  # the first choice may be finished before the last is pulled
-            yield self._resumed(token_requests[choice], kept[choice].generated) if choice in kept else token_requests[choice]
+            yield self._resumed(of_choice[choice], kept[choice].generated) if choice in kept else of_choice[choice]
 
     def refuse(self, request: JobRequest, error: RequestError) -> None:
         """Store the error of a line that the model is not asked to answer."""
@@ -103,16 +105,21 @@ class Serving:
             self._stored.pop(each.index, None)
         prompt = token_requests[0].prompt_token_ids
         error = next((result.error for _, result in sorted(results.items()) if result.error is not None), None)
-        record = error or for_one_request(self._record, request, prompt, results.values())
+        record = error or for_one_request(self._record, request, token_requests, {each.index: each for each in results.values()})
         if isinstance(record, RequestError):
             add_failure(self._store, request, record)
             return
         num_tokens = sum(len(result.token_ids) for result in results.values())
         self._store.add(line_number, request.digest, record, prompt_tokens=len(prompt), output_tokens=num_tokens)
 
-    def _record(self, request: JobRequest, prompt: Sequence[int], results: Iterable[TokenResult]) -> bytes:
-        completions = self._model.completions(results, request.params, prompt)
-        record = _encoded(request.form.success(request, completions, len(prompt)))
+    def _record(self, request: JobRequest, token_requests: Sequence[TokenRequest], results: Mapping[int, TokenResult]) -> bytes:
+        prompt, text = token_requests[0].prompt_token_ids, request.prompt if isinstance(request.prompt, str) else None
+        if request.choices:
+            record = _encoded(request.form.scored(request, classified(token_requests, results, text)))
+        else:
+            if request.echo and text is None and self._model.tokenizer is not None:
+                text = self._model.text_of(prompt)
+            record = _encoded(request.form.success(request, self._model.output(results.values(), request.params, prompt, text)))
         if len(record) > MAX_RECORD_BYTES:
             message = f"the answer has {len(record):,} bytes, more than the {MAX_RECORD_BYTES:,} of a record: ask for less at once"
             raise RequestError(message, code="answer_too_large")

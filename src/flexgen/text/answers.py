@@ -12,7 +12,8 @@ from typing import cast
 
 from flexgen.base.isolation import for_one_request
 from flexgen.errors import RequestError
-from flexgen.request import CompletionOutput, Logprob, SamplingParams, Stops, TokenLogprobs, TokenRequest, TokenResult
+from flexgen.request import CompletionOutput, Logprob, RequestOutput, SamplingParams, Stops, TokenLogprobs, TokenRequest, TokenResult
+from flexgen.text.choices import choice_requests
 from flexgen.text.defaults import choice_seed, derive_seed
 from flexgen.text.stop_strings import StopStrings, cut_at_stop
 from flexgen.text.stream import TextStream, decode_behind
@@ -44,20 +45,21 @@ class RequestTranslator:
     def requests(self, index: int, prompt_token_ids: Sequence[int], params: SamplingParams) -> list[TokenRequest]:
         """Return one request per answer, with indices from `index` on.
 
-        As in vLLM, `max_tokens` is cut to the context that the prompt leaves.
+        As in vLLM, `max_tokens` is cut to the context that the prompt leaves.  The first request also scores the prompt, if that is asked
+        for.
 
         Raises:
             RequestError: The prompt is empty, has ids outside the vocabulary or leaves no room for an answer (`context_length_exceeded`),
                 or the parameters hold texts although there is no tokenizer.
         """
         prompt = tuple(prompt_token_ids)
-        room = self._room(prompt)
+        room = self._room(prompt, least=0 if params.max_tokens == 0 else 1)
         self._check_ids(params)
         self._check_logprobs(params)
         first = TokenRequest(
             index=index,
             prompt_token_ids=prompt,
-            max_tokens=min(room, params.max_tokens or room),
+            max_tokens=room if params.max_tokens is None else min(room, params.max_tokens),
             presence_penalty=params.presence_penalty,
             frequency_penalty=params.frequency_penalty,
             repetition_penalty=params.repetition_penalty,
@@ -73,43 +75,88 @@ class RequestTranslator:
             num_logprobs=params.logprobs,
         )
         return [
-            dataclasses.replace(first, index=index + choice, seed=self._seed(params, index, choice), stops=self._stops(prompt, params))
+            dataclasses.replace(
+                first, index=index + choice, seed=self._seed(params, index, choice), stops=self._stops(prompt, params),
+                num_prompt_logprobs=params.prompt_logprobs if choice == 0 else None,
+            )
             for choice in range(params.n)
-        ]
+        ]  # fmt: skip
 
-    def completions(
-        self, results: Iterable[TokenResult], params: SamplingParams, prompt_token_ids: Sequence[int] = ()
-    ) -> list[CompletionOutput]:
+    def choice_requests(self, index: int, prompt_token_ids: Sequence[int], choices: Sequence[Sequence[int]]) -> list[TokenRequest]:
+        """Return the requests that score choices after a prompt (see `text/choices.py`).
+
+        Raises:
+            RequestError: The prompt or a choice is empty, has ids outside the vocabulary, or both together exceed the context.
+        """
+        prompt = tuple(prompt_token_ids)
+        self._room(prompt, least=0)
+        if not choices:
+            raise RequestError("there are no choices", param="choices")
+        for place, choice in enumerate(choices):
+            if not choice:
+                raise RequestError(f"choice {place} has no tokens", param="choices")
+            self._check_vocabulary(f"choice {place} has", choice, "choices")
+            # The last token is only predicted, and needs no place of its own.
+            if (needed := len(prompt) + len(choice) - 1) > self.max_model_len:
+                message = f"the prompt and choice {place} have {needed + 1} tokens, and the context is {self.max_model_len}"
+                raise RequestError(message, code="context_length_exceeded", param="choices")
+        return choice_requests(index, prompt, choices)
+
+    def output(
+        self, results: Iterable[TokenResult], params: SamplingParams, prompt_token_ids: Sequence[int], prompt: str | None = None
+    ) -> RequestOutput:
         """Return the answers to one prompt as vLLM shows them; their text excludes whatever stopped them unless the parameters include it.
 
         Args:
             results: The engine's results for the prompt, in any order.
             params: The sampling parameters of the prompt.
             prompt_token_ids: The prompt, which decides about a space at the beginning of an answer.
+            prompt: The text of the prompt, if it was given as text.
         """
         in_order = sorted(results, key=lambda result: result.index)
-        return [self._completion(choice, result, params, prompt_token_ids) for choice, result in enumerate(in_order)]
+        return RequestOutput(
+            request_id=str(in_order[0].index),
+            prompt=prompt,
+            prompt_token_ids=tuple(prompt_token_ids),
+            prompt_logprobs=self._prompt_logprobs(in_order[0]),
+            outputs=[self._completion(choice, result, params, prompt_token_ids) for choice, result in enumerate(in_order)],
+        )
 
-    def shown(self, results: Sequence[TokenResult], params: SamplingParams, prompt_token_ids: Sequence[int]) -> list[CompletionOutput]:
-        """Return the same as `completions`, but with an error in place of each answer if they cannot be shown."""
-        outputs = for_one_request(self.completions, results, params, prompt_token_ids)
-        if not isinstance(outputs, RequestError):
-            return outputs
-        failed = CompletionOutput(index=0, text="", token_ids=(), finish_reason="error", stop_reason=outputs.code)
-        return [dataclasses.replace(failed, index=choice) for choice in range(len(results))]
+    def shown(
+        self, results: Sequence[TokenResult], params: SamplingParams, prompt_token_ids: Sequence[int], prompt: str | None = None
+    ) -> RequestOutput:
+        """Return the same as `output`, but with an error in place of each answer if they cannot be shown."""
+        output = for_one_request(self.output, results, params, prompt_token_ids, prompt)
+        if not isinstance(output, RequestError):
+            return output
+        failed = CompletionOutput(index=0, text="", token_ids=(), finish_reason="error", stop_reason=output.code)
+        outputs = [dataclasses.replace(failed, index=choice) for choice in range(len(results))]
+        first = min(result.index for result in results)
+        return RequestOutput(request_id=str(first), prompt=prompt, prompt_token_ids=tuple(prompt_token_ids), outputs=outputs)
+
+    def text_of(self, token_ids: Sequence[int]) -> str:
+        """Return the text of a prompt that was given as token ids, special tokens included.
+
+        Raises:
+            RequestError: There is no tokenizer.
+        """
+        return decode_behind(self._needed_tokenizer("echo"), (), token_ids, skip_special_tokens=False)
 
     # -- requests -------------------------------------------------------------------------------------------------------------------
 
-    def _room(self, prompt: tuple[int, ...]) -> int:
-        """Return the number of tokens that the prompt leaves for an answer."""
+    def _room(self, prompt: tuple[int, ...], *, least: int) -> int:
+        """Return the number of tokens that the prompt leaves for an answer, which must be `least` or more."""
         if not prompt:
             raise RequestError("the prompt has no tokens", param="prompt")
         room = self.max_model_len - len(prompt)
-        if room < 1:
+        if room < least:
             raise no_room(len(prompt), self.max_model_len)
-        if min(prompt) < 0 or max(prompt) >= self.vocab_size:
-            raise RequestError(f"the prompt has token ids outside the vocabulary of {self.vocab_size}", param="prompt")
+        self._check_vocabulary("the prompt has", prompt, "prompt")
         return room
+
+    def _check_vocabulary(self, what: str, token_ids: Sequence[int], param: str) -> None:
+        if min(token_ids) < 0 or max(token_ids) >= self.vocab_size:
+            raise RequestError(f"{what} token ids outside the vocabulary of {self.vocab_size}", param=param)
 
     def _check_ids(self, params: SamplingParams) -> None:
         named = {
@@ -122,10 +169,11 @@ class RequestTranslator:
                 raise RequestError(f"{param} has token ids outside the vocabulary of {self.vocab_size}", param=param)
 
     def _check_logprobs(self, params: SamplingParams) -> None:
-        asked = self.vocab_size if params.logprobs == -1 else params.logprobs or 0
-        if 0 <= self.max_logprobs < asked:
-            message = f"logprobs {params.logprobs} is more than {self.max_logprobs}, which max_logprobs (--max-logprobs) can raise"
-            raise RequestError(message, param="logprobs")
+        for param, number in {"logprobs": params.logprobs, "prompt_logprobs": params.prompt_logprobs}.items():
+            asked = self.vocab_size if number == -1 else number or 0
+            if 0 <= self.max_logprobs < asked:
+                message = f"{param} {number} is more than {self.max_logprobs}, which max_logprobs (--max-logprobs) can raise"
+                raise RequestError(message, param=param)
 
     def _seed(self, params: SamplingParams, index: int, choice: int) -> int:
         return derive_seed(self.seed, index + choice) if params.seed is None else choice_seed(params.seed, choice)
@@ -198,6 +246,9 @@ class RequestTranslator:
             return result.stop_string
         last = result.token_ids[-1]
         return None if last in self.eos_token_ids and not params.ignore_eos else last
+
+    def _prompt_logprobs(self, result: TokenResult) -> list[dict[int, Logprob] | None] | None:
+        return None if result.prompt_logprobs is None or result.error is not None else [None, *self._named(result.prompt_logprobs)]
 
     def _named(self, logprobs: Sequence[TokenLogprobs]) -> list[dict[int, Logprob]]:
         """Return log probabilities in vLLM's form: each token with its own text, the generated one first."""

@@ -120,6 +120,38 @@ def as_params(given: SamplingParams | Iterable[SamplingParams], num_prompts: int
     return params
 
 
+def as_choices(given: Any, num_prompts: int) -> list[list[str | list[int]]]:
+    """Return the choices of each prompt: texts, or token ids.
+
+    Args:
+        given: Choices for all prompts, or a list of choices for each.
+        num_prompts: The number of prompts.
+
+    Raises:
+        OptionError: There are as many lists as neither one nor the prompts, or an item is not a choice.
+    """
+    listed = None if isinstance(given, (str, _Table)) else as_list(given)
+    if not listed:
+        raise OptionError(f"choices must be a list of texts, or such a list for each prompt, not {shown(given)}")
+    own = [_choices(each) for each in listed]
+    if all(each is not None for each in own):  # lists of choices
+        if len(own) != num_prompts:
+            raise OptionError(f"{len(own)} lists of choices for {num_prompts} prompts")
+        return [each for each in own if each is not None]
+    found = _choices(listed)
+    if found is None:
+        raise OptionError(f"choices must be texts, or lists of token ids, not {shown(given)}")
+    return [found] * num_prompts
+
+
+def _choices(given: object) -> list[str | list[int]] | None:
+    """Return choices as texts and lists of token ids; None if an item is neither, or there are none."""
+    listed = None if isinstance(given, str) else as_list(given)
+    choices = [str(each) if isinstance(each, str) else _ids(each) for each in listed or ()]
+    found = [each for each in choices if each]
+    return found if found and len(found) == len(choices) else None
+
+
 def as_conversations(given: object) -> object:
     """Return a conversation, or several, with lists in place of other sequences; a value that is not a sequence is returned as it is."""
     conversations = None if isinstance(given, _Table) else as_list(given)

@@ -100,7 +100,8 @@ class Tokenizer:
         Args:
             texts: The texts, or errors found earlier.
             add_special_tokens: Whether to add special tokens.
-            max_tokens: Context length.  A prompt with as many tokens is refused, without being tokenised where its length already shows it.
+            max_tokens: Context length.  A text with more tokens than these and one that they predict is refused, without being tokenised
+                where its length already shows it.
             memory_bytes: Most memory that tokenising a text may take; None allows any.
         """
         batch: list[str | RequestError] = []
@@ -149,7 +150,7 @@ class Tokenizer:
             encoded = one_by_one if len(texts) > 1 else iter([alone])
         for text in batch:
             ids = text if isinstance(text, RequestError) else next(encoded)
-            if max_tokens is not None and not isinstance(ids, RequestError) and len(ids) >= max_tokens:
+            if max_tokens is not None and not isinstance(ids, RequestError) and len(ids) > max_tokens + 1:
                 ids = no_room(len(ids), max_tokens)
             yield ids
 
