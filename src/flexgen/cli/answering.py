@@ -48,7 +48,7 @@ class Answering:
         reason: object = None
         try:
             self.store.start_run(self.job.num_lines)
-            self._run(workload)
+            self._answer(workload)
             code = ExitCode.SOME_FAILED if self.store.num_failed else ExitCode.ALL_ANSWERED
         except Stopped:
             code, reason = self.signals.exit_code, f"stopped by {self.signals.name}"
@@ -67,17 +67,11 @@ class Answering:
         self._conclude(workload)
         return code
 
-    def _run(self, workload: Workload) -> None:
-        """Answer the lines, halving the number of sequences at once whenever memory runs out."""
-        while True:
-            try:
-                return self.job.run(workload, on_progress=self.display.progress)
-            except OutOfMemoryError as error:
-                num_seqs = self.llm.shrink()
-                if num_seqs is None:
-                    raise
-                self.display.message(f"{error}\ngoing on with at most {num_seqs:,} sequences at once")
-                workload = self.job.scan()
+    def _answer(self, workload: Workload) -> None:
+        def shrunk(error: OutOfMemoryError, num_seqs: int) -> None:
+            self.display.message(f"{error}\ngoing on with at most {num_seqs:,} sequences at once")
+
+        self.job.answer(workload, on_progress=self.display.progress, on_shrink=shrunk)
 
     def _write_output(self, *, finished: bool) -> None:
         """Write the output: a file in any case, standard output only when the job is finished."""

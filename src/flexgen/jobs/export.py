@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import json
 import os
 import sqlite3
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from flexgen.base.failpoints import failpoint
 from flexgen.base.files import check_target, create, follow, open_private, sync_folder, temporary_beside
@@ -61,6 +62,17 @@ def export(paths: JobPaths, target: Path, order: str = "input") -> int:
         failpoint("export.renamed")
         sync_folder(target.parent)
     return count
+
+
+def read_records(paths: JobPaths) -> Iterator[dict[str, Any]]:
+    """Yield the records of all finished lines, in the order of the input.
+
+    Raises:
+        StorageError: The database cannot be read.
+    """
+    with _reading(paths) as connection:
+        for record in _records(connection, _ORDERS["input"]):
+            yield json.loads(record)
 
 
 def export_to_stream(paths: JobPaths, stream: BinaryIO, order: str = "input") -> int:

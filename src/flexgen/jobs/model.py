@@ -68,6 +68,10 @@ class JobModel(Protocol):
         """Open the engine for this workload, and return its plan."""
         ...
 
+    def shrink(self) -> int | None:
+        """Have the next engine keep half as many sequences alive, and return their number; None if it was 1 already."""
+        ...
+
     def stream(
         self,
         requests: Iterable[TokenRequest],

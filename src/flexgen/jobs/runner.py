@@ -197,6 +197,34 @@ class Job:
                 raise OutOfMemoryError(f"memory ran out ({error}): lower --max-num-seqs or --micro-batch-tokens") from error
             raise
 
+    def answer(
+        self,
+        workload: Workload,
+        *,
+        on_progress: Callable[[Progress], None] | None = None,
+        on_shrink: Callable[[OutOfMemoryError, int], None] | None = None,
+    ) -> None:
+        """Do what `run` does, and halve the number of sequences at once whenever memory runs out.
+
+        Args:
+            workload: The workload that the scan returned.
+            on_progress: A callback that is called with the progress of the run.
+            on_shrink: A callback that is called with the error and the new number of sequences.
+
+        Raises:
+            FlexGenError: See `run`; OutOfMemoryError where one sequence is too much.
+        """
+        while True:
+            try:
+                return self.run(workload, on_progress=on_progress)
+            except OutOfMemoryError as error:
+                num_seqs = self.model.shrink()
+                if num_seqs is None:
+                    raise
+                if on_shrink is not None:
+                    on_shrink(error, num_seqs)
+                workload = self.scan()
+
     def _answer(self, serving: Serving, store: Store, workload: Workload, on_progress: Callable[[Progress], None] | None) -> None:
         unfinished: Iterable[PartialAnswer] = ()
         tell = self._teller(store)
