@@ -216,12 +216,13 @@ class LLM:
 
         Raises:
             OptionError: There are not as many lists of choices as prompts, or an item is not a choice.
-            RequestError: A prompt or a choice cannot be scored; the message has the index of the prompt.
+            RequestError: A prompt or a choice cannot be scored; the message has the index of the prompt, and nothing has run then.  (A
+                prompt that fails alone while running has its error in its output.)
             CapacityError: The work does not fit the budgets.
         """
         with self._turns.call():
             batch = choice_batch(prompts, choices, encoder=self._encoder, translator=self._translator, first_index=self._num_requests)
-            self._num_requests += len(batch.requests)
+            self._num_requests = batch.next_index
             return self._answered(batch, use_tqdm)
 
     def get_tokenizer(self) -> PreTrainedTokenizerBase:
@@ -430,7 +431,7 @@ class LLM:
     ) -> list[RequestOutput]:
         params = self.get_default_sampling_params() if sampling_params is None else sampling_params
         batch = completion_batch(prompts, params, encoder=self._encoder, translator=self._translator, first_index=self._num_requests)
-        self._num_requests += len(batch.requests)
+        self._num_requests = batch.next_index
         return self._answered(batch, use_tqdm)
 
     def _answered(self, batch: Batch[_Output], use_tqdm: bool | Callable[..., Any]) -> list[_Output]:

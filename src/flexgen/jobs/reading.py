@@ -15,8 +15,8 @@ from flexgen.jobs.forms import Forms
 from flexgen.jobs.lines import Line
 from flexgen.jobs.model import JobModel
 from flexgen.request import TokenRequest
-from flexgen.text.choices import Choice, texts_to_encode, tokens_at_seam
-from flexgen.text.encoding import ids_or_raise
+from flexgen.text.choices import texts_to_encode, tokens_at_seam
+from flexgen.text.prompts import naming
 
 Tokens = tuple[Sequence[int], Sequence[Sequence[int]]]  # the token ids of a prompt, and of each of its choices
 _BATCH_LINES = 256  # lines that are tokenised together, at most
@@ -51,14 +51,27 @@ class Reader:
         """Yield every line in order, with the engine's requests for its choices: none where the line ends in an error."""
         for batch in _batches(lines):
             requests = [self._forms.parse(line) for line in batch]
-            prompts = encode_prompts(self._model, requests, now=self._now)
-            for request, tokens in zip(requests, prompts, strict=True):
-                found = tokens if isinstance(tokens, RequestError) else for_one_request(self._token_requests, request, tokens)
+            parts = [request.of_each_prompt() for request in requests]
+            prompts = iter(encode_prompts(self._model, list(itertools.chain(*parts)), now=self._now))
+            for request, alone in zip(requests, parts, strict=True):
+                found = for_one_request(self._token_requests, request, list(itertools.islice(prompts, len(alone))))
                 yield (request.refused(found), ()) if isinstance(found, RequestError) else (request, found)
 
-    def _token_requests(self, request: JobRequest, tokens: Tokens) -> list[TokenRequest]:
-        index, (prompt, choices) = index_of(request.line_number), tokens
-        if request.choices:
+    def _token_requests(self, request: JobRequest, prompts: Sequence[Tokens | RequestError]) -> list[TokenRequest]:
+        """Return the engine's requests for the prompts of a line, one prompt after another."""
+        if len(prompts) == 1:
+            return self._of_prompt(request, index_of(request.line_number), prompts[0])
+        token_requests: list[TokenRequest] = []
+        for place, tokens in enumerate(prompts):
+            with naming("prompt", place):
+                token_requests += self._of_prompt(request, index_of(request.line_number) + len(token_requests), tokens)
+        return token_requests
+
+    def _of_prompt(self, request: JobRequest, index: int, tokens: Tokens | RequestError) -> list[TokenRequest]:
+        if isinstance(tokens, RequestError):
+            raise tokens
+        prompt, choices = tokens
+        if choices:
             return self._model.choice_requests(index, prompt, choices)
         token_requests = self._model.token_requests(index, prompt, request.params)
         self._check_length(request, token_requests[0])
@@ -114,11 +127,7 @@ def _encoded(
             yield own
         else:
             rest = list(itertools.islice(encoded, max(len(own) - 1, 0)))
-            yield for_one_request(_tokens, prompt, request.choices, [first, *rest] if own else [])
-
-
-def _tokens(prompt: str | tuple[int, ...], choices: Sequence[Choice], encoded: Sequence[list[int] | RequestError]) -> Tokens:
-    return tokens_at_seam(prompt, choices, [ids_or_raise(each) for each in encoded])
+            yield for_one_request(tokens_at_seam, prompt, request.choices, [first, *rest] if own else [])
 
 
 def _batches(lines: Iterable[Line]) -> Iterator[list[Line]]:

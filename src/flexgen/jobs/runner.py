@@ -25,7 +25,7 @@ from flexgen.jobs.input_file import READ_ERRORS, open_input
 from flexgen.jobs.interrupt import Stopped, StopRequest
 from flexgen.jobs.lines import Line, read_lines
 from flexgen.jobs.model import JobModel
-from flexgen.jobs.reading import Reader
+from flexgen.jobs.reading import Reader, line_and_choice
 from flexgen.jobs.serving import Serving, add_failure
 from flexgen.jobs.store import Store
 from flexgen.plan.tell.forecast import Plan
@@ -164,9 +164,10 @@ class Job:
     def _lengths(self, request: JobRequest, token_requests: Sequence[TokenRequest]) -> Iterator[tuple[int, int]]:
         """Yield, for each choice, its prompt tokens and the most tokens to generate; those of an earlier run count as prompt."""
         kept = self.store.kept(request.line_number, request.digest) if self.store is not None else {}
-        for choice, each in enumerate(token_requests):
+        for each in token_requests:
+            _, choice = line_and_choice(each.index)
             before = len(kept[choice].generated.token_ids) if choice in kept else 0
-            yield len(each.prompt_token_ids) + before, max(each.max_tokens - before, 1)
+            yield len(each.prompt_token_ids) + before, max(each.max_tokens - before, min(each.max_tokens, 1))
 
     def open(self, workload: Workload) -> Plan:
         """Open the model for the workload that the scan returned, and return its plan."""
