@@ -11,7 +11,7 @@ import gzip
 import io
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -107,20 +107,30 @@ def keep_input(folder: JobFolder, stream: BinaryIO) -> Path:
     Raises:
         StorageError: The stream cannot be read, or the copy cannot be written.
     """
-    copy = folder.paths.input_copy
-    new = folder.paths.new_input
+    copy, new = folder.paths.input_copy, folder.paths.new_input
     with translated(copy):
         if copy.exists() and stream.isatty():
             return copy
-        new.unlink(missing_ok=True)
-        with os.fdopen(open_private(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "wb") as file:
-            for piece in _pieces(stream):
-                file.write(piece)
-            file.flush()
-            os.fsync(file.fileno())
-        if copy.exists() and new.stat().st_size == 0:
+        source = copy_input(folder, _pieces(stream))
+        if source == new and new.stat().st_size == 0:
             new.unlink()
             return copy
+    return source
+
+
+def copy_input(folder: JobFolder, pieces: Iterable[bytes]) -> Path:
+    """Write the input into the job's folder and return the file, which stays beside that of an earlier run until `settle_input`.
+
+    Raises:
+        StorageError: The file cannot be written.
+    """
+    copy, new = folder.paths.input_copy, folder.paths.new_input
+    with translated(copy):
+        new.unlink(missing_ok=True)
+        with os.fdopen(open_private(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "wb") as file:
+            file.writelines(pieces)
+            file.flush()
+            os.fsync(file.fileno())
     return new if copy.exists() else settle_input(folder, new)
 
 
