@@ -15,7 +15,7 @@ import torch
 from flexgen.base.quantities import MIB
 from flexgen.plan.policy import SCORED_SLICE_BYTES
 
-BLOCK_BYTES = MIB  # of logits in float32 that are reduced at a time, so that they stay in a core's cache
+BLOCK_BYTES = 4 * MIB  # of logits in float32 that are reduced at a time, so that copies of them stay small
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,7 +110,7 @@ class Scorer:
 
 
 def _blocks(logits: Iterable[tuple[slice, torch.Tensor]]) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Yield the same rows in ranges that are small enough to be reduced in a cache."""
+    """Yield the same rows in ranges of BLOCK_BYTES or less, as float32."""
     for rows, each in logits:
         step = max(BLOCK_BYTES // (4 * each.shape[1]), 1)
         for start in range(0, len(each), step):
@@ -125,7 +125,8 @@ def likeliest_ids(numbers: torch.Tensor, count: int) -> torch.Tensor:
     values, ids = numbers.topk(count, dim=-1)
     ambiguous = (numbers >= values[:, -1:]).sum(dim=-1) > count
     for row in ambiguous.nonzero()[:, 0].tolist():  # topk takes any of the numbers that equal the last one
-        ids[row] = numbers[row].sort(descending=True, stable=True).indices[:count]
+        at = (numbers[row] >= values[row, -1]).nonzero()[:, 0]
+        ids[row] = at[numbers[row, at].sort(descending=True, stable=True).indices[:count]]
     ids = ids.sort(dim=-1).values
     order = numbers.gather(1, ids).sort(dim=-1, descending=True, stable=True).indices
     return ids.gather(1, order)

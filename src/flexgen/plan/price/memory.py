@@ -108,7 +108,7 @@ def activation_bytes(spec: ModelSpec, sizes: JobSizes, policy: Policy, max_num_s
     running = min(max(policy.micro_batch_tokens, longest_prompt * (policy.kv.disk > 0)), tokens)
     suspended = tokens * (3 * hidden + 2 * intermediate) * size
     computing = running * ((4 * hidden + 3 * intermediate) * size + 8 * hidden)
-    logits = min(most, sizes.num_answered) * spec.vocab_size * 4 * 2
+    logits = most * spec.vocab_size * 4 * 2 * sizes.has_answers
     attention = 4 * max(running, longest_prompt) * hidden * size + 2 * sizes.layer
     return int(FRAGMENTATION * (suspended + computing + logits + attention + _scoring_bytes(spec, sizes, policy, most)))
 

@@ -22,8 +22,8 @@ RESOURCES = ("disk", "host_to_device", "device_to_host", "compute", "host_comput
 # How often elementwise operations of a decoder layer read or write each number of a hidden and of an intermediate state:
 # two norms (in float32 inside), two residuals and the rotation; activation and gate.  Rates are measured by the same count.
 PASSES_PER_HIDDEN, PASSES_PER_INTERMEDIATE = 40, 5
-# How often scoring reads or writes each logit: once as the head wrote it, the others in float32 (its sum, its largest).
-PASSES_PER_LOGIT, LOGIT_BYTES = 8, 4
+# As many reads and writes of a float32 take as long as reducing a logit does (to a sum of exponentials, and the largest one).
+PASSES_PER_LOGIT, LOGIT_BYTES = 3, 4
 
 
 def elementwise_bytes(hidden_size: int, intermediate_size: int, dtype: str) -> int:

@@ -144,7 +144,7 @@ class JobSizes:
         shortest_prompt: The fewest prompt tokens that a request computes.
         longest_prompt: The tokens of the longest prompt.
         longest: The tokens of the longest prompt and answer.
-        num_answered: The number of requests that generate anything.
+        has_answers: Whether any request generates something.
         scored_tokens: The positions at which the job scores known tokens.
         most_scored: The most such positions of a request.
         num_likeliest: The most likeliest tokens that are returned at such a position.
@@ -170,7 +170,7 @@ class JobSizes:
         self.largest, self.smallest, self.all = max(peaks) + whole, min(peaks) + whole, sum(peaks) - sum(shared)
         held_by_all = sum(int(before[s + n] - before[s]) - n * once for s, n, once in zip(prompts, answers, shared, strict=True))
         self.mean = max(held_by_all / self._passes, 1.0)
-        self.num_answered = sum(n > 0 for n in workload.output_lens)
+        self.has_answers = any(workload.output_lens)
         self.scored_tokens, self.most_scored = workload.scored_tokens, max(workload.scored_lens, default=0)
         self.num_likeliest = spec.vocab_size if workload.num_likeliest == -1 else min(workload.num_likeliest, spec.vocab_size)
         self.layer = self.longest * max((group.bytes_per_token for group in spec.kv_groups), default=0)
