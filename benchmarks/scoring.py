@@ -203,7 +203,18 @@ def _differences(scores: dict[str, list[list[float]]], questions: list[Question]
 
 def print_table(rows: list[dict[str, Any]]) -> None:
     """Print a Markdown table of all results."""
-    titles = ("shape, memory, job", "commit", "way", "seconds", "prompt tokens computed", "scored", "peak", "overlap", "plan", "efficiency")
+    titles = (
+        "shape, memory, job",
+        "commit",
+        "way",
+        "seconds",
+        "prompt tokens, not shared",
+        "scored",
+        "peak",
+        "overlap",
+        "plan",
+        "efficiency",
+    )
     print("| " + " | ".join([*titles, "times as fast"]) + " |\n" + "|---" * (len(titles) + 1) + "|")
     for row in rows:
         job = f"{row['shape']}, {format_size(row['memory_bytes'])}, {row['num_contexts']} x {row['num_choices']}"

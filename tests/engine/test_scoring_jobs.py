@@ -82,6 +82,9 @@ class CountingRun(Run):
         monkeypatch.setattr(self.engine.runner, "run", running)
         monkeypatch.setattr(PassLog, "add", adding)
 
+    def __enter__(self) -> CountingRun:
+        return self
+
     def scored(self, requests: Iterable[TokenRequest], prefixes: CommonPrefixes) -> dict[int, TokenResult]:
         results = {result.index: result for result in self.engine.generate(requests, prefixes=prefixes)}
         assert not [result.error for result in results.values() if result.error is not None]
