@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -229,9 +229,35 @@ class TokenRequest:
         """
         return self.prompt_token_ids if self.num_prompt_logprobs is None else self.prompt_token_ids[: self.first_scored]
 
+    @property
+    def offered(self) -> tuple[int, ...]:
+        """The tokens of the prompt after the sharable ones that this request computes, so that others can begin with them, too."""
+        return self.prompt_token_ids[len(self.sharable) : self.num_computed]
+
+    @property
+    def num_computed(self) -> int:
+        """The number of tokens of the prompt that are computed: all if an answer follows, else those before the last token to score."""
+        if self.max_tokens or self.alternatives:
+            return len(self.prompt_token_ids)
+        is_scored = self.num_prompt_logprobs is not None and self.first_scored < len(self.prompt_token_ids)
+        return len(self.prompt_token_ids) - 1 if is_scored else 0
+
+    @property
+    def num_scored(self) -> int:
+        """The number of positions of the prompt at which tokens are scored; alternatives of each other have one position."""
+        if self.num_prompt_logprobs is None:
+            return 0
+        return max(len(self.prompt_token_ids) - self.first_scored, 0) + bool(self.alternatives)
+
     def __post_init__(self) -> None:
         if self.num_logprobs is not None and self.generated.token_ids and self.generated.logprobs is None:
             raise ValueError("logprobs are asked for, and those of the tokens generated before are missing")
+
+
+def most_likeliest(requests: Iterable[TokenRequest], so_far: int = 0) -> int:
+    """Return the most likeliest tokens that any of the requests wants beside a scored one, or `so_far` if that is more; -1 for all."""
+    counts = [so_far, *(request.num_prompt_logprobs or 0 for request in requests)]
+    return -1 if -1 in counts else max(counts)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

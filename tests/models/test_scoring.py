@@ -160,7 +160,8 @@ def test_scores_that_are_not_finite_fail_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize("num_likeliest", [0, 1, 5, -1])
 def test_ranges_of_the_vocabulary_add_up(dtype: torch.dtype, num_likeliest: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """With few different numbers, so that many are equal: the lower id goes first."""
-    monkeypatch.setattr("flexgen.models.scoring.SLICE_BYTES", 700)
+    monkeypatch.setattr("flexgen.models.scoring.SCORED_SLICE_BYTES", 700)
+    monkeypatch.setattr("flexgen.models.scoring.BLOCK_BYTES", 400)
     generator = torch.Generator().manual_seed(0)
     logits = torch.randint(-6, 6, (11, 50), generator=generator).to(dtype) / 2
     targets = torch.randint(0, 50, (11,), generator=generator)
@@ -174,6 +175,23 @@ def test_ranges_of_the_vocabulary_add_up(dtype: torch.dtype, num_likeliest: int,
     torch.testing.assert_close(got.logprobs, wanted.gather(1, targets[:, None])[:, 0], rtol=0, atol=1e-6)
     assert torch.equal(got.likeliest, order)
     torch.testing.assert_close(got.likeliest_logprobs, wanted.gather(1, order), rtol=0, atol=1e-6)
+
+
+def test_alternatives_share_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the rows of one position's targets begin or end a slice or a block."""
+    monkeypatch.setattr("flexgen.models.scoring.SCORED_SLICE_BYTES", 3 * 20 * 4)
+    monkeypatch.setattr("flexgen.models.scoring.BLOCK_BYTES", 2 * 20 * 4)
+    logits = torch.randn((8, 50), generator=torch.Generator().manual_seed(0))
+    rows = [0, 0, 0, 1, 2, 3, 3, 4, 5, 6, 6, 6, 6, 7]
+    targets = torch.randint(0, 50, (len(rows),), generator=torch.Generator().manual_seed(1))
+    scorer = Scorer(targets, 2, rows)
+    assert scorer.num_rows == 8
+    for start, stop in ((0, 20), (20, 40), (40, 50)):
+        scorer.add(((each, logits[each, start:stop]) for each in scorer.slices(stop - start, 4)), start)
+    wanted = torch.log_softmax(logits.double(), dim=-1)[rows]
+    got = scorer.result()
+    torch.testing.assert_close(got.logprobs, wanted.gather(1, targets[:, None])[:, 0], rtol=0, atol=1e-6)
+    assert torch.equal(got.likeliest, wanted.topk(2).indices)
 
 
 def test_the_likeliest_among_equals_have_the_lowest_ids() -> None:

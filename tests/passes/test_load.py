@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from flexgen.passes.geometry import KVGeometry
 from flexgen.passes.load import pass_load
@@ -65,3 +65,17 @@ def test_what_is_computed_where() -> None:
     assert load.prompt_tokens == {"host": 8, "disk": 3}
     assert load.num_prompts == {"host": 1, "disk": 1}
     assert load.next_tokens == {"host": 2, "disk": 0}
+    assert (load.num_sampled, load.num_scored) == (0, 0)
+
+
+def test_what_goes_through_the_head() -> None:
+    """Alternatives at one position are one row; a choice of one more token samples nothing."""
+    scored = Slice(
+        sequence=0, token_ids=(5,) * 8, start=0, prompt_len=8, total=8, wanted=range(8, 8), scored=(3, 4, 7, 7, 7), targets=(1,) * 5,
+        tables=((0, 1, 2),) * len(GROUPS),
+    )  # fmt: skip
+    choice = replace(next_token(9), wanted=range(10, 10), scored=(9,), targets=(2,))
+    answered = replace(next_token(8), wanted=range(8, 9))
+    load = pass_load(PassPlan(micro_batches=(MicroBatch(home="host", slices=(choice, answered, scored)),)), ("host",), GROUPS)
+    assert (load.num_sampled, load.num_scored) == (1, 4)
+    assert (load.next_tokens, load.num_prompts) == ({"host": 2}, {"host": 1})

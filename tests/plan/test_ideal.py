@@ -46,16 +46,31 @@ def with_common_prompts(instance, seed):
     return dataclasses.replace(instance, workload=dataclasses.replace(job, shared_lens=tuple(found)))
 
 
+def with_scores(instance, seed):
+    """The instance with prompts that are scored, many of them only scored."""
+    draw, job = random.Random(seed), instance.workload
+    outputs = tuple(most * draw.choice([0, 0, 1]) for most in job.output_lens)
+    scored = tuple(draw.choice([0, draw.randint(1, length)]) for length in job.prompt_lens)
+    return dataclasses.replace(instance, workload=dataclasses.replace(job, output_lens=outputs, scored_lens=scored))
+
+
 @pytest.mark.parametrize("seed", range(60))
 def test_no_played_policy_is_below_the_bound(seed):
     for instance in (instance_of(seed), with_common_prompts(instance_of(seed), seed)):
         assert least_of(instance) <= min(played_ideals(instance, 60, seed), default=math.inf)
 
 
+@pytest.mark.parametrize("seed", range(0, 60, 3))
+def test_no_played_policy_is_below_the_bound_where_prompts_are_scored(seed):
+    instance = with_scores(instance_of(seed), seed)
+    for each in (instance, with_common_prompts(instance, seed)):
+        assert least_of(each) <= min(played_ideals(each, 60, seed), default=math.inf)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(60, 400))
 def test_no_played_policy_is_below_the_bound_of_many_more(seed):
-    for instance in (instance_of(seed), with_common_prompts(instance_of(seed), seed)):
+    for instance in (instance_of(seed), with_common_prompts(instance_of(seed), seed), with_scores(instance_of(seed), seed)):
         assert least_of(instance) <= min(played_ideals(instance, 300, seed), default=math.inf)
 
 
@@ -124,6 +139,19 @@ def test_no_policy_within_the_budgets_is_faster_than_the_least(llama_3b, make_ma
     total = simulate(llama_3b, make_policy(), workload).total()
     assert least >= (total.dense_flops / 8e11 + total.attention_flops / 5e10) * (1 - 1e-6)
     assert least >= max(workload.output_lens) * (llama_3b.streamed_bytes - 3 * GIB) / 2e9
+
+
+def test_scores_are_work(llama_3b, make_machine):
+    """Two prompts, with the head at all positions or at the last one."""
+    budgets = Budgets(device="cpu", host_bytes=20 * GIB)
+
+    def least(**scores):
+        job = Workload(prompt_lens=(256,) * 2, output_lens=(0,) * 2, **scores)
+        return least_ideal_seconds(llama_3b, make_machine(), job, budgets, "bfloat16")
+
+    assert least(scored_lens=(256,) * 2) - least(scored_lens=(1,) * 2) == pytest.approx(
+        2 * 255 * llama_3b.head_flops_per_token / 8e11, rel=1e-4
+    )
 
 
 def test_the_least_is_the_computing_where_everything_fits(llama_3b, make_machine, make_policy):

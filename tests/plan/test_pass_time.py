@@ -6,7 +6,7 @@ import pytest
 from flexgen.plan.machine import DiskRequest, Overheads, Rate
 from flexgen.plan.model import UnitSpec
 from flexgen.plan.play.simulate import simulate
-from flexgen.plan.price.pass_time import Expectation, elementwise_bytes, rate_at
+from flexgen.plan.price.pass_time import LOGIT_BYTES, PASSES_PER_LOGIT, Expectation, elementwise_bytes, rate_at
 from flexgen.plan.price.work import PassWork
 from flexgen.plan.workload import Workload
 
@@ -34,13 +34,19 @@ def test_each_part_of_a_pass_by_hand(make_spec, make_machine, make_policy):
     )
     work = PassWork(
         disk_read_bytes=2000, disk_write_bytes=1000, attention_flops=3e5, host_step_flops=9e9, host_step_bytes=18e9, decoded_bytes=5e4,
-        host_memory_bytes=1e6, num_tokens=8, num_sampled=4, num_micro_batches=2, num_streamed_units=3,
+        host_memory_bytes=1e6, num_tokens=8, num_sequences=6, num_sampled=4, num_scored=10, num_micro_batches=2, num_streamed_units=3,
         num_disk_requests=50,
     )  # fmt: skip
     expectation = Expectation(spec, machine, "bfloat16")
     resources = expectation.resources(work, make_policy(embedding_resident=False))
-    compute = 8 * 6000 / 1e6 + 4 * 500 / 1e6 + 8 * 3 * elementwise_bytes(100, 1000, "bfloat16") / 1e9 + 3.0
-    compute += 18e9 / 9e9 + 5e4 / 1e4 + (2000 * 1e-3 + 50 * 0.04) / 2 + 2 * 3 * 0.125 + 3 * 0.25 + 4 * 0.5 + 8 * 0.01
+    compute = (
+        8 * 6000 / 1e6
+        + (4 + 10) * 500 / 1e6
+        + 10 * spec.vocab_size * PASSES_PER_LOGIT * LOGIT_BYTES / 1e9
+        + 8 * 3 * elementwise_bytes(100, 1000, "bfloat16") / 1e9
+        + 3.0
+    )
+    compute += 18e9 / 9e9 + 5e4 / 1e4 + (2000 * 1e-3 + 50 * 0.04) / 2 + 2 * 3 * 0.125 + 3 * 0.25 + 6 * 0.5 + 8 * 0.01
     assert resources["disk"] == pytest.approx(2.0 + 2.0 + 1.0)
     assert resources["compute"] == pytest.approx(compute)
     assert resources["host_memory"] == pytest.approx(10.0)
@@ -63,6 +69,19 @@ def test_experts_see_their_share_of_the_rows(make_spec, make_machine, make_polic
     work = PassWork(num_tokens=512, num_micro_batches=1)
     compute = Expectation(spec, machine, "bfloat16").resources(work, make_policy())["compute"]
     assert compute == pytest.approx(512 * 2000 / 1e6, rel=1e-3)  # 64 rows each
+
+
+def test_the_head_scores_the_rows_of_each_micro_batch_together(make_spec, make_machine, make_policy):
+    """Few rows are computed at a lower rate: those of a micro-batch count (half of them, by this head's FLOPs), not those of the pass."""
+    machine = make_machine(dense={"bfloat16": [(32, 1e6), (256, 8e6)]}, elementwise={"bfloat16": 1e30}, overheads=NOTHING)
+    expectation = Expectation(make_spec(), machine, "bfloat16")
+
+    def compute(num_micro_batches):
+        work = PassWork(num_scored=512, num_micro_batches=num_micro_batches)
+        return expectation.resources(work, make_policy())["compute"]
+
+    assert compute(1) == pytest.approx(512 * 500 / 8e6)
+    assert compute(8) == pytest.approx(512 * 500 / 1e6)
 
 
 def test_passes_of_a_job_add_up_to_counted_passes(llama_3b, make_machine, make_policy):

@@ -30,3 +30,29 @@ def test_the_mean_of_a_live_sequence_is_that_of_all_passes(make_spec):
     assert (mean.prompt_tokens, mean.num_prompts, mean.next_tokens) == (12 / 4, 2 / 4, 2 / 4)
     assert mean.attended_tokens == (23 / 4,)
     assert mean.at("host", 8).attended_tokens == {"host": [46]}
+    assert (mean.num_sampled, mean.num_scored) == (4 / 4, 0)
+
+
+def test_a_prompt_that_is_only_scored_is_a_pass_without_a_token(make_spec):
+    workload = Workload(prompt_lens=(10, 17, 9), output_lens=(0, 0, 2), shared_lens=(0, 16, 0), scored_lens=(4, 1, 0))
+    assert (workload.answer_lens, workload.sampled_lens) == ((1, 1, 2), (0, 0, 2))
+    assert (workload.output_tokens, workload.scored_tokens, workload.paced_tokens) == (2, 5, 2)
+    load = RequestLoad.of(make_spec(), workload)
+    assert load.num_sampled.tolist() == [0, 0, 2]
+    assert load.num_scored.tolist() == [4, 1, 0]
+    # The second has one token of its own after what others computed: a next token, as far as computing goes.
+    assert load.num_prompts.tolist() == [1, 0, 1]
+    assert load.prompt_tokens.tolist() == [10, 0, 9]
+    assert load.next_tokens.tolist() == [0, 1, 1]
+    assert load.prompt_pairs[0].tolist() == [55, 0, 45]
+    assert load.attended_tokens[0].tolist() == [0, 17, 10]
+    mean = load.mean()
+    assert (mean.num_prompts, mean.next_tokens) == (2 / 4, 2 / 4)
+
+
+def test_scores_are_of_all_requests_or_of_none():
+    assert Workload(prompt_lens=(3, 4), output_lens=(1, 1), scored_lens=(0, 0)).scored_lens == ()
+    with pytest.raises(ValueError, match="scored_lens"):
+        Workload(prompt_lens=(3, 4), output_lens=(1, 1), scored_lens=(1,))
+    only_scored = Workload(prompt_lens=(3, 4), output_lens=(0, 0), scored_lens=(2, 3))
+    assert (only_scored.output_tokens, only_scored.paced_tokens) == (0, 7)

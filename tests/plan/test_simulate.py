@@ -21,6 +21,12 @@ def jobs(lengths):
     return Workload(prompt_lens=tuple(s for s, _ in lengths), output_lens=tuple(n for _, n in lengths))
 
 
+def scored_jobs(lengths):
+    """Jobs of (prompt, answer or 0, scored positions)."""
+    prompts, outputs, scored = zip(*lengths, strict=True)
+    return Workload(prompt_lens=prompts, output_lens=outputs, scored_lens=scored)
+
+
 def carried(played):
     """(prompt tokens, next tokens) of each pass."""
     return [(work.num_prompt_tokens, work.num_tokens - work.num_prompt_tokens) for work in played.passes()]
@@ -96,6 +102,30 @@ def test_shared_lengths_are_of_all_requests():
         Workload(prompt_lens=(3,), output_lens=(1,), shared_lens=(0, 0))
 
 
+def test_prompts_that_are_only_scored_leave_after_their_pass(make_spec, make_policy):
+    """Room for two at a time; nothing is sampled, and nothing is held beyond a pass."""
+    policy = make_policy(kv_host_bytes=20 * TOKEN)
+    played = simulate(make_spec(), policy, scored_jobs([(10, 0, 9)] * 5))
+    assert carried(played) == [(20, 0), (20, 0), (10, 0)]
+    assert played.kv_bytes["host"].tolist() == [20 * TOKEN, 20 * TOKEN, 10 * TOKEN]
+    assert [(work.num_sampled, work.num_scored, work.num_sequences) for work in played.passes()] == [(0, 18, 2), (0, 18, 2), (0, 9, 1)]
+
+
+def test_prompts_are_scored_in_their_first_pass(make_spec, make_policy):
+    played = simulate(make_spec(), make_policy(), scored_jobs([(10, 3, 5), (4, 0, 3)]))
+    assert [(work.num_sampled, work.num_scored) for work in played.passes()] == [(1, 8), (1, 0), (1, 0)]
+
+
+def test_choices_of_one_more_token_are_computed_like_next_tokens(make_spec, make_policy):
+    """A context of 8 tokens, and three choices after it: their prompts are one and two tokens longer."""
+    choices = Workload(prompt_lens=(8, 9, 9, 10), output_lens=(0,) * 4, shared_lens=(0, 8, 8, 8), scored_lens=(1, 1, 1, 2))
+    (work,) = simulate(make_spec(), make_policy(), choices).passes()
+    assert (work.num_prompt_tokens, work.num_tokens, work.num_sequences, work.num_sampled, work.num_scored) == (10, 12, 4, 0, 5)
+    (group,) = make_spec().kv_groups
+    assert work.attention_flops == (36 + 9 + 10) * group.num_layers * group.attention_flops_per_pair
+    assert work.host_step_bytes == 2 * 9 * group.num_layers * group.bytes_per_token
+
+
 def test_the_quota_is_a_bucket(make_spec, make_policy):
     # 5 tokens a pass: two prompts of 3 overdraw it by 1, so that the next pass has 4, and the third 3.
     played = simulate(make_spec(), make_policy(prefill_tokens=5), jobs([(3, 4)] * 6))
@@ -128,8 +158,11 @@ def test_two_homes_fill_in_proportion(make_spec, make_policy):
 
 
 class Sequence:
-    def __init__(self, prompt_len, output_len):
-        self.prompt_len, self.output_len = prompt_len, output_len
+    """`output_len` is the number of passes: one also for a prompt that is only scored."""
+
+    def __init__(self, prompt_len, output_len, num_scored=0):
+        self.prompt_len, self.output_len, self.is_answered = prompt_len, max(output_len, 1), output_len > 0
+        self.num_scored = num_scored
         self.age, self.home = 0, ""
 
     def tokens(self, later=0):
@@ -164,9 +197,9 @@ def fits(spec, policy, live, new, home):
 def plain_simulation(spec, policy, workload):
     """The work of each pass, and the KV held."""
     tiers = [tier for tier in ("device", "host", "disk") if getattr(policy, f"kv_{tier}_bytes")]
-    waiting = sorted(
-        (Sequence(s, n) for s, n in zip(workload.prompt_lens, workload.output_lens, strict=True)), key=lambda each: -each.output_len
-    )
+    scored = workload.scored_lens or (0,) * len(workload)
+    waiting = [Sequence(*lengths) for lengths in zip(workload.prompt_lens, workload.output_lens, scored, strict=True)]
+    waiting.sort(key=lambda each: -each.output_len)
     waiting = [each for each in waiting if any(fits(spec, policy, [], each, tier) for tier in tiers)]
     live, works, held = [], [], []
     credit, given = 0, dict.fromkeys(tiers, 0)
@@ -213,11 +246,13 @@ def plain_price(spec, policy, tiers, decoding, new):
         next_tokens={tier: sum(each.home == tier for each in decoding) for tier in tiers},
         prompt_pairs=[pairs[number] for number in groups],
         attended_tokens={tier: [attended[tier][number] for number in groups] for tier in tiers},
+        num_sampled=sum(each.is_answered for each in [*decoding, *new]),
+        num_scored=sum(each.num_scored for each in new),
     )
     return price(load, spec, policy, weights_work(spec, unit_homes(spec, policy.weights), policy.device))
 
 
-SMALL_JOBS = st.lists(st.tuples(st.integers(1, 12), st.integers(1, 9)), min_size=1, max_size=14).map(jobs)
+SMALL_JOBS = st.lists(st.tuples(st.integers(1, 12), st.integers(0, 9), st.integers(0, 12)), min_size=1, max_size=14).map(scored_jobs)
 
 
 @settings(max_examples=150, deadline=None)
@@ -277,7 +312,8 @@ def test_everything_is_computed_once_and_within_the_bounds(make_spec, make_polic
     assert played.num_refused == 0
     assert total.num_prompt_tokens == workload.prompt_tokens
     assert total.num_sampled == workload.output_tokens
-    assert total.num_tokens == workload.prompt_tokens + workload.output_tokens - len(workload)
+    assert total.num_scored == workload.scored_tokens
+    assert total.num_tokens == workload.prompt_tokens + sum(workload.answer_lens) - len(workload)
     assert played.kv_bytes["host"].max() <= room * TOKEN
     assert played.live.max() <= cap
     if schedule == "diagonal":

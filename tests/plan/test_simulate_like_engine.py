@@ -35,7 +35,8 @@ def engine_passes(policy, workload):
     quota = Quota(policy.prefill_tokens)
     waiting, live, passes = [], [], []
     for index, (prompt_len, output_len) in enumerate(zip(workload.prompt_lens, workload.output_lens, strict=True)):
-        request = TokenRequest(index=index, prompt_token_ids=(1,) * prompt_len, max_tokens=output_len)
+        scored = {} if output_len else {"num_prompt_logprobs": 1, "alternatives": (2,), "first_scored": prompt_len}
+        request = TokenRequest(index=index, prompt_token_ids=(1,) * prompt_len, max_tokens=output_len, **scored)
         sequence = LiveSequence(request, output_len)
         if admission.can_ever_fit(sequence):
             heapq.heappush(waiting, (-sequence.remaining, index, sequence))
@@ -58,8 +59,9 @@ def engine_passes(policy, workload):
         for sequence in list(live):
             assert cache.reserve(sequence.kv, len(sequence.tokens)), "the projection was wrong"
             sequence.num_stored = len(sequence.tokens)
-            sequence.append(1)
-            cache.trim(sequence.kv, sequence.num_stored)
+            if sequence.request.max_tokens:
+                sequence.append(1)
+                cache.trim(sequence.kv, sequence.num_stored)
             if sequence.num_generated == sequence.request.max_tokens:
                 cache.release(sequence.kv)
                 live.remove(sequence)
@@ -68,7 +70,7 @@ def engine_passes(policy, workload):
 
 @settings(max_examples=200)
 @given(
-    lengths=st.lists(st.tuples(st.integers(1, 12), st.integers(1, 9)), min_size=1, max_size=14),
+    lengths=st.lists(st.tuples(st.integers(1, 12), st.integers(0, 9)), min_size=1, max_size=14),
     schedule=st.sampled_from(sorted(SCHEDULES)),
     page_tokens=st.integers(1, 5),
     pages=st.tuples(st.integers(0, 60), st.integers(0, 60)).filter(any),

@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 
 import pytest
@@ -232,6 +233,46 @@ def test_budgets_are_never_exceeded(plan, llama_3b, make_limits, process_bytes, 
     assert played.num_refused < len(job)
     for tier, held in played.kv_bytes.items():
         assert held.max(initial=0) <= getattr(policy, f"kv_{tier}_bytes")
+
+
+def scoring_bytes(spec, policy, **job):
+    """What the workspace has for scores: the difference to the same prompts without any."""
+    workload = Workload(prompt_lens=(256,) * 64, output_lens=(0,) * 64, **job)
+    plain = Workload(prompt_lens=(256,) * 64, output_lens=(0,) * 64)
+    one, other = (activation_bytes(spec, JobSizes(spec, each, policy.page_tokens), policy) for each in (workload, plain))
+    return one - other
+
+
+def test_logits_of_scored_positions_are_held_in_slices(llama_3b, make_policy):
+    large = dataclasses.replace(llama_3b, vocab_size=1 << 18)
+    policy = make_policy(max_num_seqs=64, prefill_tokens=4096, page_tokens=16)
+    every, last = (scoring_bytes(large, policy, scored_lens=(number,) * 64) for number in (256, 1))
+    assert last < every < 160 * MIB < 4096 * large.vocab_size * 2
+    # All log probabilities of each position are asked for: these are all held, at least those of a pass of one prompt.
+    alone = make_policy(max_num_seqs=1, prefill_tokens=1, page_tokens=16)
+    everything = scoring_bytes(large, alone, scored_lens=(256,) * 64, num_likeliest=-1)
+    assert everything > 256 * large.vocab_size * 16
+    assert scoring_bytes(large, alone, scored_lens=(256,) * 64, num_likeliest=5) < 160 * MIB
+
+
+def test_prompts_that_are_only_scored_have_no_logits_to_sample_from(llama_3b, make_policy):
+    policy = make_policy(max_num_seqs=64, page_tokens=16)
+    answered, only_scored = (
+        activation_bytes(llama_3b, JobSizes(llama_3b, Workload(prompt_lens=(256,) * 64, output_lens=(most,) * 64), 16), policy)
+        for most in (1, 0)
+    )
+    assert answered - only_scored >= 64 * llama_3b.vocab_size * 4 * 2
+
+
+def test_a_scoring_job_is_planned(plan, llama_3b):
+    """Contexts with choices: passes of many prompts, and no room for logits of all of them."""
+    choices = Workload(
+        prompt_lens=(256, 257, 258) * 100, output_lens=(0,) * 300, shared_lens=(0, 256, 256) * 100, scored_lens=(1, 1, 2) * 100
+    )
+    policy = plan(choices)
+    played = simulate(llama_3b, policy, choices)
+    assert (played.num_refused, played.total().num_sampled, played.total().num_scored) == (0, 0, 400)
+    assert played.num_passes < 12
 
 
 def test_the_budget_decides_whether_it_fits(plan):

@@ -93,6 +93,7 @@ def load_of(**changes):
         "next_tokens": {"host": 3},
         "prompt_pairs": [2 * 15],
         "attended_tokens": {"host": [30]},
+        "num_sampled": 5,
     }
     return PassLoad(**(values | changes))
 
@@ -108,9 +109,17 @@ def test_the_price_of_a_pass_on_a_cpu(make_spec, make_policy):
         host_memory_bytes=4000 + 3 * 10 * 30 + 13 * 30,  # KV read by next tokens; KV written
         num_tokens=13,
         num_prompt_tokens=10,
+        num_sequences=5,
         num_sampled=5,
         num_micro_batches=1,
     )
+
+
+def test_scored_positions_pass_through_the_head(make_spec, make_policy):
+    load = load_of(num_sampled=3, num_scored=8)  # neither prompt is answered, and all but two of their positions are scored
+    work = price(load, make_spec(), make_policy(), PassWork())
+    assert work.dense_flops == 13 * 6000 + (3 + 8) * 500
+    assert (work.num_sequences, work.num_sampled, work.num_scored) == (5, 3, 8)
 
 
 def test_the_price_of_host_kv_beside_a_device(make_spec, make_policy):

@@ -12,7 +12,7 @@ from flexgen.report import run_log
 from flexgen.report.pass_log import PassLog
 from flexgen.report.progress import Progress
 from flexgen.report.run_log import RunCounts, RunLog
-from flexgen.request import Generated, TokenRequest, TokenResult
+from flexgen.request import Generated, TokenLogprobs, TokenRequest, TokenResult
 
 
 class Meters:
@@ -103,6 +103,17 @@ def test_errors_are_counted() -> None:
     log.finished(TokenResult(index=7, token_ids=(5,), finish_reason="error", error=RequestError("no")), request(), 0)
     assert (log.counts.requests, log.counts.errors, log.finish_reasons["error"]) == (1, 1, 1)
     assert remaining.lengths == [], "the length of an answer that failed says nothing"
+
+
+def test_a_prompt_that_is_only_scored_has_no_length_of_an_answer() -> None:
+    remaining = Remaining()
+    log = new_log(remaining=remaining)
+    asked = TokenRequest(index=0, prompt_token_ids=(1, 2, 3, 4), max_tokens=0, num_prompt_logprobs=0, first_scored=2)
+    score = TokenLogprobs(token_ids=(3,), logprobs=(-1.0,), rank=None)
+    log.finished(TokenResult(index=0, prompt_logprobs=(score, score)), asked, 0)
+    log.finished(TokenResult(index=0, finish_reason="error", error=RequestError("no")), asked, 0)
+    assert (list(log.given), list(log.generated), list(log.scored)) == ([3, 3], [0, 0], [2, 0])
+    assert (log.counts.scored_tokens, log.counts.output_tokens, remaining.lengths) == (2, 0, [])
 
 
 def test_a_pass_counts_as_progress(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -102,6 +102,23 @@ def test_the_report_begins_with_three_lines_for_people() -> None:
     assert format_report(report, "all of it").startswith("done in 2.0 s (after 0.1 s of loading): all of it\n")
 
 
+def test_a_job_that_only_scores_is_told_in_tokens_of_prompts() -> None:
+    report = dataclasses.replace(
+        ENGINE.report(), prompt_tokens=900, output_tokens=0, output_tokens_per_s=0.0, scored_tokens=40, prompt_tokens_per_s=450.0,
+        forecast={"num_passes": 1, "output_tokens_per_s": 0.0, "seconds": 2.0, "seconds_of_these_passes": 1.0, "bottleneck": "compute",
+                  "gain_per_gib": {}, "gain_per_rate": {}},
+    )  # fmt: skip
+    assert format_report(report).splitlines()[1].startswith("speed: 450.0 prompt tokens/s, shared ones included (1.00 requests/s), 0.50 of")
+    details = format_details(report)
+    assert "900 prompt and 0 output tokens, 40 tokens scored, in 3 passes" in details
+    assert "expected: 2.0 s; for the passes that were made 1.0 s" in details
+    forecast = dataclasses.replace(FORECAST, output_tokens=0, prompt_tokens=900, scored_tokens=40)
+    text = format_plan(dataclasses.replace(PLAN, forecast=forecast))
+    assert "expected 2.0 s for 900 prompt tokens and 40 scored positions: 450.00 prompt tokens/s; the longest request takes" in text
+    both = format_plan(dataclasses.replace(PLAN, forecast=dataclasses.replace(FORECAST, scored_tokens=40)))
+    assert "expected 2.0 s for 64 output tokens and 40 scored positions: 32.00 tokens/s" in both
+
+
 def test_what_is_to_be_said_of_the_machine_stands_behind_the_speed() -> None:
     forecast = {**dataclasses.asdict(PLAN.forecast), "seconds_of_these_passes": 1.0}
     report = dataclasses.replace(ENGINE.report(), elapsed_seconds=20.0, forecast=forecast, rate_ratios={"disk": 0.5, "compute": 1.0})

@@ -20,8 +20,8 @@ def census_of(prompts: list[list[int]]) -> tuple[CommonPrefixes, list[int]]:
 
 
 def shared_by_two(one: list[int], other: list[int]) -> int:
-    """Whole pages, without the last token of either, in tokens."""
-    pairs = zip(one[:-1], other[:-1], strict=False)
+    """Whole pages that one can begin with and the other computes, in tokens: not the last token of the one."""
+    pairs = zip(one[:-1], other, strict=False)
     return len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))) // PAGE * PAGE
 
 
@@ -35,7 +35,8 @@ def test_what_others_share_is_found(prompts: list[list[int]]) -> None:
         assert known[place] == max(others[:place], default=0), "what earlier requests have computed"
         for point in path:
             begin_so = [other for other in prompts if len(other) > point.length and other[: point.length] == prompt[: point.length]]
-            assert point.num_requests == len(begin_so) > 1
+            assert point.num_requests == len(begin_so)
+            assert len(begin_so) > 1 or prompt[: point.length] in prompts
         assert sorted({point.length for point in path}) == [point.length for point in path]
 
 

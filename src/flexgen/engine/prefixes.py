@@ -7,7 +7,7 @@ begin with it, on the same tier.  Others may use it from the moment its writer i
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 
 from flexgen.engine.sequence import LiveSequence, StoredPrefix
 from flexgen.kv.cache import KVCache
@@ -45,9 +45,12 @@ class PrefixStore:
 
     def expect(self, sequence: LiveSequence) -> None:
         """Find the common prefixes of a sequence that begins to wait."""
-        sequence.path = self._common.path(sequence.request.sharable)
-        for point in sequence.path:
+        request = sequence.request
+        sequence.path = self._common.path(request.sharable)
+        sequence.beyond = self._common.beyond(request.sharable, request.offered)
+        for point in (*sequence.path, *sequence.beyond):
             self._left.setdefault(point.digest, point.num_requests)
+        for point in sequence.path:
             self._first.setdefault(point.digest, sequence.request.index)
 
     def order(self, sequence: LiveSequence) -> tuple[int, ...]:
@@ -58,6 +61,7 @@ class PrefixStore:
         """Count a request as finished, and free prefixes with which no other request will begin."""
         for point in sequence.path:
             self._left[point.digest] -= 1
+        for point in (*sequence.path, *sequence.beyond):
             if self._left[point.digest] > 0:
                 continue
             for key in [key for key, each in self._stored.items() if key[2] == point.digest and not each.num_users]:
@@ -67,7 +71,7 @@ class PrefixStore:
 
     def hold(self, sequence: LiveSequence, home: str) -> StoredPrefix | None:
         """Return the longest stored prefix of a sequence; it and the shorter ones are kept until `let_go`."""
-        found = [key for key in self._keys(sequence, home) if key in self._stored]
+        found = [key for key in self._keys(sequence, sequence.path, home) if key in self._stored]
         for key in reversed(found):  # longer prefixes are evicted first, so the shortest counts as used last
             self._stored[key] = self._stored.pop(key)
         sequence.prefixes = [self._stored[key] for key in found]
@@ -77,7 +81,7 @@ class PrefixStore:
 
     def num_kept(self, sequence: LiveSequence) -> list[int]:
         """Return, for each group, the pages that `publish` would keep after the sequence itself drops them (they leave its window)."""
-        lengths = [point.length for point in sequence.path if self._is_wanted(sequence, point)]
+        lengths = [point.length for point in self._wanted(sequence)]
         return [
             sum(length // group.page_tokens - group.first_page(length) for length in lengths) if group.geometry.reach is not None else 0
             for group in self._cache.groups
@@ -87,8 +91,9 @@ class PrefixStore:
         """Offer the KV that an admitted sequence will compute to others, which must run after it."""
         kv = sequence.kv
         assert kv is not None
-        for key, point in zip(self._keys(sequence, kv.home), sequence.path, strict=True):
-            if not self._is_wanted(sequence, point):
+        wanted = self._wanted(sequence)
+        for key, point in zip(self._keys(sequence, wanted, kv.home), wanted, strict=True):
+            if key in self._stored:  # another has offered it, with which this one could not begin
                 continue
             stored = StoredPrefix(kv=self._cache.fork(kv, point.length), length=point.length, writer=sequence, num_users=1)
             self._stored[key] = stored
@@ -131,13 +136,14 @@ class PrefixStore:
 
     # -- internals --------------------------------------------------------------------------------------------------------------
 
-    def _is_wanted(self, sequence: LiveSequence, point: CommonPrefix) -> bool:
-        """Return whether an admitted sequence computes a prefix with which others will begin."""
-        return point.length > sequence.num_stored and self._left[point.digest] > 1
+    def _wanted(self, sequence: LiveSequence) -> list[CommonPrefix]:
+        """Return the prefixes that an admitted sequence computes and with which others will begin."""
+        own = [point for point in sequence.path if point.length > sequence.num_stored and self._left[point.digest] > 1]
+        return own + [point for point in sequence.beyond if self._left[point.digest] > 0]
 
-    def _keys(self, sequence: LiveSequence, home: str) -> list[Key]:
+    def _keys(self, sequence: LiveSequence, points: Sequence[CommonPrefix], home: str) -> list[Key]:
         regime = self._regime(sequence)
-        return [(home, regime, point.digest) for point in sequence.path]
+        return [(home, regime, point.digest) for point in points]
 
     def _drop(self, key: Key) -> None:
         stored = self._stored.pop(key)

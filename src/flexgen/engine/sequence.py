@@ -64,7 +64,7 @@ class LiveSequence:
     Attributes:
         request: The request that is answered.
         expected_tokens: The number of generated tokens after which the answer is expected to end, at most `max_tokens`.
-        tokens: The ids of the prompt and of the generated tokens; without the prompt's last one if nothing depends on it.
+        tokens: The ids of the prompt and of the generated tokens, without those of the prompt on which nothing depends.
         generated: The generated ids alone.
         logprobs: One entry for each generated token, if the request asks for them.
         prompt_logprobs: One entry for each token that the request wants scored, as far as they have been computed.
@@ -76,6 +76,7 @@ class LiveSequence:
         num_found: The number of prompt tokens whose KV was already stored when it was first admitted.
         num_lost: The number of tokens whose KV was computed before and is lost: by an earlier run, or before a preemption.
         path: The prefixes that its prompt has in common with others, shortest first.
+        beyond: Longer prefixes that others have in common and that it computes, too, although it cannot begin with them.
         prefixes: The prefixes of `path` that are stored where the sequence lives, shortest first.
         source: The stored prefix that it began with instead of computing it.
     """
@@ -94,15 +95,14 @@ class LiveSequence:
     deferred: int = 0
     num_lost: int = field(init=False)
     path: tuple[CommonPrefix, ...] = ()
+    beyond: tuple[CommonPrefix, ...] = ()
     prefixes: list[StoredPrefix] = field(default_factory=list)
     source: StoredPrefix | None = None
 
     def __post_init__(self) -> None:
         earlier = self.request.generated
         self.generated = list(earlier.token_ids)
-        self.tokens = [*self.request.prompt_token_ids, *self.generated]
-        if not self.request.max_tokens and not self.request.alternatives:
-            self.tokens.pop()  # it is only scored
+        self.tokens = [*self.request.prompt_token_ids[: self.request.num_computed], *self.generated]
         self.logprobs = list(earlier.logprobs or ())
         self.num_lost = len(self.tokens) - 1 if self.generated else 0  # the KV of the last one was not computed yet
 

@@ -66,10 +66,14 @@ class MicroBatchForward(ForwardCoroutine):
         positions: list[int] = []
         wanted: list[int] = []  # rows
         scored: list[int] = []  # rows
+        places: list[int] = []  # for each target, the index of its row in `scored`
         for each in self.batch.slices:
             first = len(ids) - each.start  # the row of position 0
             wanted += range(first + each.wanted.start, first + each.wanted.stop)
-            scored += [first + position for position in each.scored]
+            for position in each.scored:
+                if scored[-1:] != [first + position]:  # several targets may be alternatives at one position
+                    scored.append(first + position)
+                places.append(len(scored) - 1)
             ids += each.token_ids
             positions += range(each.start, each.stop)
         ids += ids[-1:] * self.batch.filler
@@ -81,16 +85,16 @@ class MicroBatchForward(ForwardCoroutine):
             torch.tensor([positions], device=self._device),
             torch.tensor(wanted + scored, dtype=torch.int64, device=self._device),
             self._cache,
-            scorer := self._scorer(),
+            scorer := self._scorer(places),
         )
         self.scores = None if scorer is None else scorer.result()
 
-    def _scorer(self) -> Scorer | None:
+    def _scorer(self, places: Sequence[int]) -> Scorer | None:
         targets = [target for each in self.batch.slices for target in each.targets]
         counts = {each.num_likeliest for each in self.batch.slices if each.scored}
         if not targets:
             return None
-        return Scorer(torch.tensor(targets, device=self._device), -1 if -1 in counts else max(counts))
+        return Scorer(torch.tensor(targets, device=self._device), -1 if -1 in counts else max(counts), places)
 
     def _suspend(self) -> None:
         assert self.parent is not None

@@ -31,7 +31,7 @@ from flexgen.jobs.store import Store
 from flexgen.plan.tell.forecast import Plan
 from flexgen.plan.workload import Workload
 from flexgen.report.progress import Progress
-from flexgen.request import PartialAnswer, SamplingParams, TokenRequest
+from flexgen.request import PartialAnswer, SamplingParams, TokenRequest, most_likeliest
 from flexgen.text.common_prefixes import NO_PREFIXES
 
 logger = logging.getLogger(__name__)
@@ -129,8 +129,9 @@ class Job:
         same: dict[int, int] = {}  # one object per length: a tuple of a million of them stays small
         prompt_lens: list[int] = []
         output_lens: list[int] = []
-        may_end_early = False
+        scored_lens: list[int] = []
         shared_lens: list[int] = []
+        may_end_early, num_likeliest = False, 0
         census, prefixes = Census(), self.model.prefix_census()
         for request, token_requests in self._reader().read(self._unanswered()):
             census.add(request.line_number, request.id)
@@ -140,11 +141,12 @@ class Job:
             self.remarks.note(request)
             self._pending.append(request.digest)
             may_end_early = may_end_early or any(each.may_end_early for each in token_requests)
-            for prompt_len, output_len in self._lengths(request, token_requests):
-                prompt_lens.append(same.setdefault(prompt_len, prompt_len))
-                output_lens.append(same.setdefault(output_len, output_len))
+            num_likeliest = most_likeliest(token_requests, num_likeliest)
+            for lengths in self._lengths(request, token_requests):
+                for known, length in zip((prompt_lens, output_lens, scored_lens), lengths, strict=True):
+                    known.append(same.setdefault(length, length))
             for each in token_requests:
-                shared_len = prefixes.add(each.sharable) if prefixes is not None else 0
+                shared_len = prefixes.add(each.sharable, each.offered) if prefixes is not None else 0
                 shared_lens.append(same.setdefault(shared_len, shared_len))
         self._prefixes = NO_PREFIXES if prefixes is None else prefixes.common()
         if repeated := census.repeated():
@@ -152,8 +154,9 @@ class Job:
         if self.store is not None:
             self.store.commit()
         return Workload(
-            prompt_lens=tuple(prompt_lens), output_lens=tuple(output_lens), shared_lens=tuple(shared_lens), may_end_early=may_end_early
-        )
+            prompt_lens=tuple(prompt_lens), output_lens=tuple(output_lens), shared_lens=tuple(shared_lens), scored_lens=tuple(scored_lens),
+            may_end_early=may_end_early, num_likeliest=num_likeliest,
+        )  # fmt: skip
 
     def _note_bad(self, request: JobRequest, error: RequestError) -> None:
         self.num_bad_lines += 1
@@ -161,13 +164,14 @@ class Job:
         if self.store is not None:
             add_failure(self.store, request, error)
 
-    def _lengths(self, request: JobRequest, token_requests: Sequence[TokenRequest]) -> Iterator[tuple[int, int]]:
-        """Yield, for each choice, its prompt tokens and the most tokens to generate; those of an earlier run count as prompt."""
+    def _lengths(self, request: JobRequest, token_requests: Sequence[TokenRequest]) -> Iterator[tuple[int, int, int]]:
+        """Yield, for each choice, its prompt tokens, the most tokens to generate and the scored ones; those of earlier runs are prompt."""
         kept = self.store.kept(request.line_number, request.digest) if self.store is not None else {}
         for each in token_requests:
             _, choice = line_and_choice(each.index)
             before = len(kept[choice].generated.token_ids) if choice in kept else 0
-            yield len(each.prompt_token_ids) + before, max(each.max_tokens - before, min(each.max_tokens, 1))
+            most = max(each.max_tokens - before, 1) if each.max_tokens else 0
+            yield max(each.num_computed, 1) + before, most, each.num_scored
 
     def open(self, workload: Workload) -> Plan:
         """Open the model for the workload that the scan returned, and return its plan."""

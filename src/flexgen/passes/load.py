@@ -32,6 +32,7 @@ def pass_load(plan: PassPlan, homes: Sequence[str], groups: Sequence[LayerGroup]
     pairs = [0] * len(groups)
     attended = {home: [0] * len(groups) for home in homes}
     repeated = {"disk": [0] * len(groups)} if "disk" in homes else {}
+    sampled = scored = 0
     for batch in plan.micro_batches:
         home = batch.home
         decodes = [each for each in batch.slices if each.is_decode]
@@ -39,6 +40,8 @@ def pass_load(plan: PassPlan, homes: Sequence[str], groups: Sequence[LayerGroup]
         steps[home] += len(decodes)
         prompts[home] += sum(each.length for each in others)
         starts[home] += sum(each.stop == each.total for each in others)
+        sampled += sum(len(each.wanted) for each in batch.slices)
+        scored += sum(len(set(each.scored)) for each in batch.slices)
         for index, group in enumerate(groups):
             attended[home][index] += sum(each.stop - group.geometry.first_visible(each.start) for each in decodes)
             pairs[index] += visible_pairs(others, group)
@@ -46,7 +49,7 @@ def pass_load(plan: PassPlan, homes: Sequence[str], groups: Sequence[LayerGroup]
                 repeated[home][index] += tokens_read_twice(decodes, index, group)
     return PassLoad(
         prompt_tokens=prompts, num_prompts=starts, next_tokens=steps, prompt_pairs=pairs, attended_tokens=attended,
-        repeated_tokens=repeated,
+        repeated_tokens=repeated, num_sampled=sampled, num_scored=scored,
     )  # fmt: skip
 
 

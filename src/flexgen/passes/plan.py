@@ -20,7 +20,7 @@ class Slice:
         start: The position of the first token in the sequence; the KV of all tokens before it is stored, or will be by earlier slices.
         wanted: The positions in the sequence whose logits are wanted; an empty range for none.
         scored: The positions in the sequence at which the log probability of a known token is wanted, ascending; a position may be there
-            several times.
+            several times, for tokens that are alternatives of each other.
         targets: The known token for each of them.
         num_likeliest: The number of likeliest tokens that are wanted beside it at these positions; -1 for all.
         prompt_len: The length of the sequence's prompt.

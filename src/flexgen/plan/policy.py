@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from flexgen.base.quantities import MIB
+
 PAGE_TOKENS = 16  # tokens of a KV page in every plan
+SCORED_SLICE_BYTES = 32 * MIB  # logits of scored positions that are held at a time
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Workload: the number of requests, the lengths of their prompts, and how much they may generate. No text, no ids."""
+"""Workload: the number of requests, the lengths of their prompts, how much they may generate, and what is scored. No text, no ids."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ class Workload:
     """Lengths of a job's requests, in input order.
 
     Attributes:
-        prompt_lens: The tokens of each prompt.
-        output_lens: The most tokens of each answer (max_tokens).
+        prompt_lens: The tokens of each prompt, without those that need not be computed.
+        output_lens: The most tokens of each answer (max_tokens); 0 for a prompt that is only scored.
         expected_lens: The tokens that each answer is expected to have. If it is empty, each is expected to have the most it may.
         reserved_lens: The answer tokens for which room is kept when a request enters. If it is empty, room is kept for the most.
         shared_lens: The leading tokens of each prompt, in whole pages, that an earlier request computes as well. If it is empty, none.
+        scored_lens: The positions of each prompt at which known tokens are scored. If it is empty, none.
         may_end_early: Whether answers may end before they reach their most tokens.
+        num_likeliest: The most likeliest tokens that are returned at a scored position; -1 for all.
     """
 
     prompt_lens: tuple[int, ...]
@@ -25,15 +27,18 @@ class Workload:
     expected_lens: tuple[int, ...] = ()
     reserved_lens: tuple[int, ...] = ()
     shared_lens: tuple[int, ...] = ()
+    scored_lens: tuple[int, ...] = ()
     may_end_early: bool = False
+    num_likeliest: int = 0
 
     def __post_init__(self) -> None:
         if len(self.prompt_lens) != len(self.output_lens):
             raise ValueError("prompt_lens and output_lens differ in length")
-        if any(len(each) not in (0, len(self)) for each in (self.expected_lens, self.reserved_lens, self.shared_lens)):
-            raise ValueError("expected_lens, reserved_lens and shared_lens are of all requests or of none")
-        if not any(self.shared_lens):
-            object.__setattr__(self, "shared_lens", ())
+        if any(len(each) not in (0, len(self)) for each in (self.expected_lens, self.reserved_lens, self.shared_lens, self.scored_lens)):
+            raise ValueError("expected_lens, reserved_lens, shared_lens and scored_lens are of all requests or of none")
+        for name in ("shared_lens", "scored_lens"):
+            if not any(getattr(self, name)):
+                object.__setattr__(self, name, ())
 
     def __len__(self) -> int:
         return len(self.prompt_lens)
@@ -44,8 +49,13 @@ class Workload:
 
     @property
     def answer_lens(self) -> tuple[int, ...]:
-        """The tokens that each answer is expected to have, at least one."""
+        """The passes that each request is expected to take: one per token of its answer, or one for a prompt that is only scored."""
         return tuple(max(n, 1) for n in self.expected_lens or self.output_lens)
+
+    @property
+    def sampled_lens(self) -> tuple[int, ...]:
+        """The tokens that each answer is expected to have: at least one, but none where a prompt is only scored."""
+        return tuple(n if most else 0 for n, most in zip(self.answer_lens, self.output_lens, strict=True))
 
     @property
     def found_lens(self) -> tuple[int, ...]:
@@ -54,7 +64,17 @@ class Workload:
 
     @property
     def output_tokens(self) -> int:
-        return sum(self.answer_lens)
+        return sum(self.sampled_lens)
+
+    @property
+    def scored_tokens(self) -> int:
+        """The positions at which known tokens are scored."""
+        return sum(self.scored_lens)
+
+    @property
+    def paced_tokens(self) -> int:
+        """The tokens whose number per second tells how fast a plan is: those of answers, or of prompts where nothing is generated."""
+        return self.output_tokens or self.prompt_tokens
 
     def take(self, places: Sequence[int]) -> Workload:
         """Return the workload of the requests at these indices."""

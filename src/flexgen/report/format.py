@@ -55,8 +55,7 @@ def format_forecast(forecast: Forecast) -> list[str]:
         if seconds >= LEAST_SHOWN * forecast.pass_seconds or name == forecast.bottleneck
     ]
     lines = [
-        f"expected {format_seconds(forecast.seconds)} for {forecast.output_tokens:,} output tokens: {forecast.output_tokens_per_s:,.2f} "
-        f"tokens/s, {forecast.full_block_tokens_per_s:,.2f} with a full block; the longest request takes "
+        f"expected {format_seconds(forecast.seconds)} for {_expected_work(forecast)}; the longest request takes "
         f"{format_seconds(forecast.request_seconds)}",
         f"         {forecast.num_passes:,} passes of {format_seconds(forecast.pass_seconds)}, {forecast.live_mean:,.0f} sequences in each: "
         + ", ".join(parts),
@@ -67,6 +66,18 @@ def format_forecast(forecast: Forecast) -> list[str]:
     gains = _gains(forecast.gain_per_gib, forecast.gain_per_rate)
     told = [f"{what}: +{gain:.1%}" for what, gain in gains if gain >= LEAST_GAIN_SHOWN]
     return [*lines, f"         what would help, at the margin, in tokens/s: {'; '.join(told)}"] if told else lines
+
+
+def _expected_work(forecast: Forecast) -> str:
+    """Return what is expected to be computed, and how fast."""
+    scores = f" and {forecast.scored_tokens:,} scored positions" if forecast.scored_tokens else ""
+    if not forecast.output_tokens:
+        rate = forecast.prompt_tokens / max(forecast.seconds, 1e-9)
+        return f"{forecast.prompt_tokens:,} prompt tokens{scores}: {rate:,.2f} prompt tokens/s"
+    return (
+        f"{forecast.output_tokens:,} output tokens{scores}: {forecast.output_tokens_per_s:,.2f} tokens/s, "
+        f"{forecast.full_block_tokens_per_s:,.2f} with a full block"
+    )
 
 
 def _written(forecast: Forecast) -> list[str]:
@@ -154,12 +165,19 @@ def format_report(report: RunReport, done: str = "") -> str:
 
 def _speed(report: RunReport) -> str:
     """Return how fast the run was and what was planned for the same passes (answers may have ended earlier than allowed)."""
-    speed = f"speed: {report.output_tokens_per_s:,.1f} output tokens/s"
+    speed = f"speed: {_rate(report)}"
     planned = report.forecast.get("seconds_of_these_passes")
     if not planned or not report.elapsed_seconds:
         return speed
     share = planned / report.elapsed_seconds
     return f"{speed}, {share:.2f} of what was planned (the plan expected {format_seconds(planned)} for these passes)"
+
+
+def _rate(report: RunReport) -> str:
+    """Return the tokens per second: those of answers, or those of prompts where nothing was generated but something scored."""
+    if report.output_tokens or not report.scored_tokens:
+        return f"{report.output_tokens_per_s:,.1f} output tokens/s"
+    return f"{report.prompt_tokens_per_s:,.1f} prompt tokens/s, shared ones included ({report.requests_per_s:,.2f} requests/s)"
 
 
 def _limit(report: RunReport) -> list[str]:
@@ -183,7 +201,9 @@ def format_details(report: RunReport) -> str:
     lines = [
         f"{report.num_requests:,} requests ({report.num_errors:,} errors): {report.output_tokens_per_s:,.2f} output tokens/s, "
         f"{report.total_tokens_per_s:,.2f} tokens/s in all, {report.requests_per_s:,.3f} requests/s",
-        f"{report.prompt_tokens:,} prompt and {report.output_tokens:,} output tokens in {report.num_passes:,} passes; "
+        f"{report.prompt_tokens:,} prompt and {report.output_tokens:,} output tokens"
+        + (f", {report.scored_tokens:,} tokens scored," if report.scored_tokens else "")
+        + f" in {report.num_passes:,} passes; "
         f"ended by: {_counts(report.finish_reasons)}; {report.num_preemptions:,} preemptions"
         + (f"; {report.recomputed_tokens:,} tokens computed again" if report.recomputed_tokens else "")
         + (f"; {report.shared_prompt_tokens:,} prompt tokens shared, not computed" if report.shared_prompt_tokens else ""),
@@ -230,8 +250,9 @@ def _against_forecast(report: RunReport) -> list[str]:
     """Return the forecast beside the measured values."""
     if not report.forecast.get("num_passes"):
         return []
+    rate = report.forecast["output_tokens_per_s"]
     return [
-        f"expected: {report.forecast['output_tokens_per_s']:,.2f} output tokens/s in {format_seconds(report.forecast['seconds'])}; "
+        f"expected: {f'{rate:,.2f} output tokens/s in ' if rate else ''}{format_seconds(report.forecast['seconds'])}; "
         f"for the passes that were made {format_seconds(report.forecast['seconds_of_these_passes'])}"
     ]
 

@@ -73,6 +73,7 @@ class RunReport:
         bytes_moved: For each link, the bytes that it moved during the run.
         wait_seconds: For each cause, the seconds that computing waited for it.
         output_tokens: Tokens that this run generated; those that an earlier run generated are counted in `recomputed_tokens`.
+        scored_tokens: Known tokens (of prompts, or alternatives after them) whose log probabilities this run computed.
         recomputed_tokens: Tokens of prompts and answers that were computed again, after a preemption or to resume answers of an earlier
             run.
         forecast: The forecast before the first pass (the fields of Forecast), and as seconds_of_these_passes the seconds that the passes of
@@ -119,6 +120,8 @@ class RunReport:
     forecast: dict[str, Any] = field(default_factory=dict)
     rate_ratios: dict[str, float] = field(default_factory=dict)
     shared_prompt_tokens: int = 0
+    prompt_tokens_per_s: float = 0.0
+    scored_tokens: int = 0
     check_rates: dict[str, dict[str, float]] = field(default_factory=dict)
     busy_cores: float | None = None
     overlap_at_check: float | None = None

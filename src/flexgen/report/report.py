@@ -61,6 +61,8 @@ def make_report(log: RunLog, plan: Plan, placement: dict[str, dict[str, int]], d
         output_tokens=counts.output_tokens,
         output_tokens_per_s=counts.output_tokens / elapsed,
         total_tokens_per_s=(counts.prompt_tokens + counts.output_tokens) / elapsed,
+        prompt_tokens_per_s=counts.prompt_tokens / elapsed,
+        scored_tokens=counts.scored_tokens,
         requests_per_s=counts.requests / elapsed,
         num_passes=passes.num_passes,
         overlap=busiest / elapsed,
@@ -94,11 +96,12 @@ def make_report(log: RunLog, plan: Plan, placement: dict[str, dict[str, int]], d
 
 def _least_ideal_seconds(log: RunLog, plan: Plan, budgets: Budgets) -> float:
     """Return T* of the requests that were served."""
-    served = [index for index, generated in enumerate(log.generated) if generated > 0]
+    served = [index for index, sizes in enumerate(zip(log.generated, log.scored, strict=True)) if any(sizes)]
     workload = Workload(
         prompt_lens=tuple(log.given[index] for index in served),
         output_lens=tuple(log.generated[index] for index in served),
         shared_lens=tuple(log.found[index] for index in served),
+        scored_lens=tuple(log.scored[index] for index in served),
     )
     return least_ideal_seconds(plan.spec, plan.machine, workload, budgets, plan.policy.dtype)
 

@@ -6,7 +6,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Generic, TypeVar
 
 from flexgen.plan.workload import Workload
-from flexgen.request import ClassificationRequestOutput, RequestOutput, SamplingParams, TokenRequest, TokenResult
+from flexgen.request import (
+    ClassificationRequestOutput,
+    RequestOutput,
+    SamplingParams,
+    TokenRequest,
+    TokenResult,
+    most_likeliest,
+)
 from flexgen.text.answers import RequestTranslator
 from flexgen.text.choices import Choice, classified, texts_to_encode, tokens_at_seam
 from flexgen.text.common_prefixes import PrefixCensus
@@ -46,10 +53,12 @@ class Batch(Generic[_Output]):
     def workload(self, census: PrefixCensus | None) -> Workload:
         """Return the lengths of the requests; `census` counts their prompts, unless nothing is shared."""
         return Workload(
-            prompt_lens=tuple(len(request.prompt_token_ids) for request in self.requests),
+            prompt_lens=tuple(max(request.num_computed, 1) for request in self.requests),
             output_lens=tuple(request.max_tokens for request in self.requests),
+            shared_lens=() if census is None else tuple(census.add(request.sharable, request.offered) for request in self.requests),
+            scored_lens=tuple(request.num_scored for request in self.requests),
             may_end_early=any(request.may_end_early for request in self.requests),
-            shared_lens=() if census is None else tuple(census.add(request.sharable) for request in self.requests),
+            num_likeliest=most_likeliest(self.requests),
         )
 
     def outputs(self, results: Mapping[int, TokenResult]) -> list[_Output]:

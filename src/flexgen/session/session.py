@@ -158,6 +158,7 @@ def with_room(workload: Workload, max_model_len: int) -> Workload:
         expected_lens=(*job.answer_lens, 1),
         reserved_lens=(*job.reserved_lens, most) if job.reserved_lens else (),
         shared_lens=(*job.shared_lens, 0) if job.shared_lens else (),
+        scored_lens=(*job.scored_lens, 2 * max(job.scored_lens)) if job.scored_lens else (),
     )
 
 

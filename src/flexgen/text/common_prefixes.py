@@ -36,7 +36,7 @@ class CommonPrefixes:
 
     Attributes:
         page_tokens: Tokens of a page; only whole pages are shared.
-        num_requests: Digest of every shared page -> number of requests that begin with the tokens up to its end.
+        num_requests: Digest of every shared page -> number of requests that can begin with the tokens up to its end.
     """
 
     page_tokens: int
@@ -56,6 +56,18 @@ class CommonPrefixes:
             points.append(CommonPrefix(length=number * self.page_tokens, digest=digest, num_requests=count))
         return tuple(points)
 
+    def beyond(self, prompt: Sequence[int], offered: Sequence[int]) -> tuple[CommonPrefix, ...]:
+        """Return the common prefixes that end within `offered`, shortest first.
+
+        Args:
+            prompt: The tokens with which a request can begin, see `path`.
+            offered: The tokens after them whose KV the request computes, too, although it cannot begin with it.
+        """
+        own = (len(prompt) - 1) // self.page_tokens
+        if not self.num_requests or (len(prompt) + len(offered)) // self.page_tokens <= own:
+            return ()
+        return tuple(point for point in self.path((*prompt, *offered, 0)) if point.length > own * self.page_tokens)
+
 
 NO_PREFIXES = CommonPrefixes(page_tokens=1, num_requests={})
 
@@ -74,21 +86,31 @@ class PrefixCensus:
     def __init__(self, page_tokens: int, max_pages: int = MAX_PAGES) -> None:
         self._page_tokens, self._max_pages = page_tokens, max_pages
         self._counts: dict[bytes, int] = {}
+        self._offered: set[bytes] = set()  # nodes that a request computes without being able to begin with them
 
-    def add(self, prompt: Sequence[int]) -> int:
+    def add(self, prompt: Sequence[int], offered: Sequence[int] = ()) -> int:
         """Count a request.
+
+        Args:
+            prompt: The tokens with which it can begin, see `CommonPrefixes.path`.
+            offered: The tokens after them whose KV it computes, too, although it cannot begin with it.
 
         Returns:
             Number of leading tokens of its prompt that earlier requests have too, in whole pages: it need not compute them.
         """
-        known = 0
-        for number, digest in enumerate(_page_digests(prompt, self._page_tokens), 1):
+        known, own = 0, (len(prompt) - 1) // self._page_tokens
+        for number, digest in enumerate(_page_digests((*prompt, *offered, 0), self._page_tokens), 1):
+            if number > own:
+                self._offered.add(digest)
+                continue
             count = self._counts.get(digest, 0)
             self._counts[digest] = count + 1
-            if count:
+            if count or digest in self._offered:
                 known = number * self._page_tokens
         if len(self._counts) > self._max_pages:
             self._thin_out()
+        if len(self._offered) > self._max_pages:
+            self._offered.clear()
         return known
 
     def _thin_out(self) -> None:
@@ -100,7 +122,7 @@ class PrefixCensus:
 
     def common(self) -> CommonPrefixes:
         """Return the prefixes found so far."""
-        shared = {digest: count for digest, count in self._counts.items() if count > 1}
+        shared = {digest: count for digest, count in self._counts.items() if count > 1 or digest in self._offered}
         return CommonPrefixes(page_tokens=self._page_tokens, num_requests=shared)
 
 

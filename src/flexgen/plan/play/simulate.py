@@ -20,7 +20,7 @@ from flexgen.plan.model import ModelSpec
 from flexgen.plan.play.admit import Admissions, Needs, Pools, Rules, admit
 from flexgen.plan.policy import Policy
 from flexgen.plan.price.pass_time import Expectation
-from flexgen.plan.price.requests import Floats, Ints, held_kv_bytes, shared_kv_bytes, visible_pairs
+from flexgen.plan.price.requests import Floats, Ints, held_kv_bytes, is_next_token, shared_kv_bytes, visible_pairs
 from flexgen.plan.price.work import PassLoad, PassWork, ideal_seconds, price, unit_homes, weights_work
 from flexgen.plan.workload import Workload
 
@@ -31,10 +31,12 @@ class Queue:
 
     Attributes:
         prompt_len: The tokens of the prompt.
-        output_len: The tokens of the answer.
-        reserved_len: The tokens of the answer for which room is kept.
-        most: The most tokens that each may generate.
+        output_len: The tokens of the answer, or 1 if there is none: the number of passes.
+        reserved_len: The tokens of the answer for which room is kept, counted in the same way.
+        most: The most tokens that each may generate, counted in the same way.
         found_len: The leading tokens of the prompt that are already computed.
+        scored_len: The positions of the prompt at which known tokens are scored.
+        is_answered: 1 if there is an answer, 0 if the prompt is only scored.
         count: The number of requests.
     """
 
@@ -43,6 +45,8 @@ class Queue:
     reserved_len: Ints
     most: Ints
     found_len: Ints
+    scored_len: Ints
+    is_answered: Ints
     count: Ints
 
     @property
@@ -62,13 +66,14 @@ def queue_of(workload: Workload) -> Queue:
     reserved = np.maximum(kept, expected)
     order = np.argsort(-(kept if workload.reserved_lens else reserved), kind="stable")
     prompts, found = (np.array(lengths, dtype=np.int64) for lengths in (workload.prompt_lens, workload.found_lens))
-    columns = [lengths[order] for lengths in (prompts, expected, reserved, most, found)]
+    scored = np.array(workload.scored_lens or (0,) * len(workload), dtype=np.int64)
+    is_answered = (np.array(workload.output_lens, dtype=np.int64) > 0).astype(np.int64)
+    columns = [lengths[order] for lengths in (prompts, expected, reserved, most, found, scored, is_answered)]
     begins = np.ones(len(order), dtype=bool)
     if len(order) > 1:
         begins[1:] = np.any([column[1:] != column[:-1] for column in columns], axis=0)
     first = np.flatnonzero(begins)
-    prompt_len, output_len, reserved_len, may_have, found_len = (column[first] for column in columns)
-    return Queue(prompt_len, output_len, reserved_len, may_have, found_len, count=np.diff(first, append=len(order)))
+    return Queue(*(column[first] for column in columns), count=np.diff(first, append=len(order)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,10 +136,11 @@ class Simulation:
 def simulate(spec: ModelSpec, policy: Policy, job: Workload | Queue, *, weights: PassWork | None = None) -> Simulation:
     """Play `job` under `policy`.
 
-    A request admitted by pass p computes its prompt there and yields its first token; its n-th and last comes from pass p + n - 1. Requests
-    enter longest reserved answer first, in input order among equals, and none overtakes another. Diagonal: they enter whenever there is
-    room, within a bucket of prompt tokens that every pass refills. Zigzag: they enter an empty block, all at once. Row: they enter an empty
-    block, as many as one micro-batch holds. A prefix that prompts share is computed by the first that has it, and held from then on.
+    A request admitted by pass p computes its prompt there, scores it if that is wanted, and yields its first token; its n-th and last comes
+    from pass p + n - 1. A prompt that is only scored leaves after pass p. Requests enter longest reserved answer first, in input order
+    among equals, and none overtakes another. Diagonal: they enter whenever there is room, within a bucket of prompt tokens that every pass
+    refills. Zigzag: they enter an empty block, all at once. Row: they enter an empty block, as many as one micro-batch holds. A prefix that
+    prompts share is computed by the first that has it, and held from then on.
 
     Args:
         spec: The model.
@@ -197,26 +203,34 @@ def _load(spec: ModelSpec, queue: Queue, groups: Admissions, tiers: Sequence[str
     next_tokens: dict[str, Any] = {}
     attended: dict[str, list[Any]] = {}
     longest = int((queue.prompt_len + queue.output_len).max(initial=1))
+    scored = _at(groups.first_pass, groups.num_seqs * queue.scored_len[groups.run], num_passes)
+    sampled = _between(
+        groups.first_pass, groups.first_pass + queue.output_len[groups.run], groups.num_seqs * queue.is_answered[groups.run], num_passes
+    )
     for pool, tier in enumerate(tiers):
         here = groups.pool == pool
         index, count, run = groups.first_pass[here], groups.num_seqs[here], groups.run[here]
         prompt_len, output_len, found_len = queue.prompt_len[run], queue.output_len[run], queue.found_len[run]
-        prompt_tokens[tier] = _at(index, count * (prompt_len - found_len), num_passes)
-        num_prompts[tier] = _at(index, count, num_passes)
-        next_tokens[tier] = _between(index + 1, index + output_len, count, num_passes)
+        alone = np.where(is_next_token(prompt_len, found_len), count, 0)
+        entering = count - alone
+        prompt_tokens[tier] = _at(index, entering * (prompt_len - found_len), num_passes)
+        num_prompts[tier] = _at(index, entering, num_passes)
+        next_tokens[tier] = _between(index + 1, index + output_len, count, num_passes) + _at(index, alone, num_passes)
         attended[tier] = []
         for number, group in enumerate(spec.kv_groups):
             window = group.window or longest
             visible = visible_pairs(prompt_len, window) - visible_pairs(found_len, window)
-            pairs[number] = pairs[number] + _at(index, count * visible, num_passes)
+            pairs[number] = pairs[number] + _at(index, entering * visible, num_passes)
             # The k-th next token sees prompt_len + k tokens, a ramp, until the window is full.
             full = index + np.clip(window - prompt_len + 1, 1, output_len)
             ramp = _between(index + 1, full, count * (prompt_len - index), num_passes)
             ramp = ramp + _between(index + 1, full, count, num_passes) * np.arange(num_passes)
-            attended[tier].append(ramp + window * _between(full, index + output_len, count, num_passes))
+            of_alone = _at(index, alone * np.minimum(prompt_len, window), num_passes)
+            attended[tier].append(of_alone + ramp + window * _between(full, index + output_len, count, num_passes))
     return PassLoad(
-        prompt_tokens=prompt_tokens, num_prompts=num_prompts, next_tokens=next_tokens, prompt_pairs=pairs, attended_tokens=attended
-    )
+        prompt_tokens=prompt_tokens, num_prompts=num_prompts, next_tokens=next_tokens, prompt_pairs=pairs, attended_tokens=attended,
+        num_sampled=sampled, num_scored=scored,
+    )  # fmt: skip
 
 
 def _at(index: Ints, amount: Ints, num_passes: int) -> Ints:

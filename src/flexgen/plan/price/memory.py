@@ -9,7 +9,7 @@ from flexgen.base.quantities import MIB
 from flexgen.options import DTYPE_BYTES
 from flexgen.plan.machine import Limits
 from flexgen.plan.model import ModelSpec
-from flexgen.plan.policy import Fractions, Policy
+from flexgen.plan.policy import SCORED_SLICE_BYTES, Fractions, Policy
 from flexgen.plan.price.requests import JobSizes
 from flexgen.plan.price.work import PassWork, needs_decode, unit_homes, weight_bytes, weights_work
 
@@ -20,6 +20,11 @@ ALLOWANCE_SHARE = 0.02
 FRAGMENTATION = 1.25
 # A ring holds at least this many of its largest units.
 RING_UNITS = 3
+# How many copies there are of the logits that are held at a time, while the model changes them and they are reduced.
+SCORED_COPIES = 3
+# What is kept of a scored position until its pass is over, and of each of the likeliest tokens beside it: float64 and int64 in tensors,
+# then Python's numbers.
+SCORE_BYTES, LIKELIEST_BYTES = 256, 128
 
 
 def footprint(policy: Policy, spec: ModelSpec, limits: Limits, *, process_bytes: int) -> dict[str, dict[str, int]]:
@@ -83,7 +88,7 @@ def allowance_bytes(limits: Limits) -> int:
 def activation_bytes(spec: ModelSpec, sizes: JobSizes, policy: Policy, max_num_seqs: int | None = None) -> int:
     """Return the bytes of activations in the worst case: every micro-batch of the largest pass suspended inside an MLP, and one computing.
 
-    They include the logits and the copies that attention makes: q, k, v and the result, and the KV of the longest sequence.
+    They include the logits, the scores, and the copies that attention makes: q, k, v and the result, and the KV of the longest sequence.
 
     Args:
         spec: The model.
@@ -103,9 +108,16 @@ def activation_bytes(spec: ModelSpec, sizes: JobSizes, policy: Policy, max_num_s
     running = min(max(policy.micro_batch_tokens, longest_prompt * (policy.kv.disk > 0)), tokens)
     suspended = tokens * (3 * hidden + 2 * intermediate) * size
     computing = running * ((4 * hidden + 3 * intermediate) * size + 8 * hidden)
-    logits = most * spec.vocab_size * 4 * 2
+    logits = most * spec.vocab_size * 4 * 2 * sizes.has_answers
     attention = 4 * max(running, longest_prompt) * hidden * size + 2 * sizes.layer
-    return int(FRAGMENTATION * (suspended + computing + logits + attention))
+    return int(FRAGMENTATION * (suspended + computing + logits + attention + _scoring_bytes(spec, sizes, policy, most)))
+
+
+def _scoring_bytes(spec: ModelSpec, sizes: JobSizes, policy: Policy, max_num_seqs: int) -> int:
+    """Return the bytes of a slice of the logits of scored positions, and of all scores of a pass."""
+    scored = min(sizes.scored_tokens, max_num_seqs * sizes.most_scored)
+    held = min(SCORED_SLICE_BYTES, scored * spec.vocab_size * DTYPE_BYTES[policy.dtype])
+    return SCORED_COPIES * held + scored * (SCORE_BYTES + LIKELIEST_BYTES * sizes.num_likeliest)
 
 
 def scratch_bytes(spec: ModelSpec, homes: Sequence[str]) -> int:

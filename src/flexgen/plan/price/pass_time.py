@@ -22,6 +22,8 @@ RESOURCES = ("disk", "host_to_device", "device_to_host", "compute", "host_comput
 # How often elementwise operations of a decoder layer read or write each number of a hidden and of an intermediate state:
 # two norms (in float32 inside), two residuals and the rotation; activation and gate.  Rates are measured by the same count.
 PASSES_PER_HIDDEN, PASSES_PER_INTERMEDIATE = 40, 5
+# As many reads and writes of a float32 take as long as reducing a logit does (to a sum of exponentials, and the largest one).
+PASSES_PER_LOGIT, LOGIT_BYTES = 3, 4
 
 
 def elementwise_bytes(hidden_size: int, intermediate_size: int, dtype: str) -> int:
@@ -48,6 +50,7 @@ class Expectation:
         self._num_layers = sum(group.num_layers for group in spec.kv_groups)
         elementwise = machine.elementwise.get(dtype, machine.host_memory).typical
         self._token_seconds = self._num_layers * elementwise_bytes(spec.hidden_size, spec.intermediate_size, dtype) / elementwise
+        self._score_seconds = PASSES_PER_LOGIT * LOGIT_BYTES * spec.vocab_size / elementwise
         self._attention = machine.attention[dtype].typical if dtype in machine.attention else self._dense[-1][1].typical
         self._cast = max((rate.typical for name, rate in machine.casts.items() if name.split()[1] == dtype), default=None)
 
@@ -92,10 +95,12 @@ class Expectation:
         micro_batches = np.maximum(work.num_micro_batches, 1)
         compute = self._dense_seconds(self._body, work.num_tokens, work.num_tokens / micro_batches)
         compute = compute + self._dense_seconds(self._head, work.num_sampled, work.num_sampled)
+        compute = compute + self._dense_seconds(self._head, work.num_scored, work.num_scored / micro_batches)
+        compute = compute + work.num_scored * self._score_seconds
         compute = compute + work.num_tokens * self._token_seconds + work.attention_flops / self._attention
         compute = compute + self._steps_seconds("device", work.step_flops, work.step_bytes)
         lead = micro_batches * self._num_layers * overheads.per_layer_and_micro_batch + work.num_streamed_units * overheads.per_unit
-        lead = lead + work.num_sampled * overheads.per_sequence
+        lead = lead + work.num_sequences * overheads.per_sequence
         lead = lead + work.num_tokens * overheads.per_gathered_row * (not policy.embedding_resident)
         host = self._steps_seconds("host", work.host_step_flops, work.host_step_bytes)
         host = host + work.decoded_bytes / (self._cast or machine.host_memory.typical / 3)

@@ -56,6 +56,11 @@ def attended_tokens(prompt_len: Any, output_len: Any, window: float) -> Any:
     return prompt_len * ramp + ramp * (ramp + 1) / 2 + window * (output_len - 1 - ramp)
 
 
+def is_next_token(prompt_len: Any, found_len: Any) -> Any:
+    """Return whether a prompt is computed as next tokens are, because only one of its tokens has not been computed by others."""
+    return (found_len > 0) & (prompt_len - found_len == 1)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestLoad:
     """The load that requests add to passes over their whole lives.
@@ -65,9 +70,11 @@ class RequestLoad:
     Attributes:
         prompt_tokens: The prompt tokens that are computed.
         num_prompts: The number of prompts.
-        next_tokens: The number of tokens that are computed after the prompt.
+        next_tokens: The number of tokens that are computed after the prompt, or alone after a prefix that others computed.
         prompt_pairs: The visible pairs of the prompts, per KV group.
         attended_tokens: The visible tokens of the next tokens, per KV group.
+        num_sampled: The number of tokens that are generated.
+        num_scored: The number of positions at which known tokens are scored.
     """
 
     prompt_tokens: Any
@@ -75,6 +82,8 @@ class RequestLoad:
     next_tokens: Any
     prompt_pairs: tuple[Any, ...]
     attended_tokens: tuple[Any, ...]
+    num_sampled: Any
+    num_scored: Any
 
     @staticmethod
     def of(spec: ModelSpec, workload: Workload) -> RequestLoad:
@@ -82,24 +91,31 @@ class RequestLoad:
         prompts, found = np.array(workload.prompt_lens, dtype=np.float64), np.array(workload.found_lens, dtype=np.float64)
         outputs = np.array(workload.answer_lens, dtype=np.float64)
         windows = [float(group.window or (prompts + outputs).max()) for group in spec.kv_groups]
+        alone = is_next_token(prompts, found).astype(np.float64)
+        pairs = [visible_pairs(prompts, window) - visible_pairs(found, window) for window in windows]
+        attended = [attended_tokens(prompts, outputs, window) for window in windows]
         return RequestLoad(
-            prompt_tokens=prompts - found,
-            num_prompts=np.ones_like(prompts),
-            next_tokens=outputs - 1,
-            prompt_pairs=tuple(visible_pairs(prompts, window) - visible_pairs(found, window) for window in windows),
-            attended_tokens=tuple(attended_tokens(prompts, outputs, window) for window in windows),
+            prompt_tokens=(prompts - found) * (1 - alone),
+            num_prompts=1 - alone,
+            next_tokens=outputs - 1 + alone,
+            prompt_pairs=tuple(each * (1 - alone) for each in pairs),
+            attended_tokens=tuple(each + alone * np.minimum(prompts, window) for each, window in zip(attended, windows, strict=True)),
+            num_sampled=np.array(workload.sampled_lens, dtype=np.float64),
+            num_scored=np.array(workload.scored_lens or (0,) * len(workload), dtype=np.float64),
         )
 
     def mean(self) -> RequestLoad:
         """Return what one live sequence adds to a pass of the steady state on average, with all ages of all requests equally frequent."""
         passes = float((self.num_prompts + self.next_tokens).sum())
-        entering = len(self.num_prompts) / passes
+        entering = float(self.num_prompts.sum()) / passes
         return RequestLoad(
             prompt_tokens=float(self.prompt_tokens.sum()) / passes,
             num_prompts=entering,
             next_tokens=1.0 - entering,
             prompt_pairs=tuple(float(pairs.sum()) / passes for pairs in self.prompt_pairs),
             attended_tokens=tuple(float(tokens.sum()) / passes for tokens in self.attended_tokens),
+            num_sampled=float(self.num_sampled.sum()) / passes,
+            num_scored=float(self.num_scored.sum()) / passes,
         )
 
     def at(self, home: str, times: float = 1) -> PassLoad:
@@ -110,6 +126,8 @@ class RequestLoad:
             next_tokens={home: self.next_tokens * times},
             prompt_pairs=[pairs * times for pairs in self.prompt_pairs],
             attended_tokens={home: [tokens * times for tokens in self.attended_tokens]},
+            num_sampled=self.num_sampled * times,
+            num_scored=self.num_scored * times,
         )
 
 
@@ -126,6 +144,10 @@ class JobSizes:
         shortest_prompt: The fewest prompt tokens that a request computes.
         longest_prompt: The tokens of the longest prompt.
         longest: The tokens of the longest prompt and answer.
+        has_answers: Whether any request generates something.
+        scored_tokens: The positions at which the job scores known tokens.
+        most_scored: The most such positions of a request.
+        num_likeliest: The most likeliest tokens that are returned at such a position.
     """
 
     def __init__(self, spec: ModelSpec, workload: Workload, page_tokens: int) -> None:
@@ -148,6 +170,9 @@ class JobSizes:
         self.largest, self.smallest, self.all = max(peaks) + whole, min(peaks) + whole, sum(peaks) - sum(shared)
         held_by_all = sum(int(before[s + n] - before[s]) - n * once for s, n, once in zip(prompts, answers, shared, strict=True))
         self.mean = max(held_by_all / self._passes, 1.0)
+        self.has_answers = any(workload.output_lens)
+        self.scored_tokens, self.most_scored = workload.scored_tokens, max(workload.scored_lens, default=0)
+        self.num_likeliest = spec.vocab_size if workload.num_likeliest == -1 else min(workload.num_likeliest, spec.vocab_size)
         self.layer = self.longest * max((group.bytes_per_token for group in spec.kv_groups), default=0)
 
     def block(self, pool_bytes: float) -> float:

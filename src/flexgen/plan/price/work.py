@@ -33,7 +33,7 @@ class PassWork:
         disk_write_bytes: The bytes of spilled KV that are written.
         host_to_device_bytes: The bytes over the link to a separate device; 0 on a CPU device.
         device_to_host_bytes: The bytes over the link back; 0 on a CPU device.
-        dense_flops: The FLOPs of linear layers; those of the head for sampled positions only.
+        dense_flops: The FLOPs of linear layers; those of the head for sampled and scored positions only.
         attention_flops: The FLOPs of the visible (query, key) pairs of prompts.
         step_flops: The FLOPs of next tokens' attention to KV on the device.
         step_bytes: The KV bytes that this attention reads.
@@ -44,7 +44,9 @@ class PassWork:
         decoded_bytes: The bytes that decode stages yield.
         num_tokens: The tokens that are computed, prompts included.
         num_prompt_tokens: The number of those tokens that belong to prompts.
+        num_sequences: The sequences whose last token so far is computed: next tokens, and prompts that end.
         num_sampled: The positions that yield a token.
+        num_scored: The positions at which known tokens are scored.
         num_micro_batches: The micro-batches, as few as the policy's size, homes and kinds allow.
         num_streamed_units: The units that stream.
         num_disk_requests: The reads and writes of KV pages on disk: one each of keys and of values per sequence and layer.
@@ -64,7 +66,9 @@ class PassWork:
     decoded_bytes: float = 0
     num_tokens: float = 0
     num_prompt_tokens: float = 0
+    num_sequences: float = 0
     num_sampled: float = 0
+    num_scored: float = 0
     num_micro_batches: float = 0
     num_streamed_units: float = 0
     num_disk_requests: float = 0
@@ -85,6 +89,8 @@ class PassLoad:
         attended_tokens: The visible tokens of the next tokens, by home tier and then per KV group.
         repeated_tokens: The attended tokens on disk that need no read of their own, because another sequence of the micro-batch reads them;
             indexed like `attended_tokens`.
+        num_sampled: The number of positions that yield a token.
+        num_scored: The number of positions at which known tokens are scored.
     """
 
     prompt_tokens: Mapping[str, Any]
@@ -93,6 +99,8 @@ class PassLoad:
     prompt_pairs: Sequence[Any]
     attended_tokens: Mapping[str, Sequence[Any]]
     repeated_tokens: Mapping[str, Sequence[Any]] = field(default_factory=dict[str, Sequence[Any]])
+    num_sampled: Any
+    num_scored: Any = 0
 
 
 def needs_decode(unit: UnitSpec) -> bool:
@@ -174,7 +182,7 @@ def price(load: PassLoad, spec: ModelSpec, policy: Policy, weights: PassWork) ->
     """Return the work of a pass: `weights` (from `weights_work`), and the work that its slices add under the policy's homes."""
     groups, device = spec.kv_groups, policy.device
     prompt_tokens, next_tokens = sum(load.prompt_tokens.values()), sum(load.next_tokens.values())
-    tokens, sampled = prompt_tokens + next_tokens, sum(load.num_prompts.values()) + next_tokens
+    tokens = prompt_tokens + next_tokens
     disk_read, disk_write, memory = weights.disk_read_bytes, weights.disk_write_bytes, weights.host_memory_bytes
     to_device, to_host = weights.host_to_device_bytes, weights.device_to_host_bytes
     steps: dict[str, Any] = {"step_flops": 0, "step_bytes": 0, "host_step_flops": 0, "host_step_bytes": 0}
@@ -209,13 +217,15 @@ def price(load: PassLoad, spec: ModelSpec, policy: Policy, weights: PassWork) ->
         disk_write_bytes=disk_write,
         host_to_device_bytes=to_device,
         device_to_host_bytes=to_host,
-        dense_flops=tokens * spec.flops_per_token + sampled * spec.head_flops_per_token,
+        dense_flops=tokens * spec.flops_per_token + (load.num_sampled + load.num_scored) * spec.head_flops_per_token,
         attention_flops=attended_flops(groups, load.prompt_pairs),
         host_memory_bytes=memory,
         decoded_bytes=weights.decoded_bytes,
         num_tokens=tokens,
         num_prompt_tokens=prompt_tokens,
-        num_sampled=sampled,
+        num_sequences=sum(load.num_prompts.values()) + next_tokens,
+        num_sampled=load.num_sampled,
+        num_scored=load.num_scored,
         num_micro_batches=_num_micro_batches(load, policy),
         num_streamed_units=weights.num_streamed_units,
         num_disk_requests=requests,

@@ -115,16 +115,21 @@ class _Program:
 
     def _take_requests(self, workload: Workload) -> None:
         """Set the arrays of (resources or tiers, different requests, homes)."""
-        columns = np.array([workload.answer_lens, workload.prompt_lens, workload.found_lens])
-        (self._outputs, prompts, found), self._counts = np.unique(columns, axis=1, return_counts=True)
+        columns = [workload.answer_lens, workload.sampled_lens, workload.prompt_lens, workload.found_lens]
+        columns.append(workload.scored_lens or (0,) * len(workload))
+        (self._outputs, sampled, prompts, found, scored), self._counts = np.unique(np.array(columns), axis=1, return_counts=True)
         own = prompts - found
-        load, own_load = (
-            RequestLoad.of(self._spec, Workload(prompt_lens=tuple(lengths), output_lens=tuple(self._outputs), shared_lens=shared))
-            for lengths, shared in ((prompts, tuple(found)), (own, ()))
-        )
-        prompt = dataclasses.replace(load, next_tokens=0 * own, attended_tokens=(0 * own,) * len(load.attended_tokens))
+
+        def load_of(lengths: Any, outputs: Any, shared: Any) -> RequestLoad:
+            kinds = {"prompt_lens": lengths, "output_lens": outputs, "shared_lens": shared, "scored_lens": scored}
+            return RequestLoad.of(self._spec, Workload(**{name: tuple(values) for name, values in kinds.items()}))
+
+        first = np.minimum(sampled, 1)  # what the pass that computes the prompt samples
+        load, own_load = load_of(prompts, sampled, found), load_of(own, sampled, 0 * found)
+        prompt, own_prompt = load_of(prompts, first, found), load_of(own, first, 0 * found)
         self._life_seconds, self._prompt_seconds = (
-            np.stack([self._request_seconds(each, own_load, tier) for tier in self._tiers], axis=-1) for each in (load, prompt)
+            np.stack([self._request_seconds(*each, tier) for tier in self._tiers], axis=-1)
+            for each in ((load, own_load), (prompt, own_prompt))
         )
         groups = self._spec.kv_groups
         at_first = [np.minimum(own, group.window or np.inf) for group in groups]

@@ -54,7 +54,7 @@ class ParetoPoint:
 
     Attributes:
         request_seconds: The time of the request that takes longest, from its first pass to its last.
-        tokens_per_s: The output tokens per second, from end to end.
+        tokens_per_s: The output tokens per second, from end to end; the prompt tokens where nothing is generated.
         policy: The policy of the plan.
     """
 
@@ -82,14 +82,14 @@ def pareto(space: Space, *, num_points: int = CURVE_POINTS) -> list[ParetoPoint]
         except CapacityError:
             continue  # the search is not exhaustive: close to the shortest requests it may miss the plan that it found for them
     played = [(solution.policy, search.player.whole(solution.policy)) for solution in found]
-    return _undominated(played, space.workload.output_tokens)
+    return _undominated(played, space.workload.paced_tokens)
 
 
-def _undominated(played: list[tuple[Policy, Outcome]], output_tokens: int) -> list[ParetoPoint]:
+def _undominated(played: list[tuple[Policy, Outcome]], num_tokens: int) -> list[ParetoPoint]:
     """Return the plans that no other plan beats in both numbers."""
     kept: list[ParetoPoint] = []
     for policy, outcome in sorted(played, key=lambda each: (each[1].request_seconds, each[1].seconds)):
-        rate = output_tokens / max(outcome.seconds, 1e-9)
+        rate = num_tokens / max(outcome.seconds, 1e-9)
         if not kept or rate > kept[-1].tokens_per_s:
             kept.append(ParetoPoint(request_seconds=outcome.request_seconds, tokens_per_s=rate, policy=policy))
     return kept

@@ -42,6 +42,7 @@ class Forecast:
         num_refused: The number of requests that can never fit.
         prompt_tokens: The tokens of all prompts.
         output_tokens: The tokens of all answers.
+        scored_tokens: The positions at which known tokens are scored.
         output_tokens_per_s: The output tokens per second, from end to end.
         full_block_tokens_per_s: The output tokens per second in passes with a full block.
         live_mean: The mean number of sequences in a pass.
@@ -78,6 +79,7 @@ class Forecast:
     gain_per_gib: dict[str, float]
     gain_per_rate: dict[str, float]
     spill: Spill | None = None
+    scored_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,6 +165,7 @@ def _played(policy: Policy, expectation: Expectation, workload: Workload) -> dic
         "num_refused": round(played.num_refused * sample.scale),
         "prompt_tokens": workload.prompt_tokens,
         "output_tokens": outputs,
+        "scored_tokens": workload.scored_tokens,
         "output_tokens_per_s": outputs / max(total, 1e-9),
         "full_block_tokens_per_s": _full_block_rate(played, seconds),
         "live_mean": float(played.live.mean()) if passes else 0.0,
@@ -178,7 +181,8 @@ def _played(policy: Policy, expectation: Expectation, workload: Workload) -> dic
 def _full_block_rate(played: Simulation, seconds: npt.NDArray[np.float64]) -> float:
     """Return the output tokens/s of the passes in which nearly the maximum number of sequences is alive."""
     full = played.live >= FULL_BLOCK * played.live.max(initial=0)
-    return float(played.live[full].sum() / max(seconds[full].sum(), 1e-9)) if full.any() else 0.0
+    sampled = np.broadcast_to(played.work.num_sampled, played.live.shape)
+    return float(sampled[full].sum() / max(seconds[full].sum(), 1e-9)) if full.any() else 0.0
 
 
 def rate_gains(played: Simulation, policy: Policy, expectation: Expectation) -> dict[str, float]:
