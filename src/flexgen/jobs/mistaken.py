@@ -11,8 +11,8 @@ import shlex
 from collections.abc import Callable
 from pathlib import Path
 
+from flexgen.base.text_input import READ_ERRORS, is_compressed, open_input, utf16_of
 from flexgen.errors import JobError, StorageError
-from flexgen.jobs.input_file import READ_ERRORS, is_compressed, open_input, utf16_of
 from flexgen.jobs.mistaken_text import LOOKS_AT_TEXT, Head, Mistake, is_array_over_lines, is_object, pretty_object
 
 _HEAD_BYTES = 64 << 10
