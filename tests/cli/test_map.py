@@ -17,7 +17,7 @@ import pytest
 from fakes import POISON, FakeEngine, fake_text
 from typer.testing import CliRunner
 
-from flexgen import cli
+from flexgen import LLM, cli
 from flexgen.errors import EngineError
 
 HANGS_SECONDS = 120
@@ -109,11 +109,13 @@ def test_choices_and_probabilities(model_folder: Path, table: Path, output: Path
 
 
 def test_choices_of_a_real_model(novels_opt: Path, table: Path, output: Path) -> None:
-    flags = ("--prompt", "{text} said he", "--choice", ",", "--choice", " and went", "--probabilities", "--host-mem", "2GiB")
+    flags = ("--prompt", "{text} and he", "--choice", "went", "--choice", " of the", "--probabilities", "--host-mem", "2GiB")
     done = flexgen("map", novels_opt, table, "-o", output, *flags)
     assert done.exit_code == 0, done.output
-    assert [row["answer"] for row in rows(output)] == [","] * 3
-    assert all(float(row["answer_,"]) > 0.9 for row in rows(output))
+    with LLM(novels_opt, host_mem="2GiB") as llm:
+        wanted = llm.classify([f"{text} and he" for text in ("abc", "de", "")], [" went", " of the"])
+    assert [float(row["answer_went"]) for row in rows(output)] == pytest.approx([each.outputs.probs[0] for each in wanted], rel=1e-4)
+    assert [row["answer"] for row in rows(output)] == ["went"] * 3
 
 
 def test_examples_come_before_each_row(model_folder: Path, table: Path, output: Path, tmp_path: Path, engines: list[FakeEngine]) -> None:
@@ -289,7 +291,7 @@ def test_a_failure_leaves_a_table_and_the_same_command_goes_on(
 
 KILLED = """
 import os, signal, sys
-import flexgen.session.session, flexgen.cli, fakes
+import flexgen.session.session, flexgen.jobs.store, flexgen.cli, fakes
 class Engine(fakes.FakeEngine):
     def generate(self, requests, on_progress=None, **more):
         for count, result in enumerate(super().generate(requests, on_progress=on_progress, **more), 1):

@@ -75,10 +75,8 @@ class CsvTable:
 
     def _row(self, number: int, cells: list[str]) -> Row:
         if len(cells) > len(self.columns):
-            there = f"{len(cells)} cells, and there are {len(self.columns)} columns"
-            raise JobError(
-                f"{self.path}: row {number} has {there}: a cell with {self.delimiter!r} in it needs quotes (it begins {cells[0][:40]!r})"
-            )
+            there = f"row {number}, which begins {cells[0][:40]!r}, has {len(cells)} cells, and there are {len(self.columns)} columns"
+            raise JobError(f"{self.path}: {there}: a cell with {self.delimiter!r} in it needs quotes")
         return dict(zip(self.columns, cells, strict=False))
 
     def schema(self) -> Schema:

@@ -57,10 +57,9 @@ class Task:
             raise OptionError("probabilities are those of choices, and there are none: give choices")
         if self.raw and self.schema is None:
             raise OptionError("raw keeps the text beside the values of a schema, and there is none: leave it out")
-        if not self.templates[0].columns and not (self.templates[1:] and self.templates[1].columns):
-            raise OptionError(
-                f"prompt: {self.prompt[:80]!r} names no column: write {{name}} where its value belongs, or {{{{ name }}}} (Jinja)"
-            )
+        if not any(each.columns for each in self.templates):
+            how = "write {name} where its value belongs, or {{ name }} for Jinja"
+            raise OptionError(f"prompt: {self.prompt[:80]!r} names no column: {how}")
         names = [column.name for column in self.columns]
         if twice := [name for place, name in enumerate(names) if name in names[:place]]:
             raise OptionError(f"two columns of the result would be called {twice[0]!r}: give answer_column or error_column another name")
