@@ -27,7 +27,9 @@ class ScoringEngine(FakeEngine):
             scored = [fake_score(tokens, [token]) for token in request.alternatives]
         else:  # a choice of several tokens, of which the first is among the alternatives of another request
             scored = [fake_score(tokens[: start - 1], [token]) for token in tokens[start:]]
-        return TokenResult(index=request.index, prompt_logprobs=tuple(TokenLogprobs(token_ids=(0, 0), logprobs=(each, each), rank=None) for each in scored))
+        return TokenResult(
+            index=request.index, prompt_logprobs=tuple(TokenLogprobs(token_ids=(0, 0), logprobs=(each, each), rank=None) for each in scored)
+        )
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import csv
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -58,7 +59,7 @@ def test_every_command(folder: Path, scorers: list[FakeEngine]) -> None:
 def test_data_frames(folder: Path, scorers: list[FakeEngine]) -> None:
     pytest.importorskip("pandas")
     (code,) = blocks("python")
-    found: dict[str, object] = {}
+    found: dict[str, Any] = {}
     exec(compile(code, "docs/tables.md", "exec"), found)
     labelled = found["labelled"]
     assert list(labelled["id"]) == ["r1", "r2", "r3"]

@@ -85,8 +85,9 @@ def test_examples_come_from_dicts_or_tables(llm: LLM) -> None:
     ],
 )
 def test_what_is_refused(llm: LLM, keywords: dict[str, Any], said: str) -> None:
+    given: dict[str, Any] = {"prompt": "{t}", **keywords}
     with pytest.raises(OptionError) as caught:
-        llm.map(pa.table({"t": ["a"], "error2": ["b"]}), **{"prompt": "{t}", **keywords})
+        llm.map(pa.table({"t": ["a"], "error2": ["b"]}), **given)
     assert said in str(caught.value)
 
 

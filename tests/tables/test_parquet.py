@@ -29,7 +29,7 @@ NANOSECONDS = 1_700_000_000_123_456_789
 
 
 @pytest.fixture
-def typed() -> pa.Table:
+def typed() -> Any:
     """A column of every kind that a conversion to Python and back would spoil."""
     columns = {
         "int8": pa.array([1, None, 3], pa.int8()),
@@ -58,7 +58,7 @@ def rewritten(path: Path, form: str, target: str, answers: list[dict[str, Any]])
     return file.getvalue()
 
 
-def test_types_and_metadata_stay(tmp_path: Path, typed: pa.Table) -> None:
+def test_types_and_metadata_stay(tmp_path: Path, typed: Any) -> None:
     pq.write_table(typed, tmp_path / "t.parquet")
     found = pq.read_table(io.BytesIO(rewritten(tmp_path / "t.parquet", "parquet", "parquet", [ANSWER, NOTHING, ANSWER])))
     assert found.select(typed.column_names).cast(typed.schema).equals(typed)
@@ -68,7 +68,7 @@ def test_types_and_metadata_stay(tmp_path: Path, typed: pa.Table) -> None:
     assert [found.schema.field(name).type for name in ANSWER] == [pa.string(), pa.int64(), pa.float64(), pa.bool_(), pa.string()]
 
 
-def test_rows_as_values_of_python(tmp_path: Path, typed: pa.Table) -> None:
+def test_rows_as_values_of_python(tmp_path: Path, typed: Any) -> None:
     pq.write_table(typed, tmp_path / "t.parquet")
     table = open_table(tmp_path / "t.parquet", "parquet")
     (batch,) = table.batches(["text.de", "when"])
