@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from flexgen.base.files import Hashed
-from flexgen.errors import OptionError, StorageError
+from flexgen.errors import JobError, OptionError, StorageError
 from flexgen.tables.form import TableForm
 from flexgen.tables.formats import open_table
 from flexgen.tables.join import write_table
@@ -75,3 +75,10 @@ def test_a_table_that_changed(source: Path) -> None:
     source.unlink()
     with pytest.raises(StorageError, match="No such file"):
         joined(form, [])
+
+
+@pytest.mark.parametrize("target", ["out.parquet", "out.csv"])
+def test_a_table_that_is_damaged_in_the_middle(source: Path, target: str) -> None:
+    source.write_text("id,text\n" + "a,b\n" * 5000 + "a,b,c\n")
+    with pytest.raises(JobError, match="row 5001"):
+        write_table(form_of(source), [], Hashed(io.BytesIO()), Path(target))

@@ -6,6 +6,7 @@ import io
 import json
 import logging
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +39,15 @@ def write_table(form: TableForm, records: Iterable[bytes], file: io.RawIOBase, t
     writer = open_writer(file, form.format_for(target), table, task.columns)
     found = _by_row(records)
     num_rows = 0
-    for batch in table.batches():
-        own = [next(found) for _ in range(len(batch))]
-        writer.write(batch, [answers.values(record, _fault(prompts, batch, place, record)) for place, record in enumerate(own)])
-        num_rows += len(batch)
+    try:
+        for batch in table.batches():
+            own = [next(found) for _ in range(len(batch))]
+            writer.write(batch, [answers.values(record, _fault(prompts, batch, place, record)) for place, record in enumerate(own)])
+            num_rows += len(batch)
+    except BaseException:
+        with suppress(OSError, ValueError):  # what is left goes into a file that is thrown away
+            writer.close()
+        raise
     writer.close()
     _tell(answers, num_rows)
     return num_rows
