@@ -107,13 +107,13 @@ class TableLines:
     def to_answer(self, folder: JobFolder, llm: LLM) -> Path:
         """Write the lines into the job's folder, remove earlier runs for `--fresh`, and return the file."""
         from flexgen.jobs.export import remove_job
-        from flexgen.jobs.input_file import keep_lines
+        from flexgen.jobs.input_file import copy_input
 
         if self.flags.fresh:
             for _ in self._lines(llm):  # checked before anything is removed
                 pass
             remove_job(folder)
-        return keep_lines(folder, self._lines(llm))
+        return copy_input(folder, self._lines(llm))
 
     def _prompts(self, llm: LLM) -> Prompts:
         """Return what writes the lines for this model.

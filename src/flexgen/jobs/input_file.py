@@ -22,42 +22,31 @@ def keep_input(folder: JobFolder, stream: BinaryIO) -> Path:
     Raises:
         StorageError: The stream cannot be read, or the copy cannot be written.
     """
-    copy = folder.paths.input_copy
-    new = folder.paths.new_input
+    copy, new = folder.paths.input_copy, folder.paths.new_input
     with translated(copy):
         if copy.exists() and stream.isatty():
             return copy
-        _write_new(folder, _pieces(stream))
-        if copy.exists() and new.stat().st_size == 0:
+        source = copy_input(folder, _pieces(stream))
+        if source == new and new.stat().st_size == 0:
             new.unlink()
             return copy
-    return new if copy.exists() else settle_input(folder, new)
+    return source
 
 
-def keep_lines(folder: JobFolder, lines: Iterable[bytes]) -> Path:
-    """Write lines into the job's folder and return the file, which stays beside that of an earlier run until `settle_input`.
-
-    Args:
-        folder: The folder of the job.
-        lines: The lines, with their ends.
+def copy_input(folder: JobFolder, pieces: Iterable[bytes]) -> Path:
+    """Write the input into the job's folder and return the file, which stays beside that of an earlier run until `settle_input`.
 
     Raises:
         StorageError: The file cannot be written.
     """
-    with translated(folder.paths.new_input):
-        _write_new(folder, lines)
-        is_first = not folder.paths.input_copy.exists()
-    return settle_input(folder, folder.paths.new_input) if is_first else folder.paths.new_input
-
-
-def _write_new(folder: JobFolder, pieces: Iterable[bytes]) -> None:
-    new = folder.paths.new_input
-    new.unlink(missing_ok=True)
-    with os.fdopen(open_private(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "wb", buffering=MIB) as file:
-        for piece in pieces:
-            file.write(piece)
-        file.flush()
-        os.fsync(file.fileno())
+    copy, new = folder.paths.input_copy, folder.paths.new_input
+    with translated(copy):
+        new.unlink(missing_ok=True)
+        with os.fdopen(open_private(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "wb") as file:
+            file.writelines(pieces)
+            file.flush()
+            os.fsync(file.fileno())
+    return new if copy.exists() else settle_input(folder, new)
 
 
 def settle_input(folder: JobFolder, source: Path) -> Path:
