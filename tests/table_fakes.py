@@ -12,8 +12,8 @@ from flexgen.request import TokenLogprobs, TokenRequest, TokenResult
 
 
 def fake_score(prompt: Sequence[int], choice: Sequence[int]) -> float:
-    """The log probability of a choice, which is as odd as it must be to depend on the prompt."""
-    return -sum(0.1 + (sum(prompt) + 7 * token_id) % 11 for token_id in choice)
+    """The log probability of a choice, which depends on its tokens and on the first of the prompt."""
+    return -sum(0.1 + (31 * prompt[0] + 7 * token_id) % 11 for token_id in choice)
 
 
 class ScoringEngine(FakeEngine):
@@ -22,14 +22,10 @@ class ScoringEngine(FakeEngine):
     def _answer(self, request: TokenRequest) -> TokenResult:
         if request.num_prompt_logprobs is None:
             return super()._answer(request)
-        tokens, start = request.prompt_token_ids, request.first_scored
-        if request.alternatives:
-            scored = [fake_score(tokens, [token]) for token in request.alternatives]
-        else:  # a choice of several tokens, of which the first is among the alternatives of another request
-            scored = [fake_score(tokens[: start - 1], [token]) for token in tokens[start:]]
-        return TokenResult(
-            index=request.index, prompt_logprobs=tuple(TokenLogprobs(token_ids=(0, 0), logprobs=(each, each), rank=None) for each in scored)
-        )
+        scored = (*request.prompt_token_ids[request.first_scored :], *(request.alternatives or ()))
+        scores = [(token, fake_score(request.prompt_token_ids, [token])) for token in scored]
+        found = tuple(TokenLogprobs(token_ids=(token, token), logprobs=(score, score), rank=None) for token, score in scores)
+        return TokenResult(index=request.index, prompt_logprobs=found)
 
 
 @pytest.fixture
