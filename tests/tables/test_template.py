@@ -64,6 +64,7 @@ def test_the_language_is_seen(text: str, is_jinja: bool) -> None:
         ("a { b", "auto", "system: the { in 'a { b' stands alone"),
         ("{a} }", "auto", "}} is a brace"),
         ("{% if a %}", "auto", "system: line 1 of the Jinja template is not valid"),
+        ('{{ "label": 1 }} {a}', "auto", "(the '{{ ' in it makes it Jinja, unless template is braces)"),
         ("{a}", "mustache", "known: auto, braces, jinja"),
     ],
 )

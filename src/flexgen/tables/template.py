@@ -44,10 +44,18 @@ def make_template(text: str, language: str = "auto", *, what: str = "prompt") ->
         OptionError: The language is unknown, or the template is not valid.
     """
     if language == "auto":
-        language = "jinja" if _LOOKS_LIKE_JINJA.search(text) else "braces"
+        found = _LOOKS_LIKE_JINJA.search(text)
+        return BraceTemplate(text, what) if found is None else _seen_as_jinja(text, what, found[0])
     if language not in _LANGUAGES:
         raise OptionError(f"template {language!r} is unknown; known: auto, {', '.join(_LANGUAGES)}")
     return _LANGUAGES[language](text, what)
+
+
+def _seen_as_jinja(text: str, what: str, sign: str) -> Template:
+    try:
+        return JinjaTemplate(text, what)
+    except OptionError as error:
+        raise OptionError(f"{error} (the {sign!r} in it makes it Jinja, unless template is braces)") from error
 
 
 class BraceTemplate:
