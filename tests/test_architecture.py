@@ -34,6 +34,7 @@ FLOORS = (
     {"profile"},
     {"session"},
     {"api"},
+    {"tables"},
     {"llm"},
     {"jobs", "bench"},
     {"cli"},
