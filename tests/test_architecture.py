@@ -37,6 +37,7 @@ FLOORS = (
     {"tables"},
     {"llm"},
     {"jobs", "bench"},
+    {"evaluation"},
     {"cli"},
     {"__init__"},
 )

@@ -163,4 +163,4 @@ def _record(request: JobRequest, output: RequestOutput | ClassificationRequestOu
     (completion,) = output.outputs
     if completion.finish_reason == "error":
         return request.form.failure(request, RequestError(f"the answer failed: {completion.stop_reason}", code=str(completion.stop_reason)))
-    return request.form.success(request, output)
+    return request.form.success(request, [output])
