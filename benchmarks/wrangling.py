@@ -191,8 +191,8 @@ def _run(task: Task, args: argparse.Namespace) -> dict[str, Any]:
         raise SystemExit(f"{task.name}: {len(answers)} answers to {num_rows} rows")
     pairs = [(row["answer"].strip().lower(), row["truth"].strip().lower()) for row in answers]
     return {
-        "task": task.name, "kind": task.kind, "model": Path(args.model).name, "shots": args.shots, "rows": num_rows, "seconds": round(seconds, 1),
-        **(scores(pairs) if task.max_tokens is None else {"accuracy": accuracy(pairs)}),
+        "task": task.name, "kind": task.kind, "model": Path(args.model).name, "shots": args.shots, "rows": num_rows,
+        "seconds": round(seconds, 1), **(scores(pairs) if task.max_tokens is None else {"accuracy": accuracy(pairs)}),
         "metrics": json.loads(metrics.read_text()),
     }  # fmt: skip
 
