@@ -159,7 +159,7 @@ def _outputs(
 
 def _record(request: JobRequest, output: RequestOutput | ClassificationRequestOutput) -> dict[str, Any]:
     if isinstance(output, ClassificationRequestOutput):
-        return request.form.scored(request, output)
+        return request.form.scored(request, output) if output.error is None else request.form.failure(request, output.error)
     (completion,) = output.outputs
     if completion.finish_reason == "error":
         return request.form.failure(request, RequestError(f"the answer failed: {completion.stop_reason}", code=str(completion.stop_reason)))
