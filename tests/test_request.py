@@ -75,7 +75,6 @@ def test_values_take_one_form(name: str, value: Any, wanted: Any) -> None:
     "keywords",
     [
         {"prompt_logprobs": 1},
-        {"structured_outputs": {"json": {}}},
         {"guided_decoding": {}},
         {"logits_processors": [print]},
         {"detokenize": False},

@@ -60,7 +60,8 @@ class Reader:
         index, (prompt, choices) = index_of(request.line_number), tokens
         if request.choices:
             return self._model.choice_requests(index, prompt, choices)
-        token_requests = self._model.token_requests(index, prompt, request.params)
+        params = request.params if request.tools is None else self._model.tool_params(request.params, request.tools)
+        token_requests = self._model.token_requests(index, prompt, params)
         self._check_length(request, token_requests[0])
         return token_requests
 

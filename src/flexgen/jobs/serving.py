@@ -119,7 +119,10 @@ class Serving:
         else:
             if request.echo and text is None and self._model.tokenizer is not None:
                 text = self._model.text_of(prompt)
-            record = _encoded(request.form.success(request, self._model.output(results.values(), request.params, prompt, text)))
+            output = self._model.output(results.values(), request.params, prompt, text)
+            if request.tools is not None:
+                output = self._model.with_tool_calls(output, request.tools)
+            record = _encoded(request.form.success(request, output))
         if len(record) > MAX_RECORD_BYTES:
             message = f"the answer has {len(record):,} bytes, more than the {MAX_RECORD_BYTES:,} of a record: ask for less at once"
             raise RequestError(message, code="answer_too_large")

@@ -11,10 +11,22 @@ from dataclasses import dataclass
 from typing import cast
 
 from flexgen.base.isolation import for_one_request
+from flexgen.base.structured import StructuredOutputsParams
 from flexgen.errors import RequestError
-from flexgen.request import CompletionOutput, Logprob, RequestOutput, SamplingParams, Stops, TokenLogprobs, TokenRequest, TokenResult
+from flexgen.request import (
+    CompletionOutput,
+    Guide,
+    Logprob,
+    RequestOutput,
+    SamplingParams,
+    Stops,
+    TokenLogprobs,
+    TokenRequest,
+    TokenResult,
+)
 from flexgen.text.choices import choice_requests
 from flexgen.text.defaults import choice_seed, derive_seed
+from flexgen.text.guides import Guides
 from flexgen.text.stop_strings import StopStrings, cut_at_stop
 from flexgen.text.stream import TextStream, decode_behind
 from flexgen.text.tokenizer import Tokenizer, no_room
@@ -33,6 +45,7 @@ class RequestTranslator:
         eos_token_ids: The tokens that end an answer unless its parameters ignore them.
         seed: The base of the seeds of prompts that name none.
         max_logprobs: The most log probabilities that a prompt may request; -1 allows any number.
+        guides: The maker of guides for answers that are constrained; None where no answer can be.
     """
 
     tokenizer: Tokenizer | None
@@ -41,6 +54,7 @@ class RequestTranslator:
     eos_token_ids: frozenset[int]
     seed: int
     max_logprobs: int = 20
+    guides: Guides | None = None
 
     def requests(self, index: int, prompt_token_ids: Sequence[int], params: SamplingParams) -> list[TokenRequest]:
         """Return one request per answer, with indices from `index` on.
@@ -77,7 +91,7 @@ class RequestTranslator:
         return [
             dataclasses.replace(
                 first, index=index + choice, seed=self._seed(params, index, choice), stops=self._stops(prompt, params),
-                num_prompt_logprobs=params.prompt_logprobs if choice == 0 else None,
+                guide=self._guide(params), num_prompt_logprobs=params.prompt_logprobs if choice == 0 else None,
             )
             for choice in range(params.n)
         ]  # fmt: skip
@@ -186,6 +200,14 @@ class RequestTranslator:
         skip = params.skip_special_tokens
         return StopStrings(tokenizer, stop, prompt=prompt, min_tokens=params.min_tokens, skip_special_tokens=skip)
 
+    def _guide(self, params: SamplingParams) -> Guide | None:
+        constraint = cast("StructuredOutputsParams | None", params.structured_outputs)
+        if constraint is None:
+            return None
+        if self.guides is None:
+            raise RequestError("structured_outputs is not supported here", code="unsupported_field", param="structured_outputs")
+        return self.guides.guide(constraint, ignore_eos=params.ignore_eos)
+
     def _bad_words(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
         if (num_chars := sum(map(len, params.bad_words or ()))) > _MAX_BAD_WORDS_CHARS:
             raise RequestError(f"bad_words have {num_chars:,} characters, more than {_MAX_BAD_WORDS_CHARS:,}", param="bad_words")
@@ -223,7 +245,7 @@ class RequestTranslator:
             return ""
         ids, include, skip = result.token_ids, params.include_stop_str_in_output, params.skip_special_tokens
         if result.stop_string is None:
-            hides_last = result.finish_reason == "stop" and not include
+            hides_last = result.finish_reason == "stop" and not include and self._ends_answers(ids[-1], params)
             return decode_behind(self.tokenizer, prompt, ids[:-1] if hides_last else ids, skip_special_tokens=skip)
         text, before = (decode_behind(self.tokenizer, prompt, each, skip_special_tokens=skip) for each in (ids, ids[:-1]))
         return cut_at_stop(text, before, result.stop_string, include=include)
@@ -241,11 +263,15 @@ class RequestTranslator:
         return tuple(offsets)
 
     def _stop_reason(self, result: TokenResult, params: SamplingParams) -> int | str | None:
-        """Return the stop string or token; None for the model's own end, as in vLLM."""
+        """Return the stop string or token; None for the model's own end, as in vLLM, and for an answer that nothing can continue."""
         if result.finish_reason != "stop" or result.stop_string is not None:
             return result.stop_string
         last = result.token_ids[-1]
-        return None if last in self.eos_token_ids and not params.ignore_eos else last
+        return last if self._ends_answers(last, params) and (params.ignore_eos or last not in self.eos_token_ids) else None
+
+    def _ends_answers(self, token_id: int, params: SamplingParams) -> bool:
+        """Return whether the token is one that ends an answer, rather than a part of an answer that a guide ended."""
+        return token_id in (params.stop_token_ids or ()) or (token_id in self.eos_token_ids and not params.ignore_eos)
 
     def _prompt_logprobs(self, result: TokenResult) -> list[dict[int, Logprob] | None] | None:
         return None if result.prompt_logprobs is None or result.error is not None else [None, *self._named(result.prompt_logprobs)]
