@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -53,17 +54,19 @@ class Reader:
             requests = [self._forms.parse(line) for line in batch]
             prompts = encode_prompts(self._model, requests, now=self._now)
             for request, tokens in zip(requests, prompts, strict=True):
-                found = tokens if isinstance(tokens, RequestError) else for_one_request(self._token_requests, request, tokens)
-                yield (request.refused(found), ()) if isinstance(found, RequestError) else (request, found)
+                found = tokens if isinstance(tokens, RequestError) else for_one_request(self._for_engine, request, tokens)
+                yield (request.refused(found), ()) if isinstance(found, RequestError) else found
 
-    def _token_requests(self, request: JobRequest, tokens: Tokens) -> list[TokenRequest]:
+    def _for_engine(self, request: JobRequest, tokens: Tokens) -> tuple[JobRequest, list[TokenRequest]]:
+        """Return a line whose parameters are complete, and the engine's requests for it."""
         index, (prompt, choices) = index_of(request.line_number), tokens
         if request.choices:
-            return self._model.choice_requests(index, prompt, choices)
-        params = request.params if request.tools is None else self._model.tool_params(request.params, request.tools)
-        token_requests = self._model.token_requests(index, prompt, params)
+            return request, self._model.choice_requests(index, prompt, choices)
+        if request.tools is not None:
+            request = dataclasses.replace(request, params=self._model.tool_params(request.params, request.tools))
+        token_requests = self._model.token_requests(index, prompt, request.params)
         self._check_length(request, token_requests[0])
-        return token_requests
+        return request, token_requests
 
     def _check_length(self, request: JobRequest, first: TokenRequest) -> None:
         """Refuse a request whose answer would be cut below the `max_tokens` that the line states."""

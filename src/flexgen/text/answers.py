@@ -245,7 +245,7 @@ class RequestTranslator:
             return ""
         ids, include, skip = result.token_ids, params.include_stop_str_in_output, params.skip_special_tokens
         if result.stop_string is None:
-            hides_last = result.finish_reason == "stop" and not include and self._ends_answers(ids[-1], params)
+            hides_last = result.finish_reason == "stop" and not include and not self._was_completed(result, params)
             return decode_behind(self.tokenizer, prompt, ids[:-1] if hides_last else ids, skip_special_tokens=skip)
         text, before = (decode_behind(self.tokenizer, prompt, each, skip_special_tokens=skip) for each in (ids, ids[:-1]))
         return cut_at_stop(text, before, result.stop_string, include=include)
@@ -267,11 +267,14 @@ class RequestTranslator:
         if result.finish_reason != "stop" or result.stop_string is not None:
             return result.stop_string
         last = result.token_ids[-1]
-        return last if self._ends_answers(last, params) and (params.ignore_eos or last not in self.eos_token_ids) else None
+        is_own_end = last in self.eos_token_ids and not params.ignore_eos
+        return None if is_own_end or self._was_completed(result, params) else last
 
-    def _ends_answers(self, token_id: int, params: SamplingParams) -> bool:
-        """Return whether the token is one that ends an answer, rather than a part of an answer that a guide ended."""
-        return token_id in (params.stop_token_ids or ()) or (token_id in self.eos_token_ids and not params.ignore_eos)
+    def _was_completed(self, result: TokenResult, params: SamplingParams) -> bool:
+        """Return whether an answer ended because its constraint allows nothing more, and not by a token that is no part of it."""
+        last = result.token_ids[-1]
+        ends = last in (params.stop_token_ids or ()) or (last in self.eos_token_ids and not params.ignore_eos)
+        return params.structured_outputs is not None and not ends
 
     def _prompt_logprobs(self, result: TokenResult) -> list[dict[int, Logprob] | None] | None:
         return None if result.prompt_logprobs is None or result.error is not None else [None, *self._named(result.prompt_logprobs)]
