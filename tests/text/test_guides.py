@@ -14,7 +14,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 from tokenizer_kinds import make_tokenizer
+from tokenizers import AddedToken, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from flexgen import StructuredOutputsParams
 from flexgen.errors import RequestError
@@ -299,3 +302,25 @@ def test_kinds_of_tokenizers(kind: str) -> None:
     assert "stood" in pieces
     assert pieces <= {"s", "stood", "x"}
     guides.close()
+
+
+@pytest.mark.parametrize("choices", [["ab!"], ["ab!", "b!"]])
+def test_a_vocabulary_that_cannot_write_the_answer(choices: list[str]) -> None:
+    """It has no "!", and no other bytes: the answer must not end as if it were whole."""
+    backend = tokenizers.Tokenizer(models.BPE(vocab={"a": 0, "b": 1}, merges=[]))
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken("</s>", special=True)])
+    guides = Guides(Tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")), 3, frozenset({2}))
+    guide = guides.guide(StructuredOutputsParams(choice=choices))
+    assert np.flatnonzero(guide.allowed([])).tolist() == [0, 1][: len(choices)]
+    assert np.flatnonzero(guide.allowed([0])).tolist() == [1]
+    with pytest.raises(RequestError, match="constraint on the answer") as caught:
+        guide.allowed([0, 1])
+    assert caught.value.code == "constraint_failed"
+    guides.close()
+
+
+def test_a_tokenizer_that_llguidance_does_not_read() -> None:
+    tokenizer = make_tokenizer("metaspace-never")
+    with pytest.raises(RequestError, match="does not understand the tokenizer"):
+        Guides(tokenizer, len(tokenizer.hf), frozenset({2})).guide(StructuredOutputsParams(choice=["a"]))
