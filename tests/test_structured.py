@@ -12,6 +12,7 @@ import jsonschema
 import pytest
 from chat.jinja import CHATML, TOOLS
 from machines import machine_of
+from openai.types.chat import ChatCompletion
 
 from flexgen import LLM, RequestError, SamplingParams, StructuredOutputsParams
 from flexgen.jobs.durable import answer_lines
@@ -275,6 +276,7 @@ def test_required_calls(llm: LLM, tmp_path: Path, fields: dict[str, Any], names:
     (record,) = answer_lines(llm, [chat_line(**fields, parallel_tool_calls=False)], tmp_path / "j")
     choice = record["response"]["body"]["choices"][0]
     assert (choice["finish_reason"], choice["message"]["content"]) == ("tool_calls", None)
+    ChatCompletion.model_validate(record["response"]["body"])
     (call,) = choice["message"]["tool_calls"]
     assert call["type"] == "function"
     assert call["function"]["name"] in names

@@ -65,14 +65,14 @@ class Reader:
         if request.tools is not None:
             request = dataclasses.replace(request, params=self._model.tool_params(request.params, request.tools))
         token_requests = self._model.token_requests(index, prompt, request.params)
-        self._check_length(request, token_requests[0])
+        self._check_length(request, prompt)
         return request, token_requests
 
-    def _check_length(self, request: JobRequest, first: TokenRequest) -> None:
+    def _check_length(self, request: JobRequest, prompt: Sequence[int]) -> None:
         """Refuse a request whose answer would be cut below the `max_tokens` that the line states."""
         asked = request.params.max_tokens
-        if request.states_max_tokens and asked is not None and first.max_tokens < asked:
-            length, context = len(first.prompt_token_ids), self._model.max_model_len
+        length, context = len(prompt), self._model.max_model_len
+        if request.states_max_tokens and asked is not None and length + asked > context:
             message = f"the prompt's {length} tokens and max_tokens {asked} exceed the context of {context}"
             raise RequestError(message, code="context_length_exceeded", param="max_tokens")
 

@@ -59,8 +59,8 @@ class RequestTranslator:
     def requests(self, index: int, prompt_token_ids: Sequence[int], params: SamplingParams) -> list[TokenRequest]:
         """Return one request per answer, with indices from `index` on.
 
-        As in vLLM, `max_tokens` is cut to the context that the prompt leaves.  The first request also scores the prompt, if that is asked
-        for.
+        As in vLLM, `max_tokens` is cut to the context that the prompt leaves; also to the longest text, if the answer is one of several.
+        The first request also scores the prompt, if that is asked for.
 
         Raises:
             RequestError: The prompt is empty, has ids outside the vocabulary or leaves no room for an answer (`context_length_exceeded`),
@@ -73,7 +73,7 @@ class RequestTranslator:
         first = TokenRequest(
             index=index,
             prompt_token_ids=prompt,
-            max_tokens=room if params.max_tokens is None else min(room, params.max_tokens),
+            max_tokens=self._most_tokens(room, params),
             presence_penalty=params.presence_penalty,
             frequency_penalty=params.frequency_penalty,
             repetition_penalty=params.repetition_penalty,
@@ -167,6 +167,13 @@ class RequestTranslator:
             raise no_room(len(prompt), self.max_model_len)
         self._check_vocabulary("the prompt has", prompt, "prompt")
         return room
+
+    def _most_tokens(self, room: int, params: SamplingParams) -> int:
+        """Return the most tokens that the answer may have; one of given texts has at most a token for each byte, and one for its end."""
+        constraint = cast("StructuredOutputsParams | None", params.structured_outputs)
+        texts = () if constraint is None else constraint.choice or ()
+        longest = max((len(text.encode()) for text in texts), default=room) + 1
+        return min(room, longest, room if params.max_tokens is None else params.max_tokens)
 
     def _check_vocabulary(self, what: str, token_ids: Sequence[int], param: str) -> None:
         if min(token_ids) < 0 or max(token_ids) >= self.vocab_size:
