@@ -50,7 +50,7 @@ SCHEMAS: list[dict[str, Any]] = [
     },
 ]
 COMPACT = StructuredOutputsParams(json=PERSON, disable_any_whitespace=True)
-ADD = {"type": "function", "function": {"name": "add", "parameters": PERSON}}
+ADD = {"type": "function", "function": {"name": "add", "parameters": {**PERSON, "x-guidance": {"whitespace_flexible": False}}}}
 NOW = {"type": "function", "function": {"name": "now", "parameters": {"type": "object", "properties": {}, "additionalProperties": False}}}
 # That of Qwen 2.5 and 3, without special tokens.
 RESPONSE_TEMPLATE = {

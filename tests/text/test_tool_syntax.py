@@ -71,7 +71,7 @@ def test_a_grammar() -> None:
     assert one.splitlines() == [
         'start: "<a>" call "</a>"',
         'call: "f: " args_0 | "g: " args_1',
-        'args_0: %json {"type": "object", "properties": {"x": {}}, "x-guidance": {"w": 1}}',
+        'args_0: %json {"type": "object", "x-guidance": {"w": 1}, "properties": {"x": {}}}',
         'args_1: %json {"type": "object", "x-guidance": {"w": 1}}',
     ]
     several = syntax.grammar(tools, parallel=True, literal=json.dumps, json_options={})

@@ -50,12 +50,12 @@ class ToolSyntax:
             tools: The tools, of which each call names one.
             parallel: Whether there may be several calls.
             literal: Writes a text as a part of a rule.
-            json_options: llguidance's options of JSON (its key `x-guidance`).
+            json_options: llguidance's options of JSON (its key `x-guidance`), where the schema of a tool has none.
         """
         calls = [f"{literal(tool_name(tool) + self.between)} args_{place}" for place, tool in enumerate(tools)]
         more = f" ({literal(self.joint)} call)*" if parallel and self.joint is not None else ""
         rules = [f"start: {literal(self.before)} call{more} {literal(self.after)}", f"call: {' | '.join(calls)}"]
-        schemas = [{"type": "object", **(tool["function"].get("parameters") or {}), "x-guidance": json_options} for tool in tools]
+        schemas = [{"type": "object", "x-guidance": json_options, **(tool["function"].get("parameters") or {})} for tool in tools]
         return "\n".join([*rules, *(f"args_{place}: %json {json.dumps(each)}" for place, each in enumerate(schemas)), ""])
 
 
