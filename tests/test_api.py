@@ -39,6 +39,7 @@ VLLM_SAMPLING_DEFAULTS = {
     "skip_special_tokens": True,
     "logit_bias": None,
     "allowed_token_ids": None,
+    "structured_outputs": None,
 }
 VLLM_LISTS = {"stop", "stop_token_ids", "bad_words"}  # ours are tuples
 VLLM_OUTPUT_FIELDS = {"index", "text", "token_ids", "cumulative_logprob", "logprobs", "finish_reason", "stop_reason"}

@@ -108,8 +108,10 @@ def test_options_that_cannot_be_honoured(model_folder: Path) -> None:
 
 
 def test_unsupported_keywords_are_named(llm: LLM) -> None:
-    with pytest.raises(OptionError, match="tools are not supported"):
-        llm.chat(HELLO, GREEDY, tools=[{"type": "function"}])  # pyright: ignore[reportArgumentType]
+    with pytest.raises(RequestError, match=r"tools\[0\]: a tool of type"):
+        llm.chat(HELLO, GREEDY, tools=[{"type": "custom"}])
+    with pytest.raises(RequestError, match="no place for tools"):
+        llm.chat(HELLO, GREEDY, tools=[{"type": "function", "function": {"name": "f"}}])
     with pytest.raises(OptionError, match="chat has no option 'chat_templat'; did you mean chat_template"):
         llm.chat(HELLO, GREEDY, chat_templat="x")  # pyright: ignore[reportCallIssue]
     assert llm.chat(HELLO, GREEDY, tools=None, chat_template_content_format="auto", lora_request=None)

@@ -74,7 +74,6 @@ def test_values_take_one_form(name: str, value: Any, wanted: Any) -> None:
 @pytest.mark.parametrize(
     "keywords",
     [
-        {"structured_outputs": {"json": {}}},
         {"guided_decoding": {}},
         {"logits_processors": [print]},
         {"detokenize": False},

@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from flexgen.base.structured import StructuredOutputsParams
     from flexgen.errors import (
         CapacityError,
         CheckpointError,
@@ -33,8 +34,8 @@ if TYPE_CHECKING:
     __version__: str
 
 __all__ = [
-    "LLM", "SamplingParams", "RequestOutput", "CompletionOutput", "Logprob", "ClassificationRequestOutput", "ClassificationOutput",
-    "EngineOptions",
+    "LLM", "SamplingParams", "StructuredOutputsParams", "RequestOutput", "CompletionOutput", "Logprob", "ClassificationRequestOutput",
+    "ClassificationOutput", "EngineOptions",
     "FlexGenError", "OptionError", "RequestError", "JobError", "ModelError", "UnsupportedModelError", "CheckpointError", "CapacityError",
     "OutOfMemoryError", "StorageError", "EngineError",
     "__version__",
@@ -43,6 +44,7 @@ __all__ = [
 _HOMES = {
     "LLM": "llm",
     "SamplingParams": "request",
+    "StructuredOutputsParams": "base.structured",
     "RequestOutput": "request",
     "CompletionOutput": "request",
     "ClassificationRequestOutput": "request",

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, Unpack
 from flexgen.api.vllm_keywords import ModelKeywords, check_call, read_keywords
 from flexgen.api.vllm_types import ChatKeywords, GenerateKeywords, LLMKeywords
 from flexgen.base.steps import step
-from flexgen.chat import Chat, Templates, make_chats
+from flexgen.chat import Chat, Templates, ToolUse, make_chats, parse_tools
 from flexgen.errors import FlexGenError, ModelError, OptionError, RequestError
 from flexgen.hub.model_files import ModelFiles
 from flexgen.hub.resolve import resolve_model, resolve_tokenizer
@@ -36,8 +36,10 @@ from flexgen.text.choices import Choice
 from flexgen.text.common_prefixes import NO_PREFIXES, CommonPrefixes, PrefixCensus
 from flexgen.text.defaults import default_sampling_params, token_limits, unsupported_defaults
 from flexgen.text.encoding import Encoder
+from flexgen.text.guides import Guides
 from flexgen.text.prompts import Prompt, as_conversations, as_texts
 from flexgen.text.tokenizer import Tokenizer, eos_token_ids
+from flexgen.text.tools import Tools
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -46,7 +48,7 @@ logger = logging.getLogger(__name__)
 
 _Output = TypeVar("_Output")
 _Table = TypeVar("_Table")
-_CHAT_KEYWORDS = ("chat_template", "add_generation_prompt", "continue_final_message", "chat_template_kwargs", "use_tqdm")
+_CHAT_KEYWORDS = ("chat_template", "add_generation_prompt", "continue_final_message", "chat_template_kwargs", "tools", "use_tqdm")
 
 
 class LLM:
@@ -107,6 +109,7 @@ class LLM:
         self._templates = Templates(
             self.files.name, own, tokens, given=chat_template, kwargs=chat_template_kwargs, max_chars=self._max_prompt_chars
         )
+        self._guides = Guides(self.tokenizer, self.vocab_size, self.eos_token_ids)
         self._translator = RequestTranslator(
             tokenizer=self.tokenizer,
             vocab_size=self.vocab_size,
@@ -114,12 +117,15 @@ class LLM:
             eos_token_ids=self.eos_token_ids,
             seed=options.seed,
             max_logprobs=options.max_logprobs,
+            guides=self._guides,
         )
+        model_type = str(self.files.config.get("model_type"))
+        self._tools = Tools(self.name, model_type, self.tokenizer, self._templates, self._guides, self.eos_token_ids)
         self._own_defaults = asked.own_defaults
         self._num_requests = 0
         self._open = EngineSession(self._model, options, self.max_model_len)
         self._turns = Turns()
-        self._finalizer = weakref.finalize(self, _close, self._turns, self._open, self._templates, wait=False)
+        self._finalizer = weakref.finalize(self, _close, self._turns, self._open, self._templates, self._guides, wait=False)
 
     @property
     def name(self) -> str:
@@ -169,6 +175,7 @@ class LLM:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        tools: Iterable[Mapping[str, Any]] | None = None,
         use_tqdm: bool | Callable[..., Any] = False,
         **keywords: Unpack[ChatKeywords],
     ) -> list[RequestOutput]:
@@ -181,6 +188,7 @@ class LLM:
             add_generation_prompt: Whether to end the prompt with the header of an answer.
             continue_final_message: Whether to leave the last message open for the model to continue (without a generation prompt).
             chat_template_kwargs: More variables for the template.
+            tools: Tools that the template shows to the model; calls of them stay text, as in vLLM.
             use_tqdm: See `generate`.
             **keywords: See `generate`.
 
@@ -195,6 +203,7 @@ class LLM:
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
             chat_template_kwargs=dict(chat_template_kwargs or {}),
+            tools=parse_tools(tools if tools is None else list(tools)),
         )
         texts = self._templates.prompts(chats, chat_template)
         ids = self._encoder.all("conversation", texts, add_special_tokens=False)
@@ -405,6 +414,22 @@ class LLM:
         """
         return self._translator.output(results, params, prompt_token_ids, prompt)
 
+    def tool_params(self, params: SamplingParams, tools: ToolUse) -> SamplingParams:
+        """Return the sampling parameters of a request with tools, which constrain its answer to calls where they are required.
+
+        Raises:
+            RequestError: The model's calls cannot be parsed, or not be required, or the parameters have a constraint of their own.
+        """
+        return self._tools.params(params, tools)
+
+    def with_tool_calls(self, output: RequestOutput, tools: ToolUse) -> RequestOutput:
+        """Return the answers to a request with tools, each with the message that its text stands for, if that can be parsed.
+
+        Raises:
+            RequestError: A complete answer has no call, although one is required.
+        """
+        return self._tools.with_messages(output, tools)
+
     def text_of(self, token_ids: Sequence[int]) -> str:
         """Return the text of a prompt that was given as token ids, special tokens included."""
         return self._translator.text_of(token_ids)
@@ -445,7 +470,7 @@ class LLM:
         If another thread is within a call, this waits for its end.  In a forked process nothing happens, because all of it belongs to the
         parent.
         """
-        _close(self._turns, self._open, self._templates, wait=True)
+        _close(self._turns, self._open, self._templates, self._guides, wait=True)
 
     def __reduce__(self) -> NoReturn:
         raise FlexGenError("an LLM holds memory, files and threads, so it cannot be pickled or copied: make one in each process")
@@ -509,18 +534,20 @@ def _tokenizer(files: ModelFiles, other: str | os.PathLike[str] | None, asked: M
     return Tokenizer.load(files.folder) if files.has_tokenizer else None
 
 
-def _close(turns: Turns, engine: EngineSession, templates: Templates, *, wait: bool) -> None:
+def _close(turns: Turns, engine: EngineSession, templates: Templates, guides: Guides, *, wait: bool) -> None:
     """Release the resources of an LLM that is closed or garbage collected.
 
     Args:
         turns: The turns of the LLM.
         engine: The engine of the LLM.
         templates: The templates of the LLM.
+        guides: The maker of guides of the LLM.
         wait: Whether to wait for a call of another thread; if not, the operating system frees its resources at the end of the process.
     """
     with turns.end(wait=wait) as mine:
         if mine:
             templates.close()
+            guides.close()
             engine.close()
 
 

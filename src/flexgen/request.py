@@ -3,62 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol
 
+from flexgen.base.keywords import names_keywords
 from flexgen.base.parameters import CHECKS, must_be
-from flexgen.base.scalars import plain, shown
+from flexgen.base.structured import StructuredOutputsParams, structured_outputs
+from flexgen.base.tool_calls import AnswerMessage
 from flexgen.errors import RequestError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 # Keywords of vLLM whose effect is not supported, with the value that asks for no effect, as None always does.
 _UNSUPPORTED: Mapping[str, Any] = {
     "best_of": 1, "detokenize": True, "extra_args": None, "flat_logprobs": False, "guided_decoding": None, "logits_processors": None,
     "logprob_token_ids": None, "output_kind": None, "repetition_detection": None,
-    "skip_reading_prefix_cache": None, "spaces_between_special_tokens": True, "stream_interval": None, "structured_outputs": None,
-    "thinking_token_budget": None, "truncate_prompt_tokens": None,
+    "skip_reading_prefix_cache": None, "spaces_between_special_tokens": True, "stream_interval": None, "thinking_token_budget": None,
+    "truncate_prompt_tokens": None,
 }  # fmt: skip
 
-_Class = TypeVar("_Class")
+_CHECKS: Mapping[str, Callable[[str, object], Any]] = {**CHECKS, "structured_outputs": structured_outputs}
 
 
-def _names_keywords(cls: type[_Class]) -> type[_Class]:
-    """Make a frozen dataclass refuse keywords by name, and explain how to change a value.
-
-    It refuses unknown keywords, and those of vLLM whose effect flexgen does not support.
-    """
-    dataclass_type: Any = cls
-    known = [each.name for each in dataclasses.fields(dataclass_type)]
-    init = dataclass_type.__init__
-
-    @functools.wraps(init)
-    def __init__(self: Any, **keywords: Any) -> None:
-        for name, value in keywords.items():
-            if name in _UNSUPPORTED and value is not None and not _is_neutral(plain(value), _UNSUPPORTED[name]):
-                raise RequestError(f"{name}={shown(value)} is not supported yet", code="unsupported_field", param=name)
-            if name not in known and name not in _UNSUPPORTED:
-                close = difflib.get_close_matches(name, known, n=1)
-                hint = f"; did you mean {close[0]}?" if close else ""
-                raise RequestError(f"{cls.__name__} has no {name!r}{hint}", code="unknown_field", param=name)
-        init(self, **{name: value for name, value in keywords.items() if name in known})
-
-    def __setattr__(self: Any, name: str, value: object) -> None:
-        raise dataclasses.FrozenInstanceError(
-            f"{cls.__name__} does not change, because calls may share it: make another, dataclasses.replace(params, {name}={shown(value)})"
-        )
-
-    dataclass_type.__init__, dataclass_type.__setattr__ = __init__, __setattr__
-    return cls
-
-
-def _is_neutral(value: Any, neutral: Any) -> bool:
-    """Return whether a value asks for no effect: 1.0 is 1, but true is not."""
-    return isinstance(value, (int, float)) and isinstance(value, bool) == isinstance(neutral, bool) and value == neutral
-
-
-@_names_keywords
+@names_keywords(_UNSUPPORTED)
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """The sampling parameters of one prompt (vLLM's names and defaults).
@@ -91,6 +60,7 @@ class SamplingParams:
         skip_special_tokens: Whether special tokens are left out of the text.
         logit_bias: Token id -> number added to its logit, clamped to [-100, 100]; becomes a dict with integer keys.
         allowed_token_ids: The only tokens that may be generated; becomes a tuple.
+        structured_outputs: What the answer must consist of; an object with the fields of StructuredOutputsParams becomes one.
 
     Raises:
         RequestError: A keyword or value cannot be served; the message names it.
@@ -117,11 +87,12 @@ class SamplingParams:
     skip_special_tokens: bool = True
     logit_bias: Mapping[int, float] | Mapping[str, float] | None = field(default=None, hash=False)
     allowed_token_ids: Sequence[int] | None = None
+    structured_outputs: StructuredOutputsParams | Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         for each in dataclasses.fields(self):
             if (value := getattr(self, each.name)) is not each.default:
-                object.__setattr__(self, each.name, CHECKS[each.name](each.name, value))
+                object.__setattr__(self, each.name, _CHECKS[each.name](each.name, value))
         if self.top_p == 0 and self.temperature > 0:
             raise must_be("top_p", "a number above 0, unless temperature is 0", self.top_p)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
@@ -137,6 +108,51 @@ class Stops(Protocol):
         Args:
             token_ids: All tokens that were generated so far.
         """
+        ...
+
+
+class Guide(Protocol):
+    """The constraint on one answer, as the engine sees it.
+
+    What its methods return depends on the ids alone.  What was found out for fewer ids is remembered, so that each further id costs the
+    same.
+    """
+
+    def prepare(self, token_ids: Sequence[int]) -> None:
+        """Begin to find out on another thread which tokens may come next, so that `allowed` need not wait.
+
+        Args:
+            token_ids: All tokens that were generated so far.
+
+        Raises:
+            RequestError: The constraint cannot be followed any further.
+        """
+        ...
+
+    def allowed(self, token_ids: Sequence[int]) -> np.ndarray:
+        """Return whether each token of the vocabulary may come next, (vocab,) bool; tokens beyond its end may not.
+
+        Args:
+            token_ids: All tokens that were generated so far.
+
+        Raises:
+            RequestError: See `prepare`.
+        """
+        ...
+
+    def is_complete(self, token_ids: Sequence[int]) -> bool:
+        """Return whether these tokens are a whole answer that nothing can continue.
+
+        Args:
+            token_ids: All tokens that were generated so far.
+
+        Raises:
+            RequestError: See `prepare`.
+        """
+        ...
+
+    def forget(self) -> None:
+        """Free what is remembered, because the answer has ended."""
         ...
 
 
@@ -190,6 +206,7 @@ class TokenRequest:
         first_scored: The position of the first token of the prompt that is scored, at least 1, because nothing predicts the first token.
         alternatives: Tokens that are scored as alternatives of the token after the prompt; needs `num_prompt_logprobs`.
         stops: The stop strings; None without any.
+        guide: The constraint on the answer; None without any.
         generated: The tokens that an earlier run generated.  The answer goes on after them, and `max_tokens` counts them.
     """
 
@@ -214,12 +231,14 @@ class TokenRequest:
     first_scored: int = 1
     alternatives: tuple[int, ...] = ()
     stops: Stops | None = None
+    guide: Guide | None = None
     generated: Generated = Generated()
 
     @property
     def may_end_early(self) -> bool:
         """Whether the answer may have fewer than `max_tokens`."""
-        return (bool(self.stop_token_ids) or self.stops is not None) and self.min_tokens < self.max_tokens
+        has_end = bool(self.stop_token_ids) or self.stops is not None or self.guide is not None
+        return has_end and self.min_tokens < self.max_tokens
 
     @property
     def sharable(self) -> tuple[int, ...]:
@@ -280,7 +299,7 @@ class TokenResult:
     Attributes:
         index: Index of the request.
         token_ids: Generated ids, those of an earlier run included; a stop token that ended the answer is the last.
-        finish_reason: "stop" (a stop token or string), "length" (max_tokens), or "error".
+        finish_reason: "stop" (a stop token or string, or the end of a guide), "length" (max_tokens), or "error".
         stop_string: The stop string that ended the answer, or None.
         logprobs: One entry per generated token if log probabilities were asked for, otherwise None.
         prompt_logprobs: One entry per token of the prompt from `first_scored` on, and one per token of `alternatives`, if the prompt was
@@ -319,7 +338,7 @@ class Logprob:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompletionOutput:
-    """One answer to one prompt (vLLM's fields, and one more).
+    """One answer to one prompt (vLLM's fields, and two more).
 
     Attributes:
         index: Number of the answer among those of its prompt.
@@ -331,6 +350,7 @@ class CompletionOutput:
         logprobs: For each generated token, token id -> log probability; the generated token comes first.
         text_offsets: Offset of each generated token's text in that of the answer (before anything is cut off), if logprobs were asked for
             and there is a tokenizer.
+        message: The answer as a message, if its request has tools and it could be parsed.
     """
 
     index: int
@@ -341,6 +361,7 @@ class CompletionOutput:
     cumulative_logprob: float | None = None
     logprobs: list[dict[int, Logprob]] | None = None
     text_offsets: tuple[int, ...] | None = None
+    message: AnswerMessage | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -97,10 +97,8 @@ def test_null_is_not_counted_as_given(parse: Any) -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("best_of", 3), ("best_of", True), ("stream", True), ("suffix", "s"), ("tools", [{}]),
-        ("tool_choice", "required"), ("tool_choice", {"type": "function"}), ("functions", [{}]), ("function_call", {"name": "f"}),
-        ("response_format", {"type": "json_object"}), ("response_format", {"type": "json_schema", "json_schema": {}}),
-        ("structured_outputs", {}), ("documents", [{}]), ("audio", {}),
+        ("best_of", 3), ("best_of", True), ("stream", True), ("suffix", "s"), ("functions", [{}]), ("function_call", {"name": "f"}),
+        ("response_format", {"type": "structural_tag"}), ("documents", [{}]), ("audio", {}),
         ("modalities", ["text", "audio"]), ("web_search_options", {}), ("chat_template", "{{ x }}"), ("use_beam_search", True),
         ("truncate_prompt_tokens", 5), ("detokenize", False), ("verbosity", "low"), ("length_penalty", True),
     ],

@@ -132,6 +132,39 @@ REASONING = """\
 {%- endif %}
 """
 
+# Qwen 2.5 and 3: tools in the system message, calls as JSON between tags.
+TOOLS = """\
+{%- if tools %}
+    {{- '<|im_start|>system\\n# Tools\\n<tools>' }}
+    {%- for tool in tools %}
+        {{- "\\n" }}
+        {{- tool | tojson }}
+    {%- endfor %}
+    {{- "\\n</tools><|im_end|>\\n" }}
+{%- endif %}
+{%- for message in messages %}
+    {%- if message.role == "assistant" and message.tool_calls %}
+        {{- '<|im_start|>' + message.role }}
+        {%- if message.content %}
+            {{- '\\n' + message.content }}
+        {%- endif %}
+        {%- for tool_call in message.tool_calls %}
+            {{- '\\n<tool_call>\\n{"name": "' }}
+            {{- tool_call.function.name }}
+            {{- '", "arguments": ' }}
+            {{- tool_call.function.arguments | tojson }}
+            {{- '}\\n</tool_call>' }}
+        {%- endfor %}
+        {{- '<|im_end|>\\n' }}
+    {%- else %}
+        {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+{%- endif %}
+"""
+
 # What jinja2 loads when it is used, and what the environment replaces.
 FILTERS = """\
 {{ messages | pprint }} {{ (messages[0].content * 30) | wordwrap(40) }} {{ dict(a=1, **{'b': 2}) | tojson }}

@@ -7,10 +7,11 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
+from flexgen.api.constraints import response_format
 from flexgen.api.job_request import JobRequest
 from flexgen.base.parameters import MAX_CHOICES
 from flexgen.base.scalars import as_int, shown
-from flexgen.chat import Chat, parse_messages
+from flexgen.chat import Chat, parse_messages, parse_tool_use
 from flexgen.errors import RequestError
 from flexgen.request import SamplingParams
 
@@ -18,24 +19,28 @@ _SAMPLING = frozenset(field.name for field in dataclasses.fields(SamplingParams)
 _COMPLETION = frozenset(("prompt", "logprobs", "echo"))
 _CHAT = frozenset((
     "messages", "logprobs", "top_logprobs", "max_completion_tokens", "add_generation_prompt", "continue_final_message",
-    "chat_template_kwargs", "reasoning_effort",
+    "chat_template_kwargs", "reasoning_effort", "tools", "tool_choice", "parallel_tool_calls",
 ))  # fmt: skip
-_OF_ANSWERS = ("logprobs", "top_logprobs", "max_completion_tokens", "best_of", "echo", "return_token_ids")  # what choices do not have
-_BOTH = frozenset(("model", "best_of", "return_token_ids", "choices"))
+_OF_ANSWERS = (  # what choices do not have
+    "logprobs", "top_logprobs", "max_completion_tokens", "best_of", "echo", "return_token_ids", "response_format",
+)  # fmt: skip
+_BOTH = frozenset(("model", "best_of", "return_token_ids", "choices", "response_format"))
 _HARMLESS = frozenset((
-    "cache_salt", "metadata", "parallel_tool_calls", "prediction", "priority", "prompt_cache_key", "prompt_cache_retention", "request_id",
+    "cache_salt", "metadata", "prediction", "priority", "prompt_cache_key", "prompt_cache_retention", "request_id",
     "safety_identifier", "service_tier", "store", "stream_options", "user",
 ))  # fmt: skip
 # Fields whose effect is not supported, with the values that ask for no effect, as null always does.
 _OFF: Mapping[str, tuple[Any, ...]] = {
     "audio": (), "chat_template": (), "detokenize": (True,), "documents": ([],), "function_call": ("none", "auto"),
     "functions": ([],), "include_reasoning": (True,), "length_penalty": (1,), "logits_processors": ([],), "modalities": (["text"],),
-    "response_format": ({"type": "text"},), "return_tokens_as_token_ids": (False,),
-    "spaces_between_special_tokens": (True,), "stream": (False,), "structured_outputs": (), "suffix": ("",), "thinking_token_budget": (),
-    "tool_choice": ("none", "auto"), "tools": ([],), "truncate_prompt_tokens": (), "use_beam_search": (False,), "verbosity": ("medium",),
+    "return_tokens_as_token_ids": (False,),
+    "spaces_between_special_tokens": (True,), "stream": (False,), "suffix": ("",), "thinking_token_budget": (),
+    "truncate_prompt_tokens": (), "use_beam_search": (False,), "verbosity": ("medium",),
     "web_search_options": (),
 }  # fmt: skip
-_COMPLETION_OFF: Mapping[str, tuple[Any, ...]] = {**_OFF, "add_special_tokens": (True,)}
+_COMPLETION_OFF: Mapping[str, tuple[Any, ...]] = {
+    **_OFF, "add_special_tokens": (True,), "parallel_tool_calls": (True, False), "tool_choice": ("none", "auto"), "tools": ([],),
+}  # fmt: skip
 # Chat templates write the special tokens.
 _CHAT_OFF: Mapping[str, tuple[Any, ...]] = {**_OFF, "echo": (False,), "add_special_tokens": (False,)}
 
@@ -76,16 +81,18 @@ def parse_chat(line: JobRequest, fields: Mapping[str, Any], defaults: SamplingPa
     ignored = _ignored(fields, _CHAT, _CHAT_OFF)
     if fields.get("messages") is None:
         raise RequestError("there are no messages", param="messages")
+    use = parse_tool_use(fields.get("tools"), fields.get("tool_choice"), fields.get("parallel_tool_calls"))
     chat = Chat(
         messages=parse_messages(fields["messages"]),
         add_generation_prompt=_flag(fields, "add_generation_prompt", True),
         continue_final_message=_flag(fields, "continue_final_message", False),
         chat_template_kwargs=_template_kwargs(fields),
+        tools=() if use is None else use.tools,
     )
     given = {"logprobs": _chat_logprobs(fields)}
     if fields.get("max_completion_tokens") is not None:
         given["max_tokens"] = _max_completion_tokens(fields)
-    return _request(line, fields, defaults, given, prompt=chat, ignored=ignored)
+    return _request(line, fields, defaults, given, prompt=chat, tools=use, ignored=ignored)
 
 
 def _ignored(fields: Mapping[str, Any], served: frozenset[str], off: Mapping[str, tuple[Any, ...]]) -> tuple[str, ...]:
@@ -126,11 +133,17 @@ def _request(line: JobRequest, fields: Mapping[str, Any], defaults: SamplingPara
     if fields.get("choices") is not None:
         if line.more_prompts:
             raise RequestError("choices stand beside one prompt: write a line for each prompt", code="unsupported_field", param="prompt")
+        line = dataclasses.replace(line, tools=None)  # the prompt shows them, and nothing is generated
         return dataclasses.replace(line, choices=_choices(fields))
     values = {name: fields[name] for name in _SAMPLING if fields.get(name) is not None}
     if values.get("stop") == "":
         del values["stop"]  # some clients write this for no stop
     values.update((name, value) for name, value in given.items() if value is not None)
+    if (constraint := response_format(fields)) is not None:
+        if "structured_outputs" in values:
+            raise RequestError("response_format and structured_outputs mean the same: give one", param="response_format")
+        values["structured_outputs"] = constraint
+        line = dataclasses.replace(line, constrained_by="response_format")
     params = dataclasses.replace(defaults, **values)
     best_of = fields.get("best_of")
     if best_of is not None and not _same(best_of, params.n):

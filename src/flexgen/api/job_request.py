@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from flexgen.base.scalars import as_int
-from flexgen.chat import Chat
+from flexgen.chat import Chat, ToolUse
 from flexgen.errors import RequestError
-from flexgen.request import ClassificationRequestOutput, RequestOutput, SamplingParams
+from flexgen.request import ClassificationRequestOutput, CompletionOutput, RequestOutput, SamplingParams
 
 _NO_PARAMS = SamplingParams()
 
@@ -34,6 +34,8 @@ class JobRequest:
         states_prompt_logprobs: Whether the line itself asks for `prompt_logprobs`; where only `echo` does, they are part of `logprobs`.
         return_token_ids: Whether the answer has token ids beside its text (vLLM's field).
         model: The model that the line names; None if it names none.
+        tools: The tools that the answer may call; None without any.
+        constrained_by: The name of the line's field that says what the answer must consist of, if one does.
         ignored: The names of the line's fields that have no effect here.
     """
 
@@ -51,6 +53,8 @@ class JobRequest:
     states_prompt_logprobs: bool = False
     return_token_ids: bool = False
     model: str | None = None
+    tools: ToolUse | None = None
+    constrained_by: str = "structured_outputs"
     ignored: tuple[str, ...] = ()
 
     @property
@@ -63,7 +67,10 @@ class JobRequest:
         return [self, *(dataclasses.replace(self, prompt=each, more_prompts=()) for each in self.more_prompts)]
 
     def refused(self, error: RequestError) -> JobRequest:
-        """Return the same line with an error in place of its request."""
+        """Return the same line with an error in place of its request; the error names the line's own field."""
+        if error.param == "structured_outputs" and self.constrained_by != "structured_outputs":
+            message = str(error).replace("structured_outputs", self.constrained_by, 1)
+            error = RequestError(message, code=error.code, param=self.constrained_by)
         return JobRequest(line_number=self.line_number, digest=self.digest, form=self.form, id=self.id, error=error)
 
 
@@ -118,6 +125,30 @@ def usage_of_choices(output: ClassificationRequestOutput) -> dict[str, int]:
 def _usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
     total = prompt_tokens + completion_tokens
     return {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens, "total_tokens": total}
+
+
+def finish_reason(completion: CompletionOutput) -> str | None:
+    """Return why an answer ended, in OpenAI's words: also "tool_calls", where it calls tools."""
+    calls = completion.message is not None and completion.message.tool_calls and completion.finish_reason == "stop"
+    return "tool_calls" if calls else completion.finish_reason
+
+
+def tool_calls(request: JobRequest, completion: CompletionOutput) -> list[dict[str, Any]]:
+    """Return the calls of an answer as JSON objects, with ids that are the same whenever the line is answered."""
+    calls = () if completion.message is None else completion.message.tool_calls
+    return [
+        {
+            "id": f"call_{key(request)}_{completion.index}_{place}",
+            "type": "function",
+            "function": {"name": call.name, "arguments": call.arguments},
+        }
+        for place, call in enumerate(calls)
+    ]
+
+
+def key(request: JobRequest) -> str:
+    """Return an id that is unique within the job, and the same whenever the line is answered."""
+    return f"{request.line_number:08x}{request.digest:016x}"
 
 
 def labels(request: JobRequest, output: ClassificationRequestOutput) -> list[dict[str, Any]]:

@@ -8,7 +8,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from flexgen.api.bodies import parse_chat, parse_completion
-from flexgen.api.job_request import JobRequest, as_id, best_choice, labels, usage, usage_of_choices
+from flexgen.api.job_request import (
+    JobRequest,
+    as_id,
+    best_choice,
+    finish_reason,
+    key,
+    labels,
+    tool_calls,
+    usage,
+    usage_of_choices,
+)
 from flexgen.api.logprobs import chat_logprobs, completion_logprobs, vllm_prompt_logprobs
 from flexgen.base.scalars import shown
 from flexgen.errors import RequestError
@@ -54,11 +64,21 @@ def _completion_label(text: str | None) -> dict[str, Any]:
 
 
 def _chat_choice(completion: CompletionOutput, request: JobRequest, output: RequestOutput) -> dict[str, Any]:
-    return {"message": _message(completion.text), "logprobs": chat_logprobs(completion, request.params.logprobs or 0)}
+    return {"message": _answer_message(completion, request), "logprobs": chat_logprobs(completion, request.params.logprobs or 0)}
 
 
 def _chat_label(text: str | None) -> dict[str, Any]:
     return {"message": _message(text), "logprobs": None}
+
+
+def _answer_message(completion: CompletionOutput, request: JobRequest) -> dict[str, Any]:
+    parsed = completion.message
+    if parsed is None:
+        return _message(completion.text)
+    message = _message(parsed.content)
+    if parsed.reasoning is not None:
+        message["reasoning_content"] = parsed.reasoning  # the name that vLLM and templates have for it
+    return {**message, "tool_calls": tool_calls(request, completion)} if parsed.tool_calls else message
 
 
 def _message(text: str | None) -> dict[str, Any]:
@@ -151,7 +171,7 @@ class OpenAIForm:
     def _body(self, request: JobRequest, choices: Sequence[dict[str, Any]], counts: dict[str, int]) -> dict[str, Any]:
         endpoint = ENDPOINTS[self.url]
         return {
-            "id": f"{endpoint.id_prefix}-{_key(request)}",
+            "id": f"{endpoint.id_prefix}-{key(request)}",
             "object": endpoint.object,
             "created": self.created,
             "model": self.model,
@@ -161,17 +181,12 @@ class OpenAIForm:
 
     def _choice(self, index: int, completion: CompletionOutput, request: JobRequest, output: RequestOutput) -> dict[str, Any]:
         written = ENDPOINTS[self.url].choice(completion, request, output)
-        choice = {"index": index, **written, "finish_reason": completion.finish_reason}
+        choice = {"index": index, **written, "finish_reason": finish_reason(completion)}
         if request.shows_ids or not self.has_text:
             choice["token_ids"] = list(completion.token_ids)
         return choice
 
 
 def _record(request: JobRequest, status: int, body: dict[str, Any]) -> dict[str, Any]:
-    response = {"status_code": status, "request_id": f"req_{_key(request)}", "body": body}
-    return {"id": f"batch_req_{_key(request)}", "custom_id": request.id, "response": response, "error": None}
-
-
-def _key(request: JobRequest) -> str:
-    """Return an id that is unique within the job, and the same whenever the line is answered."""
-    return f"{request.line_number:08x}{request.digest:016x}"
+    response = {"status_code": status, "request_id": f"req_{key(request)}", "body": body}
+    return {"id": f"batch_req_{key(request)}", "custom_id": request.id, "response": response, "error": None}

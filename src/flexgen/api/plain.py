@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flexgen.api.bodies import parse_chat, parse_completion
-from flexgen.api.job_request import JobRequest, as_id, best_choice, labels, usage, usage_of_choices
+from flexgen.api.job_request import JobRequest, as_id, best_choice, finish_reason, labels, tool_calls, usage, usage_of_choices
 from flexgen.api.logprobs import generated_logprobs, prompt_logprobs
 from flexgen.errors import RequestError
 from flexgen.request import ClassificationRequestOutput, CompletionOutput, RequestOutput, SamplingParams
@@ -74,9 +74,14 @@ class PlainForm:
         return {"id": request.id, "index": request.line_number, "error": told}
 
     def _choice(self, completion: CompletionOutput, request: JobRequest, prompt: str) -> dict[str, Any]:
-        choice: dict[str, Any] = {"text": prompt + completion.text if self.has_text else None}
+        parsed = completion.message
+        text = completion.text if parsed is None else parsed.content
+        choice: dict[str, Any] = {"text": prompt + (text or "") if self.has_text else None}
+        if request.tools is not None:
+            choice["reasoning_content"] = None if parsed is None else parsed.reasoning
+            choice["tool_calls"] = tool_calls(request, completion)
         if request.shows_ids or not self.has_text:
             choice["token_ids"] = list(completion.token_ids)
         if completion.logprobs is not None:
             choice["logprobs"] = generated_logprobs(completion, request.params.logprobs or 0)
-        return {**choice, "finish_reason": completion.finish_reason, "stop_reason": completion.stop_reason}
+        return {**choice, "finish_reason": finish_reason(completion), "stop_reason": completion.stop_reason}

@@ -148,14 +148,13 @@ def _options(given: Mapping[str, Any]) -> tuple[dict[str, Any], set[str]]:
 
 _CALLS: Mapping[str, tuple[tuple[object, ...], str]] = {
     "chat_template_content_format": (("auto",), "how a template wants its contents is found from the template"),
-    "guided_options_request": ((), "constrained output is not supported"),
+    "guided_options_request": ((), "give SamplingParams(structured_outputs=...)"),
     "lora_request": ((), _NO_ADAPTERS),
     "mm_processor_kwargs": (({},), "prompts are text or token ids"),
     "priority": (([],), "requests have no priorities"),
     "prompt_adapter_request": ((), _NO_ADAPTERS),
     "prompt_token_ids": ((), 'give ids as prompts: [1, 2, 3], or {"prompt_token_ids": [1, 2, 3]}'),
     "tokenization_kwargs": (({},), "tokenize the prompts yourself, and give token ids"),
-    "tools": (([],), "tools are not supported"),
 }
 
 

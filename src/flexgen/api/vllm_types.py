@@ -150,4 +150,3 @@ class ChatKeywords(TypedDict, total=False):
     lora_request: None
     mm_processor_kwargs: Mapping[str, Any] | None
     tokenization_kwargs: Mapping[str, Any] | None
-    tools: None

@@ -51,11 +51,12 @@ def _number(param: str, value: object, *, least: float, largest: float = math.in
     return number
 
 
-def _flag(param: str, value: object) -> bool:
-    flag = plain(value)
-    if not isinstance(flag, bool):
+def flag(param: str, value: object) -> bool:
+    """Return true or false."""
+    found = plain(value)
+    if not isinstance(found, bool):
         raise must_be(param, "true or false", value)
-    return flag
+    return found
 
 
 def _several(param: str, value: object, wanted: str) -> list[Any]:
@@ -65,19 +66,19 @@ def _several(param: str, value: object, wanted: str) -> list[Any]:
     return values
 
 
-def _texts(param: str, value: object) -> tuple[str, ...]:
+def texts(param: str, value: object) -> tuple[str, ...]:
     """Return several texts, each once."""
-    texts = _several(param, value, "a list of texts")
-    for each in texts:
+    found = _several(param, value, "a list of texts")
+    for each in found:
         if not isinstance(each, str) or not each:
             raise must_be(param, "made of texts that are not empty", each)
-    if len(texts) > MAX_TEXTS:
-        raise RequestError(f"{param} must be at most {MAX_TEXTS:,} texts, not {len(texts):,}", param=param)
-    return tuple(dict.fromkeys(map(str, texts)))
+    if len(found) > MAX_TEXTS:
+        raise RequestError(f"{param} must be at most {MAX_TEXTS:,} texts, not {len(found):,}", param=param)
+    return tuple(dict.fromkeys(map(str, found)))
 
 
 def _text_or_texts(param: str, value: object) -> tuple[str, ...]:
-    return _texts(param, [value] if isinstance(value, str) else value)
+    return texts(param, [value] if isinstance(value, str) else value)
 
 
 def _ids(param: str, value: object) -> tuple[int, ...]:
@@ -127,14 +128,14 @@ CHECKS: Mapping[str, Callable[[str, object], Any]] = {
     "seed": _seed,
     "stop": _text_or_texts,
     "stop_token_ids": _ids,
-    "bad_words": _texts,
-    "ignore_eos": _flag,
+    "bad_words": texts,
+    "ignore_eos": flag,
     "max_tokens": partial(_or_none, least=0),
     "min_tokens": partial(_integer, least=0),
     "logprobs": partial(_or_none, least=-1),
     "prompt_logprobs": partial(_or_none, least=-1),
-    "include_stop_str_in_output": _flag,
-    "skip_special_tokens": _flag,
+    "include_stop_str_in_output": flag,
+    "skip_special_tokens": flag,
     "logit_bias": _biases,
     "allowed_token_ids": _some_ids,
 }

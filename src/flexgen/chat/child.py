@@ -57,6 +57,10 @@ class TooLongError(Exception):
     """The prompt has more characters than allowed."""
 
 
+class NoToolsError(Exception):
+    """The conversation has tools, and the template does not read them."""
+
+
 class Parts(list[Any]):
     """Content as a list of parts.  Where a template writes it as if it were text, it is its text."""
 
@@ -139,7 +143,9 @@ class Renderer:
         environment.filters["tojson"] = to_json
         environment.globals.update(raise_exception=raise_exception, strftime_now=self.strftime_now, dict=Dict(), namespace=Namespace)
         self._template = environment.from_string(source)
-        self._form = content.content_form(environment.parse(source))
+        tree = environment.parse(source)
+        self._form = content.content_form(tree)
+        self._reads_tools = any(each.name == "tools" and each.ctx == "load" for each in tree.find_all(jinja2.nodes.Name))
 
     def strftime_now(self, format: str) -> str:
         """Return the local time that templates see."""
@@ -151,6 +157,8 @@ class Renderer:
         Raises:
             Exception: Whatever the template raises.
         """
+        if chat.get("tools") and not self._reads_tools:
+            raise NoToolsError
         self.now = chat.get("now")
         messages = [self._shaped(message) for message in chat["messages"]]
         text = self._open_ended(chat, messages) if chat["continue_final_message"] else self._text(chat, messages)
@@ -166,6 +174,8 @@ class Renderer:
             "messages": messages,
             "add_generation_prompt": chat["add_generation_prompt"],
         }
+        if chat.get("tools"):
+            variables["tools"] = chat["tools"]
         pieces: list[str] = []
         left = self._output_chars
         for piece in self._template.generate(variables):
@@ -209,6 +219,8 @@ def answer(renderer: Renderer, frame: bytes) -> bytes:
         return json.dumps({"text": renderer.render(json.loads(frame))}, ensure_ascii=False).encode()
     except TooLongError as error:
         return json.dumps({"error": f"{error}, made by the chat template", "code": "context_length_exceeded"}).encode()
+    except NoToolsError:
+        return json.dumps({"error": "the chat template has no place for tools", "code": "unsupported_field", "param": "tools"}).encode()
     except jinja2.TemplateError as error:
         reason = f"{'refuses this conversation' if type(error) is jinja2.TemplateError else 'failed'}: {error}"
     except MemoryError:

@@ -23,6 +23,7 @@ class Chat:
         add_generation_prompt: Whether the prompt ends with the header of the answer.
         continue_final_message: Whether the last message is left open, for the model to continue.
         chat_template_kwargs: More variables for the template.
+        tools: The tools that the model may call (see `parse_tools`); they need a template that reads them.
 
     Raises:
         RequestError: Both ways to end the prompt are asked for, or a variable has a reserved name.
@@ -32,6 +33,7 @@ class Chat:
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    tools: tuple[Mapping[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
         if self.add_generation_prompt and self.continue_final_message:
@@ -40,6 +42,8 @@ class Chat:
         if self.continue_final_message and "content" not in self.messages[-1]:
             raise RequestError("continue_final_message: the last message has no content", param="continue_final_message")
         check_template_kwargs(self.chat_template_kwargs)
+        if self.tools and "tools" in self.chat_template_kwargs:
+            raise RequestError("chat_template_kwargs has tools, and so has the request: give them once", param="chat_template_kwargs")
 
 
 def check_template_kwargs(kwargs: object) -> None:

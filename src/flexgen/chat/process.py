@@ -177,8 +177,8 @@ class TemplateProcess:
         return self._child
 
 
-def _error(message: str, code: str = "chat_template_error") -> RequestError:
-    return RequestError(message, code=code, param="messages")
+def _error(message: str, code: str = "chat_template_error", param: str = "messages") -> RequestError:
+    return RequestError(message, code=code, param=param)
 
 
 class _EndedError(Exception):
@@ -234,7 +234,9 @@ class _Child:
 
     def receive(self) -> str | RequestError:
         reply = self._read()
-        return reply["text"] if "text" in reply else _error(reply["error"], reply.get("code", "chat_template_error"))
+        if "text" in reply:
+            return reply["text"]
+        return _error(reply["error"], reply.get("code", "chat_template_error"), reply.get("param", "messages"))
 
     def close(self) -> None:
         self._process.kill()

@@ -66,7 +66,7 @@ EXAMPLES = {
 # Command -> pages of the documentation, which are in the repository and in the source distribution.
 PAGES = {
     "flexgen": ("docs/index.md",),
-    "run": ("docs/labelling.md", "docs/requests.md", "docs/jobs.md", "docs/metrics.md"),
+    "run": ("docs/labelling.md", "docs/structured-output.md", "docs/requests.md", "docs/jobs.md", "docs/metrics.md"),
     "map": ("docs/tables.md", "docs/jobs.md", "docs/metrics.md"),
     "plan": ("docs/plans.md", "docs/models.md"),
     "profile": ("docs/plans.md",),

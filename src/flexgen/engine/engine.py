@@ -196,6 +196,8 @@ class Engine:
     def _result(self, sequence: LiveSequence, finish: Finish) -> TokenResult:
         if finish.error is None and sequence.request.max_tokens:
             self._lengths.observe(sequence.num_generated)
+        if sequence.request.guide is not None:
+            sequence.request.guide.forget()
         result = sequence.result(finish)
         self.log.finished(result, sequence.request, sequence.num_found)
         return result
@@ -206,11 +208,19 @@ class Engine:
         failpoint("engine.pass")
         start = time.perf_counter()
         self.log.begins(pass_load(plan, tuple(self.runner.places), self.cache.groups))
+        self._prepare_guides(plan)
         with torch.no_grad():
             outputs, waits = self.runner.run(plan, self._on_unit)
             results = [result for batch, output in zip(plan.micro_batches, outputs, strict=True) for result in self._receive(batch, output)]
         self.log.passed(time.perf_counter() - start, waits)
         return results
+
+    def _prepare_guides(self, plan: PassPlan) -> None:
+        """Have the guides find out what may come next while the pass computes; an error in that comes back when it is needed."""
+        for batch in plan.micro_batches:
+            for each in (self._scheduler[sequence] for sequence, _ in batch.wanted):
+                if each.request.guide is not None:
+                    for_one_request(each.request.guide.prepare, each.generated)
 
     def _on_unit(self, unit: int) -> None:
         self.log.tell(self._scheduler.num_live, unit, self.runner.num_units)

@@ -14,6 +14,11 @@ from flexgen.request import TokenRequest
 
 def changes_logits(request: TokenRequest) -> bool:
     """Return whether `process_logits` has anything to do."""
+    return request.guide is not None or changes_beside_guide(request)
+
+
+def changes_beside_guide(request: TokenRequest) -> bool:
+    """Return whether `process_logits` has anything to do besides keeping what a guide allows."""
     return (
         request.allowed_token_ids is not None
         or bool(request.bad_words_token_ids or request.min_tokens or request.logit_bias)
@@ -31,6 +36,8 @@ def process_logits(logits: np.ndarray, request: TokenRequest, generated: Sequenc
         generated: The ids that the request has generated so far.
     """
     row = logits.copy()
+    if request.guide is not None:
+        _keep_allowed(row, request.guide.allowed(generated))
     if request.allowed_token_ids is not None:
         _keep_only(row, request.allowed_token_ids)
     for word in request.bad_words_token_ids:
@@ -45,6 +52,13 @@ def process_logits(logits: np.ndarray, request: TokenRequest, generated: Sequenc
         if request.frequency_penalty != 0 or request.presence_penalty != 0:
             _penalise_presence(row, request.frequency_penalty, request.presence_penalty, generated)
     return row
+
+
+def _keep_allowed(row: np.ndarray, allowed: np.ndarray) -> None:
+    """Mask what is not allowed; a head may have more entries than the vocabulary, or fewer."""
+    size = min(len(row), len(allowed))
+    row[:size][~allowed[:size]] = -np.inf
+    row[size:] = -np.inf
 
 
 def _keep_only(row: np.ndarray, token_ids: Sequence[int]) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from flexgen.base.isolation import for_one_request
-from flexgen.engine.processors import changes_logits, process_logits
+from flexgen.engine.processors import changes_beside_guide, changes_logits, process_logits
 from flexgen.errors import RequestError
 from flexgen.request import TokenRequest
 
@@ -47,7 +47,7 @@ def sample(logits: torch.Tensor, requests: Sequence[TokenRequest], generated: Se
         if not finite[row]:
             tokens[row] = RequestError("the model produced logits that are not finite", code="non_finite_logits")
         elif request.temperature > 0 or changes_logits(request):
-            tokens[row] = for_one_request(_choose, as_float64(logits[row]), request, past)
+            tokens[row] = for_one_request(_choose, logits[row], tokens[row], request, past)
     return tokens
 
 
@@ -62,18 +62,35 @@ def as_float64(row: torch.Tensor) -> np.ndarray:
     return row.detach().to(device="cpu", dtype=torch.float64).numpy()
 
 
-def _choose(row: np.ndarray, request: TokenRequest, generated: Sequence[int]) -> int | RequestError:
-    """Return the token of one row of float64 logits."""
+def _choose(logits: torch.Tensor, greedy: int | RequestError, request: TokenRequest, generated: Sequence[int]) -> int | RequestError:
+    """Return the token of one row, whose likeliest token is `greedy`."""
+    if request.temperature == 0 and not changes_beside_guide(request) and _is_allowed(greedy, request, generated):
+        return greedy
+    row = as_float64(logits)
     if changes_logits(request):
         row = process_logits(row, request, generated)
         likeliest = row.max()  # NaN if any logit is NaN
         if likeliest == -np.inf:
-            return RequestError("bad_words, min_tokens and allowed_token_ids leave no token to generate", code="no_token_allowed")
+            return RequestError(f"{_masks(request)} leave no token to generate", code="no_token_allowed")
         if not np.isfinite(likeliest):
             return RequestError("the request's penalties make logits overflow", code="non_finite_logits")
     if request.temperature == 0:
         return int(row.argmax())
     return _draw(row, request, uniform(request.seed, len(request.prompt_token_ids) + len(generated)))
+
+
+def _is_allowed(token: int | RequestError, request: TokenRequest, generated: Sequence[int]) -> bool:
+    """Return whether a guide allows the token, so that the rest of its row need not be looked at."""
+    if request.guide is None or isinstance(token, RequestError):
+        return False
+    allowed = request.guide.allowed(generated)
+    return token < len(allowed) and bool(allowed[token])
+
+
+def _masks(request: TokenRequest) -> str:
+    """Return the names of what may have masked all tokens of a request."""
+    guided = "structured_outputs, " if request.guide is not None else ""
+    return f"{guided}bad_words, min_tokens and allowed_token_ids"
 
 
 def _draw(row: np.ndarray, request: TokenRequest, u: float) -> int:

@@ -43,7 +43,7 @@ class Finish:
     """The reason why an answer is finished.
 
     Attributes:
-        reason: "stop" (by a stop token or string), "length", or "error".
+        reason: "stop" (by a stop token or string, or because a guide allows nothing more), "length", or "error".
         stop_string: The stop string that was found, if that is the reason.
         error: The error, if the reason is "error".
     """
@@ -139,6 +139,8 @@ class LiveSequence:
         stop_string = request.stops(generated) if request.stops is not None else None
         if stop_string is not None:
             return Finish(reason="stop", stop_string=stop_string)
+        if request.guide is not None and len(generated) >= request.min_tokens and request.guide.is_complete(generated):
+            return Finish(reason="stop")
         return Finish(reason="length") if len(generated) >= request.max_tokens else None
 
     def so_far(self) -> PartialAnswer:

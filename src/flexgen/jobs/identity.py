@@ -15,7 +15,7 @@ from typing import Any
 from flexgen.jobs.model import JobModel
 from flexgen.request import SamplingParams
 
-_PACKAGES = ("flexgen-engine", "torch", "transformers", "tokenizers")
+_PACKAGES = ("flexgen-engine", "torch", "transformers", "tokenizers", "llguidance")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
-from flexgen.chat import Chat
+from flexgen.chat import Chat, ToolUse
 from flexgen.errors import RequestError
 from flexgen.plan.tell.forecast import Plan
 from flexgen.plan.workload import Workload
@@ -57,6 +57,22 @@ class JobModel(Protocol):
 
         Raises:
             RequestError: The prompt or a choice cannot be served.
+        """
+        ...
+
+    def tool_params(self, params: SamplingParams, tools: ToolUse) -> SamplingParams:
+        """Return the sampling parameters of a request with tools.
+
+        Raises:
+            RequestError: The model cannot answer with calls of tools, or not with required ones.
+        """
+        ...
+
+    def with_tool_calls(self, output: RequestOutput, tools: ToolUse) -> RequestOutput:
+        """Return the answers to a request with tools, as messages too.
+
+        Raises:
+            RequestError: An answer has no call, although one is required.
         """
         ...
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -50,18 +51,20 @@ class Reader:
             parts = [request.of_each_prompt() for request in requests]
             prompts = iter(encode_prompts(self._model, list(itertools.chain(*parts)), now=self._now))
             for request, alone in zip(requests, parts, strict=True):
-                found = for_one_request(self._token_requests, request, list(itertools.islice(prompts, len(alone))))
-                yield (request.refused(found), ()) if isinstance(found, RequestError) else (request, found)
+                found = for_one_request(self._for_engine, request, list(itertools.islice(prompts, len(alone))))
+                yield (request.refused(found), ()) if isinstance(found, RequestError) else found
 
-    def _token_requests(self, request: JobRequest, prompts: Sequence[Tokens | RequestError]) -> list[TokenRequest]:
-        """Return the engine's requests for the prompts of a line, one prompt after another."""
+    def _for_engine(self, request: JobRequest, prompts: Sequence[Tokens | RequestError]) -> tuple[JobRequest, list[TokenRequest]]:
+        """Return a line whose parameters are complete, and the engine's requests for its prompts, one prompt after another."""
+        if request.tools is not None:
+            request = dataclasses.replace(request, params=self._model.tool_params(request.params, request.tools))
         if len(prompts) == 1:
-            return self._of_prompt(request, index_of(request.line_number), prompts[0])
+            return request, self._of_prompt(request, index_of(request.line_number), prompts[0])
         token_requests: list[TokenRequest] = []
         for place, tokens in enumerate(prompts):
             with naming("prompt", place):
                 token_requests += self._of_prompt(request, index_of(request.line_number) + len(token_requests), tokens)
-        return token_requests
+        return request, token_requests
 
     def _of_prompt(self, request: JobRequest, index: int, tokens: Tokens | RequestError) -> list[TokenRequest]:
         if isinstance(tokens, RequestError):
@@ -70,14 +73,14 @@ class Reader:
         if choices:
             return self._model.choice_requests(index, prompt, choices)
         token_requests = self._model.token_requests(index, prompt, request.params)
-        self._check_length(request, token_requests[0])
+        self._check_length(request, prompt)
         return token_requests
 
-    def _check_length(self, request: JobRequest, first: TokenRequest) -> None:
+    def _check_length(self, request: JobRequest, prompt: Sequence[int]) -> None:
         """Refuse a request whose answer would be cut below the `max_tokens` that the line states."""
         asked = request.params.max_tokens
-        if request.states_max_tokens and asked is not None and first.max_tokens < asked:
-            length, context = len(first.prompt_token_ids), self._model.max_model_len
+        length, context = len(prompt), self._model.max_model_len
+        if request.states_max_tokens and asked is not None and length + asked > context:
             message = f"the prompt's {length} tokens and max_tokens {asked} exceed the context of {context}"
             raise RequestError(message, code="context_length_exceeded", param="max_tokens")
 

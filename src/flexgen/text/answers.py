@@ -11,10 +11,22 @@ from dataclasses import dataclass
 from typing import cast
 
 from flexgen.base.isolation import for_one_request
+from flexgen.base.structured import StructuredOutputsParams
 from flexgen.errors import RequestError
-from flexgen.request import CompletionOutput, Logprob, RequestOutput, SamplingParams, Stops, TokenLogprobs, TokenRequest, TokenResult
+from flexgen.request import (
+    CompletionOutput,
+    Guide,
+    Logprob,
+    RequestOutput,
+    SamplingParams,
+    Stops,
+    TokenLogprobs,
+    TokenRequest,
+    TokenResult,
+)
 from flexgen.text.choices import choice_requests
 from flexgen.text.defaults import choice_seed, derive_seed
+from flexgen.text.guides import Guides
 from flexgen.text.stop_strings import StopStrings, cut_at_stop
 from flexgen.text.stream import TextStream, decode_behind
 from flexgen.text.tokenizer import Tokenizer, no_room
@@ -33,6 +45,7 @@ class RequestTranslator:
         eos_token_ids: The tokens that end an answer unless its parameters ignore them.
         seed: The base of the seeds of prompts that name none.
         max_logprobs: The most log probabilities that a prompt may request; -1 allows any number.
+        guides: The maker of guides for answers that are constrained; None where no answer can be.
     """
 
     tokenizer: Tokenizer | None
@@ -41,12 +54,13 @@ class RequestTranslator:
     eos_token_ids: frozenset[int]
     seed: int
     max_logprobs: int = 20
+    guides: Guides | None = None
 
     def requests(self, index: int, prompt_token_ids: Sequence[int], params: SamplingParams) -> list[TokenRequest]:
         """Return one request per answer, with indices from `index` on.
 
-        As in vLLM, `max_tokens` is cut to the context that the prompt leaves.  The first request also scores the prompt, if that is asked
-        for.
+        As in vLLM, `max_tokens` is cut to the context that the prompt leaves; also to the longest text, if the answer is one of several.
+        The first request also scores the prompt, if that is asked for.
 
         Raises:
             RequestError: The prompt is empty, has ids outside the vocabulary or leaves no room for an answer (`context_length_exceeded`),
@@ -59,7 +73,7 @@ class RequestTranslator:
         first = TokenRequest(
             index=index,
             prompt_token_ids=prompt,
-            max_tokens=room if params.max_tokens is None else min(room, params.max_tokens),
+            max_tokens=self._most_tokens(room, params),
             presence_penalty=params.presence_penalty,
             frequency_penalty=params.frequency_penalty,
             repetition_penalty=params.repetition_penalty,
@@ -77,7 +91,7 @@ class RequestTranslator:
         return [
             dataclasses.replace(
                 first, index=index + choice, seed=self._seed(params, index, choice), stops=self._stops(prompt, params),
-                num_prompt_logprobs=params.prompt_logprobs if choice == 0 else None,
+                guide=self._guide(params), num_prompt_logprobs=params.prompt_logprobs if choice == 0 else None,
             )
             for choice in range(params.n)
         ]  # fmt: skip
@@ -154,6 +168,13 @@ class RequestTranslator:
         self._check_vocabulary("the prompt has", prompt, "prompt")
         return room
 
+    def _most_tokens(self, room: int, params: SamplingParams) -> int:
+        """Return the most tokens that the answer may have; one of given texts has at most a token for each byte, and one for its end."""
+        constraint = cast("StructuredOutputsParams | None", params.structured_outputs)
+        texts = () if constraint is None else constraint.choice or ()
+        longest = max((len(text.encode()) for text in texts), default=room) + 1
+        return min(room, longest, room if params.max_tokens is None else params.max_tokens)
+
     def _check_vocabulary(self, what: str, token_ids: Sequence[int], param: str) -> None:
         if min(token_ids) < 0 or max(token_ids) >= self.vocab_size:
             raise RequestError(f"{what} token ids outside the vocabulary of {self.vocab_size}", param=param)
@@ -185,6 +206,14 @@ class RequestTranslator:
         tokenizer = self._needed_tokenizer("stop")
         skip = params.skip_special_tokens
         return StopStrings(tokenizer, stop, prompt=prompt, min_tokens=params.min_tokens, skip_special_tokens=skip)
+
+    def _guide(self, params: SamplingParams) -> Guide | None:
+        constraint = cast("StructuredOutputsParams | None", params.structured_outputs)
+        if constraint is None:
+            return None
+        if self.guides is None:
+            raise RequestError("structured_outputs is not supported here", code="unsupported_field", param="structured_outputs")
+        return self.guides.guide(constraint, ignore_eos=params.ignore_eos)
 
     def _bad_words(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
         if (num_chars := sum(map(len, params.bad_words or ()))) > _MAX_BAD_WORDS_CHARS:
@@ -223,7 +252,7 @@ class RequestTranslator:
             return ""
         ids, include, skip = result.token_ids, params.include_stop_str_in_output, params.skip_special_tokens
         if result.stop_string is None:
-            hides_last = result.finish_reason == "stop" and not include
+            hides_last = result.finish_reason == "stop" and not include and not self._was_completed(result, params)
             return decode_behind(self.tokenizer, prompt, ids[:-1] if hides_last else ids, skip_special_tokens=skip)
         text, before = (decode_behind(self.tokenizer, prompt, each, skip_special_tokens=skip) for each in (ids, ids[:-1]))
         return cut_at_stop(text, before, result.stop_string, include=include)
@@ -241,11 +270,18 @@ class RequestTranslator:
         return tuple(offsets)
 
     def _stop_reason(self, result: TokenResult, params: SamplingParams) -> int | str | None:
-        """Return the stop string or token; None for the model's own end, as in vLLM."""
+        """Return the stop string or token; None for the model's own end, as in vLLM, and for an answer that nothing can continue."""
         if result.finish_reason != "stop" or result.stop_string is not None:
             return result.stop_string
         last = result.token_ids[-1]
-        return None if last in self.eos_token_ids and not params.ignore_eos else last
+        is_own_end = last in self.eos_token_ids and not params.ignore_eos
+        return None if is_own_end or self._was_completed(result, params) else last
+
+    def _was_completed(self, result: TokenResult, params: SamplingParams) -> bool:
+        """Return whether an answer ended because its constraint allows nothing more, and not by a token that is no part of it."""
+        last = result.token_ids[-1]
+        ends = last in (params.stop_token_ids or ()) or (last in self.eos_token_ids and not params.ignore_eos)
+        return params.structured_outputs is not None and not ends
 
     def _prompt_logprobs(self, result: TokenResult) -> list[dict[int, Logprob] | None] | None:
         return None if result.prompt_logprobs is None or result.error is not None else [None, *self._named(result.prompt_logprobs)]

@@ -1,0 +1,236 @@
+"""Constraints on answers by llguidance: which tokens may come next so that the text stays one that a schema or grammar allows.
+
+Knows tokenizers and constraints; knows nothing of engines, which see guides as `request.Guide`.  llguidance is imported when the first
+constraint is used.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+
+from flexgen.base.structured import StructuredOutputsParams
+from flexgen.errors import RequestError, is_failure
+from flexgen.text.masks import Mask, MaskThread
+from flexgen.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
+
+PARAM = "structured_outputs"
+_MOST_GRAMMARS = 64  # compiled and kept at the same time, besides those of live answers
+_MOST_THREADS = 8
+_MOST_REASON_CHARS = 500
+_DEAD_END = "NoExtensionBias"  # llguidance's reason to stop where the grammar goes on, and no token does
+# White space between the tokens of JSON.  Without a bound a model that has lost its thread writes white space until `max_tokens`.
+JSON_OPTIONS: Mapping[str, Any] = {"whitespace_pattern": r"[ \t]|\r?\n[ \t]{0,20}"}
+
+
+class Guides:
+    """Makes the guides of a model's answers, and owns the threads that find out which tokens may come next.
+
+    Args:
+        tokenizer: The model's tokenizer; None where it has none, so that nothing can be constrained.
+        vocab_size: The number of logits that the model computes.
+        eos_token_ids: The tokens that may end an answer which is complete.
+    """
+
+    def __init__(self, tokenizer: Tokenizer | None, vocab_size: int, eos_token_ids: frozenset[int]) -> None:
+        self._tokenizer, self._vocab_size, self._eos_token_ids = tokenizer, vocab_size, eos_token_ids
+        self._compiled = functools.lru_cache(_MOST_GRAMMARS)(self._compile)
+        self._thread: MaskThread | None = None
+
+    def guide(self, params: StructuredOutputsParams, *, ignore_eos: bool = False) -> TokenGuide:
+        """Return the guide of one answer.
+
+        Args:
+            params: The constraint.
+            ignore_eos: Whether an end-of-sequence token may not even end an answer that is complete.
+
+        Raises:
+            RequestError: The constraint cannot be enforced, or llguidance is not installed.
+        """
+        prototype = self._compiled(params)
+        ends = frozenset() if ignore_eos else self._eos_token_ids
+        never = [token for token in self._tokens.eos_tokens if token not in ends]
+        return TokenGuide(prototype, self._masks, num_tokens=self._tokens.vocab_size, never=never)
+
+    def literal(self, text: str) -> str:
+        """Write a text as a part of a rule of a grammar; special tokens in it become those tokens.
+
+        Raises:
+            RequestError: See `guide`.
+        """
+        hf: Any = self._tokenizer.hf if self._tokenizer is not None else None
+        tokens = self._tokens
+        special = {str(token): token_id for token_id, token in hf.added_tokens_decoder.items() if tokens.is_special_token(token_id)}
+        pattern = "|".join(re.escape(each) for each in sorted(special, key=len, reverse=True) if each in text)
+        pieces = re.split(f"({pattern})", text) if pattern else [text]
+        return " ".join(f"<[{special[each]}]>" if each in special else json.dumps(each) for each in pieces if each) or '""'
+
+    def close(self) -> None:
+        """End the threads; the next guide would start others."""
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            thread.close()
+
+    def _masks(self) -> MaskThread:
+        """Return the thread that fills masks, and start it if need be."""
+        if self._thread is None:
+            most = max(1, min(_MOST_THREADS, len(os.sched_getaffinity(0)) // 2))
+            self._thread = MaskThread(self._tokens.vocab_size, most)
+        return self._thread
+
+    @functools.cached_property
+    def _tokens(self) -> LLTokenizer:
+        """The vocabulary as llguidance needs it; made once, because that takes about a second."""
+        if self._tokenizer is None:
+            raise RequestError(f"{PARAM} needs a tokenizer, and the model has none", param=PARAM)
+        try:
+            from llguidance.hf import from_tokenizer
+        except ImportError as error:
+            message = f"{PARAM} needs llguidance: pip install 'flexgen-engine[grammar]'"
+            raise RequestError(message, code="unsupported_field", param=PARAM) from error
+        hf: Any = self._tokenizer.hf
+        if not getattr(hf, "is_fast", False):
+            message = f"{PARAM} needs a fast tokenizer (tokenizer.json), and the model has a {type(hf).__name__}"
+            raise RequestError(message, code="unsupported_field", param=PARAM)
+        try:
+            return from_tokenizer(hf, n_vocab=max(self._vocab_size, len(hf)), eos_token=sorted(self._eos_token_ids) or None)
+        except BaseException as error:
+            if not is_failure(error):
+                raise
+            raise RequestError(f"{PARAM}: llguidance does not understand the tokenizer: {_reason(str(error))}", param=PARAM) from error
+
+    def _compile(self, params: StructuredOutputsParams) -> LLMatcher:
+        """Return a matcher of the constraint that has seen no token.
+
+        Raises:
+            RequestError: See `guide`.
+        """
+        tokens = self._tokens
+        from llguidance import LLMatcher, LLParserLimits
+
+        try:
+            matcher = LLMatcher(tokens, _grammar(params), log_level=0, limits=LLParserLimits(verbose_errors=False))
+        except BaseException as error:
+            if not is_failure(error):
+                raise
+            raise _refused(str(error)) from error
+        if matcher.is_error():
+            raise _refused(matcher.get_error())
+        return matcher
+
+
+class TokenGuide:
+    """The constraint on one answer (a `request.Guide`).
+
+    Args:
+        prototype: A matcher of the constraint that has seen no token; it is copied.
+        masks: Returns the thread that fills masks.
+        num_tokens: The number of tokens that the matcher knows.
+        never: Tokens that may not come, whatever the matcher says.
+    """
+
+    def __init__(self, prototype: LLMatcher, masks: Callable[[], MaskThread], *, num_tokens: int, never: Sequence[int]) -> None:
+        self._prototype, self._masks, self._num_tokens, self._never = prototype, masks, num_tokens, list(never)
+        self._matcher: LLMatcher | None = None
+        self._num_seen = 0
+        self._mask: Mask | None = None  # for the tokens seen
+
+    def prepare(self, token_ids: Sequence[int]) -> None:
+        """Begin to find out on another thread which tokens may come next (see `request.Guide`)."""
+        matcher = self._after(token_ids)
+        if self._mask is None:
+            self._mask = self._masks().ask(matcher)
+
+    def allowed(self, token_ids: Sequence[int]) -> np.ndarray:
+        """Return whether each token may come next (see `request.Guide`)."""
+        self.prepare(token_ids)
+        self._wait()
+        assert self._mask is not None
+        if self._mask.error is not None:
+            raise self._mask.error
+        self._check()
+        words = self._mask.words
+        assert words is not None
+        allowed = np.unpackbits(words.view(np.uint8), bitorder="little")[: self._num_tokens].view(np.bool_)
+        allowed[self._never] = False
+        return allowed
+
+    def is_complete(self, token_ids: Sequence[int]) -> bool:
+        """Return whether nothing can continue the answer (see `request.Guide`)."""
+        matcher = self._after(token_ids)
+        self._wait()
+        return matcher.is_stopped()
+
+    def forget(self) -> None:
+        """Free the matcher; another one begins anew if the guide is asked again."""
+        self._wait()
+        self._matcher, self._mask, self._num_seen = None, None, 0
+
+    def _after(self, token_ids: Sequence[int]) -> LLMatcher:
+        """Return the matcher once it has seen these tokens."""
+        if len(token_ids) < self._num_seen:  # another run of the same request
+            self.forget()
+        if self._matcher is None:
+            self._matcher = self._prototype.deep_copy()
+        if len(token_ids) > self._num_seen:
+            self._wait()
+            self._mask = None
+            self._matcher.consume_tokens(list(token_ids[self._num_seen :]))
+            self._num_seen = len(token_ids)
+            self._check()
+        return self._matcher
+
+    def _wait(self) -> None:
+        """Wait until the matcher belongs to this thread again."""
+        if self._mask is not None:
+            self._masks().wait(self._mask)
+
+    def _check(self) -> None:
+        matcher = self._matcher
+        if matcher is not None and matcher.is_error():
+            raise RequestError(f"the constraint on the answer failed: {_reason(matcher.get_error())}", code="constraint_failed")
+        if matcher is not None and matcher.stop_reason() == _DEAD_END:
+            raise RequestError("no token of the vocabulary goes on as the constraint on the answer demands", code="constraint_failed")
+
+
+def _grammar(params: StructuredOutputsParams) -> str:
+    """Return the constraint in llguidance's own form."""
+    from llguidance import LLMatcher, grammar_from
+
+    if params.json is not None or params.json_object:
+        schema = params.json if isinstance(params.json, str) else '{"type": "object"}'
+        return LLMatcher.grammar_from_json_schema(schema, overrides=cast("Any", _white_space(params, schema)))
+    if params.regex is not None:
+        return LLMatcher.grammar_from_regex(params.regex)
+    if params.choice is not None:
+        return grammar_from("choice", json.dumps(params.choice))
+    return grammar_from("grammar", params.grammar or "")
+
+
+def _white_space(params: StructuredOutputsParams, schema: str) -> Mapping[str, Any]:
+    """Return llguidance's options of white space in JSON: those of the constraint, of the schema itself, or else ours."""
+    if params.disable_any_whitespace:
+        return {"whitespace_flexible": False, "whitespace_pattern": None}
+    if params.whitespace_pattern is not None:
+        return {"whitespace_pattern": params.whitespace_pattern}
+    own = json.loads(schema).get("x-guidance")
+    has_own = isinstance(own, dict) and any(name.startswith("whitespace_") for name in own)
+    return {} if has_own else JSON_OPTIONS
+
+
+def _refused(reason: str) -> RequestError:
+    """Return the error of a constraint that llguidance does not take."""
+    return RequestError(f"{PARAM}: {_reason(reason)}", code="unsupported_constraint", param=PARAM)
+
+
+def _reason(text: str) -> str:
+    return " ".join(text.split())[:_MOST_REASON_CHARS]
