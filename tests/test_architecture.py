@@ -36,6 +36,7 @@ FLOORS = (
     {"api"},
     {"llm"},
     {"jobs", "bench"},
+    {"evaluation"},
     {"cli"},
     {"__init__"},
 )

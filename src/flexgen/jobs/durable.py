@@ -30,6 +30,7 @@ def answer_lines(
     *,
     defaults: SamplingParams = _DEFAULTS,
     accept_changes: bool = False,
+    retry_errors: bool = False,
     on_progress: Callable[[Progress], None] | None = None,
     stop: StopRequest | None = None,
 ) -> Iterator[dict[str, Any]]:
@@ -45,6 +46,7 @@ def answer_lines(
             lines goes on from there, and a finished one answers nothing again.
         defaults: The sampling parameters of lines that set none.
         accept_changes: Whether to go on although lines that were answered have changed, or the model or the defaults have.
+        retry_errors: Whether lines that ended in an error in an earlier call are answered again.
         on_progress: A callback that is called with the progress of the run.
         stop: A request to stop, which another thread may make.
 
@@ -61,6 +63,8 @@ def answer_lines(
                 store.begin(identity_of(model, defaults), model.name, accept_changes=accept_changes)
                 job = Job(model, source, store, defaults=defaults, stop=stop)
                 job.match(accept_changes=accept_changes)
+                if retry_errors:
+                    store.forget_failed()
                 workload = job.scan()
                 if len(workload):
                     job.open(workload)
