@@ -60,7 +60,7 @@ def test_lambada_goes_on(novels_opt: Path, tmp_path: Path, passages: Path) -> No
     (("perplexity", "MODEL", "missing.txt"), 2, "FILE missing.txt: there is no such file"),
     (("perplexity", "MODEL", "."), 2, "FILE .: this is a folder"),
     (("lambada", "MODEL", "PASSAGES", "--state", "no/such/folder"), 2, "--state no/such/folder: there is no folder no/such"),
-    (("lambada", "MODEL", "PASSAGES", "--limit", "0"), 2, "0 is not in the range"),
+    (("lambada", "MODEL", "PASSAGES", "--limit", "0"), 2, "Invalid value for '--limit'"),
     (("lambada", "MODEL", "MODEL/config.json"), 3, "line 1: not JSON"),
 ])  # fmt: skip
 def test_what_is_refused(novels_opt: Path, passages: Path, words: tuple[str, ...], code: int, said: str) -> None:

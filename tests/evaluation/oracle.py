@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from flexgen import LLM
+from flexgen.jobs.folder import find_job
+from flexgen.jobs.interrupt import StopRequest
+from flexgen.jobs.status import read_status
 
 
 @dataclass(frozen=True)
@@ -39,3 +43,21 @@ class Subject:
 
     llm: LLM
     oracle: Oracle
+
+
+class StopAfterPasses(StopRequest):
+    """A request to stop that is made after a number of passes, however long they take."""
+
+    def __init__(self, num_passes: int) -> None:
+        super().__init__()
+        self._left = num_passes
+
+    @property
+    def asked(self) -> bool:
+        self._left -= 1
+        return self._left < 0
+
+
+def num_done(folder: Path) -> int:
+    """The number of lines of a job that are done."""
+    return read_status(find_job(folder)).answered

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from evaluation.oracle import StopAfterPasses, num_done
 from typer.testing import CliRunner
 
 from flexgen import LLM
 from flexgen.cli import app
 from flexgen.errors import OptionError
-from flexgen.jobs.interrupt import Stopped, StopRequest
-from flexgen.report.progress import Progress
+from flexgen.jobs.interrupt import Stopped
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness (the extra eval) is not installed")
 
@@ -151,32 +150,25 @@ def test_tasks_give_the_results_of_hf(ours: Any, theirs: Any, tasks: Path) -> No
     assert found["words"]["perplexity,none"] == pytest.approx(wanted["words"]["perplexity,none"], rel=1e-4)
 
 
-def test_an_interrupted_evaluation_goes_on_and_scores_nothing_twice(novels_opt: Path, tasks: Path, tmp_path: Path) -> None:
+def test_an_interrupted_evaluation_goes_on_and_scores_nothing_twice(
+    novels_opt: Path, tasks: Path, tmp_path: Path, streamed: list[int]
+) -> None:
     from flexgen.evaluation.lm_eval import FlexGenLM
 
-    stop = StopRequest()
-    done: list[int] = []
-    seen: list[Progress] = []
-
-    def stop_in_the_middle(progress: Progress) -> None:
-        done.append(progress.num_requests_done)
-        if progress.num_requests_done >= 8:
-            stop.ask()
-
+    how: dict[str, Any] = {"max_gen_toks": 8, "use_tqdm": False}
     with LLM(novels_opt, dtype="float32", max_num_seqs=2, max_model_len=64) as llm:
-        how = {"state": tmp_path / "state", "max_gen_toks": 8}
-        with FlexGenLM(llm, on_progress=stop_in_the_middle, stop=stop, **how) as lm, contextlib.suppress(Stopped):
+        with FlexGenLM(llm, **how) as lm:
+            whole = evaluated(lm, tasks)
+        num_scored, num_generated = streamed
+        with FlexGenLM(llm, state=tmp_path / "state", stop=StopAfterPasses(6), **how) as lm, pytest.raises(Stopped):
             evaluated(lm, tasks)
-            pytest.fail("it was not stopped")
-        with FlexGenLM(llm, on_progress=seen.append, **how) as lm:
-            found = evaluated(lm, tasks)
-        sizes = list(dict.fromkeys(progress.num_requests for progress in seen))
-        assert sizes[0] is not None
-        assert sizes[0] <= 48 - 8  # a passage is a context and a word of two tokens
-        with FlexGenLM(llm, on_progress=seen.clear, **how) as lm:  # pyright: ignore[reportArgumentType]
-            assert evaluated(lm, tasks) == found, "nothing is left to do"
-        with FlexGenLM(llm, use_tqdm=False, max_gen_toks=8) as lm:
-            assert evaluated(lm, tasks) == found
+        (folder,) = (tmp_path / "state").iterdir()
+        left = 24 - num_done(folder)
+        assert 0 < left < 24
+        for _ in range(2):
+            with FlexGenLM(llm, state=tmp_path / "state", **how) as lm:
+                assert evaluated(lm, tasks) == whole
+    assert streamed[2:] == [num_scored, num_scored * left // 24, num_generated], "the second time, nothing is left to do"
 
 
 def command(*words: object) -> Any:

@@ -34,7 +34,7 @@ def test_it_is_that_of_transformers(subject: Subject) -> None:
     windows = [window for each in tokens for window in rolling_windows(each, encoding.prefix_token_id, most)]
     assert len(windows) > 2, "the first text takes several windows"
     assert found.num_tokens == sum(len(predicted) for _, predicted in windows)
-    assert found.num_bytes == len(LONG) + 11
+    assert found.num_bytes == len(LONG) + 12
     assert found.num_words == len(LONG.split()) + 1 + 2  # lm-eval counts what follows the last space as a word
     wanted = sum(subject.oracle.score(*window)[0] for window in windows)
     assert found.loglikelihood / found.num_tokens == pytest.approx(wanted / found.num_tokens, abs=1e-5)

@@ -7,17 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from evaluation.oracle import Subject
+from evaluation.oracle import StopAfterPasses, Subject, num_done
 
 from flexgen import LLM
 from flexgen.errors import RequestError
 from flexgen.evaluation.answers import Answers
 from flexgen.evaluation.encoding import Encoding
 from flexgen.evaluation.scoring import score, scoring_lines
-from flexgen.jobs.folder import find_job
-from flexgen.jobs.interrupt import Stopped, StopRequest
-from flexgen.jobs.status import read_status
-from flexgen.report.progress import Progress
+from flexgen.jobs.interrupt import Stopped
 from flexgen.request import TokenRequest
 
 CONTEXT = "The old house stood upon the hill, and "
@@ -80,40 +77,25 @@ def test_the_likeliest_continuation_is_greedy(subject: Subject) -> None:
     assert [each.is_greedy for each in score(Answers(llm=subject.llm), "test", [(prompt, tokens), (prompt, other)])] == [True, False]
 
 
-def test_an_interrupted_evaluation_goes_on_and_scores_nothing_twice(novels_opt: Path, tmp_path: Path) -> None:
+def test_an_interrupted_evaluation_goes_on_and_scores_nothing_twice(novels_opt: Path, tmp_path: Path, streamed: list[int]) -> None:
     """It is stopped in its middle; what the second run computes is exactly what the first one left."""
-    stop = StopRequest()
-    seen: list[Progress] = []
-
-    def stop_in_the_middle(progress: Progress) -> None:
-        if progress.num_requests_done >= 10:
-            stop.ask()
-
     with LLM(novels_opt, dtype="float32", max_num_seqs=4, max_model_len=64) as llm:
-        encoding = Encoding(llm.get_tokenizer())
+        encoding, state = Encoding(llm.get_tokenizer()), tmp_path / "state"
         pairs = encoding.pairs((f"Chapter {number}. The old", " house stood") for number in range(40))
-        state = tmp_path / "state"
         with pytest.raises(Stopped):
-            score(Answers(llm=llm, state=state, on_progress=stop_in_the_middle, stop=stop), "test", pairs)
+            score(Answers(llm=llm, state=state, stop=StopAfterPasses(6)), "test", pairs)
         (folder,) = state.iterdir()
         done = num_done(folder)
         assert 0 < done < 40
-        found = score(Answers(llm=llm, state=state, on_progress=seen.append), "test", pairs)
-        assert {progress.num_requests for progress in seen} == {2 * (40 - done)}  # a line is a context and a choice of two tokens
+        found = score(Answers(llm=llm, state=state), "test", pairs)
+        assert found == score(Answers(llm=llm, state=state), "test", pairs)
+        assert streamed == [2 * 40, 2 * (40 - done)], "a line is a context and a choice of two tokens"
         assert found == score(Answers(llm=llm), "test", pairs)
-        seen.clear()
-        assert found == score(Answers(llm=llm, state=state, on_progress=seen.append), "test", pairs)
-        assert not seen, "nothing was left to do"
     assert [folder] == list(state.iterdir()), "one folder for the same requests"
-
-
-def num_done(folder: Path) -> int:
-    return read_status(find_job(folder)).answered
 
 
 def test_failed_lines_are_tried_again(novels_opt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A line fails for a reason that is gone later; the other one is not scored again."""
-    seen: list[Progress] = []
     real = LLM.choice_requests
 
     def refuse(self: LLM, index: int, prompt: Sequence[int], choices: Sequence[Sequence[int]]) -> list[TokenRequest]:
@@ -123,14 +105,13 @@ def test_failed_lines_are_tried_again(novels_opt: Path, tmp_path: Path, monkeypa
 
     pairs = [([2, 5], [6]), ([2, 7], [6])]
     with LLM(novels_opt, dtype="float32") as llm:
-        answers = Answers(llm=llm, state=tmp_path / "state", on_progress=seen.append)
+        answers = Answers(llm=llm, state=tmp_path / "state")
         with monkeypatch.context() as patched:
             patched.setattr(LLM, "choice_requests", refuse)
             with pytest.raises(RequestError, match=r"1 of 2 lines of test .* line 2: no room today"):
                 score(answers, "test", pairs)
-        seen.clear()
         assert len(score(answers, "test", pairs)) == 2
-        assert {progress.num_requests for progress in seen} == {1}
+        assert llm.report().num_requests == 1
 
 
 def test_another_model_is_another_job(novels_opt: Path, tmp_path: Path) -> None:

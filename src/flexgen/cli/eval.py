@@ -31,7 +31,7 @@ from flexgen.cli.options import (
 from flexgen.cli.signals import StopSignals
 from flexgen.cli.streams import check_stdout
 from flexgen.cli.terminal import showing
-from flexgen.errors import EngineError, OptionError, OutOfMemoryError, RequestError, StorageError
+from flexgen.errors import EngineError, FlexGenError, OptionError, OutOfMemoryError, RequestError, StorageError
 from flexgen.jobs.interrupt import Stopped
 from flexgen.options import EngineOptions
 
@@ -191,16 +191,12 @@ def _evaluate(model: str, options: EngineOptions, common: CommonFlags, run: Call
         try:
             with load(model, options, common.progress) as llm:
                 llm.check_model()
-                shown = _Shown(display)
-                answers = Answers(llm=llm, state=state.folder, on_progress=shown, stop=signals.request)
+                answers = Answers(llm=llm, state=state.folder, on_progress=display.progress, stop=signals.request)
                 with signals.deferred():
                     run(display, llm, answers)
                 display.close()
                 state.is_done = True
-                if shown.any:
-                    display.report(llm.report())
-                    if common.verbose:
-                        display.details(llm.report())
+                _report(display, llm, verbose=common.verbose)
             return ExitCode.ALL_ANSWERED
         except Stopped:
             display.close()
@@ -213,15 +209,16 @@ def _evaluate(model: str, options: EngineOptions, common: CommonFlags, run: Call
             return complain(f"{error}\nthe same command goes on", ExitCode.RESUMABLE)
 
 
-class _Shown:
-    """Shows progress, and knows whether there was any, so that there is a report."""
-
-    def __init__(self, display: Display) -> None:
-        self._display, self.any = display, False
-
-    def __call__(self, progress: Any) -> None:
-        self.any = True
-        self._display.progress(progress)
+def _report(display: Display, llm: LLM, *, verbose: bool) -> None:
+    """Show the report of the last job; there is none where everything was done before."""
+    try:
+        report = llm.report()
+    except FlexGenError:
+        return display.message("nothing was left to do")
+    display.report(report)
+    if verbose:
+        display.details(report)
+    return None
 
 
 class _State:

@@ -51,6 +51,7 @@ def evaluate(lm: FlexGenLM, pretrained: str, parsed: argparse.Namespace) -> None
         FlexGenError: The model failed.
     """
     parsed.model, parsed.model_args = lm, {"pretrained": pretrained, **(parsed.model_args or {})}
+    parsed.device = lm.llm.options.device  # only written into results
     try:
         parsed.func(parsed)
     except FlexGenError:
