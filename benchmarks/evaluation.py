@@ -40,12 +40,16 @@ def main() -> int:
     parser.add_argument("--tasks", nargs="+", choices=ALL_TASKS, default=list(ALL_TASKS))
     parser.add_argument("--batch-size", type=int, default=8, help="of the hf backend")
     parser.add_argument("--host-mem", help="budget of flexgen")
+    parser.add_argument("--limit", type=int, help="take only so many documents of each task")
     args = parser.parse_args()
     failures = 0
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         for task in args.tasks:
             write_task(task, args.data, folder)
+            if args.limit is not None:
+                lines = folder / f"{task}.jsonl"
+                lines.write_text("".join(lines.read_text().splitlines(keepends=True)[: args.limit]))
             row = compare(task, args.model, folder, args.batch_size, args.host_mem)
             failures += not row["equal"]
             print(json.dumps(Results(args.results).append(row)), flush=True)
