@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from flexgen.cli import bench, export, map, plan, profile, run, status
+from flexgen.cli import eval as evaluations
 from flexgen.cli.exit_codes import complain_of_bug
 from flexgen.cli.help import CONTEXT_SETTINGS, Command, Group
 from flexgen.cli.streams import standard_streams
@@ -30,6 +31,13 @@ for _command in (run.run, map.map, status.status, export.export, plan.plan, prof
 _bench = typer.Typer(cls=Group, no_args_is_help=True, rich_markup_mode=None, help="Measure this machine's throughput with a model.")
 _bench.command(cls=Command)(bench.throughput)
 app.add_typer(_bench, name="bench")
+_eval = typer.Typer(
+    cls=Group, no_args_is_help=True, rich_markup_mode=None, help="Evaluate a model: perplexity, LAMBADA, lm-evaluation-harness."
+)
+for _command in (evaluations.perplexity, evaluations.lambada):
+    _eval.command(cls=Command)(_command)
+_eval.command(cls=Command, context_settings=evaluations.LM_EVAL_CONTEXT)(evaluations.lm_eval)
+app.add_typer(_eval, name="eval")
 
 
 def _show_version(asked: bool) -> None:

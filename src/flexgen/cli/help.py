@@ -62,6 +62,23 @@ EXAMPLES = {
         ("flexgen bench throughput MODEL --num-prompts 200", "that many random prompts of 256 tokens"),
         ("flexgen bench throughput MODEL --load-format dummy", "random weights: config.json is enough"),
     ],
+    "eval": [
+        ("flexgen eval perplexity MODEL text.txt", "perplexity per word, byte and token"),
+        ("flexgen eval lm-eval MODEL --tasks hellaswag", "any task of lm-evaluation-harness"),
+    ],
+    "perplexity": [
+        ("flexgen eval perplexity MODEL wiki.test.raw --dtype float32", "one text, in windows of the model's context"),
+        ("flexgen eval perplexity MODEL texts.jsonl --state ppl", "many texts; the same command again goes on where it stopped"),
+    ],
+    "lambada": [
+        ("flexgen eval lambada MODEL lambada_test.jsonl", "accuracy and perplexity of the last words"),
+        ("flexgen eval lambada MODEL lambada_test.jsonl --limit 500 --json", "of the first 500 passages, as JSON"),
+    ],
+    "lm-eval": [
+        ("flexgen eval lm-eval MODEL --tasks hellaswag arc_easy", "two tasks; lm-eval prints its table"),
+        ("flexgen eval lm-eval MODEL --state mmlu --tasks mmlu --num_fewshot 5", "the same command again goes on where it stopped"),
+        ("flexgen eval lm-eval MODEL -- --tasks mmlu --seed 1,2,3,4", "what follows -- is lm-eval's, also where both have an option"),
+    ],
 }  # fmt: skip
 # Command -> pages of the documentation, which are in the repository and in the source distribution.
 PAGES = {
@@ -74,6 +91,10 @@ PAGES = {
     "export": ("docs/jobs.md",),
     "bench": ("docs/metrics.md",),
     "throughput": ("docs/metrics.md",),
+    "eval": ("docs/evaluation.md",),
+    "perplexity": ("docs/evaluation.md",),
+    "lambada": ("docs/evaluation.md",),
+    "lm-eval": ("docs/evaluation.md",),
 }
 _WITH_EXIT_CODES = ("flexgen", "run", "map")
 

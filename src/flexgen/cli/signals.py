@@ -30,6 +30,7 @@ class StopSignals:
         self._received: signal.Signals | None = None
         self._deferring = False
         self._previous: dict[signal.Signals, Any] = {}
+        self._process = os.getpid()
 
     @property
     def name(self) -> str:
@@ -53,6 +54,10 @@ class StopSignals:
             self._deferring = False
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:  # a child of a library's pool, which ends its children by signals
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
         if self._received is not None:
             _say(b"flexgen: stopped at once; the same command goes on\n")
             os._exit(_SIGNALS[signal.Signals(number)])

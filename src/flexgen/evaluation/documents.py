@@ -1,0 +1,71 @@
+"""Reads the texts of an evaluation: a text file is one document, a file of JSON lines has one in each line."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from flexgen.errors import JobError, StorageError
+from flexgen.jobs.input_file import READ_ERRORS, open_input
+
+_JSON_LINES = (".jsonl", ".ndjson")
+
+
+def read_documents(path: Path, limit: int | None = None) -> list[str]:
+    """Return the texts of a file, in UTF-8 or UTF-16, plain or compressed by gzip.
+
+    Args:
+        path: A file of JSON lines with the key `text`, by its name, or any other file, which is one text.
+        limit: The most texts to read; None for all.
+
+    Raises:
+        JobError: A line is not such an object, a text is not UTF-8, or there is no text.
+        StorageError: The file cannot be read.
+    """
+    name = path.name.removesuffix(".gz")
+    found = _lines(path) if name.endswith(_JSON_LINES) else iter([_whole(path)])
+    documents = [text for text in itertools.islice(found, limit) if text]
+    if not documents:
+        raise JobError(f"{path} has no text")
+    return documents
+
+
+def read_lines(path: Path, limit: int | None = None) -> list[str]:
+    """Return the texts of a file of JSON lines with the key `text`, whatever its name; see `read_documents`."""
+    texts = list(itertools.islice(_lines(path), limit))
+    if not texts:
+        raise JobError(f"{path} has no lines")
+    return texts
+
+
+def _whole(path: Path) -> str:
+    try:
+        with open_input(path) as file:
+            return file.read().decode()
+    except READ_ERRORS as error:
+        raise StorageError(f"{path} cannot be read: {error}") from error
+    except UnicodeDecodeError as error:
+        raise JobError(f"{path} is not text in UTF-8: byte {error.start:,} is {error.object[error.start]:#04x}") from error
+
+
+def _lines(path: Path) -> Iterator[str]:
+    try:
+        with open_input(path) as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield _text(path, number, line)
+    except READ_ERRORS as error:
+        raise StorageError(f"{path} cannot be read: {error}") from error
+
+
+def _text(path: Path, number: int, line: bytes) -> str:
+    try:
+        found = json.loads(line)
+    except ValueError as error:
+        raise JobError(f'{path}, line {number}: not JSON; each line must be an object like {{"text": "..."}}') from error
+    text = found.get("text") if isinstance(found, dict) else None
+    if not isinstance(text, str):
+        raise JobError(f'{path}, line {number}: there is no "text"; each line must be an object like {{"text": "..."}}')
+    return text

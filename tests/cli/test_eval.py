@@ -1,0 +1,141 @@
+"""`flexgen eval`: figures on standard output, state that goes on, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from flexgen.cli import app
+from flexgen.jobs.folder import find_job
+from flexgen.jobs.status import read_status
+
+ROOT = Path(__file__).parents[2]
+HANGS_SECONDS = 120
+TEXT = "The old house stood upon the hill, and the wind blew about it.\n" * 3
+
+
+@pytest.fixture
+def passages(tmp_path: Path) -> Path:
+    path = tmp_path / "passages.jsonl"
+    path.write_text("".join(json.dumps({"text": f"Chapter {number}. The old house stood"}) + "\n" for number in range(5)))
+    return path
+
+
+def flexgen(*words: object) -> Any:
+    return CliRunner().invoke(app, ["eval", *map(str, words)])
+
+
+def test_perplexity(novels_opt: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text(TEXT)
+    done = flexgen("perplexity", novels_opt, tmp_path / "text.txt", "--dtype", "float32", "--metrics", tmp_path / "out.json")
+    assert done.exit_code == 0, done.output
+    figures = json.loads((tmp_path / "out.json").read_text())
+    assert figures["num_bytes"] == len(TEXT)
+    assert f"word perplexity   {figures['word_perplexity']:,.4f}\n" in done.stdout
+    assert f"num tokens        {figures['num_tokens']:,}\n" in done.stdout
+    assert "done in" in done.stderr
+
+
+def test_lambada_goes_on(novels_opt: Path, tmp_path: Path, passages: Path) -> None:
+    how = ("lambada", novels_opt, passages, "--dtype", "float32", "--json", "--state", tmp_path / "state", "--progress", "none")
+    first, second, fewer = flexgen(*how), flexgen(*how), flexgen(*how, "--limit", 2)
+    assert (first.exit_code, second.exit_code, fewer.exit_code) == (0, 0, 0), first.output
+    assert json.loads(first.stdout)["num_passages"] == 5
+    assert second.stdout == first.stdout
+    assert ("done in" in first.stderr, "done in" in second.stderr) == (True, False), "nothing was left to do"
+    assert json.loads(fewer.stdout)["num_passages"] == 2
+    assert len(list((tmp_path / "state").iterdir())) == 2
+
+
+@pytest.mark.parametrize(("words", "code", "said"), [
+    (("perplexity", "MODEL", "missing.txt"), 2, "FILE missing.txt: there is no such file"),
+    (("perplexity", "MODEL", "."), 2, "FILE .: this is a folder"),
+    (("lambada", "MODEL", "PASSAGES", "--state", "no/such/folder"), 2, "--state no/such/folder: there is no folder no/such"),
+    (("lambada", "MODEL", "PASSAGES", "--limit", "0"), 2, "Invalid value for '--limit'"),
+    (("lambada", "MODEL", "MODEL/config.json"), 3, "line 1: not JSON"),
+])  # fmt: skip
+def test_what_is_refused(novels_opt: Path, passages: Path, words: tuple[str, ...], code: int, said: str) -> None:
+    places = {"MODEL": str(novels_opt), "PASSAGES": str(passages), "MODEL/config.json": str(novels_opt / "config.json")}
+    done = flexgen(*(places.get(word, word) for word in words))
+    assert done.exit_code == code, done.output
+    assert said in done.stderr
+    assert "the same command goes on" not in done.stderr
+
+
+def test_a_missing_extra_is_named(novels_opt: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "flexgen.evaluation.lm_eval", None)
+    monkeypatch.delitem(sys.modules, "flexgen.evaluation.lm_eval")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "lm_eval"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    done = flexgen("lm-eval", novels_opt, "--tasks", "hellaswag")
+    assert done.exit_code == 2
+    assert "pip install 'flexgen-engine[eval]'" in done.stderr
+
+
+def test_the_model_comes_first() -> None:
+    done = flexgen("lm-eval", "--tasks", "hellaswag", "MODEL")
+    assert done.exit_code == 2
+    assert "the model comes first" in done.stderr
+
+
+def test_the_command_of_the_page_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    page = (ROOT / "docs" / "evaluation.md").read_text()
+    (line,) = re.findall(r"^flexgen eval (.*models/novels-opt-7m.*)$", page, flags=re.MULTILINE)
+    done = flexgen(*line.split())
+    assert done.exit_code == 0, done.output
+    assert "bits per byte" in done.stdout
+
+
+@pytest.mark.slow
+def test_a_killed_evaluation_goes_on(novels_opt: Path, tmp_path: Path) -> None:
+    """SIGKILL in its middle; the second run scores what is not durable, and nothing else."""
+    rows = [{"text": f"Chapter {number}. " + TEXT[: 40 + number % 100] + " house"} for number in range(3000)]
+    (tmp_path / "passages.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = [
+        "lambada",
+        novels_opt,
+        tmp_path / "passages.jsonl",
+        "--dtype",
+        "float32",
+        "--json",
+        "--max-num-seqs",
+        8,
+        "--state",
+        tmp_path / "s",
+    ]
+    command = [sys.executable, "-m", "flexgen.cli", "eval", *map(str, words)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT / "src")})
+    start = time.monotonic()
+    while not (done := num_done(tmp_path / "s")) and time.monotonic() - start < HANGS_SECONDS:
+        time.sleep(0.05)
+    process.kill()
+    process.communicate()
+    done = num_done(tmp_path / "s")
+    assert 0 < done < 3000
+    resumed = flexgen(*words, "--progress", "json")
+    assert resumed.exit_code == 0, resumed.output
+    events = [json.loads(line) for line in resumed.stderr.splitlines() if line.startswith('{"event": "report"')]
+    whole = flexgen(*words[:6], "--limit", 3000)
+    assert json.loads(resumed.stdout) == json.loads(whole.stdout)
+    assert [event["num_errors"] for event in events] == [0]
+    assert events[0]["num_requests"] <= 3 * (3000 - done)
+    assert num_done(tmp_path / "s") == 3000
+
+
+def num_done(state: Path) -> int:
+    """The number of lines that are durable."""
+    for folder in state.iterdir() if state.is_dir() else ():
+        if (folder / "job.sqlite").exists():
+            return read_status(find_job(folder)).answered
+    return 0
