@@ -7,8 +7,8 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from flexgen.base.text_input import READ_ERRORS, open_input
 from flexgen.errors import JobError, StorageError
-from flexgen.jobs.input_file import READ_ERRORS, open_input
 
 _JSON_LINES = (".jsonl", ".ndjson")
 
