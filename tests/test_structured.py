@@ -270,7 +270,7 @@ def chat_line(**fields: Any) -> dict[str, Any]:
         ({"tool_choice": {"type": "function", "function": {"name": "add"}}}, {"add"}),
         ({"tool_choice": {"type": "function", "function": {"name": "now"}}, "temperature": 1.0, "seed": 3}, {"now"}),
     ],
-    ids=str,
+    ids=["any", "one", "sampled"],
 )
 def test_required_calls(llm: LLM, tmp_path: Path, fields: dict[str, Any], names: set[str]) -> None:
     (record,) = answer_lines(llm, [chat_line(**fields, parallel_tool_calls=False)], tmp_path / "j")

@@ -125,7 +125,7 @@ def stops_at_three(token_ids: Sequence[int]) -> str | None:
         (3, {"stops": stops_at_three}, Finish(reason="stop", stop_string="three")),
         (9, {"stop_token_ids": frozenset({8})}, Finish(reason="stop")),
     ],
-    ids=str,
+    ids=["goes on", "complete", "complete at the bound", "cut", "long enough", "too short", "stop string", "stop token"],
 )
 def test_what_ends_an_answer(length: int, how: dict[str, Any], wanted: Finish | None) -> None:
     sequence = LiveSequence(asks(guide=Sum(length=length), **how), 9)

@@ -58,6 +58,7 @@ def test_cells_stay_as_they_stand(tmp_path: Path) -> None:
         gzip.compress(b"a,b\n1,x\n"),
         b"a,b\n\n1,x",
     ],
+    ids=["mark", "semicolons", "tabs", "utf-16", "gzip", "blank line"],
 )
 def test_what_files_of_commas_look_like(tmp_path: Path, content: bytes) -> None:
     assert rows(written(tmp_path / "t.csv", content), "csv") == [{"a": "1", "b": "x"}]
