@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from machines import machine_of
@@ -19,7 +20,7 @@ from flexgen.plan.policy import Fractions, Policy
 from flexgen.plan.tell.forecast import Forecast, Plan
 from flexgen.plan.workload import Workload
 from flexgen.report.progress import Progress, RunReport
-from flexgen.request import PartialAnswer, TokenRequest, TokenResult
+from flexgen.request import PartialAnswer, TokenLogprobs, TokenRequest, TokenResult
 from flexgen.text.common_prefixes import NO_PREFIXES, CommonPrefixes
 
 VOCAB = 300  # 256 bytes, </s> = 256, <pad> = 257, and some ids that the tokenizer does not know
@@ -39,6 +40,37 @@ def fake_text(prompt: str, num_tokens: int, *, seed: int = 0, greedy: bool = Tru
     ids = tuple(byte_id(character) for character in prompt)
     request = TokenRequest(index=0, prompt_token_ids=ids, max_tokens=num_tokens, temperature=0.0 if greedy else 1.0, seed=seed)
     return "".join(chr(ord("a") + fake_token(request, place) - LETTER_A) for place in range(num_tokens))
+
+
+def fake_logprob(previous: int, token_id: int) -> float:
+    """The log probability that the fake engine gives to a token of a prompt after another; no two tokens have the same after one."""
+    return -(1 + (31 * previous + 17 * token_id) % 307) / 8
+
+
+def fake_scores(request: TokenRequest) -> tuple[TokenLogprobs, ...] | None:
+    """The scores of a request's prompt in the fake engine."""
+    if request.num_prompt_logprobs is None:
+        return None
+    prompt, count = request.prompt_token_ids, request.num_prompt_logprobs
+    pairs = [*zip(prompt[request.first_scored - 1 :], prompt[request.first_scored :], strict=False)]
+    return tuple(_fake_entry(count, *pair) for pair in [*pairs, *((prompt[-1], each) for each in request.alternatives)])
+
+
+def fake_logprobs(request: TokenRequest, token_ids: Sequence[int]) -> tuple[TokenLogprobs, ...] | None:
+    """The log probabilities of an answer in the fake engine."""
+    if request.num_logprobs is None:
+        return None
+    before = (request.prompt_token_ids[-1], *token_ids)
+    return tuple(_fake_entry(request.num_logprobs, *pair) for pair in zip(before, token_ids, strict=False))
+
+
+def _fake_entry(num_logprobs: int, previous: int, token_id: int) -> TokenLogprobs:
+    likeliest = sorted(range(VOCAB), key=lambda each: -fake_logprob(previous, each))
+    if num_logprobs != -1:
+        del likeliest[num_logprobs:]
+    ids = (token_id, *likeliest)
+    rank = likeliest.index(token_id) + 1 if token_id in likeliest else None
+    return TokenLogprobs(token_ids=ids, logprobs=tuple(fake_logprob(previous, each) for each in ids), rank=rank)
 
 
 def byte_id(character: str) -> int:
@@ -124,13 +156,17 @@ class FakeEngine:
             error = RequestError("the model produced logits that are not finite", code="non_finite_logits")
             return TokenResult(index=request.index, finish_reason="error", error=error)
         ids = list(request.generated.token_ids)
+        ending: dict[str, Any] = {"finish_reason": "length"}
         while len(ids) < request.max_tokens:
             ids.append(fake_token(request, len(ids)))
             if ids[-1] in request.stop_token_ids:
-                return TokenResult(index=request.index, token_ids=tuple(ids), finish_reason="stop")
+                ending = {"finish_reason": "stop"}
+                break
             if request.stops is not None and (stop_string := request.stops(ids)) is not None:
-                return TokenResult(index=request.index, token_ids=tuple(ids), finish_reason="stop", stop_string=stop_string)
-        return TokenResult(index=request.index, token_ids=tuple(ids), finish_reason="length")
+                ending = {"finish_reason": "stop", "stop_string": stop_string}
+                break
+        scores = {"logprobs": fake_logprobs(request, ids), "prompt_logprobs": fake_scores(request)}
+        return TokenResult(index=request.index, token_ids=tuple(ids), **scores, **ending)
 
     def _output_tokens(self) -> int:
         return sum(len(result.token_ids) for result in self.results)

@@ -17,7 +17,7 @@ import pytest
 import flexgen
 from flexgen import errors
 from flexgen.options import EngineOptions
-from flexgen.request import CompletionOutput, RequestOutput, SamplingParams
+from flexgen.request import ClassificationOutput, ClassificationRequestOutput, CompletionOutput, RequestOutput, SamplingParams
 
 # vLLM's defaults; a script that relies on one must not change its meaning here.
 VLLM_SAMPLING_DEFAULTS = {
@@ -34,6 +34,7 @@ VLLM_SAMPLING_DEFAULTS = {
     "max_tokens": 16,
     "min_tokens": 0,
     "logprobs": None,
+    "prompt_logprobs": None,
     "include_stop_str_in_output": False,
     "skip_special_tokens": True,
     "logit_bias": None,
@@ -41,7 +42,8 @@ VLLM_SAMPLING_DEFAULTS = {
 }
 VLLM_LISTS = {"stop", "stop_token_ids", "bad_words"}  # ours are tuples
 VLLM_OUTPUT_FIELDS = {"index", "text", "token_ids", "cumulative_logprob", "logprobs", "finish_reason", "stop_reason"}
-VLLM_REQUEST_FIELDS = {"request_id", "prompt", "prompt_token_ids", "outputs", "finished"}
+VLLM_REQUEST_FIELDS = {"request_id", "prompt", "prompt_token_ids", "prompt_logprobs", "outputs", "finished"}
+VLLM_CLASSIFICATION_FIELDS = {"request_id", "prompt_token_ids", "outputs", "finished"}
 # Options that have no flag: accepted as keywords only to be refused with a reason.
 NO_FLAG = {"trust_remote_code"}
 
@@ -78,6 +80,8 @@ def test_sampling_defaults_are_vllm_s() -> None:
 def test_result_fields_are_vllm_s() -> None:
     assert {field.name for field in dataclasses.fields(CompletionOutput)} >= VLLM_OUTPUT_FIELDS
     assert {field.name for field in dataclasses.fields(RequestOutput)} >= VLLM_REQUEST_FIELDS
+    assert {field.name for field in dataclasses.fields(ClassificationRequestOutput)} >= VLLM_CLASSIFICATION_FIELDS
+    assert "probs" in {field.name for field in dataclasses.fields(ClassificationOutput)}
 
 
 def test_every_engine_option_is_a_flag(flexgen_command: Callable[..., str]) -> None:

@@ -34,8 +34,10 @@ FLOORS = (
     {"profile"},
     {"session"},
     {"api"},
+    {"tables"},
     {"llm"},
     {"jobs", "bench"},
+    {"evaluation"},
     {"cli"},
     {"__init__"},
 )

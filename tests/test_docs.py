@@ -52,10 +52,10 @@ def test_make_targets_exist() -> None:
 
 
 def test_options_that_the_readme_names_exist(flexgen_command: Callable[..., str]) -> None:
-    """Of `flexgen`, `flexgen run` and `flexgen plan`; options of pip and uv stand on lines of theirs."""
+    """Of `flexgen`, `flexgen run`, `map` and `plan`; options of pip and uv stand on lines of theirs."""
     lines = [line for line in (ROOT / "README.md").read_text().splitlines() if "pip install" not in line]
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", "\n".join(lines)))
-    help_text = flexgen_command("--help") + flexgen_command("run", "--help") + flexgen_command("plan", "--help")
+    help_text = "".join(flexgen_command(*command, "--help") for command in ((), ("run",), ("map",), ("plan",)))
     assert not [option for option in named if option not in help_text]
 
 

@@ -202,14 +202,14 @@ def test_encode_names_a_bad_text(llm: LLM, bad: Any) -> None:
 
 
 def test_an_answer_that_cannot_be_shown_ends_alone(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    works = RequestTranslator.completions
+    works = RequestTranslator.output
 
     def breaks(self: RequestTranslator, results: Any, params: SamplingParams, *more: Any) -> Any:
         if params.seed == 13:
             raise IndexError("broken")
         return works(self, results, params, *more)
 
-    monkeypatch.setattr(RequestTranslator, "completions", breaks)
+    monkeypatch.setattr(RequestTranslator, "output", breaks)
     good, bad = llm.generate(["ab", "ab"], [GREEDY, dataclasses.replace(GREEDY, seed=13, n=2)])
     assert texts([good]) == [fake_text("ab", 5)]
     assert [(each.index, each.finish_reason, each.stop_reason) for each in bad.outputs] == [(n, "error", "internal_error") for n in (0, 1)]

@@ -34,9 +34,9 @@ NAN, INFINITY = float("nan"), float("inf")
         ("stop_token_ids", 5), ("stop_token_ids", [-1]), ("stop_token_ids", [True]), ("stop_token_ids", "12"),
         ("bad_words", "word"), ("bad_words", [""]), ("bad_words", [1]),
         ("ignore_eos", 1), ("include_stop_str_in_output", "yes"), ("skip_special_tokens", None),
-        ("max_tokens", 0), ("max_tokens", 1.5), ("min_tokens", -1), ("min_tokens", 17), ("min_tokens", None), ("min_tokens", 1.5),
+        ("max_tokens", -1), ("max_tokens", 1.5), ("min_tokens", -1), ("min_tokens", 17), ("min_tokens", None), ("min_tokens", 1.5),
         ("max_tokens", 10**30), ("max_tokens", NAN),
-        ("logprobs", -2), ("logprobs", True), ("logprobs", 1.5),
+        ("logprobs", -2), ("logprobs", True), ("logprobs", 1.5), ("prompt_logprobs", -2), ("prompt_logprobs", True),
         ("logit_bias", [1]), ("logit_bias", {"a": 1}), ("logit_bias", {"-1": 1}), ("logit_bias", {1: "x"}), ("logit_bias", {1: NAN}),
         ("logit_bias", {1.5: 1}), ("logit_bias", {True: 1}), ("logit_bias", {"9" * 5000: 1}), ("logit_bias", {"²": 1}),
         ("allowed_token_ids", []), ("allowed_token_ids", [-1]), ("allowed_token_ids", 5), ("allowed_token_ids", ["1"]),
@@ -74,7 +74,6 @@ def test_values_take_one_form(name: str, value: Any, wanted: Any) -> None:
 @pytest.mark.parametrize(
     "keywords",
     [
-        {"prompt_logprobs": 1},
         {"structured_outputs": {"json": {}}},
         {"guided_decoding": {}},
         {"logits_processors": [print]},
@@ -182,7 +181,7 @@ def test_what_is_no_integer(given: Any) -> None:
 
 
 def test_an_error_shows_what_was_given() -> None:
-    with pytest.raises(RequestError, match="max_tokens must be an integer of at least 1, not the text '16'"):
+    with pytest.raises(RequestError, match="max_tokens must be an integer of at least 0, not the text '16'"):
         SamplingParams(max_tokens="16")  # type: ignore[arg-type]
     with pytest.raises(RequestError, match="not a value of type int"):
         SamplingParams(max_tokens=10**5000)

@@ -30,6 +30,7 @@ from flexgen.session.fingerprint import fingerprint
 from flexgen.session.model import ResolvedModel
 from flexgen.session.session import EngineSession, plan_job
 from flexgen.session.turns import Turns
+from flexgen.tables.in_memory import MapKeywords, make_task, map_frame
 from flexgen.text.answers import RequestTranslator
 from flexgen.text.choices import Choice
 from flexgen.text.common_prefixes import NO_PREFIXES, CommonPrefixes, PrefixCensus
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _Output = TypeVar("_Output")
+_Table = TypeVar("_Table")
 _CHAT_KEYWORDS = ("chat_template", "add_generation_prompt", "continue_final_message", "chat_template_kwargs", "use_tqdm")
 
 
@@ -216,13 +218,47 @@ class LLM:
 
         Raises:
             OptionError: There are not as many lists of choices as prompts, or an item is not a choice.
-            RequestError: A prompt or a choice cannot be scored; the message has the index of the prompt.
+            RequestError: A prompt or a choice cannot be scored; the message has the index of the prompt, and nothing has run then.  (A
+                prompt that fails alone while running has its error in its output.)
             CapacityError: The work does not fit the budgets.
         """
         with self._turns.call():
             batch = choice_batch(prompts, choices, encoder=self._encoder, translator=self._translator, first_index=self._num_requests)
-            self._num_requests += len(batch.requests)
+            self._num_requests = batch.next_index
             return self._answered(batch, use_tqdm)
+
+    def map(
+        self,
+        table: _Table,
+        prompt: str,
+        *,
+        examples: Any = None,
+        chat: bool | None = None,
+        sampling_params: SamplingParams | None = None,
+        use_tqdm: bool | Callable[..., Any] = False,
+        **keywords: Unpack[MapKeywords],
+    ) -> _Table:
+        """Ask about every row of a table, and return the table with columns for the answers and errors (docs/tables.md).
+
+        A row that cannot be answered has the reason in the column of errors, and stops no other.
+
+        Args:
+            table: A DataFrame of pandas or polars, or a Table of pyarrow.
+            prompt: The template of the prompt, with `{name}` for the value of a column, or Jinja.
+            examples: Labelled examples: a table of the same kind or a list of dicts, with the column of the answer too.
+            chat: Whether prompts are messages; None for messages where the model has a chat template.
+            sampling_params: The sampling parameters of generated answers; None is greedy, with at most 128 tokens, and up to the end of the
+                line after prompts that are text.
+            use_tqdm: See `generate`.
+            **keywords: What may be answered, and what the columns are called: `system`, `template`, `choices`, `schema`, `regex`,
+                `probabilities`, `raw`, `answer_column`, `error_column`.
+
+        Raises:
+            OptionError: A column is missing or would be overwritten, or the keywords contradict each other.
+            CapacityError: The work does not fit the budgets.
+        """
+        task = make_task(prompt, keywords)
+        return map_frame(self, table, task, examples=examples, chat=chat, params=sampling_params, use_tqdm=use_tqdm)
 
     def get_tokenizer(self) -> PreTrainedTokenizerBase:
         """Return the Hugging Face tokenizer.
@@ -430,7 +466,7 @@ class LLM:
     ) -> list[RequestOutput]:
         params = self.get_default_sampling_params() if sampling_params is None else sampling_params
         batch = completion_batch(prompts, params, encoder=self._encoder, translator=self._translator, first_index=self._num_requests)
-        self._num_requests += len(batch.requests)
+        self._num_requests = batch.next_index
         return self._answered(batch, use_tqdm)
 
     def _answered(self, batch: Batch[_Output], use_tqdm: bool | Callable[..., Any]) -> list[_Output]:

@@ -367,7 +367,7 @@ class RequestOutput:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClassificationOutput:
-    """The scores of the choices after one prompt; every list has an entry per choice.
+    """The scores of the choices after one prompt; every list has an entry per choice, and none if the prompt failed.
 
     Attributes:
         probs: The probabilities of the choices, normalised so that they sum to 1 (vLLM's field).
@@ -388,20 +388,27 @@ class ClassificationOutput:
 
     @property
     def best(self) -> int:
-        """The index of the likeliest choice, the first among equals."""
+        """The index of the likeliest choice, the first among equals.
+
+        Raises:
+            RequestError: There are no scores, because the prompt failed.
+        """
+        if not self.logprobs:
+            raise RequestError("there are no scores, because the prompt failed: its output has the error")
         return max(range(len(self.logprobs)), key=self.logprobs.__getitem__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClassificationRequestOutput:
-    """The scores of the choices after one prompt, with the prompt (vLLM's fields).
+    """The scores of the choices after one prompt, with the prompt (vLLM's fields, and one more).
 
     Attributes:
         request_id: Number of the request, as text.
         prompt: Text of the prompt; None where it was given as token ids.
-        prompt_token_ids: The prompt's token ids.
+        prompt_token_ids: The prompt's token ids, without spaces at its end, which belong to the choices.
         outputs: The scores.
         finished: Always True.
+        error: The error with which the prompt failed alone while the others were scored; None otherwise.
     """
 
     request_id: str
@@ -409,3 +416,4 @@ class ClassificationRequestOutput:
     prompt_token_ids: tuple[int, ...]
     outputs: ClassificationOutput
     finished: bool = True
+    error: RequestError | None = None

@@ -97,10 +97,10 @@ def test_null_is_not_counted_as_given(parse: Any) -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("best_of", 3), ("best_of", True), ("echo", True), ("echo", 0), ("stream", True), ("suffix", "s"), ("tools", [{}]),
+        ("best_of", 3), ("best_of", True), ("stream", True), ("suffix", "s"), ("tools", [{}]),
         ("tool_choice", "required"), ("tool_choice", {"type": "function"}), ("functions", [{}]), ("function_call", {"name": "f"}),
         ("response_format", {"type": "json_object"}), ("response_format", {"type": "json_schema", "json_schema": {}}),
-        ("prompt_logprobs", 1), ("prompt_logprobs", 0), ("structured_outputs", {}), ("documents", [{}]), ("audio", {}),
+        ("structured_outputs", {}), ("documents", [{}]), ("audio", {}),
         ("modalities", ["text", "audio"]), ("web_search_options", {}), ("chat_template", "{{ x }}"), ("use_beam_search", True),
         ("truncate_prompt_tokens", 5), ("detokenize", False), ("verbosity", "low"), ("length_penalty", True),
     ],
@@ -121,7 +121,8 @@ def test_an_unknown_field_is_refused_by_name(parse: Any, field: str) -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("max_tokens", 0), ("max_tokens", -1), ("max_tokens", 1.5), ("max_tokens", "5"), ("max_tokens", True), ("temperature", -0.1),
+        ("prompt_logprobs", -2), ("prompt_logprobs", True),
+        ("max_tokens", -1), ("max_tokens", 1.5), ("max_tokens", "5"), ("max_tokens", True), ("temperature", -0.1),
         ("temperature", "0"), ("temperature", True), ("top_p", 0), ("top_p", 1.1), ("top_k", -2), ("top_k", 1.5), ("seed", 2**64),
         ("seed", 0.5), ("ignore_eos", 1), ("stop_token_ids", 5), ("stop_token_ids", [-1]), ("stop_token_ids", ["a"]),
         ("skip_special_tokens", "yes"), ("return_token_ids", 1), ("max_tokens", 10**400), ("temperature", 10**400), ("n", 0), ("n", True),
@@ -152,7 +153,7 @@ def test_prompts(prompt: object, wanted: object) -> None:
     assert completion(prompt=prompt).prompt == wanted
 
 
-@pytest.mark.parametrize("prompt", [None, 5, True, {}, {"text": "p"}, [1, "a"], [1.5], [True], ["a", "b"], [[1], [2]], [None]])
+@pytest.mark.parametrize("prompt", [None, 5, True, {}, {"text": "p"}, [1, "a"], [1.5], [True], ["a", [1]], [[1], ["a"]], [[1], 2], [None]])
 def test_what_is_no_prompt(prompt: object) -> None:
     with pytest.raises(RequestError) as caught:
         completion(prompt=prompt)
@@ -169,6 +170,113 @@ def test_logprobs_of_completions_that_are_none(value: object) -> None:
     with pytest.raises(RequestError) as caught:
         completion(logprobs=value)
     assert caught.value.param == "logprobs"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "first", "more"), [(["a", "b", ""], "a", ("b", "")), ([[1], [2, 3]], (1,), ((2, 3),)), ([[1.0], []], (1,), ((),))]
+)
+def test_several_prompts(prompt: list[Any], first: object, more: object) -> None:
+    request = completion(prompt=prompt, n=2, max_tokens=3)
+    assert (request.prompt, request.more_prompts) == (first, more)
+    assert [(each.prompt, each.more_prompts) for each in request.of_each_prompt()[1:]] == [(each, ()) for each in request.more_prompts]
+    assert all(each.params == request.params for each in request.of_each_prompt())
+
+
+def test_several_prompts_have_a_bound_on_their_answers() -> None:
+    assert len(completion(prompt=["a"] * 4, n=4096).of_each_prompt()) == 4
+    with pytest.raises(RequestError, match="at most 16,384 answers") as caught:
+        completion(prompt=["a"] * 5, n=4096)
+    assert caught.value.param == "prompt"
+
+
+def test_nothing_but_a_score() -> None:
+    for request in (completion(max_tokens=0, prompt_logprobs=2), chat(max_completion_tokens=0, prompt_logprobs=2)):
+        assert (request.params.max_tokens, request.params.prompt_logprobs, request.states_prompt_logprobs) == (0, 2, True)
+
+
+@pytest.mark.parametrize(
+    ("fields", "echo", "prompt_logprobs", "stated"),
+    [
+        ({}, False, None, False), ({"echo": None}, False, None, False), ({"echo": True}, True, None, False),
+        ({"logprobs": 3}, False, None, False), ({"echo": True, "logprobs": 3}, True, 3, False),
+        ({"echo": True, "logprobs": 0}, True, 0, False),
+        ({"echo": True, "logprobs": False}, True, None, False), ({"echo": True, "logprobs": 3, "prompt_logprobs": 1}, True, 1, True),
+        ({"echo": True, "prompt_logprobs": 0}, True, 0, True), ({"prompt_logprobs": -1}, False, -1, True),
+    ],
+)  # fmt: skip
+def test_echo_scores_the_prompt(fields: dict[str, Any], echo: bool, prompt_logprobs: int | None, stated: bool) -> None:
+    """As in vLLM: log probabilities of an answer that begins with the prompt are of all its tokens."""
+    request = completion(**fields)
+    assert (request.echo, request.params.prompt_logprobs, request.states_prompt_logprobs) == (echo, prompt_logprobs, stated)
+
+
+@pytest.mark.parametrize("value", [0, 1, "yes"])
+def test_echo_is_true_or_false(value: object) -> None:
+    with pytest.raises(RequestError, match="echo must be true or false"):
+        completion(echo=value)
+
+
+def test_chats_have_no_echo() -> None:
+    with pytest.raises(RequestError, match="echo is not supported") as caught:
+        chat(echo=True)
+    assert caught.value.code == "unsupported_field"
+
+
+# -- choices ------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        (["Yes", " No"], ("Yes", " No")), (["a"], ("a",)), (["a", "a"], ("a", "a")), ([[1, 2], [3]], ((1, 2), (3,))), ([[1.0]], ((1,),)),
+        (["a"] * 16384, ("a",) * 16384),
+    ],
+    ids=lambda value: str(value)[:20],
+)  # fmt: skip
+def test_choices(parse: Any, given: list[Any], wanted: object) -> None:
+    request = parse(choices=given, model="m", user="u")
+    assert request.choices == wanted
+    assert (request.model, request.ignored) == ("m", ("user",))
+
+
+@pytest.mark.parametrize(
+    "given", [[], "Yes", {"a": 1}, 5, True, [""], ["a", ""], [[]], ["a", 5], [[1.5]], [["a"]], [None], [[True]], ["a"] * 16385],
+    ids=lambda value: str(value)[:20],
+)  # fmt: skip
+def test_what_is_no_list_of_choices(parse: Any, given: object) -> None:
+    with pytest.raises(RequestError, match="choices must be a list of 1 to 16,384 texts") as caught:
+        parse(choices=given)
+    assert caught.value.param == "choices"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"max_tokens": 1}, {"max_tokens": 0}, {"temperature": 0}, {"n": 1}, {"logprobs": True}, {"seed": 5}, {"stop": []}, {"best_of": 1},
+        {"prompt_logprobs": 0}, {"return_token_ids": True}, {"min_tokens": 0}, {"logit_bias": {}}, {"skip_special_tokens": True},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_nothing_is_generated_beside_choices(parse: Any, fields: dict[str, Any]) -> None:
+    (name,) = fields
+    with pytest.raises(RequestError, match=f"so {name} has no meaning") as caught:
+        parse(choices=["a"], **fields)
+    assert (caught.value.code, caught.value.param) == ("unsupported_field", name)
+
+
+def test_null_and_false_ask_for_nothing_beside_choices(parse: Any) -> None:
+    nothing = {"echo": False, "return_token_ids": False, "logprobs": False, "ignore_eos": False, "temperature": None, "max_tokens": None}
+    assert parse(choices=["a"], **nothing).choices == ("a",)
+    assert parse(choices=None, max_tokens=3).choices == ()
+
+
+def test_choices_stand_beside_one_prompt() -> None:
+    with pytest.raises(RequestError, match="beside one prompt"):
+        completion(prompt=["a", "b"], choices=["c"])
+    with pytest.raises(RequestError, match="so echo has no meaning"):
+        completion(choices=["a"], echo=True)
+    with pytest.raises(RequestError, match="so max_completion_tokens has no meaning"):
+        chat(choices=["a"], max_completion_tokens=5)
 
 
 @pytest.mark.parametrize("field", ["messages", "top_logprobs", "max_completion_tokens", "chat_template_kwargs"])
@@ -226,7 +334,7 @@ def test_logprobs_of_chats(fields: dict[str, Any], wanted: int | None) -> None:
         ({"logprobs": True, "top_logprobs": True}, "top_logprobs"),
         ({"logprobs": True, "top_logprobs": -2}, "top_logprobs"),
         ({"logprobs": True, "top_logprobs": 10**400}, "logprobs"),
-        ({"max_completion_tokens": 0}, "max_completion_tokens"),
+        ({"max_completion_tokens": -1}, "max_completion_tokens"),
         ({"max_completion_tokens": 10**400}, "max_completion_tokens"),
         ({"max_completion_tokens": "5"}, "max_completion_tokens"),
         ({"add_generation_prompt": 1}, "add_generation_prompt"),

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
-from flexgen.api.logprobs import chat_logprobs, completion_logprobs
-from flexgen.request import CompletionOutput, Logprob
+import pytest
+
+from flexgen.api.logprobs import chat_logprobs, completion_logprobs, prompt_logprobs, vllm_prompt_logprobs
+from flexgen.request import CompletionOutput, Logprob, RequestOutput
 
 
 def logprob(value: float, text: str | None) -> Logprob:
@@ -93,3 +96,80 @@ def test_nothing_asked_and_nothing_generated() -> None:
     empty = CompletionOutput(index=0, text="", token_ids=(), finish_reason="stop", logprobs=[])
     assert completion_logprobs(empty) == {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
     assert chat_logprobs(empty, 5) == {"content": [], "refusal": None}
+
+
+# -- prompts ------------------------------------------------------------------------------------------------------------------------------
+
+EMPTY = CompletionOutput(index=0, text="", token_ids=(), finish_reason="length", logprobs=[])
+
+
+def prompt_of(text: str | None, *words: str | bytes | None) -> RequestOutput:
+    """A prompt of tokens with these texts; bytes are a part of a character.  Nothing predicts the first, whose text is not known."""
+
+    def scored(word: str | bytes | None) -> Logprob:
+        own = word if isinstance(word, bytes) else None
+        return Logprob(logprob=-0.5, decoded_token="\ufffd" if own is not None else word, token_bytes=own)  # pyright: ignore
+
+    ids = tuple(range(100, 100 + len(words)))
+    steps = [None, *({token_id: scored(word), 7: logprob(-0.25, "x")} for token_id, word in zip(ids[1:], words[1:], strict=True))]
+    return RequestOutput(request_id="0", prompt=text, prompt_token_ids=ids, prompt_logprobs=steps)
+
+
+def test_an_echo_begins_with_the_prompt() -> None:
+    found = completion_logprobs(COMPLETION, prompt_of("One two", None, " two"))
+    alone = completion_logprobs(COMPLETION)
+    assert found is not None
+    assert alone is not None
+    assert found["tokens"] == ["One", " two", *alone["tokens"]]
+    assert found["token_logprobs"] == [None, -0.5, *alone["token_logprobs"]]
+    assert found["top_logprobs"] == [None, {"x": -0.25, " two": -0.5}, *alone["top_logprobs"]]
+    assert found["text_offset"] == [0, 3, 7, 8, 9]
+
+
+def test_an_echo_of_the_prompt_alone() -> None:
+    found = completion_logprobs(EMPTY, prompt_of("One", None))
+    assert found == {"tokens": ["One"], "token_logprobs": [None], "top_logprobs": [None], "text_offset": [0]}
+
+
+WAVE = "\N{WATER WAVE}".encode()
+
+
+@pytest.mark.parametrize(
+    ("text", "words", "tokens", "offsets"),
+    [
+        ("ü two", [None, " two"], ["ü", " two"], [0, 1]),
+        ("a\N{WATER WAVE}b", [None, WAVE[:1], WAVE[1:3], WAVE[3:], "b"], ["a", "\ufffd", "\ufffd", "\ufffd", "b"], [0, 1, 1, 1, 2]),
+        ("\N{WATER WAVE}b", [None, WAVE[1:], "b"], ["\ufffd", "\ufffd", "b"], [0, 0, 1]),  # the first token is a part of a character
+        ("ab", [None, "a", "b"], ["", "a", "b"], [0, 0, 1]),  # the first token is special, and not in the text
+        ("Hello you", [None, " Hello", " you"], ["", " Hello", " you"], [0, 0, 5]),  # a decoder that strips the first space
+        ("", [None, "a"], ["", "a"], [0, 0]),
+    ],
+)
+def test_offsets_of_an_echo_are_places_in_its_text(text: str, words: list[Any], tokens: list[str], offsets: list[int]) -> None:
+    found = completion_logprobs(COMPLETION, prompt_of(text, *words))
+    assert found is not None
+    assert found["tokens"][: len(words)] == tokens
+    assert found["text_offset"] == [*offsets, len(text), len(text) + 1, len(text) + 2]
+
+
+def test_an_echo_without_a_tokenizer_has_ids() -> None:
+    answer = CompletionOutput(index=0, text="", token_ids=(5,), finish_reason="length", logprobs=[{5: Logprob(logprob=-1.0)}])
+    found = completion_logprobs(answer, prompt_of(None, None, None))
+    assert found is not None
+    assert found["tokens"] == ["token_id:100", "token_id:101", "token_id:5"]
+    assert found["token_logprobs"] == [None, -0.5, -1.0]
+    assert found["text_offset"] == [0, 12, 24]
+
+
+def test_the_two_shapes_of_scored_prompts() -> None:
+    output = prompt_of("One two", None, " two")
+    entry = {"token": " two", "logprob": -0.5, "bytes": list(b" two")}
+    likeliest = {"token": "x", "logprob": -0.25, "bytes": list(b"x")}
+    assert prompt_logprobs(output, 1) == [None, {**entry, "top_logprobs": [likeliest]}]
+    assert vllm_prompt_logprobs(output) == [
+        None,
+        {
+            "101": {"logprob": -0.5, "rank": None, "decoded_token": " two"},
+            "7": {"logprob": -0.25, "rank": None, "decoded_token": "x"},
+        },
+    ]

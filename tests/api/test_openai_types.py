@@ -20,7 +20,7 @@ from flexgen.jobs.forms import Forms
 from flexgen.jobs.lines import Line
 from flexgen.jobs.reading import encode_prompts
 from flexgen.plan.workload import Workload
-from flexgen.request import CompletionOutput, Logprob
+from flexgen.request import CompletionOutput, Logprob, RequestOutput
 
 TEMPLATE = "{% for m in messages %}{{ m.content[:9] }}{% endfor %}"
 BODIES = {"/v1/completions": Completion, "/v1/chat/completions": ChatCompletion}
@@ -83,7 +83,8 @@ def test_answers(url: str) -> None:
     for n, num_logprobs, shows_ids in itertools.product((1, 3), (None, 0, 2), (False, True)):
         params = SamplingParams(n=n, logprobs=num_logprobs)
         request = JobRequest(line_number=1, digest=2, id="c", form=form, prompt="p", params=params, return_token_ids=shows_ids)
-        record = form.success(request, [completion(index, num_logprobs) for index in range(n)], 5)
+        outputs = [completion(index, num_logprobs) for index in range(n)]
+        record = form.success(request, [RequestOutput(request_id="0", prompt="p", prompt_token_ids=(1,) * 5, outputs=outputs)])
         check(record)
         assert record["response"]["status_code"] == 200
 
@@ -105,12 +106,12 @@ def test_a_file_made_for_the_hosted_api_runs_as_it_is(llm: LLM) -> None:
     forms = Forms(model="m", created=1, defaults=llm.get_default_sampling_params())
     parsed = [forms.parse(Line(number=n, content=json.dumps(line).encode(), digest=n)) for n, line in enumerate(HOSTED, 1)]
     prompts = encode_prompts(llm, parsed)
-    for request, ids, line in zip(parsed, prompts, HOSTED, strict=True):
-        assert not isinstance(ids, RequestError)
+    for request, found, line in zip(parsed, prompts, HOSTED, strict=True):
+        assert not isinstance(found, RequestError)
+        ids, _ = found
         token_requests = llm.token_requests(request.line_number << 16, ids, request.params)
         lengths = Workload(prompt_lens=(len(ids),) * len(token_requests), output_lens=tuple(each.max_tokens for each in token_requests))
-        completions = llm.completions(llm.stream(token_requests, lengths), request.params)
-        record = request.form.success(request, completions, len(ids))
+        record = request.form.success(request, [llm.output(llm.stream(token_requests, lengths), request.params, ids)])
         check(record)
         assert record["custom_id"] == line["custom_id"]
         assert len(record["response"]["body"]["choices"]) == line["body"].get("n", 1)

@@ -441,13 +441,14 @@ def same_answer(wanted: bytes, found: bytes) -> bool:
 
 
 def _taken_out(value: object) -> list[list[float]]:
-    """The numbers of everything called logprobs, each replaced by None."""
+    """The numbers of all log probabilities and scores, each replaced by None."""
     found: list[list[float]] = []
     for each in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
         found += _taken_out(each)
-    if isinstance(value, dict) and value.get("logprobs") is not None:
-        found.append(_numbers(value["logprobs"]))
-        value["logprobs"] = _without_numbers(value["logprobs"])
+    for name in ("logprobs", "prompt_logprobs", "labels") if isinstance(value, dict) else ():
+        if value.get(name) is not None:
+            found.append(_numbers(value[name]))
+            value[name] = _without_numbers(value[name])
     return found
 
 
@@ -612,7 +613,7 @@ def write_model(folder: Path) -> None:
 
 
 def write_requests(path: Path) -> None:
-    """Greedy and sampled, short and long, several answers to one prompt, both forms, and two lines that cannot be served."""
+    """Greedy and sampled, short and long, several answers to one prompt, scores, both forms, and two lines that cannot be served."""
     numbers = random.Random(0)
     lines: list[object] = []
     for n in range(8):
@@ -625,6 +626,10 @@ def write_requests(path: Path) -> None:
     lines.insert(9, {"id": "bad", "prompt": [1000]})
     body = {"prompt": [11, 12, 13], "max_tokens": 9, "seed": 5}
     lines.append({"custom_id": "batch", "method": "POST", "url": "/v1/completions", "body": body})
+    lines.append({"id": "choices", "prompt": [21, 22, 23], "choices": [[4, 5], [4, 6, 7], [8], [4, 5]]})
+    lines.append({"id": "scored", "prompt": list(range(30, 60)), "max_tokens": 7, "prompt_logprobs": 1, "n": 2, "seed": 3})
+    body = {"prompt": [[31, 32, 33], [34, 35]], "max_tokens": 2, "echo": True, "logprobs": 1, "temperature": 0}
+    lines.append({"custom_id": "echo", "method": "POST", "url": "/v1/completions", "body": body})
     path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
 
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 import io
 import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from flexgen import LLM, RequestError, SamplingParams
+from flexgen.api.job_request import JobRequest
 from flexgen.jobs.forms import Forms
 from flexgen.jobs.lines import read_lines
 from flexgen.jobs.reading import encode_prompts
-from flexgen.request import CompletionOutput
+from flexgen.request import ClassificationOutput, ClassificationRequestOutput, CompletionOutput, RequestOutput
 
 NUM_LINES = 10_000
 BATCH = 500
@@ -26,7 +28,7 @@ NAMES = [
     "max_tokens", "max_completion_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "logit_bias", "stop_token_ids", "bad_words",
     "presence_penalty", "repetition_penalty", "min_tokens", "allowed_token_ids", "response_format", "tools", "tool_choice", "stream",
     "user", "metadata", "chat_template", "chat_template_kwargs", "add_generation_prompt", "continue_final_message", "reasoning_effort",
-    "role", "content", "type", "text", "tool_calls", "function", "arguments", "name", "unknown",
+    "role", "content", "type", "text", "tool_calls", "function", "arguments", "name", "unknown", "choices", "prompt_logprobs",
 ]  # fmt: skip
 # JSON, nearly JSON, and what parsers have died of.
 SCRAPS = [
@@ -65,6 +67,8 @@ def nearly_right(chance: random.Random) -> str:
     message = "{" + f'"role": "user", "content": {chance.choice([json.dumps("c"), scrap(chance, 3)])}' + "}"
     messages = f'"messages": [{fields(chance, message)}]'
     content = chance.choice([prompt, messages, f'"messages": {scrap(chance, 3)}'])
+    if chance.random() < 0.2:
+        content += f', "choices": [{chance.choice([json.dumps("c"), "[1]"])}, {scrap(chance, 2)}]'
     if chance.random() < 0.5:
         return fields(chance, "{" + content + "}")
     url = chance.choice(["/v1/completions", "/v1/chat/completions"])
@@ -104,22 +108,32 @@ def llm(model_folder: Path) -> Iterator[LLM]:
         yield llm
 
 
+def answer(request: JobRequest, prompt: Sequence[int], choices: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """The record of a line that can be served."""
+    assert all(type(each) is int for ids in (prompt, *choices) for each in ids)
+    ids, numbers = tuple(prompt), [-1.0] * len(choices)
+    if choices:
+        scores = ClassificationOutput(probs=numbers, logprobs=numbers, num_tokens=[1] * len(choices), is_greedy=[True] * len(choices))
+        return request.form.scored(request, ClassificationRequestOutput(request_id="0", prompt=None, prompt_token_ids=ids, outputs=scores))
+    output = RequestOutput(request_id="0", prompt="p", prompt_token_ids=ids, outputs=[COMPLETION] * request.params.n)
+    return request.form.success(request, [output])
+
+
 def test_every_bad_line_has_one_outcome(llm: LLM) -> None:
     forms = Forms(model="m", created=1, defaults=SamplingParams())
     parsed = [forms.parse(line) for line in read_lines(io.BytesIO(bad_lines()))]
     assert [request.line_number for request in parsed] == list(range(1, NUM_LINES + 1))
     outcomes = {"request": 0, "error": 0}
     for start in range(0, NUM_LINES, BATCH):
-        batch = parsed[start : start + BATCH]
+        batch = [each for request in parsed[start : start + BATCH] for each in request.of_each_prompt()]
         prompts = encode_prompts(llm, batch)
-        for request, ids in zip(batch, prompts, strict=True):
-            if isinstance(ids, RequestError):
-                record = request.form.failure(request, ids)
+        for request, found in zip(batch, prompts, strict=True):
+            if isinstance(found, RequestError):
+                record = request.form.failure(request, found)
             else:
-                assert all(type(each) is int for each in ids)
-                record = request.form.success(request, [COMPLETION] * request.params.n, len(ids))
+                record = answer(request, *found)
             json.dumps(record, allow_nan=False).encode("ascii")
-            outcomes["error" if isinstance(ids, RequestError) else "request"] += 1
+            outcomes["error" if isinstance(found, RequestError) else "request"] += 1
     assert min(outcomes.values()) > NUM_LINES // 50, "the generator is of no use if lines are all good or all bad"
 
 

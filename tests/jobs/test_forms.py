@@ -15,7 +15,7 @@ from flexgen.chat import Chat
 from flexgen.errors import OptionError, RequestError
 from flexgen.jobs.forms import Forms, Remarks
 from flexgen.jobs.lines import Line
-from flexgen.request import CompletionOutput, Logprob, SamplingParams
+from flexgen.request import ClassificationOutput, ClassificationRequestOutput, CompletionOutput, Logprob, RequestOutput, SamplingParams
 
 DEFAULTS = SamplingParams(temperature=0.7, max_tokens=None)
 MESSAGES = [{"role": "user", "content": "Hi"}]
@@ -179,7 +179,11 @@ def line(form: LineForm, **fields: Any) -> JobRequest:
 def success(form: LineForm, *completions: CompletionOutput, shows_ids: bool = False, logprobs: int | None = None, **of_line: Any) -> Any:
     """The record of an answer to a prompt of two tokens."""
     params = SamplingParams(n=len(completions), logprobs=logprobs)
-    return form.success(line(form, prompt="p", params=params, return_token_ids=shows_ids, **of_line), completions, 2)
+    return form.success(line(form, prompt="p", params=params, return_token_ids=shows_ids, **of_line), [output(*completions)])
+
+
+def output(*completions: CompletionOutput, **how: Any) -> RequestOutput:
+    return RequestOutput(**({"request_id": "0", "prompt": "p", "prompt_token_ids": (5, 6), "outputs": list(completions)} | how))
 
 
 def failure(form: LineForm, error: RequestError) -> Any:
@@ -258,7 +262,7 @@ def test_bad_batch_lines(change: dict[str, Any], code: str, param: str) -> None:
 
 @pytest.mark.parametrize(("custom_id", "kept"), [(16, 16), (16.0, 16), ("x", "x"), (True, None), ([1], None), (1.5, None), (None, None)])
 def test_the_error_of_a_batch_line_has_its_id(custom_id: object, kept: object) -> None:
-    request = parsed(batch_line(max_tokens=0) | {"custom_id": custom_id})
+    request = parsed(batch_line(max_tokens=-1) | {"custom_id": custom_id})
     assert isinstance(request.error, RequestError)
     assert request.form.failure(request, request.error)["custom_id"] == kept
 
@@ -278,7 +282,7 @@ def test_an_internal_error_is_the_server_s() -> None:
 @pytest.mark.parametrize("url", ["/chat/completions", "/completions"])
 def test_azure_s_urls(url: str) -> None:
     request = parsed((chat_line() if "chat" in url else batch_line()) | {"url": url})
-    assert request.form.success(request, [FIRST], 2)["response"]["status_code"] == 200
+    assert request.form.success(request, [output(FIRST)])["response"]["status_code"] == 200
 
 
 def test_openai_completions() -> None:
@@ -337,3 +341,121 @@ def test_openai_failures(code: str, status: int, kind: str) -> None:
     assert record["error"] is None
     assert record["response"]["status_code"] == status
     assert record["response"]["body"] == {"error": {"message": "no", "type": kind, "param": "p", "code": code}}
+
+
+# -- scores -------------------------------------------------------------------------------------------------------------------------------
+
+PROMPT_LOGPROBS = [None, {6: Logprob(logprob=-0.25, decoded_token="q"), 7: Logprob(logprob=-0.125, rank=1, decoded_token="r")}]
+SCORED = output(SECOND, prompt="pq", prompt_logprobs=PROMPT_LOGPROBS)
+SCORES = ClassificationOutput(probs=[0.25, 0.75], logprobs=[-2.0, -1.0], num_tokens=[2, 1], is_greedy=[False, True])
+
+
+def scored(form: LineForm, *choices: str | tuple[int, ...]) -> Any:
+    request = line(form, prompt="p" if isinstance(choices[0], str) else (5, 6), choices=choices)
+    return form.scored(request, ClassificationRequestOutput(request_id="0", prompt=None, prompt_token_ids=(5, 6, 7), outputs=SCORES))
+
+
+def label(choice: str | list[int], place: int) -> dict[str, Any]:
+    name = "text" if isinstance(choice, str) else "token_ids"
+    values = {"logprob": (-2.0, -1.0), "probability": (0.25, 0.75), "num_tokens": (2, 1), "is_greedy": (False, True)}
+    return {name: choice, **{name: both[place] for name, both in values.items()}}
+
+
+USAGE_OF_CHOICES = {"prompt_tokens": 3, "completion_tokens": 3, "total_tokens": 6}
+
+
+def test_bare_records_of_choices() -> None:
+    labels = [label("No", 0), label("Yes", 1)]
+    assert scored(PLAIN, "No", "Yes") == {"id": "x", "index": 7, "text": "Yes", "labels": labels, "usage": USAGE_OF_CHOICES}
+    record = json.loads(json.dumps(scored(PLAIN, (1, 2), (3,))))
+    assert record == {
+        "id": "x",
+        "index": 7,
+        "text": None,
+        "token_ids": [3],
+        "labels": [label([1, 2], 0), label([3], 1)],
+        "usage": USAGE_OF_CHOICES,
+    }
+
+
+@pytest.mark.parametrize("url", ["/v1/completions", "/v1/chat/completions"])
+def test_openai_records_of_choices(url: str) -> None:
+    body = scored(openai(url), "No", "Yes")["response"]["body"]
+    (choice,) = body["choices"]
+    answer = {"message": {"role": "assistant", "content": "Yes", "refusal": None}} if "chat" in url else {"text": "Yes"}
+    assert choice == {"index": 0, **answer, "logprobs": None, "finish_reason": "stop", "labels": [label("No", 0), label("Yes", 1)]}
+    assert body["usage"] == USAGE_OF_CHOICES
+    (choice,) = scored(openai(url), (1, 2), (3,))["response"]["body"]["choices"]
+    assert choice["token_ids"] == [3]
+    assert (choice["message"]["content"] if "chat" in url else choice["text"]) is None
+
+
+def record_of(form: LineForm, *outputs: RequestOutput, **of_line: Any) -> Any:
+    params = SamplingParams(n=len(outputs[0].outputs), logprobs=0, prompt_logprobs=1)
+    return form.success(line(form, **({"prompt": "pq", "params": params} | of_line)), outputs)
+
+
+def test_a_bare_record_of_a_scored_prompt() -> None:
+    record = record_of(PLAIN, SCORED)
+    assert record["text"] == "Ab"
+    assert record["prompt_logprobs"][0] is None
+    assert [(entry["token"], len(entry["top_logprobs"])) for entry in record["prompt_logprobs"][1:]] == [("q", 1)]
+    echoed = record_of(PLAIN, SCORED, echo=True)
+    assert echoed == record | {"text": "pqAb"}
+    assert record_of(dataclasses.replace(PLAIN, has_text=False), SCORED, echo=True)["text"] is None
+
+
+def test_several_answers_after_an_echo() -> None:
+    both = output(SECOND, dataclasses.replace(SECOND, index=1, text="Ac"), prompt="pq", prompt_logprobs=PROMPT_LOGPROBS)
+    record = record_of(PLAIN, both, echo=True)
+    assert record["text"] == ["pqAb", "pqAc"]
+    assert len(record["prompt_logprobs"]) == 2
+    choices = record_of(openai(), both, echo=True)["response"]["body"]["choices"]
+    assert [choice["text"] for choice in choices] == ["pqAb", "pqAc"]
+    assert [choice["logprobs"]["tokens"] for choice in choices] == [["p", "q", "A", "b"]] * 2
+
+
+def test_openai_s_echo() -> None:
+    (choice,) = record_of(openai(), SCORED, echo=True)["response"]["body"]["choices"]
+    assert choice == {
+        "index": 0,
+        "text": "pqAb",
+        "logprobs": {
+            "tokens": ["p", "q", "A", "b"],
+            "token_logprobs": [None, -0.25, -0.5, -1.0],
+            "top_logprobs": [None, {"r": -0.125, "q": -0.25}, {"A": -0.5}, {"b": -1.0}],
+            "text_offset": [0, 1, 2, 3],
+        },
+        "finish_reason": "length",
+    }
+    (plain,) = record_of(openai(), output(FIRST, prompt="pq"), echo=True)["response"]["body"]["choices"]
+    assert (plain["text"], plain["logprobs"]) == ("pqAntwort ☃", None)
+
+
+def test_vllm_s_prompt_logprobs() -> None:
+    """In each choice of a completion, and beside the choices of a chat, if the line itself asks for them."""
+    wanted = [
+        None,
+        {"6": {"logprob": -0.25, "rank": None, "decoded_token": "q"}, "7": {"logprob": -0.125, "rank": 1, "decoded_token": "r"}},
+    ]
+    for how in ({}, {"echo": True}):
+        body = record_of(openai(), SCORED, states_prompt_logprobs=True, **how)["response"]["body"]
+        assert [choice["prompt_logprobs"] for choice in body["choices"]] == [wanted]
+    body = record_of(openai("/v1/chat/completions"), SCORED, states_prompt_logprobs=True)["response"]["body"]
+    assert body["prompt_logprobs"] == wanted
+    assert "prompt_logprobs" not in body["choices"][0]
+    assert "prompt_logprobs" not in success(openai("/v1/chat/completions"), SECOND)["response"]["body"]
+
+
+def test_several_prompts_of_one_line() -> None:
+    """The choices of each prompt follow those of the one before it, and usage counts all."""
+    outputs = [output(FIRST, SECOND, prompt=prompt) for prompt in ("pq", "r")]
+    body = record_of(openai(), *outputs, more_prompts=("r",), echo=True)["response"]["body"]
+    assert [choice["index"] for choice in body["choices"]] == [0, 1, 2, 3]
+    assert [choice["text"] for choice in body["choices"]] == ["pqAntwort ☃", "pqAb", "rAntwort ☃", "rAb"]
+    assert body["usage"] == {"prompt_tokens": 4, "completion_tokens": 10, "total_tokens": 14}
+    assert parsed(batch_line(prompt=["a", "b"])).more_prompts == ("b",)
+    error = parsed({"prompt": ["a", "b"]}).error
+    assert error is not None
+    assert (error.code, error.param) == ("unsupported_field", "prompt")
+    assert "write a line for each" in str(error)

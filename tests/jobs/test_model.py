@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from fakes import FakeEngine
+from fakes import FakeEngine, fake_scores
 from jobs.places import paths_of
 
 from flexgen import RequestError, SamplingParams
@@ -21,7 +21,8 @@ from flexgen.jobs.store import Store
 from flexgen.plan.tell.forecast import Plan
 from flexgen.plan.workload import Workload
 from flexgen.report.progress import Progress
-from flexgen.request import CompletionOutput, PartialAnswer, TokenRequest, TokenResult
+from flexgen.request import CompletionOutput, PartialAnswer, RequestOutput, TokenRequest, TokenResult
+from flexgen.text.choices import choice_requests
 from flexgen.text.common_prefixes import NO_PREFIXES, CommonPrefixes, PrefixCensus
 
 
@@ -43,11 +44,17 @@ class Echo:
         ids = tuple(prompt_token_ids)
         return [TokenRequest(index=index + choice, prompt_token_ids=ids, max_tokens=len(ids)) for choice in range(params.n)]
 
+    def choice_requests(self, index: int, prompt_token_ids: Sequence[int], choices: Sequence[Sequence[int]]) -> list[TokenRequest]:
+        return choice_requests(index, prompt_token_ids, choices)
+
     def prefix_census(self) -> PrefixCensus | None:
         return None
 
     def open(self, workload: Workload) -> Plan:
         return FakeEngine(workload).plan
+
+    def shrink(self) -> int | None:
+        return None
 
     def stream(
         self,
@@ -59,21 +66,27 @@ class Echo:
         on_pass: Callable[[Iterable[PartialAnswer]], None] | None = None,
     ) -> Iterator[TokenResult]:
         for request in requests:
-            yield TokenResult(index=request.index, token_ids=request.prompt_token_ids)
+            answer = request.prompt_token_ids if request.max_tokens else ()
+            yield TokenResult(index=request.index, token_ids=answer, prompt_logprobs=fake_scores(request))
 
-    def completions(
-        self, results: Iterable[TokenResult], params: SamplingParams, prompt_token_ids: Sequence[int] = ()
-    ) -> list[CompletionOutput]:
-        return [
-            CompletionOutput(index=choice, text="".join(map(chr, each.token_ids)), token_ids=each.token_ids, finish_reason="length")
+    def output(
+        self, results: Iterable[TokenResult], params: SamplingParams, prompt_token_ids: Sequence[int], prompt: str | None = None
+    ) -> RequestOutput:
+        completions = [
+            CompletionOutput(index=choice, text=self.text_of(each.token_ids), token_ids=each.token_ids, finish_reason="length")
             for choice, each in enumerate(results)
         ]
+        return RequestOutput(request_id="0", prompt=prompt, prompt_token_ids=tuple(prompt_token_ids), outputs=completions)
+
+    def text_of(self, token_ids: Sequence[int]) -> str:
+        return "".join(map(chr, token_ids))
 
 
 def test_a_job_of_another_model(tmp_path: Path) -> None:
     model: JobModel = Echo()
     source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    lines = [{"prompt": "abc"}, {"prompt": 7}, {"messages": [{"role": "user", "content": "de"}], "n": 2}]
+    lines: list[dict[str, Any]] = [{"prompt": "abc"}, {"prompt": 7}, {"messages": [{"role": "user", "content": "de"}], "n": 2}]
+    lines += [{"prompt": [97, 98], "echo": True}, {"prompt": "ab", "choices": ["c", "de"]}]
     source.write_text("".join(json.dumps(line) + "\n" for line in lines))
     with JobFolder(paths_of(output)) as folder, Store(folder) as store:
         defaults = SamplingParams(max_tokens=None)
@@ -83,7 +96,9 @@ def test_a_job_of_another_model(tmp_path: Path) -> None:
         job.open(workload)
         job.run(workload)
         export(store.paths, output)
-    first, second, third = map(json.loads, output.read_text().splitlines())
+    first, second, third, fourth, fifth = map(json.loads, output.read_text().splitlines())
     assert first["text"] == "abc"
     assert second["error"]["param"] == "prompt"
     assert third["text"] == ["de", "de"]
+    assert fourth["text"] == "abab"
+    assert [(label["text"], label["num_tokens"]) for label in fifth["labels"]] == [("c", 1), ("de", 2)]

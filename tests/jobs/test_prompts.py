@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,11 @@ def chat(content: str) -> JobRequest:
     return request(Chat(messages=({"role": "user", "content": content},)))
 
 
+def encoded(llm: LLM, requests: Sequence[JobRequest], **how: Any) -> list[Sequence[int] | RequestError]:
+    """The prompt of each request, none of which has choices."""
+    return [each if isinstance(each, RequestError) else each[0] for each in encode_prompts(llm, requests, **how)]
+
+
 def ids(text: str) -> list[int]:
     return [byte_id(character) for character in text]
 
@@ -40,7 +46,7 @@ def llm(model_folder: Path) -> Iterator[LLM]:
 def test_each_request_has_its_own(llm: LLM) -> None:
     error = RequestError("was bad before")
     bad = request("e").refused(error)
-    found = encode_prompts(llm, [chat("a"), request("bc"), bad, request((7, 8)), chat("bad"), chat("d"), request("")])
+    found = encoded(llm, [chat("a"), request("bc"), bad, request((7, 8)), chat("bad"), chat("d"), request("")])
     refused = found.pop(4)
     assert isinstance(refused, RequestError)
     assert "never" in str(refused)
@@ -48,11 +54,11 @@ def test_each_request_has_its_own(llm: LLM) -> None:
 
 
 def test_nothing(llm: LLM) -> None:
-    assert encode_prompts(llm, []) == []
+    assert encoded(llm, []) == []
 
 
 def test_texts_that_cannot_be_encoded_fail_alone(llm: LLM) -> None:
-    first, second, third = encode_prompts(llm, [request("a"), request("\ud800"), request("b")])
+    first, second, third = encoded(llm, [request("a"), request("\ud800"), request("b")])
     assert isinstance(second, RequestError)
     assert (first, third) == (ids("a"), ids("b"))
 
@@ -60,9 +66,9 @@ def test_texts_that_cannot_be_encoded_fail_alone(llm: LLM) -> None:
 def test_special_tokens_are_those_of_the_template(novels_opt: Path) -> None:
     """Its tokenizer begins texts with one; a chat has what its template writes, and not one more."""
     with LLM(novels_opt, chat_template="{{ messages[0].content }}") as plain, LLM(novels_opt, chat_template="{{ bos_token }}x") as marked:
-        (text,) = encode_prompts(plain, [request("x")])
-        (bare,) = encode_prompts(plain, [chat("x")])
-        (once,) = encode_prompts(marked, [chat("x")])
+        (text,) = encoded(plain, [request("x")])
+        (bare,) = encoded(plain, [chat("x")])
+        (once,) = encoded(marked, [chat("x")])
         bos = plain.get_tokenizer().bos_token_id
     assert not isinstance(bare, RequestError)
     assert bare[0] != bos
@@ -72,7 +78,7 @@ def test_special_tokens_are_those_of_the_template(novels_opt: Path) -> None:
 def test_texts_that_no_context_holds_fail_alone(llm: LLM) -> None:
     """Those of prompts, of conversations, and of conversations that the template makes long; of both Unicode's and JSON's sizes."""
     long = "a" * (llm.max_model_len * 1000)
-    found = encode_prompts(llm, [request(long), chat(long), request("a"), chat("é" * 10**6), chat("b")])
+    found = encoded(llm, [request(long), chat(long), request("a"), chat("é" * 10**6), chat("b")])
     assert found[2::2] == [ids("a"), ids("b")]
     for refused in (found[0], found[1], found[3]):
         assert isinstance(refused, RequestError)
@@ -91,24 +97,24 @@ def test_conversations_are_encoded_as_they_are_rendered(llm: LLM, monkeypatch: p
             steps.append("render")
             yield each
 
-    def encoded(self: Any, *arguments: Any, **how: Any) -> Any:
+    def tokenized(self: Any, *arguments: Any, **how: Any) -> Any:
         steps.append("encode")
         return encode(self, *arguments, **how)
 
     monkeypatch.setattr(llm, "render_chats", rendered)
-    monkeypatch.setattr(llm.get_tokenizer().__class__, "__call__", encoded)
-    assert encode_prompts(llm, [chat("a" * 60) for _ in range(3)]) == [ids("a" * 60)] * 3
+    monkeypatch.setattr(llm.get_tokenizer().__class__, "__call__", tokenized)
+    assert encoded(llm, [chat("a" * 60) for _ in range(3)]) == [ids("a" * 60)] * 3
     assert steps == ["render", "render", "encode", "render", "encode", "encode"]
 
 
 def test_the_time_of_the_job(model_folder: Path) -> None:
     with LLM(model_folder, chat_template="{{ strftime_now('%Y') }}") as llm:
-        (found,) = encode_prompts(llm, [chat("a")], now=0.0)
+        (found,) = encoded(llm, [chat("a")], now=0.0)
     assert found == [byte_id(character) for character in str(datetime.fromtimestamp(0).year)]
 
 
 def test_a_model_without_a_template(model_folder: Path) -> None:
-    error, found = encode_prompts(LLM(model_folder), [chat("a"), request("b")])
+    error, found = encoded(LLM(model_folder), [chat("a"), request("b")])
     assert isinstance(error, RequestError)
     assert error.code == "no_chat_template"
     assert found == ids("b")
@@ -116,8 +122,56 @@ def test_a_model_without_a_template(model_folder: Path) -> None:
 
 def test_a_model_without_a_tokenizer(bare_model_folder: Path) -> None:
     with LLM(bare_model_folder, chat_template=TEMPLATE) as llm:
-        first, second, third = encode_prompts(llm, [chat("a"), request("b"), request((7,))])
+        first, second, third = encoded(llm, [chat("a"), request("b"), request((7,))])
     assert isinstance(first, RequestError)
     assert isinstance(second, RequestError)
     assert "no tokenizer" in str(first)
     assert third == (7,)
+
+
+# -- choices ------------------------------------------------------------------------------------------------------------------------------
+
+
+def with_choices(prompt: str | tuple[int, ...] | Chat, *choices: str | tuple[int, ...]) -> JobRequest:
+    return dataclasses.replace(request(prompt), choices=choices)
+
+
+def test_choices_have_their_own_tokens(llm: LLM) -> None:
+    """Beside requests without any; spaces at the end of a prompt begin each choice; a template may write them, too."""
+    conversation = Chat(messages=({"role": "user", "content": "d: "},))
+    requests = [
+        with_choices("ab", "c", " de"), request("e"), with_choices("ab \n", "c"), with_choices((7, 8), (9,), (9, 10)),
+        with_choices("f", (9,), (8,)), with_choices(conversation, "x", "yz"), chat("g"),
+    ]  # fmt: skip
+    assert encode_prompts(llm, requests) == [
+        (ids("ab"), [ids("c"), ids(" de")]), (ids("e"), []), (ids("ab"), [[*llm.encode(" \n")[0], *ids("c")]]), ((7, 8), [(9,), (9, 10)]),
+        (ids("f"), [(9,), (8,)]), (ids("d:"), [ids(" x"), ids(" yz")]), (ids("g"), []),
+    ]  # fmt: skip
+
+
+def test_choices_that_cannot_be_encoded_fail_alone(llm: LLM) -> None:
+    bad = [
+        with_choices("a", "b", (7,)), with_choices((7,), "b"), with_choices("a", "\ud800", "b"), with_choices("\ud800", "b"),
+        with_choices("a", "b" * 100_000, "c"), with_choices(Chat(messages=({"role": "user", "content": "bad"},)), "b"),
+    ]  # fmt: skip
+    for each in bad:
+        *before, found, after = encode_prompts(llm, [with_choices("a", "b", "c"), request("a"), each, with_choices("d", "e")])
+        assert before == [(ids("a"), [ids("b"), ids("c")]), (ids("a"), [])]
+        assert isinstance(found, RequestError)
+        assert after == (ids("d"), [ids("e")])
+
+
+def test_a_choice_without_tokens_of_its_own(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tokenizer may drop what it does not know."""
+    monkeypatch.setattr(llm, "encode_each", lambda texts, **how: (ids(str(each).replace("z", "")) for each in texts))
+    (found,) = encode_prompts(llm, [with_choices("a", "b", "z")])
+    assert isinstance(found, RequestError)
+    assert str(found) == "choice 1 adds no token to the prompt"
+
+
+def test_choices_of_token_ids_need_no_tokenizer(bare_model_folder: Path) -> None:
+    with LLM(bare_model_folder) as llm:
+        found, refused = encode_prompts(llm, [with_choices((7,), (8,), (9, 10)), with_choices("a", (8,))])
+    assert found == ((7,), [(8,), (9, 10)])
+    assert isinstance(refused, RequestError)
+    assert "no tokenizer" in str(refused)

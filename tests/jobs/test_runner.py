@@ -503,7 +503,7 @@ def test_an_answer_that_no_database_holds_is_an_error(llm: LLM, tmp_path: Path, 
     assert answers(output)[1]["error"]["code"] == "answer_too_large"
 
 
-@pytest.mark.parametrize("broken", ["completions", "token_requests"])
+@pytest.mark.parametrize("broken", ["output", "token_requests"])
 def test_an_exception_of_one_line_is_its_error(
     llm: LLM, tmp_path: Path, output: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, broken: str
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import os
 import sqlite3
@@ -176,6 +177,21 @@ def test_a_choice_that_is_finished_before_its_line(output: Path) -> None:
         assert found is not None
         assert (found.index, found.token_ids, found.finish_reason, found.stop_string) == (77, (5,), "stop", "\n")
         assert found.error is None
+
+
+@pytest.mark.parametrize("scores", [None, (), logprobs(3, 4), (TokenLogprobs(token_ids=(9, 7), logprobs=(-2.5, -1 / 7), rank=None),)])
+def test_the_scores_of_a_choice_are_kept_with_its_end(output: Path, scores: tuple[TokenLogprobs, ...] | None) -> None:
+    """Also where an earlier row has the tokens, and where there are no tokens."""
+    with opened(output) as store:
+        store.commit([begun(1, 0, (5, 6))])
+        for choice, start in ((1, 2), (3, 0)):
+            end = TokenResult(index=7, token_ids=(5, 6)[:start], prompt_logprobs=scores)
+            store.keep(dataclasses.replace(begun(choice, start, ()), result=end))
+        store.commit()
+    with opened(output) as store:
+        for choice, token_ids in ((1, (5, 6)), (3, ())):
+            found = store.kept(4, 2**63 + 4)[choice].result(77)
+            assert found == TokenResult(index=77, token_ids=token_ids, prompt_logprobs=scores)
 
 
 def test_a_result_ends_the_progress_of_its_line_also_within_one_commit(output: Path) -> None:

@@ -96,6 +96,6 @@ def test_an_answer_that_goes_on_is_the_same(folder: Path, llama: Tokenizer) -> N
             (request,) = llm.token_requests(0, prompt, params)
             request = dataclasses.replace(request, generated=Generated(token_ids=earlier))
             results = list(llm.stream([request], Workload(prompt_lens=(len(prompt),), output_lens=(3,))))
-            (answer,) = llm.completions(results, params, prompt)
+            (answer,) = llm.output(results, params, prompt).outputs
             assert answer.stop_reason == " stood stood"
             assert answer.text == (" a" if a in earlier else "")

@@ -126,7 +126,7 @@ ABC = (A, A + 1, A + 2)
     ],
 )
 def test_text_and_what_stopped_it(translator: RequestTranslator, result: dict, how: dict, text: str, stop_reason: object) -> None:
-    (answer,) = translator.completions([TokenResult(index=3, **({"token_ids": ABC} | result))], SamplingParams(**how))
+    (answer,) = translator.output([TokenResult(index=3, **({"token_ids": ABC} | result))], SamplingParams(**how), ()).outputs
     assert (answer.text, answer.stop_reason, answer.finish_reason) == (text, stop_reason, result["finish_reason"])
     assert answer.token_ids == result.get("token_ids", ABC)
     assert (answer.logprobs, answer.cumulative_logprob) == (None, None)
@@ -134,13 +134,14 @@ def test_text_and_what_stopped_it(translator: RequestTranslator, result: dict, h
 
 def test_answers_are_in_the_order_of_their_requests(translator: RequestTranslator) -> None:
     results = [TokenResult(index=index, token_ids=(A + index,)) for index in (9, 7, 8)]
-    assert [(each.index, each.text) for each in translator.completions(results, SamplingParams(n=3))] == [(0, "h"), (1, "i"), (2, "j")]
+    answers = translator.output(results, SamplingParams(n=3), (A,)).outputs
+    assert [(each.index, each.text) for each in answers] == [(0, "h"), (1, "i"), (2, "j")]
 
 
 def test_a_failed_answer_stands_among_the_others(translator: RequestTranslator) -> None:
     error = RequestError("no", code="non_finite_logits")
     results = [TokenResult(index=4, finish_reason="error", error=error), TokenResult(index=5, token_ids=(A,))]
-    failed, fine = translator.completions(results, SamplingParams(n=2))
+    failed, fine = translator.output(results, SamplingParams(n=2), ()).outputs
     assert (failed.finish_reason, failed.stop_reason, failed.text) == ("error", "non_finite_logits", "")
     assert (fine.index, fine.text) == (1, "a")
 
@@ -153,7 +154,7 @@ LOGPROBS = (
 
 def test_logprobs_have_vllm_s_shape(translator: RequestTranslator) -> None:
     result = TokenResult(index=0, token_ids=(A, A + 9), logprobs=LOGPROBS)
-    (answer,) = translator.completions([result], SamplingParams(logprobs=2))
+    (answer,) = translator.output([result], SamplingParams(logprobs=2), ()).outputs
     assert answer.cumulative_logprob == -7.5
     assert answer.logprobs == [
         {A: Logprob(logprob=-0.5, rank=1, decoded_token="a"), A + 1: Logprob(logprob=-1.5, rank=2, decoded_token="b")},
@@ -194,7 +195,7 @@ def pieces(translator: RequestTranslator, *names: str) -> tuple[int, ...]:
 def test_an_answer_keeps_the_space_behind_its_prompt(llama: RequestTranslator, result: dict, how: dict, text: str) -> None:
     prompt, ids = pieces(llama, "▁a", ":"), pieces(llama, "▁stood", "▁stood")
     given = ids[:1] if result.get("stop_string") == " stood" else ids
-    (answer,) = llama.completions([TokenResult(index=0, token_ids=given, **result)], SamplingParams(**how), prompt)
+    (answer,) = llama.output([TokenResult(index=0, token_ids=given, **result)], SamplingParams(**how), prompt).outputs
     assert answer.text == text
 
 
@@ -212,7 +213,7 @@ def test_names_of_tokens_make_the_text_and_bytes_are_their_own(llama: RequestTra
     wave = ("<0xF0>", "<0x9F>", "<0x8C>", "<0x8A>")
     ids = pieces(llama, "▁stood", "stood", *wave, "▁a", "</s>", "▁")
     result = TokenResult(index=0, token_ids=ids, logprobs=steps(*ids))
-    (answer,) = llama.completions([result], SamplingParams(logprobs=0), pieces(llama, ":"))
+    (answer,) = llama.output([result], SamplingParams(logprobs=0), pieces(llama, ":")).outputs
     assert answer.logprobs is not None
     shown = [step[token_id] for token_id, step in zip(ids, answer.logprobs, strict=True)]
     assert [each.decoded_token for each in shown] == [" stood", "stood", *[UNFINISHED] * 4, " a", "</s>", " "]
@@ -230,12 +231,12 @@ def test_names_of_tokens_make_the_text_and_bytes_are_their_own(llama: RequestTra
 )
 def test_offsets_are_places_in_the_text(llama: RequestTranslator, names: tuple[str, ...], offsets: tuple[int, ...]) -> None:
     ids = pieces(llama, *names)
-    (answer,) = llama.completions([TokenResult(index=0, token_ids=ids, logprobs=steps(*ids))], SamplingParams(logprobs=0))
+    (answer,) = llama.output([TokenResult(index=0, token_ids=ids, logprobs=steps(*ids))], SamplingParams(logprobs=0), ()).outputs
     assert answer.text_offsets == offsets
 
 
 def test_without_a_tokenizer_there_are_ids_only(bare: RequestTranslator) -> None:
-    (answer,) = bare.completions([TokenResult(index=0, token_ids=(A, A + 9), logprobs=LOGPROBS)], SamplingParams(logprobs=2))
+    (answer,) = bare.output([TokenResult(index=0, token_ids=(A, A + 9), logprobs=LOGPROBS)], SamplingParams(logprobs=2), ()).outputs
     assert (answer.text, answer.token_ids) == ("", (A, A + 9))
     assert answer.logprobs is not None
     assert answer.logprobs[0][A] == Logprob(logprob=-0.5, rank=1)

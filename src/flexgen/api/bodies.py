@@ -20,7 +20,7 @@ _CHAT = frozenset((
     "messages", "logprobs", "top_logprobs", "max_completion_tokens", "add_generation_prompt", "continue_final_message",
     "chat_template_kwargs", "reasoning_effort",
 ))  # fmt: skip
-_OTHER_SAMPLING = ("logprobs", "top_logprobs", "max_completion_tokens", "best_of", "echo")
+_OF_ANSWERS = ("logprobs", "top_logprobs", "max_completion_tokens", "best_of", "echo", "return_token_ids")  # what choices do not have
 _BOTH = frozenset(("model", "best_of", "return_token_ids", "choices"))
 _HARMLESS = frozenset((
     "cache_salt", "metadata", "parallel_tool_calls", "prediction", "priority", "prompt_cache_key", "prompt_cache_retention", "request_id",
@@ -36,11 +36,8 @@ _OFF: Mapping[str, tuple[Any, ...]] = {
     "web_search_options": (),
 }  # fmt: skip
 _COMPLETION_OFF: Mapping[str, tuple[Any, ...]] = {**_OFF, "add_special_tokens": (True,)}
-_CHAT_OFF: Mapping[str, tuple[Any, ...]] = {
-    **_OFF,
-    "echo": (False,),
-    "add_special_tokens": (False,),
-}  # chat templates write the special tokens
+# Chat templates write the special tokens.
+_CHAT_OFF: Mapping[str, tuple[Any, ...]] = {**_OFF, "echo": (False,), "add_special_tokens": (False,)}
 
 
 def parse_completion(line: JobRequest, fields: Mapping[str, Any], defaults: SamplingParams) -> JobRequest:
@@ -60,8 +57,9 @@ def parse_completion(line: JobRequest, fields: Mapping[str, Any], defaults: Samp
     logprobs, echo = fields.get("logprobs"), _flag(fields, "echo", False)
     given = {"logprobs": None if logprobs is False else logprobs}
     if echo and fields.get("prompt_logprobs") is None:
-        given["prompt_logprobs"] = given["logprobs"]  # as in OpenAI's and vLLM's completions
-    return _request(line, fields, defaults, given, prompt=_prompt(fields["prompt"]), echo=echo, ignored=ignored)
+        given["prompt_logprobs"] = given["logprobs"]  # which are of all tokens of the text, as in OpenAI's and vLLM's completions
+    prompt, *more = _prompts(fields["prompt"])
+    return _request(line, fields, defaults, given, prompt=prompt, more_prompts=tuple(more), echo=echo, ignored=ignored)
 
 
 def parse_chat(line: JobRequest, fields: Mapping[str, Any], defaults: SamplingParams) -> JobRequest:
@@ -126,6 +124,8 @@ def _request(line: JobRequest, fields: Mapping[str, Any], defaults: SamplingPara
         raise RequestError("model must be a text", param="model")
     line = dataclasses.replace(line, return_token_ids=ids, model=model, **parsed)
     if fields.get("choices") is not None:
+        if line.more_prompts:
+            raise RequestError("choices stand beside one prompt: write a line for each prompt", code="unsupported_field", param="prompt")
         return dataclasses.replace(line, choices=_choices(fields))
     values = {name: fields[name] for name in _SAMPLING if fields.get(name) is not None}
     if values.get("stop") == "":
@@ -135,45 +135,52 @@ def _request(line: JobRequest, fields: Mapping[str, Any], defaults: SamplingPara
     best_of = fields.get("best_of")
     if best_of is not None and not _same(best_of, params.n):
         raise RequestError("best_of is not supported (only as many as n)", code="unsupported_field", param="best_of")
-    return dataclasses.replace(line, params=params, states_max_tokens="max_tokens" in values)
+    if (1 + len(line.more_prompts)) * params.n > MAX_CHOICES:
+        raise RequestError(f"the prompts of a line have at most {MAX_CHOICES:,} answers together", param="prompt")
+    scores = fields.get("prompt_logprobs") is not None
+    return dataclasses.replace(line, params=params, states_max_tokens="max_tokens" in values, states_prompt_logprobs=scores)
 
 
 def _choices(fields: Mapping[str, Any]) -> tuple[str | tuple[int, ...], ...]:
-    """Return the choices of a line, which are scored, so that nothing is generated and sampling parameters are refused."""
-    sampling = sorted(name for name in (*_SAMPLING, *_OTHER_SAMPLING) if fields.get(name) is not None)
-    if sampling:
-        message = f"choices are scored and nothing is generated, so {sampling[0]} has no meaning: leave it out"
-        raise RequestError(message, code="unsupported_field", param=sampling[0])
+    """Return the choices of a line, which are scored.
+
+    Raises:
+        RequestError: They are not choices; or something is asked for that only answers have, because nothing is generated.
+    """
+    asked = sorted(name for name in (*_SAMPLING, *_OF_ANSWERS) if fields.get(name) is not None and fields[name] is not False)
+    if asked:
+        message = f"choices are scored and nothing is generated, so {asked[0]} has no meaning: leave it out"
+        raise RequestError(message, code="unsupported_field", param=asked[0])
     given = fields["choices"]
     found = given if isinstance(given, list) else []
-    choices = [each if isinstance(each, str) else _token_ids(each) for each in found]
-    if not found or not all(choices) or len(choices) > MAX_CHOICES:
+    choices = [_token_ids(each) if isinstance(each, list) else each if isinstance(each, str) else None for each in found]
+    usable = tuple(each for each in choices if each)
+    if not usable or len(usable) < len(choices) or len(choices) > MAX_CHOICES:
         message = f"choices must be a list of 1 to {MAX_CHOICES:,} texts or lists of token ids, none of them empty"
         raise RequestError(f"{message}, not {shown(given)}", param="choices")
-    return tuple(choices)
+    return usable
 
 
-def _token_ids(value: Any) -> tuple[int, ...]:
-    """Return a list of token ids as a tuple; an empty one if it is not such a list."""
-    listed = value if isinstance(value, list) else []
-    ids = [number for each in listed if (number := as_int(each)) is not None]
-    return tuple(ids) if len(ids) == len(listed) else ()
+def _token_ids(value: list[Any]) -> tuple[int, ...] | None:
+    """Return a list of token ids as a tuple; None if an item is no integer."""
+    if all(type(each) is int for each in value):
+        return tuple(value)
+    ids = [number for each in value if (number := as_int(each)) is not None]
+    return tuple(ids) if len(ids) == len(value) else None
 
 
-def _prompt(value: Any) -> str | tuple[int, ...]:
-    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], (str, list)):
-        value = value[0]  # OpenAI's list of prompts, with one prompt
+def _prompts(value: Any) -> list[str] | list[tuple[int, ...]]:
+    """Return the prompts of a completion: one text or list of token ids, or a list of either."""
     if isinstance(value, str):
-        return value
+        return [value]
     if isinstance(value, list):
-        ids = value if all(type(i) is int for i in value) else [number for i in value if (number := as_int(i)) is not None]
-        if len(ids) == len(value):
-            return tuple(ids)
-        if all(isinstance(i, (str, list)) for i in value):
-            raise RequestError(
-                "several prompts in one line are not supported: write a line for each", code="unsupported_field", param="prompt"
-            )
-    raise RequestError(f"prompt must be text or a list of token ids, not {shown(value)}", param="prompt")
+        if value and all(isinstance(each, str) for each in value):
+            return value
+        several = value if value and all(isinstance(each, list) for each in value) else [value]
+        prompts = [ids for each in several if (ids := _token_ids(each)) is not None]
+        if len(prompts) == len(several):
+            return prompts
+    raise RequestError(f"prompt must be text or a list of token ids, or a list of either, not {shown(value)}", param="prompt")
 
 
 def _template_kwargs(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -203,8 +210,8 @@ def _max_completion_tokens(fields: Mapping[str, Any]) -> int:
     """Return `max_completion_tokens`; `max_tokens`, its older name, may be given with the same value."""
     newer, older = fields["max_completion_tokens"], fields.get("max_tokens")
     number = as_int(newer)
-    if number is None or number < 1 or number.bit_length() > 63:
-        raise RequestError(f"max_completion_tokens must be an integer of at least 1, not {shown(newer)}", param="max_completion_tokens")
+    if number is None or number < 0 or number.bit_length() > 63:
+        raise RequestError(f"max_completion_tokens must be an integer of at least 0, not {shown(newer)}", param="max_completion_tokens")
     if older is not None and as_int(older) != number:
         message = f"max_tokens ({shown(older)}) and max_completion_tokens ({shown(newer)}) mean the same: give one"
         raise RequestError(message, param="max_completion_tokens")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -25,10 +26,12 @@ class JobRequest:
         id: The id that the author gave the line; None if it has none.
         error: The error that the line ends in, in which case the fields below mean nothing; None if it can be served.
         prompt: The prompt: text, token ids, or a conversation.
+        more_prompts: Further prompts of the line, whose answers follow those of the first (OpenAI's completions).
         params: The sampling parameters.
         choices: The choices that are scored after the prompt, texts or token ids; nothing is generated then.
         echo: Whether the prompt is part of the answer's text.
         states_max_tokens: Whether the line itself sets `max_tokens`, which is then never lowered silently.
+        states_prompt_logprobs: Whether the line itself asks for `prompt_logprobs`; where only `echo` does, they are part of `logprobs`.
         return_token_ids: Whether the answer has token ids beside its text (vLLM's field).
         model: The model that the line names; None if it names none.
         ignored: The names of the line's fields that have no effect here.
@@ -40,10 +43,12 @@ class JobRequest:
     id: str | int | None = None
     error: RequestError | None = None
     prompt: str | tuple[int, ...] | Chat = ()
+    more_prompts: tuple[str, ...] | tuple[tuple[int, ...], ...] = ()
     params: SamplingParams = _NO_PARAMS
     choices: tuple[str | tuple[int, ...], ...] = ()
     echo: bool = False
     states_max_tokens: bool = False
+    states_prompt_logprobs: bool = False
     return_token_ids: bool = False
     model: str | None = None
     ignored: tuple[str, ...] = ()
@@ -52,6 +57,10 @@ class JobRequest:
     def shows_ids(self) -> bool:
         """Whether the answer has token ids, because they were asked for or the prompt was given as token ids."""
         return self.return_token_ids or isinstance(self.prompt, tuple)
+
+    def of_each_prompt(self) -> list[JobRequest]:
+        """Return a request for each prompt of the line."""
+        return [self, *(dataclasses.replace(self, prompt=each, more_prompts=()) for each in self.more_prompts)]
 
     def refused(self, error: RequestError) -> JobRequest:
         """Return the same line with an error in place of its request."""
@@ -77,12 +86,12 @@ class LineForm(Protocol):
         """
         ...
 
-    def success(self, request: JobRequest, output: RequestOutput) -> dict[str, Any]:
+    def success(self, request: JobRequest, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
         """Return the record of an answer.
 
         Args:
             request: The line.
-            output: The output, which has the text of the prompt if the line asks for it.
+            outputs: The output for each prompt of the line, with the text of the prompt if the line asks for it.
         """
         ...
 
@@ -95,11 +104,20 @@ class LineForm(Protocol):
         ...
 
 
-def usage(output: RequestOutput | ClassificationRequestOutput) -> dict[str, int]:
-    """Return OpenAI's counts of tokens; choices that are scored count as completions."""
-    prompt = len(output.prompt_token_ids)
-    generated = sum(len(each.token_ids) for each in output.outputs) if isinstance(output, RequestOutput) else sum(output.outputs.num_tokens)
-    return {"prompt_tokens": prompt, "completion_tokens": generated, "total_tokens": prompt + generated}
+def usage(outputs: Sequence[RequestOutput]) -> dict[str, int]:
+    """Return OpenAI's counts of tokens."""
+    prompt = sum(len(output.prompt_token_ids) for output in outputs)
+    return _usage(prompt, sum(len(completion.token_ids) for output in outputs for completion in output.outputs))
+
+
+def usage_of_choices(output: ClassificationRequestOutput) -> dict[str, int]:
+    """Return OpenAI's counts of tokens, with the choices that were scored as completions."""
+    return _usage(len(output.prompt_token_ids), sum(output.outputs.num_tokens))
+
+
+def _usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
+    total = prompt_tokens + completion_tokens
+    return {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens, "total_tokens": total}
 
 
 def labels(request: JobRequest, output: ClassificationRequestOutput) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -21,19 +22,51 @@ def completion_logprobs(completion: CompletionOutput, echoed: RequestOutput | No
     """
     if completion.logprobs is None:
         return None
-    steps: list[tuple[int, dict[int, Logprob]]] = list(zip(completion.token_ids, completion.logprobs, strict=True))
+    steps = list(zip(completion.token_ids, completion.logprobs, strict=True))
     tokens = [_token(token_id, step[token_id]) for token_id, step in steps]
     offsets = list(completion.text_offsets) if completion.text_offsets is not None else _starts(tokens)
-    values: list[float | None] = [_value(step[token_id]) for token_id, step in steps]
-    likeliest: list[dict[str, float] | None] = [_by_token(token_id, step) for token_id, step in steps]
-    if echoed is not None and echoed.prompt_logprobs is not None and echoed.prompt is not None:
+    known: list[tuple[int, dict[int, Logprob] | None]] = []
+    if echoed is not None and echoed.prompt_logprobs is not None:
         known = list(zip(echoed.prompt_token_ids, echoed.prompt_logprobs, strict=True))
-        words = ["" if step is None else _token(token_id, step[token_id]) for token_id, step in known]
-        words[0] = echoed.prompt[: max(len(echoed.prompt) - sum(map(len, words)), 0)]
-        tokens, offsets = words + tokens, _starts(words) + [len(echoed.prompt) + offset for offset in offsets]
-        values = [None if step is None else _value(step[token_id]) for token_id, step in known] + values
-        likeliest = [None if step is None else _by_token(token_id, step) for token_id, step in known] + likeliest
-    return {"tokens": tokens, "token_logprobs": values, "top_logprobs": likeliest, "text_offset": offsets}
+        words, places, length = _echoed(echoed.prompt, known)
+        tokens, offsets = words + tokens, places + [length + offset for offset in offsets]
+    every = [*known, *steps]
+    return {
+        "tokens": tokens,
+        "token_logprobs": [None if step is None else _value(step[token_id]) for token_id, step in every],
+        "top_logprobs": [None if step is None else _by_token(token_id, step) for token_id, step in every],
+        "text_offset": offsets,
+    }
+
+
+def _echoed(text: str | None, known: Sequence[tuple[int, dict[int, Logprob] | None]]) -> tuple[list[str], list[int], int]:
+    """Return the tokens of a prompt, where the text of each begins, and the length of the whole text.
+
+    Offsets are counted in bytes from the end, because a token may be a part of a character, and because the tokens of a text may begin with
+    special ones that are not in it.
+
+    Args:
+        text: The text of the prompt; None if there is no tokenizer.
+        known: The token ids of the prompt, each with its log probabilities (None for the first).
+    """
+    words = [_by_id(token_id) if step is None else _token(token_id, step[token_id]) for token_id, step in known]
+    if text is None:
+        return words, _starts(words), sum(map(len, words))
+    encoded = text.encode()
+    place = len(encoded)
+    starts: list[int] = []
+    for (token_id, step), word in zip(reversed(known[1:]), reversed(words[1:]), strict=True):
+        own = None if step is None else step[token_id].token_bytes
+        place = max(place - len(word.encode() if own is None else own), 0)
+        starts.append(place)
+    words[0] = encoded[:place].decode(errors="replace")
+    return words, [0, *_characters(text, starts[::-1])], len(text)
+
+
+def _characters(text: str, starts: Sequence[int]) -> list[int]:
+    """Return the index of the character of a text that has each of these bytes, which ascend; the length of the text beyond its end."""
+    ends = list(itertools.accumulate(len(character.encode()) for character in text))
+    return [bisect.bisect_right(ends, start) for start in starts]
 
 
 def _starts(tokens: Sequence[str]) -> list[int]:

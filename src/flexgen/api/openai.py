@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flexgen.api.bodies import parse_chat, parse_completion
-from flexgen.api.job_request import JobRequest, as_id, best_choice, labels, usage
+from flexgen.api.job_request import JobRequest, as_id, best_choice, labels, usage, usage_of_choices
 from flexgen.api.logprobs import chat_logprobs, completion_logprobs, vllm_prompt_logprobs
 from flexgen.base.scalars import shown
 from flexgen.errors import RequestError
@@ -46,9 +46,7 @@ def _completion_choice(completion: CompletionOutput, request: JobRequest, output
         choice = {"text": (output.prompt or "") + completion.text, "logprobs": completion_logprobs(completion, output)}
     else:
         choice = {"text": completion.text, "logprobs": completion_logprobs(completion)}
-    if output.prompt_logprobs is None or (request.echo and completion.logprobs is not None):
-        return choice
-    return {**choice, "prompt_logprobs": vllm_prompt_logprobs(output)}
+    return {**choice, "prompt_logprobs": vllm_prompt_logprobs(output)} if request.states_prompt_logprobs else choice
 
 
 def _completion_label(text: str | None) -> dict[str, Any]:
@@ -126,32 +124,22 @@ class OpenAIForm:
             raise RequestError("body must be an object", param="body")
         return endpoint.parse(line, body, self.defaults)
 
-    def success(self, request: JobRequest, output: RequestOutput) -> dict[str, Any]:
-        """Return the record of an answer: the endpoint's object in a response with status 200."""
-        return self._answer(request, [self._choice(completion, request, output) for completion in output.outputs], output)
+    def success(self, request: JobRequest, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
+        """Return the record of an answer: the endpoint's object in a response with status 200, the choices of each prompt after another."""
+        completions = [(completion, output) for output in outputs for completion in output.outputs]
+        choices = [self._choice(index, completion, request, output) for index, (completion, output) in enumerate(completions)]
+        body = self._body(request, choices, usage(outputs))
+        if ENDPOINTS[self.url] is _CHAT and request.states_prompt_logprobs:
+            body["prompt_logprobs"] = vllm_prompt_logprobs(outputs[0])
+        return _record(request, 200, body)
 
     def scored(self, request: JobRequest, output: ClassificationRequestOutput) -> dict[str, Any]:
         """Return the record of a line with choices: the likeliest one as the answer, with the scores of all in `labels`."""
         best = best_choice(request, output)
         text = best if isinstance(best, str) else None
         choice = {"index": 0, **ENDPOINTS[self.url].label(text), "finish_reason": "stop", "labels": labels(request, output)}
-        return self._answer(request, [choice if text is not None else {**choice, "token_ids": best}], output)
-
-    def _answer(
-        self, request: JobRequest, choices: Sequence[dict[str, Any]], output: RequestOutput | ClassificationRequestOutput
-    ) -> dict[str, Any]:
-        endpoint = ENDPOINTS[self.url]
-        body = {
-            "id": f"{endpoint.id_prefix}-{_key(request)}",
-            "object": endpoint.object,
-            "created": self.created,
-            "model": self.model,
-            "choices": choices,
-            "usage": usage(output),
-        }
-        if endpoint is _CHAT and isinstance(output, RequestOutput) and output.prompt_logprobs is not None:
-            body["prompt_logprobs"] = vllm_prompt_logprobs(output)
-        return _record(request, 200, body)
+        choice |= {} if text is not None else {"token_ids": best}
+        return _record(request, 200, self._body(request, [choice], usage_of_choices(output)))
 
     def failure(self, request: JobRequest, error: RequestError) -> dict[str, Any]:
         """Return the record of an error: a response with the status and error object of the hosted API."""
@@ -160,9 +148,20 @@ class OpenAIForm:
         body = {"error": {"message": str(error), "type": kind, "param": error.param, "code": error.code}}
         return _record(request, status, body)
 
-    def _choice(self, completion: CompletionOutput, request: JobRequest, output: RequestOutput) -> dict[str, Any]:
+    def _body(self, request: JobRequest, choices: Sequence[dict[str, Any]], counts: dict[str, int]) -> dict[str, Any]:
+        endpoint = ENDPOINTS[self.url]
+        return {
+            "id": f"{endpoint.id_prefix}-{_key(request)}",
+            "object": endpoint.object,
+            "created": self.created,
+            "model": self.model,
+            "choices": choices,
+            "usage": counts,
+        }
+
+    def _choice(self, index: int, completion: CompletionOutput, request: JobRequest, output: RequestOutput) -> dict[str, Any]:
         written = ENDPOINTS[self.url].choice(completion, request, output)
-        choice = {"index": completion.index, **written, "finish_reason": completion.finish_reason}
+        choice = {"index": index, **written, "finish_reason": completion.finish_reason}
         if request.shows_ids or not self.has_text:
             choice["token_ids"] = list(completion.token_ids)
         return choice

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from flexgen.api.bodies import parse_chat, parse_completion
-from flexgen.api.job_request import JobRequest, as_id, best_choice, labels, usage
+from flexgen.api.job_request import JobRequest, as_id, best_choice, labels, usage, usage_of_choices
 from flexgen.api.logprobs import generated_logprobs, prompt_logprobs
 from flexgen.errors import RequestError
 from flexgen.request import ClassificationRequestOutput, CompletionOutput, RequestOutput, SamplingParams
@@ -44,24 +44,29 @@ class PlainForm:
         body = {name: value for name, value in fields.items() if name not in _IDS and (name not in _PROMPTS or value is not None)}
         if all(name in body for name in _PROMPTS):
             raise RequestError("the line has both a prompt and messages", param="messages")
-        return (parse_chat if "messages" in body else parse_completion)(line, body, self.defaults)
+        request = (parse_chat if "messages" in body else parse_completion)(line, body, self.defaults)
+        if request.more_prompts:
+            message = "several prompts in one line are not supported (only in OpenAI's lines): write a line for each"
+            raise RequestError(message, code="unsupported_field", param="prompt")
+        return request
 
-    def success(self, request: JobRequest, output: RequestOutput) -> dict[str, Any]:
+    def success(self, request: JobRequest, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
         """Return the record of an answer; if several choices were asked for, each field of the answer is a list."""
+        (output,) = outputs
         prompt = output.prompt or "" if request.echo else ""
         choices = [self._choice(completion, request, prompt) for completion in output.outputs]
         merged = choices[0] if request.params.n == 1 else {name: [choice[name] for choice in choices] for name in choices[0]}
         record = {"id": request.id, "index": request.line_number, **merged}
         if output.prompt_logprobs is not None:
             record["prompt_logprobs"] = prompt_logprobs(output, request.params.prompt_logprobs or 0)
-        return {**record, "usage": usage(output)}
+        return {**record, "usage": usage(outputs)}
 
     def scored(self, request: JobRequest, output: ClassificationRequestOutput) -> dict[str, Any]:
         """Return the record of a line with choices: the likeliest one and the scores of all."""
         best = best_choice(request, output)
         record: dict[str, Any] = {"id": request.id, "index": request.line_number}
         record |= {"text": best} if isinstance(best, str) else {"text": None, "token_ids": best}
-        return {**record, "labels": labels(request, output), "usage": usage(output)}
+        return {**record, "labels": labels(request, output), "usage": usage_of_choices(output)}
 
     def failure(self, request: JobRequest, error: RequestError) -> dict[str, Any]:
         """Return the record of an error."""

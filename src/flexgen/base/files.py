@@ -6,11 +6,13 @@ nobody reads.  So a new file gets a name that cannot be guessed and that must no
 
 from __future__ import annotations
 
+import hashlib
+import io
 import os
 import secrets
 import stat
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from flexgen.base.quantities import MIB
 from flexgen.errors import StorageError
@@ -103,6 +105,32 @@ def create(temporary: Path, target: Path) -> BinaryIO:
     if there is not None:
         os.fchmod(descriptor, stat.S_IMODE(there.st_mode) & 0o777)
     return os.fdopen(descriptor, "wb", buffering=MIB)
+
+
+class Hashed(io.RawIOBase):
+    """A stream that writes to an open file, and hashes what it writes.  Closing it leaves the file open.
+
+    Args:
+        file: The file.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._hasher = file, hashlib.blake2b(digest_size=16)
+
+    @property
+    def digest(self) -> bytes:
+        """The digest of everything that was written."""
+        return self._hasher.digest()
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any, /) -> int:
+        self._hasher.update(data)
+        return self._file.write(data)
+
+    def tell(self) -> int:
+        return self._file.tell()
 
 
 def write_file(path: Path, text: str) -> None:

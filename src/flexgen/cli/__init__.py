@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from flexgen.cli import bench, export, plan, profile, run, status
+from flexgen.cli import bench, export, map, plan, profile, run, status
 from flexgen.cli.exit_codes import complain_of_bug
 from flexgen.cli.help import CONTEXT_SETTINGS, Command, Group
 from flexgen.cli.streams import standard_streams
@@ -25,7 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Batch inference for language models that are larger than the memory of the device that runs them.",
 )
-for _command in (run.run, status.status, export.export, plan.plan, profile.profile):
+for _command in (run.run, map.map, status.status, export.export, plan.plan, profile.profile):
     app.command(cls=Command)(_command)
 _bench = typer.Typer(cls=Group, no_args_is_help=True, rich_markup_mode=None, help="Measure this machine's throughput with a model.")
 _bench.command(cls=Command)(bench.throughput)

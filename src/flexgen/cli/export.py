@@ -16,9 +16,12 @@ from flexgen.errors import OptionError
 
 @command
 def export(
-    job: Annotated[Path, typer.Argument(metavar="OUTPUT", help="The output of a `flexgen run`, or the folder given as its --state.")],
+    job: Annotated[Path, typer.Argument(metavar="OUTPUT", help="The output of a run or map, or the folder given as its --state.")],
     order: Annotated[str, typer.Option(metavar="input|done", help="Order of the input, or order in which lines were done.")] = "input",
-    to: Annotated[Path | None, typer.Option(metavar="FILE", help="Write here instead of OUTPUT; - is stdout.")] = None,
+    to: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write here instead of OUTPUT; - is stdout, for records only."),
+    ] = None,
 ) -> int:
     """Write the answers that are done, also while the job runs."""
     from flexgen.jobs.export import DeliveryError, export_to_stream

@@ -28,6 +28,7 @@ _SECTIONS = {
 EXAMPLES = {
     "flexgen": [
         ("flexgen run MODEL requests.jsonl -o answers.jsonl", "answer a file of requests"),
+        ("flexgen map MODEL t.csv -o out.csv --prompt '{text} ...'", "ask about every row of a table"),
         ("flexgen plan MODEL --input requests.jsonl", "how long that would take"),
         ("flexgen status answers.jsonl", "how far it is"),
     ],
@@ -36,6 +37,12 @@ EXAMPLES = {
         ("flexgen run MODEL requests.jsonl -o answers.jsonl --host-mem 24GiB", "use no more memory than that"),
         ("flexgen run MODEL requests.jsonl -o answers.jsonl --dry-run", "only check the requests, and show the plan"),
         ("flexgen run MODEL requests.jsonl -o answers.jsonl --retry-errors", "once more for lines that ended in an error"),
+    ],
+    "map": [
+        ("flexgen map MODEL t.csv -o out.csv --prompt 'Summarise: {text}'", "a column `answer` with what the model says"),
+        ("flexgen map MODEL t.csv -o out.csv --prompt '{text}' --choices yes,no", "the likelier of two answers"),
+        ("flexgen map MODEL t.csv -o out.csv --prompt '{text}' --dry-run", "the first three prompts, and the plan"),
+        ("flexgen map MODEL t.csv -o out.csv --prompt '{text}' --schema s.json", "a column for each property of the schema"),
     ],
     "plan": [
         ("flexgen plan MODEL --input requests.jsonl", "these requests, on this machine"),
@@ -60,6 +67,7 @@ EXAMPLES = {
 PAGES = {
     "flexgen": ("docs/index.md",),
     "run": ("docs/labelling.md", "docs/requests.md", "docs/jobs.md", "docs/metrics.md"),
+    "map": ("docs/tables.md", "docs/jobs.md", "docs/metrics.md"),
     "plan": ("docs/plans.md", "docs/models.md"),
     "profile": ("docs/plans.md",),
     "status": ("docs/jobs.md",),
@@ -67,7 +75,7 @@ PAGES = {
     "bench": ("docs/metrics.md",),
     "throughput": ("docs/metrics.md",),
 }
-_WITH_EXIT_CODES = ("flexgen", "run")
+_WITH_EXIT_CODES = ("flexgen", "run", "map")
 
 
 class _Sections:

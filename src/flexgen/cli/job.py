@@ -5,17 +5,20 @@ from __future__ import annotations
 import shutil
 import sys
 import tempfile
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
-from flexgen.cli.defaults import bare_defaults, describe
-from flexgen.cli.exit_codes import ExitCode
+from flexgen.cli.defaults import describe
+from flexgen.cli.exit_codes import ExitCode, complain
 from flexgen.cli.options import load
-from flexgen.cli.reading import Reading
 from flexgen.cli.run_flags import RunFlags
 from flexgen.cli.signals import StopSignals
+from flexgen.cli.terminal import showing
 from flexgen.errors import FlexGenError, StorageError
+from flexgen.jobs.interrupt import Stopped
 from flexgen.options import EngineOptions
 
 if TYPE_CHECKING:
@@ -28,34 +31,66 @@ if TYPE_CHECKING:
     from flexgen.request import SamplingParams
 
 
+class JobLines(Protocol):
+    """The lines that a command has answered."""
+
+    @property
+    def name(self) -> str | None:
+        """The name of the input in messages; None for the path of the file with the lines."""
+        ...
+
+    @property
+    def form(self) -> str:
+        """The format of the lines, see `Forms`."""
+        ...
+
+    @property
+    def keywords(self) -> Mapping[str, Any]:
+        """The keywords of `LLM` that are not options of the engine."""
+        ...
+
+    @property
+    def output_form(self) -> str | None:
+        """What `export` needs to make the output (see `Store.keep_output_form`); None where it is a file of records."""
+        ...
+
+    def defaults(self, llm: LLM) -> SamplingParams:
+        """Return the sampling parameters of lines that set none."""
+        ...
+
+    def to_measure(self, llm: LLM, show: Callable[[str], None]) -> AbstractContextManager[Path]:
+        """Yield the file with the lines for `--dry-run`, after showing what the user wants to see of them."""
+        ...
+
+    def to_answer(self, folder: JobFolder, llm: LLM) -> Path:
+        """Return the file with the lines, which may lie in the job's folder, and remove earlier runs for `--fresh`."""
+        ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobCommand:
-    """One `flexgen run`.
+    """One run of a job by a command.
 
     Attributes:
-        flags: The flags of `flexgen run` alone.
-        reading: The flags that say how the input is read.
+        flags: The flags of the command.
+        lines: The lines to answer.
         options: The options of the engine.
         display: The display for progress and messages.
         signals: The signals that may stop the run.
     """
 
     flags: RunFlags
-    reading: Reading
+    lines: JobLines
     options: EngineOptions
     display: Display
     signals: StopSignals
 
     def show_plan(self) -> int:
         """Check the input, show the plan, and return the exit code (`--dry-run`)."""
-        from flexgen.jobs.mistaken import check_input
         from flexgen.jobs.runner import Job
 
-        source = self.flags.source
-        assert source is not None
-        with self._load() as llm:
-            check_input(source, input_format=self.reading.form)
-            job = Job(llm, source, None, defaults=self._defaults(llm), input_format=self.reading.form)
+        with self._load() as llm, self.lines.to_measure(llm, self.display.message) as source:
+            job = Job(llm, source, None, defaults=self.lines.defaults(llm), input_format=self.lines.form, name=self.lines.name)
             workload = self._prepare_lines(job, None)
             self.display.message(describe(job, workload))
             if len(workload):
@@ -115,15 +150,15 @@ class JobCommand:
         from flexgen.jobs.runner import Job
         from flexgen.jobs.store import Store
 
-        source = self._prepare_folder(folder)
+        source = self.lines.to_answer(folder, llm)
         with Store(folder) as store:
             check_output(folder.paths)
-            defaults = self._defaults(llm)
-            settings = {"chat_template_kwargs": self.reading.template_kwargs, "input_format": self.reading.form}
+            defaults = self.lines.defaults(llm)
+            settings = {"chat_template_kwargs": self.lines.keywords["chat_template_kwargs"], "input_format": self.lines.form}
             store.begin(identity_of(llm, defaults, **settings), llm.name, accept_changes=self.flags.accept_changes)
             job = Job(
-                llm, source, store, defaults=defaults, input_format=self.reading.form, checkpoint_seconds=self.flags.checkpoint_seconds,
-                stop=self.signals.request,
+                llm, source, store, defaults=defaults, input_format=self.lines.form, name=self.lines.name,
+                checkpoint_seconds=self.flags.checkpoint_seconds, stop=self.signals.request,
             )  # fmt: skip
             workload = self._prepare_lines(job, store)
             self.display.message(describe(job, workload))
@@ -131,26 +166,11 @@ class JobCommand:
                 self.display.plan(job.open(workload))
             folder.keep()
             job.source = settle_input(folder, source)
+            if self.lines.output_form is not None:
+                store.keep_output_form(self.lines.output_form)
             with self.signals.deferred():
                 answering = Answering(llm=llm, job=job, store=store, flags=self.flags, display=self.display, signals=self.signals)
                 return answering.run(workload)
-
-    def _prepare_folder(self, folder: JobFolder) -> Path:
-        """Remove earlier runs for `--fresh`, copy a piped input, and return the file to read, checked to be a file of requests."""
-        from flexgen.jobs.export import remove_job
-        from flexgen.jobs.mistaken import check_input
-
-        source, form = self.flags.source, self.reading.form
-        if source is not None and not self.flags.source_is_stream:
-            check_input(source, input_format=form)  # checked before `--fresh` removes anything
-            if self.flags.fresh:
-                remove_job(folder)
-            return source
-        if self.flags.fresh:
-            remove_job(folder)
-        kept = _keep_stream(folder, source)
-        check_input(kept, input_format=form, name=str(source or "standard input"))
-        return kept
 
     def _prepare_lines(self, job: Job, store: Store | None) -> Workload:
         """Check the input, and return the workload that is left to answer."""
@@ -164,21 +184,20 @@ class JobCommand:
         return job.scan()
 
     def _load(self) -> LLM:
-        llm = load(self.flags.model, self.options, self.flags.progress, **self.reading.keywords)
+        llm = load(self.flags.model, self.options, self.flags.progress, **self.lines.keywords)
         llm.check_model()
         return llm
 
-    def _defaults(self, llm: LLM) -> SamplingParams:
-        return bare_defaults(llm, {"max_tokens": self.reading.max_tokens, **self.flags.sampling})
 
-
-def _keep_stream(folder: JobFolder, pipe: Path | None) -> Path:
-    from flexgen.jobs.input_file import keep_input
-
-    if pipe is None:
-        return keep_input(folder, sys.stdin.buffer)
-    try:
-        with pipe.open("rb") as stream:
-            return keep_input(folder, stream)
-    except OSError as error:
-        raise StorageError(f"INPUT {pipe} cannot be read: {error.strerror}") from error
+def run_job(flags: RunFlags, lines: JobLines, options: EngineOptions) -> int:
+    """Answer the lines of a job, or show its plan for `--dry-run`, and return the exit code."""
+    messages = sys.stdout if flags.dry_run else sys.stderr  # a dry run's plan is its result
+    results = None if flags.output is not None else sys.stderr
+    shown = "plain" if flags.dry_run and flags.progress == "none" else flags.progress
+    with showing(shown, messages=messages, results=results, steps=flags.progress != "none") as display, StopSignals() as signals:
+        command = JobCommand(flags=flags, lines=lines, options=options, display=display, signals=signals)
+        try:
+            return command.show_plan() if flags.dry_run else command.answer()
+        except Stopped:
+            display.close()  # because the line of the last step would remain otherwise
+            return complain("stopped", signals.exit_code)

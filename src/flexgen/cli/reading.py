@@ -26,13 +26,9 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Reading:
-    """The flags that say how a file of requests is read, shared by `flexgen run` and `flexgen plan`."""
+class Conversations:
+    """The flags that say how texts and conversations become tokens."""
 
-    max_tokens: Annotated[
-        int | None,
-        typer.Option(metavar="N", min=1, help="Longest answer of chats and bare lines that set none. Default: up to the context."),
-    ] = None
     tokenizer: Annotated[str | None, typer.Option(metavar="NAME", help="Another tokenizer than the model's: a folder or hub id.")] = None
     chat_template: Annotated[
         str | None, typer.Option(metavar="FILE", help="A Jinja template, or the name of one of the model's. Default: the model's own.")
@@ -40,14 +36,6 @@ class Reading:
     chat_template_kwargs: Annotated[
         str | None, typer.Option(metavar="JSON", help='More variables for chat templates, such as {"enable_thinking": false}.')
     ] = None
-    input_format: Annotated[
-        str | None, typer.Option(metavar="jsonl|text", help="Input form; text takes every line as a prompt. Default: jsonl.")
-    ] = None
-
-    @property
-    def form(self) -> str:
-        """The format of the input."""
-        return self.input_format or "jsonl"
 
     @property
     def template_kwargs(self) -> dict[str, Any]:
@@ -69,6 +57,24 @@ class Reading:
     def keywords(self) -> dict[str, Any]:
         """The flags as keywords of `LLM`."""
         return {"tokenizer": self.tokenizer, "chat_template": self.chat_template, "chat_template_kwargs": self.template_kwargs}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reading(Conversations):
+    """The flags that say how a file of requests is read, shared by `flexgen run` and `flexgen plan`."""
+
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="Longest answer of chats and bare lines that set none. Default: up to the context."),
+    ] = None
+    input_format: Annotated[
+        str | None, typer.Option(metavar="jsonl|text", help="Input form; text takes every line as a prompt. Default: jsonl.")
+    ] = None
+
+    @property
+    def form(self) -> str:
+        """The format of the input."""
+        return self.input_format or "jsonl"
 
     def check(self) -> None:
         """Check the values of the flags.
@@ -92,7 +98,7 @@ def check_source(source: Path | None, reading: Reading) -> None:
     if source is None:
         given = [field.name for field in dataclasses.fields(reading) if getattr(reading, field.name) is not None]
         if given:
-            also = ": use --gen-len" * (given[0] == "max_tokens")
+            also = ": use --gen-len" * ("max_tokens" in given)
             raise OptionError(f"--{given[0].replace('_', '-')} is for the lines of an --input{also}")
     elif not source.is_file():
         raise OptionError(f"--input {source}: {'this is a folder' if source.is_dir() else 'there is no such file'}")

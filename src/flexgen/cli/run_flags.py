@@ -13,7 +13,7 @@ from flexgen.cli.options import Model, ProgressFlag, VerboseFlag, check_file, ch
 from flexgen.cli.streams import check_stdin, check_stdout
 from flexgen.errors import OptionError
 
-_AGAIN = "The job and its earlier runs"
+AGAIN = "The job and its earlier runs"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,30 +36,28 @@ class RunFlags:
     metrics: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the report as JSON (docs/metrics.md).")] = None
     progress: ProgressFlag = "auto"
     verbose: VerboseFlag = False
-    strict: Annotated[bool, typer.Option("--strict", help="Refuse an input with bad lines or repeated ids.", rich_help_panel=_AGAIN)] = (
-        False
-    )
+    strict: Annotated[bool, typer.Option("--strict", help="Refuse an input with bad lines or repeated ids.", rich_help_panel=AGAIN)] = False
     state: Annotated[
         Path | None,
         typer.Option(
-            metavar="DIR", help="Where the job is kept. Default: OUTPUT.flexgen, or INPUT.flexgen for -o -.", rich_help_panel=_AGAIN
+            metavar="DIR", help="Where the job is kept. Default: OUTPUT.flexgen, or INPUT.flexgen for -o -.", rich_help_panel=AGAIN
         ),
     ] = None
     retry_errors: Annotated[
-        bool, typer.Option("--retry-errors", help="Answer lines again that ended in an error.", rich_help_panel=_AGAIN)
+        bool, typer.Option("--retry-errors", help="Answer lines again that ended in an error.", rich_help_panel=AGAIN)
     ] = False
-    fresh: Annotated[bool, typer.Option("--fresh", help="Forget earlier runs and remove what they wrote.", rich_help_panel=_AGAIN)] = False
+    fresh: Annotated[bool, typer.Option("--fresh", help="Forget earlier runs and remove what they wrote.", rich_help_panel=AGAIN)] = False
     accept_changes: Annotated[
         bool,
-        typer.Option("--accept-changes", help="Go on though the model, its settings or lines changed.", rich_help_panel=_AGAIN),
+        typer.Option("--accept-changes", help="Go on though the model, its settings or lines changed.", rich_help_panel=AGAIN),
     ] = False
     keep_going: Annotated[
         bool,
-        typer.Option("--keep-going", help="Go on though the first 100 lines all fail for the same reason.", rich_help_panel=_AGAIN),
+        typer.Option("--keep-going", help="Go on though the first 100 lines all fail for the same reason.", rich_help_panel=AGAIN),
     ] = False
     checkpoint_seconds: Annotated[
         float,
-        typer.Option(metavar="TIME", parser=seconds, help="Store the tokens of answers in progress this often.", rich_help_panel=_AGAIN),
+        typer.Option(metavar="TIME", parser=seconds, help="Store the tokens of answers in progress this often.", rich_help_panel=AGAIN),
     ] = 30.0
 
     def __post_init__(self) -> None:
@@ -87,6 +85,16 @@ def check(flags: RunFlags) -> None:
         StorageError: The output cannot be written, or a standard stream is closed.
     """
     _check_source(flags)
+    check_job(flags)
+
+
+def check_job(flags: RunFlags) -> None:
+    """Check all flags but the input itself.
+
+    Raises:
+        OptionError: A path cannot be used, or flags contradict each other.
+        StorageError: The output cannot be written, or a standard stream is closed.
+    """
     check_parent(flags.output, "--output")
     check_target(flags.output)
     check_file(flags.metrics, "--metrics")

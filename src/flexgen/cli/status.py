@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @command
 def status(
-    job: Annotated[Path, typer.Argument(metavar="OUTPUT", help="The output of a `flexgen run`, or the folder given as its --state.")],
+    job: Annotated[Path, typer.Argument(metavar="OUTPUT", help="The output of a run or map, or the folder given as its --state.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object (docs/jobs.md).")] = False,
 ) -> int:
     """Show how far a job is, whether it runs or not."""

@@ -1,4 +1,7 @@
-"""Writes the output file from the database.  The file is replaced atomically, and this works at any time, also during a run."""
+"""Writes the output file from the database: the records, or the table whose rows they answer.
+
+The file is replaced atomically, and this works at any time, also during a run.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +17,13 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from flexgen.base.failpoints import failpoint
-from flexgen.base.files import check_target, create, follow, open_private, sync_folder, temporary_beside
+from flexgen.base.files import Hashed, check_target, create, follow, open_private, sync_folder, temporary_beside
 from flexgen.base.quantities import MIB
 from flexgen.errors import JobError, OptionError, StorageError
 from flexgen.jobs.database import connect, transaction, translated
 from flexgen.jobs.folder import JobFolder, JobPaths
+from flexgen.tables.form import TableForm
+from flexgen.tables.join import write_table
 
 # Both queries follow an index, so that nothing is sorted, however large the job is.
 _ORDERS = {
@@ -33,7 +38,7 @@ class DeliveryError(StorageError):
 
 
 def export(paths: JobPaths, target: Path, order: str = "input") -> int:
-    """Write the records of all finished lines to `target`, which is replaced atomically.
+    """Write the records of all finished lines, or the table that they answer, to `target`, which is replaced atomically.
 
     Args:
         paths: The paths of the job.
@@ -41,11 +46,11 @@ def export(paths: JobPaths, target: Path, order: str = "input") -> int:
         order: "input" for the order of the input, or "done" for the order in which lines were finished.
 
     Returns:
-        The number of records.
+        The number of records, or of rows.
 
     Raises:
         JobError: `target` exists and was not written by an export of this job.
-        OptionError: `order` is unknown.
+        OptionError: `order` is unknown, or is not that of a table's rows.
         StorageError: The file cannot be written; an earlier file is unchanged.
     """
     query = _query(order)
@@ -54,7 +59,10 @@ def export(paths: JobPaths, target: Path, order: str = "input") -> int:
         target = follow(target)  # a symlink stays, and its target is replaced
         _check_ours(connection, target)
         with turn.temporary(target) as temporary:
-            count, digest = _write(connection, query, temporary, target)
+            form = _output_form(connection)
+            if form is not None and order != "input":
+                raise OptionError(f"the output is a table, whose rows have their own order, not order={order!r}")
+            count, digest = _write(_records(connection, query), form, temporary, target)
             with transaction(connection, paths.database):
                 connection.execute("INSERT OR IGNORE INTO exports VALUES (?)", (digest,))
             failpoint("export.rename")
@@ -146,19 +154,30 @@ def _records(connection: sqlite3.Connection, query: str) -> Iterator[bytes]:
         yield record
 
 
-def _write(connection: sqlite3.Connection, query: str, temporary: Path, target: Path) -> tuple[int, bytes]:
-    """Write the records to `temporary` durably; return their number and the digest of the file."""
-    count, hasher = 0, hashlib.blake2b(digest_size=16)
+def _output_form(connection: sqlite3.Connection) -> TableForm | None:
+    """Return the form of an output that is a table; None for one of records."""
+    found = connection.execute("SELECT value FROM facts WHERE name = 'output_form'").fetchone()
+    return None if found is None else TableForm.from_json(found[0])
+
+
+def _write(records: Iterator[bytes], form: TableForm | None, temporary: Path, target: Path) -> tuple[int, bytes]:
+    """Write the output to `temporary` durably; return the number of its records or rows, and the digest of the file."""
     with create(temporary, target) as file:
-        for record in _records(connection, query):
-            failpoint("export.write")
-            file.write(record)
-            hasher.update(record)
-            count += 1
+        hashed = Hashed(file)
+        count = _write_records(records, hashed) if form is None else write_table(form, records, hashed, target)
         file.flush()
         failpoint("export.fsync")
         os.fsync(file.fileno())
-    return count, hasher.digest()
+    return count, hashed.digest
+
+
+def _write_records(records: Iterator[bytes], file: Hashed) -> int:
+    count = 0
+    for record in records:
+        failpoint("export.write")
+        file.write(record)
+        count += 1
+    return count
 
 
 def _check_ours(connection: sqlite3.Connection, target: Path) -> None:

@@ -1,102 +1,17 @@
-"""Reads the input as bytes of UTF-8.  Knows nothing of lines.
-
-Files that are compressed by gzip or written in UTF-16 are converted as they are read.  Standard input is copied into the job's folder,
-because a job reads its input several times, and a later run needs the same input.
-"""
+"""The copy of an input that a job keeps in its folder, because it reads its input several times, and a later run needs the same input."""
 
 from __future__ import annotations
 
-import codecs
-import gzip
-import io
 import os
-import zlib
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from flexgen.base.files import open_private, sync_folder
 from flexgen.base.quantities import MIB
 from flexgen.errors import StorageError
 from flexgen.jobs.database import translated
 from flexgen.jobs.folder import JobFolder
-
-READ_ERRORS = (OSError, EOFError, zlib.error)  # the last two come from damaged archives
-_GZIP = b"\x1f\x8b"
-_UTF16_LOOK_BYTES = 8  # a request begins with ASCII characters
-
-
-@contextmanager
-def open_input(path: Path) -> Iterator[BinaryIO]:
-    """Open `path` for reading as UTF-8, decompressed if need be.  Reading may raise any of READ_ERRORS."""
-    with ExitStack() as stack:
-        file = stack.enter_context(path.open("rb"))
-        if file.peek(2)[:2] == _GZIP:
-            file = stack.enter_context(io.BufferedReader(gzip.GzipFile(fileobj=file), MIB))  # pyright: ignore[reportArgumentType]
-        encoding = _utf16(file.peek(_UTF16_LOOK_BYTES)[:_UTF16_LOOK_BYTES])
-        if encoding is not None:
-            file = stack.enter_context(io.BufferedReader(_AsUTF8(file, encoding), MIB))
-        yield file
-
-
-def is_compressed(path: Path) -> bool:
-    """Return whether the file is compressed by gzip, so that `open_input` decompresses it."""
-    with path.open("rb") as file:
-        return file.read(len(_GZIP)) == _GZIP
-
-
-def utf16_of(path: Path) -> str | None:
-    """Return Python's name of the encoding of a file in UTF-16, compressed or not; None for any other encoding."""
-    with gzip.open(path) if is_compressed(path) else path.open("rb") as file:
-        start = file.read(_UTF16_LOOK_BYTES)
-    return "utf-16" if (encoding := _utf16(start)) and start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else encoding
-
-
-def _utf16(start: bytes) -> str | None:
-    """Return the encoding of a file that begins with `start` if it is UTF-16, recognised by its mark or because every other byte is 0."""
-    if start.startswith((b"\xff\xfe\0\0", b"\0\0\xfe\xff")):  # UTF-32
-        return None
-    if start.startswith(codecs.BOM_UTF16_LE):
-        return "utf-16-le"
-    if start.startswith(codecs.BOM_UTF16_BE):
-        return "utf-16-be"
-    start = start[: len(start) // 2 * 2]
-    zeros = [[byte == 0 for byte in start[offset::2]] for offset in (0, 1)]
-    if start and not any(zeros[0]) and all(zeros[1]):
-        return "utf-16-le"
-    return "utf-16-be" if start and all(zeros[0]) and not any(zeros[1]) else None
-
-
-class _AsUTF8(io.RawIOBase):
-    """A file in another encoding, read as UTF-8.  Lone surrogates become malformed UTF-8, so that only their line fails."""
-
-    def __init__(self, file: BinaryIO, encoding: str) -> None:
-        self._file = file
-        self._decoder = codecs.getincrementaldecoder(encoding)("surrogatepass")
-        self._left = b""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._left:
-            piece = self._file.read(MIB)
-            text = self._decode(piece)
-            self._left = text.encode("utf-8", "surrogatepass")
-            if not piece:
-                break
-        count = min(len(self._left), len(buffer))
-        buffer[:count], self._left = self._left[:count], self._left[count:]
-        return count
-
-    def _decode(self, piece: bytes) -> str:
-        if not piece:
-            self._decoder.errors = "replace"  # half a character at the end
-        return self._decoder.decode(piece, final=not piece)
-
-
-# -- standard input ----------------------------------------------------------------------------------------------------------------------
 
 
 def keep_input(folder: JobFolder, stream: BinaryIO) -> Path:
@@ -107,20 +22,30 @@ def keep_input(folder: JobFolder, stream: BinaryIO) -> Path:
     Raises:
         StorageError: The stream cannot be read, or the copy cannot be written.
     """
-    copy = folder.paths.input_copy
-    new = folder.paths.new_input
+    copy, new = folder.paths.input_copy, folder.paths.new_input
     with translated(copy):
         if copy.exists() and stream.isatty():
             return copy
-        new.unlink(missing_ok=True)
-        with os.fdopen(open_private(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "wb") as file:
-            for piece in _pieces(stream):
-                file.write(piece)
-            file.flush()
-            os.fsync(file.fileno())
-        if copy.exists() and new.stat().st_size == 0:
+        source = copy_input(folder, _pieces(stream))
+        if source == new and new.stat().st_size == 0:
             new.unlink()
             return copy
+    return source
+
+
+def copy_input(folder: JobFolder, pieces: Iterable[bytes]) -> Path:
+    """Write the input into the job's folder and return the file, which stays beside that of an earlier run until `settle_input`.
+
+    Raises:
+        StorageError: The file cannot be written.
+    """
+    copy, new = folder.paths.input_copy, folder.paths.new_input
+    with translated(copy):
+        new.unlink(missing_ok=True)
+        with os.fdopen(open_private(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "wb") as file:
+            file.writelines(pieces)
+            file.flush()
+            os.fsync(file.fileno())
     return new if copy.exists() else settle_input(folder, new)
 
 

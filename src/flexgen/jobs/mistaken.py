@@ -11,8 +11,8 @@ import shlex
 from collections.abc import Callable
 from pathlib import Path
 
+from flexgen.base.text_input import READ_ERRORS, is_compressed, open_input, utf16_of
 from flexgen.errors import JobError, StorageError
-from flexgen.jobs.input_file import READ_ERRORS, is_compressed, open_input, utf16_of
 from flexgen.jobs.mistaken_text import LOOKS_AT_TEXT, Head, Mistake, is_array_over_lines, is_object, pretty_object
 
 _HEAD_BYTES = 64 << 10
@@ -29,7 +29,7 @@ _MAGIC: tuple[tuple[bytes, str, str], ...] = (
     (b"\x04\x22\x4d\x18", "a file compressed by lz4", _UNPACK.format("lz4 -dc")),
     (b"7z\xbc\xaf\x27\x1c", "a 7z archive", "unpack it first: 7z x {path}"),
     (b"Rar!\x1a\x07", "a RAR archive", "unpack it first: unrar x {path}"),
-    (b"PAR1", "a Parquet file", _TABLE.format("read_parquet", _TO_JSONL)),
+    (b"PAR1", "a Parquet file", "`flexgen map` takes tables; or " + _TABLE.format("read_parquet", _TO_JSONL)),
     (b"ARROW1", "an Arrow file", _TABLE.format("read_feather", _TO_JSONL)),
     (b"FEA1", "a Feather file", _TABLE.format("read_feather", _TO_JSONL)),
     (b"ORC", "an ORC file", _TABLE.format("read_orc", _TO_JSONL)),

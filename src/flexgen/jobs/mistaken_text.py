@@ -200,7 +200,7 @@ def _from_table(head: Head, rows: Sequence[Sequence[str]], delimiter: str) -> st
     how = "" if delimiter == "," else f", delimiter={json.dumps(delimiter)}"
     script = f"import csv, json, sys; [print(json.dumps({{{fields}}})) for row in csv.DictReader({head.opened()}{how})]"
     return (
-        f"make a line of each row: python3 -c {shlex.quote(script)} {head.path} > requests.jsonl "
+        f"`flexgen map` takes tables; or make a line of each row: python3 -c {shlex.quote(script)} {head.path} > requests.jsonl "
         f"(here the column {prompt!r} is the prompt; --input-format text takes every line as a prompt as it stands)"
     )
 

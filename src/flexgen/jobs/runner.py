@@ -17,15 +17,15 @@ from pathlib import Path
 from flexgen.api.job_request import JobRequest
 from flexgen.base.failpoints import failpoint
 from flexgen.base.steps import counted_lines
+from flexgen.base.text_input import READ_ERRORS, open_input
 from flexgen.errors import EngineError, OutOfMemoryError, RequestError, StorageError, is_out_of_memory
 from flexgen.jobs.checks import HEAD_LINES, check_head, check_strictly
 from flexgen.jobs.duplicate_ids import Census
 from flexgen.jobs.forms import Forms, Remarks
-from flexgen.jobs.input_file import READ_ERRORS, open_input
 from flexgen.jobs.interrupt import Stopped, StopRequest
 from flexgen.jobs.lines import Line, read_lines
 from flexgen.jobs.model import JobModel
-from flexgen.jobs.reading import Reader
+from flexgen.jobs.reading import Reader, line_and_choice
 from flexgen.jobs.serving import Serving, add_failure
 from flexgen.jobs.store import Store
 from flexgen.plan.tell.forecast import Plan
@@ -49,6 +49,7 @@ class Job:
         store: The state of the job, which takes the results; None for a job that is only measured (`--dry-run`).
         defaults: The sampling parameters of lines that set none.
         input_format: The format of the input, see `Forms`.
+        name: The name of the input in messages; None for its path.
         checkpoint_seconds: The least time between two passes after which the tokens of answers in progress are stored.
         stop: The request to stop, which is checked during and after every pass.
 
@@ -70,6 +71,7 @@ class Job:
         *,
         defaults: SamplingParams,
         input_format: str = "jsonl",
+        name: str | None = None,
         checkpoint_seconds: float = CHECKPOINT_SECONDS,
         stop: StopRequest | None = None,
     ) -> None:
@@ -81,10 +83,15 @@ class Job:
         self._checkpoint_seconds, self._next_checkpoint = checkpoint_seconds, 0.0
         self._planned_seconds: float | None = None
         self._stop = stop or StopRequest()
-        self._input_format = input_format
+        self._input_format, self._name = input_format, name
         self.remarks = Remarks(model.name)
         self._pending = array("Q")  # digests of the lines that the scan left for the model, in the order of the input
         self._prefixes = NO_PREFIXES  # common prefixes of the prompts of these lines
+
+    @property
+    def name(self) -> str:
+        """The name of the input in messages."""
+        return self._name or str(self.source)
 
     # -- before the start ---------------------------------------------------------------------------------------------------------------
 
@@ -104,8 +111,8 @@ class Job:
         Raises:
             JobError: Some lines cannot be served, or several lines have the same id; the message lists the first of them.
         """
-        lines = counted_lines(self._lines(), f"checking {self.source}")
-        check_strictly(str(self.source), (request for request, _ in self._reader(strict=True).read(lines)))
+        lines = counted_lines(self._lines(), f"checking {self.name}")
+        check_strictly(self.name, (request for request, _ in self._reader(strict=True).read(lines)))
 
     def check_head(self) -> None:
         """Check the first lines, unless one of them is done or there are fewer than HEAD_LINES.
@@ -115,7 +122,7 @@ class Job:
         """
         head = list(itertools.islice(self._lines(), HEAD_LINES))
         if len(head) == HEAD_LINES and not any(self.store is not None and self.store.is_done(line.number) for line in head):
-            check_head(str(self.source), head, (request for request, _ in self._reader().read(head)))
+            check_head(self.name, head, (request for request, _ in self._reader().read(head)))
 
     def scan(self) -> Workload:
         """Answer bad lines, measure the good ones that have no answer yet, and find the common prefixes of their prompts.
@@ -150,7 +157,7 @@ class Job:
                 shared_lens.append(same.setdefault(shared_len, shared_len))
         self._prefixes = NO_PREFIXES if prefixes is None else prefixes.common()
         if repeated := census.repeated():
-            logger.warning("%s: %s lines have the id of an earlier line; all are answered", self.source, f"{len(repeated):,}")
+            logger.warning("%s: %s lines have the id of an earlier line; all are answered", self.name, f"{len(repeated):,}")
         if self.store is not None:
             self.store.commit()
         return Workload(
@@ -167,7 +174,8 @@ class Job:
     def _lengths(self, request: JobRequest, token_requests: Sequence[TokenRequest]) -> Iterator[tuple[int, int, int]]:
         """Yield, for each choice, its prompt tokens, the most tokens to generate and the scored ones; those of earlier runs are prompt."""
         kept = self.store.kept(request.line_number, request.digest) if self.store is not None else {}
-        for choice, each in enumerate(token_requests):
+        for each in token_requests:
+            _, choice = line_and_choice(each.index)
             before = len(kept[choice].generated.token_ids) if choice in kept else 0
             most = max(each.max_tokens - before, 1) if each.max_tokens else 0
             yield max(each.num_computed, 1) + before, most, each.num_scored
@@ -299,7 +307,7 @@ class Job:
 
     def _unanswered(self) -> Iterator[Line]:
         """Yield the lines for the scan: all that are not done."""
-        for line in counted_lines(self._lines(), f"reading requests from {self.source}"):
+        for line in counted_lines(self._lines(), f"reading requests from {self.name}"):
             self.num_lines += 1
             if self.store is None or not self.store.is_done(line.number):
                 yield line

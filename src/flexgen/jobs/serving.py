@@ -14,7 +14,7 @@ from flexgen.jobs.model import JobModel
 from flexgen.jobs.reading import line_and_choice
 from flexgen.jobs.saved_progress import ProgressRow, since
 from flexgen.jobs.store import Store
-from flexgen.request import Generated, PartialAnswer, TokenRequest, TokenResult
+from flexgen.request import Generated, PartialAnswer, RequestOutput, TokenRequest, TokenResult
 from flexgen.text.choices import classified
 
 MAX_RECORD_BYTES = 900_000_000  # SQLite's own limit is 10^9
@@ -103,27 +103,42 @@ class Serving:
         request, token_requests, results = self._lines.pop(line_number)
         for each in token_requests:
             self._stored.pop(each.index, None)
-        prompt = token_requests[0].prompt_token_ids
         error = next((result.error for _, result in sorted(results.items()) if result.error is not None), None)
         record = error or for_one_request(self._record, request, token_requests, {each.index: each for each in results.values()})
         if isinstance(record, RequestError):
             add_failure(self._store, request, record)
             return
         num_tokens = sum(len(result.token_ids) for result in results.values())
-        self._store.add(line_number, request.digest, record, prompt_tokens=len(prompt), output_tokens=num_tokens)
+        self._store.add(
+            line_number, request.digest, record, prompt_tokens=_num_prompt_tokens(request, token_requests), output_tokens=num_tokens
+        )
 
     def _record(self, request: JobRequest, token_requests: Sequence[TokenRequest], results: Mapping[int, TokenResult]) -> bytes:
-        prompt, text = token_requests[0].prompt_token_ids, request.prompt if isinstance(request.prompt, str) else None
         if request.choices:
+            text = request.prompt if isinstance(request.prompt, str) else None
             record = _encoded(request.form.scored(request, classified(token_requests, results, text)))
         else:
-            if request.echo and text is None and self._model.tokenizer is not None:
-                text = self._model.text_of(prompt)
-            record = _encoded(request.form.success(request, self._model.output(results.values(), request.params, prompt, text)))
+            n = request.params.n
+            groups = [token_requests[start : start + n] for start in range(0, len(token_requests), n)]
+            outputs = [self._output(one, group, results) for one, group in zip(request.of_each_prompt(), groups, strict=True)]
+            record = _encoded(request.form.success(request, outputs))
         if len(record) > MAX_RECORD_BYTES:
             message = f"the answer has {len(record):,} bytes, more than the {MAX_RECORD_BYTES:,} of a record: ask for less at once"
             raise RequestError(message, code="answer_too_large")
         return record
+
+    def _output(self, request: JobRequest, token_requests: Sequence[TokenRequest], results: Mapping[int, TokenResult]) -> RequestOutput:
+        """Return the answers to one prompt of a line, with the text of the prompt where the line asks for it."""
+        ids, text = token_requests[0].prompt_token_ids, request.prompt if isinstance(request.prompt, str) else None
+        if request.echo and text is None and self._model.tokenizer is not None:
+            text = self._model.text_of(ids)
+        return self._model.output([results[each.index] for each in token_requests], request.params, ids, text)
+
+
+def _num_prompt_tokens(request: JobRequest, token_requests: Sequence[TokenRequest]) -> int:
+    if request.choices:
+        return token_requests[0].first_scored
+    return sum(len(each.prompt_token_ids) for each in token_requests[:: request.params.n])
 
 
 def add_failure(store: Store, request: JobRequest, error: RequestError) -> None:

@@ -183,6 +183,11 @@ class Store:
                 self._connection.executemany(f"DELETE FROM {table} WHERE line = ?", zip(lines))
         self._load()
 
+    def keep_output_form(self, form: str) -> None:
+        """Keep what `export` needs to know where the output is not a file of records."""
+        with transaction(self._connection, self._path):
+            self._connection.execute("INSERT OR REPLACE INTO facts VALUES ('output_form', ?)", (form,))
+
     def start_run(self, num_lines: int) -> None:
         """Record that a run begins, and commit the changes that were accepted."""
         with transaction(self._connection, self._path):

@@ -26,12 +26,17 @@ _Output = TypeVar("_Output")
 class Batch(Generic[_Output]):
     """Prompts that are answered together.
 
+    Args:
+        first_index: The index of the first request.
+
     Attributes:
         requests: The requests for all prompts, in their order.
+        next_index: The index of the next request, after those of the batch.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, first_index: int) -> None:
         self.requests: list[TokenRequest] = []
+        self.next_index = first_index
         self._prompts: list[tuple[list[TokenRequest], Callable[[Mapping[int, TokenResult]], _Output]]] = []
 
     def add(self, requests: list[TokenRequest], output: Callable[[Mapping[int, TokenResult]], _Output]) -> None:
@@ -42,6 +47,7 @@ class Batch(Generic[_Output]):
             output: A function that makes the output from the results of these requests by their index.
         """
         self.requests += requests
+        self.next_index = requests[-1].index + 1
         self._prompts.append((requests, output))
 
     def workload(self, census: PrefixCensus | None) -> Workload:
@@ -82,12 +88,12 @@ def completion_batch(
         RequestError: A prompt or its parameters cannot be served; the message has its index.
     """
     read = texts_and_ids(prompts)
-    batch: Batch[RequestOutput] = Batch()
+    batch: Batch[RequestOutput] = Batch(first_index)
     encoded = encoder.each([text for text, ids in read if text is not None and ids is None])
     for place, ((text, ids), own) in enumerate(zip(read, as_params(params, len(read)), strict=True)):
         with naming("prompt", place):
             found = ids if ids is not None else ids_or_raise(next(encoded))
-            requests = translator.requests(first_index + len(batch.requests), found, own)
+            requests = translator.requests(batch.next_index, found, own)
         batch.add(requests, _completion_output(translator, own, found, text))
     return batch
 
@@ -127,13 +133,11 @@ def choice_batch(
         with naming("prompt", place):
             texts.append(texts_to_encode(prompt, own))
     encoded = encoder.each([text for each in texts for text in each])
-    batch: Batch[ClassificationRequestOutput] = Batch()
-    index = first_index
+    batch: Batch[ClassificationRequestOutput] = Batch(first_index)
     for place, (prompt, own) in enumerate(zip(prompted, given, strict=True)):
         with naming("prompt", place):
-            tokens = tokens_at_seam(prompt, own, [ids_or_raise(next(encoded)) for _ in texts[place]])
-            requests = translator.choice_requests(index, *tokens)
-        index += 1 + len(own)
+            tokens = tokens_at_seam(prompt, own, [next(encoded) for _ in texts[place]])
+            requests = translator.choice_requests(batch.next_index, *tokens)
         batch.add(requests, _choice_output(requests, read[place][0]))
     return batch
 

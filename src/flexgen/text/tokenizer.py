@@ -132,7 +132,7 @@ class Tokenizer:
             return _request_error(error), 0
 
     def _check_chars(self, text: str, max_tokens: int) -> None:
-        most = self.max_chars(max_tokens)
+        most = self.max_chars(max_tokens + 1)
         if len(text) > most:
             message = f"the prompt has {len(text):,} characters, and no more than {most:,} fit a context of {max_tokens:,} tokens"
             raise RequestError(message, code="context_length_exceeded", param="prompt")

@@ -121,8 +121,8 @@ class _Program:
         own = prompts - found
 
         def load_of(lengths: Any, outputs: Any, shared: Any) -> RequestLoad:
-            kinds = {"prompt_lens": lengths, "output_lens": outputs, "shared_lens": shared, "scored_lens": scored}
-            return RequestLoad.of(self._spec, Workload(**{name: tuple(values) for name, values in kinds.items()}))
+            job = Workload(prompt_lens=tuple(lengths), output_lens=tuple(outputs), shared_lens=tuple(shared), scored_lens=tuple(scored))
+            return RequestLoad.of(self._spec, job)
 
         first = np.minimum(sampled, 1)  # what the pass that computes the prompt samples
         load, own_load = load_of(prompts, sampled, found), load_of(own, sampled, 0 * found)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from flexgen.jobs.input_file import READ_ERRORS, open_input
+from flexgen.base.text_input import READ_ERRORS, open_input
 from flexgen.jobs.lines import read_lines
 
 TEXT = '{"prompt": "Grüße, 你好 🌊"}\n\n{"prompt": "second"}\r\n{"prompt": "last"}'
@@ -49,7 +49,7 @@ def test_what_is_neither_is_left_as_it_is(tmp_path: Path, content: bytes) -> Non
 
 
 def test_text_across_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flexgen.jobs.input_file.MIB", 7)  # cuts characters and surrogate pairs
+    monkeypatch.setattr("flexgen.base.text_input.MIB", 7)  # cuts characters and surrogate pairs
     path = tmp_path / "in"
     path.write_bytes((TEXT * 5).encode("utf-16"))
     with open_input(path) as file:

@@ -1,0 +1,179 @@
+"""The flags of `flexgen map`, and the task that they describe."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from flexgen.cli.options import is_there
+from flexgen.cli.run_flags import AGAIN, RunFlags, check_job
+from flexgen.errors import OptionError
+
+if TYPE_CHECKING:
+    from flexgen.tables.batch import Table
+    from flexgen.tables.prompts import Shot
+    from flexgen.tables.task import Task
+
+_prompt = partial(typer.Option, rich_help_panel="Prompt (\\n is a line feed)")
+_answer = partial(typer.Option, rich_help_panel="Answer")
+_table = partial(typer.Option, rich_help_panel="Table")
+_FORMATS = "csv|tsv|parquet|jsonl"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MapFlags(RunFlags):
+    """The flags that `flexgen map` shares with `flexgen run`, some with another meaning."""
+
+    source: Annotated[Path | None, typer.Argument(metavar="TABLE", help="A table: .csv, .tsv, .parquet or .jsonl.")]
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="OUTPUT", help="The table with the answers; its ending says the format.")
+    ]
+    temperature: Annotated[float | None, _answer(metavar="T", help="Of generated answers; 0 is greedy.")] = 0.0
+    top_p: Annotated[float | None, _answer(metavar="P", help="Of generated answers. Default: the model's generation_config, or 1.")] = None
+    strict: Annotated[bool, typer.Option("--strict", help="Refuse a table with rows that cannot be answered.", rich_help_panel=AGAIN)] = (
+        False
+    )
+    keep_going: Annotated[
+        bool,
+        typer.Option("--keep-going", help="Go on though rows have no prompt, or the first 100 all fail alike.", rich_help_panel=AGAIN),
+    ] = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskFlags:
+    """The flags that say what is asked of each row, and how tables are read and written."""
+
+    prompt: Annotated[str, _prompt(metavar="TEXT", help="The prompt, with {name} for a column's value; {{ and }} are braces.")]
+    system: Annotated[
+        str | None, _prompt(metavar="TEXT", help="An instruction: the system message of a chat, the beginning of other prompts.")
+    ] = None
+    examples: Annotated[Path | None, _prompt(metavar="FILE", help="A table of labelled examples, with the column of the answer too.")] = (
+        None
+    )
+    template: Annotated[
+        str, _prompt(metavar="auto|braces|jinja", help="Language of prompts; auto is Jinja where {{ or {% has a space after it.")
+    ] = "auto"
+    chat: Annotated[
+        bool | None, _prompt("--chat/--no-chat", help="Send messages, or text. Default: messages where the model has a chat template.")
+    ] = None
+    choices: Annotated[str | None, _answer(metavar="A,B,C", help="The possible answers; the likeliest is taken.")] = None
+    choice: Annotated[list[str] | None, _answer(metavar="TEXT", help="A possible answer, as it stands; may be repeated.")] = None
+    probabilities: Annotated[bool, _answer("--probabilities", help="Add a column with the probability of each choice.")] = False
+    schema: Annotated[Path | None, _answer(metavar="FILE", help="A JSON schema of the answer; its properties become columns.")] = None
+    raw: Annotated[bool, _answer("--raw", help="Keep the text of the answer beside the columns of --schema.")] = False
+    regex: Annotated[str | None, _answer(metavar="PATTERN", help="A regular expression that the whole answer matches.")] = None
+    max_tokens: Annotated[int, _answer(metavar="N", min=1, help="Longest generated answer.")] = 128
+    stop: Annotated[
+        list[str] | None,
+        _answer(metavar="TEXT", help="Ends a generated answer; may be repeated, '' is none. Default: the end of the line, none in chats."),
+    ] = None
+    answer_column: Annotated[str, _table(metavar="NAME", help="The column of the answer.")] = "answer"
+    error_column: Annotated[str, _table(metavar="NAME", help="The column that says why a row has no answer.")] = "error"
+    table_format: Annotated[str | None, _table("--format", metavar=_FORMATS, help="Format of TABLE. Default: by its ending.")] = None
+    output_format: Annotated[str | None, _table(metavar=_FORMATS, help="Format of OUTPUT. Default: by its ending.")] = None
+
+    @property
+    def stops(self) -> tuple[str, ...] | None:
+        """The texts that end an answer; None where the user names none."""
+        return None if not self.stop else tuple(_text(each) for each in self.stop if each)
+
+    def task(self) -> Task:
+        """Return the task.
+
+        Raises:
+            OptionError: Flags contradict each other, or a file cannot be used.
+        """
+        from flexgen.tables.task import Task
+
+        if self.choices is not None and self.choice:
+            raise OptionError("--choices and --choice both name the possible answers: give one of them")
+        listed = self.choice if self.choices is None else [each.strip() for each in self.choices.split(",")]
+        return Task(
+            prompt=_text(self.prompt), system=None if self.system is None else _text(self.system), template=self.template,
+            choices=tuple(listed or ()), schema=_schema(self.schema), regex=self.regex, probabilities=self.probabilities, raw=self.raw,
+            answer_column=self.answer_column, error_column=self.error_column,
+        )  # fmt: skip
+
+    def shots(self, task: Task) -> list[Shot]:
+        """Return the examples.
+
+        Raises:
+            OptionError: The file of examples is not a table with the columns that are needed.
+        """
+        from flexgen.tables.formats import format_of, open_table
+        from flexgen.tables.prompts import read_shots
+
+        if self.examples is None:
+            return []
+        _check_file(self.examples, "--examples")
+        table = open_table(self.examples, format_of(self.examples, "--examples", may_be_compressed=True))
+        return read_shots(task, (row for batch in table.batches() for row in batch.rows()))
+
+
+def check_map(flags: MapFlags) -> Path:
+    """Check paths and combinations of flags, and return the path of the table.
+
+    Raises:
+        OptionError: A path cannot be used, or flags contradict each other.
+        StorageError: The output cannot be written.
+    """
+    if flags.source is None:
+        raise OptionError("TABLE is read several times: give a file in place of -")
+    if not is_there(flags.source, "TABLE", Path.is_file):
+        swapped = "; MODEL is a file, and the model comes first: flexgen map MODEL TABLE" if Path(flags.model).is_file() else ""
+        what = "this is a folder" if flags.source.is_dir() else "there is no such file"
+        raise OptionError(f"TABLE {flags.source}: {what}{swapped}")
+    if flags.output is None:
+        raise OptionError("OUTPUT is a file: give a name in place of -")
+    check_job(flags)
+    return flags.source
+
+
+def open_source(path: Path, flags: TaskFlags) -> tuple[Table, str]:
+    """Open the table, and return it with the name of its format."""
+    from flexgen.tables.formats import format_of, open_table
+
+    form = flags.table_format or format_of(path, "TABLE", may_be_compressed=True)
+    return open_table(path, form), form
+
+
+@contextmanager
+def naming_flags() -> Iterator[None]:
+    """Write options of `LLM.map` as flags in the messages of errors."""
+    try:
+        yield
+    except OptionError as error:
+        said = re.sub(r"\b(answer|error)_column\b", r"--\1-column", str(error))
+        raise OptionError(said) from error
+
+
+def _text(given: str) -> str:
+    """Return a text of the command line, where shells make it hard to write a line feed: `\\n` is one, `\\\\n` is a backslash and an n."""
+    return re.sub(r"\\(\\?)n", lambda found: "\\n" if found[1] else "\n", given)
+
+
+def _schema(path: Path | None) -> dict[str, Any] | None:
+    from flexgen.base.from_json import parsed_json
+
+    if path is None:
+        return None
+    _check_file(path, "--schema")
+    try:
+        schema = parsed_json(path.read_text(encoding="utf-8-sig"), f"--schema {path}")
+    except (OSError, UnicodeDecodeError) as error:
+        raise OptionError(f"--schema {path} cannot be read: {error}") from error
+    if not isinstance(schema, dict):
+        raise OptionError(f"--schema {path}: a JSON schema is an object")
+    return schema
+
+
+def _check_file(path: Path, flag: str) -> None:
+    if not is_there(path, flag, Path.is_file):
+        raise OptionError(f"{flag} {path}: {'this is a folder' if path.is_dir() else 'there is no such file'}")

@@ -1,0 +1,1 @@
+"""Adapters by which evaluation harnesses run their tasks on flexgen."""

@@ -1,0 +1,166 @@
+"""Answers the rows of a data frame in memory, by the lines and records of a job."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol, TypedDict
+
+from flexgen.api.job_request import JobRequest
+from flexgen.api.plain import PlainForm
+from flexgen.api.prompt_tokens import PromptModel, Tokens, encode_prompts
+from flexgen.base.isolation import for_one_request
+from flexgen.errors import OptionError, RequestError
+from flexgen.request import ClassificationRequestOutput, RequestOutput, SamplingParams, TokenRequest
+from flexgen.tables.answers import Answers
+from flexgen.tables.checks import check_columns
+from flexgen.tables.formats import check_names
+from flexgen.tables.frames import Frame
+from flexgen.tables.prompts import Prompts, read_shots, takes_messages
+from flexgen.tables.task import DEFAULT_MAX_TOKENS, Task
+
+Row = Mapping[str, Any]
+
+
+class MapKeywords(TypedDict, total=False):
+    """The keywords of `LLM.map` that say what may be answered, and what the columns are called (see `Task`)."""
+
+    system: str | None
+    template: str
+    choices: Sequence[str]
+    schema: dict[str, Any] | None
+    regex: str | None
+    probabilities: bool
+    raw: bool
+    answer_column: str
+    error_column: str
+
+
+class MapModel(PromptModel, Protocol):
+    """A model that answers rows.  The members are those of `LLM`."""
+
+    @property
+    def chat_template(self) -> str | None:
+        """The template of conversations; None where the model has none."""
+        ...
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """Return the sampling parameters of prompts that set none."""
+        ...
+
+    def token_requests(self, index: int, prompt_token_ids: Sequence[int], params: SamplingParams) -> list[TokenRequest]:
+        """Return the engine's requests for a prompt."""
+        ...
+
+    def choice_requests(self, index: int, prompt_token_ids: Sequence[int], choices: Sequence[Sequence[int]]) -> list[TokenRequest]:
+        """Return the engine's requests for the choices after a prompt."""
+        ...
+
+    def generate(self, prompts: Any, sampling_params: Any = None, *, use_tqdm: Any = False) -> list[RequestOutput]:
+        """Continue prompts."""
+        ...
+
+    def classify(self, prompts: Any, choices: Any, *, use_tqdm: Any = False) -> list[ClassificationRequestOutput]:
+        """Score choices after prompts."""
+        ...
+
+
+def map_frame(
+    model: MapModel,
+    given: Any,
+    task: Task,
+    *,
+    examples: Any = None,
+    chat: bool | None = None,
+    params: SamplingParams | None = None,
+    use_tqdm: bool | Callable[..., Any] = False,
+) -> Any:
+    """Return a data frame with the columns of the answers, see `LLM.map`."""
+    frame = Frame(given)
+    check_names("the table", frame.columns)
+    shots = read_shots(task, _examples(examples))
+    prompts = Prompts(task, shots, chat=takes_messages(chat, model.chat_template))
+    check_columns(task, prompts.columns, frame.columns, "the table")
+    rows = frame.rows(prompts.columns)
+    if params is None:
+        own = model.get_default_sampling_params()
+        params = dataclasses.replace(own, temperature=0.0, max_tokens=DEFAULT_MAX_TOKENS, stop=prompts.default_stop)
+    answers = Answers(task)
+    requests = list(_requests(prompts, rows, PlainForm(defaults=params)))
+    return frame.with_columns(task.columns, [answers.values(record) for record in _records(model, requests, use_tqdm)])
+
+
+def _examples(given: Any) -> Iterable[Row]:
+    """Return the rows of examples: a data frame, or several dicts."""
+    if given is None or isinstance(given, (list, tuple)):
+        return given or ()
+    frame = Frame(given)
+    return frame.rows(frame.columns)
+
+
+def make_task(prompt: str, keywords: MapKeywords) -> Task:
+    """Return the task of a call of `LLM.map`.
+
+    Raises:
+        OptionError: A keyword is unknown, or values contradict each other.
+    """
+    if unknown := sorted(set(keywords) - set(MapKeywords.__annotations__)):
+        raise OptionError(f"map has no option {unknown[0]!r}; known: {', '.join(sorted(MapKeywords.__annotations__))}")
+    fields = dict(keywords)
+    choices = keywords.get("choices") or ()
+    if isinstance(choices, str):
+        raise OptionError(f"choices must be a list of texts, not the text {choices!r}")
+    return Task(prompt=prompt, **{**fields, "choices": tuple(choices)})
+
+
+def _requests(prompts: Prompts, rows: Iterable[Row], form: PlainForm) -> Iterable[JobRequest]:
+    """Yield the rows as requests, some of which have an error."""
+    for number, row in enumerate(rows, start=1):
+        request = JobRequest(line_number=number, digest=0, form=form)
+        line = for_one_request(prompts.line, row)
+        parsed = line if isinstance(line, RequestError) else for_one_request(form.parse, request, line)
+        yield request.refused(parsed) if isinstance(parsed, RequestError) else parsed
+
+
+def _records(model: MapModel, requests: Sequence[JobRequest], use_tqdm: bool | Callable[..., Any]) -> list[dict[str, Any]]:
+    """Return the records of the requests in their order, as a job would write them."""
+    found = [_checked(model, each, tokens) for each, tokens in zip(requests, encode_prompts(model, requests), strict=True)]
+    good = [(request, tokens) for request, tokens in zip(requests, found, strict=True) if not isinstance(tokens, RequestError)]
+    outputs = iter(_outputs(model, good, use_tqdm))
+    records: list[dict[str, Any]] = []
+    for request, tokens in zip(requests, found, strict=True):
+        failed = isinstance(tokens, RequestError)
+        records.append(request.form.failure(request, tokens) if failed else _record(request, next(outputs)))
+    return records
+
+
+def _checked(model: MapModel, request: JobRequest, tokens: Tokens | RequestError) -> Tokens | RequestError:
+    """Return the tokens of a request that the model can serve, or its error."""
+    if isinstance(tokens, RequestError):
+        return tokens
+    prompt, choices = tokens
+    if request.choices:
+        served = for_one_request(model.choice_requests, 0, prompt, choices)
+    else:
+        served = for_one_request(model.token_requests, 0, prompt, request.params)
+    return served if isinstance(served, RequestError) else tokens
+
+
+def _outputs(
+    model: MapModel, good: Sequence[tuple[JobRequest, Tokens]], use_tqdm: bool | Callable[..., Any]
+) -> Sequence[RequestOutput | ClassificationRequestOutput]:
+    if not good:
+        return []
+    ids = [{"prompt_token_ids": list(prompt)} for _, (prompt, _) in good]
+    if good[0][0].choices:
+        return model.classify(ids, [[list(choice) for choice in choices] for _, (_, choices) in good], use_tqdm=use_tqdm)
+    return model.generate(ids, [request.params for request, _ in good], use_tqdm=use_tqdm)
+
+
+def _record(request: JobRequest, output: RequestOutput | ClassificationRequestOutput) -> dict[str, Any]:
+    if isinstance(output, ClassificationRequestOutput):
+        return request.form.scored(request, output)
+    (completion,) = output.outputs
+    if completion.finish_reason == "error":
+        return request.form.failure(request, RequestError(f"the answer failed: {completion.stop_reason}", code=str(completion.stop_reason)))
+    return request.form.success(request, [output])

@@ -1,0 +1,85 @@
+"""Tables of JSON lines: an object for each row, whose values stay as they stand."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from flexgen.base.text_input import READ_ERRORS, open_input
+from flexgen.errors import JobError, StorageError
+from flexgen.tables.arrow import Schema, inferred_schema
+from flexgen.tables.batch import Batch, Row, RowBatch, Table
+from flexgen.tables.columns import Column
+from flexgen.tables.values import text_of
+
+_BATCH_ROWS = 1024
+_BOM = b"\xef\xbb\xbf"
+
+
+class JsonLinesTable:
+    """A file with a JSON object on each line; blank lines are skipped.
+
+    The columns are those that any row has, in the order in which they first appear, which takes a reading of the whole file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.columns = list(dict.fromkeys(name for row in self._rows() for name in row))
+        if not self.columns:
+            raise JobError(f"{path} has no rows with columns: a row is a JSON object on a line")
+
+    def _rows(self) -> Iterator[dict[str, Any]]:
+        try:
+            with open_input(self.path) as file:
+                for number, line in enumerate(file, start=1):
+                    line = line.removeprefix(_BOM) if number == 1 else line
+                    if line.strip():
+                        yield self._row(number, line)
+        except READ_ERRORS as error:
+            raise StorageError(f"{self.path} cannot be read: {error}") from error
+
+    def _row(self, number: int, line: bytes) -> dict[str, Any]:
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise JobError(f"{self.path}: line {number} is not JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise JobError(f"{self.path}: line {number} is not a JSON object, with the names of columns and their values")
+        return row
+
+    def batches(self, columns: Sequence[str] | None = None) -> Iterator[Batch]:
+        """Yield all rows in order."""
+        rows = self._rows()
+        while some := list(itertools.islice(rows, _BATCH_ROWS)):
+            yield RowBatch(some)
+
+    def schema(self) -> Schema:
+        """Return the types of the columns, which takes another reading of the file."""
+        return inferred_schema(self.path, self.columns, (batch.rows() for batch in self.batches()))
+
+
+class JsonLinesWriter:
+    """Writes JSON lines; values that JSON has no form for, such as dates, are text."""
+
+    def __init__(self, file: io.RawIOBase, table: Table, added: Sequence[Column]) -> None:
+        self._file = file
+
+    def write(self, batch: Batch, answers: Sequence[Row]) -> None:
+        """Write some rows."""
+        for row, answer in zip(batch.rows(), answers, strict=True):
+            self._file.write(_encoded({**row, **answer}))
+
+    def close(self) -> None:
+        """Do nothing: every line is written."""
+
+
+def _encoded(row: Row) -> bytes:
+    text = json.dumps(row, ensure_ascii=False, default=text_of)
+    try:
+        return text.encode() + b"\n"
+    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can write and UTF-8 cannot
+        return json.dumps(row, default=text_of).encode() + b"\n"

@@ -1,0 +1,396 @@
+"""`flexgen map`: a table in, the table with its answers out, by the job engine.  One test has a real model, the others a fake engine."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from fakes import POISON, FakeEngine, fake_text
+from typer.testing import CliRunner
+
+from flexgen import LLM, cli
+from flexgen.errors import EngineError
+
+HANGS_SECONDS = 120
+ASK = ("--prompt", "{text}:", "--max-tokens", 4)
+TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}<assistant>"
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Path:
+    path = tmp_path / "in.csv"
+    path.write_text("id,text\n007,abc\n8,de\n9,\n")
+    return path
+
+
+@pytest.fixture
+def output(tmp_path: Path) -> Path:
+    return tmp_path / "out.csv"
+
+
+def flexgen(*args: object) -> Any:
+    return CliRunner().invoke(cli.app, [str(arg) for arg in args])
+
+
+def rows(output: Path) -> list[dict[str, str]]:
+    with output.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def lines(output: Path) -> list[dict[str, Any]]:
+    """The lines of the job."""
+    return [json.loads(line) for line in (output.with_name(output.name + ".flexgen") / "input").read_text().splitlines()]
+
+
+def answered(text: str) -> str:
+    return fake_text(f"{text}:", 4)
+
+
+def test_a_column_of_answers(model_folder: Path, table: Path, output: Path, engines: list[FakeEngine]) -> None:
+    done = flexgen("map", model_folder, table, "-o", output, *ASK)
+    assert done.exit_code == 0, done.output
+    assert output.read_text() == f"id,text,answer,error\n007,abc,{answered('abc')},\n8,de,{answered('de')},\n9,,{answered('')},\n"
+    assert f"{table}: 3 lines, 0 of them bad, 0 done before, 3 to answer" in done.stderr
+    assert "greedy, stop ('\\n',), 4 tokens" in done.stderr
+    assert f"{output}: 3 of 3 lines answered, 0 with errors" in done.stdout
+    assert lines(output) == [{"id": number, "prompt": f"{text}:"} for number, text in enumerate(("abc", "de", ""), start=1)]
+    again = flexgen("map", model_folder, table, "-o", output, *ASK)
+    assert (again.exit_code, "nothing was left to do" in again.stderr, len(engines)) == (0, True, 1)
+
+
+def test_answers_that_were_cut_are_counted(model_folder: Path, table: Path, output: Path, engines: list[FakeEngine]) -> None:
+    done = flexgen("map", model_folder, table, "-o", output, *ASK)
+    assert "3 of 3 answers were cut because they reached the most tokens" in done.stderr
+
+
+@pytest.mark.parametrize("ending", [".csv", ".tsv", ".jsonl", ".parquet"])
+@pytest.mark.parametrize("source", [".csv", ".jsonl", ".parquet"])
+def test_every_format_becomes_every_other(model_folder: Path, tmp_path: Path, engines: list[FakeEngine], source: str, ending: str) -> None:
+    table, output = tmp_path / f"in{source}", tmp_path / f"out{ending}"
+    given = pa.table({"text": ["abc", "de"], "n": pa.array([1, 2], pa.int16())})
+    if source == ".parquet":
+        pq.write_table(given, table)
+    elif source == ".jsonl":
+        table.write_text("".join(json.dumps(row) + "\n" for row in given.to_pylist()))
+    else:
+        table.write_text("text,n\nabc,1\nde,2\n")
+    done = flexgen("map", model_folder, table, "-o", output, *ASK)
+    assert done.exit_code == 0, done.output
+    if ending == ".parquet":
+        found = pq.read_table(output)
+        assert found.schema.field("n").type == {".parquet": pa.int16(), ".jsonl": pa.int64(), ".csv": pa.string()}[source]
+        answers = found.column("answer").to_pylist()
+    elif ending == ".jsonl":
+        answers = [json.loads(line)["answer"] for line in output.read_text().splitlines()]
+    else:
+        with output.open(newline="") as file:
+            answers = [row["answer"] for row in csv.DictReader(file, delimiter="\t" if ending == ".tsv" else ",")]
+    assert answers == [answered("abc"), answered("de")]
+
+
+def test_choices_and_probabilities(model_folder: Path, table: Path, output: Path, scorers: list[FakeEngine]) -> None:
+    flags = ("--prompt", "{text}:", "--choices", "yes, no", "--probabilities", "--answer-column", "label", "--error-column", "why")
+    done = flexgen("map", model_folder, table, "-o", output, *flags)
+    assert done.exit_code == 0, done.output
+    for row in rows(output):
+        assert float(row["label_yes"]) + float(row["label_no"]) == pytest.approx(1)
+        assert row["label"] == ("yes" if float(row["label_yes"]) >= float(row["label_no"]) else "no")
+        assert row["why"] == ""
+    assert lines(output)[0] == {"id": 1, "prompt": "abc:", "choices": [" yes", " no"]}
+
+
+def test_choices_of_a_real_model(novels_opt: Path, table: Path, output: Path) -> None:
+    flags = ("--prompt", "{text} and he", "--choice", "went", "--choice", " of the", "--probabilities", "--host-mem", "2GiB")
+    done = flexgen("map", novels_opt, table, "-o", output, *flags)
+    assert done.exit_code == 0, done.output
+    with LLM(novels_opt, host_mem="2GiB") as llm:
+        wanted = llm.classify([f"{text} and he" for text in ("abc", "de", "")], [" went", " of the"])
+    assert [float(row["answer_went"]) for row in rows(output)] == pytest.approx([each.outputs.probs[0] for each in wanted], rel=1e-4)
+    assert [row["answer"] for row in rows(output)] == ["went"] * 3
+
+
+def test_examples_come_before_each_row(model_folder: Path, table: Path, output: Path, tmp_path: Path, engines: list[FakeEngine]) -> None:
+    shots = tmp_path / "shots.jsonl"
+    shots.write_text('{"text": "x", "answer": "y"}\n')
+    done = flexgen("map", model_folder, table, "-o", output, *ASK, "--examples", shots, "--system", "A {id}\\nB")
+    assert done.exit_code == 0, done.output
+    assert lines(output)[0]["prompt"] == "A 007\nB\n\nx: y\n\nabc:"
+
+
+def test_a_chat_model_gets_messages(model_folder: Path, table: Path, output: Path, tmp_path: Path, engines: list[FakeEngine]) -> None:
+    chat = shutil.copytree(model_folder, tmp_path / "chat")
+    (chat / "chat_template.jinja").write_text(TEMPLATE)
+    assert flexgen("map", chat, table, "-o", output, *ASK, "--system", "S").exit_code == 0
+    assert lines(output)[0]["messages"] == [{"role": "system", "content": "S"}, {"role": "user", "content": "abc:"}]
+    plain = output.with_name("plain.csv")
+    assert flexgen("map", chat, table, "-o", plain, *ASK, "--no-chat").exit_code == 0
+    assert lines(plain)[0]["prompt"] == "abc:"
+    done = flexgen("map", model_folder, table, "-o", output.with_name("no.csv"), *ASK, "--chat")
+    assert (done.exit_code, "has no chat template" in done.stderr) == (2, True)
+
+
+def test_what_ends_an_answer(model_folder: Path, table: Path, output: Path, engines: list[FakeEngine]) -> None:
+    whole = answered("abc")
+    assert flexgen("map", model_folder, table, "-o", output, *ASK, "--stop", whole[2], "--stop", "\\n\\n").exit_code == 0
+    assert rows(output)[0]["answer"] == whole[: whole.index(whole[2])]
+    done = flexgen("map", model_folder, table, "-o", output.with_name("b.csv"), *ASK, "--stop", "")
+    assert "defaults of lines that leave them out: greedy, 4 tokens" in done.stderr
+
+
+def test_dry_run(model_folder: Path, table: Path, output: Path, tmp_path: Path) -> None:
+    table.write_text(table.read_text() + "10,four\n")
+    done = flexgen("map", model_folder, table, "-o", output, "--prompt", "Text: {text}\\nLabel:", "--choices", "yes,no", "--dry-run")
+    assert done.exit_code == 0, done.output
+    assert "-- row 1 " in done.stdout
+    assert "\nText: abc\nLabel:\n-- answers: ' yes', ' no'\n" in done.stdout
+    assert "-- row 3 " in done.stdout
+    assert "four" not in done.stdout
+    assert "plan: cpu" in done.stdout
+    assert f"{table}: 4 lines" in done.stdout
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.csv"]
+
+
+def test_dry_run_of_a_chat(model_folder: Path, table: Path, output: Path, tmp_path: Path) -> None:
+    (tmp_path / "t.jinja").write_text(TEMPLATE)
+    done = flexgen("map", model_folder, table, "-o", output, *ASK, "--chat-template", tmp_path / "t.jinja", "--dry-run")
+    assert done.exit_code == 0, done.output
+    assert "\n<user>abc:<assistant>\n" in done.stdout
+
+
+SCHEMA = {"type": "object", "properties": {"name": {"type": "string"}, "age": {"type": "integer"}}}
+
+
+def test_a_schema_becomes_columns(
+    model_folder: Path, table: Path, output: Path, tmp_path: Path, engines: list[FakeEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What guides the generation is left out of the lines, and the answers are written by hand."""
+    from flexgen.tables.task import Task
+
+    monkeypatch.setattr(Task, "constraint", property(lambda task: {}))
+    texts = iter(['{"name": "Ada", "age": 36}', '{"name": "B', "[1]"])
+    monkeypatch.setattr("flexgen.api.plain.PlainForm._choice", lambda *_: {"text": next(texts), "finish_reason": "length"})
+    (tmp_path / "schema.json").write_text(json.dumps(SCHEMA))
+    done = flexgen("map", model_folder, table, "-o", output, *ASK, "--schema", tmp_path / "schema.json", "--raw")
+    assert done.exit_code == 0, done.output
+    assert output.read_text().startswith("id,text,answer,name,age,error\n")
+    found = {row["answer"]: (row["name"], row["age"], row["error"]) for row in rows(output)}
+    assert found['{"name": "Ada", "age": 36}'] == ("Ada", "36", "")
+    assert found['{"name": "B'][2].endswith("it was cut: more tokens may help")
+    assert found["[1]"] == ("", "", "the answer is not a JSON object but [1]")
+    assert "2 of 3 rows have an error" in done.stderr
+
+
+# -- what is refused --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--prompt", "{texts}"], "in.csv has no column 'texts', which the prompt uses; there are 'id', 'text'; did you mean 'text'?"),
+        (["--prompt", "{text}", "--answer-column", "id"], "has a column 'id' already, and it is not overwritten: give --answer-column"),
+        (["--prompt", "{text}", "--choices", "a,b", "--choice", "c"], "--choices and --choice"),
+        (["--prompt", "{text}", "--choices", "a,a"], "twice"),
+        (["--prompt", "{text}", "--probabilities"], "give choices"),
+        (["--prompt", "{text}", "--examples", "none.csv"], "--examples none.csv: there is no such file"),
+        (["--prompt", "{text}", "--schema", "none.json"], "--schema none.json: there is no such file"),
+        (["--prompt", "{text}", "--template", "mustache"], "known: auto, braces, jinja"),
+        (["--prompt", '{"label": {text}}'], "stands alone"),
+        (["--prompt", "{text}", "--format", "xlsx"], "known: csv, tsv, parquet, jsonl"),
+        (["--prompt", "{text}", "--temperature", "-1"], "--temperature -1"),
+        (["--prompt", "no column"], "names no column"),
+        ([], "--prompt"),
+    ],
+)
+def test_usage_errors(
+    model_folder: Path, table: Path, output: Path, flags: list[str], said: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = flexgen("map", model_folder, table, "-o", output, *flags)
+    assert (done.exit_code, said in done.stderr) == (2, True), done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.csv"]
+
+
+def test_paths_that_cannot_be(model_folder: Path, table: Path, output: Path, tmp_path: Path) -> None:
+    for model, given, target, said in (
+        (model_folder, "-", output, "TABLE is read several times"),
+        (model_folder, tmp_path / "none.csv", output, "there is no such file"),
+        (table, model_folder, output, "the model comes first"),
+        (model_folder, table, "-", "OUTPUT is a file"),
+        (model_folder, table, table, "is the input; give another output"),
+        (model_folder, table, tmp_path / "out.xlsx", "--output"),
+        (model_folder, table, tmp_path / "none" / "out.csv", "there is no folder"),
+    ):
+        done = flexgen("map", model, given, "-o", target, *ASK)
+        assert (done.exit_code, said in done.stderr) == (2, True), done.stderr
+
+
+def test_rows_without_a_prompt_are_told_before_anything_runs(
+    model_folder: Path, tmp_path: Path, output: Path, engines: list[FakeEngine]
+) -> None:
+    table = tmp_path / "in.jsonl"
+    table.write_text('{"text": "abc"}\n{"texts": "x"}\n{"text": "de"}\n')
+    done = flexgen("map", model_folder, table, "-o", output, *ASK)
+    assert (done.exit_code, "row 2: the row has no column 'text'" in done.stderr) == (3, True), done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl"]
+    assert engines == []
+    done = flexgen("map", model_folder, table, "-o", output, *ASK, "--keep-going")
+    assert done.exit_code == 1, done.output
+    assert [row["answer"] for row in rows(output)] == [answered("abc"), "", answered("de")]
+    assert [row["error"] for row in rows(output)] == ["", "the row has no column 'text'", ""]
+    assert "1 of 3 rows have an error" in done.stderr
+
+
+def test_what_no_row_can_have_is_refused(model_folder: Path, table: Path, output: Path, tmp_path: Path) -> None:
+    """A name that no line may have, in place of a constraint that cannot be served."""
+    from flexgen.tables.task import Task
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Task, "constraint", property(lambda task: {"structured_inputs": {"regex": task.regex}}))
+        done = flexgen("map", model_folder, table, "-o", output, *ASK, "--regex", "[a-z]+")
+    assert (done.exit_code, "--regex: unknown field 'structured_inputs'" in done.stderr) == (2, True), done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.csv"]
+
+
+# -- interrupted, changed, repeated -----------------------------------------------------------------------------------------------------
+
+
+def test_a_failure_leaves_a_table_and_the_same_command_goes_on(
+    model_folder: Path, table: Path, output: Path, engines: list[FakeEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table.write_text("text\n" + "".join(f"{'x' * (number % 9)}\n" for number in range(1, 41) if number % 9))
+    wanted = [answered("x" * (number % 9)) for number in range(1, 41) if number % 9]
+    answer = FakeEngine._answer
+
+    def failing(engine: FakeEngine, request: Any) -> Any:
+        if len(engine.results) == 10:
+            raise EngineError("the disk is gone")
+        return answer(engine, request)
+
+    monkeypatch.setattr(FakeEngine, "_answer", failing)
+    done = flexgen("map", model_folder, table, "-o", output, *ASK)
+    assert done.exit_code == 75, done.output
+    found = rows(output)
+    assert len(found) == len(wanted)
+    assert [row["answer"] or expected for row, expected in zip(found, wanted, strict=True)] == wanted
+    assert sum(row["error"] == "not answered yet" for row in found) == len(wanted) - 10
+    monkeypatch.setattr(FakeEngine, "_answer", answer)
+    done = flexgen("map", model_folder, table, "-o", output, *ASK)
+    assert done.exit_code == 0, done.output
+    assert [(row["answer"], row["error"]) for row in rows(output)] == [(each, "") for each in wanted]
+    assert sum(engine.num_pulled for engine in engines) < len(wanted) + 10
+
+
+KILLED = """
+import os, signal, sys
+import flexgen.session.session, flexgen.jobs.store, flexgen.cli, fakes
+class Engine(fakes.FakeEngine):
+    def generate(self, requests, on_progress=None, **more):
+        for count, result in enumerate(super().generate(requests, on_progress=on_progress, **more), 1):
+            yield result
+            if count == 600:
+                os.kill(os.getpid(), signal.SIGKILL)
+flexgen.session.session.open_engine = lambda files, options, workload: Engine(workload, max_num_seqs=64)
+flexgen.jobs.store._COMMIT_RESULTS = 50
+flexgen.cli.main()
+"""
+
+
+def test_killed_and_resumed(model_folder: Path, tmp_path: Path, output: Path, engines: list[FakeEngine]) -> None:
+    table = tmp_path / "in.parquet"
+    texts = ["x" * (number * 7 % 19) + "y" * (number % 5) for number in range(1000)]
+    pq.write_table(pa.table({"n": pa.array(range(1000), pa.int32()), "text": texts}), table)
+    command = ["map", str(model_folder), str(table), "-o", str(output.with_suffix(".parquet")), *map(str, ASK)]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])}
+    killed = subprocess.run([sys.executable, "-c", KILLED, *command], capture_output=True, timeout=HANGS_SECONDS, env=env, check=False)
+    assert killed.returncode == -9, killed.stderr.decode()
+    assert not output.with_suffix(".parquet").exists()
+    done = flexgen(*command)
+    assert done.exit_code == 0, done.output
+    found = pq.read_table(output.with_suffix(".parquet"))
+    assert found.column("n").to_pylist() == list(range(1000))
+    assert found.schema.field("n").type == pa.int32()
+    assert found.column("answer").to_pylist() == [answered(text) for text in texts]
+    assert engines[0].num_pulled < 1000  # what was stored before the kill is not answered again
+
+
+def test_changes_are_refused_unless_accepted(model_folder: Path, table: Path, output: Path, engines: list[FakeEngine]) -> None:
+    assert flexgen("map", model_folder, table, "-o", output, *ASK).exit_code == 0
+    before = output.read_bytes()
+    other = ("--prompt", "{text}!", "--max-tokens", 4)
+    done = flexgen("map", model_folder, table, "-o", output, *other)
+    assert (done.exit_code, "3 lines that were answered differ" in done.stderr) == (3, True), done.stderr
+    done = flexgen("map", model_folder, table, "-o", output, *ASK, "--stop", "q")
+    assert (done.exit_code, "begun with default stop" in done.stderr) == (3, True), done.stderr
+    assert output.read_bytes() == before
+    table.write_text(table.read_text().replace("de", "fg"))
+    assert flexgen("map", model_folder, table, "-o", output, *ASK).exit_code == 3
+    done = flexgen("map", model_folder, table, "-o", output, *ASK, "--accept-changes")
+    assert done.exit_code == 0, done.output
+    assert [row["answer"] for row in rows(output)] == [answered(text) for text in ("abc", "fg", "")]
+    assert [engine.num_pulled for engine in engines] == [3, 1]
+    assert flexgen("map", model_folder, table, "-o", output, *other, "--fresh").exit_code == 0
+    assert rows(output)[0]["answer"] == fake_text("abc!", 4)
+
+
+def test_rows_at_the_end_are_added(model_folder: Path, table: Path, output: Path, engines: list[FakeEngine]) -> None:
+    assert flexgen("map", model_folder, table, "-o", output, *ASK).exit_code == 0
+    table.write_text(table.read_text() + "10,hi\n")
+    assert flexgen("map", model_folder, table, "-o", output, *ASK).exit_code == 0
+    assert rows(output)[3] == {"id": "10", "text": "hi", "answer": answered("hi"), "error": ""}
+    assert [engine.num_pulled for engine in engines] == [3, 1]
+
+
+def test_errors_can_be_retried(
+    model_folder: Path, table: Path, output: Path, engines: list[FakeEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fakes.POISON", 67)  # d
+    done = flexgen("map", model_folder, table, "-o", output, *ASK)
+    assert (done.exit_code, [bool(row["error"]) for row in rows(output)]) == (1, [False, True, False])
+    monkeypatch.setattr("fakes.POISON", POISON)
+    assert flexgen("map", model_folder, table, "-o", output, *ASK, "--retry-errors").exit_code == 0
+    assert rows(output)[1]["answer"] == answered("de")
+
+
+def test_a_foreign_output_is_not_replaced(model_folder: Path, table: Path, output: Path, engines: list[FakeEngine]) -> None:
+    output.write_text("mine\n")
+    done = flexgen("map", model_folder, table, "-o", output, *ASK)
+    assert (done.exit_code, output.read_text()) == (3, "mine\n")
+
+
+def test_status_and_export(model_folder: Path, table: Path, output: Path, engines: list[FakeEngine], tmp_path: Path) -> None:
+    assert flexgen("map", model_folder, table, "-o", output, *ASK).exit_code == 0
+    assert "3 of 3 lines done" in flexgen("status", output).stdout
+    wanted = output.read_bytes()
+    output.unlink()
+    assert flexgen("export", output).exit_code == 0
+    assert output.read_bytes() == wanted
+    done = flexgen("export", output, "--to", tmp_path / "other.jsonl")
+    assert (done.exit_code, len((tmp_path / "other.jsonl").read_text().splitlines())) == (0, 3)
+    assert [json.loads(line)["index"] for line in flexgen("export", output, "--to", "-").stdout.splitlines()] == [1, 2, 3]
+    done = flexgen("export", output, "--order", "done")
+    assert (done.exit_code, "whose rows have their own order" in done.stderr) == (2, True)
+    table.write_text("id,text\n")
+    done = flexgen("export", output)
+    assert (done.exit_code, "changed since the job read it" in done.stderr) == (3, True)
+
+
+def test_an_empty_table(model_folder: Path, table: Path, output: Path, engines: list[FakeEngine]) -> None:
+    table.write_text("id,text\n")
+    assert flexgen("map", model_folder, table, "-o", output, *ASK).exit_code == 0
+    assert output.read_text() == "id,text,answer,error\n"
+
+
+def test_a_lost_row_is_refused(model_folder: Path, table: Path, output: Path, engines: list[FakeEngine]) -> None:
+    assert flexgen("map", model_folder, table, "-o", output, *ASK).exit_code == 0
+    table.write_text("id,text\n")
+    done = flexgen("map", model_folder, table, "-o", output, *ASK)
+    assert (done.exit_code, "lines that were answered differ" in done.stderr) == (3, True), done.stderr

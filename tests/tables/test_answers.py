@@ -1,0 +1,86 @@
+"""Tasks and the columns that records become."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from flexgen.errors import OptionError
+from flexgen.tables.answers import NOT_ANSWERED, Answers
+from flexgen.tables.task import Task
+
+SCHEMA = {"type": "object", "properties": {"name": {"type": "string"}, "age": {"type": "integer"}, "tags": {"type": "array"}}}
+
+
+def said(text: str, finish_reason: str = "stop") -> dict[str, Any]:
+    return {"id": 1, "index": 1, "text": text, "finish_reason": finish_reason}
+
+
+def test_text() -> None:
+    answers = Answers(Task(prompt="{t}"))
+    assert answers.values(said(" yes \n")) == {"answer": "yes", "error": None}
+    assert answers.values(said("ye", "length")) == {"answer": "ye", "error": None}
+    assert answers.values({"error": {"message": "too long"}}) == {"answer": None, "error": "too long"}
+    assert answers.values({"error": {"message": "no prompt"}}, "no column 'x'") == {"answer": None, "error": "no column 'x'"}
+    assert answers.values(None) == {"answer": None, "error": NOT_ANSWERED}
+    assert (answers.num_errors, answers.num_unanswered, answers.num_cut) == (2, 1, 1)
+
+
+def test_choices() -> None:
+    record = {"text": " no", "labels": [{"text": " yes", "probability": 0.25}, {"text": " no", "probability": 0.75}]}
+    plain = Answers(Task(prompt="{t}", choices=(" yes", "no"), answer_column="label"))
+    assert plain.values(record) == {"label": "no", "error": None}
+    task = Task(prompt="{t}", choices=(" yes", "no"), answer_column="label", error_column="why", probabilities=True)
+    assert Answers(task).values(record) == {"label": "no", "label_yes": 0.25, "label_no": 0.75, "why": None}
+    assert [column.name for column in task.columns] == ["label", "label_yes", "label_no", "why"]
+
+
+def test_a_schema() -> None:
+    answers = Answers(Task(prompt="{t}", schema=SCHEMA, raw=True))
+    text = json.dumps({"name": "Ada", "age": 36.0, "tags": ["x"]})
+    assert answers.values(said(text)) == {"answer": text, "name": "Ada", "age": 36, "tags": ["x"], "error": None}
+    found = answers.values(said('{"name": 7, "age": 1}'))
+    assert (found["name"], found["age"], found["error"]) == (None, 1, "name: 7 is not of type text")
+    found = answers.values(said('{"name": "A', "length"))
+    assert (found["answer"], found["name"]) == ('{"name": "A', None)
+    assert found["error"].endswith("and it was cut: more tokens may help")
+    assert "not a JSON object but [1]" in answers.values(said("[1]"))["error"]
+
+
+def test_a_schema_of_something_else() -> None:
+    answers = Answers(Task(prompt="{t}", schema={"type": "array"}))
+    assert answers.values(said("[1, 2]")) == {"answer": [1, 2], "error": None}
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"choices": ("a",), "regex": "a"}, "choices and regex"),
+        ({"choices": ("a", " a")}, "twice"),
+        ({"choices": ("a", " ")}, "empty"),
+        ({"probabilities": True}, "there are none"),
+        ({"raw": True}, "there is none"),
+        ({"prompt": "the same for all"}, "names no column"),
+        ({"prompt": "{{t}}"}, "for Jinja"),
+        ({"answer_column": "error"}, "'error'"),
+        ({"schema": {"properties": {"error": {}}}}, "'error'"),
+        ({"prompt": "{t"}, "stands alone"),
+    ],
+)
+def test_tasks_that_make_no_sense(given: dict[str, Any], said: str) -> None:
+    with pytest.raises(OptionError) as caught:
+        Task(**{"prompt": "{t}", **given})
+    assert said in str(caught.value)
+
+
+def test_an_instruction_may_name_the_column() -> None:
+    assert Task(prompt="Go on.", system="{t}").columns[0].name == "answer"
+
+
+def test_a_task_through_json() -> None:
+    for task in (Task(prompt="{t}", choices=("a", "b"), probabilities=True), Task(prompt="{t}", schema=SCHEMA, raw=True, system="x")):
+        assert Task.from_json(json.loads(json.dumps(task.to_json()))) == task
+    with pytest.raises(OptionError, match="unknown keys: more"):
+        Task.from_json({**Task(prompt="{t}").to_json(), "more": 1})

@@ -1,0 +1,96 @@
+"""LLM.map: a table in, the same kind of table out, by the lines and records of a job."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from fakes import FakeEngine, fake_text
+from table_fakes import fake_score
+
+from flexgen import LLM, OptionError, SamplingParams
+from flexgen.tables.task import DEFAULT_MAX_TOKENS
+
+GREEDY = SamplingParams(temperature=0, max_tokens=4)
+
+
+@pytest.fixture
+def llm(model_folder: Path, scorers: list[FakeEngine]) -> LLM:
+    return LLM(model_folder)
+
+
+def test_rows_are_answered_in_order(llm: LLM, scorers: list[FakeEngine]) -> None:
+    table = pa.table({"id": [3, 1, 2], "text": ["abc", "d", "ef"]})
+    found = llm.map(table, "{text}!", sampling_params=GREEDY)
+    assert found.select(["id", "text"]).equals(table)
+    assert found.column("answer").to_pylist() == [fake_text(f"{text}!", 4) for text in ("abc", "d", "ef")]
+    assert found.column("error").to_pylist() == [None] * 3
+    assert len(scorers) == 1
+
+
+def test_without_parameters_an_answer_is_greedy_and_one_line(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[SamplingParams] = []
+
+    def generate(prompts: Any, params: list[SamplingParams], **more: Any) -> Any:
+        seen.extend(params)
+        raise OptionError("enough")
+
+    monkeypatch.setattr(llm, "generate", generate)
+    with pytest.raises(OptionError, match="enough"):
+        llm.map(pa.table({"text": ["abc"]}), "{text}")
+    assert [(each.temperature, each.max_tokens, each.stop) for each in seen] == [(0.0, DEFAULT_MAX_TOKENS, ("\n",))]
+
+
+def test_a_row_that_cannot_be_answered_stops_no_other(llm: LLM) -> None:
+    found = llm.map(pa.table({"text": ["abc", "x" * 100, "d"]}), "{text}", sampling_params=GREEDY)
+    assert found.column("answer").to_pylist() == [fake_text("abc", 4), None, fake_text("d", 4)]
+    assert [bool(each) for each in found.column("error").to_pylist()] == [False, True, False]
+
+
+def test_choices_with_probabilities(llm: LLM) -> None:
+    found = llm.map(pa.table({"t": ["a", "b", "cd"]}), "{t}:", choices=["yes", "no"], probabilities=True, answer_column="label")
+    assert found.column_names == ["t", "label", "label_yes", "label_no", "error"]
+    for row in found.to_pylist():
+        assert row["label_yes"] + row["label_no"] == pytest.approx(1)
+        assert row["label"] == ("yes" if row["label_yes"] >= row["label_no"] else "no")
+
+
+def test_scores_are_those_of_the_choices(llm: LLM) -> None:
+    (row,) = llm.map(pa.table({"t": ["a"]}), "{t}:", choices=["b", "c"], probabilities=True).to_pylist()
+    scores = [fake_score(llm.encode("a:")[0], choice) for choice in llm.encode([" b", " c"])]
+    assert scores[0] != scores[1]
+    assert row["answer_b"] == pytest.approx(1 / (1 + math.exp(scores[1] - scores[0])))
+
+
+def test_examples_come_from_dicts_or_tables(llm: LLM) -> None:
+    examples = [{"t": "a", "answer": "b"}]
+    table = pa.table({"t": ["c"]})
+    found = [llm.map(table, "{t}:", examples=each, sampling_params=GREEDY) for each in (examples, pa.Table.from_pylist(examples))]
+    ids = llm.encode("a: b\n\nc:")[0]
+    wanted = llm.generate([ids], GREEDY)[0].outputs[0].text
+    assert [each.column("answer").to_pylist() for each in found] == [[wanted]] * 2
+
+
+@pytest.mark.parametrize(
+    ("keywords", "said"),
+    [
+        ({"prompt": "{note}"}, "the table has no column 'note', which the prompt uses; there are 't', 'error2'"),
+        ({"answer_column": "t"}, "has a column 't' already"),
+        ({"choices": "yes"}, "must be a list"),
+        ({"columns": ["x"]}, "map has no option 'columns'"),
+        ({"error_column": "error2"}, "give error_column another name"),
+    ],
+)
+def test_what_is_refused(llm: LLM, keywords: dict[str, Any], said: str) -> None:
+    given: dict[str, Any] = {"prompt": "{t}", **keywords}
+    with pytest.raises(OptionError) as caught:
+        llm.map(pa.table({"t": ["a"], "error2": ["b"]}), **given)
+    assert said in str(caught.value)
+
+
+def test_no_rows(llm: LLM, scorers: list[FakeEngine]) -> None:
+    found = llm.map(pa.table({"t": pa.array([], pa.string())}), "{t}")
+    assert (found.column_names, found.num_rows, scorers) == (["t", "answer", "error"], 0, [])
