@@ -56,7 +56,7 @@ def echoes(prompt_len: int, count: int) -> list[TokenRequest]:
 
 def job(requests: Sequence[TokenRequest], *, shares: bool = True) -> tuple[Workload, CommonPrefixes]:
     """What a call plans for, and what its requests have in common."""
-    batch, census = Batch[Any](), PrefixCensus(PAGE_TOKENS)
+    batch, census = Batch[Any](0), PrefixCensus(PAGE_TOKENS)
     batch.add(list(requests), lambda results: results)
     workload = batch.workload(census if shares else None)
     return workload, census.common() if shares else NO_PREFIXES
