@@ -187,7 +187,7 @@ def test_no_lines(llm: LLM, folder: Path, engines: list[FakeEngine]) -> None:
         ({"prompt": object()}, "type object"), ({"prompt": "a", "temperature": float("nan")}, "JSON compliant"), (["a"], "type list"),
         ("a", "type str"), (None, "type NoneType"), ({"prompt": b"a"}, "type bytes"), ({("a",): 1}, "keys must be"),
     ],
-    ids=str,
+    ids=["object", "nan", "list", "text", "null", "bytes", "keys"],
 )  # fmt: skip
 def test_a_line_that_is_no_json_object_is_named(llm: LLM, folder: Path, line: Any, said: str) -> None:
     for earlier in ([], [LINES[0]]):
