@@ -118,8 +118,9 @@ def test_the_prompt_is_computed_once(llm: LLM, folder: Path, engines: list[FakeE
     prompt = "x" * 33
     answered(llm, [{"prompt": prompt, "choices": ["the a", "the b", "the c"]}, {"prompt": prompt, "choices": ["ab", "c"]}], folder)
     assert engines[0].num_pulled == 1 + 2
-    assert engines[0].workload.prompt_lens == (33 + 4, 33, 33 + 2)
+    assert engines[0].workload.prompt_lens == (33 + 4, 33, 33 + 1), "the last token of a choice is only predicted"
     assert engines[0].workload.output_lens == (0, 0, 0)
+    assert engines[0].workload.scored_lens == (4 + 1, 1, 1), "alternatives have one position"
     assert [(point.length, point.num_requests) for point in engines[0].prefixes.path(ids(prompt))] == [(32, 3)]
 
 
