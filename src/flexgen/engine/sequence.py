@@ -64,7 +64,7 @@ class LiveSequence:
     Attributes:
         request: The request that is answered.
         expected_tokens: The number of generated tokens after which the answer is expected to end, at most `max_tokens`.
-        tokens: The ids of the prompt and of the generated tokens; without the prompt's last one if nothing depends on it.
+        tokens: The ids of the prompt and of the generated tokens, without those of the prompt on which nothing depends.
         generated: The generated ids alone.
         logprobs: One entry for each generated token, if the request asks for them.
         prompt_logprobs: One entry for each token that the request wants scored, as far as they have been computed.
@@ -101,7 +101,9 @@ class LiveSequence:
         earlier = self.request.generated
         self.generated = list(earlier.token_ids)
         self.tokens = [*self.request.prompt_token_ids, *self.generated]
-        if not self.request.max_tokens and not self.request.alternatives:
+        if not self.request.max_tokens and self.request.num_prompt_logprobs is None:
+            self.tokens.clear()  # nothing is wanted of it
+        elif not self.request.max_tokens and not self.request.alternatives:
             self.tokens.pop()  # it is only scored
         self.logprobs = list(earlier.logprobs or ())
         self.num_lost = len(self.tokens) - 1 if self.generated else 0  # the KV of the last one was not computed yet
