@@ -160,6 +160,14 @@ def test_prompts_of_one_token_and_of_the_whole_context(llm: LLM, reference: Refe
     check(whole, reference)
 
 
+def test_nothing_is_computed_where_nothing_is_asked_for(llm: LLM, full: list[int]) -> None:
+    (scored, bare), passes = llm.generate([full[:5], full[:5]], [SCORE, SamplingParams(max_tokens=0, n=2)]), llm.report().num_passes
+    assert passes == 1
+    assert [(answer.text, answer.finish_reason) for answer in [*scored.outputs, *bare.outputs]] == [("", "length")] * 3
+    assert llm.generate([full[:5]], SamplingParams(max_tokens=0))[0].prompt_logprobs is None
+    assert llm.report().num_passes == 0
+
+
 def test_scores_beside_several_answers(llm: LLM, reference: Reference) -> None:
     params = SamplingParams(n=3, max_tokens=5, seed=1, prompt_logprobs=3, logprobs=2)
     scored = llm.generate(TEXTS, params)

@@ -45,6 +45,23 @@ def test_what_ends_an_answer(made: LiveSequence, wanted: Finish | None) -> None:
     assert made.finish() == wanted
 
 
+@pytest.mark.parametrize(
+    ("how", "tokens"),
+    [
+        ({}, [1, 2]),
+        ({"num_prompt_logprobs": 0}, [1, 2]),
+        ({"max_tokens": 0}, []),
+        ({"max_tokens": 0, "num_prompt_logprobs": 0}, [1]),
+        ({"max_tokens": 0, "num_prompt_logprobs": 0, "alternatives": (5,)}, [1, 2]),
+    ],
+    ids=str,
+)
+def test_what_nothing_depends_on_is_not_computed(how: dict[str, Any], tokens: list[int]) -> None:
+    made = sequence(**how)
+    assert made.tokens == tokens
+    assert made.finish() == (None if tokens else Finish(reason="length"))
+
+
 def test_an_answer_whose_text_cannot_be_told_ends() -> None:
     """The tokenizer fails on it, which is no reason to stop the others."""
     error = RequestError("the tokenizer fails on these tokens")
