@@ -100,7 +100,7 @@ def run(lm: Any, task: str, folder: Path) -> tuple[dict[str, Any], float]:
                 seconds += time.monotonic() - start
 
         setattr(lm, name, timed)
-    found = simple_evaluate(model=lm, tasks=[f"local_{task}"], task_manager=TaskManager(include_path=str(folder)), bootstrap_iters=0)
+    found: Any = simple_evaluate(model=lm, tasks=[f"local_{task}"], task_manager=TaskManager(include_path=str(folder)), bootstrap_iters=0)
     assert found is not None
     results, samples = found["results"], found["samples"]
     metrics = {name: {metric: value for metric, value in each.items() if isinstance(value, float)} for name, each in results.items()}
