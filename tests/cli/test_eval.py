@@ -129,7 +129,9 @@ def test_a_killed_evaluation_goes_on(novels_opt: Path, tmp_path: Path) -> None:
     assert resumed.exit_code == 0, resumed.output
     events = [json.loads(line) for line in resumed.stderr.splitlines() if line.startswith('{"event": "report"')]
     whole = flexgen(*words[:6], "--limit", 600)
-    assert json.loads(resumed.stdout) == json.loads(whole.stdout)
+    found, wanted = json.loads(resumed.stdout), json.loads(whole.stdout)
+    assert found.pop("perplexity") == pytest.approx(wanted.pop("perplexity"), rel=1e-6)  # sums in other batches
+    assert found == wanted
     assert [event["num_errors"] for event in events] == [0]
     assert events[0]["num_requests"] <= 3 * (600 - done)
     assert num_done(tmp_path / "s") == 600
