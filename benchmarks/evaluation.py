@@ -79,14 +79,16 @@ def compare(task: str, model: str, folder: Path, batch_size: int, host_mem: str 
 def hf(model: str, batch_size: int) -> Any:
     from lm_eval.models.huggingface import HFLM
 
-    return HFLM(pretrained=model, dtype="float32", device="cpu", batch_size=batch_size)
+    backend: Any = HFLM  # lm-eval's decorators hide its types
+    return backend(pretrained=model, dtype="float32", device="cpu", batch_size=batch_size)
 
 
 def run(lm: Any, task: str, folder: Path) -> tuple[dict[str, Any], float]:
     """Return the metrics and every response of a task, and the seconds that the model took for the responses."""
-    from lm_eval import simple_evaluate
+    import lm_eval
     from lm_eval.tasks import TaskManager
 
+    harness: Any = lm_eval
     seconds = 0.0
     for name in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
         real = getattr(lm, name)
@@ -100,7 +102,9 @@ def run(lm: Any, task: str, folder: Path) -> tuple[dict[str, Any], float]:
                 seconds += time.monotonic() - start
 
         setattr(lm, name, timed)
-    found = simple_evaluate(model=lm, tasks=[f"local_{task}"], task_manager=TaskManager(include_path=str(folder)), bootstrap_iters=0)
+    found = harness.simple_evaluate(
+        model=lm, tasks=[f"local_{task}"], task_manager=TaskManager(include_path=str(folder)), bootstrap_iters=0
+    )
     assert found is not None
     results, samples = found["results"], found["samples"]
     metrics = {name: {metric: value for metric, value in each.items() if isinstance(value, float)} for name, each in results.items()}

@@ -61,7 +61,8 @@ def test_thinking_is_left_out() -> None:
 
 def test_greedy_texts_are_those_of_transformers(subject: Subject) -> None:
     """Several stop strings, of which one comes first; one prompt is longer than the context leaves."""
-    tokenizer, encoding = subject.llm.get_tokenizer(), Encoding(subject.llm.get_tokenizer())
+    tokenizer: Any = subject.llm.get_tokenizer()
+    encoding = Encoding(tokenizer)
     prompts = [encoding.prompt("The old house"), encoding.prompt("She said"), encoding.prompt("It was a dark night. " * 200)]
     room = subject.llm.max_model_len - 24
     assert len(prompts[-1]) > room

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 from evaluation.oracle import Subject
@@ -23,10 +24,11 @@ def test_the_last_word_is_split_off() -> None:
 
 def test_figures(subject: Subject) -> None:
     """A passage that goes on greedily is right, by whatever words."""
-    encoding = Encoding(subject.llm.get_tokenizer())
+    tokenizer: Any = subject.llm.get_tokenizer()
+    encoding = Encoding(tokenizer)
     prompt = encoding.encode("The old house stood")
     tokens = subject.oracle.generate(prompt, 12)
-    sure = "The old house stood" + subject.llm.get_tokenizer().decode(tokens)
+    sure = "The old house stood" + tokenizer.decode(tokens)
     sure = sure[: sure.rindex(" ")]
     passages = [*PASSAGES, sure]
     found = lambada(Answers(llm=subject.llm), encoding, passages)

@@ -1,5 +1,7 @@
 """The model for lm-evaluation-harness against its own `hf` backend, and its command; skipped where it is not installed (the extra eval)."""
 
+# pyright: reportMissingImports=false
+
 from __future__ import annotations
 
 import json

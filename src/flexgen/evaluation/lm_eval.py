@@ -35,7 +35,6 @@ except ModuleNotFoundError as error:
 _MAX_GEN_TOKS = 256  # lm-eval's default
 
 
-@register_model("flexgen")
 class FlexGenLM(TemplateLM):
     """A flexgen model as lm-eval sees it.  Scores, greedy flags and texts are those of lm-eval's `hf` backend.
 
@@ -135,7 +134,7 @@ class FlexGenLM(TemplateLM):
         """Return the log probability of each continuation after its context, and whether greedy sampling would give it."""
         if self._enable_thinking:
             raise OptionError("enable_thinking is for tasks that generate: a task asks for scores of continuations")
-        texts = [request.args for request in requests]
+        texts: list[Any] = [request.args for request in requests]
         return self._scores(texts, self._encoding.pairs(texts), disable_tqdm=disable_tqdm)
 
     def _loglikelihood_tokens(
@@ -146,7 +145,7 @@ class FlexGenLM(TemplateLM):
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Return the log likelihood of each whole text, in windows of the context."""
-        texts = [request.args[0] for request in requests]
+        texts: list[str] = [request.args[0] for request in requests]
         with self._shown("scoring texts", disable_tqdm) as answers:
             found = rolling_loglikelihoods(answers, self._encoding, [self._encoding.encode(text) for text in texts])
         for text, loglikelihood in zip(texts, found, strict=True):
@@ -155,13 +154,14 @@ class FlexGenLM(TemplateLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Return the text that each prompt is continued with, up to the first of the texts that end it."""
-        asked = [(request.args[0], self._generation(request.args[1])) for request in requests]
+        given: list[Any] = [request.args for request in requests]
+        asked = [(prompt, self._generation(kwargs)) for prompt, kwargs in given]
         lines = [generation.line(self._encoding.prompt(prompt), self.max_length) for prompt, generation in asked]
         with self._shown("generating", disable_tqdm) as answers:
             records = answers.of("generate_until", lines)
         texts = [each.text(record, self.tokenizer, self._think_end_token) for (_, each), record in zip(asked, records, strict=True)]
-        for request, text in zip(requests, texts, strict=True):
-            self.cache_hook.add_partial("generate_until", request.args, text)
+        for each, text in zip(given, texts, strict=True):
+            self.cache_hook.add_partial("generate_until", each, text)
         return texts
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
@@ -237,6 +237,9 @@ class FlexGenLM(TemplateLM):
                 bar.update(progress.num_requests_done - bar.n)
 
             yield self._answers.with_progress(show)
+
+
+register_model("flexgen")(FlexGenLM)  # not as a decorator, which would hide the class from type checkers
 
 
 @contextlib.contextmanager
