@@ -17,7 +17,13 @@ from flexgen.request import SamplingParams
 
 DEFAULTS = SamplingParams()
 LINE = JobRequest(line_number=1, digest=1, form=PlainForm(defaults=DEFAULTS))
-HELLO = [SimpleNamespace(role="user", content="Hello")]
+
+
+def message(role: str, content: object, **more: object) -> Any:
+    return SimpleNamespace(role=role, content=content, **more)
+
+
+HELLO = [message("user", "Hello")]
 
 
 def parsed(line: dict[str, Any]) -> JobRequest:
@@ -52,10 +58,10 @@ def test_what_cannot_be_served_is_refused_by_name(name: str) -> None:
 def test_messages_keep_their_roles_their_texts_and_their_calls() -> None:
     call = SimpleNamespace(id="c1", function="add", arguments={"x": 1})
     messages = [
-        SimpleNamespace(role="system", content="Be kind."),
-        SimpleNamespace(role="user", content=[SimpleNamespace(type="text", text="one"), SimpleNamespace(type="text", text="two")]),
-        SimpleNamespace(role="assistant", content="", tool_calls=[call]),
-        SimpleNamespace(role="tool", content="2", tool_call_id="c1", function="add"),
+        message("system", "Be kind."),
+        message("user", [SimpleNamespace(type="text", text="one"), SimpleNamespace(type="text", text="two")]),
+        message("assistant", "", tool_calls=[call]),
+        message("tool", "2", tool_call_id="c1", function="add"),
     ]
     chat = parsed(line_of(messages, {})).prompt
     assert isinstance(chat, Chat)
@@ -67,7 +73,7 @@ def test_messages_keep_their_roles_their_texts_and_their_calls() -> None:
 
 def test_images_are_refused() -> None:
     with pytest.raises(RequestError, match="image"):
-        line_of([SimpleNamespace(role="user", content=[SimpleNamespace(type="image", image="x.png")])], {})
+        line_of([message("user", [SimpleNamespace(type="image", image="x.png")])], {})
 
 
 def test_the_end_of_an_answer_is_told_in_inspect_ais_words() -> None:

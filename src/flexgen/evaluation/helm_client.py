@@ -17,8 +17,8 @@ from flexgen.llm import LLM
 from flexgen.report.progress import Progress
 
 try:
-    from helm.clients.client import CachingClient
-    from helm.common.cache import CacheConfig, cache_stats, create_key_value_store
+    from helm.clients.client import Client
+    from helm.common.cache import Cache, CacheConfig, cache_stats, create_key_value_store
     from helm.common.hierarchical_logger import hlog
     from helm.common.request import (
         EMBEDDING_UNAVAILABLE_REQUEST_RESULT,
@@ -38,7 +38,7 @@ _GATHER_SECONDS = 0.1
 _TELL_SECONDS = 10.0
 
 
-class FlexGenClient(CachingClient):
+class FlexGenClient(Client):
     """Answers requests by a model that runs in this process.
 
     Requests of several threads are gathered for a moment and answered together, so that it also serves HELM's own executor with many
@@ -63,8 +63,7 @@ class FlexGenClient(CachingClient):
         gather_seconds: float = _GATHER_SECONDS,
         **options: Any,
     ) -> None:
-        super().__init__(cache_config)
-        self._cache_config = cache_config
+        self._cache = Cache(cache_config)
         self._model = pretrained_model_name_or_path or model_name
         self._options, self._apply_chat_template = options, apply_chat_template
         self._llm: LLM | None = None
@@ -77,7 +76,7 @@ class FlexGenClient(CachingClient):
             return failed
         try:
             each = self._keyed(request)
-            response, cached = self.cache.get(each.key, lambda: _raised(self._gathered.submit(each).result()))
+            response, cached = self._cache.get(each.key, lambda: _raised(self._gathered.submit(each).result()))
         except FlexGenError as error:
             return _failure(error)
         return _result(response, cached=cached)
@@ -91,17 +90,15 @@ class FlexGenClient(CachingClient):
             requests: The requests.
             folder: The folder, which may be removed once the answers are used.
         """
-        unavailable = [_unavailable(request) for request in requests]
-        keyed = [None if failed else self._keyed(request) for request, failed in zip(requests, unavailable, strict=True)]
-        cached = self._cached([each for each in keyed if each is not None])
-        left = [each for each in keyed if each is not None and each.identity not in cached]
+        refused = {place: failed for place, request in enumerate(requests) if (failed := _unavailable(request)) is not None}
+        keyed = {place: self._keyed(request) for place, request in enumerate(requests) if place not in refused}
+        cached = self._cached(list(keyed.values()))
+        left = [each for each in keyed.values() if each.identity not in cached]
         answered = self._answerer().answer(left, folder, on_progress=_teller()) if left else {}
         self._keep(left, answered)
         responses: dict[str, dict[str, Any] | RequestError] = {**cached, **answered}
-        return [
-            failed if failed is not None else _outcome(responses[each.identity], cached=each.identity in cached)
-            for each, failed in zip(keyed, unavailable, strict=True)
-        ]
+        done = {place: _outcome(responses[each.identity], cached=each.identity in cached) for place, each in keyed.items()}
+        return [refused[place] if place in refused else done[place] for place in range(len(requests))]
 
     def close(self) -> None:
         """Free the memory of the model, which the next request opens again."""
@@ -139,18 +136,18 @@ class FlexGenClient(CachingClient):
 
     def _cached(self, keyed: Sequence[Keyed]) -> dict[str, dict[str, Any]]:
         """Return the responses that HELM's cache has, by the ids of the requests."""
-        with create_key_value_store(self._cache_config) as store:
+        with create_key_value_store(self._cache.config) as store:
             for _ in keyed:
-                cache_stats.increment_query(self._cache_config.cache_stats_key)
+                cache_stats.increment_query(self._cache.config.cache_stats_key)
             found = {each.identity: store.get(each.key) for each in keyed}
         return {identity: response for identity, response in found.items() if response}
 
     def _keep(self, keyed: Sequence[Keyed], answered: Mapping[str, dict[str, Any] | RequestError]) -> None:
-        with create_key_value_store(self._cache_config) as store:
+        with create_key_value_store(self._cache.config) as store:
             for each in {each.identity: each for each in keyed}.values():
                 response = answered[each.identity]
                 if not isinstance(response, RequestError):
-                    cache_stats.increment_compute(self._cache_config.cache_stats_key)
+                    cache_stats.increment_compute(self._cache.config.cache_stats_key)
                     store.put(each.key, response)
 
 

@@ -14,19 +14,44 @@ from flexgen.errors import RequestError
 class HelmRequest(Protocol):
     """The fields of `helm.common.request.Request` that have a meaning here."""
 
-    prompt: str
-    messages: list[dict[str, str]] | None
-    multimodal_prompt: object | None
-    response_format: object | None
-    temperature: float
-    num_completions: int
-    max_tokens: int
-    stop_sequences: list[str]
-    echo_prompt: bool
-    top_p: float
-    presence_penalty: float
-    frequency_penalty: float
-    random: str | None
+    @property
+    def prompt(self) -> str: ...
+
+    @property
+    def messages(self) -> list[dict[str, str]] | None: ...
+
+    @property
+    def multimodal_prompt(self) -> object | None: ...
+
+    @property
+    def response_format(self) -> object | None: ...
+
+    @property
+    def temperature(self) -> float: ...
+
+    @property
+    def num_completions(self) -> int: ...
+
+    @property
+    def max_tokens(self) -> int: ...
+
+    @property
+    def stop_sequences(self) -> list[str]: ...
+
+    @property
+    def echo_prompt(self) -> bool: ...
+
+    @property
+    def top_p(self) -> float: ...
+
+    @property
+    def presence_penalty(self) -> float: ...
+
+    @property
+    def frequency_penalty(self) -> float: ...
+
+    @property
+    def random(self) -> str | None: ...
 
 
 def lead_of(plain: Sequence[int], special: Sequence[int]) -> tuple[int, ...]:

@@ -38,8 +38,11 @@ _STOP_REASONS = {"stop": "stop", "length": "max_tokens"}
 class Message(Protocol):
     """A message of inspect-ai."""
 
-    role: str
-    content: Any
+    @property
+    def role(self) -> str: ...
+
+    @property
+    def content(self) -> Any: ...
 
 
 def line_of(messages: Sequence[Message], config: Mapping[str, Any]) -> dict[str, Any]:
