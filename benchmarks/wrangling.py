@@ -119,12 +119,12 @@ def _read_imputation(path: Path, column: str, shots: int) -> tuple[list[Row], li
 
 
 def _read_cells(folder: Path, shots: int) -> tuple[list[Row], list[Row]]:
-    dirty, clean = (list(csv.DictReader((folder / f"hospital_{which}.csv").open(encoding="utf-8"))) for which in ("dirty", "clean"))
+    """Return the cells of the table with errors, but for its first column, the number of the row; both tables have the same cells."""
+    dirty, clean = (list(csv.reader((folder / f"hospital_{which}.csv").open(encoding="utf-8"))) for which in ("dirty", "clean"))
     rows = [
-        {"column": name, "value": value, "truth": NO if value == right[name] else YES}
-        for wrong, right in zip(dirty, clean, strict=True)
-        for name, value in wrong.items()
-        if name != "index"
+        {"column": name, "value": value, "truth": NO if value == right else YES}
+        for wrong, rights in zip(dirty[1:], clean[1:], strict=True)
+        for name, value, right in list(zip(dirty[0], wrong, rights, strict=True))[1:]
     ]
     return _examples(rows, None, shots)
 
