@@ -14,7 +14,7 @@ from flexgen import LLM
 from flexgen.plan.workload import Workload
 
 
-@pytest.fixture(scope="session", params=["opt", "qwen3"])
+@pytest.fixture(scope="module", params=["opt", "qwen3"])
 def subject(request: pytest.FixtureRequest, novels_opt: Path, novels_qwen3: Path) -> Iterator[Subject]:
     from transformers import AutoModelForCausalLM
 
