@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
+from collections import deque
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +15,7 @@ import torch
 from torch.nn import functional
 
 from flexgen.devices.sim import SimulatedDevice
+from flexgen.devices.sim_tensor import Timeline
 
 Make = Callable[[torch.Tensor], torch.Tensor]
 
@@ -135,3 +139,25 @@ def test_synchronisations_are_counted(sim: SimulatedDevice, name: str) -> None:
 def test_a_process_without_it_does_not_know_the_device() -> None:
     code = "import torch, flexgen.devices.sim; assert torch._C._get_privateuse1_backend_name() == 'privateuseone'"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_threads_of_links_share_the_timeline() -> None:
+    """A link finishes the same use as the computing, between the moment at which that looks at it and the one at which it drops it."""
+    timeline, raw = Timeline(), torch.empty(4)
+    tensor: Any = SimpleNamespace(in_arena=True, raw=raw)
+    links: list[threading.Thread] = []
+
+    class Uses(deque[tuple[int, int, int]]):
+        def __getitem__(self, place: Any) -> Any:
+            found = super().__getitem__(place)
+            if not links:
+                links.append(threading.Thread(target=timeline.finish, args=(timeline.now,)))
+                links[0].start()
+                links[0].join(0.5)
+            return found
+
+    timeline._uses = Uses()
+    timeline.use([tensor])
+    timeline.finish(timeline.now)
+    links[0].join()
+    assert not timeline.used_since(0, raw)

@@ -36,7 +36,7 @@ CREATED = ("empty.memory_format", "empty_strided.default", "arange.default", "ar
 
 
 class Timeline:
-    """A record of the computing, by which copies that come too early are detected.
+    """A record of the computing, by which copies that come too early are detected; the threads of links use it as well.
 
     Attributes:
         now: The number of operations so far.
@@ -48,16 +48,18 @@ class Timeline:
         self.now = 0
         self.synchronisations = 0
         self.observers: list[Callable[[], None]] = []
+        self._lock = threading.Lock()
         self._finished = 0  # operations that the host has waited for
         self._uses: deque[tuple[int, int, int]] = deque(maxlen=MAX_REMEMBERED)  # (time of use, first byte, end) in arenas
 
     def use(self, tensors: Iterable[SimTensor]) -> None:
         """Record an operation that reads or writes these tensors."""
-        self.now += 1
-        for tensor in tensors:
-            if tensor.in_arena:
-                start = tensor.raw.data_ptr()
-                self._uses.append((self.now, start, start + tensor.raw.nbytes))
+        with self._lock:
+            self.now += 1
+            for tensor in tensors:
+                if tensor.in_arena:
+                    start = tensor.raw.data_ptr()
+                    self._uses.append((self.now, start, start + tensor.raw.nbytes))
 
     def synchronise(self) -> None:
         """Record that the host has waited for all operations so far."""
@@ -68,15 +70,18 @@ class Timeline:
 
     def finish(self, when: int) -> None:
         """Record that the host has waited for the operations up to `when`."""
-        self._finished = max(self._finished, when)
-        while self._uses and self._uses[0][0] <= self._finished:
-            self._uses.popleft()
+        with self._lock:
+            self._finished = max(self._finished, when)
+            while self._uses and self._uses[0][0] <= self._finished:
+                self._uses.popleft()
 
     def used_since(self, when: int, raw: torch.Tensor) -> bool:
         """Return whether these bytes are used by operations after `when` for which the host has not waited."""
-        start, when = raw.data_ptr(), max(when, self._finished)
+        start = raw.data_ptr()
         end = start + raw.nbytes
-        return any(used > when and start < until and first < end for used, first, until in tuple(self._uses))
+        with self._lock:
+            when = max(when, self._finished)
+            return any(used > when and start < until and first < end for used, first, until in self._uses)
 
 
 timeline = Timeline()
