@@ -405,3 +405,17 @@ def test_a_lost_row_is_refused(model_folder: Path, table: Path, output: Path, en
     table.write_text("id,text\n")
     done = flexgen("map", model_folder, table, "-o", output, *ASK)
     assert (done.exit_code, "lines that were answered differ" in done.stderr) == (3, True), done.stderr
+
+
+@pytest.mark.parametrize(
+    "option", [("--max-tokens", 3), ("--stop", "x"), ("--temperature", 0.5), ("--top-p", 0.5)], ids=lambda each: each[0]
+)
+def test_choices_are_not_generated(option: tuple[str, object], model_folder: Path, table: Path, output: Path) -> None:
+    done = flexgen("map", model_folder, table, "-o", output, "--prompt", "{text}:", "--choices", "a,b", *option)
+    assert (done.exit_code, f"{option[0]} is for answers that are generated" in done.stderr) == (2, True), done.stderr
+    assert not output.exists()
+
+
+def test_a_column_needs_a_name(model_folder: Path, table: Path, output: Path) -> None:
+    done = flexgen("map", model_folder, table, "-o", output, *ASK, "--answer-column", "")
+    assert (done.exit_code, "--answer-column must be a name" in done.stderr) == (2, True), done.stderr

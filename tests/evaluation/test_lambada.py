@@ -18,7 +18,7 @@ PASSAGES = ["The old house stood upon the hill", "It was a dark and stormy night
 
 def test_the_last_word_is_split_off() -> None:
     assert split(0, "a b  c") == ("a b ", " c")
-    with pytest.raises(JobError, match="passage 4"):
+    with pytest.raises(JobError, match="passage 5"):
         split(4, "alone")
 
 

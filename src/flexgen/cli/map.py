@@ -22,7 +22,7 @@ def map(flags: MapFlags, asked: TaskFlags, conversations: Conversations, options
     """
     _ = conversations.keywords  # checks them
     with naming_flags():
-        path = check_map(flags)
+        path = check_map(flags, asked)
         from flexgen.cli.table_lines import TableLines
 
         table, form = open_source(path, asked)

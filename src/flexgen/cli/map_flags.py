@@ -69,7 +69,7 @@ class TaskFlags:
     schema: Annotated[Path | None, _answer(metavar="FILE", help="A JSON schema of the answer; its properties become columns.")] = None
     raw: Annotated[bool, _answer("--raw", help="Keep the text of the answer beside the columns of --schema.")] = False
     regex: Annotated[str | None, _answer(metavar="PATTERN", help="A regular expression that the whole answer matches.")] = None
-    max_tokens: Annotated[int, _answer(metavar="N", min=1, help="Longest generated answer.")] = 128
+    max_tokens: Annotated[int | None, _answer(metavar="N", min=1, help="Longest generated answer. Default: 128.")] = None
     stop: Annotated[
         list[str] | None,
         _answer(metavar="TEXT", help="Ends a generated answer; may be repeated, '' is none. Default: the end of the line, none in chats."),
@@ -117,7 +117,7 @@ class TaskFlags:
         return read_shots(task, (row for batch in table.batches() for row in batch.rows()))
 
 
-def check_map(flags: MapFlags) -> Path:
+def check_map(flags: MapFlags, asked: TaskFlags) -> Path:
     """Check paths and combinations of flags, and return the path of the table.
 
     Raises:
@@ -132,6 +132,10 @@ def check_map(flags: MapFlags) -> Path:
         raise OptionError(f"TABLE {flags.source}: {what}{swapped}")
     if flags.output is None:
         raise OptionError("OUTPUT is a file: give a name in place of -")
+    if asked.choices is not None or asked.choice:
+        generating = {"--max-tokens": asked.max_tokens, "--stop": asked.stop, "--temperature": flags.temperature, "--top-p": flags.top_p}
+        if given := next((name for name, value in generating.items() if value), None):
+            raise OptionError(f"{given} is for answers that are generated, and choices are scored: leave it out")
     check_job(flags)
     return flags.source
 

@@ -89,8 +89,10 @@ class TableLines:
 
     def defaults(self, llm: LLM) -> SamplingParams:
         """Return the sampling parameters of all rows."""
+        from flexgen.tables.task import DEFAULT_MAX_TOKENS
+
         stops = self._prompts(llm).default_stop if self.asked.stops is None else self.asked.stops
-        return bare_defaults(llm, {"max_tokens": self.asked.max_tokens, "stop": stops, **self.flags.sampling})
+        return bare_defaults(llm, {"max_tokens": self.asked.max_tokens or DEFAULT_MAX_TOKENS, "stop": stops, **self.flags.sampling})
 
     @contextmanager
     def to_measure(self, llm: LLM, show: Callable[[str], None]) -> Iterator[Path]:

@@ -67,5 +67,5 @@ def split(index: int, passage: str) -> tuple[str, str]:
     """
     context, _, word = passage.rpartition(" ")
     if not context:
-        raise JobError(f"passage {index} (from 0) has a single word, {passage[:40]!r}, so there is nothing to predict it from")
+        raise JobError(f"passage {index + 1} has a single word, {passage[:40]!r}, so there is nothing to predict it from")
     return context, " " + word

@@ -49,6 +49,9 @@ class Task:
         given = [name for name, value in (("choices", self.choices), ("schema", self.schema), ("regex", self.regex)) if value]
         if len(given) > 1:
             raise OptionError(f"{given[0]} and {given[1]} both say what may be answered: give one of them")
+        for name in ("answer_column", "error_column"):
+            if not getattr(self, name).strip():
+                raise OptionError(f"{name} must be a name, not {getattr(self, name)!r}")
         if not all(each.strip() for each in self.choices):
             raise OptionError("choices: one of them is empty")
         if len({each.strip() for each in self.choices}) < len(self.choices):
