@@ -193,7 +193,7 @@ def _run(task: Task, args: argparse.Namespace) -> dict[str, Any]:
     return {
         "task": task.name, "kind": task.kind, "model": Path(args.model).name, "shots": args.shots, "rows": num_rows,
         "seconds": round(seconds, 1), **(scores(pairs) if task.max_tokens is None else {"accuracy": accuracy(pairs)}),
-        "metrics": json.loads(metrics.read_text()),
+        "metrics": {**json.loads(metrics.read_text()), "model": Path(args.model).name},
     }  # fmt: skip
 
 
