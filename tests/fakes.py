@@ -23,6 +23,7 @@ from flexgen.report.progress import Progress, RunReport
 from flexgen.request import PartialAnswer, TokenLogprobs, TokenRequest, TokenResult
 from flexgen.text.common_prefixes import NO_PREFIXES, CommonPrefixes
 
+EOS = 256
 VOCAB = 300  # 256 bytes, </s> = 256, <pad> = 257, and some ids that the tokenizer does not know
 CONTEXT = 64
 LETTER_A = 64  # the tokenizer's id of "a"
@@ -252,10 +253,15 @@ def bare_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def engines(monkeypatch: pytest.MonkeyPatch) -> list[FakeEngine]:
     """Every engine that a test opens, in order; all fake."""
+    return open_fakes(monkeypatch, FakeEngine)
+
+
+def open_fakes(monkeypatch: pytest.MonkeyPatch, make: Callable[[Workload], FakeEngine]) -> list[FakeEngine]:
+    """Have `make` make every engine that is opened from here on, and return the list that they are added to."""
     opened: list[FakeEngine] = []
 
     def open_engine(files: object, options: object, workload: Workload) -> FakeEngine:
-        opened.append(FakeEngine(workload))
+        opened.append(make(workload))
         return opened[-1]
 
     monkeypatch.setattr("flexgen.session.session.open_engine", open_engine)

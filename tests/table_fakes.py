@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pytest
-from fakes import FakeEngine
+from fakes import FakeEngine, open_fakes
 
-from flexgen.plan.workload import Workload
 from flexgen.request import TokenLogprobs, TokenRequest, TokenResult
 
 
@@ -31,11 +30,4 @@ class ScoringEngine(FakeEngine):
 @pytest.fixture
 def scorers(monkeypatch: pytest.MonkeyPatch) -> list[FakeEngine]:
     """Every engine that a test opens, in order; all fake, and able to score."""
-    opened: list[FakeEngine] = []
-
-    def open_engine(files: object, options: object, workload: Workload) -> FakeEngine:
-        opened.append(ScoringEngine(workload))
-        return opened[-1]
-
-    monkeypatch.setattr("flexgen.session.session.open_engine", open_engine)
-    return opened
+    return open_fakes(monkeypatch, ScoringEngine)

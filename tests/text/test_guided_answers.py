@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
+from fakes import EOS, VOCAB
 
 from flexgen.errors import RequestError
 from flexgen.request import SamplingParams, TokenResult
@@ -15,15 +14,12 @@ from flexgen.text.answers import RequestTranslator
 from flexgen.text.guides import Guides
 from flexgen.text.tokenizer import Tokenizer
 
-VOCAB, A, EOS = 300, 64, 256  # of the tokenizer of bytes: "a" is 64
+A = 64  # "a" of the tokenizer of bytes
 
 
 @pytest.fixture(scope="module")
-def translator(model_folder: Path) -> Iterator[RequestTranslator]:
-    tokenizer = Tokenizer.load(model_folder)
-    guides = Guides(tokenizer, VOCAB, frozenset({EOS}))
-    yield RequestTranslator(tokenizer=tokenizer, vocab_size=VOCAB, max_model_len=64, eos_token_ids=frozenset({EOS}), seed=5, guides=guides)
-    guides.close()
+def translator(tokenizer: Tokenizer, guides: Guides) -> RequestTranslator:
+    return RequestTranslator(tokenizer=tokenizer, vocab_size=VOCAB, max_model_len=64, eos_token_ids=frozenset({EOS}), seed=5, guides=guides)
 
 
 def test_one_of_given_texts_has_a_length(translator: RequestTranslator) -> None:

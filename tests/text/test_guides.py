@@ -6,15 +6,14 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import tokenizers
+from fakes import EOS, VOCAB
 from tokenizer_kinds import make_tokenizer
 from tokenizers import AddedToken, decoders, models
 from transformers import PreTrainedTokenizerFast
@@ -25,25 +24,12 @@ from flexgen.text.guides import Guides, TokenGuide
 from flexgen.text.masks import Mask, MaskThread
 from flexgen.text.tokenizer import Tokenizer
 
-VOCAB, EOS = 300, 256  # of the tokenizer of bytes
 PERSON = {
     "type": "object",
     "properties": {"name": {"type": "string", "maxLength": 5}, "age": {"type": "integer", "minimum": 0, "maximum": 99}},
     "required": ["name", "age"],
     "additionalProperties": False,
 }
-
-
-@pytest.fixture(scope="module")
-def tokenizer(model_folder: Path) -> Tokenizer:
-    return Tokenizer.load(model_folder)
-
-
-@pytest.fixture(scope="module")
-def guides(tokenizer: Tokenizer) -> Iterator[Guides]:
-    made = Guides(tokenizer, VOCAB, frozenset({EOS}))
-    yield made
-    made.close()
 
 
 def ids(tokenizer: Tokenizer, text: str) -> list[int]:

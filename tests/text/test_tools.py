@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
 from chat.jinja import CHATML, HEADERS, TOOLS
+from fakes import EOS
 
 from flexgen.base.tool_calls import AnswerMessage, ToolCall
 from flexgen.chat import Templates, parse_tool_use
@@ -20,22 +20,9 @@ from flexgen.text.guides import Guides
 from flexgen.text.tokenizer import Tokenizer
 from flexgen.text.tools import Tools
 
-VOCAB, EOS = 300, 256  # of the tokenizer of bytes
 PROMPT = "<|im_start|>user\nAdd.<|im_end|>\n<|im_start|>assistant\n"
 ADD = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}}}}
 NOW = {"type": "function", "function": {"name": "now"}}
-
-
-@pytest.fixture(scope="module")
-def tokenizer(model_folder: Path) -> Tokenizer:
-    return Tokenizer.load(model_folder)
-
-
-@pytest.fixture(scope="module")
-def guides(tokenizer: Tokenizer) -> Iterator[Guides]:
-    made = Guides(tokenizer, VOCAB, frozenset({EOS}))
-    yield made
-    made.close()
 
 
 @contextmanager
