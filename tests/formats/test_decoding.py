@@ -15,7 +15,7 @@ from flexgen.checkpoint.files import Checkpoint
 from flexgen.checkpoint.sources import ParameterSource, whole
 from flexgen.devices.sim import SimulatedDevice
 from flexgen.errors import EngineError
-from flexgen.formats.base import Encoding, EncodingPart, NamedTensor, NumberFormat, StoredTensor
+from flexgen.formats.base import Encoding, EncodingPart, NamedTensor, NumberFormat, Parallel, StoredTensor, serially
 from flexgen.formats.table import FORMATS, runs
 from flexgen.io.direct_io import FileSet
 from flexgen.io.pool import IOPool
@@ -43,7 +43,7 @@ class RowScaled(NumberFormat):
             for name in names
         }
 
-    def decode(self, parts: Sequence[torch.Tensor], start: int, out: torch.Tensor) -> None:
+    def decode(self, parts: Sequence[torch.Tensor], start: int, out: torch.Tensor, parallel: Parallel = serially) -> None:
         numbers, scales = parts
         scale = scales.repeat_interleave(2)[start % 2 :][: len(out)]
         out.copy_(numbers.view(out.shape) * scale[:, None])

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from flexgen.errors import CheckpointError
-from flexgen.formats.base import StoredRange, StoredTensor
+from flexgen.formats.base import Parallel, StoredRange, StoredTensor, serially
 from flexgen.formats.plain import cast_into
 
 Convert = Callable[[Sequence[torch.Tensor]], torch.Tensor]
@@ -90,19 +90,37 @@ class Piece:
     def num_ranges(self) -> int:
         return 1 if self.tensor.encoding is None else len(self.tensor.encoding.parts)
 
-    def box(self, raws: Sequence[torch.Tensor], out: torch.Tensor) -> torch.Tensor:
-        """Return the box: a view of the numbers read or, for an encoded tensor, decoded to the dtype and device of `out`.
+    def box(self, raws: Sequence[torch.Tensor], like: torch.Tensor, parallel: Parallel = serially) -> torch.Tensor:
+        """Return the box: a view of the numbers read or, for an encoded tensor, decoded to the dtype and device of `like`.
 
         Args:
-            raws: The numbers read for each range, on the device of `out`.
+            raws: The numbers read for each range, on the device of `like`.
+            like: A tensor of the wanted dtype and device.
+            parallel: Runs the loops of the decoding.
         """
         encoding = self.tensor.encoding
         if encoding is None:
             return self.view(raws[0])
         start, stop = self.tensor.rows(self.first, _span(self.shape, self.strides))
-        rows = torch.empty((stop - start, *encoding.shape[1:]), dtype=out.dtype, device=out.device)
-        encoding.format.decode(raws, start, rows)
+        rows = torch.empty((stop - start, *encoding.shape[1:]), dtype=like.dtype, device=like.device)
+        encoding.format.decode(raws, start, rows, parallel)
         return rows.view(-1)[self.first - start * rows[0].numel() :].as_strided(self.shape, self.strides)
+
+    def put_into(self, target: torch.Tensor, raws: Sequence[torch.Tensor], parallel: Parallel = serially) -> None:
+        """Write the box into `target`, cast to its dtype; whole encoded rows are decoded in place.
+
+        Args:
+            target: The box in the parameter.
+            raws: As for `box`.
+            parallel: As for `box`.
+        """
+        encoding = self.tensor.encoding
+        if encoding is not None and self.is_contiguous and target.is_contiguous():
+            start, stop = self.tensor.rows(self.first, math.prod(self.shape))
+            if (stop - start) * math.prod(encoding.shape[1:]) == target.numel():
+                encoding.format.decode(raws, start, target.view(stop - start, *encoding.shape[1:]), parallel)
+                return
+        cast_into(target, self.box(raws, target, parallel))
 
     def narrow(self, dim: int, start: int, stop: int) -> Piece | None:
         """Return the part within [start, stop) of the parameter's dimension `dim`, placed relative to `start`; None if there is none."""
@@ -174,6 +192,8 @@ class ParameterSource:
         """Whether `rows` is allowed: there are rows, and the numbers of each are contiguous in a file."""
         if self.convert is not None or not self.shape:
             return False
+        if any(p.tensor.encoding is not None and not p.tensor.encoding.by_rows for p in self.pieces):
+            return False
         return all(p.shape[0] == 1 or p.strides[0] >= _span(p.shape[1:], p.strides[1:]) for p in self.pieces)
 
     def rows(self, start: int, stop: int) -> ParameterSource:
@@ -189,24 +209,26 @@ class ParameterSource:
         pieces = tuple(part for piece in self.pieces if (part := piece.narrow(0, start, stop)))
         return replace(self, shape=(stop - start, *self.shape[1:]), pieces=pieces)
 
-    def assemble(self, raws: Sequence[torch.Tensor], out: torch.Tensor) -> None:
+    def assemble(self, raws: Sequence[torch.Tensor], out: torch.Tensor, parallel: Parallel = serially) -> None:
         """Write the parameter into `out`, cast to its dtype.
 
         Args:
             raws: For each of `ranges` the numbers read: contiguous, of the range's dtype, in any shape.
             out: A tensor of shape `shape`, of any dtype, device and strides.
+            parallel: Runs the loops of the decoding of encoded tensors.
         """
         if tuple(out.shape) != self.shape:
             raise ValueError(f"{self.name} is {self.shape}, the destination {tuple(out.shape)}")
         if (num_ranges := sum(piece.num_ranges for piece in self.pieces)) != len(raws):
             raise ValueError(f"{self.name} is made of {num_ranges} ranges, not of {len(raws)}")
         rest = iter(raws)
-        boxes = [piece.box(list(islice(rest, piece.num_ranges)), out) for piece in self.pieces]
+        pieces = [(piece, list(islice(rest, piece.num_ranges))) for piece in self.pieces]
         with torch.no_grad():
             if self.convert is None:
-                for piece, box in zip(self.pieces, boxes, strict=True):
-                    cast_into(out[piece.target], box)
+                for piece, read in pieces:
+                    piece.put_into(out[piece.target], read, parallel)
             else:  # transformers casts first and computes then; so does this code, to get the same bits
+                boxes = (piece.box(read, out, parallel) for piece, read in pieces)
                 out.copy_(self.convert([box.to(device=out.device, dtype=out.dtype) for box in boxes]))
 
     def read(self, out: torch.Tensor) -> None:

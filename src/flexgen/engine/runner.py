@@ -19,6 +19,7 @@ from flexgen.devices.base import Device
 from flexgen.engine.sweep import MicroBatchForward, run_pass
 from flexgen.io.direct_io import FileSet
 from flexgen.io.pool import IOPool
+from flexgen.kernels.threads import KernelThreads
 from flexgen.kv.open import KVSetup, open_places
 from flexgen.kv.pages import group_layers
 from flexgen.models.assemble import AssembledModel
@@ -90,10 +91,12 @@ class ModelRunner:
                 undo.callback(backend.close)
             self._io = IOPool(policy.io_threads)
             undo.callback(self._io.close)
+            self._decoders = KernelThreads(policy.compute_threads)
+            undo.callback(self._decoders.close)
             self._weights = WeightStore(
                 model.layouts, self.homes, model.bound, self._io, self._files, backend=backend,
                 host_ring_bytes=policy.host_ring_bytes, device_ring_bytes=policy.device_ring_bytes, on_arrival=self._arrived.set,
-                poison=poison,
+                parallel=self._decoders.over, poison=poison,
             )  # fmt: skip
             undo.callback(self._weights.close)
             self.places, self.cache = open_places(KVSetup(
@@ -126,6 +129,7 @@ class ModelRunner:
         for place in self.places.values():
             place.close()
         self._io.close()
+        self._decoders.close()
         self._rows.close()
         self._files.close()
         if self._backend is not None:

@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from flexgen.errors import EngineError
 
 if TYPE_CHECKING:
     import torch
+
+
+class Parallel(Protocol):
+    """Runs a function over a range, on one thread or on several."""
+
+    def __call__(self, function: Callable[[int, int], None], count: int) -> None:
+        """Call `function(begin, end)` for ranges that cover [0, count) once, in any order, and return when all calls have returned."""
+
+
+def serially(function: Callable[[int, int], None], count: int) -> None:
+    """Run a function over a range on the calling thread: the simplest `Parallel`."""
+    function(0, count)
 
 
 class StoredRange(NamedTuple):
@@ -73,7 +85,9 @@ class StoredTensor:
         return [StoredRange(self.path, self.offset + first * self.dtype.itemsize, count * self.dtype.itemsize, self.dtype)]
 
     def rows(self, first: int, count: int) -> tuple[int, int]:
-        """Return the rows [start, stop) that contain these elements."""
+        """Return the rows [start, stop) that contain these elements; all rows if they are not stored apart."""
+        if self.encoding is not None and not self.encoding.by_rows:
+            return 0, self.shape[0]
         row_elements = math.prod(self.shape[1:])
         return first // row_elements, -(-(first + count) // row_elements)
 
@@ -84,11 +98,21 @@ class EncodingPart:
 
     Attributes:
         tensor: The tensor as stored.
-        rows: The number of rows of the encoded tensor that correspond to one row of this tensor.
+        rows: The number of rows of the encoded tensor that correspond to one row of this tensor; None if the whole tensor is needed
+            for any rows, as a scale of the whole matrix is.
     """
 
     tensor: StoredTensor
-    rows: int
+    rows: int | None
+
+    def range(self, start: int, stop: int) -> StoredRange:
+        """Return the range to read for rows [start, stop) of the encoded tensor."""
+        tensor = self.tensor
+        if self.rows is None:
+            return StoredRange(tensor.path, tensor.offset, tensor.nbytes, tensor.dtype)
+        first, last = start // self.rows, -(-stop // self.rows)
+        row_bytes = tensor.nbytes // tensor.shape[0]
+        return StoredRange(tensor.path, tensor.offset + first * row_bytes, (last - first) * row_bytes, tensor.dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,21 +123,18 @@ class Encoding:
         format: The format that decodes it.
         shape: The shape of the decoded tensor.
         parts: The stored tensors, in the order in which the format expects them for decoding.
+        by_rows: Whether rows of the decoded tensor can be read and decoded apart from the others.  A matrix that is stored transposed is
+            read as a whole.
     """
 
     format: NumberFormat
     shape: tuple[int, ...]
     parts: tuple[EncodingPart, ...]
+    by_rows: bool = True
 
     def ranges(self, start: int, stop: int) -> list[StoredRange]:
         """Return the ranges to read for rows [start, stop) of the decoded tensor, one for each part."""
-        ranges = []
-        for part in self.parts:
-            first, last = start // part.rows, -(-stop // part.rows)
-            row_bytes = part.tensor.nbytes // part.tensor.shape[0]
-            offset = part.tensor.offset + first * row_bytes
-            ranges.append(StoredRange(part.tensor.path, offset, (last - first) * row_bytes, part.tensor.dtype))
-        return ranges
+        return [part.range(start, stop) for part in self.parts]
 
 
 class NumberFormat:
@@ -129,24 +150,33 @@ class NumberFormat:
     runs: bool = False
     carried_as_stored: bool = False
 
-    def is_stated_by(self, quantization: Mapping[str, Any]) -> bool:
-        """Return whether a quantization_config states this format."""
-        return False
+    def stated_by(self, quantization: Mapping[str, Any]) -> NumberFormat | None:
+        """Return the format that a quantization_config states, with the settings that it states; None if it states another one.
+
+        Raises:
+            UnsupportedModelError: It states a variant of this format that is not supported.
+        """
+        return None
 
     def encode(self, tensor: NamedTensor) -> list[NamedTensor]:
         """Return the tensors that are stored for one that `save_pretrained` would write: the tensor itself if it is not encoded."""
         return [tensor]
 
     def find(self, tensors: Mapping[str, StoredTensor]) -> dict[str, Encoding]:
-        """Return the encoded tensors among stored ones, by the name of the decoded tensor."""
+        """Return the encoded tensors among stored ones, by the name of the decoded tensor.
+
+        Raises:
+            CheckpointError: Stored tensors contradict each other or the settings of the format.
+        """
         return {}
 
-    def decode(self, parts: Sequence[torch.Tensor], start: int, out: torch.Tensor) -> None:
+    def decode(self, parts: Sequence[torch.Tensor], start: int, out: torch.Tensor, parallel: Parallel = serially) -> None:
         """Decode rows of a tensor from what is stored for them.
 
         Args:
             parts: For each part of the encoding, the numbers read of its rows, flattened, on the device of `out`.
             start: The index of the first row.
-            out: The decoded rows, (rows, ...), in the dtype of computing; they are written.
+            out: The decoded rows, (rows, ...), contiguous, in the dtype of computing; they are written.
+            parallel: Runs loops over rows, where the host decodes.
         """
         raise EngineError(f"numbers in {self.name} cannot be decoded")

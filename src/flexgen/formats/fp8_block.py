@@ -20,9 +20,10 @@ class FP8Block(NumberFormat):
 
     name = "fp8_block"
 
-    def is_stated_by(self, quantization: Mapping[str, Any]) -> bool:
+    def stated_by(self, quantization: Mapping[str, Any]) -> NumberFormat | None:
         block = quantization.get("weight_block_size")
-        return quantization.get("quant_method") == "fp8" and block is not None and list(block) == [_BLOCK, _BLOCK]
+        stated = quantization.get("quant_method") == "fp8" and block is not None and list(block) == [_BLOCK, _BLOCK]
+        return self if stated else None
 
     def encode(self, tensor: NamedTensor) -> list[NamedTensor]:
         import torch

@@ -20,8 +20,8 @@ class MXFP4(NumberFormat):
 
     name = "mxfp4"
 
-    def is_stated_by(self, quantization: Mapping[str, Any]) -> bool:
-        return quantization.get("quant_method") == "mxfp4"
+    def stated_by(self, quantization: Mapping[str, Any]) -> NumberFormat | None:
+        return self if quantization.get("quant_method") == "mxfp4" else None
 
     def encode(self, tensor: NamedTensor) -> list[NamedTensor]:
         import torch

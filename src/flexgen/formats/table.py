@@ -31,12 +31,12 @@ def stated_format(config: Any) -> NumberFormat | None:
         config: The model's transformers config, or the contents of its config.json.
 
     Raises:
-        UnsupportedModelError: The format is not known.
+        UnsupportedModelError: The format is not known, or not this variant of it.
     """
     quantization = quantization_of(config)
     if quantization is None:
         return None
-    found = next((each for each in FORMATS.values() if each.is_stated_by(quantization)), None)
+    found = next((found for each in FORMATS.values() if (found := each.stated_by(quantization)) is not None), None)
     if found is None:
         raise refuse_quantization(quantization)
     return found

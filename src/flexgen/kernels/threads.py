@@ -51,6 +51,12 @@ class KernelThreads:
         batch.drain()
         batch.wait()
 
+    def over(self, function: Callable[[int, int], None], count: int) -> None:
+        """Call `function(begin, end)` for ranges that cover [0, count), several for each thread.  Errors are raised as by `run`."""
+        num_slices = min(count, SLICES_PER_THREAD * self.num_threads) if self._threads else 1
+        bounds = [count * i // max(num_slices, 1) for i in range(num_slices + 1)]
+        self.run(function, list(pairwise(bounds)))
+
     def close(self) -> None:
         """End the threads.  Closing twice does no harm."""
         self._stop()

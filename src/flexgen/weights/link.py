@@ -16,6 +16,7 @@ import torch
 
 from flexgen.devices.base import POISON, Device, Event
 from flexgen.errors import EngineError
+from flexgen.formats.base import Parallel, serially
 from flexgen.io.direct_io import FileSet
 from flexgen.io.pool import IOPool, Ticket
 from flexgen.weights.ring import ByteRing, Slot
@@ -197,14 +198,15 @@ class DeviceLink(Link):
     Args:
         host_homes: The units that stay in host memory, by index.
         disk: The link that brings the other units; None if there are none.
+        parallel: Runs the loops of the decoding of units that the host decodes before the copy.
     """
 
     def __init__(
         self, layouts: Sequence[UnitLayout], buffer: torch.Tensor, backend: Device, host_homes: Mapping[int, Arrival],
-        disk: DiskLink | None, state: LinkState, *, poison: bool,
+        disk: DiskLink | None, state: LinkState, *, parallel: Parallel, poison: bool,
     ) -> None:  # fmt: skip
         super().__init__("flexgen-device-link", layouts, buffer, state, poison=poison)
-        self._backend, self._host_homes, self._disk = backend, host_homes, disk
+        self._backend, self._host_homes, self._disk, self._parallel = backend, host_homes, disk, parallel
         self._marker: Any = None  # a marker of the computing submitted before a slot was last given back
         decoding = [layout.carried_bytes for layout in disk.layouts if not layout.plain] if disk is not None else []
         self._decoded = backend.allocate_host(max(decoding, default=1))
@@ -215,7 +217,7 @@ class DeviceLink(Link):
         if claimed is None or unit is None:
             return False
         slot, data = claimed
-        events = copy_in(unit, data, self._decoded, self._backend, self._marker)
+        events = copy_in(unit, data, self._decoded, self._backend, self._marker, self._parallel)
         if self._disk is not None:
             self._disk.give_back(unit)
         self._append(Arrival(layout=layout, data=data, form=UnitForm.CARRIED, slot=slot, events=events))
@@ -231,15 +233,18 @@ class DeviceLink(Link):
         self._marker = self._backend.marker()
 
 
-def copy_in(unit: Arrival, destination: torch.Tensor, decoded: torch.Tensor, backend: Device, after: Any = None) -> list[Event]:
+def copy_in(
+    unit: Arrival, destination: torch.Tensor, decoded: torch.Tensor, backend: Device, after: Any = None, parallel: Parallel = serially
+) -> list[Event]:
     """Copy a unit from host memory onto the device, and return once the copies have arrived.
 
     Args:
         destination: The memory on the device.
         decoded: Host memory for tensors that the host has to decode before the copy.
         after: A marker of the device; the copies start when it has passed.
+        parallel: Runs the loops of the decoding.
     """
-    portions = [(0, unit.data)] if unit.form is UnitForm.CARRIED else unit.layout.carried(unit.data, decoded)
+    portions = [(0, unit.data)] if unit.form is UnitForm.CARRIED else unit.layout.carried(unit.data, decoded, parallel)
     events = [backend.copy_in(destination[at : at + len(portion)], portion, after) for at, portion in portions]
     for event in events:
         event.wait()

@@ -15,6 +15,7 @@ import torch
 
 from flexgen.base.quantities import format_size
 from flexgen.devices.base import POISON, Device
+from flexgen.formats.base import Parallel, serially
 from flexgen.io.aligned import AlignedBuffer
 from flexgen.io.direct_io import FileSet
 from flexgen.io.pool import IOPool
@@ -63,6 +64,7 @@ class WeightStore:
         host_ring_bytes: The size of the ring for units from disk.
         device_ring_bytes: The size of the ring on the device.
         on_arrival: A function that any thread calls when a unit may have become ready; it must not block.
+        parallel: Runs the loops of the host's decoding.
         poison: Whether to overwrite released memory, so that a late use is noticed (for tests).
     """
 
@@ -78,10 +80,11 @@ class WeightStore:
         host_ring_bytes: int,
         device_ring_bytes: int,
         on_arrival: Callable[[], None] = lambda: None,
+        parallel: Parallel = serially,
         poison: bool = False,
     ) -> None:
         self._layouts, self._homes, self._binder = layouts, homes, binder
-        self._io, self._files, self._backend, self._poison = io, files, backend, poison
+        self._io, self._files, self._backend, self._poison, self._parallel = io, files, backend, poison, parallel
         self._state = LinkState(on_arrival)
         self._allocate = backend.allocate if backend is not None else partial(torch.empty, dtype=torch.uint8)
         self._scratch = ScratchPool(self._allocate)
@@ -103,7 +106,7 @@ class WeightStore:
             links.append(disk)
         if backend is not None and (crossing := self._at_home("disk", "host")):
             buffer = backend.allocate(device_ring_bytes)
-            links.append(DeviceLink(crossing, buffer, backend, self._host_homes, disk, state, poison=poison))
+            links.append(DeviceLink(crossing, buffer, backend, self._host_homes, disk, state, parallel=self._parallel, poison=poison))
         return links
 
     # ------------------------------------------------------------------ units that stay in memory
@@ -122,9 +125,9 @@ class WeightStore:
         if self._backend is not None:
             stored, data, form = data, self._backend.allocate(layout.carried_bytes), UnitForm.CARRIED
             unit = Arrival(layout=layout, data=stored, form=UnitForm.STORED)
-            copy_in(unit, data, torch.empty(layout.carried_bytes, dtype=torch.uint8), self._backend)
+            copy_in(unit, data, torch.empty(layout.carried_bytes, dtype=torch.uint8), self._backend, None, self._parallel)
         for tensor in layout.tensors:
-            bind(tensor.module, tensor.parameter, tensor.numbers(data, form, self._fresh))
+            bind(tensor.module, tensor.parameter, tensor.numbers(data, form, self._fresh, self._parallel))
 
     def _read(self, layout: UnitLayout) -> torch.Tensor:
         """Return the stored bytes of a unit, in newly allocated memory."""
@@ -135,7 +138,7 @@ class WeightStore:
     def _in_host_memory(self, layout: UnitLayout, backend: Device) -> Arrival:
         """Return a unit as it will cross the link, in host memory that the link reaches fast."""
         data = backend.allocate_host(layout.carried_bytes)
-        for at, portion in layout.carried(self._read(layout), data):
+        for at, portion in layout.carried(self._read(layout), data, self._parallel):
             data[at : at + len(portion)] = portion
         return Arrival(layout=layout, data=data, form=UnitForm.CARRIED)
 
@@ -172,7 +175,8 @@ class WeightStore:
 
         tensors = arrival.layout.tensors
         for tensor in tensors:
-            self._binder.bind(unit, tensor.module, tensor.parameter, tensor.numbers(arrival.data, arrival.form, take))
+            numbers = tensor.numbers(arrival.data, arrival.form, take, self._parallel)
+            self._binder.bind(unit, tensor.module, tensor.parameter, numbers)
         if self._backend is None and len(scratch) == len(tensors):  # nothing refers to the slot any more
             self._links[-1].give_back(arrival)
         self._open[unit] = arrival, scratch

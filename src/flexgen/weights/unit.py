@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 
 from flexgen.base.quantities import align_up
-from flexgen.formats.base import StoredRange
+from flexgen.formats.base import Parallel, StoredRange, serially
 from flexgen.io.aligned import Extent, plan_extents
 
 DEVICE_ALIGNMENT = 256  # the alignment of a tensor on a device, for vector loads and matrix kernels
@@ -41,7 +41,7 @@ class TensorSource(Protocol):
     def carried_as_stored(self) -> bool: ...
     @property
     def ranges(self) -> Sequence[StoredRange]: ...
-    def assemble(self, raws: Sequence[torch.Tensor], out: torch.Tensor) -> None: ...
+    def assemble(self, raws: Sequence[torch.Tensor], out: torch.Tensor, parallel: Parallel = ...) -> None: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,13 +93,14 @@ class UnitTensor(WantedTensor):
         """Return the decoded tensor as a view of the bytes that begin at `position`."""
         return data[position : position + self.nbytes].view(self.dtype).view(self.shape)
 
-    def numbers(self, data: torch.Tensor, form: UnitForm, take: Take) -> torch.Tensor:
+    def numbers(self, data: torch.Tensor, form: UnitForm, take: Take, parallel: Parallel = serially) -> torch.Tensor:
         """Return the decoded tensor: a view of its unit's bytes if they hold it, otherwise decoded.
 
         Args:
             data: The unit's bytes, uint8, on any device.
             form: The form of these bytes.
             take: A function that returns the tensor, on the same device, into which to decode.
+            parallel: Runs the loops of the decoding.
         """
         positions = self.stored_at if form is UnitForm.STORED else self.carried_at
         if self.plain if form is UnitForm.STORED else not self.source.carried_as_stored:
@@ -111,7 +112,7 @@ class UnitTensor(WantedTensor):
             if position % each.dtype.itemsize:
                 raw = raw.clone()  # torch's views need aligned storage offsets
             raws.append(raw.view(each.dtype))
-        self.source.assemble(raws, out)
+        self.source.assemble(raws, out, parallel)
         return out
 
 
@@ -168,17 +169,18 @@ class UnitLayout:
             stored_bytes=max(stored_bytes, 1), carried_bytes=max(carried_bytes, 1), decoded_bytes=max(decoded_bytes, 1),
         )  # fmt: skip
 
-    def carried(self, stored: torch.Tensor, into: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+    def carried(self, stored: torch.Tensor, into: torch.Tensor, parallel: Parallel = serially) -> Iterator[tuple[int, torch.Tensor]]:
         """Yield the carried bytes in portions: (position, bytes).
 
         Args:
             stored: The unit's stored bytes.
             into: Host memory for `carried_bytes`; tensors that the host decodes are written to their positions in it.
+            parallel: Runs the loops of the decoding.
         """
         for tensor in self.tensors:
             if tensor.source.carried_as_stored:
                 for each, stored_at, at in zip(tensor.source.ranges, tensor.stored_at, tensor.carried_at, strict=True):
                     yield at, stored[stored_at : stored_at + each.nbytes]
             else:
-                numbers = tensor.numbers(stored, UnitForm.STORED, lambda each: each.view(into, each.carried_at[0]))
+                numbers = tensor.numbers(stored, UnitForm.STORED, lambda each: each.view(into, each.carried_at[0]), parallel)
                 yield tensor.carried_at[0], numbers.view(-1).view(torch.uint8)
