@@ -3,7 +3,7 @@
 import errno
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import torch
 
 from flexgen.devices.sim import SimulatedDevice
 from flexgen.errors import EngineError, StorageError
-from flexgen.formats.base import StoredRange
+from flexgen.formats.base import Parallel, StoredRange, serially
 from flexgen.io.direct_io import FileSet
 from flexgen.io.pool import IOPool
 from flexgen.weights.ring import ByteRing
@@ -38,7 +38,7 @@ class Stored:
         nbytes = torch.Size(self.shape).numel() * self.dtype.itemsize
         return [StoredRange(self.path, self.offset, nbytes, self.dtype)]
 
-    def assemble(self, raws: list[torch.Tensor], out: torch.Tensor) -> None:
+    def assemble(self, raws: Sequence[torch.Tensor], out: torch.Tensor, parallel: Parallel = serially) -> None:
         out.copy_(raws[0].view(self.shape))
 
 
