@@ -17,7 +17,8 @@ import pytest
 import flexgen
 from flexgen import errors
 from flexgen.options import EngineOptions
-from flexgen.request import ClassificationOutput, ClassificationRequestOutput, CompletionOutput, RequestOutput, SamplingParams
+from flexgen.outputs import ClassificationOutput, ClassificationRequestOutput, CompletionOutput, RequestOutput
+from flexgen.request import SamplingParams
 
 # vLLM's defaults; a script that relies on one must not change its meaning here.
 VLLM_SAMPLING_DEFAULTS = {

@@ -22,14 +22,8 @@ if TYPE_CHECKING:
     )
     from flexgen.llm import LLM
     from flexgen.options import EngineOptions
-    from flexgen.request import (
-        ClassificationOutput,
-        ClassificationRequestOutput,
-        CompletionOutput,
-        Logprob,
-        RequestOutput,
-        SamplingParams,
-    )
+    from flexgen.outputs import ClassificationOutput, ClassificationRequestOutput, CompletionOutput, Logprob, RequestOutput
+    from flexgen.request import SamplingParams
 
     __version__: str
 
@@ -45,11 +39,11 @@ _HOMES = {
     "LLM": "llm",
     "SamplingParams": "request",
     "StructuredOutputsParams": "base.structured",
-    "RequestOutput": "request",
-    "CompletionOutput": "request",
-    "ClassificationRequestOutput": "request",
-    "ClassificationOutput": "request",
-    "Logprob": "request",
+    "RequestOutput": "outputs",
+    "CompletionOutput": "outputs",
+    "ClassificationRequestOutput": "outputs",
+    "ClassificationOutput": "outputs",
+    "Logprob": "outputs",
     "EngineOptions": "options",
 }
 

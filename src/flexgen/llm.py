@@ -20,11 +20,12 @@ from flexgen.errors import FlexGenError, ModelError, OptionError, RequestError
 from flexgen.hub.model_files import ModelFiles
 from flexgen.hub.resolve import resolve_model, resolve_tokenizer
 from flexgen.options import EngineOptions
+from flexgen.outputs import ClassificationRequestOutput, RequestOutput
 from flexgen.plan.policy import PAGE_TOKENS
 from flexgen.plan.tell.forecast import Plan
 from flexgen.plan.workload import Workload
 from flexgen.report.progress import Progress, RunReport
-from flexgen.request import ClassificationRequestOutput, PartialAnswer, RequestOutput, SamplingParams, TokenRequest, TokenResult
+from flexgen.request import PartialAnswer, SamplingParams, TokenRequest, TokenResult
 from flexgen.session.batch import Batch, choice_batch, completion_batch
 from flexgen.session.fingerprint import fingerprint
 from flexgen.session.model import ResolvedModel

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from flexgen.api.logprobs import chat_logprobs, completion_logprobs, prompt_logprobs, vllm_prompt_logprobs
-from flexgen.request import CompletionOutput, Logprob, RequestOutput
+from flexgen.outputs import CompletionOutput, Logprob, RequestOutput
 
 
 def logprob(value: float, text: str | None) -> Logprob:

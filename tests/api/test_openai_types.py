@@ -19,8 +19,8 @@ from flexgen.api.openai import OpenAIForm
 from flexgen.jobs.forms import Forms
 from flexgen.jobs.lines import Line
 from flexgen.jobs.reading import encode_prompts
+from flexgen.outputs import CompletionOutput, Logprob, RequestOutput
 from flexgen.plan.workload import Workload
-from flexgen.request import CompletionOutput, Logprob, RequestOutput
 
 TEMPLATE = "{% for m in messages %}{{ m.content[:9] }}{% endfor %}"
 BODIES = {"/v1/completions": Completion, "/v1/chat/completions": ChatCompletion}

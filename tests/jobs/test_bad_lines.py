@@ -16,7 +16,7 @@ from flexgen.api.job_request import JobRequest
 from flexgen.jobs.forms import Forms
 from flexgen.jobs.lines import read_lines
 from flexgen.jobs.reading import encode_prompts
-from flexgen.request import ClassificationOutput, ClassificationRequestOutput, CompletionOutput, RequestOutput
+from flexgen.outputs import ClassificationOutput, ClassificationRequestOutput, CompletionOutput, RequestOutput
 
 NUM_LINES = 10_000
 BATCH = 500

@@ -15,7 +15,8 @@ from flexgen.chat import Chat
 from flexgen.errors import OptionError, RequestError
 from flexgen.jobs.forms import Forms, Remarks
 from flexgen.jobs.lines import Line
-from flexgen.request import ClassificationOutput, ClassificationRequestOutput, CompletionOutput, Logprob, RequestOutput, SamplingParams
+from flexgen.outputs import ClassificationOutput, ClassificationRequestOutput, CompletionOutput, Logprob, RequestOutput
+from flexgen.request import SamplingParams
 
 DEFAULTS = SamplingParams(temperature=0.7, max_tokens=None)
 MESSAGES = [{"role": "user", "content": "Hi"}]

@@ -18,10 +18,11 @@ from flexgen.jobs.identity import identity_of
 from flexgen.jobs.model import JobModel
 from flexgen.jobs.runner import Job
 from flexgen.jobs.store import Store
+from flexgen.outputs import CompletionOutput, RequestOutput
 from flexgen.plan.tell.forecast import Plan
 from flexgen.plan.workload import Workload
 from flexgen.report.progress import Progress
-from flexgen.request import CompletionOutput, PartialAnswer, RequestOutput, TokenRequest, TokenResult
+from flexgen.request import PartialAnswer, TokenRequest, TokenResult
 from flexgen.text.choices import choice_requests
 from flexgen.text.common_prefixes import NO_PREFIXES, CommonPrefixes, PrefixCensus
 

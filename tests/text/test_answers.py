@@ -10,7 +10,8 @@ import pytest
 from tokenizer_kinds import ids_of, make_tokenizer
 
 from flexgen.errors import RequestError
-from flexgen.request import Logprob, SamplingParams, TokenLogprobs, TokenResult
+from flexgen.outputs import Logprob
+from flexgen.request import SamplingParams, TokenLogprobs, TokenResult
 from flexgen.text.answers import RequestTranslator
 from flexgen.text.defaults import choice_seed, derive_seed
 from flexgen.text.stop_strings import StopStrings

@@ -15,7 +15,8 @@ from flexgen.base.tool_calls import AnswerMessage, ToolCall
 from flexgen.chat import Templates, parse_tool_use
 from flexgen.chat.tools import ToolUse
 from flexgen.errors import RequestError
-from flexgen.request import CompletionOutput, RequestOutput, SamplingParams, StructuredOutputsParams
+from flexgen.outputs import CompletionOutput, RequestOutput
+from flexgen.request import SamplingParams, StructuredOutputsParams
 from flexgen.text.guides import Guides
 from flexgen.text.tokenizer import Tokenizer
 from flexgen.text.tools import Tools

@@ -10,7 +10,8 @@ from typing import Any, Protocol
 from flexgen.base.scalars import as_int
 from flexgen.chat import Chat, ToolUse
 from flexgen.errors import RequestError
-from flexgen.request import ClassificationRequestOutput, CompletionOutput, RequestOutput, SamplingParams
+from flexgen.outputs import ClassificationRequestOutput, CompletionOutput, RequestOutput
+from flexgen.request import SamplingParams
 
 _NO_PARAMS = SamplingParams()
 

@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
-from flexgen.request import CompletionOutput, Logprob, RequestOutput
+from flexgen.outputs import CompletionOutput, Logprob, RequestOutput
 
 _LEAST = -9999.0  # stands for -infinity, which JSON does not have; vLLM's value
 

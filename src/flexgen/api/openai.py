@@ -22,7 +22,8 @@ from flexgen.api.job_request import (
 from flexgen.api.logprobs import chat_logprobs, completion_logprobs, vllm_prompt_logprobs
 from flexgen.base.scalars import shown
 from flexgen.errors import RequestError
-from flexgen.request import ClassificationRequestOutput, CompletionOutput, RequestOutput, SamplingParams
+from flexgen.outputs import ClassificationRequestOutput, CompletionOutput, RequestOutput
+from flexgen.request import SamplingParams
 
 COMPLETIONS_MAX_TOKENS = 16  # the hosted API's default; chats may fill the context
 _STATUS = {"unsupported_url": 404, "model_not_found": 404, "non_finite_logits": 500, "internal_error": 500}  # 400 for the rest

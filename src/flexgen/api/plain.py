@@ -10,7 +10,8 @@ from flexgen.api.bodies import parse_chat, parse_completion
 from flexgen.api.job_request import JobRequest, as_id, best_choice, finish_reason, labels, tool_calls, usage, usage_of_choices
 from flexgen.api.logprobs import generated_logprobs, prompt_logprobs
 from flexgen.errors import RequestError
-from flexgen.request import ClassificationRequestOutput, CompletionOutput, RequestOutput, SamplingParams
+from flexgen.outputs import ClassificationRequestOutput, CompletionOutput, RequestOutput
+from flexgen.request import SamplingParams
 
 _IDS = ("id", "custom_id")
 _PROMPTS = ("prompt", "messages")

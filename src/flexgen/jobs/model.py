@@ -7,10 +7,11 @@ from typing import Any, Protocol
 
 from flexgen.chat import Chat, ToolUse
 from flexgen.errors import RequestError
+from flexgen.outputs import RequestOutput
 from flexgen.plan.tell.forecast import Plan
 from flexgen.plan.workload import Workload
 from flexgen.report.progress import Progress
-from flexgen.request import PartialAnswer, RequestOutput, SamplingParams, TokenRequest, TokenResult
+from flexgen.request import PartialAnswer, SamplingParams, TokenRequest, TokenResult
 from flexgen.text.common_prefixes import CommonPrefixes, PrefixCensus
 
 

@@ -14,7 +14,8 @@ from flexgen.jobs.model import JobModel
 from flexgen.jobs.reading import line_and_choice
 from flexgen.jobs.saved_progress import ProgressRow, since
 from flexgen.jobs.store import Store
-from flexgen.request import Generated, PartialAnswer, RequestOutput, TokenRequest, TokenResult
+from flexgen.outputs import RequestOutput
+from flexgen.request import Generated, PartialAnswer, TokenRequest, TokenResult
 from flexgen.text.choices import classified
 
 MAX_RECORD_BYTES = 900_000_000  # SQLite's own limit is 10^9

@@ -5,15 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Generic, TypeVar
 
+from flexgen.outputs import ClassificationRequestOutput, RequestOutput
 from flexgen.plan.workload import Workload
-from flexgen.request import (
-    ClassificationRequestOutput,
-    RequestOutput,
-    SamplingParams,
-    TokenRequest,
-    TokenResult,
-    most_likeliest,
-)
+from flexgen.request import SamplingParams, TokenRequest, TokenResult, most_likeliest
 from flexgen.text.answers import RequestTranslator
 from flexgen.text.choices import Choice, classified, texts_to_encode, tokens_at_seam
 from flexgen.text.common_prefixes import PrefixCensus

@@ -11,7 +11,8 @@ from flexgen.api.plain import PlainForm
 from flexgen.api.prompt_tokens import PromptModel, Tokens, encode_prompts
 from flexgen.base.isolation import for_one_request
 from flexgen.errors import OptionError, RequestError
-from flexgen.request import ClassificationRequestOutput, RequestOutput, SamplingParams, TokenRequest
+from flexgen.outputs import ClassificationRequestOutput, RequestOutput
+from flexgen.request import SamplingParams, TokenRequest
 from flexgen.tables.answers import Answers
 from flexgen.tables.checks import check_columns
 from flexgen.tables.formats import check_names

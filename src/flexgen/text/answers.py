@@ -13,17 +13,8 @@ from typing import cast
 from flexgen.base.isolation import for_one_request
 from flexgen.base.structured import StructuredOutputsParams
 from flexgen.errors import RequestError
-from flexgen.request import (
-    CompletionOutput,
-    Guide,
-    Logprob,
-    RequestOutput,
-    SamplingParams,
-    Stops,
-    TokenLogprobs,
-    TokenRequest,
-    TokenResult,
-)
+from flexgen.outputs import CompletionOutput, Logprob, RequestOutput
+from flexgen.request import Guide, SamplingParams, Stops, TokenLogprobs, TokenRequest, TokenResult
 from flexgen.text.choices import choice_requests
 from flexgen.text.defaults import choice_seed, derive_seed
 from flexgen.text.guides import Guides

@@ -11,7 +11,8 @@ import math
 from collections.abc import Mapping, Sequence
 
 from flexgen.errors import RequestError
-from flexgen.request import ClassificationOutput, ClassificationRequestOutput, TokenLogprobs, TokenRequest, TokenResult
+from flexgen.outputs import ClassificationOutput, ClassificationRequestOutput
+from flexgen.request import TokenLogprobs, TokenRequest, TokenResult
 from flexgen.text.encoding import ids_or_raise
 from flexgen.text.prompts import naming
 

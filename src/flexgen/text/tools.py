@@ -16,7 +16,8 @@ from flexgen.base.structured import StructuredOutputsParams
 from flexgen.base.tool_calls import AnswerMessage, ToolCall
 from flexgen.chat import Templates, ToolUse
 from flexgen.errors import RequestError, is_failure
-from flexgen.request import CompletionOutput, RequestOutput, SamplingParams
+from flexgen.outputs import CompletionOutput, RequestOutput
+from flexgen.request import SamplingParams
 from flexgen.text.guides import JSON_OPTIONS, Guides
 from flexgen.text.tokenizer import Tokenizer
 from flexgen.text.tool_syntax import PROBED_CALL, ToolSyntax, find_syntax, probes, question
