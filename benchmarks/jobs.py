@@ -8,6 +8,7 @@ Answers come at once, without a model, unless --engine asks for the real one on 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import shutil
 import sys
@@ -26,19 +27,23 @@ from faults.trials import write_model  # noqa: E402
 from record import Results  # noqa: E402
 
 from flexgen import LLM, SamplingParams  # noqa: E402
+from flexgen.hub.resolve import resolve_model  # noqa: E402
 from flexgen.jobs.export import export  # noqa: E402
 from flexgen.jobs.folder import JobFolder, job_paths  # noqa: E402
 from flexgen.jobs.identity import identity_of  # noqa: E402
 from flexgen.jobs.runner import Job  # noqa: E402
 from flexgen.jobs.store import Store  # noqa: E402
+from flexgen.options import EngineOptions  # noqa: E402
 from flexgen.plan.workload import Workload  # noqa: E402
 from flexgen.request import TokenRequest, TokenResult  # noqa: E402
+from flexgen.session.model import ResolvedModel  # noqa: E402
+from flexgen.session.served import ServedModel  # noqa: E402
 
 OUTPUT_TOKENS = 4
 SAMPLES = 20
 
 
-class Instant(LLM):
+class Instant(ServedModel):
     """A model that knows every answer."""
 
     def stream(self, requests: Iterable[TokenRequest], workload: Workload, **_: Any) -> Iterator[TokenResult]:
@@ -58,8 +63,8 @@ def main() -> int:
     try:
         source = folder / "in.jsonl"
         write_lines(source, asked.lines, as_text=not asked.engine)
-        with open_model(folder, asked.engine) as llm:
-            figures = measure(llm, source, folder / "out.jsonl")
+        with contextlib.closing(open_model(folder, asked.engine)) as model:
+            figures = measure(model, source, folder / "out.jsonl")
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     row = Results(asked.results).append({"lines": asked.lines, "engine": asked.engine, **figures})
@@ -76,25 +81,26 @@ def write_lines(path: Path, count: int, *, as_text: bool) -> None:
             file.write(json.dumps(line) + "\n")
 
 
-def open_model(folder: Path, engine: bool) -> LLM:
+def open_model(folder: Path, engine: bool) -> ServedModel:
     if not engine:
-        return Instant(ROOT / "models" / "novels-opt-7m", dtype="float32")
+        resolved = ResolvedModel(resolve_model(ROOT / "models" / "novels-opt-7m"), EngineOptions(dtype="float32"))
+        return Instant(resolved, resolved.load_tokenizer())
     write_model(folder / "model")
-    return LLM(folder / "model", dtype="float32", device="cpu", max_num_seqs=256)
+    return LLM(folder / "model", dtype="float32", device="cpu", max_num_seqs=256).model
 
 
-def measure(llm: LLM, source: Path, output: Path) -> dict[str, Any]:
+def measure(model: ServedModel, source: Path, output: Path) -> dict[str, Any]:
     """Lines per second of every step of a job, and memory and files at moments spread over the run."""
     defaults = SamplingParams(temperature=0, max_tokens=OUTPUT_TOKENS)
     with JobFolder(job_paths(source, output, None)) as folder, WatchedStore(folder) as store:
-        store.begin(identity_of(llm, defaults), llm.files.name)
-        job = Job(llm, source, store, defaults=defaults)
+        store.begin(identity_of(model, defaults), model.name)
+        job = Job(model, source, store, defaults=defaults)
         workload, scan_seconds = timed(job.scan)
         store.start_run(job.num_lines)
         samples = store.samples = Samples(job.num_lines)
         _, run_seconds = timed(lambda: job.run(workload))
         _, export_seconds = timed(lambda: export(store.paths, output))
-    again, resume_seconds = timed(lambda: rescan(llm, source, output, defaults))
+    again, resume_seconds = timed(lambda: rescan(model, source, output, defaults))
     assert again == 0
     count = job.num_lines
     return {
@@ -107,11 +113,11 @@ def measure(llm: LLM, source: Path, output: Path) -> dict[str, Any]:
     }
 
 
-def rescan(llm: LLM, source: Path, output: Path, defaults: SamplingParams) -> int:
+def rescan(model: ServedModel, source: Path, output: Path, defaults: SamplingParams) -> int:
     """What a rerun of a finished job does; how many requests it finds to do."""
     with JobFolder(job_paths(source, output, None)) as folder, WatchedStore(folder) as store:
-        store.begin(identity_of(llm, defaults), llm.files.name)
-        job = Job(llm, source, store, defaults=defaults)
+        store.begin(identity_of(model, defaults), model.name)
+        job = Job(model, source, store, defaults=defaults)
         job.match()
         return len(job.scan())
 

@@ -94,7 +94,7 @@ def test_forbidden_words_do_not_come(llm: LLM) -> None:
     whole = answers(llm, GREEDY)
     words = sorted({word for text in whole for word in text.split() if word.isalpha()}, key=len)
     params = dataclasses.replace(GREEDY, bad_words=words[:5])
-    forbidden = {ids for request in llm.token_requests(0, [5], params) for ids in request.bad_words_token_ids}
+    forbidden = {ids for request in llm.model.token_requests(0, [5], params) for ids in request.bad_words_token_ids}
     for output in llm.generate(PROMPTS, params):
         ids = output.outputs[0].token_ids
         assert not [word for word in forbidden for start in range(len(ids)) if ids[start : start + len(word)] == word]

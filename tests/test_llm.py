@@ -42,9 +42,9 @@ def texts(outputs: list) -> list[str]:
 
 def test_memory_may_run_out_again_while_a_smaller_engine_opens(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     llm.generate(["a"], GREEDY)
-    sizes = [llm.shrink()]
+    sizes = [llm.model.shrink()]
     while sizes[-1] is not None:
-        sizes.append(llm.shrink())
+        sizes.append(llm.model.shrink())
     assert sizes == [2, 1, None]
 
 
@@ -299,7 +299,7 @@ def test_a_parameter_that_cannot_be_served_is_named_with_its_prompt(llm: LLM, en
 
 def test_passes_are_told(llm: LLM) -> None:
     told: list[list[PartialAnswer]] = []
-    requests = llm.token_requests(0, [64], dataclasses.replace(GREEDY, n=9))
+    requests = llm.model.token_requests(0, [64], dataclasses.replace(GREEDY, n=9))
     assert len(list(llm.stream(requests, workload(9), on_pass=lambda live: told.append(list(live))))) == 9
     assert len(told) == 3
 
@@ -530,7 +530,7 @@ def test_prompts_that_grow_are_served_by_two_plans(llm: LLM, engines: list[FakeE
 def test_growth_is_geometric(model_folder: Path, open_sized: Callable[..., list[FakeEngine]]) -> None:
     opened = open_sized(4, 10**6)
     llm = LLM(model_folder)
-    llm.max_model_len = llm._open._max_model_len = 10_000
+    llm.model._engine._model.token_limits = VOCAB, 10_000
     for length in range(100, 9_000, 100):
         llm.open(workload(1, prompt=length, output=length // 10))
     planned = [max(engine.workload.prompt_lens) for engine in opened]
@@ -593,7 +593,7 @@ def test_bounds_on_time_hold_for_every_call(model_folder: Path, open_sized: Call
 
 def test_after_a_failure_the_engine_is_fresh(llm: LLM, engines: list[FakeEngine]) -> None:
     def requests():
-        yield from llm.token_requests(0, [64], GREEDY)
+        yield from llm.model.token_requests(0, [64], GREEDY)
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

@@ -119,7 +119,7 @@ def test_unsupported_keywords_are_named(llm: LLM) -> None:
 
 def test_render_chats_answers_each(llm: LLM) -> None:
     chats = [Chat(messages=({"role": "user", "content": content},)) for content in ("a", "\ud800", "b")]
-    first, error, last = llm.render_chats(chats)
+    first, error, last = llm.model.render_chats(chats)
     assert (first, last) == ("<user>a<to>", "<user>b<to>")
     assert isinstance(error, RequestError)
 
@@ -128,9 +128,9 @@ def test_the_process_ends_with_the_llm(model_folder: Path, engines: list[FakeEng
     for forget in (False, True):
         llm = LLM(model_folder, chat_template=TEMPLATE)
         llm.chat(HELLO, GREEDY)
-        assert llm._templates._process is not None
-        assert llm._templates._process._child is not None
-        pid = llm._templates._process._child._process.pid
+        assert llm.model.templates._process is not None
+        assert llm.model.templates._process._child is not None
+        pid = llm.model.templates._process._child._process.pid
         if forget:
             del llm
             gc.collect()
@@ -139,6 +139,6 @@ def test_the_process_ends_with_the_llm(model_folder: Path, engines: list[FakeEng
             with pytest.raises(FlexGenError, match="closed"):
                 llm.chat(HELLO, GREEDY)
             with pytest.raises(FlexGenError, match="closed"):
-                llm.render_chats([])
+                llm.model.render_chats([])
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)

@@ -42,7 +42,7 @@ def answers(llm: LLM) -> list[str]:
 
 def stream(llm: LLM) -> Iterator[TokenResult]:
     params = [SamplingParams(temperature=0, max_tokens=2 + 3 * place) for place in range(len(PROMPTS))]
-    requests = [r for place, ids in enumerate(llm.encode(PROMPTS)) for r in llm.token_requests(place, ids, params[place])]
+    requests = [r for place, ids in enumerate(llm.encode(PROMPTS)) for r in llm.model.token_requests(place, ids, params[place])]
     lengths = tuple(len(request.prompt_token_ids) for request in requests)
     return llm.stream(requests, Workload(prompt_lens=lengths, output_lens=tuple(request.max_tokens for request in requests)))
 

@@ -105,13 +105,13 @@ def llm(model_folder: Path, engines: list[FakeEngine]) -> Iterator[LLM]:
 def test_a_file_made_for_the_hosted_api_runs_as_it_is(llm: LLM) -> None:
     forms = Forms(model="m", created=1, defaults=llm.get_default_sampling_params())
     parsed = [forms.parse(Line(number=n, content=json.dumps(line).encode(), digest=n)) for n, line in enumerate(HOSTED, 1)]
-    prompts = encode_prompts(llm, parsed)
+    prompts = encode_prompts(llm.model, parsed)
     for request, found, line in zip(parsed, prompts, HOSTED, strict=True):
         assert not isinstance(found, RequestError)
         ids, _ = found
-        token_requests = llm.token_requests(request.line_number << 16, ids, request.params)
+        token_requests = llm.model.token_requests(request.line_number << 16, ids, request.params)
         lengths = Workload(prompt_lens=(len(ids),) * len(token_requests), output_lens=tuple(each.max_tokens for each in token_requests))
-        record = request.form.success(request, [llm.output(llm.stream(token_requests, lengths), request.params, ids)])
+        record = request.form.success(request, [llm.model.output(llm.stream(token_requests, lengths), request.params, ids)])
         check(record)
         assert record["custom_id"] == line["custom_id"]
         assert len(record["response"]["body"]["choices"]) == line["body"].get("n", 1)

@@ -206,7 +206,7 @@ def test_dry_run(model_folder: Path, tmp_path: Path, output: Path, monkeypatch: 
     def plan_job(files: object, options: object, workload: Workload) -> Plan:
         return FakeEngine(workload).plan
 
-    monkeypatch.setattr("flexgen.llm.plan_job", plan_job)
+    monkeypatch.setattr("flexgen.session.served.plan_job", plan_job)
     source = write(tmp_path / "in.jsonl", GOOD)
     done = flexgen("run", model_folder, source, "-o", output, "--dry-run")
     assert done.exit_code == 0

@@ -12,6 +12,7 @@ from evaluation.oracle import Oracle, Subject
 
 from flexgen import LLM
 from flexgen.plan.workload import Workload
+from flexgen.session.served import ServedModel
 
 
 @pytest.fixture(scope="module", params=["opt", "qwen3"])
@@ -28,11 +29,11 @@ def subject(request: pytest.FixtureRequest, novels_opt: Path, novels_qwen3: Path
 def streamed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The number of requests of every job that the engine is handed from here on."""
     counts: list[int] = []
-    real = LLM.stream
+    real = ServedModel.stream
 
-    def counted(self: LLM, requests: Any, workload: Workload, **how: Any) -> Any:
+    def counted(self: ServedModel, requests: Any, workload: Workload, **how: Any) -> Any:
         counts.append(len(workload))
         return real(self, requests, workload, **how)
 
-    monkeypatch.setattr(LLM, "stream", counted)
+    monkeypatch.setattr(ServedModel, "stream", counted)
     return counts

@@ -16,6 +16,7 @@ from flexgen.evaluation.encoding import Encoding
 from flexgen.evaluation.scoring import score, scoring_lines
 from flexgen.jobs.interrupt import Stopped
 from flexgen.request import TokenRequest
+from flexgen.session.served import ServedModel
 
 CONTEXT = "The old house stood upon the hill, and "
 CHOICES = ["the wind", "the wind blew", "a", "zebra", " the wind"]
@@ -96,9 +97,9 @@ def test_an_interrupted_evaluation_goes_on_and_scores_nothing_twice(novels_opt: 
 
 def test_failed_lines_are_tried_again(novels_opt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A line fails for a reason that is gone later; the other one is not scored again."""
-    real = LLM.choice_requests
+    real = ServedModel.choice_requests
 
-    def refuse(self: LLM, index: int, prompt: Sequence[int], choices: Sequence[Sequence[int]]) -> list[TokenRequest]:
+    def refuse(self: ServedModel, index: int, prompt: Sequence[int], choices: Sequence[Sequence[int]]) -> list[TokenRequest]:
         if list(prompt) == [2, 7]:
             raise RequestError("no room today", code="kv_cache_too_small")
         return real(self, index, prompt, choices)
@@ -107,7 +108,7 @@ def test_failed_lines_are_tried_again(novels_opt: Path, tmp_path: Path, monkeypa
     with LLM(novels_opt, dtype="float32") as llm:
         answers = Answers(llm=llm, state=tmp_path / "state")
         with monkeypatch.context() as patched:
-            patched.setattr(LLM, "choice_requests", refuse)
+            patched.setattr(ServedModel, "choice_requests", refuse)
             with pytest.raises(RequestError, match=r"1 of 2 lines of test .* line 2: no room today"):
                 score(answers, "test", pairs)
         assert len(score(answers, "test", pairs)) == 2

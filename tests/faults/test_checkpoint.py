@@ -35,7 +35,7 @@ def test_a_checkpoint_that_changes_while_it_is_read(novels_opt: Path, tmp_path: 
     folder = tmp_path / "model"
     shutil.copytree(novels_opt, folder)
     with LLM(folder, dtype="float32", device="cpu", weights="disk=1", max_num_seqs=1) as llm:
-        requests = llm.token_requests(0, [5, 6, 7], SamplingParams(temperature=0, max_tokens=6, ignore_eos=True))
+        requests = llm.model.token_requests(0, [5, 6, 7], SamplingParams(temperature=0, max_tokens=6, ignore_eos=True))
         workload = Workload(prompt_lens=(3,), output_lens=(6,))
         (wanted,) = llm.stream(requests, workload)
         num_tokens: list[int] = []

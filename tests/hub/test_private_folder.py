@@ -98,10 +98,10 @@ def test_a_config_names_no_other_config(folder: Path, tmp_path: Path) -> None:
 )
 def test_whatever_a_tokenizer_is_loaded_from_is_in_the_identity(folder: Path, name: str) -> None:
     defaults = SamplingParams()
-    before = identity_of(LLM(folder), defaults).answers["tokenizer"]
+    before = identity_of(LLM(folder).model, defaults).answers["tokenizer"]
     text = (folder / name).read_text() if (folder / name).exists() else "{}" if name.endswith(".json") else ""
     (folder / name).write_text(text + "\n")
-    assert identity_of(LLM(folder), defaults).answers["tokenizer"] != before
+    assert identity_of(LLM(folder).model, defaults).answers["tokenizer"] != before
 
 
 @pytest.mark.parametrize(

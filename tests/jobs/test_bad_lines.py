@@ -126,7 +126,7 @@ def test_every_bad_line_has_one_outcome(llm: LLM) -> None:
     outcomes = {"request": 0, "error": 0}
     for start in range(0, NUM_LINES, BATCH):
         batch = [each for request in parsed[start : start + BATCH] for each in request.of_each_prompt()]
-        prompts = encode_prompts(llm, batch)
+        prompts = encode_prompts(llm.model, batch)
         for request, found in zip(batch, prompts, strict=True):
             if isinstance(found, RequestError):
                 record = request.form.failure(request, found)

@@ -43,9 +43,9 @@ def edit(path: Path, **fields: Any) -> None:
     ids=["config", "tokenizer", "template", "end", "weights", "readme"],
 )
 def test_files_of_the_model(folder: Path, change: Any, names: list[str]) -> None:
-    before = identity_of(LLM(folder), DEFAULTS)
+    before = identity_of(LLM(folder).model, DEFAULTS)
     change(folder)
-    assert names_changed(before, identity_of(LLM(folder), DEFAULTS)) == names
+    assert names_changed(before, identity_of(LLM(folder).model, DEFAULTS)) == names
 
 
 @pytest.mark.parametrize(
@@ -60,23 +60,24 @@ def test_files_of_the_model(folder: Path, change: Any, names: list[str]) -> None
     ids=str,
 )
 def test_options(folder: Path, options: dict[str, Any], names: list[str]) -> None:
-    before = identity_of(LLM(folder), DEFAULTS)
-    assert names_changed(before, identity_of(LLM(folder, **options), DEFAULTS)) == names
+    before = identity_of(LLM(folder).model, DEFAULTS)
+    assert names_changed(before, identity_of(LLM(folder, **options).model, DEFAULTS)) == names
 
 
 def test_sampling_defaults(folder: Path) -> None:
     llm = LLM(folder)
     other = SamplingParams(temperature=0.0, max_tokens=5, stop_token_ids=(3,))
-    assert set(names_changed(identity_of(llm, DEFAULTS), identity_of(llm, other))) == {"default max_tokens", "default stop_token_ids"}
+    changed = names_changed(identity_of(llm.model, DEFAULTS), identity_of(llm.model, other))
+    assert set(changed) == {"default max_tokens", "default stop_token_ids"}
 
 
 def test_a_copy_of_the_model_elsewhere_is_the_same_model(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path / "copy")
-    assert names_changed(identity_of(LLM(folder), DEFAULTS), identity_of(LLM(tmp_path / "copy"), DEFAULTS)) == []
+    assert names_changed(identity_of(LLM(folder).model, DEFAULTS), identity_of(LLM(tmp_path / "copy").model, DEFAULTS)) == []
 
 
 def test_there_and_back(folder: Path) -> None:
-    identity = identity_of(LLM(folder), DEFAULTS)
+    identity = identity_of(LLM(folder).model, DEFAULTS)
     again = Identity.from_json(identity.to_json())
     assert not changes(again.answers, identity.answers)
     assert not changes(again.versions, identity.versions)

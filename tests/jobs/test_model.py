@@ -11,7 +11,7 @@ from fakes import FakeEngine, fake_scores
 from jobs.places import paths_of
 
 from flexgen import RequestError, SamplingParams
-from flexgen.chat import Chat
+from flexgen.chat import Chat, ToolUse
 from flexgen.jobs.export import export
 from flexgen.jobs.folder import JobFolder
 from flexgen.jobs.identity import identity_of
@@ -48,6 +48,9 @@ class Echo:
     def choice_requests(self, index: int, prompt_token_ids: Sequence[int], choices: Sequence[Sequence[int]]) -> list[TokenRequest]:
         return choice_requests(index, prompt_token_ids, choices)
 
+    def tool_params(self, params: SamplingParams, tools: ToolUse) -> SamplingParams:
+        raise RequestError("there are no tools", code="unsupported_field", param="tools")
+
     def prefix_census(self) -> PrefixCensus | None:
         return None
 
@@ -71,7 +74,12 @@ class Echo:
             yield TokenResult(index=request.index, token_ids=answer, prompt_logprobs=fake_scores(request))
 
     def output(
-        self, results: Iterable[TokenResult], params: SamplingParams, prompt_token_ids: Sequence[int], prompt: str | None = None
+        self,
+        results: Iterable[TokenResult],
+        params: SamplingParams,
+        prompt_token_ids: Sequence[int],
+        prompt: str | None = None,
+        tools: ToolUse | None = None,
     ) -> RequestOutput:
         completions = [
             CompletionOutput(index=choice, text=self.text_of(each.token_ids), token_ids=each.token_ids, finish_reason="length")

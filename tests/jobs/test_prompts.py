@@ -30,7 +30,7 @@ def chat(content: str) -> JobRequest:
 
 def encoded(llm: LLM, requests: Sequence[JobRequest], **how: Any) -> list[Sequence[int] | RequestError]:
     """The prompt of each request, none of which has choices."""
-    return [each if isinstance(each, RequestError) else each[0] for each in encode_prompts(llm, requests, **how)]
+    return [each if isinstance(each, RequestError) else each[0] for each in encode_prompts(llm.model, requests, **how)]
 
 
 def ids(text: str) -> list[int]:
@@ -90,7 +90,7 @@ def test_conversations_are_encoded_as_they_are_rendered(llm: LLM, monkeypatch: p
     monkeypatch.setattr("flexgen.chat.process._BATCH_CHARS", 1)
     monkeypatch.setattr("flexgen.text.tokenizer._BATCH_BYTES", 100)
     steps: list[str] = []
-    render, encode = llm.render_chats, llm.get_tokenizer().__class__.__call__
+    render, encode = llm.model.render_chats, llm.get_tokenizer().__class__.__call__
 
     def rendered(*arguments: Any, **how: Any) -> Iterator[Any]:
         for each in render(*arguments, **how):
@@ -101,7 +101,7 @@ def test_conversations_are_encoded_as_they_are_rendered(llm: LLM, monkeypatch: p
         steps.append("encode")
         return encode(self, *arguments, **how)
 
-    monkeypatch.setattr(llm, "render_chats", rendered)
+    monkeypatch.setattr(llm.model, "render_chats", rendered)
     monkeypatch.setattr(llm.get_tokenizer().__class__, "__call__", tokenized)
     assert encoded(llm, [chat("a" * 60) for _ in range(3)]) == [ids("a" * 60)] * 3
     assert steps == ["render", "render", "encode", "render", "encode", "encode"]
@@ -143,7 +143,7 @@ def test_choices_have_their_own_tokens(llm: LLM) -> None:
         with_choices("ab", "c", " de"), request("e"), with_choices("ab \n", "c"), with_choices((7, 8), (9,), (9, 10)),
         with_choices("f", (9,), (8,)), with_choices(conversation, "x", "yz"), chat("g"),
     ]  # fmt: skip
-    assert encode_prompts(llm, requests) == [
+    assert encode_prompts(llm.model, requests) == [
         (ids("ab"), [ids("c"), ids(" de")]), (ids("e"), []), (ids("ab"), [[*llm.encode(" \n")[0], *ids("c")]]), ((7, 8), [(9,), (9, 10)]),
         (ids("f"), [(9,), (8,)]), (ids("d:"), [ids(" x"), ids(" yz")]), (ids("g"), []),
     ]  # fmt: skip
@@ -155,7 +155,7 @@ def test_choices_that_cannot_be_encoded_fail_alone(llm: LLM) -> None:
         with_choices("a", "b" * 100_000, "c"), with_choices(Chat(messages=({"role": "user", "content": "bad"},)), "b"),
     ]  # fmt: skip
     for each in bad:
-        *before, found, after = encode_prompts(llm, [with_choices("a", "b", "c"), request("a"), each, with_choices("d", "e")])
+        *before, found, after = encode_prompts(llm.model, [with_choices("a", "b", "c"), request("a"), each, with_choices("d", "e")])
         assert before == [(ids("a"), [ids("b"), ids("c")]), (ids("a"), [])]
         assert isinstance(found, RequestError)
         assert after == (ids("d"), [ids("e")])
@@ -163,15 +163,15 @@ def test_choices_that_cannot_be_encoded_fail_alone(llm: LLM) -> None:
 
 def test_a_choice_without_tokens_of_its_own(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     """A tokenizer may drop what it does not know."""
-    monkeypatch.setattr(llm, "encode_each", lambda texts, **how: (ids(str(each).replace("z", "")) for each in texts))
-    (found,) = encode_prompts(llm, [with_choices("a", "b", "z")])
+    monkeypatch.setattr(llm.model, "encode_each", lambda texts, **how: (ids(str(each).replace("z", "")) for each in texts))
+    (found,) = encode_prompts(llm.model, [with_choices("a", "b", "z")])
     assert isinstance(found, RequestError)
     assert str(found) == "choice 1 adds no token to the prompt"
 
 
 def test_choices_of_token_ids_need_no_tokenizer(bare_model_folder: Path) -> None:
     with LLM(bare_model_folder) as llm:
-        found, refused = encode_prompts(llm, [with_choices((7,), (8,), (9, 10)), with_choices("a", (8,))])
+        found, refused = encode_prompts(llm.model, [with_choices((7,), (8,), (9, 10)), with_choices("a", (8,))])
     assert found == ((7,), [(8,), (9, 10)])
     assert isinstance(refused, RequestError)
     assert "no tokenizer" in str(refused)

@@ -27,6 +27,7 @@ from flexgen.jobs.status import read_status
 from flexgen.jobs.store import Store
 from flexgen.plan.workload import Workload
 from flexgen.request import Generated, PartialAnswer, TokenRequest, TokenResult
+from flexgen.session.served import ServedModel
 from flexgen.text.defaults import derive_seed
 
 DEFAULTS = SamplingParams(temperature=0.0, max_tokens=None)
@@ -40,7 +41,7 @@ def llm(model_folder: Path) -> LLM:
 @pytest.fixture(autouse=True)
 def fresh_engine(llm: LLM, engines: list[FakeEngine]) -> Iterator[None]:
     yield
-    llm._open.close()
+    llm.model._engine.close()
 
 
 @contextmanager
@@ -49,8 +50,8 @@ def opened(
 ) -> Iterator[Job]:
     """A job that has compared its input; its output is made in the end, whatever happens."""
     with JobFolder(paths_of(output)) as folder, Store(folder) as store:
-        store.begin(identity_of(llm, defaults), "m", accept_changes=accept)
-        job = Job(llm, source, store, defaults=defaults, **more)
+        store.begin(identity_of(llm.model, defaults), "m", accept_changes=accept)
+        job = Job(llm.model, source, store, defaults=defaults, **more)
         job.match(accept_changes=accept)
         try:
             yield job
@@ -201,7 +202,7 @@ def test_nothing_to_answer(llm: LLM, tmp_path: Path, output: Path, engines: list
 
 def test_a_dry_scan_writes_nothing(llm: LLM, tmp_path: Path) -> None:
     source = write(tmp_path / "in.jsonl", {"prompt": "abc"}, "bad")
-    job = Job(llm, source, None, defaults=DEFAULTS)
+    job = Job(llm.model, source, None, defaults=DEFAULTS)
     assert job.scan() == Workload(prompt_lens=(3,), output_lens=(61,), may_end_early=True)
     assert (job.num_lines, job.num_bad_lines) == (2, 1)
     assert list(tmp_path.iterdir()) == [source]
@@ -210,7 +211,7 @@ def test_a_dry_scan_writes_nothing(llm: LLM, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["missing.jsonl", "."])
 def test_an_input_that_is_no_file(llm: LLM, tmp_path: Path, name: str) -> None:
     with pytest.raises(StorageError, match="not a file"):
-        Job(llm, tmp_path / name, None, defaults=DEFAULTS).scan()
+        Job(llm.model, tmp_path / name, None, defaults=DEFAULTS).scan()
 
 
 # -- reruns -----------------------------------------------------------------------------------------------------------------------------
@@ -509,14 +510,14 @@ def test_an_exception_of_one_line_is_its_error(
 ) -> None:
     """Of the line with seed 13; before the model has it, or once it is answered."""
     source = write(tmp_path / "in.jsonl", *({"prompt": "ab", "max_tokens": 4, "seed": seed} for seed in (12, 13, 14)))
-    works = getattr(LLM, broken)
+    works = getattr(ServedModel, broken)
 
-    def breaks(self: LLM, *args: Any) -> Any:
+    def breaks(self: ServedModel, *args: Any) -> Any:
         if any(isinstance(each, SamplingParams) and each.seed == 13 for each in args):
             raise IndexError("index 13 is out of range")
         return works(self, *args)
 
-    monkeypatch.setattr(LLM, broken, breaks)
+    monkeypatch.setattr(ServedModel, broken, breaks)
     run(llm, source, output)
     records = answers(output)
     assert records[2]["error"] == {"code": "internal_error", "message": "IndexError: index 13 is out of range", "param": None}
@@ -625,12 +626,13 @@ def test_strict_lists_what_is_wrong(llm: LLM, tmp_path: Path, output: Path) -> N
 def test_strict_lists_no_more_than_a_person_reads(llm: LLM, tmp_path: Path) -> None:
     source = write(tmp_path / "in.jsonl", *("bad" for _ in range(1000)))
     with pytest.raises(JobError, match="found 1,000 faults") as caught:
-        Job(llm, source, None, defaults=DEFAULTS).check()
+        Job(llm.model, source, None, defaults=DEFAULTS).check()
     assert len(str(caught.value).splitlines()) == 21
 
 
 def test_strict_finds_nothing_wrong(llm: LLM, tmp_path: Path) -> None:
-    Job(llm, write(tmp_path / "in.jsonl", {"id": "a", "prompt": "x"}, {"prompt": "x"}, {"prompt": "x"}), None, defaults=DEFAULTS).check()
+    source = write(tmp_path / "in.jsonl", {"id": "a", "prompt": "x"}, {"prompt": "x"}, {"prompt": "x"})
+    Job(llm.model, source, None, defaults=DEFAULTS).check()
 
 
 def test_repeated_ids_are_answered_and_told_once(llm: LLM, tmp_path: Path, output: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -93,9 +93,9 @@ def test_an_answer_that_goes_on_is_the_same(folder: Path, llama: Tokenizer) -> N
     params = SamplingParams(temperature=0, max_tokens=3, allowed_token_ids=[stood], stop=[" stood stood", "x"], min_tokens=1)
     with LLM(folder, dtype="float32") as llm:
         for earlier in ((), (stood,), (a, stood)):
-            (request,) = llm.token_requests(0, prompt, params)
+            (request,) = llm.model.token_requests(0, prompt, params)
             request = dataclasses.replace(request, generated=Generated(token_ids=earlier))
             results = list(llm.stream([request], Workload(prompt_lens=(len(prompt),), output_lens=(3,))))
-            (answer,) = llm.output(results, params, prompt).outputs
+            (answer,) = llm.model.output(results, params, prompt).outputs
             assert answer.stop_reason == " stood stood"
             assert answer.text == (" a" if a in earlier else "")

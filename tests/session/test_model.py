@@ -59,7 +59,7 @@ def test_a_job_finds_every_fact_once(found: Counter[str], novels_opt: Path, tmp_
 
 def test_a_call_finds_every_fact_once(found: Counter[str], novels_opt: Path) -> None:
     with LLM(novels_opt, device="cpu") as llm:
-        llm.check_model()
+        llm.model.check()
         llm.generate(["It was"], GREEDY)
         llm.generate(["It was"], GREEDY)
     assert found == {"read_config": 1, "find_limits": 1, "assemble_model": 1}
@@ -67,7 +67,7 @@ def test_a_call_finds_every_fact_once(found: Counter[str], novels_opt: Path) -> 
 
 def test_random_weights_are_described_where_they_are_written(found: Counter[str], novels_opt: Path) -> None:
     with LLM(novels_opt, device="cpu", load_format="dummy") as llm:
-        llm.check_model()
+        llm.model.check()
         assert found["assemble_model"] == 0
         llm.generate(["It was"], GREEDY)
     assert found == {"read_config": 1, "find_limits": 1, "assemble_model": 1}

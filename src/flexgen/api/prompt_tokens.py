@@ -18,7 +18,7 @@ _NO_TEXT = RequestError("there is no text to encode")
 
 
 class PromptModel(Protocol):
-    """A model that renders conversations and encodes texts.  The members are those of `LLM`."""
+    """A model that renders conversations and encodes texts.  The members are those of `ServedModel`."""
 
     def render_chats(self, chats: Sequence[Chat], *, now: float | None = None) -> Iterator[str | RequestError]:
         """Yield the prompt of each conversation, or the error that prevents it."""
@@ -37,7 +37,7 @@ def encode_prompts(model: PromptModel, requests: Sequence[JobRequest], *, now: f
     Args:
         model: The model, which renders conversations and encodes texts.
         requests: The requests, some of which may have an error already.
-        now: The time that chat templates see, see `LLM.render_chats`.
+        now: The time that chat templates see, see `ServedModel.render_chats`.
     """
     found: list[Tokens | RequestError] = [each.error or ((), ()) for each in requests]
     chats = {at: each for at, each in enumerate(requests) if each.error is None and isinstance(each.prompt, Chat)}

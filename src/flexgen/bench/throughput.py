@@ -55,7 +55,7 @@ def _random_requests(llm: LLM, workload: Workload) -> Iterator[TokenRequest]:
     rng = np.random.default_rng(llm.options.seed)
     for index, (prompt_len, output_len) in enumerate(zip(workload.prompt_lens, workload.output_lens, strict=True)):
         ids = rng.integers(0, llm.vocab_size, prompt_len).tolist()
-        yield from llm.token_requests(index, ids, SamplingParams(temperature=0.0, max_tokens=output_len, ignore_eos=True))
+        yield from llm.model.token_requests(index, ids, SamplingParams(temperature=0.0, max_tokens=output_len, ignore_eos=True))
 
 
 def format_throughput(figures: dict[str, Any]) -> str:

@@ -190,7 +190,7 @@ def _evaluate(model: str, options: EngineOptions, common: CommonFlags, run: Call
     with showing(common.progress, results=sys.stderr) as display, StopSignals() as signals, _state(common.state, display) as state:
         try:
             with load(model, options, common.progress) as llm:
-                llm.check_model()
+                llm.model.check()
                 answers = Answers(llm=llm, state=state.folder, on_progress=display.progress, stop=signals.request)
                 with signals.deferred():
                     run(display, llm, answers)

@@ -90,7 +90,7 @@ class JobCommand:
         from flexgen.jobs.runner import Job
 
         with self._load() as llm, self.lines.to_measure(llm, self.display.message) as source:
-            job = Job(llm, source, None, defaults=self.lines.defaults(llm), input_format=self.lines.form, name=self.lines.name)
+            job = Job(llm.model, source, None, defaults=self.lines.defaults(llm), input_format=self.lines.form, name=self.lines.name)
             workload = self._prepare_lines(job, None)
             self.display.message(describe(job, workload))
             if len(workload):
@@ -155,9 +155,9 @@ class JobCommand:
             check_output(folder.paths)
             defaults = self.lines.defaults(llm)
             settings = {"chat_template_kwargs": self.lines.keywords["chat_template_kwargs"], "input_format": self.lines.form}
-            store.begin(identity_of(llm, defaults, **settings), llm.name, accept_changes=self.flags.accept_changes)
+            store.begin(identity_of(llm.model, defaults, **settings), llm.name, accept_changes=self.flags.accept_changes)
             job = Job(
-                llm, source, store, defaults=defaults, input_format=self.lines.form, name=self.lines.name,
+                llm.model, source, store, defaults=defaults, input_format=self.lines.form, name=self.lines.name,
                 checkpoint_seconds=self.flags.checkpoint_seconds, stop=self.signals.request,
             )  # fmt: skip
             workload = self._prepare_lines(job, store)
@@ -185,7 +185,7 @@ class JobCommand:
 
     def _load(self) -> LLM:
         llm = load(self.flags.model, self.options, self.flags.progress, **self.lines.keywords)
-        llm.check_model()
+        llm.model.check()
         return llm
 
 

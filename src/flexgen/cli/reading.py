@@ -125,7 +125,7 @@ def lengths_of(source: Path, reading: Reading, model: str, options: EngineOption
     check_input(source, input_format=reading.form)
     with _opened(reading, model, options) as llm:
         defaults = bare_defaults(llm, {"max_tokens": reading.max_tokens})
-        job = Job(llm, source, None, defaults=defaults, input_format=reading.form)
+        job = Job(llm.model, source, None, defaults=defaults, input_format=reading.form)
         workload = job.scan()
     if not job.num_lines:
         raise OptionError(f"--input {source}: it has no lines")

@@ -165,7 +165,7 @@ class TableLines:
         head = f"-- row {line['id']} " + "-" * 40
         try:
             request = form.parse(JobRequest(line_number=line["id"], digest=1, form=form), line)
-            prompt: object = next(llm.render_chats([request.prompt])) if isinstance(request.prompt, Chat) else request.prompt
+            prompt: object = next(llm.model.render_chats([request.prompt])) if isinstance(request.prompt, Chat) else request.prompt
         except RequestError as error:
             return f"{head}\nno prompt: {self._fault(llm, line['id']) or error}"
         if isinstance(prompt, RequestError):

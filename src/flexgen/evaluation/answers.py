@@ -56,7 +56,7 @@ class Answers:
         if not lines:
             return []
         defaults = self.llm.get_default_sampling_params()
-        identity = dict(identity_of(self.llm, defaults).answers)
+        identity = dict(identity_of(self.llm.model, defaults).answers)
         with self._folder() as folder:
             job = folder / f"{kind}-{_digest([identity, *lines])}"
             records = list(

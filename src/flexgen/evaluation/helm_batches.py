@@ -61,7 +61,7 @@ class Answerer:
             FlexGenError: The engine failed, or another process answers in the folder; what was answered is kept.
         """
         wanted = {each.identity: each for each in requests}
-        jobs = folder / digest_of(self._llm.fingerprint())  # another model begins anew
+        jobs = folder / digest_of(self._llm.model.fingerprint())  # another model begins anew
         jobs.mkdir(parents=True, exist_ok=True)
         own = jobs / digest_of(sorted(wanted))
         records = {key: record for key, record in _earlier(jobs, own) if key in wanted}
@@ -74,7 +74,7 @@ class Answerer:
         return {key: self._response(wanted[key], record, times) for key, record in records.items()}
 
     def _lines(self, requests: Sequence[Keyed]) -> Iterator[dict[str, Any]]:
-        encoded = self._llm.encode_each((each.request.prompt for each in requests), add_special_tokens=False)
+        encoded = self._llm.model.encode_each((each.request.prompt for each in requests), add_special_tokens=False)
         for each, ids in zip(requests, encoded, strict=True):
             # A text that cannot be encoded becomes the prompt as it is, so that its record has the error.
             failed = isinstance(ids, RequestError)
@@ -92,7 +92,7 @@ class Answerer:
 
     def _echo(self, request: HelmRequest) -> Echo:
         ids = self._llm.encode([request.prompt], add_special_tokens=False)[0]
-        return Echo(text=request.prompt, first=self._llm.text_of(ids[:1]), hidden=num_hidden(self.lead, ids))
+        return Echo(text=request.prompt, first=self._llm.model.text_of(ids[:1]), hidden=num_hidden(self.lead, ids))
 
 
 def _earlier(jobs: Path, own: Path) -> Iterator[tuple[str, dict[str, Any]]]:

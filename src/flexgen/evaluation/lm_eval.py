@@ -180,7 +180,7 @@ class FlexGenLM(TemplateLM):
 
     def get_model_info(self) -> dict[str, Any]:
         """Return what lm-eval writes beside results."""
-        known = self.llm.fingerprint()
+        known = self.llm.model.fingerprint()
         return {
             "model_dtype": known["dtype"],
             "model_revision": self.llm.options.revision or "",

@@ -18,6 +18,7 @@ from flexgen.jobs.interrupt import StopRequest
 from flexgen.jobs.model import JobModel
 from flexgen.jobs.runner import Job
 from flexgen.jobs.store import Store
+from flexgen.llm import LLM
 from flexgen.plan.workload import Workload
 from flexgen.report.progress import Progress
 from flexgen.request import SamplingParams
@@ -26,7 +27,7 @@ _DEFAULTS = SamplingParams()
 
 
 def answer_lines(
-    model: JobModel,
+    model: LLM | JobModel,
     lines: Iterable[Mapping[str, Any]],
     folder: str | os.PathLike[str],
     *,
@@ -42,7 +43,7 @@ def answer_lines(
     not grow with their number.
 
     Args:
-        model: The model, such as an `LLM`.
+        model: The model: an `LLM`, or what else answers jobs.
         lines: The lines, as JSON objects: bare lines or OpenAI's batch lines (docs/requests.md).  Numbers, arrays and tensors of numpy and
             torch become numbers and lists.
         folder: The folder of the job, which is created if it does not exist, in a folder that does.  An interrupted call with the same
@@ -60,6 +61,7 @@ def answer_lines(
         Stopped: The run was asked to stop; what was generated is kept.
         FlexGenError: The engine failed; finished lines are kept.
     """
+    model = model.model if isinstance(model, LLM) else model
     with JobFolder(JobPaths(folder=Path(folder), output=None)) as kept:
         try:
             source = copy_input(kept, (_encoded(number, line) for number, line in enumerate(lines, 1)))

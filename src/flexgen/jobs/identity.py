@@ -70,7 +70,7 @@ def identity_of(model: JobModel, defaults: SamplingParams, **settings: object) -
         **settings: Other settings that change answers, as JSON values.
 
     Raises:
-        FlexGenError: See `LLM.fingerprint`.
+        FlexGenError: See `ServedModel.fingerprint`.
     """
     defaulted = {f"default {name}": value for name, value in dataclasses.asdict(defaults).items()}
     return Identity(answers=model.fingerprint() | settings | defaulted, versions={name: _version(name) for name in _PACKAGES})

@@ -1,4 +1,4 @@
-"""The interface of a model to a job.  `LLM` implements it, and so may anything that runs a model elsewhere or in several processes."""
+"""The interface of a model to a job.  `ServedModel` has it, and so may anything that runs a model elsewhere or in several processes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from flexgen.text.common_prefixes import CommonPrefixes, PrefixCensus
 
 
 class JobModel(Protocol):
-    """A model that answers the lines of a job.  The members are those of `LLM`, whose docstrings say more."""
+    """A model that answers the lines of a job.  The members are those of `ServedModel`, whose docstrings say more."""
 
     @property
     def name(self) -> str:
@@ -69,14 +69,6 @@ class JobModel(Protocol):
         """
         ...
 
-    def with_tool_calls(self, output: RequestOutput, tools: ToolUse) -> RequestOutput:
-        """Return the answers to a request with tools, as messages too.
-
-        Raises:
-            RequestError: An answer has no call, although one is required.
-        """
-        ...
-
     def prefix_census(self) -> PrefixCensus | None:
         """Return an object that finds the common prefixes of prompts; None where prefixes are not shared."""
         ...
@@ -102,9 +94,18 @@ class JobModel(Protocol):
         ...
 
     def output(
-        self, results: Iterable[TokenResult], params: SamplingParams, prompt_token_ids: Sequence[int], prompt: str | None = None
+        self,
+        results: Iterable[TokenResult],
+        params: SamplingParams,
+        prompt_token_ids: Sequence[int],
+        prompt: str | None = None,
+        tools: ToolUse | None = None,
     ) -> RequestOutput:
-        """Return the answers to one prompt, in order, with their texts."""
+        """Return the answers to one prompt, in order, with their texts, and as messages where the request has tools.
+
+        Raises:
+            RequestError: An answer has no call of a tool, although one is required.
+        """
         ...
 
     def text_of(self, token_ids: Sequence[int]) -> str:

@@ -194,7 +194,7 @@ class Job:
         Raises:
             Stopped: The run was asked to stop; the generated tokens are stored.
             StorageError: The input changed since the scan, or results cannot be stored.
-            OutOfMemoryError: Memory ran out; the job can go on after `LLM.shrink` and another scan.
+            OutOfMemoryError: Memory ran out; the job can go on after `ServedModel.shrink` and another scan.
             FlexGenError: The engine failed for another reason; finished lines are kept.
         """
         if self.store is None or not len(workload):

@@ -133,8 +133,7 @@ class Serving:
         ids, text = token_requests[0].prompt_token_ids, request.prompt if isinstance(request.prompt, str) else None
         if request.echo and text is None and self._model.tokenizer is not None:
             text = self._model.text_of(ids)
-        output = self._model.output([results[each.index] for each in token_requests], request.params, ids, text)
-        return output if request.tools is None else self._model.with_tool_calls(output, request.tools)
+        return self._model.output([results[each.index] for each in token_requests], request.params, ids, text, request.tools)
 
 
 def _num_prompt_tokens(request: JobRequest, token_requests: Sequence[TokenRequest]) -> int:

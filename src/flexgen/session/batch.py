@@ -1,17 +1,18 @@
-"""The prompts of one call of an `LLM`: the engine's requests for them, the lengths of these, and an output for each prompt."""
+"""The prompts of one call of an `LLM`: the engine's requests for them, their results, and an output for each prompt."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Generic, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Generic, TypeVar
 
 from flexgen.outputs import ClassificationRequestOutput, RequestOutput
 from flexgen.plan.workload import Workload
 from flexgen.request import SamplingParams, TokenRequest, TokenResult, most_likeliest
+from flexgen.session.served import ServedModel
 from flexgen.text.answers import RequestTranslator
 from flexgen.text.choices import Choice, classified, texts_to_encode, tokens_at_seam
-from flexgen.text.common_prefixes import PrefixCensus
-from flexgen.text.encoding import Encoder, ids_or_raise
+from flexgen.text.common_prefixes import NO_PREFIXES, PrefixCensus
+from flexgen.text.encoding import ids_or_raise
 from flexgen.text.prompts import Prompt, as_choices, as_params, naming, texts_and_ids
 
 _Output = TypeVar("_Output")
@@ -44,7 +45,22 @@ class Batch(Generic[_Output]):
         self.next_index = requests[-1].index + 1
         self._prompts.append((requests, output))
 
-    def workload(self, census: PrefixCensus | None) -> Workload:
+    def answer(self, model: ServedModel, use_tqdm: bool | Callable[..., Any] = False) -> list[_Output]:
+        """Answer the prompts in a turn that the caller has taken, and return the output for each of them.
+
+        Args:
+            model: The model.
+            use_tqdm: Whether to draw a progress bar on stderr; a callable is called in place of tqdm.
+        """
+        if not self.requests:
+            return []
+        census = model.prefix_census()
+        workload = self._workload(census)
+        run = model.run(self.requests, workload, prefixes=NO_PREFIXES if census is None else census.common())
+        results = {result.index: result for result in _with_bar(run, len(workload), use_tqdm)}
+        return [output({each.index: results[each.index] for each in requests}) for requests, output in self._prompts]
+
+    def _workload(self, census: PrefixCensus | None) -> Workload:
         """Return the lengths of the requests; `census` counts their prompts, unless nothing is shared."""
         return Workload(
             prompt_lens=tuple(max(request.num_computed, 1) for request in self.requests),
@@ -55,17 +71,12 @@ class Batch(Generic[_Output]):
             num_likeliest=most_likeliest(self.requests),
         )
 
-    def outputs(self, results: Mapping[int, TokenResult]) -> list[_Output]:
-        """Return the output for each prompt, from the results of all requests by their index."""
-        return [output({each.index: results[each.index] for each in requests}) for requests, output in self._prompts]
-
 
 def completion_batch(
     prompts: Prompt | Iterable[Prompt],
     params: SamplingParams | Iterable[SamplingParams],
+    model: ServedModel,
     *,
-    encoder: Encoder,
-    translator: RequestTranslator,
     first_index: int,
 ) -> Batch[RequestOutput]:
     """Return the batch of prompts to continue.
@@ -73,8 +84,7 @@ def completion_batch(
     Args:
         prompts: One or several prompts, as for `LLM.generate`.
         params: One value for all prompts, or one for each.
-        encoder: The encoder of prompts that are texts.
-        translator: The translator between prompts, requests, results and outputs.
+        model: The model.
         first_index: The index of the first request.
 
     Raises:
@@ -83,12 +93,12 @@ def completion_batch(
     """
     read = texts_and_ids(prompts)
     batch: Batch[RequestOutput] = Batch(first_index)
-    encoded = encoder.each([text for text, ids in read if text is not None and ids is None])
+    encoded = model.encode_each([text for text, ids in read if text is not None and ids is None])
     for place, ((text, ids), own) in enumerate(zip(read, as_params(params, len(read)), strict=True)):
         with naming("prompt", place):
             found = ids if ids is not None else ids_or_raise(next(encoded))
-            requests = translator.requests(batch.next_index, found, own)
-        batch.add(requests, _completion_output(translator, own, found, text))
+            requests = model.token_requests(batch.next_index, found, own)
+        batch.add(requests, _completion_output(model.translator, own, found, text))
     return batch
 
 
@@ -101,9 +111,8 @@ def _completion_output(
 def choice_batch(
     prompts: Prompt | Iterable[Prompt],
     choices: Iterable[Choice] | Iterable[Iterable[Choice]],
+    model: ServedModel,
     *,
-    encoder: Encoder,
-    translator: RequestTranslator,
     first_index: int,
 ) -> Batch[ClassificationRequestOutput]:
     """Return the batch of prompts with choices to score.
@@ -111,8 +120,7 @@ def choice_batch(
     Args:
         prompts: One or several prompts, as for `LLM.classify`.
         choices: The choices of all prompts, or a list of them for each.
-        encoder: The encoder of prompts and choices that are texts.
-        translator: The translator between prompts, requests, results and outputs.
+        model: The model.
         first_index: The index of the first request.
 
     Raises:
@@ -126,15 +134,24 @@ def choice_batch(
     for place, (prompt, own) in enumerate(zip(prompted, given, strict=True)):
         with naming("prompt", place):
             texts.append(texts_to_encode(prompt, own))
-    encoded = encoder.each([text for each in texts for text in each])
+    encoded = model.encode_each([text for each in texts for text in each])
     batch: Batch[ClassificationRequestOutput] = Batch(first_index)
     for place, (prompt, own) in enumerate(zip(prompted, given, strict=True)):
         with naming("prompt", place):
             tokens = tokens_at_seam(prompt, own, [next(encoded) for _ in texts[place]])
-            requests = translator.choice_requests(batch.next_index, *tokens)
+            requests = model.choice_requests(batch.next_index, *tokens)
         batch.add(requests, _choice_output(requests, read[place][0]))
     return batch
 
 
 def _choice_output(requests: list[TokenRequest], text: str | None) -> Callable[[Mapping[int, TokenResult]], ClassificationRequestOutput]:
     return lambda results: classified(requests, results, text)
+
+
+def _with_bar(results: Iterator[TokenResult], count: int, use_tqdm: bool | Callable[..., Any]) -> Iterator[TokenResult]:
+    if not use_tqdm:
+        return results
+    from tqdm.auto import tqdm  # a dependency of transformers and of the hub library
+
+    make = use_tqdm if callable(use_tqdm) else tqdm
+    return iter(make(results, total=count, desc="Processed prompts", unit="request"))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,13 +17,16 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from flexgen.base.steps import step
-from flexgen.errors import CapacityError, FlexGenError, ModelError, is_out_of_memory
+from flexgen.errors import CapacityError, FlexGenError, ModelError, OptionError, is_out_of_memory
 from flexgen.hub.config import read_config, reason_of
 from flexgen.hub.diagnose import other_quantization
 from flexgen.hub.model_files import ModelFiles
+from flexgen.hub.resolve import resolve_tokenizer
 from flexgen.options import DTYPE_BYTES, EngineOptions
 from flexgen.plan.machine import Limits
 from flexgen.profile.limits import find_limits
+from flexgen.text.defaults import token_limits
+from flexgen.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from flexgen.models.assemble import AssembledModel
@@ -45,6 +49,7 @@ class ResolvedModel:
 
     Attributes:
         files: The model's files.
+        options: The options.
         config: The transformers config.
 
     Raises:
@@ -52,7 +57,7 @@ class ResolvedModel:
     """
 
     def __init__(self, files: ModelFiles, options: EngineOptions) -> None:
-        self.files, self._options = files, options
+        self.files, self.options = files, options
         self.config: Any = read_config(files)
         self._limits: Limits | None = None
         self._assembled: AssembledModel | None = None
@@ -66,8 +71,18 @@ class ResolvedModel:
             CapacityError: A budget is larger than the hard limit above it.
         """
         if self._limits is None:
-            self._limits = find_limits(self._options)
+            self._limits = find_limits(self.options)
         return self._limits
+
+    @functools.cached_property
+    def token_limits(self) -> tuple[int, int]:
+        """The size of the vocabulary, and the most tokens that a prompt and its answer may have together.
+
+        Raises:
+            ModelError: The config states no vocabulary size.
+            OptionError: The `max_model_len` of the options exceeds the model's context, or is needed because the model states none.
+        """
+        return token_limits(self.files.name, self.config, self.options.max_model_len)
 
     def tokenizing_bytes(self) -> int:
         """Return the memory that one text may use while it is tokenised: a part of what the host budget leaves, before there is a plan."""
@@ -83,9 +98,29 @@ class ResolvedModel:
             ModelError: The checkpoint's dtype cannot be computed in, and the options name no other.
         """
         device = self.limits.device
-        if self._options.dtype != "auto":
-            return self._options.dtype
+        if self.options.dtype != "auto":
+            return self.options.dtype
         return compute_dtype(config_dtype(self.config), device)
+
+    def load_tokenizer(
+        self, other: str | os.PathLike[str] | None = None, *, revision: str | None = None, token: str | None = None
+    ) -> Tokenizer | None:
+        """Load the model's own tokenizer or another one; return None if there is none.
+
+        Args:
+            other: The folder or hub id of another tokenizer.
+            revision: The revision of another tokenizer on the hub; None for the default branch.
+            token: The access token for the hub.
+
+        Raises:
+            OptionError: The revision is neither that of the model nor one of another tokenizer.
+            ModelError: The tokenizer cannot be found or is not supported.
+        """
+        if other is not None:
+            return Tokenizer.load(resolve_tokenizer(other, revision=revision, token=token))
+        if revision is not None and revision != self.options.revision:
+            raise OptionError(f"tokenizer_revision={revision!r} needs a tokenizer= of its own")
+        return Tokenizer.load(self.files.folder) if self.files.has_tokenizer else None
 
     def check(self) -> None:
         """Refuse a model that cannot be served because of its files; no weights are read.
@@ -96,7 +131,7 @@ class ResolvedModel:
             CapacityError: As for `dtype`.
         """
         folder, dtype = self.files.folder, self.dtype
-        if self._options.load_format != "dummy" and self._assembled is None:
+        if self.options.load_format != "dummy" and self._assembled is None:
             self._assembled = self._assemble(folder, dtype)
 
     def take(self, folder: Path) -> AssembledModel:

@@ -66,19 +66,17 @@ class EngineSession:
     """At most one engine, opened when there is work and kept for as long as its plan holds.
 
     Args:
-        model: The model that engines serve.
-        options: The options that engines are opened with.
-        max_model_len: The most tokens of a request.
+        model: The model that engines serve, with the options that the first one is opened with.
 
     Attributes:
-        options: The options that engines are opened with.
+        options: The options that the next engine is opened with.
         engine: The open engine; None before the first work and after `close`.
     """
 
-    def __init__(self, model: ResolvedModel, options: EngineOptions, max_model_len: int) -> None:
-        self.options = options
+    def __init__(self, model: ResolvedModel) -> None:
+        self.options = model.options
         self.engine: PlannedEngine | None = None
-        self._model, self._max_model_len = model, max_model_len
+        self._model = model
         self._planned = Workload(prompt_lens=(), output_lens=())  # the work that the engine was opened for
         self._hopeless = math.inf  # requests of so many tokens or more fit no plan
         self._slow_seconds = 0.0  # forecast of the jobs that another plan might have done faster
@@ -101,7 +99,7 @@ class EngineSession:
         gc.collect()  # and its hooks refer back to their modules
         if self.options.max_request_seconds is None and self.options.max_job_seconds is None:
             with contextlib.suppress(CapacityError):  # the work may still fit without the additional room
-                self._opened(with_room(workload, self._max_model_len)).expect(workload)
+                self._opened(with_room(workload, self._model.token_limits[1])).expect(workload)
         return self.engine or self._opened(workload)
 
     def shrink(self) -> int | None:

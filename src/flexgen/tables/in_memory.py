@@ -8,11 +8,12 @@ from typing import Any, Protocol, TypedDict
 
 from flexgen.api.job_request import JobRequest
 from flexgen.api.plain import PlainForm
-from flexgen.api.prompt_tokens import PromptModel, Tokens, encode_prompts
+from flexgen.api.prompt_tokens import Tokens, encode_prompts
 from flexgen.base.isolation import for_one_request
 from flexgen.errors import OptionError, RequestError
 from flexgen.outputs import ClassificationRequestOutput, RequestOutput
-from flexgen.request import SamplingParams, TokenRequest
+from flexgen.request import SamplingParams
+from flexgen.session.served import ServedModel
 from flexgen.tables.answers import Answers
 from flexgen.tables.checks import check_columns
 from flexgen.tables.formats import check_names
@@ -37,24 +38,16 @@ class MapKeywords(TypedDict, total=False):
     error_column: str
 
 
-class MapModel(PromptModel, Protocol):
+class RowModel(Protocol):
     """A model that answers rows.  The members are those of `LLM`."""
 
     @property
-    def chat_template(self) -> str | None:
-        """The template of conversations; None where the model has none."""
+    def model(self) -> ServedModel:
+        """The model as jobs ask it."""
         ...
 
     def get_default_sampling_params(self) -> SamplingParams:
         """Return the sampling parameters of prompts that set none."""
-        ...
-
-    def token_requests(self, index: int, prompt_token_ids: Sequence[int], params: SamplingParams) -> list[TokenRequest]:
-        """Return the engine's requests for a prompt."""
-        ...
-
-    def choice_requests(self, index: int, prompt_token_ids: Sequence[int], choices: Sequence[Sequence[int]]) -> list[TokenRequest]:
-        """Return the engine's requests for the choices after a prompt."""
         ...
 
     def generate(self, prompts: Any, sampling_params: Any = None, *, use_tqdm: Any = False) -> list[RequestOutput]:
@@ -67,7 +60,7 @@ class MapModel(PromptModel, Protocol):
 
 
 def map_frame(
-    model: MapModel,
+    llm: RowModel,
     given: Any,
     task: Task,
     *,
@@ -80,15 +73,15 @@ def map_frame(
     frame = Frame(given)
     check_names("the table", frame.columns)
     shots = read_shots(task, _examples(examples))
-    prompts = Prompts(task, shots, chat=takes_messages(chat, model.chat_template))
+    prompts = Prompts(task, shots, chat=takes_messages(chat, llm.model.templates.text))
     check_columns(task, prompts.columns, frame.columns, "the table")
     rows = frame.rows(prompts.columns)
     if params is None:
-        own = model.get_default_sampling_params()
+        own = llm.get_default_sampling_params()
         params = dataclasses.replace(own, temperature=0.0, max_tokens=DEFAULT_MAX_TOKENS, stop=prompts.default_stop)
     answers = Answers(task)
     requests = list(_requests(prompts, rows, PlainForm(defaults=params)))
-    return frame.with_columns(task.columns, [answers.values(record) for record in _records(model, requests, use_tqdm)])
+    return frame.with_columns(task.columns, [answers.values(record) for record in _records(llm, requests, use_tqdm)])
 
 
 def _examples(given: Any) -> Iterable[Row]:
@@ -123,11 +116,11 @@ def _requests(prompts: Prompts, rows: Iterable[Row], form: PlainForm) -> Iterabl
         yield request.refused(parsed) if isinstance(parsed, RequestError) else parsed
 
 
-def _records(model: MapModel, requests: Sequence[JobRequest], use_tqdm: bool | Callable[..., Any]) -> list[dict[str, Any]]:
+def _records(llm: RowModel, requests: Sequence[JobRequest], use_tqdm: bool | Callable[..., Any]) -> list[dict[str, Any]]:
     """Return the records of the requests in their order, as a job would write them."""
-    found = [_checked(model, each, tokens) for each, tokens in zip(requests, encode_prompts(model, requests), strict=True)]
+    found = [_checked(llm.model, each, tokens) for each, tokens in zip(requests, encode_prompts(llm.model, requests), strict=True)]
     good = [(request, tokens) for request, tokens in zip(requests, found, strict=True) if not isinstance(tokens, RequestError)]
-    outputs = iter(_outputs(model, good, use_tqdm))
+    outputs = iter(_outputs(llm, good, use_tqdm))
     records: list[dict[str, Any]] = []
     for request, tokens in zip(requests, found, strict=True):
         failed = isinstance(tokens, RequestError)
@@ -135,7 +128,7 @@ def _records(model: MapModel, requests: Sequence[JobRequest], use_tqdm: bool | C
     return records
 
 
-def _checked(model: MapModel, request: JobRequest, tokens: Tokens | RequestError) -> Tokens | RequestError:
+def _checked(model: ServedModel, request: JobRequest, tokens: Tokens | RequestError) -> Tokens | RequestError:
     """Return the tokens of a request that the model can serve, or its error."""
     if isinstance(tokens, RequestError):
         return tokens
@@ -148,14 +141,14 @@ def _checked(model: MapModel, request: JobRequest, tokens: Tokens | RequestError
 
 
 def _outputs(
-    model: MapModel, good: Sequence[tuple[JobRequest, Tokens]], use_tqdm: bool | Callable[..., Any]
+    llm: RowModel, good: Sequence[tuple[JobRequest, Tokens]], use_tqdm: bool | Callable[..., Any]
 ) -> Sequence[RequestOutput | ClassificationRequestOutput]:
     if not good:
         return []
     ids = [{"prompt_token_ids": list(prompt)} for _, (prompt, _) in good]
     if good[0][0].choices:
-        return model.classify(ids, [[list(choice) for choice in choices] for _, (_, choices) in good], use_tqdm=use_tqdm)
-    return model.generate(ids, [request.params for request, _ in good], use_tqdm=use_tqdm)
+        return llm.classify(ids, [[list(choice) for choice in choices] for _, (_, choices) in good], use_tqdm=use_tqdm)
+    return llm.generate(ids, [request.params for request, _ in good], use_tqdm=use_tqdm)
 
 
 def _record(request: JobRequest, output: RequestOutput | ClassificationRequestOutput) -> dict[str, Any]:
