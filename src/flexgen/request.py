@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -270,12 +270,6 @@ class TokenRequest:
     def __post_init__(self) -> None:
         if self.num_logprobs is not None and self.generated.token_ids and self.generated.logprobs is None:
             raise ValueError("logprobs are asked for, and those of the tokens generated before are missing")
-
-
-def most_likeliest(requests: Iterable[TokenRequest], so_far: int = 0) -> int:
-    """Return the most likeliest tokens that any of the requests wants beside a scored one, or `so_far` if that is more; -1 for all."""
-    counts = [so_far, *(request.num_prompt_logprobs or 0 for request in requests)]
-    return -1 if -1 in counts else max(counts)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import logging
 import tempfile
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from flexgen.base.from_json import parsed_json
 from flexgen.cli.options import load
 from flexgen.errors import ModelError, OptionError
 from flexgen.options import EngineOptions
@@ -45,10 +45,7 @@ class Conversations:
             OptionError: The flag is not a JSON object.
         """
         text = self.chat_template_kwargs or "{}"
-        try:
-            value = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise OptionError(f"--chat-template-kwargs {text[:80]!r} is not valid JSON: {error}") from error
+        value = parsed_json(text, f"--chat-template-kwargs {text[:80]!r} is not valid JSON")
         if not isinstance(value, dict):
             raise OptionError(f"--chat-template-kwargs {text[:80]!r} is not a JSON object")
         return value

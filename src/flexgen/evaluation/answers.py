@@ -56,12 +56,14 @@ class Answers:
         if not lines:
             return []
         defaults = self.llm.get_default_sampling_params()
-        identity = dict(identity_of(self.llm.model, defaults).answers)
+        identity = identity_of(self.llm.model, defaults)
         with self._folder() as folder:
-            job = folder / f"{kind}-{_digest([identity, *lines])}"
-            records = list(
-                answer_lines(self.llm, lines, job, defaults=defaults, retry_errors=True, on_progress=self.on_progress, stop=self.stop)
-            )
+            job = folder / f"{kind}-{_digest([dict(identity.answers), *lines])}"
+            answered = answer_lines(
+                self.llm, lines, job, defaults=defaults, retry_errors=True, on_progress=self.on_progress, stop=self.stop,
+                identity=identity,
+            )  # fmt: skip
+            records = list(answered)
         _check(kind, records)
         return records
 

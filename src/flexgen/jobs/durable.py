@@ -12,7 +12,7 @@ from flexgen.base.scalars import as_list, plain
 from flexgen.errors import FlexGenError, RequestError
 from flexgen.jobs.export import read_records
 from flexgen.jobs.folder import JobFolder, JobPaths
-from flexgen.jobs.identity import identity_of
+from flexgen.jobs.identity import Identity, identity_of
 from flexgen.jobs.input_file import copy_input, settle_input
 from flexgen.jobs.interrupt import StopRequest
 from flexgen.jobs.model import JobModel
@@ -36,6 +36,7 @@ def answer_lines(
     retry_errors: bool = False,
     on_progress: Callable[[Progress], None] | None = None,
     stop: StopRequest | None = None,
+    identity: Identity | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Answer lines, as `flexgen run` does, and return their records in the order of the lines.
 
@@ -53,6 +54,7 @@ def answer_lines(
         retry_errors: Whether to answer lines again that ended in an error.
         on_progress: A callback that is called with the progress of the run.
         stop: A request to stop, which another thread may make.
+        identity: What `identity_of` returns for the model and the defaults, where the caller knows it already.
 
     Raises:
         RequestError: A line is not a JSON object; nothing has run then.
@@ -66,7 +68,7 @@ def answer_lines(
         try:
             source = copy_input(kept, (_encoded(number, line) for number, line in enumerate(lines, 1)))
             with Store(kept) as store:
-                store.begin(identity_of(model, defaults), model.name, accept_changes=accept_changes)
+                store.begin(identity or identity_of(model, defaults), model.name, accept_changes=accept_changes)
                 job = Job(model, source, store, defaults=defaults, stop=stop)
                 job.match(accept_changes=accept_changes)
                 if retry_errors:

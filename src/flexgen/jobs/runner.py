@@ -11,7 +11,7 @@ import itertools
 import logging
 import time
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from flexgen.api.job_request import JobRequest
@@ -31,7 +31,8 @@ from flexgen.jobs.store import Store
 from flexgen.plan.tell.forecast import Plan
 from flexgen.plan.workload import Workload
 from flexgen.report.progress import Progress
-from flexgen.request import PartialAnswer, SamplingParams, TokenRequest, most_likeliest
+from flexgen.request import PartialAnswer, SamplingParams, TokenRequest
+from flexgen.session.lengths import Lengths
 from flexgen.text.common_prefixes import NO_PREFIXES
 
 logger = logging.getLogger(__name__)
@@ -133,13 +134,8 @@ class Job:
             StorageError: The input cannot be read, or an error cannot be stored.
         """
         self.num_lines, self._pending, self.remarks = 0, array("Q"), Remarks(self.model.name)
-        same: dict[int, int] = {}  # one object per length: a tuple of a million of them stays small
-        prompt_lens: list[int] = []
-        output_lens: list[int] = []
-        scored_lens: list[int] = []
-        shared_lens: list[int] = []
-        may_end_early, num_likeliest = False, 0
         census, prefixes = Census(), self.model.prefix_census()
+        lengths = Lengths(prefixes)
         for request, token_requests in self._reader().read(self._unanswered()):
             census.add(request.line_number, request.id)
             if request.error is not None:
@@ -147,38 +143,22 @@ class Job:
                 continue
             self.remarks.note(request)
             self._pending.append(request.digest)
-            may_end_early = may_end_early or any(each.may_end_early for each in token_requests)
-            num_likeliest = most_likeliest(token_requests, num_likeliest)
-            for lengths in self._lengths(request, token_requests):
-                for known, length in zip((prompt_lens, output_lens, scored_lens), lengths, strict=True):
-                    known.append(same.setdefault(length, length))
+            kept = self.store.kept(request.line_number, request.digest) if self.store is not None else {}
             for each in token_requests:
-                shared_len = prefixes.add(each.sharable, each.offered) if prefixes is not None else 0
-                shared_lens.append(same.setdefault(shared_len, shared_len))
+                _, choice = line_and_choice(each.index)
+                lengths.add(each, len(kept[choice].generated.token_ids) if choice in kept else 0)
         self._prefixes = NO_PREFIXES if prefixes is None else prefixes.common()
         if repeated := census.repeated():
             logger.warning("%s: %s lines have the id of an earlier line; all are answered", self.name, f"{len(repeated):,}")
         if self.store is not None:
             self.store.commit()
-        return Workload(
-            prompt_lens=tuple(prompt_lens), output_lens=tuple(output_lens), shared_lens=tuple(shared_lens), scored_lens=tuple(scored_lens),
-            may_end_early=may_end_early, num_likeliest=num_likeliest,
-        )  # fmt: skip
+        return lengths.workload()
 
     def _note_bad(self, request: JobRequest, error: RequestError) -> None:
         self.num_bad_lines += 1
         self.first_bad = self.first_bad or f"line {request.line_number}: {error}"
         if self.store is not None:
             add_failure(self.store, request, error)
-
-    def _lengths(self, request: JobRequest, token_requests: Sequence[TokenRequest]) -> Iterator[tuple[int, int, int]]:
-        """Yield, for each choice, its prompt tokens, the most tokens to generate and the scored ones; those of earlier runs are prompt."""
-        kept = self.store.kept(request.line_number, request.digest) if self.store is not None else {}
-        for each in token_requests:
-            _, choice = line_and_choice(each.index)
-            before = len(kept[choice].generated.token_ids) if choice in kept else 0
-            most = max(each.max_tokens - before, 1) if each.max_tokens else 0
-            yield max(each.num_computed, 1) + before, most, each.num_scored
 
     def open(self, workload: Workload) -> Plan:
         """Open the model for the workload that the scan returned, and return its plan."""

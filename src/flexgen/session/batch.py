@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
 from flexgen.outputs import ClassificationRequestOutput, RequestOutput
-from flexgen.plan.workload import Workload
-from flexgen.request import SamplingParams, TokenRequest, TokenResult, most_likeliest
+from flexgen.request import SamplingParams, TokenRequest, TokenResult
+from flexgen.session.lengths import Lengths
 from flexgen.session.served import ServedModel
 from flexgen.text.answers import RequestTranslator
 from flexgen.text.choices import Choice, classified, texts_to_encode, tokens_at_seam
-from flexgen.text.common_prefixes import NO_PREFIXES, PrefixCensus
+from flexgen.text.common_prefixes import NO_PREFIXES
 from flexgen.text.encoding import ids_or_raise
 from flexgen.text.prompts import Prompt, as_choices, as_params, naming, texts_and_ids
 
@@ -55,21 +55,13 @@ class Batch(Generic[_Output]):
         if not self.requests:
             return []
         census = model.prefix_census()
-        workload = self._workload(census)
+        lengths = Lengths(census)
+        for request in self.requests:
+            lengths.add(request)
+        workload = lengths.workload()
         run = model.run(self.requests, workload, prefixes=NO_PREFIXES if census is None else census.common())
         results = {result.index: result for result in _with_bar(run, len(workload), use_tqdm)}
         return [output({each.index: results[each.index] for each in requests}) for requests, output in self._prompts]
-
-    def _workload(self, census: PrefixCensus | None) -> Workload:
-        """Return the lengths of the requests; `census` counts their prompts, unless nothing is shared."""
-        return Workload(
-            prompt_lens=tuple(max(request.num_computed, 1) for request in self.requests),
-            output_lens=tuple(request.max_tokens for request in self.requests),
-            shared_lens=() if census is None else tuple(census.add(request.sharable, request.offered) for request in self.requests),
-            scored_lens=tuple(request.num_scored for request in self.requests),
-            may_end_early=any(request.may_end_early for request in self.requests),
-            num_likeliest=most_likeliest(self.requests),
-        )
 
 
 def completion_batch(
