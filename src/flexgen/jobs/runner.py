@@ -134,8 +134,7 @@ class Job:
             StorageError: The input cannot be read, or an error cannot be stored.
         """
         self.num_lines, self._pending, self.remarks = 0, array("Q"), Remarks(self.model.name)
-        census, prefixes = Census(), self.model.prefix_census()
-        lengths = Lengths(prefixes)
+        census, lengths = Census(), Lengths(self.model.prefix_census())
         for request, token_requests in self._reader().read(self._unanswered()):
             census.add(request.line_number, request.id)
             if request.error is not None:
@@ -147,7 +146,7 @@ class Job:
             for each in token_requests:
                 _, choice = line_and_choice(each.index)
                 lengths.add(each, len(kept[choice].generated.token_ids) if choice in kept else 0)
-        self._prefixes = NO_PREFIXES if prefixes is None else prefixes.common()
+        self._prefixes = lengths.common_prefixes()
         if repeated := census.repeated():
             logger.warning("%s: %s lines have the id of an earlier line; all are answered", self.name, f"{len(repeated):,}")
         if self.store is not None:

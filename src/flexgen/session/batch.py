@@ -11,7 +11,6 @@ from flexgen.session.lengths import Lengths
 from flexgen.session.served import ServedModel
 from flexgen.text.answers import RequestTranslator
 from flexgen.text.choices import Choice, classified, texts_to_encode, tokens_at_seam
-from flexgen.text.common_prefixes import NO_PREFIXES
 from flexgen.text.encoding import ids_or_raise
 from flexgen.text.prompts import Prompt, as_choices, as_params, naming, texts_and_ids
 
@@ -54,12 +53,11 @@ class Batch(Generic[_Output]):
         """
         if not self.requests:
             return []
-        census = model.prefix_census()
-        lengths = Lengths(census)
+        lengths = Lengths(model.prefix_census())
         for request in self.requests:
             lengths.add(request)
         workload = lengths.workload()
-        run = model.run(self.requests, workload, prefixes=NO_PREFIXES if census is None else census.common())
+        run = model.run(self.requests, workload, prefixes=lengths.common_prefixes())
         results = {result.index: result for result in _with_bar(run, len(workload), use_tqdm)}
         return [output({each.index: results[each.index] for each in requests}) for requests, output in self._prompts]
 

@@ -1,14 +1,14 @@
-"""The lengths of requests, gathered one by one in little memory, which the plan depends on."""
+"""What a plan depends on: the lengths of requests and what prompts have in common, gathered one by one in little memory."""
 
 from __future__ import annotations
 
 from flexgen.plan.workload import Workload
 from flexgen.request import TokenRequest
-from flexgen.text.common_prefixes import PrefixCensus
+from flexgen.text.common_prefixes import NO_PREFIXES, CommonPrefixes, PrefixCensus
 
 
 class Lengths:
-    """Gathers the lengths of requests.
+    """Gathers the lengths of requests, and the common prefixes of their prompts.
 
     Args:
         census: The census that finds what prompts have in common; None where nothing is shared.
@@ -40,6 +40,10 @@ class Lengths:
 
     def _note(self, lengths: list[int], length: int) -> None:
         lengths.append(self._same.setdefault(length, length))
+
+    def common_prefixes(self) -> CommonPrefixes:
+        """Return what prompts have in common."""
+        return NO_PREFIXES if self._census is None else self._census.common()
 
     def workload(self) -> Workload:
         """Return the lengths of all requests so far, in their order."""
