@@ -32,7 +32,7 @@ from flexgen.plan.tell.forecast import Plan
 from flexgen.plan.workload import Workload
 from flexgen.report.progress import Progress
 from flexgen.request import PartialAnswer, SamplingParams, TokenRequest
-from flexgen.session.lengths import Lengths
+from flexgen.session.lengths import RequestLengths
 from flexgen.text.common_prefixes import NO_PREFIXES
 
 logger = logging.getLogger(__name__)
@@ -134,7 +134,7 @@ class Job:
             StorageError: The input cannot be read, or an error cannot be stored.
         """
         self.num_lines, self._pending, self.remarks = 0, array("Q"), Remarks(self.model.name)
-        census, lengths = Census(), Lengths(self.model.prefix_census())
+        census, lengths = Census(), RequestLengths(self.model.prefix_census())
         for request, token_requests in self._reader().read(self._unanswered()):
             census.add(request.line_number, request.id)
             if request.error is not None:

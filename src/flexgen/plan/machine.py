@@ -28,6 +28,11 @@ ORIGINS = ("measured", "datasheet", "paper")
 _DEVICES = tuple(name for name in DEVICES if name != "auto")
 
 
+def has_device_tier(device: str) -> bool:
+    """Return whether a device is apart from the host, with memory of its own behind a link; a CPU computes in host memory."""
+    return device != "cpu"
+
+
 @dataclass(frozen=True, slots=True)
 class Rate:
     """Work per second, measured in several rounds.

@@ -6,7 +6,7 @@ import torch
 
 from flexgen.base.quantities import MIB
 from flexgen.formats.plain import cast_into, dtype_name
-from flexgen.plan.machine import Rate
+from flexgen.plan.machine import Rate, has_device_tier
 from flexgen.profile.compute import wait
 from flexgen.profile.timing import measured_rate
 
@@ -23,9 +23,9 @@ def copy_rates(device: str, max_bytes: int, seconds: float) -> tuple[Rate | None
     """Measure copies in bytes per second.
 
     Returns:
-        The rates from host to device and from device to host; None without a separate device.
+        The rates from host to device and from device to host; None without a device tier.
     """
-    if device == "cpu":
+    if not has_device_tier(device):
         return None, None
     size = min(max_bytes // 2, 64 * MIB)
     host = torch.empty(size, dtype=torch.uint8, pin_memory=device == "cuda").fill_(1)

@@ -10,7 +10,7 @@ from pathlib import Path
 from flexgen.base.quantities import GIB, format_size, parse_size
 from flexgen.errors import CapacityError, OptionError
 from flexgen.options import EngineOptions
-from flexgen.plan.machine import DEVICE_SHARE, DISK_SHARE, HOST_SHARE, Limits
+from flexgen.plan.machine import DEVICE_SHARE, DISK_SHARE, HOST_SHARE, Limits, has_device_tier
 from flexgen.profile.system import Ceiling, file_system, host_ceilings, own_memory
 
 SIM_DEVICE_BYTES = 1 * GIB
@@ -106,7 +106,7 @@ def _host_budget(wanted: str | None, hard: Ceiling, tightest: Ceiling, simulated
 
 def _device_budget(device: str, text: str | None, host_total: int, cuda_memory: Callable[[], tuple[int, int] | None]) -> tuple[int, int]:
     """Return the device's budget and total in bytes."""
-    if device == "cpu":
+    if not has_device_tier(device):
         if text is not None:
             raise OptionError(f"--device-mem {text}: on a CPU device there is no device tier; use --host-mem")
         return 0, 0

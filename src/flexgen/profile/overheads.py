@@ -20,7 +20,7 @@ from flexgen.devices.open import open_device
 from flexgen.engine.engine import Engine
 from flexgen.formats.plain import dtype_name
 from flexgen.models.assemble import AssembledModel, assemble_model
-from flexgen.plan.machine import Machine, Overheads, Rate
+from flexgen.plan.machine import Machine, Overheads, Rate, has_device_tier
 from flexgen.plan.policy import Fractions, Policy
 from flexgen.plan.price.pass_time import elementwise_bytes, rate_at
 from flexgen.profile.compute import random_numbers
@@ -161,11 +161,11 @@ def _model(folder: Path, config: PreTrainedConfig, dtype: torch.dtype) -> Assemb
 
 
 def _policy(device: str, dtype: torch.dtype, machine: Machine) -> Policy:
-    on_cpu = device == "cpu"
-    home = Fractions(host=1.0) if on_cpu else Fractions(device=1.0)
+    on_device = has_device_tier(device)
+    home = Fractions(device=1.0) if on_device else Fractions(host=1.0)
     return Policy(
-        device=device, dtype=dtype_name(dtype), weights=home, kv=home, kv_device_bytes=0 if on_cpu else 16 * MIB,
-        kv_host_bytes=16 * MIB if on_cpu else 0, kv_disk_bytes=0, host_ring_bytes=4 * MIB, device_ring_bytes=0 if on_cpu else 4 * MIB,
+        device=device, dtype=dtype_name(dtype), weights=home, kv=home, kv_device_bytes=16 * MIB if on_device else 0,
+        kv_host_bytes=0 if on_device else 16 * MIB, kv_disk_bytes=0, host_ring_bytes=4 * MIB, device_ring_bytes=4 * MIB if on_device else 0,
         workspace_bytes=16 * MIB, embedding_resident=True, schedule="zigzag", max_num_seqs=NUM_SEQUENCES, prefill_tokens=NUM_SEQUENCES,
         micro_batch_tokens=NUM_SEQUENCES, page_tokens=16, compute_threads=machine.cores, io_threads=machine.io_threads, longest_sequence=64,
     )  # fmt: skip

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+from flexgen.plan.machine import has_device_tier
 from flexgen.plan.search.ideal import Budgets, least_ideal_seconds
 from flexgen.plan.tell.forecast import Forecast, Plan
 from flexgen.plan.workload import Workload
@@ -118,7 +119,7 @@ def _rate_ratios(log: RunLog, device: str) -> dict[str, float]:
     if disk > LEAST_SHARE * passes.seconds and busy > 0:
         ratios["disk"] = disk / busy
     computing = passes.seconds - sum(passes.waits.values())
-    if device == "cpu" and passes.expected.get("compute", 0.0) > LEAST_SHARE * passes.seconds and computing > 0:
+    if not has_device_tier(device) and passes.expected.get("compute", 0.0) > LEAST_SHARE * passes.seconds and computing > 0:
         ratios["compute"] = passes.expected["compute"] / computing
     return ratios
 

@@ -7,7 +7,7 @@ from typing import Any, Generic, TypeVar
 
 from flexgen.outputs import ClassificationRequestOutput, RequestOutput
 from flexgen.request import SamplingParams, TokenRequest, TokenResult
-from flexgen.session.lengths import Lengths
+from flexgen.session.lengths import RequestLengths
 from flexgen.session.served import ServedModel
 from flexgen.text.answers import RequestTranslator
 from flexgen.text.choices import Choice, classified, texts_to_encode, tokens_at_seam
@@ -53,7 +53,7 @@ class Batch(Generic[_Output]):
         """
         if not self.requests:
             return []
-        lengths = Lengths(model.prefix_census())
+        lengths = RequestLengths(model.prefix_census())
         for request in self.requests:
             lengths.add(request)
         workload = lengths.workload()

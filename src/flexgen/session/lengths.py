@@ -7,7 +7,7 @@ from flexgen.request import TokenRequest
 from flexgen.text.common_prefixes import NO_PREFIXES, CommonPrefixes, PrefixCensus
 
 
-class Lengths:
+class RequestLengths:
     """Gathers the lengths of requests, and the common prefixes of their prompts.
 
     Args:
