@@ -346,7 +346,7 @@ def test_lines_that_fail_for_themselves_stop_nothing(llm: LLM, tmp_path: Path, o
 
 
 def test_what_a_run_tells_while_it_goes_on(llm: LLM, tmp_path: Path, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flexgen.jobs.runner.STATUS_SECONDS", 0.0)
+    monkeypatch.setattr("flexgen.jobs.runs.STATUS_SECONDS", 0.0)
     source = write(tmp_path / "in.jsonl", *({"prompt": "ab", "max_tokens": 3} for _ in range(8)))
     found = []
     with opened(llm, source, output) as job:

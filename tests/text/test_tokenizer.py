@@ -13,8 +13,9 @@ from tokenizer_kinds import KINDS, SPECIAL, ids_of, make_tokenizer
 from transformers import AutoTokenizer
 
 from flexgen.errors import ModelError, RequestError
+from flexgen.text.defaults import eos_token_ids
 from flexgen.text.stream import TextStream, decode_behind
-from flexgen.text.tokenizer import UNFINISHED, Tokenizer, check_text, eos_token_ids
+from flexgen.text.tokenizer import UNFINISHED, Tokenizer, check_text
 
 TEXTS = ["It was a dark and stormy night", "", "naïve café ☕ 日本語 \x00 \n\r\n", "</s>", " two  spaces "]
 

@@ -38,7 +38,6 @@ from flexgen.text.common_prefixes import NO_PREFIXES
 logger = logging.getLogger(__name__)
 
 CHECKPOINT_SECONDS = 30.0
-STATUS_SECONDS = 2.0  # the least time between two snapshots for `flexgen status`
 
 
 class Job:
@@ -218,7 +217,7 @@ class Job:
 
     def _answer(self, serving: Serving, store: Store, workload: Workload, on_progress: Callable[[Progress], None] | None) -> None:
         unfinished: Iterable[PartialAnswer] = ()
-        tell = self._teller(store)
+        tell = store.run.teller(store.num_output_tokens, self._planned_seconds)
 
         def within_pass(progress: Progress) -> None:
             store.commit_if_due()
@@ -247,21 +246,6 @@ class Job:
         num_left = len(self._pending) - serving.num_taken + serving.num_unfinished
         if num_left:
             raise EngineError(f"the engine left {num_left:,} of {len(self._pending):,} lines unanswered")
-
-    def _teller(self, store: Store) -> Callable[[Progress], None]:
-        """Return a callback that leaves snapshots for `flexgen status`, at most every STATUS_SECONDS."""
-        tokens_before, planned = store.num_output_tokens, self._planned_seconds
-        store.run.tell(output_tokens=tokens_before, in_progress=0, eta_seconds=planned, planned_seconds=planned)
-        following = time.monotonic() + STATUS_SECONDS
-
-        def tell(progress: Progress) -> None:
-            nonlocal following
-            if time.monotonic() >= following:
-                following = time.monotonic() + STATUS_SECONDS
-                tokens, left = tokens_before + progress.output_tokens, progress.eta_seconds
-                store.run.tell(output_tokens=tokens, in_progress=progress.num_live_sequences, eta_seconds=left, planned_seconds=planned)
-
-        return tell
 
     # -- reading ------------------------------------------------------------------------------------------------------------------------
 

@@ -10,8 +10,13 @@ import json
 import os
 import sqlite3
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+
+from flexgen.report.progress import Progress
+
+STATUS_SECONDS = 2.0  # the least time between two snapshots for `flexgen status`
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +101,27 @@ class RunRecorder:
     def end(self, ending: str) -> None:
         """Record the reason why the run ended."""
         self._connection.execute("UPDATE runs SET ending = ? WHERE id = ?", (ending, self._id))
+
+    def teller(self, tokens_before: int, planned_seconds: float | None) -> Callable[[Progress], None]:
+        """Leave a first snapshot, and return a callback that leaves others, at most every STATUS_SECONDS.
+
+        Args:
+            tokens_before: Number of tokens that earlier runs had generated.
+            planned_seconds: The time that the plan expects the run to take.
+        """
+        self.tell(output_tokens=tokens_before, in_progress=0, eta_seconds=planned_seconds, planned_seconds=planned_seconds)
+        following = time.monotonic() + STATUS_SECONDS
+
+        def tell(progress: Progress) -> None:
+            nonlocal following
+            if time.monotonic() >= following:
+                following = time.monotonic() + STATUS_SECONDS
+                self.tell(
+                    output_tokens=tokens_before + progress.output_tokens, in_progress=progress.num_live_sequences,
+                    eta_seconds=progress.eta_seconds, planned_seconds=planned_seconds,
+                )  # fmt: skip
+
+        return tell
 
     def tell(self, *, output_tokens: int, in_progress: int, eta_seconds: float | None, planned_seconds: float | None) -> None:
         """Replace the snapshot.  A failure is ignored, because storing results would fail as well and report it."""

@@ -26,9 +26,10 @@ from flexgen.session.session import EngineSession, plan_job
 from flexgen.session.turns import Turns
 from flexgen.text.answers import RequestTranslator
 from flexgen.text.common_prefixes import NO_PREFIXES, CommonPrefixes, PrefixCensus
+from flexgen.text.defaults import eos_token_ids
 from flexgen.text.encoding import Encoder
 from flexgen.text.guides import Guides
-from flexgen.text.tokenizer import Tokenizer, eos_token_ids
+from flexgen.text.tokenizer import Tokenizer
 from flexgen.text.tools import Tools
 
 

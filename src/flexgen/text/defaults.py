@@ -1,13 +1,15 @@
-"""A model's own limits and sampling defaults, which hold where a request states none, and the seeds of requests that name none."""
+"""A model's own limits, ends of answers and sampling defaults, for requests that state none, and the seeds of requests that name none."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from typing import Any
 
 from flexgen.errors import ModelError, OptionError, RequestError
 from flexgen.request import SamplingParams
+from flexgen.text.tokenizer import Tokenizer
 
 _CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length")  # the first is usual
 
@@ -36,6 +38,24 @@ def token_limits(name: str, config: Any, max_model_len: int | None) -> tuple[int
     if context is not None and max_model_len > context:
         raise OptionError(f"max_model_len={max_model_len} is more than the model's context of {context}")
     return vocab_size, max_model_len
+
+
+def eos_token_ids(config: dict[str, Any], generation_config: dict[str, Any], tokenizer: Tokenizer | None) -> frozenset[int]:
+    """Return every id that ends an answer: generation_config.json's, else config.json's, and the tokenizer's own (as in vLLM).
+
+    Raises:
+        ModelError: An eos_token_id is neither an id nor a list of ids.
+    """
+    value = generation_config.get("eos_token_id")
+    if value is None:
+        value = config.get("eos_token_id")
+    if value is None and isinstance(config.get("text_config"), dict):
+        value = config["text_config"].get("eos_token_id")
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+        raise ModelError(f"eos_token_id is {json.dumps(value)}, neither an id nor a list of ids")
+    own = tokenizer.eos_token_id if tokenizer is not None else None
+    return frozenset(ids if own is None else [*ids, own])
 
 
 # The settings that vLLM adopts: their names in generation_config.json and in SamplingParams.

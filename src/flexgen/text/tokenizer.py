@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import functools
-import json
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 from flexgen.errors import FlexGenError, ModelError, RequestError, is_failure
 from flexgen.hub.private_folder import tokenizer_folder
 from flexgen.text.growth import TextSizes, check_file
+from flexgen.text.pieces import piece_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -21,7 +20,6 @@ _BATCH_BYTES = 256 << 10  # of texts that are tokenised together
 _BATCH_TEXTS = 256
 _NUM_CONTEXT = 5  # tokens of a prompt behind which its answer is decoded: vLLM's number
 _NUM_CHARACTER = 4  # tokens that may make up one character: UTF-8's most
-_BYTE_PIECE = re.compile("<0x([0-9A-F]{2})>")  # how a vocabulary with byte fallback names a byte
 
 
 class Tokenizer:
@@ -221,7 +219,7 @@ class Tokenizer:
         """
         text = self.decode([token_id], skip_special_tokens=False)
         if UNFINISHED in text:
-            return text, _piece_bytes(self.hf.convert_ids_to_tokens(token_id), text)
+            return text, piece_bytes(self.hf.convert_ids_to_tokens(token_id), text)
         if token_id in self._skipped:
             return text, None
         twice = self.decode([token_id, token_id], skip_special_tokens=False)
@@ -244,30 +242,6 @@ class Tokenizer:
 
 
 _CONTINUATIONS = frozenset(bytes([byte]) for byte in range(0x80, 0xC0))  # bytes of UTF-8 that begin no character
-
-
-def _piece_bytes(piece: object, text: str) -> bytes:
-    """Return the bytes of a vocabulary entry that is not a whole text.
-
-    It is named as byte fallback does, or written in the alphabet of byte-level vocabularies.
-    """
-    if not isinstance(piece, str):
-        return text.encode()
-    if (byte := _BYTE_PIECE.fullmatch(piece)) is not None:
-        return bytes.fromhex(byte[1])
-    alphabet = _byte_alphabet()
-    return bytes(alphabet[each] for each in piece) if all(each in alphabet for each in piece) else text.encode()
-
-
-@functools.cache
-def _byte_alphabet() -> dict[str, int]:
-    """Return GPT-2's alphabet of bytes.
-
-    Printable bytes stand for themselves; the others, in their order, are written as the characters from the 256th on.
-    """
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + index): byte for index, byte in enumerate(others)}
 
 
 def no_room(num_tokens: int, max_model_len: int) -> RequestError:
@@ -305,21 +279,3 @@ def check_text(text: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise RequestError(f"the prompt has a lone surrogate at character {error.start}", param="prompt") from error
-
-
-def eos_token_ids(config: dict[str, Any], generation_config: dict[str, Any], tokenizer: Tokenizer | None) -> frozenset[int]:
-    """Return every id that ends an answer: generation_config.json's, else config.json's, and the tokenizer's own (as in vLLM).
-
-    Raises:
-        ModelError: An eos_token_id is neither an id nor a list of ids.
-    """
-    value = generation_config.get("eos_token_id")
-    if value is None:
-        value = config.get("eos_token_id")
-    if value is None and isinstance(config.get("text_config"), dict):
-        value = config["text_config"].get("eos_token_id")
-    ids = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
-        raise ModelError(f"eos_token_id is {json.dumps(value)}, neither an id nor a list of ids")
-    own = tokenizer.eos_token_id if tokenizer is not None else None
-    return frozenset(ids if own is None else [*ids, own])

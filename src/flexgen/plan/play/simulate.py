@@ -17,7 +17,8 @@ import numpy.typing as npt
 from flexgen.options import SCHEDULES, TIERS
 from flexgen.plan.machine import Machine
 from flexgen.plan.model import ModelSpec
-from flexgen.plan.play.admit import Admissions, Needs, Pools, Rules, admit
+from flexgen.plan.play.admit import admit
+from flexgen.plan.play.rules import Admissions, Needs, Pools, Rules
 from flexgen.plan.policy import Policy
 from flexgen.plan.price.pass_time import Expectation
 from flexgen.plan.price.requests import Floats, Ints, held_kv_bytes, is_next_token, shared_kv_bytes, visible_pairs
