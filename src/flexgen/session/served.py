@@ -1,6 +1,6 @@
-"""A model that takes requests: from texts to tokens, from tokens to results, and back, in a process that keeps at most one engine open.
+"""A model that takes requests: texts become tokens, tokens results, and results texts, over at most one open engine.
 
-Jobs, evaluations and `LLM` ask this and nothing below it.  Knows nothing of files of requests, nor of what a prompt is to a user.
+Jobs, evaluations and `LLM` ask this.  Knows nothing of files of requests.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from flexgen.text.tools import Tools
 class ServedModel:
     """A model that takes requests.
 
-    The engine is opened by the first work, because the plan depends on it.  When this is garbage collected, it closes.
+    The engine is opened by the first work, because the plan depends on it, and closed with this, or when this is garbage collected.
 
     Args:
         resolved: The files of the model, and the options.
