@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from flexgen.base.quantities import MIB
 from flexgen.options import DTYPE_BYTES
-from flexgen.plan.machine import Limits
+from flexgen.plan.machine import Limits, has_device_tier
 from flexgen.plan.model import ModelSpec
 from flexgen.plan.policy import SCORED_SLICE_BYTES, Fractions, Policy
 from flexgen.plan.price.requests import JobSizes
@@ -62,7 +62,7 @@ def reserved(
     host = {"process": process_bytes, "allowance": allowance_bytes(limits), "weights": held["host"], "KV": policy.kv_host_bytes}
     host |= {"weight staging": policy.host_ring_bytes, "KV staging": policy.kv_staging_bytes + policy.kv_tail_bytes}
     tiers = {"host": host}
-    if policy.device == "cpu":
+    if not has_device_tier(policy.device):
         host |= computing
     else:
         host["decoding"] = decoding_bytes
@@ -172,7 +172,7 @@ class PlacedWeights:
         homes = unit_homes(self._spec, weights)
         from_disk = [unit.disk_bytes for unit, home in zip(self._spec.units, homes, strict=True) if home == "disk"]
         crossing = [unit.carried_bytes for unit, home in zip(self._spec.units, homes, strict=True) if home != "device"]
-        over_link = crossing if self._device != "cpu" else []
+        over_link = crossing if has_device_tier(self._device) else []
         return Placement(
             held=weight_bytes(self._spec, homes),
             from_disk=sum(from_disk),

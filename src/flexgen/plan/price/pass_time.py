@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from flexgen.options import DTYPE_BYTES
-from flexgen.plan.machine import Curve, Machine
+from flexgen.plan.machine import Curve, Machine, has_device_tier
 from flexgen.plan.model import ModelSpec
 from flexgen.plan.policy import Policy
 from flexgen.plan.price.work import PassWork, active_share
@@ -71,7 +71,7 @@ class Expectation:
         return self._together(apart, policy)
 
     def _together(self, apart: dict[str, Any], policy: Policy) -> dict[str, Any]:
-        if policy.device != "cpu":
+        if has_device_tier(policy.device):
             return apart
         disk, compute = apart["disk"], apart["compute"]
         d, c = self.machine.disk_slowdown, self.machine.compute_slowdown
@@ -80,7 +80,7 @@ class Expectation:
     def busy(self, work: PassWork, policy: Policy) -> dict[str, Any]:
         """Return the seconds that each resource is in use in a pass, which are more where another resource slows it down."""
         apart = self.apart(work, policy)
-        if policy.device != "cpu":
+        if has_device_tier(policy.device):
             return apart
         together = self._together(apart, policy)
         slowed = {"disk": self.machine.disk_slowdown, "compute": self.machine.compute_slowdown}
@@ -106,7 +106,7 @@ class Expectation:
         host = host + work.decoded_bytes / (self._cast or machine.host_memory.typical / 3)
         working = work.disk_read_bytes * machine.disk_core_seconds_per_byte + work.num_disk_requests * machine.disk_request.core_seconds
         host = host + working / machine.cores
-        if policy.device == "cpu":
+        if not has_device_tier(policy.device):
             compute, host, lead = compute + host + lead, 0.0, 0.0
         memory = machine.host_memory
         disk = work.disk_read_bytes / machine.disk_read.typical + work.disk_write_bytes / machine.disk_write.typical

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from flexgen.options import DTYPE_BYTES, TIERS
-from flexgen.plan.machine import Machine
+from flexgen.plan.machine import Machine, has_device_tier
 from flexgen.plan.model import KVGroupSpec, ModelSpec, UnitSpec
 from flexgen.plan.policy import Fractions, Policy
 
@@ -152,7 +152,7 @@ def weights_work(spec: ModelSpec, homes: Sequence[str], device: str) -> PassWork
     """
     disk = link = memory = decoded = streamed = 0
     for unit, home in zip(spec.units, homes, strict=True):
-        crosses = device != "cpu" and home != "device"
+        crosses = has_device_tier(device) and home != "device"
         streamed += home == "disk" or crosses
         if home == "disk":
             disk += unit.disk_bytes
@@ -190,7 +190,7 @@ def price(load: PassLoad, spec: ModelSpec, policy: Policy, weights: PassWork) ->
     if not policy.embedding_resident:
         rows = tokens * spec.embedding_row_bytes
         disk_read = disk_read + rows
-        if device != "cpu":
+        if has_device_tier(device):
             to_device, memory = to_device + rows, memory + rows
     # With a separate device, q goes to the host, which attends to the KV there, and the result comes back: about hidden_size each.
     crossing = sum(group.num_layers for group in groups) * spec.hidden_size * DTYPE_BYTES[policy.dtype]
@@ -203,7 +203,7 @@ def price(load: PassLoad, spec: ModelSpec, policy: Policy, weights: PassWork) ->
             continue
         written = (load.prompt_tokens[home] + load.next_tokens[home]) * spec.kv_bytes_per_token
         memory = memory + read + written
-        if device != "cpu":
+        if has_device_tier(device):
             to_host = to_host + written + load.next_tokens[home] * crossing
             to_device = to_device + load.next_tokens[home] * crossing
         if home == "disk":
@@ -238,7 +238,7 @@ def _num_micro_batches(load: PassLoad, policy: Policy) -> Any:
 
     Next tokens and prompts share one only where computing and all KV are in the same memory.
     """
-    mixed = policy.device == "cpu"
+    mixed = not has_device_tier(policy.device)
     number: Any = 0
     for home in load.attended_tokens:
         kinds = [load.prompt_tokens[home], load.next_tokens[home]]

@@ -7,7 +7,7 @@ import dataclasses
 
 from flexgen.base.quantities import align_up
 from flexgen.options import TIERS
-from flexgen.plan.machine import Limits, Machine
+from flexgen.plan.machine import Limits, Machine, has_device_tier
 from flexgen.plan.model import ModelSpec
 from flexgen.plan.policy import PAGE_TOKENS, Fractions, Policy
 from flexgen.plan.price.memory import RING_UNITS, PlacedWeights, activation_bytes, embedding_table_bytes, reserved
@@ -87,7 +87,7 @@ class Drafts:
             compute_threads=self._machine.cores,
             io_threads=self._machine.io_threads,
         )
-        scratch = placement.scratch_bytes if self._limits.device == "cpu" else 0
+        scratch = 0 if has_device_tier(self._limits.device) else placement.scratch_bytes
         return dataclasses.replace(draft, workspace_bytes=self._activations(draft, draft.max_num_seqs) + scratch)
 
     def for_seqs(self, draft: Policy, max_num_seqs: int) -> Policy:
@@ -131,7 +131,7 @@ def _ring(largest: int, streamed: int, wanted: float, tier_bytes: int) -> int:
 def placed_weights(weight_bytes: int, device: str, device_bytes: float, host_bytes: float, on_device: float, on_host: float) -> Fractions:
     """Return home shares of the weights that use `on_device` and `on_host` (0 to 1) of the most that fits each tier."""
     whole = max(weight_bytes, 1)
-    share = on_device * min(max(device_bytes, 0) / whole, 1.0) if device != "cpu" else 0.0
+    share = on_device * min(max(device_bytes, 0) / whole, 1.0) if has_device_tier(device) else 0.0
     host = on_host * min(max(host_bytes, 0) / whole, 1.0 - share)
     disk = 1.0 - share - host
     return Fractions(device=share, host=host, disk=disk if disk > 1e-9 else 0.0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from flexgen.plan.machine import has_device_tier
 from flexgen.plan.play.sampling import Sample, Samples, play_sample
 from flexgen.plan.play.simulate import Simulation
 from flexgen.plan.policy import Policy
@@ -68,7 +69,7 @@ class Outcome:
 
 def objective(policy: Policy, quota: float, seconds: float) -> float:
     """Return the number to minimise: seconds, and a little more for long passes, for what moves and for what is written to disk."""
-    computing = "host" if policy.device == "cpu" else "device"
+    computing = "device" if has_device_tier(policy.device) else "host"
     moving = 2 - getattr(policy.weights, computing) - getattr(policy.kv, computing) + policy.weights.disk
     return seconds * (1 + LONG_PASS_PENALTY * quota + MOVING_PENALTY * moving + SPILL_PENALTY * policy.kv.disk)
 

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from flexgen.options import TIERS
-from flexgen.plan.machine import Limits, Machine
+from flexgen.plan.machine import Limits, Machine, has_device_tier
 from flexgen.plan.model import ModelSpec
 from flexgen.plan.policy import Fractions, Policy
 from flexgen.plan.price.requests import Floats, RequestLoad
@@ -59,11 +59,11 @@ class Budgets:
 
 def budgets_of(limits: Limits, spec: ModelSpec, process_bytes: int) -> Budgets:
     """Return the budgets for T*: everything but the process itself and the tensors that never move."""
-    on_cpu = limits.device == "cpu"
+    on_device = has_device_tier(limits.device)
     return Budgets(
         device=limits.device,
-        host_bytes=max(limits.host_bytes - process_bytes - (spec.resident_bytes if on_cpu else 0), 0),
-        device_bytes=0 if on_cpu else max(limits.device_bytes - spec.resident_bytes, 0),
+        host_bytes=max(limits.host_bytes - process_bytes - (0 if on_device else spec.resident_bytes), 0),
+        device_bytes=max(limits.device_bytes - spec.resident_bytes, 0) if on_device else 0,
         disk_bytes=0 if limits.offload_in_memory else limits.disk_bytes,
     )
 
@@ -92,7 +92,7 @@ class _Program:
 
     def __init__(self, spec: ModelSpec, machine: Machine, workload: Workload, budgets: Budgets, dtype: str) -> None:
         self._spec, self._machine, self._policy = spec, machine, _bare_policy(budgets.device, dtype)
-        self._tiers = ("host", "disk") if budgets.device == "cpu" else TIERS
+        self._tiers = TIERS if has_device_tier(budgets.device) else ("host", "disk")
         self._room = np.array([getattr(budgets, f"{tier}_bytes") for tier in self._tiers], dtype=np.float64)
         self.output_lens = np.array(workload.answer_lens)
         self._take_units()

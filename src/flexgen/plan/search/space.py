@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from flexgen.errors import OptionError
 from flexgen.options import DTYPE_BYTES, TIERS, EngineOptions, parse_placement
-from flexgen.plan.machine import Limits, Machine
+from flexgen.plan.machine import Limits, Machine, has_device_tier
 from flexgen.plan.model import ModelSpec
 from flexgen.plan.policy import PAGE_TOKENS, Fractions, Policy
 from flexgen.plan.price.memory import PlacedWeights
@@ -92,7 +92,7 @@ class Space:
             raise OptionError(f"dtype={options.dtype!r}: a plan needs one of {', '.join(DTYPE_BYTES)}")
         self.options, self.spec, self.machine, self.workload = options, spec, machine, workload
         self.dtype = options.dtype
-        self.on_cpu = limits.device == "cpu"
+        self.on_cpu = not has_device_tier(limits.device)
         self.computing = "host" if self.on_cpu else "device"
         self.weights = _pinned("weights", options.weights, limits.device)
         self.kv = _pinned("kv", options.kv, limits.device)
@@ -326,7 +326,7 @@ def _pinned(name: str, text: str | None, device: str) -> Fractions | None:
     if text is None:
         return None
     shares = parse_placement(text, name=name)
-    if device == "cpu" and shares["device"] > 0:
+    if not has_device_tier(device) and shares["device"] > 0:
         raise OptionError(f"{name}={text!r}: on a CPU device there is no device tier; divide between host and disk")
     return Fractions(**shares)
 

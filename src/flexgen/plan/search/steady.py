@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from flexgen.options import TIERS
+from flexgen.plan.machine import has_device_tier
 from flexgen.plan.policy import Policy
 from flexgen.plan.price.pass_time import RESOURCES, Expectation
 from flexgen.plan.price.requests import Floats, RequestLoad
@@ -67,7 +68,7 @@ class SteadyState:
         spec = expectation.spec
         fixed = _vector(expectation.resources(PassWork(), policy))
         self.fixed = fixed + expectation.machine.overheads.per_pass
-        tiers = ("host", "disk") if policy.device == "cpu" else TIERS
+        tiers = TIERS if has_device_tier(policy.device) else ("host", "disk")
         self.weights = {
             tier: _vector(expectation.resources(weights_work(spec, (tier,) * len(spec.units), policy.device), policy)) - fixed
             for tier in tiers
