@@ -69,7 +69,7 @@ class Headers:
         if number_format is None:
             return self
         encodings = number_format.find(self.tensors)
-        consumed = {part.tensor.name for each in encodings.values() for part in each.parts}
+        consumed = {name for each in encodings.values() for name in (*(part.tensor.name for part in each.parts), *each.beside)}
         tensors = {name: tensor for name, tensor in self.tensors.items() if name not in consumed}
         low_bit = [name for name, tensor in tensors.items() if tensor.dtype.is_floating_point and tensor.dtype.itemsize == 1]
         if not encodings or low_bit:

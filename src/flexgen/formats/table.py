@@ -10,13 +10,17 @@ from copy import deepcopy
 from typing import Any
 
 from flexgen.errors import UnsupportedModelError
+from flexgen.formats.awq import AWQ
 from flexgen.formats.base import NumberFormat
+from flexgen.formats.compressed_tensors import CompressedTensors
 from flexgen.formats.fp8_block import FP8Block
+from flexgen.formats.gptq import GPTQ
 from flexgen.formats.mxfp4 import MXFP4
 from flexgen.formats.plain import PlainNumbers
 from flexgen.options import DTYPE_BYTES
 
-FORMATS: Mapping[str, NumberFormat] = {each.name: each for each in (*map(PlainNumbers, DTYPE_BYTES), MXFP4(), FP8Block())}
+_INTEGERS = (CompressedTensors(), GPTQ(), AWQ())
+FORMATS: Mapping[str, NumberFormat] = {each.name: each for each in (*map(PlainNumbers, DTYPE_BYTES), MXFP4(), FP8Block(), *_INTEGERS)}
 
 
 def runs(number_format: str) -> bool:
