@@ -11,12 +11,15 @@ from typing import Any
 
 from flexgen.errors import UnsupportedModelError
 from flexgen.formats.base import NumberFormat
+from flexgen.formats.bitsandbytes import BitsAndBytes
 from flexgen.formats.fp8_block import FP8Block
+from flexgen.formats.modelopt import ModelOpt
 from flexgen.formats.mxfp4 import MXFP4
 from flexgen.formats.plain import PlainNumbers
 from flexgen.options import DTYPE_BYTES
 
-FORMATS: Mapping[str, NumberFormat] = {each.name: each for each in (*map(PlainNumbers, DTYPE_BYTES), MXFP4(), FP8Block())}
+_LOW_BIT = (MXFP4(), FP8Block(), ModelOpt(), BitsAndBytes())
+FORMATS: Mapping[str, NumberFormat] = {each.name: each for each in (*map(PlainNumbers, DTYPE_BYTES), *_LOW_BIT)}
 
 
 def runs(number_format: str) -> bool:

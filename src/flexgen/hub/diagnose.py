@@ -130,6 +130,8 @@ def other_quantization(folder: Path, config: Mapping[str, Any]) -> str | None:
         return "GPTQ, by quantize_config.json"
     if (folder / "quant_config.json").is_file():
         return "AWQ, by quant_config.json"
+    if (folder / "hf_quant_config.json").is_file() and not config.get("quantization_config"):
+        return "ModelOpt, by hf_quant_config.json alone"
     return None
 
 
