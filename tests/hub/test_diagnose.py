@@ -114,12 +114,13 @@ def test_pointers_of_git_lfs(tmp_path: Path, file: str) -> None:
     [
         *(
             ({"quantization_config": {"quant_method": method}}, None, rf"quantized \({method}.*bfloat16")
-            for method in ("gptq", "awq", "bitsandbytes", "mxfp4")
+            for method in ("gptq", "awq", "quanto")
         ),
         ({"quantization_config": {"quant_method": "compressed-tensors", "format": "pack-quantized"}}, None, "compressed-tensors"),
         ({"quantization": {"group_size": 64, "bits": 4}}, None, "MLX, 4 bits"),
         ({}, "quantize_config.json", "GPTQ"),
         ({}, "quant_config.json", "AWQ"),
+        ({}, "hf_quant_config.json", "ModelOpt, by hf_quant_config.json alone"),
     ],
 )
 def test_quantized_weights(tmp_path: Path, change: dict[str, object], file: str | None, message: str) -> None:

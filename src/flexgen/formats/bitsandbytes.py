@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from flexgen.base.strict_json import strict_json
 from flexgen.errors import CheckpointError, UnsupportedModelError
-from flexgen.formats.base import Encoding, EncodingPart, NumberFormat, Parallel, StoredTensor, serially
+from flexgen.formats.base import Encoding, EncodingPart, NamedTensor, NumberFormat, Parallel, StoredTensor, serially
 
 if TYPE_CHECKING:
     import torch
@@ -40,6 +40,11 @@ class BitsAndBytes(NumberFormat):
                 "weights or with the bfloat16, float16 or float32 weights of this model"
             )
         return self
+
+    def encode(self, tensor: NamedTensor) -> list[NamedTensor]:
+        raise UnsupportedModelError(
+            "what bitsandbytes stores is only known from the files: give a folder with the weights, not a config alone"
+        )
 
     def find(self, tensors: Mapping[str, StoredTensor]) -> dict[str, Encoding]:
         found = {}

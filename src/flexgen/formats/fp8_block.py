@@ -47,7 +47,7 @@ class FP8Block(NumberFormat):
 
     def stated_by(self, quantization: Mapping[str, Any]) -> NumberFormat | None:
         method = quantization.get("quant_method")
-        if method not in _BLOCKS:
+        if not isinstance(method, str) or method not in _BLOCKS:
             return None
         codes, scheme = quantization.get("fmt") or "e4m3", str(quantization.get("activation_scheme") or "dynamic").lower()
         if codes != "e4m3":
