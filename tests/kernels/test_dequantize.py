@@ -83,7 +83,8 @@ def test_scales_of_every_kind(stored: torch.dtype) -> None:
     of_codes = values[nibbles(codes.numbers)]
     number, out = torch.tensor([0.37]), torch.empty(256, 16)
     for name, effective in {"": wide, "factor": wide * number, "divisor": wide / number}.items():
-        given = Scales.of(scales, (256, 1), block_columns=16, **({name: number} if name else {}))
+        factor, divisor = (number if name == each else None for each in ("factor", "divisor"))
+        given = Scales.of(scales, (256, 1), block_columns=16, factor=factor, divisor=divisor)
         decode(codes, given, out, in_pieces)
         assert_same(out, of_codes * effective[:, None])
 

@@ -133,6 +133,6 @@ def scale_of(stored: Any, values: Any) -> Any:
 
 @overload(scale_of)
 def _scale_of(stored: Any, values: Any) -> Any:
-    if isinstance(stored, types.Integer):
+    if isinstance(stored, types.Integer):  # pyright: ignore[reportArgumentType]
         return lambda stored, values: values[stored]
     return lambda stored, values: stored
