@@ -83,6 +83,6 @@ def refuse_quantization(quantization: Mapping[str, Any]) -> UnsupportedModelErro
     """Return the error that names the method of a quantization_config."""
     return UnsupportedModelError(
         f"the weights are quantized ({quantization.get('quant_method') or 'by an unnamed method'}, see quantization_config in "
-        "config.json), which is not supported: use a repository with the bfloat16, float16 or float32 weights of this model, or in a format "
+        "config.json), which is not supported: use a repository with the bfloat16, float16 or float32 weights of this model, or a format "
         "of docs/formats.md"
     )
