@@ -118,7 +118,9 @@ def test_every_code_and_every_exponent(dtype: torch.dtype, tmp_path: Path) -> No
     stored = {"experts.down_proj_blocks": blocks, "experts.down_proj_scales": exponents[None, :, None]}
     _, sources = stored_as(tmp_path, {"quant_method": "mxfp4"}, stored, dtype)
     public = convert_moe_packed_tensors(blocks, exponents[None, :, None], dtype=dtype)
-    torch.testing.assert_close(on(torch.device("cpu"), sources["experts.down_proj"], dtype), public, rtol=0, atol=0, equal_nan=True)
+    got = on(torch.device("cpu"), sources["experts.down_proj"], dtype)
+    assert torch.equal(got[..., :255], public[..., :255])
+    assert not got[..., 255].isfinite().any(), "255 is no exponent; transformers computes 2 ** 128 times the code"
 
     codes = exponents.view(torch.float8_e4m3fn).expand(256, 256).contiguous()
     powers = exponents.view(torch.float8_e8m0fnu)[:, None].contiguous()
