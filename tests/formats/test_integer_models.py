@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
 
 from flexgen.plan.policy import Fractions
+from tests.formats.encoded import with_quantization, write_model
 from tests.formats.layouts import Stored, awq, gptq, packed
 from tests.models.parity import Expected, answered, assert_equal, build, describe, expected, policy, requests_for, save
 from tests.models.tiny_configs import tiny_config
@@ -64,40 +64,37 @@ CASES = {
 }
 
 
-def is_encoded(name: str, x: Tensor, *, head: bool) -> bool:
-    return x.ndim == 2 and name.endswith("_proj.weight" if not head else ("_proj.weight", "lm_head.weight"))
+def write(case: Case, folder: Path) -> PreTrainedConfig:
+    """Save a random model in the format, and with the numbers that its codes stand for; return the config that states the format."""
 
+    def stored(name: str, weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        found = case.store(name, weight)
+        return {f"{name.removesuffix('weight')}{each}": part for each, part in found.tensors.items()}, found.numbers
 
-def write(case: Case, folder: Path) -> Expected:
-    """Save a random model in the format, and return what transformers answers with the decoded weights."""
-    model = build(tiny_config(case.model_type))
-    save(model, folder / "dense")
-    tensors = load_file(folder / "dense" / "model.safetensors")
-    encoded, decoded = {}, {}
-    for name, x in tensors.items():
-        if not is_encoded(name, x, head=case.head):
-            encoded[name] = decoded[name] = x
-            continue
-        stored = case.store(name, x)
-        decoded[name] = stored.numbers
-        encoded |= {f"{name.removesuffix('weight')}{each}": part for each, part in stored.tensors.items()}
-    save_file(decoded, folder / "dense" / "model.safetensors", metadata={"format": "pt"})
-    save_file(encoded, folder / "model.safetensors")
+    def of(name: str, weight: Tensor) -> bool:
+        return weight.ndim == 2 and name.endswith("_proj.weight" if not case.head else ("_proj.weight", "lm_head.weight"))
+
     config = tiny_config(case.model_type)
-    reference: Any = AutoModelForCausalLM.from_pretrained(
-        folder / "dense", config=copy.deepcopy(config), attn_implementation="eager", dtype=torch.float32
-    )
+    save(build(config), folder / "plain")
+    assert write_model(folder / "plain", folder / "encoded", folder / "dense", case.quantization, stored, of=of) >= 28
+    return with_quantization(config, case.quantization)
+
+
+def answers_of_decoded(folder: Path, config: PreTrainedConfig) -> Expected:
+    """What transformers answers with the decoded weights."""
+    plain = copy.deepcopy(config)
+    del plain.quantization_config
+    reference: Any = AutoModelForCausalLM.from_pretrained(folder / "dense", config=plain, attn_implementation="eager", dtype=torch.float32)
     reference.generation_config = GenerationConfig(pad_token_id=0, eos_token_id=None, bos_token_id=1)
     return expected(reference.eval(), requests_for(128))
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_answers_are_those_of_the_decoded_weights(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    wanted = write(CASES[name], tmp_path)
-    config = tiny_config(CASES[name].model_type)
-    config.quantization_config = CASES[name].quantization
+    config = write(CASES[name], tmp_path)
+    wanted = answers_of_decoded(tmp_path, config)
     for place, (device, weights) in PLACES.items():
-        model = describe(tmp_path, config)
+        model = describe(tmp_path / "encoded", config)
         assert not all(unit.plain for unit in model.spec.units), place
         largest = max(max(layout.stored_bytes, layout.carried_bytes) for layout in model.layouts)
         kv = IN_MEMORY if device == "cpu" else Fractions(device=1.0)
@@ -107,9 +104,7 @@ def test_answers_are_those_of_the_decoded_weights(name: str, tmp_path: Path, mon
 
 def test_experts_are_cut_although_a_matrix_is_read_as_a_whole(tmp_path: Path) -> None:
     """An expert of transposed words is a matrix of its own, so that a unit need not hold all experts."""
-    write(CASES["qwen3_moe-gptq"], tmp_path)
-    config = tiny_config("qwen3_moe")
-    config.quantization_config = CASES["qwen3_moe-gptq"].quantization
-    layouts = [layout for layout in describe(tmp_path, config).layouts if "experts" in layout.name]
+    config = write(CASES["qwen3_moe-gptq"], tmp_path)
+    layouts = [layout for layout in describe(tmp_path / "encoded", config).layouts if "experts" in layout.name]
     experts = max(tensor.shape[0] for layout in layouts for tensor in layout.tensors)
     assert experts < config.num_experts

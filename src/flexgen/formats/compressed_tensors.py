@@ -15,7 +15,8 @@ from flexgen.errors import CheckpointError
 from flexgen.formats.base import Encoding, EncodingPart, NamedTensor, NumberFormat, StoredTensor
 from flexgen.formats.compressed_schemes import MXFP4, MXFP8, NVFP4, PACKED, Scheme, Schemes, stated_schemes
 from flexgen.formats.linear_names import module_of
-from flexgen.formats.matrices import Blocks, FloatRows, IntegerRows, StoredMatrix, rows_of_zeros
+from flexgen.formats.matrices import Blocks, IntegerRows, rows_of_zeros
+from flexgen.formats.scaled import scaled
 
 if TYPE_CHECKING:
     from flexgen.kernels.dequantize.integers import Packing
@@ -91,13 +92,9 @@ class _StoredModule:
         Raises:
             CheckpointError: The tensors do not have the dtypes and shapes that the config asks for.
         """
-        parts = self._float_parts() if self._scheme.floating else self._integer_parts()
-        matrix, shape, tensors = parts
-        read = {tensor.tensor.name for tensor in tensors}
-        beside = tuple(name for each in _BESIDE if (name := f"{self._module}.{each}") in self._tensors and name not in read)
-        return Encoding(matrix, shape, tensors, beside=beside)
+        return self._floats() if self._scheme.floating else self._integers()
 
-    def _float_parts(self) -> tuple[StoredMatrix, tuple[int, int], tuple[EncodingPart, ...]]:
+    def _floats(self) -> Encoding:
         import torch
 
         halves = self._scheme.stored_as in _HALF_BYTES
@@ -105,13 +102,14 @@ class _StoredModule:
             raise self._wrong(self._codes, "uint8" if halves else "float8_e4m3fn")
         shape = self._codes.shape[0], self._codes.shape[1] * (2 if halves else 1)
         blocks = self._blocks(shape)
-        parts = [EncodingPart(self._codes, 1), EncodingPart(self._scale, blocks.rows)]
         divided = self._scheme.stored_as == NVFP4
-        if divided:
-            parts.append(EncodingPart(self._get("weight_global_scale"), None))
-        return FloatRows(bits=4 if halves else 8, blocks=blocks, divided=divided), shape, tuple(parts)
+        return scaled(
+            CompressedTensors.name, self._codes, self._scale, (blocks.rows or shape[0], blocks.columns), bits=4 if halves else 8,
+            factor=self._get("weight_global_scale") if divided else None, divided=divided, tensors=self._tensors,
+            beside=[f"{self._module}.{each}" for each in _BESIDE],
+        )  # fmt: skip
 
-    def _integer_parts(self) -> tuple[StoredMatrix, tuple[int, int], tuple[EncodingPart, ...]]:
+    def _integers(self) -> Encoding:
         packing, columns = self._packing()
         shape = self._codes.shape[0], columns
         blocks = self._blocks(shape)
@@ -130,7 +128,9 @@ class _StoredModule:
                 raise self._wrong(order, f"({columns},)")
             parts.append(EncodingPart(order, None))
         matrix = IntegerRows(packing=packing, blocks=blocks, zero_packing=zero_packing, with_zeros=with_zeros, with_order=with_order)
-        return matrix, shape, tuple(parts)
+        read = {part.tensor.name for part in parts}
+        beside = tuple(name for each in _BESIDE if (name := f"{self._module}.{each}") in self._tensors and name not in read)
+        return Encoding(matrix, shape, tuple(parts), beside=beside)
 
     def _packing(self) -> tuple[Packing, int]:
         """Return how the codes are packed, and the number of columns."""

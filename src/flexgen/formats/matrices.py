@@ -1,7 +1,4 @@
-"""Stored matrices of the formats that several tools share: integer codes with zero points, and floating-point codes, both with scales.
-
-Each class decodes matrices of one layout.  Which layout a tensor has, a format finds out (formats/compressed_tensors.py, gptq.py, awq.py).
-"""
+"""Matrices of integer codes with scales and zero points for blocks of numbers: what several formats have in common."""
 
 from __future__ import annotations
 
@@ -102,34 +99,3 @@ class IntegerRows(StoredMatrix):
 def rows_of_zeros(packing: Packing) -> int | None:
     """Return the rows whose zero points are in one word; None if zero points cross the borders of words, so that all are read."""
     return packing.per_word if packing.padded or 32 % packing.bits == 0 else None
-
-
-@dataclass(frozen=True, kw_only=True)
-class FloatRows(StoredMatrix):
-    """Floating-point codes along the rows: FP8, or two numbers of FP4 in a byte, the first in the low half.
-
-    Parts: codes, scales, and the scale of the whole matrix if it is stored.
-
-    Attributes:
-        bits: 8 or 4.
-        blocks: The blocks that share a scale.
-        divided: Whether the scales are divided by a scale of the whole matrix.
-    """
-
-    bits: int
-    blocks: Blocks
-    divided: bool = False
-
-    def decode(self, parts: Sequence[torch.Tensor], start: int, out: torch.Tensor, parallel: Parallel = serially) -> None:
-        import torch
-
-        from flexgen.kernels.dequantize import tables
-        from flexgen.kernels.dequantize.lookup import Codes, Scales, decode
-
-        rows, columns = out.shape
-        values = tables.on_device(tables.e4m3() if self.bits == 8 else tables.E2M1, out.device)
-        scales = Scales.of(
-            parts[1], self.blocks.shape(start, rows, columns), block_rows=self.blocks.rows or start + rows,
-            block_columns=self.blocks.columns, skipped=self.blocks.skipped(start), divisor=parts[2] if self.divided else None,
-        )  # fmt: skip
-        decode(Codes(numbers=parts[0].view(torch.uint8).view(rows, -1), values=values), scales, out, parallel)

@@ -126,6 +126,8 @@ def other_quantization(folder: Path, config: Mapping[str, Any]) -> str | None:
     """
     if isinstance(quantization := config.get("quantization"), dict) and "bits" in quantization:
         return f"MLX, {quantization['bits']!r:.10} bits"
+    if (folder / "hf_quant_config.json").is_file() and not config.get("quantization_config"):
+        return "ModelOpt, by hf_quant_config.json alone"
     return None
 
 

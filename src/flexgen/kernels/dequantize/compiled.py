@@ -131,8 +131,8 @@ def scale_of(stored: Any, values: Any) -> Any:
     return values[stored] if isinstance(stored, np.uint8) else stored
 
 
-@overload(scale_of)
+@overload(scale_of, strict=False)  # strict compares annotations, which lambdas have none of
 def _scale_of(stored: Any, values: Any) -> Any:
-    if isinstance(stored, types.Integer):
+    if isinstance(stored, types.Integer):  # pyright: ignore[reportArgumentType]
         return lambda stored, values: values[stored]
     return lambda stored, values: stored

@@ -18,7 +18,7 @@ from flexgen.errors import EngineError
 from flexgen.kernels.cpu.formats import carried
 from flexgen.kernels.dequantize import compiled, tables
 
-_AT_ONCE = 1 << 22  # numbers that torch operations decode at once, in a few tensors of float32
+_AT_ONCE = 1 << 21  # numbers that torch operations decode at once, in a few tensors of float32
 
 _SCALE_VALUES = {torch.uint8: tables.powers, torch.float8_e8m0fnu: tables.e8m0, torch.float8_e4m3fn: tables.e4m3}
 
