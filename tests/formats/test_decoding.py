@@ -102,7 +102,7 @@ def io() -> Iterator[IOPool]:
     pool.close()
 
 
-ON_CPU = [("disk", "disk"), ("host", "disk"), ("host", "host")]
+ON_CPU = [("disk", "disk"), ("host", "disk"), ("host", "host"), ("encoded", "disk"), ("encoded", "encoded"), ("host", "encoded")]
 ON_DEVICE = [*ON_CPU, ("device", "disk"), ("device", "device")]
 
 
@@ -126,12 +126,37 @@ def test_what_is_bound_is_decoded(tmp_path: Path, number_format: RowScaled, io: 
             assert torch.equal(model.bound[unit, "w"].cpu(), decoded[start:stop])
             store.release(unit)
     decoding = set(number_format.threads) - {"MainThread"}
-    link_decodes = on_device and not number_format.carried_as_stored and "disk" in homes
+    link_decodes = on_device and not number_format.carried_as_stored and bool({"encoded", "disk"} & set(homes))
     assert decoding == ({"flexgen-device-link"} if link_decodes else set()), "the host decodes before the link only"
     store.close()
     files.close()
     if backend is not None:
         backend.close()
+
+
+def test_what_stays_in_memory_does_not_keep_the_encoded_bytes(tmp_path: Path, number_format: RowScaled, io: IOPool) -> None:
+    """The plain tensor of the second unit is copied; a view of what was read would keep all of that in memory."""
+    write(tmp_path)
+    model, files = Model(), FileSet()
+    store = WeightStore(
+        layouts(tmp_path, number_format), ("host", "host"), model, io, files, backend=None, host_ring_bytes=0, device_ring_bytes=0
+    )
+    store.load()
+    assert {tensor.untyped_storage().nbytes() for tensor in model.bound.values()} == {tensor.nbytes for tensor in model.bound.values()}
+    store.close()
+    files.close()
+
+
+def test_units_land_on_the_device_in_the_same_memory_before_it_decodes_them(tmp_path: Path, io: IOPool) -> None:
+    write(tmp_path)
+    units, model, files, backend = layouts(tmp_path, RowScaled(carried_as_stored=True)), Model(), FileSet(), SimulatedDevice(1 << 20)
+    store = WeightStore(units, ("device", "device"), model, io, files, backend=backend, host_ring_bytes=0, device_ring_bytes=0)
+    store.load()
+    bound = sum(tensor.nbytes for tensor in model.bound.values())
+    assert backend.used_bytes == bound + max(unit.carried_bytes for unit in units)
+    store.close()
+    files.close()
+    backend.close()
 
 
 def test_a_unit_has_three_sizes(tmp_path: Path, number_format: RowScaled) -> None:
