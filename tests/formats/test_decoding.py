@@ -15,7 +15,17 @@ from flexgen.checkpoint.files import Checkpoint
 from flexgen.checkpoint.sources import ParameterSource, whole
 from flexgen.devices.sim import SimulatedDevice
 from flexgen.errors import EngineError
-from flexgen.formats.base import Encoding, EncodingPart, NamedTensor, NumberFormat, Parallel, StoredTensor, serially
+from flexgen.formats.base import (
+    RANDOM_DEVIATION,
+    Encoding,
+    EncodingPart,
+    NamedTensor,
+    NumberFormat,
+    Parallel,
+    StoredTensor,
+    serially,
+)
+from flexgen.formats.random_numbers import encoded_as, sampled_parts
 from flexgen.formats.table import FORMATS, runs
 from flexgen.io.direct_io import FileSet
 from flexgen.io.pool import IOPool
@@ -24,6 +34,7 @@ from flexgen.weights.store import WeightStore
 from flexgen.weights.unit import UnitLayout, WantedTensor
 
 ROWS, COLUMNS, CUT = 24, 40, 10
+LOW_BIT = [each for each in FORMATS.values() if each.runs and each.name not in DTYPE_BYTES]
 
 
 class RowScaled(NumberFormat):
@@ -35,6 +46,17 @@ class RowScaled(NumberFormat):
     def __init__(self, *, carried_as_stored: bool) -> None:
         self.carried_as_stored = carried_as_stored
         self.threads: list[str] = []
+
+    def encode(self, tensor: NamedTensor) -> list[NamedTensor]:
+        if len(tensor.shape) != 2:
+            return [tensor]
+        scales = NamedTensor(f"{tensor.name}_scale", (tensor.shape[0] // 2,), torch.float32)
+        return [NamedTensor(tensor.name, tensor.shape, torch.int8), scales]
+
+    def sample(self, stored: NamedTensor, generator: torch.Generator) -> torch.Tensor:
+        if stored.name.endswith("_scale"):
+            return torch.full(stored.shape, RANDOM_DEVIATION / 74)
+        return torch.randint(-128, 128, stored.shape, dtype=torch.int8, generator=generator)
 
     def find(self, tensors: Mapping[str, StoredTensor]) -> dict[str, Encoding]:
         names = [name for name in tensors if f"{name}_scale" in tensors]
@@ -169,6 +191,16 @@ def test_a_unit_has_three_sizes(tmp_path: Path, number_format: RowScaled) -> Non
     assert first.carried_bytes == (carried if number_format.carried_as_stored else first.decoded_bytes)
     assert (second.carried_bytes < second.decoded_bytes) == number_format.carried_as_stored
     assert not first.plain
+
+
+@pytest.mark.parametrize("each", [RowScaled(carried_as_stored=False), *LOW_BIT], ids=lambda each: each.name)
+def test_random_numbers_decode_to_weights_of_a_common_size(each: NumberFormat) -> None:
+    encoding = encoded_as(each, each.example(1 << 20))
+    decoded = torch.empty(encoding.shape)
+    each.decode(sampled_parts(encoding), 0, decoded)
+    assert decoded.isfinite().all()
+    assert decoded.std().item() == pytest.approx(RANDOM_DEVIATION, rel=0.5)
+    assert abs(decoded.mean().item()) < 0.2 * RANDOM_DEVIATION
 
 
 def test_formats_that_can_be_run() -> None:

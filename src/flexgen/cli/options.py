@@ -163,12 +163,12 @@ def load(model: str, options: EngineOptions, progress: str, **more: Any) -> LLM:
         progress: The value of `--progress`.
         **more: Keywords of LLM that are not engine options.
     """
-    from flexgen.hub.resolve import resolve_model
     from flexgen.llm import LLM
+    from flexgen.session.lookup import files_of
 
     is_there(Path(model), "MODEL", Path.is_dir)
     show = progress in ("auto", "rich") and sys.stderr.isatty()
-    files = resolve_model(model, revision=options.revision, with_weights=options.load_format != "dummy", show_progress=show)
+    files = files_of(model, options, show_progress=show)
     return LLM(files, **more, **dataclasses.asdict(options))
 
 

@@ -6,9 +6,12 @@ The planner counts its bytes; the engine does not decode it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from flexgen.formats.base import Encoding, EncodingPart, NamedTensor, NumberFormat, StoredTensor
+from flexgen.formats.base import RANDOM_DEVIATION, Encoding, EncodingPart, NamedTensor, NumberFormat, StoredTensor
+
+if TYPE_CHECKING:
+    import torch
 
 _BLOCK = 128  # rows and columns that share a scale (arXiv:2412.19437, section 3.3.2)
 _SCALE = "_scale_inv"
@@ -34,6 +37,13 @@ class FP8Block(NumberFormat):
             NamedTensor(tensor.name, tensor.shape, torch.float8_e4m3fn),
             NamedTensor(tensor.name + _SCALE, _blocks(tensor.shape), torch.float32),
         ]
+
+    def sample(self, stored: NamedTensor, generator: torch.Generator) -> torch.Tensor:
+        import torch
+
+        if stored.name.endswith(_SCALE):
+            return torch.full(stored.shape, RANDOM_DEVIATION, dtype=torch.float32)
+        return torch.randn(stored.shape, generator=generator).to(torch.float8_e4m3fn)
 
     def find(self, tensors: Mapping[str, StoredTensor]) -> dict[str, Encoding]:
         found = {}
