@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from flexgen.errors import CheckpointError, UnsupportedModelError
 from flexgen.formats.base import Encoding, EncodingPart, NamedTensor, NumberFormat, Parallel, StoredTensor, serially
 from flexgen.formats.linear_names import contains_any, is_linear_of_layer, module_of
-from flexgen.formats.matrices import StoredMatrix
+from flexgen.formats.matrices import StoredMatrix, sample_integers
 
 if TYPE_CHECKING:
     import torch
@@ -42,6 +42,9 @@ class AWQMatrix(StoredMatrix):
         zeros = unpack_awq(parts[2].view(-1, outputs // _PER_WORD)).t().to(torch.float32) if len(parts) > 2 else None
         groups = Groups(scales=scales, zeros=zeros, zero=_MIDDLE, columns=self.group_size)
         decode_awq(parts[0].view(inputs, -1), groups, out, parallel)
+
+    def sample(self, stored: NamedTensor, generator: torch.Generator) -> torch.Tensor:
+        return sample_integers(stored, generator, _BITS)
 
 
 class AWQ(NumberFormat):
@@ -96,6 +99,9 @@ class AWQ(NumberFormat):
             ("scales", (groups, outputs), torch.float16),
         ]
         return [NamedTensor(f"{module}.{field}", shape, dtype) for field, shape, dtype in stored]
+
+    def sample(self, stored: NamedTensor, generator: torch.Generator) -> torch.Tensor:
+        return sample_integers(stored, generator, _BITS)
 
     def find(self, tensors: Mapping[str, StoredTensor]) -> dict[str, Encoding]:
         modules = [name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")]

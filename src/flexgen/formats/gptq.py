@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from flexgen.errors import CheckpointError, UnsupportedModelError
 from flexgen.formats.base import Encoding, EncodingPart, NamedTensor, NumberFormat, Parallel, StoredTensor, serially
 from flexgen.formats.linear_names import is_linear_of_layer, module_of
-from flexgen.formats.matrices import StoredMatrix
+from flexgen.formats.matrices import StoredMatrix, sample_integers
 
 if TYPE_CHECKING:
     import torch
@@ -78,6 +78,9 @@ class GPTQMatrix(StoredMatrix):
         )  # fmt: skip
         decode_gptq(parts[0].view(-1, outputs), self.bits, groups, out, parallel)
 
+    def sample(self, stored: NamedTensor, generator: torch.Generator) -> torch.Tensor:
+        return sample_integers(stored, generator, self.bits, zero_lacks=self.zero_lacks)
+
 
 def _order(stored: torch.Tensor, group_size: int) -> torch.Tensor:
     """Return the group of each input: where all are 0, some tools mean groups of adjacent inputs."""
@@ -130,6 +133,10 @@ class GPTQ(NumberFormat):
             ("g_idx", (inputs,), torch.int32),
         ]
         return [NamedTensor(f"{module}.{field}", shape, dtype) for field, shape, dtype in stored]
+
+    def sample(self, stored: NamedTensor, generator: torch.Generator) -> torch.Tensor:
+        bits, _ = self._chosen(stored.name.rpartition(".")[0]) or (self._settings.bits, 0)
+        return sample_integers(stored, generator, bits, zero_lacks=self._settings.zero_lacks)
 
     def _chosen(self, module: str) -> tuple[int, int] | None:
         """Return the bits and the group size of a module; None if it is not encoded."""

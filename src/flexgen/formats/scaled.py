@@ -75,7 +75,7 @@ def sample(stored: NamedTensor, generator: torch.Generator) -> torch.Tensor:
     """Return random numbers of a part, as `NumberFormat.sample` does."""
     import torch
 
-    if stored.name.endswith("_scale_2"):
+    if stored.name.endswith(("_scale_2", "_global_scale", "input_scale")):
         return torch.ones(stored.shape, dtype=stored.dtype)
     if "scale" in stored.name:
         if stored.dtype == torch.uint8:
