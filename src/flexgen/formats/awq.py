@@ -70,16 +70,20 @@ class AWQ(NumberFormat):
             version = quantization.get("version") or quantization.get("checkpoint_format") or quantization.get("format") or _VERSION
         else:
             return None
+        if quantization.get("backend") == "llm-awq":
+            version = "llm-awq"
         bits = quantization.get("bits", quantization.get("w_bit", _BITS))
         group_size = quantization.get("group_size", quantization.get("q_group_size", 128))
-        if str(version).lower() != _VERSION or bits != _BITS or not isinstance(group_size, int) or group_size == 0:
+        known = str(version).lower() == _VERSION and bits == _BITS
+        if not known or not isinstance(group_size, int) or group_size == 0:
             raise UnsupportedModelError(
                 f"quantization_config in config.json (awq) states {bits!r:.20} bits in groups of {group_size!r:.20}, version "
                 f"{version!s:.40}, which is not supported; supported are {_BITS} bits in version {_VERSION}"
             )
         kept = [str(each) for each in quantization.get("modules_to_not_convert") or ()]
-        extra = quantization.get("extra_config") or {}
-        kept += [name for name, change in extra.items() if change.get("bits", _BITS) != _BITS]  # as auto-round writes it
+        extra = quantization.get("extra_config")  # of auto-round: modules that it left in 16 bits
+        for name, change in extra.items() if isinstance(extra, Mapping) else ():
+            kept += [name] if isinstance(change, Mapping) and change.get("bits", _BITS) != _BITS else []
         return AWQ(group_size, kept, with_zeros=bool(quantization.get("zero_point", True)))
 
     def encode(self, tensor: NamedTensor) -> list[NamedTensor]:

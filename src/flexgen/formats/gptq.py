@@ -198,8 +198,7 @@ class GPTQ(NumberFormat):
 
 def _settings(quantization: Mapping[str, Any], zero_lacks: int, changes: Sequence[tuple[str, tuple[int, int] | None]]) -> Settings:
     bits, group_size = quantization.get("bits", 4), quantization.get("group_size", 128)
-    if bits not in _BITS or not isinstance(group_size, int) or group_size == 0:
-        raise _refused(f"{bits!r:.20} bits in groups of {group_size!r:.20}")
+    _check_sizes(bits, group_size)
     if (words := quantization.get("pack_dtype") or "int32") != "int32":
         raise _refused(f"codes packed in {words!s:.20}")
     if (kind := quantization.get("data_type") or "int") != "int":
@@ -220,6 +219,8 @@ def _dynamic(stated: Any) -> list[tuple[str, tuple[int, int] | None]]:
     for pattern, change in stated.items() if isinstance(stated, Mapping) else ():
         change = change if isinstance(change, Mapping) else {}
         sizes = None if pattern.startswith("-:") else (change.get("bits", 4), change.get("group_size", 128))
+        if sizes is not None:
+            _check_sizes(*sizes)
         changes.append((_pattern(pattern.removeprefix("-:").removeprefix("+:")), sizes))
     return changes
 
@@ -232,8 +233,15 @@ def _rounded_otherwise(quantization: Mapping[str, Any]) -> list[tuple[str, tuple
         change = change if isinstance(change, Mapping) else {}
         bits = change.get("bits", quantization.get("bits", 4))
         sizes = (bits, change.get("group_size", quantization.get("group_size", 128))) if bits in _BITS else None
+        if sizes is not None:
+            _check_sizes(*sizes)
         changes.append((_pattern(name if re.search(r"[*+\\^$|()\[\]]", name) else f"{re.escape(name)}$"), sizes))
     return changes
+
+
+def _check_sizes(bits: Any, group_size: Any) -> None:
+    if type(bits) is not int or bits not in _BITS or type(group_size) is not int or group_size == 0:
+        raise _refused(f"{bits!r:.20} bits in groups of {group_size!r:.20}")
 
 
 def _pattern(pattern: str) -> str:
