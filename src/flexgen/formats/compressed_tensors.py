@@ -125,10 +125,10 @@ class _StoredModule:
         zero_packing = None
         if with_zeros := not self._scheme.symmetric:
             zeros = self._get("weight_zero_point")
-            if zeros.shape != self._scale.shape:
+            if zeros.dtype.itemsize != 1:
                 zero_packing = self._zero_packing(zeros, shape[0])
-            elif zeros.dtype.itemsize != 1:
-                raise self._wrong(zeros, "int8, or packed")
+            elif zeros.shape != self._scale.shape:
+                raise self._wrong(zeros, f"{self._scale.shape}, or packed in int32")
             parts.append(EncodingPart(zeros, rows_of_zeros(zero_packing) if zero_packing is not None else blocks.rows))
         if with_order := f"{self._module}.weight_g_idx" in self._tensors:
             order = self._get("weight_g_idx")
