@@ -200,7 +200,7 @@ SAMPLED = [each for each in LOW_BIT if each.name != "bitsandbytes_4bit"]  # of w
 def test_random_numbers_decode_to_weights_of_a_common_size(each: NumberFormat) -> None:
     encoding = encoded_as(each, each.example(1 << 20))
     decoded = torch.empty(encoding.shape)
-    each.decode(sampled_parts(encoding), 0, decoded)
+    encoding.format.decode(sampled_parts(encoding), 0, decoded)
     assert decoded.isfinite().all()
     assert decoded.std().item() == pytest.approx(RANDOM_DEVIATION, rel=0.5)
     assert abs(decoded.mean().item()) < 0.2 * RANDOM_DEVIATION
