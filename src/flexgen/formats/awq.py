@@ -17,6 +17,7 @@ from flexgen.formats.matrices import StoredMatrix
 if TYPE_CHECKING:
     import torch
 
+AWQ_NAME = "awq"
 _BITS, _PER_WORD, _MIDDLE = 4, 8, 8
 _VERSION = "gemm"
 _ROUNDED = "auto_round:auto_awq"
@@ -30,6 +31,7 @@ class AWQMatrix(StoredMatrix):
         group_size: The inputs that share a scale.
     """
 
+    name = AWQ_NAME
     group_size: int
 
     def decode(self, parts: Sequence[torch.Tensor], start: int, out: torch.Tensor, parallel: Parallel = serially) -> None:
@@ -53,7 +55,7 @@ class AWQ(NumberFormat):
         with_zeros: Whether zero points are stored.
     """
 
-    name = "awq"
+    name = AWQ_NAME
     runs = True
 
     def __init__(self, group_size: int = 128, kept: Sequence[str] = (), *, with_zeros: bool = True) -> None:
@@ -96,6 +98,11 @@ class AWQ(NumberFormat):
             ("scales", (groups, outputs), torch.float16),
         ]
         return [NamedTensor(f"{module}.{field}", shape, dtype) for field, shape, dtype in stored]
+
+    def sample(self, stored: NamedTensor, generator: torch.Generator) -> torch.Tensor:
+        from flexgen.formats.integer_samples import sample_integers
+
+        return sample_integers(stored, _BITS, generator)
 
     def find(self, tensors: Mapping[str, StoredTensor]) -> dict[str, Encoding]:
         modules = [name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")]

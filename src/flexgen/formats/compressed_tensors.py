@@ -16,9 +16,11 @@ from flexgen.formats.base import Encoding, EncodingPart, NamedTensor, NumberForm
 from flexgen.formats.compressed_schemes import MXFP4, MXFP8, NVFP4, PACKED, Scheme, Schemes, stated_schemes
 from flexgen.formats.linear_names import module_of
 from flexgen.formats.matrices import Blocks, IntegerRows, rows_of_zeros
-from flexgen.formats.scaled import scaled
+from flexgen.formats.scaled import sample, scaled
 
 if TYPE_CHECKING:
+    import torch
+
     from flexgen.kernels.dequantize.integers import Packing
 
 logger = logging.getLogger(__name__)
@@ -27,6 +29,7 @@ _BESIDE = (
     "weight_shape", "weight_zero_point", "weight_g_idx", "input_scale", "input_zero_point", "input_global_scale",
     "output_scale", "output_zero_point", "output_global_scale",
 )  # fmt: skip
+_WHOLE_SCALES = ("weight_global_scale", "input_global_scale", "input_scale")  # of which random weights have 1
 _SHAPE_BYTES = 16  # two int64
 _HALF_BYTES = (NVFP4, MXFP4)  # two numbers in a byte
 
@@ -52,6 +55,17 @@ class CompressedTensors(NumberFormat):
         module = module_of(tensor)
         scheme = self._schemes.planned(module) if module is not None else None
         return [tensor] if module is None or scheme is None else _encoded(module, tensor, scheme)
+
+    def sample(self, stored: NamedTensor, generator: torch.Generator) -> torch.Tensor:
+        import torch
+
+        from flexgen.formats.integer_samples import sample_integers
+
+        module, _, field = stored.name.rpartition(".")
+        scheme = self._schemes.planned(module)
+        if scheme is not None and not scheme.floating:
+            return sample_integers(stored, scheme.bits, generator)
+        return torch.ones(stored.shape, dtype=stored.dtype) if field in _WHOLE_SCALES else sample(stored, generator)
 
     def find(self, tensors: Mapping[str, StoredTensor]) -> dict[str, Encoding]:
         found = {}

@@ -62,6 +62,10 @@ class GPTQMatrix(StoredMatrix):
     group_size: int
     zero_lacks: int
 
+    @property
+    def name(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return f"gptq_int{self.bits}"
+
     def decode(self, parts: Sequence[torch.Tensor], start: int, out: torch.Tensor, parallel: Parallel = serially) -> None:
         import torch
 
@@ -130,6 +134,12 @@ class GPTQ(NumberFormat):
             ("g_idx", (inputs,), torch.int32),
         ]
         return [NamedTensor(f"{module}.{field}", shape, dtype) for field, shape, dtype in stored]
+
+    def sample(self, stored: NamedTensor, generator: torch.Generator) -> torch.Tensor:
+        from flexgen.formats.integer_samples import sample_integers
+
+        chosen = self._chosen(stored.name.rpartition(".")[0])
+        return sample_integers(stored, chosen[0] if chosen is not None else self._settings.bits, generator)
 
     def _chosen(self, module: str) -> tuple[int, int] | None:
         """Return the bits and the group size of a module; None if it is not encoded."""

@@ -61,6 +61,10 @@ class IntegerRows(StoredMatrix):
     with_zeros: bool = False
     with_order: bool = False
 
+    @property
+    def name(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return f"int{self.packing.bits}"
+
     def decode(self, parts: Sequence[torch.Tensor], start: int, out: torch.Tensor, parallel: Parallel = serially) -> None:
         import torch
 
