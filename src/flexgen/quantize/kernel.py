@@ -1,8 +1,8 @@
 """Rounds groups of weights to integers with a scale and a zero point that a search finds, compiled by Numba.
 
 A group is rounded to codes q in [0, top] that stand for scale * (q - zero).  The search begins at the scale and zero point of the smallest
-and the largest weight, tries ranges that are cut at either end, fits the scale of the best one to its codes by least squares, and keeps
-what has the least squared error.  Scales are those that will be stored, rounded to their dtype before the error is taken.
+and the largest weight, tries narrower and wider ranges, fits the scale of the best one to its codes by least squares, and keeps what has
+the least squared error.  Scales are those that will be stored, rounded to their dtype before the error is taken.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def _zero_of(low: Any, scale: Any, top: Any) -> Any:
 
 
 @njit(**_IN_ANY_ORDER)
-def _search(group: Any, lows: Any, highs: Any, top: Any, least: Any, like: Any) -> Any:
+def _search(group: Any, shares: Any, top: Any, least: Any, like: Any) -> Any:
     """Return the scale and the zero point of a group."""
     low, high = _ZERO, _ZERO  # zero is always in the range, because a zero point is one of the codes
     for i in range(group.size):
@@ -69,10 +69,9 @@ def _search(group: Any, lows: Any, highs: Any, top: Any, least: Any, like: Any) 
     best_scale = _as_stored((high - low) / top, least, like)
     best_zero = _zero_of(low, best_scale, top)
     best = _squared_error(group, best_scale, best_zero, top)
-    for candidate in range(lows.size):
-        cut_low, cut_high = low * lows[candidate], high * highs[candidate]
-        scale = _as_stored((cut_high - cut_low) / top, least, like)
-        zero = _zero_of(cut_low, scale, top)
+    for share in shares:
+        scale = _as_stored((high - low) * share / top, least, like)
+        zero = _zero_of(low * share, scale, top)
         error = _squared_error(group, scale, zero, top)
         if error < best * _CLEARLY:
             best, best_scale, best_zero = error, scale, zero
@@ -98,7 +97,7 @@ def _pack(group: Any, scale: Any, zero: Any, top: Any, bits: Any, packed: Any) -
 
 @entry
 def round_rows(
-    weights: Any, bits: Any, group_size: Any, lows: Any, highs: Any, least: Any, packed: Any, scales: Any, zeros: Any, begin: Any, end: Any
+    weights: Any, bits: Any, group_size: Any, shares: Any, least: Any, packed: Any, scales: Any, zeros: Any, begin: Any, end: Any
 ) -> None:
     """Round the rows whose zero points lie in the words [begin, end).
 
@@ -106,8 +105,7 @@ def round_rows(
         weights: Finite float32, (rows, columns); columns are a multiple of the group size.
         bits: 4 or 8.
         group_size: The weights of a group, a multiple of 8.
-        lows: For each candidate the share of the smallest weight at which the range begins, float32.
-        highs: For each candidate the share of the largest weight at which the range ends, float32.
+        shares: For each range to try, its width as a share of that from the smallest to the largest weight, float32.
         least: The smallest scale, float32.
         packed: The codes as bytes, uint8 (rows, columns * bits / 8); they are written.
         scales: The scales, (rows, groups), in the kernels' type of their dtype; they are written.
@@ -123,7 +121,7 @@ def round_rows(
             shift = np.uint32(bits * (row - word * per_word))
             for index in range(scales.shape[1]):
                 group = weights[row, index * group_size : (index + 1) * group_size]
-                scale, zero = _search(group, lows, highs, top, least, scales[row, index])
+                scale, zero = _search(group, shares, top, least, scales[row, index])
                 scales[row, index] = narrow(scale, scales[row, index])
                 zeros[word, index] |= np.uint32(zero) << shift
                 _pack(group, scale, zero, top, bits, packed[row, index * group_bytes : (index + 1) * group_bytes])

@@ -11,12 +11,8 @@ from flexgen.errors import CheckpointError
 from flexgen.formats.base import Parallel, serially
 from flexgen.kernels.cpu.formats import carried
 
-# Shares of the smallest and of the largest weight between which the codes are spread: about twenty ranges, most of them cut at both ends.
-_SHARES = (
-    (0.95, 0.95), (0.9, 0.9), (0.85, 0.85), (0.8, 0.8), (0.75, 0.75), (0.7, 0.7), (0.65, 0.65), (1.04, 1.04),
-    (1.0, 0.92), (1.0, 0.84), (1.0, 0.76), (1.0, 0.68), (0.92, 1.0), (0.84, 1.0), (0.76, 1.0), (0.68, 1.0),
-    (0.9, 0.75), (0.75, 0.9), (0.8, 0.65), (0.65, 0.8),
-)  # fmt: skip
+# The ranges that are tried, as shares of the range of the weights.
+_SHARES = np.linspace(0.6, 1.05, 14, dtype=np.float32)
 # The smallest scale of each dtype whose reciprocal is finite in float32.
 _LEAST = {torch.float16: 2.0**-24, torch.bfloat16: 2.0**-126, torch.float32: 2.0**-126}
 _PAPER_GROUP, _PAPER_TOP = 64, 15
@@ -56,11 +52,9 @@ def round_groups(weights: torch.Tensor, *, bits: int, group_size: int, dtype: to
     packed = torch.empty(outputs, inputs // per_word, dtype=torch.int32)
     scales = torch.empty(outputs, groups, dtype=dtype)
     zeros = torch.empty(words, groups, dtype=torch.int32)
-    shares = np.array(_SHARES, dtype=np.float32)
-    lows, highs = np.ascontiguousarray(shares[:, 0]), np.ascontiguousarray(shares[:, 1])
     arrays = packed.view(torch.uint8).numpy(), carried(scales), zeros.view(torch.uint32).numpy()
     given, least = weights.numpy(), np.float32(_LEAST[dtype])
-    parallel(lambda begin, end: round_rows(given, bits, group_size, lows, highs, least, *arrays, begin, end), words)
+    parallel(lambda begin, end: round_rows(given, bits, group_size, _SHARES, least, *arrays, begin, end), words)
     return Rounded(packed, scales, zeros)
 
 

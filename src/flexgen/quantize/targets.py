@@ -107,7 +107,7 @@ class _Roles:
             return "not used by the language model"
         if self._settings.keeps(tensor.name):
             return "kept as asked for"
-        for module in sorted(users):
+        for module in sorted(users, key=lambda name: (name == self._head, name)):  # a tied head is an embedding
             if (reason := self._of_module(module)) is not None:
                 return reason
         if len(tensor.shape) != 2 or not tensor.name.endswith(_WEIGHT):
