@@ -11,10 +11,11 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from flexgen.checkpoint import dummy
-from flexgen.checkpoint.dummy import write_random_checkpoint
+from flexgen.checkpoint.dummy import checkpoint_bytes, write_random_checkpoint
 from flexgen.checkpoint.files import Checkpoint
 from flexgen.checkpoint.parameters import ModelSources, parameter_sources
 from flexgen.errors import StorageError
+from flexgen.formats.table import stated_format, without_quantization
 from flexgen.hub.model_files import INDEX_FILE, SINGLE_FILE
 from tests.models.tiny_configs import tiny_config
 
@@ -48,6 +49,35 @@ def test_loads_here_and_in_transformers(model_type: str, tmp_path: Path) -> None
         source.read(out)
         assert torch.equal(out, state[name]), name
     assert written == Checkpoint(tmp_path).total_bytes == json.loads((tmp_path / INDEX_FILE).read_text())["metadata"]["total_size"]
+
+
+ENCODED = {
+    "deepseek_v3": {"quant_method": "fp8", "weight_block_size": [16, 32]},
+    "qwen3": {"quant_method": "fp8", "weight_block_size": None, "scale_fmt": "ue8m0", "activation_scheme": "static"},
+    "gpt_oss": {"quant_method": "mxfp4"},
+    "llama": {"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": ["lm_head", "model.layers.0*"]},
+    "mixtral": {"quant_method": "modelopt", "quant_algo": "FP8"},
+}
+
+
+@pytest.mark.parametrize("model_type", ENCODED)
+def test_weights_in_the_format_that_the_config_states(model_type: str, tmp_path: Path) -> None:
+    """Complete, all of it used, and of the size that is said of plain weights."""
+    config = tiny_config(model_type)
+    plain = checkpoint_bytes(config, torch.bfloat16)
+    config.quantization_config = ENCODED[model_type]
+    written = write_random_checkpoint(config, tmp_path, torch.bfloat16, shard_bytes=40_000)
+    assert written == checkpoint_bytes(config, torch.bfloat16) == Checkpoint(tmp_path).total_bytes < 0.9 * plain
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(without_quantization(config))
+    found = parameter_sources(model, Checkpoint(tmp_path).decoded(stated_format(config), torch.bfloat16))
+    assert not found.unexpected
+    encoded = [source for source in found.parameters.values() if source.carried_as_stored]
+    assert encoded
+    for source in encoded:
+        out = torch.empty(source.shape, dtype=torch.bfloat16)
+        source.read(out)
+        assert 0.01 < out.float().std() < 0.03
 
 
 def test_config_names_the_class_and_the_dtype(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from flexgen.weights.store import WeightStore
 from flexgen.weights.unit import UnitLayout, WantedTensor
 
 ROWS, COLUMNS, CUT = 24, 40, 10
+LOW_BIT = ("mxfp4", "fp8_block", "modelopt", "bitsandbytes_4bit", "compressed-tensors", "gptq", "awq")
 
 
 class RowScaled(NumberFormat):
@@ -147,13 +148,16 @@ def test_a_unit_has_three_sizes(tmp_path: Path, number_format: RowScaled) -> Non
 
 
 def test_formats_that_can_be_run() -> None:
-    assert [name for name in (*FORMATS, "unknown", "") if runs(name)] == list(DTYPE_BYTES)
+    assert [name for name in (*FORMATS, "unknown", "") if runs(name)] == [*DTYPE_BYTES, *LOW_BIT]
     assert all(each.name == name for name, each in FORMATS.items())
 
 
-@pytest.mark.parametrize("name", ["mxfp4", "fp8_block"])
-def test_formats_that_are_only_counted_are_not_decoded(name: str) -> None:
+@pytest.mark.parametrize("name", [*DTYPE_BYTES, "mxfp4", "fp8_block", "modelopt", "compressed-tensors", "gptq", "awq"])
+def test_norms_are_plain_in_every_format(name: str) -> None:
     assert FORMATS[name].encode(NamedTensor("norm.weight", (64,), torch.bfloat16)) == [NamedTensor("norm.weight", (64,), torch.bfloat16)]
+
+
+def test_plain_numbers_are_not_decoded() -> None:
     parts: list[Any] = []
-    with pytest.raises(EngineError, match=name):
-        FORMATS[name].decode(parts, 0, torch.empty(1))
+    with pytest.raises(EngineError, match="bfloat16"):
+        FORMATS["bfloat16"].decode(parts, 0, torch.empty(1))

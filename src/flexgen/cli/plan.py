@@ -232,8 +232,7 @@ def _as_text(plan: Plan, faster: FasterFormat | None, curve: Sequence[ParetoPoin
     from flexgen.report.format import format_curve, format_memory, format_plan
 
     origin = _ORIGINS[plan.machine.origin].format(plan.machine.date)
-    lines = _what_does_not_run(plan)
-    lines += [f"{plan.spec.name} on {plan.machine.name} ({origin})", format_plan(plan), *format_memory(plan.forecast)]
+    lines = [f"{plan.spec.name} on {plan.machine.name} ({origin})", format_plan(plan), *format_memory(plan.forecast)]
     if curve:
         lines += ["what shorter requests cost:", format_curve(curve)]
     if faster is not None:
@@ -243,11 +242,3 @@ def _as_text(plan: Plan, faster: FasterFormat | None, curve: Sequence[ParetoPoin
     if plan.policy.device != "cpu" and plan.policy.weights.device == plan.policy.kv.device == 1:
         lines.append("note: weights and KV cache fit the device: an engine made for that (vLLM, SGLang) will be faster")
     return "\n".join(lines)
-
-
-def _what_does_not_run(plan: Plan) -> list[str]:
-    """Return a line that says that this model cannot run, if so."""
-    if runs(plan.spec.number_format):
-        return []
-    what = f"its weights are in {plan.spec.number_format}, a low-bit format"
-    return [f"this version of flexgen cannot run {plan.spec.name}: {what}; the plan is for the weights as shipped, for comparison"]

@@ -125,12 +125,14 @@ class Encoding:
         parts: The stored tensors, in the order in which the format expects them for decoding.
         by_rows: Whether rows of the decoded tensor can be read and decoded apart from the others.  A matrix that is stored transposed is
             read as a whole.
+        beside: The names of stored tensors that belong to it but that decoding does not need, such as the scales of activations.
     """
 
     format: NumberFormat
     shape: tuple[int, ...]
     parts: tuple[EncodingPart, ...]
     by_rows: bool = True
+    beside: tuple[str, ...] = ()
 
     def ranges(self, start: int, stop: int) -> list[StoredRange]:
         """Return the ranges to read for rows [start, stop) of the decoded tensor, one for each part."""

@@ -1,14 +1,17 @@
 """MXFP4 as gpt-oss stores its experts: blocks of 4-bit numbers and a separate tensor of their scales.
 
-The planner counts its bytes; the engine does not decode it.
+Only experts are encoded.  An expert's matrix is stored with outputs as rows, and transposed as it is decoded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-from flexgen.formats.base import Encoding, EncodingPart, NamedTensor, NumberFormat, StoredTensor
+from flexgen.formats.base import Encoding, EncodingPart, NamedTensor, NumberFormat, Parallel, StoredTensor, serially
+
+if TYPE_CHECKING:
+    import torch
 
 _GROUP = 32  # 4-bit numbers that share an 8-bit scale (OCP Microscaling Formats 1.0)
 _BLOCK_BYTES = _GROUP // 2
@@ -19,6 +22,8 @@ class MXFP4(NumberFormat):
     """MXFP4 experts of shape (experts, inputs, outputs), stored transposed and in blocks along the inputs."""
 
     name = "mxfp4"
+    runs = True
+    carried_as_stored = True
 
     def stated_by(self, quantization: Mapping[str, Any]) -> NumberFormat | None:
         return self if quantization.get("quant_method") == "mxfp4" else None
@@ -36,12 +41,26 @@ class MXFP4(NumberFormat):
         ]
 
     def find(self, tensors: Mapping[str, StoredTensor]) -> dict[str, Encoding]:
+        import torch
+
         found = {}
         for name, blocks in tensors.items():
             scales = tensors.get(name.removesuffix("_blocks") + "_scales")
-            if scales is None or blocks.shape != (*scales.shape, _BLOCK_BYTES):
+            if scales is None or len(scales.shape) != 3 or blocks.shape != (*scales.shape, _BLOCK_BYTES):
+                continue
+            if blocks.dtype != torch.uint8 or scales.dtype != torch.uint8:
                 continue
             experts, outputs, groups = scales.shape
             shape = (experts, groups * _GROUP, outputs)
             found[name.removesuffix("_blocks")] = Encoding(self, shape, (EncodingPart(blocks, 1), EncodingPart(scales, 1)))
         return found
+
+    def decode(self, parts: Sequence[torch.Tensor], start: int, out: torch.Tensor, parallel: Parallel = serially) -> None:
+        from flexgen.kernels.dequantize import tables
+        from flexgen.kernels.dequantize.lookup import Codes, Scales, decode_transposed
+
+        experts, inputs, outputs = out.shape
+        blocks, scales = parts
+        codes = Codes(numbers=blocks.view(experts, outputs, inputs // 2), values=tables.on_device(tables.E2M1, out.device))
+        given = Scales.of(scales, (experts, outputs, inputs // _GROUP), block_columns=_GROUP)
+        decode_transposed(codes, given, out, parallel)

@@ -24,7 +24,7 @@ SHARD_BYTES = 5 * 10**9  # the size of the files in most repositories
 
 
 def describe_headers(headers: Headers, config: Any, dtype: torch.dtype, *, name: str) -> ModelSpec:
-    """Describe the model of these headers, even if its weights are in a published low-bit format that the engine refuses.
+    """Describe the model of these headers.
 
     Args:
         headers: The headers of the weight files, which need not be on this machine.

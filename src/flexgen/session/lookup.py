@@ -23,8 +23,6 @@ def spec_of(
 ) -> ModelSpec:
     """Return the model as the planner sees it.
 
-    Weights in a published low-bit format are described too, although the engine does not run them (`formats.table.runs`).
-
     Args:
         model: A folder; else a name of the catalogue or the hub id of one of its models, in any letter case; else another hub id, for which
             the hub is asked. torch is loaded only for a folder, for another hub id, and for a shipped model that is computed in another
