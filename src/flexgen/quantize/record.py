@@ -67,7 +67,7 @@ class Record:
 
     def write(self, folder: Path) -> None:
         """Replace the record in the folder, durably."""
-        replace_file(folder / RECORD_FILE, (json.dumps(dataclasses.asdict(self), indent=1) + "\n").encode())
+        replace_file(folder / RECORD_FILE, (json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True) + "\n").encode())
 
 
 def read_record(folder: Path) -> Record | None:
