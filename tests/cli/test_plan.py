@@ -96,7 +96,7 @@ def test_a_format_of_weights_is_chosen_among_those_that_are_allowed() -> None:
     assert own["faster_weights"]["speedup"] == pytest.approx(gain, rel=0.25)
     assert rounded["faster_weights"] is None
     exactly = json.loads(flexgen(*job, "--json", "--weight-format", "int4").stdout)
-    assert (exactly["policy"], exactly["forecast"]) == (rounded["policy"], rounded["forecast"])
+    assert (exactly["policy"], exactly["forecast"]["seconds"]) == (rounded["policy"], rounded["forecast"]["seconds"])
     assert "with weights rounded to int4 tokens might come about" in flexgen(*job).stdout
     assert "int4 is the fastest: run this plan with --weight-format int4" in flexgen(*job, "--allow-formats", "int8, int4").stdout
 

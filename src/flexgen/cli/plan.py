@@ -210,7 +210,9 @@ def _told(
         weight_format=chosen,
         allowed=allowed,
         faster=faster_format(plans[chosen], question.plan_in),
-        faster_weights=faster_weights(space_of(**job), others, lambda spec: space_of(**dict(job, spec=spec))) if others else None,
+        faster_weights=faster_weights(plans[chosen], space_of(**job), others, lambda spec: space_of(**dict(job, spec=spec)))
+        if others
+        else None,
         curve=curve_of(space_of(**job)) if pareto else [],
     )
     return plan_answer.as_json(answer) if as_json else plan_answer.as_text(answer)

@@ -10,10 +10,11 @@ from flexgen.errors import CapacityError
 from flexgen.options import DTYPE_BYTES
 from flexgen.plan.model import ModelSpec, UnitSpec
 from flexgen.plan.policy import Policy
+from flexgen.plan.price.pass_time import Expectation
 from flexgen.plan.search.evaluate import Bounds, Outcome
 from flexgen.plan.search.optimise import Search
 from flexgen.plan.search.space import Space
-from flexgen.plan.tell.forecast import Plan
+from flexgen.plan.tell.forecast import Plan, forecast_again
 
 # The least speedup that is worth mentioning.
 WORTH_SAYING = 1.5
@@ -57,19 +58,28 @@ def faster_format(plan: Plan, plan_in: Callable[[str], Plan | None]) -> FasterFo
     )
 
 
-def faster_weights(space: Space, formats: Iterable[str], space_of: Callable[[ModelSpec], Space]) -> FasterFormat | None:
-    """Return the format to convert the weights to that gains most, by steady states alone; None if the gain is small.
+def faster_weights(plan: Plan, space: Space, formats: Iterable[str], space_of: Callable[[ModelSpec], Space]) -> FasterFormat | None:
+    """Return the format to convert the weights to that gains most; None if the gain is small.
+
+    No other plan is made: the gain is that of this plan's policy with the other weights, or of steady states if that is more.
 
     Args:
-        space: The policies for the model as it is; weights in low-bit formats are not converted.
+        plan: The plan for the model as it is; weights in low-bit formats are not converted.
+        space: The policies that it was chosen from.
         formats: The names in CONVERSIONS to compare.
         space_of: Returns the policies for another model and the same job.
     """
-    if space.spec.number_format not in DTYPE_BYTES:
+    if plan.spec.number_format not in DTYPE_BYTES:
         return None
-    own = Search(space).steady_rate()
-    rates = {name: Search(space_of(converted(space.spec, name))).steady_rate() for name in CONVERSIONS if name in formats}
-    return _fastest(FasterFormat(weight_format=name, speedup=rate / own) for name, rate in rates.items() if own)
+    own_rate, own_seconds = Search(space).steady_rate(), max(plan.forecast.seconds, 1e-9)
+    gains: list[FasterFormat] = []
+    for name in (name for name in CONVERSIONS if name in formats):
+        other = space_of(converted(plan.spec, name))
+        expectation = Expectation(other.spec, plan.machine, plan.policy.dtype)
+        seconds = forecast_again(plan.forecast, plan.policy, expectation, space.workload).seconds
+        speedup = max(own_seconds / max(seconds, 1e-9), Search(other).steady_rate() / own_rate if own_rate else 0.0)
+        gains.append(FasterFormat(weight_format=name, speedup=speedup))
+    return _fastest(gains)
 
 
 def converted(spec: ModelSpec, weight_format: str) -> ModelSpec:
