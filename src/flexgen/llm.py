@@ -18,7 +18,7 @@ from flexgen.base.steps import step
 from flexgen.chat import Chat, Templates, ToolUse, make_chats, parse_tools
 from flexgen.errors import FlexGenError, ModelError, OptionError, RequestError
 from flexgen.hub.model_files import ModelFiles
-from flexgen.hub.resolve import resolve_model, resolve_tokenizer
+from flexgen.hub.resolve import resolve_tokenizer
 from flexgen.options import EngineOptions
 from flexgen.plan.policy import PAGE_TOKENS
 from flexgen.plan.tell.forecast import Plan
@@ -27,6 +27,7 @@ from flexgen.report.progress import Progress, RunReport
 from flexgen.request import ClassificationRequestOutput, PartialAnswer, RequestOutput, SamplingParams, TokenRequest, TokenResult
 from flexgen.session.batch import Batch, choice_batch, completion_batch
 from flexgen.session.fingerprint import fingerprint
+from flexgen.session.lookup import files_of
 from flexgen.session.model import ResolvedModel
 from flexgen.session.session import EngineSession, plan_job
 from flexgen.session.turns import Turns
@@ -95,7 +96,7 @@ class LLM:
         asked = read_keywords(keywords)
         options = asked.options
         if not isinstance(model, ModelFiles):
-            model = resolve_model(model, revision=options.revision, token=asked.token, with_weights=options.load_format != "dummy")
+            model = files_of(model, options, token=asked.token)
         self.files = in_weight_format(model, options)
         step(f"reading configuration and tokenizer of {self.files.name}")
         self._model = ResolvedModel(self.files, options)

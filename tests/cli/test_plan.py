@@ -45,7 +45,7 @@ def test_a_plan_as_json() -> None:
     assert set(plan) == {"model", "machine", "limits", "policy", "forecast", "faster_format"}
     assert plan["faster_format"] is None
     assert plan["limits"]["host_bytes"] == 32 << 30
-    assert plan["policy"]["kv"] == {"device": 0.0, "host": 1.0, "disk": 0.0}
+    assert plan["policy"]["kv"] == {"device": 0.0, "host": 1.0, "encoded": 0.0, "disk": 0.0}
     assert sum(plan["forecast"]["memory_bytes"]["host"].values()) <= 32 << 30
     assert plan["forecast"]["num_requests"] == 100
     assert read_machine(json.dumps(plan["machine"])).name == "rtx4090-64gb"

@@ -134,7 +134,7 @@ def bitsandbytes(kind: str, *, size: int = 64, nested: bool = False) -> Write:
         padded[: len(flat)] = flat
         scales = padded.view(count, size).abs().amax(dim=1).clamp(min=1e-6)
         described: dict[str, Any] = {"quant_type": kind, "blocksize": size, "dtype": "bfloat16", "shape": list(numbers.shape)}
-        stored: Stored = {f"{tensor}.quant_map": values}
+        stored: Stored = {f"{tensor}.quant_map": values.clone()}
         if nested:
             offset = scales.mean()
             table = torch.linspace(-1, 1, 256).pow(3)

@@ -83,7 +83,7 @@ def write(case: Case, folder: Path) -> PreTrainedConfig:
 def answers_of_decoded(folder: Path, config: PreTrainedConfig) -> Expected:
     """What transformers answers with the decoded weights."""
     plain = copy.deepcopy(config)
-    del plain.quantization_config
+    del plain.__dict__["quantization_config"]
     reference: Any = AutoModelForCausalLM.from_pretrained(folder / "dense", config=plain, attn_implementation="eager", dtype=torch.float32)
     reference.generation_config = GenerationConfig(pad_token_id=0, eos_token_id=None, bos_token_id=1)
     return expected(reference.eval(), requests_for(128))

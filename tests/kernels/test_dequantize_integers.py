@@ -106,7 +106,7 @@ def test_any_shape(columns: int, group: int, bits: int, with_zeros: bool, padded
     codes = random_codes(rows, columns, bits)
     blocks = torch.arange(skipped, skipped + rows) // block_rows
     scales = random_scales(int(blocks[-1]) + 1, -(-columns // group))
-    zeros = random_codes(*scales.shape, bits, seed=2).float() if with_zeros else None
+    zeros = random_codes(scales.shape[0], scales.shape[1], bits, seed=2).float() if with_zeros else None
     given = Groups(scales=scales, zeros=zeros, zero=1, columns=group, block_rows=block_rows, skipped=skipped)
     out = torch.empty(rows, columns)
     decode_rows(words_of(codes, bits, padded=padded), Packing(bits=bits, padded=padded), given, out, in_pieces)

@@ -1,7 +1,7 @@
 """Random checkpoints from a config alone, for benchmarks and tests of models whose weights are not on this machine.
 
-The files look like those of a repository (original tensor names, per-expert tensors, shards, index), so that reading them
-takes the same work as reading the real ones.  Memory stays bounded: no tensor is ever built.
+The files look like those of a repository (original tensor names, per-expert tensors, shards, index), in the number format that the config
+states, so that reading them takes the same work as reading the real ones.  Memory stays bounded: no large tensor is ever built.
 """
 
 from __future__ import annotations
@@ -12,25 +12,23 @@ import json
 import math
 import mmap
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
-from flexgen.checkpoint.repository import encode_header, meta_model, saved_tensors, sharded
+from flexgen.checkpoint.repository import RepositoryTensors, encode_header, sharded
 from flexgen.errors import StorageError
-from flexgen.formats.base import NamedTensor
-from flexgen.formats.table import stated_format, without_quantization
+from flexgen.formats.base import RANDOM_DEVIATION, NamedTensor
 from flexgen.hub.model_files import INDEX_FILE
 
-_STANDARD_DEVIATION = 0.02
-_SCALE = 2.0**-6  # of all blocks, where weights are encoded
-_ZEROS, _MIDDLES = ("qzeros", "weight_zero_point"), 0x77777777  # zero points of integer codes: of 4 bits each, about in the middle
 # A prime number of elements: repeated through a matrix, no two rows of a matrix get the same numbers.
 _BLOCK_ELEMENTS = 4_194_301
 _BUFFER_BYTES = 16 << 20
+_SAMPLED_BYTES = 4 << 20  # of a part of an encoded tensor
 
 
 def write_random_checkpoint(
@@ -38,13 +36,14 @@ def write_random_checkpoint(
 ) -> int:
     """Write config.json and safetensors files with random weights for `config` into `folder`.
 
-    Matrices get normal(0, 0.02) numbers (a block of them, repeated), biases and integers 0, other vectors 1.  Tied
-    weights are written once.  Weights are encoded in the format that the config states.  The files are readable by their owner only.
+    Matrices get normal(0, 0.02) numbers (a block of them, repeated), biases and integers 0, other vectors 1.  What the config's number
+    format encodes gets random codes and scales (some rows of them, repeated) that are decoded to numbers of about that size.  Tied weights
+    are written once.  The files are readable by their owner only.
 
     Args:
         config: The config of a causal language model.
         folder: The folder to write to; it is created if necessary, and must not hold weights yet.
-        dtype: The dtype of all floating-point tensors.
+        dtype: The dtype of all floating-point tensors that are not encoded.
         seed: The seed of the random numbers.
         shard_bytes: The most bytes of one file, unless a single tensor takes more.
 
@@ -53,12 +52,11 @@ def write_random_checkpoint(
 
     Raises:
         StorageError: A file exists already or cannot be written.
-        UnsupportedModelError: The format of the weights is not known, or not from the config alone.
+        UnsupportedModelError: Random weights in the format that the config states cannot be made.
     """
-    model = meta_model(without_quantization(config), dtype)
-    encoded = _encoded(model, config, dtype)
-    files = sharded([part for parts in encoded for part in parts], shard_bytes)
-    numbers = _Numbers(dtype, seed, scales={part.name for parts in encoded for part in parts[1:]})
+    stored = RepositoryTensors.of(config, dtype)
+    files = sharded(stored.tensors, shard_bytes)
+    numbers = _Numbers(stored, dtype, seed)
     total_bytes = sum(tensor.nbytes for tensors in files.values() for tensor in tensors)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -70,7 +68,7 @@ def write_random_checkpoint(
             index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
             _write_text(folder / INDEX_FILE, json.dumps(index, indent=2))
         described = deepcopy(config)
-        described.architectures, described.dtype = [type(model).__name__], dtype
+        described.architectures, described.dtype = [stored.architecture], dtype
         _write_text(folder / "config.json", described.to_json_string())
     except OSError as error:
         raise StorageError(f"{folder}: a random checkpoint of {total_bytes} bytes could not be written: {error}") from error
@@ -79,39 +77,30 @@ def write_random_checkpoint(
 
 def checkpoint_bytes(config: PreTrainedConfig, dtype: torch.dtype) -> int:
     """Return the bytes of all tensors that `write_random_checkpoint` would write."""
-    model = meta_model(without_quantization(config), dtype)
-    return sum(part.nbytes for parts in _encoded(model, config, dtype) for part in parts)
-
-
-def _encoded(model: PreTrainedModel, config: PreTrainedConfig, dtype: torch.dtype) -> list[list[NamedTensor]]:
-    """Return what is stored for each tensor of a repository in the format that the config states: numbers or codes, then their scales."""
-    tensors, number_format = saved_tensors(model, dtype), stated_format(config)
-    return [[tensor] if number_format is None else number_format.encode(tensor) for tensor in tensors]
+    return sum(tensor.nbytes for tensor in RepositoryTensors.of(config, dtype).tensors)
 
 
 class _Numbers:
     """The random bytes of tensors, in portions."""
 
-    def __init__(self, dtype: torch.dtype, seed: int, scales: Collection[str]) -> None:
-        self._scales = scales
-        block = torch.empty(_BLOCK_ELEMENTS).normal_(0, _STANDARD_DEVIATION, generator=torch.Generator().manual_seed(seed))
-        self._random = {dtype: _bytes_of(block.to(dtype))}
-        codes = (block / _SCALE).to(torch.float8_e4m3fn)
-        self._random[torch.float8_e4m3fn] = _bytes_of(codes)
-        for packed in (torch.uint8, torch.int8):  # two codes of 4 bits each: of E2M1 those up to 1.5
-            self._random[packed] = _bytes_of(codes.view(torch.uint8) * 37 & 0xBB)
-        words = torch.randint(-(1 << 31), 1 << 31, (_BLOCK_ELEMENTS,), dtype=torch.int64, generator=torch.Generator().manual_seed(seed))
-        self._random[torch.int32] = _bytes_of(words.to(torch.int32))
+    def __init__(self, stored: RepositoryTensors, dtype: torch.dtype, seed: int) -> None:
+        self._number_format, self._encoded = stored.number_format, stored.encoded
+        self._generator = torch.Generator().manual_seed(seed)
+        block = torch.empty(_BLOCK_ELEMENTS).normal_(0, RANDOM_DEVIATION, generator=self._generator)
+        self._random = _bytes_of(block.to(dtype))
         self._begin = 0  # where the last tensor begins in the block, in elements
 
     def portions(self, tensor: NamedTensor) -> Iterator[memoryview]:
         """Yield the bytes of `tensor` in portions."""
-        if len(tensor.shape) > 1 and tensor.dtype in self._random and not self._is_constant(tensor.name):
+        if tensor.name in self._encoded:
+            source, begin = _bytes_of(self._sampled(tensor)), 0
+        elif len(tensor.shape) > 1 and tensor.dtype.is_floating_point and "bias" not in tensor.name:
             # Each tensor begins at another position of the block, far from the previous one.
             self._begin = (self._begin + _BLOCK_ELEMENTS * 5 // 8) % _BLOCK_ELEMENTS
-            source, begin = self._random[tensor.dtype], self._begin * tensor.dtype.itemsize
+            source, begin = self._random, self._begin * tensor.dtype.itemsize
         else:
-            source, begin = _bytes_of(self._constant(tensor).expand(min(math.prod(tensor.shape), _BLOCK_ELEMENTS)).contiguous()), 0
+            value = 1 if tensor.dtype.is_floating_point and "bias" not in tensor.name else 0
+            source, begin = _bytes_of(torch.full((min(math.prod(tensor.shape), _BLOCK_ELEMENTS),), value, dtype=tensor.dtype)), 0
         left = tensor.nbytes
         while left:
             portion = source[begin : begin + left]
@@ -119,21 +108,18 @@ class _Numbers:
             left -= len(portion)
             begin = 0
 
-    def _is_constant(self, name: str) -> bool:
-        return "bias" in name or name in self._scales
-
-    def _constant(self, tensor: NamedTensor) -> torch.Tensor:
-        """Return what all numbers of a tensor are, (1,)."""
-        if tensor.name.endswith(_ZEROS) and tensor.dtype == torch.int32:
-            return torch.tensor([_MIDDLES], dtype=torch.int32)
-        if tensor.name in self._scales and not tensor.name.endswith("_scale_2"):  # which multiplies the scales
-            power = tensor.dtype == torch.uint8  # of two, in a plain byte
-            return torch.tensor([127 + int(math.log2(_SCALE)) if power else _SCALE]).to(tensor.dtype)
-        return torch.tensor([1 if tensor.dtype.is_floating_point and "bias" not in tensor.name else 0], dtype=tensor.dtype)
+    def _sampled(self, tensor: NamedTensor) -> torch.Tensor:
+        """Return random numbers for an encoded tensor's part, or for so many rows of it as make a block."""
+        assert self._number_format is not None
+        if tensor.shape:
+            row_bytes = max(tensor.nbytes // max(tensor.shape[0], 1), 1)
+            rows = min(tensor.shape[0], max(_SAMPLED_BYTES // row_bytes, 1))
+            tensor = replace(tensor, shape=(rows, *tensor.shape[1:]))
+        return self._number_format.sample(tensor, self._generator).contiguous()
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    return tensor.view(torch.uint8).numpy().data
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def _write_shard(file: _NewFile, tensors: Sequence[NamedTensor], numbers: _Numbers) -> None:

@@ -38,7 +38,11 @@ FLAGS: dict[str, tuple[str, str, str]] = {
     "disk": (_BUDGETS, "SIZE", "Room for spilled KV cache in the offload folder; 0 forbids spilling."),
     "offload_dir": (_BUDGETS, "DIR", "Folder for spilled KV cache. Default: a fresh one below the system's temporary folder."),
     "device": (_PLACEMENT, "|".join(DEVICES), "Where matrix products run; sim is a stand-in for an accelerator, for tests."),
-    "weights": (_PLACEMENT, "SHARES", "Homes of the weights, such as device=.2,host=.3,disk=.5. Default: planned."),
+    "weights": (
+        _PLACEMENT,
+        "SHARES",
+        "Homes of the weights: shares of device, host, encoded (in host memory as stored), disk. Default: planned.",
+    ),
     "kv": (_PLACEMENT, "SHARES", "Homes of the KV cache, such as host=1. Default: planned."),
     "max_num_seqs": (_PLACEMENT, "N", "Most sequences alive at once. Default: planned."),
     "micro_batch_tokens": (_PLACEMENT, "N", "Most tokens computed together. Default: planned."),
@@ -160,12 +164,12 @@ def load(model: str, options: EngineOptions, progress: str, **more: Any) -> LLM:
         progress: The value of `--progress`.
         **more: Keywords of LLM that are not engine options.
     """
-    from flexgen.hub.resolve import resolve_model
     from flexgen.llm import LLM
+    from flexgen.session.lookup import files_of
 
     is_there(Path(model), "MODEL", Path.is_dir)
     show = progress in ("auto", "rich") and sys.stderr.isatty()
-    files = resolve_model(model, revision=options.revision, with_weights=options.load_format != "dummy", show_progress=show)
+    files = files_of(model, options, show_progress=show)
     return LLM(files, **more, **dataclasses.asdict(options))
 
 

@@ -73,13 +73,13 @@ class _Question:
     box: Machine | None
     workload: Workload
 
-    def machine(self, dtype: str) -> Machine:
+    def machine(self, spec: ModelSpec) -> Machine:
         """Return the machine; this one is measured now unless its rates are kept."""
         if self.box is not None:
             return self.box
         from flexgen.profile.measure import cached_machine
 
-        return cached_machine(self.limits.device, dtype, self._weights_folder)
+        return cached_machine(self.limits.device, spec.dtype, self._weights_folder, formats=spec.decoded_from)
 
     def job(self, spec: ModelSpec, machine: Machine) -> dict[str, Any]:
         """Return the arguments of `make_plan` and `space_of`."""
@@ -90,18 +90,11 @@ class _Question:
     def plan_in(self, dtype: str) -> Plan | None:
         """Return the plan in another dtype; None where the machine was not measured in it, or nothing fits the budgets."""
         from flexgen.plan.tell.forecast import make_plan
-        from flexgen.session.lookup import spec_of
 
         machine = self.box or self._kept(dtype)
         if machine is None or dtype not in machine.dense:
             return None
-        spec = spec_of(
-            self.model,
-            device=self.limits.device,
-            dtype=dtype,
-            weight_format=self.options.weight_format,
-            revision=self.options.revision,
-        )
+        spec = _spec_of(self.model, self.options, self.limits.device, dtype)
         try:
             return make_plan(**self.job(spec, machine))
         except CapacityError:
@@ -167,21 +160,27 @@ def _told(
     from flexgen.plan.tell.alternatives import faster_format
     from flexgen.plan.tell.alternatives import pareto as curve_of
     from flexgen.plan.tell.forecast import make_plan
-    from flexgen.session.lookup import spec_of
 
     limits, box = _limits_and_machine(options, machine)
     step(f"reading config and headers of {model}")
-    spec = spec_of(model, device=limits.device, dtype=options.dtype, weight_format=options.weight_format, revision=options.revision)
+    spec = _spec_of(model, options, limits.device, options.dtype)
     if box is not None:
         limits = beside_checkpoint(limits, spec.checkpoint_bytes, options)
     context = min(spec.max_position_embeddings, options.max_model_len or spec.max_position_embeddings)
     question = _Question(model=model, options=options, limits=limits, box=box, workload=workload_of(context))
-    job = question.job(spec, question.machine(spec.dtype))
+    job = question.job(spec, question.machine(spec))
     step("choosing a plan")
     planned = make_plan(**job)
     faster = faster_format(planned, question.plan_in)
     curve = curve_of(space_of(**job)) if pareto else []
     return _as_json(planned, limits, faster, curve) if as_json else _as_text(planned, faster, curve)
+
+
+def _spec_of(model: str, options: EngineOptions, device: str, dtype: str) -> ModelSpec:
+    from flexgen.session.lookup import spec_of
+
+    given = {"load_format": options.load_format, "weight_format": options.weight_format, "revision": options.revision}
+    return spec_of(model, device=device, dtype=dtype, **given)
 
 
 def _limits_and_machine(options: EngineOptions, name: str | None) -> tuple[Limits, Machine | None]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from flexgen.errors import CheckpointError, UnsupportedModelError
 from flexgen.formats.base import Encoding, EncodingPart, NamedTensor, NumberFormat, Parallel, StoredTensor, serially
 from flexgen.formats.linear_names import contains_any, is_linear_of_layer, module_of
-from flexgen.formats.matrices import StoredMatrix
+from flexgen.formats.matrices import StoredMatrix, sample_integers
 
 if TYPE_CHECKING:
     import torch
@@ -43,6 +43,9 @@ class AWQMatrix(StoredMatrix):
         groups = Groups(scales=scales, zeros=zeros, zero=_MIDDLE, columns=self.group_size)
         decode_awq(parts[0].view(inputs, -1), groups, out, parallel)
 
+    def sample(self, stored: NamedTensor, generator: torch.Generator) -> torch.Tensor:
+        return sample_integers(stored, generator, _BITS)
+
 
 class AWQ(NumberFormat):
     """Weights as AutoAWQ stores them.
@@ -67,16 +70,20 @@ class AWQ(NumberFormat):
             version = quantization.get("version") or quantization.get("checkpoint_format") or quantization.get("format") or _VERSION
         else:
             return None
+        if quantization.get("backend") == "llm-awq":
+            version = "llm-awq"
         bits = quantization.get("bits", quantization.get("w_bit", _BITS))
         group_size = quantization.get("group_size", quantization.get("q_group_size", 128))
-        if str(version).lower() != _VERSION or bits != _BITS or not isinstance(group_size, int) or group_size == 0:
+        known = str(version).lower() == _VERSION and bits == _BITS
+        if not known or not isinstance(group_size, int) or group_size == 0:
             raise UnsupportedModelError(
                 f"quantization_config in config.json (awq) states {bits!r:.20} bits in groups of {group_size!r:.20}, version "
                 f"{version!s:.40}, which is not supported; supported are {_BITS} bits in version {_VERSION}"
             )
         kept = [str(each) for each in quantization.get("modules_to_not_convert") or ()]
-        extra = quantization.get("extra_config") or {}
-        kept += [name for name, change in extra.items() if change.get("bits", _BITS) != _BITS]  # as auto-round writes it
+        extra = quantization.get("extra_config")  # of auto-round: modules that it left in 16 bits
+        for name, change in extra.items() if isinstance(extra, Mapping) else ():
+            kept += [name] if isinstance(change, Mapping) and change.get("bits", _BITS) != _BITS else []
         return AWQ(group_size, kept, with_zeros=bool(quantization.get("zero_point", True)))
 
     def encode(self, tensor: NamedTensor) -> list[NamedTensor]:
@@ -96,6 +103,9 @@ class AWQ(NumberFormat):
             ("scales", (groups, outputs), torch.float16),
         ]
         return [NamedTensor(f"{module}.{field}", shape, dtype) for field, shape, dtype in stored]
+
+    def sample(self, stored: NamedTensor, generator: torch.Generator) -> torch.Tensor:
+        return sample_integers(stored, generator, _BITS)
 
     def find(self, tensors: Mapping[str, StoredTensor]) -> dict[str, Encoding]:
         modules = [name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")]

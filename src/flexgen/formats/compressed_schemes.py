@@ -96,6 +96,13 @@ class Schemes:
         return None
 
 
+_USUAL = Scheme(
+    group="group_0", targets=("Linear",), stored_as=PACKED, floating=False, bits=4, symmetric=True, strategy="group", group_size=128,
+    block=None, ordered=False, inputs=None,
+)  # fmt: skip
+USUAL = Schemes(groups=(_USUAL,), ignored=(), kv_cache=False)
+
+
 def _names(module: str, target: str) -> bool:
     return re.match(target[3:], module) is not None if target.startswith("re:") else target == module
 
@@ -152,7 +159,8 @@ def _scheme(name: str, group: Any, overall: Any) -> Scheme | None:
     kind, bits, symmetric = str(weights.get("type", "int")).lower(), weights.get("num_bits", 8), weights.get("symmetric", True)
     stored_as = _stored_as(group.get("format") or overall, kind, weights)
     floating = kind == "float"
-    if not (bits in ((4, 8) if floating else range(2, 9)) and kind in ("int", "float")) or (floating and not symmetric):
+    known = type(bits) is int and bits in ((4, 8) if floating else range(2, 9)) and kind in ("int", "float")
+    if not known or (floating and not symmetric):
         raise _refused(f"has {'symmetric' if symmetric else 'asymmetric'} weights of {bits!r:.8} bits, type {kind:.20}, in {name!r:.40}")
     if floating != (stored_as in (NVFP4, MXFP4, MXFP8, "float-quantized")) and stored_as != "naive-quantized":
         raise _refused(f"stores numbers of type {kind} as {stored_as} in {name!r:.40}")

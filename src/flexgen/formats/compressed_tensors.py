@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 from flexgen.errors import CheckpointError
 from flexgen.formats.base import Encoding, EncodingPart, NamedTensor, NumberFormat, StoredTensor
-from flexgen.formats.compressed_schemes import MXFP4, MXFP8, NVFP4, PACKED, Scheme, Schemes, stated_schemes
+from flexgen.formats.compressed_schemes import MXFP4, MXFP8, NVFP4, PACKED, USUAL, Scheme, Schemes, stated_schemes
 from flexgen.formats.linear_names import module_of
-from flexgen.formats.matrices import Blocks, IntegerRows, rows_of_zeros
-from flexgen.formats.scaled import scaled
+from flexgen.formats.matrices import Blocks, IntegerRows, rows_of_zeros, sample_integers
+from flexgen.formats.scaled import sample, scaled
 
 if TYPE_CHECKING:
+    import torch
+
     from flexgen.kernels.dequantize.integers import Packing
 
 logger = logging.getLogger(__name__)
@@ -35,14 +37,14 @@ class CompressedTensors(NumberFormat):
     """Weights as compressed-tensors stores them.
 
     Args:
-        schemes: What the config states; None in the table of formats.
+        schemes: What the config states; None for 4-bit integers in groups of 128.
     """
 
     name = "compressed-tensors"
     runs = True
 
     def __init__(self, schemes: Schemes | None = None) -> None:
-        self._schemes = schemes or Schemes(groups=(), ignored=(), kv_cache=False)
+        self._schemes = schemes or USUAL
 
     def stated_by(self, quantization: Mapping[str, Any]) -> NumberFormat | None:
         schemes = stated_schemes(quantization)
@@ -52,6 +54,12 @@ class CompressedTensors(NumberFormat):
         module = module_of(tensor)
         scheme = self._schemes.planned(module) if module is not None else None
         return [tensor] if module is None or scheme is None else _encoded(module, tensor, scheme)
+
+    def sample(self, stored: NamedTensor, generator: torch.Generator) -> torch.Tensor:
+        scheme = self._schemes.stored(stored.name.rpartition(".")[0])
+        if scheme is None or not scheme.floating:
+            return sample_integers(stored, generator, scheme.bits if scheme is not None else 4)
+        return sample(stored, generator)
 
     def find(self, tensors: Mapping[str, StoredTensor]) -> dict[str, Encoding]:
         found = {}

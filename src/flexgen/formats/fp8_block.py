@@ -7,11 +7,14 @@ quantized, as in transformers where it dequantizes.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flexgen.errors import UnsupportedModelError
 from flexgen.formats.base import Encoding, NamedTensor, NumberFormat, StoredTensor
-from flexgen.formats.scaled import is_linear, scaled
+from flexgen.formats.scaled import is_linear, sample, scaled
+
+if TYPE_CHECKING:
+    import torch
 
 _BLOCKS = {"fp8": (128, 128), "mxfp8": (1, 32)}  # rows and columns that share a scale, where the config does not say it
 _FP4_BLOCK = (1, 32)
@@ -90,6 +93,9 @@ class FP8Block(NumberFormat):
             name = f"{module}.activation_scale" if module != tensor.name else f"{tensor.name}_activation_scale"
             found.append(NamedTensor(name, tuple(matrices), torch.float32))
         return found
+
+    def sample(self, stored: NamedTensor, generator: torch.Generator) -> torch.Tensor:
+        return sample(stored, generator)
 
     def find(self, tensors: Mapping[str, StoredTensor]) -> dict[str, Encoding]:
         import torch

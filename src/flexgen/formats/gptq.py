@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from flexgen.errors import CheckpointError, UnsupportedModelError
 from flexgen.formats.base import Encoding, EncodingPart, NamedTensor, NumberFormat, Parallel, StoredTensor, serially
 from flexgen.formats.linear_names import is_linear_of_layer, module_of
-from flexgen.formats.matrices import StoredMatrix
+from flexgen.formats.matrices import StoredMatrix, sample_integers
 
 if TYPE_CHECKING:
     import torch
@@ -78,6 +78,9 @@ class GPTQMatrix(StoredMatrix):
         )  # fmt: skip
         decode_gptq(parts[0].view(-1, outputs), self.bits, groups, out, parallel)
 
+    def sample(self, stored: NamedTensor, generator: torch.Generator) -> torch.Tensor:
+        return sample_integers(stored, generator, self.bits, zero_lacks=self.zero_lacks)
+
 
 def _order(stored: torch.Tensor, group_size: int) -> torch.Tensor:
     """Return the group of each input: where all are 0, some tools mean groups of adjacent inputs."""
@@ -130,6 +133,10 @@ class GPTQ(NumberFormat):
             ("g_idx", (inputs,), torch.int32),
         ]
         return [NamedTensor(f"{module}.{field}", shape, dtype) for field, shape, dtype in stored]
+
+    def sample(self, stored: NamedTensor, generator: torch.Generator) -> torch.Tensor:
+        bits, _ = self._chosen(stored.name.rpartition(".")[0]) or (self._settings.bits, 0)
+        return sample_integers(stored, generator, bits, zero_lacks=self._settings.zero_lacks)
 
     def _chosen(self, module: str) -> tuple[int, int] | None:
         """Return the bits and the group size of a module; None if it is not encoded."""
@@ -191,8 +198,7 @@ class GPTQ(NumberFormat):
 
 def _settings(quantization: Mapping[str, Any], zero_lacks: int, changes: Sequence[tuple[str, tuple[int, int] | None]]) -> Settings:
     bits, group_size = quantization.get("bits", 4), quantization.get("group_size", 128)
-    if bits not in _BITS or not isinstance(group_size, int) or group_size == 0:
-        raise _refused(f"{bits!r:.20} bits in groups of {group_size!r:.20}")
+    _check_sizes(bits, group_size)
     if (words := quantization.get("pack_dtype") or "int32") != "int32":
         raise _refused(f"codes packed in {words!s:.20}")
     if (kind := quantization.get("data_type") or "int") != "int":
@@ -213,6 +219,8 @@ def _dynamic(stated: Any) -> list[tuple[str, tuple[int, int] | None]]:
     for pattern, change in stated.items() if isinstance(stated, Mapping) else ():
         change = change if isinstance(change, Mapping) else {}
         sizes = None if pattern.startswith("-:") else (change.get("bits", 4), change.get("group_size", 128))
+        if sizes is not None:
+            _check_sizes(*sizes)
         changes.append((_pattern(pattern.removeprefix("-:").removeprefix("+:")), sizes))
     return changes
 
@@ -225,8 +233,15 @@ def _rounded_otherwise(quantization: Mapping[str, Any]) -> list[tuple[str, tuple
         change = change if isinstance(change, Mapping) else {}
         bits = change.get("bits", quantization.get("bits", 4))
         sizes = (bits, change.get("group_size", quantization.get("group_size", 128))) if bits in _BITS else None
+        if sizes is not None:
+            _check_sizes(*sizes)
         changes.append((_pattern(name if re.search(r"[*+\\^$|()\[\]]", name) else f"{re.escape(name)}$"), sizes))
     return changes
+
+
+def _check_sizes(bits: Any, group_size: Any) -> None:
+    if type(bits) is not int or bits not in _BITS or type(group_size) is not int or group_size == 0:
+        raise _refused(f"{bits!r:.20} bits in groups of {group_size!r:.20}")
 
 
 def _pattern(pattern: str) -> str:

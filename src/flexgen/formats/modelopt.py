@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flexgen.errors import CheckpointError, UnsupportedModelError
 from flexgen.formats.base import Encoding, NamedTensor, NumberFormat, StoredTensor
-from flexgen.formats.scaled import is_linear, scaled
+from flexgen.formats.scaled import is_linear, sample, scaled
+
+if TYPE_CHECKING:
+    import torch
 
 _GROUP = 16
 _FP4 = ("NVFP4", "W4A16_NVFP4")
@@ -77,6 +80,9 @@ class ModelOpt(NumberFormat):
                 ),
             ]
         return found + ([NamedTensor(f"{module}.input_scale", (), torch.float32)] if self._algorithm in ("NVFP4", "FP8") else [])
+
+    def sample(self, stored: NamedTensor, generator: torch.Generator) -> torch.Tensor:
+        return sample(stored, generator)
 
     def find(self, tensors: Mapping[str, StoredTensor]) -> dict[str, Encoding]:
         import torch

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 _GROUP = 32  # 4-bit numbers that share an 8-bit scale (OCP Microscaling Formats 1.0)
 _BLOCK_BYTES = _GROUP // 2
+_RANDOM_SCALE = 127 - 7  # 2^-7: random 4-bit numbers have a standard deviation of 2.9
+_EXAMPLE_WIDTH = 2880  # inputs and outputs of an expert of gpt-oss
 _EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
 
 
@@ -39,6 +41,19 @@ class MXFP4(NumberFormat):
             NamedTensor(f"{tensor.name}_blocks", (*groups, _BLOCK_BYTES), torch.uint8),
             NamedTensor(f"{tensor.name}_scales", groups, torch.uint8),
         ]
+
+    def example(self, num_elements: int) -> NamedTensor:
+        import torch
+
+        experts = max(num_elements // _EXAMPLE_WIDTH**2, 1)
+        return NamedTensor(f"model.layers.0.{_EXPERTS[1]}", (experts, _EXAMPLE_WIDTH, _EXAMPLE_WIDTH), torch.bfloat16)
+
+    def sample(self, stored: NamedTensor, generator: torch.Generator) -> torch.Tensor:
+        import torch
+
+        if stored.name.endswith("_scales"):
+            return torch.full(stored.shape, _RANDOM_SCALE, dtype=torch.uint8)
+        return torch.randint(256, stored.shape, dtype=torch.uint8, generator=generator)
 
     def find(self, tensors: Mapping[str, StoredTensor]) -> dict[str, Encoding]:
         import torch

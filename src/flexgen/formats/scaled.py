@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from flexgen.errors import CheckpointError
-from flexgen.formats.base import Encoding, EncodingPart, NamedTensor, NumberFormat, Parallel, StoredTensor, serially
+from flexgen.formats.base import RANDOM_DEVIATION, Encoding, EncodingPart, NamedTensor, NumberFormat, Parallel, StoredTensor, serially
 
 if TYPE_CHECKING:
     import torch
@@ -43,6 +43,9 @@ class ScaledMatrices(NumberFormat):
     def __init__(self, name: str, block: tuple[int, int], bits: int, *, divided: bool = False) -> None:
         self.name, self._block, self._bits, self._divided = name, block, bits, divided
 
+    def sample(self, stored: NamedTensor, generator: torch.Generator) -> torch.Tensor:
+        return sample(stored, generator)
+
     def decode(self, parts: Sequence[torch.Tensor], start: int, out: torch.Tensor, parallel: Parallel = serially) -> None:
         import torch
 
@@ -66,6 +69,24 @@ class ScaledMatrices(NumberFormat):
                 factor=None if self._divided else factor, divisor=factor if self._divided else None,
             )  # fmt: skip
             decode(Codes(numbers=codes[index], values=values), given, matrices[index], parallel)
+
+
+def sample(stored: NamedTensor, generator: torch.Generator) -> torch.Tensor:
+    """Return random numbers of a part, as `NumberFormat.sample` does."""
+    import torch
+
+    if stored.name.endswith(("_scale_2", "_global_scale", "input_scale")):
+        return torch.ones(stored.shape, dtype=stored.dtype)
+    if "scale" in stored.name:
+        if stored.dtype == torch.uint8:
+            return torch.full(stored.shape, 127 - 6, dtype=torch.uint8)  # 2 ** -6
+        # Of NVFP4's random codes, which have a standard deviation of 2.9, or of E4M3's.
+        scale = RANDOM_DEVIATION / 2.9 if stored.dtype == torch.float8_e4m3fn else RANDOM_DEVIATION
+        return torch.full(stored.shape, scale).to(stored.dtype)
+    if stored.dtype == torch.float8_e4m3fn:
+        return torch.randn(stored.shape, generator=generator).to(stored.dtype)
+    codes = torch.randint(256, stored.shape, dtype=torch.uint8, generator=generator)
+    return codes if stored.dtype == torch.uint8 else (codes & 0xBB).view(stored.dtype)  # those up to 1.5
 
 
 def scaled(

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby
 from operator import itemgetter
@@ -82,6 +82,8 @@ class ModelSpec:
         max_position_embeddings: The model's context length.
         number_format: The format of the stored weights: a dtype (that of most bytes), or a published low-bit format ("mxfp4", "fp8_block").
         dtype: The dtype of computing, and of decoded and resident bytes.
+        decoded_from: The decoded bytes of the units' tensors that are not used as they are stored, by the format or dtype in which they are
+            stored; empty if that is not known, in which case all count as `number_format`.
     """
 
     name: str
@@ -97,6 +99,7 @@ class ModelSpec:
     max_position_embeddings: int
     number_format: str = "bfloat16"
     dtype: str = "bfloat16"
+    decoded_from: dict[str, int] = field(default_factory=dict[str, int])
 
     @cached_property
     def streamed_bytes(self) -> int:

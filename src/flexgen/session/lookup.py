@@ -3,13 +3,41 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from flexgen.errors import ModelError, OptionError
-from flexgen.options import DTYPE_BYTES
+from flexgen.options import DTYPE_BYTES, EngineOptions
 from flexgen.plan.known.models import catalogue_name, catalogue_spec, similar_names
 from flexgen.plan.model import ModelSpec
 from flexgen.session.model import compute_dtype, config_dtype, describing
+
+if TYPE_CHECKING:
+    from flexgen.hub.model_files import ModelFiles
+
+
+def files_of(model: str | os.PathLike[str], options: EngineOptions, *, token: str | None = None, show_progress: bool = False) -> ModelFiles:
+    """Return the files of a model that is to be run, which are downloaded if need be.
+
+    Args:
+        model: A folder or a hub id; for random weights also a name of the catalogue, which needs no file and no network.
+        options: The options, which state the revision and whether weights are random.
+        token: The access token for the hub, as in `resolve_model`.
+        show_progress: Whether the hub library may draw its progress bars.
+
+    Raises:
+        ModelError: As for `resolve_model`.
+        CapacityError: As for `resolve_model`.
+    """
+    from flexgen.hub.resolve import resolve_model
+
+    is_random = options.load_format == "dummy"
+    if is_random and options.revision is None and isinstance(model, str) and "/" not in model and (name := shipped_name(model)) is not None:
+        from flexgen.session.shipped import catalogue_files
+
+        return catalogue_files(name)
+    return resolve_model(model, revision=options.revision, token=token, with_weights=not is_random, show_progress=show_progress)
 
 
 def spec_of(
@@ -17,6 +45,7 @@ def spec_of(
     *,
     device: str,
     dtype: str = "auto",
+    load_format: str = "auto",
     weight_format: str = "auto",
     revision: str | None = None,
     token: str | None = None,
@@ -29,6 +58,7 @@ def spec_of(
             dtype than it ships in.
         device: "cpu", "cuda" or "sim".
         dtype: The dtype to compute in, as in EngineOptions.
+        load_format: As in EngineOptions; "dummy" describes a folder or a hub repository by its config alone.
         weight_format: The format of the weights, as in EngineOptions. The model is described as a conversion would write it.
         revision: The branch, tag or commit of a hub repository. If it is given, the hub is asked even for a model of the catalogue.
         token: The access token for the hub, as in `resolve_model`.
@@ -45,7 +75,7 @@ def spec_of(
             return dataclasses.replace(spec, name=model) if "/" in model else spec
         if "/" not in model:
             raise OptionError(f"{model} is a name of the catalogue; a revision ({revision}) only has a meaning for a hub repository")
-    return _described(model, device, dtype, weight_format, revision, token)
+    return _described(model, device, dtype, load_format, weight_format, revision, token)
 
 
 def shipped_name(model: str) -> str | None:
@@ -68,7 +98,9 @@ def _shipped(name: str, device: str, dtype: str, weight_format: str) -> ModelSpe
     return described_in(name, getattr(torch, dtype), weight_format)
 
 
-def _described(model: str, device: str, dtype: str, weight_format: str, revision: str | None, token: str | None) -> ModelSpec:
+def _described(
+    model: str, device: str, dtype: str, load_format: str, weight_format: str, revision: str | None, token: str | None
+) -> ModelSpec:
     import torch
 
     from flexgen.checkpoint.files import Checkpoint, Headers
@@ -76,7 +108,7 @@ def _described(model: str, device: str, dtype: str, weight_format: str, revision
     from flexgen.hub.download import weight_headers
     from flexgen.hub.model_files import weight_files
     from flexgen.hub.resolve import resolve_model
-    from flexgen.models.describe import describe_headers
+    from flexgen.models.describe import describe_config, describe_headers
 
     try:
         files = resolve_model(model, revision=revision, token=token, with_weights=False)
@@ -85,6 +117,10 @@ def _described(model: str, device: str, dtype: str, weight_format: str, revision
             raise
         raise ModelError(f"{error}; nor is it in the catalogue: {', '.join(similar_names(model))}") from error
     config = read_config(files)
+    if load_format == "dummy":
+        with describing(model):
+            computed = getattr(torch, compute_dtype(config_dtype(config), device) if dtype == "auto" else dtype)
+            return describe_config(config, computed, stored=computed, name=model)
     if files.commit is None or all((files.folder / name).is_file() for name in weight_files(files.folder)):
         headers = Checkpoint(files.folder)
     else:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from transformers import AutoConfig
 
 from flexgen.checkpoint.repository import headers_of, meta_model, saved_tensors, sharded
+from flexgen.hub.model_files import ModelFiles
 from flexgen.models.describe import SHARD_BYTES, describe_config, describe_headers
 from flexgen.plan.known.models import catalogue_fields
 from flexgen.session.weights import planned_in
@@ -22,6 +25,12 @@ def catalogue_config(name: str) -> PretrainedConfig:
     """Return the config of a shipped model, made from the values that differ from the defaults of its type or decide a size."""
     fields = catalogue_fields(name)
     return AutoConfig.for_model(fields["model_type"], **fields["config"])
+
+
+def catalogue_files(name: str) -> ModelFiles:
+    """Return a shipped model as if its config.json were all that its folder holds."""
+    config = json.loads(catalogue_config(name).to_json_string()) | {"dtype": catalogue_fields(name)["dtype"]}
+    return ModelFiles(name=name, folder=Path(name), config=config, generation_config={}, commit=None, has_tokenizer=False)
 
 
 def described(name: str, dtype: torch.dtype | None = None) -> ModelSpec:

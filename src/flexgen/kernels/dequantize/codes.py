@@ -12,7 +12,6 @@ import numpy as np
 from numba import njit
 
 from flexgen.base.compiled import entry
-from flexgen.kernels.cpu.formats import narrow
 from flexgen.kernels.cpu.rows import moved, pointer
 from flexgen.kernels.dequantize.compiled import store
 
@@ -205,10 +204,15 @@ def scale_codes(
 ) -> None:
     """Store the numbers that codes of the columns from `first` stand for, with row `row` of scales and zeros."""
     if len(groups) > 0:
-        for i in range(count):
-            of = groups[first + i]
-            minus = zeros[row, of] if zeros.size > 0 else zero
-            target[i] = narrow((np.float32(codes[i]) - minus) * scales[row, of], like)
+        of_row, of_column = row * scales.shape[1], pointer(groups, first)
+        factors, middles = pointer(scales, of_row), pointer(zeros, of_row if zeros.size > 0 else 0)
+        if zeros.size > 0:
+            for i in range(count):
+                numbers[i] = (np.float32(codes[i]) - middles[of_column[i]]) * factors[of_column[i]]
+        else:
+            for i in range(count):
+                numbers[i] = (np.float32(codes[i]) - zero) * factors[of_column[i]]
+        store(pointer(numbers, 0), np.float32(1), target, count, like)
         return
     i = 0
     while i < count:
