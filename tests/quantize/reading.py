@@ -19,7 +19,8 @@ def made(
     folder: Path, model_type: str = "llama", dtype: torch.dtype = torch.float32, **settings: Any
 ) -> tuple[PreTrainedModel, ModelFiles]:
     """A random model and its folder."""
-    model = build(tiny_config(model_type, **settings)).to(dtype)
+    model: Any = build(tiny_config(model_type, **settings))
+    model = model.to(dtype)
     model.config.dtype = dtype
     save(model, folder)
     return model, resolve_model(folder)

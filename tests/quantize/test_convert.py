@@ -32,7 +32,8 @@ SHARD_BYTES = 20_000
 
 
 def converted(files: ModelFiles, folder: Path, **asked: Any) -> Record:
-    return convert(files, folder, QuantizeSettings(**({"group_size": 32} | asked)), num_threads=2, shard_bytes=SHARD_BYTES)
+    settings: dict[str, Any] = {"group_size": 32, **asked}
+    return convert(files, folder, QuantizeSettings(**settings), num_threads=2, shard_bytes=SHARD_BYTES)
 
 
 def digests(folder: Path) -> dict[str, str]:

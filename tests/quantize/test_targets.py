@@ -19,7 +19,8 @@ from tests.models.tiny_configs import tiny_config
 def found(model_type: str = "llama", asked: dict[str, Any] | None = None, **config: Any) -> tuple[Headers, Targets]:
     made = tiny_config(model_type, **config)
     headers = headers_of("x", sharded(saved_tensors(meta_model(made, torch.bfloat16), torch.bfloat16), 10**9))
-    return headers, find_targets(made, headers, QuantizeSettings(**({"group_size": 32} | (asked or {}))))
+    settings: dict[str, Any] = {"group_size": 32, **(asked or {})}
+    return headers, find_targets(made, headers, QuantizeSettings(**settings))
 
 
 def test_linear_layers_are_rounded_and_nothing_else() -> None:
@@ -32,7 +33,8 @@ def test_linear_layers_are_rounded_and_nothing_else() -> None:
 
 @pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe", "deepseek_v3"])
 def test_experts_are_rounded_and_routers_are_not(model_type: str) -> None:
-    headers, targets = found(model_type, **({"kv_lora_rank": 32, "q_lora_rank": 32, "v_head_dim": 16} if "deepseek" in model_type else {}))
+    latent: dict[str, Any] = {"kv_lora_rank": 32, "q_lora_rank": 32, "v_head_dim": 16} if "deepseek" in model_type else {}
+    headers, targets = found(model_type, **latent)
     experts = {name for name in headers.tensors if ".experts." in name and name.endswith(".weight")}
     assert experts
     assert experts <= targets.rounded

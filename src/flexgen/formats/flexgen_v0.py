@@ -11,13 +11,14 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from flexgen.errors import UnsupportedModelError
-from flexgen.formats.base import Encoding, EncodingPart, NamedTensor, NumberFormat, Parallel, StoredTensor, serially
+from flexgen.formats.base import RANDOM_DEVIATION, Encoding, EncodingPart, NamedTensor, NumberFormat, Parallel, StoredTensor, serially
 
 if TYPE_CHECKING:
     import torch
 
 NAME, GROUP = "flexgen-v0", 64
 CODES, RANGES = "_codes", "_ranges"
+_DEVIATION_OF_CODES = 4.61  # of numbers that are equally often 0, 1, ..., 15
 
 
 class FlexGenV0(NumberFormat):
@@ -48,14 +49,27 @@ class FlexGenV0(NumberFormat):
             return [tensor]
         return encoded(tensor)
 
+    def sample(self, stored: NamedTensor, generator: torch.Generator) -> torch.Tensor:
+        import torch
+
+        if stored.name.endswith(CODES):
+            return torch.randint(256, stored.shape, dtype=torch.uint8, generator=generator)
+        step = RANDOM_DEVIATION / _DEVIATION_OF_CODES
+        ranges = torch.empty(stored.shape, dtype=torch.float16)
+        ranges[:, 0], ranges[:, 1] = 1 / step, -7.5 * step
+        return ranges
+
     def find(self, tensors: Mapping[str, StoredTensor]) -> dict[str, Encoding]:
+        import torch
+
         found = {}
         for name, codes in tensors.items():
             ranges = tensors.get(name.removesuffix(CODES) + RANGES)
             if not name.endswith(CODES) or ranges is None or len(codes.shape) != 2:
                 continue
             outputs, inputs = 2 * codes.shape[0], codes.shape[1]
-            if ranges.shape == (-(-outputs // GROUP), 2, inputs):
+            dtypes_fit = (codes.dtype, ranges.dtype) == (torch.uint8, torch.float16)
+            if dtypes_fit and ranges.shape == (-(-outputs // GROUP), 2, inputs):
                 parts = EncodingPart(codes, 2), EncodingPart(ranges, GROUP)
                 found[name.removesuffix(CODES)] = Encoding(self, (outputs, inputs), parts)
         return found
