@@ -41,6 +41,7 @@ EXAMPLES: dict[str, Mapping[str, Any]] = {
     "gptq_int4": {"quant_method": "gptq", "bits": 4, "group_size": 128},
     "gptq_int8": {"quant_method": "gptq", "bits": 8, "group_size": 128},
     "awq": {"quant_method": "awq", "bits": 4, "group_size": 128},
+    "flexgen-v0": {"quant_method": "flexgen-v0", "bits": 4, "group_size": 64},
 }
 
 
