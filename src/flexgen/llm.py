@@ -31,6 +31,7 @@ from flexgen.session.lookup import files_of
 from flexgen.session.model import ResolvedModel
 from flexgen.session.session import EngineSession, plan_job
 from flexgen.session.turns import Turns
+from flexgen.session.weights import in_weight_format
 from flexgen.tables.in_memory import MapKeywords, make_task, map_frame
 from flexgen.text.answers import RequestTranslator
 from flexgen.text.choices import Choice
@@ -94,10 +95,9 @@ class LLM:
     ) -> None:
         asked = read_keywords(keywords)
         options = asked.options
-        if isinstance(model, ModelFiles):
-            self.files = model
-        else:
-            self.files = files_of(model, options, token=asked.token)
+        if not isinstance(model, ModelFiles):
+            model = files_of(model, options, token=asked.token)
+        self.files = in_weight_format(model, options)
         step(f"reading configuration and tokenizer of {self.files.name}")
         self._model = ResolvedModel(self.files, options)
         self.vocab_size, self.max_model_len = token_limits(self.files.name, self._model.config, options.max_model_len)

@@ -20,6 +20,7 @@ DEVICES = ("auto", "cpu", "cuda", "sim")
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}  # the dtypes of computing, and the bytes of a number
 DTYPES = ("auto", *DTYPE_BYTES)
 LOAD_FORMATS = ("auto", "safetensors", "dummy")
+WEIGHT_FORMATS = ("auto", "int8", "int4")
 SCHEDULES = ("auto", "diagonal", "zigzag", "row")
 TIERS = ("device", "host", "disk")
 # The homes of weights, and the tier of each; what is "encoded" is in host memory as stored, and decoded in every pass.
@@ -31,6 +32,7 @@ _LEAST_INTEGERS = {
     "max_num_seqs": 1, "micro_batch_tokens": 1, "prefill_tokens": 1, "max_model_len": 1, "max_logprobs": -1, "seed": -(2**63),
 }  # fmt: skip
 _NEVER_NONE = ("max_logprobs", "seed")
+_KNOWN = {"device": DEVICES, "dtype": DTYPES, "schedule": SCHEDULES, "load_format": LOAD_FORMATS, "weight_format": WEIGHT_FORMATS}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +58,8 @@ class EngineOptions:
         max_request_seconds: Most seconds that a request may take from its first pass to its last, as predicted; None for no bound.
         max_job_seconds: Most seconds that the job may take, as predicted; None for no bound.
         load_format: "auto", "safetensors", or "dummy" for random weights from config.json alone, for benchmarks.
+        weight_format: "auto" computes with the weights as the checkpoint holds them; "int8" and "int4" convert them on first need, into a
+            cache, and run from there (docs/quantization.md).
         max_model_len: Context limit, at most the model's; None for the model's.
         revision: Revision of a hub repository.
         seed: Base of every sampled request's own seed.
@@ -81,6 +85,7 @@ class EngineOptions:
     max_request_seconds: float | None = None
     max_job_seconds: float | None = None
     load_format: str = "auto"
+    weight_format: str = "auto"
     max_model_len: int | None = None
     revision: str | None = None
     seed: int = 0
@@ -96,7 +101,7 @@ class EngineOptions:
         for name, homes in (("weights", tuple(WEIGHT_HOMES)), ("kv", TIERS)):
             if (shares := getattr(self, name)) is not None:
                 parse_placement(shares, name=name, homes=homes)
-        for name, known in (("device", DEVICES), ("dtype", DTYPES), ("schedule", SCHEDULES), ("load_format", LOAD_FORMATS)):
+        for name, known in _KNOWN.items():
             if getattr(self, name) not in known:
                 raise OptionError(f"{name}={getattr(self, name)!r} is unknown; known: {', '.join(known)}")
         for name, least_bytes in _LEAST_BYTES.items():
@@ -105,6 +110,8 @@ class EngineOptions:
                 check_budget(size, name=name, least_bytes=least_bytes, zero=name != "host_mem")
         if self.prefill_tokens is not None and self.schedule not in ("auto", "diagonal"):
             raise OptionError(f"prefill_tokens has a meaning for schedule='diagonal' only, not for {self.schedule!r}")
+        if self.load_format == "dummy" and self.weight_format != "auto":
+            raise OptionError(f"weight_format={self.weight_format!r} converts a checkpoint, and load_format='dummy' reads none")
         if self.trust_remote_code:
             raise OptionError("trust_remote_code: flexgen runs no code from model folders")
 
@@ -146,6 +153,7 @@ class OptionKeywords(TypedDict, total=False):
     max_request_seconds: float | None
     max_job_seconds: float | None
     load_format: str
+    weight_format: str
     max_model_len: int | None
     revision: str | None
     seed: int | None

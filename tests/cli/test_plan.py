@@ -42,7 +42,8 @@ def test_a_plan_as_json() -> None:
         "plan", "llama-3-8b", "--machine", "rtx4090-64gb", "--num-requests", 100, "--json", "--kv", "host=1", "--host-mem", "32GiB"
     )
     plan = json.loads(done.stdout)
-    assert set(plan) == {"model", "machine", "limits", "policy", "forecast", "faster_format"}
+    assert set(plan) == {"model", "machine", "limits", "policy", "forecast", "weight_format", "faster_format", "faster_weights"}
+    assert plan["weight_format"] == "auto"
     assert plan["faster_format"] is None
     assert plan["limits"]["host_bytes"] == 32 << 30
     assert plan["policy"]["kv"] == {"device": 0.0, "host": 1.0, "encoded": 0.0, "disk": 0.0}
@@ -83,6 +84,34 @@ def test_what_a_narrower_dtype_would_gain_is_said_where_it_is_much() -> None:
     told = flexgen(*job, "--dtype", "float32").stdout
     assert f"in bfloat16 the job would go {faster['speedup']:.1f} times as fast: --dtype bfloat16" in told
     assert "times as fast" not in flexgen(*job).stdout
+
+
+def test_a_format_of_weights_is_chosen_among_those_that_are_allowed() -> None:
+    """Weights that stream from disk, of which a quarter would stream faster."""
+    job = ("plan", "opt-30b", "--machine", "t4-gcp", "--num-requests", 200, "--weights", "disk=1", *QUICK)
+    own, rounded = (json.loads(flexgen(*job, "--json", *more).stdout) for more in ((), ("--allow-formats", "int8,int4")))
+    assert (own["weight_format"], rounded["weight_format"]) == ("auto", "int4")
+    assert own["faster_weights"]["format"] == "int4"
+    gain = own["forecast"]["seconds"] / rounded["forecast"]["seconds"]
+    assert own["faster_weights"]["speedup"] == pytest.approx(gain, rel=0.25)
+    assert rounded["faster_weights"] is None
+    exactly = json.loads(flexgen(*job, "--json", "--weight-format", "int4").stdout)
+    assert (exactly["policy"], exactly["forecast"]) == (rounded["policy"], rounded["forecast"])
+    assert "with weights rounded to int4 tokens might come about" in flexgen(*job).stdout
+    assert "int4 is the fastest: run this plan with --weight-format int4" in flexgen(*job, "--allow-formats", "int8, int4").stdout
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--allow-formats", "int3"), "--allow-formats: 'int3' is unknown; known: int8, int4"),
+        (("--allow-formats", "int8", "--weight-format", "int4"), "leaves nothing to choose: leave out --allow-formats"),
+    ],
+)
+def test_formats_that_cannot_be_chosen(flags: tuple[str, ...], message: str) -> None:
+    done = flexgen("plan", "opt-30b", "--machine", "t4-gcp", *flags)
+    assert done.exit_code == 2
+    assert message in " ".join(done.stderr.split())
 
 
 def test_a_dtype_that_was_not_measured_is_not_spoken_of(measured: list[tuple[Any, ...]], tmp_path: Path) -> None:

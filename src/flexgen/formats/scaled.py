@@ -28,19 +28,20 @@ def is_linear(tensor: NamedTensor) -> bool:
 class ScaledMatrices(NumberFormat):
     """Codes of 4 or 8 bits, row by row, and a scale for each block of rows and columns.
 
-    The parts of an encoding are the codes, the scales and, where there is one, a number by which all scales are multiplied.
+    The parts of an encoding are the codes, the scales and, where there is one, a number by which all scales are multiplied or divided.
 
     Args:
-        name: The name of the format.
+        name: The name of the format; that of the matrices has their bits, too.
         block: The rows and columns that share a scale.
         bits: The bits of a code: 4 for E2M1 (the first of two codes in the low half of the byte), 8 for E4M3.
+        divided: Whether scales are divided by the number that is stored beside them.
     """
 
     runs = True
     carried_as_stored = True
 
-    def __init__(self, name: str, block: tuple[int, int], bits: int) -> None:
-        self.name, self._block, self._bits = name, block, bits
+    def __init__(self, name: str, block: tuple[int, int], bits: int, *, divided: bool = False) -> None:
+        self.name, self._block, self._bits, self._divided = f"{name}_fp{bits}", block, bits, divided
 
     def sample(self, stored: NamedTensor, generator: torch.Generator) -> torch.Tensor:
         return sample(stored, generator)
@@ -62,9 +63,10 @@ class ScaledMatrices(NumberFormat):
         scales = parts[1].view(count, *grid)
         factors = parts[2].expand(count) if len(parts) > 2 else None
         for index in range(count):
+            factor = None if factors is None else factors[index]
             given = Scales.of(
                 scales[index], grid, block_rows=block_rows, block_columns=block_columns, skipped=skipped,
-                factor=None if factors is None else factors[index],
+                factor=None if self._divided else factor, divisor=factor if self._divided else None,
             )  # fmt: skip
             decode(Codes(numbers=codes[index], values=values), given, matrices[index], parallel)
 
@@ -89,7 +91,7 @@ def sample(stored: NamedTensor, generator: torch.Generator) -> torch.Tensor:
 
 def scaled(
     name: str, codes: StoredTensor, scales: StoredTensor, stated: tuple[int, int] | None, *, bits: int, factor: StoredTensor | None = None,
-    tensors: Mapping[str, StoredTensor], beside: Sequence[str] = (),
+    tensors: Mapping[str, StoredTensor], beside: Sequence[str] = (), divided: bool = False,
 ) -> Encoding:  # fmt: skip
     """Return the encoding of a matrix, or of several, whose block follows from the shapes of its codes and of its scales.
 
@@ -102,6 +104,7 @@ def scaled(
         factor: A number by which all scales are multiplied, or one for each matrix; None if there is none.
         tensors: All stored tensors.
         beside: The names of tensors that belong to it but are not needed, whether they exist or not.
+        divided: Whether scales are divided by `factor`.
 
     Raises:
         CheckpointError: No block fits both shapes.
@@ -126,7 +129,7 @@ def scaled(
             raise CheckpointError(f"{factor.path.name}: {factor.name} has the shape {factor.shape}; it should be one number")
         parts.append(EncodingPart(factor, None if math.prod(factor.shape) == 1 else 1))
     return Encoding(
-        ScaledMatrices(name, (block[0], block[1]), bits), (*matrices, rows, columns), tuple(parts),
+        ScaledMatrices(name, (block[0], block[1]), bits, divided=divided), (*matrices, rows, columns), tuple(parts),
         beside=tuple(each for each in beside if each in tensors),
     )  # fmt: skip
 

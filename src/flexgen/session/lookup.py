@@ -46,6 +46,7 @@ def spec_of(
     device: str,
     dtype: str = "auto",
     load_format: str = "auto",
+    weight_format: str = "auto",
     revision: str | None = None,
     token: str | None = None,
 ) -> ModelSpec:
@@ -58,22 +59,23 @@ def spec_of(
         device: "cpu", "cuda" or "sim".
         dtype: The dtype to compute in, as in EngineOptions.
         load_format: As in EngineOptions; "dummy" describes a folder or a hub repository by its config alone.
+        weight_format: The format of the weights, as in EngineOptions. The model is described as a conversion would write it.
         revision: The branch, tag or commit of a hub repository. If it is given, the hub is asked even for a model of the catalogue.
         token: The access token for the hub, as in `resolve_model`.
 
     Raises:
         ModelError: The model does not exist, or its architecture, number format or files are not supported.
-        OptionError: A revision was given for a name of the catalogue, or the dtype cannot be computed in.
+        OptionError: A revision was given for a name of the catalogue, or the dtype or the format of the weights cannot be honoured.
     """
     if dtype != "auto" and dtype not in DTYPE_BYTES:
         raise OptionError(f"cannot compute in {dtype}; known: auto, {', '.join(sorted(DTYPE_BYTES))}")
     if (name := shipped_name(model)) is not None:
         if revision is None:
-            spec = _shipped(name, device, dtype)
+            spec = _shipped(name, device, dtype, weight_format)
             return dataclasses.replace(spec, name=model) if "/" in model else spec
         if "/" not in model:
             raise OptionError(f"{model} is a name of the catalogue; a revision ({revision}) only has a meaning for a hub repository")
-    return _described(model, device, dtype, load_format, revision, token)
+    return _described(model, device, dtype, load_format, weight_format, revision, token)
 
 
 def shipped_name(model: str) -> str | None:
@@ -81,20 +83,24 @@ def shipped_name(model: str) -> str | None:
     return None if Path(model).expanduser().is_dir() else catalogue_name(model)
 
 
-def _shipped(name: str, device: str, dtype: str) -> ModelSpec:
+def _shipped(name: str, device: str, dtype: str, weight_format: str) -> ModelSpec:
     spec = catalogue_spec(name)
     if dtype == "auto":
         dtype = compute_dtype(spec.dtype, device)
-    if dtype == spec.dtype:
+    if dtype == spec.dtype and weight_format == "auto":
         return spec
     import torch
 
-    from flexgen.session.shipped import described
+    from flexgen.session.shipped import described, described_in
 
-    return described(name, getattr(torch, dtype))
+    if weight_format == "auto":
+        return described(name, getattr(torch, dtype))
+    return described_in(name, getattr(torch, dtype), weight_format)
 
 
-def _described(model: str, device: str, dtype: str, load_format: str, revision: str | None, token: str | None) -> ModelSpec:
+def _described(
+    model: str, device: str, dtype: str, load_format: str, weight_format: str, revision: str | None, token: str | None
+) -> ModelSpec:
     import torch
 
     from flexgen.checkpoint.files import Checkpoint, Headers
@@ -121,4 +127,8 @@ def _described(model: str, device: str, dtype: str, load_format: str, revision: 
         headers = Headers.parsed(files.folder, weight_headers(model, files.folder, token=token))
     with describing(model):
         computed = compute_dtype(config_dtype(config), device) if dtype == "auto" else dtype
+        if weight_format != "auto":
+            from flexgen.session.weights import planned_in
+
+            headers, config = planned_in(weight_format, headers, config, name=model)
         return describe_headers(headers, config, getattr(torch, computed), name=model)

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import AutoConfig
 
+from flexgen.checkpoint.repository import headers_of, meta_model, saved_tensors, sharded
 from flexgen.hub.model_files import ModelFiles
-from flexgen.models.describe import describe_config
+from flexgen.models.describe import SHARD_BYTES, describe_config, describe_headers
 from flexgen.plan.known.models import catalogue_fields
+from flexgen.session.weights import planned_in
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -36,3 +38,16 @@ def described(name: str, dtype: torch.dtype | None = None) -> ModelSpec:
     fields = catalogue_fields(name)
     stored = getattr(torch, fields["dtype"])
     return describe_config(catalogue_config(name), dtype or stored, stored=stored, name=fields["source"])
+
+
+def described_in(name: str, dtype: torch.dtype, weight_format: str) -> ModelSpec:
+    """Describe a shipped model computed in `dtype`, as it would be after a conversion of its plain weights.
+
+    Raises:
+        ModelError: The conversion is not possible.
+    """
+    fields = catalogue_fields(name)
+    stored, config = getattr(torch, fields["dtype"]), catalogue_config(name)
+    headers = headers_of(fields["source"], sharded(saved_tensors(meta_model(config, stored), stored), SHARD_BYTES))
+    headers, config = planned_in(weight_format, headers, config, name=fields["source"])
+    return describe_headers(headers, config, dtype, name=fields["source"])
