@@ -68,7 +68,7 @@ def test_same_answers_as_with_decoded_weights(case: str, tmp_path: Path, monkeyp
         return answered(model, policy(device, weights=weights, kv=kv, ring_bytes=ring), requests, monkeypatch, tmp_path)
 
     dense = run("dense", "cpu")
-    for place in PLACES:
+    for place in PLACES if case in WITH_TRANSFORMERS else list(PLACES)[list(CASES).index(case) % 2 :][:1]:
         got = run("encoded", place)
         assert got.tokens == dense.tokens
         for index, logits in dense.logits.items():
