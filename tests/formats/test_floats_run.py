@@ -36,6 +36,13 @@ CASES: dict[str, tuple[str, dict[str, object], dict[str, Any], Write, Chosen]] =
     "deepseek_v3 in FP8": ("deepseek_v3", {}, FP8, fp8((16, 32)), is_linear),
     "llama in FP8 with one scale": ("llama", {}, FP8 | {"weight_block_size": None}, fp8(None), is_linear),
     "qwen3 in FP8, tied": ("qwen3", {"tie_word_embeddings": True}, FP8, fp8((16, 32), torch.float8_e8m0fnu), is_linear),
+    "qwen3 in FP8, tied and embedded": (
+        "qwen3",
+        {"tie_word_embeddings": True},
+        FP8,
+        fp8((16, 32)),
+        lambda name, tensor: is_linear(name, tensor) or "embed" in name,
+    ),
     "mixtral in FP8": ("mixtral", {}, FP8, fp8((16, 32)), is_linear),
     "llama4_text in FP8, fused experts": ("llama4_text", {}, FP8, fp8((16, 32)), is_linear),
     "llama in NVFP4": ("llama", {}, MODELOPT, nvfp4, is_linear),
