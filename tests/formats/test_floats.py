@@ -42,6 +42,17 @@ CASES: dict[str, tuple[dict[str, Any], Write, tuple[int, ...]]] = {
         (20, 36),
     ),
     "fp8 by other names": (FP8, fp8((16, 32), name="qscale_weight"), (64, 96)),
+    "fp8 of fbgemm": (
+        {"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0},
+        fp8((1, 50), name="weight_scale", beside={"input_scale_ub": torch.tensor([1200.0])}),
+        (24, 50),
+    ),
+    "fp8 of fbgemm, experts by columns": ({"quant_method": "fbgemm_fp8"}, fp8((24, 1), name="weight_scale"), (3, 24, 50)),
+    "fp8 of vLLM's first tools": (
+        {"quant_method": "fp8", "activation_scheme": "static"},
+        fp8(None, name="weight_scale", beside={"input_scale": torch.tensor(0.5)}),
+        (20, 36),
+    ),
     "mxfp8": ({"quant_method": "mxfp8", "weight_block_size": [1, 32]}, fp8((1, 32), torch.uint8), (24, 96)),
     "fp4 experts beside fp8": (FP8 | {"expert_dtype": "fp4"}, fp4_experts, (24, 96)),
     "mxfp4": ({"quant_method": "mxfp4"}, mxfp4, (3, 96, 40)),

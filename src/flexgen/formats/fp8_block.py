@@ -1,7 +1,8 @@
 """FP8 in blocks: E4M3 with one scale per block of a matrix, per row or per matrix, as DeepSeek-V3 and its successors store linear layers.
 
-The layouts are those that transformers' `FineGrainedFP8Config` describes, experts in 4 bits included.  Weights only: activations are not
-quantized, as in transformers where it dequantizes.
+The layouts are those that transformers' `FineGrainedFP8Config` describes, experts in 4 bits included, those of `FbgemmFp8Config` (one scale
+for each row) and those that vLLM's first tools wrote (one scale for each matrix).  Weights only: activations are not quantized, as in
+transformers where it dequantizes.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ if TYPE_CHECKING:
     import torch
 
 _BLOCKS = {"fp8": (128, 128), "mxfp8": (1, 32)}  # rows and columns that share a scale, where the config does not say it
+_BY_ROWS = "fbgemm_fp8"  # one scale for each row
 _FP4_BLOCK = (1, 32)
 _SCHEMES = ("dynamic", "static")
+_BESIDE = ("activation_scale", "input_scale", "qscale_act", "input_scale_ub")  # of activations
 
 
 class FP8Block(NumberFormat):
@@ -30,6 +33,7 @@ class FP8Block(NumberFormat):
         scale_dtype: The dtype of scales, by torch's name.
         fp4_experts: Whether experts are stored in 4 bits.
         static: Whether there are scales of activations, which are not used.
+        ending: The end of the names of scales.
     """
 
     name = "fp8_block"
@@ -44,14 +48,18 @@ class FP8Block(NumberFormat):
         scale_dtype: str = "float32",
         fp4_experts: bool = False,
         static: bool = False,
+        ending: str = "_scale_inv",
     ) -> None:
         self._block, self._kept, self._scale_dtype = block, list(kept), scale_dtype
-        self._fp4_experts, self._static = fp4_experts, static
+        self._fp4_experts, self._static, self._ending = fp4_experts, static, ending
 
     def stated_by(self, quantization: Mapping[str, Any]) -> NumberFormat | None:
         method = quantization.get("quant_method")
-        if not isinstance(method, str) or method not in _BLOCKS:
+        if not isinstance(method, str) or method not in (*_BLOCKS, _BY_ROWS):
             return None
+        kept = [str(name) for name in quantization.get("modules_to_not_convert") or quantization.get("ignored_layers") or ()]
+        if method == _BY_ROWS:
+            return FP8Block(block=None, kept=kept, ending="_scale")
         codes, scheme = quantization.get("fmt") or "e4m3", str(quantization.get("activation_scheme") or "dynamic").lower()
         if codes != "e4m3":
             raise UnsupportedModelError(f"the weights are quantized by {method} with the numbers {str(codes)[:40]!r}; only e4m3 is read")
@@ -65,7 +73,7 @@ class FP8Block(NumberFormat):
         power = "uint8" if method == "mxfp8" else "float8_e8m0fnu"
         return FP8Block(
             block=block,
-            kept=[str(name) for name in quantization.get("modules_to_not_convert") or quantization.get("ignored_layers") or ()],
+            kept=kept,
             scale_dtype=power if method == "mxfp8" or quantization.get("scale_fmt") == "ue8m0" else "float32",
             fp4_experts=quantization.get("expert_dtype") == "fp4",
             static=scheme == "static",
@@ -87,8 +95,8 @@ class FP8Block(NumberFormat):
             codes = NamedTensor(tensor.name, tensor.shape, torch.float8_e4m3fn)
             grid = (*matrices, *(-(-n // size) for n, size in zip((rows, columns), self._block or (rows, columns), strict=True)))
             if self._block is None and not matrices:
-                grid = ()
-        found = [codes, NamedTensor(f"{tensor.name}_scale_inv", grid, scale_dtype)]
+                grid = (rows, 1) if self._ending == "_scale" else ()
+        found = [codes, NamedTensor(f"{tensor.name}{self._ending}", grid, scale_dtype)]
         if self._static:
             name = f"{module}.activation_scale" if module != tensor.name else f"{tensor.name}_activation_scale"
             found.append(NamedTensor(name, tuple(matrices), torch.float32))
@@ -105,14 +113,14 @@ class FP8Block(NumberFormat):
             if codes.dtype not in (torch.float8_e4m3fn, torch.int8) or len(codes.shape) not in (2, 3):
                 continue
             module = name.removesuffix(".weight")
-            names = [f"{name}_scale_inv"]
+            names = [f"{name}_scale_inv", f"{name}_scale"]
             if module != name:  # DeepSeek-V4's and Mistral's names
                 names += [f"{module}.scale", f"{module}.qscale_weight"]
             scales = next((tensors[each] for each in names if each in tensors), None)
             if scales is None:
                 continue
             bits = 4 if codes.dtype == torch.int8 else 8
-            beside = [f"{module}.{each}" for each in ("activation_scale", "input_scale", "qscale_act")] + [f"{name}_activation_scale"]
+            beside = [f"{name}_activation_scale", *(f"{module}.{each}" for each in _BESIDE)]
             found[name] = scaled(
                 self.name, codes, scales, _FP4_BLOCK if bits == 4 else self._block, bits=bits, tensors=tensors, beside=beside
             )

@@ -128,11 +128,11 @@ def store(numbers: Any, scale: Any, target: Any, count: int, like: Any) -> None:
 
 def scale_of(stored: Any, values: Any) -> Any:
     """Return a scale: a float32, or the value of a code."""
-    return values[stored] if isinstance(stored, np.uint8) else stored
+    return values[stored] if stored.dtype == np.uint8 else stored
 
 
 @overload(scale_of, strict=False)  # strict compares annotations, which lambdas have none of
 def _scale_of(stored: Any, values: Any) -> Any:
-    if isinstance(stored, types.Integer):  # pyright: ignore[reportArgumentType]
+    if isinstance(stored, types.Integer):
         return lambda stored, values: values[stored]
     return lambda stored, values: stored
