@@ -26,7 +26,7 @@ from paper.published import (
 from paper.search import best_policy
 
 from flexgen.base.quantities import GIB
-from flexgen.options import EngineOptions
+from flexgen.options import TIERS, EngineOptions
 from flexgen.plan.known.machines import find_machine, limits_of
 from flexgen.plan.known.models import catalogue_spec
 from flexgen.plan.machine import Machine
@@ -123,7 +123,7 @@ def priced(name: str, machine: Machine, spec: ModelSpec) -> float:
     """Of one block under the published policy, whether it would fit or not: hidden states, which ours keeps on the device, may not."""
     published = POLICIES[name]
     whole = published.num_sequences * spec.kv_bytes(WORKLOAD.prompt_len + WORKLOAD.output_len + 16)
-    pools = {f"kv_{tier}_bytes": int(share * whole) for tier, share in dataclasses.asdict(published.kv).items()}
+    pools = {f"kv_{tier}_bytes": int(share * whole) for tier, share in dataclasses.asdict(published.kv).items() if tier in TIERS}
     policy = Policy(
         device="cuda", dtype=spec.dtype, weights=published.weights, kv=published.kv, **pools, host_ring_bytes=0, device_ring_bytes=0,
         workspace_bytes=0, embedding_resident=True, schedule="zigzag", max_num_seqs=published.num_sequences,

@@ -30,7 +30,7 @@ FLOORS = (
     {"formats"},
     {"checkpoint", "weights", "kv"},
     {"models"},
-    {"report"},
+    {"report", "quantize"},
     {"engine"},
     {"profile"},
     {"session"},

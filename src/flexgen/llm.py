@@ -16,7 +16,6 @@ from flexgen.base.steps import step
 from flexgen.chat import make_chats, parse_tools
 from flexgen.errors import FlexGenError, ModelError
 from flexgen.hub.model_files import ModelFiles
-from flexgen.hub.resolve import resolve_model
 from flexgen.options import EngineOptions
 from flexgen.outputs import ClassificationRequestOutput, RequestOutput
 from flexgen.plan.tell.forecast import Plan
@@ -24,8 +23,10 @@ from flexgen.plan.workload import Workload
 from flexgen.report.progress import Progress, RunReport
 from flexgen.request import PartialAnswer, SamplingParams, TokenRequest, TokenResult
 from flexgen.session.batch import choice_batch, completion_batch
+from flexgen.session.lookup import files_of
 from flexgen.session.model import ResolvedModel
 from flexgen.session.served import ServedModel
+from flexgen.session.weights import in_weight_format
 from flexgen.tables.in_memory import MapKeywords, make_task, map_frame
 from flexgen.text.choices import Choice
 from flexgen.text.common_prefixes import NO_PREFIXES, CommonPrefixes
@@ -87,10 +88,9 @@ class LLM:
     ) -> None:
         asked = read_keywords(keywords)
         options = asked.options
-        if isinstance(model, ModelFiles):
-            self.files = model
-        else:
-            self.files = resolve_model(model, revision=options.revision, token=asked.token, with_weights=options.load_format != "dummy")
+        if not isinstance(model, ModelFiles):
+            model = files_of(model, options, token=asked.token)
+        self.files = in_weight_format(model, options)
         step(f"reading configuration and tokenizer of {self.files.name}")
         resolved = ResolvedModel(self.files, options)
         self.vocab_size, self.max_model_len = resolved.token_limits

@@ -5,6 +5,7 @@ Sizes stay as the user wrote them; `solve` in plan/search/solve.py converts them
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypedDict
 
@@ -19,8 +20,11 @@ DEVICES = ("auto", "cpu", "cuda", "sim")
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}  # the dtypes of computing, and the bytes of a number
 DTYPES = ("auto", *DTYPE_BYTES)
 LOAD_FORMATS = ("auto", "safetensors", "dummy")
+WEIGHT_FORMATS = ("auto", "int8", "int4")
 SCHEDULES = ("auto", "diagonal", "zigzag", "row")
 TIERS = ("device", "host", "disk")
+# The homes of weights, and the tier of each; what is "encoded" is in host memory as stored, and decoded in every pass.
+WEIGHT_HOMES = {"device": "device", "host": "host", "encoded": "host", "disk": "disk"}
 # A budget below these is a typing mistake ("10" for "10GiB"): an interpreter with torch takes more, a page of a ring no less.
 _LEAST_BYTES = {"host_mem": 64 * MIB, "device_mem": MIB, "disk": MIB}
 # The integer options and the least value of each; those in _NEVER_NONE may not be None.
@@ -28,6 +32,7 @@ _LEAST_INTEGERS = {
     "max_num_seqs": 1, "micro_batch_tokens": 1, "prefill_tokens": 1, "max_model_len": 1, "max_logprobs": -1, "seed": -(2**63),
 }  # fmt: skip
 _NEVER_NONE = ("max_logprobs", "seed")
+_KNOWN = {"device": DEVICES, "dtype": DTYPES, "schedule": SCHEDULES, "load_format": LOAD_FORMATS, "weight_format": WEIGHT_FORMATS}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,8 +46,9 @@ class EngineOptions:
         host_mem: Hard budget of host memory for the whole process; None for 80 % of the memory that is free now.
         disk: Hard budget of disk space; None for 80 % of the space that is free.
         offload_dir: Folder for spilled KV; None for a new folder in the system's temporary folder.
-        weights: Explicit placement of weights, such as "host=.3,disk=.7"; None lets the planner choose.
-        kv: Explicit placement of the KV cache, in the same form; None lets the planner choose.
+        weights: Explicit placement of weights, such as "host=.3,disk=.7"; "encoded" is host memory that holds them as stored, to be decoded
+            in every pass.  None lets the planner choose.
+        kv: Explicit placement of the KV cache over the tiers, in the same form; None lets the planner choose.
         max_num_seqs: Most sequences alive in a pass; None lets the planner choose.
         micro_batch_tokens: Most tokens computed together; None lets the planner choose.
         prefill_tokens: Most prompt tokens that a pass admits; None lets the planner choose.
@@ -52,6 +58,8 @@ class EngineOptions:
         max_request_seconds: Most seconds that a request may take from its first pass to its last, as predicted; None for no bound.
         max_job_seconds: Most seconds that the job may take, as predicted; None for no bound.
         load_format: "auto", "safetensors", or "dummy" for random weights from config.json alone, for benchmarks.
+        weight_format: "auto" computes with the weights as the checkpoint holds them; "int8" and "int4" convert them on first need, into a
+            cache, and run from there (docs/quantization.md).
         max_model_len: Context limit, at most the model's; None for the model's.
         revision: Revision of a hub repository.
         seed: Base of every sampled request's own seed.
@@ -77,6 +85,7 @@ class EngineOptions:
     max_request_seconds: float | None = None
     max_job_seconds: float | None = None
     load_format: str = "auto"
+    weight_format: str = "auto"
     max_model_len: int | None = None
     revision: str | None = None
     seed: int = 0
@@ -89,10 +98,10 @@ class EngineOptions:
             object.__setattr__(self, name, _integer(name, getattr(self, name), least))
         for name in ("max_request_seconds", "max_job_seconds"):
             object.__setattr__(self, name, _seconds(name, getattr(self, name)))
-        for name in ("weights", "kv"):
+        for name, homes in (("weights", tuple(WEIGHT_HOMES)), ("kv", TIERS)):
             if (shares := getattr(self, name)) is not None:
-                parse_placement(shares, name=name)
-        for name, known in (("device", DEVICES), ("dtype", DTYPES), ("schedule", SCHEDULES), ("load_format", LOAD_FORMATS)):
+                parse_placement(shares, name=name, homes=homes)
+        for name, known in _KNOWN.items():
             if getattr(self, name) not in known:
                 raise OptionError(f"{name}={getattr(self, name)!r} is unknown; known: {', '.join(known)}")
         for name, least_bytes in _LEAST_BYTES.items():
@@ -101,6 +110,8 @@ class EngineOptions:
                 check_budget(size, name=name, least_bytes=least_bytes, zero=name != "host_mem")
         if self.prefill_tokens is not None and self.schedule not in ("auto", "diagonal"):
             raise OptionError(f"prefill_tokens has a meaning for schedule='diagonal' only, not for {self.schedule!r}")
+        if self.load_format == "dummy" and self.weight_format != "auto":
+            raise OptionError(f"weight_format={self.weight_format!r} converts a checkpoint, and load_format='dummy' reads none")
         if self.trust_remote_code:
             raise OptionError("trust_remote_code: flexgen runs no code from model folders")
 
@@ -142,6 +153,7 @@ class OptionKeywords(TypedDict, total=False):
     max_request_seconds: float | None
     max_job_seconds: float | None
     load_format: str
+    weight_format: str
     max_model_len: int | None
     revision: str | None
     seed: int | None
@@ -150,35 +162,37 @@ class OptionKeywords(TypedDict, total=False):
     trust_remote_code: bool
 
 
-def parse_placement(text: object, *, name: str = "") -> dict[str, float]:
-    """Parse shares per tier such as "device=.2,host=.3,disk=.5", which must add up to 1.
+def parse_placement(text: object, *, name: str = "", homes: Sequence[str] = TIERS) -> dict[str, float]:
+    """Parse shares per home such as "device=.2,host=.3,disk=.5", which must add up to 1.
 
     Args:
         text: The shares as the user wrote them.
         name: The name of the option, for messages.
+        homes: The homes that may be named.
 
     Raises:
-        OptionError: A tier is unknown, a number is malformed, or the sum is not 1.
+        OptionError: A home is unknown, a number is malformed, or the sum is not 1.
     """
     said = f"{name}={text!r}" if name else repr(text)
+    example = f"write shares of {', '.join(homes)}, such as device=.2,host=.3,disk=.5"
     if not isinstance(text, str):
-        raise OptionError(f"{said} is not a text; write shares of {', '.join(TIERS)}, such as device=.2,host=.3,disk=.5")
-    shares: dict[str, float] = dict.fromkeys(TIERS, 0.0)
+        raise OptionError(f"{said} is not a text; {example}")
+    shares: dict[str, float] = dict.fromkeys(homes, 0.0)
     named: set[str] = set()
     for part in text.split(","):
-        tier, separator, number = part.partition("=")
-        tier = tier.strip()
-        if tier not in TIERS or not separator:
-            wrong = f"{tier!r} is not a tier" if separator else f"{part!r} is not a share"
-            raise OptionError(f"{said}: {wrong}; write shares of {', '.join(TIERS)}, such as device=.2,host=.3,disk=.5")
-        if tier in named:
-            raise OptionError(f"{said}: {tier} is there twice")
-        named.add(tier)
+        home, separator, number = part.partition("=")
+        home = home.strip()
+        if home not in homes or not separator:
+            wrong = f"{home!r} is not a tier" if separator else f"{part!r} is not a share"
+            raise OptionError(f"{said}: {wrong}; {example}")
+        if home in named:
+            raise OptionError(f"{said}: {home} is there twice")
+        named.add(home)
         try:
-            shares[tier] = float(number)
+            shares[home] = float(number)
         except ValueError as error:
             raise OptionError(f"{said}: {number!r} is not a share: write a number between 0 and 1 (.25, not 25%)") from error
-        if not 0 <= shares[tier] <= 1:
+        if not 0 <= shares[home] <= 1:
             raise OptionError(f"{said}: a share must be between 0 and 1 (.25, not 25%)")
     if abs(sum(shares.values()) - 1) > 1e-6:
         raise OptionError(f"{said}: the shares add up to {sum(shares.values()):g}, not 1")

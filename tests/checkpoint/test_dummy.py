@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,10 +12,11 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from flexgen.checkpoint import dummy
-from flexgen.checkpoint.dummy import write_random_checkpoint
+from flexgen.checkpoint.dummy import checkpoint_bytes, write_random_checkpoint
 from flexgen.checkpoint.files import Checkpoint
 from flexgen.checkpoint.parameters import ModelSources, parameter_sources
 from flexgen.errors import StorageError
+from flexgen.formats.table import stated_format
 from flexgen.hub.model_files import INDEX_FILE, SINGLE_FILE
 from tests.models.tiny_configs import tiny_config
 
@@ -48,6 +50,36 @@ def test_loads_here_and_in_transformers(model_type: str, tmp_path: Path) -> None
         source.read(out)
         assert torch.equal(out, state[name]), name
     assert written == Checkpoint(tmp_path).total_bytes == json.loads((tmp_path / INDEX_FILE).read_text())["metadata"]["total_size"]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "quantization", "encoded"),
+    [
+        ("gpt_oss", {"quant_method": "mxfp4"}, "mlp.experts.gate_up_proj_blocks"),
+        ("deepseek_v3", {"quant_method": "fp8", "weight_block_size": [128, 128]}, "mlp.gate_proj.weight_scale_inv"),
+    ],
+)
+def test_weights_in_the_format_that_the_config_states(
+    model_type: str, quantization: dict[str, Any], encoded: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dummy, "_SAMPLED_BYTES", 3000)  # so that rows are repeated
+    config = tiny_config(model_type)
+    config.quantization_config = quantization
+    written = write_random_checkpoint(config, tmp_path, torch.bfloat16)
+    assert written == Checkpoint(tmp_path).total_bytes == checkpoint_bytes(config, torch.bfloat16)
+    assert json.loads((tmp_path / "config.json").read_text())["quantization_config"] == quantization
+    stored, number_format = tensors_of(tmp_path), stated_format(config)
+    assert any(name.endswith(encoded) for name in stored)
+    assert number_format is not None
+    found = Checkpoint(tmp_path).decoded(number_format, torch.bfloat16)
+    scales = {name for name in stored if name.endswith(("_scale_inv", "_scales"))}
+    assert len([tensor for tensor in found.tensors.values() if tensor.encoding is not None]) == len(scales) > 0
+    for name, tensor in stored.items():
+        assert tensor.float().isfinite().all(), name
+        if name.endswith("_blocks"):
+            assert tensor.float().std() > 60, "random bytes"
+        if tensor.dtype == torch.float8_e4m3fn:
+            assert tensor.float().std().item() == pytest.approx(1.0, rel=0.2)
 
 
 def test_config_names_the_class_and_the_dtype(tmp_path: Path) -> None:

@@ -88,6 +88,6 @@ def test_every_command_has_examples_that_parse_and_pages_that_exist() -> None:
     for typed, _ in (example for examples in EXAMPLES.values() for example in examples):
         assert len(typed) <= 76
         words = shlex.split(typed.partition("|")[0])[1:]
-        path = tuple(words[: 2 if words[0] in ("bench", "eval") else 1])
+        path = tuple(words[: 2 if words[0] in ("bench", "cache", "eval") else 1])
         EVERY[path].make_context(path[-1], [str(ROOT) if word.startswith("/") else word for word in words[len(path) :]])
     assert not [page for pages in PAGES.values() for page in pages if not (ROOT / page).is_file()]

@@ -91,7 +91,7 @@ def test_every_option_reaches_the_engine(
     done = flexgen("run", model_folder, source, "-o", output, *flags)
     assert done.exit_code == 0, done.output
     assert seen == [EngineOptions(**wanted)]
-    assert set(wanted) == set(FLAGS) - {"revision"}
+    assert set(wanted) == set(FLAGS) - {"revision", "weight_format"}
 
 
 def test_bad_lines_give_exit_code_1(model_folder: Path, tmp_path: Path, output: Path, engines: list[FakeEngine]) -> None:

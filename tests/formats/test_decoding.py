@@ -15,7 +15,17 @@ from flexgen.checkpoint.files import Checkpoint
 from flexgen.checkpoint.sources import ParameterSource, whole
 from flexgen.devices.sim import SimulatedDevice
 from flexgen.errors import EngineError
-from flexgen.formats.base import Encoding, EncodingPart, NamedTensor, NumberFormat, Parallel, StoredTensor, serially
+from flexgen.formats.base import (
+    RANDOM_DEVIATION,
+    Encoding,
+    EncodingPart,
+    NamedTensor,
+    NumberFormat,
+    Parallel,
+    StoredTensor,
+    serially,
+)
+from flexgen.formats.random_numbers import encoded_as, sampled_parts
 from flexgen.formats.table import FORMATS, runs
 from flexgen.io.direct_io import FileSet
 from flexgen.io.pool import IOPool
@@ -24,6 +34,7 @@ from flexgen.weights.store import WeightStore
 from flexgen.weights.unit import UnitLayout, WantedTensor
 
 ROWS, COLUMNS, CUT = 24, 40, 10
+LOW_BIT = [each for each in FORMATS.values() if each.runs and each.name not in DTYPE_BYTES]
 
 
 class RowScaled(NumberFormat):
@@ -35,6 +46,17 @@ class RowScaled(NumberFormat):
     def __init__(self, *, carried_as_stored: bool) -> None:
         self.carried_as_stored = carried_as_stored
         self.threads: list[str] = []
+
+    def encode(self, tensor: NamedTensor) -> list[NamedTensor]:
+        if len(tensor.shape) != 2:
+            return [tensor]
+        scales = NamedTensor(f"{tensor.name}_scale", (tensor.shape[0] // 2,), torch.float32)
+        return [NamedTensor(tensor.name, tensor.shape, torch.int8), scales]
+
+    def sample(self, stored: NamedTensor, generator: torch.Generator) -> torch.Tensor:
+        if stored.name.endswith("_scale"):
+            return torch.full(stored.shape, RANDOM_DEVIATION / 74)
+        return torch.randint(-128, 128, stored.shape, dtype=torch.int8, generator=generator)
 
     def find(self, tensors: Mapping[str, StoredTensor]) -> dict[str, Encoding]:
         names = [name for name in tensors if f"{name}_scale" in tensors]
@@ -102,7 +124,7 @@ def io() -> Iterator[IOPool]:
     pool.close()
 
 
-ON_CPU = [("disk", "disk"), ("host", "disk"), ("host", "host")]
+ON_CPU = [("disk", "disk"), ("host", "disk"), ("host", "host"), ("encoded", "disk"), ("encoded", "encoded"), ("host", "encoded")]
 ON_DEVICE = [*ON_CPU, ("device", "disk"), ("device", "device")]
 
 
@@ -126,12 +148,37 @@ def test_what_is_bound_is_decoded(tmp_path: Path, number_format: RowScaled, io: 
             assert torch.equal(model.bound[unit, "w"].cpu(), decoded[start:stop])
             store.release(unit)
     decoding = set(number_format.threads) - {"MainThread"}
-    link_decodes = on_device and not number_format.carried_as_stored and "disk" in homes
+    link_decodes = on_device and not number_format.carried_as_stored and bool({"encoded", "disk"} & set(homes))
     assert decoding == ({"flexgen-device-link"} if link_decodes else set()), "the host decodes before the link only"
     store.close()
     files.close()
     if backend is not None:
         backend.close()
+
+
+def test_what_stays_in_memory_does_not_keep_the_encoded_bytes(tmp_path: Path, number_format: RowScaled, io: IOPool) -> None:
+    """The plain tensor of the second unit is copied; a view of what was read would keep all of that in memory."""
+    write(tmp_path)
+    model, files = Model(), FileSet()
+    store = WeightStore(
+        layouts(tmp_path, number_format), ("host", "host"), model, io, files, backend=None, host_ring_bytes=0, device_ring_bytes=0
+    )
+    store.load()
+    assert {tensor.untyped_storage().nbytes() for tensor in model.bound.values()} == {tensor.nbytes for tensor in model.bound.values()}
+    store.close()
+    files.close()
+
+
+def test_units_land_on_the_device_in_the_same_memory_before_it_decodes_them(tmp_path: Path, io: IOPool) -> None:
+    write(tmp_path)
+    units, model, files, backend = layouts(tmp_path, RowScaled(carried_as_stored=True)), Model(), FileSet(), SimulatedDevice(1 << 20)
+    store = WeightStore(units, ("device", "device"), model, io, files, backend=backend, host_ring_bytes=0, device_ring_bytes=0)
+    store.load()
+    bound = sum(tensor.nbytes for tensor in model.bound.values())
+    assert backend.used_bytes == bound + max(unit.carried_bytes for unit in units)
+    store.close()
+    files.close()
+    backend.close()
 
 
 def test_a_unit_has_three_sizes(tmp_path: Path, number_format: RowScaled) -> None:
@@ -146,14 +193,27 @@ def test_a_unit_has_three_sizes(tmp_path: Path, number_format: RowScaled) -> Non
     assert not first.plain
 
 
+def test_random_numbers_decode_to_weights_of_a_common_size() -> None:
+    """Those of the formats in the table are tested with the examples by which they are measured."""
+    each = RowScaled(carried_as_stored=False)
+    encoding = encoded_as(each, each.example(1 << 20))
+    decoded = torch.empty(encoding.shape)
+    each.decode(sampled_parts(each, encoding), 0, decoded)
+    assert decoded.std().item() == pytest.approx(RANDOM_DEVIATION, rel=0.1)
+    assert abs(decoded.mean().item()) < 0.1 * RANDOM_DEVIATION
+
+
 def test_formats_that_can_be_run() -> None:
-    assert [name for name in (*FORMATS, "unknown", "") if runs(name)] == list(DTYPE_BYTES)
+    assert [name for name in (*FORMATS, "unknown", "") if runs(name)] == [*DTYPE_BYTES, *(each.name for each in LOW_BIT)]
     assert all(each.name == name for name, each in FORMATS.items())
 
 
-@pytest.mark.parametrize("name", ["mxfp4", "fp8_block"])
-def test_formats_that_are_only_counted_are_not_decoded(name: str) -> None:
+@pytest.mark.parametrize("name", [*DTYPE_BYTES, "mxfp4", "fp8_block", "modelopt"])
+def test_norms_are_plain_in_every_format(name: str) -> None:
     assert FORMATS[name].encode(NamedTensor("norm.weight", (64,), torch.bfloat16)) == [NamedTensor("norm.weight", (64,), torch.bfloat16)]
+
+
+def test_plain_numbers_are_not_decoded() -> None:
     parts: list[Any] = []
-    with pytest.raises(EngineError, match=name):
-        FORMATS[name].decode(parts, 0, torch.empty(1))
+    with pytest.raises(EngineError, match="bfloat16"):
+        FORMATS["bfloat16"].decode(parts, 0, torch.empty(1))

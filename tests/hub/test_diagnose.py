@@ -112,14 +112,11 @@ def test_pointers_of_git_lfs(tmp_path: Path, file: str) -> None:
 @pytest.mark.parametrize(
     ("change", "file", "message"),
     [
-        *(
-            ({"quantization_config": {"quant_method": method}}, None, rf"quantized \({method}.*bfloat16")
-            for method in ("gptq", "awq", "bitsandbytes", "mxfp4")
-        ),
+        ({"quantization_config": {"quant_method": "quanto"}}, None, r"quantized \(quanto.*bfloat16"),
+        ({"quantization_config": {"quant_method": "gptq", "checkpoint_format": "marlin"}}, None, "layout marlin"),
         ({"quantization_config": {"quant_method": "compressed-tensors", "format": "pack-quantized"}}, None, "compressed-tensors"),
         ({"quantization": {"group_size": 64, "bits": 4}}, None, "MLX, 4 bits"),
-        ({}, "quantize_config.json", "GPTQ"),
-        ({}, "quant_config.json", "AWQ"),
+        ({}, "hf_quant_config.json", "ModelOpt, by hf_quant_config.json alone"),
     ],
 )
 def test_quantized_weights(tmp_path: Path, change: dict[str, object], file: str | None, message: str) -> None:
@@ -132,6 +129,21 @@ def test_quantized_weights(tmp_path: Path, change: dict[str, object], file: str 
         (folder / file).write_text("{}")
     with pytest.raises(UnsupportedModelError, match=message):
         LLM(folder).check_model()
+
+
+@pytest.mark.parametrize(("file", "method"), [("quantize_config.json", "gptq"), ("quant_config.json", "awq")])
+def test_quantization_in_the_file_of_an_older_tool(tmp_path: Path, file: str, method: str) -> None:
+    """It is read as if config.json stated it, unless config.json states another one."""
+    from flexgen import LLM
+
+    folder = write_model_folder(tmp_path / "model")
+    (folder / file).write_text('{"bits": 4, "group_size": 64}')
+    assert resolve_model(folder).config["quantization_config"] == {"quant_method": method, "bits": 4, "group_size": 64}
+    with pytest.raises(CheckpointError, match=f"weights are {method}, but none of its tensors is"):
+        LLM(folder).check_model()
+    config = json.loads((folder / "config.json").read_text()) | {"quantization_config": {"quant_method": "quanto"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert resolve_model(folder).config == config
 
 
 def test_a_tokenizer_that_is_a_file(tmp_path: Path) -> None:

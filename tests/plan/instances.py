@@ -116,7 +116,7 @@ def _workload(draw: random.Random) -> Workload:
 
 
 def _limits(draw: random.Random, device: str, spec: ModelSpec, workload: Workload) -> Limits:
-    weights = sum(memory_bytes(unit) for unit in spec.units)
+    weights = sum(memory_bytes(unit, "host", "cpu") for unit in spec.units)
     kv = sum(spec.kv_bytes(s + n) for s, n in zip(workload.prompt_lens, workload.output_lens, strict=True))
     # Beside weights and KV a plan needs rings, activations, and pages for one sequence.
     needs = 4 * max(unit.decoded_bytes for unit in spec.units) + kv // len(workload) + 4 * MIB

@@ -110,9 +110,13 @@ def test_number_formats() -> None:
     assert formats == {name: low_bit.get(name, "float16" if name.startswith("opt") else "bfloat16") for name in formats}
     for name, number_format in formats.items():
         spec = catalogue_spec(name)
-        assert spec.dtype == (number_format if runs(number_format) else "bfloat16")
+        assert runs(number_format)
+        assert spec.dtype == ("bfloat16" if name in low_bit else number_format)
         experts = [unit for unit in spec.units if "experts" in unit.name and unit.decoded_bytes > 1 << 20]
-        assert runs(number_format) or (experts and not any(unit.plain for unit in experts))
+        if name in low_bit:
+            assert experts
+            assert all(not unit.plain and unit.encoded_bytes is not None for unit in experts)
+            assert all(unit.encoded_bytes < 0.52 * unit.decoded_bytes for unit in experts if unit.encoded_bytes is not None)
 
 
 def test_kv_of_a_token() -> None:

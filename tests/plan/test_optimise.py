@@ -13,7 +13,7 @@ from plan.instances import PROCESS_BYTES, instance_of
 
 from flexgen.base.quantities import GIB, MIB, parse_size
 from flexgen.errors import CapacityError
-from flexgen.options import TIERS, EngineOptions
+from flexgen.options import TIERS, WEIGHT_HOMES, EngineOptions
 from flexgen.plan.known.machines import find_machine, limits_of
 from flexgen.plan.known.models import catalogue_spec
 from flexgen.plan.play.simulate import simulate
@@ -30,8 +30,8 @@ from flexgen.plan.workload import Workload
 
 TOLERANCE = 1.01
 # Values per axis; kv_homes has its three kinds and what lies between.
-COARSE = {"on_device": 3, "on_host": 5, "kv_homes": 3, "kv_disk": 4, "quota": 4, "cap": 2}
-FINE = {"on_device": 5, "on_host": 7, "kv_homes": 5, "kv_disk": 5, "quota": 6, "cap": 3}
+COARSE = {"on_device": 3, "on_host": 5, "encoded": 3, "kv_homes": 3, "kv_disk": 4, "quota": 4, "cap": 2}
+FINE = {"on_device": 5, "on_host": 7, "encoded": 4, "kv_homes": 5, "kv_disk": 5, "quota": 6, "cap": 3}
 
 
 def solved(instance):
@@ -84,7 +84,7 @@ def test_never_worse_than_a_fine_grid(seed):
 # Jobs that are searched on a sample
 
 # Where blocks are larger than the samples are at least, and smaller.
-LARGE = {"on_device": 2, "on_host": 3, "kv_homes": 2, "kv_disk": 3, "quota": 3, "cap": 2}
+LARGE = {"on_device": 2, "on_host": 3, "encoded": 2, "kv_homes": 2, "kv_disk": 3, "quota": 3, "cap": 2}
 
 
 def large_instance(seed):
@@ -195,26 +195,26 @@ def steady_solution(seed):
     return (found, *problem) if found else None
 
 
-def simplex(steps):
-    """All shares of three tiers in multiples of 1 / steps."""
-    rows = [(a, b, steps - a - b) for a in range(steps + 1) for b in range(steps + 1 - a)]
+def simplex(steps, places):
+    """All shares of so many homes in multiples of 1 / steps."""
+    rows = [each for each in itertools.product(range(steps + 1), repeat=places) if sum(each) == steps]
     return np.array(rows) / steps
 
 
 def rates_on_grid(state, room, most, kv_tiers, weight_shares, kv_shares, num_seqs):
-    """Tokens/s for every combination; 0 where it does not fit."""
-    tiers = list(state.weights)
-    w, k = (np.stack([shares[:, TIERS.index(tier)] for tier in tiers], axis=1) for shares in (weight_shares, kv_shares))
-    allowed = (weight_shares[:, [TIERS.index(t) for t in TIERS if t not in tiers]] == 0).all(axis=1)
+    """Tokens/s for every combination, of shares of the state's homes and of TIERS; 0 where it does not fit."""
+    homes, tiers = list(state.weights), list(state.kv)
+    k = np.stack([kv_shares[:, TIERS.index(tier)] for tier in tiers], axis=1)
     kv_allowed = (kv_shares[:, [TIERS.index(t) for t in TIERS if t not in kv_tiers]] == 0).all(axis=1)
-    seconds = state.fixed + (w @ np.stack([state.weights[t] for t in tiers]))[:, None, None, :]
+    seconds = state.fixed + (weight_shares @ np.stack([state.weights[home] for home in homes]))[:, None, None, :]
     seconds = seconds + num_seqs[:, None] * (k @ np.stack([state.kv[t] for t in tiers]))[None, :, None, :]
-    fits = np.broadcast_to(allowed[:, None, None] & kv_allowed[None, :, None], seconds.shape[:-1]).copy()
+    fits = np.broadcast_to(kv_allowed[None, :, None], seconds.shape[:-1]).copy()
     for tier in TIERS:
         column = TIERS.index(tier)
         used = kv_shares[:, column] * room.kv_bytes + room.sequence_bytes.get(tier, 0.0)
         used = used + (room.staged * room.kv_bytes * kv_shares[:, 2] if tier == "host" else 0.0)
-        held = weight_shares[:, column] * state.weight_bytes * (tier != "disk")
+        sizes = [state.weight_bytes[home] * (WEIGHT_HOMES[home] == tier) if home != "disk" else 0.0 for home in homes]
+        held = weight_shares @ np.array(sizes)
         fits &= held[:, None, None] + used[None, :, None] * num_seqs <= room.memory_bytes.get(tier, 0.0)
     return np.where(fits & (num_seqs <= most), num_seqs / seconds.max(axis=-1), 0.0)
 
@@ -227,13 +227,15 @@ def test_the_linear_program_is_at_least_as_good_as_a_fine_grid(seed):
     state, room, most, kv_tiers = problem
     found = state.best(room, most, kv_tiers=kv_tiers)
     num_seqs = np.unique(np.geomspace(1, most, 80))
-    grid = rates_on_grid(state, room, most, kv_tiers, simplex(20), simplex(10), num_seqs).max()
+    weights = simplex(20 if len(state.weights) < 4 else 10, len(state.weights))
+    grid = rates_on_grid(state, room, most, kv_tiers, weights, simplex(10, 3), num_seqs).max()
     if found is None:
         assert grid == 0.0
         return
     assert grid <= found.tokens_per_s * (1 + 1e-6)
     # And what it claims is true: the same shares, priced and weighed as the grid's are.
-    shares = [np.array([[each.get(tier, 0.0) for tier in TIERS]]) for each in (found.weights, found.kv)]
+    pairs = ((found.weights, state.weights), (found.kv, TIERS))
+    shares = [np.array([[each.get(home, 0.0) for home in homes]]) for each, homes in pairs]
     shares = [np.where(each < 1e-9, 0.0, each) for each in shares]
     wider = dataclasses.replace(room, memory_bytes={tier: size * (1 + 1e-6) + 1 for tier, size in room.memory_bytes.items()})
     claimed = rates_on_grid(state, wider, most * (1 + 1e-9), kv_tiers, *shares, np.array([found.num_seqs]))

@@ -6,7 +6,15 @@ import pytest
 from flexgen.plan.machine import DiskRequest, Overheads, Rate
 from flexgen.plan.model import UnitSpec
 from flexgen.plan.play.simulate import simulate
-from flexgen.plan.price.pass_time import LOGIT_BYTES, PASSES_PER_LOGIT, Expectation, elementwise_bytes, rate_at
+from flexgen.plan.price.pass_time import (
+    DECODING_OF_CASTS,
+    LOGIT_BYTES,
+    PASSES_PER_LOGIT,
+    Expectation,
+    decoding_rate,
+    elementwise_bytes,
+    rate_at,
+)
 from flexgen.plan.price.work import PassWork
 from flexgen.plan.workload import Workload
 
@@ -52,6 +60,19 @@ def test_each_part_of_a_pass_by_hand(make_spec, make_machine, make_policy):
     assert resources["host_memory"] == pytest.approx(10.0)
     assert resources["lead"] == resources["host_compute"] == 0  # part of computing, on a CPU
     assert expectation.seconds(work, make_policy(embedding_resident=False)) == pytest.approx(max(compute, 10.0) + 10.0)
+
+
+def test_each_format_is_decoded_at_its_own_rate(make_spec, make_machine):
+    machine = make_machine(casts={"float16 bfloat16": 8e9, "int4 bfloat16": 2e9, "float16 float32": 1e12})
+
+    def rate(**fields):
+        return decoding_rate(make_spec(**fields), machine, "bfloat16")
+
+    assert [rate(decoded_from={"int4": 100}), rate(number_format="int4")] == pytest.approx([2e9, 2e9])
+    assert rate(decoded_from={"int4": 300, "float16": 100}) == pytest.approx(400 / (300 / 2e9 + 100 / 8e9))
+    assert rate(decoded_from={"float32": 100}) == pytest.approx(8e9), "casts of other dtypes count as the fastest"
+    assert rate(decoded_from={"int3": 100}) == pytest.approx(DECODING_OF_CASTS * 8e9), "formats that were not measured do not"
+    assert decoding_rate(make_spec(), make_machine(casts={}, host_memory=3e9), "bfloat16") == pytest.approx(1e9)
 
 
 def test_beside_a_device_the_host_works_on_its_own(make_spec, make_machine, make_policy):

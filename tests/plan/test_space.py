@@ -14,7 +14,8 @@ def random_points(space, draw, number):
     """Points anywhere in the unit cube, some of them with all KV on disk."""
     for _ in range(number):
         yield Point(
-            on_device=draw.random(), on_host=draw.random(), kv_homes=draw.random(), kv_disk=draw.choice([0.0, draw.random(), 1.0]),
+            on_device=draw.random(), on_host=draw.random(), encoded=draw.choice([0.0, draw.random(), 1.0]), kv_homes=draw.random(),
+            kv_disk=draw.choice([0.0, draw.random(), 1.0]),
             quota=draw.random(), cap=draw.random(), embedding=draw.random() < 0.5, schedule=draw.choice(space.schedules()),
             micro_batch_tokens=draw.choice(space.micro_batches()),
         )  # fmt: skip

@@ -40,12 +40,38 @@ def test_homes_are_spread_over_the_depth(make_spec):
     assert unit_homes(make_spec(layers=7), Fractions(host=0.25, disk=0.75)) == ("disk", "host", "disk", "disk") * 2
 
 
+def test_units_stay_encoded_where_that_takes_less_memory(make_spec):
+    def unit(number, disk_bytes):
+        return UnitSpec(name=str(number), disk_bytes=disk_bytes, decoded_bytes=40, flops_per_token=1.0, plain=disk_bytes == 40)
+
+    spec = make_spec(units=tuple(unit(number, size) for number, size in enumerate([10, 40, 10, 80, 10, 10])))
+    assert unit_homes(spec, Fractions(encoded=1.0)) == ("encoded", "host", "encoded", "host", "encoded", "encoded")
+    assert unit_homes(spec, Fractions(host=0.5, encoded=0.5)).count("encoded") == 2
+    mixed = unit_homes(make_spec(layers=7, decoded=4, unit_bytes=10_000), Fractions(host=0.25, encoded=0.25, disk=0.5))
+    assert [mixed.count(home) for home in ("host", "encoded", "disk")] == [2, 2, 4]
+
+
+def test_encoded_weights_are_decoded_in_every_pass(make_spec):
+    unit = UnitSpec(name="q", disk_bytes=MB, decoded_bytes=4 * MB, flops_per_token=1.0, plain=False)
+    spec = make_spec(units=(unit,))
+    assert weights_work(spec, ("encoded",), "cpu") == PassWork(host_memory_bytes=5 * MB, decoded_bytes=4 * MB, num_streamed_units=1)
+    assert weights_work(spec, ("encoded",), "cuda") == PassWork(
+        host_to_device_bytes=4 * MB, host_memory_bytes=9 * MB, decoded_bytes=4 * MB, num_streamed_units=1
+    )
+    by_device = make_spec(units=(dataclasses.replace(unit, encoded_bytes=MB),))
+    assert weights_work(by_device, ("encoded",), "cuda") == weights_work(by_device, ("host",), "cuda")
+    assert [weight_bytes(spec, (home,), "cuda")[home] for home in ("device", "host", "encoded")] == [4 * MB, 4 * MB, MB]
+    assert weight_bytes(by_device, ("host",), "cuda")["host"] == MB
+
+
 def test_bytes_at_home_in_memory_are_decoded(make_spec):
     spec = make_spec(decoded=40)
-    assert weight_bytes(spec, ("device", "host", "disk", "host")) == {"device": 40_000, "host": 80_000, "disk": 1000}
+    homes = ("device", "host", "disk", "host")
+    assert weight_bytes(spec, homes, "sim") == {"device": 40_000, "host": 80_000, "encoded": 0, "disk": 1000}
+    assert weight_bytes(spec, ("encoded", "host", "disk", "encoded"), "cpu") == {"device": 0, "host": 40_000, "encoded": 2000, "disk": 1000}
     # What needs no decoding stays as it was read.
     spec = make_spec(units=(UnitSpec(name="read", disk_bytes=8192, decoded_bytes=5000, flops_per_token=1.0),))
-    assert weight_bytes(spec, ("host",))["host"] == 8192
+    assert weight_bytes(spec, ("host",), "cpu")["host"] == weight_bytes(spec, ("encoded",), "cpu")["encoded"] == 8192
 
 
 def test_a_device_that_decodes_is_sent_the_encoded_bytes(make_spec):

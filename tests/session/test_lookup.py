@@ -15,10 +15,13 @@ import torch
 
 from flexgen.checkpoint.dummy import write_random_checkpoint
 from flexgen.errors import CheckpointError, ModelError, OptionError
+from flexgen.formats.table import quantization_of
+from flexgen.hub.config import read_config
 from flexgen.models.assemble import assemble_model
+from flexgen.options import EngineOptions
 from flexgen.plan.known.models import catalogue_spec
 from flexgen.plan.model import ModelSpec
-from flexgen.session.lookup import spec_of
+from flexgen.session.lookup import files_of, spec_of
 from tests.hub.test_resolve import StandIn
 from tests.models.tiny_configs import tiny_config
 
@@ -120,3 +123,36 @@ def test_a_repository_by_its_headers(hub: StandIn, tmp_path: Path, model_type: s
     assert not [name for name in hub.fetched if name.endswith(".safetensors")]
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     assert {name for name, _ in hub.ranges} == set(index["weight_map"].values())
+
+
+@pytest.mark.parametrize("name", ["opt-30b", "gpt-oss-20b", "GPT-OSS-20B"])
+def test_random_weights_of_a_shipped_model_need_no_network(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flexgen.hub.resolve.resolve_model", lambda *_, **__: pytest.fail("the hub was asked"))
+    files = files_of(name, EngineOptions(load_format="dummy"))
+    assert (files.name, files.has_tokenizer, files.generation_config) == (name.lower(), False, {})
+    config = read_config(files)
+    assert config.hidden_size == catalogue_spec(name.lower()).hidden_size
+    assert (quantization_of(config) or {}).get("quant_method") == ("mxfp4" if "gpt" in name.lower() else None)
+
+
+@pytest.mark.parametrize(
+    ("model", "load_format", "revision"), [("opt-30b", "auto", None), ("facebook/opt-30b", "dummy", None), ("opt-30b", "dummy", "main")]
+)
+def test_other_models_are_looked_for_in_folders_and_on_the_hub(
+    model: str, load_format: str, revision: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr("flexgen.hub.resolve.resolve_model", lambda name, **_: asked.append(name))
+    files_of(model, EngineOptions(load_format=load_format, revision=revision))
+    assert asked == [model]
+
+
+def test_random_weights_of_a_folder_are_described_by_its_config(tmp_path: Path) -> None:
+    config = tiny_config("gpt_oss")
+    config.quantization_config = {"quant_method": "mxfp4"}
+    write_random_checkpoint(config, tmp_path / "whole", torch.bfloat16)
+    (tmp_path / "config").mkdir()
+    (tmp_path / "config" / "config.json").write_bytes((tmp_path / "whole" / "config.json").read_bytes())
+    described = spec_of(str(tmp_path / "config"), device="cpu", load_format="dummy")
+    assert described == dataclasses.replace(spec_of(str(tmp_path / "whole"), device="cpu"), name=str(tmp_path / "config"))
+    assert described.decoded_from.keys() == {"mxfp4"}

@@ -15,6 +15,7 @@ from flexgen.errors import EngineError, StorageError
 from flexgen.formats.base import Parallel, StoredRange, serially
 from flexgen.io.direct_io import FileSet
 from flexgen.io.pool import IOPool
+from flexgen.plan.policy import SCRATCH_UNITS
 from flexgen.weights.ring import ByteRing
 from flexgen.weights.store import WeightStore
 from flexgen.weights.unit import UnitLayout, WantedTensor
@@ -129,9 +130,13 @@ class Opened:
 MIXTURES = {
     "cpu, host": (["host"] * NUM_UNITS, False),
     "cpu, disk": (["disk"] * NUM_UNITS, False),
+    "cpu, encoded": (["encoded"] * NUM_UNITS, False),
     "cpu, mixed": (["host", "disk", "disk"] * 3, False),
+    "cpu, mixed, encoded": (["host", "encoded", "disk"] * 3, False),
     "sim, device": (["device"] * NUM_UNITS, True),
     "sim, host": (["host"] * NUM_UNITS, True),
+    "sim, encoded": (["encoded"] * NUM_UNITS, True),
+    "sim, mixed, encoded": (["encoded", "host", "disk"] * 3, True),
     "sim, disk": (["disk"] * NUM_UNITS, True),
     "sim, mixed": (["device", "host", "disk", "disk", "host", "device", "host", "disk", "device"], True),
 }
@@ -158,19 +163,56 @@ def test_bound_tensors_are_the_files(opened: Opened, lag: int) -> None:
                 opened.store.release(unit - lag)
         for unit in range(NUM_UNITS - lag, NUM_UNITS):
             opened.store.release(unit)
-    streamed = {unit for unit, home in enumerate(opened.store._homes) if home == "disk" or (opened.backend and home == "host")}
+    homes = opened.store._homes
+    streamed = {unit for unit, home in enumerate(homes) if home in ("encoded", "disk") or (opened.backend and home == "host")}
     assert not any(unit in streamed for unit, _ in opened.model.bound)
 
 
 def test_a_released_unit_is_poisoned(opened: Opened) -> None:
-    """A use after release shows as NaN, unless the next unit has arrived in its place."""
+    """A use after release shows as NaN, unless the next unit has arrived in its place.  What stays encoded holds its plain tensors."""
     opened.wait(0)
     opened.store.open(0)
     kept = {name: tensor for (unit, name), tensor in opened.model.bound.items() if unit == 0}
     resident = 0 not in opened.store._streamed
     opened.store.release(0)
     for name, tensor in kept.items():
-        assert torch.equal(tensor.cpu(), opened.written.values[0, name]) == resident
+        stays = resident or (opened.store._stays_encoded(0) and name == "plain")
+        assert torch.equal(tensor.cpu(), opened.written.values[0, name]) == stays
+
+
+@pytest.mark.parametrize("home", ["encoded", "disk"])
+def test_no_more_units_are_decoded_at_a_time_than_there_is_memory_for(written: Written, home: str) -> None:
+    with Opened(written, [home] * NUM_UNITS, False) as opened:
+        for unit in range(SCRATCH_UNITS):
+            opened.wait(unit)
+            opened.store.open(unit)
+        assert not opened.store.is_ready(SCRATCH_UNITS)
+        assert opened.store.is_ready(SCRATCH_UNITS - 1), "what is open is ready"
+        opened.store.release(0)
+        opened.wait(SCRATCH_UNITS)
+        opened.store.open(SCRATCH_UNITS)
+        for unit in range(1, SCRATCH_UNITS + 1):
+            opened.check(unit)
+        largest = max(layout.decoded_bytes for layout in written.layouts)
+        pieces = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in decoded_of(opened)}
+        assert len(pieces) <= SCRATCH_UNITS
+        assert max(pieces.values()) <= largest
+
+
+def decoded_of(opened: Opened) -> list[torch.Tensor]:
+    return [tensor for (_, name), tensor in opened.model.bound.items() if name == "cast"]
+
+
+def test_held_bytes_are_those_of_each_home(written: Written) -> None:
+    first, second, third = written.layouts[:3]
+    homes = ["host", "encoded", "disk", *["disk"] * (NUM_UNITS - 3)]
+    from_disk = third.stored_bytes + sum(layout.stored_bytes for layout in written.layouts[3:])
+    on_cpu, beside_device = (Opened(written, homes, device) for device in (False, True))
+    assert on_cpu.store.held_bytes() == {"host": first.decoded_bytes, "encoded": second.stored_bytes, "disk": from_disk}
+    assert beside_device.store.held_bytes() == {"host": first.carried_bytes, "encoded": second.stored_bytes, "disk": from_disk}
+    for each in (on_cpu, beside_device):
+        with each:
+            pass
 
 
 def test_the_rings_stay_within_their_capacity(written: Written, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,7 +59,7 @@ _ONLY: Mapping[str, tuple[tuple[object, ...], str]] = {
     "prefill_context_parallel_size": ((1,), _ONE_DEVICE),
     "quantization": (
         (),
-        "weights are computed with as the checkpoint holds them; leave it out, or take a checkpoint that is not quantized",
+        "weights are computed with as the checkpoint holds them; leave it out, or convert them with weight_format='int4'",
     ),
     "rope_scaling": (({},), _AS_CONFIGURED),
     "rope_theta": ((), _AS_CONFIGURED),

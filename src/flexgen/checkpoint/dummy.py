@@ -1,7 +1,7 @@
 """Random checkpoints from a config alone, for benchmarks and tests of models whose weights are not on this machine.
 
-The files look like those of a repository (original tensor names, per-expert tensors, shards, index), so that reading them
-takes the same work as reading the real ones.  Memory stays bounded: no tensor is ever built.
+The files look like those of a repository (original tensor names, per-expert tensors, shards, index), in the number format that the config
+states, so that reading them takes the same work as reading the real ones.  Memory stays bounded: no large tensor is ever built.
 """
 
 from __future__ import annotations
@@ -14,20 +14,21 @@ import mmap
 import os
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedConfig
 
-from flexgen.checkpoint.repository import encode_header, meta_model, saved_tensors, sharded
+from flexgen.checkpoint.repository import RepositoryTensors, encode_header, sharded
 from flexgen.errors import StorageError
-from flexgen.formats.base import NamedTensor
+from flexgen.formats.base import RANDOM_DEVIATION, NamedTensor
 from flexgen.hub.model_files import INDEX_FILE
 
-_STANDARD_DEVIATION = 0.02
 # A prime number of elements: repeated through a matrix, no two rows of a matrix get the same numbers.
 _BLOCK_ELEMENTS = 4_194_301
 _BUFFER_BYTES = 16 << 20
+_SAMPLED_BYTES = 4 << 20  # of a part of an encoded tensor
 
 
 def write_random_checkpoint(
@@ -35,13 +36,14 @@ def write_random_checkpoint(
 ) -> int:
     """Write config.json and safetensors files with random weights for `config` into `folder`.
 
-    Matrices get normal(0, 0.02) numbers (a block of them, repeated), biases and integers 0, other vectors 1.  Tied
-    weights are written once.  The files are readable by their owner only.
+    Matrices get normal(0, 0.02) numbers (a block of them, repeated), biases and integers 0, other vectors 1.  What the config's number
+    format encodes gets random codes and scales (some rows of them, repeated) that are decoded to numbers of about that size.  Tied weights
+    are written once.  The files are readable by their owner only.
 
     Args:
         config: The config of a causal language model.
         folder: The folder to write to; it is created if necessary, and must not hold weights yet.
-        dtype: The dtype of all floating-point tensors.
+        dtype: The dtype of all floating-point tensors that are not encoded.
         seed: The seed of the random numbers.
         shard_bytes: The most bytes of one file, unless a single tensor takes more.
 
@@ -50,10 +52,11 @@ def write_random_checkpoint(
 
     Raises:
         StorageError: A file exists already or cannot be written.
+        UnsupportedModelError: Random weights in the format that the config states cannot be made.
     """
-    model = meta_model(config, dtype)
-    files = sharded(saved_tensors(model, dtype), shard_bytes)
-    numbers = _Numbers(dtype, seed)
+    stored = RepositoryTensors.of(config, dtype)
+    files = sharded(stored.tensors, shard_bytes)
+    numbers = _Numbers(stored, dtype, seed)
     total_bytes = sum(tensor.nbytes for tensors in files.values() for tensor in tensors)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -65,7 +68,7 @@ def write_random_checkpoint(
             index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
             _write_text(folder / INDEX_FILE, json.dumps(index, indent=2))
         described = deepcopy(config)
-        described.architectures, described.dtype = [type(model).__name__], dtype
+        described.architectures, described.dtype = [stored.architecture], dtype
         _write_text(folder / "config.json", described.to_json_string())
     except OSError as error:
         raise StorageError(f"{folder}: a random checkpoint of {total_bytes} bytes could not be written: {error}") from error
@@ -74,20 +77,24 @@ def write_random_checkpoint(
 
 def checkpoint_bytes(config: PreTrainedConfig, dtype: torch.dtype) -> int:
     """Return the bytes of all tensors that `write_random_checkpoint` would write."""
-    return sum(tensor.nbytes for tensor in saved_tensors(meta_model(config, dtype), dtype))
+    return sum(tensor.nbytes for tensor in RepositoryTensors.of(config, dtype).tensors)
 
 
 class _Numbers:
     """The random bytes of tensors, in portions."""
 
-    def __init__(self, dtype: torch.dtype, seed: int) -> None:
-        block = torch.empty(_BLOCK_ELEMENTS).normal_(0, _STANDARD_DEVIATION, generator=torch.Generator().manual_seed(seed))
+    def __init__(self, stored: RepositoryTensors, dtype: torch.dtype, seed: int) -> None:
+        self._number_format, self._encoded = stored.number_format, stored.encoded
+        self._generator = torch.Generator().manual_seed(seed)
+        block = torch.empty(_BLOCK_ELEMENTS).normal_(0, RANDOM_DEVIATION, generator=self._generator)
         self._random = _bytes_of(block.to(dtype))
         self._begin = 0  # where the last tensor begins in the block, in elements
 
     def portions(self, tensor: NamedTensor) -> Iterator[memoryview]:
         """Yield the bytes of `tensor` in portions."""
-        if len(tensor.shape) > 1 and tensor.dtype.is_floating_point and "bias" not in tensor.name:
+        if tensor.name in self._encoded:
+            source, begin = _bytes_of(self._sampled(tensor)), 0
+        elif len(tensor.shape) > 1 and tensor.dtype.is_floating_point and "bias" not in tensor.name:
             # Each tensor begins at another position of the block, far from the previous one.
             self._begin = (self._begin + _BLOCK_ELEMENTS * 5 // 8) % _BLOCK_ELEMENTS
             source, begin = self._random, self._begin * tensor.dtype.itemsize
@@ -101,9 +108,18 @@ class _Numbers:
             left -= len(portion)
             begin = 0
 
+    def _sampled(self, tensor: NamedTensor) -> torch.Tensor:
+        """Return random numbers for an encoded tensor's part, or for so many rows of it as make a block."""
+        assert self._number_format is not None
+        if tensor.shape:
+            row_bytes = max(tensor.nbytes // max(tensor.shape[0], 1), 1)
+            rows = min(tensor.shape[0], max(_SAMPLED_BYTES // row_bytes, 1))
+            tensor = replace(tensor, shape=(rows, *tensor.shape[1:]))
+        return self._number_format.sample(tensor, self._generator).contiguous()
+
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    return tensor.view(torch.uint8).numpy().data
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def _write_shard(file: _NewFile, tensors: Sequence[NamedTensor], numbers: _Numbers) -> None:

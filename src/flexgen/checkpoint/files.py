@@ -67,9 +67,10 @@ class Headers:
             CheckpointError: The tensors are not stored as the format requires.
         """
         if number_format is None:
+            self._check_unscaled()
             return self
         encodings = number_format.find(self.tensors)
-        consumed = {part.tensor.name for each in encodings.values() for part in each.parts}
+        consumed = {name for each in encodings.values() for name in (*(part.tensor.name for part in each.parts), *each.beside)}
         tensors = {name: tensor for name, tensor in self.tensors.items() if name not in consumed}
         low_bit = [name for name, tensor in tensors.items() if tensor.dtype.is_floating_point and tensor.dtype.itemsize == 1]
         if not encodings or low_bit:
@@ -83,6 +84,16 @@ class Headers:
         decoded = Headers(self.folder, [tensors])
         decoded.number_format = number_format.name
         return decoded
+
+    def _check_unscaled(self) -> None:
+        """Refuse numbers of 8 bits that have scales, where config.json does not say so: without the scales they would be other numbers."""
+        low_bit = [name for name, tensor in self.tensors.items() if tensor.dtype.is_floating_point and tensor.dtype.itemsize == 1]
+        scaled = [name for name in low_bit if any(f"{name}{ending}" in self.tensors for ending in ("_scale", "_scale_inv"))]
+        if scaled:
+            raise CheckpointError(
+                f"{self.folder}: {some(scaled)} are stored in 8 bits with scales, but config.json has no quantization_config that says how "
+                "(of ModelOpt's older repositories hf_quant_config.json does): see docs/formats.md"
+            )
 
 
 def _most_common_dtype(tensors: Iterable[StoredTensor]) -> str:

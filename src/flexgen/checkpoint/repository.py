@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,7 +20,8 @@ from flexgen.base.quantities import align_up
 from flexgen.checkpoint.files import Headers
 from flexgen.checkpoint.headers import DTYPES, PREFIX_BYTES
 from flexgen.checkpoint.meta import LOOSEST_LIMITS, building, parameters_on_meta
-from flexgen.formats.base import NamedTensor
+from flexgen.formats.base import NamedTensor, NumberFormat
+from flexgen.formats.table import stated_format, without_quantization
 from flexgen.hub.model_files import SINGLE_FILE
 
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -42,6 +44,40 @@ def saved_tensors(model: PreTrainedModel, dtype: torch.dtype) -> list[NamedTenso
     state = {name: x for name, x in model.state_dict().items() if name not in ignored}
     state = revert_weight_conversion(model, remove_tied_weights_from_state_dict(state, model))
     return [NamedTensor(name, tuple(x.shape), dtype if x.is_floating_point() else x.dtype) for name, x in state.items()]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RepositoryTensors:
+    """The tensors of a repository that `save_pretrained` would write, in the format that a config states.
+
+    Attributes:
+        architecture: The name of the model's class.
+        number_format: The format of the encoded tensors; None if all numbers are plain.
+        tensors: The stored tensors.
+        encoded: The names of those that hold numbers of an encoded one.
+    """
+
+    architecture: str
+    number_format: NumberFormat | None
+    tensors: list[NamedTensor]
+    encoded: frozenset[str]
+
+    @classmethod
+    def of(cls, config: PreTrainedConfig, dtype: torch.dtype) -> RepositoryTensors:
+        """Return the tensors for a config; plain floating-point numbers are in `dtype`.
+
+        Raises:
+            UnsupportedModelError: The model cannot be built, or the format is not known.
+            CheckpointError: The config asks for a larger model than any known one.
+        """
+        model, number_format = meta_model(without_quantization(config), dtype), stated_format(config)
+        tensors: list[NamedTensor] = []
+        encoded: set[str] = set()
+        for tensor in saved_tensors(model, dtype):
+            parts = [tensor] if number_format is None else number_format.encode(tensor)
+            encoded |= {part.name for part in parts} if parts != [tensor] else set()
+            tensors += parts
+        return cls(architecture=type(model).__name__, number_format=number_format, tensors=tensors, encoded=frozenset(encoded))
 
 
 def sharded(tensors: Iterable[NamedTensor], shard_bytes: int) -> dict[str, list[NamedTensor]]:

@@ -192,7 +192,8 @@ class ParameterSource:
         """Whether `rows` is allowed: there are rows, and the numbers of each are contiguous in a file."""
         if self.convert is not None or not self.shape:
             return False
-        if any(p.tensor.encoding is not None and not p.tensor.encoding.by_rows for p in self.pieces):
+        # what is stored as a whole may still be one row, as an expert is of all experts
+        if any(p.tensor.encoding is not None and not p.tensor.encoding.by_rows and p.shape[0] > 1 for p in self.pieces):
             return False
         return all(p.shape[0] == 1 or p.strides[0] >= _span(p.shape[1:], p.strides[1:]) for p in self.pieces)
 

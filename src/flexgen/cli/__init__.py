@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from flexgen.cli import bench, export, map, plan, profile, run, status
+from flexgen.cli import bench, cache, convert, export, map, plan, profile, run, status
 from flexgen.cli import eval as evaluations
 from flexgen.cli.exit_codes import complain_of_bug
 from flexgen.cli.help import CONTEXT_SETTINGS, Command, Group
@@ -26,7 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Batch inference for language models that are larger than the memory of the device that runs them.",
 )
-for _command in (run.run, map.map, status.status, export.export, plan.plan, profile.profile):
+for _command in (run.run, map.map, status.status, export.export, plan.plan, profile.profile, convert.convert):
     app.command(cls=Command)(_command)
 _bench = typer.Typer(cls=Group, no_args_is_help=True, rich_markup_mode=None, help="Measure this machine's throughput with a model.")
 _bench.command(cls=Command)(bench.throughput)
@@ -38,6 +38,10 @@ for _command in (evaluations.perplexity, evaluations.lambada):
     _eval.command(cls=Command)(_command)
 _eval.command(cls=Command, context_settings=evaluations.LM_EVAL_CONTEXT)(evaluations.lm_eval)
 app.add_typer(_eval, name="eval")
+_cache = typer.Typer(cls=Group, no_args_is_help=True, rich_markup_mode=None, help="The converted weights that runs keep.")
+for _command in (cache.ls, cache.rm, cache.verify):
+    _cache.command(cls=Command)(_command)
+app.add_typer(_cache, name="cache")
 
 
 def _show_version(asked: bool) -> None:

@@ -57,6 +57,23 @@ EXAMPLES = {
         ("flexgen export answers.jsonl", "write what is done so far into answers.jsonl"),
         ("flexgen export answers.jsonl --to - | head", "look at it"),
     ],
+    "convert": [
+        ("flexgen convert MODEL -o DIR --weight-format int4", "then `flexgen run DIR ...`, or any tool that reads compressed-tensors"),
+        ("flexgen convert MODEL -o DIR --group-size 32 --keep '*.down_proj.*'", "more exact, and larger"),
+    ],
+    "cache": [
+        ("flexgen cache ls", "what is kept, and what it was made from"),
+        ("flexgen cache verify", "whether it is still what was written"),
+    ],
+    "ls": [("flexgen cache ls", "names, sizes, sources")],
+    "rm": [
+        ("flexgen cache rm facebook/opt-6.7b", "all conversions of this model"),
+        ("flexgen cache rm --all", "everything"),
+    ],
+    "verify": [
+        ("flexgen cache verify", "every conversion of the cache"),
+        ("flexgen cache verify ./opt-int4", "a folder that `flexgen convert` has written"),
+    ],
     "bench": [("flexgen bench throughput MODEL --input-len 256 --output-len 32", "tokens per second over random prompts")],
     "throughput": [
         ("flexgen bench throughput MODEL --num-prompts 200", "that many random prompts of 256 tokens"),
@@ -89,6 +106,11 @@ PAGES = {
     "profile": ("docs/plans.md",),
     "status": ("docs/jobs.md",),
     "export": ("docs/jobs.md",),
+    "convert": ("docs/quantization.md",),
+    "cache": ("docs/quantization.md",),
+    "ls": ("docs/quantization.md",),
+    "rm": ("docs/quantization.md",),
+    "verify": ("docs/quantization.md",),
     "bench": ("docs/metrics.md",),
     "throughput": ("docs/metrics.md",),
     "eval": ("docs/evaluation.md",),

@@ -18,7 +18,7 @@ from flexgen.base.files import check_target, write_file
 from flexgen.base.quantities import parse_seconds
 from flexgen.cli.exit_codes import ExitCode, complain, complain_of_bug
 from flexgen.errors import FlexGenError, OptionError, StorageError, is_out_of_memory
-from flexgen.options import DEVICES, DTYPES, LOAD_FORMATS, SCHEDULES, EngineOptions
+from flexgen.options import DEVICES, DTYPES, LOAD_FORMATS, SCHEDULES, WEIGHT_FORMATS, EngineOptions
 
 if TYPE_CHECKING:
     from flexgen.llm import LLM
@@ -38,7 +38,11 @@ FLAGS: dict[str, tuple[str, str, str]] = {
     "disk": (_BUDGETS, "SIZE", "Room for spilled KV cache in the offload folder; 0 forbids spilling."),
     "offload_dir": (_BUDGETS, "DIR", "Folder for spilled KV cache. Default: a fresh one below the system's temporary folder."),
     "device": (_PLACEMENT, "|".join(DEVICES), "Where matrix products run; sim is a stand-in for an accelerator, for tests."),
-    "weights": (_PLACEMENT, "SHARES", "Homes of the weights, such as device=.2,host=.3,disk=.5. Default: planned."),
+    "weights": (
+        _PLACEMENT,
+        "SHARES",
+        "Homes of the weights: shares of device, host, encoded (in host memory as stored), disk. Default: planned.",
+    ),
     "kv": (_PLACEMENT, "SHARES", "Homes of the KV cache, such as host=1. Default: planned."),
     "max_num_seqs": (_PLACEMENT, "N", "Most sequences alive at once. Default: planned."),
     "micro_batch_tokens": (_PLACEMENT, "N", "Most tokens computed together. Default: planned."),
@@ -53,6 +57,7 @@ FLAGS: dict[str, tuple[str, str, str]] = {
     "max_job_seconds": (_PLACEMENT, "TIME", "Plan so that the job should take no longer (8h, 1d12h); refused if no plan is that fast."),
     "dtype": (_MODEL, "|".join(DTYPES), "Compute and KV dtype; auto is the checkpoint's, but never float16 on a CPU."),
     "load_format": (_MODEL, "|".join(LOAD_FORMATS), "dummy makes random weights from config.json alone."),
+    "weight_format": (_MODEL, "|".join(WEIGHT_FORMATS), "int8 and int4 convert the weights once, into a cache, and run from there."),
     "max_model_len": (_MODEL, "N", "Most tokens of prompt and answer together. Default: the model's context."),
     "revision": (_MODEL, "REV", "Branch, tag or commit of a hub model."),
     "max_logprobs": (_MODEL, "N", "Most log probabilities per token that a request may ask for; -1 is any number."),
@@ -159,12 +164,12 @@ def load(model: str, options: EngineOptions, progress: str, **more: Any) -> LLM:
         progress: The value of `--progress`.
         **more: Keywords of LLM that are not engine options.
     """
-    from flexgen.hub.resolve import resolve_model
     from flexgen.llm import LLM
+    from flexgen.session.lookup import files_of
 
     is_there(Path(model), "MODEL", Path.is_dir)
     show = progress in ("auto", "rich") and sys.stderr.isatty()
-    files = resolve_model(model, revision=options.revision, with_weights=options.load_format != "dummy", show_progress=show)
+    files = files_of(model, options, show_progress=show)
     return LLM(files, **more, **dataclasses.asdict(options))
 
 

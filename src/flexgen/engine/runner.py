@@ -25,6 +25,7 @@ from flexgen.kv.pages import group_layers
 from flexgen.models.assemble import AssembledModel
 from flexgen.models.attention import PassCache
 from flexgen.models.scoring import Scores
+from flexgen.options import WEIGHT_HOMES
 from flexgen.passes.plan import PassPlan
 from flexgen.plan.policy import Policy
 from flexgen.plan.price.work import unit_homes
@@ -179,8 +180,8 @@ class ModelRunner:
     def placement(self) -> dict[str, dict[str, int]]:
         """Return, for each tier, the bytes of "weights" as assigned and of "kv" at the peak."""
         weights: dict[str, int] = {}
-        for layout, home in zip(self.model.layouts, self.homes, strict=True):
-            weights[home] = weights.get(home, 0) + (layout.stored_bytes if home == "disk" else layout.decoded_bytes)
+        for home, size in self._weights.held_bytes().items():
+            weights[WEIGHT_HOMES[home]] = weights.get(WEIGHT_HOMES[home], 0) + size
         return {"weights": weights, "kv": dict(self.cache.peak_bytes)}
 
     def bytes_moved(self) -> dict[str, int]:

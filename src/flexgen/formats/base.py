@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from flexgen.errors import EngineError
+from flexgen.errors import EngineError, UnsupportedModelError
 
 if TYPE_CHECKING:
     import torch
+
+RANDOM_DEVIATION = 0.02  # of the numbers of random weights
 
 
 class Parallel(Protocol):
@@ -125,12 +127,14 @@ class Encoding:
         parts: The stored tensors, in the order in which the format expects them for decoding.
         by_rows: Whether rows of the decoded tensor can be read and decoded apart from the others.  A matrix that is stored transposed is
             read as a whole.
+        beside: The names of stored tensors that belong to it but that decoding does not need, such as the scales of activations.
     """
 
     format: NumberFormat
     shape: tuple[int, ...]
     parts: tuple[EncodingPart, ...]
     by_rows: bool = True
+    beside: tuple[str, ...] = ()
 
     def ranges(self, start: int, stop: int) -> list[StoredRange]:
         """Return the ranges to read for rows [start, stop) of the decoded tensor, one for each part."""
@@ -169,6 +173,23 @@ class NumberFormat:
             CheckpointError: Stored tensors contradict each other or the settings of the format.
         """
         return {}
+
+    def example(self, num_elements: int) -> NamedTensor:
+        """Return a matrix of about so many numbers that `encode` encodes, as models have them, for measuring how fast it is decoded."""
+        import torch
+
+        return NamedTensor("model.layers.0.mlp.down_proj.weight", (max(num_elements >> 19, 1) << 7, 4096), torch.bfloat16)
+
+    def sample(self, stored: NamedTensor, generator: torch.Generator) -> torch.Tensor:
+        """Return random numbers of a stored tensor that `encode` returned for another one, or of some of its rows.
+
+        Whatever is made of them for one decoded tensor decodes to finite numbers with a mean near 0 and a standard deviation near
+        RANDOM_DEVIATION.
+
+        Raises:
+            UnsupportedModelError: Random weights in this format cannot be made.
+        """
+        raise UnsupportedModelError(f"random weights in {self.name} cannot be made")
 
     def decode(self, parts: Sequence[torch.Tensor], start: int, out: torch.Tensor, parallel: Parallel = serially) -> None:
         """Decode rows of a tensor from what is stored for them.

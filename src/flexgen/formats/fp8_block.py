@@ -1,48 +1,127 @@
-"""FP8 in square blocks, as DeepSeek-V3 stores its linear layers: E4M3 with one float32 scale per block.
+"""FP8 in blocks: E4M3 with one scale per block of a matrix, per row or per matrix, as DeepSeek-V3 and its successors store linear layers.
 
-The planner counts its bytes; the engine does not decode it.
+The layouts are those that transformers' `FineGrainedFP8Config` describes, experts in 4 bits included, those of `FbgemmFp8Config` (one scale
+for each row) and those that vLLM's first tools wrote (one scale for each matrix).  Weights only: activations are not quantized, as in
+transformers where it dequantizes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-from flexgen.formats.base import Encoding, EncodingPart, NamedTensor, NumberFormat, StoredTensor
+from flexgen.errors import UnsupportedModelError
+from flexgen.formats.base import Encoding, NamedTensor, NumberFormat, StoredTensor
+from flexgen.formats.scaled import is_linear, sample, scaled
 
-_BLOCK = 128  # rows and columns that share a scale (arXiv:2412.19437, section 3.3.2)
-_SCALE = "_scale_inv"
-_MODULES = ("_proj.weight", "_proj_with_mqa.weight")
+if TYPE_CHECKING:
+    import torch
+
+_BLOCKS = {"fp8": (128, 128), "mxfp8": (1, 32)}  # rows and columns that share a scale, where the config does not say it
+_BY_ROWS = "fbgemm_fp8"  # one scale for each row
+_FP4_BLOCK = (1, 32)
+_SCHEMES = ("dynamic", "static")
+_BESIDE = ("activation_scale", "input_scale", "qscale_act", "input_scale_ub")  # of activations
 
 
 class FP8Block(NumberFormat):
-    """FP8 matrices in blocks of 128 by 128."""
+    """E4M3 in blocks, and experts of E2M1 beside it.
+
+    Args:
+        block: The rows and columns of a block; None if a matrix has one scale.  Each tensor's own scales say it finally.
+        kept: The patterns of modules whose weights are plain, as transformers reads them.
+        scale_dtype: The dtype of scales, by torch's name.
+        fp4_experts: Whether experts are stored in 4 bits.
+        static: Whether there are scales of activations, which are not used.
+        ending: The end of the names of scales.
+    """
 
     name = "fp8_block"
+    runs = True
+    carried_as_stored = True
+
+    def __init__(
+        self,
+        *,
+        block: tuple[int, int] | None = _BLOCKS["fp8"],
+        kept: Sequence[str] = (),
+        scale_dtype: str = "float32",
+        fp4_experts: bool = False,
+        static: bool = False,
+        ending: str = "_scale_inv",
+    ) -> None:
+        self._block, self._kept, self._scale_dtype = block, list(kept), scale_dtype
+        self._fp4_experts, self._static, self._ending = fp4_experts, static, ending
 
     def stated_by(self, quantization: Mapping[str, Any]) -> NumberFormat | None:
-        block = quantization.get("weight_block_size")
-        stated = quantization.get("quant_method") == "fp8" and block is not None and list(block) == [_BLOCK, _BLOCK]
-        return self if stated else None
+        method = quantization.get("quant_method")
+        if not isinstance(method, str) or method not in (*_BLOCKS, _BY_ROWS):
+            return None
+        kept = [str(name) for name in quantization.get("modules_to_not_convert") or quantization.get("ignored_layers") or ()]
+        if method == _BY_ROWS:
+            return FP8Block(block=None, kept=kept, ending="_scale")
+        codes, scheme = quantization.get("fmt") or "e4m3", str(quantization.get("activation_scheme") or "dynamic").lower()
+        if codes != "e4m3":
+            raise UnsupportedModelError(f"the weights are quantized by {method} with the numbers {str(codes)[:40]!r}; only e4m3 is read")
+        if scheme not in _SCHEMES:
+            raise UnsupportedModelError(f"the weights are quantized by {method} with the unknown activation_scheme {scheme[:40]!r}")
+        block = quantization.get("weight_block_size", _BLOCKS[method])
+        if block is not None:
+            if not isinstance(block, (list, tuple)) or len(block) != 2 or not all(type(size) is int and size > 0 for size in block):
+                raise UnsupportedModelError(f"the weights are quantized by {method} in blocks of {str(block)[:40]}, not of rows by columns")
+            block = (block[0], block[1])
+        power = "uint8" if method == "mxfp8" else "float8_e8m0fnu"
+        return FP8Block(
+            block=block,
+            kept=kept,
+            scale_dtype=power if method == "mxfp8" or quantization.get("scale_fmt") == "ue8m0" else "float32",
+            fp4_experts=quantization.get("expert_dtype") == "fp4",
+            static=scheme == "static",
+        )
 
     def encode(self, tensor: NamedTensor) -> list[NamedTensor]:
         import torch
+        from transformers.quantizers.quantizers_utils import should_convert_module
 
-        if not tensor.name.endswith(_MODULES) or len(tensor.shape) != 2:
+        module = tensor.name.removesuffix(".weight")
+        if not is_linear(tensor) or not should_convert_module(module, self._kept or None):
             return [tensor]
-        return [
-            NamedTensor(tensor.name, tensor.shape, torch.float8_e4m3fn),
-            NamedTensor(tensor.name + _SCALE, _blocks(tensor.shape), torch.float32),
-        ]
-
-    def find(self, tensors: Mapping[str, StoredTensor]) -> dict[str, Encoding]:
-        found = {}
-        for name, weight in tensors.items():
-            scales = tensors.get(name + _SCALE)
-            if scales is not None and scales.shape == _blocks(weight.shape):
-                found[name] = Encoding(self, weight.shape, (EncodingPart(weight, 1), EncodingPart(scales, _BLOCK)))
+        *matrices, rows, columns = tensor.shape
+        scale_dtype = getattr(torch, self._scale_dtype)
+        if self._fp4_experts and ".experts." in tensor.name:
+            codes = NamedTensor(tensor.name, (*matrices, rows, columns // 2), torch.int8)
+            grid: tuple[int, ...] = (*matrices, rows, -(-columns // _FP4_BLOCK[1]))
+        else:
+            codes = NamedTensor(tensor.name, tensor.shape, torch.float8_e4m3fn)
+            grid = (*matrices, *(-(-n // size) for n, size in zip((rows, columns), self._block or (rows, columns), strict=True)))
+            if self._block is None and not matrices:
+                grid = (rows, 1) if self._ending == "_scale" else ()
+        found = [codes, NamedTensor(f"{tensor.name}{self._ending}", grid, scale_dtype)]
+        if self._static:
+            name = f"{module}.activation_scale" if module != tensor.name else f"{tensor.name}_activation_scale"
+            found.append(NamedTensor(name, tuple(matrices), torch.float32))
         return found
 
+    def sample(self, stored: NamedTensor, generator: torch.Generator) -> torch.Tensor:
+        return sample(stored, generator)
 
-def _blocks(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(-(-n // _BLOCK) for n in shape)
+    def find(self, tensors: Mapping[str, StoredTensor]) -> dict[str, Encoding]:
+        import torch
+
+        found = {}
+        for name, codes in tensors.items():
+            if codes.dtype not in (torch.float8_e4m3fn, torch.int8) or len(codes.shape) not in (2, 3):
+                continue
+            module = name.removesuffix(".weight")
+            names = [f"{name}_scale_inv", f"{name}_scale"]
+            if module != name:  # DeepSeek-V4's and Mistral's names
+                names += [f"{module}.scale", f"{module}.qscale_weight"]
+            scales = next((tensors[each] for each in names if each in tensors), None)
+            if scales is None:
+                continue
+            bits = 4 if codes.dtype == torch.int8 else 8
+            beside = [f"{name}_activation_scale", *(f"{module}.{each}" for each in _BESIDE)]
+            found[name] = scaled(
+                self.name, codes, scales, _FP4_BLOCK if bits == 4 else self._block, bits=bits, tensors=tensors, beside=beside
+            )
+        return found

@@ -10,13 +10,20 @@ from copy import deepcopy
 from typing import Any
 
 from flexgen.errors import UnsupportedModelError
+from flexgen.formats.awq import AWQ
 from flexgen.formats.base import NumberFormat
+from flexgen.formats.bitsandbytes import BitsAndBytes
+from flexgen.formats.compressed_tensors import CompressedTensors
+from flexgen.formats.flexgen_v0 import FlexGenV0
 from flexgen.formats.fp8_block import FP8Block
+from flexgen.formats.gptq import GPTQ
+from flexgen.formats.modelopt import ModelOpt
 from flexgen.formats.mxfp4 import MXFP4
 from flexgen.formats.plain import PlainNumbers
 from flexgen.options import DTYPE_BYTES
 
-FORMATS: Mapping[str, NumberFormat] = {each.name: each for each in (*map(PlainNumbers, DTYPE_BYTES), MXFP4(), FP8Block())}
+_LOW_BIT = (MXFP4(), FP8Block(), ModelOpt(), BitsAndBytes(), CompressedTensors(), GPTQ(), AWQ(), FlexGenV0())
+FORMATS: Mapping[str, NumberFormat] = {each.name: each for each in (*map(PlainNumbers, DTYPE_BYTES), *_LOW_BIT)}
 
 
 def runs(number_format: str) -> bool:
@@ -80,5 +87,6 @@ def refuse_quantization(quantization: Mapping[str, Any]) -> UnsupportedModelErro
     """Return the error that names the method of a quantization_config."""
     return UnsupportedModelError(
         f"the weights are quantized ({quantization.get('quant_method') or 'by an unnamed method'}, see quantization_config in "
-        "config.json), which is not supported: use a repository with the bfloat16, float16 or float32 weights of this model"
+        "config.json), which is not supported: use a repository with the bfloat16, float16 or float32 weights of this model, or a format "
+        "of docs/formats.md"
     )

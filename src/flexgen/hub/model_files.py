@@ -25,7 +25,9 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 TEMPLATE_FILE, TEMPLATE_FOLDER, _TEMPLATE_ENDING = "chat_template.jinja", "additional_chat_templates", ".jinja"
 _TEMPLATES = (TEMPLATE_FILE, f"{TEMPLATE_FOLDER}/*{_TEMPLATE_ENDING}")
-SMALL_FILES = ("config.json", "generation_config.json", INDEX_FILE, *TOKENIZER_FILES, *_TEMPLATES)
+# Where older tools state how they quantized the weights, and the quant_method that they leave out.
+QUANTIZATION_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
+SMALL_FILES = ("config.json", "generation_config.json", INDEX_FILE, *QUANTIZATION_FILES, *TOKENIZER_FILES, *_TEMPLATES)
 
 MAX_JSON_BYTES = 32 * MIB  # the largest honest index files have some 15 MiB
 _MOST_CONFIG_VALUES = 1 << 18
@@ -40,7 +42,8 @@ class ModelFiles:
         name: The model as the user wrote it.
         folder: Folder of the files.  For a hub model it is the snapshot of one commit, with links into the cache's blobs.
         commit: Commit of a hub model; None for a plain folder.
-        config: config.json as written; its `model_type` is one that transformers knows.
+        config: config.json as written, with the quantization_config of an older tool's own file; its `model_type` is one that transformers
+            knows.
         generation_config: generation_config.json as written, or empty.
         has_tokenizer: Whether there is a tokenizer.  Without one, prompts and answers are token ids only.
     """
@@ -99,6 +102,21 @@ def read_json(path: Path) -> dict[str, Any]:
         return strict_json(data, max_values=MAX_VALUES if path.name == INDEX_FILE else _MOST_CONFIG_VALUES)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
+
+
+def read_model_config(folder: Path) -> dict[str, Any]:
+    """Read config.json; where it states no quantization, that of an older tool's own file is added to it as quantization_config.
+
+    Raises:
+        CheckpointError: A file cannot be read as a JSON object.
+    """
+    config = read_json(folder / "config.json")
+    if config.get("quantization_config") or config.get("compression_config"):
+        return config
+    for name, method in QUANTIZATION_FILES.items():
+        if (folder / name).is_file():
+            return {**config, "quantization_config": {"quant_method": method, **read_json(folder / name)}}
+    return config
 
 
 def check_weight_files(folder: Path) -> None:

@@ -11,7 +11,16 @@ from typing import Any
 from flexgen.errors import ModelError, UnsupportedModelError
 from flexgen.hub.diagnose import file_instead_of_folder, folder_without_config, other_purpose, repository_without_config
 from flexgen.hub.download import download, download_weights, file_names
-from flexgen.hub.model_files import SMALL_FILES, VOCABULARY_FILES, ModelFiles, check_regular, check_weight_files, has_tokenizer, read_json
+from flexgen.hub.model_files import (
+    SMALL_FILES,
+    VOCABULARY_FILES,
+    ModelFiles,
+    check_regular,
+    check_weight_files,
+    has_tokenizer,
+    read_json,
+    read_model_config,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +64,7 @@ def resolve_model(
     if not (folder / "config.json").is_file():
         why = folder_without_config(folder) if commit is None else repository_without_config(file_names(name, commit, token))
         raise ModelError(f"{name} {why}")
-    config = read_json(folder / "config.json")
+    config = read_model_config(folder)
     if (purpose := other_purpose(folder, config)) is not None:
         raise UnsupportedModelError(f"{name} {purpose}")
     _check_model_type(name, config)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from flexgen.checkpoint.files import Headers
-from flexgen.checkpoint.repository import headers_of, meta_model, saved_tensors, sharded
+from flexgen.checkpoint.repository import RepositoryTensors, headers_of, sharded
 from flexgen.errors import UnsupportedModelError
 from flexgen.formats.plain import dtype_name
-from flexgen.formats.table import stated_format, without_quantization
 from flexgen.kv.format import KVFormat, default_kv_format
 from flexgen.models.parts import Part
 from flexgen.models.refusals import check_supported_architecture
@@ -24,7 +24,7 @@ SHARD_BYTES = 5 * 10**9  # the size of the files in most repositories
 
 
 def describe_headers(headers: Headers, config: Any, dtype: torch.dtype, *, name: str) -> ModelSpec:
-    """Describe the model of these headers, even if its weights are in a published low-bit format that the engine refuses.
+    """Describe the model of these headers.
 
     Args:
         headers: The headers of the weight files, which need not be on this machine.
@@ -52,9 +52,7 @@ def describe_config(config: Any, dtype: torch.dtype, *, stored: torch.dtype, nam
         UnsupportedModelError: The architecture or the number format is not supported.
     """
     check_supported_architecture(config)
-    tensors = saved_tensors(meta_model(without_quantization(config), stored), stored)
-    if (number_format := stated_format(config)) is not None:
-        tensors = [part for tensor in tensors for part in number_format.encode(tensor)]
+    tensors = RepositoryTensors.of(config, stored).tensors
     return describe_headers(headers_of(name, sharded(tensors, shard_bytes)), config, dtype, name=name)
 
 
@@ -76,6 +74,7 @@ def model_spec(config: Any, units: ModelUnits, dtype: torch.dtype, *, name: str,
         model_type=config.model_type,
         number_format=units.number_format,
         dtype=dtype_name(dtype),
+        decoded_from=_decoded_from(units),
         units=tuple(_unit_spec(parts, layout) for parts, layout in zip(units.parts, units.layouts, strict=True)),
         kv_groups=tuple(
             KVGroupSpec(
@@ -107,6 +106,19 @@ def _unit_spec(parts: Sequence[Part], layout: UnitLayout) -> UnitSpec:
         head=parts[0].use.head,
         plain=layout.plain,
     )
+
+
+def _decoded_from(units: ModelUnits) -> dict[str, int]:
+    """Return the decoded bytes of the tensors that are decoded, by the format or dtype that they are stored in."""
+    sizes: dict[str, float] = {}
+    for tensor in (tensor for layout in units.layouts for tensor in layout.tensors if not tensor.plain):
+        pieces = units.sources[f"{tensor.module}.{tensor.parameter}"].pieces
+        whole = sum(math.prod(piece.shape) for piece in pieces)
+        for piece in pieces:
+            encoding = piece.tensor.encoding
+            name = dtype_name(piece.dtype) if encoding is None else encoding.format.name
+            sizes[name] = sizes.get(name, 0) + tensor.nbytes * math.prod(piece.shape) / whole
+    return {name: round(size) for name, size in sizes.items()}
 
 
 def _widest(units: Sequence[Sequence[Part]]) -> int:

@@ -120,7 +120,7 @@ class Machine:
         attention: By dtype, FLOP/s of causal prefill attention, on the device that computes.
         decode_attention: By "host" or "device" and then by dtype, KV bytes/s of the attention of next tokens, by FLOPs per KV byte.
         elementwise: By dtype, bytes/s through norms, activations and rotations (counted by pass_time.elementwise_bytes).
-        casts: By stored and computed dtype, such as "float16 bfloat16", bytes/s that a decode stage yields.
+        casts: By stored dtype or format and computed dtype ("float16 bfloat16", "mxfp4 bfloat16"), bytes/s that a decode stage yields.
         overheads: Seconds that do not depend on how many bytes are moved or FLOPs computed.
     """
 

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby
 from operator import itemgetter
@@ -16,7 +16,7 @@ from flexgen.errors import OptionError
 
 # Matches the number of a layer in the name of a unit.
 _LAYER_NUMBER = re.compile(r"(?<=\.)(0|[1-9]\d*)(?=\.| |$)")
-_ENCODED = "encoded_bytes"
+_ENCODED, _DECODED_FROM = "encoded_bytes", "decoded_from"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +82,8 @@ class ModelSpec:
         max_position_embeddings: The model's context length.
         number_format: The format of the stored weights: a dtype (that of most bytes), or a published low-bit format ("mxfp4", "fp8_block").
         dtype: The dtype of computing, and of decoded and resident bytes.
+        decoded_from: The decoded bytes of the units' tensors that are not used as they are stored, by the format or dtype in which they are
+            stored; empty if that is not known, in which case all count as `number_format`.
     """
 
     name: str
@@ -97,6 +99,7 @@ class ModelSpec:
     max_position_embeddings: int
     number_format: str = "bfloat16"
     dtype: str = "bfloat16"
+    decoded_from: dict[str, int] = field(default_factory=dict[str, int])
 
     @cached_property
     def streamed_bytes(self) -> int:
@@ -134,6 +137,8 @@ class ModelSpec:
         """Return the model as JSON; units that differ only in the layer's number are written once, and runs of equal layers as a count."""
         fields = dataclasses.asdict(dataclasses.replace(self, units=())) | dataclasses.asdict(_packed(self.units))
         del fields["units"]
+        if not fields[_DECODED_FROM]:
+            del fields[_DECODED_FROM]
         for kind in fields["unit_kinds"]:
             if kind[_ENCODED] is None:  # as for most units
                 del kind[_ENCODED]
@@ -151,6 +156,7 @@ class ModelSpec:
         """
         fields = parsed_json(text, "model")
         try:
+            fields.setdefault(_DECODED_FROM, {})
             packed = {name: fields.pop(name) for name in ("unit_kinds", "unit_runs") if name in fields}
             for kind in packed.get("unit_kinds", ()):
                 kind.setdefault(_ENCODED, None)

@@ -8,14 +8,23 @@ from flexgen.base.quantities import MIB
 
 PAGE_TOKENS = 16  # tokens of a KV page in every plan
 SCORED_SLICE_BYTES = 32 * MIB  # logits of scored positions that are held at a time
+SCRATCH_UNITS = 3  # units that are open at a time and were decoded for that
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fractions:
-    """Shares per tier, which add up to 1."""
+    """Shares per home, which add up to 1.
+
+    Attributes:
+        device: The share in the device's memory.
+        host: The share in host memory, in the dtype of computing.
+        encoded: The share in host memory as stored, which is decoded in every pass; 0 for KV.
+        disk: The share on disk.
+    """
 
     device: float = 0.0
     host: float = 0.0
+    encoded: float = 0.0
     disk: float = 0.0
 
 
@@ -26,7 +35,8 @@ class Policy:
     Attributes:
         device: "cpu", "cuda" or "sim". On "cpu" there is no device tier, and the model computes in host memory.
         dtype: The dtype of computing, by torch's name ("bfloat16").
-        weights: The home fractions of the units' bytes.
+        weights: The home fractions of the units' stored bytes. Units that need no decoding, or grow smaller by it, are never kept encoded:
+            those in host memory are decoded there.
         kv: The home fractions of KV bytes.
         kv_device_bytes: The size of the page pool on the device.
         kv_host_bytes: The size of the page pool in host memory.

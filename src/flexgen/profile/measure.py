@@ -16,9 +16,10 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 import torch
@@ -32,6 +33,7 @@ from flexgen.profile.busy import BusyCores
 from flexgen.profile.compute import attention_rate, better, dense_rates, device_elementwise_rate, keep_busy, step_rates
 from flexgen.profile.contention import slowdowns
 from flexgen.profile.copies import cast_rates, copy_rates, memory_rate
+from flexgen.profile.decoding import with_formats
 from flexgen.profile.disk import disk_rates, writable
 from flexgen.profile.overheads import NO_OVERHEADS, elementwise_rate, overheads
 from flexgen.profile.repeat import best_of, is_disturbed
@@ -157,8 +159,11 @@ def cached_machine(
     quick: bool = False,
     max_bytes: int = 256 * MIB,
     again: bool = False,
+    formats: Iterable[str] = (),
 ) -> Machine:
     """Return the machine as measured before; if there is no such measurement, measure it now and keep the result.
+
+    The decoding of number formats is measured when a model first needs it, and then added to what is kept.
 
     A measurement is kept per host, processor, cores, file system of `folder`, torch version, dtype and device.  One that other programs
     disturbed does not replace an earlier one (see `best_of`).
@@ -171,10 +176,11 @@ def cached_machine(
         quick: Whether a quick measurement is enough.
         max_bytes: Most memory of all buffers at the same time.
         again: Whether to measure even if there is a measurement.
+        formats: Names of the number formats whose decoding has to be known; those that do not run are left out.
     """
     before = kept_machine(device, dtype, folder, cache_dir=cache_dir, quick=quick)
     if not again and before is not None:
-        return before
+        return _with_formats(before, dtype, formats, _place(device, dtype, folder, cache_dir), max_bytes)
     machine = measure(device, [dtype], folder, quick=quick, max_bytes=max_bytes)
     if is_disturbed(machine):
         logger.warning(
@@ -183,7 +189,15 @@ def cached_machine(
         )  # fmt: skip
         machine = best_of([machine, before]) if before is not None else machine
     keep(machine, [dtype], folder, cache_dir=cache_dir, quick=quick)
-    return machine
+    return _with_formats(machine, dtype, formats, _place(device, dtype, folder, cache_dir), max_bytes)
+
+
+def _with_formats(machine: Machine, dtype: str, formats: Iterable[str], place: _Place, max_bytes: int) -> Machine:
+    """Return the machine with the rates of decoding these formats; where some had to be measured, they are kept."""
+    knowing = with_formats(machine, dtype, formats, max_bytes)
+    if knowing is not machine:
+        _write(knowing, place, quick=_is_quick(place.path))
+    return knowing
 
 
 def kept_machine(device: str, dtype: str, folder: Path, *, cache_dir: Path | None = None, quick: bool = True) -> Machine | None:
@@ -199,22 +213,42 @@ def keep(machine: Machine, dtypes: Sequence[str], folder: Path, *, cache_dir: Pa
     """
     kept: list[Path] = []
     for dtype in dtypes:
-        path, key = _place(machine.device, dtype, folder, cache_dir)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_file(path, json.dumps({"key": key, "quick": quick, "machine": json.loads(machine.to_json())}, indent=2))
-        except (OSError, StorageError) as error:
-            logger.warning("the machine's rates are not kept: %s", error)
-        else:
-            kept.append(path)
+        place = _place(machine.device, dtype, folder, cache_dir)
+        if _write(machine, place, quick=quick):
+            kept.append(place.path)
     return kept
 
 
-def _place(device: str, dtype: str, folder: Path, cache_dir: Path | None) -> tuple[Path, dict[str, str | int]]:
-    """Return the file of a kept measurement, and its key."""
+class _Place(NamedTuple):
+    """The file of a kept measurement, and everything that the measurement depends on."""
+
+    path: Path
+    key: dict[str, str | int]
+
+
+def _place(device: str, dtype: str, folder: Path, cache_dir: Path | None) -> _Place:
     key = machine_key(device, dtype, folder)
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    return (cache_dir or Path.home() / ".cache" / "flexgen") / f"machine-{digest}.json", key
+    return _Place((cache_dir or Path.home() / ".cache" / "flexgen") / f"machine-{digest}.json", key)
+
+
+def _write(machine: Machine, place: _Place, *, quick: bool) -> bool:
+    """Write a measurement to its file; return False, with a warning, where that fails."""
+    try:
+        place.path.parent.mkdir(parents=True, exist_ok=True)
+        write_file(place.path, json.dumps({"key": place.key, "quick": quick, "machine": json.loads(machine.to_json())}, indent=2))
+    except (OSError, StorageError) as error:
+        logger.warning("the machine's rates are not kept: %s", error)
+        return False
+    return True
+
+
+def _is_quick(path: Path) -> bool:
+    """Return whether a kept measurement is a quick one; True if there is none."""
+    try:
+        return bool(json.loads(path.read_text())["quick"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return True
 
 
 def machine_key(device: str, dtype: str, folder: Path) -> dict[str, str | int]:

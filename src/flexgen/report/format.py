@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from flexgen.base.quantities import format_seconds, format_size
+from flexgen.plan.price.memory import ENCODED
 from flexgen.plan.tell.spill import ENDURANCE_BYTES, LEAST_SPILL_GAIN, Spill, endurance_share
 from flexgen.report.progress import BUSY_CORES, Progress, RunReport
 
@@ -29,11 +30,13 @@ def format_plan(plan: Plan) -> str:
     """Return the plan as text: where bytes will live, what a pass will carry, and the forecast."""
     policy, spec = plan.policy, plan.spec
     staging = policy.host_ring_bytes + policy.device_ring_bytes
+    encoded = plan.forecast.memory_bytes["host"].get(ENCODED, 0)
+    kept = f"{format_size(encoded)} kept encoded ({spec.number_format}), decoded in every pass; " if encoded else ""
     lines = [
         f"plan: {policy.device}, {policy.dtype}, {policy.schedule} schedule, {policy.compute_threads} compute and "
         f"{policy.io_threads} I/O threads",
         f"  weights  {format_size(spec.decoded_bytes)} in {len(spec.units)} units: {_shares(policy.weights)}; "
-        f"staging {format_size(staging)}, workspace {format_size(policy.workspace_bytes)}",
+        f"{kept}staging {format_size(staging)}, workspace {format_size(policy.workspace_bytes)}",
         f"  KV       {format_size(policy.kv_bytes)}: {_shares(policy.kv)}; {format_size(spec.kv_bytes_per_token)} per token, "
         f"pages of {policy.page_tokens} tokens",
         f"  a pass   up to {policy.max_num_seqs:,} sequences and, on average, {policy.prefill_tokens:,} prompt tokens; "

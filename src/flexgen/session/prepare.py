@@ -108,7 +108,8 @@ def _measured(model: AssembledModel, limits: Limits, dtype: str) -> Machine:
     """Return the rates of this machine, with the disk that the weights lie on."""
     weights = model.layouts[0].extents[0].path.parent
     quick = model.total_bytes < THOROUGH_BYTES
-    return cached_machine(limits.device, dtype, weights, max_bytes=min(256 * MIB, limits.host_bytes // 8), quick=quick)
+    max_bytes = min(256 * MIB, limits.host_bytes // 8)
+    return cached_machine(limits.device, dtype, weights, max_bytes=max_bytes, quick=quick, formats=model.spec.decoded_from)
 
 
 def _warm_up_kernels(dtype: torch.dtype) -> None:

@@ -196,20 +196,20 @@ class DeviceLink(Link):
     """A link from host memory onto a device, one unit at a time.
 
     Args:
-        host_homes: The units that stay in host memory, by index.
+        host_homes: The units that stay in host memory, by index, as they cross the link or as stored.
         disk: The link that brings the other units; None if there are none.
+        decoding: The units that come to the link as stored, and are decoded for it.
         parallel: Runs the loops of the decoding of units that the host decodes before the copy.
     """
 
     def __init__(
         self, layouts: Sequence[UnitLayout], buffer: torch.Tensor, backend: Device, host_homes: Mapping[int, Arrival],
-        disk: DiskLink | None, state: LinkState, *, parallel: Parallel, poison: bool,
+        disk: DiskLink | None, state: LinkState, *, decoding: Sequence[UnitLayout], parallel: Parallel, poison: bool,
     ) -> None:  # fmt: skip
         super().__init__("flexgen-device-link", layouts, buffer, state, poison=poison)
         self._backend, self._host_homes, self._disk, self._parallel = backend, host_homes, disk, parallel
         self._marker: Any = None  # a marker of the computing submitted before a slot was last given back
-        decoding = [layout.carried_bytes for layout in disk.layouts if not layout.plain] if disk is not None else []
-        self._decoded = backend.allocate_host(max(decoding, default=1))
+        self._decoded = backend.allocate_host(max((layout.carried_bytes for layout in decoding), default=1))
 
     def _bring(self, layout: UnitLayout) -> bool:
         claimed = self._claim(layout.carried_bytes)

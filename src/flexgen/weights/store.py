@@ -1,8 +1,9 @@
 """The homes of the units' bytes, and the links that bring them in time.
 
-Units whose home is where computing happens stay bound.  The others come through a chain of links: from disk into host memory and,
-if there is a device, from host memory onto it.  The sweep opens a unit when it has arrived and releases it when the last
-micro-batch has left.  The store knows no model code: a `Binder` binds.
+Units whose home is where computing happens stay bound.  Those that are kept encoded in host memory are decoded from there whenever they
+are opened.  The others come through a chain of links: from disk into host memory and, if there is a device, from host memory onto it.
+The sweep opens a unit when it has arrived and releases it when the last micro-batch has left.  The store knows no model code: a `Binder`
+binds.
 """
 
 from __future__ import annotations
@@ -13,14 +14,15 @@ from typing import Protocol
 
 import torch
 
-from flexgen.base.quantities import format_size
+from flexgen.base.quantities import align_up, format_size
 from flexgen.devices.base import POISON, Device
 from flexgen.formats.base import Parallel, serially
 from flexgen.io.aligned import AlignedBuffer
 from flexgen.io.direct_io import FileSet
 from flexgen.io.pool import IOPool
+from flexgen.plan.policy import SCRATCH_UNITS
 from flexgen.weights.link import Arrival, DeviceLink, DiskLink, Link, LinkState, copy_in, read_unit
-from flexgen.weights.unit import UnitForm, UnitLayout, UnitTensor
+from flexgen.weights.unit import DEVICE_ALIGNMENT, UnitForm, UnitLayout, UnitTensor
 
 Bind = Callable[[str, str, torch.Tensor], None]  # (module, parameter, tensor)
 
@@ -33,22 +35,30 @@ class Binder(Protocol):
 
 
 class ScratchPool:
-    """Reused memory for decoding; newly allocated pages would cause page faults in every pass.
+    """Reused memory for decoding, a piece for each unit that is open; newly allocated pages would cause page faults in every pass.
 
     Args:
+        size_bytes: The size of a piece.
         allocate: A function that returns uint8 memory of a given size where computing happens.
     """
 
-    def __init__(self, allocate: Callable[[int], torch.Tensor]) -> None:
-        self._allocate = allocate
-        self._free: dict[int, list[torch.Tensor]] = {}
+    def __init__(self, size_bytes: int, allocate: Callable[[int], torch.Tensor]) -> None:
+        self._size_bytes, self._allocate = size_bytes, allocate
+        self._free: list[torch.Tensor] = []
+        self._num_taken = 0
 
-    def take(self, size_bytes: int) -> torch.Tensor:
-        free = self._free.get(size_bytes)
-        return free.pop() if free else self._allocate(size_bytes)
+    @property
+    def has_room(self) -> bool:
+        """Whether one more unit may be decoded, by the memory that is accounted for."""
+        return self._num_taken < SCRATCH_UNITS
+
+    def take(self) -> torch.Tensor:
+        self._num_taken += 1
+        return self._free.pop() if self._free else self._allocate(self._size_bytes)
 
     def give_back(self, scratch: torch.Tensor) -> None:
-        self._free.setdefault(len(scratch), []).append(scratch)
+        self._num_taken -= 1
+        self._free.append(scratch)
 
 
 class WeightStore:
@@ -56,7 +66,7 @@ class WeightStore:
 
     Args:
         layouts: All units, in the order in which a pass needs them.
-        homes: The home of each unit: "device", "host" or "disk"; never "device" on a CPU (no backend).
+        homes: The home of each unit: "device", "host", "encoded" or "disk"; never "device" on a CPU (no backend).
         binder: The binder of the tensors.
         io: The threads that read.
         files: The files that are read.
@@ -87,11 +97,18 @@ class WeightStore:
         self._io, self._files, self._backend, self._poison, self._parallel = io, files, backend, poison, parallel
         self._state = LinkState(on_arrival)
         self._allocate = backend.allocate if backend is not None else partial(torch.empty, dtype=torch.uint8)
-        self._scratch = ScratchPool(self._allocate)
-        self._open: dict[int, tuple[Arrival, list[torch.Tensor]]] = {}
-        self._host_homes: dict[int, Arrival] = {}  # used only with a device
+        self._open: dict[int, tuple[Arrival, torch.Tensor | None]] = {}
+        self._host_homes: dict[int, Arrival] = {}  # units in host memory that are not bound there
         self._links = self._chain(host_ring_bytes, device_ring_bytes)
-        self._streamed = frozenset(layout.index for layout in self._at_home("disk", "host" if backend is not None else "disk"))
+        streamed = {layout.index: layout for layout in self._at_home("disk", *(("host", "encoded") if backend is not None else ()))}
+        if backend is None:
+            streamed |= {layout.index: layout for layout in self._at_home("encoded") if not layout.plain}
+        self._streamed = frozenset(streamed)
+        form = UnitForm.STORED if backend is None else UnitForm.CARRIED
+        decoding = {index: size for index, layout in streamed.items() if (size := layout.to_decode_bytes(form))}
+        self._decoded = frozenset(decoding)
+        self._scratch = ScratchPool(max(decoding.values(), default=0), self._allocate)
+        self._landing: torch.Tensor | None = None  # where units arrive that the device decodes once
 
     def _at_home(self, *homes: str) -> list[UnitLayout]:
         return [layout for layout, home in zip(self._layouts, self._homes, strict=True) if home in homes]
@@ -104,9 +121,12 @@ class WeightStore:
             buffer = backend.allocate_host(host_ring_bytes) if backend is not None else AlignedBuffer(host_ring_bytes).tensor
             disk = DiskLink(from_disk, buffer[:host_ring_bytes], self._io, self._files, state, poison=poison)
             links.append(disk)
-        if backend is not None and (crossing := self._at_home("disk", "host")):
-            buffer = backend.allocate(device_ring_bytes)
-            links.append(DeviceLink(crossing, buffer, backend, self._host_homes, disk, state, parallel=self._parallel, poison=poison))
+        if backend is not None and (crossing := self._at_home("disk", "host", "encoded")):
+            decoding = [layout for layout in self._at_home("disk", "encoded") if not layout.plain]
+            links.append(DeviceLink(
+                crossing, backend.allocate(device_ring_bytes), backend, self._host_homes, disk, state, decoding=decoding,
+                parallel=self._parallel, poison=poison,
+            ))  # fmt: skip
         return links
 
     # ------------------------------------------------------------------ units that stay in memory
@@ -114,7 +134,9 @@ class WeightStore:
     def load(self) -> None:
         """Read the units that stay in memory, and bind those whose home is where computing happens."""
         for layout, home in zip(self._layouts, self._homes, strict=True):
-            if home == "host" and self._backend is not None:
+            if home == "encoded" and not layout.plain:
+                self._host_homes[layout.index] = Arrival(layout=layout, data=self._read(layout, self._backend), form=UnitForm.STORED)
+            elif home in ("host", "encoded") and self._backend is not None:
                 self._host_homes[layout.index] = self._in_host_memory(layout, self._backend)
             elif home != "disk":
                 self.keep(layout, partial(self._binder.bind, layout.index))
@@ -123,15 +145,29 @@ class WeightStore:
         """Read tensors and bind them permanently where computing happens."""
         data, form = self._read(layout), UnitForm.STORED
         if self._backend is not None:
-            stored, data, form = data, self._backend.allocate(layout.carried_bytes), UnitForm.CARRIED
+            stored, form = data, UnitForm.CARRIED
+            decodes = layout.to_decode_bytes(form) > 0
+            data = self._landed(layout, self._backend) if decodes else self._backend.allocate(layout.carried_bytes)
             unit = Arrival(layout=layout, data=stored, form=UnitForm.STORED)
-            copy_in(unit, data, torch.empty(layout.carried_bytes, dtype=torch.uint8), self._backend, None, self._parallel)
+            after = self._backend.marker() if decodes else None
+            copy_in(unit, data, torch.empty(layout.carried_bytes, dtype=torch.uint8), self._backend, after, self._parallel)
+        only_views = not layout.to_decode_bytes(form)
         for tensor in layout.tensors:
-            bind(tensor.module, tensor.parameter, tensor.numbers(data, form, self._fresh, self._parallel))
+            numbers = tensor.numbers(data, form, self._fresh, self._parallel)
+            if tensor.is_view(form) and not only_views:  # a view would keep the encoded bytes beside it in memory
+                numbers = self._fresh(tensor).copy_(numbers)
+            bind(tensor.module, tensor.parameter, numbers)
 
-    def _read(self, layout: UnitLayout) -> torch.Tensor:
-        """Return the stored bytes of a unit, in newly allocated memory."""
-        stored = AlignedBuffer(layout.stored_bytes).tensor
+    def _landed(self, layout: UnitLayout, backend: Device) -> torch.Tensor:
+        """Return the memory of the device in which units arrive that it decodes once."""
+        if self._landing is None or len(self._landing) < layout.carried_bytes:
+            staying = [each.carried_bytes for each in self._at_home("device") if each.to_decode_bytes(UnitForm.CARRIED)]
+            self._landing = backend.allocate(max(layout.carried_bytes, *staying, 0))
+        return self._landing
+
+    def _read(self, layout: UnitLayout, backend: Device | None = None) -> torch.Tensor:
+        """Return the stored bytes of a unit, in newly allocated memory; in memory that copies to the device start from, if one is given."""
+        stored = AlignedBuffer(layout.stored_bytes).tensor if backend is None else backend.allocate_host(layout.stored_bytes)
         read_unit(layout, stored, self._io, self._files).wait()
         return stored
 
@@ -153,32 +189,44 @@ class WeightStore:
             link.thread.start()
 
     def is_ready(self, unit: int) -> bool:
-        """Return whether `unit` can be opened now without waiting (or is open)."""
+        """Return whether `unit` can be opened now without waiting (or is open).
+
+        No more than SCRATCH_UNITS are open that were decoded for that.  The micro-batch at the lowest unit never waits for another,
+        because all lower units are released.
+        """
         if unit not in self._streamed or unit in self._open:
             return True
         self._state.check()
-        return self._links[-1].is_ready(unit)
+        arrived = self._stays_encoded(unit) or self._links[-1].is_ready(unit)
+        return arrived and (unit not in self._decoded or self._scratch.has_room)
+
+    def _stays_encoded(self, unit: int) -> bool:
+        """Return whether a unit is opened from host memory, not from a link."""
+        return self._backend is None and unit in self._host_homes
 
     def open(self, unit: int) -> None:
         """Decode and bind a unit that is ready; idempotent while it is open."""
         if unit not in self._streamed or unit in self._open:
             return
-        arrival = self._links[-1].take(unit)
+        arrival = self._host_homes[unit] if self._stays_encoded(unit) else self._links[-1].take(unit)
         for event in arrival.events:
             assert self._backend is not None
             self._backend.await_in(event)
-        scratch: list[torch.Tensor] = []
+        scratch = self._scratch.take() if unit in self._decoded else None
+        filled = 0
 
         def take(tensor: UnitTensor) -> torch.Tensor:
-            scratch.append(self._scratch.take(tensor.nbytes))
-            return tensor.view(scratch[-1], 0)
+            nonlocal filled
+            assert scratch is not None
+            position, filled = filled, filled + align_up(tensor.nbytes, DEVICE_ALIGNMENT)
+            return tensor.view(scratch, position)
 
         tensors = arrival.layout.tensors
         for tensor in tensors:
             numbers = tensor.numbers(arrival.data, arrival.form, take, self._parallel)
             self._binder.bind(unit, tensor.module, tensor.parameter, numbers)
-        if self._backend is None and len(scratch) == len(tensors):  # nothing refers to the slot any more
-            self._links[-1].give_back(arrival)
+        if self._backend is None and not any(tensor.is_view(arrival.form) for tensor in tensors):  # nothing refers to the slot any more
+            self._give_back(arrival)
         self._open[unit] = arrival, scratch
 
     def release(self, unit: int) -> None:
@@ -189,16 +237,36 @@ class WeightStore:
         arrival, scratch = opened
         for tensor in arrival.layout.tensors:
             self._binder.unbind(unit, tensor.module, tensor.parameter)
-        for each in scratch:
+        if scratch is not None:
             if self._poison:
-                each.fill_(POISON)
-            self._scratch.give_back(each)
-        self._links[-1].give_back(arrival)
+                scratch.fill_(POISON)
+            self._scratch.give_back(scratch)
+        self._give_back(arrival)
+
+    def _give_back(self, arrival: Arrival) -> None:
+        if arrival.slot is not None:
+            self._links[-1].give_back(arrival)
+
+    # ------------------------------------------------------------------ figures and the end
+
+    def held_bytes(self) -> dict[str, int]:
+        """Return the bytes of the units at each home."""
+        held: dict[str, int] = {}
+        for layout, home in zip(self._layouts, self._homes, strict=True):
+            held[home] = held.get(home, 0) + self._held_bytes(layout, home)
+        return held
+
+    def _held_bytes(self, layout: UnitLayout, home: str) -> int:
+        if home == "disk" or (home == "encoded" and not layout.plain):
+            return layout.stored_bytes
+        if home != "device" and self._backend is not None:
+            return layout.carried_bytes
+        return max(layout.decoded_bytes, layout.stored_bytes) if layout.plain else layout.decoded_bytes
 
     def describe(self) -> str:
         """Return the bytes by home and per pass, as text for people."""
-        held = {home: sum(layout.decoded_bytes for layout in self._at_home(home)) for home in ("device", "host")}
-        streamed = sum(layout.stored_bytes for layout in self._at_home("disk"))
+        held = self.held_bytes()
+        streamed = held.pop("disk", 0)
         parts = [f"{home} {format_size(size)}" for home, size in held.items() if size]
         return ", ".join([*parts, f"from disk {format_size(streamed)} per pass"])
 

@@ -93,6 +93,10 @@ class UnitTensor(WantedTensor):
         """Return the decoded tensor as a view of the bytes that begin at `position`."""
         return data[position : position + self.nbytes].view(self.dtype).view(self.shape)
 
+    def is_view(self, form: UnitForm) -> bool:
+        """Return whether bytes of this form hold the decoded tensor."""
+        return self.plain if form is UnitForm.STORED else not self.source.carried_as_stored
+
     def numbers(self, data: torch.Tensor, form: UnitForm, take: Take, parallel: Parallel = serially) -> torch.Tensor:
         """Return the decoded tensor: a view of its unit's bytes if they hold it, otherwise decoded.
 
@@ -103,7 +107,7 @@ class UnitTensor(WantedTensor):
             parallel: Runs the loops of the decoding.
         """
         positions = self.stored_at if form is UnitForm.STORED else self.carried_at
-        if self.plain if form is UnitForm.STORED else not self.source.carried_as_stored:
+        if self.is_view(form):
             return self.view(data, positions[0])
         out = take(self)
         raws = []
@@ -168,6 +172,10 @@ class UnitLayout:
             index=index, name=name, tensors=tuple(tensors), extents=tuple(extents),
             stored_bytes=max(stored_bytes, 1), carried_bytes=max(carried_bytes, 1), decoded_bytes=max(decoded_bytes, 1),
         )  # fmt: skip
+
+    def to_decode_bytes(self, form: UnitForm) -> int:
+        """Return the bytes of the tensors that have to be decoded from bytes of this form, each at a multiple of DEVICE_ALIGNMENT."""
+        return sum(align_up(tensor.nbytes, DEVICE_ALIGNMENT) for tensor in self.tensors if not tensor.is_view(form))
 
     def carried(self, stored: torch.Tensor, into: torch.Tensor, parallel: Parallel = serially) -> Iterator[tuple[int, torch.Tensor]]:
         """Yield the carried bytes in portions: (position, bytes).

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from flexgen.base.quantities import MIB
 from flexgen.options import DTYPE_BYTES
 from flexgen.plan.machine import Limits, has_device_tier
-from flexgen.plan.model import ModelSpec
-from flexgen.plan.policy import SCORED_SLICE_BYTES, Fractions, Policy
+from flexgen.plan.model import ModelSpec, UnitSpec
+from flexgen.plan.policy import SCORED_SLICE_BYTES, SCRATCH_UNITS, Fractions, Policy
 from flexgen.plan.price.requests import JobSizes
 from flexgen.plan.price.work import PassWork, needs_decode, unit_homes, weight_bytes, weights_work
 
@@ -25,14 +25,17 @@ SCORED_COPIES = 3
 # What is kept of a scored position until its pass is over, and of each of the likeliest tokens beside it: float64 and int64 in tensors,
 # then Python's numbers.
 SCORE_BYTES, LIKELIEST_BYTES = 256, 128
+# The part of host memory for weights that are kept as stored.
+ENCODED = "encoded weights"
 
 
 def footprint(policy: Policy, spec: ModelSpec, limits: Limits, *, process_bytes: int) -> dict[str, dict[str, int]]:
     """Return the bytes that the policy reserves, by tier and part."""
     homes = unit_homes(spec, policy.weights)
     return reserved(
-        policy, limits, process_bytes=process_bytes, held=weight_bytes(spec, homes), decoding_bytes=scratch_bytes(spec, homes),
-        small_bytes=spec.resident_bytes, embedding_bytes=embedding_table_bytes(spec),
+        policy, limits, process_bytes=process_bytes, held=weight_bytes(spec, homes, policy.device),
+        decoding_bytes=staging_to_decode_bytes(spec, homes, policy.device), small_bytes=spec.resident_bytes,
+        embedding_bytes=embedding_table_bytes(spec),
     )  # fmt: skip
 
 
@@ -52,15 +55,16 @@ def reserved(
         policy: The policy.
         limits: The budgets, which decide the allowance and whether KV on disk counts as host memory.
         process_bytes: The resident memory of the process before any weight is loaded.
-        held: The bytes of the weights at home on each tier.
-        decoding_bytes: Host memory for decoding the units that stream to a device.
+        held: The bytes of the weights at each home.
+        decoding_bytes: Host memory for decoding units before they cross the link to a device.
         small_bytes: The bytes of tensors that never move.
         embedding_bytes: The bytes of the whole input embedding.
     """
     computing = {"small tensors": small_bytes, "embedding": embedding_bytes * policy.embedding_resident}
     computing |= {"workspace": policy.workspace_bytes}
-    host = {"process": process_bytes, "allowance": allowance_bytes(limits), "weights": held["host"], "KV": policy.kv_host_bytes}
-    host |= {"weight staging": policy.host_ring_bytes, "KV staging": policy.kv_staging_bytes + policy.kv_tail_bytes}
+    host = {"process": process_bytes, "allowance": allowance_bytes(limits), "weights": held["host"], ENCODED: held["encoded"]}
+    host |= {"KV": policy.kv_host_bytes, "weight staging": policy.host_ring_bytes}
+    host |= {"KV staging": policy.kv_staging_bytes + policy.kv_tail_bytes}
     tiers = {"host": host}
     if not has_device_tier(policy.device):
         host |= computing
@@ -120,10 +124,30 @@ def _scoring_bytes(spec: ModelSpec, sizes: JobSizes, policy: Policy, max_num_seq
     return SCORED_COPIES * held + scored * (SCORE_BYTES + LIKELIEST_BYTES * sizes.num_likeliest)
 
 
-def scratch_bytes(spec: ModelSpec, homes: Sequence[str]) -> int:
-    """Return the host memory for three of the largest units that are decoded in every pass (the others are decoded once, at the start)."""
-    decoded = [unit.decoded_bytes for unit, home in zip(spec.units, homes, strict=True) if home == "disk" and needs_decode(unit)]
-    return RING_UNITS * max(decoded, default=0)
+def scratch_bytes(spec: ModelSpec, homes: Sequence[str], device: str) -> int:
+    """Return the memory, where computing happens, that units are decoded into in every pass, or once: some of the largest ones.
+
+    On a CPU these are the units that come from disk or are kept encoded; all others are decoded once, at the start. On a device they are
+    those that the device decodes; one that stays there arrives in the same memory.
+    """
+    if not has_device_tier(device):
+        decoded = [unit.decoded_bytes for unit, home in _placed(spec, homes) if home in ("disk", "encoded") and needs_decode(unit)]
+        return SCRATCH_UNITS * max(decoded, default=0)
+    by_device = [(unit, home) for unit, home in _placed(spec, homes) if unit.encoded_bytes is not None]
+    streamed = max((unit.decoded_bytes for unit, home in by_device if home != "device"), default=0)
+    return SCRATCH_UNITS * streamed + max((unit.carried_bytes for unit, home in by_device if home == "device"), default=0)
+
+
+def staging_to_decode_bytes(spec: ModelSpec, homes: Sequence[str], device: str) -> int:
+    """Return the host memory for the largest unit that the host decodes before it crosses the link to a device."""
+    if not has_device_tier(device):
+        return 0
+    decoded = [unit.carried_bytes for unit, home in _placed(spec, homes) if home in ("disk", "encoded") and needs_decode(unit)]
+    return max(decoded, default=0)
+
+
+def _placed(spec: ModelSpec, homes: Sequence[str]) -> Iterator[tuple[UnitSpec, str]]:
+    return zip(spec.units, homes, strict=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,14 +155,15 @@ class Placement:
     """A home for every unit, and the sizes that follow from it.
 
     Attributes:
-        held: The bytes of the weights at home on each tier.
+        held: The bytes of the weights at each home.
         from_disk: The bytes that each pass reads from disk.
         largest_from_disk: The bytes of the largest unit among them.
         over_link: The bytes that each pass sends to a separate device.
         largest_over_link: The bytes of the largest unit among them.
-        scratch_bytes: Host memory for decoding the units that stream.
+        scratch_bytes: Memory to decode into where computing happens.
+        decoding_bytes: Host memory for decoding before the link to a device.
         work: The work of moving weights, the same in every pass.
-        tiers: The tiers that are the home of at least one unit.
+        homes: The homes of at least one unit.
     """
 
     held: dict[str, int]
@@ -147,8 +172,9 @@ class Placement:
     over_link: int
     largest_over_link: int
     scratch_bytes: int
+    decoding_bytes: int
     work: PassWork
-    tiers: frozenset[str]
+    homes: frozenset[str]
 
 
 class PlacedWeights:
@@ -174,12 +200,13 @@ class PlacedWeights:
         crossing = [unit.carried_bytes for unit, home in zip(self._spec.units, homes, strict=True) if home != "device"]
         over_link = crossing if has_device_tier(self._device) else []
         return Placement(
-            held=weight_bytes(self._spec, homes),
+            held=weight_bytes(self._spec, homes, self._device),
             from_disk=sum(from_disk),
             largest_from_disk=max(from_disk, default=0),
             over_link=sum(over_link),
             largest_over_link=max(over_link, default=0),
-            scratch_bytes=scratch_bytes(self._spec, homes),
+            scratch_bytes=scratch_bytes(self._spec, homes, self._device),
+            decoding_bytes=staging_to_decode_bytes(self._spec, homes, self._device),
             work=weights_work(self._spec, homes, self._device),
-            tiers=frozenset(homes),
+            homes=frozenset(homes),
         )

@@ -24,6 +24,8 @@ RESOURCES = ("disk", "host_to_device", "device_to_host", "compute", "host_comput
 PASSES_PER_HIDDEN, PASSES_PER_INTERMEDIATE = 40, 5
 # As many reads and writes of a float32 take as long as reducing a logit does (to a sum of exponentials, and the largest one).
 PASSES_PER_LOGIT, LOGIT_BYTES = 3, 4
+# The rate at which formats that were not measured are decoded, as a share of that of casts.
+DECODING_OF_CASTS = 0.5
 
 
 def elementwise_bytes(hidden_size: int, intermediate_size: int, dtype: str) -> int:
@@ -52,7 +54,7 @@ class Expectation:
         self._token_seconds = self._num_layers * elementwise_bytes(spec.hidden_size, spec.intermediate_size, dtype) / elementwise
         self._score_seconds = PASSES_PER_LOGIT * LOGIT_BYTES * spec.vocab_size / elementwise
         self._attention = machine.attention[dtype].typical if dtype in machine.attention else self._dense[-1][1].typical
-        self._cast = max((rate.typical for name, rate in machine.casts.items() if name.split()[1] == dtype), default=None)
+        self._decoding = decoding_rate(spec, machine, dtype)
 
     def resources(self, work: PassWork, policy: Policy, *, times: Mapping[str, float] | None = None) -> dict[str, Any]:
         """Return, by resource, the least seconds that a pass (or each of many) can take because of it.
@@ -103,7 +105,7 @@ class Expectation:
         lead = lead + work.num_sequences * overheads.per_sequence
         lead = lead + work.num_tokens * overheads.per_gathered_row * (not policy.embedding_resident)
         host = self._steps_seconds("host", work.host_step_flops, work.host_step_bytes)
-        host = host + work.decoded_bytes / (self._cast or machine.host_memory.typical / 3)
+        host = host + work.decoded_bytes / self._decoding
         working = work.disk_read_bytes * machine.disk_core_seconds_per_byte + work.num_disk_requests * machine.disk_request.core_seconds
         host = host + working / machine.cores
         if not has_device_tier(policy.device):
@@ -139,6 +141,26 @@ class Expectation:
         sizes = np.log([size for size, _ in curve])
         rates = _interpolated(np.log(np.maximum(flops_per_byte, 1e-9)), sizes, [rate.typical for _, rate in curve])
         return kv_bytes / rates
+
+
+def decoding_rate(spec: ModelSpec, machine: Machine, dtype: str) -> float:
+    """Return the bytes/s of decoded numbers over a model's units, each tensor at the rate of the format or dtype that it is stored in.
+
+    A dtype that was not measured counts as the fastest one that was, or as reading and writing memory; another format that was not
+    measured takes DECODING_OF_CASTS of that rate.
+    """
+    sizes = spec.decoded_from or {spec.number_format: 1}
+    seconds = sum(size / _decoding_rate(name, machine, dtype) for name, size in sizes.items())
+    return sum(sizes.values()) / seconds
+
+
+def _decoding_rate(stored: str, machine: Machine, dtype: str) -> float:
+    if (known := machine.casts.get(f"{stored} {dtype}")) is not None:
+        return known.typical
+    pairs = ((name.split(), rate.typical) for name, rate in machine.casts.items())
+    casts = [rate for (source, computed), rate in pairs if computed == dtype and source in DTYPE_BYTES]
+    fastest = max(casts, default=machine.host_memory.typical / 3)
+    return fastest if stored in DTYPE_BYTES else DECODING_OF_CASTS * fastest
 
 
 def rate_at(curve: Curve, rows: Any) -> Any:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from flexgen.options import DTYPE_BYTES, TIERS
+from flexgen.options import DTYPE_BYTES, WEIGHT_HOMES
 from flexgen.plan.machine import Machine, has_device_tier
 from flexgen.plan.model import KVGroupSpec, ModelSpec, UnitSpec
 from flexgen.plan.policy import Fractions, Policy
@@ -110,6 +110,11 @@ def needs_decode(unit: UnitSpec) -> bool:
     return abs(unit.decoded_bytes - unit.disk_bytes) > ALIGNMENT_SLACK_BYTES
 
 
+def can_stay_encoded(unit: UnitSpec) -> bool:
+    """Return whether the unit takes less host memory as it is stored than in the dtype of computing."""
+    return needs_decode(unit) and unit.disk_bytes < unit.decoded_bytes
+
+
 def active_share(unit: UnitSpec, dtype: str) -> float:
     """Return the share of a unit's weights that a token passes through: 1 except for experts, which see that share of the rows."""
     share = unit.flops_per_token / max(2 * unit.decoded_bytes / DTYPE_BYTES[dtype], 1)
@@ -117,31 +122,54 @@ def active_share(unit: UnitSpec, dtype: str) -> float:
 
 
 def unit_homes(spec: ModelSpec, fractions: Fractions) -> tuple[str, ...]:
-    """Return the home of each unit; shares are honoured to within one unit at every depth (error diffusion over stored bytes)."""
-    shares = {tier: getattr(fractions, tier) for tier in TIERS}
-    credit = {tier: 0.0 for tier, share in shares.items() if share > 0}
-    if len(credit) == 1:
-        return tuple(credit) * len(spec.units)
-    homes: list[str] = []
-    for unit in spec.units:
-        for tier in credit:
-            credit[tier] += shares[tier] * unit.disk_bytes
-        home = max(credit, key=credit.__getitem__)
-        credit[home] -= unit.disk_bytes
-        homes.append(home)
+    """Return the home of each unit; shares are honoured to within one unit at every depth (error diffusion over stored bytes).
+
+    Of the units in host memory that can stay encoded, the share that does is that of `encoded` in host memory.
+    """
+    in_host_memory = fractions.host + fractions.encoded
+    homes = _diffused(spec.units, {"device": fractions.device, "host": in_host_memory, "disk": fractions.disk})
+    if not fractions.encoded:
+        return tuple(homes)
+    chosen = [number for number, home in enumerate(homes) if home == "host" and can_stay_encoded(spec.units[number])]
+    shares = {"host": fractions.host / in_host_memory, "encoded": fractions.encoded / in_host_memory}
+    for number, home in zip(chosen, _diffused([spec.units[number] for number in chosen], shares), strict=True):
+        homes[number] = home
     return tuple(homes)
 
 
-def memory_bytes(unit: UnitSpec) -> int:
-    """Return the bytes of a unit at home in memory: decoded, or just as it was read, over-read included."""
+def _diffused(units: Sequence[UnitSpec], shares: Mapping[str, float]) -> list[str]:
+    """Return a home for each unit, so that the stored bytes of all units so far are divided by these shares, to within one unit."""
+    credit = {home: 0.0 for home, share in shares.items() if share > 0}
+    if len(credit) == 1:
+        return [*credit] * len(units)
+    homes: list[str] = []
+    for unit in units:
+        for home in credit:
+            credit[home] += shares[home] * unit.disk_bytes
+        home = max(credit, key=credit.__getitem__)
+        credit[home] -= unit.disk_bytes
+        homes.append(home)
+    return homes
+
+
+def memory_bytes(unit: UnitSpec, home: str, device: str) -> int:
+    """Return the bytes that a unit takes at its home: on disk as stored, in memory as it is kept there.
+
+    That is decoded, or just as it was read (over-read included) where computing happens, and as it crosses the link in the host's memory
+    beside a device.
+    """
+    if home == "disk" or (home == "encoded" and needs_decode(unit)):
+        return unit.disk_bytes
+    if home != "device" and has_device_tier(device):
+        return unit.carried_bytes
     return unit.decoded_bytes if needs_decode(unit) else max(unit.decoded_bytes, unit.disk_bytes)
 
 
-def weight_bytes(spec: ModelSpec, homes: Sequence[str]) -> dict[str, int]:
-    """Return the bytes of the units per home tier."""
-    held: dict[str, int] = dict.fromkeys(TIERS, 0)
+def weight_bytes(spec: ModelSpec, homes: Sequence[str], device: str) -> dict[str, int]:
+    """Return the bytes of the units per home."""
+    held: dict[str, int] = dict.fromkeys(WEIGHT_HOMES, 0)
     for unit, home in zip(spec.units, homes, strict=True):
-        held[home] += unit.disk_bytes if home == "disk" else memory_bytes(unit)
+        held[home] += memory_bytes(unit, home, device)
     return held
 
 
@@ -153,13 +181,14 @@ def weights_work(spec: ModelSpec, homes: Sequence[str], device: str) -> PassWork
     disk = link = memory = decoded = streamed = 0
     for unit, home in zip(spec.units, homes, strict=True):
         crosses = has_device_tier(device) and home != "device"
-        streamed += home == "disk" or crosses
+        decodes = home in ("encoded", "disk") and needs_decode(unit) and not (crosses and unit.encoded_bytes is not None)
+        streamed += home == "disk" or crosses or decodes
         if home == "disk":
             disk += unit.disk_bytes
             memory += unit.disk_bytes
-            if needs_decode(unit) and not (crosses and unit.encoded_bytes is not None):
-                memory += unit.disk_bytes + unit.decoded_bytes
-                decoded += unit.decoded_bytes
+        if decodes:
+            memory += unit.disk_bytes + unit.decoded_bytes
+            decoded += unit.decoded_bytes
         if crosses:
             link += unit.carried_bytes
             memory += unit.carried_bytes

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 from flexgen.base.quantities import align_up
-from flexgen.options import TIERS
+from flexgen.options import TIERS, WEIGHT_HOMES
 from flexgen.plan.machine import Limits, Machine, has_device_tier
 from flexgen.plan.model import ModelSpec
 from flexgen.plan.policy import PAGE_TOKENS, Fractions, Policy
 from flexgen.plan.price.memory import RING_UNITS, PlacedWeights, activation_bytes, embedding_table_bytes, reserved
 from flexgen.plan.price.requests import JobSizes
+from flexgen.plan.price.work import can_stay_encoded, unit_homes, weight_bytes
 
 # A ring holds the bytes that a link delivers in this time, but (beyond its least number of units) at most this share of its tier.
 RING_SECONDS = 0.3
@@ -87,8 +90,7 @@ class Drafts:
             compute_threads=self._machine.cores,
             io_threads=self._machine.io_threads,
         )
-        scratch = 0 if has_device_tier(self._limits.device) else placement.scratch_bytes
-        return dataclasses.replace(draft, workspace_bytes=self._activations(draft, draft.max_num_seqs) + scratch)
+        return dataclasses.replace(draft, workspace_bytes=self._activations(draft, draft.max_num_seqs) + placement.scratch_bytes)
 
     def for_seqs(self, draft: Policy, max_num_seqs: int) -> Policy:
         """Return the draft with the workspace of so many sequences."""
@@ -109,7 +111,7 @@ class Drafts:
         """Return the bytes that the draft reserves, by tier and part, counted as `footprint` does."""
         placement = self._placed.of(draft.weights)
         return reserved(
-            draft, self._limits, process_bytes=self._process_bytes, held=placement.held, decoding_bytes=placement.scratch_bytes,
+            draft, self._limits, process_bytes=self._process_bytes, held=placement.held, decoding_bytes=placement.decoding_bytes,
             small_bytes=self._spec.resident_bytes, embedding_bytes=self._embedding_bytes,
         )  # fmt: skip
 
@@ -128,13 +130,48 @@ def _ring(largest: int, streamed: int, wanted: float, tier_bytes: int) -> int:
     return align_up(min(max(RING_UNITS * largest, int(min(wanted, RING_SHARE * tier_bytes))), streamed), 4096)
 
 
-def placed_weights(weight_bytes: int, device: str, device_bytes: float, host_bytes: float, on_device: float, on_host: float) -> Fractions:
-    """Return home shares of the weights that use `on_device` and `on_host` (0 to 1) of the most that fits each tier."""
-    whole = max(weight_bytes, 1)
-    share = on_device * min(max(device_bytes, 0) / whole, 1.0) if has_device_tier(device) else 0.0
-    host = on_host * min(max(host_bytes, 0) / whole, 1.0 - share)
-    disk = 1.0 - share - host
-    return Fractions(device=share, host=host, disk=disk if disk > 1e-9 else 0.0)
+@dataclass(frozen=True, slots=True)
+class WeightSizes:
+    """The bytes that all weights of a model would take at one home.
+
+    Attributes:
+        by_home: The bytes, by home; none for the device on a CPU.
+        can_stay_encoded: Whether keeping weights encoded in host memory takes less of it than keeping them in the host's usual form.
+    """
+
+    by_home: Mapping[str, int]
+    can_stay_encoded: bool
+
+    @classmethod
+    def of(cls, spec: ModelSpec, device: str) -> WeightSizes:
+        """Return the sizes of a model's weights where a device computes."""
+        homes = {home: unit_homes(spec, Fractions(**{home: 1.0})) for home in WEIGHT_HOMES if has_device_tier(device) or home != "device"}
+        sizes = {home: sum(weight_bytes(spec, placed, device).values()) for home, placed in homes.items()}
+        encoded = [unit for unit in spec.units if can_stay_encoded(unit) and (not has_device_tier(device) or unit.encoded_bytes is None)]
+        return cls(sizes, bool(encoded))
+
+    def in_host_memory(self, encoded: float) -> float:
+        """Return the bytes in host memory if this share of the weights there is kept encoded."""
+        return max((1 - encoded) * self.by_home["host"] + encoded * self.by_home["encoded"], 1.0)
+
+    def placed(self, room: Mapping[str, float], on_device: float, on_host: float, encoded: float) -> Fractions:
+        """Return home shares.
+
+        Args:
+            room: The bytes that weights may take, by tier.
+            on_device: Of the most that fits on the device, the share that is there.
+            on_host: Of the most of the rest that fits in host memory, the share that is there.
+            encoded: Of the weights in host memory, the share that is kept encoded.
+        """
+        device = on_device * self.most_on_device(room)
+        host = on_host * min(max(room["host"], 0) / self.in_host_memory(encoded), 1.0 - device)
+        disk = 1.0 - device - host
+        return Fractions(device=device, host=host * (1 - encoded), encoded=host * encoded, disk=disk if disk > 1e-9 else 0.0)
+
+    def most_on_device(self, room: Mapping[str, float]) -> float:
+        """Return the largest share of the weights that the device can hold."""
+        whole = self.by_home.get("device", 0)
+        return min(max(room["device"], 0) / max(whole, 1), 1.0) if "device" in self.by_home else 0.0
 
 
 def kv_pools(free: dict[str, int], disk_bytes: int, kv_homes: float, kv_disk: float, *, staged: float = 0.0) -> dict[str, int]:

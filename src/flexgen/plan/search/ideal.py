@@ -23,12 +23,12 @@ from typing import Any
 
 import numpy as np
 
-from flexgen.options import TIERS
+from flexgen.options import TIERS, WEIGHT_HOMES
 from flexgen.plan.machine import Limits, Machine, has_device_tier
 from flexgen.plan.model import ModelSpec
 from flexgen.plan.policy import Fractions, Policy
 from flexgen.plan.price.requests import Floats, RequestLoad
-from flexgen.plan.price.work import PassWork, attended_bytes, ideal_seconds, memory_bytes, price, weights_work
+from flexgen.plan.price.work import PassWork, attended_bytes, can_stay_encoded, ideal_seconds, memory_bytes, price, weights_work
 from flexgen.plan.search.steady import Minimum, minimum
 from flexgen.plan.workload import Workload
 
@@ -59,11 +59,11 @@ class Budgets:
 
 def budgets_of(limits: Limits, spec: ModelSpec, process_bytes: int) -> Budgets:
     """Return the budgets for T*: everything but the process itself and the tensors that never move."""
-    on_device = has_device_tier(limits.device)
+    on_cpu = not has_device_tier(limits.device)
     return Budgets(
         device=limits.device,
-        host_bytes=max(limits.host_bytes - process_bytes - (0 if on_device else spec.resident_bytes), 0),
-        device_bytes=max(limits.device_bytes - spec.resident_bytes, 0) if on_device else 0,
+        host_bytes=max(limits.host_bytes - process_bytes - (spec.resident_bytes if on_cpu else 0), 0),
+        device_bytes=0 if on_cpu else max(limits.device_bytes - spec.resident_bytes, 0),
         disk_bytes=0 if limits.offload_in_memory else limits.disk_bytes,
     )
 
@@ -93,6 +93,8 @@ class _Program:
     def __init__(self, spec: ModelSpec, machine: Machine, workload: Workload, budgets: Budgets, dtype: str) -> None:
         self._spec, self._machine, self._policy = spec, machine, _bare_policy(budgets.device, dtype)
         self._tiers = TIERS if has_device_tier(budgets.device) else ("host", "disk")
+        encoded = any(can_stay_encoded(unit) for unit in spec.units)
+        self._homes = tuple(home for home in WEIGHT_HOMES if home in self._tiers or (home == "encoded" and encoded))
         self._room = np.array([getattr(budgets, f"{tier}_bytes") for tier in self._tiers], dtype=np.float64)
         self.output_lens = np.array(workload.answer_lens)
         self._take_units()
@@ -104,14 +106,17 @@ class _Program:
         alone = [dataclasses.replace(self._spec, units=(unit,)) for unit in kinds]
         homes = [
             [
-                self._seconds(weights_work(spec, (tier,), self._policy.device), 1) * number
+                self._seconds(weights_work(spec, (home,), self._policy.device), 1) * number
                 for spec, number in zip(alone, kinds.values(), strict=True)
             ]
-            for tier in self._tiers
+            for home in self._homes
         ]
         self._unit_seconds = np.moveaxis(np.array(homes)[..., 0], -1, 0).swapaxes(1, 2)
-        held = np.array([memory_bytes(unit) * number for unit, number in kinds.items()], dtype=np.float64)
-        self._unit_bytes = np.diag([float(tier != "disk") for tier in self._tiers])[:, None, :] * held[:, None]
+        self._unit_bytes = np.zeros((len(self._tiers), len(kinds), len(self._homes)))
+        for place, home in enumerate(self._homes):
+            if home != "disk":
+                held = [memory_bytes(unit, home, self._policy.device) * number for unit, number in kinds.items()]
+                self._unit_bytes[self._tiers.index(WEIGHT_HOMES[home]), :, place] = held
 
     def _take_requests(self, workload: Workload) -> None:
         """Set the arrays of (resources or tiers, different requests, homes)."""
@@ -167,11 +172,14 @@ class _Program:
         The variables are the seconds before the tail and in it; the number of passes before it; for each kind of unit and each home, the
         passes before the tail and in it in which its units are at home there; and for each kind of request and each home, its share.
         """
-        num_units, num_kinds, tiers = self._unit_seconds.shape[1], life.shape[1], len(self._tiers)
+        num_units, num_kinds = self._unit_seconds.shape[1], life.shape[1]
+        homes, tiers = len(self._homes), len(self._tiers)
         seconds, size, life, prompts, held = (
             part.reshape(len(part), -1) for part in (self._unit_seconds, self._unit_bytes, life, prompts, held)
         )
-        units, kinds = (np.kron(np.eye(number), np.ones(tiers)).astype(np.float64) for number in (num_units, num_kinds))
+        units, kinds = (
+            np.kron(np.eye(number), np.ones(places)).astype(np.float64) for number, places in ((num_units, homes), (num_kinds, tiers))
+        )
 
         def rows(fixed: Sequence[Any], before: Floats, within: Floats, requests: Floats) -> Floats:
             return np.hstack([*(np.broadcast_to(each, (len(before), 1)) for each in fixed), before, within, requests])

@@ -22,6 +22,10 @@ REFINED = 2
 # A kick draws an axis anew with probability DRAWN_AXES or moves it with probability MOVED_AXES (KICK is the standard deviation). Steps
 # of KICK_STEPS follow.
 DRAWN_AXES, MOVED_AXES, KICK, KICK_STEPS = 0.2, 0.5, 0.15, (0.1, 0.03, 0.01)
+# The values of axes at which something vanishes or is all there is.
+CORNER_VALUES = (
+    ("kv_disk", 0.0), ("kv_disk", 1.0), ("kv_homes", 0.0), ("kv_homes", 0.5), ("kv_homes", 1.0), ("encoded", 0.0), ("encoded", 1.0),
+)  # fmt: skip
 # The search ends after so many kicks in a row that lead to nothing better.
 FAILED_KICKS = 32
 
@@ -123,10 +127,10 @@ def _moved(point: Point, move: Move, length: int) -> Point:
 
 
 def _alternatives(point: Point, space: Axes) -> Iterator[Point]:
-    """Yield the same point with another value of one discrete choice, or with a corner value of an axis of KV's homes."""
+    """Yield the same point with another value of one discrete choice, or with a corner value of an axis of homes."""
     yield dataclasses.replace(point, embedding=not point.embedding)
     free = space.free_axes(point.schedule)
-    for axis, value in (("kv_disk", 0.0), ("kv_disk", 1.0), ("kv_homes", 0.0), ("kv_homes", 0.5), ("kv_homes", 1.0)):
+    for axis, value in CORNER_VALUES:
         if axis in free:
             yield dataclasses.replace(point, **{axis: value})
     for schedule in space.schedules():

@@ -44,7 +44,9 @@ def _weights_homes(space: Space, kv: Fractions) -> list[Fractions]:
     if space.weights is not None:
         return [space.weights]
     tiers = ["disk"] if space.on_cpu else ["disk", "host"]
-    return [Fractions(**{tier: 1.0}) for tier in [*tiers, *([space.computing] if getattr(kv, space.computing) == 1 else [])]]
+    homes = [*tiers, *([space.computing] if getattr(kv, space.computing) == 1 else [])]
+    homes += ["encoded"] * (space.weight_sizes.can_stay_encoded and (kv.host == 1 or not space.on_cpu))
+    return [Fractions(**{home: 1.0}) for home in homes]
 
 
 def _kv_homes(space: Space) -> list[Fractions]:
@@ -95,6 +97,8 @@ def _advice(space: Space, tier: str, *, shorter: bool) -> str:
     options = space.options
     pins = {"--weights": space.weights, "--kv": space.kv}
     advice = [f"give {tier} a smaller share in {flag}" for flag, pin in pins.items() if pin is not None and getattr(pin, tier) > 0]
+    if tier == "host" and space.weights is not None and space.weights.host and space.weight_sizes.can_stay_encoded:
+        advice.append('name "encoded" in place of "host" in --weights')
     if tier != "disk":
         for name in ("max_num_seqs", "prefill_tokens", "micro_batch_tokens"):
             if getattr(options, name) is not None:

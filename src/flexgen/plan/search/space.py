@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from flexgen.errors import OptionError
-from flexgen.options import DTYPE_BYTES, TIERS, EngineOptions, parse_placement
+from flexgen.options import DTYPE_BYTES, TIERS, WEIGHT_HOMES, EngineOptions, parse_placement
 from flexgen.plan.machine import Limits, Machine, has_device_tier
 from flexgen.plan.model import ModelSpec
 from flexgen.plan.policy import PAGE_TOKENS, Fractions, Policy
 from flexgen.plan.price.memory import PlacedWeights
 from flexgen.plan.price.requests import JobSizes
-from flexgen.plan.price.work import active_share, memory_bytes
-from flexgen.plan.search.drafts import Drafts, first_of, kv_pools, placed_weights, pool_fractions
+from flexgen.plan.price.work import active_share, can_stay_encoded
+from flexgen.plan.search.drafts import Drafts, WeightSizes, first_of, kv_pools, pool_fractions
 from flexgen.plan.search.steady import FreeMemory
 from flexgen.plan.workload import Workload
 
@@ -39,6 +39,7 @@ class Point:
     Attributes:
         on_device: Of the weights that fit on the device, the share that lives there.
         on_host: Of the weights that fit on the host, the share that lives there.
+        encoded: Of the weights on the host, the share that is kept as stored, where that takes less memory.
         kv_homes: 0 is the device, 1 the host, 0.5 all of both (see `kv_pools`).
         kv_disk: The disk's share of KV.
         quota: The prompt tokens per pass, from half of those that replace ending sequences (0) to a whole block (1).
@@ -50,6 +51,7 @@ class Point:
 
     on_device: float = 0.0
     on_host: float = 0.0
+    encoded: float = 0.0
     kv_homes: float = 0.0
     kv_disk: float = 0.0
     quota: float = 1.0
@@ -68,7 +70,7 @@ class _KVHomes(NamedTuple):
 
 # The most tokens of a micro-batch, unless pinned.
 MAX_MICRO_BATCH_TOKENS = 16384
-AXES = ("on_device", "on_host", "kv_homes", "kv_disk", "quota", "cap")
+AXES = ("on_device", "on_host", "encoded", "kv_homes", "kv_disk", "quota", "cap")
 
 
 class Space:
@@ -94,15 +96,17 @@ class Space:
         self.dtype = options.dtype
         self.on_cpu = not has_device_tier(limits.device)
         self.computing = "host" if self.on_cpu else "device"
-        self.weights = _pinned("weights", options.weights, limits.device)
-        self.kv = _pinned("kv", options.kv, limits.device)
+        self.weight_sizes = WeightSizes.of(spec, limits.device)
+        self.weights = _pinned("weights", options.weights, limits.device, tuple(WEIGHT_HOMES))
+        if self.weights is not None and self.weights.encoded and not self.weight_sizes.can_stay_encoded:
+            raise OptionError(f"weights={options.weights!r}: {_why_not_encoded(spec)}: give that share to host")
+        self.kv = _pinned("kv", options.kv, limits.device, TIERS)
         for tier in TIERS:
             if self.kv is not None and getattr(self.kv, tier) > 0 and tier not in kv_tiers:
                 raise OptionError(f"kv={options.kv!r}: KV can live on {' or '.join(kv_tiers)} here, not on {tier}")
         self._allowed_kv_tiers = kv_tiers
         self.sizes = JobSizes(spec, workload, PAGE_TOKENS)
         self.placed = PlacedWeights(spec, limits.device)
-        self.weight_bytes = sum(memory_bytes(unit) for unit in spec.units)
         self.drafts = Drafts(
             spec, machine, limits, self.sizes, self.placed, dtype=self.dtype, process_bytes=process_bytes, kv=self.kv,
             num_seqs=options.max_num_seqs or 1,
@@ -149,7 +153,9 @@ class Space:
         """Return the axes that are not pinned and make a difference."""
         free = set(AXES) - ({"cap"} if self.options.max_num_seqs is not None else set())
         if self.weights is not None:
-            free -= {"on_device", "on_host"}
+            free -= {"on_device", "on_host", "encoded"}
+        if not self.weight_sizes.can_stay_encoded:
+            free -= {"encoded"}
         if self.on_cpu:
             free -= {"on_device", "kv_homes"}
         if self.kv is not None:
@@ -171,7 +177,7 @@ class Space:
         kv = _KVHomes(point.kv_homes, 0.0 if point.kv_disk < LEAST_SPILL else point.kv_disk)
         spills = kv.disk > 0 or (self.kv is not None and self.kv.disk > 0)
         bare = self._bare(point, spills=spills)
-        weights = self.weights or self._place(bare, point.on_device, point.on_host)
+        weights = self.weights or self._place(bare, point)
         draft = self.drafts.draft(weights, point.schedule, point.micro_batch_tokens, bare.prefill_tokens, spills=spills)
         if point.schedule == "diagonal" and self.options.prefill_tokens is None:
             draft = self._with_quota(draft, kv, point.quota, spills=spills)
@@ -239,12 +245,14 @@ class Space:
 
     def place_like(self, point: Point, weights: Mapping[str, float], *, spills: bool) -> Point:
         """Return the point whose weights have about these shares."""
-        whole = max(self.weight_bytes, 1)
-        room = self._weights_room(self._bare(point, spills=spills), 1.0)
-        device = min(max(room["device"], 0.0) / whole, 1.0)
+        in_host_memory = weights.get("host", 0.0) + weights.get("encoded", 0.0)
+        encoded = min(weights.get("encoded", 0.0) / in_host_memory, 1.0) if in_host_memory > 1e-9 else 0.0
+        room = self._weights_room(self._bare(point, spills=spills), 1.0, encoded)
+        device = self.weight_sizes.most_on_device(room)
         on_device = min(weights.get("device", 0.0) / device, 1.0) if device else 0.0
-        host = min(max(room["host"], 0.0) / whole, 1.0 - on_device * device)
-        return dataclasses.replace(point, on_device=on_device, on_host=min(weights.get("host", 0.0) / host, 1.0) if host > 1e-9 else 0.0)
+        host = min(max(room["host"], 0.0) / self.weight_sizes.in_host_memory(encoded), 1.0 - on_device * device)
+        on_host = min(in_host_memory / host, 1.0) if host > 1e-9 else 0.0
+        return dataclasses.replace(point, on_device=on_device, on_host=on_host, encoded=encoded)
 
     def _bare(self, point: Point, *, spills: bool) -> Policy:
         prefill_tokens = self.options.prefill_tokens or self._least_quota(point.schedule, point.micro_batch_tokens)
@@ -258,25 +266,27 @@ class Space:
         """Return the approximate number of sequences that these pools keep alive."""
         return math.ceil(self.sizes.block(sum(pools.values())) * SEQUENCE_SLACK)
 
-    def _place(self, bare: Policy, on_device: float, on_host: float) -> Fractions:
+    def _place(self, bare: Policy, point: Point) -> Fractions:
         """Return shares of the room that the rings and the KV of one request leave for weights; all of them where that fits."""
-        room = self._weights_room(bare, on_device)
-        placed = placed_weights(self.weight_bytes, self.limits.device, room["device"], room["host"], on_device, on_host)
-        tiers = self.placed.of(placed).tiers
-        lived = {tier: share for tier in TIERS if (share := getattr(placed, tier)) and tier in tiers}  # a tier without a unit has no share
-        return Fractions(**{tier: share / sum(lived.values()) for tier, share in lived.items()})
+        encoded = point.encoded * self.weight_sizes.can_stay_encoded
+        room = self._weights_room(bare, point.on_device, encoded)
+        placed = self.weight_sizes.placed(room, point.on_device, point.on_host, encoded)
+        homes = self.placed.of(placed).homes
+        lived = {home: share for home in WEIGHT_HOMES if (share := getattr(placed, home)) and home in homes}  # one without a unit has none
+        return Fractions(**{home: share / sum(lived.values()) for home, share in lived.items()})
 
-    def _weights_room(self, bare: Policy, on_device: float) -> dict[str, float]:
+    def _weights_room(self, bare: Policy, on_device: float, encoded: float) -> dict[str, float]:
         """Return the bytes per tier that weights may take."""
         room: dict[str, float] = {**self.drafts.free(bare)}
         room[self.computing] -= self.sizes.largest
         drafted = (bare.schedule, bare.micro_batch_tokens, bare.prefill_tokens)
-        whole = self.drafts.draft(Fractions(**{self.computing: 1.0}), *drafted, spills=False)
+        computing = Fractions(host=1.0 - encoded, encoded=encoded) if self.on_cpu else Fractions(device=1.0)
+        whole = self.drafts.draft(computing, *drafted, spills=False)
         if self.drafts.free(whole)[self.computing] >= self.sizes.smallest:
-            room[self.computing] = self.weight_bytes
+            room[self.computing] = math.inf
         elif not self.on_cpu:
             # The weights that the device does not hold may all fit on the host, which then needs no staging.
-            rest = placed_weights(self.weight_bytes, self.limits.device, room["device"], math.inf, on_device, 1.0)
+            rest = self.weight_sizes.placed({**room, "host": math.inf}, on_device, 1.0, encoded)
             beside = self.drafts.draft(rest, *drafted, spills=bare.kv_staging_bytes > 0)
             room["host"] = math.inf if self.drafts.free(beside)["host"] >= 0 else room["host"]
         return room
@@ -322,10 +332,17 @@ class Space:
         return self.drafts.draft(weights, schedule, micro_batch_tokens, prefill_tokens, spills=spills)
 
 
-def _pinned(name: str, text: str | None, device: str) -> Fractions | None:
+def _why_not_encoded(spec: ModelSpec) -> str:
+    """Return why keeping weights encoded in host memory would save none of it."""
+    if any(can_stay_encoded(unit) for unit in spec.units):
+        return f"the device decodes {spec.number_format} itself, so that host memory holds weights as stored anyway"
+    return f"the weights ({spec.number_format}) take no less memory as stored than in {spec.dtype}"
+
+
+def _pinned(name: str, text: str | None, device: str, homes: Sequence[str]) -> Fractions | None:
     if text is None:
         return None
-    shares = parse_placement(text, name=name)
+    shares = parse_placement(text, name=name, homes=homes)
     if not has_device_tier(device) and shares["device"] > 0:
         raise OptionError(f"{name}={text!r}: on a CPU device there is no device tier; divide between host and disk")
     return Fractions(**shares)

@@ -31,6 +31,8 @@ CORNERS: tuple[dict[str, Any], ...] = (
     {"on_device": 0.5, "on_host": 0.5},
     {},
 )
+# More corners, where weights can be kept encoded.
+ENCODED_CORNERS: tuple[dict[str, Any], ...] = tuple({"on_device": each, "on_host": 1.0, "encoded": 1.0} for each in (1.0, 0.5, 0.0))
 
 
 def varied_wholes(best: Point, space: Space) -> list[Point]:
@@ -56,9 +58,10 @@ def varied_places(best: Point, space: Space) -> list[Point]:
     for schedule in space.schedules():
         free = space.free_axes(schedule)
         device, host = (SHARES if axis in free else (getattr(best, axis),) for axis in ("on_device", "on_host"))
+        kept = sorted({0.0, best.encoded, 1.0}) if "encoded" in free else [best.encoded]
         points += [
-            dataclasses.replace(best, schedule=schedule, on_device=on_device, on_host=on_host, micro_batch_tokens=tokens)
-            for on_device, on_host, tokens in product(device, host, _near(best, space))
+            dataclasses.replace(best, schedule=schedule, on_device=on_device, on_host=on_host, encoded=encoded, micro_batch_tokens=tokens)
+            for on_device, on_host, encoded, tokens in product(device, host, kept, _near(best, space))
         ]
     return points
 
@@ -99,7 +102,8 @@ def steady_states(
         tiers = space.kv_tiers if spills else tuple(tier for tier in space.kv_tiers if tier != "disk")
         weights = space.weights and dataclasses.asdict(space.weights)
         if weights is None and near is not None:
-            weights = {space.computing: near * min(free.memory_bytes[space.computing] / max(space.weight_bytes, 1), 1.0)}
+            whole = space.weight_sizes.by_home[space.computing]
+            weights = {space.computing: near * min(free.memory_bytes[space.computing] / max(whole, 1), 1.0)}
         most = space.options.max_num_seqs or len(space.workload)
         steady = SteadyState(expectation, mean, bare).best(
             free, most, weights=weights, kv=space.kv and dataclasses.asdict(space.kv), kv_tiers=tiers, pass_seconds=pass_seconds
@@ -123,8 +127,9 @@ def starts(
         free = space.free_axes(schedule)
         near, elsewhere = ([_like(space, plain, each, spills) for each, spills in states] for states in (steady, others))
         places: list[Point] = []
+        corners = (*CORNERS, *ENCODED_CORNERS) if "encoded" in free else CORNERS
         for homes in (0.0, 0.5, 1.0) if "kv_homes" in free else (plain.kv_homes,):
-            places += [dataclasses.replace(plain, kv_homes=homes, **corner) for corner in CORNERS]
+            places += [dataclasses.replace(plain, kv_homes=homes, **corner) for corner in corners]
         if "kv_disk" in free:
             places += [dataclasses.replace(plain, kv_disk=1.0), dataclasses.replace(plain, kv_disk=1.0, **CORNERS[0])]
         first = _first_quotas(space)
@@ -140,9 +145,10 @@ def _first_quotas(space: Space) -> tuple[float, ...]:
 
 def varied(ranked: Sequence[Point], best: int) -> list[Point]:
     """Return the best few, then the best of each schedule and kind of homes, between which no single step leads."""
-    kinds: dict[tuple[str, float, bool, int], Point] = {}
+    kinds: dict[tuple[str, float, bool, int, int], Point] = {}
     for point in ranked:
-        kinds.setdefault((point.schedule, round(2 * point.kv_homes), point.kv_disk > 0, round(2 * point.on_host)), point)
+        kind = (point.schedule, round(2 * point.kv_homes), point.kv_disk > 0, round(2 * point.on_host), round(point.encoded))
+        kinds.setdefault(kind, point)
     return list(dict.fromkeys([*ranked[:best], *kinds.values()]))
 
 

@@ -14,12 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from flexgen.options import TIERS
+from flexgen.options import TIERS, WEIGHT_HOMES
 from flexgen.plan.machine import has_device_tier
-from flexgen.plan.policy import Policy
+from flexgen.plan.policy import Fractions, Policy
 from flexgen.plan.price.pass_time import RESOURCES, Expectation
 from flexgen.plan.price.requests import Floats, RequestLoad
-from flexgen.plan.price.work import PassWork, memory_bytes, price, weights_work
+from flexgen.plan.price.work import PassWork, price, unit_homes, weights_work
+from flexgen.plan.search.drafts import WeightSizes
 
 # The coefficients of sequences are those of a pass with this many, so that micro-batches are full.
 MANY_SEQUENCES = 1 << 20
@@ -49,7 +50,7 @@ class Steady:
     Attributes:
         num_seqs: The number of live sequences.
         tokens_per_s: The output tokens per second.
-        weights: The share of the weights per tier.
+        weights: The share of the weights per home.
         kv: The share of KV per tier.
         worth: Per tier, the relative gain of tokens/s per byte more of it, at the margin (the dual values).
     """
@@ -69,12 +70,12 @@ class SteadyState:
         fixed = _vector(expectation.resources(PassWork(), policy))
         self.fixed = fixed + expectation.machine.overheads.per_pass
         tiers = TIERS if has_device_tier(policy.device) else ("host", "disk")
-        self.weights = {
-            tier: _vector(expectation.resources(weights_work(spec, (tier,) * len(spec.units), policy.device), policy)) - fixed
-            for tier in tiers
-        }
+        sizes = WeightSizes.of(spec, policy.device)
+        homes = [home for home in sizes.by_home if home != "encoded" or sizes.can_stay_encoded]
+        work = {home: weights_work(spec, unit_homes(spec, Fractions(**{home: 1.0})), policy.device) for home in homes}
+        self.weights = {home: _vector(expectation.resources(each, policy)) - fixed for home, each in work.items()}
         self.kv = {tier: _sequence_seconds(expectation, mean, policy, tier) for tier in tiers}
-        self.weight_bytes = float(sum(memory_bytes(unit) for unit in spec.units))
+        self.weight_bytes = {home: float(sizes.by_home[home]) for home in homes if home != "disk"}
 
     def best(
         self,
@@ -91,31 +92,30 @@ class SteadyState:
         Args:
             free: The bytes that weights and KV may take.
             max_num_seqs: The most live sequences.
-            weights: The pinned shares of weights per tier; None where they are free.
+            weights: The pinned shares of weights per home; None where they are free.
             kv: The pinned shares of KV per tier; None where they are free.
             kv_tiers: The tiers where KV may live.
             pass_seconds: The most seconds that a pass may take; None for no bound.
         """
-        tiers, count = list(self.weights), len(self.weights)
-        at_weights, at_kv, t, tau = 0, count, 2 * count, 2 * count + 1
-        size = tau + 1
+        homes, tiers = list(self.weights), list(self.kv)
+        t = len(homes) + len(tiers)
+        tau, size = t + 1, t + 2
         rows: list[Floats] = []
         for number in range(len(RESOURCES)):
             row = np.zeros(size)
-            for place, tier in enumerate(tiers):
-                row[at_weights + place], row[at_kv + place] = self.weights[tier][number], self.kv[tier][number]
+            row[:t] = [each[number] for each in (*self.weights.values(), *self.kv.values())]
             row[t], row[tau] = self.fixed[number], -1.0
             rows.append(row)
         for tier in TIERS:
-            rows.append(self._memory_row(free, tiers, tier, size))
+            rows.append(self._memory_row(free, tier, size))
         if pass_seconds is not None:
             rows.append(np.zeros(size))
             rows[-1][t], rows[-1][tau] = -pass_seconds, 1.0
         equal = np.zeros((2, size))
-        equal[0, at_weights : at_weights + count], equal[0, t] = 1.0, -1.0
-        equal[1, at_kv : at_kv + count] = 1.0
-        pins, pinned = _pins(tiers, t, size, weights, kv)
-        bounds = [(0.0, None)] * count + [(0.0, None if tier in kv_tiers else 0.0) for tier in tiers]
+        equal[0, : len(homes)], equal[0, t] = 1.0, -1.0
+        equal[1, len(homes) : t] = 1.0
+        pins, pinned = _pins(homes, tiers, size, weights, kv)
+        bounds = [(0.0, None)] * len(homes) + [(0.0, None if tier in kv_tiers else 0.0) for tier in tiers]
         bounds += [(1.0 / max_num_seqs, 1.0), (0.0, None)]
         matrix, goal = np.array(rows), np.zeros(size)
         goal[tau] = 1.0
@@ -128,23 +128,24 @@ class SteadyState:
         return Steady(
             num_seqs=num_seqs,
             tokens_per_s=1.0 / float(x[tau]),
-            weights={tier: float(x[at_weights + place]) * num_seqs for place, tier in enumerate(tiers)},
-            kv={tier: float(x[at_kv + place]) for place, tier in enumerate(tiers)},
+            weights={home: float(x[place]) * num_seqs for place, home in enumerate(homes)},
+            kv={tier: float(x[len(homes) + place]) for place, tier in enumerate(tiers)},
             # One more byte relaxes the tier's row by t, because the row is divided by B.
             worth={tier: float(-dual * x[t] / x[tau]) for tier, dual in memory.items()},
         )
 
-    def _memory_row(self, free: FreeMemory, tiers: Sequence[str], tier: str, size: int) -> Floats:
+    def _memory_row(self, free: FreeMemory, tier: str, size: int) -> Floats:
         """Return the bytes used in a tier minus those available, per live sequence."""
         row = np.zeros(size)
-        count = len(tiers)
-        for place, home in enumerate(tiers):
-            if home == tier and tier != "disk":
-                row[place] = self.weight_bytes
+        count = len(self.weights)
+        for place, home in enumerate(self.weights):
+            if WEIGHT_HOMES[home] == tier and tier != "disk":
+                row[place] = self.weight_bytes[home]
+        for place, home in enumerate(self.kv):
             row[count + place] = free.kv_bytes * (home == tier) + free.sequence_bytes.get(tier, 0.0)
             if home == "disk" and tier == "host":
                 row[count + place] += free.staged * free.kv_bytes
-        row[2 * count] = -free.memory_bytes.get(tier, 0.0)
+        row[count + len(self.kv)] = -free.memory_bytes.get(tier, 0.0)
         return row
 
 
@@ -184,20 +185,21 @@ def minimum(
 
 
 def _pins(
-    tiers: Sequence[str], t: int, size: int, weights: Mapping[str, float] | None, kv: Mapping[str, float] | None
+    homes: Sequence[str], tiers: Sequence[str], size: int, weights: Mapping[str, float] | None, kv: Mapping[str, float] | None
 ) -> tuple[Floats, Floats]:
     """Return equations that fix the pinned shares."""
     rows: list[Floats] = []
     values: list[float] = []
-    for place, tier in enumerate(tiers[:-1]):  # the last tier's share follows from the others
-        if weights is not None and tier in weights:
+    for place, home in enumerate(homes[:-1]):  # the last home's share follows from the others
+        if weights is not None and home in weights:
             row = np.zeros(size)
-            row[place], row[t] = 1.0, -weights[tier]
+            row[place], row[len(homes) + len(tiers)] = 1.0, -weights[home]
             rows.append(row)
             values.append(0.0)
+    for place, tier in enumerate(tiers[:-1]):
         if kv is not None and tier in kv:
             row = np.zeros(size)
-            row[len(tiers) + place] = 1.0
+            row[len(homes) + place] = 1.0
             rows.append(row)
             values.append(kv[tier])
     return np.array(rows).reshape(-1, size), np.array(values)

@@ -1,0 +1,86 @@
+"""`flexgen convert`: writes a folder with the weights of a model in 8 or 4 bits."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from flexgen.base.quantities import MIB, format_size, parse_size
+from flexgen.cli.exit_codes import ExitCode, complain
+from flexgen.cli.options import Model, ProgressFlag, check_parent, command, is_there
+from flexgen.cli.terminal import showing
+from flexgen.errors import OptionError, StorageError
+
+if TYPE_CHECKING:
+    from flexgen.quantize.record import Record
+
+_LEAST_SHARD_BYTES = MIB
+_TERMINAL_SECONDS, _LOG_SECONDS = 0.25, 10.0
+
+
+@command
+def convert(
+    model: Model,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="A new folder, or that of the same conversion, to go on.")],
+    weight_format: Annotated[
+        str, typer.Option(metavar="int4|int8|flexgen-v0", help="Format of the weights; flexgen-v0 is the FlexGen paper's, to compare.")
+    ] = "int4",
+    group_size: Annotated[int, typer.Option(metavar="32|64|128", help="Weights that share a scale; fewer are more exact.")] = 64,
+    keep: Annotated[
+        list[str] | None, typer.Option(metavar="PATTERN", help="Tensors that stay as they are, such as '*.down_proj.*'; may be repeated.")
+    ] = None,
+    quantize_head: Annotated[bool, typer.Option("--quantize-head", help="Convert the output head, too.")] = False,
+    shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Most bytes of a file of weights.")] = "2GB",
+    revision: Annotated[str | None, typer.Option(metavar="REV", help="Branch, tag or commit of a hub model.")] = None,
+    progress: ProgressFlag = "auto",
+) -> int:
+    """Write a model with its weights in 4 or 8 bits into a folder.
+
+    The folder is in the format of compressed-tensors (pack-quantized), which
+    vLLM and transformers read as well. Nothing but the model is needed: no
+    calibration data. If it is interrupted, the same command goes on.
+    """
+    from flexgen.quantize.settings import QuantizeSettings
+
+    settings = QuantizeSettings(weight_format=weight_format, group_size=group_size, keep=tuple(keep or ()), quantize_head=quantize_head)
+    shard_bytes = parse_size(shard_size, name="--shard-size")
+    if shard_bytes < _LEAST_SHARD_BYTES:
+        raise OptionError(f"--shard-size {shard_size!r} is less than {format_size(_LEAST_SHARD_BYTES)}; did you mean {shard_size}MiB?")
+    check_parent(output, "--output")
+    is_there(Path(model), "MODEL", Path.is_dir)
+    if Path(model).is_dir() and output.resolve() == Path(model).resolve():
+        raise OptionError(f"--output {output} is the model itself: give another folder")
+    on_terminal = progress in ("auto", "rich") and sys.stderr.isatty()
+    with showing(progress) as display:
+        from flexgen.hub.resolve import resolve_model
+        from flexgen.quantize.cache import announced
+        from flexgen.quantize.convert import convert as write
+        from flexgen.quantize.convert import num_cores
+        from flexgen.quantize.record import FolderIsLocked
+
+        files = resolve_model(model, revision=revision, show_progress=on_terminal)
+        tell = announced(files.name, _TERMINAL_SECONDS if on_terminal else _LOG_SECONDS)
+        try:
+            record = write(files, output, settings, num_threads=num_cores(), shard_bytes=shard_bytes, on_progress=tell)
+        except FolderIsLocked:
+            raise
+        except StorageError as error:
+            display.close()
+            return complain(error, ExitCode.RESUMABLE)
+    print(format_record(output, record))
+    return ExitCode.ALL_ANSWERED
+
+
+def format_record(folder: Path, record: Record) -> str:
+    """Return what a conversion has written, as text."""
+    reasons: dict[str, list[str]] = {}
+    for name, reason in record.kept.items():
+        reasons.setdefault(reason, []).append(name)
+    weight_format, group_size = record.settings["weight_format"], record.settings["group_size"]
+    lines = [f"{folder}: {record.source} in {weight_format}, groups of {group_size}, {format_size(record.total_bytes)} of weights"]
+    for reason, names in sorted(reasons.items()):
+        lines.append(f"  not converted, {reason}: {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else ""))
+    return "\n".join(lines)

@@ -1,0 +1,129 @@
+"""AWQ: 4-bit integer codes along the outputs of each linear layer, stored transposed, so that a matrix is read as a whole.
+
+The layout is that of AutoAWQ's gemm version (awq/utils/packing_utils.py), which auto-round writes too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from flexgen.errors import CheckpointError, UnsupportedModelError
+from flexgen.formats.base import Encoding, EncodingPart, NamedTensor, NumberFormat, Parallel, StoredTensor, serially
+from flexgen.formats.linear_names import contains_any, is_linear_of_layer, module_of
+from flexgen.formats.matrices import StoredMatrix
+
+if TYPE_CHECKING:
+    import torch
+
+AWQ_NAME = "awq"
+_BITS, _PER_WORD, _MIDDLE = 4, 8, 8
+_VERSION = "gemm"
+_ROUNDED = "auto_round:auto_awq"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AWQMatrix(StoredMatrix):
+    """A matrix.  Parts: words, scales and, if there are any, zero points.
+
+    Attributes:
+        group_size: The inputs that share a scale.
+    """
+
+    name = AWQ_NAME
+    group_size: int
+
+    def decode(self, parts: Sequence[torch.Tensor], start: int, out: torch.Tensor, parallel: Parallel = serially) -> None:
+        import torch
+
+        from flexgen.kernels.dequantize.integers import Groups, decode_awq, unpack_awq
+
+        outputs, inputs = out.shape
+        scales = parts[1].view(-1, outputs).t().to(torch.float32)
+        zeros = unpack_awq(parts[2].view(-1, outputs // _PER_WORD)).t().to(torch.float32) if len(parts) > 2 else None
+        groups = Groups(scales=scales, zeros=zeros, zero=_MIDDLE, columns=self.group_size)
+        decode_awq(parts[0].view(inputs, -1), groups, out, parallel)
+
+
+class AWQ(NumberFormat):
+    """Weights as AutoAWQ stores them.
+
+    Args:
+        group_size: The inputs that share a scale; -1 for all of them.
+        kept: Words in the names of modules that are not encoded.
+        with_zeros: Whether zero points are stored.
+    """
+
+    name = AWQ_NAME
+    runs = True
+
+    def __init__(self, group_size: int = 128, kept: Sequence[str] = (), *, with_zeros: bool = True) -> None:
+        self._group_size, self._kept, self._with_zeros = group_size, tuple(kept), with_zeros
+
+    def stated_by(self, quantization: Mapping[str, Any]) -> NumberFormat | None:
+        method = quantization.get("quant_method")
+        if method == "auto-round" and quantization.get("packing_format") == _ROUNDED:
+            version = _VERSION
+        elif method == "awq":
+            version = quantization.get("version") or quantization.get("checkpoint_format") or quantization.get("format") or _VERSION
+        else:
+            return None
+        if quantization.get("backend") == "llm-awq":
+            version = "llm-awq"
+        bits = quantization.get("bits", quantization.get("w_bit", _BITS))
+        group_size = quantization.get("group_size", quantization.get("q_group_size", 128))
+        known = str(version).lower() == _VERSION and bits == _BITS
+        if not known or not isinstance(group_size, int) or group_size == 0:
+            raise UnsupportedModelError(
+                f"quantization_config in config.json (awq) states {bits!r:.20} bits in groups of {group_size!r:.20}, version "
+                f"{version!s:.40}, which is not supported; supported are {_BITS} bits in version {_VERSION}"
+            )
+        kept = [str(each) for each in quantization.get("modules_to_not_convert") or ()]
+        extra = quantization.get("extra_config")  # of auto-round: modules that it left in 16 bits
+        for name, change in extra.items() if isinstance(extra, Mapping) else ():
+            kept += [name] if isinstance(change, Mapping) and change.get("bits", _BITS) != _BITS else []
+        return AWQ(group_size, kept, with_zeros=bool(quantization.get("zero_point", True)))
+
+    def encode(self, tensor: NamedTensor) -> list[NamedTensor]:
+        import torch
+
+        module = module_of(tensor)
+        if module is None or not is_linear_of_layer(module) or contains_any(module, self._kept):
+            return [tensor]
+        outputs, inputs = tensor.shape
+        group_size = self._group_size if self._group_size > 0 else inputs
+        if inputs % group_size or outputs % _PER_WORD:
+            return [tensor]
+        groups = inputs // group_size
+        stored = [
+            ("qweight", (inputs, outputs // _PER_WORD), torch.int32),
+            ("qzeros", (groups, outputs // _PER_WORD), torch.int32),
+            ("scales", (groups, outputs), torch.float16),
+        ]
+        return [NamedTensor(f"{module}.{field}", shape, dtype) for field, shape, dtype in stored]
+
+    def sample(self, stored: NamedTensor, generator: torch.Generator) -> torch.Tensor:
+        from flexgen.formats.integer_samples import sample_integers
+
+        return sample_integers(stored, _BITS, generator)
+
+    def find(self, tensors: Mapping[str, StoredTensor]) -> dict[str, Encoding]:
+        modules = [name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")]
+        return {f"{module}.weight": self._encoding(module, tensors) for module in modules}
+
+    def _encoding(self, module: str, tensors: Mapping[str, StoredTensor]) -> Encoding:
+        import torch
+
+        words, zeros, scales = (tensors.get(f"{module}.{field}") for field in ("qweight", "qzeros", "scales"))
+        found = [each for each in (words, scales, zeros) if each is not None]
+        if words is None or scales is None or any(len(each.shape) != 2 for each in found) or (zeros is None and self._with_zeros):
+            raise CheckpointError(f"{module} needs matrices qweight, qzeros and scales: config.json says that the weights are {self.name}")
+        (inputs, row_words), (groups, outputs) = words.shape, scales.shape
+        group_size = self._group_size if self._group_size > 0 and groups > 1 else inputs
+        fits = row_words * _PER_WORD == outputs and groups * group_size == inputs and (zeros is None or zeros.shape == (groups, row_words))
+        if not fits or any(each.dtype != torch.int32 for each in (words, zeros) if each is not None):
+            shapes = ", ".join(f"{each.name.rpartition('.')[2]} {tuple(each.shape)}" for each in found)
+            raise CheckpointError(f"{module}: {shapes} do not make a matrix in groups of {self._group_size} inputs in {self.name}")
+        parts = tuple(EncodingPart(each, None) for each in found)
+        return Encoding(AWQMatrix(group_size=group_size), (outputs, inputs), parts, by_rows=False)

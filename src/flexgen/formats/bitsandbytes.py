@@ -1,0 +1,226 @@
+"""bitsandbytes in 4 bits: NF4 or FP4, whose blocks run over the flattened matrix; scales may be quantized once more.
+
+The shape of a matrix and the constants of its blocks are a JSON text in a stored tensor.  These few bytes are read when the encoded tensors
+are looked for, so the files have to be on this machine.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from flexgen.base.strict_json import strict_json
+from flexgen.errors import CheckpointError, UnsupportedModelError
+from flexgen.formats.base import Encoding, EncodingPart, NamedTensor, NumberFormat, Parallel, StoredTensor, serially
+
+if TYPE_CHECKING:
+    import torch
+
+_STATE = ".quant_state.bitsandbytes__"
+_KINDS = ("nf4", "fp4")
+_MOST_BYTES = 1 << 16  # of a description, or of a table
+
+
+class BitsAndBytes(NumberFormat):
+    """NF4 and FP4, by blocks of the flattened matrix."""
+
+    name = "bitsandbytes_4bit"
+    runs = True
+    carried_as_stored = True
+
+    def stated_by(self, quantization: Mapping[str, Any]) -> NumberFormat | None:
+        method = quantization.get("quant_method")
+        if method != "bitsandbytes" and not (method is None and (quantization.get("load_in_4bit") or quantization.get("load_in_8bit"))):
+            return None
+        if not quantization.get("load_in_4bit"):
+            raise UnsupportedModelError(
+                "the weights are quantized by bitsandbytes to 8 bits (LLM.int8), which is not supported: use a repository with its 4-bit "
+                "weights or with the bfloat16, float16 or float32 weights of this model"
+            )
+        return self
+
+    def encode(self, tensor: NamedTensor) -> list[NamedTensor]:
+        raise UnsupportedModelError(
+            "what bitsandbytes stores is only known from the files: give a folder with the weights, not a config alone"
+        )
+
+    def find(self, tensors: Mapping[str, StoredTensor]) -> dict[str, Encoding]:
+        found = {}
+        for name in tensors:
+            weight, separator, kind = name.partition(_STATE)
+            if separator:
+                found[weight] = _encoding(self.name, weight, kind, tensors)
+        return found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Blocks:
+    """How one matrix is stored.
+
+    Attributes:
+        shape: The rows and columns.
+        size: The numbers of a block.
+        values: The values of the 16 codes.
+        nested_size: The scales that share a scale of their own; 0 if scales are plain numbers.
+        nested_values: The values of the 256 codes of scales.
+        offset: A number that is added to each scale.
+    """
+
+    shape: tuple[int, int]
+    size: int
+    values: tuple[float, ...]
+    nested_size: int = 0
+    nested_values: tuple[float, ...] = ()
+    offset: float = 0.0
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether each row begins with a block."""
+        return self.shape[1] % self.size == 0 and self.shape[1] % 2 == 0
+
+
+class _FlatBlocks(NumberFormat):
+    """One matrix.  The parts of its encoding are the codes, the scales of blocks and, for quantized ones, the scales of these."""
+
+    runs = True
+    carried_as_stored = True
+
+    def __init__(self, name: str, blocks: _Blocks) -> None:
+        self.name, self._blocks = name, blocks
+
+    def decode(self, parts: Sequence[torch.Tensor], start: int, out: torch.Tensor, parallel: Parallel = serially) -> None:
+        import torch
+
+        from flexgen.kernels.dequantize import tables
+        from flexgen.kernels.dequantize.lookup import Codes, Scales, decode
+
+        blocks, codes = self._blocks, parts[0].view(torch.uint8)
+        scales = self._scales(parts, start * blocks.shape[1] // blocks.size)
+        values = tables.on_device(blocks.values, out.device)
+        flat = out.view(-1)
+        whole = len(flat) // blocks.size * blocks.size
+        if whole:
+            grid = whole // blocks.size, 1
+            numbers = codes[: whole // 2].view(grid[0], -1)
+            given = Scales(numbers=scales[: grid[0]].view(grid), values=None, block_columns=blocks.size)
+            decode(Codes(numbers=numbers, values=values, high_first=True), given, flat[:whole].view(grid[0], -1), parallel)
+        if rest := len(flat) - whole:  # the last block is short, and the half of its last byte may be unused
+            numbers = codes[whole // 2 :]
+            last = torch.empty(1, 2 * len(numbers), dtype=out.dtype, device=out.device)
+            given = Scales(numbers=scales[-1:].view(1, 1), values=None, block_columns=blocks.size)
+            decode(Codes(numbers=numbers[None], values=values, high_first=True), given, last, serially)
+            flat[whole:].copy_(last[0, :rest])
+
+    def _scales(self, parts: Sequence[torch.Tensor], first: int) -> torch.Tensor:
+        """Return the scales of blocks as float32; `first` is the index of the first of them."""
+        import torch
+
+        from flexgen.kernels.dequantize import tables
+
+        scales, blocks = parts[1], self._blocks
+        if not blocks.nested_size:
+            return scales.to(torch.float32)
+        values = tables.on_device(blocks.nested_values, scales.device).index_select(0, scales.to(torch.int32))
+        of = torch.arange(first, first + len(scales), device=scales.device) // blocks.nested_size
+        return values * parts[2].to(torch.float32)[of] + blocks.offset
+
+
+def _encoding(name: str, weight: str, kind: str, tensors: Mapping[str, StoredTensor]) -> Encoding:
+    """Return the encoding of a matrix, from the tensors beside it.
+
+    Raises:
+        CheckpointError: They contradict each other, or cannot be read.
+    """
+    import torch
+
+    state = tensors[f"{weight}{_STATE}{kind}"]
+    if kind not in _KINDS:
+        raise _broken(state, f"the kind of numbers {kind[:40]!r} is not known")
+    codes, scales, table = (_beside(tensors, each, state) for each in (weight, f"{weight}.absmax", f"{weight}.quant_map"))
+    blocks = _described(weight, state, tensors, table)
+    rows, columns = blocks.shape
+    count = -(-rows * columns // blocks.size)
+    if codes.nbytes != -(-rows * columns // 2) or math.prod(scales.shape) != count:
+        raise _broken(
+            state, f"{weight} has {codes.nbytes} bytes and {math.prod(scales.shape)} scales, which are not {rows} by {columns} numbers"
+        )
+    by_rows = blocks.by_rows
+    codes = replace(codes, dtype=torch.uint8, shape=(rows, columns // 2) if by_rows else (codes.nbytes,))
+    scales = replace(scales, shape=(rows, columns // blocks.size) if by_rows else (count,))
+    parts = [EncodingPart(codes, 1 if by_rows else None), EncodingPart(scales, 1 if by_rows else None)]
+    beside = [state.name, table.name]
+    if blocks.nested_size:
+        nested = _beside(tensors, f"{weight}.nested_absmax", state)
+        if math.prod(nested.shape) != -(-count // blocks.nested_size) or scales.dtype != torch.uint8:
+            raise _broken(state, f"{nested.name} of {nested.shape} are no scales of the scales in {scales.name}")
+        parts.append(EncodingPart(nested, None))
+        beside.append(f"{weight}.nested_quant_map")
+    elif not scales.dtype.is_floating_point:
+        raise _broken(state, f"{scales.name} holds {scales.dtype}, but has no scales of its own")
+    return Encoding(_FlatBlocks(name, blocks), blocks.shape, tuple(parts), by_rows=by_rows, beside=tuple(beside))
+
+
+def _described(weight: str, state: StoredTensor, tensors: Mapping[str, StoredTensor], table: StoredTensor) -> _Blocks:
+    """Read the description of a matrix, and its tables of values."""
+    try:
+        described = strict_json(_read(state), max_values=1000)
+    except ValueError as error:
+        raise _broken(state, f"it is not valid JSON: {error}") from error
+    shape, size = described.get("shape"), described.get("blocksize")
+    if not isinstance(shape, list) or len(shape) != 2 or not all(type(n) is int and 0 < n < 1 << 40 for n in shape):
+        raise _broken(state, f"the shape {str(shape)[:80]} is not that of a matrix")
+    if type(size) is not int or size < 2 or size % 2 or size > 1 << 20:
+        raise _broken(state, f"blocks of {str(size)[:40]} numbers are not possible")
+    blocks = _Blocks(shape=(shape[0], shape[1]), size=size, values=_numbers(table, 16))
+    if "nested_blocksize" not in described:
+        return blocks
+    nested_size, offset = described["nested_blocksize"], described.get("nested_offset")
+    if type(nested_size) is not int or not 1 <= nested_size <= 1 << 20 or not isinstance(offset, (int, float)) or not math.isfinite(offset):
+        raise _broken(state, f"scales of {str(nested_size)[:40]} scales with the offset {str(offset)[:40]} are not possible")
+    values = _numbers(_beside(tensors, f"{weight}.nested_quant_map", state), 256)
+    return replace(blocks, nested_size=nested_size, nested_values=values, offset=float(offset))
+
+
+def _beside(tensors: Mapping[str, StoredTensor], name: str, state: StoredTensor) -> StoredTensor:
+    if name not in tensors:
+        raise _broken(state, f"{name} is missing")
+    return tensors[name]
+
+
+def _numbers(tensor: StoredTensor, count: int) -> tuple[float, ...]:
+    """Read a table of float32 numbers."""
+    import torch
+
+    if tensor.dtype != torch.float32 or math.prod(tensor.shape) != count:
+        raise _broken(tensor, f"{tensor.dtype} of the shape {tensor.shape}, not {count} values in float32")
+    return tuple(torch.frombuffer(bytearray(_read(tensor)), dtype=torch.float32).tolist())
+
+
+def _read(tensor: StoredTensor) -> bytes:
+    """Return the bytes of a small tensor.
+
+    Raises:
+        CheckpointError: There is no such file, it cannot be read, or the tensor is not small.
+    """
+    if tensor.nbytes > _MOST_BYTES:
+        raise _broken(tensor, f"{tensor.nbytes} bytes are too many for what it should hold")
+    try:
+        with tensor.path.open("rb") as file:
+            file.seek(tensor.offset)
+            data = file.read(tensor.nbytes)
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{tensor.path}: bitsandbytes stores the shapes of matrices beside their numbers, so headers are not enough: download the "
+            "repository first, and give its folder"
+        ) from error
+    except OSError as error:
+        raise CheckpointError(f"{tensor.path}: cannot be read ({error})") from error
+    if len(data) != tensor.nbytes:
+        raise _broken(tensor, "the file ends before it; it was longer when its header was read")
+    return data
+
+
+def _broken(tensor: StoredTensor, reason: str) -> CheckpointError:
+    return CheckpointError(f"{tensor.path.name}: {tensor.name}: {reason}")

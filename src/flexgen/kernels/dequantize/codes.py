@@ -1,0 +1,262 @@
+"""Compiled kernels of packed integers, on NumPy arrays.
+
+The codes of a row are unpacked into bytes that stay in the first-level cache, and leave it in vectors: minus the zero point and times the
+scale of their group.  Words that are stored transposed are brought into rows first, some outputs and CHUNK inputs at a time.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from flexgen.base.compiled import entry
+from flexgen.kernels.cpu.rows import moved, pointer
+from flexgen.kernels.dequantize.compiled import store
+
+CHUNK = 2048  # columns that are unpacked before they are scaled; 32 codes of any width fill whole words
+GPTQ_ROWS = 32  # outputs whose words are brought into rows together: two lines of the cache
+AWQ_WORDS = 16  # words, of 8 outputs each: a line of the cache
+_PAD = 16  # words between rows, so that rows do not compete for the same places of the cache
+
+
+@entry
+def decode_packed(
+    begin: int,
+    end: int,
+    packed: Any,
+    bits: int,
+    per_word: int,
+    flip: int,
+    scales: Any,
+    zeros: Any,
+    zero: Any,
+    block_rows: int,
+    skipped: int,
+    group: int,
+    groups: Any,
+    out: Any,
+) -> None:
+    """Decode rows begin <= row < end.
+
+    Args:
+        begin: The first row.
+        end: The row after the last one.
+        packed: The stored bytes, uint8 (rows, bytes of a row).
+        bits: The bits of a code.
+        per_word: The codes of a 32-bit word, whose other bits are not used; 0 if codes follow each other without gaps.
+        flip: The bits that are inverted in each code: 128 makes codes of signed bytes.
+        scales: The scales, float32 (rows of blocks, groups).
+        zeros: The codes that stand for zero, float32 of the same shape; without elements if all are `zero`.
+        zero: The code that stands for zero.
+        block_rows: The rows that share a scale.
+        skipped: The rows of the first block that come before row 0.
+        group: The columns that share a scale.
+        groups: The group of each column, int32; without elements if groups are adjacent columns.
+        out: The decoded numbers, (rows, columns), in the form of kernels/cpu/formats.py.
+    """
+    columns, row_bytes = out.shape[1], packed.shape[1]
+    codes, numbers = np.empty(CHUNK, np.uint8), np.empty(CHUNK, np.float32)
+    for row in range(begin, end):
+        block = (skipped + row) // block_rows
+        for first in range(0, columns, CHUNK):
+            count = min(CHUNK, columns - first)
+            if per_word > 0:
+                unpack_padded(pointer(packed, row * row_bytes), first, count, bits, per_word, codes)
+            else:
+                unpack(pointer(packed, row * row_bytes + first * bits // 8), count, bits, flip, codes)
+            target = pointer(out, row * columns + first)
+            scale_codes(codes, first, count, block, scales, zeros, zero, group, groups, numbers, target, out[row, 0])
+
+
+@entry
+def decode_gptq(begin: int, end: int, words: Any, bits: int, scales: Any, zeros: Any, group: int, groups: Any, out: Any) -> None:
+    """Decode blocks of GPTQ_ROWS outputs, begin <= block < end, of a matrix whose codes are packed along the inputs.
+
+    Args:
+        begin: The first block.
+        end: The block after the last one.
+        words: The words, uint32 (words of an output, outputs).
+        bits: The bits of a code.
+        scales: The scales, float32 (outputs, groups).
+        zeros: The codes that stand for zero, float32 of the same shape.
+        group: The inputs that share a scale.
+        groups: The group of each input, int32; without elements if groups are adjacent inputs.
+        out: The decoded numbers, (outputs, inputs), in the form of kernels/cpu/formats.py.
+    """
+    outputs, columns = out.shape
+    stride = CHUNK * bits // 32 + _PAD
+    lines = np.empty(GPTQ_ROWS * stride, np.uint32)
+    packed, codes, numbers = lines.view(np.uint8), np.empty(CHUNK, np.uint8), np.empty(CHUNK, np.float32)
+    for block in range(begin, end):
+        first_row = block * GPTQ_ROWS
+        rows = min(GPTQ_ROWS, outputs - first_row)
+        for first in range(0, columns, CHUNK):
+            count = min(CHUNK, columns - first)
+            for word in range((count * bits + 31) // 32):
+                source = pointer(words, (first * bits // 32 + word) * outputs + first_row)
+                for i in range(rows):
+                    lines[i * stride + word] = source[i]
+            for i in range(rows):
+                row = first_row + i
+                unpack(pointer(packed, 4 * i * stride), count, bits, 0, codes)
+                target = pointer(out, row * columns + first)
+                scale_codes(codes, first, count, row, scales, zeros, np.float32(0), group, groups, numbers, target, out[row, 0])
+
+
+@entry
+def decode_awq(begin: int, end: int, words: Any, scales: Any, zeros: Any, group: int, groups: Any, out: Any) -> None:
+    """Decode blocks of 8 * AWQ_WORDS outputs, begin <= block < end, of a matrix of 4-bit codes that are packed along the outputs.
+
+    Args:
+        begin: The first block.
+        end: The block after the last one.
+        words: The words, uint32 (inputs, outputs / 8).
+        scales: The scales, float32 (outputs, groups).
+        zeros: The codes that stand for zero, float32 of the same shape.
+        group: The inputs that share a scale.
+        groups: The group of each input, int32; without elements if groups are adjacent inputs.
+        out: The decoded numbers, (outputs, inputs), in the form of kernels/cpu/formats.py.
+    """
+    columns, row_words = out.shape[1], words.shape[1]
+    stride = CHUNK // 8 + _PAD
+    lines = np.empty(8 * AWQ_WORDS * stride, np.uint32)
+    packed, codes, numbers = lines.view(np.uint8), np.empty(CHUNK, np.uint8), np.empty(CHUNK, np.float32)
+    for block in range(begin, end):
+        first_word = block * AWQ_WORDS
+        num_words = min(AWQ_WORDS, row_words - first_word)
+        for first in range(0, columns, CHUNK):
+            count = min(CHUNK, columns - first)
+            for eight in range((count + 7) // 8):
+                inputs = min(8, count - 8 * eight)
+                for i in range(num_words):
+                    source = pointer(words, (first + 8 * eight) * row_words + first_word + i)
+                    _turn_eight(source, row_words, inputs, pointer(lines, 8 * i * stride + eight), stride)
+            for i in range(8 * num_words):
+                row = 8 * first_word + i
+                unpack(pointer(packed, 4 * i * stride), count, 4, 0, codes)
+                target = pointer(out, row * columns + first)
+                scale_codes(codes, first, count, row, scales, zeros, np.float32(0), group, groups, numbers, target, out[row, 0])
+
+
+@njit
+def unpack(packed: Any, count: int, bits: int, flip: int, codes: Any) -> None:
+    """Write codes that follow each other without gaps, low bits first, as bytes."""
+    if bits == 8:
+        for i in range(count):
+            codes[i] = packed[i] ^ flip
+    elif bits == 4:
+        for i in range(count // 2):
+            codes[2 * i] = packed[i] & 15
+            codes[2 * i + 1] = packed[i] >> 4
+    elif bits == 2:
+        for i in range(count // 4):
+            codes[4 * i] = packed[i] & 3
+            codes[4 * i + 1] = (packed[i] >> 2) & 3
+            codes[4 * i + 2] = (packed[i] >> 4) & 3
+            codes[4 * i + 3] = packed[i] >> 6
+    else:
+        for i in range(count // 8):
+            eight = 0
+            for k in range(bits):
+                eight |= np.int64(packed[bits * i + k]) << (8 * k)
+            for k in range(8):
+                codes[8 * i + k] = (eight >> (bits * k)) & ((1 << bits) - 1)
+    _unpack_one_by_one(packed, count - count % 8, count, bits, flip, codes)
+
+
+@njit
+def _unpack_one_by_one(packed: Any, start: int, stop: int, bits: int, flip: int, codes: Any) -> None:
+    for i in range(start, stop):
+        byte, shift = i * bits // 8, i * bits % 8
+        code = np.int64(packed[byte]) >> shift
+        if shift + bits > 8:
+            code |= np.int64(packed[byte + 1]) << (8 - shift)
+        codes[i] = (code & ((1 << bits) - 1)) ^ flip
+
+
+@njit
+def unpack_padded(packed: Any, first: int, count: int, bits: int, per_word: int, codes: Any) -> None:
+    """Write codes of which whole ones are in each word, as bytes."""
+    for i in range(count):
+        word, place = (first + i) // per_word, (first + i) % per_word
+        value = np.int64(0)
+        for k in range(4):
+            value |= np.int64(packed[4 * word + k]) << (8 * k)
+        codes[i] = (value >> (bits * place)) & ((1 << bits) - 1)
+
+
+@njit
+def scale_codes(
+    codes: Any,
+    first: int,
+    count: int,
+    row: int,
+    scales: Any,
+    zeros: Any,
+    zero: Any,
+    group: int,
+    groups: Any,
+    numbers: Any,
+    target: Any,
+    like: Any,
+) -> None:
+    """Store the numbers that codes of the columns from `first` stand for, with row `row` of scales and zeros."""
+    if len(groups) > 0:
+        of_row, of_column = row * scales.shape[1], pointer(groups, first)
+        factors, middles = pointer(scales, of_row), pointer(zeros, of_row if zeros.size > 0 else 0)
+        if zeros.size > 0:
+            for i in range(count):
+                numbers[i] = (np.float32(codes[i]) - middles[of_column[i]]) * factors[of_column[i]]
+        else:
+            for i in range(count):
+                numbers[i] = (np.float32(codes[i]) - zero) * factors[of_column[i]]
+        store(pointer(numbers, 0), np.float32(1), target, count, like)
+        return
+    i = 0
+    while i < count:
+        of = (first + i) // group
+        size = min((of + 1) * group - first, count) - i
+        minus = zeros[row, of] if zeros.size > 0 else zero
+        for k in range(size):
+            numbers[k] = np.float32(codes[i + k]) - minus
+        store(pointer(numbers, 0), scales[row, of], moved(target, i), size, like)
+        i += size
+
+
+@njit
+def _turn_eight(words: Any, row_words: int, inputs: int, lines: Any, stride: int) -> None:
+    """Turn the words of 8 inputs, with a code for each of 8 outputs, into words of 8 outputs with a code for each input.
+
+    A word's codes are those of outputs 0, 2, 4, 6, 1, 3, 5, 7.
+    """
+    a = words[0]
+    b = words[row_words] if inputs > 1 else np.uint32(0)
+    c = words[2 * row_words] if inputs > 2 else np.uint32(0)
+    d = words[3 * row_words] if inputs > 3 else np.uint32(0)
+    e = words[4 * row_words] if inputs > 4 else np.uint32(0)
+    f = words[5 * row_words] if inputs > 5 else np.uint32(0)
+    g = words[6 * row_words] if inputs > 6 else np.uint32(0)
+    h = words[7 * row_words] if inputs > 7 else np.uint32(0)
+    a, e = _exchanged(a, e, 16, 0x0000FFFF)
+    b, f = _exchanged(b, f, 16, 0x0000FFFF)
+    c, g = _exchanged(c, g, 16, 0x0000FFFF)
+    d, h = _exchanged(d, h, 16, 0x0000FFFF)
+    a, c = _exchanged(a, c, 8, 0x00FF00FF)
+    b, d = _exchanged(b, d, 8, 0x00FF00FF)
+    e, g = _exchanged(e, g, 8, 0x00FF00FF)
+    f, h = _exchanged(f, h, 8, 0x00FF00FF)
+    a, b = _exchanged(a, b, 4, 0x0F0F0F0F)
+    c, d = _exchanged(c, d, 4, 0x0F0F0F0F)
+    e, f = _exchanged(e, f, 4, 0x0F0F0F0F)
+    g, h = _exchanged(g, h, 4, 0x0F0F0F0F)
+    lines[0], lines[2 * stride], lines[4 * stride], lines[6 * stride] = a, b, c, d
+    lines[stride], lines[3 * stride], lines[5 * stride], lines[7 * stride] = e, f, g, h
+
+
+@njit
+def _exchanged(low: Any, high: Any, shift: int, mask: int) -> Any:
+    """Exchange the upper halves of the fields of `low` with the lower halves of those of `high`."""
+    changed = ((low >> np.uint32(shift)) ^ high) & np.uint32(mask)
+    return np.uint32(low ^ (changed << np.uint32(shift))), np.uint32(high ^ changed)

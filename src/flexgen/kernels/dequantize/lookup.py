@@ -1,0 +1,204 @@
+"""Decoding by tables: codes of 4 or 8 bits, whose values are multiplied by the scale of their block.
+
+On a CPU compiled kernels run; on every other device torch operations do, which are also the reference of the kernels.  Everything is
+computed in float32 and rounded once, to nearest with ties to even, into the dtype of the result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flexgen.errors import EngineError
+from flexgen.kernels.cpu.formats import carried
+from flexgen.kernels.dequantize import compiled, tables
+
+_AT_ONCE = 1 << 21  # numbers that torch operations decode at once, in a few tensors of float32
+
+_SCALE_VALUES = {torch.uint8: tables.powers, torch.float8_e8m0fnu: tables.e8m0, torch.float8_e4m3fn: tables.e4m3}
+
+
+class Parallel(Protocol):
+    """Runs a function over a range, on one thread or on several, as in formats/base.py."""
+
+    def __call__(self, function: Callable[[int, int], None], count: int) -> None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Codes:
+    """Stored codes and what they stand for.
+
+    Attributes:
+        numbers: The codes, uint8 (..., codes of a row).
+        values: The values of the codes, float32 (16,) if a byte holds two codes, otherwise (256,).
+        high_first: Whether the first of two codes is in the high half of the byte.
+    """
+
+    numbers: Tensor
+    values: Tensor
+    high_first: bool = False
+
+    @property
+    def per_byte(self) -> int:
+        return 2 if len(self.values) == 16 else 1
+
+    def table(self) -> np.ndarray:
+        """Return for each byte the bits of its value, uint32 (256,), or of its two values, uint64 (256,)."""
+        if self.per_byte == 1:
+            return self.values.numpy().view(np.uint32)
+        byte = torch.arange(256)
+        halves = (byte >> 4, byte & 15) if self.high_first else (byte & 15, byte >> 4)
+        return torch.stack([self.values[half] for half in halves], dim=-1).contiguous().numpy().view(np.uint64)[:, 0]
+
+    def looked_up(self, numbers: Tensor) -> Tensor:
+        """Return the values of codes, (rows, codes of a row), as float32 (rows, columns), by torch operations."""
+        if self.per_byte == 2:
+            halves = (numbers >> 4, numbers & 15) if self.high_first else (numbers & 15, numbers >> 4)
+            numbers = torch.stack(halves, dim=-1)
+        return self.values.index_select(0, numbers.reshape(-1).to(torch.int32)).view(numbers.shape[0], -1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scales:
+    """The scales of blocks of a matrix.
+
+    Attributes:
+        numbers: The scales of all blocks, (..., rows of blocks, columns of blocks): float32, or uint8 codes.
+        values: The values of the codes, float32 (256,); None for scales in float32.
+        block_rows: The rows that share a scale.
+        block_columns: The columns that share a scale; a row's last block may be shorter.
+        skipped: The rows of the first block that come before the first row.
+    """
+
+    numbers: Tensor
+    values: Tensor | None
+    block_rows: int = 1
+    block_columns: int
+    skipped: int = 0
+
+    @classmethod
+    def of(
+        cls,
+        stored: Tensor,
+        shape: tuple[int, ...],
+        *,
+        block_rows: int = 1,
+        block_columns: int,
+        skipped: int = 0,
+        factor: Tensor | None = None,
+        divisor: Tensor | None = None,
+    ) -> Self:
+        """Return stored scales: floating-point numbers, E4M3, or E8M0 as such or in plain bytes.
+
+        Args:
+            stored: The scales, of any shape.
+            shape: Their shape.
+            block_rows: As in the attributes.
+            block_columns: As in the attributes.
+            skipped: As in the attributes.
+            factor: A number of one element by which scales are multiplied, in float32.
+            divisor: A number of one element by which scales are divided, in float32.
+        """
+        values = _SCALE_VALUES.get(stored.dtype)
+        table = tables.on_device(values(), stored.device) if values is not None else None
+        numbers = stored.view(torch.uint8) if table is not None else stored.to(torch.float32)
+        effective = numbers if table is None else table
+        if factor is not None:
+            effective = effective * factor.to(torch.float32).reshape(())
+        if divisor is not None:
+            effective = effective / divisor.to(torch.float32).reshape(())
+        if table is None:
+            numbers = effective
+        return cls(
+            numbers=numbers.reshape(shape), values=None if table is None else effective,
+            block_rows=block_rows, block_columns=block_columns, skipped=skipped,
+        )  # fmt: skip
+
+    def of_rows(self, start: int, stop: int) -> Tensor:
+        """Return the scales of rows [start, stop), float32 (rows, columns of blocks), by torch operations."""
+        if self.block_rows == 1:
+            numbers = self.numbers[start:stop]
+        else:
+            rows = torch.arange(start + self.skipped, stop + self.skipped, device=self.numbers.device) // self.block_rows
+            numbers = self.numbers[rows]
+        if self.values is None:
+            return numbers
+        return self.values.index_select(0, numbers.reshape(-1).to(torch.int32)).view(numbers.shape)
+
+
+def decode(codes: Codes, scales: Scales, out: Tensor, parallel: Parallel) -> None:
+    """Decode a matrix, or some of its rows.
+
+    Args:
+        codes: The codes, (rows, codes of a row).
+        scales: The scales of all blocks that the rows touch, of two dimensions.
+        out: The numbers, (rows, columns), contiguous, bfloat16, float16 or float32; they are written.
+        parallel: Runs the loop over rows on a CPU.
+
+    Raises:
+        EngineError: Shapes do not go together.
+    """
+    rows, columns = out.shape
+    blocks = -(-(scales.skipped + rows) // scales.block_rows), -(-columns // scales.block_columns)
+    if codes.numbers.shape != (rows, columns // codes.per_byte) or columns % codes.per_byte or scales.numbers.shape != blocks:
+        raise EngineError(f"codes {tuple(codes.numbers.shape)} and scales {tuple(scales.numbers.shape)} do not make {tuple(out.shape)}")
+    if out.device.type != "cpu":
+        for start, stop in _portions(rows, columns):
+            values = codes.looked_up(codes.numbers[start:stop])
+            out[start:stop].copy_(_scaled(values, scales.of_rows(start, stop), scales.block_columns))
+        return
+    arrays = codes.numbers.contiguous().numpy(), codes.table(), scales.numbers.contiguous().numpy(), _values(scales)
+    settings, written = (scales.block_rows, scales.block_columns, scales.skipped), carried(out)
+    parallel(lambda begin, end: compiled.decode_rows(begin, end, *arrays, *settings, written), rows)
+
+
+def decode_transposed(codes: Codes, scales: Scales, out: Tensor, parallel: Parallel) -> None:
+    """Decode matrices that are stored transposed, each apart from the others.
+
+    Args:
+        codes: The codes, (matrices, rows, codes of a row).
+        scales: The scales, (matrices, rows, blocks of a row); blocks of one row, whose columns divide 64.
+        out: The numbers, (matrices, columns, rows), contiguous, bfloat16, float16 or float32; they are written.
+        parallel: Runs the loop over matrices and their columns on a CPU.
+
+    Raises:
+        EngineError: Shapes do not go together.
+    """
+    matrices, columns, rows = out.shape
+    expected = (matrices, rows, columns // codes.per_byte), (matrices, rows, -(-columns // scales.block_columns))
+    if (codes.numbers.shape, scales.numbers.shape) != expected or compiled.STRIP_CODES % scales.block_columns or scales.block_rows != 1:
+        raise EngineError(f"codes {tuple(codes.numbers.shape)} and scales {tuple(scales.numbers.shape)} do not make {tuple(out.shape)}")
+    if out.device.type != "cpu":
+        for matrix in range(matrices):
+            of_one = Scales(numbers=scales.numbers[matrix], values=scales.values, block_columns=scales.block_columns)
+            for start, stop in _portions(rows, columns):
+                values = codes.looked_up(codes.numbers[matrix, start:stop])
+                out[matrix, :, start:stop].copy_(_scaled(values, of_one.of_rows(start, stop), scales.block_columns).t())
+        return
+    arrays = codes.numbers.contiguous().numpy(), codes.table(), scales.numbers.contiguous().numpy(), _values(scales)
+    written, strips = carried(out), -(-codes.numbers.shape[2] // compiled.STRIP_CODES)
+    parallel(lambda begin, end: compiled.decode_transposed(begin, end, *arrays, scales.block_columns, written), matrices * strips)
+
+
+def _values(scales: Scales) -> np.ndarray:
+    return scales.values.numpy() if scales.values is not None else np.empty(0, np.float32)
+
+
+def _scaled(values: Tensor, scales: Tensor, block_columns: int) -> Tensor:
+    """Return float32 numbers, (rows, columns), times the scales of their blocks, (rows, columns of blocks)."""
+    rows, columns = values.shape
+    if columns == scales.shape[1] * block_columns:
+        return (values.view(rows, -1, block_columns) * scales[:, :, None]).view(rows, columns)
+    return values * scales[:, :, None].expand(-1, -1, block_columns).reshape(rows, -1)[:, :columns]
+
+
+def _portions(rows: int, columns: int) -> Iterator[tuple[int, int]]:
+    """Yield ranges of rows whose numbers are few enough to be decoded at once."""
+    step = max(_AT_ONCE // max(columns, 1), 1)
+    for start in range(0, rows, step):
+        yield start, min(start + step, rows)

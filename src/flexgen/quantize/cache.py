@@ -1,0 +1,199 @@
+"""Converted models that runs have made for themselves, each in a folder of the cache that is named by its source and its settings."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from flexgen.base.steps import step
+from flexgen.errors import OptionError, StorageError
+from flexgen.hub.model_files import ModelFiles, read_json
+from flexgen.quantize.convert import ConversionProgress, convert, num_cores
+from flexgen.quantize.record import FolderIsLocked, Record, locked, read_record
+from flexgen.quantize.settings import QuantizeSettings
+from flexgen.quantize.source import identity_of
+
+_WAIT_SECONDS = 0.5
+_TELL_SECONDS = 5.0
+_UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
+
+
+def cache_folder() -> Path:
+    """Return the folder of the cache: flexgen/weights below XDG_CACHE_HOME, or below ~/.cache."""
+    root = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(root) if Path(root).is_absolute() else Path.home() / ".cache") / "flexgen" / "weights"
+
+
+def cached_conversion(files: ModelFiles, settings: QuantizeSettings, cache: Path | None = None) -> ModelFiles:
+    """Return a converted model from the cache, converting it first if it is not there.
+
+    If another process converts it, this one waits until that is done, and goes on where the other stopped if it was killed.
+
+    Args:
+        files: The model.
+        settings: How weights are rounded, and which.
+        cache: The folder of the cache; None for `cache_folder()`.
+
+    Raises:
+        ModelError: See `convert`.
+        CapacityError: See `convert`.
+        StorageError: The cache cannot be written.
+    """
+    identity = identity_of(files)
+    folder = (cache or cache_folder()) / _entry_name(files, settings, identity)
+    record = _record_of(folder)
+    if record is None or not record.complete:
+        _convert_or_wait(files, folder, settings)
+    step(f"weights in {settings.weight_format}: {folder}")
+    return dataclasses.replace(
+        files,
+        folder=folder,
+        config=read_json(folder / "config.json"),
+        commit=f"{identity}, {json.dumps(settings.to_json(), sort_keys=True)}",
+    )
+
+
+def _entry_name(files: ModelFiles, settings: QuantizeSettings, identity: str) -> str:
+    key = json.dumps([identity, settings.to_json()], sort_keys=True).encode()
+    name = _UNSAFE.sub("-", "--".join(Path(files.name).parts[-2:])).strip("-.")[-60:]
+    return f"{name}-{settings.weight_format}-{hashlib.blake2b(key, digest_size=8).hexdigest()}"
+
+
+def _record_of(folder: Path) -> Record | None:
+    return read_record(folder) if folder.is_dir() else None
+
+
+def _convert_or_wait(files: ModelFiles, folder: Path, settings: QuantizeSettings) -> None:
+    _make_private(folder.parent)
+    waited = False
+    while True:
+        try:
+            step(f"converting {files.name} to {settings.weight_format}, once")
+            convert(files, folder, settings, num_threads=num_cores(), on_progress=announced(files.name, _TELL_SECONDS))
+            return
+        except FolderIsLocked:
+            if not waited:
+                step(f"waiting for another process that converts {files.name} to {settings.weight_format}")
+            waited = True
+            time.sleep(_WAIT_SECONDS)
+            record = _record_of(folder)
+            if record is not None and record.complete:
+                return
+
+
+def _make_private(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        raise StorageError(f"the cache {folder} cannot be made ({error.strerror or error}): set XDG_CACHE_HOME") from error
+
+
+def announced(name: str, interval_seconds: float) -> Callable[[ConversionProgress], None]:
+    """Return a function that announces the progress of a conversion as steps, not more often than at an interval."""
+    began = time.monotonic()
+    due = began + interval_seconds
+
+    def announce(progress: ConversionProgress) -> None:
+        nonlocal due
+        now = time.monotonic()
+        if now >= due:
+            due = now + interval_seconds
+            share = progress.done_bytes / max(progress.total_bytes, 1)
+            step(f"converting {name}: {share:.0%}, {progress.file}")
+
+    return announce
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheEntry:
+    """A converted model in the cache.
+
+    Attributes:
+        name: The name of its folder.
+        folder: The folder.
+        nbytes: The bytes that it takes on the disk.
+        source: The name of the model that it was made from; empty if that is not known.
+        weight_format: The format of its weights; empty if that is not known.
+        state: "complete", "not complete", "being written", or why it cannot be used.
+    """
+
+    name: str
+    folder: Path
+    nbytes: int
+    source: str
+    weight_format: str
+    state: str
+
+
+def entries(cache: Path | None = None) -> list[CacheEntry]:
+    """Return what is in the cache, by name.
+
+    Raises:
+        StorageError: The cache cannot be read.
+    """
+    folder = cache or cache_folder()
+    try:
+        return [_entry(path) for path in sorted(folder.iterdir()) if path.is_dir()] if folder.is_dir() else []
+    except OSError as error:
+        raise StorageError(f"the cache {folder} cannot be read: {error.strerror or error}") from error
+
+
+def _entry(folder: Path) -> CacheEntry:
+    nbytes = sum(path.stat().st_blocks * 512 for path in folder.rglob("*") if path.is_file())
+    try:
+        record = read_record(folder)
+    except StorageError as error:
+        return CacheEntry(name=folder.name, folder=folder, nbytes=nbytes, source="", weight_format="", state=str(error))
+    if record is None:
+        return CacheEntry(name=folder.name, folder=folder, nbytes=nbytes, source="", weight_format="", state="not complete")
+    state = "complete" if record.complete else "being written" if _is_locked(folder) else "not complete"
+    weight_format = str(record.settings.get("weight_format", ""))
+    return CacheEntry(name=folder.name, folder=folder, nbytes=nbytes, source=record.source, weight_format=weight_format, state=state)
+
+
+def _is_locked(folder: Path) -> bool:
+    try:
+        with locked(folder):
+            return False
+    except FolderIsLocked:
+        return True
+
+
+def find_entries(names: list[str], cache: Path | None = None) -> list[CacheEntry]:
+    """Return the entries of these names, or those made from the models of these names.
+
+    Raises:
+        OptionError: There is no entry of a name.
+        StorageError: The cache cannot be read.
+    """
+    every, found = entries(cache), dict[str, CacheEntry]()
+    for name in names:
+        those = [entry for entry in every if name in (entry.name, entry.source, str(entry.folder))]
+        if not those:
+            known = ", ".join(entry.name for entry in every) or "nothing"
+            raise OptionError(f"{name} is not in the cache, which has {known}")
+        found |= {entry.name: entry for entry in those}
+    return list(found.values())
+
+
+def remove(entry: CacheEntry) -> None:
+    """Remove an entry at once, so that no run finds a part of it.
+
+    Raises:
+        StorageError: Another process writes it, or it cannot be removed.
+    """
+    gone = entry.folder.with_name(f".removed-{os.getpid()}-{entry.name}")
+    try:
+        with locked(entry.folder):
+            entry.folder.rename(gone)
+        shutil.rmtree(gone)
+    except OSError as error:
+        raise StorageError(f"{entry.folder} cannot be removed: {error.strerror or error}") from error

@@ -1,0 +1,67 @@
+"""What a conversion is asked for, as one value.  Needs no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+from dataclasses import dataclass
+from typing import Any
+
+from flexgen.errors import OptionError
+
+# Format -> bits of a number.  flexgen-v0 is the FlexGen paper's own, for comparisons.
+BITS = {"int4": 4, "int8": 8, "flexgen-v0": 4}
+PAPER = "flexgen-v0"
+GROUP_SIZES = (32, 64, 128)
+_GROUP_SIZE = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantizeSettings:
+    """How weights are to be rounded, and which.
+
+    Attributes:
+        weight_format: "int4", "int8" or "flexgen-v0".
+        group_size: The number of neighbouring weights that share a scale: along the inputs, in flexgen-v0 along the outputs.
+        keep: Shell patterns of names of stored tensors that stay as they are, such as "*.down_proj.weight".
+        quantize_head: Whether the output head is rounded, too.
+
+    Raises:
+        OptionError: A value is unknown, or values contradict each other.
+    """
+
+    weight_format: str = "int4"
+    group_size: int = _GROUP_SIZE
+    keep: tuple[str, ...] = ()
+    quantize_head: bool = False
+
+    def __post_init__(self) -> None:
+        if self.weight_format not in BITS:
+            raise OptionError(f"weight_format={self.weight_format!r} is unknown; known: {', '.join(BITS)}")
+        if self.group_size not in GROUP_SIZES:
+            raise OptionError(f"group_size={self.group_size!r} is not supported; take one of {', '.join(map(str, GROUP_SIZES))}")
+        if self.is_paper and self.group_size != _GROUP_SIZE:
+            raise OptionError(f"{PAPER} has groups of {_GROUP_SIZE}; leave out the group size {self.group_size}")
+
+    @property
+    def bits(self) -> int:
+        """The bits of a number."""
+        return BITS[self.weight_format]
+
+    @property
+    def is_paper(self) -> bool:
+        """Whether the format is the FlexGen paper's."""
+        return self.weight_format == PAPER
+
+    @property
+    def granule_rows(self) -> int:
+        """The number of rows that are rounded and stored together: those whose zero points share a word, or that share a scale."""
+        return self.group_size if self.is_paper else 32 // self.bits
+
+    def keeps(self, name: str) -> bool:
+        """Return whether a pattern says that the tensor of this name stays as it is."""
+        return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.keep)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the settings as JSON values."""
+        return dataclasses.asdict(self) | {"keep": list(self.keep)}

@@ -1,0 +1,114 @@
+"""The cache: converted once per source and settings, by one process at a time, listed, removed."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from flexgen.errors import OptionError, StorageError
+from flexgen.hub.model_files import ModelFiles
+from flexgen.hub.resolve import resolve_model
+from flexgen.quantize import cache as cache_module
+from flexgen.quantize.cache import cache_folder, cached_conversion, entries, find_entries, remove
+from flexgen.quantize.record import locked
+from flexgen.quantize.settings import QuantizeSettings
+from tests.quantize.reading import made
+
+INT4, INT8 = QuantizeSettings(group_size=32), QuantizeSettings(group_size=32, weight_format="int8")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> ModelFiles:
+    return made(tmp_path_factory.mktemp("source") / "tiny", dtype=torch.bfloat16)[1]
+
+
+def test_a_model_is_converted_once_for_each_format(tmp_path: Path, source: ModelFiles) -> None:
+    first = cached_conversion(source, INT4, tmp_path)
+    before = (first.folder / "model.safetensors").stat().st_mtime_ns
+    assert cached_conversion(source, INT4, tmp_path) == first
+    assert (first.folder / "model.safetensors").stat().st_mtime_ns == before
+    other = cached_conversion(source, INT8, tmp_path)
+    assert other.folder != first.folder
+    assert (first.name, first.config["quantization_config"]["quant_method"]) == (source.name, "compressed-tensors")
+    assert first.commit != other.commit, "a job that was begun with one is not gone on with by the other"
+    assert {(entry.weight_format, entry.source, entry.state) for entry in entries(tmp_path)} == {
+        ("int4", source.name, "complete"),
+        ("int8", source.name, "complete"),
+    }
+    assert all(entry.nbytes > 100_000 for entry in entries(tmp_path))
+
+
+def test_weights_that_changed_are_converted_again(tmp_path: Path, source: ModelFiles) -> None:
+    shutil.copytree(source.folder, tmp_path / "copy")
+    files = resolve_model(tmp_path / "copy")
+    first = cached_conversion(files, INT4, tmp_path / "cache")
+    os.utime(files.folder / "model.safetensors", ns=(1, 1))
+    assert cached_conversion(files, INT4, tmp_path / "cache").folder != first.folder
+
+
+def test_a_commit_is_the_same_wherever_its_files_are(tmp_path: Path, source: ModelFiles) -> None:
+    files = dataclasses.replace(source, commit="abc", name="someone/tiny")
+    first = cached_conversion(files, INT4, tmp_path)
+    assert first.folder.name.startswith("someone--tiny-int4-")
+    assert cached_conversion(dataclasses.replace(files, folder=tmp_path / "gone"), INT4, tmp_path) == first
+
+
+def test_while_another_process_converts_this_one_waits(tmp_path: Path, source: ModelFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = cached_conversion(source, INT4, tmp_path).folder
+    shutil.rmtree(folder)
+    folder.mkdir()
+    steps: list[str] = []
+    waiting = threading.Event()
+
+    def step(text: str) -> None:
+        steps.append(text)
+        if text.startswith("waiting"):
+            waiting.set()
+
+    monkeypatch.setattr(cache_module, "step", step)
+    monkeypatch.setattr(cache_module, "_WAIT_SECONDS", 0.01)
+    found: list[ModelFiles] = []
+    with locked(folder):
+        thread = threading.Thread(target=lambda: found.append(cached_conversion(source, INT4, tmp_path)))
+        thread.start()
+        assert waiting.wait(60)
+        assert not found
+    thread.join(60)
+    assert found[0].folder == folder
+    assert sum(text.startswith("waiting for another process") for text in steps) == 1
+
+
+def test_entries_are_removed_by_name_or_by_model(tmp_path: Path, source: ModelFiles) -> None:
+    name = cached_conversion(source, INT4, tmp_path).folder.name
+    cached_conversion(source, INT8, tmp_path)
+    assert [entry.name for entry in find_entries([name], tmp_path)] == [name]
+    both = find_entries([source.name], tmp_path)
+    assert len(both) == 2
+    with pytest.raises(OptionError, match=f"nothing-like-that is not in the cache, which has .*{name}"):
+        find_entries(["nothing-like-that"], tmp_path)
+    with locked(both[0].folder), pytest.raises(StorageError, match="being written by another process"):
+        remove(both[0])
+    for entry in both:
+        remove(entry)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_not_complete_is_listed_as_such(tmp_path: Path, source: ModelFiles) -> None:
+    folder = cached_conversion(source, INT4, tmp_path).folder
+    (tmp_path / "empty").mkdir()
+    (folder / "flexgen-conversion.json").write_text("{")
+    assert {entry.name: entry.state[:12] for entry in entries(tmp_path)} == {"empty": "not complete", folder.name: str(folder)[:12]}
+    assert entries(tmp_path / "none") == []
+
+
+def test_the_cache_lies_where_the_system_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / "flexgen" / "weights"
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")  # which the specification says to ignore
+    assert cache_folder() == Path.home() / ".cache" / "flexgen" / "weights"
