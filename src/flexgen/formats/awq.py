@@ -122,6 +122,7 @@ class AWQ(NumberFormat):
         (inputs, row_words), (groups, outputs) = words.shape, scales.shape
         group_size = self._group_size if self._group_size > 0 and groups > 1 else inputs
         fits = row_words * _PER_WORD == outputs and groups * group_size == inputs and (zeros is None or zeros.shape == (groups, row_words))
+        fits = fits and scales.dtype.is_floating_point
         if not fits or any(each.dtype != torch.int32 for each in (words, zeros) if each is not None):
             shapes = ", ".join(f"{each.name.rpartition('.')[2]} {tuple(each.shape)}" for each in found)
             raise CheckpointError(f"{module}: {shapes} do not make a matrix in groups of {self._group_size} inputs in {self.name}")

@@ -124,6 +124,8 @@ class _StoredModule:
         )  # fmt: skip
 
     def _integers(self) -> Encoding:
+        if not self._scale.dtype.is_floating_point or self._scale.dtype.itemsize == 1:
+            raise self._wrong(self._scale, "bfloat16, float16 or float32")
         packing, columns = self._packing()
         shape = self._codes.shape[0], columns
         blocks = self._blocks(shape)

@@ -180,7 +180,13 @@ class GPTQ(NumberFormat):
         for bits in (self._settings.bits, *_BITS):
             inputs = words.shape[0] * _WORD_BITS // bits
             fits = zeros.shape == (groups, -(-outputs * bits // _WORD_BITS)) and -(-inputs * bits // _WORD_BITS) == words.shape[0]
-            if fits and words.shape[1] == outputs and (order is None or order.shape == (inputs,)) and dtypes == {"int32"}:
+            if (
+                fits
+                and scales.dtype.is_floating_point
+                and words.shape[1] == outputs
+                and (order is None or order.shape == (inputs,))
+                and dtypes == {"int32"}
+            ):
                 return bits
         raise CheckpointError(
             f"{module}: qweight {tuple(words.shape)}, qzeros {tuple(zeros.shape)} and scales {tuple(scales.shape)}, words of "
