@@ -1,9 +1,9 @@
 """Rounds groups of weights to integers with a scale and a zero point that a search finds, compiled by Numba.
 
 A group is rounded to codes q in [0, top] that stand for scale * (q - zero).  The search begins at the scale and zero point of the smallest
-and the largest weight, tries narrower and wider ranges, and fits the scale of the best one to its codes by least squares.  It keeps the least
-squared error with weights |w| + mean |w|, because errors of large weights do more harm (docs/log.md), among those whose plain squared error
-is not larger than at the beginning.  Scales are those that will be stored, rounded to their dtype before errors are taken.
+and the largest weight, tries narrower and wider ranges, and fits the scale of the best one to its codes by least squares.  It keeps the
+least squared error with weights |w| + mean |w|, because errors of large weights do more harm (docs/log.md), among those whose plain squared
+error is not larger than at the beginning.  Scales are those that will be stored, rounded to their dtype before errors are taken.
 """
 
 from __future__ import annotations
