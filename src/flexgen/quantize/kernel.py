@@ -1,8 +1,9 @@
 """Rounds groups of weights to integers with a scale and a zero point that a search finds, compiled by Numba.
 
 A group is rounded to codes q in [0, top] that stand for scale * (q - zero).  The search begins at the scale and zero point of the smallest
-and the largest weight, tries narrower and wider ranges, fits the scale of the best one to its codes by least squares, and keeps what has
-the least squared error.  Scales are those that will be stored, rounded to their dtype before the error is taken.
+and the largest weight, tries narrower and wider ranges, and fits the scale of the best one to its codes by least squares.  It keeps the
+least squared error with weights |w| + mean |w|, because errors of large weights do more harm (docs/log.md), among those whose plain squared
+error is not larger than at the beginning.  Scales are those that will be stored, rounded to their dtype before errors are taken.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from flexgen.kernels.cpu.formats import narrow, widen
 # Sums may be taken in any order, which lets them be computed in vectors.
 _IN_ANY_ORDER: Any = {"error_model": "numpy", "fastmath": {"reassoc", "contract", "nsz"}}
 _ZERO, _HALF, _ONE = np.float32(0), np.float32(0.5), np.float32(1)
-# A candidate has to be better by more than the rounding of the sums, so that no group gets worse by being searched.
+# Errors have to be smaller by more than the rounding of their sums, so that no group gets worse by being searched.
 _CLEARLY = np.float32(1 - 1e-4)
 
 
@@ -29,22 +30,26 @@ def _code(weight: Any, inverse: Any, offset: Any, limit: Any) -> Any:
 
 
 @njit(**_IN_ANY_ORDER)
-def _squared_error(group: Any, scale: Any, zero: Any, top: Any) -> Any:
-    inverse, offset, limit, total = _ONE / scale, zero + _HALF, top + _HALF, _ZERO
+def _squared_errors(group: Any, scale: Any, zero: Any, top: Any, mean: Any) -> Any:
+    """Return the squared error with weights |w| + mean |w|, and the plain one."""
+    inverse, offset, limit, weighted, plain = _ONE / scale, zero + _HALF, top + _HALF, _ZERO, _ZERO
     for i in range(group.size):
         difference = group[i] - scale * (_code(group[i], inverse, offset, limit) - zero)
-        total += difference * difference
-    return total
+        square = difference * difference
+        plain += square
+        weighted += square * (abs(group[i]) + mean)
+    return weighted, plain
 
 
 @njit(**_IN_ANY_ORDER)
-def _fitted_scale(group: Any, scale: Any, zero: Any, top: Any) -> Any:
-    """Return the scale with the least squared error for the codes that `scale` gives; `scale` itself where all codes stand for 0."""
+def _fitted_scale(group: Any, scale: Any, zero: Any, top: Any, mean: Any) -> Any:
+    """Return the scale with the least weighted error for the codes that `scale` gives; `scale` itself where all codes stand for 0."""
     inverse, offset, limit, products, squares = _ONE / scale, zero + _HALF, top + _HALF, _ZERO, _ZERO
     for i in range(group.size):
         steps = _code(group[i], inverse, offset, limit) - zero
-        products += group[i] * steps
-        squares += steps * steps
+        weighted = steps * (abs(group[i]) + mean)
+        products += group[i] * weighted
+        squares += steps * weighted
     return products / squares if squares > _ZERO and products > _ZERO else scale
 
 
@@ -61,22 +66,26 @@ def _zero_of(low: Any, scale: Any, top: Any) -> Any:
 @njit(**_IN_ANY_ORDER)
 def _search(group: Any, shares: Any, top: Any, least: Any, like: Any) -> Any:
     """Return the scale and the zero point of a group."""
-    low, high = _ZERO, _ZERO  # zero is always in the range, because a zero point is one of the codes
+    low, high, mean = _ZERO, _ZERO, _ZERO  # zero is always in the range, because a zero point is one of the codes
     for i in range(group.size):
         low, high = min(low, group[i]), max(high, group[i])
+        mean += abs(group[i])
     if low == high:
         return _ONE, _ZERO
+    mean /= np.float32(group.size)
     best_scale = _as_stored((high - low) / top, least, like)
     best_zero = _zero_of(low, best_scale, top)
-    best = _squared_error(group, best_scale, best_zero, top)
+    best, most = _squared_errors(group, best_scale, best_zero, top, mean)
+    most *= _CLEARLY
     for share in shares:
         scale = _as_stored((high - low) * share / top, least, like)
         zero = _zero_of(low * share, scale, top)
-        error = _squared_error(group, scale, zero, top)
-        if error < best * _CLEARLY:
-            best, best_scale, best_zero = error, scale, zero
-    scale = _as_stored(_fitted_scale(group, best_scale, best_zero, top), least, like)
-    if _squared_error(group, scale, best_zero, top) < best * _CLEARLY:
+        weighted, plain = _squared_errors(group, scale, zero, top, mean)
+        if weighted < best and plain <= most:
+            best, best_scale, best_zero = weighted, scale, zero
+    scale = _as_stored(_fitted_scale(group, best_scale, best_zero, top, mean), least, like)
+    weighted, plain = _squared_errors(group, scale, best_zero, top, mean)
+    if weighted < best and plain <= most:
         best_scale = scale
     return best_scale, best_zero
 

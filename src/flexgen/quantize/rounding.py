@@ -12,7 +12,7 @@ from flexgen.formats.base import Parallel, serially
 from flexgen.kernels.cpu.formats import carried
 
 # The ranges that are tried, as shares of the range of the weights.
-_SHARES = np.linspace(0.6, 1.05, 14, dtype=np.float32)
+_SHARES = np.linspace(0.65, 1.05, 10, dtype=np.float32)
 # The smallest scale of each dtype whose reciprocal is finite in float32.
 _LEAST = {torch.float16: 2.0**-24, torch.bfloat16: 2.0**-126, torch.float32: 2.0**-126}
 _PAPER_GROUP, _PAPER_TOP = 64, 15
@@ -35,7 +35,8 @@ class Rounded(NamedTuple):
 def round_groups(weights: torch.Tensor, *, bits: int, group_size: int, dtype: torch.dtype, parallel: Parallel = serially) -> Rounded:
     """Round a matrix to integers with a scale and a zero point for each group along the inputs.
 
-    The squared error of no group is larger than that of the scale and zero point that its smallest and largest weight give.
+    The squared error of no group is larger than that of the scale and zero point that its smallest and largest weight give; among such
+    scales, one is chosen for which errors of large weights count more (kernel.py).
 
     Args:
         weights: Finite float32, contiguous, (outputs, inputs); the inputs are a multiple of the group size.
