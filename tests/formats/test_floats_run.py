@@ -50,7 +50,7 @@ CASES: dict[str, tuple[str, dict[str, object], dict[str, Any], Write, Chosen]] =
     "llama in NF4": ("llama", {}, BNB, bitsandbytes("nf4", nested=True), is_linear),
 }
 PLACES = {
-    "cpu": ("cpu", Fractions(host=0.3, disk=0.7), Fractions(host=1.0)),
+    "cpu": ("cpu", Fractions(host=0.2, encoded=0.3, disk=0.5), Fractions(host=1.0)),
     "sim": ("sim", Fractions(device=0.2, host=0.3, disk=0.5), Fractions(device=1.0)),
 }
 WITH_TRANSFORMERS = ("gpt_oss in MXFP4", "deepseek_v3 in FP8")

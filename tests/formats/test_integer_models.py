@@ -28,6 +28,7 @@ IN_MEMORY = Fractions(host=1.0)
 PLACES = {
     "disk": ("cpu", Fractions(disk=1.0)),
     "memory": ("cpu", IN_MEMORY),
+    "encoded": ("cpu", Fractions(host=0.3, encoded=0.7)),
     "sim": ("sim", Fractions(device=0.4, host=0.3, disk=0.3)),
 }
 EVERYWHERE = ("llama-pack-quantized", "llama-gptq")  # the others stream, with a device and without
