@@ -47,7 +47,8 @@ class ModelOpt(NumberFormat):
         settings: Mapping[str, Any] = nested if isinstance(nested, Mapping) else quantization
         algorithm = str(settings.get("quant_algo") or "no algorithm").upper()
         layers = settings.get("quantized_layers")
-        of_layers = {str(each.get("quant_algo")).upper() for each in layers.values() if isinstance(each, Mapping)} if layers else set[str]()
+        each_layer = layers.values() if isinstance(layers, Mapping) else ()
+        of_layers = {str(each.get("quant_algo")).upper() for each in each_layer if isinstance(each, Mapping)}
         for each in sorted(of_layers if algorithm == _MIXED and of_layers else {algorithm}):
             if each not in (*_FP4, *_FP8):
                 raise UnsupportedModelError(

@@ -13,7 +13,9 @@ from typing import Any
 import torch
 
 from flexgen.checkpoint.files import Checkpoint
+from flexgen.formats.base import Encoding
 from flexgen.formats.table import check_supported_number_format
+from flexgen.formats.warming import smallest_of_each_kind
 from flexgen.kv.format import KVFormat, default_kv_format
 from flexgen.models.describe import model_spec
 from flexgen.models.refusals import check_supported_architecture
@@ -43,6 +45,7 @@ class AssembledModel:
         recompute_length: The length beyond which a sequence's keys change, so that they are computed anew; None if there is none.
         rope_regime: A function from the length of a prompt to what its keys depend on besides its tokens.
         unused_bytes: The bytes of stored parameters that text generation does not need, such as those of vision towers.
+        encodings: An encoded tensor of each kind that the model has, so that decoding can be warmed up.
     """
 
     bound: BoundModel
@@ -57,6 +60,7 @@ class AssembledModel:
     recompute_length: int | None
     rope_regime: Callable[[int], Hashable]
     unused_bytes: int
+    encodings: tuple[Encoding, ...] = ()
 
 
 def assemble_model(
@@ -99,4 +103,10 @@ def assemble_model(
         recompute_length=recompute_length(config),
         rope_regime=rope_regime(config),
         unused_bytes=units.unused_bytes,
+        encodings=smallest_of_each_kind(
+            piece.tensor.encoding
+            for source in units.sources.parameters.values()
+            for piece in source.pieces
+            if piece.tensor.encoding is not None and 0 not in piece.tensor.shape
+        ),
     )

@@ -19,6 +19,7 @@ from flexgen.base.quantities import GIB, MIB, format_size
 from flexgen.base.steps import step
 from flexgen.checkpoint.dummy import checkpoint_bytes, write_random_checkpoint
 from flexgen.errors import CapacityError, FlexGenError
+from flexgen.formats import warming
 from flexgen.io.checksums import BLOCK_BYTES, BYTES_PER_BLOCK
 from flexgen.io.offload import OffloadFolder
 from flexgen.kernels.attention import attention_kernels, warm_up
@@ -92,6 +93,9 @@ def prepare(found: ResolvedModel, options: EngineOptions, workload: Workload) ->
         machine = _measured(model, limits, options.dtype)
         step("loading kernels (compiled once)")
         _warm_up_kernels(model.dtype)
+        for encoding in model.encodings:
+            if limits.device == "cpu" or not encoding.format.carried_as_stored:
+                warming.warm_up(encoding, model.dtype)
         process_bytes = psutil.Process().memory_info().rss
         if options.verify_reads:
             process_bytes += (model.total_bytes + limits.disk_bytes) // BLOCK_BYTES * BYTES_PER_BLOCK
