@@ -12,11 +12,12 @@ from typing import Any
 from flexgen.errors import UnsupportedModelError
 from flexgen.formats.base import NumberFormat
 from flexgen.formats.fp8_block import FP8Block
+from flexgen.formats.gguf import GGUF
 from flexgen.formats.mxfp4 import MXFP4
 from flexgen.formats.plain import PlainNumbers
 from flexgen.options import DTYPE_BYTES
 
-FORMATS: Mapping[str, NumberFormat] = {each.name: each for each in (*map(PlainNumbers, DTYPE_BYTES), MXFP4(), FP8Block())}
+FORMATS: Mapping[str, NumberFormat] = {each.name: each for each in (*map(PlainNumbers, DTYPE_BYTES), MXFP4(), FP8Block(), GGUF())}
 
 
 def runs(number_format: str) -> bool:

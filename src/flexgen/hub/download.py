@@ -1,6 +1,6 @@
 """The Hugging Face hub: snapshots, weight files, and headers of weight files without the weights.
 
-Only configuration, tokenizer and safetensors files are ever fetched.  The hub library's own conventions hold (HF_HOME,
+Only configuration, tokenizer, safetensors and GGUF files are ever fetched.  The hub library's own conventions hold (HF_HOME,
 HF_HUB_OFFLINE); its errors become a ModelError that says what to do.
 """
 
@@ -16,7 +16,9 @@ from typing import Any
 
 from flexgen.base.quantities import format_size
 from flexgen.errors import CapacityError, CheckpointError, ModelError
-from flexgen.hub.diagnose import folder_without_weights
+from flexgen.hub.diagnose import folder_without_weights, some
+from flexgen.hub.gguf_file import GGUFHeader
+from flexgen.hub.gguf_model import ENDING, header_from
 from flexgen.hub.model_files import INDEX_FILE, MAX_JSON_BYTES, SINGLE_FILE, weight_files
 
 logger = logging.getLogger(__name__)
@@ -46,8 +48,16 @@ def download(repository: str, revision: str, names: Sequence[str], token: str | 
 
 def download_weights(repository: str, folder: Path, token: str | None, show_progress: bool) -> None:
     """Fetch the weight files that a snapshot lacks, after checking that they fit on the disk."""
+    _download_missing(repository, folder, weight_files(folder), token, show_progress)
 
-    missing = [name for name in weight_files(folder) if not (folder / name).is_file()]
+
+def download_gguf(repository: str, folder: Path, names: Sequence[str], token: str | None, show_progress: bool) -> None:
+    """Fetch the GGUF files of these names that a snapshot lacks, after checking that they fit on the disk."""
+    _download_missing(repository, folder, names, token, show_progress)
+
+
+def _download_missing(repository: str, folder: Path, names: Sequence[str], token: str | None, show_progress: bool) -> None:
+    missing = [name for name in names if not (folder / name).is_file()]
     if not missing:
         return
     commit = folder.name
@@ -87,6 +97,9 @@ def _file_sizes(repository: str, commit: str, names: Sequence[str], token: str |
     if absent := [name for name in names if name not in sizes]:
         if absent == [SINGLE_FILE]:
             raise ModelError(f"{repository} {folder_without_weights(sizes)}")
+        if absent[0].endswith(ENDING):
+            others = some(name for name in sizes if name.endswith(ENDING))
+            raise ModelError(f"{repository} has no file {some(absent)}" + (f"; its GGUF files are {others}" if others else ""))
         raise CheckpointError(f"{repository} lacks files that its {INDEX_FILE} names ({', '.join(absent[:3])})")
     return {name: sizes[name] for name in names}
 
@@ -111,6 +124,20 @@ def weight_headers(repository: str, folder: Path, *, token: str | None = None) -
     with _translated(repository, folder.name), ThreadPoolExecutor(_REQUESTS, thread_name_prefix="flexgen-headers") as threads:
         headers = threads.map(lambda name: _fetch_header(repository, folder.name, name, token), names)
         return {name: (header, sizes[name]) for name, header in zip(names, headers, strict=True)}
+
+
+def gguf_headers(repository: str, folder: Path, names: Sequence[str], token: str | None = None) -> list[GGUFHeader]:
+    """Fetch the headers of GGUF files by range requests; arguments and errors are those of `weight_headers`."""
+    sizes = _file_sizes(repository, folder.name, names, token)
+    headers = []
+    with _translated(repository, folder.name):
+        for name in names:
+
+            def start(size: int, name: str = name) -> bytes:
+                return _fetch_start(repository, folder.name, name, token, size)
+
+            headers.append(header_from(start, file_bytes=sizes[name], path=folder / name))
+    return headers
 
 
 def _fetch_header(repository: str, commit: str, name: str, token: str | None) -> bytes:

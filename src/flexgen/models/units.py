@@ -249,7 +249,7 @@ def _row_tables(trace: ModelTrace, sources: ModelSources, dtype: Callable[[str],
     return tuple(
         RowTable(module=name, source=sources[weight], dtype=dtype(weight))
         for name, weight in weights.items()
-        if weight in sources and sources[weight].is_view
+        if weight in sources and sources[weight].rows_apart
     )
 
 

@@ -18,9 +18,9 @@ def spec_of(model: str, *, device: str, dtype: str = "auto", revision: str | Non
     Weights in a published low-bit format are described too, although the engine does not run them (`formats.table.runs`).
 
     Args:
-        model: A folder; else a name of the catalogue or the hub id of one of its models, in any letter case; else another hub id, for which
-            the hub is asked. torch is loaded only for a folder, for another hub id, and for a shipped model that is computed in another
-            dtype than it ships in.
+        model: A folder or a GGUF file; else a name of the catalogue or the hub id of one of its models, in any letter case; else another
+            hub id, for which the hub is asked. torch is loaded only for a folder, for another hub id, and for a shipped model that is
+            computed in another dtype than it ships in.
         device: "cpu", "cuda" or "sim".
         dtype: The dtype to compute in, as in EngineOptions.
         revision: The branch, tag or commit of a hub repository. If it is given, the hub is asked even for a model of the catalogue.
@@ -63,6 +63,7 @@ def _described(model: str, device: str, dtype: str, revision: str | None, token:
     import torch
 
     from flexgen.checkpoint.files import Checkpoint, Headers
+    from flexgen.checkpoint.gguf import GGUFHeaders
     from flexgen.hub.config import read_config
     from flexgen.hub.download import weight_headers
     from flexgen.hub.model_files import weight_files
@@ -76,7 +77,9 @@ def _described(model: str, device: str, dtype: str, revision: str | None, token:
             raise
         raise ModelError(f"{error}; nor is it in the catalogue: {', '.join(similar_names(model))}") from error
     config = read_config(files)
-    if files.commit is None or all((files.folder / name).is_file() for name in weight_files(files.folder)):
+    if files.gguf is not None:
+        headers = GGUFHeaders(files.gguf)
+    elif files.commit is None or all((files.folder / name).is_file() for name in weight_files(files.folder)):
         headers = Checkpoint(files.folder)
     else:
         headers = Headers.parsed(files.folder, weight_headers(model, files.folder, token=token))
