@@ -41,8 +41,9 @@ def random_blocks(kind: str, shape: tuple[int, ...], seed: int = 0, scale: float
     return kind, shape, blocks.tobytes()
 
 
-def gguf_bytes(metadata: Mapping[str, Any], tensors: Mapping[str, Stored], *, version: int = 3, alignment: int = 32) -> bytes:
+def gguf_bytes(metadata: Mapping[str, Any], tensors: Mapping[str, Stored], *, version: int = 3, alignment: int | None = None) -> bytes:
     """A file; dimensions are given row-major, as in NumPy."""
+    alignment = alignment or 32
     pairs = b"".join(text(key) + value(each) for key, each in metadata.items())
     entries, payload = b"", b""
     for name, (kind, shape, data) in tensors.items():
@@ -79,5 +80,9 @@ def write_split(folder: Path, stem: str, metadata: Mapping[str, Any], tensors: M
         own = {name: tensors[name] for name in names[number::num_parts]}
         about = {"split.no": number, "split.count": num_parts, "split.tensors.count": len(tensors)}
         paths.append(folder / f"{stem}-{number + 1:05}-of-{num_parts:05}.gguf")
-        paths[-1].write_bytes(gguf_bytes({**(metadata if number == 0 else {}), **about}, own))
+        paths[-1].write_bytes(
+            gguf_bytes(
+                {**(metadata if number == 0 else {}), **about}, own, alignment=metadata.get("general.alignment") if number == 0 else None
+            )
+        )
     return paths

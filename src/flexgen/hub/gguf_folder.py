@@ -74,9 +74,14 @@ def gguf_model_files(name: str, model: GGUFModel, commit: str | None = None) -> 
     )
 
 
+def cache_home() -> Path:
+    """Return where the folders are kept."""
+    return Path.home() / ".cache" / "flexgen" / "gguf"
+
+
 def _kept(name: str, model: GGUFModel) -> Path:
     """Return the folder of a model, making it unless it is there."""
-    home = Path.home() / ".cache" / "flexgen" / "gguf"
+    home = cache_home()
     folder = home / _digest(model)
     if folder.is_dir():
         return folder
@@ -163,7 +168,7 @@ def _config(name: str, model: GGUFModel, source: Path, folder: Path, generation:
     known = checked()
     for key, field in _FIELDS.items():
         value = model.metadata.get(f"{model.architecture}.{key}")
-        if isinstance(value, (int, float)) and getattr(known, field, None) is not None:
+        if isinstance(value, (int, float)) and known.to_dict().get(field) is not None:
             values[field] = value
     rotated = model.metadata.get(f"{model.architecture}.rope.dimension_count")
     if isinstance(rotated, int) and "partial_rotary_factor" in (getattr(known, "rope_parameters", None) or {}):

@@ -144,7 +144,7 @@ def _read_header(path: Path) -> GGUFHeader:
     followed(path)
     check_fetched(path)
     try:
-        with path.open("rb", opener=_open_without_waiting) as file:
+        with open(path, "rb", opener=_open_without_waiting) as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise CheckpointError(f"{path}: not a regular file")
