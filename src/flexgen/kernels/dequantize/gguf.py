@@ -9,16 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
 import torch
+from numba.extending import register_jitable
 
 from flexgen.base.compiled import entry
 from flexgen.errors import EngineError
 from flexgen.hub.gguf_file import TYPES
 from flexgen.kernels.cpu.formats import carried, narrow
-from flexgen.kernels.cpu.rows import pointer
+from flexgen.kernels.cpu.rows import moved, pointer
 from flexgen.kernels.dequantize.gguf_k import K_KERNELS
-from flexgen.kernels.dequantize.loops import bits_as_float, byte, half, small
+from flexgen.kernels.dequantize.loops import bits_as_float, byte, half, sixteen, small
 
 _SIZES = {kind.name: (kind.block, kind.block_bytes) for kind in TYPES.values()}
 _FEW = 1 << 15  # numbers for which other threads are not worth waking
@@ -53,25 +53,19 @@ def decode_blocks(name: str, raw: torch.Tensor, out: torch.Tensor, parallel: Cal
 
 
 def _q4_0(raw: Any, out: Any, begin: int, end: int) -> None:
-    like = out[0]
     for index in range(begin, end):
         source, target = pointer(raw, index * 18), pointer(out, index * 32)
         scale = half(source, 0)
-        for i in range(16):
-            target[i] = narrow(scale * small((source[2 + i] & 15) - 8), like)
-        for i in range(16):
-            target[16 + i] = narrow(scale * small((source[2 + i] >> 4) - 8), like)
+        sixteen(moved(source, 2), 0, 15, 8, scale, None, target)
+        sixteen(moved(source, 2), 4, 15, 8, scale, None, moved(target, 16))
 
 
 def _q4_1(raw: Any, out: Any, begin: int, end: int) -> None:
-    like = out[0]
     for index in range(begin, end):
         source, target = pointer(raw, index * 20), pointer(out, index * 32)
-        scale, least = half(source, 0), half(source, 2)
-        for i in range(16):
-            target[i] = narrow(scale * small(source[4 + i] & 15) + least, like)
-        for i in range(16):
-            target[16 + i] = narrow(scale * small(source[4 + i] >> 4) + least, like)
+        scale, least = half(source, 0), -half(source, 2)
+        sixteen(moved(source, 4), 0, 15, 0, scale, least, target)
+        sixteen(moved(source, 4), 4, 15, 0, scale, least, moved(target, 16))
 
 
 def _q5_0(raw: Any, out: Any, begin: int, end: int) -> None:
@@ -107,7 +101,12 @@ def _q8_0(raw: Any, out: Any, begin: int, end: int) -> None:
             target[i] = narrow(small(byte(source, 2 + i)) * scale, like)
 
 
-_DOUBLED = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], dtype=np.float32)  # twice E2M1
+@register_jitable
+def _doubled(code: int) -> int:
+    """Return twice the E2M1 number of a code: 0, 1, 2, 3, 4, 6, 8, 12, and the same with the opposite sign."""
+    size = code & 7
+    size += (1 if size == 5 else 0) + (2 if size == 6 else 0) + (5 if size == 7 else 0)
+    return -size if code > 7 else size
 
 
 def _mxfp4(raw: Any, out: Any, begin: int, end: int) -> None:
@@ -117,9 +116,9 @@ def _mxfp4(raw: Any, out: Any, begin: int, end: int) -> None:
         exponent = source[0]
         scale = bits_as_float((0x00200000 << exponent) if exponent < 2 else ((exponent - 1) << 23))  # half of 2**(exponent - 127)
         for i in range(16):
-            target[i] = narrow(scale * _DOUBLED[source[1 + i] & 15], like)
+            target[i] = narrow(scale * small(_doubled(source[1 + i] & 15)), like)
         for i in range(16):
-            target[16 + i] = narrow(scale * _DOUBLED[source[1 + i] >> 4], like)
+            target[16 + i] = narrow(scale * small(_doubled(source[1 + i] >> 4)), like)
 
 
 KERNELS: Mapping[str, Any] = {

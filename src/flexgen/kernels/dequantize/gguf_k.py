@@ -13,11 +13,10 @@ from numba.extending import register_jitable
 from flexgen.base.compiled import entry
 from flexgen.kernels.cpu.formats import narrow
 from flexgen.kernels.cpu.rows import moved, pointer
-from flexgen.kernels.dequantize.loops import byte, half, small
+from flexgen.kernels.dequantize.loops import byte, half, sixteen, small
 
 
 def _q2_k(raw: Any, out: Any, begin: int, end: int) -> None:
-    like = out[0]
     for index in range(begin, end):
         source = pointer(raw, index * 84)
         all_scales, all_least = half(source, 80), half(source, 82)
@@ -25,9 +24,7 @@ def _q2_k(raw: Any, out: Any, begin: int, end: int) -> None:
             numbers, shift = moved(source, 16 + group // 8 * 32 + group % 2 * 16), group % 8 // 2 * 2
             scale = all_scales * small(source[group] & 15)
             least = all_least * small(source[group] >> 4)
-            target = pointer(out, index * 256 + group * 16)
-            for i in range(16):
-                target[i] = narrow(scale * small((numbers[i] >> shift) & 3) - least, like)
+            sixteen(numbers, shift, 3, 0, scale, least, pointer(out, index * 256 + group * 16))
 
 
 def _q3_k(raw: Any, out: Any, begin: int, end: int) -> None:
