@@ -168,8 +168,7 @@ def requests() -> list[TokenRequest]:
     ]
 
 
-ON_DISK = {"weights": Fractions(disk=1.0), "kv": Fractions(host=1.0)}
-IN_MEMORY = {"weights": Fractions(host=1.0), "kv": Fractions(host=1.0)}
+ON_DISK, IN_MEMORY = Fractions(disk=1.0), Fractions(host=1.0)
 
 
 @pytest.mark.parametrize(
@@ -184,7 +183,7 @@ def test_answers_are_those_of_transformers(
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
     wanted = parity.expected(model, requests())
     for device, homes in [("cpu", ON_DISK), ("cpu", IN_MEMORY), ("sim", ON_DISK)]:
-        chosen = parity.policy(device, **homes, ring_bytes=4_000_000)
+        chosen = parity.policy(device, weights=homes, kv=Fractions(host=1.0), ring_bytes=4_000_000)
         got = parity.answered(assembled(path), chosen, requests(), monkeypatch)
         parity.assert_equal(got, wanted)
 

@@ -43,8 +43,6 @@ class GGUFHeaders(Headers):
         CheckpointError: As for `Headers`.
     """
 
-    readable = True
-
     def __init__(self, model: GGUFModel) -> None:
         self.model = model
         stored = {}
@@ -56,6 +54,7 @@ class GGUFHeaders(Headers):
             )
         super().__init__(model.parts[0].path, [stored])
         self.architecture = model.architecture
+        self.readable = all(part.path.is_file() for part in model.parts)
 
     def decoded(self, number_format: NumberFormat | None, dtype: torch.dtype) -> Headers:
         """Return the headers as if tensors in blocks had been stored in `dtype`; the types of tensors stand in the files themselves."""
@@ -69,7 +68,7 @@ class GGUFHeaders(Headers):
                 shape=tensor.shape, encoding=Encoding(blocks_of(tensor.type.name), tensor.shape, (EncodingPart(stored, 1),)),
             )  # fmt: skip
         found = Headers(self.folder, [tensors])
-        found.number_format, found.architecture, found.readable = "gguf", self.architecture, True
+        found.number_format, found.architecture, found.readable = "gguf", self.architecture, self.readable
         return found
 
 

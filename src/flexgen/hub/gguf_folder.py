@@ -182,7 +182,7 @@ def _config(name: str, model: GGUFModel, source: Path, folder: Path, generation:
 
 def _check_known(name: str, model: GGUFModel) -> None:
     """Refuse an architecture that transformers' tables do not map."""
-    from transformers.integrations.gguf import GGUF_CONFIG_ARCHS
+    from transformers.integrations.gguf.gguf_config_mapping import GGUF_CONFIG_ARCHS
     from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
 
     known = {each.replace("_", "") for each in (*GGUF_SUPPORTED_ARCHITECTURES, *GGUF_CONFIG_ARCHS)}

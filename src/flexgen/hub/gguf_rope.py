@@ -22,7 +22,7 @@ _TOLERANCE = 1e-3
 
 
 def rope_factors(model: GGUFModel) -> tuple[float, ...] | None:
-    """Read the factors of a model's rotary frequencies; None if it has none.
+    """Read the factors of a model's rotary frequencies; None if it has none, or if its files are elsewhere.
 
     Raises:
         CheckpointError: They cannot be read.
@@ -36,6 +36,8 @@ def rope_factors(model: GGUFModel) -> tuple[float, ...] | None:
     path, tensor = found[FACTORS]
     if tensor.type.name != "F32" or len(tensor.shape) != 1 or tensor.shape[0] > _MOST_FACTORS:
         raise CheckpointError(f"{path}: {FACTORS} is {tensor.type.name} of shape {tensor.shape}, not one float32 for each frequency")
+    if not path.is_file():
+        return None
     try:
         with path.open("rb") as file:
             raw = os.pread(file.fileno(), tensor.nbytes, tensor.offset)

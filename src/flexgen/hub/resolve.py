@@ -88,14 +88,13 @@ def _gguf_of_hub(
     repository: str, file: str, revision: str, token: str | None, with_weights: bool, show_progress: bool
 ) -> tuple[GGUFModel, str]:
     """Return the headers of a GGUF file in a hub repository, and the commit; without weights, only headers are fetched."""
-    folder = download(repository, revision, ("config.json",), token, show_progress)
     within = Path(file)
     names = [str(within.with_name(name)) for name in part_names(within.name)]
-    if with_weights:
-        download_gguf(repository, folder, names, token, show_progress)
-    if all((folder / name).is_file() for name in names):
-        return read_gguf(folder / file), folder.name
-    return gguf_model(gguf_headers(repository, folder, names, token)), folder.name
+    if not with_weights and (found := gguf_headers(repository, revision, names, token)) is not None:
+        headers, commit = found
+        return gguf_model(headers), commit
+    folder = download_gguf(repository, revision, names, token, show_progress)
+    return read_gguf(folder / file), folder.name
 
 
 def resolve_tokenizer(tokenizer: str | os.PathLike[str], *, revision: str | None = None, token: str | None = None) -> Path:

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -19,6 +20,12 @@ from flexgen.weights.unit import TensorSource, UnitLayout, WantedTensor
 logger = logging.getLogger(__name__)
 
 
+class RowSource(TensorSource, Protocol):
+    """A source of a matrix whose rows can also be read and made one by one."""
+
+    def assemble_rows(self, raws: Sequence[torch.Tensor], out: torch.Tensor) -> None: ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowTable:
     """An embedding table as stored.
@@ -30,7 +37,7 @@ class RowTable:
     """
 
     module: str
-    source: TensorSource
+    source: RowSource
     dtype: torch.dtype
 
     @property
