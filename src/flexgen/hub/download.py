@@ -80,10 +80,8 @@ def download_gguf(repository: str, revision: str, names: Sequence[str], token: s
 
     listed = _listed(repository, revision, names, token)
     if listed is not None:
-        revision, sizes = listed
-        missing = [
-            name for name in names if not isinstance(huggingface_hub.try_to_load_from_cache(repository, name, revision=revision), str)
-        ]
+        commit, sizes = listed
+        missing = [name for name in names if not isinstance(huggingface_hub.try_to_load_from_cache(repository, name, revision=commit), str)]
         cache = Path(constants.HF_HUB_CACHE)
         _check_room(
             repository, sum(sizes[name] for name in missing), next(each for each in (cache, *cache.parents) if each.is_dir()), cache
