@@ -228,11 +228,23 @@ def test_a_missing_tensor(tmp_path: Path) -> None:
         parameter_sources(model, decoded(path))
 
 
+def test_a_tensor_without_a_place(tmp_path: Path) -> None:
+    """A llama with biases or experts, which its metadata does not tell transformers."""
+    path, model = write_model(tmp_path, "llama")
+    tensors = tensors_for(model, "llama", tied=False)
+    path.write_bytes(gguf_bytes(metadata_of("llama"), {**tensors, "blk.0.attn_q.bias": plain(np.ones(256, np.float32))}))
+    with pytest.raises(UnsupportedModelError, match=r"1 tensors have no place.*blk\.0\.attn_q\.bias"):
+        parameter_sources(model, decoded(path))
+
+
 def test_architectures_that_are_refused_by_name(tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     tensor = {"token_embd.weight": plain(np.zeros(1, np.float32))}
     path.write_bytes(gguf_bytes(metadata_of("wavtokenizer-dec"), tensor))
     with pytest.raises(UnsupportedModelError, match=r"wavtokenizer-dec.*llama.*qwen3"):
+        resolve_model(path)
+    path.write_bytes(gguf_bytes(metadata_of("gpt-oss"), tensor))
+    with pytest.raises(UnsupportedModelError, match=r"gpt-oss is not supported in GGUF.*experts"):
         resolve_model(path)
     path.write_bytes(gguf_bytes({"general.architecture": "llama", "llama.block_count": 10**9}, tensor))
     with pytest.raises(CheckpointError, match="num_hidden_layers 1000000000"):

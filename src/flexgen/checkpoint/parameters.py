@@ -23,7 +23,7 @@ from flexgen.checkpoint.conversion import Traced, Untraceable
 from flexgen.checkpoint.files import Headers
 from flexgen.checkpoint.gguf import gguf_sources
 from flexgen.checkpoint.sources import ParameterSource, read_bytes, whole
-from flexgen.errors import CheckpointError
+from flexgen.errors import CheckpointError, UnsupportedModelError
 from flexgen.formats.base import StoredTensor
 from flexgen.hub.diagnose import some
 
@@ -74,6 +74,7 @@ def parameter_sources(model: PreTrainedModel, checkpoint: Headers) -> ModelSourc
 
     Raises:
         CheckpointError: Parameters are missing, shapes differ from the config's, or nothing matches.
+        UnsupportedModelError: A GGUF file has tensors that the model does not use.
     """
     expected = model.state_dict()
     if checkpoint.architecture is not None:
@@ -105,6 +106,11 @@ def parameter_sources(model: PreTrainedModel, checkpoint: Headers) -> ModelSourc
         raise CheckpointError(
             f"{checkpoint.folder}: {len(report.missing_keys)} parameters of {type(model).__name__} are missing: "
             f"{some(report.missing_keys)}" + (f"; not understood: {some(unexpected)}" if unexpected else "")
+        )
+    if report.unexpected_keys and checkpoint.architecture is not None:  # a GGUF file's config says less than its tensors
+        raise UnsupportedModelError(
+            f"{checkpoint.folder}: {len(report.unexpected_keys)} tensors have no place in transformers' {type(model).__name__}, so that "
+            f"answers would be wrong without them: {some(report.unexpected_keys)}"
         )
     if report.unexpected_keys:
         logger.warning("%s: %d tensors are not used: %s", checkpoint.folder, len(report.unexpected_keys), some(report.unexpected_keys))

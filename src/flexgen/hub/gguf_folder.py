@@ -42,6 +42,8 @@ _FIELDS = {
     "final_logit_softcapping": "final_logit_softcapping",
     "attention.sliding_window": "sliding_window",
 }
+# Architectures whose values transformers reads and whose tensors it cannot place.
+_REFUSED = {"gptoss": "transformers has no names for its experts there, which are stored apart and interleaved in the model"}
 _SAMPLING = {"temp": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p"}
 _ENDS = ("eos_token_id", "eot_token_id", "eom_token_id")
 _TEMPLATES = re.compile(r"tokenizer\.chat_template\.(\w{1,40})")
@@ -186,7 +188,12 @@ def _check_known(name: str, model: GGUFModel) -> None:
     from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
 
     known = {each.replace("_", "") for each in (*GGUF_SUPPORTED_ARCHITECTURES, *GGUF_CONFIG_ARCHS)}
-    if re.sub(r"[_\-]", "", model.architecture) not in known:
+    architecture = re.sub(r"[_\-]", "", model.architecture)
+    if architecture in _REFUSED:
+        raise UnsupportedModelError(
+            f"{name}: {model.architecture} is not supported in GGUF: {_REFUSED[architecture]}; take the repository that it was made from"
+        )
+    if architecture not in known:
         raise UnsupportedModelError(
             f"{name} is of the architecture {model.architecture!r}, whose GGUF files transformers does not map; it does those of "
             f"{', '.join(sorted({*GGUF_SUPPORTED_ARCHITECTURES} - {'general', 'tokenizer'}))}"
