@@ -55,8 +55,8 @@ class LLM:
     After `close`, calls that use the engine or the chat templates raise FlexGenError.
 
     Args:
-        model: A Hugging Face folder or hub id, or files that are already resolved.
-        tokenizer: The folder or hub id of another tokenizer than the model's.
+        model: A Hugging Face folder, a GGUF file or a hub id, or files that are already resolved.
+        tokenizer: The folder, GGUF file or hub id of another tokenizer than the model's.
         chat_template: A Jinja template, a file that holds one, or the name of one of the model's; None for the model's default.
         chat_template_kwargs: Variables for the template of every chat; a chat may override them.
         **keywords: The fields of `EngineOptions`, by name, and vLLM's arguments (docs/vllm.md).  Of these some have a meaning here, most

@@ -60,7 +60,7 @@ def test_units_read_every_stored_byte(model_type: str, unit_bytes: int | None) -
     units = cut_model(encoded_config(model_type), torch.bfloat16, headers, unit_bytes)
     tensors = [tensor for layout in (*units.layouts, units.residents) for tensor in layout.tensors]
     ranges = [(each.path, each.offset, each.nbytes) for tensor in tensors for each in tensor.source.ranges]
-    ranges += [(table.path, table.offset, table.num_rows * table.row_bytes) for table in units.tables]
+    ranges += [(table.path, table.source.ranges[0].offset, table.num_rows * table.row_bytes) for table in units.tables]
     ends = {tensor.path: tensor.offset + tensor.nbytes for tensor in sorted(headers.tensors.values(), key=lambda each: each.offset)}
     times = {path: torch.zeros(end, dtype=torch.int32) for path, end in ends.items()}
     for path, offset, size in ranges:

@@ -59,6 +59,11 @@ def test_values_that_are_refused(change: dict[str, Any], field: str) -> None:
         read(MIXTRAL | change)
 
 
+def test_a_window_that_is_not_used() -> None:
+    """transformers' class of Qwen2-MoE writes 0 for none."""
+    assert read({"model_type": "qwen2_moe", "use_sliding_window": False, "sliding_window": 4096}).sliding_window == 0
+
+
 def test_fields_that_each_layer_has_of_its_own() -> None:
     assert read({"model_type": "gemma4_text", "head_dim": 16, "global_head_dim": 32, "num_hidden_layers": 2}).num_hidden_layers == 2
 

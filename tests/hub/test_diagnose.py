@@ -17,8 +17,9 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        ("model.Q4_K_M.gguf", b"GGUF", "GGUF.*llama.cpp.*take the repository that it was made from"),
-        ("renamed", b"GGUF\x03", "GGUF"),
+        ("model.Q4_K_M.gguf", b"GGUF", r"not a sound GGUF file.*cut short"),
+        ("model.gguf", POINTER, "git-lfs pointer"),
+        ("renamed", b"GGUF\x03", r"not a sound GGUF file.*cut short"),
         ("model.safetensors", b"", "the folder that holds it beside config.json"),
         ("pytorch_model.bin", b"", "pickled.*safetensors"),
         ("model.onnx", b"", "ONNX"),
@@ -37,7 +38,7 @@ def test_a_file(tmp_path: Path, file: str, content: bytes, message: str) -> None
     ("files", "message"),
     [
         ([], "empty folder"),
-        (["model.Q4_K_M.gguf", "README.md"], r"weights \(model.Q4_K_M.gguf\) are GGUF.*safetensors"),
+        (["model.Q4_K_M.gguf", "README.md"], r"weights \(model.Q4_K_M.gguf\) are GGUF.*give one of these files"),
         (["adapter_config.json", "adapter_model.safetensors"], "adapter.*merge"),
         (["model_index.json", "unet/config.json"], "diffusers.*images"),
         (["modules.json", "config_sentence_transformers.json"], "sentence-transformers.*embeddings"),

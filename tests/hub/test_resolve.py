@@ -19,6 +19,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 from fakes import write_model_folder
+from gguf_files import random_blocks, write_split
 
 from flexgen.errors import CheckpointError, ModelError, UnsupportedModelError
 from flexgen.hub.model_files import weight_files
@@ -277,7 +278,7 @@ def resolve(tmp_path: Path, hub: StandIn) -> Callable[..., list[Any]]:
 import json, sys, types
 sys.modules["transformers"] = types.SimpleNamespace(CONFIG_MAPPING={"opt"}, __version__="stub")  # a second less to import
 from pathlib import Path
-from flexgen.hub import download
+from flexgen.hub import download, resolve
 from flexgen.errors import FlexGenError
 from flexgen.hub.download import weight_headers
 from flexgen.hub.resolve import resolve_model, resolve_tokenizer
@@ -287,6 +288,10 @@ for call in json.loads(sys.argv[1]):
             download._LIKELY_HEADER_BYTES = call["first_bytes"]
             found = weight_headers(call["headers_of"], Path(call["folder"]))
             print(json.dumps({name: [header.decode(), size] for name, (header, size) in found.items()}))
+        elif "gguf" in call:
+            resolve.gguf_model_files = lambda name, model, commit=None: (model, commit)  # config and tokenizer take transformers
+            model, commit = resolve_model(call["gguf"], with_weights=call["with_weights"])
+            print(json.dumps([[str(part.path) for part in model.parts], [tensor.name for _, tensor in model.tensors], commit]))
         elif "tokenizer" in call:
             print(json.dumps([str(resolve_tokenizer(call["tokenizer"]))]))
         else:
@@ -342,6 +347,30 @@ def test_a_repository_is_fetched_once_and_read_offline(
     assert hub.fetched == []
     assert resolve({"model": "org/model"}, {"tokenizer": "org/model"}, HF_HUB_OFFLINE="1") == [first, [first[0]]]
     assert resolve({"model": "org/model"}, HF_ENDPOINT="http://127.0.0.1:9") == [first]  # nobody listens there
+
+
+def test_a_gguf_file_of_a_repository(hub: StandIn, tmp_path: Path, resolve: Callable[..., list[Any]]) -> None:
+    """For a plan only headers are fetched, by their beginning; for a run all parts, once."""
+    (tmp_path / "source").mkdir()
+    big = {"a": random_blocks("Q8_0", (1500, 1024)), "b": random_blocks("Q8_0", (1500, 1024))}
+    parts = write_split(tmp_path / "source", "m", {"general.architecture": "llama"}, big, 2)
+    hub.repositories["org/parts"] = {"README.md": b"", **{f"Q8/{path.name}": path.read_bytes() for path in parts}}
+    hub.repositories["org/gguf"] = {"model.Q4_K_M.gguf": b"GGUF"}
+    model = f"org/parts/Q8/{parts[1].name}"
+    (planned,) = resolve({"gguf": model, "with_weights": False})
+    assert planned[1:] == [["a", "b"], COMMIT]
+    assert hub.ranges == [(f"Q8/{path.name}", 1 << 20) for path in parts]
+    assert not hub.fetched
+    (found,) = resolve({"gguf": model, "with_weights": True})
+    assert found[1:] == planned[1:]
+    assert [Path(path).read_bytes() for path in found[0]] == [path.read_bytes() for path in parts]
+    assert sorted(hub.fetched) == [f"Q8/{path.name}" for path in parts]
+    assert resolve({"gguf": model, "with_weights": True}, HF_HUB_OFFLINE="1") == [found]
+    errors = resolve({"model": "org/gguf/absent.gguf"}, {"model": "org/gguf/model.Q4_K_M.gguf"}, {"model": "org/gguf"})
+    for error, said in zip(
+        errors, ("no file absent.gguf; its GGUF files are model.Q4_K_M.gguf", "cut short", "give one of these files"), strict=True
+    ):
+        assert said in error[1]
 
 
 def test_offline_without_a_copy(hub: StandIn, repository: dict[str, bytes], resolve: Callable[..., list[Any]]) -> None:

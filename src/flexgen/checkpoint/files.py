@@ -28,6 +28,7 @@ class Headers:
         tensors: Every stored tensor by name, over all files.
         total_bytes: The bytes of all tensors.
         number_format: The name of the format of the stored weights, as in ModelSpec.
+        architecture: The architecture by whose names a GGUF file calls its tensors; None for the names of transformers.
         readable: Whether the files are on this machine, so that numbers can be compared.
 
     Raises:
@@ -35,6 +36,7 @@ class Headers:
     """
 
     readable = False
+    architecture: str | None = None
 
     def __init__(self, folder: Path, tensors: Iterable[Mapping[str, StoredTensor]]) -> None:
         self.folder = folder

@@ -21,8 +21,9 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 
 from flexgen.checkpoint.conversion import Traced, Untraceable
 from flexgen.checkpoint.files import Headers
+from flexgen.checkpoint.gguf import gguf_sources
 from flexgen.checkpoint.sources import ParameterSource, read_bytes, whole
-from flexgen.errors import CheckpointError
+from flexgen.errors import CheckpointError, UnsupportedModelError
 from flexgen.formats.base import StoredTensor
 from flexgen.hub.diagnose import some
 
@@ -73,23 +74,28 @@ def parameter_sources(model: PreTrainedModel, checkpoint: Headers) -> ModelSourc
 
     Raises:
         CheckpointError: Parameters are missing, shapes differ from the config's, or nothing matches.
+        UnsupportedModelError: A GGUF file has tensors that the model does not use.
     """
     expected = model.state_dict()
-    groups, unexpected = _gather(model, checkpoint, expected)
-    if not groups:
+    if checkpoint.architecture is not None:
+        sources, unexpected = gguf_sources(model, checkpoint)
+    else:
+        groups, unexpected = _gather(model, checkpoint, expected)
+        sources = [source for group in groups for source in group.sources(model)]
+    if not sources:
         raise CheckpointError(
             f"{checkpoint.folder}: none of the {len(checkpoint.tensors)} tensors belongs to a {type(model).__name__} "
             f"({some(checkpoint.tensors)}); is config.json that of these weights?"
         )
     found: dict[str, ParameterSource] = {}
-    for group in groups:
-        for source in group.sources(model):
-            if source.name not in expected:
-                unexpected.add(source.name)
-            elif source.name in found:
-                raise CheckpointError(f"{checkpoint.folder}: {source.name} is stored twice, as {some(group.names)} and otherwise")
-            else:
-                found[source.name] = source
+    for source in sources:
+        if source.name not in expected:
+            unexpected.add(source.name)
+        elif source.name in found:
+            names = some({piece.tensor.name for each in (source, found[source.name]) for piece in each.pieces})
+            raise CheckpointError(f"{checkpoint.folder}: {source.name} is stored twice, in {names}")
+        else:
+            found[source.name] = source
     _check_shapes(found.values(), expected, checkpoint.folder)
     tied = _tie(model, found, expected, _equal if checkpoint.readable else _alike)
     # transformers' own rules about which tensors a checkpoint may lack or have in addition
@@ -100,6 +106,11 @@ def parameter_sources(model: PreTrainedModel, checkpoint: Headers) -> ModelSourc
         raise CheckpointError(
             f"{checkpoint.folder}: {len(report.missing_keys)} parameters of {type(model).__name__} are missing: "
             f"{some(report.missing_keys)}" + (f"; not understood: {some(unexpected)}" if unexpected else "")
+        )
+    if report.unexpected_keys and checkpoint.architecture is not None:  # a GGUF file's config says less than its tensors
+        raise UnsupportedModelError(
+            f"{checkpoint.folder}: {len(report.unexpected_keys)} tensors have no place in transformers' {type(model).__name__}, so that "
+            f"answers would be wrong without them: {some(report.unexpected_keys)}"
         )
     if report.unexpected_keys:
         logger.warning("%s: %d tensors are not used: %s", checkpoint.folder, len(report.unexpected_keys), some(report.unexpected_keys))

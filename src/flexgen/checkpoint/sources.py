@@ -115,12 +115,25 @@ class Piece:
             parallel: As for `box`.
         """
         encoding = self.tensor.encoding
-        if encoding is not None and self.is_contiguous and target.is_contiguous():
-            start, stop = self.tensor.rows(self.first, math.prod(self.shape))
-            if (stop - start) * math.prod(encoding.shape[1:]) == target.numel():
+        if encoding is not None and target.is_contiguous():
+            start, stop = self.tensor.rows(self.first, _span(self.shape, self.strides))
+            step = self._row_step()
+            if step == 1 and (stop - start) * math.prod(encoding.shape[1:]) == target.numel():
                 encoding.format.decode(raws, start, target.view(stop - start, *encoding.shape[1:]), parallel)
                 return
+            if step > 1 and encoding.by_rows and all(part.rows == 1 for part in encoding.parts):
+                wanted = [raw.view(stop - start, -1)[::step].contiguous().view(-1) for raw in raws]
+                encoding.format.decode(wanted, start, target.view(-1, *encoding.shape[1:]), parallel)
+                return
         cast_into(target, self.box(raws, target, parallel))
+
+    def _row_step(self) -> int:
+        """Return n if the box is every n-th whole row of the stored tensor, as halves of rows stored alternately are; 0 if it is not."""
+        row = math.prod(self.tensor.shape[1:])
+        if self.is_contiguous:
+            return 1
+        rows_are_whole = self.shape[1:] == self.tensor.shape[1:] and self.strides[1:] == contiguous_strides(self.tensor.shape)[1:]
+        return self.strides[0] // row if rows_are_whole and not self.first % row and not self.strides[0] % row else 0
 
     def narrow(self, dim: int, start: int, stop: int) -> Piece | None:
         """Return the part within [start, stop) of the parameter's dimension `dim`, placed relative to `start`; None if there is none."""
@@ -154,6 +167,7 @@ class ParameterSource:
         pieces: The pieces to read, in the order in which `assemble` expects them.
         convert: None if the pieces only have to be put in their places, where they fill the parameter.  Otherwise the function that
             computes it from the stored tensors; such a source cannot be read in parts.
+        convert_dtype: The dtype of the numbers that `convert` gets; None for that of the destination.
     """
 
     name: str
@@ -161,6 +175,7 @@ class ParameterSource:
     dtype: torch.dtype
     pieces: tuple[Piece, ...]
     convert: Convert | None = None
+    convert_dtype: torch.dtype | None = None
 
     @property
     def nbytes(self) -> int:
@@ -228,9 +243,32 @@ class ParameterSource:
             if self.convert is None:
                 for piece, read in pieces:
                     piece.put_into(out[piece.target], read, parallel)
-            else:  # transformers casts first and computes then; so does this code, to get the same bits
-                boxes = (piece.box(read, out, parallel) for piece, read in pieces)
-                out.copy_(self.convert([box.to(device=out.device, dtype=out.dtype) for box in boxes]))
+            else:  # transformers casts safetensors first and computes then; so does this code, to get the same bits
+                like = torch.empty(0, dtype=self.convert_dtype or out.dtype, device=out.device)
+                boxes = (piece.box(read, like, parallel) for piece, read in pieces)
+                out.copy_(self.convert([box.to(device=like.device, dtype=like.dtype) for box in boxes]))
+
+    @property
+    def rows_apart(self) -> bool:
+        """Whether single rows of the only piece can be read, and assembled by `assemble_rows`."""
+        if self.convert is not None or len(self.pieces) != 1 or len(self.shape) != 2 or self.pieces[0].shape != self.shape:
+            return False
+        encoding = self.pieces[0].tensor.encoding
+        apart = encoding is None or (encoding.by_rows and all(part.rows == 1 for part in encoding.parts))
+        return apart and self.pieces[0].is_contiguous
+
+    def assemble_rows(self, raws: Sequence[torch.Tensor], out: torch.Tensor) -> None:
+        """Write rows that lie anywhere in the parameter into `out`, cast to its dtype.
+
+        Args:
+            raws: For each of `ranges`, the numbers read of these rows, flattened, of the range's dtype.
+            out: The rows, (rows, columns), contiguous.
+        """
+        encoding = self.pieces[0].tensor.encoding
+        if encoding is None:
+            cast_into(out, raws[0].view(out.shape))
+        else:
+            encoding.format.decode(raws, 0, out)
 
     def read(self, out: torch.Tensor) -> None:
         """Read the ranges, each with one blocking read, and `assemble` them.

@@ -23,7 +23,7 @@ from flexgen.options import DEVICES, DTYPES, LOAD_FORMATS, SCHEDULES, WEIGHT_FOR
 if TYPE_CHECKING:
     from flexgen.llm import LLM
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="A Hugging Face folder, or a hub id such as facebook/opt-6.7b.")]
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A Hugging Face folder, a GGUF file, or a hub id such as facebook/opt-6.7b.")]
 ProgressFlag = Annotated[str, typer.Option(metavar="auto|rich|plain|json|none", help="How to show progress; auto looks at the terminal.")]
 VerboseFlag = Annotated[
     bool,
@@ -159,7 +159,7 @@ def load(model: str, options: EngineOptions, progress: str, **more: Any) -> LLM:
     """Load the model that a command names, downloading it if need be; weights are not read yet.
 
     Args:
-        model: The folder or hub id of the model.
+        model: The folder, GGUF file or hub id of the model.
         options: The options of the engine.
         progress: The value of `--progress`.
         **more: Keywords of LLM that are not engine options.

@@ -16,13 +16,14 @@ from flexgen.formats.bitsandbytes import BitsAndBytes
 from flexgen.formats.compressed_tensors import CompressedTensors
 from flexgen.formats.flexgen_v0 import FlexGenV0
 from flexgen.formats.fp8_block import FP8Block
+from flexgen.formats.gguf import GGUF
 from flexgen.formats.gptq import GPTQ
 from flexgen.formats.modelopt import ModelOpt
 from flexgen.formats.mxfp4 import MXFP4
 from flexgen.formats.plain import PlainNumbers
 from flexgen.options import DTYPE_BYTES
 
-_LOW_BIT = (MXFP4(), FP8Block(), ModelOpt(), BitsAndBytes(), CompressedTensors(), GPTQ(), AWQ(), FlexGenV0())
+_LOW_BIT = (MXFP4(), FP8Block(), ModelOpt(), BitsAndBytes(), CompressedTensors(), GPTQ(), AWQ(), FlexGenV0(), GGUF())
 FORMATS: Mapping[str, NumberFormat] = {each.name: each for each in (*map(PlainNumbers, DTYPE_BYTES), *_LOW_BIT)}
 
 

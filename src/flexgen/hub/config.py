@@ -96,6 +96,8 @@ def _check_meaning(file: str, field: Callable[[str], Any]) -> None:
         value = field(name)
         if value is None or isinstance(value, list):  # one for each layer
             continue
+        if name == "sliding_window" and not value and field("use_sliding_window") is False:  # Qwen2-MoE's class writes 0 for none
+            continue
         if name in _WHOLE and not (_is_number(value) and isinstance(value, int) and value > 0):
             raise _refused(file, name, value, "a whole number above 0")
         if not _is_number(value) or value < 0 or (value == 0 and name not in _NOT_NEGATIVE):

@@ -20,7 +20,7 @@ _ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".xz", ".zst", ".7z")
 
 _SAFETENSORS = "a folder or repository with config.json and model.safetensors"
 _ORIGINAL = "take the repository that it was made from, with bfloat16, float16 or float32 weights in safetensors"
-_GGUF = f"GGUF, the format of llama.cpp and Ollama, which is not read here: {_ORIGINAL}"
+_GGUF = "GGUF, the format of llama.cpp and Ollama: give one of these files itself, with its folder or its repository before its name"
 _ADAPTER = (
     "an adapter (LoRA) without its model: merge it into the model that it was trained for (PEFT's merge_and_unload), save that, and give it"
 )

@@ -1,6 +1,6 @@
 """The Hugging Face hub: snapshots, weight files, and headers of weight files without the weights.
 
-Only configuration, tokenizer and safetensors files are ever fetched.  The hub library's own conventions hold (HF_HOME,
+Only configuration, tokenizer, safetensors and GGUF files are ever fetched.  The hub library's own conventions hold (HF_HOME,
 HF_HUB_OFFLINE); its errors become a ModelError that says what to do.
 """
 
@@ -16,7 +16,9 @@ from typing import Any
 
 from flexgen.base.quantities import format_size
 from flexgen.errors import CapacityError, CheckpointError, ModelError
-from flexgen.hub.diagnose import folder_without_weights
+from flexgen.hub.diagnose import folder_without_weights, some
+from flexgen.hub.gguf_file import GGUFHeader
+from flexgen.hub.gguf_model import ENDING, header_from
 from flexgen.hub.model_files import INDEX_FILE, MAX_JSON_BYTES, SINGLE_FILE, weight_files
 
 logger = logging.getLogger(__name__)
@@ -46,21 +48,69 @@ def download(repository: str, revision: str, names: Sequence[str], token: str | 
 
 def download_weights(repository: str, folder: Path, token: str | None, show_progress: bool) -> None:
     """Fetch the weight files that a snapshot lacks, after checking that they fit on the disk."""
-
     missing = [name for name in weight_files(folder) if not (folder / name).is_file()]
     if not missing:
         return
     commit = folder.name
     sizes = _file_sizes(repository, commit, missing, token)
     needed_bytes = sum(sizes.values())
+    _check_room(repository, needed_bytes, folder, folder.parents[2])
+    logger.info("downloading %s: %d files, %s, to %s", repository, len(missing), format_size(needed_bytes), folder)
+    download(repository, commit, missing, token, show_progress)
+
+
+def _check_room(repository: str, needed_bytes: int, folder: Path, cache: Path) -> None:
     free_bytes = shutil.disk_usage(folder).free
     if needed_bytes > free_bytes:
         raise CapacityError(
-            f"{repository} needs {format_size(needed_bytes)} more on the disk of {folder.parents[2]}, "
+            f"{repository} needs {format_size(needed_bytes)} more on the disk of {cache}, "
             f"{format_size(free_bytes)} are free: make room, or set HF_HOME to a folder on a larger disk"
         )
-    logger.info("downloading %s: %d files, %s, to %s", repository, len(missing), format_size(needed_bytes), folder)
-    download(repository, commit, missing, token, show_progress)
+
+
+def download_gguf(repository: str, revision: str, names: Sequence[str], token: str | None, show_progress: bool) -> Path:
+    """Return the snapshot folder in the hub's cache with the GGUF files of these names.
+
+    Raises:
+        ModelError: The repository has no such files, or it cannot be read and the cache lacks them.
+        CapacityError: They do not fit on the disk of the cache.
+    """
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    listed = _listed(repository, revision, names, token)
+    if listed is not None:
+        commit, sizes = listed
+        missing = [name for name in names if not isinstance(huggingface_hub.try_to_load_from_cache(repository, name, revision=commit), str)]
+        cache = Path(constants.HF_HUB_CACHE)
+        _check_room(
+            repository, sum(sizes[name] for name in missing), next(each for each in (cache, *cache.parents) if each.is_dir()), cache
+        )
+    folder = download(repository, revision, names, token, show_progress)
+    if absent := [name for name in names if not (folder / name).is_file()]:
+        raise ModelError(f"{repository} is in the hub's cache without {some(absent)}, and the hub cannot be asked")
+    return folder
+
+
+def _listed(repository: str, revision: str, names: Sequence[str], token: str | None) -> tuple[str, dict[str, int]] | None:
+    """Return the commit of a revision and the sizes of files in it; None if the hub does not answer.
+
+    Raises:
+        ModelError: The repository has no such files.
+    """
+    import huggingface_hub
+
+    sizes: dict[str, int] = {}
+    commit = revision
+    with suppress(ModelError), _translated(repository, revision):
+        info = huggingface_hub.HfApi(token=token).model_info(repository, revision=revision, files_metadata=True)
+        sizes, commit = {file.rfilename: file.size or 0 for file in info.siblings or ()}, info.sha or revision
+    if not sizes:
+        return None
+    if absent := [name for name in names if name not in sizes]:
+        others = some(name for name in sizes if name.endswith(ENDING))
+        raise ModelError(f"{repository} has no file {some(absent)}" + (f"; its GGUF files are {others}" if others else ""))
+    return commit, sizes
 
 
 def file_names(repository: str, commit: str, token: str | None) -> list[str]:
@@ -111,6 +161,28 @@ def weight_headers(repository: str, folder: Path, *, token: str | None = None) -
     with _translated(repository, folder.name), ThreadPoolExecutor(_REQUESTS, thread_name_prefix="flexgen-headers") as threads:
         headers = threads.map(lambda name: _fetch_header(repository, folder.name, name, token), names)
         return {name: (header, sizes[name]) for name, header in zip(names, headers, strict=True)}
+
+
+def gguf_headers(repository: str, revision: str, names: Sequence[str], token: str | None = None) -> tuple[list[GGUFHeader], str] | None:
+    """Fetch the headers of GGUF files by range requests, and the commit; nothing is kept.  The result is None if the hub does not answer.
+
+    Raises:
+        ModelError: The hub lacks a file.
+        CheckpointError: A header breaks a rule of the format.
+    """
+    listed = _listed(repository, revision, names, token)
+    if listed is None:
+        return None
+    commit, sizes = listed
+    headers = []
+    with _translated(repository, commit):
+        for name in names:
+
+            def start(size: int, name: str = name) -> bytes:
+                return _fetch_start(repository, commit, name, token, size)
+
+            headers.append(header_from(start, file_bytes=sizes[name], path=Path(repository) / name))
+    return headers, commit
 
 
 def _fetch_header(repository: str, commit: str, name: str, token: str | None) -> bytes:

@@ -6,13 +6,16 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flexgen.base.quantities import MIB, format_size
 from flexgen.base.strict_json import MAX_VALUES, strict_json
 from flexgen.errors import CheckpointError, ModelError
 from flexgen.hub.diagnose import check_fetched, folder_without_weights
 from flexgen.hub.symlinks import followed
+
+if TYPE_CHECKING:
+    from flexgen.hub.gguf_model import GGUFModel
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -46,6 +49,7 @@ class ModelFiles:
             knows.
         generation_config: generation_config.json as written, or empty.
         has_tokenizer: Whether there is a tokenizer.  Without one, prompts and answers are token ids only.
+        gguf: The headers of the weights if they are in GGUF; `folder` then holds what was made of their metadata, and no weights.
     """
 
     name: str
@@ -54,6 +58,7 @@ class ModelFiles:
     generation_config: dict[str, Any]
     commit: str | None
     has_tokenizer: bool
+    gguf: GGUFModel | None = None
 
 
 def is_template(name: str) -> bool:

@@ -10,7 +10,9 @@ from typing import Any
 
 from flexgen.errors import ModelError, UnsupportedModelError
 from flexgen.hub.diagnose import file_instead_of_folder, folder_without_config, other_purpose, repository_without_config
-from flexgen.hub.download import download, download_weights, file_names
+from flexgen.hub.download import download, download_gguf, download_weights, file_names, gguf_headers
+from flexgen.hub.gguf_folder import gguf_model_files
+from flexgen.hub.gguf_model import GGUFModel, gguf_model, is_gguf, part_names, read_gguf
 from flexgen.hub.model_files import (
     SMALL_FILES,
     VOCABULARY_FILES,
@@ -25,6 +27,7 @@ from flexgen.hub.model_files import (
 logger = logging.getLogger(__name__)
 
 _REPOSITORY = re.compile(r"[\w][\w.\-]*(/[\w][\w.\-]*)?")
+_HUB_GGUF = re.compile(r"(?P<repository>[\w][\w.\-]*/[\w][\w.\-]*)/(?P<file>([\w][\w.\-]*/)*[\w][\w.\-]*\.gguf)")
 
 
 def resolve_model(
@@ -35,10 +38,10 @@ def resolve_model(
     with_weights: bool = True,
     show_progress: bool = False,
 ) -> ModelFiles:
-    """Find the files of a model: a local folder, or a hub repository that is downloaded if need be.
+    """Find the files of a model: a local folder or GGUF file, or what is downloaded from the hub if need be.
 
     Args:
-        model: A folder, or a repository id such as "facebook/opt-6.7b".
+        model: A folder, a GGUF file, a repository id such as "facebook/opt-6.7b", or a repository's id and the name of a GGUF file in it.
         revision: Branch, tag or commit of a repository.
         token: Token of the hub; None is the hub library's own (`hf auth login`, HF_TOKEN).
         with_weights: Whether weights are needed; without them only configuration and tokenizer are fetched.
@@ -52,6 +55,13 @@ def resolve_model(
     """
     name = _name("model", model)
     folder = Path(name).expanduser()
+    if is_gguf(folder):
+        if revision is not None:
+            raise ModelError(f"{name} is a file here; a revision ({revision}) only has a meaning for a hub repository")
+        return gguf_model_files(name, read_gguf(folder))
+    if (match := _HUB_GGUF.fullmatch(name)) is not None and not folder.parent.is_dir():
+        found, commit = _gguf_of_hub(match["repository"], match["file"], revision or "main", token, with_weights, show_progress)
+        return gguf_model_files(name, found, commit)
     commit = None
     if name and folder.is_dir():  # Path("") is the current folder
         if revision is not None:
@@ -83,14 +93,29 @@ def resolve_model(
     )
 
 
+def _gguf_of_hub(
+    repository: str, file: str, revision: str, token: str | None, with_weights: bool, show_progress: bool
+) -> tuple[GGUFModel, str]:
+    """Return the headers of a GGUF file in a hub repository, and the commit; without weights, only headers are fetched."""
+    within = Path(file)
+    names = [str(within.with_name(name)) for name in part_names(within.name)]
+    if not with_weights and (found := gguf_headers(repository, revision, names, token)) is not None:
+        headers, commit = found
+        return gguf_model(headers), commit
+    folder = download_gguf(repository, revision, names, token, show_progress)
+    return read_gguf(folder / file), folder.name
+
+
 def resolve_tokenizer(tokenizer: str | os.PathLike[str], *, revision: str | None = None, token: str | None = None) -> Path:
-    """Find the folder of a tokenizer that is given apart from its model: a local one, or tokenizer files of a hub repository.
+    """Find the folder of a tokenizer that is given apart from its model: a folder, a GGUF file, or tokenizer files of a hub repository.
 
     Raises:
         ModelError: It is neither a folder nor a repository, or it has no tokenizer files.
     """
     name = _name("tokenizer", tokenizer)
     folder = Path(name).expanduser()
+    if is_gguf(folder):
+        folder = gguf_model_files(name, read_gguf(folder)).folder
     if not folder.is_dir():
         _check_repository_id(name)
         folder = download(name, revision or "main", SMALL_FILES, token, show_progress=False)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from flexgen.checkpoint.files import Checkpoint
+from flexgen.checkpoint.files import Checkpoint, Headers
 from flexgen.formats.base import Encoding
 from flexgen.formats.table import check_supported_number_format
 from flexgen.formats.warming import smallest_of_each_kind
@@ -71,6 +71,7 @@ def assemble_model(
     name: str | None = None,
     unit_bytes: int | None = None,
     kv_format: KVFormat | None = None,
+    headers: Headers | None = None,
 ) -> AssembledModel:
     """Take the model in `folder` apart into what the engine executes; no weights are read.
 
@@ -81,6 +82,7 @@ def assemble_model(
         name: The name of the model; None for that of the folder.
         unit_bytes: The approximate size of a unit; None for a default that depends on the model.
         kv_format: The format of keys and values; None for `default_kv_format`.
+        headers: The headers of the weights if they are not safetensors files in `folder`.
 
     Raises:
         ModelError: The architecture, the number format or the files are not supported.
@@ -88,7 +90,7 @@ def assemble_model(
     check_supported_number_format(config)
     check_supported_architecture(config)
     kv_format = kv_format or default_kv_format(dtype)
-    checkpoint = Checkpoint(folder)
+    checkpoint = Checkpoint(folder) if headers is None else headers
     units = cut_model(config, dtype, checkpoint, unit_bytes)
     return AssembledModel(
         bound=BoundModel(units.model, units.parts, sorted(table.module for table in units.tables), units.trace.tail),

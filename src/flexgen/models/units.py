@@ -72,7 +72,7 @@ def cut_model(config: Any, dtype: torch.dtype, headers: Headers, unit_bytes: int
         UnsupportedModelError: The engine does not support the model, or the number format is not known.
         CheckpointError: The headers do not match the model.
     """
-    headers = headers.decoded(stated_format(config), dtype)
+    stored_bytes, headers = headers.total_bytes, headers.decoded(stated_format(config), dtype)
     check_supported_architecture(config)
     model = build_skeleton(without_quantization(config), dtype, SkeletonLimits.of(headers))
     sources = parameter_sources(model, headers)
@@ -81,7 +81,9 @@ def cut_model(config: Any, dtype: torch.dtype, headers: Headers, unit_bytes: int
     tables = _row_tables(trace, sources, tensors.dtype)
     gathered = frozenset(table.module for table in tables)
     uses = streamed_uses(model, trace, dtype.itemsize, gathered, lambda name: sources[name].sliceable)
-    parts = cut_units(uses, unit_bytes or default_unit_bytes(sum(use.decoded_bytes for use in uses)))
+    weight_bytes = sum(use.decoded_bytes for use in uses)
+    encoded = any(tensor.encoding is not None for tensor in headers.tensors.values())
+    parts = cut_units(uses, unit_bytes or default_unit_bytes(weight_bytes, stored_bytes if encoded else weight_bytes))
     layouts = tuple(_layout(unit, tensors) for unit in parts)
     streamed = {f"{tensor.module}.{tensor.parameter}" for layout in layouts for tensor in layout.tensors}
     unused = _unused(model, sources, trace)
@@ -99,9 +101,9 @@ def cut_model(config: Any, dtype: torch.dtype, headers: Headers, unit_bytes: int
     )
 
 
-def default_unit_bytes(weight_bytes: int) -> int:
-    """Return 1 % of the weights, within [8 MiB, 1 GiB]; small models are still cut into a few dozen units."""
-    return max(min(weight_bytes // 100, GIB), min(SMALLEST_UNIT_BYTES, weight_bytes // 24), 1)
+def default_unit_bytes(weight_bytes: int, stored_bytes: int) -> int:
+    """Return 1 % of the weights, within [8 MiB, 1 GiB]; small models are still cut into a few dozen units, decoded ones into more."""
+    return max(min(weight_bytes // 100, GIB), min(SMALLEST_UNIT_BYTES, weight_bytes // 24, stored_bytes // 24), 1)
 
 
 # ---------------------------------------------------------------------- the parts that stream
@@ -249,7 +251,7 @@ def _row_tables(trace: ModelTrace, sources: ModelSources, dtype: Callable[[str],
     return tuple(
         RowTable(module=name, source=sources[weight], dtype=dtype(weight))
         for name, weight in weights.items()
-        if weight in sources and sources[weight].is_view
+        if weight in sources and sources[weight].rows_apart
     )
 
 

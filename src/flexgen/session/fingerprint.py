@@ -43,10 +43,12 @@ def _weights(files: ModelFiles, load_format: str) -> str:
         return f"{files.name} at {files.commit}"
     if load_format == "dummy":
         return "random weights"
-    names = sorted(weight_files(files.folder))
-    found = [(files.folder / name).stat() for name in names]
-    parts = (f"{name} {each.st_size} {each.st_mtime_ns}".encode() for name, each in zip(names, found, strict=True))
-    return f"{len(names)} files, {format_size(sum(each.st_size for each in found))}, {_digest(parts)}"
+    paths = [files.folder / name for name in sorted(weight_files(files.folder))]
+    if files.gguf is not None:
+        paths = [part.path for part in files.gguf.parts]
+    found = [path.stat() for path in paths]
+    parts = (f"{path.name} {each.st_size} {each.st_mtime_ns}".encode() for path, each in zip(paths, found, strict=True))
+    return f"{len(paths)} files, {format_size(sum(each.st_size for each in found))}, {_digest(parts)}"
 
 
 def _tokenizer_digest(tokenizer: Tokenizer, model_folder: Path) -> str:

@@ -53,9 +53,9 @@ def spec_of(
     """Return the model as the planner sees it.
 
     Args:
-        model: A folder; else a name of the catalogue or the hub id of one of its models, in any letter case; else another hub id, for which
-            the hub is asked. torch is loaded only for a folder, for another hub id, and for a shipped model that is computed in another
-            dtype than it ships in.
+        model: A folder or a GGUF file; else a name of the catalogue or the hub id of one of its models, in any letter case; else another
+            hub id, for which the hub is asked. torch is loaded only for a folder, for another hub id, and for a shipped model that is
+            computed in another dtype than it ships in.
         device: "cpu", "cuda" or "sim".
         dtype: The dtype to compute in, as in EngineOptions.
         load_format: As in EngineOptions; "dummy" describes a folder or a hub repository by its config alone.
@@ -104,6 +104,7 @@ def _described(
     import torch
 
     from flexgen.checkpoint.files import Checkpoint, Headers
+    from flexgen.checkpoint.gguf import GGUFHeaders
     from flexgen.hub.config import read_config
     from flexgen.hub.download import weight_headers
     from flexgen.hub.model_files import weight_files
@@ -121,7 +122,9 @@ def _described(
         with describing(model):
             computed = getattr(torch, compute_dtype(config_dtype(config), device) if dtype == "auto" else dtype)
             return describe_config(config, computed, stored=computed, name=model)
-    if files.commit is None or all((files.folder / name).is_file() for name in weight_files(files.folder)):
+    if files.gguf is not None:
+        headers = GGUFHeaders(files.gguf)
+    elif files.commit is None or all((files.folder / name).is_file() for name in weight_files(files.folder)):
         headers = Checkpoint(files.folder)
     else:
         headers = Headers.parsed(files.folder, weight_headers(model, files.folder, token=token))

@@ -153,6 +153,7 @@ class ResolvedModel:
         """Assemble the model in a folder; quantized weights are refused as such, before they are compared with the config."""
         import torch
 
+        from flexgen.checkpoint.gguf import GGUFHeaders
         from flexgen.formats.table import refuse_quantization
         from flexgen.models.assemble import assemble_model
 
@@ -160,7 +161,9 @@ class ResolvedModel:
         with DESCRIBING, describing(self.files.name):
             if (tool := other_quantization(self.files.folder, self.files.config)) is not None:
                 raise refuse_quantization({"quant_method": tool})
-            return assemble_model(folder, self.config, getattr(torch, dtype), name=self.files.name)
+            random = self.options.load_format == "dummy"
+            headers = GGUFHeaders(self.files.gguf) if self.files.gguf is not None and not random else None
+            return assemble_model(folder, self.config, getattr(torch, dtype), name=self.files.name, headers=headers)
 
 
 def config_dtype(config: Any) -> str:

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -19,29 +20,30 @@ from flexgen.weights.unit import TensorSource, UnitLayout, WantedTensor
 logger = logging.getLogger(__name__)
 
 
+class RowSource(TensorSource, Protocol):
+    """A source of a matrix whose rows can also be read and made one by one."""
+
+    def assemble_rows(self, raws: Sequence[torch.Tensor], out: torch.Tensor) -> None: ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowTable:
     """An embedding table as stored.
 
     Attributes:
         module: The name of the module in the model.
-        source: The stored bytes of the table, row by row.
+        source: The stored bytes of the table, row by row: a source with `rows_apart`.
         dtype: The dtype of the decoded rows.
     """
 
     module: str
-    source: TensorSource
+    source: RowSource
     dtype: torch.dtype
 
     @property
     def path(self) -> Path:
         """The file that holds the table."""
         return self.source.ranges[0].path
-
-    @property
-    def offset(self) -> int:
-        """The offset of row 0 in the file."""
-        return self.source.ranges[0].offset
 
     @property
     def num_rows(self) -> int:
@@ -53,7 +55,13 @@ class RowTable:
 
     @property
     def row_bytes(self) -> int:
-        return self.row_elements * self.source.dtype.itemsize
+        """The stored bytes of a row, in all ranges together."""
+        return sum(self.row_sizes)
+
+    @property
+    def row_sizes(self) -> list[int]:
+        """The stored bytes of a row in each range of the source."""
+        return [each.nbytes // self.num_rows for each in self.source.ranges]
 
     @property
     def layout(self) -> UnitLayout:
@@ -102,8 +110,7 @@ class EmbeddingRows:
             if not self._agree(table, unique, found):
                 raise StorageError(f"{table.path}: rows of {module} are not what they were when they were first read")
         self.bytes_gathered += found.numel()
-        stored = found.view(table.source.dtype).view(len(unique), table.row_elements)
-        rows, renumbered = self._staging.to_device(stored.to(table.dtype), renumbered, non_blocking=True)
+        rows, renumbered = self._staging.to_device(_decoded(table, found), renumbered, non_blocking=True)
         return rows, renumbered
 
     def _file(self, path: Path) -> File:
@@ -113,14 +120,19 @@ class EmbeddingRows:
 
     def _read(self, table: RowTable, wanted: torch.Tensor) -> torch.Tensor:
         """Return the bytes of these rows, (n, row_bytes) uint8; those that are not cached are fetched together."""
-        size, file = table.row_bytes, self._file(table.path)
-        buffer = AlignedBuffer(len(wanted) * size)
-        offsets = [table.offset + row * size for row in wanted.tolist()]
-        for offset in offsets:
+        sizes = table.row_sizes
+        found = AlignedBuffer(len(wanted) * table.row_bytes)
+        reads: list[tuple[File, int, int, int]] = []  # file, offset, place in the buffer, size
+        at = 0
+        for row in wanted.tolist():
+            for each, size in zip(table.source.ranges, sizes, strict=True):
+                reads.append((self._file(each.path), each.offset + row * size, at, size))
+                at += size
+        for file, offset, _, size in reads:
             file.will_read(offset, size)
-        for at, offset in enumerate(offsets):
-            file.read_into(buffer.view[at * size : (at + 1) * size], offset)
-        return buffer.tensor[: len(wanted) * size].view(len(wanted), size)
+        for file, offset, place, size in reads:
+            file.read_into(found.view[place : place + size], offset)
+        return found.tensor[:at].view(len(wanted), table.row_bytes)
 
     def _agree(self, table: RowTable, wanted: torch.Tensor, found: torch.Tensor) -> bool:
         """Return whether the rows have the checksums of their first read; record the checksums of rows that are read for the first time."""
@@ -142,3 +154,12 @@ class EmbeddingRows:
     def close(self) -> None:
         for file in self._files.values():
             file.close()
+
+
+def _decoded(table: RowTable, found: torch.Tensor) -> torch.Tensor:
+    """Return rows (n, columns) made of their stored bytes (n, row_bytes)."""
+    parts = found.split(table.row_sizes, dim=1)
+    raws = [part.contiguous().view(-1).view(each.dtype) for part, each in zip(parts, table.source.ranges, strict=True)]
+    rows = torch.empty(len(found), table.row_elements, dtype=table.dtype)
+    table.source.assemble_rows(raws, rows)
+    return rows

@@ -155,10 +155,11 @@ class UnitLayout:
         at = carried_bytes = decoded_bytes = 0
         for each in wanted:
             decoded = torch.Size(each.source.shape).numel() * each.dtype.itemsize
-            carried_at = []
-            for size in [stored.nbytes for stored in each.source.ranges] if each.source.carried_as_stored else [decoded]:
-                carried_at.append(carried_bytes)
-                carried_bytes += align_up(size, DEVICE_ALIGNMENT)
+            carried_at = [carried_bytes]
+            if each.source.carried_as_stored:
+                carried_at, carried_bytes = _carried_positions(each.source.ranges, carried_bytes)
+            else:
+                carried_bytes += align_up(decoded, DEVICE_ALIGNMENT)
             decoded_bytes += align_up(decoded, DEVICE_ALIGNMENT)
             stored_at = tuple(positions[at : at + len(each.source.ranges)])
             at += len(stored_at)
@@ -187,8 +188,29 @@ class UnitLayout:
         """
         for tensor in self.tensors:
             if tensor.source.carried_as_stored:
-                for each, stored_at, at in zip(tensor.source.ranges, tensor.stored_at, tensor.carried_at, strict=True):
-                    yield at, stored[stored_at : stored_at + each.nbytes]
+                end = 0  # of what has been carried; ranges that overlap in the file overlap here too
+                sizes = [each.nbytes for each in tensor.source.ranges]
+                for at, stored_at, size in sorted(zip(tensor.carried_at, tensor.stored_at, sizes, strict=True)):
+                    begin = max(end - at, 0)
+                    if begin < size:
+                        yield at + begin, stored[stored_at + begin : stored_at + size]
+                        end = at + size
             else:
                 numbers = tensor.numbers(stored, UnitForm.STORED, lambda each: each.view(into, each.carried_at[0]), parallel)
                 yield tensor.carried_at[0], numbers.view(-1).view(torch.uint8)
+
+
+def _carried_positions(ranges: Sequence[StoredRange], at: int) -> tuple[list[int], int]:
+    """Return the positions of ranges in the carried bytes, beginning at `at`, and the end of the last; what overlaps is carried once."""
+    positions = [0] * len(ranges)
+    before: StoredRange | None = None  # the range that the current one could overlap, grown by all that do
+    begin = at
+    for index in sorted(range(len(ranges)), key=lambda each: (str(ranges[each].path), ranges[each].offset)):
+        each = ranges[index]
+        if before is None or each.path != before.path or each.offset >= before.offset + before.nbytes:
+            begin, before = at, each
+        else:
+            before = before._replace(nbytes=max(before.nbytes, each.offset + each.nbytes - before.offset))
+        positions[index] = begin + each.offset - before.offset
+        at = align_up(begin + before.nbytes, DEVICE_ALIGNMENT)
+    return positions, at
