@@ -12,8 +12,11 @@ from machines import machine_of
 
 from flexgen import LLM, SamplingParams
 from flexgen.formats.base import Encoding, EncodingPart, NumberFormat, Parallel, StoredTensor, serially
+from flexgen.formats.random_numbers import encoded_as
 from flexgen.formats.scaled import ScaledMatrices
+from flexgen.formats.table import stated_format
 from flexgen.formats.warming import smallest_of_each_kind, warm_up
+from flexgen.profile.decoding import EXAMPLES
 from flexgen.session import prepare
 from tests.formats.encoded import fp8, write_model
 
@@ -51,6 +54,13 @@ def test_one_row_or_the_whole() -> None:
         ([(torch.uint8, 8), (torch.float32, 3)], (1, 16), torch.bfloat16),
         ([(torch.uint8, 32), (torch.float32, 6)], (4, 16), torch.float32),
     ]
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_every_format_decodes_zeros(name: str) -> None:
+    number_format = stated_format({"quantization_config": EXAMPLES[name]})
+    assert number_format is not None
+    warm_up(encoded_as(number_format, number_format.example(1 << 16)), torch.bfloat16)
 
 
 @pytest.mark.parametrize("device", ["cpu", "sim"])
