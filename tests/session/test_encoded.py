@@ -39,7 +39,8 @@ def test_tokens_do_not_change_and_memory_is_as_planned(novels_opt: Path, device:
             outputs = llm.generate(PROMPTS, SamplingParams(temperature=0, max_tokens=6))
             answers.add(tuple(output.outputs[0].text for output in outputs))
             report = llm.report()
-        planned = report.forecast["memory_bytes"]["host"]
+        memory: Any = report.forecast["memory_bytes"]
+        planned = memory["host"]
         assert report.placement["weights"].get("host", 0) == planned["weights"] + planned[ENCODED]
         assert (planned[ENCODED] > 0) == ("encoded" in weights)
         kept = report.policy["weights"]["encoded"]
