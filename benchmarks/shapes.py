@@ -45,7 +45,19 @@ class Shape:
         return self.config.get("intermediate_size") or self.config["ffn_dim"]
 
 
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "opt": "OPTForCausalLM"}
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "opt": "OPTForCausalLM", "gpt_oss": "GptOssForCausalLM"}
+# Weights of 4 bits in groups of 128, as compressed-tensors packs them.
+INT4: dict[str, Any] = {
+    "quant_method": "compressed-tensors",
+    "format": "pack-quantized",
+    "config_groups": {
+        "group_0": {
+            "targets": ["Linear"],
+            "weights": {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 128},
+        }
+    },
+    "ignore": ["lm_head"],
+}
 PROMPT_TOKENS, OUTPUT_TOKENS = 256, 32
 
 
@@ -102,6 +114,45 @@ SHAPES = {
         ),
         Shape(name="opt-1.3b", model_type="opt", memory_bytes=2 * GIB, num_requests=64, batches=(), config=_opt(2048, 24, 32)),
         Shape(name="opt-2.7b", model_type="opt", memory_bytes=4 * GIB, num_requests=48, batches=(), config=_opt(2560, 32, 32)),
+        # Weights in low-bit formats: more than twice the limit in bfloat16, about the limit as stored.
+        Shape(
+            name="opt-30b-int4",
+            model_type="opt",
+            memory_bytes=18 * GIB,
+            num_requests=32,
+            batches=(),
+            config=_opt(7168, 48, 56) | {"quantization_config": INT4},
+        ),
+        Shape(
+            name="gpt-oss-20b",
+            model_type="gpt_oss",
+            memory_bytes=14 * GIB,
+            num_requests=64,
+            batches=(),
+            config={
+                "hidden_size": 2880,
+                "intermediate_size": 2880,
+                "num_hidden_layers": 24,
+                "num_attention_heads": 64,
+                "num_key_value_heads": 8,
+                "head_dim": 64,
+                "num_local_experts": 32,
+                "num_experts_per_tok": 4,
+                "sliding_window": 128,
+                "vocab_size": 201088,
+                "max_position_embeddings": 131072,
+                "tie_word_embeddings": False,
+                "quantization_config": {"quant_method": "mxfp4"},
+            },
+        ),
+        Shape(
+            name="opt-6.7b-int4",
+            model_type="opt",
+            memory_bytes=6 * GIB,
+            num_requests=32,
+            batches=(),
+            config=_opt(4096, 32, 32) | {"quantization_config": INT4},
+        ),
         # For trying the scripts out in a minute; its figures mean nothing.
         Shape(
             name="llama-tiny",
@@ -112,5 +163,13 @@ SHAPES = {
             config=_llama(1024, 12, 16, 64, 2816, 32000),
         ),
         Shape(name="opt-125m", model_type="opt", memory_bytes=GIB, num_requests=8, batches=(4, 8), config=_opt(768, 12, 12)),
+        Shape(
+            name="opt-125m-int4",
+            model_type="opt",
+            memory_bytes=GIB,
+            num_requests=8,
+            batches=(),
+            config=_opt(768, 12, 12) | {"quantization_config": INT4},
+        ),
     )
 }

@@ -377,7 +377,7 @@ def test_quantized_weights_are_refused_by_name(config: dict[str, object]) -> Non
     with pytest.raises(UnsupportedModelError, match="quanto"):
         check_supported_number_format(config)
     loaded = tiny_config("llama")
-    loaded.quantization_config = {"quant_method": "awq", "bits": 4}
+    loaded.quantization_config = {"quant_method": "awq", "bits": 4, "version": "gemv"}
     with pytest.raises(UnsupportedModelError, match="awq"):
         check_supported_number_format(loaded)
     with pytest.raises(UnsupportedModelError, match="unnamed"):

@@ -42,7 +42,8 @@ def test_a_plan_as_json() -> None:
         "plan", "llama-3-8b", "--machine", "rtx4090-64gb", "--num-requests", 100, "--json", "--kv", "host=1", "--host-mem", "32GiB"
     )
     plan = json.loads(done.stdout)
-    assert set(plan) == {"model", "machine", "limits", "policy", "forecast", "faster_format"}
+    assert set(plan) == {"model", "machine", "limits", "policy", "forecast", "weight_format", "faster_format", "faster_weights"}
+    assert plan["weight_format"] == "auto"
     assert plan["faster_format"] is None
     assert plan["limits"]["host_bytes"] == 32 << 30
     assert plan["policy"]["kv"] == {"device": 0.0, "host": 1.0, "encoded": 0.0, "disk": 0.0}
@@ -83,6 +84,34 @@ def test_what_a_narrower_dtype_would_gain_is_said_where_it_is_much() -> None:
     told = flexgen(*job, "--dtype", "float32").stdout
     assert f"in bfloat16 the job would go {faster['speedup']:.1f} times as fast: --dtype bfloat16" in told
     assert "times as fast" not in flexgen(*job).stdout
+
+
+def test_a_format_of_weights_is_chosen_among_those_that_are_allowed() -> None:
+    """Weights that stream from disk, of which a quarter would stream faster."""
+    job = ("plan", "opt-30b", "--machine", "t4-gcp", "--num-requests", 50, "--weights", "disk=1", *QUICK)
+    own, rounded = (json.loads(flexgen(*job, "--json", *more).stdout) for more in ((), ("--allow-formats", "int8,int4")))
+    assert (own["weight_format"], rounded["weight_format"]) == ("auto", "int4")
+    assert own["faster_weights"]["format"] == "int4"
+    gain = own["forecast"]["seconds"] / rounded["forecast"]["seconds"]
+    assert own["faster_weights"]["speedup"] == pytest.approx(gain, rel=0.25)
+    assert rounded["faster_weights"] is None
+    told = flexgen(*job, "--allow-formats", "int8, int4").stdout
+    assert "of the formats allowed int4 is the fastest: run this plan with --weight-format int4" in told
+    assert "with weights rounded" not in told
+    assert "with weights rounded to int4 tokens might come about" in flexgen(*job).stdout
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--allow-formats", "int3"), "--allow-formats: 'int3' is unknown; known: int8, int4"),
+        (("--allow-formats", "int8", "--weight-format", "int4"), "leaves nothing to choose: leave out --allow-formats"),
+    ],
+)
+def test_formats_that_cannot_be_chosen(flags: tuple[str, ...], message: str) -> None:
+    done = flexgen("plan", "opt-30b", "--machine", "t4-gcp", *flags)
+    assert done.exit_code == 2
+    assert message in " ".join(done.stderr.split())
 
 
 def test_a_dtype_that_was_not_measured_is_not_spoken_of(measured: list[tuple[Any, ...]], tmp_path: Path) -> None:
@@ -128,7 +157,7 @@ def test_the_flags_that_read_an_input_are_those_of_run() -> None:
     """All of `run` that decide about lengths; the others are of answering."""
     answering = {"output", "dry_run", "metrics", "progress", "strict", "state", "retry_errors", "fresh", "accept_changes", "keep_going"}
     answering |= {"checkpoint_seconds", "temperature", "top_p", "verbose"}
-    own = {"machine", "prompt_len", "prefix_len", "gen_len", "num_requests", "pareto", "as_json"}
+    own = {"machine", "prompt_len", "prefix_len", "gen_len", "num_requests", "allow_formats", "pareto", "as_json"}
     commands = {command.name or command.callback.__name__: command.callback for command in app.registered_commands if command.callback}
     run, plan = (set(inspect.signature(commands[name]).parameters) for name in ("run", "plan"))
     assert run - answering == plan - own

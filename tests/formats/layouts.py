@@ -1,6 +1,6 @@
 """Matrices in the layouts of published integer formats, written out code by code, and the numbers that they stand for.
 
-Known to tests of headers, of decoding and of whole models; knows nothing about flexgen.
+Known to tests of kernels, of headers and of whole models; knows nothing about flexgen.
 """
 
 from __future__ import annotations

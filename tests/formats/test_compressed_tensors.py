@@ -380,6 +380,7 @@ def test_refused_by_name(quantization: dict[str, Any], message: str) -> None:
     [
         ({"weight_scale": None}, {}, "a.weight_scale is missing"),
         ({"weight_scale": torch.ones(64, 4)}, {}, "need"),
+        ({"weight_scale": torch.ones(64, 3, dtype=torch.uint8)}, {}, "need bfloat16, float16 or float32"),
         ({"weight_packed": torch.ones(64, 12)}, {}, "a.weight_packed is .*float32.*need int32"),
         ({"weight_packed": padded_words(torch.ones(64, 96, dtype=torch.int64), 3)}, {}, "words of 96 codes of 4 bits"),
         ({}, {"symmetric": False}, "a.weight_zero_point is missing"),

@@ -13,6 +13,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
 
+from flexgen.checkpoint.dummy import write_random_checkpoint
+from flexgen.checkpoint.files import Checkpoint
+from flexgen.checkpoint.sources import ParameterSource, whole
+from flexgen.formats.table import stated_format
 from flexgen.plan.policy import Fractions
 from tests.formats.encoded import with_quantization, write_model
 from tests.formats.layouts import Stored, awq, gptq, packed
@@ -26,6 +30,7 @@ PLACES = {
     "memory": ("cpu", IN_MEMORY),
     "sim": ("sim", Fractions(device=0.4, host=0.3, disk=0.3)),
 }
+EVERYWHERE = ("llama-pack-quantized", "llama-gptq")  # the others stream, with a device and without
 
 
 @dataclass(frozen=True)
@@ -89,11 +94,15 @@ def answers_of_decoded(folder: Path, config: PreTrainedConfig) -> Expected:
     return expected(reference.eval(), requests_for(128))
 
 
-@pytest.mark.parametrize("name", CASES)
+SLOW = ("qwen3_moe-awq",)
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in CASES])
 def test_answers_are_those_of_the_decoded_weights(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = write(CASES[name], tmp_path)
     wanted = answers_of_decoded(tmp_path, config)
-    for place, (device, weights) in PLACES.items():
+    for place in PLACES if name in EVERYWHERE else ("disk", "sim"):
+        device, weights = PLACES[place]
         model = describe(tmp_path / "encoded", config)
         assert not all(unit.plain for unit in model.spec.units), place
         largest = max(max(layout.stored_bytes, layout.carried_bytes) for layout in model.layouts)
@@ -108,3 +117,30 @@ def test_experts_are_cut_although_a_matrix_is_read_as_a_whole(tmp_path: Path) ->
     layouts = [layout for layout in describe(tmp_path / "encoded", config).layouts if "experts" in layout.name]
     experts = max(tensor.shape[0] for layout in layouts for tensor in layout.tensors)
     assert experts < config.num_experts
+
+
+RANDOM = {
+    "packed": compressed(symmetric=False),
+    "packed-3": compressed(num_bits=3, symmetric=False),
+    "int8": compressed(num_bits=8, strategy="channel", group_size=None) | {"format": "int-quantized"},
+    "nvfp4": compressed(type="float", strategy="tensor_group", group_size=16) | {"format": "nvfp4-pack-quantized"},
+    "gptq": {"quant_method": "gptq", "bits": 4, "group_size": 32},
+    "gptq-3": {"quant_method": "gptq", "bits": 3, "group_size": 32, "checkpoint_format": "gptq_v2", "desc_act": True},
+    "awq": {"quant_method": "awq", "bits": 4, "group_size": 32},
+}
+
+
+@pytest.mark.parametrize("name", RANDOM)
+def test_random_weights_in_the_format_of_a_config(name: str, tmp_path: Path) -> None:
+    """Complete, and of a common size once they are decoded."""
+    config = with_quantization(tiny_config("llama"), RANDOM[name])
+    assert write_random_checkpoint(config, tmp_path, torch.bfloat16) == Checkpoint(tmp_path).total_bytes
+    number_format = stated_format(config)
+    assert number_format is not None
+    decoded = [each for each in Checkpoint(tmp_path).decoded(number_format, torch.float32).tensors.values() if each.encoding is not None]
+    assert len(decoded) == 28
+    for tensor in decoded:
+        out = torch.empty(tensor.shape)
+        ParameterSource(name="a", shape=tensor.shape, dtype=tensor.dtype, pieces=whole(tensor)).read(out)
+        assert out.std().item() == pytest.approx(0.02, rel=0.5)
+        assert abs(out.mean().item()) < 0.01

@@ -15,6 +15,7 @@ from flexgen.errors import EngineError
 from flexgen.kernels.dequantize.codes import AWQ_WORDS, CHUNK, GPTQ_ROWS
 from flexgen.kernels.dequantize.integers import Groups, Packing, decode_awq, decode_gptq, decode_rows, unpack_awq
 from flexgen.kernels.threads import KernelThreads
+from tests.formats.layouts import awq_words, padded_words, stream_words
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
@@ -30,26 +31,7 @@ def random_scales(*shape: int, seed: int = 1) -> Tensor:
 
 
 def words_of(codes: Tensor, bits: int, *, padded: bool = False) -> Tensor:
-    """The words of each row, low bits first, one code after the other in Python's integers."""
-    rows = []
-    for row in codes.tolist():
-        if padded:
-            parts = [row[first : first + 32 // bits] for first in range(0, len(row), 32 // bits)]
-            words = [sum(code << (bits * i) for i, code in enumerate(part)) for part in parts]
-        else:
-            stream = sum(code << (bits * i) for i, code in enumerate(row))
-            words = [(stream >> (32 * i)) & 0xFFFFFFFF for i in range(-(-len(row) * bits // 32))]
-        rows.append(words)
-    return torch.tensor(rows, dtype=torch.int64).to(torch.int32)
-
-
-def awq_words_of(codes: Tensor) -> Tensor:
-    """The words of (rows, outputs): each has eight codes, of outputs 0, 2, 4, 6, 1, 3, 5, 7."""
-    rows = [
-        [sum(row[first + output] << (4 * i) for i, output in enumerate((0, 2, 4, 6, 1, 3, 5, 7))) for first in range(0, len(row), 8)]
-        for row in codes.tolist()
-    ]
-    return torch.tensor(rows, dtype=torch.int64).to(torch.int32)
+    return (padded_words if padded else stream_words)(codes, bits)
 
 
 def meant(codes: Tensor, scales: Tensor, zeros: Tensor, groups: Tensor) -> Tensor:
@@ -155,7 +137,7 @@ def test_gptq_in_any_order(bits: int) -> None:
 def test_awq(outputs: int, inputs: int, group: int, dtype: torch.dtype) -> None:
     codes, scales = random_codes(outputs, inputs, 4), random_scales(outputs, inputs // group)
     zeros = random_codes(outputs, inputs // group, 4, seed=2)
-    words = awq_words_of(codes.t())
+    words = awq_words(codes.t())
     assert torch.equal(unpack_awq(words).long(), codes.t())
     out = torch.full((outputs, inputs), 7, dtype=dtype)
     decode_awq(words, Groups(scales=scales, zeros=zeros.float(), columns=group), out, in_pieces)
@@ -168,7 +150,7 @@ def test_other_devices_compute_the_same_bits(dtype: torch.dtype) -> None:
     codes, scales = random_codes(48, 2200, 4), random_scales(48, 10)
     zeros = random_codes(48, 10, 4, seed=2).float()
     order = adjacent(2200, 220)[torch.randperm(2200, generator=torch.Generator().manual_seed(3))]
-    words, turned = words_of(codes, 4), awq_words_of(codes.t())
+    words, turned = words_of(codes, 4), awq_words(codes.t())
     three = words_of(codes % 8, 3)
 
     def decoded(to: Callable[[Tensor], Tensor]) -> list[Tensor]:

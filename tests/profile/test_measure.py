@@ -8,13 +8,13 @@ from machines import machine_of
 
 from flexgen.base.quantities import KIB, MIB
 from flexgen.errors import OptionError
-from flexgen.formats.table import FORMATS
+from flexgen.formats.base import RANDOM_DEVIATION
+from flexgen.formats.random_numbers import sampled_parts
 from flexgen.plan.machine import Rate, read_machine
 from flexgen.profile import compute, decoding, disk, overheads, timing
 from flexgen.profile import measure as module
 from flexgen.profile.measure import cached_machine, machine_key, measure
 from flexgen.profile.timing import median_seconds
-from tests.formats.test_decoding import RowScaled
 
 BYTES = {"bfloat16": 2, "float32": 4, "float64": 8}
 
@@ -176,14 +176,24 @@ def test_a_machine_is_measured_once(counted, tmp_path):
 
 
 def test_formats_are_measured_when_a_model_first_needs_them(counted, tmp_path, monkeypatch):
-    monkeypatch.setattr(decoding, "FORMATS", {**FORMATS, "row_scaled": RowScaled(carried_as_stored=False)})
     monkeypatch.setattr(decoding, "FORMAT_SECONDS", 0.01)
     first = cached(tmp_path, quick=False)
-    again = cached(tmp_path, formats=("row_scaled", "float16", "unknown"))  # one of them is a format, not a cast, and runs
-    assert again.casts.keys() - first.casts.keys() == {"row_scaled float32"}
-    assert again.casts["row_scaled float32"].typical > 1e5
-    assert cached(tmp_path, quick=False, formats=("row_scaled",)) == cached(tmp_path) == again, "it is kept, as thorough as it was"
+    again = cached(tmp_path, formats=("mxfp4", "float16", "unknown"))  # one of them is a format, not a cast, and known
+    assert again.casts.keys() - first.casts.keys() == {"mxfp4 float32"}
+    assert again.casts["mxfp4 float32"].typical > 1e5
+    assert cached(tmp_path, quick=False, formats=("mxfp4",)) == cached(tmp_path) == again, "it is kept, as thorough as it was"
     assert len(counted) == 1, "the rest is not measured again"
+
+
+@pytest.mark.parametrize("name", decoding.EXAMPLES)
+def test_examples_are_of_the_format_that_they_stand_for(name):
+    number_format, encoding = decoding.example(name, 1 << 19)
+    assert encoding.format.name == name
+    decoded = torch.empty(encoding.shape)
+    encoding.format.decode(sampled_parts(number_format, encoding), 0, decoded)
+    assert decoded.isfinite().all()
+    assert decoded.std().item() == pytest.approx(RANDOM_DEVIATION, rel=0.5)
+    assert abs(decoded.mean().item()) < 0.2 * RANDOM_DEVIATION
 
 
 def test_a_disturbed_measurement_warns_and_does_not_replace_a_better_one(tmp_path, monkeypatch, caplog):

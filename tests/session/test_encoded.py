@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from machines import machine_of
@@ -12,6 +13,13 @@ from flexgen.plan.price.memory import ENCODED
 from flexgen.session import prepare
 
 PROMPTS = ["It was a dark night", "The man who"]
+PINS: dict[str, Any] = {
+    "kv": "host=1",
+    "max_num_seqs": 2,
+    "micro_batch_tokens": 32,
+    "prefill_tokens": 64,
+    "schedule": "diagonal",
+}  # little is searched
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +33,9 @@ def test_tokens_do_not_change_and_memory_is_as_planned(novels_opt: Path, device:
     """The weights are stored in bfloat16, and computed with in float32."""
     answers, shares = set[tuple[str, ...]](), ("host=1", "encoded=1", "host=.25,encoded=.25,disk=.5", "disk=1")
     for weights in shares:
-        with LLM(novels_opt, dtype="float32", device=device, device_mem="64MiB" if device == "sim" else None, weights=weights) as llm:
+        with LLM(
+            novels_opt, dtype="float32", device=device, device_mem="64MiB" if device == "sim" else None, weights=weights, **PINS
+        ) as llm:
             outputs = llm.generate(PROMPTS, SamplingParams(temperature=0, max_tokens=6))
             answers.add(tuple(output.outputs[0].text for output in outputs))
             report = llm.report()
@@ -40,7 +50,7 @@ def test_tokens_do_not_change_and_memory_is_as_planned(novels_opt: Path, device:
 def test_weights_that_take_no_less_memory_as_stored_are_not_kept_so(novels_opt: Path) -> None:
     machine = "the weights \\(bfloat16\\) take no less memory as stored than in bfloat16: give that share to host"
     with (
-        LLM(novels_opt, dtype="bfloat16", device="cpu", weights="encoded=1") as llm,
+        LLM(novels_opt, dtype="bfloat16", device="cpu", weights="encoded=1", **PINS) as llm,
         pytest.raises(OptionError, match=machine),
     ):
         llm.generate(PROMPTS, SamplingParams(temperature=0, max_tokens=2))

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,18 +12,17 @@ import typer
 
 from flexgen.base.quantities import MIB
 from flexgen.base.steps import step
+from flexgen.cli import plan_answer
 from flexgen.cli.exit_codes import ExitCode
 from flexgen.cli.options import engine_command, takes
 from flexgen.cli.reading import Reading, check_source, lengths_of
 from flexgen.cli.terminal import showing
 from flexgen.errors import CapacityError, OptionError
-from flexgen.formats.table import runs
-from flexgen.options import EngineOptions
+from flexgen.options import WEIGHT_FORMATS, EngineOptions
 
 if TYPE_CHECKING:
     from flexgen.plan.machine import Limits, Machine
     from flexgen.plan.model import ModelSpec
-    from flexgen.plan.tell.alternatives import FasterFormat, ParetoPoint
     from flexgen.plan.tell.forecast import Plan
     from flexgen.plan.workload import Workload
 
@@ -128,9 +126,20 @@ def plan(
         ),
     ] = None,
     source: Annotated[Path | None, typer.Option("--input", metavar="FILE", help="Requests, as for `flexgen run`.")] = None,
+    allow_formats: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FORMATS",
+            help="Formats that the weights may be converted to, such as int8,int4: the fastest is planned. Default: none.",
+        ),
+    ] = None,
     pareto: Annotated[bool, typer.Option("--pareto", help="Also show what shorter requests would cost.")] = False,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print JSON: model, machine, limits, policy, forecast, faster_format, pareto if asked for.")
+        bool,
+        typer.Option(
+            "--json",
+            help="Print JSON: model, machine, limits, policy, forecast, weight_format, faster_format, faster_weights, pareto if asked for.",
+        ),
     ] = False,
 ) -> int:
     """Show how long a job would take, and what decides that.
@@ -146,20 +155,38 @@ def plan(
         return _equal_lengths(lengths, context, options) if source is None else lengths_of(source, reading, model, options)
 
     with showing("auto"):
-        told = _told(model, options, machine, workload_of, pareto=pareto, as_json=as_json)
+        told = _told(model, options, machine, workload_of, _allowed(allow_formats, options), pareto=pareto, as_json=as_json)
     print(told)
     return ExitCode.ALL_ANSWERED
 
 
+def _allowed(formats: str | None, options: EngineOptions) -> tuple[str, ...]:
+    """Return the formats that the user allows beside those of the checkpoint."""
+    if formats is None:
+        return ()
+    names, known = tuple(name.strip() for name in formats.split(",")), WEIGHT_FORMATS[1:]
+    if unknown := [name for name in names if name not in known]:
+        raise OptionError(f"--allow-formats: {unknown[0]!r} is unknown; known: {', '.join(known)}")
+    if options.weight_format != "auto":
+        raise OptionError(f"--weight-format {options.weight_format} leaves nothing to choose: leave out --allow-formats")
+    return names
+
+
 def _told(
-    model: str, options: EngineOptions, machine: str | None, workload_of: Callable[[int], Workload], *, pareto: bool, as_json: bool
+    model: str,
+    options: EngineOptions,
+    machine: str | None,
+    workload_of: Callable[[int], Workload],
+    allowed: Sequence[str],
+    *,
+    pareto: bool,
+    as_json: bool,
 ) -> str:
     """Return the plan as text or JSON; `workload_of` makes the workload from the model's context."""
     from flexgen.plan.known.machines import beside_checkpoint
     from flexgen.plan.search.solve import space_of
-    from flexgen.plan.tell.alternatives import faster_format
+    from flexgen.plan.tell.alternatives import CONVERSIONS, faster_format, faster_weights, fastest_plan
     from flexgen.plan.tell.alternatives import pareto as curve_of
-    from flexgen.plan.tell.forecast import make_plan
 
     limits, box = _limits_and_machine(options, machine)
     step(f"reading config and headers of {model}")
@@ -168,19 +195,51 @@ def _told(
         limits = beside_checkpoint(limits, spec.checkpoint_bytes, options)
     context = min(spec.max_position_embeddings, options.max_model_len or spec.max_position_embeddings)
     question = _Question(model=model, options=options, limits=limits, box=box, workload=workload_of(context))
-    job = question.job(spec, question.machine(spec))
+    jobs = {options.weight_format: question.job(spec, question.machine(spec))}
+    for each in allowed:
+        spec = _spec_of(model, dataclasses.replace(options, weight_format=each), limits.device, options.dtype)
+        jobs[each] = question.job(spec, question.machine(spec))
     step("choosing a plan")
-    planned = make_plan(**job)
-    faster = faster_format(planned, question.plan_in)
-    curve = curve_of(space_of(**job)) if pareto else []
-    return _as_json(planned, limits, faster, curve) if as_json else _as_text(planned, faster, curve)
+    plans = _plans(jobs)
+    chosen = fastest_plan(plans)
+    job, question = jobs[chosen], dataclasses.replace(question, options=dataclasses.replace(options, weight_format=chosen))
+    others = [name for name in CONVERSIONS if name not in allowed] if chosen == "auto" and options.load_format != "dummy" else []
+    answer = plan_answer.Answer(
+        plan=plans[chosen],
+        limits=limits,
+        weight_format=chosen,
+        allowed=allowed,
+        faster=faster_format(plans[chosen], question.plan_in),
+        faster_weights=faster_weights(plans[chosen], space_of(**job), others, lambda spec: space_of(**dict(job, spec=spec)))
+        if others
+        else None,
+        curve=curve_of(space_of(**job)) if pareto else [],
+    )
+    return plan_answer.as_json(answer) if as_json else plan_answer.as_text(answer)
+
+
+def _plans(jobs: Mapping[str, Mapping[str, Any]]) -> dict[str, Plan]:
+    """Return the plans of the same job in several formats, without those that do not fit; raise the first refusal where none fits."""
+    from flexgen.plan.tell.forecast import make_plan
+
+    plans: dict[str, Plan] = {}
+    refusals: list[CapacityError] = []
+    for name, job in jobs.items():
+        try:
+            plans[name] = make_plan(**job)
+        except CapacityError as refusal:
+            refusals.append(refusal)
+    if not plans:
+        raise refusals[0]
+    return plans
 
 
 def _spec_of(model: str, options: EngineOptions, device: str, dtype: str) -> ModelSpec:
     from flexgen.session.lookup import spec_of
 
-    given = {"load_format": options.load_format, "weight_format": options.weight_format, "revision": options.revision}
-    return spec_of(model, device=device, dtype=dtype, **given)
+    return spec_of(
+        model, device=device, dtype=dtype, load_format=options.load_format, weight_format=options.weight_format, revision=options.revision
+    )  # fmt: skip
 
 
 def _limits_and_machine(options: EngineOptions, name: str | None) -> tuple[Limits, Machine | None]:
@@ -208,36 +267,3 @@ def _equal_lengths(asked: Lengths, context: int, options: EngineOptions) -> Work
         raise OptionError(f"--prefix-len {prefix} is more than a prompt has (--prompt-len {prompt})")
     shared = prefix // PAGE_TOKENS * PAGE_TOKENS if options.prefix_sharing else 0  # in whole pages, which the first request computes
     return Workload(prompt_lens=(prompt,) * number, output_lens=(answer,) * number, shared_lens=(0, *(shared,) * (number - 1)))
-
-
-def _as_json(plan: Plan, limits: Limits, faster: FasterFormat | None, curve: Sequence[ParetoPoint]) -> str:
-    values: dict[str, Any] = {
-        "model": {"name": plan.spec.name, "number_format": plan.spec.number_format, "runs": runs(plan.spec.number_format)},
-        "machine": json.loads(plan.machine.to_json()),
-        "limits": dataclasses.asdict(limits),
-        "policy": dataclasses.asdict(plan.policy),
-        "forecast": dataclasses.asdict(plan.forecast),
-        "faster_format": None if faster is None else dataclasses.asdict(faster),
-    }
-    if curve:
-        values["pareto"] = [dataclasses.asdict(point) for point in curve]
-    return json.dumps(values, indent=2)
-
-
-_ORIGINS = {"measured": "measured {}", "datasheet": "by its datasheet", "paper": "by the rates of the FlexGen paper"}
-
-
-def _as_text(plan: Plan, faster: FasterFormat | None, curve: Sequence[ParetoPoint]) -> str:
-    from flexgen.report.format import format_curve, format_memory, format_plan
-
-    origin = _ORIGINS[plan.machine.origin].format(plan.machine.date)
-    lines = [f"{plan.spec.name} on {plan.machine.name} ({origin})", format_plan(plan), *format_memory(plan.forecast)]
-    if curve:
-        lines += ["what shorter requests cost:", format_curve(curve)]
-    if faster is not None:
-        lines.append(
-            f"note: in {faster.dtype} the job would go {faster.speedup:.1f} times as fast: --dtype {faster.dtype} (answers may differ)"
-        )
-    if plan.policy.device != "cpu" and plan.policy.weights.device == plan.policy.kv.device == 1:
-        lines.append("note: weights and KV cache fit the device: an engine made for that (vLLM, SGLang) will be faster")
-    return "\n".join(lines)

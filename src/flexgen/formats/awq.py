@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 from flexgen.errors import CheckpointError, UnsupportedModelError
 from flexgen.formats.base import Encoding, EncodingPart, NamedTensor, NumberFormat, Parallel, StoredTensor, serially
 from flexgen.formats.linear_names import contains_any, is_linear_of_layer, module_of
-from flexgen.formats.matrices import StoredMatrix, sample_integers
+from flexgen.formats.matrices import StoredMatrix
 
 if TYPE_CHECKING:
     import torch
 
+AWQ_NAME = "awq"
 _BITS, _PER_WORD, _MIDDLE = 4, 8, 8
 _VERSION = "gemm"
 _ROUNDED = "auto_round:auto_awq"
@@ -30,6 +31,7 @@ class AWQMatrix(StoredMatrix):
         group_size: The inputs that share a scale.
     """
 
+    name = AWQ_NAME
     group_size: int
 
     def decode(self, parts: Sequence[torch.Tensor], start: int, out: torch.Tensor, parallel: Parallel = serially) -> None:
@@ -43,9 +45,6 @@ class AWQMatrix(StoredMatrix):
         groups = Groups(scales=scales, zeros=zeros, zero=_MIDDLE, columns=self.group_size)
         decode_awq(parts[0].view(inputs, -1), groups, out, parallel)
 
-    def sample(self, stored: NamedTensor, generator: torch.Generator) -> torch.Tensor:
-        return sample_integers(stored, generator, _BITS)
-
 
 class AWQ(NumberFormat):
     """Weights as AutoAWQ stores them.
@@ -56,7 +55,7 @@ class AWQ(NumberFormat):
         with_zeros: Whether zero points are stored.
     """
 
-    name = "awq"
+    name = AWQ_NAME
     runs = True
 
     def __init__(self, group_size: int = 128, kept: Sequence[str] = (), *, with_zeros: bool = True) -> None:
@@ -105,7 +104,9 @@ class AWQ(NumberFormat):
         return [NamedTensor(f"{module}.{field}", shape, dtype) for field, shape, dtype in stored]
 
     def sample(self, stored: NamedTensor, generator: torch.Generator) -> torch.Tensor:
-        return sample_integers(stored, generator, _BITS)
+        from flexgen.formats.integer_samples import sample_integers
+
+        return sample_integers(stored, _BITS, generator)
 
     def find(self, tensors: Mapping[str, StoredTensor]) -> dict[str, Encoding]:
         modules = [name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")]
@@ -121,6 +122,7 @@ class AWQ(NumberFormat):
         (inputs, row_words), (groups, outputs) = words.shape, scales.shape
         group_size = self._group_size if self._group_size > 0 and groups > 1 else inputs
         fits = row_words * _PER_WORD == outputs and groups * group_size == inputs and (zeros is None or zeros.shape == (groups, row_words))
+        fits = fits and scales.dtype.is_floating_point
         if not fits or any(each.dtype != torch.int32 for each in (words, zeros) if each is not None):
             shapes = ", ".join(f"{each.name.rpartition('.')[2]} {tuple(each.shape)}" for each in found)
             raise CheckpointError(f"{module}: {shapes} do not make a matrix in groups of {self._group_size} inputs in {self.name}")

@@ -96,13 +96,6 @@ class Schemes:
         return None
 
 
-_USUAL = Scheme(
-    group="group_0", targets=("Linear",), stored_as=PACKED, floating=False, bits=4, symmetric=True, strategy="group", group_size=128,
-    block=None, ordered=False, inputs=None,
-)  # fmt: skip
-USUAL = Schemes(groups=(_USUAL,), ignored=(), kv_cache=False)
-
-
 def _names(module: str, target: str) -> bool:
     return re.match(target[3:], module) is not None if target.startswith("re:") else target == module
 

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from flexgen.errors import CheckpointError
 from flexgen.formats.base import Encoding, EncodingPart, NamedTensor, NumberFormat, StoredTensor
-from flexgen.formats.compressed_schemes import MXFP4, MXFP8, NVFP4, PACKED, USUAL, Scheme, Schemes, stated_schemes
+from flexgen.formats.compressed_schemes import MXFP4, MXFP8, NVFP4, PACKED, Scheme, Schemes, stated_schemes
 from flexgen.formats.linear_names import module_of
-from flexgen.formats.matrices import Blocks, IntegerRows, rows_of_zeros, sample_integers
+from flexgen.formats.matrices import Blocks, IntegerRows, rows_of_zeros
 from flexgen.formats.scaled import sample, scaled
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ _BESIDE = (
     "weight_shape", "weight_zero_point", "weight_g_idx", "input_scale", "input_zero_point", "input_global_scale",
     "output_scale", "output_zero_point", "output_global_scale",
 )  # fmt: skip
+_WHOLE_SCALES = ("weight_global_scale", "input_global_scale", "input_scale")  # of which random weights have 1
 _SHAPE_BYTES = 16  # two int64
 _HALF_BYTES = (NVFP4, MXFP4)  # two numbers in a byte
 
@@ -37,14 +38,14 @@ class CompressedTensors(NumberFormat):
     """Weights as compressed-tensors stores them.
 
     Args:
-        schemes: What the config states; None for 4-bit integers in groups of 128.
+        schemes: What the config states; None in the table of formats.
     """
 
     name = "compressed-tensors"
     runs = True
 
     def __init__(self, schemes: Schemes | None = None) -> None:
-        self._schemes = schemes or USUAL
+        self._schemes = schemes or Schemes(groups=(), ignored=(), kv_cache=False)
 
     def stated_by(self, quantization: Mapping[str, Any]) -> NumberFormat | None:
         schemes = stated_schemes(quantization)
@@ -56,10 +57,15 @@ class CompressedTensors(NumberFormat):
         return [tensor] if module is None or scheme is None else _encoded(module, tensor, scheme)
 
     def sample(self, stored: NamedTensor, generator: torch.Generator) -> torch.Tensor:
-        scheme = self._schemes.stored(stored.name.rpartition(".")[0])
-        if scheme is None or not scheme.floating:
-            return sample_integers(stored, generator, scheme.bits if scheme is not None else 4)
-        return sample(stored, generator)
+        import torch
+
+        from flexgen.formats.integer_samples import sample_integers
+
+        module, _, field = stored.name.rpartition(".")
+        scheme = self._schemes.planned(module)
+        if scheme is not None and not scheme.floating:
+            return sample_integers(stored, scheme.bits, generator)
+        return torch.ones(stored.shape, dtype=stored.dtype) if field in _WHOLE_SCALES else sample(stored, generator)
 
     def find(self, tensors: Mapping[str, StoredTensor]) -> dict[str, Encoding]:
         found = {}
@@ -118,6 +124,8 @@ class _StoredModule:
         )  # fmt: skip
 
     def _integers(self) -> Encoding:
+        if not self._scale.dtype.is_floating_point or self._scale.dtype.itemsize == 1:
+            raise self._wrong(self._scale, "bfloat16, float16 or float32")
         packing, columns = self._packing()
         shape = self._codes.shape[0], columns
         blocks = self._blocks(shape)
@@ -125,10 +133,10 @@ class _StoredModule:
         zero_packing = None
         if with_zeros := not self._scheme.symmetric:
             zeros = self._get("weight_zero_point")
-            if zeros.shape != self._scale.shape:
+            if zeros.dtype.itemsize != 1:
                 zero_packing = self._zero_packing(zeros, shape[0])
-            elif zeros.dtype.itemsize != 1:
-                raise self._wrong(zeros, "int8, or packed")
+            elif zeros.shape != self._scale.shape:
+                raise self._wrong(zeros, f"{self._scale.shape}, or packed in int32")
             parts.append(EncodingPart(zeros, rows_of_zeros(zero_packing) if zero_packing is not None else blocks.rows))
         if with_order := f"{self._module}.weight_g_idx" in self._tensors:
             order = self._get("weight_g_idx")

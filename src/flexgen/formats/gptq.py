@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from flexgen.errors import CheckpointError, UnsupportedModelError
 from flexgen.formats.base import Encoding, EncodingPart, NamedTensor, NumberFormat, Parallel, StoredTensor, serially
 from flexgen.formats.linear_names import is_linear_of_layer, module_of
-from flexgen.formats.matrices import StoredMatrix, sample_integers
+from flexgen.formats.matrices import StoredMatrix
 
 if TYPE_CHECKING:
     import torch
@@ -62,6 +62,10 @@ class GPTQMatrix(StoredMatrix):
     group_size: int
     zero_lacks: int
 
+    @property
+    def name(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return f"gptq_int{self.bits}"
+
     def decode(self, parts: Sequence[torch.Tensor], start: int, out: torch.Tensor, parallel: Parallel = serially) -> None:
         import torch
 
@@ -77,9 +81,6 @@ class GPTQMatrix(StoredMatrix):
             order=_order(parts[3], self.group_size) if len(parts) > 3 else None,
         )  # fmt: skip
         decode_gptq(parts[0].view(-1, outputs), self.bits, groups, out, parallel)
-
-    def sample(self, stored: NamedTensor, generator: torch.Generator) -> torch.Tensor:
-        return sample_integers(stored, generator, self.bits, zero_lacks=self.zero_lacks)
 
 
 def _order(stored: torch.Tensor, group_size: int) -> torch.Tensor:
@@ -135,8 +136,10 @@ class GPTQ(NumberFormat):
         return [NamedTensor(f"{module}.{field}", shape, dtype) for field, shape, dtype in stored]
 
     def sample(self, stored: NamedTensor, generator: torch.Generator) -> torch.Tensor:
-        bits, _ = self._chosen(stored.name.rpartition(".")[0]) or (self._settings.bits, 0)
-        return sample_integers(stored, generator, bits, zero_lacks=self._settings.zero_lacks)
+        from flexgen.formats.integer_samples import sample_integers
+
+        chosen = self._chosen(stored.name.rpartition(".")[0])
+        return sample_integers(stored, chosen[0] if chosen is not None else self._settings.bits, generator)
 
     def _chosen(self, module: str) -> tuple[int, int] | None:
         """Return the bits and the group size of a module; None if it is not encoded."""
@@ -177,7 +180,13 @@ class GPTQ(NumberFormat):
         for bits in (self._settings.bits, *_BITS):
             inputs = words.shape[0] * _WORD_BITS // bits
             fits = zeros.shape == (groups, -(-outputs * bits // _WORD_BITS)) and -(-inputs * bits // _WORD_BITS) == words.shape[0]
-            if fits and words.shape[1] == outputs and (order is None or order.shape == (inputs,)) and dtypes == {"int32"}:
+            if (
+                fits
+                and scales.dtype.is_floating_point
+                and words.shape[1] == outputs
+                and (order is None or order.shape == (inputs,))
+                and dtypes == {"int32"}
+            ):
                 return bits
         raise CheckpointError(
             f"{module}: qweight {tuple(words.shape)}, qzeros {tuple(zeros.shape)} and scales {tuple(scales.shape)}, words of "

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from flexgen.formats.base import RANDOM_DEVIATION, NamedTensor, NumberFormat, Parallel, serially
+from flexgen.formats.base import NumberFormat, Parallel, serially
 
 if TYPE_CHECKING:
     import torch
@@ -61,6 +61,10 @@ class IntegerRows(StoredMatrix):
     with_zeros: bool = False
     with_order: bool = False
 
+    @property
+    def name(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return f"int{self.packing.bits}"
+
     def decode(self, parts: Sequence[torch.Tensor], start: int, out: torch.Tensor, parallel: Parallel = serially) -> None:
         import torch
 
@@ -77,9 +81,6 @@ class IntegerRows(StoredMatrix):
         )  # fmt: skip
         codes = parts[0] if self.packing.signed else parts[0].view(torch.int32)
         decode_rows(codes.view(rows, -1), self.packing, groups, out, parallel)
-
-    def sample(self, stored: NamedTensor, generator: torch.Generator) -> torch.Tensor:
-        return sample_integers(stored, generator, self.packing.bits)
 
     def _zeros(self, stored: torch.Tensor, start: int, shape: tuple[int, int]) -> torch.Tensor:
         """Return the codes that stand for zero, float32 of the shape of the scales."""
@@ -102,41 +103,3 @@ class IntegerRows(StoredMatrix):
 def rows_of_zeros(packing: Packing) -> int | None:
     """Return the rows whose zero points are in one word; None if zero points cross the borders of words, so that all are read."""
     return packing.per_word if packing.padded or 32 % packing.bits == 0 else None
-
-
-def sample_integers(stored: NamedTensor, generator: torch.Generator, bits: int, *, zero_lacks: int = 0) -> torch.Tensor:
-    """Return random numbers of a part, as `NumberFormat.sample` does: all codes alike, and zero points in the middle.
-
-    Args:
-        stored: The part, or some of its rows.
-        generator: The source of randomness.
-        bits: The bits of a code.
-        zero_lacks: What a stored zero point lacks.
-    """
-    import torch
-
-    field = stored.name.rpartition(".")[2]
-    if field in ("weight_packed", "qweight"):
-        words = torch.randint(-(1 << 31), 1 << 31, stored.shape, dtype=torch.int64, generator=generator)
-        return words.to(torch.int32)
-    if field == "weight":
-        return torch.randint(-128, 128, stored.shape, dtype=torch.int8, generator=generator)
-    if field in ("weight_zero_point", "qzeros") and stored.dtype == torch.int32:
-        words = _repeated((1 << (bits - 1)) - zero_lacks, bits)
-        along = stored.shape[0 if field == "weight_zero_point" else 1]
-        line = words.repeat(-(-along // len(words)))[:along]
-        return (line[:, None] if field == "weight_zero_point" else line).expand(stored.shape)
-    if field == "weight_g_idx":
-        return torch.full(stored.shape, -1, dtype=stored.dtype)  # groups of adjacent columns
-    if stored.dtype.is_floating_point:
-        of_activations = not field.startswith(("weight", "scales"))
-        return torch.full(stored.shape, 1 if of_activations else RANDOM_DEVIATION * 12**0.5 / (1 << bits), dtype=stored.dtype)
-    return torch.zeros(stored.shape, dtype=stored.dtype)
-
-
-def _repeated(code: int, bits: int) -> torch.Tensor:
-    """Return the words of 32 codes that are alike, int32 (bits,)."""
-    import torch
-
-    stream = sum(code << (bits * i) for i in range(32))
-    return torch.tensor([(stream >> (32 * i)) & 0xFFFFFFFF for i in range(bits)]).to(torch.int32)

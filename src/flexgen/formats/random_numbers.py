@@ -27,8 +27,12 @@ def encoded_as(number_format: NumberFormat, tensor: NamedTensor) -> Encoding:
     return found[tensor.name]
 
 
-def sampled_parts(encoding: Encoding, *, seed: int = 0) -> Sequence[torch.Tensor]:
-    """Return random numbers for all rows of an encoded tensor, one flat tensor for each part, as `decode` takes them."""
+def sampled_parts(number_format: NumberFormat, encoding: Encoding, *, seed: int = 0) -> Sequence[torch.Tensor]:
+    """Return random numbers for all rows of a tensor that a format encodes, one flat tensor for each part, as `decode` takes them.
+
+    Raises:
+        UnsupportedModelError: Random weights in this format cannot be made.
+    """
     generator = torch.Generator().manual_seed(seed)
     named = [NamedTensor(part.tensor.name, part.tensor.shape, part.tensor.dtype) for part in encoding.parts]
-    return [encoding.format.sample(each, generator).flatten() for each in named]
+    return [number_format.sample(each, generator).flatten() for each in named]

@@ -31,7 +31,7 @@ class ScaledMatrices(NumberFormat):
     The parts of an encoding are the codes, the scales and, where there is one, a number by which all scales are multiplied or divided.
 
     Args:
-        name: The name of the format.
+        name: The name of the format; that of the matrices has their bits, too.
         block: The rows and columns that share a scale.
         bits: The bits of a code: 4 for E2M1 (the first of two codes in the low half of the byte), 8 for E4M3.
         divided: Whether scales are divided by the number that is stored beside them.
@@ -41,7 +41,7 @@ class ScaledMatrices(NumberFormat):
     carried_as_stored = True
 
     def __init__(self, name: str, block: tuple[int, int], bits: int, *, divided: bool = False) -> None:
-        self.name, self._block, self._bits, self._divided = name, block, bits, divided
+        self.name, self._block, self._bits, self._divided = f"{name}_fp{bits}", block, bits, divided
 
     def sample(self, stored: NamedTensor, generator: torch.Generator) -> torch.Tensor:
         return sample(stored, generator)
@@ -75,7 +75,7 @@ def sample(stored: NamedTensor, generator: torch.Generator) -> torch.Tensor:
     """Return random numbers of a part, as `NumberFormat.sample` does."""
     import torch
 
-    if stored.name.endswith(("_scale_2", "_global_scale", "input_scale")):
+    if stored.name.endswith("_scale_2"):
         return torch.ones(stored.shape, dtype=stored.dtype)
     if "scale" in stored.name:
         if stored.dtype == torch.uint8:

@@ -16,7 +16,7 @@ from flexgen.errors import OptionError
 
 # Matches the number of a layer in the name of a unit.
 _LAYER_NUMBER = re.compile(r"(?<=\.)(0|[1-9]\d*)(?=\.| |$)")
-_ENCODED = "encoded_bytes"
+_ENCODED, _DECODED_FROM = "encoded_bytes", "decoded_from"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,6 +137,8 @@ class ModelSpec:
         """Return the model as JSON; units that differ only in the layer's number are written once, and runs of equal layers as a count."""
         fields = dataclasses.asdict(dataclasses.replace(self, units=())) | dataclasses.asdict(_packed(self.units))
         del fields["units"]
+        if not fields[_DECODED_FROM]:
+            del fields[_DECODED_FROM]
         for kind in fields["unit_kinds"]:
             if kind[_ENCODED] is None:  # as for most units
                 del kind[_ENCODED]
@@ -154,6 +156,7 @@ class ModelSpec:
         """
         fields = parsed_json(text, "model")
         try:
+            fields.setdefault(_DECODED_FROM, {})
             packed = {name: fields.pop(name) for name in ("unit_kinds", "unit_runs") if name in fields}
             for kind in packed.get("unit_kinds", ()):
                 kind.setdefault(_ENCODED, None)

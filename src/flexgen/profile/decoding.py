@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 
@@ -13,9 +14,8 @@ from flexgen.base.steps import step
 from flexgen.errors import EngineError, UnsupportedModelError
 from flexgen.formats.base import Encoding, NumberFormat
 from flexgen.formats.random_numbers import encoded_as, sampled_parts
-from flexgen.formats.table import FORMATS
+from flexgen.formats.table import stated_format
 from flexgen.kernels.threads import KernelThreads
-from flexgen.options import DTYPE_BYTES
 from flexgen.plan.machine import Machine, Rate
 from flexgen.profile.timing import measured_rate
 
@@ -24,39 +24,62 @@ logger = logging.getLogger(__name__)
 FORMAT_SECONDS = 0.4  # how long a format is measured
 
 
+def _packed(bits: int) -> dict[str, Any]:
+    weights = {"num_bits": bits, "type": "int", "symmetric": True, "strategy": "group", "group_size": 128}
+    groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
+    return {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": groups}
+
+
+# The name of the format of an encoding, as in ModelSpec.decoded_from -> the quantization_config of common models that have it.
+EXAMPLES: dict[str, Mapping[str, Any]] = {
+    "mxfp4": {"quant_method": "mxfp4"},
+    "fp8_block_fp8": {"quant_method": "fp8", "weight_block_size": [128, 128]},
+    "modelopt_fp4": {"quant_method": "modelopt", "quant_algo": "NVFP4"},
+    "modelopt_fp8": {"quant_method": "modelopt", "quant_algo": "FP8"},
+    "int4": _packed(4),
+    "int8": _packed(8),
+    "gptq_int4": {"quant_method": "gptq", "bits": 4, "group_size": 128},
+    "gptq_int8": {"quant_method": "gptq", "bits": 8, "group_size": 128},
+    "awq": {"quant_method": "awq", "bits": 4, "group_size": 128},
+}
+
+
 def with_formats(machine: Machine, dtype: str, formats: Iterable[str], max_bytes: int) -> Machine:
     """Return the machine with the rates of decoding number formats, those that are missing measured now.
 
     Args:
         machine: The machine.
         dtype: The dtype of computing.
-        formats: The names of the formats; dtypes, and formats that do not run or cannot be sampled, are left out.
+        formats: The names of the formats of encodings; those without an example stay unknown, so that their rates are estimated.
         max_bytes: The most memory of all buffers at the same time.
     """
-    wanted = [FORMATS[name] for name in formats if name in FORMATS and name not in DTYPE_BYTES and f"{name} {dtype}" not in machine.casts]
-    missing = [encoding for each in wanted if each.runs and (encoding := _example(each, max_bytes // 16)) is not None]
-    if not missing:
+    wanted = [name for name in formats if name in EXAMPLES and f"{name} {dtype}" not in machine.casts]
+    if not wanted:
         return machine
-    step(f"measuring how fast {', '.join(each.format.name for each in missing)} is decoded")
-    computed = getattr(torch, dtype)
+    step(f"measuring how fast {', '.join(wanted)} is decoded")
+    computed, rates = getattr(torch, dtype), dict[str, Rate]()
     with torch.inference_mode(), contextlib.closing(KernelThreads(machine.cores)) as threads:
-        rates = {f"{each.format.name} {dtype}": _rate(each, computed, threads) for each in missing}
-    return dataclasses.replace(machine, casts=machine.casts | rates)
+        for name in wanted:
+            with contextlib.suppress(EngineError, UnsupportedModelError):  # what does not run has no rate
+                rates[f"{name} {dtype}"] = _rate(*example(name, max_bytes // 16), computed, threads)
+    return dataclasses.replace(machine, casts=machine.casts | rates) if rates else machine
 
 
-def _example(number_format: NumberFormat, num_elements: int) -> Encoding | None:
-    """Return how a matrix is stored in this format; None, so that its rate is estimated, if it cannot be made of random numbers."""
-    try:
-        encoding = encoded_as(number_format, number_format.example(num_elements))
-        sampled_parts(encoded_as(number_format, number_format.example(1)))
-    except (EngineError, UnsupportedModelError) as error:
-        logger.debug("%s is not measured: %s", number_format.name, error)
-        return None
-    return encoding
+def example(name: str, num_elements: int) -> tuple[NumberFormat, Encoding]:
+    """Return a format, and how it stores a matrix of about so many numbers.
+
+    Raises:
+        UnsupportedModelError: The example's config is not supported.
+        EngineError: The format does not encode its own example.
+    """
+    number_format = stated_format({"quantization_config": EXAMPLES[name]})
+    if number_format is None:
+        raise EngineError(f"the example of {name} states no format")
+    return number_format, encoded_as(number_format, number_format.example(num_elements))
 
 
-def _rate(encoding: Encoding, dtype: torch.dtype, threads: KernelThreads) -> Rate:
+def _rate(number_format: NumberFormat, encoding: Encoding, dtype: torch.dtype, threads: KernelThreads) -> Rate:
     """Measure the bytes per second of decoded numbers."""
-    parts: Sequence[torch.Tensor] = sampled_parts(encoding)
+    parts = sampled_parts(number_format, encoding)
     out = torch.empty(encoding.shape, dtype=dtype)
     return measured_rate(out.nbytes, lambda: encoding.format.decode(parts, 0, out, threads.over), FORMAT_SECONDS)

@@ -117,6 +117,10 @@ class Search:
         """
         return self._solution(Bounds(request_seconds=NO_TIME))
 
+    def steady_rate(self) -> float:
+        """Return the tokens/s of the best steady state without bounds on time; 0 where nothing fits."""
+        return max(self._rates(None).values(), default=0.0)
+
     def _solution(self, bounds: Bounds) -> Solution:
         """Return the best policy found; it may exceed the bounds, where all policies do."""
         share = 1.0
