@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, Unpack
 from flexgen.api.vllm_keywords import ModelKeywords, check_call, read_keywords
 from flexgen.api.vllm_types import ChatKeywords, GenerateKeywords, LLMKeywords
 from flexgen.base.steps import step
+from flexgen.base.structured import StructuredOutputsParams
 from flexgen.chat import Chat, Templates, ToolUse, make_chats, parse_tools
 from flexgen.errors import FlexGenError, ModelError, OptionError, RequestError
 from flexgen.hub.model_files import ModelFiles
@@ -421,6 +422,14 @@ class LLM:
             RequestError: The model's calls cannot be parsed, or not be required, or the parameters have a constraint of their own.
         """
         return self._tools.params(params, tools)
+
+    def accepts(self, constraint: StructuredOutputsParams, answer: str) -> bool:
+        """Return whether a text is a whole answer that a constraint allows.
+
+        Raises:
+            RequestError: No answer can be kept to the constraint.
+        """
+        return self._guides.accepts(constraint, answer)
 
     def with_tool_calls(self, output: RequestOutput, tools: ToolUse) -> RequestOutput:
         """Return the answers to a request with tools, each with the message that its text stands for, if that can be parsed.

@@ -103,7 +103,8 @@ class Job:
             StorageError: The input cannot be read.
         """
         if self.store is not None:
-            self.store.match_input(((line.number, line.digest) for line in self._lines()), accept_changes=accept_changes)
+            lines = counted_lines(self._lines(), f"comparing {self.name} with what was answered before")
+            self.store.match_input(((line.number, line.digest) for line in lines), accept_changes=accept_changes)
 
     def check(self) -> None:
         """Check every line, done or not (--strict).
@@ -136,6 +137,7 @@ class Job:
         same: dict[int, int] = {}  # one object per length: a tuple of a million of them stays small
         prompt_lens: list[int] = []
         output_lens: list[int] = []
+        least_lens: list[int] = []
         scored_lens: list[int] = []
         shared_lens: list[int] = []
         may_end_early, num_likeliest = False, 0
@@ -150,7 +152,7 @@ class Job:
             may_end_early = may_end_early or any(each.may_end_early for each in token_requests)
             num_likeliest = most_likeliest(token_requests, num_likeliest)
             for lengths in self._lengths(request, token_requests):
-                for known, length in zip((prompt_lens, output_lens, scored_lens), lengths, strict=True):
+                for known, length in zip((prompt_lens, output_lens, least_lens, scored_lens), lengths, strict=True):
                     known.append(same.setdefault(length, length))
             for each in token_requests:
                 shared_len = prefixes.add(each.sharable, each.offered) if prefixes is not None else 0
@@ -161,8 +163,8 @@ class Job:
         if self.store is not None:
             self.store.commit()
         return Workload(
-            prompt_lens=tuple(prompt_lens), output_lens=tuple(output_lens), shared_lens=tuple(shared_lens), scored_lens=tuple(scored_lens),
-            may_end_early=may_end_early, num_likeliest=num_likeliest,
+            prompt_lens=tuple(prompt_lens), output_lens=tuple(output_lens), least_lens=tuple(least_lens), shared_lens=tuple(shared_lens),
+            scored_lens=tuple(scored_lens), may_end_early=may_end_early, num_likeliest=num_likeliest,
         )  # fmt: skip
 
     def _note_bad(self, request: JobRequest, error: RequestError) -> None:
@@ -171,14 +173,18 @@ class Job:
         if self.store is not None:
             add_failure(self.store, request, error)
 
-    def _lengths(self, request: JobRequest, token_requests: Sequence[TokenRequest]) -> Iterator[tuple[int, int, int]]:
-        """Yield, for each choice, its prompt tokens, the most tokens to generate and the scored ones; those of earlier runs are prompt."""
+    def _lengths(self, request: JobRequest, token_requests: Sequence[TokenRequest]) -> Iterator[tuple[int, int, int, int]]:
+        """Yield, for each choice, its prompt tokens, the most and the fewest tokens to generate and the number of scored ones.
+
+        Tokens of earlier runs are prompt.
+        """
         kept = self.store.kept(request.line_number, request.digest) if self.store is not None else {}
         for each in token_requests:
             _, choice = line_and_choice(each.index)
             before = len(kept[choice].generated.token_ids) if choice in kept else 0
             most = max(each.max_tokens - before, 1) if each.max_tokens else 0
-            yield max(each.num_computed, 1) + before, most, each.num_scored
+            least = max(each.least_tokens - before, 0) if each.may_end_early else most
+            yield max(each.num_computed, 1) + before, most, least, each.num_scored
 
     def open(self, workload: Workload) -> Plan:
         """Open the model for the workload that the scan returned, and return its plan."""

@@ -55,6 +55,7 @@ class Batch(Generic[_Output]):
         return Workload(
             prompt_lens=tuple(max(request.num_computed, 1) for request in self.requests),
             output_lens=tuple(request.max_tokens for request in self.requests),
+            least_lens=tuple(request.least_tokens for request in self.requests),
             shared_lens=() if census is None else tuple(census.add(request.sharable, request.offered) for request in self.requests),
             scored_lens=tuple(request.num_scored for request in self.requests),
             may_end_early=any(request.may_end_early for request in self.requests),

@@ -13,7 +13,7 @@ from flexgen.base.isolation import for_one_request
 from flexgen.errors import OptionError, RequestError
 from flexgen.request import ClassificationRequestOutput, RequestOutput, SamplingParams, TokenRequest
 from flexgen.tables.answers import Answers
-from flexgen.tables.checks import check_columns
+from flexgen.tables.checks import ConstrainedModel, check_columns, check_constraint, check_shots
 from flexgen.tables.formats import check_names
 from flexgen.tables.frames import Frame
 from flexgen.tables.prompts import Prompts, read_shots, takes_messages
@@ -36,7 +36,7 @@ class MapKeywords(TypedDict, total=False):
     error_column: str
 
 
-class MapModel(PromptModel, Protocol):
+class MapModel(PromptModel, ConstrainedModel, Protocol):
     """A model that answers rows.  The members are those of `LLM`."""
 
     @property
@@ -46,10 +46,6 @@ class MapModel(PromptModel, Protocol):
 
     def get_default_sampling_params(self) -> SamplingParams:
         """Return the sampling parameters of prompts that set none."""
-        ...
-
-    def token_requests(self, index: int, prompt_token_ids: Sequence[int], params: SamplingParams) -> list[TokenRequest]:
-        """Return the engine's requests for a prompt."""
         ...
 
     def choice_requests(self, index: int, prompt_token_ids: Sequence[int], choices: Sequence[Sequence[int]]) -> list[TokenRequest]:
@@ -78,13 +74,17 @@ def map_frame(
     """Return a data frame with the columns of the answers, see `LLM.map`."""
     frame = Frame(given)
     check_names("the table", frame.columns)
-    shots = read_shots(task, _examples(examples))
+    shots = [] if examples is None else read_shots(task, _examples(examples))
     prompts = Prompts(task, shots, chat=takes_messages(chat, model.chat_template))
     check_columns(task, prompts.columns, frame.columns, "the table")
     rows = frame.rows(prompts.columns)
     if params is None:
         own = model.get_default_sampling_params()
         params = dataclasses.replace(own, temperature=0.0, max_tokens=DEFAULT_MAX_TOKENS, stop=prompts.default_stop)
+    if task.constraint:
+        constrained = dataclasses.replace(params, **task.constraint)
+        check_constraint(model, task, constrained)
+        check_shots(model, task, shots, constrained)
     answers = Answers(task)
     requests = list(_requests(prompts, rows, PlainForm(defaults=params)))
     return frame.with_columns(task.columns, [answers.values(record) for record in _records(model, requests, use_tqdm)])
@@ -92,8 +92,8 @@ def map_frame(
 
 def _examples(given: Any) -> Iterable[Row]:
     """Return the rows of examples: a data frame, or several dicts."""
-    if given is None or isinstance(given, (list, tuple)):
-        return given or ()
+    if isinstance(given, (list, tuple)):
+        return given
     frame = Frame(given)
     return frame.rows(frame.columns)
 

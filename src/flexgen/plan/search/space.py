@@ -94,8 +94,8 @@ class Space:
         self.dtype = options.dtype
         self.on_cpu = limits.device == "cpu"
         self.computing = "host" if self.on_cpu else "device"
-        self.weights = _pinned("weights", options.weights, limits.device)
-        self.kv = _pinned("kv", options.kv, limits.device)
+        options.check_placement(limits.device)
+        self.weights, self.kv = _pinned("weights", options.weights), _pinned("kv", options.kv)
         for tier in TIERS:
             if self.kv is not None and getattr(self.kv, tier) > 0 and tier not in kv_tiers:
                 raise OptionError(f"kv={options.kv!r}: KV can live on {' or '.join(kv_tiers)} here, not on {tier}")
@@ -322,13 +322,10 @@ class Space:
         return self.drafts.draft(weights, schedule, micro_batch_tokens, prefill_tokens, spills=spills)
 
 
-def _pinned(name: str, text: str | None, device: str) -> Fractions | None:
+def _pinned(name: str, text: str | None) -> Fractions | None:
     if text is None:
         return None
-    shares = parse_placement(text, name=name)
-    if device == "cpu" and shares["device"] > 0:
-        raise OptionError(f"{name}={text!r}: on a CPU device there is no device tier; divide between host and disk")
-    return Fractions(**shares)
+    return Fractions(**parse_placement(text, name=name))
 
 
 def _largest(most: int, holds: Callable[[int], bool]) -> int:
