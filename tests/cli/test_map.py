@@ -219,7 +219,7 @@ def test_a_schema_becomes_columns(
         (["--prompt", "{text}", "--regex", "("], "flexgen: --regex: the regular expression '(' cannot be used: "),
         (
             ["--prompt", "{text}", "--regex", "[^\\s\\S]"],
-            "--regex: the regular expression '[^\\\\s\\\\S]' cannot be used: nothing meets it",
+            "--regex: the regular expression '[^\\s\\S]' cannot be used: nothing meets it",
         ),
         (["--prompt", "{text}", "--template", "mustache"], "known: auto, braces, jinja"),
         (["--prompt", '{"label": {text}}'], "stands alone"),

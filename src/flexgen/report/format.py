@@ -147,11 +147,11 @@ def format_progress(progress: Progress) -> str:
 
 
 def token_rates(progress: Progress) -> list[str]:
-    """Return the tokens per second of prompts and of what they are for: answers, scores, or both."""
+    """Return the tokens per second of prompts and of what they are for, once there is some of it: answers, scores, or both."""
     rates = {"prompt": progress.prompt_tokens_per_s}
-    if progress.output_tokens or not progress.scored_tokens:
+    if progress.output_tokens_per_s:
         rates["output"] = progress.output_tokens_per_s
-    if progress.scored_tokens:
+    if progress.scored_tokens_per_s:
         rates["scored"] = progress.scored_tokens_per_s
     return [f"{name} {rate:,.1f} tokens/s" for name, rate in rates.items()]
 

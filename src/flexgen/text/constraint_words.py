@@ -39,7 +39,7 @@ def refused(params: StructuredOutputsParams, reason: str) -> RequestError:
 
 def short(text: str) -> str:
     """Return a text in quotes, cut where it is long."""
-    written = repr(text)
+    written = f"'{text}'" if text.isprintable() else repr(text)
     return written if len(written) <= _MOST_SHOWN_CHARS else f"{written[: _MOST_SHOWN_CHARS - 3]}..."
 
 

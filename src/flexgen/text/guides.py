@@ -246,7 +246,7 @@ class TokenGuide:
         said = f"the constraint on the answer cannot be followed any further ({in_our_words(matcher.get_error())})"
         if _is_dead_end(matcher):
             said = "no token of the vocabulary goes on as the constraint on the answer demands, so that perhaps nothing meets it"
-        raise RequestError(f"after {self._num_seen:,} tokens {said}", code="constraint_failed")
+        raise RequestError(f"after {self._num_seen:,} {'token' if self._num_seen == 1 else 'tokens'} {said}", code="constraint_failed")
 
 
 def _grammar(params: StructuredOutputsParams) -> str:
