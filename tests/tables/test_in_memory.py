@@ -108,6 +108,10 @@ def test_examples_that_the_answers_can_be(llm: LLM) -> None:
     ("keywords", "said"),
     [
         ({"prompt": "{note}"}, "the table has no column 'note', which the prompt uses; there are 't', 'error2'"),
+        (
+            {"prompt": "{t.name}"},
+            "no column 't.name', which the prompt uses; there are 't', 'error2'; a part of 't' is written in Jinja: {{ t.name }}",
+        ),
         ({"answer_column": "t"}, "has a column 't' already"),
         ({"choices": "yes"}, "must be a list"),
         ({"columns": ["x"]}, "map has no option 'columns'"),

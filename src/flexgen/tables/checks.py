@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -46,6 +47,8 @@ def check_columns(task: Task, needed: Sequence[str], there: Sequence[str], name:
         close = difflib.get_close_matches(missing[0], there, n=1)
         meant = f"; did you mean {close[0]!r}?" if close else ""
         brace = "; {{ and }} are braces" if any(sign in missing[0] for sign in '":\n') else ""
+        if (whole := re.split(r"[.\[]", missing[0])[0]) in there:
+            meant = f"; a part of {whole!r} is written in Jinja: {{{{ {missing[0]} }}}}"
         raise OptionError(f"{name} has no column {missing[0]!r}, which the prompt uses; there are {listed(there)}{meant}{brace}")
     taken = [column.name for column in task.columns if column.name in there]
     if taken:
