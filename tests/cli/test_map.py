@@ -213,6 +213,7 @@ def test_a_schema_becomes_columns(
         (["--prompt", "{text}", "--choices", 'a,"b'], "double quotes go around a whole choice"),
         (["--prompt", "{text}", "--choices", '"a" b,c'], "double quotes go around a whole choice"),
         (["--prompt", "{text}", "--choices", "a,,b"], "choices: one of them is empty"),
+        (["--prompt", "{text}", "--choices", ""], "choices: one of them is empty"),
         (["--prompt", "{text}", "--probabilities"], "give choices"),
         (["--prompt", "{text}", "--examples", "none.csv"], "--examples none.csv: there is no such file"),
         (["--prompt", "{text}", "--schema", "none.json"], "--schema none.json: there is no such file"),
@@ -321,6 +322,12 @@ def test_choices_between_commas(
     done = flexgen("map", model_folder, table, "-o", output, "--prompt", "{text}:", "--choices", choices)
     assert done.exit_code == 0, done.output
     assert lines(output)[0]["choices"] == wanted
+
+
+def test_choices_may_be_repeated(model_folder: Path, table: Path, output: Path, scorers: list[FakeEngine]) -> None:
+    done = flexgen("map", model_folder, table, "-o", output, "--prompt", "{text}:", "--choices", "a,b", "--choices", "c")
+    assert done.exit_code == 0, done.output
+    assert lines(output)[0]["choices"] == [" a", " b", " c"]
 
 
 def test_steps_are_told_from_the_beginning(model_folder: Path, table: Path, output: Path, engines: list[FakeEngine]) -> None:

@@ -65,8 +65,8 @@ class TaskFlags:
         bool | None, _prompt("--chat/--no-chat", help="Send messages, or text. Default: messages where the model has a chat template.")
     ] = None
     choices: Annotated[
-        str | None,
-        _answer(metavar="A,B,C", help="The possible answers; the likeliest is taken. Quotes go around commas: '\"Yes, sir\",No'."),
+        list[str] | None,
+        _answer(metavar="A,B,C", help="The possible answers; the likeliest is taken. Double quotes go around commas: '\"Yes, sir\",No'."),
     ] = None
     choice: Annotated[list[str] | None, _answer(metavar="TEXT", help="A possible answer, as it stands; may be repeated.")] = None
     probabilities: Annotated[bool, _answer("--probabilities", help="Add a column with the probability of each choice.")] = False
@@ -96,9 +96,9 @@ class TaskFlags:
         """
         from flexgen.tables.task import Task
 
-        if self.choices is not None and self.choice:
+        if self.choices and self.choice:
             raise OptionError("--choices and --choice both name the possible answers: give one of them")
-        listed = self.choice if self.choices is None else _listed(self.choices)
+        listed = [each for given in self.choices for each in _listed(given)] if self.choices else self.choice
         return Task(
             prompt=_text(self.prompt), system=None if self.system is None else _text(self.system), template=self.template,
             choices=tuple(listed or ()), schema=_schema(self.schema), regex=self.regex, probabilities=self.probabilities, raw=self.raw,
@@ -143,7 +143,7 @@ def check_map(flags: MapFlags, asked: TaskFlags) -> Path:
         raise OptionError(f"TABLE {flags.source}: {what}{swapped}")
     if flags.output is None:
         raise OptionError("OUTPUT is a file: give a name in place of -")
-    if asked.choices is not None or asked.choice:
+    if asked.choices or asked.choice:
         generating = {"--max-tokens": asked.max_tokens, "--stop": asked.stop, "--temperature": flags.temperature, "--top-p": flags.top_p}
         if given := next((name for name, value in generating.items() if value), None):
             raise OptionError(f"{given} is for answers that are generated, and choices are scored: leave it out")
@@ -186,7 +186,7 @@ def _listed(given: str) -> list[str]:
     except (csv.Error, ValueError) as error:
         what = "double quotes go around a whole choice, as in '\"Yes, sir\",No'"
         raise OptionError(f"--choices {given!r}: {what}; --choice takes one as it stands, once for each") from error
-    return [each.rstrip() for each in items]  # a space at the beginning of a quoted one belongs to it
+    return [each.rstrip() for each in items or [""]]  # a space at the beginning of a quoted one belongs to it
 
 
 def _schema(path: Path | None) -> dict[str, Any] | None:
