@@ -257,10 +257,14 @@ def test_a_constraint_is_compiled_once(tokenizer: Tokenizer) -> None:
         ({"json": {"enum": []}}, "the JSON schema cannot be used: "),
         ({"json": {"type": "object", "properties": {"a": {"enum": []}}, "required": ["a"]}}, "nothing meets it: .*'a'"),
         ({"json": {"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]}}, "always contains itself again"),
-        ({"regex": r"[^\s\S]"}, "nothing meets it, so that no answer could even begin"),
-        ({"regex": r"ab[a&&b]"}, "nothing meets it, so that no answer could even begin"),
+        ({"regex": r"[^\s\S]"}, "nothing meets it: no answer could even begin"),
+        ({"regex": r"ab[a&&b]"}, "nothing meets it: no answer could even begin"),
         ({"grammar": 'start: "a" start'}, "the grammar cannot be used: .*always contains itself again"),
         ({"grammar": 'root ::= "(" root ")"'}, "always contains itself again"),
+        (
+            {"grammar": r'start: "ab" b' + "\nb: /[^\\s\\S]/"},
+            "nothing meets it: every answer would have to begin with 'ab', and nothing can follow",
+        ),
     ],
     ids=str,
 )

@@ -139,24 +139,32 @@ class Guides:
             raise refused(params, in_our_words(matcher.get_error()))
         if _is_endless(params, grammar):
             raise refused(params, "nothing meets it, because what it asks for always contains itself again, without an end")
-        self._check_start(params, matcher.deep_copy())
+        self._check_start(params, matcher)
         return matcher
 
     def _check_start(self, params: StructuredOutputsParams, matcher: LLMatcher) -> None:
-        """Refuse a constraint that no answer can begin to meet.
+        """Refuse a constraint that no answer can meet, as far as the text shows that all answers begin with.
 
         Args:
             params: The constraint.
-            matcher: A matcher that has seen no token, and is of no use afterwards.
+            matcher: A matcher that has seen no token.
         """
-        for text in params.choice or [matcher.compute_ff_bytes().decode(errors="ignore")]:
+        first = matcher.deep_copy().compute_ff_bytes().decode(errors="ignore")
+        for text in params.choice or [first]:
             if (missing := self._missing(text)) is not None:
                 raise refused(params, f"the model's vocabulary cannot write {missing!r}, which is in {short(text)}")
-        matcher.compute_bitmask()
-        if _is_dead_end(matcher):
-            raise refused(params, "nothing meets it, so that no answer could even begin")
-        if matcher.is_error():
-            raise refused(params, in_our_words(matcher.get_error()))
+        for text in ("", first):
+            after = matcher.deep_copy()
+            after.consume_tokens(self._tokens.greedy_tokenize(text))
+            if not after.is_stopped():
+                after.compute_bitmask()
+            if _is_dead_end(after):
+                begin = (
+                    f"every answer would have to begin with {short(text)}, and nothing can follow" if text else "no answer could even begin"
+                )
+                raise refused(params, f"nothing meets it: {begin}")
+            if after.is_error() and not text:
+                raise refused(params, in_our_words(after.get_error()))
 
     def _missing(self, text: str) -> str | None:
         """Return a character of a text that no token of the vocabulary has a byte of; None if there is none."""
