@@ -87,6 +87,8 @@ def test_values_that_are_none_are_refused_before_anything_is_loaded(given: dict[
         ({"kv": "host=.5,host=.5"}, "host is there twice"),
         ({"weights": "host=.5"}, "add up to 0.5, not 1"),
         ({"host_mem": "0"}, "host_mem='0' leaves no memory"),
+        ({"weights": "device=1", "device": "cpu"}, "weights='device=1': on a CPU device there is no device tier"),
+        ({"kv": "device=.5,host=.5", "device": "cpu"}, "kv='device=.5,host=.5': on a CPU device there is no device tier"),
         ({"host_mem": 0}, "leaves no memory"),
     ],
 )
@@ -94,3 +96,8 @@ def test_placements_and_budgets_are_looked_at_before_anything_is_read(given: dic
     with pytest.raises(OptionError) as caught:
         EngineOptions(**given)
     assert said in str(caught.value)
+
+
+def test_a_tier_that_another_device_may_have() -> None:
+    assert EngineOptions(weights="device=1", device="sim").weights == EngineOptions(weights="device=1").weights == "device=1"
+    EngineOptions(weights="device=0,host=1", device="cpu")

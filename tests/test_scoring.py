@@ -178,6 +178,12 @@ def test_scores_beside_several_answers(llm: LLM, reference: Reference) -> None:
         assert all(len(answer.logprobs or ()) == len(answer.token_ids) for answer in output.outputs)
 
 
+def test_a_scored_prompt_with_several_answers_is_computed_once(llm: LLM, full: list[int]) -> None:
+    """But for the page in which answers begin."""
+    llm.generate([full[:100]], SamplingParams(n=3, max_tokens=2, prompt_logprobs=0))
+    assert llm.report().shared_prompt_tokens == 2 * (99 // 16 * 16)
+
+
 PROMPTS = [TEXTS[0], TEXTS[0] + " ", "CHAPTER I.\n\n", TEXTS[2], "The answer is:  "]
 CHOICES = [" and", "and", " and", " and the", " and the wind", "\n", "\N{WATER WAVE}", "Yes", "No", " x" * 9]
 
@@ -267,3 +273,16 @@ def test_offsets_of_an_echo(llm: LLM, reference: Reference, tmp_path: Path) -> N
         for token, offset in zip(tokens, offsets, strict=True):
             assert "\ufffd" in token or text[offset : offset + len(token)] == token
         assert "".join(text[a:b] for a, b in zip(offsets, [*offsets[1:], len(text)], strict=True)) == text
+
+
+def test_an_echo_with_a_special_token_before_half_a_character(llm: LLM, tmp_path: Path) -> None:
+    (end,) = llm.eos_token_ids
+    half = llm.encode("\N{WATER WAVE}", add_special_tokens=False)[0][0]
+    prompt = [*llm.encode("The", add_special_tokens=False)[0], end, half]
+    body = {"prompt": prompt, "echo": True, "logprobs": 0, "max_tokens": 0}
+    line = {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": body}
+    (record,) = answer_lines(llm, [line], tmp_path / "job")
+    (choice,) = record["response"]["body"]["choices"]
+    assert choice["text"] == "The</s>\ufffd"
+    assert choice["logprobs"]["tokens"] == ["The", "</s>", "\ufffd"]
+    assert choice["logprobs"]["text_offset"] == [0, 3, 7]

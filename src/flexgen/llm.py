@@ -238,7 +238,8 @@ class LLM:
                 `probabilities`, `raw`, `answer_column`, `error_column`.
 
         Raises:
-            OptionError: A column is missing or would be overwritten, or the keywords contradict each other.
+            OptionError: A column is missing or would be overwritten, the keywords contradict each other, or no answer can follow the schema
+                or the pattern.
             CapacityError: The work does not fit the budgets.
         """
         task = make_task(prompt, keywords)

@@ -108,12 +108,26 @@ class EngineOptions:
             object.__setattr__(self, name, size := plain(getattr(self, name)))
             if size is not None:
                 check_budget(size, name=name, least_bytes=least_bytes, zero=name != "host_mem")
+        self.check_placement(self.device)
         if self.prefill_tokens is not None and self.schedule not in ("auto", "diagonal"):
             raise OptionError(f"prefill_tokens has a meaning for schedule='diagonal' only, not for {self.schedule!r}")
         if self.load_format == "dummy" and self.weight_format != "auto":
             raise OptionError(f"weight_format={self.weight_format!r} converts a checkpoint, and load_format='dummy' reads none")
         if self.trust_remote_code:
             raise OptionError("trust_remote_code: flexgen runs no code from model folders")
+
+    def check_placement(self, device: str) -> None:
+        """Check that the placements name no tier that a device does not have.
+
+        Args:
+            device: The device; "auto" where it is not known yet.
+
+        Raises:
+            OptionError: They do.
+        """
+        for name, shares, homes in (("weights", self.weights, tuple(WEIGHT_HOMES)), ("kv", self.kv, TIERS)):
+            if device == "cpu" and shares is not None and parse_placement(shares, name=name, homes=homes)["device"]:
+                raise OptionError(f"{name}={shares!r}: on a CPU device there is no device tier; divide between host and disk")
 
 
 def _integer(name: str, value: object, least: int) -> int | None:

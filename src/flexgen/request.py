@@ -240,6 +240,11 @@ class TokenRequest:
         return has_end and self.min_tokens < self.max_tokens
 
     @property
+    def least_tokens(self) -> int:
+        """The fewest tokens of the answer."""
+        return min(self.min_tokens, self.max_tokens) if self.may_end_early else self.max_tokens
+
+    @property
     def sharable(self) -> tuple[int, ...]:
         """The leading tokens of the prompt, of which all but the last may be computed by another request that begins with them.
 

@@ -143,6 +143,15 @@ WAVE = "\N{WATER WAVE}".encode()
         ("ab", [None, "a", "b"], ["", "a", "b"], [0, 0, 1]),  # the first token is special, and not in the text
         ("Hello you", [None, " Hello", " you"], ["", " Hello", " you"], [0, 0, 5]),  # a decoder that strips the first space
         ("", [None, "a"], ["", "a"], [0, 0]),
+        ("A<s>\ufffd", [None, "<s>", WAVE[:1]], ["A", "<s>", "\ufffd"], [0, 1, 4]),  # half a character, and no other half
+        (
+            "<s>\ufffd<s>\N{WATER WAVE}",
+            [None, WAVE[:2], "<s>", WAVE[:2], WAVE[2:]],
+            ["<s>", "\ufffd", "<s>", "\ufffd", "\ufffd"],
+            [0, 3, 4, 7, 7],
+        ),
+        ("ü<s>\ufffd b", [None, "<s>", WAVE[:3], " b"], ["ü", "<s>", "\ufffd", " b"], [0, 1, 4, 5]),
+        ("a\ufffd\ufffdb", [None, b"\xa9", b"\xff", "b"], ["a", "\ufffd", "\ufffd", "b"], [0, 1, 2, 3]),  # bytes that are no text
     ],
 )
 def test_offsets_of_an_echo_are_places_in_its_text(text: str, words: list[Any], tokens: list[str], offsets: list[int]) -> None:

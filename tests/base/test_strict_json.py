@@ -20,6 +20,7 @@ def test_an_object(text: str) -> None:
         ("[1]", "not a JSON object"),
         ('{"a": NaN}', "NaN"),
         ('{"a": [-Infinity]}', "Infinity"),
+        ('{"a": 1e999}', "1e999 is out of range"),
         ('{"a": 1, "b": 2, "a": 3}', "'a' is listed twice"),
         ('{"x": {"a": 1, "a": 1}}', "twice"),
         ('{"a": ' + "[" * 10**5, "deeply"),

@@ -64,6 +64,7 @@ def test_lambada_goes_on(novels_opt: Path, tmp_path: Path, passages: Path) -> No
     (("lambada", "MODEL", "PASSAGES", "--state", "no/such/folder"), 2, "--state no/such/folder: there is no folder no/such"),
     (("lambada", "MODEL", "PASSAGES", "--limit", "0"), 2, "Invalid value for '--limit'"),
     (("lambada", "MODEL", "MODEL/config.json"), 3, "line 1: not JSON"),
+    (("lambada", "NONE", "MODEL/config.json"), 3, "line 1: not JSON"),
 ])  # fmt: skip
 def test_what_is_refused(novels_opt: Path, passages: Path, words: tuple[str, ...], code: int, said: str) -> None:
     places = {"MODEL": str(novels_opt), "PASSAGES": str(passages), "MODEL/config.json": str(novels_opt / "config.json")}
@@ -71,6 +72,45 @@ def test_what_is_refused(novels_opt: Path, passages: Path, words: tuple[str, ...
     assert done.exit_code == code, done.output
     assert said in done.stderr
     assert "the same command goes on" not in done.stderr
+
+
+@pytest.mark.parametrize(("kind", "content", "said"), [
+    ("perplexity", b"", "in.txt has no text: it is empty, or white space only"),
+    ("perplexity", b" \n\t\n", "in.txt has no text: it is empty, or white space only"),
+    ("perplexity", b"ab\0cd", "in.txt is not text but binary data: byte 2 is 0x00"),
+    ("perplexity", b"ab\xff\xfe", "in.txt is not text in UTF-8: byte 2 is 0xff"),
+    ("perplexity", b"\x1f\x8bno archive", "in.txt cannot be read: "),
+    ("lambada", b"", "in.txt has no lines"),
+    ("lambada", b'{"text": "a b"}\n{"texts": "a b"}\n', 'in.txt, line 2: there is no "text"'),
+    ("lambada", b'{"text": "a b"}\n{"text": ', "in.txt, line 2: not JSON"),
+    ("lambada", b'{"text": "a b"}\n\n{"text": "alone"}\n', "in.txt: passage 2 has a single word, 'alone'"),
+    ("lambada", b'{"text": "ends in a space "}\n', "in.txt: passage 1 ends in a space"),
+])  # fmt: skip
+def test_files_that_are_no_texts_are_refused_before_the_model_is_opened(tmp_path: Path, kind: str, content: bytes, said: str) -> None:
+    (tmp_path / "in.txt").write_bytes(content)
+    done = flexgen(kind, tmp_path / "no model", tmp_path / "in.txt")
+    assert (done.exit_code, said in done.stderr) == (3, True), done.output
+    assert "goes on" not in done.stderr
+
+
+def test_a_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "in.txt").write_text("a b")
+
+    def forbidden(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("flexgen.evaluation.documents.open_input", forbidden)
+    done = flexgen("perplexity", tmp_path / "no model", tmp_path / "in.txt")
+    assert (done.exit_code, "in.txt cannot be read: Permission denied\n" in done.stderr) == (3, True), done.output
+
+
+def test_a_text_that_is_shorter_than_a_window(novels_opt: Path, tmp_path: Path) -> None:
+    """Its mark is no part of it."""
+    (tmp_path / "in.txt").write_text("\ufeffThe")
+    done = flexgen("perplexity", novels_opt, tmp_path / "in.txt", "--json", "--dtype", "float32")
+    assert done.exit_code == 0, done.output
+    figures = json.loads(done.stdout)
+    assert (figures["num_documents"], figures["num_words"], figures["num_bytes"]) == (1, 1, 3)
 
 
 def test_a_missing_extra_is_named(novels_opt: Path, monkeypatch: pytest.MonkeyPatch) -> None:

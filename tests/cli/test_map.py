@@ -210,9 +210,18 @@ def test_a_schema_becomes_columns(
         (["--prompt", "{text}", "--answer-column", "id"], "has a column 'id' already, and it is not overwritten: give --answer-column"),
         (["--prompt", "{text}", "--choices", "a,b", "--choice", "c"], "--choices and --choice"),
         (["--prompt", "{text}", "--choices", "a,a"], "twice"),
+        (["--prompt", "{text}", "--choices", 'a,"b'], "double quotes go around a whole choice"),
+        (["--prompt", "{text}", "--choices", '"a" b,c'], "double quotes go around a whole choice"),
+        (["--prompt", "{text}", "--choices", "a,,b"], "choices: one of them is empty"),
+        (["--prompt", "{text}", "--choices", ""], "choices: one of them is empty"),
         (["--prompt", "{text}", "--probabilities"], "give choices"),
         (["--prompt", "{text}", "--examples", "none.csv"], "--examples none.csv: there is no such file"),
         (["--prompt", "{text}", "--schema", "none.json"], "--schema none.json: there is no such file"),
+        (["--prompt", "{text}", "--regex", "("], "flexgen: --regex: the regular expression '(' cannot be used: "),
+        (
+            ["--prompt", "{text}", "--regex", "[^\\s\\S]"],
+            "--regex: the regular expression '[^\\s\\S]' cannot be used: nothing meets it",
+        ),
         (["--prompt", "{text}", "--template", "mustache"], "known: auto, braces, jinja"),
         (["--prompt", '{"label": {text}}'], "stands alone"),
         (["--prompt", "{text}", "--format", "xlsx"], "known: csv, tsv, parquet, jsonl"),
@@ -228,6 +237,103 @@ def test_usage_errors(
     done = flexgen("map", model_folder, table, "-o", output, *flags)
     assert (done.exit_code, said in done.stderr) == (2, True), done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.csv"]
+
+
+BAD_SCHEMAS = {
+    "{": "--schema schema.json: Expecting property name",
+    "[1]": "--schema schema.json: a JSON schema is an object",
+    "\udcff": "--schema schema.json: it is not UTF-8 (0xff at byte 0)",
+    '{"type": "strnig"}': "--schema: the JSON schema cannot be used: ",
+    '{"type": "array", "minItems": 3, "maxItems": 2}': "--schema: the JSON schema cannot be used: nothing meets it",
+    '{"$ref": "#"}': "--schema: the JSON schema cannot be used: nothing meets it, because what it asks for always contains itself",
+}
+
+
+@pytest.mark.parametrize(("schema", "said"), BAD_SCHEMAS.items(), ids=range(len(BAD_SCHEMAS)))
+@pytest.mark.parametrize("more", [[], ["--dry-run"]], ids=["run", "dry run"])
+def test_a_schema_that_cannot_be_used_is_refused_once(
+    model_folder: Path, table: Path, output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engines: list[FakeEngine],
+    schema: str, said: str, more: list[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    Path("schema.json").write_text(schema, errors="surrogateescape")
+    done = flexgen("map", model_folder, table, "-o", output, *ASK, "--schema", "schema.json", *more)
+    assert (done.exit_code, said in done.stderr) == (2, True), done.stderr
+    assert done.stderr.count("cannot be used") <= 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.csv", "schema.json"]
+    assert engines == []
+
+
+def test_a_pattern_is_refused_though_the_first_row_has_no_prompt(model_folder: Path, tmp_path: Path, output: Path) -> None:
+    table = tmp_path / "in.jsonl"
+    table.write_text('{"texts": "x"}\n{"text": "de"}\n')
+    done = flexgen("map", model_folder, table, "-o", output, *ASK, "--regex", "(", "--keep-going")
+    assert (done.exit_code, "--regex: the regular expression" in done.stderr) == (2, True), done.stderr
+    assert not output.exists()
+
+
+BAD_SHOTS = {
+    "shots.csv": [
+        ("text,answer\n", [], "--examples shots.csv: it has no rows"),
+        ("", [], "--examples shots.csv is empty"),
+        ("text,answer\nx,y\nz,\n", [], "--examples shots.csv: row 2: the column 'answer' with the answer is empty"),
+        ("text,label\nx,y\n", [], "--examples shots.csv: row 1: there is no column 'answer'"),
+        ("answer\ny\n", [], "--examples shots.csv: row 1: the row has no column 'text'"),
+        ("text,answer\nx,yes\nz,maybe\n", ["--choices", "yes,no"], "--examples shots.csv: row 2: the answer 'maybe' is not one of"),
+        ("text,answer\nx,ab\nz,b1\n", ["--regex", "[a-z]+"], "--examples shots.csv: row 2: the answer 'b1' does not match '[a-z]+'"),
+        ("text,answer\nx,3\nz,x\n", ["--schema", "SCHEMA"], "--examples shots.csv: row 2: the answer 'x' does not follow the schema"),
+    ],
+    "shots.jsonl": [
+        ("", [], "--examples shots.jsonl has no rows"),
+        ('{"text": "x", "answer": "y"}\n{"text": 1', [], "--examples shots.jsonl: line 2 is not a row"),
+        ('{"text": "x", "answer": null}\n', [], "--examples shots.jsonl: row 1: the column 'answer' with the answer is empty"),
+    ],
+}
+
+
+@pytest.mark.parametrize(("name", "case"), [(name, case) for name, cases in BAD_SHOTS.items() for case in range(len(cases))])
+def test_examples_that_cannot_be_are_told_before_anything_runs(
+    model_folder: Path, table: Path, output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, case: int
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    content, flags, said = BAD_SHOTS[name][case]
+    Path(name).write_text(content)
+    Path("schema.json").write_text('{"type": "integer"}')
+    asked = ["--prompt", "{text}:", *("schema.json" if flag == "SCHEMA" else flag for flag in flags)]
+    done = flexgen("map", model_folder, table, "-o", output, *asked, "--examples", name)
+    assert (done.exit_code, said in done.stderr) == (2, True), done.stderr
+    assert not output.exists()
+    assert not output.with_name("out.csv.flexgen").exists()
+
+
+@pytest.mark.parametrize(
+    ("choices", "wanted"),
+    [
+        ("yes, no", [" yes", " no"]),
+        ('"Yes, sir",No', [" Yes, sir", " No"]),
+        ('"He said ""no""", \'x\'', [' He said "no"', " 'x'"]),
+        ('5" disk,"a b" ', [' 5" disk', " a b"]),
+        ('" of the",b', [" of the", " b"]),
+    ],
+)
+def test_choices_between_commas(
+    model_folder: Path, table: Path, output: Path, scorers: list[FakeEngine], choices: str, wanted: list[str]
+) -> None:
+    done = flexgen("map", model_folder, table, "-o", output, "--prompt", "{text}:", "--choices", choices)
+    assert done.exit_code == 0, done.output
+    assert lines(output)[0]["choices"] == wanted
+
+
+def test_choices_may_be_repeated(model_folder: Path, table: Path, output: Path, scorers: list[FakeEngine]) -> None:
+    done = flexgen("map", model_folder, table, "-o", output, "--prompt", "{text}:", "--choices", "a,b", "--choices", "c")
+    assert done.exit_code == 0, done.output
+    assert lines(output)[0]["choices"] == [" a", " b", " c"]
+
+
+def test_steps_are_told_from_the_beginning(model_folder: Path, table: Path, output: Path, engines: list[FakeEngine]) -> None:
+    done = flexgen("map", model_folder, table, "-o", output, *ASK, "--progress", "plain")
+    first, second = done.stderr.splitlines()[:2]
+    assert (first, second) == ("loading libraries ...", f"opening {table} ...")
 
 
 def test_paths_that_cannot_be(model_folder: Path, table: Path, output: Path, tmp_path: Path) -> None:

@@ -192,7 +192,7 @@ def test_progress_json(model_folder: Path, source: Path, output: Path, engines: 
     assert done.exit_code == 0
     assert done.stderr == ""
     events = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [event["event"] for event in events[-5:]] == ["message", "plan", "progress", "message", "report"]
+    assert [event["event"] for event in events[-6:]] == ["message", "plan", "message", "progress", "message", "report"]
     assert events[0] == {"event": "message", "text": "loading libraries ..."}
 
 

@@ -43,8 +43,9 @@ def test_what_is_no_text(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"abc\xff")
     with pytest.raises(JobError, match="byte 3 is 0xff"):
         read_documents(tmp_path / "a.txt")
-    (tmp_path / "empty.txt").write_bytes(b"")
-    with pytest.raises(JobError, match="has no text"):
-        read_documents(tmp_path / "empty.txt")
+    for content in (b"", b"\xef\xbb\xbf\n \n"):
+        (tmp_path / "empty.txt").write_bytes(content)
+        with pytest.raises(JobError, match="has no text"):
+            read_documents(tmp_path / "empty.txt")
     with pytest.raises(StorageError, match="cannot be read"):
         read_documents(tmp_path / "missing.txt")

@@ -20,6 +20,8 @@ def test_the_last_word_is_split_off() -> None:
     assert split(0, "a b  c") == ("a b ", " c")
     with pytest.raises(JobError, match="passage 5"):
         split(4, "alone")
+    with pytest.raises(JobError, match="passage 5 ends in a space"):
+        split(4, "not alone ")
 
 
 def test_figures(subject: Subject) -> None:

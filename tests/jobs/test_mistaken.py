@@ -9,6 +9,7 @@ import io
 import json
 import lzma
 import os
+import random
 import subprocess
 import sys
 import zipfile
@@ -53,6 +54,11 @@ BYTES = [
     ("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n", "git lfs pull"),
     (bytes(5000), "NUL bytes"),
     (bytes(range(256)), "binary data"),
+    (random.Random(0).randbytes(100_000), "binary data (it begins with cd 07 2c d8"),
+    (random.Random(1).randbytes(300), "binary data"),
+    (b"\x7fELF\x02\x01\x01" + bytes(60), "a program"),
+    (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "a PNG image"),
+    (b"\xff\xd8\xff\xe0\0\x10JFIF", "a JPEG image"),
 ]
 TEXTS = [
     (json.dumps(GOOD), "one JSON array"),
@@ -109,6 +115,21 @@ def test_any_text_is_lines_of_text(tmp_path: Path, content: str, said: str) -> N
 )  # fmt: skip
 def test_bad_lines_make_no_other_file(tmp_path: Path, content: str | bytes) -> None:
     check_input(write(tmp_path, content))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"one\ntwo\n" + random.Random(2).randbytes(50).replace(b"\n", b"") + b"\nthree\n",
+        b"\0\0\0\0\nFirst\nSecond\n",
+        "Zwölf Boxkämpfer\njagen Viktor\n".encode("latin-1") * 5,
+        "\u0441\u044a\u0435\u0448\u044c \u0435\u0449\u0451\n".encode("cp1251") * 9,
+        b"\x1b[1mbold\x1b[0m\n" * 3,
+    ],
+    ids=["one line", "its first line", "Latin-1", "Windows-1251", "colours"],
+)
+def test_a_bad_line_or_another_encoding_makes_no_binary_file(tmp_path: Path, content: bytes) -> None:
+    check_input(write(tmp_path, content), input_format="text")
 
 
 def requests_made(path: Path) -> list[dict[str, object]]:

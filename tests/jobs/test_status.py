@@ -71,6 +71,25 @@ def test_a_run_that_has_finished_no_line_tells_what_it_knows(tmp_path: Path, clo
     assert after.planned_seconds == 780.0
 
 
+def test_a_job_that_only_scores_has_a_pace_of_prompts(tmp_path: Path, clock: list[float]) -> None:
+    """Those of earlier runs are not counted, and a run that has not told what there was has none."""
+    output = tmp_path / "out.jsonl"
+    for first in (1, 11):
+        with opened(output) as store:
+            store.start_run(num_lines=30)
+            for number in range(first, first + 10):
+                store.add(**{**result(number), "prompt_tokens": 100 * first, "output_tokens": 0})
+            clock[0] += 4.0
+            store.commit()
+            assert read_status(store.paths).prompt_tokens_per_s is None
+            store.run.tell(output_tokens=0, in_progress=2, eta_seconds=3.0, planned_seconds=None)
+            found = read_status(store.paths)
+            assert found.prompt_tokens_per_s == 1000 * first / 4
+            assert f"lines/s, {250 * first:,.1f} prompt tokens/s\n" in format_status(found)
+            store.end_run("finished")
+    assert "2,750.0 prompt tokens/s" in format_status(read_status(paths_of(output)))
+
+
 def test_answers_that_are_done_are_no_longer_in_progress(tmp_path: Path) -> None:
     with opened(tmp_path / "out.jsonl") as store:
         store.start_run(num_lines=20)

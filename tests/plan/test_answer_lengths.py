@@ -34,6 +34,17 @@ def test_no_answer_is_expected_to_be_longer_than_it_may(lengths):
         assert reserved <= most
 
 
+def test_only_what_may_end_early_is_expected_to():
+    lengths = {"prompt_lens": (1,) * 4, "output_lens": (4096, 4096, 4096, 9)}
+    job = expected(Workload(**lengths, least_lens=(0, 4096, 1000, 9), may_end_early=True))
+    assert job.expected_lens[0] < 600
+    assert job.expected_lens[1:] == (4096, 1000, 9)
+    assert (job.reserved_lens[0] < 600, job.reserved_lens[1:]) == (True, (4096, 1000, 9))
+    assert job.least_lens == ()
+    assert Workload(**lengths, least_lens=(0,) * 4, may_end_early=True) == Workload(**lengths, may_end_early=True)
+    assert Workload(**lengths, least_lens=lengths["output_lens"]) == Workload(**lengths)
+
+
 def test_likely_lengths_have_the_distribution():
     job = expected(Workload(prompt_lens=(1,) * 2000, output_lens=(4096,) * 2000, may_end_early=True))
     ranked = sorted(job.expected_lens)

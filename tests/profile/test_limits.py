@@ -208,6 +208,12 @@ def test_device_budgets(system):
         system.limits(device_mem="1GiB")
 
 
+def test_a_placement_on_a_device_that_is_not_there(system):
+    assert system.limits(device="auto", weights="device=1", cuda=(30 * GIB, 40 * GIB)).device == "cuda"
+    with pytest.raises(OptionError, match="weights='device=1': on a CPU device there is no device tier"):
+        system.limits(device="auto", weights="device=1")
+
+
 def test_the_simulated_device_is_host_memory(system):
     limits = system.limits(device="sim")
     assert limits.device_bytes == limits.device_total_bytes == 1 * GIB

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -84,7 +85,8 @@ def test_what_the_forecast_left_out_is_at_least_the_rest_of_the_pass() -> None:
 
 
 def request(*earlier: int) -> TokenRequest:
-    return TokenRequest(index=7, prompt_token_ids=(1, 2), generated=Generated(token_ids=earlier), max_tokens=5)
+    ends = frozenset({6})
+    return TokenRequest(index=7, prompt_token_ids=(1, 2), generated=Generated(token_ids=earlier), max_tokens=5, stop_token_ids=ends)
 
 
 def test_an_earlier_run_s_tokens_are_given_not_generated() -> None:
@@ -95,6 +97,13 @@ def test_an_earlier_run_s_tokens_are_given_not_generated() -> None:
     assert (list(log.given), list(log.generated), list(log.found)) == ([5], [2], [1])
     assert log.counts == RunCounts(requests=1, prompt_tokens=2, output_tokens=2, recomputed_tokens=4, shared_prompt_tokens=1)
     assert remaining.lengths == [2]
+
+
+def test_the_length_of_an_answer_that_cannot_end_early_says_nothing() -> None:
+    remaining = Remaining()
+    log = new_log(remaining=remaining)
+    log.finished(TokenResult(index=7, token_ids=(3,) * 5), dataclasses.replace(request(), stop_token_ids=frozenset()), 0)
+    assert (list(log.generated), remaining.lengths) == ([5], [])
 
 
 def test_errors_are_counted() -> None:
@@ -122,7 +131,7 @@ def test_a_pass_counts_as_progress(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_log, "time", now)
     monkeypatch.setattr(RunLog, "_link_shares", lambda *_: {})
     monkeypatch.setattr(Passes, "add", lambda *_: None)
-    monkeypatch.setattr(Passes, "work_of", lambda *_: PassWork(num_prompt_tokens=6, num_sampled=2))
+    monkeypatch.setattr(Passes, "work_of", lambda *_: PassWork(num_prompt_tokens=6, num_sampled=2, num_scored=4))
     told: list[Progress] = []
     log = new_log(on_progress=told.append, num_requests=3)
     log.begins(None)  # type: ignore[arg-type]
@@ -132,6 +141,6 @@ def test_a_pass_counts_as_progress(monkeypatch: pytest.MonkeyPatch) -> None:
     now.seconds += 10
     log.tell(1, 4, 10)
     log.tell(1, 5, 10)
-    assert [(each.num_requests, each.unit, each.prompt_tokens, each.output_tokens, each.eta_seconds) for each in told] == [
-        (3, 4, 6, 2, None)
-    ]
+    assert [
+        (each.num_requests, each.unit, each.prompt_tokens, each.output_tokens, each.scored_tokens, each.eta_seconds) for each in told
+    ] == [(3, 4, 6, 2, 4, None)]

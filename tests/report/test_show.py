@@ -78,8 +78,17 @@ def test_a_progress_line_has_everything() -> None:
     ):
         assert part in line
     assert "\n" not in line
+    assert "scored" not in line
     unknown = dataclasses.replace(PROGRESS, num_requests=None, eta_seconds=None, link_shares={})
     assert "3/? requests" in format_progress(unknown)
+
+
+def test_a_job_that_only_scores_has_no_pace_of_outputs() -> None:
+    scoring = dataclasses.replace(PROGRESS, output_tokens=0, output_tokens_per_s=0.0, scored_tokens=70, scored_tokens_per_s=1234.5)
+    assert "prompt 100.0 tokens/s, scored 1,234.5 tokens/s, " in format_progress(scoring)
+    assert "prompt 100.0 tokens/s, 0 live" in format_progress(dataclasses.replace(PROGRESS, output_tokens_per_s=0.0))
+    both = dataclasses.replace(scoring, output_tokens=5, output_tokens_per_s=2.0)
+    assert "output 2.0 tokens/s, scored 1,234.5 tokens/s, " in format_progress(both)
 
 
 def test_the_plan_has_everything() -> None:

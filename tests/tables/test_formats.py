@@ -91,8 +91,20 @@ def test_a_short_row_lacks_columns(tmp_path: Path) -> None:
         ("t.csv", b"a\n\xff\n", "is not UTF-8 (0xff); iconv"),
         ("t.jsonl", b"", "has no rows"),
         ("t.jsonl", b"{}\n", "has no rows"),
-        ("t.jsonl", b'{"a": 1}\n{"a": \n', "line 2 is not JSON"),
-        ("t.jsonl", b'{"a": 1}\n[1]\n', "line 2 is not a JSON object"),
+        ("t.jsonl", b'{"a": 1}\n{"a": \n', "line 2 is not a row"),
+        ("t.jsonl", b'{"a": 1}\n[1]\n', "line 2 is not a row"),
+        (
+            "t.jsonl",
+            b'{"a": 1}\n{"a": 1, "b": 2, "a": 3}\n',
+            "line 2 is not a row, a JSON object with the names of columns and their values: 'a'",
+        ),
+        ("t.jsonl", b'{"a": 1}\n\n{"a": {"b": 1, "b": 1}}\n', "line 3 is not a row"),
+        ("t.jsonl", b'{"a": NaN}\n', "line 1 is not a row, a JSON object with the names of columns and their values: it contains NaN"),
+        ("t.jsonl", b'{"a": -Infinity}\n', "it contains -Infinity"),
+        ("t.jsonl", b'{"a": 1e999}\n', "the number 1e999 is out of range"),
+        ("t.jsonl", b'{"a": ' + b"9" * 5000 + b"}\n", "line 1 is not a row"),
+        ("t.jsonl", b'{"a": ' + b"[" * 100_000 + b"\n", "line 1 is not a row"),
+        ("t.jsonl", b'{"a": 1}\n{"a": "\xff"}\n', "line 2 is not UTF-8 (0xff at byte 7)"),
         ("t.parquet", b"PAR1 and no more", "cannot be read as a Parquet file"),
     ],
 )
@@ -101,6 +113,14 @@ def test_files_that_are_no_tables(tmp_path: Path, name: str, content: bytes, sai
     with pytest.raises(JobError) as caught:
         rows(path, format_of(path, "TABLE"))
     assert said in str(caught.value)
+
+
+def test_what_rows_of_json_lines_may_have(tmp_path: Path) -> None:
+    huge = "1" + "0" * 4000
+    path = written(tmp_path / "t.jsonl", f'\ufeff{{"a": {huge}, "b": {{"c": [1, "ü"]}}}}\r\n\n{{"a": null}}\n')
+    assert rows(path, "jsonl") == [{"a": int(huge), "b": {"c": [1, "ü"]}}, {"a": None}]
+    assert rewritten(path, "jsonl", "jsonl").startswith(f'{{"a": {huge}, "b": {{"c": [1, "ü"]}}, ')
+    assert rows(written(tmp_path / "mark.jsonl", '\ufeff\n{"a": 1}\n'), "jsonl") == [{"a": 1}]
 
 
 def test_two_columns_of_one_name(tmp_path: Path) -> None:

@@ -74,10 +74,44 @@ def test_examples_come_from_dicts_or_tables(llm: LLM) -> None:
     assert [each.column("answer").to_pylist() for each in found] == [[wanted]] * 2
 
 
+SCHEMA = {"type": "object", "properties": {"name": {"type": "string"}, "age": {"type": "integer"}}, "required": ["name", "age"]}
+
+
+@pytest.mark.parametrize(
+    ("keywords", "said"),
+    [
+        ({"regex": "("}, "^regex: the regular expression '\\(' cannot be used: "),
+        ({"schema": {"type": "string", "minLength": 2, "maxLength": 1}}, "^schema: the JSON schema cannot be used: nothing meets it"),
+        (
+            {"regex": "[a-c]+", "examples": [{"t": "a", "answer": "abc"}, {"t": "b", "answer": "d"}]},
+            "^examples: row 2: the answer 'd' does not match",
+        ),
+        ({"schema": SCHEMA, "examples": [{"t": "a", "answer": "no"}]}, "^examples: row 1: the answer 'no' does not follow the schema"),
+        ({"schema": SCHEMA, "examples": [{"t": "a", "answer": '{"age": 1, "name": "x"}'}]}, "properties in its order"),
+        ({"schema": SCHEMA, "examples": [{"t": "a", "name": "x", "age": ""}]}, 'row 1: the answer \'{"name": "x", "age": null}\' does not'),
+    ],
+    ids=["regex", "schema", "example of a regex", "example of a schema", "order", "property"],
+)
+def test_what_no_answer_can_be_is_refused_once(llm: LLM, scorers: list[FakeEngine], keywords: dict[str, Any], said: str) -> None:
+    with pytest.raises(OptionError, match=said):
+        llm.map(pa.table({"t": ["a", "b"]}), "{t}", **keywords)
+    assert scorers == []
+
+
+def test_examples_that_the_answers_can_be(llm: LLM) -> None:
+    shots = [{"t": "a", "answer": '{\n  "name": "Ada",\n  "age": 3}'}, {"t": "b", "answer": '{"name":"","age":0}'}]
+    assert llm.map(pa.table({"t": []}), "{t}", schema=SCHEMA, examples=shots).num_rows == 0
+    assert llm.map(pa.table({"t": []}), "{t}", regex="[a-c]+", examples=[{"t": "x", "answer": "abc"}]).num_rows == 0
+
+
 @pytest.mark.parametrize(
     ("keywords", "said"),
     [
         ({"prompt": "{note}"}, "the table has no column 'note', which the prompt uses; there are 't', 'error2'"),
+        (
+            {"prompt": "{t.name}"},
+            "no column 't.name', which the prompt uses; there are 't', 'error2'; a part of 't' is written in Jinja: {{ t.name }}",
+        ),
         ({"answer_column": "t"}, "has a column 't' already"),
         ({"choices": "yes"}, "must be a list"),
         ({"columns": ["x"]}, "map has no option 'columns'"),

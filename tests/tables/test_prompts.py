@@ -75,9 +75,11 @@ def test_examples_are_read_from_rows() -> None:
         ({"t": "a"}, "row 1: there is no column 'answer'"),
         ({"answer": "yes"}, "no column 't'"),
         ({"t": "a", "answer": "maybe"}, "not one of the choices"),
+        ({"t": "a", "answer": "  "}, "row 1: the column 'answer' with the answer is empty"),
+        ({"t": "a", "answer": None}, "row 1: the column 'answer' with the answer is empty"),
     ],
 )
-def test_examples_that_cannot_be(row: dict[str, str], said: str) -> None:
+def test_examples_that_cannot_be(row: dict[str, str | None], said: str) -> None:
     with pytest.raises(OptionError) as caught:
         read_shots(Task(prompt="{t}:", choices=("yes", "no")), [row])
     assert said in str(caught.value)

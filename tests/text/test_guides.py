@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
@@ -245,9 +247,24 @@ def test_a_constraint_is_compiled_once(tokenizer: Tokenizer) -> None:
         ({"json": {"type": "string", "format": "iri"}}, "iri"),
         ({"json": {"type": "strnig"}}, "strnig"),
         ({"json": {"$ref": "https://example.com/schema.json"}}, "example.com"),
-        ({"regex": "a(b"}, "structured_outputs"),
+        ({"regex": "a(b"}, r"^structured_outputs: the regular expression 'a\(b' cannot be used: "),
         ({"regex": "a(?=b)"}, "structured_outputs"),
-        ({"grammar": "start: missing"}, "missing"),
+        ({"grammar": "start: missing"}, "the grammar cannot be used: .*missing"),
+        (
+            {"json": {"type": "string", "minLength": 5, "maxLength": 3}},
+            r"nothing meets it: .*minLength \(5\) is greater than maxLength \(3\)",
+        ),
+        ({"json": {"enum": []}}, "the JSON schema cannot be used: "),
+        ({"json": {"type": "object", "properties": {"a": {"enum": []}}, "required": ["a"]}}, "nothing meets it: .*'a'"),
+        ({"json": {"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]}}, "always contains itself again"),
+        ({"regex": r"[^\s\S]"}, "nothing meets it: no answer could even begin"),
+        ({"regex": r"ab[a&&b]"}, "nothing meets it: no answer could even begin"),
+        ({"grammar": 'start: "a" start'}, "the grammar cannot be used: .*always contains itself again"),
+        ({"grammar": 'root ::= "(" root ")"'}, "always contains itself again"),
+        (
+            {"grammar": r'start: "ab" b' + "\nb: /[^\\s\\S]/"},
+            "nothing meets it: every answer would have to begin with 'ab', and nothing can follow",
+        ),
     ],
     ids=str,
 )
@@ -257,6 +274,32 @@ def test_what_cannot_be_enforced_is_named(guides: Guides, constraint: dict[str, 
     assert (caught.value.code, caught.value.param) == ("unsupported_constraint", "structured_outputs")
     assert len(str(caught.value)) < 600
     assert "\n" not in str(caught.value)
+
+
+LLGUIDANCE_S = re.compile(r"NoExtension|InternalError|Unsatisfiable|non-verbose|\s\^|\d \|")
+
+
+@pytest.mark.parametrize(
+    "constraint",
+    [{"json": {"enum": []}}, {"regex": "a("}, {"regex": "[^\\s\\S]"}, {"grammar": "start: (\n"}, {"grammar": "start: b"}],
+    ids=str,
+)
+def test_refusals_are_in_words(guides: Guides, constraint: dict[str, Any]) -> None:
+    with pytest.raises(RequestError) as caught:
+        guides.guide(StructuredOutputsParams(**constraint))
+    assert not LLGUIDANCE_S.search(str(caught.value)), str(caught.value)
+
+
+def test_whole_answers_are_accepted(guides: Guides) -> None:
+    schema = StructuredOutputsParams(json=PERSON)
+    texts = ['{"name":"Ada","age":36}', '{"age":36,"name":"Ada"}', '{"name":"Ada"', "", '{"name":"Ada","age":36} x']
+    assert [guides.accepts(schema, text) for text in texts] == [True, False, False, False, False]
+    assert [guides.accepts(StructuredOutputsParams(regex="é+(ab)?"), text) for text in ("éé", "éab", "éa", "")] == [
+        True,
+        True,
+        False,
+        False,
+    ]
 
 
 def test_without_llguidance_the_extra_is_named(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -290,20 +333,33 @@ def test_kinds_of_tokenizers(kind: str) -> None:
     guides.close()
 
 
-@pytest.mark.parametrize("choices", [["ab!"], ["ab!", "b!"]])
-def test_a_vocabulary_that_cannot_write_the_answer(choices: list[str]) -> None:
-    """It has no "!", and no other bytes: the answer must not end as if it were whole."""
+@pytest.fixture(scope="module")
+def poor() -> Iterator[Guides]:
+    """Guides for a vocabulary of "a", "b" and the end."""
     backend = tokenizers.Tokenizer(models.BPE(vocab={"a": 0, "b": 1}, merges=[]))
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([AddedToken("</s>", special=True)])
-    guides = Guides(Tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")), 3, frozenset({2}))
-    guide = guides.guide(StructuredOutputsParams(choice=choices))
-    assert np.flatnonzero(guide.allowed([])).tolist() == [0, 1][: len(choices)]
-    assert np.flatnonzero(guide.allowed([0])).tolist() == [1]
-    with pytest.raises(RequestError, match="constraint on the answer") as caught:
+    made = Guides(Tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")), 3, frozenset({2}))
+    yield made
+    made.close()
+
+
+@pytest.mark.parametrize("constraint", [{"choice": ["ab!"]}, {"choice": ["ab", "b!"]}, {"regex": "ab!"}], ids=str)
+def test_a_vocabulary_that_cannot_write_what_is_asked_for(poor: Guides, constraint: dict[str, Any]) -> None:
+    with pytest.raises(RequestError, match="the model's vocabulary cannot write '!'") as caught:
+        poor.guide(StructuredOutputsParams(**constraint))
+    assert caught.value.code == "unsupported_constraint"
+    poor.guide(StructuredOutputsParams(choice=["ab", "b"]))
+
+
+@pytest.mark.parametrize(("regex", "first"), [("a(b!|a!)", [0]), ("ab!|b!", [0, 1])])
+def test_a_vocabulary_that_cannot_write_the_end(poor: Guides, regex: str, first: list[int]) -> None:
+    """It is found when the answer is there: it must not end as if it were whole."""
+    guide = poor.guide(StructuredOutputsParams(regex=regex))
+    assert np.flatnonzero(guide.allowed([])).tolist() == first
+    with pytest.raises(RequestError, match="after 2 tokens no token of the vocabulary goes on as the constraint on the answer") as caught:
         guide.allowed([0, 1])
     assert caught.value.code == "constraint_failed"
-    guides.close()
 
 
 def test_a_tokenizer_that_llguidance_does_not_read() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import bisect
+import codecs
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -42,8 +42,7 @@ def completion_logprobs(completion: CompletionOutput, echoed: RequestOutput | No
 def _echoed(text: str | None, known: Sequence[tuple[int, dict[int, Logprob] | None]]) -> tuple[list[str], list[int], int]:
     """Return the tokens of a prompt, where the text of each begins, and the length of the whole text.
 
-    Offsets are counted in bytes from the end, because a token may be a part of a character, and because the tokens of a text may begin with
-    special ones that are not in it.
+    Offsets are counted from the end, because the tokens of a text may begin with special ones that are not in it.
 
     Args:
         text: The text of the prompt; None if there is no tokenizer.
@@ -52,21 +51,48 @@ def _echoed(text: str | None, known: Sequence[tuple[int, dict[int, Logprob] | No
     words = [_by_id(token_id) if step is None else _token(token_id, step[token_id]) for token_id, step in known]
     if text is None:
         return words, _starts(words), sum(map(len, words))
-    encoded = text.encode()
-    place = len(encoded)
-    starts: list[int] = []
-    for (token_id, step), word in zip(reversed(known[1:]), reversed(words[1:]), strict=True):
-        own = None if step is None else step[token_id].token_bytes
-        place = max(place - len(word.encode() if own is None else own), 0)
-        starts.append(place)
-    words[0] = encoded[:place].decode(errors="replace")
-    return words, [0, *_characters(text, starts[::-1])], len(text)
+    own = [word if step is None else step[token_id].token_bytes or word for (token_id, step), word in zip(known, words, strict=True)]
+    words[0], starts = _from_end(text, own[1:])
+    return words, [0, *starts], len(text)
 
 
-def _characters(text: str, starts: Sequence[int]) -> list[int]:
-    """Return the index of the character of a text that has each of these bytes, which ascend; the length of the text beyond its end."""
-    ends = list(itertools.accumulate(len(character.encode()) for character in text))
-    return [bisect.bisect_right(ends, start) for start in starts]
+def _from_end(text: str, pieces: Sequence[str | bytes]) -> tuple[str, list[int]]:
+    """Return what stands in a text before the pieces that it ends with, and where each of them begins.
+
+    Args:
+        text: The text.
+        pieces: The text of each token, or its bytes where it is a part of a character.  Parts that stand together make up whole characters,
+            or what decoders write for bytes that are none.
+    """
+    end, before, starts = len(text), text, list[int]()
+    for are_parts, run in itertools.groupby(reversed(pieces), key=lambda piece: isinstance(piece, bytes)):
+        if are_parts:
+            parts = [piece for piece in run if isinstance(piece, bytes)][::-1]
+            first = max(end - sum(map(len, parts)), 0)  # a character has a byte or more
+            rest, places = _parts_from_end(text[first:end], parts)
+            starts += [first + place for place in reversed(places)]
+            before = text[:first] + rest
+            end = places[0] + first
+            continue
+        for piece in run:
+            end = max(end - len(piece), 0)
+            starts.append(end)
+        before = text[:end]
+    return before, starts[::-1]
+
+
+def _parts_from_end(text: str, parts: Sequence[bytes]) -> tuple[str, list[int]]:
+    """Return what stands in a text before the parts of characters that it ends with, and the character in which each part begins."""
+    encoded, own = text.encode(), b"".join(parts)
+    whole = encoded.endswith(own)
+    before = encoded[: -len(own)] if whole else text[: max(len(text) - len(own.decode(errors="replace")), 0)].encode()
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    length = len(decoder.decode(before))
+    places: list[int] = []
+    for part in parts:
+        places.append(length)
+        length += len(decoder.decode(part))
+    return before.decode(errors="replace"), places
 
 
 def _starts(tokens: Sequence[str]) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from typing import Any
 
@@ -13,7 +14,7 @@ MAX_DEPTH = 100  # whoever walks the value must not run out of stack
 def strict_json(data: bytes, *, max_values: int = MAX_VALUES) -> dict[str, Any]:
     """Parse a JSON object in UTF-8.
 
-    NaN, a name that is given twice, deep nesting and more than `max_values` values are refused.
+    NaN, numbers beyond those of float64, a name that is given twice, deep nesting and more than `max_values` values are refused.
 
     Raises:
         ValueError: The data is refused; the message says why.
@@ -32,8 +33,13 @@ def strict_json(data: bytes, *, max_values: int = MAX_VALUES) -> dict[str, Any]:
     def refuse(constant: str) -> None:
         raise ValueError(f"it contains {constant}")
 
+    def finite(digits: str) -> float:
+        if not math.isfinite(number := float(digits)):
+            raise ValueError(f"the number {digits[:20]} is out of range")
+        return number
+
     try:
-        value = json.loads(data.decode("utf-8-sig"), object_pairs_hook=unique, parse_constant=refuse)
+        value = json.loads(data.decode("utf-8-sig"), object_pairs_hook=unique, parse_constant=refuse, parse_float=finite)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
     if not isinstance(value, dict):

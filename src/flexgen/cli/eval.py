@@ -7,7 +7,7 @@ import logging
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from flexgen.base.steps import step
 from flexgen.cli.exit_codes import ExitCode, complain
 from flexgen.cli.options import (
     Model,
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
     from flexgen.evaluation.encoding import Encoding
     from flexgen.llm import LLM
     from flexgen.report.show import Display
+
+    Evaluation = Callable[[Display, LLM, Answers], None]  # what runs when the model is open
 
 # Arguments that are not ours are lm-eval's.
 LM_EVAL_CONTEXT = {"ignore_unknown_options": True}
@@ -84,13 +87,17 @@ def perplexity(
     for file in files:
         _check_file_to_read(file)
 
-    def figures(answers: Answers, encoding: Encoding) -> Mapping[str, Any]:
+    def read() -> list[str]:
         from flexgen.evaluation.documents import read_documents
+
+        return [text for file in files for text in read_documents(file, result.limit)]
+
+    def figures(answers: Answers, encoding: Encoding, texts: Sequence[str]) -> Mapping[str, Any]:
         from flexgen.evaluation.perplexity import perplexity as measured
 
-        return measured(answers, encoding, [text for file in files for text in read_documents(file, result.limit)]).to_json()
+        return measured(answers, encoding, texts).to_json()
 
-    return _evaluation(model, options, common, result, figures)
+    return _evaluation(model, options, common, result, read, figures)
 
 
 @engine_command
@@ -110,13 +117,17 @@ def lambada(
     """
     _check_file_to_read(file)
 
-    def figures(answers: Answers, encoding: Encoding) -> Mapping[str, Any]:
-        from flexgen.evaluation.documents import read_lines
+    def read() -> list[str]:
+        from flexgen.evaluation.lambada import read_passages
+
+        return read_passages(file, result.limit)
+
+    def figures(answers: Answers, encoding: Encoding, passages: Sequence[str]) -> Mapping[str, Any]:
         from flexgen.evaluation.lambada import lambada as measured
 
-        return measured(answers, encoding, read_lines(file, result.limit)).to_json()
+        return measured(answers, encoding, passages).to_json()
 
-    return _evaluation(model, options, common, result, figures)
+    return _evaluation(model, options, common, result, read, figures)
 
 
 @engine_command
@@ -138,20 +149,25 @@ def lm_eval(
     """
     if model.startswith("-"):
         raise OptionError(f"the model comes first, {model} of lm-eval after it: flexgen eval lm-eval MODEL --tasks ...")
-    from flexgen.evaluation.lm_eval import FlexGenLM
-    from flexgen.evaluation.lm_eval_command import evaluate, model_arguments, parse_arguments
 
-    parsed = parse_arguments(arguments or [])
-    own = model_arguments(parsed)
+    def begin() -> Evaluation:
+        step("loading lm-evaluation-harness")
+        from flexgen.evaluation.lm_eval import FlexGenLM
+        from flexgen.evaluation.lm_eval_command import evaluate, model_arguments, parse_arguments
 
-    def run(display: Display, llm: LLM, answers: Answers) -> None:
-        with _log_of("lm_eval", display):
-            display.close()  # lm-eval writes to the terminal itself until there is something to compute
-            made = FlexGenLM(llm, state=answers.state, on_progress=answers.on_progress, stop=answers.stop, **own)
-            with made as lm:
-                evaluate(lm, model, parsed)
+        parsed = parse_arguments(arguments or [])
+        own = model_arguments(parsed)
 
-    return _evaluate(model, options, common, run)
+        def run(display: Display, llm: LLM, answers: Answers) -> None:
+            with _log_of("lm_eval", display):
+                display.close()  # lm-eval writes to the terminal itself until there is something to compute
+                made = FlexGenLM(llm, state=answers.state, on_progress=answers.on_progress, stop=answers.stop, **own)
+                with made as lm:
+                    evaluate(lm, model, parsed)
+
+        return run
+
+    return _evaluate(model, options, common, begin)
 
 
 def _evaluation(
@@ -159,20 +175,27 @@ def _evaluation(
     options: EngineOptions,
     common: CommonFlags,
     result: ResultFlags,
-    figures: Callable[[Answers, Encoding], Mapping[str, Any]],
+    read: Callable[[], Sequence[str]],
+    figures: Callable[[Answers, Encoding, Sequence[str]], Mapping[str, Any]],
 ) -> int:
-    """Run an evaluation, and print and write what `figures` returns."""
+    """Run an evaluation of the texts that `read` returns, and print and write what `figures` returns."""
     check_file(result.metrics, "--metrics")
     check_stdout()
     found: dict[str, Any] = {}
 
-    def run(display: Display, llm: LLM, answers: Answers) -> None:
-        from flexgen.evaluation.encoding import Encoding
+    def begin() -> Evaluation:
+        step("reading texts")
+        texts = read()
 
-        found.update(figures(answers, Encoding(llm.get_tokenizer())))
-        display.close()
+        def run(display: Display, llm: LLM, answers: Answers) -> None:
+            from flexgen.evaluation.encoding import Encoding
 
-    code = _evaluate(model, options, common, run)
+            found.update(figures(answers, Encoding(llm.get_tokenizer()), texts))
+            display.close()
+
+        return run
+
+    code = _evaluate(model, options, common, begin)
     if code:
         return code
     whole = {"model": model, **found}
@@ -182,12 +205,26 @@ def _evaluation(
     return code
 
 
-def _evaluate(model: str, options: EngineOptions, common: CommonFlags, run: Callable[[Display, LLM, Answers], None]) -> int:
-    """Open the model and the state, run an evaluation, and return the exit code; it can be resumed whatever ends it."""
+def _evaluate(model: str, options: EngineOptions, common: CommonFlags, begin: Callable[[], Evaluation]) -> int:
+    """Run the evaluation that `begin` returns, and return the exit code; it can be resumed whatever ends it.
+
+    What `begin` refuses is refused before the model is opened.
+    """
+    check_parent(common.state, "--state")
+    with showing(common.progress, results=sys.stderr) as display, StopSignals() as signals:
+        try:
+            run = begin()
+        except Stopped:
+            display.close()
+            return complain("stopped", signals.exit_code)
+        return _resumable(model, options, common, run, display=display, signals=signals)
+
+
+def _resumable(model: str, options: EngineOptions, common: CommonFlags, run: Evaluation, *, display: Display, signals: StopSignals) -> int:
+    """Open the model and the state, run an evaluation, and return the exit code."""
     from flexgen.evaluation.answers import Answers
 
-    check_parent(common.state, "--state")
-    with showing(common.progress, results=sys.stderr) as display, StopSignals() as signals, _state(common.state, display) as state:
+    with _state(common.state, display) as state:
         try:
             with load(model, options, common.progress) as llm:
                 llm.model.check()

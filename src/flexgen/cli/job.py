@@ -189,13 +189,19 @@ class JobCommand:
         return llm
 
 
-def run_job(flags: RunFlags, lines: JobLines, options: EngineOptions) -> int:
-    """Answer the lines of a job, or show its plan for `--dry-run`, and return the exit code."""
+def run_job(flags: RunFlags, open_lines: Callable[[], JobLines], options: EngineOptions) -> int:
+    """Answer the lines of a job, or show its plan for `--dry-run`, and return the exit code.
+
+    Args:
+        flags: The flags of the command.
+        open_lines: A function that returns the lines to answer; it may take a while, and is called when steps are shown.
+        options: The options of the engine.
+    """
     messages = sys.stdout if flags.dry_run else sys.stderr  # a dry run's plan is its result
     results = None if flags.output is not None else sys.stderr
     shown = "plain" if flags.dry_run and flags.progress == "none" else flags.progress
     with showing(shown, messages=messages, results=results, steps=flags.progress != "none") as display, StopSignals() as signals:
-        command = JobCommand(flags=flags, lines=lines, options=options, display=display, signals=signals)
+        command = JobCommand(flags=flags, lines=open_lines(), options=options, display=display, signals=signals)
         try:
             return command.show_plan() if flags.dry_run else command.answer()
         except Stopped:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from flexgen.cli.job import run_job
 from flexgen.cli.map_flags import MapFlags, TaskFlags, check_map, naming_flags, open_source
 from flexgen.cli.options import engine_command, takes
 from flexgen.cli.reading import Conversations
 from flexgen.options import EngineOptions
+
+if TYPE_CHECKING:
+    from flexgen.cli.table_lines import TableLines
 
 
 @engine_command
@@ -23,8 +28,14 @@ def map(flags: MapFlags, asked: TaskFlags, conversations: Conversations, options
     _ = conversations.keywords  # checks them
     with naming_flags():
         path = check_map(flags, asked)
+
+    def open_lines() -> TableLines:
+        from flexgen.base.steps import step
         from flexgen.cli.table_lines import TableLines
 
-        table, form = open_source(path, asked)
-        lines = TableLines.of(table, form, flags=flags, asked=asked, conversations=conversations)
-    return run_job(flags, lines, options)
+        step(f"opening {path}")
+        with naming_flags():
+            table, form = open_source(path, asked)
+            return TableLines.of(table, form, flags=flags, asked=asked, conversations=conversations)
+
+    return run_job(flags, open_lines, options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ import typer
 
 from flexgen.cli.options import is_there
 from flexgen.cli.run_flags import AGAIN, RunFlags, check_job
-from flexgen.errors import OptionError
+from flexgen.errors import JobError, OptionError
 
 if TYPE_CHECKING:
     from flexgen.tables.batch import Table
@@ -63,7 +64,10 @@ class TaskFlags:
     chat: Annotated[
         bool | None, _prompt("--chat/--no-chat", help="Send messages, or text. Default: messages where the model has a chat template.")
     ] = None
-    choices: Annotated[str | None, _answer(metavar="A,B,C", help="The possible answers; the likeliest is taken.")] = None
+    choices: Annotated[
+        list[str] | None,
+        _answer(metavar="A,B,C", help="The possible answers; the likeliest is taken. Double quotes go around commas: '\"Yes, sir\",No'."),
+    ] = None
     choice: Annotated[list[str] | None, _answer(metavar="TEXT", help="A possible answer, as it stands; may be repeated.")] = None
     probabilities: Annotated[bool, _answer("--probabilities", help="Add a column with the probability of each choice.")] = False
     schema: Annotated[Path | None, _answer(metavar="FILE", help="A JSON schema of the answer; its properties become columns.")] = None
@@ -92,9 +96,9 @@ class TaskFlags:
         """
         from flexgen.tables.task import Task
 
-        if self.choices is not None and self.choice:
+        if self.choices and self.choice:
             raise OptionError("--choices and --choice both name the possible answers: give one of them")
-        listed = self.choice if self.choices is None else [each.strip() for each in self.choices.split(",")]
+        listed = [each for given in self.choices for each in _listed(given)] if self.choices else self.choice
         return Task(
             prompt=_text(self.prompt), system=None if self.system is None else _text(self.system), template=self.template,
             choices=tuple(listed or ()), schema=_schema(self.schema), regex=self.regex, probabilities=self.probabilities, raw=self.raw,
@@ -105,7 +109,7 @@ class TaskFlags:
         """Return the examples.
 
         Raises:
-            OptionError: The file of examples is not a table with the columns that are needed.
+            OptionError: The file of examples is not a table with the columns and the answers that are needed.
         """
         from flexgen.tables.formats import format_of, open_table
         from flexgen.tables.prompts import read_shots
@@ -113,8 +117,15 @@ class TaskFlags:
         if self.examples is None:
             return []
         _check_file(self.examples, "--examples")
-        table = open_table(self.examples, format_of(self.examples, "--examples", may_be_compressed=True))
-        return read_shots(task, (row for batch in table.batches() for row in batch.rows()))
+        name = f"--examples {self.examples}"
+        try:
+            table = open_table(self.examples, format_of(self.examples, "--examples", may_be_compressed=True))
+            shots = read_shots(task, (row for batch in table.batches() for row in batch.rows()), name=name)
+        except JobError as error:
+            raise OptionError(f"--examples {error}") from error
+        if not shots:
+            raise OptionError(f"{name}: it has no rows: give at least one example, or leave it out")
+        return shots
 
 
 def check_map(flags: MapFlags, asked: TaskFlags) -> Path:
@@ -132,7 +143,7 @@ def check_map(flags: MapFlags, asked: TaskFlags) -> Path:
         raise OptionError(f"TABLE {flags.source}: {what}{swapped}")
     if flags.output is None:
         raise OptionError("OUTPUT is a file: give a name in place of -")
-    if asked.choices is not None or asked.choice:
+    if asked.choices or asked.choice:
         generating = {"--max-tokens": asked.max_tokens, "--stop": asked.stop, "--temperature": flags.temperature, "--top-p": flags.top_p}
         if given := next((name for name, value in generating.items() if value), None):
             raise OptionError(f"{given} is for answers that are generated, and choices are scored: leave it out")
@@ -155,12 +166,27 @@ def naming_flags() -> Iterator[None]:
         yield
     except OptionError as error:
         said = re.sub(r"\b(answer|error)_column\b", r"--\1-column", str(error))
+        said = re.sub(r"^(schema|regex|prompt|system)(?=:)", r"--\1", said)
         raise OptionError(said) from error
 
 
 def _text(given: str) -> str:
     """Return a text of the command line, where shells make it hard to write a line feed: `\\n` is one, `\\\\n` is a backslash and an n."""
     return re.sub(r"\\(\\?)n", lambda found: "\\n" if found[1] else "\n", given)
+
+
+def _listed(given: str) -> list[str]:
+    """Return the items of a list between commas, as CSV has them: one in double quotes may have commas in it, `""` there is a quote.
+
+    Raises:
+        OptionError: Quotes do not end, or stand before the end of an item.
+    """
+    try:
+        (items,) = csv.reader([given.strip()], skipinitialspace=True, strict=True)
+    except (csv.Error, ValueError) as error:
+        what = "double quotes go around a whole choice, as in '\"Yes, sir\",No'"
+        raise OptionError(f"--choices {given!r}: {what}; --choice takes one as it stands, once for each") from error
+    return [each.rstrip() for each in items or [""]]  # a space at the beginning of a quoted one belongs to it
 
 
 def _schema(path: Path | None) -> dict[str, Any] | None:
@@ -171,8 +197,10 @@ def _schema(path: Path | None) -> dict[str, Any] | None:
     _check_file(path, "--schema")
     try:
         schema = parsed_json(path.read_text(encoding="utf-8-sig"), f"--schema {path}")
-    except (OSError, UnicodeDecodeError) as error:
-        raise OptionError(f"--schema {path} cannot be read: {error}") from error
+    except OSError as error:
+        raise OptionError(f"--schema {path} cannot be read: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise OptionError(f"--schema {path}: it is not UTF-8 (0x{error.object[error.start]:02x} at byte {error.start:,})") from error
     if not isinstance(schema, dict):
         raise OptionError(f"--schema {path}: a JSON schema is an object")
     return schema

@@ -23,4 +23,4 @@ def run(flags: RunFlags, reading: Reading, options: EngineOptions) -> int:
     """
     reading.check()
     check(flags)
-    return run_job(flags, RequestLines(flags=flags, reading=reading), options)
+    return run_job(flags, lambda: RequestLines(flags=flags, reading=reading), options)

@@ -41,9 +41,15 @@ def format_status(status: JobStatus) -> str:
         f"{status.name}: {_process(status)}\n"
         f"  {done:,} of {total} lines done ({status.failed:,} with errors), {in_progress}; "
         f"{status.prompt_tokens:,} prompt and {status.output_tokens:,} output tokens\n"
-        f"  latest run: {_times(status)}, {status.lines_per_s:,.2f} lines/s, {status.output_tokens_per_s:,.1f} output tokens/s"
-        f"{_eta(status)}"
+        f"  latest run: {_times(status)}, {status.lines_per_s:,.2f} lines/s, {_tokens_per_s(status)}{_eta(status)}"
     )
+
+
+def _tokens_per_s(status: JobStatus) -> str:
+    """Return the pace of the latest run in tokens: those of prompts where it has generated none, as in a job that only scores."""
+    if not status.output_tokens_per_s and status.prompt_tokens_per_s:
+        return f"{status.prompt_tokens_per_s:,.1f} prompt tokens/s"
+    return f"{status.output_tokens_per_s:,.1f} output tokens/s"
 
 
 def _process(status: JobStatus) -> str:

@@ -16,11 +16,11 @@ from flexgen.api.plain import PlainForm
 from flexgen.base.steps import counted_lines
 from flexgen.chat import Chat
 from flexgen.cli.defaults import bare_defaults
-from flexgen.cli.map_flags import MapFlags, TaskFlags
+from flexgen.cli.map_flags import MapFlags, TaskFlags, naming_flags
 from flexgen.cli.reading import Conversations
 from flexgen.errors import JobError, OptionError, RequestError
 from flexgen.tables.batch import Table
-from flexgen.tables.checks import check_columns
+from flexgen.tables.checks import check_columns, check_constraint, check_shots
 from flexgen.tables.form import TableForm
 from flexgen.tables.formats import check_writable, format_of
 from flexgen.tables.prompts import Prompts, Shot, takes_messages
@@ -134,6 +134,7 @@ class TableLines:
         """
         prompts = self._prompts(llm)
         faults: list[tuple[int, RequestError]] = []
+        checked = False
         rows = (row for batch in self.table.batches(prompts.columns) for row in batch.rows())
         for number, row in enumerate(counted_lines(rows, f"writing a prompt for each row of {self.name}"), start=1):
             try:
@@ -141,8 +142,9 @@ class TableLines:
             except RequestError as error:
                 faults.append((number, error))
                 line = {}
-            if number == 1:
+            if line and not checked:
                 self._check(llm, line)
+                checked = True
             yield json.dumps({"id": number, **line}).encode() + b"\n"
             if len(faults) >= _MOST_COMPLAINTS and not self.flags.keep_going:
                 break
@@ -150,14 +152,17 @@ class TableLines:
             raise JobError(_complaint(str(self.name), faults))
 
     def _check(self, llm: LLM, line: Mapping[str, Any]) -> None:
-        """Refuse what no row can have, such as a constraint that cannot be served."""
+        """Refuse what no row can have, such as a constraint that cannot be served, and examples that contradict it."""
         asked = {name: value for name, value in line.items() if name not in ("prompt", "messages")}
         form = PlainForm(defaults=self.defaults(llm))
         try:
-            form.parse(JobRequest(line_number=1, digest=1, form=form), {"prompt": "x", **asked})
+            params = form.parse(JobRequest(line_number=1, digest=1, form=form), {"prompt": "x", **asked}).params
         except RequestError as error:
             flag = next((name for name in ("choices", "schema", "regex") if getattr(self.task, name)), "prompt")
             raise OptionError(f"--{flag}: {error}") from error
+        with naming_flags():
+            check_constraint(llm.model, self.task, params)
+        check_shots(llm.model, self.task, self.shots, params, name=f"--examples {self.asked.examples}")
 
     def _shown(self, llm: LLM, line: Mapping[str, Any]) -> str:
         """Return the prompt of a line as the model gets it, with the possible answers."""

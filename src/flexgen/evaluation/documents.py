@@ -21,14 +21,14 @@ def read_documents(path: Path, limit: int | None = None) -> list[str]:
         limit: The most texts to read; None for all.
 
     Raises:
-        JobError: A line is not such an object, a text is not UTF-8, or there is no text.
+        JobError: A line is not such an object, the file is not text in UTF-8, or it has nothing but white space.
         StorageError: The file cannot be read.
     """
     name = path.name.removesuffix(".gz")
     found = _lines(path) if name.endswith(_JSON_LINES) else iter([_whole(path)])
     documents = [text for text in itertools.islice(found, limit) if text]
-    if not documents:
-        raise JobError(f"{path} has no text")
+    if not any(text.strip() for text in documents):
+        raise JobError(f"{path} has no text: it is empty, or white space only")
     return documents
 
 
@@ -43,11 +43,20 @@ def read_lines(path: Path, limit: int | None = None) -> list[str]:
 def _whole(path: Path) -> str:
     try:
         with open_input(path) as file:
-            return file.read().decode()
+            content = file.read()
     except READ_ERRORS as error:
-        raise StorageError(f"{path} cannot be read: {error}") from error
+        raise _unreadable(path, error) from error
+    try:
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise JobError(f"{path} is not text in UTF-8: byte {error.start:,} is {error.object[error.start]:#04x}") from error
+    if "\0" in text:
+        raise JobError(f"{path} is not text but binary data: byte {content.index(0):,} is 0x00")
+    return text
+
+
+def _unreadable(path: Path, error: Exception) -> StorageError:
+    return StorageError(f"{path} cannot be read: {(error.strerror if isinstance(error, OSError) else None) or error}")
 
 
 def _lines(path: Path) -> Iterator[str]:
@@ -57,13 +66,13 @@ def _lines(path: Path) -> Iterator[str]:
                 if line.strip():
                     yield _text(path, number, line)
     except READ_ERRORS as error:
-        raise StorageError(f"{path} cannot be read: {error}") from error
+        raise _unreadable(path, error) from error
 
 
 def _text(path: Path, number: int, line: bytes) -> str:
     try:
         found = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise JobError(f'{path}, line {number}: not JSON; each line must be an object like {{"text": "..."}}') from error
     text = found.get("text") if isinstance(found, dict) else None
     if not isinstance(text, str):

@@ -6,10 +6,12 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from flexgen.errors import JobError
 from flexgen.evaluation.answers import Answers
+from flexgen.evaluation.documents import read_lines
 from flexgen.evaluation.encoding import Encoding
 from flexgen.evaluation.perplexity import exponential
 from flexgen.evaluation.scoring import score
@@ -45,7 +47,7 @@ def lambada(answers: Answers, encoding: Encoding, passages: Sequence[str]) -> La
         passages: The passages, at least one.
 
     Raises:
-        JobError: A passage has a single word.
+        JobError: A passage has no word to predict, see `split`.
         FlexGenError: See `scoring.score`.
     """
     scores = score(answers, "lambada", encoding.pairs(split(index, passage) for index, passage in enumerate(passages)))
@@ -59,13 +61,35 @@ def lambada(answers: Answers, encoding: Encoding, passages: Sequence[str]) -> La
     )
 
 
+def read_passages(path: Path, limit: int | None = None) -> list[str]:
+    """Return the passages of a file of JSON lines with the key `text`.
+
+    Args:
+        path: The file.
+        limit: The most passages to read; None for all.
+
+    Raises:
+        JobError: A line is not such an object, or a passage has no word to predict; the message has its number.
+        StorageError: The file cannot be read.
+    """
+    passages = read_lines(path, limit)
+    for index, passage in enumerate(passages):
+        try:
+            split(index, passage)
+        except JobError as error:
+            raise JobError(f"{path}: {error}") from error
+    return passages
+
+
 def split(index: int, passage: str) -> tuple[str, str]:
     """Return a passage without its last word, and the space and the word.
 
     Raises:
-        JobError: There is no space in the passage; the message has its index.
+        JobError: There is no space in the passage, or it ends in one; the message has its number.
     """
     context, _, word = passage.rpartition(" ")
-    if not context:
+    if context and not word.strip():
+        raise JobError(f"passage {index + 1} ends in a space, {passage[-40:]!r}, so there is no last word to predict")
+    if not context.strip():
         raise JobError(f"passage {index + 1} has a single word, {passage[:40]!r}, so there is nothing to predict it from")
     return context, " " + word

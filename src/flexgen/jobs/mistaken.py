@@ -21,6 +21,7 @@ _BOM = b"\xef\xbb\xbf"
 _UNPACK = "unpack it first: {} {{path}} > requests.jsonl"
 _TO_JSONL = 'to_json("requests.jsonl", orient="records", lines=True)'
 _TABLE = "make JSON lines of it, with a column named prompt: python3 -c 'import pandas, sys; pandas.{}(sys.argv[1]).{}' {{path}}"
+_PROMPTS = "give a text file with one JSON object per line"
 _WEIGHTS = "requests come from a file of JSON lines: flexgen run MODEL INPUT -o OUTPUT"
 # (first bytes of a file, its kind, the remedy)
 _MAGIC: tuple[tuple[bytes, str, str], ...] = (
@@ -43,6 +44,10 @@ _MAGIC: tuple[tuple[bytes, str, str], ...] = (
     (b"\x80\x03", "a Python pickle", "pickles are never opened here: write JSON lines"),
     (b"\x80\x04", "a Python pickle", "pickles are never opened here: write JSON lines"),
     (b"\x80\x05", "a Python pickle", "pickles are never opened here: write JSON lines"),
+    (b"\x89PNG\r\n", "a PNG image", _PROMPTS),
+    (b"\xff\xd8\xff", "a JPEG image", _PROMPTS),
+    (b"GIF8", "a GIF image", _PROMPTS),
+    (b"\x7fELF", "a program", _PROMPTS),
     (b"GGUF", "a GGUF file, which holds the weights of a model", _WEIGHTS),
     (b"\xff\xfe\0\0", "text in UTF-32", "make it UTF-8: iconv -f UTF-32 -t UTF-8 {path} > requests.jsonl"),
     (b"\0\0\xfe\xff", "text in UTF-32", "make it UTF-8: iconv -f UTF-32 -t UTF-8 {path} > requests.jsonl"),
@@ -55,6 +60,7 @@ _MAGIC: tuple[tuple[bytes, str, str], ...] = (
 _ZIP = b"PK\x03\x04"
 _BZIP2 = re.compile(rb"BZh[1-9]1AY&SY")
 _TAR = b"ustar"
+_CONTROL = bytes(byte for byte in range(32) if byte not in b"\t\n\r\f\x1b")
 
 
 def check_input(path: Path, *, input_format: str = "jsonl", name: str | None = None) -> None:
@@ -123,14 +129,32 @@ def _weights(head: Head) -> Mistake | None:
 
 
 def _binary(head: Head) -> Mistake | None:
-    """Recognise files of NUL bytes alone, or with so many control characters that they are not text."""
+    """Recognise files of NUL bytes alone, and those whose lines are mostly not text and have control characters among them.
+
+    A file in another encoding has none: its lines are errors of their own.
+    """
     if not head.content.strip(b"\0"):
         return Mistake(what="nothing but NUL bytes", remedy="a full disk or an interrupted copy may have damaged it: write it again")
-    start = head.content[:512]
-    num_control = sum(byte < 32 and byte not in b"\t\n\r\f\x1b" for byte in start)
-    if num_control * 10 > len(start) and not any(map(is_object, head.lines())):
-        return Mistake(what=f"binary data (it begins with {start[:8].hex(' ')})", remedy="give a text file with one JSON object per line")
-    return None
+    lines = head.lines() or [head.content]
+    if sum(map(_is_no_text, lines)) * 2 <= len(lines) or _num_control(head.content) * 20 <= len(head.content):
+        return None
+    if any(map(is_object, lines)):
+        return None
+    what = f"binary data (it begins with {head.content[:8].hex(' ')})"
+    return Mistake(what=what, remedy="give a text file with one JSON object per line, or with --input-format text a prompt per line")
+
+
+def _is_no_text(line: bytes) -> bool:
+    """Return whether a line is not UTF-8, or has more control characters than text has."""
+    try:
+        line.decode()
+    except UnicodeDecodeError:
+        return True
+    return _num_control(line) * 10 > len(line)
+
+
+def _num_control(content: bytes) -> int:
+    return len(content) - len(content.translate(None, _CONTROL))
 
 
 def _carriage_returns(head: Head) -> Mistake | None:

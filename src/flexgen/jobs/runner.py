@@ -16,7 +16,7 @@ from pathlib import Path
 
 from flexgen.api.job_request import JobRequest
 from flexgen.base.failpoints import failpoint
-from flexgen.base.steps import counted_lines
+from flexgen.base.steps import counted_lines, step
 from flexgen.base.text_input import READ_ERRORS, open_input
 from flexgen.errors import EngineError, OutOfMemoryError, RequestError, StorageError, is_out_of_memory
 from flexgen.jobs.checks import HEAD_LINES, check_head, check_strictly
@@ -103,7 +103,8 @@ class Job:
             StorageError: The input cannot be read.
         """
         if self.store is not None:
-            self.store.match_input(((line.number, line.digest) for line in self._lines()), accept_changes=accept_changes)
+            lines = counted_lines(self._lines(), f"comparing {self.name} with what was answered before")
+            self.store.match_input(((line.number, line.digest) for line in lines), accept_changes=accept_changes)
 
     def check(self) -> None:
         """Check every line, done or not (--strict).
@@ -238,6 +239,7 @@ class Job:
             if asked:
                 raise Stopped
 
+        step(f"answering {self.name}")
         requests = self._token_requests(serving, store)
         for result in self.model.stream(requests, workload, prefixes=self._prefixes, on_progress=within_pass, on_pass=after_pass):
             serving.take(result)

@@ -57,6 +57,7 @@ class Snapshot:
         in_progress: Number of answers that are being generated.
         eta_seconds: The run's own estimate of the time left at that moment.
         planned_seconds: The time that the plan expected the run to take.
+        prompt_tokens_before: Number of prompt tokens of the lines that earlier runs had finished; None where the run did not tell it.
     """
 
     run: int
@@ -67,6 +68,7 @@ class Snapshot:
     in_progress: int
     eta_seconds: float | None
     planned_seconds: float | None
+    prompt_tokens_before: int | None = None
 
 
 class RunRecorder:
@@ -80,6 +82,7 @@ class RunRecorder:
         self._connection = connection
         self._id: int | None = None
         self._started = 0.0  # on the monotonic clock
+        self._prompt_tokens_before = 0
 
     def start(self, num_lines: int, lines_before: int, tokens_before: int) -> None:
         """Add the row of a run that begins.
@@ -91,6 +94,7 @@ class RunRecorder:
         """
         self._started, now = time.monotonic(), time.time()
         row = (now, 0.0, num_lines, lines_before, tokens_before, tokens_before, now, None)
+        self._prompt_tokens_before = int(self._connection.execute("SELECT total(prompt_tokens) FROM results").fetchone()[0])
         self._id = self._connection.execute("INSERT INTO runs VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?)", row).lastrowid
 
     def update(self, tokens: int) -> None:
@@ -130,6 +134,7 @@ class RunRecorder:
         snapshot = Snapshot(
             run=self._id, process=os.getpid(), updated=time.time(), run_seconds=time.monotonic() - self._started,
             output_tokens=output_tokens, in_progress=in_progress, eta_seconds=eta_seconds, planned_seconds=planned_seconds,
+            prompt_tokens_before=self._prompt_tokens_before,
         )  # fmt: skip
         with suppress(sqlite3.Error):
             self._connection.execute("INSERT OR REPLACE INTO snapshot VALUES (1, ?)", (json.dumps(dataclasses.asdict(snapshot)),))

@@ -33,6 +33,7 @@ class JobStatus:
         planned_seconds: Time that the plan expected the latest run to take; None if it is unknown.
         updated: Time at which the run last wrote, in seconds since 1970.
         output_tokens_per_s: Generated tokens per second of the latest run.
+        prompt_tokens_per_s: Prompt tokens of finished lines per second of the latest run; None if it is unknown.
         lines_per_s: Finished lines per second of the latest run.
         eta_seconds: Time left from now on, by the run's own estimate; None where there is no estimate.
         eta_age_seconds: Age of that estimate; None where there is no estimate.
@@ -53,6 +54,7 @@ class JobStatus:
     planned_seconds: float | None
     updated: float | None
     output_tokens_per_s: float
+    prompt_tokens_per_s: float | None
     lines_per_s: float
     eta_seconds: float | None
     eta_age_seconds: float | None
@@ -119,10 +121,17 @@ def _status(name: str, process: int | None, run: Run, results: _Results, told: S
         planned_seconds=None if told is None else told.planned_seconds,
         updated=run.updated,
         output_tokens_per_s=(run.tokens - run.tokens_before) / run.seconds if run.seconds > 0 else 0.0,
+        prompt_tokens_per_s=_prompt_tokens_per_s(run, results, told),
         lines_per_s=(results.done - run.lines_before) / run.seconds if run.seconds > 0 else 0.0,
         eta_seconds=None if live is None or live.eta_seconds is None or age is None else max(live.eta_seconds - age, 0.0),
         eta_age_seconds=age,
     )
+
+
+def _prompt_tokens_per_s(run: Run, results: _Results, told: Snapshot | None) -> float | None:
+    if told is None or told.prompt_tokens_before is None or run.seconds <= 0:
+        return None
+    return (results.prompt_tokens - told.prompt_tokens_before) / run.seconds
 
 
 def _results(connection: sqlite3.Connection) -> _Results:

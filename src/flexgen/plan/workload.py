@@ -14,16 +14,18 @@ class Workload:
     Attributes:
         prompt_lens: The tokens of each prompt, without those that need not be computed.
         output_lens: The most tokens of each answer (max_tokens); 0 for a prompt that is only scored.
+        least_lens: The fewest tokens of each answer, where answers may end early: those that may not have their most. If it is empty, one.
         expected_lens: The tokens that each answer is expected to have. If it is empty, each is expected to have the most it may.
         reserved_lens: The answer tokens for which room is kept when a request enters. If it is empty, room is kept for the most.
         shared_lens: The leading tokens of each prompt, in whole pages, that an earlier request computes as well. If it is empty, none.
         scored_lens: The positions of each prompt at which known tokens are scored. If it is empty, none.
-        may_end_early: Whether answers may end before they reach their most tokens.
+        may_end_early: Whether any answer may end before it reaches its most tokens.
         num_likeliest: The most likeliest tokens that are returned at a scored position; -1 for all.
     """
 
     prompt_lens: tuple[int, ...]
     output_lens: tuple[int, ...]
+    least_lens: tuple[int, ...] = ()
     expected_lens: tuple[int, ...] = ()
     reserved_lens: tuple[int, ...] = ()
     shared_lens: tuple[int, ...] = ()
@@ -34,10 +36,10 @@ class Workload:
     def __post_init__(self) -> None:
         if len(self.prompt_lens) != len(self.output_lens):
             raise ValueError("prompt_lens and output_lens differ in length")
-        if any(len(each) not in (0, len(self)) for each in (self.expected_lens, self.reserved_lens, self.shared_lens, self.scored_lens)):
-            raise ValueError("expected_lens, reserved_lens, shared_lens and scored_lens are of all requests or of none")
-        for name in ("shared_lens", "scored_lens"):
-            if not any(getattr(self, name)):
+        if any(len(each) != len(self) for each in self._lengths().values()):
+            raise ValueError("the lengths of each kind are of all requests or of none")
+        for name in ("least_lens", "shared_lens", "scored_lens"):
+            if not any(getattr(self, name)) or (name == "least_lens" and not self.may_end_early):
                 object.__setattr__(self, name, ())
 
     def __len__(self) -> int:

@@ -44,6 +44,7 @@ def find_limits(
     """
     cuda_memory = cuda_memory or _cuda_memory
     device = find_device(options.device, cuda_memory)
+    options.check_placement(device)
     ceilings = list(host_ceilings(root, rlimits))
     hard = min(ceilings, key=lambda ceiling: ceiling.total_bytes)
     tightest = min(ceilings, key=lambda ceiling: ceiling.available_bytes)

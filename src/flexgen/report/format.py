@@ -143,10 +143,20 @@ def format_progress(progress: Progress) -> str:
     links = ", ".join(f"{name} {share:.0%}" for name, share in progress.link_shares.items())
     return (
         f"{format_seconds(progress.elapsed_seconds)}: {progress.num_requests_done:,}/{total} requests, "
-        f"prompt {progress.prompt_tokens_per_s:,.1f} tokens/s, output {progress.output_tokens_per_s:,.1f} tokens/s, "
+        f"{', '.join(token_rates(progress))}, "
         f"{progress.num_live_sequences:,} live, pass {progress.pass_index}, unit {progress.unit}/{progress.num_units}, "
         f"ETA {format_seconds(progress.eta_seconds)}" + (f"; {links}" if links else "")
     )
+
+
+def token_rates(progress: Progress) -> list[str]:
+    """Return the tokens per second of prompts and of what they are for, once there is some of it: answers, scores, or both."""
+    rates = {"prompt": progress.prompt_tokens_per_s}
+    if progress.output_tokens_per_s:
+        rates["output"] = progress.output_tokens_per_s
+    if progress.scored_tokens_per_s:
+        rates["scored"] = progress.scored_tokens_per_s
+    return [f"{name} {rate:,.1f} tokens/s" for name, rate in rates.items()]
 
 
 def format_report(report: RunReport, done: str = "") -> str:

@@ -20,6 +20,8 @@ class Progress:
         num_requests: The number of requests of the run, or None when the length of the source is unknown.
         unit: The unit that the pass in progress has reached.
         num_units: The number of units of a pass.
+        scored_tokens: The number of positions at which known tokens were scored.
+        scored_tokens_per_s: The number of these per second.
         link_shares: For each resource ("disk_read", "compute", ...), the achieved over the attainable rate since the last snapshot.
     """
 
@@ -35,6 +37,8 @@ class Progress:
     pass_index: int
     unit: int
     num_units: int
+    scored_tokens: int = 0
+    scored_tokens_per_s: float = 0.0
     link_shares: dict[str, float] = field(default_factory=dict)
 
 

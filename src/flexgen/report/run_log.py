@@ -92,7 +92,7 @@ class RunLog:
         self._meters, self._remaining = meters, remaining
         self._num_requests, self._on_progress = num_requests, on_progress
         self._moved_before, self._busy_before = meters.bytes_moved(), meters.disk_busy_seconds()
-        self._prompt_tokens = self._output_tokens = 0  # tokens that the passes have computed
+        self._prompt_tokens = self._output_tokens = self._scored_tokens = 0  # tokens of the passes so far
         self._begin = self._pass_begin = self._told = time.perf_counter()
         self._moved_told = self.bytes_moved()
         self._work = PassWork()  # the work of the last pass
@@ -119,6 +119,7 @@ class RunLog:
         self.passes.add(seconds, self._work, waits)
         self._prompt_tokens += round(self._work.num_prompt_tokens)
         self._output_tokens += round(self._work.num_sampled)
+        self._scored_tokens += round(self._work.num_scored)
 
     def finished(self, result: TokenResult, request: TokenRequest, num_found: int) -> None:
         """Count a result.
@@ -130,7 +131,7 @@ class RunLog:
         """
         num_resumed = len(request.generated.token_ids)
         num_generated = len(result.token_ids) - num_resumed
-        if result.error is None and request.max_tokens and self._remaining is not None:
+        if result.error is None and request.may_end_early and self._remaining is not None:
             self._remaining.finished(num_generated)
         self.finish_reasons[result.finish_reason] += 1
         self.given.append(request.num_computed + num_resumed)
@@ -183,6 +184,8 @@ class RunLog:
                 pass_index=self.passes.num_passes,
                 unit=unit,
                 num_units=num_units,
+                scored_tokens=self._scored_tokens,
+                scored_tokens_per_s=self._scored_tokens / max(elapsed, 1e-9),
                 link_shares=self._link_shares(moved, max(now - self._told, 1e-9)),
             )
         )

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from flexgen.base.quantities import format_seconds
 from flexgen.errors import OptionError
-from flexgen.report.format import format_details, format_plan, format_progress, format_report
+from flexgen.report.format import format_details, format_plan, format_progress, format_report, token_rates
 from flexgen.report.progress import Progress, RunReport
 
 if TYPE_CHECKING:
@@ -235,8 +235,8 @@ def _picture(progress: Progress) -> Any:
         Text(f"{format_seconds(progress.elapsed_seconds)}, ETA {format_seconds(progress.eta_seconds)}"),
     )
     rates = Text(
-        f"prompt {progress.prompt_tokens_per_s:,.1f} tokens/s   output {progress.output_tokens_per_s:,.1f} tokens/s   "
-        f"{progress.num_live_sequences:,} live   pass {progress.pass_index}, unit {progress.unit}/{progress.num_units}"
+        f"{'   '.join(token_rates(progress))}   {progress.num_live_sequences:,} live   "
+        f"pass {progress.pass_index}, unit {progress.unit}/{progress.num_units}"
     )
     links = Table.grid(padding=(0, 1))
     cells: list[Any] = []

@@ -19,6 +19,7 @@ class RequestLengths:
         self._same: dict[int, int] = {}  # one object per length: a tuple of a million of them stays small
         self._prompt_lens: list[int] = []
         self._output_lens: list[int] = []
+        self._least_lens: list[int] = []
         self._scored_lens: list[int] = []
         self._shared_lens: list[int] = []
         self._may_end_early, self._num_likeliest = False, 0
@@ -31,7 +32,9 @@ class RequestLengths:
             num_generated: The tokens of its answer that an earlier run has generated; they count as prompt.
         """
         self._note(self._prompt_lens, max(request.num_computed, 1) + num_generated)
-        self._note(self._output_lens, max(request.max_tokens - num_generated, 1) if request.max_tokens else 0)
+        most = max(request.max_tokens - num_generated, 1) if request.max_tokens else 0
+        self._note(self._output_lens, most)
+        self._note(self._least_lens, max(request.least_tokens - num_generated, 0) if request.may_end_early else most)
         self._note(self._scored_lens, request.num_scored)
         self._note(self._shared_lens, 0 if self._census is None else self._census.add(request.sharable, request.offered))
         self._may_end_early = self._may_end_early or request.may_end_early
@@ -48,6 +51,7 @@ class RequestLengths:
     def workload(self) -> Workload:
         """Return the lengths of all requests so far, in their order."""
         return Workload(
-            prompt_lens=tuple(self._prompt_lens), output_lens=tuple(self._output_lens), shared_lens=tuple(self._shared_lens),
-            scored_lens=tuple(self._scored_lens), may_end_early=self._may_end_early, num_likeliest=self._num_likeliest,
+            prompt_lens=tuple(self._prompt_lens), output_lens=tuple(self._output_lens), least_lens=tuple(self._least_lens),
+            shared_lens=tuple(self._shared_lens), scored_lens=tuple(self._scored_lens),
+            may_end_early=self._may_end_early, num_likeliest=self._num_likeliest,
         )  # fmt: skip

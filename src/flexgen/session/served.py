@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from flexgen.base.structured import StructuredOutputsParams
 from flexgen.chat import Chat, Templates, ToolUse
 from flexgen.errors import FlexGenError, OptionError, RequestError
 from flexgen.options import EngineOptions
@@ -147,6 +148,14 @@ class ServedModel:
             RequestError: The model's calls cannot be parsed, or not be required, or the parameters have a constraint of their own.
         """
         return self._tools.params(params, tools)
+
+    def accepts(self, constraint: StructuredOutputsParams, answer: str) -> bool:
+        """Return whether a text is a whole answer that a constraint allows.
+
+        Raises:
+            RequestError: No answer can be kept to the constraint.
+        """
+        return self._guides.accepts(constraint, answer)
 
     def token_requests(self, index: int, prompt_token_ids: Sequence[int], params: SamplingParams) -> list[TokenRequest]:
         """Return the engine's requests for the `n` answers to one prompt.

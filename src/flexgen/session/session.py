@@ -153,6 +153,7 @@ def with_room(workload: Workload, max_model_len: int) -> Workload:
         job,
         prompt_lens=(*job.prompt_lens, prompt),
         output_lens=(*job.output_lens, most),
+        least_lens=(*job.least_lens, 0) if job.least_lens else (),
         expected_lens=(*job.answer_lens, 1),
         reserved_lens=(*job.reserved_lens, most) if job.reserved_lens else (),
         shared_lens=(*job.shared_lens, 0) if job.shared_lens else (),

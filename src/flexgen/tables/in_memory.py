@@ -15,7 +15,7 @@ from flexgen.outputs import ClassificationRequestOutput, RequestOutput
 from flexgen.request import SamplingParams
 from flexgen.session.served import ServedModel
 from flexgen.tables.answers import Answers
-from flexgen.tables.checks import check_columns
+from flexgen.tables.checks import check_columns, check_constraint, check_shots
 from flexgen.tables.formats import check_names
 from flexgen.tables.frames import Frame
 from flexgen.tables.prompts import Prompts, read_shots, takes_messages
@@ -72,13 +72,17 @@ def map_frame(
     """Return a data frame with the columns of the answers, see `LLM.map`."""
     frame = Frame(given)
     check_names("the table", frame.columns)
-    shots = read_shots(task, _examples(examples))
+    shots = [] if examples is None else read_shots(task, _examples(examples))
     prompts = Prompts(task, shots, chat=takes_messages(chat, llm.model.templates.text))
     check_columns(task, prompts.columns, frame.columns, "the table")
     rows = frame.rows(prompts.columns)
     if params is None:
         own = llm.get_default_sampling_params()
         params = dataclasses.replace(own, temperature=0.0, max_tokens=DEFAULT_MAX_TOKENS, stop=prompts.default_stop)
+    if task.constraint:
+        constrained = dataclasses.replace(params, **task.constraint)
+        check_constraint(llm.model, task, constrained)
+        check_shots(llm.model, task, shots, constrained)
     answers = Answers(task)
     requests = list(_requests(prompts, rows, PlainForm(defaults=params)))
     return frame.with_columns(task.columns, [answers.values(record) for record in _records(llm, requests, use_tqdm)])
@@ -86,8 +90,8 @@ def map_frame(
 
 def _examples(given: Any) -> Iterable[Row]:
     """Return the rows of examples: a data frame, or several dicts."""
-    if given is None or isinstance(given, (list, tuple)):
-        return given or ()
+    if isinstance(given, (list, tuple)):
+        return given
     frame = Frame(given)
     return frame.rows(frame.columns)
 

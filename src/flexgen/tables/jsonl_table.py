@@ -9,6 +9,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from flexgen.base.steps import counted_lines
+from flexgen.base.strict_json import strict_json
 from flexgen.base.text_input import READ_ERRORS, open_input
 from flexgen.errors import JobError, StorageError
 from flexgen.tables.arrow import Schema, inferred_schema
@@ -28,7 +30,8 @@ class JsonLinesTable:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.columns = list(dict.fromkeys(name for row in self._rows() for name in row))
+        rows = counted_lines(self._rows(), f"looking for the columns of {path}")
+        self.columns = list(dict.fromkeys(name for row in rows for name in row))
         if not self.columns:
             raise JobError(f"{path} has no rows with columns: a row is a JSON object on a line")
 
@@ -36,20 +39,19 @@ class JsonLinesTable:
         try:
             with open_input(self.path) as file:
                 for number, line in enumerate(file, start=1):
-                    line = line.removeprefix(_BOM) if number == 1 else line
-                    if line.strip():
+                    if line.strip() and line.strip() != _BOM:
                         yield self._row(number, line)
         except READ_ERRORS as error:
             raise StorageError(f"{self.path} cannot be read: {error}") from error
 
     def _row(self, number: int, line: bytes) -> dict[str, Any]:
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise JobError(f"{self.path}: line {number} is not JSON: {error}") from error
-        if not isinstance(row, dict):
-            raise JobError(f"{self.path}: line {number} is not a JSON object, with the names of columns and their values")
-        return row
+            return strict_json(line)
+        except UnicodeDecodeError as error:
+            raise JobError(f"{self.path}: line {number} is not UTF-8 (0x{line[error.start]:02x} at byte {error.start:,})") from error
+        except ValueError as error:
+            what = f"{self.path}: line {number} is not a row, a JSON object with the names of columns and their values"
+            raise JobError(f"{what}: {error}") from error
 
     def batches(self, columns: Sequence[str] | None = None) -> Iterator[Batch]:
         """Yield all rows in order."""

@@ -108,11 +108,16 @@ def _seam(prompt: str) -> str:
     return " " if _WANTS_SPACE.search(prompt) else ""
 
 
-def read_shots(task: Task, rows: Iterable[Mapping[str, Any]]) -> list[Shot]:
+def read_shots(task: Task, rows: Iterable[Mapping[str, Any]], *, name: str = "examples") -> list[Shot]:
     """Make examples of the rows of a table that has the columns of the prompt and those of the answer.
 
+    Args:
+        task: What is asked of each row.
+        rows: The rows.
+        name: The name of the option that has them, for messages.
+
     Raises:
-        OptionError: A row lacks a column, or its answer is not one of the choices.
+        OptionError: A row lacks a column, or its answer is empty or not one of the choices; the message has its number.
     """
     shots: list[Shot] = []
     template = task.templates[0]
@@ -120,7 +125,7 @@ def read_shots(task: Task, rows: Iterable[Mapping[str, Any]]) -> list[Shot]:
         try:
             shots.append(Shot(prompt=template.render(row), answer=_answer_of(task, row)))
         except RequestError as error:
-            raise OptionError(f"examples: row {number}: {error}") from error
+            raise OptionError(f"{name}: row {number}: {error}") from error
     return shots
 
 
@@ -131,6 +136,8 @@ def _answer_of(task: Task, row: Mapping[str, Any]) -> str:
     if task.answer_column not in row:
         raise RequestError(f"there is no column {task.answer_column!r} with the answer; there are {', '.join(row)}")
     answer = text_of(row[task.answer_column]).strip()
+    if not answer:
+        raise RequestError(f"the column {task.answer_column!r} with the answer is empty")
     if task.choices and answer not in [each.strip() for each in task.choices]:
         raise RequestError(f"the answer {answer!r} is not one of the choices {', '.join(task.choices)}")
     return answer

@@ -17,16 +17,16 @@ import numpy as np
 
 from flexgen.base.structured import StructuredOutputsParams
 from flexgen.errors import RequestError, is_failure
+from flexgen.text.constraint_words import PARAM, in_our_words, refused, short
+from flexgen.text.endless import is_endless_grammar, is_endless_schema
 from flexgen.text.masks import Mask, MaskThread
 from flexgen.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
-PARAM = "structured_outputs"
 _MOST_GRAMMARS = 64  # compiled and kept at the same time, besides those of live answers
 _MOST_THREADS = 8
-_MOST_REASON_CHARS = 500
 _DEAD_END = "NoExtensionBias"  # llguidance's reason to stop where the grammar goes on, and no token does
 # White space between the tokens of JSON.  Without a bound a model that has lost its thread writes white space until `max_tokens`.
 JSON_OPTIONS: Mapping[str, Any] = {"whitespace_pattern": r"[ \t]|\r?\n[ \t]{0,20}"}
@@ -60,6 +60,17 @@ class Guides:
         ends = frozenset() if ignore_eos else self._eos_token_ids
         never = [token for token in self._tokens.eos_tokens if token not in ends]
         return TokenGuide(prototype, self._masks, num_tokens=self._tokens.vocab_size, never=never)
+
+    def accepts(self, params: StructuredOutputsParams, text: str) -> bool:
+        """Return whether a text is a whole answer that a constraint allows.
+
+        Raises:
+            RequestError: See `guide`.
+        """
+        matcher, tokens = self._compiled(params).deep_copy(), self._tokens
+        matcher.consume_tokens(tokens.greedy_tokenize(text))
+        written = tokens.decode_bytes(tokens.greedy_tokenize(text)) == text.encode()
+        return written and not matcher.is_error() and matcher.is_accepting()
 
     def literal(self, text: str) -> str:
         """Write a text as a part of a rule of a grammar; special tokens in it become those tokens.
@@ -106,7 +117,7 @@ class Guides:
         except BaseException as error:
             if not is_failure(error):
                 raise
-            raise RequestError(f"{PARAM}: llguidance does not understand the tokenizer: {_reason(str(error))}", param=PARAM) from error
+            raise RequestError(f"{PARAM}: llguidance does not understand the tokenizer: {in_our_words(str(error))}", param=PARAM) from error
 
     def _compile(self, params: StructuredOutputsParams) -> LLMatcher:
         """Return a matcher of the constraint that has seen no token.
@@ -118,14 +129,56 @@ class Guides:
         from llguidance import LLMatcher, LLParserLimits
 
         try:
-            matcher = LLMatcher(tokens, _grammar(params), log_level=0, limits=LLParserLimits(verbose_errors=False))
+            grammar = _grammar(params)
+            matcher = LLMatcher(tokens, grammar, log_level=0, limits=LLParserLimits(verbose_errors=False))
         except BaseException as error:
             if not is_failure(error):
                 raise
-            raise _refused(str(error)) from error
+            raise refused(params, in_our_words(str(error))) from error
         if matcher.is_error():
-            raise _refused(matcher.get_error())
+            raise refused(params, in_our_words(matcher.get_error()))
+        if _is_endless(params, grammar):
+            raise refused(params, "nothing meets it, because what it asks for always contains itself again, without an end")
+        self._check_start(params, matcher)
         return matcher
+
+    def _check_start(self, params: StructuredOutputsParams, matcher: LLMatcher) -> None:
+        """Refuse a constraint that no answer can meet, as far as the text shows that all answers begin with.
+
+        Args:
+            params: The constraint.
+            matcher: A matcher that has seen no token.
+        """
+        first = matcher.deep_copy().compute_ff_bytes().decode(errors="ignore")
+        for text in params.choice or [first]:
+            if (missing := self._missing(text)) is not None:
+                raise refused(params, f"the model's vocabulary cannot write {missing!r}, which is in {short(text)}")
+        for text in ("", first):
+            after = matcher.deep_copy()
+            after.consume_tokens(self._tokens.greedy_tokenize(text))
+            if not after.is_stopped():
+                after.compute_bitmask()
+            if _is_dead_end(after):
+                begin = (
+                    f"every answer would have to begin with {short(text)}, and nothing can follow" if text else "no answer could even begin"
+                )
+                raise refused(params, f"nothing meets it: {begin}")
+            if after.is_error() and not text:
+                raise refused(params, in_our_words(after.get_error()))
+
+    def _missing(self, text: str) -> str | None:
+        """Return a character of a text that no token of the vocabulary has a byte of; None if there is none."""
+        tokens = self._tokens
+        if tokens.decode_bytes(tokens.greedy_tokenize(text)) == text.encode():
+            return None
+        return next((each for each in text if not self._alphabet.issuperset(each.encode())), None)
+
+    @functools.cached_property
+    def _alphabet(self) -> frozenset[int]:
+        """All bytes that tokens have."""
+        tokens = self._tokens
+        written = (tokens.decode_bytes([token_id]) for token_id in range(tokens.vocab_size) if not tokens.is_special_token(token_id))
+        return frozenset(byte for each in written for byte in each)
 
 
 class TokenGuide:
@@ -196,10 +249,12 @@ class TokenGuide:
 
     def _check(self) -> None:
         matcher = self._matcher
-        if matcher is not None and matcher.is_error():
-            raise RequestError(f"the constraint on the answer failed: {_reason(matcher.get_error())}", code="constraint_failed")
-        if matcher is not None and matcher.stop_reason() == _DEAD_END:
-            raise RequestError("no token of the vocabulary goes on as the constraint on the answer demands", code="constraint_failed")
+        if matcher is None or not (matcher.is_error() or matcher.stop_reason() == _DEAD_END):
+            return
+        said = f"the constraint on the answer cannot be followed any further ({in_our_words(matcher.get_error())})"
+        if _is_dead_end(matcher):
+            said = "no token of the vocabulary goes on as the constraint on the answer demands, so that perhaps nothing meets it"
+        raise RequestError(f"after {self._num_seen:,} {'token' if self._num_seen == 1 else 'tokens'} {said}", code="constraint_failed")
 
 
 def _grammar(params: StructuredOutputsParams) -> str:
@@ -227,10 +282,13 @@ def _white_space(params: StructuredOutputsParams, schema: str) -> Mapping[str, A
     return {} if has_own else JSON_OPTIONS
 
 
-def _refused(reason: str) -> RequestError:
-    """Return the error of a constraint that llguidance does not take."""
-    return RequestError(f"{PARAM}: {_reason(reason)}", code="unsupported_constraint", param=PARAM)
+def _is_dead_end(matcher: LLMatcher) -> bool:
+    """Return whether the constraint goes on, and no token does."""
+    return matcher.stop_reason() == _DEAD_END or _DEAD_END in matcher.get_error()
 
 
-def _reason(text: str) -> str:
-    return " ".join(text.split())[:_MOST_REASON_CHARS]
+def _is_endless(params: StructuredOutputsParams, grammar: str) -> bool:
+    """Return whether no text of any length can meet a constraint, which is `grammar` in Lark's notation if it is one."""
+    if isinstance(params.json, str):
+        return is_endless_schema(json.loads(params.json))
+    return params.grammar is not None and is_endless_grammar(grammar)

@@ -49,13 +49,17 @@ class OutputLengths:
 
 
 def expected(workload: Workload, lengths: OutputLengths | None = None) -> Workload:
-    """Return the workload with likely answer lengths within their maxima; one whose lengths are already known is returned as it is."""
+    """Return the workload with likely answer lengths within their bounds; one whose lengths are already known is returned as it is."""
     if not workload.may_end_early or workload.expected_lens:
         return workload
     lengths = lengths or OutputLengths()
     reserved = lengths.at(RESERVED_QUANTILE)
+    bounds = list(zip(workload.least_lens or (0,) * len(workload), workload.output_lens, strict=True))
     return dataclasses.replace(
         workload,
-        expected_lens=tuple(min(most, lengths.at((place + 1) * GOLDEN_STEP % 1.0)) for place, most in enumerate(workload.output_lens)),
-        reserved_lens=tuple(min(most, reserved) for most in workload.output_lens),
+        expected_lens=tuple(
+            min(most, max(least, lengths.at((place + 1) * GOLDEN_STEP % 1.0))) for place, (least, most) in enumerate(bounds)
+        ),
+        reserved_lens=tuple(min(most, max(least, reserved)) for least, most in bounds),
+        least_lens=(),
     )

@@ -96,11 +96,12 @@ class Space:
         self.dtype = options.dtype
         self.on_cpu = not has_device_tier(limits.device)
         self.computing = "host" if self.on_cpu else "device"
+        options.check_placement(limits.device)
         self.weight_sizes = WeightSizes.of(spec, limits.device)
-        self.weights = _pinned("weights", options.weights, limits.device, tuple(WEIGHT_HOMES))
+        self.weights = _pinned("weights", options.weights, tuple(WEIGHT_HOMES))
         if self.weights is not None and self.weights.encoded and not self.weight_sizes.can_stay_encoded:
             raise OptionError(f"weights={options.weights!r}: {_why_not_encoded(spec)}: give that share to host")
-        self.kv = _pinned("kv", options.kv, limits.device, TIERS)
+        self.kv = _pinned("kv", options.kv, TIERS)
         for tier in TIERS:
             if self.kv is not None and getattr(self.kv, tier) > 0 and tier not in kv_tiers:
                 raise OptionError(f"kv={options.kv!r}: KV can live on {' or '.join(kv_tiers)} here, not on {tier}")
@@ -339,13 +340,8 @@ def _why_not_encoded(spec: ModelSpec) -> str:
     return f"the weights ({spec.number_format}) take no less memory as stored than in {spec.dtype}"
 
 
-def _pinned(name: str, text: str | None, device: str, homes: Sequence[str]) -> Fractions | None:
-    if text is None:
-        return None
-    shares = parse_placement(text, name=name, homes=homes)
-    if not has_device_tier(device) and shares["device"] > 0:
-        raise OptionError(f"{name}={text!r}: on a CPU device there is no device tier; divide between host and disk")
-    return Fractions(**shares)
+def _pinned(name: str, text: str | None, homes: Sequence[str]) -> Fractions | None:
+    return None if text is None else Fractions(**parse_placement(text, name=name, homes=homes))
 
 
 def _largest(most: int, holds: Callable[[int], bool]) -> int:

@@ -23,7 +23,7 @@ class RemainingTime:
         self._next_look = FIRST_LOOK
 
     def finished(self, num_tokens: int) -> None:
-        """Add the length of an answer; where lengths were not known, the job is played again with those seen so far."""
+        """Add the length of an answer that might have ended early; now and then the job is played again with the lengths seen so far."""
         if not self._workload.may_end_early or self._next_look > len(self._workload):
             return
         self._lengths.append(num_tokens)
