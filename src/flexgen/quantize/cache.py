@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -49,9 +50,7 @@ def cached_conversion(files: ModelFiles, settings: QuantizeSettings, cache: Path
     """
     identity = identity_of(files)
     folder = (cache or cache_folder()) / _entry_name(files, settings, identity)
-    record = _record_of(folder)
-    if record is None or not record.complete:
-        _convert_or_wait(files, folder, settings)
+    _convert_or_wait(files, folder, settings)
     step(f"weights in {settings.weight_format}: {folder}")
     return dataclasses.replace(
         files,
@@ -74,19 +73,16 @@ def _record_of(folder: Path) -> Record | None:
 def _convert_or_wait(files: ModelFiles, folder: Path, settings: QuantizeSettings) -> None:
     _make_private(folder.parent)
     waited = False
-    while True:
-        try:
-            step(f"converting {files.name} to {settings.weight_format}, once")
-            convert(files, folder, settings, num_threads=num_cores(), on_progress=announced(files.name, _TELL_SECONDS))
-            return
-        except FolderIsLocked:
+    while (record := _record_of(folder)) is None or not record.complete:
+        if folder.is_dir() and _is_locked(folder):
             if not waited:
                 step(f"waiting for another process that converts {files.name} to {settings.weight_format}")
             waited = True
             time.sleep(_WAIT_SECONDS)
-            record = _record_of(folder)
-            if record is not None and record.complete:
-                return
+            continue
+        step(f"converting {files.name} to {settings.weight_format}, once")
+        with contextlib.suppress(FolderIsLocked):  # another process was faster
+            convert(files, folder, settings, num_threads=num_cores(), on_progress=announced(files.name, _TELL_SECONDS))
 
 
 def _make_private(folder: Path) -> None:
