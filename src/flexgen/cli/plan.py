@@ -95,7 +95,10 @@ class _Question:
         machine = self.box or self._kept(dtype)
         if machine is None or dtype not in machine.dense:
             return None
-        spec = spec_of(self.model, device=self.limits.device, dtype=dtype, revision=self.options.revision)
+        options = self.options
+        spec = spec_of(
+            self.model, device=self.limits.device, dtype=dtype, kv_format=options.kv_format, revision=options.revision
+        )  # fmt: skip
         try:
             return make_plan(**self.job(spec, machine))
         except CapacityError:
@@ -165,7 +168,7 @@ def _told(
 
     limits, box = _limits_and_machine(options, machine)
     step(f"reading config and headers of {model}")
-    spec = spec_of(model, device=limits.device, dtype=options.dtype, revision=options.revision)
+    spec = spec_of(model, device=limits.device, dtype=options.dtype, kv_format=options.kv_format, revision=options.revision)
     if box is not None:
         limits = beside_checkpoint(limits, spec.checkpoint_bytes, options)
     context = min(spec.max_position_embeddings, options.max_model_len or spec.max_position_embeddings)

@@ -13,6 +13,7 @@ from operator import itemgetter
 
 from flexgen.base.from_json import dataclass_from_json, parsed_json
 from flexgen.errors import OptionError
+from flexgen.plan.policy import PAGE_TOKENS
 
 # Matches the number of a layer in the name of a unit.
 _LAYER_NUMBER = re.compile(r"(?<=\.)(0|[1-9]\d*)(?=\.| |$)")
@@ -54,6 +55,8 @@ class KVGroupSpec:
     Attributes:
         num_layers: The number of layers of this group that own KV.
         bytes_per_token: The KV bytes of one token in ONE layer of the group.
+        exact_bytes_per_token: Its bytes in the last page of a sequence, which a low-bit format keeps in the dtype of computing beside the
+            other pages; 0 where all pages are alike.
         attention_flops_per_pair: The FLOPs of one (query token, visible token) pair in one layer (all heads, both products).
         window: The number of visible tokens; None for all. Chunked attention counts as its chunk size.
     """
@@ -62,6 +65,7 @@ class KVGroupSpec:
     bytes_per_token: int
     attention_flops_per_pair: float
     window: int | None = None
+    exact_bytes_per_token: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +86,7 @@ class ModelSpec:
         max_position_embeddings: The model's context length.
         number_format: The format of the stored weights: a dtype (that of most bytes), or a published low-bit format ("mxfp4", "fp8_block").
         dtype: The dtype of computing, and of decoded and resident bytes.
+        kv_format: The low-bit format of KV; None for the dtype of computing.
     """
 
     name: str
@@ -97,6 +102,7 @@ class ModelSpec:
     max_position_embeddings: int
     number_format: str = "bfloat16"
     dtype: str = "bfloat16"
+    kv_format: str | None = None
 
     @cached_property
     def streamed_bytes(self) -> int:
@@ -117,9 +123,20 @@ class ModelSpec:
         """The KV bytes of one token over all layers, with windows ignored."""
         return sum(group.num_layers * group.bytes_per_token for group in self.kv_groups)
 
+    @cached_property
+    def tail_bytes_per_token(self) -> int:
+        """The bytes of one token over all layers in the last page of a sequence, where that is kept beside the others; otherwise 0."""
+        return sum(group.num_layers * group.exact_bytes_per_token for group in self.kv_groups)
+
+    @cached_property
+    def exact_kv_bytes_per_token(self) -> int:
+        """The bytes of one token over all layers in the dtype of computing."""
+        return self.tail_bytes_per_token or self.kv_bytes_per_token
+
     def kv_bytes(self, num_tokens: int) -> int:
-        """Return the KV bytes of a sequence of `num_tokens`, with windows honoured and pages ignored."""
-        return sum(g.num_layers * g.bytes_per_token * min(num_tokens, g.window or num_tokens) for g in self.kv_groups)
+        """Return the KV bytes of a sequence of `num_tokens`, with windows honoured and pages ignored, but for the last if it is apart."""
+        pages = sum(g.num_layers * g.bytes_per_token * min(num_tokens, g.window or num_tokens) for g in self.kv_groups)
+        return pages + PAGE_TOKENS * self.tail_bytes_per_token
 
     @cached_property
     def flops_per_token(self) -> float:

@@ -12,7 +12,9 @@ from flexgen.plan.model import ModelSpec
 from flexgen.session.model import compute_dtype, config_dtype, describing
 
 
-def spec_of(model: str, *, device: str, dtype: str = "auto", revision: str | None = None, token: str | None = None) -> ModelSpec:
+def spec_of(
+    model: str, *, device: str, dtype: str = "auto", kv_format: str = "auto", revision: str | None = None, token: str | None = None
+) -> ModelSpec:
     """Return the model as the planner sees it.
 
     Weights in a published low-bit format are described too, although the engine does not run them (`formats.table.runs`).
@@ -23,6 +25,7 @@ def spec_of(model: str, *, device: str, dtype: str = "auto", revision: str | Non
             dtype than it ships in.
         device: "cpu", "cuda" or "sim".
         dtype: The dtype to compute in, as in EngineOptions.
+        kv_format: The format of KV, as in EngineOptions.
         revision: The branch, tag or commit of a hub repository. If it is given, the hub is asked even for a model of the catalogue.
         token: The access token for the hub, as in `resolve_model`.
 
@@ -34,11 +37,11 @@ def spec_of(model: str, *, device: str, dtype: str = "auto", revision: str | Non
         raise OptionError(f"cannot compute in {dtype}; known: auto, {', '.join(sorted(DTYPE_BYTES))}")
     if (name := shipped_name(model)) is not None:
         if revision is None:
-            spec = _shipped(name, device, dtype)
+            spec = _shipped(name, device, dtype, kv_format)
             return dataclasses.replace(spec, name=model) if "/" in model else spec
         if "/" not in model:
             raise OptionError(f"{model} is a name of the catalogue; a revision ({revision}) only has a meaning for a hub repository")
-    return _described(model, device, dtype, revision, token)
+    return _described(model, device, dtype, kv_format, revision, token)
 
 
 def shipped_name(model: str) -> str | None:
@@ -46,20 +49,20 @@ def shipped_name(model: str) -> str | None:
     return None if Path(model).expanduser().is_dir() else catalogue_name(model)
 
 
-def _shipped(name: str, device: str, dtype: str) -> ModelSpec:
+def _shipped(name: str, device: str, dtype: str, kv_format: str) -> ModelSpec:
     spec = catalogue_spec(name)
     if dtype == "auto":
         dtype = compute_dtype(spec.dtype, device)
-    if dtype == spec.dtype:
+    if (dtype, kv_format) == (spec.dtype, "auto"):
         return spec
     import torch
 
     from flexgen.session.shipped import described
 
-    return described(name, getattr(torch, dtype))
+    return described(name, getattr(torch, dtype), kv=kv_format)
 
 
-def _described(model: str, device: str, dtype: str, revision: str | None, token: str | None) -> ModelSpec:
+def _described(model: str, device: str, dtype: str, kv_format: str, revision: str | None, token: str | None) -> ModelSpec:
     import torch
 
     from flexgen.checkpoint.files import Checkpoint, Headers
@@ -67,6 +70,7 @@ def _described(model: str, device: str, dtype: str, revision: str | None, token:
     from flexgen.hub.download import weight_headers
     from flexgen.hub.model_files import weight_files
     from flexgen.hub.resolve import resolve_model
+    from flexgen.kv import low_bit
     from flexgen.models.describe import describe_headers
 
     try:
@@ -82,4 +86,5 @@ def _described(model: str, device: str, dtype: str, revision: str | None, token:
         headers = Headers.parsed(files.folder, weight_headers(model, files.folder, token=token))
     with describing(model):
         computed = compute_dtype(config_dtype(config), device) if dtype == "auto" else dtype
-        return describe_headers(headers, config, getattr(torch, computed), name=model)
+        torch_dtype = getattr(torch, computed)
+        return describe_headers(headers, config, torch_dtype, name=model, kv_format=low_bit.kv_format(kv_format, torch_dtype))

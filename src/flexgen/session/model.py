@@ -87,6 +87,11 @@ class ResolvedModel:
             return self._options.dtype
         return compute_dtype(config_dtype(self.config), device)
 
+    @property
+    def kv_format(self) -> str:
+        """The format of the KV cache, as in EngineOptions."""
+        return self._options.kv_format
+
     def check(self) -> None:
         """Refuse a model that cannot be served because of its files; no weights are read.
 
@@ -119,13 +124,15 @@ class ResolvedModel:
         import torch
 
         from flexgen.formats.table import refuse_quantization
+        from flexgen.kv.low_bit import kv_format
         from flexgen.models.assemble import assemble_model
 
         step("tracing the model's layers")
         with DESCRIBING, describing(self.files.name):
             if (tool := other_quantization(self.files.folder, self.files.config)) is not None:
                 raise refuse_quantization({"quant_method": tool})
-            return assemble_model(folder, self.config, getattr(torch, dtype), name=self.files.name)
+            kv = kv_format(self._options.kv_format, getattr(torch, dtype))
+            return assemble_model(folder, self.config, getattr(torch, dtype), name=self.files.name, kv_format=kv)
 
 
 def config_dtype(config: Any) -> str:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import AutoConfig
 
+from flexgen.kv.low_bit import kv_format
 from flexgen.models.describe import describe_config
 from flexgen.plan.known.models import catalogue_fields
 
@@ -22,8 +23,9 @@ def catalogue_config(name: str) -> PretrainedConfig:
     return AutoConfig.for_model(fields["model_type"], **fields["config"])
 
 
-def described(name: str, dtype: torch.dtype | None = None) -> ModelSpec:
-    """Describe a shipped model computed in `dtype`; None stands for the dtype of its plain weights."""
+def described(name: str, dtype: torch.dtype | None = None, *, kv: str = "auto") -> ModelSpec:
+    """Describe a shipped model computed in `dtype`, with KV in the format of that name; None stands for the dtype of its plain weights."""
     fields = catalogue_fields(name)
     stored = getattr(torch, fields["dtype"])
-    return describe_config(catalogue_config(name), dtype or stored, stored=stored, name=fields["source"])
+    computed = dtype or stored
+    return describe_config(catalogue_config(name), computed, stored=stored, name=fields["source"], kv_format=kv_format(kv, computed))
