@@ -18,6 +18,8 @@ from flexgen.plan.policy import PAGE_TOKENS
 # Matches the number of a layer in the name of a unit.
 _LAYER_NUMBER = re.compile(r"(?<=\.)(0|[1-9]\d*)(?=\.| |$)")
 _ENCODED = "encoded_bytes"
+# What is left out of the JSON of a model whose KV is in the dtype of computing.
+_KV_FORMAT, _EXACT = "kv_format", "exact_bytes_per_token"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,6 +156,10 @@ class ModelSpec:
         for kind in fields["unit_kinds"]:
             if kind[_ENCODED] is None:  # as for most units
                 del kind[_ENCODED]
+        if self.kv_format is None:
+            del fields[_KV_FORMAT]
+            for group in fields["kv_groups"]:
+                del group[_EXACT]
         lists = {name: fields.pop(name) for name in ("kv_groups", "unit_kinds", "unit_runs")}
         lines = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in fields.items()]
         lines += [f"{json.dumps(name)}: [\n  " + ",\n  ".join(map(json.dumps, values)) + "\n]" for name, values in lists.items()]
@@ -171,6 +177,9 @@ class ModelSpec:
             packed = {name: fields.pop(name) for name in ("unit_kinds", "unit_runs") if name in fields}
             for kind in packed.get("unit_kinds", ()):
                 kind.setdefault(_ENCODED, None)
+            fields.setdefault(_KV_FORMAT, None)
+            for group in fields.get("kv_groups", ()):
+                group.setdefault(_EXACT, 0)
             units = _unpacked(dataclass_from_json(_PackedUnits, packed, "model"))
             return dataclasses.replace(dataclass_from_json(cls, fields | {"units": []}, "model"), units=units)
         except (TypeError, AttributeError, IndexError) as error:
