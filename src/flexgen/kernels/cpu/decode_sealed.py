@@ -13,19 +13,20 @@ from numba import njit
 
 from flexgen.base.compiled import entry
 from flexgen.kernels.codes import GROUP
+from flexgen.kernels.cpu.code_tile import FAST_TOKENS, add_scores_4, add_scores_8, add_totals_4, add_totals_8, prefetch_bytes
 from flexgen.kernels.cpu.decode import DECODE_BLOCK
-from flexgen.kernels.cpu.rows import Rows, clear, moved, padded, page_and_next, part, pointer, widen_row
+from flexgen.kernels.cpu.rows import LANES, Rows, clear, moved, padded, page_and_next, part, pointer, widen_row
 from flexgen.kernels.cpu.sealed import code_bytes_of, rotate
 from flexgen.kernels.cpu.softmax import absorb_rows, begin_rows, softmax_state, write_rows
-from flexgen.kernels.cpu.tile import add_halves, add_product
+from flexgen.kernels.cpu.tile import add_product
 
 
 def decode_sealed_workspace(group: int, key_dim: int, value_dim: int, page_tokens: int) -> int:
     """Return the number of elements that `decode_sealed_attention` needs as workspace."""
     groups = -(-max(key_dim, value_dim) // GROUP)
     parts = (
-        group * key_dim, group * key_dim, group * groups, group * max(DECODE_BLOCK, page_tokens), 2 * group * page_tokens, 2 * page_tokens,
-        group * groups, group * value_dim, group, group,
+        group * key_dim, group * key_dim, group * groups, group * max(DECODE_BLOCK, page_tokens), group * max(page_tokens, LANES),
+        GROUP * page_tokens, 2 * page_tokens, group * groups * LANES, group * value_dim, group, group,
     )  # fmt: skip
     return sum(padded(size) for size in parts)
 
@@ -67,10 +68,11 @@ def decode_sealed_attention(
     turned = Rows(moved(queries.first, padded(group * key_dim)), key_dim)
     query_sums = Rows(moved(turned.first, padded(group * key_dim)), key_groups)
     scores = Rows(moved(query_sums.first, padded(group * max(key_groups, value_groups))), max(DECODE_BLOCK, page_tokens))
-    sums = Rows(moved(scores.first, padded(group * scores.stride)), page_tokens)
-    scales = moved(sums.first, padded(2 * group * page_tokens))
-    offsets = Rows(moved(scales, padded(2 * page_tokens)), value_groups)
-    state = softmax_state(moved(offsets.first, padded(group * max(key_groups, value_groups))), group, value_dim)
+    sums = Rows(moved(scores.first, padded(group * scores.stride)), max(page_tokens, LANES))
+    numbers = moved(sums.first, padded(group * sums.stride))
+    scales = moved(numbers, padded(GROUP * page_tokens))
+    offsets = Rows(moved(scales, padded(2 * page_tokens)), value_groups * LANES)
+    state = softmax_state(moved(offsets.first, padded(group * max(key_groups, value_groups) * LANES)), group, value_dim)
 
     for item in range(begin, end):
         sequence, kv_head = item // kv_heads, item % kv_heads
@@ -88,19 +90,21 @@ def decode_sealed_attention(
             for position in range(block, block_end, page_tokens):
                 page, following = page_and_next(table, position // page_tokens, last_page, num_pages)
                 place, ahead = (page * kv_heads + kv_head) * key_bytes, (following - page) * kv_heads * key_bytes
+                prefetch_bytes(pointer(keys, place + ahead), key_bytes)
                 score_page(
                     turned, query_sums, pointer(keys, place), pointer(key_parameters, place // 2),
-                    part(scores, 0, position - block), sums, scales, group, key_dim, key_bits, page_tokens, ahead,
+                    part(scores, 0, position - block), sums, numbers, scales, group, key_dim, key_bits, page_tokens,
                 )  # fmt: skip
             absorb_rows(scores, visible - block, block_end - block, group, scaling, softcap, state)
-            clear(offsets.first, group * value_groups)
+            clear(offsets.first, group * offsets.stride)
             for position in range(block, block_end, page_tokens):
                 page, following = page_and_next(table, position // page_tokens, last_page, num_pages)
                 place, ahead = (page * kv_heads + kv_head) * value_bytes, (following - page) * kv_heads * value_bytes
                 first = max(visible, position) - position
+                prefetch_bytes(pointer(values, place + ahead), value_bytes)
                 add_page(
                     part(scores, 0, position - block + first), pointer(values, place), pointer(value_parameters, place // 2),
-                    state.totals, offsets, sums, scales, group, value_dim, value_bits, page_tokens, first, ahead,
+                    state.totals, offsets, sums, numbers, scales, group, value_dim, value_bits, page_tokens, first,
                 )  # fmt: skip
             add_offsets(state.totals, offsets, group, value_dim)
         attend_tail(
@@ -129,84 +133,97 @@ def prepare_queries(queries: Any, turned: Any, sums: Any, heads: int, dim: int, 
 
 @njit
 def score_page(
-    queries: Any, query_sums: Any, codes: Any, parameters: Any, scores: Any, sums: Any, scales: Any,
-    heads: int, dim: int, bits: int, page_tokens: int, ahead: int,
+    queries: Any, query_sums: Any, codes: Any, parameters: Any, scores: Any, sums: Any, numbers: Any, scales: Any,
+    heads: int, dim: int, bits: int, page_tokens: int,
 ) -> None:  # fmt: skip
     """Add the scores of a page, group by group."""
     groups, begin = query_sums.stride, 0
     parameters = moved(parameters, code_bytes_of(dim, bits) * page_tokens // 2)
     for group in range(groups):
         size = min(GROUP, dim - group * GROUP)
-        clear(sums.first, 2 * heads * page_tokens)
-        widen_row(moved(parameters, group * page_tokens), scales, page_tokens)
-        stored, query = Rows(moved(codes, begin * page_tokens), page_tokens), part(queries, 0, group * GROUP)
-        if bits == 8:
-            add_product(query, stored, sums, heads, size, page_tokens, ahead)
-            begin += size
-            for head in range(heads):
-                for token in range(page_tokens):
-                    scores.first[head * scores.stride + token] += scales[token] * sums.first[head * page_tokens + token]
+        stored, query = moved(codes, begin * page_tokens), part(queries, 0, group * GROUP)
+        own, least = moved(parameters, group * page_tokens), groups * page_tokens
+        begin += size if bits == 8 else (size + 1) // 2
+        if size == GROUP and page_tokens == FAST_TOKENS:
+            if bits == 4:
+                add_scores_4(query, part(query_sums, 0, group), stored, own, least, scores, heads)
+            else:
+                add_scores_8(query, part(query_sums, 0, group), stored, own, least, scores, heads)
             continue
-        half, high = (size + 1) // 2, part(sums, heads, 0)
-        add_halves(query, part(query, 0, half), stored, sums, high, heads, size // 2, page_tokens, ahead)
-        if size % 2:  # the last byte has a low half only
-            row = part(stored, half - 1, 0)
-            for head in range(heads):
-                weight = query.first[head * query.stride + half - 1]
-                for token in range(page_tokens):
-                    sums.first[head * page_tokens + token] += weight * low_half(row.first[token])
-        begin += half
-        least = moved(scales, page_tokens)
-        widen_row(moved(parameters, (groups + group) * page_tokens), least, page_tokens)
+        unpack(stored, page_tokens, page_tokens, 1, size, bits, numbers, page_tokens, 1)
+        clear(sums.first, heads * sums.stride)
+        add_product(query, Rows(numbers, page_tokens), sums, heads, size, page_tokens, 0)
+        widen_row(own, scales, page_tokens)
+        if bits == 4:
+            widen_row(moved(own, least), moved(scales, page_tokens), page_tokens)
         for head in range(heads):
-            total = query_sums.first[head * groups + group]
             for token in range(page_tokens):
-                product = scales[token] * (sums.first[head * page_tokens + token] + high.first[head * page_tokens + token])
-                scores.first[head * scores.stride + token] += product + least[token] * total
+                score = scales[token] * sums.first[head * sums.stride + token]
+                if bits == 4:
+                    score += scales[page_tokens + token] * query_sums.first[head * groups + group]
+                scores.first[head * scores.stride + token] += score
 
 
 @njit
 def add_page(
-    weights: Any, codes: Any, parameters: Any, totals: Any, offsets: Any, scaled: Any, scales: Any,
-    heads: int, dim: int, bits: int, page_tokens: int, first: int, ahead: int,
+    weights: Any, codes: Any, parameters: Any, totals: Any, offsets: Any, scaled: Any, numbers: Any, scales: Any,
+    heads: int, dim: int, bits: int, page_tokens: int, first: int,
 ) -> None:  # fmt: skip
-    """Add the weighted values of a page's tokens from `first` on; least numbers go to `offsets`, one for each group."""
+    """Add the weighted values of a page's tokens from `first` on; least numbers go to `offsets`, one vector for each group."""
     code_bytes, rows = code_bytes_of(dim, bits), page_tokens - first
-    groups, begin = offsets.stride, first * code_bytes
+    groups, begin = offsets.stride // LANES, first * code_bytes
     parameters = moved(parameters, code_bytes * page_tokens // 2 + first)
     for group in range(groups):
         size = min(GROUP, dim - group * GROUP)
-        widen_row(moved(parameters, group * page_tokens), scales, rows)
+        stored, out, sums = moved(codes, begin), part(totals, 0, group * GROUP), part(offsets, 0, group * LANES)
+        own, least = moved(parameters, group * page_tokens), groups * page_tokens
+        begin += size if bits == 8 else (size + 1) // 2
+        if size == GROUP and rows == FAST_TOKENS:
+            if bits == 4:
+                add_totals_4(weights, stored, code_bytes, own, least, out, sums, scaled, heads)
+            else:
+                add_totals_8(weights, stored, code_bytes, own, least, out, sums, scaled, heads)
+            continue
+        unpack(stored, 1, rows, code_bytes, size, bits, numbers, 1, GROUP)
+        widen_row(own, scales, rows)
         for head in range(heads):
             for token in range(rows):
-                scaled.first[head * page_tokens + token] = weights.first[head * weights.stride + token] * scales[token]
-        stored, out = Rows(moved(codes, begin), code_bytes), part(totals, 0, group * GROUP)
-        if bits == 8:
-            add_product(scaled, stored, out, heads, rows, size, ahead)
-            begin += size
-            continue
-        half = (size + 1) // 2
-        add_halves(scaled, scaled, stored, out, part(out, 0, half), heads, rows, size // 2, ahead)
-        if size % 2:  # the last byte has a low half only
+                scaled.first[head * scaled.stride + token] = weights.first[head * weights.stride + token] * scales[token]
+        add_product(scaled, Rows(numbers, GROUP), out, heads, rows, size, 0)
+        if bits == 4:
+            widen_row(moved(own, least), scales, rows)
             for head in range(heads):
                 for token in range(rows):
-                    product = scaled.first[head * page_tokens + token] * low_half(stored.first[token * code_bytes + half - 1])
-                    out.first[head * out.stride + half - 1] += product
-        begin += half
-        widen_row(moved(parameters, (groups + group) * page_tokens), scales, rows)
-        for head in range(heads):
-            total = offsets.first[head * groups + group]
-            for token in range(rows):
-                total += weights.first[head * weights.stride + token] * scales[token]
-            offsets.first[head * groups + group] = total
+                    sums.first[head * sums.stride] += weights.first[head * weights.stride + token] * scales[token]
+
+
+@njit
+def unpack(
+    codes: Any, code_stride: int, tokens: int, token_stride: int, size: int, bits: int, numbers: Any, stride: int, token_numbers: int
+) -> None:
+    """Make float32 numbers of a group's codes, `stride` apart, those of a token `token_numbers` behind those of the one before."""
+    half = (size + 1) // 2
+    for token in range(tokens):
+        for i in range(size if bits == 8 else half):
+            byte, place = codes[token * token_stride + i * code_stride], token * token_numbers + i * stride
+            if bits == 8:
+                numbers[place] = np.float32(byte)
+                continue
+            numbers[place] = np.float32(byte & 15)
+            if half + i < size:
+                numbers[place + half * stride] = np.float32((byte >> 4) & 15)
 
 
 @njit
 def add_offsets(totals: Any, offsets: Any, heads: int, dim: int) -> None:
     """Add each group's offset to its totals."""
     for head in range(heads):
-        for i in range(dim):
-            totals.first[head * totals.stride + i] += offsets.first[head * offsets.stride + i // GROUP]
+        for group in range(offsets.stride // LANES):
+            offset = offsets.first[head * offsets.stride + group * LANES]
+            for lane in range(1, LANES):
+                offset += offsets.first[head * offsets.stride + group * LANES + lane]
+            for i in range(group * GROUP, min((group + 1) * GROUP, dim)):
+                totals.first[head * totals.stride + i] += offset
 
 
 @njit
@@ -221,9 +238,3 @@ def attend_tail(
     absorb_rows(scores, first, end, heads, scaling, softcap, state)
     stored = Rows(moved(values, first * value_dim), value_dim)
     add_product(part(scores, 0, first), stored, state.totals, heads, end - first, value_dim, 0)
-
-
-@njit
-def low_half(byte: Any) -> Any:
-    """Return the low code of a byte."""
-    return np.float32(byte & 15)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
@@ -47,13 +46,13 @@ def _make_tile(heads: int, vectors: int) -> Any:
     @intrinsic
     def tile(typing_context: Any, weights: Any, page: Any, out: Any, rows: Any, ahead: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            weights_at, page_at, out_at = (_Places(builder, value) for value in arguments[:3])
+            weights_at, page_at, out_at = (Places(builder, value) for value in arguments[:3])
             rows, ahead = arguments[3:]
             places = [out_at.vector(ir.Constant(INT64, head), v * LANES) for head in range(heads) for v in range(vectors)]
             alignment = context.get_abi_sizeof(out_at.element)
             sums = [cgutils.alloca_once_value(builder, builder.load(place, align=alignment)) for place in places]
             with cgutils.for_range(builder, rows) as loop:
-                _prefetch(builder, builder.gep(page_at.scalar(loop.index, 0), [ahead]))
+                prefetch(builder, builder.gep(page_at.scalar(loop.index, 0), [ahead]))
                 stored = [
                     builder.load(page_at.vector(loop.index, v * LANES), align=context.get_abi_sizeof(page_at.element))
                     for v in range(vectors)
@@ -61,7 +60,7 @@ def _make_tile(heads: int, vectors: int) -> Any:
                 columns = [widened(builder, vector, page.types[0].dtype) for vector in stored]
                 for head in range(heads):
                     weight = builder.gep(weights_at.scalar(ir.Constant(INT64, head), 0), [loop.index])
-                    weight = _broadcast(builder, builder.load(weight))
+                    weight = broadcast(builder, builder.load(weight))
                     for total, column in zip(sums[head * vectors :], columns, strict=False):
                         product = builder.fmul(weight, column, flags=("contract",))
                         builder.store(builder.fadd(builder.load(total), product, flags=("contract",)), total)
@@ -74,7 +73,7 @@ def _make_tile(heads: int, vectors: int) -> Any:
     return tile
 
 
-class _Places:
+class Places:
     """Addresses of the elements of a `Rows` argument, while code is generated."""
 
     def __init__(self, builder: Any, rows: Any) -> None:
@@ -90,13 +89,15 @@ class _Places:
         return self._builder.bitcast(self.scalar(row, column), ir.VectorType(self.element, LANES).as_pointer())
 
 
-def _broadcast(builder: Any, scalar: Any) -> Any:
+def broadcast(builder: Any, scalar: Any) -> Any:
+    """Generate a vector of equal elements."""
     empty = ir.Constant(ir.VectorType(scalar.type, LANES), ir.Undefined)
     first = builder.insert_element(empty, scalar, ir.Constant(INT32, 0))
     return builder.shuffle_vector(first, empty, ir.Constant(ir.VectorType(INT32, LANES), [0] * LANES))
 
 
-def _prefetch(builder: Any, place: Any) -> None:
+def prefetch(builder: Any, place: Any) -> None:
+    """Generate a prefetch of the cache line at an address."""
     kind = ir.FunctionType(ir.VoidType(), [INT8.as_pointer(), INT32, INT32, INT32])
     prefetch = builder.module.declare_intrinsic("llvm.prefetch", [INT8.as_pointer()], kind)
     reading, every_level, data = (ir.Constant(INT32, x) for x in (0, 3, 1))
@@ -127,80 +128,3 @@ def _make_strip(vectors: int) -> Any:
 
 
 _add_wide, _add_narrow = _make_strip(2), _make_strip(1)
-
-
-@njit
-def add_halves(low: Any, high: Any, page: Any, low_out: Any, high_out: Any, heads: int, rows: int, columns: int, ahead: int) -> None:
-    """Compute low_out += low @ (low halves of page) and high_out += high @ (high halves of page), each `Rows`.
-
-    The page holds bytes, (rows, columns), of two codes from 0 to 15; low and high are (heads, rows), the results (heads, columns), float32.
-    """
-    column = 0
-    while columns - column >= LANES:
-        _add_halves(low, high, part(page, 0, column), part(low_out, 0, column), part(high_out, 0, column), heads, rows, ahead)
-        column += LANES
-    for head in range(heads):
-        for last in range(column, columns):
-            total_low, total_high = low_out.first[head * low_out.stride + last], high_out.first[head * high_out.stride + last]
-            for row in range(rows):
-                codes = page.first[row * page.stride + last]
-                total_low += low.first[head * low.stride + row] * np.float32(codes & 15)
-                total_high += high.first[head * high.stride + row] * np.float32((codes >> 4) & 15)
-            low_out.first[head * low_out.stride + last], high_out.first[head * high_out.stride + last] = total_low, total_high
-
-
-def _make_halves_tile(heads: int) -> Any:
-    """Generate `tile(low, high, page, low_out, high_out, rows, ahead)`: `add_halves` for so many heads and one vector of columns."""
-
-    @intrinsic
-    def tile(typing_context: Any, low: Any, high: Any, page: Any, low_out: Any, high_out: Any, rows: Any, ahead: Any) -> Any:
-        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            *weights, page_at, low_at, high_at = (_Places(builder, value) for value in arguments[:5])
-            rows, ahead = arguments[5:]
-            places = [out.vector(ir.Constant(INT64, head), 0) for out in (low_at, high_at) for head in range(heads)]
-            alignment = context.get_abi_sizeof(low_at.element)
-            sums = [cgutils.alloca_once_value(builder, builder.load(place, align=alignment)) for place in places]
-            wide = ir.VectorType(INT32, LANES)
-            with cgutils.for_range(builder, rows) as loop:
-                _prefetch(builder, builder.gep(page_at.scalar(loop.index, 0), [ahead]))
-                codes = builder.zext(builder.load(page_at.vector(loop.index, 0), align=1), wide)
-                halves = builder.and_(codes, ir.Constant(wide, [15] * LANES)), builder.lshr(codes, ir.Constant(wide, [4] * LANES))
-                for half, (at, code) in enumerate(zip(weights, halves, strict=True)):
-                    column = builder.sitofp(code, ir.VectorType(ir.FloatType(), LANES))
-                    for head in range(heads):
-                        weight = _broadcast(builder, builder.load(builder.gep(at.scalar(ir.Constant(INT64, head), 0), [loop.index])))
-                        total = sums[half * heads + head]
-                        product = builder.fmul(weight, column, flags=("contract",))
-                        builder.store(builder.fadd(builder.load(total), product, flags=("contract",)), total)
-            for place, total in zip(places, sums, strict=True):
-                builder.store(builder.load(total), place, align=alignment)
-            return context.get_dummy_value()
-
-        return types.void(low, high, page, low_out, high_out, types.int64, types.int64), generate
-
-    return tile
-
-
-def _make_halves_strip() -> Any:
-    """Generate `add(low, high, page, low_out, high_out, heads, rows, ahead)`: tiles below each other, for any number of heads."""
-    tile_1, tile_2, tile_4, tile_8 = (_make_halves_tile(heads) for heads in (1, 2, 4, 8))
-
-    @njit
-    def add(low: Any, high: Any, page: Any, low_out: Any, high_out: Any, heads: int, rows: int, ahead: int) -> None:
-        head = 0
-        while heads - head >= 8:
-            tile_8(part(low, head, 0), part(high, head, 0), page, part(low_out, head, 0), part(high_out, head, 0), rows, ahead)
-            head += 8
-        if heads - head >= 4:
-            tile_4(part(low, head, 0), part(high, head, 0), page, part(low_out, head, 0), part(high_out, head, 0), rows, ahead)
-            head += 4
-        if heads - head >= 2:
-            tile_2(part(low, head, 0), part(high, head, 0), page, part(low_out, head, 0), part(high_out, head, 0), rows, ahead)
-            head += 2
-        if heads - head == 1:
-            tile_1(part(low, head, 0), part(high, head, 0), page, part(low_out, head, 0), part(high_out, head, 0), rows, ahead)
-
-    return add
-
-
-_add_halves = _make_halves_strip()
