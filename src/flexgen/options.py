@@ -46,7 +46,7 @@ class EngineOptions:
         weights: Explicit placement of weights, such as "host=.3,disk=.7"; None lets the planner choose.
         kv: Explicit placement of the KV cache, in the same form; None lets the planner choose.
         kv_format: Format of the KV cache's complete pages: "auto" (the dtype of computing), "int8", "k8v4" (keys 8 bits, values 4) or
-            "int4" (rotated keys).  Answers depend on it.
+            "int4".  Answers depend on it.
         max_num_seqs: Most sequences alive in a pass; None lets the planner choose.
         micro_batch_tokens: Most tokens computed together; None lets the planner choose.
         prefill_tokens: Most prompt tokens that a pass admits; None lets the planner choose.
