@@ -3,10 +3,10 @@
     python benchmarks/kv_kernels.py --threads 2
     python benchmarks/kv_kernels.py --threads 2 --formats bfloat16 int4 --groups 1
 
-Three rates are measured in turns within each round: reads of memory that no cache holds, float32 matrix products, and the kernel.  With
-n bytes per number of keys and values and g query heads per key head, each number is read once and takes g multiply-adds, so that no kernel can attend
-to more numbers per second than min(read rate / n, multiply-adds per second / g).  One JSON line per format and group: medians over the
-rounds, the share of what is attainable, and tokens/s relative to bfloat16.
+Three rates are measured in turns within each round: reads of memory that no cache holds, float32 matrix products, and the kernel.  With n
+bytes per number of keys and values and g query heads per key head, each number is read once and takes g multiply-adds, so no kernel can
+attend to more numbers per second than min(read rate / n, multiply-adds per second / g).  One JSON line per format and group: medians over
+the rounds, the share of what is attainable, and tokens/s relative to bfloat16.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def made(kernels: AttentionKernels, name: str, heads: int, key_heads: int, max_b
     return low_bit_steps(kernels, torch.device("cpu"), kv, heads, key_heads, 2 * max_bytes, tokens)
 
 
-def timed(run: Callable[[], None], least_seconds: float) -> float:
+def timed(run: Callable[[], object], least_seconds: float) -> float:
     """Return the seconds of one call, over enough calls to be measured."""
     calls, begun = 0, time.perf_counter()
     while not calls or time.perf_counter() - begun < least_seconds:

@@ -6,6 +6,7 @@ That is the scheme of the FlexGen paper (section 5), which takes groups of 64 nu
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,11 +28,13 @@ PAPER = LowBitKV(name="paper", dtype=torch.float32, key_bits=4, value_bits=4, ro
 
 @pytest.fixture(scope="module")
 def biased(tmp_path_factory: pytest.TempPathFactory) -> tuple[Qwen2Config, Path]:
-    config = Qwen2Config(
-        vocab_size=256, hidden_size=128, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
-        head_dim=HEAD_DIM, max_position_embeddings=256, rope_theta=1e6, initializer_range=0.15, tie_word_embeddings=False,
-    )  # fmt: skip
-    model = build(config)
+    values: dict[str, Any] = {
+        "vocab_size": 256, "hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 2, "head_dim": HEAD_DIM, "max_position_embeddings": 256, "rope_theta": 1e6, "initializer_range": 0.15,
+        "tie_word_embeddings": False,
+    }  # fmt: skip
+    config = Qwen2Config(**values)
+    model: Any = build(config)
     with torch.no_grad():
         for layer in model.model.layers:
             bias = layer.self_attn.k_proj.bias.view(2, HEAD_DIM)
