@@ -70,6 +70,7 @@ def conversation_in(kv: LowBitKV) -> type[Conversation]:
     return StoredConversation
 
 
+@pytest.mark.matrix(9)
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("name", LOW_BIT)
