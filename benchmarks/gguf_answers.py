@@ -28,6 +28,7 @@ from flexgen.hub.gguf_file import TYPES
 from flexgen.hub.gguf_model import read_gguf
 from flexgen.kernels.dequantize.gguf import KERNELS, decode_blocks
 from flexgen.kernels.threads import KernelThreads
+from flexgen.options import EngineOptions
 from flexgen.plan.price.memory import scratch_bytes
 from flexgen.session.lookup import spec_of
 
@@ -70,7 +71,7 @@ def about(path: Path) -> dict[str, Any]:
 def answers(path: Path, chats: list[str], scratch: Path) -> dict[str, Any]:
     """Run the chats with flexgen and with transformers, and compare the answers."""
     texts, metrics = with_flexgen(path, chats, scratch)
-    memory, spec = metrics["forecast"]["memory_bytes"]["host"], spec_of(str(path), device="cpu", dtype="float32")
+    memory, spec = metrics["forecast"]["memory_bytes"]["host"], spec_of(str(path), EngineOptions(dtype="float32"), device="cpu")
     held = sum(memory.get(name, 0) for name in ("weights", "weight staging", "small tensors", "embedding"))
     decoded = scratch_bytes(spec, ["disk"] * len(spec.units))
     began, kept = time.perf_counter(), (scratch / "transformers.json").exists()

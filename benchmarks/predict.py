@@ -30,6 +30,7 @@ from shapes import SHAPES, Shape
 from flexgen.base.from_json import dataclass_from_json
 from flexgen.base.quantities import parse_size
 from flexgen.checkpoint.dummy import write_random_checkpoint
+from flexgen.options import EngineOptions
 from flexgen.plan.machine import DiskRequest, Machine, Rate, read_machine
 from flexgen.plan.play.answer_lengths import expected
 from flexgen.plan.play.simulate import simulate
@@ -196,7 +197,7 @@ def at_own_rates(case: Case, folder: Path, report: dict[str, Any], machine: Mach
     ratios = report["rate_ratios"]
     machine = scaled(machine, disk=ratios.get("disk", 1.0), compute=ratios.get("compute", 1.0))
     policy = dataclass_from_json(Policy, report["policy"], "policy")
-    spec = spec_of(str(folder), device="cpu", dtype=policy.dtype)
+    spec = spec_of(str(folder), EngineOptions(dtype=policy.dtype), device="cpu")
     lengths = case.lengths()
     bound = case.answer
     workload = Workload(prompt_lens=tuple(s for s, _ in lengths), output_lens=(bound,) * len(lengths), may_end_early=case.first is not None)

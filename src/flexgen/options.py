@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 DEVICES = ("auto", "cpu", "cuda", "sim")
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}  # the dtypes of computing, and the bytes of a number
 DTYPES = ("auto", *DTYPE_BYTES)
+KV_FORMATS = ("auto", "int8", "k8v4", "int4")
 LOAD_FORMATS = ("auto", "safetensors", "dummy")
 WEIGHT_FORMATS = ("auto", "int8", "int4")
 SCHEDULES = ("auto", "diagonal", "zigzag", "row")
@@ -32,7 +33,10 @@ _LEAST_INTEGERS = {
     "max_num_seqs": 1, "micro_batch_tokens": 1, "prefill_tokens": 1, "max_model_len": 1, "max_logprobs": -1, "seed": -(2**63),
 }  # fmt: skip
 _NEVER_NONE = ("max_logprobs", "seed")
-_KNOWN = {"device": DEVICES, "dtype": DTYPES, "schedule": SCHEDULES, "load_format": LOAD_FORMATS, "weight_format": WEIGHT_FORMATS}
+_KNOWN = {
+    "device": DEVICES, "dtype": DTYPES, "kv_format": KV_FORMATS, "schedule": SCHEDULES, "load_format": LOAD_FORMATS,
+    "weight_format": WEIGHT_FORMATS,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +53,8 @@ class EngineOptions:
         weights: Explicit placement of weights, such as "host=.3,disk=.7"; "encoded" is host memory that holds them as stored, to be decoded
             in every pass.  None lets the planner choose.
         kv: Explicit placement of the KV cache over the tiers, in the same form; None lets the planner choose.
+        kv_format: Format of the KV cache's complete pages: "auto" (the dtype of computing), "int8", "k8v4" (keys 8 bits, values 4) or
+            "int4".  Answers depend on it.
         max_num_seqs: Most sequences alive in a pass; None lets the planner choose.
         micro_batch_tokens: Most tokens computed together; None lets the planner choose.
         prefill_tokens: Most prompt tokens that a pass admits; None lets the planner choose.
@@ -77,6 +83,7 @@ class EngineOptions:
     offload_dir: str | None = None
     weights: str | None = None
     kv: str | None = None
+    kv_format: str = "auto"
     max_num_seqs: int | None = None
     micro_batch_tokens: int | None = None
     prefill_tokens: int | None = None
@@ -159,6 +166,7 @@ class OptionKeywords(TypedDict, total=False):
     offload_dir: str | None
     weights: str | None
     kv: str | None
+    kv_format: str
     max_num_seqs: int | None
     micro_batch_tokens: int | None
     prefill_tokens: int | None

@@ -55,6 +55,16 @@ def test_a_plan_as_json() -> None:
 QUICK = ("--schedule", "zigzag", "--kv", "host=1", "--micro-batch-tokens", 512)  # little is left to search
 
 
+def test_a_plan_for_kv_in_fewer_bits() -> None:
+    job = ("plan", "llama-3-8b", "--machine", "rtx4090-64gb", "--num-requests", 100, *QUICK)
+    assert "int4, 40.0 KiB per token" in flexgen(*job, "--kv-format", "int4").stdout
+    policy = json.loads(flexgen(*job, "--kv-format", "int8", "--json").stdout)["policy"]
+    assert policy["kv_format"] == "int8"
+    refused = flexgen(*job, "--kv-format", "int3")
+    assert refused.exit_code == 2
+    assert "--kv-format 'int3' is unknown; known: auto, int8, k8v4, int4" in refused.stderr
+
+
 def test_shorter_requests_and_what_they_cost() -> None:
     job = ("plan", "opt-30b", "--machine", "t4-gcp", "--num-requests", 200, "--weights", "host=1", *QUICK)
     told = flexgen(*job, "--pareto").stdout.splitlines()

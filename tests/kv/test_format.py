@@ -32,6 +32,9 @@ SCALE_BYTES = torch.float32.itemsize
 class Int8KV:
     """A byte per number, and behind those of a token and head their scale."""
 
+    name: str = "bytes"
+    tail: None = None
+
     def key_bytes(self, geometry: KVGeometry) -> int:
         return geometry.key_heads * (geometry.key_dim + SCALE_BYTES)
 

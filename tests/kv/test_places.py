@@ -51,7 +51,10 @@ class Layer:
     @property
     def geometry(self) -> KVGeometry:
         heads, dims = (1, (RANK, ROPE)) if self.latent is not None else (self.kv_heads, (DIM, DIM))
-        return KVGeometry(key_heads=heads, key_dim=dims[0], value_heads=heads, value_dim=dims[1], window=self.window, chunk=self.chunk)
+        return KVGeometry(
+            key_heads=heads, key_dim=dims[0], value_heads=heads, value_dim=dims[1], window=self.window, chunk=self.chunk,
+            latent=self.latent is not None,
+        )  # fmt: skip
 
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -266,12 +269,12 @@ def test_attention_equals_dense_attention(bench: Bench, seed: int) -> None:
     converse(bench, random.Random(seed))
 
 
-def converse(bench: Bench, choose: random.Random) -> None:
+def converse(bench: Bench, choose: random.Random, make: type[Conversation] = Conversation) -> None:
     """Sequences join with prompts, go on by single tokens (or several at once), end, and others take their pages."""
     live: list[Conversation] = []
     for _ in range(8):
         while len(live) < 4 and choose.random() < 0.7:
-            live.append(Conversation(30, bench.cache.admit(bench.tier)))
+            live.append(make(30, bench.cache.admit(bench.tier)))
         pieces: list[Piece] = []
         for each in live:
             wanted = choose.choice([1, 2, 5, 13]) if each.stored == 0 else choose.choice([1, 1, 1, 1, 4])

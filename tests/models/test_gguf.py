@@ -23,6 +23,7 @@ from flexgen.hub.gguf_model import read_gguf
 from flexgen.hub.model_files import ModelFiles
 from flexgen.hub.resolve import resolve_model
 from flexgen.models.assemble import AssembledModel, assemble_model
+from flexgen.options import EngineOptions
 from flexgen.plan.policy import Fractions
 from flexgen.request import TokenRequest
 from flexgen.session.lookup import spec_of
@@ -191,7 +192,7 @@ def test_answers_are_those_of_transformers(
 def test_stored_bytes_are_what_is_planned_for_and_read(tmp_path: Path) -> None:
     """Rows of the embedding are gathered in blocks, and a unit's bytes are those of the file."""
     path, _ = write_model(tmp_path, "llama", tied=True, kinds=("Q8_0", "Q4_K"))
-    spec = spec_of(str(path), device="cpu", dtype="float32")
+    spec = spec_of(str(path), EngineOptions(dtype="float32"), device="cpu")
     model = assembled(path)
     tensors = {tensor.name: tensor for _, tensor in read_gguf(path).tensors}
     table = tensors["token_embd.weight"]

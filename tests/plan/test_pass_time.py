@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from flexgen.plan.machine import DiskRequest, Overheads, Rate
-from flexgen.plan.model import UnitSpec
+from flexgen.plan.model import KVGroupSpec, UnitSpec
 from flexgen.plan.play.simulate import simulate
 from flexgen.plan.price.pass_time import (
     DECODING_OF_CASTS,
@@ -152,3 +152,18 @@ def test_reading_and_computing_slow_each_other_down_while_both_go_on(make_spec, 
     busy = expectation.busy(work, policy)
     assert max(busy["disk"], busy["compute"]) == pytest.approx(clock, abs=1e-3)
     assert all(busy[name] <= 1.5 * apart[name] + 1e-9 for name in ("disk", "compute"))
+
+
+def test_low_bit_kv_has_a_rate_of_its_own_or_that_of_its_numbers(make_spec, make_machine, make_policy):
+    """Where it was not measured, a byte holds as many numbers as exact KV has bytes for."""
+    group = KVGroupSpec(num_layers=3, bytes_per_token=5, attention_flops_per_pair=4.0, exact_bytes_per_token=16)
+    spec, plain = make_spec(groups=(group,), kv_format="int4"), ((1.0, Rate(2e3, 1e3)),)
+    work = PassWork(host_step_flops=5e3, host_step_bytes=5e3, num_tokens=1, num_sampled=1, num_micro_batches=1)
+    for rates, seconds in (
+        ({}, 16.0),
+        ({"bfloat16 int8": ((1.0, Rate(1.0, 1.0)),)}, 16.0),
+        ({"bfloat16 int4": ((1.0, Rate(4e3, 2e3)),)}, 2.5),
+    ):
+        machine = make_machine(decode_attention={"host": {"bfloat16": plain, **rates}}, overheads=NOTHING)
+        resources = Expectation(spec, machine, "bfloat16").resources(work, make_policy(device="cuda"))
+        assert resources["host_compute"] == pytest.approx(seconds)

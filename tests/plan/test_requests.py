@@ -56,3 +56,11 @@ def test_scores_are_of_all_requests_or_of_none():
         Workload(prompt_lens=(3, 4), output_lens=(1, 1), scored_lens=(1,))
     only_scored = Workload(prompt_lens=(3, 4), output_lens=(0, 0), scored_lens=(2, 3))
     assert (only_scored.output_tokens, only_scored.paced_tokens) == (0, 7)
+
+
+def test_a_last_page_in_the_dtype_of_computing_counts_once_for_each_sequence(make_spec):
+    group = KVGroupSpec(num_layers=2, bytes_per_token=3, attention_flops_per_pair=4.0, exact_bytes_per_token=10)
+    spec = make_spec(groups=(group,), kv_format="int4")
+    assert held_kv_bytes(spec, 16, 33).tolist() == [0, *[2 * 16 * (3 + 10)] * 16, *[2 * 16 * (6 + 10)] * 16, 2 * 16 * (9 + 10)]
+    assert (spec.kv_bytes_per_token, spec.exact_kv_bytes_per_token) == (6, 20)
+    assert spec.kv_bytes(33) == 2 * (33 * 3 + 16 * 10)

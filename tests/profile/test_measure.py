@@ -10,6 +10,7 @@ from flexgen.base.quantities import KIB, MIB
 from flexgen.errors import OptionError
 from flexgen.formats.base import RANDOM_DEVIATION
 from flexgen.formats.random_numbers import sampled_parts
+from flexgen.options import KV_FORMATS
 from flexgen.plan.machine import Rate, read_machine
 from flexgen.profile import compute, decoding, disk, overheads, timing
 from flexgen.profile import measure as module
@@ -47,6 +48,10 @@ def test_every_rate_is_found(small, tmp_path, dtype):
     assert (machine.host_to_device, machine.device_to_host) == (None, None)
     assert [rows for rows, _ in machine.dense[dtype]] == [16, 64]
     assert [round(flops) for flops, _ in machine.decode_attention["host"][dtype]] == [2 * each // BYTES[dtype] for each in (1, 4, 8)]
+    formats = {f"{dtype} {kv}" for kv in KV_FORMATS if kv != "auto" and dtype != "float64"}
+    assert set(machine.decode_attention["host"]) == {dtype, *formats}
+    for name in formats:
+        assert [rate.typical > 1e6 for _, rate in machine.decode_attention["host"][name]] == [True] * 3
     assert {name.split()[1] for name in machine.casts} == {dtype}
     assert 0 < machine.disk_core_seconds_per_byte < 1e-8
     assert min(machine.disk_slowdown, machine.compute_slowdown) >= 1

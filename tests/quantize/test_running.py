@@ -15,6 +15,7 @@ from flexgen.hub.config import read_config
 from flexgen.hub.resolve import resolve_model
 from flexgen.llm import LLM
 from flexgen.models.describe import describe_headers
+from flexgen.options import EngineOptions
 from flexgen.quantize.convert import convert
 from flexgen.quantize.settings import QuantizeSettings
 from flexgen.quantize.source import Reader
@@ -77,7 +78,7 @@ def test_plans_count_what_a_conversion_writes(tmp_path: Path, model_type: str, w
     convert(files, tmp_path / "out", QuantizeSettings(weight_format=weight_format), num_threads=1)
     config = read_config(resolve_model(tmp_path / "out"))
     written = describe_headers(Checkpoint(tmp_path / "out"), config, torch.bfloat16, name=str(files.folder))
-    planned = spec_of(str(files.folder), device="cpu", dtype="bfloat16", weight_format=weight_format)
+    planned = spec_of(str(files.folder), EngineOptions(dtype="bfloat16", weight_format=weight_format), device="cpu")
     assert planned == written
 
 

@@ -49,7 +49,7 @@ def test_a_hub_id_of_a_shipped_model_needs_no_network(model: str, monkeypatch: p
     monkeypatch.setattr("flexgen.hub.resolve.resolve_model", lambda *_, **__: pytest.fail("the hub was asked"))
     spec = spec_of(model, device="cuda")
     assert spec.name == (model if "/" in model else "facebook/opt-30b")
-    wide = spec_of(model, device="cuda", dtype="float32")
+    wide = spec_of(model, EngineOptions(dtype="float32"), device="cuda")
     assert wide.kv_bytes_per_token == 2 * spec.kv_bytes_per_token
 
 
@@ -62,14 +62,14 @@ def test_a_revision_of_a_shipped_model_is_asked_of_the_hub(monkeypatch: pytest.M
 
     monkeypatch.setattr("flexgen.hub.resolve.resolve_model", resolve)
     with pytest.raises(ModelError, match="no hub here"):
-        spec_of("facebook/opt-30b", device="cpu", revision="refs/pr/1")
+        spec_of("facebook/opt-30b", EngineOptions(revision="refs/pr/1"), device="cpu")
     assert asked == ["refs/pr/1"]
 
 
 def test_shipped_models_in_the_dtype_that_would_run() -> None:
     shipped = catalogue_spec("opt-125m")
-    assert spec_of("opt-125m", device="cuda") == spec_of("opt-125m", device="cpu", dtype="float16") == shipped
-    on_cpu, wide = spec_of("opt-125m", device="cpu"), spec_of("opt-125m", device="cpu", dtype="float32")
+    assert spec_of("opt-125m", device="cuda") == spec_of("opt-125m", EngineOptions(dtype="float16"), device="cpu") == shipped
+    on_cpu, wide = spec_of("opt-125m", device="cpu"), spec_of("opt-125m", EngineOptions(dtype="float32"), device="cpu")
     assert (on_cpu.dtype, on_cpu.number_format) == ("bfloat16", "float16")
     assert [unit.disk_bytes for unit in on_cpu.units] == [unit.disk_bytes for unit in shipped.units]
     assert not any(unit.plain for unit in on_cpu.units)
@@ -91,9 +91,9 @@ def test_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_is_no_model() -> None:
     with pytest.raises(OptionError, match="revision"):
-        spec_of("opt-30b", device="cpu", revision="main")
-    with pytest.raises(OptionError, match="cannot compute in int8"):
-        spec_of("opt-30b", device="cpu", dtype="int8")
+        spec_of("opt-30b", EngineOptions(revision="main"), device="cpu")
+    with pytest.raises(OptionError, match="dtype='int8' is unknown"):
+        spec_of("opt-30b", EngineOptions(dtype="int8"), device="cpu")
     with pytest.raises(ModelError, match="nor is it in the catalogue: llama-3-8b, "):
         spec_of("-llama-3-8b", device="cpu")
     with pytest.raises(ModelError, match="not a folder"):
@@ -153,6 +153,6 @@ def test_random_weights_of_a_folder_are_described_by_its_config(tmp_path: Path) 
     write_random_checkpoint(config, tmp_path / "whole", torch.bfloat16)
     (tmp_path / "config").mkdir()
     (tmp_path / "config" / "config.json").write_bytes((tmp_path / "whole" / "config.json").read_bytes())
-    described = spec_of(str(tmp_path / "config"), device="cpu", load_format="dummy")
+    described = spec_of(str(tmp_path / "config"), EngineOptions(load_format="dummy"), device="cpu")
     assert described == dataclasses.replace(spec_of(str(tmp_path / "whole"), device="cpu"), name=str(tmp_path / "config"))
     assert described.decoded_from.keys() == {"mxfp4"}

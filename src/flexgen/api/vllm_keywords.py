@@ -45,7 +45,7 @@ _ONLY: Mapping[str, tuple[tuple[object, ...], str]] = {
     "generation_config": (("auto", "vllm"), 'take "auto" (the model\'s), "vllm" (vLLM\'s defaults), or give SamplingParams'),
     "hf_config_path": ((), _AS_CONFIGURED),
     "hf_overrides": (({},), _AS_CONFIGURED),
-    "kv_cache_dtype": (("auto",), "the KV cache has the dtype that is computed in"),
+    "kv_cache_dtype": (("auto",), "the KV cache has the dtype that is computed in, or the format that kv_format names"),
     "kv_transfer_config": ((), _NOT_YET),
     "logits_processors": (([], ()), _NOT_YET),
     "logprobs_mode": (("raw_logprobs",), "log probabilities are of the model's own logits"),

@@ -237,9 +237,7 @@ def _plans(jobs: Mapping[str, Mapping[str, Any]]) -> dict[str, Plan]:
 def _spec_of(model: str, options: EngineOptions, device: str, dtype: str) -> ModelSpec:
     from flexgen.session.lookup import spec_of
 
-    return spec_of(
-        model, device=device, dtype=dtype, load_format=options.load_format, weight_format=options.weight_format, revision=options.revision
-    )  # fmt: skip
+    return spec_of(model, dataclasses.replace(options, dtype=dtype), device=device)
 
 
 def _limits_and_machine(options: EngineOptions, name: str | None) -> tuple[Limits, Machine | None]:

@@ -162,7 +162,7 @@ def _elsewhere(shared: Any, group: KVGroup) -> Any:
 
     With a window a sequence soon drops the pages that it shares, so they are counted as its own from the start.
     """
-    return shared // group.page_tokens * (group.geometry.reach is None)
+    return group.num_shared(shared) * (group.geometry.reach is None)
 
 
 class Admission:

@@ -24,6 +24,7 @@ from flexgen.engine.sampler import as_float64, sample
 from flexgen.engine.scheduler import Scheduler
 from flexgen.engine.sequence import Finish, LiveSequence
 from flexgen.errors import EngineError, RequestError
+from flexgen.kv.pages import of_positions
 from flexgen.models.assemble import AssembledModel
 from flexgen.models.scoring import Scores
 from flexgen.passes.load import pass_load
@@ -207,7 +208,7 @@ class Engine:
     def _run(self, plan: PassPlan) -> list[TokenResult]:
         failpoint("engine.pass")
         start = time.perf_counter()
-        self.log.begins(pass_load(plan, tuple(self.runner.places), self.cache.groups))
+        self.log.begins(pass_load(plan, tuple(self.runner.places), of_positions(self.cache.groups)))
         self._prepare_guides(plan)
         with torch.no_grad():
             outputs, waits = self.runner.run(plan, self._on_unit)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 
+from flexgen.kernels.codes import HeadCodes, SealedPages
 from flexgen.kernels.reference import AttentionKernels
 
 
@@ -35,3 +36,18 @@ def warm_up(kernels: AttentionKernels, dtype: torch.dtype) -> None:
     kernels.write_kv(key, value, key_pages, value_pages, zeros, positions)
     kernels.decode_attention(query, key_pages, value_pages, zeros[:, None], zeros, positions + 1, scaling=1.0, out=torch.empty_like(query))
     kernels.prefill_attention(query, key, value, zeros, scaling=1.0, out=torch.empty_like(query))
+
+
+def warm_up_sealed(kernels: AttentionKernels, dtype: torch.dtype) -> None:
+    """Run every kernel for sealed pages once on a few numbers."""
+    heads, dim, page = 2, 32, 16
+    codes = HeadCodes(dim=dim, bits=4, rotated=True)
+    memory = torch.zeros(1, heads, page * codes.token_bytes, dtype=torch.uint8)
+    pages = SealedPages(keys=memory, values=memory.clone(), key_codes=codes, value_codes=codes, page_tokens=page)
+    numbers, zero = torch.zeros(page, heads, dim, dtype=dtype), torch.zeros(1, dtype=torch.int64)
+    kernels.seal(numbers, numbers, pages, zero)
+    stored = kernels.unseal(pages, zero, 0, page, dtype)
+    tails = torch.zeros(1, heads, dim, page, dtype=dtype), torch.zeros(1, heads, page, dim, dtype=dtype)
+    query, out = numbers[:1], torch.empty(1, heads, dim, dtype=dtype)
+    kernels.decode_sealed_attention(query, pages, *tails, zero[:, None].repeat(1, 2), zero, zero, zero + page + 1, scaling=1.0, out=out)
+    kernels.prefill_sealed_attention(query, *stored, query, query, zero, zero + page, page, scaling=1.0, out=out)

@@ -11,6 +11,8 @@ Knows pages and positions; not where pages come from, nor which sequence owns th
 
 Position p of a sequence lies in page `page_table[p // page_tokens]` at offset `p % page_tokens`.  Scores, softmax and
 sums are float32, for float64 inputs float64.
+
+Where complete pages are sealed (kernels/codes.py), the page of a sequence's last token is a tail: a page of plain numbers as above.
 """
 
 from __future__ import annotations
@@ -19,6 +21,8 @@ from typing import Self
 
 import torch
 from torch import Tensor
+
+from flexgen.kernels.codes import SealedPages, seal, unseal
 
 
 def write_kv(key: Tensor, value: Tensor, key_pages: Tensor, value_pages: Tensor, page_ids: Tensor, page_offsets: Tensor) -> None:
@@ -139,6 +143,95 @@ def decode_latent_attention(
         out[i] = _attend(query[i : i + 1], torch.cat([latent, rope], dim=-1), latent, visible, scaling, None, None)[0]
 
 
+def decode_sealed_attention(
+    query: Tensor,
+    pages: SealedPages,
+    tail_keys: Tensor,
+    tail_values: Tensor,
+    page_tables: Tensor,
+    tails: Tensor,
+    starts: Tensor,
+    lengths: Tensor,
+    *,
+    scaling: float,
+    out: Tensor,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> None:
+    """Attend as `decode_attention` does, to sealed pages and to the query's own page, which is the tail.
+
+    Args:
+        query: (S, H, Dk).
+        pages: The sealed pages; those of whole pages before the last visible position are read.
+        tail_keys: (tails, K, Dk, page_tokens).
+        tail_values: (tails, K, page_tokens, Dv).
+        page_tables: As for `decode_attention`; the entry of the page of the last visible position is not read.
+        tails: int64 (S,).  The tail of each sequence.
+        starts: As for `decode_attention`.
+        lengths: As for `decode_attention`.
+        scaling: As for `decode_attention`.
+        softcap: As for `decode_attention`.
+        sinks: As for `decode_attention`.
+        out: (S, H, Dv), of the query's dtype; written.
+    """
+    size = pages.page_tokens
+    for i, (start, length) in enumerate(zip(starts.clamp(min=0).tolist(), lengths.tolist(), strict=True)):
+        border = (length - 1) // size * size
+        key, value = gather_kv(tail_keys, tail_values, tails[i : i + 1], max(start - border, 0), length - border)
+        if start < border:
+            wide = torch.promote_types(query.dtype, torch.float32)
+            earlier = unseal(pages, page_tables[i], start, border, wide)
+            key, value = torch.cat([earlier[0], key.to(wide)]), torch.cat([earlier[1], value.to(wide)])
+        visible = torch.ones(1, length - start, dtype=torch.bool, device=query.device)
+        out[i] = _attend(query[i : i + 1], key, value, visible, scaling, softcap, sinks)[0]
+
+
+def prefill_sealed_attention(
+    query: Tensor,
+    stored_key: Tensor,
+    stored_value: Tensor,
+    key: Tensor,
+    value: Tensor,
+    starts: Tensor,
+    borders: Tensor,
+    exact_start: int,
+    *,
+    scaling: float,
+    out: Tensor,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> None:
+    """Let the last T positions of a sequence attend: to earlier pages as they were stored, to their own pages exactly.
+
+    Args:
+        query: (T, H, Dk).
+        stored_key: (D, K, Dk), positions 0 <= p < D as they come back from sealed pages.
+        stored_value: (D, K, Dv).
+        key: (N, K, Dk), positions exact_start <= p < exact_start + N.
+        value: (N, K, Dv).
+        starts: int64 (T,).  The first position that each query sees, as for `prefill_attention`.
+        borders: int64 (T,).  The first position of each query's own page.  Query i stands at position exact_start + N - T + i; it sees
+            starts[i] <= p < borders[i] as stored, and the rest up to itself exactly.
+        exact_start: The position of the first exact key.
+        scaling: As for `decode_attention`.
+        softcap: As for `decode_attention`.
+        sinks: As for `decode_attention`.
+        out: (T, H, Dv), of the query's dtype; written.
+    """
+    num_queries, device = query.shape[0], query.device
+    stored = torch.arange(stored_key.shape[0], device=device)
+    exact = torch.arange(exact_start, exact_start + key.shape[0], device=device)
+    own = exact[key.shape[0] - num_queries :, None]
+    as_stored = (starts[:, None] <= stored) & (stored < borders[:, None])  # (T, D)
+    as_exact = (torch.maximum(starts, borders)[:, None] <= exact) & (exact <= own)  # (T, N)
+    out.copy_(
+        _attend(
+            query, torch.cat([stored_key, key]), torch.cat([stored_value, value]), torch.cat([as_stored, as_exact], dim=1),
+            scaling, softcap, sinks,
+        )
+    )  # fmt: skip
+
+
 def _attend(
     query: Tensor, key: Tensor, value: Tensor, visible: Tensor, scaling: float, softcap: float | None, sinks: Tensor | None
 ) -> Tensor:
@@ -168,6 +261,10 @@ class AttentionKernels:
     decode_attention = staticmethod(decode_attention)
     prefill_attention = staticmethod(prefill_attention)
     decode_latent_attention = staticmethod(decode_latent_attention)
+    seal = staticmethod(seal)
+    unseal = staticmethod(unseal)
+    decode_sealed_attention = staticmethod(decode_sealed_attention)
+    prefill_sealed_attention = staticmethod(prefill_sealed_attention)
 
     def close(self) -> None:
         """End what the kernels run on.  Idempotent."""

@@ -59,7 +59,7 @@ class KVCache:
         """
         forked = self.admit(kv.home)
         for index, group in enumerate(self.groups):
-            table = kv.tables[index][: length // group.page_tokens]
+            table = kv.tables[index][: group.num_shared(length)]
             first = min(group.first_page(length), len(table))
             assert first >= kv.freed[index] or first == len(table), "what it must see is gone"
             self._sharers[kv.home][index].update(table[first:])

@@ -55,13 +55,15 @@ class DiskPlace(Place):
     @contextlib.contextmanager
     def _lend(self, batch: BatchSlots, layer: int) -> Iterator[KVPages]:
         """Lend a layer's pages in staging; those with new tokens are written to disk or copied to the tails afterwards."""
-        (group, place), again = self._where[layer], (batch, layer) in self._served
-        slots, tails = batch.groups[group], self.pool.tails
+        (_, place), again = self._where[layer], (batch, layer) in self._served
+        slots, tails = batch.groups, self.pool.tails
         staged = self._read_again(batch, layer) if again else self._acquire(batch, layer)
-        tails.load(group, place, staged.memory, slots.kept if again else slots.loaded)
+        for each in staged.groups:
+            tails.load(each.index, place, each.memory, slots[each.index].kept if again else slots[each.index].loaded)
         yield staged.pages
         if not again:
-            tails.store(group, place, staged.memory, slots.kept)
+            for each in staged.groups:
+                tails.store(each.index, place, each.memory, slots[each.index].kept)
             self._write_back(batch, layer, staged)
             self._served.add((batch, layer))
 
@@ -70,19 +72,19 @@ class DiskPlace(Place):
         for ticket in self._writes:
             ticket.wait()
         group, place = self._where[layer]
-        staged = StagedLayer(self.pool.groups[group], batch.groups[group].num_slots)
-        self._io.read(self.pool.parts(group, place, staged, batch.groups[group].stored)).wait()
+        staged = StagedLayer(self.pool.groups, group, batch.num_slots)
+        self._io.read(self.pool.parts(place, staged, [each.stored for each in batch.groups])).wait()
         return staged
 
     def _acquire(self, batch: BatchSlots, layer: int) -> StagedLayer:
         if batch.reads:
             return self.read_ahead.acquire(batch, layer)
         group, _ = self._where[layer]  # new prompts are not read, so they have staging of their own
-        return StagedLayer(self.pool.groups[group], batch.groups[group].num_slots)
+        return StagedLayer(self.pool.groups, group, batch.num_slots)
 
     def _write_back(self, batch: BatchSlots, layer: int, staged: StagedLayer) -> None:
         group, place = self._where[layer]
-        parts = self.pool.parts(group, place, staged, batch.groups[group].written)
+        parts = self.pool.parts(place, staged, [each.written for each in batch.groups])
         if batch.reads:
             ticket = self._io.write(parts, lambda: self.read_ahead.give_back(batch, group, staged))
         else:

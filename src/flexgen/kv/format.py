@@ -1,7 +1,7 @@
 """The formats of keys and values in pages: how many bytes they take, and how they are written and read.
 
-Only a format knows the dtype of a page; pools, files and links move its bytes.  Another format (int8, int4, fp8) is one
-file beside this one with two classes:
+Only a format knows the dtype of a page; pools, files and links move its bytes.  Another format is one file beside this one
+(low_bit.py is one) with two classes:
 
 * a `KVFormat`, which says how many bytes a token takes and makes pages of memory;
 * its `KVPages`, which must write and gather.  `decode` works through `gather` until the format overrides it with a
@@ -26,6 +26,16 @@ from flexgen.passes.geometry import KVGeometry
 
 class KVFormat(Protocol):
     """A format in which keys and values are kept."""
+
+    @property
+    def name(self) -> str | None:
+        """The name by which options and plans know the format; None for the plain numbers of the dtype of computing."""
+        ...
+
+    @property
+    def tail(self) -> KVFormat | None:
+        """The format of a sequence's last page, for a format that stores whole pages only; None if pages are written token by token."""
+        ...
 
     def key_bytes(self, geometry: KVGeometry) -> int:
         """Return the bytes of a token's keys in one layer."""
@@ -55,11 +65,13 @@ class Steps:
         tables: The page ids of each sequence, int64 (steps, pages).
         starts: The first visible position, int64 (steps,).
         lengths: The position after the last visible one, int64 (steps,).
+        tails: The tail page of each sequence, int64 (steps,); None for formats without tails.
     """
 
     tables: Tensor
     starts: Tensor
     lengths: Tensor
+    tails: Tensor | None = None
 
 
 class KVPages(ABC):
@@ -76,6 +88,10 @@ class KVPages(ABC):
     @abstractmethod
     def gather(self, kernels: AttentionKernels, table: Tensor, start: int, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return the keys and values, (length - start, heads, dim) in `dtype`, of one sequence, whose pages are `table`."""
+
+    def beside(self, tails: KVPages) -> KVPages:
+        """Return these pages together with the tails of their sequences, for a format that has tails."""
+        raise NotImplementedError
 
     def decode(self, kernels: AttentionKernels, call: AttentionCall, query: Tensor, steps: Steps, out: Tensor) -> None:
         """Compute the attention of one query token per sequence.
@@ -107,6 +123,14 @@ class PlainKV:
     """
 
     dtype: torch.dtype
+
+    @property
+    def name(self) -> None:
+        return None
+
+    @property
+    def tail(self) -> None:
+        return None
 
     def key_bytes(self, geometry: KVGeometry) -> int:
         return geometry.key_heads * geometry.key_dim * self.dtype.itemsize

@@ -19,9 +19,10 @@ from flexgen.kernels.reference import AttentionKernels
 from flexgen.kv.format import KVPages
 from flexgen.kv.pages import KVGroup, PagePool, layer_index
 from flexgen.kv.place import PendingAttention, Place
-from flexgen.kv.views import KVPlan, Past, step_outputs, step_queries
+from flexgen.kv.plan import KVPlan
+from flexgen.kv.views import Heads, Past, step_outputs, step_queries
 from flexgen.kv.worker import Worker
-from flexgen.passes.calls import AttentionCall, KeyValue
+from flexgen.passes.calls import AttentionCall
 from flexgen.passes.plan import Slice
 
 # Lends the pages of a layer, by the model's layer index, for the duration of one job on the worker.
@@ -111,6 +112,7 @@ class HostView:
 
     def __init__(self, attention: HostAttention, plan: KVPlan, device_plan: KVPlan, lend: LendPages) -> None:
         self._attention, self.plan, self.device_plan, self._lend = attention, plan, device_plan, lend
+        self._heads: dict[int, Heads] = {}  # by layer, for later calls of layers that share its keys
 
     def attend(self, call: AttentionCall) -> torch.Tensor | PendingAttention:
         group, _ = self._attention.where[call.layer]
@@ -140,9 +142,9 @@ class HostView:
         def job() -> list[Past]:
             with copies.arrived() as new, self._lend(call.layer) as pages:
                 if call.new is not None:  # first, since a prompt may continue what another of this micro-batch stores
-                    plan.write(attention.kernels, (new[0], new[1]), pages)
-                past = plan.gather_past(attention.kernels, pages, call.query.dtype) if continued else []
-            return [each and _to_device(attention.staging, *each) for each in past]
+                    self._heads[call.layer] = plan.write(attention.kernels, (new[0], new[1]), pages)
+                past = plan.gather_past(attention.kernels, pages, call.query.dtype, self._heads[call.layer]) if continued else []
+            return [each and tuple(attention.staging.to_device(*each)) for each in past]
 
         def attended(past: Sequence[Past]) -> torch.Tensor:
             out = call.new_output()
@@ -151,8 +153,3 @@ class HostView:
 
         pending = attention.later(job, attended) if continued or call.new is not None else None
         return pending if continued and pending is not None else attended([None] * len(plan.prompts))
-
-
-def _to_device(staging: Staging, key: torch.Tensor, value: torch.Tensor) -> KeyValue:
-    key, value = staging.to_device(key, value)
-    return key, value

@@ -9,7 +9,8 @@ import torch
 from flexgen.kernels.reference import AttentionKernels
 from flexgen.kv.pages import PagePool, layer_index
 from flexgen.kv.place import Place
-from flexgen.kv.views import KVPlan
+from flexgen.kv.plan import KVPlan
+from flexgen.kv.views import Heads
 from flexgen.passes.calls import AttentionCall
 from flexgen.passes.plan import Slice
 
@@ -42,10 +43,11 @@ class LocalView:
 
     def __init__(self, place: LocalPlace, plan: KVPlan) -> None:
         self._place, self.plan = place, plan
+        self._heads: dict[int, Heads] = {}  # by layer, for later calls of layers that share its keys
 
     def attend(self, call: AttentionCall) -> torch.Tensor:
         kernels, pages = self._place.kernels, self._place.pool.pages[call.layer]
         plan = self.plan.groups[self._place.where[call.layer][0]]
         if call.new is not None:
-            plan.write(kernels, call.new, pages)
-        return plan.attend(kernels, call, pages)
+            self._heads[call.layer] = plan.write(kernels, call.new, pages)
+        return plan.attend(kernels, call, pages, self._heads[call.layer])

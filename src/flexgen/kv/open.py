@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,8 @@ from flexgen.kv.pages import KVGroup, PagePool, Pool, divide_pool
 from flexgen.kv.place import Place
 from flexgen.kv.spill import DiskPool
 from flexgen.plan.policy import Policy
+
+TAIL_SLACK = 1.25  # shares are shares of tokens, and a tier may get more and shorter sequences
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,9 +54,11 @@ class KVSetup:
         """The device that computes."""
         return self.backend.device if self.backend is not None else HOST
 
-    def num_pages(self, pool_bytes: int) -> list[int]:
-        """Return the pages of each group in a pool of this size."""
-        return divide_pool(self.groups, pool_bytes, self.policy.longest_sequence)
+    def num_pages(self, tier: str) -> list[int]:
+        """Return the pages of each group in the pool of a tier."""
+        policy = self.policy
+        sizes = {"device": policy.kv_device_bytes, "host": policy.kv_host_bytes, "disk": policy.kv_disk_bytes}
+        return divide_pool(self.groups, sizes[tier], policy.longest_sequence, tail_count(policy, tier))
 
     def kernels(self, device: torch.device) -> AttentionKernels:
         return attention_kernels(device, self.policy.compute_threads)
@@ -63,17 +68,22 @@ class KVSetup:
         return HostAttention(self.groups, self.kernels(HOST), self.kernels(self.device), self.backend, self.notify, worker)
 
 
+def tail_count(policy: Policy, tier: str) -> int:
+    """Return the tails that a tier has if its KV is in a low-bit format: a little more than its share of the live sequences."""
+    return min(policy.max_num_seqs, math.ceil(TAIL_SLACK * getattr(policy.kv, tier) * policy.max_num_seqs) + 1)
+
+
 Opened = tuple[Pool, Place]
 
 
 def _open_device(setup: KVSetup) -> Opened:
     assert setup.backend is not None
-    pool = PagePool(setup.groups, setup.num_pages(setup.policy.kv_device_bytes), setup.backend.allocate)
+    pool = PagePool(setup.groups, setup.num_pages("device"), setup.backend.allocate)
     return pool, LocalPlace(pool, setup.kernels(setup.device), setup.device)
 
 
 def _open_host(setup: KVSetup) -> Opened:
-    pool = PagePool(setup.groups, setup.num_pages(setup.policy.kv_host_bytes))
+    pool = PagePool(setup.groups, setup.num_pages("host"))
     if setup.backend is None:
         return pool, LocalPlace(pool, setup.kernels(HOST), HOST)
     return pool, HostPlace(pool, setup.host_attention("flexgen-host-attention"))
@@ -83,7 +93,7 @@ def _open_disk(setup: KVSetup) -> Opened:
     if setup.offload_dir is None:
         raise EngineError("KV on disk needs an offload folder")
     policy = setup.policy
-    pages = setup.num_pages(policy.kv_disk_bytes)
+    pages = setup.num_pages("disk")
     pool = DiskPool(setup.groups, pages, setup.offload_dir, tail_bytes=policy.kv_tail_bytes, verify=setup.verify)
     return pool, DiskPlace(pool, setup.host_attention("flexgen-disk-attention"), setup.io, policy.kv_staging_bytes)
 

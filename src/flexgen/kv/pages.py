@@ -1,13 +1,15 @@
 """Pages of KV: layer groups, the memory that holds their pages, and which pages are free.
 
-A page holds `page_tokens` tokens of one layer; a page id stands for that page in every layer of its group.
+A page holds `page_tokens` tokens of one layer; a page id stands for that page in every layer of its group.  A format that stores whole
+pages only has a second group for the same layers, whose pages are tails: each sequence holds one, with the tokens of its last page.
 """
 
 from __future__ import annotations
 
 import bisect
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -28,12 +30,19 @@ class KVGroup:
         geometry: The geometry of the cache of each layer.
         page_tokens: The number of tokens of a page.
         format: The format of keys and values in a page.
+        tail_of: The index of the group whose tails these pages are; None for pages of tokens at fixed positions.
     """
 
     layers: tuple[int, ...]
     geometry: KVGeometry
     page_tokens: int
     format: KVFormat
+    tail_of: int | None = None
+
+    @property
+    def stores_whole_pages(self) -> bool:
+        """Whether a page is written once, when it is complete."""
+        return self.format.tail is not None
 
     @property
     def key_page_bytes(self) -> int:
@@ -57,7 +66,11 @@ class KVGroup:
 
     def num_pages(self, tokens: int) -> int:
         """Return the number of pages that hold this many tokens; the last page may be partly filled."""
-        return -(-tokens // self.page_tokens)
+        return -(-tokens // self.page_tokens) if self.tail_of is None else min(tokens, 1)
+
+    def num_shared(self, tokens: Any) -> Any:
+        """Return the number of pages that two sequences share if they have this many tokens in common (a number or an array of them)."""
+        return tokens // self.page_tokens if self.tail_of is None else tokens * 0
 
     def first_page(self, position: int) -> int:
         """Return the index of the first page that a query at `position` attends to."""
@@ -74,23 +87,55 @@ class KVGroup:
 
 
 def group_layers(layers: Iterable[LayerKV], page_tokens: int, kv_format: KVFormat) -> tuple[KVGroup, ...]:
-    """Return the layer groups of a model."""
-    return tuple(
+    """Return the layer groups of a model, and behind them those of their tails, in the same order."""
+    groups = [
         KVGroup(layers=tuple(each.layer for each in members), geometry=geometry, page_tokens=page_tokens, format=kv_format)
         for geometry, members in by_geometry(layers).items()
-    )
+    ]
+    if (tail := kv_format.tail) is None:
+        return tuple(groups)
+    tails = [
+        replace(group, geometry=replace(group.geometry, window=None, chunk=None), format=tail, tail_of=index)
+        for index, group in enumerate(groups)
+    ]
+    return (*groups, *tails)
+
+
+def of_positions(groups: Iterable[KVGroup]) -> tuple[KVGroup, ...]:
+    """Return the groups of layers alone, without those of tails."""
+    return tuple(group for group in groups if group.tail_of is None)
+
+
+def with_tail(groups: Sequence[KVGroup], index: int) -> tuple[int, ...]:
+    """Return the index of a group, and behind it that of its tails, if it has tails."""
+    return (index, *(place for place, group in enumerate(groups) if group.tail_of == index))
 
 
 def layer_index(groups: Sequence[KVGroup]) -> dict[int, tuple[int, int]]:
-    """Return, for each layer index of the model, (group, index within the group)."""
-    return {layer: (g, i) for g, group in enumerate(groups) for i, layer in enumerate(group.layers)}
+    """Return, for each layer index of the model, (group, index within the group); tails have the same place in their own group."""
+    return {layer: (g, i) for g, group in enumerate(groups) if group.tail_of is None for i, layer in enumerate(group.layers)}
 
 
-def divide_pool(groups: Sequence[KVGroup], pool_bytes: int, longest: int) -> list[int]:
+def divide_pool(groups: Sequence[KVGroup], pool_bytes: int, longest: int, num_seqs: int = 1) -> list[int]:
     """Return the pages of each group such that all groups run out together for sequences of `longest` tokens.
 
     Groups with windows or chunks first get the pages of one whole sequence, since the pages of a prompt are freed only after its pass.
+
+    Args:
+        groups: The layer groups.
+        pool_bytes: The size of the pool.
+        longest: The tokens of the longest sequence.
+        num_seqs: The most sequences that are alive at once, each of which needs a tail where there are tails; there are fewer tails only
+            where so many would leave no room for the longest sequence.
     """
+    tails, others = [group for group in groups if group.tail_of is not None], of_positions(groups)
+    if tails:
+        pages = sum(group.num_pages(longest) * group.page_bytes for group in others)
+        tail_bytes = sum(group.page_bytes for group in tails)
+        num_tails = max(min(num_seqs, (pool_bytes - pages) // tail_bytes), 1)
+        if pool_bytes < num_tails * tail_bytes:
+            return [0] * len(groups)
+        return [*divide_pool(others, pool_bytes - num_tails * tail_bytes, longest), *(num_tails for _ in tails)]
     first = [group.num_pages(longest) + 1 if group.geometry.reach is not None else 0 for group in groups]
     rest = pool_bytes - sum(pages * group.page_bytes for pages, group in zip(first, groups, strict=True))
     if rest < 0:
@@ -135,6 +180,12 @@ class PageMemory:
         return self._group.format.pages(self.keys[layer], self.values[layer], self._group.geometry, self._group.page_tokens)
 
 
+def layer_pages(memories: Sequence[PageMemory], layer: int) -> KVPages:
+    """Return the pages of one layer, by its index in the memory; `memories` are those of its group and, if it has tails, of these."""
+    pages = memories[0].pages(layer)
+    return pages if len(memories) == 1 else pages.beside(memories[1].pages(layer))
+
+
 class Pool:
     """The free pages of a tier.
 
@@ -168,7 +219,10 @@ class PagePool(Pool):
     def __init__(self, groups: Sequence[KVGroup], num_pages: Sequence[int], allocate: Allocate = allocate_memory) -> None:
         super().__init__(groups, num_pages)
         self.memory = [PageMemory(group, len(group.layers), count, allocate) for group, count in zip(groups, num_pages, strict=True)]
-        self.pages = {layer: self.memory[group].pages(place) for layer, (group, place) in layer_index(groups).items()}
+        self.pages = {
+            layer: layer_pages([self.memory[each] for each in with_tail(groups, group)], place)
+            for layer, (group, place) in layer_index(groups).items()
+        }
 
 
 class PageList:

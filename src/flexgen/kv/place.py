@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
-from flexgen.kv.views import KVPlan
+from flexgen.kv.plan import KVPlan
 from flexgen.passes.calls import AttentionCall
 from flexgen.passes.plan import Slice
 

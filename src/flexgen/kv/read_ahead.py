@@ -6,7 +6,7 @@ import threading
 from collections.abc import Sequence
 
 from flexgen.io.pool import IOPool
-from flexgen.kv.pages import layer_index
+from flexgen.kv.pages import layer_index, with_tail
 from flexgen.kv.slots import BatchSlots
 from flexgen.kv.spill import DiskPool, StagedLayer
 
@@ -30,7 +30,7 @@ class ReadAhead:
         self._in_use = 0  # bytes of staging
         self._lent = 0  # staged layers that the worker uses, or that are being written to disk
         self._wanted: BatchLayer | None = None  # the layer that the worker waits for
-        self._spare: dict[tuple[int, int], list[StagedLayer]] = {}  # (group, slots) -> staging of that size
+        self._spare: dict[tuple[int, ...], list[StagedLayer]] = {}  # (group, slots, slots of tails) -> staging of that size
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
         self._stopping = False
@@ -57,7 +57,7 @@ class ReadAhead:
         staged = self._take(batch, group)
         if staged is None:
             return False
-        staged.ticket = self._io.read(self._pool.parts(group, place, staged, batch.groups[group].read))
+        staged.ticket = self._io.read(self._pool.parts(place, staged, [each.read for each in batch.groups]))
         with self._lock:
             self._staged[batch, layer] = staged
             self._lock.notify_all()
@@ -69,7 +69,7 @@ class ReadAhead:
         Micro-batches may overtake each other.  If the worker waits for a layer that is not staged yet while nothing staged is lent,
         nothing will be given back, so the limit is exceeded.
         """
-        slots, size = batch.groups[group].num_slots, self._size(batch, group)
+        kind, size = self._kind(batch, group), self._size(batch, group)
         with self._lock:
             while self._in_use and self._in_use + size > self._limit_bytes and not self._stopping:
                 if self._starved() and not self._lent:
@@ -78,13 +78,17 @@ class ReadAhead:
             if self._stopping:
                 return None
             self._in_use += size
-            if spare := self._spare.get((group, slots)):
+            if spare := self._spare.get(kind):
                 return spare.pop()
             self._spare.clear()  # sizes change from pass to pass: spares of other sizes would only take memory
-            return StagedLayer(self._pool.groups[group], slots)
+            return StagedLayer(self._pool.groups, group, batch.num_slots)
+
+    def _kind(self, batch: BatchSlots, group: int) -> tuple[int, ...]:
+        return (group, *(batch.num_slots[each] for each in with_tail(self._pool.groups, group)))
 
     def _size(self, batch: BatchSlots, group: int) -> int:
-        return batch.groups[group].num_slots * self._pool.groups[group].layer_page_bytes
+        groups = self._pool.groups
+        return sum(batch.num_slots[each] * groups[each].layer_page_bytes for each in with_tail(groups, group))
 
     def _starved(self) -> bool:
         """Return whether the worker waits for a layer that is not staged (it may not have noticed yet one that has just been staged)."""
@@ -111,7 +115,7 @@ class ReadAhead:
         with self._lock:
             self._in_use -= self._size(batch, group)
             self._lent -= 1
-            self._spare.setdefault((group, batch.groups[group].num_slots), []).append(staged)
+            self._spare.setdefault(self._kind(batch, group), []).append(staged)
             self._lock.notify_all()
 
     def finish(self) -> None:

@@ -28,7 +28,7 @@ class GroupSlots:
 
     Args:
         index: The index of the group.
-        group: The group.
+        group: The group; a page that it stores whole has a slot only once it is complete.
         slices: The slices of the micro-batch.
         tails: The memory of pages that are not full; its slots are reserved for pages that will not be full after this pass.
 
@@ -64,17 +64,30 @@ class GroupSlots:
 
     def _table(self, each: Slice) -> list[int]:
         size, end = self._group.page_tokens, each.start + each.length
+        if self._group.tail_of is not None:
+            return self._tail(each)
         first = min(self._group.geometry.first_visible(each.start), each.start) // size
         stop = self._group.num_pages(end)
         table = [-1] * first
         for position in range(first, stop):
             page = each.tables[self._index][position]
+            begin, behind = position * size, (position + 1) * size
+            if self._group.stores_whole_pages and behind > end:
+                break
             if page not in self._slots:
                 self._slots[page] = len(self._slots)
-                begin, behind = position * size, (position + 1) * size
-                self._move(page, has_old=begin < each.start, has_new=behind > each.start, is_full=behind <= end)
+                has_new = behind > each.start
+                has_old = begin < each.start and not (has_new and self._group.stores_whole_pages)
+                self._move(page, has_old=has_old, has_new=has_new, is_full=behind <= end)
             table.append(self._slots[page])
         return table
+
+    def _tail(self, each: Slice) -> list[int]:
+        """Return the table of a tail: one slot."""
+        (page,) = each.tables[self._index]
+        self._slots[page] = len(self._slots)
+        self._move(page, has_old=each.start % self._group.page_tokens > 0, has_new=True, is_full=False)
+        return [self._slots[page]]
 
     def _move(self, page: int, *, has_old: bool, has_new: bool, is_full: bool) -> None:
         """Record where a page comes from and where it is stored afterwards."""
@@ -103,12 +116,14 @@ class BatchSlots:
 
     Attributes:
         groups: The slots of each layer group.
+        num_slots: The number of slots in each layer group.
         slices: The slices with tables of slots.
         reads: Whether some tokens were stored by earlier passes.
     """
 
     def __init__(self, groups: Sequence[KVGroup], slices: Sequence[Slice], tails: Tails) -> None:
         self.groups = [GroupSlots(index, group, slices, tails) for index, group in enumerate(groups)]
+        self.num_slots = [group.num_slots for group in self.groups]
         self.slices = [replace(each, tables=tuple(tuple(group.tables[n]) for group in self.groups)) for n, each in enumerate(slices)]
         self.reads = any(each.start for each in slices)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from flexgen.io.aligned import AlignedBuffer
 from flexgen.io.direct_io import ALIGNMENT, File
 from flexgen.io.pool import Ticket
-from flexgen.kv.pages import KVGroup, PageMemory, Pool
+from flexgen.kv.pages import KVGroup, PageMemory, Pool, layer_pages, with_tail
 from flexgen.kv.slots import StagedPage
 from flexgen.kv.tails import Tails
 
@@ -22,19 +22,17 @@ logger = logging.getLogger(__name__)
 NEW_FILE = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
 
 
-class StagedLayer:
-    """The pages of one layer for one micro-batch, in host memory.
+class StagedGroup:
+    """The pages of one layer in one layer group, for one micro-batch, in host memory.
 
     Attributes:
+        index: The index of the group.
         memory: The bytes of the pages.
-        pages: The pages as their format reads them.
-        ticket: The read that fills them.
     """
 
-    def __init__(self, group: KVGroup, num_slots: int) -> None:
+    def __init__(self, index: int, group: KVGroup, num_slots: int) -> None:
+        self.index = index
         self.memory = PageMemory(group, 1, num_slots, lambda size: AlignedBuffer(size).tensor)
-        self.pages = self.memory.pages(0)
-        self.ticket: Ticket | None = None
         self._views = tuple(each.view(-1).numpy().data for each in (self.memory.keys, self.memory.values))
 
     def bytes_of(self, start: int, count: int) -> tuple[memoryview, memoryview]:
@@ -42,6 +40,26 @@ class StagedLayer:
         sizes = self.memory.keys.shape[2], self.memory.values.shape[2]
         keys, values = (view[start * size : (start + count) * size] for view, size in zip(self._views, sizes, strict=True))
         return keys, values
+
+
+class StagedLayer:
+    """The pages of one layer for one micro-batch, in host memory.
+
+    Args:
+        groups: The layer groups.
+        index: The index of the layer's group.
+        num_slots: The number of slots of each group.
+
+    Attributes:
+        groups: The pages in the layer's group, and the tails of these, if it has tails.
+        pages: The pages as their format reads them.
+        ticket: The read that fills them.
+    """
+
+    def __init__(self, groups: Sequence[KVGroup], index: int, num_slots: Sequence[int]) -> None:
+        self.groups = [StagedGroup(each, groups[each], num_slots[each]) for each in with_tail(groups, index)]
+        self.pages = layer_pages([each.memory for each in self.groups], 0)
+        self.ticket: Ticket | None = None
 
 
 class DiskPool(Pool):
@@ -76,15 +94,18 @@ class DiskPool(Pool):
         self.tails.forget(group, pages)
         super().give_back(group, pages)
 
-    def parts(self, group: int, place: int, staged: StagedLayer, pages: Sequence[StagedPage]) -> list[tuple[File, int, memoryview]]:
+    def parts(self, place: int, staged: StagedLayer, pages: Sequence[Sequence[StagedPage]]) -> list[tuple[File, int, memoryview]]:
         """Return ranges of the file and the memory for them, for some pages of a layer; ranges that are adjacent in both are merged.
 
         Args:
-            group: The index of the layer group.
-            place: The index of the layer within the group.
+            place: The index of the layer within its group.
             staged: The memory.
-            pages: The pages and their slots.
+            pages: For each layer group, the pages and their slots.
         """
+        return [part for each in staged.groups for part in self._parts(place, each, pages[each.index])]
+
+    def _parts(self, place: int, staged: StagedGroup, pages: Sequence[StagedPage]) -> list[tuple[File, int, memoryview]]:
+        group = staged.index
         layout, count = self.groups[group], self.num_pages[group]
         key_bytes, value_bytes = layout.key_page_bytes, layout.value_page_bytes
         first_key = self._bases[group] + place * count * (key_bytes + value_bytes)

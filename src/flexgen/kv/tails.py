@@ -1,4 +1,7 @@
-"""The last pages of sequences whose KV is on disk, kept in memory until they are full, so that each page is written once."""
+"""The last pages of sequences whose KV is on disk, kept in memory until they are full, so that each page is written once.
+
+Pages of a format that has tails are never here; its tails are, and are not written at all while there is room.
+"""
 
 from __future__ import annotations
 
@@ -22,9 +25,10 @@ class Tails:
     """
 
     def __init__(self, groups: Sequence[KVGroup], num_bytes: int) -> None:
-        count = num_bytes // max(sum(group.page_bytes for group in groups), 1)
-        self._memory = [PageMemory(group, len(group.layers), count, allocate_memory) for group in groups]
-        self._free = [list(range(count)) for _ in groups]
+        count = num_bytes // max(sum(group.page_bytes for group in groups if not group.stores_whole_pages), 1)
+        counts = [0 if group.stores_whole_pages else count for group in groups]
+        self._memory = [PageMemory(group, len(group.layers), each, allocate_memory) for group, each in zip(groups, counts, strict=True)]
+        self._free = [list(range(each)) for each in counts]
         self._slots: list[dict[int, int]] = [{} for _ in groups]  # page -> slot
 
     def slot(self, group: int, page: int) -> int | None:

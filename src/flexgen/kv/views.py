@@ -1,4 +1,4 @@
-"""Attention of one micro-batch over pages: where its new tokens are stored, which tokens its queries see, and which kernels run.
+"""Attention of one micro-batch over the pages of a group: where new tokens are stored, what queries see, and which kernels run.
 
 The plan of a micro-batch is made once per pass and used by every layer.  It works on any memory that torch can access; waiting and
 copying is left to the places.
@@ -13,11 +13,12 @@ import torch
 
 from flexgen.kernels.reference import AttentionKernels
 from flexgen.kv.format import KVPages, Steps
-from flexgen.kv.pages import KVGroup
 from flexgen.passes.calls import AttentionCall, KeyValue, LatentProjection
-from flexgen.passes.plan import Slice
 
-Past = KeyValue | None  # (tokens, heads, dim) keys and values as cached; None for the first chunk of a prompt
+# (tokens, heads, dim) keys and values as cached; None for the first chunk of a prompt.  Where pages are sealed, two such pairs: those of
+# sealed pages, and those of the page that the chunk goes on with.
+Past = tuple[torch.Tensor, ...] | None
+Heads = list[KeyValue | None]  # per prompt: what the page that it goes on with held before, (tokens, heads, dim)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,22 +57,27 @@ class GroupPlan:
     steps: Steps
     prompts: tuple[PromptPlan, ...]
 
-    def write(self, kernels: AttentionKernels, new: KeyValue, pages: KVPages) -> None:
-        """Store the micro-batch's new keys and values (1, heads, tokens, dim)."""
+    def write(self, kernels: AttentionKernels, new: KeyValue, pages: KVPages) -> Heads:
+        """Store the micro-batch's new keys and values (1, heads, tokens, dim).
+
+        Returns:
+            What `gather_past` needs of the pages as they were before; nothing, unless pages are sealed.
+        """
         key, value = new
         pages.write(kernels, key[0].transpose(0, 1), value[0].transpose(0, 1), self.page_ids, self.page_offsets)
+        return []
 
-    def attend(self, kernels: AttentionKernels, call: AttentionCall, pages: KVPages) -> torch.Tensor:
+    def attend(self, kernels: AttentionKernels, call: AttentionCall, pages: KVPages, heads: Heads) -> torch.Tensor:
         """Return the attention, (1, tokens, heads, value_dim), of all slices, whose new tokens are stored already.
 
-        The pages are on the device of the call's tensors.
+        The pages are on the device of the call's tensors; `heads` is what `write` returned.
         """
         out = call.new_output()
         if self.num_steps:
             attended = self.attend_steps(kernels, call, step_queries(call, self.num_steps), pages)
             out[0, : self.num_steps] = step_outputs(call, attended)
         if self.prompts:
-            self.attend_prompts(kernels, call, self.gather_past(kernels, pages, call.query.dtype), out)
+            self.attend_prompts(kernels, call, self.gather_past(kernels, pages, call.query.dtype, heads), out)
         return out
 
     def attend_steps(self, kernels: AttentionKernels, call: AttentionCall, query: torch.Tensor, pages: KVPages) -> torch.Tensor:
@@ -81,8 +87,8 @@ class GroupPlan:
         pages.decode(kernels, call, query, self.steps, out)
         return out
 
-    def gather_past(self, kernels: AttentionKernels, pages: KVPages, dtype: torch.dtype) -> list[Past]:
-        """Return, for each prompt slice, the visible keys and values of tokens stored before it."""
+    def gather_past(self, kernels: AttentionKernels, pages: KVPages, dtype: torch.dtype, heads: Heads) -> list[Past]:
+        """Return, for each prompt slice, the visible keys and values of tokens stored before it; `heads` is what `write` returned."""
         return [each.past and pages.gather(kernels, *each.past, dtype) for each in self.prompts]
 
     def attend_prompts(self, kernels: AttentionKernels, call: AttentionCall, past: Sequence[Past], out: torch.Tensor) -> None:
@@ -92,66 +98,13 @@ class GroupPlan:
             rows = slice(row, row + each.length)
             key, value = call.key[0, :, rows], call.value[0, :, rows]  # (heads, length, dim)
             if before is not None:
-                earlier = _as_attended(call, before)
+                earlier = as_attended(call, (before[0], before[1]))
                 key, value = torch.cat([earlier[0], key], dim=1), torch.cat([earlier[1], value], dim=1)
             kernels.prefill_attention(
                 call.query[0, :, rows].transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1), each.starts,
                 scaling=call.scaling, softcap=call.softcap, sinks=call.sinks, out=out[0, rows],
             )  # fmt: skip
             row += each.length
-
-
-class KVPlan:
-    """The index tensors of a micro-batch.
-
-    Args:
-        groups: The layer groups.
-        slices: The slices in the order of the micro-batch, next tokens before prompts.
-        device: The device of the index tensors.
-
-    Attributes:
-        slices: All slices.
-        steps: The slices that are next tokens.
-        prompts: The other slices.
-        groups: The index tensors of each group.
-    """
-
-    def __init__(self, groups: Sequence[KVGroup], slices: Sequence[Slice], device: torch.device) -> None:
-        num_steps = sum(1 for each in slices if each.is_decode)
-        self.slices, self.steps, self.prompts = tuple(slices), tuple(slices[:num_steps]), tuple(slices[num_steps:])
-        assert all(each.is_decode for each in self.steps)
-        self.groups = [self._plan_group(index, group, device) for index, group in enumerate(groups)]
-
-    def _plan_group(self, index: int, group: KVGroup, device: torch.device) -> GroupPlan:
-        def integers(values: Sequence[object]) -> torch.Tensor:
-            return torch.tensor(values, dtype=torch.int64, device=device)
-
-        size, first_visible = group.page_tokens, group.geometry.first_visible
-        page_ids, offsets = [], []
-        for each in self.slices:
-            positions = range(each.start, each.start + each.length)
-            table = each.tables[index]
-            page_ids += [table[position // size] for position in positions]
-            offsets += [position % size for position in positions]
-        widest = max((len(each.tables[index]) for each in self.steps), default=1)
-        tables = [list(each.tables[index]) + [-1] * (widest - len(each.tables[index])) for each in self.steps]
-        prompts = []
-        for each in self.prompts:
-            first = min(first_visible(each.start), each.start)
-            past = (integers(each.tables[index]), first, each.start) if first < each.start else None
-            starts = [first_visible(position) - first for position in range(each.start, each.start + each.length)]
-            prompts.append(PromptPlan(length=each.length, past=past, starts=integers(starts)))
-        return GroupPlan(
-            page_ids=integers(page_ids),
-            page_offsets=integers(offsets),
-            num_steps=len(self.steps),
-            steps=Steps(
-                tables=integers(tables).view(len(self.steps), widest),
-                starts=integers([first_visible(each.start) for each in self.steps]),
-                lengths=integers([each.start + 1 for each in self.steps]),
-            ),
-            prompts=tuple(prompts),
-        )
 
 
 def step_queries(call: AttentionCall, steps: int) -> torch.Tensor:
@@ -168,7 +121,7 @@ def step_outputs(call: AttentionCall, attended: torch.Tensor) -> torch.Tensor:
     return attended if call.latent is None else torch.einsum("shr,hvr->shv", attended, call.latent.value_up)
 
 
-def _as_attended(call: AttentionCall, cached: KeyValue) -> KeyValue:
+def as_attended(call: AttentionCall, cached: KeyValue) -> KeyValue:
     """Return cached (tokens, heads, dim) tensors as keys and values, (heads, tokens, dim)."""
     key, value = cached
     if call.latent is not None:

@@ -23,7 +23,7 @@ from flexgen.weights.unit import UnitLayout
 SHARD_BYTES = 5 * 10**9  # the size of the files in most repositories
 
 
-def describe_headers(headers: Headers, config: Any, dtype: torch.dtype, *, name: str) -> ModelSpec:
+def describe_headers(headers: Headers, config: Any, dtype: torch.dtype, *, name: str, kv_format: KVFormat | None = None) -> ModelSpec:
     """Describe the model of these headers.
 
     Args:
@@ -31,14 +31,18 @@ def describe_headers(headers: Headers, config: Any, dtype: torch.dtype, *, name:
         config: The model's transformers config; its quantization_config states the format of the weights.
         dtype: The dtype of computing.
         name: The name of the repository.
+        kv_format: The format of keys and values; None for `default_kv_format`.
 
     Raises:
         ModelError: The architecture, the number format or the headers are not supported.
     """
-    return model_spec(config, cut_model(config, dtype, headers), dtype, name=name, kv_format=default_kv_format(dtype))
+    kv_format = kv_format or default_kv_format(dtype)
+    return model_spec(config, cut_model(config, dtype, headers), dtype, name=name, kv_format=kv_format)
 
 
-def describe_config(config: Any, dtype: torch.dtype, *, stored: torch.dtype, name: str, shard_bytes: int = SHARD_BYTES) -> ModelSpec:
+def describe_config(
+    config: Any, dtype: torch.dtype, *, stored: torch.dtype, name: str, kv_format: KVFormat | None = None, shard_bytes: int = SHARD_BYTES
+) -> ModelSpec:
     """Describe the model of a config as if `save_pretrained` had written it.
 
     Args:
@@ -46,6 +50,7 @@ def describe_config(config: Any, dtype: torch.dtype, *, stored: torch.dtype, nam
         dtype: The dtype of computing.
         stored: The dtype of the plain weights in the files.
         name: The name of the repository.
+        kv_format: The format of keys and values; None for `default_kv_format`.
         shard_bytes: The size of the files.
 
     Raises:
@@ -53,7 +58,7 @@ def describe_config(config: Any, dtype: torch.dtype, *, stored: torch.dtype, nam
     """
     check_supported_architecture(config)
     tensors = RepositoryTensors.of(config, stored).tensors
-    return describe_headers(headers_of(name, sharded(tensors, shard_bytes)), config, dtype, name=name)
+    return describe_headers(headers_of(name, sharded(tensors, shard_bytes)), config, dtype, name=name, kv_format=kv_format)
 
 
 def model_spec(config: Any, units: ModelUnits, dtype: torch.dtype, *, name: str, kv_format: KVFormat) -> ModelSpec:
@@ -66,6 +71,7 @@ def model_spec(config: Any, units: ModelUnits, dtype: torch.dtype, *, name: str,
     context = getattr(text, "max_position_embeddings", None)
     if not isinstance(context, int):
         raise UnsupportedModelError(f"model type {config.model_type!r} states no max_position_embeddings")
+    tail = kv_format.tail
     hidden, kept_as = int(text.hidden_size), units.sources.kept_as
     tied = {kept_as(f"{tensor.module}.{tensor.parameter}") for layout in units.layouts for tensor in layout.tensors}
     untied = [table for table in units.tables if kept_as(f"{table.module}.weight") not in tied]
@@ -75,6 +81,7 @@ def model_spec(config: Any, units: ModelUnits, dtype: torch.dtype, *, name: str,
         number_format=units.number_format,
         dtype=dtype_name(dtype),
         decoded_from=_decoded_from(units),
+        kv_format=kv_format.name,
         units=tuple(_unit_spec(parts, layout) for parts, layout in zip(units.parts, units.layouts, strict=True)),
         kv_groups=tuple(
             KVGroupSpec(
@@ -82,6 +89,7 @@ def model_spec(config: Any, units: ModelUnits, dtype: torch.dtype, *, name: str,
                 bytes_per_token=kv_format.key_bytes(geometry) + kv_format.value_bytes(geometry),
                 attention_flops_per_pair=sum(each.flops_per_pair for each in members) / len(members),
                 window=geometry.reach,
+                exact_bytes_per_token=0 if tail is None else tail.key_bytes(geometry) + tail.value_bytes(geometry),
             )
             for geometry, members in by_geometry(units.trace.layers).items()
         ),

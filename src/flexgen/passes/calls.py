@@ -62,7 +62,7 @@ class AttentionCall:
         key, value = self.new
         return KVGeometry(
             key_heads=key.shape[1], key_dim=key.shape[3], value_heads=value.shape[1], value_dim=value.shape[3],
-            window=self.window, chunk=self.chunk,
+            window=self.window, chunk=self.chunk, latent=self.latent is not None,
         )  # fmt: skip
 
     def new_output(self) -> torch.Tensor:

@@ -20,6 +20,7 @@ class KVGeometry:
         value_dim: The size of a value head.
         window: The number of tokens that a query sees, itself included; None for all.
         chunk: The size of the aligned chunks within which tokens attend; None for no chunks.
+        latent: Whether the tensors are latents and rotary keys.
     """
 
     key_heads: int
@@ -28,6 +29,7 @@ class KVGeometry:
     value_dim: int
     window: int | None = None
     chunk: int | None = None
+    latent: bool = False
 
     @property
     def reach(self) -> int | None:

@@ -23,6 +23,11 @@ def io_threads(cores: int) -> int:
     return 2 if cores <= FEW_CORES else 4
 
 
+def kv_rate_name(dtype: str, kv_format: str) -> str:
+    """Return the key of `Machine.decode_attention` for a low-bit format of KV beside that dtype of computing."""
+    return f"{dtype} {kv_format}"
+
+
 Cores = Annotated[int, needed(bool, "more than 0 is needed")]
 ORIGINS = ("measured", "datasheet", "paper")
 _DEVICES = tuple(name for name in DEVICES if name != "auto")
@@ -118,7 +123,8 @@ class Machine:
         device_to_host: Bytes/s of the link back; None where there is no separate device.
         dense: By dtype, FLOP/s of linear layers by the number of rows, on the device that computes.
         attention: By dtype, FLOP/s of causal prefill attention, on the device that computes.
-        decode_attention: By "host" or "device" and then by dtype, KV bytes/s of the attention of next tokens, by FLOPs per KV byte.
+        decode_attention: By "host" or "device" and then by dtype, KV bytes/s of the attention of next tokens, by FLOPs per KV byte; for KV
+            in a low-bit format by names such as "bfloat16 int4" (see `kv_rate_name`).
         elementwise: By dtype, bytes/s through norms, activations and rotations (counted by pass_time.elementwise_bytes).
         casts: By stored dtype or format and computed dtype ("float16 bfloat16", "mxfp4 bfloat16"), bytes/s that a decode stage yields.
         overheads: Seconds that do not depend on how many bytes are moved or FLOPs computed.

@@ -13,10 +13,13 @@ from operator import itemgetter
 
 from flexgen.base.from_json import dataclass_from_json, parsed_json
 from flexgen.errors import OptionError
+from flexgen.plan.policy import PAGE_TOKENS
 
 # Matches the number of a layer in the name of a unit.
 _LAYER_NUMBER = re.compile(r"(?<=\.)(0|[1-9]\d*)(?=\.| |$)")
 _ENCODED, _DECODED_FROM = "encoded_bytes", "decoded_from"
+# What is left out of the JSON of a model whose KV is in the dtype of computing.
+_KV_FORMAT, _EXACT = "kv_format", "exact_bytes_per_token"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +57,8 @@ class KVGroupSpec:
     Attributes:
         num_layers: The number of layers of this group that own KV.
         bytes_per_token: The KV bytes of one token in ONE layer of the group.
+        exact_bytes_per_token: Its bytes in the last page of a sequence, which a low-bit format keeps in the dtype of computing beside the
+            other pages; 0 where all pages are alike.
         attention_flops_per_pair: The FLOPs of one (query token, visible token) pair in one layer (all heads, both products).
         window: The number of visible tokens; None for all. Chunked attention counts as its chunk size.
     """
@@ -62,6 +67,7 @@ class KVGroupSpec:
     bytes_per_token: int
     attention_flops_per_pair: float
     window: int | None = None
+    exact_bytes_per_token: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +90,7 @@ class ModelSpec:
         dtype: The dtype of computing, and of decoded and resident bytes.
         decoded_from: The decoded bytes of the units' tensors that are not used as they are stored, by the format or dtype in which they are
             stored; empty if that is not known, in which case all count as `number_format`.
+        kv_format: The low-bit format of KV; None for the dtype of computing.
     """
 
     name: str
@@ -100,6 +107,7 @@ class ModelSpec:
     number_format: str = "bfloat16"
     dtype: str = "bfloat16"
     decoded_from: dict[str, int] = field(default_factory=dict[str, int])
+    kv_format: str | None = None
 
     @cached_property
     def streamed_bytes(self) -> int:
@@ -120,9 +128,20 @@ class ModelSpec:
         """The KV bytes of one token over all layers, with windows ignored."""
         return sum(group.num_layers * group.bytes_per_token for group in self.kv_groups)
 
+    @cached_property
+    def tail_bytes_per_token(self) -> int:
+        """The bytes of one token over all layers in the last page of a sequence, where that is kept beside the others; otherwise 0."""
+        return sum(group.num_layers * group.exact_bytes_per_token for group in self.kv_groups)
+
+    @cached_property
+    def exact_kv_bytes_per_token(self) -> int:
+        """The bytes of one token over all layers in the dtype of computing."""
+        return self.tail_bytes_per_token or self.kv_bytes_per_token
+
     def kv_bytes(self, num_tokens: int) -> int:
-        """Return the KV bytes of a sequence of `num_tokens`, with windows honoured and pages ignored."""
-        return sum(g.num_layers * g.bytes_per_token * min(num_tokens, g.window or num_tokens) for g in self.kv_groups)
+        """Return the KV bytes of a sequence of `num_tokens`, with windows honoured and pages ignored, but for the last if it is apart."""
+        pages = sum(g.num_layers * g.bytes_per_token * min(num_tokens, g.window or num_tokens) for g in self.kv_groups)
+        return pages + PAGE_TOKENS * self.tail_bytes_per_token
 
     @cached_property
     def flops_per_token(self) -> float:
@@ -142,6 +161,10 @@ class ModelSpec:
         for kind in fields["unit_kinds"]:
             if kind[_ENCODED] is None:  # as for most units
                 del kind[_ENCODED]
+        if self.kv_format is None:
+            del fields[_KV_FORMAT]
+            for group in fields["kv_groups"]:
+                del group[_EXACT]
         lists = {name: fields.pop(name) for name in ("kv_groups", "unit_kinds", "unit_runs")}
         lines = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in fields.items()]
         lines += [f"{json.dumps(name)}: [\n  " + ",\n  ".join(map(json.dumps, values)) + "\n]" for name, values in lists.items()]
@@ -160,6 +183,9 @@ class ModelSpec:
             packed = {name: fields.pop(name) for name in ("unit_kinds", "unit_runs") if name in fields}
             for kind in packed.get("unit_kinds", ()):
                 kind.setdefault(_ENCODED, None)
+            fields.setdefault(_KV_FORMAT, None)
+            for group in fields.get("kv_groups", ()):
+                group.setdefault(_EXACT, 0)
             units = _unpacked(dataclass_from_json(_PackedUnits, packed, "model"))
             return dataclasses.replace(dataclass_from_json(cls, fields | {"units": []}, "model"), units=units)
         except (TypeError, AttributeError, IndexError) as error:

@@ -38,6 +38,7 @@ class Policy:
         weights: The home fractions of the units' stored bytes. Units that need no decoding, or grow smaller by it, are never kept encoded:
             those in host memory are decoded there.
         kv: The home fractions of KV bytes.
+        kv_format: The low-bit format of KV ("int8", "k8v4", "int4"); None for the dtype of computing.
         kv_device_bytes: The size of the page pool on the device.
         kv_host_bytes: The size of the page pool in host memory.
         kv_disk_bytes: The size of the page pool on disk.
@@ -61,6 +62,7 @@ class Policy:
     dtype: str
     weights: Fractions
     kv: Fractions
+    kv_format: str | None = None
     kv_device_bytes: int = 0
     kv_host_bytes: int = 0
     kv_disk_bytes: int = 0

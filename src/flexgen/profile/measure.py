@@ -28,13 +28,15 @@ from flexgen.base.files import write_file
 from flexgen.base.quantities import MIB
 from flexgen.base.steps import step
 from flexgen.errors import OptionError, StorageError
-from flexgen.plan.machine import Curve, Machine, io_threads, machine_of
+from flexgen.options import KV_FORMATS
+from flexgen.plan.machine import Curve, Machine, io_threads, kv_rate_name, machine_of
 from flexgen.profile.busy import BusyCores
 from flexgen.profile.compute import attention_rate, better, dense_rates, device_elementwise_rate, keep_busy, step_rates
 from flexgen.profile.contention import slowdowns
 from flexgen.profile.copies import cast_rates, copy_rates, memory_rate
 from flexgen.profile.decoding import with_formats
 from flexgen.profile.disk import disk_rates, writable
+from flexgen.profile.low_bit import low_bit_rates
 from flexgen.profile.overheads import NO_OVERHEADS, elementwise_rate, overheads
 from flexgen.profile.repeat import best_of, is_disturbed
 
@@ -45,7 +47,7 @@ BUSY_SECONDS = 10.0
 
 
 def measure(device: str, dtypes: Sequence[str], folder: Path, *, quick: bool = False, max_bytes: int = 256 * MIB) -> Machine:
-    """Measure the machine.  It takes about 22 seconds and 9 more per dtype, or 9 and 4 if `quick`.
+    """Measure the machine.  It takes about 22 seconds and 11 more per dtype, or 9 and 5 if `quick`.
 
     Args:
         device: "cpu", "cuda" or "sim" (computes on the CPU; its links are copies in host memory).
@@ -60,7 +62,7 @@ def measure(device: str, dtypes: Sequence[str], folder: Path, *, quick: bool = F
         OptionError: A dtype is unknown.
     """
     torch_dtypes = {name: _dtype(name) for name in dtypes}
-    about = 9 + 4 * len(dtypes) if quick else 22 + 9 * len(dtypes)
+    about = 9 + 5 * len(dtypes) if quick else 22 + 11 * len(dtypes)
     step(f"measuring this machine: about {about} seconds, kept for later runs")
     started, busy = time.perf_counter(), BusyCores()
     share = 0.3 if quick else 1.0
@@ -90,7 +92,7 @@ def measure(device: str, dtypes: Sequence[str], folder: Path, *, quick: bool = F
             dense=dense,
             attention={name: attention_rate(where, dtype, max_bytes, 1.5 * share) for name, dtype in torch_dtypes.items()},
             decode_attention={
-                place: {name: step_rates(at, dtype, max_bytes, 1.0 * share) for name, dtype in torch_dtypes.items()}
+                place: _steps(at, torch_dtypes, max_bytes, share)
                 for place, at in (("host", host), ("device", where))
                 if place == "host" or device == "cuda"
             },
@@ -132,6 +134,16 @@ def _products(
         return rested, together
     keep_busy(where, main, max_bytes, BUSY_SECONDS - (time.perf_counter() - working))
     return {name: better(curve, rested[name]) for name, curve in dense(3.5).items()}, together
+
+
+def _steps(where: torch.device, dtypes: Mapping[str, torch.dtype], max_bytes: int, share: float) -> dict[str, Curve]:
+    """Measure the attention of next tokens by dtype, and by format of KV (in float64 no one is in a hurry)."""
+    curves = {name: step_rates(where, dtype, max_bytes, 1.0 * share) for name, dtype in dtypes.items()}
+    for name, dtype in dtypes.items():
+        for kv in KV_FORMATS:
+            if kv != "auto" and dtype != torch.float64:
+                curves[kv_rate_name(name, kv)] = low_bit_rates(where, dtype, kv, max_bytes, 0.5 * share)
+    return curves
 
 
 def _dtype(name: str) -> torch.dtype:
@@ -263,7 +275,7 @@ def machine_key(device: str, dtype: str, folder: Path) -> dict[str, str | int]:
         "numba": metadata.version("numba"),
         "dtype": dtype,
         "device": device,
-        "version": 10,
+        "version": 11,
     }
 
 

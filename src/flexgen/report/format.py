@@ -13,7 +13,7 @@ from flexgen.plan.tell.spill import ENDURANCE_BYTES, LEAST_SPILL_GAIN, Spill, en
 from flexgen.report.progress import BUSY_CORES, Progress, RunReport
 
 if TYPE_CHECKING:
-    from flexgen.plan.policy import Fractions
+    from flexgen.plan.policy import Fractions, Policy
     from flexgen.plan.tell.alternatives import ParetoPoint
     from flexgen.plan.tell.forecast import Forecast, Plan
 
@@ -37,12 +37,18 @@ def format_plan(plan: Plan) -> str:
         f"{policy.io_threads} I/O threads",
         f"  weights  {format_size(spec.decoded_bytes)} in {len(spec.units)} units: {_shares(policy.weights)}; "
         f"{kept}staging {format_size(staging)}, workspace {format_size(policy.workspace_bytes)}",
-        f"  KV       {format_size(policy.kv_bytes)}: {_shares(policy.kv)}; {format_size(spec.kv_bytes_per_token)} per token, "
+        f"  KV       {format_size(policy.kv_bytes)}: {_shares(policy.kv)}; {_kv_format(policy)}"
+        f"{format_size(spec.kv_bytes_per_token)} per token, "
         f"pages of {policy.page_tokens} tokens",
         f"  a pass   up to {policy.max_num_seqs:,} sequences and, on average, {policy.prefill_tokens:,} prompt tokens; "
         f"{policy.micro_batch_tokens:,} tokens at a time",
     ]
     return "\n".join(lines + [f"  {line}" for line in format_forecast(plan.forecast)])
+
+
+def _kv_format(policy: Policy) -> str:
+    """Return the format of KV, if it is not the dtype of computing, as the beginning of a list."""
+    return f"{policy.kv_format}, " if policy.kv_format is not None else ""
 
 
 def format_forecast(forecast: Forecast) -> list[str]:

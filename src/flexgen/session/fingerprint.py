@@ -31,6 +31,7 @@ def fingerprint(model: ResolvedModel, translator: RequestTranslator, chat_templa
         "chat_template": None if chat_template is None else _digest([chat_template.encode()]),
         "eos_token_ids": sorted(translator.eos_token_ids),
         "dtype": model.dtype,
+        "kv_format": model.kv_format,
         "load_format": load_format,
         "max_model_len": translator.max_model_len,
         "seed": translator.seed,

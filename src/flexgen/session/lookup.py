@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flexgen.errors import ModelError, OptionError
-from flexgen.options import DTYPE_BYTES, EngineOptions
+from flexgen.options import EngineOptions
 from flexgen.plan.known.models import catalogue_name, catalogue_spec, similar_names
 from flexgen.plan.model import ModelSpec
 from flexgen.session.model import compute_dtype, config_dtype, describing
@@ -40,42 +40,31 @@ def files_of(model: str | os.PathLike[str], options: EngineOptions, *, token: st
     return resolve_model(model, revision=options.revision, token=token, with_weights=not is_random, show_progress=show_progress)
 
 
-def spec_of(
-    model: str,
-    *,
-    device: str,
-    dtype: str = "auto",
-    load_format: str = "auto",
-    weight_format: str = "auto",
-    revision: str | None = None,
-    token: str | None = None,
-) -> ModelSpec:
+def spec_of(model: str, options: EngineOptions | None = None, *, device: str, token: str | None = None) -> ModelSpec:
     """Return the model as the planner sees it.
 
     Args:
         model: A folder or a GGUF file; else a name of the catalogue or the hub id of one of its models, in any letter case; else another
             hub id, for which the hub is asked. torch is loaded only for a folder, for another hub id, and for a shipped model that is
-            computed in another dtype than it ships in.
+            computed in another dtype or format than it ships in.
+        options: The dtype of computing, the formats of weights and KV (the model is described as a conversion would write it), whether
+            weights are random, in which case the config alone is read, and the revision. If there is one, the hub is asked even for a model
+            of the catalogue.
         device: "cpu", "cuda" or "sim".
-        dtype: The dtype to compute in, as in EngineOptions.
-        load_format: As in EngineOptions; "dummy" describes a folder or a hub repository by its config alone.
-        weight_format: The format of the weights, as in EngineOptions. The model is described as a conversion would write it.
-        revision: The branch, tag or commit of a hub repository. If it is given, the hub is asked even for a model of the catalogue.
         token: The access token for the hub, as in `resolve_model`.
 
     Raises:
         ModelError: The model does not exist, or its architecture, number format or files are not supported.
         OptionError: A revision was given for a name of the catalogue, or the dtype or the format of the weights cannot be honoured.
     """
-    if dtype != "auto" and dtype not in DTYPE_BYTES:
-        raise OptionError(f"cannot compute in {dtype}; known: auto, {', '.join(sorted(DTYPE_BYTES))}")
+    options = options or EngineOptions()
     if (name := shipped_name(model)) is not None:
-        if revision is None:
-            spec = _shipped(name, device, dtype, weight_format)
+        if options.revision is None:
+            spec = _shipped(name, options, device)
             return dataclasses.replace(spec, name=model) if "/" in model else spec
         if "/" not in model:
-            raise OptionError(f"{model} is a name of the catalogue; a revision ({revision}) only has a meaning for a hub repository")
-    return _described(model, device, dtype, load_format, weight_format, revision, token)
+            raise OptionError(f"{model} is a name of the catalogue; a revision ({options.revision}) needs the id of a hub repository")
+    return _described(model, options, device, token)
 
 
 def shipped_name(model: str) -> str | None:
@@ -83,24 +72,19 @@ def shipped_name(model: str) -> str | None:
     return None if Path(model).expanduser().is_dir() else catalogue_name(model)
 
 
-def _shipped(name: str, device: str, dtype: str, weight_format: str) -> ModelSpec:
+def _shipped(name: str, options: EngineOptions, device: str) -> ModelSpec:
     spec = catalogue_spec(name)
-    if dtype == "auto":
-        dtype = compute_dtype(spec.dtype, device)
-    if dtype == spec.dtype and weight_format == "auto":
+    dtype = compute_dtype(spec.dtype, device) if options.dtype == "auto" else options.dtype
+    if (dtype, options.weight_format, options.kv_format) == (spec.dtype, "auto", "auto"):
         return spec
     import torch
 
-    from flexgen.session.shipped import described, described_in
+    from flexgen.session.shipped import described
 
-    if weight_format == "auto":
-        return described(name, getattr(torch, dtype))
-    return described_in(name, getattr(torch, dtype), weight_format)
+    return described(name, getattr(torch, dtype), weight_format=options.weight_format, kv=options.kv_format)
 
 
-def _described(
-    model: str, device: str, dtype: str, load_format: str, weight_format: str, revision: str | None, token: str | None
-) -> ModelSpec:
+def _described(model: str, options: EngineOptions, device: str, token: str | None) -> ModelSpec:
     import torch
 
     from flexgen.checkpoint.files import Checkpoint, Headers
@@ -109,19 +93,21 @@ def _described(
     from flexgen.hub.download import weight_headers
     from flexgen.hub.model_files import weight_files
     from flexgen.hub.resolve import resolve_model
+    from flexgen.kv.low_bit import kv_format
     from flexgen.models.describe import describe_config, describe_headers
 
     try:
-        files = resolve_model(model, revision=revision, token=token, with_weights=False)
+        files = resolve_model(model, revision=options.revision, token=token, with_weights=False)
     except ModelError as error:
         if "/" in model:
             raise
         raise ModelError(f"{error}; nor is it in the catalogue: {', '.join(similar_names(model))}") from error
     config = read_config(files)
-    if load_format == "dummy":
-        with describing(model):
-            computed = getattr(torch, compute_dtype(config_dtype(config), device) if dtype == "auto" else dtype)
-            return describe_config(config, computed, stored=computed, name=model)
+    with describing(model):
+        dtype = getattr(torch, compute_dtype(config_dtype(config), device) if options.dtype == "auto" else options.dtype)
+        kv = kv_format(options.kv_format, dtype)
+        if options.load_format == "dummy":
+            return describe_config(config, dtype, stored=dtype, name=model, kv_format=kv)
     if files.gguf is not None:
         headers = GGUFHeaders(files.gguf)
     elif files.commit is None or all((files.folder / name).is_file() for name in weight_files(files.folder)):
@@ -129,9 +115,8 @@ def _described(
     else:
         headers = Headers.parsed(files.folder, weight_headers(model, files.folder, token=token))
     with describing(model):
-        computed = compute_dtype(config_dtype(config), device) if dtype == "auto" else dtype
-        if weight_format != "auto":
+        if options.weight_format != "auto":
             from flexgen.session.weights import planned_in
 
-            headers, config = planned_in(weight_format, headers, config, name=model)
-        return describe_headers(headers, config, getattr(torch, computed), name=model)
+            headers, config = planned_in(options.weight_format, headers, config, name=model)
+        return describe_headers(headers, config, dtype, name=model, kv_format=kv)

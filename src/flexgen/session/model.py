@@ -122,6 +122,11 @@ class ResolvedModel:
             raise OptionError(f"tokenizer_revision={revision!r} needs a tokenizer= of its own")
         return Tokenizer.load(self.files.folder) if self.files.has_tokenizer else None
 
+    @property
+    def kv_format(self) -> str:
+        """The format of the KV cache, as in EngineOptions."""
+        return self.options.kv_format
+
     def check(self) -> None:
         """Refuse a model that cannot be served because of its files; no weights are read.
 
@@ -155,15 +160,17 @@ class ResolvedModel:
 
         from flexgen.checkpoint.gguf import GGUFHeaders
         from flexgen.formats.table import refuse_quantization
+        from flexgen.kv.low_bit import kv_format
         from flexgen.models.assemble import assemble_model
 
         step("tracing the model's layers")
         with DESCRIBING, describing(self.files.name):
             if (tool := other_quantization(self.files.folder, self.files.config)) is not None:
                 raise refuse_quantization({"quant_method": tool})
-            random = self.options.load_format == "dummy"
+            random, computed = self.options.load_format == "dummy", getattr(torch, dtype)
             headers = GGUFHeaders(self.files.gguf) if self.files.gguf is not None and not random else None
-            return assemble_model(folder, self.config, getattr(torch, dtype), name=self.files.name, headers=headers)
+            kv = kv_format(self.options.kv_format, computed)
+            return assemble_model(folder, self.config, computed, name=self.files.name, kv_format=kv, headers=headers)
 
 
 def config_dtype(config: Any) -> str:

@@ -11,6 +11,7 @@ from transformers import AutoConfig
 
 from flexgen.checkpoint.repository import headers_of, meta_model, saved_tensors, sharded
 from flexgen.hub.model_files import ModelFiles
+from flexgen.kv.low_bit import kv_format
 from flexgen.models.describe import SHARD_BYTES, describe_config, describe_headers
 from flexgen.plan.known.models import catalogue_fields
 from flexgen.session.weights import planned_in
@@ -33,21 +34,24 @@ def catalogue_files(name: str) -> ModelFiles:
     return ModelFiles(name=name, folder=Path(name), config=config, generation_config={}, commit=None, has_tokenizer=False)
 
 
-def described(name: str, dtype: torch.dtype | None = None) -> ModelSpec:
-    """Describe a shipped model computed in `dtype`; None stands for the dtype of its plain weights."""
-    fields = catalogue_fields(name)
-    stored = getattr(torch, fields["dtype"])
-    return describe_config(catalogue_config(name), dtype or stored, stored=stored, name=fields["source"])
+def described(name: str, dtype: torch.dtype | None = None, *, weight_format: str = "auto", kv: str = "auto") -> ModelSpec:
+    """Describe a shipped model.
 
-
-def described_in(name: str, dtype: torch.dtype, weight_format: str) -> ModelSpec:
-    """Describe a shipped model computed in `dtype`, as it would be after a conversion of its plain weights.
+    Args:
+        name: Its name in the catalogue.
+        dtype: The dtype of computing; None for that of its plain weights.
+        weight_format: The format to which its plain weights would be converted, as in EngineOptions.
+        kv: The format of KV, as in EngineOptions.
 
     Raises:
         ModelError: The conversion is not possible.
     """
-    fields = catalogue_fields(name)
-    stored, config = getattr(torch, fields["dtype"]), catalogue_config(name)
-    headers = headers_of(fields["source"], sharded(saved_tensors(meta_model(config, stored), stored), SHARD_BYTES))
-    headers, config = planned_in(weight_format, headers, config, name=fields["source"])
-    return describe_headers(headers, config, dtype, name=fields["source"])
+    fields, config = catalogue_fields(name), catalogue_config(name)
+    source, stored = fields["source"], getattr(torch, fields["dtype"])
+    computed = dtype or stored
+    format_of_kv = kv_format(kv, computed)
+    if weight_format == "auto":
+        return describe_config(config, computed, stored=stored, name=source, kv_format=format_of_kv)
+    headers = headers_of(source, sharded(saved_tensors(meta_model(config, stored), stored), SHARD_BYTES))
+    headers, config = planned_in(weight_format, headers, config, name=source)
+    return describe_headers(headers, config, computed, name=source, kv_format=format_of_kv)

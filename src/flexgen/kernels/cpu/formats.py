@@ -1,7 +1,8 @@
 """Number formats as the kernels see them: NumPy arrays in, floating-point registers out.
 
 NumPy knows no bfloat16 and Numba no float16, so 2-byte floats are carried as integers: bfloat16 as uint16, float16 as
-int16.  They are widened to float32 as they are loaded and rounded to nearest, ties to even, as they are stored.
+int16.  They are widened to float32 as they are loaded and rounded to nearest, ties to even, as they are stored.  Integers of one byte
+are codes, which are widened, too.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ HALF, FLOAT = ir.HalfType(), ir.FloatType()
 
 CARRIERS = {torch.bfloat16: torch.uint16, torch.float16: torch.int16, torch.float32: torch.float32, torch.float64: torch.float64}
 INTEGERS = {2: torch.uint16, 4: torch.uint32, 8: torch.uint64}
-BFLOAT16, FLOAT16 = types.uint16, types.int16
+BFLOAT16, FLOAT16, CODE = types.uint16, types.int16, types.int8
 
 
 def carried(tensor: torch.Tensor) -> np.ndarray:
@@ -45,6 +46,8 @@ def widened(builder: Any, raw: Any, carrier: types.Type) -> Any:
         return builder.bitcast(builder.shl(bits, ir.Constant(bits.type, [16] * lanes if lanes else 16)), shaped(FLOAT))
     if carrier == FLOAT16:
         return builder.fpext(builder.bitcast(raw, shaped(HALF)), shaped(FLOAT))
+    if carrier == CODE:
+        return builder.sitofp(raw, shaped(FLOAT))
     return raw
 
 

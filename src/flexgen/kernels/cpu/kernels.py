@@ -9,18 +9,21 @@ import torch
 from torch import Tensor
 
 from flexgen.kernels.cpu import decode, latent, pages, prefill
-from flexgen.kernels.cpu.checks import check_format, check_groups, check_layout, check_positions, check_shapes
+from flexgen.kernels.cpu.arguments import accumulator, check_out, check_pages, costs, integers, sinks_array, where_seen, workspace
+from flexgen.kernels.cpu.checks import check_format, check_groups, check_positions, check_shapes
 from flexgen.kernels.cpu.formats import bits, carried
 from flexgen.kernels.reference import AttentionKernels
 from flexgen.kernels.threads import SLICES_PER_THREAD, KernelThreads, split_evenly
 
-ITEM_TOKENS = 16  # what beginning a work item costs, in tokens read
 MOVED_AT_ONCE = 64  # tokens for which another thread is worth waking
 HEADS_PER_TILE = 8
 
+# Keys, values, and for each query the first row that it sees and the row after the last.
+Seen = tuple[Tensor, Tensor, np.ndarray, np.ndarray]
 
-class CpuKernels(AttentionKernels):
-    """Attention kernels for tensors in host memory; owns `num_threads - 1` threads."""
+
+class PlainKernels(AttentionKernels):
+    """Attention kernels for pages of plain numbers in host memory; owns `num_threads - 1` threads."""
 
     def __init__(self, num_threads: int) -> None:
         self._threads = KernelThreads(num_threads)
@@ -28,21 +31,21 @@ class CpuKernels(AttentionKernels):
     def write_kv(self, key: Tensor, value: Tensor, key_pages: Tensor, value_pages: Tensor, page_ids: Tensor, page_offsets: Tensor) -> None:
         num_tokens, kv_heads, key_dim = key.shape
         value_dim = value.shape[2]
-        _check_pages(key.dtype, key_pages, value_pages, kv_heads, key_dim, value_dim)
+        check_pages(key.dtype, key_pages, value_pages, kv_heads, key_dim, value_dim)
         check_format(key.dtype, value=value)
         check_shapes(value=(value, (num_tokens, kv_heads, value_dim)))
         check_shapes(page_ids=(page_ids, (num_tokens,)), page_offsets=(page_offsets, (num_tokens,)))
         new = bits(key.contiguous()), bits(value.contiguous())
-        arrays = *new, bits(key_pages), bits(value_pages), _integers(page_ids), _integers(page_offsets)
+        arrays = *new, bits(key_pages), bits(value_pages), integers(page_ids), integers(page_offsets)
         self._run_even(lambda begin, end: pages.write_kv(begin, end, *arrays), num_tokens)
 
     def gather_kv(self, key_pages: Tensor, value_pages: Tensor, page_table: Tensor, start: int, length: int) -> tuple[Tensor, Tensor]:
         _, kv_heads, key_dim, page_tokens = key_pages.shape
         value_dim = value_pages.shape[3]
-        _check_pages(key_pages.dtype, key_pages, value_pages, kv_heads, key_dim, value_dim)
+        check_pages(key_pages.dtype, key_pages, value_pages, kv_heads, key_dim, value_dim)
         check_positions(np.array([start]), np.array([length]), page_table.shape[0] * page_tokens)
         key, value = (torch.empty(length - start, kv_heads, dim, dtype=key_pages.dtype) for dim in (key_dim, value_dim))
-        arrays = bits(key_pages), bits(value_pages), _integers(page_table), start, bits(key), bits(value)
+        arrays = bits(key_pages), bits(value_pages), integers(page_table), start, bits(key), bits(value)
         self._run_even(lambda begin, end: pages.gather_kv(begin, end, *arrays), length - start)
         return key, value
 
@@ -63,18 +66,18 @@ class CpuKernels(AttentionKernels):
         num_sequences, heads, key_dim = query.shape
         kv_heads, value_dim, page_tokens = key_pages.shape[1], value_pages.shape[3], key_pages.shape[3]
         check_groups(heads, kv_heads)
-        _check_pages(query.dtype, key_pages, value_pages, kv_heads, key_dim, value_dim)
-        _check_out(query.dtype, out, (num_sequences, heads, value_dim))
-        where = _where(num_sequences, page_tables, starts, lengths, page_tokens)
-        number = _accumulator(query.dtype)
+        check_pages(query.dtype, key_pages, value_pages, kv_heads, key_dim, value_dim)
+        check_out(query.dtype, out, (num_sequences, heads, value_dim))
+        where = where_seen(num_sequences, page_tables, starts, lengths, page_tokens)
+        number = accumulator(query.dtype)
         arrays = (
             carried(query.contiguous()), carried(key_pages), carried(value_pages), *where,
-            _sinks(sinks, heads, number), number(scaling), number(softcap or 0), carried(out),
+            sinks_array(sinks, heads, number), number(scaling), number(softcap or 0), carried(out),
         )  # fmt: skip
         size = decode.decode_workspace(heads // kv_heads, key_dim, value_dim, page_tokens)
         self._run(
-            lambda begin, end: decode.decode_attention(begin, end, *arrays, _workspace(size, number)),
-            _costs(where, kv_heads),
+            lambda begin, end: decode.decode_attention(begin, end, *arrays, workspace(size, number)),
+            costs(where, kv_heads),
         )
 
     def prefill_attention(
@@ -93,19 +96,28 @@ class CpuKernels(AttentionKernels):
         check_groups(heads, kv_heads)
         check_format(query.dtype, key=key, value=value)
         check_shapes(key=(key, (num_positions, kv_heads, key_dim)), starts=(starts, (num_queries,)))
-        _check_out(query.dtype, out, (num_queries, heads, value_dim))
-        first = np.maximum(_integers(starts), 0)
-        check_positions(first, np.arange(num_positions - num_queries, num_positions) + 1, num_positions)
-        number, wanted_items = _accumulator(query.dtype), SLICES_PER_THREAD * self._threads.num_threads
+        check_out(query.dtype, out, (num_queries, heads, value_dim))
+        first = np.maximum(integers(starts), 0)
+        ends = np.arange(num_positions - num_queries, num_positions) + 1
+        check_positions(first, ends, num_positions)
+        nothing = np.zeros(num_queries, np.int64)
+        self._prefill(query, (key[:0], value[:0], nothing, nothing), (key, value, first, ends), scaling, softcap, sinks, out)
+
+    def _prefill(
+        self, query: Tensor, stored: Seen, exact: Seen, scaling: float, softcap: float | None, sinks: Tensor | None, out: Tensor
+    ) -> None:
+        """Let queries see what they see of stored keys and of exact ones."""
+        (num_queries, heads, key_dim), (_, kv_heads, value_dim) = query.shape, exact[1].shape
+        number, wanted_items = accumulator(query.dtype), SLICES_PER_THREAD * self._threads.num_threads
         item_tokens = max(1, min(prefill.ROWS_PER_ITEM * kv_heads // heads, -(-num_queries * kv_heads // wanted_items)))
         arrays = (
-            *(carried(tensor.contiguous()) for tensor in (query, key, value)), first,
-            _sinks(sinks, heads, number), number(scaling), number(softcap or 0), item_tokens, carried(out),
+            carried(query.contiguous()), *_arrays(stored), *_arrays(exact),
+            sinks_array(sinks, heads, number), number(scaling), number(softcap or 0), item_tokens, carried(out),
         )  # fmt: skip
         size = prefill.prefill_workspace(item_tokens * heads // kv_heads, key_dim, value_dim)
         num_items = -(-num_queries // item_tokens) * kv_heads
         self._threads.run(
-            lambda begin, end: prefill.prefill_attention(begin, end, *arrays, _workspace(size, number)),
+            lambda begin, end: prefill.prefill_attention(begin, end, *arrays, workspace(size, number)),
             [(item, item + 1) for item in reversed(range(num_items))],  # the last queries see the most: first
         )
 
@@ -125,20 +137,20 @@ class CpuKernels(AttentionKernels):
         (num_sequences, heads, rank), rope_dim, page_tokens = query_latent.shape, query_rope.shape[2], key_pages.shape[3]
         check_format(query_latent.dtype, query_rope=query_rope)
         check_shapes(query_rope=(query_rope, (num_sequences, heads, rope_dim)))
-        _check_pages(query_latent.dtype, key_pages, value_pages, 1, rank, rope_dim)
-        _check_out(query_latent.dtype, out, (num_sequences, heads, rank))
-        where = _where(num_sequences, page_tables, starts, lengths, page_tokens)
-        number = _accumulator(query_latent.dtype)
+        check_pages(query_latent.dtype, key_pages, value_pages, 1, rank, rope_dim)
+        check_out(query_latent.dtype, out, (num_sequences, heads, rank))
+        where = where_seen(num_sequences, page_tables, starts, lengths, page_tokens)
+        number = accumulator(query_latent.dtype)
         wanted_items = -(-2 * self._threads.num_threads // max(num_sequences, 1))
         item_heads = -(-heads // wanted_items // HEADS_PER_TILE) * HEADS_PER_TILE
         arrays = (
             *(carried(tensor.contiguous()) for tensor in (query_latent, query_rope)), carried(key_pages), carried(value_pages), *where,
-            _sinks(None, heads, number), number(scaling), item_heads, carried(out),
+            sinks_array(None, heads, number), number(scaling), item_heads, carried(out),
         )  # fmt: skip
         size = latent.latent_workspace(item_heads, rank, rope_dim, page_tokens)
         self._run(
-            lambda begin, end: latent.decode_latent_attention(begin, end, *arrays, _workspace(size, number)),
-            _costs(where, -(-heads // item_heads)),
+            lambda begin, end: latent.decode_latent_attention(begin, end, *arrays, workspace(size, number)),
+            costs(where, -(-heads // item_heads)),
         )
 
     def close(self) -> None:
@@ -152,56 +164,6 @@ class CpuKernels(AttentionKernels):
         self._threads.run(function, split_evenly(np.ones(num_tokens), num_slices))
 
 
-Where = tuple[np.ndarray, np.ndarray, np.ndarray]  # page tables (S, max_pages), starts (S,), lengths (S,)
-
-
-def _check_pages(dtype: torch.dtype, key_pages: Tensor, value_pages: Tensor, kv_heads: int, key_dim: int, value_dim: int) -> None:
-    num_pages, page_tokens = key_pages.shape[0], key_pages.shape[-1]
-    check_format(dtype, key_pages=key_pages, value_pages=value_pages)
-    check_layout(key_pages=key_pages, value_pages=value_pages)
-    check_shapes(
-        key_pages=(key_pages, (None, kv_heads, key_dim, None)), value_pages=(value_pages, (num_pages, kv_heads, page_tokens, value_dim))
-    )
-
-
-def _check_out(dtype: torch.dtype, out: Tensor, shape: tuple[int, ...]) -> None:
-    check_format(dtype, out=out)
-    check_layout(out=out)
-    check_shapes(out=(out, shape))
-
-
-def _where(num_sequences: int, page_tables: Tensor, starts: Tensor, lengths: Tensor, page_tokens: int) -> Where:
-    check_shapes(page_tables=(page_tables, (num_sequences, None)), starts=(starts, (num_sequences,)), lengths=(lengths, (num_sequences,)))
-    where = _integers(page_tables), np.maximum(_integers(starts), 0), _integers(lengths)
-    check_positions(*where[1:], page_tables.shape[1] * page_tokens)
-    return where
-
-
-def _costs(where: Where, items_per_sequence: int) -> np.ndarray:
-    """Of every work item, in tokens read."""
-    _, starts, lengths = where
-    return np.repeat(lengths - starts + ITEM_TOKENS, items_per_sequence)
-
-
-def _accumulator(dtype: torch.dtype) -> type[np.floating]:
-    return np.float64 if dtype == torch.float64 else np.float32
-
-
-def _integers(tensor: Tensor) -> np.ndarray:
-    return np.ascontiguousarray(tensor.numpy(), np.int64)
-
-
-def _sinks(sinks: Tensor | None, heads: int, number: type[np.floating]) -> np.ndarray:
-    """(heads,), or (0,) for none."""
-    if sinks is None:
-        return np.zeros(0, number)
-    check_shapes(sinks=(sinks, (heads,)))
-    return sinks.detach().double().numpy().astype(number)
-
-
-def _workspace(size: int, number: type[np.floating]) -> np.ndarray:
-    """Memory of one call on one thread; begins on a cache line, so that vectors do not straddle two."""
-    line = 64 // np.dtype(number).itemsize
-    memory = np.empty(size + line, number)
-    skipped = -memory.ctypes.data % 64 // memory.itemsize
-    return memory[skipped : skipped + size]
+def _arrays(seen: Seen) -> tuple[np.ndarray, ...]:
+    key, value, starts, ends = seen
+    return carried(key.contiguous()), carried(value.contiguous()), starts, ends

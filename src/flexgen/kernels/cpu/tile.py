@@ -46,13 +46,13 @@ def _make_tile(heads: int, vectors: int) -> Any:
     @intrinsic
     def tile(typing_context: Any, weights: Any, page: Any, out: Any, rows: Any, ahead: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            weights_at, page_at, out_at = (_Places(builder, value) for value in arguments[:3])
+            weights_at, page_at, out_at = (Places(builder, value) for value in arguments[:3])
             rows, ahead = arguments[3:]
             places = [out_at.vector(ir.Constant(INT64, head), v * LANES) for head in range(heads) for v in range(vectors)]
             alignment = context.get_abi_sizeof(out_at.element)
             sums = [cgutils.alloca_once_value(builder, builder.load(place, align=alignment)) for place in places]
             with cgutils.for_range(builder, rows) as loop:
-                _prefetch(builder, builder.gep(page_at.scalar(loop.index, 0), [ahead]))
+                prefetch(builder, builder.gep(page_at.scalar(loop.index, 0), [ahead]))
                 stored = [
                     builder.load(page_at.vector(loop.index, v * LANES), align=context.get_abi_sizeof(page_at.element))
                     for v in range(vectors)
@@ -60,7 +60,7 @@ def _make_tile(heads: int, vectors: int) -> Any:
                 columns = [widened(builder, vector, page.types[0].dtype) for vector in stored]
                 for head in range(heads):
                     weight = builder.gep(weights_at.scalar(ir.Constant(INT64, head), 0), [loop.index])
-                    weight = _broadcast(builder, builder.load(weight))
+                    weight = broadcast(builder, builder.load(weight))
                     for total, column in zip(sums[head * vectors :], columns, strict=False):
                         product = builder.fmul(weight, column, flags=("contract",))
                         builder.store(builder.fadd(builder.load(total), product, flags=("contract",)), total)
@@ -73,7 +73,7 @@ def _make_tile(heads: int, vectors: int) -> Any:
     return tile
 
 
-class _Places:
+class Places:
     """Addresses of the elements of a `Rows` argument, while code is generated."""
 
     def __init__(self, builder: Any, rows: Any) -> None:
@@ -89,13 +89,15 @@ class _Places:
         return self._builder.bitcast(self.scalar(row, column), ir.VectorType(self.element, LANES).as_pointer())
 
 
-def _broadcast(builder: Any, scalar: Any) -> Any:
+def broadcast(builder: Any, scalar: Any) -> Any:
+    """Generate a vector of equal elements."""
     empty = ir.Constant(ir.VectorType(scalar.type, LANES), ir.Undefined)
     first = builder.insert_element(empty, scalar, ir.Constant(INT32, 0))
     return builder.shuffle_vector(first, empty, ir.Constant(ir.VectorType(INT32, LANES), [0] * LANES))
 
 
-def _prefetch(builder: Any, place: Any) -> None:
+def prefetch(builder: Any, place: Any) -> None:
+    """Generate a prefetch of the cache line at an address."""
     kind = ir.FunctionType(ir.VoidType(), [INT8.as_pointer(), INT32, INT32, INT32])
     prefetch = builder.module.declare_intrinsic("llvm.prefetch", [INT8.as_pointer()], kind)
     reading, every_level, data = (ir.Constant(INT32, x) for x in (0, 3, 1))

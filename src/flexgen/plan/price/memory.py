@@ -113,7 +113,8 @@ def activation_bytes(spec: ModelSpec, sizes: JobSizes, policy: Policy, max_num_s
     suspended = tokens * (3 * hidden + 2 * intermediate) * size
     computing = running * ((4 * hidden + 3 * intermediate) * size + 8 * hidden)
     logits = most * spec.vocab_size * 4 * 2 * sizes.has_answers
-    attention = 4 * max(running, longest_prompt) * hidden * size + 2 * sizes.layer
+    decoded = 2 if spec.kv_format is None else 4  # prompts attend to their own pages as these are stored, too
+    attention = 4 * max(running, longest_prompt) * hidden * size + decoded * sizes.layer
     return int(FRAGMENTATION * (suspended + computing + logits + attention + _scoring_bytes(spec, sizes, policy, most)))
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from flexgen.options import DTYPE_BYTES
-from flexgen.plan.machine import Curve, Machine, has_device_tier
+from flexgen.plan.machine import Curve, Machine, has_device_tier, kv_rate_name
 from flexgen.plan.model import ModelSpec
 from flexgen.plan.policy import Policy
 from flexgen.plan.price.work import PassWork, active_share
@@ -49,6 +49,7 @@ class Expectation:
             part = self._head if unit.head else self._body
             share = active_share(unit, dtype)
             part[share] = part.get(share, 0.0) + unit.flops_per_token
+        self._expansion = spec.exact_kv_bytes_per_token / max(spec.kv_bytes_per_token, 1)
         self._num_layers = sum(group.num_layers for group in spec.kv_groups)
         elementwise = machine.elementwise.get(dtype, machine.host_memory).typical
         self._token_seconds = self._num_layers * elementwise_bytes(spec.hidden_size, spec.intermediate_size, dtype) / elementwise
@@ -132,8 +133,15 @@ class Expectation:
         return sum(tokens * flops / rate_at(self._dense, rows * share) for share, flops in flops_by_share.items())
 
     def _steps_seconds(self, place: str, flops: Any, kv_bytes: Any) -> Any:
-        """Return the seconds of next tokens' attention to KV."""
-        curve = self.machine.decode_attention.get(place, {}).get(self.dtype)
+        """Return the seconds of next tokens' attention to KV.
+
+        Where the rate of a low-bit format is unknown, its numbers are assumed to be attended to as fast as those of the dtype of computing.
+        """
+        curves = self.machine.decode_attention.get(place, {})
+        curve = curves.get(self.dtype)
+        if self.spec.kv_format is not None:
+            known = curves.get(kv_rate_name(self.dtype, self.spec.kv_format))
+            curve, kv_bytes = (known, kv_bytes) if known is not None else (curve, kv_bytes * self._expansion)
         if curve is None:
             memory = self.machine.host_memory.typical
             return kv_bytes / memory if place == "host" else flops / self._attention

@@ -22,7 +22,7 @@ Floats = npt.NDArray[np.float64]
 def held_kv_bytes(spec: ModelSpec, page_tokens: int, max_tokens: int) -> Ints:
     """Return the bytes of the most pages that a sequence holds on its way to 0, 1, ... max_tokens tokens.
 
-    Pages behind a window are freed, but the window begins and ends within pages.
+    Pages behind a window are freed, but the window begins and ends within pages.  A last page that is kept beside the others counts too.
     """
     tokens = np.arange(max_tokens + 1, dtype=np.int64)
     held = np.zeros_like(tokens)
@@ -31,7 +31,7 @@ def held_kv_bytes(spec: ModelSpec, page_tokens: int, max_tokens: int) -> Ints:
         if group.window is not None:
             pages = np.minimum(pages, -(-group.window // page_tokens) + 1)
         held += pages * (page_tokens * group.num_layers * group.bytes_per_token)
-    return held
+    return held + np.minimum(tokens, 1) * (page_tokens * spec.tail_bytes_per_token)
 
 
 def shared_kv_bytes(spec: ModelSpec, page_tokens: int, max_tokens: int) -> Ints:
@@ -139,7 +139,7 @@ class JobSizes:
         smallest: The KV bytes of the smallest request, counted in the same way.
         all: The KV bytes of all requests at their longest, with shared ones counted once.
         mean: The KV bytes of a live sequence on average.
-        layer: The KV bytes of one layer of the longest sequence.
+        layer: The KV bytes of one layer of the longest sequence, in the dtype of computing.
         prompt_tokens: The prompt tokens that the job computes.
         shortest_prompt: The fewest prompt tokens that a request computes.
         longest_prompt: The tokens of the longest prompt.
@@ -173,7 +173,7 @@ class JobSizes:
         self.has_answers = any(workload.output_lens)
         self.scored_tokens, self.most_scored = workload.scored_tokens, max(workload.scored_lens, default=0)
         self.num_likeliest = spec.vocab_size if workload.num_likeliest == -1 else min(workload.num_likeliest, spec.vocab_size)
-        self.layer = self.longest * max((group.bytes_per_token for group in spec.kv_groups), default=0)
+        self.layer = self.longest * max((max(group.bytes_per_token, group.exact_bytes_per_token) for group in spec.kv_groups), default=0)
 
     def block(self, pool_bytes: float) -> float:
         """Return the approximate number of sequences that pools keep alive."""

@@ -230,10 +230,11 @@ def price(load: PassLoad, spec: ModelSpec, policy: Policy, weights: PassWork) ->
         steps[f"{where}step_bytes"] = steps[f"{where}step_bytes"] + read
         if home == "device":
             continue
-        written = (load.prompt_tokens[home] + load.next_tokens[home]) * spec.kv_bytes_per_token
+        new_tokens = load.prompt_tokens[home] + load.next_tokens[home]
+        written = new_tokens * spec.kv_bytes_per_token
         memory = memory + read + written
         if has_device_tier(device):
-            to_host = to_host + written + load.next_tokens[home] * crossing
+            to_host = to_host + new_tokens * spec.exact_kv_bytes_per_token + load.next_tokens[home] * crossing
             to_device = to_device + load.next_tokens[home] * crossing
         if home == "disk":
             fetched = read - attended_bytes(groups, load.repeated_tokens[home]) if home in load.repeated_tokens else read

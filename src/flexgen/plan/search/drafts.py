@@ -71,6 +71,7 @@ class Drafts:
             dtype=self._dtype,
             weights=weights,
             kv=self._kv or Fractions(host=1.0 - spills, disk=float(spills)),
+            kv_format=self._spec.kv_format,
             kv_device_bytes=0,
             kv_host_bytes=0,
             kv_disk_bytes=0,
@@ -78,7 +79,7 @@ class Drafts:
                 placement.largest_from_disk, placement.from_disk, self._machine.disk_read.best * RING_SECONDS, self._limits.host_bytes
             ),
             kv_staging_bytes=self._sizes.layer * spills,
-            kv_tail_bytes=PAGE_TOKENS * self._spec.kv_bytes_per_token * spills,
+            kv_tail_bytes=PAGE_TOKENS * self._spec.exact_kv_bytes_per_token * spills,
             device_ring_bytes=_ring(placement.largest_over_link, placement.over_link, 0, self._limits.device_bytes),
             workspace_bytes=0,
             embedding_resident=False,

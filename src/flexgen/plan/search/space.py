@@ -115,7 +115,7 @@ class Space:
         # Staging holds two layers of all KV on disk (one that is attended to, one on its way), and a page per sequence.
         layer = max((group.bytes_per_token for group in spec.kv_groups), default=0)
         self._read_ahead = 2 * layer / max(spec.kv_bytes_per_token, 1)
-        self._tails = PAGE_TOKENS * spec.kv_bytes_per_token / self.sizes.mean
+        self._tails = PAGE_TOKENS * spec.exact_kv_bytes_per_token / self.sizes.mean
         self.staged = self._read_ahead + self._tails
         self._take_limits(limits)
 

@@ -1,0 +1,146 @@
+"""Attention of next tokens to KV pages on the host, by format and group size, beside what the same cores can attain.
+
+    python benchmarks/kv_kernels.py --threads 2
+    python benchmarks/kv_kernels.py --threads 2 --formats bfloat16 int4 --groups 1
+
+Three rates are measured in turns within each round: reads of memory that no cache holds, float32 matrix products, and the kernel.  With n
+bytes per number of keys and values and g query heads per key head, each number is read once and takes g multiply-adds, so no kernel can
+attend to more numbers per second than min(read rate / n, multiply-adds per second / g).  One JSON line per format and group: medians over
+the rounds, the share of what is attainable, and tokens/s relative to bfloat16.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from record import commit, machine, versions
+
+from flexgen.kernels.attention import attention_kernels
+from flexgen.kernels.reference import AttentionKernels
+from flexgen.kv.low_bit import LowBitKV, kv_format
+from flexgen.options import KV_FORMATS
+from flexgen.profile.low_bit import low_bit_steps
+
+PAGE_TOKENS, HEAD_DIM = 16, 128
+PLAIN = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+FORMATS = (*PLAIN, *(name for name in KV_FORMATS if name != "auto"))
+QUERY_HEADS = 32
+
+
+class Attainable:
+    """What the cores can attain: reads of memory, and float32 multiply-adds."""
+
+    def __init__(self) -> None:
+        self._numbers = torch.ones(64 * 2**20)
+        self._factors = torch.rand(512, 1024), torch.rand(1024, 1024)
+
+    def read_bytes_per_s(self) -> float:
+        """Return the rate of one pass over memory that no cache holds."""
+        begun = time.perf_counter()
+        self._numbers.sum()
+        return self._numbers.nbytes / (time.perf_counter() - begun)
+
+    def multiply_adds_per_s(self) -> float:
+        """Return the rate of float32 matrix products."""
+        one, other = self._factors
+        return one.numel() * other.shape[1] / timed(lambda: torch.mm(one, other), 0.05)
+
+
+def plain_steps(
+    kernels: AttentionKernels, dtype: torch.dtype, heads: int, key_heads: int, max_bytes: int, tokens: int
+) -> tuple[Callable[[], None], int]:
+    """Make a function that attends to pages of plain numbers; return it and the KV bytes that it reads."""
+    token_bytes = 2 * key_heads * HEAD_DIM * dtype.itemsize
+    sequences, per_sequence = max(max_bytes // (tokens * token_bytes), 1), tokens // PAGE_TOKENS
+    number = sequences * per_sequence
+    keys = torch.empty(number, key_heads, HEAD_DIM, PAGE_TOKENS, dtype=dtype).uniform_(-1, 1)
+    values = torch.empty(number, key_heads, PAGE_TOKENS, HEAD_DIM, dtype=dtype).uniform_(-1, 1)
+    query = torch.empty(sequences, heads, HEAD_DIM, dtype=dtype).uniform_(-1, 1)
+    tables, starts, out = torch.randperm(number).view(sequences, -1), torch.zeros(sequences, dtype=torch.int64), torch.empty_like(query)
+
+    def run() -> None:
+        kernels.decode_attention(query, keys, values, tables, starts, starts + tokens, scaling=HEAD_DIM**-0.5, out=out)
+
+    return run, sequences * tokens * token_bytes
+
+
+def made(kernels: AttentionKernels, name: str, heads: int, key_heads: int, max_bytes: int, tokens: int) -> tuple[Callable[[], None], int]:
+    """Make the function of a format."""
+    if name in PLAIN:
+        return plain_steps(kernels, PLAIN[name], heads, key_heads, max_bytes, tokens)
+    kv = kv_format(name, torch.bfloat16)
+    assert isinstance(kv, LowBitKV)
+    return low_bit_steps(kernels, torch.device("cpu"), kv, heads, key_heads, 2 * max_bytes, tokens)
+
+
+def timed(run: Callable[[], object], least_seconds: float) -> float:
+    """Return the seconds of one call, over enough calls to be measured."""
+    calls, begun = 0, time.perf_counter()
+    while not calls or time.perf_counter() - begun < least_seconds:
+        run()
+        calls += 1
+    return (time.perf_counter() - begun) / calls
+
+
+def case(kernels: AttentionKernels, attainable: Attainable, names: list[str], group: int, options: Any) -> list[dict[str, Any]]:
+    """Measure all formats for one group size, in turns."""
+    key_heads = QUERY_HEADS // group
+    runs = {name: made(kernels, name, QUERY_HEADS, key_heads, options.mebibytes << 20, options.tokens) for name in names}
+    for run, _ in runs.values():
+        run()
+    rates: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+    for _ in range(options.rounds):
+        for name, (run, kv_bytes) in runs.items():
+            read, adds = attainable.read_bytes_per_s(), attainable.multiply_adds_per_s()
+            seconds = timed(run, 0.1)
+            number_bytes = _number_bytes(name)
+            numbers = kv_bytes / number_bytes / seconds
+            limit = min(read / number_bytes, adds / group)
+            rates[name].append({
+                "numbers_per_s": numbers, "bytes_per_s": kv_bytes / seconds, "read_bytes_per_s": read, "multiply_adds_per_s": adds,
+                "share_of_attainable": numbers / limit,
+            })  # fmt: skip
+    rows = []
+    for name, measured in rates.items():
+        row: dict[str, Any] = {"format": name, "heads_per_key_head": group, "tokens": options.tokens, "head_dim": HEAD_DIM}
+        row |= {key: statistics.median(each[key] for each in measured) for key in measured[0]}
+        if "bfloat16" in rates:
+            pairs = zip(measured, rates["bfloat16"], strict=True)
+            row["tokens_per_s_over_bfloat16"] = statistics.median(own["numbers_per_s"] / other["numbers_per_s"] for own, other in pairs)
+        rows.append(row)
+    return rows
+
+
+def _number_bytes(name: str) -> float:
+    if name in PLAIN:
+        return PLAIN[name].itemsize
+    return {"int8": 8.5, "k8v4": 6.75, "int4": 5.0}[name] / 8  # scales included
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--formats", nargs="+", default=list(FORMATS), choices=FORMATS)
+    parser.add_argument("--groups", nargs="+", type=int, default=[1, 4, 8])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--mebibytes", type=int, default=128, help="of KV per case")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    torch.set_num_threads(options.threads)
+    place = {"threads": options.threads, **commit(), "machine": machine(), "versions": versions()}
+    with attention_kernels(torch.device("cpu"), options.threads) as kernels:
+        attainable = Attainable()
+        for group in options.groups:
+            for row in case(kernels, attainable, options.formats, group, options):
+                print(json.dumps({**row, **place}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""Arguments of compiled kernels: checked, and made arrays that Numba knows."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flexgen.kernels.cpu.checks import check_format, check_layout, check_positions, check_shapes
+
+ITEM_TOKENS = 16  # what beginning a work item costs, in tokens read
+
+Where = tuple[np.ndarray, np.ndarray, np.ndarray]  # page tables (S, max_pages), starts (S,), lengths (S,)
+
+
+def check_pages(dtype: torch.dtype, key_pages: Tensor, value_pages: Tensor, kv_heads: int, key_dim: int, value_dim: int) -> None:
+    """Refuse pages of another format, layout or shape."""
+    num_pages, page_tokens = key_pages.shape[0], key_pages.shape[-1]
+    check_format(dtype, key_pages=key_pages, value_pages=value_pages)
+    check_layout(key_pages=key_pages, value_pages=value_pages)
+    check_shapes(
+        key_pages=(key_pages, (None, kv_heads, key_dim, None)), value_pages=(value_pages, (num_pages, kv_heads, page_tokens, value_dim))
+    )
+
+
+def check_out(dtype: torch.dtype, out: Tensor, shape: tuple[int, ...]) -> None:
+    """Refuse a result of another format, layout or shape."""
+    check_format(dtype, out=out)
+    check_layout(out=out)
+    check_shapes(out=(out, shape))
+
+
+def where_seen(num_sequences: int, page_tables: Tensor, starts: Tensor, lengths: Tensor, page_tokens: int) -> Where:
+    """Return where the visible positions are, with starts before the first position moved to it."""
+    check_shapes(page_tables=(page_tables, (num_sequences, None)), starts=(starts, (num_sequences,)), lengths=(lengths, (num_sequences,)))
+    where = integers(page_tables), np.maximum(integers(starts), 0), integers(lengths)
+    check_positions(*where[1:], page_tables.shape[1] * page_tokens)
+    return where
+
+
+def costs(where: Where, items_per_sequence: int) -> np.ndarray:
+    """Return the cost of every work item, in tokens read."""
+    _, starts, lengths = where
+    return np.repeat(lengths - starts + ITEM_TOKENS, items_per_sequence)
+
+
+def accumulator(dtype: torch.dtype) -> type[np.floating]:
+    """Return the type of sums over numbers of a dtype."""
+    return np.float64 if dtype == torch.float64 else np.float32
+
+
+def integers(tensor: Tensor) -> np.ndarray:
+    """Return a tensor of integers as contiguous int64."""
+    return np.ascontiguousarray(tensor.numpy(), np.int64)
+
+
+def sinks_array(sinks: Tensor | None, heads: int, number: type[np.floating]) -> np.ndarray:
+    """Return sinks as (heads,), or (0,) for none."""
+    if sinks is None:
+        return np.zeros(0, number)
+    check_shapes(sinks=(sinks, (heads,)))
+    return sinks.detach().double().numpy().astype(number)
+
+
+def workspace(size: int, number: type[np.floating]) -> np.ndarray:
+    """Return memory for one call on one thread; it begins on a cache line, so that vectors do not straddle two."""
+    line = 64 // np.dtype(number).itemsize
+    memory = np.empty(size + line, number)
+    skipped = -memory.ctypes.data % 64 // memory.itemsize
+    return memory[skipped : skipped + size]

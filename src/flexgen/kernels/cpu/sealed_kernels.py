@@ -1,0 +1,154 @@
+"""The host's kernels with those for sealed pages.  In float64, which has no kernel for codes, the reference computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flexgen.errors import EngineError
+from flexgen.kernels.codes import HeadCodes, SealedPages
+from flexgen.kernels.cpu import decode_sealed, sealed
+from flexgen.kernels.cpu.arguments import accumulator, check_out, check_pages, costs, integers, sinks_array, where_seen, workspace
+from flexgen.kernels.cpu.checks import check_format, check_groups, check_layout, check_positions, check_shapes
+from flexgen.kernels.cpu.formats import carried
+from flexgen.kernels.cpu.kernels import PlainKernels
+from flexgen.kernels.threads import split_evenly
+
+
+class CpuKernels(PlainKernels):
+    """Attention kernels for tensors in host memory; owns `num_threads - 1` threads."""
+
+    def seal(self, key: Tensor, value: Tensor, pages: SealedPages, page_ids: Tensor) -> None:
+        size, ids = pages.page_tokens, integers(page_ids)
+        for numbers, codes, memory, by_token in _halves(pages, key, value):
+            check_shapes(numbers=(numbers, (len(ids) * size, memory.shape[1], codes.dim)))
+            plain = carried((numbers.float() if numbers.dtype == torch.float64 else numbers).contiguous())
+            arrays = plain, *_memory(memory), ids, size, codes.bits, codes.rotated, by_token
+            self._over_pages(
+                lambda begin, end, arrays=arrays, dim=codes.dim: sealed.seal(begin, end, *arrays, workspace(dim, np.float32)), len(ids)
+            )
+
+    def unseal(self, pages: SealedPages, page_table: Tensor, start: int, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        if dtype == torch.float64:
+            return super().unseal(pages, page_table, start, length, dtype)
+        size, table = pages.page_tokens, integers(page_table)
+        check_positions(np.array([start]), np.array([length]), len(table) * size)
+        found: list[Tensor] = []
+        for _, codes, memory, by_token in _halves(pages, pages.keys, pages.values):
+            out = torch.empty(length - start, memory.shape[1], codes.dim, dtype=dtype)
+            arrays = *_memory(memory), table, start, size, codes.bits, codes.rotated, by_token, carried(out)
+            self._run_even(
+                lambda begin, end, arrays=arrays, dim=codes.dim: sealed.unseal(begin, end, *arrays, workspace(dim, np.float32)),
+                length - start,
+            )
+            found.append(out)
+        return found[0], found[1]
+
+    def decode_sealed_attention(
+        self,
+        query: Tensor,
+        pages: SealedPages,
+        tail_keys: Tensor,
+        tail_values: Tensor,
+        page_tables: Tensor,
+        tails: Tensor,
+        starts: Tensor,
+        lengths: Tensor,
+        *,
+        scaling: float,
+        out: Tensor,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+    ) -> None:
+        if query.dtype == torch.float64:
+            plain = query, pages, tail_keys, tail_values, page_tables, tails, starts, lengths
+            super().decode_sealed_attention(*plain, scaling=scaling, out=out, softcap=softcap, sinks=sinks)
+            return
+        num_sequences, heads, key_dim = query.shape
+        kv_heads, value_dim, page_tokens = tail_keys.shape[1], tail_values.shape[3], pages.page_tokens
+        check_groups(heads, kv_heads)
+        check_pages(query.dtype, tail_keys, tail_values, kv_heads, key_dim, value_dim)
+        check_shapes(tail_keys=(tail_keys, (None, kv_heads, key_dim, page_tokens)), tails=(tails, (num_sequences,)))
+        check_out(query.dtype, out, (num_sequences, heads, value_dim))
+        where = where_seen(num_sequences, page_tables, starts, lengths, page_tokens)
+        number = accumulator(query.dtype)
+        memories = (
+            (*_codes(memory, codes, kv_heads, page_tokens), codes.bits)
+            for codes, memory in ((pages.key_codes, pages.keys), (pages.value_codes, pages.values))
+        )
+        (keys, key_parameters, key_bits), (values, value_parameters, value_bits) = memories
+        arrays = (
+            carried(query.contiguous()), keys, key_parameters, key_bits, pages.key_codes.rotated, values, value_parameters, value_bits,
+            carried(tail_keys), carried(tail_values), where[0], integers(tails), *where[1:],
+            sinks_array(sinks, heads, number), number(scaling), number(softcap or 0), carried(out),
+        )  # fmt: skip
+        size = decode_sealed.decode_sealed_workspace(heads // kv_heads, key_dim, value_dim, page_tokens)
+        self._run(
+            lambda begin, end: decode_sealed.decode_sealed_attention(begin, end, *arrays, workspace(size, number)),
+            costs(where, kv_heads),
+        )
+
+    def prefill_sealed_attention(
+        self,
+        query: Tensor,
+        stored_key: Tensor,
+        stored_value: Tensor,
+        key: Tensor,
+        value: Tensor,
+        starts: Tensor,
+        borders: Tensor,
+        exact_start: int,
+        *,
+        scaling: float,
+        out: Tensor,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+    ) -> None:
+        (num_queries, heads, key_dim), (num_exact, kv_heads, value_dim) = query.shape, value.shape
+        check_groups(heads, kv_heads)
+        check_format(query.dtype, stored_key=stored_key, stored_value=stored_value, key=key, value=value)
+        check_shapes(
+            stored_key=(stored_key, (None, kv_heads, key_dim)), stored_value=(stored_value, (len(stored_key), kv_heads, value_dim)),
+            key=(key, (num_exact, kv_heads, key_dim)), starts=(starts, (num_queries,)), borders=(borders, (num_queries,)),
+        )  # fmt: skip
+        check_out(query.dtype, out, (num_queries, heads, value_dim))
+        first, border = np.maximum(integers(starts), 0), integers(borders)
+        stored_ends = np.minimum(border, len(stored_key))
+        exact_first, ends = np.maximum(first, border) - exact_start, np.arange(num_exact - num_queries, num_exact) + 1
+        exact_first = np.maximum(exact_first, 0)
+        check_positions(exact_first, ends, num_exact)
+        stored = stored_key, stored_value, np.minimum(first, stored_ends), stored_ends
+        self._prefill(query, stored, (key, value, exact_first, ends), scaling, softcap, sinks, out)
+
+    def _over_pages(self, function: Callable[[int, int], None], num_pages: int) -> None:
+        self._threads.run(function, split_evenly(np.ones(num_pages), min(self._threads.num_threads, num_pages)))
+
+
+def _halves(pages: SealedPages, key: Tensor, value: Tensor) -> Iterator[tuple[Tensor, HeadCodes, Tensor, bool]]:
+    """Yield (numbers, codes, memory, whether the codes of a token are adjacent) of keys and of values."""
+    for numbers, codes, memory, by_token in ((key, pages.key_codes, pages.keys, False), (value, pages.value_codes, pages.values, True)):
+        _check_memory(memory, codes, pages.page_tokens)
+        yield numbers, codes, memory, by_token
+
+
+def _check_memory(memory: Tensor, codes: HeadCodes, page_tokens: int) -> None:
+    check_format(torch.uint8, pages=memory)
+    check_layout(pages=memory)
+    check_shapes(pages=(memory, (None, None, page_tokens * codes.token_bytes)))
+    if page_tokens % 2:
+        raise EngineError(f"sealed pages have an even number of tokens, not {page_tokens}")
+
+
+def _memory(memory: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Return the bytes and the same memory as float16, in the types that carry them."""
+    return memory.numpy(), memory.view(torch.int16).numpy()
+
+
+def _codes(memory: Tensor, codes: HeadCodes, kv_heads: int, page_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the codes as signed bytes, and the parameters."""
+    _check_memory(memory, codes, page_tokens)
+    check_shapes(pages=(memory, (None, kv_heads, None)))
+    return memory.view(torch.int8).numpy(), memory.view(torch.int16).numpy()

@@ -1,0 +1,260 @@
+"""Attention of one micro-batch where complete pages are sealed.
+
+A query sees the pages before its own page as they are stored, and its own page exactly.  Which numbers it sees is therefore a function of
+its position alone: not of how a prompt was cut, of who computed a shared page, nor of where pages live.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from flexgen.kernels.reference import AttentionKernels
+from flexgen.kv.format import KVPages, Steps
+from flexgen.kv.low_bit import LowBitPages
+from flexgen.kv.pages import KVGroup, with_tail
+from flexgen.kv.views import Heads, Past, as_attended, step_outputs, step_queries
+from flexgen.passes.calls import AttentionCall, KeyValue
+from flexgen.passes.plan import Slice
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SealedPrompt:
+    """Index tensors of one prompt slice in one layer group.  Positions are counted from that of the first visible page.
+
+    Attributes:
+        length: The number of new tokens.
+        head_length: The number of tokens that the page of the first new token held before.
+        tail: The tail, int64 (1,).
+        past: (page table, first position, position after the last) of earlier pages, in the sequence; None if none is visible.
+        page_start: The position of the page of the first new token.
+        num_seen_stored: The number of tokens from there on that later new tokens see as they are stored.
+        complete: The pages that the slice completes, int64 (pages,).
+        starts: The first position that each token sees, int64 (length,).
+        borders: The first position of each token's own page, int64 (length,).
+    """
+
+    length: int
+    head_length: int
+    tail: torch.Tensor
+    past: tuple[torch.Tensor, int, int] | None
+    page_start: int
+    num_seen_stored: int
+    complete: torch.Tensor
+    starts: torch.Tensor
+    borders: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SealedGroupPlan:
+    """Index tensors of a micro-batch in one layer group, and attention by them; the counterpart of `GroupPlan`.
+
+    Attributes:
+        group: The layer group.
+        tail_rows: The new tokens that are kept in tails, int64 (rows,).
+        tail_ids: Their tails, int64 (rows,).
+        tail_offsets: Their positions in the page, int64 (rows,).
+        full_tails: The tails that next tokens complete, int64 (pages,).
+        full_pages: The pages that these become, int64 (pages,).
+        num_steps: The number of slices that are next tokens; they come first.
+        steps: The tokens that the next tokens see.
+        prompts: The other slices.
+    """
+
+    group: KVGroup
+    tail_rows: torch.Tensor
+    tail_ids: torch.Tensor
+    tail_offsets: torch.Tensor
+    full_tails: torch.Tensor
+    full_pages: torch.Tensor
+    num_steps: int
+    steps: Steps
+    prompts: tuple[SealedPrompt, ...]
+
+    def write(self, kernels: AttentionKernels, new: KeyValue, pages: KVPages) -> Heads:
+        """Store the micro-batch's new keys and values (1, heads, tokens, dim), and seal the pages that become complete.
+
+        Returns:
+            What the tails of prompts held before.
+        """
+        assert isinstance(pages, LowBitPages)
+        key, value = (each[0].transpose(0, 1) for each in new)
+        heads = [self._head(kernels, each, pages, key.dtype) for each in self.prompts]
+        pages.write(kernels, key[self.tail_rows], value[self.tail_rows], self.tail_ids, self.tail_offsets)
+        pages.seal_tails(kernels, self.full_tails, self.full_pages)
+        row = self.num_steps
+        for each, head in zip(self.prompts, heads, strict=True):
+            if len(each.complete):
+                whole = _joined(head, (key[row : row + each.length], value[row : row + each.length]))
+                num_tokens = len(each.complete) * self.group.page_tokens
+                pages.seal(kernels, whole[0][:num_tokens], whole[1][:num_tokens], each.complete)
+            row += each.length
+        return heads
+
+    @staticmethod
+    def _head(kernels: AttentionKernels, prompt: SealedPrompt, pages: LowBitPages, dtype: torch.dtype) -> KeyValue | None:
+        return pages.tails.gather(kernels, prompt.tail, 0, prompt.head_length, dtype) if prompt.head_length else None
+
+    def attend(self, kernels: AttentionKernels, call: AttentionCall, pages: KVPages, heads: Heads) -> torch.Tensor:
+        """Return the attention, (1, tokens, heads, value_dim), of all slices, whose new tokens are stored already."""
+        out = call.new_output()
+        if self.num_steps:
+            attended = self.attend_steps(kernels, call, step_queries(call, self.num_steps), pages)
+            out[0, : self.num_steps] = step_outputs(call, attended)
+        if self.prompts:
+            self.attend_prompts(kernels, call, self.gather_past(kernels, pages, call.query.dtype, heads), out)
+        return out
+
+    def attend_steps(self, kernels: AttentionKernels, call: AttentionCall, query: torch.Tensor, pages: KVPages) -> torch.Tensor:
+        """Return the attention, (steps, heads, value_dim), of the next tokens' `step_queries`; on latents (steps, heads, rank)."""
+        dim = call.value.shape[3] if call.latent is None else call.latent.key_up.shape[2]
+        out = query.new_empty(*query.shape[:2], dim)
+        pages.decode(kernels, call, query, self.steps, out)
+        return out
+
+    def gather_past(self, kernels: AttentionKernels, pages: KVPages, dtype: torch.dtype, heads: Heads) -> list[Past]:
+        """Return, for each prompt slice, what is visible of the pages before its own first page, and the head of that page."""
+        found: list[Past] = []
+        for each, head in zip(self.prompts, heads, strict=True):
+            if each.past is None and head is None:
+                found.append(None)
+                continue
+            geometry = self.group.geometry
+            none = (
+                torch.empty(0, geometry.key_heads, geometry.key_dim, dtype=dtype, device=each.tail.device),
+                torch.empty(0, geometry.value_heads, geometry.value_dim, dtype=dtype, device=each.tail.device),
+            )
+            stored = none if each.past is None else pages.gather(kernels, *each.past, dtype)
+            found.append((*stored, *(head or none)))
+        return found
+
+    def attend_prompts(self, kernels: AttentionKernels, call: AttentionCall, past: Sequence[Past], out: torch.Tensor) -> None:
+        """Write the attention of the prompt slices to their rows of `out`, (1, tokens, heads, value_dim)."""
+        cached = (call.key, call.value) if call.latent is None else call.new
+        assert cached is not None, "layers with latents share none"
+        row = self.num_steps
+        for each, before in zip(self.prompts, past, strict=True):
+            rows = slice(row, row + each.length)
+            own = cached[0][0, :, rows].transpose(0, 1), cached[1][0, :, rows].transpose(0, 1)  # (length, heads, dim)
+            exact, head = own, None
+            if before is not None and before[2].shape[0]:
+                head = before[2], before[3]
+                exact = _joined(head, own)
+            stored = self._as_stored(kernels, exact, each.num_seen_stored)
+            if before is not None:
+                stored = _joined((before[0], before[1]), stored)
+            key, value = call.key[0, :, rows].transpose(0, 1), call.value[0, :, rows].transpose(0, 1)
+            if head is not None:
+                key, value = _joined(_attended(call, head), (key, value))
+            stored = _attended(call, stored)
+            kernels.prefill_sealed_attention(
+                call.query[0, :, rows].transpose(0, 1), stored[0], stored[1], key, value, each.starts, each.borders, each.page_start,
+                scaling=call.scaling, softcap=call.softcap, sinks=call.sinks, out=out[0, rows],
+            )  # fmt: skip
+            row += each.length
+
+    def _as_stored(self, kernels: AttentionKernels, exact: KeyValue, num_tokens: int) -> KeyValue:
+        """Return the first tokens of (tokens, heads, dim) as they come back from sealed pages."""
+        key, value = exact[0][:num_tokens], exact[1][:num_tokens]
+        if not num_tokens:
+            return key, value
+        group, number = self.group, num_tokens // self.group.page_tokens
+        keys, values = (
+            torch.empty(number, size, dtype=torch.uint8, device=key.device) for size in (group.key_page_bytes, group.value_page_bytes)
+        )
+        pages = group.format.pages(keys, values, group.geometry, group.page_tokens)
+        assert isinstance(pages, LowBitPages)
+        ids = torch.arange(number, device=key.device)
+        pages.seal(kernels, key, value, ids)
+        return pages.gather(kernels, ids, 0, num_tokens, key.dtype)
+
+
+def _joined(one: KeyValue | None, other: KeyValue) -> KeyValue:
+    """Return the tokens of both, (tokens, heads, dim)."""
+    if one is None or not one[0].shape[0]:
+        return other
+    return torch.cat([one[0], other[0]]), torch.cat([one[1], other[1]])
+
+
+def _attended(call: AttentionCall, cached: KeyValue) -> KeyValue:
+    """Return cached (tokens, heads, dim) tensors as keys and values, (tokens, heads, dim)."""
+    key, value = as_attended(call, cached)
+    return key.transpose(0, 1), value.transpose(0, 1)
+
+
+def steps_of(group: KVGroup, index: int, steps: Sequence[Slice], device: torch.device, tail: int | None = None) -> Steps:
+    """Return what next tokens see.
+
+    Args:
+        group: The layer group.
+        index: Its index among the slices' page tables.
+        steps: The slices.
+        device: The device of the index tensors.
+        tail: The index of the group of its tails; None if there are none.
+    """
+
+    def integers(values: Sequence[object]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=device)
+
+    widest = max((len(each.tables[index]) for each in steps), default=1)
+    tables = [list(each.tables[index]) + [-1] * (widest - len(each.tables[index])) for each in steps]
+    return Steps(
+        tables=integers(tables).view(len(steps), widest),
+        starts=integers([group.geometry.first_visible(each.start) for each in steps]),
+        lengths=integers([each.start + 1 for each in steps]),
+        tails=None if tail is None else integers([each.tables[tail][0] for each in steps]),
+    )
+
+
+def sealed_plan(
+    groups: Sequence[KVGroup], index: int, steps: Sequence[Slice], prompts: Sequence[Slice], device: torch.device
+) -> SealedGroupPlan:
+    """Return the plan of a group whose pages are sealed, for slices that are next tokens and for others."""
+
+    def integers(values: Sequence[int]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=device)
+
+    group, (_, tail) = groups[index], with_tail(groups, index)
+    size = group.page_tokens
+    rows: list[tuple[int, int, int]] = []  # (new token, tail, offset)
+    row = 0
+    for each in (*steps, *prompts):
+        first_kept = max((each.stop - 1) // size * size, each.start)
+        rows += [(row + position - each.start, each.tables[tail][0], position % size) for position in range(first_kept, each.stop)]
+        row += each.length
+    full = [each for each in steps if each.stop % size == 0]
+    tail_rows, tail_ids, tail_offsets = (integers([entry[place] for entry in rows]) for place in range(3))
+    return SealedGroupPlan(
+        group=group,
+        tail_rows=tail_rows,
+        tail_ids=tail_ids,
+        tail_offsets=tail_offsets,
+        full_tails=integers([each.tables[tail][0] for each in full]),
+        full_pages=integers([each.tables[index][each.start // size] for each in full]),
+        num_steps=len(steps),
+        steps=steps_of(group, index, steps, device, tail),
+        prompts=tuple(_sealed_prompt(group, each.tables[index], each.tables[tail][0], each, device) for each in prompts),
+    )
+
+
+def _sealed_prompt(group: KVGroup, table: Sequence[int], tail: int, each: Slice, device: torch.device) -> SealedPrompt:
+    def integers(values: Sequence[int]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=device)
+
+    size, first_visible = group.page_tokens, group.geometry.first_visible
+    origin = min(first_visible(each.start), each.start) // size * size  # of the first visible page
+    page_start = each.start // size * size
+    last_border = (each.stop - 1) // size * size
+    return SealedPrompt(
+        length=each.length,
+        head_length=each.start - page_start,
+        tail=integers([tail]),
+        past=(integers(table), origin, page_start) if origin < page_start else None,
+        page_start=page_start - origin,
+        num_seen_stored=last_border - page_start,
+        complete=integers([table[place] for place in range(each.start // size, each.stop // size)]),
+        starts=integers([first_visible(position) - origin for position in range(each.start, each.stop)]),
+        borders=integers([position // size * size - origin for position in range(each.start, each.stop)]),
+    )
