@@ -1,7 +1,6 @@
-"""The inner loops of attention on codes, for the pages and groups that nearly all models have: 16 tokens, 32 numbers.
+"""The inner loops of attention on codes of 4 bits, for the pages and groups that nearly all models have: 16 tokens, 32 numbers.
 
-One vector holds 16 codes.  A group is two rows of vectors: with 4 bits the low and the high halves of the same bytes, with 8 bits the first
-and the second 16 numbers.  Sums stay in registers until their scale is applied.
+One vector holds 16 codes: the low or the high halves of 16 bytes.  Sums stay in registers until their scale is applied.
 """
 
 from __future__ import annotations
@@ -22,15 +21,11 @@ HALF = GROUP // 2
 FUSED = ("contract",)
 
 
-def _codes(builder: Any, at: Any, second: Any, bits: int) -> tuple[Any, Any]:
-    """Load the two vectors of codes at an address; `second` is the distance of the second one where codes have 8 bits."""
-    first = builder.load(builder.bitcast(at, BYTES.as_pointer()), align=1)
-    if bits == 8:
-        other = builder.load(builder.bitcast(builder.gep(at, [second]), BYTES.as_pointer()), align=1)
-        return builder.sitofp(builder.sext(first, INTEGERS), FLOATS), builder.sitofp(builder.sext(other, INTEGERS), FLOATS)
-    wide = builder.zext(first, INTEGERS)
-    low = builder.and_(wide, ir.Constant(INTEGERS, [15] * LANES))
-    return builder.sitofp(low, FLOATS), builder.sitofp(builder.lshr(wide, ir.Constant(INTEGERS, [4] * LANES)), FLOATS)
+def _codes(builder: Any, at: Any) -> tuple[Any, Any]:
+    """Load the low and the high codes of 16 bytes."""
+    wide = builder.zext(builder.load(builder.bitcast(at, BYTES.as_pointer()), align=1), INTEGERS)
+    low, high = builder.and_(wide, ir.Constant(INTEGERS, [15] * LANES)), builder.lshr(wide, ir.Constant(INTEGERS, [4] * LANES))
+    return builder.sitofp(low, FLOATS), builder.sitofp(high, FLOATS)
 
 
 def _multiply_add(builder: Any, one: Any, other: Any, addend: Any) -> Any:
@@ -43,7 +38,7 @@ def _half_vector(builder: Any, start: Any, offset: Any) -> Any:
     return builder.fpext(builder.load(at, align=2), FLOATS)
 
 
-def _make_key_tile(heads: int, bits: int) -> Any:
+def _make_key_tile(heads: int) -> Any:
     """Generate `tile(queries, sums, codes, parameters, least, scores)`: the scores of one group, for so many heads.
 
     queries are `Rows` at the group's first number, sums `Rows` at the group's sum of queries, codes and parameters pointers; least is the
@@ -55,11 +50,10 @@ def _make_key_tile(heads: int, bits: int) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             queries_at, sums_at, scores_at = (Places(builder, arguments[place]) for place in (0, 1, 5))
             start, scales, least = arguments[2], arguments[3], arguments[4]
-            second = ir.Constant(INT64, HALF * LANES)
             zero = ir.Constant(FLOATS, [0.0] * LANES)
             low, high = [zero] * heads, [zero] * heads
             for row in range(HALF):
-                one, other = _codes(builder, builder.gep(start, [ir.Constant(INT64, row * LANES)]), second, bits)
+                one, other = _codes(builder, builder.gep(start, [ir.Constant(INT64, row * LANES)]))
                 for head in range(heads):
                     line = ir.Constant(INT64, head)
                     weight = broadcast(builder, builder.load(queries_at.scalar(line, row)))
@@ -67,14 +61,13 @@ def _make_key_tile(heads: int, bits: int) -> Any:
                     weight = broadcast(builder, builder.load(queries_at.scalar(line, HALF + row)))
                     high[head] = _multiply_add(builder, weight, other, high[head])
             scale = _half_vector(builder, scales, ir.Constant(INT64, 0))
-            lowest = _half_vector(builder, scales, least) if bits == 4 else None
+            lowest = _half_vector(builder, scales, least)
             for head in range(heads):
                 line = ir.Constant(INT64, head)
                 place = scores_at.vector(line, 0)
                 total = builder.load(place, align=4)
                 total = _multiply_add(builder, scale, builder.fadd(low[head], high[head]), total)
-                if lowest is not None:
-                    total = _multiply_add(builder, lowest, broadcast(builder, builder.load(sums_at.scalar(line, 0))), total)
+                total = _multiply_add(builder, lowest, broadcast(builder, builder.load(sums_at.scalar(line, 0))), total)
                 builder.store(total, place, align=4)
             return context.get_dummy_value()
 
@@ -83,7 +76,7 @@ def _make_key_tile(heads: int, bits: int) -> Any:
     return tile
 
 
-def _make_value_tile(heads: int, bits: int) -> Any:
+def _make_value_tile(heads: int) -> Any:
     """Generate `tile(weights, codes, stride, parameters, least, out, offsets, scaled)`: the weighted sum of one group, for so many heads.
 
     weights are `Rows` of 16 tokens, codes and parameters pointers at the group's; a token's codes are `stride` bytes behind the one before.
@@ -98,19 +91,18 @@ def _make_value_tile(heads: int, bits: int) -> Any:
             weights_at, out_at, offsets_at, scaled_at = (Places(builder, arguments[place]) for place in (0, 5, 6, 7))
             start, stride, scales, least = arguments[1], arguments[2], arguments[3], arguments[4]
             scale = _half_vector(builder, scales, ir.Constant(INT64, 0))
-            lowest = _half_vector(builder, scales, least) if bits == 4 else None
+            lowest = _half_vector(builder, scales, least)
             lines = [ir.Constant(INT64, head) for head in range(heads)]
             for line in lines:
                 weight = builder.load(weights_at.vector(line, 0), align=4)
                 builder.store(builder.fmul(weight, scale), scaled_at.vector(line, 0), align=4)
-                if lowest is not None:
-                    place = offsets_at.vector(line, 0)
-                    builder.store(_multiply_add(builder, weight, lowest, builder.load(place, align=4)), place, align=4)
+                place = offsets_at.vector(line, 0)
+                builder.store(_multiply_add(builder, weight, lowest, builder.load(place, align=4)), place, align=4)
             places = [out_at.vector(line, column) for column in (0, HALF) for line in lines]
             totals = [builder.load(place, align=4) for place in places]
             for token in range(LANES):
                 at = builder.gep(start, [builder.mul(stride, ir.Constant(INT64, token))])
-                vectors = _codes(builder, at, ir.Constant(INT64, HALF), bits)
+                vectors = _codes(builder, at)
                 for head, line in enumerate(lines):
                     weight = broadcast(builder, builder.load(scaled_at.scalar(line, token)))
                     for half, vector in enumerate(vectors):
@@ -140,9 +132,9 @@ def prefetch_bytes(start: Any, number: int) -> None:
         _prefetch_line(moved(start, line))
 
 
-def _make_scores(bits: int) -> Any:
-    """Generate `add_scores` for codes of so many bits."""
-    tile_1, tile_2, tile_4, tile_8 = (_make_key_tile(heads, bits) for heads in (1, 2, 4, 8))
+def _make_scores() -> Any:
+    """Generate `add_scores`: tiles below each other, for any number of heads."""
+    tile_1, tile_2, tile_4, tile_8 = (_make_key_tile(heads) for heads in (1, 2, 4, 8))
 
     @njit
     def add_scores(queries: Any, sums: Any, codes: Any, parameters: Any, least: int, scores: Any, heads: int) -> None:
@@ -163,9 +155,9 @@ def _make_scores(bits: int) -> Any:
     return add_scores
 
 
-def _make_totals(bits: int) -> Any:
-    """Generate `add_totals` for codes of so many bits."""
-    tile_1, tile_2, tile_4, tile_8 = (_make_value_tile(heads, bits) for heads in (1, 2, 4, 8))
+def _make_totals() -> Any:
+    """Generate `add_totals`: tiles below each other, for any number of heads."""
+    tile_1, tile_2, tile_4, tile_8 = (_make_value_tile(heads) for heads in (1, 2, 4, 8))
 
     @njit
     def add_totals(
@@ -196,5 +188,4 @@ def _make_totals(bits: int) -> Any:
     return add_totals
 
 
-add_scores_4, add_scores_8 = _make_scores(4), _make_scores(8)
-add_totals_4, add_totals_8 = _make_totals(4), _make_totals(8)
+add_scores, add_totals = _make_scores(), _make_totals()

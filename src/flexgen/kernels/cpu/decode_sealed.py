@@ -13,7 +13,7 @@ from numba import njit
 
 from flexgen.base.compiled import entry
 from flexgen.kernels.codes import GROUP
-from flexgen.kernels.cpu.code_tile import FAST_TOKENS, add_scores_4, add_scores_8, add_totals_4, add_totals_8, prefetch_bytes
+from flexgen.kernels.cpu.code_tile import FAST_TOKENS, add_scores, add_totals, prefetch_bytes
 from flexgen.kernels.cpu.decode import DECODE_BLOCK
 from flexgen.kernels.cpu.rows import LANES, Rows, clear, moved, padded, page_and_next, part, pointer, widen_row
 from flexgen.kernels.cpu.sealed import code_bytes_of, rotate
@@ -144,15 +144,15 @@ def score_page(
         stored, query = moved(codes, begin * page_tokens), part(queries, 0, group * GROUP)
         own, least = moved(parameters, group * page_tokens), groups * page_tokens
         begin += size if bits == 8 else (size + 1) // 2
-        if size == GROUP and page_tokens == FAST_TOKENS:
-            if bits == 4:
-                add_scores_4(query, part(query_sums, 0, group), stored, own, least, scores, heads)
-            else:
-                add_scores_8(query, part(query_sums, 0, group), stored, own, least, scores, heads)
+        if bits == 4 and size == GROUP and page_tokens == FAST_TOKENS:
+            add_scores(query, part(query_sums, 0, group), stored, own, least, scores, heads)
             continue
-        unpack(stored, page_tokens, page_tokens, 1, size, bits, numbers, page_tokens, 1)
         clear(sums.first, heads * sums.stride)
-        add_product(query, Rows(numbers, page_tokens), sums, heads, size, page_tokens, 0)
+        if bits == 8:
+            add_product(query, Rows(stored, page_tokens), sums, heads, size, page_tokens, 0)
+        else:
+            unpack(stored, page_tokens, page_tokens, 1, size, numbers, page_tokens, 1)
+            add_product(query, Rows(numbers, page_tokens), sums, heads, size, page_tokens, 0)
         widen_row(own, scales, page_tokens)
         if bits == 4:
             widen_row(moved(own, least), moved(scales, page_tokens), page_tokens)
@@ -178,19 +178,18 @@ def add_page(
         stored, out, sums = moved(codes, begin), part(totals, 0, group * GROUP), part(offsets, 0, group * LANES)
         own, least = moved(parameters, group * page_tokens), groups * page_tokens
         begin += size if bits == 8 else (size + 1) // 2
-        if size == GROUP and rows == FAST_TOKENS:
-            if bits == 4:
-                add_totals_4(weights, stored, code_bytes, own, least, out, sums, scaled, heads)
-            else:
-                add_totals_8(weights, stored, code_bytes, own, least, out, sums, scaled, heads)
+        if bits == 4 and size == GROUP and rows == FAST_TOKENS:
+            add_totals(weights, stored, code_bytes, own, least, out, sums, scaled, heads)
             continue
-        unpack(stored, 1, rows, code_bytes, size, bits, numbers, 1, GROUP)
         widen_row(own, scales, rows)
         for head in range(heads):
             for token in range(rows):
                 scaled.first[head * scaled.stride + token] = weights.first[head * weights.stride + token] * scales[token]
-        add_product(scaled, Rows(numbers, GROUP), out, heads, rows, size, 0)
-        if bits == 4:
+        if bits == 8:
+            add_product(scaled, Rows(stored, code_bytes), out, heads, rows, size, 0)
+        else:
+            unpack(stored, 1, rows, code_bytes, size, numbers, 1, GROUP)
+            add_product(scaled, Rows(numbers, GROUP), out, heads, rows, size, 0)
             widen_row(moved(own, least), scales, rows)
             for head in range(heads):
                 for token in range(rows):
@@ -198,17 +197,12 @@ def add_page(
 
 
 @njit
-def unpack(
-    codes: Any, code_stride: int, tokens: int, token_stride: int, size: int, bits: int, numbers: Any, stride: int, token_numbers: int
-) -> None:
-    """Make float32 numbers of a group's codes, `stride` apart, those of a token `token_numbers` behind those of the one before."""
+def unpack(codes: Any, code_stride: int, tokens: int, token_stride: int, size: int, numbers: Any, stride: int, token_numbers: int) -> None:
+    """Make float32 numbers of a group's codes of 4 bits, `stride` apart, those of a token `token_numbers` behind the ones before."""
     half = (size + 1) // 2
     for token in range(tokens):
-        for i in range(size if bits == 8 else half):
+        for i in range(half):
             byte, place = codes[token * token_stride + i * code_stride], token * token_numbers + i * stride
-            if bits == 8:
-                numbers[place] = np.float32(byte)
-                continue
             numbers[place] = np.float32(byte & 15)
             if half + i < size:
                 numbers[place + half * stride] = np.float32((byte >> 4) & 15)

@@ -9,13 +9,14 @@ import math
 from typing import Any
 
 import numpy as np
-from numba import njit
+from llvmlite import ir
+from numba import njit, types
 
-from flexgen.base.compiled import entry
+from flexgen.base.compiled import entry, intrinsic
 from flexgen.errors import EngineError
 from flexgen.kernels.codes import GROUP, LARGEST_HALF
 from flexgen.kernels.cpu.formats import narrow, widen
-from flexgen.kernels.cpu.rows import moved, page_and_next, pointer, widen_row
+from flexgen.kernels.cpu.rows import LANES, moved, page_and_next, pointer, widen_row
 
 HALF_GROUP = GROUP // 2
 BY_127, BY_15, LARGEST = np.float32(1 / 127), np.float32(1 / 15), np.float32(LARGEST_HALF)
@@ -23,15 +24,38 @@ TO_NEAREST = np.float32(1.5 * 2**23)  # adding and subtracting it rounds to the 
 ZERO, ONE = np.float32(0), np.float32(1)
 
 
+@intrinsic
+def rotate_vector(typing_context: Any, row: Any) -> Any:
+    """Compile `rotate_vector(row)`: the first steps of the transform, within LANES adjacent float32 numbers."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        floats, integers = ir.VectorType(ir.FloatType(), LANES), ir.VectorType(ir.IntType(32), LANES)
+        place = builder.bitcast(arguments[0], floats.as_pointer())
+        numbers, half = builder.load(place, align=4), 1
+        while half < LANES:
+            partners = builder.shuffle_vector(numbers, numbers, ir.Constant(integers, [lane ^ half for lane in range(LANES)]))
+            signs = ir.Constant(floats, [-1.0 if lane & half else 1.0 for lane in range(LANES)])
+            numbers = builder.fadd(builder.fmul(numbers, signs), partners)
+            half *= 2
+        builder.store(numbers, place, align=4)
+        return context.get_dummy_value()
+
+    return types.void(row), generate
+
+
 @njit
 def rotate(row: Any, dim: int) -> None:
-    """Multiply float32 or float64 numbers by the block-diagonal Hadamard matrix, in place (`codes.rotated`)."""
+    """Multiply float32 numbers by the block-diagonal Hadamard matrix, in place (`codes.rotated`)."""
     first = 0
     while first < dim:
         size = 1
         while 2 * size <= dim - first:
             size *= 2
         half = 1
+        if size >= LANES:
+            for begin in range(first, first + size, LANES):
+                rotate_vector(moved(row, begin))
+            half = LANES
         while half < size:
             for begin in range(first, first + size, 2 * half):
                 for i in range(begin, begin + half):
