@@ -7,6 +7,7 @@
 One way has a line per context with its "choices".  The other asks what an evaluation asks of an endpoint that only generates: a line per
 choice, with context and choice as its prompt, echoed with log probabilities, and nothing shared between lines.  Both run cold in a memory
 cgroup of the same size.  Weights and tokens are random: only the shape costs time.  That both say the same of every choice is checked.
+Echoes of all contexts take four times as long; --echo-contexts asks for the first ones only, and choices per second are compared.
 The method stands in docs/benchmarks.md; results are JSON lines.
 """
 
@@ -50,6 +51,7 @@ class Setup:
     shape: Shape
     memory_bytes: int
     num_contexts: int
+    echo_contexts: int
     scratch: Path
 
     @property
@@ -72,7 +74,11 @@ def main() -> int:
         shape = SHAPES[args.shape]
         args.scratch.mkdir(parents=True, exist_ok=True)
         setup = Setup(
-            shape=shape, memory_bytes=args.memory or shape.memory_bytes, num_contexts=args.num_contexts, scratch=args.scratch.resolve()
+            shape=shape,
+            memory_bytes=args.memory or shape.memory_bytes,
+            num_contexts=args.num_contexts,
+            echo_contexts=min(args.echo_contexts or args.num_contexts, args.num_contexts),
+            scratch=args.scratch.resolve(),
         )
         try:
             results.append(run_both(setup, args.options))
@@ -95,12 +101,14 @@ def run_both(setup: Setup, options: list[str]) -> dict[str, Any]:
         write_random_checkpoint(setup.shape.hf_config(), partial, torch.bfloat16, seed=0)
         partial.rename(setup.model)
     questions = drawn(setup)
+    echoed = questions[: setup.echo_contexts]
     ways = {
         CHOICES: run(setup, CHOICES, _lines_of_choices(questions), options),
-        ECHO: run(setup, ECHO, _lines_of_echoes(questions), ["--no-prefix-sharing", *options]),
+        ECHO: run(setup, ECHO, _lines_of_echoes(echoed), ["--no-prefix-sharing", *options]),
     }
-    scores = {CHOICES: _scores_of_choices(ways[CHOICES].pop("records")), ECHO: _scores_of_echoes(ways[ECHO].pop("records"), questions)}
-    differences = _differences(scores, questions)
+    scores = {CHOICES: _scores_of_choices(ways[CHOICES].pop("records")), ECHO: _scores_of_echoes(ways[ECHO].pop("records"), echoed)}
+    differences = _differences(scores, echoed)
+    contexts_per_s = {CHOICES: len(questions) / ways[CHOICES]["elapsed_seconds"], ECHO: len(echoed) / ways[ECHO]["elapsed_seconds"]}
     if max(differences) > TOLERANCE_PER_TOKEN:
         raise SystemExit(f"the two ways differ by {max(differences):.3f} in a log probability per token")
     return {
@@ -112,8 +120,9 @@ def run_both(setup: Setup, options: list[str]) -> dict[str, Any]:
         "num_choices": NUM_CHOICES,
         "choice_tokens": [1, MOST_CHOICE_TOKENS],
         "options": " ".join(options),
-        "times_as_fast": ways[ECHO]["elapsed_seconds"] / ways[CHOICES]["elapsed_seconds"],
-        "contexts_per_s": setup.num_contexts / ways[CHOICES]["elapsed_seconds"],
+        "echo_contexts": setup.echo_contexts,
+        "times_as_fast": contexts_per_s[CHOICES] / contexts_per_s[ECHO],
+        "contexts_per_s": contexts_per_s[CHOICES],
         "largest_difference": max(differences),
         "mean_difference": statistics.mean(differences),
         **ways,
@@ -196,7 +205,7 @@ def _differences(scores: dict[str, list[list[float]]], questions: list[Question]
     """Return by how much the two ways differ per token, for each choice."""
     return [
         abs(one - other) / len(choice)
-        for ones, others, each in zip(scores[CHOICES], scores[ECHO], questions, strict=True)
+        for ones, others, each in zip(scores[CHOICES][: len(questions)], scores[ECHO], questions, strict=True)
         for one, other, choice in zip(ones, others, each.choices, strict=True)
     ]
 
@@ -217,8 +226,8 @@ def print_table(rows: list[dict[str, Any]]) -> None:
     )
     print("| " + " | ".join([*titles, "times as fast"]) + " |\n" + "|---" * (len(titles) + 1) + "|")
     for row in rows:
-        job = f"{row['shape']}, {format_size(row['memory_bytes'])}, {row['num_contexts']} x {row['num_choices']}"
-        for way in (CHOICES, ECHO):
+        for way, num_contexts in ((CHOICES, row["num_contexts"]), (ECHO, row["echo_contexts"])):
+            job = f"{row['shape']}, {format_size(row['memory_bytes'])}, {num_contexts} x {row['num_choices']}"
             run_of, times = row[way], f"{row['times_as_fast']:.2f}" if way == CHOICES else ""
             computed = run_of["prompt_tokens"] - run_of["shared_prompt_tokens"]
             shares = (f"{run_of[name]:.2f}" for name in ("overlap", "plan", "efficiency"))
@@ -241,6 +250,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--shape", choices=sorted(SHAPES), default="llama-3b")
     parser.add_argument("--memory", type=parse_size, help="of the cgroup; default the shape's")
     parser.add_argument("--num-contexts", type=int, default=400)
+    parser.add_argument("--echo-contexts", type=int, help="how many of them are echoed too; default all")
     parser.add_argument("--options", nargs=argparse.REMAINDER, default=[], help="further options of flexgen run; must come last")
     return parser
 
