@@ -75,9 +75,12 @@ class FlexGenV0(NumberFormat):
         return found
 
     def decode(self, parts: Sequence[torch.Tensor], start: int, out: torch.Tensor, parallel: Parallel = serially) -> None:
+        import torch
+
         columns = out.shape[1]
         codes, ranges = parts[0].view(-1, columns), parts[1].view(-1, 2, columns)
 
+        @torch.inference_mode()  # a mode of the thread, and `out` may have been made in it on another one
         def decode_rows(begin: int, end: int) -> None:
             """Decode the rows of `out` in each group that has rows in [begin, end)."""
             row = begin
