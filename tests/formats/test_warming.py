@@ -11,7 +11,8 @@ import torch
 from machines import machine_of
 
 from flexgen import LLM, SamplingParams
-from flexgen.formats.base import Encoding, EncodingPart, NumberFormat, Parallel, StoredTensor, serially
+from flexgen.base.parallel import Parallel, serially
+from flexgen.formats.base import Encoding, EncodingPart, NumberFormat, StoredTensor
 from flexgen.formats.random_numbers import encoded_as
 from flexgen.formats.scaled import ScaledMatrices
 from flexgen.formats.table import stated_format

@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from flexgen.base.parallel import Parallel, serially
 from flexgen.errors import EngineError
-from flexgen.formats.base import NumberFormat, Parallel, serially
+from flexgen.formats.base import NumberFormat
 from flexgen.hub.gguf_file import TYPES, GGMLType
 
 if TYPE_CHECKING:

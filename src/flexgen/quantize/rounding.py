@@ -7,8 +7,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from flexgen.base.parallel import Parallel, serially
 from flexgen.errors import CheckpointError
-from flexgen.formats.base import Parallel, serially
 from flexgen.kernels.cpu.formats import carried
 
 # The ranges that are tried, as shares of the range of the weights.

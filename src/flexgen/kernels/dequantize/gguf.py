@@ -6,13 +6,14 @@ the numbers that are written.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from numba.extending import register_jitable
 
 from flexgen.base.compiled import entry
+from flexgen.base.parallel import Parallel
 from flexgen.errors import EngineError
 from flexgen.hub.gguf_file import TYPES
 from flexgen.kernels.cpu.formats import carried, narrow
@@ -25,7 +26,7 @@ _FEW = 1 << 15  # numbers for which other threads are not worth waking
 _WRITTEN = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def decode_blocks(name: str, raw: torch.Tensor, out: torch.Tensor, parallel: Callable[[Callable[[int, int], None], int], None]) -> None:
+def decode_blocks(name: str, raw: torch.Tensor, out: torch.Tensor, parallel: Parallel) -> None:
     """Decode blocks of one type.
 
     Args:

@@ -11,8 +11,8 @@ import torch
 
 from flexgen.errors import EngineError
 from flexgen.hub.gguf_file import TYPES
+from flexgen.kernels.dequantize.portions import portions
 
-_CHUNK = 1 << 22  # numbers that are decoded together, which bounds what is allocated
 _SIZES = {kind.name: (kind.block, kind.block_bytes) for kind in TYPES.values()}
 
 
@@ -32,9 +32,8 @@ def decode_blocks(name: str, raw: torch.Tensor, out: torch.Tensor, parallel: obj
         raise EngineError(f"there are no blocks of type {name}; known are {', '.join(_DECODERS)}")
     block, block_bytes = _SIZES[name]
     flat, blocks = out.view(-1, block), raw.view(-1, block_bytes)
-    step = _CHUNK // block
-    for begin in range(0, len(blocks), step):
-        flat[begin : begin + step].copy_(_DECODERS[name](blocks[begin : begin + step]).view(-1, block))
+    for start, stop in portions(len(blocks), block):
+        flat[start:stop].copy_(_DECODERS[name](blocks[start:stop]).view(-1, block))
 
 
 def _half(x: torch.Tensor, at: int) -> torch.Tensor:
