@@ -104,6 +104,9 @@ class AWQ(NumberFormat):
         ]
         return [NamedTensor(f"{module}.{field}", shape, dtype) for field, shape, dtype in stored]
 
+    def common_configs(self) -> Mapping[str, Mapping[str, Any]]:
+        return {AWQ_NAME: {"quant_method": "awq", "bits": _BITS, "group_size": 128}}
+
     def sample(self, stored: NamedTensor, generator: torch.Generator) -> torch.Tensor:
         from flexgen.formats.integer_samples import sample_integers
 

@@ -163,6 +163,13 @@ class NumberFormat:
         """
         return {}
 
+    def common_configs(self) -> Mapping[str, Mapping[str, Any]]:
+        """Return the quantization_config of common models, by the name of their encodings' format, as in ModelSpec.decoded_from.
+
+        How fast these are decoded is measured; the rates of others are estimated.
+        """
+        return {}
+
     def example(self, num_elements: int) -> NamedTensor:
         """Return a matrix of about so many numbers that `encode` encodes, as models have them, for measuring how fast it is decoded."""
         import torch

@@ -50,6 +50,9 @@ class FlexGenV0(NumberFormat):
             return [tensor]
         return encoded(tensor)
 
+    def common_configs(self) -> Mapping[str, Mapping[str, Any]]:
+        return {NAME: {"quant_method": NAME, "bits": 4, "group_size": GROUP}}
+
     def sample(self, stored: NamedTensor, generator: torch.Generator) -> torch.Tensor:
         import torch
 

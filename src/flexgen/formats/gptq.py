@@ -136,6 +136,9 @@ class GPTQ(NumberFormat):
         ]
         return [NamedTensor(f"{module}.{field}", shape, dtype) for field, shape, dtype in stored]
 
+    def common_configs(self) -> Mapping[str, Mapping[str, Any]]:
+        return {f"gptq_int{bits}": {"quant_method": "gptq", "bits": bits, "group_size": 128} for bits in (4, 8)}
+
     def sample(self, stored: NamedTensor, generator: torch.Generator) -> torch.Tensor:
         from flexgen.formats.integer_samples import sample_integers
 

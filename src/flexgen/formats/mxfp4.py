@@ -43,6 +43,9 @@ class MXFP4(NumberFormat):
             NamedTensor(f"{tensor.name}_scales", groups, torch.uint8),
         ]
 
+    def common_configs(self) -> Mapping[str, Mapping[str, Any]]:
+        return {"mxfp4": {"quant_method": "mxfp4"}}
+
     def example(self, num_elements: int) -> NamedTensor:
         import torch
 
