@@ -15,13 +15,12 @@ from numba.extending import register_jitable
 from flexgen.base.compiled import entry
 from flexgen.base.parallel import Parallel
 from flexgen.errors import EngineError
-from flexgen.hub.gguf_file import TYPES
+from flexgen.hub.gguf_file import BY_NAME
 from flexgen.kernels.cpu.formats import carried, narrow
 from flexgen.kernels.cpu.rows import moved, pointer
 from flexgen.kernels.dequantize.gguf_k import K_KERNELS
 from flexgen.kernels.dequantize.loops import bits_as_float, byte, half, sixteen, small
 
-_SIZES = {kind.name: (kind.block, kind.block_bytes) for kind in TYPES.values()}
 _FEW = 1 << 15  # numbers for which other threads are not worth waking
 _WRITTEN = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -46,7 +45,7 @@ def decode_blocks(name: str, raw: torch.Tensor, out: torch.Tensor, parallel: Par
         out.copy_(exact)
         return
     kernel, source, target = KERNELS[name], raw.view(-1).numpy(), carried(out.view(-1))
-    num_blocks = raw.numel() // _SIZES[name][1]
+    num_blocks = raw.numel() // BY_NAME[name].block_bytes
     if out.numel() <= _FEW:
         kernel(source, target, 0, num_blocks)
     else:
