@@ -17,7 +17,7 @@ from flexgen.plan.price.work import PassWork
 from flexgen.plan.workload import Workload
 from flexgen.report.pass_log import PassLog
 from flexgen.request import TokenRequest, TokenResult
-from flexgen.session.batch import Batch
+from flexgen.session.lengths import RequestLengths
 from flexgen.text.choices import choice_requests
 from flexgen.text.common_prefixes import NO_PREFIXES, CommonPrefixes, PrefixCensus
 from tests.test_matrix import PAGE_TOKENS, ROOM, Case, Checkpoint, Run
@@ -56,10 +56,10 @@ def echoes(prompt_len: int, count: int) -> list[TokenRequest]:
 
 def job(requests: Sequence[TokenRequest], *, shares: bool = True) -> tuple[Workload, CommonPrefixes]:
     """What a call plans for, and what its requests have in common."""
-    batch, census = Batch[Any](0), PrefixCensus(PAGE_TOKENS)
-    batch.add(list(requests), lambda results: results)
-    workload = batch.workload(census if shares else None)
-    return workload, census.common() if shares else NO_PREFIXES
+    lengths = RequestLengths(PrefixCensus(PAGE_TOKENS) if shares else None)
+    for each in requests:
+        lengths.add(each)
+    return lengths.workload(), lengths.common_prefixes()
 
 
 class CountingRun(Run):

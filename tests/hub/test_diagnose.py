@@ -107,7 +107,7 @@ def test_pointers_of_git_lfs(tmp_path: Path, file: str) -> None:
     folder = write_model_folder(tmp_path / "model", generation_config={})
     (folder / file).write_bytes(POINTER)
     with pytest.raises(ModelError, match=r"git-lfs pointer.*git lfs pull"):
-        LLM(folder).check_model()
+        LLM(folder).model.check()
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def test_quantized_weights(tmp_path: Path, change: dict[str, object], file: str 
     if file is not None:
         (folder / file).write_text("{}")
     with pytest.raises(UnsupportedModelError, match=message):
-        LLM(folder).check_model()
+        LLM(folder).model.check()
 
 
 @pytest.mark.parametrize(("file", "method"), [("quantize_config.json", "gptq"), ("quant_config.json", "awq")])
@@ -141,7 +141,7 @@ def test_quantization_in_the_file_of_an_older_tool(tmp_path: Path, file: str, me
     (folder / file).write_text('{"bits": 4, "group_size": 64}')
     assert resolve_model(folder).config["quantization_config"] == {"quant_method": method, "bits": 4, "group_size": 64}
     with pytest.raises(CheckpointError, match=f"weights are {method}, but none of its tensors is"):
-        LLM(folder).check_model()
+        LLM(folder).model.check()
     config = json.loads((folder / "config.json").read_text()) | {"quantization_config": {"quant_method": "quanto"}}
     (folder / "config.json").write_text(json.dumps(config))
     assert resolve_model(folder).config == config

@@ -212,7 +212,7 @@ def test_only_lines_that_may_end_early_are_expected_to(llm: LLM, tmp_path: Path)
     asked: list[dict[str, object]] = [{"ignore_eos": True}, {"min_tokens": 7}, {}, {"ignore_eos": True, "min_tokens": 3}]
     source = write(tmp_path / "in.jsonl", *({"prompt": "abc", "max_tokens": 20, **each} for each in asked))
     wanted = Workload(prompt_lens=(3,) * 4, output_lens=(20,) * 4, least_lens=(20, 7, 0, 20), may_end_early=True)
-    assert Job(llm, source, None, defaults=DEFAULTS).scan() == wanted
+    assert Job(llm.model, source, None, defaults=DEFAULTS).scan() == wanted
 
 
 @pytest.mark.parametrize("name", ["missing.jsonl", "."])

@@ -352,7 +352,7 @@ def test_pins_stay_and_budgets_hold(seed):
     for tier, held in simulate(instance.spec, policy, instance.workload).kv_bytes.items():
         assert held.max(initial=0) <= getattr(policy, f"kv_{tier}_bytes")
     numbers = [*dataclasses.asdict(policy).values(), *dataclasses.asdict(policy.weights).values(), *dataclasses.asdict(policy.kv).values()]
-    assert {type(each) for each in numbers} <= {int, float, str, bool, dict}
+    assert {type(each) for each in numbers} <= {int, float, str, bool, dict, type(None)}
 
 
 @pytest.mark.matrix(16)

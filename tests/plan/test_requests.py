@@ -52,7 +52,7 @@ def test_a_prompt_that_is_only_scored_is_a_pass_without_a_token(make_spec):
 
 def test_scores_are_of_all_requests_or_of_none():
     assert Workload(prompt_lens=(3, 4), output_lens=(1, 1), scored_lens=(0, 0)).scored_lens == ()
-    with pytest.raises(ValueError, match="scored_lens"):
+    with pytest.raises(ValueError, match="the lengths of each kind are of all requests or of none: scored_lens"):
         Workload(prompt_lens=(3, 4), output_lens=(1, 1), scored_lens=(1,))
     only_scored = Workload(prompt_lens=(3, 4), output_lens=(0, 0), scored_lens=(2, 3))
     assert (only_scored.output_tokens, only_scored.paced_tokens) == (0, 7)

@@ -98,7 +98,7 @@ def test_what_prompts_share_is_computed_and_held_once(make_spec, make_policy, ro
 def test_shared_lengths_are_of_all_requests():
     assert SHARED.take([0, 2]).found_lens == (0, 8)
     assert jobs([(3, 2)]).found_lens == (0,)
-    with pytest.raises(ValueError, match="shared_lens"):
+    with pytest.raises(ValueError, match="the lengths of each kind are of all requests or of none: shared_lens"):
         Workload(prompt_lens=(3,), output_lens=(1,), shared_lens=(0, 0))
 
 

@@ -21,7 +21,7 @@ from flexgen.quantize.settings import QuantizeSettings
 from flexgen.quantize.source import Reader
 from flexgen.request import SamplingParams
 from flexgen.session.lookup import spec_of
-from flexgen.session.shipped import described, described_in
+from flexgen.session.shipped import described
 from tests.models.parity import generated, requests_for
 from tests.quantize.reading import dequantized, made, stored
 
@@ -83,7 +83,7 @@ def test_plans_count_what_a_conversion_writes(tmp_path: Path, model_type: str, w
 
 
 def test_models_of_the_catalogue_are_planned_in_four_bits() -> None:
-    plain, four = described("opt-125m"), described_in("opt-125m", torch.float16, "int4")
+    plain, four = described("opt-125m"), described("opt-125m", torch.float16, weight_format="int4")
     streamed = [sum(unit.disk_bytes for unit in spec.units if not unit.head) for spec in (plain, four)]
     assert 4.2 / 16 < streamed[1] / streamed[0] < 4.6 / 16
     assert four.number_format != plain.number_format

@@ -36,8 +36,8 @@ class Workload:
     def __post_init__(self) -> None:
         if len(self.prompt_lens) != len(self.output_lens):
             raise ValueError("prompt_lens and output_lens differ in length")
-        if any(len(each) != len(self) for each in self._lengths().values()):
-            raise ValueError("the lengths of each kind are of all requests or of none")
+        if wrong := [name for name, each in self._lengths().items() if len(each) != len(self)]:
+            raise ValueError(f"the lengths of each kind are of all requests or of none: {', '.join(wrong)}")
         for name in ("least_lens", "shared_lens", "scored_lens"):
             if not any(getattr(self, name)) or (name == "least_lens" and not self.may_end_early):
                 object.__setattr__(self, name, ())
