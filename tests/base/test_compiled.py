@@ -42,6 +42,20 @@ def test_changed_sources_are_compiled_again(tmp_path: Path) -> None:
     assert sorted(path.name for path in cache.iterdir()) == sorted(names[2:])
 
 
+def test_changed_kernels_of_other_folders_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels, sources, cache = tmp_path / "kernels", tmp_path / "sources", tmp_path / "cache"
+    monkeypatch.setattr(compiled, "_KERNELS", kernels)
+    for file in (sources / "round.py", cache / "round.f-1.py311.nbi", kernels / "cpu" / "formats.py"):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+        os.utime(file, (0, 0))
+    compiled._forget_outdated(cache, sources / "round.py")
+    assert list(cache.iterdir()), "as old as everything else"
+    os.utime(kernels / "cpu" / "formats.py", (1, 1))
+    compiled._forget_outdated(cache, sources / "round.py")
+    assert not list(cache.iterdir())
+
+
 def test_what_another_process_removes_meanwhile_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "decode.py").touch()
     monkeypatch.setattr(Path, "glob", lambda folder, pattern: iter([folder / ("decode.py" if pattern == "*.py" else "gone.nbi")]))

@@ -9,8 +9,8 @@ import pytest
 import torch
 from gguf_files import BLOCK_TYPES, SIZES, random_blocks
 
+from flexgen.base.parallel import serially
 from flexgen.errors import EngineError
-from flexgen.formats.base import serially
 from flexgen.formats.gguf import blocks_of
 from flexgen.kernels.dequantize import gguf as compiled
 from flexgen.kernels.dequantize import gguf_torch as by_torch

@@ -11,12 +11,12 @@ import torch
 from machines import machine_of
 
 from flexgen import LLM, SamplingParams
-from flexgen.formats.base import Encoding, EncodingPart, NumberFormat, Parallel, StoredTensor, serially
+from flexgen.base.parallel import Parallel, serially
+from flexgen.formats.base import Encoding, EncodingPart, NumberFormat, StoredTensor
 from flexgen.formats.random_numbers import encoded_as
 from flexgen.formats.scaled import ScaledMatrices
-from flexgen.formats.table import stated_format
+from flexgen.formats.table import COMMON_CONFIGS, stated_format
 from flexgen.formats.warming import smallest_of_each_kind, warm_up
-from flexgen.profile.decoding import EXAMPLES
 from flexgen.session import prepare
 from tests.formats.encoded import fp8, write_model
 
@@ -56,9 +56,9 @@ def test_one_row_or_the_whole() -> None:
     ]
 
 
-@pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.parametrize("name", COMMON_CONFIGS)
 def test_every_format_decodes_zeros(name: str) -> None:
-    number_format = stated_format({"quantization_config": EXAMPLES[name]})
+    number_format = stated_format({"quantization_config": COMMON_CONFIGS[name]})
     assert number_format is not None
     warm_up(encoded_as(number_format, number_format.example(1 << 16)), torch.bfloat16)
 

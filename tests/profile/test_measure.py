@@ -10,6 +10,7 @@ from flexgen.base.quantities import KIB, MIB
 from flexgen.errors import OptionError
 from flexgen.formats.base import RANDOM_DEVIATION
 from flexgen.formats.random_numbers import sampled_parts
+from flexgen.formats.table import COMMON_CONFIGS
 from flexgen.options import KV_FORMATS
 from flexgen.plan.machine import Rate, read_machine
 from flexgen.profile import compute, decoding, disk, overheads, timing
@@ -190,7 +191,7 @@ def test_formats_are_measured_when_a_model_first_needs_them(counted, tmp_path, m
     assert len(counted) == 1, "the rest is not measured again"
 
 
-@pytest.mark.parametrize("name", decoding.EXAMPLES)
+@pytest.mark.parametrize("name", COMMON_CONFIGS)
 def test_examples_are_of_the_format_that_they_stand_for(name):
     number_format, encoding = decoding.example(name, 1 << 19)
     assert encoding.format.name == name

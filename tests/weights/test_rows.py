@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from flexgen.base.parallel import Parallel, serially
 from flexgen.checkpoint.sources import ParameterSource, whole
 from flexgen.devices.sim import SimulatedDevice
-from flexgen.formats.base import Encoding, EncodingPart, NumberFormat, Parallel, StoredTensor, serially
+from flexgen.formats.base import Encoding, EncodingPart, NumberFormat, StoredTensor
 from flexgen.weights.rows import EmbeddingRows, RowTable
 
 

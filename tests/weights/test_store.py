@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from flexgen.base.parallel import Parallel, serially
 from flexgen.devices.sim import SimulatedDevice
 from flexgen.errors import EngineError, StorageError
-from flexgen.formats.base import Parallel, StoredRange, serially
+from flexgen.formats.base import StoredRange
 from flexgen.io.direct_io import FileSet
 from flexgen.io.pool import IOPool
 from flexgen.plan.policy import SCRATCH_UNITS

@@ -13,6 +13,8 @@ from numba import njit
 
 logger = logging.getLogger(__name__)
 
+_KERNELS = Path(__file__).parent.parent / "kernels"  # what compiled functions of other folders call, too
+
 
 def entry(function: Callable[..., Any]) -> Any:
     """Compile `function` for each kind of arguments at its first call, or load what an earlier process compiled."""
@@ -34,8 +36,9 @@ def intrinsic(function: Callable[..., Any]) -> Any:
 
 
 def _forget_outdated(cache: Path, file: Path) -> None:
-    """Remove what was compiled before any file beside `file` changed; Numba itself looks at the function's own file only."""
-    newest = max(source.stat().st_mtime for source in file.parent.glob("*.py"))
+    """Remove what was compiled before a file beside `file` or a kernel changed; Numba itself looks at the function's own file only."""
+    sources = (*file.parent.glob("*.py"), *_KERNELS.rglob("*.py"))
+    newest = max(source.stat().st_mtime for source in sources)
     for compiled in cache.glob(f"{file.stem}.*.nb[ic]"):
         with suppress(FileNotFoundError):  # another process was faster
             if compiled.stat().st_mtime < newest:

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import torch
 
+from flexgen.base.parallel import Parallel, serially
 from flexgen.errors import CheckpointError
-from flexgen.formats.base import Parallel, StoredRange, StoredTensor, serially
+from flexgen.formats.base import StoredRange, StoredTensor
 from flexgen.formats.plain import cast_into
 
 Convert = Callable[[Sequence[torch.Tensor]], torch.Tensor]

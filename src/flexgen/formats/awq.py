@@ -9,8 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from flexgen.base.parallel import Parallel, serially
 from flexgen.errors import CheckpointError, UnsupportedModelError
-from flexgen.formats.base import Encoding, EncodingPart, NamedTensor, NumberFormat, Parallel, StoredTensor, serially
+from flexgen.formats.base import Encoding, EncodingPart, NamedTensor, NumberFormat, StoredTensor
 from flexgen.formats.linear_names import contains_any, is_linear_of_layer, module_of
 from flexgen.formats.matrices import StoredMatrix
 
@@ -102,6 +103,9 @@ class AWQ(NumberFormat):
             ("scales", (groups, outputs), torch.float16),
         ]
         return [NamedTensor(f"{module}.{field}", shape, dtype) for field, shape, dtype in stored]
+
+    def common_configs(self) -> Mapping[str, Mapping[str, Any]]:
+        return {AWQ_NAME: {"quant_method": "awq", "bits": _BITS, "group_size": 128}}
 
     def sample(self, stored: NamedTensor, generator: torch.Generator) -> torch.Tensor:
         from flexgen.formats.integer_samples import sample_integers

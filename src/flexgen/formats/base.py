@@ -3,29 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from flexgen.base.parallel import Parallel, serially
 from flexgen.errors import EngineError, UnsupportedModelError
 
 if TYPE_CHECKING:
     import torch
 
 RANDOM_DEVIATION = 0.02  # of the numbers of random weights
-
-
-class Parallel(Protocol):
-    """Runs a function over a range, on one thread or on several."""
-
-    def __call__(self, function: Callable[[int, int], None], count: int) -> None:
-        """Call `function(begin, end)` for ranges that cover [0, count) once, in any order, and return when all calls have returned."""
-
-
-def serially(function: Callable[[int, int], None], count: int) -> None:
-    """Run a function over a range on the calling thread: the simplest `Parallel`."""
-    function(0, count)
 
 
 class StoredRange(NamedTuple):
@@ -171,6 +160,13 @@ class NumberFormat:
 
         Raises:
             CheckpointError: Stored tensors contradict each other or the settings of the format.
+        """
+        return {}
+
+    def common_configs(self) -> Mapping[str, Mapping[str, Any]]:
+        """Return the quantization_config of common models, by the name of their encodings' format, as in ModelSpec.decoded_from.
+
+        How fast these are decoded is measured; the rates of others are estimated.
         """
         return {}
 

@@ -11,9 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from flexgen.base.parallel import Parallel, serially
 from flexgen.base.strict_json import strict_json
 from flexgen.errors import CheckpointError, UnsupportedModelError
-from flexgen.formats.base import Encoding, EncodingPart, NamedTensor, NumberFormat, Parallel, StoredTensor, serially
+from flexgen.formats.base import Encoding, EncodingPart, NamedTensor, NumberFormat, StoredTensor
 
 if TYPE_CHECKING:
     import torch

@@ -56,6 +56,9 @@ class CompressedTensors(NumberFormat):
         scheme = self._schemes.planned(module) if module is not None else None
         return [tensor] if module is None or scheme is None else _encoded(module, tensor, scheme)
 
+    def common_configs(self) -> Mapping[str, Mapping[str, Any]]:
+        return {f"int{bits}": _packed_integers(bits) for bits in (4, 8)}
+
     def sample(self, stored: NamedTensor, generator: torch.Generator) -> torch.Tensor:
         import torch
 
@@ -218,6 +221,13 @@ def _last_integer(path: Path, offset: int) -> int:
             return int.from_bytes(file.read(_SHAPE_BYTES)[8:], "little", signed=True)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error})") from error
+
+
+def _packed_integers(bits: int) -> dict[str, Any]:
+    """Return the quantization_config of integers in groups of 128."""
+    weights = {"num_bits": bits, "type": "int", "symmetric": True, "strategy": "group", "group_size": 128}
+    groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
+    return {"quant_method": "compressed-tensors", "format": PACKED, "config_groups": groups}
 
 
 def _words(inputs: Mapping[str, Any] | None) -> str:

@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from flexgen.base.parallel import Parallel, serially
 from flexgen.errors import UnsupportedModelError
-from flexgen.formats.base import RANDOM_DEVIATION, Encoding, EncodingPart, NamedTensor, NumberFormat, Parallel, StoredTensor, serially
+from flexgen.formats.base import RANDOM_DEVIATION, Encoding, EncodingPart, NamedTensor, NumberFormat, StoredTensor
 
 if TYPE_CHECKING:
     import torch
@@ -48,6 +49,9 @@ class FlexGenV0(NumberFormat):
         if module == tensor.name or module in self._ignore or not fits(tensor.shape):
             return [tensor]
         return encoded(tensor)
+
+    def common_configs(self) -> Mapping[str, Mapping[str, Any]]:
+        return {NAME: {"quant_method": NAME, "bits": 4, "group_size": GROUP}}
 
     def sample(self, stored: NamedTensor, generator: torch.Generator) -> torch.Tensor:
         import torch

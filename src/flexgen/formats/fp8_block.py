@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from flexgen.errors import UnsupportedModelError
 from flexgen.formats.base import Encoding, NamedTensor, NumberFormat, StoredTensor
-from flexgen.formats.scaled import is_linear, sample, scaled
+from flexgen.formats.linear_names import is_encoded
+from flexgen.formats.scaled import sample, scaled
 
 if TYPE_CHECKING:
     import torch
@@ -84,7 +85,7 @@ class FP8Block(NumberFormat):
         from transformers.quantizers.quantizers_utils import should_convert_module
 
         module = tensor.name.removesuffix(".weight")
-        if not is_linear(tensor) or not should_convert_module(module, self._kept or None):
+        if not is_encoded(tensor) or not should_convert_module(module, self._kept or None):
             return [tensor]
         *matrices, rows, columns = tensor.shape
         scale_dtype = getattr(torch, self._scale_dtype)
@@ -101,6 +102,9 @@ class FP8Block(NumberFormat):
             name = f"{module}.activation_scale" if module != tensor.name else f"{tensor.name}_activation_scale"
             found.append(NamedTensor(name, tuple(matrices), torch.float32))
         return found
+
+    def common_configs(self) -> Mapping[str, Mapping[str, Any]]:
+        return {"fp8_block_fp8": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
 
     def sample(self, stored: NamedTensor, generator: torch.Generator) -> torch.Tensor:
         return sample(stored, generator)

@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from flexgen.base.parallel import Parallel, serially
 from flexgen.errors import EngineError
-from flexgen.formats.base import NumberFormat, Parallel, serially
-from flexgen.hub.gguf_file import TYPES, GGMLType
+from flexgen.formats.base import NumberFormat
+from flexgen.hub.gguf_file import BY_NAME, GGMLType
 
 if TYPE_CHECKING:
     import torch
@@ -51,7 +52,7 @@ class GGUFBlocks(NumberFormat):
         decode_blocks(self.kind.name, raw, out, parallel)
 
 
-_BLOCKS = {kind.name: GGUFBlocks(kind) for kind in TYPES.values() if kind.name not in _PLAIN}
+_BLOCKS = {name: GGUFBlocks(kind) for name, kind in BY_NAME.items() if name not in _PLAIN}
 
 
 def blocks_of(name: str) -> GGUFBlocks:

@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from flexgen.base.parallel import Parallel, serially
 from flexgen.errors import CheckpointError, UnsupportedModelError
-from flexgen.formats.base import Encoding, EncodingPart, NamedTensor, NumberFormat, Parallel, StoredTensor, serially
+from flexgen.formats.base import Encoding, EncodingPart, NamedTensor, NumberFormat, StoredTensor
 from flexgen.formats.linear_names import is_linear_of_layer, module_of
 from flexgen.formats.matrices import StoredMatrix
 
@@ -134,6 +135,9 @@ class GPTQ(NumberFormat):
             ("g_idx", (inputs,), torch.int32),
         ]
         return [NamedTensor(f"{module}.{field}", shape, dtype) for field, shape, dtype in stored]
+
+    def common_configs(self) -> Mapping[str, Mapping[str, Any]]:
+        return {f"gptq_int{bits}": {"quant_method": "gptq", "bits": bits, "group_size": 128} for bits in (4, 8)}
 
     def sample(self, stored: NamedTensor, generator: torch.Generator) -> torch.Tensor:
         from flexgen.formats.integer_samples import sample_integers

@@ -11,9 +11,10 @@ from collections.abc import Iterable
 from flexgen.formats.base import NamedTensor
 
 _IN_LAYER = re.compile(r"(^|\.)\w+\.\d+\.")
-_ROUTER = re.compile(r"(^|\.)(gate|router|shared_expert_gate|routers?\.\w+)$")
+_ROUTER = re.compile(r"(^|[._])(gate|router)$|(^|\.)routers?\.\w+$")
 _EMBEDDING = re.compile(r"(^|\.)(\w*embed\w*|wte|wpe)(\.|$)")
 _TOWER = re.compile(r"(^|\.)(vision|visual|audio)")
+_EXPERTS = (".experts.gate_up_proj", ".experts.up_proj", ".experts.down_proj")
 
 
 def module_of(tensor: NamedTensor) -> str | None:
@@ -27,9 +28,22 @@ def is_embedding(module: str) -> bool:
     return _EMBEDDING.search(module) is not None
 
 
+def is_router(module: str) -> bool:
+    """Return whether a module of this name chooses experts, or opens a gate by few outputs."""
+    return _ROUTER.search(module) is not None
+
+
 def is_linear_of_layer(module: str) -> bool:
     """Return whether a module of this name is a linear layer within a decoder layer that tools quantize: no router, no other tower."""
-    return bool(_IN_LAYER.search(module)) and not (_ROUTER.search(module) or is_embedding(module) or _TOWER.search(module))
+    return bool(_IN_LAYER.search(module)) and not (is_router(module) or is_embedding(module) or _TOWER.search(module))
+
+
+def is_encoded(tensor: NamedTensor) -> bool:
+    """Return whether a tensor that `save_pretrained` would write is the weight of such a linear layer, or of several experts."""
+    if len(tensor.shape) == 3:
+        return tensor.name.endswith(_EXPERTS)
+    module = module_of(tensor)
+    return module is not None and is_linear_of_layer(module)
 
 
 def contains_any(module: str, parts: Iterable[object]) -> bool:

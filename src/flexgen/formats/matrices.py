@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from flexgen.formats.base import NumberFormat, Parallel, serially
+from flexgen.base.parallel import Parallel, serially
+from flexgen.formats.base import NumberFormat
 
 if TYPE_CHECKING:
     import torch

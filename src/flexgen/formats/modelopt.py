@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from flexgen.errors import CheckpointError, UnsupportedModelError
 from flexgen.formats.base import Encoding, NamedTensor, NumberFormat, StoredTensor
-from flexgen.formats.scaled import is_linear, sample, scaled
+from flexgen.formats.linear_names import is_encoded
+from flexgen.formats.scaled import sample, scaled
 
 if TYPE_CHECKING:
     import torch
@@ -60,7 +61,7 @@ class ModelOpt(NumberFormat):
         import torch
 
         module = tensor.name.removesuffix(".weight")
-        if not is_linear(tensor) or len(tensor.shape) != 2 or any(fnmatchcase(module, each) for each in self._excluded):
+        if not is_encoded(tensor) or len(tensor.shape) != 2 or any(fnmatchcase(module, each) for each in self._excluded):
             return [tensor]
         rows, columns = tensor.shape
         if self._algorithm in _FP4:
@@ -81,6 +82,10 @@ class ModelOpt(NumberFormat):
                 ),
             ]
         return found + ([NamedTensor(f"{module}.input_scale", (), torch.float32)] if self._algorithm in ("NVFP4", "FP8") else [])
+
+    def common_configs(self) -> Mapping[str, Mapping[str, Any]]:
+        algorithms = {"modelopt_fp4": "NVFP4", "modelopt_fp8": "FP8"}
+        return {name: {"quant_method": "modelopt", "quant_algo": algorithm} for name, algorithm in algorithms.items()}
 
     def sample(self, stored: NamedTensor, generator: torch.Generator) -> torch.Tensor:
         return sample(stored, generator)

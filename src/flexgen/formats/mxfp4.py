@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from flexgen.formats.base import Encoding, EncodingPart, NamedTensor, NumberFormat, Parallel, StoredTensor, serially
+from flexgen.base.parallel import Parallel, serially
+from flexgen.formats.base import Encoding, EncodingPart, NamedTensor, NumberFormat, StoredTensor
 
 if TYPE_CHECKING:
     import torch
@@ -41,6 +42,9 @@ class MXFP4(NumberFormat):
             NamedTensor(f"{tensor.name}_blocks", (*groups, _BLOCK_BYTES), torch.uint8),
             NamedTensor(f"{tensor.name}_scales", groups, torch.uint8),
         ]
+
+    def common_configs(self) -> Mapping[str, Mapping[str, Any]]:
+        return {"mxfp4": {"quant_method": "mxfp4"}}
 
     def example(self, num_elements: int) -> NamedTensor:
         import torch

@@ -6,23 +6,12 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from flexgen.base.parallel import Parallel, serially
 from flexgen.errors import CheckpointError
-from flexgen.formats.base import RANDOM_DEVIATION, Encoding, EncodingPart, NamedTensor, NumberFormat, Parallel, StoredTensor, serially
+from flexgen.formats.base import RANDOM_DEVIATION, Encoding, EncodingPart, NamedTensor, NumberFormat, StoredTensor
 
 if TYPE_CHECKING:
     import torch
-
-# The ends of the names of linear layers' weights, for planning from a config alone.
-_LINEAR = (
-    "_proj.weight", "_proj_with_mqa.weight", ".w1.weight", ".w2.weight", ".w3.weight", ".fc1.weight", ".fc2.weight",
-    ".query_key_value.weight", ".dense.weight", ".dense_h_to_4h.weight", ".dense_4h_to_h.weight",
-)  # fmt: skip
-_EXPERTS = (".experts.gate_up_proj", ".experts.up_proj", ".experts.down_proj")
-
-
-def is_linear(tensor: NamedTensor) -> bool:
-    """Return whether a tensor that `save_pretrained` would write is the weight of a linear layer, or of several experts."""
-    return (len(tensor.shape) == 2 and tensor.name.endswith(_LINEAR)) or (len(tensor.shape) == 3 and tensor.name.endswith(_EXPERTS))
 
 
 class ScaledMatrices(NumberFormat):

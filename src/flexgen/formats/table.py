@@ -27,6 +27,10 @@ _LOW_BIT = (MXFP4(), FP8Block(), ModelOpt(), BitsAndBytes(), CompressedTensors()
 FORMATS: Mapping[str, NumberFormat] = {each.name: each for each in (*map(PlainNumbers, DTYPE_BYTES), *_LOW_BIT)}
 
 
+# As NumberFormat.common_configs, of all formats.
+COMMON_CONFIGS = {name: config for each in FORMATS.values() for name, config in each.common_configs().items()}
+
+
 def runs(number_format: str) -> bool:
     """Return whether the engine can compute with weights in the format of this name."""
     return number_format in FORMATS and FORMATS[number_format].runs

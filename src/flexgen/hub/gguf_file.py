@@ -52,6 +52,7 @@ TYPES: Mapping[int, GGMLType] = {
         14: ("Q6_K", 256, 210), 30: ("BF16", 1, 2), 39: ("MXFP4", 32, 17),
     }.items()
 }  # fmt: skip
+BY_NAME: Mapping[str, GGMLType] = {each.name: each for each in TYPES.values()}
 # Types that are refused by name.
 _OTHER_TYPES = {
     9: "Q8_1", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS",

@@ -6,7 +6,6 @@ the header only, in which every tensor is one byte long.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import json
 import logging
@@ -18,6 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from flexgen.base.digests import digest_of
 from flexgen.base.quantities import align_up
 from flexgen.errors import ModelError, StorageError, UnsupportedModelError, is_failure
 from flexgen.hub.config import read_config, reason_of
@@ -108,15 +108,11 @@ def _digest(model: GGUFModel) -> str:
     """Return a name for what a folder is made of."""
     import transformers
 
-    hasher = hashlib.blake2b(digest_size=16)
     parts = [f"{_VERSION} {importlib.metadata.version('flexgen-engine')} {transformers.__version__}".encode()]
     parts += model.parts[0].pairs.values()
     parts += [f"{tensor.name} {tensor.type.name} {tensor.shape}".encode() for _, tensor in model.tensors]
     parts += [struct.pack(f"<{len(factors)}f", *factors)] if (factors := rope_factors(model)) is not None else []
-    for part in parts:
-        hasher.update(len(part).to_bytes(8, "little"))
-        hasher.update(part)
-    return hasher.hexdigest()
+    return digest_of(parts, 16)
 
 
 def _make(name: str, model: GGUFModel, source: Path, folder: Path) -> None:

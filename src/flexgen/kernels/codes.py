@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 GROUP = 32  # numbers of a head that share a scale
+HALF_GROUP = GROUP // 2
 LARGEST_HALF = 65504.0  # of float16
 PARAMETER_BYTES = 2
 
@@ -45,7 +46,7 @@ class HeadCodes:
         """The bytes of the codes."""
         if self.bits == 8:
             return self.dim
-        return self.dim // GROUP * (GROUP // 2) + -(-(self.dim % GROUP) // 2)
+        return self.dim // GROUP * HALF_GROUP + -(-(self.dim % GROUP) // 2)
 
     @property
     def num_parameters(self) -> int:

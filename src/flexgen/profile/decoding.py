@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
 
 import torch
 
@@ -14,7 +13,7 @@ from flexgen.base.steps import step
 from flexgen.errors import EngineError, UnsupportedModelError
 from flexgen.formats.base import Encoding, NumberFormat
 from flexgen.formats.random_numbers import encoded_as, sampled_parts
-from flexgen.formats.table import stated_format
+from flexgen.formats.table import COMMON_CONFIGS, stated_format
 from flexgen.kernels.threads import KernelThreads
 from flexgen.plan.machine import Machine, Rate
 from flexgen.profile.timing import measured_rate
@@ -24,37 +23,16 @@ logger = logging.getLogger(__name__)
 FORMAT_SECONDS = 0.4  # how long a format is measured
 
 
-def _packed(bits: int) -> dict[str, Any]:
-    weights = {"num_bits": bits, "type": "int", "symmetric": True, "strategy": "group", "group_size": 128}
-    groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
-    return {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": groups}
-
-
-# The name of the format of an encoding, as in ModelSpec.decoded_from -> the quantization_config of common models that have it.
-EXAMPLES: dict[str, Mapping[str, Any]] = {
-    "mxfp4": {"quant_method": "mxfp4"},
-    "fp8_block_fp8": {"quant_method": "fp8", "weight_block_size": [128, 128]},
-    "modelopt_fp4": {"quant_method": "modelopt", "quant_algo": "NVFP4"},
-    "modelopt_fp8": {"quant_method": "modelopt", "quant_algo": "FP8"},
-    "int4": _packed(4),
-    "int8": _packed(8),
-    "gptq_int4": {"quant_method": "gptq", "bits": 4, "group_size": 128},
-    "gptq_int8": {"quant_method": "gptq", "bits": 8, "group_size": 128},
-    "awq": {"quant_method": "awq", "bits": 4, "group_size": 128},
-    "flexgen-v0": {"quant_method": "flexgen-v0", "bits": 4, "group_size": 64},
-}
-
-
 def with_formats(machine: Machine, dtype: str, formats: Iterable[str], max_bytes: int) -> Machine:
     """Return the machine with the rates of decoding number formats, those that are missing measured now.
 
     Args:
         machine: The machine.
         dtype: The dtype of computing.
-        formats: The names of the formats of encodings; those without an example stay unknown, so that their rates are estimated.
+        formats: The names of the formats of encodings; those without a common config stay unknown, so that their rates are estimated.
         max_bytes: The most memory of all buffers at the same time.
     """
-    wanted = [name for name in formats if name in EXAMPLES and f"{name} {dtype}" not in machine.casts]
+    wanted = [name for name in formats if name in COMMON_CONFIGS and f"{name} {dtype}" not in machine.casts]
     if not wanted:
         return machine
     step(f"measuring how fast {', '.join(wanted)} is decoded")
@@ -73,7 +51,7 @@ def example(name: str, num_elements: int) -> tuple[NumberFormat, Encoding]:
         UnsupportedModelError: The example's config is not supported.
         EngineError: The format does not encode its own example.
     """
-    number_format = stated_format({"quantization_config": EXAMPLES[name]})
+    number_format = stated_format({"quantization_config": COMMON_CONFIGS[name]})
     if number_format is None:
         raise EngineError(f"the example of {name} states no format")
     return number_format, encoded_as(number_format, number_format.example(num_elements))

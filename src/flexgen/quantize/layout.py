@@ -13,9 +13,10 @@ from flexgen.checkpoint.files import Headers
 from flexgen.checkpoint.headers import PREFIX_BYTES
 from flexgen.checkpoint.repository import encode_header, headers_of
 from flexgen.formats.base import NamedTensor, StoredTensor
+from flexgen.formats.flexgen_v0 import NAME as PAPER
 from flexgen.formats.flexgen_v0 import encoded as encoded_as_the_paper
 from flexgen.hub.model_files import SINGLE_FILE
-from flexgen.quantize.settings import PAPER, QuantizeSettings
+from flexgen.quantize.settings import QuantizeSettings
 from flexgen.quantize.targets import Targets, find_targets
 
 SHARD_BYTES = 2 * 10**9

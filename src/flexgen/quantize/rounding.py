@@ -7,15 +7,16 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from flexgen.base.parallel import Parallel, serially
 from flexgen.errors import CheckpointError
-from flexgen.formats.base import Parallel, serially
+from flexgen.formats.flexgen_v0 import GROUP as PAPER_GROUP
 from flexgen.kernels.cpu.formats import carried
 
 # The ranges that are tried, as shares of the range of the weights.
 _SHARES = np.linspace(0.65, 1.05, 10, dtype=np.float32)
 # The smallest scale of each dtype whose reciprocal is finite in float32.
 _LEAST = {torch.float16: 2.0**-24, torch.bfloat16: 2.0**-126, torch.float32: 2.0**-126}
-_PAPER_GROUP, _PAPER_TOP = 64, 15
+_PAPER_TOP = 15
 
 
 class Rounded(NamedTuple):
@@ -80,8 +81,8 @@ def round_as_the_paper(weights: torch.Tensor) -> PaperRounded:
         weights: Float32, (outputs, inputs), with an even number of outputs.
     """
     outputs, inputs = weights.shape
-    padded = torch.nn.functional.pad(weights, (0, 0, 0, -outputs % _PAPER_GROUP))
-    data = padded.view(-1, _PAPER_GROUP, inputs)
+    padded = torch.nn.functional.pad(weights, (0, 0, 0, -outputs % PAPER_GROUP))
+    data = padded.view(-1, PAPER_GROUP, inputs)
     low, high = data.amin(1, keepdim=True), data.amax(1, keepdim=True)
     scale = _PAPER_TOP / (high - low)
     codes = ((data - low) * scale).clamp_(0, _PAPER_TOP).round_().nan_to_num_(0).to(torch.uint8)

@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from flexgen.errors import OptionError
+from flexgen.formats.flexgen_v0 import GROUP as PAPER_GROUP
+from flexgen.formats.flexgen_v0 import NAME as PAPER
 
-# Format -> bits of a number.  flexgen-v0 is the FlexGen paper's own, for comparisons.
-BITS = {"int4": 4, "int8": 8, "flexgen-v0": 4}
-PAPER = "flexgen-v0"
+BITS = {"int4": 4, "int8": 8, PAPER: 4}  # format -> bits of a number; the FlexGen paper's own is for comparisons
 GROUP_SIZES = (32, 64, 128)
-_GROUP_SIZE = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +30,7 @@ class QuantizeSettings:
     """
 
     weight_format: str = "int4"
-    group_size: int = _GROUP_SIZE
+    group_size: int = 64
     keep: tuple[str, ...] = ()
     quantize_head: bool = False
 
@@ -40,8 +39,8 @@ class QuantizeSettings:
             raise OptionError(f"weight_format={self.weight_format!r} is unknown; known: {', '.join(BITS)}")
         if self.group_size not in GROUP_SIZES:
             raise OptionError(f"group_size={self.group_size!r} is not supported; take one of {', '.join(map(str, GROUP_SIZES))}")
-        if self.is_paper and self.group_size != _GROUP_SIZE:
-            raise OptionError(f"{PAPER} has groups of {_GROUP_SIZE}; leave out the group size {self.group_size}")
+        if self.is_paper and self.group_size != PAPER_GROUP:
+            raise OptionError(f"{PAPER} has groups of {PAPER_GROUP}; leave out the group size {self.group_size}")
 
     @property
     def bits(self) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from flexgen.formats.base import Parallel
+from flexgen.base.parallel import Parallel
 from flexgen.quantize.layout import Item, Shard, scale_dtype
 from flexgen.quantize.rounding import check_finite, round_as_the_paper, round_groups
 from flexgen.quantize.settings import QuantizeSettings

@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 
+from flexgen.base.parallel import Parallel
 from flexgen.base.quantities import MIB
 from flexgen.checkpoint.files import Checkpoint, Headers
 from flexgen.checkpoint.sources import ParameterSource, read_bytes, whole
-from flexgen.formats.base import Parallel, StoredTensor
+from flexgen.formats.base import StoredTensor
 from flexgen.formats.table import check_supported_number_format, refuse_quantization, stated_format
 from flexgen.hub.config import read_config
 from flexgen.hub.diagnose import other_quantization

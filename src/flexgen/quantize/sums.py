@@ -6,10 +6,10 @@ import hashlib
 import os
 from pathlib import Path
 
+from flexgen.base.parallel import Parallel, serially
 from flexgen.base.quantities import MIB
 from flexgen.checkpoint.headers import read_header
 from flexgen.errors import FlexGenError, StorageError
-from flexgen.formats.base import Parallel, serially
 from flexgen.hub.diagnose import some
 from flexgen.quantize.record import FileSums, Record
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,13 +15,12 @@ from flexgen.checkpoint.repository import meta_model
 from flexgen.errors import OptionError, UnsupportedModelError
 from flexgen.formats.base import StoredTensor
 from flexgen.formats.flexgen_v0 import fits
+from flexgen.formats.linear_names import is_router
 from flexgen.formats.table import without_quantization
 from flexgen.models.tracing import is_experts, is_scored_experts
 from flexgen.quantize.settings import QuantizeSettings
 
 _WEIGHT = ".weight"
-# The last part of the names of linear layers whose few outputs choose experts or open gates.
-_ROUTER = re.compile(r"(^|_)(gate|router)$")
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -127,7 +125,7 @@ class _Roles:
             return "not a linear layer"
         if name == self._head and not self._settings.quantize_head:
             return "the output head"
-        return "a router or gate" if _ROUTER.search(name.rpartition(".")[2]) else None
+        return "a router or gate" if is_router(name) else None
 
     def ignored(self, kept: dict[str, str]) -> Iterator[str]:
         """Yield the modules that other tools must not take for rounded ones."""

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from flexgen.base.digests import digest_of
 from flexgen.base.quantities import format_size
 from flexgen.hub.model_files import TOKENIZER_FILES, ModelFiles, weight_files
 from flexgen.hub.private_folder import tokenizer_files
 from flexgen.session.model import ResolvedModel
 from flexgen.text.answers import RequestTranslator
 from flexgen.text.tokenizer import Tokenizer
+
+_BYTES = 8  # of a digest
 
 
 def fingerprint(model: ResolvedModel, translator: RequestTranslator, chat_template: str | None, load_format: str) -> dict[str, Any]:
@@ -26,9 +27,9 @@ def fingerprint(model: ResolvedModel, translator: RequestTranslator, chat_templa
     """
     return {
         "model": _weights(model.files, load_format),
-        "config": _digest([json.dumps(model.files.config, sort_keys=True).encode()]),
+        "config": digest_of([json.dumps(model.files.config, sort_keys=True).encode()], _BYTES),
         "tokenizer": None if translator.tokenizer is None else _tokenizer_digest(translator.tokenizer, model.files.folder),
-        "chat_template": None if chat_template is None else _digest([chat_template.encode()]),
+        "chat_template": None if chat_template is None else digest_of([chat_template.encode()], _BYTES),
         "eos_token_ids": sorted(translator.eos_token_ids),
         "dtype": model.dtype,
         "kv_format": model.kv_format,
@@ -49,7 +50,7 @@ def _weights(files: ModelFiles, load_format: str) -> str:
         paths = [part.path for part in files.gguf.parts]
     found = [path.stat() for path in paths]
     parts = (f"{path.name} {each.st_size} {each.st_mtime_ns}".encode() for path, each in zip(paths, found, strict=True))
-    return f"{len(paths)} files, {format_size(sum(each.st_size for each in found))}, {_digest(parts)}"
+    return f"{len(paths)} files, {format_size(sum(each.st_size for each in found))}, {digest_of(parts, _BYTES)}"
 
 
 def _tokenizer_digest(tokenizer: Tokenizer, model_folder: Path) -> str:
@@ -58,12 +59,4 @@ def _tokenizer_digest(tokenizer: Tokenizer, model_folder: Path) -> str:
     found = {name: path for name, path in tokenizer_files(folder).items() if name in TOKENIZER_FILES}
     if folder != model_folder and (folder / "config.json").is_file():  # a separate tokenizer, loaded according to its own model type
         found["config.json"] = folder / "config.json"
-    return _digest(part for name, path in sorted(found.items()) for part in (name.encode(), path.read_bytes()))
-
-
-def _digest(parts: Iterable[bytes]) -> str:
-    hasher = hashlib.blake2b(digest_size=8)
-    for part in parts:
-        hasher.update(len(part).to_bytes(8, "little"))
-        hasher.update(part)
-    return hasher.hexdigest()
+    return digest_of((part for name, path in sorted(found.items()) for part in (name.encode(), path.read_bytes())), _BYTES)

@@ -14,9 +14,9 @@ from typing import Any, TypeVar
 
 import torch
 
+from flexgen.base.parallel import Parallel, serially
 from flexgen.devices.base import POISON, Device, Event
 from flexgen.errors import EngineError
-from flexgen.formats.base import Parallel, serially
 from flexgen.io.direct_io import FileSet
 from flexgen.io.pool import IOPool, Ticket
 from flexgen.weights.ring import ByteRing, Slot

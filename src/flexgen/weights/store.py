@@ -14,9 +14,9 @@ from typing import Protocol
 
 import torch
 
+from flexgen.base.parallel import Parallel, serially
 from flexgen.base.quantities import align_up, format_size
 from flexgen.devices.base import POISON, Device
-from flexgen.formats.base import Parallel, serially
 from flexgen.io.aligned import AlignedBuffer
 from flexgen.io.direct_io import FileSet
 from flexgen.io.pool import IOPool

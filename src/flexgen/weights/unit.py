@@ -12,8 +12,9 @@ from typing import Protocol
 
 import torch
 
+from flexgen.base.parallel import Parallel, serially
 from flexgen.base.quantities import align_up
-from flexgen.formats.base import Parallel, StoredRange, serially
+from flexgen.formats.base import StoredRange
 from flexgen.io.aligned import Extent, plan_extents
 
 DEVICE_ALIGNMENT = 256  # the alignment of a tensor on a device, for vector loads and matrix kernels

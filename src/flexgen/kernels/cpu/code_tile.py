@@ -11,13 +11,14 @@ from llvmlite import ir
 from numba import njit, types
 
 from flexgen.base.compiled import intrinsic
-from flexgen.kernels.codes import GROUP
+from flexgen.kernels.codes import HALF_GROUP
+from flexgen.kernels.cpu.formats import FLOAT, HALF, INT32
 from flexgen.kernels.cpu.rows import LANES, moved, part
-from flexgen.kernels.cpu.tile import INT8, INT32, INT64, Places, broadcast, prefetch
+from flexgen.kernels.cpu.tile import INT8, INT64, Places, prefetch
+from flexgen.kernels.cpu.vectors import broadcast, vector_of
 
 FAST_TOKENS = LANES  # tokens of a page
-FLOATS, HALVES, BYTES, INTEGERS = (ir.VectorType(element, LANES) for element in (ir.FloatType(), ir.HalfType(), INT8, INT32))
-HALF = GROUP // 2
+FLOATS, HALVES, BYTES, INTEGERS = (vector_of(element) for element in (FLOAT, HALF, INT8, INT32))
 FUSED = ("contract",)
 
 
@@ -52,13 +53,13 @@ def _make_key_tile(heads: int) -> Any:
             start, scales, least = arguments[2], arguments[3], arguments[4]
             zero = ir.Constant(FLOATS, [0.0] * LANES)
             low, high = [zero] * heads, [zero] * heads
-            for row in range(HALF):
+            for row in range(HALF_GROUP):
                 one, other = _codes(builder, builder.gep(start, [ir.Constant(INT64, row * LANES)]))
                 for head in range(heads):
                     line = ir.Constant(INT64, head)
                     weight = broadcast(builder, builder.load(queries_at.scalar(line, row)))
                     low[head] = _multiply_add(builder, weight, one, low[head])
-                    weight = broadcast(builder, builder.load(queries_at.scalar(line, HALF + row)))
+                    weight = broadcast(builder, builder.load(queries_at.scalar(line, HALF_GROUP + row)))
                     high[head] = _multiply_add(builder, weight, other, high[head])
             scale = _half_vector(builder, scales, ir.Constant(INT64, 0))
             lowest = _half_vector(builder, scales, least)
@@ -98,7 +99,7 @@ def _make_value_tile(heads: int) -> Any:
                 builder.store(builder.fmul(weight, scale), scaled_at.vector(line, 0), align=4)
                 place = offsets_at.vector(line, 0)
                 builder.store(_multiply_add(builder, weight, lowest, builder.load(place, align=4)), place, align=4)
-            places = [out_at.vector(line, column) for column in (0, HALF) for line in lines]
+            places = [out_at.vector(line, column) for column in (0, HALF_GROUP) for line in lines]
             totals = [builder.load(place, align=4) for place in places]
             for token in range(LANES):
                 at = builder.gep(start, [builder.mul(stride, ir.Constant(INT64, token))])

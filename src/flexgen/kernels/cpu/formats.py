@@ -36,19 +36,37 @@ def bits(tensor: torch.Tensor) -> np.ndarray:
 
 def widened(builder: Any, raw: Any, carrier: types.Type) -> Any:
     """Generate code that makes a loaded scalar or vector a floating-point one."""
-    lanes = raw.type.count if isinstance(raw.type, ir.VectorType) else 0
-
-    def shaped(element: ir.Type) -> ir.Type:
-        return ir.VectorType(element, lanes) if lanes else element
-
     if carrier == BFLOAT16:  # the upper half of a float32
-        bits = builder.zext(raw, shaped(INT32))
-        return builder.bitcast(builder.shl(bits, ir.Constant(bits.type, [16] * lanes if lanes else 16)), shaped(FLOAT))
+        bits = builder.zext(raw, _like(raw.type, INT32))
+        return builder.bitcast(builder.shl(bits, _constant(bits.type, 16)), _like(raw.type, FLOAT))
     if carrier == FLOAT16:
-        return builder.fpext(builder.bitcast(raw, shaped(HALF)), shaped(FLOAT))
+        return builder.fpext(builder.bitcast(raw, _like(raw.type, HALF)), _like(raw.type, FLOAT))
     if carrier == CODE:
-        return builder.sitofp(raw, shaped(FLOAT))
+        return builder.sitofp(raw, _like(raw.type, FLOAT))
     return raw
+
+
+def narrowed(builder: Any, value: Any, carrier: types.Type) -> Any:
+    """Generate code that rounds a floating-point scalar or vector to nearest, ties to even, into the format that a carrier stands for."""
+    if carrier == FLOAT16:
+        return builder.bitcast(builder.fptrunc(value, _like(value.type, HALF)), _like(value.type, INT16))
+    if carrier != BFLOAT16:
+        return value
+    wide = _like(value.type, INT32)
+    bits = builder.bitcast(value, wide)
+    odd = builder.and_(builder.lshr(bits, _constant(wide, 16)), _constant(wide, 1))
+    rounded = builder.lshr(builder.add(bits, builder.add(odd, _constant(wide, 0x7FFF))), _constant(wide, 16))
+    is_nan = builder.fcmp_unordered("uno", value, value)
+    return builder.trunc(builder.select(is_nan, _constant(wide, 0x7FC0), rounded), _like(value.type, INT16))
+
+
+def _like(kind: ir.Type, element: ir.Type) -> ir.Type:
+    """Return a type for as many elements as `kind` has."""
+    return ir.VectorType(element, kind.count) if isinstance(kind, ir.VectorType) else element
+
+
+def _constant(kind: ir.Type, value: int) -> ir.Constant:
+    return ir.Constant(kind, [value] * kind.count if isinstance(kind, ir.VectorType) else value)
 
 
 @intrinsic
@@ -66,19 +84,6 @@ def narrow(typing_context: Any, value: Any, like: Any) -> Any:
     """Compile `narrow(value, like)`: a float32 or float64 in the format of the element `like`."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        if like == BFLOAT16:
-            return _rounded_to_bfloat16(builder, arguments[0])
-        if like == FLOAT16:
-            return builder.bitcast(builder.fptrunc(arguments[0], HALF), INT16)
-        return arguments[0]
+        return narrowed(builder, arguments[0], like)
 
     return like(value, like), generate
-
-
-def _rounded_to_bfloat16(builder: Any, value: Any) -> Any:
-    bits = builder.bitcast(value, INT32)
-    upper = builder.lshr(bits, ir.Constant(INT32, 16))
-    bias = builder.add(builder.and_(upper, ir.Constant(INT32, 1)), ir.Constant(INT32, 0x7FFF))
-    rounded = builder.lshr(builder.add(bits, bias), ir.Constant(INT32, 16))
-    is_nan = builder.fcmp_unordered("uno", value, value)
-    return builder.trunc(builder.select(is_nan, ir.Constant(INT32, 0x7FC0), rounded), INT16)

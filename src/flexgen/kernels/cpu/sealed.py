@@ -14,11 +14,11 @@ from numba import njit, types
 
 from flexgen.base.compiled import entry, intrinsic
 from flexgen.errors import EngineError
-from flexgen.kernels.codes import GROUP, LARGEST_HALF
-from flexgen.kernels.cpu.formats import narrow, widen
+from flexgen.kernels.codes import GROUP, HALF_GROUP, LARGEST_HALF
+from flexgen.kernels.cpu.formats import FLOAT, INT32, narrow, widen
 from flexgen.kernels.cpu.rows import LANES, moved, page_and_next, pointer, widen_row
+from flexgen.kernels.cpu.vectors import vector_of
 
-HALF_GROUP = GROUP // 2
 BY_127, BY_15, LARGEST = np.float32(1 / 127), np.float32(1 / 15), np.float32(LARGEST_HALF)
 TO_NEAREST = np.float32(1.5 * 2**23)  # adding and subtracting it rounds to the nearest integer, ties to even
 ZERO, ONE = np.float32(0), np.float32(1)
@@ -29,7 +29,7 @@ def rotate_vector(typing_context: Any, row: Any) -> Any:
     """Compile `rotate_vector(row)`: the first steps of the transform, within LANES adjacent float32 numbers."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        floats, integers = ir.VectorType(ir.FloatType(), LANES), ir.VectorType(ir.IntType(32), LANES)
+        floats, integers = vector_of(FLOAT), vector_of(INT32)
         place = builder.bitcast(arguments[0], floats.as_pointer())
         numbers, half = builder.load(place, align=4), 1
         while half < LANES:

@@ -12,10 +12,11 @@ from numba import njit, types
 from numba.core import cgutils
 
 from flexgen.base.compiled import intrinsic
-from flexgen.kernels.cpu.formats import widen, widened
+from flexgen.kernels.cpu.formats import INT32, widen, widened
 from flexgen.kernels.cpu.rows import LANES, PANEL, part
+from flexgen.kernels.cpu.vectors import broadcast, vector_of
 
-INT8, INT32, INT64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
+INT8, INT64 = ir.IntType(8), ir.IntType(64)
 
 
 @njit
@@ -86,14 +87,7 @@ class Places:
         return self._builder.gep(self._first, [offset])
 
     def vector(self, row: Any, column: int) -> Any:
-        return self._builder.bitcast(self.scalar(row, column), ir.VectorType(self.element, LANES).as_pointer())
-
-
-def broadcast(builder: Any, scalar: Any) -> Any:
-    """Generate a vector of equal elements."""
-    empty = ir.Constant(ir.VectorType(scalar.type, LANES), ir.Undefined)
-    first = builder.insert_element(empty, scalar, ir.Constant(INT32, 0))
-    return builder.shuffle_vector(first, empty, ir.Constant(ir.VectorType(INT32, LANES), [0] * LANES))
+        return self._builder.bitcast(self.scalar(row, column), vector_of(self.element).as_pointer())
 
 
 def prefetch(builder: Any, place: Any) -> None:

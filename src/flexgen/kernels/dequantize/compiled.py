@@ -15,7 +15,7 @@ from numba.extending import overload
 from flexgen.base.compiled import entry
 from flexgen.kernels.cpu.formats import narrow
 from flexgen.kernels.cpu.rows import LANES, moved, pointer
-from flexgen.kernels.dequantize.vectors import store_scaled
+from flexgen.kernels.dequantize.loops import store_scaled
 
 CHUNK = 2048  # codes that are looked up before they are multiplied
 STRIP_CODES = 64  # of one row, where rows become columns: a line of the cache

@@ -6,26 +6,26 @@ the numbers that are written.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from numba.extending import register_jitable
 
 from flexgen.base.compiled import entry
+from flexgen.base.parallel import Parallel
 from flexgen.errors import EngineError
-from flexgen.hub.gguf_file import TYPES
+from flexgen.hub.gguf_file import BY_NAME
 from flexgen.kernels.cpu.formats import carried, narrow
 from flexgen.kernels.cpu.rows import moved, pointer
 from flexgen.kernels.dequantize.gguf_k import K_KERNELS
 from flexgen.kernels.dequantize.loops import bits_as_float, byte, half, sixteen, small
 
-_SIZES = {kind.name: (kind.block, kind.block_bytes) for kind in TYPES.values()}
 _FEW = 1 << 15  # numbers for which other threads are not worth waking
 _WRITTEN = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def decode_blocks(name: str, raw: torch.Tensor, out: torch.Tensor, parallel: Callable[[Callable[[int, int], None], int], None]) -> None:
+def decode_blocks(name: str, raw: torch.Tensor, out: torch.Tensor, parallel: Parallel) -> None:
     """Decode blocks of one type.
 
     Args:
@@ -45,7 +45,7 @@ def decode_blocks(name: str, raw: torch.Tensor, out: torch.Tensor, parallel: Cal
         out.copy_(exact)
         return
     kernel, source, target = KERNELS[name], raw.view(-1).numpy(), carried(out.view(-1))
-    num_blocks = raw.numel() // _SIZES[name][1]
+    num_blocks = raw.numel() // BY_NAME[name].block_bytes
     if out.numel() <= _FEW:
         kernel(source, target, 0, num_blocks)
     else:

@@ -10,10 +10,8 @@ from collections.abc import Callable, Mapping
 import torch
 
 from flexgen.errors import EngineError
-from flexgen.hub.gguf_file import TYPES
-
-_CHUNK = 1 << 22  # numbers that are decoded together, which bounds what is allocated
-_SIZES = {kind.name: (kind.block, kind.block_bytes) for kind in TYPES.values()}
+from flexgen.hub.gguf_file import BY_NAME
+from flexgen.kernels.dequantize.portions import portions
 
 
 def decode_blocks(name: str, raw: torch.Tensor, out: torch.Tensor, parallel: object = None) -> None:
@@ -30,11 +28,10 @@ def decode_blocks(name: str, raw: torch.Tensor, out: torch.Tensor, parallel: obj
     """
     if name not in _DECODERS:
         raise EngineError(f"there are no blocks of type {name}; known are {', '.join(_DECODERS)}")
-    block, block_bytes = _SIZES[name]
-    flat, blocks = out.view(-1, block), raw.view(-1, block_bytes)
-    step = _CHUNK // block
-    for begin in range(0, len(blocks), step):
-        flat[begin : begin + step].copy_(_DECODERS[name](blocks[begin : begin + step]).view(-1, block))
+    block = BY_NAME[name].block
+    flat, blocks = out.view(-1, block), raw.view(-1, BY_NAME[name].block_bytes)
+    for start, stop in portions(len(blocks), block):
+        flat[start:stop].copy_(_DECODERS[name](blocks[start:stop]).view(-1, block))
 
 
 def _half(x: torch.Tensor, at: int) -> torch.Tensor:

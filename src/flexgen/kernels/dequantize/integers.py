@@ -6,28 +6,21 @@ computed in float32 and rounded once, to nearest with ties to even, into the dty
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from flexgen.base.parallel import Parallel
 from flexgen.errors import EngineError
 from flexgen.kernels.cpu.formats import carried
 from flexgen.kernels.dequantize import codes as kernels
+from flexgen.kernels.dequantize.portions import portions
 
 WORD_BITS = 32
 AWQ_OUTPUTS = (0, 2, 4, 6, 1, 3, 5, 7)  # the output, of 8, of each code of a word
-
-_AT_ONCE = 1 << 21  # numbers that torch operations decode at once, in a few tensors of int64
-
-
-class Parallel(Protocol):
-    """Runs a function over a range, on one thread or on several, as in formats/base.py."""
-
-    def __call__(self, function: Callable[[int, int], None], count: int) -> None: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,7 +137,7 @@ def decode_rows(packed: Tensor, packing: Packing, groups: Groups, out: Tensor, p
     rows, columns = out.shape
     _check((packed.shape, groups.scales.shape[0]), ((rows, columns if packing.signed else packing.words(columns)), _blocks(groups, rows)))
     if out.device.type != "cpu":
-        for start, stop in _portions(rows, columns):
+        for start, stop in portions(rows, columns):
             out[start:stop].copy_(groups.scaled(packing.unpacked(packed[start:stop], columns), start))
         return
     scales, zeros, order = groups.arrays(columns)
@@ -172,7 +165,7 @@ def decode_gptq(words: Tensor, bits: int, groups: Groups, out: Tensor, parallel:
     packing = Packing(bits=bits)
     _check((words.shape, groups.scales.shape[0]), ((packing.words(columns), outputs), outputs))
     if out.device.type != "cpu":
-        for start, stop in _portions(outputs, columns):
+        for start, stop in portions(outputs, columns):
             out[start:stop].copy_(groups.scaled(packing.unpacked(words[:, start:stop].t(), columns), start))
         return
     scales, zeros, order = groups.arrays(columns)
@@ -198,7 +191,7 @@ def decode_awq(words: Tensor, groups: Groups, out: Tensor, parallel: Parallel) -
     outputs, columns = out.shape
     _check((words.shape, groups.scales.shape[0]), ((columns, outputs // 8), outputs))
     if out.device.type != "cpu":
-        for start, stop in _portions(outputs // 8, 8 * columns):
+        for start, stop in portions(outputs // 8, 8 * columns):
             out[8 * start : 8 * stop].copy_(groups.scaled(unpack_awq(words[:, start:stop]).t(), 8 * start))
         return
     scales, zeros, order = groups.arrays(columns)
@@ -226,10 +219,3 @@ def _blocks(groups: Groups, rows: int) -> int:
 def _check(found: tuple[Any, int], expected: tuple[Any, int]) -> None:
     if (tuple(found[0]), found[1]) != expected:
         raise EngineError(f"codes {tuple(found[0])} with {found[1]} rows of scales: expected {expected[0]} with {expected[1]}")
-
-
-def _portions(rows: int, columns: int) -> Iterator[tuple[int, int]]:
-    """Yield ranges of rows whose numbers are few enough to be decoded at once."""
-    step = max(_AT_ONCE // max(columns, 1), 1)
-    for start in range(0, rows, step):
-        yield start, min(start + step, rows)

@@ -6,27 +6,20 @@ computed in float32 and rounded once, to nearest with ties to even, into the dty
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol, Self
+from typing import Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from flexgen.base.parallel import Parallel
 from flexgen.errors import EngineError
 from flexgen.kernels.cpu.formats import carried
 from flexgen.kernels.dequantize import compiled, tables
-
-_AT_ONCE = 1 << 21  # numbers that torch operations decode at once, in a few tensors of float32
+from flexgen.kernels.dequantize.portions import portions
 
 _SCALE_VALUES = {torch.uint8: tables.powers, torch.float8_e8m0fnu: tables.e8m0, torch.float8_e4m3fn: tables.e4m3}
-
-
-class Parallel(Protocol):
-    """Runs a function over a range, on one thread or on several, as in formats/base.py."""
-
-    def __call__(self, function: Callable[[int, int], None], count: int) -> None: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,7 +141,7 @@ def decode(codes: Codes, scales: Scales, out: Tensor, parallel: Parallel) -> Non
     if codes.numbers.shape != (rows, columns // codes.per_byte) or columns % codes.per_byte or scales.numbers.shape != blocks:
         raise EngineError(f"codes {tuple(codes.numbers.shape)} and scales {tuple(scales.numbers.shape)} do not make {tuple(out.shape)}")
     if out.device.type != "cpu":
-        for start, stop in _portions(rows, columns):
+        for start, stop in portions(rows, columns):
             values = codes.looked_up(codes.numbers[start:stop])
             out[start:stop].copy_(_scaled(values, scales.of_rows(start, stop), scales.block_columns))
         return
@@ -176,7 +169,7 @@ def decode_transposed(codes: Codes, scales: Scales, out: Tensor, parallel: Paral
     if out.device.type != "cpu":
         for matrix in range(matrices):
             of_one = Scales(numbers=scales.numbers[matrix], values=scales.values, block_columns=scales.block_columns)
-            for start, stop in _portions(rows, columns):
+            for start, stop in portions(rows, columns):
                 values = codes.looked_up(codes.numbers[matrix, start:stop])
                 out[matrix, :, start:stop].copy_(_scaled(values, of_one.of_rows(start, stop), scales.block_columns).t())
         return
@@ -195,10 +188,3 @@ def _scaled(values: Tensor, scales: Tensor, block_columns: int) -> Tensor:
     if columns == scales.shape[1] * block_columns:
         return (values.view(rows, -1, block_columns) * scales[:, :, None]).view(rows, columns)
     return values * scales[:, :, None].expand(-1, -1, block_columns).reshape(rows, -1)[:, :columns]
-
-
-def _portions(rows: int, columns: int) -> Iterator[tuple[int, int]]:
-    """Yield ranges of rows whose numbers are few enough to be decoded at once."""
-    step = max(_AT_ONCE // max(columns, 1), 1)
-    for start in range(0, rows, step):
-        yield start, min(start + step, rows)

@@ -1,7 +1,7 @@
 """What compiled decoders share: bytes and halves read by bare pointers, small integers made float32 in the width of a float32.
 
-`sixteen` is written in vectors: loops of 16 short steps are unrolled by LLVM before it could make vectors of them, and are then ten times
-slower.
+`store_scaled` and `sixteen` are written in vectors, so that no compiler has to find them: loops of 16 short steps are unrolled by LLVM
+before it could make vectors of them, and are then ten times slower.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from numba import types
 from numba.extending import register_jitable
 
 from flexgen.base.compiled import intrinsic
-from flexgen.kernels.cpu.formats import BFLOAT16, FLOAT16, widen
+from flexgen.kernels.cpu.formats import FLOAT, INT16, INT32, narrowed, widen
+from flexgen.kernels.cpu.vectors import broadcast, vector_of
 
-INT8, INT16, INT32, HALF, FLOAT = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.HalfType(), ir.FloatType()
-LANES = 16
+_INT8 = ir.IntType(8)
 
 
 @intrinsic
@@ -56,6 +56,21 @@ def byte(source: Any, at: int) -> Any:
 
 
 @intrinsic
+def store_scaled(typing_context: Any, numbers: Any, scale: Any, out: Any) -> Any:
+    """Compile `store_scaled(numbers, scale, out)`: LANES float32 numbers times a float32, to adjacent places of any format (pointers)."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        source, factor, target = arguments
+        vector = builder.load(builder.bitcast(source, vector_of(FLOAT).as_pointer()), align=4)
+        stored = narrowed(builder, builder.fmul(vector, broadcast(builder, factor)), out.dtype)
+        place = builder.bitcast(target, stored.type.as_pointer())
+        builder.store(stored, place, align=context.get_abi_sizeof(target.type.pointee))
+        return context.get_dummy_value()
+
+    return types.void(numbers, types.float32, out), generate
+
+
+@intrinsic
 def sixteen(typing_context: Any, source: Any, shift: Any, mask: Any, less: Any, scale: Any, least: Any, target: Any) -> Any:
     """Compile `sixteen(source, shift, mask, less, scale, least, target)`: decode fields of 16 adjacent bytes.
 
@@ -65,42 +80,18 @@ def sixteen(typing_context: Any, source: Any, shift: Any, mask: Any, less: Any, 
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         source_pointer, shift_value, mask_value, less_value, scale_value, least_value, target_pointer = arguments
-        loaded = builder.load(builder.bitcast(source_pointer, ir.VectorType(INT8, LANES).as_pointer()), align=1)
+        loaded = builder.load(builder.bitcast(source_pointer, vector_of(_INT8).as_pointer()), align=1)
         fields = builder.and_(
-            builder.lshr(loaded, _splat(builder, builder.trunc(shift_value, INT8))), _splat(builder, builder.trunc(mask_value, INT8))
+            builder.lshr(loaded, broadcast(builder, builder.trunc(shift_value, _INT8))),
+            broadcast(builder, builder.trunc(mask_value, _INT8)),
         )
-        integers = builder.sub(builder.zext(fields, ir.VectorType(INT32, LANES)), _splat(builder, builder.trunc(less_value, INT32)))
-        numbers = builder.fmul(builder.sitofp(integers, ir.VectorType(FLOAT, LANES)), _splat(builder, scale_value))
+        integers = builder.sub(builder.zext(fields, vector_of(INT32)), broadcast(builder, builder.trunc(less_value, INT32)))
+        numbers = builder.fmul(builder.sitofp(integers, vector_of(FLOAT)), broadcast(builder, scale_value))
         if subtracts:
-            numbers = builder.fsub(numbers, _splat(builder, least_value))
-        stored = _narrowed(builder, numbers, target.dtype)
+            numbers = builder.fsub(numbers, broadcast(builder, least_value))
+        stored = narrowed(builder, numbers, target.dtype)
         builder.store(stored, builder.bitcast(target_pointer, stored.type.as_pointer()), align=2 if stored.type.element == INT16 else 4)
         return context.get_dummy_value()
 
     offset = types.float32 if subtracts else least
     return types.none(source, types.int64, types.int64, types.int64, types.float32, offset, target), generate
-
-
-def _splat(builder: Any, value: Any) -> Any:
-    """Generate a vector of 16 equal elements."""
-    kind = ir.VectorType(value.type, LANES)
-    one = builder.insert_element(ir.Constant(kind, ir.Undefined), value, ir.Constant(INT32, 0))
-    return builder.shuffle_vector(one, ir.Constant(kind, ir.Undefined), ir.Constant(ir.VectorType(INT32, LANES), [0] * LANES))
-
-
-def _narrowed(builder: Any, numbers: Any, carrier: Any) -> Any:
-    """Generate the float32 vector in the format that a carrier stands for (kernels/cpu/formats.py), rounded to nearest even."""
-    if carrier == FLOAT16:
-        return builder.bitcast(builder.fptrunc(numbers, ir.VectorType(HALF, LANES)), ir.VectorType(INT16, LANES))
-    if carrier != BFLOAT16:
-        return numbers
-    wide = ir.VectorType(INT32, LANES)
-
-    def constant(value: int) -> Any:
-        return ir.Constant(wide, [value] * LANES)
-
-    bits = builder.bitcast(numbers, wide)
-    bias = builder.add(builder.and_(builder.lshr(bits, constant(16)), constant(1)), constant(0x7FFF))
-    rounded = builder.lshr(builder.add(bits, bias), constant(16))
-    is_nan = builder.fcmp_unordered("uno", numbers, numbers)
-    return builder.trunc(builder.select(is_nan, constant(0x7FC0), rounded), ir.VectorType(INT16, LANES))
