@@ -114,6 +114,15 @@ SHAPES = {
         ),
         Shape(name="opt-1.3b", model_type="opt", memory_bytes=2 * GIB, num_requests=64, batches=(), config=_opt(2048, 24, 32)),
         Shape(name="opt-2.7b", model_type="opt", memory_bytes=4 * GIB, num_requests=48, batches=(), config=_opt(2560, 32, 32)),
+        # For scores: the logits of all positions would take several times the limit.
+        Shape(
+            name="llama-256k",
+            model_type="llama",
+            memory_bytes=3 * GIB // 2,
+            num_requests=64,
+            batches=(),
+            config=_llama(1024, 16, 16, 64, 4096, 262144),
+        ),
         # Weights in low-bit formats: more than twice the limit in bfloat16, about the limit as stored.
         Shape(
             name="opt-30b-int4",
