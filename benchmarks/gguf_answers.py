@@ -73,7 +73,7 @@ def answers(path: Path, chats: list[str], scratch: Path) -> dict[str, Any]:
     texts, metrics = with_flexgen(path, chats, scratch)
     memory, spec = metrics["forecast"]["memory_bytes"]["host"], spec_of(str(path), EngineOptions(dtype="float32"), device="cpu")
     held = sum(memory.get(name, 0) for name in ("weights", "weight staging", "small tensors", "embedding"))
-    decoded = scratch_bytes(spec, ["disk"] * len(spec.units))
+    decoded = scratch_bytes(spec, ["disk"] * len(spec.units), "cpu")
     began, kept = time.perf_counter(), (scratch / "transformers.json").exists()
     wanted = with_transformers(path, chats, scratch / "transformers.json")
     return {

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 from paper.case import PaperCase, PaperMachine, PaperPolicy, PaperVariant
 from paper.memory import peak_bytes
@@ -123,7 +124,9 @@ def priced(name: str, machine: Machine, spec: ModelSpec) -> float:
     """Of one block under the published policy, whether it would fit or not: hidden states, which ours keeps on the device, may not."""
     published = POLICIES[name]
     whole = published.num_sequences * spec.kv_bytes(WORKLOAD.prompt_len + WORKLOAD.output_len + 16)
-    pools = {f"kv_{tier}_bytes": int(share * whole) for tier, share in dataclasses.asdict(published.kv).items() if tier in TIERS}
+    pools: dict[str, Any] = {
+        f"kv_{tier}_bytes": int(share * whole) for tier, share in dataclasses.asdict(published.kv).items() if tier in TIERS
+    }
     policy = Policy(
         device="cuda", dtype=spec.dtype, weights=published.weights, kv=published.kv, **pools, host_ring_bytes=0, device_ring_bytes=0,
         workspace_bytes=0, embedding_resident=True, schedule="zigzag", max_num_seqs=published.num_sequences,
