@@ -48,6 +48,6 @@ def test_others(name: str, shape: tuple[int, ...]) -> None:
 
 
 def test_routers() -> None:
-    routers = ("mlp.gate", "mlp.router", "mlp.shared_expert_gate", "block_sparse_moe.router.layer", "gate", "attn_gate")
+    routers = ("mlp.gate", "mlp.router", "mlp.shared_expert_gate", "block_sparse_moe.router.layer", "mlp.gate.wg", "gate", "attn_gate")
     assert all(is_router(f"model.layers.0.{name}") for name in routers)
     assert not any(is_router(f"model.layers.0.mlp.{name}") for name in ("gate_proj", "gate_up_proj", "investigate", "routers_out"))

@@ -73,11 +73,11 @@ def test_units_read_every_stored_byte(model_type: str, unit_bytes: int | None) -
 
 def test_rows_of_blocks() -> None:
     """576 rows of 300 numbers: scales in 5 rows of 3."""
-    headers = headers_of("x", sharded(FP8_BLOCK.encode(NamedTensor("a_proj.weight", (576, 300), torch.bfloat16)), 10**9))
+    headers = headers_of("x", sharded(FP8_BLOCK.encode(NamedTensor("layers.0.a_proj.weight", (576, 300), torch.bfloat16)), 10**9))
     decoded = headers.decoded(FP8_BLOCK, torch.bfloat16)
-    weight, scales = headers.tensors["a_proj.weight"], headers.tensors["a_proj.weight_scale_inv"]
+    weight, scales = headers.tensors["layers.0.a_proj.weight"], headers.tensors["layers.0.a_proj.weight_scale_inv"]
     assert (weight.nbytes, scales.shape) == (576 * 300, (5, 3))
-    (all_rows,) = whole(decoded.tensors["a_proj.weight"])
+    (all_rows,) = whole(decoded.tensors["layers.0.a_proj.weight"])
 
     def read(start: int, stop: int) -> list[tuple[int, int]]:
         piece = all_rows.narrow(0, start, stop)

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from flexgen.formats.base import NamedTensor
 
 _IN_LAYER = re.compile(r"(^|\.)\w+\.\d+\.")
-_ROUTER = re.compile(r"(^|[._])(gate|router)$|(^|\.)routers?\.\w+$")
+_ROUTER = re.compile(r"(^|[._])(gate|router)$|(^|\.)(gate|routers?)\.\w+$")
 _EMBEDDING = re.compile(r"(^|\.)(\w*embed\w*|wte|wpe)(\.|$)")
 _TOWER = re.compile(r"(^|\.)(vision|visual|audio)")
 _EXPERTS = (".experts.gate_up_proj", ".experts.up_proj", ".experts.down_proj")
