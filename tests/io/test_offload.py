@@ -50,6 +50,15 @@ def test_what_a_killed_run_left_goes_and_what_others_use_stays(tmp_path: Path, c
     fresh.remove()
 
 
+def test_folders_of_another_kind_stay(tmp_path: Path) -> None:
+    assert subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], check=False).returncode == -9
+    (left,) = tmp_path.iterdir()
+    with OffloadFolder(tmp_path, "flexgen-measure-") as folder:
+        assert folder.name.startswith("flexgen-measure-")
+        assert set(tmp_path.iterdir()) == {left, folder}
+    assert set(tmp_path.iterdir()) == {left}
+
+
 def test_planted_links_are_not_followed(tmp_path: Path) -> None:
     victim = tmp_path / "victim"
     victim.mkdir()

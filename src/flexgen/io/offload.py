@@ -1,4 +1,4 @@
-"""Private folders for what a run spills.  A run removes its folder when it ends; what a killed run left, a later run removes."""
+"""Private folders for what a run writes.  A run removes its folder when it ends; what a killed run left, a later run removes."""
 
 from __future__ import annotations
 
@@ -15,11 +15,15 @@ from flexgen.errors import StorageError
 
 logger = logging.getLogger(__name__)
 
-_PREFIX, _LOCK = "flexgen-offload-", "in-use"
+_LOCK = "in-use"
 
 
 class OffloadFolder:
-    """A fresh folder below `parent` that only its owner can read.  What killed runs left there is removed first.
+    """A fresh folder below another one that only its owner can read.  What killed runs left there is removed first.
+
+    Args:
+        parent: The folder in which to make it; it is created if necessary.
+        prefix: The beginning of its name, which tells whose folders are removed.
 
     The run holds a lock on a file in the folder.  The kernel releases it however the run ends, so other runs can tell an abandoned folder.
 
@@ -27,13 +31,19 @@ class OffloadFolder:
         StorageError: The folder cannot be made.
     """
 
-    def __init__(self, parent: Path) -> None:
+    def __init__(self, parent: Path, prefix: str = "flexgen-offload-") -> None:
         try:
             parent.mkdir(parents=True, exist_ok=True)
-            _sweep(parent)
-            self.path, self._lock = _make(parent)
+            _sweep(parent, prefix)
+            self.path, self._lock = _make(parent, prefix)
         except OSError as error:
             raise StorageError(f"the offload folder {parent} cannot be used: {error}") from error
+
+    def __enter__(self) -> Path:
+        return self.path
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.remove()
 
     def remove(self) -> None:
         """Delete the folder with everything in it."""
@@ -43,10 +53,10 @@ class OffloadFolder:
         self._lock = -1
 
 
-def _make(parent: Path) -> tuple[Path, int]:
+def _make(parent: Path, prefix: str) -> tuple[Path, int]:
     """Make a folder and lock it; try again if another run's sweep came between the two."""
     while True:
-        folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
+        folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
         try:
             lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         except FileNotFoundError:
@@ -58,9 +68,9 @@ def _make(parent: Path) -> tuple[Path, int]:
         os.close(lock)
 
 
-def _sweep(parent: Path) -> None:
+def _sweep(parent: Path, prefix: str) -> None:
     """Remove folders of this user that no run holds."""
-    for folder in parent.glob(_PREFIX + "*"):
+    for folder in parent.glob(prefix + "*"):
         with contextlib.suppress(OSError):  # held, just being made, or gone
             found = folder.lstat()
             if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():

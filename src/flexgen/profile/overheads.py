@@ -7,7 +7,6 @@ import dataclasses
 import itertools
 import math
 import statistics
-import tempfile
 import time
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from flexgen.checkpoint.dummy import write_random_checkpoint
 from flexgen.devices.open import open_device
 from flexgen.engine.engine import Engine
 from flexgen.formats.plain import dtype_name
+from flexgen.io.offload import OffloadFolder
 from flexgen.models.assemble import AssembledModel, assemble_model
 from flexgen.plan.machine import Machine, Overheads, Rate, has_device_tier
 from flexgen.plan.policy import Fractions, Policy
@@ -26,6 +26,7 @@ from flexgen.plan.price.pass_time import elementwise_bytes, rate_at
 from flexgen.profile.compute import random_numbers
 from flexgen.request import TokenRequest
 
+MEASURING = "flexgen-measure-"  # the beginning of the names of folders
 NUM_LAYERS, NUM_SEQUENCES, NUM_PARTS = 8, 64, 4
 WARM_UPS, ROUNDS = 1, 6  # of each kind; the fastest counts, since what disturbs only adds
 PASSES, QUICK_PASSES = 9, 7
@@ -53,11 +54,11 @@ def overheads(device: str, dtype: torch.dtype, folder: Path, machine: Machine, *
         "gathered": (NUM_SEQUENCES, dataclasses.replace(base, embedding_resident=False)),
         "streamed": (1, dataclasses.replace(base, weights=Fractions(disk=1.0))),
     }
-    with tempfile.TemporaryDirectory(dir=folder, prefix="flexgen-measure-") as name, contextlib.ExitStack() as stack:
+    with OffloadFolder(folder, MEASURING) as scratch, contextlib.ExitStack() as stack:
         config = _config(64, NUM_LAYERS)
-        write_random_checkpoint(config, Path(name), dtype)
+        write_random_checkpoint(config, scratch / "model", dtype)
         engines = {
-            kind: stack.enter_context(Engine(_model(Path(name), config, dtype), policy, backend=open_device(device, DEVICE_BYTES)))
+            kind: stack.enter_context(Engine(_model(scratch / "model", config, dtype), policy, backend=open_device(device, DEVICE_BYTES)))
             for kind, (_, policy) in kinds.items()
         }
         seconds = dict.fromkeys(kinds, math.inf)
@@ -94,9 +95,9 @@ def elementwise_rate(dtype: torch.dtype, folder: Path, machine: Machine, max_byt
     while 2 * _layer_bytes(width, dtype) > max_bytes:
         width //= 2
     name = dtype_name(dtype)
-    with tempfile.TemporaryDirectory(dir=folder, prefix="flexgen-measure-") as path:
+    with OffloadFolder(folder, MEASURING) as scratch:
         config = _config(width, 1)
-        write_random_checkpoint(config, Path(path), dtype)
+        write_random_checkpoint(config, scratch / "model", dtype)
         policy = dataclasses.replace(
             _policy("cpu", dtype, machine), micro_batch_tokens=LAYER_TOKENS, max_num_seqs=LAYER_TOKENS // LAYER_PROMPT,
             prefill_tokens=LAYER_TOKENS, kv_host_bytes=64 * MIB, workspace_bytes=64 * MIB, longest_sequence=LAYER_PROMPT + 1,
@@ -104,7 +105,7 @@ def elementwise_rate(dtype: torch.dtype, folder: Path, machine: Machine, max_byt
         machine = dataclasses.replace(machine, elementwise={name: Rate(math.inf, math.inf)})
         products = _Products(width, dtype)
         rounds: list[float] = []
-        with Engine(_model(Path(path), config, dtype), policy) as engine:
+        with Engine(_model(scratch / "model", config, dtype), policy) as engine:
             for _ in range(LAYER_PASSES):
                 log = engine.new_log(machine)
                 began = time.perf_counter()
