@@ -168,15 +168,17 @@ def test_answers_are_near_those_with_exact_keys_and_values(folder: tuple[str, Pa
     assert 0 < off < (0.1 if kv == "int8" else 0.8)
 
 
-@pytest.mark.matrix(2)
+@pytest.mark.matrix(4)
+@pytest.mark.parametrize("length", [5, 43])
+@pytest.mark.parametrize("home", ["host", "disk"])
 @pytest.mark.parametrize("kv", FORMATS)
-def test_compiled_kernels_are_near_the_reference(folder: tuple[str, Path], kv: str) -> None:
+def test_compiled_kernels_are_near_the_reference(folder: tuple[str, Path], kv: str, home: str, length: int) -> None:
     """Answers in float32, over several pages of next tokens; a number that falls to another code is lost in what is allowed."""
     name, path = folder
-    request = TokenRequest(index=0, prompt_token_ids=tokens(5, 3, 100), max_tokens=3 * PAGE)
+    request = TokenRequest(index=0, prompt_token_ids=tokens(length, 3, 100), max_tokens=3 * PAGE)
     exact = answered(assembled(name, path, kv), WHOLE, [request], path)
     model = assemble_model(path, config_of(name), torch.float32, kv_format=kv_format(kv, torch.float32))
-    found = answered(model, dataclasses.replace(WHOLE, dtype="float32"), [request], path)
+    found = answered(model, dataclasses.replace(placed("cpu", 256, kv={home: 1}), dtype="float32"), [request], path)
     same = next((i for i, pair in enumerate(zip(exact.tokens[0], found.tokens[0], strict=True)) if pair[0] != pair[1]), 3 * PAGE)
     assert same >= PAGE
     off = (found.logits[0][:same] - exact.logits[0][:same]).std() / exact.logits[0].std()

@@ -30,11 +30,26 @@ def check_out(dtype: torch.dtype, out: Tensor, shape: tuple[int, ...]) -> None:
     check_shapes(out=(out, shape))
 
 
-def where_seen(num_sequences: int, page_tables: Tensor, starts: Tensor, lengths: Tensor, page_tokens: int) -> Where:
-    """Return where the visible positions are, with starts before the first position moved to it."""
+def where_seen(
+    num_sequences: int, page_tables: Tensor, starts: Tensor, lengths: Tensor, page_tokens: int, *, last_page_apart: bool = False
+) -> Where:
+    """Return where the visible positions are, with starts before the first position moved to it.
+
+    Args:
+        num_sequences: The number of sequences.
+        page_tables: (S, max_pages).
+        starts: The first visible position of each sequence, (S,).
+        lengths: The end of its visible positions, (S,).
+        page_tokens: The tokens of a page.
+        last_page_apart: Whether the page of the last position is kept apart, so that page tables need not have it.
+
+    Raises:
+        EngineError: A sequence sees nothing, or positions that its page table does not hold.
+    """
     check_shapes(page_tables=(page_tables, (num_sequences, None)), starts=(starts, (num_sequences,)), lengths=(lengths, (num_sequences,)))
     where = integers(page_tables), np.maximum(integers(starts), 0), integers(lengths)
-    check_positions(*where[1:], page_tables.shape[1] * page_tokens)
+    num_apart = page_tokens if last_page_apart else 0
+    check_positions(*where[1:], page_tables.shape[1] * page_tokens + num_apart)
     return where
 
 

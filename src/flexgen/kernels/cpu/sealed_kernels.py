@@ -73,7 +73,7 @@ class CpuKernels(PlainKernels):
         check_pages(query.dtype, tail_keys, tail_values, kv_heads, key_dim, value_dim)
         check_shapes(tail_keys=(tail_keys, (None, kv_heads, key_dim, page_tokens)), tails=(tails, (num_sequences,)))
         check_out(query.dtype, out, (num_sequences, heads, value_dim))
-        where = where_seen(num_sequences, page_tables, starts, lengths, page_tokens)
+        where = where_seen(num_sequences, page_tables, starts, lengths, page_tokens, last_page_apart=True)
         number = accumulator(query.dtype)
         memories = (
             (*_codes(memory, codes, kv_heads, page_tokens), codes.bits)
