@@ -385,6 +385,7 @@ def test_refused_by_name(quantization: dict[str, Any], message: str) -> None:
         ({"weight_packed": padded_words(torch.ones(64, 96, dtype=torch.int64), 3)}, {}, "words of 96 codes of 4 bits"),
         ({}, {"symmetric": False}, "a.weight_zero_point is missing"),
         ({"weight_zero_point": torch.ones(7, 3, dtype=torch.int32)}, {"symmetric": False}, "zero points of 64 rows"),
+        ({"weight_zero_point": torch.ones(8, 3, dtype=torch.int32)}, {}, "need no zero points, since config.json says"),
         ({"weight_g_idx": torch.ones(7, dtype=torch.int32)}, {}, r"need \(96,\)"),
     ],
 )

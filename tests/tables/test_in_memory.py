@@ -125,6 +125,20 @@ def test_what_is_refused(llm: LLM, keywords: dict[str, Any], said: str) -> None:
     assert said in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("params", "keywords", "said"),
+    [
+        ({"n": 2}, {}, "n is 2"),
+        ({"max_tokens": 0}, {}, "max_tokens is 0"),
+        ({"structured_outputs": {"choice": ["b"]}}, {"regex": "a"}, "not as structured_outputs"),
+        ({}, {"choices": ["a", "b"]}, "are scored"),
+    ],
+)
+def test_parameters_that_no_row_can_have(llm: LLM, params: dict[str, Any], keywords: dict[str, Any], said: str) -> None:
+    with pytest.raises(OptionError, match=said):
+        llm.map(pa.table({"text": ["a"]}), "{text}", sampling_params=SamplingParams(**params), **keywords)
+
+
 def test_no_rows(llm: LLM, scorers: list[FakeEngine]) -> None:
     found = llm.map(pa.table({"t": pa.array([], pa.string())}), "{t}")
     assert (found.column_names, found.num_rows, scorers) == (["t", "answer", "error"], 0, [])

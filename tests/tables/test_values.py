@@ -9,8 +9,15 @@ from typing import Any
 
 import pytest
 
+from flexgen.errors import RequestError
 from flexgen.tables.columns import Kind, fitted, kind_of
-from flexgen.tables.values import text_of
+from flexgen.tables.values import cell_of, text_of
+
+
+def test_cells_hold_any_bytes() -> None:
+    assert [cell_of(value) for value in (b"caf\xc3\xa9", b"a\xff", None, [b"\xfe"], 2.5)] == ["café", "a\\xff", "", '["\\\\xfe"]', "2.5"]
+    with pytest.raises(RequestError, match="not UTF-8"):
+        text_of(b"\xff")
 
 
 @pytest.mark.parametrize(

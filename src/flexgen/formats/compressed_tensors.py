@@ -127,6 +127,8 @@ class _StoredModule:
         )  # fmt: skip
 
     def _integers(self) -> Encoding:
+        import torch
+
         if not self._scale.dtype.is_floating_point or self._scale.dtype.itemsize == 1:
             raise self._wrong(self._scale, "bfloat16, float16 or float32")
         packing, columns = self._packing()
@@ -141,6 +143,9 @@ class _StoredModule:
             elif zeros.shape != self._scale.shape:
                 raise self._wrong(zeros, f"{self._scale.shape}, or packed in int32")
             parts.append(EncodingPart(zeros, rows_of_zeros(zero_packing) if zero_packing is not None else blocks.rows))
+        elif (zeros := self._tensors.get(f"{self._module}.weight_zero_point")) is not None and zeros.dtype == torch.int32:
+            # Packed zero points are those of asymmetric weights; symmetric ones may come with zeros in bytes, which say nothing.
+            raise self._wrong(zeros, "no zero points, since config.json says that they are symmetric")
         if with_order := f"{self._module}.weight_g_idx" in self._tensors:
             order = self._get("weight_g_idx")
             if order.shape != (columns,):

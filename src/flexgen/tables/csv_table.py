@@ -15,7 +15,7 @@ from flexgen.errors import JobError, StorageError
 from flexgen.tables.arrow import Schema, text_schema
 from flexgen.tables.batch import Batch, Row, RowBatch, Table, merged
 from flexgen.tables.columns import Column
-from flexgen.tables.values import text_of
+from flexgen.tables.values import cell_of
 
 _BATCH_ROWS = 1024
 _MAX_CELL_CHARS = 64 << 20  # the module's own limit is 128 Ki, less than a long document
@@ -99,7 +99,7 @@ class CsvWriter:
         """Write some rows."""
         for row, answer in zip(batch.rows(), answers, strict=True):
             whole = merged(row, self._added, answer)
-            self._writer.writerow([text_of(whole.get(name)) for name in self._columns])
+            self._writer.writerow([cell_of(whole.get(name)) for name in self._columns])
 
     def close(self) -> None:
         """Write what is left."""

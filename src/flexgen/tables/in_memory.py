@@ -79,6 +79,8 @@ def map_frame(
     if params is None:
         own = llm.get_default_sampling_params()
         params = dataclasses.replace(own, temperature=0.0, max_tokens=DEFAULT_MAX_TOKENS, stop=prompts.default_stop)
+    else:
+        _check_params(task, params)
     if task.constraint:
         constrained = dataclasses.replace(params, **task.constraint)
         check_constraint(llm.model, task, constrained)
@@ -86,6 +88,22 @@ def map_frame(
     answers = Answers(task)
     requests = list(_requests(prompts, rows, PlainForm(defaults=params)))
     return frame.with_columns(task.columns, [answers.values(record) for record in _records(llm, requests, use_tqdm)])
+
+
+def _check_params(task: Task, params: SamplingParams) -> None:
+    """Refuse sampling parameters that a row's one answer cannot have.
+
+    Raises:
+        OptionError: There are such; the message names them.
+    """
+    if task.choices:
+        raise OptionError("sampling_params: the answers of choices are scored, not sampled: leave them out")
+    if params.n != 1:
+        raise OptionError(f"sampling_params: n is {params.n}, and a row has one answer")
+    if params.max_tokens == 0:
+        raise OptionError("sampling_params: max_tokens is 0, so that no row would have an answer")
+    if params.structured_outputs is not None:
+        raise OptionError("sampling_params: give what may be answered as schema, regex or choices of map, not as structured_outputs")
 
 
 def _examples(given: Any) -> Iterable[Row]:
@@ -103,7 +121,10 @@ def make_task(prompt: str, keywords: MapKeywords) -> Task:
         OptionError: A keyword is unknown, or values contradict each other.
     """
     if unknown := sorted(set(keywords) - set(MapKeywords.__annotations__)):
-        raise OptionError(f"map has no option {unknown[0]!r}; known: {', '.join(sorted(MapKeywords.__annotations__))}")
+        known = sorted([*MapKeywords.__annotations__, "examples", "chat", "sampling_params", "use_tqdm"])
+        raise OptionError(f"map has no option {unknown[0]!r}; known: {', '.join(known)}")
+    if not isinstance(keywords.get("schema"), (dict, type(None))):
+        raise OptionError(f"schema must be a JSON schema as a dict, not {keywords.get('schema')!r:.80}")
     fields = dict(keywords)
     choices = keywords.get("choices") or ()
     if isinstance(choices, str):

@@ -16,7 +16,7 @@ from flexgen.errors import JobError, StorageError
 from flexgen.tables.arrow import Schema, inferred_schema
 from flexgen.tables.batch import Batch, Row, RowBatch, Table
 from flexgen.tables.columns import Column
-from flexgen.tables.values import text_of
+from flexgen.tables.values import cell_of
 
 _BATCH_ROWS = 1024
 _BOM = b"\xef\xbb\xbf"
@@ -80,8 +80,8 @@ class JsonLinesWriter:
 
 
 def _encoded(row: Row) -> bytes:
-    text = json.dumps(row, ensure_ascii=False, default=text_of)
+    text = json.dumps(row, ensure_ascii=False, default=cell_of)
     try:
         return text.encode() + b"\n"
     except UnicodeEncodeError:  # half of a surrogate pair, which JSON can write and UTF-8 cannot
-        return json.dumps(row, default=text_of).encode() + b"\n"
+        return json.dumps(row, default=cell_of).encode() + b"\n"

@@ -24,10 +24,15 @@ def text_of(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, (list, tuple, dict)):
-        return json.dumps(value, ensure_ascii=False, default=text_of)
+        return json.dumps(value, ensure_ascii=False, default=cell_of)
     if isinstance(value, bytes):
         try:
             return value.decode()
         except UnicodeDecodeError as error:
             raise RequestError("the value is bytes that are not UTF-8", code="invalid_row") from error
     return str(value)
+
+
+def cell_of(value: Any) -> str:
+    """Return a value as text for a table to be written: that of `text_of`, and bytes that are not UTF-8 with escapes such as \\xff."""
+    return value.decode(errors="backslashreplace") if isinstance(value, bytes) else text_of(value)
