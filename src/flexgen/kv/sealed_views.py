@@ -15,7 +15,7 @@ from flexgen.kernels.reference import AttentionKernels
 from flexgen.kv.format import KVPages, Steps
 from flexgen.kv.low_bit import LowBitPages
 from flexgen.kv.pages import KVGroup, with_tail
-from flexgen.kv.views import Heads, Past, as_attended, step_outputs, step_queries
+from flexgen.kv.views import Heads, Past, StepsAndPrompts, as_attended
 from flexgen.passes.calls import AttentionCall, KeyValue
 from flexgen.passes.plan import Slice
 
@@ -48,7 +48,7 @@ class SealedPrompt:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SealedGroupPlan:
+class SealedGroupPlan(StepsAndPrompts):
     """Index tensors of a micro-batch in one layer group, and attention by them; the counterpart of `GroupPlan`.
 
     Attributes:
@@ -58,9 +58,6 @@ class SealedGroupPlan:
         tail_offsets: Their positions in the page, int64 (rows,).
         full_tails: The tails that next tokens complete, int64 (pages,).
         full_pages: The pages that these become, int64 (pages,).
-        num_steps: The number of slices that are next tokens; they come first.
-        steps: The tokens that the next tokens see.
-        prompts: The other slices.
     """
 
     group: KVGroup
@@ -69,8 +66,6 @@ class SealedGroupPlan:
     tail_offsets: torch.Tensor
     full_tails: torch.Tensor
     full_pages: torch.Tensor
-    num_steps: int
-    steps: Steps
     prompts: tuple[SealedPrompt, ...]
 
     def write(self, kernels: AttentionKernels, new: KeyValue, pages: KVPages) -> Heads:
@@ -96,23 +91,6 @@ class SealedGroupPlan:
     @staticmethod
     def _head(kernels: AttentionKernels, prompt: SealedPrompt, pages: LowBitPages, dtype: torch.dtype) -> KeyValue | None:
         return pages.tails.gather(kernels, prompt.tail, 0, prompt.head_length, dtype) if prompt.head_length else None
-
-    def attend(self, kernels: AttentionKernels, call: AttentionCall, pages: KVPages, heads: Heads) -> torch.Tensor:
-        """Return the attention, (1, tokens, heads, value_dim), of all slices, whose new tokens are stored already."""
-        out = call.new_output()
-        if self.num_steps:
-            attended = self.attend_steps(kernels, call, step_queries(call, self.num_steps), pages)
-            out[0, : self.num_steps] = step_outputs(call, attended)
-        if self.prompts:
-            self.attend_prompts(kernels, call, self.gather_past(kernels, pages, call.query.dtype, heads), out)
-        return out
-
-    def attend_steps(self, kernels: AttentionKernels, call: AttentionCall, query: torch.Tensor, pages: KVPages) -> torch.Tensor:
-        """Return the attention, (steps, heads, value_dim), of the next tokens' `step_queries`; on latents (steps, heads, rank)."""
-        dim = call.value.shape[3] if call.latent is None else call.latent.key_up.shape[2]
-        out = query.new_empty(*query.shape[:2], dim)
-        pages.decode(kernels, call, query, self.steps, out)
-        return out
 
     def gather_past(self, kernels: AttentionKernels, pages: KVPages, dtype: torch.dtype, heads: Heads) -> list[Past]:
         """Return, for each prompt slice, what is visible of the pages before its own first page, and the head of that page."""

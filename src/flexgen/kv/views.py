@@ -37,35 +37,21 @@ class PromptPlan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GroupPlan:
-    """Index tensors of a micro-batch in one layer group, and attention by them.
+class StepsAndPrompts:
+    """Attention of a micro-batch in one layer group: the part that does not depend on how pages are stored.
 
     Next tokens are attended to in three steps (`step_queries`, `attend_steps`, `step_outputs`), so that the middle one
     can run where the pages are.
 
     Attributes:
-        page_ids: The page of each new token, int64 (tokens,).
-        page_offsets: The position of each new token in its page, int64 (tokens,).
         num_steps: The number of slices that are next tokens; they come first.
         steps: The tokens that the next tokens see.
         prompts: The other slices.
     """
 
-    page_ids: torch.Tensor
-    page_offsets: torch.Tensor
     num_steps: int
     steps: Steps
-    prompts: tuple[PromptPlan, ...]
-
-    def write(self, kernels: AttentionKernels, new: KeyValue, pages: KVPages) -> Heads:
-        """Store the micro-batch's new keys and values (1, heads, tokens, dim).
-
-        Returns:
-            What `gather_past` needs of the pages as they were before; nothing, unless pages are sealed.
-        """
-        key, value = new
-        pages.write(kernels, key[0].transpose(0, 1), value[0].transpose(0, 1), self.page_ids, self.page_offsets)
-        return []
+    prompts: Sequence[object]
 
     def attend(self, kernels: AttentionKernels, call: AttentionCall, pages: KVPages, heads: Heads) -> torch.Tensor:
         """Return the attention, (1, tokens, heads, value_dim), of all slices, whose new tokens are stored already.
@@ -86,6 +72,38 @@ class GroupPlan:
         out = query.new_empty(*query.shape[:2], dim)
         pages.decode(kernels, call, query, self.steps, out)
         return out
+
+    def gather_past(self, kernels: AttentionKernels, pages: KVPages, dtype: torch.dtype, heads: Heads) -> list[Past]:
+        """Return, for each prompt slice, the visible keys and values of tokens stored before it; `heads` is what `write` returned."""
+        raise NotImplementedError
+
+    def attend_prompts(self, kernels: AttentionKernels, call: AttentionCall, past: Sequence[Past], out: torch.Tensor) -> None:
+        """Write the attention of the prompt slices to their rows of `out`, (1, tokens, heads, value_dim)."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupPlan(StepsAndPrompts):
+    """Index tensors of a micro-batch in one layer group, and attention by them.
+
+    Attributes:
+        page_ids: The page of each new token, int64 (tokens,).
+        page_offsets: The position of each new token in its page, int64 (tokens,).
+    """
+
+    page_ids: torch.Tensor
+    page_offsets: torch.Tensor
+    prompts: tuple[PromptPlan, ...]
+
+    def write(self, kernels: AttentionKernels, new: KeyValue, pages: KVPages) -> Heads:
+        """Store the micro-batch's new keys and values (1, heads, tokens, dim).
+
+        Returns:
+            What `gather_past` needs of the pages as they were before; nothing, unless pages are sealed.
+        """
+        key, value = new
+        pages.write(kernels, key[0].transpose(0, 1), value[0].transpose(0, 1), self.page_ids, self.page_offsets)
+        return []
 
     def gather_past(self, kernels: AttentionKernels, pages: KVPages, dtype: torch.dtype, heads: Heads) -> list[Past]:
         """Return, for each prompt slice, the visible keys and values of tokens stored before it; `heads` is what `write` returned."""
