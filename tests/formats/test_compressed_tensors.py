@@ -12,13 +12,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from flexgen.checkpoint.files import Checkpoint, Headers
-from flexgen.checkpoint.repository import headers_of, meta_model, saved_tensors, sharded
+from flexgen.checkpoint.files import Checkpoint
 from flexgen.checkpoint.sources import ParameterSource, whole
 from flexgen.errors import CheckpointError, UnsupportedModelError
-from flexgen.formats.base import NamedTensor, NumberFormat
+from flexgen.formats.base import NamedTensor
 from flexgen.formats.table import stated_format
 from flexgen.models.describe import describe_config, describe_headers
+from tests.formats.from_config import encoded, stated
 from tests.formats.layouts import packed, padded_words
 from tests.models.tiny_configs import tiny_config
 
@@ -41,12 +41,6 @@ def config_of(stored_as: str = "pack-quantized", targets: tuple[str, ...] = ("Li
 NVFP4 = config_of("nvfp4-pack-quantized", type="float", strategy="tensor_group", group_size=16)
 MXFP4 = config_of("mxfp4-pack-quantized", type="float", group_size=32, scale_dtype="torch.uint8")
 FP8 = config_of("float-quantized", type="float", num_bits=8, strategy="channel", group_size=None)
-
-
-def stated(quantization: dict[str, Any]) -> NumberFormat:
-    found = stated_format({"quantization_config": quantization})
-    assert found is not None
-    return found
 
 
 def weights(outputs: int = 64, inputs: int = 96) -> Tensor:
@@ -278,12 +272,6 @@ CONFIGS = {
         "ignore": ["re:.*lm_head", "model.layers.0.mlp.down_proj", r"re:.*mlp\.gate$"],
     },
 }
-
-
-def encoded(quantization: dict[str, Any], model_type: str) -> tuple[Headers, list[NamedTensor]]:
-    plain = saved_tensors(meta_model(tiny_config(model_type), torch.bfloat16), torch.bfloat16)
-    number_format = stated(quantization)
-    return headers_of("x", sharded([part for tensor in plain for part in number_format.encode(tensor)], 10**9)), plain
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -10,25 +10,18 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from flexgen.checkpoint.files import Checkpoint, Headers
-from flexgen.checkpoint.repository import headers_of, meta_model, saved_tensors, sharded
+from flexgen.checkpoint.files import Checkpoint
 from flexgen.checkpoint.sources import ParameterSource, whole
 from flexgen.errors import CheckpointError, UnsupportedModelError
-from flexgen.formats.base import NamedTensor, NumberFormat
 from flexgen.formats.table import stated_format
 from flexgen.models.describe import describe_config, describe_headers
+from tests.formats.from_config import encoded, stated
 from tests.formats.layouts import Stored, awq, gptq
 from tests.models.tiny_configs import tiny_config
 
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": True}
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm", "zero_point": True}
 ROUND = {"quant_method": "auto-round", "bits": 4, "group_size": 32, "sym": False, "data_type": "int"}
-
-
-def stated(quantization: dict[str, Any]) -> NumberFormat:
-    found = stated_format({"quantization_config": quantization})
-    assert found is not None
-    return found
 
 
 def weights(outputs: int = 64, inputs: int = 96) -> Tensor:
@@ -149,12 +142,6 @@ CONFIGS = {
     "awq": AWQ | {"modules_to_not_convert": ["v_proj"]},
     "auto-round": ROUND | {"packing_format": "auto_round:auto_gptq", "extra_config": {"model.layers.0.mlp.up_proj": {"bits": 16}}},
 }
-
-
-def encoded(quantization: dict[str, Any], model_type: str) -> tuple[Headers, list[NamedTensor]]:
-    plain = saved_tensors(meta_model(tiny_config(model_type), torch.bfloat16), torch.bfloat16)
-    number_format = stated(quantization)
-    return headers_of("x", sharded([part for tensor in plain for part in number_format.encode(tensor)], 10**9)), plain
 
 
 @pytest.mark.parametrize("name", CONFIGS)
