@@ -22,8 +22,8 @@ from typing import Any
 
 from capped import NoCgroup
 from measure import Deadline, Setup
-from record import Results
-from shapes import OUTPUT_TOKENS, PROMPT_TOKENS, SHAPES
+from record import DEFAULT_TOKENS, Results
+from shapes import SHAPES
 from systems import run_accelerate, run_flexgen, run_llama
 
 from flexgen.base.quantities import format_size, parse_size
@@ -50,6 +50,7 @@ def main() -> int:
             scratch=args.scratch.resolve(),
             results=results,
             again=args.again,
+            tokens=args.tokens,
         )
         for part in ("make", "flexgen", "accelerate", "llama") if args.part == "all" else (args.part,):
             _run_part(part, setup, args)
@@ -110,15 +111,13 @@ class Row:
 def print_table(lines: list[dict[str, Any]]) -> None:
     """Markdown: of every shape and cap the median tokens/s of each system, and how many times slower than ours it is."""
     lines = [line for line in lines if line["role"] == "result" and line["survived"]]
-    jobs = sorted({(line["shape"], line["memory_bytes"], line["num_requests"]) for line in lines})
-    for shape, memory_bytes, num_requests in jobs:
-        print(f"\n{shape}, {format_size(memory_bytes)}, {num_requests} x ({PROMPT_TOKENS} + {OUTPUT_TOKENS}) tokens\n")
+    jobs = sorted({_job(line) for line in lines})
+    for job in jobs:
+        shape, memory_bytes, num_requests, prompt_tokens, output_tokens = job
+        print(f"\n{shape}, {format_size(memory_bytes)}, {num_requests} x ({prompt_tokens} + {output_tokens}) tokens\n")
         print("| system | setting | output tokens/s | ours / it | peak | overlap | plan | efficiency | timed |")
         print("|---|---|---|---|---|---|---|---|---|")
-        of_job = [
-            line for line in lines if (line["shape"], line["memory_bytes"], line["num_requests"]) == (shape, memory_bytes, num_requests)
-        ]
-        rows = sorted(_rows(of_job), key=lambda row: -row.tokens_per_s)
+        rows = sorted(_rows([line for line in lines if _job(line) == job]), key=lambda row: -row.tokens_per_s)
         ours = max((row.tokens_per_s for row in rows if row.is_ours), default=None)
         for row in rows:
             metrics = row.median.get("metrics", {})
@@ -128,6 +127,15 @@ def print_table(lines: list[dict[str, Any]]) -> None:
             timed = f"{row.median.get('timed_requests', num_requests)} requests" + (f", median of {row.count}" if row.count > 1 else "")
             cells = (row.label, row.setting, f"{row.tokens_per_s:.2f}", ratio, format_size(peak) if peak else "", *shares, timed)
             print("| " + " | ".join(cells) + " |")
+
+
+def _job(line: dict[str, Any]) -> tuple[Any, ...]:
+    return line["shape"], line["memory_bytes"], line["num_requests"], *line["tokens"]
+
+
+def _tokens(text: str) -> tuple[int, int]:
+    prompt, output = text.split("+")
+    return int(prompt), int(output)
 
 
 def _rows(lines: list[dict[str, Any]]) -> Iterator[Row]:
@@ -154,6 +162,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--shape", choices=sorted(SHAPES), action="append", help=f"may be repeated; default {' and '.join(DEFAULT_SHAPES)}")
     parser.add_argument("--memory", type=parse_size, help="of the cgroup; default the shape's")
     parser.add_argument("--num-requests", type=int, help="default the shape's")
+    parser.add_argument("--tokens", type=_tokens, default=DEFAULT_TOKENS, metavar="PROMPT+OUTPUT", help="of each request, as in 256+128")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of the peers")
     parser.add_argument("--time-limit", type=float, default=3600, metavar="SECONDS", help="of each part and shape")
     parser.add_argument("--again", action="store_true", help="repeat results; the table takes the median")

@@ -39,6 +39,7 @@ class Setup:
 
     Attributes:
         scratch: checkpoints, request files, logs; on the disk that is to be measured.
+        tokens: of each prompt, and of each answer.
         again: measure even what the results hold already; the table takes the median.
     """
 
@@ -49,6 +50,15 @@ class Setup:
     scratch: Path
     results: Results
     again: bool
+    tokens: tuple[int, int] = (PROMPT_TOKENS, OUTPUT_TOKENS)
+
+    @property
+    def prompt_tokens(self) -> int:
+        return self.tokens[0]
+
+    @property
+    def output_tokens(self) -> int:
+        return self.tokens[1]
 
     @property
     def model(self) -> Path:
@@ -60,14 +70,14 @@ class Setup:
 
     def requests(self) -> Path:
         """The request file: random ids, all prompts and all answers of one length; the same for every system."""
-        path = self.scratch / f"{self.shape.name}-{self.num_requests}.jsonl"
+        path = self.scratch / f"{self.shape.name}-{self.num_requests}x{self.prompt_tokens}+{self.output_tokens}.jsonl"
         if not path.exists():
             ids = random.Random(0)
             lines = (
                 {
                     "id": f"request-{index}",
-                    "prompt": [ids.randrange(10, self.shape.config["vocab_size"]) for _ in range(PROMPT_TOKENS)],
-                    "max_tokens": OUTPUT_TOKENS,
+                    "prompt": [ids.randrange(10, self.shape.config["vocab_size"]) for _ in range(self.prompt_tokens)],
+                    "max_tokens": self.output_tokens,
                     "temperature": 0,
                     "ignore_eos": True,
                 }
@@ -109,6 +119,7 @@ def measure(
         "shape": setup.shape.name,
         "memory_bytes": setup.memory_bytes,
         "num_requests": setup.num_requests,
+        "tokens": list(setup.tokens),
         "role": role,
         "setting": setting,
     }

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-KEY = ("system", "shape", "memory_bytes", "num_requests", "role", "setting")
+KEY = ("system", "shape", "memory_bytes", "num_requests", "tokens", "role", "setting")
+DEFAULT_TOKENS = (256, 32)  # of prompts and answers, where a line does not say
 PACKAGES = ("flexgen-engine", "torch", "transformers", "accelerate", "gguf", "numba", "numpy")
 
 
@@ -24,7 +25,8 @@ class Results:
     path: Path
 
     def read(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.exists() else []
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        return [{"tokens": list(DEFAULT_TOKENS), **json.loads(line)} for line in lines]
 
     def find(self, key: Mapping[str, Any]) -> dict[str, Any] | None:
         """The newest measurement with that key (all of KEY)."""

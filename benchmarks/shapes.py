@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from record import DEFAULT_TOKENS
+
 from flexgen.base.quantities import GIB
 
 if TYPE_CHECKING:
@@ -58,7 +60,7 @@ INT4: dict[str, Any] = {
     },
     "ignore": ["lm_head"],
 }
-PROMPT_TOKENS, OUTPUT_TOKENS = 256, 32
+PROMPT_TOKENS, OUTPUT_TOKENS = DEFAULT_TOKENS
 
 
 def _opt(hidden_size: int, num_hidden_layers: int, num_attention_heads: int) -> dict[str, Any]:

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from measure import Deadline, Setup, measure
-from shapes import OUTPUT_TOKENS, PROMPT_TOKENS, Shape
 
 SWEEP_TOKENS = 4
 SWEEP_SHARE = 0.6  # of a part's time; the rest is for the full run
@@ -56,17 +55,25 @@ def run_accelerate(setup: Setup, deadline: Deadline) -> None:
     """Batches rising until one does not survive; of each, as many resident weights as should fit, then none."""
 
     def run(role: str, setting: dict[str, Any], limit: Deadline) -> dict[str, Any] | None:
-        tokens = SWEEP_TOKENS if role == "sweep" else OUTPUT_TOKENS
+        tokens = SWEEP_TOKENS if role == "sweep" else setup.output_tokens
         argv = [sys.executable, str(Path(__file__).with_name("peer_accelerate.py")), str(setup.model), str(setup.requests())]
         argv += ["--batch", str(setting["batch"]), "--resident-bytes", str(setting["resident_bytes"]), "--output-tokens", str(tokens)]
         argv += ["--threads", str(setup.threads), "--scratch", str(setup.scratch)]
         # Full batches while there is time for another, at least one; a batch under way at the limit may end.
         argv += ["--max-batches", "1"] if role == "sweep" else ["--time-limit", str(0.9 * limit.seconds_left)]
-        return measure(setup, limit, system="accelerate", role=role, setting=setting, argv=argv, read=_read_accelerate)
+        return measure(
+            setup,
+            limit,
+            system="accelerate",
+            role=role,
+            setting=setting,
+            argv=argv,
+            read=lambda stdout: _read_accelerate(stdout, setup.output_tokens),
+        )
 
     sweep, rows = deadline.share(SWEEP_SHARE), []
     for batch in _batches(setup):
-        estimate = _resident_bytes(setup.shape, setup.memory_bytes, batch)
+        estimate = _resident_bytes(setup, batch)
         for resident_bytes in dict.fromkeys((estimate, 0)):
             row = run("sweep", {"batch": batch, "resident_bytes": resident_bytes}, sweep)
             if row is not None and row["survived"]:
@@ -77,23 +84,24 @@ def run_accelerate(setup: Setup, deadline: Deadline) -> None:
     _run_best("accelerate", rows, run, deadline)
 
 
-def _resident_bytes(shape: Shape, memory_bytes: int, batch: int) -> int:
+def _resident_bytes(setup: Setup, batch: int) -> int:
     """What the cap leaves for resident weights (accelerate itself sets the largest layer aside)."""
-    kv_bytes = batch * (PROMPT_TOKENS + OUTPUT_TOKENS) * shape.kv_bytes_per_token
-    activation_bytes = batch * PROMPT_TOKENS * 2 * (4 * shape.config["hidden_size"] + 2 * shape.intermediate_size)
-    return max(0, memory_bytes - ACCELERATE_RUNTIME_BYTES - kv_bytes - activation_bytes)
+    shape = setup.shape
+    kv_bytes = batch * sum(setup.tokens) * shape.kv_bytes_per_token
+    activation_bytes = batch * setup.prompt_tokens * 2 * (4 * shape.config["hidden_size"] + 2 * shape.intermediate_size)
+    return max(0, setup.memory_bytes - ACCELERATE_RUNTIME_BYTES - kv_bytes - activation_bytes)
 
 
-def _read_accelerate(stdout: str) -> dict[str, Any]:
+def _read_accelerate(stdout: str, output_tokens: int) -> dict[str, Any]:
     events = [json.loads(line) for line in stdout.splitlines() if line.startswith("{")]
     loaded, batches = events[0], events[1:]
     requests = sum(batch["requests"] for batch in batches)
     prefill = sum(batch["prefill_seconds"] for batch in batches)
     decode = sum(batch["seconds"] for batch in batches) - prefill
     steps = batches[0]["steps"]
-    seconds = prefill + decode * (OUTPUT_TOKENS - 1) / (steps - 1)
+    seconds = prefill + decode * (output_tokens - 1) / (steps - 1)
     return {
-        "output_tokens_per_s": requests * OUTPUT_TOKENS / seconds,
+        "output_tokens_per_s": requests * output_tokens / seconds,
         "timed_requests": requests,
         "timed_tokens_each": steps,
         "prefill_seconds": prefill,
@@ -108,17 +116,17 @@ def run_llama(setup: Setup, deadline: Deadline, binary: Path) -> None:
     version = _llama_version(binary)
 
     def run(role: str, setting: dict[str, Any], limit: Deadline) -> dict[str, Any] | None:
-        tokens = SWEEP_TOKENS if role == "sweep" else OUTPUT_TOKENS
+        tokens = SWEEP_TOKENS if role == "sweep" else setup.output_tokens
         # llama.cpp rounds the context of every stream up to 256 tokens; a unified one is shared, so only the sum is rounded.
-        per_sequence = PROMPT_TOKENS + OUTPUT_TOKENS
+        per_sequence = sum(setup.tokens)
         context = _round_up(setting["npl"] * per_sequence) if setting["kv_unified"] else setting["npl"] * _round_up(per_sequence)
         argv = [str(binary), "-m", str(setup.gguf), "-c", str(context), "-b", "2048", "-ub", str(setting["ubatch"])]
-        argv += ["-npp", str(PROMPT_TOKENS), "-ntg", str(tokens), "-npl", str(setting["npl"])]
+        argv += ["-npp", str(setup.prompt_tokens), "-ntg", str(tokens), "-npl", str(setting["npl"])]
         argv += ["-t", str(setup.threads), "--output-format", "jsonl", "-lm", "mmap"]
         argv += ["--kv-unified"] if setting["kv_unified"] else []
 
         def read(stdout: str) -> dict[str, Any]:
-            return {**_read_llama(stdout), "llama_cpp": version}
+            return {**_read_llama(stdout, setup.output_tokens), "llama_cpp": version}
 
         return measure(setup, limit, system="llama.cpp", role=role, setting=setting, argv=argv, read=read)
 
@@ -135,11 +143,11 @@ def run_llama(setup: Setup, deadline: Deadline, binary: Path) -> None:
     _run_best("llama.cpp", rows, run, deadline)
 
 
-def _read_llama(stdout: str) -> dict[str, Any]:
+def _read_llama(stdout: str, output_tokens: int) -> dict[str, Any]:
     line = json.loads(next(line for line in stdout.splitlines() if line.startswith("{")))
-    seconds = line["t_pp"] + line["t_tg"] * OUTPUT_TOKENS / line["tg"]
+    seconds = line["t_pp"] + line["t_tg"] * output_tokens / line["tg"]
     return {
-        "output_tokens_per_s": line["pl"] * OUTPUT_TOKENS / seconds,
+        "output_tokens_per_s": line["pl"] * output_tokens / seconds,
         "timed_requests": line["pl"],
         "timed_tokens_each": line["tg"],
         "prefill_seconds": line["t_pp"],
