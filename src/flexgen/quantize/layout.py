@@ -138,9 +138,7 @@ def check_rounded_once(name: str, shards: Iterable[Shard], settings: QuantizeSet
         f"{settings.weight_format} they take {format_size(after)}, and are less exact than either format"
     )
     if not allow:
-        raise UnsupportedModelError(
-            f"{said}: run the model as it is, without --weight-format, or convert it with `flexgen convert --allow-requantize`"
-        )
+        raise UnsupportedModelError(f"{said}: run the model as it is, or convert it with `flexgen convert --allow-requantize`")
     logger.warning("%s", said)
 
 
