@@ -296,7 +296,7 @@ def test_a_job_of_which_nothing_is_kept_may_change(output: Path) -> None:
         pass
     with opened(output, Identity(answers={"model": "other"}, versions={})) as store:
         store.commit([begun(0, 0, (5,))])
-    with pytest.raises(JobError, match="model 'other'"), opened(output):
+    with pytest.raises(JobError, match='model "other"'), opened(output):
         pass
 
 

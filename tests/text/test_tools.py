@@ -107,7 +107,8 @@ CALL_IN_TAGS = "<tool_call>\n<function=add>\n<parameter=a>\n1\n</parameter>\n</f
 def test_a_call_that_was_cut_off_stays_text(tokenizer: Tokenizer, guides: Guides, model_type: str, call: str, opening: str) -> None:
     """Wherever it was cut, also behind its arguments; what was whole before the cut is called."""
     with made(tokenizer, guides, TOOLS, model_type) as tools:
-        for how in ({"finish_reason": "length"}, {"stop_reason": "l"}):
+        cuts: list[dict[str, Any]] = [{"finish_reason": "length"}, {"stop_reason": "l"}]
+        for how in cuts:
             for end in range(len(opening), len(call)):
                 assert parsed(tools, tokenizer, call[:end], **how) is None, call[:end]
                 assert parsed(tools, tokenizer, f"{call}\n{call[:end]}", **how) is None, call[:end]
