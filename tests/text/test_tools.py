@@ -123,7 +123,10 @@ def test_a_call_that_was_cut_off_stays_text(tokenizer: Tokenizer, guides: Guides
 def test_parameters_that_nothing_meets_name_their_tool(tools: Tools, choice: Any) -> None:
     add = {
         "type": "function",
-        "function": {"name": "add", "parameters": {"properties": {"a": {"type": "integer", "minimum": 2, "maximum": 1}}, "required": ["a"]}},
+        "function": {
+            "name": "add",
+            "parameters": {"properties": {"a": {"type": "integer", "minimum": 2, "maximum": 1}}, "required": ["a"]},
+        },
     }
     found = parse_tool_use([NOW, add], choice)
     assert found is not None

@@ -118,6 +118,8 @@ def _flags(signature: inspect.Signature) -> dict[str, str]:
 def _with_flags(message: str, flags: Mapping[str, str]) -> str:
     """Return the message with flags in place of names: `dtype='int8'` becomes `--dtype 'int8'`, and `max_model_len` `--max-model-len`."""
     for name, flag in flags.items():
+        if flag in message and name not in FLAGS:  # the command has named it already
+            continue
         message = re.sub(rf"(?<![\w-]){name}=(?=')", f"{flag} ", message)
         if "_" in name:
             message = re.sub(rf"(?<![\w-]){name}(=|\b)", lambda found, flag=flag: flag + " " * bool(found[1]), message)
