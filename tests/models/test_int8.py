@@ -56,9 +56,9 @@ class Case:
     exact: Answers
     rounded: Answers
 
-    def assembled(self, unit_bytes: int = SMALL_UNITS, **how: Any) -> AssembledModel:
+    def assembled(self, unit_bytes: int = SMALL_UNITS, cpu_compute: str = "int8") -> AssembledModel:
         config = tiny_config(self.name, **OVERRIDES.get(self.name, {}))
-        return assemble_model(self.folder, config, torch.float64, unit_bytes=unit_bytes, **({"cpu_compute": "int8"} | how))
+        return assemble_model(self.folder, config, torch.float64, unit_bytes=unit_bytes, cpu_compute=cpu_compute)
 
 
 def rounded_linear(weight: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
