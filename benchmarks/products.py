@@ -88,7 +88,8 @@ def linear_shapes(shape: Shape) -> list[tuple[int, int]]:
     """Return (out features, in features) of the linear layers of one decoder layer, in order."""
     model: Any = meta_model(shape.hf_config(), DTYPE)
     number = shape.config["num_hidden_layers"]
-    found = [tuple(module.weight.shape) for name, module in model.named_modules() if type(module) is nn.Linear and is_linear_of_layer(name)]
+    linear = [module for name, module in model.named_modules() if type(module) is nn.Linear and is_linear_of_layer(name)]
+    found = [(module.out_features, module.in_features) for module in linear]
     return found[: len(found) // number]
 
 

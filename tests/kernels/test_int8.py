@@ -41,7 +41,7 @@ def reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) 
 def plainly_rounded(numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     wide = numbers.float()
     most = wide.abs().amax(1)
-    inverse = torch.where(most == 0, 0, 127 / most)
+    inverse = torch.where(most == 0, 0, torch.full_like(most, 127) / most)  # 127 / most would be rounded twice
     return (wide * inverse[:, None]).round().to(torch.int8), most / 127
 
 

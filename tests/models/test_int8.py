@@ -26,9 +26,10 @@ from tests.models.parity import Answers, answered, build, generated, in_float64,
 from tests.models.tiny_configs import tiny_config
 
 # Biases; gates; experts beside linear layers; latents, whose second projection is read by attention; a fused projection.
-MODELS = ("opt", "llama", "qwen3_moe", "deepseek_v3", "phi3")
+MODELS = ("opt", "llama", "qwen3_moe", "deepseek_v3", "gpt_neox")
 OVERRIDES: dict[str, dict[str, object]] = {"deepseek_v3": {"first_k_dense_replace": 4}}  # its router computes in float32
 NOT_ROUNDED = "kv_b_proj"
+NUM_TOKENS = 4
 SMALL_UNITS, LARGE_UNITS = 6_000, 4 << 20
 
 
@@ -84,21 +85,23 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     folder = tmp_path_factory.mktemp(name)
     model = build(tiny_config(name, **OVERRIDES.get(name, {})))
     save(model, folder)
-    requests = requests_for(model.config.get_text_config().vocab_size)
+    requests = [dataclasses.replace(each, max_tokens=NUM_TOKENS) for each in requests_for(model.config.get_text_config().vocab_size)]
     return Case(name, folder, requests, generated(in_float64(model), requests), generated(with_rounding(model), requests))
 
 
 def assert_same(got: Answers, wanted: Answers) -> None:
     assert got.tokens == wanted.tokens
     for index, logits in wanted.logits.items():
-        torch.testing.assert_close(got.logits[index], logits, rtol=0, atol=1e-9, check_dtype=False)
+        torch.testing.assert_close(got.logits[index], logits, rtol=0, atol=1e-5, check_dtype=False)  # these are float32
 
 
+@pytest.mark.matrix(6, always=["llama-disk", "opt-both"])
 @pytest.mark.parametrize("place", POLICIES)
 def test_answers_are_those_of_the_same_rounding_at_every_home(case: Case, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert_same(answered(case.assembled(), POLICIES[place], case.requests, monkeypatch), case.rounded)
 
 
+@pytest.mark.matrix(2)
 def test_how_layers_are_cut_does_not_change_answers(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     assert_same(answered(case.assembled(LARGE_UNITS), WHOLE, case.requests, monkeypatch), case.rounded)
 
@@ -107,7 +110,7 @@ def test_answers_are_near_those_of_the_exact_model(case: Case) -> None:
     """And not equal to them: each row of weights and of inputs is off by a third of a hundredth of its largest number."""
     for index, logits in case.exact.logits.items():
         off = (case.rounded.logits[index][0] - logits[0]).std() / logits[0].std()  # of the first token, which follows the same prompt
-        assert 0 < off < 0.1
+        assert 0 < off < 0.3  # 1.4 for logits that have nothing in common
 
 
 def test_the_plan_knows_what_is_computed_in_int8(case: Case) -> None:

@@ -45,7 +45,7 @@ def sources(tmp_path: Path) -> dict[str, ParameterSource]:
     generator = torch.Generator().manual_seed(0)
     numbers = torch.randn(ROWS, COLUMNS, generator=generator)
     codes = torch.randint(-127, 128, (ROWS, COLUMNS), dtype=torch.int8, generator=generator)
-    stored = {"bfloat16": numbers.bfloat16(), "float16": numbers.half(), "float32": numbers, "e4m3": numbers.to(torch.float8_e4m3fn)}
+    stored = {"bfloat16": numbers.bfloat16(), "float16": numbers.half(), "float32": numbers, "float64": numbers.double()}
     stored |= {"coded": codes, "coded_scale": torch.rand(ROWS // 2, generator=generator) / 100}
     save_file(stored, tmp_path / "model.safetensors")
     headers = Checkpoint(tmp_path).decoded(PairScaled(), torch.float32)
@@ -66,7 +66,7 @@ def numbers_of(source: ParameterSource | RoundedSource, dtype: torch.dtype) -> t
 
 @pytest.mark.parametrize("block_rows", [1, 7, 100])
 @pytest.mark.parametrize(("start", "stop"), [(0, ROWS), (0, 5), (3, 18), (ROWS - 1, ROWS)], ids=str)
-@pytest.mark.parametrize("name", ["bfloat16", "float16", "float32", "e4m3", "coded"])
+@pytest.mark.parametrize("name", ["bfloat16", "float16", "float32", "float64", "coded"])
 def test_rows_equal_those_of_decoded_numbers(
     sources: dict[str, ParameterSource], name: str, start: int, stop: int, block_rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,8 +17,6 @@ from flexgen.kernels.cpu.formats import FLOAT, INT32, narrowed, widen
 _LEAST = np.float32(1e-30)  # a row without a larger number counts as zeros
 _TOP, _ZERO = np.float32(127), np.float32(0)
 _INT8 = ir.IntType(8)
-# Added to a number between -2**22 and 2**22, it leaves that number, rounded to nearest, ties to even, in the lowest bits of the sum.
-_TO_LOWEST_BITS = 1.5 * 2.0**23
 
 
 @intrinsic
@@ -56,8 +54,8 @@ def _nearest(typing_context: Any, value: Any) -> Any:
     """Compile `_nearest(value)`: the nearest integer, ties to even, of a float32 between -127 and 127."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        total = builder.fadd(arguments[0], ir.Constant(FLOAT, _TO_LOWEST_BITS))
-        return builder.trunc(builder.bitcast(total, INT32), _INT8)
+        rounded = builder.call(builder.module.declare_intrinsic("llvm.rint", [FLOAT]), arguments)
+        return builder.trunc(builder.fptosi(rounded, INT32), _INT8)
 
     return types.int8(types.float32), generate
 
