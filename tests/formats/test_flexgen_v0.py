@@ -70,5 +70,5 @@ def test_the_config_states_the_format_and_what_is_not_in_it() -> None:
     assert number_format.encode(kept) == [kept]
     assert len(number_format.encode(NamedTensor("a.weight", (128, 64), torch.bfloat16))) == 2
     config.quantization_config = STATED | {"group_size": 32}
-    with pytest.raises(UnsupportedModelError, match="states 4 and 32"):
+    with pytest.raises(UnsupportedModelError, match="group_size must be 64 in flexgen-v0, not 32"):
         stated_format(config)

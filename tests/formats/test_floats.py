@@ -161,7 +161,7 @@ REFUSED = {
     "int8 of bitsandbytes": ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "LLM.int8"),
     "bitsandbytes without bits": ({"quant_method": "bitsandbytes"}, "LLM.int8"),
     "another algorithm": ({"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"}, "W4A8_AWQ.*NVFP4"),
-    "no algorithm": ({"quant_method": "modelopt"}, "NO ALGORITHM"),
+    "no algorithm": ({"quant_method": "modelopt"}, "quant_algo is missing; it must be one of NVFP4"),
     "an algorithm of a layer": (mixed("FP8", "INT4_AWQ"), "INT4_AWQ"),
 }
 

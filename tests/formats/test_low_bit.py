@@ -112,7 +112,7 @@ def test_as_shipped_and_as_computed(model_type: str) -> None:
 
 @pytest.mark.parametrize(
     "quantization",
-    [{"quant_method": "quanto"}, {"quant_method": ["fp8"]}, {"bits": 4}],
+    [{"quant_method": "quanto"}, {"bits": 4}],
 )
 def test_unknown_formats_are_refused_by_name(quantization: dict[str, Any]) -> None:
     config = tiny_config("llama")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol, runtime_checkable
@@ -70,10 +71,24 @@ def as_list(value: object) -> list[Any] | None:
 
 
 def shown(value: object) -> str:
-    """Write a value for an error message: short, and with texts marked as texts."""
+    """Write a value of a request or a file for an error message: short, as JSON has it, and with texts marked as texts."""
     try:
-        text = repr(plain(value))
+        value = plain(value)
+        text = repr(value) if isinstance(value, str) else in_json(value)
     except Exception:  # noqa: BLE001 - an integer of too many digits, or whatever an object's own repr raises
         return f"a value of type {type(value).__name__}"
     text = text if len(text) <= 60 else f"{text[:57]}..."
     return f"the text {text}" if isinstance(value, str) else text
+
+
+def in_json(value: object) -> str:
+    """Write a value as JSON; one that JSON does not have as Python writes it."""
+    try:
+        return json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError):
+        return repr(value)
+
+
+def shown_in_python(value: object) -> str:
+    """Write a value that only Python's callers can give: as `shown`, but with None, True and False in Python's words."""
+    return repr(value) if value is None or isinstance(value, bool) else shown(value)

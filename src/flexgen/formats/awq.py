@@ -14,6 +14,7 @@ from flexgen.errors import CheckpointError, UnsupportedModelError
 from flexgen.formats.base import Encoding, EncodingPart, NamedTensor, NumberFormat, StoredTensor
 from flexgen.formats.linear_names import contains_any, is_linear_of_layer, module_of
 from flexgen.formats.matrices import StoredMatrix
+from flexgen.formats.stated import Stated
 
 if TYPE_CHECKING:
     import torch
@@ -63,28 +64,26 @@ class AWQ(NumberFormat):
         self._group_size, self._kept, self._with_zeros = group_size, tuple(kept), with_zeros
 
     def stated_by(self, quantization: Mapping[str, Any]) -> NumberFormat | None:
-        method = quantization.get("quant_method")
-        if method == "auto-round" and quantization.get("packing_format") == _ROUNDED:
+        method, stated = quantization.get("quant_method"), Stated(quantization)
+        if method == "auto-round" and stated.text("packing_format", "") == _ROUNDED:
             version = _VERSION
         elif method == "awq":
-            version = quantization.get("version") or quantization.get("checkpoint_format") or quantization.get("format") or _VERSION
+            version = stated.text("version", "") or stated.text("checkpoint_format", "") or stated.text("format", _VERSION)
         else:
             return None
-        if quantization.get("backend") == "llm-awq":
+        if stated.text("backend", "") == "llm-awq":
             version = "llm-awq"
-        bits = quantization.get("bits", quantization.get("w_bit", _BITS))
-        group_size = quantization.get("group_size", quantization.get("q_group_size", 128))
-        known = str(version).lower() == _VERSION and bits == _BITS
-        if not known or not isinstance(group_size, int) or group_size == 0:
+        bits = stated.whole("bits", stated.whole("w_bit", _BITS))
+        group_size = stated.group_size("group_size", stated.group_size("q_group_size"))
+        if version.lower() != _VERSION or bits != _BITS:
             raise UnsupportedModelError(
-                f"quantization_config in config.json (awq) states {bits!r:.20} bits in groups of {group_size!r:.20}, version "
-                f"{version!s:.40}, which is not supported; supported are {_BITS} bits in version {_VERSION}"
+                f"quantization_config in config.json (awq) states {bits} bits in groups of {group_size}, version {version:.40}, which is "
+                f"not supported; supported are {_BITS} bits in version {_VERSION}"
             )
-        kept = [str(each) for each in quantization.get("modules_to_not_convert") or ()]
-        extra = quantization.get("extra_config")  # of auto-round: modules that it left in 16 bits
-        for name, change in extra.items() if isinstance(extra, Mapping) else ():
-            kept += [name] if isinstance(change, Mapping) and change.get("bits", _BITS) != _BITS else []
-        return AWQ(group_size, kept, with_zeros=bool(quantization.get("zero_point", True)))
+        # The second list is auto-round's: modules that it left in 16 bits.
+        kept = [*stated.names("modules_to_not_convert")]
+        kept += [name for name, change in stated.objects("extra_config") if change.whole("bits", _BITS) != _BITS]
+        return AWQ(group_size, kept, with_zeros=stated.flag("zero_point", True))
 
     def encode(self, tensor: NamedTensor) -> list[NamedTensor]:
         import torch

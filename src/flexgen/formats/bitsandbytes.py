@@ -15,6 +15,7 @@ from flexgen.base.parallel import Parallel, serially
 from flexgen.base.strict_json import strict_json
 from flexgen.errors import CheckpointError, UnsupportedModelError
 from flexgen.formats.base import Encoding, EncodingPart, NamedTensor, NumberFormat, StoredTensor
+from flexgen.formats.stated import Stated
 
 if TYPE_CHECKING:
     import torch
@@ -32,10 +33,10 @@ class BitsAndBytes(NumberFormat):
     carried_as_stored = True
 
     def stated_by(self, quantization: Mapping[str, Any]) -> NumberFormat | None:
-        method = quantization.get("quant_method")
-        if method != "bitsandbytes" and not (method is None and (quantization.get("load_in_4bit") or quantization.get("load_in_8bit"))):
+        method, stated = quantization.get("quant_method"), Stated(quantization)
+        if method != "bitsandbytes" and not (method is None and (stated.flag("load_in_4bit") or stated.flag("load_in_8bit"))):
             return None
-        if not quantization.get("load_in_4bit"):
+        if not stated.flag("load_in_4bit"):
             raise UnsupportedModelError(
                 "the weights are quantized by bitsandbytes to 8 bits (LLM.int8), which is not supported: use a repository with its 4-bit "
                 "weights or with the bfloat16, float16 or float32 weights of this model"

@@ -12,6 +12,7 @@ from typing import Any
 
 from flexgen.errors import UnsupportedModelError
 from flexgen.formats.linear_names import is_embedding
+from flexgen.formats.stated import Stated
 
 PACKED, NVFP4, MXFP4, MXFP8 = "pack-quantized", "nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized"
 _PLAIN = ("int-quantized", "float-quantized", "naive-quantized")
@@ -110,104 +111,93 @@ def stated_schemes(quantization: Mapping[str, Any]) -> Schemes | None:
     Raises:
         UnsupportedModelError: It states something that is not supported; the message names it.
     """
-    settings = quantization.get("quantization_config") or quantization  # nested in a compression_config, as older versions wrote it
-    if not isinstance(settings, Mapping):
+    stated = Stated(quantization)
+    settings = stated.inner("quantization_config") or stated  # nested in a compression_config, as older versions wrote it
+    method = settings.text("quant_method", None) or stated.text("quant_method", None)
+    if method not in _METHODS and not (method is None and "config_groups" in settings):
         return None
-    method = settings.get("quant_method") or quantization.get("quant_method")
-    groups = settings.get("config_groups")
-    if method not in _METHODS and not (method is None and isinstance(groups, Mapping)):
-        return None
-    _check_rest(quantization, settings)
-    if not isinstance(groups, Mapping):
-        raise _refused("has no config_groups")
-    schemes = [_scheme(str(name), group, settings.get("format")) for name, group in groups.items()]
+    for part in (stated, settings):
+        _check_rest(part)
+    if "config_groups" not in settings:
+        raise settings.wrong("config_groups", "an object with the settings of groups of modules")
+    schemes = [_scheme(name, group, settings.text("format", None)) for name, group in settings.objects("config_groups")]
     found = tuple(scheme for scheme in schemes if scheme is not None)
     if not found:
         raise _refused("quantizes no weights")
-    ignored = _strings(settings.get("ignore") or (), "ignore")
-    return Schemes(groups=found, ignored=ignored, kv_cache=settings.get("kv_cache_scheme") is not None)
+    return Schemes(groups=found, ignored=_modules(settings, "ignore"), kv_cache="kv_cache_scheme" in settings)
 
 
-def _check_rest(quantization: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+def _check_rest(stated: Stated) -> None:
     """Refuse what changes weights or activations in other ways than by quantizing them."""
-    for part in (quantization, settings):
-        sparsity = part.get("sparsity_config") or {}
-        sparse = sparsity.get("format", "dense") if isinstance(sparsity, Mapping) else sparsity
-        if sparse != "dense":
-            raise _refused(f"stores weights in the format {sparse!r:.40}")
-        transform = part.get("transform_config") or {}
-        if transform.get("config_groups") if isinstance(transform, Mapping) else transform:
-            raise _refused("rotates activations (transform_config)")
+    sparsity, transform = stated.inner("sparsity_config"), stated.inner("transform_config")
+    if sparsity is not None and (sparse := sparsity.text("format", "dense")) != "dense":
+        raise _refused(f"stores weights in the format {sparse!r:.40}")
+    if transform is not None and any(transform.objects("config_groups")):
+        raise _refused("rotates activations (transform_config)")
 
 
-def _scheme(name: str, group: Any, overall: Any) -> Scheme | None:
+def _scheme(name: str, group: Stated, overall: str | None) -> Scheme | None:
     """Return the scheme of a group; None if it quantizes no weights."""
-    if not isinstance(group, Mapping):
-        raise _refused(f"names the preset {name!r:.40} without its settings")
-    weights = group.get("weights")
+    weights = group.inner("weights")
     if weights is None:
         return None
-    if not isinstance(weights, Mapping):
-        raise _refused(f"has no settings of weights in {name!r:.40}")
-    kind, bits, symmetric = str(weights.get("type", "int")).lower(), weights.get("num_bits", 8), weights.get("symmetric", True)
-    stored_as = _stored_as(group.get("format") or overall, kind, weights)
+    kind, bits, symmetric = weights.text("type", "int").lower(), weights.whole("num_bits", 8), weights.flag("symmetric", True)
+    stored_as = _stored_as(group.text("format", overall), kind, weights)
     floating = kind == "float"
-    known = type(bits) is int and bits in ((4, 8) if floating else range(2, 9)) and kind in ("int", "float")
+    known = bits in ((4, 8) if floating else range(2, 9)) and kind in ("int", "float")
     if not known or (floating and not symmetric):
-        raise _refused(f"has {'symmetric' if symmetric else 'asymmetric'} weights of {bits!r:.8} bits, type {kind:.20}, in {name!r:.40}")
+        raise _refused(f"has {'symmetric' if symmetric else 'asymmetric'} weights of {bits} bits, type {kind:.20}, in {name!r:.40}")
     if floating != (stored_as in (NVFP4, MXFP4, MXFP8, "float-quantized")) and stored_as != "naive-quantized":
         raise _refused(f"stores numbers of type {kind} as {stored_as} in {name!r:.40}")
     if stored_as in _PLAIN and floating and bits != 8:
         raise _refused(f"stores {bits}-bit floating-point numbers as {stored_as} in {name!r:.40}")
     strategy, group_size, block = _strategy(name, weights)
-    inputs = group.get("input_activations")
+    inputs = group.inner("input_activations")
     return Scheme(
-        group=name, targets=_strings(group.get("targets") or (), "targets"), stored_as=stored_as, floating=floating, bits=bits,
-        symmetric=bool(symmetric), strategy=strategy, group_size=group_size, block=block, ordered=weights.get("actorder") == "group",
-        inputs=inputs if isinstance(inputs, Mapping) else None,
+        group=name, targets=_modules(group, "targets"), stored_as=stored_as, floating=floating, bits=bits,
+        symmetric=symmetric, strategy=strategy, group_size=group_size, block=block,
+        ordered=weights.values.get("actorder") in ("group", True),  # its names, or whether there is one
+        inputs=None if inputs is None else inputs.values,
     )  # fmt: skip
 
 
-def _stored_as(stated: Any, kind: str, weights: Mapping[str, Any]) -> str:
+def _stored_as(stated: str | None, kind: str, weights: Stated) -> str:
     """Return the layout of a group: the stated one or, for a config of several, the one that compressed-tensors chooses."""
-    if stated in STORED_AS:
+    if stated is not None and stated in STORED_AS:
         return stated
     if stated != _MIXED:
         raise _refused(f"stores weights in the format {stated!r:.40}")
     if kind != "float":
         return PACKED
-    if weights.get("num_bits") == 4:
-        return MXFP4 if weights.get("group_size") == 32 else NVFP4
+    if weights.whole("num_bits", 8) == 4:
+        return MXFP4 if weights.whole("group_size", None) == 32 else NVFP4
     return "float-quantized"
 
 
-def _strategy(name: str, weights: Mapping[str, Any]) -> tuple[str, int | None, tuple[int, int] | None]:
-    size, block = weights.get("group_size"), weights.get("block_structure")
-    strategy = weights.get("strategy") or ("tensor" if size is None else "channel" if size == -1 else "group")
-    strategy = str(strategy).lower()
+def _strategy(name: str, weights: Stated) -> tuple[str, int | None, tuple[int, int] | None]:
+    size, block = weights.whole("group_size", None), weights.values.get("block_structure")
+    strategy = weights.text("strategy", "tensor" if size is None else "channel" if size == -1 else "group").lower()
     if strategy not in _STRATEGIES:
         raise _refused(f"has the strategy {strategy:.40} in {name!r:.40}")
     grouped = strategy in ("group", "tensor_group")
-    if grouped and not (isinstance(size, int) and size > 0):
-        raise _refused(f"has groups of {size!r:.20} columns in {name!r:.40}")
+    if grouped and (size is None or size <= 0):
+        raise weights.wrong("group_size", "a whole number above 0")
     if isinstance(block, str):
         block = [int(each) if each.isdecimal() else 0 for each in block.split("x")]
     if strategy == "block" and not (
         isinstance(block, Sequence) and len(block) == 2 and all(isinstance(each, int) and each > 0 for each in block)
     ):
-        raise _refused(f"has blocks of {block!r:.40} in {name!r:.40}")
+        raise weights.wrong("block_structure", "rows and columns, both above 0")
     return strategy, size if grouped else None, (block[0], block[1]) if strategy == "block" and block is not None else None
 
 
-def _strings(values: Any, what: str) -> tuple[str, ...]:
-    if not isinstance(values, Sequence) or isinstance(values, str) or not all(isinstance(each, str) for each in values):
-        raise _refused(f"has {what} that are no list of names")
-    for each in values:
-        try:
-            re.compile(each.removeprefix("re:") if each.startswith("re:") else "")
-        except re.error as error:
-            raise _refused(f"has the pattern {each!r:.80}, which is not a regular expression ({error})") from error
-    return tuple(values)
+def _modules(stated: Stated, key: str) -> tuple[str, ...]:
+    """Return names and classes of modules, and patterns of names."""
+    names = stated.names(key)
+    for each in names:
+        if each.startswith("re:"):
+            stated.pattern(key, each.removeprefix("re:"))
+    return names
 
 
 def _refused(what: str) -> UnsupportedModelError:

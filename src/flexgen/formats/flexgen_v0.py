@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from flexgen.base.parallel import Parallel, serially
-from flexgen.errors import UnsupportedModelError
 from flexgen.formats.base import RANDOM_DEVIATION, Encoding, EncodingPart, NamedTensor, NumberFormat, StoredTensor
+from flexgen.formats.stated import Stated
 
 if TYPE_CHECKING:
     import torch
@@ -39,10 +39,11 @@ class FlexGenV0(NumberFormat):
     def stated_by(self, quantization: Mapping[str, Any]) -> NumberFormat | None:
         if quantization.get("quant_method") != NAME:
             return None
-        stated = quantization.get("bits"), quantization.get("group_size")
-        if stated != (4, GROUP):
-            raise UnsupportedModelError(f"{NAME} has 4 bits and groups of {GROUP}; quantization_config states {stated[0]} and {stated[1]}")
-        return FlexGenV0(quantization.get("ignore") or ())
+        stated = Stated(quantization)
+        for key, only in (("bits", 4), ("group_size", GROUP)):
+            if stated.whole(key, None) != only:
+                raise stated.wrong(key, f"{only} in {NAME}")
+        return FlexGenV0(stated.names("ignore"))
 
     def encode(self, tensor: NamedTensor) -> list[NamedTensor]:
         module = tensor.name.removesuffix(".weight")

@@ -14,6 +14,7 @@ from flexgen.errors import UnsupportedModelError
 from flexgen.formats.base import Encoding, NamedTensor, NumberFormat, StoredTensor
 from flexgen.formats.linear_names import is_encoded
 from flexgen.formats.scaled import sample, scaled
+from flexgen.formats.stated import Stated
 
 if TYPE_CHECKING:
     import torch
@@ -58,25 +59,26 @@ class FP8Block(NumberFormat):
         method = quantization.get("quant_method")
         if not isinstance(method, str) or method not in (*_BLOCKS, _BY_ROWS):
             return None
-        kept = [str(name) for name in quantization.get("modules_to_not_convert") or quantization.get("ignored_layers") or ()]
+        stated = Stated(quantization)
+        kept = stated.names("modules_to_not_convert") or stated.names("ignored_layers")
         if method == _BY_ROWS:
             return FP8Block(block=None, kept=kept, ending="_scale")
-        codes, scheme = quantization.get("fmt") or "e4m3", str(quantization.get("activation_scheme") or "dynamic").lower()
+        codes, scheme = stated.text("fmt", "e4m3"), stated.text("activation_scheme", "dynamic").lower()
         if codes != "e4m3":
-            raise UnsupportedModelError(f"the weights are quantized by {method} with the numbers {str(codes)[:40]!r}; only e4m3 is read")
+            raise UnsupportedModelError(f"the weights are quantized by {method} with the numbers {codes[:40]!r}; only e4m3 is read")
         if scheme not in _SCHEMES:
             raise UnsupportedModelError(f"the weights are quantized by {method} with the unknown activation_scheme {scheme[:40]!r}")
-        block = quantization.get("weight_block_size", _BLOCKS[method])
+        block = quantization.get("weight_block_size", _BLOCKS[method])  # null stands for one scale
         if block is not None:
             if not isinstance(block, (list, tuple)) or len(block) != 2 or not all(type(size) is int and size > 0 for size in block):
-                raise UnsupportedModelError(f"the weights are quantized by {method} in blocks of {str(block)[:40]}, not of rows by columns")
+                raise stated.wrong("weight_block_size", "rows and columns, both above 0")
             block = (block[0], block[1])
         power = "uint8" if method == "mxfp8" else "float8_e8m0fnu"
         return FP8Block(
             block=block,
             kept=kept,
-            scale_dtype=power if method == "mxfp8" or quantization.get("scale_fmt") == "ue8m0" else "float32",
-            fp4_experts=quantization.get("expert_dtype") == "fp4",
+            scale_dtype=power if method == "mxfp8" or stated.text("scale_fmt", "") == "ue8m0" else "float32",
+            fp4_experts=stated.text("expert_dtype", "") == "fp4",
             static=scheme == "static",
         )
 

@@ -15,6 +15,7 @@ from flexgen.errors import CheckpointError, UnsupportedModelError
 from flexgen.formats.base import Encoding, EncodingPart, NamedTensor, NumberFormat, StoredTensor
 from flexgen.formats.linear_names import is_linear_of_layer, module_of
 from flexgen.formats.matrices import StoredMatrix
+from flexgen.formats.stated import Stated
 
 if TYPE_CHECKING:
     import torch
@@ -106,15 +107,15 @@ class GPTQ(NumberFormat):
         self._settings = settings or Settings()
 
     def stated_by(self, quantization: Mapping[str, Any]) -> NumberFormat | None:
-        method = quantization.get("quant_method")
+        method, stated = quantization.get("quant_method"), Stated(quantization)
         if method == "gptq":
-            layout = quantization.get("checkpoint_format") or quantization.get("format") or "gptq"
-            if layout not in _LAYOUTS or quantization.get("is_marlin_format"):
-                raise _refused(f"the layout {'marlin' if quantization.get('is_marlin_format') else layout!s:.40}")
-            return GPTQ(_settings(quantization, _LAYOUTS[layout], _dynamic(quantization.get("dynamic") or {})))
-        layout = quantization.get("packing_format")
-        if method == "auto-round" and layout in _ROUNDED:
-            return GPTQ(_settings(quantization, _ROUNDED[layout], _rounded_otherwise(quantization)))
+            is_marlin = stated.flag("is_marlin_format")
+            layout = "marlin" if is_marlin else stated.text("checkpoint_format", "") or stated.text("format", "gptq")
+            if layout not in _LAYOUTS:
+                raise _refused(f"the layout {layout:.40}")
+            return GPTQ(_settings(stated, _LAYOUTS[layout], _dynamic(stated)))
+        if method == "auto-round" and (layout := stated.text("packing_format", "")) in _ROUNDED:
+            return GPTQ(_settings(stated, _ROUNDED[layout], _rounded_otherwise(stated)))
         return None
 
     def encode(self, tensor: NamedTensor) -> list[NamedTensor]:
@@ -209,60 +210,46 @@ class GPTQ(NumberFormat):
         return inputs // groups
 
 
-def _settings(quantization: Mapping[str, Any], zero_lacks: int, changes: Sequence[tuple[str, tuple[int, int] | None]]) -> Settings:
-    bits, group_size = quantization.get("bits", 4), quantization.get("group_size", 128)
-    _check_sizes(bits, group_size)
-    if (words := quantization.get("pack_dtype") or "int32") != "int32":
-        raise _refused(f"codes packed in {words!s:.20}")
-    if (kind := quantization.get("data_type") or "int") != "int":
-        raise _refused(f"numbers of type {kind!s:.20}")
-    lists = quantization.get("modules_in_block_to_quantize")
-    only = None
-    if isinstance(lists, Sequence) and lists:
-        only = tuple(str(name) for part in lists for name in ([part] if isinstance(part, str) else part))
+def _settings(stated: Stated, zero_lacks: int, changes: Sequence[tuple[str, tuple[int, int] | None]]) -> Settings:
+    bits, group_size = _sizes(stated, 4, 128)
+    if (words := stated.text("pack_dtype", "int32")) != "int32":
+        raise _refused(f"codes packed in {words:.20}")
+    if (kind := stated.text("data_type", "int")) != "int":
+        raise _refused(f"numbers of type {kind:.20}")
     return Settings(
-        bits=bits, group_size=group_size, zero_lacks=zero_lacks, ordered=bool(quantization.get("desc_act")),
-        head=bool(quantization.get("lm_head")), changes=tuple(changes), only=only,
+        bits=bits, group_size=group_size, zero_lacks=zero_lacks, ordered=stated.flag("desc_act"), head=stated.flag("lm_head"),
+        changes=tuple(changes), only=stated.lists_of_names("modules_in_block_to_quantize") or None,
     )  # fmt: skip
 
 
-def _dynamic(stated: Any) -> list[tuple[str, tuple[int, int] | None]]:
+def _dynamic(stated: Stated) -> list[tuple[str, tuple[int, int] | None]]:
     """Return GPTQModel's settings of single modules: patterns that begin with "-:" name modules that are not encoded."""
-    changes = []
-    for pattern, change in stated.items() if isinstance(stated, Mapping) else ():
-        change = change if isinstance(change, Mapping) else {}
-        sizes = None if pattern.startswith("-:") else (change.get("bits", 4), change.get("group_size", 128))
-        if sizes is not None:
-            _check_sizes(*sizes)
-        changes.append((_pattern(pattern.removeprefix("-:").removeprefix("+:")), sizes))
-    return changes
+    return [
+        (
+            stated.pattern("dynamic", pattern.removeprefix("-:").removeprefix("+:")),
+            None if pattern.startswith("-:") else _sizes(change, 4, 128),
+        )
+        for pattern, change in stated.objects("dynamic")
+    ]
 
 
-def _rounded_otherwise(quantization: Mapping[str, Any]) -> list[tuple[str, tuple[int, int] | None]]:
+def _rounded_otherwise(stated: Stated) -> list[tuple[str, tuple[int, int] | None]]:
     """Return auto-round's settings of single modules: those of 16 bits are not encoded."""
     changes = []
-    stated = quantization.get("extra_config") or {}
-    for name, change in stated.items() if isinstance(stated, Mapping) else ():
-        change = change if isinstance(change, Mapping) else {}
-        bits = change.get("bits", quantization.get("bits", 4))
-        sizes = (bits, change.get("group_size", quantization.get("group_size", 128))) if bits in _BITS else None
-        if sizes is not None:
-            _check_sizes(*sizes)
-        changes.append((_pattern(name if re.search(r"[*+\\^$|()\[\]]", name) else f"{re.escape(name)}$"), sizes))
+    bits, group_size = _sizes(stated, 4, 128)
+    for name, change in stated.objects("extra_config"):
+        sizes = _sizes(change, bits, group_size) if change.whole("bits", bits) in _BITS else None
+        pattern = name if re.search(r"[*+\\^$|()\[\]]", name) else f"{re.escape(name)}$"
+        changes.append((stated.pattern("extra_config", pattern), sizes))
     return changes
 
 
-def _check_sizes(bits: Any, group_size: Any) -> None:
-    if type(bits) is not int or bits not in _BITS or type(group_size) is not int or group_size == 0:
-        raise _refused(f"{bits!r:.20} bits in groups of {group_size!r:.20}")
-
-
-def _pattern(pattern: str) -> str:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise _refused(f"the pattern {pattern!r:.80}, which is not a regular expression ({error})") from error
-    return pattern
+def _sizes(stated: Stated, bits: int, group_size: int) -> tuple[int, int]:
+    """Return the bits of a code and the inputs that share a scale, where they are not those given."""
+    found = stated.whole("bits", bits), stated.group_size("group_size", group_size)
+    if found[0] not in _BITS:
+        raise _refused(f"{found[0]} bits in groups of {found[1]}")
+    return found
 
 
 def _refused(what: str) -> UnsupportedModelError:

@@ -14,6 +14,7 @@ from flexgen.errors import CheckpointError, UnsupportedModelError
 from flexgen.formats.base import Encoding, NamedTensor, NumberFormat, StoredTensor
 from flexgen.formats.linear_names import is_encoded
 from flexgen.formats.scaled import sample, scaled
+from flexgen.formats.stated import Stated
 
 if TYPE_CHECKING:
     import torch
@@ -44,18 +45,18 @@ class ModelOpt(NumberFormat):
     def stated_by(self, quantization: Mapping[str, Any]) -> NumberFormat | None:
         if not str(quantization.get("quant_method") or "").lower().startswith("modelopt"):
             return None
-        nested = quantization.get("quantization")
-        settings: Mapping[str, Any] = nested if isinstance(nested, Mapping) else quantization
-        algorithm = str(settings.get("quant_algo") or "no algorithm").upper()
-        layers = settings.get("quantized_layers")
-        each_layer = layers.values() if isinstance(layers, Mapping) else ()
-        of_layers = {str(each.get("quant_algo")).upper() for each in each_layer if isinstance(each, Mapping)}
+        stated = Stated(quantization)
+        settings = stated.inner("quantization") or stated
+        algorithm = settings.text("quant_algo", "").upper()
+        if not algorithm:
+            raise settings.wrong("quant_algo", f"one of {', '.join((*_FP4, *_FP8, _MIXED))}")
+        of_layers = {each.text("quant_algo", "no algorithm").upper() for _, each in settings.objects("quantized_layers")}
         for each in sorted(of_layers if algorithm == _MIXED and of_layers else {algorithm}):
             if each not in (*_FP4, *_FP8):
                 raise UnsupportedModelError(
                     f"the weights are quantized by ModelOpt with {each[:40]}, which is not supported; known: {', '.join((*_FP4, *_FP8))}"
                 )
-        return ModelOpt(algorithm, [str(each) for each in settings.get("exclude_modules") or settings.get("ignore") or ()])
+        return ModelOpt(algorithm, settings.names("exclude_modules") or settings.names("ignore"))
 
     def encode(self, tensor: NamedTensor) -> list[NamedTensor]:
         import torch

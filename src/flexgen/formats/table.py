@@ -21,6 +21,7 @@ from flexgen.formats.gptq import GPTQ
 from flexgen.formats.modelopt import ModelOpt
 from flexgen.formats.mxfp4 import MXFP4
 from flexgen.formats.plain import PlainNumbers
+from flexgen.formats.stated import Stated
 from flexgen.options import DTYPE_BYTES
 
 _LOW_BIT = (MXFP4(), FP8Block(), ModelOpt(), BitsAndBytes(), CompressedTensors(), GPTQ(), AWQ(), FlexGenV0(), GGUF())
@@ -48,6 +49,7 @@ def stated_format(config: Any) -> NumberFormat | None:
     quantization = quantization_of(config)
     if quantization is None:
         return None
+    Stated(quantization).text("quant_method", None)
     found = next((found for each in FORMATS.values() if (found := each.stated_by(quantization)) is not None), None)
     if found is None:
         raise refuse_quantization(quantization)
@@ -69,12 +71,16 @@ def check_supported_number_format(config: Any) -> None:
 
 
 def quantization_of(config: Any) -> Mapping[str, Any] | None:
-    """Return what the config states about the quantization of its weights, or of a part of them; None if they are plain numbers."""
+    """Return what the config states about the quantization of its weights, or of a part of them; None if they are plain numbers.
+
+    Raises:
+        UnsupportedModelError: It is no object.
+    """
     values = config if isinstance(config, Mapping) else config.to_dict()
     for part in (values, *(value for value in values.values() if isinstance(value, Mapping))):
-        quantization = part.get("quantization_config") or part.get("compression_config")
-        if quantization:
-            return quantization if isinstance(quantization, Mapping) else {}
+        for key in ("quantization_config", "compression_config"):
+            if (quantization := part.get(key)) is not None and (stated := Stated(quantization, key).values):
+                return stated
     return None
 
 

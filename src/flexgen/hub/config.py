@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from flexgen.errors import CheckpointError, ModelError
@@ -46,6 +46,7 @@ def read_config(files: ModelFiles) -> Any:
     for file, values in (("config.json", files.config), ("generation_config.json", files.generation_config)):
         for key, value in _values(values):
             _check_bounds(f"{files.name}: {file}", key, value)
+    _check_quantization(f"{files.name}: config.json", files.config)
     for part in (files.config, files.config.get("text_config")):  # as written: transformers' classes leave out what they take for unused
         if isinstance(part, dict):
             _check_meaning(f"{files.name}: config.json", part.get)
@@ -75,6 +76,15 @@ def _values(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
             yield from _values(inner, key)
     else:
         yield key, value
+
+
+def _check_quantization(file: str, config: Mapping[str, Any]) -> None:
+    """Refuse a description of low-bit weights that is no object; what is in it is checked by the format."""
+    parts = {"": config, **{f"{name}.": part for name, part in config.items() if isinstance(part, dict)}}
+    for place, part in parts.items():
+        for key in ("quantization_config", "compression_config"):
+            if (value := part.get(key)) is not None and not isinstance(value, dict):
+                raise _refused(file, place + key, value, "an object")
 
 
 def _check_bounds(file: str, key: str, value: Any) -> None:
