@@ -52,7 +52,7 @@ PROMPTS = (5, 9, 23)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where what is made of metadata is kept."""
     monkeypatch.setattr("flexgen.hub.gguf_folder.cache_home", lambda: tmp_path / "kept")
-    return tmp_path / "kept"
+    return tmp_path / "kept" / "gguf"
 
 
 def metadata_of(architecture: str, **more: Any) -> dict[str, Any]:

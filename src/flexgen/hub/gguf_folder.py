@@ -17,6 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from flexgen.base.cache_home import cache_home
 from flexgen.base.digests import digest_of
 from flexgen.base.quantities import align_up
 from flexgen.errors import ModelError, StorageError, UnsupportedModelError, is_failure
@@ -76,14 +77,9 @@ def gguf_model_files(name: str, model: GGUFModel, commit: str | None = None) -> 
     )
 
 
-def cache_home() -> Path:
-    """Return where the folders are kept."""
-    return Path.home() / ".cache" / "flexgen" / "gguf"
-
-
 def _kept(name: str, model: GGUFModel) -> Path:
     """Return the folder of a model, making it unless it is there."""
-    home = cache_home()
+    home = cache_home() / "gguf"
     folder = home / _digest(model)
     if folder.is_dir():
         return folder

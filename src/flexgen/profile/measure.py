@@ -24,6 +24,7 @@ from typing import NamedTuple
 import psutil
 import torch
 
+from flexgen.base.cache_home import cache_home
 from flexgen.base.files import write_file
 from flexgen.base.quantities import MIB
 from flexgen.base.steps import step
@@ -184,7 +185,7 @@ def cached_machine(
         device: Device, as for `measure`.
         dtype: Name of a torch dtype.
         folder: Folder that weights stream from.
-        cache_dir: Folder of kept measurements; None is ~/.cache/flexgen.  One that cannot be read or written is not used.
+        cache_dir: Folder of kept measurements; None is flexgen's own.  One that cannot be read or written is not used.
         quick: Whether a quick measurement is enough.
         max_bytes: Most memory of all buffers at the same time.
         again: Whether to measure even if there is a measurement.
@@ -241,7 +242,7 @@ class _Place(NamedTuple):
 def _place(device: str, dtype: str, folder: Path, cache_dir: Path | None) -> _Place:
     key = machine_key(device, dtype, folder)
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    return _Place((cache_dir or Path.home() / ".cache" / "flexgen") / f"machine-{digest}.json", key)
+    return _Place((cache_dir or cache_home()) / f"machine-{digest}.json", key)
 
 
 def _write(machine: Machine, place: _Place, *, quick: bool) -> bool:
