@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -40,17 +41,53 @@ def test_a_conversion_says_what_it_left_out(model: Path, tmp_path: Path) -> None
     ("flags", "said"),
     [
         (("--weight-format", "int3"), "--weight-format 'int3' is unknown; known: int4, int8, flexgen-v0"),
-        (("--group-size", 48), "group_size=48 is not supported"),
-        (("--shard-size", "2"), "did you mean 2MiB"),
-        (("--keep", "nothing.*"), "matches no stored tensor"),
+        (("--group-size", 48), "--group-size 48 is not supported"),
+        (("--shard-size", "2"), "--shard-size '2' is less than 1.0 MiB; did you mean 2MiB? (a number without a unit is bytes)"),
+        (("--shard-size", "1MB"), "--shard-size '1MB' is less than 1.0 MiB\n"),
+        (("--keep", "nothing.*"), "--keep 'nothing.*' matches no stored tensor"),
     ],
-    ids=["format", "group", "shard", "keep"],
+    ids=["format", "group", "shard", "shard with a unit", "keep"],
 )
 def test_flags_that_cannot_be_honoured(model: Path, tmp_path: Path, flags: tuple[object, ...], said: str) -> None:
     done = flexgen("convert", model, "-o", tmp_path / "out", *flags)
     assert done.exit_code == ExitCode.USAGE
     assert said in done.stderr
     assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_a_head_that_cannot_be_converted_names_the_flag(tmp_path: Path) -> None:
+    made(tmp_path / "model", tie_word_embeddings=True)
+    done = flexgen("convert", tmp_path / "model", "-o", tmp_path / "out", "--quantize-head")
+    assert (done.exit_code, "flexgen: --quantize-head: the head shares its numbers" in done.stderr) == (ExitCode.USAGE, True), done.stderr
+
+
+def test_an_output_that_is_no_folder_is_a_wrong_command_line(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("mine")
+    done = flexgen("convert", model, "-o", tmp_path / "file")
+    assert (done.exit_code, f"--output {tmp_path / 'file'} is not a folder" in done.stderr) == (ExitCode.USAGE, True), done.stderr
+    assert (tmp_path / "file").read_text() == "mine"
+    done = flexgen("convert", model, "-o", tmp_path / "no" / "out")
+    assert (done.exit_code, f"there is no folder {tmp_path / 'no'}" in done.stderr) == (ExitCode.USAGE, True), done.stderr
+    monkeypatch.setattr("flexgen.base.files.os.access", lambda *_: False)  # whoever runs the tests may write anywhere
+    done = flexgen("convert", model, "-o", tmp_path / "out")
+    assert (done.exit_code, f"the folder {tmp_path} is read-only" in done.stderr) == (ExitCode.USAGE, True), done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_that_were_rounded_before_are_refused(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by llama.cpp; the message has both sizes."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    flexgen("convert", model, "-o", tmp_path / "int4", "--group-size", 32)
+    again = ("convert", tmp_path / "int4", "-o", tmp_path / "int8", "--weight-format", "int8", "--group-size", 32)
+    done = flexgen(*again)
+    assert done.exit_code == ExitCode.REFUSED
+    assert re.search(r"has 28 matrices in int4 already, [\d.]+ KiB; rounded again to int8 they take [\d.]+ KiB", done.stderr), done.stderr
+    assert not (tmp_path / "int8").exists()
+    planned = flexgen("plan", tmp_path / "int4", "--weight-format", "int4")
+    assert (planned.exit_code, "in int4 already" in planned.stderr) == (ExitCode.REFUSED, True), planned.stderr
+    done = flexgen(*again, "--allow-requantize")
+    assert done.exit_code == 0, done.stderr
+    assert re.search(r"in int8, groups of 32, [\d.]+ KiB of weights \([\d.]+ KiB before\)", done.stdout)
 
 
 def test_the_model_itself_is_no_output(model: Path) -> None:
@@ -96,5 +133,6 @@ def test_the_cache_is_listed_verified_and_emptied(model: Path, tmp_path: Path, m
     assert flexgen("cache", "verify").exit_code == 0
     assert flexgen("cache", "rm").exit_code == ExitCode.USAGE
     assert flexgen("cache", "rm", "unknown").exit_code == ExitCode.USAGE
-    assert "removed 1 conversions" in flexgen("cache", "rm", name).stdout
+    assert flexgen("cache", "verify", model).stdout == "1 conversion: all as it was written\n"
+    assert "removed 1 conversion, " in flexgen("cache", "rm", f"{model}/").stdout
     assert "in 0 conversions" in flexgen("cache", "ls").stdout

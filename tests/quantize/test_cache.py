@@ -15,7 +15,7 @@ from flexgen.errors import OptionError, StorageError
 from flexgen.hub.model_files import ModelFiles
 from flexgen.hub.resolve import resolve_model
 from flexgen.quantize import cache as cache_module
-from flexgen.quantize.cache import cache_folder, cached_conversion, entries, find_entries, remove
+from flexgen.quantize.cache import cached_conversion, entries, find_entries, remove
 from flexgen.quantize.record import locked
 from flexgen.quantize.settings import QuantizeSettings
 from tests.quantize.reading import made
@@ -37,6 +37,10 @@ def test_a_model_is_converted_once_for_each_format(tmp_path: Path, source: Model
     assert other.folder != first.folder
     assert (first.name, first.config["quantization_config"]["quant_method"]) == (source.name, "compressed-tensors")
     assert first.commit != other.commit, "a job that was begun with one is not gone on with by the other"
+    assert [str(each.commit).partition(", ")[2] for each in (first, other)] == [
+        "weights in int4, groups of 32",
+        "weights in int8, groups of 32",
+    ]
     assert {(entry.weight_format, entry.source, entry.state) for entry in entries(tmp_path)} == {
         ("int4", source.name, "complete"),
         ("int8", source.name, "complete"),
@@ -90,7 +94,8 @@ def test_entries_are_removed_by_name_or_by_model(tmp_path: Path, source: ModelFi
     assert [entry.name for entry in find_entries([name], tmp_path)] == [name]
     both = find_entries([source.name], tmp_path)
     assert len(both) == 2
-    with pytest.raises(OptionError, match=f"nothing-like-that is not in the cache, which has .*{name}"):
+    assert find_entries([os.path.relpath(source.name) + "/"], tmp_path) == both
+    with pytest.raises(OptionError, match=rf"nothing-like-that is not in the cache, which has .*{name} \(of {source.name}\)"):
         find_entries(["nothing-like-that"], tmp_path)
     with locked(both[0].folder), pytest.raises(StorageError, match="being written by another process"):
         remove(both[0])
@@ -105,10 +110,3 @@ def test_what_is_not_complete_is_listed_as_such(tmp_path: Path, source: ModelFil
     (folder / "flexgen-conversion.json").write_text("{")
     assert {entry.name: entry.state[:12] for entry in entries(tmp_path)} == {"empty": "not complete", folder.name: str(folder)[:12]}
     assert entries(tmp_path / "none") == []
-
-
-def test_the_cache_lies_where_the_system_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert cache_folder() == tmp_path / "flexgen" / "weights"
-    monkeypatch.setenv("XDG_CACHE_HOME", "relative")  # which the specification says to ignore
-    assert cache_folder() == Path.home() / ".cache" / "flexgen" / "weights"

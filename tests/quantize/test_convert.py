@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -173,9 +174,17 @@ def test_a_complete_folder_is_left_alone(source: ModelFiles, whole: Path) -> Non
     assert {path.name: path.stat().st_mtime_ns for path in whole.iterdir()} == before
 
 
-@pytest.mark.parametrize("asked", [{"group_size": 64}, {"keep": ("*.up_proj.weight",)}, {"weight_format": "int8"}], ids=str)
-def test_other_settings_are_refused(source: ModelFiles, whole: Path, asked: dict[str, Any]) -> None:
-    with pytest.raises(OptionError, match="with other settings"):
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"group_size": 64}, "group_size 32, not 64"),
+        ({"keep": ("*.up_proj.weight",)}, 'keep [], not ["*.up_proj.weight"]'),
+        ({"weight_format": "int8"}, 'weight_format "int4", not "int8"'),
+    ],
+    ids=str,
+)
+def test_other_settings_are_refused(source: ModelFiles, whole: Path, asked: dict[str, Any], said: str) -> None:
+    with pytest.raises(OptionError, match=re.escape(f"with other settings ({said})")):
         converted(source, whole, **asked)
 
 
@@ -204,11 +213,29 @@ def test_a_second_writer_is_refused(tmp_path: Path, source: ModelFiles) -> None:
 def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(
     tmp_path: Path, source: ModelFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    usage = shutil.disk_usage(tmp_path)._replace(free=50_000_000)
-    monkeypatch.setattr(convert_module.shutil, "disk_usage", lambda folder: usage)
-    with pytest.raises(CapacityError, match=r"47\.7 MiB are free"):
-        converted(source, tmp_path / "out")
-    assert [path.name for path in (tmp_path / "out").iterdir()] == [RECORD_FILE]
+    usage = shutil.disk_usage(tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(convert_module.shutil, "disk_usage", lambda folder: usage._replace(free=1_000_000))
+        with pytest.raises(CapacityError, match=r"takes 1\.\d MiB more, 976\.6 KiB are free"):
+            converted(source, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+        (tmp_path / "empty").mkdir()
+        with pytest.raises(CapacityError):
+            converted(source, tmp_path / "empty")
+        assert list((tmp_path / "empty").iterdir()) == []
+    record = converted(source, tmp_path / "out")
+    taken = sum(path.stat().st_size for path in (tmp_path / "out").iterdir())
+    with monkeypatch.context() as patched:  # what a conversion takes, and little more, is enough
+        patched.setattr(convert_module.shutil, "disk_usage", lambda folder: usage._replace(free=taken + (1 << 20)))
+        assert converted(source, tmp_path / "other") == record
+
+
+def test_a_folder_that_cannot_be_made_is_not_said_to_go_on(tmp_path: Path, source: ModelFiles) -> None:
+    (tmp_path / "file").write_text("mine")
+    for folder in (tmp_path / "file", tmp_path / "file" / "out"):
+        with pytest.raises(StorageError, match=rf"^{folder} cannot be made: ") as caught:
+            converted(source, folder)
+        assert "goes on" not in str(caught.value)
 
 
 def test_a_disk_that_fails_is_told(tmp_path: Path, source: ModelFiles, monkeypatch: pytest.MonkeyPatch) -> None:

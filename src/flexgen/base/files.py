@@ -57,6 +57,20 @@ def check_target(path: Path | None) -> None:
         raise StorageError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
+def check_folder(path: Path) -> None:
+    """Check that files can be written into a folder, or that the folder can be made.
+
+    Raises:
+        StorageError: They cannot; the message says why.
+    """
+    try:
+        if os.path.lexists(path) and not path.is_dir():
+            raise StorageError(f"{path} is not a folder; give the name of a new folder")
+        _check_writable(path, path if path.is_dir() else path.parent)
+    except OSError as error:
+        raise StorageError(f"{path} cannot be used: {error.strerror or error}") from error
+
+
 def _check_replaceable(path: Path, target: Path, found: os.stat_result) -> None:
     if stat.S_ISDIR(found.st_mode):
         raise StorageError(f"{path} is a folder; give the name of a file")
@@ -70,16 +84,20 @@ def _check_replaceable(path: Path, target: Path, found: os.stat_result) -> None:
 
 def _check_folder(path: Path, target: Path, found: os.stat_result | None) -> None:
     folder = target.parent
-    if not folder.is_dir():
-        raise StorageError(f"{path} cannot be written: the folder {folder} is missing")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise StorageError(f"{path} cannot be written: the folder {folder} is read-only")
+    _check_writable(path, folder)
     inside = folder.stat()
     if found is not None and inside.st_mode & stat.S_ISVTX and os.geteuid() not in (0, found.st_uid, inside.st_uid):
         raise StorageError(f"{path} belongs to another user, and in {folder} only they can replace it")
     temporary = temporary_beside(target)
     create(temporary, target).close()
     temporary.unlink()
+
+
+def _check_writable(path: Path, folder: Path) -> None:
+    if not folder.is_dir():
+        raise StorageError(f"{path} cannot be written: the folder {folder} is missing")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise StorageError(f"{path} cannot be written: the folder {folder} is read-only")
 
 
 def _is_open_on(descriptor: int, found: os.stat_result) -> bool:

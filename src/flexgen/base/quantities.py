@@ -88,6 +88,11 @@ def format_size(size_bytes: float) -> str:
     return f"{size_bytes:.0f} B"
 
 
+def counted(number: int, thing: str, things: str = "") -> str:
+    """Write how many there are: "1 line", "2,000 lines"; `things` is the plural where it is not `thing` with an s."""
+    return f"{number:,} {thing if number == 1 else things or thing + 's'}"
+
+
 def parse_seconds(text: str) -> float:
     """Return the seconds meant by "90", "90s", "30min", "8h", "1h30m" or "1d".
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flexgen.base.quantities import format_size
+from flexgen.base.quantities import counted, format_size
 from flexgen.cli.exit_codes import ExitCode, complain
 from flexgen.cli.options import command
 from flexgen.cli.terminal import showing
@@ -30,7 +30,7 @@ def ls(as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object
         for entry in found:
             print(json.dumps({"name": entry.name, "bytes": entry.nbytes, **_told(entry)}))
         return ExitCode.ALL_ANSWERED
-    print(f"{cache_folder()}: {format_size(sum(entry.nbytes for entry in found))} in {len(found)} conversions")
+    print(f"{cache_folder()}: {format_size(sum(entry.nbytes for entry in found))} in {counted(len(found), 'conversion')}")
     for entry in found:
         state = "" if entry.state == "complete" else f", {entry.state}"
         print(f"  {format_size(entry.nbytes):>10}  {entry.name}: {entry.source or 'unknown'} in {entry.weight_format or '?'}{state}")
@@ -55,7 +55,7 @@ def rm(
         found = entries() if every else find_entries(names or [])
         for entry in found:
             remove(entry)
-    print(f"removed {len(found)} conversions, {format_size(sum(entry.nbytes for entry in found))}")
+    print(f"removed {counted(len(found), 'conversion')}, {format_size(sum(entry.nbytes for entry in found))}")
     return ExitCode.ALL_ANSWERED
 
 
@@ -70,7 +70,7 @@ def verify(
         damaged, count = _verified(names or [])
     for sentence in damaged:
         complain(sentence, ExitCode.SOME_FAILED)
-    print(f"{count} conversions, {'all as they were written' if not damaged else f'{len(damaged)} damages'}")
+    print(f"{counted(count, 'conversion')}: {counted(len(damaged), 'damage') if damaged else 'all as it was written'}")
     return ExitCode.SOME_FAILED if damaged else ExitCode.ALL_ANSWERED
 
 
@@ -79,10 +79,10 @@ def _verified(names: list[str]) -> tuple[list[str], int]:
     from flexgen.base.steps import step
     from flexgen.kernels.threads import KernelThreads
     from flexgen.quantize.cache import entries, find_entries
-    from flexgen.quantize.record import read_record
+    from flexgen.quantize.record import RECORD_FILE, read_record
     from flexgen.quantize.sums import damages
 
-    folders = [Path(name) for name in names if os.sep in name or Path(name).is_dir()]
+    folders = [Path(name) for name in names if (Path(name) / RECORD_FILE).is_file()]
     cached = [name for name in names if Path(name) not in folders]
     folders += [entry.folder for entry in (find_entries(cached) if cached else entries() if not names else [])]
     found: list[str] = []

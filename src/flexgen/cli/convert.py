@@ -10,7 +10,7 @@ import typer
 
 from flexgen.base.quantities import MIB, format_size, parse_size
 from flexgen.cli.exit_codes import ExitCode, complain
-from flexgen.cli.options import Model, ProgressFlag, check_parent, command, is_there
+from flexgen.cli.options import Model, ProgressFlag, check_output_folder, command, is_there
 from flexgen.cli.terminal import showing
 from flexgen.errors import OptionError, StorageError
 
@@ -34,6 +34,9 @@ def convert(
     ] = None,
     quantize_head: Annotated[bool, typer.Option("--quantize-head", help="Convert the output head, too.")] = False,
     shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Most bytes of a file of weights.")] = "2GB",
+    allow_requantize: Annotated[
+        bool, typer.Option("--allow-requantize", help="Also convert weights that are in a low-bit format already, and lose by it twice.")
+    ] = False,
     revision: Annotated[str | None, typer.Option(metavar="REV", help="Branch, tag or commit of a hub model.")] = None,
     progress: ProgressFlag = "auto",
 ) -> int:
@@ -48,8 +51,9 @@ def convert(
     settings = QuantizeSettings(weight_format=weight_format, group_size=group_size, keep=tuple(keep or ()), quantize_head=quantize_head)
     shard_bytes = parse_size(shard_size, name="--shard-size")
     if shard_bytes < _LEAST_SHARD_BYTES:
-        raise OptionError(f"--shard-size {shard_size!r} is less than {format_size(_LEAST_SHARD_BYTES)}; did you mean {shard_size}MiB?")
-    check_parent(output, "--output")
+        meant = f"; did you mean {shard_size.strip()}MiB? (a number without a unit is bytes)" if shard_size.strip().isdecimal() else ""
+        raise OptionError(f"--shard-size {shard_size!r} is less than {format_size(_LEAST_SHARD_BYTES)}{meant}")
+    check_output_folder(output, "--output")
     is_there(Path(model), "MODEL", Path.is_dir)
     if Path(model).is_dir() and output.resolve() == Path(model).resolve():
         raise OptionError(f"--output {output} is the model itself: give another folder")
@@ -60,27 +64,32 @@ def convert(
         from flexgen.quantize.convert import convert as write
         from flexgen.quantize.convert import num_cores
         from flexgen.quantize.record import FolderIsLocked
+        from flexgen.quantize.source import weight_bytes
 
         files = resolve_model(model, revision=revision, show_progress=on_terminal)
         tell = announced(files.name, _TERMINAL_SECONDS if on_terminal else _LOG_SECONDS)
         try:
-            record = write(files, output, settings, num_threads=num_cores(), shard_bytes=shard_bytes, on_progress=tell)
+            record = write(
+                files, output, settings, num_threads=num_cores(), shard_bytes=shard_bytes, allow_requantize=allow_requantize,
+                on_progress=tell,
+            )  # fmt: skip
         except FolderIsLocked:
             raise
         except StorageError as error:
             display.close()
             return complain(error, ExitCode.RESUMABLE)
-    print(format_record(output, record))
+    print(format_record(output, record, before_bytes=weight_bytes(files)))
     return ExitCode.ALL_ANSWERED
 
 
-def format_record(folder: Path, record: Record) -> str:
-    """Return what a conversion has written, as text."""
+def format_record(folder: Path, record: Record, *, before_bytes: int) -> str:
+    """Return what a conversion has written, as text, and the bytes of the weights before it."""
     reasons: dict[str, list[str]] = {}
     for name, reason in record.kept.items():
         reasons.setdefault(reason, []).append(name)
     weight_format, group_size = record.settings["weight_format"], record.settings["group_size"]
-    lines = [f"{folder}: {record.source} in {weight_format}, groups of {group_size}, {format_size(record.total_bytes)} of weights"]
+    sizes = f"{format_size(record.total_bytes)} of weights ({format_size(before_bytes)} before)"
+    lines = [f"{folder}: {record.source} in {weight_format}, groups of {group_size}, {sizes}"]
     for reason, names in sorted(reasons.items()):
         lines.append(f"  not converted, {reason}: {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else ""))
     return "\n".join(lines)

@@ -22,7 +22,7 @@ from flexgen.cli.options import (
     ProgressFlag,
     VerboseFlag,
     check_file,
-    check_parent,
+    check_output_folder,
     engine_command,
     is_there,
     load,
@@ -210,7 +210,7 @@ def _evaluate(model: str, options: EngineOptions, common: CommonFlags, begin: Ca
 
     What `begin` refuses is refused before the model is opened.
     """
-    check_parent(common.state, "--state")
+    check_output_folder(common.state, "--state")
     with showing(common.progress, results=sys.stderr) as display, StopSignals() as signals:
         try:
             run = begin()

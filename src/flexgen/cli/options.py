@@ -8,13 +8,14 @@ import inspect
 import re
 import sys
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.models import OptionInfo
 
-from flexgen.base.files import check_target, write_file
+from flexgen.base.files import check_folder, check_target, write_file
 from flexgen.base.quantities import parse_seconds
 from flexgen.cli.exit_codes import ExitCode, complain, complain_of_bug
 from flexgen.errors import FlexGenError, OptionError, StorageError, is_out_of_memory
@@ -78,12 +79,15 @@ def seconds(text: str | float) -> float:
 def command(body: Callable[..., int]) -> Callable[..., None]:
     """Make a command of a function that returns an exit code; errors that flexgen raises on purpose become messages."""
 
+    signature = inspect.signature(body, eval_str=True)
+    flags = {name: f"--{name.replace('_', '-')}" for name in FLAGS} | _flags(signature)
+
     @functools.wraps(body)
     def wrapped(**values: Any) -> None:
         try:
             code = body(**values)
         except OptionError as error:
-            code = complain(_with_flags(str(error)), ExitCode.USAGE)
+            code = complain(_with_flags(str(error), flags), ExitCode.USAGE)
         except FlexGenError as error:
             code = complain(error, ExitCode.REFUSED)
         except (MemoryError, RuntimeError) as error:
@@ -96,14 +100,26 @@ def command(body: Callable[..., int]) -> Callable[..., None]:
             code = complain_of_bug()
         raise typer.Exit(code)
 
-    wrapped.__signature__ = inspect.signature(body, eval_str=True)  # pyright: ignore[reportAttributeAccessIssue]
+    wrapped.__signature__ = signature  # pyright: ignore[reportAttributeAccessIssue]
     return wrapped
 
 
-def _with_flags(message: str) -> str:
-    """Return the message with flags in place of fields of EngineOptions: `dtype='int8'` becomes `--dtype 'int8'`."""
-    for name in FLAGS:
-        flag = f"--{name.replace('_', '-')}"
+def _flags(signature: inspect.Signature) -> dict[str, str]:
+    """Return the flags of a command by the names of its parameters."""
+    flags = dict[str, str]()
+    for name, parameter in signature.parameters.items():
+        for each in typing.get_args(parameter.annotation)[1:]:
+            if isinstance(each, OptionInfo):
+                long = (flag.partition("/")[0] for flag in each.param_decls or () if flag.startswith("--"))
+                flags[name] = next(long, f"--{name.replace('_', '-')}")
+    return flags
+
+
+def _with_flags(message: str, flags: Mapping[str, str]) -> str:
+    """Return the message with flags in place of names: `dtype='int8'` becomes `--dtype 'int8'`, and `max_model_len` `--max-model-len`."""
+    for name, flag in flags.items():
+        if flag in message and name not in FLAGS:  # the command has named it already
+            continue
         message = re.sub(rf"(?<![\w-]){name}=(?=')", f"{flag} ", message)
         if "_" in name:
             message = re.sub(rf"(?<![\w-]){name}(=|\b)", lambda found, flag=flag: flag + " " * bool(found[1]), message)
@@ -183,6 +199,20 @@ def check_file(path: Path | None, flag: str) -> None:
     check_parent(path, flag)
     try:
         check_target(path)
+    except StorageError as error:
+        raise OptionError(f"{flag} {error}") from error
+
+
+def check_output_folder(path: Path | None, flag: str) -> None:
+    """Check that a folder can be made, or written to, in a folder that exists.
+
+    Raises:
+        OptionError: It cannot.
+    """
+    check_parent(path, flag)
+    try:
+        if path is not None:
+            check_folder(path)
     except StorageError as error:
         raise OptionError(f"{flag} {error}") from error
 

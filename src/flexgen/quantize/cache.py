@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from flexgen.base.cache_home import cache_home
 from flexgen.base.steps import step
 from flexgen.errors import OptionError, StorageError
 from flexgen.hub.model_files import ModelFiles, read_json
@@ -28,9 +29,8 @@ _UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
 
 
 def cache_folder() -> Path:
-    """Return the folder of the cache: flexgen/weights below XDG_CACHE_HOME, or below ~/.cache."""
-    root = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(root) if Path(root).is_absolute() else Path.home() / ".cache") / "flexgen" / "weights"
+    """Return the folder of the cache."""
+    return cache_home() / "weights"
 
 
 def cached_conversion(files: ModelFiles, settings: QuantizeSettings, cache: Path | None = None) -> ModelFiles:
@@ -56,7 +56,7 @@ def cached_conversion(files: ModelFiles, settings: QuantizeSettings, cache: Path
         files,
         folder=folder,
         config=read_json(folder / "config.json"),
-        commit=f"{identity}, {json.dumps(settings.to_json(), sort_keys=True)}",
+        commit=f"{identity}, weights in {settings.words}",
     )
 
 
@@ -172,12 +172,22 @@ def find_entries(names: list[str], cache: Path | None = None) -> list[CacheEntry
     """
     every, found = entries(cache), dict[str, CacheEntry]()
     for name in names:
-        those = [entry for entry in every if name in (entry.name, entry.source, str(entry.folder))]
+        those = [entry for entry in every if _is_meant(entry, name)]
         if not those:
-            known = ", ".join(entry.name for entry in every) or "nothing"
+            known = ", ".join(f"{entry.name} (of {entry.source or 'an unknown model'})" for entry in every) or "nothing"
             raise OptionError(f"{name} is not in the cache, which has {known}")
         found |= {entry.name: entry for entry in those}
     return list(found.values())
+
+
+def _is_meant(entry: CacheEntry, name: str) -> bool:
+    """Return whether a name is that of an entry, of its folder, or of its model, of which a folder may be written in several ways."""
+    if name == entry.name or name.rstrip("/") in (entry.source.rstrip("/"), str(entry.folder)):
+        return True
+    folder = Path(name).expanduser()
+    if not entry.source or not folder.is_dir():
+        return False
+    return folder.resolve() in (entry.folder.resolve(), Path(entry.source).expanduser().resolve())
 
 
 def remove(entry: CacheEntry) -> None:

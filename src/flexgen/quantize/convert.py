@@ -5,6 +5,7 @@ Files are written under another name first.  config.json comes last, so that a f
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -16,12 +17,13 @@ from pathlib import Path
 
 from flexgen.base.files import sync_folder
 from flexgen.base.quantities import format_size
-from flexgen.errors import CapacityError, OptionError, StorageError
+from flexgen.base.scalars import in_json
+from flexgen.errors import CapacityError, OptionError, StorageError, UnsupportedModelError
 from flexgen.hub.model_files import INDEX_FILE, ModelFiles
 from flexgen.hub.private_folder import tokenizer_files
 from flexgen.hub.symlinks import followed
 from flexgen.kernels.threads import KernelThreads
-from flexgen.quantize.layout import SHARD_BYTES, Shard, lay_out, written_config
+from flexgen.quantize.layout import SHARD_BYTES, Shard, check_rounded_once, lay_out, written_config
 from flexgen.quantize.record import PARTIAL, RECORD_FILE, FileSums, Record, locked, read_record, replace_file
 from flexgen.quantize.settings import QuantizeSettings
 from flexgen.quantize.shard import write_shard
@@ -29,7 +31,8 @@ from flexgen.quantize.source import Reader, identity_of, open_source
 from flexgen.quantize.sums import sums_of
 from flexgen.quantize.targets import Targets, find_targets
 
-_SPARE_BYTES = 64 << 20  # for the small files, and what a file system needs for itself
+_SPARE_BYTES = 1 << 20  # for config.json, the record, and the ends of blocks of the file system
+_ENTRY_BYTES = 64  # of a tensor in the index, besides its name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +57,7 @@ def convert(
     *,
     num_threads: int,
     shard_bytes: int = SHARD_BYTES,
+    allow_requantize: bool = False,
     on_progress: Callable[[ConversionProgress], None] = lambda progress: None,
 ) -> Record:
     """Write a model with rounded weights into a folder, or go on with it; nothing is done if it is complete.
@@ -66,10 +70,12 @@ def convert(
         settings: How weights are rounded, and which.
         num_threads: The threads that round.
         shard_bytes: The most bytes of a file of weights, unless a single tensor takes more.
+        allow_requantize: Whether weights may be rounded that are in a low-bit format already.
         on_progress: Called after each portion that is written.
 
     Raises:
-        ModelError: The model cannot be converted, or its weights cannot be read.
+        ModelError: The model cannot be converted, its weights cannot be read, or they are in a low-bit format and `allow_requantize` is
+            false.
         OptionError: A setting cannot be honoured for this model, or the folder holds something else.
         CapacityError: There is not enough free space.
         StorageError: Another process writes to the folder, or writing fails.
@@ -78,22 +84,40 @@ def convert(
     targets = find_targets(source.config, source.headers, settings)
     shards = lay_out(source.headers, targets, settings, shard_bytes)
     record = _new_record(files, settings, targets, shards, shard_bytes)
+    made = _made(folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         with locked(folder), KernelThreads(num_threads) as threads, closing(Reader(threads.over)) as reader:
             record = _begun(folder, record)
             if record.complete:
                 return record
-            _check_space(folder, record, shards)
+            check_rounded_once(files.name, shards, settings, allow=allow_requantize)
+            _check_space(folder, record, shards, source.files)
+            record.write(folder)
             writing = _Writing(folder, record, threads, on_progress)
             for shard in shards:
                 writing.add_shard(shard, settings, reader)
             writing.add_small_files(source.files, shards, settings, targets)
             return writing.finish()
+    except (CapacityError, UnsupportedModelError):
+        if made:
+            with contextlib.suppress(OSError):  # something is in it
+                folder.rmdir()
+        raise
     except OSError as error:
         raise StorageError(
             f"{folder} cannot be written ({error.strerror or error}); what is complete is kept, and the same command goes on"
         ) from error
+
+
+def _made(folder: Path) -> bool:
+    """Make a folder unless it is there, and return whether it was made."""
+    try:
+        if folder.is_dir():
+            return False
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"{folder} cannot be made: {error.strerror or error}") from error
+    return True
 
 
 def _new_record(files: ModelFiles, settings: QuantizeSettings, targets: Targets, shards: list[Shard], shard_bytes: int) -> Record:
@@ -108,27 +132,34 @@ def _new_record(files: ModelFiles, settings: QuantizeSettings, targets: Targets,
 
 
 def _begun(folder: Path, wanted: Record) -> Record:
-    """Return the record to go on from, which is in the folder then."""
+    """Return the record to go on from."""
     found = read_record(folder)
     if found is None:
         if others := [path.name for path in folder.iterdir() if path.name != RECORD_FILE + PARTIAL]:
             raise OptionError(f"{folder} holds {others[0]} and is not the folder of a conversion: give a new folder")
-        wanted.write(folder)
         return wanted
     if not found.made_of(wanted):
-        what = "other weights" if found.identity != wanted.identity else "these weights with other settings"
+        what = "other weights" if found.identity != wanted.identity else f"these weights with other settings ({_differing(found, wanted)})"
         raise OptionError(f"{folder} holds a conversion of {what} (of {found.source}): give another folder, or remove it")
     there = {name: sums for name, sums in found.files.items() if _has_size(folder / name, sums.nbytes)}
     return dataclasses.replace(found, files=there, complete=found.complete and there == found.files)
+
+
+def _differing(found: Record, wanted: Record) -> str:
+    """Return the settings of a conversion that differ from those asked for, and both values."""
+    old, new = ({**record.settings, "shard_size": record.shard_bytes} for record in (found, wanted))
+    return "; ".join(f"{name} {in_json(old.get(name))}, not {in_json(new[name])}" for name in new if old.get(name) != new[name])
 
 
 def _has_size(path: Path, nbytes: int) -> bool:
     return path.is_file() and path.stat().st_size == nbytes
 
 
-def _check_space(folder: Path, record: Record, shards: list[Shard]) -> None:
+def _check_space(folder: Path, record: Record, shards: list[Shard], source: ModelFiles) -> None:
     """Refuse a conversion that would fill the disk; a file of an earlier start that is not complete is written over."""
-    needed = sum(shard.nbytes for shard in shards if shard.name not in record.files) + _SPARE_BYTES
+    small = sum(path.stat().st_size for name, path in _copied(source).items() if name not in record.files)
+    index = sum(len(tensor.name) + _ENTRY_BYTES for shard in shards for tensor in shard.tensors)
+    needed = sum(shard.nbytes for shard in shards if shard.name not in record.files) + small + index + _SPARE_BYTES
     free = shutil.disk_usage(folder).free + sum(path.stat().st_blocks * 512 for path in folder.glob(f"*{PARTIAL}"))
     if needed > free:
         room = f"{format_size(needed)} more, {format_size(free)} are free"
@@ -160,10 +191,7 @@ class _Writing:
             weight_map = {tensor.name: shard.name for shard in shards for tensor in shard.tensors}
             size = sum(item.nbytes for shard in shards for item in shard.items)
             self._add_file(INDEX_FILE, _json({"metadata": {"total_size": size}, "weight_map": weight_map}))
-        small = tokenizer_files(source.folder)
-        if (generation := source.folder / "generation_config.json").is_file():
-            small[generation.name] = generation
-        for name, path in small.items():
+        for name, path in _copied(source).items():
             (self._folder / name).parent.mkdir(exist_ok=True)
             self._add_file(name, followed(path).read_bytes())
         self._add_file("config.json", _json(written_config(source.config, settings, targets.ignore)))
@@ -186,6 +214,12 @@ class _Writing:
     def _tell(self, file: str, done_bytes: int) -> None:
         total = self._record.total_bytes
         self._on_progress(ConversionProgress(done_bytes=self._done_bytes + done_bytes, total_bytes=total, file=file))
+
+
+def _copied(source: ModelFiles) -> dict[str, Path]:
+    """Return the small files that are copied, by name."""
+    generation = source.folder / "generation_config.json"
+    return tokenizer_files(source.folder) | ({generation.name: generation} if generation.is_file() else {})
 
 
 def _json(values: dict[str, object]) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
@@ -9,15 +10,19 @@ from typing import Any
 
 import torch
 
+from flexgen.base.quantities import counted, format_size
 from flexgen.checkpoint.files import Headers
 from flexgen.checkpoint.headers import PREFIX_BYTES
 from flexgen.checkpoint.repository import encode_header, headers_of
+from flexgen.errors import UnsupportedModelError
 from flexgen.formats.base import NamedTensor, StoredTensor
 from flexgen.formats.flexgen_v0 import NAME as PAPER
 from flexgen.formats.flexgen_v0 import encoded as encoded_as_the_paper
 from flexgen.hub.model_files import SINGLE_FILE
 from flexgen.quantize.settings import QuantizeSettings
 from flexgen.quantize.targets import Targets, find_targets
+
+logger = logging.getLogger(__name__)
 
 SHARD_BYTES = 2 * 10**9
 _LAYOUT_VERSION = "0.20.1"  # of compressed-tensors, whose layout is followed
@@ -109,6 +114,34 @@ def _item(tensor: StoredTensor, rounded: bool, settings: QuantizeSettings) -> It
     return Item(tensor, tuple(encoded_as_the_paper(plain) if settings.is_paper else packed(plain, settings)), rounded)
 
 
+def check_rounded_once(name: str, shards: Iterable[Shard], settings: QuantizeSettings, *, allow: bool) -> None:
+    """Refuse to round weights that are in a low-bit format already, as llama.cpp's `llama-quantize` does, or warn of it.
+
+    Args:
+        name: The name of the model, for messages.
+        shards: What is written.
+        settings: What is asked for.
+        allow: Whether it is asked for all the same.
+
+    Raises:
+        UnsupportedModelError: Some of the weights are in a low-bit format.
+    """
+    pairs = [(item, item.source.encoding) for shard in shards for item in shard.items if item.rounded]
+    twice = [(item, encoding) for item, encoding in pairs if encoding is not None]
+    if not twice:
+        return
+    before = sum(part.tensor.nbytes for _, encoding in twice for part in encoding.parts)
+    after = sum(item.nbytes for item, _ in twice)
+    formats = ", ".join(sorted({encoding.format.name for _, encoding in twice}))
+    said = (
+        f"{name} has {counted(len(twice), 'matrix', 'matrices')} in {formats} already, {format_size(before)}; rounded again to "
+        f"{settings.weight_format} they take {format_size(after)}, and are less exact than either format"
+    )
+    if not allow:
+        raise UnsupportedModelError(f"{said}: run the model as it is, or convert it with `flexgen convert --allow-requantize`")
+    logger.warning("%s", said)
+
+
 def packed(tensor: NamedTensor, settings: QuantizeSettings) -> list[NamedTensor]:
     """Return the tensors of a rounded matrix in the layout "pack-quantized" of compressed-tensors."""
     outputs, inputs = tensor.shape
@@ -168,10 +201,12 @@ def planned(headers: Headers, config: Any, settings: QuantizeSettings, *, name: 
 
     Raises:
         OptionError: See `find_targets`.
-        UnsupportedModelError: See `find_targets`.
+        UnsupportedModelError: See `find_targets` and `check_rounded_once`.
     """
     targets = find_targets(config, headers, settings)
-    files = {shard.name: shard.tensors for shard in lay_out(headers, targets, settings)}
+    shards = lay_out(headers, targets, settings)
+    check_rounded_once(name, shards, settings, allow=False)
+    files = {shard.name: shard.tensors for shard in shards}
     made = deepcopy(config)
     made.quantization_config = quantization_config(settings, targets.ignore)
     return headers_of(name, files), made

@@ -57,6 +57,12 @@ class QuantizeSettings:
         """The number of rows that are rounded and stored together: those whose zero points share a word, or that share a scale."""
         return self.group_size if self.is_paper else 32 // self.bits
 
+    @property
+    def words(self) -> str:
+        """All settings in words."""
+        kept = f", {', '.join(self.keep)} kept" if self.keep else ""
+        return f"{self.weight_format}, groups of {self.group_size}{', the head too' if self.quantize_head else ''}{kept}"
+
     def keeps(self, name: str) -> bool:
         """Return whether a pattern says that the tensor of this name stays as it is."""
         return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.keep)

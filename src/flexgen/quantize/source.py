@@ -16,6 +16,7 @@ from flexgen.base.parallel import Parallel
 from flexgen.base.quantities import MIB
 from flexgen.checkpoint.files import Checkpoint, Headers
 from flexgen.checkpoint.sources import ParameterSource, read_bytes, whole
+from flexgen.errors import UnsupportedModelError
 from flexgen.formats.base import StoredTensor
 from flexgen.formats.table import check_supported_number_format, refuse_quantization, stated_format
 from flexgen.hub.config import read_config
@@ -28,7 +29,12 @@ _COPIED_BYTES = 16 * MIB
 
 
 def identity_of(files: ModelFiles) -> str:
-    """Return what tells the weights of a model from others: its commit, or names, sizes and times of files, with its config."""
+    """Return what tells the weights of a model from others: its commit, or names, sizes and times of files, with its config.
+
+    Raises:
+        UnsupportedModelError: See `check_convertible`.
+    """
+    check_convertible(files)
     hasher = hashlib.blake2b(digest_size=16)
     hasher.update(json.dumps(files.config, sort_keys=True).encode())
     if files.commit is not None:
@@ -37,6 +43,23 @@ def identity_of(files: ModelFiles) -> str:
         found = (files.folder / name).stat()
         hasher.update(f"{name} {found.st_size} {found.st_mtime_ns}\n".encode())
     return f"files {hasher.hexdigest()}"
+
+
+def check_convertible(files: ModelFiles) -> None:
+    """Check that the weights of a model are in files that can be converted.
+
+    Raises:
+        UnsupportedModelError: They are in GGUF.
+    """
+    if files.gguf is not None:
+        raise UnsupportedModelError(
+            f"{files.name} is in GGUF, whose weights are not converted: run it as it is, or convert the repository that it was made from"
+        )
+
+
+def weight_bytes(files: ModelFiles) -> int:
+    """Return the bytes of all files of weights."""
+    return sum((files.folder / name).stat().st_size for name in weight_files(files.folder))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +83,7 @@ def open_source(files: ModelFiles) -> Source:
     Raises:
         ModelError: They cannot be used, or the weights are in a format that is not decoded.
     """
+    check_convertible(files)
     if (tool := other_quantization(files.folder, files.config)) is not None:
         raise refuse_quantization({"quant_method": tool})
     config = read_config(files)

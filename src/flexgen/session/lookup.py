@@ -116,7 +116,9 @@ def _described(model: str, options: EngineOptions, device: str, token: str | Non
         headers = Headers.parsed(files.folder, weight_headers(model, files.folder, token=token))
     with describing(model):
         if options.weight_format != "auto":
+            from flexgen.quantize.source import check_convertible
             from flexgen.session.weights import planned_in
 
+            check_convertible(files)
             headers, config = planned_in(options.weight_format, headers, config, name=model)
         return describe_headers(headers, config, dtype, name=model, kv_format=kv)
