@@ -273,7 +273,7 @@ def test_paths_that_cannot_be(model_folder: Path, source: Path, tmp_path: Path) 
 def test_what_is_refused_before_the_start_gives_3(source: Path, output: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done = flexgen("run", "/no/such/model", source, "-o", output)
     assert (done.exit_code, done.stdout) == (3, "")
-    assert "\nflexgen: /no/such/model is not a folder" in done.stderr
+    assert "\nflexgen: /no/such/model does not exist: there is no folder /no/such" in done.stderr
 
     def open_engine(*args: object) -> None:
         raise CapacityError("KV cache needs 31.2 GiB")

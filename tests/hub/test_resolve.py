@@ -75,6 +75,15 @@ def test_neither_folder_nor_repository(name: str) -> None:
         resolve_model(name)
 
 
+def test_a_path_that_does_not_exist(tmp_path: Path) -> None:
+    for name in ("./nothere.gguf", "nothere.gguf", "Models/nothere.GGUF", f"{tmp_path}/nothere"):
+        with pytest.raises(ModelError, match=rf"^{name} does not exist: there is no (nothere|folder Models)"):
+            resolve_model(name)
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ModelError, match=r"notes\.txt is not a folder"):
+        resolve_model(tmp_path / "notes.txt")
+
+
 @pytest.mark.parametrize("given", [None, 5, b"folder"])
 def test_neither_a_name_nor_a_path(given: Any) -> None:
     for resolve in (resolve_model, resolve_tokenizer):

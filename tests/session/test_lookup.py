@@ -96,7 +96,7 @@ def test_what_is_no_model() -> None:
         spec_of("opt-30b", EngineOptions(dtype="int8"), device="cpu")
     with pytest.raises(ModelError, match="nor is it in the catalogue: llama-3-8b, "):
         spec_of("-llama-3-8b", device="cpu")
-    with pytest.raises(ModelError, match="not a folder"):
+    with pytest.raises(ModelError, match="/no/such/folder does not exist"):
         spec_of("/no/such/folder", device="cpu")
 
 

@@ -134,8 +134,12 @@ def _name(what: str, given: object) -> str:
 def _check_repository_id(name: str) -> None:
     if Path(name).expanduser().is_file():
         raise ModelError(f"{name} {file_instead_of_folder(Path(name).expanduser())}")
-    if name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).exists():
+    if name and Path(name).exists():
         raise ModelError(f"{name} is not a folder; give the folder that holds config.json, or a hub id such as facebook/opt-6.7b")
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or name.lower().endswith((".gguf", ".safetensors")):
+        path = Path(name).expanduser()
+        why = f"there is no {path.name} in {path.parent}" if path.parent.is_dir() else f"there is no folder {path.parent}"
+        raise ModelError(f"{name} does not exist: {why} (and a hub id is like facebook/opt-6.7b)")
     if not _REPOSITORY.fullmatch(name) or ".." in name or "--" in name:
         raise ModelError(f"{name!r} is neither a folder here nor a hub id such as facebook/opt-6.7b")
 
