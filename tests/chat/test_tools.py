@@ -55,6 +55,29 @@ def test_tools_are_the_conversation_s_or_the_template_s() -> None:
         Chat(messages=HELLO, tools=(ADD,), chat_template_kwargs={"tools": []})
 
 
+@pytest.mark.parametrize(
+    ("tool", "param", "said"),
+    [
+        (
+            {"name": "add"},
+            "tools[0]",
+            'tools[0] must be {"type": "function", "function": {"name": ..., "description": ..., "parameters": a JSON',
+        ),
+        ("add", "tools[0]", "not the text 'add'"),
+        ({"type": "function"}, "tools[0].function", "its function is null"),
+        ({"type": "web"}, "tools[0].type", "a tool of type the text 'web' is not supported"),
+        ({"type": "function", "function": {"name": None}}, "tools[0].function.name", "not null"),
+        ({"type": "function", "function": {"name": "a", "parameters": [True]}}, "tools[0].function.parameters", "an object, not [true]"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_what_is_no_tool(tool: Any, param: str, said: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        parse_tools([tool])
+    assert caught.value.param == param
+    assert said in str(caught.value)
+
+
 def test_tools_from_python() -> None:
     assert parse_tools(None) == ()
     assert parse_tools([{**ADD, "function": {**ADD["function"], "strict": None}}]) == (ADD,)

@@ -260,6 +260,9 @@ def test_a_constraint_is_compiled_once(tokenizer: Tokenizer) -> None:
         ({"regex": r"[^\s\S]"}, "nothing meets it: no answer could even begin"),
         ({"regex": r"ab[a&&b]"}, "nothing meets it: no answer could even begin"),
         ({"grammar": 'start: "a" start'}, "the grammar cannot be used: .*always contains itself again"),
+        ({"grammar": "start: "}, "the grammar cannot be used: only the empty text meets it"),
+        ({"grammar": 'start: a a\na: "" |'}, "the grammar cannot be used: only the empty text meets it"),
+        ({"regex": "(){3}"}, r"the regular expression '\(\)\{3\}' cannot be used: only the empty text meets it"),
         ({"grammar": 'root ::= "(" root ")"'}, "always contains itself again"),
         (
             {"grammar": r'start: "ab" b' + "\nb: /[^\\s\\S]/"},

@@ -50,8 +50,16 @@ def ids(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
     return tuple(tokenizer.encode([text], add_special_tokens=False)[0])
 
 
-def parsed(tools: Tools, tokenizer: Tokenizer, text: str, finish_reason: str = "stop", how: ToolUse | None = None) -> AnswerMessage | None:
-    completion = CompletionOutput(index=0, text=text, token_ids=ids(tokenizer, text), finish_reason=finish_reason)
+def parsed(
+    tools: Tools,
+    tokenizer: Tokenizer,
+    text: str,
+    finish_reason: str = "stop",
+    how: ToolUse | None = None,
+    stop_reason: int | str | None = None,
+) -> AnswerMessage | None:
+    token_ids = ids(tokenizer, text)
+    completion = CompletionOutput(index=0, text=text, token_ids=token_ids, finish_reason=finish_reason, stop_reason=stop_reason)
     output = RequestOutput(request_id="0", prompt=PROMPT, prompt_token_ids=ids(tokenizer, PROMPT), outputs=[completion])
     return tools.with_messages(output, how or use()).outputs[0].message
 
@@ -83,7 +91,51 @@ def test_an_answer_without_the_call_that_is_required(tools: Tools, tokenizer: To
         parsed(tools, tokenizer, "Two.", how=use("required"))
     assert (caught.value.code, caught.value.param) == ("no_tool_call", "tool_choice")
     assert parsed(tools, tokenizer, CALL[:30], "length", use("required")) is None
+    with pytest.raises(RequestError, match=r'none can be read in the answer, which "arguments" stopped'):
+        parsed(tools, tokenizer, CALL[:30], how=use("required"), stop_reason="arguments")
     assert parsed(tools, tokenizer, CALL, how=use("required")) is not None
+
+
+CALL_IN_TAGS = "<tool_call>\n<function=add>\n<parameter=a>\n1\n</parameter>\n</function>\n</tool_call>"
+
+
+@pytest.mark.parametrize(
+    ("model_type", "call", "opening"),
+    [("qwen3", CALL, "<tool_call>"), ("qwen3_5", CALL_IN_TAGS, "<tool_call>\n<function=add>")],
+    ids=["JSON", "tags"],
+)
+def test_a_call_that_was_cut_off_stays_text(tokenizer: Tokenizer, guides: Guides, model_type: str, call: str, opening: str) -> None:
+    """Wherever it was cut, also behind its arguments; what was whole before the cut is called."""
+    with made(tokenizer, guides, TOOLS, model_type) as tools:
+        cuts: list[dict[str, Any]] = [{"finish_reason": "length"}, {"stop_reason": "l"}]
+        for how in cuts:
+            for end in range(len(opening), len(call)):
+                assert parsed(tools, tokenizer, call[:end], **how) is None, call[:end]
+                assert parsed(tools, tokenizer, f"{call}\n{call[:end]}", **how) is None, call[:end]
+            for text in (call, f"{call}\nWait"):
+                message = parsed(tools, tokenizer, text, **how)
+                assert message is not None
+                assert [each.name for each in message.tool_calls] == ["add"]
+            assert parsed(tools, tokenizer, "Two and", **how) == AnswerMessage(content="Two and")
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "add"}}], ids=["required", "named"])
+def test_parameters_that_nothing_meets_name_their_tool(tools: Tools, choice: Any) -> None:
+    add = {
+        "type": "function",
+        "function": {
+            "name": "add",
+            "parameters": {"properties": {"a": {"type": "integer", "minimum": 2, "maximum": 1}}, "required": ["a"]},
+        },
+    }
+    found = parse_tool_use([NOW, add], choice)
+    assert found is not None
+    with pytest.raises(RequestError, match=r"^tools\[1\]\.function\.parameters of 'add' cannot be met: ") as caught:
+        tools.params(SamplingParams(), found)
+    assert (caught.value.code, caught.value.param) == ("unsupported_constraint", "tools[1].function.parameters")
+    free = parse_tool_use([NOW, add], {"type": "function", "function": {"name": "now"}})
+    assert free is not None
+    assert tools.params(SamplingParams(), free).structured_outputs is not None
 
 
 def answers(params: SamplingParams, guides: Guides, tokenizer: Tokenizer, texts: Sequence[str]) -> list[str]:

@@ -11,6 +11,7 @@ from flexgen.base.scalars import shown
 from flexgen.errors import RequestError
 
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_SHAPE = '{"type": "function", "function": {"name": ..., "description": ..., "parameters": a JSON schema}}'
 _OF_FUNCTIONS = ("name", "description", "parameters", "strict")
 
 
@@ -67,14 +68,14 @@ def tool_name(tool: Mapping[str, Any]) -> str:
 
 
 def _tool(value: object, place: str) -> Mapping[str, Any]:
-    if not isinstance(value, Mapping):
-        raise RequestError(f"{place} must be an object", param=place)
-    if value.get("type") != "function":
-        message = f"{place}: a tool of type {shown(value.get('type'))} is not supported, only 'function' is"
+    if not isinstance(value, Mapping) or value.get("type") is None:
+        raise RequestError(f"{place} must be {_SHAPE}, not {shown(value)}", param=place)
+    if value["type"] != "function":
+        message = f"{place}: a tool of type {shown(value['type'])} is not supported, only 'function' is"
         raise RequestError(message, code="unsupported_field", param=f"{place}.type")
     function = value.get("function")
     if not isinstance(function, Mapping):
-        raise RequestError(f"{place}.function must be an object with a name", param=f"{place}.function")
+        raise RequestError(f"{place} must be {_SHAPE}; its function is {shown(function)}", param=f"{place}.function")
     for name in function:
         if name not in _OF_FUNCTIONS:
             message = f"{place}.function has no {str(name)[:80]!r}; it has {', '.join(_OF_FUNCTIONS)}"
@@ -84,7 +85,8 @@ def _tool(value: object, place: str) -> Mapping[str, Any]:
         message = f"{place}.function.name must be 1 to 64 letters, digits, _ and -, not {shown(name)}"
         raise RequestError(message, param=f"{place}.function.name")
     if parameters is not None and not isinstance(parameters, Mapping):
-        raise RequestError(f"{place}.function.parameters must be a JSON schema, an object", param=f"{place}.function.parameters")
+        message = f"{place}.function.parameters must be a JSON schema, an object, not {shown(parameters)}"
+        raise RequestError(message, param=f"{place}.function.parameters")
     return {"type": "function", "function": {key: item for key, item in function.items() if item is not None}}
 
 

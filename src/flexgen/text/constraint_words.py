@@ -24,7 +24,20 @@ _WORDS = (
 _LISTING = re.compile(r"\s*(\d+ \||\^)")  # lines of its messages that show where in the constraint something is
 
 
-def refused(params: StructuredOutputsParams, reason: str) -> RequestError:
+class ConstraintError(RequestError):
+    """A constraint that no answer can be kept to.
+
+    Args:
+        message: What is wrong, for the person who wrote the request.
+        reason: The same without the name of the constraint.
+    """
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message, code="unsupported_constraint", param=PARAM)
+        self.reason = reason
+
+
+def refused(params: StructuredOutputsParams, reason: str) -> ConstraintError:
     """Return the error of a constraint that no answer can be kept to."""
     named = {
         "the JSON schema": params.json is not None,
@@ -34,7 +47,7 @@ def refused(params: StructuredOutputsParams, reason: str) -> RequestError:
         "a JSON object": True,
     }
     what = next(name for name, given in named.items() if given)
-    return RequestError(f"{PARAM}: {what} cannot be used: {reason}", code="unsupported_constraint", param=PARAM)
+    return ConstraintError(f"{PARAM}: {what} cannot be used: {reason}", reason)
 
 
 def short(text: str) -> str:

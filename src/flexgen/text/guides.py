@@ -156,8 +156,7 @@ class Guides:
         for text in ("", first):
             after = matcher.deep_copy()
             after.consume_tokens(self._tokens.greedy_tokenize(text))
-            if not after.is_stopped():
-                after.compute_bitmask()
+            goes_on = not after.is_stopped() and self._goes_on(after)
             if _is_dead_end(after):
                 begin = (
                     f"every answer would have to begin with {short(text)}, and nothing can follow" if text else "no answer could even begin"
@@ -165,6 +164,14 @@ class Guides:
                 raise refused(params, f"nothing meets it: {begin}")
             if after.is_error() and not text:
                 raise refused(params, in_our_words(after.get_error()))
+            if not goes_on and not text:
+                raise refused(params, "only the empty text meets it")
+
+    def _goes_on(self, matcher: LLMatcher) -> bool:
+        """Return whether a token may come next that does not end the answer."""
+        allowed = np.unpackbits(np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8), bitorder="little")
+        allowed[list(self._tokens.eos_tokens)] = 0
+        return bool(allowed.any())
 
     def _missing(self, text: str) -> str | None:
         """Return a character of a text that no token of the vocabulary has a byte of; None if there is none."""

@@ -55,8 +55,13 @@ class ToolSyntax:
         calls = [f"{literal(tool_name(tool) + self.between)} args_{place}" for place, tool in enumerate(tools)]
         more = f" ({literal(self.joint)} call)*" if parallel and self.joint is not None else ""
         rules = [f"start: {literal(self.before)} call{more} {literal(self.after)}", f"call: {' | '.join(calls)}"]
-        schemas = [{"type": "object", "x-guidance": json_options, **(tool["function"].get("parameters") or {})} for tool in tools]
+        schemas = [parameters_of(tool, json_options) for tool in tools]
         return "\n".join([*rules, *(f"args_{place}: %json {json.dumps(each)}" for place, each in enumerate(schemas)), ""])
+
+
+def parameters_of(tool: Mapping[str, Any], json_options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the schema of a tool's arguments."""
+    return {"type": "object", "x-guidance": json_options, **(tool["function"].get("parameters") or {})}
 
 
 def probes() -> list[Chat]:

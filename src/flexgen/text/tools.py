@@ -12,16 +12,20 @@ import types
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from flexgen.base.scalars import in_json
 from flexgen.base.structured import StructuredOutputsParams
 from flexgen.base.tool_calls import AnswerMessage, ToolCall
 from flexgen.chat import Templates, ToolUse
+from flexgen.chat.tools import tool_name
 from flexgen.errors import RequestError, is_failure
 from flexgen.outputs import CompletionOutput, RequestOutput
 from flexgen.request import SamplingParams
+from flexgen.text.constraint_words import ConstraintError
 from flexgen.text.guides import JSON_OPTIONS, Guides
 from flexgen.text.tokenizer import Tokenizer
-from flexgen.text.tool_syntax import PROBED_CALL, ToolSyntax, find_syntax, probes, question
+from flexgen.text.tool_syntax import PROBED_CALL, ToolSyntax, find_syntax, parameters_of, probes, question
 
+_FOLLOWING = "\N{INVISIBLE SEPARATOR}"  # a text that no answer ends in
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
@@ -67,15 +71,33 @@ class Tools:
         if isinstance(syntax, RequestError):
             raise syntax
         grammar = syntax.grammar(use.required, parallel=use.parallel, literal=self._guides.literal, json_options=JSON_OPTIONS)
-        return dataclasses.replace(params, structured_outputs=StructuredOutputsParams(grammar=grammar))
+        constraint = StructuredOutputsParams(grammar=grammar)
+        try:
+            self._guides.guide(constraint)
+        except ConstraintError as error:
+            raise self._refused(use, error) from error
+        return dataclasses.replace(params, structured_outputs=constraint)
+
+    def _refused(self, use: ToolUse, error: ConstraintError) -> RequestError:
+        """Return the error of required calls that no grammar can be made for, which names the tool whose parameters are to blame."""
+        for place, tool in enumerate(use.tools):
+            if tool not in use.required:
+                continue
+            try:
+                self._guides.guide(StructuredOutputsParams(json=parameters_of(tool, JSON_OPTIONS)))
+            except ConstraintError as own:
+                param = f"tools[{place}].function.parameters"
+                said = f"{param} of {tool_name(tool)!r} cannot be met: {own.reason}"
+                return RequestError(said, code=own.code, param=param)
+        return RequestError(f"tools: calls cannot be required: {error.reason}", code=error.code, param="tools")
 
     def with_messages(self, output: RequestOutput, use: ToolUse) -> RequestOutput:
         """Return the answers to a request with tools as messages, too.
 
-        An answer that is not what the response template describes, such as one with a call that was cut off, stays text only.
+        An answer that is not what the response template describes, and one that was cut off within a call, stays text only.
 
         Raises:
-            RequestError: An answer that is complete has no call, although one is required.
+            RequestError: An answer that was not cut off by its length has no call, although one is required.
         """
         assert self._tokenizer is not None
         prompt = self._tokenizer.decode(output.prompt_token_ids, skip_special_tokens=False)
@@ -85,10 +107,19 @@ class Tools:
         assert self._tokenizer is not None
         text = self._tokenizer.decode(completion.token_ids, skip_special_tokens=False)
         message = self._parsed(prompt, text, use.tools)
-        is_complete = completion.finish_reason == "stop" and completion.stop_reason is None
-        if use.required and is_complete and (message is None or not message.tool_calls):
-            raise RequestError("tool_choice requires a call, and none can be read in the answer", code="no_tool_call", param="tool_choice")
+        ended = completion.finish_reason == "stop"
+        if message is not None and message.tool_calls and not (ended and completion.stop_reason is None):
+            message = message if self._is_whole(prompt, text, use.tools) else None
+        if use.required and ended and (message is None or not message.tool_calls):
+            stopped = "" if completion.stop_reason is None else f", which {in_json(completion.stop_reason)} stopped"
+            said = f"tool_choice requires a call, and none can be read in the answer{stopped}"
+            raise RequestError(said, code="no_tool_call", param="tool_choice")
         return dataclasses.replace(completion, message=message)
+
+    def _is_whole(self, prompt: str, text: str, tools: Sequence[Mapping[str, Any]]) -> bool:
+        """Return whether an answer that was cut off was not cut within a call, so that what follows would be text."""
+        longer = self._parsed(prompt, text + _FOLLOWING, tools)
+        return longer is not None and _FOLLOWING in (longer.content or "")
 
     @functools.cached_property
     def _response_template(self) -> Mapping[str, Any] | None:
