@@ -87,8 +87,14 @@ def test_values_that_are_none_are_refused_before_anything_is_loaded(given: dict[
         ({"kv": "host=.5,host=.5"}, "host is there twice"),
         ({"weights": "host=.5"}, "add up to 0.5, not 1"),
         ({"host_mem": "0"}, "host_mem='0' leaves no memory"),
-        ({"weights": "device=1", "device": "cpu"}, "weights='device=1': on a CPU device there is no device tier"),
-        ({"kv": "device=.5,host=.5", "device": "cpu"}, "kv='device=.5,host=.5': on a CPU device there is no device tier"),
+        (
+            {"weights": "device=1", "device": "cpu"},
+            "weights='device=1': on a CPU device there is no device tier; divide between host, encoded and disk",
+        ),
+        (
+            {"kv": "device=.5,host=.5", "device": "cpu"},
+            "kv='device=.5,host=.5': on a CPU device there is no device tier; divide between host and disk",
+        ),
         ({"host_mem": 0}, "leaves no memory"),
     ],
 )

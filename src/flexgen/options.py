@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypedDict
 
 from flexgen.base.quantities import MIB, check_budget
-from flexgen.base.scalars import as_float, as_int, plain, shown
+from flexgen.base.scalars import as_float, as_int, plain, shown_in_python
 from flexgen.errors import OptionError
 
 if TYPE_CHECKING:
@@ -134,7 +134,9 @@ class EngineOptions:
         """
         for name, shares, homes in (("weights", self.weights, tuple(WEIGHT_HOMES)), ("kv", self.kv, TIERS)):
             if device == "cpu" and shares is not None and parse_placement(shares, name=name, homes=homes)["device"]:
-                raise OptionError(f"{name}={shares!r}: on a CPU device there is no device tier; divide between host and disk")
+                *others, last = (home for home in homes if home != "device")
+                there = f"divide between {', '.join(others)} and {last}"
+                raise OptionError(f"{name}={shares!r}: on a CPU device there is no device tier; {there}")
 
 
 def _integer(name: str, value: object, least: int) -> int | None:
@@ -144,14 +146,14 @@ def _integer(name: str, value: object, least: int) -> int | None:
     number = as_int(value)
     if number is None or not least <= number < 2**63:
         wanted = {1: "a positive integer", -1: "an integer of at least -1"}.get(least, "an integer that fits 64 bits")
-        raise OptionError(f"{name} must be {wanted}, not {shown(value)}")
+        raise OptionError(f"{name} must be {wanted}, not {shown_in_python(value)}")
     return number
 
 
 def _seconds(name: str, value: object) -> float | None:
     number = as_float(value)
     if value is not None and (number is None or number <= 0):
-        raise OptionError(f"{name} must be a positive number of seconds, not {shown(value)}")
+        raise OptionError(f"{name} must be a positive number of seconds, not {shown_in_python(value)}")
     return number
 
 

@@ -76,7 +76,7 @@ def test_harmless_fields_are_accepted_and_named(parse: Any) -> None:
 @pytest.mark.parametrize(
     "fields",
     [
-        {"echo": False}, {"presence_penalty": 0.0}, {"repetition_penalty": 1}, {"stop": []}, {"stop": ""}, {"stop": None}, {"suffix": ""},
+        {"echo": False}, {"presence_penalty": 0.0}, {"repetition_penalty": 1}, {"stop": []}, {"stop": None}, {"suffix": ""},
         {"response_format": {"type": "text"}}, {"tools": []}, {"tool_choice": "none"}, {"tool_choice": "auto"}, {"functions": []},
         {"parallel_tool_calls": True}, {"min_tokens": 0}, {"best_of": 1}, {"n": 2, "best_of": 2}, {"modalities": ["text"]},
         {"length_penalty": 1.0}, {"verbosity": "medium"}, {"logit_bias": {}}, {"logprobs": None},
@@ -124,7 +124,7 @@ def test_an_unknown_field_is_refused_by_name(parse: Any, field: str) -> None:
         ("temperature", "0"), ("temperature", True), ("top_p", 0), ("top_p", 1.1), ("top_k", -2), ("top_k", 1.5), ("seed", 2**64),
         ("seed", 0.5), ("ignore_eos", 1), ("stop_token_ids", 5), ("stop_token_ids", [-1]), ("stop_token_ids", ["a"]),
         ("skip_special_tokens", "yes"), ("return_token_ids", 1), ("max_tokens", 10**400), ("temperature", 10**400), ("n", 0), ("n", True),
-        ("n", 1.5), ("n", 10**9), ("stop", 5), ("stop", [5]), ("stop", [""]), ("logit_bias", []), ("logit_bias", {"a": 1}),
+        ("n", 1.5), ("n", 10**9), ("stop", 5), ("stop", [5]), ("stop", [""]), ("stop", ""), ("logit_bias", []), ("logit_bias", {"a": 1}),
         ("logit_bias", {"1": "2"}), ("logit_bias", {"1": 10**400}), ("min_p", 2), ("presence_penalty", 3), ("bad_words", "x"),
         ("allowed_token_ids", []), ("model", 5),
     ],
@@ -134,6 +134,24 @@ def test_values_out_of_range_are_refused_by_name(parse: Any, field: str, value: 
     with pytest.raises(RequestError, match=field) as caught:
         parse(**{field: value})
     assert caught.value.param == field
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("ignore_eos", {"a": [None, True]}, 'ignore_eos must be true or false, not {"a": [null, true]}'),
+        ("temperature", True, "temperature must be a finite number of at least 0, not true"),
+        ("model", 5, "model must be a text"),
+        ("stop", "", "stop must be made of texts that are not empty, not the text ''"),
+        ("stream", True, "stream is not supported (only false)"),
+        ("modalities", ["audio"], 'modalities is not supported (only ["text"])'),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_messages_have_values_as_json_has_them(parse: Any, field: str, value: object, said: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        parse(**{field: value})
+    assert str(caught.value) == said
 
 
 def test_the_model_is_reported(parse: Any) -> None:

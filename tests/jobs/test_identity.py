@@ -87,3 +87,4 @@ def test_there_and_back(folder: Path) -> None:
 def test_names_that_one_side_lacks_say_nothing() -> None:
     assert changes({"a": 1, "old": 2}, {"a": 1, "new": 3}) == []
     assert [str(change) for change in changes({"a": 1}, {"a": 2})] == ["a 1, now it is 2"]
+    assert [str(change) for change in changes({"a": None}, {"a": [True, "é"]})] == ['a null, now it is [true, "é"]']

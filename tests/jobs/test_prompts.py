@@ -166,7 +166,7 @@ def test_a_choice_without_tokens_of_its_own(llm: LLM, monkeypatch: pytest.Monkey
     monkeypatch.setattr(llm.model, "encode_each", lambda texts, **how: (ids(str(each).replace("z", "")) for each in texts))
     (found,) = encode_prompts(llm.model, [with_choices("a", "b", "z")])
     assert isinstance(found, RequestError)
-    assert str(found) == "choice 1 adds no token to the prompt"
+    assert str(found) == "choices[1] adds no token to the prompt"
 
 
 def test_choices_of_token_ids_need_no_tokenizer(bare_model_folder: Path) -> None:

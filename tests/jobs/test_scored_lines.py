@@ -162,7 +162,7 @@ def test_choices_that_cannot_be_scored(llm: LLM, folder: Path, line: dict[str, A
 
 def test_a_long_choice_is_named(llm: LLM, folder: Path) -> None:
     error = error_of(llm, {"prompt": "a" * CONTEXT, "choices": ["b", "cd"]}, folder)
-    assert error["message"].startswith("with choice 1: the prompt has 66 tokens")
+    assert error["message"].startswith("with choices[1]: the prompt has 66 tokens")
 
 
 def test_choices_without_a_tokenizer(bare_model_folder: Path, folder: Path, engines: list[FakeEngine]) -> None:
@@ -345,4 +345,4 @@ def test_several_prompts_are_answered_in_their_order(llm: LLM, folder: Path) -> 
 def test_a_prompt_of_several_that_is_bad_is_named(llm: LLM, folder: Path) -> None:
     (record,) = answered(llm, [batch("completions", prompt=["ab", "c" * 100], max_tokens=3)], folder)
     assert record["response"]["status_code"] == 400
-    assert record["response"]["body"]["error"]["message"].startswith("prompt 1: ")
+    assert record["response"]["body"]["error"]["message"].startswith("prompt[1]: ")

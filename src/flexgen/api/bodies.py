@@ -10,7 +10,7 @@ from typing import Any
 from flexgen.api.constraints import response_format
 from flexgen.api.job_request import JobRequest
 from flexgen.base.parameters import MAX_CHOICES
-from flexgen.base.scalars import as_int, shown
+from flexgen.base.scalars import as_int, in_json, shown
 from flexgen.chat import Chat, parse_messages, parse_tool_use
 from flexgen.errors import RequestError
 from flexgen.request import SamplingParams
@@ -107,7 +107,7 @@ def _ignored(fields: Mapping[str, Any], served: frozenset[str], off: Mapping[str
             continue
         if name in off:
             if value is not None and not any(_same(value, each) for each in off[name]):
-                only = f" (only {' or '.join(map(repr, off[name]))})" if off[name] else ""
+                only = f" (only {' or '.join(map(in_json, off[name]))})" if off[name] else ""
                 raise RequestError(f"{name} is not supported{only}", code="unsupported_field", param=name)
         elif name not in _HARMLESS:
             raise RequestError(f"unknown field {name[:80]!r}{_meant(name, served)}", code="unknown_field", param=name[:80])
@@ -136,8 +136,6 @@ def _request(line: JobRequest, fields: Mapping[str, Any], defaults: SamplingPara
         line = dataclasses.replace(line, tools=None)  # the prompt shows them, and nothing is generated
         return dataclasses.replace(line, choices=_choices(fields))
     values = {name: fields[name] for name in _SAMPLING if fields.get(name) is not None}
-    if values.get("stop") == "":
-        del values["stop"]  # some clients write this for no stop
     values.update((name, value) for name, value in given.items() if value is not None)
     if (constraint := response_format(fields)) is not None:
         if "structured_outputs" in values:

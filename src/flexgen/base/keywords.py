@@ -8,7 +8,7 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from flexgen.base.scalars import plain, shown
+from flexgen.base.scalars import plain, shown_in_python
 from flexgen.errors import RequestError
 
 _Class = TypeVar("_Class")
@@ -32,7 +32,7 @@ def _decorated(cls: type[_Class], unsupported: Mapping[str, Any]) -> type[_Class
     def __init__(self: Any, **keywords: Any) -> None:
         for name, value in keywords.items():
             if name in unsupported and value is not None and not _is_neutral(plain(value), unsupported[name]):
-                raise RequestError(f"{name}={shown(value)} is not supported yet", code="unsupported_field", param=name)
+                raise RequestError(f"{name}={shown_in_python(value)} is not supported yet", code="unsupported_field", param=name)
             if name not in known and name not in unsupported:
                 close = difflib.get_close_matches(name, known, n=1)
                 hint = f"; did you mean {close[0]}?" if close else ""
@@ -40,9 +40,8 @@ def _decorated(cls: type[_Class], unsupported: Mapping[str, Any]) -> type[_Class
         init(self, **{name: value for name, value in keywords.items() if name in known})
 
     def __setattr__(self: Any, name: str, value: object) -> None:
-        raise dataclasses.FrozenInstanceError(
-            f"{cls.__name__} does not change, because calls may share it: make another, dataclasses.replace(params, {name}={shown(value)})"
-        )
+        other = f"dataclasses.replace(params, {name}={shown_in_python(value)})"
+        raise dataclasses.FrozenInstanceError(f"{cls.__name__} does not change, because calls may share it: make another, {other}")
 
     dataclass_type.__init__, dataclass_type.__setattr__ = __init__, __setattr__
     return cls

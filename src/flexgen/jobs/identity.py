@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
+from flexgen.base.scalars import in_json
 from flexgen.jobs.model import JobModel
 from flexgen.request import SamplingParams
 
@@ -49,7 +50,7 @@ class Change:
     new: Any
 
     def __str__(self) -> str:
-        return f"{self.name} {self.old!r}, now it is {self.new!r}"
+        return f"{self.name} {in_json(self.old)}, now it is {in_json(self.new)}"
 
 
 def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Change]:

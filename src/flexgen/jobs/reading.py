@@ -62,7 +62,7 @@ class Reader:
             return request, self._of_prompt(request, index_of(request.line_number), prompts[0])
         token_requests: list[TokenRequest] = []
         for place, tokens in enumerate(prompts):
-            with naming("prompt", place):
+            with naming(f"prompt[{place}]"):
                 token_requests += self._of_prompt(request, index_of(request.line_number) + len(token_requests), tokens)
         return request, token_requests
 

@@ -85,7 +85,7 @@ def completion_batch(
     batch: Batch[RequestOutput] = Batch(first_index)
     encoded = model.encode_each([text for text, ids in read if text is not None and ids is None])
     for place, ((text, ids), own) in enumerate(zip(read, as_params(params, len(read)), strict=True)):
-        with naming("prompt", place):
+        with naming(f"prompt {place}"):
             found = ids if ids is not None else ids_or_raise(next(encoded))
             requests = model.token_requests(batch.next_index, found, own)
         batch.add(requests, _completion_output(model.translator, own, found, text))
@@ -122,12 +122,12 @@ def choice_batch(
     given = as_choices(choices, len(read))
     texts: list[list[str]] = []
     for place, (prompt, own) in enumerate(zip(prompted, given, strict=True)):
-        with naming("prompt", place):
+        with naming(f"prompt {place}"):
             texts.append(texts_to_encode(prompt, own))
     encoded = model.encode_each([text for each in texts for text in each])
     batch: Batch[ClassificationRequestOutput] = Batch(first_index)
     for place, (prompt, own) in enumerate(zip(prompted, given, strict=True)):
-        with naming("prompt", place):
+        with naming(f"prompt {place}"):
             tokens = tokens_at_seam(prompt, own, [next(encoded) for _ in texts[place]])
             requests = model.choice_requests(batch.next_index, *tokens)
         batch.add(requests, _choice_output(requests, read[place][0]))

@@ -99,11 +99,11 @@ class RequestTranslator:
             raise RequestError("there are no choices", param="choices")
         for place, choice in enumerate(choices):
             if not choice:
-                raise RequestError(f"choice {place} has no tokens", param="choices")
-            self._check_vocabulary(f"choice {place} has", choice, "choices")
+                raise RequestError(f"choices[{place}] has no tokens", param="choices")
+            self._check_vocabulary(f"choices[{place}] has", choice, "choices")
             # The last token is only predicted, and needs no place of its own.
             if (needed := len(prompt) + len(choice) - 1) > self.max_model_len:
-                message = f"the prompt and choice {place} have {needed + 1} tokens, and the context is {self.max_model_len}"
+                message = f"the prompt and choices[{place}] have {needed + 1} tokens, and the context is {self.max_model_len}"
                 raise RequestError(message, code="context_length_exceeded", param="choices")
         return choice_requests(index, prompt, choices)
 

@@ -56,11 +56,11 @@ def tokens_at_seam(
     context = prompt if not isinstance(prompt, str) else ids_or_raise(encoded[0])
     found: list[Sequence[int]] = [choice for choice in choices if not isinstance(choice, str)]
     for place, whole in enumerate(encoded[1:]):
-        with naming("with choice", place):
+        with naming(f"with choices[{place}]"):
             found.append(ids_or_raise(whole)[len(context) :])
     for index, each in enumerate(found):
         if not each:
-            raise RequestError(f"choice {index} adds no token to the prompt", param="choices")
+            raise RequestError(f"choices[{index}] adds no token to the prompt", param="choices")
     return context, found
 
 

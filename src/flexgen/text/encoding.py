@@ -39,7 +39,7 @@ class Encoder:
         """
         ids: list[list[int]] = []
         for index, each in enumerate(self.each(texts, add_special_tokens=add_special_tokens)):
-            with naming(what, index):
+            with naming(f"{what} {index}"):
                 ids.append(ids_or_raise(each))
         return ids
 

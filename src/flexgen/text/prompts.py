@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
 
-from flexgen.base.scalars import as_int, as_list, shown
+from flexgen.base.scalars import as_int, as_list, shown_in_python
 from flexgen.errors import OptionError, RequestError
 from flexgen.request import SamplingParams
 
@@ -30,18 +30,19 @@ def as_prompts(given: Prompt | Iterable[Prompt]) -> list[Any]:
         return [given]
     prompts = None if isinstance(given, _Table) else as_list(given)
     if prompts is None:
-        message = f"prompts must be a text, token ids, a dict with prompt or prompt_token_ids, or several of these, not {shown(given)}"
+        wanted = "a text, token ids, a dict with prompt or prompt_token_ids, or several of these"
+        message = f"prompts must be {wanted}, not {shown_in_python(given)}"
         raise RequestError(f"{message}; of a table give one column" if isinstance(given, _Table) else message, param="prompt")
     return [prompts] if prompts and as_int(prompts[0]) is not None else prompts
 
 
 @contextmanager
-def naming(what: str, index: int) -> Iterator[None]:
-    """Make errors of requests name the one of several that they belong to, such as "prompt 3"."""
+def naming(which: str) -> Iterator[None]:
+    """Make errors of requests name the one of several that they belong to, such as "prompt 3" or "choices[0]"."""
     try:
         yield
     except RequestError as error:
-        raise RequestError(f"{what} {index}: {error}", code=error.code, param=error.param) from error
+        raise RequestError(f"{which}: {error}", code=error.code, param=error.param) from error
 
 
 def texts_and_ids(given: Prompt | Iterable[Prompt]) -> list[tuple[str | None, list[int] | None]]:
@@ -52,7 +53,7 @@ def texts_and_ids(given: Prompt | Iterable[Prompt]) -> list[tuple[str | None, li
     """
     read: list[tuple[str | None, list[int] | None]] = []
     for index, prompt in enumerate(as_prompts(given)):
-        with naming("prompt", index):
+        with naming(f"prompt {index}"):
             read.append(text_and_ids(prompt))
     return read
 
@@ -73,7 +74,7 @@ def text_and_ids(prompt: Any) -> tuple[str | None, list[int] | None]:
         return str(text), None
     ids = _ids(given)
     if ids is None:
-        message = f"a prompt is text, a list of token ids, or a dict with prompt or prompt_token_ids, not {shown(prompt)}"
+        message = f"a prompt is text, a list of token ids, or a dict with prompt or prompt_token_ids, not {shown_in_python(prompt)}"
         raise RequestError(message, param="prompt")
     return str(text) if isinstance(text, str) else None, ids
 
@@ -94,10 +95,10 @@ def as_texts(given: str | Iterable[str]) -> list[str]:
     """
     texts = [given] if isinstance(given, str) else None if isinstance(given, _Table) else as_list(given)
     if texts is None:
-        raise RequestError(f"texts must be a text or several texts, not {shown(given)}", param="prompt")
+        raise RequestError(f"texts must be a text or several texts, not {shown_in_python(given)}", param="prompt")
     for index, each in enumerate(texts):
         if not isinstance(each, str):
-            raise RequestError(f"text {index} must be a text, not {shown(each)}", param="prompt")
+            raise RequestError(f"text {index} must be a text, not {shown_in_python(each)}", param="prompt")
     return [str(each) for each in texts]
 
 
@@ -111,12 +112,12 @@ def as_params(given: SamplingParams | Iterable[SamplingParams], num_prompts: int
         return [given] * num_prompts
     params = as_list(given)
     if params is None:
-        raise OptionError(f"sampling_params must be a SamplingParams, or one for each prompt, not {shown(given)}")
+        raise OptionError(f"sampling_params must be a SamplingParams, or one for each prompt, not {shown_in_python(given)}")
     if len(params) != num_prompts:
         raise OptionError(f"{len(params)} sampling_params for {num_prompts} prompts")
     for index, each in enumerate(params):
         if not isinstance(each, SamplingParams):
-            raise OptionError(f"sampling_params {index} must be a SamplingParams, not {shown(each)}")
+            raise OptionError(f"sampling_params {index} must be a SamplingParams, not {shown_in_python(each)}")
     return params
 
 
@@ -132,7 +133,7 @@ def as_choices(given: Any, num_prompts: int) -> list[list[str | list[int]]]:
     """
     listed = None if isinstance(given, (str, _Table)) else as_list(given)
     if not listed:
-        raise OptionError(f"choices must be a list of texts, or such a list for each prompt, not {shown(given)}")
+        raise OptionError(f"choices must be a list of texts, or such a list for each prompt, not {shown_in_python(given)}")
     own = [_choices(each) for each in listed]
     if all(each is not None for each in own):  # lists of choices
         if len(own) != num_prompts:
@@ -140,7 +141,7 @@ def as_choices(given: Any, num_prompts: int) -> list[list[str | list[int]]]:
         return [each for each in own if each is not None]
     found = _choices(listed)
     if found is None:
-        raise OptionError(f"choices must be texts, or lists of token ids, not {shown(given)}")
+        raise OptionError(f"choices must be texts, or lists of token ids, not {shown_in_python(given)}")
     return [found] * num_prompts
 
 
