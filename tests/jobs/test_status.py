@@ -90,6 +90,17 @@ def test_a_job_that_only_scores_has_a_pace_of_prompts(tmp_path: Path, clock: lis
     assert "2,750.0 prompt tokens/s" in format_status(read_status(paths_of(output)))
 
 
+def test_before_the_first_line_is_done_prompts_have_a_pace(tmp_path: Path, clock: list[float]) -> None:
+    with opened(tmp_path / "out.jsonl") as store:
+        store.start_run(num_lines=30)
+        assert "/s, no tokens yet" in format_status(read_status(store.paths))
+        clock[0] += 4.0
+        store.run.tell(output_tokens=0, in_progress=30, eta_seconds=3.0, planned_seconds=None, prompt_tokens=1000)
+        found = read_status(store.paths)
+    assert (found.output_tokens_per_s, found.prompt_tokens_per_s) == (0.0, 250.0)
+    assert "0.00 lines/s, 250.0 prompt tokens/s\n" in format_status(found)
+
+
 def test_answers_that_are_done_are_no_longer_in_progress(tmp_path: Path) -> None:
     with opened(tmp_path / "out.jsonl") as store:
         store.start_run(num_lines=20)

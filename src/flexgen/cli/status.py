@@ -47,9 +47,9 @@ def format_status(status: JobStatus) -> str:
 
 def _tokens_per_s(status: JobStatus) -> str:
     """Return the pace of the latest run in tokens: those of prompts where it has generated none, as in a job that only scores."""
-    if not status.output_tokens_per_s and status.prompt_tokens_per_s:
-        return f"{status.prompt_tokens_per_s:,.1f} prompt tokens/s"
-    return f"{status.output_tokens_per_s:,.1f} output tokens/s"
+    if status.output_tokens_per_s:
+        return f"{status.output_tokens_per_s:,.1f} output tokens/s"
+    return f"{status.prompt_tokens_per_s:,.1f} prompt tokens/s" if status.prompt_tokens_per_s else "no tokens yet"
 
 
 def _process(status: JobStatus) -> str:

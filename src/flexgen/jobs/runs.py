@@ -58,6 +58,7 @@ class Snapshot:
         eta_seconds: The run's own estimate of the time left at that moment.
         planned_seconds: The time that the plan expected the run to take.
         prompt_tokens_before: Number of prompt tokens of the lines that earlier runs had finished; None where the run did not tell it.
+        prompt_tokens: Number of prompt tokens that this run has computed, those of lines in progress included.
     """
 
     run: int
@@ -69,6 +70,7 @@ class Snapshot:
     eta_seconds: float | None
     planned_seconds: float | None
     prompt_tokens_before: int | None = None
+    prompt_tokens: int = 0
 
 
 class RunRecorder:
@@ -122,19 +124,21 @@ class RunRecorder:
                 following = time.monotonic() + STATUS_SECONDS
                 self.tell(
                     output_tokens=tokens_before + progress.output_tokens, in_progress=progress.num_live_sequences,
-                    eta_seconds=progress.eta_seconds, planned_seconds=planned_seconds,
+                    eta_seconds=progress.eta_seconds, planned_seconds=planned_seconds, prompt_tokens=progress.prompt_tokens,
                 )  # fmt: skip
 
         return tell
 
-    def tell(self, *, output_tokens: int, in_progress: int, eta_seconds: float | None, planned_seconds: float | None) -> None:
+    def tell(
+        self, *, output_tokens: int, in_progress: int, eta_seconds: float | None, planned_seconds: float | None, prompt_tokens: int = 0
+    ) -> None:
         """Replace the snapshot.  A failure is ignored, because storing results would fail as well and report it."""
         if self._id is None:
             return
         snapshot = Snapshot(
             run=self._id, process=os.getpid(), updated=time.time(), run_seconds=time.monotonic() - self._started,
             output_tokens=output_tokens, in_progress=in_progress, eta_seconds=eta_seconds, planned_seconds=planned_seconds,
-            prompt_tokens_before=self._prompt_tokens_before,
+            prompt_tokens_before=self._prompt_tokens_before, prompt_tokens=prompt_tokens,
         )  # fmt: skip
         with suppress(sqlite3.Error):
             self._connection.execute("INSERT OR REPLACE INTO snapshot VALUES (1, ?)", (json.dumps(dataclasses.asdict(snapshot)),))

@@ -33,7 +33,8 @@ class JobStatus:
         planned_seconds: Time that the plan expected the latest run to take; None if it is unknown.
         updated: Time at which the run last wrote, in seconds since 1970.
         output_tokens_per_s: Generated tokens per second of the latest run.
-        prompt_tokens_per_s: Prompt tokens of finished lines per second of the latest run; None if it is unknown.
+        prompt_tokens_per_s: Prompt tokens of finished lines per second of the latest run, or those that it has computed if that is more;
+            None if it is unknown.
         lines_per_s: Finished lines per second of the latest run.
         eta_seconds: Time left from now on, by the run's own estimate; None where there is no estimate.
         eta_age_seconds: Age of that estimate; None where there is no estimate.
@@ -131,7 +132,8 @@ def _status(name: str, process: int | None, run: Run, results: _Results, told: S
 def _prompt_tokens_per_s(run: Run, results: _Results, told: Snapshot | None) -> float | None:
     if told is None or told.prompt_tokens_before is None or run.seconds <= 0:
         return None
-    return (results.prompt_tokens - told.prompt_tokens_before) / run.seconds
+    # Before the first lines are done, their prompts are being computed; those that lines share are computed once, and count in each line.
+    return max(results.prompt_tokens - told.prompt_tokens_before, told.prompt_tokens) / run.seconds
 
 
 def _results(connection: sqlite3.Connection) -> _Results:
