@@ -8,6 +8,7 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from flexgen.base.quantities import counted
 from flexgen.cli.exit_codes import ExitCode, complain
 from flexgen.cli.options import write_asked
 from flexgen.cli.run_flags import RunFlags
@@ -69,7 +70,7 @@ class Answering:
 
     def _answer(self, workload: Workload) -> None:
         def shrunk(error: OutOfMemoryError, num_seqs: int) -> None:
-            self.display.message(f"{error}\ngoing on with at most {num_seqs:,} sequences at once")
+            self.display.message(f"{error}\ngoing on with at most {counted(num_seqs, 'sequence')} at once")
 
         self.job.answer(workload, on_progress=self.display.progress, on_shrink=shrunk)
 
@@ -96,8 +97,8 @@ class Answering:
             report = self.llm.report()
             if self.job.num_resumed:
                 self.display.message(
-                    f"{self.job.num_resumed:,} answers went on after {self.job.tokens_kept:,} tokens that earlier runs had generated; "
-                    f"{report.recomputed_tokens:,} tokens were computed again"
+                    f"{counted(self.job.num_resumed, 'answer')} went on after {self.job.tokens_kept:,} tokens that earlier runs had "
+                    f"generated; {report.recomputed_tokens:,} tokens were computed again"
                 )
             self.display.report(report, self._done())
             if self.flags.verbose:
@@ -114,7 +115,7 @@ class Answering:
         """Return a summary: the output, the number of lines with answers and errors, and how to retry errors."""
         before = f" ({self.store.num_found:,} done before)" if self.store.num_found else ""
         again = "; the same command with --retry-errors tries those again" if self.store.num_failed else ""
-        lines = f"{self.store.num_answered:,} of {self.job.num_lines:,} lines answered, {self.store.num_failed:,} with errors"
+        lines = f"{self.store.num_answered:,} of {counted(self.job.num_lines, 'line')} answered, {self.store.num_failed:,} with errors"
         return f"{self.store.paths.name if self.store.paths.output is not None else 'standard output'}: {lines}{before}{again}"
 
     def _figures(self) -> dict[str, int]:

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from flexgen.base.quantities import counted
 from flexgen.cli.exit_codes import ExitCode, complain
 from flexgen.cli.options import Model, ProgressFlag, VerboseFlag, check_file, engine_command, load, write_asked
 from flexgen.cli.terminal import showing
@@ -43,5 +44,5 @@ def throughput(
     if output_json is not None:
         code = write_asked(output_json, "--output-json", json.dumps(figures, indent=2) + "\n")
     if figures["num_errors"]:
-        return complain(f"{figures['num_errors']} requests failed, so the figures mean little", ExitCode.SOME_FAILED)
+        return complain(f"{counted(figures['num_errors'], 'request')} failed, so the figures mean little", ExitCode.SOME_FAILED)
     return code

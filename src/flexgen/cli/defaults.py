@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from flexgen.base.quantities import counted
 from flexgen.errors import OptionError, RequestError
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def describe(job: Job, workload: Workload) -> str:
     sampling = ", ".join([sampling, *_unusual(bare)])
     bad = f"{job.num_bad_lines:,} of them bad" + (f" ({job.first_bad})" if job.first_bad else "")
     told = (
-        f"{job.name}: {job.num_lines:,} lines, {bad}, {found:,} done before, {len(workload):,} to answer: "
+        f"{job.name}: {counted(job.num_lines, 'line')}, {bad}, {found:,} done before, {len(workload):,} to answer: "
         f"{workload.prompt_tokens:,} prompt and at most {sum(workload.output_lens):,} output tokens"
         + (f", {workload.scored_tokens:,} positions to score\n" if workload.scored_tokens else "\n")
         + f"defaults of lines that leave them out: {sampling}, {limit} (/v1/completions: {COMPLETIONS_MAX_TOKENS} tokens)"

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from flexgen.base.quantities import counted
 from flexgen.cli.exit_codes import ExitCode, complain
 from flexgen.cli.options import check_parent, command
 from flexgen.cli.streams import check_stdout
@@ -41,5 +42,5 @@ def export(
     if target is None:
         raise OptionError(f"{job} is the folder of a job: name the file to write with --to")
     count = write(paths, target, order)
-    print(f"{target}: {count:,} lines", file=sys.stderr)
+    print(f"{target}: {counted(count, 'line')}", file=sys.stderr)
     return ExitCode.ALL_ANSWERED

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from flexgen.base.from_json import parsed_json
+from flexgen.base.quantities import counted
 from flexgen.cli.options import load
 from flexgen.errors import ModelError, OptionError
 from flexgen.options import EngineOptions
@@ -127,7 +128,7 @@ def lengths_of(source: Path, reading: Reading, model: str, options: EngineOption
     if not job.num_lines:
         raise OptionError(f"--input {source}: it has no lines")
     if not len(workload):
-        raise OptionError(f"--input {source}: none of its {job.num_lines:,} lines can be answered ({job.first_bad})")
+        raise OptionError(f"--input {source}: none of its {counted(job.num_lines, 'line')} can be answered ({job.first_bad})")
     if job.num_bad_lines:
         lines = f"{job.num_bad_lines:,} of {job.num_lines:,} lines are bad and left out"
         logger.warning("%s: %s (%s)", source, lines, job.first_bad)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flexgen.base.quantities import MIB, format_size
+from flexgen.base.quantities import MIB, counted, format_size
 from flexgen.base.strict_json import MAX_VALUES, strict_json
 from flexgen.errors import CheckpointError, ModelError
 from flexgen.hub.diagnose import check_fetched, folder_without_weights
@@ -138,7 +138,7 @@ def check_weight_files(folder: Path) -> None:
     if missing == [SINGLE_FILE]:
         raise ModelError(f"{folder} {folder_without_weights([path.name for path in folder.iterdir()])}")
     if missing:
-        raise CheckpointError(f"{folder}: {len(missing)} files named by {INDEX_FILE} are missing ({', '.join(missing[:3])})")
+        raise CheckpointError(f"{folder}: {counted(len(missing), 'file')} named by {INDEX_FILE} cannot be found ({', '.join(missing[:3])})")
 
 
 def weight_files(folder: Path) -> list[str]:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 from flexgen.api.job_request import JobRequest
+from flexgen.base.quantities import counted
 from flexgen.errors import JobError, RequestError
 from flexgen.jobs.duplicate_ids import Census
 from flexgen.jobs.lines import Line
@@ -36,7 +37,7 @@ def check_strictly(name: str, requests: Iterable[JobRequest]) -> None:
     complaints += [(line_number, "an earlier line has the same id") for line_number in repeated[:_MOST_COMPLAINTS]]
     if complaints:
         listed = "\n".join(f"line {line_number}: {what}" for line_number, what in sorted(complaints)[:_MOST_COMPLAINTS])
-        raise JobError(f"{name}: --strict found {count + len(repeated):,} faults; the first are\n{listed}")
+        raise JobError(f"{name}: --strict found {counted(count + len(repeated), 'fault')}; the first are\n{listed}")
 
 
 def check_head(name: str, lines: Sequence[Line], requests: Iterable[JobRequest]) -> None:

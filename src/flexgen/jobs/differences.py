@@ -5,6 +5,8 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterable, Sequence
 
+from flexgen.base.quantities import counted
+
 _CONFIRMED_LINES = 1  # a line counts as moved if this many lines after it moved with it
 
 
@@ -32,7 +34,9 @@ def describe_difference(old: array[int], new: array[int], answered: Sequence[int
         new: Digests of the lines of the input, by line number.
         answered: Numbers of the answered lines that differ, in ascending order, at least one.
     """
-    found = f"{len(answered):,} lines that were answered differ, the first is line {answered[0]}"
+    found = (
+        f"{counted(len(answered), 'line that was answered differs', 'lines that were answered differ')}, the first is line {answered[0]}"
+    )
     move = moved(old, new, answered[0])
     if move is None:
         return found

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from flexgen.base.quantities import format_seconds, format_size
+from flexgen.base.quantities import counted, format_seconds, format_size
 from flexgen.plan.price.memory import ENCODED
 from flexgen.plan.tell.spill import ENDURANCE_BYTES, LEAST_SPILL_GAIN, Spill, endurance_share
 from flexgen.report.progress import BUSY_CORES, Progress, RunReport
@@ -66,12 +66,12 @@ def format_forecast(forecast: Forecast) -> list[str]:
     lines = [
         f"expected {format_seconds(forecast.seconds)} for {_expected_work(forecast)}; the longest request takes "
         f"{format_seconds(forecast.request_seconds)}",
-        f"         {forecast.num_passes:,} passes of {format_seconds(forecast.pass_seconds)}, {forecast.live_mean:,.0f} sequences in each: "
-        + ", ".join(parts),
+        f"         {counted(forecast.num_passes, 'pass', 'passes')} of {format_seconds(forecast.pass_seconds)}, "
+        f"{forecast.live_mean:,.0f} sequences in each: " + ", ".join(parts),
     ]
     lines += [f"         {line}" for line in _written(forecast)]
     if forecast.num_refused:
-        lines.append(f"         {forecast.num_refused:,} requests can never fit")
+        lines.append(f"         {counted(forecast.num_refused, 'request')} can never fit")
     gains = _gains(forecast.gain_per_gib, forecast.gain_per_rate)
     told = [f"{what}: +{gain:.1%}" for what, gain in gains if gain >= LEAST_GAIN_SHOWN]
     return [*lines, f"         what would help, at the margin, in tokens/s: {'; '.join(told)}"] if told else lines
@@ -218,12 +218,13 @@ def _gains(per_gib: Mapping[str, float], per_rate: Mapping[str, float]) -> list[
 def format_details(report: RunReport) -> str:
     """Return the rest of the report: where bytes lived and moved, what computing waited for, and how efficient the run was."""
     lines = [
-        f"{report.num_requests:,} requests ({report.num_errors:,} errors): {report.output_tokens_per_s:,.2f} output tokens/s, "
-        f"{report.total_tokens_per_s:,.2f} tokens/s in all, {report.requests_per_s:,.3f} requests/s",
+        f"{counted(report.num_requests, 'request')} ({counted(report.num_errors, 'error')}): "
+        f"{report.output_tokens_per_s:,.2f} output tokens/s, {report.total_tokens_per_s:,.2f} tokens/s in all, "
+        f"{report.requests_per_s:,.3f} requests/s",
         f"{report.prompt_tokens:,} prompt and {report.output_tokens:,} output tokens"
         + (f", {report.scored_tokens:,} tokens scored," if report.scored_tokens else "")
-        + f" in {report.num_passes:,} passes; "
-        f"ended by: {_counts(report.finish_reasons)}; {report.num_preemptions:,} preemptions"
+        + f" in {counted(report.num_passes, 'pass', 'passes')}; "
+        f"ended by: {_counts(report.finish_reasons)}; {counted(report.num_preemptions, 'preemption')}"
         + (f"; {report.recomputed_tokens:,} tokens computed again" if report.recomputed_tokens else "")
         + (f"; {report.shared_prompt_tokens:,} prompt tokens shared, not computed" if report.shared_prompt_tokens else ""),
         "",
