@@ -22,6 +22,8 @@ DTYPES = ("auto", *DTYPE_BYTES)
 KV_FORMATS = ("auto", "int8", "k8v4", "int4")
 LOAD_FORMATS = ("auto", "safetensors", "dummy")
 WEIGHT_FORMATS = ("auto", "int8", "int4")
+INT8 = "int8"
+CPU_COMPUTES = ("auto", INT8)
 SCHEDULES = ("auto", "diagonal", "zigzag", "row")
 TIERS = ("device", "host", "disk")
 # The homes of weights, and the tier of each; what is "encoded" is in host memory as stored, and decoded in every pass.
@@ -35,7 +37,7 @@ _LEAST_INTEGERS = {
 _NEVER_NONE = ("max_logprobs", "seed")
 _KNOWN = {
     "device": DEVICES, "dtype": DTYPES, "kv_format": KV_FORMATS, "schedule": SCHEDULES, "load_format": LOAD_FORMATS,
-    "weight_format": WEIGHT_FORMATS,
+    "weight_format": WEIGHT_FORMATS, "cpu_compute": CPU_COMPUTES,
 }  # fmt: skip
 
 
@@ -53,6 +55,8 @@ class EngineOptions:
         weights: Explicit placement of weights, such as "host=.3,disk=.7"; "encoded" is host memory that holds them as stored, to be decoded
             in every pass.  None lets the planner choose.
         kv: Explicit placement of the KV cache over the tiers, in the same form; None lets the planner choose.
+        cpu_compute: How linear layers of decoder layers are computed on a CPU: "auto" (in the dtype), or "int8" (weights and inputs rounded
+            to 8 bits, docs/cpu-compute.md).  Answers depend on it.
         kv_format: Format of the KV cache's complete pages: "auto" (the dtype of computing), "int8", "k8v4" (keys 8 bits, values 4) or
             "int4".  Answers depend on it.
         max_num_seqs: Most sequences alive in a pass; None lets the planner choose.
@@ -83,6 +87,7 @@ class EngineOptions:
     offload_dir: str | None = None
     weights: str | None = None
     kv: str | None = None
+    cpu_compute: str = "auto"
     kv_format: str = "auto"
     max_num_seqs: int | None = None
     micro_batch_tokens: int | None = None
@@ -124,7 +129,7 @@ class EngineOptions:
             raise OptionError("trust_remote_code: flexgen runs no code from model folders")
 
     def check_placement(self, device: str) -> None:
-        """Check that the placements name no tier that a device does not have.
+        """Check that the placements name no tier that a device does not have, and that products are computed as it can.
 
         Args:
             device: The device; "auto" where it is not known yet.
@@ -132,6 +137,8 @@ class EngineOptions:
         Raises:
             OptionError: They do.
         """
+        if self.cpu_compute != "auto" and device not in ("auto", "cpu"):
+            raise OptionError(f"cpu_compute={self.cpu_compute!r}: products run on {device}; give device='cpu', or leave cpu_compute out")
         for name, shares, homes in (("weights", self.weights, tuple(WEIGHT_HOMES)), ("kv", self.kv, TIERS)):
             if device == "cpu" and shares is not None and parse_placement(shares, name=name, homes=homes)["device"]:
                 raise OptionError(f"{name}={shares!r}: on a CPU device there is no device tier; divide between host and disk")
@@ -166,6 +173,7 @@ class OptionKeywords(TypedDict, total=False):
     offload_dir: str | None
     weights: str | None
     kv: str | None
+    cpu_compute: str
     kv_format: str
     max_num_seqs: int | None
     micro_batch_tokens: int | None

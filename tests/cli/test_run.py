@@ -91,7 +91,15 @@ def test_every_option_reaches_the_engine(
     done = flexgen("run", model_folder, source, "-o", output, *flags)
     assert done.exit_code == 0, done.output
     assert seen == [EngineOptions(**wanted)]
-    assert set(wanted) == set(FLAGS) - {"revision", "weight_format"}
+    assert set(wanted) == set(FLAGS) - {"revision", "weight_format", "cpu_compute"}
+
+
+def test_products_in_int8_are_for_a_cpu(model_folder: Path, source: Path, output: Path, engines: list[FakeEngine]) -> None:
+    refused = flexgen("run", model_folder, source, "-o", output, "--device", "sim", "--cpu-compute", "int8")
+    assert refused.exit_code == 2
+    assert "--cpu-compute 'int8': products run on sim; give --device 'cpu', or leave --cpu-compute out" in refused.stderr
+    assert flexgen("run", model_folder, source, "-o", output, "--device", "cpu", "--cpu-compute", "int8").exit_code == 0
+    assert len(engines) == 1
 
 
 def test_bad_lines_give_exit_code_1(model_folder: Path, tmp_path: Path, output: Path, engines: list[FakeEngine]) -> None:

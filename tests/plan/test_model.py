@@ -28,6 +28,7 @@ units = st.builds(
     head=st.booleans(),
     plain=st.sampled_from([None, True, False]),
     encoded_bytes=st.sampled_from([None, 0, 2**40]),
+    int8_flops_per_token=st.sampled_from([0.0, 1 / 3]),
 )
 
 

@@ -3,7 +3,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-from flexgen.plan.machine import DiskRequest, Overheads, Rate
+from flexgen.errors import OptionError
+from flexgen.plan.machine import DiskRequest, Overheads, Rate, int8_name
 from flexgen.plan.model import KVGroupSpec, UnitSpec
 from flexgen.plan.play.simulate import simulate
 from flexgen.plan.price.pass_time import (
@@ -167,3 +168,34 @@ def test_low_bit_kv_has_a_rate_of_its_own_or_that_of_its_numbers(make_spec, make
         machine = make_machine(decode_attention={"host": {"bfloat16": plain, **rates}}, overheads=NOTHING)
         resources = Expectation(spec, machine, "bfloat16").resources(work, make_policy(device="cuda"))
         assert resources["host_compute"] == pytest.approx(seconds)
+
+
+def in_int8(spec, layers):
+    """The first layers of a spec, whose weights take 2 bytes each, computed in int8."""
+    units = [
+        dataclasses.replace(unit, decoded_bytes=unit.decoded_bytes // 2, int8_flops_per_token=unit.flops_per_token, plain=False)
+        if number < layers
+        else unit
+        for number, unit in enumerate(spec.units)
+    ]
+    return dataclasses.replace(spec, units=tuple(units), decoded_from={int8_name("bfloat16"): 1})
+
+
+def test_products_in_int8_have_a_rate_of_their_own(make_spec, make_machine, make_policy):
+    spec = in_int8(make_spec(), 2)
+    machine = make_machine(
+        dense={"bfloat16": [(1, 1e6)], "bfloat16 int8": [(4, 2e6), (8, 4e6)]}, elementwise={"bfloat16": 1e30}, overheads=NOTHING
+    )
+    work = PassWork(num_tokens=16, num_sampled=4, num_micro_batches=2)
+    seconds = Expectation(spec, machine, "bfloat16").resources(work, make_policy())["compute"]
+    assert seconds == pytest.approx(16 * 4000 / 4e6 + 16 * 2000 / 1e6 + 4 * 500 / 1e6)
+    with pytest.raises(OptionError, match="no rates for products in int8 beside bfloat16: measure it again"):
+        Expectation(spec, make_machine(dense={"bfloat16": [(1, 1e6)]}), "bfloat16")
+
+
+def test_rounding_comes_after_decoding(make_spec, make_machine):
+    """In numbers per second: 4 of the format, each of 2 bytes, and 6 that are rounded, each of one."""
+    machine = make_machine(casts={"mxfp4 bfloat16": 8.0, int8_name("bfloat16"): 6.0})
+    for name, rate in (("float16", 6.0), ("bfloat16", 6.0), ("mxfp4", 1 / (1 / 4 + 1 / 6))):
+        assert decoding_rate(make_spec(decoded_from={int8_name(name): 1}), machine, "bfloat16") == pytest.approx(rate)
+    assert decoding_rate(make_spec(decoded_from={int8_name("bfloat16"): 1}), make_machine(), "bfloat16") == pytest.approx(30e9 / 4)

@@ -12,8 +12,8 @@ from flexgen.formats.base import RANDOM_DEVIATION
 from flexgen.formats.random_numbers import sampled_parts
 from flexgen.formats.table import COMMON_CONFIGS
 from flexgen.options import KV_FORMATS
-from flexgen.plan.machine import Rate, read_machine
-from flexgen.profile import compute, decoding, disk, overheads, timing
+from flexgen.plan.machine import Rate, int8_name, read_machine
+from flexgen.profile import compute, decoding, disk, int8, overheads, timing
 from flexgen.profile import measure as module
 from flexgen.profile.measure import cached_machine, machine_key, measure
 from flexgen.profile.timing import median_seconds
@@ -111,8 +111,8 @@ def test_plain_attention_is_attention():
 
 
 def test_buffers_stay_below_what_is_allowed(monkeypatch):
-    assert compute._shrunken((4096, 4096), 4, 128 * MIB) == (4096, 4096)
-    out, features = compute._shrunken((8192, 3072), 4, 16 * MIB)
+    assert compute.shrunken((4096, 4096), 4, 128 * MIB) == (4096, 4096)
+    out, features = compute.shrunken((8192, 3072), 4, 16 * MIB)
     assert out * features * 4 <= 16 * MIB
 
 
@@ -188,6 +188,20 @@ def test_formats_are_measured_when_a_model_first_needs_them(counted, tmp_path, m
     assert again.casts.keys() - first.casts.keys() == {"mxfp4 float32"}
     assert again.casts["mxfp4 float32"].typical > 1e5
     assert cached(tmp_path, quick=False, formats=("mxfp4",)) == cached(tmp_path) == again, "it is kept, as thorough as it was"
+    assert len(counted) == 1, "the rest is not measured again"
+
+
+def test_products_in_int8_are_measured_when_a_model_first_needs_them(small, counted, tmp_path, monkeypatch):
+    monkeypatch.setattr(int8, "PRODUCTS_SECONDS", 0.1)
+    monkeypatch.setattr(int8, "BUSY_SECONDS", 0.01)
+    first = cached(tmp_path, quick=False)
+    again = cached(tmp_path, quick=False, formats=(int8_name("mxfp4"), int8_name("float16")))
+    name = int8_name("float32")
+    assert again.casts.keys() - first.casts.keys() == {"mxfp4 float32", name}
+    assert again.dense.keys() - first.dense.keys() == {name}
+    assert [rows for rows, _ in again.dense[name]] == [16, 64]
+    assert min(rate.typical for rate in [again.casts[name], *(rate for _, rate in again.dense[name])]) > 1e6
+    assert cached(tmp_path, quick=False, formats=(int8_name("float16"),)) == cached(tmp_path) == again
     assert len(counted) == 1, "the rest is not measured again"
 
 

@@ -18,7 +18,7 @@ from flexgen.base.files import check_target, write_file
 from flexgen.base.quantities import parse_seconds
 from flexgen.cli.exit_codes import ExitCode, complain, complain_of_bug
 from flexgen.errors import FlexGenError, OptionError, StorageError, is_out_of_memory
-from flexgen.options import DEVICES, DTYPES, KV_FORMATS, LOAD_FORMATS, SCHEDULES, WEIGHT_FORMATS, EngineOptions
+from flexgen.options import CPU_COMPUTES, DEVICES, DTYPES, KV_FORMATS, LOAD_FORMATS, SCHEDULES, WEIGHT_FORMATS, EngineOptions
 
 if TYPE_CHECKING:
     from flexgen.llm import LLM
@@ -56,6 +56,7 @@ FLAGS: dict[str, tuple[str, str, str]] = {
     ),
     "max_job_seconds": (_PLACEMENT, "TIME", "Plan so that the job should take no longer (8h, 1d12h); refused if no plan is that fast."),
     "dtype": (_MODEL, "|".join(DTYPES), "Compute and KV dtype; auto is the checkpoint's, but never float16 on a CPU."),
+    "cpu_compute": (_MODEL, "|".join(CPU_COMPUTES), "int8: products of rounded numbers, faster; answers change (docs/cpu-compute.md)."),
     "kv_format": (_MODEL, "|".join(KV_FORMATS), "KV cache in fewer bits; answers change a little (docs/kv-cache.md). auto: the dtype."),
     "load_format": (_MODEL, "|".join(LOAD_FORMATS), "dummy makes random weights from config.json alone."),
     "weight_format": (_MODEL, "|".join(WEIGHT_FORMATS), "int8 and int4 convert the weights once, into a cache, and run from there."),

@@ -19,6 +19,7 @@ from flexgen.cli.reading import Reading, check_source, lengths_of
 from flexgen.cli.terminal import showing
 from flexgen.errors import CapacityError, OptionError
 from flexgen.options import WEIGHT_FORMATS, EngineOptions
+from flexgen.plan.machine import int8_name
 
 if TYPE_CHECKING:
     from flexgen.plan.machine import Limits, Machine
@@ -90,7 +91,8 @@ class _Question:
         from flexgen.plan.tell.forecast import make_plan
 
         machine = self.box or self._kept(dtype)
-        if machine is None or dtype not in machine.dense:
+        needed = dtype if self.options.cpu_compute == "auto" else int8_name(dtype)
+        if machine is None or dtype not in machine.dense or needed not in machine.dense:
             return None
         spec = _spec_of(self.model, self.options, self.limits.device, dtype)
         try:

@@ -54,8 +54,9 @@ def profile(
 
 def _measured(device: str, dtype: list[str] | None, folder: Path, *, quick: bool) -> Machine:
     """Measure the machine, keep its profile, and return it."""
+    from flexgen.profile.int8 import with_int8
     from flexgen.profile.limits import find_device
-    from flexgen.profile.measure import keep, kept_machine, measure
+    from flexgen.profile.measure import MAX_BYTES, keep, kept_machine, measure
     from flexgen.profile.repeat import settled
 
     device = find_device(device)
@@ -65,6 +66,9 @@ def _measured(device: str, dtype: list[str] | None, folder: Path, *, quick: bool
         kept = kept_machine(device, name, folder, quick=quick)
         before += [kept] if kept is not None and kept not in before else []
     machine = settled(lambda: measure(device, dtypes, folder, quick=quick), before, logger.info)
+    if device == "cpu":
+        for name in dtypes:
+            machine = with_int8(machine, name, MAX_BYTES, quick=quick)
     for path in keep(machine, dtypes, folder, quick=quick):
         logger.info("kept in %s", path)
     return machine

@@ -94,6 +94,7 @@ class ModelRunner:
             undo.callback(self._io.close)
             self._decoders = KernelThreads(policy.compute_threads)
             undo.callback(self._decoders.close)
+            model.bound.run_loops_on(self._decoders.over)
             self._weights = WeightStore(
                 model.layouts, self.homes, model.bound, self._io, self._files, backend=backend,
                 host_ring_bytes=policy.host_ring_bytes, device_ring_bytes=policy.device_ring_bytes, on_arrival=self._arrived.set,

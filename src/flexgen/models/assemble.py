@@ -40,6 +40,7 @@ class AssembledModel:
         layers: The KV of each attention layer.
         spec: The model as numbers, for the planner.
         dtype: The dtype of computing.
+        cpu_compute: How linear layers are computed, as in EngineOptions.
         kv_format: The format of keys and values.
         total_bytes: Bytes of all stored tensors.
         recompute_length: The length beyond which a sequence's keys change, so that they are computed anew; None if there is none.
@@ -55,6 +56,7 @@ class AssembledModel:
     layers: tuple[LayerKV, ...]
     spec: ModelSpec
     dtype: torch.dtype
+    cpu_compute: str
     kv_format: KVFormat
     total_bytes: int
     recompute_length: int | None
@@ -70,6 +72,7 @@ def assemble_model(
     *,
     name: str | None = None,
     unit_bytes: int | None = None,
+    cpu_compute: str = "auto",
     kv_format: KVFormat | None = None,
     headers: Headers | None = None,
 ) -> AssembledModel:
@@ -81,6 +84,7 @@ def assemble_model(
         dtype: The dtype of computing.
         name: The name of the model; None for that of the folder.
         unit_bytes: The approximate size of a unit; None for a default that depends on the model.
+        cpu_compute: How linear layers are computed, as in EngineOptions.
         kv_format: The format of keys and values; None for `default_kv_format`.
         headers: The headers of the weights if they are not safetensors files in `folder`.
 
@@ -91,7 +95,7 @@ def assemble_model(
     check_supported_architecture(config)
     kv_format = kv_format or default_kv_format(dtype)
     checkpoint = Checkpoint(folder) if headers is None else headers
-    units = cut_model(config, dtype, checkpoint, unit_bytes)
+    units = cut_model(config, dtype, checkpoint, unit_bytes, cpu_compute=cpu_compute)
     return AssembledModel(
         bound=BoundModel(units.model, units.parts, sorted(table.module for table in units.tables), units.trace.tail),
         layouts=units.layouts,
@@ -100,6 +104,7 @@ def assemble_model(
         layers=units.trace.layers,
         spec=model_spec(config, units, dtype, name=name or folder.name, kv_format=kv_format),
         dtype=dtype,
+        cpu_compute=cpu_compute,
         kv_format=kv_format,
         total_bytes=checkpoint.total_bytes,
         recompute_length=recompute_length(config),

@@ -17,13 +17,16 @@ from flexgen.models.parts import Part
 from flexgen.models.refusals import check_supported_architecture
 from flexgen.models.units import ModelUnits, cut_model
 from flexgen.passes.geometry import by_geometry
+from flexgen.plan.machine import int8_name
 from flexgen.plan.model import KVGroupSpec, ModelSpec, UnitSpec
 from flexgen.weights.unit import UnitLayout
 
 SHARD_BYTES = 5 * 10**9  # the size of the files in most repositories
 
 
-def describe_headers(headers: Headers, config: Any, dtype: torch.dtype, *, name: str, kv_format: KVFormat | None = None) -> ModelSpec:
+def describe_headers(
+    headers: Headers, config: Any, dtype: torch.dtype, *, name: str, kv_format: KVFormat | None = None, cpu_compute: str = "auto"
+) -> ModelSpec:
     """Describe the model of these headers.
 
     Args:
@@ -32,16 +35,24 @@ def describe_headers(headers: Headers, config: Any, dtype: torch.dtype, *, name:
         dtype: The dtype of computing.
         name: The name of the repository.
         kv_format: The format of keys and values; None for `default_kv_format`.
+        cpu_compute: How linear layers are computed, as in EngineOptions.
 
     Raises:
         ModelError: The architecture, the number format or the headers are not supported.
     """
     kv_format = kv_format or default_kv_format(dtype)
-    return model_spec(config, cut_model(config, dtype, headers), dtype, name=name, kv_format=kv_format)
+    return model_spec(config, cut_model(config, dtype, headers, cpu_compute=cpu_compute), dtype, name=name, kv_format=kv_format)
 
 
 def describe_config(
-    config: Any, dtype: torch.dtype, *, stored: torch.dtype, name: str, kv_format: KVFormat | None = None, shard_bytes: int = SHARD_BYTES
+    config: Any,
+    dtype: torch.dtype,
+    *,
+    stored: torch.dtype,
+    name: str,
+    kv_format: KVFormat | None = None,
+    cpu_compute: str = "auto",
+    shard_bytes: int = SHARD_BYTES,
 ) -> ModelSpec:
     """Describe the model of a config as if `save_pretrained` had written it.
 
@@ -51,6 +62,7 @@ def describe_config(
         stored: The dtype of the plain weights in the files.
         name: The name of the repository.
         kv_format: The format of keys and values; None for `default_kv_format`.
+        cpu_compute: How linear layers are computed, as in EngineOptions.
         shard_bytes: The size of the files.
 
     Raises:
@@ -58,7 +70,8 @@ def describe_config(
     """
     check_supported_architecture(config)
     tensors = RepositoryTensors.of(config, stored).tensors
-    return describe_headers(headers_of(name, sharded(tensors, shard_bytes)), config, dtype, name=name, kv_format=kv_format)
+    headers = headers_of(name, sharded(tensors, shard_bytes))
+    return describe_headers(headers, config, dtype, name=name, kv_format=kv_format, cpu_compute=cpu_compute)
 
 
 def model_spec(config: Any, units: ModelUnits, dtype: torch.dtype, *, name: str, kv_format: KVFormat) -> ModelSpec:
@@ -110,7 +123,8 @@ def _unit_spec(parts: Sequence[Part], layout: UnitLayout) -> UnitSpec:
         disk_bytes=layout.stored_bytes,
         decoded_bytes=layout.decoded_bytes,
         encoded_bytes=layout.carried_bytes if encoded else None,
-        flops_per_token=sum(part.use.flops_per_token * (part.stop - part.start) / part.use.rows for part in parts),
+        flops_per_token=sum(part.flops_per_token for part in parts),
+        int8_flops_per_token=sum(part.flops_per_token for part in parts if part.use.in_int8),
         head=parts[0].use.head,
         plain=layout.plain,
     )
@@ -119,12 +133,14 @@ def _unit_spec(parts: Sequence[Part], layout: UnitLayout) -> UnitSpec:
 def _decoded_from(units: ModelUnits) -> dict[str, int]:
     """Return the decoded bytes of the tensors that are decoded, by the format or dtype that they are stored in."""
     sizes: dict[str, float] = {}
+    rounded = {f"{part.use.module}.{each}" for parts in units.parts for part in parts if part.use.in_int8 for each in part.use.parameters}
     for tensor in (tensor for layout in units.layouts for tensor in layout.tensors if not tensor.plain):
         pieces = units.sources[f"{tensor.module}.{tensor.parameter}"].pieces
         whole = sum(math.prod(piece.shape) for piece in pieces)
         for piece in pieces:
             encoding = piece.tensor.encoding
             name = dtype_name(piece.dtype) if encoding is None else encoding.format.name
+            name = int8_name(name) if f"{tensor.module}.{tensor.parameter}" in rounded else name
             sizes[name] = sizes.get(name, 0) + tensor.nbytes * math.prod(piece.shape) / whole
     return {name: round(size) for name, size in sizes.items()}
 

@@ -22,6 +22,7 @@ class ParameterUse:
         head: Whether the module is the output head.
         entered_with: The name of the module whose forward needs the parameters: usually `module`, otherwise one that reads them from
             outside.
+        in_int8: Whether products are computed with weights and inputs that are rounded to 8 bits.
     """
 
     module: str
@@ -32,6 +33,7 @@ class ParameterUse:
     flops_per_token: float
     head: bool
     entered_with: str
+    in_int8: bool = False
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -43,7 +45,8 @@ class Part:
         unit: The index of the unit.
         start: The first row along dimension 0.
         stop: The row after the last one.
-        tensors: The bound rows by parameter name within the module; empty while the unit is not open.
+        tensors: The bound rows by parameter name within the module; empty while the unit is not open. Rows that are computed with in int8
+            are bound as bytes.
     """
 
     use: ParameterUse
@@ -51,6 +54,11 @@ class Part:
     start: int
     stop: int
     tensors: dict[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
+
+    @property
+    def flops_per_token(self) -> float:
+        """The FLOPs of one token that passes through these rows."""
+        return self.use.flops_per_token * (self.stop - self.start) / self.use.rows
 
     @property
     def is_whole(self) -> bool:

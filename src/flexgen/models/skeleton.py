@@ -14,12 +14,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from flexgen.base.parallel import Parallel
 from flexgen.checkpoint.meta import LARGE, LargeTensorsOnMeta, SkeletonLimits, building, parameters_on_meta
 from flexgen.errors import EngineError, UnsupportedModelError
+from flexgen.kernels.int8.products import Int8Products
 from flexgen.models.attention import register_attention
 from flexgen.models.coroutine import current_forward
 from flexgen.models.experts import register_experts, scored_experts_forward
 from flexgen.models.head import Tail, split_linear
+from flexgen.models.linear import int8_linear
 from flexgen.models.parts import Part
 from flexgen.models.rope import check_factors, isolate_sequences, recompute_length
 from flexgen.models.scoring import Scorer
@@ -78,6 +81,7 @@ class BoundModel:
         self._parts: dict[tuple[int, str, str], Part] = {}
         self._modules = dict(model.named_modules())
         self._gathered = tuple(gathered)
+        self._int8 = Int8Products()
         for _, parts in groupby((part for unit in units for part in unit), key=lambda part: part.use.module):
             self._install(list(parts))
         for name in gathered:
@@ -92,7 +96,7 @@ class BoundModel:
         use = parts[0].use
         module: Any = self._modules[use.module]
         is_head = use.head and use.kind == "linear"
-        if len(parts) == 1 and use.kind != "scored_experts" and not is_head:
+        if len(parts) == 1 and use.kind != "scored_experts" and not is_head and not use.in_int8:
             unit = parts[0].unit
             self._modules[use.entered_with].register_forward_pre_hook(lambda *_: current_forward().enter_unit(unit))
             for parameter in use.parameters:
@@ -103,7 +107,9 @@ class BoundModel:
         for part in parts:
             for parameter in use.parameters:
                 self._parts[part.unit, use.module, parameter] = part
-        if use.kind == "linear":
+        if use.in_int8:
+            module.forward = functools.partial(int8_linear, module, parts, self._int8)
+        elif use.kind == "linear":
             module.forward = functools.partial(split_linear, module, parts, self._tail if use.head else None)
         elif use.kind == "experts":
             module.flexgen_parts = parts  # read by experts.py
@@ -112,6 +118,10 @@ class BoundModel:
             mixture.forward = functools.partial(scored_experts_forward, mixture, parts)
         else:
             raise EngineError(f"modules of kind {use.kind!r} cannot be cut")
+
+    def run_loops_on(self, parallel: Parallel) -> None:
+        """Run the loops around products in int8 on these threads."""
+        self._int8.parallel = parallel
 
     def bind(self, unit: int, module: str, parameter: str, tensor: torch.Tensor) -> None:
         """Bind `tensor` as the unit's rows of `module.parameter`."""

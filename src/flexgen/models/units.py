@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -18,11 +18,15 @@ from flexgen.base.quantities import GIB, MIB, align_up
 from flexgen.checkpoint.files import Headers
 from flexgen.checkpoint.meta import SkeletonLimits
 from flexgen.checkpoint.parameters import ModelSources, parameter_sources
+from flexgen.errors import UnsupportedModelError
+from flexgen.formats.linear_names import is_linear_of_layer
 from flexgen.formats.table import stated_format, without_quantization
 from flexgen.models.parts import ParameterUse, Part
 from flexgen.models.refusals import check_supported_architecture
 from flexgen.models.skeleton import build_skeleton
 from flexgen.models.tracing import ModelTrace, is_experts, is_scored_experts, trace_model
+from flexgen.options import INT8
+from flexgen.weights.rounded import RoundedSource
 from flexgen.weights.rows import RowTable
 from flexgen.weights.unit import UnitLayout, WantedTensor
 
@@ -57,7 +61,7 @@ class ModelUnits:
     unused_bytes: int
 
 
-def cut_model(config: Any, dtype: torch.dtype, headers: Headers, unit_bytes: int | None = None) -> ModelUnits:
+def cut_model(config: Any, dtype: torch.dtype, headers: Headers, unit_bytes: int | None = None, *, cpu_compute: str = "auto") -> ModelUnits:
     """Trace the model of a config and cut it into units.
 
     The config is compared with the headers before anything of the size that it states is allocated.
@@ -67,9 +71,11 @@ def cut_model(config: Any, dtype: torch.dtype, headers: Headers, unit_bytes: int
         dtype: The dtype of computing.
         headers: The headers of the weights, as stored.
         unit_bytes: The approximate size of a unit; None for a default that depends on the model.
+        cpu_compute: How linear layers are computed, as in EngineOptions.
 
     Raises:
-        UnsupportedModelError: The engine does not support the model, or the number format is not known.
+        UnsupportedModelError: The engine does not support the model, the number format is not known, or there is no layer to compute in
+            int8.
         CheckpointError: The headers do not match the model.
     """
     stored_bytes, headers = headers.total_bytes, headers.decoded(stated_format(config), dtype)
@@ -81,6 +87,8 @@ def cut_model(config: Any, dtype: torch.dtype, headers: Headers, unit_bytes: int
     tables = _row_tables(trace, sources, tensors.dtype)
     gathered = frozenset(table.module for table in tables)
     uses = streamed_uses(model, trace, dtype.itemsize, gathered, lambda name: sources[name].sliceable)
+    if cpu_compute == INT8:
+        uses = _in_int8(uses, lambda name: tensors.dtype(name) == dtype)
     weight_bytes = sum(use.decoded_bytes for use in uses)
     encoded = any(tensor.encoding is not None for tensor in headers.tensors.values())
     parts = cut_units(uses, unit_bytes or default_unit_bytes(weight_bytes, stored_bytes if encoded else weight_bytes))
@@ -159,6 +167,26 @@ def _kind(name: str, module: nn.Module) -> str:
     return "linear" if type(module) is nn.Linear and not needed_whole else "whole"
 
 
+def _in_int8(uses: Sequence[ParameterUse], in_computed_dtype: Callable[[str], bool]) -> list[ParameterUse]:
+    """Return the same uses, the linear layers of decoder layers computed in int8, except for routers and what is kept in float32.
+
+    Raises:
+        UnsupportedModelError: There is none.
+    """
+
+    def rounds(use: ParameterUse) -> bool:
+        is_linear = use.kind == "linear" and not use.head and is_linear_of_layer(use.module)
+        return is_linear and all(in_computed_dtype(f"{use.module}.{own}") for own in use.parameters)
+
+    found = [replace(use, in_int8=rounds(use)) for use in uses]
+    if not any(use.in_int8 for use in found):
+        raise UnsupportedModelError(
+            "cpu_compute='int8': this model has no linear layer whose rows are stored apart; experts, and matrices that are stored "
+            "transposed, are computed in the dtype"
+        )
+    return found
+
+
 def cut_units(uses: Sequence[ParameterUse], unit_bytes: int) -> list[list[Part]]:
     """Divide modules into units: consecutive modules share one of up to `unit_bytes`, and larger modules are cut by rows or by experts.
 
@@ -212,10 +240,12 @@ class _Tensors:
             return self._buffers[name].dtype
         return torch.float32 if any(pattern.search(name) for pattern in self._fp32) else self._dtype
 
-    def tensor(self, name: str, rows: tuple[int, int] | None = None) -> WantedTensor:
-        """Return one parameter or buffer, or some of its rows."""
+    def tensor(self, name: str, rows: tuple[int, int] | None = None, *, rounded: bool = False) -> WantedTensor:
+        """Return one parameter or buffer, or some of its rows, as numbers or rounded to int8."""
         module, _, parameter = name.rpartition(".")
         source = self._sources[name] if rows is None else self._sources[name].rows(*rows)
+        if rounded:
+            return WantedTensor(module=module, parameter=parameter, source=RoundedSource(source, self._dtype), dtype=torch.int8)
         return WantedTensor(module=module, parameter=parameter, source=source, dtype=self.dtype(name))
 
     def residents(self, placed: set[str]) -> UnitLayout:
@@ -228,7 +258,7 @@ def _layout(parts: Sequence[Part], tensors: _Tensors) -> UnitLayout:
     first = parts[0].use.module
     name = first if len(parts) == 1 else f"{first} +{len(parts) - 1}"
     wanted = [
-        tensors.tensor(f"{part.use.module}.{parameter}", None if part.is_whole else (part.start, part.stop))
+        tensors.tensor(f"{part.use.module}.{parameter}", None if part.is_whole else (part.start, part.stop), rounded=part.use.in_int8)
         for part in parts
         for parameter in part.use.parameters
     ]

@@ -15,6 +15,7 @@ from flexgen.options import DEVICES
 FEW_CORES = 4
 # The shares of memory and of free disk that a plan may use where the options give no budget.
 HOST_SHARE, DEVICE_SHARE, DISK_SHARE = 0.8, 0.9, 0.8
+_INT8 = " int8"
 NOT_A_MACHINE = "this is not the description of a machine"  # how messages begin
 
 
@@ -26,6 +27,17 @@ def io_threads(cores: int) -> int:
 def kv_rate_name(dtype: str, kv_format: str) -> str:
     """Return the key of `Machine.decode_attention` for a low-bit format of KV beside that dtype of computing."""
     return f"{dtype} {kv_format}"
+
+
+def int8_name(name: str) -> str:
+    """Return the key of what concerns numbers that are rounded to 8 bits for computing: in `Machine.dense` and `Machine.casts` with the
+    dtype of computing, in `ModelSpec.decoded_from` with the stored dtype or format."""
+    return name + _INT8
+
+
+def rounded_from(name: str) -> str | None:
+    """Return what `int8_name` was called with; None for other names."""
+    return name.removesuffix(_INT8) if name.endswith(_INT8) else None
 
 
 Cores = Annotated[int, needed(bool, "more than 0 is needed")]
@@ -121,12 +133,14 @@ class Machine:
         host_memory: Bytes/s of plain reads by all cores.
         host_to_device: Bytes/s of the link to the device; None where there is no separate device.
         device_to_host: Bytes/s of the link back; None where there is no separate device.
-        dense: By dtype, FLOP/s of linear layers by the number of rows, on the device that computes.
+        dense: By dtype, FLOP/s of linear layers by the number of rows, on the device that computes; in int8 on a CPU by names such as
+            "bfloat16 int8" (see `int8_name`).
         attention: By dtype, FLOP/s of causal prefill attention, on the device that computes.
         decode_attention: By "host" or "device" and then by dtype, KV bytes/s of the attention of next tokens, by FLOPs per KV byte; for KV
             in a low-bit format by names such as "bfloat16 int4" (see `kv_rate_name`).
         elementwise: By dtype, bytes/s through norms, activations and rotations (counted by pass_time.elementwise_bytes).
-        casts: By stored dtype or format and computed dtype ("float16 bfloat16", "mxfp4 bfloat16"), bytes/s that a decode stage yields.
+        casts: By stored dtype or format and computed dtype ("float16 bfloat16", "mxfp4 bfloat16"), bytes/s that a decode stage yields; for
+            rounding numbers of a dtype see `int8_name`.
         overheads: Seconds that do not depend on how many bytes are moved or FLOPs computed.
     """
 
@@ -176,6 +190,8 @@ class Machine:
             OptionError: The machine was not measured in that dtype.
         """
         if dtype not in self.dense:
+            if (of := rounded_from(dtype)) is not None:
+                raise OptionError(f"machine {self.name!r} has no rates for products in int8 beside {of}: measure it again")
             known = ", ".join(sorted(self.dense)) or "none"
             raise OptionError(f"machine {self.name!r} has no rates for {dtype} (known: {known}): measure it again")
         return dtype

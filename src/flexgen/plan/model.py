@@ -17,7 +17,7 @@ from flexgen.plan.policy import PAGE_TOKENS
 
 # Matches the number of a layer in the name of a unit.
 _LAYER_NUMBER = re.compile(r"(?<=\.)(0|[1-9]\d*)(?=\.| |$)")
-_ENCODED, _DECODED_FROM = "encoded_bytes", "decoded_from"
+_ENCODED, _IN_INT8, _DECODED_FROM = "encoded_bytes", "int8_flops_per_token", "decoded_from"
 # What is left out of the JSON of a model whose KV is in the dtype of computing.
 _KV_FORMAT, _EXACT = "kv_format", "exact_bytes_per_token"
 
@@ -31,6 +31,7 @@ class UnitSpec:
         disk_bytes: The stored bytes, read from the source each time the unit streams (alignment included).
         decoded_bytes: The bytes in the compute dtype.
         flops_per_token: The FLOPs of a token that passes through the unit; a multiply-add counts as two.
+        int8_flops_per_token: Those of them that are computed in int8.
         head: Whether the unit is vocabulary rows of the output head, which are computed for sampled positions only.
         plain: Whether the stored bytes are used as they are; None where that must be guessed from the sizes.
         encoded_bytes: The bytes that cross a link to a device which decodes them itself; None where the host decodes before the link.
@@ -43,6 +44,7 @@ class UnitSpec:
     head: bool = False
     plain: bool | None = None
     encoded_bytes: int | None = None
+    int8_flops_per_token: float = 0.0
 
     @property
     def carried_bytes(self) -> int:
@@ -89,7 +91,7 @@ class ModelSpec:
         number_format: The format of the stored weights: a dtype (that of most bytes), or a published low-bit format ("mxfp4", "fp8_block").
         dtype: The dtype of computing, and of decoded and resident bytes.
         decoded_from: The decoded bytes of the units' tensors that are not used as they are stored, by the format or dtype in which they are
-            stored; empty if that is not known, in which case all count as `number_format`.
+            stored (see `int8_name` for those that are rounded then); empty if that is not known: then all count as `number_format`.
         kv_format: The low-bit format of KV; None for the dtype of computing.
     """
 
@@ -149,6 +151,11 @@ class ModelSpec:
         return sum(unit.flops_per_token for unit in self.units if not unit.head)
 
     @cached_property
+    def int8_flops_per_token(self) -> float:
+        """Those of them that are computed in int8."""
+        return sum(unit.int8_flops_per_token for unit in self.units)
+
+    @cached_property
     def head_flops_per_token(self) -> float:
         return sum(unit.flops_per_token for unit in self.units if unit.head)
 
@@ -161,6 +168,8 @@ class ModelSpec:
         for kind in fields["unit_kinds"]:
             if kind[_ENCODED] is None:  # as for most units
                 del kind[_ENCODED]
+            if not kind[_IN_INT8]:
+                del kind[_IN_INT8]
         if self.kv_format is None:
             del fields[_KV_FORMAT]
             for group in fields["kv_groups"]:
@@ -183,6 +192,7 @@ class ModelSpec:
             packed = {name: fields.pop(name) for name in ("unit_kinds", "unit_runs") if name in fields}
             for kind in packed.get("unit_kinds", ()):
                 kind.setdefault(_ENCODED, None)
+                kind.setdefault(_IN_INT8, 0.0)
             fields.setdefault(_KV_FORMAT, None)
             for group in fields.get("kv_groups", ()):
                 group.setdefault(_EXACT, 0)

@@ -8,6 +8,7 @@ from flexgen.base.quantities import MIB
 
 PAGE_TOKENS = 16  # tokens of a KV page in every plan
 SCORED_SLICE_BYTES = 32 * MIB  # logits of scored positions that are held at a time
+INT8_SUMS_BYTES = 8 * MIB  # sums of products in int8 that are held at a time
 SCRATCH_UNITS = 3  # units that are open at a time and were decoded for that
 
 

@@ -29,7 +29,7 @@ def dense_rates(where: torch.device, dtype: torch.dtype, max_bytes: int, seconds
     began = time.perf_counter()
     while not rounds[DENSE_ROWS[0]] or time.perf_counter() - began < seconds / 2:  # the next round takes as long as those before
         for shape in DENSE_SHAPES:
-            features_out, features_in = _shrunken(shape, dtype.itemsize, max_bytes // 3)  # the library may pack it once more
+            features_out, features_in = shrunken(shape, dtype.itemsize, max_bytes // 3)  # the library may pack it once more
             weight = random_numbers((features_out, features_in), where, dtype)
             for rows in DENSE_ROWS:
                 if rounds[DENSE_ROWS[0]] and time.perf_counter() - began > 2 * seconds:
@@ -45,7 +45,7 @@ def dense_rates(where: torch.device, dtype: torch.dtype, max_bytes: int, seconds
 
 def keep_busy(where: torch.device, dtype: torch.dtype, max_bytes: int, seconds: float) -> None:
     """Multiply matrices on all cores for a while."""
-    weight = random_numbers(_shrunken((2048, 2048), dtype.itemsize, max_bytes // 3), where, dtype)
+    weight = random_numbers(shrunken((2048, 2048), dtype.itemsize, max_bytes // 3), where, dtype)
     x = random_numbers((256, 2048), where, dtype)
     began = time.perf_counter()
     while time.perf_counter() - began < seconds:
@@ -63,7 +63,7 @@ def random_numbers(shape: tuple[int, ...], where: torch.device, dtype: torch.dty
     return torch.empty(shape, dtype=dtype, device=where).uniform_(-1, 1)
 
 
-def _shrunken(shape: tuple[int, int], item_bytes: int, max_bytes: int) -> tuple[int, int]:
+def shrunken(shape: tuple[int, int], item_bytes: int, max_bytes: int) -> tuple[int, int]:
     """Return the shape with its outputs halved until it fits."""
     features_out, features_in = shape
     while features_out * features_in * item_bytes > max_bytes and features_out > 256:

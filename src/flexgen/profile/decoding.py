@@ -15,7 +15,7 @@ from flexgen.formats.base import Encoding, NumberFormat
 from flexgen.formats.random_numbers import encoded_as, sampled_parts
 from flexgen.formats.table import COMMON_CONFIGS, stated_format
 from flexgen.kernels.threads import KernelThreads
-from flexgen.plan.machine import Machine, Rate
+from flexgen.plan.machine import Machine, Rate, rounded_from
 from flexgen.profile.timing import measured_rate
 
 logger = logging.getLogger(__name__)
@@ -29,10 +29,12 @@ def with_formats(machine: Machine, dtype: str, formats: Iterable[str], max_bytes
     Args:
         machine: The machine.
         dtype: The dtype of computing.
-        formats: The names of the formats of encodings; those without a common config stay unknown, so that their rates are estimated.
+        formats: The names of the formats of encodings, as in ModelSpec.decoded_from; those without a common config stay unknown, so that
+            their rates are estimated.
         max_bytes: The most memory of all buffers at the same time.
     """
-    wanted = [name for name in formats if name in COMMON_CONFIGS and f"{name} {dtype}" not in machine.casts]
+    decoded = dict.fromkeys(rounded_from(name) or name for name in formats)
+    wanted = [name for name in decoded if name in COMMON_CONFIGS and f"{name} {dtype}" not in machine.casts]
     if not wanted:
         return machine
     step(f"measuring how fast {', '.join(wanted)} is decoded")

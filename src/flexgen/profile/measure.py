@@ -29,13 +29,14 @@ from flexgen.base.quantities import MIB
 from flexgen.base.steps import step
 from flexgen.errors import OptionError, StorageError
 from flexgen.options import KV_FORMATS
-from flexgen.plan.machine import Curve, Machine, io_threads, kv_rate_name, machine_of
+from flexgen.plan.machine import Curve, Machine, io_threads, kv_rate_name, machine_of, rounded_from
 from flexgen.profile.busy import BusyCores
 from flexgen.profile.compute import attention_rate, better, dense_rates, device_elementwise_rate, keep_busy, step_rates
 from flexgen.profile.contention import slowdowns
 from flexgen.profile.copies import cast_rates, copy_rates, memory_rate
 from flexgen.profile.decoding import with_formats
 from flexgen.profile.disk import disk_rates, writable
+from flexgen.profile.int8 import with_int8
 from flexgen.profile.low_bit import low_bit_rates
 from flexgen.profile.overheads import NO_OVERHEADS, elementwise_rate, overheads
 from flexgen.profile.repeat import best_of, is_disturbed
@@ -44,9 +45,10 @@ logger = logging.getLogger(__name__)
 
 # Processors are faster for some seconds after a rest (docs/log.md): typical rates of products are those after this time of work.
 BUSY_SECONDS = 10.0
+MAX_BYTES = 256 * MIB  # of all buffers at the same time, where nothing else is said
 
 
-def measure(device: str, dtypes: Sequence[str], folder: Path, *, quick: bool = False, max_bytes: int = 256 * MIB) -> Machine:
+def measure(device: str, dtypes: Sequence[str], folder: Path, *, quick: bool = False, max_bytes: int = MAX_BYTES) -> Machine:
     """Measure the machine.  It takes about 22 seconds and 11 more per dtype, or 9 and 5 if `quick`.
 
     Args:
@@ -169,13 +171,13 @@ def cached_machine(
     *,
     cache_dir: Path | None = None,
     quick: bool = False,
-    max_bytes: int = 256 * MIB,
+    max_bytes: int = MAX_BYTES,
     again: bool = False,
     formats: Iterable[str] = (),
 ) -> Machine:
     """Return the machine as measured before; if there is no such measurement, measure it now and keep the result.
 
-    The decoding of number formats is measured when a model first needs it, and then added to what is kept.
+    The decoding of number formats, and products in int8, are measured when a model first needs them, and then added to what is kept.
 
     A measurement is kept per host, processor, cores, file system of `folder`, torch version, dtype and device.  One that other programs
     disturbed does not replace an earlier one (see `best_of`).
@@ -188,7 +190,8 @@ def cached_machine(
         quick: Whether a quick measurement is enough.
         max_bytes: Most memory of all buffers at the same time.
         again: Whether to measure even if there is a measurement.
-        formats: Names of the number formats whose decoding has to be known; those that do not run are left out.
+        formats: Names of the number formats whose decoding has to be known, as in ModelSpec.decoded_from; those that do not run are left
+            out. If numbers are rounded to int8 after it, products in int8 have to be known, too.
     """
     before = kept_machine(device, dtype, folder, cache_dir=cache_dir, quick=quick)
     if not again and before is not None:
@@ -205,10 +208,13 @@ def cached_machine(
 
 
 def _with_formats(machine: Machine, dtype: str, formats: Iterable[str], place: _Place, max_bytes: int) -> Machine:
-    """Return the machine with the rates of decoding these formats; where some had to be measured, they are kept."""
+    """Return the machine with the rates that these formats need; where some had to be measured, they are kept."""
+    formats, quick = list(formats), _is_quick(place.path)
     knowing = with_formats(machine, dtype, formats, max_bytes)
+    if any(rounded_from(name) is not None for name in formats):
+        knowing = with_int8(knowing, dtype, max_bytes, quick=quick)
     if knowing is not machine:
-        _write(knowing, place, quick=_is_quick(place.path))
+        _write(knowing, place, quick=quick)
     return knowing
 
 

@@ -13,6 +13,7 @@ from flexgen.plan.tell.spill import ENDURANCE_BYTES, LEAST_SPILL_GAIN, Spill, en
 from flexgen.report.progress import BUSY_CORES, Progress, RunReport
 
 if TYPE_CHECKING:
+    from flexgen.plan.model import ModelSpec
     from flexgen.plan.policy import Fractions, Policy
     from flexgen.plan.tell.alternatives import ParetoPoint
     from flexgen.plan.tell.forecast import Forecast, Plan
@@ -33,7 +34,7 @@ def format_plan(plan: Plan) -> str:
     encoded = plan.forecast.memory_bytes["host"].get(ENCODED, 0)
     kept = f"{format_size(encoded)} kept encoded ({spec.number_format}), decoded in every pass; " if encoded else ""
     lines = [
-        f"plan: {policy.device}, {policy.dtype}, {policy.schedule} schedule, {policy.compute_threads} compute and "
+        f"plan: {policy.device}, {policy.dtype}{_products(spec)}, {policy.schedule} schedule, {policy.compute_threads} compute and "
         f"{policy.io_threads} I/O threads",
         f"  weights  {format_size(spec.decoded_bytes)} in {len(spec.units)} units: {_shares(policy.weights)}; "
         f"{kept}staging {format_size(staging)}, workspace {format_size(policy.workspace_bytes)}",
@@ -44,6 +45,13 @@ def format_plan(plan: Plan) -> str:
         f"{policy.micro_batch_tokens:,} tokens at a time",
     ]
     return "\n".join(lines + [f"  {line}" for line in format_forecast(plan.forecast)])
+
+
+def _products(spec: ModelSpec) -> str:
+    """Return how products are computed, if not all are in the dtype of computing."""
+    if not spec.int8_flops_per_token:
+        return ""
+    return f" ({spec.int8_flops_per_token / (spec.flops_per_token + spec.head_flops_per_token):.0%} of products in int8)"
 
 
 def _kv_format(policy: Policy) -> str:

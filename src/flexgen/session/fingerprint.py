@@ -32,6 +32,7 @@ def fingerprint(model: ResolvedModel, translator: RequestTranslator, chat_templa
         "chat_template": None if chat_template is None else digest_of([chat_template.encode()], _BYTES),
         "eos_token_ids": sorted(translator.eos_token_ids),
         "dtype": model.dtype,
+        "cpu_compute": model.cpu_compute,
         "kv_format": model.kv_format,
         "load_format": load_format,
         "max_model_len": translator.max_model_len,

@@ -47,9 +47,9 @@ def spec_of(model: str, options: EngineOptions | None = None, *, device: str, to
         model: A folder or a GGUF file; else a name of the catalogue or the hub id of one of its models, in any letter case; else another
             hub id, for which the hub is asked. torch is loaded only for a folder, for another hub id, and for a shipped model that is
             computed in another dtype or format than it ships in.
-        options: The dtype of computing, the formats of weights and KV (the model is described as a conversion would write it), whether
-            weights are random, in which case the config alone is read, and the revision. If there is one, the hub is asked even for a model
-            of the catalogue.
+        options: The dtype of computing, how products are computed, the formats of weights and KV (the model is described as a
+            conversion would write it), whether weights are random, in which case the config alone is read, and the revision. If there is
+            one, the hub is asked even for a model of the catalogue.
         device: "cpu", "cuda" or "sim".
         token: The access token for the hub, as in `resolve_model`.
 
@@ -75,13 +75,15 @@ def shipped_name(model: str) -> str | None:
 def _shipped(name: str, options: EngineOptions, device: str) -> ModelSpec:
     spec = catalogue_spec(name)
     dtype = compute_dtype(spec.dtype, device) if options.dtype == "auto" else options.dtype
-    if (dtype, options.weight_format, options.kv_format) == (spec.dtype, "auto", "auto"):
+    if (dtype, options.weight_format, options.kv_format, options.cpu_compute) == (spec.dtype, "auto", "auto", "auto"):
         return spec
     import torch
 
     from flexgen.session.shipped import described
 
-    return described(name, getattr(torch, dtype), weight_format=options.weight_format, kv=options.kv_format)
+    return described(
+        name, getattr(torch, dtype), weight_format=options.weight_format, kv=options.kv_format, cpu_compute=options.cpu_compute
+    )
 
 
 def _described(model: str, options: EngineOptions, device: str, token: str | None) -> ModelSpec:
@@ -107,7 +109,7 @@ def _described(model: str, options: EngineOptions, device: str, token: str | Non
         dtype = getattr(torch, compute_dtype(config_dtype(config), device) if options.dtype == "auto" else options.dtype)
         kv = kv_format(options.kv_format, dtype)
         if options.load_format == "dummy":
-            return describe_config(config, dtype, stored=dtype, name=model, kv_format=kv)
+            return describe_config(config, dtype, stored=dtype, name=model, kv_format=kv, cpu_compute=options.cpu_compute)
     if files.gguf is not None:
         headers = GGUFHeaders(files.gguf)
     elif files.commit is None or all((files.folder / name).is_file() for name in weight_files(files.folder)):
@@ -119,4 +121,4 @@ def _described(model: str, options: EngineOptions, device: str, token: str | Non
             from flexgen.session.weights import planned_in
 
             headers, config = planned_in(options.weight_format, headers, config, name=model)
-        return describe_headers(headers, config, dtype, name=model, kv_format=kv)
+        return describe_headers(headers, config, dtype, name=model, kv_format=kv, cpu_compute=options.cpu_compute)

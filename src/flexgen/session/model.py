@@ -127,6 +127,11 @@ class ResolvedModel:
         """The format of the KV cache, as in EngineOptions."""
         return self.options.kv_format
 
+    @property
+    def cpu_compute(self) -> str:
+        """How linear layers are computed, as in EngineOptions."""
+        return self.options.cpu_compute
+
     def check(self) -> None:
         """Refuse a model that cannot be served because of its files; no weights are read.
 
@@ -170,7 +175,9 @@ class ResolvedModel:
             random, computed = self.options.load_format == "dummy", getattr(torch, dtype)
             headers = GGUFHeaders(self.files.gguf) if self.files.gguf is not None and not random else None
             kv = kv_format(self.options.kv_format, computed)
-            return assemble_model(folder, self.config, computed, name=self.files.name, kv_format=kv, headers=headers)
+            return assemble_model(
+                folder, self.config, computed, name=self.files.name, kv_format=kv, headers=headers, cpu_compute=self.options.cpu_compute
+            )
 
 
 def config_dtype(config: Any) -> str:

@@ -23,9 +23,10 @@ from flexgen.formats import warming
 from flexgen.io.checksums import BLOCK_BYTES, BYTES_PER_BLOCK
 from flexgen.io.offload import OffloadFolder
 from flexgen.kernels.attention import attention_kernels, warm_up, warm_up_sealed
+from flexgen.kernels.int8.products import check_exact, warm_up_int8
 from flexgen.kv.format import KVFormat
 from flexgen.models.assemble import AssembledModel
-from flexgen.options import EngineOptions
+from flexgen.options import INT8, EngineOptions
 from flexgen.plan.machine import Limits, Machine
 from flexgen.plan.play import admit
 from flexgen.plan.tell.forecast import Plan, make_plan
@@ -91,6 +92,9 @@ def prepare(found: ResolvedModel, options: EngineOptions, workload: Workload) ->
         model = found.take(folder)
         if dummy_folder is not None:
             limits = replace(limits, disk_bytes=max(limits.disk_bytes - model.total_bytes, 0))
+        if model.cpu_compute == INT8:
+            check_exact()
+            warm_up_int8(model.dtype)
         machine = _measured(model, limits, options.dtype)
         step("loading kernels (compiled once)")
         _warm_up_kernels(model.dtype, model.kv_format)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Protocol
+from typing import Protocol, Self
 
 import torch
 
@@ -43,6 +43,14 @@ class TensorSource(Protocol):
     @property
     def ranges(self) -> Sequence[StoredRange]: ...
     def assemble(self, raws: Sequence[torch.Tensor], out: torch.Tensor, parallel: Parallel = ...) -> None: ...
+
+
+class SliceableSource(TensorSource, Protocol):
+    """A source whose rows can be read separately."""
+
+    def rows(self, start: int, stop: int) -> Self:
+        """Return the source of rows [start, stop)."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,7 +9,7 @@ from flexgen.base.quantities import MIB
 from flexgen.options import DTYPE_BYTES
 from flexgen.plan.machine import Limits, has_device_tier
 from flexgen.plan.model import ModelSpec, UnitSpec
-from flexgen.plan.policy import SCORED_SLICE_BYTES, SCRATCH_UNITS, Fractions, Policy
+from flexgen.plan.policy import INT8_SUMS_BYTES, SCORED_SLICE_BYTES, SCRATCH_UNITS, Fractions, Policy
 from flexgen.plan.price.requests import JobSizes
 from flexgen.plan.price.work import PassWork, needs_decode, unit_homes, weight_bytes, weights_work
 
@@ -80,7 +80,8 @@ def reserved(
 
 def embedding_table_bytes(spec: ModelSpec) -> int:
     """Return the memory of the whole embedding; an embedding that is tied to the head's units counts too, because it is a copy."""
-    growth = max(spec.decoded_bytes / max(spec.streamed_bytes, 1), 1.0)
+    units = [unit for unit in spec.units if not unit.int8_flops_per_token]  # rounded ones say nothing about the dtype
+    growth = max(sum(unit.decoded_bytes for unit in units) / max(sum(unit.disk_bytes for unit in units), 1), 1.0)
     return max(spec.embedding_bytes, int(spec.vocab_size * spec.embedding_row_bytes * growth))
 
 
@@ -112,6 +113,8 @@ def activation_bytes(spec: ModelSpec, sizes: JobSizes, policy: Policy, max_num_s
     running = min(max(policy.micro_batch_tokens, longest_prompt * (policy.kv.disk > 0)), tokens)
     suspended = tokens * (3 * hidden + 2 * intermediate) * size
     computing = running * ((4 * hidden + 3 * intermediate) * size + 8 * hidden)
+    if spec.int8_flops_per_token:  # the codes of the inputs of a layer, the sums of its products
+        computing += running * max(intermediate, hidden) + INT8_SUMS_BYTES
     logits = most * spec.vocab_size * 4 * 2 * sizes.has_answers
     decoded = 2 if spec.kv_format is None else 4  # prompts attend to their own pages as these are stored, too
     attention = 4 * max(running, longest_prompt) * hidden * size + decoded * sizes.layer

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from flexgen.options import DTYPE_BYTES
-from flexgen.plan.machine import Curve, Machine, has_device_tier, kv_rate_name
+from flexgen.plan.machine import Curve, Machine, has_device_tier, int8_name, kv_rate_name, rounded_from
 from flexgen.plan.model import ModelSpec
 from flexgen.plan.policy import Policy
 from flexgen.plan.price.work import PassWork, active_share
@@ -48,7 +48,9 @@ class Expectation:
         for unit in spec.units:
             part = self._head if unit.head else self._body
             share = active_share(unit, dtype)
-            part[share] = part.get(share, 0.0) + unit.flops_per_token
+            part[share] = part.get(share, 0.0) + unit.flops_per_token - unit.int8_flops_per_token
+        self._int8 = {1.0: spec.int8_flops_per_token} if spec.int8_flops_per_token else {}
+        self._int8_dense = machine.dense[machine.known(int8_name(dtype))] if self._int8 else self._dense
         self._expansion = spec.exact_kv_bytes_per_token / max(spec.kv_bytes_per_token, 1)
         self._num_layers = sum(group.num_layers for group in spec.kv_groups)
         elementwise = machine.elementwise.get(dtype, machine.host_memory).typical
@@ -96,9 +98,10 @@ class Expectation:
         """
         machine, overheads = self.machine, self.machine.overheads
         micro_batches = np.maximum(work.num_micro_batches, 1)
-        compute = self._dense_seconds(self._body, work.num_tokens, work.num_tokens / micro_batches)
-        compute = compute + self._dense_seconds(self._head, work.num_sampled, work.num_sampled)
-        compute = compute + self._dense_seconds(self._head, work.num_scored, work.num_scored / micro_batches)
+        compute = _dense_seconds(self._body, self._dense, work.num_tokens, work.num_tokens / micro_batches)
+        compute = compute + _dense_seconds(self._int8, self._int8_dense, work.num_tokens, work.num_tokens / micro_batches)
+        compute = compute + _dense_seconds(self._head, self._dense, work.num_sampled, work.num_sampled)
+        compute = compute + _dense_seconds(self._head, self._dense, work.num_scored, work.num_scored / micro_batches)
         compute = compute + work.num_scored * self._score_seconds
         compute = compute + work.num_tokens * self._token_seconds + work.attention_flops / self._attention
         compute = compute + self._steps_seconds("device", work.step_flops, work.step_bytes)
@@ -128,10 +131,6 @@ class Expectation:
         resources = [np.asarray(each, dtype=np.float64) for each in self.resources(work, policy, times=times).values()]
         return functools.reduce(np.maximum, resources) + self.machine.overheads.per_pass
 
-    def _dense_seconds(self, flops_by_share: dict[float, float], tokens: Any, rows: Any) -> Any:
-        """Return the seconds of linear layers; experts see their share of the rows."""
-        return sum(tokens * flops / rate_at(self._dense, rows * share) for share, flops in flops_by_share.items())
-
     def _steps_seconds(self, place: str, flops: Any, kv_bytes: Any) -> Any:
         """Return the seconds of next tokens' attention to KV.
 
@@ -151,6 +150,11 @@ class Expectation:
         return kv_bytes / rates
 
 
+def _dense_seconds(flops_by_share: dict[float, float], rates: Curve, tokens: Any, rows: Any) -> Any:
+    """Return the seconds of linear layers; experts see their share of the rows."""
+    return sum(tokens * flops / rate_at(rates, rows * share) for share, flops in flops_by_share.items())
+
+
 def decoding_rate(spec: ModelSpec, machine: Machine, dtype: str) -> float:
     """Return the bytes/s of decoded numbers over a model's units, each tensor at the rate of the format or dtype that it is stored in.
 
@@ -163,12 +167,22 @@ def decoding_rate(spec: ModelSpec, machine: Machine, dtype: str) -> float:
 
 
 def _decoding_rate(stored: str, machine: Machine, dtype: str) -> float:
+    if (numbers := rounded_from(stored)) is not None:
+        rounding = _rounding_rate(machine, dtype)
+        decoded = 1 / DTYPE_BYTES[dtype]  # numbers in each byte that is decoded first
+        return rounding if numbers in DTYPE_BYTES else 1 / (1 / rounding + 1 / (decoded * _decoding_rate(numbers, machine, dtype)))
     if (known := machine.casts.get(f"{stored} {dtype}")) is not None:
         return known.typical
     pairs = ((name.split(), rate.typical) for name, rate in machine.casts.items())
     casts = [rate for (source, computed), rate in pairs if computed == dtype and source in DTYPE_BYTES]
     fastest = max(casts, default=machine.host_memory.typical / 3)
     return fastest if stored in DTYPE_BYTES else DECODING_OF_CASTS * fastest
+
+
+def _rounding_rate(machine: Machine, dtype: str) -> float:
+    """Return the bytes/s of numbers that are rounded to int8; where that was not measured, as if each were read twice from memory."""
+    known = machine.casts.get(int8_name(dtype))
+    return machine.host_memory.typical / (2 * DTYPE_BYTES[dtype]) if known is None else known.typical
 
 
 def rate_at(curve: Curve, rows: Any) -> Any:

@@ -11,8 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from flexgen.options import DTYPE_BYTES, WEIGHT_HOMES
-from flexgen.plan.machine import Machine, has_device_tier
+from flexgen.plan.machine import Machine, has_device_tier, int8_name
 from flexgen.plan.model import KVGroupSpec, ModelSpec, UnitSpec
 from flexgen.plan.policy import Fractions, Policy
 
@@ -33,7 +35,8 @@ class PassWork:
         disk_write_bytes: The bytes of spilled KV that are written.
         host_to_device_bytes: The bytes over the link to a separate device; 0 on a CPU device.
         device_to_host_bytes: The bytes over the link back; 0 on a CPU device.
-        dense_flops: The FLOPs of linear layers; those of the head for sampled and scored positions only.
+        dense_flops: The FLOPs of linear layers in the dtype of computing; those of the head for sampled and scored positions only.
+        int8_flops: The FLOPs of linear layers in int8.
         attention_flops: The FLOPs of the visible (query, key) pairs of prompts.
         step_flops: The FLOPs of next tokens' attention to KV on the device.
         step_bytes: The KV bytes that this attention reads.
@@ -57,6 +60,7 @@ class PassWork:
     host_to_device_bytes: float = 0
     device_to_host_bytes: float = 0
     dense_flops: float = 0
+    int8_flops: float = 0
     attention_flops: float = 0
     step_flops: float = 0
     step_bytes: float = 0
@@ -115,9 +119,18 @@ def can_stay_encoded(unit: UnitSpec) -> bool:
     return needs_decode(unit) and unit.disk_bytes < unit.decoded_bytes
 
 
+def num_weights(unit: UnitSpec, dtype: str) -> float:
+    """Return about how many weights a unit has: in int8 each takes a byte."""
+    in_int8 = unit.int8_flops_per_token / 2
+    return (unit.decoded_bytes - in_int8) / DTYPE_BYTES[dtype] + in_int8
+
+
 def active_share(unit: UnitSpec, dtype: str) -> float:
     """Return the share of a unit's weights that a token passes through: 1 except for experts, which see that share of the rows."""
-    share = unit.flops_per_token / max(2 * unit.decoded_bytes / DTYPE_BYTES[dtype], 1)
+    in_int8 = unit.int8_flops_per_token
+    if in_int8 and in_int8 == unit.flops_per_token:
+        return 1.0
+    share = (unit.flops_per_token - in_int8) / max(2 * num_weights(unit, dtype) - in_int8, 1)
     return 1.0 if share >= WHOLE_SHARE else float(f"{share:.3g}")
 
 
@@ -242,12 +255,14 @@ def price(load: PassLoad, spec: ModelSpec, policy: Policy, weights: PassWork) ->
             # Each sequence's keys and values are read in one piece; a next token fills a page once in page_tokens.
             pieces = load.num_prompts[home] + load.next_tokens[home] * (1 + 1 / policy.page_tokens)
             requests = requests + 2 * sum(group.num_layers for group in groups) * pieces
+    in_int8 = spec.int8_flops_per_token
     return PassWork(
         disk_read_bytes=disk_read,
         disk_write_bytes=disk_write,
         host_to_device_bytes=to_device,
         device_to_host_bytes=to_host,
-        dense_flops=tokens * spec.flops_per_token + (load.num_sampled + load.num_scored) * spec.head_flops_per_token,
+        dense_flops=tokens * (spec.flops_per_token - in_int8) + (load.num_sampled + load.num_scored) * spec.head_flops_per_token,
+        int8_flops=tokens * in_int8,
         attention_flops=attended_flops(groups, load.prompt_pairs),
         host_memory_bytes=memory,
         decoded_bytes=weights.decoded_bytes,
@@ -287,6 +302,7 @@ def ideal_seconds(work: PassWork, machine: Machine, dtype: str) -> dict[str, Any
         OptionError: The machine was not measured in `dtype`.
     """
     dense = machine.dense_flops(dtype)
+    in_int8 = work.int8_flops / machine.dense_flops(int8_name(dtype)) if np.any(work.int8_flops) else 0.0
     attention = machine.attention[dtype].best if dtype in machine.attention else dense
     memory = machine.host_memory
     return {
@@ -294,7 +310,7 @@ def ideal_seconds(work: PassWork, machine: Machine, dtype: str) -> dict[str, Any
         "disk_write": work.disk_write_bytes / machine.disk_write.best,
         "host_to_device": work.host_to_device_bytes / (machine.host_to_device or memory).best,
         "device_to_host": work.device_to_host_bytes / (machine.device_to_host or memory).best,
-        "compute": work.dense_flops / dense + (work.attention_flops + work.step_flops) / attention,
+        "compute": work.dense_flops / dense + in_int8 + (work.attention_flops + work.step_flops) / attention,
         "host_memory": work.host_memory_bytes / memory.best,
     }
 

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 
 from flexgen.errors import CapacityError
 from flexgen.options import DTYPE_BYTES
+from flexgen.plan.machine import int8_name
 from flexgen.plan.model import ModelSpec, UnitSpec
 from flexgen.plan.policy import Policy
 from flexgen.plan.price.pass_time import Expectation
+from flexgen.plan.price.work import num_weights
 from flexgen.plan.search.evaluate import Bounds, Outcome
 from flexgen.plan.search.optimise import Search
 from flexgen.plan.search.space import Space
@@ -87,12 +89,15 @@ def converted(spec: ModelSpec, weight_format: str) -> ModelSpec:
     number_bytes, decoding = CONVERSIONS[weight_format]
 
     def unit_in(unit: UnitSpec) -> UnitSpec:
-        stored = int(unit.decoded_bytes / DTYPE_BYTES[spec.dtype] * number_bytes)
+        stored = int(num_weights(unit, spec.dtype) * number_bytes)
         return unit if unit.head else dataclasses.replace(unit, disk_bytes=stored, encoded_bytes=stored, plain=False)
 
     units = tuple(map(unit_in, spec.units))
-    decoded = sum(unit.decoded_bytes for unit in units if not unit.head)
-    return dataclasses.replace(spec, units=units, number_format=weight_format, decoded_from={decoding: decoded})
+    decoded: dict[str, int] = {}
+    for unit in (unit for unit in units if not unit.head):
+        name = int8_name(decoding) if unit.int8_flops_per_token else decoding
+        decoded[name] = decoded.get(name, 0) + unit.decoded_bytes
+    return dataclasses.replace(spec, units=units, number_format=weight_format, decoded_from=decoded)
 
 
 def _fastest(gains: Iterable[FasterFormat]) -> FasterFormat | None:

@@ -1,0 +1,35 @@
+"""Linear layers of units that are computed by kernels of ours instead of torch's `linear`: how their rows are bound and used."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from flexgen.kernels.int8.products import Int8Products, RoundedRows
+from flexgen.models.coroutine import current_forward
+from flexgen.models.parts import Part
+
+
+def int8_linear(module: Any, parts: Sequence[Part], products: Int8Products, x: torch.Tensor) -> torch.Tensor:
+    """Compute a linear layer in int8, part by part as its units arrive.
+
+    Args:
+        module: The linear layer.
+        parts: Its parts, whose weights are bound as bytes of rounded rows.
+        products: Computes them.
+        x: The inputs, (..., in_features).
+
+    Returns:
+        The outputs, (..., out_features), in the dtype of `x`.
+    """
+    forward = current_forward()
+    rows = x.reshape(-1, module.in_features).contiguous()  # (rows, in_features)
+    out = x.new_empty(len(rows), module.out_features)
+    for part in parts:
+        forward.enter_unit(part.unit)
+        weight = RoundedRows.within(part.tensors["weight"], part.stop - part.start, module.in_features)
+        bias = None if module.bias is None else module.bias[part.start : part.stop]
+        products.write(rows, weight, bias, out, part.start)
+    return out.view(*x.shape[:-1], module.out_features)

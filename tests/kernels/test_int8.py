@@ -1,0 +1,125 @@
+"""Products in int8 against the same arithmetic by torch, bit for bit, however rows and columns are divided."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from flexgen.errors import OptionError
+from flexgen.kernels.int8 import products
+from flexgen.kernels.int8.products import Int8Products, RoundedRows, check_exact, round_rows, rounded_bytes, warm_up_int8
+from flexgen.kernels.threads import KernelThreads
+
+DTYPES = products.ROUNDED_AS_STORED
+IDS = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
+
+
+def random(rows: int, columns: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
+    """Rows of different sizes; the first is of zeros."""
+    generator = torch.Generator().manual_seed(seed)
+    numbers = torch.randn(rows, columns, generator=generator) * torch.logspace(-3, 3, rows)[:, None]
+    numbers[0] = 0
+    return numbers.to(dtype)
+
+
+def rounded(numbers: torch.Tensor, **how: Any) -> RoundedRows:
+    rows, columns = numbers.shape
+    out = RoundedRows.within(torch.full((rounded_bytes(rows, columns),), 99, dtype=torch.int8), rows, columns)
+    round_rows(numbers, out, **how)
+    return out
+
+
+def reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """What is computed, with exact sums; each step in float32."""
+    (x_codes, x_scales), (codes, scales) = plainly_rounded(x), plainly_rounded(weight)
+    out = (x_codes.long() @ codes.long().t()).float() * (x_scales[:, None] * scales[None])
+    return (out if bias is None else out + bias.float()).to(x.dtype)
+
+
+def plainly_rounded(numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    wide = numbers.float()
+    most = wide.abs().amax(1)
+    inverse = torch.where(most == 0, 0, torch.full_like(most, 127) / most)  # 127 / most would be rounded twice
+    return (wide * inverse[:, None]).round().to(torch.int8), most / 127
+
+
+@pytest.mark.parametrize("columns", [1, 15, 16, 100])
+@pytest.mark.parametrize("dtype", DTYPES, ids=IDS)
+def test_rows_are_rounded_to_nearest(dtype: torch.dtype, columns: int) -> None:
+    numbers = random(7, columns, dtype)
+    codes, scales = rounded(numbers)
+    wanted_codes, wanted_scales = plainly_rounded(numbers)
+    assert torch.equal(codes, wanted_codes)
+    assert torch.equal(scales, wanted_scales)
+    assert (codes.float() * scales[:, None] - numbers.float()).abs().le(0.5001 * scales[:, None]).all()
+    assert codes[1:].abs().amax(1).eq(127).all(), "all codes are used"
+
+
+@pytest.mark.parametrize("bad", [float("inf"), -float("inf"), float("nan")], ids=["inf", "-inf", "nan"])
+def test_what_is_not_finite_stays_so(bad: float) -> None:
+    """In its own row only."""
+    x, weight = random(4, 32, torch.float32), random(5, 32, torch.float32, 1)
+    x[2, 7] = bad
+    out = torch.zeros(4, 5)
+    Int8Products().write(x, rounded(weight), None, out)
+    assert not out[2].isfinite().any()
+    assert out[[0, 1, 3]].isfinite().all()
+
+
+@pytest.mark.parametrize("has_bias", [False, True], ids=["plain", "bias"])
+@pytest.mark.parametrize("shape", [(1, 64, 32), (3, 17, 5), (50, 100, 200)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=IDS)
+def test_products_are_those_of_exact_sums(dtype: torch.dtype, shape: tuple[int, int, int], has_bias: bool) -> None:
+    rows, features_in, features_out = shape
+    x, weight = random(rows, features_in, dtype), random(features_out, features_in, dtype, 1)
+    bias = torch.randn(features_out, generator=torch.Generator().manual_seed(2)).to(dtype) if has_bias else None
+    out = torch.zeros(rows, features_out, dtype=dtype)
+    Int8Products().write(x, rounded(weight), bias, out)
+    assert torch.equal(out, reference(x, weight, bias))
+
+
+def test_results_do_not_depend_on_how_rows_and_columns_are_divided(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight, bias = random(60, 96, torch.bfloat16), random(200, 96, torch.bfloat16, 1), torch.randn(200).to(torch.bfloat16)
+    whole = torch.zeros(60, 200, dtype=torch.bfloat16)
+    Int8Products().write(x, rounded(weight), bias, whole)
+    monkeypatch.setattr(products, "INT8_SUMS_BYTES", 4 * 64 * 20)
+    with KernelThreads(3) as threads:
+        divided, computing = torch.zeros_like(whole), Int8Products(threads.over)
+        for rows in (slice(0, 1), slice(1, 18), slice(18, 60)):
+            some = torch.zeros(rows.stop - rows.start, 200, dtype=torch.bfloat16)
+            for first, stop in ((0, 7), (7, 150), (150, 200)):
+                computing.write(x[rows], rounded(weight[first:stop], parallel=threads.over), bias[first:stop], some, first)
+            divided[rows] = some
+    assert torch.equal(divided, whole)
+
+
+def test_no_rows() -> None:
+    Int8Products().write(torch.empty(0, 8), rounded(torch.ones(3, 8)), None, torch.empty(0, 3))
+
+
+def test_sums_of_the_largest_codes_are_exact() -> None:
+    """As this processor computes them: otherwise it would have been refused."""
+    check_exact()
+    x = torch.ones(2, 20_000)
+    out = torch.zeros(2, 3)
+    Int8Products().write(x, rounded(-torch.ones(3, 20_000)), None, out)
+    torch.testing.assert_close(out, torch.full((2, 3), -20_000.0), rtol=1e-6, atol=0)
+
+
+def test_a_processor_that_adds_in_16_bits_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It multiplies codes from 0 to 255 by codes from -127 to 127, and adds two products before they are widened."""
+
+    def saturating(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        pairs = ((one.int() + 128)[:, :, None] * other.int()[None]).unflatten(1, (-1, 2)).sum(2)
+        return (pairs.clamp(-(2**15), 2**15 - 1).sum(1) - 128 * other.int().sum(0)).int()
+
+    monkeypatch.setattr(products, "_product", saturating)
+    with pytest.raises(OptionError, match="cpu_compute='int8': this processor's products of 8-bit integers are not exact"):
+        check_exact()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=IDS)
+def test_warming_up_computes(dtype: torch.dtype) -> None:
+    warm_up_int8(dtype)
