@@ -222,3 +222,21 @@ def test_an_unmeasured_dtype_is_named(make_machine):
 def test_work_adds_up_field_by_field():
     one = PassWork(**{field.name: number for number, field in enumerate(dataclasses.fields(PassWork))})
     assert dataclasses.astuple(one + one) == tuple(2 * each for each in dataclasses.astuple(one))
+
+
+def test_products_in_int8_are_work_of_their_own(make_spec, make_machine, make_policy):
+    """The first of three layers, each of 2,000 FLOPs a token."""
+    spec = make_spec()
+    first = dataclasses.replace(spec.units[0], int8_flops_per_token=2000.0)
+    spec = dataclasses.replace(spec, units=(first, *spec.units[1:]))
+    load = PassLoad(
+        prompt_tokens={"host": 7}, num_prompts={"host": 1}, next_tokens={"host": 0}, prompt_pairs=[28], attended_tokens={"host": [0]},
+        num_sampled=1,
+    )  # fmt: skip
+    work = price(load, spec, make_policy(), PassWork())
+    assert (work.dense_flops, work.int8_flops) == (7 * 4000 + 500, 7 * 2000)
+    rates = {"bfloat16": [(1, 1e3)], "bfloat16 int8": [(1, 2e3)]}
+    before = ideal_seconds(dataclasses.replace(work, int8_flops=0), make_machine(dense=rates), "bfloat16")["compute"]
+    assert ideal_seconds(work, make_machine(dense=rates), "bfloat16")["compute"] == pytest.approx(before + 7.0)
+    with pytest.raises(OptionError, match="no rates for products in int8"):
+        ideal_seconds(work, make_machine(), "bfloat16")

@@ -156,3 +156,10 @@ def test_random_weights_of_a_folder_are_described_by_its_config(tmp_path: Path) 
     described = spec_of(str(tmp_path / "config"), EngineOptions(load_format="dummy"), device="cpu")
     assert described == dataclasses.replace(spec_of(str(tmp_path / "whole"), device="cpu"), name=str(tmp_path / "config"))
     assert described.decoded_from.keys() == {"mxfp4"}
+
+
+def test_a_shipped_model_whose_products_are_in_int8() -> None:
+    plain, rounded = spec_of("opt-125m", device="cpu"), spec_of("opt-125m", EngineOptions(cpu_compute="int8"), device="cpu")
+    assert rounded.int8_flops_per_token == rounded.flops_per_token == plain.flops_per_token
+    assert rounded.streamed_bytes == plain.streamed_bytes
+    assert rounded.decoded_bytes < plain.decoded_bytes
