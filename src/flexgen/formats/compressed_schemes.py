@@ -138,6 +138,8 @@ def _check_rest(quantization: Mapping[str, Any], settings: Mapping[str, Any]) ->
         transform = part.get("transform_config") or {}
         if transform.get("config_groups") if isinstance(transform, Mapping) else transform:
             raise _refused("rotates activations (transform_config)")
+        if part.get("moe_sparsity_config"):
+            raise _refused("leaves out experts (moe_sparsity_config)")
 
 
 def _scheme(name: str, group: Any, overall: Any) -> Scheme | None:
