@@ -57,7 +57,6 @@ class File:
         if (experts := getattr(config, "num_local_experts", None)) is not None:
             writer.add_expert_count(experts)
             writer.add_expert_used_count(config.num_experts_per_tok)
-        writer.add_tokenizer_model("no_vocab")
 
     def tensor(self, name: str, numbers: torch.Tensor, kind: Kind = Kind.F32) -> torch.Tensor:
         """Store a tensor as it is given, and return the numbers that are read."""
@@ -66,6 +65,8 @@ class File:
         return torch.from_numpy(np.ascontiguousarray(gguf.quants.dequantize(data, kind)).reshape(numbers.shape))
 
     def close(self) -> None:
+        if "tokenizer.ggml.model" not in self.writer.kv_data[0]:
+            self.writer.add_tokenizer_model("no_vocab")
         self.writer.write_header_to_file()
         self.writer.write_kv_data_to_file()
         self.writer.write_tensors_to_file()
@@ -256,6 +257,34 @@ def test_sinks_are_missing(tmp_path: Path) -> None:
     gpt_oss(path, config, leave_out="blk.0.attn_sinks.weight")
     with pytest.raises(CheckpointError, match=r"missing: model\.layers\.0\.self_attn\.sinks"):
         parameter_sources(parity.build(config), GGUFHeaders(read_gguf(path)).decoded(None, torch.float32))
+
+
+@pytest.mark.parametrize(("rule", "known"), [("smaug-bpe", True), ("seed-coder", False)])
+def test_the_tokenizer_of_an_architecture_with_a_config_of_its_own(
+    rule: str, known: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """transformers, which does not know the architecture, sees that of a llama; a rule that it does not know is told."""
+    from tokenizers import pre_tokenizers
+
+    from flexgen.text.tokenizer import Tokenizer
+
+    config = config_for("smollm3")
+    file = File(tmp_path / "model.gguf", "smollm3", config)
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())[: VOCAB - 3]
+    file.writer.add_tokenizer_model("gpt2")
+    file.writer.add_tokenizer_pre(rule)
+    file.writer.add_token_list([*letters, "he", "<s>", "</s>"])
+    file.writer.add_token_types([1] * (VOCAB - 2) + [3] * 2)
+    file.writer.add_token_merges(["h e"])
+    file.writer.add_bos_token_id(VOCAB - 2)
+    file.writer.add_eos_token_id(VOCAB - 1)
+    file.tensor("token_embd.weight", torch.zeros(VOCAB, 64))
+    file.close()
+    files = resolve_model(tmp_path / "model.gguf")
+    assert files.has_tokenizer
+    assert ("splits text by the rule 'seed-coder'" in caplog.text) != known
+    assert (files.config["model_type"], files.config["eos_token_id"]) == ("smollm3", VOCAB - 1)
+    assert Tokenizer.load(files.folder).encode(["heh"], add_special_tokens=False) == [[VOCAB - 3, letters.index("h")]]
 
 
 def test_metadata_that_lacks_a_size(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from flexgen.hub.model_files import TEMPLATE_FOLDER, ModelFiles, has_tokenizer, 
 
 logger = logging.getLogger(__name__)
 
-_VERSION = 1  # of what is made
+_VERSION = 2  # of what is made
 _HEADER_FILE, _NOTE_FILE = "header.gguf", "flexgen.json"
 _ONE_BYTE = 24  # ggml's type of 8-bit integers
 _LLAMA = struct.pack("<Q20sIQ5s", 20, b"general.architecture", 8, 5, b"llama")  # a pair: a key, the type of texts, and a text
@@ -46,6 +46,8 @@ _FIELDS = {
 }
 # Architectures that transformers' tables name, but do not describe.
 _REFUSED = {"gemma4": "the tables leave out which layers share keys, and the sizes of heads, windows and inputs of single layers"}
+# Rules that llama.cpp (llama-vocab.cpp) treats as GPT-2's.
+_SPLIT_AS_GPT2 = ("gpt-2", "mpt", "olmo", "jais", "trillion", "granite-docling")
 _SAMPLING = {"temp": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p"}
 _ENDS = ("eos_token_id", "eot_token_id", "eom_token_id")
 _TEMPLATES = re.compile(r"tokenizer\.chat_template\.(\w{1,40})")
@@ -65,8 +67,14 @@ def gguf_model_files(name: str, model: GGUFModel, commit: str | None = None) -> 
         StorageError: The folder cannot be written.
     """
     folder = _kept(name, model)
-    if (note := read_json(folder / _NOTE_FILE).get("tokenizer")) is not None:
+    notes = read_json(folder / _NOTE_FILE)
+    if (note := notes.get("tokenizer")) is not None:
         logger.warning("%s: its tokenizer cannot be used (%s): give another with --tokenizer", name, note)
+    elif (rule := notes.get("unknown_split")) is not None:
+        logger.warning(
+            "%s: its tokenizer splits text by the rule %r, which is not known here, so prompts may have other tokens than in training: "
+            "give the original with --tokenizer", name, rule,
+        )  # fmt: skip
     return ModelFiles(
         name=name,
         folder=folder,
@@ -123,7 +131,7 @@ def _make(name: str, model: GGUFModel, source: Path, folder: Path) -> None:
     _write(folder / "generation_config.json", generation)
     config = _config(name, model, source, folder, generation)
     _write(folder / "config.json", config)
-    _write(folder / _NOTE_FILE, {"tokenizer": _write_tokenizer(model, source, folder)})
+    _write(folder / _NOTE_FILE, {"tokenizer": _write_tokenizer(model, source, folder), "unknown_split": _unknown_split(model)})
 
 
 def _header_copy(model: GGUFModel) -> bytes:
@@ -263,6 +271,16 @@ def _write_tokenizer(model: GGUFModel, source: Path, folder: Path) -> str | None
             path.unlink()
         return reason_of(error)
     return None
+
+
+def _unknown_split(model: GGUFModel) -> str | None:
+    """Return the rule by which text is split into words before merges, if transformers would take GPT-2's in its place."""
+    from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+
+    rule = model.metadata.get("tokenizer.ggml.pre")
+    if model.metadata.get("tokenizer.ggml.model") != "gpt2" or not isinstance(rule, str):
+        return None
+    return None if rule in GGUF_PRE_TOKENIZER_SPLITS or rule in _SPLIT_AS_GPT2 else rule[:40]
 
 
 def _write_templates(model: GGUFModel, folder: Path) -> None:
