@@ -13,13 +13,16 @@ from torch import Tensor
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from flexgen.checkpoint.files import Checkpoint
+from flexgen.checkpoint.files import Checkpoint, Headers
 from flexgen.checkpoint.sources import ParameterSource, read_bytes, whole
 from flexgen.devices.sim_tensor import register
 from flexgen.errors import CheckpointError, ModelError, UnsupportedModelError
 from flexgen.formats.base import NumberFormat
 from flexgen.formats.table import stated_format
-from tests.formats.encoded import NF4, Stored, Write, bitsandbytes, fp4_experts, fp8, mxfp4, nvfp4
+from flexgen.models.describe import describe_config, describe_headers
+from tests.formats.encoded import NF4, Stored, Write, bitsandbytes, fp4_experts, fp8, mxfp4, nvfp4, write_model
+from tests.models.parity import build, save
+from tests.models.tiny_configs import tiny_config
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 FP8 = {"quant_method": "fp8", "weight_block_size": [16, 32]}
@@ -253,6 +256,24 @@ def test_a_description_in_a_file_that_is_elsewhere(tmp_path: Path) -> None:
     found = stated_format({"quantization_config": BNB})
     with pytest.raises(CheckpointError, match="download the repository"):
         headers.decoded(found, torch.float32)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_headers_of_bitsandbytes_are_enough_to_plan(nested: bool, tmp_path: Path) -> None:
+    """The shapes are those of the model; what transformers would write for a config is what is planned for a config alone."""
+    stated = BNB | {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": nested}
+    config = tiny_config("llama")
+    save(build(config), tmp_path / "plain")
+    write_model(tmp_path / "plain", tmp_path / "encoded", tmp_path / "dense", stated, bitsandbytes("nf4", nested=nested))
+    config.quantization_config = stated
+    here = Checkpoint(tmp_path / "encoded")
+    elsewhere = Headers(here.folder, [here.tensors])
+    wanted = describe_headers(here, config, torch.float32, name="x")
+    (tmp_path / "encoded" / "model.safetensors").unlink()
+    assert describe_headers(elsewhere, config, torch.float32, name="x") == wanted
+    planned = describe_config(config, torch.float32, stored=torch.float32, name="x")
+    assert planned.decoded_bytes == wanted.decoded_bytes
+    assert planned.streamed_bytes == pytest.approx(wanted.streamed_bytes, rel=0.02)
 
 
 def test_scales_that_the_config_does_not_state(tmp_path: Path) -> None:

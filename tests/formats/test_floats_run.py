@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from flexgen.plan.policy import Fractions
-from tests.formats.encoded import Write, bitsandbytes, fp8, is_linear, mxfp4, nvfp4, with_quantization, write_model
+from tests.formats.encoded import Stored, Write, bitsandbytes, fp8, is_linear, mxfp4, nvfp4, with_quantization, write_model
 from tests.models.parity import Answers, answered, assert_equal, build, describe, expected, policy, requests_for, save
 from tests.models.tiny_configs import tiny_config
 
@@ -28,6 +28,16 @@ Chosen = Callable[[str, torch.Tensor], bool]
 
 def experts_only(name: str, tensor: torch.Tensor) -> bool:
     return name.endswith(("experts.gate_up_proj", "experts.down_proj"))
+
+
+def as_linear(write: Write) -> Write:
+    """Of GPT-2, whose matrices are transposed before they are quantized."""
+
+    def transposed(name: str, tensor: torch.Tensor) -> tuple[Stored, torch.Tensor]:
+        stored, dense = write(name, tensor.t().contiguous())
+        return stored, dense.t()
+
+    return transposed
 
 
 # model type, changes of its config, stated format, writer, which tensors are in it
@@ -47,6 +57,7 @@ CASES: dict[str, tuple[str, dict[str, object], dict[str, Any], Write, Chosen]] =
     "llama4_text in FP8, fused experts": ("llama4_text", {}, FP8, fp8((16, 32)), is_linear),
     "llama in NVFP4": ("llama", {}, MODELOPT, nvfp4, is_linear),
     "qwen3_moe in ModelOpt's FP8": ("qwen3_moe", {}, MODELOPT | {"quant_algo": "FP8"}, fp8(None, name="weight_scale"), is_linear),
+    "gpt2 in NF4": ("gpt2", {}, BNB, as_linear(bitsandbytes("nf4")), lambda name, tensor: tensor.ndim == 2 and ".c_" in name),
     "llama in NF4": ("llama", {}, BNB, bitsandbytes("nf4", nested=True), is_linear),
 }
 PLACES = {

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from flexgen.checkpoint.files import Checkpoint
+from flexgen.checkpoint.repository import RepositoryTensors
 from flexgen.checkpoint.sources import ParameterSource, whole
 from flexgen.errors import CheckpointError, UnsupportedModelError
 from flexgen.formats.table import stated_format
@@ -160,6 +161,16 @@ def test_a_config_alone_is_planned_for_like_its_headers(name: str) -> None:
     spec = describe_config(config, torch.bfloat16, stored=torch.bfloat16, name="x")
     assert spec == describe_headers(encoded(CONFIGS[name], "llama")[0], config, torch.bfloat16, name="x")
     assert spec.number_format == stated(CONFIGS[name]).name
+
+
+def test_a_config_of_gpt2_is_planned_for_like_its_files() -> None:
+    """Whose linear layers are stored transposed, and quantized as others are."""
+    config = tiny_config("gpt2")
+    config.quantization_config = GPTQ
+    tensors = RepositoryTensors.of(config, torch.bfloat16).tensors
+    (words,) = (tensor.shape for tensor in tensors if tensor.name == "transformer.h.0.attn.c_attn.qweight")
+    assert words == (config.n_embd // 8, 3 * config.n_embd)
+    assert describe_config(config, torch.bfloat16, stored=torch.bfloat16, name="x").number_format == "gptq"
 
 
 def test_what_a_config_names_is_encoded_or_not() -> None:

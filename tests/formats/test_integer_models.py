@@ -66,8 +66,13 @@ CASES = {
     "qwen3_moe-pack-quantized": Case("qwen3_moe", compressed(), lambda _, weight: packed(weight)),
     "qwen3_moe-gptq": Case("qwen3_moe", {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": True}, scattered),
     "qwen3_moe-awq": Case("qwen3_moe", {"quant_method": "awq", "bits": 4, "group_size": 32}, lambda _, weight: awq(weight)),
+    "mixtral-awq": Case("mixtral", {"quant_method": "awq", "bits": 4, "group_size": 32}, lambda _, weight: awq(weight)),
+    "gpt2-gptq": Case("gpt2", {"quant_method": "gptq", "bits": 4, "group_size": 32}, lambda _, weight: gptq(weight.t())),
     "llama-awq": Case("llama", {"quant_method": "awq", "bits": 4, "group_size": 32}, lambda _, weight: awq(weight)),
 }
+
+
+LINEAR = ("_proj.weight", ".w1.weight", ".w2.weight", ".w3.weight", "c_attn.weight", "c_fc.weight")
 
 
 def write(case: Case, folder: Path) -> PreTrainedConfig:
@@ -75,14 +80,15 @@ def write(case: Case, folder: Path) -> PreTrainedConfig:
 
     def stored(name: str, weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         found = case.store(name, weight)
-        return {f"{name.removesuffix('weight')}{each}": part for each, part in found.tensors.items()}, found.numbers
+        numbers = found.numbers.t() if "c_" in name else found.numbers  # of a Conv1D, which tools quantize as a linear layer
+        return {f"{name.removesuffix('weight')}{each}": part for each, part in found.tensors.items()}, numbers
 
     def of(name: str, weight: Tensor) -> bool:
-        return weight.ndim == 2 and name.endswith("_proj.weight" if not case.head else ("_proj.weight", "lm_head.weight"))
+        return weight.ndim == 2 and name.endswith(LINEAR if not case.head else (*LINEAR, "lm_head.weight"))
 
     config = tiny_config(case.model_type)
     save(build(config), folder / "plain")
-    assert write_model(folder / "plain", folder / "encoded", folder / "dense", case.quantization, stored, of=of) >= 28
+    assert write_model(folder / "plain", folder / "encoded", folder / "dense", case.quantization, stored, of=of) >= 16
     return with_quantization(config, case.quantization)
 
 

@@ -117,7 +117,7 @@ def test_pointers_of_git_lfs(tmp_path: Path, file: str) -> None:
         ({"quantization_config": {"quant_method": "gptq", "checkpoint_format": "marlin"}}, None, "layout marlin"),
         ({"quantization_config": {"quant_method": "compressed-tensors", "format": "pack-quantized"}}, None, "compressed-tensors"),
         ({"quantization": {"group_size": 64, "bits": 4}}, None, "MLX, 4 bits"),
-        ({}, "hf_quant_config.json", "ModelOpt, by hf_quant_config.json alone"),
+        ({}, "hf_quant_config.json", "ModelOpt with NO ALGORITHM"),
     ],
 )
 def test_quantized_weights(tmp_path: Path, change: dict[str, object], file: str | None, message: str) -> None:
@@ -145,6 +145,27 @@ def test_quantization_in_the_file_of_an_older_tool(tmp_path: Path, file: str, me
     config = json.loads((folder / "config.json").read_text()) | {"quantization_config": {"quant_method": "quanto"}}
     (folder / "config.json").write_text(json.dumps(config))
     assert resolve_model(folder).config == config
+
+
+def test_quantization_in_a_file_of_modelopt(tmp_path: Path) -> None:
+    """Its older repositories state it there alone; a cache in 8 bits leaves weights plain."""
+    from flexgen import LLM
+
+    folder = write_model_folder(tmp_path / "model")
+    stated = {
+        "producer": {"name": "modelopt"},
+        "quantization": {"quant_algo": "FP8", "kv_cache_quant_algo": None, "exclude_modules": ["lm_head"]},
+    }
+    (folder / "hf_quant_config.json").write_text(json.dumps(stated))
+    assert resolve_model(folder).config["quantization_config"] == {"quant_method": "modelopt", **stated}
+    with pytest.raises(CheckpointError, match="weights are modelopt, but none of its tensors is"):
+        LLM(folder).model.check()
+    (folder / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": None, "kv_cache_quant_algo": "FP8"}}))
+    assert "quantization_config" not in resolve_model(folder).config
+    LLM(folder).model.check()
+    (folder / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": "W4A16_AWQ"}}))
+    with pytest.raises(UnsupportedModelError, match="ModelOpt with W4A16_AWQ"):
+        LLM(folder).model.check()
 
 
 def test_a_tokenizer_that_is_a_file(tmp_path: Path) -> None:

@@ -33,8 +33,9 @@ pytest.importorskip("gguf")  # transformers asks it for the names of tensors
 
 ARCHITECTURES = (
     "llama", "qwen2", "qwen2moe", "qwen3", "qwen3moe", "gemma2", "gemma3", "phi3", "falcon", "gpt2", "bloom", "starcoder2", "stablelm",
-    "nemotron",
+    "nemotron", "minimax-m2",
 )  # fmt: skip
+OF: Mapping[str, Mapping[str, Any]] = {"minimax-m2": {"attention.key_length": 128}}  # heads of another size than hidden states make
 ALWAYS_TIED = ("bloom", "falcon", "gemma2")
 VOCAB = 128
 SHAPE: Mapping[str, Any] = {
@@ -112,7 +113,7 @@ def write_model(
     folder: Path, architecture: str, *, tied: bool = False, num_parts: int = 1, kinds: Sequence[str] = KINDS, **more: Any
 ) -> tuple[Path, Any]:
     """A random model in GGUF, and the model that transformers' loader makes of it."""
-    metadata, path = metadata_of(architecture, **more), folder / "model.gguf"
+    metadata, path = metadata_of(architecture, **OF.get(architecture, {}), **more), folder / "model.gguf"
     placeholder = {"token_embd.weight" if tied else "output.weight": plain(np.zeros(1, np.float32))}
     path.write_bytes(gguf_bytes(metadata, placeholder))
     model = random_model(config_of(path))
@@ -152,6 +153,13 @@ def test_every_parameter_is_that_of_transformers(tmp_path: Path, architecture: s
             part = torch.full((3, *out.shape[1:]), torch.nan)
             found[name].rows(2, 5).read(part)
             assert torch.equal(part, wanted[name][2:5]), name
+
+
+def test_a_part_of_large_heads_is_rotated(tmp_path: Path) -> None:
+    """MiniMax-M2 rotates half of each head, which is larger than the hidden state by the heads."""
+    path, _ = write_model(tmp_path, "minimax-m2")
+    config = config_of(path)
+    assert (config.head_dim, config.rope_parameters["partial_rotary_factor"]) == (128, 0.5)
 
 
 def assembled(path: Path) -> AssembledModel:
@@ -244,8 +252,8 @@ def test_architectures_that_are_refused_by_name(tmp_path: Path) -> None:
     path.write_bytes(gguf_bytes(metadata_of("wavtokenizer-dec"), tensor))
     with pytest.raises(UnsupportedModelError, match=r"wavtokenizer-dec.*llama.*qwen3"):
         resolve_model(path)
-    path.write_bytes(gguf_bytes(metadata_of("gpt-oss"), tensor))
-    with pytest.raises(UnsupportedModelError, match=r"gpt-oss is not supported in GGUF.*experts"):
+    path.write_bytes(gguf_bytes(metadata_of("gemma4"), tensor))
+    with pytest.raises(UnsupportedModelError, match=r"gemma4 is not supported in GGUF.*share keys"):
         resolve_model(path)
     path.write_bytes(gguf_bytes({"general.architecture": "llama", "llama.block_count": 10**9}, tensor))
     with pytest.raises(CheckpointError, match="num_hidden_layers 1000000000"):

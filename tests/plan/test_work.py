@@ -5,8 +5,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flexgen.errors import OptionError
+from flexgen.options import DTYPE_BYTES
 from flexgen.plan.model import KVGroupSpec, UnitSpec
-from flexgen.plan.policy import Fractions
+from flexgen.plan.policy import DECODED_AT_ONCE, DECODING_BYTES, SCRATCH_UNITS, Fractions
+from flexgen.plan.price.memory import scratch_bytes
 from flexgen.plan.price.work import (
     PassLoad,
     PassWork,
@@ -240,3 +242,15 @@ def test_products_in_int8_are_work_of_their_own(make_spec, make_machine, make_po
     assert ideal_seconds(work, make_machine(dense=rates), "bfloat16")["compute"] == pytest.approx(before + 7.0)
     with pytest.raises(OptionError, match="no rates for products in int8"):
         ideal_seconds(work, make_machine(), "bfloat16")
+
+
+def test_a_device_needs_temporary_tensors_while_it_decodes(make_spec):
+    """For so many numbers as it decodes at once, or for those of the largest unit if these are fewer."""
+    unit = UnitSpec(name="q", disk_bytes=MB, decoded_bytes=4 * MB, flops_per_token=1.0, plain=False, encoded_bytes=MB)
+    large = dataclasses.replace(unit, decoded_bytes=64 * MB)
+    size = DTYPE_BYTES[make_spec().dtype]
+    for each, numbers in ((unit, 4 * MB // size), (large, min(64 * MB // size, DECODED_AT_ONCE))):
+        spec = make_spec(units=(each,))
+        assert scratch_bytes(spec, ("disk",), "cuda") == SCRATCH_UNITS * each.decoded_bytes + DECODING_BYTES * numbers
+        assert scratch_bytes(spec, ("device",), "cuda") == MB + DECODING_BYTES * numbers
+        assert scratch_bytes(spec, ("disk",), "cpu") == SCRATCH_UNITS * each.decoded_bytes

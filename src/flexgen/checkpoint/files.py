@@ -93,8 +93,8 @@ class Headers:
         scaled = [name for name in low_bit if any(f"{name}{ending}" in self.tensors for ending in ("_scale", "_scale_inv"))]
         if scaled:
             raise CheckpointError(
-                f"{self.folder}: {some(scaled)} are stored in 8 bits with scales, but config.json has no quantization_config that says how "
-                "(of ModelOpt's older repositories hf_quant_config.json does): see docs/formats.md"
+                f"{self.folder}: {some(scaled)} are stored in 8 bits with scales, but neither quantization_config in config.json nor "
+                "an older tool's file (ModelOpt's is hf_quant_config.json) says how: see docs/formats.md"
             )
 
 

@@ -1,8 +1,9 @@
 """The tensors of GGUF files, and the parameters that they become by transformers' own tables and processors.
 
-These are called, not repeated.  Processors rearrange NumPy arrays (rows of llama's queries and keys, fused projections).  They are run on
-arrays without numbers that consist of pieces of stored tensors; where they compute with the numbers (norms stored plus one), they are run
-again on the numbers when those have been read, in float32 as transformers does.
+These are called, not repeated; models that they do not place have processors of their own (gguf_processors.py).  Processors rearrange
+NumPy arrays (rows of llama's queries and keys, fused projections).  They are run on arrays without numbers that consist of pieces of stored
+tensors; where they compute with the numbers (norms stored plus one), they are run again on the numbers when those have been read, in
+float32 as transformers does.
 """
 
 from __future__ import annotations
@@ -100,13 +101,22 @@ class _Processing:
     def __init__(self, model: PreTrainedModel, architecture: str) -> None:
         from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
-        self._processor: Any = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=model.config.to_dict())
+        from flexgen.checkpoint.gguf_processors import INTERLEAVED, NAMED_AS, OWN_PROCESSORS
+
+        model_type: str = model.config.model_type
+        kind = OWN_PROCESSORS.get(model_type) or TENSOR_PROCESSORS.get(architecture, TensorProcessor)
+        self._processor: Any = kind(config=model.config.to_dict())
+        self._join = _interleaved if model_type in INTERLEAVED else _joined
         self._experts: dict[str, dict[str, MovedArray]] = {}
         self._processor._set_moe_expert_tensor = self._collect
         try:
-            self._names: Mapping[str, str] = get_gguf_hf_weights_map(_shallow(model), self._processor)  # pyright: ignore[reportArgumentType]
+            self._names: Mapping[str, str] = get_gguf_hf_weights_map(
+                _shallow(model),  # pyright: ignore[reportArgumentType]
+                self._processor,
+                NAMED_AS.get(model_type, model_type),
+            )
         except NotImplementedError as error:
-            raise UnsupportedModelError(f"GGUF has no names for the tensors of model type {model.config.model_type!r}") from error
+            raise UnsupportedModelError(f"GGUF has no names for the tensors of model type {model_type!r}") from error
 
     def placed(self, tensor: StoredTensor) -> ParameterSource | bool | None:
         """Return the source that a stored tensor becomes; True for a part of merged experts, None for a tensor that has no name."""
@@ -124,7 +134,7 @@ class _Processing:
         return None if name not in self._names else _source(self._names[name], array.tensor)
 
     def merged(self) -> list[ParameterSource]:
-        """Return the sources of the experts that were collected: the gate's rows, and behind them the up projection's.
+        """Return the sources of the experts that were collected: the gate's rows, and behind them or between them the up projection's.
 
         Raises:
             CheckpointError: One of the two is missing.
@@ -134,7 +144,7 @@ class _Processing:
             if parts.keys() == {"down"}:
                 sources.append(_source(target, parts["down"].tensor))
             elif parts.keys() == {"gate", "up"}:
-                sources.append(_joined(target, _source(target, parts["gate"].tensor), _source(target, parts["up"].tensor)))
+                sources.append(self._join(target, _source(target, parts["gate"].tensor), _source(target, parts["up"].tensor)))
             else:
                 raise CheckpointError(f"{target} is stored in the parts {', '.join(sorted(parts))}; gate and up belong together")
         return sources
@@ -179,6 +189,18 @@ def _joined(name: str, one: ParameterSource, other: ParameterSource) -> Paramete
     rows = one.shape[1]
     moved = tuple(replace(piece, start=put(piece.start, 1, piece.start[1] + rows)) for piece in other.pieces)
     return replace(one, shape=put(one.shape, 1, rows + other.shape[1]), pieces=one.pieces + moved)
+
+
+def _interleaved(name: str, one: ParameterSource, other: ParameterSource) -> ParameterSource:
+    """Return a source whose last dimension holds a number of one and a number of the other in turn."""
+    if one.shape != other.shape:
+        raise CheckpointError(f"{name} cannot be made of parts of shape {one.shape} and {other.shape}")
+    pieces = [
+        replace(piece, start=(*piece.start[:-1], 2 * piece.start[-1] + place), every=2)
+        for place, source in enumerate((one, other))
+        for piece in source.pieces
+    ]
+    return replace(one, shape=(*one.shape[:-1], 2 * one.shape[-1]), pieces=tuple(pieces))
 
 
 def _shallow(model: PreTrainedModel) -> SimpleNamespace:

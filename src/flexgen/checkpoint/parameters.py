@@ -18,6 +18,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+from transformers.pytorch_utils import Conv1D
 
 from flexgen.checkpoint.conversion import Traced, Untraceable
 from flexgen.checkpoint.files import Headers
@@ -140,6 +141,8 @@ class _Group:
             if len(self.tensors) > 1:
                 raise CheckpointError(f"{some(self.names)} would all become {self.target}")
             tensor = self.tensors[0][1]
+            if _is_conv1d_as_linear(model, self.target, tensor):
+                return [_traced_source(self.target, Traced.of(tensor).t())]
             return [ParameterSource(name=self.target, shape=tensor.shape, dtype=tensor.dtype, pieces=whole(tensor))]
         self._check_complete()
         try:
@@ -183,6 +186,13 @@ class _Group:
             numbers = sorted(int(number) for number in varying[0])
             if numbers != list(range(numbers[0], numbers[0] + len(numbers))):
                 raise CheckpointError(f"{self.target}: some of {pattern} are missing; there are {len(numbers)}, up to number {numbers[-1]}")
+
+
+def _is_conv1d_as_linear(model: PreTrainedModel, target: str, tensor: StoredTensor) -> bool:
+    """Return whether a tensor is the weight of a Conv1D, which its format stores with the dimensions of a linear layer's."""
+    module, _, parameter = target.rpartition(".")
+    as_linear = tensor.encoding is not None and tensor.encoding.format.stored_as_linear and parameter == "weight"
+    return as_linear and isinstance(model.get_submodule(module), Conv1D)
 
 
 def _traced_source(name: str, x: torch.Tensor) -> ParameterSource:

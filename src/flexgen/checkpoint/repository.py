@@ -7,7 +7,7 @@ headers, byte for byte.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
+from transformers.pytorch_utils import Conv1D
 
 from flexgen.base.quantities import align_up
 from flexgen.checkpoint.files import Headers
@@ -46,6 +47,24 @@ def saved_tensors(model: PreTrainedModel, dtype: torch.dtype) -> list[NamedTenso
     return [NamedTensor(name, tuple(x.shape), dtype if x.is_floating_point() else x.dtype) for name, x in state.items()]
 
 
+def saved_shapes(config: PreTrainedConfig, dtype: torch.dtype) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the tensors that `save_pretrained` would store, by name: those of linear layers, also for a Conv1D.
+
+    Raises:
+        UnsupportedModelError: The model cannot be built.
+        CheckpointError: The config asks for a larger model than any known one.
+    """
+    model = meta_model(without_quantization(config), dtype)
+    return {tensor.name: tensor.shape for tensor in _as_linear(model, saved_tensors(model, dtype))}
+
+
+def _as_linear(model: PreTrainedModel, tensors: Iterable[NamedTensor]) -> Iterator[NamedTensor]:
+    """Yield the tensors, the weights of a Conv1D with their dimensions in the order of a linear layer."""
+    names = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)}
+    for tensor in tensors:
+        yield NamedTensor(tensor.name, tensor.shape[::-1], tensor.dtype) if tensor.name in names else tensor
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RepositoryTensors:
     """The tensors of a repository that `save_pretrained` would write, in the format that a config states.
@@ -73,8 +92,11 @@ class RepositoryTensors:
         model, number_format = meta_model(without_quantization(config), dtype), stated_format(config)
         tensors: list[NamedTensor] = []
         encoded: set[str] = set()
-        for tensor in saved_tensors(model, dtype):
-            parts = [tensor] if number_format is None else number_format.encode(tensor)
+        saved = saved_tensors(model, dtype)
+        stored = _as_linear(model, saved) if number_format is not None and number_format.stored_as_linear else saved
+        for tensor, given in zip(saved, stored, strict=True):
+            parts = [given] if number_format is None else number_format.encode(given)
+            parts = [tensor] if parts == [given] else parts
             encoded |= {part.name for part in parts} if parts != [tensor] else set()
             tensors += parts
         return cls(architecture=type(model).__name__, number_format=number_format, tensors=tensors, encoded=frozenset(encoded))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -36,6 +36,7 @@ class Piece:
         shape: The shape of the box.
         strides: The strides of the box through the stored tensor, in elements.
         start: The start of the box in the parameter.
+        every: The distance of the box's numbers along the last dimension of the parameter: 2 for one of two halves that alternate there.
     """
 
     tensor: StoredTensor
@@ -43,6 +44,7 @@ class Piece:
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     start: tuple[int, ...]
+    every: int = 1
 
     @property
     def path(self) -> Path:
@@ -72,7 +74,11 @@ class Piece:
     @property
     def target(self) -> tuple[slice, ...]:
         """The box as an index into the parameter."""
-        return tuple(slice(first, first + n) for first, n in zip(self.start, self.shape, strict=True))
+        found = [slice(first, first + n) for first, n in zip(self.start, self.shape, strict=True)]
+        if self.every > 1:
+            first, n = self.start[-1], self.shape[-1]
+            found[-1] = slice(first, first + (n - 1) * self.every + 1, self.every)
+        return tuple(found)
 
     @property
     def is_contiguous(self) -> bool:
@@ -126,7 +132,26 @@ class Piece:
                 wanted = [raw.view(stop - start, -1)[::step].contiguous().view(-1) for raw in raws]
                 encoding.format.decode(wanted, start, target.view(-1, *encoding.shape[1:]), parallel)
                 return
+        if encoding is not None and self._matrices_apart():
+            count = self.shape[0]
+            for index, one in enumerate(self._matrices()):
+                one.put_into(target[index : index + 1], [raw.view(count, -1)[index] for raw in raws], parallel)
+            return
         cast_into(target, self.box(raws, target, parallel))
+
+    def _matrices_apart(self) -> bool:
+        """Return whether the box is several encoded matrices, which can be decoded one by one so that no copy of all is needed."""
+        encoding, row = self.tensor.encoding, math.prod(self.tensor.shape[1:])
+        if encoding is None or not encoding.by_rows or len(self.shape) < 3 or self.shape[0] == 1 or self.strides[0] != row:
+            return False
+        within = self.first % row + _span(self.shape[1:], self.strides[1:]) <= row
+        return within and all(part.rows == 1 for part in encoding.parts)
+
+    def _matrices(self) -> Iterator[Piece]:
+        """Yield the matrices of the box, each with its place in the parameter."""
+        for index in range(self.shape[0]):
+            start = put(self.start, 0, self.start[0] + index)
+            yield replace(self, first=self.first + index * self.strides[0], shape=put(self.shape, 0, 1), start=start)
 
     def _row_step(self) -> int:
         """Return n if the box is every n-th whole row of the stored tensor, as halves of rows stored alternately are; 0 if it is not."""
@@ -137,7 +162,13 @@ class Piece:
         return self.strides[0] // row if rows_are_whole and not self.first % row and not self.strides[0] % row else 0
 
     def narrow(self, dim: int, start: int, stop: int) -> Piece | None:
-        """Return the part within [start, stop) of the parameter's dimension `dim`, placed relative to `start`; None if there is none."""
+        """Return the part within [start, stop) of the parameter's dimension `dim`, placed relative to `start`; None if there is none.
+
+        Raises:
+            ValueError: The numbers are not adjacent along this dimension.
+        """
+        if self.every > 1 and dim == len(self.shape) - 1:
+            raise ValueError(f"{self.tensor.name} alternates with another tensor along dimension {dim}")
         low = max(self.start[dim], start)
         length = min(self.start[dim] + self.shape[dim], stop) - low
         if length <= 0:

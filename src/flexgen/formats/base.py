@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -137,11 +137,13 @@ class NumberFormat:
         name: The name in ModelSpec.number_format and in messages.
         runs: Whether the engine can compute with such weights; models in other formats can only be planned for.
         carried_as_stored: Whether stored bytes cross the link to a device, which decodes them; otherwise the host decodes before the link.
+        stored_as_linear: Whether the weight of a GPT-2's Conv1D is stored as that of a linear layer, transposed.
     """
 
     name: str
     runs: bool = False
     carried_as_stored: bool = False
+    stored_as_linear: bool = False
 
     def stated_by(self, quantization: Mapping[str, Any]) -> NumberFormat | None:
         """Return the format that a quantization_config states, with the settings that it states; None if it states another one.
@@ -154,6 +156,14 @@ class NumberFormat:
     def encode(self, tensor: NamedTensor) -> list[NamedTensor]:
         """Return the tensors that are stored for one that `save_pretrained` would write: the tensor itself if it is not encoded."""
         return [tensor]
+
+    def with_shapes(self, shapes: Callable[[], Mapping[str, tuple[int, ...]]]) -> NumberFormat:
+        """Return the format for files that are not on this machine.
+
+        Args:
+            shapes: Returns the shapes of the tensors that `save_pretrained` would write, by name; headers may not tell them.
+        """
+        return self
 
     def find(self, tensors: Mapping[str, StoredTensor]) -> dict[str, Encoding]:
         """Return the encoded tensors among stored ones, by the name of the decoded tensor.

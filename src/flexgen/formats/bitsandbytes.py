@@ -1,13 +1,14 @@
 """bitsandbytes in 4 bits: NF4 or FP4, whose blocks run over the flattened matrix; scales may be quantized once more.
 
 The shape of a matrix and the constants of its blocks are a JSON text in a stored tensor.  These few bytes are read when the encoded tensors
-are looked for, so the files have to be on this machine.
+are looked for.  Where the files are elsewhere, so that nothing is decoded, shapes are those of the model.
 """
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from flexgen.base.parallel import Parallel, serially
 from flexgen.base.strict_json import strict_json
 from flexgen.errors import CheckpointError, UnsupportedModelError
 from flexgen.formats.base import Encoding, EncodingPart, NamedTensor, NumberFormat, StoredTensor
+from flexgen.formats.linear_names import contains_any, is_linear_of_layer, module_of
 from flexgen.formats.stated import Stated
 
 if TYPE_CHECKING:
@@ -23,14 +25,31 @@ if TYPE_CHECKING:
 _STATE = ".quant_state.bitsandbytes__"
 _KINDS = ("nf4", "fp4")
 _MOST_BYTES = 1 << 16  # of a description, or of a table
+_BLOCK, _NESTED_BLOCK = 64, 256  # of what transformers writes
+_BLOCK_SIZES = (64, 128, 256, 512, 1024, 2048, 4096, 32)  # that bitsandbytes has kernels for, the usual ones first
+
+Shapes = Callable[[], Mapping[str, tuple[int, ...]]]
 
 
 class BitsAndBytes(NumberFormat):
-    """NF4 and FP4, by blocks of the flattened matrix."""
+    """NF4 and FP4, by blocks of the flattened matrix.
+
+    Args:
+        kind: The kind of numbers that the config states.
+        nested: Whether scales are quantized, too.
+        skipped: Parts of the names of modules that are plain.
+        shapes: The shapes of matrices whose files are elsewhere, by the name of the weight.
+    """
 
     name = "bitsandbytes_4bit"
     runs = True
     carried_as_stored = True
+    stored_as_linear = True
+
+    def __init__(
+        self, kind: str = "nf4", *, nested: bool = False, skipped: Sequence[object] = (), shapes: Shapes | None = None
+    ) -> None:  # fmt: skip
+        self._kind, self._nested, self._skipped, self._shapes = kind, nested, tuple(skipped), shapes
 
     def stated_by(self, quantization: Mapping[str, Any]) -> NumberFormat | None:
         method, stated = quantization.get("quant_method"), Stated(quantization)
@@ -41,19 +60,42 @@ class BitsAndBytes(NumberFormat):
                 "the weights are quantized by bitsandbytes to 8 bits (LLM.int8), which is not supported: use a repository with its 4-bit "
                 "weights or with the bfloat16, float16 or float32 weights of this model"
             )
-        return self
+        kind, skipped = quantization.get("bnb_4bit_quant_type", "fp4"), quantization.get("llm_int8_skip_modules")
+        return BitsAndBytes(
+            kind if kind in _KINDS else "nf4",
+            nested=bool(quantization.get("bnb_4bit_use_double_quant")),
+            skipped=skipped if isinstance(skipped, Sequence) and not isinstance(skipped, str) else (),
+        )
+
+    def with_shapes(self, shapes: Shapes) -> NumberFormat:
+        return BitsAndBytes(self._kind, nested=self._nested, skipped=self._skipped, shapes=shapes)
 
     def encode(self, tensor: NamedTensor) -> list[NamedTensor]:
-        raise UnsupportedModelError(
-            "what bitsandbytes stores is only known from the files: give a folder with the weights, not a config alone"
-        )
+        import torch
+
+        module = module_of(tensor)
+        if module is None or not is_linear_of_layer(module) or contains_any(module, self._skipped):
+            return [tensor]
+        count = -(-math.prod(tensor.shape) // _BLOCK)
+        described: dict[str, Any] = {"quant_type": self._kind, "blocksize": _BLOCK, "dtype": "bfloat16", "shape": tensor.shape}
+        stored = [
+            ("", (-(-math.prod(tensor.shape) // 2), 1), torch.uint8),
+            (".absmax", (count,), torch.uint8 if self._nested else torch.float32),
+            (".quant_map", (16,), torch.float32),
+        ]
+        if self._nested:
+            described |= {"nested_blocksize": _NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": 0.04}
+            stored += [(".nested_absmax", (-(-count // _NESTED_BLOCK),), torch.float32), (".nested_quant_map", (256,), torch.float32)]
+        stored.append((f"{_STATE}{self._kind}", (len(json.dumps(described)),), torch.uint8))
+        return [NamedTensor(f"{tensor.name}{ending}", shape, dtype) for ending, shape, dtype in stored]
 
     def find(self, tensors: Mapping[str, StoredTensor]) -> dict[str, Encoding]:
         found = {}
+        shapes = self._shapes() if self._shapes is not None else None
         for name in tensors:
             weight, separator, kind = name.partition(_STATE)
             if separator:
-                found[weight] = _encoding(self.name, weight, kind, tensors)
+                found[weight] = _encoding(self.name, weight, kind, tensors, shapes)
         return found
 
 
@@ -88,6 +130,7 @@ class _FlatBlocks(NumberFormat):
 
     runs = True
     carried_as_stored = True
+    stored_as_linear = True
 
     def __init__(self, name: str, blocks: _Blocks) -> None:
         self.name, self._blocks = name, blocks
@@ -129,8 +172,10 @@ class _FlatBlocks(NumberFormat):
         return values * parts[2].to(torch.float32)[of] + blocks.offset
 
 
-def _encoding(name: str, weight: str, kind: str, tensors: Mapping[str, StoredTensor]) -> Encoding:
-    """Return the encoding of a matrix, from the tensors beside it.
+def _encoding(
+    name: str, weight: str, kind: str, tensors: Mapping[str, StoredTensor], shapes: Mapping[str, tuple[int, ...]] | None
+) -> Encoding:  # fmt: skip
+    """Return the encoding of a matrix, from the tensors beside it and, if the files are elsewhere, from the shapes of matrices.
 
     Raises:
         CheckpointError: They contradict each other, or cannot be read.
@@ -141,7 +186,7 @@ def _encoding(name: str, weight: str, kind: str, tensors: Mapping[str, StoredTen
     if kind not in _KINDS:
         raise _broken(state, f"the kind of numbers {kind[:40]!r} is not known")
     codes, scales, table = (_beside(tensors, each, state) for each in (weight, f"{weight}.absmax", f"{weight}.quant_map"))
-    blocks = _described(weight, state, tensors, table)
+    blocks = _described(weight, state, tensors, table) if shapes is None else _expected(weight, state, tensors, shapes)
     rows, columns = blocks.shape
     count = -(-rows * columns // blocks.size)
     if codes.nbytes != -(-rows * columns // 2) or math.prod(scales.shape) != count:
@@ -162,6 +207,17 @@ def _encoding(name: str, weight: str, kind: str, tensors: Mapping[str, StoredTen
     elif not scales.dtype.is_floating_point:
         raise _broken(state, f"{scales.name} holds {scales.dtype}, but has no scales of its own")
     return Encoding(_FlatBlocks(name, blocks), blocks.shape, tuple(parts), by_rows=by_rows, beside=tuple(beside))
+
+
+def _expected(weight: str, state: StoredTensor, tensors: Mapping[str, StoredTensor], shapes: Mapping[str, tuple[int, ...]]) -> _Blocks:
+    """Return how a matrix is stored whose description is elsewhere, without the values of codes, which only decoding needs."""
+    shape, count = shapes.get(weight, ()), math.prod(tensors[f"{weight}.absmax"].shape)
+    if len(shape) != 2:
+        raise _broken(state, f"the model of config.json has no matrix {weight}: download the repository first, and give its folder")
+    size = next((size for size in _BLOCK_SIZES if -(-math.prod(shape) // size) == count), _BLOCK)
+    nested = tensors.get(f"{weight}.nested_absmax")
+    nested_size = 0 if nested is None else next((n for n in _BLOCK_SIZES[2:] if -(-count // n) == math.prod(nested.shape)), _NESTED_BLOCK)
+    return _Blocks(shape=(shape[0], shape[1]), size=size, values=(), nested_size=nested_size)
 
 
 def _described(weight: str, state: StoredTensor, tensors: Mapping[str, StoredTensor], table: StoredTensor) -> _Blocks:

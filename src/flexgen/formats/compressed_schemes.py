@@ -134,6 +134,8 @@ def _check_rest(stated: Stated) -> None:
         raise _refused(f"stores weights in the format {sparse!r:.40}")
     if transform is not None and any(transform.objects("config_groups")):
         raise _refused("rotates activations (transform_config)")
+    if stated.inner("moe_sparsity_config") is not None:
+        raise _refused("leaves out experts (moe_sparsity_config)")
 
 
 def _scheme(name: str, group: Stated, overall: str | None) -> Scheme | None:

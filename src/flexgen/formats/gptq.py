@@ -63,6 +63,7 @@ class GPTQMatrix(StoredMatrix):
     bits: int
     group_size: int
     zero_lacks: int
+    stored_as_linear = True
 
     @property
     def name(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -102,6 +103,7 @@ class GPTQ(NumberFormat):
 
     name = "gptq"
     runs = True
+    stored_as_linear = True
 
     def __init__(self, settings: Settings | None = None) -> None:
         self._settings = settings or Settings()

@@ -119,15 +119,13 @@ def other_purpose(folder: Path, config: Mapping[str, Any]) -> str | None:
     return None
 
 
-def other_quantization(folder: Path, config: Mapping[str, Any]) -> str | None:
+def other_quantization(config: Mapping[str, Any]) -> str | None:
     """Name the tool that quantized the weights where quantization_config does not say it, as MLX leaves it.
 
     The result is None if nothing indicates a quantization.
     """
     if isinstance(quantization := config.get("quantization"), dict) and "bits" in quantization:
         return f"MLX, {quantization['bits']!r:.10} bits"
-    if (folder / "hf_quant_config.json").is_file() and not config.get("quantization_config"):
-        return "ModelOpt, by hf_quant_config.json alone"
     return None
 
 

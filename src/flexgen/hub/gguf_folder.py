@@ -22,6 +22,7 @@ from flexgen.base.digests import digest_of
 from flexgen.base.quantities import align_up
 from flexgen.errors import ModelError, StorageError, UnsupportedModelError, is_failure
 from flexgen.hub.config import read_config, reason_of
+from flexgen.hub.gguf_configs import OWN_ARCHITECTURES, own_config
 from flexgen.hub.gguf_file import DEFAULT_ALIGNMENT, MAGIC, Values
 from flexgen.hub.gguf_model import GGUFModel
 from flexgen.hub.gguf_rope import rope_factors, rope_scaling
@@ -29,9 +30,10 @@ from flexgen.hub.model_files import TEMPLATE_FOLDER, ModelFiles, has_tokenizer, 
 
 logger = logging.getLogger(__name__)
 
-_VERSION = 1  # of what is made
+_VERSION = 2  # of what is made
 _HEADER_FILE, _NOTE_FILE = "header.gguf", "flexgen.json"
 _ONE_BYTE = 24  # ggml's type of 8-bit integers
+_LLAMA = struct.pack("<Q20sIQ5s", 20, b"general.architecture", 8, 5, b"llama")  # a pair: a key, the type of texts, and a text
 _DTYPES = {"F32": "float32", "F16": "float16"}
 
 # What files state beyond the values that transformers reads: the end of the key -> the field of a config that has one.
@@ -43,8 +45,10 @@ _FIELDS = {
     "final_logit_softcapping": "final_logit_softcapping",
     "attention.sliding_window": "sliding_window",
 }
-# Architectures whose values transformers reads and whose tensors it cannot place.
-_REFUSED = {"gptoss": "transformers has no names for its experts there, which are stored apart and interleaved in the model"}
+# Architectures that transformers' tables name, but do not describe.
+_REFUSED = {"gemma4": "the tables leave out which layers share keys, and the sizes of heads, windows and inputs of single layers"}
+# Rules that llama.cpp (llama-vocab.cpp) treats as GPT-2's.
+_SPLIT_AS_GPT2 = ("gpt-2", "mpt", "olmo", "jais", "trillion", "granite-docling")
 _SAMPLING = {"temp": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p"}
 _ENDS = ("eos_token_id", "eot_token_id", "eom_token_id")
 _TEMPLATES = re.compile(r"tokenizer\.chat_template\.(\w{1,40})")
@@ -64,8 +68,14 @@ def gguf_model_files(name: str, model: GGUFModel, commit: str | None = None) -> 
         StorageError: The folder cannot be written.
     """
     folder = _kept(name, model)
-    if (note := read_json(folder / _NOTE_FILE).get("tokenizer")) is not None:
+    notes = read_json(folder / _NOTE_FILE)
+    if (note := notes.get("tokenizer")) is not None:
         logger.warning("%s: its tokenizer cannot be used (%s): give another with --tokenizer", name, note)
+    elif (rule := notes.get("unknown_split")) is not None:
+        logger.warning(
+            "%s: its tokenizer splits text by the rule %r, which is not known here, so prompts may have other tokens than in training: "
+            "give the original with --tokenizer", name, rule,
+        )  # fmt: skip
     return ModelFiles(
         name=name,
         folder=folder,
@@ -117,21 +127,25 @@ def _make(name: str, model: GGUFModel, source: Path, folder: Path) -> None:
     _write(folder / "generation_config.json", generation)
     config = _config(name, model, source, folder, generation)
     _write(folder / "config.json", config)
-    _write(folder / _NOTE_FILE, {"tokenizer": _write_tokenizer(model, source, folder)})
+    _write(folder / _NOTE_FILE, {"tokenizer": _write_tokenizer(model, source, folder), "unknown_split": _unknown_split(model)})
 
 
 def _header_copy(model: GGUFModel) -> bytes:
     """Return a GGUF file with the metadata that transformers is to see and the names of all tensors.
 
-    Names of models are left out, by which transformers would choose classes, and what it reads wrongly, which `_config` adds.
+    Names of models are left out, by which transformers would choose classes, and what it reads wrongly, which `_config` adds.  What it does
+    not know is called a llama, and has a tokenizer only.
     """
-    kept = ("general.architecture", "general.alignment")
     architecture = model.architecture
+    own = architecture in OWN_ARCHITECTURES
+    kept = ("general.alignment",) if own else ("general.alignment", "general.architecture")
+    read = ("tokenizer.",) if own else (f"{architecture}.", "tokenizer.")
     pairs = [
         pair
         for key, pair in model.parts[0].pairs.items()
-        if key in kept or (key.startswith((f"{architecture}.", "tokenizer.")) and not key.startswith(f"{architecture}.rope.scaling."))
+        if key in kept or (key.startswith(read) and not key.startswith(f"{architecture}.rope.scaling."))
     ]
+    pairs += [_LLAMA] if own else []
     names = [tensor.name.encode() for _, tensor in model.tensors]
     entries = [struct.pack("<Q", len(name)) + name + struct.pack("<IQIQ", 1, 1, _ONE_BYTE, 0) for name in names]
     header = MAGIC + struct.pack("<IQQ", 3, len(entries), len(pairs)) + b"".join(pairs) + b"".join(entries)
@@ -141,18 +155,13 @@ def _header_copy(model: GGUFModel) -> bytes:
 
 def _config(name: str, model: GGUFModel, source: Path, folder: Path, generation: dict[str, Any]) -> dict[str, Any]:
     """Return the contents of config.json."""
-    from transformers import PreTrainedConfig
     from transformers.utils.import_utils import is_gguf_available
 
     if not is_gguf_available():
         raise ModelError(f"{name}: reading GGUF files needs the package gguf: pip install 'flexgen-engine[gguf]'")
     _check_known(name, model)
-    try:
-        values, _ = PreTrainedConfig.get_config_dict(str(source), gguf_file=_HEADER_FILE, local_files_only=True)
-    except Exception as error:  # transformers' reader lets through whatever a value causes
-        raise ModelError(f"{name}: its metadata cannot be used: {reason_of(error)}") from error
-    values = {key: value for key, value in values.items() if key not in ("_commit_hash", "_model_name_or_path")}
-    values["dtype"] = _dtype(model)
+    values = own_config(model) if model.architecture in OWN_ARCHITECTURES else _known_config(name, source)
+    values |= {"dtype": _dtype(model), **_mixtral(model)}
 
     def checked() -> Any:
         return read_config(
@@ -166,12 +175,33 @@ def _config(name: str, model: GGUFModel, source: Path, folder: Path, generation:
             values[field] = value
     rotated = model.metadata.get(f"{model.architecture}.rope.dimension_count")
     if isinstance(rotated, int) and "partial_rotary_factor" in (getattr(known, "rope_parameters", None) or {}):
-        values["partial_rotary_factor"] = rotated / (known.hidden_size // known.num_attention_heads)
+        values["partial_rotary_factor"] = rotated / (getattr(known, "head_dim", None) or known.hidden_size // known.num_attention_heads)
+    own = dict(getattr(known, "rope_parameters", None) or {})
     if (scaling := rope_scaling(model, checked())) is not None:
-        own = dict(known.rope_parameters)
         values["rope_parameters"] = own | ({"full_attention": own["full_attention"] | scaling} if "full_attention" in own else scaling)
+    elif own.get("rope_type", "default") != "default":  # the default of gpt-oss's class, which the file does not state
+        values["rope_parameters"] = {"rope_type": "default", "rope_theta": own["rope_theta"]}
     checked()
     return values
+
+
+def _known_config(name: str, source: Path) -> dict[str, Any]:
+    """Return what transformers makes of the copy of the header."""
+    from transformers import PreTrainedConfig
+
+    try:
+        values, _ = PreTrainedConfig.get_config_dict(str(source), gguf_file=_HEADER_FILE, local_files_only=True)
+    except Exception as error:  # its reader lets through whatever a value causes
+        raise ModelError(f"{name}: its metadata cannot be used: {reason_of(error)}") from error
+    return {key: value for key, value in values.items() if key not in ("_commit_hash", "_model_name_or_path")}
+
+
+def _mixtral(model: GGUFModel) -> dict[str, Any]:
+    """Return what makes a Mixtral of the config of a llama: its files say llama, and have experts."""
+    count, used = (model.metadata.get(f"llama.expert_{each}") for each in ("count", "used_count"))
+    if model.architecture != "llama" or not count or all(tensor.name != "blk.0.ffn_gate_inp.weight" for _, tensor in model.tensors):
+        return {}
+    return {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "num_local_experts": count, "num_experts_per_tok": used}
 
 
 def _check_known(name: str, model: GGUFModel) -> None:
@@ -180,15 +210,14 @@ def _check_known(name: str, model: GGUFModel) -> None:
     from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
 
     known = {each.replace("_", "") for each in (*GGUF_SUPPORTED_ARCHITECTURES, *GGUF_CONFIG_ARCHS)}
-    architecture = re.sub(r"[_\-]", "", model.architecture)
-    if architecture in _REFUSED:
+    if (reason := _REFUSED.get(model.architecture)) is not None:
         raise UnsupportedModelError(
-            f"{name}: {model.architecture} is not supported in GGUF: {_REFUSED[architecture]}; take the repository that it was made from"
+            f"{name}: {model.architecture} is not supported in GGUF: {reason}; take the repository that the file was made from"
         )
-    if architecture not in known:
+    if model.architecture not in OWN_ARCHITECTURES and re.sub(r"[_\-]", "", model.architecture) not in known:
         raise UnsupportedModelError(
             f"{name} is of the architecture {model.architecture!r}, whose GGUF files transformers does not map; it does those of "
-            f"{', '.join(sorted({*GGUF_SUPPORTED_ARCHITECTURES} - {'general', 'tokenizer'}))}"
+            f"{', '.join(sorted({*GGUF_SUPPORTED_ARCHITECTURES, *OWN_ARCHITECTURES} - {'general', 'tokenizer', *_REFUSED}))}"
         )
 
 
@@ -238,6 +267,16 @@ def _write_tokenizer(model: GGUFModel, source: Path, folder: Path) -> str | None
             path.unlink()
         return reason_of(error)
     return None
+
+
+def _unknown_split(model: GGUFModel) -> str | None:
+    """Return the rule by which text is split into words before merges, if transformers would take GPT-2's in its place."""
+    from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+
+    rule = model.metadata.get("tokenizer.ggml.pre")
+    if model.metadata.get("tokenizer.ggml.model") != "gpt2" or not isinstance(rule, str):
+        return None
+    return None if rule in GGUF_PRE_TOKENIZER_SPLITS or rule in _SPLIT_AS_GPT2 else rule[:40]
 
 
 def _write_templates(model: GGUFModel, folder: Path) -> None:

@@ -29,7 +29,7 @@ TOKENIZER_FILES = (
 TEMPLATE_FILE, TEMPLATE_FOLDER, _TEMPLATE_ENDING = "chat_template.jinja", "additional_chat_templates", ".jinja"
 _TEMPLATES = (TEMPLATE_FILE, f"{TEMPLATE_FOLDER}/*{_TEMPLATE_ENDING}")
 # Where older tools state how they quantized the weights, and the quant_method that they leave out.
-QUANTIZATION_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
+QUANTIZATION_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt"}
 SMALL_FILES = ("config.json", "generation_config.json", INDEX_FILE, *QUANTIZATION_FILES, *TOKENIZER_FILES, *_TEMPLATES)
 
 MAX_JSON_BYTES = 32 * MIB  # the largest honest index files have some 15 MiB
@@ -119,9 +119,15 @@ def read_model_config(folder: Path) -> dict[str, Any]:
     if config.get("quantization_config") or config.get("compression_config"):
         return config
     for name, method in QUANTIZATION_FILES.items():
-        if (folder / name).is_file():
-            return {**config, "quantization_config": {"quant_method": method, **read_json(folder / name)}}
+        if (folder / name).is_file() and not _is_of_the_cache_alone(stated := read_json(folder / name)):
+            return {**config, "quantization_config": {"quant_method": method, **stated}}
     return config
+
+
+def _is_of_the_cache_alone(stated: dict[str, Any]) -> bool:
+    """Return whether ModelOpt's file quantizes the KV cache alone, so that the weights are plain."""
+    settings = stated.get("quantization")
+    return isinstance(settings, dict) and "quant_algo" in settings and settings["quant_algo"] is None
 
 
 def check_weight_files(folder: Path) -> None:

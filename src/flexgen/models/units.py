@@ -5,6 +5,7 @@ Reads headers, never weights; knows no tiers and no budgets.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ from flexgen.checkpoint.meta import SkeletonLimits
 from flexgen.checkpoint.parameters import ModelSources, parameter_sources
 from flexgen.errors import UnsupportedModelError
 from flexgen.formats.linear_names import is_linear_of_layer
+from flexgen.checkpoint.repository import saved_shapes
 from flexgen.formats.table import stated_format, without_quantization
 from flexgen.models.parts import ParameterUse, Part
 from flexgen.models.refusals import check_supported_architecture
@@ -78,7 +80,10 @@ def cut_model(config: Any, dtype: torch.dtype, headers: Headers, unit_bytes: int
             int8.
         CheckpointError: The headers do not match the model.
     """
-    stored_bytes, headers = headers.total_bytes, headers.decoded(stated_format(config), dtype)
+    number_format = stated_format(config)
+    if number_format is not None and not headers.readable:
+        number_format = number_format.with_shapes(functools.partial(saved_shapes, config, dtype))
+    stored_bytes, headers = headers.total_bytes, headers.decoded(number_format, dtype)
     check_supported_architecture(config)
     model = build_skeleton(without_quantization(config), dtype, SkeletonLimits.of(headers))
     sources = parameter_sources(model, headers)

@@ -10,6 +10,9 @@ PAGE_TOKENS = 16  # tokens of a KV page in every plan
 SCORED_SLICE_BYTES = 32 * MIB  # logits of scored positions that are held at a time
 INT8_SUMS_BYTES = 8 * MIB  # sums of products in int8 that are held at a time
 SCRATCH_UNITS = 3  # units that are open at a time and were decoded for that
+# A device decodes so many numbers at once by torch operations, whose temporary tensors take at most so many bytes for each: indices, values
+# and scales, in float32 or int32.
+DECODED_AT_ONCE, DECODING_BYTES = 1 << 21, 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

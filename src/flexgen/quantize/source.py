@@ -84,7 +84,7 @@ def open_source(files: ModelFiles) -> Source:
         ModelError: They cannot be used, or the weights are in a format that is not decoded.
     """
     check_convertible(files)
-    if (tool := other_quantization(files.folder, files.config)) is not None:
+    if (tool := other_quantization(files.config)) is not None:
         raise refuse_quantization({"quant_method": tool})
     config = read_config(files)
     check_supported_number_format(config)

@@ -170,7 +170,7 @@ class ResolvedModel:
 
         step("tracing the model's layers")
         with DESCRIBING, describing(self.files.name):
-            if (tool := other_quantization(self.files.folder, self.files.config)) is not None:
+            if (tool := other_quantization(self.files.config)) is not None:
                 raise refuse_quantization({"quant_method": tool})
             random, computed = self.options.load_format == "dummy", getattr(torch, dtype)
             headers = GGUFHeaders(self.files.gguf) if self.files.gguf is not None and not random else None
