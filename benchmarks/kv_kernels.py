@@ -2,11 +2,13 @@
 
     python benchmarks/kv_kernels.py --threads 2
     python benchmarks/kv_kernels.py --threads 2 --formats bfloat16 int4 --groups 1
+    python benchmarks/kv_kernels.py --threads 2 --formats bfloat16 int8 --groups --latents 16 128
 
 Three rates are measured in turns within each round: reads of memory that no cache holds, float32 matrix products, and the kernel.  With n
 bytes per number of keys and values and g query heads per key head, each number is read once and takes g multiply-adds, so no kernel can
 attend to more numbers per second than min(read rate / n, multiply-adds per second / g).  One JSON line per format and group: medians over
-the rounds, the share of what is attainable, and tokens/s relative to bfloat16.
+the rounds, the share of what is attainable, and tokens/s relative to bfloat16.  Latents are those of DeepSeek-V2 and V3 (V2-Lite has 16
+heads); all heads share them, as keys and as values, so that a number takes nearly two multiply-adds per head.
 """
 
 from __future__ import annotations
@@ -23,11 +25,15 @@ from record import commit, machine, versions
 
 from flexgen.kernels.attention import attention_kernels
 from flexgen.kernels.reference import AttentionKernels
-from flexgen.kv.low_bit import LowBitKV, kv_format
+from flexgen.kv.format import Steps, default_kv_format
+from flexgen.kv.low_bit import LowBitKV, LowBitPages, kv_format
 from flexgen.options import KV_FORMATS
+from flexgen.passes.calls import AttentionCall, LatentProjection
+from flexgen.passes.geometry import KVGeometry
 from flexgen.profile.low_bit import low_bit_steps
 
 PAGE_TOKENS, HEAD_DIM = 16, 128
+RANK, ROPE = 512, 64  # of latents
 PLAIN = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 FORMATS = (*PLAIN, *(name for name in KV_FORMATS if name != "auto"))
 QUERY_HEADS = 32
@@ -79,6 +85,33 @@ def made(kernels: AttentionKernels, name: str, heads: int, key_heads: int, max_b
     return low_bit_steps(kernels, torch.device("cpu"), kv, heads, key_heads, 2 * max_bytes, tokens)
 
 
+def latent_steps(kernels: AttentionKernels, name: str, heads: int, max_bytes: int, tokens: int) -> tuple[Callable[[], None], int]:
+    """Make a function that attends to latents in a format; return it and the bytes of latents that it reads."""
+    dtype = PLAIN.get(name, torch.bfloat16)
+    kv = kv_format("auto" if name in PLAIN else name, dtype)
+    geometry = KVGeometry(key_heads=1, key_dim=RANK, value_heads=1, value_dim=ROPE, latent=True)
+    sizes = kv.key_bytes(geometry), kv.value_bytes(geometry)
+    sequences = max(max_bytes // (tokens * sum(sizes)), 1)
+    number = sequences * tokens // PAGE_TOKENS
+    latents, ropes = (torch.empty(number * PAGE_TOKENS, 1, dim, dtype=dtype).uniform_(-1, 1) for dim in (RANK, ROPE))
+    pages = kv.pages(*(torch.empty(number, PAGE_TOKENS * size, dtype=torch.uint8) for size in sizes), geometry, PAGE_TOKENS)
+    ids = torch.arange(number)
+    if isinstance(pages, LowBitPages):
+        pages.seal(kernels, latents, ropes, ids)
+        exact = (torch.zeros(sequences, PAGE_TOKENS * dim * dtype.itemsize, dtype=torch.uint8) for dim in (RANK, ROPE))
+        pages = pages.beside(default_kv_format(dtype).pages(*exact, geometry, PAGE_TOKENS))
+    else:
+        pages.write(kernels, latents, ropes, ids.repeat_interleave(PAGE_TOKENS), torch.arange(PAGE_TOKENS).repeat(number))
+    query = torch.empty(sequences, heads, RANK + ROPE, dtype=dtype).uniform_(-1, 1)
+    out, starts = torch.empty(sequences, heads, RANK, dtype=dtype), torch.zeros(sequences, dtype=torch.int64)
+    tables, tails = torch.randperm(number).view(sequences, -1), torch.arange(sequences)
+    steps = Steps(tables=tables, starts=starts, lengths=starts + tokens, tails=tails)
+    call = AttentionCall(
+        layer=0, query=query, key=query, value=query, scaling=HEAD_DIM**-0.5, latent=LatentProjection(key_up=query, value_up=query)
+    )
+    return lambda: pages.decode(kernels, call, query, steps, out), sequences * tokens * sum(sizes)
+
+
 def timed(run: Callable[[], object], least_seconds: float) -> float:
     """Return the seconds of one call, over enough calls to be measured."""
     calls, begun = 0, time.perf_counter()
@@ -88,27 +121,55 @@ def timed(run: Callable[[], object], least_seconds: float) -> float:
     return (time.perf_counter() - begun) / calls
 
 
-def case(kernels: AttentionKernels, attainable: Attainable, names: list[str], group: int, options: Any) -> list[dict[str, Any]]:
-    """Measure all formats for one group size, in turns."""
+Runs = dict[str, tuple[Callable[[], None], int]]  # by format: what attends, and the KV bytes that it reads
+
+
+def of_heads(kernels: AttentionKernels, group: int, options: Any) -> list[dict[str, Any]]:
+    """Measure all formats for one group size."""
     key_heads = QUERY_HEADS // group
-    runs = {name: made(kernels, name, QUERY_HEADS, key_heads, options.mebibytes << 20, options.tokens) for name in names}
+    runs = {name: made(kernels, name, QUERY_HEADS, key_heads, options.mebibytes << 20, options.tokens) for name in options.formats}
+    numbers = {name: _number_bytes(name) for name in runs}
+    return case(runs, numbers, group, options, {"heads_per_key_head": group, "tokens": options.tokens, "head_dim": HEAD_DIM})
+
+
+def of_latents(kernels: AttentionKernels, heads: int, options: Any) -> list[dict[str, Any]]:
+    """Measure all formats on latents that so many heads share; in those of few bits they have 8."""
+    runs = {name: latent_steps(kernels, name, heads, options.mebibytes << 20, options.tokens) for name in options.formats}
+    numbers = {name: _number_bytes(name if name in PLAIN else "int8") for name in runs}
+    adds = heads * (2 * RANK + ROPE) / (RANK + ROPE)
+    return case(runs, numbers, adds, options, {"latent_heads": heads, "tokens": options.tokens, "rank": RANK, "rope": ROPE})
+
+
+def case(
+    runs: Runs, bytes_per_number: dict[str, float], adds_per_number: float, options: Any, about: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """Measure formats in turns.
+
+    Args:
+        runs: What is measured.
+        bytes_per_number: By format, scales included.
+        adds_per_number: The multiply-adds that a number takes.
+        options: The options of the command.
+        about: What the lines say of the case.
+    """
+    attainable = Attainable()
     for run, _ in runs.values():
         run()
-    rates: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+    rates: dict[str, list[dict[str, float]]] = {name: [] for name in runs}
     for _ in range(options.rounds):
         for name, (run, kv_bytes) in runs.items():
             read, adds = attainable.read_bytes_per_s(), attainable.multiply_adds_per_s()
             seconds = timed(run, 0.1)
-            number_bytes = _number_bytes(name)
+            number_bytes = bytes_per_number[name]
             numbers = kv_bytes / number_bytes / seconds
-            limit = min(read / number_bytes, adds / group)
+            limit = min(read / number_bytes, adds / adds_per_number)
             rates[name].append({
                 "numbers_per_s": numbers, "bytes_per_s": kv_bytes / seconds, "read_bytes_per_s": read, "multiply_adds_per_s": adds,
                 "share_of_attainable": numbers / limit,
             })  # fmt: skip
     rows = []
     for name, measured in rates.items():
-        row: dict[str, Any] = {"format": name, "heads_per_key_head": group, "tokens": options.tokens, "head_dim": HEAD_DIM}
+        row: dict[str, Any] = {"format": name, **about}
         row |= {key: statistics.median(each[key] for each in measured) for key in measured[0]}
         if "bfloat16" in rates:
             pairs = zip(measured, rates["bfloat16"], strict=True)
@@ -127,7 +188,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--formats", nargs="+", default=list(FORMATS), choices=FORMATS)
-    parser.add_argument("--groups", nargs="+", type=int, default=[1, 4, 8])
+    parser.add_argument("--groups", nargs="*", type=int, default=[1, 4, 8])
+    parser.add_argument("--latents", nargs="*", type=int, default=[16, 128], help="heads that share latents")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--mebibytes", type=int, default=128, help="of KV per case")
@@ -136,9 +198,9 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     place = {"threads": options.threads, **commit(), "machine": machine(), "versions": versions()}
     with attention_kernels(torch.device("cpu"), options.threads) as kernels:
-        attainable = Attainable()
-        for group in options.groups:
-            for row in case(kernels, attainable, options.formats, group, options):
+        cases = [(of_heads, group) for group in options.groups] + [(of_latents, heads) for heads in options.latents]
+        for measure, heads in cases:
+            for row in measure(kernels, heads, options):
                 print(json.dumps({**row, **place}), flush=True)
 
 

@@ -37,12 +37,13 @@ class Workshops:
 
 
 def main() -> None:
-    """`kinds.py FOLDER NUM_JOBS KIND...`, a kind being one of ALL_KINDS or ACTION@POINT: an outcome per line."""
+    """`kinds.py FOLDER NUM_JOBS KIND...`, a kind being one of ALL_KINDS, KIND#ITS_NUM_JOBS or ACTION@POINT: an outcome per line."""
     folder, num_jobs, *kinds = sys.argv[1:]
     workshops = Workshops(Path(folder))
-    for kind in kinds:
+    for each in kinds:
+        kind, _, number = each.partition("#")
         action, _, point = kind.partition("@")
-        outcomes = map(workshops.plain.try_job, sweep(point, action)) if point else workshops.run_kind(kind, int(num_jobs), 0)
+        outcomes = map(workshops.plain.try_job, sweep(point, action)) if point else workshops.run_kind(kind, int(number or num_jobs), 0)
         for place, outcome in enumerate(outcomes, 1):
             print(json.dumps(asdict(outcome)), flush=True)
             if point and (not outcome.trials[0].struck or place == int(num_jobs)):

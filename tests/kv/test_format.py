@@ -41,6 +41,9 @@ class Int8KV:
     def value_bytes(self, geometry: KVGeometry) -> int:
         return geometry.value_heads * (geometry.value_dim + SCALE_BYTES)
 
+    def disk_slot(self, geometry: KVGeometry, page_tokens: int) -> None:
+        return None
+
     def pages(self, keys: Tensor, values: Tensor, geometry: KVGeometry, page_tokens: int) -> Int8Pages:
         shapes = (page_tokens, geometry.key_heads, -1), (page_tokens, geometry.value_heads, -1)
         return Int8Pages(*(memory.view(len(memory), *shape) for memory, shape in zip((keys, values), shapes, strict=True)))

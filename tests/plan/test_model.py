@@ -49,6 +49,16 @@ def test_what_is_written_comes_back(units: list[UnitSpec]) -> None:
     assert ModelSpec.from_json(spec.to_json()) == spec
 
 
+def test_a_low_bit_format_of_kv_comes_back() -> None:
+    group = KVGroupSpec(
+        num_layers=3, bytes_per_token=10, attention_flops_per_pair=4.5, exact_bytes_per_token=32, slot_bytes_per_token=12, window=7
+    )
+    spec = dataclasses.replace(spec_with([]), kv_groups=(group,), kv_format="int4")
+    assert ModelSpec.from_json(spec.to_json()) == spec
+    assert (spec.kv_groups[0].disk_bytes_per_token, spec.disk_kv_growth) == (12, 1.2)
+    assert spec_with([]).disk_kv_growth == 1
+
+
 def test_equal_layers_are_written_once() -> None:
     def layers(count: int) -> ModelSpec:
         unit = UnitSpec(name="", disk_bytes=4096, decoded_bytes=4096, flops_per_token=8.0)

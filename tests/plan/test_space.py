@@ -7,6 +7,9 @@ import pytest
 from plan.instances import TIERS, instance_of
 
 from flexgen.base.quantities import GIB
+from flexgen.plan.play.simulate import simulate
+from flexgen.plan.price.requests import kv_room
+from flexgen.plan.search.drafts import pool_fractions
 from flexgen.plan.search.space import Point
 
 
@@ -35,3 +38,26 @@ def test_a_space_within_other_budgets_is_the_space_made_for_them(seed, tier):
         assert within.free_axes(point.schedule) == fresh.free_axes(point.schedule)
         assert within.policy(point) == fresh.policy(point)
         assert within.free_memory(point, spills=True) == fresh.free_memory(point, spills=True)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_padded_pages_take_their_room_on_disk(seed):
+    """The pool on disk is one of padded bytes within the budget, and what lives there is as much KV as its share says."""
+    instance = instance_of(seed)
+    groups = tuple(dataclasses.replace(group, slot_bytes_per_token=3 * group.bytes_per_token // 2) for group in instance.spec.kv_groups)
+    spec = dataclasses.replace(instance.spec, kv_groups=groups, kv_format="int8")
+    space, draw = dataclasses.replace(instance, spec=spec).space(), random.Random(seed)
+    spilled = 0
+    for point in random_points(space, draw, 60):
+        if (policy := space.policy(point)) is None or not policy.kv_disk_bytes:
+            continue
+        spilled += 1
+        room = kv_room(spec, policy)
+        assert policy.kv_disk_bytes <= space.disk_bytes
+        assert room["disk"] == pytest.approx(policy.kv_disk_bytes / 1.5, abs=1)
+        shares = pool_fractions(room)
+        assert space.kv is not None or shares.disk == pytest.approx(policy.kv.disk, abs=1e-3)
+        if spilled < 4:
+            played = simulate(spec, policy, space.workload)
+            assert max(played.kv_bytes.get("disk", [0])) <= room["disk"]
+    assert spilled or not space.disk_bytes

@@ -183,6 +183,16 @@ def test_the_price_of_kv_on_disk(make_spec, make_policy):
     assert work.num_disk_requests == 2 * 3 * (2 + 3 + 3 / 16)  # keys and values of three layers; a page is written when it is full
 
 
+def test_the_price_of_padded_kv_on_disk(make_spec, make_policy):
+    """The disk moves the padded bytes, keys and values in one request; attention reads the others."""
+    groups = (KVGroupSpec(num_layers=3, bytes_per_token=10, attention_flops_per_pair=4.0, slot_bytes_per_token=15),)
+    load = load_of(prompt_tokens={"disk": 10}, num_prompts={"disk": 2}, next_tokens={"disk": 3}, attended_tokens={"disk": [30]})
+    work = price(load, make_spec(groups=groups), make_policy(page_tokens=16), PassWork())
+    assert (work.disk_read_bytes, work.disk_write_bytes, work.host_step_bytes) == (1350, 585, 900)
+    assert work.host_memory_bytes == (900 + 390) + (1350 + 585)
+    assert work.num_disk_requests == 3 * (2 + 3 + 3 / 16)
+
+
 def test_groups_of_layers_add_up(make_spec, make_policy):
     groups = (
         KVGroupSpec(num_layers=2, bytes_per_token=10, attention_flops_per_pair=4.0),

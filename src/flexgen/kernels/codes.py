@@ -67,8 +67,8 @@ class SealedPages:
     (code bytes, page_tokens), those of values (page_tokens, code bytes).
 
     Attributes:
-        keys: uint8 (pages, key heads, page_tokens * bytes of a key head).
-        values: uint8 (pages, value heads, page_tokens * bytes of a value head).
+        keys: uint8 (pages, key heads, page_tokens * bytes of a key head, or more, an even number); bytes behind are never touched.
+        values: uint8 (pages, value heads, page_tokens * bytes of a value head, or more).
         key_codes: The codes of a key head.
         value_codes: The codes of a value head.
         page_tokens: The number of tokens of a page, even.
@@ -181,7 +181,7 @@ def seal(key: Tensor, value: Tensor, pages: SealedPages, page_ids: Tensor) -> No
         found, parameters = (each.unflatten(0, (-1, size)) for each in encode(numbers, codes))  # (pages, tokens, heads, ..)
         found = found.permute(0, 2, 1, 3) if by_token else found.permute(0, 2, 3, 1)
         packed = parameters.permute(0, 2, 3, 1).contiguous().view(torch.uint8)  # (pages, heads, parameters, bytes of all tokens)
-        memory[page_ids] = torch.cat([found.flatten(2), packed.flatten(2)], dim=-1)
+        memory[page_ids, :, : size * codes.token_bytes] = torch.cat([found.flatten(2), packed.flatten(2)], dim=-1)
 
 
 def unseal(pages: SealedPages, page_table: Tensor, start: int, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -192,7 +192,7 @@ def unseal(pages: SealedPages, page_table: Tensor, start: int, length: int, dtyp
     visible = slice(start - first * size, length - first * size)
     found = []
     for codes, memory, by_token in ((pages.key_codes, pages.keys, False), (pages.value_codes, pages.values, True)):
-        stored = memory[ids]  # (pages, heads, bytes)
+        stored = memory[ids, :, : size * codes.token_bytes]  # (pages, heads, bytes)
         border = codes.code_bytes * size
         code_bytes, parameters = stored[..., :border], stored[..., border:].contiguous().view(torch.float16)
         shape = (size, codes.code_bytes) if by_token else (codes.code_bytes, size)

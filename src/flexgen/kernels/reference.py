@@ -174,16 +174,59 @@ def decode_sealed_attention(
         sinks: As for `decode_attention`.
         out: (S, H, Dv), of the query's dtype; written.
     """
-    size = pages.page_tokens
     for i, (start, length) in enumerate(zip(starts.clamp(min=0).tolist(), lengths.tolist(), strict=True)):
-        border = (length - 1) // size * size
-        key, value = gather_kv(tail_keys, tail_values, tails[i : i + 1], max(start - border, 0), length - border)
-        if start < border:
-            wide = torch.promote_types(query.dtype, torch.float32)
-            earlier = unseal(pages, page_tables[i], start, border, wide)
-            key, value = torch.cat([earlier[0], key.to(wide)]), torch.cat([earlier[1], value.to(wide)])
+        key, value = _last_seen(pages, tail_keys, tail_values, page_tables[i], tails[i : i + 1], start, length)
         visible = torch.ones(1, length - start, dtype=torch.bool, device=query.device)
         out[i] = _attend(query[i : i + 1], key, value, visible, scaling, softcap, sinks)[0]
+
+
+def decode_sealed_latent_attention(
+    query_latent: Tensor,
+    query_rope: Tensor,
+    pages: SealedPages,
+    tail_keys: Tensor,
+    tail_values: Tensor,
+    page_tables: Tensor,
+    tails: Tensor,
+    starts: Tensor,
+    lengths: Tensor,
+    *,
+    scaling: float,
+    out: Tensor,
+) -> None:
+    """Attend to cached latents as `decode_latent_attention` does, of which those of earlier pages are sealed.
+
+    Args:
+        query_latent: (S, H, rank).
+        query_rope: (S, H, rope).
+        pages: The sealed pages; keys are the latents, values the rotated keys, neither of them rotated by a Hadamard matrix.
+        tail_keys: (tails, 1, rank, page_tokens).
+        tail_values: (tails, 1, page_tokens, rope).
+        page_tables: As for `decode_sealed_attention`.
+        tails: As for `decode_sealed_attention`.
+        starts: As for `decode_attention`.
+        lengths: As for `decode_attention`.
+        scaling: As for `decode_attention`.
+        out: (S, H, rank), of the query's dtype; written.
+    """
+    query = torch.cat([query_latent, query_rope], dim=-1)  # (S, H, rank + rope)
+    for i, (start, length) in enumerate(zip(starts.clamp(min=0).tolist(), lengths.tolist(), strict=True)):
+        latent, rope = _last_seen(pages, tail_keys, tail_values, page_tables[i], tails[i : i + 1], start, length)
+        visible = torch.ones(1, length - start, dtype=torch.bool, device=query.device)
+        out[i] = _attend(query[i : i + 1], torch.cat([latent, rope], dim=-1), latent, visible, scaling, None, None)[0]
+
+
+def _last_seen(
+    pages: SealedPages, tail_keys: Tensor, tail_values: Tensor, page_table: Tensor, tail: Tensor, start: int, length: int
+) -> tuple[Tensor, Tensor]:
+    """Return the keys and values from `start` on that the last of `length` positions sees: earlier pages as stored, its own from a tail."""
+    border = (length - 1) // pages.page_tokens * pages.page_tokens
+    key, value = gather_kv(tail_keys, tail_values, tail, max(start - border, 0), length - border)
+    if start >= border:
+        return key, value
+    wide = torch.promote_types(key.dtype, torch.float32)
+    earlier = unseal(pages, page_table, start, border, wide)
+    return torch.cat([earlier[0], key.to(wide)]), torch.cat([earlier[1], value.to(wide)])
 
 
 def prefill_sealed_attention(
@@ -264,6 +307,7 @@ class AttentionKernels:
     seal = staticmethod(seal)
     unseal = staticmethod(unseal)
     decode_sealed_attention = staticmethod(decode_sealed_attention)
+    decode_sealed_latent_attention = staticmethod(decode_sealed_latent_attention)
     prefill_sealed_attention = staticmethod(prefill_sealed_attention)
 
     def close(self) -> None:

@@ -43,7 +43,7 @@ class KVCache:
     def __init__(self, groups: Sequence[KVGroup], pools: Mapping[str, Pool]) -> None:
         self.groups = tuple(groups)
         self.pools = pools
-        self._page_bytes = [group.page_bytes for group in groups]
+        self._page_bytes = {home: [group.page_bytes for group in pool.groups] for home, pool in pools.items()}
         self.used_bytes = dict.fromkeys(pools, 0)
         self.peak_bytes = dict.fromkeys(pools, 0)
         self._sharers = {home: [Counter[int]() for _ in groups] for home in pools}  # page -> the number of its holders besides the first
@@ -89,7 +89,7 @@ class KVCache:
             taken.append((index, pages))
         for index, pages in taken:
             kv.tables[index] += pages
-            self._count(kv.home, len(pages) * self._page_bytes[index])
+            self._count(kv.home, len(pages) * self._page_bytes[kv.home][index])
         return True
 
     def trim(self, kv: SequenceKV, length: int) -> None:
@@ -116,7 +116,7 @@ class KVCache:
             elif sharers.pop(page, 0) == 0:
                 freed.append(page)
         self.pools[home].give_back(index, freed)
-        self._count(home, -len(freed) * self._page_bytes[index])
+        self._count(home, -len(freed) * self._page_bytes[home][index])
 
     def _count(self, home: str, delta_bytes: int) -> None:
         self.used_bytes[home] += delta_bytes

@@ -24,6 +24,25 @@ from flexgen.passes.calls import AttentionCall
 from flexgen.passes.geometry import KVGeometry
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DiskSlot:
+    """A page of one layer on disk, with each head's values behind its keys, so that it is read in one piece past the page cache.
+
+    Attributes:
+        heads: The number of heads.
+        head_bytes: The bytes of a head's keys and values together, and of what pads them.
+        values_at: The place of a head's values behind its keys.
+    """
+
+    heads: int
+    head_bytes: int
+    values_at: int
+
+    @property
+    def page_bytes(self) -> int:
+        return self.heads * self.head_bytes
+
+
 class KVFormat(Protocol):
     """A format in which keys and values are kept."""
 
@@ -45,12 +64,17 @@ class KVFormat(Protocol):
         """Return the bytes of a token's values in one layer."""
         ...
 
+    def disk_slot(self, geometry: KVGeometry, page_tokens: int) -> DiskSlot | None:
+        """Return the layout of a page on disk, if that differs from keys and values apart."""
+        ...
+
     def pages(self, keys: Tensor, values: Tensor, geometry: KVGeometry, page_tokens: int) -> KVPages:
         """Return one layer's pages in the given memory.
 
         Args:
-            keys: Contiguous uint8 (pages, page_tokens * key_bytes), on any device; the pages write to it.
-            values: Contiguous uint8 (pages, page_tokens * value_bytes), on the same device.
+            keys: Contiguous uint8 (pages, page_tokens * key_bytes), on any device; the pages write to it.  In a `DiskSlot` a head has more
+                bytes than its keys, and what lies behind them must stay as it is.
+            values: Contiguous uint8 (pages, page_tokens * value_bytes), on the same device; the same is true of them.
             geometry: The geometry of the layer.
             page_tokens: The number of tokens of a page.
         """
@@ -137,6 +161,9 @@ class PlainKV:
 
     def value_bytes(self, geometry: KVGeometry) -> int:
         return geometry.value_heads * geometry.value_dim * self.dtype.itemsize
+
+    def disk_slot(self, geometry: KVGeometry, page_tokens: int) -> None:
+        return None
 
     def pages(self, keys: Tensor, values: Tensor, geometry: KVGeometry, page_tokens: int) -> PlainPages:
         return PlainPages(

@@ -5,16 +5,21 @@ The latents of multi-head latent attention have 8 bits under every format, becau
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from flexgen.base.quantities import align_up
+from flexgen.io.aligned import ALIGNMENT
 from flexgen.kernels.codes import HeadCodes, SealedPages
 from flexgen.kernels.reference import AttentionKernels
-from flexgen.kv.format import KVFormat, KVPages, PlainKV, PlainPages, Steps, default_kv_format
-from flexgen.passes.calls import AttentionCall, KeyValue
+from flexgen.kv.format import DiskSlot, KVFormat, KVPages, PlainKV, PlainPages, Steps, default_kv_format
+from flexgen.passes.calls import AttentionCall
 from flexgen.passes.geometry import KVGeometry
+
+MOST_PADDING = 1 / 3  # of a page's bytes on disk; with more, reading through the page cache costs less
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +59,18 @@ class LowBitKV:
 
     def value_bytes(self, geometry: KVGeometry) -> int:
         return geometry.value_heads * self.value_codes(geometry).token_bytes
+
+    def disk_slot(self, geometry: KVGeometry, page_tokens: int) -> DiskSlot | None:
+        """Return the layout of a page on disk: padded, head by head, to a multiple of what direct I/O moves, unless that wastes much."""
+        heads = geometry.key_heads
+        if heads != geometry.value_heads:
+            return None
+        values_at = page_tokens * self.key_codes(geometry).token_bytes
+        used = values_at + page_tokens * self.value_codes(geometry).token_bytes
+        head_bytes = align_up(used, ALIGNMENT // math.gcd(heads, ALIGNMENT))
+        if head_bytes > (1 + MOST_PADDING) * used:
+            return None
+        return DiskSlot(heads=heads, head_bytes=head_bytes, values_at=values_at)
 
     def pages(self, keys: Tensor, values: Tensor, geometry: KVGeometry, page_tokens: int) -> LowBitPages:
         return LowBitPages(
@@ -118,25 +135,10 @@ class LowBitPages(KVPages):
 
     def decode(self, kernels: AttentionKernels, call: AttentionCall, query: Tensor, steps: Steps, out: Tensor) -> None:
         assert steps.tails is not None
+        where = self.sealed, self.tails.keys, self.tails.values, steps.tables, steps.tails, steps.starts, steps.lengths
         if call.latent is None:
-            kernels.decode_sealed_attention(
-                query, self.sealed, self.tails.keys, self.tails.values, steps.tables, steps.tails, steps.starts, steps.lengths,
-                scaling=call.scaling, softcap=call.softcap, sinks=call.sinks, out=out,
-            )  # fmt: skip
-            return
-        for row, (start, length) in enumerate(zip(steps.starts.clamp(min=0).tolist(), steps.lengths.tolist(), strict=True)):
-            key, value = self._seen(kernels, steps, row, start, length, query.dtype)
-            kernels.prefill_attention(
-                query[row : row + 1], torch.cat([key, value], dim=-1), key, steps.starts.new_zeros(1), scaling=call.scaling,
-                out=out[row : row + 1],
-            )  # fmt: skip
-
-    def _seen(self, kernels: AttentionKernels, steps: Steps, row: int, start: int, length: int, dtype: torch.dtype) -> KeyValue:
-        """Return what a next token sees: earlier pages as they are stored, its own page from the tail."""
-        assert steps.tails is not None
-        border = (length - 1) // self.sealed.page_tokens * self.sealed.page_tokens
-        own = self.tails.gather(kernels, steps.tails[row : row + 1], max(start - border, 0), length - border, dtype)
-        if start >= border:
-            return own
-        key, value = self.gather(kernels, steps.tables[row], start, border, dtype)
-        return torch.cat([key, own[0]]), torch.cat([value, own[1]])
+            kernels.decode_sealed_attention(query, *where, scaling=call.scaling, softcap=call.softcap, sinks=call.sinks, out=out)
+        else:
+            rank = out.shape[-1]
+            latent, rope = query[..., :rank].contiguous(), query[..., rank:].contiguous()
+            kernels.decode_sealed_latent_attention(latent, rope, *where, scaling=call.scaling, out=out)

@@ -19,7 +19,7 @@ from flexgen.kv.cache import KVCache
 from flexgen.kv.disk import DiskPlace
 from flexgen.kv.host import HostAttention, HostPlace
 from flexgen.kv.local import LocalPlace
-from flexgen.kv.pages import KVGroup, PagePool, Pool, divide_pool
+from flexgen.kv.pages import KVGroup, PagePool, Pool, divide_pool, on_disk
 from flexgen.kv.place import Place
 from flexgen.kv.spill import DiskPool
 from flexgen.plan.policy import Policy
@@ -58,7 +58,8 @@ class KVSetup:
         """Return the pages of each group in the pool of a tier."""
         policy = self.policy
         sizes = {"device": policy.kv_device_bytes, "host": policy.kv_host_bytes, "disk": policy.kv_disk_bytes}
-        return divide_pool(self.groups, sizes[tier], policy.longest_sequence, tail_count(policy, tier))
+        groups = on_disk(self.groups) if tier == "disk" else self.groups
+        return divide_pool(groups, sizes[tier], policy.longest_sequence, tail_count(policy, tier))
 
     def kernels(self, device: torch.device) -> AttentionKernels:
         return attention_kernels(device, self.policy.compute_threads)

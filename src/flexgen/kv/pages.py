@@ -15,7 +15,7 @@ import torch
 
 from flexgen.base.quantities import align_up
 from flexgen.errors import EngineError
-from flexgen.kv.format import KVFormat, KVPages
+from flexgen.kv.format import DiskSlot, KVFormat, KVPages
 from flexgen.passes.geometry import KVGeometry, LayerKV, by_geometry
 
 VALUES_ALIGNMENT = 256  # more than any vector load needs; direct I/O uses pages that are multiples of its own alignment
@@ -31,6 +31,7 @@ class KVGroup:
         page_tokens: The number of tokens of a page.
         format: The format of keys and values in a page.
         tail_of: The index of the group whose tails these pages are; None for pages of tokens at fixed positions.
+        slot: The layout of a page in which keys and values lie together, as on disk; None where they lie apart.
     """
 
     layers: tuple[int, ...]
@@ -38,6 +39,7 @@ class KVGroup:
     page_tokens: int
     format: KVFormat
     tail_of: int | None = None
+    slot: DiskSlot | None = None
 
     @property
     def stores_whole_pages(self) -> bool:
@@ -46,18 +48,23 @@ class KVGroup:
 
     @property
     def key_page_bytes(self) -> int:
-        """The bytes of a page's keys in one layer."""
+        """The bytes of a page's keys in one layer, where they lie apart from the values."""
         return self.page_tokens * self.format.key_bytes(self.geometry)
 
     @property
     def value_page_bytes(self) -> int:
-        """The bytes of a page's values in one layer."""
+        """The bytes of a page's values in one layer, where they lie apart from the keys."""
         return self.page_tokens * self.format.value_bytes(self.geometry)
 
     @property
     def layer_page_bytes(self) -> int:
         """The bytes of a page in one layer."""
-        return self.key_page_bytes + self.value_page_bytes
+        return sum(self.plane_bytes)
+
+    @property
+    def plane_bytes(self) -> tuple[int, ...]:
+        """The bytes of a page's adjacent pieces in one layer: keys and values, or both together."""
+        return (self.key_page_bytes, self.value_page_bytes) if self.slot is None else (self.slot.page_bytes,)
 
     @property
     def page_bytes(self) -> int:
@@ -99,6 +106,11 @@ def group_layers(layers: Iterable[LayerKV], page_tokens: int, kv_format: KVForma
         for index, group in enumerate(groups)
     ]
     return (*groups, *tails)
+
+
+def on_disk(groups: Iterable[KVGroup]) -> tuple[KVGroup, ...]:
+    """Return the groups with the layout that their pages have on disk, and in staging."""
+    return tuple(replace(group, slot=group.format.disk_slot(group.geometry, group.page_tokens)) for group in groups)
 
 
 def of_positions(groups: Iterable[KVGroup]) -> tuple[KVGroup, ...]:
@@ -154,7 +166,7 @@ def allocate_memory(size_bytes: int) -> torch.Tensor:
 
 
 class PageMemory:
-    """Memory for `count` pages of a group in some of its layers, with keys and values separate.
+    """Memory for `count` pages of a group in some of its layers, plane by plane.
 
     Args:
         group: The group of the pages.
@@ -163,17 +175,27 @@ class PageMemory:
         allocate: A function that makes a uint8 tensor of a given number of bytes.
 
     Attributes:
-        keys: The keys, uint8 (layers, pages, bytes of a page's keys).
+        keys: The keys, uint8 (layers, pages, bytes of a page's keys).  In slots, keys and values are uint8 (layers, pages, bytes of a slot)
+            in the same memory, and `values` begins where the values of the first head begin.
         values: The values, uint8 (layers, pages, bytes of a page's values).
+        planes: The memory of each plane, uint8 (layers, pages, bytes of a page in it).
     """
 
     def __init__(self, group: KVGroup, num_layers: int, count: int, allocate: Allocate) -> None:
         self._group = group
-        key_bytes, value_bytes = num_layers * count * group.key_page_bytes, num_layers * count * group.value_page_bytes
-        begin = align_up(key_bytes, VALUES_ALIGNMENT)
-        arena = allocate(max(begin + value_bytes, 1))
-        self.keys = arena[:key_bytes].view(num_layers, count, group.key_page_bytes)
-        self.values = arena[begin : begin + value_bytes].view(num_layers, count, group.value_page_bytes)
+        sizes = [num_layers * count * each for each in group.plane_bytes]
+        if group.slot is None:
+            begin = align_up(sizes[0], VALUES_ALIGNMENT)
+            arena = allocate(max(begin + sizes[1], 1))
+            self.keys, self.values = self.planes = tuple(
+                arena[start : start + size].view(num_layers, count, each)
+                for start, size, each in zip((0, begin), sizes, group.plane_bytes, strict=True)
+            )
+        else:
+            begin, shape = group.slot.values_at, (num_layers, count, group.slot.page_bytes)
+            arena = allocate(sizes[0] + begin)
+            self.keys, self.values = arena[: sizes[0]].view(shape), arena[begin : begin + sizes[0]].view(shape)
+            self.planes = (self.keys,)
 
     def pages(self, layer: int) -> KVPages:
         """Return the pages of one layer, by its index in this memory."""

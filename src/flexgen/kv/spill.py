@@ -1,10 +1,12 @@
-"""The spill file: pages of KV on disk.
+"""The spill files: pages of KV on disk.
 
-The pages of one layer are stored together, and those of a sequence in runs, so that reads are large.
+The pages of one layer are stored together, and those of a sequence in runs, so that reads are large.  Pages in a low-bit format are padded
+to what direct I/O moves, with keys and values in one piece.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections.abc import Sequence
@@ -13,7 +15,7 @@ from pathlib import Path
 from flexgen.io.aligned import AlignedBuffer
 from flexgen.io.direct_io import ALIGNMENT, File
 from flexgen.io.pool import Ticket
-from flexgen.kv.pages import KVGroup, PageMemory, Pool, layer_pages, with_tail
+from flexgen.kv.pages import KVGroup, PageMemory, Pool, layer_pages, of_positions, on_disk, with_tail
 from flexgen.kv.slots import StagedPage
 from flexgen.kv.tails import Tails
 
@@ -33,13 +35,11 @@ class StagedGroup:
     def __init__(self, index: int, group: KVGroup, num_slots: int) -> None:
         self.index = index
         self.memory = PageMemory(group, 1, num_slots, lambda size: AlignedBuffer(size).tensor)
-        self._views = tuple(each.view(-1).numpy().data for each in (self.memory.keys, self.memory.values))
+        self._planes = [(each.view(-1).numpy().data, each.shape[2]) for each in self.memory.planes]
 
-    def bytes_of(self, start: int, count: int) -> tuple[memoryview, memoryview]:
-        """Return the memory of the keys and of the values in `count` slots starting at `start`."""
-        sizes = self.memory.keys.shape[2], self.memory.values.shape[2]
-        keys, values = (view[start * size : (start + count) * size] for view, size in zip(self._views, sizes, strict=True))
-        return keys, values
+    def bytes_of(self, start: int, count: int) -> list[memoryview]:
+        """Return the memory of each plane in `count` slots starting at `start`."""
+        return [view[start * size : (start + count) * size] for view, size in self._planes]
 
 
 class StagedLayer:
@@ -63,12 +63,12 @@ class StagedLayer:
 
 
 class DiskPool(Pool):
-    """Pages in a spill file, which holds for each group and layer the key pages and then the value pages.
+    """Pages in spill files, one for each group, which hold for each layer the key pages and then the value pages, or both in one.
 
     Args:
-        groups: The layer groups.
+        groups: The layer groups, in any layout.
         num_pages: The number of pages of each group.
-        folder: The folder of the file, which is unlinked immediately.
+        folder: The folder of the files, which are unlinked immediately.
         tail_bytes: The memory for pages that are not full yet.
         verify: Whether to compare the bytes that are read with those that were written.
     """
@@ -76,19 +76,21 @@ class DiskPool(Pool):
     def __init__(
         self, groups: Sequence[KVGroup], num_pages: Sequence[int], folder: Path, *, tail_bytes: int = 0, verify: bool = False
     ) -> None:
-        super().__init__(groups, num_pages)
-        self.tails = Tails(groups, tail_bytes)
-        odd = [size for group in groups for size in (group.key_page_bytes, group.value_page_bytes) if size % ALIGNMENT]
+        super().__init__(on_disk(groups), num_pages)
+        self.tails = Tails(self.groups, tail_bytes)
+        odd = [size for group in of_positions(self.groups) for size in group.plane_bytes if size % ALIGNMENT]
         if odd:
-            logger.warning("KV pages of %d bytes are no multiple of %d: they go through the page cache, which is slower", odd[0], ALIGNMENT)
-        path = folder / f"kv-{os.getpid()}-{id(self):x}.spill"
-        self.file = File(path, flags=NEW_FILE, direct=not odd, unlinked=True, verify=verify)
-        self._bases: list[int] = []
-        total = 0
-        for group, count in zip(groups, num_pages, strict=True):
-            self._bases.append(total)
-            total += count * group.page_bytes
-        self.file.truncate(total)
+            logger.warning("KV pages of %d bytes go through the page cache, which is slower: no multiple of %d is near", odd[0], ALIGNMENT)
+        self.files: list[File] = []
+        with contextlib.ExitStack() as undo:
+            for index, (group, count) in enumerate(zip(self.groups, num_pages, strict=True)):
+                path = folder / f"kv-{os.getpid()}-{id(self):x}-{index}.spill"
+                direct = not any(size % ALIGNMENT for size in group.plane_bytes)
+                file = File(path, flags=NEW_FILE, direct=direct, unlinked=True, verify=verify)
+                undo.callback(file.close)
+                file.truncate(count * group.page_bytes)
+                self.files.append(file)
+            undo.pop_all()
 
     def give_back(self, group: int, pages: Sequence[int]) -> None:
         self.tails.forget(group, pages)
@@ -105,20 +107,19 @@ class DiskPool(Pool):
         return [part for each in staged.groups for part in self._parts(place, each, pages[each.index])]
 
     def _parts(self, place: int, staged: StagedGroup, pages: Sequence[StagedPage]) -> list[tuple[File, int, memoryview]]:
-        group = staged.index
-        layout, count = self.groups[group], self.num_pages[group]
-        key_bytes, value_bytes = layout.key_page_bytes, layout.value_page_bytes
-        first_key = self._bases[group] + place * count * (key_bytes + value_bytes)
-        first_value = first_key + count * key_bytes
-        parts = []
-        for start, length in _runs(pages):
-            keys, values = staged.bytes_of(start.slot, length)
-            parts.append((self.file, first_key + start.page * key_bytes, keys))
-            parts.append((self.file, first_value + start.page * value_bytes, values))
-        return parts
+        layout, count, file = self.groups[staged.index], self.num_pages[staged.index], self.files[staged.index]
+        sizes = layout.plane_bytes
+        begin = place * count * sum(sizes)
+        begins = [begin + count * sum(sizes[:plane]) for plane in range(len(sizes))]
+        return [
+            (file, first + start.page * size, memory)
+            for start, length in _runs(pages)
+            for first, size, memory in zip(begins, sizes, staged.bytes_of(start.slot, length), strict=True)
+        ]
 
     def close(self) -> None:
-        self.file.close()
+        for file in self.files:
+            file.close()
 
 
 def _runs(pages: Sequence[StagedPage]) -> list[tuple[StagedPage, int]]:

@@ -19,6 +19,7 @@ from flexgen.models.units import ModelUnits, cut_model
 from flexgen.passes.geometry import by_geometry
 from flexgen.plan.machine import int8_name
 from flexgen.plan.model import KVGroupSpec, ModelSpec, UnitSpec
+from flexgen.plan.policy import PAGE_TOKENS
 from flexgen.weights.unit import UnitLayout
 
 SHARD_BYTES = 5 * 10**9  # the size of the files in most repositories
@@ -103,6 +104,7 @@ def model_spec(config: Any, units: ModelUnits, dtype: torch.dtype, *, name: str,
                 attention_flops_per_pair=sum(each.flops_per_pair for each in members) / len(members),
                 window=geometry.reach,
                 exact_bytes_per_token=0 if tail is None else tail.key_bytes(geometry) + tail.value_bytes(geometry),
+                slot_bytes_per_token=0 if (slot := kv_format.disk_slot(geometry, PAGE_TOKENS)) is None else slot.page_bytes // PAGE_TOKENS,
             )
             for geometry, members in by_geometry(units.trace.layers).items()
         ),

@@ -19,9 +19,9 @@ from flexgen.base.quantities import GIB, MIB, align_up
 from flexgen.checkpoint.files import Headers
 from flexgen.checkpoint.meta import SkeletonLimits
 from flexgen.checkpoint.parameters import ModelSources, parameter_sources
+from flexgen.checkpoint.repository import saved_shapes
 from flexgen.errors import UnsupportedModelError
 from flexgen.formats.linear_names import is_linear_of_layer
-from flexgen.checkpoint.repository import saved_shapes
 from flexgen.formats.table import stated_format, without_quantization
 from flexgen.models.parts import ParameterUse, Part
 from flexgen.models.refusals import check_supported_architecture

@@ -19,7 +19,7 @@ from flexgen.plan.policy import PAGE_TOKENS
 _LAYER_NUMBER = re.compile(r"(?<=\.)(0|[1-9]\d*)(?=\.| |$)")
 _ENCODED, _IN_INT8, _DECODED_FROM = "encoded_bytes", "int8_flops_per_token", "decoded_from"
 # What is left out of the JSON of a model whose KV is in the dtype of computing.
-_KV_FORMAT, _EXACT = "kv_format", "exact_bytes_per_token"
+_KV_FORMAT, _LOW_BIT = "kv_format", ("exact_bytes_per_token", "slot_bytes_per_token")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +61,7 @@ class KVGroupSpec:
         bytes_per_token: The KV bytes of one token in ONE layer of the group.
         exact_bytes_per_token: Its bytes in the last page of a sequence, which a low-bit format keeps in the dtype of computing beside the
             other pages; 0 where all pages are alike.
+        slot_bytes_per_token: Its bytes where keys and values of a page lie on disk in one padded piece; 0 where they lie as elsewhere.
         attention_flops_per_pair: The FLOPs of one (query token, visible token) pair in one layer (all heads, both products).
         window: The number of visible tokens; None for all. Chunked attention counts as its chunk size.
     """
@@ -70,6 +71,12 @@ class KVGroupSpec:
     attention_flops_per_pair: float
     window: int | None = None
     exact_bytes_per_token: int = 0
+    slot_bytes_per_token: int = 0
+
+    @property
+    def disk_bytes_per_token(self) -> int:
+        """The KV bytes of one token on disk, in one layer."""
+        return self.slot_bytes_per_token or self.bytes_per_token
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +138,12 @@ class ModelSpec:
         return sum(group.num_layers * group.bytes_per_token for group in self.kv_groups)
 
     @cached_property
+    def disk_kv_growth(self) -> float:
+        """The bytes that a byte of KV becomes on disk, where pages are padded."""
+        on_disk = sum(group.num_layers * group.disk_bytes_per_token for group in self.kv_groups)
+        return max(on_disk / max(self.kv_bytes_per_token, 1), 1.0)
+
+    @cached_property
     def tail_bytes_per_token(self) -> int:
         """The bytes of one token over all layers in the last page of a sequence, where that is kept beside the others; otherwise 0."""
         return sum(group.num_layers * group.exact_bytes_per_token for group in self.kv_groups)
@@ -173,7 +186,8 @@ class ModelSpec:
         if self.kv_format is None:
             del fields[_KV_FORMAT]
             for group in fields["kv_groups"]:
-                del group[_EXACT]
+                for name in _LOW_BIT:
+                    del group[name]
         lists = {name: fields.pop(name) for name in ("kv_groups", "unit_kinds", "unit_runs")}
         lines = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in fields.items()]
         lines += [f"{json.dumps(name)}: [\n  " + ",\n  ".join(map(json.dumps, values)) + "\n]" for name, values in lists.items()]
@@ -195,7 +209,8 @@ class ModelSpec:
                 kind.setdefault(_IN_INT8, 0.0)
             fields.setdefault(_KV_FORMAT, None)
             for group in fields.get("kv_groups", ()):
-                group.setdefault(_EXACT, 0)
+                for name in _LOW_BIT:
+                    group.setdefault(name, 0)
             units = _unpacked(dataclass_from_json(_PackedUnits, packed, "model"))
             return dataclasses.replace(dataclass_from_json(cls, fields | {"units": []}, "model"), units=units)
         except (TypeError, AttributeError, IndexError) as error:

@@ -13,7 +13,7 @@ from flexgen.errors import CapacityError
 from flexgen.options import EngineOptions
 from flexgen.plan.play.answer_lengths import expected
 from flexgen.plan.price.memory import activation_bytes
-from flexgen.plan.price.requests import JobSizes
+from flexgen.plan.price.requests import JobSizes, kv_room
 from flexgen.plan.search.solve import NOMINAL_WORKLOAD
 from flexgen.plan.tell.forecast import Forecast, Plan
 from flexgen.plan.workload import Workload
@@ -177,8 +177,7 @@ def _has_room(policy: Policy, spec: ModelSpec, planned: Workload, new: Workload)
     if not len(new):
         return True
     known, wanted = (JobSizes(spec, each, policy.page_tokens) for each in (planned if len(planned) else NOMINAL_WORKLOAD, new))
-    pools = (policy.kv_device_bytes, policy.kv_host_bytes, policy.kv_disk_bytes)
-    if wanted.longest > known.longest and wanted.largest > max(pools):
+    if wanted.longest > known.longest and wanted.largest > max(kv_room(spec, policy).values()):
         return False  # a sequence's KV has one home
     return activation_bytes(spec, wanted, policy) <= activation_bytes(spec, known, policy)
 
@@ -197,4 +196,4 @@ def _binds(policy: Policy, spec: ModelSpec, planned: Workload, new: Workload, op
 
     if options.max_num_seqs is None and len(planned) <= policy.max_num_seqs < len(new):
         return True
-    return block_bytes(planned) <= policy.kv_bytes < block_bytes(new)
+    return block_bytes(planned) <= sum(kv_room(spec, policy).values()) < block_bytes(new)

@@ -141,8 +141,7 @@ class PlainKernels(AttentionKernels):
         check_out(query_latent.dtype, out, (num_sequences, heads, rank))
         where = where_seen(num_sequences, page_tables, starts, lengths, page_tokens)
         number = accumulator(query_latent.dtype)
-        wanted_items = -(-2 * self._threads.num_threads // max(num_sequences, 1))
-        item_heads = -(-heads // wanted_items // HEADS_PER_TILE) * HEADS_PER_TILE
+        item_heads = self._item_heads(num_sequences, heads)
         arrays = (
             *(carried(tensor.contiguous()) for tensor in (query_latent, query_rope)), carried(key_pages), carried(value_pages), *where,
             sinks_array(None, heads, number), number(scaling), item_heads, carried(out),
@@ -152,6 +151,11 @@ class PlainKernels(AttentionKernels):
             lambda begin, end: latent.decode_latent_attention(begin, end, *arrays, workspace(size, number)),
             costs(where, -(-heads // item_heads)),
         )
+
+    def _item_heads(self, num_sequences: int, heads: int) -> int:
+        """Return the heads of a work item on latents: all that share them, if there are sequences enough for the threads."""
+        wanted_items = -(-2 * self._threads.num_threads // max(num_sequences, 1))
+        return -(-heads // wanted_items // HEADS_PER_TILE) * HEADS_PER_TILE
 
     def close(self) -> None:
         self._threads.close()

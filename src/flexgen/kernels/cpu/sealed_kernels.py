@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flexgen.errors import EngineError
 from flexgen.kernels.codes import HeadCodes, SealedPages
-from flexgen.kernels.cpu import decode_sealed, sealed
+from flexgen.kernels.cpu import decode_sealed, latent_sealed, sealed
 from flexgen.kernels.cpu.arguments import accumulator, check_out, check_pages, costs, integers, sinks_array, where_seen, workspace
 from flexgen.kernels.cpu.checks import check_format, check_groups, check_layout, check_positions, check_shapes
 from flexgen.kernels.cpu.formats import carried
@@ -91,6 +91,48 @@ class CpuKernels(PlainKernels):
             costs(where, kv_heads),
         )
 
+    def decode_sealed_latent_attention(
+        self,
+        query_latent: Tensor,
+        query_rope: Tensor,
+        pages: SealedPages,
+        tail_keys: Tensor,
+        tail_values: Tensor,
+        page_tables: Tensor,
+        tails: Tensor,
+        starts: Tensor,
+        lengths: Tensor,
+        *,
+        scaling: float,
+        out: Tensor,
+    ) -> None:
+        codes = pages.key_codes, pages.value_codes
+        if query_latent.dtype == torch.float64 or any(each.bits != 8 or each.rotated for each in codes):
+            plain = query_latent, query_rope, pages, tail_keys, tail_values, page_tables, tails, starts, lengths
+            super().decode_sealed_latent_attention(*plain, scaling=scaling, out=out)
+            return
+        dtype, (num_sequences, heads, rank), rope_dim, page_tokens = (
+            query_latent.dtype, query_latent.shape, query_rope.shape[2], pages.page_tokens,
+        )  # fmt: skip
+        check_format(dtype, query_rope=query_rope)
+        check_shapes(query_rope=(query_rope, (num_sequences, heads, rope_dim)), tails=(tails, (num_sequences,)))
+        check_pages(dtype, tail_keys, tail_values, 1, rank, rope_dim)
+        check_shapes(tail_keys=(tail_keys, (None, 1, rank, page_tokens)))
+        check_out(dtype, out, (num_sequences, heads, rank))
+        where = where_seen(num_sequences, page_tables, starts, lengths, page_tokens, last_page_apart=True)
+        number, item_heads = accumulator(dtype), self._item_heads(num_sequences, heads)
+        arrays = (
+            *(carried(tensor.contiguous()) for tensor in (query_latent, query_rope)),
+            *_codes(pages.keys, codes[0], 1, page_tokens), *_codes(pages.values, codes[1], 1, page_tokens),
+            carried(tail_keys), carried(tail_values), where[0], integers(tails), *where[1:],
+            sinks_array(None, heads, number), number(scaling), item_heads, carried(out),
+        )  # fmt: skip
+        size = latent_sealed.sealed_latent_workspace(item_heads, rank, rope_dim, page_tokens)
+        self._run(
+            lambda begin, end: latent_sealed.decode_sealed_latent_attention(begin, end, *arrays, workspace(size, number)),
+            costs(where, -(-heads // item_heads)),
+        )
+
     def prefill_sealed_attention(
         self,
         query: Tensor,
@@ -137,7 +179,10 @@ def _halves(pages: SealedPages, key: Tensor, value: Tensor) -> Iterator[tuple[Te
 def _check_memory(memory: Tensor, codes: HeadCodes, page_tokens: int) -> None:
     check_format(torch.uint8, pages=memory)
     check_layout(pages=memory)
-    check_shapes(pages=(memory, (None, None, page_tokens * codes.token_bytes)))
+    check_shapes(pages=(memory, (None, None, None)))
+    head_bytes, needed = memory.shape[2], page_tokens * codes.token_bytes
+    if head_bytes < needed or head_bytes % 2:
+        raise EngineError(f"pages has {head_bytes} bytes per head, not {needed} or a larger even number")
     if page_tokens % 2:
         raise EngineError(f"sealed pages have an even number of tokens, not {page_tokens}")
 

@@ -102,7 +102,6 @@ def _make_strip(vectors: int) -> Any:
     """Generate `add(weights, page, out, heads, rows, ahead)`: tiles below each other, for any number of heads."""
     tile_1, tile_2, tile_3, tile_4, tile_8 = (_make_tile(heads, vectors) for heads in (1, 2, 3, 4, 8))
 
-    @njit
     def add(weights: Any, page: Any, out: Any, heads: int, rows: int, ahead: int) -> None:
         head = 0
         while heads - head >= 8:
@@ -118,7 +117,10 @@ def _make_strip(vectors: int) -> Any:
         elif heads - head == 1:
             tile_1(part(weights, head, 0), page, part(out, head, 0), rows, ahead)
 
-    return add
+    # Compiled code that is kept on disk knows functions by their names and a count that begins anew in each process.  Two of one name, from
+    # files that different processes compiled, may be taken for one another, so each has a name of its own.
+    add.__qualname__ = f"add_strip_of_{vectors}"
+    return njit(add)
 
 
 _add_wide, _add_narrow = _make_strip(2), _make_strip(1)

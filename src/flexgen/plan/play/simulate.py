@@ -21,7 +21,7 @@ from flexgen.plan.play.admit import admit
 from flexgen.plan.play.rules import Admissions, Needs, Pools, Rules
 from flexgen.plan.policy import Policy
 from flexgen.plan.price.pass_time import Expectation
-from flexgen.plan.price.requests import Floats, Ints, held_kv_bytes, is_next_token, shared_kv_bytes, visible_pairs
+from flexgen.plan.price.requests import Floats, Ints, held_kv_bytes, is_next_token, kv_room, shared_kv_bytes, visible_pairs
 from flexgen.plan.price.work import PassLoad, PassWork, ideal_seconds, price, unit_homes, weights_work
 from flexgen.plan.workload import Workload
 
@@ -173,7 +173,8 @@ def _play(spec: ModelSpec, policy: Policy, queue: Queue, tiers: Sequence[str]) -
     """Return the runs that can fit, the number of other requests, the admissions, and the bytes used by tier and pass."""
     held = held_kv_bytes(spec, policy.page_tokens, int((queue.prompt_len + queue.most).max(initial=0)))
     shared = shared_kv_bytes(spec, policy.page_tokens, int(queue.found_len.max(initial=0)))
-    capacity = np.array([getattr(policy, f"kv_{tier}_bytes") for tier in tiers], dtype=np.int64)
+    room = kv_room(spec, policy)
+    capacity = np.array([room[tier] for tier in tiers], dtype=np.int64)
     at_most = held[queue.prompt_len + queue.most - 1]
     fits = at_most <= capacity.max(initial=-1)
     num_refused, queue = int(queue.count[~fits].sum()), queue.only(fits)

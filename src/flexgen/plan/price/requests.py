@@ -44,6 +44,11 @@ def shared_kv_bytes(spec: ModelSpec, page_tokens: int, max_tokens: int) -> Ints:
     return pages * page_bytes
 
 
+def kv_room(spec: ModelSpec, policy: Policy) -> dict[str, int]:
+    """Return the bytes of KV that the pool of each tier holds, not counting what pads pages on disk."""
+    return {"device": policy.kv_device_bytes, "host": policy.kv_host_bytes, "disk": int(policy.kv_disk_bytes / spec.disk_kv_growth)}
+
+
 def visible_pairs(prompt_len: Any, window: int | float) -> Any:
     """Return the number of (query, visible token) pairs of whole prompts."""
     beyond = np.maximum(prompt_len - window, 0)
@@ -139,7 +144,7 @@ class JobSizes:
         smallest: The KV bytes of the smallest request, counted in the same way.
         all: The KV bytes of all requests at their longest, with shared ones counted once.
         mean: The KV bytes of a live sequence on average.
-        layer: The KV bytes of one layer of the longest sequence, in the dtype of computing.
+        layer: The KV bytes of one layer of the longest sequence, in the dtype of computing or on disk, whichever is more.
         prompt_tokens: The prompt tokens that the job computes.
         shortest_prompt: The fewest prompt tokens that a request computes.
         longest_prompt: The tokens of the longest prompt.
@@ -156,7 +161,7 @@ class JobSizes:
         held = held_kv_bytes(spec, page_tokens, max(longest))
         peaks = [int(held[length - 1]) for length in longest]
         before = np.concatenate([[0], np.cumsum(held)])
-        self._number, self._passes = len(prompts), sum(answers)
+        self._spec, self._number, self._passes = spec, len(prompts), sum(answers)
         found = list(workload.found_lens)
         shared = [int(each) for each in shared_kv_bytes(spec, page_tokens, max(found))[found]]
         self.prompt_tokens = sum(prompts) - sum(found)
@@ -173,7 +178,9 @@ class JobSizes:
         self.has_answers = any(workload.output_lens)
         self.scored_tokens, self.most_scored = workload.scored_tokens, max(workload.scored_lens, default=0)
         self.num_likeliest = spec.vocab_size if workload.num_likeliest == -1 else min(workload.num_likeliest, spec.vocab_size)
-        self.layer = self.longest * max((max(group.bytes_per_token, group.exact_bytes_per_token) for group in spec.kv_groups), default=0)
+        self.layer = self.longest * max(
+            (max(group.disk_bytes_per_token, group.exact_bytes_per_token) for group in spec.kv_groups), default=0
+        )
 
     def block(self, pool_bytes: float) -> float:
         """Return the approximate number of sequences that pools keep alive."""
@@ -181,7 +188,7 @@ class JobSizes:
 
     def num_seqs(self, policy: Policy) -> float:
         """Return the approximate number of sequences that a policy keeps alive."""
-        return min(policy.max_num_seqs, self.block(policy.kv_bytes))
+        return min(policy.max_num_seqs, self.block(sum(kv_room(self._spec, policy).values())))
 
     def quota(self, pool_bytes: float, share: float) -> int:
         """Return the prompt tokens per pass: half of those that replace ending sequences at `share` 0, the whole block at 1."""

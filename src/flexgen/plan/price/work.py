@@ -52,7 +52,7 @@ class PassWork:
         num_scored: The positions at which known tokens are scored.
         num_micro_batches: The micro-batches, as few as the policy's size, homes and kinds allow.
         num_streamed_units: The units that stream.
-        num_disk_requests: The reads and writes of KV pages on disk: one each of keys and of values per sequence and layer.
+        num_disk_requests: The reads and writes of KV pages on disk: one each of keys and of values, or of both, per sequence and layer.
     """
 
     disk_read_bytes: float = 0
@@ -251,10 +251,11 @@ def price(load: PassLoad, spec: ModelSpec, policy: Policy, weights: PassWork) ->
             to_device = to_device + load.next_tokens[home] * crossing
         if home == "disk":
             fetched = read - attended_bytes(groups, load.repeated_tokens[home]) if home in load.repeated_tokens else read
+            fetched, written = fetched * spec.disk_kv_growth, written * spec.disk_kv_growth
             disk_read, disk_write, memory = disk_read + fetched, disk_write + written, memory + fetched + written
-            # Each sequence's keys and values are read in one piece; a next token fills a page once in page_tokens.
+            # Each sequence's keys and values are read in one piece each, or in one; a next token fills a page once in page_tokens.
             pieces = load.num_prompts[home] + load.next_tokens[home] * (1 + 1 / policy.page_tokens)
-            requests = requests + 2 * sum(group.num_layers for group in groups) * pieces
+            requests = requests + sum(group.num_layers * (1 if group.slot_bytes_per_token else 2) for group in groups) * pieces
     in_int8 = spec.int8_flops_per_token
     return PassWork(
         disk_read_bytes=disk_read,

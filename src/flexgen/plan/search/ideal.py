@@ -140,7 +140,8 @@ class _Program:
         at_first = [np.minimum(own, group.window or np.inf) for group in groups]
         held = attended_bytes(groups, [first + seen for first, seen in zip(at_first, own_load.attended_tokens, strict=True)])
         held = np.broadcast_to(np.asarray(held, dtype=np.float64), own.shape)
-        self._held_bytes = np.eye(len(self._tiers))[:, None, :] * held[:, None]
+        growth = np.array([self._spec.disk_kv_growth if tier == "disk" else 1.0 for tier in self._tiers])
+        self._held_bytes = np.diag(growth)[:, None, :] * held[:, None]
 
     def _request_seconds(self, load: RequestLoad, own: RequestLoad, home: str) -> Floats:
         """Return the seconds by resource and request; what several requests have in common on disk may be read once for all of them."""

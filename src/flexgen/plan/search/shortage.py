@@ -67,6 +67,7 @@ def _needs(space: Space, weights: Fractions, homes: Fractions) -> dict[str, dict
     needs = {tier: dict(parts) for tier, parts in space.drafts.used(draft).items()}
     on_disk = kv["disk"] if homes.disk else 0
     needs["host"]["KV staging"] += math.ceil(space.staged * on_disk)
+    on_disk = math.ceil(on_disk * space.spec.disk_kv_growth)
     if space.limits.offload_in_memory:
         needs["host"]["KV in a memory file system"] = on_disk
     if on_disk:

@@ -112,8 +112,9 @@ class Space:
             spec, machine, limits, self.sizes, self.placed, dtype=self.dtype, process_bytes=process_bytes, kv=self.kv,
             num_seqs=options.max_num_seqs or 1,
         )  # fmt: skip
+        # Pools are searched in bytes of KV; only policies and budgets count what pads pages on disk.
         # Staging holds two layers of all KV on disk (one that is attended to, one on its way), and a page per sequence.
-        layer = max((group.bytes_per_token for group in spec.kv_groups), default=0)
+        layer = max((group.disk_bytes_per_token for group in spec.kv_groups), default=0)
         self._read_ahead = 2 * layer / max(spec.kv_bytes_per_token, 1)
         self._tails = PAGE_TOKENS * spec.exact_kv_bytes_per_token / self.sizes.mean
         self.staged = self._read_ahead + self._tails
@@ -192,6 +193,7 @@ class Space:
         if min(left.values()) < 0 or max(pools.values()) < self.sizes.smallest:
             return None
         found = {f"kv_{tier}_bytes": size for tier, size in pools.items()}
+        found["kv_disk_bytes"] = int(pools["disk"] * self.spec.disk_kv_growth)
         found["kv_staging_bytes"] = draft.kv_staging_bytes + int(self._read_ahead * pools["disk"])
         found["kv_tail_bytes"] = min(draft.kv_tail_bytes + int(self._tails * pools["disk"]), draft.kv_tail_bytes * max_num_seqs)
         found["longest_sequence"] = self.sizes.longest
@@ -239,6 +241,7 @@ class Space:
         free = self.drafts.free(bare)
         return bare, FreeMemory(
             memory_bytes={"device": free["device"], "host": free["host"], "disk": self.disk_bytes},
+            disk_growth=self.spec.disk_kv_growth,
             sequence_bytes={self.computing: grown},
             kv_bytes=self.sizes.mean,
             staged=self.staged,
@@ -300,7 +303,8 @@ class Space:
     def _pools(self, free: dict[str, int], kv: _KVHomes, max_num_seqs: int | None = None) -> dict[str, int]:
         """Return the pool bytes per tier, at most what so many sequences (by default all requests) can need."""
         if self.kv is None:
-            pools = kv_pools(free, self.disk_bytes, kv.memory, kv.disk, staged=self.staged)
+            on_disk = int(self.disk_bytes / self.spec.disk_kv_growth)
+            pools = kv_pools(free, on_disk, kv.memory, kv.disk, staged=self.staged)
         else:
             pools = self._pinned_pools(self.kv, {tier: max(size, 0) for tier, size in free.items()})
         # A sequence's KV has one home, so each tier may leave almost the bytes of the largest sequence unused.
@@ -313,10 +317,11 @@ class Space:
 
     def _pinned_pools(self, kv: Fractions, free: dict[str, int]) -> dict[str, int]:
         """Return the largest pools in the given proportion; those on disk take staging, or all of a folder in memory, from the host's."""
-        host = kv.host + kv.disk * (self.staged + self.limits.offload_in_memory)
+        growth = self.spec.disk_kv_growth
+        host = kv.host + kv.disk * (self.staged + growth * self.limits.offload_in_memory)
         totals = [free["host"] / host] if host else []
         totals += [free["device"] / kv.device] if kv.device else []
-        totals += [self.limits.disk_bytes / kv.disk] if kv.disk else []
+        totals += [self.limits.disk_bytes / growth / kv.disk] if kv.disk else []
         return {tier: int(getattr(kv, tier) * min(totals)) for tier in TIERS}
 
     def within(self, limits: Limits) -> Space:

@@ -35,12 +35,14 @@ class FreeMemory:
         sequence_bytes: Per tier, the bytes that each live sequence takes besides its KV.
         kv_bytes: The KV bytes of a live sequence on average.
         staged: The host bytes that a byte of KV on disk takes.
+        disk_growth: The bytes on disk that it takes there.
     """
 
     memory_bytes: Mapping[str, float]
     sequence_bytes: Mapping[str, float]
     kv_bytes: float
     staged: float
+    disk_growth: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,7 +144,8 @@ class SteadyState:
             if WEIGHT_HOMES[home] == tier and tier != "disk":
                 row[place] = self.weight_bytes[home]
         for place, home in enumerate(self.kv):
-            row[count + place] = free.kv_bytes * (home == tier) + free.sequence_bytes.get(tier, 0.0)
+            growth = free.disk_growth if home == "disk" else 1.0
+            row[count + place] = growth * free.kv_bytes * (home == tier) + free.sequence_bytes.get(tier, 0.0)
             if home == "disk" and tier == "host":
                 row[count + place] += free.staged * free.kv_bytes
         row[count + len(self.kv)] = -free.memory_bytes.get(tier, 0.0)
