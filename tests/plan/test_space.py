@@ -7,7 +7,7 @@ import pytest
 from plan.instances import TIERS, instance_of
 
 from flexgen.base.quantities import GIB
-from flexgen.plan.search.space import Point
+from flexgen.plan.search.point import Point
 
 
 def random_points(space, draw, number):

@@ -79,7 +79,7 @@ class _Question:
         """Return the machine; this one is measured now unless its rates are kept."""
         if self.box is not None:
             return self.box
-        from flexgen.profile.measure import cached_machine
+        from flexgen.profile.kept import cached_machine
 
         return cached_machine(self.limits.device, spec.dtype, self._weights_folder, formats=spec.decoded_from)
 
@@ -130,7 +130,7 @@ class _Question:
             return None
 
     def _kept(self, dtype: str) -> Machine | None:
-        from flexgen.profile.measure import kept_machine
+        from flexgen.profile.kept import kept_machine
 
         return kept_machine(self.limits.device, dtype, self._weights_folder)
 

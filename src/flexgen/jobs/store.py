@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 COMMIT_SECONDS = 0.1
 _COMMIT_RESULTS = 1000
 _COMMIT_BYTES = 4 << 20
+_CHOSEN = ("weight_format", "kv_format")  # what a model may choose for the first lines of a job
 
 
 class Store:
@@ -105,9 +106,9 @@ class Store:
         return Identity.from_json(facts["identity"]).answers if facts and (self.num_answered or self._begun_lines) else None
 
     def settle(self, fingerprint: Mapping[str, Any]) -> None:
-        """Keep the fingerprint of the model after it has chosen what was open when the run began; no line was answered since then."""
+        """Keep the fingerprint of a model that has chosen formats since the run began; no line was answered since then."""
         begun = Identity.from_json(self._facts()["identity"])
-        if changes(begun.answers, fingerprint):
+        if any(change.name in _CHOSEN for change in changes(begun.answers, fingerprint)):
             self._keep({"identity": dataclasses.replace(begun, answers={**begun.answers, **fingerprint}).to_json()})
 
     def _facts(self) -> dict[str, str]:

@@ -31,7 +31,7 @@ from flexgen.plan.machine import Limits, Machine
 from flexgen.plan.play import admit
 from flexgen.plan.tell.forecast import Plan, make_plan
 from flexgen.plan.workload import Workload
-from flexgen.profile.measure import cached_machine
+from flexgen.profile.kept import cached_machine
 from flexgen.session.model import DESCRIBING, ResolvedModel
 from flexgen.session.turns import forked
 
