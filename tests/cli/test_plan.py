@@ -117,16 +117,16 @@ def test_a_format_of_weights_is_chosen_among_those_that_are_allowed() -> None:
 
 
 def test_the_time_of_a_conversion_counts() -> None:
-    job = ("plan", "opt-30b", "--machine", "t4-gcp", "--gen-len", 1, "--weights", "disk=1", "--json", *QUICK, "--allow-formats", "int4")
-    short, long = (json.loads(flexgen(*job, "--num-requests", count).stdout)["formats"] for count in (1, 3000))
+    job = ("plan", "opt-30b", "--machine", "t4-gcp", "--num-requests", 2, "--weights", "disk=1", "--json", *QUICK)
+    short, long = (json.loads(flexgen(*job, "--allow-formats", "int4", "--gen-len", number).stdout)["formats"] for number in (1, 16))
     assert (short["chosen"]["weights"], long["chosen"]["weights"]) == ("auto", "int4")
     assert min(short["prices"], key=lambda price: price["seconds"])["formats"]["weights"] == "int4"
 
 
 def test_formats_of_kv_are_chosen_too() -> None:
     """KV that is too large for the host in full, beside weights that all stream."""
-    memory = ("--weights", "disk=1", "--host-mem", "24GiB", "--json", *QUICK)
-    job = ("plan", "llama-3-8b", "--machine", "16gb-gpu-64gb", "--num-requests", 600, *memory)
+    placed = ("--weights", "disk=1", "--kv", "host=1", "--host-mem", "24GiB", "--micro-batch-tokens", 4096, "--prefill-tokens", 16384)
+    job = ("plan", "llama-3-8b", "--machine", "16gb-gpu-64gb", "--gen-len", 200, "--num-requests", 400, *placed, "--json")
     found = json.loads(flexgen(*job, "--allow-formats", "k8v4,kv-int8").stdout)
     prices = {price["formats"]["kv"]: price["seconds"] for price in found["formats"]["prices"]}
     assert set(prices) == {"auto", "int8", "k8v4"}

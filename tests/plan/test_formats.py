@@ -12,8 +12,8 @@ from flexgen.base.quantities import GIB
 from flexgen.errors import CapacityError, UnsupportedModelError
 from flexgen.options import EngineOptions
 from flexgen.plan.formats import FormatPrice, Formats, best_of
+from flexgen.plan.known.machines import limits_of
 from flexgen.plan.known.models import catalogue_spec
-from flexgen.plan.machine import Limits
 from flexgen.plan.model import ModelSpec
 from flexgen.plan.tell.formats import FormatJob, conversion_seconds, converted, in_kv_format, plan_in_formats, specs_of
 from flexgen.plan.workload import Workload
@@ -72,10 +72,11 @@ def test_every_combination_is_described() -> None:
 
 
 def job_of(spec: ModelSpec, host_bytes: int) -> FormatJob:
-    limits = Limits(device="cpu", device_bytes=0, host_bytes=host_bytes, disk_bytes=0, offload_dir="/tmp")
+    machine = machine_of()
+    options = EngineOptions(device="cpu", dtype=spec.dtype, schedule="zigzag", host_mem=str(host_bytes))
+    limits = limits_of(machine, options)
     workload = Workload(prompt_lens=(32,) * 8, output_lens=(8,) * 8)
-    arguments: dict[str, Any] = {"options": EngineOptions(device="cpu", dtype=spec.dtype, schedule="zigzag"), "workload": workload}
-    machine = machine_of(attention={"float16": 5e10, "bfloat16": 5e10})
+    arguments: dict[str, Any] = {"options": options, "workload": workload}
     return FormatJob(arguments=arguments | {"spec": spec, "machine": machine, "limits": limits, "process_bytes": GIB // 2})
 
 
