@@ -55,8 +55,8 @@ def test_the_page_from_the_table_to_the_labelled_table(
     reviews: list[dict[str, str]], chat_model: Path, engines: list[FakeEngine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     machine = machine_of(dense={"bfloat16": [(64, 5e11)], "float32": [(64, 1e11)]})
-    monkeypatch.setattr("flexgen.profile.measure.cached_machine", lambda *given, **more: machine)
-    monkeypatch.setattr("flexgen.profile.measure.kept_machine", lambda *given, **more: None)
+    monkeypatch.setattr("flexgen.profile.kept.cached_machine", lambda *given, **more: machine)
+    monkeypatch.setattr("flexgen.profile.kept.kept_machine", lambda *given, **more: None)
     write_requests, join = blocks("python")
     run_script(write_requests)
     requests = [json.loads(line) for line in Path("requests.jsonl").read_text().splitlines()]

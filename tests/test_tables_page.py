@@ -29,8 +29,8 @@ def blocks(language: str) -> list[str]:
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The current folder of the reader: that of the repository, with the tables of the page in it."""
     machine = machine_of(dense={"bfloat16": [(64, 5e11)], "float32": [(64, 1e11)]})
-    monkeypatch.setattr("flexgen.profile.measure.cached_machine", lambda *given, **more: machine)
-    monkeypatch.setattr("flexgen.profile.measure.kept_machine", lambda *given, **more: None)
+    monkeypatch.setattr("flexgen.profile.kept.cached_machine", lambda *given, **more: machine)
+    monkeypatch.setattr("flexgen.profile.kept.kept_machine", lambda *given, **more: None)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models").symlink_to(ROOT / "models")
     for name, content in zip(("reviews.csv", "examples.csv"), blocks("csv"), strict=True):

@@ -6,11 +6,11 @@ Sizes stay as the user wrote them; `solve` in plan/search/solve.py converts them
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypedDict
 
 from flexgen.base.quantities import MIB, check_budget
-from flexgen.base.scalars import as_float, as_int, plain, shown_in_python
+from flexgen.base.scalars import as_float, as_int, as_list, plain, shown_in_python
 from flexgen.errors import OptionError
 
 if TYPE_CHECKING:
@@ -24,6 +24,11 @@ LOAD_FORMATS = ("auto", "safetensors", "dummy")
 WEIGHT_FORMATS = ("auto", "int8", "int4")
 INT8 = "int8"
 CPU_COMPUTES = ("auto", INT8)
+# Names that `allow_formats` takes -> the option that each is a value of, and that value.
+ALLOWABLE_FORMATS = {
+    "int8": ("weight_format", "int8"), "int4": ("weight_format", "int4"),
+    "kv-int8": ("kv_format", "int8"), "k8v4": ("kv_format", "k8v4"), "kv-int4": ("kv_format", "int4"),
+}  # fmt: skip
 SCHEDULES = ("auto", "diagonal", "zigzag", "row")
 TIERS = ("device", "host", "disk")
 # The homes of weights, and the tier of each; what is "encoded" is in host memory as stored, and decoded in every pass.
@@ -70,6 +75,8 @@ class EngineOptions:
         load_format: "auto", "safetensors", or "dummy" for random weights from config.json alone, for benchmarks.
         weight_format: "auto" computes with the weights as the checkpoint holds them; "int8" and "int4" convert them on first need, into a
             cache, and run from there (docs/quantization.md).
+        allow_formats: Formats of weights and KV that the planner may choose among, beside those of the options above: names in
+            ALLOWABLE_FORMATS, as a text with commas or a list.  None leaves the formats as they are.
         max_model_len: Context limit, at most the model's; None for the model's.
         revision: Revision of a hub repository.
         seed: Base of every sampled request's own seed.
@@ -98,6 +105,7 @@ class EngineOptions:
     max_job_seconds: float | None = None
     load_format: str = "auto"
     weight_format: str = "auto"
+    allow_formats: str | None = None
     max_model_len: int | None = None
     revision: str | None = None
     seed: int = 0
@@ -125,8 +133,34 @@ class EngineOptions:
             raise OptionError(f"prefill_tokens has a meaning for schedule='diagonal' only, not for {self.schedule!r}")
         if self.load_format == "dummy" and self.weight_format != "auto":
             raise OptionError(f"weight_format={self.weight_format!r} converts a checkpoint, and load_format='dummy' reads none")
+        object.__setattr__(self, "allow_formats", _format_names(self.allow_formats))
+        self._check_allowed()
         if self.trust_remote_code:
             raise OptionError("trust_remote_code: flexgen runs no code from model folders")
+
+    def _check_allowed(self) -> None:
+        """Refuse formats to choose among where there is no choice."""
+        for name in self._allowed_names():
+            option, _ = ALLOWABLE_FORMATS[name]
+            if getattr(self, option) != "auto":
+                raise OptionError(
+                    f"{option}={getattr(self, option)!r} leaves {name} of allow_formats={self.allow_formats!r} nothing to choose: "
+                    "leave out one of them"
+                )
+            if option == "weight_format" and self.load_format == "dummy":
+                raise OptionError(f"allow_formats={name!r} converts a checkpoint, and load_format='dummy' reads none")
+
+    def _allowed_names(self) -> list[str]:
+        return self.allow_formats.split(",") if self.allow_formats else []
+
+    def choices(self, option: str) -> tuple[str, ...]:
+        """Return the values that `weight_format` or `kv_format` may take: its own first, then those that `allow_formats` names."""
+        allowed = (ALLOWABLE_FORMATS[name] for name in self._allowed_names())
+        return (getattr(self, option), *(value for its_option, value in allowed if its_option == option))
+
+    def in_formats(self, weight_format: str, kv_format: str) -> EngineOptions:
+        """Return the options with these formats, which leave nothing to choose."""
+        return replace(self, weight_format=weight_format, kv_format=kv_format, allow_formats=None)
 
     def check_placement(self, device: str) -> None:
         """Check that the placements name no tier that a device does not have, and that products are computed as it can.
@@ -144,6 +178,19 @@ class EngineOptions:
                 *others, last = (home for home in homes if home != "device")
                 there = f"divide between {', '.join(others)} and {last}"
                 raise OptionError(f"{name}={shares!r}: on a CPU device there is no device tier; {there}")
+
+
+def _format_names(given: object) -> str | None:
+    """Return the names of ALLOWABLE_FORMATS that are given, each once, in the order of that table, as a text with commas."""
+    if given is None:
+        return None
+    asked = given.split(",") if isinstance(given, str) else as_list(given) or [given]
+    names = [name.strip() if isinstance(name, str) else name for name in asked]
+    for name in names:
+        if not isinstance(name, str) or name not in ALLOWABLE_FORMATS:
+            known = ", ".join(ALLOWABLE_FORMATS)
+            raise OptionError(f"allow_formats: {name!r} is unknown; known: {known} (int8 and int4 are formats of weights)")
+    return ",".join(name for name in ALLOWABLE_FORMATS if name in names)
 
 
 def _integer(name: str, value: object, least: int) -> int | None:
@@ -186,6 +233,7 @@ class OptionKeywords(TypedDict, total=False):
     max_job_seconds: float | None
     load_format: str
     weight_format: str
+    allow_formats: str | Sequence[str] | None
     max_model_len: int | None
     revision: str | None
     seed: int | None

@@ -45,10 +45,10 @@ NEEDS = {
 
 
 def test_typed_keywords_are_the_options() -> None:
-    """Those whose type differs take more: vLLM's None for a seed, torch's dtypes."""
+    """Those whose type differs take more: vLLM's None for a seed, torch's dtypes, lists."""
     wanted = {field.name: field.type for field in dataclasses.fields(EngineOptions)}
     typed = {name: hint.__forward_arg__ for name, hint in OptionKeywords.__annotations__.items()}
-    assert typed | {"dtype": "str", "seed": "int"} == wanted
+    assert typed | {"dtype": "str", "seed": "int", "allow_formats": "str | None"} == wanted
     assert (typed["dtype"], typed["seed"]) == ("str | torch.dtype", "int | None")
 
 

@@ -151,8 +151,8 @@ def test_what_ends_an_answer(model_folder: Path, table: Path, output: Path, engi
 def measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine that need not be measured for a plan."""
     machine = machine_of(dense={"bfloat16": [(64, 5e11)], "float32": [(64, 1e11)]})
-    monkeypatch.setattr("flexgen.profile.measure.cached_machine", lambda *given, **more: machine)
-    monkeypatch.setattr("flexgen.profile.measure.kept_machine", lambda *given, **more: None)
+    monkeypatch.setattr("flexgen.profile.kept.cached_machine", lambda *given, **more: machine)
+    monkeypatch.setattr("flexgen.profile.kept.kept_machine", lambda *given, **more: None)
 
 
 @pytest.mark.usefixtures("measured")

@@ -42,8 +42,8 @@ def test_a_plan_as_json() -> None:
         "plan", "llama-3-8b", "--machine", "rtx4090-64gb", "--num-requests", 100, "--json", "--kv", "host=1", "--host-mem", "32GiB"
     )
     plan = json.loads(done.stdout)
-    assert set(plan) == {"model", "machine", "limits", "policy", "forecast", "weight_format", "faster_format", "faster_weights"}
-    assert plan["weight_format"] == "auto"
+    assert set(plan) == {"model", "machine", "limits", "policy", "forecast", "formats", "faster_format", "other_formats"}
+    assert plan["formats"]["chosen"] == {"weights": "auto", "kv": "auto"}
     assert plan["faster_format"] is None
     assert plan["limits"]["host_bytes"] == 32 << 30
     assert plan["policy"]["kv"] == {"device": 0.0, "host": 1.0, "encoded": 0.0, "disk": 0.0}
@@ -100,22 +100,49 @@ def test_a_format_of_weights_is_chosen_among_those_that_are_allowed() -> None:
     """Weights that stream from disk, of which a quarter would stream faster."""
     job = ("plan", "opt-30b", "--machine", "t4-gcp", "--num-requests", 50, "--weights", "disk=1", *QUICK)
     own, rounded = (json.loads(flexgen(*job, "--json", *more).stdout) for more in ((), ("--allow-formats", "int8,int4")))
-    assert (own["weight_format"], rounded["weight_format"]) == ("auto", "int4")
-    assert own["faster_weights"]["format"] == "int4"
-    gain = own["forecast"]["seconds"] / rounded["forecast"]["seconds"]
-    assert own["faster_weights"]["speedup"] == pytest.approx(gain, rel=0.25)
-    assert rounded["faster_weights"] is None
+    assert rounded["formats"]["chosen"] == {"weights": "int4", "kv": "auto"}
+    prices = {price["formats"]["weights"]: price for price in rounded["formats"]["prices"]}
+    assert prices["auto"]["seconds"] == own["forecast"]["seconds"]
+    assert prices["int4"]["seconds"] == rounded["forecast"]["seconds"]
+    assert prices["auto"]["conversion_seconds"] == 0 < prices["int4"]["conversion_seconds"] < prices["int8"]["conversion_seconds"]
+    gains = {gain["name"]: gain["speedup"] for gain in own["other_formats"]}
+    for name in ("int8", "int4"):
+        assert gains[name] == pytest.approx(prices["auto"]["seconds"] / prices[name]["seconds"], rel=0.25)
+    assert not {gain["name"] for gain in rounded["other_formats"]} & {"int8", "int4"}
     told = flexgen(*job, "--allow-formats", "int8, int4").stdout
-    assert "of the formats allowed int4 is the fastest: run this plan with --weight-format int4" in told
-    assert "with weights rounded" not in told
-    assert "with weights rounded to int4 tokens might come about" in flexgen(*job).stdout
+    assert "  formats  weights in int4 " in told
+    assert "of converting: the fastest of the 3 that are allowed" in told
+    assert "`flexgen run` with --allow-formats int8,int4 or with --weight-format int4 runs this plan" in told
+    assert "in formats that are not allowed the job would go about so many times as fast" in flexgen(*job).stdout
+
+
+def test_the_time_of_a_conversion_counts() -> None:
+    job = ("plan", "opt-30b", "--machine", "t4-gcp", "--num-requests", 2, "--weights", "disk=1", "--json", *QUICK)
+    short, long = (json.loads(flexgen(*job, "--allow-formats", "int4", "--gen-len", number).stdout)["formats"] for number in (1, 16))
+    assert (short["chosen"]["weights"], long["chosen"]["weights"]) == ("auto", "int4")
+    assert min(short["prices"], key=lambda price: price["seconds"])["formats"]["weights"] == "int4"
+
+
+def test_formats_of_kv_are_chosen_too() -> None:
+    """KV that is too large for the host in full, beside weights that all stream."""
+    placed = ("--weights", "disk=1", "--kv", "host=1", "--host-mem", "24GiB", "--micro-batch-tokens", 4096, "--prefill-tokens", 16384)
+    job = ("plan", "llama-3-8b", "--machine", "16gb-gpu-64gb", "--gen-len", 200, "--num-requests", 400, *placed, "--json")
+    found = json.loads(flexgen(*job, "--allow-formats", "k8v4,kv-int8").stdout)
+    prices = {price["formats"]["kv"]: price["seconds"] for price in found["formats"]["prices"]}
+    assert set(prices) == {"auto", "int8", "k8v4"}
+    assert found["formats"]["chosen"]["kv"] != "auto"
+    assert found["policy"]["kv_format"] == found["formats"]["chosen"]["kv"]
+    own = json.loads(flexgen(*job).stdout)
+    assert "k8v4" in {gain["name"] for gain in own["other_formats"]}
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--allow-formats", "int3"), "--allow-formats: 'int3' is unknown; known: int8, int4"),
-        (("--allow-formats", "int8", "--weight-format", "int4"), "leaves nothing to choose: leave out --allow-formats"),
+        (("--allow-formats", "int3"), "--allow-formats: 'int3' is unknown; known: int8, int4, kv-int8, k8v4, kv-int4"),
+        (("--allow-formats", "int8", "--weight-format", "int4"), "leaves int8 of --allow-formats 'int8' nothing to choose: leave out one"),
+        (("--allow-formats", "int8,k8v4", "--kv-format", "int4"), "leaves k8v4 of --allow-formats 'int8,k8v4' nothing to choose"),
+        (("--allow-formats", "int8", "--load-format", "dummy"), "converts a checkpoint, and --load-format 'dummy' reads none"),
     ],
 )
 def test_formats_that_cannot_be_chosen(flags: tuple[str, ...], message: str) -> None:
@@ -167,7 +194,7 @@ def test_the_flags_that_read_an_input_are_those_of_run() -> None:
     """All of `run` that decide about lengths; the others are of answering."""
     answering = {"output", "dry_run", "metrics", "progress", "strict", "state", "retry_errors", "fresh", "accept_changes", "keep_going"}
     answering |= {"checkpoint_seconds", "temperature", "top_p", "verbose"}
-    own = {"machine", "prompt_len", "prefix_len", "gen_len", "num_requests", "allow_formats", "pareto", "as_json"}
+    own = {"machine", "prompt_len", "prefix_len", "gen_len", "num_requests", "pareto", "as_json"}
     commands = {command.name or command.callback.__name__: command.callback for command in app.registered_commands if command.callback}
     run, plan = (set(inspect.signature(commands[name]).parameters) for name in ("run", "plan"))
     assert run - answering == plan - own

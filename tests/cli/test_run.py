@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from flexgen.cli.options import FLAGS
 from flexgen.errors import CapacityError, EngineError
 from flexgen.jobs.reading import index_of
 from flexgen.options import EngineOptions
+from flexgen.plan.formats import FormatChoice, FormatPrice, Formats
 from flexgen.plan.tell.forecast import Plan
 from flexgen.plan.workload import Workload
 
@@ -91,7 +93,7 @@ def test_every_option_reaches_the_engine(
     done = flexgen("run", model_folder, source, "-o", output, *flags)
     assert done.exit_code == 0, done.output
     assert seen == [EngineOptions(**wanted)]
-    assert set(wanted) == set(FLAGS) - {"revision", "weight_format", "cpu_compute"}
+    assert set(wanted) == set(FLAGS) - {"revision", "weight_format", "allow_formats", "cpu_compute"}
 
 
 def test_products_in_int8_are_for_a_cpu(model_folder: Path, source: Path, output: Path, engines: list[FakeEngine]) -> None:
@@ -214,7 +216,7 @@ def test_dry_run(model_folder: Path, tmp_path: Path, output: Path, monkeypatch: 
     def plan_job(files: object, options: object, workload: Workload) -> Plan:
         return FakeEngine(workload).plan
 
-    monkeypatch.setattr("flexgen.session.served.plan_job", plan_job)
+    monkeypatch.setattr("flexgen.session.session.plan_job", plan_job)
     source = write(tmp_path / "in.jsonl", GOOD)
     done = flexgen("run", model_folder, source, "-o", output, "--dry-run")
     assert done.exit_code == 0
@@ -523,6 +525,45 @@ def test_changes_are_refused_unless_accepted(model_folder: Path, ten: Path, outp
     done = flexgen("run", model_folder, ten, "-o", output, "--seed", 5, "--accept-changes")
     assert (done.exit_code, "begun with seed 0, now it is 5" in done.stderr) == (0, True)
     assert flexgen("run", model_folder, ten, "-o", output, "--host-mem", "50%", "--schedule", "zigzag").exit_code == 3  # seed 5 now
+
+
+def test_formats_are_chosen_once_per_job(model_folder: Path, ten: Path, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chosen for the first run; later runs keep them, and a list without them is refused."""
+    seen: list[EngineOptions] = []
+
+    def open_engine(files: object, options: EngineOptions, workload: Workload) -> FakeEngine:
+        seen.append(options)
+        return FakeEngine(workload)
+
+    def choosing(kv: str) -> Any:
+        prices = (FormatPrice(formats=Formats("auto", "auto"), seconds=50.0), FormatPrice(formats=Formats("auto", kv), seconds=20.0))
+        return lambda *job: replace(FakeEngine(job[-1]).plan, formats=FormatChoice(chosen=Formats("auto", kv), prices=prices))
+
+    monkeypatch.setattr("flexgen.session.session.open_engine", open_engine)
+    monkeypatch.setattr("flexgen.session.session.choose_formats", choosing("k8v4"))
+    run = ("run", model_folder, ten, "-o", output, "--allow-formats")
+    dry = flexgen(*run, "k8v4", "--dry-run")
+    assert (
+        "  formats  KV in k8v4 20.0 s: the fastest of the 2 that are allowed\n           the others: weights as stored 50.0 s" in dry.stdout
+    )
+    done = flexgen(*run, "k8v4")
+    assert done.exit_code == 0, done.output
+    assert "formats  KV in k8v4 20.0 s: the fastest of the 2" in done.stderr
+    monkeypatch.setattr("flexgen.session.session.choose_formats", choosing("int8"))
+    write(ten, *ten.read_text().splitlines(), GOOD)
+    refused = flexgen(*run, "kv-int8")
+    assert (refused.exit_code, "was begun with KV in k8v4, which the formats that are allowed (kv-int8) leave out" in refused.stderr) == (
+        3,
+        True,
+    )
+    done = flexgen(*run, "kv-int8,k8v4")
+    assert done.exit_code == 0, done.output
+    assert f"{output} goes on as it was begun: KV in k8v4" in done.stderr
+    assert [options.kv_format for options in seen] == ["k8v4", "k8v4"]
+    assert flexgen("run", model_folder, ten, "-o", output, "--kv-format", "k8v4").exit_code == 0
+    write(ten, *ten.read_text().splitlines(), GOOD)
+    assert flexgen(*run, "kv-int8", "--accept-changes").exit_code == 0
+    assert seen[-1].kv_format == "int8"
 
 
 def test_errors_can_be_retried(

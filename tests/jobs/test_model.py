@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,9 @@ class Echo:
 
     def fingerprint(self) -> dict[str, Any]:
         return {"model": "echo"}
+
+    def resume(self, begun: Mapping[str, Any]) -> str:
+        return ""
 
     def render_chats(self, chats: Sequence[Chat], *, now: float | None = None) -> Iterator[str | RequestError]:
         return iter(["".join(message["content"] for message in chat.messages) for chat in chats])

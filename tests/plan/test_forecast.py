@@ -11,7 +11,7 @@ from flexgen.plan.price.pass_time import Expectation
 from flexgen.plan.tell.forecast import forecast_again, make_plan
 from flexgen.plan.tell.spill import LEAST_SPILL_GAIN, Spill
 from flexgen.plan.workload import Workload
-from flexgen.report.format import format_forecast
+from flexgen.report.plans import format_forecast
 
 JOB = Workload(prompt_lens=(1000,) * 400, output_lens=(30,) * 400)
 LITTLE, MUCH = 2e12, 5e12  # FLOP/s with which KV on disk gains little, and much

@@ -21,9 +21,10 @@ from flexgen.plan.price.memory import footprint
 from flexgen.plan.price.requests import RequestLoad
 from flexgen.plan.search.evaluate import Bounds, Player
 from flexgen.plan.search.optimise import Search
+from flexgen.plan.search.point import Point
 from flexgen.plan.search.shortage import shortage
 from flexgen.plan.search.solve import solve, space_of
-from flexgen.plan.search.space import Point, Space
+from flexgen.plan.search.space import Space
 from flexgen.plan.search.steady import SteadyState
 from flexgen.plan.tell.alternatives import pareto
 from flexgen.plan.workload import Workload

@@ -10,7 +10,7 @@ from flexgen.base.quantities import GIB
 from flexgen.plan.play.simulate import simulate
 from flexgen.plan.price.requests import kv_room
 from flexgen.plan.search.drafts import pool_fractions
-from flexgen.plan.search.space import Point
+from flexgen.plan.search.point import Point
 
 
 def random_points(space, draw, number):

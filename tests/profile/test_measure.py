@@ -13,9 +13,10 @@ from flexgen.formats.random_numbers import sampled_parts
 from flexgen.formats.table import COMMON_CONFIGS
 from flexgen.options import KV_FORMATS
 from flexgen.plan.machine import Rate, int8_name, read_machine
-from flexgen.profile import compute, decoding, disk, int8, overheads, timing
+from flexgen.profile import compute, decoding, disk, int8, kept, overheads, timing
 from flexgen.profile import measure as module
-from flexgen.profile.measure import cached_machine, machine_key, measure
+from flexgen.profile.kept import cached_machine, machine_key
+from flexgen.profile.measure import measure
 from flexgen.profile.timing import median_seconds
 
 BYTES = {"bfloat16": 2, "float32": 4, "float64": 8}
@@ -238,7 +239,7 @@ def test_a_quick_measurement_does_not_serve_for_a_thorough_one(counted, tmp_path
 def test_another_machine_is_measured_again(counted, tmp_path, monkeypatch, change):
     cached(tmp_path)
     key = machine_key("cpu", "float32", tmp_path)
-    monkeypatch.setattr(module, "machine_key", lambda *_: key | {change: "another"})
+    monkeypatch.setattr(kept, "machine_key", lambda *_: key | {change: "another"})
     cached(tmp_path)
     assert len(counted) == 2
 

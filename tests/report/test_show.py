@@ -12,7 +12,8 @@ from fakes import FORECAST, FakeEngine
 from flexgen.base.quantities import format_seconds, parse_seconds
 from flexgen.errors import OptionError
 from flexgen.plan.workload import Workload
-from flexgen.report.format import format_details, format_plan, format_progress, format_report
+from flexgen.report.format import format_details, format_progress, format_report
+from flexgen.report.plans import format_plan
 from flexgen.report.progress import Progress, RunReport
 from flexgen.report.show import JsonDisplay, PlainDisplay, open_display
 

@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import json
-import logging
-import shutil
-import sys
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,48 +11,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from flexgen.base.steps import step
-from flexgen.cli.exit_codes import ExitCode, complain
-from flexgen.cli.options import (
-    Model,
-    ProgressFlag,
-    VerboseFlag,
-    check_file,
-    check_output_folder,
-    engine_command,
-    is_there,
-    load,
-    takes,
-    write_asked,
-)
-from flexgen.cli.signals import StopSignals
+from flexgen.cli.evaluating import CommonFlags, log_of, run_evaluation
+from flexgen.cli.options import Model, check_file, engine_command, is_there, takes, write_asked
 from flexgen.cli.streams import check_stdout
-from flexgen.cli.terminal import showing
-from flexgen.errors import EngineError, FlexGenError, OptionError, OutOfMemoryError, RequestError, StorageError
-from flexgen.jobs.interrupt import Stopped
+from flexgen.errors import OptionError
 from flexgen.options import EngineOptions
 
 if TYPE_CHECKING:
+    from flexgen.cli.evaluating import Evaluation
     from flexgen.evaluation.answers import Answers
     from flexgen.evaluation.encoding import Encoding
     from flexgen.llm import LLM
     from flexgen.report.show import Display
 
-    Evaluation = Callable[[Display, LLM, Answers], None]  # what runs when the model is open
-
 # Arguments that are not ours are lm-eval's.
 LM_EVAL_CONTEXT = {"ignore_unknown_options": True}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CommonFlags:
-    """The flags that all evaluations share, besides those of the engine."""
-
-    state: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Keep requests and results here: the same command goes on from there, and scores nothing twice."),
-    ] = None
-    progress: ProgressFlag = "auto"
-    verbose: VerboseFlag = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,7 +127,7 @@ def lm_eval(
         own = model_arguments(parsed)
 
         def run(display: Display, llm: LLM, answers: Answers) -> None:
-            with _log_of("lm_eval", display):
+            with log_of("lm_eval", display):
                 display.close()  # lm-eval writes to the terminal itself until there is something to compute
                 made = FlexGenLM(llm, state=answers.state, on_progress=answers.on_progress, stop=answers.stop, **own)
                 with made as lm:
@@ -167,7 +135,7 @@ def lm_eval(
 
         return run
 
-    return _evaluate(model, options, common, begin)
+    return run_evaluation(model, options, common, begin)
 
 
 def _evaluation(
@@ -195,7 +163,7 @@ def _evaluation(
 
         return run
 
-    code = _evaluate(model, options, common, begin)
+    code = run_evaluation(model, options, common, begin)
     if code:
         return code
     whole = {"model": model, **found}
@@ -203,112 +171,6 @@ def _evaluation(
     if result.metrics is not None:
         return write_asked(result.metrics, "--metrics", json.dumps(whole, indent=2) + "\n")
     return code
-
-
-def _evaluate(model: str, options: EngineOptions, common: CommonFlags, begin: Callable[[], Evaluation]) -> int:
-    """Run the evaluation that `begin` returns, and return the exit code; it can be resumed whatever ends it.
-
-    What `begin` refuses is refused before the model is opened.
-    """
-    check_output_folder(common.state, "--state")
-    with showing(common.progress, results=sys.stderr) as display, StopSignals() as signals:
-        try:
-            run = begin()
-        except Stopped:
-            display.close()
-            return complain("stopped", signals.exit_code)
-        return _resumable(model, options, common, run, display=display, signals=signals)
-
-
-def _resumable(model: str, options: EngineOptions, common: CommonFlags, run: Evaluation, *, display: Display, signals: StopSignals) -> int:
-    """Open the model and the state, run an evaluation, and return the exit code."""
-    from flexgen.evaluation.answers import Answers
-
-    with _state(common.state, display) as state:
-        try:
-            with load(model, options, common.progress) as llm:
-                llm.model.check()
-                answers = Answers(llm=llm, state=state.folder, on_progress=display.progress, stop=signals.request)
-                with signals.deferred():
-                    run(display, llm, answers)
-                display.close()
-                state.is_done = True
-                _report(display, llm, verbose=common.verbose)
-            return ExitCode.ALL_ANSWERED
-        except Stopped:
-            display.close()
-            return complain("stopped; the same command goes on", signals.exit_code)
-        except RequestError as error:
-            display.close()
-            return complain(error, ExitCode.SOME_FAILED)
-        except (StorageError, OutOfMemoryError, EngineError) as error:
-            display.close()
-            return complain(f"{error}\nthe same command goes on", ExitCode.RESUMABLE)
-
-
-def _report(display: Display, llm: LLM, *, verbose: bool) -> None:
-    """Show the report of the last job; there is none where everything was done before."""
-    try:
-        report = llm.report()
-    except FlexGenError:
-        return display.message("nothing was left to do")
-    display.report(report)
-    if verbose:
-        display.details(report)
-    return None
-
-
-class _State:
-    """The folder of an evaluation's jobs.
-
-    Attributes:
-        folder: The folder.
-        is_done: Whether the evaluation is done.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.is_done = folder, False
-
-
-@contextmanager
-def _state(named: Path | None, display: Display) -> Iterator[_State]:
-    """Yield the folder that the user named, or a temporary one, which is kept where the evaluation is not done and can go on."""
-    if named is not None:
-        yield _State(named)
-        return
-    try:
-        state = _State(Path(tempfile.mkdtemp(prefix="flexgen-eval-")))
-    except OSError as error:
-        raise StorageError(f"there is no place for the state ({error.strerror or error}): name a folder with --state") from error
-    display.message(f"until it is done, the state is kept in {state.folder}")
-    try:
-        yield state
-    finally:
-        if state.is_done or not any(state.folder.iterdir()):
-            shutil.rmtree(state.folder, ignore_errors=True)
-        else:
-            print(f"flexgen: the same command goes on with --state {state.folder}", file=sys.stderr)
-
-
-@contextmanager
-def _log_of(library: str, display: Display) -> Iterator[None]:
-    """Show the log of a library as messages."""
-
-    class Handler(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            display.message(self.format(record))
-
-    log, handler = logging.getLogger(library), Handler()
-    level, propagate = log.level, log.propagate
-    log.addHandler(handler)
-    log.setLevel(logging.INFO)
-    log.propagate = False
-    try:
-        yield
-    finally:
-        log.removeHandler(handler)
-        log.setLevel(level)
-        log.propagate = propagate
 
 
 def _check_file_to_read(path: Path) -> None:

@@ -144,8 +144,8 @@ class JobCommand:
 
     def _answer_in(self, folder: JobFolder, llm: LLM) -> ExitCode:
         from flexgen.cli.answering import Answering
+        from flexgen.jobs.begin import begin_job
         from flexgen.jobs.export import check_output
-        from flexgen.jobs.identity import identity_of
         from flexgen.jobs.input_file import settle_input
         from flexgen.jobs.runner import Job
         from flexgen.jobs.store import Store
@@ -155,7 +155,9 @@ class JobCommand:
             check_output(folder.paths)
             defaults = self.lines.defaults(llm)
             settings = {"chat_template_kwargs": self.lines.keywords["chat_template_kwargs"], "input_format": self.lines.form}
-            store.begin(identity_of(llm.model, defaults, **settings), llm.name, accept_changes=self.flags.accept_changes)
+            resumed = begin_job(store, llm.model, defaults, accept_changes=self.flags.accept_changes, **settings)
+            if resumed:
+                self.display.message(f"{folder.paths.name} goes on as it was begun: {resumed}")
             job = Job(
                 llm.model, source, store, defaults=defaults, input_format=self.lines.form, name=self.lines.name,
                 checkpoint_seconds=self.flags.checkpoint_seconds, stop=self.signals.request,

@@ -19,7 +19,17 @@ from flexgen.base.files import check_folder, check_target, write_file
 from flexgen.base.quantities import parse_seconds
 from flexgen.cli.exit_codes import ExitCode, complain, complain_of_bug
 from flexgen.errors import FlexGenError, OptionError, StorageError, is_out_of_memory
-from flexgen.options import CPU_COMPUTES, DEVICES, DTYPES, KV_FORMATS, LOAD_FORMATS, SCHEDULES, WEIGHT_FORMATS, EngineOptions
+from flexgen.options import (
+    ALLOWABLE_FORMATS,
+    CPU_COMPUTES,
+    DEVICES,
+    DTYPES,
+    KV_FORMATS,
+    LOAD_FORMATS,
+    SCHEDULES,
+    WEIGHT_FORMATS,
+    EngineOptions,
+)
 
 if TYPE_CHECKING:
     from flexgen.llm import LLM
@@ -61,6 +71,7 @@ FLAGS: dict[str, tuple[str, str, str]] = {
     "kv_format": (_MODEL, "|".join(KV_FORMATS), "KV cache in fewer bits; answers change a little (docs/kv-cache.md). auto: the dtype."),
     "load_format": (_MODEL, "|".join(LOAD_FORMATS), "dummy makes random weights from config.json alone."),
     "weight_format": (_MODEL, "|".join(WEIGHT_FORMATS), "int8 and int4 convert the weights once, into a cache, and run from there."),
+    "allow_formats": (_MODEL, "FORMATS", f"Let the plan choose among {', '.join(ALLOWABLE_FORMATS)} (docs/plans.md), such as int4,k8v4."),
     "max_model_len": (_MODEL, "N", "Most tokens of prompt and answer together. Default: the model's context."),
     "revision": (_MODEL, "REV", "Branch, tag or commit of a hub model."),
     "max_logprobs": (_MODEL, "N", "Most log probabilities per token that a request may ask for; -1 is any number."),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,14 +17,18 @@ from flexgen.cli.exit_codes import ExitCode
 from flexgen.cli.options import engine_command, takes
 from flexgen.cli.reading import Reading, check_source, lengths_of
 from flexgen.cli.terminal import showing
-from flexgen.errors import CapacityError, OptionError
-from flexgen.options import WEIGHT_FORMATS, EngineOptions
+from flexgen.errors import CapacityError, FlexGenError, OptionError
+from flexgen.options import ALLOWABLE_FORMATS, EngineOptions
 from flexgen.plan.machine import int8_name
 
 if TYPE_CHECKING:
+    from flexgen.errors import ModelError
+    from flexgen.plan.formats import Formats
     from flexgen.plan.machine import Limits, Machine
     from flexgen.plan.model import ModelSpec
+    from flexgen.plan.search.space import Space
     from flexgen.plan.tell.forecast import Plan
+    from flexgen.plan.tell.formats import FormatGain, FormatJob
     from flexgen.plan.workload import Workload
 
 # Approximate resident memory of a run before any weight is loaded: the interpreter, torch, transformers, kernels.
@@ -76,9 +80,36 @@ class _Question:
         """Return the machine; this one is measured now unless its rates are kept."""
         if self.box is not None:
             return self.box
-        from flexgen.profile.measure import cached_machine
+        from flexgen.profile.kept import cached_machine
 
         return cached_machine(self.limits.device, spec.dtype, self._weights_folder, formats=spec.decoded_from)
+
+    def job_in(self, formats: Formats, stored: ModelSpec, spec: ModelSpec | ModelError) -> FormatJob:
+        """Return the job in certain formats; a conversion that this machine has in its cache takes no time.
+
+        Args:
+            formats: The formats.
+            stored: The model as it is.
+            spec: The model in these formats, or why it cannot be in them.
+        """
+        from flexgen.plan.tell.formats import FormatJob, conversion_seconds
+
+        if isinstance(spec, FlexGenError):
+            return FormatJob(problem=spec)
+        machine, seconds = self.machine(spec), 0.0
+        if formats.weights != self.options.weight_format:
+            seconds = self._left_to_convert(formats) * conversion_seconds(stored, spec, machine)
+        return FormatJob(arguments=self.job(spec, machine), conversion_seconds=seconds)
+
+    def _left_to_convert(self, formats: Formats) -> float:
+        """Return the share of a conversion that is still to be done: all of it, unless the model and the machine are here."""
+        if self.box is not None or not Path(self.model).is_dir():
+            return 1.0
+        from flexgen.hub.resolve import resolve_model
+        from flexgen.quantize.cache import conversion_left
+        from flexgen.quantize.settings import QuantizeSettings
+
+        return conversion_left(resolve_model(self.model, with_weights=False), QuantizeSettings(weight_format=formats.weights))
 
     def job(self, spec: ModelSpec, machine: Machine) -> dict[str, Any]:
         """Return the arguments of `make_plan` and `space_of`."""
@@ -101,7 +132,7 @@ class _Question:
             return None
 
     def _kept(self, dtype: str) -> Machine | None:
-        from flexgen.profile.measure import kept_machine
+        from flexgen.profile.kept import kept_machine
 
         return kept_machine(self.limits.device, dtype, self._weights_folder)
 
@@ -128,19 +159,12 @@ def plan(
         ),
     ] = None,
     source: Annotated[Path | None, typer.Option("--input", metavar="FILE", help="Requests, as for `flexgen run`.")] = None,
-    allow_formats: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FORMATS",
-            help="Formats that the weights may be converted to, such as int8,int4: the fastest is planned. Default: none.",
-        ),
-    ] = None,
     pareto: Annotated[bool, typer.Option("--pareto", help="Also show what shorter requests would cost.")] = False,
     as_json: Annotated[
         bool,
         typer.Option(
             "--json",
-            help="Print JSON: model, machine, limits, policy, forecast, weight_format, faster_format, faster_weights, pareto if asked for.",
+            help="Print JSON: model, machine, limits, policy, forecast, formats, faster_format, other_formats, pareto if asked for.",
         ),
     ] = False,
 ) -> int:
@@ -157,83 +181,55 @@ def plan(
         return _equal_lengths(lengths, context, options) if source is None else lengths_of(source, reading, model, options)
 
     with showing("auto"):
-        told = _told(model, options, machine, workload_of, _allowed(allow_formats, options), pareto=pareto, as_json=as_json)
+        told = _told(model, options, machine, workload_of, pareto=pareto, as_json=as_json)
     print(told)
     return ExitCode.ALL_ANSWERED
 
 
-def _allowed(formats: str | None, options: EngineOptions) -> tuple[str, ...]:
-    """Return the formats that the user allows beside those of the checkpoint."""
-    if formats is None:
-        return ()
-    names, known = tuple(name.strip() for name in formats.split(",")), WEIGHT_FORMATS[1:]
-    if unknown := [name for name in names if name not in known]:
-        raise OptionError(f"--allow-formats: {unknown[0]!r} is unknown; known: {', '.join(known)}")
-    if options.weight_format != "auto":
-        raise OptionError(f"--weight-format {options.weight_format} leaves nothing to choose: leave out --allow-formats")
-    return names
-
-
 def _told(
-    model: str,
-    options: EngineOptions,
-    machine: str | None,
-    workload_of: Callable[[int], Workload],
-    allowed: Sequence[str],
-    *,
-    pareto: bool,
-    as_json: bool,
+    model: str, options: EngineOptions, machine: str | None, workload_of: Callable[[int], Workload], *, pareto: bool, as_json: bool
 ) -> str:
     """Return the plan as text or JSON; `workload_of` makes the workload from the model's context."""
     from flexgen.plan.known.machines import beside_checkpoint
     from flexgen.plan.search.solve import space_of
-    from flexgen.plan.tell.alternatives import CONVERSIONS, faster_format, faster_weights, fastest_plan
+    from flexgen.plan.tell.alternatives import faster_dtype
     from flexgen.plan.tell.alternatives import pareto as curve_of
+    from flexgen.plan.tell.formats import plan_in_formats, specs_of
 
     limits, box = _limits_and_machine(options, machine)
     step(f"reading config and headers of {model}")
-    spec = _spec_of(model, options, limits.device, options.dtype)
+    spec, specs = specs_of(options, lambda asked: _spec_of(model, asked, limits.device, options.dtype))
     if box is not None:
         limits = beside_checkpoint(limits, spec.checkpoint_bytes, options)
     context = min(spec.max_position_embeddings, options.max_model_len or spec.max_position_embeddings)
     question = _Question(model=model, options=options, limits=limits, box=box, workload=workload_of(context))
-    jobs = {options.weight_format: question.job(spec, question.machine(spec))}
-    for each in allowed:
-        spec = _spec_of(model, dataclasses.replace(options, weight_format=each), limits.device, options.dtype)
-        jobs[each] = question.job(spec, question.machine(spec))
+    jobs = {formats: question.job_in(formats, spec, each) for formats, each in specs.items()}
     step("choosing a plan")
-    plans = _plans(jobs)
-    chosen = fastest_plan(plans)
-    job, question = jobs[chosen], dataclasses.replace(question, options=dataclasses.replace(options, weight_format=chosen))
-    others = [name for name in CONVERSIONS if name not in allowed] if chosen == "auto" and options.load_format != "dummy" else []
+    plan = plan_in_formats(jobs)
+    assert plan.formats is not None
+    chosen = plan.formats.chosen
+    job, question = jobs[chosen].arguments, dataclasses.replace(question, options=options.in_formats(chosen.weights, chosen.kv))
     answer = plan_answer.Answer(
-        plan=plans[chosen],
+        plan=plan,
         limits=limits,
-        weight_format=chosen,
-        allowed=allowed,
-        faster=faster_format(plans[chosen], question.plan_in),
-        faster_weights=faster_weights(plans[chosen], space_of(**job), others, lambda spec: space_of(**dict(job, spec=spec)))
-        if others
-        else None,
+        allowed=options.allow_formats,
+        faster=faster_dtype(plan, question.plan_in),
+        others=_gains(plan, space_of(**job), options, lambda spec: space_of(**dict(job, spec=spec))),
         curve=curve_of(space_of(**job)) if pareto else [],
     )
     return plan_answer.as_json(answer) if as_json else plan_answer.as_text(answer)
 
 
-def _plans(jobs: Mapping[str, Mapping[str, Any]]) -> dict[str, Plan]:
-    """Return the plans of the same job in several formats, without those that do not fit; raise the first refusal where none fits."""
-    from flexgen.plan.tell.forecast import make_plan
+def _gains(plan: Plan, space: Space, options: EngineOptions, space_of: Callable[[ModelSpec], Space]) -> list[FormatGain]:
+    """Return what formats that are neither allowed nor asked for would gain beside those of the plan."""
+    from flexgen.plan.tell.formats import format_gains
 
-    plans: dict[str, Plan] = {}
-    refusals: list[CapacityError] = []
-    for name, job in jobs.items():
-        try:
-            plans[name] = make_plan(**job)
-        except CapacityError as refusal:
-            refusals.append(refusal)
-    if not plans:
-        raise refusals[0]
-    return plans
+    names = [
+        name
+        for name, (option, value) in ALLOWABLE_FORMATS.items()
+        if value not in options.choices(option) and (option != "weight_format" or options.load_format != "dummy")
+    ]
+    return format_gains(plan, space, names, space_of)
 
 
 def _spec_of(model: str, options: EngineOptions, device: str, dtype: str) -> ModelSpec:

@@ -12,37 +12,44 @@ from flexgen.formats.table import runs
 
 if TYPE_CHECKING:
     from flexgen.plan.machine import Limits
-    from flexgen.plan.tell.alternatives import FasterFormat, ParetoPoint
+    from flexgen.plan.tell.alternatives import FasterDtype, ParetoPoint
     from flexgen.plan.tell.forecast import Plan
+    from flexgen.plan.tell.formats import FormatGain
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """A plan and what is told beside it; `allowed` are the formats that the weights might have been converted to."""
+    """A plan and what is told beside it.
+
+    Attributes:
+        plan: The plan.
+        limits: The budgets that it keeps.
+        allowed: The formats that might have been chosen, as in EngineOptions.
+        faster: A dtype of computing in which the job would be much faster.
+        others: What formats that are not allowed would gain.
+        curve: The plans with shorter requests, where they were asked for.
+    """
 
     plan: Plan
     limits: Limits
-    weight_format: str
-    allowed: Sequence[str]
-    faster: FasterFormat | None
-    faster_weights: FasterFormat | None
+    allowed: str | None
+    faster: FasterDtype | None
+    others: Sequence[FormatGain]
     curve: Sequence[ParetoPoint]
 
 
 def as_json(answer: Answer) -> str:
     """Return the answer as JSON."""
-    plan, faster, rounded = answer.plan, answer.faster, answer.faster_weights
+    plan, faster = answer.plan, answer.faster
     values: dict[str, Any] = {
         "model": {"name": plan.spec.name, "number_format": plan.spec.number_format, "runs": runs(plan.spec.number_format)},
         "machine": json.loads(plan.machine.to_json()),
         "limits": dataclasses.asdict(answer.limits),
         "policy": dataclasses.asdict(plan.policy),
         "forecast": dataclasses.asdict(plan.forecast),
-        "weight_format": answer.weight_format,
+        "formats": None if plan.formats is None else dataclasses.asdict(plan.formats),
         "faster_format": None if faster is None else {"dtype": faster.dtype, "speedup": faster.speedup},
-        "faster_weights": None
-        if (rounded := answer.faster_weights) is None
-        else {"format": rounded.weight_format, "speedup": rounded.speedup},
+        "other_formats": [dataclasses.asdict(gain) for gain in answer.others],
     }
     if answer.curve:
         values["pareto"] = [dataclasses.asdict(point) for point in answer.curve]
@@ -54,7 +61,7 @@ _ORIGINS = {"measured": "measured {}", "datasheet": "by its datasheet", "paper":
 
 def as_text(answer: Answer) -> str:
     """Return the answer as text."""
-    from flexgen.report.format import format_curve, format_memory, format_plan
+    from flexgen.report.plans import format_curve, format_memory, format_plan
 
     plan = answer.plan
     origin = _ORIGINS[plan.machine.origin].format(plan.machine.date)
@@ -66,18 +73,19 @@ def as_text(answer: Answer) -> str:
 
 
 def _about_formats(answer: Answer) -> Iterator[str]:
-    """Yield what was chosen of several formats, and what others would gain."""
-    if answer.weight_format in answer.allowed:
-        yield f"of the formats allowed {answer.weight_format} is the fastest: run this plan with --weight-format {answer.weight_format}"
-    elif answer.allowed:
-        yield f"in {' or '.join(answer.allowed)} the weights would gain nothing, so they stay as they are"
+    """Yield how to run in the formats that were chosen, and what others would gain."""
+    allowed, formats = answer.allowed, answer.plan.formats
+    if allowed is not None and formats is not None and (flags := formats.chosen.flags):
+        yield f"`flexgen run` with --allow-formats {allowed} or with {flags} runs this plan (answers will differ)"
     if (faster := answer.faster) is not None:
         yield f"in {faster.dtype} the job would go {faster.speedup:.1f} times as fast: --dtype {faster.dtype} (answers may differ)"
-    if (rounded := answer.faster_weights) is not None:
-        allow = ",".join((*answer.allowed, rounded.weight_format or ""))
+    if answer.others:
+        gains = ", ".join(f"{gain.name} {gain.speedup:.1f} times" for gain in answer.others)
+        names = ",".join(gain.name for gain in answer.others)
+        allow = names if allowed is None else f"{allowed},{names}"
         yield (
-            f"with weights rounded to {rounded.weight_format} tokens might come about {rounded.speedup:.1f} times as fast: --allow-formats "
-            f"{allow} plans that (answers will differ)"
+            f"in formats that are not allowed the job would go about so many times as fast, in each by itself: {gains}; --allow-formats "
+            f"{allow} plans with all of them (answers will differ)"
         )
 
 

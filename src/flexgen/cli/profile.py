@@ -55,8 +55,9 @@ def profile(
 def _measured(device: str, dtype: list[str] | None, folder: Path, *, quick: bool) -> Machine:
     """Measure the machine, keep its profile, and return it."""
     from flexgen.profile.int8 import with_int8
+    from flexgen.profile.kept import keep, kept_machine
     from flexgen.profile.limits import find_device
-    from flexgen.profile.measure import MAX_BYTES, keep, kept_machine, measure
+    from flexgen.profile.measure import MAX_BYTES, measure
     from flexgen.profile.repeat import settled
 
     device = find_device(device)

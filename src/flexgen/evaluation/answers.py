@@ -12,15 +12,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flexgen.errors import RequestError, StorageError
+from flexgen.errors import OptionError, RequestError, StorageError
 from flexgen.jobs.durable import answer_lines
 from flexgen.jobs.identity import identity_of
 from flexgen.jobs.interrupt import StopRequest
 from flexgen.llm import LLM
+from flexgen.options import EngineOptions
 from flexgen.report.progress import Progress
 
 Line = Mapping[str, Any]
 Record = dict[str, Any]
+
+
+def check_formats(options: EngineOptions) -> None:
+    """Refuse formats of weights and KV that are to be chosen by speed: a result has to be that of formats that are known beforehand.
+
+    Raises:
+        OptionError: They are.
+    """
+    if options.allow_formats is not None:
+        raise OptionError(
+            f"allow_formats={options.allow_formats!r} would evaluate what is fast on this machine: name weight_format and kv_format"
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,12 +46,18 @@ class Answers:
             are found there by a later call, and only those that are missing are answered.  None for a temporary folder.
         on_progress: A callback that is called with the progress of each job.
         stop: A request to stop, which another thread or a signal may make.
+
+    Raises:
+        OptionError: See `check_formats`.
     """
 
     llm: LLM
     state: Path | None = None
     on_progress: Callable[[Progress], None] | None = None
     stop: StopRequest | None = None
+
+    def __post_init__(self) -> None:
+        check_formats(self.llm.options)
 
     def of(self, kind: str, lines: Sequence[Line]) -> list[Record]:
         """Return the records of lines, in their order.

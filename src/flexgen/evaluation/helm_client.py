@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from flexgen.errors import FlexGenError, RequestError
+from flexgen.evaluation.answers import check_formats
 from flexgen.evaluation.gather import Gatherer
 from flexgen.evaluation.helm_batches import Answerer, Keyed
 from flexgen.evaluation.helm_requests import cache_key, refusal
@@ -122,7 +123,9 @@ class FlexGenClient(Client):
     def _opened(self) -> LLM:
         with self._opening:
             if self._llm is None:
-                self._llm = LLM(self._model, **self._options)
+                llm = LLM(self._model, **self._options)
+                check_formats(llm.options)
+                self._llm = llm
             return self._llm
 
     def _answerer(self) -> Answerer:

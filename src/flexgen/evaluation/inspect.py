@@ -74,12 +74,14 @@ class FlexGenAPI(ModelAPI):
         config: GenerateConfig = GenerateConfig(),  # noqa: B008
         **model_args: Any,
     ) -> None:
-        from flexgen.llm import LLM  # inspect-ai loads this module for every command
+        from flexgen.evaluation.answers import check_formats  # inspect-ai loads this module for every command
+        from flexgen.llm import LLM
 
         super().__init__(model_name=model_name, base_url=base_url, api_key=api_key, config=config)
         options = dict(model_args)
         path, quiet_seconds = options.pop("model_path", None), float(options.pop("gather_seconds", _GATHER_SECONDS))
         self._llm = LLM(path or model_name, **options)
+        check_formats(self._llm.options)
         if self._llm.chat_template is None:
             self._llm.close()
             raise ModelError(f"{model_name} has no chat template, as base models do not: give one with -M chat_template=FILE")

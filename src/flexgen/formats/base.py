@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flexgen.base.parallel import Parallel, serially
-from flexgen.errors import EngineError, UnsupportedModelError
+from flexgen.errors import CheckpointError, EngineError, UnsupportedModelError
 
 if TYPE_CHECKING:
     import torch
@@ -74,6 +74,22 @@ class StoredTensor:
             start, stop = self.rows(first, count)
             return self.encoding.ranges(start, stop)
         return [StoredRange(self.path, self.offset + first * self.dtype.itemsize, count * self.dtype.itemsize, self.dtype)]
+
+    def small_bytes(self) -> bytes:
+        """Return the bytes of a small tensor that says something about others, such as their shape.
+
+        Raises:
+            CheckpointError: The file cannot be read, or ends before the tensor.
+        """
+        try:
+            with self.path.open("rb") as file:
+                file.seek(self.offset)
+                data = file.read(self.nbytes)
+        except OSError as error:
+            raise CheckpointError(f"{self.path}: cannot be read ({error})") from error
+        if len(data) != self.nbytes:
+            raise CheckpointError(f"{self.path}: {self.name}: the file ends before it; it was longer when its header was read")
+        return data
 
     def rows(self, first: int, count: int) -> tuple[int, int]:
         """Return the rows [start, stop) that contain these elements; all rows if they are not stored apart."""

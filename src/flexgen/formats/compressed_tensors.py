@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flexgen.errors import CheckpointError
@@ -183,7 +182,7 @@ class _StoredModule:
         stated = self._tensors.get(f"{self._module}.weight_shape")
         if stated is None or stated.nbytes != _SHAPE_BYTES or not stated.path.is_file():
             return None
-        return _last_integer(stated.path, stated.offset)
+        return int.from_bytes(stated.small_bytes()[8:], "little", signed=True)
 
     def _zero_packing(self, zeros: StoredTensor, rows: int) -> Packing:
         """Return how zero points are packed along the rows."""
@@ -217,15 +216,6 @@ class _StoredModule:
             f"{tensor.name} is {tuple(tensor.shape)} of {str(tensor.dtype).removeprefix('torch.')}; {self._scheme.stored_as} weights of "
             f"{self._scheme.bits} bits ({self._scheme.group}) need {expected}"
         )
-
-
-def _last_integer(path: Path, offset: int) -> int:
-    try:
-        with path.open("rb") as file:
-            file.seek(offset)
-            return int.from_bytes(file.read(_SHAPE_BYTES)[8:], "little", signed=True)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error})") from error
 
 
 def _packed_integers(bits: int) -> dict[str, Any]:

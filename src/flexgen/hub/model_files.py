@@ -158,6 +158,19 @@ def weight_files(folder: Path) -> list[str]:
     return [SINGLE_FILE]
 
 
+def weight_stamps(files: ModelFiles) -> list[tuple[str, int, int]]:
+    """Return name, size and time of change (in nanoseconds) of each file of weights, which tell a folder's weights from others.
+
+    Raises:
+        CheckpointError: The index is malformed or names a file outside the folder.
+    """
+    paths = [files.folder / name for name in sorted(weight_files(files.folder))]
+    if files.gguf is not None:
+        paths = [part.path for part in files.gguf.parts]
+    found = [path.stat() for path in paths]
+    return [(path.name, each.st_size, each.st_mtime_ns) for path, each in zip(paths, found, strict=True)]
+
+
 def find_weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
     """Return the paths of the weight files, checked, and the index (tensor name -> file name; empty for a single file).
 

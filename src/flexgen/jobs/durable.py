@@ -10,9 +10,10 @@ from typing import Any
 
 from flexgen.base.scalars import as_list, plain
 from flexgen.errors import FlexGenError, RequestError
+from flexgen.jobs.begin import begin_job
 from flexgen.jobs.export import read_records
 from flexgen.jobs.folder import JobFolder, JobPaths
-from flexgen.jobs.identity import Identity, identity_of
+from flexgen.jobs.identity import Identity
 from flexgen.jobs.input_file import copy_input, settle_input
 from flexgen.jobs.interrupt import StopRequest
 from flexgen.jobs.model import JobModel
@@ -68,7 +69,7 @@ def answer_lines(
         try:
             source = copy_input(kept, (_encoded(number, line) for number, line in enumerate(lines, 1)))
             with Store(kept) as store:
-                store.begin(identity or identity_of(model, defaults), model.name, accept_changes=accept_changes)
+                begin_job(store, model, defaults, accept_changes=accept_changes, identity=identity)
                 job = Job(model, source, store, defaults=defaults, stop=stop)
                 job.match(accept_changes=accept_changes)
                 if retry_errors:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from flexgen.chat import Chat, ToolUse
@@ -35,6 +35,14 @@ class JobModel(Protocol):
 
     def fingerprint(self) -> dict[str, Any]:
         """Return the properties of the model that change its answers, as JSON values by name."""
+        ...
+
+    def resume(self, begun: Mapping[str, Any]) -> str:
+        """Settle what is still to be chosen as in the fingerprint that a job was begun with; return it in words, if there was anything.
+
+        Raises:
+            OptionError: The options do not allow it.
+        """
         ...
 
     def render_chats(self, chats: Sequence[Chat], *, now: float | None = None) -> Iterator[str | RequestError]:

@@ -162,6 +162,8 @@ class Job:
     def open(self, workload: Workload) -> Plan:
         """Open the model for the workload that the scan returned, and return its plan."""
         plan = self.model.open(workload)
+        if self.store is not None:
+            self.store.settle(self.model.fingerprint())
         self._planned_seconds = plan.forecast.seconds
         return plan
 

@@ -6,11 +6,12 @@ waits for the disk; a line is done when its commit has returned.  Knows nothing 
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 from array import array
-from collections.abc import Iterable, Sequence
-from typing import Self
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Self
 
 from flexgen.errors import JobError
 from flexgen.jobs import saved_progress
@@ -26,6 +27,7 @@ logger = logging.getLogger(__name__)
 COMMIT_SECONDS = 0.1
 _COMMIT_RESULTS = 1000
 _COMMIT_BYTES = 4 << 20
+_CHOSEN = ("weight_format", "kv_format")  # what a model may choose for the first lines of a job
 
 
 class Store:
@@ -87,8 +89,7 @@ class Store:
         Raises:
             JobError: The identity changed, and `accept_changes` is false.
         """
-        with translated(self._path):
-            facts = dict(self._connection.execute("SELECT name, value FROM facts"))
+        facts = self._facts()
         self.model = model
         if facts and (self._num_done or self._begun_lines):
             earlier = Identity.from_json(facts["identity"])
@@ -97,7 +98,24 @@ class Store:
             self.created = int(facts["created"])
             if earlier.answers.get("model") == identity.answers.get("model"):
                 self.model = facts["model"]
-        facts = {"identity": identity.to_json(), "created": str(self.created), "model": self.model}
+        self._keep({"identity": identity.to_json(), "created": str(self.created), "model": self.model})
+
+    def begun_with(self) -> Mapping[str, Any] | None:
+        """Return the settings that earlier runs were begun with; None where no line has an answer or is in progress."""
+        facts = self._facts()
+        return Identity.from_json(facts["identity"]).answers if facts and (self.num_answered or self._begun_lines) else None
+
+    def settle(self, fingerprint: Mapping[str, Any]) -> None:
+        """Keep the fingerprint of a model that has chosen formats since the run began; no line was answered since then."""
+        begun = Identity.from_json(self._facts()["identity"])
+        if any(change.name in _CHOSEN for change in changes(begun.answers, fingerprint)):
+            self._keep({"identity": dataclasses.replace(begun, answers={**begun.answers, **fingerprint}).to_json()})
+
+    def _facts(self) -> dict[str, str]:
+        with translated(self._path):
+            return dict(self._connection.execute("SELECT name, value FROM facts"))
+
+    def _keep(self, facts: Mapping[str, str]) -> None:
         with transaction(self._connection, self._path):
             self._connection.executemany("INSERT OR REPLACE INTO facts VALUES (?, ?)", facts.items())
 
@@ -185,8 +203,7 @@ class Store:
 
     def keep_output_form(self, form: str) -> None:
         """Keep what `export` needs to know where the output is not a file of records."""
-        with transaction(self._connection, self._path):
-            self._connection.execute("INSERT OR REPLACE INTO facts VALUES ('output_form', ?)", (form,))
+        self._keep({"output_form": form})
 
     def start_run(self, num_lines: int) -> None:
         """Record that a run begins, and commit the changes that were accepted."""

@@ -60,6 +60,28 @@ def cached_conversion(files: ModelFiles, settings: QuantizeSettings, cache: Path
     )
 
 
+def conversion_left(files: ModelFiles, settings: QuantizeSettings, cache: Path | None = None) -> float:
+    """Return the share of a conversion into the cache that is still to be done: 0 where all is there, 1 where nothing is.
+
+    Raises:
+        StorageError: What is there cannot be understood.
+    """
+    record = _record_of((cache or cache_folder()) / _entry_name(files, settings, identity_of(files)))
+    if record is None or record.complete:
+        return 0.0 if record is not None else 1.0
+    return max(1 - sum(sums.nbytes for sums in record.files.values()) / max(record.total_bytes, 1), 0.0)
+
+
+def private_cache() -> Path:
+    """Return the folder of the cache, which is made if it is not there.
+
+    Raises:
+        StorageError: It cannot be made.
+    """
+    _make_private(cache_folder())
+    return cache_folder()
+
+
 def _entry_name(files: ModelFiles, settings: QuantizeSettings, identity: str) -> str:
     key = json.dumps([identity, settings.to_json()], sort_keys=True).encode()
     name = _UNSAFE.sub("-", "--".join(Path(files.name).parts[-2:])).strip("-.")[-60:]

@@ -14,14 +14,15 @@ import torch
 
 from flexgen.base.parallel import Parallel
 from flexgen.base.quantities import MIB
-from flexgen.checkpoint.files import Checkpoint, Headers
+from flexgen.checkpoint.files import Headers
 from flexgen.checkpoint.sources import ParameterSource, read_bytes, whole
+from flexgen.checkpoint.stored import stored_headers
 from flexgen.errors import UnsupportedModelError
 from flexgen.formats.base import StoredTensor
 from flexgen.formats.table import check_supported_number_format, refuse_quantization, stated_format
 from flexgen.hub.config import read_config
 from flexgen.hub.diagnose import other_quantization
-from flexgen.hub.model_files import ModelFiles, weight_files
+from flexgen.hub.model_files import ModelFiles, weight_stamps
 
 # Numbers of a block, in float32 16 MiB: of two blocks, of the bytes read for one, and of what one becomes, 64 MiB are in memory.
 BLOCK_ELEMENTS = 4 * MIB
@@ -39,9 +40,8 @@ def identity_of(files: ModelFiles) -> str:
     hasher.update(json.dumps(files.config, sort_keys=True).encode())
     if files.commit is not None:
         return f"{files.name} at {files.commit}, config {hasher.hexdigest()[:16]}"
-    for name in sorted(weight_files(files.folder)):
-        found = (files.folder / name).stat()
-        hasher.update(f"{name} {found.st_size} {found.st_mtime_ns}\n".encode())
+    for name, size, changed in weight_stamps(files):
+        hasher.update(f"{name} {size} {changed}\n".encode())
     return f"files {hasher.hexdigest()}"
 
 
@@ -88,11 +88,18 @@ def open_source(files: ModelFiles) -> Source:
         raise refuse_quantization({"quant_method": tool})
     config = read_config(files)
     check_supported_number_format(config)
-    return Source(files=files, config=config, headers=decoded_headers(Checkpoint(files.folder), config))
+    return Source(files=files, config=config, headers=decoded_headers(stored_headers(files), config))
 
 
 def decoded_headers(headers: Headers, config: Any) -> Headers:
-    """Return the headers with tensors of a low-bit format in the dtype of the config."""
+    """Return the headers with tensors of a low-bit format in the dtype of the config.
+
+    Raises:
+        UnsupportedModelError: The weights are in GGUF, whose names for tensors are not those of transformers.
+        CheckpointError: The tensors are not stored as their format requires.
+    """
+    if headers.architecture is not None:
+        raise UnsupportedModelError(f"{headers.folder}: weights in GGUF are not converted; its own types of 4 and 8 bits run as they are")
     stored = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
     return headers.decoded(stated_format(config), stored if isinstance(stored, torch.dtype) else torch.bfloat16)
 

@@ -7,6 +7,8 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
+from flexgen.plan.formats import FormatChoice
+
 SCHEMA_VERSION = 1
 # From this many cores on, the load of other programs affects the measured rates.
 BUSY_CORES = 0.3
@@ -89,6 +91,7 @@ class RunReport:
         overlap_at_check: `overlap` with the best rates scaled by the mean of `check_rates`; None if the machine was not checked.
         efficiency_at_check: `efficiency` with the same rates; None if the machine was not checked.
         shared_prompt_tokens: Prompt tokens that were not computed because another request that begins with them had computed them.
+        formats: The formats of weights and KV that were chosen, and what they were chosen from; None where there was no choice.
         peak_host_bytes: The peak resident memory of the process, to compare with `host_budget_bytes`.
     """
 
@@ -130,6 +133,7 @@ class RunReport:
     busy_cores: float | None = None
     overlap_at_check: float | None = None
     efficiency_at_check: float | None = None
+    formats: FormatChoice | None = None
     schema_version: int = SCHEMA_VERSION
 
     def to_json(self) -> str:

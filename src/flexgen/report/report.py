@@ -91,6 +91,7 @@ def make_report(log: RunLog, plan: Plan, placement: dict[str, dict[str, int]], d
         policy=dataclasses.asdict(plan.policy),
         machine=json.loads(plan.machine.to_json()),
         model=plan.spec.name,
+        formats=plan.formats,
         versions=_versions(),
     )
 

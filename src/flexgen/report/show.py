@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from flexgen.base.quantities import format_seconds
 from flexgen.errors import OptionError
-from flexgen.report.format import format_details, format_plan, format_progress, format_report, token_rates
+from flexgen.report.format import format_details, format_progress, format_report, token_rates
+from flexgen.report.plans import format_plan
 from flexgen.report.progress import Progress, RunReport
 
 if TYPE_CHECKING:
@@ -130,8 +131,9 @@ class JsonDisplay(NoDisplay):
         self.message(text)
 
     def plan(self, plan: Plan) -> None:
-        """Write {"event": "plan", "policy": {...the fields of Policy}, "forecast": {...the fields of Forecast}}."""
-        self._event("plan", {"policy": dataclasses.asdict(plan.policy), "forecast": dataclasses.asdict(plan.forecast)})
+        """Write {"event": "plan"} with the fields of Policy, Forecast and FormatChoice as "policy", "forecast" and "formats"."""
+        parts = {"policy": plan.policy, "forecast": plan.forecast, "formats": plan.formats}
+        self._event("plan", {name: None if part is None else dataclasses.asdict(part) for name, part in parts.items()})
 
     def progress(self, progress: Progress) -> None:
         """Write {"event": "progress", ...the fields of Progress}."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from flexgen.base.digests import digest_of
 from flexgen.base.quantities import format_size
-from flexgen.hub.model_files import TOKENIZER_FILES, ModelFiles, weight_files
+from flexgen.hub.model_files import TOKENIZER_FILES, ModelFiles, weight_stamps
 from flexgen.hub.private_folder import tokenizer_files
 from flexgen.session.model import ResolvedModel
 from flexgen.text.answers import RequestTranslator
@@ -33,6 +33,7 @@ def fingerprint(model: ResolvedModel, translator: RequestTranslator, chat_templa
         "eos_token_ids": sorted(translator.eos_token_ids),
         "dtype": model.dtype,
         "cpu_compute": model.cpu_compute,
+        "weight_format": model.options.weight_format,
         "kv_format": model.kv_format,
         "load_format": load_format,
         "max_model_len": translator.max_model_len,
@@ -46,12 +47,9 @@ def _weights(files: ModelFiles, load_format: str) -> str:
         return f"{files.name} at {files.commit}"
     if load_format == "dummy":
         return "random weights"
-    paths = [files.folder / name for name in sorted(weight_files(files.folder))]
-    if files.gguf is not None:
-        paths = [part.path for part in files.gguf.parts]
-    found = [path.stat() for path in paths]
-    parts = (f"{path.name} {each.st_size} {each.st_mtime_ns}".encode() for path, each in zip(paths, found, strict=True))
-    return f"{len(paths)} files, {format_size(sum(each.st_size for each in found))}, {digest_of(parts, _BYTES)}"
+    stamps = weight_stamps(files)
+    parts = (f"{name} {size} {changed}".encode() for name, size, changed in stamps)
+    return f"{len(stamps)} files, {format_size(sum(size for _, size, _ in stamps))}, {digest_of(parts, _BYTES)}"
 
 
 def _tokenizer_digest(tokenizer: Tokenizer, model_folder: Path) -> str:

@@ -87,16 +87,7 @@ def _shipped(name: str, options: EngineOptions, device: str) -> ModelSpec:
 
 
 def _described(model: str, options: EngineOptions, device: str, token: str | None) -> ModelSpec:
-    import torch
-
-    from flexgen.checkpoint.files import Checkpoint, Headers
-    from flexgen.checkpoint.gguf import GGUFHeaders
-    from flexgen.hub.config import read_config
-    from flexgen.hub.download import weight_headers
-    from flexgen.hub.model_files import weight_files
     from flexgen.hub.resolve import resolve_model
-    from flexgen.kv.low_bit import kv_format
-    from flexgen.models.describe import describe_config, describe_headers
 
     try:
         files = resolve_model(model, revision=options.revision, token=token, with_weights=False)
@@ -104,23 +95,39 @@ def _described(model: str, options: EngineOptions, device: str, token: str | Non
         if "/" in model:
             raise
         raise ModelError(f"{error}; nor is it in the catalogue: {', '.join(similar_names(model))}") from error
+    return describe_files(files, options, device=device, token=token)
+
+
+def describe_files(files: ModelFiles, options: EngineOptions, *, device: str, token: str | None = None) -> ModelSpec:
+    """Return the model of these files as the planner sees it.
+
+    Args:
+        files: The model's files, of which the weights may be on the hub.
+        options: As for `spec_of`.
+        device: "cpu", "cuda" or "sim".
+        token: The access token for the hub, as in `resolve_model`.
+
+    Raises:
+        ModelError: As for `spec_of`.
+    """
+    import torch
+
+    from flexgen.checkpoint.stored import stored_headers
+    from flexgen.hub.config import read_config
+    from flexgen.kv.low_bit import kv_format
+    from flexgen.models.describe import describe_config, describe_headers
+    from flexgen.quantize.source import check_convertible
+    from flexgen.session.weights import planned_in
+
     config = read_config(files)
-    with describing(model):
+    with describing(files.name):
         dtype = getattr(torch, compute_dtype(config_dtype(config), device) if options.dtype == "auto" else options.dtype)
         kv = kv_format(options.kv_format, dtype)
         if options.load_format == "dummy":
-            return describe_config(config, dtype, stored=dtype, name=model, kv_format=kv, cpu_compute=options.cpu_compute)
-    if files.gguf is not None:
-        headers = GGUFHeaders(files.gguf)
-    elif files.commit is None or all((files.folder / name).is_file() for name in weight_files(files.folder)):
-        headers = Checkpoint(files.folder)
-    else:
-        headers = Headers.parsed(files.folder, weight_headers(model, files.folder, token=token))
-    with describing(model):
+            return describe_config(config, dtype, stored=dtype, name=files.name, kv_format=kv, cpu_compute=options.cpu_compute)
+    headers = stored_headers(files, token=token)
+    with describing(files.name):
         if options.weight_format != "auto":
-            from flexgen.quantize.source import check_convertible
-            from flexgen.session.weights import planned_in
-
             check_convertible(files)
-            headers, config = planned_in(options.weight_format, headers, config, name=model)
-        return describe_headers(headers, config, dtype, name=model, kv_format=kv, cpu_compute=options.cpu_compute)
+            headers, config = planned_in(options.weight_format, headers, config, name=files.name)
+        return describe_headers(headers, config, dtype, name=files.name, kv_format=kv, cpu_compute=options.cpu_compute)

@@ -163,7 +163,7 @@ class ResolvedModel:
         """Assemble the model in a folder; quantized weights are refused as such, before they are compared with the config."""
         import torch
 
-        from flexgen.checkpoint.gguf import GGUFHeaders
+        from flexgen.checkpoint.stored import stored_headers
         from flexgen.formats.table import refuse_quantization
         from flexgen.kv.low_bit import kv_format
         from flexgen.models.assemble import assemble_model
@@ -173,7 +173,7 @@ class ResolvedModel:
             if (tool := other_quantization(self.files.config)) is not None:
                 raise refuse_quantization({"quant_method": tool})
             random, computed = self.options.load_format == "dummy", getattr(torch, dtype)
-            headers = GGUFHeaders(self.files.gguf) if self.files.gguf is not None and not random else None
+            headers = None if random else stored_headers(self.files)
             kv = kv_format(self.options.kv_format, computed)
             return assemble_model(
                 folder, self.config, computed, name=self.files.name, kv_format=kv, headers=headers, cpu_compute=self.options.cpu_compute

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from flexgen.plan.machine import Limits, Machine
 from flexgen.plan.play import admit
 from flexgen.plan.tell.forecast import Plan, make_plan
 from flexgen.plan.workload import Workload
-from flexgen.profile.measure import cached_machine
+from flexgen.profile.kept import cached_machine
 from flexgen.session.model import DESCRIBING, ResolvedModel
 from flexgen.session.turns import forked
 
@@ -95,15 +96,13 @@ def prepare(found: ResolvedModel, options: EngineOptions, workload: Workload) ->
         if model.cpu_compute == INT8:
             check_exact()
             warm_up_int8(model.dtype)
-        machine = _measured(model, limits, options.dtype)
-        step("loading kernels (compiled once)")
-        _warm_up_kernels(model.dtype, model.kv_format)
+        weights = model.layouts[0].extents[0].path.parent
+        machine = measured_machine(limits, options.dtype, weights, model.total_bytes, model.spec.decoded_from)
+        load_kernels(model.dtype, model.kv_format)
         for encoding in model.encodings:
             if limits.device == "cpu" or not encoding.format.carried_as_stored:
                 warming.warm_up(encoding, model.dtype)
-        process_bytes = psutil.Process().memory_info().rss
-        if options.verify_reads:
-            process_bytes += (model.total_bytes + limits.disk_bytes) // BLOCK_BYTES * BYTES_PER_BLOCK
+        process_bytes = bytes_of_process(options, model.total_bytes, limits)
         step("choosing a plan")
         plan = make_plan(options, model.spec, machine, limits, workload, process_bytes=process_bytes)
         undo.pop_all()
@@ -113,16 +112,29 @@ def prepare(found: ResolvedModel, options: EngineOptions, workload: Workload) ->
     )  # fmt: skip
 
 
-def _measured(model: AssembledModel, limits: Limits, dtype: str) -> Machine:
-    """Return the rates of this machine, with the disk that the weights lie on."""
-    weights = model.layouts[0].extents[0].path.parent
-    quick = model.total_bytes < THOROUGH_BYTES
+def measured_machine(limits: Limits, dtype: str, weights: Path, total_bytes: int, formats: Iterable[str]) -> Machine:
+    """Return the rates of this machine.
+
+    Args:
+        limits: The budgets, which buffers keep.
+        dtype: The dtype of computing.
+        weights: The folder that weights stream from.
+        total_bytes: The bytes of all weights, which decide how long measuring may take.
+        formats: The names of the number formats that are decoded.
+    """
     max_bytes = min(256 * MIB, limits.host_bytes // 8)
-    return cached_machine(limits.device, dtype, weights, max_bytes=max_bytes, quick=quick, formats=model.spec.decoded_from)
+    return cached_machine(limits.device, dtype, weights, max_bytes=max_bytes, quick=total_bytes < THOROUGH_BYTES, formats=formats)
 
 
-def _warm_up_kernels(dtype: torch.dtype, kv_format: KVFormat) -> None:
+def bytes_of_process(options: EngineOptions, total_bytes: int, limits: Limits) -> int:
+    """Return the memory of this process before weights of so many bytes are loaded, plus that of checksums if reads are verified."""
+    checksums = (total_bytes + limits.disk_bytes) // BLOCK_BYTES * BYTES_PER_BLOCK if options.verify_reads else 0
+    return psutil.Process().memory_info().rss + checksums
+
+
+def load_kernels(dtype: torch.dtype, kv_format: KVFormat) -> None:
     """Compile (or load) the host's kernels and the planner's loop now: their memory belongs to the process, and their time to loading."""
+    step("loading kernels (compiled once)")
     admit.prepare()
     kernels = attention_kernels(torch.device("cpu"), 1)
     try:

@@ -16,6 +16,7 @@ from flexgen.chat import Chat, Templates, ToolUse
 from flexgen.errors import FlexGenError, OptionError, RequestError
 from flexgen.options import EngineOptions
 from flexgen.outputs import RequestOutput
+from flexgen.plan.formats import Formats
 from flexgen.plan.policy import PAGE_TOKENS
 from flexgen.plan.tell.forecast import Plan
 from flexgen.plan.workload import Workload
@@ -23,7 +24,7 @@ from flexgen.report.progress import Progress, RunReport
 from flexgen.request import PartialAnswer, SamplingParams, TokenRequest, TokenResult
 from flexgen.session.fingerprint import fingerprint
 from flexgen.session.model import ResolvedModel
-from flexgen.session.session import EngineSession, plan_job
+from flexgen.session.session import EngineSession
 from flexgen.session.turns import Turns
 from flexgen.text.answers import RequestTranslator
 from flexgen.text.common_prefixes import NO_PREFIXES, CommonPrefixes, PrefixCensus
@@ -83,17 +84,17 @@ class ServedModel:
         model_type = str(files.config.get("model_type"))
         self._tools = Tools(files.name, model_type, tokenizer, self.templates, self._guides, self.eos_token_ids)
         self.turns = Turns()
-        self._resolved, self._engine = resolved, EngineSession(resolved)
+        self._engine = EngineSession(resolved)
         self._finalizer = weakref.finalize(self, _close, self.turns, self._engine, self.templates, self._guides, wait=False)
 
     @property
     def name(self) -> str:
         """The name of the model, as the user wrote it."""
-        return self._resolved.files.name
+        return self._engine.model.files.name
 
     @property
     def options(self) -> EngineOptions:
-        """The options that were asked for; `shrink` lowers `max_num_seqs`."""
+        """The options that were asked for; `shrink` lowers `max_num_seqs`, and formats to choose among become those that are chosen."""
         return self._engine.options
 
     def check(self) -> None:
@@ -102,17 +103,36 @@ class ServedModel:
         Raises:
             ModelError: The model cannot be served; the message says why.
         """
-        self._resolved.check()
+        self._engine.model.check()
 
     def fingerprint(self) -> dict[str, Any]:
         """Return the properties of the model that change its answers, as JSON values by name.
 
-        A job refuses to go on with another fingerprint.
+        A job refuses to go on with another fingerprint.  As long as formats are to be chosen, it is that of the model as it is.
 
         Raises:
             FlexGenError: See `check`.
         """
-        return fingerprint(self._resolved, self.translator, self.templates.text, self.options.load_format)
+        return fingerprint(self._engine.model, self.translator, self.templates.text, self.options.load_format)
+
+    def resume(self, begun: Mapping[str, Any]) -> str:
+        """Serve in the formats of a job that was begun before, where the options leave formats to choose.
+
+        Args:
+            begun: The fingerprint that the job was begun with.
+
+        Returns:
+            The formats in words; empty where there was nothing to choose.
+
+        Raises:
+            OptionError: The options do not allow these formats.
+            FlexGenError: The weights cannot be converted.
+        """
+        if self.options.allow_formats is None:
+            return ""
+        formats = Formats(begun.get("weight_format", "auto"), begun.get("kv_format", "auto"))
+        self._engine.keep_formats(formats)
+        return str(formats)
 
     # -- prompts and answers ------------------------------------------------------------------------------------------------------------
 
@@ -215,9 +235,9 @@ class ServedModel:
         return PrefixCensus(PAGE_TOKENS) if self.options.prefix_sharing else None
 
     def plan(self, workload: Workload) -> Plan:
-        """Return the plan that `open` would make for this workload, without opening the engine (see `plan_job`)."""
+        """Return the plan that `open` would make for this workload, without opening the engine (see `plan_job` and `choose_formats`)."""
         _check_workload("plan", workload)
-        return plan_job(self._resolved, self.options, workload)
+        return self._engine.plan(workload)
 
     def open(self, workload: Workload) -> Plan:
         """Open the engine for this workload, as `stream` would, and return its plan."""

@@ -9,8 +9,9 @@ import math
 from typing import TYPE_CHECKING
 
 from flexgen.base.steps import step
-from flexgen.errors import CapacityError
+from flexgen.errors import CapacityError, OptionError
 from flexgen.options import EngineOptions
+from flexgen.plan.formats import FormatChoice, Formats
 from flexgen.plan.play.answer_lengths import expected
 from flexgen.plan.price.memory import activation_bytes
 from flexgen.plan.price.requests import JobSizes, kv_room
@@ -18,6 +19,7 @@ from flexgen.plan.search.solve import NOMINAL_WORKLOAD
 from flexgen.plan.tell.forecast import Forecast, Plan
 from flexgen.plan.workload import Workload
 from flexgen.session.model import ResolvedModel
+from flexgen.session.weights import in_weight_format
 
 if TYPE_CHECKING:
     from flexgen.plan.model import ModelSpec
@@ -47,6 +49,20 @@ def plan_job(model: ResolvedModel, options: EngineOptions, workload: Workload) -
     return prepared.plan
 
 
+def choose_formats(model: ResolvedModel, options: EngineOptions, workload: Workload) -> Plan:
+    """Return the plan in the formats that are best for a job, among those that the options allow; nothing is converted.
+
+    Raises:
+        CapacityError: As for `plan_job`.
+        ModelError: As for `plan_job`.
+        OptionError: As for `plan_job`.
+    """
+    step("loading PyTorch")
+    from flexgen.session.formats import plan_formats
+
+    return plan_formats(model, options, workload)
+
+
 def open_engine(model: ResolvedModel, options: EngineOptions, workload: Workload) -> PlannedEngine:
     """Plan for the workload, load the model, and return the engine that serves it.
 
@@ -69,18 +85,43 @@ class EngineSession:
         model: The model that engines serve, with the options that the first one is opened with.
 
     Attributes:
-        options: The options that the next engine is opened with.
+        model: The model that engines serve; its weights are converted when their format is chosen.
+        options: The options that the next engine is opened with; formats are chosen for the first work, and stay.
         engine: The open engine; None before the first work and after `close`.
     """
 
     def __init__(self, model: ResolvedModel) -> None:
-        self.options = model.options
+        self.model, self.options = model, model.options
         self.engine: PlannedEngine | None = None
-        self._model = model
+        self._formats: FormatChoice | None = None
         self._planned = Workload(prompt_lens=(), output_lens=())  # the work that the engine was opened for
         self._hopeless = math.inf  # requests of so many tokens or more fit no plan
         self._slow_seconds = 0.0  # forecast of the jobs that another plan might have done faster
         self._max_num_seqs = 0  # of the last engine, even after it was closed
+
+    def keep_formats(self, formats: Formats) -> None:
+        """Serve in these formats, those of an earlier run, and choose no others.
+
+        Raises:
+            OptionError: The options do not allow them.
+            FlexGenError: The weights cannot be converted.
+        """
+        if formats.weights not in self.options.choices("weight_format") or formats.kv not in self.options.choices("kv_format"):
+            raise OptionError(f"{formats}, which the formats that are allowed ({self.options.allow_formats}) leave out")
+        self._settle(FormatChoice(chosen=formats))
+
+    def _settle(self, choice: FormatChoice) -> None:
+        """Serve in the formats that were chosen; weights are converted now if they are not in the cache."""
+        chosen = choice.chosen
+        converts, changes = chosen.weights != self.options.weight_format, chosen.kv != self.options.kv_format
+        options = self.options.in_formats(chosen.weights, chosen.kv)
+        if converts or changes:
+            self.model = ResolvedModel(in_weight_format(self.model.files, options) if converts else self.model.files, options)
+        self.options, self._formats = options, choice
+
+    def plan(self, workload: Workload) -> Plan:
+        """Return the plan of the engine that `serving` would open if none were open; nothing is converted."""
+        return (choose_formats if self.options.allow_formats is not None else plan_job)(self.model, self.options, workload)
 
     def serving(self, workload: Workload) -> PlannedEngine:
         """Return the open engine if its plan serves the workload, else a fresh one.
@@ -99,7 +140,7 @@ class EngineSession:
         gc.collect()  # and its hooks refer back to their modules
         if self.options.max_request_seconds is None and self.options.max_job_seconds is None:
             with contextlib.suppress(CapacityError):  # the work may still fit without the additional room
-                self._opened(with_room(workload, self._model.token_limits[1])).expect(workload)
+                self._opened(with_room(workload, self.model.token_limits[1])).expect(workload)
         return self.engine or self._opened(workload)
 
     def shrink(self) -> int | None:
@@ -122,7 +163,13 @@ class EngineSession:
             engine.close()
 
     def _opened(self, workload: Workload) -> PlannedEngine:
-        engine = open_engine(self._model, self.options, workload)
+        if self.options.allow_formats is not None:
+            choice = choose_formats(self.model, self.options, workload).formats
+            assert choice is not None
+            self._settle(choice)
+        engine = open_engine(self.model, self.options, workload)
+        if self._formats is not None:
+            engine.plan = dataclasses.replace(engine.plan, formats=self._formats)
         self.engine, self._planned, self._slow_seconds = engine, workload, 0.0
         policy = engine.plan.policy
         self._max_num_seqs = policy.max_num_seqs

@@ -11,7 +11,8 @@ from flexgen.plan.play.simulate import Simulation
 from flexgen.plan.policy import Policy
 from flexgen.plan.price.pass_time import Expectation
 from flexgen.plan.search.moves import Score
-from flexgen.plan.search.space import Point, Space
+from flexgen.plan.search.point import Point
+from flexgen.plan.search.space import Space
 
 # Among plans that are about as fast, those are preferred that have shorter passes (results come sooner, forecasts matter less) and that
 # move fewer bytes (bytes that do not move are never late), above all from the disk.

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import combinations, product
 from typing import Protocol
 
-from flexgen.plan.search.space import Point
+from flexgen.plan.search.point import Point
 
 Score = tuple[float, ...]
 Move = Mapping[str, float]

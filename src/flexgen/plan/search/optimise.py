@@ -17,8 +17,9 @@ from flexgen.plan.policy import Policy
 from flexgen.plan.price.requests import RequestLoad
 from flexgen.plan.search.evaluate import Bounds, Outcome, Player
 from flexgen.plan.search.moves import Improvement, climb, refine, wander
+from flexgen.plan.search.point import Point
 from flexgen.plan.search.shortage import shortage
-from flexgen.plan.search.space import Point, Space
+from flexgen.plan.search.space import Space
 from flexgen.plan.search.starts import BOUNDED_CAPS, NEAR, starts, steady_states, varied, varied_places, varied_wholes
 from flexgen.plan.search.steady import Steady
 

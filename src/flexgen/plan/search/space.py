@@ -9,7 +9,6 @@ import copy
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from flexgen.errors import OptionError
@@ -21,6 +20,7 @@ from flexgen.plan.price.memory import PlacedWeights
 from flexgen.plan.price.requests import JobSizes
 from flexgen.plan.price.work import active_share, can_stay_encoded
 from flexgen.plan.search.drafts import Drafts, WeightSizes, first_of, kv_pools, pool_fractions
+from flexgen.plan.search.point import AXES, Point
 from flexgen.plan.search.steady import FreeMemory
 from flexgen.plan.workload import Workload
 
@@ -28,37 +28,6 @@ from flexgen.plan.workload import Workload
 SEQUENCE_SLACK = 1.15
 # A smaller share of KV on disk is not worth an offload folder.
 LEAST_SPILL = 0.05
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Point:
-    """The choices that make a policy: numbers from 0 to 1, and discrete ones.
-
-    By default all weights and no KV are on disk, and passes are large.
-
-    Attributes:
-        on_device: Of the weights that fit on the device, the share that lives there.
-        on_host: Of the weights that fit on the host, the share that lives there.
-        encoded: Of the weights on the host, the share that is kept as stored, where that takes less memory.
-        kv_homes: 0 is the device, 1 the host, 0.5 all of both (see `kv_pools`).
-        kv_disk: The disk's share of KV.
-        quota: The prompt tokens per pass, from half of those that replace ending sequences (0) to a whole block (1).
-        cap: The share of the sequences that fit which may be alive.
-        embedding: Whether the embedding stays in memory, where that is useful and it fits.
-        schedule: "diagonal", "zigzag" or "row".
-        micro_batch_tokens: The most tokens computed together.
-    """
-
-    on_device: float = 0.0
-    on_host: float = 0.0
-    encoded: float = 0.0
-    kv_homes: float = 0.0
-    kv_disk: float = 0.0
-    quota: float = 1.0
-    cap: float = 1.0
-    embedding: bool
-    schedule: str
-    micro_batch_tokens: int
 
 
 class _KVHomes(NamedTuple):
@@ -70,7 +39,6 @@ class _KVHomes(NamedTuple):
 
 # The most tokens of a micro-batch, unless pinned.
 MAX_MICRO_BATCH_TOKENS = 16384
-AXES = ("on_device", "on_host", "encoded", "kv_homes", "kv_disk", "quota", "cap")
 
 
 class Space:

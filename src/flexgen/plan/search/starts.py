@@ -9,7 +9,8 @@ from typing import Any
 
 from flexgen.plan.price.pass_time import Expectation
 from flexgen.plan.price.requests import RequestLoad
-from flexgen.plan.search.space import LEAST_SPILL, Point, Space
+from flexgen.plan.search.point import Point
+from flexgen.plan.search.space import LEAST_SPILL, Space
 from flexgen.plan.search.steady import Steady, SteadyState
 
 # Caps that are tried where time is bounded; prompt quotas that are tried near the steady states, and at the corners.

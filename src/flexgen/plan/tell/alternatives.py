@@ -1,22 +1,16 @@
-"""Alternatives to a plan: faster number formats, and shorter requests."""
+"""Alternatives to a plan: a narrower dtype of computing, and shorter requests."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from flexgen.errors import CapacityError
-from flexgen.options import DTYPE_BYTES
-from flexgen.plan.machine import int8_name
-from flexgen.plan.model import ModelSpec, UnitSpec
 from flexgen.plan.policy import Policy
-from flexgen.plan.price.pass_time import Expectation
-from flexgen.plan.price.work import num_weights
 from flexgen.plan.search.evaluate import Bounds, Outcome
 from flexgen.plan.search.optimise import Search
 from flexgen.plan.search.space import Space
-from flexgen.plan.tell.forecast import Plan, forecast_again
+from flexgen.plan.tell.forecast import Plan
 
 # The least speedup that is worth mentioning.
 WORTH_SAYING = 1.5
@@ -28,89 +22,30 @@ CURVE_POINTS = 8
 NARROWER = {"float64": ("float32", "bfloat16", "float16"), "float32": ("bfloat16", "float16")}
 
 
-# Format that weights can be converted to, the most exact first -> bytes of a number, scales included, and the name that its decoding has.
-CONVERSIONS = {"int8": (1.05, "int8"), "int4": (0.55, "int4")}
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FasterFormat:
-    """A format of numbers in which the same job would be faster.
+class FasterDtype:
+    """A dtype of computing in which the same job would be faster.
 
     Attributes:
-        dtype: The dtype of computing, by torch's name; None if it stays.
-        weight_format: The format to convert the weights to; None if they stay as they are.
+        dtype: The dtype, by torch's name.
         speedup: How many times as fast the job would be.
     """
 
-    dtype: str | None = None
-    weight_format: str | None = None
+    dtype: str
     speedup: float
 
 
-def faster_format(plan: Plan, plan_in: Callable[[str], Plan | None]) -> FasterFormat | None:
-    """Return the narrower dtype that gains most; None if the gain is small.
+def faster_dtype(plan: Plan, plan_in: Callable[[str], Plan | None]) -> FasterDtype | None:
+    """Return the first of the narrower dtypes that gain about most; None if the gain is small.
 
     Args:
         plan: The plan of the job in the dtype that was chosen.
         plan_in: Plans the same job in another dtype; returns None where rates for that dtype are not known.
     """
     others = {dtype: other for dtype in NARROWER.get(plan.policy.dtype, ()) if (other := plan_in(dtype)) is not None}
-    return _fastest(
-        FasterFormat(dtype=dtype, speedup=plan.forecast.seconds / max(other.forecast.seconds, 1e-9)) for dtype, other in others.items()
-    )
-
-
-def faster_weights(plan: Plan, space: Space, formats: Iterable[str], space_of: Callable[[ModelSpec], Space]) -> FasterFormat | None:
-    """Return the format to convert the weights to that gains most; None if the gain is small.
-
-    No other plan is made: the gain is that of this plan's policy with the other weights, or of steady states if that is more.
-
-    Args:
-        plan: The plan for the model as it is; weights in low-bit formats are not converted.
-        space: The policies that it was chosen from.
-        formats: The names in CONVERSIONS to compare.
-        space_of: Returns the policies for another model and the same job.
-    """
-    if plan.spec.number_format not in DTYPE_BYTES:
-        return None
-    own_rate, own_seconds = Search(space).steady_rate(), max(plan.forecast.seconds, 1e-9)
-    gains: list[FasterFormat] = []
-    for name in (name for name in CONVERSIONS if name in formats):
-        other = space_of(converted(plan.spec, name))
-        expectation = Expectation(other.spec, plan.machine, plan.policy.dtype)
-        seconds = forecast_again(plan.forecast, plan.policy, expectation, space.workload).seconds
-        speedup = max(own_seconds / max(seconds, 1e-9), Search(other).steady_rate() / own_rate if own_rate else 0.0)
-        gains.append(FasterFormat(weight_format=name, speedup=speedup))
-    return _fastest(gains)
-
-
-def converted(spec: ModelSpec, weight_format: str) -> ModelSpec:
-    """Return a model of plain weights about as a conversion would store it: all units but the head are encoded."""
-    number_bytes, decoding = CONVERSIONS[weight_format]
-
-    def unit_in(unit: UnitSpec) -> UnitSpec:
-        stored = int(num_weights(unit, spec.dtype) * number_bytes)
-        return unit if unit.head else dataclasses.replace(unit, disk_bytes=stored, encoded_bytes=stored, plain=False)
-
-    units = tuple(map(unit_in, spec.units))
-    decoded: dict[str, int] = {}
-    for unit in (unit for unit in units if not unit.head):
-        name = int8_name(decoding) if unit.int8_flops_per_token else decoding
-        decoded[name] = decoded.get(name, 0) + unit.decoded_bytes
-    return dataclasses.replace(spec, units=units, number_format=weight_format, decoded_from=decoded)
-
-
-def _fastest(gains: Iterable[FasterFormat]) -> FasterFormat | None:
-    """Return the first of the gains that are about the largest; None if that is not worth mentioning."""
-    found = list(gains)
+    found = [FasterDtype(dtype=dtype, speedup=plan.forecast.seconds / max(other.forecast.seconds, 1e-9)) for dtype, other in others.items()]
     least = max([ABOUT_EQUAL * gain.speedup for gain in found] + [WORTH_SAYING])
     return next((gain for gain in found if gain.speedup >= least), None)
-
-
-def fastest_plan(plans: Mapping[str, Plan]) -> str:
-    """Return the key of the first of the plans that are about the fastest."""
-    least = min(plan.forecast.seconds for plan in plans.values())
-    return next(name for name, plan in plans.items() if ABOUT_EQUAL * plan.forecast.seconds <= least)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

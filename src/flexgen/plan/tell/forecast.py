@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from flexgen.errors import CapacityError
 from flexgen.options import EngineOptions
+from flexgen.plan.formats import FormatChoice
 from flexgen.plan.machine import Limits, Machine
 from flexgen.plan.model import ModelSpec
 from flexgen.plan.play.answer_lengths import expected
@@ -84,12 +85,21 @@ class Forecast:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """A policy for a job, with its forecast."""
+    """A policy for a job, with its forecast.
+
+    Attributes:
+        spec: The model.
+        machine: The machine.
+        policy: The policy.
+        forecast: What is expected of it.
+        formats: The choice of the formats of weights and KV; None where there was none.
+    """
 
     spec: ModelSpec
     machine: Machine
     policy: Policy
     forecast: Forecast
+    formats: FormatChoice | None = None
 
 
 def make_plan(options: EngineOptions, spec: ModelSpec, machine: Machine, limits: Limits, workload: Workload, *, process_bytes: int) -> Plan:
