@@ -14,7 +14,8 @@ from flexgen.errors import EngineError
 from flexgen.kernels.codes import HeadCodes, SealedPages
 from flexgen.kernels.cpu import CpuKernels
 from flexgen.kernels.reference import AttentionKernels
-from tests.kernels.test_sealed import DTYPES, PAGE, RAGGED, Stored, assert_close, dense, kernels, store  # noqa: F401 - a fixture
+from tests.kernels.test_sealed import DTYPES, PAGE, RAGGED, Stored, assert_close, dense, store
+from tests.kernels.test_sealed import kernels as kernels  # a fixture
 
 
 def attend(kernels: AttentionKernels, stored: Stored, lengths: list[int], starts: list[int], **how: Any) -> tuple[torch.Tensor, ...]:  # noqa: F811
