@@ -94,12 +94,13 @@ def latent_steps(kernels: AttentionKernels, name: str, heads: int, max_bytes: in
     sequences = max(max_bytes // (tokens * sum(sizes)), 1)
     number = sequences * tokens // PAGE_TOKENS
     latents, ropes = (torch.empty(number * PAGE_TOKENS, 1, dim, dtype=dtype).uniform_(-1, 1) for dim in (RANK, ROPE))
-    pages = kv.pages(*(torch.empty(number, PAGE_TOKENS * size, dtype=torch.uint8) for size in sizes), geometry, PAGE_TOKENS)
+    keys, values = (torch.empty(number, PAGE_TOKENS * size, dtype=torch.uint8) for size in sizes)
+    pages = kv.pages(keys, values, geometry, PAGE_TOKENS)
     ids = torch.arange(number)
     if isinstance(pages, LowBitPages):
         pages.seal(kernels, latents, ropes, ids)
-        exact = (torch.zeros(sequences, PAGE_TOKENS * dim * dtype.itemsize, dtype=torch.uint8) for dim in (RANK, ROPE))
-        pages = pages.beside(default_kv_format(dtype).pages(*exact, geometry, PAGE_TOKENS))
+        own, own_ropes = (torch.zeros(sequences, PAGE_TOKENS * dim * dtype.itemsize, dtype=torch.uint8) for dim in (RANK, ROPE))
+        pages = pages.beside(default_kv_format(dtype).pages(own, own_ropes, geometry, PAGE_TOKENS))
     else:
         pages.write(kernels, latents, ropes, ids.repeat_interleave(PAGE_TOKENS), torch.arange(PAGE_TOKENS).repeat(number))
     query = torch.empty(sequences, heads, RANK + ROPE, dtype=dtype).uniform_(-1, 1)

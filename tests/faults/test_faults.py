@@ -33,7 +33,7 @@ ALWAYS_CASES = [*(f"{kind}-1" for kind in ALWAYS), *(f"{kind}-2" for kind in ALW
 def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
     """What became of the jobs of each kind that this run tests, in a process of its own: a fork would not copy this one's threads."""
     cases = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
-    num_jobs = dict.fromkeys(ALWAYS, 1) | dict.fromkeys(ALWAYS_BOTH, JOBS)
+    num_jobs: dict[str, int] = dict.fromkeys(ALWAYS, 1) | dict.fromkeys(ALWAYS_BOTH, JOBS)
     for case in (case for case in cases if case.keys() >= {"kind", "job"}):
         num_jobs[case["kind"]] = max(num_jobs.get(case["kind"], 1), case["job"])
     kinds = [kind for kind in ALL_KINDS if kind in num_jobs]

@@ -14,10 +14,11 @@ from flexgen.errors import EngineError
 from flexgen.kernels.codes import HeadCodes, SealedPages
 from flexgen.kernels.cpu import CpuKernels
 from flexgen.kernels.reference import AttentionKernels
-from tests.kernels.test_sealed import DTYPES, PAGE, RAGGED, Stored, assert_close, dense, kernels, store  # noqa: F401 - a fixture
+from tests.kernels.test_sealed import DTYPES, PAGE, RAGGED, Stored, assert_close, dense, store
+from tests.kernels.test_sealed import kernels as kernels  # a fixture
 
 
-def attend(kernels: AttentionKernels, stored: Stored, lengths: list[int], starts: list[int], **how: Any) -> tuple[torch.Tensor, ...]:  # noqa: F811
+def attend(kernels: AttentionKernels, stored: Stored, lengths: list[int], starts: list[int], **how: Any) -> tuple[torch.Tensor, ...]:
     """Return the queries and their attention."""
     rank, rope, dtype = stored.tail_keys.shape[2], stored.tail_values.shape[3], stored.tail_keys.dtype
     generator = torch.Generator().manual_seed(7)
@@ -30,7 +31,7 @@ def attend(kernels: AttentionKernels, stored: Stored, lengths: list[int], starts
     return query, out
 
 
-def check(kernels: AttentionKernels, lengths: list[int], starts: list[int], **how: Any) -> None:  # noqa: F811
+def check(kernels: AttentionKernels, lengths: list[int], starts: list[int], **how: Any) -> None:
     rank, rope = how.get("rank", 64), how.get("rope", 32)
     stored = store(lengths, 1, rank, rope, "int8", how.get("dtype", torch.float32), how.get("seed", 0))
     if padding := how.get("padding", 0):
@@ -53,22 +54,22 @@ def padded(stored: Stored, padding: int) -> Stored:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
-def test_ragged_lengths(kernels: AttentionKernels, dtype: torch.dtype) -> None:  # noqa: F811
+def test_ragged_lengths(kernels: AttentionKernels, dtype: torch.dtype) -> None:
     check(kernels, RAGGED, [0] * len(RAGGED), dtype=dtype)
 
 
 @pytest.mark.parametrize(("rank", "rope"), [(512, 64), (32, 16), (6, 3), (70, 33), (100, 1)])
-def test_shapes(kernels: AttentionKernels, rank: int, rope: int) -> None:  # noqa: F811
+def test_shapes(kernels: AttentionKernels, rank: int, rope: int) -> None:
     check(kernels, [5, 16, 70, 200], [0, 0, 0, 0], rank=rank, rope=rope, heads=16)
 
 
-def test_more_than_one_block_and_starts_within_pages(kernels: AttentionKernels) -> None:  # noqa: F811
+def test_more_than_one_block_and_starts_within_pages(kernels: AttentionKernels) -> None:
     check(kernels, [129, 300, 520, 40], [-1, 37, 301, 39], heads=9)
 
 
 @settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_anything(kernels: AttentionKernels, data: st.DataObject) -> None:  # noqa: F811
+def test_anything(kernels: AttentionKernels, data: st.DataObject) -> None:
     lengths = data.draw(st.lists(st.integers(1, 300), min_size=1, max_size=4))
     check(
         kernels,
