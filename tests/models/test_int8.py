@@ -15,8 +15,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from flexgen.errors import UnsupportedModelError
+from flexgen.errors import OptionError, UnsupportedModelError
 from flexgen.formats.linear_names import is_linear_of_layer
+from flexgen.kernels.int8.products import check_exact
 from flexgen.models.assemble import AssembledModel, assemble_model
 from flexgen.plan.machine import int8_name
 from flexgen.plan.policy import Fractions, Policy
@@ -60,6 +61,15 @@ class Case:
     def assembled(self, unit_bytes: int = SMALL_UNITS, cpu_compute: str = "int8") -> AssembledModel:
         config = tiny_config(self.name, **OVERRIDES.get(self.name, {}))
         return assemble_model(self.folder, config, torch.float64, unit_bytes=unit_bytes, cpu_compute=cpu_compute)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def exact() -> None:
+    """Skip where the engine would refuse the processor."""
+    try:
+        check_exact()
+    except OptionError as error:
+        pytest.skip(str(error))
 
 
 def rounded_linear(weight: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
