@@ -22,7 +22,7 @@ from flexgen.formats.base import StoredTensor
 from flexgen.formats.table import check_supported_number_format, refuse_quantization, stated_format
 from flexgen.hub.config import read_config
 from flexgen.hub.diagnose import other_quantization
-from flexgen.hub.model_files import ModelFiles, weight_stamps
+from flexgen.hub.model_files import ModelFiles, weight_files, weight_stamps
 
 # Numbers of a block, in float32 16 MiB: of two blocks, of the bytes read for one, and of what one becomes, 64 MiB are in memory.
 BLOCK_ELEMENTS = 4 * MIB

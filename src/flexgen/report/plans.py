@@ -13,6 +13,7 @@ from flexgen.plan.price.memory import ENCODED
 from flexgen.plan.tell.spill import ENDURANCE_BYTES, LEAST_SPILL_GAIN, Spill, endurance_share
 
 if TYPE_CHECKING:
+    from flexgen.plan.model import ModelSpec
     from flexgen.plan.policy import Fractions, Policy
     from flexgen.plan.tell.alternatives import ParetoPoint
     from flexgen.plan.tell.forecast import Forecast, Plan

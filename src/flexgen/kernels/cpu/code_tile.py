@@ -137,7 +137,6 @@ def _make_scores() -> Any:
     """Generate `add_scores`: tiles below each other, for any number of heads."""
     tile_1, tile_2, tile_4, tile_8 = (_make_key_tile(heads) for heads in (1, 2, 4, 8))
 
-    @njit
     def add_scores(queries: Any, sums: Any, codes: Any, parameters: Any, least: int, scores: Any, heads: int) -> None:
         """Add the scores of one group of a page to those of each head."""
         head = 0
@@ -153,14 +152,14 @@ def _make_scores() -> Any:
         if heads - head == 1:
             tile_1(part(queries, head, 0), part(sums, head, 0), codes, parameters, least, part(scores, head, 0))
 
-    return add_scores
+    add_scores.__qualname__ = f"add_scores_{bits}"  # a name of its own, see tile.py
+    return njit(add_scores)
 
 
 def _make_totals() -> Any:
     """Generate `add_totals`: tiles below each other, for any number of heads."""
     tile_1, tile_2, tile_4, tile_8 = (_make_value_tile(heads) for heads in (1, 2, 4, 8))
 
-    @njit
     def add_totals(
         weights: Any, codes: Any, stride: int, parameters: Any, least: int, out: Any, offsets: Any, scaled: Any, heads: int
     ) -> None:
@@ -186,7 +185,8 @@ def _make_totals() -> Any:
                 part(weights, head, 0), codes, stride, parameters, least, part(out, head, 0), part(offsets, head, 0), part(scaled, head, 0)
             )
 
-    return add_totals
+    add_totals.__qualname__ = f"add_totals_{bits}"
+    return njit(add_totals)
 
 
 add_scores, add_totals = _make_scores(), _make_totals()
