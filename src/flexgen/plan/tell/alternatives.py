@@ -27,7 +27,7 @@ NARROWER = {"float64": ("float32", "bfloat16", "float16"), "float32": ("bfloat16
 
 
 # Format that weights can be converted to, the most exact first -> bytes of a number, scales included, and the name that its decoding has.
-CONVERSIONS = {"int8": (1.05, "int8"), "int4": (0.55, "int4")}
+CONVERSIONS = {"int8": (1.05, "int8"), "int4": (0.59, "int4")}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
