@@ -47,6 +47,7 @@ FULL, NF4 = "full", "nf4"
 WEIGHTS = (FULL, "int8", "int4", "flexgen-v0", NF4)
 KEY = ("benchmark", "model", "weights", "kv", "dtype", "tokens", "passages", "window")
 SAMPLES = 10_000
+_MOST_CHARACTERS = 16  # of a token of prose, on average
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,7 +156,7 @@ def scores_of(folder: Path, kv: str, texts: Texts, dtype: str, scratch: Path) ->
     passages = read_passages(texts.data / "lambada" / "lambada_test.jsonl", texts.passages)
     with LLM(folder, dtype=dtype, kv_format=kv, max_model_len=texts.window) as llm:
         answers, encoding = Answers(llm=llm, state=scratch / "state"), Encoding(llm.get_tokenizer())
-        tokens = encoding.encode(text)[: texts.tokens]
+        tokens = encoding.encode(text[: _MOST_CHARACTERS * texts.tokens])[: texts.tokens]
         windows = list(rolling_windows(tokens, encoding.prefix_token_id, texts.window))
         rolled = score(answers, "loglikelihood_rolling", windows)
         words = score(answers, "lambada", encoding.pairs(split(index, passage) for index, passage in enumerate(passages)))

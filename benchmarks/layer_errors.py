@@ -25,6 +25,7 @@ PAGE_TOKENS = 16
 DEVIATION = 0.02  # of weights
 VOCABULARY = 1024
 LARGE_BIASES = {63: 60.0, 127: -40.0}  # number of a key's head -> its bias, at the slowest frequency of the rotation by position
+TOGETHER = ("auto", "k8v4")  # formats of KV with weights that are not in full precision
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "Llama-3.2-3B": ("llama", {
         "hidden_size": 3072, "intermediate_size": 8192, "num_attention_heads": 24, "num_key_value_heads": 8, "head_dim": 128,
@@ -114,7 +115,7 @@ def _of_layer(shape: str, numbers: str, tokens: int, attention: Attention) -> It
         for layer, original in zip(layers, originals, strict=True):
             layer.weight.copy_(rounded(original))
         weight_error = _relative([layer.weight for layer in layers], originals)
-        for name in KV_FORMATS:
+        for name in KV_FORMATS if weights == "full" else TOGETHER:
             kv = kv_format(name, torch.float32)
             attention.kv = kv if isinstance(kv, LowBitKV) else None
             found = _outputs(model, entering)
