@@ -99,7 +99,7 @@ def main() -> int:
     cells.add_argument("--dtype", default="float32")
     table = commands.add_parser("table", help="print the results")
     layers = commands.add_parser("layers", help="errors of single layers")
-    layers.add_argument("--tokens", type=int, default=256)
+    layers.add_argument("--tokens", type=int, default=64)
     for each in (cells, table, layers):
         each.add_argument("--results", type=Path, default=DEFAULT_RESULTS)
     asked = parser.parse_args()
@@ -107,7 +107,8 @@ def main() -> int:
     if asked.command == "table":
         print_table(results.read())
     elif asked.command == "layers":
-        for row in layer_errors(asked.tokens):
+        done = [row for row in results.read() if row["benchmark"] == "layer errors"]
+        for row in layer_errors(asked.tokens, done):
             print(json.dumps(results.append({"benchmark": "layer errors", **row})), flush=True)
     else:
         texts = Texts(data=asked.data, tokens=asked.tokens, window=asked.window, passages=asked.passages)

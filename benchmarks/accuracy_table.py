@@ -15,10 +15,18 @@ def print_table(rows: Sequence[Row]) -> None:
         print(f"\n{model}\n\n| weights | bytes | KV | perplexity | ratio | LAMBADA | difference | loss of the last word |")
         print("|---|---|---|---|---|---|---|---|")
         _print_rows(_cell(row) for (name, _, _), row in cells.items() if name == model)
-    layers = {(row["shape"], row["numbers"], row["weights"], row["kv"]): row for row in rows if row["benchmark"] == "layer errors"}
+    layers = {(row["weights"], row["kv"], f"{row['shape']}, {row['numbers']}"): row for row in rows if row["benchmark"] == "layer errors"}
     if layers:
-        print("\n| layer | numbers | weights | KV | weights' error | outputs' | logits' |\n|---|---|---|---|---|---|---|")
-        _print_rows(_layer(row) for row in layers.values())
+        _print_layers(layers)
+
+
+def _print_layers(layers: Mapping[tuple[str, str, str], Row]) -> None:
+    """Print the errors of weights, outputs and logits, with a column for each layer and kind of numbers."""
+    columns = list(dict.fromkeys(column for _, _, column in layers))
+    print(f"\n| weights | KV | {' | '.join(columns)} |\n{'|---' * (2 + len(columns))}|")
+    for weights, kv in dict.fromkeys((weights, kv) for weights, kv, _ in layers):
+        cells = (layers.get((weights, kv, column)) for column in columns)
+        _print_rows([(weights, kv, *("" if row is None else _errors(row) for row in cells))])
 
 
 def _print_rows(rows: Iterable[Sequence[str]]) -> None:
@@ -38,6 +46,5 @@ def _cell(row: Row) -> Sequence[str]:
     )  # fmt: skip
 
 
-def _layer(row: Row) -> Sequence[str]:
-    errors = (f"{row[name]:.4f}" for name in ("weight_error", "output_error", "logit_error"))
-    return row["shape"], row["numbers"], row["weights"], row["kv"], *errors
+def _errors(row: Row) -> str:
+    return ", ".join(f"{row[name]:.4f}" for name in ("weight_error", "output_error", "logit_error"))
