@@ -1,19 +1,29 @@
 """Ways to round weights without data, on the weights of a model: relative errors of weights and of outputs, and the speed of ours.
 
-    python benchmarks/quantizers.py MODEL [--bits 4] [--group 64]
+    python benchmarks/quantizers.py MODEL [--bits 4] [--group 64 ...]
+    python benchmarks/quantizers.py MODEL --text wiki.test.raw [--tokens 4096] [--group 32 64] [--ways search nf4] [--eight PATTERN ...]
 
-Prints a line of JSON for each way.  Outputs are those of random inputs of unit variance, 64 for each matrix.
+Prints a line of JSON for each way and group size.  Outputs are those of random inputs of unit variance, 64 for each matrix.  With a text,
+the rounded model's next tokens are compared with the model's own, in float32 and windows of 512 tokens: the divergence
+(Kullback-Leibler) and the difference of the loss, both per token, each with the standard error over windows.  Matrices that a pattern
+of --eight names (such as '*down_proj*') have 8 bits.
 """
 
 from __future__ import annotations
 
 import argparse
+import fnmatch
 import json
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from nf4 import in_nf4
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flexgen.checkpoint.files import Checkpoint
 from flexgen.kernels.threads import KernelThreads
@@ -75,13 +85,40 @@ def papers(weights: torch.Tensor, bits: int, group: int, dtype: torch.dtype) -> 
     return both / scale + low
 
 
+def nf4(weights: torch.Tensor, bits: int, group: int, dtype: torch.dtype) -> torch.Tensor:
+    """NF4 of bitsandbytes, which has four bits and groups of 64 inputs."""
+    return in_nf4(weights)
+
+
+def exhaustive(weights: torch.Tensor, bits: int, group: int, dtype: torch.dtype) -> torch.Tensor:
+    """Try every zero point with 40 scales, and keep the least error with weights |w| + mean |w|."""
+    data, top = weights.view(-1, group), (1 << bits) - 1
+    importance = data.abs() + data.abs().mean(1, keepdim=True)
+    best, least = torch.zeros_like(data), torch.full((len(data), 1), math.inf)
+    low, high = data.amin(1, keepdim=True).clamp(max=0), data.amax(1, keepdim=True).clamp(min=0)
+    for zero in range(top + 1):
+        # the largest scale cuts nothing
+        whole = torch.maximum(-low / max(zero, 0.25), high / max(top - zero, 0.25)).clamp(min=1e-30)
+        for share in torch.linspace(0.5, 1.02, 40).tolist():
+            scale = (whole * share).to(dtype).float()
+            found = ((data / scale + zero).round().clamp(0, top) - zero) * scale
+            error = ((found - data).square() * importance).sum(1, keepdim=True)
+            better = error < least
+            best, least = torch.where(better, found, best), torch.where(better, error, least)
+    return best.view(weights.shape)
+
+
 WAYS: dict[str, Way] = {
     "between extremes": between_extremes,
     "search": searched,
     "hqq": hqq,
     "hqq, whole zero points": hqq_with_whole_zeros,
     "flexgen-v0": papers,
+    "nf4": nf4,
 }
+SLOW_WAYS: dict[str, Way] = {"exhaustive": exhaustive}
+FIXED = ("flexgen-v0", "nf4")  # which have 4 bits and groups of 64
+WINDOW = 512
 
 
 def _unpacked(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
@@ -107,6 +144,56 @@ def errors(model: Path, way: Way, bits: int, group: int) -> dict[str, float]:
     return {"weights": (root[0] / root[1]).item(), "outputs": (root[2] / root[3]).item(), "largest": largest}
 
 
+class Divergence:
+    """A model and its own next tokens over a text.
+
+    Args:
+        model: The folder.
+        text: The file.
+        tokens: How many tokens of it are read.
+    """
+
+    def __init__(self, model: Path, text: Path, tokens: int) -> None:
+        tokenizer: Any = AutoTokenizer.from_pretrained(model)
+        self._model: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+        ids = tokenizer(text.read_text(encoding="utf-8")[: 8 * tokens], verbose=False)["input_ids"][:tokens]
+        self._windows = torch.tensor(ids[: len(ids) // WINDOW * WINDOW]).view(-1, WINDOW)
+        head = self._model.get_output_embeddings()
+        modules = self._model.named_modules()
+        self._layers = {f"{name}.weight": each for name, each in modules if type(each) is nn.Linear and each is not head}
+        self._weights = {name: layer.weight.detach().clone() for name, layer in self._layers.items()}
+        self._own = [self._next_tokens(window) for window in self._windows]
+
+    @torch.inference_mode()
+    def _next_tokens(self, window: torch.Tensor) -> torch.Tensor:
+        return self._model(window[None]).logits[0].log_softmax(-1)  # (tokens, vocabulary)
+
+    @torch.inference_mode()
+    def of(self, way: Way, bits: int, group: int, eight: Sequence[str]) -> dict[str, float]:
+        """Return the divergence of the model with weights rounded in a way, and the difference of its loss."""
+        for name, weights in self._weights.items():
+            is_eight = any(fnmatch.fnmatchcase(name, pattern) for pattern in eight)
+            found = searched(weights, 8, 64, torch.bfloat16) if is_eight else way(weights, bits, group, torch.bfloat16)
+            self._layers[name].weight.copy_(found)
+        divergences, losses = [], []
+        for window, own in zip(self._windows, self._own, strict=True):
+            found, following = self._next_tokens(window), window[1:, None]
+            divergences.append((own.exp() * (own - found)).sum(-1).mean().item())
+            losses.append((own - found)[:-1].gather(1, following).mean().item())
+        return {
+            "divergence": _mean(divergences), "divergence_error": _mean_error(divergences),
+            "loss": _mean(losses), "loss_error": _mean_error(losses), "tokens": self._windows.numel(),
+        }  # fmt: skip
+
+
+def _mean(numbers: list[float]) -> float:
+    return math.fsum(numbers) / len(numbers)
+
+
+def _mean_error(numbers: list[float]) -> float:
+    return torch.tensor(numbers).std().item() / math.sqrt(len(numbers))
+
+
 def speed(bits: int, group: int) -> float:
     """Return the millions of weights per second that are rounded on all cores, the best of five."""
     weights = torch.randn(4096, 4096, generator=torch.Generator().manual_seed(0)) * 0.02
@@ -124,13 +211,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--bits", type=int, default=4, choices=(4, 8))
-    parser.add_argument("--group", type=int, default=64)
+    parser.add_argument("--group", type=int, nargs="+", default=[64])
+    parser.add_argument("--ways", nargs="+", choices=[*WAYS, *SLOW_WAYS], default=list(WAYS))
+    parser.add_argument("--text", type=Path)
+    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--eight", nargs="+", default=[], metavar="PATTERN")
     asked = parser.parse_args()
-    for name, way in WAYS.items():
-        if name != "flexgen-v0" or (asked.bits, asked.group) == (4, 64):
-            found = errors(asked.model, way, asked.bits, asked.group)
-            print(json.dumps({"way": name, "bits": asked.bits, "group": asked.group, **found}), flush=True)
-    print(json.dumps({"way": "search", "bits": asked.bits, "group": asked.group, "millions_per_s": round(speed(asked.bits, asked.group))}))
+    divergence = Divergence(asked.model, asked.text, asked.tokens) if asked.text else None
+    for group in asked.group:
+        for name in asked.ways:
+            if name in FIXED and (asked.bits, group) != (4, 64):
+                continue
+            way = (WAYS | SLOW_WAYS)[name]
+            found = divergence.of(way, asked.bits, group, asked.eight) if divergence else errors(asked.model, way, asked.bits, group)
+            print(json.dumps({"way": name, "bits": asked.bits, "group": group, "eight": asked.eight, **found}), flush=True)
+        if not divergence:
+            print(json.dumps({"way": "search", "bits": asked.bits, "group": group, "millions_per_s": round(speed(asked.bits, group))}))
 
 
 if __name__ == "__main__":

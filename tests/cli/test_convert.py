@@ -28,7 +28,7 @@ def model(tmp_path: Path) -> Path:
 
 
 def test_a_conversion_says_what_it_left_out(model: Path, tmp_path: Path) -> None:
-    done = flexgen("convert", model, "-o", tmp_path / "out", "--group-size", 32)
+    done = flexgen("convert", model, "-o", tmp_path / "out")
     assert done.exit_code == 0, done.output
     assert f"{tmp_path / 'out'}: {model} in int4, groups of 32" in done.stdout
     assert "not converted, the output head: lm_head.weight" in done.stdout
@@ -42,11 +42,13 @@ def test_a_conversion_says_what_it_left_out(model: Path, tmp_path: Path) -> None
     [
         (("--weight-format", "int3"), "--weight-format 'int3' is unknown; known: int4, int8, flexgen-v0"),
         (("--group-size", 48), "--group-size 48 is not supported"),
+        (("--group-size", 0), "--group-size 0 is not supported"),
+        (("--int8", "nothing.*"), "--int8 'nothing.*' matches no tensor that is rounded"),
         (("--shard-size", "2"), "--shard-size '2' is less than 1.0 MiB; did you mean 2MiB? (a number without a unit is bytes)"),
         (("--shard-size", "1MB"), "--shard-size '1MB' is less than 1.0 MiB\n"),
         (("--keep", "nothing.*"), "--keep 'nothing.*' matches no stored tensor"),
     ],
-    ids=["format", "group", "shard", "shard with a unit", "keep"],
+    ids=["format", "group", "no group", "int8", "shard", "shard with a unit", "keep"],
 )
 def test_flags_that_cannot_be_honoured(model: Path, tmp_path: Path, flags: tuple[object, ...], said: str) -> None:
     done = flexgen("convert", model, "-o", tmp_path / "out", *flags)

@@ -91,6 +91,21 @@ def test_the_config_says_what_was_done(whole: Path, source: ModelFiles) -> None:
     assert AutoConfig.from_pretrained(whole).quantization_config["format"] == "pack-quantized"
 
 
+def test_some_tensors_have_eight_bits(tmp_path: Path, source: ModelFiles) -> None:
+    folder = tmp_path / "out"
+    convert(source, folder, QuantizeSettings(eight_bits=("*.down_proj.weight",)), num_threads=1)
+    groups = json.loads((folder / "config.json").read_text())["quantization_config"]["config_groups"]
+    assert {name: group["weights"]["num_bits"] for name, group in groups.items()} == {"group_0": 4, "group_1": 8}
+    assert groups["group_0"]["targets"] == ["Linear"]
+    assert groups["group_1"]["targets"] == sorted(f"model.layers.{index}.mlp.down_proj" for index in range(4))
+    before, after = stored(source.folder), stored(folder)
+    for name in (name.removesuffix("_packed") for name in after if name.endswith("_packed")):
+        bits = 8 if "down_proj" in name else 4
+        assert after[f"{name}_packed"].shape[1] == before[name].shape[1] * bits // 32
+        error = (dequantized(after, name, bits) - before[name].float()).square().mean() / before[name].float().square().mean()
+        assert error < {4: 1e-2, 8: 4e-5}[bits]
+
+
 def test_small_files_come_along(tmp_path: Path, novels_opt: Path) -> None:
     record = convert(resolve_model(novels_opt), tmp_path / "out", QuantizeSettings(), num_threads=1)
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
@@ -180,6 +195,7 @@ def test_a_complete_folder_is_left_alone(source: ModelFiles, whole: Path) -> Non
         ({"group_size": 64}, "group_size 32, not 64"),
         ({"keep": ("*.up_proj.weight",)}, 'keep [], not ["*.up_proj.weight"]'),
         ({"weight_format": "int8"}, 'weight_format "int4", not "int8"'),
+        ({"eight_bits": ("*.up_proj.*",)}, 'eight_bits [], not ["*.up_proj.*"]'),
     ],
     ids=str,
 )

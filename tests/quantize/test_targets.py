@@ -68,6 +68,25 @@ def test_patterns_keep_tensors_and_must_match() -> None:
         found(asked={"keep": ("*.w2",)})
 
 
+def test_patterns_give_tensors_of_four_bits_eight_and_must_match() -> None:
+    _, targets = found(asked={"eight_bits": ("*.down_proj.weight", "*.0.*.v_proj.*")})
+    expected = {f"model.layers.{index}.mlp.down_proj" for index in range(4)} | {"model.layers.0.self_attn.v_proj"}
+    assert targets.eight_bits == tuple(sorted(expected))
+    assert found()[1].eight_bits == ()
+    with pytest.raises(OptionError, match=r"eight_bits='lm_head\..' matches no tensor that is rounded; names are such as model\.layers\.0"):
+        found(asked={"eight_bits": ("lm_head.*",)})
+
+
+def test_an_expert_of_eight_bits_is_named_alone() -> None:
+    _, targets = found("mixtral", asked={"eight_bits": ("*.experts.0.w2.weight",)})
+    assert targets.eight_bits
+    assert all(name.endswith(".experts.0.w2") for name in targets.eight_bits)
+
+
+def test_each_format_has_a_usual_group_size() -> None:
+    assert [QuantizeSettings(weight_format=name).group_size for name in ("int4", "int8", "flexgen-v0")] == [32, 64, 64]
+
+
 def test_inputs_that_are_no_multiple_of_the_group_are_kept() -> None:
     _, targets = found(asked={"group_size": 64})  # 64 inputs of most layers, 96 of down_proj
     assert {reason for name, reason in targets.kept.items() if "down_proj" in name} == {"inputs that are no multiple of 64"}
@@ -98,8 +117,9 @@ def test_positions_and_projections_of_opt(novels_opt: Path) -> None:
         ({"weight_format": "int3"}, "known: int4, int8, flexgen-v0"),
         ({"group_size": 48}, "take one of 32, 64, 128"),
         ({"weight_format": "flexgen-v0", "group_size": 32}, "groups of 64"),
+        ({"weight_format": "int8", "eight_bits": ("*.down_proj.*",)}, r"eight_bits='\*\.down_proj\.\*' names tensors of a model in int4"),
     ],
-    ids=["format", "group", "paper"],
+    ids=["format", "group", "paper", "eight bits"],
 )
 def test_settings_that_do_not_exist_are_refused(asked: dict[str, Any], said: str) -> None:
     with pytest.raises(OptionError, match=said):

@@ -28,9 +28,15 @@ def convert(
     weight_format: Annotated[
         str, typer.Option(metavar="int4|int8|flexgen-v0", help="Format of the weights; flexgen-v0 is the FlexGen paper's, to compare.")
     ] = "int4",
-    group_size: Annotated[int, typer.Option(metavar="32|64|128", help="Weights that share a scale; fewer are more exact.")] = 64,
+    group_size: Annotated[
+        int | None,
+        typer.Option(metavar="32|64|128", help="Weights that share a scale, fewer are more exact; else 32 for int4, 64 for others."),
+    ] = None,
     keep: Annotated[
         list[str] | None, typer.Option(metavar="PATTERN", help="Tensors that stay as they are, such as '*.down_proj.*'; may be repeated.")
+    ] = None,
+    eight_bits: Annotated[
+        list[str] | None, typer.Option("--int8", metavar="PATTERN", help="Tensors that have 8 bits in int4, named alike; may be repeated.")
     ] = None,
     quantize_head: Annotated[bool, typer.Option("--quantize-head", help="Convert the output head, too.")] = False,
     shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Most bytes of a file of weights.")] = "2GB",
@@ -48,7 +54,12 @@ def convert(
     """
     from flexgen.quantize.settings import QuantizeSettings
 
-    settings = QuantizeSettings(weight_format=weight_format, group_size=group_size, keep=tuple(keep or ()), quantize_head=quantize_head)
+    if group_size == 0:
+        raise OptionError("--group-size 0 is not supported; take one of 32, 64, 128, or leave it out")
+    settings = QuantizeSettings(
+        weight_format=weight_format, group_size=group_size or 0, keep=tuple(keep or ()), eight_bits=tuple(eight_bits or ()),
+        quantize_head=quantize_head,
+    )  # fmt: skip
     shard_bytes = parse_size(shard_size, name="--shard-size")
     if shard_bytes < _LEAST_SHARD_BYTES:
         meant = f"; did you mean {shard_size.strip()}MiB? (a number without a unit is bytes)" if shard_size.strip().isdecimal() else ""

@@ -194,7 +194,7 @@ class _Writing:
         for name, path in _copied(source).items():
             (self._folder / name).parent.mkdir(exist_ok=True)
             self._add_file(name, followed(path).read_bytes())
-        self._add_file("config.json", _json(written_config(source.config, settings, targets.ignore)))
+        self._add_file("config.json", _json(written_config(source.config, settings, targets)))
 
     def finish(self) -> Record:
         """Record that all files are there."""

@@ -145,7 +145,7 @@ def check_rounded_once(name: str, shards: Iterable[Shard], settings: QuantizeSet
 def packed(tensor: NamedTensor, settings: QuantizeSettings) -> list[NamedTensor]:
     """Return the tensors of a rounded matrix in the layout "pack-quantized" of compressed-tensors."""
     outputs, inputs = tensor.shape
-    groups, per_word = inputs // settings.group_size, 32 // settings.bits
+    groups, per_word = inputs // settings.group_size, 32 // settings.bits_of(tensor.name)
     return [
         NamedTensor(f"{tensor.name}_packed", (outputs, inputs // per_word), torch.int32),
         NamedTensor(f"{tensor.name}_scale", (outputs, groups), scale_dtype(tensor.dtype)),
@@ -159,35 +159,42 @@ def scale_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float64 else dtype
 
 
-def quantization_config(settings: QuantizeSettings, ignore: Iterable[str]) -> dict[str, Any]:
+def quantization_config(settings: QuantizeSettings, targets: Targets) -> dict[str, Any]:
     """Return what config.json says about the weights."""
+    ignore = list(targets.ignore)
     if settings.is_paper:
-        return {"quant_method": PAPER, "bits": settings.bits, "group_size": settings.group_size, "ignore": list(ignore)}
-    weights = {
-        "num_bits": settings.bits, "type": "int", "symmetric": False, "strategy": "group", "group_size": settings.group_size,
-        "block_structure": None, "dynamic": False, "actorder": None, "observer": "minmax", "observer_kwargs": {},
-    }  # fmt: skip
-    group = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None, "format": "pack-quantized"}
+        return {"quant_method": PAPER, "bits": settings.bits, "group_size": settings.group_size, "ignore": ignore}
+    groups = {"group_0": _group(["Linear"], settings.bits, settings.group_size)}
+    if targets.eight_bits:  # names come before classes
+        groups["group_1"] = _group(list(targets.eight_bits), 8, settings.group_size)
     return {
         "quant_method": "compressed-tensors",
         "version": _LAYOUT_VERSION,
         "format": "pack-quantized",
         "quantization_status": "compressed",
-        "config_groups": {"group_0": group},
-        "ignore": list(ignore),
+        "config_groups": groups,
+        "ignore": ignore,
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
     }
 
 
-def written_config(config: Mapping[str, Any], settings: QuantizeSettings, ignore: Iterable[str]) -> dict[str, Any]:
+def _group(targets: list[str], bits: int, group_size: int) -> dict[str, Any]:
+    weights = {
+        "num_bits": bits, "type": "int", "symmetric": False, "strategy": "group", "group_size": group_size,
+        "block_structure": None, "dynamic": False, "actorder": None, "observer": "minmax", "observer_kwargs": {},
+    }  # fmt: skip
+    return {"targets": targets, "weights": weights, "input_activations": None, "output_activations": None, "format": "pack-quantized"}
+
+
+def written_config(config: Mapping[str, Any], settings: QuantizeSettings, targets: Targets) -> dict[str, Any]:
     """Return config.json of the converted model."""
 
     def plain(values: Mapping[str, Any]) -> dict[str, Any]:
         kept = {name: value for name, value in values.items() if name not in _QUANTIZATION}
         return {name: plain(value) if isinstance(value, dict) else value for name, value in kept.items()}
 
-    return plain(config) | {"quantization_config": quantization_config(settings, ignore)}
+    return plain(config) | {"quantization_config": quantization_config(settings, targets)}
 
 
 def planned(headers: Headers, config: Any, settings: QuantizeSettings, *, name: str) -> tuple[Headers, Any]:
@@ -208,5 +215,5 @@ def planned(headers: Headers, config: Any, settings: QuantizeSettings, *, name: 
     check_rounded_once(name, shards, settings, allow=False)
     files = {shard.name: shard.tensors for shard in shards}
     made = deepcopy(config)
-    made.quantization_config = quantization_config(settings, targets.ignore)
+    made.quantization_config = quantization_config(settings, targets)
     return headers_of(name, files), made

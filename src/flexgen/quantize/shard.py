@@ -67,7 +67,7 @@ def _write_item(file: _File, item: Item, offsets: list[int], settings: QuantizeS
             file.put(offsets[0], portion)
             offsets[0] += portion.nbytes
         return
-    for block in reader.blocks(item.source, settings.granule_rows):
+    for block in reader.blocks(item.source, settings.granule_rows(item.source.name)):
         check_finite(item.source.name, block.numbers)
         for index, part in enumerate(_rounded(block, item, settings, parallel)):
             file.put(offsets[index], part)
@@ -80,5 +80,5 @@ def _rounded(block: Block, item: Item, settings: QuantizeSettings, parallel: Par
     """Return the parts of the rounded rows, in the order of `Item.written`; each part is the next portion of its tensor."""
     if settings.is_paper:
         return round_as_the_paper(block.numbers)
-    dtype = scale_dtype(item.source.dtype)
-    return round_groups(block.numbers, bits=settings.bits, group_size=settings.group_size, dtype=dtype, parallel=parallel)
+    bits, dtype = settings.bits_of(item.source.name), scale_dtype(item.source.dtype)
+    return round_groups(block.numbers, bits=bits, group_size=settings.group_size, dtype=dtype, parallel=parallel)

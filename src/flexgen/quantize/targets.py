@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,11 +32,13 @@ class Targets:
         rounded: The names of the stored tensors that are rounded.
         kept: For each stored matrix that is not rounded, the reason.
         ignore: The modules with such matrices and the head, by the model's names and by those of the files, for quantization_config.
+        eight_bits: The modules with matrices of 8 bits in a model of 4, by the same names.
     """
 
     rounded: frozenset[str]
     kept: dict[str, str]
     ignore: tuple[str, ...]
+    eight_bits: tuple[str, ...]
 
 
 def find_targets(config: Any, headers: Headers, settings: QuantizeSettings) -> Targets:
@@ -62,11 +64,12 @@ def find_targets(config: Any, headers: Headers, settings: QuantizeSettings) -> T
             rounded.add(name)
         else:
             kept[name] = reason
-    _check_patterns(settings, headers)
+    _check_patterns(settings, headers, rounded)
     if not rounded:
         why = "; ".join(sorted({f"{reason}: {name}" for name, reason in kept.items()})[:3])
         raise UnsupportedModelError(f"{headers.folder}: no weights can be rounded to {settings.weight_format} ({why})")
-    return Targets(rounded=frozenset(rounded), kept=kept, ignore=tuple(sorted(roles.ignored(kept))))
+    eight = roles.layers_of(name for name in rounded if settings.bits_of(name) != settings.bits)
+    return Targets(rounded=frozenset(rounded), kept=kept, ignore=tuple(sorted(roles.ignored(kept))), eight_bits=tuple(sorted(eight)))
 
 
 class _Roles:
@@ -135,8 +138,20 @@ class _Roles:
             names |= {tensor.removesuffix(_WEIGHT)} if tensor.endswith(_WEIGHT) else set()
         yield from names
 
+    def layers_of(self, tensors: Iterable[str]) -> set[str]:
+        """Return the linear layers that rounded tensors belong to, by the model's names and by those of the files."""
+        names = set[str]()
+        for tensor in tensors:
+            names |= {name for name in self._users[tensor] if type(self._modules[name]) is nn.Linear}
+            names.add(tensor.removesuffix(_WEIGHT))
+        return names
 
-def _check_patterns(settings: QuantizeSettings, headers: Headers) -> None:
+
+def _check_patterns(settings: QuantizeSettings, headers: Headers, rounded: set[str]) -> None:
+    for pattern in settings.eight_bits:
+        one = replace(settings, eight_bits=(pattern,))
+        if not any(one.bits_of(name) == 8 for name in rounded):
+            raise OptionError(f"eight_bits={pattern!r} matches no tensor that is rounded; names are such as {min(rounded, default='')}")
     for pattern in settings.keep:
         one = replace(settings, keep=(pattern,))
         if not any(one.keeps(name) for name in headers.tensors):

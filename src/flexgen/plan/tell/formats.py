@@ -19,7 +19,7 @@ from flexgen.plan.search.space import Space
 from flexgen.plan.tell.forecast import Plan, forecast_again, make_plan
 
 # Format that plain weights can be converted to -> about the bytes of a number, scales included.
-WEIGHT_BYTES = {"int8": 1.05, "int4": 0.55}
+WEIGHT_BYTES = {"int8": 1.05, "int4": 0.59}
 # Format of KV -> about the bytes of a number, scales included.
 KV_BYTES = {"int8": 8.5 / 8, "k8v4": 6.75 / 8, "int4": 5 / 8}
 # Weights that a core rounds in a second: 211 million were measured without reading and writing (docs/log.md).
