@@ -27,6 +27,7 @@ from flexgen.kernels.attention import attention_kernels
 from flexgen.kernels.reference import AttentionKernels
 from flexgen.kv.format import Steps, default_kv_format
 from flexgen.kv.low_bit import LowBitKV, LowBitPages, kv_format
+from flexgen.kv.pages import allocate_memory
 from flexgen.options import KV_FORMATS
 from flexgen.passes.calls import AttentionCall, LatentProjection
 from flexgen.passes.geometry import KVGeometry
@@ -65,8 +66,10 @@ def plain_steps(
     token_bytes = 2 * key_heads * HEAD_DIM * dtype.itemsize
     sequences, per_sequence = max(max_bytes // (tokens * token_bytes), 1), tokens // PAGE_TOKENS
     number = sequences * per_sequence
-    keys = torch.empty(number, key_heads, HEAD_DIM, PAGE_TOKENS, dtype=dtype).uniform_(-1, 1)
-    values = torch.empty(number, key_heads, PAGE_TOKENS, HEAD_DIM, dtype=dtype).uniform_(-1, 1)
+    keys, values = (
+        allocate_memory(number * PAGE_TOKENS * token_bytes // 2).view(dtype).view(number, key_heads, *shape).uniform_(-1, 1)
+        for shape in ((HEAD_DIM, PAGE_TOKENS), (PAGE_TOKENS, HEAD_DIM))
+    )
     query = torch.empty(sequences, heads, HEAD_DIM, dtype=dtype).uniform_(-1, 1)
     tables, starts, out = torch.randperm(number).view(sequences, -1), torch.zeros(sequences, dtype=torch.int64), torch.empty_like(query)
 

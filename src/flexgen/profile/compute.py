@@ -11,6 +11,7 @@ import torch
 from flexgen.formats.plain import dtype_name
 from flexgen.kernels.attention import attention_kernels
 from flexgen.kernels.reference import AttentionKernels
+from flexgen.kv.pages import allocate_memory
 from flexgen.plan.machine import Curve, Rate
 from flexgen.plan.price.pass_time import elementwise_bytes
 from flexgen.profile.timing import measured_rate, median_seconds
@@ -145,8 +146,10 @@ def _steps(
     per_sequence = STEP_TOKENS // PAGE_TOKENS
     tables = torch.randperm(sequences * per_sequence, device=where).view(sequences, per_sequence)
     query = random_numbers((sequences, heads, HEAD_DIM), where, dtype)
-    keys = random_numbers((sequences * per_sequence, key_heads, HEAD_DIM, PAGE_TOKENS), where, dtype)
-    values = random_numbers((sequences * per_sequence, key_heads, PAGE_TOKENS, HEAD_DIM), where, dtype)
+    keys, values = (
+        page_memory(sequences * STEP_TOKENS * token_bytes // 2, where).view(dtype).view(-1, key_heads, *shape).uniform_(-1, 1)
+        for shape in ((HEAD_DIM, PAGE_TOKENS), (PAGE_TOKENS, HEAD_DIM))
+    )
     starts = torch.zeros(sequences, dtype=torch.int64, device=where)
     out = torch.empty_like(query)
 
@@ -174,6 +177,11 @@ def device_elementwise_rate(where: torch.device, dtype: torch.dtype, max_bytes: 
         wait(state + norm(state), torch.nn.functional.silu(gate) * up)
 
     return measured_rate(rows * elementwise_bytes(hidden, intermediate, dtype_name(dtype)), layer, seconds)
+
+
+def page_memory(size_bytes: int, where: torch.device) -> torch.Tensor:
+    """Return memory for pages, uint8 (size_bytes,), as the engine has it on `where`."""
+    return allocate_memory(size_bytes) if where.type == "cpu" else torch.empty(size_bytes, dtype=torch.uint8, device=where)
 
 
 def wait(result: torch.Tensor, *_: object) -> None:

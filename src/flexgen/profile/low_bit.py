@@ -13,7 +13,7 @@ from flexgen.kv.low_bit import LowBitKV, LowBitPages, kv_format
 from flexgen.passes.calls import AttentionCall
 from flexgen.passes.geometry import KVGeometry
 from flexgen.plan.machine import Curve, Rate
-from flexgen.profile.compute import HEAD_DIM, PAGE_TOKENS, STEP_HEADS, STEP_TOKENS, random_numbers, wait
+from flexgen.profile.compute import HEAD_DIM, PAGE_TOKENS, STEP_HEADS, STEP_TOKENS, page_memory, random_numbers, wait
 from flexgen.profile.timing import measured_rate
 
 
@@ -51,7 +51,7 @@ def low_bit_steps(
     exact_bytes = 2 * key_heads * HEAD_DIM * kv.dtype.itemsize
     sequences = max(min(max_bytes // 2 // (num_tokens * sum(sizes) + PAGE_TOKENS * exact_bytes), 64), 1)
     number = sequences * per_sequence
-    keys, values = (torch.empty(number, PAGE_TOKENS * size, dtype=torch.uint8, device=where) for size in sizes)
+    keys, values = (page_memory(number * PAGE_TOKENS * size, where).view(number, PAGE_TOKENS * size) for size in sizes)
     tails = kv.tail.pages(
         random_numbers((sequences, key_heads * HEAD_DIM * PAGE_TOKENS), where, kv.dtype).view(torch.uint8),
         random_numbers((sequences, key_heads * PAGE_TOKENS * HEAD_DIM), where, kv.dtype).view(torch.uint8),

@@ -21,7 +21,8 @@ def median_seconds(run: Callable[[], object], budget_seconds: float) -> float:
 
 
 def measured_rate(amount: float, run: Callable[[], object], seconds: float) -> Rate:
-    """Measure an amount per second over as many rounds as the time allows, at least two."""
+    """Measure an amount per second over as many rounds as the time allows, at least two, after a call that may compile something."""
+    run()
     rounds: list[float] = []
     began = time.perf_counter()
     while len(rounds) < 2 or time.perf_counter() - began < seconds:

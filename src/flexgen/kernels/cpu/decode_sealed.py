@@ -1,34 +1,125 @@
 """Decode attention on sealed pages: the products run over the codes themselves, and scales are applied to their sums.
 
 A score is, over the groups of a key, scale * sum(q * code) + least * sum(q); a total of values is the same with weights in place of q.  The
-page of the query itself is a tail of plain numbers, which is attended to last.  Work items are those of decode.py.
+page of the query itself is a tail of plain numbers, which is attended to last.  Work items are those of decode.py, but neighbouring key
+heads of a sequence are taken together, because their codes are neighbours in memory: longer runs are read faster.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import njit
+from numba.extending import register_jitable
 
 from flexgen.base.compiled import entry
-from flexgen.kernels.codes import GROUP
-from flexgen.kernels.cpu.code_tile import FAST_TOKENS, add_scores, add_totals, prefetch_bytes
+from flexgen.kernels.codes import GROUP, HALF_GROUP
+from flexgen.kernels.cpu.code_tile import FAST_TOKENS, add_scores_4, add_scores_8, add_totals_4, add_totals_8
 from flexgen.kernels.cpu.decode import DECODE_BLOCK
 from flexgen.kernels.cpu.rows import LANES, Rows, clear, moved, padded, page_and_next, part, pointer, widen_row
 from flexgen.kernels.cpu.sealed import code_bytes_of, rotate
-from flexgen.kernels.cpu.softmax import absorb_rows, begin_rows, softmax_state, write_rows
+from flexgen.kernels.cpu.softmax import absorb_rows, begin_rows, rows_from, softmax_state, write_rows
 from flexgen.kernels.cpu.tile import add_product
+
+QUERIES_AT_ONCE = 8  # query heads whose scores of a block stay in a cache
+SIXTEENTH = np.float32(1 / 16)
+
+
+class Codes(NamedTuple):
+    """Pages of codes of keys or of values.
+
+    Attributes:
+        memory: A pointer to int8 (pages, kv_heads, bytes of a head).
+        parameters: A pointer to the same memory as int16.
+        num_pages: The pages of the pool.
+        kv_heads: The heads of a page.
+        head_bytes: The bytes of a head.
+        bits: The bits of a code.
+        dim: The numbers of a head.
+        page_tokens: The tokens of a page.
+        fast_groups: The groups of a head that a tile computes, the first ones; the others take the way for all shapes.
+    """
+
+    memory: Any
+    parameters: Any
+    num_pages: int
+    kv_heads: int
+    head_bytes: int
+    bits: int
+    dim: int
+    page_tokens: int
+    fast_groups: int
+
+
+class Scratch(NamedTuple):
+    """Memory of one thread, in which a few heads of a sequence are computed.
+
+    Attributes:
+        queries: `Rows` of queries.
+        folded: `Rows` of rotated queries, as the tiles take them.
+        query_sums: `Rows` of each group's sum of a rotated query.
+        scores: `Rows` of a block's scores, then weights.
+        coded: `Rows` of a block's totals of codes, as the tiles give them.
+        offsets: `Rows` of a vector per group of values, whose sum is added to each of its totals.
+        sums: `Rows` of a page's tokens.
+        numbers: A group of a page as plain numbers.
+        scales: Scales of a page's tokens.
+        state: The softmax.
+    """
+
+    queries: Any
+    folded: Any
+    query_sums: Any
+    scores: Any
+    coded: Any
+    offsets: Any
+    sums: Any
+    numbers: Any
+    scales: Any
+    state: Any
+
+
+@register_jitable
+def heads_at_once(group: int) -> int:
+    """Return how many key heads of a sequence are taken together."""
+    return max(QUERIES_AT_ONCE // group, 1)
+
+
+@register_jitable
+def scratch_sizes(group: int, key_dim: int, value_dim: int, page_tokens: int) -> Any:
+    """Return the elements of each part of a `Scratch`."""
+    rows, key_groups, value_groups = group * heads_at_once(group), -(-key_dim // GROUP), -(-value_dim // GROUP)
+    return (
+        padded(rows * key_dim), padded(rows * key_dim), padded(rows * key_groups), padded(rows * max(DECODE_BLOCK, page_tokens)),
+        padded(rows * value_dim), padded(rows * value_groups * LANES), padded(rows * max(page_tokens, LANES)),
+        padded(GROUP * page_tokens), padded(2 * page_tokens), padded(rows * value_dim) + 2 * padded(rows),
+    )  # fmt: skip
 
 
 def decode_sealed_workspace(group: int, key_dim: int, value_dim: int, page_tokens: int) -> int:
     """Return the number of elements that `decode_sealed_attention` needs as workspace."""
-    groups = -(-max(key_dim, value_dim) // GROUP)
-    parts = (
-        group * key_dim, group * key_dim, group * groups, group * max(DECODE_BLOCK, page_tokens), group * max(page_tokens, LANES),
-        GROUP * page_tokens, 2 * page_tokens, group * groups * LANES, group * value_dim, group, group,
+    return sum(scratch_sizes(group, key_dim, value_dim, page_tokens))
+
+
+@njit
+def laid_out(memory: Any, group: int, key_dim: int, value_dim: int, page_tokens: int) -> Any:
+    """Lay out a `Scratch` from a pointer on."""
+    sizes = scratch_sizes(group, key_dim, value_dim, page_tokens)
+    key_groups, value_groups = (key_dim + GROUP - 1) // GROUP, (value_dim + GROUP - 1) // GROUP
+    folded = moved(memory, sizes[0])
+    query_sums = moved(folded, sizes[1])
+    scores = moved(query_sums, sizes[2])
+    coded = moved(scores, sizes[3])
+    offsets = moved(coded, sizes[4])
+    sums = moved(offsets, sizes[5])
+    numbers = moved(sums, sizes[6])
+    scales = moved(numbers, sizes[7])
+    return Scratch(
+        Rows(memory, key_dim), Rows(folded, key_dim), Rows(query_sums, key_groups), Rows(scores, max(DECODE_BLOCK, page_tokens)),
+        Rows(coded, value_dim), Rows(offsets, value_groups * LANES), Rows(sums, max(page_tokens, LANES)), numbers, scales,
+        softmax_state(moved(scales, sizes[8]), group * heads_at_once(group), value_dim),
     )  # fmt: skip
-    return sum(padded(size) for size in parts)
 
 
 @entry
@@ -60,140 +151,160 @@ def decode_sealed_attention(
     `keys` and `values` are int8 (pages, kv_heads, bytes of a head), the parameters the same memory as int16.
     """
     num_tails, kv_heads, key_dim, page_tokens = tail_keys.shape
-    num_pages, value_dim, heads = keys.shape[0], tail_values.shape[3], query.shape[1]
-    group, key_bytes, value_bytes = heads // kv_heads, keys.shape[2], values.shape[2]
-    block_tokens = max(DECODE_BLOCK, page_tokens) // page_tokens * page_tokens
-    key_groups, value_groups = (key_dim + GROUP - 1) // GROUP, (value_dim + GROUP - 1) // GROUP
-    queries = Rows(pointer(workspace, 0), key_dim)
-    turned = Rows(moved(queries.first, padded(group * key_dim)), key_dim)
-    query_sums = Rows(moved(turned.first, padded(group * key_dim)), key_groups)
-    scores = Rows(moved(query_sums.first, padded(group * max(key_groups, value_groups))), max(DECODE_BLOCK, page_tokens))
-    sums = Rows(moved(scores.first, padded(group * scores.stride)), max(page_tokens, LANES))
-    numbers = moved(sums.first, padded(group * sums.stride))
-    scales = moved(numbers, padded(GROUP * page_tokens))
-    offsets = Rows(moved(scales, padded(2 * page_tokens)), value_groups * LANES)
-    state = softmax_state(moved(offsets.first, padded(group * max(key_groups, value_groups) * LANES)), group, value_dim)
-
-    for item in range(begin, end):
+    value_dim, heads = tail_values.shape[3], query.shape[1]
+    group = heads // kv_heads
+    fast = page_tokens == FAST_TOKENS
+    key_codes = Codes(
+        pointer(keys, 0), pointer(key_parameters, 0), keys.shape[0], kv_heads, keys.shape[2], key_bits, key_dim, page_tokens,
+        key_dim // GROUP if fast else 0,
+    )  # fmt: skip
+    value_codes = Codes(
+        pointer(values, 0), pointer(value_parameters, 0), keys.shape[0], kv_heads, values.shape[2], value_bits, value_dim, page_tokens,
+        value_dim // GROUP if fast else 0,
+    )  # fmt: skip
+    scratch = laid_out(pointer(workspace, 0), group, key_dim, value_dim, page_tokens)
+    item = begin
+    while item < end:
         sequence, kv_head = item // kv_heads, item % kv_heads
+        count = min(heads_at_once(group), kv_heads - kv_head, end - item)
+        item += count
         start, length, tail = starts[sequence], lengths[sequence], tails[sequence]
         page_and_next(pointer(tails, 0), sequence, sequence, num_tails)  # is it in the pool
-        border = (length - 1) // page_tokens * page_tokens
-        table, last_page = pointer(page_tables, sequence * page_tables.shape[1]), border // page_tokens - 1
-        first_head = sequence * heads + kv_head * group
-        widen_row(pointer(query, first_head * key_dim), queries.first, group * key_dim)
-        prepare_queries(queries, turned, query_sums, group, key_dim, turns)
-        begin_rows(state, group, sinks, kv_head * group)
-        for block in range(start - start % page_tokens, border, block_tokens):
-            block_end, visible = min(block + block_tokens, border), max(start, block)
-            clear(scores.first, group * scores.stride)
-            for position in range(block, block_end, page_tokens):
-                page, following = page_and_next(table, position // page_tokens, last_page, num_pages)
-                place, ahead = (page * kv_heads + kv_head) * key_bytes, (following - page) * kv_heads * key_bytes
-                prefetch_bytes(pointer(keys, place + ahead), key_bytes)
-                score_page(
-                    turned, query_sums, pointer(keys, place), pointer(key_parameters, place // 2),
-                    part(scores, 0, position - block), sums, numbers, scales, group, key_dim, key_bits, page_tokens,
-                )  # fmt: skip
-            absorb_rows(scores, visible - block, block_end - block, group, scaling, softcap, state)
-            clear(offsets.first, group * offsets.stride)
-            for position in range(block, block_end, page_tokens):
-                page, following = page_and_next(table, position // page_tokens, last_page, num_pages)
-                place, ahead = (page * kv_heads + kv_head) * value_bytes, (following - page) * kv_heads * value_bytes
-                first = max(visible, position) - position
-                prefetch_bytes(pointer(values, place + ahead), value_bytes)
-                add_page(
-                    part(scores, 0, position - block + first), pointer(values, place), pointer(value_parameters, place // 2),
-                    state.totals, offsets, sums, numbers, scales, group, value_dim, value_bits, page_tokens, first,
-                )  # fmt: skip
-            add_offsets(state.totals, offsets, group, value_dim)
-        attend_tail(
-            queries, pointer(tail_keys, (tail * kv_heads + kv_head) * key_dim * page_tokens),
-            pointer(tail_values, (tail * kv_heads + kv_head) * value_dim * page_tokens),
-            scores, state, group, key_dim, value_dim, page_tokens, max(start, border) - border, length - border, scaling, softcap,
-        )  # fmt: skip
-        write_rows(state, group, value_dim, pointer(out, first_head * value_dim))
+        border, first_head = (length - 1) // page_tokens * page_tokens, sequence * heads + kv_head * group
+        table = pointer(page_tables, sequence * page_tables.shape[1])
+        widen_row(pointer(query, first_head * key_dim), scratch.queries.first, group * count * key_dim)
+        prepare_queries(scratch, group * count, key_codes, turns)
+        begin_rows(scratch.state, group * count, sinks, kv_head * group)
+        attend_codes(key_codes, value_codes, table, start, border, kv_head, count, group, scaling, softcap, scratch)
+        for head in range(count):
+            place = (tail * kv_heads + kv_head + head) * page_tokens
+            attend_tail(
+                part(scratch.queries, head * group, 0), pointer(tail_keys, place * key_dim), pointer(tail_values, place * value_dim),
+                scratch.scores, rows_from(scratch.state, head * group), group, key_dim, value_dim, page_tokens,
+                max(start, border) - border, length - border, scaling, softcap,
+            )  # fmt: skip
+        write_rows(scratch.state, group * count, value_dim, pointer(out, first_head * value_dim))
 
 
 @njit
-def prepare_queries(queries: Any, turned: Any, sums: Any, heads: int, dim: int, turns: bool) -> None:
-    """Rotate the queries as the keys were, and add up each group."""
+def prepare_queries(scratch: Any, heads: int, codes: Any, turns: bool) -> None:
+    """Rotate the queries as the keys were, add up each group, and fold them into the form that the tiles take."""
+    dim, groups = codes.dim, scratch.query_sums.stride
     for head in range(heads):
-        row = moved(turned.first, head * dim)
+        row = moved(scratch.folded.first, head * dim)
         for i in range(dim):
-            row[i] = queries.first[head * dim + i]
+            row[i] = scratch.queries.first[head * dim + i]
         if turns:
             rotate(row, dim)
-        for group in range(sums.stride):
+        for group in range(groups):
             total = row[group * GROUP]
             for i in range(group * GROUP + 1, min((group + 1) * GROUP, dim)):
                 total += row[i]
-            sums.first[head * sums.stride + group] = total
+            scratch.query_sums.first[head * groups + group] = total
+        if codes.bits == 4:
+            for group in range(codes.fast_groups):
+                for i in range(group * GROUP, group * GROUP + HALF_GROUP):
+                    row[i + HALF_GROUP] *= SIXTEENTH
+                    row[i] -= row[i + HALF_GROUP]
 
 
 @njit
-def score_page(
-    queries: Any, query_sums: Any, codes: Any, parameters: Any, scores: Any, sums: Any, numbers: Any, scales: Any,
-    heads: int, dim: int, bits: int, page_tokens: int,
+def attend_codes(
+    keys: Any, values: Any, table: Any, start: int, border: int, kv_head: int, count: int, group: int, scaling: Any, softcap: Any,
+    scratch: Any,
 ) -> None:  # fmt: skip
-    """Add the scores of a page, group by group."""
-    groups, begin = query_sums.stride, 0
-    parameters = moved(parameters, code_bytes_of(dim, bits) * page_tokens // 2)
-    for group in range(groups):
-        size = min(GROUP, dim - group * GROUP)
-        stored, query = moved(codes, begin * page_tokens), part(queries, 0, group * GROUP)
-        own, least = moved(parameters, group * page_tokens), groups * page_tokens
-        begin += size if bits == 8 else (size + 1) // 2
-        if bits == 4 and size == GROUP and page_tokens == FAST_TOKENS:
-            add_scores(query, part(query_sums, 0, group), stored, own, least, scores, heads)
-            continue
-        clear(sums.first, heads * sums.stride)
-        if bits == 8:
-            add_product(query, Rows(stored, page_tokens), sums, heads, size, page_tokens, 0)
+    """Attend to positions start <= p < border, all on complete pages, for `count` key heads from `kv_head` on."""
+    page_tokens, heads, scores = keys.page_tokens, count * group, scratch.scores
+    num_pages, last_page = keys.num_pages, border // page_tokens - 1
+    block_tokens = max(DECODE_BLOCK, page_tokens) // page_tokens * page_tokens
+    for block in range(start - start % page_tokens, border, block_tokens):
+        block_end, visible = min(block + block_tokens, border), max(start, block)
+        clear(scores.first, heads * scores.stride)
+        for position in range(block, block_end, page_tokens):
+            page, following = page_and_next(table, position // page_tokens, last_page, num_pages)
+            for head in range(count):
+                place, later = place_of(keys, page, kv_head + head), place_of(keys, following, kv_head + head)
+                score_page(keys, place, later, part(scores, head * group, position - block), head * group, group, scratch)
+        absorb_rows(scores, visible - block, block_end - block, heads, scaling, softcap, scratch.state)
+        clear(scratch.offsets.first, heads * scratch.offsets.stride)
+        clear(scratch.coded.first, heads * scratch.coded.stride)
+        for position in range(block, block_end, page_tokens):
+            page, following = page_and_next(table, position // page_tokens, last_page, num_pages)
+            first = max(visible, position) - position
+            for head in range(count):
+                place, later = place_of(values, page, kv_head + head), place_of(values, following, kv_head + head)
+                add_page(values, place, later, part(scores, head * group, position - block + first), head * group, group, first, scratch)
+        unfold(values, heads, scratch)
+
+
+@njit
+def place_of(codes: Any, page: int, head: int) -> int:
+    """Return where a head of a page begins."""
+    return (page * codes.kv_heads + head) * codes.head_bytes
+
+
+@njit
+def score_page(keys: Any, place: int, later: int, scores: Any, row: int, heads: int, scratch: Any) -> None:
+    """Add the scores of a page's key head at `place`, for `heads` queries from `row` on, while what begins at `later` is fetched."""
+    code_bytes, groups, tokens = code_bytes_of(keys.dim, keys.bits), scratch.query_sums.stride, keys.page_tokens
+    codes, parameters = moved(keys.memory, place), moved(keys.parameters, (place + code_bytes * tokens) // 2)
+    queries, sums = part(scratch.folded, row, 0), part(scratch.query_sums, row, 0)
+    least, fetched = groups * tokens, moved(keys.memory, later)
+    if keys.fast_groups > 0:
+        if keys.bits == 4:
+            add_scores_4(queries, sums, codes, parameters, least, keys.fast_groups, fetched, scores, heads)
         else:
-            unpack(stored, page_tokens, page_tokens, 1, size, numbers, page_tokens, 1)
-            add_product(query, Rows(numbers, page_tokens), sums, heads, size, page_tokens, 0)
-        widen_row(own, scales, page_tokens)
-        if bits == 4:
-            widen_row(moved(own, least), moved(scales, page_tokens), page_tokens)
+            add_scores_8(queries, sums, codes, parameters, least, keys.fast_groups, fetched, scores, heads)
+    for group in range(keys.fast_groups, groups):
+        own, size = moved(parameters, group * tokens), min(GROUP, keys.dim - group * GROUP)
+        stored, query = moved(codes, code_bytes_of(group * GROUP, keys.bits) * tokens), part(queries, 0, group * GROUP)
+        clear(scratch.sums.first, heads * scratch.sums.stride)
+        if keys.bits == 8:
+            add_product(query, Rows(stored, tokens), scratch.sums, heads, size, tokens, 0)
+        else:
+            unpack(stored, tokens, tokens, 1, size, scratch.numbers, tokens, 1)
+            add_product(query, Rows(scratch.numbers, tokens), scratch.sums, heads, size, tokens, 0)
+            widen_row(moved(own, least), moved(scratch.scales, tokens), tokens)
+        widen_row(own, scratch.scales, tokens)
         for head in range(heads):
-            for token in range(page_tokens):
-                score = scales[token] * sums.first[head * sums.stride + token]
-                if bits == 4:
-                    score += scales[page_tokens + token] * query_sums.first[head * groups + group]
+            for token in range(tokens):
+                score = scratch.scales[token] * scratch.sums.first[head * scratch.sums.stride + token]
+                if keys.bits == 4:
+                    score += scratch.scales[tokens + token] * sums.first[head * groups + group]
                 scores.first[head * scores.stride + token] += score
 
 
 @njit
-def add_page(
-    weights: Any, codes: Any, parameters: Any, totals: Any, offsets: Any, scaled: Any, numbers: Any, scales: Any,
-    heads: int, dim: int, bits: int, page_tokens: int, first: int,
-) -> None:  # fmt: skip
-    """Add the weighted values of a page's tokens from `first` on; least numbers go to `offsets`, one vector for each group."""
-    code_bytes, rows = code_bytes_of(dim, bits), page_tokens - first
-    groups, begin = offsets.stride // LANES, first * code_bytes
-    parameters = moved(parameters, code_bytes * page_tokens // 2 + first)
-    for group in range(groups):
-        size = min(GROUP, dim - group * GROUP)
-        stored, out, sums = moved(codes, begin), part(totals, 0, group * GROUP), part(offsets, 0, group * LANES)
-        own, least = moved(parameters, group * page_tokens), groups * page_tokens
-        begin += size if bits == 8 else (size + 1) // 2
-        if bits == 4 and size == GROUP and rows == FAST_TOKENS:
-            add_totals(weights, stored, code_bytes, own, least, out, sums, scaled, heads)
-            continue
-        widen_row(own, scales, rows)
+def add_page(values: Any, place: int, later: int, weights: Any, row: int, heads: int, first: int, scratch: Any) -> None:
+    """Add the weighted values of a page's head at `place`, from token `first` on, to the totals from `row` on."""
+    code_bytes, groups = code_bytes_of(values.dim, values.bits), scratch.offsets.stride // LANES
+    tokens, rows, fast_groups = values.page_tokens, values.page_tokens - first, 0 if first > 0 else values.fast_groups
+    codes = moved(values.memory, place + first * code_bytes)
+    parameters = moved(values.parameters, (place + code_bytes * tokens) // 2 + first)
+    totals, offsets = part(scratch.state.totals, row, 0), part(scratch.offsets, row, 0)
+    coded, scaled = part(scratch.coded, row, 0), scratch.sums
+    least, fetched = groups * tokens, moved(values.memory, later)
+    if fast_groups > 0:
+        if values.bits == 4:
+            add_totals_4(weights, codes, code_bytes, parameters, least, fast_groups, fetched, coded, offsets, scaled, heads)
+        else:
+            add_totals_8(weights, codes, code_bytes, parameters, least, fast_groups, fetched, coded, offsets, scaled, heads)
+    for group in range(fast_groups, groups):
+        own, size = moved(parameters, group * tokens), min(GROUP, values.dim - group * GROUP)
+        stored, out = moved(codes, code_bytes_of(group * GROUP, values.bits)), part(totals, 0, group * GROUP)
+        widen_row(own, scratch.scales, rows)
         for head in range(heads):
             for token in range(rows):
-                scaled.first[head * scaled.stride + token] = weights.first[head * weights.stride + token] * scales[token]
-        if bits == 8:
+                scaled.first[head * scaled.stride + token] = weights.first[head * weights.stride + token] * scratch.scales[token]
+        if values.bits == 8:
             add_product(scaled, Rows(stored, code_bytes), out, heads, rows, size, 0)
-        else:
-            unpack(stored, 1, rows, code_bytes, size, numbers, 1, GROUP)
-            add_product(scaled, Rows(numbers, GROUP), out, heads, rows, size, 0)
-            widen_row(moved(own, least), scales, rows)
-            for head in range(heads):
-                for token in range(rows):
-                    sums.first[head * sums.stride] += weights.first[head * weights.stride + token] * scales[token]
+            continue
+        unpack(stored, 1, rows, code_bytes, size, scratch.numbers, 1, GROUP)
+        add_product(scaled, Rows(scratch.numbers, GROUP), out, heads, rows, size, 0)
+        widen_row(moved(own, least), scratch.scales, rows)
+        for head in range(heads):
+            for token in range(rows):
+                offsets.first[head * offsets.stride + group * LANES] += weights.first[head * weights.stride + token] * scratch.scales[token]
 
 
 @njit
@@ -209,15 +320,26 @@ def unpack(codes: Any, code_stride: int, tokens: int, token_stride: int, size: i
 
 
 @njit
-def add_offsets(totals: Any, offsets: Any, heads: int, dim: int) -> None:
-    """Add each group's offset to its totals."""
+def unfold(values: Any, heads: int, scratch: Any) -> None:
+    """Add a block's totals of codes, and each group's offset, to the totals."""
+    totals, coded, offsets = scratch.state.totals, scratch.coded, scratch.offsets
     for head in range(heads):
+        own, found = moved(totals.first, head * totals.stride), moved(coded.first, head * coded.stride)
         for group in range(offsets.stride // LANES):
-            offset = offsets.first[head * offsets.stride + group * LANES]
-            for lane in range(1, LANES):
-                offset += offsets.first[head * offsets.stride + group * LANES + lane]
-            for i in range(group * GROUP, min((group + 1) * GROUP, dim)):
-                totals.first[head * totals.stride + i] += offset
+            first, last = group * GROUP, min((group + 1) * GROUP, values.dim)
+            if values.bits == 4:
+                offset = offsets.first[head * offsets.stride + group * LANES]
+                for lane in range(1, LANES):
+                    offset += offsets.first[head * offsets.stride + group * LANES + lane]
+                for i in range(first, last):
+                    own[i] += offset
+                if group < values.fast_groups:
+                    for i in range(first, first + HALF_GROUP):
+                        own[i] += found[i]
+                        own[i + HALF_GROUP] += (found[i + HALF_GROUP] - found[i]) * SIXTEENTH
+            elif group < values.fast_groups:
+                for i in range(first, last):
+                    own[i] += found[i]
 
 
 @njit

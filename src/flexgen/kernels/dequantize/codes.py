@@ -12,8 +12,10 @@ import numpy as np
 from numba import njit
 
 from flexgen.base.compiled import entry
-from flexgen.kernels.cpu.rows import moved, pointer
+from flexgen.kernels.cpu.formats import narrow
+from flexgen.kernels.cpu.rows import LANES, moved, pointer
 from flexgen.kernels.dequantize.compiled import store
+from flexgen.kernels.dequantize.loops import split_halves, store_codes
 
 CHUNK = 2048  # columns that are unpacked before they are scaled; 32 codes of any width fill whole words
 GPTQ_ROWS = 32  # outputs whose words are brought into rows together: two lines of the cache
@@ -147,7 +149,10 @@ def unpack(packed: Any, count: int, bits: int, flip: int, codes: Any) -> None:
         for i in range(count):
             codes[i] = packed[i] ^ flip
     elif bits == 4:
-        for i in range(count // 2):
+        whole = count // (2 * LANES) * LANES
+        for i in range(0, whole, LANES):
+            split_halves(moved(packed, i), pointer(codes, 2 * i))
+        for i in range(whole, count // 2):
             codes[2 * i] = packed[i] & 15
             codes[2 * i + 1] = packed[i] >> 4
     elif bits == 2:
@@ -218,10 +223,12 @@ def scale_codes(
     while i < count:
         of = (first + i) // group
         size = min((of + 1) * group - first, count) - i
-        minus = zeros[row, of] if zeros.size > 0 else zero
-        for k in range(size):
-            numbers[k] = np.float32(codes[i + k]) - minus
-        store(pointer(numbers, 0), scales[row, of], moved(target, i), size, like)
+        minus, scale = zeros[row, of] if zeros.size > 0 else zero, scales[row, of]
+        whole = i + size // LANES * LANES
+        for k in range(i, whole, LANES):
+            store_codes(pointer(codes, k), minus, scale, moved(target, k))
+        for k in range(whole, i + size):
+            target[k] = narrow((np.float32(codes[k]) - minus) * scale, like)
         i += size
 
 

@@ -15,7 +15,7 @@ from numba.extending import overload
 from flexgen.base.compiled import entry
 from flexgen.kernels.cpu.formats import narrow
 from flexgen.kernels.cpu.rows import LANES, moved, pointer
-from flexgen.kernels.dequantize.loops import store_scaled
+from flexgen.kernels.dequantize.loops import store_scaled, turn_sixteen
 
 CHUNK = 2048  # codes that are looked up before they are multiplied
 STRIP_CODES = 64  # of one row, where rows become columns: a line of the cache
@@ -101,10 +101,20 @@ def decode_transposed(begin: int, end: int, codes: Any, table: Any, scales: Any,
                     count = min(block, size * per_code - start)
                     scale = scale_of(scales[matrix, row + i, (first * per_code + start) // block], scale_values)
                     store(pointer(numbers, start), scale, pointer(tile, i * width + start), count, tile[0, 0])
-            for column in range(size * per_code):
-                target = pointer(out, (matrix * columns + first * per_code + column) * rows + row)
-                for i in range(height):
-                    target[i] = tile[i, column]
+            turn(tile, height, size * per_code, pointer(out, (matrix * columns + first * per_code) * rows + row), rows)
+
+
+@njit
+def turn(tile: Any, height: int, width: int, target: Any, stride: int) -> None:
+    """Store the columns of a tile as rows, `stride` apart."""
+    whole_rows, whole_columns = height // LANES * LANES, width // LANES * LANES
+    for row in range(0, whole_rows, LANES):
+        for column in range(0, whole_columns, LANES):
+            source = pointer(tile, row * tile.shape[1] + column)
+            turn_sixteen(source, tile.shape[1], moved(target, column * stride + row), stride)
+    for column in range(width):
+        for row in range(whole_rows if column < whole_columns else 0, height):
+            target[column * stride + row] = tile[row, column]
 
 
 @njit

@@ -1,6 +1,6 @@
 """What compiled decoders share: bytes and halves read by bare pointers, small integers made float32 in the width of a float32.
 
-`store_scaled` and `sixteen` are written in vectors, so that no compiler has to find them: loops of 16 short steps are unrolled by LLVM
+Functions that take vectors are written as such, so that no compiler has to find them: loops of 16 short steps are unrolled by LLVM
 before it could make vectors of them, and are then ten times slower.
 """
 
@@ -15,6 +15,7 @@ from numba.extending import register_jitable
 
 from flexgen.base.compiled import intrinsic
 from flexgen.kernels.cpu.formats import FLOAT, INT16, INT32, narrowed, widen
+from flexgen.kernels.cpu.rows import LANES
 from flexgen.kernels.cpu.vectors import broadcast, vector_of
 
 _INT8 = ir.IntType(8)
@@ -95,3 +96,63 @@ def sixteen(typing_context: Any, source: Any, shift: Any, mask: Any, less: Any, 
 
     offset = types.float32 if subtracts else least
     return types.none(source, types.int64, types.int64, types.int64, types.float32, offset, target), generate
+
+
+@intrinsic
+def store_codes(typing_context: Any, codes: Any, zero: Any, scale: Any, target: Any) -> Any:
+    """Compile `store_codes(codes, zero, scale, target)`: (code - zero) * scale of LANES bytes, to adjacent places of any format."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        source, zero_value, factor, place = arguments
+        loaded = builder.load(builder.bitcast(source, vector_of(_INT8).as_pointer()), align=1)
+        numbers = builder.sitofp(builder.zext(loaded, vector_of(INT32)), vector_of(FLOAT))
+        numbers = builder.fmul(builder.fsub(numbers, broadcast(builder, zero_value)), broadcast(builder, factor))
+        stored = narrowed(builder, numbers, target.dtype)
+        builder.store(stored, builder.bitcast(place, stored.type.as_pointer()), align=context.get_abi_sizeof(place.type.pointee))
+        return context.get_dummy_value()
+
+    return types.void(codes, types.float32, types.float32, target), generate
+
+
+@intrinsic
+def split_halves(typing_context: Any, packed: Any, codes: Any) -> Any:
+    """Compile `split_halves(packed, codes)`: the low and the high half of each of 16 bytes, as 32 bytes."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        bytes_of_16, words, bytes_of_32 = vector_of(_INT8), vector_of(INT16), ir.VectorType(_INT8, 2 * LANES)
+        loaded = builder.zext(builder.load(builder.bitcast(arguments[0], bytes_of_16.as_pointer()), align=1), words)
+        spread = builder.or_(loaded, builder.shl(loaded, ir.Constant(words, [4] * LANES)))
+        halves = builder.and_(spread, ir.Constant(words, [0x0F0F] * LANES))
+        builder.store(builder.bitcast(halves, bytes_of_32), builder.bitcast(arguments[1], bytes_of_32.as_pointer()), align=1)
+        return context.get_dummy_value()
+
+    return types.void(packed, codes), generate
+
+
+@intrinsic
+def turn_sixteen(typing_context: Any, source: Any, stride: Any, target: Any, target_stride: Any) -> Any:
+    """Compile `turn_sixteen(source, stride, target, target_stride)`: transpose LANES rows, `stride` apart, of LANES elements.
+
+    Rows i and i + 8 are interleaved, four times over.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        start, stride_value, place, target_stride_value = arguments
+        kind = vector_of(start.type.pointee)
+        size = context.get_abi_sizeof(start.type.pointee)
+
+        def at(begin: Any, row: int, by: Any) -> Any:
+            return builder.bitcast(builder.gep(begin, [builder.mul(by, ir.Constant(by.type, row))]), kind.as_pointer())
+
+        def mixed(one: Any, other: Any, first: int) -> Any:
+            order = [first + i // 2 + (LANES if i % 2 else 0) for i in range(LANES)]
+            return builder.shuffle_vector(one, other, ir.Constant(vector_of(INT32), order))
+
+        rows, half_rows = [builder.load(at(start, row, stride_value), align=size) for row in range(LANES)], LANES // 2
+        for _ in range(4):
+            rows = [mixed(rows[i // 2], rows[i // 2 + half_rows], i % 2 * half_rows) for i in range(LANES)]
+        for row, vector in enumerate(rows):
+            builder.store(vector, at(place, row, target_stride_value), align=size)
+        return context.get_dummy_value()
+
+    return types.void(source, types.int64, target, types.int64), generate
