@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from flexgen.base.heap import give_back_freed, keep_freed
 from flexgen.devices.base import Device
 from flexgen.engine.sweep import MicroBatchForward, run_pass
 from flexgen.io.direct_io import FileSet
@@ -24,6 +25,7 @@ from flexgen.kv.open import KVSetup, open_places
 from flexgen.kv.pages import group_layers
 from flexgen.models.assemble import AssembledModel
 from flexgen.models.attention import PassCache
+from flexgen.models.fused import Fused
 from flexgen.models.scoring import Scores
 from flexgen.options import WEIGHT_HOMES
 from flexgen.passes.plan import PassPlan
@@ -94,6 +96,11 @@ class ModelRunner:
             undo.callback(self._io.close)
             self._decoders = KernelThreads(policy.compute_threads)
             undo.callback(self._decoders.close)
+            self._fused = Fused(model.bound.model, model.dtype, self._decoders.over) if backend is None else None
+            if self._fused is not None:
+                undo.callback(self._fused.close)
+                keep_freed(policy.workspace_bytes)
+                undo.callback(give_back_freed)
             self._weights = WeightStore(
                 model.layouts, self.homes, model.bound, self._io, self._files, backend=backend,
                 host_ring_bytes=policy.host_ring_bytes, device_ring_bytes=policy.device_ring_bytes, on_arrival=self._arrived.set,
@@ -130,11 +137,15 @@ class ModelRunner:
         for place in self.places.values():
             place.close()
         self._io.close()
+        if self._fused is not None:
+            self._fused.close()
         self._decoders.close()
         self._rows.close()
         self._files.close()
         if self._backend is not None:
             self._backend.close()
+        else:
+            give_back_freed()
         torch.set_num_threads(self._previous_threads)
         sys.setswitchinterval(self._previous_interval)
 
