@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 
-from flexgen.base.heap import give_back_freed, keep_freed
 from flexgen.devices.base import Device
 from flexgen.engine.sweep import MicroBatchForward, run_pass
 from flexgen.io.direct_io import FileSet
@@ -99,8 +98,6 @@ class ModelRunner:
             self._fused = Fused(model.bound.model, model.dtype, self._decoders.over) if backend is None else None
             if self._fused is not None:
                 undo.callback(self._fused.close)
-                keep_freed(policy.workspace_bytes)
-                undo.callback(give_back_freed)
             self._weights = WeightStore(
                 model.layouts, self.homes, model.bound, self._io, self._files, backend=backend,
                 host_ring_bytes=policy.host_ring_bytes, device_ring_bytes=policy.device_ring_bytes, on_arrival=self._arrived.set,
@@ -144,8 +141,6 @@ class ModelRunner:
         self._files.close()
         if self._backend is not None:
             self._backend.close()
-        else:
-            give_back_freed()
         torch.set_num_threads(self._previous_threads)
         sys.setswitchinterval(self._previous_interval)
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 import logging
 import types
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 
 from flexgen.base.parallel import Parallel
 from flexgen.kernels.cpu import elementwise
-from flexgen.kernels.cpu.formats import bits, carried
+from flexgen.kernels.cpu.formats import carried
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +31,7 @@ Forward = Callable[..., Any]
 
 
 class Fused:
-    """Compiled functions in the forwards of a model's norms, gated MLPs and rotations, until they are taken out.
+    """Compiled functions in the forwards of a model's norms and attention modules, until they are taken out.
 
     Args:
         model: The model, whose weights need not be there.
@@ -48,7 +47,7 @@ class Fused:
         self.counts = Counter[str]()
         if dtype not in DTYPES:
             return
-        kinds = {"norms": _Norms(dtype, parallel), "gates": _Gates(dtype, parallel), "rotations": _Rotations(dtype, parallel)}
+        kinds = {"norms": _Norms(dtype, parallel), "rotations": _Rotations(dtype, parallel)}
         with torch.no_grad():
             for module in model.modules():
                 if "forward" in module.__dict__:
@@ -67,7 +66,7 @@ class Fused:
         self._replaced.clear()
 
 
-def _forward_of(kind: _Norms | _Gates | _Rotations, module: nn.Module) -> Forward | None:
+def _forward_of(kind: _Norms | _Rotations, module: nn.Module) -> Forward | None:
     try:
         return kind.forward_of(module)
     except Exception:  # the module computes something else than what it looks like
@@ -140,89 +139,6 @@ class _Norms:
             if all(torch.equal(self._normed(x, weight, epsilon, style), wanted) for x, wanted in tried):
                 return style
         return None
-
-
-# ------------------------------------------------------------------------------------------------------------------------- gates
-
-
-class _Gates:
-    """Gated MLPs, down(act(gate(x)) * up(x)), in dtypes of 16 bits, of which a table holds every value of the activation."""
-
-    LINEAR = ("gate_proj", "up_proj", "down_proj")
-
-    def __init__(self, dtype: torch.dtype, parallel: Parallel) -> None:
-        self._dtype, self._parallel = dtype, parallel
-        self._every = torch.arange(1 << 16, dtype=torch.int32).to(torch.uint16)
-        self._tables: list[Tensor] = []  # one for each activation, so that they stay in the processors' caches
-
-    def forward_of(self, module: Any) -> Forward | None:
-        """Return a forward that takes the place of the module's own; None if there is none."""
-        linear = [name for name, child in module._modules.items() if isinstance(child, nn.Linear)]
-        act = getattr(module, "act_fn", None)
-        if self._dtype.itemsize != 2 or not callable(act) or set(linear) != set(self.LINEAR) or set(module._modules) - {*linear, "act_fn"}:
-            return None
-        table = self._proven_table(module, act)
-        return None if table is None else self._forward(module, self._shared(table))
-
-    def _forward(self, module: Any, table: Tensor) -> Forward:
-        dtype = self._dtype
-
-        def forward(x: Tensor) -> Tensor:
-            gate, up = module.gate_proj(x), module.up_proj(x)
-            if gate.dtype != dtype or up.dtype != dtype or gate.shape != up.shape or not (gate.is_contiguous() and up.is_contiguous()):
-                return module.down_proj(module.act_fn(gate) * up)
-            return module.down_proj(self._gated(gate, up, table))
-
-        return forward
-
-    def _gated(self, gate: Tensor, up: Tensor, table: Tensor) -> Tensor:
-        """Return act(gate) * up, written over `gate`."""
-        arrays = bits(gate.view(-1)), carried(table), carried(up.view(-1)), carried(gate.view(-1))
-        _over(self._parallel, lambda begin, end: elementwise.gate(begin, end, *arrays), gate.numel(), 1)
-        return gate
-
-    def _proven_table(self, module: Any, act: Any) -> Tensor | None:
-        """Return the activation of every number, if the module's results are products with that, whatever its linear layers give."""
-        every = self._every.view(self._dtype)
-        gate, up = every.flip(0).view(1, 32, -1), _random(1, 32, (1 << 16) // 32, dtype=self._dtype)
-        calls: list[str] = []
-        answers = {"gate_proj": lambda x: gate.clone(), "up_proj": lambda x: up, "down_proj": lambda x: x}
-        with _answering(module, answers, calls):
-            wanted = module.forward(up)
-        if tuple(calls) != self.LINEAR:
-            return None
-        found = self._gated(gate.clone(), up, table := act(every))
-        return table if torch.allclose(found, wanted, rtol=0, atol=0, equal_nan=True) else None
-
-    def _shared(self, table: Tensor) -> Tensor:
-        """Return an equal table that there is already, or this one."""
-        found = next((each for each in self._tables if torch.equal(each.view(torch.int16), table.view(torch.int16))), None)
-        if found is None:
-            self._tables.append(found := table)
-        return found
-
-
-class _Answer(nn.Module):
-    """A linear layer's place, while it is tried out what lies between them."""
-
-    def __init__(self, name: str, answer: Callable[[Tensor], Tensor], calls: list[str]) -> None:
-        super().__init__()
-        self._name, self._answer, self._calls = name, answer, calls
-
-    def forward(self, x: Tensor) -> Tensor:
-        self._calls.append(self._name)
-        return self._answer(x)
-
-
-@contextmanager
-def _answering(module: Any, answers: dict[str, Callable[[Tensor], Tensor]], calls: list[str]) -> Iterator[None]:
-    """Let functions answer in the place of children, and record their calls."""
-    kept = {name: module._modules[name] for name in answers}
-    module._modules.update({name: _Answer(name, answer, calls) for name, answer in answers.items()})
-    try:
-        yield
-    finally:
-        module._modules.update(kept)
 
 
 # --------------------------------------------------------------------------------------------------------------------- rotations

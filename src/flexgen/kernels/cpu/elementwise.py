@@ -1,4 +1,4 @@
-"""What lies between the matrix products of a decoder layer, each in one sweep over memory: norms, gates, rotations.
+"""What lies between the matrix products of a decoder layer, each in one sweep over memory: norms and rotations.
 
 Numbers are computed in float32 and rounded wherever transformers rounds them, so that results can be equal to the last bit.  Whether they
 are, the caller finds out: a sum of squares depends on its order, which here is torch's (ATen's SumKernel.cpp) in registers of 8 numbers.
@@ -23,7 +23,6 @@ REGISTER = 8  # numbers of a register in torch's sums
 BLOCK = 4 * REGISTER  # numbers that are added at once, each to a sum of its own
 LEVELS, LEVEL_BITS = 4, 4  # a sum of a level is added to the next level's after 16 numbers
 WEIGHT_LAST, WEIGHT_BEFORE_ROUNDING, ONE_MORE = range(3)  # how a norm applies its weight
-LOOKED_UP = 2048  # numbers that are looked up before they are multiplied
 ONE = np.float32(1)
 
 
@@ -53,27 +52,6 @@ def rms_norm(begin: int, end: int, x: Any, weight: Any, size: Any, epsilon: Any,
             _weigh(source, factors, scale, columns, target)
         else:
             _weigh_one_more(source, factors, scale, columns, target)
-
-
-@entry
-def gate(begin: int, end: int, codes: Any, table: Any, up: Any, out: Any) -> None:
-    """Multiply numbers begin <= i < end by a function of others, which is looked up.
-
-    Args:
-        begin: The first number.
-        end: The number after the last one.
-        codes: The bits of the function's arguments, uint16 (numbers,); they may be the memory of `out`.
-        table: The function's value for each argument, (65536,).
-        up: The other factors, (numbers,).
-        out: The products, (numbers,).
-    """
-    found = np.empty(LOOKED_UP, table.dtype)
-    for first in range(begin, end, LOOKED_UP):
-        size = min(LOOKED_UP, end - first)
-        source, factors, target = pointer(codes, first), pointer(up, first), pointer(out, first)
-        for i in range(size):
-            found[i] = table[source[i]]
-        _multiply(pointer(found, 0), factors, size, target)
 
 
 @entry
@@ -175,12 +153,6 @@ def _weigh(x: Any, weight: Any, scale: Any, size: int, out: Any) -> None:
 def _weigh_one_more(x: Any, weight: Any, scale: Any, size: int, out: Any) -> None:
     for i in range(size):
         out[i] = narrow((widen(x[i]) * scale) * (ONE + widen(weight[i])), x[i])
-
-
-@njit
-def _multiply(one: Any, other: Any, size: int, out: Any) -> None:
-    for i in range(size):
-        out[i] = narrow(widen(one[i]) * widen(other[i]), one[i])
 
 
 @njit
