@@ -45,7 +45,7 @@ def logits(model: Any, tokens: int) -> Tensor:
         return model(input_ids=ids, use_cache=False).logits
 
 
-@pytest.mark.matrix(8, always=["llama", "gemma2", "phi3", "gpt_neox"])
+@pytest.mark.matrix(8, always=["llama", "gemma2", "gemma4_text", "phi3", "gpt_neox"])
 @pytest.mark.parametrize("model_type", [each for each in CAUSAL_TYPES if each not in REFUSED])
 def test_every_model_answers_the_same_bits(model_type: str) -> None:
     model = build(model_type, torch.bfloat16)

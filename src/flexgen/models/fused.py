@@ -6,6 +6,7 @@ only what is equal to the last bit is replaced.  Arguments that were not foresee
 
 from __future__ import annotations
 
+import inspect
 import logging
 import types
 from collections import Counter
@@ -24,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 ROTATION = "apply_rotary_pos_emb"  # the function that transformers' attention modules call
+ARGUMENTS = ("q", "k", "cos", "sin")
 TRIED_ROWS = (1, 5, 80)  # torch sums many rows on several threads
 WORTH_WAKING = 1 << 16  # numbers for which another thread is woken
 
@@ -154,10 +156,13 @@ class _Rotations:
     def forward_of(self, module: Any) -> Callable[..., Any] | None:
         """Return the module's own forward with another function to rotate with; None if it calls none."""
         own = type(module).forward
-        if not isinstance(own, types.FunctionType) or ROTATION not in own.__code__.co_names or ROTATION not in own.__globals__:
+        if not isinstance(own, types.FunctionType) or ROTATION not in own.__code__.co_names:
             return None
+        rotates = own.__globals__.get(ROTATION)
+        if not callable(rotates) or tuple(inspect.signature(rotates).parameters)[: len(ARGUMENTS)] != ARGUMENTS:
+            return None  # some rotate one tensor at a time
         if own not in self._functions:
-            names = {**own.__globals__, ROTATION: Rotation(own.__globals__[ROTATION], self._dtype, self._parallel)}
+            names = {**own.__globals__, ROTATION: Rotation(rotates, self._dtype, self._parallel)}
             self._functions[own] = types.FunctionType(own.__code__, names, own.__name__, own.__defaults__, own.__closure__)
             self._functions[own].__kwdefaults__ = own.__kwdefaults__
         return types.MethodType(self._functions[own], module)
