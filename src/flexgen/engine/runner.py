@@ -24,6 +24,7 @@ from flexgen.kv.open import KVSetup, open_places
 from flexgen.kv.pages import group_layers
 from flexgen.models.assemble import AssembledModel
 from flexgen.models.attention import PassCache
+from flexgen.models.fused import Fused
 from flexgen.models.scoring import Scores
 from flexgen.options import WEIGHT_HOMES
 from flexgen.passes.plan import PassPlan
@@ -95,6 +96,9 @@ class ModelRunner:
             self._decoders = KernelThreads(policy.compute_threads)
             undo.callback(self._decoders.close)
             model.bound.run_loops_on(self._decoders.over)
+            self._fused = Fused(model.bound.model, model.dtype, self._decoders.over) if backend is None else None
+            if self._fused is not None:
+                undo.callback(self._fused.close)
             self._weights = WeightStore(
                 model.layouts, self.homes, model.bound, self._io, self._files, backend=backend,
                 host_ring_bytes=policy.host_ring_bytes, device_ring_bytes=policy.device_ring_bytes, on_arrival=self._arrived.set,
@@ -131,6 +135,8 @@ class ModelRunner:
         for place in self.places.values():
             place.close()
         self._io.close()
+        if self._fused is not None:
+            self._fused.close()
         self._decoders.close()
         self._rows.close()
         self._files.close()
