@@ -55,6 +55,8 @@ class EngineOptions:
         kv: Explicit placement of the KV cache over the tiers, in the same form; None lets the planner choose.
         kv_format: Format of the KV cache's complete pages: "auto" (the dtype of computing), "int8", "k8v4" (keys 8 bits, values 4) or
             "int4".  Answers depend on it.
+        sparse_attention: Share of the positions that a head of a generated token keeps by their scores, such as 0.1; the other values are
+            left out (docs/sparse-attention.md).  None keeps all.  Answers depend on it.
         max_num_seqs: Most sequences alive in a pass; None lets the planner choose.
         micro_batch_tokens: Most tokens computed together; None lets the planner choose.
         prefill_tokens: Most prompt tokens that a pass admits; None lets the planner choose.
@@ -84,6 +86,7 @@ class EngineOptions:
     weights: str | None = None
     kv: str | None = None
     kv_format: str = "auto"
+    sparse_attention: float | None = None
     max_num_seqs: int | None = None
     micro_batch_tokens: int | None = None
     prefill_tokens: int | None = None
@@ -105,6 +108,7 @@ class EngineOptions:
             object.__setattr__(self, name, _integer(name, getattr(self, name), least))
         for name in ("max_request_seconds", "max_job_seconds"):
             object.__setattr__(self, name, _seconds(name, getattr(self, name)))
+        object.__setattr__(self, "sparse_attention", _share("sparse_attention", self.sparse_attention))
         for name, homes in (("weights", tuple(WEIGHT_HOMES)), ("kv", TIERS)):
             if (shares := getattr(self, name)) is not None:
                 parse_placement(shares, name=name, homes=homes)
@@ -122,6 +126,11 @@ class EngineOptions:
             raise OptionError(f"weight_format={self.weight_format!r} converts a checkpoint, and load_format='dummy' reads none")
         if self.trust_remote_code:
             raise OptionError("trust_remote_code: flexgen runs no code from model folders")
+
+    @property
+    def kept_share(self) -> float | None:
+        """The share of positions that heads of generated tokens keep; None where they keep all."""
+        return None if self.sparse_attention == 1 else self.sparse_attention
 
     def check_placement(self, device: str) -> None:
         """Check that the placements name no tier that a device does not have.
@@ -155,6 +164,13 @@ def _seconds(name: str, value: object) -> float | None:
     return number
 
 
+def _share(name: str, value: object) -> float | None:
+    number = as_float(value)
+    if value is not None and (number is None or not 0 < number <= 1):
+        raise OptionError(f"{name} must be a share above 0 and up to 1 (0.1, not 10%), not {shown(value)}")
+    return number
+
+
 class OptionKeywords(TypedDict, total=False):
     """The fields of EngineOptions as keywords, for editors and type checkers; `LLM` also takes some of vLLM's values."""
 
@@ -167,6 +183,7 @@ class OptionKeywords(TypedDict, total=False):
     weights: str | None
     kv: str | None
     kv_format: str
+    sparse_attention: float | None
     max_num_seqs: int | None
     micro_batch_tokens: int | None
     prefill_tokens: int | None

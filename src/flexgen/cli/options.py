@@ -57,6 +57,11 @@ FLAGS: dict[str, tuple[str, str, str]] = {
     "max_job_seconds": (_PLACEMENT, "TIME", "Plan so that the job should take no longer (8h, 1d12h); refused if no plan is that fast."),
     "dtype": (_MODEL, "|".join(DTYPES), "Compute and KV dtype; auto is the checkpoint's, but never float16 on a CPU."),
     "kv_format": (_MODEL, "|".join(KV_FORMATS), "KV cache in fewer bits; answers change a little (docs/kv-cache.md). auto: the dtype."),
+    "sparse_attention": (
+        _MODEL,
+        "SHARE",
+        "Generated tokens attend to this share of the positions, such as 0.1; answers change (docs/sparse-attention.md). Default: all.",
+    ),
     "load_format": (_MODEL, "|".join(LOAD_FORMATS), "dummy makes random weights from config.json alone."),
     "weight_format": (_MODEL, "|".join(WEIGHT_FORMATS), "int8 and int4 convert the weights once, into a cache, and run from there."),
     "max_model_len": (_MODEL, "N", "Most tokens of prompt and answer together. Default: the model's context."),

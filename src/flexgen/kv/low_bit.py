@@ -6,6 +6,7 @@ The latents of multi-head latent attention have 8 bits under every format, becau
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -116,20 +117,23 @@ class LowBitPages(KVPages):
         """Return keys and values of complete pages, as for any format."""
         return kernels.unseal(self.sealed, table, start, length, dtype)
 
-    def decode(self, kernels: AttentionKernels, call: AttentionCall, query: Tensor, steps: Steps, out: Tensor) -> None:
+    def decode(self, kernels: AttentionKernels, call: AttentionCall, query: Tensor, steps: Steps, out: Tensor) -> int:
         assert steps.tails is not None
         if call.latent is None:
-            kernels.decode_sealed_attention(
-                query, self.sealed, self.tails.keys, self.tails.values, steps.tables, steps.tails, steps.starts, steps.lengths,
-                scaling=call.scaling, softcap=call.softcap, sinks=call.sinks, out=out,
-            )  # fmt: skip
-            return
+            where = self.sealed, self.tails.keys, self.tails.values, steps.tables, steps.tails, steps.starts, steps.lengths
+            how: dict[str, Any] = {"scaling": call.scaling, "softcap": call.softcap, "sinks": call.sinks, "out": out}
+            if steps.kept is not None:
+                return kernels.decode_sparse_sealed_attention(query, *where, steps.kept, **how)
+            kernels.decode_sealed_attention(query, *where, **how)
+            return 0
+        assert steps.kept is None, "models with latents are refused"
         for row, (start, length) in enumerate(zip(steps.starts.clamp(min=0).tolist(), steps.lengths.tolist(), strict=True)):
             key, value = self._seen(kernels, steps, row, start, length, query.dtype)
             kernels.prefill_attention(
                 query[row : row + 1], torch.cat([key, value], dim=-1), key, steps.starts.new_zeros(1), scaling=call.scaling,
                 out=out[row : row + 1],
             )  # fmt: skip
+        return 0
 
     def _seen(self, kernels: AttentionKernels, steps: Steps, row: int, start: int, length: int, dtype: torch.dtype) -> KeyValue:
         """Return what a next token sees: earlier pages as they are stored, its own page from the tail."""

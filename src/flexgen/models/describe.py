@@ -16,14 +16,22 @@ from flexgen.kv.format import KVFormat, default_kv_format
 from flexgen.models.parts import Part
 from flexgen.models.refusals import check_supported_architecture
 from flexgen.models.units import ModelUnits, cut_model
-from flexgen.passes.geometry import by_geometry
+from flexgen.passes.geometry import LayerKV, by_geometry
 from flexgen.plan.model import KVGroupSpec, ModelSpec, UnitSpec
 from flexgen.weights.unit import UnitLayout
 
 SHARD_BYTES = 5 * 10**9  # the size of the files in most repositories
 
 
-def describe_headers(headers: Headers, config: Any, dtype: torch.dtype, *, name: str, kv_format: KVFormat | None = None) -> ModelSpec:
+def describe_headers(
+    headers: Headers,
+    config: Any,
+    dtype: torch.dtype,
+    *,
+    name: str,
+    kv_format: KVFormat | None = None,
+    sparse_attention: float | None = None,
+) -> ModelSpec:
     """Describe the model of these headers.
 
     Args:
@@ -32,17 +40,19 @@ def describe_headers(headers: Headers, config: Any, dtype: torch.dtype, *, name:
         dtype: The dtype of computing.
         name: The name of the repository.
         kv_format: The format of keys and values; None for `default_kv_format`.
+        sparse_attention: The share of positions that generated tokens keep; None for all.
 
     Raises:
         ModelError: The architecture, the number format or the headers are not supported.
     """
     kv_format = kv_format or default_kv_format(dtype)
-    return model_spec(config, cut_model(config, dtype, headers), dtype, name=name, kv_format=kv_format)
+    return model_spec(config, cut_model(config, dtype, headers), dtype, name=name, kv_format=kv_format, sparse_attention=sparse_attention)
 
 
 def describe_config(
-    config: Any, dtype: torch.dtype, *, stored: torch.dtype, name: str, kv_format: KVFormat | None = None, shard_bytes: int = SHARD_BYTES
-) -> ModelSpec:
+    config: Any, dtype: torch.dtype, *, stored: torch.dtype, name: str, kv_format: KVFormat | None = None, shard_bytes: int = SHARD_BYTES,
+    sparse_attention: float | None = None,
+) -> ModelSpec:  # fmt: skip
     """Describe the model of a config as if `save_pretrained` had written it.
 
     Args:
@@ -52,21 +62,30 @@ def describe_config(
         name: The name of the repository.
         kv_format: The format of keys and values; None for `default_kv_format`.
         shard_bytes: The size of the files.
+        sparse_attention: The share of positions that generated tokens keep; None for all.
 
     Raises:
         UnsupportedModelError: The architecture or the number format is not supported.
     """
     check_supported_architecture(config)
     tensors = RepositoryTensors.of(config, stored).tensors
-    return describe_headers(headers_of(name, sharded(tensors, shard_bytes)), config, dtype, name=name, kv_format=kv_format)
+    headers = headers_of(name, sharded(tensors, shard_bytes))
+    return describe_headers(headers, config, dtype, name=name, kv_format=kv_format, sparse_attention=sparse_attention)
 
 
-def model_spec(config: Any, units: ModelUnits, dtype: torch.dtype, *, name: str, kv_format: KVFormat) -> ModelSpec:
+def model_spec(
+    config: Any, units: ModelUnits, dtype: torch.dtype, *, name: str, kv_format: KVFormat, sparse_attention: float | None = None
+) -> ModelSpec:
     """Return what the planner needs to know about a model that was cut into units.
 
     Raises:
-        UnsupportedModelError: The config states no context length.
+        UnsupportedModelError: The config states no context length, or generated tokens are to leave out values that are also keys.
     """
+    if sparse_attention is not None and any(each.geometry.latent for each in units.trace.layers):
+        raise UnsupportedModelError(
+            f"model type {config.model_type!r} caches latents, which are keys and values at once: all are read for the scores, and sparse "
+            "attention would save nothing; leave out --sparse-attention"
+        )
     text = config.get_text_config(decoder=True)
     context = getattr(text, "max_position_embeddings", None)
     if not isinstance(context, int):
@@ -82,6 +101,7 @@ def model_spec(config: Any, units: ModelUnits, dtype: torch.dtype, *, name: str,
         dtype=dtype_name(dtype),
         decoded_from=_decoded_from(units),
         kv_format=kv_format.name,
+        sparse_attention=sparse_attention,
         units=tuple(_unit_spec(parts, layout) for parts, layout in zip(units.parts, units.layouts, strict=True)),
         kv_groups=tuple(
             KVGroupSpec(
@@ -90,6 +110,8 @@ def model_spec(config: Any, units: ModelUnits, dtype: torch.dtype, *, name: str,
                 attention_flops_per_pair=sum(each.flops_per_pair for each in members) / len(members),
                 window=geometry.reach,
                 exact_bytes_per_token=0 if tail is None else tail.key_bytes(geometry) + tail.value_bytes(geometry),
+                value_bytes_per_token=0 if sparse_attention is None else kv_format.value_bytes(geometry),
+                queries_per_key=1 if sparse_attention is None else _queries_per_key(members),
             )
             for geometry, members in by_geometry(units.trace.layers).items()
         ),
@@ -101,6 +123,13 @@ def model_spec(config: Any, units: ModelUnits, dtype: torch.dtype, *, name: str,
         vocab_size=int(text.vocab_size),
         max_position_embeddings=context,
     )
+
+
+def _queries_per_key(layers: Sequence[LayerKV]) -> int:
+    """Return how many query heads share a key head of layers with equal geometries, from the FLOPs of their two products."""
+    geometry = layers[0].geometry
+    flops = sum(each.flops_per_pair for each in layers) / len(layers)
+    return max(round(flops / (2 * geometry.key_heads * (geometry.key_dim + geometry.value_dim))), 1)
 
 
 def _unit_spec(parts: Sequence[Part], layout: UnitLayout) -> UnitSpec:

@@ -20,6 +20,8 @@ _LAYER_NUMBER = re.compile(r"(?<=\.)(0|[1-9]\d*)(?=\.| |$)")
 _ENCODED, _DECODED_FROM = "encoded_bytes", "decoded_from"
 # What is left out of the JSON of a model whose KV is in the dtype of computing.
 _KV_FORMAT, _EXACT = "kv_format", "exact_bytes_per_token"
+# What is left out of the JSON of a model whose generated tokens attend to all that they see.
+_SPARSE, _OF_SPARSE = "sparse_attention", {"value_bytes_per_token": 0, "queries_per_key": 1}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +63,8 @@ class KVGroupSpec:
             other pages; 0 where all pages are alike.
         attention_flops_per_pair: The FLOPs of one (query token, visible token) pair in one layer (all heads, both products).
         window: The number of visible tokens; None for all. Chunked attention counts as its chunk size.
+        value_bytes_per_token: The bytes of one token's values in one layer; 0 where that does not matter.
+        queries_per_key: The number of query heads that share a key head; 1 where that does not matter.
     """
 
     num_layers: int
@@ -68,6 +72,8 @@ class KVGroupSpec:
     attention_flops_per_pair: float
     window: int | None = None
     exact_bytes_per_token: int = 0
+    value_bytes_per_token: int = 0
+    queries_per_key: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +97,7 @@ class ModelSpec:
         decoded_from: The decoded bytes of the units' tensors that are not used as they are stored, by the format or dtype in which they are
             stored; empty if that is not known, in which case all count as `number_format`.
         kv_format: The low-bit format of KV; None for the dtype of computing.
+        sparse_attention: The share of positions that a head of a generated token keeps; None for all.
     """
 
     name: str
@@ -108,6 +115,7 @@ class ModelSpec:
     dtype: str = "bfloat16"
     decoded_from: dict[str, int] = field(default_factory=dict[str, int])
     kv_format: str | None = None
+    sparse_attention: float | None = None
 
     @cached_property
     def streamed_bytes(self) -> int:
@@ -165,6 +173,11 @@ class ModelSpec:
             del fields[_KV_FORMAT]
             for group in fields["kv_groups"]:
                 del group[_EXACT]
+        if self.sparse_attention is None:
+            del fields[_SPARSE]
+            for group in fields["kv_groups"]:
+                for name in _OF_SPARSE:
+                    del group[name]
         lists = {name: fields.pop(name) for name in ("kv_groups", "unit_kinds", "unit_runs")}
         lines = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in fields.items()]
         lines += [f"{json.dumps(name)}: [\n  " + ",\n  ".join(map(json.dumps, values)) + "\n]" for name, values in lists.items()]
@@ -183,9 +196,10 @@ class ModelSpec:
             packed = {name: fields.pop(name) for name in ("unit_kinds", "unit_runs") if name in fields}
             for kind in packed.get("unit_kinds", ()):
                 kind.setdefault(_ENCODED, None)
-            fields.setdefault(_KV_FORMAT, None)
+            fields = {_KV_FORMAT: None, _SPARSE: None} | fields
             for group in fields.get("kv_groups", ()):
-                group.setdefault(_EXACT, 0)
+                for name, default in (_OF_SPARSE | {_EXACT: 0}).items():
+                    group.setdefault(name, default)
             units = _unpacked(dataclass_from_json(_PackedUnits, packed, "model"))
             return dataclasses.replace(dataclass_from_json(cls, fields | {"units": []}, "model"), units=units)
         except (TypeError, AttributeError, IndexError) as error:

@@ -48,7 +48,10 @@ def format_plan(plan: Plan) -> str:
 
 def _kv_format(policy: Policy) -> str:
     """Return the format of KV, if it is not the dtype of computing, as the beginning of a list."""
-    return f"{policy.kv_format}, " if policy.kv_format is not None else ""
+    told = [] if policy.kv_format is None else [policy.kv_format]
+    if policy.sparse_attention is not None:
+        told.append(f"sparse attention {policy.sparse_attention:.3g}")
+    return "".join(f"{each}, " for each in told)
 
 
 def format_forecast(forecast: Forecast) -> list[str]:
@@ -179,7 +182,15 @@ def format_report(report: RunReport, done: str = "") -> str:
         or f"{report.num_requests - report.num_errors:,} of {report.num_requests:,} requests answered, {report.num_errors:,} with errors"
     )
     took = f"{format_seconds(report.elapsed_seconds)} (after {format_seconds(report.load_seconds)} of loading)"
-    return "\n".join([f"done in {took}: {done}", _speed(report), *_machine_lines(report), *_limit(report)])
+    return "\n".join([f"done in {took}: {done}", _speed(report), *_sparse(report), *_machine_lines(report), *_limit(report)])
+
+
+def _sparse(report: RunReport) -> list[str]:
+    """Return how many values next tokens did not read."""
+    if not report.value_bytes_seen:
+        return []
+    share = report.value_bytes_unread / report.value_bytes_seen
+    return [f"sparse attention: {share:.0%} of values not read, {format_size(report.value_bytes_unread)}"]
 
 
 def _speed(report: RunReport) -> str:

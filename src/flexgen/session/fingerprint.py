@@ -33,6 +33,7 @@ def fingerprint(model: ResolvedModel, translator: RequestTranslator, chat_templa
         "eos_token_ids": sorted(translator.eos_token_ids),
         "dtype": model.dtype,
         "kv_format": model.kv_format,
+        "sparse_attention": model.options.kept_share,
         "load_format": load_format,
         "max_model_len": translator.max_model_len,
         "seed": translator.seed,

@@ -75,13 +75,13 @@ def shipped_name(model: str) -> str | None:
 def _shipped(name: str, options: EngineOptions, device: str) -> ModelSpec:
     spec = catalogue_spec(name)
     dtype = compute_dtype(spec.dtype, device) if options.dtype == "auto" else options.dtype
-    if (dtype, options.weight_format, options.kv_format) == (spec.dtype, "auto", "auto"):
+    if (dtype, options.weight_format, options.kv_format, options.kept_share) == (spec.dtype, "auto", "auto", None):
         return spec
     import torch
 
     from flexgen.session.shipped import described
 
-    return described(name, getattr(torch, dtype), weight_format=options.weight_format, kv=options.kv_format)
+    return described(name, getattr(torch, dtype), weight_format=options.weight_format, kv=options.kv_format, sparse=options.kept_share)
 
 
 def _described(model: str, options: EngineOptions, device: str, token: str | None) -> ModelSpec:
@@ -105,9 +105,9 @@ def _described(model: str, options: EngineOptions, device: str, token: str | Non
     config = read_config(files)
     with describing(model):
         dtype = getattr(torch, compute_dtype(config_dtype(config), device) if options.dtype == "auto" else options.dtype)
-        kv = kv_format(options.kv_format, dtype)
+        kv, sparse = kv_format(options.kv_format, dtype), options.kept_share
         if options.load_format == "dummy":
-            return describe_config(config, dtype, stored=dtype, name=model, kv_format=kv)
+            return describe_config(config, dtype, stored=dtype, name=model, kv_format=kv, sparse_attention=sparse)
     if files.gguf is not None:
         headers = GGUFHeaders(files.gguf)
     elif files.commit is None or all((files.folder / name).is_file() for name in weight_files(files.folder)):
@@ -119,4 +119,4 @@ def _described(model: str, options: EngineOptions, device: str, token: str | Non
             from flexgen.session.weights import planned_in
 
             headers, config = planned_in(options.weight_format, headers, config, name=model)
-        return describe_headers(headers, config, dtype, name=model, kv_format=kv)
+        return describe_headers(headers, config, dtype, name=model, kv_format=kv, sparse_attention=sparse)

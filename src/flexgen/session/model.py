@@ -170,7 +170,9 @@ class ResolvedModel:
             random, computed = self.options.load_format == "dummy", getattr(torch, dtype)
             headers = GGUFHeaders(self.files.gguf) if self.files.gguf is not None and not random else None
             kv = kv_format(self.options.kv_format, computed)
-            return assemble_model(folder, self.config, computed, name=self.files.name, kv_format=kv, headers=headers)
+            return assemble_model(
+                folder, self.config, computed, name=self.files.name, kv_format=kv, headers=headers, sparse_attention=self.options.kept_share
+            )
 
 
 def config_dtype(config: Any) -> str:

@@ -22,7 +22,7 @@ from flexgen.errors import CapacityError, FlexGenError
 from flexgen.formats import warming
 from flexgen.io.checksums import BLOCK_BYTES, BYTES_PER_BLOCK
 from flexgen.io.offload import OffloadFolder
-from flexgen.kernels.attention import attention_kernels, warm_up, warm_up_sealed
+from flexgen.kernels.attention import attention_kernels, warm_up, warm_up_sealed, warm_up_sparse
 from flexgen.kv.format import KVFormat
 from flexgen.models.assemble import AssembledModel
 from flexgen.options import EngineOptions
@@ -93,7 +93,7 @@ def prepare(found: ResolvedModel, options: EngineOptions, workload: Workload) ->
             limits = replace(limits, disk_bytes=max(limits.disk_bytes - model.total_bytes, 0))
         machine = _measured(model, limits, options.dtype)
         step("loading kernels (compiled once)")
-        _warm_up_kernels(model.dtype, model.kv_format)
+        _warm_up_kernels(model.dtype, model.kv_format, sparse=options.kept_share is not None)
         for encoding in model.encodings:
             if limits.device == "cpu" or not encoding.format.carried_as_stored:
                 warming.warm_up(encoding, model.dtype)
@@ -117,7 +117,7 @@ def _measured(model: AssembledModel, limits: Limits, dtype: str) -> Machine:
     return cached_machine(limits.device, dtype, weights, max_bytes=max_bytes, quick=quick, formats=model.spec.decoded_from)
 
 
-def _warm_up_kernels(dtype: torch.dtype, kv_format: KVFormat) -> None:
+def _warm_up_kernels(dtype: torch.dtype, kv_format: KVFormat, *, sparse: bool) -> None:
     """Compile (or load) the host's kernels and the planner's loop now: their memory belongs to the process, and their time to loading."""
     admit.prepare()
     kernels = attention_kernels(torch.device("cpu"), 1)
@@ -125,6 +125,8 @@ def _warm_up_kernels(dtype: torch.dtype, kv_format: KVFormat) -> None:
         warm_up(kernels, dtype)
         if kv_format.tail is not None:
             warm_up_sealed(kernels, dtype)
+        if sparse:
+            warm_up_sparse(kernels, dtype, sealed=kv_format.tail is not None)
     finally:
         kernels.close()
 

@@ -34,7 +34,9 @@ def catalogue_files(name: str) -> ModelFiles:
     return ModelFiles(name=name, folder=Path(name), config=config, generation_config={}, commit=None, has_tokenizer=False)
 
 
-def described(name: str, dtype: torch.dtype | None = None, *, weight_format: str = "auto", kv: str = "auto") -> ModelSpec:
+def described(
+    name: str, dtype: torch.dtype | None = None, *, weight_format: str = "auto", kv: str = "auto", sparse: float | None = None
+) -> ModelSpec:
     """Describe a shipped model.
 
     Args:
@@ -42,6 +44,7 @@ def described(name: str, dtype: torch.dtype | None = None, *, weight_format: str
         dtype: The dtype of computing; None for that of its plain weights.
         weight_format: The format to which its plain weights would be converted, as in EngineOptions.
         kv: The format of KV, as in EngineOptions.
+        sparse: The share of positions that generated tokens keep; None for all.
 
     Raises:
         ModelError: The conversion is not possible.
@@ -51,7 +54,7 @@ def described(name: str, dtype: torch.dtype | None = None, *, weight_format: str
     computed = dtype or stored
     format_of_kv = kv_format(kv, computed)
     if weight_format == "auto":
-        return describe_config(config, computed, stored=stored, name=source, kv_format=format_of_kv)
+        return describe_config(config, computed, stored=stored, name=source, kv_format=format_of_kv, sparse_attention=sparse)
     headers = headers_of(source, sharded(saved_tensors(meta_model(config, stored), stored), SHARD_BYTES))
     headers, config = planned_in(weight_format, headers, config, name=source)
-    return describe_headers(headers, config, computed, name=source, kv_format=format_of_kv)
+    return describe_headers(headers, config, computed, name=source, kv_format=format_of_kv, sparse_attention=sparse)

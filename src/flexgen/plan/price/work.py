@@ -11,10 +11,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from flexgen.options import DTYPE_BYTES, WEIGHT_HOMES
 from flexgen.plan.machine import Machine, has_device_tier
 from flexgen.plan.model import KVGroupSpec, ModelSpec, UnitSpec
-from flexgen.plan.policy import Fractions, Policy
+from flexgen.plan.policy import LEAST_KEPT, Fractions, Policy
 
 # Where stored and decoded bytes differ by no more than this, only alignment differs: the unit needs views and no decode stage.
 ALIGNMENT_SLACK_BYTES = 2 * 4096
@@ -207,6 +209,21 @@ def attended_bytes(groups: Sequence[KVGroupSpec], tokens: Sequence[Any]) -> Any:
     return sum(group.num_layers * group.bytes_per_token * each for group, each in zip(groups, tokens, strict=True))
 
 
+def unread_bytes(spec: ModelSpec, tokens: Sequence[Any], num_steps: Any) -> Any:
+    """Return how many bytes of values `num_steps` next tokens with `tokens` visible tokens per group leave out.
+
+    The heads that share a key head are assumed to keep different positions, each its share or the least that it keeps.
+    """
+    share = spec.sparse_attention
+    if share is None:
+        return 0
+    total: Any = 0
+    for group, seen in zip(spec.kv_groups, tokens, strict=True):
+        kept = np.maximum(share * seen, LEAST_KEPT * num_steps) * group.queries_per_key
+        total = total + group.num_layers * group.value_bytes_per_token * np.maximum(seen - kept, 0)
+    return total
+
+
 def price(load: PassLoad, spec: ModelSpec, policy: Policy, weights: PassWork) -> PassWork:
     """Return the work of a pass: `weights` (from `weights_work`), and the work that its slices add under the policy's homes."""
     groups, device = spec.kv_groups, policy.device
@@ -225,6 +242,8 @@ def price(load: PassLoad, spec: ModelSpec, policy: Policy, weights: PassWork) ->
     crossing = sum(group.num_layers for group in groups) * spec.hidden_size * DTYPE_BYTES[policy.dtype]
     for home, attended in load.attended_tokens.items():
         flops, read = attended_flops(groups, attended), attended_bytes(groups, attended)
+        if home == "host":  # elsewhere values are read before it is known which ones are kept; choosing takes what products save
+            read = read - unread_bytes(spec, attended, load.next_tokens[home])
         where = "" if home == "device" else "host_"
         steps[f"{where}step_flops"] = steps[f"{where}step_flops"] + flops
         steps[f"{where}step_bytes"] = steps[f"{where}step_bytes"] + read
