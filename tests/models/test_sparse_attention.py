@@ -31,6 +31,7 @@ SHARE, LEAST = 0.2, 3
 # Multi-head, grouped, one key head, windows and caps, windows and sinks, layers that share keys.
 MODELS = ("opt", "llama", "gpt_bigcode", "gemma2", "gpt_oss", "gemma3n_text")
 KV_FORMATS = ("auto", "int4")
+KINDS = ("", "exact_")  # of bytes: in pages, and in tails
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -81,7 +82,7 @@ def case(folder: tuple[str, Path], request: pytest.FixtureRequest) -> Case:
     return Case(*folder, request.param, requests, answered(model, sparse(WHOLE), requests, folder[1]))
 
 
-@pytest.mark.matrix(8, always=["llama-auto-everywhere", "gpt_oss-int4-small chunks", "opt-auto-disk"])
+@pytest.mark.matrix(8, always=["auto-llama-everywhere", "int4-gpt_oss-small chunks", "auto-opt-disk"])
 @pytest.mark.parametrize("place", POLICIES)
 def test_placement_does_not_change_answers(case: Case, place: str) -> None:
     assert_same(answered(case.model(), sparse(POLICIES[place]), case.requests, case.path), case.answers)
@@ -96,7 +97,7 @@ def test_shared_prefixes_do_not_change_answers(case: Case) -> None:
         assert_same(answered(case.model(), sparse(POLICIES[place]), case.requests, case.path, census.common()), case.answers)
 
 
-@pytest.mark.matrix(3, always=["llama-auto-small chunks", "llama-int4-everywhere"])
+@pytest.mark.matrix(3, always=["auto-llama-small chunks", "int4-llama-everywhere"])
 @pytest.mark.parametrize("place", ["small chunks", "everywhere"])
 def test_resumed_answers_go_on_alike(case: Case, place: str) -> None:
     """Generated tokens that are computed with the prompt keep what they kept as next tokens."""
@@ -110,19 +111,21 @@ def test_resumed_answers_go_on_alike(case: Case, place: str) -> None:
         torch.testing.assert_close(got.logits[index], logits[before:], rtol=0, atol=1e-9)
 
 
-@pytest.mark.matrix(2, always=["llama-auto"])
+@pytest.mark.matrix(1, always=["auto-llama", "int4-opt"])
 def test_preempted_answers_go_on_alike(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LengthForecast, "expect", lambda self, most: 1)
     groups = case.model().spec.kv_groups
-    page = WHOLE.page_tokens * sum(group.num_layers * (group.bytes_per_token + group.exact_bytes_per_token) for group in groups)
-    chosen = sparse(placed("cpu", 5, kv={"host": 1.0}, kv_host_bytes=14 * page, longest_sequence=64))
+    page, tail = (
+        WHOLE.page_tokens * sum(group.num_layers * getattr(group, f"{kind}bytes_per_token") for group in groups) for kind in KINDS
+    )
+    chosen = sparse(placed("cpu", 5, kv={"host": 1.0}, kv_host_bytes=14 * page + WHOLE.max_num_seqs * tail, longest_sequence=64))
     with Engine(case.model(), chosen) as engine:
         results = {each.index: list(each.token_ids) for each in engine.generate(case.requests)}
         assert engine.log.counts.preemptions > 0
     assert results == case.answers.tokens
 
 
-@pytest.mark.matrix(3, always=["llama-auto"])
+@pytest.mark.matrix(3)
 def test_positions_are_left_out_and_counted(case: Case) -> None:
     """Answers differ from dense ones; what is not read is counted where single values are read, so not on disk."""
     dense = answered(case.model(), WHOLE, case.requests, case.path)
@@ -137,7 +140,7 @@ def test_positions_are_left_out_and_counted(case: Case) -> None:
     assert found["disk"] == {"seen": found["host"]["seen"], "unread": 0}
 
 
-@pytest.mark.matrix(2, always=["llama-auto", "llama-int4"])
+@pytest.mark.matrix(2, always=["auto-llama", "int4-llama"])
 def test_keeping_all_changes_no_bit(case: Case) -> None:
     dense = answered(case.model(torch.float32), dataclasses.replace(WHOLE, dtype="float32"), case.requests, case.path)
     whole = answered(case.model(torch.float32), sparse(dataclasses.replace(WHOLE, dtype="float32"), 1.0), case.requests, case.path)
@@ -145,7 +148,7 @@ def test_keeping_all_changes_no_bit(case: Case) -> None:
     assert all(torch.equal(logits, dense.logits[index]) for index, logits in whole.logits.items())
 
 
-@pytest.mark.matrix(2, always=["llama-auto", "gpt_oss-int4"])
+@pytest.mark.matrix(2, always=["auto-llama", "int4-gpt_oss"])
 def test_compiled_kernels_are_near_the_reference(case: Case) -> None:
     """Logits in float32 until a rounded product falls to the other side of what is kept."""
     request = TokenRequest(index=0, prompt_token_ids=tokens(43, 3, 100), max_tokens=16)
