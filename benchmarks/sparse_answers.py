@@ -42,19 +42,17 @@ def main() -> int:
     prompts = prompts_of(args)
     dense, _ = answers(args, prompts, 1.0)
     for share in [1.0, *args.shares]:
-        found, report = answers(args, prompts, share)
+        found, report = (dense, None) if share == 1 else answers(args, prompts, share)
         row = {"model": args.model.name, "kv_format": args.kv_format, "share": share, "prompt_tokens": args.prompt_tokens}
-        print(
-            json.dumps(row | compared(args, prompts, dense, found) | unread(report) | commit() | {"versions": versions()}),
-            flush=True,
-        )
+        row |= {"answers": len(prompts)} | compared(args, prompts, dense, found) | unread(report)
+        print(json.dumps(row | commit() | {"versions": versions()}), flush=True)
     return 0
 
 
 def prompts_of(args: argparse.Namespace) -> list[list[int]]:
     """Cut the text into prompts of equal length."""
     with LLM(str(args.model), dtype="float32") as llm:
-        (ids,) = llm.encode([args.text.read_text()], add_special_tokens=False)
+        ids: list[int] = llm.get_tokenizer().encode(args.text.read_text(), add_special_tokens=False)  # longer than the context
     size = args.prompt_tokens
     prompts = [ids[start : start + size] for start in range(0, len(ids) - size + 1, size)]
     return prompts[: args.num_prompts]
@@ -74,9 +72,9 @@ def compared(args: argparse.Namespace, prompts: list[list[int]], dense: list[lis
     with LLM(str(args.model), dtype="float32", kv_format=args.kv_format) as llm:
         whole = [[*prompt, *answer] for prompt, answer in zip(prompts, sparse, strict=True)]
         scored = llm.generate([{"prompt_token_ids": each} for each in whole], params, use_tqdm=False)
-    logprobs = []
+    logprobs: list[list[float]] = []
     for ids, each in zip(whole, scored, strict=True):
-        entries = each.prompt_logprobs or []
+        entries = [entry or {} for entry in each.prompt_logprobs or []]
         logprobs.append([entries[place][ids[place]].logprob for place in range(args.prompt_tokens, len(ids))])
     alike = [
         next((i for i, pair in enumerate(zip(*pair_of, strict=True)) if pair[0] != pair[1]), args.max_tokens)
@@ -92,7 +90,7 @@ def compared(args: argparse.Namespace, prompts: list[list[int]], dense: list[lis
 
 def unread(report: Any) -> dict[str, float]:
     """Return the share of the values that were not read."""
-    return {"unread": report.value_bytes_unread / report.value_bytes_seen if report.value_bytes_seen else 0.0}
+    return {"unread": report.value_bytes_unread / report.value_bytes_seen if report is not None else 0.0}
 
 
 if __name__ == "__main__":

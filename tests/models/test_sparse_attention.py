@@ -6,13 +6,16 @@ Everything is computed in float64, where two products are practically never so c
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedConfig
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from flexgen.engine.admission import LengthForecast
 from flexgen.engine.engine import Engine
@@ -156,6 +159,38 @@ def test_compiled_kernels_are_near_the_reference(case: Case) -> None:
     found = answered(case.model(torch.float32), sparse(dataclasses.replace(WHOLE, dtype="float32")), [request], case.path)
     off = (found.logits[0][:3] - exact.logits[0][:3]).std() / exact.logits[0].std()
     assert off < 0.02
+
+
+def test_tokens_are_those_of_transformers_with_the_same_choice(novels_opt: Path) -> None:
+    """A trained model, and all layers of it in transformers, where each head of a generated token is shown what it keeps."""
+    config = AutoConfig.from_pretrained(novels_opt)
+    request = TokenRequest(index=0, prompt_token_ids=tokens(75, 3, config.vocab_size), max_tokens=20)
+    chosen = sparse(dataclasses.replace(WHOLE, kv_host_bytes=32_000_000))
+    got = answered(assemble_model(novels_opt, config, torch.float64), chosen, [request], novels_opt)
+    AttentionInterface.register("kept", functools.partial(_kept_attention, 75))
+    model: Any = AutoModelForCausalLM.from_pretrained(novels_opt, dtype=torch.float64, attn_implementation="kept").eval()
+    with torch.no_grad():
+        logits = model(torch.tensor([[*request.prompt_token_ids, *got.tokens[0]]])).logits[0, 74:-1]
+    assert logits.argmax(-1).tolist() == got.tokens[0]
+    torch.testing.assert_close(got.logits[0].double(), logits, rtol=0, atol=1e-4)
+
+
+def _kept_attention(
+    prompt_len: int, module: object, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: object, scaling: float, **_: object
+) -> tuple[torch.Tensor, None]:
+    """Eager attention over all tokens at once, (1, heads, tokens, dim), token by token."""
+    out, page = torch.empty_like(query), WHOLE.page_tokens
+    for position in range(query.shape[2]):
+        products = query[0, :, position, None] @ key[0, :, : position + 1].transpose(1, 2)  # (heads, 1, positions)
+        hidden = torch.zeros_like(products, dtype=torch.bool)
+        if position >= prompt_len:
+            number = max(math.ceil(SHARE * (position + 1) - 1e-9), LEAST)
+            order = products.argsort(dim=-1, descending=True, stable=True)
+            hidden.scatter_(-1, order[..., number:], True)
+            hidden[..., position // page * page :] = False
+        weights = torch.softmax((products * scaling).masked_fill(hidden, -math.inf), dim=-1)
+        out[0, :, position] = (weights @ value[0, :, : position + 1])[:, 0]
+    return out.transpose(1, 2), None
 
 
 def test_latents_are_refused(tmp_path: Path) -> None:
