@@ -242,8 +242,6 @@ def price(load: PassLoad, spec: ModelSpec, policy: Policy, weights: PassWork) ->
     crossing = sum(group.num_layers for group in groups) * spec.hidden_size * DTYPE_BYTES[policy.dtype]
     for home, attended in load.attended_tokens.items():
         flops, read = attended_flops(groups, attended), attended_bytes(groups, attended)
-        if home == "host":  # elsewhere values are read before it is known which ones are kept; choosing takes what products save
-            read = read - unread_bytes(spec, attended, load.next_tokens[home])
         where = "" if home == "device" else "host_"
         steps[f"{where}step_flops"] = steps[f"{where}step_flops"] + flops
         steps[f"{where}step_bytes"] = steps[f"{where}step_bytes"] + read
@@ -252,6 +250,8 @@ def price(load: PassLoad, spec: ModelSpec, policy: Policy, weights: PassWork) ->
         new_tokens = load.prompt_tokens[home] + load.next_tokens[home]
         written = new_tokens * spec.kv_bytes_per_token
         memory = memory + read + written
+        if home == "host":  # elsewhere values are read before it is known which ones are kept; choosing takes more time than it saves
+            memory = memory - unread_bytes(spec, attended, load.next_tokens[home])
         if has_device_tier(device):
             to_host = to_host + new_tokens * spec.exact_kv_bytes_per_token + load.next_tokens[home] * crossing
             to_device = to_device + load.next_tokens[home] * crossing
