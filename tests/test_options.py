@@ -37,6 +37,10 @@ def test_budgets_that_nobody_means(given: dict[str, Any], said: str) -> None:
         EngineOptions(**given)
 
 
+def test_keeping_all_positions_is_not_sparse() -> None:
+    assert [EngineOptions(sparse_attention=share).kept_share for share in (None, 1, 1.0, np.float32(0.5))] == [None, None, None, 0.5]
+
+
 @pytest.mark.parametrize("given", [{"host_mem": "64MiB"}, {"host_mem": "1.5G"}, {"disk": "0"}, {"device_mem": "50%"}, {"disk": 1 << 30}])
 def test_budgets_that_somebody_may_mean(given: dict[str, Any]) -> None:
     EngineOptions(**given)
@@ -67,6 +71,10 @@ def test_numbers_may_be_those_of_numpy_and_torch() -> None:
         ({"max_num_seqs": "8"}, "max_num_seqs must be a positive integer, not the text '8'"),
         ({"max_job_seconds": float("nan")}, "max_job_seconds must be a positive number"),
         ({"max_request_seconds": True}, "max_request_seconds must be a positive number"),
+        ({"sparse_attention": 0}, r"sparse_attention must be a share above 0 and up to 1 \(0.1, not 10%\), not 0"),
+        ({"sparse_attention": 10}, "sparse_attention must be a share"),
+        ({"sparse_attention": "10%"}, "sparse_attention must be a share .* not the text '10%'"),
+        ({"sparse_attention": float("nan")}, "sparse_attention must be a share"),
         ({"kv": "moon=1"}, "not a tier"),
         ({"weights": {"host": 1}}, "is not a text; write shares"),
         ({"weights": "host=nan"}, "between 0 and 1"),

@@ -64,6 +64,8 @@ class EngineOptions:
             to 8 bits, docs/cpu-compute.md).  Answers depend on it.
         kv_format: Format of the KV cache's complete pages: "auto" (the dtype of computing), "int8", "k8v4" (keys 8 bits, values 4) or
             "int4".  Answers depend on it.
+        sparse_attention: Share of the positions that a head of a generated token keeps by their scores, such as 0.1; the other values are
+            left out (docs/sparse-attention.md).  None keeps all.  Answers depend on it.
         max_num_seqs: Most sequences alive in a pass; None lets the planner choose.
         micro_batch_tokens: Most tokens computed together; None lets the planner choose.
         prefill_tokens: Most prompt tokens that a pass admits; None lets the planner choose.
@@ -96,6 +98,7 @@ class EngineOptions:
     kv: str | None = None
     cpu_compute: str = "auto"
     kv_format: str = "auto"
+    sparse_attention: float | None = None
     max_num_seqs: int | None = None
     micro_batch_tokens: int | None = None
     prefill_tokens: int | None = None
@@ -118,6 +121,7 @@ class EngineOptions:
             object.__setattr__(self, name, _integer(name, getattr(self, name), least))
         for name in ("max_request_seconds", "max_job_seconds"):
             object.__setattr__(self, name, _seconds(name, getattr(self, name)))
+        object.__setattr__(self, "sparse_attention", _share("sparse_attention", self.sparse_attention))
         for name, homes in (("weights", tuple(WEIGHT_HOMES)), ("kv", TIERS)):
             if (shares := getattr(self, name)) is not None:
                 parse_placement(shares, name=name, homes=homes)
@@ -137,6 +141,11 @@ class EngineOptions:
         self._check_allowed()
         if self.trust_remote_code:
             raise OptionError("trust_remote_code: flexgen runs no code from model folders")
+
+    @property
+    def kept_share(self) -> float | None:
+        """The share of positions that heads of generated tokens keep; None where they keep all."""
+        return None if self.sparse_attention == 1 else self.sparse_attention
 
     def _check_allowed(self) -> None:
         """Refuse formats to choose among where there is no choice."""
@@ -211,6 +220,13 @@ def _seconds(name: str, value: object) -> float | None:
     return number
 
 
+def _share(name: str, value: object) -> float | None:
+    number = as_float(value)
+    if value is not None and (number is None or not 0 < number <= 1):
+        raise OptionError(f"{name} must be a share above 0 and up to 1 (0.1, not 10%), not {shown_in_python(value)}")
+    return number
+
+
 class OptionKeywords(TypedDict, total=False):
     """The fields of EngineOptions as keywords, for editors and type checkers; `LLM` also takes some of vLLM's values."""
 
@@ -224,6 +240,7 @@ class OptionKeywords(TypedDict, total=False):
     kv: str | None
     cpu_compute: str
     kv_format: str
+    sparse_attention: float | None
     max_num_seqs: int | None
     micro_batch_tokens: int | None
     prefill_tokens: int | None

@@ -63,6 +63,7 @@ def test_lambada_goes_on(novels_opt: Path, tmp_path: Path, passages: Path) -> No
     (("perplexity", "MODEL", "."), 2, "FILE .: this is a folder"),
     (("lambada", "MODEL", "PASSAGES", "--state", "no/such/folder"), 2, "--state no/such/folder: there is no folder no/such"),
     (("lambada", "MODEL", "PASSAGES", "--limit", "0"), 2, "Invalid value for '--limit'"),
+    (("lambada", "MODEL", "PASSAGES", "--sparse-attention", "0.1"), 2, "--sparse-attention changes how generated tokens attend"),
     (("lambada", "MODEL", "MODEL/config.json"), 3, "line 1: not JSON"),
     (("lambada", "NONE", "MODEL/config.json"), 3, "line 1: not JSON"),
 ])  # fmt: skip

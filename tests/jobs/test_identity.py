@@ -55,6 +55,8 @@ def test_files_of_the_model(folder: Path, change: Any, names: list[str]) -> None
         ({"max_model_len": 32}, ["max_model_len"]),
         ({"dtype": "float64"}, ["dtype"]),
         ({"cpu_compute": "int8"}, ["cpu_compute"]),
+        ({"sparse_attention": 0.1}, ["sparse_attention"]),
+        ({"sparse_attention": 1.0}, []),  # nothing is left out
         ({"dtype": "float32"}, []),  # what "auto" is for this model
         ({"host_mem": "50%", "max_num_seqs": 3, "schedule": "zigzag", "weights": "host=1", "device": "cpu"}, []),
     ],

@@ -203,6 +203,24 @@ def test_groups_of_layers_add_up(make_spec, make_policy):
     assert work.host_memory_bytes == 2 * 10 * 30 + 20 * 12 + 13 * 40
 
 
+@pytest.mark.parametrize(
+    ("share", "queries", "seen", "kept"), [(0.1, 1, 3000, 300), (0.1, 4, 3000, 1200), (0.1, 1, 900, 192), (0.5, 4, 900, 900)]
+)
+def test_values_that_are_left_out_are_not_read(make_spec, make_policy, share, queries, seen, kept):
+    """Three next tokens, whose heads keep at least 64 positions each."""
+    group = KVGroupSpec(num_layers=2, bytes_per_token=10, attention_flops_per_pair=4.0, value_bytes_per_token=4, queries_per_key=queries)
+    load = load_of(attended_tokens={"host": [seen]})
+    dense, sparse = (price(load, make_spec(groups=(group,), sparse_attention=each), make_policy(), PassWork()) for each in (None, share))
+    assert dense.host_step_bytes == 2 * 10 * seen
+    assert dense.host_memory_bytes - sparse.host_memory_bytes == 2 * 4 * (seen - kept)
+    assert sparse.host_step_bytes == dense.host_step_bytes, "choosing takes time, too"
+    on_disk = {"prompt_tokens": {"disk": 10}, "num_prompts": {"disk": 2}, "next_tokens": {"disk": 3}, "attended_tokens": {"disk": [seen]}}
+    read = [
+        price(load_of(**on_disk), make_spec(groups=(group,), sparse_attention=each), make_policy(), PassWork()) for each in (None, share)
+    ]
+    assert read[0] == read[1], "there values are read with the keys"
+
+
 def test_ideal_seconds_divide_work_by_best_rates(make_machine):
     work = PassWork(
         disk_read_bytes=4e9,

@@ -23,6 +23,9 @@ class Meters:
     def disk_busy_seconds(self) -> float:
         return 0.0
 
+    def values_attended(self) -> dict[str, int]:
+        return {"seen": 0, "unread": 0}
+
 
 class Remaining:
     """Of a job of 100 expected seconds, at the pace so far."""

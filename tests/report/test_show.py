@@ -112,6 +112,14 @@ def test_the_report_begins_with_three_lines_for_people() -> None:
     assert format_report(report, "all of it").startswith("done in 2.0 s (after 0.1 s of loading): all of it\n")
 
 
+def test_values_that_were_not_read_are_told() -> None:
+    report = dataclasses.replace(ENGINE.report(), value_bytes_seen=30 << 30, value_bytes_unread=12 << 30, forecast={})
+    assert format_report(report).splitlines()[-1] == "sparse attention: 40% of values not read, 12.0 GiB"
+    assert "sparse attention" not in format_report(ENGINE.report())
+    policy = dataclasses.replace(PLAN.policy, sparse_attention=0.1)
+    assert "sparse attention 0.1, " in format_plan(dataclasses.replace(PLAN, policy=policy))
+
+
 def test_a_job_that_only_scores_is_told_in_tokens_of_prompts() -> None:
     report = dataclasses.replace(
         ENGINE.report(), prompt_tokens=900, output_tokens=0, output_tokens_per_s=0.0, scored_tokens=40, prompt_tokens_per_s=450.0,

@@ -146,7 +146,13 @@ def _evaluation(
     read: Callable[[], Sequence[str]],
     figures: Callable[[Answers, Encoding, Sequence[str]], Mapping[str, Any]],
 ) -> int:
-    """Run an evaluation of the texts that `read` returns, and print and write what `figures` returns."""
+    """Run an evaluation of the texts that `read` returns, and print and write what `figures` returns.
+
+    Raises:
+        OptionError: Sparse attention was asked for, which texts that are scored do not meet.
+    """
+    if options.kept_share is not None:
+        raise OptionError("sparse_attention changes how generated tokens attend, and this evaluation generates none: leave it out")
     check_file(result.metrics, "--metrics")
     check_stdout()
     found: dict[str, Any] = {}

@@ -69,6 +69,11 @@ FLAGS: dict[str, tuple[str, str, str]] = {
     "dtype": (_MODEL, "|".join(DTYPES), "Compute and KV dtype; auto is the checkpoint's, but never float16 on a CPU."),
     "cpu_compute": (_MODEL, "|".join(CPU_COMPUTES), "int8: products of rounded numbers, faster; answers change (docs/cpu-compute.md)."),
     "kv_format": (_MODEL, "|".join(KV_FORMATS), "KV cache in fewer bits; answers change a little (docs/kv-cache.md). auto: the dtype."),
+    "sparse_attention": (
+        _MODEL,
+        "SHARE",
+        "Generated tokens attend to this share of the positions, such as 0.1; answers change (docs/sparse-attention.md). Default: all.",
+    ),
     "load_format": (_MODEL, "|".join(LOAD_FORMATS), "dummy makes random weights from config.json alone."),
     "weight_format": (_MODEL, "|".join(WEIGHT_FORMATS), "int8 and int4 convert the weights once, into a cache, and run from there."),
     "allow_formats": (_MODEL, "FORMATS", f"Let the plan choose among {', '.join(ALLOWABLE_FORMATS)} (docs/plans.md), such as int4,k8v4."),

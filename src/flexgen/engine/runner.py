@@ -22,6 +22,7 @@ from flexgen.io.pool import IOPool
 from flexgen.kernels.threads import KernelThreads
 from flexgen.kv.open import KVSetup, open_places
 from flexgen.kv.pages import group_layers
+from flexgen.kv.sparse import ValueCounter
 from flexgen.models.assemble import AssembledModel
 from flexgen.models.attention import PassCache
 from flexgen.models.fused import Fused
@@ -68,6 +69,7 @@ class ModelRunner:
         homes: The home of each unit's weights.
         places: For each tier, the place where its KV is kept and attended to.
         cache: The pages of all sequences.
+        values: The bytes of values that sparse attention saw and did not read since the runner was made.
     """
 
     def __init__(
@@ -87,6 +89,7 @@ class ModelRunner:
         self.homes = unit_homes(model.spec, policy.weights)
         self._rows = EmbeddingRows(model.tables, backend, verify=verify_reads)
         self._arrived = threading.Event()  # wakes the ready loop
+        self.values = ValueCounter()
         groups = group_layers(model.layers, policy.page_tokens, model.kv_format)
         with contextlib.ExitStack() as undo:  # undoes what would otherwise outlive a failed construction
             if backend is not None:
@@ -107,7 +110,7 @@ class ModelRunner:
             undo.callback(self._weights.close)
             self.places, self.cache = open_places(KVSetup(
                 groups=groups, policy=policy, backend=backend, io=self._io, offload_dir=offload_dir, notify=self._arrived.set,
-                verify=verify_reads,
+                verify=verify_reads, values=self.values,
             ))  # fmt: skip
             undo.pop_all()
         torch.set_num_threads(policy.compute_threads)
@@ -197,6 +200,10 @@ class ModelRunner:
         if self._backend is not None:
             moved |= {"host_to_device": self._backend.bytes_in, "device_to_host": self._backend.bytes_out}
         return moved
+
+    def values_attended(self) -> dict[str, int]:
+        """Return the bytes of values that next tokens have "seen" under sparse attention, and of those left "unread"."""
+        return {"seen": self.values.seen_bytes, "unread": self.values.unread_bytes}
 
     def disk_busy_seconds(self) -> float:
         """Return the seconds in which the disk was reading or writing since the runner was made."""

@@ -51,3 +51,19 @@ def warm_up_sealed(kernels: AttentionKernels, dtype: torch.dtype) -> None:
     query, out = numbers[:1], torch.empty(1, heads, dim, dtype=dtype)
     kernels.decode_sealed_attention(query, pages, *tails, zero[:, None].repeat(1, 2), zero, zero, zero + page + 1, scaling=1.0, out=out)
     kernels.prefill_sealed_attention(query, *stored, query, query, zero, zero + page, page, scaling=1.0, out=out)
+
+
+def warm_up_sparse(kernels: AttentionKernels, dtype: torch.dtype, *, sealed: bool) -> None:
+    """Run the kernel for sparse attention, that for sealed pages or the other one, once on a few numbers."""
+    heads, dim, page = 2, 32, 16
+    query, out = torch.zeros(1, heads, dim, dtype=dtype), torch.empty(1, heads, dim, dtype=dtype)
+    keys, values = torch.zeros(1, heads, dim, page, dtype=dtype), torch.zeros(1, heads, page, dim, dtype=dtype)
+    zero = torch.zeros(1, dtype=torch.int64)
+    if not sealed:
+        kernels.decode_sparse_attention(query, keys, values, zero[:, None], zero, zero + page, zero + 1, scaling=1.0, out=out)
+        return
+    codes = HeadCodes(dim=dim, bits=4, rotated=True)
+    memory = torch.zeros(1, heads, page * codes.token_bytes, dtype=torch.uint8)
+    pages = SealedPages(keys=memory, values=memory, key_codes=codes, value_codes=codes, page_tokens=page)
+    seen = zero[:, None].repeat(1, 2), zero, zero, zero + page + 1
+    kernels.decode_sparse_sealed_attention(query, pages, keys, values, *seen, zero + 1, scaling=1.0, out=out)

@@ -23,23 +23,8 @@ import torch
 from torch import Tensor
 
 from flexgen.kernels.codes import SealedPages, seal, unseal
-
-
-def write_kv(key: Tensor, value: Tensor, key_pages: Tensor, value_pages: Tensor, page_ids: Tensor, page_offsets: Tensor) -> None:
-    """Store the keys (T, K, Dk) and values (T, K, Dv) of T tokens at (page_ids[t], page_offsets[t]); both int64 (T,)."""
-    key_pages[page_ids, :, :, page_offsets] = key
-    value_pages[page_ids, :, page_offsets] = value
-
-
-def gather_kv(key_pages: Tensor, value_pages: Tensor, page_table: Tensor, start: int, length: int) -> tuple[Tensor, Tensor]:
-    """Return positions start <= p < length of one sequence as contiguous keys (length - start, K, Dk) and values (.., Dv)."""
-    page_tokens = key_pages.shape[-1]
-    first = start // page_tokens
-    pages = page_table[first : -(-length // page_tokens)].long()
-    key = key_pages[pages].permute(0, 3, 1, 2).flatten(0, 1)  # (tokens, K, Dk)
-    value = value_pages[pages].permute(0, 2, 1, 3).flatten(0, 1)  # (tokens, K, Dv)
-    visible = slice(start - first * page_tokens, length - first * page_tokens)
-    return key[visible].contiguous(), value[visible].contiguous()
+from flexgen.kernels.pages import gather_kv, seen_sealed, write_kv
+from flexgen.kernels.sparse import decode_sparse_attention, decode_sparse_sealed_attention
 
 
 def decode_attention(
@@ -175,7 +160,7 @@ def decode_sealed_attention(
         out: (S, H, Dv), of the query's dtype; written.
     """
     for i, (start, length) in enumerate(zip(starts.clamp(min=0).tolist(), lengths.tolist(), strict=True)):
-        key, value = _last_seen(pages, tail_keys, tail_values, page_tables[i], tails[i : i + 1], start, length)
+        key, value = seen_sealed(pages, tail_keys, tail_values, page_tables[i], tails[i : i + 1], start, length, query.dtype)
         visible = torch.ones(1, length - start, dtype=torch.bool, device=query.device)
         out[i] = _attend(query[i : i + 1], key, value, visible, scaling, softcap, sinks)[0]
 
@@ -211,22 +196,9 @@ def decode_sealed_latent_attention(
     """
     query = torch.cat([query_latent, query_rope], dim=-1)  # (S, H, rank + rope)
     for i, (start, length) in enumerate(zip(starts.clamp(min=0).tolist(), lengths.tolist(), strict=True)):
-        latent, rope = _last_seen(pages, tail_keys, tail_values, page_tables[i], tails[i : i + 1], start, length)
+        latent, rope = seen_sealed(pages, tail_keys, tail_values, page_tables[i], tails[i : i + 1], start, length, query.dtype)
         visible = torch.ones(1, length - start, dtype=torch.bool, device=query.device)
         out[i] = _attend(query[i : i + 1], torch.cat([latent, rope], dim=-1), latent, visible, scaling, None, None)[0]
-
-
-def _last_seen(
-    pages: SealedPages, tail_keys: Tensor, tail_values: Tensor, page_table: Tensor, tail: Tensor, start: int, length: int
-) -> tuple[Tensor, Tensor]:
-    """Return the keys and values from `start` on that the last of `length` positions sees: earlier pages as stored, its own from a tail."""
-    border = (length - 1) // pages.page_tokens * pages.page_tokens
-    key, value = gather_kv(tail_keys, tail_values, tail, max(start - border, 0), length - border)
-    if start >= border:
-        return key, value
-    wide = torch.promote_types(key.dtype, torch.float32)
-    earlier = unseal(pages, page_table, start, border, wide)
-    return torch.cat([earlier[0], key.to(wide)]), torch.cat([earlier[1], value.to(wide)])
 
 
 def prefill_sealed_attention(
@@ -308,6 +280,8 @@ class AttentionKernels:
     unseal = staticmethod(unseal)
     decode_sealed_attention = staticmethod(decode_sealed_attention)
     decode_sealed_latent_attention = staticmethod(decode_sealed_latent_attention)
+    decode_sparse_attention = staticmethod(decode_sparse_attention)
+    decode_sparse_sealed_attention = staticmethod(decode_sparse_sealed_attention)
     prefill_sealed_attention = staticmethod(prefill_sealed_attention)
 
     def close(self) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -90,12 +90,15 @@ class Steps:
         starts: The first visible position, int64 (steps,).
         lengths: The position after the last visible one, int64 (steps,).
         tails: The tail page of each sequence, int64 (steps,); None for formats without tails.
+        kept: How many positions each head of each sequence keeps for their scores, int64 (steps,); None where all attend to all that they
+            see.
     """
 
     tables: Tensor
     starts: Tensor
     lengths: Tensor
     tails: Tensor | None = None
+    kept: Tensor | None = None
 
 
 class KVPages(ABC):
@@ -117,7 +120,7 @@ class KVPages(ABC):
         """Return these pages together with the tails of their sequences, for a format that has tails."""
         raise NotImplementedError
 
-    def decode(self, kernels: AttentionKernels, call: AttentionCall, query: Tensor, steps: Steps, out: Tensor) -> None:
+    def decode(self, kernels: AttentionKernels, call: AttentionCall, query: Tensor, steps: Steps, out: Tensor) -> int:
         """Compute the attention of one query token per sequence.
 
         Args:
@@ -127,7 +130,11 @@ class KVPages(ABC):
             query: The queries, (steps, heads, key_dim), or (steps, heads, rank + rope) on latents.
             steps: The tokens that each query attends to.
             out: The result, (steps, heads, value_dim), or (steps, heads, rank) on latents; it is written.
+
+        Returns:
+            The number of visible values of a head that were not read.
         """
+        assert steps.kept is None, "sparse attention needs a kernel"
         for row, (start, length) in enumerate(zip(steps.starts.clamp(min=0).tolist(), steps.lengths.tolist(), strict=True)):
             key, value = self.gather(kernels, steps.tables[row], start, length, query.dtype)
             if call.latent is not None:
@@ -136,6 +143,7 @@ class KVPages(ABC):
                 query[row : row + 1], key, value, steps.starts.new_zeros(1),
                 scaling=call.scaling, softcap=call.softcap, sinks=call.sinks, out=out[row : row + 1],
             )  # fmt: skip
+        return 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,13 +204,18 @@ class PlainPages(KVPages):
         key, value = kernels.gather_kv(self.keys, self.values, table, start, length)
         return key.to(dtype), value.to(dtype)
 
-    def decode(self, kernels: AttentionKernels, call: AttentionCall, query: Tensor, steps: Steps, out: Tensor) -> None:
+    def decode(self, kernels: AttentionKernels, call: AttentionCall, query: Tensor, steps: Steps, out: Tensor) -> int:
         where = self.keys, self.values, steps.tables, steps.starts, steps.lengths
         if query.dtype != self.keys.dtype:  # the kernels compute in the dtype of the pages
-            super().decode(kernels, call, query, steps, out)
-        elif call.latent is None:
-            kernels.decode_attention(query, *where, scaling=call.scaling, softcap=call.softcap, sinks=call.sinks, out=out)
-        else:
+            return super().decode(kernels, call, query, steps, out)
+        if call.latent is not None:
+            assert steps.kept is None, "models with latents are refused"
             rank = out.shape[-1]
             latent, rope = query[..., :rank].contiguous(), query[..., rank:].contiguous()
             kernels.decode_latent_attention(latent, rope, *where, scaling=call.scaling, out=out)
+            return 0
+        how: dict[str, Any] = {"scaling": call.scaling, "softcap": call.softcap, "sinks": call.sinks, "out": out}
+        if steps.kept is not None:
+            return kernels.decode_sparse_attention(query, *where, steps.kept, **how)
+        kernels.decode_attention(query, *where, **how)
+        return 0

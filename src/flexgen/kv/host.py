@@ -20,6 +20,7 @@ from flexgen.kv.format import KVPages
 from flexgen.kv.pages import KVGroup, PagePool, layer_index
 from flexgen.kv.place import PendingAttention, Place
 from flexgen.kv.plan import KVPlan
+from flexgen.kv.sparse import SparseAttention
 from flexgen.kv.views import Heads, Past, step_outputs, step_queries
 from flexgen.kv.worker import Worker
 from flexgen.passes.calls import AttentionCall
@@ -39,22 +40,23 @@ class HostAttention:
         backend: The computing device; None if that is the host.
         notify: A function that wakes the ready loop.
         worker: The name of the thread.
+        sparse: What generated tokens keep of what they see; None for all of it.
     """
 
     def __init__(
         self, groups: Sequence[KVGroup], kernels: AttentionKernels, device_kernels: AttentionKernels, backend: Device | None,
-        notify: Callable[[], None], worker: str,
+        notify: Callable[[], None], worker: str, sparse: SparseAttention | None = None,
     ) -> None:  # fmt: skip
         self.kernels, self.device_kernels = kernels, device_kernels
         self.staging, self.notify = Staging(backend), notify
         self.where = layer_index(groups)
         self.worker = Worker(worker)
-        self._groups, self._device = groups, backend.device if backend is not None else HOST
+        self._groups, self._sparse, self._device = groups, sparse, backend.device if backend is not None else HOST
 
     def view(self, slices: Sequence[Slice], lend: LendPages) -> HostView:
         """Return a view of pages that are lent layer by layer."""
-        plan = KVPlan(self._groups, slices, HOST)
-        return HostView(self, plan, plan if self._device == HOST else KVPlan(self._groups, slices, self._device), lend)
+        plan = KVPlan(self._groups, slices, HOST, self._sparse)
+        return HostView(self, plan, plan if self._device == HOST else KVPlan(self._groups, slices, self._device, self._sparse), lend)
 
     def later(self, job: Callable[[], Any], complete: Callable[[Any], torch.Tensor]) -> PendingAttention:
         """Run a job on the worker; its error is also raised to the micro-batch that waits for it."""

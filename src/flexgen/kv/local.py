@@ -10,6 +10,7 @@ from flexgen.kernels.reference import AttentionKernels
 from flexgen.kv.pages import PagePool, layer_index
 from flexgen.kv.place import Place
 from flexgen.kv.plan import KVPlan
+from flexgen.kv.sparse import SparseAttention
 from flexgen.kv.views import Heads
 from flexgen.passes.calls import AttentionCall
 from flexgen.passes.plan import Slice
@@ -22,17 +23,18 @@ class LocalPlace(Place):
         pool: The pages.
         kernels: The kernels of the device.
         device: The device that computes and holds the pages.
+        sparse: What generated tokens keep of what they see; None for all of it.
     """
 
     chunks = True
     mixes = True
 
-    def __init__(self, pool: PagePool, kernels: AttentionKernels, device: torch.device) -> None:
-        self.pool, self.kernels, self.device = pool, kernels, device
+    def __init__(self, pool: PagePool, kernels: AttentionKernels, device: torch.device, sparse: SparseAttention | None = None) -> None:
+        self.pool, self.kernels, self.device, self._sparse = pool, kernels, device, sparse
         self.where = layer_index(pool.groups)
 
     def view(self, slices: Sequence[Slice]) -> LocalView:
-        return LocalView(self, KVPlan(self.pool.groups, slices, self.device))
+        return LocalView(self, KVPlan(self.pool.groups, slices, self.device, self._sparse))
 
     def close(self) -> None:
         self.kernels.close()

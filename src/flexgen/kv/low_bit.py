@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -133,12 +134,17 @@ class LowBitPages(KVPages):
         """Return keys and values of complete pages, as for any format."""
         return kernels.unseal(self.sealed, table, start, length, dtype)
 
-    def decode(self, kernels: AttentionKernels, call: AttentionCall, query: Tensor, steps: Steps, out: Tensor) -> None:
+    def decode(self, kernels: AttentionKernels, call: AttentionCall, query: Tensor, steps: Steps, out: Tensor) -> int:
         assert steps.tails is not None
         where = self.sealed, self.tails.keys, self.tails.values, steps.tables, steps.tails, steps.starts, steps.lengths
         if call.latent is None:
-            kernels.decode_sealed_attention(query, *where, scaling=call.scaling, softcap=call.softcap, sinks=call.sinks, out=out)
-        else:
-            rank = out.shape[-1]
-            latent, rope = query[..., :rank].contiguous(), query[..., rank:].contiguous()
-            kernels.decode_sealed_latent_attention(latent, rope, *where, scaling=call.scaling, out=out)
+            how: dict[str, Any] = {"scaling": call.scaling, "softcap": call.softcap, "sinks": call.sinks, "out": out}
+            if steps.kept is not None:
+                return kernels.decode_sparse_sealed_attention(query, *where, steps.kept, **how)
+            kernels.decode_sealed_attention(query, *where, **how)
+            return 0
+        assert steps.kept is None, "models with latents are refused"
+        rank = out.shape[-1]
+        latent, rope = query[..., :rank].contiguous(), query[..., rank:].contiguous()
+        kernels.decode_sealed_latent_attention(latent, rope, *where, scaling=call.scaling, out=out)
+        return 0

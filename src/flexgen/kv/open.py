@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -21,6 +21,7 @@ from flexgen.kv.host import HostAttention, HostPlace
 from flexgen.kv.local import LocalPlace
 from flexgen.kv.pages import KVGroup, PagePool, Pool, divide_pool, on_disk
 from flexgen.kv.place import Place
+from flexgen.kv.sparse import SparseAttention, ValueCounter
 from flexgen.kv.spill import DiskPool
 from flexgen.plan.policy import Policy
 
@@ -39,6 +40,7 @@ class KVSetup:
         offload_dir: The folder of the spill file; None if there is none.
         notify: A function that wakes the ready loop.
         verify: Whether to compare the bytes that are read from disk with those that were written.
+        values: What counts the values that sparse attention does not read.
     """
 
     groups: Sequence[KVGroup]
@@ -48,6 +50,7 @@ class KVSetup:
     offload_dir: Path | None
     notify: Callable[[], None]
     verify: bool = False
+    values: ValueCounter = field(default_factory=ValueCounter)
 
     @property
     def device(self) -> torch.device:
@@ -64,9 +67,14 @@ class KVSetup:
     def kernels(self, device: torch.device) -> AttentionKernels:
         return attention_kernels(device, self.policy.compute_threads)
 
-    def host_attention(self, worker: str) -> HostAttention:
+    def sparse(self, *, saves: bool = True) -> SparseAttention | None:
+        """Return what generated tokens keep; None for all.  It `saves` where values are read after it is known which ones are kept."""
+        share = self.policy.sparse_attention
+        return None if share is None else SparseAttention(share, self.values, saves=saves)
+
+    def host_attention(self, worker: str, sparse: SparseAttention | None) -> HostAttention:
         """Return host attention with a worker thread of this name."""
-        return HostAttention(self.groups, self.kernels(HOST), self.kernels(self.device), self.backend, self.notify, worker)
+        return HostAttention(self.groups, self.kernels(HOST), self.kernels(self.device), self.backend, self.notify, worker, sparse)
 
 
 def tail_count(policy: Policy, tier: str) -> int:
@@ -80,14 +88,14 @@ Opened = tuple[Pool, Place]
 def _open_device(setup: KVSetup) -> Opened:
     assert setup.backend is not None
     pool = PagePool(setup.groups, setup.num_pages("device"), setup.backend.allocate)
-    return pool, LocalPlace(pool, setup.kernels(setup.device), setup.device)
+    return pool, LocalPlace(pool, setup.kernels(setup.device), setup.device, setup.sparse())
 
 
 def _open_host(setup: KVSetup) -> Opened:
     pool = PagePool(setup.groups, setup.num_pages("host"))
     if setup.backend is None:
-        return pool, LocalPlace(pool, setup.kernels(HOST), HOST)
-    return pool, HostPlace(pool, setup.host_attention("flexgen-host-attention"))
+        return pool, LocalPlace(pool, setup.kernels(HOST), HOST, setup.sparse())
+    return pool, HostPlace(pool, setup.host_attention("flexgen-host-attention", setup.sparse()))
 
 
 def _open_disk(setup: KVSetup) -> Opened:
@@ -96,7 +104,8 @@ def _open_disk(setup: KVSetup) -> Opened:
     policy = setup.policy
     pages = setup.num_pages("disk")
     pool = DiskPool(setup.groups, pages, setup.offload_dir, tail_bytes=policy.kv_tail_bytes, verify=setup.verify)
-    return pool, DiskPlace(pool, setup.host_attention("flexgen-disk-attention"), setup.io, policy.kv_staging_bytes)
+    attention = setup.host_attention("flexgen-disk-attention", setup.sparse(saves=False))  # values are read ahead with the keys
+    return pool, DiskPlace(pool, attention, setup.io, policy.kv_staging_bytes)
 
 
 PLACES: dict[str, Callable[[KVSetup], Opened]] = {"device": _open_device, "host": _open_host, "disk": _open_disk}

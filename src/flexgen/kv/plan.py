@@ -7,7 +7,9 @@ from collections.abc import Sequence
 import torch
 
 from flexgen.kv.pages import KVGroup, of_positions
-from flexgen.kv.sealed_views import sealed_plan, steps_of
+from flexgen.kv.sealed_views import sealed_plan
+from flexgen.kv.sparse import SparseAttention
+from flexgen.kv.sparse_plan import sparse_rows, step_parts
 from flexgen.kv.views import GroupPlan, PromptPlan
 from flexgen.passes.plan import Slice
 
@@ -19,6 +21,7 @@ class KVPlan:
         groups: The layer groups.
         slices: The slices in the order of the micro-batch, next tokens before prompts.
         device: The device of the index tensors.
+        sparse: What generated tokens keep of what they see; None for all of it.
 
     Attributes:
         slices: All slices.
@@ -27,18 +30,20 @@ class KVPlan:
         groups: The index tensors of each group of layers.
     """
 
-    def __init__(self, groups: Sequence[KVGroup], slices: Sequence[Slice], device: torch.device) -> None:
+    def __init__(
+        self, groups: Sequence[KVGroup], slices: Sequence[Slice], device: torch.device, sparse: SparseAttention | None = None
+    ) -> None:
         num_steps = sum(1 for each in slices if each.is_decode)
         self.slices, self.steps, self.prompts = tuple(slices), tuple(slices[:num_steps]), tuple(slices[num_steps:])
         assert all(each.is_decode for each in self.steps)
         self.groups = [
-            sealed_plan(groups, index, self.steps, self.prompts, device)
+            sealed_plan(groups, index, self.steps, self.prompts, device, sparse)
             if group.stores_whole_pages
-            else self._plan_group(index, group, device)
+            else self._plan_group(index, group, device, sparse)
             for index, group in enumerate(of_positions(groups))
         ]
 
-    def _plan_group(self, index: int, group: KVGroup, device: torch.device) -> GroupPlan:
+    def _plan_group(self, index: int, group: KVGroup, device: torch.device, sparse: SparseAttention | None) -> GroupPlan:
         def integers(values: Sequence[object]) -> torch.Tensor:
             return torch.tensor(values, dtype=torch.int64, device=device)
 
@@ -54,11 +59,12 @@ class KVPlan:
             first = min(first_visible(each.start), each.start)
             past = (integers(each.tables[index]), first, each.start) if first < each.start else None
             starts = [first_visible(position) - first for position in range(each.start, each.start + each.length)]
-            prompts.append(PromptPlan(length=each.length, past=past, starts=integers(starts)))
+            kept = sparse_rows(group, each, first, device, sparse)
+            prompts.append(PromptPlan(length=each.length, past=past, starts=integers(starts), sparse=kept))
         return GroupPlan(
             page_ids=integers(page_ids),
             page_offsets=integers(offsets),
             num_steps=len(self.steps),
-            steps=steps_of(group, index, self.steps, device),
+            steps=step_parts(group, index, self.steps, device, sparse=sparse),
             prompts=tuple(prompts),
         )

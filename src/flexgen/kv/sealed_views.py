@@ -12,10 +12,13 @@ from dataclasses import dataclass
 import torch
 
 from flexgen.kernels.reference import AttentionKernels
-from flexgen.kv.format import KVPages, Steps
+from flexgen.kernels.sparse import attend_chosen
+from flexgen.kv.format import KVPages
 from flexgen.kv.low_bit import LowBitPages
 from flexgen.kv.pages import KVGroup, with_tail
-from flexgen.kv.views import Heads, Past, StepsAndPrompts, as_attended
+from flexgen.kv.sparse import SparseAttention
+from flexgen.kv.sparse_plan import sparse_rows, step_parts
+from flexgen.kv.views import Heads, Past, SparseRows, StepsAndPrompts, as_attended
 from flexgen.passes.calls import AttentionCall, KeyValue
 from flexgen.passes.plan import Slice
 
@@ -34,6 +37,7 @@ class SealedPrompt:
         complete: The pages that the slice completes, int64 (pages,).
         starts: The first position that each token sees, int64 (length,).
         borders: The first position of each token's own page, int64 (length,).
+        sparse: What the generated tokens at its end keep, if they leave something out.
     """
 
     length: int
@@ -45,6 +49,7 @@ class SealedPrompt:
     complete: torch.Tensor
     starts: torch.Tensor
     borders: torch.Tensor
+    sparse: SparseRows | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,11 +131,16 @@ class SealedGroupPlan(StepsAndPrompts):
             key, value = call.key[0, :, rows].transpose(0, 1), call.value[0, :, rows].transpose(0, 1)
             if head is not None:
                 key, value = _joined(_attended(call, head), (key, value))
-            stored = _attended(call, stored)
-            kernels.prefill_sealed_attention(
-                call.query[0, :, rows].transpose(0, 1), stored[0], stored[1], key, value, each.starts, each.borders, each.page_start,
-                scaling=call.scaling, softcap=call.softcap, sinks=call.sinks, out=out[0, rows],
-            )  # fmt: skip
+            stored, query, found = _attended(call, stored), call.query[0, :, rows].transpose(0, 1), out[0, rows]
+            num_dense = each.length if each.sparse is None else each.sparse.num_dense
+            if each.sparse is not None:
+                _attend_sparse(call, query[num_dense:], stored, (key, value), each, each.sparse, found[num_dense:])
+            if num_dense:
+                end = key.shape[0] - (each.length - num_dense)
+                kernels.prefill_sealed_attention(
+                    query[:num_dense], stored[0], stored[1], key[:end], value[:end], each.starts[:num_dense], each.borders[:num_dense],
+                    each.page_start, scaling=call.scaling, softcap=call.softcap, sinks=call.sinks, out=found[:num_dense],
+                )  # fmt: skip
             row += each.length
 
     def _as_stored(self, kernels: AttentionKernels, exact: KeyValue, num_tokens: int) -> KeyValue:
@@ -149,6 +159,24 @@ class SealedGroupPlan(StepsAndPrompts):
         return pages.gather(kernels, ids, 0, num_tokens, key.dtype)
 
 
+def _attend_sparse(
+    call: AttentionCall, query: torch.Tensor, stored: KeyValue, exact: KeyValue, prompt: SealedPrompt, sparse: SparseRows, out: torch.Tensor
+) -> None:
+    """Write the attention of the last tokens of a prompt slice, which keep a part of what they see; the page of each is its own exactly."""
+    as_stored = torch.arange(stored[0].shape[0], device=query.device)
+    exactly = torch.arange(prompt.page_start, prompt.page_start + exact[0].shape[0], device=query.device)
+    starts, places = prompt.starts[sparse.num_dense :, None], exactly[exact[0].shape[0] - query.shape[0] :, None]
+    borders = sparse.borders[:, None]
+    earlier = (starts <= as_stored) & (as_stored < borders)
+    own = (starts <= exactly) & (borders <= exactly) & (exactly <= places)
+    keys, values = torch.cat([stored[0], exact[0]]), torch.cat([stored[1], exact[1]])
+    found = attend_chosen(
+        query, keys, values, torch.cat([earlier, own], dim=1), torch.cat([torch.zeros_like(earlier), own], dim=1), sparse.kept,
+        scaling=call.scaling, softcap=call.softcap, sinks=call.sinks,
+    )  # fmt: skip
+    out.copy_(found)
+
+
 def _joined(one: KeyValue | None, other: KeyValue) -> KeyValue:
     """Return the tokens of both, (tokens, heads, dim)."""
     if one is None or not one[0].shape[0]:
@@ -162,34 +190,20 @@ def _attended(call: AttentionCall, cached: KeyValue) -> KeyValue:
     return key.transpose(0, 1), value.transpose(0, 1)
 
 
-def steps_of(group: KVGroup, index: int, steps: Sequence[Slice], device: torch.device, tail: int | None = None) -> Steps:
-    """Return what next tokens see.
+def sealed_plan(
+    groups: Sequence[KVGroup], index: int, steps: Sequence[Slice], prompts: Sequence[Slice], device: torch.device,
+    sparse: SparseAttention | None = None,
+) -> SealedGroupPlan:  # fmt: skip
+    """Return the plan of a group whose pages are sealed, for slices that are next tokens and for others.
 
     Args:
-        group: The layer group.
-        index: Its index among the slices' page tables.
-        steps: The slices.
+        groups: The layer groups.
+        index: The index of the group.
+        steps: The slices that are next tokens.
+        prompts: The other slices.
         device: The device of the index tensors.
-        tail: The index of the group of its tails; None if there are none.
+        sparse: What generated tokens keep; None where they keep all that they see.
     """
-
-    def integers(values: Sequence[object]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=device)
-
-    widest = max((len(each.tables[index]) for each in steps), default=1)
-    tables = [list(each.tables[index]) + [-1] * (widest - len(each.tables[index])) for each in steps]
-    return Steps(
-        tables=integers(tables).view(len(steps), widest),
-        starts=integers([group.geometry.first_visible(each.start) for each in steps]),
-        lengths=integers([each.start + 1 for each in steps]),
-        tails=None if tail is None else integers([each.tables[tail][0] for each in steps]),
-    )
-
-
-def sealed_plan(
-    groups: Sequence[KVGroup], index: int, steps: Sequence[Slice], prompts: Sequence[Slice], device: torch.device
-) -> SealedGroupPlan:
-    """Return the plan of a group whose pages are sealed, for slices that are next tokens and for others."""
 
     def integers(values: Sequence[int]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int64, device=device)
@@ -212,12 +226,14 @@ def sealed_plan(
         full_tails=integers([each.tables[tail][0] for each in full]),
         full_pages=integers([each.tables[index][each.start // size] for each in full]),
         num_steps=len(steps),
-        steps=steps_of(group, index, steps, device, tail),
-        prompts=tuple(_sealed_prompt(group, each.tables[index], each.tables[tail][0], each, device) for each in prompts),
+        steps=step_parts(group, index, steps, device, tail, sparse),
+        prompts=tuple(_sealed_prompt(group, each.tables[index], each.tables[tail][0], each, device, sparse) for each in prompts),
     )
 
 
-def _sealed_prompt(group: KVGroup, table: Sequence[int], tail: int, each: Slice, device: torch.device) -> SealedPrompt:
+def _sealed_prompt(
+    group: KVGroup, table: Sequence[int], tail: int, each: Slice, device: torch.device, sparse: SparseAttention | None
+) -> SealedPrompt:
     def integers(values: Sequence[int]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int64, device=device)
 
@@ -235,4 +251,5 @@ def _sealed_prompt(group: KVGroup, table: Sequence[int], tail: int, each: Slice,
         complete=integers([table[place] for place in range(each.start // size, each.stop // size)]),
         starts=integers([first_visible(position) - origin for position in range(each.start, each.stop)]),
         borders=integers([position // size * size - origin for position in range(each.start, each.stop)]),
+        sparse=sparse_rows(group, each, origin, device, sparse),
     )

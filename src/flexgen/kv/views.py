@@ -12,7 +12,9 @@ from dataclasses import dataclass
 import torch
 
 from flexgen.kernels.reference import AttentionKernels
+from flexgen.kernels.sparse import attend_chosen
 from flexgen.kv.format import KVPages, Steps
+from flexgen.kv.sparse import SparseAttention
 from flexgen.passes.calls import AttentionCall, KeyValue, LatentProjection
 
 # (tokens, heads, dim) keys and values as cached; None for the first chunk of a prompt.  Where pages are sealed, two such pairs: those of
@@ -29,11 +31,58 @@ class PromptPlan:
         length: The number of new tokens.
         past: (page table, first position, position after the last) of the visible tokens that were stored before; None if there are none.
         starts: The first token that each token sees, int64 (length,), counted from the first position of `past`, if any.
+        sparse: What the generated tokens at its end keep, if they leave something out.
     """
 
     length: int
     past: tuple[torch.Tensor, int, int] | None
     starts: torch.Tensor
+    sparse: SparseRows | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SparseRows:
+    """What generated tokens keep that are computed together with others, after a preemption or by a later run.
+
+    Attributes:
+        num_dense: The number of the slice's tokens before them.
+        borders: The first position of each token's own page, int64 (tokens,), counted as the slice counts its positions.
+        kept: How many positions each keeps for their scores, int64 (tokens,).
+    """
+
+    num_dense: int
+    borders: torch.Tensor
+    kept: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepPart:
+    """Next tokens that are attended to alike: all that they see, or what they keep of it.
+
+    Attributes:
+        rows: Their places among the micro-batch's next tokens, int64 (rows,); None if they are all of them.
+        steps: The tokens that they see.
+        seen_bytes: The bytes of the values that they see in one layer.
+        value_bytes: The bytes of one value of a head.
+        sparse: What counts the values that are not read; None where nothing is counted.
+    """
+
+    rows: torch.Tensor | None
+    steps: Steps
+    seen_bytes: int = 0
+    value_bytes: int = 0
+    sparse: SparseAttention | None = None
+
+    def attend(self, kernels: AttentionKernels, call: AttentionCall, query: torch.Tensor, pages: KVPages, out: torch.Tensor) -> None:
+        """Write their rows of `out`, (steps, heads, dim), for the queries of all next tokens."""
+        if self.rows is None:
+            unread = pages.decode(kernels, call, query, self.steps, out)
+        else:
+            some = out.new_empty(len(self.rows), *out.shape[1:])
+            unread = pages.decode(kernels, call, query[self.rows], self.steps, some)
+            out[self.rows] = some
+        if self.sparse is not None:
+            self.sparse.count(self.seen_bytes, unread * self.value_bytes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,12 +94,12 @@ class StepsAndPrompts:
 
     Attributes:
         num_steps: The number of slices that are next tokens; they come first.
-        steps: The tokens that the next tokens see.
+        steps: The next tokens, in parts that are attended to alike.
         prompts: The other slices.
     """
 
     num_steps: int
-    steps: Steps
+    steps: tuple[StepPart, ...]
     prompts: Sequence[object]
 
     def attend(self, kernels: AttentionKernels, call: AttentionCall, pages: KVPages, heads: Heads) -> torch.Tensor:
@@ -70,7 +119,8 @@ class StepsAndPrompts:
         """Return the attention, (steps, heads, value_dim), of the next tokens' `step_queries`; on latents (steps, heads, rank)."""
         dim = call.value.shape[3] if call.latent is None else call.latent.key_up.shape[2]
         out = query.new_empty(*query.shape[:2], dim)
-        pages.decode(kernels, call, query, self.steps, out)
+        for part in self.steps:
+            part.attend(kernels, call, query, pages, out)
         return out
 
     def gather_past(self, kernels: AttentionKernels, pages: KVPages, dtype: torch.dtype, heads: Heads) -> list[Past]:
@@ -118,11 +168,30 @@ class GroupPlan(StepsAndPrompts):
             if before is not None:
                 earlier = as_attended(call, (before[0], before[1]))
                 key, value = torch.cat([earlier[0], key], dim=1), torch.cat([earlier[1], value], dim=1)
-            kernels.prefill_attention(
-                call.query[0, :, rows].transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1), each.starts,
-                scaling=call.scaling, softcap=call.softcap, sinks=call.sinks, out=out[0, rows],
-            )  # fmt: skip
+            query, key, value = call.query[0, :, rows].transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1)
+            found, sparse = out[0, rows], each.sparse
+            num_dense = each.length if sparse is None else sparse.num_dense
+            if sparse is not None:
+                _attend_sparse(call, query[num_dense:], key, value, each.starts[num_dense:], sparse, found[num_dense:])
+            if num_dense:
+                end = key.shape[0] - (each.length - num_dense)
+                kernels.prefill_attention(
+                    query[:num_dense], key[:end], value[:end], each.starts[:num_dense],
+                    scaling=call.scaling, softcap=call.softcap, sinks=call.sinks, out=found[:num_dense],
+                )  # fmt: skip
             row += each.length
+
+
+def _attend_sparse(
+    call: AttentionCall, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, starts: torch.Tensor, sparse: SparseRows,
+    out: torch.Tensor,
+) -> None:  # fmt: skip
+    """Write the attention of the last tokens of a prompt slice, which keep a part of what they see."""
+    positions = torch.arange(key.shape[0], device=key.device)
+    places = positions[key.shape[0] - query.shape[0] :, None]
+    visible = (starts[:, None] <= positions) & (positions <= places)
+    own = visible & (sparse.borders[:, None] <= positions)
+    out.copy_(attend_chosen(query, key, value, visible, own, sparse.kept, scaling=call.scaling, softcap=call.softcap, sinks=call.sinks))
 
 
 def step_queries(call: AttentionCall, steps: int) -> torch.Tensor:

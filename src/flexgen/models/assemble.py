@@ -75,6 +75,7 @@ def assemble_model(
     cpu_compute: str = "auto",
     kv_format: KVFormat | None = None,
     headers: Headers | None = None,
+    sparse_attention: float | None = None,
 ) -> AssembledModel:
     """Take the model in `folder` apart into what the engine executes; no weights are read.
 
@@ -87,6 +88,7 @@ def assemble_model(
         cpu_compute: How linear layers are computed, as in EngineOptions.
         kv_format: The format of keys and values; None for `default_kv_format`.
         headers: The headers of the weights if they are not safetensors files in `folder`.
+        sparse_attention: The share of positions that generated tokens keep; None for all.
 
     Raises:
         ModelError: The architecture, the number format or the files are not supported.
@@ -102,7 +104,7 @@ def assemble_model(
         residents=units.residents,
         tables=units.tables,
         layers=units.trace.layers,
-        spec=model_spec(config, units, dtype, name=name or folder.name, kv_format=kv_format),
+        spec=model_spec(config, units, dtype, name=name or folder.name, kv_format=kv_format, sparse_attention=sparse_attention),
         dtype=dtype,
         cpu_compute=cpu_compute,
         kv_format=kv_format,

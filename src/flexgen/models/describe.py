@@ -16,7 +16,7 @@ from flexgen.kv.format import KVFormat, default_kv_format
 from flexgen.models.parts import Part
 from flexgen.models.refusals import check_supported_architecture
 from flexgen.models.units import ModelUnits, cut_model
-from flexgen.passes.geometry import by_geometry
+from flexgen.passes.geometry import LayerKV, by_geometry
 from flexgen.plan.machine import int8_name
 from flexgen.plan.model import KVGroupSpec, ModelSpec, UnitSpec
 from flexgen.plan.policy import PAGE_TOKENS
@@ -26,7 +26,14 @@ SHARD_BYTES = 5 * 10**9  # the size of the files in most repositories
 
 
 def describe_headers(
-    headers: Headers, config: Any, dtype: torch.dtype, *, name: str, kv_format: KVFormat | None = None, cpu_compute: str = "auto"
+    headers: Headers,
+    config: Any,
+    dtype: torch.dtype,
+    *,
+    name: str,
+    kv_format: KVFormat | None = None,
+    cpu_compute: str = "auto",
+    sparse_attention: float | None = None,
 ) -> ModelSpec:
     """Describe the model of these headers.
 
@@ -37,12 +44,14 @@ def describe_headers(
         name: The name of the repository.
         kv_format: The format of keys and values; None for `default_kv_format`.
         cpu_compute: How linear layers are computed, as in EngineOptions.
+        sparse_attention: The share of positions that generated tokens keep; None for all.
 
     Raises:
         ModelError: The architecture, the number format or the headers are not supported.
     """
     kv_format = kv_format or default_kv_format(dtype)
-    return model_spec(config, cut_model(config, dtype, headers, cpu_compute=cpu_compute), dtype, name=name, kv_format=kv_format)
+    units = cut_model(config, dtype, headers, cpu_compute=cpu_compute)
+    return model_spec(config, units, dtype, name=name, kv_format=kv_format, sparse_attention=sparse_attention)
 
 
 def describe_config(
@@ -53,6 +62,7 @@ def describe_config(
     name: str,
     kv_format: KVFormat | None = None,
     cpu_compute: str = "auto",
+    sparse_attention: float | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> ModelSpec:
     """Describe the model of a config as if `save_pretrained` had written it.
@@ -65,6 +75,7 @@ def describe_config(
         kv_format: The format of keys and values; None for `default_kv_format`.
         cpu_compute: How linear layers are computed, as in EngineOptions.
         shard_bytes: The size of the files.
+        sparse_attention: The share of positions that generated tokens keep; None for all.
 
     Raises:
         UnsupportedModelError: The architecture or the number format is not supported.
@@ -72,15 +83,23 @@ def describe_config(
     check_supported_architecture(config)
     tensors = RepositoryTensors.of(config, stored).tensors
     headers = headers_of(name, sharded(tensors, shard_bytes))
-    return describe_headers(headers, config, dtype, name=name, kv_format=kv_format, cpu_compute=cpu_compute)
+    given: dict[str, Any] = {"kv_format": kv_format, "cpu_compute": cpu_compute, "sparse_attention": sparse_attention}
+    return describe_headers(headers, config, dtype, name=name, **given)
 
 
-def model_spec(config: Any, units: ModelUnits, dtype: torch.dtype, *, name: str, kv_format: KVFormat) -> ModelSpec:
+def model_spec(
+    config: Any, units: ModelUnits, dtype: torch.dtype, *, name: str, kv_format: KVFormat, sparse_attention: float | None = None
+) -> ModelSpec:
     """Return what the planner needs to know about a model that was cut into units.
 
     Raises:
-        UnsupportedModelError: The config states no context length.
+        UnsupportedModelError: The config states no context length, or generated tokens are to leave out values that are also keys.
     """
+    if sparse_attention is not None and any(each.geometry.latent for each in units.trace.layers):
+        raise UnsupportedModelError(
+            f"model type {config.model_type!r} caches latents, which are keys and values at once: all are read for the scores, and sparse "
+            "attention would save nothing; leave out --sparse-attention"
+        )
     text = config.get_text_config(decoder=True)
     context = getattr(text, "max_position_embeddings", None)
     if not isinstance(context, int):
@@ -96,6 +115,7 @@ def model_spec(config: Any, units: ModelUnits, dtype: torch.dtype, *, name: str,
         dtype=dtype_name(dtype),
         decoded_from=_decoded_from(units),
         kv_format=kv_format.name,
+        sparse_attention=sparse_attention,
         units=tuple(_unit_spec(parts, layout) for parts, layout in zip(units.parts, units.layouts, strict=True)),
         kv_groups=tuple(
             KVGroupSpec(
@@ -105,6 +125,8 @@ def model_spec(config: Any, units: ModelUnits, dtype: torch.dtype, *, name: str,
                 window=geometry.reach,
                 exact_bytes_per_token=0 if tail is None else tail.key_bytes(geometry) + tail.value_bytes(geometry),
                 slot_bytes_per_token=0 if (slot := kv_format.disk_slot(geometry, PAGE_TOKENS)) is None else slot.page_bytes // PAGE_TOKENS,
+                value_bytes_per_token=0 if sparse_attention is None else kv_format.value_bytes(geometry),
+                queries_per_key=1 if sparse_attention is None else _queries_per_key(members),
             )
             for geometry, members in by_geometry(units.trace.layers).items()
         ),
@@ -116,6 +138,13 @@ def model_spec(config: Any, units: ModelUnits, dtype: torch.dtype, *, name: str,
         vocab_size=int(text.vocab_size),
         max_position_embeddings=context,
     )
+
+
+def _queries_per_key(layers: Sequence[LayerKV]) -> int:
+    """Return how many query heads share a key head of layers with equal geometries, from the FLOPs of their two products."""
+    geometry = layers[0].geometry
+    flops = sum(each.flops_per_pair for each in layers) / len(layers)
+    return max(round(flops / (2 * geometry.key_heads * (geometry.key_dim + geometry.value_dim))), 1)
 
 
 def _unit_spec(parts: Sequence[Part], layout: UnitLayout) -> UnitSpec:

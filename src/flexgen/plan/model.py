@@ -20,6 +20,8 @@ _LAYER_NUMBER = re.compile(r"(?<=\.)(0|[1-9]\d*)(?=\.| |$)")
 _ENCODED, _IN_INT8, _DECODED_FROM = "encoded_bytes", "int8_flops_per_token", "decoded_from"
 # What is left out of the JSON of a model whose KV is in the dtype of computing.
 _KV_FORMAT, _LOW_BIT = "kv_format", ("exact_bytes_per_token", "slot_bytes_per_token")
+# What is left out of the JSON of a model whose generated tokens attend to all that they see.
+_SPARSE, _OF_SPARSE = "sparse_attention", {"value_bytes_per_token": 0, "queries_per_key": 1}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +66,8 @@ class KVGroupSpec:
         slot_bytes_per_token: Its bytes where keys and values of a page lie on disk in one padded piece; 0 where they lie as elsewhere.
         attention_flops_per_pair: The FLOPs of one (query token, visible token) pair in one layer (all heads, both products).
         window: The number of visible tokens; None for all. Chunked attention counts as its chunk size.
+        value_bytes_per_token: The bytes of one token's values in one layer; 0 where that does not matter.
+        queries_per_key: The number of query heads that share a key head; 1 where that does not matter.
     """
 
     num_layers: int
@@ -72,6 +76,8 @@ class KVGroupSpec:
     window: int | None = None
     exact_bytes_per_token: int = 0
     slot_bytes_per_token: int = 0
+    value_bytes_per_token: int = 0
+    queries_per_key: int = 1
 
     @property
     def disk_bytes_per_token(self) -> int:
@@ -100,6 +106,7 @@ class ModelSpec:
         decoded_from: The decoded bytes of the units' tensors that are not used as they are stored, by the format or dtype in which they are
             stored (see `int8_name` for those that are rounded then); empty if that is not known: then all count as `number_format`.
         kv_format: The low-bit format of KV; None for the dtype of computing.
+        sparse_attention: The share of positions that a head of a generated token keeps; None for all.
     """
 
     name: str
@@ -117,6 +124,7 @@ class ModelSpec:
     dtype: str = "bfloat16"
     decoded_from: dict[str, int] = field(default_factory=dict[str, int])
     kv_format: str | None = None
+    sparse_attention: float | None = None
 
     @cached_property
     def streamed_bytes(self) -> int:
@@ -188,6 +196,11 @@ class ModelSpec:
             for group in fields["kv_groups"]:
                 for name in _LOW_BIT:
                     del group[name]
+        if self.sparse_attention is None:
+            del fields[_SPARSE]
+            for group in fields["kv_groups"]:
+                for name in _OF_SPARSE:
+                    del group[name]
         lists = {name: fields.pop(name) for name in ("kv_groups", "unit_kinds", "unit_runs")}
         lines = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in fields.items()]
         lines += [f"{json.dumps(name)}: [\n  " + ",\n  ".join(map(json.dumps, values)) + "\n]" for name, values in lists.items()]
@@ -207,10 +220,10 @@ class ModelSpec:
             for kind in packed.get("unit_kinds", ()):
                 kind.setdefault(_ENCODED, None)
                 kind.setdefault(_IN_INT8, 0.0)
-            fields.setdefault(_KV_FORMAT, None)
+            fields = {_KV_FORMAT: None, _SPARSE: None} | fields
             for group in fields.get("kv_groups", ()):
-                for name in _LOW_BIT:
-                    group.setdefault(name, 0)
+                for name, default in (_OF_SPARSE | dict.fromkeys(_LOW_BIT, 0)).items():
+                    group.setdefault(name, default)
             units = _unpacked(dataclass_from_json(_PackedUnits, packed, "model"))
             return dataclasses.replace(dataclass_from_json(cls, fields | {"units": []}, "model"), units=units)
         except (TypeError, AttributeError, IndexError) as error:

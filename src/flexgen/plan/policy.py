@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from flexgen.base.quantities import MIB
@@ -9,6 +10,7 @@ from flexgen.base.quantities import MIB
 PAGE_TOKENS = 16  # tokens of a KV page in every plan
 SCORED_SLICE_BYTES = 32 * MIB  # logits of scored positions that are held at a time
 INT8_SUMS_BYTES = 8 * MIB  # sums of products in int8 that are held at a time
+LEAST_KEPT = 64  # positions that a head keeps at least under sparse attention: four pages
 SCRATCH_UNITS = 3  # units that are open at a time and were decoded for that
 # A device decodes so many numbers at once by torch operations, whose temporary tensors take at most so many bytes for each: indices, values
 # and scales, in float32 or int32.
@@ -43,6 +45,7 @@ class Policy:
             those in host memory are decoded there.
         kv: The home fractions of KV bytes.
         kv_format: The low-bit format of KV ("int8", "k8v4", "int4"); None for the dtype of computing.
+        sparse_attention: The share of positions that a head of a generated token keeps; None for all.
         kv_device_bytes: The size of the page pool on the device.
         kv_host_bytes: The size of the page pool in host memory.
         kv_disk_bytes: The size of the page pool on disk.
@@ -67,6 +70,7 @@ class Policy:
     weights: Fractions
     kv: Fractions
     kv_format: str | None = None
+    sparse_attention: float | None = None
     kv_device_bytes: int = 0
     kv_host_bytes: int = 0
     kv_disk_bytes: int = 0
@@ -89,3 +93,9 @@ class Policy:
     def kv_bytes(self) -> int:
         """The bytes of all page pools."""
         return self.kv_device_bytes + self.kv_host_bytes + self.kv_disk_bytes
+
+
+def kept_positions(share: float, num_visible: int) -> int:
+    """Return how many positions a head keeps for their scores, of those that it sees, under sparse attention with this share."""
+    wanted = math.ceil(share * num_visible - 1e-9)  # 0.1 * 30 is a little more than 3
+    return min(num_visible, max(wanted, LEAST_KEPT))

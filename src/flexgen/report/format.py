@@ -49,7 +49,8 @@ def format_report(report: RunReport, done: str = "") -> str:
         or f"{report.num_requests - report.num_errors:,} of {report.num_requests:,} requests answered, {report.num_errors:,} with errors"
     )
     took = f"{format_seconds(report.elapsed_seconds)} (after {format_seconds(report.load_seconds)} of loading)"
-    return "\n".join([f"done in {took}: {done}", _speed(report), *_machine_lines(report), *_formats(report), *_limit(report)])
+    told = [_speed(report), *_sparse(report), *_machine_lines(report), *_formats(report), *_limit(report)]
+    return "\n".join([f"done in {took}: {done}", *told])
 
 
 def _formats(report: RunReport) -> list[str]:
@@ -57,6 +58,14 @@ def _formats(report: RunReport) -> list[str]:
     if report.formats is None:
         return []
     return [f"formats: {'; '.join(format_choice(report.formats))}"]
+
+
+def _sparse(report: RunReport) -> list[str]:
+    """Return how many values next tokens did not read."""
+    if not report.value_bytes_seen:
+        return []
+    share = report.value_bytes_unread / report.value_bytes_seen
+    return [f"sparse attention: {share:.0%} of values not read, {format_size(report.value_bytes_unread)}"]
 
 
 def _speed(report: RunReport) -> str:

@@ -79,7 +79,10 @@ def _products(spec: ModelSpec) -> str:
 
 def _kv_format(policy: Policy) -> str:
     """Return the format of KV, if it is not the dtype of computing, as the beginning of a list."""
-    return f"{policy.kv_format}, " if policy.kv_format is not None else ""
+    told = [] if policy.kv_format is None else [policy.kv_format]
+    if policy.sparse_attention is not None:
+        told.append(f"sparse attention {policy.sparse_attention:.3g}")
+    return "".join(f"{each}, " for each in told)
 
 
 def format_forecast(forecast: Forecast) -> list[str]:

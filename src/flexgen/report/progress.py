@@ -92,6 +92,8 @@ class RunReport:
         efficiency_at_check: `efficiency` with the same rates; None if the machine was not checked.
         shared_prompt_tokens: Prompt tokens that were not computed because another request that begins with them had computed them.
         formats: The formats of weights and KV that were chosen, and what they were chosen from; None where there was no choice.
+        value_bytes_seen: Under sparse attention, the bytes of all values that next tokens saw, over all layers; otherwise 0.
+        value_bytes_unread: The bytes of these that were not read, as counted; values on disk and on a device are all read.
         peak_host_bytes: The peak resident memory of the process, to compare with `host_budget_bytes`.
     """
 
@@ -127,6 +129,8 @@ class RunReport:
     forecast: dict[str, Any] = field(default_factory=dict)
     rate_ratios: dict[str, float] = field(default_factory=dict)
     shared_prompt_tokens: int = 0
+    value_bytes_seen: int = 0
+    value_bytes_unread: int = 0
     prompt_tokens_per_s: float = 0.0
     scored_tokens: int = 0
     check_rates: dict[str, dict[str, float]] = field(default_factory=dict)

@@ -87,6 +87,8 @@ def make_report(log: RunLog, plan: Plan, placement: dict[str, dict[str, int]], d
         num_preemptions=counts.preemptions,
         recomputed_tokens=counts.recomputed_tokens,
         shared_prompt_tokens=counts.shared_prompt_tokens,
+        value_bytes_seen=log.values_attended()["seen"],
+        value_bytes_unread=log.values_attended()["unread"],
         finish_reasons=dict(log.finish_reasons),
         policy=dataclasses.asdict(plan.policy),
         machine=json.loads(plan.machine.to_json()),

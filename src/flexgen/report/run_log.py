@@ -27,6 +27,10 @@ class Meters(Protocol):
 
     def disk_busy_seconds(self) -> float: ...
 
+    def values_attended(self) -> dict[str, int]:
+        """Return the bytes of values that next tokens have "seen" under sparse attention, and of those left "unread"."""
+        ...
+
 
 @dataclass(slots=True)
 class RunCounts:
@@ -92,6 +96,7 @@ class RunLog:
         self._meters, self._remaining = meters, remaining
         self._num_requests, self._on_progress = num_requests, on_progress
         self._moved_before, self._busy_before = meters.bytes_moved(), meters.disk_busy_seconds()
+        self._values_before = meters.values_attended()
         self._prompt_tokens = self._output_tokens = self._scored_tokens = 0  # tokens of the passes so far
         self._begin = self._pass_begin = self._told = time.perf_counter()
         self._moved_told = self.bytes_moved()
@@ -157,6 +162,10 @@ class RunLog:
     def disk_busy_seconds(self) -> float:
         """Return the seconds of the run in which the disk was reading or writing."""
         return self._meters.disk_busy_seconds() - self._busy_before
+
+    def values_attended(self) -> dict[str, int]:
+        """Return the bytes of values that next tokens have "seen" under sparse attention since the run began, and of those "unread"."""
+        return {name: total - self._values_before[name] for name, total in self._meters.values_attended().items()}
 
     def tell(self, num_live: int, unit: int, num_units: int) -> None:
         """Report progress, if that is due.

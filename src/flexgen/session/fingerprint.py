@@ -35,6 +35,7 @@ def fingerprint(model: ResolvedModel, translator: RequestTranslator, chat_templa
         "cpu_compute": model.cpu_compute,
         "weight_format": model.options.weight_format,
         "kv_format": model.kv_format,
+        "sparse_attention": model.options.kept_share,
         "load_format": load_format,
         "max_model_len": translator.max_model_len,
         "seed": translator.seed,

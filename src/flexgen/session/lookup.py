@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from flexgen.errors import ModelError, OptionError
 from flexgen.options import EngineOptions
@@ -75,15 +75,17 @@ def shipped_name(model: str) -> str | None:
 def _shipped(name: str, options: EngineOptions, device: str) -> ModelSpec:
     spec = catalogue_spec(name)
     dtype = compute_dtype(spec.dtype, device) if options.dtype == "auto" else options.dtype
-    if (dtype, options.weight_format, options.kv_format, options.cpu_compute) == (spec.dtype, "auto", "auto", "auto"):
+    given = options.weight_format, options.kv_format, options.cpu_compute, options.kept_share
+    if (dtype, *given) == (spec.dtype, "auto", "auto", "auto", None):
         return spec
     import torch
 
     from flexgen.session.shipped import described
 
     return described(
-        name, getattr(torch, dtype), weight_format=options.weight_format, kv=options.kv_format, cpu_compute=options.cpu_compute
-    )
+        name, getattr(torch, dtype), weight_format=options.weight_format, kv=options.kv_format, cpu_compute=options.cpu_compute,
+        sparse=options.kept_share,
+    )  # fmt: skip
 
 
 def _described(model: str, options: EngineOptions, device: str, token: str | None) -> ModelSpec:
@@ -122,12 +124,15 @@ def describe_files(files: ModelFiles, options: EngineOptions, *, device: str, to
     config = read_config(files)
     with describing(files.name):
         dtype = getattr(torch, compute_dtype(config_dtype(config), device) if options.dtype == "auto" else options.dtype)
-        kv = kv_format(options.kv_format, dtype)
+        given: dict[str, Any] = {
+            "name": files.name, "kv_format": kv_format(options.kv_format, dtype), "cpu_compute": options.cpu_compute,
+            "sparse_attention": options.kept_share,
+        }  # fmt: skip
         if options.load_format == "dummy":
-            return describe_config(config, dtype, stored=dtype, name=files.name, kv_format=kv, cpu_compute=options.cpu_compute)
+            return describe_config(config, dtype, stored=dtype, **given)
     headers = stored_headers(files, token=token)
     with describing(files.name):
         if options.weight_format != "auto":
             check_convertible(files)
             headers, config = planned_in(options.weight_format, headers, config, name=files.name)
-        return describe_headers(headers, config, dtype, name=files.name, kv_format=kv, cpu_compute=options.cpu_compute)
+        return describe_headers(headers, config, dtype, **given)

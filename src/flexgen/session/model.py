@@ -176,7 +176,14 @@ class ResolvedModel:
             headers = None if random else stored_headers(self.files)
             kv = kv_format(self.options.kv_format, computed)
             return assemble_model(
-                folder, self.config, computed, name=self.files.name, kv_format=kv, headers=headers, cpu_compute=self.options.cpu_compute
+                folder,
+                self.config,
+                computed,
+                name=self.files.name,
+                kv_format=kv,
+                headers=headers,
+                cpu_compute=self.options.cpu_compute,
+                sparse_attention=self.options.kept_share,
             )
 
 

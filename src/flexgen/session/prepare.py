@@ -23,7 +23,7 @@ from flexgen.errors import CapacityError, FlexGenError
 from flexgen.formats import warming
 from flexgen.io.checksums import BLOCK_BYTES, BYTES_PER_BLOCK
 from flexgen.io.offload import OffloadFolder
-from flexgen.kernels.attention import attention_kernels, warm_up, warm_up_sealed
+from flexgen.kernels.attention import attention_kernels, warm_up, warm_up_sealed, warm_up_sparse
 from flexgen.kernels.int8.products import check_exact, warm_up_int8
 from flexgen.kv.format import KVFormat
 from flexgen.models.assemble import AssembledModel
@@ -98,7 +98,7 @@ def prepare(found: ResolvedModel, options: EngineOptions, workload: Workload) ->
             warm_up_int8(model.dtype)
         weights = model.layouts[0].extents[0].path.parent
         machine = measured_machine(limits, options.dtype, weights, model.total_bytes, model.spec.decoded_from)
-        load_kernels(model.dtype, model.kv_format)
+        load_kernels(model.dtype, model.kv_format, sparse=options.kept_share is not None)
         for encoding in model.encodings:
             if limits.device == "cpu" or not encoding.format.carried_as_stored:
                 warming.warm_up(encoding, model.dtype)
@@ -132,7 +132,7 @@ def bytes_of_process(options: EngineOptions, total_bytes: int, limits: Limits) -
     return psutil.Process().memory_info().rss + checksums
 
 
-def load_kernels(dtype: torch.dtype, kv_format: KVFormat) -> None:
+def load_kernels(dtype: torch.dtype, kv_format: KVFormat, *, sparse: bool = False) -> None:
     """Compile (or load) the host's kernels and the planner's loop now: their memory belongs to the process, and their time to loading."""
     step("loading kernels (compiled once)")
     admit.prepare()
@@ -141,6 +141,8 @@ def load_kernels(dtype: torch.dtype, kv_format: KVFormat) -> None:
         warm_up(kernels, dtype)
         if kv_format.tail is not None:
             warm_up_sealed(kernels, dtype)
+        if sparse:
+            warm_up_sparse(kernels, dtype, sealed=kv_format.tail is not None)
     finally:
         kernels.close()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AutoConfig
@@ -35,7 +35,13 @@ def catalogue_files(name: str) -> ModelFiles:
 
 
 def described(
-    name: str, dtype: torch.dtype | None = None, *, weight_format: str = "auto", kv: str = "auto", cpu_compute: str = "auto"
+    name: str,
+    dtype: torch.dtype | None = None,
+    *,
+    weight_format: str = "auto",
+    kv: str = "auto",
+    cpu_compute: str = "auto",
+    sparse: float | None = None,
 ) -> ModelSpec:
     """Describe a shipped model.
 
@@ -45,6 +51,7 @@ def described(
         weight_format: The format to which its plain weights would be converted, as in EngineOptions.
         kv: The format of KV, as in EngineOptions.
         cpu_compute: How linear layers are computed, as in EngineOptions.
+        sparse: The share of positions that generated tokens keep; None for all.
 
     Raises:
         ModelError: The conversion is not possible.
@@ -52,9 +59,11 @@ def described(
     fields, config = catalogue_fields(name), catalogue_config(name)
     source, stored = fields["source"], getattr(torch, fields["dtype"])
     computed = dtype or stored
-    format_of_kv = kv_format(kv, computed)
+    given: dict[str, Any] = {
+        "name": source, "kv_format": kv_format(kv, computed), "cpu_compute": cpu_compute, "sparse_attention": sparse,
+    }  # fmt: skip
     if weight_format == "auto":
-        return describe_config(config, computed, stored=stored, name=source, kv_format=format_of_kv, cpu_compute=cpu_compute)
+        return describe_config(config, computed, stored=stored, **given)
     headers = headers_of(source, sharded(saved_tensors(meta_model(config, stored), stored), SHARD_BYTES))
     headers, config = planned_in(weight_format, headers, config, name=source)
-    return describe_headers(headers, config, computed, name=source, kv_format=format_of_kv, cpu_compute=cpu_compute)
+    return describe_headers(headers, config, computed, **given)

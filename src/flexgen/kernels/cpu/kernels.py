@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flexgen.kernels.cpu import decode, latent, pages, prefill
-from flexgen.kernels.cpu.arguments import accumulator, check_out, check_pages, costs, integers, sinks_array, where_seen, workspace
+from flexgen.kernels.cpu.arguments import Where, accumulator, check_out, check_pages, costs, integers, sinks_array, where_seen, workspace
 from flexgen.kernels.cpu.checks import check_format, check_groups, check_positions, check_shapes
 from flexgen.kernels.cpu.formats import bits, carried
 from flexgen.kernels.reference import AttentionKernels
@@ -63,18 +63,10 @@ class PlainKernels(AttentionKernels):
         softcap: float | None = None,
         sinks: Tensor | None = None,
     ) -> None:
-        num_sequences, heads, key_dim = query.shape
-        kv_heads, value_dim, page_tokens = key_pages.shape[1], value_pages.shape[3], key_pages.shape[3]
-        check_groups(heads, kv_heads)
-        check_pages(query.dtype, key_pages, value_pages, kv_heads, key_dim, value_dim)
-        check_out(query.dtype, out, (num_sequences, heads, value_dim))
-        where = where_seen(num_sequences, page_tables, starts, lengths, page_tokens)
-        number = accumulator(query.dtype)
-        arrays = (
-            carried(query.contiguous()), carried(key_pages), carried(value_pages), *where,
-            sinks_array(sinks, heads, number), number(scaling), number(softcap or 0), carried(out),
-        )  # fmt: skip
-        size = decode.decode_workspace(heads // kv_heads, key_dim, value_dim, page_tokens)
+        heads, kv_heads, number = query.shape[1], key_pages.shape[1], accumulator(query.dtype)
+        stored, where = step_arrays(query, key_pages, value_pages, page_tables, starts, lengths, out)
+        arrays = (*stored, *where, sinks_array(sinks, heads, number), number(scaling), number(softcap or 0), carried(out))
+        size = decode.decode_workspace(heads // kv_heads, query.shape[2], value_pages.shape[3], key_pages.shape[3])
         self._run(
             lambda begin, end: decode.decode_attention(begin, end, *arrays, workspace(size, number)),
             costs(where, kv_heads),
@@ -166,6 +158,19 @@ class PlainKernels(AttentionKernels):
     def _run_even(self, function: Callable[[int, int], None], num_tokens: int) -> None:
         num_slices = min(self._threads.num_threads, -(-num_tokens // MOVED_AT_ONCE))
         self._threads.run(function, split_evenly(np.ones(num_tokens), num_slices))
+
+
+def step_arrays(
+    query: Tensor, key_pages: Tensor, value_pages: Tensor, page_tables: Tensor, starts: Tensor, lengths: Tensor, out: Tensor
+) -> tuple[tuple[np.ndarray, ...], Where]:
+    """Return the queries, keys and values of next tokens, and what they see, all checked."""
+    num_sequences, heads, key_dim = query.shape
+    kv_heads, value_dim = key_pages.shape[1], value_pages.shape[3]
+    check_groups(heads, kv_heads)
+    check_pages(query.dtype, key_pages, value_pages, kv_heads, key_dim, value_dim)
+    check_out(query.dtype, out, (num_sequences, heads, value_dim))
+    where = where_seen(num_sequences, page_tables, starts, lengths, key_pages.shape[3])
+    return (carried(query.contiguous()), carried(key_pages), carried(value_pages)), where
 
 
 def _arrays(seen: Seen) -> tuple[np.ndarray, ...]:

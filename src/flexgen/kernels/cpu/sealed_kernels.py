@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from flexgen.errors import EngineError
 from flexgen.kernels.codes import HeadCodes, SealedPages
 from flexgen.kernels.cpu import decode_sealed, latent_sealed, sealed
-from flexgen.kernels.cpu.arguments import accumulator, check_out, check_pages, costs, integers, sinks_array, where_seen, workspace
+from flexgen.kernels.cpu.arguments import Where, accumulator, check_out, check_pages, costs, integers, sinks_array, where_seen, workspace
 from flexgen.kernels.cpu.checks import check_format, check_groups, check_layout, check_positions, check_shapes
 from flexgen.kernels.cpu.formats import carried
 from flexgen.kernels.cpu.kernels import PlainKernels
@@ -67,25 +68,10 @@ class CpuKernels(PlainKernels):
             plain = query, pages, tail_keys, tail_values, page_tables, tails, starts, lengths
             super().decode_sealed_attention(*plain, scaling=scaling, out=out, softcap=softcap, sinks=sinks)
             return
-        num_sequences, heads, key_dim = query.shape
-        kv_heads, value_dim, page_tokens = tail_keys.shape[1], tail_values.shape[3], pages.page_tokens
-        check_groups(heads, kv_heads)
-        check_pages(query.dtype, tail_keys, tail_values, kv_heads, key_dim, value_dim)
-        check_shapes(tail_keys=(tail_keys, (None, kv_heads, key_dim, page_tokens)), tails=(tails, (num_sequences,)))
-        check_out(query.dtype, out, (num_sequences, heads, value_dim))
-        where = where_seen(num_sequences, page_tables, starts, lengths, page_tokens, last_page_apart=True)
-        number = accumulator(query.dtype)
-        memories = (
-            (*_codes(memory, codes, kv_heads, page_tokens), codes.bits)
-            for codes, memory in ((pages.key_codes, pages.keys), (pages.value_codes, pages.values))
-        )
-        (keys, key_parameters, key_bits), (values, value_parameters, value_bits) = memories
-        arrays = (
-            carried(query.contiguous()), keys, key_parameters, key_bits, pages.key_codes.rotated, values, value_parameters, value_bits,
-            carried(tail_keys), carried(tail_values), where[0], integers(tails), *where[1:],
-            sinks_array(sinks, heads, number), number(scaling), number(softcap or 0), carried(out),
-        )  # fmt: skip
-        size = decode_sealed.decode_sealed_workspace(heads // kv_heads, key_dim, value_dim, page_tokens)
+        heads, kv_heads, number = query.shape[1], tail_keys.shape[1], accumulator(query.dtype)
+        seen, where = sealed_step_arrays(query, pages, tail_keys, tail_values, page_tables, tails, starts, lengths, out)
+        arrays = (*seen, sinks_array(sinks, heads, number), number(scaling), number(softcap or 0), carried(out))
+        size = decode_sealed.decode_sealed_workspace(heads // kv_heads, query.shape[2], tail_values.shape[3], pages.page_tokens)
         self._run(
             lambda begin, end: decode_sealed.decode_sealed_attention(begin, end, *arrays, workspace(size, number)),
             costs(where, kv_heads),
@@ -167,6 +153,29 @@ class CpuKernels(PlainKernels):
 
     def _over_pages(self, function: Callable[[int, int], None], num_pages: int) -> None:
         self._threads.run(function, split_evenly(np.ones(num_pages), min(self._threads.num_threads, num_pages)))
+
+
+def sealed_step_arrays(
+    query: Tensor, pages: SealedPages, tail_keys: Tensor, tail_values: Tensor, page_tables: Tensor, tails: Tensor,
+    starts: Tensor, lengths: Tensor, out: Tensor,
+) -> tuple[tuple[Any, ...], Where]:  # fmt: skip
+    """Return the arguments of kernels up to the lengths, and what next tokens see, all checked."""
+    num_sequences, heads, key_dim = query.shape
+    kv_heads, value_dim, page_tokens = tail_keys.shape[1], tail_values.shape[3], pages.page_tokens
+    check_groups(heads, kv_heads)
+    check_pages(query.dtype, tail_keys, tail_values, kv_heads, key_dim, value_dim)
+    check_shapes(tail_keys=(tail_keys, (None, kv_heads, key_dim, page_tokens)), tails=(tails, (num_sequences,)))
+    check_out(query.dtype, out, (num_sequences, heads, value_dim))
+    where = where_seen(num_sequences, page_tables, starts, lengths, page_tokens, last_page_apart=True)
+    memories = (
+        (*_codes(memory, codes, kv_heads, page_tokens), codes.bits)
+        for codes, memory in ((pages.key_codes, pages.keys), (pages.value_codes, pages.values))
+    )
+    (keys, key_parameters, key_bits), (values, value_parameters, value_bits) = memories
+    return (
+        carried(query.contiguous()), keys, key_parameters, key_bits, pages.key_codes.rotated, values, value_parameters, value_bits,
+        carried(tail_keys), carried(tail_values), where[0], integers(tails), *where[1:],
+    ), where  # fmt: skip
 
 
 def _halves(pages: SealedPages, key: Tensor, value: Tensor) -> Iterator[tuple[Tensor, HeadCodes, Tensor, bool]]:

@@ -16,7 +16,7 @@ import numpy as np
 from flexgen.options import DTYPE_BYTES, WEIGHT_HOMES
 from flexgen.plan.machine import Machine, has_device_tier, int8_name
 from flexgen.plan.model import KVGroupSpec, ModelSpec, UnitSpec
-from flexgen.plan.policy import Fractions, Policy
+from flexgen.plan.policy import LEAST_KEPT, Fractions, Policy
 
 # Where stored and decoded bytes differ by no more than this, only alignment differs: the unit needs views and no decode stage.
 ALIGNMENT_SLACK_BYTES = 2 * 4096
@@ -220,6 +220,21 @@ def attended_bytes(groups: Sequence[KVGroupSpec], tokens: Sequence[Any]) -> Any:
     return sum(group.num_layers * group.bytes_per_token * each for group, each in zip(groups, tokens, strict=True))
 
 
+def unread_bytes(spec: ModelSpec, tokens: Sequence[Any], num_steps: Any) -> Any:
+    """Return how many bytes of values `num_steps` next tokens with `tokens` visible tokens per group leave out.
+
+    The heads that share a key head are assumed to keep different positions, each its share or the least that it keeps.
+    """
+    share = spec.sparse_attention
+    if share is None:
+        return 0
+    total: Any = 0
+    for group, seen in zip(spec.kv_groups, tokens, strict=True):
+        kept = np.maximum(share * seen, LEAST_KEPT * num_steps) * group.queries_per_key
+        total = total + group.num_layers * group.value_bytes_per_token * np.maximum(seen - kept, 0)
+    return total
+
+
 def price(load: PassLoad, spec: ModelSpec, policy: Policy, weights: PassWork) -> PassWork:
     """Return the work of a pass: `weights` (from `weights_work`), and the work that its slices add under the policy's homes."""
     groups, device = spec.kv_groups, policy.device
@@ -246,6 +261,8 @@ def price(load: PassLoad, spec: ModelSpec, policy: Policy, weights: PassWork) ->
         new_tokens = load.prompt_tokens[home] + load.next_tokens[home]
         written = new_tokens * spec.kv_bytes_per_token
         memory = memory + read + written
+        if home == "host":  # elsewhere values are read before it is known which ones are kept; choosing takes more time than it saves
+            memory = memory - unread_bytes(spec, attended, load.next_tokens[home])
         if has_device_tier(device):
             to_host = to_host + new_tokens * spec.exact_kv_bytes_per_token + load.next_tokens[home] * crossing
             to_device = to_device + load.next_tokens[home] * crossing

@@ -72,6 +72,7 @@ class Drafts:
             weights=weights,
             kv=self._kv or Fractions(host=1.0 - spills, disk=float(spills)),
             kv_format=self._spec.kv_format,
+            sparse_attention=self._spec.sparse_attention,
             kv_device_bytes=0,
             kv_host_bytes=0,
             kv_disk_bytes=0,

@@ -91,7 +91,10 @@ class _Program:
     """
 
     def __init__(self, spec: ModelSpec, machine: Machine, workload: Workload, budgets: Budgets, dtype: str) -> None:
-        self._spec, self._machine, self._policy = spec, machine, _bare_policy(budgets.device, dtype)
+        # Under sparse attention the heads that share a key head may all keep the same positions.
+        groups = tuple(dataclasses.replace(group, queries_per_key=1) for group in spec.kv_groups)
+        self._spec = dataclasses.replace(spec, kv_groups=groups)
+        self._machine, self._policy = machine, _bare_policy(budgets.device, dtype)
         self._tiers = TIERS if has_device_tier(budgets.device) else ("host", "disk")
         encoded = any(can_stay_encoded(unit) for unit in spec.units)
         self._homes = tuple(home for home in WEIGHT_HOMES if home in self._tiers or (home == "encoded" and encoded))

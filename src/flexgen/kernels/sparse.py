@@ -1,0 +1,177 @@
+"""Sparse attention in plain torch operations, on any device: the specification that faster kernels are tested against.
+
+Each query head keeps the positions with the highest scores of those that it sees, and all of its own page; the softmax is over the kept
+ones alone (Sheng et al. 2023, arXiv:2303.06865, section 5).  The letters of shapes are those of reference.py.
+
+* Positions are chosen by the product of query and key, before scaling and cap, which keep the order.
+* Of equal products the one at the earlier position is kept.
+* A product that is not a number counts as the highest, so that it is never hidden.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flexgen.kernels.codes import SealedPages
+from flexgen.kernels.pages import gather_kv, seen_sealed
+
+BLOCK_BYTES = 4 << 20  # of the scores that are held at a time; sorting them takes some ten times as much
+
+
+def chosen(products: Tensor, visible: Tensor, own: Tensor, kept: Tensor) -> Tensor:
+    """Return which positions each head of each query keeps, bool (H, T, N).
+
+    Args:
+        products: Products of queries and keys, (H, T, N).
+        visible: The positions that each query sees, bool (T, N).
+        own: The visible positions of each query's own page, bool (T, N).
+        kept: How many positions each query keeps for their products, int64 (T,).
+    """
+    order = products.masked_fill(~visible, float("-inf")).argsort(dim=-1, descending=True, stable=True)
+    places = torch.arange(products.shape[-1], device=products.device).expand_as(order)
+    ranks = torch.empty_like(order).scatter_(-1, order, places)
+    return ((ranks < kept[:, None]) & visible) | own
+
+
+def attend_chosen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    visible: Tensor,
+    own: Tensor,
+    kept: Tensor,
+    *,
+    scaling: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Return the sparse attention, (T, H, Dv) in the dtype of the query, of T queries over N positions in ascending order.
+
+    Args:
+        query: (T, H, Dk).
+        key: (N, K, Dk).
+        value: (N, K, Dv).  What no head of a key head keeps has no influence, whatever it is.
+        visible: As for `chosen`.
+        own: As for `chosen`.
+        kept: As for `chosen`.
+        scaling: As for `decode_attention`.
+        softcap: As for `decode_attention`.
+        sinks: As for `decode_attention`.
+    """
+    rows = max(1, BLOCK_BYTES // max(query.shape[1] * key.shape[0] * 4, 1))
+    blocks = [slice(first, first + rows) for first in range(0, query.shape[0], rows)]
+    parts = [_attend(query[some], key, value, visible[some], own[some], kept[some], scaling, softcap, sinks) for some in blocks]
+    return torch.cat(parts)
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, visible: Tensor, own: Tensor, kept: Tensor,
+    scaling: float, softcap: float | None, sinks: Tensor | None,
+) -> Tensor:  # fmt: skip
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    (num_queries, num_heads, key_dim), kv_heads = query.shape, key.shape[1]
+    grouped = query.to(dtype).view(num_queries, kv_heads, num_heads // kv_heads, key_dim)
+    products = torch.einsum("tkgd,nkd->kgtn", grouped, key.to(dtype)).flatten(0, 1)  # (H, T, N)
+    keeps = chosen(products, visible, own, kept)
+    scores = products * scaling
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~keeps, float("-inf"))
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.to(dtype)[:, None, None].expand(-1, num_queries, 1)], dim=-1)
+    weights = torch.softmax(scores, dim=-1)[..., : key.shape[0]]
+    weights = weights.view(kv_heads, num_heads // kv_heads, num_queries, -1)  # (K, G, T, N)
+    wanted = keeps.view(weights.shape).any(dim=2).any(dim=1).T  # (N, K)
+    read = value.to(dtype).masked_fill(~wanted[..., None], 0.0)
+    return torch.einsum("kgtn,nkd->tkgd", weights, read).flatten(1, 2).to(query.dtype)
+
+
+def seen_by_last(start: int, length: int, page_tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return `visible` and `own` of one query at position length - 1 that sees all positions from `start` on, each (1, length - start)."""
+    positions = torch.arange(start, length, device=device)
+    border = (length - 1) // page_tokens * page_tokens
+    return torch.ones(1, length - start, dtype=torch.bool, device=device), (positions >= border)[None]
+
+
+def decode_sparse_attention(
+    query: Tensor,
+    key_pages: Tensor,
+    value_pages: Tensor,
+    page_tables: Tensor,
+    starts: Tensor,
+    lengths: Tensor,
+    kept: Tensor,
+    *,
+    scaling: float,
+    out: Tensor,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> int:
+    """Attend as `decode_attention` does, but only to the positions that each head keeps (kernels/sparse.py).
+
+    Args:
+        query: (S, H, Dk).
+        key_pages: (pages, K, Dk, page_tokens).
+        value_pages: (pages, K, page_tokens, Dv).
+        page_tables: As for `decode_attention`.
+        starts: As for `decode_attention`.
+        lengths: As for `decode_attention`.
+        kept: int64 (S,).  How many positions each head keeps for their scores, besides its own page.
+        scaling: As for `decode_attention`.
+        softcap: As for `decode_attention`.
+        sinks: As for `decode_attention`.
+        out: (S, H, Dv), of the query's dtype; written.
+
+    Returns:
+        The number of visible values, (Dv,) each, that were not read: here none.
+    """
+    size = key_pages.shape[-1]
+    for i, (start, length) in enumerate(zip(starts.clamp(min=0).tolist(), lengths.tolist(), strict=True)):
+        key, value = gather_kv(key_pages, value_pages, page_tables[i], start, length)
+        seen = seen_by_last(start, length, size, query.device)
+        out[i] = attend_chosen(query[i : i + 1], key, value, *seen, kept[i : i + 1], scaling=scaling, softcap=softcap, sinks=sinks)[0]
+    return 0
+
+
+def decode_sparse_sealed_attention(
+    query: Tensor,
+    pages: SealedPages,
+    tail_keys: Tensor,
+    tail_values: Tensor,
+    page_tables: Tensor,
+    tails: Tensor,
+    starts: Tensor,
+    lengths: Tensor,
+    kept: Tensor,
+    *,
+    scaling: float,
+    out: Tensor,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> int:
+    """Attend as `decode_sealed_attention` does, but only to the positions that each head keeps; the tail is its own page.
+
+    Args:
+        query: (S, H, Dk).
+        pages: As for `decode_sealed_attention`.
+        tail_keys: As for `decode_sealed_attention`.
+        tail_values: As for `decode_sealed_attention`.
+        page_tables: As for `decode_sealed_attention`.
+        tails: As for `decode_sealed_attention`.
+        starts: As for `decode_attention`.
+        lengths: As for `decode_attention`.
+        kept: As for `decode_sparse_attention`.
+        scaling: As for `decode_attention`.
+        softcap: As for `decode_attention`.
+        sinks: As for `decode_attention`.
+        out: (S, H, Dv), of the query's dtype; written.
+
+    Returns:
+        As for `decode_sparse_attention`.
+    """
+    for i, (start, length) in enumerate(zip(starts.clamp(min=0).tolist(), lengths.tolist(), strict=True)):
+        key, value = seen_sealed(pages, tail_keys, tail_values, page_tables[i], tails[i : i + 1], start, length, query.dtype)
+        seen = seen_by_last(start, length, pages.page_tokens, query.device)
+        out[i] = attend_chosen(query[i : i + 1], key, value, *seen, kept[i : i + 1], scaling=scaling, softcap=softcap, sinks=sinks)[0]
+    return 0
