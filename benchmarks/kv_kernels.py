@@ -113,7 +113,11 @@ def latent_steps(kernels: AttentionKernels, name: str, heads: int, max_bytes: in
     call = AttentionCall(
         layer=0, query=query, key=query, value=query, scaling=HEAD_DIM**-0.5, latent=LatentProjection(key_up=query, value_up=query)
     )
-    return lambda: pages.decode(kernels, call, query, steps, out), sequences * tokens * sum(sizes)
+
+    def run() -> None:
+        pages.decode(kernels, call, query, steps, out)
+
+    return run, sequences * tokens * sum(sizes)
 
 
 def timed(run: Callable[[], object], least_seconds: float) -> float:

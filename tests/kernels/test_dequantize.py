@@ -114,7 +114,7 @@ def test_values_of_formats() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_other_devices_decode_the_same(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """By torch operations, in several portions."""
-    monkeypatch.setattr("flexgen.kernels.dequantize.portions._AT_ONCE", 300)
+    monkeypatch.setattr("flexgen.kernels.dequantize.portions.DECODED_AT_ONCE", 300)
     device = register()
     codes, bytes_of_scales = random_bytes(9, 48), random_bytes(9, 6, seed=4)
     fp8, blocks = random_bytes(9, 100), random_scales(4, 4)

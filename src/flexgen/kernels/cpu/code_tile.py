@@ -17,13 +17,12 @@ from flexgen.base.compiled import intrinsic
 from flexgen.kernels.codes import GROUP, HALF_GROUP
 from flexgen.kernels.cpu.formats import FLOAT, HALF, INT32
 from flexgen.kernels.cpu.rows import LANES, part
-from flexgen.kernels.cpu.tile import INT8, INT64, Places, prefetch
+from flexgen.kernels.cpu.tile import CACHE_LINE, INT8, INT64, Places, prefetch
 from flexgen.kernels.cpu.vectors import broadcast, vector_of
 
 FAST_TOKENS = LANES  # tokens of a page
 FLOATS, HALVES, BYTES, INTEGERS = (vector_of(element) for element in (FLOAT, HALF, INT8, INT32))
 FUSED = ("contract",)
-CACHE_LINE = 64
 TILES = (8, 4, 2, 1)  # heads that one tile attends for
 
 

@@ -153,15 +153,8 @@ def decode_sealed_attention(
     num_tails, kv_heads, key_dim, page_tokens = tail_keys.shape
     value_dim, heads = tail_values.shape[3], query.shape[1]
     group = heads // kv_heads
-    fast = page_tokens == FAST_TOKENS
-    key_codes = Codes(
-        pointer(keys, 0), pointer(key_parameters, 0), keys.shape[0], kv_heads, keys.shape[2], key_bits, key_dim, page_tokens,
-        key_dim // GROUP if fast else 0,
-    )  # fmt: skip
-    value_codes = Codes(
-        pointer(values, 0), pointer(value_parameters, 0), keys.shape[0], kv_heads, values.shape[2], value_bits, value_dim, page_tokens,
-        value_dim // GROUP if fast else 0,
-    )  # fmt: skip
+    key_codes = codes_of(keys, key_parameters, key_bits, key_dim, page_tokens)
+    value_codes = codes_of(values, value_parameters, value_bits, value_dim, page_tokens)
     scratch = laid_out(pointer(workspace, 0), group, key_dim, value_dim, page_tokens)
     item = begin
     while item < end:
@@ -184,6 +177,14 @@ def decode_sealed_attention(
                 max(start, border) - border, length - border, scaling, softcap,
             )  # fmt: skip
         write_rows(scratch.state, group * count, value_dim, pointer(out, first_head * value_dim))
+
+
+@njit
+def codes_of(memory: Any, parameters: Any, bits: int, dim: int, page_tokens: int) -> Any:
+    """Return pages of codes: int8 (pages, kv_heads, bytes of a head), and the same memory as int16."""
+    num_pages, kv_heads, head_bytes = memory.shape
+    fast_groups = dim // GROUP if page_tokens == FAST_TOKENS else 0
+    return Codes(pointer(memory, 0), pointer(parameters, 0), num_pages, kv_heads, head_bytes, bits, dim, page_tokens, fast_groups)
 
 
 @njit
@@ -233,7 +234,17 @@ def attend_codes(
             first = max(visible, position) - position
             for head in range(count):
                 place, later = place_of(values, page, kv_head + head), place_of(values, following, kv_head + head)
-                add_page(values, place, later, part(scores, head * group, position - block + first), head * group, group, first, scratch)
+                add_page(
+                    values,
+                    place,
+                    later,
+                    part(scores, head * group, position - block + first),
+                    head * group,
+                    group,
+                    first,
+                    page_tokens,
+                    scratch,
+                )
         unfold(values, heads, scratch)
 
 
@@ -275,10 +286,13 @@ def score_page(keys: Any, place: int, later: int, scores: Any, row: int, heads: 
 
 
 @njit
-def add_page(values: Any, place: int, later: int, weights: Any, row: int, heads: int, first: int, scratch: Any) -> None:
-    """Add the weighted values of a page's head at `place`, from token `first` on, to the totals from `row` on."""
+def add_page(
+    values: Any, place: int, later: int, weights: Any, row: int, heads: int, first: int, end: int, scratch: Any
+) -> None:  # fmt: skip
+    """Add the weighted values of tokens first <= token < end of a page's head at `place` to the totals from `row` on."""
     code_bytes, groups = code_bytes_of(values.dim, values.bits), scratch.offsets.stride // LANES
-    tokens, rows, fast_groups = values.page_tokens, values.page_tokens - first, 0 if first > 0 else values.fast_groups
+    tokens, rows = values.page_tokens, end - first
+    fast_groups = values.fast_groups if rows == tokens else 0
     codes = moved(values.memory, place + first * code_bytes)
     parameters = moved(values.parameters, (place + code_bytes * tokens) // 2 + first)
     totals, offsets = part(scratch.state.totals, row, 0), part(scratch.offsets, row, 0)

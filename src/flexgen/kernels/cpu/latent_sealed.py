@@ -14,12 +14,11 @@ from numba import njit, types
 
 from flexgen.base.compiled import entry, intrinsic
 from flexgen.kernels.codes import GROUP
-from flexgen.kernels.cpu.code_tile import prefetch_bytes
 from flexgen.kernels.cpu.formats import FLOAT, HALF, widen, widened
 from flexgen.kernels.cpu.latent import LATENT_BLOCK, latent_workspace, turn_latents, turn_rope
 from flexgen.kernels.cpu.rows import LANES, PANEL, Rows, clear, moved, padded, page_and_next, part, pointer, widen_row
 from flexgen.kernels.cpu.softmax import absorb_rows, begin_rows, softmax_state, write_rows
-from flexgen.kernels.cpu.tile import INT8, INT64, add_product
+from flexgen.kernels.cpu.tile import INT8, INT64, add_product, prefetch_bytes
 from flexgen.kernels.cpu.vectors import vector_of
 
 FLOATS, HALVES, BYTES = (vector_of(element) for element in (FLOAT, HALF, INT8))

@@ -13,10 +13,11 @@ from numba.core import cgutils
 
 from flexgen.base.compiled import intrinsic
 from flexgen.kernels.cpu.formats import INT32, widen, widened
-from flexgen.kernels.cpu.rows import LANES, PANEL, part
+from flexgen.kernels.cpu.rows import LANES, PANEL, moved, part
 from flexgen.kernels.cpu.vectors import broadcast, vector_of
 
 INT8, INT64 = ir.IntType(8), ir.IntType(64)
+CACHE_LINE = 64
 
 
 @njit
@@ -96,6 +97,22 @@ def prefetch(builder: Any, place: Any) -> None:
     prefetch = builder.module.declare_intrinsic("llvm.prefetch", [INT8.as_pointer()], kind)
     reading, every_level, data = (ir.Constant(INT32, x) for x in (0, 3, 1))
     builder.call(prefetch, [builder.bitcast(place, INT8.as_pointer()), reading, every_level, data])
+
+
+@intrinsic
+def _prefetch_line(typing_context: Any, start: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        prefetch(builder, arguments[0])
+        return context.get_dummy_value()
+
+    return types.void(start), generate
+
+
+@njit
+def prefetch_bytes(start: Any, number: int) -> None:
+    """Prefetch so many bytes from a pointer to bytes on."""
+    for line in range(0, number, CACHE_LINE):
+        _prefetch_line(moved(start, line))
 
 
 def _make_strip(vectors: int) -> Any:
