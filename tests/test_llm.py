@@ -530,7 +530,7 @@ def test_prompts_that_grow_are_served_by_two_plans(llm: LLM, engines: list[FakeE
 def test_growth_is_geometric(model_folder: Path, open_sized: Callable[..., list[FakeEngine]]) -> None:
     opened = open_sized(4, 10**6)
     llm = LLM(model_folder)
-    llm.model._engine._model.token_limits = VOCAB, 10_000
+    llm.model._engine.model.token_limits = VOCAB, 10_000
     for length in range(100, 9_000, 100):
         llm.open(workload(1, prompt=length, output=length // 10))
     planned = [max(engine.workload.prompt_lens) for engine in opened]

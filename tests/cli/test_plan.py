@@ -288,6 +288,7 @@ def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[Any,
         return machine_of(device=device, dense={dtype: [(64, 5e11)] for dtype in dtypes}, busy_cores=1.5)
 
     monkeypatch.setattr("flexgen.profile.measure.measure", measure)
+    monkeypatch.setattr("flexgen.profile.int8.with_int8", lambda machine, *_, **__: machine)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return calls
 
@@ -309,6 +310,7 @@ def test_a_profile_is_shown_kept_and_written(measured: list[tuple[Any, ...]], tm
 def test_a_disturbed_profile_does_not_replace_a_good_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     found = iter([machine_of(disk_read=1e9), machine_of(disk_read=0.4e9, host_memory=40e9, busy_cores=1.2)])
     monkeypatch.setattr("flexgen.profile.measure.measure", lambda *_, **__: next(found))
+    monkeypatch.setattr("flexgen.profile.int8.with_int8", lambda machine, *_, **__: machine)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     profile = ("profile", tmp_path, "--device", "cpu", "--dtype", "bfloat16", "--json")
     assert [line.split()[0] for line in flexgen(*profile).stderr.splitlines()] == ["loading", "kept"]  # and nothing else

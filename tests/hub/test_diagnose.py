@@ -115,9 +115,9 @@ def test_pointers_of_git_lfs(tmp_path: Path, file: str) -> None:
     [
         ({"quantization_config": {"quant_method": "quanto"}}, None, r"quantized \(quanto.*bfloat16"),
         ({"quantization_config": {"quant_method": "gptq", "checkpoint_format": "marlin"}}, None, "layout marlin"),
-        ({"quantization_config": {"quant_method": "compressed-tensors", "format": "pack-quantized"}}, None, "compressed-tensors"),
+        ({"quantization_config": {"quant_method": "compressed-tensors", "format": "pack-quantized"}}, None, "config_groups is missing"),
         ({"quantization": {"group_size": 64, "bits": 4}}, None, "MLX, 4 bits"),
-        ({}, "hf_quant_config.json", "ModelOpt with NO ALGORITHM"),
+        ({}, "hf_quant_config.json", "quant_algo is missing"),
     ],
 )
 def test_quantized_weights(tmp_path: Path, change: dict[str, object], file: str | None, message: str) -> None:

@@ -84,7 +84,7 @@ def test_a_short_job_does_not_wait_for_a_conversion_but_takes_one_that_is_there(
 
 
 def test_a_model_without_weights_to_round_stays_as_it_is(tmp_path: Path) -> None:
-    odd = made(tmp_path / "odd", "llama", torch.bfloat16, hidden_size=32, intermediate_size=96, num_attention_heads=2)[1]
+    odd = made(tmp_path / "odd", "llama", torch.bfloat16, hidden_size=24, intermediate_size=40, num_attention_heads=2, head_dim=12)[1]
     chosen, prices = choice_of(planned(odd, LONG, "int4"))
     assert chosen == Formats("auto", "auto")
     assert "no weights can be rounded to int4" in str(prices[Formats("int4", "auto")].problem)

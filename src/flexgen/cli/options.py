@@ -127,7 +127,9 @@ def _flags(signature: inspect.Signature) -> dict[str, str]:
     for name, parameter in signature.parameters.items():
         for each in typing.get_args(parameter.annotation)[1:]:
             if isinstance(each, OptionInfo):
-                long = (flag.partition("/")[0] for flag in each.param_decls or () if flag.startswith("--"))
+                # Within Annotated, typer keeps the first name as the default.
+                declared = (*((each.default,) if isinstance(each.default, str) else ()), *(each.param_decls or ()))
+                long = (flag.partition("/")[0] for flag in declared if flag.startswith("--"))
                 flags[name] = next(long, f"--{name.replace('_', '-')}")
     return flags
 

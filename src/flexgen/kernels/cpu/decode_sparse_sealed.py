@@ -11,9 +11,10 @@ from numba import njit
 
 from flexgen.base.compiled import entry
 from flexgen.kernels.cpu.choose import choose_rows, clear_rows, next_run
-from flexgen.kernels.cpu.decode_sealed import add_page, codes_of, laid_out, place_of, prepare_queries, score_page, scratch_sizes, unfold
+from flexgen.kernels.cpu.decode_sealed import add_page, prepare_queries, score_page, unfold
 from flexgen.kernels.cpu.decode_sparse import add_values
 from flexgen.kernels.cpu.rows import Rows, clear, moved, padded, page_and_next, part, pointer, widen_row
+from flexgen.kernels.cpu.sealed_scratch import codes_of, laid_out, place_of, scratch_sizes
 from flexgen.kernels.cpu.softmax import begin_rows, write_rows
 from flexgen.kernels.cpu.tile import add_product
 
