@@ -23,11 +23,11 @@ from typing import Any
 import torch
 from record import commit, machine, versions
 
+from flexgen.io.aligned import allocate_memory
 from flexgen.kernels.attention import attention_kernels
 from flexgen.kernels.reference import AttentionKernels
 from flexgen.kv.format import Steps, default_kv_format
 from flexgen.kv.low_bit import LowBitKV, LowBitPages, kv_format
-from flexgen.kv.pages import allocate_memory
 from flexgen.options import KV_FORMATS
 from flexgen.passes.calls import AttentionCall, LatentProjection
 from flexgen.passes.geometry import KVGeometry

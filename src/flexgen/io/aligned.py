@@ -15,6 +15,7 @@ from flexgen.base.quantities import align_up
 ALIGNMENT = 4096
 HUGE_PAGE = 2 << 20
 SMALLEST_HUGE_BYTES = 4 * HUGE_PAGE
+SMALLEST_APART_BYTES = 1 << 20
 
 
 class AlignedBuffer:
@@ -35,6 +36,16 @@ class AlignedBuffer:
                 self._map.madvise(mmap.MADV_HUGEPAGE, start, self.size_bytes - self.size_bytes % HUGE_PAGE)
         self.view = memoryview(self._map)[start : start + self.size_bytes]
         self.tensor = torch.frombuffer(self.view, dtype=torch.uint8)
+
+
+def allocate_memory(size_bytes: int) -> torch.Tensor:
+    """Return host memory that is kept for long, uint8 (size_bytes,).
+
+    From 1 MiB on it is apart from the heap, in which it would lie between tensors that come and go, and leave gaps.
+    """
+    if size_bytes < SMALLEST_APART_BYTES:
+        return torch.empty(size_bytes, dtype=torch.uint8)
+    return AlignedBuffer(size_bytes).tensor[:size_bytes]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

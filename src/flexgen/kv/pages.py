@@ -15,7 +15,7 @@ import torch
 
 from flexgen.base.quantities import align_up
 from flexgen.errors import EngineError
-from flexgen.io.aligned import AlignedBuffer
+from flexgen.io.aligned import allocate_memory
 from flexgen.kv.format import DiskSlot, KVFormat, KVPages
 from flexgen.passes.geometry import KVGeometry, LayerKV, by_geometry
 
@@ -159,11 +159,6 @@ def divide_pool(groups: Sequence[KVGroup], pool_bytes: int, longest: int, num_se
 
 
 Allocate = Callable[[int], torch.Tensor]  # makes a uint8 tensor of this many bytes
-
-
-def allocate_memory(size_bytes: int) -> torch.Tensor:
-    """Return ordinary host memory, in huge pages if it is large, because attention jumps from page to page of it."""
-    return AlignedBuffer(size_bytes).tensor[:size_bytes]
 
 
 class PageMemory:

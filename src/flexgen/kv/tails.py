@@ -9,7 +9,8 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from flexgen.kv.pages import KVGroup, PageMemory, allocate_memory
+from flexgen.io.aligned import allocate_memory
+from flexgen.kv.pages import KVGroup, PageMemory
 
 Moves = tuple[torch.Tensor, torch.Tensor]  # (rows of staging, slots of the tails)
 

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator
 import torch
 
 from flexgen.formats.plain import dtype_name
+from flexgen.io.aligned import allocate_memory
 from flexgen.kernels.attention import attention_kernels
 from flexgen.kernels.reference import AttentionKernels
-from flexgen.kv.pages import allocate_memory
 from flexgen.plan.machine import Curve, Rate
 from flexgen.plan.price.pass_time import elementwise_bytes
 from flexgen.profile.timing import measured_rate, median_seconds

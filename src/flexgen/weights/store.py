@@ -17,7 +17,7 @@ import torch
 from flexgen.base.parallel import Parallel, serially
 from flexgen.base.quantities import align_up, format_size
 from flexgen.devices.base import POISON, Device
-from flexgen.io.aligned import AlignedBuffer
+from flexgen.io.aligned import AlignedBuffer, allocate_memory
 from flexgen.io.direct_io import FileSet
 from flexgen.io.pool import IOPool
 from flexgen.plan.policy import SCRATCH_UNITS
@@ -96,7 +96,7 @@ class WeightStore:
         self._layouts, self._homes, self._binder = layouts, homes, binder
         self._io, self._files, self._backend, self._poison, self._parallel = io, files, backend, poison, parallel
         self._state = LinkState(on_arrival)
-        self._allocate = backend.allocate if backend is not None else partial(torch.empty, dtype=torch.uint8)
+        self._allocate = backend.allocate if backend is not None else allocate_memory
         self._open: dict[int, tuple[Arrival, torch.Tensor | None]] = {}
         self._host_homes: dict[int, Arrival] = {}  # units in host memory that are not bound there
         self._links = self._chain(host_ring_bytes, device_ring_bytes)
