@@ -86,7 +86,7 @@ def convert(
     record = _new_record(files, settings, targets, shards, shard_bytes)
     made = _made(folder)
     try:
-        with locked(folder), KernelThreads(num_threads) as threads, closing(Reader(threads.over)) as reader:
+        with locked(folder), KernelThreads(num_threads) as threads, closing(Reader()) as reader:
             record = _begun(folder, record)
             if record.complete:
                 return record
