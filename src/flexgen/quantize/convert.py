@@ -62,7 +62,7 @@ def convert(
 ) -> Record:
     """Write a model with rounded weights into a folder, or go on with it; nothing is done if it is complete.
 
-    At a time, 64 MiB of numbers are in memory (more for rows of more than half a million inputs), and the headers of all files.
+    At most 64 MiB of numbers are in memory at a time (more for rows of more than half a million inputs), and the headers of all files.
 
     Args:
         files: The model.
