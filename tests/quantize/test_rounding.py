@@ -67,6 +67,85 @@ def test_the_search_finds_better_scales(bits: int, group: int) -> None:
     assert searched.sum() < (0.96 if bits == 4 else 0.99) * plain.sum()
 
 
+def weighted_errors(weights: torch.Tensor, approximations: torch.Tensor, group: int) -> torch.Tensor:
+    data = weights.double().view(len(weights), -1, group)
+    importance = data.abs() + data.abs().mean(2, keepdim=True)
+    return ((weights.double() - approximations).view(data.shape).square() * importance).sum(2)
+
+
+def plain_search(weights: torch.Tensor, bits: int, group: int, dtype: torch.dtype) -> torch.Tensor:
+    """The search as docs/quantization.md has it, in float64."""
+    data, top = weights.double().view(len(weights), -1, group), (1 << bits) - 1
+    low, high = data.amin(2, keepdim=True).clamp(max=0), data.amax(2, keepdim=True).clamp(min=0)
+    importance = data.abs() + data.abs().mean(2, keepdim=True)
+
+    def decoded_with(scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
+        return scale * ((data / scale + zero + 0.5).floor().clamp(0, top) - zero)
+
+    def errors(scale: torch.Tensor, zero: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        square = (decoded_with(scale, zero) - data).square()
+        return (square * importance).sum(2, keepdim=True), square.sum(2, keepdim=True)
+
+    def ranged(share: float) -> tuple[torch.Tensor, torch.Tensor]:
+        scale = ((high - low) * share / top).to(dtype).double()
+        return scale, (-low * share / scale + 0.5).floor().clamp(max=top)
+
+    scale, zero = ranged(1.0)
+    best, most = errors(scale, zero)
+    for attempt in [*np.linspace(0.65, 1.05, 10), None]:
+        if attempt is None:
+            steps = decoded_with(scale, zero) / scale
+            fitted = (data * steps * importance).sum(2, keepdim=True) / (steps.square() * importance).sum(2, keepdim=True)
+            candidate = fitted.to(dtype).double(), zero
+        else:
+            candidate = ranged(float(attempt))
+        weighted, plain = errors(*candidate)
+        better = (weighted < best) & (plain <= most)
+        best, scale, zero = (torch.where(better, new, old) for new, old in zip((weighted, *candidate), (best, scale, zero), strict=True))
+    return decoded_with(scale, zero).view(weights.shape)
+
+
+@pytest.mark.parametrize("group", [32, 64, 128])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_search_is_as_good_as_a_plain_one(bits: int, group: int) -> None:
+    weights = torch.randn(24, 384, generator=torch.Generator().manual_seed(3)) * 0.02
+    found = decoded(round_groups(weights, bits=bits, group_size=group, dtype=torch.bfloat16), bits, (24, 384), group)
+    ours = weighted_errors(weights, found, group)
+    plain = weighted_errors(weights, plain_search(weights, bits, group, torch.bfloat16), group)
+    assert ours.sum().item() == pytest.approx(plain.sum().item(), rel=1e-4)
+    assert ((ours / plain - 1).abs() < 1e-3).double().mean() > 0.95  # a choice between equals may fall either way
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_weights_are_rounded_as_they_are_stored(dtype: torch.dtype, bits: int) -> None:
+    stored = (torch.randn(13, 224, generator=torch.Generator().manual_seed(4)) * 0.02).to(dtype)
+    found = round_groups(stored, bits=bits, group_size=32, dtype=torch.bfloat16)
+    in_float32 = round_groups(stored.float(), bits=bits, group_size=32, dtype=torch.bfloat16)
+    assert all(torch.equal(one, other) for one, other in zip(found, in_float32, strict=True))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_group_does_not_depend_on_what_is_rounded_beside_it(bits: int) -> None:
+    weights = torch.randn(8, 32 * 7, generator=torch.Generator().manual_seed(5))
+    together = round_groups(weights, bits=bits, group_size=32, dtype=torch.float32)
+    for index in range(7):
+        alone = round_groups(weights[:, 32 * index : 32 * (index + 1)].contiguous(), bits=bits, group_size=32, dtype=torch.float32)
+        assert torch.equal(alone.packed, together.packed[:, bits * index : bits * (index + 1)])
+        assert torch.equal(alone.scales, together.scales[:, index : index + 1])
+        assert torch.equal(alone.zeros, together.zeros[:, index : index + 1])
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rounding_refuses_what_no_integer_can_stand_for(dtype: torch.dtype, wrong: float) -> None:
+    for row, column in ((0, 0), (17, 95)):
+        weights = torch.ones(18, 96, dtype=dtype)
+        weights[row, column] = wrong
+        with KernelThreads(2) as threads, pytest.raises(CheckpointError, match=r"^layer\.weight holds numbers .*--keep layer\.weight"):
+            round_groups(weights, bits=4, group_size=32, dtype=dtype, name="layer.weight", parallel=threads.over)
+
+
 def test_four_bits_are_better_than_the_papers_with_fewer_bits() -> None:
     weights = torch.randn(256, 512, generator=torch.Generator().manual_seed(1)) * 0.02
     found = round_groups(weights, bits=4, group_size=64, dtype=torch.bfloat16)

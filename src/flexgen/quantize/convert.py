@@ -62,7 +62,7 @@ def convert(
 ) -> Record:
     """Write a model with rounded weights into a folder, or go on with it; nothing is done if it is complete.
 
-    At a time, 64 MiB of numbers are in memory (more for rows of more than half a million inputs), and the headers of all files.
+    At most 64 MiB of numbers are in memory at a time (more for rows of more than half a million inputs), and the headers of all files.
 
     Args:
         files: The model.
@@ -86,7 +86,7 @@ def convert(
     record = _new_record(files, settings, targets, shards, shard_bytes)
     made = _made(folder)
     try:
-        with locked(folder), KernelThreads(num_threads) as threads, closing(Reader(threads.over)) as reader:
+        with locked(folder), KernelThreads(num_threads) as threads, closing(Reader()) as reader:
             record = _begun(folder, record)
             if record.complete:
                 return record

@@ -8,129 +8,106 @@ error is not larger than at the beginning.  Scales are those that will be stored
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import njit
 
 from flexgen.base.compiled import entry
-from flexgen.kernels.cpu.formats import narrow, widen
+from flexgen.kernels.cpu.formats import widen
+from flexgen.kernels.cpu.rows import LANES, moved, pointer
+from flexgen.kernels.dequantize.loops import turn_sixteen
+from flexgen.quantize.lanes import pack_4, pack_8, search_lanes, widen_vectors
 
-# Sums may be taken in any order, which lets them be computed in vectors.
-_IN_ANY_ORDER: Any = {"error_model": "numpy", "fastmath": {"reassoc", "contract", "nsz"}}
-_ZERO, _HALF, _ONE = np.float32(0), np.float32(0.5), np.float32(1)
-# Errors have to be smaller by more than the rounding of their sums, so that no group gets worse by being searched.
-_CLEARLY = np.float32(1 - 1e-4)
-
-
-@njit(**_IN_ANY_ORDER)
-def _code(weight: Any, inverse: Any, offset: Any, limit: Any) -> Any:
-    """Return the nearest code, as float32; `offset` is the zero point plus a half, `limit` the largest code plus a half."""
-    return np.float32(np.int32(min(max(weight * inverse + offset, _ZERO), limit)))
+_VECTOR_BYTES = 4 * LANES
 
 
-@njit(**_IN_ANY_ORDER)
-def _squared_errors(group: Any, scale: Any, zero: Any, top: Any, mean: Any) -> Any:
-    """Return the squared error with weights |w| + mean |w|, and the plain one."""
-    inverse, offset, limit, weighted, plain = _ONE / scale, zero + _HALF, top + _HALF, _ZERO, _ZERO
-    for i in range(group.size):
-        difference = group[i] - scale * (_code(group[i], inverse, offset, limit) - zero)
-        square = difference * difference
-        plain += square
-        weighted += square * (abs(group[i]) + mean)
-    return weighted, plain
+class _Room(NamedTuple):
+    """Memory to work in.  Numba frees an array after its last use, which pointers to it are not, so it belongs to the caller.
+
+    Attributes:
+        floats: Two turned groups of LANES in float32, and a vector more.
+        turned: A turned group of LANES, as it is stored.
+        edge: As large; zeros, in which the last groups are put that are fewer than LANES.
+        scales: A vector of scales, as they are stored.
+        zeros: A vector of zero points, float32.
+    """
+
+    floats: Any
+    turned: Any
+    edge: Any
+    scales: Any
+    zeros: Any
 
 
-@njit(**_IN_ANY_ORDER)
-def _fitted_scale(group: Any, scale: Any, zero: Any, top: Any, mean: Any) -> Any:
-    """Return the scale with the least weighted error for the codes that `scale` gives; `scale` itself where all codes stand for 0."""
-    inverse, offset, limit, products, squares = _ONE / scale, zero + _HALF, top + _HALF, _ZERO, _ZERO
-    for i in range(group.size):
-        steps = _code(group[i], inverse, offset, limit) - zero
-        weighted = steps * (abs(group[i]) + mean)
-        products += group[i] * weighted
-        squares += steps * weighted
-    return products / squares if squares > _ZERO and products > _ZERO else scale
+@njit
+def _on_boundary(floats: Any) -> Any:
+    """Return a pointer to the first float32 on a vector's boundary."""
+    return pointer(floats, (_VECTOR_BYTES - np.int64(floats.ctypes.data) % _VECTOR_BYTES) // 4)
 
 
-@njit(**_IN_ANY_ORDER)
-def _as_stored(scale: Any, least: Any, like: Any) -> Any:
-    return np.float32(widen(narrow(max(scale, least), like)))
+@njit
+def _search_groups(source: Any, size: Any, shares: Any, top: Any, least: Any, room: Any) -> None:
+    """Find scales and zero points of LANES groups, one behind the other."""
+    turned, floats = pointer(room.turned, 0), _on_boundary(room.floats)
+    for column in range(0, size, LANES):
+        turn_sixteen(moved(source, column), size, moved(turned, column * LANES), LANES)
+    widen_vectors(turned, size, floats)
+    search_lanes(floats, size, pointer(shares, 0), shares.size, top, least, pointer(room.scales, 0), pointer(room.zeros, 0))
 
 
-@njit(**_IN_ANY_ORDER)
-def _zero_of(low: Any, scale: Any, top: Any) -> Any:
-    return min(np.float32(np.int32(-low / scale + _HALF)), top)
-
-
-@njit(**_IN_ANY_ORDER)
-def _search(group: Any, shares: Any, top: Any, least: Any, like: Any) -> Any:
-    """Return the scale and the zero point of a group."""
-    low, high, mean = _ZERO, _ZERO, _ZERO  # zero is always in the range, because a zero point is one of the codes
-    for i in range(group.size):
-        low, high = min(low, group[i]), max(high, group[i])
-        mean += abs(group[i])
-    if low == high:
-        return _ONE, _ZERO
-    mean /= np.float32(group.size)
-    best_scale = _as_stored((high - low) / top, least, like)
-    best_zero = _zero_of(low, best_scale, top)
-    best, most = _squared_errors(group, best_scale, best_zero, top, mean)
-    most *= _CLEARLY
-    for share in shares:
-        scale = _as_stored((high - low) * share / top, least, like)
-        zero = _zero_of(low * share, scale, top)
-        weighted, plain = _squared_errors(group, scale, zero, top, mean)
-        if weighted < best and plain <= most:
-            best, best_scale, best_zero = weighted, scale, zero
-    scale = _as_stored(_fitted_scale(group, best_scale, best_zero, top, mean), least, like)
-    weighted, plain = _squared_errors(group, scale, best_zero, top, mean)
-    if weighted < best and plain <= most:
-        best_scale = scale
-    return best_scale, best_zero
-
-
-@njit(**_IN_ANY_ORDER)
-def _pack(group: Any, scale: Any, zero: Any, top: Any, bits: Any, packed: Any) -> None:
-    """Write the codes of a group as bytes: one each, or two in a byte, the first in the low half."""
-    inverse, offset, limit = _ONE / scale, zero + _HALF, top + _HALF
-    if bits == 8:
-        for i in range(group.size):
-            packed[i] = np.uint8(_code(group[i], inverse, offset, limit))
-        return
-    for i in range(group.size // 2):
-        first = np.uint8(_code(group[2 * i], inverse, offset, limit))
-        second = np.uint8(_code(group[2 * i + 1], inverse, offset, limit))
-        packed[i] = first | (second << 4)
+@njit
+def _round_in(
+    room: Any, weights: Any, bits: Any, size: Any, shares: Any, least: Any, packed: Any, scales: Any, zeros: Any, begin: Any, end: Any
+) -> bool:
+    """Round rows as `round_rows` does."""
+    per_word, top, groups, group_bytes = 32 // bits, np.float32((1 << bits) - 1), scales.shape[1], size * bits // 8
+    row, index, finite = begin * per_word, 0, True
+    first, last = row * groups, min(end * per_word, weights.shape[0]) * groups
+    for start in range(first, last, LANES):
+        count, source = min(LANES, last - start), pointer(weights, start * size)
+        if count < LANES:  # what follows belongs to others, or to nobody
+            for i in range(count * size):
+                room.edge[i] = source[i]
+            source = pointer(room.edge, 0)
+        _search_groups(source, size, shares, top, least, room)
+        for lane in range(count):
+            scale, zero = np.float32(widen(room.scales[lane])), room.zeros[lane]
+            finite = finite and np.isfinite(scale)
+            scales[row, index] = room.scales[lane]
+            zeros[row // per_word, index] |= np.uint32(zero) << np.uint32(bits * (row % per_word))
+            group, target = moved(source, lane * size), pointer(packed, (start + lane) * group_bytes)
+            if bits == 4:
+                pack_4(group, size, scale, zero, top, target)
+            else:
+                pack_8(group, size, scale, zero, top, target)
+            index += 1
+            if index == groups:
+                row, index = row + 1, 0
+    return finite
 
 
 @entry
 def round_rows(
     weights: Any, bits: Any, group_size: Any, shares: Any, least: Any, packed: Any, scales: Any, zeros: Any, begin: Any, end: Any
-) -> None:
-    """Round the rows whose zero points lie in the words [begin, end).
+) -> bool:
+    """Round the rows whose zero points lie in the words [begin, end), and return whether all scales are finite.
 
     Args:
-        weights: Finite float32, (rows, columns); columns are a multiple of the group size.
+        weights: (rows, columns), contiguous, in the kernels' type of their dtype; columns are a multiple of the group size.
         bits: 4 or 8.
-        group_size: The weights of a group, a multiple of 8.
+        group_size: The weights of a group, a multiple of LANES.
         shares: For each range to try, its width as a share of that from the smallest to the largest weight, float32.
         least: The smallest scale, float32.
         packed: The codes as bytes, uint8 (rows, columns * bits / 8); they are written.
-        scales: The scales, (rows, groups), in the kernels' type of their dtype; they are written.
+        scales: The scales, (rows, groups), in the kernels' type of their dtype; they are written.  That of a group with a number that is
+            not finite is not a number.
         zeros: The zero points, packed along the rows from the low bits on, uint32 (words, groups); they are written.
         begin: The first word.
         end: The word after the last one.
     """
-    per_word, top = 32 // bits, np.float32((1 << bits) - 1)
-    group_bytes = group_size * bits // 8
-    for word in range(begin, end):
-        zeros[word, :] = 0
-        for row in range(word * per_word, min((word + 1) * per_word, weights.shape[0])):
-            shift = np.uint32(bits * (row - word * per_word))
-            for index in range(scales.shape[1]):
-                group = weights[row, index * group_size : (index + 1) * group_size]
-                scale, zero = _search(group, shares, top, least, scales[row, index])
-                scales[row, index] = narrow(scale, scales[row, index])
-                zeros[word, index] |= np.uint32(zero) << shift
-                _pack(group, scale, zero, top, bits, packed[row, index * group_bytes : (index + 1) * group_bytes])
+    vectors = group_size * LANES
+    turned, edge = np.empty(vectors, weights.dtype), np.zeros(vectors, weights.dtype)
+    room = _Room(np.empty(2 * vectors + LANES, np.float32), turned, edge, np.empty(LANES, scales.dtype), np.empty(LANES, np.float32))
+    zeros[begin:end] = 0
+    return _round_in(room, weights, bits, group_size, shares, least, packed, scales, zeros, begin, end)

@@ -17,6 +17,8 @@ _SHARES = np.linspace(0.65, 1.05, 10, dtype=np.float32)
 # The smallest scale of each dtype whose reciprocal is finite in float32.
 _LEAST = {torch.float16: 2.0**-24, torch.bfloat16: 2.0**-126, torch.float32: 2.0**-126}
 _PAPER_TOP = 15
+# The dtypes of weights that `round_groups` takes.
+ROUNDED_AS_STORED = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
 
 class Rounded(NamedTuple):
@@ -33,18 +35,30 @@ class Rounded(NamedTuple):
     zeros: torch.Tensor
 
 
-def round_groups(weights: torch.Tensor, *, bits: int, group_size: int, dtype: torch.dtype, parallel: Parallel = serially) -> Rounded:
+def round_groups(
+    weights: torch.Tensor,
+    *,
+    bits: int,
+    group_size: int,
+    dtype: torch.dtype,
+    name: str = "the matrix",
+    parallel: Parallel = serially,
+) -> Rounded:
     """Round a matrix to integers with a scale and a zero point for each group along the inputs.
 
     The squared error of no group is larger than that of the scale and zero point that its smallest and largest weight give; among such
     scales, one is chosen for which errors of large weights count more (kernel.py).
 
     Args:
-        weights: Finite float32, contiguous, (outputs, inputs); the inputs are a multiple of the group size.
+        weights: In one of the dtypes ROUNDED_AS_STORED, contiguous, (outputs, inputs); the inputs are a multiple of the group size.
         bits: 4 or 8.
-        group_size: The weights of a group, a multiple of 8.
+        group_size: The weights of a group, a multiple of 16.
         dtype: The dtype of the scales: float16, bfloat16 or float32.
+        name: The name of the matrix, for messages.
         parallel: Runs the loop over the rows.
+
+    Raises:
+        CheckpointError: There is a number that is infinite or none.
     """
     from flexgen.quantize.kernel import round_rows
 
@@ -55,8 +69,11 @@ def round_groups(weights: torch.Tensor, *, bits: int, group_size: int, dtype: to
     scales = torch.empty(outputs, groups, dtype=dtype)
     zeros = torch.empty(words, groups, dtype=torch.int32)
     arrays = packed.view(torch.uint8).numpy(), carried(scales), zeros.view(torch.uint32).numpy()
-    given, least = weights.numpy(), np.float32(_LEAST[dtype])
-    parallel(lambda begin, end: round_rows(given, bits, group_size, _SHARES, least, *arrays, begin, end), words)
+    given, least = carried(weights), np.float32(_LEAST[dtype])
+    finite: list[bool] = []
+    parallel(lambda begin, end: finite.append(round_rows(given, bits, group_size, _SHARES, least, *arrays, begin, end)), words)
+    if not all(finite):
+        raise _not_finite(name)
     return Rounded(packed, scales, zeros)
 
 
@@ -91,10 +108,15 @@ def round_as_the_paper(weights: torch.Tensor) -> PaperRounded:
 
 
 def check_finite(name: str, weights: torch.Tensor) -> None:
-    """Refuse weights that no integer can stand for.
+    """Refuse weights that no integer can stand for, as `round_groups` does by itself.
 
     Raises:
         CheckpointError: There is a number that is infinite or none.
     """
     if weights.numel() and not all(torch.isfinite(bound) for bound in torch.aminmax(weights)):
-        raise CheckpointError(f"{name} holds numbers that are infinite or not numbers, and cannot be rounded: keep it with --keep {name}")
+        raise _not_finite(name)
+
+
+def _not_finite(name: str) -> CheckpointError:
+    what = "numbers that are infinite, not numbers, or too large"
+    return CheckpointError(f"{name} holds {what}, and cannot be rounded: keep it with --keep {name}")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from flexgen.base.parallel import Parallel
 from flexgen.quantize.layout import Item, Shard, scale_dtype
 from flexgen.quantize.rounding import check_finite, round_as_the_paper, round_groups
 from flexgen.quantize.settings import QuantizeSettings
-from flexgen.quantize.source import Block, Reader
+from flexgen.quantize.source import Reader
 
 
 def write_shard(
@@ -35,50 +36,77 @@ def write_shard(
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
     try:
         os.posix_fallocate(descriptor, 0, shard.nbytes)
-        file = _File(descriptor, on_written)
-        file.put(0, shard.header)
-        offsets = shard.offsets()
-        for item in shard.items:
-            _write_item(file, item, [offsets[each.name] for each in item.written], settings, reader, parallel)
+        with ThreadPoolExecutor(1, thread_name_prefix="flexgen-convert-write") as thread:
+            file = _File(descriptor, thread, on_written)
+            _write_items(file, shard, settings, reader, parallel)
+            file.wait()
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
 class _File:
-    """An open file in which places are written."""
+    """An open file in which places are written, on a thread that does so while the next portion is rounded."""
 
-    def __init__(self, descriptor: int, on_written: Callable[[int], None]) -> None:
-        self._descriptor, self._on_written, self._written = descriptor, on_written, 0
+    def __init__(self, descriptor: int, thread: ThreadPoolExecutor, on_written: Callable[[int], None]) -> None:
+        self._descriptor, self._thread, self._on_written = descriptor, thread, on_written
+        self._written = 0
+        self._pending: Future[int] | None = None
 
-    def put(self, offset: int, data: bytes | torch.Tensor) -> None:
-        """Write bytes, or the numbers of a contiguous tensor, at an offset."""
+    def put(self, parts: Sequence[tuple[int, bytes | torch.Tensor]]) -> None:
+        """Begin to write bytes, or contiguous tensors, each at its offset; when this returns, what was put before is written."""
+        self.wait()
+        self._pending = self._thread.submit(_written, self._descriptor, parts)
+
+    def wait(self) -> None:
+        """Return when all that was put is written.
+
+        Raises:
+            OSError: Writing fails.
+        """
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            self._written += pending.result()
+            self._on_written(self._written)
+
+
+def _written(descriptor: int, parts: Sequence[tuple[int, bytes | torch.Tensor]]) -> int:
+    """Write each part at its offset, and return the number of bytes."""
+    total = 0
+    for start, data in parts:
         view = data.contiguous().view(-1).view(torch.uint8).numpy().data if isinstance(data, torch.Tensor) else memoryview(data)
-        self._written += len(view)
+        offset, total = start, total + len(view)
         while view:
-            count = os.pwrite(self._descriptor, view, offset)
+            count = os.pwrite(descriptor, view, offset)
             view, offset = view[count:], offset + count
-        self._on_written(self._written)
+        os.posix_fadvise(descriptor, start, offset - start, os.POSIX_FADV_DONTNEED)  # the disk begins now, not at the fsync
+    return total
 
 
-def _write_item(file: _File, item: Item, offsets: list[int], settings: QuantizeSettings, reader: Reader, parallel: Parallel) -> None:
-    if not item.rounded:
-        for portion in reader.copies(item.source):
-            file.put(offsets[0], portion)
-            offsets[0] += portion.nbytes
-        return
-    for block in reader.blocks(item.source, settings.granule_rows(item.source.name)):
-        check_finite(item.source.name, block.numbers)
-        for index, part in enumerate(_rounded(block, item, settings, parallel)):
-            file.put(offsets[index], part)
-            offsets[index] += part.nbytes
+def _write_items(file: _File, shard: Shard, settings: QuantizeSettings, reader: Reader, parallel: Parallel) -> None:
+    offsets = shard.offsets()
+    file.put([(0, shard.header)])
+    wanted = [(item.source, settings.granule_rows(item.source.name) if item.rounded else 0) for item in shard.items]
+    for index, numbers in reader.portions(wanted):
+        item = shard.items[index]
+        parts = _rounded(numbers, item, settings, parallel) if item.rounded else (numbers,)
+        named = list(zip((tensor.name for tensor in item.written), parts, strict=False))  # shapes follow at the end
+        file.put([(offsets[name], part) for name, part in named])
+        for name, part in named:
+            offsets[name] += part.nbytes
+        if not item.rounded:
+            file.wait()  # the memory of the portion is about to be read into
     if not settings.is_paper:
-        file.put(offsets[-1], torch.tensor(item.source.shape, dtype=torch.int64))
+        shapes = [(item.written[-1].name, item.source.shape) for item in shard.items if item.rounded]
+        file.put([(offsets[name], torch.tensor(shape, dtype=torch.int64)) for name, shape in shapes])
 
 
-def _rounded(block: Block, item: Item, settings: QuantizeSettings, parallel: Parallel) -> tuple[torch.Tensor, ...]:
+def _rounded(numbers: torch.Tensor, item: Item, settings: QuantizeSettings, parallel: Parallel) -> tuple[torch.Tensor, ...]:
     """Return the parts of the rounded rows, in the order of `Item.written`; each part is the next portion of its tensor."""
+    name = item.source.name
     if settings.is_paper:
-        return round_as_the_paper(block.numbers)
-    bits, dtype = settings.bits_of(item.source.name), scale_dtype(item.source.dtype)
-    return round_groups(block.numbers, bits=bits, group_size=settings.group_size, dtype=dtype, parallel=parallel)
+        numbers = numbers.float()
+        check_finite(name, numbers)
+        return round_as_the_paper(numbers)
+    bits, dtype = settings.bits_of(name), scale_dtype(item.source.dtype)
+    return round_groups(numbers, bits=bits, group_size=settings.group_size, dtype=dtype, name=name, parallel=parallel)

@@ -1,21 +1,23 @@
-"""The weights that are converted: their identity, their headers, and their numbers, read in blocks of rows ahead of their use."""
+"""The weights that are converted: their identity, their headers, and their numbers, read in portions ahead of their use."""
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from flexgen.base.parallel import Parallel
 from flexgen.base.quantities import MIB
 from flexgen.checkpoint.files import Headers
-from flexgen.checkpoint.sources import ParameterSource, read_bytes, whole
+from flexgen.checkpoint.sources import ParameterSource, read_into, whole
 from flexgen.checkpoint.stored import stored_headers
 from flexgen.errors import UnsupportedModelError
 from flexgen.formats.base import StoredTensor
@@ -23,10 +25,11 @@ from flexgen.formats.table import check_supported_number_format, refuse_quantiza
 from flexgen.hub.config import read_config
 from flexgen.hub.diagnose import other_quantization
 from flexgen.hub.model_files import ModelFiles, weight_files, weight_stamps
+from flexgen.quantize.rounding import ROUNDED_AS_STORED
 
-# Numbers of a block, in float32 16 MiB: of two blocks, of the bytes read for one, and of what one becomes, 64 MiB are in memory.
+# Numbers of a block, in float32 16 MiB: of two blocks, of the bytes read for one, and of what two become, 64 MiB are in memory.
 BLOCK_ELEMENTS = 4 * MIB
-_COPIED_BYTES = 16 * MIB
+_COPIED_BYTES = 8 * MIB
 
 
 def identity_of(files: ModelFiles) -> str:
@@ -104,75 +107,96 @@ def decoded_headers(headers: Headers, config: Any) -> Headers:
     return headers.decoded(stated_format(config), stored if isinstance(stored, torch.dtype) else torch.bfloat16)
 
 
-class Block:
-    """Rows of a tensor.
+class _Buffer:
+    """Memory that is read into again and again, so that the system does not have to clear new memory each time."""
 
-    Attributes:
-        start: The first row.
-        stop: The row after the last one.
-        numbers: The rows in float32.
-    """
+    def __init__(self) -> None:
+        self._bytes = torch.empty(0, dtype=torch.uint8)
 
-    __slots__ = ("numbers", "start", "stop")
+    def bytes(self, nbytes: int) -> torch.Tensor:
+        """Return the first bytes of the memory, which grows if it has to."""
+        if self._bytes.nbytes < nbytes:
+            self._bytes = torch.empty(0, dtype=torch.uint8)
+            self._bytes = torch.empty(nbytes, dtype=torch.uint8)
+        return self._bytes[:nbytes]
 
-    def __init__(self, start: int, stop: int, numbers: torch.Tensor) -> None:
-        self.start, self.stop, self.numbers = start, stop, numbers
+
+_Read = Callable[[_Buffer], torch.Tensor]
 
 
 class Reader:
-    """Reads tensors on a thread of its own, one block ahead of its use.  Closing it ends the thread.
+    """Reads tensors on a thread of its own, one portion ahead of its use.  Closing it ends the thread."""
 
-    Args:
-        parallel: Runs the loops of decoding.
-    """
-
-    def __init__(self, parallel: Parallel) -> None:
-        self._parallel = parallel
+    def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="flexgen-convert-read")
+        self._buffers = _Buffer(), _Buffer()
 
     def close(self) -> None:
         """End the thread."""
         self._thread.shutdown(cancel_futures=True)
 
-    def blocks(self, tensor: StoredTensor, granule_rows: int) -> Iterator[Block]:
-        """Yield the rows of a matrix in float32, in blocks that begin at multiples of `granule_rows`.
+    def portions(self, wanted: Iterable[tuple[StoredTensor, int]]) -> Iterator[tuple[int, torch.Tensor]]:
+        """Yield tensors in portions, one tensor after the other; a portion is good until the next one is asked for.
+
+        Args:
+            wanted: The tensors, each with what its portions are.  0: bytes to copy, as they are stored, or decoded if they are in a low-bit
+                format.  A number of rows: rows of a matrix that begin at a multiple of it, as they are stored, or in float32 if they
+                are in a low-bit format or in one that is not rounded as it is.
+
+        Yields:
+            The index of the tensor, and its next portion.
 
         Raises:
             CheckpointError: A file cannot be read.
         """
-        source = ParameterSource(name=tensor.name, shape=tensor.shape, dtype=tensor.dtype, pieces=whole(tensor))
-        rows = tensor.shape[0]
-        step = max(BLOCK_ELEMENTS // max(tensor.shape[1], 1) // granule_rows, 1) * granule_rows if source.sliceable else rows
-        ahead = None
-        for start in range(0, rows, step):
-            following = self._thread.submit(_rows, source, start, min(start + step, rows))
+        reads = (
+            (index, read)
+            for index, (tensor, granule_rows) in enumerate(wanted)
+            for read in (_reads_of_rows(tensor, granule_rows) if granule_rows else _reads_of_bytes(tensor))
+        )
+        ahead: tuple[int, Future[torch.Tensor]] | None = None
+        for (index, read), buffer in zip(reads, itertools.cycle(self._buffers), strict=False):
+            following = index, self._thread.submit(read, buffer)
             if ahead is not None:
-                yield ahead.result()
+                yield ahead[0], ahead[1].result()
             ahead = following
         if ahead is not None:
-            yield ahead.result()
-
-    def copies(self, tensor: StoredTensor) -> Iterator[torch.Tensor]:
-        """Yield the bytes of a tensor as they are stored, or decoded if it is in a low-bit format, in portions.
-
-        Raises:
-            CheckpointError: A file cannot be read.
-        """
-        if tensor.encoding is None:
-            for start in range(0, tensor.nbytes, _COPIED_BYTES):
-                yield read_bytes(tensor.path, tensor.offset + start, min(_COPIED_BYTES, tensor.nbytes - start))
-            return
-        source = ParameterSource(name=tensor.name, shape=tensor.shape, dtype=tensor.dtype, pieces=whole(tensor))
-        rows = tensor.shape[0]
-        step = max(BLOCK_ELEMENTS // max(math.prod(tensor.shape[1:]), 1), 1) if source.sliceable else rows
-        for start in range(0, rows, step):
-            part = source.rows(start, min(start + step, rows)) if source.sliceable else source
-            out = torch.empty(part.shape, dtype=tensor.dtype)
-            part.read(out)
-            yield out.view(-1).view(torch.uint8)
+            yield ahead[0], ahead[1].result()
 
 
-def _rows(source: ParameterSource, start: int, stop: int) -> Block:
-    numbers = torch.empty(stop - start, *source.shape[1:], dtype=torch.float32)
-    (source.rows(start, stop) if source.sliceable else source).read(numbers)
-    return Block(start, stop, numbers)
+def _reads_of_rows(tensor: StoredTensor, granule_rows: int) -> Iterator[_Read]:
+    as_stored = tensor.encoding is None and tensor.dtype in ROUNDED_AS_STORED
+    return _reads_of_blocks(tensor, granule_rows, tensor.dtype if as_stored else torch.float32)
+
+
+def _reads_of_bytes(tensor: StoredTensor) -> Iterator[_Read]:
+    if tensor.encoding is not None:
+        for read in _reads_of_blocks(tensor, 1, tensor.dtype):
+            yield lambda buffer, read=read: read(buffer).view(-1).view(torch.uint8)
+        return
+    for start in range(0, tensor.nbytes, _COPIED_BYTES):
+        yield partial(_read_range, tensor.path, tensor.offset + start, min(_COPIED_BYTES, tensor.nbytes - start))
+
+
+def _reads_of_blocks(tensor: StoredTensor, granule_rows: int, dtype: torch.dtype) -> Iterator[_Read]:
+    source = ParameterSource(name=tensor.name, shape=tensor.shape, dtype=tensor.dtype, pieces=whole(tensor))
+    rows = tensor.shape[0]
+    step = max(BLOCK_ELEMENTS // max(math.prod(tensor.shape[1:]), 1) // granule_rows, 1) * granule_rows if source.sliceable else rows
+    for start in range(0, rows, max(step, 1)):
+        yield partial(_read_source, source.rows(start, min(start + step, rows)) if source.sliceable else source, dtype)
+
+
+def _read_source(source: ParameterSource, dtype: torch.dtype, buffer: _Buffer) -> torch.Tensor:
+    data = buffer.bytes(math.prod(source.shape) * dtype.itemsize)
+    numbers = data.view(dtype).view(source.shape)
+    if source.is_view and source.dtype == dtype:
+        read_into(data, source.ranges[0].path, source.ranges[0].offset)
+    else:
+        source.read(numbers)
+    return numbers
+
+
+def _read_range(path: Path, offset: int, nbytes: int, buffer: _Buffer) -> torch.Tensor:
+    data = buffer.bytes(nbytes)
+    read_into(data, path, offset)
+    return data

@@ -22,8 +22,8 @@ from flexgen.plan.tell.forecast import Plan, forecast_again, make_plan
 WEIGHT_BYTES = {"int8": 1.05, "int4": 0.59}
 # Format of KV -> about the bytes of a number, scales included.
 KV_BYTES = {"int8": 8.5 / 8, "k8v4": 6.75 / 8, "int4": 5 / 8}
-# Weights that a core rounds in a second: 211 million were measured without reading and writing (docs/log.md).
-ROUNDED_PER_CORE_SECOND = 150e6
+# Weights that a core rounds in a second, with what a conversion computes besides, without reading and writing (docs/log.md).
+ROUNDED_PER_CORE_SECOND = 400e6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
