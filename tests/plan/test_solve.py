@@ -13,7 +13,7 @@ from flexgen.plan.policy import Fractions
 from flexgen.plan.price.memory import activation_bytes, footprint, scratch_bytes
 from flexgen.plan.price.pass_time import Expectation
 from flexgen.plan.price.requests import JobSizes
-from flexgen.plan.price.work import unit_homes
+from flexgen.plan.price.weights import unit_homes
 from flexgen.plan.search.solve import solve, space_of
 from flexgen.plan.workload import Workload
 

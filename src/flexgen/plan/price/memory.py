@@ -20,7 +20,8 @@ from flexgen.plan.policy import (
     Policy,
 )
 from flexgen.plan.price.requests import JobSizes
-from flexgen.plan.price.work import PassWork, needs_decode, unit_homes, weight_bytes, weights_work
+from flexgen.plan.price.weights import needs_decode, unit_homes, weight_bytes, weights_work
+from flexgen.plan.price.work import PassWork
 
 # Kept free in addition to all that is accounted for: thread stacks, text, code loaded later, fragments of freed memory.
 ALLOWANCE_BYTES = 48 * MIB

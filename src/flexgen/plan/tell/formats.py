@@ -13,7 +13,7 @@ from flexgen.plan.formats import MARGIN, FormatChoice, FormatPrice, Formats, bes
 from flexgen.plan.machine import Machine, int8_name
 from flexgen.plan.model import KVGroupSpec, ModelSpec, UnitSpec
 from flexgen.plan.price.pass_time import Expectation
-from flexgen.plan.price.work import num_weights
+from flexgen.plan.price.weights import num_weights
 from flexgen.plan.search.optimise import Search
 from flexgen.plan.search.space import Space
 from flexgen.plan.tell.forecast import Plan, forecast_again, make_plan
