@@ -7,6 +7,7 @@ import os
 import shutil
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -114,7 +115,7 @@ def test_what_is_not_complete_is_listed_as_such(tmp_path: Path, source: ModelFil
 
 def test_settings_in_words_tell_conversions_apart() -> None:
     """A job knows converted weights by them."""
-    asked = (
+    asked: tuple[dict[str, Any], ...] = (
         {},
         {"eight_bits": ("*.down_proj.*",)},
         {"keep": ("*.down_proj.*",)},

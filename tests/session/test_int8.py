@@ -62,7 +62,7 @@ def test_a_machine_without_rates_is_measured_again(novels_opt: Path) -> None:
 
 @pytest.mark.parametrize("allowed", [{}, {"allow_formats": "int4,k8v4"}], ids=["formats as they are", "formats to choose"])
 def test_a_processor_whose_products_are_not_exact_is_refused_by_the_plan(
-    novels_opt: Path, allowed: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    novels_opt: Path, allowed: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """So that no weights are converted for a run that would be refused afterwards."""
     exact = products._product
