@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from flexgen.checkpoint.files import Checkpoint
-from flexgen.checkpoint.sources import ParameterSource, whole
+from flexgen.checkpoint.pieces import whole
+from flexgen.checkpoint.sources import ParameterSource
 from flexgen.errors import CheckpointError, UnsupportedModelError
 from flexgen.formats.base import NamedTensor
 from flexgen.formats.table import stated_format

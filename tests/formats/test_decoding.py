@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import save_file
 
 from flexgen.checkpoint.files import Checkpoint
-from flexgen.checkpoint.sources import ParameterSource, whole
+from flexgen.checkpoint.pieces import whole
+from flexgen.checkpoint.sources import ParameterSource
 from flexgen.devices.sim import SimulatedDevice
 from flexgen.errors import EngineError
 from flexgen.formats.base import (

@@ -14,7 +14,8 @@ from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from flexgen.checkpoint.files import Checkpoint, Headers
-from flexgen.checkpoint.sources import ParameterSource, read_bytes, whole
+from flexgen.checkpoint.pieces import whole
+from flexgen.checkpoint.sources import ParameterSource, read_bytes
 from flexgen.devices.sim_tensor import register
 from flexgen.errors import CheckpointError, ModelError, UnsupportedModelError
 from flexgen.formats.base import NumberFormat

@@ -11,8 +11,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from flexgen.checkpoint.files import Checkpoint
+from flexgen.checkpoint.pieces import whole
 from flexgen.checkpoint.repository import RepositoryTensors
-from flexgen.checkpoint.sources import ParameterSource, whole
+from flexgen.checkpoint.sources import ParameterSource
 from flexgen.errors import CheckpointError, UnsupportedModelError
 from flexgen.formats.table import stated_format
 from flexgen.models.describe import describe_config, describe_headers

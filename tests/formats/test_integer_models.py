@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfi
 
 from flexgen.checkpoint.dummy import write_random_checkpoint
 from flexgen.checkpoint.files import Checkpoint
-from flexgen.checkpoint.sources import ParameterSource, whole
+from flexgen.checkpoint.pieces import whole
+from flexgen.checkpoint.sources import ParameterSource
 from flexgen.formats.table import stated_format
 from flexgen.plan.policy import Fractions
 from tests.formats.encoded import with_quantization, write_model

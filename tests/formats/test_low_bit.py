@@ -10,8 +10,8 @@ import torch
 from transformers import PreTrainedConfig
 
 from flexgen.checkpoint.files import Headers
+from flexgen.checkpoint.pieces import Piece, whole
 from flexgen.checkpoint.repository import headers_of, meta_model, saved_tensors, sharded
-from flexgen.checkpoint.sources import Piece, whole
 from flexgen.errors import CheckpointError, UnsupportedModelError
 from flexgen.formats.base import NamedTensor, NumberFormat, StoredTensor
 from flexgen.formats.table import FORMATS as ALL_FORMATS

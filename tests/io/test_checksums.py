@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from flexgen.checkpoint.sources import ParameterSource, whole
+from flexgen.checkpoint.pieces import whole
+from flexgen.checkpoint.sources import ParameterSource
 from flexgen.errors import StorageError
 from flexgen.formats.base import StoredTensor
 from flexgen.io.aligned import AlignedBuffer

@@ -91,6 +91,23 @@ def test_products_are_those_of_exact_sums(dtype: torch.dtype, shape: tuple[int, 
 
 
 @pytest.mark.usefixtures("exact")
+@pytest.mark.parametrize("dtype", DTYPES, ids=IDS)
+def test_outputs_are_as_near_to_exact_ones_as_half_a_step_of_each_number_allows(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, weight = ((torch.randn(rows, 150, generator=generator) * torch.logspace(-1, 1, rows)[:, None]).to(dtype) for rows in (20, 40))
+    out = torch.zeros(20, 40, dtype=dtype)
+    Int8Products().write(x, rounded(weight), None, out)
+    x, weight = x.double(), weight.double()
+    steps, weight_steps = (each.abs().amax(1, keepdim=True) / 127 for each in (x, weight))
+    # (x + a)(w + b) - xw = aw + xb + ab, where |a| and |b| are at most half a step
+    most = (steps @ weight.abs().sum(1)[None] + x.abs().sum(1)[:, None] @ weight_steps.T + 75 * steps @ weight_steps.T) / 2
+    exact = x @ weight.T
+    arithmetic = 1e-3 * most + torch.finfo(dtype).eps * (exact.abs() + most)  # in float32, and rounded once to the dtype
+    assert (out - exact).abs().le(most + arithmetic).all()
+    assert (out - exact).abs().max() > 0
+
+
+@pytest.mark.usefixtures("exact")
 def test_results_do_not_depend_on_how_rows_and_columns_are_divided(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight, bias = random(60, 96, torch.bfloat16), random(200, 96, torch.bfloat16, 1), torch.randn(200).to(torch.bfloat16)
     whole = torch.zeros(60, 200, dtype=torch.bfloat16)

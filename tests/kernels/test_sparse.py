@@ -21,7 +21,8 @@ from flexgen.kernels.attention import warm_up_sparse
 from flexgen.kernels.cpu import CpuKernels
 from flexgen.kernels.cpu.choose import threshold
 from flexgen.kernels.reference import AttentionKernels
-from flexgen.kernels.sparse import chosen
+from flexgen.kernels.sparse import chosen, row_blocks
+from flexgen.plan.policy import SPARSE_SCORES_BYTES
 from tests.kernels import test_attention as plain
 from tests.kernels import test_sealed as sealed
 
@@ -259,6 +260,16 @@ class TestSealed:
                 stored.tables, stored.tails, torch.tensor([0]), torch.tensor([330]), kept, scaling=0.1, out=torch.empty(1, 1, 64),
             )  # fmt: skip
         assert 330 - 10 - 10 - 16 <= unread <= 330 - 10
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1000, 32, 4096), (7, 32, 1 << 20), (0, 4, 10)], ids=str)
+def test_scores_that_are_held_are_bounded(shape: tuple[int, int, int]) -> None:
+    """By a number of bytes, or by those of one query."""
+    num_queries, heads, positions = shape
+    blocks = list(row_blocks(num_queries, heads, positions))
+    assert [row for some in blocks for row in range(some.start, some.stop)] == list(range(num_queries))
+    most = max(SPARSE_SCORES_BYTES, 4 * heads * positions)
+    assert all(4 * (some.stop - some.start) * heads * positions <= most for some in blocks)
 
 
 def test_kernels_are_warmed_up() -> None:

@@ -1,6 +1,7 @@
 """Whole models whose linear layers are computed in int8, against transformers with the same rounding, at every home.
 
-Everything else is computed in float64: rounding in float32 now and then lands on the other side of the border between two codes.
+Everything else is computed in float64, the softmax of the reference included, which eager attention takes in float32.  A difference in the
+last digits of float32 now and then lands on the other side of the border between two codes, which is a step of one code then.
 """
 
 from __future__ import annotations
@@ -26,11 +27,12 @@ from tests.kernels.test_int8 import plainly_rounded
 from tests.models.parity import Answers, answered, build, generated, in_float64, policy, requests_for, save
 from tests.models.tiny_configs import tiny_config
 
-# Biases; gates; experts beside linear layers; latents, whose second projection is read by attention; a fused projection.
-MODELS = ("opt", "llama", "qwen3_moe", "deepseek_v3", "gpt_neox")
+# Biases; gates; experts beside linear layers; latents, whose second projection is read by attention; fused projections; and fused gates.
+MODELS = ("opt", "llama", "qwen3_moe", "deepseek_v3", "gpt_neox", "phi3")
 OVERRIDES: dict[str, dict[str, object]] = {"deepseek_v3": {"first_k_dense_replace": 4}}  # its router computes in float32
 NOT_ROUNDED = "kv_b_proj"
 NUM_TOKENS = 4
+NEAR = 1e-6  # logits below 16 are rounded to float32
 SMALL_UNITS, LARGE_UNITS = 6_000, 4 << 20
 
 
@@ -80,9 +82,16 @@ def rounded_linear(weight: torch.Tensor, scales: torch.Tensor, bias: torch.Tenso
     return out.to(x.dtype).view(*x.shape[:-1], -1)
 
 
+def wholly_in_float64(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy whose attention takes its softmax in float64, too."""
+    copied: Any = in_float64(model)
+    copied.set_attn_implementation("sdpa")
+    return copied
+
+
 def with_rounding(model: PreTrainedModel) -> PreTrainedModel:
     """A copy in float64 whose linear layers round as int8 does."""
-    copied = in_float64(model)
+    copied = wholly_in_float64(model)
     for name, module in copied.named_modules():
         if type(module) is nn.Linear and is_linear_of_layer(name) and not name.endswith(NOT_ROUNDED):
             module.forward = partial(rounded_linear, *plainly_rounded(module.weight.detach()), module.bias)
@@ -96,13 +105,13 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     model = build(tiny_config(name, **OVERRIDES.get(name, {})))
     save(model, folder)
     requests = [dataclasses.replace(each, max_tokens=NUM_TOKENS) for each in requests_for(model.config.get_text_config().vocab_size)]
-    return Case(name, folder, requests, generated(in_float64(model), requests), generated(with_rounding(model), requests))
+    return Case(name, folder, requests, generated(wholly_in_float64(model), requests), generated(with_rounding(model), requests))
 
 
 def assert_same(got: Answers, wanted: Answers) -> None:
     assert got.tokens == wanted.tokens
     for index, logits in wanted.logits.items():
-        torch.testing.assert_close(got.logits[index], logits, rtol=0, atol=1e-5, check_dtype=False)  # these are float32
+        torch.testing.assert_close(got.logits[index], logits, rtol=0, atol=NEAR, check_dtype=False)
 
 
 @pytest.mark.matrix(6, always=["llama-disk", "opt-both"])
@@ -116,11 +125,10 @@ def test_how_layers_are_cut_does_not_change_answers(case: Case, monkeypatch: pyt
     assert_same(answered(case.assembled(LARGE_UNITS), WHOLE, case.requests, monkeypatch), case.rounded)
 
 
-def test_answers_are_near_those_of_the_exact_model(case: Case) -> None:
-    """And not equal to them: each row of weights and of inputs is off by a third of a hundredth of its largest number."""
+def test_rounding_is_seen_in_every_answer(case: Case) -> None:
+    """So that equality with the reference says something; how far outputs may be from exact ones, tests/kernels/test_int8.py says."""
     for index, logits in case.exact.logits.items():
-        off = (case.rounded.logits[index][0] - logits[0]).std() / logits[0].std()  # of the first token, which follows the same prompt
-        assert 0 < off < 0.3  # 1.4 for logits that have nothing in common
+        assert (case.rounded.logits[index][0] - logits[0]).abs().max() > 100 * NEAR  # of the first token, which follows the same prompt
 
 
 def test_the_plan_knows_what_is_computed_in_int8(case: Case) -> None:

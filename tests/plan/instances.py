@@ -11,7 +11,7 @@ from flexgen.base.quantities import GIB, MIB
 from flexgen.options import EngineOptions
 from flexgen.plan.machine import Limits, Machine, Overheads
 from flexgen.plan.model import KVGroupSpec, ModelSpec, UnitSpec
-from flexgen.plan.price.work import memory_bytes
+from flexgen.plan.price.weights import memory_bytes
 from flexgen.plan.search.space import Space
 from flexgen.plan.workload import Workload
 

@@ -105,15 +105,29 @@ def test_a_conversion_reads_rounds_and_writes() -> None:
     assert conversion_seconds(own, four, machine_of(disk_read=1e9, disk_write=0.5e9, cores=20)) < seconds
 
 
+def test_a_conversion_takes_as_long_whatever_products_are_computed_in() -> None:
+    own, machine = catalogue_spec("opt-125m"), machine_of()
+    in_int8 = tuple(
+        unit if unit.head else dataclasses.replace(unit, decoded_bytes=unit.decoded_bytes // 2, int8_flops_per_token=unit.flops_per_token)
+        for unit in own.units
+    )
+    assert own.dtype == "float16"
+    seconds = (conversion_seconds(dataclasses.replace(own, units=units), own, machine) for units in (own.units, in_int8))
+    assert next(seconds) == pytest.approx(next(seconds), rel=0.01)
+
+
 def test_estimates_are_near_what_formats_store() -> None:
     import torch
 
     from flexgen.session.shipped import described
 
     own = catalogue_spec("opt-125m")
+    sparse = described("opt-125m", torch.float16, sparse=0.1)
     for name in ("int8", "k8v4", "int4"):
-        exact = described("opt-125m", torch.float16, kv=name)
-        about = in_kv_format(own, name)
+        exact = described("opt-125m", torch.float16, kv=name, sparse=0.1)
+        about = in_kv_format(sparse, name)
+        values = (each.kv_groups[0].value_bytes_per_token for each in (about, exact))
+        assert next(values) == pytest.approx(next(values), rel=0.02)
         assert about.kv_bytes_per_token == pytest.approx(exact.kv_bytes_per_token, rel=0.02)
         assert (about.tail_bytes_per_token, about.kv_format) == (exact.tail_bytes_per_token, exact.kv_format)
     for name in ("int8", "int4"):

@@ -13,7 +13,7 @@ from plan.test_space import random_points
 from flexgen.base.quantities import GIB
 from flexgen.plan.play.simulate import simulate
 from flexgen.plan.policy import Fractions
-from flexgen.plan.price.work import unit_homes
+from flexgen.plan.price.weights import unit_homes
 from flexgen.plan.search.evaluate import Bounds
 from flexgen.plan.search.ideal import Budgets, budgets_of, least_ideal_seconds
 from flexgen.plan.search.optimise import Search

@@ -11,7 +11,8 @@ from flexgen.base.quantities import GIB
 from flexgen.plan.model import KVGroupSpec
 from flexgen.plan.play.simulate import simulate
 from flexgen.plan.policy import Fractions
-from flexgen.plan.price.work import PassLoad, PassWork, price, unit_homes, weights_work
+from flexgen.plan.price.weights import unit_homes, weights_work
+from flexgen.plan.price.work import PassLoad, PassWork, price
 from flexgen.plan.workload import Workload
 
 TOKEN = 30  # KV bytes of a token of the small model

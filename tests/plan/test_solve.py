@@ -13,7 +13,7 @@ from flexgen.plan.policy import Fractions
 from flexgen.plan.price.memory import activation_bytes, footprint, scratch_bytes
 from flexgen.plan.price.pass_time import Expectation
 from flexgen.plan.price.requests import JobSizes
-from flexgen.plan.price.work import unit_homes
+from flexgen.plan.price.weights import unit_homes
 from flexgen.plan.search.solve import solve, space_of
 from flexgen.plan.workload import Workload
 
@@ -233,6 +233,15 @@ def test_budgets_are_never_exceeded(plan, llama_3b, make_limits, process_bytes, 
     assert played.num_refused < len(job)
     for tier, held in played.kv_bytes.items():
         assert held.max(initial=0) <= getattr(policy, f"kv_{tier}_bytes")
+
+
+def test_sparse_attention_needs_memory_to_compute_generated_tokens_again(llama_3b, plan):
+    """Keys and values of a layer in one piece and in float32, values twice, beside the scores."""
+    job, sparse = Workload(prompt_lens=(4000,) * 4, output_lens=(50,) * 4), dataclasses.replace(llama_3b, sparse_attention=0.1)
+    policy = plan(job)
+    dense, more = (activation_bytes(spec, JobSizes(spec, job, policy.page_tokens), policy) for spec in (llama_3b, sparse))
+    layer = 4050 * 4096  # keys and values in bfloat16
+    assert more - dense >= layer + 3 * layer
 
 
 def scoring_bytes(spec, policy, **job):

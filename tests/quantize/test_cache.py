@@ -7,6 +7,7 @@ import os
 import shutil
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -110,3 +111,16 @@ def test_what_is_not_complete_is_listed_as_such(tmp_path: Path, source: ModelFil
     (folder / "flexgen-conversion.json").write_text("{")
     assert {entry.name: entry.state[:12] for entry in entries(tmp_path)} == {"empty": "not complete", folder.name: str(folder)[:12]}
     assert entries(tmp_path / "none") == []
+
+
+def test_settings_in_words_tell_conversions_apart() -> None:
+    """A job knows converted weights by them."""
+    asked: tuple[dict[str, Any], ...] = (
+        {},
+        {"eight_bits": ("*.down_proj.*",)},
+        {"keep": ("*.down_proj.*",)},
+        {"quantize_head": True},
+        {"group_size": 64},
+        {"weight_format": "int8"},
+    )
+    assert len({QuantizeSettings(**each).words for each in asked}) == len(asked)

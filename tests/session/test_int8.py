@@ -11,6 +11,7 @@ from machines import machine_of
 from flexgen import LLM, OptionError, SamplingParams
 from flexgen.kernels.int8 import products
 from flexgen.kernels.int8.products import check_exact
+from flexgen.plan.workload import Workload
 from flexgen.session import prepare
 
 PROMPTS = ["It was a dark night", "The man who"]
@@ -59,11 +60,15 @@ def test_a_machine_without_rates_is_measured_again(novels_opt: Path) -> None:
         llm.generate(PROMPTS, GREEDY)
 
 
-def test_a_processor_whose_products_are_not_exact_is_refused(novels_opt: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("allowed", [{}, {"allow_formats": "int4,k8v4"}], ids=["formats as they are", "formats to choose"])
+def test_a_processor_whose_products_are_not_exact_is_refused_by_the_plan(
+    novels_opt: Path, allowed: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that no weights are converted for a run that would be refused afterwards."""
     exact = products._product
     monkeypatch.setattr(products, "_product", lambda one, other: exact(one, other).clamp(max=2**20))
     with (
-        LLM(novels_opt, dtype="float32", device="cpu", cpu_compute="int8", **PINS) as llm,
+        LLM(novels_opt, dtype="float32", device="cpu", cpu_compute="int8", **PINS, **allowed) as llm,
         pytest.raises(OptionError, match="are not exact"),
     ):
-        llm.generate(PROMPTS, GREEDY)
+        llm.model.plan(Workload(prompt_lens=(8,), output_lens=(4,)))

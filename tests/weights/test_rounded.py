@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 
 from flexgen.base.parallel import Parallel, serially
 from flexgen.checkpoint.files import Checkpoint
-from flexgen.checkpoint.sources import ParameterSource, Piece, read_bytes, whole
+from flexgen.checkpoint.pieces import Piece, whole
+from flexgen.checkpoint.sources import ParameterSource, read_bytes
 from flexgen.formats.base import Encoding, EncodingPart, NumberFormat, StoredTensor
 from flexgen.kernels.int8.products import RoundedRows, round_rows, rounded_bytes
 from flexgen.weights import rounded as module

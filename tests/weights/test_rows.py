@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from flexgen.base.parallel import Parallel, serially
-from flexgen.checkpoint.sources import ParameterSource, whole
+from flexgen.checkpoint.pieces import whole
+from flexgen.checkpoint.sources import ParameterSource
 from flexgen.devices.sim import SimulatedDevice
 from flexgen.formats.base import Encoding, EncodingPart, NumberFormat, StoredTensor
 from flexgen.weights.rows import EmbeddingRows, RowTable

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from flexgen.checkpoint.sources import Piece, put, whole
+from flexgen.checkpoint.pieces import Piece, put, whole
 from flexgen.formats.base import StoredTensor
 
 _aten = torch.ops.aten

@@ -22,7 +22,8 @@ from transformers import PreTrainedModel
 from flexgen.checkpoint.conversion import Traced, Untraceable
 from flexgen.checkpoint.files import Headers
 from flexgen.checkpoint.gguf_arrays import MovedArray
-from flexgen.checkpoint.sources import ParameterSource, put, whole
+from flexgen.checkpoint.pieces import put, whole
+from flexgen.checkpoint.sources import ParameterSource
 from flexgen.errors import CheckpointError, UnsupportedModelError
 from flexgen.formats.base import Encoding, EncodingPart, NumberFormat, StoredTensor
 from flexgen.formats.gguf import blocks_of

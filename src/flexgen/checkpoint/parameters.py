@@ -23,7 +23,8 @@ from transformers.pytorch_utils import Conv1D
 from flexgen.checkpoint.conversion import Traced, Untraceable
 from flexgen.checkpoint.files import Headers
 from flexgen.checkpoint.gguf import gguf_sources
-from flexgen.checkpoint.sources import ParameterSource, read_bytes, whole
+from flexgen.checkpoint.pieces import whole
+from flexgen.checkpoint.sources import ParameterSource, read_bytes
 from flexgen.errors import CheckpointError, UnsupportedModelError
 from flexgen.formats.base import StoredTensor
 from flexgen.hub.diagnose import some

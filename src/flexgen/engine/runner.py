@@ -30,7 +30,7 @@ from flexgen.models.scoring import Scores
 from flexgen.options import WEIGHT_HOMES
 from flexgen.passes.plan import PassPlan
 from flexgen.plan.policy import Policy
-from flexgen.plan.price.work import unit_homes
+from flexgen.plan.price.weights import unit_homes
 from flexgen.weights.rows import EmbeddingRows
 from flexgen.weights.store import WeightStore
 

@@ -10,13 +10,14 @@ ones alone (Sheng et al. 2023, arXiv:2303.06865, section 5).  The letters of sha
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from flexgen.kernels.codes import SealedPages
 from flexgen.kernels.pages import gather_kv, seen_sealed
-
-BLOCK_BYTES = 4 << 20  # of the scores that are held at a time; sorting them takes some ten times as much
+from flexgen.plan.policy import SPARSE_SCORES_BYTES
 
 
 def chosen(products: Tensor, visible: Tensor, own: Tensor, kept: Tensor) -> Tensor:
@@ -34,6 +35,13 @@ def chosen(products: Tensor, visible: Tensor, own: Tensor, kept: Tensor) -> Tens
     return ((ranks < kept[:, None]) & visible) | own
 
 
+def row_blocks(num_queries: int, num_heads: int, num_positions: int) -> Iterator[slice]:
+    """Yield ranges of queries that `attend_chosen` can take at a time, whose scores take SPARSE_SCORES_BYTES or are those of one query."""
+    rows = max(1, SPARSE_SCORES_BYTES // max(num_heads * num_positions * 4, 1))
+    for first in range(0, num_queries, rows):
+        yield slice(first, min(first + rows, num_queries))
+
+
 def attend_chosen(
     query: Tensor,
     key: Tensor,
@@ -49,7 +57,7 @@ def attend_chosen(
     """Return the sparse attention, (T, H, Dv) in the dtype of the query, of T queries over N positions in ascending order.
 
     Args:
-        query: (T, H, Dk).
+        query: (T, H, Dk), of a range that `row_blocks` yields: some ten tensors of the size of their scores are held.
         key: (N, K, Dk).
         value: (N, K, Dv).  What no head of a key head keeps has no influence, whatever it is.
         visible: As for `chosen`.
@@ -59,16 +67,6 @@ def attend_chosen(
         softcap: As for `decode_attention`.
         sinks: As for `decode_attention`.
     """
-    rows = max(1, BLOCK_BYTES // max(query.shape[1] * key.shape[0] * 4, 1))
-    blocks = [slice(first, first + rows) for first in range(0, query.shape[0], rows)]
-    parts = [_attend(query[some], key, value, visible[some], own[some], kept[some], scaling, softcap, sinks) for some in blocks]
-    return torch.cat(parts)
-
-
-def _attend(
-    query: Tensor, key: Tensor, value: Tensor, visible: Tensor, own: Tensor, kept: Tensor,
-    scaling: float, softcap: float | None, sinks: Tensor | None,
-) -> Tensor:  # fmt: skip
     dtype = torch.promote_types(query.dtype, torch.float32)
     (num_queries, num_heads, key_dim), kv_heads = query.shape, key.shape[1]
     grouped = query.to(dtype).view(num_queries, kv_heads, num_heads // kv_heads, key_dim)

@@ -84,10 +84,6 @@ class KVGroup:
         """Return the index of the first page that a query at `position` attends to."""
         return self.geometry.first_visible(position) // self.page_tokens
 
-    def pages_held(self, length: int) -> int:
-        """Return the number of pages of a live sequence that has stored `length` tokens."""
-        return self.num_pages(length) - self.first_page(length)
-
     def most_pages_held(self, length: int) -> int:
         """Return the most pages that a sequence holds until it has `length` tokens; windows and chunks may begin within a page."""
         pages, reach = self.num_pages(length), self.geometry.reach

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from flexgen.kernels.reference import AttentionKernels
-from flexgen.kernels.sparse import attend_chosen
+from flexgen.kernels.sparse import attend_chosen, row_blocks
 from flexgen.kv.format import KVPages
 from flexgen.kv.low_bit import LowBitPages
 from flexgen.kv.pages import KVGroup, with_tail
@@ -163,18 +163,19 @@ def _attend_sparse(
     call: AttentionCall, query: torch.Tensor, stored: KeyValue, exact: KeyValue, prompt: SealedPrompt, sparse: SparseRows, out: torch.Tensor
 ) -> None:
     """Write the attention of the last tokens of a prompt slice, which keep a part of what they see; the page of each is its own exactly."""
-    as_stored = torch.arange(stored[0].shape[0], device=query.device)
-    exactly = torch.arange(prompt.page_start, prompt.page_start + exact[0].shape[0], device=query.device)
-    starts, places = prompt.starts[sparse.num_dense :, None], exactly[exact[0].shape[0] - query.shape[0] :, None]
-    borders = sparse.borders[:, None]
-    earlier = (starts <= as_stored) & (as_stored < borders)
-    own = (starts <= exactly) & (borders <= exactly) & (exactly <= places)
+    num_queries, num_stored, num_exact = query.shape[0], stored[0].shape[0], exact[0].shape[0]
+    as_stored = torch.arange(num_stored, device=query.device)
+    exactly = torch.arange(prompt.page_start, prompt.page_start + num_exact, device=query.device)
     keys, values = torch.cat([stored[0], exact[0]]), torch.cat([stored[1], exact[1]])
-    found = attend_chosen(
-        query, keys, values, torch.cat([earlier, own], dim=1), torch.cat([torch.zeros_like(earlier), own], dim=1), sparse.kept,
-        scaling=call.scaling, softcap=call.softcap, sinks=call.sinks,
-    )  # fmt: skip
-    out.copy_(found)
+    first_visible, borders = prompt.starts[sparse.num_dense :, None], sparse.borders[:, None]
+    for some in row_blocks(num_queries, query.shape[1], num_stored + num_exact):
+        starts, border, places = first_visible[some], borders[some], exactly[num_exact - num_queries :][some, None]
+        earlier = (starts <= as_stored) & (as_stored < border)
+        own = (starts <= exactly) & (border <= exactly) & (exactly <= places)
+        out[some] = attend_chosen(
+            query[some], keys, values, torch.cat([earlier, own], dim=1), torch.cat([torch.zeros_like(earlier), own], dim=1),
+            sparse.kept[some], scaling=call.scaling, softcap=call.softcap, sinks=call.sinks,
+        )  # fmt: skip
 
 
 def _joined(one: KeyValue | None, other: KeyValue) -> KeyValue:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from flexgen.kernels.reference import AttentionKernels
-from flexgen.kernels.sparse import attend_chosen
+from flexgen.kernels.sparse import attend_chosen, row_blocks
 from flexgen.kv.format import KVPages, Steps
 from flexgen.kv.sparse import SparseAttention
 from flexgen.passes.calls import AttentionCall, KeyValue, LatentProjection
@@ -187,11 +187,15 @@ def _attend_sparse(
     out: torch.Tensor,
 ) -> None:  # fmt: skip
     """Write the attention of the last tokens of a prompt slice, which keep a part of what they see."""
-    positions = torch.arange(key.shape[0], device=key.device)
-    places = positions[key.shape[0] - query.shape[0] :, None]
-    visible = (starts[:, None] <= positions) & (positions <= places)
-    own = visible & (sparse.borders[:, None] <= positions)
-    out.copy_(attend_chosen(query, key, value, visible, own, sparse.kept, scaling=call.scaling, softcap=call.softcap, sinks=call.sinks))
+    num_queries, num_heads, num_positions = query.shape[0], query.shape[1], key.shape[0]
+    positions = torch.arange(num_positions, device=key.device)
+    for some in row_blocks(num_queries, num_heads, num_positions):
+        places = positions[num_positions - num_queries :][some, None]
+        visible = (starts[some, None] <= positions) & (positions <= places)
+        own = visible & (sparse.borders[some, None] <= positions)
+        out[some] = attend_chosen(
+            query[some], key, value, visible, own, sparse.kept[some], scaling=call.scaling, softcap=call.softcap, sinks=call.sinks
+        )
 
 
 def step_queries(call: AttentionCall, steps: int) -> torch.Tensor:

@@ -74,8 +74,8 @@ def describe_config(
         name: The name of the repository.
         kv_format: The format of keys and values; None for `default_kv_format`.
         cpu_compute: How linear layers are computed, as in EngineOptions.
-        shard_bytes: The size of the files.
         sparse_attention: The share of positions that generated tokens keep; None for all.
+        shard_bytes: The size of the files.
 
     Raises:
         UnsupportedModelError: The architecture or the number format is not supported.

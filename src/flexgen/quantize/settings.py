@@ -74,8 +74,10 @@ class QuantizeSettings:
     @property
     def words(self) -> str:
         """All settings in words."""
+        head = ", the head too" if self.quantize_head else ""
+        eight_bits = f", {', '.join(self.eight_bits)} in 8 bits" if self.eight_bits else ""
         kept = f", {', '.join(self.keep)} kept" if self.keep else ""
-        return f"{self.weight_format}, groups of {self.group_size}{', the head too' if self.quantize_head else ''}{kept}"
+        return f"{self.weight_format}, groups of {self.group_size}{head}{eight_bits}{kept}"
 
     def keeps(self, name: str) -> bool:
         """Return whether a pattern says that the tensor of this name stays as it is."""

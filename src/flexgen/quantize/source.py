@@ -17,7 +17,8 @@ import torch
 
 from flexgen.base.quantities import MIB
 from flexgen.checkpoint.files import Headers
-from flexgen.checkpoint.sources import ParameterSource, read_into, whole
+from flexgen.checkpoint.pieces import whole
+from flexgen.checkpoint.sources import ParameterSource, read_into
 from flexgen.checkpoint.stored import stored_headers
 from flexgen.errors import UnsupportedModelError
 from flexgen.formats.base import StoredTensor

@@ -8,7 +8,8 @@ from flexgen.plan.machine import Machine
 from flexgen.plan.model import ModelSpec
 from flexgen.plan.policy import Policy
 from flexgen.plan.price.pass_time import Expectation
-from flexgen.plan.price.work import PassLoad, PassWork, busiest, ideal_seconds, price, weights_work
+from flexgen.plan.price.weights import weights_work
+from flexgen.plan.price.work import PassLoad, PassWork, busiest, ideal_seconds, price
 
 
 class PassLog:

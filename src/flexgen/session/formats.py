@@ -24,7 +24,7 @@ from flexgen.quantize.cache import conversion_left, private_cache
 from flexgen.quantize.settings import QuantizeSettings
 from flexgen.session.lookup import describe_files
 from flexgen.session.model import DESCRIBING, ResolvedModel
-from flexgen.session.prepare import bytes_of_process, load_kernels, measured_machine
+from flexgen.session.prepare import bytes_of_process, load_kernels, load_products, measured_machine
 
 
 def plan_formats(found: ResolvedModel, options: EngineOptions, workload: Workload) -> Plan:
@@ -35,13 +35,14 @@ def plan_formats(found: ResolvedModel, options: EngineOptions, workload: Workloa
         ModelError: The model cannot be served.
         OptionError: An option cannot be honoured on this machine.
     """
-    step("describing the model in every format that is allowed")
-    limits, dtype = found.limits, found.dtype
+    limits, dtype, computed = found.limits, found.dtype, getattr(torch, found.dtype)
     options = dataclasses.replace(options, dtype=dtype, device=limits.device)
+    load_products(computed, options.cpu_compute)  # what this machine cannot do is refused before anything is converted
+    step("describing the model in every format that is allowed")
     with DESCRIBING:
         stored, specs = specs_of(options, lambda asked: _described(found.files, asked, options))
     for kv in options.choices("kv_format"):
-        load_kernels(getattr(torch, dtype), kv_format(kv, getattr(torch, dtype)))
+        load_kernels(computed, kv_format(kv, computed), sparse=options.kept_share is not None)
     process_bytes = bytes_of_process(options, stored.checkpoint_bytes, limits)
     step("choosing formats and a plan")
 

@@ -93,9 +93,7 @@ def prepare(found: ResolvedModel, options: EngineOptions, workload: Workload) ->
         model = found.take(folder)
         if dummy_folder is not None:
             limits = replace(limits, disk_bytes=max(limits.disk_bytes - model.total_bytes, 0))
-        if model.cpu_compute == INT8:
-            check_exact()
-            warm_up_int8(model.dtype)
+        load_products(model.dtype, model.cpu_compute)
         weights = model.layouts[0].extents[0].path.parent
         machine = measured_machine(limits, options.dtype, weights, model.total_bytes, model.spec.decoded_from)
         load_kernels(model.dtype, model.kv_format, sparse=options.kept_share is not None)
@@ -130,6 +128,17 @@ def bytes_of_process(options: EngineOptions, total_bytes: int, limits: Limits) -
     """Return the memory of this process before weights of so many bytes are loaded, plus that of checksums if reads are verified."""
     checksums = (total_bytes + limits.disk_bytes) // BLOCK_BYTES * BYTES_PER_BLOCK if options.verify_reads else 0
     return psutil.Process().memory_info().rss + checksums
+
+
+def load_products(dtype: torch.dtype, cpu_compute: str) -> None:
+    """Compile (or load) the loops around products in int8, if that is how linear layers are computed.
+
+    Raises:
+        OptionError: This processor's products in int8 are not exact.
+    """
+    if cpu_compute == INT8:
+        check_exact()
+        warm_up_int8(dtype)
 
 
 def load_kernels(dtype: torch.dtype, kv_format: KVFormat, *, sparse: bool = False) -> None:

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from flexgen.plan.model import ModelSpec
 from flexgen.plan.play.simulate import Queue, Simulation, queue_of, simulate
 from flexgen.plan.policy import Policy
-from flexgen.plan.price.work import PassWork, unit_homes, weights_work
+from flexgen.plan.price.weights import unit_homes, weights_work
+from flexgen.plan.price.work import PassWork
 from flexgen.plan.workload import Workload
 
 # Policies for larger jobs are searched on a sample of the requests and extrapolated; then the best one is played with the whole job. A

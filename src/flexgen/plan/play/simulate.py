@@ -22,7 +22,8 @@ from flexgen.plan.play.rules import Admissions, Needs, Pools, Rules
 from flexgen.plan.policy import Policy
 from flexgen.plan.price.pass_time import Expectation
 from flexgen.plan.price.requests import Floats, Ints, held_kv_bytes, is_next_token, kv_room, shared_kv_bytes, visible_pairs
-from flexgen.plan.price.work import PassLoad, PassWork, ideal_seconds, price, unit_homes, weights_work
+from flexgen.plan.price.weights import unit_homes, weights_work
+from flexgen.plan.price.work import PassLoad, PassWork, ideal_seconds, price
 from flexgen.plan.workload import Workload
 
 

@@ -15,11 +15,13 @@ from flexgen.plan.policy import (
     INT8_SUMS_BYTES,
     SCORED_SLICE_BYTES,
     SCRATCH_UNITS,
+    SPARSE_SCORES_BYTES,
     Fractions,
     Policy,
 )
 from flexgen.plan.price.requests import JobSizes
-from flexgen.plan.price.work import PassWork, needs_decode, unit_homes, weight_bytes, weights_work
+from flexgen.plan.price.weights import needs_decode, unit_homes, weight_bytes, weights_work
+from flexgen.plan.price.work import PassWork
 
 # Kept free in addition to all that is accounted for: thread stacks, text, code loaded later, fragments of freed memory.
 ALLOWANCE_BYTES = 48 * MIB
@@ -30,6 +32,8 @@ FRAGMENTATION = 1.25
 RING_UNITS = 3
 # How many copies there are of the logits that are held at a time, while the model changes them and they are reduced.
 SCORED_COPIES = 3
+# How many tensors as large as the scores there are while sparse attention sorts them.
+SORTED_COPIES = 10
 # What is kept of a scored position until its pass is over, and of each of the likeliest tokens beside it: float64 and int64 in tensors,
 # then Python's numbers.
 SCORE_BYTES, LIKELIEST_BYTES = 256, 128
@@ -125,8 +129,19 @@ def activation_bytes(spec: ModelSpec, sizes: JobSizes, policy: Policy, max_num_s
         computing += running * max(intermediate, hidden) + INT8_SUMS_BYTES
     logits = most * spec.vocab_size * 4 * 2 * sizes.has_answers
     decoded = 2 if spec.kv_format is None else 4  # prompts attend to their own pages as these are stored, too
-    attention = 4 * max(running, longest_prompt) * hidden * size + decoded * sizes.layer
+    attention = 4 * max(running, longest_prompt) * hidden * size + decoded * sizes.layer + _sparse_bytes(spec, sizes, size)
     return int(FRAGMENTATION * (suspended + computing + logits + attention + _scoring_bytes(spec, sizes, policy, most)))
+
+
+def _sparse_bytes(spec: ModelSpec, sizes: JobSizes, size: int) -> int:
+    """Return the bytes of computing generated tokens again, together, under sparse attention.
+
+    They are those of the keys and values of a layer in one piece, of the same in float32, values a second time, and of scores.
+    """
+    if spec.sparse_attention is None:
+        return 0
+    wide = max(size, 4)
+    return sizes.layer + 2 * sizes.layer * wide // size + SORTED_COPIES * SPARSE_SCORES_BYTES * wide // 4
 
 
 def _scoring_bytes(spec: ModelSpec, sizes: JobSizes, policy: Policy, max_num_seqs: int) -> int:

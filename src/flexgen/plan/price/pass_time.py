@@ -15,7 +15,8 @@ from flexgen.options import DTYPE_BYTES
 from flexgen.plan.machine import Curve, Machine, has_device_tier, int8_name, kv_rate_name, rounded_from
 from flexgen.plan.model import ModelSpec
 from flexgen.plan.policy import Policy
-from flexgen.plan.price.work import PassWork, active_share
+from flexgen.plan.price.weights import active_share
+from flexgen.plan.price.work import PassWork
 
 RESOURCES = ("disk", "host_to_device", "device_to_host", "compute", "host_compute", "host_memory", "lead")
 

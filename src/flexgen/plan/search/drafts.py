@@ -14,7 +14,7 @@ from flexgen.plan.model import ModelSpec
 from flexgen.plan.policy import PAGE_TOKENS, Fractions, Policy
 from flexgen.plan.price.memory import RING_UNITS, PlacedWeights, activation_bytes, embedding_table_bytes, reserved
 from flexgen.plan.price.requests import JobSizes
-from flexgen.plan.price.work import can_stay_encoded, unit_homes, weight_bytes
+from flexgen.plan.price.weights import can_stay_encoded, unit_homes, weight_bytes
 
 # A ring holds the bytes that a link delivers in this time, but (beyond its least number of units) at most this share of its tier.
 RING_SECONDS = 0.3

@@ -28,7 +28,8 @@ from flexgen.plan.machine import Limits, Machine, has_device_tier
 from flexgen.plan.model import ModelSpec
 from flexgen.plan.policy import Fractions, Policy
 from flexgen.plan.price.requests import Floats, RequestLoad
-from flexgen.plan.price.work import PassWork, attended_bytes, can_stay_encoded, ideal_seconds, memory_bytes, price, weights_work
+from flexgen.plan.price.weights import can_stay_encoded, memory_bytes, weights_work
+from flexgen.plan.price.work import PassWork, attended_bytes, ideal_seconds, price
 from flexgen.plan.search.steady import Minimum, minimum
 from flexgen.plan.workload import Workload
 

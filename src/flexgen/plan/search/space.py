@@ -18,7 +18,7 @@ from flexgen.plan.model import ModelSpec
 from flexgen.plan.policy import PAGE_TOKENS, Fractions, Policy
 from flexgen.plan.price.memory import PlacedWeights
 from flexgen.plan.price.requests import JobSizes
-from flexgen.plan.price.work import active_share, can_stay_encoded
+from flexgen.plan.price.weights import active_share, can_stay_encoded
 from flexgen.plan.search.drafts import Drafts, WeightSizes, first_of, kv_pools, pool_fractions
 from flexgen.plan.search.point import AXES, Point
 from flexgen.plan.search.steady import FreeMemory

@@ -19,7 +19,8 @@ from flexgen.plan.machine import has_device_tier
 from flexgen.plan.policy import Fractions, Policy
 from flexgen.plan.price.pass_time import RESOURCES, Expectation
 from flexgen.plan.price.requests import Floats, RequestLoad
-from flexgen.plan.price.work import PassWork, price, unit_homes, weights_work
+from flexgen.plan.price.weights import unit_homes, weights_work
+from flexgen.plan.price.work import PassWork, price
 from flexgen.plan.search.drafts import WeightSizes
 
 # The coefficients of sequences are those of a pass with this many, so that micro-batches are full.

@@ -20,7 +20,7 @@ from flexgen.plan.play.simulate import Simulation
 from flexgen.plan.policy import Policy
 from flexgen.plan.price.memory import footprint
 from flexgen.plan.price.pass_time import RESOURCES, Expectation
-from flexgen.plan.price.work import unit_homes, weights_work
+from flexgen.plan.price.weights import unit_homes, weights_work
 from flexgen.plan.search.optimise import Solution
 from flexgen.plan.search.solve import solve, space_of
 from flexgen.plan.tell.spill import LEAST_SPILL_GAIN, Spill

@@ -13,15 +13,16 @@ from flexgen.plan.formats import MARGIN, FormatChoice, FormatPrice, Formats, bes
 from flexgen.plan.machine import Machine, int8_name
 from flexgen.plan.model import KVGroupSpec, ModelSpec, UnitSpec
 from flexgen.plan.price.pass_time import Expectation
-from flexgen.plan.price.work import num_weights
+from flexgen.plan.price.weights import num_weights
 from flexgen.plan.search.optimise import Search
 from flexgen.plan.search.space import Space
 from flexgen.plan.tell.forecast import Plan, forecast_again, make_plan
 
 # Format that plain weights can be converted to -> about the bytes of a number, scales included.
 WEIGHT_BYTES = {"int8": 1.05, "int4": 0.59}
-# Format of KV -> about the bytes of a number, scales included.
+# Format of KV -> about the bytes of a number, scales included: of keys and values together, and of values.
 KV_BYTES = {"int8": 8.5 / 8, "k8v4": 6.75 / 8, "int4": 5 / 8}
+VALUE_BYTES = {"int8": 8.5 / 8, "k8v4": 5 / 8, "int4": 5 / 8}
 # Weights that a core rounds in a second, with what a conversion computes besides, without reading and writing (docs/log.md).
 ROUNDED_PER_CORE_SECOND = 400e6
 
@@ -111,7 +112,7 @@ def plan_in_formats(jobs: Mapping[Formats, FormatJob]) -> Plan:
 
 def conversion_seconds(stored: ModelSpec, converted: ModelSpec, machine: Machine) -> float:
     """Return the expected time of a whole conversion: all is read, what is not the head is rounded, and what that becomes is written."""
-    rounded = sum(unit.decoded_bytes for unit in stored.units if not unit.head) / DTYPE_BYTES[stored.dtype]
+    rounded = sum(num_weights(unit, stored.dtype) for unit in stored.units if not unit.head)
     moving = stored.checkpoint_bytes / machine.disk_read.typical + converted.checkpoint_bytes / machine.disk_write.typical
     return rounded / (ROUNDED_PER_CORE_SECOND * machine.cores) + moving
 
@@ -185,8 +186,14 @@ def converted(spec: ModelSpec, weight_format: str) -> ModelSpec:
 def in_kv_format(spec: ModelSpec, kv_format: str) -> ModelSpec:
     """Return a model of plain KV about as a format would store it."""
 
+    size = DTYPE_BYTES[spec.dtype]
+
     def group_in(group: KVGroupSpec) -> KVGroupSpec:
-        stored = int(group.bytes_per_token / DTYPE_BYTES[spec.dtype] * KV_BYTES[kv_format])
-        return dataclasses.replace(group, bytes_per_token=stored, exact_bytes_per_token=group.bytes_per_token)
+        return dataclasses.replace(
+            group,
+            bytes_per_token=int(group.bytes_per_token / size * KV_BYTES[kv_format]),
+            value_bytes_per_token=int(group.value_bytes_per_token / size * VALUE_BYTES[kv_format]),
+            exact_bytes_per_token=group.bytes_per_token,
+        )
 
     return dataclasses.replace(spec, kv_groups=tuple(map(group_in, spec.kv_groups)), kv_format=kv_format)
