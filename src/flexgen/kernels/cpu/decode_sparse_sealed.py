@@ -14,7 +14,6 @@ from flexgen.kernels.cpu.choose import choose_rows, clear_rows, list_marked
 from flexgen.kernels.cpu.decode_sealed import add_page, prepare_queries, score_page, unfold
 from flexgen.kernels.cpu.gather import add_coded, gathered_size, laid_out_lists
 from flexgen.kernels.cpu.rows import Rows, clear, moved, padded, page_and_next, part, pointer, widen_row
-from flexgen.kernels.cpu.sealed import code_bytes_of
 from flexgen.kernels.cpu.sealed_scratch import codes_of, heads_at_once, laid_out, place_of, scratch_sizes
 from flexgen.kernels.cpu.softmax import begin_rows, rows_from, write_rows
 from flexgen.kernels.cpu.tile import add_product
@@ -123,14 +122,18 @@ def add_full_pages(
         The number of values that are read, and of those that are listed.
     """
     page_tokens, origin = values.page_tokens, start - start % values.page_tokens
-    code_bytes, num_read, count = code_bytes_of(values.dim, values.bits), 0, 0
+    num_read, count, last = 0, 0, weights.stride  # full pages are listed from the end of the lists on, backwards
     for position in range(origin, border, page_tokens):
         place, first = place_of(values, table[position // page_tokens], kv_head), position - origin
-        listed = list_marked(union, first, first + page_tokens, code_bytes, place, block.columns, block.places, count)
+        listed = list_marked(union, first, first + page_tokens, 0, place, block.columns, block.places, count)
         if 2 * (listed - count) >= page_tokens:
-            hidden = max(start - position, 0)
-            add_page(values, place, place, part(weights, 0, first + hidden), row, group, hidden, page_tokens, scratch)
-            num_read += page_tokens - hidden
+            last -= 1
+            block.columns[last], block.places[last] = first, place
+            num_read += page_tokens - max(start - position, 0)
         else:
             num_read, count = num_read + listed - count, listed
+    for page in range(weights.stride - 1, last - 1, -1):
+        place, later = block.places[page], block.places[max(page - 1, last)]
+        hidden = max(start - origin - block.columns[page], 0)
+        add_page(values, place, later, part(weights, 0, block.columns[page] + hidden), row, group, hidden, page_tokens, scratch)
     return num_read, count

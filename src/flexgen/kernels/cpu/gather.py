@@ -141,34 +141,25 @@ _decode_group_4, _decode_group_8 = _make_decode_group(4), _make_decode_group(8)
 
 @njit
 def add_coded(weights: Any, values: Any, heads: int, count: int, block: Any, totals: Any) -> None:
-    """Add the weighted values of the first `count` listed positions of sealed pages; places are the first bytes of their codes.
-
-    The parameters of a column's page begin behind the codes of its tokens.
-    """
-    code_bytes, dim = code_bytes_of(values.dim, values.bits), values.dim
+    """Add the weighted values of the first `count` listed positions of sealed pages; places are those where heads of pages begin."""
+    code_bytes, dim, tokens = code_bytes_of(values.dim, values.bits), values.dim, values.page_tokens
     for first in range(0, count, BLOCK_ROWS):
         rows = min(BLOCK_ROWS, count - first)
         for row in range(rows):
-            later = block.places[min(first + row + ROWS_AHEAD, count - 1)]
-            prefetch_bytes(moved(values.memory, later), code_bytes)
-            parameters = later // values.head_bytes * values.head_bytes + code_bytes * values.page_tokens
-            prefetch_bytes(moved(values.memory, parameters), values.head_bytes - code_bytes * values.page_tokens)
-            place = block.places[first + row]
-            _decode_row(values, place, _parameters_of(values, place, code_bytes), moved(block.values.first, row * dim))
+            later = min(first + row + ROWS_AHEAD, count - 1)
+            page = moved(values.memory, block.places[later])
+            prefetch_bytes(moved(page, block.columns[later] % tokens * code_bytes), code_bytes)
+            prefetch_bytes(moved(page, tokens * code_bytes), values.head_bytes - tokens * code_bytes)
+            place, token = block.places[first + row], block.columns[first + row] % tokens
+            codes = moved(values.memory, place + token * code_bytes)
+            parameters = moved(values.parameters, (place + tokens * code_bytes) // 2 + token)
+            _decode_row(values, codes, parameters, moved(block.values.first, row * dim))
         _add_block(weights, first, rows, heads, dim, block, totals)
 
 
 @njit
-def _parameters_of(values: Any, place: int, code_bytes: int) -> int:
-    """Return where the parameters of the token are whose codes begin at a place, counted in parameters."""
-    head = place // values.head_bytes * values.head_bytes
-    return (head + code_bytes * values.page_tokens) // 2 + (place - head) // code_bytes
-
-
-@njit
-def _decode_row(values: Any, place: int, parameter: int, row: Any) -> None:
-    codes, parameters, stride = moved(values.memory, place), moved(values.parameters, parameter), values.page_tokens
-    groups = values.dim // GROUP
+def _decode_row(values: Any, codes: Any, parameters: Any, row: Any) -> None:
+    groups, stride = values.dim // GROUP, values.page_tokens
     if groups * GROUP < values.dim:
         decode_head(codes, 1, parameters, stride, values.dim, values.bits, row)
         return
