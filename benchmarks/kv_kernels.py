@@ -3,18 +3,22 @@
     python benchmarks/kv_kernels.py --threads 2
     python benchmarks/kv_kernels.py --threads 2 --formats bfloat16 int4 --groups 1
     python benchmarks/kv_kernels.py --threads 2 --formats bfloat16 int8 --groups --latents 16 128
+    python benchmarks/kv_kernels.py --threads 1 --formats bfloat16 int4 --groups 1 4 --latents --tokens 2048 --sparse 0.1
 
 Three rates are measured in turns within each round: reads of memory that no cache holds, float32 matrix products, and the kernel.  With n
 bytes per number of keys and values and g query heads per key head, each number is read once and takes g multiply-adds, so no kernel can
 attend to more numbers per second than min(read rate / n, multiply-adds per second / g).  One JSON line per format and group: medians over
 the rounds, the share of what is attainable, and tokens/s relative to bfloat16.  Latents are those of DeepSeek-V2 and V3 (V2-Lite has 16
 heads); all heads share them, as keys and as values, so that a number takes nearly two multiply-adds per head.
+
+Sparse attention counts every number that it sees, read or not, on random keys and queries: heads that share keys keep different positions.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -22,6 +26,7 @@ from typing import Any
 
 import torch
 from record import commit, machine, versions
+from torch import Tensor
 
 from flexgen.io.aligned import allocate_memory
 from flexgen.kernels.attention import attention_kernels
@@ -31,6 +36,7 @@ from flexgen.kv.low_bit import LowBitKV, LowBitPages, kv_format
 from flexgen.options import KV_FORMATS
 from flexgen.passes.calls import AttentionCall, LatentProjection
 from flexgen.passes.geometry import KVGeometry
+from flexgen.plan.policy import kept_positions
 from flexgen.profile.low_bit import low_bit_steps
 
 PAGE_TOKENS, HEAD_DIM = 16, 128
@@ -38,6 +44,7 @@ RANK, ROPE = 512, 64  # of latents
 PLAIN = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 FORMATS = (*PLAIN, *(name for name in KV_FORMATS if name != "auto"))
 QUERY_HEADS = 32
+SPARSE = ", sparse"  # behind the name of a format
 
 
 class Attainable:
@@ -88,28 +95,39 @@ def made(kernels: AttentionKernels, name: str, heads: int, key_heads: int, max_b
     return low_bit_steps(kernels, torch.device("cpu"), kv, heads, key_heads, 2 * max_bytes, tokens)
 
 
-def latent_steps(kernels: AttentionKernels, name: str, heads: int, max_bytes: int, tokens: int) -> tuple[Callable[[], None], int]:
-    """Make a function that attends to latents in a format; return it and the bytes of latents that it reads."""
+def filled_pages(kernels: AttentionKernels, name: str, geometry: KVGeometry, max_bytes: int, tokens: int) -> tuple[Any, int, int]:
+    """Make pages of random numbers in a format; return them, the number of their sequences, and the bytes of a token."""
     dtype = PLAIN.get(name, torch.bfloat16)
     kv = kv_format("auto" if name in PLAIN else name, dtype)
-    geometry = KVGeometry(key_heads=1, key_dim=RANK, value_heads=1, value_dim=ROPE, latent=True)
     sizes = kv.key_bytes(geometry), kv.value_bytes(geometry)
     sequences = max(max_bytes // (tokens * sum(sizes)), 1)
     number = sequences * tokens // PAGE_TOKENS
-    latents, ropes = (torch.empty(number * PAGE_TOKENS, 1, dim, dtype=dtype).uniform_(-1, 1) for dim in (RANK, ROPE))
-    keys, values = (torch.empty(number, PAGE_TOKENS * size, dtype=torch.uint8) for size in sizes)
-    pages = kv.pages(keys, values, geometry, PAGE_TOKENS)
-    ids = torch.arange(number)
+    shapes = (geometry.key_heads, geometry.key_dim), (geometry.value_heads, geometry.value_dim)
+    key, value = (torch.empty(number * PAGE_TOKENS, *shape, dtype=dtype).uniform_(-1, 1) for shape in shapes)
+    keys, values = (allocate_memory(number * PAGE_TOKENS * size).view(number, -1) for size in sizes)
+    pages, ids = kv.pages(keys, values, geometry, PAGE_TOKENS), torch.arange(number)
     if isinstance(pages, LowBitPages):
-        pages.seal(kernels, latents, ropes, ids)
-        own, own_ropes = (torch.zeros(sequences, PAGE_TOKENS * dim * dtype.itemsize, dtype=torch.uint8) for dim in (RANK, ROPE))
-        pages = pages.beside(default_kv_format(dtype).pages(own, own_ropes, geometry, PAGE_TOKENS))
+        pages.seal(kernels, key, value, ids)
+        own, other = (torch.zeros(sequences, PAGE_TOKENS * math.prod(shape) * dtype.itemsize, dtype=torch.uint8) for shape in shapes)
+        pages = pages.beside(default_kv_format(dtype).pages(own, other, geometry, PAGE_TOKENS))
     else:
-        pages.write(kernels, latents, ropes, ids.repeat_interleave(PAGE_TOKENS), torch.arange(PAGE_TOKENS).repeat(number))
+        pages.write(kernels, key, value, ids.repeat_interleave(PAGE_TOKENS), torch.arange(PAGE_TOKENS).repeat(number))
+    return pages, sequences, sum(sizes)
+
+
+def seen(sequences: int, tokens: int, kept: Tensor | None = None) -> Steps:
+    """Return the next tokens of sequences whose pages are anywhere."""
+    tables, starts = torch.randperm(sequences * tokens // PAGE_TOKENS).view(sequences, -1), torch.zeros(sequences, dtype=torch.int64)
+    return Steps(tables=tables, starts=starts, lengths=starts + tokens, tails=torch.arange(sequences), kept=kept)
+
+
+def latent_steps(kernels: AttentionKernels, name: str, heads: int, max_bytes: int, tokens: int) -> tuple[Callable[[], None], int]:
+    """Make a function that attends to latents in a format; return it and the bytes of latents that it reads."""
+    geometry = KVGeometry(key_heads=1, key_dim=RANK, value_heads=1, value_dim=ROPE, latent=True)
+    pages, sequences, token_bytes = filled_pages(kernels, name, geometry, max_bytes, tokens)
+    dtype = PLAIN.get(name, torch.bfloat16)
     query = torch.empty(sequences, heads, RANK + ROPE, dtype=dtype).uniform_(-1, 1)
-    out, starts = torch.empty(sequences, heads, RANK, dtype=dtype), torch.zeros(sequences, dtype=torch.int64)
-    tables, tails = torch.randperm(number).view(sequences, -1), torch.arange(sequences)
-    steps = Steps(tables=tables, starts=starts, lengths=starts + tokens, tails=tails)
+    out, steps = torch.empty(sequences, heads, RANK, dtype=dtype), seen(sequences, tokens)
     call = AttentionCall(
         layer=0, query=query, key=query, value=query, scaling=HEAD_DIM**-0.5, latent=LatentProjection(key_up=query, value_up=query)
     )
@@ -117,7 +135,28 @@ def latent_steps(kernels: AttentionKernels, name: str, heads: int, max_bytes: in
     def run() -> None:
         pages.decode(kernels, call, query, steps, out)
 
-    return run, sequences * tokens * sum(sizes)
+    return run, sequences * tokens * token_bytes
+
+
+def sparse_steps(
+    kernels: AttentionKernels, name: str, heads: int, key_heads: int, share: float, max_bytes: int, tokens: int
+) -> tuple[Callable[[], None], int, float]:
+    """Make a function that attends to a share of the positions.
+
+    Returns:
+        The function, the KV bytes that dense attention would read, and the share of the values that is not read.
+    """
+    geometry = KVGeometry(key_heads=key_heads, key_dim=HEAD_DIM, value_heads=key_heads, value_dim=HEAD_DIM)
+    pages, sequences, token_bytes = filled_pages(kernels, name, geometry, max_bytes, tokens)
+    query = torch.empty(sequences, heads, HEAD_DIM, dtype=PLAIN.get(name, torch.bfloat16)).uniform_(-1, 1)
+    kept, out = torch.full((sequences,), kept_positions(share, tokens)), torch.empty_like(query)
+    steps, call = seen(sequences, tokens, kept), AttentionCall(layer=0, query=query, key=query, value=query, scaling=HEAD_DIM**-0.5)
+    unread = pages.decode(kernels, call, query, steps, out)
+
+    def run() -> None:
+        pages.decode(kernels, call, query, steps, out)
+
+    return run, sequences * tokens * token_bytes, unread / (sequences * tokens * key_heads)
 
 
 def timed(run: Callable[[], object], least_seconds: float) -> float:
@@ -137,7 +176,19 @@ def of_heads(kernels: AttentionKernels, group: int, options: Any) -> list[dict[s
     key_heads = QUERY_HEADS // group
     runs = {name: made(kernels, name, QUERY_HEADS, key_heads, options.mebibytes << 20, options.tokens) for name in options.formats}
     numbers = {name: _number_bytes(name) for name in runs}
-    return case(runs, numbers, group, options, {"heads_per_key_head": group, "tokens": options.tokens, "head_dim": HEAD_DIM})
+    about = {"heads_per_key_head": group, "tokens": options.tokens, "head_dim": HEAD_DIM}
+    if options.sparse is None:
+        return case(runs, numbers, group, options, about)
+    unread: dict[str, float] = {}
+    for name in options.formats:
+        how = QUERY_HEADS, key_heads, options.sparse, options.mebibytes << 20, options.tokens
+        run, kv_bytes, unread[name + SPARSE] = sparse_steps(kernels, name, *how)
+        runs[name + SPARSE], numbers[name + SPARSE] = (run, kv_bytes), numbers[name]
+    rows = case(runs, numbers, group, options, about)
+    for row in rows:
+        if row["format"] in unread:
+            row |= {"share": options.sparse, "values_not_read": unread[row["format"]]}
+    return rows
 
 
 def of_latents(kernels: AttentionKernels, heads: int, options: Any) -> list[dict[str, Any]]:
@@ -182,6 +233,9 @@ def case(
         if "bfloat16" in rates:
             pairs = zip(measured, rates["bfloat16"], strict=True)
             row["tokens_per_s_over_bfloat16"] = statistics.median(own["numbers_per_s"] / other["numbers_per_s"] for own, other in pairs)
+        if name.endswith(SPARSE):
+            pairs = zip(measured, rates[name.removesuffix(SPARSE)], strict=True)
+            row["tokens_per_s_over_dense"] = statistics.median(own["numbers_per_s"] / other["numbers_per_s"] for own, other in pairs)
         rows.append(row)
     return rows
 
@@ -198,6 +252,7 @@ def main() -> None:
     parser.add_argument("--formats", nargs="+", default=list(FORMATS), choices=FORMATS)
     parser.add_argument("--groups", nargs="*", type=int, default=[1, 4, 8])
     parser.add_argument("--latents", nargs="*", type=int, default=[16, 128], help="heads that share latents")
+    parser.add_argument("--sparse", type=float, metavar="SHARE", help="measure sparse attention, too, beside dense attention")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--mebibytes", type=int, default=128, help="of KV per case")

@@ -14,12 +14,14 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from numba import njit
 from torch import Tensor
 
 from flexgen.errors import EngineError
 from flexgen.kernels.attention import warm_up_sparse
 from flexgen.kernels.cpu import CpuKernels
 from flexgen.kernels.cpu.choose import threshold
+from flexgen.kernels.cpu.rows import LANES, pointer
 from flexgen.kernels.reference import AttentionKernels
 from flexgen.kernels.sparse import chosen, row_blocks
 from flexgen.plan.policy import SPARSE_SCORES_BYTES
@@ -125,6 +127,11 @@ def check_sealed(kernels: AttentionKernels, lengths: list[int], starts: list[int
     assert 0 <= unread < num_visible
 
 
+@njit
+def threshold_of(row: Any, begin: int, end: int, kept: int) -> Any:
+    return threshold(pointer(row, 0), begin, end, kept)
+
+
 RAGGED = [1, 2, 15, 16, 17, 33, 100, 200]
 KEPT = [1, 1, 3, 3, 5, 4, 20, 30]
 
@@ -135,10 +142,16 @@ class TestThreshold:
         st.lists(st.sampled_from([0.0, -0.0, 1.0, -1.0, math.inf, -math.inf, math.nan]) | st.floats(width=32), min_size=1, max_size=60),
         st.integers(1, 70),
         st.sampled_from([np.float32, np.float64]),
+        st.integers(0, 15),
+        st.sampled_from([0.0, 1.0, math.inf, -math.inf, math.nan]),
     )
-    def test_the_highest_are_kept_and_of_equal_ones_the_earlier(self, numbers: list[float], kept: int, dtype: Any) -> None:
+    def test_the_highest_are_kept_and_of_equal_ones_the_earlier(
+        self, numbers: list[float], kept: int, dtype: Any, hidden_before: int, hidden_number: float
+    ) -> None:
         products = np.array(numbers, dtype)
-        least, num_equal = threshold(products, 0, len(products), kept)
+        hidden = np.full(hidden_before, hidden_number, dtype)
+        row = np.concatenate([hidden, products, np.full(-(len(hidden) + len(products)) % LANES, hidden_number, dtype)])
+        least, num_equal = threshold_of(row, len(hidden), len(hidden) + len(products), kept)
         equal, found = 0, []
         for place, product in enumerate(products):
             equal += product == least

@@ -77,7 +77,7 @@ def sinks_array(sinks: Tensor | None, heads: int, number: type[np.floating]) -> 
     return sinks.detach().double().numpy().astype(number)
 
 
-def workspace(size: int, number: type[np.floating]) -> np.ndarray:
+def workspace(size: int, number: type[np.number]) -> np.ndarray:
     """Return memory for one call on one thread; it begins on a cache line, so that vectors do not straddle two."""
     line = 64 // np.dtype(number).itemsize
     memory = np.empty(size + line, number)

@@ -1,19 +1,24 @@
 """Which positions the heads of a sparse attention keep, and their weights.
 
-The k-th highest of many products is found by bisection over the floating-point numbers in their order.  Each step is one pass that counts,
-which compiles to vectors; nothing is moved and the result does not depend on an order of summation.
+The k-th highest of many products is found by bisection, at first by value and then over the floating-point numbers in their order.  Each
+step is one pass that counts, in vectors; nothing is moved and the result does not depend on an order of summation.  The softmax takes in
+what is not kept, too, and its weights are set to zero afterwards: in vectors that is faster than bringing together what is kept.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from llvmlite import ir
 from numba import njit, types
 
 from flexgen.base.compiled import intrinsic
-from flexgen.kernels.cpu.rows import clear, moved
-from flexgen.kernels.cpu.softmax import ELEMENTWISE, absorb
+from flexgen.kernels.cpu.kept import count_above, count_from, extremes, keep_marked, mark, next_marked
+from flexgen.kernels.cpu.rows import LANES, clear, moved
+from flexgen.kernels.cpu.softmax import absorb
+
+STEPS_BY_VALUE = 16  # enough where the products that are near the wanted one have its size
 
 SIGN = {32: 1 << 31, 64: 1 << 63}
 INFINITY = {32: 0x7F80_0000, 64: 0x7FF0_0000_0000_0000}  # its bits
@@ -50,112 +55,115 @@ def _number_at(typing_context: Any, place: Any, like: Any) -> Any:
     return like(types.int64, like), generate
 
 
-@njit(**ELEMENTWISE)
-def _count_from(products: Any, begin: int, end: int, least: Any) -> int:
-    """Return how many products are not below `least`; those that are not numbers are not."""
-    count = 0
+@intrinsic
+def _middle_of(typing_context: Any, one: Any, other: Any) -> Any:
+    """Compile `_middle_of(one, other)`: the mean of two numbers."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.fadd(*(builder.fmul(each, ir.Constant(each.type, 0.5)) for each in arguments))
+
+    return one(one, one), generate
+
+
+@njit
+def fill(row: Any, begin: int, end: int, number: Any) -> None:
+    """Set places begin <= place < end."""
     for i in range(begin, end):
-        count += not products[i] < least
-    return count
+        row[i] = number
 
 
-@njit(**ELEMENTWISE)
-def _count_above(products: Any, begin: int, end: int, most: Any) -> int:
-    """Return how many products are above `most`, or are not numbers."""
-    count = 0
-    for i in range(begin, end):
-        count += not products[i] <= most
-    return count
-
-
-@njit(**ELEMENTWISE)
+@njit
 def threshold(products: Any, begin: int, end: int, kept: int) -> Any:
-    """Return the product that the `kept` highest reach, and how many that equal it are among them.
+    """Return the product that the `kept` highest reach, and how many that equal it are among them, or more where all are.
 
-    All are kept where `kept` is at least their number.
+    All are kept where `kept` is at least their number.  Products that are not numbers are among the highest.
+
+    Args:
+        products: A pointer to whole vectors of products; those outside of [begin, end) become negative infinity.
+        begin: The first visible place, within the first pages.
+        end: The place after the last one.
+        kept: How many are kept.
     """
-    least, most = products[begin], products[begin]
-    for i in range(begin, end):
-        product = products[i]
-        least = product if product < least or least != least else least
-        most = product if product > most or most != most else most
-    if kept >= end - begin or most != most:
+    vectors = (end + LANES - 1) // LANES
+    fill(products, 0, begin, products[begin])
+    fill(products, end, vectors * LANES, products[begin])
+    least, most = extremes(products, vectors)
+    fill(products, 0, begin, -math.inf)
+    fill(products, end, vectors * LANES, -math.inf)
+    if kept >= end - begin:
         return least, end - begin
-    low, high = _place_of(least), _place_of(most)  # at least `kept` products reach what is at `low`
+    low, high, steps = _place_of(least), _place_of(most), 0  # at least `kept` products reach what is at `low`
     while low < high:
         middle = (low | high) - ((low ^ high) >> 1)  # their mean, rounded up
-        count = _count_from(products, begin, end, _number_at(middle, least))
+        if steps < STEPS_BY_VALUE:
+            place = _place_of(_middle_of(_number_at(low, least), _number_at(high, least)))
+            middle = place if low < place <= high else middle
+        steps += 1
+        count = count_from(products, vectors, _number_at(middle, least))
         if count == kept:
-            return _number_at(middle, least), kept
+            return _number_at(middle, least), end - begin
         if count > kept:
             low = middle
         else:
             high = middle - 1
     found = _number_at(low, least)
-    return found, kept - _count_above(products, begin, end, found)
+    return found, kept - count_above(products, vectors, found)
+
+
+@njit
+def _ties_end(products: Any, begin: int, end: int, least: Any, num_equal: int) -> int:
+    """Return the place after the first `num_equal` places of products that equal `least`."""
+    if num_equal >= end - begin:
+        return end
+    place = begin
+    while place < end and num_equal > 0:
+        num_equal -= products[place] == least
+        place += 1
+    return place
 
 
 @njit
 def choose(
-    products: Any, begin: int, border: int, end: int, kept: int, scaling: Any, softcap: Any, compact: Any, union: Any,
-    maximum: Any, normalizer: Any,
+    products: Any, begin: int, border: int, end: int, kept: int, scaling: Any, softcap: Any, marks: Any, union: Any, maximum: Any,
+    normalizer: Any,
 ) -> Any:  # fmt: skip
     """Turn one head's products[begin:end] into weights: 0 for what it does not keep.
 
     Args:
-        products: A pointer to the head's products.
+        products: A pointer to whole vectors of the head's products; outside of [begin, end) weights become 0.
         begin: The first visible place.
         border: The first place of the own page, from which on everything is kept.
         end: The place after the last one.
         kept: How many are kept for their products.
         scaling: As for `absorb`.
         softcap: As for `absorb`.
-        compact: Scratch of `end` elements.
-        union: Its element at each place that is kept becomes 1.
+        marks: Scratch, as kept.py describes it.
+        union: The marks of several heads, to which those of what is kept are added.
         maximum: As for `absorb`.
         normalizer: As for `absorb`.
 
     Returns:
         The maximum and the normalizer.
     """
+    vectors = (end + LANES - 1) // LANES
     least, num_equal = threshold(products, begin, end, kept)
-    equal, count = 0, 0
-    for i in range(begin, end):
-        product = products[i]
-        equal += product == least
-        if i >= border or not product <= least or (product == least and equal <= num_equal):
-            compact[count] = product
-            union[i] = 1
-            count += 1
-    maximum, normalizer, _ = absorb(compact, 0, count, scaling, softcap, maximum, normalizer)
-    equal, count = 0, 0
-    for i in range(begin, end):
-        product = products[i]
-        equal += product == least
-        if i >= border or not product <= least or (product == least and equal <= num_equal):
-            products[i] = compact[count]
-            count += 1
-        else:
-            products[i] = 0
-    return maximum, normalizer
+    mark(products, vectors, begin, _ties_end(products, begin, end, least, num_equal), max(begin, border), end, least, marks, union)
+    largest, _, factor = absorb(products, begin, end, scaling, softcap, maximum, normalizer)  # the highest product is always kept
+    return largest, normalizer * factor + keep_marked(products, vectors, marks)
 
 
 @njit
 def choose_rows(
-    products: Any, begin: int, border: int, end: int, heads: int, kept: int, scaling: Any, softcap: Any,
-    compact: Any, union: Any, state: Any,
+    products: Any, begin: int, border: int, end: int, heads: int, kept: int, scaling: Any, softcap: Any, marks: Any, union: Any,
+    state: Any,
 ) -> None:  # fmt: skip
-    """Let `choose` turn each head's row of `products` into weights; `union` is 1 at each place that some head keeps, and 0 elsewhere.
-
-    Places before `begin` have the weight 0, too.
-    """
-    clear(union, end)
+    """Let `choose` turn each head's row of `products` into weights; the places that some head keeps are marked in `union`."""
+    clear(union, (end + LANES - 1) // LANES)
     for head in range(heads):
-        row = moved(products.first, head * products.stride)
-        clear(row, begin)
         state.maxima[head], state.normalizers[head] = choose(
-            row, begin, border, end, kept, scaling, softcap, compact, union, state.maxima[head], state.normalizers[head]
-        )
+            moved(products.first, head * products.stride), begin, border, end, kept, scaling, softcap, marks, union, state.maxima[head],
+            state.normalizers[head],
+        )  # fmt: skip
 
 
 @njit
@@ -166,11 +174,22 @@ def clear_rows(rows: Any, heads: int, size: int) -> None:
 
 
 @njit
-def next_run(union: Any, place: int, end: int) -> Any:
-    """Return the next places [first, stop) from `place` on that some head keeps; both are `end` where there are none."""
-    while place < end and union[place] == 0:
-        place += 1
-    stop = place
-    while stop < end and union[stop] != 0:
-        stop += 1
-    return place, stop
+def list_marked(union: Any, begin: int, end: int, size: int, place: int, columns: Any, places: Any, count: int) -> int:
+    """Append the marked columns begin <= column < end of a page to a list, and where their values are; return the new length of the list.
+
+    Args:
+        union: Marks of columns.
+        begin: The first column.
+        end: The column after the last one.
+        size: What lies between the values of two columns.
+        place: Where the values of the first column are.
+        columns: The list of columns.
+        places: The list of places.
+        count: The length of the lists.
+    """
+    column = next_marked(union, begin, end)
+    while column < end:
+        columns[count], places[count] = column, place + (column - begin) * size
+        count += 1
+        column = next_marked(union, column + 1, end)
+    return count

@@ -7,18 +7,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from numba import njit
-
 from flexgen.base.compiled import entry
-from flexgen.kernels.cpu.choose import choose_rows, clear_rows, next_run
+from flexgen.kernels.cpu.choose import choose_rows, clear_rows, list_marked
+from flexgen.kernels.cpu.gather import add_plain, gathered_size, laid_out_lists
 from flexgen.kernels.cpu.rows import Rows, moved, padded, page_and_next, part, pointer, widen_row
 from flexgen.kernels.cpu.softmax import begin_rows, softmax_state, write_rows
-from flexgen.kernels.cpu.tile import add_product
+from flexgen.kernels.cpu.tile import CACHE_LINE, add_product
 
 
 def decode_sparse_workspace(group: int, key_dim: int, value_dim: int, columns: int) -> int:
     """Return the number of elements that `decode_sparse_attention` needs as workspace."""
-    return sum(padded(size) for size in (group * key_dim, columns, columns, group * columns, group * value_dim, group, group))
+    sizes = (group * key_dim, group * columns, gathered_size(group, value_dim), group * value_dim, group, group)
+    return sum(padded(size) for size in sizes)
 
 
 @entry
@@ -39,6 +39,7 @@ def decode_sparse_attention(
     out: Any,
     read: Any,
     workspace: Any,
+    lists: Any,
 ) -> None:
     """Compute work items begin <= sequence * kv_heads + kv_head < end, and write to `read` how many values each has read.
 
@@ -48,10 +49,10 @@ def decode_sparse_attention(
     value_dim, heads = value_pages.shape[3], query.shape[1]
     group = heads // kv_heads
     queries = Rows(pointer(workspace, 0), key_dim)
-    compact = moved(queries.first, padded(group * key_dim))
-    union = moved(compact, padded(columns))
-    products = Rows(moved(union, padded(columns)), columns)
-    state = softmax_state(moved(products.first, padded(group * columns)), group, value_dim)
+    products = Rows(moved(queries.first, padded(group * key_dim)), columns)
+    gather = moved(products.first, padded(group * columns))
+    state = softmax_state(moved(gather, gathered_size(group, value_dim)), group, value_dim)
+    marks, union, block = laid_out_lists(lists, gather, columns, group, value_dim)
 
     for item in range(begin, end):
         sequence, kv_head = item // kv_heads, item % kv_heads
@@ -69,27 +70,13 @@ def decode_sparse_attention(
             add_product(queries, stored, part(products, 0, position - origin), group, key_dim, page_tokens, ahead)
         choose_rows(
             products, start - origin, last_page * page_tokens - origin, length - origin, group, kept[sequence], scaling, softcap,
-            compact, union, state,
+            marks, union, state,
         )  # fmt: skip
         count = 0
         for position in range(origin, length, page_tokens):
             place = (table[position // page_tokens] * kv_heads + kv_head) * value_dim * page_tokens
-            page_end = min(position + page_tokens, length)
-            count += add_values(
-                products, union, pointer(value_pages, place), position - origin, page_end - origin, group, value_dim, state.totals
-            )
+            first, stop = position - origin, min(position + page_tokens, length) - origin
+            count = list_marked(union, first, stop, value_dim, place, block.columns, block.places, count)
+        add_plain(products, pointer(value_pages, 0), CACHE_LINE // value_pages.itemsize, group, value_dim, count, block, state.totals)
         read[item] = count
         write_rows(state, group, value_dim, pointer(out, first_head * value_dim))
-
-
-@njit
-def add_values(weights: Any, union: Any, values: Any, first: int, end: int, heads: int, dim: int, totals: Any) -> int:
-    """Add the weighted values, of a page that begins at column `first` of the weights, that some head keeps; return their number."""
-    count = 0
-    row, stop = next_run(union, first, end)
-    while row < end:
-        stored = Rows(moved(values, (row - first) * dim), dim)
-        add_product(part(weights, 0, row), stored, totals, heads, stop - row, dim, 0)
-        count += stop - row
-        row, stop = next_run(union, stop, end)
-    return count

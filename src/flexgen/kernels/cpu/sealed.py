@@ -131,7 +131,7 @@ def decode_head(codes: Any, code_stride: int, parameters: Any, stride: int, dim:
                 byte = codes[(begin + i) * code_stride]
                 row[first + i] = np.float32(byte & 15) * scale + least
                 if half + i < size:
-                    row[first + half + i] = np.float32(byte >> 4) * scale + least
+                    row[first + half + i] = np.float32((byte >> 4) & 15) * scale + least
             begin += half
 
 

@@ -11,6 +11,7 @@ from flexgen.kernels.cpu import decode_sparse, decode_sparse_sealed
 from flexgen.kernels.cpu.arguments import Where, accumulator, costs, integers, sinks_array, workspace
 from flexgen.kernels.cpu.checks import check_shapes
 from flexgen.kernels.cpu.formats import carried
+from flexgen.kernels.cpu.gather import list_workspace
 from flexgen.kernels.cpu.kernels import step_arrays
 from flexgen.kernels.cpu.rows import padded
 from flexgen.kernels.cpu.sealed_kernels import CpuKernels as SealedKernels
@@ -44,8 +45,11 @@ class CpuKernels(SealedKernels):
             carried(out), read,
         )  # fmt: skip
         size = decode_sparse.decode_sparse_workspace(heads // kv_heads, key_dim, value_pages.shape[3], columns)
+        list_size = list_workspace(columns)
         self._run(
-            lambda begin, end: decode_sparse.decode_sparse_attention(begin, end, *arrays, workspace(size, number)),
+            lambda begin, end: decode_sparse.decode_sparse_attention(
+                begin, end, *arrays, workspace(size, number), workspace(list_size, np.int64)
+            ),
             costs(where, kv_heads),
         )
         return _unread(where, kv_heads, read)
@@ -80,8 +84,11 @@ class CpuKernels(SealedKernels):
         size = decode_sparse_sealed.decode_sparse_sealed_workspace(
             heads // kv_heads, key_dim, tail_values.shape[3], pages.page_tokens, columns
         )
+        list_size = list_workspace(columns)
         self._run(
-            lambda begin, end: decode_sparse_sealed.decode_sparse_sealed_attention(begin, end, *arrays, workspace(size, number)),
+            lambda begin, end: decode_sparse_sealed.decode_sparse_sealed_attention(
+                begin, end, *arrays, workspace(size, number), workspace(list_size, np.int64)
+            ),
             costs(where, kv_heads),
         )
         return _unread(where, kv_heads, read)

@@ -100,7 +100,9 @@ def prefetch(builder: Any, place: Any) -> None:
 
 
 @intrinsic
-def _prefetch_line(typing_context: Any, start: Any) -> Any:
+def prefetch_line(typing_context: Any, start: Any) -> Any:
+    """Compile `prefetch_line(start)`: prefetch the cache line of a pointer."""
+
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         prefetch(builder, arguments[0])
         return context.get_dummy_value()
@@ -112,7 +114,7 @@ def _prefetch_line(typing_context: Any, start: Any) -> Any:
 def prefetch_bytes(start: Any, number: int) -> None:
     """Prefetch so many bytes from a pointer to bytes on."""
     for line in range(0, number, CACHE_LINE):
-        _prefetch_line(moved(start, line))
+        prefetch_line(moved(start, line))
 
 
 def _make_strip(vectors: int) -> Any:

@@ -151,7 +151,7 @@ def price(load: PassLoad, spec: ModelSpec, policy: Policy, weights: PassWork) ->
         new_tokens = load.prompt_tokens[home] + load.next_tokens[home]
         written = new_tokens * spec.kv_bytes_per_token
         memory = memory + read + written
-        if home == "host":  # elsewhere values are read before it is known which ones are kept; choosing takes more time than it saves
+        if home == "host":  # elsewhere values are read before it is known which are kept; choosing takes about the time that it saves
             memory = memory - unread_bytes(spec, attended, load.next_tokens[home])
         if has_device_tier(device):
             to_host = to_host + new_tokens * spec.exact_kv_bytes_per_token + load.next_tokens[home] * crossing
