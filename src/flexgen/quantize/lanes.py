@@ -17,7 +17,7 @@ from numba.core import cgutils
 from flexgen.base.compiled import intrinsic
 from flexgen.kernels.cpu.formats import FLOAT, INT32, narrowed, widened
 from flexgen.kernels.cpu.rows import LANES
-from flexgen.kernels.cpu.vectors import broadcast, vector_of
+from flexgen.kernels.cpu.vectors import broadcast, vector_at, vector_of
 
 _INT8, _INT64 = ir.IntType(8), ir.IntType(64)
 _FLOATS = vector_of(FLOAT)
@@ -29,12 +29,6 @@ _AT_ONCE = 2  # vectors of weights that a step of a loop takes, with a sum for e
 
 def _constant(value: float) -> ir.Constant:
     return ir.Constant(_FLOATS, [value] * LANES)
-
-
-def _vector_at(builder: Any, start: Any, index: Any) -> Any:
-    """Return a pointer to the vector of this index from a pointer to elements on."""
-    place = builder.gep(start, [builder.mul(index, ir.Constant(index.type, LANES))])
-    return builder.bitcast(place, vector_of(start.type.pointee).as_pointer())
 
 
 def _smaller(builder: Any, one: Any, other: Any) -> Any:
@@ -101,10 +95,10 @@ class _Search:
         return builder.select(finite, scale, _constant(float("nan"))), builder.select(finite, zero, _constant(0.0))
 
     def _load(self, index: Any) -> Any:
-        return self._builder.load(_vector_at(self._builder, self._weights, index), align=4)
+        return self._builder.load(vector_at(self._builder, self._weights, index), align=4)
 
     def _share_in_the_error(self, index: Any) -> Any:
-        return _vector_at(self._builder, self._weights, self._builder.add(self._size, index))
+        return vector_at(self._builder, self._weights, self._builder.add(self._size, index))
 
     def _extremes(self) -> tuple[Any, Any, Any]:
         """Generate the range of the weights, which zero is always in, because a zero point is one of the codes, and the sum of |w|."""
@@ -187,8 +181,8 @@ def widen_vectors(typing_context: Any, stored: Any, count: Any, out: Any) -> Any
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         source, number, target = arguments
         with cgutils.for_range(builder, number) as loop:
-            raw = builder.load(_vector_at(builder, source, loop.index), align=context.get_abi_sizeof(source.type.pointee))
-            builder.store(widened(builder, raw, stored.dtype), _vector_at(builder, target, loop.index), align=4)
+            raw = builder.load(vector_at(builder, source, loop.index), align=context.get_abi_sizeof(source.type.pointee))
+            builder.store(widened(builder, raw, stored.dtype), vector_at(builder, target, loop.index), align=4)
         return context.get_dummy_value()
 
     return types.void(stored, types.int64, out), generate
@@ -236,7 +230,7 @@ def _make_pack(bits: int) -> Any:
             factor, point, largest = (broadcast(builder, value) for value in parameters)
             inverse = builder.fdiv(_constant(1.0), factor)
             with cgutils.for_range(builder, builder.udiv(number, ir.Constant(_INT64, LANES))) as loop:
-                raw = builder.load(_vector_at(builder, source, loop.index), align=context.get_abi_sizeof(source.type.pointee))
+                raw = builder.load(vector_at(builder, source, loop.index), align=context.get_abi_sizeof(source.type.pointee))
                 steps = _steps(builder, widened(builder, raw, weights.dtype), inverse, point, largest)
                 codes = builder.fptosi(builder.fadd(steps, point), vector_of(INT32))
                 if bits == 4:

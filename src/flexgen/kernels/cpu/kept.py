@@ -16,7 +16,7 @@ from flexgen.base.compiled import intrinsic
 from flexgen.kernels.cpu.formats import INT32
 from flexgen.kernels.cpu.rows import LANES
 from flexgen.kernels.cpu.tile import INT64
-from flexgen.kernels.cpu.vectors import broadcast, vector_of
+from flexgen.kernels.cpu.vectors import broadcast, vector_at, vector_of
 
 INT1, INT16 = ir.IntType(1), ir.IntType(16)
 FLAGS, INTEGERS = vector_of(INT1), vector_of(INT32)
@@ -30,7 +30,7 @@ def extremes(typing_context: Any, row: Any, vectors: Any) -> Any:
         element = arguments[0].type.pointee
         found = [cgutils.alloca_once_value(builder, _constant(element, each)) for each in (float("inf"), float("-inf"))]
         with cgutils.for_range(builder, arguments[1]) as loop:
-            numbers = builder.load(_vector(builder, arguments[0], loop.index), align=_alignment(context, element))
+            numbers = builder.load(vector_at(builder, arguments[0], loop.index), align=_alignment(context, element))
             for place, relation in zip(found, "<>", strict=True):
                 builder.store(_further(builder, relation, numbers, builder.load(place)), place)
         folded = [
@@ -55,7 +55,7 @@ def _make_count(relation: str) -> Any:
             start, vectors, limit = arguments
             limits, total = broadcast(builder, limit), cgutils.alloca_once_value(builder, ir.Constant(INTEGERS, [0] * LANES))
             with cgutils.for_range(builder, vectors) as loop:
-                numbers = builder.load(_vector(builder, start, loop.index), align=_alignment(context, limit.type))
+                numbers = builder.load(vector_at(builder, start, loop.index), align=_alignment(context, limit.type))
                 counted = builder.zext(builder.fcmp_unordered(relation, numbers, limits), INTEGERS)
                 builder.store(builder.add(builder.load(total), counted), total)
             return builder.sext(_folded(builder, builder.load(total), builder.add), INT64)
@@ -82,7 +82,7 @@ def mark(
         begin, ties_end, own, end = (broadcast(builder, builder.trunc(each, INT32)) for each in arguments[2:6])
         limits, marks, union = broadcast(builder, arguments[6]), *arguments[7:]
         with cgutils.for_range(builder, vectors) as loop:
-            numbers = builder.load(_vector(builder, start, loop.index), align=_alignment(context, limits.type.element))
+            numbers = builder.load(vector_at(builder, start, loop.index), align=_alignment(context, limits.type.element))
             first = builder.trunc(builder.mul(loop.index, ir.Constant(INT64, LANES)), INT32)
             places = builder.add(broadcast(builder, first), ir.Constant(INTEGERS, list(range(LANES))))
             above = builder.fcmp_unordered(">", numbers, limits)
@@ -112,7 +112,7 @@ def keep_marked(typing_context: Any, row: Any, vectors: Any, marks: Any) -> Any:
         zeros = _constant(element, 0.0)
         total = cgutils.alloca_once_value(builder, zeros)
         with cgutils.for_range(builder, vectors) as loop:
-            place = _vector(builder, start, loop.index)
+            place = vector_at(builder, start, loop.index)
             bits = builder.trunc(builder.load(builder.gep(marks, [loop.index])), INT16)
             numbers = builder.load(place, align=_alignment(context, element))
             numbers = builder.select(builder.bitcast(bits, FLAGS), numbers, zeros)
@@ -140,12 +140,6 @@ def next_marked(marks: Any, place: int, end: int) -> int:
             return min(place + _trailing_zeros(bits), end)
         place += LANES - place % LANES
     return end
-
-
-def _vector(builder: Any, start: Any, index: Any) -> Any:
-    """Return the address of a vector of a row."""
-    first = builder.gep(start, [builder.mul(index, ir.Constant(INT64, LANES))])
-    return builder.bitcast(first, vector_of(start.type.pointee).as_pointer())
 
 
 def _constant(element: ir.Type, number: float) -> ir.Constant:

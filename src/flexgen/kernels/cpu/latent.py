@@ -84,11 +84,16 @@ def decode_latent_attention(
                 add_product(rope_queries, ropes, page_scores, item_size, rope_dim, page_tokens, 0)
                 turn_latents(stored, moved(latents, (position - block) * PANEL), rank, block_tokens)
             absorb_rows(scores, visible - block, block_end - block, item_size, scaling, scaling * 0, state)
-            for column in range(0, columns, PANEL):
-                panel = Rows(moved(latents, column * block_tokens + (visible - block) * PANEL), PANEL)
-                totals = part(state.totals, 0, column)
-                add_product(part(scores, 0, visible - block), panel, totals, item_size, block_end - visible, PANEL, 0)
+            add_panels(part(scores, 0, visible - block), latents, visible - block, block_end - block, item_size, block_tokens, state.totals)
         write_rows(state, item_size, rank, pointer(out, first_head * rank))
+
+
+@njit
+def add_panels(weights: Any, panels: Any, first: int, end: int, heads: int, block_tokens: int, totals: Any) -> None:
+    """Add the latents of a block's tokens first <= token < end, times their weights, to each head's totals, panel by panel."""
+    for column in range(0, totals.stride, PANEL):
+        panel = Rows(moved(panels, column * block_tokens + first * PANEL), PANEL)
+        add_product(weights, panel, part(totals, 0, column), heads, end - first, PANEL, 0)
 
 
 @njit

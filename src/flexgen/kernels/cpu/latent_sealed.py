@@ -15,11 +15,11 @@ from numba import njit, types
 from flexgen.base.compiled import entry, intrinsic
 from flexgen.kernels.codes import GROUP
 from flexgen.kernels.cpu.formats import FLOAT, HALF, widen, widened
-from flexgen.kernels.cpu.latent import LATENT_BLOCK, latent_workspace, turn_latents, turn_rope
+from flexgen.kernels.cpu.latent import LATENT_BLOCK, add_panels, latent_workspace, turn_latents, turn_rope
 from flexgen.kernels.cpu.rows import LANES, PANEL, Rows, clear, moved, padded, page_and_next, part, pointer, widen_row
 from flexgen.kernels.cpu.softmax import absorb_rows, begin_rows, softmax_state, write_rows
 from flexgen.kernels.cpu.tile import INT8, INT64, add_product, prefetch_bytes
-from flexgen.kernels.cpu.vectors import vector_of
+from flexgen.kernels.cpu.vectors import transposed, vector_of
 
 FLOATS, HALVES, BYTES = (vector_of(element) for element in (FLOAT, HALF, INT8))
 
@@ -100,10 +100,7 @@ def decode_sealed_latent_attention(
                     turn_rope(pointer(tail_values, tail * page_tokens * rope_dim), ropes, rope_dim)
                 add_product(rope_queries, ropes, page_scores, item_size, rope_dim, page_tokens, 0)
             absorb_rows(scores, visible - block, block_end - block, item_size, scaling, scaling * 0, state)
-            for column in range(0, columns, PANEL):
-                panel = Rows(moved(latents, column * block_tokens + (visible - block) * PANEL), PANEL)
-                totals = part(state.totals, 0, column)
-                add_product(part(scores, 0, visible - block), panel, totals, item_size, block_end - visible, PANEL, 0)
+            add_panels(part(scores, 0, visible - block), latents, visible - block, block_end - block, item_size, block_tokens, state.totals)
         write_rows(state, item_size, rank, pointer(out, first_head * rank))
 
 
@@ -153,26 +150,10 @@ def turn_codes(typing_context: Any, codes: Any, scales: Any, numbers: Any, panel
             place = builder.gep(codes_at, [ir.Constant(INT64, row * LANES)])
             stored = builder.load(builder.bitcast(place, BYTES.as_pointer()), align=1)
             rows.append(builder.fmul(widened(builder, stored, codes.dtype), scale))
-        for lines, at, stride in ((rows, numbers_at, LANES), (_turned(builder, rows), panel_at, PANEL)):
+        for lines, at, stride in ((rows, numbers_at, LANES), (transposed(builder, rows), panel_at, PANEL)):
             for number, line in enumerate(lines):
                 place = builder.gep(at, [ir.Constant(INT64, number * stride)])
                 builder.store(line, builder.bitcast(place, FLOATS.as_pointer()), align=4)
         return context.get_dummy_value()
 
     return types.void(codes, scales, numbers, panel), generate
-
-
-def _turned(builder: Any, rows: list[Any]) -> list[Any]:
-    """Generate the transposition of LANES vectors: blocks beside the diagonal change places, the largest first."""
-    rows, size = list(rows), LANES // 2
-    while size:
-        mask = ir.VectorType(ir.IntType(32), LANES)
-        upper = ir.Constant(mask, [LANES + (lane ^ size) if lane & size else lane for lane in range(LANES)])
-        lower = ir.Constant(mask, [LANES + lane if lane & size else lane | size for lane in range(LANES)])
-        for row in range(LANES):
-            if not row & size:
-                one, other = rows[row], rows[row | size]
-                rows[row] = builder.shuffle_vector(one, other, upper)
-                rows[row | size] = builder.shuffle_vector(one, other, lower)
-        size //= 2
-    return rows

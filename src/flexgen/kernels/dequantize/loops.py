@@ -16,7 +16,7 @@ from numba.extending import register_jitable
 from flexgen.base.compiled import intrinsic
 from flexgen.kernels.cpu.formats import FLOAT, INT16, INT32, narrowed, widen
 from flexgen.kernels.cpu.rows import LANES
-from flexgen.kernels.cpu.vectors import broadcast, vector_of
+from flexgen.kernels.cpu.vectors import broadcast, transposed, vector_of
 
 _INT8 = ir.IntType(8)
 
@@ -131,10 +131,7 @@ def split_halves(typing_context: Any, packed: Any, codes: Any) -> Any:
 
 @intrinsic
 def turn_sixteen(typing_context: Any, source: Any, stride: Any, target: Any, target_stride: Any) -> Any:
-    """Compile `turn_sixteen(source, stride, target, target_stride)`: transpose LANES rows, `stride` apart, of LANES elements.
-
-    Rows i and i + 8 are interleaved, four times over.
-    """
+    """Compile `turn_sixteen(source, stride, target, target_stride)`: transpose LANES rows, `stride` apart, of LANES elements."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         start, stride_value, place, target_stride_value = arguments
@@ -144,13 +141,7 @@ def turn_sixteen(typing_context: Any, source: Any, stride: Any, target: Any, tar
         def at(begin: Any, row: int, by: Any) -> Any:
             return builder.bitcast(builder.gep(begin, [builder.mul(by, ir.Constant(by.type, row))]), kind.as_pointer())
 
-        def mixed(one: Any, other: Any, first: int) -> Any:
-            order = [first + i // 2 + (LANES if i % 2 else 0) for i in range(LANES)]
-            return builder.shuffle_vector(one, other, ir.Constant(vector_of(INT32), order))
-
-        rows, half_rows = [builder.load(at(start, row, stride_value), align=size) for row in range(LANES)], LANES // 2
-        for _ in range(4):
-            rows = [mixed(rows[i // 2], rows[i // 2 + half_rows], i % 2 * half_rows) for i in range(LANES)]
+        rows = transposed(builder, [builder.load(at(start, row, stride_value), align=size) for row in range(LANES)])
         for row, vector in enumerate(rows):
             builder.store(vector, at(place, row, target_stride_value), align=size)
         return context.get_dummy_value()
