@@ -6,7 +6,6 @@ Buffers stay below `max_bytes`, since measuring may happen inside a tight budget
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import dataclasses
 import datetime
 import logging
@@ -21,6 +20,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from flexgen.base.heap import trim_heap
 from flexgen.base.quantities import MIB
 from flexgen.base.steps import step
 from flexgen.errors import OptionError
@@ -104,7 +104,7 @@ def measure(device: str, dtypes: Sequence[str], folder: Path, *, quick: bool = F
             machine.elementwise[name] = device_elementwise_rate(where, dtype, max_bytes, 0.5 * share)
         else:
             machine.elementwise[name] = elementwise_rate(dtype, writable(folder), machine, max_bytes)
-    _trim()
+    trim_heap()
     logger.info("measured %s in %.1f s", device, time.perf_counter() - started)
     return machine
 
@@ -174,9 +174,3 @@ def processor() -> str:
 def _name(device: str) -> str:
     name = f"{processor()}, {num_cores()} cores"
     return f"{torch.cuda.get_device_name()}; {name}" if device == "cuda" else name
-
-
-def _trim() -> None:
-    """Give freed memory back to the system, where the C library can."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)

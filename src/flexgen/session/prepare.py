@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 import torch
 
+from flexgen.base.heap import limit_heap
 from flexgen.base.quantities import GIB, MIB, format_size
 from flexgen.base.steps import step
 from flexgen.checkpoint.dummy import checkpoint_bytes, write_random_checkpoint
@@ -83,6 +84,7 @@ def prepare(found: ResolvedModel, options: EngineOptions, workload: Workload) ->
     """
     if os.getpid() != _PROCESS:
         raise FlexGenError(forked("a model has been opened"))
+    limit_heap()
     with DESCRIBING, contextlib.ExitStack() as undo:
         limits, folder, dummy_folder = found.limits, found.files.folder, None
         options = replace(options, dtype=found.dtype, device=limits.device)
