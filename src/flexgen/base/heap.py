@@ -19,7 +19,7 @@ def limit_heap() -> bool:
     """Make the heap of this process give back what is freed, and return whether the limits are set.
 
     Without limits glibc raises the size from which on memory is mapped to that of the largest tensor freed so far, at most 32 MiB, and the
-    end of the heap that it keeps to twice as much.  Tensors of a pass then lie in a heap that holds more than twice the bytes that are live,
+    end of the heap that it keeps to twice as much.  Tensors of a pass then lie in a heap of more than twice the bytes that are live,
     which no budget has room for.  The limits are left as they are if the user set any of them in the environment, and other C libraries
     have none.
     """
