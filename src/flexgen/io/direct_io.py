@@ -71,6 +71,11 @@ class File:
         self._on_plain(self.path.parent, "refuses O_DIRECT")
         return fd
 
+    @property
+    def size_bytes(self) -> int:
+        """The size that the file had when it was opened, or that `truncate` gave it."""
+        return self._opened_bytes
+
     def will_read(self, offset: int, size: int) -> None:
         """Ask the page cache to fetch a range in the meantime; for files that are read through it."""
         with contextlib.suppress(OSError):  # a hint
@@ -197,10 +202,11 @@ class FileSet:
 
     Args:
         verify: As for `File`.
+        tell_plain: Whether a folder that refuses O_DIRECT is reported.
     """
 
-    def __init__(self, *, verify: bool = False) -> None:
-        self._verify = verify
+    def __init__(self, *, verify: bool = False, tell_plain: bool = True) -> None:
+        self._verify, self._tell_plain = verify, tell_plain
         self._files: dict[Path, File] = {}
         self._plain: set[Path] = set()
 
@@ -210,7 +216,7 @@ class FileSet:
         return self._files[path]
 
     def _say_once(self, folder: Path, why: str) -> None:
-        if folder not in self._plain:
+        if self._tell_plain and folder not in self._plain:
             self._plain.add(folder)
             _warn_of_plain(folder, why)
 

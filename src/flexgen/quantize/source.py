@@ -15,17 +15,19 @@ from typing import Any
 
 import torch
 
-from flexgen.base.quantities import MIB
+from flexgen.base.quantities import MIB, align_up
 from flexgen.checkpoint.files import Headers
 from flexgen.checkpoint.pieces import whole
-from flexgen.checkpoint.sources import ParameterSource, read_into
+from flexgen.checkpoint.sources import ParameterSource
 from flexgen.checkpoint.stored import stored_headers
-from flexgen.errors import UnsupportedModelError
+from flexgen.errors import CheckpointError, UnsupportedModelError
 from flexgen.formats.base import StoredTensor
 from flexgen.formats.table import check_supported_number_format, refuse_quantization, stated_format
 from flexgen.hub.config import read_config
 from flexgen.hub.diagnose import other_quantization
 from flexgen.hub.model_files import ModelFiles, weight_files, weight_stamps
+from flexgen.io.aligned import ALIGNMENT, AlignedBuffer
+from flexgen.io.direct_io import FileSet
 from flexgen.quantize.rounding import ROUNDED_AS_STORED
 
 # Numbers of a block, in float32 16 MiB: of two blocks, of the bytes read for one, and of what two become, 64 MiB are in memory.
@@ -109,17 +111,39 @@ def decoded_headers(headers: Headers, config: Any) -> Headers:
 
 
 class _Buffer:
-    """Memory that is read into again and again, so that the system does not have to clear new memory each time."""
+    """Memory that is read into again and again, so that the system does not have to clear new memory each time.
 
-    def __init__(self) -> None:
-        self._bytes = torch.empty(0, dtype=torch.uint8)
+    Files are read past the page cache where their file system allows it: each byte is needed once, and a page of the cache costs more CPU
+    time than its transfer.
+
+    Args:
+        files: The files, shared by all buffers.
+    """
+
+    def __init__(self, files: FileSet) -> None:
+        self._files, self._memory = files, AlignedBuffer(0)
 
     def bytes(self, nbytes: int) -> torch.Tensor:
         """Return the first bytes of the memory, which grows if it has to."""
-        if self._bytes.nbytes < nbytes:
-            self._bytes = torch.empty(0, dtype=torch.uint8)
-            self._bytes = torch.empty(nbytes, dtype=torch.uint8)
-        return self._bytes[:nbytes]
+        if self._memory.size_bytes < nbytes:
+            self._memory = AlignedBuffer(0)
+            self._memory = AlignedBuffer(nbytes)
+        return self._memory.tensor[:nbytes]
+
+    def read(self, path: Path, offset: int, nbytes: int, dtype: torch.dtype) -> torch.Tensor:
+        """Return numbers of a file that begin at an offset, flattened.
+
+        Raises:
+            CheckpointError: The file ends too early.
+            StorageError: The file cannot be read.
+        """
+        skipped = offset % ALIGNMENT
+        memory, file = self.bytes(align_up(skipped + nbytes, ALIGNMENT)), self._files[path]
+        if file.size_bytes < offset + nbytes:
+            raise CheckpointError(f"{path}: ends before byte {offset + nbytes}; it was longer when its header was read")
+        file.read_into(memory.numpy().data, offset - skipped)
+        numbers = memory[skipped : skipped + nbytes]
+        return (numbers.clone() if skipped % dtype.itemsize else numbers).view(dtype)
 
 
 _Read = Callable[[_Buffer], torch.Tensor]
@@ -130,11 +154,13 @@ class Reader:
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="flexgen-convert-read")
-        self._buffers = _Buffer(), _Buffer()
+        self._files = FileSet(tell_plain=False)
+        self._buffers = _Buffer(self._files), _Buffer(self._files)
 
     def close(self) -> None:
-        """End the thread."""
+        """End the thread, and close the files."""
         self._thread.shutdown(cancel_futures=True)
+        self._files.close()
 
     def portions(self, wanted: Iterable[tuple[StoredTensor, int]]) -> Iterator[tuple[int, torch.Tensor]]:
         """Yield tensors in portions, one tensor after the other; a portion is good until the next one is asked for.
@@ -148,7 +174,8 @@ class Reader:
             The index of the tensor, and its next portion.
 
         Raises:
-            CheckpointError: A file cannot be read.
+            CheckpointError: A file cannot be read, or ends too early.
+            StorageError: Reading fails.
         """
         reads = (
             (index, read)
@@ -188,16 +215,13 @@ def _reads_of_blocks(tensor: StoredTensor, granule_rows: int, dtype: torch.dtype
 
 
 def _read_source(source: ParameterSource, dtype: torch.dtype, buffer: _Buffer) -> torch.Tensor:
-    data = buffer.bytes(math.prod(source.shape) * dtype.itemsize)
-    numbers = data.view(dtype).view(source.shape)
     if source.is_view and source.dtype == dtype:
-        read_into(data, source.ranges[0].path, source.ranges[0].offset)
-    else:
-        source.read(numbers)
+        stored = source.ranges[0]
+        return buffer.read(stored.path, stored.offset, stored.nbytes, dtype).view(source.shape)
+    numbers = buffer.bytes(math.prod(source.shape) * dtype.itemsize).view(dtype).view(source.shape)
+    source.read(numbers)
     return numbers
 
 
 def _read_range(path: Path, offset: int, nbytes: int, buffer: _Buffer) -> torch.Tensor:
-    data = buffer.bytes(nbytes)
-    read_into(data, path, offset)
-    return data
+    return buffer.read(path, offset, nbytes, torch.uint8)
