@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexgen.engine.sampler import sample, uniform
+from flexgen.engine.sampler import exponentials, sample
 from flexgen.errors import RequestError
 from flexgen.request import TokenRequest
 
@@ -120,14 +120,30 @@ def test_frequencies_follow_the_distribution():
         assert abs(seen[token] / count - probability) < 5 * math.sqrt(probability / count)
 
 
-def test_uniform_is_fixed_for_ever():
-    """Answers of past runs depend on these numbers."""
-    assert uniform(0, 0) == 0.011546754286331562
-    assert uniform(-1, 7) == uniform(2**64 - 1, 7)
-    values = np.array([uniform(seed, position) for seed in range(40) for position in range(40)])
-    assert len(set(values)) == 1600
-    assert abs(values.mean() - 0.5) < 0.03
-    assert 0 <= values.min() < values.max() < 1
+def test_random_numbers_are_fixed():
+    """Answers of past runs depend on them."""
+    assert exponentials(0, 1, 3).tolist() == [1.5518317520229494, 1.5345817685527228, 0.2798468700184203]
+    assert exponentials(-1, 7, 5).tolist() == exponentials(2**64 - 1, 7, 5).tolist()
+    assert exponentials(5, 9, np.array([1, 4])).tolist() == exponentials(5, 9, 6)[[1, 4]].tolist()
+
+
+def test_random_numbers_are_exponential():
+    values = np.concatenate([exponentials(seed, position, 1000) for seed in range(8) for position in range(8)])
+    assert len(set(values)) == len(values)
+    assert values.min() > 0
+    assert abs(values.mean() - 1) < 0.02  # five standard errors
+    assert abs((values > 1).mean() - math.exp(-1)) < 0.01
+
+
+def test_small_changes_of_logits_seldom_change_a_token():
+    """In how many draws a token changes is about the size of the changes, whatever the size of the vocabulary."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(20_000, generator=generator, dtype=torch.float64)
+    changed = logits + 1e-3 * torch.randn(20_000, generator=generator, dtype=torch.float64)
+    rows = [asks(seed=seed) for seed in range(500)]
+    first, second = (sample(row.expand(500, -1), rows, at([0] * 500)) for row in (logits, changed))
+    assert len(set(first)) > 300
+    assert sum(one != other for one, other in zip(first, second, strict=True)) <= 5
 
 
 def test_samples_depend_on_seed_and_position_only():
@@ -280,7 +296,7 @@ def plain_weights(logits: list[float], request: TokenRequest, generated: list[in
 
 @given(any_request(), st.integers(0, 10**6), st.lists(st.integers(0, 9), max_size=8))
 def test_any_settings_together(request: TokenRequest, seed: int, generated: list[int]) -> None:
-    """The very token that a plain reference draws at the same uniform number."""
+    """The very token that a plain reference draws with the same random numbers."""
     logits = random_logits(1, VOCAB, seed=seed).double()
     (token,) = sample(logits, [request], [generated])
     weights = plain_weights(logits[0].tolist(), request, generated)
@@ -288,8 +304,8 @@ def test_any_settings_together(request: TokenRequest, seed: int, generated: list
         assert isinstance(token, RequestError)
         assert token.code == "no_token_allowed"
         return
-    u = uniform(request.seed, len(request.prompt_token_ids) + len(generated))
-    assert token == int(np.searchsorted(np.cumsum(weights), u * sum(weights), side="right"))
+    noise = exponentials(request.seed, len(request.prompt_token_ids) + len(generated), VOCAB)
+    assert token == max(range(VOCAB), key=lambda token_id: weights[token_id] / noise[token_id])
 
 
 @given(st.lists(st.tuples(any_request(), st.lists(st.integers(0, 9), max_size=8)), min_size=2, max_size=5), st.integers(0, 10**6))

@@ -24,8 +24,9 @@ def sample(logits: torch.Tensor, requests: Sequence[TokenRequest], generated: Se
 
     First, masks, bias and penalties change the logits (processors.py).  Temperature 0 then takes the largest logit, with the lowest id
     among equals, as transformers' `generate` does.  Otherwise temperature, min-p, top-k and top-p are applied in this order, as in vLLM
-    (ties with the k-th logit stay), and the token is drawn by inverting the cumulative distribution in float64 at one uniform number
-    that depends on (seed, position) only.
+    (ties with the k-th logit stay), and the token is drawn as the winner of an exponential race: each id has a random number that depends
+    on (seed, position, id) only, and the largest ratio of probability to number, in float64, wins.  A token then changes only if its own
+    lead is smaller than a change of the logits, and not because many small changes before it in the vocabulary add up.
 
     Args:
         logits: The logits, (rows, vocab), of any floating dtype and on any device; they are not changed.
@@ -51,10 +52,22 @@ def sample(logits: torch.Tensor, requests: Sequence[TokenRequest], generated: Se
     return tokens
 
 
-def uniform(seed: int, position: int) -> float:
-    """Return a number in [0, 1) that depends on (seed, position) only: one block of the counter-based generator Philox-4x64."""
-    bits = np.random.Philox(key=seed & _UINT64, counter=position).random_raw()
-    return (int(bits) >> 11) * 2.0**-53
+def exponentials(seed: int, position: int, ids: np.ndarray | int) -> np.ndarray:
+    """Return positive numbers, float64, drawn from the exponential distribution of mean 1.
+
+    The number of an id depends on (seed, position, id) only: they are a stream of the counter-based generator Philox-4x64, whose key is
+    the seed, and whose counter begins at a place of the position's own.
+
+    Args:
+        seed: The seed; its lowest 64 bits count.
+        position: The position in the sequence, at least 0.
+        ids: The ids, ascending, or the number of ids from 0 on.
+    """
+    size = ids if isinstance(ids, int) else int(ids[-1]) + 1
+    bits = np.random.Philox(key=seed & _UINT64, counter=position << 64).random_raw(size)
+    if not isinstance(ids, int):
+        bits = bits[ids]
+    return -np.log(((bits >> np.uint64(12)) + 0.5) * 2.0**-52)  # of numbers between 0 and 1, both excluded
 
 
 def as_float64(row: torch.Tensor) -> np.ndarray:
@@ -76,7 +89,7 @@ def _choose(logits: torch.Tensor, greedy: int | RequestError, request: TokenRequ
             return RequestError("the request's penalties make logits overflow", code="non_finite_logits")
     if request.temperature == 0:
         return int(row.argmax())
-    return _draw(row, request, uniform(request.seed, len(request.prompt_token_ids) + len(generated)))
+    return _draw(row, request, len(request.prompt_token_ids) + len(generated))
 
 
 def _is_allowed(token: int | RequestError, request: TokenRequest, generated: Sequence[int]) -> bool:
@@ -93,8 +106,8 @@ def _masks(request: TokenRequest) -> str:
     return f"{guided}bad_words, min_tokens and allowed_token_ids"
 
 
-def _draw(row: np.ndarray, request: TokenRequest, u: float) -> int:
-    """Draw a token by temperature, the filters and the uniform number `u`.
+def _draw(row: np.ndarray, request: TokenRequest, position: int) -> int:
+    """Draw the token at a position by temperature and the filters.
 
     min-p and top-k both keep what lies above a threshold, so their order does not matter; top-k first leaves less to exponentiate.
     """
@@ -113,9 +126,8 @@ def _draw(row: np.ndarray, request: TokenRequest, u: float) -> int:
         nucleus = _nucleus(weights, request.top_p)
         ids = nucleus if ids is None else ids[nucleus]
         weights = weights[nucleus]
-    cumulative = np.cumsum(weights)
-    # side="right" never picks a weight of 0; u < 1 keeps the target below the last entry
-    choice = int(np.searchsorted(cumulative, u * cumulative[-1], side="right"))
+    # a weight of 0 never wins, since the likeliest token's is 1
+    choice = int((weights / exponentials(request.seed, position, len(weights) if ids is None else ids)).argmax())
     return choice if ids is None else int(ids[choice])
 
 
