@@ -157,11 +157,13 @@ def test_a_dtype_that_was_not_measured_is_not_spoken_of(measured: list[tuple[Any
     assert [dtypes for _, dtypes, *_ in measured] == [("float32",)]
 
 
-def test_a_plan_for_a_folder_on_a_measured_machine(tmp_path: Path) -> None:
+@pytest.mark.parametrize("formats", [(), ("--weight-format", "int4"), ("--allow-formats", "int8,int4")])
+def test_a_plan_for_a_folder_on_a_measured_machine(tmp_path: Path, formats: tuple[str, ...]) -> None:
     (tmp_path / "box.json").write_text(machine_of(dense={"bfloat16": [(64, 5e11)], "float32": [(64, 1e11)]}).to_json())
     lines = [{"prompt": "It was a dark and stormy night", "max_tokens": 12}, {"prompt": "Once", "max_tokens": 7}]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    done = flexgen("plan", NOVELS, "--machine", tmp_path / "box.json", "--input", tmp_path / "in.jsonl", "--json", "--host-mem", "2GiB")
+    job = ("--input", tmp_path / "in.jsonl", "--json", "--host-mem", "2GiB")
+    done = flexgen("plan", NOVELS, "--machine", tmp_path / "box.json", *job, *formats)
     assert done.exit_code == 0, done.output
     told = json.loads(done.stdout)["forecast"]
     assert told["num_requests"] == 2

@@ -142,7 +142,8 @@ def _opened(reading: Reading, model: str, options: EngineOptions) -> Iterator[LL
     from flexgen.plan.known.models import catalogue_spec
     from flexgen.session.lookup import shipped_name
 
-    options = dataclasses.replace(options, load_format="dummy")
+    # only the lengths of texts are asked for, which do not depend on how weights are stored
+    options = dataclasses.replace(options, load_format="dummy", weight_format="auto", allow_formats=None)
     name = shipped_name(model) if options.revision is None else None
     if name is None:
         with load(model, options, "none", **reading.keywords) as llm:
