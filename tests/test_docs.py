@@ -13,7 +13,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from flexgen.cli.exit_codes import ExitCode
+from flexgen.jobs.lines import MAX_LINE_BYTES
 from flexgen.report.progress import RunReport
+from flexgen.report.show import _DISPLAYS
 from flexgen.request import SamplingParams
 
 ROOT = Path(__file__).parent.parent
@@ -87,6 +90,22 @@ def test_constraints_lie_within_the_ranges() -> None:
 def test_every_metric_is_documented() -> None:
     document = (ROOT / "docs" / "metrics.md").read_text()
     assert not [field.name for field in dataclasses.fields(RunReport) if f"`{field.name}`" not in document]
+
+
+def test_every_exit_code_is_documented() -> None:
+    for name in ("jobs.md", "tables.md"):
+        rows = re.findall(r"^\| ([\d, ]+) \|", (ROOT / "docs" / name).read_text(), flags=re.MULTILINE)
+        codes = {int(code) for row in rows for code in row.split(", ")}
+        assert codes == set(ExitCode) - (set() if name == "jobs.md" else {ExitCode.BUG}), name
+
+
+def test_every_form_of_progress_is_documented() -> None:
+    document = (ROOT / "docs" / "jobs.md").read_text()
+    assert not [name for name in ("auto", *_DISPLAYS) if f"| `{name}` |" not in document]
+
+
+def test_the_longest_line_is_documented() -> None:
+    assert f"A line has at most {MAX_LINE_BYTES >> 20} MiB" in (ROOT / "docs" / "requests.md").read_text()
 
 
 def test_example_requests_are_valid() -> None:

@@ -242,7 +242,7 @@ def test_max_tokens_is_cut_to_the_context(llm: LLM) -> None:
 
 
 def test_sampling_params_must_match_the_prompts(llm: LLM) -> None:
-    with pytest.raises(OptionError, match="2 sampling_params for 1 prompts"):
+    with pytest.raises(OptionError, match=r"^2 sampling_params for 1 prompt$"):
         llm.generate(["a"], [GREEDY, GREEDY])
 
 

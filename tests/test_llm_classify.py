@@ -80,7 +80,7 @@ def test_no_prompts_open_no_engine(llm: LLM, engines: list[FakeEngine]) -> None:
         (5, "a list of texts"),
         ([], "a list of texts"),
         (None, "a list of texts"),
-        ([["d"]], "1 lists of choices for 2 prompts"),
+        ([["d"]], "1 list of choices for 2 prompts"),
         ([["d"], ["e"], ["f"]], "3 lists of choices for 2 prompts"),
         ([["d"], []], "texts, or lists of token ids"),
         (["d", ""], "texts, or lists of token ids"),

@@ -250,7 +250,7 @@ def test_unused_tensors_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     with caplog.at_level(logging.WARNING):
         found = sources_of(tmp_path, config)
     assert found.unexpected == ("model.layers.0.extra",)  # transformers knows that old files have the frequencies
-    assert "1 tensors are not used: model.layers.0.extra" in caplog.text
+    assert "1 tensor is not used: model.layers.0.extra" in caplog.text
 
 
 def test_what_a_model_class_may_lack(tmp_path: Path) -> None:

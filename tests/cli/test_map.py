@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -107,6 +109,16 @@ def test_choices_and_probabilities(model_folder: Path, table: Path, output: Path
         assert row["label"] == ("yes" if float(row["label_yes"]) >= float(row["label_no"]) else "no")
         assert row["why"] == ""
     assert lines(output)[0] == {"id": 1, "prompt": "abc:", "choices": [" yes", " no"]}
+    assert re.search(r": 3 lines, 0 of them bad, 0 done before, 3 to answer by \d+ requests: ", done.stderr)
+
+
+def test_one_row_is_told_in_the_singular(model_folder: Path, table: Path, output: Path, engines: list[FakeEngine]) -> None:
+    table.write_text("text\nabc\n")
+    done = flexgen("map", model_folder, table, "-o", output, "--prompt", "{text}:", "--max-tokens", 1)
+    assert f"{table}: 1 line, 0 of them bad, 0 done before, 1 to answer: 4 prompt and at most 1 output token\n" in done.stderr
+    assert "greedy, stop ('\\n',), 1 token (" in done.stderr
+    assert "1 of 1 answer was cut because it reached the most tokens" in done.stderr
+    assert "1 of 1 line done (0 with errors), 0 in progress; 4 prompt and 1 output token\n" in flexgen("status", output).stdout
 
 
 def test_choices_of_a_real_model(novels_opt: Path, table: Path, output: Path) -> None:
@@ -191,13 +203,86 @@ def test_a_schema_becomes_columns(
     monkeypatch.setattr("flexgen.api.plain.PlainForm._choice", lambda *_: {"text": next(texts), "finish_reason": "length"})
     (tmp_path / "schema.json").write_text(json.dumps(SCHEMA))
     done = flexgen("map", model_folder, table, "-o", output, *ASK, "--schema", tmp_path / "schema.json", "--raw")
-    assert done.exit_code == 0, done.output
+    assert done.exit_code == 1, done.output
     assert output.read_text().startswith("id,text,answer,name,age,error\n")
     found = {row["answer"]: (row["name"], row["age"], row["error"]) for row in rows(output)}
     assert found['{"name": "Ada", "age": 36}'] == ("Ada", "36", "")
     assert found['{"name": "B'][2].endswith("it was cut: more tokens may help")
     assert found["[1]"] == ("", "", "the answer is not a JSON object but [1]")
-    assert "2 of 3 rows have an error" in done.stderr
+    assert "2 of 3 rows have an error, which stands in their row" in done.stderr
+    assert "1 of 3 lines answered, 2 with errors; the same command with --retry-errors tries those again" in done.stdout
+    assert "3 of 3 lines done (2 with errors)" in flexgen("status", output).stdout
+    records = [json.loads(line) for line in flexgen("export", output, "--to", "-").stdout.splitlines()]
+    assert sorted((record["text"], record.get("error", {}).get("code")) for record in records) == [
+        ("[1]", "invalid_answer"),
+        ('{"name": "Ada", "age": 36}', None),
+        ('{"name": "B', "invalid_answer"),
+    ]
+
+
+def test_answers_that_do_not_fit_can_be_retried(
+    model_folder: Path, table: Path, output: Path, tmp_path: Path, engines: list[FakeEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flexgen.tables.task import Task
+
+    monkeypatch.setattr(Task, "constraint", property(lambda task: {}))
+    texts = iter(["7", "cut", "8", "again", "9", "10"])
+    monkeypatch.setattr("flexgen.api.plain.PlainForm._choice", lambda *_: {"text": next(texts), "finish_reason": "length"})
+    (tmp_path / "schema.json").write_text('{"type": "integer"}')
+    command = ("map", model_folder, table, "-o", output, "--prompt", "{text}:", "--schema", tmp_path / "schema.json", "--max-tokens")
+    assert flexgen(*command, 4).exit_code == 1
+    first = sorted(row["answer"] for row in rows(output))
+    assert first == ["", "7", "8"]
+    again = flexgen(*command, 4)
+    assert (again.exit_code, "nothing was left to do" in again.stderr, len(engines)) == (1, True, 1), again.output
+    assert flexgen(*command, 4, "--retry-errors").exit_code == 1
+    assert flexgen(*command, 8, "--retry-errors").exit_code == 3
+    done = flexgen(*command, 8, "--retry-errors", "--accept-changes")
+    assert (done.exit_code, sorted(row["answer"] for row in rows(output))) == (0, ["7", "8", "9"]), done.output
+    assert [engine.num_pulled for engine in engines] == [3, 1, 1]
+
+
+def test_an_answer_that_was_cut_before_it_matched(model_folder: Path, table: Path, output: Path, engines: list[FakeEngine]) -> None:
+    done = flexgen("map", model_folder, table, "-o", output, *ASK, "--regex", "[a-z]{6}")
+    assert done.exit_code == 1, done.output
+    said = "the answer was cut before it matched the pattern: more tokens may help"
+    assert [(row["answer"], row["error"]) for row in rows(output)] == [("", said)] * 3
+    assert flexgen("map", model_folder, table, "-o", output.with_name("b.csv"), *ASK, "--regex", "[a-z]+").exit_code == 0
+    assert rows(output.with_name("b.csv"))[0]["answer"] == answered("abc")
+
+
+# -- text that is not Unicode -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ending", [".csv", ".tsv", ".parquet", ".jsonl"])
+def test_half_of_a_surrogate_pair_is_not_lost(model_folder: Path, tmp_path: Path, engines: list[FakeEngine], ending: str) -> None:
+    table, output = tmp_path / "in.jsonl", tmp_path / f"out{ending}"
+    table.write_text('{"text": "abc", "note": "a\\ud800b"}\n{"text": "de", "note": "\u00fc"}\n')
+    done = flexgen("map", model_folder, table, "-o", output, *ASK)
+    assert done.exit_code == 0, done.output
+    if ending == ".jsonl":
+        notes = [json.loads(line)["note"] for line in output.read_text().splitlines()]
+    elif ending == ".parquet":
+        notes = pq.read_table(output).column("note").to_pylist()
+    else:
+        with output.open(newline="", encoding="utf-8") as file:
+            notes = [row["note"] for row in csv.DictReader(file, delimiter="\t" if ending == ".tsv" else ",")]
+    assert notes == (["a\ud800b", "\u00fc"] if ending == ".jsonl" else ["a\\ud800b", "\u00fc"])
+    assert ("1 of 2 rows has half of a surrogate pair" in done.stderr) == (ending != ".jsonl")
+
+
+@pytest.mark.parametrize("ending", [".csv", ".parquet", ".jsonl"])
+def test_half_of_a_surrogate_pair_in_a_prompt(model_folder: Path, tmp_path: Path, engines: list[FakeEngine], ending: str) -> None:
+    table, output = tmp_path / "in.jsonl", tmp_path / f"out{ending}"
+    table.write_text('{"text": "abc"}\n{"text": "a\\udc00b"}\n')
+    said = "the prompt has half of a surrogate pair (\\udc00), which is no character"
+    done = flexgen("map", model_folder, table, "-o", output, *ASK)
+    assert (done.exit_code, f"row 2: {said}" in done.stderr, engines) == (3, True, []), done.stderr
+    assert flexgen("map", model_folder, table, "-o", output, *ASK, "--keep-going").exit_code == 1
+    found = pq.read_table(output).to_pylist() if ending == ".parquet" else None
+    if ending == ".jsonl":
+        found = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [row["error"] or None for row in found or rows(output)] == [None, said]
 
 
 # -- what is refused --------------------------------------------------------------------------------------------------------------------
@@ -227,6 +312,9 @@ def test_a_schema_becomes_columns(
         (["--prompt", "{text}", "--format", "xlsx"], "known: csv, tsv, parquet, jsonl"),
         (["--prompt", "{text}", "--temperature", "-1"], "--temperature -1"),
         (["--prompt", "no column"], "names no column"),
+        (["--prompt", "{text}\udcff"], "--prompt: it has half of a surrogate pair (\\udcff), which is no character"),
+        (["--prompt", "{text}", "--choices", "a,\udcff"], "choices: it has half of a surrogate pair"),
+        (["--prompt", "{text}", "--output-format", "xlsx"], "known: csv, tsv, parquet, jsonl"),
         ([], "--prompt"),
     ],
 )
@@ -337,10 +425,15 @@ def test_steps_are_told_from_the_beginning(model_folder: Path, table: Path, outp
 
 
 def test_paths_that_cannot_be(model_folder: Path, table: Path, output: Path, tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe.csv"
+    os.mkfifo(pipe)
+    (tmp_path / "in.xlsx").write_bytes(b"PK")
     for model, given, target, said in (
         (model_folder, "-", output, "TABLE is read several times"),
         (model_folder, tmp_path / "none.csv", output, "there is no such file"),
         (table, model_folder, output, "the model comes first"),
+        (model_folder, pipe, output, "give a file in place of a pipe"),
+        (model_folder, tmp_path / "in.xlsx", output, "the ending of a table's name is one of"),
         (model_folder, table, "-", "OUTPUT is a file"),
         (model_folder, table, table, "is the input; give another output"),
         (model_folder, table, tmp_path / "out.xlsx", "--output"),
@@ -348,6 +441,40 @@ def test_paths_that_cannot_be(model_folder: Path, table: Path, output: Path, tmp
     ):
         done = flexgen("map", model, given, "-o", target, *ASK)
         assert (done.exit_code, said in done.stderr) == (2, True), done.stderr
+
+
+BAD_TABLES = {
+    "bytes.csv": (b"id,text\n1,\xff\n", "is not UTF-8"),
+    "empty.csv": (b"", "is empty"),
+    "twice.csv": (b"text,text\na,b\n", "two columns are called 'text'"),
+    "long.csv": (b"text\na,b\n", "row 1, which begins 'a', has 2 cells, and the header has 1 column: "),
+    "cut.csv.gz": (gzip.compress(b"text\nabc\n")[:-9], "cannot be read"),
+    "empty.jsonl": (b"", "has no rows with columns"),
+    "array.jsonl": (b"[1]\n", "line 1 is not a row"),
+    "name.jsonl": (b'{"text": "a", "\\ud800": 1}\n', "the name of the column '\\ud800' has half of a surrogate pair"),
+    "not.parquet": (b"PAR1", "cannot be read as a Parquet file"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_TABLES)
+def test_tables_that_cannot_be_read(model_folder: Path, tmp_path: Path, output: Path, engines: list[FakeEngine], name: str) -> None:
+    content, said = BAD_TABLES[name]
+    (tmp_path / name).write_bytes(content)
+    done = flexgen("map", model_folder, tmp_path / name, "-o", output, *ASK)
+    assert (done.exit_code, said in done.stderr, engines) == (3, True, []), done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == [name]
+
+
+def test_columns_that_the_output_cannot_hold(model_folder: Path, tmp_path: Path, engines: list[FakeEngine]) -> None:
+    (tmp_path / "in.jsonl").write_text('{"text": "a", "n": 1}\n{"text": "b", "n": "x"}\n')
+    done = flexgen("map", model_folder, tmp_path / "in.jsonl", "-o", tmp_path / "out.parquet", *ASK)
+    assert (done.exit_code, "a column has values of different types" in done.stderr, engines) == (3, True, []), done.stderr
+
+
+def test_examples_that_cannot_be_read(model_folder: Path, table: Path, output: Path, tmp_path: Path) -> None:
+    (tmp_path / "shots.csv.gz").write_bytes(gzip.compress(b"text,answer\na,b\n")[:-9])
+    done = flexgen("map", model_folder, table, "-o", output, *ASK, "--examples", tmp_path / "shots.csv.gz")
+    assert (done.exit_code, f"--examples {tmp_path / 'shots.csv.gz'} cannot be read" in done.stderr) == (2, True), done.stderr
 
 
 def test_rows_without_a_prompt_are_told_before_anything_runs(
@@ -363,7 +490,7 @@ def test_rows_without_a_prompt_are_told_before_anything_runs(
     assert done.exit_code == 1, done.output
     assert [row["answer"] for row in rows(output)] == [answered("abc"), "", answered("de")]
     assert [row["error"] for row in rows(output)] == ["", "the row has no column 'text'", ""]
-    assert "1 of 3 rows have an error" in done.stderr
+    assert "1 of 3 rows has an error" in done.stderr
 
 
 def test_what_no_row_can_have_is_refused(model_folder: Path, table: Path, output: Path, tmp_path: Path) -> None:

@@ -160,7 +160,7 @@ def test_answers_that_nothing_bounds_are_warned_of(
     monkeypatch.setattr("flexgen.cli.defaults._LONG_ANSWER", 40)
     source = write(tmp_path / "in.jsonl", {"prompt": "abc"}, {"prompt": "abc"}, GOOD)
     done = flexgen("run", model_folder, source, "-o", output, *flags)
-    said = f"warning: 2 lines set no max_tokens, and there is no --max-tokens: their answers may have up to {CONTEXT - 3} tokens"
+    said = f"warning: 2 lines set no max_tokens, and there is no --max-tokens: an answer may have up to {CONTEXT - 3} tokens"
     assert (said in done.stderr) == warns
     output.unlink()
     assert "warning" not in flexgen("run", model_folder, write(source, GOOD), "-o", output, "--fresh").stderr

@@ -648,6 +648,31 @@ def test_repeated_ids_are_answered_and_told_once(llm: LLM, tmp_path: Path, outpu
     assert "4 lines have the id of an earlier line" in caplog.text
 
 
+def test_one_repeated_id_is_told_in_the_singular(llm: LLM, tmp_path: Path, output: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run(llm, write(tmp_path / "in.jsonl", *({"id": "same", "prompt": "a", "max_tokens": 1} for _ in range(2))), output)
+    assert "1 line has the id of an earlier line; all are answered" in caplog.text
+
+
+def test_an_answer_that_is_refused_is_an_error_beside_the_answer(llm: LLM, tmp_path: Path, output: Path) -> None:
+    source = write(tmp_path / "in.jsonl", *({"id": text, "prompt": text, "max_tokens": 3} for text in ("a", "bc")))
+    job = run(llm, source, output, judge=lambda record: "it is that of a" if record["id"] == "a" else None)
+    assert job.store is not None
+    assert (job.store.num_answered, job.store.num_failed) == (1, 1)
+    found = answers(output)
+    assert found[1]["error"] == {"code": "invalid_answer", "message": "it is that of a", "param": None}
+    assert (found[1]["text"], found[1]["finish_reason"]) == (fake_text("a", 3), "length")
+    assert "error" not in found[2]
+    status = read_status(job.store.paths)
+    assert (status.answered, status.failed, status.output_tokens) == (1, 1, 6)
+    with opened(llm, source, output) as again:
+        assert again.store is not None
+        assert again.store.forget_failed() == 1
+        again.store.start_run(2)
+        again.run(again.scan())
+        assert (again.store.num_answered, again.store.num_failed) == (2, 0)
+    assert "error" not in answers(output)[1]
+
+
 # -- anything at all --------------------------------------------------------------------------------------------------------------------
 
 field_values = (

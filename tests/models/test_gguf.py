@@ -233,7 +233,7 @@ def test_a_missing_tensor(tmp_path: Path) -> None:
     tensors = tensors_for(model, "llama", tied=False)
     del tensors["blk.1.attn_q.weight"]
     path.write_bytes(gguf_bytes(metadata_of("llama"), tensors))
-    with pytest.raises(CheckpointError, match=r"1 parameters of LlamaForCausalLM are missing: model.layers.1.self_attn.q_proj.weight"):
+    with pytest.raises(CheckpointError, match=r"1 parameter of LlamaForCausalLM is missing: model.layers.1.self_attn.q_proj.weight"):
         parameter_sources(model, decoded(path))
 
 
@@ -242,7 +242,7 @@ def test_a_tensor_without_a_place(tmp_path: Path) -> None:
     path, model = write_model(tmp_path, "llama")
     tensors = tensors_for(model, "llama", tied=False)
     path.write_bytes(gguf_bytes(metadata_of("llama"), {**tensors, "blk.0.attn_q.bias": plain(np.ones(256, np.float32))}))
-    with pytest.raises(UnsupportedModelError, match=r"1 tensors have no place.*blk\.0\.attn_q\.bias"):
+    with pytest.raises(UnsupportedModelError, match=r"1 tensor has no place.*blk\.0\.attn_q\.bias"):
         parameter_sources(model, decoded(path))
 
 

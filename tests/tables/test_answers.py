@@ -49,6 +49,36 @@ def test_a_schema() -> None:
     assert "not a JSON object but [1]" in answers.values(said("[1]"))["error"]
 
 
+def test_an_answer_that_is_an_error_stands_beside_it() -> None:
+    """As the record of a job has it; the reason is the record's own, and what fits is kept."""
+    task = Task(prompt="{t}", schema=SCHEMA, raw=True)
+    record = {**said('{"name": 7, "age": 1}'), "error": {"message": "name: no"}}
+    assert Answers(task).fault(said('{"name": 7, "age": 1}')) == "name: 7 is not of type text"
+    assert Answers(task).fault(said('{"name": "A", "age": 1}')) is None
+    found = Answers(task).values(record)
+    assert (found["answer"], found["name"], found["age"], found["error"]) == ('{"name": 7, "age": 1}', None, 1, "name: no")
+
+
+def test_an_answer_that_was_cut_before_it_matched() -> None:
+    task = Task(prompt="{t}", regex="a+b")
+    answers = Answers(task, lambda text: text.endswith("b"))
+    assert answers.values(said("aab", "length")) == {"answer": "aab", "error": None}
+    assert answers.values(said("aab")) == {"answer": "aab", "error": None}
+    fault = answers.fault(said("aa", "length"))
+    assert fault == "the answer was cut before it matched the pattern: more tokens may help"
+    assert answers.values(said("aa", "length")) == {"answer": None, "error": fault}
+    assert Answers(task).values({**said("aa", "length"), "error": {"message": fault}}) == {"answer": None, "error": fault}
+
+
+@pytest.mark.parametrize("text", ['{"name": "a\\ud800"}', '{"tags": [{"x": "\\udfff"}]}', '{"tags": {"\\ud800": 1}}'])
+def test_an_answer_that_is_not_unicode(text: str) -> None:
+    found = Answers(Task(prompt="{t}", schema=SCHEMA, raw=True)).values(said(text))
+    assert (found["answer"], found["name"], found["tags"]) == (text, None, None)
+    assert "the answer has half of a surrogate pair (\\ud" in found["error"]
+    whole = Answers(Task(prompt="{t}", schema=SCHEMA)).values(said('{"name": "\\ud83d\\ude00"}'))
+    assert (whole["name"], whole["error"]) == ("\U0001f600", None)
+
+
 def test_a_schema_of_something_else() -> None:
     answers = Answers(Task(prompt="{t}", schema={"type": "array"}))
     assert answers.values(said("[1, 2]")) == {"answer": [1, 2], "error": None}
@@ -67,6 +97,10 @@ def test_a_schema_of_something_else() -> None:
         ({"answer_column": "error"}, "'error'"),
         ({"schema": {"properties": {"error": {}}}}, "'error'"),
         ({"prompt": "{t"}, "stands alone"),
+        ({"prompt": "{t}\udcff"}, "prompt: it has half of a surrogate pair (\\udcff)"),
+        ({"choices": ("a", "\udcff")}, "choices: it has half"),
+        ({"answer_column": "\udcff"}, "answer_column: it has half"),
+        ({"schema": {"properties": {"\ud800": {}}}}, "schema: it has half"),
     ],
 )
 def test_tasks_that_make_no_sense(given: dict[str, Any], said: str) -> None:

@@ -86,7 +86,7 @@ def test_a_short_row_lacks_columns(tmp_path: Path) -> None:
     ("name", "content", "said"),
     [
         ("t.csv", b"", "is empty"),
-        ("t.csv", b"a,b\n1,2,3\n", "row 1, which begins '1', has 3 cells, and there are 2 columns"),
+        ("t.csv", b"a,b\n1,2,3\n", "row 1, which begins '1', has 3 cells, and the header has 2 columns"),
         ("t.csv", b'a,b\n1,"x\n', "line 2: unexpected end of data"),
         ("t.csv", b"a\n\xff\n", "is not UTF-8 (0xff); iconv"),
         ("t.jsonl", b"", "has no rows"),
@@ -124,7 +124,7 @@ def test_what_rows_of_json_lines_may_have(tmp_path: Path) -> None:
 
 
 def test_two_columns_of_one_name(tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match="two columns are called 'a'"):
+    with pytest.raises(JobError, match="two columns are called 'a'"):
         open_table(written(tmp_path / "t.csv", "a,b,a\n"), "csv")
 
 
@@ -135,6 +135,20 @@ def test_json_lines_keep_their_values(tmp_path: Path) -> None:
     assert first == '{"id": 7, "text": "é", "big": 12345678901234567890, "answer": "a,\\"b\\"\\nc", "tags": ["x"], "p": 0.5}'
     assert second == '{"id": 1.0, "more": "\\ud800", "answer": null, "tags": null, "p": null}'
     assert rewritten(path, "jsonl", "csv").splitlines()[0] == "id,text,big,more,answer,tags,p"
+
+
+def test_half_of_a_surrogate_pair_becomes_an_escape_where_it_cannot_stay(tmp_path: Path) -> None:
+    path = written(tmp_path / "t.jsonl", '{"a": "é", "b": 1}\n{"a": "x\\ud800y", "b": ["\\udfff"]}\n{"a": "ü", "b": null}\n')
+    table, answer = open_table(path, "jsonl"), {"answer": "z", "tags": None, "p": None}
+    for target, num_escaped in (("csv", 1), ("tsv", 1), ("jsonl", 0)):
+        file = io.BytesIO()
+        writer = open_writer(Hashed(file), target, table, ADDED)
+        for batch in table.batches():
+            writer.write(batch, [answer] * len(batch))
+        writer.close()
+        assert (writer.num_escaped, len(file.getvalue().decode().splitlines())) == (num_escaped, 3 + num_escaped)
+        if target == "csv":
+            assert file.getvalue().decode().splitlines()[1:] == ["é,1,z,,", 'x\\ud800y,"[""\\udfff""]",z,,', "ü,,z,,"]
 
 
 @pytest.mark.parametrize(

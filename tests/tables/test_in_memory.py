@@ -50,6 +50,20 @@ def test_a_row_that_cannot_be_answered_stops_no_other(llm: LLM) -> None:
     assert [bool(each) for each in found.column("error").to_pylist()] == [False, True, False]
 
 
+def test_an_answer_that_was_cut_before_it_matched(llm: LLM) -> None:
+    found = llm.map(pa.table({"text": ["abc"]}), "{text}", sampling_params=GREEDY, regex="[a-z]{6}")
+    assert found.select(["answer", "error"]).to_pylist() == [
+        {"answer": None, "error": "the answer was cut before it matched the pattern: more tokens may help"}
+    ]
+
+
+def test_a_prompt_that_is_not_unicode(llm: LLM) -> None:
+    pandas = pytest.importorskip("pandas")
+    found = llm.map(pandas.DataFrame({"text": pandas.Series(["ab", "\ud800"], dtype=object)}), "{text}", sampling_params=GREEDY)
+    assert found["answer"].tolist() == [fake_text("ab", 4), None]
+    assert found["error"].tolist() == [None, "the prompt has half of a surrogate pair (\\ud800), which is no character"]
+
+
 def test_choices_with_probabilities(llm: LLM) -> None:
     found = llm.map(pa.table({"t": ["a", "b", "cd"]}), "{t}:", choices=["yes", "no"], probabilities=True, answer_column="label")
     assert found.column_names == ["t", "label", "label_yes", "label_no", "error"]

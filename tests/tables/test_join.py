@@ -53,6 +53,15 @@ def test_rows_find_their_records(source: Path, caplog: pytest.LogCaptureFixture)
     assert [each.getMessage().partition(" ")[0] for each in caplog.records] == ["2", "1", "1"]
 
 
+def test_one_row_is_told_in_the_singular(source: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "flexgen")
+    joined(form_of(source), [record(1, text="1", finish_reason="length"), *(record(index, text="x") for index in (2, 3))])
+    assert [each.getMessage() for each in caplog.records] == [
+        "1 of 4 rows has no answer yet",
+        "1 of 4 answers was cut because it reached the most tokens",
+    ]
+
+
 def test_the_target_says_the_format(source: Path) -> None:
     records = [record(index, text=str(index), finish_reason="stop") for index in range(1, 5)]
     assert json.loads(joined(form_of(source), records, "out.jsonl")[0]) == {"id": "a", "text": "one", "answer": "1", "error": None}

@@ -114,6 +114,33 @@ def test_values_that_have_no_type_together(tmp_path: Path) -> None:
     check_writable(open_table(tmp_path / "t.jsonl", "jsonl"), "csv")
 
 
+def test_half_of_a_surrogate_pair_becomes_an_escape(tmp_path: Path) -> None:
+    lines = ['{"t": "x\\ud800", "l": ["ü"], "o": {"a": "b"}}', '{"t": "ü", "l": ["\\udfff"], "o": {"a": "\\ud801"}}', '{"t": "z"}']
+    (tmp_path / "t.jsonl").write_text("\n".join(lines) + "\n")
+    table = open_table(tmp_path / "t.jsonl", "jsonl")
+    check_writable(table, "parquet")
+    file = io.BytesIO()
+    writer = open_writer(Hashed(file), "parquet", table, ADDED)
+    (batch,) = table.batches()
+    writer.write(batch, [ANSWER, NOTHING, NOTHING])
+    writer.close()
+    assert writer.num_escaped == 2
+    assert pq.read_table(io.BytesIO(file.getvalue())).select(["t", "l", "o"]).to_pylist() == [
+        {"t": "x\\ud800", "l": ["ü"], "o": {"a": "b"}},
+        {"t": "ü", "l": ["\\udfff"], "o": {"a": "\\ud801"}},
+        {"t": "z", "l": None, "o": None},
+    ]
+
+
+@pytest.mark.parametrize("kind", ["date", "text"])
+def test_a_value_that_python_cannot_hold(tmp_path: Path, kind: str) -> None:
+    broken = pa.array([b"\xff"], pa.binary()).view(pa.string())
+    pq.write_table(pa.table({"x": pa.array([5_000_000], pa.date32()) if kind == "date" else broken}), tmp_path / "t.parquet")
+    (batch,) = open_table(tmp_path / "t.parquet", "parquet").batches()
+    with pytest.raises(JobError, match=r"t\.parquet: the column 'x' has a value that cannot be read: "):
+        batch.rows()
+
+
 def test_without_pyarrow_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(OptionError, match=r"pip install 'flexgen-engine\[tables\]'"):

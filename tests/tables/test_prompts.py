@@ -47,6 +47,14 @@ def test_a_space_before_the_answer(end: str, seam: str) -> None:
     assert Prompts(Task(prompt="{t}" + end, choices=("A", " B"))).line({"t": "x"})["choices"] == [f"{seam}A", " B"]
 
 
+@pytest.mark.parametrize("chat", [False, True])
+@pytest.mark.parametrize("what", ["prompt", "instruction"])
+def test_a_prompt_that_is_not_unicode(chat: bool, what: str) -> None:
+    row = {"t": "x\ud800" if what == "prompt" else "x", "s": "\ud800" if what == "instruction" else "s"}
+    fault = Prompts(Task(prompt="{t}", system="{{ s }}", template="auto"), chat=chat).fault(row)
+    assert fault == f"the {what} has half of a surrogate pair (\\ud800), which is no character"
+
+
 def test_constraints() -> None:
     assert Prompts(Task(prompt="{t}", schema=SCHEMA)).line({"t": "x"})["structured_outputs"] == {"json": SCHEMA}
     assert Prompts(Task(prompt="{t}", regex="[a-z]+")).line({"t": "x"})["structured_outputs"] == {"regex": "[a-z]+"}

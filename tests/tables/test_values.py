@@ -11,13 +11,20 @@ import pytest
 
 from flexgen.errors import RequestError
 from flexgen.tables.columns import Kind, fitted, kind_of
-from flexgen.tables.values import cell_of, text_of
+from flexgen.tables.values import cell_of, escaped, surrogate_fault, text_of, unicode_text
 
 
 def test_cells_hold_any_bytes() -> None:
     assert [cell_of(value) for value in (b"caf\xc3\xa9", b"a\xff", None, [b"\xfe"], 2.5)] == ["café", "a\\xff", "", '["\\\\xfe"]', "2.5"]
     with pytest.raises(RequestError, match="not UTF-8"):
         text_of(b"\xff")
+
+
+def test_text_that_is_not_unicode() -> None:
+    assert escaped({"a\ud800": ["ü\udfff", 1, None]}) == {"a\\ud800": ["ü\\udfff", 1, None]}
+    assert (surrogate_fault("\U0001f600"), unicode_text("ü", "it")) == (None, "ü")
+    with pytest.raises(RequestError, match=r"^the prompt has half of a surrogate pair \(\\ud83d\), which is no character$"):
+        unicode_text("a\ud83d", "the prompt")
 
 
 @pytest.mark.parametrize(

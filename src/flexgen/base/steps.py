@@ -7,6 +7,8 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
+from flexgen.base.quantities import counted
+
 LOGGER = "flexgen.base.steps"
 _logger = logging.getLogger(LOGGER)
 _COUNT_SECONDS = 5.0
@@ -25,6 +27,6 @@ def counted_lines(lines: Iterable[Item], text: str) -> Iterator[Item]:
     due = time.monotonic() + _COUNT_SECONDS
     for count, line in enumerate(lines):
         if time.monotonic() >= due:
-            step(f"{text}: {count:,} lines so far")
+            step(f"{text}: {counted(count, 'line')} so far")
             due = time.monotonic() + _COUNT_SECONDS
         yield line

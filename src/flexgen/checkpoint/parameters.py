@@ -20,6 +20,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 from transformers.pytorch_utils import Conv1D
 
+from flexgen.base.quantities import counted
 from flexgen.checkpoint.conversion import Traced, Untraceable
 from flexgen.checkpoint.files import Headers
 from flexgen.checkpoint.gguf import gguf_sources
@@ -105,17 +106,19 @@ def parameter_sources(model: PreTrainedModel, checkpoint: Headers) -> ModelSourc
     absent = set(report.missing_keys)
     model._adjust_missing_and_unexpected_keys(report)  # pyright: ignore[reportArgumentType]
     if report.missing_keys:
+        of = f"of {type(model).__name__}"
+        missing = counted(len(report.missing_keys), f"parameter {of} is missing", f"parameters {of} are missing")
         raise CheckpointError(
-            f"{checkpoint.folder}: {len(report.missing_keys)} parameters of {type(model).__name__} are missing: "
-            f"{some(report.missing_keys)}" + (f"; not understood: {some(unexpected)}" if unexpected else "")
+            f"{checkpoint.folder}: {missing}: {some(report.missing_keys)}" + (f"; not understood: {some(unexpected)}" if unexpected else "")
         )
     if report.unexpected_keys and checkpoint.architecture is not None:  # a GGUF file's config says less than its tensors
         raise UnsupportedModelError(
-            f"{checkpoint.folder}: {len(report.unexpected_keys)} tensors have no place in transformers' {type(model).__name__}, so that "
-            f"answers would be wrong without them: {some(report.unexpected_keys)}"
+            f"{checkpoint.folder}: {counted(len(report.unexpected_keys), 'tensor has', 'tensors have')} no place in transformers' "
+            f"{type(model).__name__}, so that answers would be wrong without them: {some(report.unexpected_keys)}"
         )
     if report.unexpected_keys:
-        logger.warning("%s: %d tensors are not used: %s", checkpoint.folder, len(report.unexpected_keys), some(report.unexpected_keys))
+        unused = counted(len(report.unexpected_keys), "tensor is", "tensors are")
+        logger.warning("%s: %s not used: %s", checkpoint.folder, unused, some(report.unexpected_keys))
     return ModelSources(
         parameters={name: found[name] for name in expected if name in found},
         tied=tied,
@@ -232,8 +235,9 @@ def _check_shapes(sources: Iterable[ParameterSource], expected: Mapping[str, tor
     wrong = [source for source in sources if source.shape != tuple(expected[source.name].shape)]
     if wrong:
         first = wrong[0]
+        found = counted(len(wrong), "parameter does", "parameters do")
         raise CheckpointError(
-            f"{folder}: {len(wrong)} parameters do not have the shape that config.json asks for: {first.name} is {first.shape}, "
+            f"{folder}: {found} not have the shape that config.json asks for: {first.name} is {first.shape}, "
             f"expected {tuple(expected[first.name].shape)}" + (f"; also {some([s.name for s in wrong[1:]])}" if wrong[1:] else "")
         )
 

@@ -64,7 +64,9 @@ class Answering:
             code, reason = (ExitCode.RESUMABLE, error) if reason is None else (code, f"{reason}; then {error}")
         if reason is not None:
             done = self.store.num_answered + self.store.num_failed
-            return complain(f"{reason}\n{done:,} of {self.job.num_lines:,} lines are done; the same command goes on from there", code)
+            lines = counted(self.job.num_lines, "line")
+            left = counted(done, f"of {lines} is done", f"of {lines} are done")
+            return complain(f"{reason}\n{left}; the same command goes on from there", code)
         self._conclude(workload)
         return code
 
@@ -96,10 +98,9 @@ class Answering:
         if len(workload):
             report = self.llm.report()
             if self.job.num_resumed:
-                self.display.message(
-                    f"{counted(self.job.num_resumed, 'answer')} went on after {self.job.tokens_kept:,} tokens that earlier runs had "
-                    f"generated; {report.recomputed_tokens:,} tokens were computed again"
-                )
+                kept = f"{counted(self.job.num_resumed, 'answer')} went on after {counted(self.job.tokens_kept, 'token')}"
+                again = counted(report.recomputed_tokens, "token was", "tokens were")
+                self.display.message(f"{kept} that earlier runs had generated; {again} computed again")
             self.display.report(report, self._done())
             if self.flags.verbose:
                 self.display.details(report)

@@ -47,14 +47,15 @@ def describe(job: Job, workload: Workload) -> str:
 
     found = job.store.num_found if job.store is not None else 0
     bare = job.defaults
-    limit = f"{bare.max_tokens:,} tokens" if bare.max_tokens is not None else f"up to the context of {job.model.max_model_len:,}"
+    limit = counted(bare.max_tokens, "token") if bare.max_tokens is not None else f"up to the context of {job.model.max_model_len:,}"
     sampling = "greedy" if bare.temperature == 0 else f"temperature {bare.temperature:g}, top_p {bare.top_p:g}, top_k {bare.top_k}"
     sampling = ", ".join([sampling, *_unusual(bare)])
     bad = f"{job.num_bad_lines:,} of them bad" + (f" ({job.first_bad})" if job.first_bad else "")
+    requests = f" by {counted(len(workload), 'request')}" if len(workload) != job.num_left else ""  # one for each of several choices
     told = (
-        f"{job.name}: {counted(job.num_lines, 'line')}, {bad}, {found:,} done before, {len(workload):,} to answer: "
-        f"{workload.prompt_tokens:,} prompt and at most {sum(workload.output_lens):,} output tokens"
-        + (f", {workload.scored_tokens:,} positions to score\n" if workload.scored_tokens else "\n")
+        f"{job.name}: {counted(job.num_lines, 'line')}, {bad}, {found:,} done before, {job.num_left:,} to answer{requests}: "
+        f"{workload.prompt_tokens:,} prompt and at most {counted(sum(workload.output_lens), 'output token')}"
+        + (f", {counted(workload.scored_tokens, 'position')} to score\n" if workload.scored_tokens else "\n")
         + f"defaults of lines that leave them out: {sampling}, {limit} (/v1/completions: {COMPLETIONS_MAX_TOKENS} tokens)"
     )
     return "\n".join([told, *job.remarks.lines(), *_warn_of_length(job, workload)])
@@ -66,8 +67,8 @@ def _warn_of_length(job: Job, workload: Workload) -> list[str]:
     if not job.remarks.num_unbounded or longest < _LONG_ANSWER:
         return []
     return [
-        f"warning: {job.remarks.num_unbounded:,} lines set no max_tokens, and there is no --max-tokens: "
-        f"their answers may have up to {longest:,} tokens, sampled at temperature {job.defaults.temperature:g} where a line sets none; "
+        f"warning: {counted(job.remarks.num_unbounded, 'line sets', 'lines set')} no max_tokens, and there is no --max-tokens: "
+        f"an answer may have up to {longest:,} tokens, sampled at temperature {job.defaults.temperature:g} where a line sets none; "
         "--max-tokens N bounds them, and --temperature T changes the default (0 is greedy)"
     ]
 

@@ -24,6 +24,7 @@ from flexgen.options import EngineOptions
 if TYPE_CHECKING:
     from flexgen.jobs.folder import JobFolder
     from flexgen.jobs.runner import Job
+    from flexgen.jobs.serving import Judge
     from flexgen.jobs.store import Store
     from flexgen.llm import LLM
     from flexgen.plan.workload import Workload
@@ -56,6 +57,10 @@ class JobLines(Protocol):
 
     def defaults(self, llm: LLM) -> SamplingParams:
         """Return the sampling parameters of lines that set none."""
+        ...
+
+    def judge(self, llm: LLM) -> Judge | None:
+        """Return what says which answers are errors of their lines; None where every answer counts."""
         ...
 
     def to_measure(self, llm: LLM, show: Callable[[str], None]) -> AbstractContextManager[Path]:
@@ -160,7 +165,7 @@ class JobCommand:
                 self.display.message(f"{folder.paths.name} goes on as it was begun: {resumed}")
             job = Job(
                 llm.model, source, store, defaults=defaults, input_format=self.lines.form, name=self.lines.name,
-                checkpoint_seconds=self.flags.checkpoint_seconds, stop=self.signals.request,
+                checkpoint_seconds=self.flags.checkpoint_seconds, stop=self.signals.request, judge=self.lines.judge(llm),
             )  # fmt: skip
             workload = self._prepare_lines(job, store)
             self.display.message(describe(job, workload))

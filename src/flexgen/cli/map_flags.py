@@ -15,7 +15,7 @@ import typer
 
 from flexgen.cli.options import is_there
 from flexgen.cli.run_flags import AGAIN, RunFlags, check_job
-from flexgen.errors import JobError, OptionError
+from flexgen.errors import JobError, OptionError, StorageError
 
 if TYPE_CHECKING:
     from flexgen.tables.batch import Table
@@ -121,7 +121,7 @@ class TaskFlags:
         try:
             table = open_table(self.examples, format_of(self.examples, "--examples", may_be_compressed=True))
             shots = read_shots(task, (row for batch in table.batches() for row in batch.rows()), name=name)
-        except JobError as error:
+        except (JobError, StorageError) as error:
             raise OptionError(f"--examples {error}") from error
         if not shots:
             raise OptionError(f"{name}: it has no rows: give at least one example, or leave it out")
@@ -139,6 +139,8 @@ def check_map(flags: MapFlags, asked: TaskFlags) -> Path:
         raise OptionError("TABLE is read several times: give a file in place of -")
     if not is_there(flags.source, "TABLE", Path.is_file):
         swapped = "; MODEL is a file, and the model comes first: flexgen map MODEL TABLE" if Path(flags.model).is_file() else ""
+        if flags.source.exists() and not flags.source.is_dir():
+            raise OptionError(f"TABLE {flags.source} is read several times: give a file in place of a pipe or device")
         what = "this is a folder" if flags.source.is_dir() else "there is no such file"
         raise OptionError(f"TABLE {flags.source}: {what}{swapped}")
     if flags.output is None:

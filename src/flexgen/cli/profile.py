@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flexgen.base.quantities import format_size
+from flexgen.base.quantities import counted, format_size
 from flexgen.cli.exit_codes import ExitCode
 from flexgen.cli.options import check_file, command, write_asked
 from flexgen.cli.terminal import showing
@@ -93,7 +93,7 @@ def format_machine(machine: Machine) -> str:
     links = {"host to device": machine.host_to_device, "device to host": machine.device_to_host}
     lines += [_line(name, rate, "B/s") for name, rate in links.items() if rate is not None]
     for dtype, curve in machine.dense.items():
-        lines += [_line(f"linear, {dtype}, {rows:.0f} rows", rate, "FLOP/s") for rows, rate in curve]
+        lines += [_line(f"linear, {dtype}, {counted(round(rows), 'row')}", rate, "FLOP/s") for rows, rate in curve]
     lines += [_line(f"prompt attention, {dtype}", rate, "FLOP/s") for dtype, rate in machine.attention.items()]
     for home, curves in machine.decode_attention.items():
         for dtype, curve in curves.items():

@@ -130,8 +130,9 @@ def lengths_of(source: Path, reading: Reading, model: str, options: EngineOption
     if not len(workload):
         raise OptionError(f"--input {source}: none of its {counted(job.num_lines, 'line')} can be answered ({job.first_bad})")
     if job.num_bad_lines:
-        lines = f"{job.num_bad_lines:,} of {job.num_lines:,} lines are bad and left out"
-        logger.warning("%s: %s (%s)", source, lines, job.first_bad)
+        lines = counted(job.num_lines, "line")
+        found = counted(job.num_bad_lines, f"of {lines} is bad and left out", f"of {lines} are bad and left out")
+        logger.warning("%s: %s (%s)", source, found, job.first_bad)
     return workload
 
 

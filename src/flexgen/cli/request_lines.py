@@ -16,6 +16,7 @@ from flexgen.errors import StorageError
 
 if TYPE_CHECKING:
     from flexgen.jobs.folder import JobFolder
+    from flexgen.jobs.serving import Judge
     from flexgen.llm import LLM
     from flexgen.request import SamplingParams
 
@@ -51,6 +52,10 @@ class RequestLines:
     def defaults(self, llm: LLM) -> SamplingParams:
         """Return the sampling parameters of lines that set none."""
         return bare_defaults(llm, {"max_tokens": self.reading.max_tokens, **self.flags.sampling})
+
+    def judge(self, llm: LLM) -> Judge | None:
+        """Return None: every answer counts."""
+        return None
 
     @contextmanager
     def to_measure(self, llm: LLM, show: Callable[[str], None]) -> Iterator[Path]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from flexgen.base.quantities import counted
 from flexgen.cli.exit_codes import ExitCode
 from flexgen.cli.options import command
 
@@ -33,14 +34,14 @@ def status(
 def format_status(status: JobStatus) -> str:
     """Return the progress of a job as a few lines of text."""
     done = status.answered + status.failed
-    total = "?" if status.lines is None else f"{status.lines:,}"
+    total = "? lines" if status.lines is None else counted(status.lines, "line")
     in_progress = f"{status.in_progress:,} in progress"
     if status.in_progress_tokens:
-        in_progress += f" with {status.in_progress_tokens:,} tokens"
+        in_progress += f" with {counted(status.in_progress_tokens, 'token')}"
     return (
         f"{status.name}: {_process(status)}\n"
-        f"  {done:,} of {total} lines done ({status.failed:,} with errors), {in_progress}; "
-        f"{status.prompt_tokens:,} prompt and {status.output_tokens:,} output tokens\n"
+        f"  {done:,} of {total} done ({status.failed:,} with errors), {in_progress}; "
+        f"{status.prompt_tokens:,} prompt and {counted(status.output_tokens, 'output token')}\n"
         f"  latest run: {_times(status)}, {status.lines_per_s:,.2f} lines/s, {_tokens_per_s(status)}{_eta(status)}"
     )
 

@@ -19,8 +19,9 @@ from flexgen.cli.defaults import bare_defaults
 from flexgen.cli.map_flags import MapFlags, TaskFlags, naming_flags
 from flexgen.cli.reading import Conversations
 from flexgen.errors import JobError, OptionError, RequestError
+from flexgen.tables.answers import Answers
 from flexgen.tables.batch import Table
-from flexgen.tables.checks import check_columns, check_constraint, check_shots
+from flexgen.tables.checks import check_columns, check_constraint, check_shots, matching
 from flexgen.tables.form import TableForm
 from flexgen.tables.formats import check_writable, format_of
 from flexgen.tables.prompts import Prompts, Shot, takes_messages
@@ -28,6 +29,7 @@ from flexgen.tables.task import Task
 
 if TYPE_CHECKING:
     from flexgen.jobs.folder import JobFolder
+    from flexgen.jobs.serving import Judge
     from flexgen.llm import LLM
     from flexgen.request import SamplingParams
 
@@ -93,6 +95,10 @@ class TableLines:
 
         stops = self._prompts(llm).default_stop if self.asked.stops is None else self.asked.stops
         return bare_defaults(llm, {"max_tokens": self.asked.max_tokens or DEFAULT_MAX_TOKENS, "stop": stops, **self.flags.sampling})
+
+    def judge(self, llm: LLM) -> Judge | None:
+        """Return what says which answers do not follow the schema or the pattern."""
+        return Answers(self.task, matching(llm.model, self.task)).fault
 
     @contextmanager
     def to_measure(self, llm: LLM, show: Callable[[str], None]) -> Iterator[Path]:

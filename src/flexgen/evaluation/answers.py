@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flexgen.base.quantities import counted
 from flexgen.errors import OptionError, RequestError, StorageError
 from flexgen.jobs.durable import answer_lines
 from flexgen.jobs.identity import identity_of
@@ -115,7 +116,7 @@ def _check(kind: str, records: Sequence[Record]) -> None:
     if failed:
         error = failed[0]["error"]
         raise RequestError(
-            f"{len(failed):,} of {len(records):,} lines of {kind} ended in an error, the first of them line {failed[0]['index']}: "
+            f"{len(failed):,} of {counted(len(records), 'line')} of {kind} ended in an error, the first of them line {failed[0]['index']}: "
             f"{error['message']}",
             code=error["code"],
         )

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from flexgen.base.quantities import counted
 from flexgen.errors import FlexGenError
 from flexgen.evaluation.helm_batches import Answerer
 from flexgen.evaluation.helm_client import FlexGenClient  # before HELM's modules, because it explains what is missing
@@ -77,8 +78,9 @@ class FlexGenExecutor(Executor):
         failed = [(state, result) for state, result in zip(states, results, strict=True) if not result.success]
         if failed:
             state, result = failed[0]
-            raise ExecutorError(f"{len(failed)} of {len(states)} requests failed, the first with: {result.error} Request: {state.request}")
-        hlog(f"Processed {len(states)} requests, {sum(result.cached for result in results)} of them from the cache")
+            found = f"{len(failed):,} of {counted(len(states), 'request')} failed"
+            raise ExecutorError(f"{found}, the first with: {result.error} Request: {state.request}")
+        hlog(f"Processed {counted(len(states), 'request')}, {sum(result.cached for result in results)} of them from the cache")
         done = [dataclasses.replace(state, result=result) for state, result in zip(states, results, strict=True)]
         return dataclasses.replace(scenario_state, request_states=done)
 

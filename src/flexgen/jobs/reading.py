@@ -10,6 +10,7 @@ from flexgen.api.job_request import JobRequest
 from flexgen.api.prompt_tokens import Tokens, encode_prompts
 from flexgen.base.isolation import for_one_request
 from flexgen.base.parameters import MAX_CHOICES
+from flexgen.base.quantities import counted
 from flexgen.errors import RequestError
 from flexgen.jobs.forms import Forms
 from flexgen.jobs.lines import Line
@@ -81,7 +82,7 @@ class Reader:
         asked = request.params.max_tokens
         length, context = len(prompt), self._model.max_model_len
         if request.states_max_tokens and asked is not None and length + asked > context:
-            message = f"the prompt's {length} tokens and max_tokens {asked} exceed the context of {context}"
+            message = f"the prompt's {counted(length, 'token')} and max_tokens {asked} exceed the context of {context}"
             raise RequestError(message, code="context_length_exceeded", param="max_tokens")
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from flexgen.api.job_request import JobRequest
 from flexgen.base.failpoints import failpoint
+from flexgen.base.quantities import counted
 from flexgen.base.steps import counted_lines, step
 from flexgen.base.text_input import READ_ERRORS, open_input
 from flexgen.errors import EngineError, OutOfMemoryError, RequestError, StorageError, is_out_of_memory
@@ -26,7 +27,7 @@ from flexgen.jobs.interrupt import Stopped, StopRequest
 from flexgen.jobs.lines import Line, read_lines
 from flexgen.jobs.model import JobModel
 from flexgen.jobs.reading import Reader, line_and_choice
-from flexgen.jobs.serving import Serving, add_failure
+from flexgen.jobs.serving import Judge, Serving, add_failure
 from flexgen.jobs.store import Store
 from flexgen.plan.tell.forecast import Plan
 from flexgen.plan.workload import Workload
@@ -52,6 +53,7 @@ class Job:
         name: The name of the input in messages; None for its path.
         checkpoint_seconds: The least time between two passes after which the tokens of answers in progress are stored.
         stop: The request to stop, which is checked during and after every pass.
+        judge: Says which answers are errors of their lines; None where every answer counts.
 
     Attributes:
         num_lines: The number of lines that are not blank.
@@ -74,6 +76,7 @@ class Job:
         name: str | None = None,
         checkpoint_seconds: float = CHECKPOINT_SECONDS,
         stop: StopRequest | None = None,
+        judge: Judge | None = None,
     ) -> None:
         self.model, self.source, self.store, self.defaults = model, source, store, defaults
         self.num_lines = self.num_bad_lines = 0
@@ -82,7 +85,7 @@ class Job:
         self.num_resumed = self.tokens_kept = 0
         self._checkpoint_seconds, self._next_checkpoint = checkpoint_seconds, 0.0
         self._planned_seconds: float | None = None
-        self._stop = stop or StopRequest()
+        self._stop, self._judge = stop or StopRequest(), judge
         self._input_format, self._name = input_format, name
         self.remarks = Remarks(model.name)
         self._pending = array("Q")  # digests of the lines that the scan left for the model, in the order of the input
@@ -92,6 +95,11 @@ class Job:
     def name(self) -> str:
         """The name of the input in messages."""
         return self._name or str(self.source)
+
+    @property
+    def num_left(self) -> int:
+        """The number of lines that the scan left for the model."""
+        return len(self._pending)
 
     # -- before the start ---------------------------------------------------------------------------------------------------------------
 
@@ -148,7 +156,8 @@ class Job:
                 lengths.add(each, len(kept[choice].generated.token_ids) if choice in kept else 0)
         self._prefixes = lengths.common_prefixes()
         if repeated := census.repeated():
-            logger.warning("%s: %s lines have the id of an earlier line; all are answered", self.name, f"{len(repeated):,}")
+            said = counted(len(repeated), "line has the id of an earlier line", "lines have the id of an earlier line")
+            logger.warning("%s: %s; all are answered", self.name, said)
         if self.store is not None:
             self.store.commit()
         return lengths.workload()
@@ -180,7 +189,7 @@ class Job:
         """
         if self.store is None or not len(workload):
             return
-        serving = Serving(self.model, self.store)
+        serving = Serving(self.model, self.store, self._judge)
         self._next_checkpoint = time.monotonic() + self._checkpoint_seconds
         try:
             self._answer(serving, self.store, workload, on_progress)
@@ -249,7 +258,7 @@ class Job:
         self.num_resumed, self.tokens_kept = serving.num_resumed, serving.tokens_kept
         num_left = len(self._pending) - serving.num_taken + serving.num_unfinished
         if num_left:
-            raise EngineError(f"the engine left {num_left:,} of {len(self._pending):,} lines unanswered")
+            raise EngineError(f"the engine left {num_left:,} of {counted(len(self._pending), 'line')} unanswered")
 
     # -- reading ------------------------------------------------------------------------------------------------------------------------
 

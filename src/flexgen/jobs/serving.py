@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from flexgen.api.job_request import JobRequest
@@ -19,6 +19,7 @@ from flexgen.request import Generated, PartialAnswer, TokenRequest, TokenResult
 from flexgen.text.choices import classified
 
 MAX_RECORD_BYTES = 900_000_000  # SQLite's own limit is 10^9
+Judge = Callable[[Mapping[str, Any]], str | None]  # says why the answer in a record is not what was asked for; None if it is
 
 
 class Serving:
@@ -27,6 +28,7 @@ class Serving:
     Args:
         model: The model.
         store: The state of the job, which takes results and has the tokens that earlier runs generated.
+        judge: Says which answers are errors of their lines; None where every answer counts.
 
     Attributes:
         num_taken: Number of lines taken so far, refused ones included.
@@ -34,8 +36,8 @@ class Serving:
         tokens_kept: Number of tokens of those answers that are not generated again.
     """
 
-    def __init__(self, model: JobModel, store: Store) -> None:
-        self._model, self._store = model, store
+    def __init__(self, model: JobModel, store: Store, judge: Judge | None = None) -> None:
+        self._model, self._store, self._judge = model, store, judge
         # Line number -> the line, the engine's request for each of its choices, and the results of finished choices, by choice.
         self._lines: dict[int, tuple[JobRequest, Sequence[TokenRequest], dict[int, TokenResult]]] = {}
         self._stored: dict[int, int] = {}  # index -> tokens of a choice that are stored
@@ -105,28 +107,40 @@ class Serving:
         for each in token_requests:
             self._stored.pop(each.index, None)
         error = next((result.error for _, result in sorted(results.items()) if result.error is not None), None)
-        record = error or for_one_request(self._record, request, token_requests, {each.index: each for each in results.values()})
-        if isinstance(record, RequestError):
-            add_failure(self._store, request, record)
+        made = error or for_one_request(self._record, request, token_requests, {each.index: each for each in results.values()})
+        if isinstance(made, RequestError):
+            add_failure(self._store, request, made)
             return
-        num_tokens = sum(len(result.token_ids) for result in results.values())
+        record, failed = made
         self._store.add(
-            line_number, request.digest, record, prompt_tokens=_num_prompt_tokens(request, token_requests), output_tokens=num_tokens
+            line_number,
+            request.digest,
+            record,
+            failed=failed,
+            prompt_tokens=_num_prompt_tokens(request, token_requests),
+            output_tokens=sum(len(result.token_ids) for result in results.values()),
         )
 
-    def _record(self, request: JobRequest, token_requests: Sequence[TokenRequest], results: Mapping[int, TokenResult]) -> bytes:
+    def _record(
+        self, request: JobRequest, token_requests: Sequence[TokenRequest], results: Mapping[int, TokenResult]
+    ) -> tuple[bytes, bool]:
+        """Return the record of an answer, and whether it is an error, which then stands beside the answer."""
         if request.choices:
             text = request.prompt if isinstance(request.prompt, str) else None
-            record = _encoded(request.form.scored(request, classified(token_requests, results, text)))
+            answer = request.form.scored(request, classified(token_requests, results, text))
         else:
             n = request.params.n
             groups = [token_requests[start : start + n] for start in range(0, len(token_requests), n)]
             outputs = [self._output(one, group, results) for one, group in zip(request.of_each_prompt(), groups, strict=True)]
-            record = _encoded(request.form.success(request, outputs))
+            answer = request.form.success(request, outputs)
+        fault = None if self._judge is None else self._judge(answer)
+        if fault is not None:
+            answer |= request.form.failure(request, RequestError(fault, code="invalid_answer"))
+        record = _encoded(answer)
         if len(record) > MAX_RECORD_BYTES:
             message = f"the answer has {len(record):,} bytes, more than the {MAX_RECORD_BYTES:,} of a record: ask for less at once"
             raise RequestError(message, code="answer_too_large")
-        return record
+        return record, fault is not None
 
     def _output(self, request: JobRequest, token_requests: Sequence[TokenRequest], results: Mapping[int, TokenResult]) -> RequestOutput:
         """Return the answers to one prompt of a line, with the text of the prompt where the line asks for it."""

@@ -13,6 +13,7 @@ from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Self
 
+from flexgen.base.quantities import counted
 from flexgen.errors import JobError
 from flexgen.jobs import saved_progress
 from flexgen.jobs.database import commit, connect, hold, transaction, translated
@@ -164,9 +165,11 @@ class Store:
                 "--accept-changes answers those again, --fresh all lines, another output keeps both"
             )
         if answered:
-            logger.warning("%s: %s lines of the input changed and are answered again", self.paths.name, f"{len(other):,}")
+            said = counted(len(other), "line of the input changed and is", "lines of the input changed and are")
+            logger.warning("%s: %s answered again", self.paths.name, said)
         elif other:
-            logger.info("%s: %s lines that had ended in an error changed, and are done again", self.paths.name, f"{len(other):,}")
+            said = counted(len(other), "line that had an error changed, and is", "lines that had an error changed, and are")
+            logger.info("%s: %s done again", self.paths.name, said)
         self._forget(other)
 
     def _answered(self, lines: Iterable[int]) -> array[int]:

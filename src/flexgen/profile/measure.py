@@ -21,7 +21,7 @@ import psutil
 import torch
 
 from flexgen.base.heap import trim_heap
-from flexgen.base.quantities import MIB
+from flexgen.base.quantities import MIB, counted
 from flexgen.base.steps import step
 from flexgen.errors import OptionError
 from flexgen.options import KV_FORMATS
@@ -172,5 +172,5 @@ def processor() -> str:
 
 
 def _name(device: str) -> str:
-    name = f"{processor()}, {num_cores()} cores"
+    name = f"{processor()}, {counted(num_cores(), 'core')}"
     return f"{torch.cuda.get_device_name()}; {name}" if device == "cuda" else name

@@ -44,10 +44,8 @@ def format_report(report: RunReport, done: str = "") -> str:
         report: The report of the run.
         done: What was done, in the caller's words; if empty, the requests are counted.
     """
-    done = (
-        done
-        or f"{report.num_requests - report.num_errors:,} of {report.num_requests:,} requests answered, {report.num_errors:,} with errors"
-    )
+    answered = f"{report.num_requests - report.num_errors:,} of {counted(report.num_requests, 'request')} answered"
+    done = done or f"{answered}, {report.num_errors:,} with errors"
     took = f"{format_seconds(report.elapsed_seconds)} (after {format_seconds(report.load_seconds)} of loading)"
     told = [_speed(report), *_sparse(report), *_machine_lines(report), *_formats(report), *_limit(report)]
     return "\n".join([f"done in {took}: {done}", *told])
@@ -101,12 +99,12 @@ def format_details(report: RunReport) -> str:
         f"{counted(report.num_requests, 'request')} ({counted(report.num_errors, 'error')}): "
         f"{report.output_tokens_per_s:,.2f} output tokens/s, {report.total_tokens_per_s:,.2f} tokens/s in all, "
         f"{report.requests_per_s:,.3f} requests/s",
-        f"{report.prompt_tokens:,} prompt and {report.output_tokens:,} output tokens"
-        + (f", {report.scored_tokens:,} tokens scored," if report.scored_tokens else "")
+        f"{report.prompt_tokens:,} prompt and {counted(report.output_tokens, 'output token')}"
+        + (f", {counted(report.scored_tokens, 'token')} scored," if report.scored_tokens else "")
         + f" in {counted(report.num_passes, 'pass', 'passes')}; "
         f"ended by: {_counts(report.finish_reasons)}; {counted(report.num_preemptions, 'preemption')}"
-        + (f"; {report.recomputed_tokens:,} tokens computed again" if report.recomputed_tokens else "")
-        + (f"; {report.shared_prompt_tokens:,} prompt tokens shared, not computed" if report.shared_prompt_tokens else ""),
+        + (f"; {counted(report.recomputed_tokens, 'token')} computed again" if report.recomputed_tokens else "")
+        + (f"; {counted(report.shared_prompt_tokens, 'prompt token')} shared, not computed" if report.shared_prompt_tokens else ""),
         "",
         *_placement_table(report.placement),
         "",

@@ -33,13 +33,13 @@ def format_plan(plan: Plan) -> str:
     lines = [
         f"plan: {policy.device}, {policy.dtype}{_products(spec)}, {policy.schedule} schedule, {policy.compute_threads} compute and "
         f"{policy.io_threads} I/O threads",
-        f"  weights  {format_size(spec.decoded_bytes)} in {len(spec.units)} units: {_shares(policy.weights)}; "
+        f"  weights  {format_size(spec.decoded_bytes)} in {counted(len(spec.units), 'unit')}: {_shares(policy.weights)}; "
         f"{kept}staging {format_size(staging)}, workspace {format_size(policy.workspace_bytes)}",
         f"  KV       {format_size(policy.kv_bytes)}: {_shares(policy.kv)}; {_kv_format(policy)}"
         f"{format_size(spec.kv_bytes_per_token)} per token, "
         f"pages of {policy.page_tokens} tokens",
-        f"  a pass   up to {policy.max_num_seqs:,} sequences and, on average, {policy.prefill_tokens:,} prompt tokens; "
-        f"{policy.micro_batch_tokens:,} tokens at a time",
+        f"  a pass   up to {counted(policy.max_num_seqs, 'sequence')} and, on average, {counted(policy.prefill_tokens, 'prompt token')}; "
+        f"{counted(policy.micro_batch_tokens, 'token')} at a time",
     ]
     chosen = format_choice(plan.formats) if plan.formats is not None else []
     lines += [f"  {line}" for line in format_forecast(plan.forecast)]
@@ -66,7 +66,7 @@ def _price(price: FormatPrice) -> str:
     if price.seconds is None:
         return f"{price.formats} is not possible ({price.problem})"
     converting = f" after {format_seconds(price.conversion_seconds)} of converting" if price.conversion_seconds else ""
-    refused = f" ({price.num_refused:,} requests never fit)" if price.num_refused else ""
+    refused = f" ({counted(price.num_refused, 'request never fits', 'requests never fit')})" if price.num_refused else ""
     return f"{price.formats} {format_seconds(price.seconds)}{converting}{refused}"
 
 
@@ -101,7 +101,7 @@ def format_forecast(forecast: Forecast) -> list[str]:
         f"expected {format_seconds(forecast.seconds)} for {_expected_work(forecast)}; the longest request takes "
         f"{format_seconds(forecast.request_seconds)}",
         f"         {counted(forecast.num_passes, 'pass', 'passes')} of {format_seconds(forecast.pass_seconds)}, "
-        f"{forecast.live_mean:,.0f} sequences in each: " + ", ".join(parts),
+        f"{counted(round(forecast.live_mean), 'sequence')} in each: " + ", ".join(parts),
     ]
     lines += [f"         {line}" for line in _written(forecast)]
     if forecast.num_refused:
@@ -113,12 +113,12 @@ def format_forecast(forecast: Forecast) -> list[str]:
 
 def _expected_work(forecast: Forecast) -> str:
     """Return what is expected to be computed, and how fast."""
-    scores = f" and {forecast.scored_tokens:,} scored positions" if forecast.scored_tokens else ""
+    scores = f" and {counted(forecast.scored_tokens, 'scored position')}" if forecast.scored_tokens else ""
     if not forecast.output_tokens:
         rate = forecast.prompt_tokens / max(forecast.seconds, 1e-9)
-        return f"{forecast.prompt_tokens:,} prompt tokens{scores}: {rate:,.2f} prompt tokens/s"
+        return f"{counted(forecast.prompt_tokens, 'prompt token')}{scores}: {rate:,.2f} prompt tokens/s"
     return (
-        f"{forecast.output_tokens:,} output tokens{scores}: {forecast.output_tokens_per_s:,.2f} tokens/s, "
+        f"{counted(forecast.output_tokens, 'output token')}{scores}: {forecast.output_tokens_per_s:,.2f} tokens/s, "
         f"{forecast.full_block_tokens_per_s:,.2f} with a full block"
     )
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from flexgen.tables.columns import fitted
 from flexgen.tables.task import Task
+from flexgen.tables.values import escaped, surrogate_fault
 
 NOT_ANSWERED = "not answered yet"
+_MORE_TOKENS = "more tokens may help"
 
 
 class Answers:
@@ -17,6 +19,8 @@ class Answers:
 
     Args:
         task: What is asked of each row.
+        matches: Says whether a text as a whole matches the pattern of the task; None where it has none, or where the records that do not
+            match have their error already.
 
     Attributes:
         num_errors: The number of rows that have a reason in the column of errors.
@@ -24,8 +28,8 @@ class Answers:
         num_cut: The number of answers that were cut because they reached the most tokens.
     """
 
-    def __init__(self, task: Task) -> None:
-        self._task = task
+    def __init__(self, task: Task, matches: Callable[[str], bool] | None = None) -> None:
+        self._task, self._matches = task, matches
         self._columns = task.columns
         self.num_errors = self.num_unanswered = self.num_cut = 0
 
@@ -40,29 +44,38 @@ class Answers:
         if record is None:
             self.num_unanswered += 1
             return {**found, self._task.error_column: NOT_ANSWERED}
-        if "error" in record:
-            error = fault or record["error"]["message"]
-        else:
+        error = (fault or record["error"]["message"]) if "error" in record else None
+        if "text" in record:  # which may also stand beside an error that `fault` has found
             self.num_cut += record.get("finish_reason") == "length"
-            answer, error = self._read(record)
+            answer, reason = self._read(record)
             found |= answer
+            error = error or reason
         self.num_errors += error is not None
-        return {**found, self._task.error_column: error}
+        return {**found, self._task.error_column: None if error is None else escaped(error)}
+
+    def fault(self, record: Mapping[str, Any]) -> str | None:
+        """Return why the answer in a record is not what was asked for; None if it is."""
+        return self._read(record)[1]
 
     def _read(self, record: Mapping[str, Any]) -> tuple[dict[str, Any], str | None]:
         """Return the values of an answer, and why some of them are missing."""
         task = self._task
         if task.choices:
             return self._scores(record["labels"], record["text"]), None
-        text = (record["text"] or "").strip()
+        text, cut = (record["text"] or "").strip(), record.get("finish_reason") == "length"
         if task.schema is None:
+            if "error" in record:
+                return {}, None
+            if cut and self._matches is not None and not self._matches(record["text"] or ""):
+                return {}, f"the answer was cut before it matched the pattern: {_MORE_TOKENS}"
             return {task.answer_column: text}, None
         raw = {task.answer_column: text} if task.raw else {}
         try:
             answer = json.loads(text)
         except (ValueError, RecursionError) as error:
-            cut = ", and it was cut: more tokens may help" if record.get("finish_reason") == "length" else ""
-            return raw, f"the answer is not JSON ({error}){cut}"
+            return raw, f"the answer is not JSON ({error})" + f", and it was cut: {_MORE_TOKENS}" * cut
+        if "\\u" in text and (fault := surrogate_fault(json.dumps(answer, ensure_ascii=False))):
+            return raw, f"the answer has {fault}"
         if not task.properties:
             return {task.answer_column: answer}, None
         if not isinstance(answer, dict):

@@ -10,6 +10,7 @@ from typing import Any
 
 from flexgen.errors import JobError, OptionError
 from flexgen.tables.columns import Column, Kind, flat
+from flexgen.tables.values import escaped
 
 # Classes of pyarrow, which is an extra: types are checked without it.
 Schema = Any
@@ -49,7 +50,7 @@ def inferred_schema(path: Path, columns: Sequence[str], batches: Iterable[Sequen
     number = 0
     for rows in batches:
         try:
-            own = arrow.RecordBatch.from_pylist([{name: row.get(name) for name in columns} for row in rows]).schema
+            own = _schema_of([{name: row.get(name) for name in columns} for row in rows])
             found = arrow.unify_schemas([found, own], promote_options="permissive")
         except (arrow.ArrowException, OverflowError) as error:
             where = f"rows {number + 1:,} to {number + len(rows):,}"
@@ -58,6 +59,14 @@ def inferred_schema(path: Path, columns: Sequence[str], batches: Iterable[Sequen
             ) from error
         number += len(rows)
     return found
+
+
+def _schema_of(rows: list[dict[str, Any]]) -> Schema:
+    arrow = pyarrow()
+    try:
+        return arrow.RecordBatch.from_pylist(rows).schema
+    except UnicodeEncodeError:
+        return arrow.RecordBatch.from_pylist(escaped(rows)).schema
 
 
 def with_columns(schema: Schema, added: Sequence[Column]) -> Schema:
@@ -87,6 +96,7 @@ def record_batch(rows: Sequence[Mapping[str, Any]], schema: Schema) -> RecordBat
 
     Raises:
         JobError: A value is not of its column's type.
+        UnicodeEncodeError: A text is not Unicode.
     """
     arrow = pyarrow()
     try:

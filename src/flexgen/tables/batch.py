@@ -67,7 +67,14 @@ class Table(Protocol):
 
 
 class TableWriter(Protocol):
-    """Writes rows with their answers into an open file."""
+    """Writes rows with their answers into an open file.
+
+    Attributes:
+        num_escaped: The number of rows with text that the format cannot hold, half of a surrogate pair, which is written as an escape such
+            as \\ud800.
+    """
+
+    num_escaped: int
 
     def write(self, batch: Batch, answers: Sequence[Row]) -> None:
         """Write some rows; `answers` has the values of the new columns for each."""

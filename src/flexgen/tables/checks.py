@@ -5,9 +5,10 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from flexgen.base.quantities import counted
 from flexgen.base.structured import StructuredOutputsParams
 from flexgen.errors import OptionError, RequestError
 from flexgen.request import SamplingParams, TokenRequest
@@ -59,7 +60,7 @@ def check_columns(task: Task, needed: Sequence[str], there: Sequence[str], name:
 
 def listed(names: Sequence[str]) -> str:
     """Return names for a message, shortened where there are many."""
-    more = f" and {len(names) - _MOST_NAMES:,} others" if len(names) > _MOST_NAMES else ""
+    more = f" and {counted(len(names) - _MOST_NAMES, 'other')}" if len(names) > _MOST_NAMES else ""
     return ", ".join(map(repr, names[:_MOST_NAMES])) + more
 
 
@@ -81,6 +82,14 @@ def check_constraint(model: ConstrainedModel, task: Task, params: SamplingParams
             return  # what has to do with the prompt or another parameter is an error of each row
         said = str(error).removeprefix("structured_outputs: ")
         raise OptionError(f"{'regex' if task.schema is None else 'schema'}: {said}") from error
+
+
+def matching(model: ConstrainedModel, task: Task) -> Callable[[str], bool] | None:
+    """Return what says whether a text as a whole matches the pattern of a task; None if the task has none."""
+    if task.regex is None:
+        return None
+    constraint = StructuredOutputsParams(regex=task.regex)
+    return lambda text: model.accepts(constraint, text)
 
 
 def check_shots(model: ConstrainedModel, task: Task, shots: Sequence[Shot], params: SamplingParams, *, name: str = "examples") -> None:

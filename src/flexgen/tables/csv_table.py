@@ -10,12 +10,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from flexgen.base.quantities import counted
 from flexgen.base.text_input import READ_ERRORS, open_input
 from flexgen.errors import JobError, StorageError
 from flexgen.tables.arrow import Schema, text_schema
 from flexgen.tables.batch import Batch, Row, RowBatch, Table, merged
 from flexgen.tables.columns import Column
-from flexgen.tables.values import cell_of
+from flexgen.tables.values import cell_of, escaped
 
 _BATCH_ROWS = 1024
 _MAX_CELL_CHARS = 64 << 20  # the module's own limit is 128 Ki, less than a long document
@@ -75,8 +76,9 @@ class CsvTable:
 
     def _row(self, number: int, cells: list[str]) -> Row:
         if len(cells) > len(self.columns):
-            there = f"row {number}, which begins {cells[0][:40]!r}, has {len(cells)} cells, and there are {len(self.columns)} columns"
-            raise JobError(f"{self.path}: {there}: a cell with {self.delimiter!r} in it needs quotes")
+            there = f"row {number}, which begins {cells[0][:40]!r}, has {len(cells)} cells"
+            columns = counted(len(self.columns), "column")
+            raise JobError(f"{self.path}: {there}, and the header has {columns}: a cell with {self.delimiter!r} in it needs quotes")
         return dict(zip(self.columns, cells, strict=False))
 
     def schema(self) -> Schema:
@@ -88,8 +90,9 @@ class CsvWriter:
     """Writes comma-separated values, with quotes where they are needed; None is an empty cell."""
 
     def __init__(self, file: io.RawIOBase, table: Table, added: Sequence[Column], delimiter: str | None = None) -> None:
-        self._text = io.TextIOWrapper(io.BufferedWriter(file), encoding="utf-8", errors="replace", newline="")
+        self._text = io.TextIOWrapper(io.BufferedWriter(file), encoding="utf-8", newline="")
         self._added = added
+        self.num_escaped = 0
         self._columns = [*table.columns, *(column.name for column in added)]
         delimiter = delimiter or (table.delimiter if isinstance(table, CsvTable) and table.delimiter != "\t" else ",")
         self._writer = csv.writer(self._text, delimiter=delimiter, lineterminator="\n")
@@ -99,7 +102,12 @@ class CsvWriter:
         """Write some rows."""
         for row, answer in zip(batch.rows(), answers, strict=True):
             whole = merged(row, self._added, answer)
-            self._writer.writerow([cell_of(whole.get(name)) for name in self._columns])
+            cells = [cell_of(whole.get(name)) for name in self._columns]
+            try:
+                self._writer.writerow(cells)
+            except UnicodeEncodeError:  # nothing of the row is written then
+                self._writer.writerow([escaped(cell) for cell in cells])
+                self.num_escaped += 1
 
     def close(self) -> None:
         """Write what is left."""

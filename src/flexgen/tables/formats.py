@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flexgen.errors import OptionError
+from flexgen.errors import JobError, OptionError
 from flexgen.tables.batch import Table, TableWriter
 from flexgen.tables.columns import Column
+from flexgen.tables.values import escaped, surrogate_fault
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,12 +68,15 @@ def open_table(path: Path, form: str) -> Table:
     """Open a table for reading.
 
     Raises:
-        JobError: The file is not a table of this format, or two of its columns have the same name.
+        JobError: The file is not a table of this format, or the names of its columns cannot be used (see `check_names`).
         OptionError: The format is unknown, or its library is not installed.
     """
     known = _known(form)
     table: Table = getattr(_module(known), known.reader)(path, **known.settings)
-    check_names(str(path), table.columns)
+    try:
+        check_names(str(path), table.columns)
+    except OptionError as error:  # which is the fault of the file, not of an option
+        raise JobError(str(error)) from error
     return table
 
 
@@ -99,12 +103,14 @@ def check_writable(table: Table, form: str) -> None:
 
 
 def check_names(name: str, columns: Sequence[str]) -> None:
-    """Check that all columns have different names.
+    """Check that all columns have different names, which are Unicode.
 
     Raises:
-        OptionError: Two have the same.
+        OptionError: Two have the same, or one is not Unicode.
     """
     for place, column in enumerate(columns):
+        if fault := surrogate_fault(column):
+            raise OptionError(f"{name}: the name of the column '{escaped(column)}' has {fault}")
         if column in columns[:place]:
             raise OptionError(f"{name}: two columns are called {column!r}")
 

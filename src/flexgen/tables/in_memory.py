@@ -15,7 +15,7 @@ from flexgen.outputs import ClassificationRequestOutput, RequestOutput
 from flexgen.request import SamplingParams
 from flexgen.session.served import ServedModel
 from flexgen.tables.answers import Answers
-from flexgen.tables.checks import check_columns, check_constraint, check_shots
+from flexgen.tables.checks import check_columns, check_constraint, check_shots, matching
 from flexgen.tables.formats import check_names
 from flexgen.tables.frames import Frame
 from flexgen.tables.prompts import Prompts, read_shots, takes_messages
@@ -85,7 +85,7 @@ def map_frame(
         constrained = dataclasses.replace(params, **task.constraint)
         check_constraint(llm.model, task, constrained)
         check_shots(llm.model, task, shots, constrained)
-    answers = Answers(task)
+    answers = Answers(task, matching(llm.model, task))
     requests = list(_requests(prompts, rows, PlainForm(defaults=params)))
     return frame.with_columns(task.columns, [answers.values(record) for record in _records(llm, requests, use_tqdm)])
 

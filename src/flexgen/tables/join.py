@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from flexgen.base.quantities import counted
 from flexgen.tables.answers import Answers
 from flexgen.tables.batch import Batch, Row
 from flexgen.tables.form import TableForm
@@ -49,7 +50,7 @@ def write_table(form: TableForm, records: Iterable[bytes], file: io.RawIOBase, t
             writer.close()
         raise
     writer.close()
-    _tell(answers, num_rows)
+    _tell(answers, writer.num_escaped, num_rows)
     return num_rows
 
 
@@ -71,11 +72,19 @@ def _by_row(records: Iterable[bytes]) -> Iterator[dict[str, Any] | None]:
         yield None
 
 
-def _tell(answers: Answers, num_rows: int) -> None:
+def _tell(answers: Answers, num_escaped: int, num_rows: int) -> None:
     """Log what is not visible in the exit code of a job."""
+    rows = counted(num_rows, "row")
     if answers.num_unanswered:
-        logger.info("%s of %s rows have no answer yet", f"{answers.num_unanswered:,}", f"{num_rows:,}")
+        logger.info(counted(answers.num_unanswered, f"of {rows} has no answer yet", f"of {rows} have no answer yet"))
     if answers.num_errors:
-        logger.warning("%s of %s rows have an error, which stands in their row", f"{answers.num_errors:,}", f"{num_rows:,}")
+        one, several = f"of {rows} has an error, which stands in its row", f"of {rows} have an error, which stands in their row"
+        logger.warning(counted(answers.num_errors, one, several))
     if answers.num_cut:
-        logger.warning("%s of %s answers were cut because they reached the most tokens", f"{answers.num_cut:,}", f"{num_rows:,}")
+        found = counted(num_rows, "answer")
+        one, several = f"of {found} was cut because it reached", f"of {found} were cut because they reached"
+        logger.warning("%s the most tokens", counted(answers.num_cut, one, several))
+    if num_escaped:
+        one, several = f"of {rows} has", f"of {rows} have"
+        what = "half of a surrogate pair, which this format cannot hold: it is written as an escape such as \\ud800"
+        logger.warning("%s %s", counted(num_escaped, one, several), what)

@@ -69,6 +69,7 @@ class JsonLinesWriter:
 
     def __init__(self, file: io.RawIOBase, table: Table, added: Sequence[Column]) -> None:
         self._file = file
+        self.num_escaped = 0  # JSON has escapes of its own
 
     def write(self, batch: Batch, answers: Sequence[Row]) -> None:
         """Write some rows."""

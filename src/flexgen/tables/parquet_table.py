@@ -9,8 +9,9 @@ from typing import Any
 
 from flexgen.errors import JobError
 from flexgen.tables.arrow import Array, RecordBatch, Schema, answers_of, pyarrow, with_columns
-from flexgen.tables.batch import Batch, Row, Table
+from flexgen.tables.batch import Batch, Row, RowBatch, Table
 from flexgen.tables.columns import Column
+from flexgen.tables.values import escaped
 
 _BATCH_ROWS = 8192  # also the rows of a row group of the output
 
@@ -37,7 +38,7 @@ class ParquetTable:
         with self._opened() as file:
             try:
                 for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=few):
-                    yield ArrowBatch(batch)
+                    yield ArrowBatch(batch, self.path)
             except (arrow.ArrowException, OSError) as error:
                 raise JobError(f"{self.path} is damaged: {error}") from error
 
@@ -49,20 +50,30 @@ class ParquetTable:
 class ArrowBatch:
     """Rows of a record batch."""
 
-    def __init__(self, batch: RecordBatch) -> None:
-        self._batch = batch
+    def __init__(self, batch: RecordBatch, path: Path) -> None:
+        self._batch, self._path = batch, path
         self._rows: list[dict[str, Any]] | None = None
 
     def __len__(self) -> int:
         return self._batch.num_rows
 
     def rows(self) -> Sequence[Row]:
-        """Return the rows as values of Python; times lose what is below a microsecond, which Python cannot hold."""
+        """Return the rows as values of Python; times lose what is below a microsecond, which Python cannot hold.
+
+        Raises:
+            JobError: A value is none that Python can hold, such as a date after the year 9999, or a text that is not UTF-8.
+        """
         if self._rows is None:
-            columns = {name: _in_python(column) for name, column in zip(self._batch.schema.names, self._batch.columns, strict=True)}
+            columns = {name: self._values(name, column) for name, column in zip(self._batch.schema.names, self._batch.columns, strict=True)}
             names = list(columns)
             self._rows = [dict(zip(names, values, strict=True)) for values in zip(*columns.values(), strict=True)]
         return self._rows
+
+    def _values(self, name: str, column: Array) -> list[Any]:
+        try:
+            return _in_python(column)
+        except (pyarrow().ArrowException, ValueError, OverflowError) as error:
+            raise JobError(f"{self._path}: the column {name!r} has a value that cannot be read: {error}") from error
 
     def arrow(self, schema: Schema) -> RecordBatch:
         """Return the record batch itself."""
@@ -86,11 +97,16 @@ class ParquetWriter:
         self._schema = with_columns(self._own, added)
         self._writer = pyarrow("pyarrow.parquet").ParquetWriter(file, self._schema)
         self._waiting: list[RecordBatch] = []
-        self._num_waiting = 0
+        self._num_waiting = self.num_escaped = 0
 
     def write(self, batch: Batch, answers: Sequence[Row]) -> None:
         """Write some rows."""
-        own = batch.arrow(self._own)
+        try:
+            own = batch.arrow(self._own)
+        except UnicodeEncodeError:
+            rows = [escaped(row) for row in batch.rows()]
+            self.num_escaped += sum(row != given for row, given in zip(rows, batch.rows(), strict=True))
+            own = RowBatch(rows).arrow(self._own)
         added = [answers_of(column, (answer[column.name] for answer in answers)) for column in self._added]
         self._waiting.append(pyarrow().RecordBatch.from_arrays([*own.columns, *added], schema=self._schema))
         self._num_waiting += len(batch)

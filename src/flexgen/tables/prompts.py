@@ -11,7 +11,7 @@ from typing import Any
 from flexgen.errors import OptionError, RequestError
 from flexgen.tables.columns import Kind
 from flexgen.tables.task import Task
-from flexgen.tables.values import text_of
+from flexgen.tables.values import text_of, unicode_text
 
 _BETWEEN = "\n\n"  # between the instruction, the examples and the row of a prompt that is text
 _WANTS_SPACE = re.compile(r"[A-Za-z0-9:.,;?!)]\Z")
@@ -66,10 +66,10 @@ class Prompts:
         """Return the line for a row, without an id.
 
         Raises:
-            RequestError: The row lacks a column, or a template fails on it.
+            RequestError: The row lacks a column, a template fails on it, or the prompt is not Unicode.
         """
-        system = self._system.render(row) if self._system is not None else None
-        prompt = self._prompt.render(row)
+        system = unicode_text(self._system.render(row), "the instruction") if self._system is not None else None
+        prompt = unicode_text(self._prompt.render(row), "the prompt")
         if self._chat:
             first = [{"role": "system", "content": system}] if system is not None else []
             return {"messages": [*first, *self._turns, {"role": "user", "content": prompt}], **self._answer("")}
@@ -123,7 +123,8 @@ def read_shots(task: Task, rows: Iterable[Mapping[str, Any]], *, name: str = "ex
     template = task.templates[0]
     for number, row in enumerate(rows, start=1):
         try:
-            shots.append(Shot(prompt=template.render(row), answer=_answer_of(task, row)))
+            prompt, answer = template.render(row), _answer_of(task, row)
+            shots.append(Shot(prompt=unicode_text(prompt, "the prompt"), answer=unicode_text(answer, "the answer")))
         except RequestError as error:
             raise OptionError(f"{name}: row {number}: {error}") from error
     return shots

@@ -10,6 +10,7 @@ from flexgen.base.from_json import dataclass_from_json
 from flexgen.errors import OptionError
 from flexgen.tables.columns import Column, Kind, kind_of
 from flexgen.tables.template import Template, make_template
+from flexgen.tables.values import surrogate_fault
 
 DEFAULT_MAX_TOKENS = 128
 
@@ -52,6 +53,7 @@ class Task:
         for name in ("answer_column", "error_column"):
             if not getattr(self, name).strip():
                 raise OptionError(f"{name} must be a name, not {getattr(self, name)!r}")
+        self._check_texts()
         if not all(each.strip() for each in self.choices):
             raise OptionError("choices: one of them is empty")
         if len({each.strip() for each in self.choices}) < len(self.choices):
@@ -66,6 +68,13 @@ class Task:
         names = [column.name for column in self.columns]
         if twice := [name for place, name in enumerate(names) if name in names[:place]]:
             raise OptionError(f"two columns of the result would be called {twice[0]!r}: give answer_column or error_column another name")
+
+    def _check_texts(self) -> None:
+        """Refuse texts that are not Unicode, as a command line has them that was written in another encoding than the locale's."""
+        fields = {name: [getattr(self, name) or ""] for name in ("prompt", "system", "regex", "answer_column", "error_column")}
+        for name, texts in {**fields, "choices": self.choices, "schema": self.properties}.items():
+            if fault := next(filter(None, (surrogate_fault(each) for each in texts if isinstance(each, str))), None):
+                raise OptionError(f"{name}: it has {fault}")
 
     @property
     def templates(self) -> list[Template]:

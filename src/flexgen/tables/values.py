@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, cast
 
 from flexgen.errors import RequestError
 
@@ -31,6 +31,44 @@ def text_of(value: Any) -> str:
         except UnicodeDecodeError as error:
             raise RequestError("the value is bytes that are not UTF-8", code="invalid_row") from error
     return str(value)
+
+
+def surrogate_fault(text: str) -> str | None:
+    """Return what is wrong with a text that is not Unicode, "half of a surrogate pair (...)"; None if nothing is.
+
+    JSON can write such a text, and no file in UTF-8 can hold it.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return f"half of a surrogate pair ({escaped(text[error.start])}), which is no character"
+    return None
+
+
+def unicode_text(text: str, what: str) -> str:
+    """Return a text.
+
+    Args:
+        text: The text.
+        what: What it is, for the message.
+
+    Raises:
+        RequestError: It is not Unicode.
+    """
+    if fault := surrogate_fault(text):
+        raise RequestError(f"{what} has {fault}", code="invalid_row")
+    return text
+
+
+def escaped(value: Any) -> Any:
+    """Return a value whose texts UTF-8 can hold: half of a surrogate pair becomes an escape such as \\ud800, as JSON has it."""
+    if isinstance(value, str):
+        return value.encode(errors="backslashreplace").decode()
+    if isinstance(value, list):
+        return [escaped(each) for each in cast("list[Any]", value)]
+    if isinstance(value, dict):
+        return {escaped(name): escaped(each) for name, each in cast("dict[str, Any]", value).items()}
+    return value
 
 
 def cell_of(value: Any) -> str:

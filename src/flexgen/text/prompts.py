@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
 
+from flexgen.base.quantities import counted
 from flexgen.base.scalars import as_int, as_list, shown_in_python
 from flexgen.errors import OptionError, RequestError
 from flexgen.request import SamplingParams
@@ -114,7 +115,7 @@ def as_params(given: SamplingParams | Iterable[SamplingParams], num_prompts: int
     if params is None:
         raise OptionError(f"sampling_params must be a SamplingParams, or one for each prompt, not {shown_in_python(given)}")
     if len(params) != num_prompts:
-        raise OptionError(f"{len(params)} sampling_params for {num_prompts} prompts")
+        raise OptionError(f"{len(params):,} sampling_params for {counted(num_prompts, 'prompt')}")
     for index, each in enumerate(params):
         if not isinstance(each, SamplingParams):
             raise OptionError(f"sampling_params {index} must be a SamplingParams, not {shown_in_python(each)}")
@@ -137,7 +138,7 @@ def as_choices(given: Any, num_prompts: int) -> list[list[str | list[int]]]:
     own = [_choices(each) for each in listed]
     if all(each is not None for each in own):  # lists of choices
         if len(own) != num_prompts:
-            raise OptionError(f"{len(own)} lists of choices for {num_prompts} prompts")
+            raise OptionError(f"{counted(len(own), 'list')} of choices for {counted(num_prompts, 'prompt')}")
         return [each for each in own if each is not None]
     found = _choices(listed)
     if found is None:
