@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from flexgen.checkpoint.files import Checkpoint
 from flexgen.checkpoint.pieces import whole
-from flexgen.checkpoint.sources import ParameterSource
+from flexgen.checkpoint.sources import ParameterSource, read_bytes
 from flexgen.devices.sim import SimulatedDevice
 from flexgen.errors import EngineError
 from flexgen.formats.base import (
@@ -26,13 +26,14 @@ from flexgen.formats.base import (
     StoredTensor,
     serially,
 )
+from flexgen.formats.mxfp4 import MXFP4
 from flexgen.formats.random_numbers import encoded_as, sampled_parts
 from flexgen.formats.table import FORMATS, runs
 from flexgen.io.direct_io import FileSet
 from flexgen.io.pool import IOPool
 from flexgen.options import DTYPE_BYTES
 from flexgen.weights.store import WeightStore
-from flexgen.weights.unit import UnitLayout, WantedTensor
+from flexgen.weights.unit import UnitForm, UnitLayout, WantedTensor
 
 ROWS, COLUMNS, CUT = 24, 40, 10
 LOW_BIT = [each for each in FORMATS.values() if each.runs and each.name not in DTYPE_BYTES]
@@ -155,6 +156,30 @@ def test_what_is_bound_is_decoded(tmp_path: Path, number_format: RowScaled, io: 
     files.close()
     if backend is not None:
         backend.close()
+
+
+@pytest.mark.parametrize("form", UnitForm)
+def test_experts_lie_in_memory_as_they_are_stored(tmp_path: Path, form: UnitForm) -> None:
+    """MXFP4 experts of one unit: columns side by side, and the numbers that any other order has."""
+    name, parts = "layers.0.mlp.experts.down_proj", {"blocks": (4, 24, 2, 16), "scales": (4, 24, 2)}
+    generator = torch.Generator().manual_seed(0)
+    stored = {f"{name}_{part}": torch.randint(100, 156, shape, dtype=torch.uint8, generator=generator) for part, shape in parts.items()}
+    save_file(stored, tmp_path / "model.safetensors")
+    tensor = Checkpoint(tmp_path).decoded(MXFP4(), torch.float32).tensors[name]
+    source = ParameterSource(name=name, shape=tensor.shape, dtype=tensor.dtype, pieces=whole(tensor))
+    wanted = torch.empty(source.shape)
+    source.read(wanted)
+    some = source.rows(1, 3)
+    unit = UnitLayout.of(0, "experts", [WantedTensor(module="m", parameter="w", source=some, dtype=torch.float32)])
+    assert some.columns_first
+    positions = unit.tensors[0].stored_at if form is UnitForm.STORED else unit.tensors[0].carried_at
+    data = torch.zeros(max(unit.stored_bytes, unit.carried_bytes), dtype=torch.uint8)
+    for each, position in zip(some.ranges, positions, strict=True):
+        data[position : position + each.nbytes] = read_bytes(each.path, each.offset, each.nbytes)
+    memory = torch.empty(unit.tensors[0].nbytes, dtype=torch.uint8)
+    numbers = unit.tensors[0].numbers(data, form, lambda each: each.view(memory, 0))
+    assert torch.equal(numbers, wanted[1:3])
+    assert torch.equal(memory.view(torch.float32).view(2, 24, 64), wanted[1:3].mT)
 
 
 def test_what_stays_in_memory_does_not_keep_the_encoded_bytes(tmp_path: Path, number_format: RowScaled, io: IOPool) -> None:

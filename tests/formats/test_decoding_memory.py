@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from typing import Any
 
@@ -46,7 +47,7 @@ def test_formats(name: str) -> None:
     device = register()
     number_format, encoding = example(name, ROWS * COLUMNS)
     parts = [part.to(device) for part in sampled_parts(number_format, encoding)]
-    out = torch.empty(encoding.shape).to(device)
+    out = encoding.laid_out(torch.empty(math.prod(encoding.shape)).to(device))
     assert out.numel() > DECODED_AT_ONCE
     with Allocated() as allocated:
         encoding.format.decode(parts, 0, out)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch import Tensor
 from flexgen.devices.sim_tensor import register
 from flexgen.errors import EngineError
 from flexgen.kernels.dequantize import tables
-from flexgen.kernels.dequantize.lookup import Codes, Scales, decode, decode_transposed
+from flexgen.kernels.dequantize.lookup import Codes, Scales, decode
 from flexgen.kernels.threads import KernelThreads
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -90,17 +91,19 @@ def test_scales_of_every_kind(stored: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("rows", "columns", "block"), [(3, 64, 32), (70, 320, 32), (32, 128, 16)])
-def test_rows_become_columns(rows: int, columns: int, block: int, dtype: torch.dtype) -> None:
-    codes, exponents = random_bytes(2, rows, columns // 2), random_bytes(2, rows, columns // block, seed=3)
-    values = tables.on_device(tables.E2M1, CPU)
-    wide = torch.pow(2.0, exponents.double() - 127).float().repeat_interleave(block, dim=2)
-    plain = torch.stack([values[nibbles(each)] for each in codes])
-    out = torch.full((2, columns, rows), 7, dtype=dtype)
-    decode_transposed(
-        Codes(numbers=codes, values=values), Scales.of(exponents, tuple(exponents.shape), block_columns=block), out, in_pieces
-    )
-    assert_same(out, (plain * wide).transpose(1, 2).to(dtype))
+@pytest.mark.parametrize("high_first", [False, True])
+@pytest.mark.parametrize("columns", [2, 30, 64, 4096 + 96])
+def test_small_multiples_of_a_half(columns: int, high_first: bool, dtype: torch.dtype) -> None:
+    """Looked up in vectors, the sign of zero included."""
+    codes, values = random_bytes(5, columns // 2), tables.on_device(tables.E2M1, CPU)
+    scales = random_scales(5, -(-columns // 16))
+    wanted = values[nibbles(codes, high_first=high_first)] * scales.repeat_interleave(16, dim=1)[:, :columns]
+    out = torch.full((5, columns), 7, dtype=dtype)
+    given = Scales.of(scales, tuple(scales.shape), block_columns=16)
+    four = Codes(numbers=codes, values=values, high_first=high_first)
+    assert four.table().dtype == np.int8
+    decode(four, given, out, in_pieces)
+    assert_same(out, wanted.to(dtype))
 
 
 def test_values_of_formats() -> None:
@@ -126,13 +129,9 @@ def test_other_devices_decode_the_same(dtype: torch.dtype, monkeypatch: pytest.M
             bytes_of_scales.view(torch.float8_e4m3fn).to(place), (9, 6), block_columns=16, factor=torch.tensor([0.3]).to(place)
         )
         grid = Scales.of(blocks.to(place), (4, 4), block_rows=3, block_columns=32, skipped=1)
-        outs = [torch.empty(shape, dtype=dtype).to(place) for shape in ((9, 96), (9, 100), (3, 96, 3))]
+        outs = [torch.empty(shape, dtype=dtype).to(place) for shape in ((9, 96), (9, 100))]
         decode(four, groups, outs[0], in_pieces)
         decode(eight, grid, outs[1], in_pieces)
-        transposed = Codes(numbers=four.numbers.view(3, 3, 48), values=four.values)
-        decode_transposed(
-            transposed, Scales(numbers=groups.numbers.view(3, 3, 6), values=groups.values, block_columns=16), outs[2], in_pieces
-        )
         results.append([out.cpu() for out in outs])
     for host, other in zip(*results, strict=True):
         assert_same(other, host)

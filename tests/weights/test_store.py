@@ -34,6 +34,7 @@ class Stored:
     offset: int
     is_view: bool = True
     carried_as_stored: bool = False
+    columns_first: bool = False
 
     @property
     def ranges(self) -> list[StoredRange]:

@@ -77,6 +77,24 @@ class Piece:
         expected = contiguous_strides(self.shape)
         return all(n == 1 or have == want for n, have, want in zip(self.shape, self.strides, expected, strict=True))
 
+    @property
+    def columns_first(self) -> bool:
+        """Whether the box is of several encoded matrices, and the numbers of a column of each are stored side by side."""
+        encoding = self.tensor.encoding
+        if encoding is None or len(self.shape) < 3:
+            return False
+        return self._is_turned or (encoding.columns_first and self.is_contiguous)
+
+    @property
+    def _is_turned(self) -> bool:
+        """Whether matrices are those that are stored, with rows as columns."""
+        return not self.is_contiguous and self.strides[-2] == 1 < self.strides[-1]
+
+    def _turned(self) -> Piece:
+        """Return the box with rows as columns."""
+        shape, strides, start = ((*of[:-2], of[-1], of[-2]) for of in (self.shape, self.strides, self.start))
+        return replace(self, shape=shape, strides=strides, start=start)
+
     def view(self, raw: torch.Tensor) -> torch.Tensor:
         """Return the box as a view of `raw`: the numbers read, contiguous, of the stored dtype and any shape."""
         if raw.dtype != self.dtype or raw.nbytes != self.nbytes or not raw.is_contiguous():
@@ -113,7 +131,10 @@ class Piece:
             parallel: As for `box`.
         """
         encoding = self.tensor.encoding
-        if encoding is not None and target.is_contiguous():
+        if self.columns_first and self._is_turned:
+            self._turned().put_into(target.mT, raws, parallel)
+            return
+        if encoding is not None and (target.mT if self.columns_first else target).is_contiguous():
             start, stop = self.tensor.rows(self.first, span(self.shape, self.strides))
             step = self._row_step()
             if step == 1 and (stop - start) * math.prod(encoding.shape[1:]) == target.numel():

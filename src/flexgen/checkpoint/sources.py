@@ -63,6 +63,11 @@ class ParameterSource:
         return all(each is not None and each.format.carried_as_stored for each in encodings)
 
     @property
+    def columns_first(self) -> bool:
+        """Whether the parameter is assembled fastest where the numbers of each column lie side by side in memory."""
+        return self.convert is None and bool(self.pieces) and all(piece.columns_first for piece in self.pieces)
+
+    @property
     def is_view(self) -> bool:
         """Whether the bytes of the only piece, viewed as `shape`, are the parameter."""
         if self.convert is not None or len(self.pieces) != 1 or self.pieces[0].tensor.encoding is not None:

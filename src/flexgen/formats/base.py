@@ -133,6 +133,8 @@ class Encoding:
         by_rows: Whether rows of the decoded tensor can be read and decoded apart from the others.  A matrix that is stored transposed is
             read as a whole.
         beside: The names of stored tensors that belong to it but that decoding does not need, such as the scales of activations.
+        columns_first: Whether the numbers of a column of a matrix are stored side by side, and are decoded several times as fast into
+            memory where they lie so as well.
     """
 
     format: NumberFormat
@@ -140,10 +142,20 @@ class Encoding:
     parts: tuple[EncodingPart, ...]
     by_rows: bool = True
     beside: tuple[str, ...] = ()
+    columns_first: bool = False
+
+    def laid_out(self, numbers: torch.Tensor) -> torch.Tensor:
+        """Return numbers, flattened, as a tensor of the decoded shape in the order that is decoded fastest."""
+        return in_order(numbers, self.shape, columns_first=self.columns_first)
 
     def ranges(self, start: int, stop: int) -> list[StoredRange]:
         """Return the ranges to read for rows [start, stop) of the decoded tensor, one for each part."""
         return [part.range(start, stop) for part in self.parts]
+
+
+def in_order(numbers: torch.Tensor, shape: Sequence[int], *, columns_first: bool) -> torch.Tensor:
+    """Return numbers, flattened, as a tensor of a shape: its matrices row by row, or column by column."""
+    return numbers.view(*shape[:-2], shape[-1], shape[-2]).mT if columns_first else numbers.view(*shape)
 
 
 class NumberFormat:

@@ -1,6 +1,6 @@
 """MXFP4 as gpt-oss stores its experts: blocks of 4-bit numbers and a separate tensor of their scales.
 
-Only experts are encoded.  An expert's matrix is stored with outputs as rows, and transposed as it is decoded.
+Only experts are encoded.  An expert's matrix is stored with outputs as rows, and that is how it lies in memory when it is decoded.
 """
 
 from __future__ import annotations
@@ -71,15 +71,23 @@ class MXFP4(NumberFormat):
                 continue
             experts, outputs, groups = scales.shape
             shape = (experts, groups * _GROUP, outputs)
-            found[name.removesuffix("_blocks")] = Encoding(self, shape, (EncodingPart(blocks, 1), EncodingPart(scales, 1)))
+            parts = EncodingPart(blocks, 1), EncodingPart(scales, 1)
+            found[name.removesuffix("_blocks")] = Encoding(self, shape, parts, columns_first=True)
         return found
 
     def decode(self, parts: Sequence[torch.Tensor], start: int, out: torch.Tensor, parallel: Parallel = serially) -> None:
+        import torch
+
         from flexgen.kernels.dequantize import tables
-        from flexgen.kernels.dequantize.lookup import Codes, Scales, decode_transposed
+        from flexgen.kernels.dequantize.lookup import Codes, Scales, decode
 
         experts, inputs, outputs = out.shape
+        if not out.mT.is_contiguous():
+            columns = torch.empty((experts, outputs, inputs), dtype=out.dtype, device=out.device)
+            self.decode(parts, start, columns.mT, parallel)
+            out.copy_(columns.mT)
+            return
         blocks, scales = parts
-        codes = Codes(numbers=blocks.view(experts, outputs, inputs // 2), values=tables.on_device(tables.E2M1, out.device))
-        given = Scales.of(scales, (experts, outputs, inputs // _GROUP), block_columns=_GROUP)
-        decode_transposed(codes, given, out, parallel)
+        codes = Codes(numbers=blocks.view(experts * outputs, inputs // 2), values=tables.on_device(tables.E2M1, out.device))
+        given = Scales.of(scales, (experts * outputs, inputs // _GROUP), block_columns=_GROUP)
+        decode(codes, given, out.mT.reshape(experts * outputs, inputs), parallel)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import math
 from collections.abc import Iterable
 
 import torch
@@ -62,5 +63,5 @@ def example(name: str, num_elements: int) -> tuple[NumberFormat, Encoding]:
 def _rate(number_format: NumberFormat, encoding: Encoding, dtype: torch.dtype, threads: KernelThreads) -> Rate:
     """Measure the bytes per second of decoded numbers."""
     parts = sampled_parts(number_format, encoding)
-    out = torch.empty(encoding.shape, dtype=dtype)
+    out = encoding.laid_out(torch.empty(math.prod(encoding.shape), dtype=dtype))
     return measured_rate(out.nbytes, lambda: encoding.format.decode(parts, 0, out, threads.over), FORMAT_SECONDS)

@@ -144,7 +144,7 @@ def machine_key(device: str, dtype: str, folder: Path) -> dict[str, str | int]:
         "numba": metadata.version("numba"),
         "dtype": dtype,
         "device": device,
-        "version": 11,
+        "version": 12,
     }
 
 

@@ -42,6 +42,10 @@ class RoundedSource:
         return False
 
     @property
+    def columns_first(self) -> bool:
+        return False
+
+    @property
     def carried_as_stored(self) -> bool:
         return False
 

@@ -14,7 +14,7 @@ import torch
 
 from flexgen.base.parallel import Parallel, serially
 from flexgen.base.quantities import align_up
-from flexgen.formats.base import StoredRange
+from flexgen.formats.base import StoredRange, in_order
 from flexgen.io.aligned import Extent, plan_extents
 
 DEVICE_ALIGNMENT = 256  # the alignment of a tensor on a device, for vector loads and matrix kernels
@@ -38,6 +38,8 @@ class TensorSource(Protocol):
     def dtype(self) -> torch.dtype: ...
     @property
     def is_view(self) -> bool: ...
+    @property
+    def columns_first(self) -> bool: ...
     @property
     def carried_as_stored(self) -> bool: ...
     @property
@@ -99,8 +101,9 @@ class UnitTensor(WantedTensor):
         return self.source.is_view and self.source.dtype == self.dtype and aligned
 
     def view(self, data: torch.Tensor, position: int) -> torch.Tensor:
-        """Return the decoded tensor as a view of the bytes that begin at `position`."""
-        return data[position : position + self.nbytes].view(self.dtype).view(self.shape)
+        """Return the decoded tensor as a view of the bytes that begin at `position`, in the order of the source's numbers."""
+        numbers = data[position : position + self.nbytes].view(self.dtype)
+        return in_order(numbers, self.shape, columns_first=self.source.columns_first)
 
     def is_view(self, form: UnitForm) -> bool:
         """Return whether bytes of this form hold the decoded tensor."""
@@ -206,6 +209,7 @@ class UnitLayout:
                         end = at + size
             else:
                 numbers = tensor.numbers(stored, UnitForm.STORED, lambda each: each.view(into, each.carried_at[0]), parallel)
+                numbers = numbers.mT if tensor.source.columns_first else numbers
                 yield tensor.carried_at[0], numbers.view(-1).view(torch.uint8)
 
 

@@ -1,7 +1,7 @@
 """Compiled kernels of table look-ups, on NumPy arrays.
 
 Codes are looked up into a buffer that stays in the first-level cache, and leave it in vectors, multiplied by the scale of their block.
-A byte of two codes is looked up at once, in a table of pairs.
+Codes of 4 bits are looked up in vectors if they are small multiples of a half and have a sign, as those of E2M1, otherwise two at a time.
 """
 
 from __future__ import annotations
@@ -15,11 +15,10 @@ from numba.extending import overload
 from flexgen.base.compiled import entry
 from flexgen.kernels.cpu.formats import narrow
 from flexgen.kernels.cpu.rows import LANES, moved, pointer
-from flexgen.kernels.dequantize.loops import store_scaled, turn_sixteen
+from flexgen.kernels.dequantize.loops import look_up_halves, store_scaled
 
-CHUNK = 2048  # codes that are looked up before they are multiplied
-STRIP_CODES = 64  # of one row, where rows become columns: a line of the cache
-STRIP_ROWS = 32
+CHUNK = 2048  # bytes whose codes are looked up before they are multiplied
+UNIT = 0.5  # of magnitudes that are given as small integers
 
 
 @entry
@@ -27,6 +26,7 @@ def decode_rows(
     begin: int,
     end: int,
     codes: Any,
+    shift: int,
     table: Any,
     scales: Any,
     scale_values: Any,
@@ -40,8 +40,10 @@ def decode_rows(
     Args:
         begin: The first row.
         end: The row after the last one.
-        codes: The codes, uint8 (rows, codes of a row).
-        table: For each code its value as float32 bits, (256,): uint32, or uint64 for two values.
+        codes: The codes, uint8 (rows, bytes of a row).
+        shift: The shift of the first of two codes that a byte has, 0 or 4; for an int8 table.
+        table: The value of each code, float32 (256,).  Where a byte has two codes the two values of each byte, as the bits of two float32,
+            uint64 (256,); or the magnitudes of codes 0 to 7 in units of UNIT, int8 (8,), if codes 8 to 15 are their negatives.
         scales: The scales, (rows of blocks, columns of blocks): float32, or uint8 codes of `scale_values`.
         scale_values: For each code of a scale its value, float32 (256,).
         block_rows: The rows that share a scale.
@@ -49,79 +51,55 @@ def decode_rows(
         skipped: The rows of the first block that come before row 0.
         out: The decoded numbers, (rows, columns), in the form of kernels/cpu/formats.py.
     """
-    row_codes, columns = codes.shape[1], out.shape[1]
-    buffer = np.empty(CHUNK, table.dtype)
-    numbers = buffer.view(np.float32)
-    per_code = len(numbers) // CHUNK
+    row_bytes, columns = codes.shape[1], out.shape[1]
+    numbers = np.empty(2 * CHUNK, np.float32)
     for row in range(begin, end):
         block_row = (skipped + row) // block_rows
-        for first in range(0, row_codes, CHUNK):
-            size = min(CHUNK, row_codes - first)
-            look_up(pointer(codes, row * row_codes + first), table, buffer, size)
-            column, stop = first * per_code, (first + size) * per_code
-            offset = column
+        for first in range(0, row_bytes, CHUNK):
+            size = min(CHUNK, row_bytes - first)
+            per_byte = look_up(pointer(codes, row * row_bytes + first), shift, table, numbers, size)
+            column, stop = first * per_byte, (first + size) * per_byte
+            offset, block = column, column // block_columns
             while column < stop:
-                block = column // block_columns
                 count = min((block + 1) * block_columns, stop) - column
                 scale = scale_of(scales[block_row, block], scale_values)
                 store(pointer(numbers, column - offset), scale, pointer(out, row * columns + column), count, out[row, 0])
                 column += count
+                block += 1
 
 
-@entry
-def decode_transposed(begin: int, end: int, codes: Any, table: Any, scales: Any, scale_values: Any, block: int, out: Any) -> None:
-    """Decode matrices whose rows become columns, work items begin <= matrix * strips + strip < end.
-
-    Args:
-        begin: The first work item.
-        end: The work item after the last one.
-        codes: The codes, uint8 (matrices, rows, codes of a row); a strip is a range of STRIP_CODES of each row.
-        table: As for `decode_rows`.
-        scales: The scales, (matrices, rows, blocks of a row), as for `decode_rows`.
-        scale_values: As for `decode_rows`.
-        block: The numbers of a row that share a scale; a strip has a whole number of blocks, apart from its end.
-        out: The decoded numbers, (matrices, columns, rows).
-    """
-    _, rows, row_codes = codes.shape
-    columns = out.shape[1]
-    buffer = np.empty(STRIP_CODES, table.dtype)
-    numbers = buffer.view(np.float32)
-    per_code = len(numbers) // STRIP_CODES
-    width = STRIP_CODES * per_code
-    tile = np.empty((STRIP_ROWS, width), out.dtype)
-    strips = (row_codes + STRIP_CODES - 1) // STRIP_CODES
-    for item in range(begin, end):
-        matrix, first = item // strips, item % strips * STRIP_CODES
-        size = min(STRIP_CODES, row_codes - first)
-        for row in range(0, rows, STRIP_ROWS):
-            height = min(STRIP_ROWS, rows - row)
-            for i in range(height):
-                look_up(pointer(codes, (matrix * rows + row + i) * row_codes + first), table, buffer, size)
-                for start in range(0, size * per_code, block):
-                    count = min(block, size * per_code - start)
-                    scale = scale_of(scales[matrix, row + i, (first * per_code + start) // block], scale_values)
-                    store(pointer(numbers, start), scale, pointer(tile, i * width + start), count, tile[0, 0])
-            turn(tile, height, size * per_code, pointer(out, (matrix * columns + first * per_code) * rows + row), rows)
+def look_up(codes: Any, shift: int, table: Any, numbers: Any, size: int) -> int:
+    """Look up the codes of `size` adjacent bytes, and return how many codes a byte has; arguments as for `decode_rows`."""
+    raise NotImplementedError
 
 
-@njit
-def turn(tile: Any, height: int, width: int, target: Any, stride: int) -> None:
-    """Store the columns of a tile as rows, `stride` apart."""
-    whole_rows, whole_columns = height // LANES * LANES, width // LANES * LANES
-    for row in range(0, whole_rows, LANES):
-        for column in range(0, whole_columns, LANES):
-            source = pointer(tile, row * tile.shape[1] + column)
-            turn_sixteen(source, tile.shape[1], moved(target, column * stride + row), stride)
-    for column in range(width):
-        for row in range(whole_rows if column < whole_columns else 0, height):
-            target[column * stride + row] = tile[row, column]
+@overload(look_up, strict=False)
+def _look_up(codes: Any, shift: Any, table: Any, numbers: Any, size: Any) -> Any:
+    return {types.float32: _look_up_bytes, types.uint64: _look_up_pairs, types.int8: _look_up_halves}[table.dtype]
 
 
-@njit
-def look_up(codes: Any, table: Any, buffer: Any, size: int) -> None:
-    """Look up adjacent codes."""
+def _look_up_bytes(codes: Any, shift: Any, table: Any, numbers: Any, size: Any) -> int:
     for i in range(size):
-        buffer[i] = table[codes[i]]
+        numbers[i] = table[codes[i]]
+    return 1
+
+
+def _look_up_pairs(codes: Any, shift: Any, table: Any, numbers: Any, size: Any) -> int:
+    pairs = numbers.view(np.uint64)
+    for i in range(size):
+        pairs[i] = table[codes[i]]
+    return 2
+
+
+def _look_up_halves(codes: Any, shift: Any, table: Any, numbers: Any, size: Any) -> int:
+    whole, magnitudes, unit = size // LANES * LANES, pointer(table, 0), np.float32(UNIT)
+    for i in range(0, whole, LANES):
+        look_up_halves(moved(codes, i), shift, magnitudes, unit, pointer(numbers, 2 * i))
+    for i in range(2 * whole, 2 * size):
+        code = codes[i // 2] >> (4 - shift if i % 2 else shift)
+        magnitude = np.float32(table[code & 7]) * unit
+        numbers[i] = -magnitude if code & 8 else magnitude
+    return 2
 
 
 @njit

@@ -41,12 +41,22 @@ class Codes:
         return 2 if len(self.values) == 16 else 1
 
     def table(self) -> np.ndarray:
-        """Return for each byte the bits of its value, uint32 (256,), or of its two values, uint64 (256,)."""
+        """Return the values as the compiled kernel takes them."""
         if self.per_byte == 1:
-            return self.values.numpy().view(np.uint32)
+            return self.values.numpy()
+        if (magnitudes := self._small_magnitudes()) is not None:
+            return magnitudes
         byte = torch.arange(256)
         halves = (byte >> 4, byte & 15) if self.high_first else (byte & 15, byte >> 4)
         return torch.stack([self.values[half] for half in halves], dim=-1).contiguous().numpy().view(np.uint64)[:, 0]
+
+    def _small_magnitudes(self) -> np.ndarray | None:
+        """Return the magnitudes of codes 0 to 7, int8 in units of UNIT; None unless these are whole and the other codes their negatives."""
+        in_units = self.values[:8] / compiled.UNIT
+        magnitudes = in_units.to(torch.int8)
+        whole = bool((in_units == magnitudes).all()) and bool((magnitudes >= 0).all())
+        same_bits = torch.equal(self.values[8:].view(torch.int32), (-self.values[:8]).view(torch.int32))
+        return magnitudes.numpy() if whole and same_bits else None
 
     def looked_up(self, numbers: Tensor) -> Tensor:
         """Return the values of codes, (rows, codes of a row), as float32 (rows, columns), by torch operations."""
@@ -145,37 +155,10 @@ def decode(codes: Codes, scales: Scales, out: Tensor, parallel: Parallel) -> Non
             values = codes.looked_up(codes.numbers[start:stop])
             out[start:stop].copy_(_scaled(values, scales.of_rows(start, stop), scales.block_columns))
         return
-    arrays = codes.numbers.contiguous().numpy(), codes.table(), scales.numbers.contiguous().numpy(), _values(scales)
+    stored = codes.numbers.contiguous().numpy(), 4 if codes.high_first else 0, codes.table()
+    arrays = *stored, scales.numbers.contiguous().numpy(), _values(scales)
     settings, written = (scales.block_rows, scales.block_columns, scales.skipped), carried(out)
     parallel(lambda begin, end: compiled.decode_rows(begin, end, *arrays, *settings, written), rows)
-
-
-def decode_transposed(codes: Codes, scales: Scales, out: Tensor, parallel: Parallel) -> None:
-    """Decode matrices that are stored transposed, each apart from the others.
-
-    Args:
-        codes: The codes, (matrices, rows, codes of a row).
-        scales: The scales, (matrices, rows, blocks of a row); blocks of one row, whose columns divide 64.
-        out: The numbers, (matrices, columns, rows), contiguous, bfloat16, float16 or float32; they are written.
-        parallel: Runs the loop over matrices and their columns on a CPU.
-
-    Raises:
-        EngineError: Shapes do not go together.
-    """
-    matrices, columns, rows = out.shape
-    expected = (matrices, rows, columns // codes.per_byte), (matrices, rows, -(-columns // scales.block_columns))
-    if (codes.numbers.shape, scales.numbers.shape) != expected or compiled.STRIP_CODES % scales.block_columns or scales.block_rows != 1:
-        raise EngineError(f"codes {tuple(codes.numbers.shape)} and scales {tuple(scales.numbers.shape)} do not make {tuple(out.shape)}")
-    if out.device.type != "cpu":
-        for matrix in range(matrices):
-            of_one = Scales(numbers=scales.numbers[matrix], values=scales.values, block_columns=scales.block_columns)
-            for start, stop in portions(rows, columns):
-                values = codes.looked_up(codes.numbers[matrix, start:stop])
-                out[matrix, :, start:stop].copy_(_scaled(values, of_one.of_rows(start, stop), scales.block_columns).t())
-        return
-    arrays = codes.numbers.contiguous().numpy(), codes.table(), scales.numbers.contiguous().numpy(), _values(scales)
-    written, strips = carried(out), -(-codes.numbers.shape[2] // compiled.STRIP_CODES)
-    parallel(lambda begin, end: compiled.decode_transposed(begin, end, *arrays, scales.block_columns, written), matrices * strips)
 
 
 def _values(scales: Scales) -> np.ndarray:

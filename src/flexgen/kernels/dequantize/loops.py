@@ -130,6 +130,52 @@ def split_halves(typing_context: Any, packed: Any, codes: Any) -> Any:
 
 
 @intrinsic
+def look_up_halves(typing_context: Any, packed: Any, shift: Any, magnitudes: Any, unit: Any, numbers: Any) -> Any:
+    """Compile `look_up_halves(packed, shift, magnitudes, unit, numbers)`: the values of both halves of 16 bytes, as 32 float32 numbers.
+
+    `magnitudes` are those of the codes 0 to 7, as 8 integers of 8 bits in multiples of `unit`; the highest bit of a code is the sign.
+    `shift` is that of the half that comes first, 0 or 4.  A magnitude is chosen by one bit of its code after the other, in vectors of
+    bytes: that takes no instruction that only some processors have.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        source, shift_value, table, unit_value, target = arguments
+        loaded = builder.load(builder.bitcast(source, vector_of(_INT8).as_pointer()), align=1)
+        first = broadcast(builder, builder.trunc(shift_value, _INT8))
+        other = builder.sub(ir.Constant(first.type, [4] * LANES), first)
+        halves = (builder.lshr(loaded, by) for by in (first, other))
+        in_turn = ir.Constant(ir.VectorType(INT32, 2 * LANES), [i // 2 + (LANES if i % 2 else 0) for i in range(2 * LANES)])
+        codes = builder.shuffle_vector(*halves, in_turn)
+        chosen = _chosen(builder, codes, [builder.load(builder.gep(table, [ir.Constant(INT32, code)])) for code in range(8)])
+        of_code, of_number = ir.Constant(vector_of(INT32), [8] * LANES), ir.Constant(vector_of(INT32), [28] * LANES)
+        for part in range(2):
+            places = ir.Constant(vector_of(INT32), [part * LANES + i for i in range(LANES)])
+            wide, integers = (builder.zext(builder.shuffle_vector(each, each, places), vector_of(INT32)) for each in (codes, chosen))
+            found = builder.fmul(builder.sitofp(integers, vector_of(FLOAT)), broadcast(builder, unit_value))
+            sign = builder.shl(builder.and_(wide, of_code), of_number)
+            signed = builder.or_(builder.bitcast(found, vector_of(INT32)), sign)
+            place = builder.gep(builder.bitcast(target, INT32.as_pointer()), [ir.Constant(INT32, part * LANES)])
+            builder.store(signed, builder.bitcast(place, signed.type.as_pointer()), align=4)
+        return context.get_dummy_value()
+
+    return types.void(packed, types.int64, magnitudes, types.float32, numbers), generate
+
+
+def _chosen(builder: Any, codes: Any, values: list[Any]) -> Any:
+    """Generate the choice of each code among values, by as many of its lowest bits as tell these apart."""
+    kind, bit = codes.type, 1
+    start = ir.Constant(ir.VectorType(INT32, kind.count), [0] * kind.count)
+    empty = ir.Constant(kind, ir.Undefined)
+    choices = [builder.shuffle_vector(builder.insert_element(empty, value, ir.Constant(INT32, 0)), empty, start) for value in values]
+    while len(choices) > 1:
+        masked = builder.and_(codes, ir.Constant(kind, [bit] * kind.count))
+        is_set = builder.icmp_unsigned("!=", masked, ir.Constant(kind, [0] * kind.count))
+        choices = [builder.select(is_set, odd, even) for even, odd in zip(choices[::2], choices[1::2], strict=True)]
+        bit *= 2
+    return choices[0]
+
+
+@intrinsic
 def turn_sixteen(typing_context: Any, source: Any, stride: Any, target: Any, target_stride: Any) -> Any:
     """Compile `turn_sixteen(source, stride, target, target_stride)`: transpose LANES rows, `stride` apart, of LANES elements."""
 
