@@ -65,7 +65,7 @@ def test_a_conversion_that_was_killed_is_completed_by_the_command_that_the_refus
         raise OSError(28, "No space left on device")
 
     out = tmp_path / "my out"
-    asked = ("--weight-format", "int4", "--group-size", 64, "--keep", "*.o_proj.*", "--int8", "*.down_proj.*", "--shard-size", "2MB")
+    asked = ("--weight-format", "int4", "--group-size", 32, "--keep", "*.o_proj.*", "--int8", "*.down_proj.*", "--shard-size", "2MB")
     with monkeypatch.context() as patched:
         patched.setattr("flexgen.quantize.convert._Writing.add_small_files", killed)
         assert flexgen("convert", model, "-o", out, *asked).exit_code == ExitCode.RESUMABLE

@@ -13,8 +13,8 @@ import flexgen
 from flexgen.cli.spelling import ENGINE_FLAGS, in_flags
 
 ROOMS = Path(flexgen.__file__).parent
-# What only the command shows, or is about its flags; what a plan says of itself is written for the terminal.
-OF_THE_COMMAND = ("cli/", "report/", "plan/formats.py", "evaluation/lm_eval_command.py", "bench/")
+# What only the command shows, or what writes a command; what a plan says of itself is written for the terminal.
+OF_THE_COMMAND = ("cli/", "report/", "plan/formats.py", "evaluation/lm_eval_command.py", "hub/diagnose.py", "bench/")
 
 
 @pytest.mark.parametrize(
@@ -63,6 +63,6 @@ def test_messages_of_the_library_name_no_flag_alone() -> None:
     for path in sorted(ROOMS.rglob("*.py")):
         place = path.relative_to(ROOMS).as_posix()
         if not place.startswith(OF_THE_COMMAND):
-            commands = [(line, re.sub(r"`flexgen [^`]*`", "", text)) for line, text in texts(path)]
-            found += [f"{place}:{line}: {text}" for line, text in commands if flag.search(text)]
+            told = ((line, re.sub(r"`flexgen [^`]*(`|$)", "", text)) for line, text in texts(path))
+            found += [f"{place}:{line}: {text}" for line, text in told if flag.search(text)]
     assert not found

@@ -101,7 +101,7 @@ def test_what_is_no_model() -> None:
         spec_of("/no/such/folder", device="cpu")
 
 
-@pytest.mark.parametrize("name", ["x.gguf", "llama-3-8b", "model.safetensors", "nowhere.gguf"])
+@pytest.mark.parametrize("name", ["x.gguf", "renamed", "model.safetensors", "nowhere.gguf"])
 def test_a_file_is_not_a_name_of_the_catalogue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """Whether it is broken, something else, or not there."""
     monkeypatch.chdir(tmp_path)

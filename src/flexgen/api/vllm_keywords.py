@@ -197,6 +197,8 @@ def _check_names(what: str, given: Iterable[str], known: Iterable[str]) -> None:
 
 def _check_values(given: Mapping[str, Any], only: Mapping[str, tuple[tuple[object, ...], str]]) -> None:
     for name, value in given.items():
-        neutral, why = only.get(name, ((value,), ""))
+        neutral, why = only.get(name, (None, ""))
+        if neutral is None:
+            continue
         if value is not None and not any(value == each and isinstance(value, bool) == isinstance(each, bool) for each in neutral):
             raise OptionError(f"{name}={in_python(value)} cannot be honoured: {why}")
