@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,7 +12,56 @@ import pytest
 import torch
 
 from flexgen.errors import OptionError
-from flexgen.options import EngineOptions
+from flexgen.formats import flexgen_v0
+from flexgen.options import PAPER_FORMAT, EngineOptions
+
+FIELDS = [field.name for field in dataclasses.fields(EngineOptions)]
+# What programs pass by mistake, as it appears in messages.
+MISTAKES: dict[str, Any] = {
+    "None": None, "nan": float("nan"), "''": "", "[]": [], "-1": -1, "10000000": 10**400, "a value of type int": 10**5000,
+    "<object": object(), "{'a': None}": {"a": None}, "True": True, "array": np.zeros(2),
+}  # fmt: skip
+MEANT = {  # those that mean something
+    "None": {
+        "device_mem", "host_mem", "disk", "offload_dir", "weights", "kv", "sparse_attention", "max_num_seqs", "micro_batch_tokens",
+        "prefill_tokens", "max_request_seconds", "max_job_seconds", "allow_formats", "max_model_len", "revision",
+    },
+    "[]": {"allow_formats"}, "-1": {"max_logprobs", "seed"}, "True": {"prefix_sharing", "verify_reads"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("value", MISTAKES)
+@pytest.mark.parametrize("name", FIELDS)
+def test_every_value_is_accepted_or_refused_by_the_name_of_the_option(name: str, value: str) -> None:
+    if name in MEANT.get(value, ()):
+        EngineOptions(**{name: MISTAKES[value]})
+        return
+    with pytest.raises(OptionError) as caught:
+        EngineOptions(**{name: MISTAKES[value]})
+    said = str(caught.value)
+    assert re.match(rf"{name}(=| must be |: )", said)
+    assert value in said or (name, value) in (("trust_remote_code", "True"), ("allow_formats", "array"))  # which names an item
+    assert len(said) < 300
+
+
+def test_formats_may_be_a_list_or_a_text() -> None:
+    for given in ("k8v4,int4", ["int4", "k8v4"], ("int4,k8v4",), ["int4", " k8v4 ", "int4"], np.array(["int4", "k8v4"])):
+        assert EngineOptions(allow_formats=given).allow_formats == "int4,k8v4"
+    assert EngineOptions(allow_formats=[]).allow_formats is None
+    with pytest.raises(OptionError, match="allow_formats: 'int5' is unknown; known: int8, int4, kv-int8"):
+        EngineOptions(allow_formats=["int4", "int5"])
+
+
+def test_a_folder_may_be_a_path(tmp_path: Path) -> None:
+    assert EngineOptions(offload_dir=tmp_path) == EngineOptions(offload_dir=str(tmp_path))
+    with pytest.raises(OptionError, match="offload_dir must be the path of a folder"):
+        EngineOptions(offload_dir="a\0b")
+
+
+def test_the_papers_format_is_not_unknown() -> None:
+    assert PAPER_FORMAT == flexgen_v0.NAME
+    with pytest.raises(OptionError, match=r"weight_format='flexgen-v0' is for comparisons.*`flexgen convert --weight-format flexgen-v0`"):
+        EngineOptions(weight_format="flexgen-v0")
 
 
 @pytest.mark.parametrize("schedule", ["zigzag", "row"])
@@ -30,6 +82,9 @@ def test_a_quota_is_for_the_diagonal_schedule(schedule: str) -> None:
         ({"disk": "many"}, "not a size"),
         ({"disk": "101%"}, "more than 100 %"),
         ({"host_mem": 4e9}, "not a size"),
+        ({"disk": -1}, "disk=-1 is not a size"),
+        ({"disk": "9" * 400}, "is more than any machine has"),
+        ({"host_mem": "9000000000GiB"}, "host_mem='9000000000GiB' is more than any machine has"),
     ],
 )
 def test_budgets_that_nobody_means(given: dict[str, Any], said: str) -> None:

@@ -5,12 +5,24 @@ Sizes stay as the user wrote them; `solve` in plan/search/solve.py converts them
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, TypedDict
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypedDict, cast
 
+from flexgen.base.option_values import (
+    flag,
+    integer,
+    integer_or_none,
+    one_of,
+    parse_placement,
+    path_or_none,
+    seconds_or_none,
+    share_or_none,
+    text_or_none,
+)
 from flexgen.base.quantities import MIB, check_budget
-from flexgen.base.scalars import as_float, as_int, as_list, plain, shown_in_python
+from flexgen.base.scalars import as_list, in_python, plain, shown_in_python
 from flexgen.errors import OptionError
 
 if TYPE_CHECKING:
@@ -33,17 +45,7 @@ SCHEDULES = ("auto", "diagonal", "zigzag", "row")
 TIERS = ("device", "host", "disk")
 # The homes of weights, and the tier of each; what is "encoded" is in host memory as stored, and decoded in every pass.
 WEIGHT_HOMES = {"device": "device", "host": "host", "encoded": "host", "disk": "disk"}
-# A budget below these is a typing mistake ("10" for "10GiB"): an interpreter with torch takes more, a page of a ring no less.
-_LEAST_BYTES = {"host_mem": 64 * MIB, "device_mem": MIB, "disk": MIB}
-# The integer options and the least value of each; those in _NEVER_NONE may not be None.
-_LEAST_INTEGERS = {
-    "max_num_seqs": 1, "micro_batch_tokens": 1, "prefill_tokens": 1, "max_model_len": 1, "max_logprobs": -1, "seed": -(2**63),
-}  # fmt: skip
-_NEVER_NONE = ("max_logprobs", "seed")
-_KNOWN = {
-    "device": DEVICES, "dtype": DTYPES, "kv_format": KV_FORMATS, "schedule": SCHEDULES, "load_format": LOAD_FORMATS,
-    "weight_format": WEIGHT_FORMATS, "cpu_compute": CPU_COMPUTES,
-}  # fmt: skip
+PAPER_FORMAT = "flexgen-v0"  # a format that `flexgen convert` writes, for comparisons
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,7 +80,7 @@ class EngineOptions:
         weight_format: "auto" computes with the weights as the checkpoint holds them; "int8" and "int4" convert them on first need, into a
             cache, and run from there (docs/quantization.md).
         allow_formats: Formats of weights and KV that the planner may choose among, beside those of the options above: names in
-            ALLOWABLE_FORMATS, as a text with commas or a list.  None leaves the formats as they are.
+            ALLOWABLE_FORMATS, as a text with commas or a list.  None and an empty list leave the formats as they are.
         max_model_len: Context limit, at most the model's; None for the model's.
         revision: Revision of a hub repository.
         seed: Base of every sampled request's own seed.
@@ -117,27 +119,13 @@ class EngineOptions:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
-        for name, least in _LEAST_INTEGERS.items():
-            object.__setattr__(self, name, _integer(name, getattr(self, name), least))
-        for name in ("max_request_seconds", "max_job_seconds"):
-            object.__setattr__(self, name, _seconds(name, getattr(self, name)))
-        object.__setattr__(self, "sparse_attention", _share("sparse_attention", self.sparse_attention))
-        for name, homes in (("weights", tuple(WEIGHT_HOMES)), ("kv", TIERS)):
-            if (shares := getattr(self, name)) is not None:
-                parse_placement(shares, name=name, homes=homes)
-        for name, known in _KNOWN.items():
-            if getattr(self, name) not in known:
-                raise OptionError(f"{name}={getattr(self, name)!r} is unknown; known: {', '.join(known)}")
-        for name, least_bytes in _LEAST_BYTES.items():
-            object.__setattr__(self, name, size := plain(getattr(self, name)))
-            if size is not None:
-                check_budget(size, name=name, least_bytes=least_bytes, zero=name != "host_mem")
+        for name, check in _CHECKS.items():
+            object.__setattr__(self, name, check(name, getattr(self, name)))
         self.check_placement(self.device)
         if self.prefill_tokens is not None and self.schedule not in ("auto", "diagonal"):
             raise OptionError(f"prefill_tokens has a meaning for schedule='diagonal' only, not for {self.schedule!r}")
         if self.load_format == "dummy" and self.weight_format != "auto":
             raise OptionError(f"weight_format={self.weight_format!r} converts a checkpoint, and load_format='dummy' reads none")
-        object.__setattr__(self, "allow_formats", _format_names(self.allow_formats))
         self._check_allowed()
         if self.trust_remote_code:
             raise OptionError("trust_remote_code: flexgen runs no code from model folders")
@@ -189,42 +177,73 @@ class EngineOptions:
                 raise OptionError(f"{name}={shares!r}: on a CPU device there is no device tier; {there}")
 
 
-def _format_names(given: object) -> str | None:
+def _format_names(name: str, given: object) -> str | None:
     """Return the names of ALLOWABLE_FORMATS that are given, each once, in the order of that table, as a text with commas."""
-    if given is None:
-        return None
-    asked = given.split(",") if isinstance(given, str) else as_list(given) or [given]
-    names = [name.strip() if isinstance(name, str) else name for name in asked]
-    for name in names:
-        if not isinstance(name, str) or name not in ALLOWABLE_FORMATS:
+    listed = [given] if isinstance(given, str) else [] if given is None else as_list(given)
+    if listed is None:
+        raise OptionError(f"{name} must be names with commas between them, or a list of names, not {shown_in_python(given)}")
+    asked = [part for each in listed for part in (each.split(",") if isinstance(each, str) else [each])]
+    named = [each.strip() if isinstance(each, str) else each for each in asked]
+    for each in named:
+        if not isinstance(each, str) or each not in ALLOWABLE_FORMATS:
             known = ", ".join(ALLOWABLE_FORMATS)
-            raise OptionError(f"allow_formats: {name!r} is unknown; known: {known} (int8 and int4 are formats of weights)")
-    return ",".join(name for name in ALLOWABLE_FORMATS if name in names)
+            raise OptionError(f"{name}: {in_python(each)} is unknown; known: {known} (int8 and int4 are formats of weights)")
+    return ",".join(each for each in ALLOWABLE_FORMATS if each in named) or None
 
 
-def _integer(name: str, value: object, least: int) -> int | None:
-    """Check an integer option, and return it as an int.  Integers of numpy and 16.0 are accepted, too."""
-    if value is None and name not in _NEVER_NONE:
-        return None
-    number = as_int(value)
-    if number is None or not least <= number < 2**63:
-        wanted = {1: "a positive integer", -1: "an integer of at least -1"}.get(least, "an integer that fits 64 bits")
-        raise OptionError(f"{name} must be {wanted}, not {shown_in_python(value)}")
-    return number
+def _weight_format(name: str, value: object) -> str:
+    if isinstance(value, str) and value == PAPER_FORMAT:
+        raise OptionError(
+            f"{name}={value!r} is for comparisons, and no run converts to it: `flexgen convert --weight-format {PAPER_FORMAT}` writes a "
+            "folder in it, which is run as any other model (docs/quantization.md)"
+        )
+    return one_of(name, value, known=WEIGHT_FORMATS)
 
 
-def _seconds(name: str, value: object) -> float | None:
-    number = as_float(value)
-    if value is not None and (number is None or number <= 0):
-        raise OptionError(f"{name} must be a positive number of seconds, not {shown_in_python(value)}")
-    return number
+def _budget(name: str, value: object, *, least_bytes: int, zero: bool = True) -> str | int | None:
+    size = plain(value)
+    if size is not None:
+        check_budget(size, name=name, least_bytes=least_bytes, zero=zero)
+    return size
 
 
-def _share(name: str, value: object) -> float | None:
-    number = as_float(value)
-    if value is not None and (number is None or not 0 < number <= 1):
-        raise OptionError(f"{name} must be a share above 0 and up to 1 (0.1, not 10%), not {shown_in_python(value)}")
-    return number
+def _placement(name: str, value: object, *, homes: Sequence[str]) -> str | None:
+    if value is not None:
+        parse_placement(value, name=name, homes=homes)
+    return cast("str | None", value)
+
+
+# By name: the value in the form that is kept.  A budget below its least is a typing mistake ("10" for "10GiB"): an interpreter with torch
+# takes more, a page of a ring no less.
+_CHECKS: Mapping[str, Callable[[str, object], Any]] = {
+    "device": partial(one_of, known=DEVICES),
+    "dtype": partial(one_of, known=DTYPES),
+    "device_mem": partial(_budget, least_bytes=MIB),
+    "host_mem": partial(_budget, least_bytes=64 * MIB, zero=False),
+    "disk": partial(_budget, least_bytes=MIB),
+    "offload_dir": path_or_none,
+    "weights": partial(_placement, homes=tuple(WEIGHT_HOMES)),
+    "kv": partial(_placement, homes=TIERS),
+    "cpu_compute": partial(one_of, known=CPU_COMPUTES),
+    "kv_format": partial(one_of, known=KV_FORMATS),
+    "sparse_attention": share_or_none,
+    "max_num_seqs": partial(integer_or_none, least=1),
+    "micro_batch_tokens": partial(integer_or_none, least=1),
+    "prefill_tokens": partial(integer_or_none, least=1),
+    "schedule": partial(one_of, known=SCHEDULES),
+    "prefix_sharing": flag,
+    "max_request_seconds": seconds_or_none,
+    "max_job_seconds": seconds_or_none,
+    "load_format": partial(one_of, known=LOAD_FORMATS),
+    "weight_format": _weight_format,
+    "allow_formats": _format_names,
+    "max_model_len": partial(integer_or_none, least=1),
+    "revision": text_or_none,
+    "seed": partial(integer, least=-(2**63)),
+    "max_logprobs": partial(integer, least=-1),
+    "verify_reads": flag,
+    "trust_remote_code": flag,
+}
 
 
 class OptionKeywords(TypedDict, total=False):
@@ -257,40 +276,3 @@ class OptionKeywords(TypedDict, total=False):
     max_logprobs: int
     verify_reads: bool
     trust_remote_code: bool
-
-
-def parse_placement(text: object, *, name: str = "", homes: Sequence[str] = TIERS) -> dict[str, float]:
-    """Parse shares per home such as "device=.2,host=.3,disk=.5", which must add up to 1.
-
-    Args:
-        text: The shares as the user wrote them.
-        name: The name of the option, for messages.
-        homes: The homes that may be named.
-
-    Raises:
-        OptionError: A home is unknown, a number is malformed, or the sum is not 1.
-    """
-    said = f"{name}={text!r}" if name else repr(text)
-    example = f"write shares of {', '.join(homes)}, such as device=.2,host=.3,disk=.5"
-    if not isinstance(text, str):
-        raise OptionError(f"{said} is not a text; {example}")
-    shares: dict[str, float] = dict.fromkeys(homes, 0.0)
-    named: set[str] = set()
-    for part in text.split(","):
-        home, separator, number = part.partition("=")
-        home = home.strip()
-        if home not in homes or not separator:
-            wrong = f"{home!r} is not a tier" if separator else f"{part!r} is not a share"
-            raise OptionError(f"{said}: {wrong}; {example}")
-        if home in named:
-            raise OptionError(f"{said}: {home} is there twice")
-        named.add(home)
-        try:
-            shares[home] = float(number)
-        except ValueError as error:
-            raise OptionError(f"{said}: {number!r} is not a share: write a number between 0 and 1 (.25, not 25%)") from error
-        if not 0 <= shares[home] <= 1:
-            raise OptionError(f"{said}: a share must be between 0 and 1 (.25, not 25%)")
-    if abs(sum(shares.values()) - 1) > 1e-6:
-        raise OptionError(f"{said}: the shares add up to {sum(shares.values()):g}, not 1")
-    return shares

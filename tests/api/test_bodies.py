@@ -143,7 +143,13 @@ def test_values_out_of_range_are_refused_by_name(parse: Any, field: str, value: 
         ("temperature", True, "temperature must be a finite number of at least 0, not true"),
         ("model", 5, "model must be a text"),
         ("stop", "", "stop must be made of texts that are not empty, not the text ''"),
+        ("stop", 5, "stop must be a text or a list of texts, not 5"),
         ("stream", True, "stream is not supported (only false)"),
+        (
+            "structured_outputs",
+            {"json_object": True, "disable_fallback": True},
+            "structured_outputs: disable_fallback=true is not supported yet",
+        ),
         ("modalities", ["audio"], 'modalities is not supported (only ["text"])'),
     ],
     ids=lambda value: str(value)[:20],

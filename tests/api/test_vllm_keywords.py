@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import re
 
 import numpy as np
 import pytest
@@ -79,11 +80,29 @@ def test_what_cannot_be_done_is_refused_with_the_reason(name: str) -> None:
         read_keywords({name: value})
 
 
-def test_what_means_something_is_honoured() -> None:
-    import torch
+@pytest.mark.parametrize(
+    "name", ["enable_prefix_caching", "gpu_memory_utilization", "hf_token", "skip_tokenizer_init", "tokenizer_revision"]
+)
+@pytest.mark.parametrize("value", [float("nan"), [], -1, 10**400, object(), ""], ids=["nan", "list", "-1", "huge", "object", "empty"])
+def test_what_a_keyword_cannot_be_is_refused_by_its_name(name: str, value: object) -> None:
+    assert read_keywords({name: None}).options == EngineOptions()
+    if (name, value) != ("hf_token", ""):
+        with pytest.raises(OptionError, match=f"^{name} must be .*, not "):
+            read_keywords({name: value})
 
+
+@pytest.mark.parametrize("name", ["dtype", "device"])
+def test_a_value_that_names_nothing_is_shown_as_it_was_given(name: str) -> None:
+    for value in (None, [], 5, float("nan")):
+        with pytest.raises(OptionError, match=re.escape(f"{name}={value!r} is unknown; known: auto, ")):
+            read_keywords({name: value})
+
+
+def test_what_means_something_is_honoured() -> None:
     assert read_keywords({"enable_prefix_caching": False}).options.prefix_sharing is False
     assert read_keywords({"dtype": torch.bfloat16}).options.dtype == "bfloat16"
+    of_others = read_keywords({"dtype": np.dtype("float32"), "device": torch.device("cpu")})
+    assert of_others.options == EngineOptions(dtype="float32", device="cpu")
     assert read_keywords({"dtype": "half"}).options.dtype == "float16"
     assert read_keywords({"dtype": "float"}).options.dtype == "float32"
     assert read_keywords({"hf_token": "hf_x", "tokenizer_revision": "main"}).token == "hf_x"

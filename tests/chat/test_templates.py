@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,9 @@ def test_a_template_may_be_given(tmp_path: Path) -> None:
     assert choose_template(path, None) == choose_template(str(path), "own") == "{{ 'ü' }}"
     assert choose_template("{{ messages }}", "own") == "{{ messages }}"
     assert choose_template("line\nline", {}) == "line\nline"
+    for given in (5, [], None):
+        with pytest.raises(OptionError, match=rf"chat_template must be a template, or a file, not {re.escape(repr(given))}"):
+            choose_template(given, "own")
 
 
 @pytest.mark.parametrize("given", ["nowhere.jinja", "", ".", "a\0b"])

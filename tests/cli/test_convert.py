@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,25 @@ def test_flags_that_cannot_be_honoured(model: Path, tmp_path: Path, flags: tuple
     assert done.exit_code == ExitCode.USAGE
     assert said in done.stderr
     assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_a_conversion_that_was_killed_is_completed_by_the_command_that_the_refusal_names(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    out = tmp_path / "my out"
+    asked = ("--weight-format", "int4", "--group-size", 32, "--keep", "*.o_proj.*", "--int8", "*.down_proj.*", "--shard-size", "2MB")
+    with monkeypatch.context() as patched:
+        patched.setattr("flexgen.quantize.convert._Writing.add_small_files", killed)
+        assert flexgen("convert", model, "-o", out, *asked).exit_code == ExitCode.RESUMABLE
+    refused = flexgen("plan", out, "--machine", "t4-gcp")
+    assert refused.exit_code == ExitCode.REFUSED
+    found = re.search(r"is a conversion that was not finished, so it is not a model yet: `flexgen (.*)` goes on", refused.stderr)
+    assert found is not None, refused.stderr
+    assert flexgen(*shlex.split(found[1])).exit_code == 0
+    assert flexgen("plan", out, "--machine", "t4-gcp").exit_code == 0
 
 
 def test_a_head_that_cannot_be_converted_names_the_flag(tmp_path: Path) -> None:

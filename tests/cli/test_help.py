@@ -78,6 +78,12 @@ def test_the_usage_names_what_is_needed() -> None:
     assert "[DIR]" in help_of(("profile",), 80).splitlines()[0]
 
 
+def test_models_are_what_each_command_takes() -> None:
+    takes_gguf = {path[-1]: "not a GGUF file" not in help_of(path, 120) for path in EVERY if "MODEL" in help_of(path, 120).splitlines()[0]}
+    assert takes_gguf == {name: name != "convert" for name in takes_gguf}
+    assert {"run", "plan", "convert", "map", "throughput", "perplexity"} <= set(takes_gguf)
+
+
 def test_shells_can_complete() -> None:
     assert {"--install-completion", "--show-completion"} <= {option for param in EVERY[()].params for option in param.opts}
 

@@ -63,7 +63,7 @@ def test_a_column_of_answers(model_folder: Path, table: Path, output: Path, engi
     assert done.exit_code == 0, done.output
     assert output.read_text() == f"id,text,answer,error\n007,abc,{answered('abc')},\n8,de,{answered('de')},\n9,,{answered('')},\n"
     assert f"{table}: 3 lines, 0 of them bad, 0 done before, 3 to answer" in done.stderr
-    assert "greedy, stop ('\\n',), 4 tokens" in done.stderr
+    assert 'greedy, stop ["\\n"], 4 tokens' in done.stderr
     assert f"{output}: 3 of 3 lines answered, 0 with errors" in done.stdout
     assert lines(output) == [{"id": number, "prompt": f"{text}:"} for number, text in enumerate(("abc", "de", ""), start=1)]
     again = flexgen("map", model_folder, table, "-o", output, *ASK)

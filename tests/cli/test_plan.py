@@ -255,6 +255,8 @@ def test_a_machine_of_a_few_figures(tmp_path: Path) -> None:
         (["opt-1.3b", "--input", __file__, "--input-format", "csv"], "--input-format 'csv' is unknown; known: jsonl, text"),
         (["opt-1.3b", "--input", __file__, "--chat-template-kwargs", "[1]"], "is not a JSON object"),
         (["opt-1.3b", "--input", __file__, "--chat-template-kwargs", "{"], "is not valid JSON: "),
+        (["opt-1.3b", "--input", __file__, *("--chat-template-kwargs", '{"a": 1}') * 2], "an earlier --chat-template-kwargs has 'a', too"),
+        (["opt-13b", "--weight-format", "flexgen-v0"], "--weight-format 'flexgen-v0' is for comparisons, and no run converts to it"),
         (["opt-1.3b", "--input", __file__, "--prefix-len", "16"], "leave out --prefix-len"),
         (["opt-1.3b", "--input", __file__, "--tokenizer", "/nowhere"], "/nowhere does not exist: there is no nowhere in /"),
         (["opt-13"], "nor is it in the catalogue: opt-1"),

@@ -6,6 +6,7 @@ import contextlib
 import gzip
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from fakes import CONTEXT, POISON, FakeEngine, fake_text
 from typer.testing import CliRunner
 
 from flexgen import cli
 from flexgen.cli.exit_codes import ExitCode
-from flexgen.cli.options import FLAGS
+from flexgen.cli.options import FLAGS, engine_command
 from flexgen.errors import CapacityError, EngineError
 from flexgen.jobs.reading import index_of
 from flexgen.options import EngineOptions
@@ -97,6 +99,21 @@ def test_every_option_reaches_the_engine(
     assert set(wanted) == set(FLAGS) - {"revision", "weight_format", "allow_formats", "cpu_compute"}
 
 
+def test_lists_may_be_given_in_parts() -> None:
+    seen: list[EngineOptions] = []
+
+    def body(options: EngineOptions) -> int:
+        seen.append(options)
+        return 0
+
+    app = typer.Typer()
+    app.command()(engine_command(body))
+    words = "--weights host=.25 --weights disk=.75 --kv host=.5 --kv disk=.5 --allow-formats k8v4 --allow-formats int4,kv-int8"
+    done = CliRunner().invoke(app, words.split())
+    assert done.exit_code == 0, done.output
+    assert seen == [EngineOptions(weights="host=.25,disk=.75", kv="host=.5,disk=.5", allow_formats=["int4", "kv-int8", "k8v4"])]
+
+
 def test_products_in_int8_are_for_a_cpu(model_folder: Path, source: Path, output: Path, engines: list[FakeEngine]) -> None:
     refused = flexgen("run", model_folder, source, "-o", output, "--device", "sim", "--cpu-compute", "int8")
     assert refused.exit_code == 2
@@ -169,11 +186,14 @@ def test_answers_that_nothing_bounds_are_warned_of(
 def test_defaults_of_generation_config_are_said(tmp_path: Path, source: Path, output: Path, engines: list[FakeEngine]) -> None:
     from fakes import write_model_folder
 
-    settings = {"temperature": 0.6, "top_k": 20, "max_new_tokens": 7, "repetition_penalty": 1.1, "typical_p": 0.9}
+    settings = {
+        "temperature": 0.6, "top_k": 20, "max_new_tokens": 7, "repetition_penalty": 1.1, "typical_p": 0.9, "suppress_tokens": [None, True],
+    }  # fmt: skip
     folder = write_model_folder(tmp_path / "model", generation_config=settings)
     done = flexgen("run", folder, source, "-o", output)
     assert "temperature 0.6, top_p 1, top_k 20, repetition_penalty 1.1, 7 tokens (" in done.stderr
     assert "typical_p=0.9, which is not supported yet" in done.stderr
+    assert "suppress_tokens=[null, true], which is not supported yet" in done.stderr
 
 
 def test_metrics(model_folder: Path, source: Path, output: Path, tmp_path: Path, engines: list[FakeEngine]) -> None:
@@ -239,12 +259,20 @@ def test_dry_run(model_folder: Path, tmp_path: Path, output: Path, monkeypatch: 
     [
         (["--device", "tpu"], "known: auto, cpu, cuda, sim"),
         (["--max-num-seqs", "0"], "positive"),
-        (["--max-num-seqs", "many"], "--max-num-seqs"),
+        (["--max-num-seqs", "many"], "Invalid value for '--max-num-seqs': 'many' is not a whole number"),
+        (["--max-num-seqs", "1.5"], "'1.5' is not a whole number"),
+        (["--sparse-attention", "10%"], "Invalid value for '--sparse-attention': '10%' is not a number; write 0.1"),
+        (["--sparse-attention", "10"], "--sparse-attention must be a share above 0 and up to 1"),
+        (["--top-p", "high"], "'high' is not a number"),
+        (["--allow-formats", "int4", "--allow-formats", "int5"], "--allow-formats: 'int5' is unknown"),
+        (["--weights", "host=.5", "--weights", "host=.5"], "--weights 'host=.5,host=.5': host is there twice"),
+        (["--kv", ""], "--kv '': '' is not a share"),
+        (["--weight-format", "flexgen-v0"], "--weight-format 'flexgen-v0' is for comparisons"),
         (["--progress", "fancy"], "known: auto"),
         (["--no-such-flag"], "no-such-flag"),
         (["--max-model-len", "1000"], "context of 64"),
         (["--metrics", "/no/such/folder/m.json"], "there is no folder"),
-        (["--max-tokens", "0"], "--max-tokens"),
+        (["--max-tokens", "0"], "Invalid value for '--max-tokens': 0 is less than 1"),
         (["--temperature", "-1"], "--temperature -1.0: temperature must be a finite number"),
         (["--temperature", "nan"], "--temperature nan"),
         (["--top-p", "2"], "--top-p 2.0: top_p must be a number from 0 to 1"),
@@ -322,6 +350,12 @@ def test_what_stops_a_run_gives_75_and_the_same_command_goes_on(
     monkeypatch.setattr(FakeEngine, "_answer", answer)
     assert flexgen("run", model_folder, source, "-o", output).exit_code == 0
     assert [record["id"] for record in records(output)] == list(range(10))
+
+
+def test_the_command_is_a_module() -> None:
+    for module in ("flexgen", "flexgen.cli"):
+        done = subprocess.run([sys.executable, "-m", module, "--version"], capture_output=True, text=True, check=True)
+        assert re.fullmatch(r"flexgen \d+\.\d+\.\S+\n", done.stdout)
 
 
 def test_a_bug_shows_its_traceback_and_gives_70(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

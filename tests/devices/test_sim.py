@@ -133,7 +133,7 @@ def test_closing_completes_all_copies(sim: SimulatedDevice) -> None:
 
 def test_arenas_stay_within_the_budget(sim: SimulatedDevice) -> None:
     sim.allocate(1 << 19)
-    with pytest.raises(CapacityError, match="--device-mem"):
+    with pytest.raises(CapacityError, match="raise device_mem, or move a share of weights= or of kv= to the host"):
         sim.allocate((1 << 19) + 1)
     assert sim.used_bytes == 1 << 19
 

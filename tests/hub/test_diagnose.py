@@ -49,6 +49,8 @@ def test_a_file(tmp_path: Path, file: str, content: bytes, message: str) -> None
         (["checkpoint-500/config.json", "trainer_state.json"], "checkpoint-500"),
         (["snapshots/0123/config.json", "blobs/x", "refs/main"], "snapshots/0123, or the hub id"),
         (["models--org--name/refs/main"], "HF_HUB_CACHE"),
+        (["flexgen-conversion.json", "model-00001.safetensors"], r"a conversion that was not finished.*the `flexgen convert` command that"),
+        (["flexgen-conversion.json.partial"], r"a conversion that was not finished.*the `flexgen convert` command that began it goes on"),
     ],
 )
 def test_a_folder_without_a_config(tmp_path: Path, files: list[str], message: str) -> None:

@@ -261,6 +261,12 @@ def test_bad_batch_lines(change: dict[str, Any], code: str, param: str) -> None:
     assert request.form.failure(request, error)["response"]["status_code"] == (404 if code == "unsupported_url" else 400)
 
 
+@pytest.mark.parametrize(("url", "said"), [(None, "null"), ([True], "[true]"), ("/v1/embeddings", "the text '/v1/embeddings'")])
+def test_a_url_that_is_not_served_is_shown_as_it_was_written(url: object, said: str) -> None:
+    error = parsed(batch_line() | {"url": url}).error
+    assert str(error) == f"url must be /v1/completions or /v1/chat/completions, not {said}"
+
+
 @pytest.mark.parametrize(("custom_id", "kept"), [(16, 16), (16.0, 16), ("x", "x"), (True, None), ([1], None), (1.5, None), (None, None)])
 def test_the_error_of_a_batch_line_has_its_id(custom_id: object, kept: object) -> None:
     request = parsed(batch_line(max_tokens=-1) | {"custom_id": custom_id})

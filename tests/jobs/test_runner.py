@@ -596,7 +596,7 @@ def test_running_out_of_memory(llm: LLM, tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(SteppingEngine, "generate", failing)
     wanted = ValueError if isinstance(error, ValueError) else OutOfMemoryError
-    with pytest.raises(wanted, match=r"memory ran out.*lower --max-num-seqs|else"):
+    with pytest.raises(wanted, match=r"memory ran out.*lower max_num_seqs|else"):
         run(llm, write(tmp_path / "in.jsonl", *lines(10)), tmp_path / "out.jsonl")
 
 

@@ -367,7 +367,7 @@ def test_a_file_without_a_tokenizer_takes_another(tmp_path: Path, model_folder: 
     for _ in range(2):  # the second finds what the first kept
         assert not resolve_model(path).has_tokenizer
     assert [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING] == [
-        f"{path}: its tokenizer cannot be used (the file has none): give another with --tokenizer"
+        f"{path}: its tokenizer cannot be used (the file has none): give another as tokenizer="
     ] * 2
     with LLM(path, tokenizer=model_folder, dtype="float32") as llm:
         assert llm.tokenizer is not None

@@ -77,9 +77,9 @@ def test_budgets_of_a_machine_that_is_not_this_one(make_machine):
     assert (limits.host_bytes, limits.device_bytes, limits.disk_bytes) == (int(0.8 * 64 * GIB), int(0.9 * 16 * GIB), 80 * GIB)
     limits = limits_of(machine, EngineOptions(host_mem="50%", device_mem="4GiB", disk="0GiB"))
     assert (limits.host_bytes, limits.device_bytes, limits.disk_bytes) == (32 * GIB, 4 * GIB, 0)
-    with pytest.raises(OptionError, match="--host-mem 65GiB is more than the machine has"):
+    with pytest.raises(OptionError, match="host_mem='65GiB' is more than the machine has"):
         limits_of(machine, EngineOptions(host_mem="65GiB"))
-    with pytest.raises(OptionError, match="--device cpu: machine 'test' computes on 'cuda'"):
+    with pytest.raises(OptionError, match="device='cpu': machine 'test' computes on 'cuda'"):
         limits_of(machine, EngineOptions(device="cpu"))
     with pytest.raises(OptionError, match="has no device tier"):
         limits_of(make_machine(), EngineOptions(device_mem="1GiB"))

@@ -290,7 +290,7 @@ def test_bounds_that_nothing_keeps_are_refused_with_what_there_is(name):
     options = dataclasses.replace(instance.options, **{name: 1e-6})
     with pytest.raises(
         CapacityError,
-        match=rf"no plan keeps --{name.replace('_', '-')} 1e-06: the one that comes nearest takes .* and .* for the job",
+        match=rf"no plan keeps {name}=1e-06: the one that comes nearest takes .* and .* for the job",
     ):
         solved(dataclasses.replace(instance, options=options))
 

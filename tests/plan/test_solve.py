@@ -286,7 +286,7 @@ def test_a_scoring_job_is_planned(plan, llama_3b):
 
 def test_the_budget_decides_whether_it_fits(plan):
     """Just above what the message asks for it fits."""
-    with pytest.raises(CapacityError, match=r"needs at least [\d.]+ GiB of host memory .* raise --host-mem") as caught:
+    with pytest.raises(CapacityError, match=r"needs at least [\d.]+ GiB of host memory .* raise host_mem to ") as caught:
         plan(limits={"host_bytes": 550 * MIB})
     needed = float(str(caught.value).partition("at least ")[2].split()[0])
     plan(limits={"host_bytes": int((needed + 0.02) * GIB)})
@@ -295,10 +295,10 @@ def test_the_budget_decides_whether_it_fits(plan):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"weights": "host=.9,disk=.1"}, r"give host a smaller share in --weights"),
-        ({"max_num_seqs": 5000}, r"lower --max-num-seqs"),
-        ({"prefill_tokens": 1 << 20, "max_num_seqs": 190, "limits": {"host_bytes": GIB}}, r"lower --prefill-tokens"),
-        ({"limits": {"device": "cuda", "device_bytes": 100 * MIB}}, r"of device memory .* raise --device-mem"),
+        ({"weights": "host=.9,disk=.1"}, r"give host a smaller share in weights="),
+        ({"max_num_seqs": 5000}, r"lower max_num_seqs"),
+        ({"prefill_tokens": 1 << 20, "max_num_seqs": 190, "limits": {"host_bytes": GIB}}, r"lower prefill_tokens"),
+        ({"limits": {"device": "cuda", "device_bytes": 100 * MIB}}, r"of device memory .* raise device_mem"),
     ],
 )
 def test_what_cannot_fit_is_refused_with_advice(plan, changes, message):

@@ -182,9 +182,9 @@ def test_an_explicit_budget_may_reach_the_limit_but_not_exceed_it(system):
     system.write("proc/self/cgroup", "0::/box\n")
     system.version_2("box", most=4 * GIB)
     limits = system.limits(host_mem="4GiB")
-    assert (limits.host_bytes, limits.host_source) == (4 * GIB, "--host-mem 4GiB")
+    assert (limits.host_bytes, limits.host_source) == (4 * GIB, "host_mem='4GiB'")
     with pytest.raises(
-        CapacityError, match=r"--host-mem 5GiB \(5.0 GiB\) is more than control group .*box \(memory.max\) allows \(4.0 GiB\)"
+        CapacityError, match=r"host_mem='5GiB' \(5.0 GiB\) is more than control group .*box \(memory.max\) allows \(4.0 GiB\)"
     ):
         system.limits(host_mem="5GiB")
 
@@ -202,9 +202,9 @@ def test_device_budgets(system):
     assert system.limits(device="cuda", device_mem="35GiB", cuda=(30 * GIB, 40 * GIB)).device_bytes == 35 * GIB
     with pytest.raises(CapacityError, match="more than the device has"):
         system.limits(device="cuda", device_mem="41GiB", cuda=(30 * GIB, 40 * GIB))
-    with pytest.raises(OptionError, match="no CUDA device"):
+    with pytest.raises(OptionError, match="device='cuda': this torch sees no CUDA device; use device='cpu'"):
         system.limits(device="cuda")
-    with pytest.raises(OptionError, match=r"--device-mem 1GiB: on a CPU device there is no device tier"):
+    with pytest.raises(OptionError, match=r"device_mem='1GiB': on a CPU device there is no device tier; use host_mem"):
         system.limits(device_mem="1GiB")
 
 
@@ -231,7 +231,7 @@ def test_the_disk_budget(system, tmp_path):
     assert (limits.disk_bytes, limits.disk_total_bytes, limits.offload_in_memory) == (80 * GIB, 200 * GIB, False)
     assert limits.offload_dir == str(tmp_path)
     assert system.limits(disk="90GiB").disk_bytes == 90 * GIB
-    with pytest.raises(CapacityError, match=r"--disk 101GiB .* is more than is free in .* \(100.0 GiB\)"):
+    with pytest.raises(CapacityError, match=r"disk='101GiB' .* is more than is free in .* \(100.0 GiB\)"):
         system.limits(disk="101GiB")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -98,6 +99,17 @@ def test_what_is_no_model() -> None:
         spec_of("-llama-3-8b", device="cpu")
     with pytest.raises(ModelError, match="/no/such/folder does not exist"):
         spec_of("/no/such/folder", device="cpu")
+
+
+@pytest.mark.parametrize("name", ["x.gguf", "renamed", "model.safetensors", "nowhere.gguf"])
+def test_a_file_is_not_a_name_of_the_catalogue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Whether it is broken, something else, or not there."""
+    monkeypatch.chdir(tmp_path)
+    if name != "nowhere.gguf":
+        (tmp_path / name).write_bytes(b"GGUF\x03")
+    with pytest.raises(ModelError, match=re.escape(name)) as caught:
+        spec_of(name, device="cpu")
+    assert "catalogue" not in str(caught.value)
 
 
 def from_hub(hub: StandIn, home: Path) -> ModelSpec:

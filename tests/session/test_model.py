@@ -105,6 +105,6 @@ def test_a_dtype_that_nothing_computes_in(tmp_path: Path) -> None:
     folder = write_model_folder(tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"dtype": "int8"}))
-    with pytest.raises(ModelError, match=r"has dtype torch\.int8, which cannot be computed in: give --dtype"):
+    with pytest.raises(ModelError, match=r"has dtype torch\.int8, which cannot be computed in: give another, such as dtype='float32'"):
         ResolvedModel(resolve_model(folder), EngineOptions(device="cpu")).check()
     ResolvedModel(resolve_model(folder), EngineOptions(device="cpu", dtype="float32"))

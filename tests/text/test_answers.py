@@ -87,8 +87,8 @@ def test_ids_outside_the_vocabulary_are_refused_by_name(translator: RequestTrans
 
 def test_logprobs_are_capped(translator: RequestTranslator) -> None:
     assert translator.requests(0, [A], SamplingParams(logprobs=20))[0].num_logprobs == 20
-    for asked in (21, -1):
-        with pytest.raises(RequestError, match="more than 20, which max_logprobs"):
+    for asked, what in ((21, "is"), (-1, "is all 300 tokens of the vocabulary, which is")):
+        with pytest.raises(RequestError, match=rf"logprobs {asked} {what} more than 20, which max_logprobs \(--max-logprobs\) can raise"):
             translator.requests(0, [A], SamplingParams(logprobs=asked))
         assert dataclasses.replace(translator, max_logprobs=-1).requests(0, [A], SamplingParams(logprobs=asked))[0].num_logprobs == asked
 

@@ -165,6 +165,20 @@ def test_required_calls(tools: Tools, guides: Guides, tokenizer: Tokenizer) -> N
     assert answers(tools.params(plain, use(named)), guides, tokenizer, texts) == [other]
 
 
+@pytest.mark.parametrize("start", ["", "\n"], ids=["template", "template after a line feed"])
+def test_required_calls_behind_a_line_feed(tokenizer: Tokenizer, guides: Guides, start: str) -> None:
+    """As a template writes them that ends the header of an answer in a line feed and begins each call with one."""
+    header = "{{- '<|im_start|>' + message.role }}"
+    assert TOOLS.count(header) == 1
+    with made(tokenizer, guides, start + TOOLS.replace(header, header.replace("message.role", "message.role + '\\n'"))) as tools:
+        call = '\n<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
+        constrained = tools.params(SamplingParams(temperature=0), use("required"))
+        assert answers(constrained, guides, tokenizer, [call, call[1:], f"{call}{call}"]) == [call, f"{call}{call}"]
+        message = parsed(tools, tokenizer, call, how=use("required"))
+        assert message is not None
+        assert message.tool_calls == (ToolCall(name="add", arguments='{"a": 1}'),)
+
+
 def test_special_tokens_in_a_grammar(guides: Guides) -> None:
     assert guides.literal('a"<pad>b</s>') == '"a\\"" <[257]> "b" <[256]>'
     assert guides.literal("") == '""'

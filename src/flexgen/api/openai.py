@@ -139,7 +139,7 @@ class OpenAIForm:
             raise RequestError("method must be POST", param="method")
         endpoint = ENDPOINTS.get(self.url) if isinstance(self.url, str) else None
         if endpoint is None:
-            message = f"url {str(self.url)[:80]!r} is not supported; /v1/completions and /v1/chat/completions are"
+            message = f"url must be /v1/completions or /v1/chat/completions, not {shown(self.url)}"
             raise RequestError(message, code="unsupported_url", param="url")
         if not isinstance(body, dict):
             raise RequestError("body must be an object", param="body")

@@ -13,7 +13,8 @@ from dataclasses import fields as fields_of
 from typing import Any
 
 from flexgen.api.vllm_types import LLMKeywords
-from flexgen.base.scalars import as_float, shown
+from flexgen.base.option_values import flag, text_or_none
+from flexgen.base.scalars import as_float, in_python, shown_in_python
 from flexgen.errors import OptionError
 from flexgen.options import EngineOptions
 from flexgen.profile.limits import find_device
@@ -110,11 +111,13 @@ def read_keywords(given: Mapping[str, Any]) -> ModelKeywords:
     options, idle = _options(given)
     if idle := sorted(idle):
         logger.warning("of vLLM's arguments, these change nothing in flexgen: %s", ", ".join(idle))
-    token = given.get("hf_token")
+    skip, token = given.get("skip_tokenizer_init"), given.get("hf_token")
+    if token is not None and not isinstance(token, (str, bool)):
+        raise OptionError(f"hf_token must be a text, True or None, not {shown_in_python(token)}")
     return ModelKeywords(
         options=EngineOptions(**options),
-        tokenizer_revision=given.get("tokenizer_revision"),
-        skip_tokenizer_init=bool(given.get("skip_tokenizer_init", False)),
+        tokenizer_revision=text_or_none("tokenizer_revision", given.get("tokenizer_revision")),
+        skip_tokenizer_init=skip is not None and flag("skip_tokenizer_init", skip),
         token=token if isinstance(token, str) else None,
         own_defaults=given.get("generation_config") != "vllm",
     )
@@ -123,24 +126,34 @@ def read_keywords(given: Mapping[str, Any]) -> ModelKeywords:
 def _options(given: Mapping[str, Any]) -> tuple[dict[str, Any], set[str]]:
     """Return the fields of EngineOptions, and the names of keywords that have no effect."""
     options, idle = {name: value for name, value in given.items() if name in _OPTIONS}, set(_WITHOUT_EFFECT & set(given))
-    if "dtype" in options:
-        dtype = str(options["dtype"]).removeprefix("torch.")
-        options["dtype"] = _DTYPES.get(dtype, dtype)
-    if "device" in options:
-        options["device"] = str(options["device"])  # torch.device("cpu") is "cpu"
+    for name in ("dtype", "device"):
+        if name in options:
+            options[name] = _named(options[name])
     if options.get("seed", 0) is None:
         options["seed"] = 0
-    if (sharing := given.get("enable_prefix_caching")) is not None and options.setdefault("prefix_sharing", sharing) != sharing:
-        raise OptionError(f"enable_prefix_caching={sharing!r} contradicts prefix_sharing={options['prefix_sharing']!r}")
+    if given.get("enable_prefix_caching") is not None:
+        sharing = flag("enable_prefix_caching", given["enable_prefix_caching"])
+        if flag("prefix_sharing", options.setdefault("prefix_sharing", sharing)) != sharing:
+            raise OptionError(f"enable_prefix_caching={sharing!r} contradicts prefix_sharing={options['prefix_sharing']!r}")
     if (share := given.get("gpu_memory_utilization")) is not None:
         given_share, share = share, as_float(share)
         if share is None or not 0 < share <= 1:
-            raise OptionError(f"gpu_memory_utilization must be a number above 0 and up to 1, not {shown(given_share)}")
+            raise OptionError(f"gpu_memory_utilization must be a number above 0 and up to 1, not {shown_in_python(given_share)}")
         if options.get("device_mem") is None and find_device(options.get("device", "auto")) == "cuda":
             options["device_mem"] = f"{100 * share:g}%"
         else:
             idle.add("gpu_memory_utilization")
     return options, idle
+
+
+def _named(value: Any) -> Any:
+    """Return the name of a dtype or device of torch or numpy, without vLLM's other names; any other value as it is."""
+    if not isinstance(value, str):
+        if type(value).__module__.partition(".")[0] not in ("torch", "numpy"):
+            return value
+        value = str(value)
+    name = value.removeprefix("torch.")
+    return _DTYPES.get(name, name)
 
 
 # -- calls ------------------------------------------------------------------------------------------------------------------------------
@@ -184,6 +197,8 @@ def _check_names(what: str, given: Iterable[str], known: Iterable[str]) -> None:
 
 def _check_values(given: Mapping[str, Any], only: Mapping[str, tuple[tuple[object, ...], str]]) -> None:
     for name, value in given.items():
-        neutral, why = only.get(name, ((value,), ""))
+        neutral, why = only.get(name, (None, ""))
+        if neutral is None:
+            continue
         if value is not None and not any(value == each and isinstance(value, bool) == isinstance(each, bool) for each in neutral):
-            raise OptionError(f"{name}={value!r} cannot be honoured: {why}")
+            raise OptionError(f"{name}={in_python(value)} cannot be honoured: {why}")

@@ -14,16 +14,19 @@ from flexgen.errors import RequestError
 _Class = TypeVar("_Class")
 
 
-def names_keywords(unsupported: Mapping[str, Any]) -> Callable[[type[_Class]], type[_Class]]:
+def names_keywords(
+    unsupported: Mapping[str, Any], *, write: Callable[[object], str] = shown_in_python
+) -> Callable[[type[_Class]], type[_Class]]:
     """Return a decorator that makes a frozen dataclass refuse keywords by name, and explain how to change a value.
 
     Args:
         unsupported: Keywords whose effect is not supported, with the value that asks for no effect, as None always does.
+        write: Writes a value that is not supported, for messages.
     """
-    return lambda cls: _decorated(cls, unsupported)
+    return lambda cls: _decorated(cls, unsupported, write)
 
 
-def _decorated(cls: type[_Class], unsupported: Mapping[str, Any]) -> type[_Class]:
+def _decorated(cls: type[_Class], unsupported: Mapping[str, Any], write: Callable[[object], str]) -> type[_Class]:
     dataclass_type: Any = cls
     known = [each.name for each in dataclasses.fields(dataclass_type)]
     init = dataclass_type.__init__
@@ -32,7 +35,7 @@ def _decorated(cls: type[_Class], unsupported: Mapping[str, Any]) -> type[_Class
     def __init__(self: Any, **keywords: Any) -> None:
         for name, value in keywords.items():
             if name in unsupported and value is not None and not _is_neutral(plain(value), unsupported[name]):
-                raise RequestError(f"{name}={shown_in_python(value)} is not supported yet", code="unsupported_field", param=name)
+                raise RequestError(f"{name}={write(value)} is not supported yet", code="unsupported_field", param=name)
             if name not in known and name not in unsupported:
                 close = difflib.get_close_matches(name, known, n=1)
                 hint = f"; did you mean {close[0]}?" if close else ""

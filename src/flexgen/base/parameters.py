@@ -66,9 +66,9 @@ def _several(param: str, value: object, wanted: str) -> list[Any]:
     return values
 
 
-def texts(param: str, value: object) -> tuple[str, ...]:
+def texts(param: str, value: object, wanted: str = "a list of texts") -> tuple[str, ...]:
     """Return several texts, each once."""
-    found = _several(param, value, "a list of texts")
+    found = _several(param, value, wanted)
     for each in found:
         if not isinstance(each, str) or not each:
             raise must_be(param, "made of texts that are not empty", each)
@@ -78,7 +78,7 @@ def texts(param: str, value: object) -> tuple[str, ...]:
 
 
 def _text_or_texts(param: str, value: object) -> tuple[str, ...]:
-    return texts(param, [value] if isinstance(value, str) else value)
+    return texts(param, [value] if isinstance(value, str) else value, "a text or a list of texts")
 
 
 def _ids(param: str, value: object) -> tuple[int, ...]:

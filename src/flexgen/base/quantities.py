@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 
+from flexgen.base.scalars import in_python
 from flexgen.errors import OptionError
 
 KIB, MIB, GIB, TIB = 1 << 10, 1 << 20, 1 << 30, 1 << 40
+_MOST_BYTES = 1 << 63
 
 _UNITS = {
     "": 1, "B": 1,
@@ -30,14 +32,14 @@ def parse_size(text: str | int, *, total_bytes: int | None = None, name: str = "
     Args:
         text: The size as a person wrote it, or a number of bytes.
         total_bytes: What a percentage refers to; None where percentages have no meaning.
-        name: The option's name for messages, `--host-mem` or `host_mem=`.
+        name: The option's name for messages, such as `--shard-size` or `host_mem=`.
 
     Raises:
         OptionError: The text is not a size, or a percentage of an unknown total.
     """
     if isinstance(text, int):
         return text
-    said = f"{name}{text!r}" if name.endswith("=") else f"{name} {text!r}".strip()
+    said = f"{name}{in_python(text)}" if name.endswith("=") else f"{name} {in_python(text)}".strip()
     if match := _PERCENT.fullmatch(text):
         if total_bytes is None:
             raise OptionError(f"{said}: a percentage has no meaning here; give a size such as 4GiB or 16GB")
@@ -48,7 +50,10 @@ def parse_size(text: str | int, *, total_bytes: int | None = None, name: str = "
     match = _SIZE.fullmatch(text)
     if match is None or match[2].upper() not in _UNITS:
         raise OptionError(f"{said} is not a size; write 4GiB (binary), 16GB (decimal) or 50%")
-    return int(float(match[1]) * _UNITS[match[2].upper()])
+    size = float(match[1]) * _UNITS[match[2].upper()]
+    if size >= _MOST_BYTES:
+        raise OptionError(f"{said} is more than any machine has")
+    return int(size)
 
 
 def check_budget(text: object, *, name: str, least_bytes: int, zero: bool = True) -> None:
@@ -63,15 +68,17 @@ def check_budget(text: object, *, name: str, least_bytes: int, zero: bool = True
     Raises:
         OptionError: The text is not a size, or the size is below `least_bytes`.
     """
-    if not isinstance(text, (str, int)) or isinstance(text, bool):
-        raise OptionError(f"{name}={text!r} is not a size; write '4GiB' (binary), '16GB' (decimal) or '50%'")
+    if not isinstance(text, (str, int)) or isinstance(text, bool) or (isinstance(text, int) and text < 0):
+        raise OptionError(f"{name}={in_python(text)} is not a size; write '4GiB' (binary), '16GB' (decimal) or '50%'")
+    if isinstance(text, int) and text >= _MOST_BYTES:
+        raise OptionError(f"{name}={in_python(text)} is more than any machine has")
     said = str(text)
     size = parse_size(text, total_bytes=100, name=f"{name}=")
     if _PERCENT.fullmatch(said):
         return
     if size == 0 and not zero:
         raise OptionError(f"{name}={said!r} leaves no memory to run in: write 4GiB (binary), 16GB (decimal) or 50%")
-    if 0 < size < least_bytes or size < 0:
+    if 0 < size < least_bytes:
         number = re.split(r"[A-Za-z ]", said.strip())[0]
         unit = "GiB" if len(number) < 3 else "MiB"
         raise OptionError(

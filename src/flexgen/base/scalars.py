@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 _PLAIN = (int, float, bool, str, type(None))
+_TEXT = "the text "
 
 
 @runtime_checkable
@@ -72,13 +73,27 @@ def as_list(value: object) -> list[Any] | None:
 
 def shown(value: object) -> str:
     """Write a value of a request or a file for an error message: short, as JSON has it, and with texts marked as texts."""
+    return _short(value, in_json)
+
+
+def shown_in_python(value: object) -> str:
+    """Write a value that only Python's callers can give: as `shown`, but as Python has it."""
+    return _short(value, repr)
+
+
+def in_python(value: object) -> str:
+    """Write a value as Python has it, for messages such as `name=value`: short, and a text in quotes."""
+    return _short(value, repr).removeprefix(_TEXT)
+
+
+def _short(value: object, write: Callable[[object], str]) -> str:
     try:
         value = plain(value)
-        text = repr(value) if isinstance(value, str) else in_json(value)
+        text = repr(value) if isinstance(value, str) else write(value)
     except Exception:  # noqa: BLE001 - an integer of too many digits, or whatever an object's own repr raises
         return f"a value of type {type(value).__name__}"
     text = text if len(text) <= 60 else f"{text[:57]}..."
-    return f"the text {text}" if isinstance(value, str) else text
+    return f"{_TEXT}{text}" if isinstance(value, str) else text
 
 
 def in_json(value: object) -> str:
@@ -87,8 +102,3 @@ def in_json(value: object) -> str:
         return json.dumps(value, ensure_ascii=False)
     except (TypeError, ValueError, RecursionError):
         return repr(value)
-
-
-def shown_in_python(value: object) -> str:
-    """Write a value that only Python's callers can give: as `shown`, but with None, True and False in Python's words."""
-    return repr(value) if value is None or isinstance(value, bool) else shown(value)

@@ -17,7 +17,7 @@ _CONSTRAINTS = ("json", "regex", "choice", "grammar", "json_object")
 _OF_JSON = ("disable_any_whitespace", "whitespace_pattern")
 
 
-@names_keywords(_UNSUPPORTED)
+@names_keywords(_UNSUPPORTED, write=shown)  # most come from lines of JSON
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StructuredOutputsParams:
     """The constraint on an answer (vLLM's names): exactly one of the first five.

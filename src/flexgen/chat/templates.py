@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from flexgen.base.scalars import shown_in_python
 from flexgen.chat.messages import Chat, check_template_kwargs
 from flexgen.chat.process import DEFAULT_LIMITS, TemplateProcess
 from flexgen.errors import OptionError, RequestError
@@ -104,12 +105,14 @@ def default_template(own: object) -> str | None:
     return template if isinstance(template, str) else None
 
 
-def choose_template(given: str | os.PathLike[str], own: object) -> str:
+def choose_template(given: object, own: object) -> str:
     """Return the text of a template that is given as text, as a file, or by its name among the model's.
 
     Raises:
         OptionError: It is none of these.
     """
+    if not isinstance(given, (str, os.PathLike)):
+        raise OptionError(f"chat_template must be a template, or a file, not {shown_in_python(given)}")
     named = own if isinstance(own, Mapping) else {}
     if isinstance(given, str):
         if isinstance(named.get(given), str):

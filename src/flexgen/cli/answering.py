@@ -13,6 +13,7 @@ from flexgen.cli.exit_codes import ExitCode, complain
 from flexgen.cli.options import write_asked
 from flexgen.cli.run_flags import RunFlags
 from flexgen.cli.signals import StopSignals
+from flexgen.cli.spelling import in_flags
 from flexgen.errors import FlexGenError, OutOfMemoryError
 from flexgen.jobs.interrupt import Stopped
 
@@ -72,7 +73,7 @@ class Answering:
 
     def _answer(self, workload: Workload) -> None:
         def shrunk(error: OutOfMemoryError, num_seqs: int) -> None:
-            self.display.message(f"{error}\ngoing on with at most {counted(num_seqs, 'sequence')} at once")
+            self.display.message(f"{in_flags(str(error))}\ngoing on with at most {counted(num_seqs, 'sequence')} at once")
 
         self.job.answer(workload, on_progress=self.display.progress, on_shrink=shrunk)
 

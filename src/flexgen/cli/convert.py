@@ -10,7 +10,7 @@ import typer
 
 from flexgen.base.quantities import MIB, format_size, parse_size
 from flexgen.cli.exit_codes import ExitCode, complain
-from flexgen.cli.options import Model, ProgressFlag, check_output_folder, command, is_there
+from flexgen.cli.options import ProgressFlag, check_output_folder, command, is_there
 from flexgen.cli.terminal import showing
 from flexgen.errors import OptionError, StorageError
 
@@ -23,7 +23,9 @@ _TERMINAL_SECONDS, _LOG_SECONDS = 0.25, 10.0
 
 @command
 def convert(
-    model: Model,
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A Hugging Face folder, or a hub id such as facebook/opt-6.7b; not a GGUF file.")
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="A new folder, or that of the same conversion, to go on.")],
     weight_format: Annotated[
         str, typer.Option(metavar="int4|int8|flexgen-v0", help="Format of the weights; flexgen-v0 is the FlexGen paper's, to compare.")
@@ -48,9 +50,10 @@ def convert(
 ) -> int:
     """Write a model with its weights in 4 or 8 bits into a folder.
 
-    The folder is in the format of compressed-tensors (pack-quantized), which
-    vLLM and transformers read as well. Nothing but the model is needed: no
-    calibration data. If it is interrupted, the same command goes on.
+    A folder in int4 or int8 is in the format of compressed-tensors
+    (pack-quantized), which vLLM and transformers read as well. Nothing but
+    the model is needed: no calibration data. If it is interrupted, the same
+    command goes on.
     """
     from flexgen.quantize.settings import QuantizeSettings
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from flexgen.base.quantities import counted
+from flexgen.base.scalars import in_json
 from flexgen.errors import OptionError, RequestError
 
 if TYPE_CHECKING:
@@ -79,4 +80,4 @@ def _unusual(defaults: SamplingParams) -> list[str]:
 
     told = ("temperature", "top_p", "top_k", "max_tokens")
     usual = dataclasses.asdict(SamplingParams())
-    return [f"{name} {value}" for name, value in dataclasses.asdict(defaults).items() if name not in told and value != usual[name]]
+    return [f"{name} {in_json(value)}" for name, value in dataclasses.asdict(defaults).items() if name not in told and value != usual[name]]

@@ -7,6 +7,8 @@ import sys
 import traceback
 from enum import IntEnum
 
+from flexgen.cli.spelling import in_flags
+
 
 class ExitCode(IntEnum):
     """An exit code, with its meaning as the help shows it."""
@@ -31,8 +33,8 @@ class ExitCode(IntEnum):
 
 
 def complain(error: object, code: ExitCode) -> ExitCode:
-    """Print why the command ends with `code` on stderr, and return the code."""
-    print(f"flexgen: {error}", file=sys.stderr)
+    """Print why the command ends with `code` on stderr, with flags in place of the names of options, and return the code."""
+    print(f"flexgen: {in_flags(str(error))}", file=sys.stderr)
     return code
 
 

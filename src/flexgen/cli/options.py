@@ -5,10 +5,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-import re
 import sys
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,6 +17,8 @@ from typer.models import OptionInfo
 from flexgen.base.files import check_folder, check_target, write_file
 from flexgen.base.quantities import parse_seconds
 from flexgen.cli.exit_codes import ExitCode, complain, complain_of_bug
+from flexgen.cli.numbers import in_words
+from flexgen.cli.spelling import ENGINE_FLAGS, flag_of, in_flags
 from flexgen.errors import FlexGenError, OptionError, StorageError, is_out_of_memory
 from flexgen.options import (
     ALLOWABLE_FORMATS,
@@ -83,6 +84,7 @@ FLAGS: dict[str, tuple[str, str, str]] = {
     "verify_reads": (_PLACEMENT, "", "Compare weights and spilled KV with what was read or written before: a tenth of a core per GB/s."),
     "seed": (_MODEL, "N", "Base of the seeds of requests that name none."),
 }
+_LISTS = ("weights", "kv", "allow_formats")
 
 
 def seconds(text: str | float) -> float:
@@ -97,14 +99,15 @@ def command(body: Callable[..., int]) -> Callable[..., None]:
     """Make a command of a function that returns an exit code; errors that flexgen raises on purpose become messages."""
 
     signature = inspect.signature(body, eval_str=True)
-    flags = {name: f"--{name.replace('_', '-')}" for name in FLAGS} | _flags(signature)
+    signature = signature.replace(parameters=[in_words(each) for each in signature.parameters.values()])
+    flags = {**ENGINE_FLAGS, **_flags(signature)}
 
     @functools.wraps(body)
     def wrapped(**values: Any) -> None:
         try:
             code = body(**values)
         except OptionError as error:
-            code = complain(_with_flags(str(error), flags), ExitCode.USAGE)
+            code = complain(in_flags(str(error), flags), ExitCode.USAGE)
         except FlexGenError as error:
             code = complain(error, ExitCode.REFUSED)
         except (MemoryError, RuntimeError) as error:
@@ -130,19 +133,8 @@ def _flags(signature: inspect.Signature) -> dict[str, str]:
                 # Within Annotated, typer keeps the first name as the default.
                 declared = (*((each.default,) if isinstance(each.default, str) else ()), *(each.param_decls or ()))
                 long = (flag.partition("/")[0] for flag in declared if flag.startswith("--"))
-                flags[name] = next(long, f"--{name.replace('_', '-')}")
+                flags[name] = next(long, flag_of(name))
     return flags
-
-
-def _with_flags(message: str, flags: Mapping[str, str]) -> str:
-    """Return the message with flags in place of names: `dtype='int8'` becomes `--dtype 'int8'`, and `max_model_len` `--max-model-len`."""
-    for name, flag in flags.items():
-        if flag in message and name not in FLAGS:  # the command has named it already
-            continue
-        message = re.sub(rf"(?<![\w-]){name}=(?=')", f"{flag} ", message)
-        if "_" in name:
-            message = re.sub(rf"(?<![\w-]){name}(=|\b)", lambda found, flag=flag: flag + " " * bool(found[1]), message)
-    return message
 
 
 def engine_command(body: Callable[..., int]) -> Callable[..., None]:
@@ -153,8 +145,13 @@ def engine_command(body: Callable[..., int]) -> Callable[..., None]:
     for name, (panel, metavar, text) in FLAGS.items():
         parser = seconds if metavar == "TIME" else None
         flag = typer.Option(_spelling(name, fields[name].default), metavar=metavar or None, help=text, rich_help_panel=panel, parser=parser)
-        parameters.append(_flag(name, fields[name].default, Annotated[hints[name], flag]))
-    return command(_with_parameters(body, "options", EngineOptions, parameters))
+        parameters.append(_flag(name, fields[name].default, Annotated[list[str] | None if name in _LISTS else hints[name], flag]))
+    return command(_with_parameters(body, "options", _engine_options, parameters))
+
+
+def _engine_options(**values: Any) -> EngineOptions:
+    """Return the options that flags give; what is a list with commas may also be given by several flags."""
+    return EngineOptions(**{**values, **{name: ",".join(values[name]) for name in _LISTS if values[name]}})
 
 
 def takes(argument: str, flags: type[Any]) -> Callable[[Callable[..., int]], Callable[..., int]]:
@@ -187,8 +184,8 @@ def _with_parameters(
 
 def _spelling(name: str, default: object) -> str:
     """Return the flag of a field; a field that is on by default also gets a flag to turn it off."""
-    words = name.replace("_", "-")
-    return f"--{words}/--no-{words}" if default is True else f"--{words}"
+    flag = flag_of(name)
+    return f"{flag}/--no-{flag.removeprefix('--')}" if default is True else flag
 
 
 def load(model: str, options: EngineOptions, progress: str, **more: Any) -> LLM:

@@ -147,7 +147,10 @@ class _Question:
 @takes("reading", Reading)
 def plan(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A folder, a hub id (of which config and headers are read), or a name such as opt-175b.")
+        str,
+        typer.Argument(
+            metavar="MODEL", help="A folder, a GGUF file, a hub id (of which config and headers are read), or a name such as opt-175b."
+        ),
     ],
     options: EngineOptions,
     lengths: Lengths,

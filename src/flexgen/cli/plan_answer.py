@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from flexgen.cli.spelling import in_flags
 from flexgen.formats.table import runs
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def as_json(answer: Answer) -> str:
     values: dict[str, Any] = {
         "model": {"name": plan.spec.name, "number_format": plan.spec.number_format, "runs": runs(plan.spec.number_format)},
         "machine": json.loads(plan.machine.to_json()),
-        "limits": dataclasses.asdict(answer.limits),
+        "limits": {**dataclasses.asdict(answer.limits), "host_source": in_flags(answer.limits.host_source)},
         "policy": dataclasses.asdict(plan.policy),
         "forecast": dataclasses.asdict(plan.forecast),
         "formats": None if plan.formats is None else dataclasses.asdict(plan.formats),
@@ -69,7 +70,7 @@ def as_text(answer: Answer) -> str:
     if answer.curve:
         lines += ["what shorter requests cost:", format_curve(answer.curve)]
     lines += [f"note: {each}" for each in (*_about_formats(answer), *_about_devices(plan))]
-    return "\n".join(lines)
+    return in_flags("\n".join(lines))
 
 
 def _about_formats(answer: Answer) -> Iterator[str]:

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -30,26 +30,33 @@ logger = logging.getLogger(__name__)
 class Conversations:
     """The flags that say how texts and conversations become tokens."""
 
-    tokenizer: Annotated[str | None, typer.Option(metavar="NAME", help="Another tokenizer than the model's: a folder or hub id.")] = None
+    tokenizer: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Another tokenizer than the model's: a folder, a GGUF file or a hub id.")
+    ] = None
     chat_template: Annotated[
         str | None, typer.Option(metavar="FILE", help="A Jinja template, or the name of one of the model's. Default: the model's own.")
     ] = None
     chat_template_kwargs: Annotated[
-        str | None, typer.Option(metavar="JSON", help='More variables for chat templates, such as {"enable_thinking": false}.')
+        list[str] | None, typer.Option(metavar="JSON", help='More variables for chat templates, such as {"enable_thinking": false}.')
     ] = None
 
     @property
     def template_kwargs(self) -> dict[str, Any]:
-        """The variables for chat templates.
+        """The variables for chat templates; a flag that is repeated adds to them.
 
         Raises:
-            OptionError: The flag is not a JSON object.
+            OptionError: A flag is not a JSON object, or two have the same variable.
         """
-        text = self.chat_template_kwargs or "{}"
-        value = parsed_json(text, f"--chat-template-kwargs {text[:80]!r} is not valid JSON")
-        if not isinstance(value, dict):
-            raise OptionError(f"--chat-template-kwargs {text[:80]!r} is not a JSON object")
-        return value
+        variables: dict[str, Any] = {}
+        for text in self.chat_template_kwargs or ():
+            said = f"--chat-template-kwargs {text[:80]!r}"
+            value = parsed_json(text or "{}", f"{said} is not valid JSON")
+            if not isinstance(value, dict):
+                raise OptionError(f"{said} is not a JSON object")
+            if twice := [name for name in cast("dict[str, Any]", value) if name in variables]:
+                raise OptionError(f"{said}: an earlier --chat-template-kwargs has {twice[0]!r}, too")
+            variables |= value
+        return variables
 
     @property
     def keywords(self) -> dict[str, Any]:
@@ -63,7 +70,11 @@ class Reading(Conversations):
 
     max_tokens: Annotated[
         int | None,
-        typer.Option(metavar="N", min=1, help="Longest answer of chats and bare lines that set none. Default: up to the context."),
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Longest answer of chats and bare lines that set none. Default: that of generation_config, else up to the context.",
+        ),
     ] = None
     input_format: Annotated[
         str | None, typer.Option(metavar="jsonl|text", help="Input form; text takes every line as a prompt. Default: jsonl.")

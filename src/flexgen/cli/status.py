@@ -12,6 +12,7 @@ import typer
 from flexgen.base.quantities import counted
 from flexgen.cli.exit_codes import ExitCode
 from flexgen.cli.options import command
+from flexgen.cli.spelling import in_flags
 
 if TYPE_CHECKING:
     from flexgen.jobs.status import JobStatus
@@ -55,7 +56,7 @@ def _tokens_per_s(status: JobStatus) -> str:
 
 def _process(status: JobStatus) -> str:
     if status.process is None:
-        return f"not running ({status.ending or 'killed'})"
+        return f"not running ({in_flags(status.ending or 'killed')})"
     return f"process {status.process}" + ("" if status.answering else ", which is not answering yet")
 
 

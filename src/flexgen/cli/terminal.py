@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TextIO
 
+from flexgen.cli.spelling import in_flags
+
 if TYPE_CHECKING:
     from flexgen.report.show import Display
 
@@ -32,7 +34,7 @@ def showing(progress: str, *, messages: TextIO | None = None, results: TextIO | 
     class Handler(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
             if record.name != STEPS:
-                display.message(self.format(record))
+                display.message(in_flags(self.format(record)))
             elif steps:
                 display.step(self.format(record))
 

@@ -101,6 +101,6 @@ class Arenas:
         if self.used_bytes + size_bytes > self.budget_bytes:
             raise CapacityError(
                 f"the device needs {format_size(self.used_bytes + size_bytes)}, its budget is {format_size(self.budget_bytes)}: "
-                "raise --device-mem or move a share of --weights or --kv to the host"
+                "raise device_mem, or move a share of weights= or of kv= to the host"
             )
         self.used_bytes += size_bytes

@@ -162,7 +162,7 @@ class Scheduler:
             self.leave(sequence)
             error = RequestError(
                 f"the KV cache of {sequence.prompt_len} prompt tokens and up to {sequence.request.max_tokens} generated ones does not "
-                "fit the memory granted: lower max_tokens or raise --host-mem",
+                "fit the memory granted: lower max_tokens or raise host_mem (--host-mem)",
                 code="kv_cache_too_small",
             )
             refused.append((sequence, Finish.failed(error)))

@@ -6,12 +6,17 @@ the name of the path or repository.
 
 from __future__ import annotations
 
+import json
+import re
+import shlex
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from flexgen.base.scalars import in_json
 from flexgen.errors import CheckpointError
 
+CONVERSION_FILE = "flexgen-conversion.json"  # what `flexgen convert` has written so far (see quantize/record.py)
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _LFS_POINTER_BYTES = 1024  # at most
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -76,6 +81,8 @@ def folder_without_config(folder: Path) -> str:
     names = sorted(path.name for path in folder.iterdir())
     if not names:
         return "is an empty folder: it has no config.json, so it is not a model"
+    if any(name.startswith(CONVERSION_FILE) for name in names):
+        return f"is a conversion that was not finished, so it is not a model yet: {_going_on(folder)}"
     if found := _by_files(names):
         return f"is not a model that flexgen can run: {found}"
     if (folder / "snapshots").is_dir():
@@ -87,6 +94,23 @@ def folder_without_config(folder: Path) -> str:
     below = sorted(path.parent.name for path in folder.glob("*/config.json"))
     hint = f"; {some(below)} in it {'has' if len(below) == 1 else 'have'} one: give {folder / below[0]}" if below else ""
     return f"has no config.json, so it is not a model{hint}"
+
+
+def _going_on(folder: Path) -> str:
+    """Say which command completes a conversion, by its record."""
+    try:
+        record = json.loads((folder / CONVERSION_FILE).read_text(encoding="utf-8"))
+        source, settings = record["source"], record["settings"]
+        words = ["flexgen", "convert", source, "-o", str(folder), "--weight-format", settings["weight_format"]]
+        words += ["--group-size", str(settings["group_size"]), "--shard-size", str(record["shard_bytes"])]
+        words += [word for pattern in settings["keep"] for word in ("--keep", pattern)]
+        words += [word for pattern in settings["eight_bits"] for word in ("--int8", pattern)]
+        words += ["--quantize-head"] * settings["quantize_head"]
+        if (commit := re.match(rf"{re.escape(source)} at (\w+), ", record["identity"])) is not None:
+            words += ["--revision", commit[1]]
+        return f"`{shlex.join(words)}` goes on"
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return "the `flexgen convert` command that began it goes on"
 
 
 def repository_without_config(names: Collection[str]) -> str:
@@ -125,7 +149,7 @@ def other_quantization(config: Mapping[str, Any]) -> str | None:
     The result is None if nothing indicates a quantization.
     """
     if isinstance(quantization := config.get("quantization"), dict) and "bits" in quantization:
-        return f"MLX, {quantization['bits']!r:.10} bits"
+        return f"MLX, {in_json(quantization['bits']):.10} bits"
     return None
 
 

@@ -70,11 +70,11 @@ def gguf_model_files(name: str, model: GGUFModel, commit: str | None = None) -> 
     folder = _kept(name, model)
     notes = read_json(folder / _NOTE_FILE)
     if (note := notes.get("tokenizer")) is not None:
-        logger.warning("%s: its tokenizer cannot be used (%s): give another with --tokenizer", name, note)
+        logger.warning("%s: its tokenizer cannot be used (%s): give another as tokenizer=", name, note)
     elif (rule := notes.get("unknown_split")) is not None:
         logger.warning(
             "%s: its tokenizer splits text by the rule %r, which is not known here, so prompts may have other tokens than in training: "
-            "give the original with --tokenizer", name, rule,
+            "give the original as tokenizer=", name, rule,
         )  # fmt: skip
     return ModelFiles(
         name=name,

@@ -196,7 +196,7 @@ class Job:
         except BaseException as error:
             _rescue(self.store)
             if is_out_of_memory(error):
-                raise OutOfMemoryError(f"memory ran out ({error}): lower --max-num-seqs or --micro-batch-tokens") from error
+                raise OutOfMemoryError(f"memory ran out ({error}): lower max_num_seqs or micro_batch_tokens") from error
             raise
 
     def answer(

@@ -98,7 +98,7 @@ def model_spec(
     if sparse_attention is not None and any(each.geometry.latent for each in units.trace.layers):
         raise UnsupportedModelError(
             f"model type {config.model_type!r} caches latents, which are keys and values at once: all are read for the scores, and sparse "
-            "attention would save nothing; leave out --sparse-attention"
+            "attention would save nothing; leave out sparse_attention"
         )
     text = config.get_text_config(decoder=True)
     context = getattr(text, "max_position_embeddings", None)

@@ -84,10 +84,10 @@ def _host_budget(wanted: str | None, hard: Ceiling, tightest: Ceiling, simulated
     A simulated device of `simulated_bytes` takes its memory from the same.
     """
     if wanted is not None:
-        size, source = parse_size(wanted, total_bytes=hard.total_bytes, name="--host-mem"), f"--host-mem {wanted}"
+        size, source = parse_size(wanted, total_bytes=hard.total_bytes, name="host_mem="), f"host_mem={wanted!r}"
         if size > hard.total_bytes:
             raise CapacityError(
-                f"--host-mem {wanted} ({format_size(size)}) is more than {hard.name} allows "
+                f"{source} ({format_size(size)}) is more than {hard.name} allows "
                 f"({format_size(hard.total_bytes)}): ask for less, or raise that limit"
             )
     else:
@@ -97,7 +97,7 @@ def _host_budget(wanted: str | None, hard: Ceiling, tightest: Ceiling, simulated
     if simulated_bytes and size + simulated_bytes > hard.total_bytes:
         raise CapacityError(
             f"the simulated device's {format_size(simulated_bytes)} and the host budget's {format_size(size)} are the same memory, and "
-            f"{hard.name} allows {format_size(hard.total_bytes)}: lower --device-mem or --host-mem"
+            f"{hard.name} allows {format_size(hard.total_bytes)}: lower device_mem or host_mem"
         )
     return size, source
 
@@ -109,20 +109,20 @@ def _device_budget(device: str, text: str | None, host_total: int, cuda_memory: 
     """Return the device's budget and total in bytes."""
     if not has_device_tier(device):
         if text is not None:
-            raise OptionError(f"--device-mem {text}: on a CPU device there is no device tier; use --host-mem")
+            raise OptionError(f"device_mem={text!r}: on a CPU device there is no device tier; use host_mem")
         return 0, 0
     if device == "sim":
-        budget = SIM_DEVICE_BYTES if text is None else parse_size(text, total_bytes=host_total, name="--device-mem")
+        budget = SIM_DEVICE_BYTES if text is None else parse_size(text, total_bytes=host_total, name="device_mem=")
         return budget, budget
     memory = cuda_memory()
     if memory is None:
-        raise OptionError("--device cuda: this torch sees no CUDA device; use --device cpu")
+        raise OptionError("device='cuda': this torch sees no CUDA device; use device='cpu'")
     free, total = memory
     if text is None:
         return int(DEVICE_SHARE * free), total
-    budget = parse_size(text, total_bytes=total, name="--device-mem")
+    budget = parse_size(text, total_bytes=total, name="device_mem=")
     if budget > total:
-        raise CapacityError(f"--device-mem {text} ({format_size(budget)}) is more than the device has ({format_size(total)})")
+        raise CapacityError(f"device_mem={text!r} ({format_size(budget)}) is more than the device has ({format_size(total)})")
     return budget, total
 
 
@@ -135,15 +135,15 @@ def _cuda_memory() -> tuple[int, int] | None:
 def _disk_budget(folder: Path, text: str | None, in_memory: bool, disk_space: Callable[[Path], tuple[int, int]]) -> tuple[int, int]:
     """Return the budget and total of the offload folder's file system in bytes."""
     if folder.exists() and not folder.is_dir():
-        raise OptionError(f"--offload-dir {folder} is not a folder")
+        raise OptionError(f"offload_dir={str(folder)!r} is not a folder")
     free, total = disk_space(_existing(folder))
     if text is None:
         return (0 if in_memory else int(DISK_SHARE * free)), total
-    budget = parse_size(text, total_bytes=total, name="--disk")
+    budget = parse_size(text, total_bytes=total, name="disk=")
     if budget > free:
         raise CapacityError(
-            f"--disk {text} ({format_size(budget)}) is more than is free in {folder} ({format_size(free)}): "
-            "ask for less, or give another --offload-dir"
+            f"disk={text!r} ({format_size(budget)}) is more than is free in {folder} ({format_size(free)}): "
+            "ask for less, or give another offload_dir"
         )
     return budget, total
 

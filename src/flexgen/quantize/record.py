@@ -15,8 +15,9 @@ from typing import Any
 from flexgen.base.files import sync_folder
 from flexgen.base.from_json import dataclass_from_json, parsed_json
 from flexgen.errors import OptionError, StorageError
+from flexgen.hub.diagnose import CONVERSION_FILE
 
-RECORD_FILE = "flexgen-conversion.json"
+RECORD_FILE = CONVERSION_FILE
 PARTIAL = ".partial"  # the ending of files that are not complete
 _SCHEMA_VERSION = 1
 

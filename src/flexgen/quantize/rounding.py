@@ -119,4 +119,4 @@ def check_finite(name: str, weights: torch.Tensor) -> None:
 
 def _not_finite(name: str) -> CheckpointError:
     what = "numbers that are infinite, not numbers, or too large"
-    return CheckpointError(f"{name} holds {what}, and cannot be rounded: keep it with --keep {name}")
+    return CheckpointError(f"{name} holds {what}, and cannot be rounded: `flexgen convert --keep {name}` leaves it as it is")

@@ -94,7 +94,7 @@ def _described(model: str, options: EngineOptions, device: str, token: str | Non
     try:
         files = resolve_model(model, revision=options.revision, token=token, with_weights=False)
     except ModelError as error:
-        if "/" in model:
+        if "/" in model or Path(model).expanduser().is_file() or model.lower().endswith((".gguf", ".safetensors")):
             raise
         raise ModelError(f"{error}; nor is it in the catalogue: {', '.join(similar_names(model))}") from error
     return describe_files(files, options, device=device, token=token)

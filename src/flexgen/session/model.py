@@ -196,7 +196,7 @@ def config_dtype(config: Any) -> str:
     stored = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None) or "float32"
     name = str(stored).removeprefix("torch.")
     if name not in DTYPE_BYTES:
-        raise ModelError(f"config.json has dtype {str(stored)[:40]}, which cannot be computed in: give --dtype")
+        raise ModelError(f"config.json has dtype {str(stored)[:40]}, which cannot be computed in: give another, such as dtype='float32'")
     return name
 
 

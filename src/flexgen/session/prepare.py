@@ -166,7 +166,7 @@ def _random_weights(config: Any, dtype: torch.dtype, limits: Limits) -> OffloadF
         size = checkpoint_bytes(config, dtype)
         if size > limits.disk_bytes:
             granted = format_size(limits.disk_bytes)
-            raise CapacityError(f"random weights take {format_size(size)} of disk, {granted} are granted: raise --disk")
+            raise CapacityError(f"random weights take {format_size(size)} of disk, {granted} are granted: raise disk=")
         write_random_checkpoint(config, folder.path, dtype)
     except BaseException:
         folder.remove()

@@ -184,7 +184,8 @@ class RequestTranslator:
         for param, number in {"logprobs": params.logprobs, "prompt_logprobs": params.prompt_logprobs}.items():
             asked = self.vocab_size if number == -1 else number or 0
             if 0 <= self.max_logprobs < asked:
-                message = f"{param} {number} is more than {self.max_logprobs}, which max_logprobs (--max-logprobs) can raise"
+                what = f"is all {asked:,} tokens of the vocabulary, which is" if number == -1 else "is"
+                message = f"{param} {number} {what} more than {self.max_logprobs}, which max_logprobs (--max-logprobs) can raise"
                 raise RequestError(message, param=param)
 
     def _seed(self, params: SamplingParams, index: int, choice: int) -> int:

@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from flexgen.base.scalars import in_json
 from flexgen.errors import ModelError, OptionError, RequestError
 from flexgen.request import SamplingParams
 from flexgen.text.tokenizer import Tokenizer
@@ -90,7 +91,7 @@ _NEUTRAL = {
 def unsupported_defaults(generation_config: Mapping[str, Any]) -> list[str]:
     """Return the settings of generation_config.json that would change answers but are not applied, as "name=value"."""
     given = ((name, generation_config.get(name)) for name in _NEUTRAL)
-    return [f"{name}={value}" for name, value in given if value is not None and value != _NEUTRAL[name]]
+    return [f"{name}={in_json(value)}" for name, value in given if value is not None and value != _NEUTRAL[name]]
 
 
 def derive_seed(base: int, index: int) -> int:

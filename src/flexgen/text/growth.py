@@ -82,7 +82,10 @@ class TextSizes:
         if num_bytes > most:
             needs, granted = format_size(num_bytes * MEMORY_PER_BYTE), format_size(most * MEMORY_PER_BYTE)
             grown = f", of which the tokenizer makes over {num_bytes:,} bytes" if num_bytes > 4 * len(text) else ""
-            message = f"the prompt has {len(text):,} characters{grown}; tokenising takes some {needs}, {granted} are granted (--host-mem)"
+            message = (
+                f"the prompt has {len(text):,} characters{grown}; tokenising takes some {needs}, {granted} are granted: "
+                "raise host_mem (--host-mem)"
+            )
             raise RequestError(message, code="prompt_too_large", param="prompt")
         return num_bytes
 

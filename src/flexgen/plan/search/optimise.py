@@ -251,8 +251,8 @@ class _Hunt:
 
 def too_slow(bounds: Bounds, nearest: Outcome) -> str:
     """Return a message that names the bounds that were requested and the times that the nearest plan takes."""
-    asked = {"--max-job-seconds": bounds.job_seconds, "--max-request-seconds": bounds.request_seconds}
-    given = " and ".join(f"{flag} {seconds:g}" for flag, seconds in asked.items() if seconds is not None)
+    asked = {"max_job_seconds": bounds.job_seconds, "max_request_seconds": bounds.request_seconds}
+    given = " and ".join(f"{name}={seconds:g}" for name, seconds in asked.items() if seconds is not None)
     return (
         f"no plan keeps {given}: the one that comes nearest takes {format_seconds(nearest.request_seconds)} for its longest request and "
         f"{format_seconds(nearest.seconds)} for the job; allow that much, or raise the budgets"

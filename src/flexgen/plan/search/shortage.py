@@ -16,7 +16,7 @@ ROUNDS = 12
 # Pools are cut to whole bytes.
 ROUNDING_BYTES = 16
 ONE_REQUEST = "KV of one request"
-_FLAGS = {"host": "--host-mem", "device": "--device-mem", "disk": "--disk"}
+_OPTIONS = {"host": "host_mem", "device": "device_mem", "disk": "disk="}
 
 
 def shortage(space: Space) -> str:
@@ -83,7 +83,7 @@ def _sentence(space: Space, tier: str, parts: Mapping[str, int]) -> str:
     listed = ", ".join(f"{name} {format_size(size)}" for name, size in parts.items() if size)
     return (
         f"{space.spec.name} needs at least {_gib_above(needed)} GiB of {tier}{' memory' * (tier != 'disk')} ({listed}), "
-        f"{format_size(budget)} are in the budget, {_gib_above(needed - budget)} GiB are missing: raise {_FLAGS[tier]} to "
+        f"{format_size(budget)} are in the budget, {_gib_above(needed - budget)} GiB are missing: raise {_OPTIONS[tier]} to "
         f"{_gib_above(needed)}GiB{_advice(space, tier, shorter=parts.get(ONE_REQUEST, 0) > needed - budget)}"
     )
 
@@ -96,16 +96,16 @@ def _gib_above(size_bytes: int) -> str:
 def _advice(space: Space, tier: str, *, shorter: bool) -> str:
     """Return what else would help; `shorter` says whether shorter prompts would."""
     options = space.options
-    pins = {"--weights": space.weights, "--kv": space.kv}
-    advice = [f"give {tier} a smaller share in {flag}" for flag, pin in pins.items() if pin is not None and getattr(pin, tier) > 0]
+    pins = {"weights=": space.weights, "kv=": space.kv}
+    advice = [f"give {tier} a smaller share in {name}" for name, pin in pins.items() if pin is not None and getattr(pin, tier) > 0]
     if tier == "host" and space.weights is not None and space.weights.host and space.weight_sizes.can_stay_encoded:
-        advice.append('name "encoded" in place of "host" in --weights')
+        advice.append('name "encoded" in place of "host" in weights=')
     if tier != "disk":
         for name in ("max_num_seqs", "prefill_tokens", "micro_batch_tokens"):
             if getattr(options, name) is not None:
-                advice.append(f"lower --{name.replace('_', '-')}")
+                advice.append(f"lower {name}")
         if space.limits.offload_in_memory and space.kv is not None and space.kv.disk > 0 and tier == "host":
-            advice.append("give an --offload-dir that is not on a memory file system")
+            advice.append("give an offload_dir that is not on a memory file system")
     if shorter:
         advice.append("shorten the longest prompts")
     return "".join(f", or {each}" for each in advice)

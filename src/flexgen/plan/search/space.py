@@ -11,8 +11,9 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
+from flexgen.base.option_values import parse_placement
 from flexgen.errors import OptionError
-from flexgen.options import DTYPE_BYTES, TIERS, WEIGHT_HOMES, EngineOptions, parse_placement
+from flexgen.options import DTYPE_BYTES, TIERS, WEIGHT_HOMES, EngineOptions
 from flexgen.plan.machine import Limits, Machine, has_device_tier
 from flexgen.plan.model import ModelSpec
 from flexgen.plan.policy import PAGE_TOKENS, Fractions, Policy

@@ -60,19 +60,19 @@ def limits_of(machine: Machine, options: EngineOptions) -> Limits:
         OptionError: The options name another device, or a size is invalid, too large, or for a tier that the machine does not have.
     """
     if options.device not in ("auto", machine.device):
-        raise OptionError(f"--device {options.device}: machine {machine.name!r} computes on {machine.device!r}")
+        raise OptionError(f"device={options.device!r}: machine {machine.name!r} computes on {machine.device!r}")
     if options.device_mem is not None and not machine.device_bytes:
-        raise OptionError(f"--device-mem {options.device_mem}: machine {machine.name!r} has no device tier")
-    host = _granted("--host-mem", options.host_mem, machine.host_bytes, HOST_SHARE)
+        raise OptionError(f"device_mem={options.device_mem!r}: machine {machine.name!r} has no device tier")
+    host = _granted("host_mem", options.host_mem, machine.host_bytes, HOST_SHARE)
     return Limits(
         device=machine.device,
         host_bytes=host,
-        host_source=f"--host-mem {options.host_mem}" if options.host_mem else f"{HOST_SHARE:.0%} of what {machine.name} has",
+        host_source=f"host_mem={options.host_mem!r}" if options.host_mem else f"{HOST_SHARE:.0%} of what {machine.name} has",
         host_total_bytes=machine.host_bytes,
         host_total_source=machine.name,
-        device_bytes=_granted("--device-mem", options.device_mem, machine.device_bytes, DEVICE_SHARE),
+        device_bytes=_granted("device_mem", options.device_mem, machine.device_bytes, DEVICE_SHARE),
         device_total_bytes=machine.device_bytes,
-        disk_bytes=_granted("--disk", options.disk, machine.disk_bytes, DISK_SHARE),
+        disk_bytes=_granted("disk", options.disk, machine.disk_bytes, DISK_SHARE),
         disk_total_bytes=machine.disk_bytes,
         offload_dir="",
         offload_in_memory=False,
@@ -80,16 +80,16 @@ def limits_of(machine: Machine, options: EngineOptions) -> Limits:
 
 
 def beside_checkpoint(limits: Limits, checkpoint_bytes: int, options: EngineOptions) -> Limits:
-    """Return the budgets of `limits_of` once the model lies on the same disk; a size given by `--disk` stays as it is."""
+    """Return the budgets of `limits_of` once the model lies on the same disk; a size given by `disk` stays as it is."""
     if options.disk is not None:
         return limits
     return dataclasses.replace(limits, disk_bytes=int(DISK_SHARE * max(limits.disk_total_bytes - checkpoint_bytes, 0)))
 
 
-def _granted(flag: str, text: str | None, total_bytes: int, share: float) -> int:
+def _granted(name: str, text: str | None, total_bytes: int, share: float) -> int:
     if text is None:
         return int(share * total_bytes)
-    size = parse_size(text, total_bytes=total_bytes, name=flag)
+    size = parse_size(text, total_bytes=total_bytes, name=f"{name}=")
     if size > total_bytes:
-        raise OptionError(f"{flag} {text} is more than the machine has ({format_size(total_bytes)})")
+        raise OptionError(f"{name}={text!r} is more than the machine has ({format_size(total_bytes)})")
     return size
