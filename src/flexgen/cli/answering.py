@@ -13,7 +13,7 @@ from flexgen.cli.exit_codes import ExitCode, complain
 from flexgen.cli.options import write_asked
 from flexgen.cli.run_flags import RunFlags
 from flexgen.cli.signals import StopSignals
-from flexgen.errors import FlexGenError, OutOfMemoryError
+from flexgen.errors import FlexGenError, OutOfMemoryError, is_disk_full
 from flexgen.jobs.interrupt import Stopped
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class Answering:
         except Stopped:
             code, reason = self.signals.exit_code, f"stopped by {self.signals.name}"
         except FlexGenError as error:
-            code, reason = ExitCode.RESUMABLE if self.job.started else ExitCode.REFUSED, error
+            code, reason = ExitCode.RESUMABLE if self.job.started or is_disk_full(error) else ExitCode.REFUSED, error
         self.display.close()
         try:
             self._write_output(finished=reason is None)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from flexgen.base.failpoints import failpoint
 from flexgen.base.files import check_private, open_private
-from flexgen.errors import StorageError
+from flexgen.errors import StorageError, no_room
 
 _APPLICATION_ID = 0x666C7867  # "flxg", which distinguishes a job from other databases
 _VERSION = 1
@@ -138,6 +138,10 @@ def translated(path: Path) -> Iterator[None]:
     try:
         yield
     except sqlite3.Error as error:
-        raise StorageError(f"{path}: {error}") from error
+        raise StorageError(f"{path}: {error}") from (no_room() if _is_full(error) else error)
     except OSError as error:
         raise StorageError(f"{path}: {error.strerror or error}") from error
+
+
+def _is_full(error: sqlite3.Error) -> bool:
+    return getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL
