@@ -861,7 +861,7 @@ def full_for_commits(name: str) -> None:
     ("flexgen.base.files.create", full),  # the output is tried
     ("flexgen.base.files.create", full_for_metrics),
     ("flexgen.jobs.folder.open_private", full),
-    ("flexgen.jobs.folder.sync_folder", full),
+    ("flexgen.jobs.folder.os.pwrite", full),
     ("flexgen.hub.private_folder.tempfile.TemporaryDirectory", full),  # of the model's config
     ("flexgen.jobs.database.open_private", full),
     ("flexgen.base.failpoints._hook", full_for_commits),
@@ -881,6 +881,7 @@ def test_a_disk_that_is_full_before_the_start_is_no_other_condition_than_later(
             assert done.exit_code == 75, done.output
             assert "No space left on device" in done.stderr or "database or disk is full" in done.stderr
             assert "the same command goes on" in done.stderr
+            assert output.with_name("out.jsonl.flexgen").exists() == (place == "flexgen.jobs.runs.RunRecorder.start")
     assert flexgen(*run).exit_code == 0
 
 

@@ -20,8 +20,9 @@ from hypothesis import strategies as st
 from jobs.places import IDENTITY, fill, opened, paths_of, result
 
 from flexgen.base import failpoints
-from flexgen.errors import JobError, StorageError
+from flexgen.errors import JobError, StorageError, is_disk_full
 from flexgen.jobs import store as store_module
+from flexgen.jobs.database import translated
 from flexgen.jobs.export import check_output
 from flexgen.jobs.folder import JobFolder
 from flexgen.jobs.identity import Identity
@@ -567,3 +568,32 @@ with opened(Path({str(output)!r})) as store:
         assert store.num_found >= last
         assert store.num_found % 10 == 0
         assert done(store, store.num_found + 5) == list(range(1, store.num_found + 1))
+
+
+# -- a disk that is full ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("code", "full"),
+    [
+        (sqlite3.SQLITE_FULL, True),
+        (sqlite3.SQLITE_IOERR_WRITE, True),  # where a file may not grow
+        (sqlite3.SQLITE_IOERR_SHMSIZE, True),  # where the database is opened with less room than its shared memory takes
+        (sqlite3.SQLITE_IOERR_READ, False),
+        (sqlite3.SQLITE_CORRUPT, False),
+        (sqlite3.SQLITE_CANTOPEN, False),
+    ],
+)
+def test_what_sqlite_says_of_a_full_disk(tmp_path: Path, code: int, full: bool) -> None:
+    error = sqlite3.OperationalError("as SQLite says it")
+    error.sqlite_errorcode = code
+    with pytest.raises(StorageError, match="as SQLite says it") as caught, translated(tmp_path / "job.sqlite"):
+        raise error
+    assert is_disk_full(caught.value) == full
+
+
+@pytest.mark.parametrize(("num_free", "full"), [(0, True), (2, True), (3, False)])
+def test_a_disk_that_takes_no_more_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_free: int, full: bool) -> None:
+    room = type("Room", (), {"f_bavail": 9, "f_files": 100, "f_favail": num_free})()
+    monkeypatch.setattr("flexgen.jobs.database.os.statvfs", lambda folder: room)
+    test_what_sqlite_says_of_a_full_disk(tmp_path, sqlite3.SQLITE_CANTOPEN, full)
