@@ -16,6 +16,12 @@ FlexGenError
 
 from __future__ import annotations
 
+import errno
+import os
+
+# A disk or a quota is full, or a file may not grow.
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 
 class FlexGenError(Exception):
     """Base class of every error that flexgen raises on purpose."""
@@ -85,3 +91,18 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Return whether `error` says that memory ran out, in Python or in torch (whose CPU allocator raises a plain RuntimeError)."""
     said = isinstance(error, RuntimeError) and ("out of memory" in str(error) or "can't allocate memory" in str(error))
     return said or isinstance(error, MemoryError)
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Return whether `error` says that there is no room for what is written, by itself or by what it was raised from."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno in _NO_ROOM:
+            return True
+        cause = cause.__cause__
+    return False
+
+
+def no_room() -> OSError:
+    """Return the error of a full disk, as a cause for those who find the disk full before they write."""
+    return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

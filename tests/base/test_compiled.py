@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,25 @@ def test_without_a_writable_cache_folder(monkeypatch: pytest.MonkeyPatch) -> Non
     numbers = np.zeros(2)
     compiled.entry(increment)(numbers)
     assert numbers.tolist() == [1, 1]
+
+
+def test_a_disk_that_does_not_take_what_is_compiled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its file is found full when the function is compiled, which is at the first call."""
+    (tmp_path / "fresh.py").write_text("def increment(numbers):\n    numbers += 1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    function = compiled.entry(importlib.import_module("fresh").increment)
+
+    def full(*arguments: Any, **more: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("numba.core.caching.tempfile.TemporaryFile", full)
+    numbers = np.zeros(2)
+    with caplog.at_level("INFO"):
+        function(numbers)
+    assert numbers.tolist() == [1, 1]
+    assert "increment is compiled but cannot be kept on disk: [Errno 28] No space left on device" in caplog.text
 
 
 def test_changed_sources_are_compiled_again(tmp_path: Path) -> None:

@@ -156,5 +156,12 @@ def test_the_cache_is_listed_verified_and_emptied(model: Path, tmp_path: Path, m
     assert flexgen("cache", "rm").exit_code == ExitCode.USAGE
     assert flexgen("cache", "rm", "unknown").exit_code == ExitCode.USAGE
     assert flexgen("cache", "verify", model).stdout == "1 conversion: all as it was written\n"
+    config = tmp_path / "cache" / "flexgen" / "weights" / name / "config.json"
+    config.unlink()
+    assert f"{name}: {model} in int4, damaged: config.json is missing\n" in flexgen("cache", "ls").stdout
+    assert json.loads(flexgen("cache", "ls", "--json").stdout)["state"] == "damaged: config.json is missing"
+    done = flexgen("cache", "verify")
+    assert (done.exit_code, f"{config} cannot be read: " in done.stderr) == (ExitCode.SOME_FAILED, True)
+    assert "1 conversion: 1 damage\na damaged file that is removed is written again by the next run" in done.stdout
     assert "removed 1 conversion, " in flexgen("cache", "rm", f"{model}/").stdout
     assert "in 0 conversions" in flexgen("cache", "ls").stdout

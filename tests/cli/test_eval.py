@@ -86,6 +86,7 @@ def test_what_is_refused(novels_opt: Path, passages: Path, words: tuple[str, ...
     ("lambada", b'{"text": "a b"}\n{"text": ', "in.txt, line 2: not JSON"),
     ("lambada", b'{"text": "a b"}\n\n{"text": "alone"}\n', "in.txt: passage 2 has a single word, 'alone'"),
     ("lambada", b'{"text": "ends in a space "}\n', "in.txt: passage 1 ends in a space"),
+    ("lambada", b'{"text": "a b"}\n{"text": "a \\ud800"}\n', "in.txt, line 2: the text has a lone surrogate at character 2"),
 ])  # fmt: skip
 def test_files_that_are_no_texts_are_refused_before_the_model_is_opened(tmp_path: Path, kind: str, content: bytes, said: str) -> None:
     (tmp_path / "in.txt").write_bytes(content)
@@ -103,6 +104,17 @@ def test_a_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("flexgen.evaluation.documents.open_input", forbidden)
     done = flexgen("perplexity", tmp_path / "no model", tmp_path / "in.txt")
     assert (done.exit_code, "in.txt cannot be read: Permission denied\n" in done.stderr) == (3, True), done.output
+
+
+def test_a_last_word_that_is_longer_than_the_context(novels_opt: Path, tmp_path: Path, passages: Path) -> None:
+    """It is known when the model is open, and refused like what is known before: nothing is computed, and nothing goes on."""
+    with passages.open("a") as file:
+        file.write(json.dumps({"text": "It ends in " + "xyz" * 40}) + "\n")
+    done = flexgen("lambada", novels_opt, passages, "--max-model-len", 16, "--dtype", "float32", "--state", tmp_path / "state")
+    assert done.exit_code == 3, done.output
+    assert re.search(r"\nflexgen: passage 6 has \d+ tokens to score, and the model's context is 16\n", done.stderr)
+    assert "goes on" not in done.stderr
+    assert not (tmp_path / "state").exists()
 
 
 def test_a_text_that_is_shorter_than_a_window(novels_opt: Path, tmp_path: Path) -> None:

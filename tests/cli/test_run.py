@@ -7,7 +7,9 @@ import gzip
 import json
 import os
 import re
+import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -21,14 +23,18 @@ from fakes import CONTEXT, POISON, FakeEngine, fake_text
 from typer.testing import CliRunner
 
 from flexgen import cli
+from flexgen.base.files import create
 from flexgen.cli.exit_codes import ExitCode
 from flexgen.cli.options import FLAGS, engine_command
-from flexgen.errors import CapacityError, EngineError
+from flexgen.errors import CapacityError, EngineError, StorageError
+from flexgen.hub.model_files import ModelFiles
 from flexgen.jobs.reading import index_of
 from flexgen.options import EngineOptions
 from flexgen.plan.formats import FormatChoice, FormatPrice, Formats
 from flexgen.plan.tell.forecast import Plan
 from flexgen.plan.workload import Workload
+from flexgen.quantize.cache import converted_commit
+from flexgen.quantize.settings import QuantizeSettings
 
 HANGS_SECONDS = 120  # nothing here takes as long, on however busy a machine
 GOOD = {"id": "a", "prompt": "abc", "max_tokens": 4, "temperature": 0}
@@ -556,10 +562,69 @@ def test_fresh(model_folder: Path, ten: Path, output: Path, engines: list[FakeEn
 def test_changes_are_refused_unless_accepted(model_folder: Path, ten: Path, output: Path, engines: list[FakeEngine]) -> None:
     flexgen("run", model_folder, ten, "-o", output)
     done = flexgen("run", model_folder, ten, "-o", output, "--seed", 5)
-    assert (done.exit_code, "begun with seed 0, now it is 5" in done.stderr) == (3, True)
+    assert (done.exit_code, "begun with --seed 0, now it is 5" in done.stderr) == (3, True)
     done = flexgen("run", model_folder, ten, "-o", output, "--seed", 5, "--accept-changes")
-    assert (done.exit_code, "begun with seed 0, now it is 5" in done.stderr) == (0, True)
+    assert (done.exit_code, "begun with --seed 0, now it is 5" in done.stderr) == (0, True)
     assert flexgen("run", model_folder, ten, "-o", output, "--host-mem", "50%", "--schedule", "zigzag").exit_code == 3  # seed 5 now
+
+
+@pytest.fixture
+def conversions(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The formats that weights are converted to; nothing is written, and the model computes with what it has."""
+    found: list[str] = []
+
+    def converted(files: ModelFiles, options: EngineOptions) -> ModelFiles:
+        if options.weight_format == "auto":
+            return files
+        found.append(options.weight_format)
+        return replace(files, commit=converted_commit(files, QuantizeSettings(weight_format=options.weight_format)))
+
+    monkeypatch.setattr("flexgen.llm.in_weight_format", converted)
+    return found
+
+
+def test_another_format_is_refused_before_weights_are_converted(
+    model_folder: Path, ten: Path, output: Path, engines: list[FakeEngine], conversions: list[str]
+) -> None:
+    """By the names of the options, with both values and what can be done."""
+    run = ("run", model_folder, ten, "-o", output)
+    assert flexgen(*run, "--weight-format", "int4").exit_code == 0
+    remedy = "--accept-changes goes on with the new one, --fresh starts anew, another output keeps both\n"
+    for name in ("int8", "auto"):
+        done = flexgen(*run, "--weight-format", name)
+        said = f"\nflexgen: {output} was begun with --weight-format int4, now it is {name}: the earlier value goes on, {remedy}"
+        assert (done.exit_code, done.stderr.endswith(said)) == (3, True), done.stderr
+    done = flexgen(*run, "--weight-format", "int8", "--kv-format", "k8v4", "--seed", 3)
+    assert done.exit_code == 3
+    said = "--weight-format int4, now it is int8; --kv-format auto, now it is k8v4; --seed 0, now it is 3: the earlier values go on"
+    assert f"was begun with {said}" in done.stderr
+    assert conversions == ["int4"]
+    assert flexgen(*run, "--weight-format", "int4").exit_code == 0
+    assert flexgen(*run, "--weight-format", "int8", "--accept-changes").exit_code == 0
+    assert flexgen(*run, "--weight-format", "int4", "--fresh").exit_code == 0
+    assert conversions == ["int4", "int4", "int8", "int4"]
+
+
+def test_other_weights_are_refused_before_they_are_converted(
+    model_folder: Path, tmp_path: Path, ten: Path, output: Path, engines: list[FakeEngine], conversions: list[str]
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(model_folder, model)
+    run = ("run", model, ten, "-o", output, "--weight-format", "int4")
+    assert flexgen(*run).exit_code == 0
+    os.utime(model / "model.safetensors", ns=(1, 1))
+    done = flexgen(*run)
+    assert (done.exit_code, conversions) == (3, ["int4"])
+    assert f"was begun with other files of weights ({model}, weights in int4, groups of 32): the earlier value goes on" in done.stderr
+
+
+def test_a_job_without_answers_takes_another_format(
+    model_folder: Path, tmp_path: Path, output: Path, engines: list[FakeEngine], conversions: list[str]
+) -> None:
+    source = write(tmp_path / "in.jsonl", "bad")
+    assert flexgen("run", model_folder, source, "-o", output).exit_code == 1
+    assert flexgen("run", model_folder, source, "-o", output, "--weight-format", "int4").exit_code == 1
+    assert conversions == ["int4"]
 
 
 def test_formats_are_chosen_once_per_job(model_folder: Path, ten: Path, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -798,6 +863,70 @@ def test_a_disk_that_is_full_when_the_output_is_made(
     assert flexgen("run", model_folder, source, "-o", output).exit_code == 0
     assert len(engines) == 1
     assert len(records(output)) == 2
+
+
+def full(*arguments: object, **more: object) -> Any:
+    raise OSError(28, "No space left on device")
+
+
+def full_for_metrics(temporary: Path, target: Path) -> Any:
+    return full() if target.name == "metrics.json" else create(temporary, target)
+
+
+def full_for_spilled_kv(*arguments: object) -> Any:
+    try:
+        full()
+    except OSError as error:
+        raise StorageError(f"the offload folder cannot be used: {error}") from error
+
+
+def full_for_sqlite(*arguments: object) -> None:
+    error = sqlite3.OperationalError("database or disk is full")
+    error.sqlite_errorcode = sqlite3.SQLITE_FULL
+    raise error
+
+
+def full_for_commits(name: str) -> None:
+    if name == "store.commit":
+        full_for_sqlite()
+
+
+@pytest.mark.parametrize(("place", "failure"), [
+    ("flexgen.base.files.create", full),  # the output is tried
+    ("flexgen.base.files.create", full_for_metrics),
+    ("flexgen.jobs.folder.open_private", full),
+    ("flexgen.jobs.folder.os.pwrite", full),
+    ("flexgen.hub.private_folder.tempfile.TemporaryDirectory", full),  # of the model's config
+    ("flexgen.jobs.database.open_private", full),
+    ("flexgen.base.failpoints._hook", full_for_commits),
+    ("flexgen.session.session.open_engine", full_for_spilled_kv),
+    ("flexgen.jobs.runs.RunRecorder.start", full_for_sqlite),
+])  # fmt: skip
+def test_a_disk_that_is_full_before_the_start_is_no_other_condition_than_later(
+    model_folder: Path, source: Path, output: Path, tmp_path: Path, engines: list[FakeEngine], place: str, failure: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Whatever finds it, on the command's way to its first answer: every run ends with 75, and goes on when there is room."""
+    run = ("run", model_folder, source, "-o", output, "--metrics", tmp_path / "metrics.json")
+    with monkeypatch.context() as broken:
+        broken.setattr(place, failure)
+        for _ in range(2):
+            done = flexgen(*run)
+            assert done.exit_code == 75, done.output
+            assert "No space left on device" in done.stderr or "database or disk is full" in done.stderr
+            assert "the same command goes on" in done.stderr
+            assert output.with_name("out.jsonl.flexgen").exists() == (place == "flexgen.jobs.runs.RunRecorder.start")
+    assert flexgen(*run).exit_code == 0
+
+
+def test_a_full_disk_that_nobody_expected(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("flexgen.jobs.folder.find_job", full)
+    monkeypatch.setattr("sys.argv", ["flexgen", "status", "x"])
+    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == 75
+    assert "No space left on device\nthe same command goes on when there is room" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("num_failures", "code"), [(1, 0), (2, 0), (3, 75)])

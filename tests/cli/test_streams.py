@@ -108,7 +108,6 @@ flexgen.cli.main()
     ("args", "redirections", "said"),
     [
         ("in.jsonl -o -", ">&-", "standard output: it is closed"),
-        ("in.jsonl -o -", ">/dev/full", "standard output: No space left"),
         ("in.jsonl -o -", "| sleep 0", "standard output: its reader has left"),
         ("- -o out.jsonl", "<&-", "standard input is closed"),
         ("in.jsonl -o out.jsonl --dry-run", ">&-", "standard output: it is closed"),
@@ -125,6 +124,29 @@ def test_what_cannot_be_read_or_written_is_refused_before_the_work(place: Path, 
         ran = flexgen(place, f"run no-such-model {args}", redirections)
     assert (ran.returncode, said in ran.stderr) == (3, True), ran.stderr
     assert not (place / "in.jsonl.flexgen").exists()
+
+
+def test_a_disk_that_is_full_before_the_work_and_then_still_is(place: Path) -> None:
+    """The condition is the same, and so is the exit code: the same command goes on when there is room."""
+    ran = flexgen(place, "run no-such-model in.jsonl -o -", ">/dev/full")
+    assert ran.returncode == 75
+    assert ran.stderr.endswith(
+        "standard output: No space left on device; give a file in place of -\nthe same command goes on when there is room\n"
+    )
+    assert not (place / "in.jsonl.flexgen").exists()
+
+
+@pytest.mark.parametrize("kib", [0, 4, 24])
+def test_files_that_may_not_grow_stop_every_run_alike(place: Path, kib: int) -> None:
+    """At the first file of a job, in the middle of making its database, and later."""
+    for _ in range(2):
+        ran = subprocess.run(
+            ["bash", "-c", f"ulimit -f {kib}; exec {sys.executable} command.py run model in.jsonl -o out.jsonl --state out-{kib}"],
+            cwd=place, capture_output=True, text=True, timeout=120, check=False,
+        )  # fmt: skip
+        assert ran.returncode == 75, ran.stderr
+    assert flexgen(place, f"run model in.jsonl -o out.jsonl --state out-{kib}").returncode == 0
+    assert ids(place / "out.jsonl") == ["a", "b"]
 
 
 def test_answers_that_standard_output_does_not_take_are_kept(place: Path) -> None:

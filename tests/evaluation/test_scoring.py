@@ -10,7 +10,7 @@ import pytest
 from evaluation.oracle import StopAfterPasses, Subject, num_done
 
 from flexgen import LLM
-from flexgen.errors import RequestError
+from flexgen.errors import JobError, RequestError
 from flexgen.evaluation.answers import Answers
 from flexgen.evaluation.encoding import Encoding
 from flexgen.evaluation.scoring import score, scoring_lines
@@ -46,10 +46,11 @@ def test_what_is_too_long_is_cut_at_the_beginning() -> None:
     assert lines[0]["prompt"] == [2]
 
 
-@pytest.mark.parametrize(("pair", "said"), [(([1], []), "nothing to score"), (([1], list(range(11))), "11 tokens")])
+@pytest.mark.parametrize(("pair", "said"), [(([1], []), "has nothing to score"), (([1], list(range(11))), "has 11 tokens to score")])
 def test_what_cannot_be_scored(pair: Any, said: str) -> None:
-    with pytest.raises(RequestError, match=said):
-        scoring_lines([([1], [2]), pair], 10)
+    """It is refused as a whole before anything runs, by its number from 1."""
+    with pytest.raises(JobError, match=f"^passage 2 {said}"):
+        scoring_lines([([1], [2]), pair], 10, "passage")
 
 
 def pairs_of(subject: Subject) -> list[Any]:

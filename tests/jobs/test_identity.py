@@ -91,3 +91,21 @@ def test_names_that_one_side_lacks_say_nothing() -> None:
     assert changes({"a": 1, "old": 2}, {"a": 1, "new": 3}) == []
     assert [str(change) for change in changes({"a": 1}, {"a": 2})] == ["a 1, now it is 2"]
     assert [str(change) for change in changes({"a": None}, {"a": [True, "é"]})] == ['a null, now it is [true, "é"]']
+
+
+@pytest.mark.parametrize(("name", "old", "new", "said"), [
+    ("weight_format", "int4", "auto", "--weight-format int4, now it is auto"),
+    ("sparse_attention", None, 0.1, "--sparse-attention null, now it is 0.1"),
+    ("config", "0123456789abcdef", "fedcba9876543210", "another config.json"),
+    ("chat_template", None, "fedcba9876543210", "no chat template, now there is one"),
+    ("tokenizer", "0123456789abcdef", None, "a tokenizer, now there is none"),
+    ("model", "2 files, 3.0 MiB, 0123456789abcdef", "2 files, 3.0 MiB, fedcba9876543210", "other files of weights (2 files, 3.0 MiB)"),
+    ("model", "2 files, 3.0 MiB, 0123456789abcdef", "1 files, 3.0 MiB, fedcba9876543210",
+     'model "2 files, 3.0 MiB", now it is "1 files, 3.0 MiB"'),
+    ("model", f"m at files {'01' * 16}, weights in int4", f"m at files {'10' * 16}, weights in int4",
+     "other files of weights (m, weights in int4)"),
+    ("model", f"m at {'ab' * 20}", f"m at {'cd' * 20}", f'model "m at {"ab" * 20}", now it is "m at {"cd" * 20}"'),
+])  # fmt: skip
+def test_changes_in_words(name: str, old: object, new: object, said: str) -> None:
+    """Without digests, which say nothing; the name of a commit does."""
+    assert [str(change) for change in changes({name: old}, {name: new})] == [said]

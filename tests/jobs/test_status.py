@@ -150,6 +150,33 @@ def test_a_word_that_cannot_be_kept_stops_nothing(tmp_path: Path) -> None:
         assert read_status(store.paths).answered == 1
 
 
+def test_a_run_that_had_nothing_to_answer_does_not_hide_the_pace_of_the_one_before(tmp_path: Path, clock: list[float]) -> None:
+    """It may have found more lines, all of them bad, which it answered itself when it read them."""
+    output = tmp_path / "out.jsonl"
+    with opened(output) as store:
+        store.start_run(num_lines=10)
+        store.run.tell(output_tokens=0, in_progress=10, eta_seconds=None, planned_seconds=6.0)
+        for number in range(1, 11):
+            store.add(**result(number))
+        clock[0] += 5.0
+        store.commit()
+        store.end_run("stopped by SIGTERM")
+    before = read_status(paths_of(output))
+    assert (before.run_seconds, before.lines_per_s, before.output_tokens_per_s, before.prompt_tokens_per_s) == (5.0, 2.0, 11.0, 4.0)
+    with opened(output) as store:
+        for number in range(11, 14):
+            store.add(**{**result(number, failed=True), "prompt_tokens": 0, "output_tokens": 0})
+        store.commit()
+        store.start_run(num_lines=13)
+        assert read_status(store.paths).lines_per_s == 0, "it might have something to answer yet"
+        store.end_run("finished")
+    after = read_status(paths_of(output))
+    assert (after.ending, after.lines, after.answered, after.failed) == ("finished", 13, 10, 3)
+    told = ("run_seconds", "lines_per_s", "output_tokens_per_s", "prompt_tokens_per_s", "planned_seconds", "updated")
+    assert {name: getattr(after, name) for name in told} == {name: getattr(before, name) for name in told}
+    assert "latest run: 5.0 s (6.0 s planned), 2.00 lines/s, 11.0 output tokens/s" in format_status(after)
+
+
 def test_a_later_run_has_its_own_pace(tmp_path: Path, clock: list[float]) -> None:
     """What earlier runs did, and the tokens that they left, are not this one's speed."""
     output = tmp_path / "out.jsonl"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import os
 import sqlite3
 import stat
@@ -21,8 +20,9 @@ from hypothesis import strategies as st
 from jobs.places import IDENTITY, fill, opened, paths_of, result
 
 from flexgen.base import failpoints
-from flexgen.errors import JobError, StorageError
+from flexgen.errors import JobError, StorageError, is_disk_full
 from flexgen.jobs import store as store_module
+from flexgen.jobs.database import translated
 from flexgen.jobs.export import check_output
 from flexgen.jobs.folder import JobFolder
 from flexgen.jobs.identity import Identity
@@ -213,13 +213,14 @@ def test_rows_that_do_not_follow_are_left_out(output: Path) -> None:
 # -- what must not change ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("changed", [{"model": "other", "seed": 0}, {"model": "m", "seed": 1}])
-def test_what_changes_answers_is_refused_by_name(output: Path, changed: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [({"model": "other", "seed": 0}, 'model "m", now it is "other"'), ({"model": "m", "seed": 1}, "--seed 0, now it is 1")],
+)
+def test_what_changes_answers_is_refused_by_name(output: Path, changed: dict[str, Any], said: str) -> None:
     fill(output, range(1, 3))
-    (name,) = (name for name in changed if IDENTITY.answers[name] != changed[name])
-    old, new = IDENTITY.answers[name], changed[name]
     with (
-        pytest.raises(JobError, match=f"begun with {name} {json.dumps(old)}, now it is {json.dumps(new)}"),
+        pytest.raises(JobError, match=f"begun with {said}: the earlier value goes on, --accept-changes goes on with the new one, --fresh"),
         opened(output, Identity(answers=changed, versions={})),
     ):
         pass
@@ -235,7 +236,7 @@ def test_accepted_changes_are_the_job_s_from_then_on(output: Path, caplog: pytes
     with opened(output, other, accept_changes=True) as store:
         assert store.num_found == 2
         assert store.kept(4, 2**63 + 4) == {}  # not continued by another model
-    assert "begun with seed 0, now it is 1" in caplog.text
+    assert "begun with --seed 0, now it is 1" in caplog.text
     with opened(output) as store:  # that run never started
         assert store.kept(4, 2**63 + 4) != {}
     with opened(output, other, accept_changes=True) as store:
@@ -567,3 +568,32 @@ with opened(Path({str(output)!r})) as store:
         assert store.num_found >= last
         assert store.num_found % 10 == 0
         assert done(store, store.num_found + 5) == list(range(1, store.num_found + 1))
+
+
+# -- a disk that is full ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("code", "full"),
+    [
+        (sqlite3.SQLITE_FULL, True),
+        (sqlite3.SQLITE_IOERR_WRITE, True),  # where a file may not grow
+        (sqlite3.SQLITE_IOERR_SHMSIZE, True),  # where the database is opened with less room than its shared memory takes
+        (sqlite3.SQLITE_IOERR_READ, False),
+        (sqlite3.SQLITE_CORRUPT, False),
+        (sqlite3.SQLITE_CANTOPEN, False),
+    ],
+)
+def test_what_sqlite_says_of_a_full_disk(tmp_path: Path, code: int, full: bool) -> None:
+    error = sqlite3.OperationalError("as SQLite says it")
+    error.sqlite_errorcode = code
+    with pytest.raises(StorageError, match="as SQLite says it") as caught, translated(tmp_path / "job.sqlite"):
+        raise error
+    assert is_disk_full(caught.value) == full
+
+
+@pytest.mark.parametrize(("num_free", "full"), [(0, True), (2, True), (3, False)])
+def test_a_disk_that_takes_no_more_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_free: int, full: bool) -> None:
+    room = type("Room", (), {"f_bavail": 9, "f_files": 100, "f_favail": num_free})()
+    monkeypatch.setattr("flexgen.jobs.database.os.statvfs", lambda folder: room)
+    test_what_sqlite_says_of_a_full_disk(tmp_path, sqlite3.SQLITE_CANTOPEN, full)

@@ -9,13 +9,21 @@ import pytest
 from machines import machine_of
 
 from flexgen.base.quantities import GIB
-from flexgen.errors import CapacityError, UnsupportedModelError
+from flexgen.errors import CapacityError, StorageError, UnsupportedModelError
 from flexgen.options import EngineOptions
 from flexgen.plan.formats import FormatPrice, Formats, best_of
 from flexgen.plan.known.machines import limits_of
 from flexgen.plan.known.models import catalogue_spec
 from flexgen.plan.model import ModelSpec
-from flexgen.plan.tell.formats import FormatJob, conversion_seconds, converted, in_kv_format, plan_in_formats, specs_of
+from flexgen.plan.tell.formats import (
+    FormatJob,
+    conversion_seconds,
+    converted,
+    in_kv_format,
+    jobs_in_formats,
+    plan_in_formats,
+    specs_of,
+)
 from flexgen.plan.workload import Workload
 
 
@@ -89,6 +97,43 @@ def test_a_plan_says_what_every_format_would_take() -> None:
     taken, refused = plan.formats.prices
     assert taken.seconds == plan.forecast.seconds
     assert (refused.seconds, refused.problem) == (None, "no weights can be rounded")
+
+
+def test_what_is_in_the_way_of_some_formats_leaves_the_others() -> None:
+    """A model that cannot be converted, no room, and a cache that is damaged."""
+    spec = dataclasses.replace(catalogue_spec("opt-125m"), dtype="bfloat16")
+    problems = {"int8": UnsupportedModelError("no weights can be rounded"), "int4": StorageError("the cache is damaged")}
+
+    def arguments(formats: Formats, spec: ModelSpec) -> Any:
+        if formats.kv != "auto":
+            raise CapacityError("there is no room")
+        return job_of(spec, 2 * GIB).arguments
+
+    def left(formats: Formats, spec: ModelSpec) -> float:
+        if formats.weights != "auto":
+            raise problems[formats.weights]
+        return 0.0
+
+    asked = {
+        Formats("auto", "auto"): spec,
+        Formats("auto", "k8v4"): spec,
+        Formats("int4", "auto"): spec,
+        Formats("int8", "auto"): problems["int8"],
+    }
+    plan = plan_in_formats(jobs_in_formats(spec, asked, arguments, left))
+    assert plan.formats is not None
+    assert plan.formats.chosen == Formats("auto", "auto")
+    assert {str(price.formats): price.problem for price in plan.formats.prices} == {
+        "weights as stored": None, "KV in k8v4": "there is no room", "weights in int4": "the cache is damaged",
+        "weights in int8": "no weights can be rounded",
+    }  # fmt: skip
+
+
+def test_a_part_of_a_conversion_takes_its_part_of_the_time() -> None:
+    spec = dataclasses.replace(catalogue_spec("opt-125m"), dtype="bfloat16")
+    jobs = jobs_in_formats(spec, {Formats("int4", "auto"): spec}, lambda _, spec: job_of(spec, 2 * GIB).arguments, lambda *_: 0.25)
+    (job,) = jobs.values()
+    assert job.conversion_seconds == 0.25 * conversion_seconds(spec, spec, job.arguments["machine"])
 
 
 def test_where_nothing_fits_the_stored_formats_say_what_is_missing() -> None:

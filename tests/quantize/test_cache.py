@@ -6,6 +6,7 @@ import dataclasses
 import os
 import shutil
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ from flexgen.errors import OptionError, StorageError
 from flexgen.hub.model_files import ModelFiles
 from flexgen.hub.resolve import resolve_model
 from flexgen.quantize import cache as cache_module
-from flexgen.quantize.cache import cached_conversion, entries, find_entries, remove
-from flexgen.quantize.record import locked
+from flexgen.quantize.cache import cached_conversion, conversion_left, entries, find_entries, remove
+from flexgen.quantize.record import RECORD_FILE, locked, read_record
 from flexgen.quantize.settings import QuantizeSettings
 from tests.quantize.reading import made
 
@@ -111,6 +112,64 @@ def test_what_is_not_complete_is_listed_as_such(tmp_path: Path, source: ModelFil
     (folder / "flexgen-conversion.json").write_text("{")
     assert {entry.name: entry.state[:12] for entry in entries(tmp_path)} == {"empty": "not complete", folder.name: str(folder)[:12]}
     assert entries(tmp_path / "none") == []
+
+
+@pytest.mark.parametrize(("name", "kept_bytes", "state"), [
+    ("config.json", None, "damaged: config.json is missing"),
+    ("model.safetensors", None, "damaged: model.safetensors is missing"),
+    ("model.safetensors", 100, "damaged: model.safetensors has 100 bytes of "),
+    ("config.json", 0, "damaged: config.json has 0 bytes of "),
+])  # fmt: skip
+def test_what_a_conversion_has_lost_is_told_and_made_again(
+    tmp_path: Path, source: ModelFiles, caplog: pytest.LogCaptureFixture, name: str, kept_bytes: int | None, state: str
+) -> None:
+    """Only that: what is there in its size is left alone."""
+    before = cached_conversion(source, INT4, tmp_path)
+    path = before.folder / name
+    whole = {each.name: each.read_bytes() for each in before.folder.iterdir()}
+    others = {each.name: each.stat().st_mtime_ns for each in before.folder.glob("*.safetensors") if each != path}
+    path.unlink()
+    if kept_bytes is not None:
+        path.write_bytes(whole[name][:kept_bytes])
+    (entry,) = entries(tmp_path)
+    assert entry.state.startswith(state)
+    assert (conversion_left(source, INT4, tmp_path) > 0.5) == (name == "model.safetensors")
+    assert cached_conversion(source, INT4, tmp_path) == before
+    assert f"{before.folder} is damaged ({entry.state.removeprefix('damaged: ')}): what is missing is converted again" in caplog.text
+    assert {each.name: each.read_bytes() for each in before.folder.iterdir()} == whole
+    assert {each: (before.folder / each).stat().st_mtime_ns for each in others} == others
+    assert [entry.state for entry in entries(tmp_path)] == ["complete"]
+
+
+def spoil_record(folder: Path) -> None:
+    (folder / RECORD_FILE).write_text("{")
+
+
+def lose_record(folder: Path) -> None:
+    (folder / RECORD_FILE).unlink()
+
+
+def change_record(folder: Path) -> None:
+    """As another version might have written it, whose files are of other sizes."""
+    record = read_record(folder)
+    assert record is not None
+    dataclasses.replace(record, total_bytes=1, complete=False).write(folder)
+
+
+@pytest.mark.parametrize(("spoil", "said"), [
+    (spoil_record, "cannot be understood"), (lose_record, "is not the folder of a conversion"), (change_record, "holds a conversion of"),
+])  # fmt: skip
+def test_an_entry_that_cannot_be_mended_names_the_command_that_removes_it(
+    tmp_path: Path, source: ModelFiles, spoil: Callable[[Path], None], said: str
+) -> None:
+    folder = cached_conversion(source, INT4, tmp_path).folder
+    spoil(folder)
+    assert [entry.state for entry in entries(tmp_path)] != ["complete"]
+    with pytest.raises(StorageError, match=rf"{said}.*`flexgen cache rm {folder.name}` removes it"):
+        cached_conversion(source, INT4, tmp_path)
+    (entry,) = find_entries([folder.name], tmp_path)
+    remove(entry)
+    assert cached_conversion(source, INT4, tmp_path).folder == folder
 
 
 def test_settings_in_words_tell_conversions_apart() -> None:

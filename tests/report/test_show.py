@@ -9,7 +9,7 @@ import json
 import pytest
 from fakes import FORECAST, FakeEngine
 
-from flexgen.base.quantities import format_seconds, parse_seconds
+from flexgen.base.quantities import GIB, format_seconds, parse_seconds
 from flexgen.errors import OptionError
 from flexgen.plan.workload import Workload
 from flexgen.report.format import format_details, format_progress, format_report
@@ -99,6 +99,16 @@ def test_the_plan_has_everything() -> None:
     helps = "1 GiB more of host memory (--host-mem): +4.1%; disk 10% faster: +6.0%"
     for part in ("expected 2.0 s for 64 output tokens: 32.00 tokens/s", "disk 0.7 s (the bottleneck)", helps):
         assert part in text
+
+
+def test_what_pads_pages_on_disk_is_told_where_there_are_such() -> None:
+    groups = tuple(dataclasses.replace(group, slot_bytes_per_token=12) for group in PLAN.spec.kv_groups)
+    padded = dataclasses.replace(PLAN, spec=dataclasses.replace(PLAN.spec, kv_groups=groups))
+    on_disk = dataclasses.replace(PLAN.policy, kv_disk_bytes=GIB)
+    told = "10 B per token (12 B on disk, where pages are padded to multiples of 4 KiB), pages of 16 tokens"
+    assert told in format_plan(dataclasses.replace(padded, policy=on_disk))
+    for plan in (padded, dataclasses.replace(PLAN, policy=on_disk)):
+        assert "10 B per token, pages of 16 tokens" in format_plan(plan)
 
 
 def test_the_report_begins_with_three_lines_for_people() -> None:

@@ -22,6 +22,7 @@ from flexgen.plan.workload import Workload
 from flexgen.quantize.cache import cached_conversion, conversion_left, entries
 from flexgen.quantize.settings import QuantizeSettings
 from flexgen.request import SamplingParams
+from flexgen.session.fingerprint import known_beforehand, stated
 from flexgen.session.formats import plan_formats
 from flexgen.session.model import ResolvedModel
 from tests.quantize.reading import made
@@ -109,6 +110,10 @@ def test_tokens_are_those_of_the_formats_by_name(files: ModelFiles, chosen: Form
         choose(monkeypatch, Formats("auto", "int4"))
         assert [list(each.outputs[0].token_ids) for each in llm.generate(prompts * 3, GREEDY)] == outputs * 3
         fingerprint = llm.model.fingerprint()
+    options = EngineOptions(**PLACED, weight_format=chosen.weights, kv_format=chosen.kv)
+    beforehand = known_beforehand(files, options)
+    assert beforehand.keys() >= stated(options).keys() | {"model"}
+    assert {name: fingerprint[name] for name in beforehand} == beforehand, "what is known before a conversion is what is found after it"
     with LLM(files, **PLACED, weight_format=chosen.weights, kv_format=chosen.kv) as named:
         assert [list(each.outputs[0].token_ids) for each in named.generate(prompts, GREEDY)] == outputs
         assert named.model.fingerprint() == fingerprint

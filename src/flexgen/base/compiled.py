@@ -24,6 +24,7 @@ def entry(function: Callable[..., Any]) -> Any:
         logger.info("%s cannot be kept on disk and will be compiled in every process", function.__name__)
         return njit(nogil=True, error_model="numpy")(function)
     _forget_outdated(Path(dispatcher.stats.cache_path), Path(function.__code__.co_filename))
+    _keep_if_possible(dispatcher)
     return dispatcher
 
 
@@ -33,6 +34,19 @@ def intrinsic(function: Callable[..., Any]) -> Any:
     Compiled functions call it without its first argument, the typing context.
     """
     return numba.extending.intrinsic(function)
+
+
+def _keep_if_possible(dispatcher: Any) -> None:
+    """Let what is compiled be used where the disk does not take it; Numba makes that an error of the first call."""
+    save = dispatcher._cache.save_overload
+
+    def saved(*arguments: Any) -> None:
+        try:
+            save(*arguments)
+        except OSError as error:
+            logger.info("%s is compiled but cannot be kept on disk: %s", dispatcher.__name__, error)
+
+    dispatcher._cache.save_overload = saved
 
 
 def _forget_outdated(cache: Path, file: Path) -> None:

@@ -14,9 +14,10 @@ import typer
 
 from flexgen.cli import bench, cache, convert, export, map, plan, profile, run, status
 from flexgen.cli import eval as evaluations
-from flexgen.cli.exit_codes import complain_of_bug
+from flexgen.cli.exit_codes import ExitCode, complain, complain_of_bug
 from flexgen.cli.help import CONTEXT_SETTINGS, Command, Group
 from flexgen.cli.streams import standard_streams
+from flexgen.errors import is_disk_full
 
 app = typer.Typer(
     cls=Group,
@@ -68,5 +69,7 @@ def main() -> None:
             app()
     except (SystemExit, KeyboardInterrupt):
         raise
-    except BaseException:  # noqa: BLE001  (the default exit code 1 would mean that lines have errors)
+    except BaseException as error:  # noqa: BLE001  (the default exit code 1 would mean that lines have errors)
+        if is_disk_full(error):
+            sys.exit(complain(f"{error}\nthe same command goes on when there is room", ExitCode.RESUMABLE))
         sys.exit(complain_of_bug())

@@ -14,7 +14,7 @@ from flexgen.cli.options import write_asked
 from flexgen.cli.run_flags import RunFlags
 from flexgen.cli.signals import StopSignals
 from flexgen.cli.spelling import in_flags
-from flexgen.errors import FlexGenError, OutOfMemoryError
+from flexgen.errors import FlexGenError, OutOfMemoryError, is_disk_full
 from flexgen.jobs.interrupt import Stopped
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class Answering:
         except Stopped:
             code, reason = self.signals.exit_code, f"stopped by {self.signals.name}"
         except FlexGenError as error:
-            code, reason = ExitCode.RESUMABLE if self.job.started else ExitCode.REFUSED, error
+            code, reason = ExitCode.RESUMABLE if self.job.started or is_disk_full(error) else ExitCode.REFUSED, error
         self.display.close()
         try:
             self._write_output(finished=reason is None)

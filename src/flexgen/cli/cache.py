@@ -71,6 +71,8 @@ def verify(
     for sentence in damaged:
         complain(sentence, ExitCode.SOME_FAILED)
     print(f"{counted(count, 'conversion')}: {counted(len(damaged), 'damage') if damaged else 'all as it was written'}")
+    if damaged:
+        print("a damaged file that is removed is written again by the next run, or by the same `flexgen convert`")
     return ExitCode.SOME_FAILED if damaged else ExitCode.ALL_ANSWERED
 
 

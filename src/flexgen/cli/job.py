@@ -22,6 +22,7 @@ from flexgen.jobs.interrupt import Stopped
 from flexgen.options import EngineOptions
 
 if TYPE_CHECKING:
+    from flexgen.hub.model_files import ModelFiles
     from flexgen.jobs.folder import JobFolder
     from flexgen.jobs.runner import Job
     from flexgen.jobs.serving import Judge
@@ -94,7 +95,7 @@ class JobCommand:
         """Check the input, show the plan, and return the exit code (`--dry-run`)."""
         from flexgen.jobs.runner import Job
 
-        with self._load() as llm, self.lines.to_measure(llm, self.display.message) as source:
+        with self._load(check=lambda files: None) as llm, self.lines.to_measure(llm, self.display.message) as source:
             job = Job(llm.model, source, None, defaults=self.lines.defaults(llm), input_format=self.lines.form, name=self.lines.name)
             workload = self._prepare_lines(job, None)
             self.display.message(describe(job, workload))
@@ -136,12 +137,17 @@ class JobCommand:
 
     def _answer_kept(self, state: Path | None) -> int:
         """Answer a job whose state is kept in a folder."""
+        from flexgen.jobs.begin import check_begun
         from flexgen.jobs.folder import JobFolder, job_paths
+
+        def check(files: ModelFiles) -> None:
+            if not self.flags.fresh and not self.flags.accept_changes:
+                check_begun(paths, files, self.options)
 
         paths = job_paths(None if self.flags.source_is_stream else self.flags.source, self.flags.output, state)
         with JobFolder(paths) as folder:
             try:
-                with self._load() as llm:  # errors of the model are reported before the input is read
+                with self._load(check) as llm:  # errors of the model are reported before the input is read
                     return self._answer_in(folder, llm)
             except FlexGenError:
                 folder.undo()
@@ -190,8 +196,8 @@ class JobCommand:
             job.check_head()
         return job.scan()
 
-    def _load(self) -> LLM:
-        llm = load(self.flags.model, self.options, self.flags.progress, **self.lines.keywords)
+    def _load(self, check: Callable[[ModelFiles], None]) -> LLM:
+        llm = load(self.flags.model, self.options, self.flags.progress, check=check, **self.lines.keywords)
         llm.model.check()
         return llm
 

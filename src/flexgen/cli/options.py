@@ -19,7 +19,7 @@ from flexgen.base.quantities import parse_seconds
 from flexgen.cli.exit_codes import ExitCode, complain, complain_of_bug
 from flexgen.cli.numbers import in_words
 from flexgen.cli.spelling import ENGINE_FLAGS, flag_of, in_flags
-from flexgen.errors import FlexGenError, OptionError, StorageError, is_out_of_memory
+from flexgen.errors import FlexGenError, OptionError, StorageError, is_disk_full, is_out_of_memory
 from flexgen.options import (
     ALLOWABLE_FORMATS,
     CPU_COMPUTES,
@@ -33,6 +33,7 @@ from flexgen.options import (
 )
 
 if TYPE_CHECKING:
+    from flexgen.hub.model_files import ModelFiles
     from flexgen.llm import LLM
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A Hugging Face folder, a GGUF file, or a hub id such as facebook/opt-6.7b.")]
@@ -106,10 +107,8 @@ def command(body: Callable[..., int]) -> Callable[..., None]:
     def wrapped(**values: Any) -> None:
         try:
             code = body(**values)
-        except OptionError as error:
-            code = complain(in_flags(str(error), flags), ExitCode.USAGE)
         except FlexGenError as error:
-            code = complain(error, ExitCode.REFUSED)
+            code = _refused(error, flags)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -122,6 +121,14 @@ def command(body: Callable[..., int]) -> Callable[..., None]:
 
     wrapped.__signature__ = signature  # pyright: ignore[reportAttributeAccessIssue]
     return wrapped
+
+
+def _refused(error: FlexGenError, flags: Mapping[str, str]) -> ExitCode:
+    """Say why a command was refused, with flags in place of names, and return the exit code: what a full disk is to blame for can go on."""
+    said = in_flags(str(error), flags) if isinstance(error, OptionError) else error
+    if is_disk_full(error):
+        return complain(f"{said}\nthe same command goes on when there is room", ExitCode.RESUMABLE)
+    return complain(said, ExitCode.USAGE if isinstance(error, OptionError) else ExitCode.REFUSED)
 
 
 def _flags(signature: inspect.Signature) -> dict[str, str]:
@@ -188,13 +195,16 @@ def _spelling(name: str, default: object) -> str:
     return f"{flag}/--no-{flag.removeprefix('--')}" if default is True else flag
 
 
-def load(model: str, options: EngineOptions, progress: str, **more: Any) -> LLM:
+def load(
+    model: str, options: EngineOptions, progress: str, *, check: Callable[[ModelFiles], None] = lambda files: None, **more: Any
+) -> LLM:
     """Load the model that a command names, downloading it if need be; weights are not read yet.
 
     Args:
         model: The folder, GGUF file or hub id of the model.
         options: The options of the engine.
         progress: The value of `--progress`.
+        check: Called with the files of the model before they are loaded, and before weights are converted.
         **more: Keywords of LLM that are not engine options.
     """
     from flexgen.llm import LLM
@@ -203,6 +213,7 @@ def load(model: str, options: EngineOptions, progress: str, **more: Any) -> LLM:
     is_there(Path(model), "MODEL", Path.is_dir)
     show = progress in ("auto", "rich") and sys.stderr.isatty()
     files = files_of(model, options, show_progress=show)
+    check(files)
     return LLM(files, **more, **dataclasses.asdict(options))
 
 

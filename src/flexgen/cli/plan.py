@@ -17,18 +17,17 @@ from flexgen.cli.exit_codes import ExitCode
 from flexgen.cli.options import engine_command, takes
 from flexgen.cli.reading import Reading, check_source, lengths_of
 from flexgen.cli.terminal import showing
-from flexgen.errors import CapacityError, FlexGenError, OptionError
+from flexgen.errors import CapacityError, OptionError
 from flexgen.options import ALLOWABLE_FORMATS, EngineOptions
 from flexgen.plan.machine import int8_name
 
 if TYPE_CHECKING:
-    from flexgen.errors import ModelError
     from flexgen.plan.formats import Formats
     from flexgen.plan.machine import Limits, Machine
     from flexgen.plan.model import ModelSpec
     from flexgen.plan.search.space import Space
     from flexgen.plan.tell.forecast import Plan
-    from flexgen.plan.tell.formats import FormatGain, FormatJob
+    from flexgen.plan.tell.formats import FormatGain
     from flexgen.plan.workload import Workload
 
 # Approximate resident memory of a run before any weight is loaded: the interpreter, torch, transformers, kernels.
@@ -84,25 +83,14 @@ class _Question:
 
         return cached_machine(self.limits.device, spec.dtype, self._weights_folder, formats=spec.decoded_from)
 
-    def job_in(self, formats: Formats, stored: ModelSpec, spec: ModelSpec | ModelError) -> FormatJob:
-        """Return the job in certain formats; a conversion that this machine has in its cache takes no time.
+    def job_in(self, formats: Formats, spec: ModelSpec) -> dict[str, Any]:
+        """Return the arguments of `make_plan` for the model in certain formats."""
+        return dataclasses.replace(self, options=self.options.in_formats(formats.weights, formats.kv)).job(spec, self.machine(spec))
 
-        Args:
-            formats: The formats.
-            stored: The model as it is.
-            spec: The model in these formats, or why it cannot be in them.
-        """
-        from flexgen.plan.tell.formats import FormatJob, conversion_seconds
-
-        if isinstance(spec, FlexGenError):
-            return FormatJob(problem=spec)
-        machine, seconds = self.machine(spec), 0.0
-        if formats.weights != self.options.weight_format:
-            seconds = self._left_to_convert(formats) * conversion_seconds(stored, spec, machine)
-        return FormatJob(arguments=self.job(spec, machine), conversion_seconds=seconds)
-
-    def _left_to_convert(self, formats: Formats) -> float:
+    def left_to_convert(self, formats: Formats, spec: ModelSpec) -> float:
         """Return the share of a conversion that is still to be done: all of it, unless the model and the machine are here."""
+        if formats.weights == self.options.weight_format:
+            return 0.0
         if self.box is not None or not Path(self.model).is_dir():
             return 1.0
         from flexgen.hub.resolve import resolve_model
@@ -197,7 +185,7 @@ def _told(
     from flexgen.plan.search.solve import space_of
     from flexgen.plan.tell.alternatives import faster_dtype
     from flexgen.plan.tell.alternatives import pareto as curve_of
-    from flexgen.plan.tell.formats import plan_in_formats, specs_of
+    from flexgen.plan.tell.formats import jobs_in_formats, plan_in_formats, specs_of
 
     limits, box = _limits_and_machine(options, machine)
     step(f"reading config and headers of {model}")
@@ -206,7 +194,7 @@ def _told(
         limits = beside_checkpoint(limits, spec.checkpoint_bytes, options)
     context = min(spec.max_position_embeddings, options.max_model_len or spec.max_position_embeddings)
     question = _Question(model=model, options=options, limits=limits, box=box, workload=workload_of(context))
-    jobs = {formats: question.job_in(formats, spec, each) for formats, each in specs.items()}
+    jobs = jobs_in_formats(spec, specs, question.job_in, question.left_to_convert)
     step("choosing a plan")
     plan = plan_in_formats(jobs)
     assert plan.formats is not None

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from typing import Any, TextIO
 
 from flexgen.cli.exit_codes import ExitCode, complain
-from flexgen.errors import StorageError
+from flexgen.errors import StorageError, no_room
 
 # Closed descriptors are opened in the wrong direction, so that using them still fails, and `check_stdin` and `check_stdout` notice.
 _CLOSED = {0: os.O_WRONLY, 1: os.O_RDONLY, 2: os.O_WRONLY}
@@ -136,13 +136,17 @@ def check_stdout() -> None:
     try:
         fault = "it is closed, or open for reading only" if access == os.O_RDONLY else _fault(sys.stdout.fileno())
     except OSError as error:
-        fault = reason_of(error)
+        raise StorageError(f"standard output: {reason_of(error)}; give a file in place of -") from error
     if fault:
         raise StorageError(f"standard output: {fault}; give a file in place of -")
 
 
 def _fault(descriptor: int) -> str:
-    """Return the reason why a descriptor cannot be written; empty if it can."""
+    """Return the reason why a descriptor cannot be written; empty if it can.
+
+    Raises:
+        OSError: The system refuses to write, or there is no room.
+    """
     mode = os.fstat(descriptor).st_mode
     if stat.S_ISCHR(mode):
         os.write(descriptor, b"")  # a full device and a closed terminal refuse even that
@@ -154,7 +158,7 @@ def _fault(descriptor: int) -> str:
     elif stat.S_ISREG(mode):
         space = os.fstatvfs(descriptor)
         if space.f_blocks and not space.f_bavail:
-            return os.strerror(errno.ENOSPC)
+            raise no_room()
     return ""
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from flexgen.base.text_input import READ_ERRORS, open_input
 from flexgen.errors import JobError, StorageError
 
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 _JSON_LINES = (".jsonl", ".ndjson")
 
 
@@ -77,4 +79,6 @@ def _text(path: Path, number: int, line: bytes) -> str:
     text = found.get("text") if isinstance(found, dict) else None
     if not isinstance(text, str):
         raise JobError(f'{path}, line {number}: there is no "text"; each line must be an object like {{"text": "..."}}')
+    if (lone := _LONE_SURROGATE.search(text)) is not None:
+        raise JobError(f"{path}, line {number}: the text has a lone surrogate at character {lone.start()}, which is no character")
     return text

@@ -47,10 +47,11 @@ def lambada(answers: Answers, encoding: Encoding, passages: Sequence[str]) -> La
         passages: The passages, at least one.
 
     Raises:
-        JobError: A passage has no word to predict, see `split`.
+        JobError: A passage has no word to predict (see `split`), or one that is longer than the model's context.
         FlexGenError: See `scoring.score`.
     """
-    scores = score(answers, "lambada", encoding.pairs(split(index, passage) for index, passage in enumerate(passages)))
+    pairs = encoding.pairs(split(index, passage) for index, passage in enumerate(passages))
+    scores = score(answers, "lambada", pairs, "passage")
     count, num_right = len(scores), sum(each.is_greedy for each in scores)
     share = num_right / count
     return Lambada(

@@ -2,11 +2,57 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from contextlib import closing
+from typing import Any
+
 from flexgen.errors import JobError, OptionError
-from flexgen.jobs.identity import Identity, identity_of
+from flexgen.hub.model_files import ModelFiles
+from flexgen.jobs.database import connect, translated
+from flexgen.jobs.folder import JobPaths
+from flexgen.jobs.identity import Identity, changes, differing_from, identity_of
 from flexgen.jobs.model import JobModel
 from flexgen.jobs.store import Store
+from flexgen.options import EngineOptions
 from flexgen.request import SamplingParams
+from flexgen.session.fingerprint import known_beforehand, stated
+
+_BEGUN = """
+SELECT value FROM facts
+WHERE name = 'identity' AND (EXISTS (SELECT 1 FROM results WHERE NOT failed) OR EXISTS (SELECT 1 FROM begun))
+"""
+
+
+def check_begun(paths: JobPaths, files: ModelFiles, options: EngineOptions) -> None:
+    """Refuse a run that is known not to go on with its job before the model is loaded, and so before its weights are converted.
+
+    Args:
+        paths: The paths of the job, whose folder the caller holds.
+        files: The files of the model as they are, without a conversion.
+        options: The options of the run.
+
+    Raises:
+        JobError: The weights or an option that changes answers are not as in earlier runs; `begin_job` finds what else is not.
+        StorageError: The state of the job cannot be read.
+    """
+    begun = _begun_with(paths)
+    if begun is None:
+        return
+    now = stated(options)
+    if begun.get("load_format") == options.load_format:  # the weights are compared in the format that they had
+        as_begun = options.in_formats(begun.get("weight_format", "auto"), begun.get("kv_format", "auto"))
+        now = known_beforehand(files, as_begun) | now
+    if found := changes(begun, now):
+        raise JobError(differing_from(paths.name, found))
+
+
+def _begun_with(paths: JobPaths) -> Mapping[str, Any] | None:
+    """Return the settings that earlier runs were begun with; None where no line has an answer or is in progress."""
+    if not paths.database.exists():
+        return None
+    with closing(connect(paths.database, create=True)) as connection, translated(paths.database):
+        found = connection.execute(_BEGUN).fetchone()
+    return None if found is None else Identity.from_json(found[0]).answers
 
 
 def begin_job(
@@ -40,7 +86,7 @@ def begin_job(
 
 
 def _resumed(store: Store, model: JobModel, accept_changes: bool) -> str:
-    begun = store.begun_with()
+    begun = _begun_with(store.paths)
     try:
         return model.resume(begun) if begun is not None else ""
     except OptionError as error:

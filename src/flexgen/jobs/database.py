@@ -14,11 +14,14 @@ from pathlib import Path
 
 from flexgen.base.failpoints import failpoint
 from flexgen.base.files import check_private, open_private
-from flexgen.errors import StorageError
+from flexgen.errors import StorageError, no_room
 
 _APPLICATION_ID = 0x666C7867  # "flxg", which distinguishes a job from other databases
 _VERSION = 1
 _BUSY_SECONDS = 60.0
+_FILES_BESIDE = 3  # a journal, -wal and -shm
+# What SQLite says of a full disk: the first where it adds to a file, the others of files that may not grow and of its shared memory.
+_FULL = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_WRITE, sqlite3.SQLITE_IOERR_SHMSIZE, sqlite3.SQLITE_IOERR_SHMMAP)
 # Rows of `results` are small, so that counting a million lines and finding those that are done reads no answers.
 _SCHEMA = f"""
 BEGIN;
@@ -138,6 +141,17 @@ def translated(path: Path) -> Iterator[None]:
     try:
         yield
     except sqlite3.Error as error:
-        raise StorageError(f"{path}: {error}") from error
+        raise StorageError(f"{path}: {error}") from (no_room() if _is_full(error, path) else error)
     except OSError as error:
         raise StorageError(f"{path}: {error.strerror or error}") from error
+
+
+def _is_full(error: sqlite3.Error, path: Path) -> bool:
+    """Return whether SQLite failed for want of room, which it does not say where it cannot make one of its files beside the database."""
+    code = getattr(error, "sqlite_errorcode", None)
+    if code != sqlite3.SQLITE_CANTOPEN:
+        return code in _FULL
+    with suppress(OSError):
+        room = os.statvfs(path.parent)
+        return not room.f_bavail or room.f_favail < _FILES_BESIDE < room.f_files
+    return False

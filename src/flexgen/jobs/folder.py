@@ -130,14 +130,21 @@ class JobFolder:
             check_target(paths.output)
             _check_length(paths)
             self._is_new = _make_private(paths)
-            self._lock = open_private(paths.folder / "lock", os.O_RDWR | os.O_CREAT)
+            is_held = False
             try:
+                self._lock = open_private(paths.folder / "lock", os.O_RDWR | os.O_CREAT)
                 self._take_lock()
+                is_held = True
                 # The output needs this lock at the end of the run: fail now rather than then.
                 os.close(open_private(paths.folder / "export.lock", os.O_RDWR | os.O_CREAT))
                 os.ftruncate(self._lock, 0)
                 os.pwrite(self._lock, f"{os.getpid()}\n".encode(), 0)
             except BaseException:
+                if is_held:
+                    self.undo()
+                elif self._is_new:
+                    with suppress(OSError):  # another run is in it
+                        paths.folder.rmdir()
                 self.close()
                 raise
 

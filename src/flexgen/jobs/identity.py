@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
@@ -17,6 +18,13 @@ from flexgen.jobs.model import JobModel
 from flexgen.request import SamplingParams
 
 _PACKAGES = ("flexgen-engine", "torch", "transformers", "tokenizers", "llguidance")
+# Settings that flags state, and those that are kept as digests, which say nothing to people, with what they are digests of.
+_FLAGS = (
+    "dtype", "cpu_compute", "weight_format", "kv_format", "sparse_attention", "load_format", "max_model_len", "seed", "input_format",
+)  # fmt: skip
+_DIGESTS = {"config": "config.json", "tokenizer": "tokenizer", "chat_template": "chat template"}
+# What tells weights apart and is no name of a commit, see `session.fingerprint`.
+_WEIGHT_DIGEST = re.compile(r"( at files|,|, config) [0-9a-f]{16,32}(?=,|$)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +58,37 @@ class Change:
     new: Any
 
     def __str__(self) -> str:
-        return f"{self.name} {in_json(self.old)}, now it is {in_json(self.new)}"
+        if self.name in _DIGESTS:
+            return _other(_DIGESTS[self.name], self.old, self.new)
+        if self.name in _FLAGS:
+            return f"--{self.name.replace('_', '-')} {_on_command_line(self.old)}, now it is {_on_command_line(self.new)}"
+        old, new = (_WEIGHT_DIGEST.sub("", each) if self.name == "model" else each for each in (self.old, self.new))
+        return f"other files of weights ({old})" if old == new else f"{self.name} {in_json(old)}, now it is {in_json(new)}"
+
+
+def _other(what: str, old: str | None, new: str | None) -> str:
+    """Say that something of which there are only digests is not what it was."""
+    if old is None:
+        return f"no {what}, now there is one"
+    return f"another {what}" if new is not None else f"a {what}, now there is none"
+
+
+def _on_command_line(value: object) -> str:
+    return value if isinstance(value, str) else in_json(value)
+
+
+def differing_from(begun: str, found: Sequence[Change]) -> str:
+    """Return the message about a job that was begun otherwise, and what can be done.
+
+    Args:
+        begun: The name of the job.
+        found: What has changed, at least one value.
+    """
+    said = "; ".join(map(str, found))
+    return (
+        f"{begun} was begun with {said}: the earlier {'value goes' if len(found) == 1 else 'values go'} on, --accept-changes goes on with "
+        f"the new {'one' if len(found) == 1 else 'ones'}, --fresh starts anew, another output keeps both"
+    )
 
 
 def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Change]:

@@ -144,10 +144,11 @@ class RunRecorder:
             self._connection.execute("INSERT OR REPLACE INTO snapshot VALUES (1, ?)", (json.dumps(dataclasses.asdict(snapshot)),))
 
 
-def latest_run(connection: sqlite3.Connection) -> Run:
-    """Return the row of the latest run."""
+def latest_run(connection: sqlite3.Connection, no_later_than: int | None = None) -> Run:
+    """Return the row of the latest run, or of the latest up to a number."""
     names = [field.name for field in dataclasses.fields(Run)]
-    row = connection.execute(f"SELECT {', '.join(names)} FROM runs ORDER BY id DESC LIMIT 1").fetchone()
+    query = f"SELECT {', '.join(names)} FROM runs WHERE id <= ifnull(?, id) ORDER BY id DESC LIMIT 1"
+    row = connection.execute(query, (no_later_than,)).fetchone()
     return Run(**dict(zip(names, row, strict=True))) if row is not None else Run()
 
 

@@ -15,7 +15,10 @@ from flexgen.jobs.runs import Run, Snapshot, latest_run, latest_snapshot
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobStatus:
-    """The progress of a job.  Figures of its latest run are those of the run's latest snapshot.
+    """The progress of a job.
+
+    Figures of its latest run are those of the run's latest snapshot.  Where no run goes on, and the latest one had nothing to answer,
+    they are those of the run before it that had.
 
     Attributes:
         name: Name of the job in messages.
@@ -90,18 +93,34 @@ def read_status(paths: JobPaths) -> JobStatus:
     """
     with closing(connect(paths.database)) as connection, translated(paths.database):
         connection.execute("BEGIN")  # so that all figures are of one moment
-        run, results, told = latest_run(connection), _results(connection), latest_snapshot(connection)
+        latest, results, told = latest_run(connection), _results(connection), latest_snapshot(connection)
+        told_by = latest if told is None else latest_run(connection, told.run)
     process = running_process(paths)
+    # A run tells something before it answers its first line: one that is over and has told nothing had nothing to answer.
+    run = told_by if process is None or latest.ending is not None else latest
     if told is not None and told.run != run.id:
         told = None
     if told is not None and told.updated >= (run.updated or 0.0):
         run = dataclasses.replace(run, seconds=told.run_seconds, tokens=told.output_tokens, updated=told.updated)
-    is_live = told is not None and process is not None and told.process == process and run.ending is None
-    return _status(paths.name, process, run, results, told, is_live=is_live)
+    is_live = told is not None and process is not None and told.process == process and latest.ending is None
+    return _status(paths.name, process, latest, run, results, told if is_live else None, told)
 
 
-def _status(name: str, process: int | None, run: Run, results: _Results, told: Snapshot | None, *, is_live: bool) -> JobStatus:
-    live = told if is_live else None
+def _status(
+    name: str, process: int | None, latest: Run, run: Run, results: _Results, live: Snapshot | None, told: Snapshot | None
+) -> JobStatus:
+    """Return the progress of a job.
+
+    Args:
+        name: The name of the job.
+        process: The process that runs it now.
+        latest: Its latest run.
+        run: Its latest run that had something to answer, whose pace is told.
+        results: What is durable.
+        live: The snapshot of the run that answers now, if one does.
+        told: The latest snapshot of `run`.
+    """
+    done = results.done if run.id == latest.id else min(results.done, run.lines or 0)  # a later run found more lines, with errors
     in_progress, tokens = results.begun, results.begun_tokens
     if live is not None:  # which counts tokens that are not durable yet, too
         in_progress, tokens = live.in_progress, max(live.output_tokens - results.output_tokens, 0)
@@ -110,8 +129,8 @@ def _status(name: str, process: int | None, run: Run, results: _Results, told: S
         name=name,
         process=process,
         answering=live is not None,
-        ending=run.ending,
-        lines=run.lines,
+        ending=latest.ending,
+        lines=latest.lines,
         answered=results.done - results.failed,
         failed=results.failed,
         in_progress=in_progress,
@@ -123,7 +142,7 @@ def _status(name: str, process: int | None, run: Run, results: _Results, told: S
         updated=run.updated,
         output_tokens_per_s=(run.tokens - run.tokens_before) / run.seconds if run.seconds > 0 else 0.0,
         prompt_tokens_per_s=_prompt_tokens_per_s(run, results, told),
-        lines_per_s=(results.done - run.lines_before) / run.seconds if run.seconds > 0 else 0.0,
+        lines_per_s=max(done - run.lines_before, 0) / run.seconds if run.seconds > 0 else 0.0,
         eta_seconds=None if live is None or live.eta_seconds is None or age is None else max(live.eta_seconds - age, 0.0),
         eta_age_seconds=age,
     )

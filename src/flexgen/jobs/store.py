@@ -19,7 +19,7 @@ from flexgen.jobs import saved_progress
 from flexgen.jobs.database import commit, connect, hold, transaction, translated
 from flexgen.jobs.differences import by_number, describe_difference, differing
 from flexgen.jobs.folder import JobFolder
-from flexgen.jobs.identity import Identity, changes
+from flexgen.jobs.identity import Identity, changes, differing_from
 from flexgen.jobs.runs import RunRecorder
 from flexgen.jobs.saved_progress import ProgressRow, SavedProgress
 
@@ -101,11 +101,6 @@ class Store:
                 self.model = facts["model"]
         self._keep({"identity": identity.to_json(), "created": str(self.created), "model": self.model})
 
-    def begun_with(self) -> Mapping[str, Any] | None:
-        """Return the settings that earlier runs were begun with; None where no line has an answer or is in progress."""
-        facts = self._facts()
-        return Identity.from_json(facts["identity"]).answers if facts and (self.num_answered or self._begun_lines) else None
-
     def settle(self, fingerprint: Mapping[str, Any]) -> None:
         """Keep the fingerprint of a model that has chosen formats since the run began; no line was answered since then."""
         begun = Identity.from_json(self._facts()["identity"])
@@ -132,9 +127,7 @@ class Store:
             self.forget_failed()
             return
         if not accept_changes:
-            raise JobError(
-                f"{self.paths.name} was begun with {said}: --accept-changes goes on with it, --fresh starts anew, another output keeps both"
-            )
+            raise JobError(differing_from(self.paths.name, found))
         logger.warning("%s was begun with %s; answers in progress start anew", self.paths.name, said)
         hold(self._connection, self._path)
         with transaction(self._connection, self._path):

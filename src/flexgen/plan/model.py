@@ -146,10 +146,14 @@ class ModelSpec:
         return sum(group.num_layers * group.bytes_per_token for group in self.kv_groups)
 
     @cached_property
+    def disk_kv_bytes_per_token(self) -> int:
+        """The KV bytes of one token over all layers on disk, where pages are padded, with windows ignored."""
+        return sum(group.num_layers * group.disk_bytes_per_token for group in self.kv_groups)
+
+    @cached_property
     def disk_kv_growth(self) -> float:
         """The bytes that a byte of KV becomes on disk, where pages are padded."""
-        on_disk = sum(group.num_layers * group.disk_bytes_per_token for group in self.kv_groups)
-        return max(on_disk / max(self.kv_bytes_per_token, 1), 1.0)
+        return max(self.disk_kv_bytes_per_token / max(self.kv_bytes_per_token, 1), 1.0)
 
     @cached_property
     def tail_bytes_per_token(self) -> int:

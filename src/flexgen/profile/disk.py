@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flexgen.base.quantities import KIB, MIB
-from flexgen.errors import StorageError
+from flexgen.errors import StorageError, no_room
 from flexgen.io.aligned import AlignedBuffer
 from flexgen.io.direct_io import File
 from flexgen.io.pool import IOPool
@@ -77,7 +77,7 @@ def disk_rates(folder: Path, quick: bool, max_bytes: int, io_threads: int) -> Di
                 request = _request_cost(read_only, weights.stat().st_size, read.typical, io_threads, writes=False)
             return DiskRates(read=read, write=read, core_seconds_per_byte=core_seconds, request=request)
         if size == 0:
-            raise StorageError(f"{where}: no room for a file of 64 MiB to measure the disk with")
+            raise StorageError(f"{where}: no room for a file of 64 MiB to measure the disk with") from no_room()
         with tempfile.NamedTemporaryFile(dir=where, prefix="flexgen-measure-") as file:
             with opened(Path(file.name), os.O_RDWR) as written:
                 write = Rate.of([_write_rate(written, size, min(largest, max_bytes)) for _ in range(2 if quick else 4)])

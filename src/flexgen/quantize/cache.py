@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -17,11 +18,14 @@ from pathlib import Path
 from flexgen.base.cache_home import cache_home
 from flexgen.base.steps import step
 from flexgen.errors import OptionError, StorageError
+from flexgen.hub.diagnose import some
 from flexgen.hub.model_files import ModelFiles, read_json
 from flexgen.quantize.convert import ConversionProgress, convert, num_cores
-from flexgen.quantize.record import FolderIsLocked, Record, locked, read_record
+from flexgen.quantize.record import FolderHoldsOther, FolderIsLocked, Record, UnusableRecord, locked, lost, present, read_record
 from flexgen.quantize.settings import QuantizeSettings
 from flexgen.quantize.source import identity_of
+
+logger = logging.getLogger(__name__)
 
 _WAIT_SECONDS = 0.5
 _TELL_SECONDS = 5.0
@@ -34,7 +38,7 @@ def cache_folder() -> Path:
 
 
 def cached_conversion(files: ModelFiles, settings: QuantizeSettings, cache: Path | None = None) -> ModelFiles:
-    """Return a converted model from the cache, converting it first if it is not there.
+    """Return a converted model from the cache, converting it first if it is not there, and what is missing of it if files are gone or cut.
 
     If another process converts it, this one waits until that is done, and goes on where the other stopped if it was killed.
 
@@ -46,18 +50,28 @@ def cached_conversion(files: ModelFiles, settings: QuantizeSettings, cache: Path
     Raises:
         ModelError: See `convert`.
         CapacityError: See `convert`.
-        StorageError: The cache cannot be written.
+        StorageError: The cache cannot be written, or what is there in place of the conversion is none; the message has the command to
+            remove it.
     """
-    identity = identity_of(files)
-    folder = (cache or cache_folder()) / _entry_name(files, settings, identity)
-    _convert_or_wait(files, folder, settings)
+    folder, commit = (cache or cache_folder()) / _entry_name(files, settings), converted_commit(files, settings)
+    try:
+        _convert_or_wait(files, folder, settings)
+    except FolderHoldsOther as error:
+        raise StorageError(f"{error.what}: `flexgen cache rm {folder.name}` removes it, and the same command converts again") from error
+    except UnusableRecord as error:
+        raise StorageError(f"{error} (`flexgen cache rm {folder.name}` removes it, and the same command converts)") from error
     step(f"weights in {settings.weight_format}: {folder}")
     return dataclasses.replace(
         files,
         folder=folder,
         config=read_json(folder / "config.json"),
-        commit=f"{identity}, weights in {settings.words}",
+        commit=commit,
     )
+
+
+def converted_commit(files: ModelFiles, settings: QuantizeSettings) -> str:
+    """Return what tells the converted weights of a model from others; nothing is converted."""
+    return f"{identity_of(files)}, weights in {settings.words}"
 
 
 def conversion_left(files: ModelFiles, settings: QuantizeSettings, cache: Path | None = None) -> float:
@@ -66,7 +80,7 @@ def conversion_left(files: ModelFiles, settings: QuantizeSettings, cache: Path |
     Raises:
         StorageError: What is there cannot be understood.
     """
-    record = _record_of((cache or cache_folder()) / _entry_name(files, settings, identity_of(files)))
+    record = _record_of((cache or cache_folder()) / _entry_name(files, settings))
     if record is None or record.complete:
         return 0.0 if record is not None else 1.0
     return max(1 - sum(sums.nbytes for sums in record.files.values()) / max(record.total_bytes, 1), 0.0)
@@ -82,14 +96,21 @@ def private_cache() -> Path:
     return cache_folder()
 
 
-def _entry_name(files: ModelFiles, settings: QuantizeSettings, identity: str) -> str:
-    key = json.dumps([identity, settings.to_json()], sort_keys=True).encode()
+def _entry_name(files: ModelFiles, settings: QuantizeSettings) -> str:
+    key = json.dumps([identity_of(files), settings.to_json()], sort_keys=True).encode()
     name = _UNSAFE.sub("-", "--".join(Path(files.name).parts[-2:])).strip("-.")[-60:]
     return f"{name}-{settings.weight_format}-{hashlib.blake2b(key, digest_size=8).hexdigest()}"
 
 
 def _record_of(folder: Path) -> Record | None:
-    return read_record(folder) if folder.is_dir() else None
+    """Return the record of what is there of a conversion."""
+    record = read_record(folder) if folder.is_dir() else None
+    return None if record is None else present(folder, record)
+
+
+def _damage(folder: Path, record: Record | None) -> str:
+    """Return what has become of files of a conversion that was complete; empty where nothing has."""
+    return some(lost(folder, record).values()) if record is not None and record.complete else ""
 
 
 def _convert_or_wait(files: ModelFiles, folder: Path, settings: QuantizeSettings) -> None:
@@ -102,6 +123,8 @@ def _convert_or_wait(files: ModelFiles, folder: Path, settings: QuantizeSettings
             waited = True
             time.sleep(_WAIT_SECONDS)
             continue
+        if folder.is_dir() and (damage := _damage(folder, read_record(folder))):
+            logger.warning("%s is damaged (%s): what is missing is converted again", folder, damage)
         step(f"converting {files.name} to {settings.weight_format}, once")
         with contextlib.suppress(FolderIsLocked):  # another process was faster
             convert(files, folder, settings, num_threads=num_cores(), on_progress=announced(files.name, _TELL_SECONDS))
@@ -140,7 +163,7 @@ class CacheEntry:
         nbytes: The bytes that it takes on the disk.
         source: The name of the model that it was made from; empty if that is not known.
         weight_format: The format of its weights; empty if that is not known.
-        state: "complete", "not complete", "being written", or why it cannot be used.
+        state: "complete", "not complete", "being written", "damaged" with what has become of its files, or why it cannot be used.
     """
 
     name: str
@@ -173,6 +196,8 @@ def _entry(folder: Path) -> CacheEntry:
     if record is None:
         return CacheEntry(name=folder.name, folder=folder, nbytes=nbytes, source="", weight_format="", state="not complete")
     state = "complete" if record.complete else "being written" if _is_locked(folder) else "not complete"
+    if damage := _damage(folder, record):
+        state = f"damaged: {damage}"
     weight_format = str(record.settings.get("weight_format", ""))
     return CacheEntry(name=folder.name, folder=folder, nbytes=nbytes, source=record.source, weight_format=weight_format, state=state)
 

@@ -18,13 +18,13 @@ from pathlib import Path
 from flexgen.base.files import sync_folder
 from flexgen.base.quantities import format_size
 from flexgen.base.scalars import in_json
-from flexgen.errors import CapacityError, OptionError, StorageError, UnsupportedModelError
+from flexgen.errors import CapacityError, StorageError, UnsupportedModelError, no_room
 from flexgen.hub.model_files import INDEX_FILE, ModelFiles
 from flexgen.hub.private_folder import tokenizer_files
 from flexgen.hub.symlinks import followed
 from flexgen.kernels.threads import KernelThreads
 from flexgen.quantize.layout import SHARD_BYTES, Shard, check_rounded_once, lay_out, written_config
-from flexgen.quantize.record import PARTIAL, RECORD_FILE, FileSums, Record, locked, read_record, replace_file
+from flexgen.quantize.record import PARTIAL, RECORD_FILE, FileSums, FolderHoldsOther, Record, locked, present, read_record, replace_file
 from flexgen.quantize.settings import QuantizeSettings
 from flexgen.quantize.shard import write_shard
 from flexgen.quantize.source import Reader, identity_of, open_source
@@ -76,7 +76,7 @@ def convert(
     Raises:
         ModelError: The model cannot be converted, its weights cannot be read, or they are in a low-bit format and `allow_requantize` is
             false.
-        OptionError: A setting cannot be honoured for this model, or the folder holds something else.
+        OptionError: A setting cannot be honoured for this model, or the folder holds something else (FolderHoldsOther).
         CapacityError: There is not enough free space.
         StorageError: Another process writes to the folder, or writing fails.
     """
@@ -136,23 +136,20 @@ def _begun(folder: Path, wanted: Record) -> Record:
     found = read_record(folder)
     if found is None:
         if others := [path.name for path in folder.iterdir() if path.name != RECORD_FILE + PARTIAL]:
-            raise OptionError(f"{folder} holds {others[0]} and is not the folder of a conversion: give a new folder")
+            raise FolderHoldsOther(f"{folder} holds {others[0]} and is not the folder of a conversion", "give a new folder")
         return wanted
     if not found.made_of(wanted):
-        what = "other weights" if found.identity != wanted.identity else f"these weights with other settings ({_differing(found, wanted)})"
-        raise OptionError(f"{folder} holds a conversion of {what} (of {found.source}): give another folder, or remove it")
-    there = {name: sums for name, sums in found.files.items() if _has_size(folder / name, sums.nbytes)}
-    return dataclasses.replace(found, files=there, complete=found.complete and there == found.files)
+        settings = _differing(found, wanted)
+        how = f"with other settings ({settings})" if settings else "by another version of flexgen"
+        what = "other weights" if found.identity != wanted.identity else f"these weights {how}"
+        raise FolderHoldsOther(f"{folder} holds a conversion of {what} (of {found.source})", "give another folder, or remove it")
+    return present(folder, found)
 
 
 def _differing(found: Record, wanted: Record) -> str:
     """Return the settings of a conversion that differ from those asked for, and both values."""
     old, new = ({**record.settings, "shard_size": record.shard_bytes} for record in (found, wanted))
     return "; ".join(f"{name} {in_json(old.get(name))}, not {in_json(new[name])}" for name in new if old.get(name) != new[name])
-
-
-def _has_size(path: Path, nbytes: int) -> bool:
-    return path.is_file() and path.stat().st_size == nbytes
 
 
 def _check_space(folder: Path, record: Record, shards: list[Shard], source: ModelFiles) -> None:
@@ -163,7 +160,7 @@ def _check_space(folder: Path, record: Record, shards: list[Shard], source: Mode
     free = shutil.disk_usage(folder).free + sum(path.stat().st_blocks * 512 for path in folder.glob(f"*{PARTIAL}"))
     if needed > free:
         room = f"{format_size(needed)} more, {format_size(free)} are free"
-        raise CapacityError(f"{folder}: the conversion takes {room}: make room, or take another folder")
+        raise CapacityError(f"{folder}: the conversion takes {room}: make room, or take another folder") from no_room()
 
 
 class _Writing:

@@ -71,11 +71,28 @@ class Record:
         replace_file(folder / RECORD_FILE, (json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True) + "\n").encode())
 
 
+class UnusableRecord(StorageError):
+    """The record in a folder cannot be read or understood."""
+
+
+class FolderHoldsOther(OptionError):
+    """A folder holds something else than the conversion that is asked for.
+
+    Args:
+        what: What it holds.
+        advice: What to do about it.
+    """
+
+    def __init__(self, what: str, advice: str) -> None:
+        super().__init__(f"{what}: {advice}")
+        self.what = what
+
+
 def read_record(folder: Path) -> Record | None:
     """Return the record in a folder; None if it has none.
 
     Raises:
-        StorageError: It cannot be read or understood.
+        UnusableRecord: It cannot be read or understood.
     """
     path = folder / RECORD_FILE
     try:
@@ -83,10 +100,29 @@ def read_record(folder: Path) -> Record | None:
     except FileNotFoundError:
         return None
     except (OSError, UnicodeDecodeError, OptionError) as error:
-        raise StorageError(f"{path} cannot be understood ({error}): remove {folder}, and convert again") from error
+        raise UnusableRecord(f"{path} cannot be understood ({error}): remove {folder}, and convert again") from error
     if record.schema_version != _SCHEMA_VERSION:
-        raise StorageError(f"{path} was written by another version of flexgen: remove {folder}, and convert again")
+        raise UnusableRecord(f"{path} was written by another version of flexgen: remove {folder}, and convert again")
     return record
+
+
+def lost(folder: Path, record: Record) -> dict[str, str]:
+    """Return what is wrong with files that were complete, in words by name: they are gone, or cut.  What they hold is not read."""
+    found: dict[str, str] = {}
+    for name, sums in record.files.items():
+        path = folder / name
+        nbytes = path.stat().st_size if path.is_file() else None
+        if nbytes != sums.nbytes:
+            found[name] = f"{name} is missing" if nbytes is None else f"{name} has {nbytes:,} bytes of {sums.nbytes:,}"
+    return found
+
+
+def present(folder: Path, record: Record) -> Record:
+    """Return the record without the files that are gone or cut, which makes it that of a conversion to go on with."""
+    gone = lost(folder, record)
+    if not gone:
+        return record
+    return dataclasses.replace(record, files={name: sums for name, sums in record.files.items() if name not in gone}, complete=False)
 
 
 def replace_file(path: Path, data: bytes) -> None:

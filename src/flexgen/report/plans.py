@@ -36,7 +36,7 @@ def format_plan(plan: Plan) -> str:
         f"  weights  {format_size(spec.decoded_bytes)} in {counted(len(spec.units), 'unit')}: {_shares(policy.weights)}; "
         f"{kept}staging {format_size(staging)}, workspace {format_size(policy.workspace_bytes)}",
         f"  KV       {format_size(policy.kv_bytes)}: {_shares(policy.kv)}; {_kv_format(policy)}"
-        f"{format_size(spec.kv_bytes_per_token)} per token, "
+        f"{format_size(spec.kv_bytes_per_token)} per token{_padded(policy, spec)}, "
         f"pages of {policy.page_tokens} tokens",
         f"  a pass   up to {counted(policy.max_num_seqs, 'sequence')} and, on average, {counted(policy.prefill_tokens, 'prompt token')}; "
         f"{counted(policy.micro_batch_tokens, 'token')} at a time",
@@ -83,6 +83,13 @@ def _kv_format(policy: Policy) -> str:
     if policy.sparse_attention is not None:
         told.append(f"sparse attention {policy.sparse_attention:.3g}")
     return "".join(f"{each}, " for each in told)
+
+
+def _padded(policy: Policy, spec: ModelSpec) -> str:
+    """Return the bytes that a token takes on disk, where some of the KV is there and pages are padded."""
+    if not policy.kv_disk_bytes or spec.disk_kv_bytes_per_token <= spec.kv_bytes_per_token:
+        return ""
+    return f" ({format_size(spec.disk_kv_bytes_per_token)} on disk, where pages are padded to multiples of 4 KiB)"
 
 
 def format_forecast(forecast: Forecast) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from flexgen.base.digests import digest_of
 from flexgen.base.quantities import format_size
 from flexgen.hub.model_files import TOKENIZER_FILES, ModelFiles, weight_stamps
 from flexgen.hub.private_folder import tokenizer_files
+from flexgen.options import EngineOptions
 from flexgen.session.model import ResolvedModel
 from flexgen.text.answers import RequestTranslator
 from flexgen.text.tokenizer import Tokenizer
@@ -17,7 +19,7 @@ from flexgen.text.tokenizer import Tokenizer
 _BYTES = 8  # of a digest
 
 
-def fingerprint(model: ResolvedModel, translator: RequestTranslator, chat_template: str | None, load_format: str) -> dict[str, Any]:
+def fingerprint(model: ResolvedModel, translator: RequestTranslator, chat_template: str | None) -> dict[str, Any]:
     """Return everything about a model that changes its answers, by name.
 
     Raises:
@@ -26,19 +28,49 @@ def fingerprint(model: ResolvedModel, translator: RequestTranslator, chat_templa
         CapacityError: As for `ResolvedModel.dtype`.
     """
     return {
-        "model": _weights(model.files, load_format),
+        "model": _weights(model.files, model.options.load_format),
         "config": digest_of([json.dumps(model.files.config, sort_keys=True).encode()], _BYTES),
         "tokenizer": None if translator.tokenizer is None else _tokenizer_digest(translator.tokenizer, model.files.folder),
         "chat_template": None if chat_template is None else digest_of([chat_template.encode()], _BYTES),
         "eos_token_ids": sorted(translator.eos_token_ids),
         "dtype": model.dtype,
-        "cpu_compute": model.cpu_compute,
-        "weight_format": model.options.weight_format,
-        "kv_format": model.kv_format,
-        "sparse_attention": model.options.kept_share,
-        "load_format": load_format,
         "max_model_len": translator.max_model_len,
-        "seed": translator.seed,
+        **_options(model.options),
+    }
+
+
+def known_beforehand(files: ModelFiles, options: EngineOptions) -> dict[str, Any]:
+    """Return the part of the fingerprint that is known before weights are converted and the config is read.
+
+    Args:
+        files: The files of the model as they are, without a conversion.
+        options: The options, which leave no formats to choose.
+
+    Raises:
+        ModelError: A file of the model cannot be understood.
+    """
+    if options.weight_format != "auto" and files.gguf is None:
+        from flexgen.quantize.cache import converted_commit
+        from flexgen.quantize.settings import QuantizeSettings
+
+        files = dataclasses.replace(files, commit=converted_commit(files, QuantizeSettings(weight_format=options.weight_format)))
+    return {"model": _weights(files, options.load_format), **_options(options)}
+
+
+def stated(options: EngineOptions) -> dict[str, Any]:
+    """Return the part of the fingerprint that options state by themselves; formats that are to be chosen are left out."""
+    left_out = ("weight_format", "kv_format") if options.allow_formats is not None else ()
+    return {name: value for name, value in _options(options).items() if name not in left_out}
+
+
+def _options(options: EngineOptions) -> dict[str, Any]:
+    return {
+        "cpu_compute": options.cpu_compute,
+        "weight_format": options.weight_format,
+        "kv_format": options.kv_format,
+        "sparse_attention": options.kept_share,
+        "load_format": options.load_format,
+        "seed": options.seed,
     }
 
 

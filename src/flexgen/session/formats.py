@@ -5,20 +5,20 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from flexgen.base.quantities import format_size
 from flexgen.base.steps import step
-from flexgen.errors import CapacityError, ModelError, StorageError
+from flexgen.errors import CapacityError
 from flexgen.hub.model_files import ModelFiles
 from flexgen.kv.low_bit import kv_format
 from flexgen.options import EngineOptions
 from flexgen.plan.formats import Formats
-from flexgen.plan.machine import Machine
 from flexgen.plan.model import ModelSpec
 from flexgen.plan.tell.forecast import Plan
-from flexgen.plan.tell.formats import FormatJob, conversion_seconds, plan_in_formats, specs_of
+from flexgen.plan.tell.formats import jobs_in_formats, plan_in_formats, specs_of
 from flexgen.plan.workload import Workload
 from flexgen.quantize.cache import conversion_left, private_cache
 from flexgen.quantize.settings import QuantizeSettings
@@ -46,20 +46,16 @@ def plan_formats(found: ResolvedModel, options: EngineOptions, workload: Workloa
     process_bytes = bytes_of_process(options, stored.checkpoint_bytes, limits)
     step("choosing formats and a plan")
 
-    def job(formats: Formats, spec: ModelSpec | ModelError) -> FormatJob:
-        if isinstance(spec, ModelError):
-            return FormatJob(problem=spec)
-        converts = formats.weights != options.weight_format
-        try:
-            folder = private_cache() if converts else _weights_folder(found.files, limits.offload_dir)
-            machine = measured_machine(limits, dtype, folder, stored.checkpoint_bytes, spec.decoded_from)
-            seconds = _left_to_convert(found.files, formats, stored, spec, machine) if converts else 0.0
-        except (CapacityError, StorageError) as problem:
-            return FormatJob(problem=problem)
-        arguments = {"options": options.in_formats(formats.weights, formats.kv), "spec": spec, "machine": machine, "limits": limits}
-        return FormatJob(arguments=arguments | {"workload": workload, "process_bytes": process_bytes}, conversion_seconds=seconds)
+    def arguments(formats: Formats, spec: ModelSpec) -> dict[str, Any]:
+        folder = private_cache() if formats.weights != options.weight_format else _weights_folder(found.files, limits.offload_dir)
+        machine = measured_machine(limits, dtype, folder, stored.checkpoint_bytes, spec.decoded_from)
+        given = {"options": options.in_formats(formats.weights, formats.kv), "spec": spec, "machine": machine, "limits": limits}
+        return given | {"workload": workload, "process_bytes": process_bytes}
 
-    return plan_in_formats({formats: job(formats, spec) for formats, spec in specs.items()})
+    def left(formats: Formats, spec: ModelSpec) -> float:
+        return _left_to_convert(found.files, formats, spec) if formats.weights != options.weight_format else 0.0
+
+    return plan_in_formats(jobs_in_formats(stored, specs, arguments, left))
 
 
 def _described(files: ModelFiles, asked: EngineOptions, options: EngineOptions) -> ModelSpec:
@@ -75,8 +71,8 @@ def _weights_folder(files: ModelFiles, offload_dir: str) -> Path:
     return folder if folder.is_dir() else Path(offload_dir)
 
 
-def _left_to_convert(files: ModelFiles, formats: Formats, stored: ModelSpec, spec: ModelSpec, machine: Machine) -> float:
-    """Return the expected time of what is left to convert.
+def _left_to_convert(files: ModelFiles, formats: Formats, spec: ModelSpec) -> float:
+    """Return the share of the conversion that is still to be done.
 
     Raises:
         CapacityError: There is no room for it.
@@ -86,4 +82,4 @@ def _left_to_convert(files: ModelFiles, formats: Formats, stored: ModelSpec, spe
     needed, free = int(left * spec.checkpoint_bytes), shutil.disk_usage(private_cache()).free
     if needed > free:
         raise CapacityError(f"the converted weights take {format_size(needed)} in {private_cache()}, {format_size(free)} are free")
-    return left * conversion_seconds(stored, spec, machine)
+    return left

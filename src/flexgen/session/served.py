@@ -113,7 +113,7 @@ class ServedModel:
         Raises:
             FlexGenError: See `check`.
         """
-        return fingerprint(self._engine.model, self.translator, self.templates.text, self.options.load_format)
+        return fingerprint(self._engine.model, self.translator, self.templates.text)
 
     def resume(self, begun: Mapping[str, Any]) -> str:
         """Serve in the formats of a job that was begun before, where the options leave formats to choose.

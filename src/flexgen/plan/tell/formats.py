@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from flexgen.errors import CapacityError, FlexGenError, ModelError
+from flexgen.errors import CapacityError, FlexGenError, ModelError, StorageError
 from flexgen.options import ALLOWABLE_FORMATS, DTYPE_BYTES, EngineOptions
 from flexgen.plan.formats import MARGIN, FormatChoice, FormatPrice, Formats, best_of
 from flexgen.plan.machine import Machine, int8_name
@@ -25,6 +25,8 @@ KV_BYTES = {"int8": 8.5 / 8, "k8v4": 6.75 / 8, "int4": 5 / 8}
 VALUE_BYTES = {"int8": 8.5 / 8, "k8v4": 5 / 8, "int4": 5 / 8}
 # Weights that a core rounds in a second, with what a conversion computes besides, without reading and writing (docs/log.md).
 ROUNDED_PER_CORE_SECOND = 400e6
+# What may be in the way of some formats and not of others.
+_PROBLEMS = (CapacityError, ModelError, StorageError)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,6 +85,34 @@ def _with_kv_of(other: ModelSpec, spec: ModelSpec) -> ModelSpec:
     return dataclasses.replace(spec, kv_groups=other.kv_groups, kv_format=other.kv_format)
 
 
+def jobs_in_formats(
+    stored: ModelSpec,
+    specs: Mapping[Formats, ModelSpec | ModelError],
+    arguments: Callable[[Formats, ModelSpec], Mapping[str, Any]],
+    left_to_convert: Callable[[Formats, ModelSpec], float],
+) -> dict[Formats, FormatJob]:
+    """Return a job in every combination of formats; what is in the way of a combination is its problem.
+
+    Args:
+        stored: The model as it is.
+        specs: The model in every combination, or why it cannot be in it, as `specs_of` returns them.
+        arguments: Returns the arguments of `make_plan` for a model in certain formats.
+        left_to_convert: Returns the share of a conversion to these formats that is still to be done, 0 where there is none.
+    """
+
+    def job(formats: Formats, spec: ModelSpec | ModelError) -> FormatJob:
+        if isinstance(spec, ModelError):
+            return FormatJob(problem=spec)
+        try:
+            given = arguments(formats, spec)
+            left = left_to_convert(formats, spec)
+        except _PROBLEMS as problem:
+            return FormatJob(problem=problem)
+        return FormatJob(arguments=given, conversion_seconds=left and left * conversion_seconds(stored, spec, given["machine"]))
+
+    return {formats: job(formats, spec) for formats, spec in specs.items()}
+
+
 def plan_in_formats(jobs: Mapping[Formats, FormatJob]) -> Plan:
     """Return the plan in the formats that `best_of` chooses.
 
@@ -98,7 +128,7 @@ def plan_in_formats(jobs: Mapping[Formats, FormatJob]) -> Plan:
     for formats, job in jobs.items():
         try:
             plan = plans[formats] = job.plan()
-        except (CapacityError, ModelError) as problem:
+        except _PROBLEMS as problem:
             problems.append(problem)
             prices.append(FormatPrice(formats=formats, problem=str(problem)))
         else:
