@@ -82,7 +82,7 @@ class _Question:
             return self.box
         from flexgen.profile.kept import cached_machine
 
-        return cached_machine(self.limits.device, spec.dtype, self._weights_folder, formats=spec.decoded_from)
+        return cached_machine(self.limits.device, spec.dtype, self._weights_folder, formats=spec.decoded_from, sparse=spec.sparse_attention)
 
     def job_in(self, formats: Formats, stored: ModelSpec, spec: ModelSpec | ModelError) -> FormatJob:
         """Return the job in certain formats; a conversion that this machine has in its cache takes no time.

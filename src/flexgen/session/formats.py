@@ -52,7 +52,7 @@ def plan_formats(found: ResolvedModel, options: EngineOptions, workload: Workloa
         converts = formats.weights != options.weight_format
         try:
             folder = private_cache() if converts else _weights_folder(found.files, limits.offload_dir)
-            machine = measured_machine(limits, dtype, folder, stored.checkpoint_bytes, spec.decoded_from)
+            machine = measured_machine(limits, folder, stored.checkpoint_bytes, spec)
             seconds = _left_to_convert(found.files, formats, stored, spec, machine) if converts else 0.0
         except (CapacityError, StorageError) as problem:
             return FormatJob(problem=problem)
