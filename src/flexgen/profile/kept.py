@@ -74,9 +74,7 @@ def cached_machine(
     return _completed(machine, dtype, formats, sparse, _place(device, dtype, folder, cache_dir), max_bytes)
 
 
-def _completed(
-    machine: Machine, dtype: str, formats: Iterable[str], sparse: float | None, place: _Place, max_bytes: int
-) -> Machine:  # fmt: skip
+def _completed(machine: Machine, dtype: str, formats: Iterable[str], sparse: float | None, place: _Place, max_bytes: int) -> Machine:
     """Return the machine with the rates that these formats and this sparse attention need; where some had to be measured, they are kept."""
     formats, quick = list(formats), _is_quick(place.path)
     knowing = with_formats(machine, dtype, formats, max_bytes)
