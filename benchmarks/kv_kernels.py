@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import statistics
 import time
 from collections.abc import Callable
@@ -26,20 +25,21 @@ from typing import Any
 
 import torch
 from record import commit, machine, versions
-from torch import Tensor
 
 from flexgen.io.aligned import allocate_memory
 from flexgen.kernels.attention import attention_kernels
 from flexgen.kernels.reference import AttentionKernels
-from flexgen.kv.format import Steps, default_kv_format
-from flexgen.kv.low_bit import LowBitKV, LowBitPages, kv_format
+from flexgen.kv.format import KVFormat
+from flexgen.kv.low_bit import LowBitKV, kv_format
 from flexgen.options import KV_FORMATS
 from flexgen.passes.calls import AttentionCall, LatentProjection
 from flexgen.passes.geometry import KVGeometry
 from flexgen.plan.policy import kept_positions
 from flexgen.profile.low_bit import low_bit_steps
+from flexgen.profile.sparse import filled_pages, geometry_of, seen_steps, sparse_steps
 
 PAGE_TOKENS, HEAD_DIM = 16, 128
+HOST = torch.device("cpu")
 RANK, ROPE = 512, 64  # of latents
 PLAIN = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 FORMATS = (*PLAIN, *(name for name in KV_FORMATS if name != "auto"))
@@ -95,39 +95,26 @@ def made(kernels: AttentionKernels, name: str, heads: int, key_heads: int, max_b
     return low_bit_steps(kernels, torch.device("cpu"), kv, heads, key_heads, 2 * max_bytes, tokens)
 
 
-def filled_pages(kernels: AttentionKernels, name: str, geometry: KVGeometry, max_bytes: int, tokens: int) -> tuple[Any, int, int]:
-    """Make pages of random numbers in a format; return them, the number of their sequences, and the bytes of a token."""
+def format_of(name: str) -> tuple[KVFormat, torch.dtype]:
+    """Return a format, and the dtype of computing beside it."""
     dtype = PLAIN.get(name, torch.bfloat16)
-    kv = kv_format("auto" if name in PLAIN else name, dtype)
-    sizes = kv.key_bytes(geometry), kv.value_bytes(geometry)
-    sequences = max(max_bytes // (tokens * sum(sizes)), 1)
-    number = sequences * tokens // PAGE_TOKENS
-    shapes = (geometry.key_heads, geometry.key_dim), (geometry.value_heads, geometry.value_dim)
-    key, value = (torch.empty(number * PAGE_TOKENS, *shape, dtype=dtype).uniform_(-1, 1) for shape in shapes)
-    keys, values = (allocate_memory(number * PAGE_TOKENS * size).view(number, -1) for size in sizes)
-    pages, ids = kv.pages(keys, values, geometry, PAGE_TOKENS), torch.arange(number)
-    if isinstance(pages, LowBitPages):
-        pages.seal(kernels, key, value, ids)
-        own, other = (torch.zeros(sequences, PAGE_TOKENS * math.prod(shape) * dtype.itemsize, dtype=torch.uint8) for shape in shapes)
-        pages = pages.beside(default_kv_format(dtype).pages(own, other, geometry, PAGE_TOKENS))
-    else:
-        pages.write(kernels, key, value, ids.repeat_interleave(PAGE_TOKENS), torch.arange(PAGE_TOKENS).repeat(number))
-    return pages, sequences, sum(sizes)
+    return kv_format("auto" if name in PLAIN else name, dtype), dtype
 
 
-def seen(sequences: int, tokens: int, kept: Tensor | None = None) -> Steps:
-    """Return the next tokens of sequences whose pages are anywhere."""
-    tables, starts = torch.randperm(sequences * tokens // PAGE_TOKENS).view(sequences, -1), torch.zeros(sequences, dtype=torch.int64)
-    return Steps(tables=tables, starts=starts, lengths=starts + tokens, tails=torch.arange(sequences), kept=kept)
+def sized(kv: KVFormat, geometry: KVGeometry, max_bytes: int, tokens: int) -> tuple[int, int]:
+    """Return the number of sequences whose KV takes about so many bytes, and the bytes of a token."""
+    token_bytes = kv.key_bytes(geometry) + kv.value_bytes(geometry)
+    return max(max_bytes // (tokens * token_bytes), 1), token_bytes
 
 
 def latent_steps(kernels: AttentionKernels, name: str, heads: int, max_bytes: int, tokens: int) -> tuple[Callable[[], None], int]:
     """Make a function that attends to latents in a format; return it and the bytes of latents that it reads."""
     geometry = KVGeometry(key_heads=1, key_dim=RANK, value_heads=1, value_dim=ROPE, latent=True)
-    pages, sequences, token_bytes = filled_pages(kernels, name, geometry, max_bytes, tokens)
-    dtype = PLAIN.get(name, torch.bfloat16)
+    kv, dtype = format_of(name)
+    sequences, token_bytes = sized(kv, geometry, max_bytes, tokens)
+    pages = filled_pages(kernels, HOST, kv, dtype, geometry, sequences, tokens)
     query = torch.empty(sequences, heads, RANK + ROPE, dtype=dtype).uniform_(-1, 1)
-    out, steps = torch.empty(sequences, heads, RANK, dtype=dtype), seen(sequences, tokens)
+    out, steps = torch.empty(sequences, heads, RANK, dtype=dtype), seen_steps(HOST, sequences, tokens)
     call = AttentionCall(
         layer=0, query=query, key=query, value=query, scaling=HEAD_DIM**-0.5, latent=LatentProjection(key_up=query, value_up=query)
     )
@@ -138,7 +125,7 @@ def latent_steps(kernels: AttentionKernels, name: str, heads: int, max_bytes: in
     return run, sequences * tokens * token_bytes
 
 
-def sparse_steps(
+def sparse_case(
     kernels: AttentionKernels, name: str, heads: int, key_heads: int, share: float, max_bytes: int, tokens: int
 ) -> tuple[Callable[[], None], int, float]:
     """Make a function that attends to a share of the positions.
@@ -146,17 +133,9 @@ def sparse_steps(
     Returns:
         The function, the KV bytes that dense attention would read, and the share of the values that is not read.
     """
-    geometry = KVGeometry(key_heads=key_heads, key_dim=HEAD_DIM, value_heads=key_heads, value_dim=HEAD_DIM)
-    pages, sequences, token_bytes = filled_pages(kernels, name, geometry, max_bytes, tokens)
-    query = torch.empty(sequences, heads, HEAD_DIM, dtype=PLAIN.get(name, torch.bfloat16)).uniform_(-1, 1)
-    kept, out = torch.full((sequences,), kept_positions(share, tokens)), torch.empty_like(query)
-    steps, call = seen(sequences, tokens, kept), AttentionCall(layer=0, query=query, key=query, value=query, scaling=HEAD_DIM**-0.5)
-    unread = pages.decode(kernels, call, query, steps, out)
-
-    def run() -> None:
-        pages.decode(kernels, call, query, steps, out)
-
-    return run, sequences * tokens * token_bytes, unread / (sequences * tokens * key_heads)
+    kv, dtype = format_of(name)
+    sequences, _ = sized(kv, geometry_of(key_heads), max_bytes, tokens)
+    return sparse_steps(kernels, HOST, kv, dtype, (heads, key_heads), kept_positions(share, tokens), sequences, tokens)
 
 
 def timed(run: Callable[[], object], least_seconds: float) -> float:
@@ -182,7 +161,7 @@ def of_heads(kernels: AttentionKernels, group: int, options: Any) -> list[dict[s
     unread: dict[str, float] = {}
     for name in options.formats:
         how = QUERY_HEADS, key_heads, options.sparse, options.mebibytes << 20, options.tokens
-        run, kv_bytes, unread[name + SPARSE] = sparse_steps(kernels, name, *how)
+        run, kv_bytes, unread[name + SPARSE] = sparse_case(kernels, name, *how)
         runs[name + SPARSE], numbers[name + SPARSE] = (run, kv_bytes), numbers[name]
     rows = case(runs, numbers, group, options, about)
     for row in rows:

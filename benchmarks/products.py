@@ -2,11 +2,15 @@
 
     python benchmarks/products.py --scratch DIR
     python benchmarks/products.py --scratch DIR --shape llama-tiny --cpu-compute int8
+    python benchmarks/products.py --scratch DIR --cpu-compute int8 --turns 5
 
 Weights are random and stay in memory; prompts are long and answers are a token.  The job runs twice, and its second run is measured, with a
 clock around each product of more rows than there are requests (so without the head).  Before and after it, the linear layers of two decoder
 layers of the shape are computed in turns, as many rows at a time as the engine's micro-batches have: once as the engine computes them, once
 by torch's `linear` in bfloat16.  One JSON line.
+
+With --turns the job is repeated in turns: as it is, and with inputs rounded anew for each product, where layers that take the same input
+have its rounded numbers in common otherwise.
 """
 
 from __future__ import annotations
@@ -31,7 +35,7 @@ from torch.nn import functional
 from flexgen import LLM, SamplingParams
 from flexgen.checkpoint.repository import meta_model
 from flexgen.formats.linear_names import is_linear_of_layer
-from flexgen.kernels.int8.products import Int8Products, RoundedRows, round_rows, rounded_bytes
+from flexgen.kernels.int8.products import Int8Products, RoundedInput, RoundedRows, round_rows, rounded_bytes
 from flexgen.kernels.threads import KernelThreads
 
 DTYPE = torch.bfloat16
@@ -64,7 +68,7 @@ class Clock:
 @contextlib.contextmanager
 def clock_around_products(few: int) -> Iterator[Clock]:
     """Yield a clock of all products of more than a `few` rows, whichever way they are computed."""
-    clock, linear, write = Clock(), functional.linear, Int8Products.write
+    clock, linear, write, rounded = Clock(), functional.linear, Int8Products.write, Int8Products.rounded
 
     def timed_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         rows = x.numel() // x.shape[-1]
@@ -72,16 +76,47 @@ def clock_around_products(few: int) -> Iterator[Clock]:
             return linear(x, weight, bias)
         return clock.timed(lambda: linear(x, weight, bias), rows, weight.shape[1], weight.shape[0])
 
-    def timed_write(self: Int8Products, x: torch.Tensor, weight: RoundedRows, *rest: Any) -> None:
-        if len(x) <= few:
+    def timed_write(self: Int8Products, x: RoundedRows, weight: RoundedRows, *rest: Any) -> None:
+        rows, features_in = x.codes.shape
+        if rows <= few:
             return write(self, x, weight, *rest)
-        return clock.timed(lambda: write(self, x, weight, *rest), len(x), x.shape[1], len(weight.codes))
+        return clock.timed(lambda: write(self, x, weight, *rest), rows, features_in, len(weight.codes))
 
-    functional.linear, Int8Products.write = timed_linear, timed_write  # type: ignore[assignment]
+    def timed_rounded(self: Int8Products, x: torch.Tensor) -> RoundedRows:
+        begun = time.perf_counter()
+        result = rounded(self, x)
+        clock.seconds += (time.perf_counter() - begun) * (len(x) > few)
+        return result
+
+    functional.linear, Int8Products.write, Int8Products.rounded = timed_linear, timed_write, timed_rounded  # type: ignore[assignment]
     try:
         yield clock
     finally:
-        functional.linear, Int8Products.write = linear, write  # type: ignore[method-assign]
+        functional.linear, Int8Products.write, Int8Products.rounded = linear, write, rounded  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
+def rounding_anew() -> Iterator[None]:
+    """Have inputs rounded for each product."""
+    is_of = RoundedInput.is_of
+    RoundedInput.is_of = lambda *_: False  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        RoundedInput.is_of = is_of  # type: ignore[method-assign]
+
+
+def in_turns(job: Callable[[], object], turns: int, few: int) -> dict[str, float]:
+    """Return the median seconds of the job and of its products, with inputs rounded once and with inputs rounded for each product."""
+    taken: dict[str, list[float]] = {}
+    for _ in range(turns):
+        for name, how in (("once", contextlib.nullcontext), ("anew", rounding_anew)):
+            begun = time.perf_counter()
+            with how(), clock_around_products(few) as clock:
+                job()
+            taken.setdefault(f"seconds_{name}", []).append(time.perf_counter() - begun)
+            taken.setdefault(f"product_seconds_{name}", []).append(clock.seconds)
+    return {name: statistics.median(each) for name, each in taken.items()}
 
 
 def linear_shapes(shape: Shape) -> list[tuple[int, int]]:
@@ -108,7 +143,7 @@ def loop_rate(shapes: list[tuple[int, int]], rows: int, seconds: float, *, int8:
             for place, number in enumerate(numbers):
                 x = inputs[number.shape[1]]
                 if int8:
-                    products.write(x, weights[place], None, outputs[number.shape[0]])
+                    products.write(products.rounded(x), weights[place], None, outputs[number.shape[0]])
                 else:
                     functional.linear(x, number)
 
@@ -153,13 +188,14 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
             llm.generate(prompts, params)
             wall = time.perf_counter() - begun
         after = loops()
+        turns = in_turns(lambda: llm.generate(prompts, params), options.turns if int8 else 0, options.requests)
     rate, loop = clock.flops / clock.seconds, (before["own"] + after["own"]) / 2
     return {
         "shape": shape.name, "cpu_compute": options.cpu_compute, "requests": options.requests, "prompt": options.prompt,
         "answer": options.answer, "rows": options.rows, "median_rows": statistics.median(clock.rows), "seconds": wall,
         "product_seconds": clock.seconds, "product_flops": clock.flops, "product_flops_per_s": rate,
         "loop_flops_per_s": [before["own"], after["own"]], "linear_loop_flops_per_s": [before["linear"], after["linear"]],
-        "rate_over_loop": rate / loop, "share_between_products": 1 - clock.seconds / wall,
+        "rate_over_loop": rate / loop, "share_between_products": 1 - clock.seconds / wall, **turns,
     }  # fmt: skip
 
 
@@ -173,6 +209,7 @@ def main() -> None:
     parser.add_argument("--answer", type=int, default=1, help="tokens of each answer")
     parser.add_argument("--rows", type=int, default=512, help="tokens of a micro-batch")
     parser.add_argument("--seconds", type=float, default=5.0, help="of each loop")
+    parser.add_argument("--turns", type=int, default=0, help="of the job in int8 with inputs rounded once, and for each product")
     options = parser.parse_args()
     print(json.dumps({**measured(options), **commit(), "machine": machine(), "versions": versions()}))
 

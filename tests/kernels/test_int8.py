@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import pytest
@@ -9,7 +10,15 @@ import torch
 
 from flexgen.errors import OptionError
 from flexgen.kernels.int8 import products
-from flexgen.kernels.int8.products import Int8Products, RoundedRows, check_exact, round_rows, rounded_bytes, warm_up_int8
+from flexgen.kernels.int8.products import (
+    Int8Products,
+    RoundedInput,
+    RoundedRows,
+    check_exact,
+    round_rows,
+    rounded_bytes,
+    warm_up_int8,
+)
 from flexgen.kernels.threads import KernelThreads
 
 DTYPES = products.ROUNDED_AS_STORED
@@ -38,6 +47,11 @@ def rounded(numbers: torch.Tensor, **how: Any) -> RoundedRows:
     out = RoundedRows.within(torch.full((rounded_bytes(rows, columns),), 99, dtype=torch.int8), rows, columns)
     round_rows(numbers, out, **how)
     return out
+
+
+def compute(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
+    computing = Int8Products()
+    computing.write(computing.rounded(x), rounded(weight), bias, out)
 
 
 def reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -72,7 +86,7 @@ def test_what_is_not_finite_stays_so(bad: float) -> None:
     x, weight = random(4, 32, torch.float32), random(5, 32, torch.float32, 1)
     x[2, 7] = bad
     out = torch.zeros(4, 5)
-    Int8Products().write(x, rounded(weight), None, out)
+    compute(x, weight, None, out)
     assert not out[2].isfinite().any()
     assert out[[0, 1, 3]].isfinite().all()
 
@@ -86,7 +100,7 @@ def test_products_are_those_of_exact_sums(dtype: torch.dtype, shape: tuple[int, 
     x, weight = random(rows, features_in, dtype), random(features_out, features_in, dtype, 1)
     bias = torch.randn(features_out, generator=torch.Generator().manual_seed(2)).to(dtype) if has_bias else None
     out = torch.zeros(rows, features_out, dtype=dtype)
-    Int8Products().write(x, rounded(weight), bias, out)
+    compute(x, weight, bias, out)
     assert torch.equal(out, reference(x, weight, bias))
 
 
@@ -96,7 +110,7 @@ def test_outputs_are_as_near_to_exact_ones_as_half_a_step_of_each_number_allows(
     generator = torch.Generator().manual_seed(0)
     x, weight = ((torch.randn(rows, 150, generator=generator) * torch.logspace(-1, 1, rows)[:, None]).to(dtype) for rows in (20, 40))
     out = torch.zeros(20, 40, dtype=dtype)
-    Int8Products().write(x, rounded(weight), None, out)
+    compute(x, weight, None, out)
     x, weight = x.double(), weight.double()
     steps, weight_steps = (each.abs().amax(1, keepdim=True) / 127 for each in (x, weight))
     # (x + a)(w + b) - xw = aw + xb + ab, where |a| and |b| are at most half a step
@@ -111,27 +125,57 @@ def test_outputs_are_as_near_to_exact_ones_as_half_a_step_of_each_number_allows(
 def test_results_do_not_depend_on_how_rows_and_columns_are_divided(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight, bias = random(60, 96, torch.bfloat16), random(200, 96, torch.bfloat16, 1), torch.randn(200).to(torch.bfloat16)
     whole = torch.zeros(60, 200, dtype=torch.bfloat16)
-    Int8Products().write(x, rounded(weight), bias, whole)
+    compute(x, weight, bias, whole)
     monkeypatch.setattr(products, "INT8_SUMS_BYTES", 4 * 64 * 20)
     with KernelThreads(3) as threads:
         divided, computing = torch.zeros_like(whole), Int8Products(threads.over)
         for rows in (slice(0, 1), slice(1, 18), slice(18, 60)):
             some = torch.zeros(rows.stop - rows.start, 200, dtype=torch.bfloat16)
             for first, stop in ((0, 7), (7, 150), (150, 200)):
-                computing.write(x[rows], rounded(weight[first:stop], parallel=threads.over), bias[first:stop], some, first)
+                codes = rounded(weight[first:stop], parallel=threads.over)
+                computing.write(computing.rounded(x[rows]), codes, bias[first:stop], some, first)
             divided[rows] = some
     assert torch.equal(divided, whole)
 
 
+def test_a_rounded_input_is_known_by_its_tensor() -> None:
+    x = random(4, 32, torch.bfloat16)
+    known = RoundedInput(x, Int8Products().rounded(x))
+    assert known.is_of(x)
+    assert not known.is_of(x.clone()), "equal numbers may be changed later"
+    assert not known.is_of(x[:]), "a view is another tensor"
+    x[1, 3] = 7
+    assert not known.is_of(x), "it was changed in place"
+    changed = RoundedInput(x, Int8Products().rounded(x))
+    assert changed.is_of(x)
+    x.view(-1)[5:9].zero_()
+    assert not changed.is_of(x), "it was changed through a view"
+
+
+def test_a_rounded_input_is_of_no_later_tensor_and_keeps_none_alive() -> None:
+    """Memory and the identity of objects are used again as soon as they are free."""
+    x = torch.ones(4, 32)
+    alive, known = weakref.ref(x), RoundedInput(x, Int8Products().rounded(x))
+    del x
+    assert alive() is None
+    assert not any(known.is_of(torch.ones(4, 32)) for _ in range(100))
+
+
+def test_changes_that_torch_does_not_count_are_not_missed() -> None:
+    with torch.inference_mode():
+        x = torch.ones(4, 32)
+        assert not RoundedInput(x, Int8Products().rounded(x)).is_of(x)
+
+
 def test_no_rows() -> None:
-    Int8Products().write(torch.empty(0, 8), rounded(torch.ones(3, 8)), None, torch.empty(0, 3))
+    compute(torch.empty(0, 8), torch.ones(3, 8), None, torch.empty(0, 3))
 
 
 @pytest.mark.usefixtures("exact")
 def test_sums_of_the_largest_codes_are_exact() -> None:
     x = torch.ones(2, 20_000)
     out = torch.zeros(2, 3)
-    Int8Products().write(x, rounded(-torch.ones(3, 20_000)), None, out)
+    compute(x, -torch.ones(3, 20_000), None, out)
     torch.testing.assert_close(out, torch.full((2, 3), -20_000.0), rtol=1e-6, atol=0)
 
 

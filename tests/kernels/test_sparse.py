@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numba import njit
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from flexgen.errors import EngineError
 from flexgen.kernels.attention import warm_up_sparse
@@ -23,7 +24,7 @@ from flexgen.kernels.cpu import CpuKernels
 from flexgen.kernels.cpu.choose import threshold
 from flexgen.kernels.cpu.rows import LANES, pointer
 from flexgen.kernels.reference import AttentionKernels
-from flexgen.kernels.sparse import chosen, row_blocks
+from flexgen.kernels.sparse import attend_chosen, chosen, row_blocks
 from flexgen.plan.policy import SPARSE_SCORES_BYTES
 from tests.kernels import test_attention as plain
 from tests.kernels import test_sealed as sealed
@@ -283,6 +284,38 @@ def test_scores_that_are_held_are_bounded(shape: tuple[int, int, int]) -> None:
     assert [row for some in blocks for row in range(some.start, some.stop)] == list(range(num_queries))
     most = max(SPARSE_SCORES_BYTES, 4 * heads * positions)
     assert all(4 * (some.stop - some.start) * heads * positions <= most for some in blocks)
+
+
+class Largest(TorchDispatchMode):
+    """Finds out how many bytes the largest tensor has that is made of numbers in float32."""
+
+    num_bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and result.dtype == torch.float32:
+            self.num_bytes = max(self.num_bytes, result.nbytes)
+        return result
+
+
+@pytest.mark.parametrize("heads_at_a_time", [1, 3, 8])
+def test_key_heads_are_held_in_float32_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch, heads_at_a_time: int) -> None:
+    positions, key_heads, group, dim = 2048, 8, 2, 64
+    generator = torch.Generator().manual_seed(0)
+    shapes = (3, key_heads * group, dim), (positions, key_heads, dim), (positions, key_heads, dim)
+    tensors = [plain.random(generator, *shape, dtype=torch.float64) for shape in shapes]
+    visible, own = torch.ones(3, positions, dtype=torch.bool), torch.zeros(3, positions, dtype=torch.bool)
+
+    def attended(*tensors: Tensor) -> Tensor:
+        sinks = torch.linspace(-1, 1, key_heads * group)
+        return attend_chosen(*tensors, visible, own, torch.tensor([70, 80, 90]), scaling=0.1, sinks=sinks)
+
+    whole, in_half = attended(*tensors), [tensor.to(torch.bfloat16) for tensor in tensors]
+    monkeypatch.setattr("flexgen.kernels.sparse.SPARSE_KV_BYTES", heads_at_a_time * positions * 2 * dim * 4)
+    torch.testing.assert_close(attended(*tensors), whole, rtol=0, atol=1e-12)
+    with Largest() as largest:
+        attended(*in_half)
+    assert largest.num_bytes == 4 * positions * dim * heads_at_a_time
 
 
 def test_kernels_are_warmed_up() -> None:

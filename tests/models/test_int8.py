@@ -7,6 +7,7 @@ last digits of float32 now and then lands on the other side of the border betwee
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,9 @@ from transformers import PreTrainedModel
 
 from flexgen.errors import OptionError, UnsupportedModelError
 from flexgen.formats.linear_names import is_linear_of_layer
-from flexgen.kernels.int8.products import check_exact
+from flexgen.kernels.int8.products import Int8Products, RoundedRows, check_exact
 from flexgen.models.assemble import AssembledModel, assemble_model
+from flexgen.models.skeleton import BoundModel
 from flexgen.plan.machine import int8_name
 from flexgen.plan.policy import Fractions, Policy
 from flexgen.request import TokenRequest
@@ -123,6 +125,36 @@ def test_answers_are_those_of_the_same_rounding_at_every_home(case: Case, place:
 @pytest.mark.matrix(2)
 def test_how_layers_are_cut_does_not_change_answers(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     assert_same(answered(case.assembled(LARGE_UNITS), WHOLE, case.requests, monkeypatch), case.rounded)
+
+
+def test_each_input_is_rounded_once_and_a_micro_batch_holds_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four in a layer, that of q, k and v, o, gate and up, and down, although each weight is cut into several parts."""
+    config = tiny_config("llama")
+    save(build(config), tmp_path)
+    model = assemble_model(tmp_path, config, torch.float64, unit_bytes=SMALL_UNITS, cpu_compute="int8")
+    counts, codes, rounded, forward = {"running": 0, "forwards": 0, "rounded": 0}, list[Any](), Int8Products.rounded, BoundModel.forward
+
+    def counting(self: Int8Products, x: torch.Tensor) -> RoundedRows:
+        counts["rounded"] += 1
+        found = rounded(self, x)
+        codes.append(weakref.ref(found.codes))
+        assert sum(each() is not None for each in codes) <= counts["running"]
+        return found
+
+    def running(self: BoundModel, *inputs: Any) -> torch.Tensor:
+        counts["running"] += 1
+        counts["forwards"] += 1
+        logits = forward(self, *inputs)
+        counts["running"] -= 1
+        return logits
+
+    monkeypatch.setattr(Int8Products, "rounded", counting)
+    monkeypatch.setattr(BoundModel, "forward", running)
+    answered(model, POLICIES["small chunks"], requests_for(config.vocab_size), monkeypatch)
+    assert len(model.layouts) > 8 * config.num_hidden_layers
+    assert counts["forwards"] > 0
+    assert counts["rounded"] == 4 * config.num_hidden_layers * counts["forwards"]
+    assert not any(each() is not None for each in codes)
 
 
 def test_rounding_is_seen_in_every_answer(case: Case) -> None:

@@ -170,6 +170,50 @@ def test_low_bit_kv_has_a_rate_of_its_own_or_that_of_its_numbers(make_spec, make
         assert resources["host_compute"] == pytest.approx(seconds)
 
 
+SPARSE = {
+    "bfloat16": ((1.0, Rate(2e3, 1e3)), (4.0, Rate(2e3, 5e2))),
+    "bfloat16 sparse 0.1": ((1.0, Rate(9e3, 4e3)), (4.0, Rate(9e3, 1e3))),
+    "bfloat16 int4": ((1.0, Rate(4e3, 2e3)),),
+}
+
+
+@pytest.mark.parametrize(
+    ("share", "kv_format", "flops_per_byte", "seconds"),
+    [
+        (0.1, None, 1.0, 2000 / 1e3 + 6000 / 4e3),
+        (0.1, None, 2.0, 2000 / 750 + 6000 / 2500),  # half way between the points, by logarithms
+        (0.1, None, 4.0, 2000 / 5e2 + 6000 / 1e3),
+        (0.2, None, 1.0, 8000 / 1e3),  # without a rate it counts as dense
+        (0.1, "int4", 1.0, 8000 / 2e3),
+        (None, None, 1.0, 8000 / 1e3),
+    ],
+)
+@pytest.mark.parametrize("place", ["host", "device"])
+def test_sparse_attention_has_a_rate_of_its_own(make_spec, make_machine, make_policy, place, share, kv_format, flops_per_byte, seconds):
+    """Of 8,000 bytes of KV that next tokens see 6,000 count as attended to sparsely."""
+    where, resource = ("host_", "host_compute") if place == "host" else ("", "compute")
+    steps = {"step_flops": 8000 * flops_per_byte, "step_bytes": 8000, "sparse_step_bytes": 6000 if share else 0}
+    machine = make_machine(decode_attention={place: SPARSE}, overheads=NOTHING)
+    expectation = Expectation(make_spec(sparse_attention=share, kv_format=kv_format), machine, "bfloat16")
+    work = PassWork(**{where + name: value for name, value in steps.items()})
+    assert expectation.resources(work, make_policy(device="cuda"))[resource] == pytest.approx(seconds)
+
+
+def test_what_sparse_attention_saves_is_known_where_it_has_a_rate(make_spec, make_machine):
+    machine = make_machine(decode_attention={"host": SPARSE}, overheads=NOTHING)
+    work = PassWork(
+        host_step_flops=np.array([1000, 8000]), host_step_bytes=np.array([1000, 8000]), host_sparse_step_bytes=np.array([0, 6000])
+    )
+
+    def share_of_dense(share, work=work):
+        return Expectation(make_spec(sparse_attention=share), machine, "bfloat16").sparse_over_dense(work)
+
+    assert share_of_dense(0.1) == pytest.approx((3000 / 1e3 + 6000 / 4e3) / 9)
+    assert share_of_dense(0.1, PassWork()) == 1
+    assert share_of_dense(0.2) is None
+    assert share_of_dense(None) is None
+
+
 def in_int8(spec, layers):
     """The first layers of a spec, whose weights take 2 bytes each, computed in int8."""
     units = [

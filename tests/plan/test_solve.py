@@ -10,7 +10,7 @@ from flexgen.errors import CapacityError, OptionError
 from flexgen.plan.model import KVGroupSpec, UnitSpec
 from flexgen.plan.play.simulate import simulate
 from flexgen.plan.policy import Fractions
-from flexgen.plan.price.memory import activation_bytes, footprint, scratch_bytes
+from flexgen.plan.price.memory import FRAGMENTATION, activation_bytes, footprint, scratch_bytes
 from flexgen.plan.price.pass_time import Expectation
 from flexgen.plan.price.requests import JobSizes
 from flexgen.plan.price.weights import unit_homes
@@ -235,13 +235,29 @@ def test_budgets_are_never_exceeded(plan, llama_3b, make_limits, process_bytes, 
         assert held.max(initial=0) <= getattr(policy, f"kv_{tier}_bytes")
 
 
-def test_sparse_attention_needs_memory_to_compute_generated_tokens_again(llama_3b, plan):
-    """Keys and values of a layer in one piece and in float32, values twice, beside the scores."""
-    job, sparse = Workload(prompt_lens=(4000,) * 4, output_lens=(50,) * 4), dataclasses.replace(llama_3b, sparse_attention=0.1)
-    policy = plan(job)
-    dense, more = (activation_bytes(spec, JobSizes(spec, job, policy.page_tokens), policy) for spec in (llama_3b, sparse))
-    layer = 4050 * 4096  # keys and values in bfloat16
-    assert more - dense >= layer + 3 * layer
+@pytest.mark.parametrize(
+    ("tokens", "key_heads", "at_a_time"),
+    [(4000, 1, 2 * 4000 * 4096), (4000, 8, 16 * MIB), (40_000, 8, 2 * 40_000 * 512), (1000, 8, 2 * 1000 * 4096)],
+)
+def test_sparse_attention_needs_memory_to_compute_generated_tokens_again(llama_3b, make_policy, tokens, key_heads, at_a_time):
+    """Keys and values of a layer in one piece (4,096 bytes a token), and those of some key heads in float32, twice, beside the scores."""
+    groups = tuple(dataclasses.replace(group, key_heads=key_heads) for group in llama_3b.kv_groups)
+    sparse = dataclasses.replace(llama_3b, kv_groups=groups, sparse_attention=0.1)
+    job = Workload(prompt_lens=(tokens - 50,) * 4, output_lens=(50,) * 4)
+    dense, more = (activation_bytes(spec, JobSizes(spec, job, 16), make_policy(page_tokens=16)) for spec in (llama_3b, sparse))
+    assert more - dense == pytest.approx(FRAGMENTATION * (tokens * 4096 + 2 * at_a_time + 10 * 4 * MIB), abs=1)
+
+
+def test_each_micro_batch_in_int8_holds_the_codes_of_an_input(llama_3b, make_policy):
+    """One waits for the weights of gate or up, with codes of a hidden state; the one that computes has those of the widest input."""
+    units = tuple(dataclasses.replace(unit, int8_flops_per_token=unit.flops_per_token * (not unit.head)) for unit in llama_3b.units)
+    job, policy = Workload(prompt_lens=(256,) * 64, output_lens=(8,) * 64), make_policy(max_num_seqs=64, prefill_tokens=1024)
+    plain, more = (
+        activation_bytes(spec, JobSizes(spec, job, policy.page_tokens), policy)
+        for spec in (llama_3b, dataclasses.replace(llama_3b, units=units))
+    )
+    tokens = 64 + 1024 + 255  # next tokens; prompts, of which the last may overdraw the quota
+    assert more - plain == pytest.approx(FRAGMENTATION * (tokens * 3072 + 512 * 8192 + 8 * MIB), abs=1)
 
 
 def scoring_bytes(spec, policy, **job):

@@ -107,12 +107,27 @@ def test_values_that_are_left_out_are_not_read(make_spec, make_policy, share, qu
     dense, sparse = (price(load, make_spec(groups=(group,), sparse_attention=each), make_policy(), PassWork()) for each in (None, share))
     assert dense.host_step_bytes == 2 * 10 * seen
     assert dense.host_memory_bytes - sparse.host_memory_bytes == 2 * 4 * (seen - kept)
-    assert sparse.host_step_bytes == dense.host_step_bytes, "choosing takes time, too"
+    assert sparse.host_step_bytes == dense.host_step_bytes, "all that is seen"
     on_disk = {"prompt_tokens": {"disk": 10}, "num_prompts": {"disk": 2}, "next_tokens": {"disk": 3}, "attended_tokens": {"disk": [seen]}}
     read = [
         price(load_of(**on_disk), make_spec(groups=(group,), sparse_attention=each), make_policy(), PassWork()) for each in (None, share)
     ]
-    assert read[0] == read[1], "there values are read with the keys"
+    assert read[0] == dataclasses.replace(read[1], host_sparse_step_bytes=0), "there values are read with the keys"
+
+
+@pytest.mark.parametrize(("seen", "sparsely"), [(30_000, 1.0), (1920, 1.0), (960, 8 / 9), (300, 0.4), (192, 0.0), (30, 0.0)])
+@pytest.mark.parametrize("home", ["host", "disk", "device"])
+def test_what_counts_as_attended_to_sparsely(make_spec, make_policy, home, seen, sparsely):
+    """Three next tokens, a tenth of the positions, at least 64 each: of 320 positions four fifths are left out instead of nine tenths."""
+    group = KVGroupSpec(num_layers=2, bytes_per_token=10, attention_flops_per_pair=4.0, value_bytes_per_token=4, queries_per_key=2)
+    load = load_of(prompt_tokens={home: 10}, num_prompts={home: 2}, next_tokens={home: 3}, attended_tokens={home: [seen]})
+    dense, sparse = (
+        price(load, make_spec(groups=(group,), sparse_attention=share), make_policy(device="sim"), PassWork()) for share in (None, 0.1)
+    )
+    name, all_of_it = ("sparse_step_bytes", "step_bytes") if home == "device" else ("host_sparse_step_bytes", "host_step_bytes")
+    assert getattr(dense, name) == 0
+    assert getattr(sparse, name) == pytest.approx(2 * 10 * seen * sparsely)
+    assert getattr(sparse, all_of_it) == getattr(dense, all_of_it) == 2 * 10 * seen
 
 
 def test_ideal_seconds_divide_work_by_best_rates(make_machine):

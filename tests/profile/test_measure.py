@@ -13,7 +13,7 @@ from flexgen.formats.random_numbers import sampled_parts
 from flexgen.formats.table import COMMON_CONFIGS
 from flexgen.options import KV_FORMATS
 from flexgen.plan.machine import Rate, int8_name, read_machine
-from flexgen.profile import compute, decoding, disk, int8, kept, overheads, timing
+from flexgen.profile import compute, decoding, disk, int8, kept, overheads, sparse, timing
 from flexgen.profile import measure as module
 from flexgen.profile.kept import cached_machine, machine_key
 from flexgen.profile.measure import measure
@@ -203,6 +203,22 @@ def test_products_in_int8_are_measured_when_a_model_first_needs_them(small, coun
     assert [rows for rows, _ in again.dense[name]] == [16, 64]
     assert min(rate.typical for rate in [again.casts[name], *(rate for _, rate in again.dense[name])]) > 1e6
     assert cached(tmp_path, quick=False, formats=(int8_name("float16"),)) == cached(tmp_path) == again
+    assert len(counted) == 1, "the rest is not measured again"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_sparse_attention_is_measured_when_a_model_first_needs_it(counted, tmp_path, monkeypatch, dtype):
+    monkeypatch.setattr(sparse, "FORMAT_SECONDS", 0.01)
+    plain = cached(tmp_path, dtype=dtype)
+    first, again = (cached(tmp_path, dtype=dtype, sparse=share) for share in (0.25, 0.1))
+    formats = ["", *(f" {kv}" for kv in KV_FORMATS if kv != "auto" and dtype != "float64")]
+    for machine, before, share in ((first, plain, 0.25), (again, first, 0.1)):
+        curves = {name: machine.decode_attention["host"][name] for name in machine.decode_attention["host"] if name.endswith(f" {share}")}
+        assert machine.decode_attention["host"].keys() - before.decode_attention["host"].keys() == curves.keys()
+        assert curves.keys() == {f"{dtype}{kv} sparse {share}" for kv in formats}
+        assert [round(flops) for flops, _ in curves[f"{dtype} sparse {share}"]] == [2 * each // BYTES[dtype] for each in (1, 4, 8)]
+        assert min(rate.typical for curve in curves.values() for _, rate in curve) > 1e6
+    assert cached(tmp_path, dtype=dtype, sparse=0.25) == cached(tmp_path, dtype=dtype) == again, "it is kept"
     assert len(counted) == 1, "the rest is not measured again"
 
 

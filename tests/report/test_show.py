@@ -130,6 +130,17 @@ def test_values_that_were_not_read_are_told() -> None:
     assert "sparse attention 0.1, " in format_plan(dataclasses.replace(PLAN, policy=policy))
 
 
+def test_what_sparse_attention_is_expected_to_save_is_told() -> None:
+    policy = dataclasses.replace(PLAN.policy, sparse_attention=0.1)
+    for times, told in (
+        (0.834, "is expected to take 0.83 of the time of dense attention"),
+        (None, "is counted as dense: this machine has"),
+    ):
+        plan = dataclasses.replace(PLAN, policy=policy, forecast=dataclasses.replace(FORECAST, sparse_over_dense=times))
+        assert [told in line for line in format_plan(plan).splitlines() if line.strip().startswith("sparse attention")] == [True]
+    assert "sparse" not in format_plan(PLAN)
+
+
 def test_a_job_that_only_scores_is_told_in_tokens_of_prompts() -> None:
     report = dataclasses.replace(
         ENGINE.report(), prompt_tokens=900, output_tokens=0, output_tokens_per_s=0.0, scored_tokens=40, prompt_tokens_per_s=450.0,

@@ -81,7 +81,7 @@ class _Question:
             return self.box
         from flexgen.profile.kept import cached_machine
 
-        return cached_machine(self.limits.device, spec.dtype, self._weights_folder, formats=spec.decoded_from)
+        return cached_machine(self.limits.device, spec.dtype, self._weights_folder, formats=spec.decoded_from, sparse=spec.sparse_attention)
 
     def job_in(self, formats: Formats, spec: ModelSpec) -> dict[str, Any]:
         """Return the arguments of `make_plan` for the model in certain formats."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from flexgen.kernels.codes import SealedPages
 from flexgen.kernels.pages import gather_kv, seen_sealed
-from flexgen.plan.policy import SPARSE_SCORES_BYTES
+from flexgen.plan.policy import SPARSE_KV_BYTES, SPARSE_SCORES_BYTES
 
 
 def chosen(products: Tensor, visible: Tensor, own: Tensor, kept: Tensor) -> Tensor:
@@ -40,6 +40,16 @@ def row_blocks(num_queries: int, num_heads: int, num_positions: int) -> Iterator
     rows = max(1, SPARSE_SCORES_BYTES // max(num_heads * num_positions * 4, 1))
     for first in range(0, num_queries, rows):
         yield slice(first, min(first + rows, num_queries))
+
+
+def head_blocks(num_positions: int, num_key_heads: int, head_dims: int) -> Iterator[slice]:
+    """Yield ranges of key heads that are attended to at a time.
+
+    Their keys and values, of `head_dims` numbers together, take SPARSE_KV_BYTES in float32, or are those of one head.
+    """
+    heads = max(1, SPARSE_KV_BYTES // max(num_positions * head_dims * 4, 1))
+    for first in range(0, num_key_heads, heads):
+        yield slice(first, min(first + heads, num_key_heads))
 
 
 def attend_chosen(
@@ -67,9 +77,21 @@ def attend_chosen(
         softcap: As for `decode_attention`.
         sinks: As for `decode_attention`.
     """
+    out, group = query.new_empty(*query.shape[:2], value.shape[2]), query.shape[1] // key.shape[1]
+    for some in head_blocks(key.shape[0], key.shape[1], key.shape[2] + value.shape[2]):
+        heads = slice(some.start * group, some.stop * group)
+        how = scaling, softcap, None if sinks is None else sinks[heads]
+        out[:, heads] = _attend_heads(query[:, heads], key[:, some], value[:, some], visible, own, kept, *how)
+    return out
+
+
+def _attend_heads(
+    query: Tensor, key: Tensor, value: Tensor, visible: Tensor, own: Tensor, kept: Tensor, scaling: float, softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:  # fmt: skip
     dtype = torch.promote_types(query.dtype, torch.float32)
     (num_queries, num_heads, key_dim), kv_heads = query.shape, key.shape[1]
-    grouped = query.to(dtype).view(num_queries, kv_heads, num_heads // kv_heads, key_dim)
+    grouped = query.to(dtype).reshape(num_queries, kv_heads, num_heads // kv_heads, key_dim)
     products = torch.einsum("tkgd,nkd->kgtn", grouped, key.to(dtype)).flatten(0, 1)  # (H, T, N)
     keeps = chosen(products, visible, own, kept)
     scores = products * scaling

@@ -127,6 +127,7 @@ def model_spec(
                 slot_bytes_per_token=0 if (slot := kv_format.disk_slot(geometry, PAGE_TOKENS)) is None else slot.page_bytes // PAGE_TOKENS,
                 value_bytes_per_token=0 if sparse_attention is None else kv_format.value_bytes(geometry),
                 queries_per_key=1 if sparse_attention is None else _queries_per_key(members),
+                key_heads=1 if sparse_attention is None else geometry.key_heads,
             )
             for geometry, members in by_geometry(units.trace.layers).items()
         ),

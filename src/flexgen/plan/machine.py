@@ -15,7 +15,7 @@ from flexgen.options import DEVICES
 FEW_CORES = 4
 # The shares of memory and of free disk that a plan may use where the options give no budget.
 HOST_SHARE, DEVICE_SHARE, DISK_SHARE = 0.8, 0.9, 0.8
-_INT8 = " int8"
+_INT8, _SPARSE = " int8", " sparse "
 NOT_A_MACHINE = "this is not the description of a machine"  # how messages begin
 
 
@@ -27,6 +27,11 @@ def io_threads(cores: int) -> int:
 def kv_rate_name(dtype: str, kv_format: str) -> str:
     """Return the key of `Machine.decode_attention` for a low-bit format of KV beside that dtype of computing."""
     return f"{dtype} {kv_format}"
+
+
+def sparse_rate_name(name: str, share: float) -> str:
+    """Return the key of `Machine.decode_attention` for sparse attention with this share of the positions; `name` is that of all of them."""
+    return f"{name}{_SPARSE}{share:g}"
 
 
 def int8_name(name: str) -> str:
@@ -137,7 +142,8 @@ class Machine:
             "bfloat16 int8" (see `int8_name`).
         attention: By dtype, FLOP/s of causal prefill attention, on the device that computes.
         decode_attention: By "host" or "device" and then by dtype, KV bytes/s of the attention of next tokens, by FLOPs per KV byte; for KV
-            in a low-bit format by names such as "bfloat16 int4" (see `kv_rate_name`).
+            in a low-bit format by names such as "bfloat16 int4" (see `kv_rate_name`). Under sparse attention the bytes of all that tokens
+            see count, by names such as "bfloat16 int4 sparse 0.1" (see `sparse_rate_name`).
         elementwise: By dtype, bytes/s through norms, activations and rotations (counted by pass_time.elementwise_bytes).
         casts: By stored dtype or format and computed dtype ("float16 bfloat16", "mxfp4 bfloat16"), bytes/s that a decode stage yields; for
             rounding numbers of a dtype see `int8_name`.

@@ -21,7 +21,7 @@ _ENCODED, _IN_INT8, _DECODED_FROM = "encoded_bytes", "int8_flops_per_token", "de
 # What is left out of the JSON of a model whose KV is in the dtype of computing.
 _KV_FORMAT, _LOW_BIT = "kv_format", ("exact_bytes_per_token", "slot_bytes_per_token")
 # What is left out of the JSON of a model whose generated tokens attend to all that they see.
-_SPARSE, _OF_SPARSE = "sparse_attention", {"value_bytes_per_token": 0, "queries_per_key": 1}
+_SPARSE, _OF_SPARSE = "sparse_attention", {"value_bytes_per_token": 0, "queries_per_key": 1, "key_heads": 1}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +68,7 @@ class KVGroupSpec:
         window: The number of visible tokens; None for all. Chunked attention counts as its chunk size.
         value_bytes_per_token: The bytes of one token's values in one layer; 0 where that does not matter.
         queries_per_key: The number of query heads that share a key head; 1 where that does not matter.
+        key_heads: The number of key heads; 1 where that does not matter.
     """
 
     num_layers: int
@@ -78,6 +79,7 @@ class KVGroupSpec:
     slot_bytes_per_token: int = 0
     value_bytes_per_token: int = 0
     queries_per_key: int = 1
+    key_heads: int = 1
 
     @property
     def disk_bytes_per_token(self) -> int:

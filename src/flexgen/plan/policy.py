@@ -11,6 +11,7 @@ PAGE_TOKENS = 16  # tokens of a KV page in every plan
 SCORED_SLICE_BYTES = 32 * MIB  # logits of scored positions that are held at a time
 INT8_SUMS_BYTES = 8 * MIB  # sums of products in int8 that are held at a time
 SPARSE_SCORES_BYTES = 4 * MIB  # scores that are sorted at a time where generated tokens are computed again under sparse attention
+SPARSE_KV_BYTES = 16 * MIB  # keys and values that are held in float32 at a time where kernels in plain torch attend sparsely
 LEAST_KEPT = 64  # positions that a head keeps at least under sparse attention: four pages
 SCRATCH_UNITS = 3  # units that are open at a time and were decoded for that
 # A device decodes so many numbers at once by torch operations, whose temporary tensors take at most so many bytes for each: indices, values

@@ -22,7 +22,7 @@ QUICK_SHARE = 0.3
 def with_int8(machine: Machine, dtype: str, max_bytes: int, *, quick: bool) -> Machine:
     """Return the machine with the rates of products in int8 beside a dtype of computing; they are measured now if they are missing.
 
-    The rates contain the rounding of inputs and the scaling of sums.
+    The rates contain the scaling of sums, and the rounding of inputs for each product, although some have theirs in common.
 
     Args:
         machine: The machine, whose products run on a CPU.
@@ -57,7 +57,9 @@ def _product_rates(products: Int8Products, dtype: torch.dtype, max_bytes: int, s
                 if rows * (features_in + features_out) * dtype.itemsize > max_bytes // 4:
                     break
                 x, out = random_numbers((rows, features_in), torch.device("cpu"), dtype), torch.empty(rows, features_out, dtype=dtype)
-                taken = median_seconds(lambda x=x, out=out, weight=weight: products.write(x, weight, None, out), seconds / 15)
+                taken = median_seconds(
+                    lambda x=x, out=out, weight=weight: products.write(products.rounded(x), weight, None, out), seconds / 15
+                )
                 rounds[rows].append(2 * rows * features_in * features_out / taken)
             del weight
     return tuple((float(rows), Rate.of(rates)) for rows, rates in rounds.items() if rates)

@@ -23,6 +23,7 @@ from flexgen.profile.disk import writable
 from flexgen.profile.int8 import with_int8
 from flexgen.profile.measure import MAX_BYTES, num_cores, processor
 from flexgen.profile.repeat import best_of, is_disturbed
+from flexgen.profile.sparse import with_sparse
 
 logger = logging.getLogger(__name__)
 
@@ -37,10 +38,12 @@ def cached_machine(
     max_bytes: int = MAX_BYTES,
     again: bool = False,
     formats: Iterable[str] = (),
+    sparse: float | None = None,
 ) -> Machine:
     """Return the machine as measured before; if there is no such measurement, measure it now and keep the result.
 
-    The decoding of number formats, and products in int8, are measured when a model first needs them, and then added to what is kept.
+    The decoding of number formats, products in int8 and sparse attention are measured when a model first needs them, and then added to what
+    is kept.
 
     A measurement is kept per host, processor, cores, file system of `folder`, torch version, dtype and device.  One that other programs
     disturbed does not replace an earlier one (see `best_of`).
@@ -55,10 +58,11 @@ def cached_machine(
         again: Whether to measure even if there is a measurement.
         formats: Names of the number formats whose decoding has to be known, as in ModelSpec.decoded_from; those that do not run are left
             out. If numbers are rounded to int8 after it, products in int8 have to be known, too.
+        sparse: The share of positions of the sparse attention that has to be known; None for none.
     """
     before = kept_machine(device, dtype, folder, cache_dir=cache_dir, quick=quick)
     if not again and before is not None:
-        return _with_formats(before, dtype, formats, _place(device, dtype, folder, cache_dir), max_bytes)
+        return _completed(before, dtype, formats, sparse, _place(device, dtype, folder, cache_dir), max_bytes)
     machine = measuring.measure(device, [dtype], folder, quick=quick, max_bytes=max_bytes)
     if is_disturbed(machine):
         logger.warning(
@@ -67,15 +71,17 @@ def cached_machine(
         )  # fmt: skip
         machine = best_of([machine, before]) if before is not None else machine
     keep(machine, [dtype], folder, cache_dir=cache_dir, quick=quick)
-    return _with_formats(machine, dtype, formats, _place(device, dtype, folder, cache_dir), max_bytes)
+    return _completed(machine, dtype, formats, sparse, _place(device, dtype, folder, cache_dir), max_bytes)
 
 
-def _with_formats(machine: Machine, dtype: str, formats: Iterable[str], place: _Place, max_bytes: int) -> Machine:
-    """Return the machine with the rates that these formats need; where some had to be measured, they are kept."""
+def _completed(machine: Machine, dtype: str, formats: Iterable[str], sparse: float | None, place: _Place, max_bytes: int) -> Machine:
+    """Return the machine with the rates that these formats and this sparse attention need; where some had to be measured, they are kept."""
     formats, quick = list(formats), _is_quick(place.path)
     knowing = with_formats(machine, dtype, formats, max_bytes)
     if any(rounded_from(name) is not None for name in formats):
         knowing = with_int8(knowing, dtype, max_bytes, quick=quick)
+    if sparse is not None:
+        knowing = with_sparse(knowing, dtype, sparse, max_bytes, quick=quick)
     if knowing is not machine:
         _write(knowing, place, quick=quick)
     return knowing

@@ -43,6 +43,7 @@ def format_plan(plan: Plan) -> str:
     ]
     chosen = format_choice(plan.formats) if plan.formats is not None else []
     lines += [f"  {line}" for line in format_forecast(plan.forecast)]
+    lines += [f"           {line}" for line in _sparse(plan)]
     return "\n".join(lines + [f"  {name:<8} {line}" for name, line in zip(("formats", ""), chosen, strict=False)])
 
 
@@ -90,6 +91,16 @@ def _padded(policy: Policy, spec: ModelSpec) -> str:
     if not policy.kv_disk_bytes or spec.disk_kv_bytes_per_token <= spec.kv_bytes_per_token:
         return ""
     return f" ({format_size(spec.disk_kv_bytes_per_token)} on disk, where pages are padded to multiples of 4 KiB)"
+
+
+def _sparse(plan: Plan) -> list[str]:
+    """Return a line about what sparse attention is expected to save, if it is on."""
+    share, times = plan.policy.sparse_attention, plan.forecast.sparse_over_dense
+    if share is None:
+        return []
+    if times is None:
+        return ["sparse attention is counted as dense: this machine has no rates for it"]
+    return [f"sparse attention: that of next tokens is expected to take {times:.2f} of the time of dense attention"]
 
 
 def format_forecast(forecast: Forecast) -> list[str]:

@@ -48,7 +48,7 @@ def plan_formats(found: ResolvedModel, options: EngineOptions, workload: Workloa
 
     def arguments(formats: Formats, spec: ModelSpec) -> dict[str, Any]:
         folder = private_cache() if formats.weights != options.weight_format else _weights_folder(found.files, limits.offload_dir)
-        machine = measured_machine(limits, dtype, folder, stored.checkpoint_bytes, spec.decoded_from)
+        machine = measured_machine(limits, folder, stored.checkpoint_bytes, spec)
         given = {"options": options.in_formats(formats.weights, formats.kv), "spec": spec, "machine": machine, "limits": limits}
         return given | {"workload": workload, "process_bytes": process_bytes}
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from flexgen.kv.format import KVFormat
 from flexgen.models.assemble import AssembledModel
 from flexgen.options import INT8, EngineOptions
 from flexgen.plan.machine import Limits, Machine
+from flexgen.plan.model import ModelSpec
 from flexgen.plan.play import admit
 from flexgen.plan.tell.forecast import Plan, make_plan
 from flexgen.plan.workload import Workload
@@ -97,7 +97,7 @@ def prepare(found: ResolvedModel, options: EngineOptions, workload: Workload) ->
             limits = replace(limits, disk_bytes=max(limits.disk_bytes - model.total_bytes, 0))
         load_products(model.dtype, model.cpu_compute)
         weights = model.layouts[0].extents[0].path.parent
-        machine = measured_machine(limits, options.dtype, weights, model.total_bytes, model.spec.decoded_from)
+        machine = measured_machine(limits, weights, model.total_bytes, model.spec)
         load_kernels(model.dtype, model.kv_format, sparse=options.kept_share is not None)
         for encoding in model.encodings:
             if limits.device == "cpu" or not encoding.format.carried_as_stored:
@@ -112,18 +112,19 @@ def prepare(found: ResolvedModel, options: EngineOptions, workload: Workload) ->
     )  # fmt: skip
 
 
-def measured_machine(limits: Limits, dtype: str, weights: Path, total_bytes: int, formats: Iterable[str]) -> Machine:
+def measured_machine(limits: Limits, weights: Path, total_bytes: int, spec: ModelSpec) -> Machine:
     """Return the rates of this machine.
 
     Args:
         limits: The budgets, which buffers keep.
-        dtype: The dtype of computing.
         weights: The folder that weights stream from.
         total_bytes: The bytes of all weights, which decide how long measuring may take.
-        formats: The names of the number formats that are decoded.
+        spec: The model, which decides what has to be known.
     """
-    max_bytes = min(256 * MIB, limits.host_bytes // 8)
-    return cached_machine(limits.device, dtype, weights, max_bytes=max_bytes, quick=total_bytes < THOROUGH_BYTES, formats=formats)
+    return cached_machine(
+        limits.device, spec.dtype, weights, max_bytes=min(256 * MIB, limits.host_bytes // 8), quick=total_bytes < THOROUGH_BYTES,
+        formats=spec.decoded_from, sparse=spec.sparse_attention,
+    )  # fmt: skip
 
 
 def bytes_of_process(options: EngineOptions, total_bytes: int, limits: Limits) -> int:

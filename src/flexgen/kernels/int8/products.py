@@ -5,6 +5,7 @@ Sums of products are exact integers, so that an output depends on its own row of
 
 from __future__ import annotations
 
+import weakref
 from typing import Any, NamedTuple
 
 import torch
@@ -53,8 +54,31 @@ def round_rows(numbers: torch.Tensor, out: RoundedRows, parallel: Parallel = ser
     parallel(lambda begin, end: compiled.round_rows(begin, end, stored, codes, scales), len(numbers))
 
 
+class RoundedInput:
+    """Inputs of linear layers as they were rounded, for all layers that take the very same tensor.
+
+    It knows the tensor without keeping it alive.  A tensor that was changed in place since then is another one.
+
+    Attributes:
+        rows: The rounded inputs, a row for each token.
+    """
+
+    def __init__(self, x: torch.Tensor, rows: RoundedRows) -> None:
+        self.rows = rows
+        self._known, self._version = weakref.ref(x), _version(x)
+
+    def is_of(self, x: torch.Tensor) -> bool:
+        """Return whether this is the tensor that was rounded, unchanged."""
+        return self._known() is x and self._version is not None and self._version == _version(x)
+
+
+def _version(x: torch.Tensor) -> int | None:
+    """Return how often a tensor was changed in place; None where torch does not count that."""
+    return None if x.is_inference() else x._version
+
+
 class Int8Products:
-    """Computes linear layers, in memory that is used again and again; one thread at a time.
+    """Computes linear layers; sums are held in memory that is used again and again, so by one thread at a time.
 
     Attributes:
         parallel: Runs the loops over rows.
@@ -62,31 +86,34 @@ class Int8Products:
 
     def __init__(self, parallel: Parallel = serially) -> None:
         self.parallel = parallel
-        self._codes = torch.empty(0, dtype=torch.int8)
         self._sums = torch.empty(0, dtype=torch.int32)
 
-    def write(self, x: torch.Tensor, weight: RoundedRows, bias: torch.Tensor | None, out: torch.Tensor, first: int = 0) -> None:
+    def rounded(self, x: torch.Tensor) -> RoundedRows:
+        """Return inputs, (rows, in_features), contiguous, in a dtype of ROUNDED_AS_STORED, as `write` takes them."""
+        rounded = RoundedRows(torch.empty(x.shape, dtype=torch.int8), torch.empty(len(x), dtype=torch.float32))
+        round_rows(x, rounded, self.parallel)
+        return rounded
+
+    def write(self, x: RoundedRows, weight: RoundedRows, bias: torch.Tensor | None, out: torch.Tensor, first: int = 0) -> None:
         """Compute outputs of a linear layer.
 
         Args:
-            x: The inputs, (rows, in_features), contiguous, in a dtype of ROUNDED_AS_STORED.
+            x: The inputs, (rows, in_features).
             weight: The weights, (outputs, in_features).
             bias: The bias, (outputs,); None if there is none.
-            out: All outputs of the layer, (rows, out_features), contiguous, of the dtype of `x`; columns from `first` on are written.
+            out: All outputs of the layer, (rows, out_features), contiguous; columns from `first` on are written.
             first: The column of the first output.
         """
-        if not len(x):
+        num_rows, num_outputs = len(x.codes), len(weight.codes)
+        if not num_rows:
             return
-        rounded = RoundedRows(self._held_codes(x.numel()).view(x.shape), torch.empty(len(x)))
-        round_rows(x, rounded, self.parallel)
-        num_outputs = len(weight.codes)
-        step = max(INT8_SUMS_BYTES // (4 * len(x)) // _LEAST_OUTPUTS, 1) * _LEAST_OUTPUTS
+        step = max(INT8_SUMS_BYTES // (4 * num_rows) // _LEAST_OUTPUTS, 1) * _LEAST_OUTPUTS
         added = torch.empty(0) if bias is None else bias.float()
         for start in range(0, num_outputs, step):
             columns = slice(start, min(start + step, num_outputs))
-            sums = self._held_sums(len(x), columns.stop - start)
-            _product(rounded.codes, weight.codes[columns].t(), out=sums)
-            self._scale(sums, rounded.scales, weight.scales[columns], added[columns], first + start, out)
+            sums = self._held_sums(num_rows, columns.stop - start)
+            _product(x.codes, weight.codes[columns].t(), out=sums)
+            self._scale(sums, x.scales, weight.scales[columns], added[columns], first + start, out)
 
     def _scale(
         self, sums: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, bias: torch.Tensor, first: int, out: torch.Tensor
@@ -94,11 +121,6 @@ class Int8Products:
         arrays = [each.numpy() for each in (sums, rows, columns, bias)]
         target = carried(out)
         self.parallel(lambda begin, end: compiled.scale_sums(begin, end, *arrays, first, target), len(sums))
-
-    def _held_codes(self, number: int) -> torch.Tensor:
-        if len(self._codes) < number:
-            self._codes = torch.empty(number, dtype=torch.int8)
-        return self._codes[:number]
 
     def _held_sums(self, rows: int, columns: int) -> torch.Tensor:
         if len(self._sums) < rows * columns:
@@ -112,7 +134,8 @@ def warm_up_int8(dtype: torch.dtype) -> None:
         rounded = RoundedRows.within(torch.empty(rounded_bytes(1, 16), dtype=torch.int8), 1, 16)
         round_rows(torch.ones(1, 16, dtype=stored), rounded)
         if stored == dtype:
-            Int8Products().write(torch.ones(1, 16, dtype=dtype), rounded, None, torch.empty(1, 1, dtype=dtype))
+            products = Int8Products()
+            products.write(products.rounded(torch.ones(1, 16, dtype=dtype)), rounded, None, torch.empty(1, 1, dtype=dtype))
 
 
 def check_exact() -> None:

@@ -15,6 +15,7 @@ from flexgen.plan.policy import (
     INT8_SUMS_BYTES,
     SCORED_SLICE_BYTES,
     SCRATCH_UNITS,
+    SPARSE_KV_BYTES,
     SPARSE_SCORES_BYTES,
     Fractions,
     Policy,
@@ -124,6 +125,9 @@ def activation_bytes(spec: ModelSpec, sizes: JobSizes, policy: Policy, max_num_s
     # Prompts whose KV goes to disk are never cut into chunks.
     running = min(max(policy.micro_batch_tokens, longest_prompt * (policy.kv.disk > 0)), tokens)
     suspended = tokens * (3 * hidden + 2 * intermediate) * size
+    if spec.int8_flops_per_token:
+        # The codes of the gate's input; those of the next linear layer, down, take less than the outputs that are gone by then.
+        suspended += tokens * hidden
     computing = running * ((4 * hidden + 3 * intermediate) * size + 8 * hidden)
     if spec.int8_flops_per_token:  # the codes of the inputs of a layer, the sums of its products
         computing += running * max(intermediate, hidden) + INT8_SUMS_BYTES
@@ -136,12 +140,14 @@ def activation_bytes(spec: ModelSpec, sizes: JobSizes, policy: Policy, max_num_s
 def _sparse_bytes(spec: ModelSpec, sizes: JobSizes, size: int) -> int:
     """Return the bytes of computing generated tokens again, together, under sparse attention.
 
-    They are those of the keys and values of a layer in one piece, of the same in float32, values a second time, and of scores.
+    They are those of the keys and values of a layer in one piece, of some key heads' in float32, values a second time, and of scores.
     """
     if spec.sparse_attention is None:
         return 0
-    wide = max(size, 4)
-    return sizes.layer + 2 * sizes.layer * wide // size + SORTED_COPIES * SPARSE_SCORES_BYTES * wide // 4
+    wide, heads = max(size, 4), min((group.key_heads for group in spec.kv_groups), default=1)
+    layer = sizes.layer * wide // size
+    at_a_time = min(layer, max(SPARSE_KV_BYTES * wide // 4, layer // heads))
+    return sizes.layer + 2 * at_a_time + SORTED_COPIES * SPARSE_SCORES_BYTES * wide // 4
 
 
 def _scoring_bytes(spec: ModelSpec, sizes: JobSizes, policy: Policy, max_num_seqs: int) -> int:

@@ -5,6 +5,7 @@ They are linear in the work of a pass, so that the same numbers price a simulate
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from flexgen.options import DTYPE_BYTES
-from flexgen.plan.machine import Curve, Machine, has_device_tier, int8_name, kv_rate_name, rounded_from
+from flexgen.plan.machine import Curve, Machine, has_device_tier, int8_name, kv_rate_name, rounded_from, sparse_rate_name
 from flexgen.plan.model import ModelSpec
 from flexgen.plan.policy import Policy
 from flexgen.plan.price.weights import active_share
@@ -52,6 +53,7 @@ class Expectation:
             part[share] = part.get(share, 0.0) + unit.flops_per_token - unit.int8_flops_per_token
         self._int8 = {1.0: spec.int8_flops_per_token} if spec.int8_flops_per_token else {}
         self._int8_dense = machine.dense[machine.known(int8_name(dtype))] if self._int8 else self._dense
+        self._kv_name = dtype if spec.kv_format is None else kv_rate_name(dtype, spec.kv_format)
         self._expansion = spec.exact_kv_bytes_per_token / max(spec.kv_bytes_per_token, 1)
         self._num_layers = sum(group.num_layers for group in spec.kv_groups)
         elementwise = machine.elementwise.get(dtype, machine.host_memory).typical
@@ -105,11 +107,11 @@ class Expectation:
         compute = compute + _dense_seconds(self._head, self._dense, work.num_scored, work.num_scored / micro_batches)
         compute = compute + work.num_scored * self._score_seconds
         compute = compute + work.num_tokens * self._token_seconds + work.attention_flops / self._attention
-        compute = compute + self._steps_seconds("device", work.step_flops, work.step_bytes)
+        compute = compute + self._steps_seconds("device", work.step_flops, work.step_bytes, work.sparse_step_bytes)
         lead = micro_batches * self._num_layers * overheads.per_layer_and_micro_batch + work.num_streamed_units * overheads.per_unit
         lead = lead + work.num_sequences * overheads.per_sequence
         lead = lead + work.num_tokens * overheads.per_gathered_row * (not policy.embedding_resident)
-        host = self._steps_seconds("host", work.host_step_flops, work.host_step_bytes)
+        host = self._steps_seconds("host", work.host_step_flops, work.host_step_bytes, work.host_sparse_step_bytes)
         host = host + work.decoded_bytes / self._decoding
         working = work.disk_read_bytes * machine.disk_core_seconds_per_byte + work.num_disk_requests * machine.disk_request.core_seconds
         host = host + working / machine.cores
@@ -132,23 +134,44 @@ class Expectation:
         resources = [np.asarray(each, dtype=np.float64) for each in self.resources(work, policy, times=times).values()]
         return functools.reduce(np.maximum, resources) + self.machine.overheads.per_pass
 
-    def _steps_seconds(self, place: str, flops: Any, kv_bytes: Any) -> Any:
-        """Return the seconds of next tokens' attention to KV.
+    def sparse_over_dense(self, work: PassWork) -> float | None:
+        """Return the time of next tokens' attention in some passes, as a share of that without sparse attention; 1 if there are none.
 
-        Where the rate of a low-bit format is unknown, its numbers are assumed to be attended to as fast as those of the dtype of computing.
+        None without sparse attention, and where the machine has no rates for it.
         """
+        if all(self._sparse_curve(place) is None for place in ("device", "host")):
+            return None
+        dense = self._attention_seconds(dataclasses.replace(work, sparse_step_bytes=0, host_sparse_step_bytes=0))
+        return self._attention_seconds(work) / dense if dense else 1.0
+
+    def _attention_seconds(self, work: PassWork) -> float:
+        on_device = self._steps_seconds("device", work.step_flops, work.step_bytes, work.sparse_step_bytes)
+        on_host = self._steps_seconds("host", work.host_step_flops, work.host_step_bytes, work.host_sparse_step_bytes)
+        return float(np.sum(on_device) + np.sum(on_host))
+
+    def _steps_seconds(self, place: str, flops: Any, kv_bytes: Any, sparse_bytes: Any) -> Any:
+        """Return the seconds of next tokens' attention to KV, to `sparse_bytes` of it sparsely.
+
+        Where sparse attention has no rate, it counts as dense. Where the rate of a low-bit format is unknown, its numbers are assumed to be
+        attended to as fast as those of the dtype of computing.
+        """
+        sparsely, flops_per_byte = 0.0, flops / np.maximum(kv_bytes, 1)
+        if (curve := self._sparse_curve(place)) is not None:
+            sparsely, kv_bytes = sparse_bytes / _rate_of_steps(curve, flops_per_byte), kv_bytes - sparse_bytes
+            flops = flops_per_byte * kv_bytes
         curves = self.machine.decode_attention.get(place, {})
-        curve = curves.get(self.dtype)
-        if self.spec.kv_format is not None:
-            known = curves.get(kv_rate_name(self.dtype, self.spec.kv_format))
-            curve, kv_bytes = (known, kv_bytes) if known is not None else (curve, kv_bytes * self._expansion)
+        curve = curves.get(self._kv_name)
+        if curve is None and self.spec.kv_format is not None:
+            curve, kv_bytes = curves.get(self.dtype), kv_bytes * self._expansion
         if curve is None:
             memory = self.machine.host_memory.typical
-            return kv_bytes / memory if place == "host" else flops / self._attention
-        flops_per_byte = flops / np.maximum(kv_bytes, 1)
-        sizes = np.log([size for size, _ in curve])
-        rates = _interpolated(np.log(np.maximum(flops_per_byte, 1e-9)), sizes, [rate.typical for _, rate in curve])
-        return kv_bytes / rates
+            return sparsely + (kv_bytes / memory if place == "host" else flops / self._attention)
+        return sparsely + kv_bytes / _rate_of_steps(curve, flops / np.maximum(kv_bytes, 1))
+
+    def _sparse_curve(self, place: str) -> Curve | None:
+        """Return the rates of sparse attention with the model's share; None where there are none."""
+        share = self.spec.sparse_attention
+        return None if share is None else self.machine.decode_attention.get(place, {}).get(sparse_rate_name(self._kv_name, share))
 
 
 def _dense_seconds(flops_by_share: dict[float, float], rates: Curve, tokens: Any, rows: Any) -> Any:
@@ -191,6 +214,12 @@ def rate_at(curve: Curve, rows: Any) -> Any:
     known = np.array([(size, rate.typical) for size, rate in curve], dtype=np.float64)
     rates = _interpolated(rows, known[:, 0], known[:, 1])
     return rates * np.minimum(np.maximum(rows, 1.0) / known[0, 0], 1.0)
+
+
+def _rate_of_steps(curve: Curve, flops_per_byte: Any) -> Any:
+    """Return the bytes/s of next tokens' attention, between the points of a curve by the logarithm of FLOPs per byte."""
+    sizes = np.log([size for size, _ in curve])
+    return _interpolated(np.log(np.maximum(flops_per_byte, 1e-9)), sizes, [rate.typical for _, rate in curve])
 
 
 def _interpolated(at: Any, sizes: Any, values: Any) -> Any:

@@ -32,9 +32,11 @@ class PassWork:
         int8_flops: The FLOPs of linear layers in int8.
         attention_flops: The FLOPs of the visible (query, key) pairs of prompts.
         step_flops: The FLOPs of next tokens' attention to KV on the device.
-        step_bytes: The KV bytes that this attention reads.
+        step_bytes: The KV bytes that this attention sees.
+        sparse_step_bytes: Those of them that count as attended to sparsely (see `sparse_bytes`).
         host_step_flops: The FLOPs of next tokens' attention that the host computes.
-        host_step_bytes: The KV bytes that the host's attention reads.
+        host_step_bytes: The KV bytes that the host's attention sees.
+        host_sparse_step_bytes: Those of them that count as attended to sparsely.
         host_memory_bytes: The bytes that cross the host's memory bus: disk transfers, copies, decoding, and the KV that next tokens attend
             to where it lives on the host (weights read by a matrix product are part of its rate).
         decoded_bytes: The bytes that decode stages yield.
@@ -57,8 +59,10 @@ class PassWork:
     attention_flops: float = 0
     step_flops: float = 0
     step_bytes: float = 0
+    sparse_step_bytes: float = 0
     host_step_flops: float = 0
     host_step_bytes: float = 0
+    host_sparse_step_bytes: float = 0
     host_memory_bytes: float = 0
     decoded_bytes: float = 0
     num_tokens: float = 0
@@ -106,8 +110,21 @@ def attended_flops(groups: Sequence[KVGroupSpec], pairs: Sequence[Any]) -> Any:
 
 
 def attended_bytes(groups: Sequence[KVGroupSpec], tokens: Sequence[Any]) -> Any:
-    """Return the KV bytes that next tokens with `tokens` visible tokens per group read."""
+    """Return the KV bytes that next tokens with `tokens` visible tokens per group see."""
     return sum(group.num_layers * group.bytes_per_token * each for group, each in zip(groups, tokens, strict=True))
+
+
+def sparse_bytes(spec: ModelSpec, tokens: Sequence[Any], num_steps: Any) -> Any:
+    """Return how many KV bytes of `num_steps` next tokens with `tokens` visible tokens per group count as attended to sparsely.
+
+    Tokens that see many positions leave out all but their share.  Others keep the least number, which is more; of what they see as much
+    counts as they leave out, relative to that.
+    """
+    share = spec.sparse_attention
+    if share is None:
+        return 0
+    left_out = [np.maximum(seen - np.maximum(share * seen, LEAST_KEPT * num_steps), 0) for seen in tokens]
+    return attended_bytes(spec.kv_groups, left_out) / (1 - share)
 
 
 def unread_bytes(spec: ModelSpec, tokens: Sequence[Any], num_steps: Any) -> Any:
@@ -132,7 +149,7 @@ def price(load: PassLoad, spec: ModelSpec, policy: Policy, weights: PassWork) ->
     tokens = prompt_tokens + next_tokens
     disk_read, disk_write, memory = weights.disk_read_bytes, weights.disk_write_bytes, weights.host_memory_bytes
     to_device, to_host = weights.host_to_device_bytes, weights.device_to_host_bytes
-    steps: dict[str, Any] = {"step_flops": 0, "step_bytes": 0, "host_step_flops": 0, "host_step_bytes": 0}
+    steps: dict[str, Any] = {f"{where}{kind}": 0 for where in ("", "host_") for kind in ("step_flops", "step_bytes", "sparse_step_bytes")}
     requests: Any = 0
     if not policy.embedding_resident:
         rows = tokens * spec.embedding_row_bytes
@@ -146,12 +163,14 @@ def price(load: PassLoad, spec: ModelSpec, policy: Policy, weights: PassWork) ->
         where = "" if home == "device" else "host_"
         steps[f"{where}step_flops"] = steps[f"{where}step_flops"] + flops
         steps[f"{where}step_bytes"] = steps[f"{where}step_bytes"] + read
+        sparsely = sparse_bytes(spec, attended, load.next_tokens[home])
+        steps[f"{where}sparse_step_bytes"] = steps[f"{where}sparse_step_bytes"] + sparsely
         if home == "device":
             continue
         new_tokens = load.prompt_tokens[home] + load.next_tokens[home]
         written = new_tokens * spec.kv_bytes_per_token
         memory = memory + read + written
-        if home == "host":  # elsewhere values are read before it is known which are kept; choosing takes about the time that it saves
+        if home == "host":  # elsewhere values are read before it is known which are kept
             memory = memory - unread_bytes(spec, attended, load.next_tokens[home])
         if has_device_tier(device):
             to_host = to_host + new_tokens * spec.exact_kv_bytes_per_token + load.next_tokens[home] * crossing

@@ -58,6 +58,8 @@ class Forecast:
         gain_per_gib: Per tier, the relative gain of output tokens/s by 1 GiB more of it; empty where unknown.
         gain_per_rate: Per resource, the relative gain of output tokens/s per relative gain of its rate, with the same policy.
         spill: The gain of KV on disk, where it would write more than the weights' bytes; None where it would not, or was not compared.
+        sparse_over_dense: The time of next tokens' attention as a share of that without sparse attention; None without it, and where the
+            machine has no rates for it: then it counts as dense.
     """
 
     seconds: float
@@ -81,6 +83,7 @@ class Forecast:
     gain_per_rate: dict[str, float]
     spill: Spill | None = None
     scored_tokens: int = 0
+    sparse_over_dense: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,6 +187,7 @@ def _played(policy: Policy, expectation: Expectation, workload: Workload) -> dic
         "resource_seconds": {name: float(each.mean()) if passes else 0.0 for name, each in resources.items()},
         "bottleneck": max(decided, key=decided.__getitem__),
         "gain_per_rate": rate_gains(played, policy, expectation),
+        "sparse_over_dense": expectation.sparse_over_dense(played.work),
         "disk_written_bytes": float(np.broadcast_to(played.work.disk_write_bytes, (passes,)).sum()) * sample.scale,
     }
 
