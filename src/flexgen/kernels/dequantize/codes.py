@@ -15,7 +15,7 @@ from flexgen.base.compiled import entry
 from flexgen.kernels.cpu.formats import narrow
 from flexgen.kernels.cpu.rows import LANES, moved, pointer
 from flexgen.kernels.dequantize.compiled import store
-from flexgen.kernels.dequantize.loops import split_halves, store_codes
+from flexgen.kernels.dequantize.loops import split_halves, store_codes, turn_sixteen
 
 CHUNK = 2048  # columns that are unpacked before they are scaled; 32 codes of any width fill whole words
 GPTQ_ROWS = 32  # outputs whose words are brought into rows together: two lines of the cache
@@ -96,10 +96,8 @@ def decode_gptq(begin: int, end: int, words: Any, bits: int, scales: Any, zeros:
         rows = min(GPTQ_ROWS, outputs - first_row)
         for first in range(0, columns, CHUNK):
             count = min(CHUNK, columns - first)
-            for word in range((count * bits + 31) // 32):
-                source = pointer(words, (first * bits // 32 + word) * outputs + first_row)
-                for i in range(rows):
-                    lines[i * stride + word] = source[i]
+            of_chunk = pointer(words, first * bits // 32 * outputs + first_row)
+            turn(of_chunk, outputs, (count * bits + 31) // 32, rows, pointer(lines, 0), stride)
             for i in range(rows):
                 row = first_row + i
                 unpack(pointer(packed, 4 * i * stride), count, bits, 0, codes)
@@ -140,6 +138,18 @@ def decode_awq(begin: int, end: int, words: Any, scales: Any, zeros: Any, group:
                 unpack(pointer(packed, 4 * i * stride), count, 4, 0, codes)
                 target = pointer(out, row * columns + first)
                 scale_codes(codes, first, count, row, scales, zeros, np.float32(0), group, groups, numbers, target, out[row, 0])
+
+
+@njit
+def turn(source: Any, source_stride: int, height: int, width: int, target: Any, stride: int) -> None:
+    """Store the columns of a matrix, (height, width) and `source_stride` elements from row to row, as rows, `stride` apart."""
+    whole_rows, whole_columns = height // LANES * LANES, width // LANES * LANES
+    for row in range(0, whole_rows, LANES):
+        for column in range(0, whole_columns, LANES):
+            turn_sixteen(moved(source, row * source_stride + column), source_stride, moved(target, column * stride + row), stride)
+    for row in range(height):
+        for column in range(whole_columns if row < whole_rows else 0, width):
+            target[column * stride + row] = source[row * source_stride + column]
 
 
 @njit
