@@ -136,16 +136,13 @@ def test_a_disk_that_is_full_before_the_work_and_then_still_is(place: Path) -> N
     assert not (place / "in.jsonl.flexgen").exists()
 
 
-@pytest.mark.parametrize("kib", [0, 4, 24])
-def test_files_that_may_not_grow_stop_every_run_alike(place: Path, kib: int) -> None:
-    """At the first file of a job, in the middle of making its database, and later."""
+def test_files_that_may_not_grow_stop_every_run_alike(place: Path) -> None:
+    """In the middle of making a job's database."""
+    command = f"ulimit -f 24; exec {sys.executable} command.py run model in.jsonl -o out.jsonl --state out-state"
     for _ in range(2):
-        ran = subprocess.run(
-            ["bash", "-c", f"ulimit -f {kib}; exec {sys.executable} command.py run model in.jsonl -o out.jsonl --state out-{kib}"],
-            cwd=place, capture_output=True, text=True, timeout=120, check=False,
-        )  # fmt: skip
-        assert ran.returncode == 75, ran.stderr
-    assert flexgen(place, f"run model in.jsonl -o out.jsonl --state out-{kib}").returncode == 0
+        ran = subprocess.run(["bash", "-c", command], cwd=place, capture_output=True, text=True, timeout=120, check=False)
+        assert (ran.returncode, "the same command goes on when there is room" in ran.stderr) == (75, True), ran.stderr
+    assert flexgen(place, "run model in.jsonl -o out.jsonl --state out-state").returncode == 0
     assert ids(place / "out.jsonl") == ["a", "b"]
 
 
