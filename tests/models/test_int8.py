@@ -127,34 +127,35 @@ def test_how_layers_are_cut_does_not_change_answers(case: Case, monkeypatch: pyt
     assert_same(answered(case.assembled(LARGE_UNITS), WHOLE, case.requests, monkeypatch), case.rounded)
 
 
-def test_each_input_is_rounded_once_and_a_micro_batch_holds_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Four in a layer, that of q, k and v, o, gate and up, and down, although each weight is cut into several parts."""
+@pytest.mark.parametrize(
+    ("unit_bytes", "chosen"),
+    [(SMALL_UNITS, WHOLE), (LARGE_UNITS, POLICIES["small chunks"])],
+    ids=["weights in parts, one micro-batch", "layers in one piece, many micro-batches"],
+)
+def test_inputs_are_rounded_once_and_one_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unit_bytes: int, chosen: Policy) -> None:
+    """Four in a layer: that of q, k and v, o, gate and up, and down."""
     config = tiny_config("llama")
     save(build(config), tmp_path)
-    model = assemble_model(tmp_path, config, torch.float64, unit_bytes=SMALL_UNITS, cpu_compute="int8")
-    counts, codes, rounded, forward = {"running": 0, "forwards": 0, "rounded": 0}, list[Any](), Int8Products.rounded, BoundModel.forward
+    model = assemble_model(tmp_path, config, torch.float64, unit_bytes=unit_bytes, cpu_compute="int8")
+    counts, codes, rounded, forward = {"forwards": 0, "rounded": 0}, list[Any](), Int8Products.rounded, BoundModel.forward
 
     def counting(self: Int8Products, x: torch.Tensor) -> RoundedRows:
         counts["rounded"] += 1
+        assert not any(each() is not None for each in codes)
         found = rounded(self, x)
         codes.append(weakref.ref(found.codes))
-        assert sum(each() is not None for each in codes) <= counts["running"]
         return found
 
     def running(self: BoundModel, *inputs: Any) -> torch.Tensor:
-        counts["running"] += 1
         counts["forwards"] += 1
-        logits = forward(self, *inputs)
-        counts["running"] -= 1
-        return logits
+        return forward(self, *inputs)
 
     monkeypatch.setattr(Int8Products, "rounded", counting)
     monkeypatch.setattr(BoundModel, "forward", running)
-    answered(model, POLICIES["small chunks"], requests_for(config.vocab_size), monkeypatch)
-    assert len(model.layouts) > 8 * config.num_hidden_layers
+    answered(model, chosen, requests_for(config.vocab_size), monkeypatch)
+    assert (len(model.layouts) > 8 * config.num_hidden_layers) == (unit_bytes == SMALL_UNITS)
     assert counts["forwards"] > 0
     assert counts["rounded"] == 4 * config.num_hidden_layers * counts["forwards"]
-    assert not any(each() is not None for each in codes)
 
 
 def test_rounding_is_seen_in_every_answer(case: Case) -> None:

@@ -13,7 +13,6 @@ import greenlet
 import torch
 
 from flexgen.errors import EngineError
-from flexgen.kernels.int8.products import RoundedInput
 from flexgen.models.scoring import Scorer
 from flexgen.passes.calls import AttentionCall, CacheUpdate
 from flexgen.passes.plan import Slice
@@ -25,7 +24,6 @@ class ForwardCoroutine(greenlet.greenlet):
     Attributes:
         position_ids: The positions, (1, tokens), of the running forward.
         updates: The updates that its layers have passed to the cache so far.
-        rounded: The input of linear layers that was rounded last; None if there is none.
         scorer: The scorer of the rows whose logits are only scored; None if there are none.
     """
 
@@ -35,7 +33,6 @@ class ForwardCoroutine(greenlet.greenlet):
         super().__init__(run)
         self.scorer: Scorer | None = None
         self.updates: list[CacheUpdate] = []
-        self.rounded: RoundedInput | None = None
 
     def slices(self) -> Sequence[Slice]:
         """Return the slices of the micro-batch, in order."""

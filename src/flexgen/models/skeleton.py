@@ -171,7 +171,6 @@ class BoundModel:
         forward = current_forward()
         forward.position_ids, forward.scorer = position_ids, scorer
         output = self.model(input_ids=input_ids, position_ids=position_ids, past_key_values=cache, use_cache=True, logits_to_keep=rows)
-        forward.rounded = None
         logits = output.logits[0]
         if scorer is not None and len(logits) == len(rows):  # the head could not hand them over part by part
             num_sampled = len(rows) - scorer.num_rows

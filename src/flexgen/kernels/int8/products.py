@@ -82,10 +82,12 @@ class Int8Products:
 
     Attributes:
         parallel: Runs the loops over rows.
+        last: The input that was rounded last, for the layers that follow; None if there is none.
     """
 
     def __init__(self, parallel: Parallel = serially) -> None:
         self.parallel = parallel
+        self.last: RoundedInput | None = None
         self._sums = torch.empty(0, dtype=torch.int32)
 
     def rounded(self, x: torch.Tensor) -> RoundedRows:

@@ -125,11 +125,8 @@ def activation_bytes(spec: ModelSpec, sizes: JobSizes, policy: Policy, max_num_s
     # Prompts whose KV goes to disk are never cut into chunks.
     running = min(max(policy.micro_batch_tokens, longest_prompt * (policy.kv.disk > 0)), tokens)
     suspended = tokens * (3 * hidden + 2 * intermediate) * size
-    if spec.int8_flops_per_token:
-        # The codes of the gate's input; those of the next linear layer, down, take less than the outputs that are gone by then.
-        suspended += tokens * hidden
     computing = running * ((4 * hidden + 3 * intermediate) * size + 8 * hidden)
-    if spec.int8_flops_per_token:  # the codes of the inputs of a layer, the sums of its products
+    if spec.int8_flops_per_token:  # the codes of the input that was rounded last, the sums of products
         computing += running * max(intermediate, hidden) + INT8_SUMS_BYTES
     logits = most * spec.vocab_size * 4 * 2 * sizes.has_answers
     decoded = 2 if spec.kv_format is None else 4  # prompts attend to their own pages as these are stored, too
