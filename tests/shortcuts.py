@@ -25,20 +25,28 @@ PATIENCE = 0.1
 
 
 @pytest.fixture(scope="session", autouse=True)
-def cache_home_of_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Keep what flexgen keeps for this run of the tests only, and have this machine's rates there, as if they had been measured.
-
-    Tests that do without torch do not wait for it.
-    """
+def cache_home_of_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """What flexgen keeps is kept in a folder of this run of the tests."""
     with pytest.MonkeyPatch.context() as patch:
         home = tmp_path_factory.mktemp("cache_home")
         patch.setenv("XDG_CACHE_HOME", str(home))
-        if "torch" in sys.modules:
-            from flexgen.profile.kept import keep
+        yield home
 
-            for device, dtype, folder in itertools.product(DEVICES, DTYPES, (ROOT, home)):
-                keep(_machine(device, dtype), [dtype], folder, quick=True)
-        yield
+
+@pytest.fixture(scope="session")
+def kept_rates(cache_home_of_tests: Path) -> None:
+    """There are rates of this machine, as if it had been measured before."""
+    from flexgen.profile.kept import keep
+
+    for device, dtype, folder in itertools.product(DEVICES, DTYPES, (ROOT, cache_home_of_tests)):
+        keep(_machine(device, dtype), [dtype], folder, quick=True)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _kept_rates_beside_torch(request: pytest.FixtureRequest) -> None:
+    """All tests have these rates, but those that run without torch do not wait until it is imported."""
+    if "torch" in sys.modules:
+        request.getfixturevalue("kept_rates")
 
 
 @pytest.fixture(scope="module", autouse=True)
