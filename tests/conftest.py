@@ -16,7 +16,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 if "PYTEST_XDIST_WORKER" in os.environ:  # one process per core: more threads than that would wait for each other
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-pytest_plugins = ["fakes", "table_fakes", "sampling"]
+pytest_plugins = ["fakes", "table_fakes", "sampling", "shortcuts"]
 
 ROOT = Path(__file__).parent.parent
 

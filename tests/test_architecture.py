@@ -6,6 +6,7 @@ All imports count, those inside functions and those that only annotations use in
 from __future__ import annotations
 
 import ast
+import functools
 import graphlib
 import subprocess
 import sys
@@ -85,8 +86,13 @@ def module_of(dotted: str) -> str | None:
     return dotted or None
 
 
-def imports() -> Iterator[Import]:
+@functools.cache
+def imports() -> tuple[Import, ...]:
     """Every import of a file of ours, lazy and type-only ones included."""
+    return tuple(read_imports())
+
+
+def read_imports() -> Iterator[Import]:
     for file, path in MODULES.items():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ImportFrom):
@@ -100,9 +106,6 @@ def imports() -> Iterator[Import]:
                 package, _, dotted = name.partition(".")
                 if package == "flexgen" and dotted != "__version__":
                     yield Import(file, module_of(dotted) or "__init__", name.rpartition(".")[2])
-
-
-IMPORTS = list(imports())
 
 
 def floor(name: str, floors: tuple[set[str], ...] = FLOORS) -> int:
@@ -120,7 +123,9 @@ def test_every_room_has_a_floor_and_every_floor_exists() -> None:
 
 
 def test_imports_run_downward() -> None:
-    wrong = {f"{each.file} imports {each.target}" for each in IMPORTS if each.room != each.other and floor(each.other) >= floor(each.room)}
+    wrong = {
+        f"{each.file} imports {each.target}" for each in imports() if each.room != each.other and floor(each.other) >= floor(each.room)
+    }
     assert not wrong, "not downward:\n" + "\n".join(sorted(wrong))
 
 
@@ -128,7 +133,7 @@ def test_imports_inside_plan_run_downward() -> None:
     def room(module: str) -> str:
         return module.split(".")[1] if module.count(".") > 1 or (FLEXGEN / module.replace(".", "/")).is_dir() else ""
 
-    inside = [each for each in IMPORTS if each.room == each.other == "plan" and each.target != "plan"]
+    inside = [each for each in imports() if each.room == each.other == "plan" and each.target != "plan"]
     wrong = {
         f"{each.file} imports {each.target}"
         for each in inside
@@ -139,7 +144,7 @@ def test_imports_inside_plan_run_downward() -> None:
 
 def test_no_files_import_each_other_in_a_circle() -> None:
     graph: dict[str, set[str]] = {file: set() for file in MODULES}
-    for each in IMPORTS:
+    for each in imports():
         graph[each.file].add(each.target)
     graphlib.TopologicalSorter(graph).prepare()
 
@@ -147,18 +152,20 @@ def test_no_files_import_each_other_in_a_circle() -> None:
 def test_mechanisms_see_values_of_the_plan_only() -> None:
     wrong = {
         f"{each.file} imports {each.target}"
-        for each in IMPORTS
+        for each in imports()
         if each.room in MECHANISMS and each.other == "plan" and each.target.partition(".")[2] not in PLAN_VALUES
     }
     assert not wrong, "\n".join(sorted(wrong))
 
 
 def test_what_is_above_the_session_does_not_see_the_engine() -> None:
-    assert not {f"{each.file} imports {each.target}" for each in IMPORTS if each.other == "engine" and floor(each.room) > floor("session")}
+    assert not {
+        f"{each.file} imports {each.target}" for each in imports() if each.other == "engine" and floor(each.room) > floor("session")
+    }
 
 
 def test_private_names_stay_in_their_file() -> None:
-    assert not {f"{each.file} imports {each.target}.{each.name}" for each in IMPORTS if each.name.startswith("_") and each.name[1] != "_"}
+    assert not {f"{each.file} imports {each.target}.{each.name}" for each in imports() if each.name.startswith("_") and each.name[1] != "_"}
 
 
 def test_plan_names_no_torch() -> None:

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 from fakes import FakeEngine
-from machines import machine_of
 from typer.testing import CliRunner
 
 from flexgen.cli import app
@@ -51,12 +50,8 @@ def chat_model(tmp_path: Path, novels_qwen3: Path) -> Path:
     return folder
 
 
-def test_the_page_from_the_table_to_the_labelled_table(
-    reviews: list[dict[str, str]], chat_model: Path, engines: list[FakeEngine], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    machine = machine_of(dense={"bfloat16": [(64, 5e11)], "float32": [(64, 1e11)]})
-    monkeypatch.setattr("flexgen.profile.kept.cached_machine", lambda *given, **more: machine)
-    monkeypatch.setattr("flexgen.profile.kept.kept_machine", lambda *given, **more: None)
+@pytest.mark.usefixtures("kept_rates")
+def test_the_page_from_the_table_to_the_labelled_table(reviews: list[dict[str, str]], chat_model: Path, engines: list[FakeEngine]) -> None:
     write_requests, join = blocks("python")
     run_script(write_requests)
     requests = [json.loads(line) for line in Path("requests.jsonl").read_text().splitlines()]

@@ -11,7 +11,6 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 from fakes import FakeEngine
-from machines import machine_of
 from typer.testing import CliRunner
 
 from flexgen.cli import app
@@ -28,9 +27,6 @@ def blocks(language: str) -> list[str]:
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The current folder of the reader: that of the repository, with the tables of the page in it."""
-    machine = machine_of(dense={"bfloat16": [(64, 5e11)], "float32": [(64, 1e11)]})
-    monkeypatch.setattr("flexgen.profile.kept.cached_machine", lambda *given, **more: machine)
-    monkeypatch.setattr("flexgen.profile.kept.kept_machine", lambda *given, **more: None)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models").symlink_to(ROOT / "models")
     for name, content in zip(("reviews.csv", "examples.csv"), blocks("csv"), strict=True):
@@ -38,6 +34,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.usefixtures("kept_rates")
 def test_every_command(folder: Path, scorers: list[FakeEngine]) -> None:
     outputs = {}
     for block in blocks("sh"):

@@ -17,7 +17,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from fakes import POISON, FakeEngine, fake_text
-from machines import machine_of
 from typer.testing import CliRunner
 
 from flexgen import LLM, cli
@@ -159,15 +158,7 @@ def test_what_ends_an_answer(model_folder: Path, table: Path, output: Path, engi
     assert "defaults of lines that leave them out: greedy, 4 tokens" in done.stderr
 
 
-@pytest.fixture
-def measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine that need not be measured for a plan."""
-    machine = machine_of(dense={"bfloat16": [(64, 5e11)], "float32": [(64, 1e11)]})
-    monkeypatch.setattr("flexgen.profile.kept.cached_machine", lambda *given, **more: machine)
-    monkeypatch.setattr("flexgen.profile.kept.kept_machine", lambda *given, **more: None)
-
-
-@pytest.mark.usefixtures("measured")
+@pytest.mark.usefixtures("kept_rates")
 def test_dry_run(model_folder: Path, table: Path, output: Path, tmp_path: Path) -> None:
     table.write_text(table.read_text() + "10,four\n")
     done = flexgen("map", model_folder, table, "-o", output, "--prompt", "Text: {text}\\nLabel:", "--choices", "yes,no", "--dry-run")
@@ -181,7 +172,7 @@ def test_dry_run(model_folder: Path, table: Path, output: Path, tmp_path: Path) 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.csv"]
 
 
-@pytest.mark.usefixtures("measured")
+@pytest.mark.usefixtures("kept_rates")
 def test_dry_run_of_a_chat(model_folder: Path, table: Path, output: Path, tmp_path: Path) -> None:
     (tmp_path / "t.jinja").write_text(TEMPLATE)
     done = flexgen("map", model_folder, table, "-o", output, *ASK, "--chat-template", tmp_path / "t.jinja", "--dry-run")

@@ -18,6 +18,11 @@ from flexgen.plan.machine import Machine, read_machine
 NOVELS = Path(__file__).parent.parent.parent / "models" / "novels-opt-7m"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def hasty_plans() -> None:
+    """These tests search with all of the usual effort."""
+
+
 def flexgen(*arguments: object) -> Result:
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 

@@ -106,6 +106,11 @@ def options_of(**changes):
     return EngineOptions(**({"dtype": "bfloat16"} | changes))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def hasty_plans():
+    """These tests search with all of the usual effort."""
+
+
 @pytest.fixture(scope="session")
 def make_spec():
     return spec_of

@@ -11,6 +11,7 @@ from flexgen.errors import OptionError
 from flexgen.formats.base import RANDOM_DEVIATION
 from flexgen.formats.random_numbers import sampled_parts
 from flexgen.formats.table import COMMON_CONFIGS
+from flexgen.llm import LLM
 from flexgen.options import KV_FORMATS
 from flexgen.plan.machine import Rate, int8_name, read_machine
 from flexgen.profile import compute, decoding, disk, int8, kept, overheads, sparse, timing
@@ -18,6 +19,7 @@ from flexgen.profile import measure as module
 from flexgen.profile.kept import cached_machine, machine_key
 from flexgen.profile.measure import measure
 from flexgen.profile.timing import median_seconds
+from flexgen.request import SamplingParams
 
 BYTES = {"bfloat16": 2, "float32": 4, "float64": 8}
 
@@ -150,6 +152,16 @@ def test_the_first_of_several_calls_is_not_counted(monkeypatch):
 
 
 # The cache
+
+
+def test_a_model_is_opened_with_rates_that_are_measured_and_kept(small, novels_opt, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with LLM(novels_opt, dtype="float32", device="cpu", host_mem="2GiB") as llm:
+        llm.generate([[5, 6, 7]], SamplingParams(max_tokens=1))
+        machine = llm.report().machine
+    (file,) = (tmp_path / "flexgen").iterdir()
+    assert json.loads(file.read_text())["machine"] == machine
+    assert (machine["origin"], [rows for rows, _ in machine["dense"]["float32"]]) == ("measured", [16, 64])
 
 
 @pytest.fixture

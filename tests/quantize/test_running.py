@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from machines import machine_of
 from safetensors.torch import save_file
 
 from flexgen.checkpoint.files import Checkpoint
@@ -99,6 +100,7 @@ def test_models_of_the_catalogue_are_planned_in_four_bits() -> None:
 
 
 def test_an_engine_option_converts_once_and_runs(tmp_path: Path, novels_opt: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flexgen.session.prepare.cached_machine", lambda *_, **__: machine_of())
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     texts = []
     for _ in range(2):
