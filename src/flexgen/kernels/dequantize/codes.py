@@ -15,7 +15,7 @@ from flexgen.base.compiled import entry
 from flexgen.kernels.cpu.formats import narrow
 from flexgen.kernels.cpu.rows import LANES, moved, pointer
 from flexgen.kernels.dequantize.compiled import store
-from flexgen.kernels.dequantize.loops import split_halves, store_codes
+from flexgen.kernels.dequantize.loops import split_halves, store_codes, turn_sixteen
 
 CHUNK = 2048  # columns that are unpacked before they are scaled; 32 codes of any width fill whole words
 GPTQ_ROWS = 32  # outputs whose words are brought into rows together: two lines of the cache
@@ -96,8 +96,13 @@ def decode_gptq(begin: int, end: int, words: Any, bits: int, scales: Any, zeros:
         rows = min(GPTQ_ROWS, outputs - first_row)
         for first in range(0, columns, CHUNK):
             count = min(CHUNK, columns - first)
-            for word in range((count * bits + 31) // 32):
-                source = pointer(words, (first * bits // 32 + word) * outputs + first_row)
+            num_words, origin = (count * bits + 31) // 32, first * bits // 32 * outputs + first_row
+            turned = num_words // LANES * LANES if rows == GPTQ_ROWS else 0
+            for word in range(0, turned, LANES):
+                for i in range(0, GPTQ_ROWS, LANES):
+                    turn_sixteen(pointer(words, origin + word * outputs + i), outputs, pointer(lines, i * stride + word), stride)
+            for word in range(turned, num_words):
+                source = pointer(words, origin + word * outputs)
                 for i in range(rows):
                     lines[i * stride + word] = source[i]
             for i in range(rows):
