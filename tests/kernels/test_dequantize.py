@@ -49,7 +49,7 @@ def assert_same(got: Tensor, wanted: Tensor) -> None:
 def either_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Look codes up in vectors, if the processor can, and as on a processor that cannot."""
     if request.param == "one by one":
-        monkeypatch.setattr("flexgen.kernels.dequantize.compiled.has_vectors", lambda: False)
+        monkeypatch.setattr("flexgen.kernels.dequantize.lookup.has_vectors", lambda: False)
 
 
 @pytest.mark.usefixtures("either_way")
@@ -147,7 +147,7 @@ def test_other_devices_decode_the_same(dtype: torch.dtype, monkeypatch: pytest.M
 
 
 def test_vectors_are_for_four_bits_and_e4m3(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flexgen.kernels.dequantize.compiled.has_vectors", lambda: True)
+    monkeypatch.setattr("flexgen.kernels.dequantize.lookup.has_vectors", lambda: True)
     for values, wanted in ((torch.randn(16), True), (tables.on_device(tables.e4m3(), CPU), True), (torch.randn(256), False)):
         assert Codes(numbers=random_bytes(1, 1), values=values).in_vectors() is wanted
 

@@ -6,11 +6,9 @@ Codes of 4 bits and those of E4M3 are looked up in vectors where the processor h
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import numpy as np
-from llvmlite.binding import get_host_cpu_features
 from numba import njit, types
 from numba.extending import overload
 
@@ -20,13 +18,6 @@ from flexgen.kernels.cpu.rows import LANES, moved, pointer
 from flexgen.kernels.dequantize.loops import look_up_halves, store_scaled, widen_e4m3
 
 CHUNK = 2048  # bytes whose codes are looked up before they are multiplied
-
-
-@functools.cache
-def has_vectors() -> bool:
-    """Return whether the processor looks numbers up in a vector (AVX2), and widens float16 (F16C)."""
-    features = get_host_cpu_features()
-    return bool(features.get("avx2") and features.get("f16c"))
 
 
 @entry
@@ -86,18 +77,18 @@ def decode_rows(
 @njit
 def look_up(codes: Any, shift: int, table: Any, in_vectors: bool, numbers: Any, size: int) -> int:
     """Look up the codes of `size` adjacent bytes, and return how many codes a byte has; arguments as for `decode_rows`."""
-    whole = size // LANES * LANES if in_vectors else 0
+    whole, values, target = size // LANES * LANES if in_vectors else 0, pointer(table, 0), pointer(numbers, 0)
     if len(table) == 16:
         for i in range(0, whole, LANES):
-            look_up_halves(moved(codes, i), shift, pointer(table, 0), pointer(numbers, 2 * i))
+            look_up_halves(moved(codes, i), shift, values, moved(target, 2 * i))
         for i in range(whole, size):
-            numbers[2 * i] = table[(codes[i] >> shift) & 15]
-            numbers[2 * i + 1] = table[(codes[i] >> (4 - shift)) & 15]
+            target[2 * i] = values[(codes[i] >> shift) & 15]
+            target[2 * i + 1] = values[(codes[i] >> (4 - shift)) & 15]
         return 2
     for i in range(0, whole, LANES):
-        widen_e4m3(moved(codes, i), pointer(numbers, i))
+        widen_e4m3(moved(codes, i), moved(target, i))
     for i in range(whole, size):
-        numbers[i] = table[codes[i]]
+        target[i] = values[codes[i]]
     return 1
 
 

@@ -17,6 +17,7 @@ from flexgen.base.parallel import Parallel
 from flexgen.errors import EngineError
 from flexgen.kernels.cpu.formats import carried
 from flexgen.kernels.dequantize import compiled, tables
+from flexgen.kernels.dequantize.loops import has_vectors
 from flexgen.kernels.dequantize.portions import portions
 
 _SCALE_VALUES = {torch.uint8: tables.powers, torch.float8_e8m0fnu: tables.e8m0, torch.float8_e4m3fn: tables.e4m3}
@@ -42,7 +43,7 @@ class Codes:
 
     def in_vectors(self) -> bool:
         """Return whether the compiled kernel looks the codes up in vectors: those of 4 bits and of E4M3, if the processor can."""
-        if not compiled.has_vectors():
+        if not has_vectors():
             return False
         e4m3 = tables.on_device(tables.e4m3(), self.values.device)
         return self.per_byte == 2 or torch.equal(self.values.view(torch.int32), e4m3.view(torch.int32))

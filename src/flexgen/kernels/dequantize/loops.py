@@ -6,10 +6,12 @@ before it could make vectors of them, and are then ten times slower.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
 from llvmlite import ir
+from llvmlite.binding import get_host_cpu_features
 from numba import types
 from numba.extending import register_jitable
 
@@ -20,6 +22,13 @@ from flexgen.kernels.cpu.vectors import broadcast, permuted, transposed, vector_
 
 _INT8 = ir.IntType(8)
 _EIGHT = 8  # elements of a table of which vectors are looked up at once
+
+
+@functools.cache
+def has_vectors() -> bool:
+    """Return whether the processor looks numbers up in a vector (AVX2), and widens float16 (F16C)."""
+    features = get_host_cpu_features()
+    return bool(features.get("avx2") and features.get("f16c"))
 
 
 @intrinsic
@@ -220,9 +229,12 @@ def widen_e4m3(typing_context: Any, codes: Any, numbers: Any) -> Any:
     """Compile `widen_e4m3(codes, numbers)`: the values of 16 codes of E4M3 without infinities, as float32.
 
     The lower seven bits are those of a float16 of 2**-8 times the value.  So no float32 is subnormal, which some processors are slow with.
+    Without `has_vectors` it must not be called, and is empty: LLVM would widen float16 by a function that is not there.
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        if not has_vectors():
+            return context.get_dummy_value()
         source, target = arguments
         short, wide, floats = vector_of(INT16), vector_of(INT32), vector_of(FLOAT)
         code = builder.zext(builder.load(builder.bitcast(source, vector_of(_INT8).as_pointer()), align=1), short)
