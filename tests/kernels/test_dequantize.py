@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -46,19 +45,45 @@ def assert_same(got: Tensor, wanted: Tensor) -> None:
     assert torch.equal(torch.signbit(got)[~got.isnan()], torch.signbit(wanted)[~wanted.isnan()])
 
 
+@pytest.fixture(params=["vectors", "one by one"])
+def either_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Look codes up in vectors, if the processor can, and as on a processor that cannot."""
+    if request.param == "one by one":
+        monkeypatch.setattr("flexgen.kernels.dequantize.lookup.has_vectors", lambda: False)
+
+
+@pytest.mark.usefixtures("either_way")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("high_first", [False, True])
-@pytest.mark.parametrize(("columns", "group"), [(32, 16), (4096 + 96, 32), (10, 4), (70, 32), (6, 64)])
+@pytest.mark.parametrize(("columns", "group"), [(32, 16), (4096 + 96, 32), (4320, 48), (10, 4), (70, 32), (6, 64)])
 def test_four_bits(columns: int, group: int, high_first: bool, dtype: torch.dtype) -> None:
-    codes, values = random_bytes(7, columns // 2), torch.randn(16, generator=torch.Generator().manual_seed(2))
-    scales = random_scales(7, -(-columns // group))
-    wanted = values[nibbles(codes, high_first=high_first)] * scales.repeat_interleave(group, dim=1)[:, :columns]
-    out = torch.full((7, columns), 7, dtype=dtype)
-    given = Scales.of(scales, tuple(scales.shape), block_columns=group)
-    decode(Codes(numbers=codes, values=values, high_first=high_first), given, out, in_pieces)
-    assert_same(out, wanted.to(dtype))
+    """Of any values, and of E2M1 with its negative zero."""
+    codes, scales = random_bytes(7, columns // 2), random_scales(7, -(-columns // group))
+    for values in (torch.randn(16, generator=torch.Generator().manual_seed(2)), tables.on_device(tables.E2M1, CPU)):
+        wanted = values[nibbles(codes, high_first=high_first)] * scales.repeat_interleave(group, dim=1)[:, :columns]
+        out = torch.full((7, columns), 7, dtype=dtype)
+        given = Scales.of(scales, tuple(scales.shape), block_columns=group)
+        decode(Codes(numbers=codes, values=values, high_first=high_first), given, out, in_pieces)
+        assert_same(out, wanted.to(dtype))
 
 
+@pytest.mark.usefixtures("either_way")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("columns", [256, 255])
+def test_every_code_of_eight_bits(columns: int, dtype: torch.dtype) -> None:
+    """Of E4M3, and of a table that differs from it in one code, in the sign of zero."""
+    codes = torch.arange(256, dtype=torch.uint8)[:columns].repeat(4, 1)
+    e4m3 = tables.on_device(tables.e4m3(), CPU)
+    other = e4m3.clone()
+    other[0] = -0.0
+    scales = torch.tensor([1.0, -1.0, 2.0**-100, 2.0**-130])[:, None]
+    for values, wanted in ((e4m3, codes.view(torch.float8_e4m3fn).float()), (other, other[codes.int()])):
+        out = torch.full(codes.shape, 7, dtype=dtype)
+        decode(Codes(numbers=codes, values=values), Scales.of(scales, (4, 1), block_columns=256), out, in_pieces)
+        assert_same(out, (wanted * scales).to(dtype))
+
+
+@pytest.mark.usefixtures("either_way")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "columns", "block", "start"), [(9, 40, (4, 16), 0), (6, 5000, (4, 128), 3), (3, 33, (128, 128), 126)])
 def test_eight_bits_in_blocks(rows: int, columns: int, block: tuple[int, int], start: int, dtype: torch.dtype) -> None:
@@ -90,22 +115,6 @@ def test_scales_of_every_kind(stored: torch.dtype) -> None:
         assert_same(out, of_codes * effective[:, None])
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("high_first", [False, True])
-@pytest.mark.parametrize("columns", [2, 30, 64, 4096 + 96])
-def test_small_multiples_of_a_half(columns: int, high_first: bool, dtype: torch.dtype) -> None:
-    """Looked up in vectors, the sign of zero included."""
-    codes, values = random_bytes(5, columns // 2), tables.on_device(tables.E2M1, CPU)
-    scales = random_scales(5, -(-columns // 16))
-    wanted = values[nibbles(codes, high_first=high_first)] * scales.repeat_interleave(16, dim=1)[:, :columns]
-    out = torch.full((5, columns), 7, dtype=dtype)
-    given = Scales.of(scales, tuple(scales.shape), block_columns=16)
-    four = Codes(numbers=codes, values=values, high_first=high_first)
-    assert four.table().dtype == np.int8
-    decode(four, given, out, in_pieces)
-    assert_same(out, wanted.to(dtype))
-
-
 def test_values_of_formats() -> None:
     assert tables.on_device(tables.E2M1, CPU).tolist() == [0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6]
     raw = torch.arange(256, dtype=torch.uint8)
@@ -135,6 +144,12 @@ def test_other_devices_decode_the_same(dtype: torch.dtype, monkeypatch: pytest.M
         results.append([out.cpu() for out in outs])
     for host, other in zip(*results, strict=True):
         assert_same(other, host)
+
+
+def test_vectors_are_for_four_bits_and_e4m3(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flexgen.kernels.dequantize.lookup.has_vectors", lambda: True)
+    for values, wanted in ((torch.randn(16), True), (tables.on_device(tables.e4m3(), CPU), True), (torch.randn(256), False)):
+        assert Codes(numbers=random_bytes(1, 1), values=values).in_vectors() is wanted
 
 
 def test_threads_share_the_rows() -> None:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 _STATE = ".quant_state.bitsandbytes__"
 _KINDS = ("nf4", "fp4")
 _MOST_BYTES = 1 << 16  # of a description, or of a table
+_ROW_BLOCKS = 64  # blocks that are decoded as a row, at most
 _BLOCK, _NESTED_BLOCK = 64, 256  # of what transformers writes
 _BLOCK_SIZES = (64, 128, 256, 512, 1024, 2048, 4096, 32)  # that bitsandbytes has kernels for, the usual ones first
 
@@ -147,9 +148,10 @@ class _FlatBlocks(NumberFormat):
         flat = out.view(-1)
         whole = len(flat) // blocks.size * blocks.size
         if whole:
-            grid = whole // blocks.size, 1
+            per_row = math.gcd(whole // blocks.size, _ROW_BLOCKS)
+            grid = whole // blocks.size // per_row, per_row
             numbers = codes[: whole // 2].view(grid[0], -1)
-            given = Scales(numbers=scales[: grid[0]].view(grid), values=None, block_columns=blocks.size)
+            given = Scales(numbers=scales[: whole // blocks.size].view(grid), values=None, block_columns=blocks.size)
             decode(Codes(numbers=numbers, values=values, high_first=True), given, flat[:whole].view(grid[0], -1), parallel)
         if rest := len(flat) - whole:  # the last block is short, and the half of its last byte may be unused
             numbers = codes[whole // 2 :]

@@ -1,7 +1,7 @@
 """Compiled kernels of table look-ups, on NumPy arrays.
 
 Codes are looked up into a buffer that stays in the first-level cache, and leave it in vectors, multiplied by the scale of their block.
-Codes of 4 bits are looked up in vectors if they are small multiples of a half and have a sign, as those of E2M1, otherwise two at a time.
+Codes of 4 bits and those of E4M3 are looked up in vectors where the processor has instructions for it, all others one by one.
 """
 
 from __future__ import annotations
@@ -15,10 +15,9 @@ from numba.extending import overload
 from flexgen.base.compiled import entry
 from flexgen.kernels.cpu.formats import narrow
 from flexgen.kernels.cpu.rows import LANES, moved, pointer
-from flexgen.kernels.dequantize.loops import look_up_halves, store_scaled
+from flexgen.kernels.dequantize.loops import look_up_halves, store_scaled, widen_e4m3
 
 CHUNK = 2048  # bytes whose codes are looked up before they are multiplied
-UNIT = 0.5  # of magnitudes that are given as small integers
 
 
 @entry
@@ -28,6 +27,7 @@ def decode_rows(
     codes: Any,
     shift: int,
     table: Any,
+    in_vectors: bool,
     scales: Any,
     scale_values: Any,
     block_rows: int,
@@ -41,9 +41,9 @@ def decode_rows(
         begin: The first row.
         end: The row after the last one.
         codes: The codes, uint8 (rows, bytes of a row).
-        shift: The shift of the first of two codes that a byte has, 0 or 4; for an int8 table.
-        table: The value of each code, float32 (256,).  Where a byte has two codes the two values of each byte, as the bits of two float32,
-            uint64 (256,); or the magnitudes of codes 0 to 7 in units of UNIT, int8 (8,), if codes 8 to 15 are their negatives.
+        shift: The shift of the first of two codes that a byte has, 0 or 4.
+        table: The value of each code, float32 (256,), or (16,) where a byte has two codes.
+        in_vectors: Whether codes are looked up in vectors; a table of 256 values is then that of E4M3 without infinities.
         scales: The scales, (rows of blocks, columns of blocks): float32, or uint8 codes of `scale_values`.
         scale_values: For each code of a scale its value, float32 (256,).
         block_rows: The rows that share a scale.
@@ -57,9 +57,15 @@ def decode_rows(
         block_row = (skipped + row) // block_rows
         for first in range(0, row_bytes, CHUNK):
             size = min(CHUNK, row_bytes - first)
-            per_byte = look_up(pointer(codes, row * row_bytes + first), shift, table, numbers, size)
+            per_byte = look_up(pointer(codes, row * row_bytes + first), shift, table, in_vectors, numbers, size)
             column, stop = first * per_byte, (first + size) * per_byte
             offset, block = column, column // block_columns
+            if block_columns % LANES == 0 and column % block_columns == 0:
+                whole = (stop - column) // block_columns
+                of_blocks = pointer(scales, block_row * scales.shape[1] + block)
+                store_blocks(pointer(numbers, 0), of_blocks, scale_values, block_columns, whole, pointer(out, row * columns + column))
+                column += whole * block_columns
+                block += whole
             while column < stop:
                 count = min((block + 1) * block_columns, stop) - column
                 scale = scale_of(scales[block_row, block], scale_values)
@@ -68,38 +74,31 @@ def decode_rows(
                 block += 1
 
 
-def look_up(codes: Any, shift: int, table: Any, numbers: Any, size: int) -> int:
+@njit
+def look_up(codes: Any, shift: int, table: Any, in_vectors: bool, numbers: Any, size: int) -> int:
     """Look up the codes of `size` adjacent bytes, and return how many codes a byte has; arguments as for `decode_rows`."""
-    raise NotImplementedError
-
-
-@overload(look_up, strict=False)
-def _look_up(codes: Any, shift: Any, table: Any, numbers: Any, size: Any) -> Any:
-    return {types.float32: _look_up_bytes, types.uint64: _look_up_pairs, types.int8: _look_up_halves}[table.dtype]
-
-
-def _look_up_bytes(codes: Any, shift: Any, table: Any, numbers: Any, size: Any) -> int:
-    for i in range(size):
-        numbers[i] = table[codes[i]]
+    whole, values, target = size // LANES * LANES if in_vectors else 0, pointer(table, 0), pointer(numbers, 0)
+    if len(table) == 16:
+        for i in range(0, whole, LANES):
+            look_up_halves(moved(codes, i), shift, values, moved(target, 2 * i))
+        for i in range(whole, size):
+            target[2 * i] = values[(codes[i] >> shift) & 15]
+            target[2 * i + 1] = values[(codes[i] >> (4 - shift)) & 15]
+        return 2
+    for i in range(0, whole, LANES):
+        widen_e4m3(moved(codes, i), moved(target, i))
+    for i in range(whole, size):
+        target[i] = values[codes[i]]
     return 1
 
 
-def _look_up_pairs(codes: Any, shift: Any, table: Any, numbers: Any, size: Any) -> int:
-    pairs = numbers.view(np.uint64)
-    for i in range(size):
-        pairs[i] = table[codes[i]]
-    return 2
-
-
-def _look_up_halves(codes: Any, shift: Any, table: Any, numbers: Any, size: Any) -> int:
-    whole, magnitudes, unit = size // LANES * LANES, pointer(table, 0), np.float32(UNIT)
-    for i in range(0, whole, LANES):
-        look_up_halves(moved(codes, i), shift, magnitudes, unit, pointer(numbers, 2 * i))
-    for i in range(2 * whole, 2 * size):
-        code = codes[i // 2] >> (4 - shift if i % 2 else shift)
-        magnitude = np.float32(table[code & 7]) * unit
-        numbers[i] = -magnitude if code & 8 else magnitude
-    return 2
+@njit
+def store_blocks(numbers: Any, scales: Any, scale_values: Any, size: int, count: int, target: Any) -> None:
+    """Store adjacent blocks, each times its scale; their size is a multiple of LANES.  Without rests this is faster for small blocks."""
+    for block in range(count):
+        scale = scale_of(scales[block], scale_values)
+        for i in range(block * size, (block + 1) * size, LANES):
+            store_scaled(moved(numbers, i), scale, moved(target, i))
 
 
 @njit

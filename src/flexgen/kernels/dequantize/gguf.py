@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
-from numba.extending import register_jitable
 
 from flexgen.base.compiled import entry
 from flexgen.base.parallel import Parallel
@@ -19,9 +19,10 @@ from flexgen.hub.gguf_file import BY_NAME
 from flexgen.kernels.cpu.formats import carried, narrow
 from flexgen.kernels.cpu.rows import moved, pointer
 from flexgen.kernels.dequantize.gguf_k import K_KERNELS
-from flexgen.kernels.dequantize.loops import bits_as_float, byte, half, sixteen, small
+from flexgen.kernels.dequantize.loops import bits_as_float, byte, half, sixteen, sixteen_looked_up, small
 
 _FEW = 1 << 15  # numbers for which other threads are not worth waking
+_DOUBLED = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.int8)  # twice the E2M1 number of each code
 _WRITTEN = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -101,24 +102,14 @@ def _q8_0(raw: Any, out: Any, begin: int, end: int) -> None:
             target[i] = narrow(small(byte(source, 2 + i)) * scale, like)
 
 
-@register_jitable
-def _doubled(code: int) -> int:
-    """Return twice the E2M1 number of a code: 0, 1, 2, 3, 4, 6, 8, 12, and the same with the opposite sign."""
-    size = code & 7
-    size += (1 if size == 5 else 0) + (2 if size == 6 else 0) + (5 if size == 7 else 0)
-    return -size if code > 7 else size
-
-
 def _mxfp4(raw: Any, out: Any, begin: int, end: int) -> None:
-    like = out[0]
+    doubled = pointer(_DOUBLED, 0)
     for index in range(begin, end):
         source, target = pointer(raw, index * 17), pointer(out, index * 32)
         exponent = source[0]
         scale = bits_as_float((0x00200000 << exponent) if exponent < 2 else ((exponent - 1) << 23))  # half of 2**(exponent - 127)
-        for i in range(16):
-            target[i] = narrow(scale * small(_doubled(source[1 + i] & 15)), like)
-        for i in range(16):
-            target[16 + i] = narrow(scale * small(_doubled(source[1 + i] >> 4)), like)
+        sixteen_looked_up(moved(source, 1), 0, doubled, scale, target)
+        sixteen_looked_up(moved(source, 1), 4, doubled, scale, moved(target, 16))
 
 
 KERNELS: Mapping[str, Any] = {

@@ -11,9 +11,8 @@ from typing import Any
 from numba.extending import register_jitable
 
 from flexgen.base.compiled import entry
-from flexgen.kernels.cpu.formats import narrow
 from flexgen.kernels.cpu.rows import moved, pointer
-from flexgen.kernels.dequantize.loops import byte, half, sixteen, small
+from flexgen.kernels.dequantize.loops import byte, half, sixteen, sixteen_joined, small
 
 
 def _q2_k(raw: Any, out: Any, begin: int, end: int) -> None:
@@ -28,7 +27,6 @@ def _q2_k(raw: Any, out: Any, begin: int, end: int) -> None:
 
 
 def _q3_k(raw: Any, out: Any, begin: int, end: int) -> None:
-    like = out[0]
     for index in range(begin, end):
         source = pointer(raw, index * 110)
         all_scales = half(source, 108)
@@ -37,11 +35,8 @@ def _q3_k(raw: Any, out: Any, begin: int, end: int) -> None:
             high = (source[104 + group % 4] >> (group // 4 * 2)) & 3
             scale = all_scales * small((low | high << 4) - 32)
             numbers, shift = moved(source, 32 + group // 8 * 32 + group % 2 * 16), group % 8 // 2 * 2
-            present, bit = moved(source, group % 2 * 16), group // 2
-            target = pointer(out, index * 256 + group * 16)
-            for i in range(16):
-                number = ((numbers[i] >> shift) & 3) - ((((present[i] >> bit) & 1) ^ 1) << 2)
-                target[i] = narrow(scale * small(number), like)
+            present, bit = moved(source, group % 2 * 16), group // 2  # where it is not set, 4 are subtracted
+            sixteen_joined(numbers, shift, 3, present, bit, 1, 4, scale, None, pointer(out, index * 256 + group * 16))
 
 
 @register_jitable
@@ -57,7 +52,6 @@ def _least(source: Any, group: int) -> Any:
 
 
 def _q4_k(raw: Any, out: Any, begin: int, end: int) -> None:
-    like = out[0]
     for index in range(begin, end):
         source = pointer(raw, index * 144)
         all_scales, all_least = half(source, 0), half(source, 2)
@@ -66,12 +60,11 @@ def _q4_k(raw: Any, out: Any, begin: int, end: int) -> None:
             scale = all_scales * small(_scale(source, group))
             least = all_least * small(_least(source, group))
             target = pointer(out, index * 256 + group * 32)
-            for i in range(32):
-                target[i] = narrow(scale * small((numbers[i] >> shift) & 15) - least, like)
+            sixteen(numbers, shift, 15, 0, scale, least, target)
+            sixteen(moved(numbers, 16), shift, 15, 0, scale, least, moved(target, 16))
 
 
 def _q5_k(raw: Any, out: Any, begin: int, end: int) -> None:
-    like = out[0]
     for index in range(begin, end):
         source = pointer(raw, index * 176)
         all_scales, all_least, high = half(source, 0), half(source, 2), moved(source, 16)
@@ -80,13 +73,11 @@ def _q5_k(raw: Any, out: Any, begin: int, end: int) -> None:
             scale = all_scales * small(_scale(source, group))
             least = all_least * small(_least(source, group))
             target = pointer(out, index * 256 + group * 32)
-            for i in range(32):
-                number = ((numbers[i] >> shift) & 15) | ((high[i] >> group) & 1) << 4
-                target[i] = narrow(scale * small(number) - least, like)
+            sixteen_joined(numbers, shift, 15, high, group, 1, 0, scale, least, target)
+            sixteen_joined(moved(numbers, 16), shift, 15, moved(high, 16), group, 1, 0, scale, least, moved(target, 16))
 
 
 def _q6_k(raw: Any, out: Any, begin: int, end: int) -> None:
-    like = out[0]
     for index in range(begin, end):
         source = pointer(raw, index * 210)
         all_scales = half(source, 208)
@@ -95,10 +86,7 @@ def _q6_k(raw: Any, out: Any, begin: int, end: int) -> None:
             low, low_shift = moved(source, group // 8 * 64 + run % 2 * 32 + odd), run // 2 * 4
             high, high_shift = moved(source, 128 + group // 8 * 32 + odd), run * 2
             scale = all_scales * small(byte(source, 192 + group))
-            target = pointer(out, index * 256 + group * 16)
-            for i in range(16):
-                number = ((low[i] >> low_shift) & 15) | (((high[i] >> high_shift) & 3) << 4)
-                target[i] = narrow(scale * small(number - 32), like)
+            sixteen_joined(low, low_shift, 15, high, high_shift, 3, 32, scale, None, pointer(out, index * 256 + group * 16))
 
 
 K_KERNELS: Mapping[str, Any] = {

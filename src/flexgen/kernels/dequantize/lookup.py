@@ -17,6 +17,7 @@ from flexgen.base.parallel import Parallel
 from flexgen.errors import EngineError
 from flexgen.kernels.cpu.formats import carried
 from flexgen.kernels.dequantize import compiled, tables
+from flexgen.kernels.dequantize.loops import has_vectors
 from flexgen.kernels.dequantize.portions import portions
 
 _SCALE_VALUES = {torch.uint8: tables.powers, torch.float8_e8m0fnu: tables.e8m0, torch.float8_e4m3fn: tables.e4m3}
@@ -40,23 +41,12 @@ class Codes:
     def per_byte(self) -> int:
         return 2 if len(self.values) == 16 else 1
 
-    def table(self) -> np.ndarray:
-        """Return the values as the compiled kernel takes them."""
-        if self.per_byte == 1:
-            return self.values.numpy()
-        if (magnitudes := self._small_magnitudes()) is not None:
-            return magnitudes
-        byte = torch.arange(256)
-        halves = (byte >> 4, byte & 15) if self.high_first else (byte & 15, byte >> 4)
-        return torch.stack([self.values[half] for half in halves], dim=-1).contiguous().numpy().view(np.uint64)[:, 0]
-
-    def _small_magnitudes(self) -> np.ndarray | None:
-        """Return the magnitudes of codes 0 to 7, int8 in units of UNIT; None unless these are whole and the other codes their negatives."""
-        in_units = self.values[:8] / compiled.UNIT
-        magnitudes = in_units.to(torch.int8)
-        whole = bool((in_units == magnitudes).all()) and bool((magnitudes >= 0).all())
-        same_bits = torch.equal(self.values[8:].view(torch.int32), (-self.values[:8]).view(torch.int32))
-        return magnitudes.numpy() if whole and same_bits else None
+    def in_vectors(self) -> bool:
+        """Return whether the compiled kernel looks the codes up in vectors: those of 4 bits and of E4M3, if the processor can."""
+        if not has_vectors():
+            return False
+        e4m3 = tables.on_device(tables.e4m3(), self.values.device)
+        return self.per_byte == 2 or torch.equal(self.values.view(torch.int32), e4m3.view(torch.int32))
 
     def looked_up(self, numbers: Tensor) -> Tensor:
         """Return the values of codes, (rows, codes of a row), as float32 (rows, columns), by torch operations."""
@@ -155,7 +145,7 @@ def decode(codes: Codes, scales: Scales, out: Tensor, parallel: Parallel) -> Non
             values = codes.looked_up(codes.numbers[start:stop])
             out[start:stop].copy_(_scaled(values, scales.of_rows(start, stop), scales.block_columns))
         return
-    stored = codes.numbers.contiguous().numpy(), 4 if codes.high_first else 0, codes.table()
+    stored = codes.numbers.contiguous().numpy(), 4 if codes.high_first else 0, codes.values.numpy(), codes.in_vectors()
     arrays = *stored, scales.numbers.contiguous().numpy(), _values(scales)
     settings, written = (scales.block_rows, scales.block_columns, scales.skipped), carried(out)
     parallel(lambda begin, end: compiled.decode_rows(begin, end, *arrays, *settings, written), rows)

@@ -6,19 +6,29 @@ before it could make vectors of them, and are then ten times slower.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
 from llvmlite import ir
+from llvmlite.binding import get_host_cpu_features
 from numba import types
 from numba.extending import register_jitable
 
 from flexgen.base.compiled import intrinsic
-from flexgen.kernels.cpu.formats import FLOAT, INT16, INT32, narrowed, widen
+from flexgen.kernels.cpu.formats import FLOAT, HALF, INT16, INT32, narrowed, widen
 from flexgen.kernels.cpu.rows import LANES
-from flexgen.kernels.cpu.vectors import broadcast, transposed, vector_of
+from flexgen.kernels.cpu.vectors import broadcast, permuted, transposed, vector_of
 
 _INT8 = ir.IntType(8)
+_EIGHT = 8  # elements of a table of which vectors are looked up at once
+
+
+@functools.cache
+def has_vectors() -> bool:
+    """Return whether the processor looks numbers up in a vector (AVX2), and widens float16 (F16C)."""
+    features = get_host_cpu_features()
+    return bool(features.get("avx2") and features.get("f16c"))
 
 
 @intrinsic
@@ -77,25 +87,74 @@ def sixteen(typing_context: Any, source: Any, shift: Any, mask: Any, less: Any, 
 
     `target[i] = scale * (((source[i] >> shift) & mask) - less) - least`, in float32, rounded once; with `least` None nothing is subtracted.
     """
-    subtracts = not isinstance(least, types.NoneType)
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        source_pointer, shift_value, mask_value, less_value, scale_value, least_value, target_pointer = arguments
-        loaded = builder.load(builder.bitcast(source_pointer, vector_of(_INT8).as_pointer()), align=1)
-        fields = builder.and_(
-            builder.lshr(loaded, broadcast(builder, builder.trunc(shift_value, _INT8))),
-            broadcast(builder, builder.trunc(mask_value, _INT8)),
-        )
+        source_pointer, shift_value, mask_value, less_value, scale_value, least_value, place = arguments
+        fields = _fields(builder, source_pointer, shift_value, mask_value)
         integers = builder.sub(builder.zext(fields, vector_of(INT32)), broadcast(builder, builder.trunc(less_value, INT32)))
-        numbers = builder.fmul(builder.sitofp(integers, vector_of(FLOAT)), broadcast(builder, scale_value))
-        if subtracts:
-            numbers = builder.fsub(numbers, broadcast(builder, least_value))
-        stored = narrowed(builder, numbers, target.dtype)
-        builder.store(stored, builder.bitcast(target_pointer, stored.type.as_pointer()), align=2 if stored.type.element == INT16 else 4)
+        _store_affine(builder, integers, scale_value, None if least == types.none else least_value, place, target.dtype)
         return context.get_dummy_value()
 
-    offset = types.float32 if subtracts else least
-    return types.none(source, types.int64, types.int64, types.int64, types.float32, offset, target), generate
+    return types.none(source, types.int64, types.int64, types.int64, types.float32, _offset(least), target), generate
+
+
+@intrinsic
+def sixteen_joined(
+    typing_context: Any, low: Any, low_shift: Any, low_mask: Any, high: Any, high_shift: Any, high_mask: Any, less: Any,
+    scale: Any, least: Any, target: Any,
+) -> Any:  # fmt: skip
+    """Compile `sixteen_joined(low, low_shift, low_mask, high, high_shift, high_mask, less, scale, least, target)`.
+
+    As `sixteen`, of fields whose high bits stand in other bytes: `(low[i] >> low_shift) & low_mask`, and above these bits
+    `(high[i] >> high_shift) & high_mask`.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        *fields, less_value, scale_value, least_value, place = arguments
+        lows, highs = _fields(builder, *fields[:3]), _fields(builder, *fields[3:])
+        unit = builder.add(builder.trunc(fields[2], _INT8), ir.Constant(_INT8, 1))
+        joined = builder.or_(lows, builder.mul(highs, broadcast(builder, unit)))
+        integers = builder.sub(builder.zext(joined, vector_of(INT32)), broadcast(builder, builder.trunc(less_value, INT32)))
+        _store_affine(builder, integers, scale_value, None if least == types.none else least_value, place, target.dtype)
+        return context.get_dummy_value()
+
+    integers = (types.int64, types.int64)
+    return types.none(low, *integers, high, *integers, types.int64, types.float32, _offset(least), target), generate
+
+
+@intrinsic
+def sixteen_looked_up(typing_context: Any, source: Any, shift: Any, values: Any, scale: Any, target: Any) -> Any:
+    """Compile `sixteen_looked_up(source, shift, values, scale, target)`: as `sixteen`, of one of 16 integers, int8, for each 4 bits."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        source_pointer, shift_value, values_pointer, scale_value, place = arguments
+        codes = _fields(builder, source_pointer, shift_value, ir.Constant(INT32, 15))
+        table = builder.load(builder.bitcast(values_pointer, codes.type.as_pointer()), align=1)
+        integers = builder.sext(permuted(builder, table, codes), vector_of(INT32))
+        _store_affine(builder, integers, scale_value, None, place, target.dtype)
+        return context.get_dummy_value()
+
+    return types.none(source, types.int64, values, types.float32, target), generate
+
+
+def _offset(least: Any) -> Any:
+    return least if isinstance(least, types.NoneType) else types.float32
+
+
+def _fields(builder: Any, source: Any, shift: Any, mask: Any) -> Any:
+    """Generate `(source[i] >> shift) & mask` of LANES bytes."""
+    loaded = builder.load(builder.bitcast(source, vector_of(_INT8).as_pointer()), align=1)
+    shifted = builder.lshr(loaded, broadcast(builder, builder.trunc(shift, _INT8)))
+    return builder.and_(shifted, broadcast(builder, builder.trunc(mask, _INT8)))
+
+
+def _store_affine(builder: Any, integers: Any, scale: Any, least: Any, place: Any, carrier: Any) -> None:
+    """Generate the store of `scale * integers - least`, rounded once; with `least` None nothing is subtracted."""
+    numbers = builder.fmul(builder.sitofp(integers, vector_of(FLOAT)), broadcast(builder, scale))
+    if least is not None:
+        numbers = builder.fsub(numbers, broadcast(builder, least))
+    stored = narrowed(builder, numbers, carrier)
+    builder.store(stored, builder.bitcast(place, stored.type.as_pointer()), align=2 if stored.type.element == INT16 else 4)
 
 
 @intrinsic
@@ -130,49 +189,65 @@ def split_halves(typing_context: Any, packed: Any, codes: Any) -> Any:
 
 
 @intrinsic
-def look_up_halves(typing_context: Any, packed: Any, shift: Any, magnitudes: Any, unit: Any, numbers: Any) -> Any:
-    """Compile `look_up_halves(packed, shift, magnitudes, unit, numbers)`: the values of both halves of 16 bytes, as 32 float32 numbers.
+def look_up_halves(typing_context: Any, packed: Any, shift: Any, table: Any, numbers: Any) -> Any:
+    """Compile `look_up_halves(packed, shift, table, numbers)`: the values of both halves of 16 bytes, as 32 float32 numbers.
 
-    `magnitudes` are those of the codes 0 to 7, as 8 integers of 8 bits in multiples of `unit`; the highest bit of a code is the sign.
-    `shift` is that of the half that comes first, 0 or 4.  A magnitude is chosen by one bit of its code after the other, in vectors of
-    bytes: that takes no instruction that only some processors have.
+    `table` has the 16 float32 values; `shift` is that of the half that comes first, 0 or 4.
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        source, shift_value, table, unit_value, target = arguments
+        source, shift_value, values, target = arguments
         loaded = builder.load(builder.bitcast(source, vector_of(_INT8).as_pointer()), align=1)
         first = broadcast(builder, builder.trunc(shift_value, _INT8))
         other = builder.sub(ir.Constant(first.type, [4] * LANES), first)
         halves = (builder.lshr(loaded, by) for by in (first, other))
         in_turn = ir.Constant(ir.VectorType(INT32, 2 * LANES), [i // 2 + (LANES if i % 2 else 0) for i in range(2 * LANES)])
         codes = builder.shuffle_vector(*halves, in_turn)
-        chosen = _chosen(builder, codes, [builder.load(builder.gep(table, [ir.Constant(INT32, code)])) for code in range(8)])
-        of_code, of_number = ir.Constant(vector_of(INT32), [8] * LANES), ir.Constant(vector_of(INT32), [28] * LANES)
-        for part in range(2):
-            places = ir.Constant(vector_of(INT32), [part * LANES + i for i in range(LANES)])
-            wide, integers = (builder.zext(builder.shuffle_vector(each, each, places), vector_of(INT32)) for each in (codes, chosen))
-            found = builder.fmul(builder.sitofp(integers, vector_of(FLOAT)), broadcast(builder, unit_value))
-            sign = builder.shl(builder.and_(wide, of_code), of_number)
-            signed = builder.or_(builder.bitcast(found, vector_of(INT32)), sign)
-            place = builder.gep(builder.bitcast(target, INT32.as_pointer()), [ir.Constant(INT32, part * LANES)])
-            builder.store(signed, builder.bitcast(place, signed.type.as_pointer()), align=4)
+        eight, integers = ir.VectorType(FLOAT, _EIGHT), ir.VectorType(INT32, _EIGHT)
+        tables = [_vector_at(builder, values, eight, part * _EIGHT) for part in range(2)]
+        for part in range(2 * LANES // _EIGHT):
+            places = ir.Constant(integers, [part * _EIGHT + i for i in range(_EIGHT)])
+            wide = builder.zext(builder.shuffle_vector(codes, codes, places), integers)
+            place = builder.and_(wide, ir.Constant(integers, [_EIGHT - 1] * _EIGHT))
+            low, high = (permuted(builder, each, place) for each in tables)
+            upper = builder.and_(wide, ir.Constant(integers, [_EIGHT] * _EIGHT))
+            is_upper = builder.icmp_unsigned("!=", upper, ir.Constant(integers, [0] * _EIGHT))
+            to = builder.bitcast(builder.gep(target, [ir.Constant(INT32, part * _EIGHT)]), eight.as_pointer())
+            builder.store(builder.select(is_upper, high, low), to, align=4)
         return context.get_dummy_value()
 
-    return types.void(packed, types.int64, magnitudes, types.float32, numbers), generate
+    return types.void(packed, types.int64, table, numbers), generate
 
 
-def _chosen(builder: Any, codes: Any, values: list[Any]) -> Any:
-    """Generate the choice of each code among values, by as many of its lowest bits as tell these apart."""
-    kind, bit = codes.type, 1
-    start = ir.Constant(ir.VectorType(INT32, kind.count), [0] * kind.count)
-    empty = ir.Constant(kind, ir.Undefined)
-    choices = [builder.shuffle_vector(builder.insert_element(empty, value, ir.Constant(INT32, 0)), empty, start) for value in values]
-    while len(choices) > 1:
-        masked = builder.and_(codes, ir.Constant(kind, [bit] * kind.count))
-        is_set = builder.icmp_unsigned("!=", masked, ir.Constant(kind, [0] * kind.count))
-        choices = [builder.select(is_set, odd, even) for even, odd in zip(choices[::2], choices[1::2], strict=True)]
-        bit *= 2
-    return choices[0]
+def _vector_at(builder: Any, start: Any, kind: ir.VectorType, index: int) -> Any:
+    """Generate the load of a vector of 4-byte elements that begins at element `index`."""
+    return builder.load(builder.bitcast(builder.gep(start, [ir.Constant(INT32, index)]), kind.as_pointer()), align=4)
+
+
+@intrinsic
+def widen_e4m3(typing_context: Any, codes: Any, numbers: Any) -> Any:
+    """Compile `widen_e4m3(codes, numbers)`: the values of 16 codes of E4M3 without infinities, as float32.
+
+    The lower seven bits are those of a float16 of 2**-8 times the value.  So no float32 is subnormal, which some processors are slow with.
+    Without `has_vectors` it must not be called, and is empty: LLVM would widen float16 by a function that is not there.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        if not has_vectors():
+            return context.get_dummy_value()
+        source, target = arguments
+        short, wide, floats = vector_of(INT16), vector_of(INT32), vector_of(FLOAT)
+        code = builder.zext(builder.load(builder.bitcast(source, vector_of(_INT8).as_pointer()), align=1), short)
+        magnitude = builder.and_(code, ir.Constant(short, [0x7F] * LANES))
+        halves = builder.bitcast(builder.shl(magnitude, ir.Constant(short, [7] * LANES)), vector_of(HALF))
+        values = builder.fmul(builder.fpext(halves, floats), ir.Constant(floats, [256.0] * LANES))
+        is_nan = builder.icmp_unsigned("==", magnitude, ir.Constant(short, [0x7F] * LANES))
+        bits = builder.select(is_nan, ir.Constant(wide, [0x7FC00000] * LANES), builder.bitcast(values, wide))
+        sign = builder.and_(builder.shl(builder.zext(code, wide), ir.Constant(wide, [24] * LANES)), ir.Constant(wide, [1 << 31] * LANES))
+        builder.store(builder.or_(bits, sign), builder.bitcast(target, wide.as_pointer()), align=4)
+        return context.get_dummy_value()
+
+    return types.void(codes, numbers), generate
 
 
 @intrinsic
