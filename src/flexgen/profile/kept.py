@@ -150,7 +150,7 @@ def machine_key(device: str, dtype: str, folder: Path) -> dict[str, str | int]:
         "numba": metadata.version("numba"),
         "dtype": dtype,
         "device": device,
-        "version": 12,
+        "version": 13,
     }
 
 
