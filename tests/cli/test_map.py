@@ -115,7 +115,7 @@ def test_one_row_is_told_in_the_singular(model_folder: Path, table: Path, output
     table.write_text("text\nabc\n")
     done = flexgen("map", model_folder, table, "-o", output, "--prompt", "{text}:", "--max-tokens", 1)
     assert f"{table}: 1 line, 0 of them bad, 0 done before, 1 to answer: 4 prompt and at most 1 output token\n" in done.stderr
-    assert "greedy, stop ('\\n',), 1 token (" in done.stderr
+    assert 'greedy, stop ["\\n"], 1 token (' in done.stderr
     assert "1 of 1 answer was cut because it reached the most tokens" in done.stderr
     assert "1 of 1 line done (0 with errors), 0 in progress; 4 prompt and 1 output token\n" in flexgen("status", output).stdout
 

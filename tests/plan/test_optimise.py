@@ -369,8 +369,8 @@ def test_the_smallest_change_makes_it_fit(seed):
     instance = dataclasses.replace(instance, limits=limits, options=dataclasses.replace(instance.options, kv=kv))
     said = shortage(instance.space())
     asked = {
-        f"{flag.removesuffix('-mem')}_bytes": parse_size(size)
-        for flag, size in re.findall(r"raise --(host-mem|device-mem|disk) to ([\d.]+GiB)", said)
+        f"{option.removesuffix('_mem')}_bytes": parse_size(size)
+        for option, size in re.findall(r"raise (host_mem|device_mem|disk)=? to ([\d.]+GiB)", said)
     }
     if asked:
         with pytest.raises(CapacityError, match="GiB are missing"):

@@ -155,7 +155,7 @@ class Encoding:
 
 def in_order(numbers: torch.Tensor, shape: Sequence[int], *, columns_first: bool) -> torch.Tensor:
     """Return numbers, flattened, as a tensor of a shape: its matrices row by row, or column by column."""
-    return numbers.view(*shape[:-2], shape[-1], shape[-2]).mT if columns_first else numbers.view(*shape)
+    return numbers.view(*shape[:-2], shape[-1], shape[-2]).mT if columns_first else numbers.view(tuple(shape))
 
 
 class NumberFormat:
