@@ -35,11 +35,11 @@ def cache_home_of_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pa
 
 @pytest.fixture(scope="session")
 def kept_rates(cache_home_of_tests: Path) -> None:
-    """There are rates of this machine, as if it had been measured before."""
+    """There are rates of this machine, as if it had been measured thoroughly before."""
     from flexgen.profile.kept import keep
 
     for device, dtype, folder in itertools.product(DEVICES, DTYPES, (ROOT, cache_home_of_tests)):
-        keep(_machine(device, dtype), [dtype], folder, quick=True)
+        keep(_machine(device, dtype), [dtype], folder)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -10,7 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from fakes import write_model_folder
+from fakes import FakeEngine, open_fakes, write_model_folder
+from typer.testing import CliRunner
+
+from flexgen import cli
 
 COMMAND = f"""
 import sys; sys.path.insert(0, {str(Path(__file__).parent.parent)!r})
@@ -44,7 +47,10 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "command.py").write_text(COMMAND)
     write_model_folder(folder / "model")
     (folder / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in LINES))
-    assert flexgen(folder, "run model in.jsonl -o done.jsonl").returncode == 0
+    with pytest.MonkeyPatch.context() as patch:
+        open_fakes(patch, FakeEngine)
+        patch.chdir(folder)
+        assert CliRunner().invoke(cli.app, ["run", "model", "in.jsonl", "-o", "done.jsonl"]).exit_code == 0
     return folder
 
 
