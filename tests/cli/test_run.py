@@ -364,15 +364,20 @@ def test_the_command_is_a_module() -> None:
         assert re.fullmatch(r"flexgen \d+\.\d+\.\S+\n", done.stdout)
 
 
+def code_of_main(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The exit code of the command in this process."""
+    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")  # main sets it; here it goes away with the test
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    return caught.value.code
+
+
 def test_a_bug_shows_its_traceback_and_gives_70(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def broken() -> None:
         raise ZeroDivisionError("oops")
 
     monkeypatch.setattr(cli, "app", broken)
-    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")  # main sets it; here it goes away with the test
-    with pytest.raises(SystemExit) as caught:
-        cli.main()
-    assert caught.value.code == 70
+    assert code_of_main(monkeypatch) == 70
     assert "ZeroDivisionError: oops" in capsys.readouterr().err
 
 
@@ -393,10 +398,7 @@ def test_no_crash_ends_as_if_lines_were_done(
 
     monkeypatch.setattr("flexgen.jobs.folder.find_job", crash)
     monkeypatch.setattr("sys.argv", ["flexgen", "status", "x"])
-    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
-    with pytest.raises(SystemExit) as caught:
-        cli.main()
-    assert caught.value.code == 70
+    assert code_of_main(monkeypatch) == 70
     assert f"{type(error).__name__}" in capsys.readouterr().err
 
 
@@ -407,13 +409,11 @@ def test_a_crash_that_nobody_can_be_told_of(monkeypatch: pytest.MonkeyPatch) -> 
     with Path("/dev/full").open("w", buffering=1) as full:
         monkeypatch.setattr(cli, "app", crash)
         monkeypatch.setattr("sys.stderr", full)
-        monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
+        code = code_of_main(monkeypatch)
         monkeypatch.undo()
         with contextlib.suppress(OSError):
             full.close()
-    assert caught.value.code == 70
+    assert code == 70
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("[enforce fail] . DefaultCPUAllocator: can't allocate memory: you tried")])
@@ -922,10 +922,7 @@ def test_a_disk_that_is_full_before_the_start_is_no_other_condition_than_later(
 def test_a_full_disk_that_nobody_expected(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("flexgen.jobs.folder.find_job", full)
     monkeypatch.setattr("sys.argv", ["flexgen", "status", "x"])
-    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
-    with pytest.raises(SystemExit) as caught:
-        cli.main()
-    assert caught.value.code == 75
+    assert code_of_main(monkeypatch) == 75
     assert "No space left on device\nthe same command goes on when there is room" in capsys.readouterr().err
 
 

@@ -158,17 +158,7 @@ def read_bytes(path: Path, offset: int, nbytes: int) -> torch.Tensor:
         CheckpointError: The file cannot be read, or ends too early.
     """
     data = torch.empty(nbytes, dtype=torch.uint8)
-    read_into(data, path, offset)
-    return data
-
-
-def read_into(data: torch.Tensor, path: Path, offset: int) -> None:
-    """Fill `data`, (nbytes,) uint8, with the bytes of a file from an offset on, by blocking reads.
-
-    Raises:
-        CheckpointError: The file cannot be read, or ends too early.
-    """
-    rest, end = data.numpy().data, offset + data.nbytes
+    rest, end = data.numpy().data, offset + nbytes
     try:
         with path.open("rb", buffering=0) as file:
             while rest and (count := os.preadv(file.fileno(), [rest], end - len(rest))):
@@ -177,3 +167,4 @@ def read_into(data: torch.Tensor, path: Path, offset: int) -> None:
         raise CheckpointError(f"{path}: cannot be read ({error})") from error
     if rest:
         raise CheckpointError(f"{path}: ends before byte {end}; it was longer when its header was read")
+    return data

@@ -14,7 +14,7 @@ import typer
 
 from flexgen.cli import bench, cache, convert, export, map, plan, profile, run, status
 from flexgen.cli import eval as evaluations
-from flexgen.cli.exit_codes import ExitCode, complain, complain_of_bug
+from flexgen.cli.exit_codes import complain_of_bug, complain_of_full_disk
 from flexgen.cli.help import CONTEXT_SETTINGS, Command, Group
 from flexgen.cli.streams import standard_streams
 from flexgen.errors import is_disk_full
@@ -71,5 +71,5 @@ def main() -> None:
         raise
     except BaseException as error:  # noqa: BLE001  (the default exit code 1 would mean that lines have errors)
         if is_disk_full(error):
-            sys.exit(complain(f"{error}\nthe same command goes on when there is room", ExitCode.RESUMABLE))
+            sys.exit(complain_of_full_disk(error))
         sys.exit(complain_of_bug())

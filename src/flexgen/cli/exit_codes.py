@@ -38,6 +38,11 @@ def complain(error: object, code: ExitCode) -> ExitCode:
     return code
 
 
+def complain_of_full_disk(error: object) -> ExitCode:
+    """Print what a full disk has stopped and that it can go on, as `complain` does, and return the exit code."""
+    return complain(f"{error}\nthe same command goes on when there is room", ExitCode.RESUMABLE)
+
+
 def complain_of_bug() -> ExitCode:
     """Print the current exception as a bug, if stderr can be written, and return the exit code."""
     with contextlib.suppress(OSError, ValueError):  # stderr is full, or closed

@@ -16,7 +16,7 @@ from typer.models import OptionInfo
 
 from flexgen.base.files import check_folder, check_target, write_file
 from flexgen.base.quantities import parse_seconds
-from flexgen.cli.exit_codes import ExitCode, complain, complain_of_bug
+from flexgen.cli.exit_codes import ExitCode, complain, complain_of_bug, complain_of_full_disk
 from flexgen.cli.numbers import in_words
 from flexgen.cli.spelling import ENGINE_FLAGS, flag_of, in_flags
 from flexgen.errors import FlexGenError, OptionError, StorageError, is_disk_full, is_out_of_memory
@@ -127,7 +127,7 @@ def _refused(error: FlexGenError, flags: Mapping[str, str]) -> ExitCode:
     """Say why a command was refused, with flags in place of names, and return the exit code: what a full disk is to blame for can go on."""
     said = in_flags(str(error), flags) if isinstance(error, OptionError) else error
     if is_disk_full(error):
-        return complain(f"{said}\nthe same command goes on when there is room", ExitCode.RESUMABLE)
+        return complain_of_full_disk(said)
     return complain(said, ExitCode.USAGE if isinstance(error, OptionError) else ExitCode.REFUSED)
 
 

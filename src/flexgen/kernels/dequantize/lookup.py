@@ -45,8 +45,10 @@ class Codes:
         """Return whether the compiled kernel looks the codes up in vectors: those of 4 bits and of E4M3, if the processor can."""
         if not has_vectors():
             return False
+        if self.per_byte == 2:
+            return True
         e4m3 = tables.on_device(tables.e4m3(), self.values.device)
-        return self.per_byte == 2 or torch.equal(self.values.view(torch.int32), e4m3.view(torch.int32))
+        return self.values is e4m3 or torch.equal(self.values.view(torch.int32), e4m3.view(torch.int32))
 
     def looked_up(self, numbers: Tensor) -> Tensor:
         """Return the values of codes, (rows, codes of a row), as float32 (rows, columns), by torch operations."""
