@@ -13,7 +13,16 @@ from torch import Tensor
 from flexgen.devices.sim_tensor import register
 from flexgen.errors import EngineError
 from flexgen.kernels.dequantize.codes import AWQ_WORDS, CHUNK, GPTQ_ROWS
-from flexgen.kernels.dequantize.integers import Groups, Packing, decode_awq, decode_gptq, decode_rows, unpack_awq
+from flexgen.kernels.dequantize.integers import (
+    AWQ_SHIFTS,
+    Groups,
+    Packing,
+    decode_awq,
+    decode_gptq,
+    decode_rows,
+    unpack_awq,
+    zero_points,
+)  # fmt: skip
 from flexgen.kernels.threads import KernelThreads
 from tests.formats.layouts import awq_words, padded_words, stream_words
 
@@ -142,6 +151,25 @@ def test_awq(outputs: int, inputs: int, group: int, dtype: torch.dtype) -> None:
     out = torch.full((outputs, inputs), 7, dtype=dtype)
     decode_awq(words, Groups(scales=scales, zeros=zeros.float(), columns=group), out, in_pieces)
     assert_same(out, meant(codes, scales, zeros, adjacent(inputs, group)).to(dtype))
+
+
+@pytest.mark.parametrize("lacks", [0, 1])
+@pytest.mark.parametrize("strided", [False, True])
+@pytest.mark.parametrize(("bits", "padded"), [(2, False), (4, False), (8, False), (3, True), (5, True), (7, True)])
+def test_zero_points_along_rows(bits: int, padded: bool, strided: bool, lacks: int) -> None:
+    """Words of which each has the zero points of adjacent rows of one group; the first rows of the first word are left out."""
+    zeros, packing = random_codes(21, 70, bits).t(), Packing(bits=bits, padded=padded)
+    words = words_of(zeros.t(), bits, padded=padded).t()
+    wanted = ((zeros[3:] + lacks) % (1 << bits)).float()
+    given = words if strided else words.contiguous()
+    assert_same(zero_points(given, packing.shifts, bits, 67, in_pieces, first=3, lacks=lacks), wanted)
+    elsewhere = zero_points(given.to(register()), packing.shifts, bits, 67, in_pieces, first=3, lacks=lacks)
+    assert_same(elsewhere.cpu(), wanted)
+
+
+def test_zero_points_of_awq() -> None:
+    zeros = random_codes(5, 48, 4)
+    assert_same(zero_points(awq_words(zeros).t(), AWQ_SHIFTS, 4, 48, in_pieces), zeros.t().float())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

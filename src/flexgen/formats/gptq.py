@@ -72,15 +72,18 @@ class GPTQMatrix(StoredMatrix):
     def decode(self, parts: Sequence[torch.Tensor], start: int, out: torch.Tensor, parallel: Parallel = serially) -> None:
         import torch
 
-        from flexgen.kernels.dequantize.integers import Groups, Packing, decode_gptq
+        from flexgen.kernels.dequantize.integers import Groups, Packing, decode_gptq, zero_points
 
-        outputs = len(out)
+        outputs, packing = len(out), Packing(bits=self.bits)
         scales = parts[1].view(-1, outputs)
-        zeros = Packing(bits=self.bits).unpacked(parts[2].view(len(scales), -1), outputs)
+        words = parts[2].view(len(scales), -1)
         # The largest code and one is 0 again, as AutoGPTQ computes it, since -1 was stored so.
-        zeros = (zeros + self.zero_lacks) & ((1 << self.bits) - 1)
+        if 32 % self.bits == 0:
+            zeros = zero_points(words.t(), packing.shifts, self.bits, outputs, parallel, lacks=self.zero_lacks)
+        else:
+            zeros = ((packing.unpacked(words, outputs) + self.zero_lacks) & ((1 << self.bits) - 1)).t().to(torch.float32)
         groups = Groups(
-            scales=scales.t().to(torch.float32), zeros=zeros.t().to(torch.float32), columns=self.group_size,
+            scales=scales.t().to(torch.float32), zeros=zeros, columns=self.group_size,
             order=_order(parts[3], self.group_size) if len(parts) > 3 else None,
         )  # fmt: skip
         decode_gptq(parts[0].view(-1, outputs), self.bits, groups, out, parallel)

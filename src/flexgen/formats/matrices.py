@@ -74,7 +74,7 @@ class IntegerRows(StoredMatrix):
         rows, columns = out.shape
         shape, middle = self.blocks.shape(start, rows, columns), 1 << (self.packing.bits - 1)
         rest = list(parts[2:])
-        zeros = self._zeros(rest.pop(0), start, shape) if self.with_zeros else None
+        zeros = self._zeros(rest.pop(0), start, shape, parallel) if self.with_zeros else None
         groups = Groups(
             scales=parts[1].view(shape).to(torch.float32), zeros=zeros, zero=middle, columns=self.blocks.columns,
             order=self._order(rest[0]) if self.with_order else None, block_rows=self.blocks.rows or start + rows,
@@ -83,15 +83,18 @@ class IntegerRows(StoredMatrix):
         codes = parts[0] if self.packing.signed else parts[0].view(torch.int32)
         decode_rows(codes.view(rows, -1), self.packing, groups, out, parallel)
 
-    def _zeros(self, stored: torch.Tensor, start: int, shape: tuple[int, int]) -> torch.Tensor:
+    def _zeros(self, stored: torch.Tensor, start: int, shape: tuple[int, int], parallel: Parallel) -> torch.Tensor:
         """Return the codes that stand for zero, float32 of the shape of the scales."""
         import torch
 
-        if self.zero_packing is None:
+        from flexgen.kernels.dequantize.integers import zero_points
+
+        if (packing := self.zero_packing) is None:
             return stored.view(shape).to(torch.float32) + (1 << (self.packing.bits - 1))
-        first = start % zero_rows if (zero_rows := rows_of_zeros(self.zero_packing)) is not None else start
-        words = stored.view(-1, shape[1]).t()  # (groups, words along the rows)
-        return self.zero_packing.unpacked(words, first + shape[0])[:, first:].t().to(torch.float32)
+        words = stored.view(torch.int32).view(-1, shape[1])  # (words along the rows, groups)
+        if (zero_rows := rows_of_zeros(packing)) is not None:
+            return zero_points(words, packing.shifts, packing.bits, shape[0], parallel, first=start % zero_rows)
+        return packing.unpacked(words.t(), start + shape[0])[:, start:].t().to(torch.float32)
 
     def _order(self, stored: torch.Tensor) -> torch.Tensor:
         """Return the group of each column: -1 stands for groups of adjacent columns."""

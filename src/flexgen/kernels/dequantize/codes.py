@@ -15,7 +15,7 @@ from flexgen.base.compiled import entry
 from flexgen.kernels.cpu.formats import narrow
 from flexgen.kernels.cpu.rows import LANES, moved, pointer
 from flexgen.kernels.dequantize.compiled import store
-from flexgen.kernels.dequantize.loops import split_halves, store_codes, turn_sixteen
+from flexgen.kernels.dequantize.loops import small, split_halves, store_codes, store_halves, turn_sixteen
 
 CHUNK = 2048  # columns that are unpacked before they are scaled; 32 codes of any width fill whole words
 GPTQ_ROWS = 32  # outputs whose words are brought into rows together: two lines of the cache
@@ -60,8 +60,13 @@ def decode_packed(
     """
     columns, row_bytes = out.shape[1], packed.shape[1]
     codes, numbers = np.empty(CHUNK, np.uint8), np.empty(CHUNK, np.float32)
+    in_halves = bits == 4 and per_word == 0 and group % (2 * LANES) == 0 and len(groups) == 0
     for row in range(begin, end):
         block = (skipped + row) // block_rows
+        if in_halves:
+            source, target = pointer(packed, row * row_bytes), pointer(out, row * columns)
+            scale_halves(source, columns, block, scales, zeros, zero, group, target, out[row, 0])
+            continue
         for first in range(0, columns, CHUNK):
             count = min(CHUNK, columns - first)
             if per_word > 0:
@@ -140,6 +145,27 @@ def decode_awq(begin: int, end: int, words: Any, scales: Any, zeros: Any, group:
                 scale_codes(codes, first, count, row, scales, zeros, np.float32(0), group, groups, numbers, target, out[row, 0])
 
 
+@entry
+def unpack_zeros(begin: int, end: int, words: Any, shifts: Any, mask: int, lacks: int, first: int, zeros: Any) -> None:
+    """Write the zero points of rows begin <= row < end.
+
+    Args:
+        begin: The first row.
+        end: The row after the last one.
+        words: The words, uint32 (words, groups), of which each has zero points of adjacent rows.
+        shifts: The bits below each zero point of a word, int64 (zero points of a word,).
+        mask: The bits of a zero point.
+        lacks: What a stored zero point lacks.
+        first: The zero points before that of row 0.
+        zeros: The zero points, float32 (rows, groups); they are written.
+    """
+    for row in range(begin, end):
+        word, place = (first + row) // len(shifts), (first + row) % len(shifts)
+        shift = shifts[place]
+        for group in range(zeros.shape[1]):
+            zeros[row, group] = small(((np.int64(words[word, group]) >> shift) + lacks) & mask)
+
+
 @njit
 def turn(source: Any, source_stride: int, height: int, width: int, target: Any, stride: int) -> None:
     """Store the columns of a matrix, (height, width) and `source_stride` elements from row to row, as rows, `stride` apart."""
@@ -200,6 +226,20 @@ def unpack_padded(packed: Any, first: int, count: int, bits: int, per_word: int,
         for k in range(4):
             value |= np.int64(packed[4 * word + k]) << (8 * k)
         codes[i] = (value >> (bits * place)) & ((1 << bits) - 1)
+
+
+@njit
+def scale_halves(packed: Any, columns: int, row: int, scales: Any, zeros: Any, zero: Any, group: int, target: Any, like: Any) -> None:
+    """Store the numbers that a row of 4-bit codes stands for, with row `row` of scales and zeros; `group` is a multiple of 2 * LANES."""
+    for of in range(scales.shape[1]):
+        minus, scale = zeros[row, of] if zeros.size > 0 else zero, scales[row, of]
+        first, stop = of * group, min((of + 1) * group, columns)
+        whole = first + (stop - first) // (2 * LANES) * (2 * LANES)
+        for i in range(first, whole, 2 * LANES):
+            store_halves(moved(packed, i // 2), minus, scale, moved(target, i))
+        for i in range(whole, stop):
+            code = (packed[i // 2] >> (4 * (i % 2))) & 15
+            target[i] = narrow((small(code) - minus) * scale, like)
 
 
 @njit

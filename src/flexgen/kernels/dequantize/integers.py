@@ -21,6 +21,7 @@ from flexgen.kernels.dequantize.portions import portions
 
 WORD_BITS = 32
 AWQ_OUTPUTS = (0, 2, 4, 6, 1, 3, 5, 7)  # the output, of 8, of each code of a word
+AWQ_SHIFTS = tuple(4 * AWQ_OUTPUTS.index(output) for output in range(8))  # the bits of a word below the code of each output
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +42,11 @@ class Packing:
     def per_word(self) -> int:
         """The codes of a word, if it holds whole ones only."""
         return WORD_BITS // self.bits
+
+    @property
+    def shifts(self) -> tuple[int, ...]:
+        """The bits below each code of a word, if it holds whole ones only."""
+        return tuple(range(0, self.per_word * self.bits, self.bits))
 
     def words(self, count: int) -> int:
         """Return the number of words of so many codes."""
@@ -119,6 +125,31 @@ class Groups:
                 raise EngineError(f"a matrix has {self.scales.shape[1]} groups of columns; g_idx names group {low if low < 0 else high}")
             order = self.order.contiguous().numpy()
         return self.scales.contiguous().numpy(), zeros, order
+
+
+def zero_points(
+    words: Tensor, shifts: tuple[int, ...], bits: int, rows: int, parallel: Parallel, *, first: int = 0, lacks: int = 0
+) -> Tensor:
+    """Return the zero points of rows, of which whole ones are in each word, float32 (rows, groups).
+
+    Args:
+        words: The words, int32 (words, groups): zero points of adjacent rows are in a word.
+        shifts: The bits of a word below each of its zero points.
+        bits: The bits of a zero point.
+        rows: The number of rows.
+        parallel: Runs the loop over rows on a CPU.
+        first: The zero points of the words before that of the first row.
+        lacks: What a stored zero point lacks; the sum is taken modulo 2**bits.
+    """
+    mask = (1 << bits) - 1
+    if words.device.type != "cpu":
+        place = torch.arange(first, first + rows, device=words.device)
+        shift = torch.tensor(shifts, device=words.device)[place % len(shifts)]
+        return (((words[place // len(shifts)] >> shift[:, None]) + lacks) & mask).to(torch.float32)
+    zeros = torch.empty(rows, words.shape[1], dtype=torch.float32)
+    stored, written, places = words.view(torch.uint32).numpy(), zeros.numpy(), np.array(shifts, np.int64)
+    parallel(lambda begin, end: kernels.unpack_zeros(begin, end, stored, places, mask, lacks, first, written), rows)
+    return zeros
 
 
 def decode_rows(packed: Tensor, packing: Packing, groups: Groups, out: Tensor, parallel: Parallel) -> None:
@@ -204,8 +235,7 @@ def decode_awq(words: Tensor, groups: Groups, out: Tensor, parallel: Parallel) -
 
 def unpack_awq(words: Tensor) -> Tensor:
     """Return the codes of words in AWQ's order, int32 (rows, 8 * words of a row), by torch operations."""
-    shifts = [4 * AWQ_OUTPUTS.index(output) for output in range(8)]
-    return torch.stack([(words >> shift) & 15 for shift in shifts], dim=-1).view(words.shape[0], -1)
+    return torch.stack([(words >> shift) & 15 for shift in AWQ_SHIFTS], dim=-1).view(words.shape[0], -1)
 
 
 def _unsigned(words: Tensor) -> np.ndarray:

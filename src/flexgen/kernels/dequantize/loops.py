@@ -178,14 +178,38 @@ def split_halves(typing_context: Any, packed: Any, codes: Any) -> Any:
     """Compile `split_halves(packed, codes)`: the low and the high half of each of 16 bytes, as 32 bytes."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        bytes_of_16, words, bytes_of_32 = vector_of(_INT8), vector_of(INT16), ir.VectorType(_INT8, 2 * LANES)
-        loaded = builder.zext(builder.load(builder.bitcast(arguments[0], bytes_of_16.as_pointer()), align=1), words)
-        spread = builder.or_(loaded, builder.shl(loaded, ir.Constant(words, [4] * LANES)))
-        halves = builder.and_(spread, ir.Constant(words, [0x0F0F] * LANES))
-        builder.store(builder.bitcast(halves, bytes_of_32), builder.bitcast(arguments[1], bytes_of_32.as_pointer()), align=1)
+        halves = _halves(builder, arguments[0])
+        builder.store(halves, builder.bitcast(arguments[1], halves.type.as_pointer()), align=1)
         return context.get_dummy_value()
 
     return types.void(packed, codes), generate
+
+
+@intrinsic
+def store_halves(typing_context: Any, packed: Any, zero: Any, scale: Any, target: Any) -> Any:
+    """Compile `store_halves(packed, zero, scale, target)`: (code - zero) * scale of the halves of 16 bytes, to 32 adjacent places."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        source, zero_value, factor, place = arguments
+        codes = _halves(builder, source)
+        for first in (0, LANES):
+            lanes = ir.Constant(vector_of(INT32), list(range(first, first + LANES)))
+            integers = builder.zext(builder.shuffle_vector(codes, codes, lanes), vector_of(INT32))
+            numbers = builder.fsub(builder.sitofp(integers, vector_of(FLOAT)), broadcast(builder, zero_value))
+            stored = narrowed(builder, builder.fmul(numbers, broadcast(builder, factor)), target.dtype)
+            to = builder.bitcast(builder.gep(place, [ir.Constant(INT32, first)]), stored.type.as_pointer())
+            builder.store(stored, to, align=context.get_abi_sizeof(place.type.pointee))
+        return context.get_dummy_value()
+
+    return types.void(packed, types.float32, types.float32, target), generate
+
+
+def _halves(builder: Any, packed: Any) -> Any:
+    """Generate the low and the high half of each of 16 bytes, as a vector of 32 bytes."""
+    bytes_of_16, words, bytes_of_32 = vector_of(_INT8), vector_of(INT16), ir.VectorType(_INT8, 2 * LANES)
+    loaded = builder.zext(builder.load(builder.bitcast(packed, bytes_of_16.as_pointer()), align=1), words)
+    spread = builder.or_(loaded, builder.shl(loaded, ir.Constant(words, [4] * LANES)))
+    return builder.bitcast(builder.and_(spread, ir.Constant(words, [0x0F0F] * LANES)), bytes_of_32)
 
 
 @intrinsic
