@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 Row = Mapping[str, Any]
+_WEIGHTS, _KV = ("full", "int8", "int4", "flexgen-v0", "nf4"), ("auto", "int8", "k8v4", "int4")  # the order of rows; others come after them
 
 
 def print_table(rows: Sequence[Row]) -> None:
@@ -14,7 +15,8 @@ def print_table(rows: Sequence[Row]) -> None:
     for model in dict.fromkeys(name for name, _, _ in cells):
         print(f"\n{model}\n\n| weights | bytes | KV | perplexity | ratio | LAMBADA | difference | loss of the last word |")
         print("|---|---|---|---|---|---|---|---|")
-        _print_rows(_cell(row) for (name, _, _), row in cells.items() if name == model)
+        of_model = (row for (name, _, _), row in cells.items() if name == model)
+        _print_rows(_cell(row) for row in sorted(of_model, key=lambda row: (_place(_WEIGHTS, row["weights"]), _place(_KV, row["kv"]))))
     layers = {(row["weights"], row["kv"], f"{row['shape']}, {row['numbers']}"): row for row in rows if row["benchmark"] == "layer errors"}
     if layers:
         _print_layers(layers)
@@ -27,6 +29,10 @@ def _print_layers(layers: Mapping[tuple[str, str, str], Row]) -> None:
     for weights, kv in dict.fromkeys((weights, kv) for weights, kv, _ in layers):
         cells = (layers.get((weights, kv, column)) for column in columns)
         _print_rows([(weights, kv, *("" if row is None else _errors(row) for row in cells))])
+
+
+def _place(order: Sequence[str], name: str) -> int:
+    return order.index(name) if name in order else len(order)
 
 
 def _print_rows(rows: Iterable[Sequence[str]]) -> None:
