@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -98,7 +99,7 @@ def no_scheduler(monkeypatch: pytest.MonkeyPatch, runtime: FakeRuntime) -> tuple
 
 def no_reads(monkeypatch: pytest.MonkeyPatch, runtime: FakeRuntime) -> tuple[Policy, SimulatedDevice]:
     def failing(*_: object) -> int:
-        raise OSError("Input/output error")
+        raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(os, "preadv", failing)
     return POLICY, PinningDevice(runtime)
