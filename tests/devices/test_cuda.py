@@ -1,81 +1,90 @@
-"""Pinning host memory, with a CUDA runtime that remembers errors as CUDA's own does."""
+"""The CUDA device over streams and events that record what becomes of them."""
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pytest
+import torch
 
-from flexgen.devices.cuda import PinnedMemory
+from flexgen.devices import cuda
+from flexgen.devices.cuda import CudaDevice
 from flexgen.devices.open import open_device
-
-ALREADY_REGISTERED, OUT_OF_MEMORY = 712, 2
-PAGE = 4096
+from tests.devices.fake_cudart import PAGE, FakeRuntime
 
 
-class FakeRuntime:
-    """Registrations by page.
-
-    Attributes:
-        limit: bytes that can be registered.
-        last_error: what the next launch would raise.
-    """
-
-    def __init__(self, limit: int = 1 << 30) -> None:
-        self.limit, self.last_error = limit, 0
-        self.registered: dict[int, int] = {}
-
-    def cudaHostRegister(self, address: Any, size_bytes: Any, flags: Any) -> int:
-        start, size = address.value, size_bytes.value
-        pages = {page for begin, length in self.registered.items() for page in range(begin // PAGE, -(-(begin + length) // PAGE))}
-        if pages & set(range(start // PAGE, -(-(start + size) // PAGE))):
-            self.last_error = ALREADY_REGISTERED
-        elif sum(self.registered.values()) + size > self.limit:
-            self.last_error = OUT_OF_MEMORY
-        else:
-            self.registered[start] = size
-            return 0
-        return self.last_error
-
-    def cudaHostUnregister(self, address: Any) -> int:
-        del self.registered[address.value]
-        return 0
-
-    def cudaGetLastError(self) -> int:
-        error, self.last_error = self.last_error, 0
-        return error
+class FakeEvent:
+    def __init__(self, **how: Any) -> None:
+        self.how = how
 
 
-def test_small_arenas_share_no_page() -> None:
-    runtime = FakeRuntime()
-    memory = PinnedMemory(runtime)
-    arenas = [memory.allocate(size) for size in (1, 100, 5000, PAGE)]
-    assert [arena.numel() for arena in arenas] == [1, 100, 5000, PAGE]
-    assert len(runtime.registered) == 4
+class FakeStream:
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def record_event(self, event: FakeEvent | None = None) -> FakeEvent:
+        return event or FakeEvent()
+
+    def wait_stream(self, other: FakeStream) -> None:
+        pass
 
 
-def test_a_failed_registration_leaves_no_error_behind(caplog: pytest.LogCaptureFixture) -> None:
-    runtime = FakeRuntime(limit=PAGE)
-    memory = PinnedMemory(runtime)
-    arenas = [memory.allocate(PAGE) for _ in range(3)]
-    assert [arena.fill_(1).sum().item() for arena in arenas] == [PAGE] * 3, "it is ordinary memory"
-    assert runtime.last_error == 0
-    assert [record.message for record in caplog.records] == ["cannot pin 4.0 KiB of host memory (error 2): copies will be slower"], (
-        "said once"
-    )
-    memory.close()
+@pytest.fixture
+def runtime(monkeypatch: pytest.MonkeyPatch) -> FakeRuntime:
+    """The runtime of devices that are opened."""
+    runtime, current = FakeRuntime(), FakeStream(torch.device("cuda", 0))
+    fakes = {
+        "Stream": FakeStream, "Event": FakeEvent, "stream": lambda stream: contextlib.nullcontext(), "synchronize": lambda device: None,
+        "current_stream": lambda device: current,
+    }  # fmt: skip
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
+    monkeypatch.setattr(cuda, "cuda_runtime", lambda: runtime)
+    return runtime
+
+
+def test_threads_that_wait_for_copies_sleep(runtime: FakeRuntime) -> None:
+    device = CudaDevice(0)
+    source, destination = torch.arange(5), torch.zeros(5, dtype=torch.int64)
+    events = [device.copy_in(destination, source), device.copy_out(destination, source)]
+    assert [event.event.how for event in events] == [{"blocking": True}] * 2
+    assert (device.bytes_in, device.bytes_out) == (40, 40)
+
+
+def test_closing_unpins_host_memory(runtime: FakeRuntime) -> None:
+    device = CudaDevice(0)
+    assert device.allocate_host(PAGE + 1).shape == (PAGE + 1,)
+    assert sum(runtime.registered.values()) == 2 * PAGE
+    device.close()
     assert not runtime.registered
 
 
-def test_closing_unregisters_everything() -> None:
-    """So that an engine which is opened again can pin the same memory."""
-    runtime = FakeRuntime()
-    for _ in range(3):
-        memory = PinnedMemory(runtime)
-        kept = [memory.allocate(3 * PAGE) for _ in range(4)]
-        assert len(runtime.registered) == len(kept)
-        memory.close()
-        assert not runtime.registered
+def test_closing_unpins_host_memory_after_an_error_of_the_device(runtime: FakeRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = CudaDevice(0)
+    device.allocate_host(PAGE)
+
+    def failing(device: torch.device) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", failing)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        device.close()
+    assert not runtime.registered
+
+
+def test_without_a_runtime_memory_is_not_pinned(
+    runtime: FakeRuntime, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(cuda, "cuda_runtime", lambda: None)
+    device = CudaDevice(0)
+    assert device.allocate_host(PAGE).fill_(1).sum().item() == PAGE
+    device.close()
+    assert [record.message for record in caplog.records] == [
+        "cannot pin host memory, because no CUDA runtime library of torch's was found: copies will be slower"
+    ]
+    assert not runtime.registered
 
 
 def test_the_cpu_has_no_device_of_its_own() -> None:

@@ -52,14 +52,14 @@ def test_encoded_weights_are_decoded_in_every_pass(make_spec):
     )
     by_device = make_spec(units=(dataclasses.replace(unit, encoded_bytes=MB),))
     assert weights_work(by_device, ("encoded",), "cuda") == weights_work(by_device, ("host",), "cuda")
-    assert [weight_bytes(spec, (home,), "cuda")[home] for home in ("device", "host", "encoded")] == [4 * MB, 4 * MB, MB]
-    assert weight_bytes(by_device, ("host",), "cuda")["host"] == MB
+    assert [weight_bytes(spec, (home,), "cuda")[home] for home in ("device", "host", "encoded")] == [4 * MB, 977 * 4096, MB]
+    assert weight_bytes(by_device, ("host",), "cuda")["host"] == 245 * 4096, "whole pages"
 
 
 def test_bytes_at_home_in_memory_are_decoded(make_spec):
     spec = make_spec(decoded=40)
     homes = ("device", "host", "disk", "host")
-    assert weight_bytes(spec, homes, "sim") == {"device": 40_000, "host": 80_000, "encoded": 0, "disk": 1000}
+    assert weight_bytes(spec, homes, "sim") == {"device": 40_000, "host": 2 * 10 * 4096, "encoded": 0, "disk": 1000}
     assert weight_bytes(spec, ("encoded", "host", "disk", "encoded"), "cpu") == {"device": 0, "host": 40_000, "encoded": 2000, "disk": 1000}
     # What needs no decoding stays as it was read.
     spec = make_spec(units=(UnitSpec(name="read", disk_bytes=8192, decoded_bytes=5000, flops_per_token=1.0),))

@@ -1,6 +1,7 @@
 """The weight store with a fake skeleton: bound tensors equal the file's, under every mixture of homes, pass after pass."""
 
 import errno
+import itertools
 import os
 import threading
 from collections.abc import Iterator, Sequence
@@ -11,12 +12,13 @@ import pytest
 import torch
 
 from flexgen.base.parallel import Parallel, serially
+from flexgen.base.quantities import align_up
 from flexgen.devices.sim import SimulatedDevice
 from flexgen.errors import EngineError, StorageError
 from flexgen.formats.base import StoredRange
 from flexgen.io.direct_io import FileSet
 from flexgen.io.pool import IOPool
-from flexgen.plan.policy import SCRATCH_UNITS
+from flexgen.plan.policy import HOME_ALIGNMENT, SCRATCH_UNITS
 from flexgen.weights.ring import ByteRing
 from flexgen.weights.store import WeightStore
 from flexgen.weights.unit import UnitLayout, WantedTensor
@@ -211,10 +213,23 @@ def test_held_bytes_are_those_of_each_home(written: Written) -> None:
     from_disk = third.stored_bytes + sum(layout.stored_bytes for layout in written.layouts[3:])
     on_cpu, beside_device = (Opened(written, homes, device) for device in (False, True))
     assert on_cpu.store.held_bytes() == {"host": first.decoded_bytes, "encoded": second.stored_bytes, "disk": from_disk}
-    assert beside_device.store.held_bytes() == {"host": first.carried_bytes, "encoded": second.stored_bytes, "disk": from_disk}
+    pages = align_up(first.carried_bytes, HOME_ALIGNMENT)
+    assert beside_device.store.held_bytes() == {"host": pages, "encoded": second.stored_bytes, "disk": from_disk}
     for each in (on_cpu, beside_device):
         with each:
             pass
+
+
+def test_homes_beside_a_device_are_pages_of_their_own(written: Written) -> None:
+    """From which the disk is read directly, and as many bytes as the store says that it holds."""
+    with Opened(written, ["host", "encoded", "host"] * 3, True) as opened:
+        homes = sorted((each.data.data_ptr(), each.data.nbytes) for each in opened.store._host_homes.values())
+        assert len(homes) == NUM_UNITS
+        assert not any(at % HOME_ALIGNMENT for at, _ in homes)
+        assert all(at + size <= following for (at, size), (following, _) in itertools.pairwise(homes))
+        assert opened.backend is not None
+        to_decode = max(layout.carried_bytes for layout in written.layouts[1::3])
+        assert opened.backend.host.size_bytes == sum(opened.store.held_bytes().values()) + align_up(to_decode, HOME_ALIGNMENT)
 
 
 def test_the_rings_stay_within_their_capacity(written: Written, monkeypatch: pytest.MonkeyPatch) -> None:

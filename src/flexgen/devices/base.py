@@ -57,7 +57,7 @@ class Device(Protocol):
     def allocate_host(self, size_bytes: int) -> torch.Tensor:
         """Return a uint8 arena in host memory for copies to start from and end in: page-aligned, and pinned if the device supports that.
 
-        It must not be used after `close`.
+        It takes whole pages, and must not be used after `close`.
         """
         ...
 

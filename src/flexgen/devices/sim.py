@@ -12,6 +12,7 @@ seen the copy end.
 
 from __future__ import annotations
 
+import contextlib
 import random
 import threading
 import time
@@ -21,10 +22,10 @@ from typing import Any
 
 import torch
 
+from flexgen.devices.arena import HostArena
 from flexgen.devices.base import POISON, Arenas, Event
 from flexgen.devices.sim_tensor import SimTensor, register, timeline
 from flexgen.errors import EngineError
-from flexgen.io.aligned import AlignedBuffer
 
 EARLY = 0.3  # the probability that a copy runs before anything waits for it
 SEEN = 0.5  # the probability that polling a copy completes it
@@ -73,11 +74,15 @@ class SimulatedDevice(Arenas):
         budget_bytes: The budget of its arenas.
         seed: The seed of its random choices.
         max_delay_seconds: The longest time that waiting for a copy takes.
+
+    Attributes:
+        host: The host memory that was given out.
     """
 
     def __init__(self, budget_bytes: int, *, seed: int = 0, max_delay_seconds: float = 0.001) -> None:
         super().__init__(budget_bytes)
         self.device = register()
+        self.host = HostArena(None)
         self._random = random.Random(seed)
         self._max_delay_seconds = max_delay_seconds
         self._lock = threading.RLock()
@@ -96,7 +101,7 @@ class SimulatedDevice(Arenas):
         return SimTensor(torch.full((size_bytes,), POISON, dtype=torch.uint8), in_arena=True)
 
     def allocate_host(self, size_bytes: int) -> torch.Tensor:
-        return AlignedBuffer(size_bytes).tensor[:size_bytes]
+        return self.host.allocate(size_bytes)
 
     def copy_in(self, destination: torch.Tensor, source: torch.Tensor, after: Any = None) -> SimEvent:
         assert isinstance(destination, SimTensor)
@@ -175,7 +180,8 @@ class SimulatedDevice(Arenas):
                 self._settle(awaited[-1])
 
     def close(self) -> None:
-        with self._lock:
+        with self._lock, contextlib.ExitStack() as closing:
+            closing.callback(self.host.close)
             for stream in (self._in, self._out):
                 if stream:
                     self._settle(stream[-1])

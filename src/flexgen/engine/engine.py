@@ -6,6 +6,7 @@ recorded in a log, from which the session that opened the engine makes progress 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
@@ -66,12 +67,15 @@ class Engine:
     ) -> None:
         self.policy, self._model = policy, model
         self.runner = ModelRunner(model, policy, backend=backend, offload_dir=offload_dir, verify_reads=verify_reads, poison=poison)
-        self.cache = self.runner.cache
-        self._scheduler = Scheduler(policy, self.cache, self.runner.places, self._regime)
-        self._lengths = LengthForecast()
-        self._ended: list[TokenResult] = []  # the results of requests that had finished before they were added
-        self.log = self.new_log()
         self._closed = False
+        with contextlib.ExitStack() as undo:  # closes what would otherwise outlive a failed construction
+            undo.callback(self.close)
+            self.cache = self.runner.cache
+            self._scheduler = Scheduler(policy, self.cache, self.runner.places, self._regime)
+            self._lengths = LengthForecast()
+            self._ended: list[TokenResult] = []  # the results of requests that had finished before they were added
+            self.log = self.new_log()
+            undo.pop_all()
 
     def new_log(self, machine: Machine | None = None, **how: Any) -> RunLog:
         """Return an empty log for a run.

@@ -85,34 +85,36 @@ class ModelRunner:
         self.model, self.policy = model, policy
         self._previous_threads, self._previous_interval = torch.get_num_threads(), sys.getswitchinterval()
         self._backend, self._device = backend, backend.device if backend is not None else torch.device("cpu")
-        self._files = FileSet(verify=verify_reads)
-        self.homes = unit_homes(model.spec, policy.weights)
-        self._rows = EmbeddingRows(model.tables, backend, verify=verify_reads)
-        self._arrived = threading.Event()  # wakes the ready loop
-        self.values = ValueCounter()
-        groups = group_layers(model.layers, policy.page_tokens, model.kv_format)
-        with contextlib.ExitStack() as undo:  # undoes what would otherwise outlive a failed construction
+        with contextlib.ExitStack() as opened:  # what outlives a failed construction is closed by it, too
             if backend is not None:
-                undo.callback(backend.close)
+                opened.callback(backend.close)
+            self.homes = unit_homes(model.spec, policy.weights)
+            self._arrived = threading.Event()  # wakes the ready loop
+            self.values = ValueCounter()
+            self._files = FileSet(verify=verify_reads)
+            opened.callback(self._files.close)
+            self._rows = EmbeddingRows(model.tables, backend, verify=verify_reads)
+            opened.callback(self._rows.close)
             self._io = IOPool(policy.io_threads)
-            undo.callback(self._io.close)
+            opened.callback(self._io.close)
             self._decoders = KernelThreads(policy.compute_threads)
-            undo.callback(self._decoders.close)
+            opened.callback(self._decoders.close)
             model.bound.run_loops_on(self._decoders.over)
-            self._fused = Fused(model.bound.model, model.dtype, self._decoders.over) if backend is None else None
-            if self._fused is not None:
-                undo.callback(self._fused.close)
+            if backend is None:
+                opened.callback(Fused(model.bound.model, model.dtype, self._decoders.over).close)
             self._weights = WeightStore(
                 model.layouts, self.homes, model.bound, self._io, self._files, backend=backend,
                 host_ring_bytes=policy.host_ring_bytes, device_ring_bytes=policy.device_ring_bytes, on_arrival=self._arrived.set,
                 parallel=self._decoders.over, poison=poison,
             )  # fmt: skip
-            undo.callback(self._weights.close)
+            opened.callback(self._weights.close)
             self.places, self.cache = open_places(KVSetup(
-                groups=groups, policy=policy, backend=backend, io=self._io, offload_dir=offload_dir, notify=self._arrived.set,
-                verify=verify_reads, values=self.values,
+                groups=group_layers(model.layers, policy.page_tokens, model.kv_format), policy=policy, backend=backend, io=self._io,
+                offload_dir=offload_dir, notify=self._arrived.set, verify=verify_reads, values=self.values,
             ))  # fmt: skip
-            undo.pop_all()
+            for place in self.places.values():
+                opened.callback(place.close)
+            self._opened = opened.pop_all()
         torch.set_num_threads(policy.compute_threads)
         sys.setswitchinterval(SWITCH_SECONDS)
         self._pass_cache = PassCache()
@@ -133,20 +135,12 @@ class ModelRunner:
         logger.debug("weights: %s", self._weights.describe())
 
     def close(self) -> None:
-        """Stop the links and free the memory."""
-        self._weights.close()
-        for place in self.places.values():
-            place.close()
-        self._io.close()
-        if self._fused is not None:
-            self._fused.close()
-        self._decoders.close()
-        self._rows.close()
-        self._files.close()
-        if self._backend is not None:
-            self._backend.close()
-        torch.set_num_threads(self._previous_threads)
-        sys.setswitchinterval(self._previous_interval)
+        """Stop the links and free the memory, all of it also where a part of it fails."""
+        try:
+            self._opened.close()
+        finally:
+            torch.set_num_threads(self._previous_threads)
+            sys.setswitchinterval(self._previous_interval)
 
     # -- passes ---------------------------------------------------------------------------------------------------------------------
 

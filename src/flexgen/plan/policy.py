@@ -13,6 +13,7 @@ INT8_SUMS_BYTES = 8 * MIB  # sums of products in int8 that are held at a time
 SPARSE_SCORES_BYTES = 4 * MIB  # scores that are sorted at a time where generated tokens are computed again under sparse attention
 SPARSE_KV_BYTES = 16 * MIB  # keys and values that are held in float32 at a time where kernels in plain torch attend sparsely
 LEAST_KEPT = 64  # positions that a head keeps at least under sparse attention: four pages
+HOME_ALIGNMENT = 4096  # units in host memory beside a device take whole pages, from which the link copies them
 SCRATCH_UNITS = 3  # units that are open at a time and were decoded for that
 # A device decodes so many numbers at once by torch operations, whose temporary tensors take at most so many bytes for each: indices, values
 # and scales, in float32 or int32.

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 
 from flexgen.base.quantities import MIB
+from flexgen.devices.arena import HostArena
+from flexgen.devices.cudart import cuda_runtime
 from flexgen.formats.plain import cast_into, dtype_name
 from flexgen.plan.machine import Rate, has_device_tier
 from flexgen.profile.compute import wait
@@ -28,10 +32,11 @@ def copy_rates(device: str, max_bytes: int, seconds: float) -> tuple[Rate | None
     if not has_device_tier(device):
         return None, None
     size = min(max_bytes // 2, 64 * MIB)
-    host = torch.empty(size, dtype=torch.uint8, pin_memory=device == "cuda").fill_(1)
-    other = torch.empty(size, dtype=torch.uint8, device="cuda" if device == "cuda" else "cpu").fill_(1)
-    to_device = measured_rate(size, lambda: wait(other.copy_(host)), seconds / 2)
-    to_host = measured_rate(size, lambda: wait(other, host.copy_(other)), seconds / 2)
+    with contextlib.closing(HostArena(cuda_runtime() if device == "cuda" else None)) as arena:  # memory as the engine's copies have it
+        host = arena.allocate(size).fill_(1)
+        other = torch.empty(size, dtype=torch.uint8, device="cuda" if device == "cuda" else "cpu").fill_(1)
+        to_device = measured_rate(size, lambda: wait(other.copy_(host)), seconds / 2)
+        to_host = measured_rate(size, lambda: wait(other, host.copy_(other)), seconds / 2)
     return to_device, to_host
 
 

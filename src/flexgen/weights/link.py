@@ -209,7 +209,8 @@ class DeviceLink(Link):
         super().__init__("flexgen-device-link", layouts, buffer, state, poison=poison)
         self._backend, self._host_homes, self._disk, self._parallel = backend, host_homes, disk, parallel
         self._marker: Any = None  # a marker of the computing submitted before a slot was last given back
-        self._decoded = backend.allocate_host(max((layout.carried_bytes for layout in decoding), default=1))
+        largest = max((layout.carried_bytes for layout in decoding), default=0)
+        self._decoded = backend.allocate_host(largest) if largest else torch.empty(0, dtype=torch.uint8)
 
     def _bring(self, layout: UnitLayout) -> bool:
         claimed = self._claim(layout.carried_bytes)

@@ -20,7 +20,8 @@ from flexgen.devices.base import POISON, Device
 from flexgen.io.aligned import AlignedBuffer, allocate_memory
 from flexgen.io.direct_io import FileSet
 from flexgen.io.pool import IOPool
-from flexgen.plan.policy import SCRATCH_UNITS
+from flexgen.plan.policy import HOME_ALIGNMENT, SCRATCH_UNITS
+from flexgen.weights.homes import allocate_homes
 from flexgen.weights.link import Arrival, DeviceLink, DiskLink, Link, LinkState, copy_in, read_unit
 from flexgen.weights.unit import DEVICE_ALIGNMENT, UnitForm, UnitLayout, UnitTensor
 
@@ -133,13 +134,21 @@ class WeightStore:
 
     def load(self) -> None:
         """Read the units that stay in memory, and bind those whose home is where computing happens."""
+        memory = self._host_memory()
         for layout, home in zip(self._layouts, self._homes, strict=True):
             if home == "encoded" and not layout.plain:
-                self._host_homes[layout.index] = Arrival(layout=layout, data=self._read(layout, self._backend), form=UnitForm.STORED)
-            elif home in ("host", "encoded") and self._backend is not None:
-                self._host_homes[layout.index] = self._in_host_memory(layout, self._backend)
+                data = self._read(layout, memory.get(layout.index))
+                self._host_homes[layout.index] = Arrival(layout=layout, data=data, form=UnitForm.STORED)
+            elif layout.index in memory:
+                self._host_homes[layout.index] = self._carried(layout, memory[layout.index])
             elif home != "disk":
                 self.keep(layout, partial(self._binder.bind, layout.index))
+
+    def _host_memory(self) -> dict[int, torch.Tensor]:
+        """Return memory that the link reaches fast for each unit whose home is host memory beside a device, by index."""
+        units = zip(self._layouts, self._homes, strict=True)
+        sizes = {layout.index: self._held_bytes(layout, home) for layout, home in units if home in ("host", "encoded")}
+        return {} if self._backend is None else allocate_homes(sizes, self._backend.allocate_host)
 
     def keep(self, layout: UnitLayout, bind: Bind) -> None:
         """Read tensors and bind them permanently where computing happens."""
@@ -165,15 +174,15 @@ class WeightStore:
             self._landing = backend.allocate(max(layout.carried_bytes, *staying, 0))
         return self._landing
 
-    def _read(self, layout: UnitLayout, backend: Device | None = None) -> torch.Tensor:
-        """Return the stored bytes of a unit, in newly allocated memory; in memory that copies to the device start from, if one is given."""
-        stored = AlignedBuffer(layout.stored_bytes).tensor if backend is None else backend.allocate_host(layout.stored_bytes)
+    def _read(self, layout: UnitLayout, into: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the stored bytes of a unit, in the given memory or in new memory."""
+        stored = AlignedBuffer(layout.stored_bytes).tensor if into is None else into
         read_unit(layout, stored, self._io, self._files).wait()
         return stored
 
-    def _in_host_memory(self, layout: UnitLayout, backend: Device) -> Arrival:
-        """Return a unit as it will cross the link, in host memory that the link reaches fast."""
-        data = backend.allocate_host(layout.carried_bytes)
+    def _carried(self, layout: UnitLayout, into: torch.Tensor) -> Arrival:
+        """Return a unit as it will cross the link, in the given memory."""
+        data = into[: layout.carried_bytes]
         for at, portion in layout.carried(self._read(layout), data, self._parallel):
             data[at : at + len(portion)] = portion
         return Arrival(layout=layout, data=data, form=UnitForm.CARRIED)
@@ -260,7 +269,7 @@ class WeightStore:
         if home == "disk" or (home == "encoded" and not layout.plain):
             return layout.stored_bytes
         if home != "device" and self._backend is not None:
-            return layout.carried_bytes
+            return align_up(layout.carried_bytes, HOME_ALIGNMENT)
         return max(layout.decoded_bytes, layout.stored_bytes) if layout.plain else layout.decoded_bytes
 
     def describe(self) -> str:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from flexgen.base.quantities import align_up
 from flexgen.options import DTYPE_BYTES, WEIGHT_HOMES
 from flexgen.plan.machine import has_device_tier
 from flexgen.plan.model import ModelSpec, UnitSpec
-from flexgen.plan.policy import Fractions
+from flexgen.plan.policy import HOME_ALIGNMENT, Fractions
 from flexgen.plan.price.work import PassWork
 
 # Where stored and decoded bytes differ by no more than this, only alignment differs: the unit needs views and no decode stage.
@@ -77,13 +78,13 @@ def _diffused(units: Sequence[UnitSpec], shares: Mapping[str, float]) -> list[st
 def memory_bytes(unit: UnitSpec, home: str, device: str) -> int:
     """Return the bytes that a unit takes at its home: on disk as stored, in memory as it is kept there.
 
-    That is decoded, or just as it was read (over-read included) where computing happens, and as it crosses the link in the host's memory
-    beside a device.
+    That is decoded, or just as it was read (over-read included) where computing happens, and as it crosses the link in whole pages of
+    the host's memory beside a device.
     """
     if home == "disk" or (home == "encoded" and needs_decode(unit)):
         return unit.disk_bytes
     if home != "device" and has_device_tier(device):
-        return unit.carried_bytes
+        return align_up(unit.carried_bytes, HOME_ALIGNMENT)
     return unit.decoded_bytes if needs_decode(unit) else max(unit.decoded_bytes, unit.disk_bytes)
 
 
