@@ -30,8 +30,10 @@ def test_where_a_job_lives(source: str | None, output: str | None, state: str | 
 
 
 def test_from_stdin_to_stdout_the_folder_must_be_named() -> None:
-    with pytest.raises(OptionError, match="--state"):
+    with pytest.raises(OptionError, match=r"name a folder for the job's state$"):
         job_paths(None, None, None)
+    with pytest.raises(OptionError, match=r"name a folder for the job's state \(--state DIR\)$"):
+        job_paths(None, None, None, OF_JOBS)
 
 
 def test_a_job_is_found_by_its_output_and_by_its_folder(tmp_path: Path) -> None:

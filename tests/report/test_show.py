@@ -340,7 +340,7 @@ def test_plans_and_reports_name_options_as_their_reader_writes_them(name: str) -
     messages, results = io.StringIO(), io.StringIO()
     display = open_display(name, messages, results, spelled=lambda text: text.replace("host_mem", "HOST"))
     display.plan(PLAN)
-    display.report(ENGINE.report())
+    display.report(dataclasses.replace(ENGINE.report(), forecast={**dataclasses.asdict(PLAN.forecast), "seconds_of_these_passes": 1.0}))
     display.close()
     assert "1 GiB more of host memory (HOST): +4.1%" in messages.getvalue()
     assert "1 GiB more of host memory (HOST) (+4.1% tokens/s)" in results.getvalue()
