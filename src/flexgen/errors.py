@@ -21,6 +21,8 @@ import os
 
 # A disk or a quota is full, or a file may not grow.
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# What a disk, its file system, or a server of files says that does not work.  A path that is wrong or forbidden is none of these.
+_BROKEN = (errno.EIO, errno.EREMOTEIO, errno.ESTALE, errno.EUCLEAN)
 
 
 class FlexGenError(Exception):
@@ -95,9 +97,19 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def is_disk_full(error: BaseException) -> bool:
     """Return whether `error` says that there is no room for what is written, by itself or by what it was raised from."""
+    return _comes_from(error, _NO_ROOM)
+
+
+def is_disk_failure(error: BaseException) -> bool:
+    """Return whether `error` says that a disk is full or does not work, by itself or by what it was raised from."""
+    return _comes_from(error, (*_NO_ROOM, *_BROKEN))
+
+
+def _comes_from(error: BaseException, numbers: tuple[int, ...]) -> bool:
+    """Return whether the system has said one of these errors."""
     cause: BaseException | None = error
     while cause is not None:
-        if isinstance(cause, OSError) and cause.errno in _NO_ROOM:
+        if isinstance(cause, OSError) and cause.errno in numbers:
             return True
         cause = cause.__cause__
     return False
@@ -106,3 +118,8 @@ def is_disk_full(error: BaseException) -> bool:
 def no_room() -> OSError:
     """Return the error of a full disk, as a cause for those who find the disk full before they write."""
     return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def io_failure() -> OSError:
+    """Return the error of a disk that does not work, as a cause for those whom something else than the system has told of it."""
+    return OSError(errno.EIO, os.strerror(errno.EIO))

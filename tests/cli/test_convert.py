@@ -8,6 +8,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+from typer.main import get_command
 from typer.testing import CliRunner, Result
 
 from flexgen.cli import app
@@ -16,6 +17,10 @@ from flexgen.quantize.cache import cached_conversion
 from flexgen.quantize.record import locked
 from flexgen.quantize.settings import QuantizeSettings
 from tests.quantize.reading import made
+
+
+def killed(*_: object) -> None:
+    raise OSError(28, "No space left on device")
 
 
 def flexgen(*words: object) -> Result:
@@ -61,9 +66,6 @@ def test_flags_that_cannot_be_honoured(model: Path, tmp_path: Path, flags: tuple
 def test_a_conversion_that_was_killed_is_completed_by_the_command_that_the_refusal_names(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def killed(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
     out = tmp_path / "my out"
     asked = ("--weight-format", "int4", "--group-size", 32, "--keep", "*.o_proj.*", "--int8", "*.down_proj.*", "--shard-size", "2MB")
     with monkeypatch.context() as patched:
@@ -75,6 +77,35 @@ def test_a_conversion_that_was_killed_is_completed_by_the_command_that_the_refus
     assert found is not None, refused.stderr
     assert flexgen(*shlex.split(found[1])).exit_code == 0
     assert flexgen("plan", out, "--machine", "t4-gcp").exit_code == 0
+
+
+def test_the_command_that_completes_a_conversion_has_all_that_the_first_one_had(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of weights that are in a low-bit format already, too, and from another folder than that of the first one."""
+    monkeypatch.chdir(tmp_path)
+    assert flexgen("convert", model, "-o", "once", "--weight-format", "int8", "--group-size", 32).exit_code == 0
+    asked = (
+        "--weight-format", "int4", "--group-size", 32, "--keep", "*.o_proj.*", "--int8", "*.down_proj.*", "--shard-size", "2MB",
+        "--allow-requantize", "--quantize-head",
+    )  # fmt: skip
+    with monkeypatch.context() as patched:
+        patched.setattr("flexgen.quantize.convert._Writing.add_small_files", killed)
+        assert flexgen("convert", "once", "-o", tmp_path / "twice", *asked).exit_code == ExitCode.RESUMABLE
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    refused = flexgen("plan", "../twice", "--machine", "t4-gcp")
+    found = re.search(r"is a conversion that was not finished, so it is not a model yet: `flexgen (.*)` goes on", refused.stderr)
+    assert found is not None, refused.stderr
+    words = shlex.split(found[1])
+    known = {flag for each in get_command(app).commands["convert"].params for flag in each.opts if flag.startswith("--")}
+    assert {*words} >= known - {
+        "--output",
+        "--progress",
+        "--revision",
+    }  # -o is there, progress is no part of it, only a hub model has revisions
+    assert flexgen(*words).exit_code == 0
+    assert flexgen("plan", "../twice", "--machine", "t4-gcp").exit_code == 0
 
 
 def test_a_head_that_cannot_be_converted_names_the_flag(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import pytest
 from typer.testing import CliRunner
 
 from flexgen.cli import app
-from flexgen.errors import FlexGenError
+from flexgen.errors import FlexGenError, StorageError
 from flexgen.jobs.folder import find_job
 from flexgen.jobs.status import read_status
 
@@ -104,6 +104,20 @@ def test_a_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("flexgen.evaluation.documents.open_input", forbidden)
     done = flexgen("perplexity", tmp_path / "no model", tmp_path / "in.txt")
     assert (done.exit_code, "in.txt cannot be read: Permission denied\n" in done.stderr) == (3, True), done.output
+
+
+@pytest.mark.parametrize(("number", "code"), [(13, 3), (5, 75), (28, 75)])
+def test_what_the_model_s_files_fail_with_ends_as_it_does_elsewhere(
+    novels_opt: Path, passages: Path, tmp_path: Path, number: int, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With 3 where something is forbidden, and with 75 where a disk is full or does not work."""
+
+    def fail(path: Path) -> None:
+        raise StorageError("the cache cannot be made") from OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("flexgen.hub.resolve.check_regular", fail)
+    done = flexgen("lambada", novels_opt, passages, "--state", tmp_path / "state")
+    assert (done.exit_code, "the cache cannot be made" in done.stderr) == (code, True), done.output
 
 
 def test_a_last_word_that_is_longer_than_the_context(novels_opt: Path, tmp_path: Path, passages: Path) -> None:

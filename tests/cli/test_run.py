@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 import typer
-from fakes import CONTEXT, POISON, FakeEngine, fake_text
+from fakes import CONTEXT, POISON, FakeEngine, fake_text, write_model_folder
 from typer.testing import CliRunner
 
 from flexgen import cli
@@ -33,7 +33,7 @@ from flexgen.options import EngineOptions
 from flexgen.plan.formats import FormatChoice, FormatPrice, Formats
 from flexgen.plan.tell.forecast import Plan
 from flexgen.plan.workload import Workload
-from flexgen.quantize.cache import converted_commit
+from flexgen.quantize.cache import conversion_of
 from flexgen.quantize.settings import QuantizeSettings
 
 HANGS_SECONDS = 120  # nothing here takes as long, on however busy a machine
@@ -185,13 +185,13 @@ def test_answers_that_nothing_bounds_are_warned_of(
     done = flexgen("run", model_folder, source, "-o", output, *flags)
     said = f"warning: 2 lines set no max_tokens, and there is no --max-tokens: an answer may have up to {CONTEXT - 3} tokens"
     assert (said in done.stderr) == warns
+    silent = flexgen("run", model_folder, source, "-o", output, "--fresh", "--progress", "none", *flags)
+    assert (silent.stderr.startswith(said), silent.stderr.count("\n")) == (warns, int(warns)), "warnings, and nothing but them"
     output.unlink()
     assert "warning" not in flexgen("run", model_folder, write(source, GOOD), "-o", output, "--fresh").stderr
 
 
 def test_defaults_of_generation_config_are_said(tmp_path: Path, source: Path, output: Path, engines: list[FakeEngine]) -> None:
-    from fakes import write_model_folder
-
     settings = {
         "temperature": 0.6, "top_k": 20, "max_new_tokens": 7, "repetition_penalty": 1.1, "typical_p": 0.9, "suppress_tokens": [None, True],
     }  # fmt: skip
@@ -237,6 +237,16 @@ def test_progress_none(model_folder: Path, source: Path, output: Path, engines: 
     done = flexgen("run", model_folder, source, "-o", output, "--progress", "none")
     assert done.stderr == ""
     assert done.stdout.startswith("done in 2.0 s")
+
+
+def test_progress_none_drops_no_warning(tmp_path: Path, output: Path, engines: list[FakeEngine]) -> None:
+    model = write_model_folder(tmp_path / "model", generation_config={"typical_p": 0.5})
+    source = write(tmp_path / "in.jsonl", GOOD, GOOD)
+    done = flexgen("run", model, source, "-o", output, "--progress", "none")
+    assert done.exit_code == 0
+    unsupported, repeated = done.stderr.splitlines()
+    assert "generation_config.json asks for typical_p" in unsupported
+    assert repeated == f"{source}: 1 line has the id of an earlier line; all are answered"
 
 
 def test_dry_run(model_folder: Path, tmp_path: Path, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -577,7 +587,7 @@ def conversions(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         if options.weight_format == "auto":
             return files
         found.append(options.weight_format)
-        return replace(files, commit=converted_commit(files, QuantizeSettings(weight_format=options.weight_format)))
+        return replace(files, conversion=conversion_of(files, QuantizeSettings(weight_format=options.weight_format)))
 
     monkeypatch.setattr("flexgen.llm.in_weight_format", converted)
     return found
@@ -615,7 +625,29 @@ def test_other_weights_are_refused_before_they_are_converted(
     os.utime(model / "model.safetensors", ns=(1, 1))
     done = flexgen(*run)
     assert (done.exit_code, conversions) == (3, ["int4"])
-    assert f"was begun with other files of weights ({model}, weights in int4, groups of 32): the earlier value goes on" in done.stderr
+    assert "was begun with other files of weights (weights in int4, groups of 32): the earlier value goes on" in done.stderr
+
+
+@pytest.mark.parametrize("begun_by", ["this version", "an earlier one"])
+def test_a_converted_folder_is_the_same_model_under_any_name(
+    model_folder: Path, tmp_path: Path, ten: Path, output: Path, engines: list[FakeEngine], conversions: list[str], begun_by: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    shutil.copytree(model_folder, tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    run = (ten, "-o", output, "--weight-format", "int4")
+    assert flexgen("run", "model", *run).exit_code == 0
+    if begun_by == "an earlier one":  # which kept the name, too
+        with contextlib.closing(sqlite3.connect(output.with_name("out.jsonl.flexgen") / "job.sqlite", isolation_level=None)) as database:
+            database.execute("UPDATE facts SET value = replace(value, '\"files ', '\"model at files ') WHERE name = 'identity'")
+            (kept,) = database.execute("SELECT value FROM facts WHERE name = 'identity'").fetchone()
+            assert json.loads(kept)["answers"]["model"].startswith("model at files ")
+    for name in ("./model/", tmp_path / "model", "model"):
+        done = flexgen("run", name, *run)
+        assert (done.exit_code, "nothing was left to do" in done.stderr) == (0, True), done.output
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"other")
+    refused = flexgen("run", "model", *run)
+    assert (refused.exit_code, "was begun with other files of weights" in refused.stderr) == (3, True), refused.output
 
 
 def test_a_job_without_answers_takes_another_format(
@@ -917,6 +949,86 @@ def test_a_disk_that_is_full_before_the_start_is_no_other_condition_than_later(
             assert "the same command goes on" in done.stderr
             assert output.with_name("out.jsonl.flexgen").exists() == (place == "flexgen.jobs.runs.RunRecorder.start")
     assert flexgen(*run).exit_code == 0
+
+
+def broken(*arguments: object, **more: object) -> Any:
+    raise OSError(5, "Input/output error", "in.jsonl")
+
+
+def broken_for_sqlite(*arguments: object) -> None:
+    error = sqlite3.OperationalError("disk I/O error")
+    error.sqlite_errorcode = sqlite3.SQLITE_IOERR_READ
+    raise error
+
+
+def broken_at(point: str) -> Any:
+    return lambda name: broken() if name == point else None
+
+
+@pytest.mark.parametrize(("place", "failure"), [
+    ("flexgen.base.files.create", broken),
+    ("flexgen.cli.options.Path.is_dir", broken),  # of the model
+    ("flexgen.jobs.folder.os.pwrite", broken),
+    ("flexgen.hub.model_files.followed", broken),
+    ("flexgen.jobs.mistaken.open_input", broken),
+    ("flexgen.base.failpoints._hook", broken_at("input.read")),
+    ("flexgen.base.failpoints._hook", broken_at("store.commit")),
+    ("flexgen.jobs.runs.RunRecorder.start", broken_for_sqlite),
+])  # fmt: skip
+def test_an_input_output_error_before_the_start_is_no_other_condition_than_later(
+    model_folder: Path, source: Path, output: Path, engines: list[FakeEngine], place: str, failure: Any, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    run = ("run", model_folder, source, "-o", output)
+    with monkeypatch.context() as patched:
+        patched.setattr(place, failure)
+        done = flexgen(*run)
+        assert done.exit_code == 75, done.output
+        assert "Input/output error" in done.stderr or "disk I/O error" in done.stderr
+        assert "the same command goes on" in done.stderr
+    assert flexgen(*run).exit_code == 0
+
+
+def forbidden(*arguments: object, **more: object) -> Any:
+    raise PermissionError(13, "Permission denied", "secret")
+
+
+@pytest.mark.parametrize("place", [
+    "flexgen.jobs.folder.open_private",
+    "flexgen.jobs.mistaken.open_input",
+    "flexgen.hub.model_files.followed",  # what a model's file is
+    "flexgen.hub.resolve.check_regular",  # which translates no such error
+])  # fmt: skip
+def test_what_may_not_be_read_or_written_is_refused_before_the_start(
+    model_folder: Path, source: Path, output: Path, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(place, forbidden)
+    done = flexgen("run", model_folder, source, "-o", output)
+    assert done.exit_code == 3, done.output
+    assert "Permission denied" in done.stderr
+    assert "goes on" not in done.stderr
+    assert not output.with_name("out.jsonl.flexgen").exists()
+
+
+def test_what_may_no_longer_be_read_stops_a_run_that_goes_on(
+    model_folder: Path, ten: Path, output: Path, engines: list[FakeEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer = FakeEngine._answer
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            FakeEngine, "_answer", lambda engine, request: (forbidden if request.index == index_of(6) else answer)(engine, request)
+        )
+        done = flexgen("run", model_folder, ten, "-o", output)
+    assert done.exit_code == 75, done.output
+    assert "Permission denied: 'secret'\n5 of 10 lines are done; the same command goes on from there" in done.stderr
+    assert flexgen("run", model_folder, ten, "-o", output).exit_code == 0
+
+
+def test_a_broken_disk_that_nobody_expected(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("flexgen.jobs.folder.find_job", broken)
+    monkeypatch.setattr("sys.argv", ["flexgen", "status", "x"])
+    assert code_of_main(monkeypatch) == 75
+    said = "Input/output error: 'in.jsonl'\nthe same command goes on when it can be read and written again"
+    assert said in capsys.readouterr().err
 
 
 def test_a_full_disk_that_nobody_expected(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

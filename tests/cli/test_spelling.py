@@ -13,8 +13,10 @@ import flexgen
 from flexgen.cli.spelling import ENGINE_FLAGS, in_flags
 
 ROOMS = Path(flexgen.__file__).parent
-# What only the command shows, or what writes a command; what a plan says of itself is written for the terminal.
-OF_THE_COMMAND = ("cli/", "report/", "plan/formats.py", "evaluation/lm_eval_command.py", "hub/diagnose.py", "bench/")
+# What only the command shows, or what writes a command.
+OF_THE_COMMAND = ("cli/", "evaluation/lm_eval_command.py", "hub/diagnose.py")
+# Flags of commands for what Python's callers have parameters, functions or values of their own for.
+MORE_FLAGS = ("--state", "--accept-changes", "--fresh", "--retry-errors", "--machine", "--progress", "--device-mem", "--metrics")
 
 
 @pytest.mark.parametrize(
@@ -34,6 +36,9 @@ OF_THE_COMMAND = ("cli/", "report/", "plan/formats.py", "evaluation/lm_eval_comm
         ("/data/host_mem/kv_format.json: max_num_seqs.txt is missing", "/data/host_mem/kv_format.json: max_num_seqs.txt is missing"),
         ("unknown field 'max_model_len'; `LLM(host_mem=...)`", "unknown field 'max_model_len'; `LLM(--host-mem ...)`"),
         ("--host-mem '10' is 10 B", "--host-mem '10' is 10 B"),
+        ("takes in its life; disk='0' forbids it", "takes in its life; --disk '0' forbids it"),
+        ("less than 20%); disk= with a size allows it", "less than 20%); --disk with a size allows it"),
+        ("1 GiB more of device memory (device_mem): +0.2%", "1 GiB more of device memory (--device-mem): +0.2%"),
     ],
 )
 def test_names_become_flags(message: str, wanted: str) -> None:
@@ -58,11 +63,13 @@ def texts(path: Path) -> Iterator[tuple[int, str]]:
 
 def test_messages_of_the_library_name_no_flag_alone() -> None:
     """A flag stands behind the name, as in `host_mem (--host-mem)`, where records of jobs and Python's callers have the same message."""
-    flag = re.compile(rf"(?<![(\w-])({'|'.join(map(re.escape, ENGINE_FLAGS.values()))})(?![\w-])")
+    flags = "|".join(map(re.escape, (*ENGINE_FLAGS.values(), *MORE_FLAGS)))
+    flag = re.compile(rf"(?<![\w-])({flags})(?![\w-])|[\s(]--$")  # at the end of a part of an f-string, the rest may be a value
+    both = re.compile("|".join(re.escape(f"{name} ({flag})") for name, flag in ENGINE_FLAGS.items()))
     found: list[str] = []
     for path in sorted(ROOMS.rglob("*.py")):
         place = path.relative_to(ROOMS).as_posix()
         if not place.startswith(OF_THE_COMMAND):
-            told = ((line, re.sub(r"`flexgen [^`]*(`|$)", "", text)) for line, text in texts(path))
+            told = ((line, both.sub("", re.sub(r"`flexgen [^`]*(`|$)", "", text))) for line, text in texts(path))
             found += [f"{place}:{line}: {text}" for line, text in told if flag.search(text)]
     assert not found

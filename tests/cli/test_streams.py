@@ -92,6 +92,16 @@ def test_a_terminal_that_is_gone(place: Path) -> None:
     assert ids(place / "out.jsonl") == ["a", "b"]
 
 
+def test_a_terminal_that_is_gone_is_no_place_for_the_result(place: Path) -> None:
+    """Closed before the start, as any standard output may be, and no failure of a disk."""
+    ours, theirs = os.openpty()
+    command = [sys.executable, "command.py", "run", "no-such-model", "in.jsonl", "-o", "-"]
+    os.close(ours)
+    ran = subprocess.run(command, cwd=place, stdout=theirs, stderr=subprocess.PIPE, text=True, timeout=120, check=False)
+    os.close(theirs)
+    assert (ran.returncode, "standard output: its terminal is closed; give a file" in ran.stderr) == (3, True), ran.stderr
+
+
 def test_no_file_of_a_job_is_opened_on_a_standard_descriptor(place: Path) -> None:
     watching = COMMAND.replace("flexgen.cli.main()", "")
     watching += """

@@ -142,7 +142,7 @@ def test_lines_may_be_added(llm: LLM, folder: Path, engines: list[FakeEngine]) -
 def test_other_lines_are_refused_and_change_nothing(llm: LLM, folder: Path, changed: list[dict[str, Any]]) -> None:
     first = answered(llm, LINES, folder)
     before = sorted(path.name for path in folder.iterdir())
-    with pytest.raises(JobError, match="another input"):
+    with pytest.raises(JobError, match=r"another input.*: accept_changes=True answers those again, another folder starts anew$"):
         answered(llm, changed, folder)
     assert sorted(path.name for path in folder.iterdir()) == before
     assert answered(llm, LINES, folder) == first
@@ -153,6 +153,19 @@ def test_other_defaults_are_refused(llm: LLM, folder: Path) -> None:
     answered(llm, LINES, folder)
     with pytest.raises(JobError, match=r"default temperature 0\.0, now it is 1\.0"):
         answered(llm, LINES, folder, defaults=SamplingParams(max_tokens=None))
+
+
+def test_other_options_are_refused_in_python_s_words(model_folder: Path, folder: Path, engines: list[FakeEngine]) -> None:
+    with LLM(model_folder) as llm:
+        answered(llm, LINES, folder)
+    with LLM(model_folder, kv_format="int8", seed=3) as llm:
+        with pytest.raises(JobError) as caught:
+            answered(llm, LINES, folder)
+        assert str(caught.value) == (
+            f"{folder} was begun with kv_format='auto', now it is 'int8'; seed=0, now it is 3: the earlier values go on, "
+            "accept_changes=True goes on with the new ones, another folder starts anew"
+        )
+        assert texts(answered(llm, LINES, folder, accept_changes=True)) == TEXTS
 
 
 def test_bad_lines_have_their_errors(llm: LLM, folder: Path) -> None:

@@ -46,7 +46,7 @@ def test_both_orders(output: Path) -> None:
 def test_no_order_sorts(output: Path, query: str) -> None:
     """Sorting would copy all answers to a temporary file."""
     fill(output, range(1, 3))
-    connection = connect(paths_of(output).database)
+    connection = connect(paths_of(output))
     plan = " ".join(row[3] for row in connection.execute(f"EXPLAIN QUERY PLAN {query}"))
     connection.close()
     assert "TEMP B-TREE" not in plan

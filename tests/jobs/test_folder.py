@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from jobs.places import fill, paths_of
 
+from flexgen.cli.spelling import OF_JOBS
 from flexgen.errors import JobError, OptionError, StorageError
 from flexgen.jobs.folder import JobFolder, JobPaths, check_target, find_job, job_paths, running_process
 
@@ -29,8 +30,10 @@ def test_where_a_job_lives(source: str | None, output: str | None, state: str | 
 
 
 def test_from_stdin_to_stdout_the_folder_must_be_named() -> None:
-    with pytest.raises(OptionError, match="--state"):
+    with pytest.raises(OptionError, match=r"name a folder for the job's state$"):
         job_paths(None, None, None)
+    with pytest.raises(OptionError, match=r"name a folder for the job's state \(--state DIR\)$"):
+        job_paths(None, None, None, OF_JOBS)
 
 
 def test_a_job_is_found_by_its_output_and_by_its_folder(tmp_path: Path) -> None:
@@ -99,8 +102,10 @@ def test_a_folder_of_other_things_is_not_taken_for_a_job_s(tmp_path: Path) -> No
     folder = tmp_path / "mine"
     folder.mkdir(mode=0o755)
     (folder / "input").write_text("thesis")
-    with pytest.raises(JobError, match="holds other files than a job's"):
+    with pytest.raises(JobError, match=r"holds other files than a job's; name a folder of its own$"):
         JobFolder(JobPaths(folder=folder, output=None))
+    with pytest.raises(JobError, match=r"; name a folder of its own \(--state DIR\)$"):
+        JobFolder(job_paths(None, None, folder, OF_JOBS))
     assert (folder / "input").read_text() == "thesis"
     assert folder.stat().st_mode & 0o777 == 0o755
 
@@ -141,8 +146,10 @@ def test_a_folder_too_deep_for_the_database_is_refused(tmp_path: Path) -> None:
     while len(str(deep)) < 480:
         deep /= "d" * 50
     deep.mkdir(parents=True)
-    with pytest.raises(StorageError, match="--state"):
+    with pytest.raises(StorageError, match=r"name a folder with a shorter path$"):
         JobFolder(paths_of(deep / "out.jsonl"))
+    with pytest.raises(StorageError, match=r"name a folder with a shorter path \(--state DIR\)$"):
+        JobFolder(job_paths(None, deep / "out.jsonl", None, OF_JOBS))
     with JobFolder(JobPaths(folder=tmp_path / "state", output=deep / "out.jsonl")):
         pass
 

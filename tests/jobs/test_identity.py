@@ -12,7 +12,9 @@ import pytest
 from fakes import write_model_folder
 
 from flexgen import LLM, SamplingParams
-from flexgen.jobs.identity import Identity, changes, identity_of
+from flexgen.cli.spelling import OF_JOBS
+from flexgen.jobs.identity import Identity, changes, identity_of, in_words
+from flexgen.jobs.spelling import PYTHON
 
 DEFAULTS = SamplingParams(temperature=0.0, max_tokens=None)
 
@@ -79,6 +81,30 @@ def test_a_copy_of_the_model_elsewhere_is_the_same_model(folder: Path, tmp_path:
     assert names_changed(identity_of(LLM(folder).model, DEFAULTS), identity_of(LLM(tmp_path / "copy").model, DEFAULTS)) == []
 
 
+@pytest.mark.parametrize("tokenizer", [None, "model"], ids=["its own", "named by itself"])
+def test_a_folder_is_the_same_model_under_any_name(
+    folder: Path, tmp_path: Path, tokenizer: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to("model")
+    before = identity_of(LLM(folder, tokenizer=tokenizer).model, DEFAULTS)
+    for name in ("model", "./model/", "../" + tmp_path.name + "/model", "link"):
+        assert names_changed(before, identity_of(LLM(name, tokenizer=tokenizer).model, DEFAULTS)) == []
+
+
+@pytest.mark.parametrize(("name", "kept"), [
+    ("./my model", f"files {'0f' * 16}, weights in int4, groups of 32"),
+    ("me/opt", f"me/opt at {'ab' * 20}, config {'0f' * 8}, weights in int4, groups of 32"),
+])  # fmt: skip
+def test_jobs_of_earlier_versions_go_on_with_converted_weights(name: str, kept: str) -> None:
+    """They have the name of the model, as it was given, before what tells its converted weights from others."""
+    begun = Identity(answers={"model": f"{name} at {kept}", "seed": 0}, versions={})
+    assert Identity.from_json(begun.to_json()).answers == {"model": kept, "seed": 0}
+    for model in (kept, "2 files, 3.0 MiB, 0123456789abcdef", f"me/opt at {'ab' * 20}", "random weights"):
+        now = Identity(answers={"model": model}, versions={})
+        assert Identity.from_json(now.to_json()) == now
+
+
 def test_there_and_back(folder: Path) -> None:
     identity = identity_of(LLM(folder).model, DEFAULTS)
     again = Identity.from_json(identity.to_json())
@@ -89,8 +115,8 @@ def test_there_and_back(folder: Path) -> None:
 
 def test_names_that_one_side_lacks_say_nothing() -> None:
     assert changes({"a": 1, "old": 2}, {"a": 1, "new": 3}) == []
-    assert [str(change) for change in changes({"a": 1}, {"a": 2})] == ["a 1, now it is 2"]
-    assert [str(change) for change in changes({"a": None}, {"a": [True, "é"]})] == ['a null, now it is [true, "é"]']
+    assert in_words(changes({"a": 1}, {"a": 2}), PYTHON) == "a 1, now it is 2"
+    assert in_words(changes({"a": None}, {"a": [True, "é"]}), PYTHON) == 'a null, now it is [true, "é"]'
 
 
 @pytest.mark.parametrize(("name", "old", "new", "said"), [
@@ -102,10 +128,19 @@ def test_names_that_one_side_lacks_say_nothing() -> None:
     ("model", "2 files, 3.0 MiB, 0123456789abcdef", "2 files, 3.0 MiB, fedcba9876543210", "other files of weights (2 files, 3.0 MiB)"),
     ("model", "2 files, 3.0 MiB, 0123456789abcdef", "1 files, 3.0 MiB, fedcba9876543210",
      'model "2 files, 3.0 MiB", now it is "1 files, 3.0 MiB"'),
-    ("model", f"m at files {'01' * 16}, weights in int4", f"m at files {'10' * 16}, weights in int4",
-     "other files of weights (m, weights in int4)"),
+    ("model", f"files {'01' * 16}, weights in int4", f"files {'10' * 16}, weights in int4", "other files of weights (weights in int4)"),
+    ("model", f"m at {'ab' * 20}, config {'01' * 8}, weights in int4", f"m at {'ab' * 20}, config {'10' * 8}, weights in int4",
+     f"other files of weights (m at {'ab' * 20}, weights in int4)"),
     ("model", f"m at {'ab' * 20}", f"m at {'cd' * 20}", f'model "m at {"ab" * 20}", now it is "m at {"cd" * 20}"'),
 ])  # fmt: skip
 def test_changes_in_words(name: str, old: object, new: object, said: str) -> None:
     """Without digests, which say nothing; the name of a commit does."""
-    assert [str(change) for change in changes({name: old}, {name: new})] == [said]
+    assert in_words(changes({name: old}, {name: new}), OF_JOBS) == said
+
+
+def test_options_that_changed_are_written_as_the_caller_writes_them() -> None:
+    found = changes(
+        {"weight_format": "int4", "sparse_attention": None, "seed": 0}, {"weight_format": "auto", "sparse_attention": 0.1, "seed": 5}
+    )
+    assert in_words(found, PYTHON) == "weight_format='int4', now it is 'auto'; sparse_attention=None, now it is 0.1; seed=0, now it is 5"
+    assert in_words(found, OF_JOBS) == "--weight-format int4, now it is auto; --sparse-attention null, now it is 0.1; --seed 0, now it is 5"

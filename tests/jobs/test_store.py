@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from jobs.places import IDENTITY, fill, opened, paths_of, result
 
 from flexgen.base import failpoints
-from flexgen.errors import JobError, StorageError, is_disk_full
+from flexgen.errors import JobError, StorageError, is_disk_failure, is_disk_full
 from flexgen.jobs import store as store_module
 from flexgen.jobs.database import translated
 from flexgen.jobs.export import check_output
@@ -215,12 +215,14 @@ def test_rows_that_do_not_follow_are_left_out(output: Path) -> None:
 
 @pytest.mark.parametrize(
     ("changed", "said"),
-    [({"model": "other", "seed": 0}, 'model "m", now it is "other"'), ({"model": "m", "seed": 1}, "--seed 0, now it is 1")],
+    [({"model": "other", "seed": 0}, 'model "m", now it is "other"'), ({"model": "m", "seed": 1}, "seed=0, now it is 1")],
 )
 def test_what_changes_answers_is_refused_by_name(output: Path, changed: dict[str, Any], said: str) -> None:
     fill(output, range(1, 3))
     with (
-        pytest.raises(JobError, match=f"begun with {said}: the earlier value goes on, --accept-changes goes on with the new one, --fresh"),
+        pytest.raises(
+            JobError, match=f"begun with {said}: the earlier value goes on, accept_changes=True goes on with the new one, another"
+        ),
         opened(output, Identity(answers=changed, versions={})),
     ):
         pass
@@ -236,7 +238,7 @@ def test_accepted_changes_are_the_job_s_from_then_on(output: Path, caplog: pytes
     with opened(output, other, accept_changes=True) as store:
         assert store.num_found == 2
         assert store.kept(4, 2**63 + 4) == {}  # not continued by another model
-    assert "begun with --seed 0, now it is 1" in caplog.text
+    assert "begun with seed=0, now it is 1" in caplog.text
     with opened(output) as store:  # that run never started
         assert store.kept(4, 2**63 + 4) != {}
     with opened(output, other, accept_changes=True) as store:
@@ -245,7 +247,7 @@ def test_accepted_changes_are_the_job_s_from_then_on(output: Path, caplog: pytes
         store.start_run(num_lines=2)
     with opened(output, other):
         pass
-    with pytest.raises(JobError, match="seed 1, now it is 0"), opened(output):
+    with pytest.raises(JobError, match="seed=1, now it is 0"), opened(output):
         pass
 
 
@@ -317,7 +319,7 @@ def test_a_job_that_has_answered_nothing_may_change(output: Path) -> None:
         store.start_run(num_lines=1)
         store.add(**result(1))
         store.commit()
-    with pytest.raises(JobError, match="seed 1, now it is 0"), opened(output):
+    with pytest.raises(JobError, match="seed=1, now it is 0"), opened(output):
         pass
 
 
@@ -574,26 +576,29 @@ with opened(Path({str(output)!r})) as store:
 
 
 @pytest.mark.parametrize(
-    ("code", "full"),
+    ("code", "full", "fails"),
     [
-        (sqlite3.SQLITE_FULL, True),
-        (sqlite3.SQLITE_IOERR_WRITE, True),  # where a file may not grow
-        (sqlite3.SQLITE_IOERR_SHMSIZE, True),  # where the database is opened with less room than its shared memory takes
-        (sqlite3.SQLITE_IOERR_READ, False),
-        (sqlite3.SQLITE_CORRUPT, False),
-        (sqlite3.SQLITE_CANTOPEN, False),
+        (sqlite3.SQLITE_FULL, True, True),
+        (sqlite3.SQLITE_IOERR_WRITE, True, True),  # where a file may not grow
+        (sqlite3.SQLITE_IOERR_SHMSIZE, True, True),  # where the database is opened with less room than its shared memory takes
+        (sqlite3.SQLITE_IOERR, False, True),
+        (sqlite3.SQLITE_IOERR_READ, False, True),
+        (sqlite3.SQLITE_IOERR_FSYNC, False, True),
+        (sqlite3.SQLITE_CORRUPT, False, False),
+        (sqlite3.SQLITE_READONLY, False, False),
+        (sqlite3.SQLITE_CANTOPEN, False, False),
     ],
 )
-def test_what_sqlite_says_of_a_full_disk(tmp_path: Path, code: int, full: bool) -> None:
+def test_what_sqlite_says_of_a_disk(tmp_path: Path, code: int, full: bool, fails: bool) -> None:
     error = sqlite3.OperationalError("as SQLite says it")
     error.sqlite_errorcode = code
     with pytest.raises(StorageError, match="as SQLite says it") as caught, translated(tmp_path / "job.sqlite"):
         raise error
-    assert is_disk_full(caught.value) == full
+    assert (is_disk_full(caught.value), is_disk_failure(caught.value)) == (full, fails)
 
 
 @pytest.mark.parametrize(("num_free", "full"), [(0, True), (2, True), (3, False)])
 def test_a_disk_that_takes_no_more_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_free: int, full: bool) -> None:
     room = type("Room", (), {"f_bavail": 9, "f_files": 100, "f_favail": num_free})()
     monkeypatch.setattr("flexgen.jobs.database.os.statvfs", lambda folder: room)
-    test_what_sqlite_says_of_a_full_disk(tmp_path, sqlite3.SQLITE_CANTOPEN, full)
+    test_what_sqlite_says_of_a_disk(tmp_path, sqlite3.SQLITE_CANTOPEN, full, full)

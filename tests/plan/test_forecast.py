@@ -83,7 +83,7 @@ def test_what_is_written_and_what_it_means_is_said(little):
     assert "12.0 GiB of KV will be written to disk: less than 0.1% of what an SSD" in told(forecast, disk_written_bytes=12 * GIB)
     spill = Spill(chosen=True, written_bytes=6e12, seconds=3600.0, seconds_without=4680.0)
     text = told(forecast, disk_written_bytes=6e12, spill=spill)
-    for part in ("1.0% of what an SSD rated for 600 TB written", "--disk 0 forbids it", "would take 1:18:00 h, 30% longer"):
+    for part in ("1.0% of what an SSD rated for 600 TB written", "disk='0' forbids it", "would take 1:18:00 h, 30% longer"):
         assert part in text
     text = told(forecast, spill=dataclasses.replace(spill, chosen=False, seconds_without=3960.0))
-    assert "no KV on disk: it would write 5.5 TiB and save 6:00 min (10% more tokens/s, less than 20%); --disk SIZE allows it" in text
+    assert "no KV on disk: it would write 5.5 TiB and save 6:00 min (10% more tokens/s, less than 20%); disk= with a size allows it" in text

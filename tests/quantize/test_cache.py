@@ -38,8 +38,8 @@ def test_a_model_is_converted_once_for_each_format(tmp_path: Path, source: Model
     other = cached_conversion(source, INT8, tmp_path)
     assert other.folder != first.folder
     assert (first.name, first.config["quantization_config"]["quant_method"]) == (source.name, "compressed-tensors")
-    assert first.commit != other.commit, "a job that was begun with one is not gone on with by the other"
-    assert [str(each.commit).partition(", ")[2] for each in (first, other)] == [
+    assert first.conversion != other.conversion, "a job that was begun with one is not gone on with by the other"
+    assert [str(each.conversion).partition(", ")[2] for each in (first, other)] == [
         "weights in int4, groups of 32",
         "weights in int8, groups of 32",
     ]
@@ -48,6 +48,22 @@ def test_a_model_is_converted_once_for_each_format(tmp_path: Path, source: Model
         ("int8", source.name, "complete"),
     }
     assert all(entry.nbytes > 100_000 for entry in entries(tmp_path))
+
+
+def test_a_folder_is_converted_once_whatever_it_is_called(tmp_path: Path, source: ModelFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(source.folder, tmp_path / "models" / "tiny")
+    monkeypatch.chdir(tmp_path / "models")
+    (tmp_path / "link").symlink_to("models/tiny")
+    first = cached_conversion(resolve_model("tiny"), INT4, tmp_path / "cache")
+    for name in ("./tiny/", tmp_path / "models" / "tiny", "../models/tiny", tmp_path / "link"):
+        again = cached_conversion(resolve_model(name), INT4, tmp_path / "cache")
+        assert (again.folder, again.conversion) == (first.folder, first.conversion)
+        assert conversion_left(resolve_model(name), INT4, tmp_path / "cache") == 0
+    (entry,) = entries(tmp_path / "cache")
+    assert entry.source == str(tmp_path / "models" / "tiny")
+    shutil.rmtree(tmp_path / "models" / "tiny")
+    for name in ("tiny", str(tmp_path / "models" / "tiny")):
+        assert find_entries([name], tmp_path / "cache") == [entry]
 
 
 def test_weights_that_changed_are_converted_again(tmp_path: Path, source: ModelFiles) -> None:

@@ -96,7 +96,7 @@ def test_the_plan_has_everything() -> None:
     text = format_plan(PLAN)
     for part in ("cpu, float32, diagonal schedule", "host 25.0%, disk 75.0%", "10 B per token", "up to 4 sequences", "64 tokens at a time"):
         assert part in text
-    helps = "1 GiB more of host memory (--host-mem): +4.1%; disk 10% faster: +6.0%"
+    helps = "1 GiB more of host memory (host_mem): +4.1%; disk 10% faster: +6.0%"
     for part in ("expected 2.0 s for 64 output tokens: 32.00 tokens/s", "disk 0.7 s (the bottleneck)", helps):
         assert part in text
 
@@ -117,7 +117,7 @@ def test_the_report_begins_with_three_lines_for_people() -> None:
     done, speed, limit = format_report(report).splitlines()
     assert done == "done in 2.0 s (after 0.1 s of loading): 3 of 5 requests answered, 2 with errors"
     assert speed == "speed: 1.0 output tokens/s, 0.50 of what was planned (the plan expected 1.0 s for these passes)"
-    helps = "disk 10% faster (+6.0% tokens/s), 1 GiB more of host memory (--host-mem) (+4.1% tokens/s), compute 10% faster (+4.0% tokens/s)"
+    helps = "disk 10% faster (+6.0% tokens/s), 1 GiB more of host memory (host_mem) (+4.1% tokens/s), compute 10% faster (+4.0% tokens/s)"
     assert limit == f"limit: disk; what would help: {helps}"
     assert format_report(report, "all of it").startswith("done in 2.0 s (after 0.1 s of loading): all of it\n")
 
@@ -308,17 +308,42 @@ def test_auto_is_plain_without_a_terminal() -> None:
     assert type(open_display("auto", io.StringIO(), io.StringIO())) is PlainDisplay
 
 
-def test_none_shows_the_report_only() -> None:
+def test_none_shows_warnings_and_the_report_only() -> None:
     messages, results = io.StringIO(), io.StringIO()
     display = open_display("none", messages, results)
     display.step("hello")
     display.message("hello")
     display.plan(PLAN)
     display.progress(PROGRESS)
+    display.warning("beware")
     display.report(ENGINE.report())
     display.close()
-    assert messages.getvalue() == ""
+    assert messages.getvalue() == "beware\n"
     assert results.getvalue().startswith("done in 2.0 s")
+
+
+@pytest.mark.parametrize("name", ["plain", "rich", "json"])
+def test_a_warning_is_a_message(name: str) -> None:
+    shown: list[str] = []
+    for how in ("warning", "message"):
+        messages, results = io.StringIO(), io.StringIO()
+        display = open_display(name, messages, results)
+        getattr(display, how)("beware")
+        display.close()
+        shown.append(messages.getvalue() + results.getvalue())
+    assert "beware" in shown[0]
+    assert shown[0] == shown[1]
+
+
+@pytest.mark.parametrize("name", ["plain", "rich"])
+def test_plans_and_reports_name_options_as_their_reader_writes_them(name: str) -> None:
+    messages, results = io.StringIO(), io.StringIO()
+    display = open_display(name, messages, results, spelled=lambda text: text.replace("host_mem", "HOST"))
+    display.plan(PLAN)
+    display.report(dataclasses.replace(ENGINE.report(), forecast={**dataclasses.asdict(PLAN.forecast), "seconds_of_these_passes": 1.0}))
+    display.close()
+    assert "1 GiB more of host memory (HOST): +4.1%" in messages.getvalue()
+    assert "1 GiB more of host memory (HOST) (+4.1% tokens/s)" in results.getvalue()
 
 
 def test_an_unknown_display_lists_the_known() -> None:

@@ -14,10 +14,10 @@ import typer
 
 from flexgen.cli import bench, cache, convert, export, map, plan, profile, run, status
 from flexgen.cli import eval as evaluations
-from flexgen.cli.exit_codes import complain_of_bug, complain_of_full_disk
+from flexgen.cli.exit_codes import complain_of_bug, complain_of_disk
 from flexgen.cli.help import CONTEXT_SETTINGS, Command, Group
 from flexgen.cli.streams import standard_streams
-from flexgen.errors import is_disk_full
+from flexgen.errors import is_disk_failure
 
 app = typer.Typer(
     cls=Group,
@@ -70,6 +70,6 @@ def main() -> None:
     except (SystemExit, KeyboardInterrupt):
         raise
     except BaseException as error:  # noqa: BLE001  (the default exit code 1 would mean that lines have errors)
-        if is_disk_full(error):
-            sys.exit(complain_of_full_disk(error))
+        if is_disk_failure(error):
+            sys.exit(complain_of_disk(error, error))
         sys.exit(complain_of_bug())

@@ -14,7 +14,7 @@ from flexgen.cli.options import write_asked
 from flexgen.cli.run_flags import RunFlags
 from flexgen.cli.signals import StopSignals
 from flexgen.cli.spelling import in_flags
-from flexgen.errors import FlexGenError, OutOfMemoryError, is_disk_full
+from flexgen.errors import FlexGenError, OutOfMemoryError, is_disk_failure
 from flexgen.jobs.interrupt import Stopped
 
 if TYPE_CHECKING:
@@ -54,8 +54,8 @@ class Answering:
             code = ExitCode.SOME_FAILED if self.store.num_failed else ExitCode.ALL_ANSWERED
         except Stopped:
             code, reason = self.signals.exit_code, f"stopped by {self.signals.name}"
-        except FlexGenError as error:
-            code, reason = ExitCode.RESUMABLE if self.job.started or is_disk_full(error) else ExitCode.REFUSED, error
+        except (FlexGenError, PermissionError) as error:
+            code, reason = ExitCode.RESUMABLE if self.job.started or is_disk_failure(error) else ExitCode.REFUSED, error
         self.display.close()
         try:
             self._write_output(finished=reason is None)
@@ -73,7 +73,7 @@ class Answering:
 
     def _answer(self, workload: Workload) -> None:
         def shrunk(error: OutOfMemoryError, num_seqs: int) -> None:
-            self.display.message(f"{in_flags(str(error))}\ngoing on with at most {counted(num_seqs, 'sequence')} at once")
+            self.display.warning(f"{in_flags(str(error))}\ngoing on with at most {counted(num_seqs, 'sequence')} at once")
 
         self.job.answer(workload, on_progress=self.display.progress, on_shrink=shrunk)
 

@@ -59,10 +59,10 @@ def describe(job: Job, workload: Workload) -> str:
         + (f", {counted(workload.scored_tokens, 'position')} to score\n" if workload.scored_tokens else "\n")
         + f"defaults of lines that leave them out: {sampling}, {limit} (/v1/completions: {COMPLETIONS_MAX_TOKENS} tokens)"
     )
-    return "\n".join([told, *job.remarks.lines(), *_warn_of_length(job, workload)])
+    return "\n".join([told, *job.remarks.lines()])
 
 
-def _warn_of_length(job: Job, workload: Workload) -> list[str]:
+def warnings_about(job: Job, workload: Workload) -> list[str]:
     """Return a warning if lines without `max_tokens` may get long answers, which may be unintended; otherwise nothing."""
     longest = max(workload.output_lens, default=0)
     if not job.remarks.num_unbounded or longest < _LONG_ANSWER:

@@ -62,10 +62,12 @@ def _resumable(model: str, options: EngineOptions, common: CommonFlags, run: Eva
     from flexgen.evaluation.answers import Answers
 
     with _state(common.state, display) as state:
+        begun = False
         try:
             with load(model, options, common.progress) as llm:
                 llm.model.check()
                 answers = Answers(llm=llm, state=state.folder, on_progress=display.progress, stop=signals.request)
+                begun = True
                 with signals.deferred():
                     run(display, llm, answers)
                 display.close()
@@ -79,6 +81,8 @@ def _resumable(model: str, options: EngineOptions, common: CommonFlags, run: Eva
             display.close()
             return complain(error, ExitCode.SOME_FAILED)
         except (StorageError, OutOfMemoryError, EngineError) as error:
+            if not begun:
+                raise
             display.close()
             return complain(f"{error}\nthe same command goes on", ExitCode.RESUMABLE)
 
@@ -133,7 +137,7 @@ def log_of(library: str, display: Display) -> Iterator[None]:
 
     class Handler(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            display.message(self.format(record))
+            (display.warning if record.levelno >= logging.WARNING else display.message)(self.format(record))
 
     log, handler = logging.getLogger(library), Handler()
     level, propagate = log.level, log.propagate

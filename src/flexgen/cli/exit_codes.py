@@ -8,6 +8,7 @@ import traceback
 from enum import IntEnum
 
 from flexgen.cli.spelling import in_flags
+from flexgen.errors import is_disk_full
 
 
 class ExitCode(IntEnum):
@@ -38,9 +39,15 @@ def complain(error: object, code: ExitCode) -> ExitCode:
     return code
 
 
-def complain_of_full_disk(error: object) -> ExitCode:
-    """Print what a full disk has stopped and that it can go on, as `complain` does, and return the exit code."""
-    return complain(f"{error}\nthe same command goes on when there is room", ExitCode.RESUMABLE)
+def complain_of_disk(error: BaseException, said: object) -> ExitCode:
+    """Print what a disk that is full or does not work has stopped, and when it can go on, and return the exit code.
+
+    Args:
+        error: An error for which `is_disk_failure` is true.
+        said: What it says.
+    """
+    when = "there is room" if is_disk_full(error) else "it can be read and written again"
+    return complain(f"{said}\nthe same command goes on when {when}", ExitCode.RESUMABLE)
 
 
 def complain_of_bug() -> ExitCode:

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from flexgen.cli.defaults import describe
+from flexgen.cli.defaults import describe, warnings_about
 from flexgen.cli.exit_codes import ExitCode, complain
 from flexgen.cli.options import load
 from flexgen.cli.run_flags import RunFlags
 from flexgen.cli.signals import StopSignals
+from flexgen.cli.spelling import OF_JOBS
 from flexgen.cli.terminal import showing
 from flexgen.errors import FlexGenError, StorageError
 from flexgen.jobs.interrupt import Stopped
@@ -98,7 +99,7 @@ class JobCommand:
         with self._load(check=lambda files: None) as llm, self.lines.to_measure(llm, self.display.message) as source:
             job = Job(llm.model, source, None, defaults=self.lines.defaults(llm), input_format=self.lines.form, name=self.lines.name)
             workload = self._prepare_lines(job, None)
-            self.display.message(describe(job, workload))
+            self._describe(job, workload)
             if len(workload):
                 self.display.plan(llm.plan(workload))
         return ExitCode.SOME_FAILED if job.num_bad_lines else ExitCode.ALL_ANSWERED
@@ -144,12 +145,12 @@ class JobCommand:
             if not self.flags.fresh and not self.flags.accept_changes:
                 check_begun(paths, files, self.options)
 
-        paths = job_paths(None if self.flags.source_is_stream else self.flags.source, self.flags.output, state)
+        paths = job_paths(None if self.flags.source_is_stream else self.flags.source, self.flags.output, state, OF_JOBS)
         with JobFolder(paths) as folder:
             try:
                 with self._load(check) as llm:  # errors of the model are reported before the input is read
                     return self._answer_in(folder, llm)
-            except FlexGenError:
+            except (FlexGenError, OSError):
                 folder.undo()
                 raise
 
@@ -174,7 +175,7 @@ class JobCommand:
                 checkpoint_seconds=self.flags.checkpoint_seconds, stop=self.signals.request, judge=self.lines.judge(llm),
             )  # fmt: skip
             workload = self._prepare_lines(job, store)
-            self.display.message(describe(job, workload))
+            self._describe(job, workload)
             if len(workload):
                 self.display.plan(job.open(workload))
             folder.keep()
@@ -184,6 +185,12 @@ class JobCommand:
             with self.signals.deferred():
                 answering = Answering(llm=llm, job=job, store=store, flags=self.flags, display=self.display, signals=self.signals)
                 return answering.run(workload)
+
+    def _describe(self, job: Job, workload: Workload) -> None:
+        """Show what is about to be answered, and what may be unintended about it."""
+        self.display.message(describe(job, workload))
+        for warning in warnings_about(job, workload):
+            self.display.warning(warning)
 
     def _prepare_lines(self, job: Job, store: Store | None) -> Workload:
         """Check the input, and return the workload that is left to answer."""

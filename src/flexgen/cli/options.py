@@ -16,10 +16,10 @@ from typer.models import OptionInfo
 
 from flexgen.base.files import check_folder, check_target, write_file
 from flexgen.base.quantities import parse_seconds
-from flexgen.cli.exit_codes import ExitCode, complain, complain_of_bug, complain_of_full_disk
+from flexgen.cli.exit_codes import ExitCode, complain, complain_of_bug, complain_of_disk
 from flexgen.cli.numbers import in_words
 from flexgen.cli.spelling import ENGINE_FLAGS, flag_of, in_flags
-from flexgen.errors import FlexGenError, OptionError, StorageError, is_disk_full, is_out_of_memory
+from flexgen.errors import FlexGenError, OptionError, StorageError, is_disk_failure, is_out_of_memory
 from flexgen.options import (
     ALLOWABLE_FORMATS,
     CPU_COMPUTES,
@@ -113,6 +113,8 @@ def command(body: Callable[..., int]) -> Callable[..., None]:
             if not is_out_of_memory(error):
                 raise
             code = complain(f"memory ran out: {str(error).partition(chr(10))[0]}".rstrip(": "), ExitCode.RESUMABLE)
+        except PermissionError as error:  # of a model's file, for instance; those of outputs and states are FlexGenErrors
+            code = complain(f"{error.filename}: {error.strerror}" if error.filename else error, ExitCode.REFUSED)
         except KeyboardInterrupt:
             code = complain("stopped", ExitCode.INTERRUPTED)
         except (EOFError, BrokenPipeError):  # typer would exit with 1, which means that lines have errors
@@ -124,10 +126,10 @@ def command(body: Callable[..., int]) -> Callable[..., None]:
 
 
 def _refused(error: FlexGenError, flags: Mapping[str, str]) -> ExitCode:
-    """Say why a command was refused, with flags in place of names, and return the exit code: what a full disk is to blame for can go on."""
+    """Say why a command was refused, with flags in place of names, and return the exit code: what a disk is to blame for can go on."""
     said = in_flags(str(error), flags) if isinstance(error, OptionError) else error
-    if is_disk_full(error):
-        return complain_of_full_disk(said)
+    if is_disk_failure(error):
+        return complain_of_disk(error, said)
     return complain(said, ExitCode.USAGE if isinstance(error, OptionError) else ExitCode.REFUSED)
 
 

@@ -12,6 +12,7 @@ from flexgen.cli.spelling import in_flags
 from flexgen.formats.table import runs
 
 if TYPE_CHECKING:
+    from flexgen.plan.formats import Formats
     from flexgen.plan.machine import Limits
     from flexgen.plan.tell.alternatives import FasterDtype, ParetoPoint
     from flexgen.plan.tell.forecast import Plan
@@ -76,7 +77,7 @@ def as_text(answer: Answer) -> str:
 def _about_formats(answer: Answer) -> Iterator[str]:
     """Yield how to run in the formats that were chosen, and what others would gain."""
     allowed, formats = answer.allowed, answer.plan.formats
-    if allowed is not None and formats is not None and (flags := formats.chosen.flags):
+    if allowed is not None and formats is not None and (flags := _flags(formats.chosen)):
         yield f"`flexgen run` with --allow-formats {allowed} or with {flags} runs this plan (answers will differ)"
     if (faster := answer.faster) is not None:
         yield f"in {faster.dtype} the job would go {faster.speedup:.1f} times as fast: --dtype {faster.dtype} (answers may differ)"
@@ -88,6 +89,12 @@ def _about_formats(answer: Answer) -> Iterator[str]:
             f"in formats that are not allowed the job would go about so many times as fast, in each by itself: {gains}; --allow-formats "
             f"{allow} plans with all of them (answers will differ)"
         )
+
+
+def _flags(formats: Formats) -> str:
+    """Return the flags that ask for formats; empty where there are none to give."""
+    named = (("--weight-format", formats.weights), ("--kv-format", formats.kv))
+    return " ".join(f"{flag} {name}" for flag, name in named if name != "auto")
 
 
 def _about_devices(plan: Plan) -> Iterator[str]:

@@ -9,6 +9,8 @@ import dataclasses
 import re
 from collections.abc import Mapping
 
+from flexgen.base.scalars import in_json
+from flexgen.jobs.spelling import Spelling
 from flexgen.options import EngineOptions
 
 
@@ -17,6 +19,18 @@ def flag_of(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
+def _given(value: object) -> str:
+    """Return a value as it stands after a flag."""
+    return value if isinstance(value, str) else in_json(value)
+
+
+OF_JOBS = Spelling(
+    option=lambda name, value: f"{flag_of(name)} {_given(value)}",
+    value=_given,
+    accept_changes="--accept-changes",
+    anew="--fresh starts anew, another output keeps both",
+    folder=" (--state DIR)",
+)
 _NAMES = (*(field.name for field in dataclasses.fields(EngineOptions)), "tokenizer")
 ENGINE_FLAGS: Mapping[str, str] = {name: flag_of(name) for name in _NAMES}
 _NOT_WITHIN = r"(?<![\w./'\"`\\-])"  # a word, a path, or a text in quotes

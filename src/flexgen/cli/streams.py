@@ -149,7 +149,12 @@ def _fault(descriptor: int) -> str:
     """
     mode = os.fstat(descriptor).st_mode
     if stat.S_ISCHR(mode):
-        os.write(descriptor, b"")  # a full device and a closed terminal refuse even that
+        try:
+            os.write(descriptor, b"")  # a full device and a closed terminal refuse even that
+        except OSError as error:
+            if error.errno == errno.EIO:
+                return "its terminal is closed"
+            raise
     elif stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode):
         poll = select.poll()
         poll.register(descriptor, select.POLLOUT)

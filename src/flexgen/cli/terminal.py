@@ -29,11 +29,13 @@ def showing(progress: str, *, messages: TextIO | None = None, results: TextIO | 
     from flexgen.cli.streams import reports
     from flexgen.report.show import open_display
 
-    display = open_display(progress, messages or sys.stderr, results or reports(), steps=sys.stderr)
+    display = open_display(progress, messages or sys.stderr, results or reports(), steps=sys.stderr, spelled=in_flags)
 
     class Handler(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            if record.name != STEPS:
+            if record.levelno >= logging.WARNING:
+                display.warning(in_flags(self.format(record)))
+            elif record.name != STEPS:
                 display.message(in_flags(self.format(record)))
             elif steps:
                 display.step(self.format(record))

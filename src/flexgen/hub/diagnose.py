@@ -106,6 +106,7 @@ def _going_on(folder: Path) -> str:
         words += [word for pattern in settings["keep"] for word in ("--keep", pattern)]
         words += [word for pattern in settings["eight_bits"] for word in ("--int8", pattern)]
         words += ["--quantize-head"] * settings["quantize_head"]
+        words += ["--allow-requantize"] * record.get("allow_requantize", False)  # earlier versions have not written it
         if (commit := re.match(rf"{re.escape(source)} at (\w+), ", record["identity"])) is not None:
             words += ["--revision", commit[1]]
         return f"`{shlex.join(words)}` goes on"

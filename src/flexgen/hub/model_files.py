@@ -45,6 +45,7 @@ class ModelFiles:
         name: The model as the user wrote it.
         folder: Folder of the files.  For a hub model it is the snapshot of one commit, with links into the cache's blobs.
         commit: Commit of a hub model; None for a plain folder.
+        conversion: What tells converted weights from others, whatever the name of the model; None for weights as they were found.
         config: config.json as written, with the quantization_config of an older tool's own file; its `model_type` is one that transformers
             knows.
         generation_config: generation_config.json as written, or empty.
@@ -58,6 +59,7 @@ class ModelFiles:
     generation_config: dict[str, Any]
     commit: str | None
     has_tokenizer: bool
+    conversion: str | None = None
     gguf: GGUFModel | None = None
 
 

@@ -43,14 +43,14 @@ def check_begun(paths: JobPaths, files: ModelFiles, options: EngineOptions) -> N
         as_begun = options.in_formats(begun.get("weight_format", "auto"), begun.get("kv_format", "auto"))
         now = known_beforehand(files, as_begun) | now
     if found := changes(begun, now):
-        raise JobError(differing_from(paths.name, found))
+        raise JobError(differing_from(paths, found))
 
 
 def _begun_with(paths: JobPaths) -> Mapping[str, Any] | None:
     """Return the settings that earlier runs were begun with; None where no line has an answer or is in progress."""
     if not paths.database.exists():
         return None
-    with closing(connect(paths.database, create=True)) as connection, translated(paths.database):
+    with closing(connect(paths, create=True)) as connection, translated(paths.database):
         found = connection.execute(_BEGUN).fetchone()
     return None if found is None else Identity.from_json(found[0]).answers
 
@@ -92,7 +92,7 @@ def _resumed(store: Store, model: JobModel, accept_changes: bool) -> str:
     except OptionError as error:
         if accept_changes:
             return ""
+        spelling = store.paths.spelling
         raise JobError(
-            f"{store.paths.name} was begun with {error}: allow that, too; --accept-changes goes on with others, --fresh starts anew, "
-            "another output keeps both"
+            f"{store.paths.name} was begun with {error}: allow that, too; {spelling.accept_changes} goes on with others, {spelling.anew}"
         ) from error

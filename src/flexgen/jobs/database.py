@@ -14,7 +14,8 @@ from pathlib import Path
 
 from flexgen.base.failpoints import failpoint
 from flexgen.base.files import check_private, open_private
-from flexgen.errors import StorageError, no_room
+from flexgen.errors import StorageError, io_failure, no_room
+from flexgen.jobs.folder import JobPaths
 
 _APPLICATION_ID = 0x666C7867  # "flxg", which distinguishes a job from other databases
 _VERSION = 1
@@ -22,6 +23,7 @@ _BUSY_SECONDS = 60.0
 _FILES_BESIDE = 3  # a journal, -wal and -shm
 # What SQLite says of a full disk: the first where it adds to a file, the others of files that may not grow and of its shared memory.
 _FULL = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_WRITE, sqlite3.SQLITE_IOERR_SHMSIZE, sqlite3.SQLITE_IOERR_SHMMAP)
+_PRIMARY = 0xFF  # these bits of what SQLite says are the kind of an error, the others tell more
 # Rows of `results` are small, so that counting a million lines and finding those that are done reads no answers.
 _SCHEMA = f"""
 BEGIN;
@@ -49,18 +51,19 @@ COMMIT;
 _ADDITIONS = "CREATE TABLE IF NOT EXISTS snapshot (id INTEGER PRIMARY KEY, value TEXT NOT NULL)"
 
 
-def connect(path: Path, *, create: bool = False) -> sqlite3.Connection:
+def connect(paths: JobPaths, *, create: bool = False) -> sqlite3.Connection:
     """Open the database of a job.  Outside of `transaction` and `hold`, every statement is a transaction of its own.
 
     Raises:
         StorageError: The database does not exist (unless `create` is true), cannot be opened, is damaged, is of another version, or is
             not that of a job.
     """
+    path = paths.database
     with translated(path):
         _check_file(path, create)
         connection = sqlite3.connect(path, timeout=_BUSY_SECONDS, isolation_level=None)
         try:
-            _prepare(connection, path, create)
+            _prepare(connection, paths, create)
         except BaseException:
             connection.close()
             raise
@@ -82,12 +85,13 @@ def _check_file(path: Path, create: bool) -> None:
             check_private(beside, beside.lstat())
 
 
-def _prepare(connection: sqlite3.Connection, path: Path, create: bool) -> None:
+def _prepare(connection: sqlite3.Connection, paths: JobPaths, create: bool) -> None:
+    path = paths.database
     is_new = create and connection.execute("SELECT count(*) FROM sqlite_schema").fetchone() == (0,)
     if not is_new and connection.execute("PRAGMA application_id").fetchone() != (_APPLICATION_ID,):
         raise StorageError(f"{path} is not a flexgen job")
     if connection.execute("PRAGMA journal_mode = WAL").fetchone() != ("wal",):
-        raise StorageError(f"the file system of {path} cannot hold the state of a job: name a local folder with --state")
+        raise StorageError(f"the file system of {path} cannot hold the state of a job: name a local folder{paths.spelling.folder}")
     connection.execute("PRAGMA synchronous = FULL")
     if is_new:
         connection.executescript(_SCHEMA)
@@ -141,14 +145,21 @@ def translated(path: Path) -> Iterator[None]:
     try:
         yield
     except sqlite3.Error as error:
-        raise StorageError(f"{path}: {error}") from (no_room() if _is_full(error, path) else error)
+        raise StorageError(f"{path}: {error}") from _cause(error, path)
     except OSError as error:
         raise StorageError(f"{path}: {error.strerror or error}") from error
 
 
-def _is_full(error: sqlite3.Error, path: Path) -> bool:
-    """Return whether SQLite failed for want of room, which it does not say where it cannot make one of its files beside the database."""
+def _cause(error: sqlite3.Error, path: Path) -> Exception:
+    """Return the system's error where SQLite failed because the disk is full or does not work, else SQLite's own."""
     code = getattr(error, "sqlite_errorcode", None)
+    if _is_full(code, path):
+        return no_room()
+    return io_failure() if code is not None and code & _PRIMARY == sqlite3.SQLITE_IOERR else error
+
+
+def _is_full(code: int | None, path: Path) -> bool:
+    """Return whether SQLite failed for want of room, which it does not say where it cannot make one of its files beside the database."""
     if code != sqlite3.SQLITE_CANTOPEN:
         return code in _FULL
     with suppress(OSError):

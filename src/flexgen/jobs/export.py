@@ -244,7 +244,7 @@ def _turn(paths: JobPaths) -> Iterator[_Turn]:
 
 @contextmanager
 def _reading(paths: JobPaths) -> Iterator[sqlite3.Connection]:
-    connection = connect(paths.database)
+    connection = connect(paths)
     try:
         with translated(paths.database):
             yield connection

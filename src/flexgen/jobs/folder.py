@@ -14,6 +14,7 @@ from pathlib import Path
 
 from flexgen.base.files import check_target, open_private, sync_folder
 from flexgen.errors import JobError, OptionError, StorageError
+from flexgen.jobs.spelling import PYTHON, Spelling
 
 _SUFFIX = ".flexgen"
 _USUAL_NAME_BYTES = 255
@@ -29,10 +30,12 @@ class JobPaths:
     Attributes:
         folder: The folder that holds all state of the job.
         output: The file of answers; None for standard output.
+        spelling: How messages write what the caller can change.
     """
 
     folder: Path
     output: Path | None
+    spelling: Spelling = PYTHON
 
     @property
     def database(self) -> Path:
@@ -54,23 +57,24 @@ class JobPaths:
         return str(self.output if self.output is not None else self.folder)
 
 
-def job_paths(source: Path | None, output: Path | None, state: Path | None) -> JobPaths:
+def job_paths(source: Path | None, output: Path | None, state: Path | None, spelling: Spelling = PYTHON) -> JobPaths:
     """Return the paths of the job of these files: its folder is `state`, else beside its output, else beside its input.
 
     Args:
         source: The input file; None for standard input.
         output: The output file; None for standard output.
         state: The folder that the user named, if any.
+        spelling: How messages write what the caller can change.
 
     Raises:
         OptionError: All three are None, so that a rerun could not find the job.
     """
     if state is not None:
-        return JobPaths(folder=state, output=output)
+        return JobPaths(folder=state, output=output, spelling=spelling)
     named = output if output is not None else source
     if named is None:
-        raise OptionError("from standard input to standard output: name a folder for the job's state (--state DIR)")
-    return JobPaths(folder=_beside(named), output=output)
+        raise OptionError(f"from standard input to standard output: name a folder for the job's state{spelling.folder}")
+    return JobPaths(folder=_beside(named), output=output, spelling=spelling)
 
 
 def _beside(named: Path) -> Path:
@@ -228,7 +232,7 @@ def _check_length(paths: JobPaths) -> None:
     if length > _DATABASE_BYTES:
         raise StorageError(
             f"{paths.folder} lies too deep: the path of its database has {length} bytes, and SQLite takes {_DATABASE_BYTES}; "
-            "name a folder with a shorter path (--state DIR)"
+            f"name a folder with a shorter path{paths.spelling.folder}"
         )
 
 
@@ -245,7 +249,7 @@ def _make_private(paths: JobPaths) -> bool:
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
         raise JobError(f"{folder} is not a folder of yours, and the job would keep private data in it")
     if any(folder.iterdir()) and not ((folder / "lock").exists() or paths.database.exists()):
-        raise JobError(f"{folder} holds other files than a job's; name a folder of its own with --state")
+        raise JobError(f"{folder} holds other files than a job's; name a folder of its own{paths.spelling.folder}")
     if stat.S_IMODE(found.st_mode) & 0o077:
         folder.chmod(0o700)
     return is_new

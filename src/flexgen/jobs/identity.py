@@ -14,17 +14,21 @@ from importlib import metadata
 from typing import Any
 
 from flexgen.base.scalars import in_json
+from flexgen.jobs.folder import JobPaths
 from flexgen.jobs.model import JobModel
+from flexgen.jobs.spelling import Spelling
 from flexgen.request import SamplingParams
 
 _PACKAGES = ("flexgen-engine", "torch", "transformers", "tokenizers", "llguidance")
-# Settings that flags state, and those that are kept as digests, which say nothing to people, with what they are digests of.
-_FLAGS = (
+# Settings that options state, and those that are kept as digests, which say nothing to people, with what they are digests of.
+_OPTIONS = (
     "dtype", "cpu_compute", "weight_format", "kv_format", "sparse_attention", "load_format", "max_model_len", "seed", "input_format",
 )  # fmt: skip
 _DIGESTS = {"config": "config.json", "tokenizer": "tokenizer", "chat_template": "chat template"}
 # What tells weights apart and is no name of a commit, see `session.fingerprint`.
-_WEIGHT_DIGEST = re.compile(r"( at files|,|, config) [0-9a-f]{16,32}(?=,|$)")
+_WEIGHT_DIGEST = re.compile(r"^files [0-9a-f]{32}, |(,|, config) [0-9a-f]{16}(?=,|$)")
+# Jobs that were begun by earlier versions have the name of the model before what tells its converted weights from others.
+_NAME_BEFORE = re.compile(r"^.+ at (?=(files [0-9a-f]{32}|\S+ at \S+, config [0-9a-f]{16}), weights in )")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,8 +49,11 @@ class Identity:
 
     @classmethod
     def from_json(cls, text: str) -> Identity:
-        """Return the identity that `to_json` has written."""
-        return cls(**json.loads(text))
+        """Return the identity that `to_json` has written, here or in an earlier version."""
+        identity = cls(**json.loads(text))
+        if not isinstance(model := identity.answers.get("model"), str):
+            return identity
+        return dataclasses.replace(identity, answers={**identity.answers, "model": _NAME_BEFORE.sub("", model)})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,11 +64,12 @@ class Change:
     old: Any
     new: Any
 
-    def __str__(self) -> str:
+    def told(self, spelling: Spelling) -> str:
+        """Return the change in words."""
         if self.name in _DIGESTS:
             return _other(_DIGESTS[self.name], self.old, self.new)
-        if self.name in _FLAGS:
-            return f"--{self.name.replace('_', '-')} {_on_command_line(self.old)}, now it is {_on_command_line(self.new)}"
+        if self.name in _OPTIONS:
+            return f"{spelling.option(self.name, self.old)}, now it is {spelling.value(self.new)}"
         old, new = (_WEIGHT_DIGEST.sub("", each) if self.name == "model" else each for each in (self.old, self.new))
         return f"other files of weights ({old})" if old == new else f"{self.name} {in_json(old)}, now it is {in_json(new)}"
 
@@ -73,21 +81,22 @@ def _other(what: str, old: str | None, new: str | None) -> str:
     return f"another {what}" if new is not None else f"a {what}, now there is none"
 
 
-def _on_command_line(value: object) -> str:
-    return value if isinstance(value, str) else in_json(value)
+def in_words(found: Sequence[Change], spelling: Spelling) -> str:
+    """Return changes in words, one after the other."""
+    return "; ".join(change.told(spelling) for change in found)
 
 
-def differing_from(begun: str, found: Sequence[Change]) -> str:
+def differing_from(paths: JobPaths, found: Sequence[Change]) -> str:
     """Return the message about a job that was begun otherwise, and what can be done.
 
     Args:
-        begun: The name of the job.
+        paths: The paths of the job.
         found: What has changed, at least one value.
     """
-    said = "; ".join(map(str, found))
+    spelling = paths.spelling
     return (
-        f"{begun} was begun with {said}: the earlier {'value goes' if len(found) == 1 else 'values go'} on, --accept-changes goes on with "
-        f"the new {'one' if len(found) == 1 else 'ones'}, --fresh starts anew, another output keeps both"
+        f"{paths.name} was begun with {in_words(found, spelling)}: the earlier {'value goes' if len(found) == 1 else 'values go'} on, "
+        f"{spelling.accept_changes} goes on with the new {'one' if len(found) == 1 else 'ones'}, {spelling.anew}"
     )
 
 

@@ -91,7 +91,7 @@ def read_status(paths: JobPaths) -> JobStatus:
     Raises:
         StorageError: The state of the job cannot be read.
     """
-    with closing(connect(paths.database)) as connection, translated(paths.database):
+    with closing(connect(paths)) as connection, translated(paths.database):
         connection.execute("BEGIN")  # so that all figures are of one moment
         latest, results, told = latest_run(connection), _results(connection), latest_snapshot(connection)
         told_by = latest if told is None else latest_run(connection, told.run)

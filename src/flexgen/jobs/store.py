@@ -19,7 +19,7 @@ from flexgen.jobs import saved_progress
 from flexgen.jobs.database import commit, connect, hold, transaction, translated
 from flexgen.jobs.differences import by_number, describe_difference, differing
 from flexgen.jobs.folder import JobFolder
-from flexgen.jobs.identity import Identity, changes, differing_from
+from flexgen.jobs.identity import Identity, changes, differing_from, in_words
 from flexgen.jobs.runs import RunRecorder
 from flexgen.jobs.saved_progress import ProgressRow, SavedProgress
 
@@ -55,7 +55,7 @@ class Store:
         self._pending_rows: list[ProgressRow] = []
         self._pending_bytes = 0
         self._oldest = 0.0  # time at which the oldest pending result was added, on the monotonic clock
-        self._connection = connect(self._path, create=True)
+        self._connection = connect(self.paths, create=True)
         self.run = RunRecorder(self._connection)
         try:
             self._load()
@@ -117,17 +117,18 @@ class Store:
 
     def _compare(self, earlier: Identity, identity: Identity, accept_changes: bool) -> None:
         for change in changes(earlier.versions, identity.versions):
-            logger.warning("%s was begun with %s; answers may differ in their last digits", self.paths.name, change)
+            said = change.told(self.paths.spelling)
+            logger.warning("%s was begun with %s; answers may differ in their last digits", self.paths.name, said)
         found = changes(earlier.answers, identity.answers)
         if not found:
             return
-        said = "; ".join(map(str, found))
+        said = in_words(found, self.paths.spelling)
         if not self.num_answered and not self._begun_lines:
             logger.info("%s was begun with %s; it has no answers yet, so that it starts anew", self.paths.name, said)
             self.forget_failed()
             return
         if not accept_changes:
-            raise JobError(differing_from(self.paths.name, found))
+            raise JobError(differing_from(self.paths, found))
         logger.warning("%s was begun with %s; answers in progress start anew", self.paths.name, said)
         hold(self._connection, self._path)
         with transaction(self._connection, self._path):
@@ -153,9 +154,10 @@ class Store:
         other = differing(self._digests, new)
         answered = self._answered(other)
         if answered and not accept_changes:
+            spelling = self.paths.spelling
             raise JobError(
                 f"{self.paths.name} answers another input ({describe_difference(self._digests, new, answered)}): "
-                "--accept-changes answers those again, --fresh all lines, another output keeps both"
+                f"{spelling.accept_changes} answers those again, {spelling.anew}"
             )
         if answered:
             said = counted(len(other), "line of the input changed and is", "lines of the input changed and are")

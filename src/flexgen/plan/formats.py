@@ -33,12 +33,6 @@ class Formats:
         """How much answers change: an order, not a measure."""
         return WEIGHT_CHANGES[self.weights] + KV_CHANGES[self.kv]
 
-    @property
-    def flags(self) -> str:
-        """The flags of `flexgen run` that ask for these formats; empty where there are none to give."""
-        named = (("--weight-format", self.weights), ("--kv-format", self.kv))
-        return " ".join(f"{flag} {name}" for flag, name in named if name != "auto")
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FormatPrice:

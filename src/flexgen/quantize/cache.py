@@ -53,7 +53,7 @@ def cached_conversion(files: ModelFiles, settings: QuantizeSettings, cache: Path
         StorageError: The cache cannot be written, or what is there in place of the conversion is none; the message has the command to
             remove it.
     """
-    folder, commit = (cache or cache_folder()) / _entry_name(files, settings), converted_commit(files, settings)
+    folder = _entry_folder(files, settings, cache)
     try:
         _convert_or_wait(files, folder, settings)
     except FolderHoldsOther as error:
@@ -65,12 +65,12 @@ def cached_conversion(files: ModelFiles, settings: QuantizeSettings, cache: Path
         files,
         folder=folder,
         config=read_json(folder / "config.json"),
-        commit=commit,
+        conversion=conversion_of(files, settings),
     )
 
 
-def converted_commit(files: ModelFiles, settings: QuantizeSettings) -> str:
-    """Return what tells the converted weights of a model from others; nothing is converted."""
+def conversion_of(files: ModelFiles, settings: QuantizeSettings) -> str:
+    """Return what tells the converted weights of a model from others, whatever its name; nothing is converted."""
     return f"{identity_of(files)}, weights in {settings.words}"
 
 
@@ -80,7 +80,7 @@ def conversion_left(files: ModelFiles, settings: QuantizeSettings, cache: Path |
     Raises:
         StorageError: What is there cannot be understood.
     """
-    record = _record_of((cache or cache_folder()) / _entry_name(files, settings))
+    record = _record_of(_entry_folder(files, settings, cache))
     if record is None or record.complete:
         return 0.0 if record is not None else 1.0
     return max(1 - sum(sums.nbytes for sums in record.files.values()) / max(record.total_bytes, 1), 0.0)
@@ -96,10 +96,14 @@ def private_cache() -> Path:
     return cache_folder()
 
 
-def _entry_name(files: ModelFiles, settings: QuantizeSettings) -> str:
+def _entry_folder(files: ModelFiles, settings: QuantizeSettings, cache: Path | None) -> Path:
+    """Return the folder of a conversion: one that is there, whatever name the same model had when it was made, or the one to make."""
+    home = cache or cache_folder()
     key = json.dumps([identity_of(files), settings.to_json()], sort_keys=True).encode()
     name = _UNSAFE.sub("-", "--".join(Path(files.name).parts[-2:])).strip("-.")[-60:]
-    return f"{name}-{settings.weight_format}-{hashlib.blake2b(key, digest_size=8).hexdigest()}"
+    ending = f"-{settings.weight_format}-{hashlib.blake2b(key, digest_size=8).hexdigest()}"
+    own = home / f"{name}{ending}"
+    return own if own.is_dir() else min(home.glob(f"[!.]*{ending}"), default=own)
 
 
 def _record_of(folder: Path) -> Record | None:
@@ -229,9 +233,9 @@ def find_entries(names: list[str], cache: Path | None = None) -> list[CacheEntry
 
 def _is_meant(entry: CacheEntry, name: str) -> bool:
     """Return whether a name is that of an entry, of its folder, or of its model, of which a folder may be written in several ways."""
-    if name == entry.name or name.rstrip("/") in (entry.source.rstrip("/"), str(entry.folder)):
-        return True
     folder = Path(name).expanduser()
+    if name == entry.name or {name.rstrip("/"), str(folder.absolute())} & {entry.source.rstrip("/"), str(entry.folder)}:
+        return True
     if not entry.source or not folder.is_dir():
         return False
     return folder.resolve() in (entry.folder.resolve(), Path(entry.source).expanduser().resolve())

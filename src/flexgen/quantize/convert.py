@@ -83,7 +83,7 @@ def convert(
     source = open_source(files)
     targets = find_targets(source.config, source.headers, settings)
     shards = lay_out(source.headers, targets, settings, shard_bytes)
-    record = _new_record(files, settings, targets, shards, shard_bytes)
+    record = _new_record(files, settings, targets, shards, shard_bytes, allow_requantize=allow_requantize)
     made = _made(folder)
     try:
         with locked(folder), KernelThreads(num_threads) as threads, closing(Reader()) as reader:
@@ -120,14 +120,17 @@ def _made(folder: Path) -> bool:
     return True
 
 
-def _new_record(files: ModelFiles, settings: QuantizeSettings, targets: Targets, shards: list[Shard], shard_bytes: int) -> Record:
+def _new_record(
+    files: ModelFiles, settings: QuantizeSettings, targets: Targets, shards: list[Shard], shard_bytes: int, *, allow_requantize: bool
+) -> Record:
     return Record(
-        source=files.name,
+        source=files.name if files.commit is not None else str(files.folder.absolute()),
         identity=identity_of(files),
         settings=settings.to_json(),
         shard_bytes=shard_bytes,
         total_bytes=sum(shard.nbytes for shard in shards),
         kept=targets.kept,
+        allow_requantize=allow_requantize,
     )
 
 

@@ -40,12 +40,13 @@ class Record:
     """The state of a conversion.
 
     Attributes:
-        source: The name of the model that is converted.
+        source: The model that is converted: the name of a hub repository, or the path of a folder from the root.
         identity: What tells its weights from others, see `source.identity_of`.
         settings: The fields of QuantizeSettings.
         shard_bytes: The most bytes of a file of weights.
         total_bytes: The bytes of all files of weights when they are complete.
         kept: For each matrix that is not rounded, the reason.
+        allow_requantize: Whether weights may be rounded that are in a low-bit format already.
         files: The files that are complete, by name.
         complete: Whether all files are.
         schema_version: The version of this description.
@@ -57,6 +58,7 @@ class Record:
     shard_bytes: int
     total_bytes: int
     kept: dict[str, str]
+    allow_requantize: bool = False
     files: dict[str, FileSums] = field(default_factory=dict)
     complete: bool = False
     schema_version: int = _SCHEMA_VERSION

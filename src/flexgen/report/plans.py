@@ -149,14 +149,14 @@ def _written(forecast: Forecast) -> list[str]:
         share = endurance_share(written)
         told = f"{share:.1%}" if share >= LEAST_SHARE_SHOWN else f"less than {LEAST_SHARE_SHOWN:.1%}"
         rated = f"an SSD rated for {ENDURANCE_BYTES / 1e12:.0f} TB written"
-        lines.append(f"{format_size(written)} of KV will be written to disk: {told} of what {rated} takes in its life; --disk 0 forbids it")
+        lines.append(f"{format_size(written)} of KV will be written to disk: {told} of what {rated} takes in its life; disk='0' forbids it")
     if spill is not None and spill.chosen:
         lines.append(f"without KV on disk the job would take {format_seconds(spill.seconds_without)}, {_longer(spill)}")
     elif spill is not None:
         saved = format_seconds(spill.seconds_without - spill.seconds)
         lines.append(
             f"no KV on disk: it would write {format_size(spill.written_bytes)} and save {saved} ({spill.gain:.0%} more tokens/s, "
-            f"less than {LEAST_SPILL_GAIN:.0%}); --disk SIZE allows it"
+            f"less than {LEAST_SPILL_GAIN:.0%}); disk= with a size allows it"
         )
     return lines
 
@@ -198,7 +198,7 @@ def _shares(fractions: Fractions) -> str:
 
 def gains_of(per_gib: Mapping[str, float], per_rate: Mapping[str, float]) -> list[tuple[str, float]]:
     """Return pairs of a resource that could be increased and the relative gain in tokens/s, best first."""
-    memory = [(f"1 GiB more of {tier} memory (--{tier}-mem)", gain) for tier, gain in per_gib.items()]
+    memory = [(f"1 GiB more of {tier} memory ({tier}_mem)", gain) for tier, gain in per_gib.items()]
     return memory + [(f"{resource_name(name)} {SHOWN_SPEEDUP:.0%} faster", SHOWN_SPEEDUP * gain) for name, gain in per_rate.items()]
 
 

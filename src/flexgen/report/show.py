@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from flexgen.base.quantities import format_seconds
@@ -33,6 +33,10 @@ class Display(Protocol):
 
     def message(self, text: str) -> None:
         """Show a message once, such as which model is about to run."""
+        ...
+
+    def warning(self, text: str) -> None:
+        """Show a message that no display leaves out."""
         ...
 
     def step(self, text: str) -> None:
@@ -61,31 +65,44 @@ class Display(Protocol):
 
 
 class NoDisplay:
-    """A display that shows only the plan and the report."""
+    """A display that shows only warnings and the report.
 
-    def __init__(self, messages: TextIO, results: TextIO, *, steps: TextIO | None = None) -> None:
-        self._messages, self._results, self._steps = messages, results, steps or messages
+    Args:
+        messages: The stream of messages and progress.
+        results: The stream of the report.
+        steps: The stream of steps where they are lines of their own; None for `messages`.
+        spelled: Returns a plan or a report, which name options as in Python, as the user of the display writes them.
+    """
+
+    def __init__(
+        self, messages: TextIO, results: TextIO, *, steps: TextIO | None = None, spelled: Callable[[str], str] = lambda text: text
+    ) -> None:
+        self._messages, self._results, self._steps, self._spelled = messages, results, steps or messages, spelled
 
     def message(self, text: str) -> None:
         """Ignore the message."""
+
+    def warning(self, text: str) -> None:
+        """Write the warning."""
+        _write(self._messages, text)
 
     def step(self, text: str) -> None:
         """Ignore the step."""
 
     def plan(self, plan: Plan) -> None:
         """Show the plan as a message."""
-        self.message(format_plan(plan))
+        self.message(self._spelled(format_plan(plan)))
 
     def progress(self, progress: Progress) -> None:
         """Ignore the snapshot."""
 
     def report(self, report: RunReport, done: str = "") -> None:
         """Write the report as text."""
-        _write(self._results, format_report(report, done))
+        _write(self._results, self._spelled(format_report(report, done)))
 
     def details(self, report: RunReport) -> None:
         """Write the rest of the report as text."""
-        _write(self._results, "\n" + format_details(report))
+        _write(self._results, "\n" + self._spelled(format_details(report)))
 
     def close(self) -> None:
         """Do nothing."""
@@ -94,8 +111,8 @@ class NoDisplay:
 class PlainDisplay(NoDisplay):
     """A display for log files, with one line of progress per interval."""
 
-    def __init__(self, messages: TextIO, results: TextIO, *, steps: TextIO | None = None, interval_seconds: float = _PLAIN_SECONDS) -> None:
-        super().__init__(messages, results, steps=steps)
+    def __init__(self, messages: TextIO, results: TextIO, *, interval_seconds: float = _PLAIN_SECONDS, **more: Any) -> None:
+        super().__init__(messages, results, **more)
         self._interval_seconds = interval_seconds
         self._next = time.monotonic() + interval_seconds
 
@@ -117,14 +134,18 @@ class PlainDisplay(NoDisplay):
 class JsonDisplay(NoDisplay):
     """A display that writes one JSON object per line, each with the key `event`: "message", "plan", "progress" or "report"."""
 
-    def __init__(self, messages: TextIO, results: TextIO, *, steps: TextIO | None = None, interval_seconds: float = _JSON_SECONDS) -> None:
-        super().__init__(messages, results, steps=steps)
+    def __init__(self, messages: TextIO, results: TextIO, *, interval_seconds: float = _JSON_SECONDS, **more: Any) -> None:
+        super().__init__(messages, results, **more)
         self._interval_seconds = interval_seconds
         self._next = 0.0
 
     def message(self, text: str) -> None:
         """Write {"event": "message", "text": ...}."""
         self._event("message", {"text": text})
+
+    def warning(self, text: str) -> None:
+        """Write the warning as a message."""
+        self.message(text)
 
     def step(self, text: str) -> None:
         """Write the step as a message."""
@@ -157,8 +178,8 @@ class JsonDisplay(NoDisplay):
 class RichDisplay(NoDisplay):
     """A display at the bottom of a terminal that is updated in place."""
 
-    def __init__(self, messages: TextIO, results: TextIO, *, steps: TextIO | None = None) -> None:
-        super().__init__(messages, results, steps=steps)
+    def __init__(self, messages: TextIO, results: TextIO, **more: Any) -> None:
+        super().__init__(messages, results, **more)
         from rich.console import Console
 
         self._console = Console(file=messages, highlight=False, soft_wrap=True)
@@ -167,6 +188,10 @@ class RichDisplay(NoDisplay):
     def message(self, text: str) -> None:
         """Write the message above the live display."""
         self._console.print(text, markup=False)
+
+    def warning(self, text: str) -> None:
+        """Write the warning above the live display."""
+        self.message(text)
 
     def step(self, text: str) -> None:
         """Show the step in place of the previous one."""
@@ -196,7 +221,9 @@ class RichDisplay(NoDisplay):
 _DISPLAYS = {"rich": RichDisplay, "plain": PlainDisplay, "json": JsonDisplay, "none": NoDisplay}
 
 
-def open_display(name: str, messages: TextIO, results: TextIO, *, steps: TextIO | None = None) -> Display:
+def open_display(
+    name: str, messages: TextIO, results: TextIO, *, steps: TextIO | None = None, spelled: Callable[[str], str] = lambda text: text
+) -> Display:
     """Open the display of this name; "auto" chooses "rich" on a terminal and "plain" elsewhere.
 
     Args:
@@ -204,6 +231,7 @@ def open_display(name: str, messages: TextIO, results: TextIO, *, steps: TextIO 
         messages: The stream of messages and progress.
         results: The stream of the report.
         steps: The stream of a plain display's steps; None for `messages`.
+        spelled: Returns a plan or a report, which name options as in Python, as the user of the display writes them.
 
     Raises:
         OptionError: The name is unknown.
@@ -211,8 +239,8 @@ def open_display(name: str, messages: TextIO, results: TextIO, *, steps: TextIO 
     if name == "auto":
         name = "rich" if messages.isatty() else "plain"
     if name not in _DISPLAYS:
-        raise OptionError(f"--progress {name!r} is unknown; known: auto, {', '.join(_DISPLAYS)}")
-    return _DISPLAYS[name](messages, results, steps=steps)
+        raise OptionError(f"progress={name!r} is unknown; known: auto, {', '.join(_DISPLAYS)}")
+    return _DISPLAYS[name](messages, results, steps=steps, spelled=spelled)
 
 
 def _write(stream: TextIO, text: str) -> None:

@@ -50,10 +50,10 @@ def known_beforehand(files: ModelFiles, options: EngineOptions) -> dict[str, Any
         ModelError: A file of the model cannot be understood.
     """
     if options.weight_format != "auto" and files.gguf is None:
-        from flexgen.quantize.cache import converted_commit
+        from flexgen.quantize.cache import conversion_of
         from flexgen.quantize.settings import QuantizeSettings
 
-        files = dataclasses.replace(files, commit=converted_commit(files, QuantizeSettings(weight_format=options.weight_format)))
+        files = dataclasses.replace(files, conversion=conversion_of(files, QuantizeSettings(weight_format=options.weight_format)))
     return {"model": _weights(files, options.load_format), **_options(options)}
 
 
@@ -75,7 +75,12 @@ def _options(options: EngineOptions) -> dict[str, Any]:
 
 
 def _weights(files: ModelFiles, load_format: str) -> str:
-    """Identify the weights: by the commit of a hub model, by the names, sizes and times of the files of a folder, which are not read."""
+    """Identify the weights: by the commit of a hub model, by the names, sizes and times of the files of a folder, which are not read.
+
+    The name of a folder is no part of it, because a folder has many, and its files may be copied.
+    """
+    if files.conversion is not None:
+        return files.conversion
     if files.commit is not None:
         return f"{files.name} at {files.commit}"
     if load_format == "dummy":
@@ -89,6 +94,7 @@ def _tokenizer_digest(tokenizer: Tokenizer, model_folder: Path) -> str:
     """Return the digest of all files that the tokenizer is loaded from, chat templates excluded."""
     folder = Path(tokenizer.hf.name_or_path)
     found = {name: path for name, path in tokenizer_files(folder).items() if name in TOKENIZER_FILES}
-    if folder != model_folder and (folder / "config.json").is_file():  # a separate tokenizer, loaded according to its own model type
+    is_separate = folder.resolve() != model_folder.resolve()
+    if is_separate and (folder / "config.json").is_file():  # it is loaded according to its own model type
         found["config.json"] = folder / "config.json"
     return digest_of((part for name, path in sorted(found.items()) for part in (name.encode(), path.read_bytes())), _BYTES)

@@ -41,10 +41,10 @@ def find_machine(name: str) -> Machine:
         try:
             return _machine_of(path.read_text(), path.stem)
         except (OSError, UnicodeDecodeError, OptionError) as error:
-            raise OptionError(f"--machine {name}: {error}") from error
+            raise OptionError(f"machine={name!r}: {error}") from error
     close = difflib.get_close_matches(name, MACHINES, n=1)
     hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(MACHINES)}"
-    raise OptionError(f"--machine {name} is neither a file nor a known machine; {hint}")
+    raise OptionError(f"machine={name!r} is neither a file nor a known machine; {hint}")
 
 
 def _machine_of(text: str, name: str) -> Machine:
