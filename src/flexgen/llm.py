@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, Unpack
 
 from flexgen.api.vllm_keywords import check_call, read_keywords
 from flexgen.api.vllm_types import ChatKeywords, GenerateKeywords, LLMKeywords
+from flexgen.base.recorder import check_trace
 from flexgen.base.steps import step
 from flexgen.chat import make_chats, parse_tools
 from flexgen.errors import FlexGenError, ModelError
@@ -88,6 +89,7 @@ class LLM:
     ) -> None:
         asked = read_keywords(keywords)
         options = asked.options
+        check_trace(options.trace)
         if not isinstance(model, ModelFiles):
             model = files_of(model, options, token=asked.token)
         self.files = in_weight_format(model, options)

@@ -16,6 +16,7 @@ from flexgen.base.option_values import (
     integer_or_none,
     one_of,
     parse_placement,
+    passes_or_none,
     path_or_none,
     seconds_or_none,
     share_or_none,
@@ -87,6 +88,8 @@ class EngineOptions:
         max_logprobs: Most log probabilities per token that a request may ask for (vLLM's default); -1 is any number.
         verify_reads: Whether to compare checksums of bytes read from disk with those of the bytes written or first read (one core sums some
             10 GB/s).
+        trace: File for a trace of what happens when, for Perfetto or chrome://tracing (docs/trace.md); None for none.
+        trace_passes: Passes that the trace has, counted from 0, such as "10:20" for ten of them; None for everything, up to 256 MiB.
         trust_remote_code: Accepted only as False.
     """
 
@@ -116,6 +119,8 @@ class EngineOptions:
     seed: int = 0
     max_logprobs: int = 20
     verify_reads: bool = False
+    trace: str | None = None
+    trace_passes: str | None = None
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
@@ -127,6 +132,8 @@ class EngineOptions:
         if self.load_format == "dummy" and self.weight_format != "auto":
             raise OptionError(f"weight_format={self.weight_format!r} converts a checkpoint, and load_format='dummy' reads none")
         self._check_allowed()
+        if self.trace_passes is not None and self.trace is None:
+            raise OptionError(f"trace_passes={self.trace_passes!r} chooses the passes of a trace, and there is none: give trace= as well")
         if self.trust_remote_code:
             raise OptionError("trust_remote_code: flexgen runs no code from model folders")
 
@@ -242,6 +249,8 @@ _CHECKS: Mapping[str, Callable[[str, object], Any]] = {
     "seed": partial(integer, least=-(2**63)),
     "max_logprobs": partial(integer, least=-1),
     "verify_reads": flag,
+    "trace": partial(path_or_none, kind="file"),
+    "trace_passes": passes_or_none,
     "trust_remote_code": flag,
 }
 
@@ -275,4 +284,6 @@ class OptionKeywords(TypedDict, total=False):
     seed: int | None
     max_logprobs: int
     verify_reads: bool
+    trace: str | None
+    trace_passes: str | None
     trust_remote_code: bool

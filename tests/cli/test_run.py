@@ -94,7 +94,8 @@ def test_every_option_reaches_the_engine(
         "weights": "host=1", "kv": "host=.5,disk=.5", "kv_format": "k8v4", "sparse_attention": 0.25,
         "max_num_seqs": 3, "micro_batch_tokens": 5, "prefill_tokens": 7,
         "schedule": "diagonal", "prefix_sharing": False, "load_format": "dummy", "max_model_len": 33, "seed": 9, "max_logprobs": 7,
-        "verify_reads": True, "max_request_seconds": 1.5, "max_job_seconds": 2.5,
+        "verify_reads": True, "max_request_seconds": 1.5, "max_job_seconds": 2.5, "trace": str(tmp_path / "trace.json"),
+        "trace_passes": "1:2",
     }  # fmt: skip
     parts = [("--" + name.replace("_", "-"), value) for name, value in wanted.items()]
     switches = {flag: {True: flag, False: f"--no-{flag.removeprefix('--')}"} for flag, _ in parts}

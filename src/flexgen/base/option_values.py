@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import sys
 from collections.abc import Sequence
 
 from flexgen.base.scalars import as_float, as_int, in_python, plain, shown_in_python
@@ -61,12 +63,36 @@ def text_or_none(name: str, value: object) -> str | None:
     return value
 
 
-def path_or_none(name: str, value: object) -> str | None:
-    """Return a path as a text, or None."""
+def path_or_none(name: str, value: object, *, kind: str = "folder") -> str | None:
+    """Return the path of a folder, or of another kind of thing, as a text, or None."""
     path = os.fspath(value) if isinstance(value, os.PathLike) else value
     if path is not None and not (isinstance(path, str) and path.strip() and "\0" not in path):
-        raise OptionError(f"{name} must be the path of a folder, or None, not {shown_in_python(value)}")
+        raise OptionError(f"{name} must be the path of a {kind}, or None, not {shown_in_python(value)}")
     return path
+
+
+def passes_or_none(name: str, value: object) -> str | None:
+    """Return passes such as "10:20" as a text, or None."""
+    if value is None:
+        return None
+    try:
+        passes = parse_passes(value)
+    except ValueError as error:
+        raise OptionError(f"{name} must be a range of passes such as '10:20', or None, not {shown_in_python(value)}") from error
+    return f"{passes.start}:{'' if passes.stop == sys.maxsize else passes.stop}"
+
+
+def parse_passes(text: object) -> range:
+    """Parse passes such as "10:20", from the first one up to the one that is left out; either may be missing.
+
+    Raises:
+        ValueError: This is no such range, or it is empty.
+    """
+    found = re.fullmatch(r"\s*(\d{0,18})\s*:\s*(\d{0,18})\s*", text) if isinstance(text, str) else None
+    passes = range(int(found[1] or 0), int(found[2] or sys.maxsize)) if found else range(0)
+    if not passes:
+        raise ValueError("these are no passes")
+    return passes
 
 
 def parse_placement(text: object, *, name: str, homes: Sequence[str]) -> dict[str, float]:

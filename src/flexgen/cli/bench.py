@@ -10,7 +10,7 @@ import typer
 
 from flexgen.base.quantities import counted
 from flexgen.cli.exit_codes import ExitCode, complain
-from flexgen.cli.options import Model, ProgressFlag, VerboseFlag, check_file, engine_command, load, write_asked
+from flexgen.cli.options import Model, ProgressFlag, VerboseFlag, check_apart, check_file, engine_command, load, write_asked
 from flexgen.cli.terminal import showing
 from flexgen.options import EngineOptions
 
@@ -28,6 +28,7 @@ def throughput(
 ) -> int:
     """Tokens per second over random prompts, with vLLM's figures and ours."""
     check_file(output_json, "--output-json")
+    check_apart(options.trace, output_json)
     with showing(progress) as display, load(model, options, progress) as llm:
         from flexgen.bench.throughput import format_throughput, run_throughput, uniform_workload
 

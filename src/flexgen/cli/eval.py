@@ -12,7 +12,7 @@ import typer
 
 from flexgen.base.steps import step
 from flexgen.cli.evaluating import CommonFlags, log_of, run_evaluation
-from flexgen.cli.options import Model, check_file, engine_command, is_there, takes, write_asked
+from flexgen.cli.options import Model, check_apart, check_file, engine_command, is_there, takes, write_asked
 from flexgen.cli.streams import check_stdout
 from flexgen.errors import OptionError
 from flexgen.options import EngineOptions
@@ -54,6 +54,7 @@ def perplexity(
     """
     for file in files:
         _check_file_to_read(file)
+    check_apart(options.trace, *files)
 
     def read() -> list[str]:
         from flexgen.evaluation.documents import read_documents
@@ -84,6 +85,7 @@ def lambada(
     lambada_openai has them.
     """
     _check_file_to_read(file)
+    check_apart(options.trace, file)
 
     def read() -> list[str]:
         from flexgen.evaluation.lambada import read_passages
@@ -154,6 +156,7 @@ def _evaluation(
     if options.kept_share is not None:
         raise OptionError("sparse_attention changes how generated tokens attend, and this evaluation generates none: leave it out")
     check_file(result.metrics, "--metrics")
+    check_apart(options.trace, result.metrics)
     check_stdout()
     found: dict[str, Any] = {}
 

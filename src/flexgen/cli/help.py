@@ -100,8 +100,8 @@ EXAMPLES = {
 # Command -> pages of the documentation, which are in the repository and in the source distribution.
 PAGES = {
     "flexgen": ("docs/index.md",),
-    "run": ("docs/labelling.md", "docs/structured-output.md", "docs/requests.md", "docs/jobs.md", "docs/metrics.md"),
-    "map": ("docs/tables.md", "docs/jobs.md", "docs/metrics.md"),
+    "run": ("docs/labelling.md", "docs/structured-output.md", "docs/requests.md", "docs/jobs.md", "docs/metrics.md", "docs/trace.md"),
+    "map": ("docs/tables.md", "docs/jobs.md", "docs/metrics.md", "docs/trace.md"),
     "plan": ("docs/plans.md", "docs/models.md"),
     "profile": ("docs/plans.md",),
     "status": ("docs/jobs.md",),
@@ -112,7 +112,7 @@ PAGES = {
     "rm": ("docs/quantization.md",),
     "verify": ("docs/quantization.md",),
     "bench": ("docs/metrics.md",),
-    "throughput": ("docs/metrics.md",),
+    "throughput": ("docs/metrics.md", "docs/trace.md"),
     "eval": ("docs/evaluation.md",),
     "perplexity": ("docs/evaluation.md",),
     "lambada": ("docs/evaluation.md",),

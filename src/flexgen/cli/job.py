@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from flexgen.cli.defaults import describe, warnings_about
 from flexgen.cli.exit_codes import ExitCode, complain
-from flexgen.cli.options import load
+from flexgen.cli.options import check_apart, load
 from flexgen.cli.run_flags import RunFlags
 from flexgen.cli.signals import StopSignals
 from flexgen.cli.spelling import OF_JOBS
 from flexgen.cli.terminal import showing
-from flexgen.errors import FlexGenError, StorageError
+from flexgen.errors import FlexGenError, OptionError, StorageError
 from flexgen.jobs.interrupt import Stopped
 from flexgen.options import EngineOptions
 
@@ -216,7 +216,13 @@ def run_job(flags: RunFlags, open_lines: Callable[[], JobLines], options: Engine
         flags: The flags of the command.
         open_lines: A function that returns the lines to answer; it may take a while, and is called when steps are shown.
         options: The options of the engine.
+
+    Raises:
+        OptionError: The trace has nothing to show, or its file is another one of the job.
     """
+    if flags.dry_run and options.trace is not None:
+        raise OptionError("--dry-run has nothing to trace: leave out --trace")
+    check_apart(options.trace, flags.source, flags.output, flags.metrics)
     messages = sys.stdout if flags.dry_run else sys.stderr  # a dry run's plan is its result
     results = None if flags.output is not None else sys.stderr
     shown = "plain" if flags.dry_run and flags.progress == "none" else flags.progress

@@ -16,6 +16,7 @@ from typer.models import OptionInfo
 
 from flexgen.base.files import check_folder, check_target, write_file
 from flexgen.base.quantities import parse_seconds
+from flexgen.base.recorder import check_trace
 from flexgen.cli.exit_codes import ExitCode, complain, complain_of_bug, complain_of_disk
 from flexgen.cli.numbers import in_words
 from flexgen.cli.spelling import ENGINE_FLAGS, flag_of, in_flags
@@ -45,6 +46,7 @@ VerboseFlag = Annotated[
 
 # Field of EngineOptions that has a flag -> (panel, metavar, help).
 _BUDGETS, _PLACEMENT, _MODEL = "Budgets (4GiB is binary, 16GB decimal, 50% a share of the whole)", "Placement and schedule", "Model"
+_OUTPUT = "Output"
 FLAGS: dict[str, tuple[str, str, str]] = {
     "device_mem": (_BUDGETS, "SIZE", "Memory on the device. Default: most of what is free."),
     "host_mem": (_BUDGETS, "SIZE", "Memory of the whole process. Default: 80 % of what is free, limits of containers obeyed."),
@@ -84,6 +86,8 @@ FLAGS: dict[str, tuple[str, str, str]] = {
     "max_logprobs": (_MODEL, "N", "Most log probabilities per token that a request may ask for; -1 is any number."),
     "verify_reads": (_PLACEMENT, "", "Compare weights and spilled KV with what was read or written before: a tenth of a core per GB/s."),
     "seed": (_MODEL, "N", "Base of the seeds of requests that name none."),
+    "trace": (_OUTPUT, "FILE", "Write what happens when, for Perfetto or chrome://tracing (docs/trace.md)."),
+    "trace_passes": (_OUTPUT, "FIRST:STOP", "Passes in the trace, counted from 0, such as 10:20. Default: all, up to 256 MiB."),
 }
 _LISTS = ("weights", "kv", "allow_formats")
 
@@ -160,7 +164,9 @@ def engine_command(body: Callable[..., int]) -> Callable[..., None]:
 
 def _engine_options(**values: Any) -> EngineOptions:
     """Return the options that flags give; what is a list with commas may also be given by several flags."""
-    return EngineOptions(**{**values, **{name: ",".join(values[name]) for name in _LISTS if values[name]}})
+    options = EngineOptions(**{**values, **{name: ",".join(values[name]) for name in _LISTS if values[name]}})
+    check_trace(options.trace)
+    return options
 
 
 def takes(argument: str, flags: type[Any]) -> Callable[[Callable[..., int]], Callable[..., int]]:
@@ -230,6 +236,16 @@ def check_file(path: Path | None, flag: str) -> None:
         check_target(path)
     except StorageError as error:
         raise OptionError(f"{flag} {error}") from error
+
+
+def check_apart(trace: str | None, *others: Path | None) -> None:
+    """Check that the trace is written to none of the other files of a command.
+
+    Raises:
+        OptionError: It is.
+    """
+    if trace is not None and Path(trace).resolve() in [each.resolve() for each in others if each is not None]:
+        raise OptionError(f"--trace {trace} is another file of this command; give another file")
 
 
 def check_output_folder(path: Path | None, flag: str) -> None:

@@ -164,6 +164,8 @@ def plan(
     Where weights and KV cache would live, how fast it would go, and what
     would help. Nothing is run, and no weights are read.
     """
+    if options.trace is not None:
+        raise OptionError("a plan runs nothing that could be traced: leave out --trace")
     if source is not None and lengths.given():
         raise OptionError(f"the lengths come from --input: leave out {lengths.given()[0]}")
     check_source(source, reading)

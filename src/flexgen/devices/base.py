@@ -41,10 +41,14 @@ class Device(Protocol):
     """
 
     device: torch.device
-    bytes_in: int
-    bytes_out: int
     budget_bytes: int
-    used_bytes: int
+
+    @property
+    def bytes_in(self) -> int: ...
+    @property
+    def bytes_out(self) -> int: ...
+    @property
+    def used_bytes(self) -> int: ...
 
     def allocate(self, size_bytes: int) -> torch.Tensor:
         """Return a uint8 arena on the device, which lives until the device is closed.

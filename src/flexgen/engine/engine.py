@@ -17,6 +17,7 @@ import torch
 
 from flexgen.base.failpoints import failpoint
 from flexgen.base.isolation import for_one_request
+from flexgen.base.recorder import COMPUTE, PASSES, Recorder
 from flexgen.devices.base import Device
 from flexgen.engine.admission import LengthForecast
 from flexgen.engine.logprobs import prompt_logprobs, token_logprobs
@@ -50,6 +51,7 @@ class Engine:
         offload_dir: The folder of the spill file; needed only if the policy puts KV on disk.
         verify_reads: Whether to compare the bytes that are read from disk with those that were written or first read.
         poison: Whether to overwrite released memory, so that a late use is noticed (for tests).
+        recorder: The recorder of the trace, which the caller closes after the engine; None without one.
 
     Attributes:
         log: The log of the current run, or of the last one.
@@ -64,9 +66,12 @@ class Engine:
         offload_dir: Path | None = None,
         verify_reads: bool = False,
         poison: bool = False,
+        recorder: Recorder | None = None,
     ) -> None:
-        self.policy, self._model = policy, model
-        self.runner = ModelRunner(model, policy, backend=backend, offload_dir=offload_dir, verify_reads=verify_reads, poison=poison)
+        self.policy, self._model, self._recorder = policy, model, recorder
+        self.runner = ModelRunner(
+            model, policy, backend=backend, offload_dir=offload_dir, verify_reads=verify_reads, poison=poison, recorder=recorder
+        )
         self._closed = False
         with contextlib.ExitStack() as undo:  # closes what would otherwise outlive a failed construction
             undo.callback(self.close)
@@ -211,13 +216,19 @@ class Engine:
 
     def _run(self, plan: PassPlan) -> list[TokenResult]:
         failpoint("engine.pass")
-        start = time.perf_counter()
+        recorder = self._recorder
+        start, begun = time.perf_counter(), 0 if recorder is None else recorder.begin_pass()
         self.log.begins(pass_load(plan, tuple(self.runner.places), of_positions(self.cache.groups)))
         self._prepare_guides(plan)
         with torch.no_grad():
             outputs, waits = self.runner.run(plan, self._on_unit)
+            computed = 0 if recorder is None else recorder.now()
             results = [result for batch, output in zip(plan.micro_batches, outputs, strict=True) for result in self._receive(batch, output)]
         self.log.passed(time.perf_counter() - start, waits)
+        if recorder is not None:
+            recorder.slice(COMPUTE, "sample", computed)
+            rows = sum(each.length for batch in plan.micro_batches for each in batch.slices)
+            recorder.slice(PASSES, f"pass {recorder.pass_index}", begun, micro_batches=len(plan.micro_batches), rows=rows)
         return results
 
     def _prepare_guides(self, plan: PassPlan) -> None:

@@ -15,8 +15,10 @@ from pathlib import Path
 
 import torch
 
+from flexgen.base.recorder import COMPUTE, WAITING, Recorder
 from flexgen.devices.base import Device
-from flexgen.engine.sweep import MicroBatchForward, run_pass
+from flexgen.devices.recorded import RecordedDevice
+from flexgen.engine.sweep import MicroBatchForward, SweepRecorder, run_pass
 from flexgen.io.direct_io import FileSet
 from flexgen.io.pool import IOPool
 from flexgen.kernels.threads import KernelThreads
@@ -64,6 +66,7 @@ class ModelRunner:
         offload_dir: The folder of the spill file; needed only if the policy puts KV on disk.
         verify_reads: Whether to compare the bytes that are read from disk with those that were written or first read.
         poison: Whether to overwrite released memory, so that a late use is noticed (for tests).
+        recorder: The recorder of the trace; None without one.
 
     Attributes:
         homes: The home of each unit's weights.
@@ -81,8 +84,11 @@ class ModelRunner:
         offload_dir: Path | None = None,
         verify_reads: bool = False,
         poison: bool = False,
+        recorder: Recorder | None = None,
     ) -> None:
-        self.model, self.policy = model, policy
+        if backend is not None and recorder is not None:
+            backend = RecordedDevice(backend, recorder)
+        self.model, self.policy, self._recorder = model, policy, recorder
         self._previous_threads, self._previous_interval = torch.get_num_threads(), sys.getswitchinterval()
         self._backend, self._device = backend, backend.device if backend is not None else torch.device("cpu")
         with contextlib.ExitStack() as opened:  # what outlives a failed construction is closed by it, too
@@ -93,9 +99,9 @@ class ModelRunner:
             self.values = ValueCounter()
             self._files = FileSet(verify=verify_reads)
             opened.callback(self._files.close)
-            self._rows = EmbeddingRows(model.tables, backend, verify=verify_reads)
+            self._rows = EmbeddingRows(model.tables, backend, verify=verify_reads, recorder=recorder)
             opened.callback(self._rows.close)
-            self._io = IOPool(policy.io_threads)
+            self._io = IOPool(policy.io_threads, recorder)
             opened.callback(self._io.close)
             self._decoders = KernelThreads(policy.compute_threads)
             opened.callback(self._decoders.close)
@@ -105,12 +111,12 @@ class ModelRunner:
             self._weights = WeightStore(
                 model.layouts, self.homes, model.bound, self._io, self._files, backend=backend,
                 host_ring_bytes=policy.host_ring_bytes, device_ring_bytes=policy.device_ring_bytes, on_arrival=self._arrived.set,
-                parallel=self._decoders.over, poison=poison,
+                parallel=self._decoders.over, poison=poison, recorder=recorder,
             )  # fmt: skip
             opened.callback(self._weights.close)
             self.places, self.cache = open_places(KVSetup(
                 groups=group_layers(model.layers, policy.page_tokens, model.kv_format), policy=policy, backend=backend, io=self._io,
-                offload_dir=offload_dir, notify=self._arrived.set, verify=verify_reads, values=self.values,
+                offload_dir=offload_dir, notify=self._arrived.set, verify=verify_reads, values=self.values, recorder=recorder,
             ))  # fmt: skip
             for place in self.places.values():
                 opened.callback(place.close)
@@ -162,15 +168,26 @@ class ModelRunner:
         Raises:
             StorageError: Something could not be read or written, or has changed on disk.
         """
+        recorder = self._recorder
+        start = 0 if recorder is None else recorder.now()
         forwards: list[MicroBatchForward] = []
         for batch in plan.micro_batches:
             view, after = self.places[batch.home].view(batch.slices), [forwards[index] for index in batch.after]
-            forwards.append(MicroBatchForward(batch, self.model.bound, self._pass_cache, view, self._rows, self._device, after))
+            forwards.append(MicroBatchForward(
+                batch, self.model.bound, self._pass_cache, view, self._rows, self._device, after, recorder
+            ))  # fmt: skip
         for home, place in self.places.items():
             place.begin_pass([forward.view for forward in forwards if forward.batch.home == home])
-        waits = run_pass(forwards, self._weights, self.num_units, self._arrived, on_unit)
+        record = None
+        if recorder is not None:
+            recorder.slice(COMPUTE, "prepare", start)
+            record = SweepRecorder(recorder, forwards, [layout.name for layout in self.model.layouts])
+        waits = run_pass(forwards, self._weights, self.num_units, self._arrived, on_unit, record)
+        start = 0 if recorder is None else recorder.now()
         for place in self.places.values():
             place.finish_pass()
+        if recorder is not None:
+            recorder.slice(COMPUTE, "wait for KV", start, WAITING)
         self._files.check_unchanged()  # before any token results from what was read
         self._rows.check_unchanged()
         return [BatchOutput(logits=each.logits, scores=each.scores) for each in forwards if each.logits is not None], waits

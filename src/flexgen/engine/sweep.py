@@ -15,6 +15,7 @@ from typing import Protocol
 import greenlet
 import torch
 
+from flexgen.base.recorder import COMPUTE, WAITING, Recorder
 from flexgen.errors import EngineError
 from flexgen.kv.place import PendingAttention, View
 from flexgen.models.attention import PassCache
@@ -51,9 +52,10 @@ class MicroBatchForward(ForwardCoroutine):
 
     def __init__(
         self, batch: MicroBatch, model: BoundModel, cache: PassCache, view: View, rows: RowSource, device: torch.device,
-        after: Sequence[MicroBatchForward],
+        after: Sequence[MicroBatchForward], recorder: Recorder | None = None,
     ) -> None:  # fmt: skip
         super().__init__(self._forward)
+        self._recorder = recorder
         self.batch, self.view, self.after = batch, view, after
         self.unit = -1
         self.pending: PendingAttention | None = None
@@ -120,8 +122,11 @@ class MicroBatchForward(ForwardCoroutine):
         return self._attend(call)
 
     def _attend(self, call: AttentionCall) -> torch.Tensor:
+        start = 0 if self._recorder is None else self._recorder.now()
         answer = self.view.attend(call)
         if isinstance(answer, torch.Tensor):
+            if self._recorder is not None:
+                self._recorder.slice(COMPUTE, f"attention of layer {call.layer}", start)
             return answer
         self.pending = answer
         self._suspend()
@@ -145,9 +150,55 @@ def _without_last_row(call: AttentionCall) -> AttentionCall:
     return dataclasses.replace(call, query=query, key=key, value=value, new=new)
 
 
+class SweepRecorder:
+    """Records what the micro-batches of one pass compute, and what they wait for when none of them can go on.
+
+    Args:
+        recorder: The recorder of the trace.
+        forwards: The coroutines of the micro-batches.
+        units: What people call the units.
+    """
+
+    def __init__(self, recorder: Recorder, forwards: Sequence[MicroBatchForward], units: Sequence[str]) -> None:
+        self._recorder, self._units = recorder, units
+        self._indices = {forward: index for index, forward in enumerate(forwards)}
+        self._cause, self._since, self._lowest = "", 0, 0  # of the wait that has not ended
+
+    def now(self) -> int:
+        return self._recorder.now()
+
+    def waits(self, cause: str, active: Sequence[MicroBatchForward]) -> None:
+        """Record that all micro-batches wait, which may have begun before."""
+        if cause != self._cause:
+            self.goes_on()
+            self._cause, self._since, self._lowest = cause, self.now(), min(each.unit for each in active)
+
+    def goes_on(self) -> None:
+        """Record that the wait is over, if there is one."""
+        if self._cause:
+            self._recorder.slice(COMPUTE, f"wait for {self._cause}", self._since, WAITING, unit=self._lowest)
+            self._cause = ""
+
+    def computed(self, forward: MicroBatchForward, unit: int, start: int, *, resumed: bool) -> None:
+        """Record what a micro-batch has computed, up to the next unit, the end, or attention that it waits for.
+
+        Args:
+            forward: The micro-batch.
+            unit: The unit in which it was; -1 before the first.
+            start: The time when it began.
+            resumed: Whether it had begun with the unit before, and waited for attention.
+        """
+        modules = {"modules": self._units[unit]} if unit >= 0 else {}
+        self._recorder.slice(
+            COMPUTE, f"unit {unit}" if unit >= 0 else "begin", start, unit=unit, micro_batch=self._indices[forward],
+            rows=sum(each.length for each in forward.batch.slices), pass_index=self._recorder.pass_index, resumed=resumed, **modules,
+        )  # fmt: skip
+
+
 def run_pass(
-    forwards: Sequence[MicroBatchForward], weights: WeightStore, num_units: int, arrived: threading.Event, on_unit: Callable[[int], None]
-) -> dict[str, float]:
+    forwards: Sequence[MicroBatchForward], weights: WeightStore, num_units: int, arrived: threading.Event,
+    on_unit: Callable[[int], None], record: SweepRecorder | None = None,
+) -> dict[str, float]:  # fmt: skip
     """Take all micro-batches through the model.
 
     Args:
@@ -156,6 +207,7 @@ def run_pass(
         num_units: The number of units of the model.
         arrived: An event that other threads set whenever a unit has arrived or attention is done.
         on_unit: A function that is called whenever the frontmost micro-batch enters a unit.
+        record: What records the pass for the trace; None without one.
 
     Returns:
         For each cause ("attention" or "weights"), the seconds in which there was nothing to run.
@@ -168,15 +220,20 @@ def run_pass(
             arrived.clear()  # before checking: an arrival in the meantime sets it again
             forward = _next_runnable(active, weights)
             if forward is None:
-                _wait(active, arrived, waits)
+                _wait(active, arrived, waits, record)
                 continue
-            forward.pending = None
+            resumed, forward.pending = forward.pending is not None, None
+            if record is not None:
+                record.goes_on()
             if forward.unit >= 0:
                 weights.open(forward.unit)
             if forward.unit > front:
                 front = forward.unit
                 on_unit(front)
+            unit, start = forward.unit, 0 if record is None else record.now()
             forward.switch()
+            if record is not None:
+                record.computed(forward, unit, start, resumed=resumed)
             if forward.dead:
                 active.remove(forward)
             done = min((each.unit for each in active), default=num_units)
@@ -184,6 +241,8 @@ def run_pass(
                 weights.release(released)
                 released += 1
     finally:
+        if record is not None:
+            record.goes_on()
         for forward in active:
             forward.throw(greenlet.GreenletExit)
     return waits
@@ -201,8 +260,10 @@ def _unit_of(forward: MicroBatchForward) -> int:
     return forward.unit
 
 
-def _wait(active: Sequence[MicroBatchForward], arrived: threading.Event, waits: dict[str, float]) -> None:
+def _wait(active: Sequence[MicroBatchForward], arrived: threading.Event, waits: dict[str, float], record: SweepRecorder | None) -> None:
     cause = "attention" if any(each.pending is not None and not each.pending.done() for each in active) else "weights"
+    if record is not None:
+        record.waits(cause, active)
     start = time.perf_counter()
     arrived.wait(IDLE_SECONDS if cause == "weights" else POLL_SECONDS)
     waits[cause] = waits.get(cause, 0.0) + time.perf_counter() - start

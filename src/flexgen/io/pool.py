@@ -7,7 +7,10 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 
+from flexgen.base.recorder import IO, Recorder
 from flexgen.errors import StorageError
 from flexgen.io.direct_io import File
 
@@ -64,6 +67,18 @@ class Ticket:
         self._event.wait()
 
 
+class Contents(NamedTuple):
+    """What a group of transfers moves, for the trace.
+
+    Attributes:
+        kind: "weights" or "KV".
+        name: What it is of that kind, such as "unit 5".
+    """
+
+    kind: str
+    name: str
+
+
 @dataclass(frozen=True, slots=True)
 class _Transfer:
     file: File
@@ -71,10 +86,15 @@ class _Transfer:
     view: memoryview
     ticket: Ticket
     write: bool
+    contents: Contents | None
 
 
 class IOPool:
     """Threads that read and write files in the order of submission.
+
+    Args:
+        num_threads: The number of threads.
+        recorder: The recorder of the trace; None without one.
 
     Attributes:
         bytes_read: Bytes read so far.
@@ -82,7 +102,8 @@ class IOPool:
         busy_seconds: Time so far during which at least one transfer was in flight.
     """
 
-    def __init__(self, num_threads: int) -> None:
+    def __init__(self, num_threads: int, recorder: Recorder | None = None) -> None:
+        self._recorder = recorder
         self._transfers: queue.SimpleQueue[_Transfer | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._in_flight = 0
@@ -90,33 +111,47 @@ class IOPool:
         self.bytes_read = 0
         self.bytes_written = 0
         self.busy_seconds = 0.0
-        self._threads = [threading.Thread(target=self._work, name=f"flexgen-io-{index}", daemon=True) for index in range(num_threads)]
+        self._threads = [
+            threading.Thread(target=self._work, args=(f"{IO} {index}",), name=f"flexgen-io-{index}", daemon=True)
+            for index in range(num_threads)
+        ]
         for thread in self._threads:
             thread.start()
 
-    def read(self, parts: Sequence[tuple[File, int, memoryview]], on_done: Callable[[], None] | None = None) -> Ticket:
+    def read(
+        self, parts: Sequence[tuple[File, int, memoryview]], on_done: Callable[[], None] | None = None, contents: Contents | None = None
+    ) -> Ticket:
         """Start reading (file, offset, destination) ranges.  `on_done` runs on an I/O thread."""
-        return self._submit(parts, False, on_done)
+        return self._submit(parts, False, on_done, contents)
 
-    def write(self, parts: Sequence[tuple[File, int, memoryview]], on_done: Callable[[], None] | None = None) -> Ticket:
+    def write(
+        self, parts: Sequence[tuple[File, int, memoryview]], on_done: Callable[[], None] | None = None, contents: Contents | None = None
+    ) -> Ticket:
         """Start writing (file, offset, source) ranges.  Sources must stay unchanged until the ticket is done."""
-        return self._submit(parts, True, on_done)
+        return self._submit(parts, True, on_done, contents)
 
-    def _submit(self, parts: Sequence[tuple[File, int, memoryview]], write: bool, on_done: Callable[[], None] | None) -> Ticket:
+    def _submit(
+        self, parts: Sequence[tuple[File, int, memoryview]], write: bool, on_done: Callable[[], None] | None, contents: Contents | None
+    ) -> Ticket:
         chunks = [
             (file, offset + at, view[at : at + CHUNK_BYTES]) for file, offset, view in parts for at in range(0, len(view), CHUNK_BYTES)
         ]
+        if self._recorder is not None and contents is not None and chunks:
+            size = sum(len(view) for _, _, view in chunks)
+            on_done = partial(_transferred, self._recorder, contents, write, size, self._recorder.now(), on_done)
         ticket = Ticket(len(chunks), on_done)
         with self._lock:
             if chunks and self._in_flight == 0:
                 self._busy_since = time.perf_counter()
             self._in_flight += len(chunks)
         for file, offset, view in chunks:
-            self._transfers.put(_Transfer(file, offset, view, ticket, write))
+            self._transfers.put(_Transfer(file, offset, view, ticket, write, contents))
         return ticket
 
-    def _work(self) -> None:
+    def _work(self, track: str) -> None:
+        recorder = self._recorder
         while (transfer := self._transfers.get()) is not None:
+            start = 0 if recorder is None else recorder.now()
             error: BaseException | None = None
             try:
                 (transfer.file.write_from if transfer.write else transfer.file.read_into)(transfer.view, transfer.offset)
@@ -131,6 +166,9 @@ class IOPool:
                     self.bytes_read += size
                 if self._in_flight == 0:
                     self.busy_seconds += time.perf_counter() - self._busy_since
+            if recorder is not None:
+                name = transfer.contents.name if transfer.contents is not None else transfer.file.path.name
+                recorder.slice(track, f"{'write' if transfer.write else 'read'} {name}", start, bytes=size, file=transfer.file.path.name)
             transfer.ticket.part_done(error)
             del transfer  # an idle thread keeps no buffer alive
 
@@ -140,3 +178,12 @@ class IOPool:
             self._transfers.put(None)
         for thread in self._threads:
             thread.join()
+
+
+def _transferred(
+    recorder: Recorder, contents: Contents, write: bool, size_bytes: int, submitted: int, on_done: Callable[[], None] | None
+) -> None:
+    """Record that a group of transfers is complete, and call `on_done`."""
+    recorder.transfer(f"{contents.kind} {'to' if write else 'from'} disk", contents.name, submitted, bytes=size_bytes)
+    if on_done is not None:
+        on_done()

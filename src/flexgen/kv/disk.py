@@ -11,7 +11,8 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from flexgen.io.pool import IOPool, Ticket
+from flexgen.base.recorder import WAITING
+from flexgen.io.pool import Contents, IOPool, Ticket
 from flexgen.kv.format import KVPages
 from flexgen.kv.host import HostAttention, HostView
 from flexgen.kv.pages import layer_index
@@ -73,24 +74,37 @@ class DiskPlace(Place):
             ticket.wait()
         group, place = self._where[layer]
         staged = StagedLayer(self.pool.groups, group, batch.num_slots)
-        self._io.read(self.pool.parts(place, staged, [each.stored for each in batch.groups])).wait()
+        self._io.read(
+            self.pool.parts(place, staged, [each.stored for each in batch.groups]), contents=Contents("KV", f"KV of layer {layer}")
+        ).wait()
         return staged
 
     def _acquire(self, batch: BatchSlots, layer: int) -> StagedLayer:
         if batch.reads:
-            return self.read_ahead.acquire(batch, layer)
+            with self._recorded_wait("wait for pages"):
+                return self.read_ahead.acquire(batch, layer)
         group, _ = self._where[layer]  # new prompts are not read, so they have staging of their own
         return StagedLayer(self.pool.groups, group, batch.num_slots)
 
     def _write_back(self, batch: BatchSlots, layer: int, staged: StagedLayer) -> None:
         group, place = self._where[layer]
         parts = self.pool.parts(place, staged, [each.written for each in batch.groups])
+        contents = Contents("KV", f"KV of layer {layer}")
         if batch.reads:
-            ticket = self._io.write(parts, lambda: self.read_ahead.give_back(batch, group, staged))
+            ticket = self._io.write(parts, lambda: self.read_ahead.give_back(batch, group, staged), contents)
         else:
-            ticket = self._io.write(parts)
-            ticket.wait()  # so that the staging of new prompts holds one layer at a time
+            ticket = self._io.write(parts, contents=contents)
+            with self._recorded_wait("wait for the write of pages"):
+                ticket.wait()  # so that the staging of new prompts holds one layer at a time
         self._writes.append(ticket)
+
+    @contextlib.contextmanager
+    def _recorded_wait(self, name: str) -> Iterator[None]:
+        recorder = self._attention.recorder
+        start = 0 if recorder is None else recorder.now()
+        yield
+        if recorder is not None:
+            recorder.slice(self._attention.track, name, start, WAITING)
 
     def finish_pass(self) -> None:
         self._attention.worker.drain()

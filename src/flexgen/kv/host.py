@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from flexgen.base.recorder import Recorder
 from flexgen.devices.base import HOST, Device
 from flexgen.devices.staging import Staging
 from flexgen.kernels.reference import AttentionKernels
@@ -41,12 +42,17 @@ class HostAttention:
         notify: A function that wakes the ready loop.
         worker: The name of the thread.
         sparse: What generated tokens keep of what they see; None for all of it.
+        recorder: The recorder of the trace; None without one.
+
+    Attributes:
+        track: The track of the thread in the trace.
     """
 
     def __init__(
         self, groups: Sequence[KVGroup], kernels: AttentionKernels, device_kernels: AttentionKernels, backend: Device | None,
-        notify: Callable[[], None], worker: str, sparse: SparseAttention | None = None,
+        notify: Callable[[], None], worker: str, sparse: SparseAttention | None = None, recorder: Recorder | None = None,
     ) -> None:  # fmt: skip
+        self.recorder, self.track = recorder, worker.removeprefix("flexgen-").replace("-", " ")
         self.kernels, self.device_kernels = kernels, device_kernels
         self.staging, self.notify = Staging(backend), notify
         self.where = layer_index(groups)
@@ -58,17 +64,27 @@ class HostAttention:
         plan = KVPlan(self._groups, slices, HOST, self._sparse)
         return HostView(self, plan, plan if self._device == HOST else KVPlan(self._groups, slices, self._device, self._sparse), lend)
 
-    def later(self, job: Callable[[], Any], complete: Callable[[Any], torch.Tensor]) -> PendingAttention:
-        """Run a job on the worker; its error is also raised to the micro-batch that waits for it."""
+    def later(self, job: Callable[[], Any], complete: Callable[[Any], torch.Tensor], name: str, layer: int) -> PendingAttention:
+        """Run a job on the worker; its error is also raised to the micro-batch that waits for it.
+
+        Args:
+            job: The job.
+            complete: See `PendingAttention`.
+            name: What the job does, for the trace.
+            layer: The layer that it is done for.
+        """
         pending = PendingAttention(complete)
 
         def run() -> None:
+            start = 0 if self.recorder is None else self.recorder.now()
             try:
                 pending.finish(job())
             except BaseException as error:
                 pending.finish(None, error)
                 raise
             finally:
+                if self.recorder is not None:
+                    self.recorder.slice(self.track, f"{name} of layer {layer}", start)
                 self.notify()
 
         self.worker.submit(run)
@@ -133,7 +149,7 @@ class HostView:
                 attended = plan.attend_steps(attention.kernels, here, query, pages)
             return attention.staging.to_device(attended)[0]
 
-        return attention.later(job, lambda attended: step_outputs(call, attended)[None])
+        return attention.later(job, lambda attended: step_outputs(call, attended)[None], "attention", call.layer)
 
     def _attend_prompts(self, call: AttentionCall, group: int) -> torch.Tensor | PendingAttention:
         """Attend to prompts on the device; their keys and values are copied to the pages, and stored tokens before them from the pages."""
@@ -153,5 +169,5 @@ class HostView:
             self.device_plan.groups[group].attend_prompts(attention.device_kernels, call, past, out)
             return out
 
-        pending = attention.later(job, attended) if continued or call.new is not None else None
+        pending = attention.later(job, attended, "KV of prompts", call.layer) if continued or call.new is not None else None
         return pending if continued and pending is not None else attended([None] * len(plan.prompts))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from flexgen.base.recorder import Recorder
 from flexgen.devices.base import HOST, Device
 from flexgen.errors import EngineError
 from flexgen.io.pool import IOPool
@@ -41,6 +42,7 @@ class KVSetup:
         notify: A function that wakes the ready loop.
         verify: Whether to compare the bytes that are read from disk with those that were written.
         values: What counts the values that sparse attention does not read.
+        recorder: The recorder of the trace; None without one.
     """
 
     groups: Sequence[KVGroup]
@@ -51,6 +53,7 @@ class KVSetup:
     notify: Callable[[], None]
     verify: bool = False
     values: ValueCounter = field(default_factory=ValueCounter)
+    recorder: Recorder | None = None
 
     @property
     def device(self) -> torch.device:
@@ -74,7 +77,8 @@ class KVSetup:
 
     def host_attention(self, worker: str, sparse: SparseAttention | None) -> HostAttention:
         """Return host attention with a worker thread of this name."""
-        return HostAttention(self.groups, self.kernels(HOST), self.kernels(self.device), self.backend, self.notify, worker, sparse)
+        kernels, device_kernels = self.kernels(HOST), self.kernels(self.device)
+        return HostAttention(self.groups, kernels, device_kernels, self.backend, self.notify, worker, sparse, self.recorder)
 
 
 def tail_count(policy: Policy, tier: str) -> int:

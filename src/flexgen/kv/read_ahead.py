@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 
-from flexgen.io.pool import IOPool
+from flexgen.io.pool import Contents, IOPool
 from flexgen.kv.pages import layer_index, with_tail
 from flexgen.kv.slots import BatchSlots
 from flexgen.kv.spill import DiskPool, StagedLayer
@@ -57,7 +57,8 @@ class ReadAhead:
         staged = self._take(batch, group)
         if staged is None:
             return False
-        staged.ticket = self._io.read(self._pool.parts(place, staged, [each.read for each in batch.groups]))
+        parts = self._pool.parts(place, staged, [each.read for each in batch.groups])
+        staged.ticket = self._io.read(parts, contents=Contents("KV", f"KV of layer {layer}"))
         with self._lock:
             self._staged[batch, layer] = staged
             self._lock.notify_all()

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
+from flexgen.base.option_values import parse_passes
+from flexgen.base.recorder import Recorder
 from flexgen.base.steps import step
 from flexgen.errors import CapacityError, FlexGenError, ModelError, OptionError, is_out_of_memory
 from flexgen.hub.config import read_config, reason_of
@@ -61,6 +63,7 @@ class ResolvedModel:
         self.config: Any = read_config(files)
         self._limits: Limits | None = None
         self._assembled: AssembledModel | None = None
+        self._recorder: Recorder | None = None
 
     @property
     def limits(self) -> Limits:
@@ -131,6 +134,23 @@ class ResolvedModel:
     def cpu_compute(self) -> str:
         """How linear layers are computed, as in EngineOptions."""
         return self.options.cpu_compute
+
+    @property
+    def recorder(self) -> Recorder | None:
+        """The recorder of the trace that the options ask for, which all engines share; None without one.
+
+        Raises:
+            StorageError: The file cannot be written.
+        """
+        if self._recorder is None and self.options.trace is not None:
+            passes = None if self.options.trace_passes is None else parse_passes(self.options.trace_passes)
+            self._recorder = Recorder(Path(self.options.trace), passes, {"model": self.files.name})
+        return self._recorder
+
+    def end_trace(self) -> None:
+        """Write the trace to its end, if there is one; no engine may be open any more."""
+        if self._recorder is not None:
+            self._recorder.close()
 
     def check(self) -> None:
         """Refuse a model that cannot be served because of its files; no weights are read.

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+from flexgen.base.recorder import Recorder
 from flexgen.base.steps import step
 from flexgen.devices.open import open_device
 from flexgen.engine.engine import Engine
@@ -36,6 +37,7 @@ class PlannedEngine:
 
     Args:
         prepared: The plan and the model.
+        recorder: The recorder of the trace; None without one.
 
     Attributes:
         plan: The plan, with the forecast of the work that is expected next.
@@ -46,14 +48,14 @@ class PlannedEngine:
         StorageError: No offload folder can be made; nothing stays open.
     """
 
-    def __init__(self, prepared: Prepared) -> None:
+    def __init__(self, prepared: Prepared, recorder: Recorder | None = None) -> None:
         step("loading weights")
         self.plan, self._workload = prepared.plan, prepared.workload
         with contextlib.ExitStack() as resources:
             resources.callback(prepared.discard)
             check = _machine_check(prepared)
             start = time.perf_counter()
-            self._engine = _opened(prepared, resources)
+            self._engine = _opened(prepared, resources, recorder)
             self._engine.load()
             self.load_seconds = time.perf_counter() - start
             logger.info("loaded in %.1f s", self.load_seconds)
@@ -105,7 +107,7 @@ class PlannedEngine:
         return Expectation(self.plan.spec, self.plan.machine, self.plan.policy.dtype)
 
 
-def _opened(prepared: Prepared, resources: contextlib.ExitStack) -> Engine:
+def _opened(prepared: Prepared, resources: contextlib.ExitStack, recorder: Recorder | None) -> Engine:
     """Return an engine without weights; `resources` closes it and removes its offload folder."""
     limits, policy = prepared.limits, prepared.plan.policy
     offload_dir = None
@@ -114,7 +116,7 @@ def _opened(prepared: Prepared, resources: contextlib.ExitStack) -> Engine:
         resources.callback(offload.remove)
         offload_dir = offload.path
     backend = open_device(limits.device, limits.device_bytes)
-    engine = Engine(prepared.model, policy, backend=backend, offload_dir=offload_dir, verify_reads=prepared.verify_reads)
+    engine = Engine(prepared.model, policy, backend=backend, offload_dir=offload_dir, verify_reads=prepared.verify_reads, recorder=recorder)
     return resources.enter_context(engine)
 
 

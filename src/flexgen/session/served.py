@@ -327,4 +327,4 @@ def _close(turns: Turns, engine: EngineSession, templates: Templates, guides: Gu
         if mine:
             templates.close()
             guides.close()
-            engine.close()
+            engine.end()

@@ -70,12 +70,14 @@ def open_engine(model: ResolvedModel, options: EngineOptions, workload: Workload
         CapacityError: As for `plan_job`; nothing stays open.
         ModelError: As for `plan_job`; nothing stays open.
         OptionError: As for `plan_job`; nothing stays open.
+        StorageError: The trace cannot be written; nothing stays open.
     """
     step("loading PyTorch")
     from flexgen.session.planned import PlannedEngine
     from flexgen.session.prepare import prepare
 
-    return PlannedEngine(prepare(model, options, workload))
+    recorder = model.recorder  # its file is tried before anything is measured
+    return PlannedEngine(prepare(model, options, workload), recorder)
 
 
 class EngineSession:
@@ -161,6 +163,11 @@ class EngineSession:
         engine, self.engine = self.engine, None
         if engine is not None:
             engine.close()
+
+    def end(self) -> None:
+        """Close the engine, and the trace, which no other engine will go on with."""
+        self.close()
+        self.model.end_trace()
 
     def _opened(self, workload: Workload) -> PlannedEngine:
         if self.options.allow_formats is not None:

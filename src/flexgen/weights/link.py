@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
 
 from flexgen.base.parallel import Parallel, serially
+from flexgen.base.recorder import WEIGHTS_TO_DEVICE, Recorder
 from flexgen.devices.base import POISON, Device, Event
 from flexgen.errors import EngineError
 from flexgen.io.direct_io import FileSet
-from flexgen.io.pool import IOPool, Ticket
+from flexgen.io.pool import Contents, IOPool, Ticket
 from flexgen.weights.ring import ByteRing, Slot
 from flexgen.weights.unit import UnitForm, UnitLayout
 
@@ -28,7 +29,8 @@ T = TypeVar("T")
 def read_unit(layout: UnitLayout, into: torch.Tensor, io: IOPool, files: FileSet, on_done: Callable[[], None] | None = None) -> Ticket:
     """Start reading a unit's stored bytes into host memory."""
     view = into.numpy().data
-    return io.read([(files[each.path], each.offset, view[each.position : each.position + each.size]) for each in layout.extents], on_done)
+    parts = [(files[each.path], each.offset, view[each.position : each.position + each.size]) for each in layout.extents]
+    return io.read(parts, on_done, Contents("weights", f"unit {layout.index}" if layout.index >= 0 else layout.name))
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -104,10 +106,13 @@ class Link:
         buffer: The memory of the ring, uint8.
         state: The state shared by all links.
         poison: Whether to overwrite slots that are given back, so that a late use is noticed (for tests).
+        recorder: The recorder of the trace; None without one.
     """
 
-    def __init__(self, name: str, layouts: Sequence[UnitLayout], buffer: torch.Tensor, state: LinkState, *, poison: bool) -> None:
-        self.ring = ByteRing(len(buffer))
+    def __init__(
+        self, name: str, layouts: Sequence[UnitLayout], buffer: torch.Tensor, state: LinkState, *, poison: bool, recorder: Recorder | None
+    ) -> None:
+        self.ring, self._recorder = ByteRing(len(buffer)), recorder
         self.thread = threading.Thread(target=self._run, name=name, daemon=True)
         self.layouts, self._buffer, self._state, self._poison = layouts, buffer, state, poison
         self._arrivals: deque[Arrival] = deque()
@@ -125,8 +130,19 @@ class Link:
 
     def _claim(self, size_bytes: int) -> tuple[Slot, torch.Tensor] | None:
         """Wait for a slot and return it with its memory; return None when the store is closing."""
-        slot = self._state.until(lambda: self.ring.take(size_bytes))
+        slot = self._state.until(lambda: self._take_slot(size_bytes))
         return None if slot is None else (slot, self._buffer[slot.offset : slot.offset + slot.size])
+
+    def _take_slot(self, size_bytes: int) -> Slot | None:
+        slot = self.ring.take(size_bytes)
+        if slot is not None:
+            self._count()
+        return slot
+
+    def _count(self) -> None:
+        """Record how much of the ring is in use."""
+        if self._recorder is not None:
+            self._recorder.counter(f"ring of {self.thread.name.removeprefix('flexgen-')}", self.ring.used_bytes)
 
     def _append(self, arrival: Arrival) -> None:
         with self._state.condition:
@@ -162,6 +178,7 @@ class Link:
         with self._state.condition:
             self._released()
             self.ring.give_back(slot)
+            self._count()
             self._state.condition.notify_all()
 
     def _released(self) -> None:
@@ -178,9 +195,10 @@ class DiskLink(Link):
     """A link from files into host memory, which reads several units at a time."""
 
     def __init__(
-        self, layouts: Sequence[UnitLayout], buffer: torch.Tensor, io: IOPool, files: FileSet, state: LinkState, *, poison: bool
-    ) -> None:
-        super().__init__("flexgen-disk-link", layouts, buffer, state, poison=poison)
+        self, layouts: Sequence[UnitLayout], buffer: torch.Tensor, io: IOPool, files: FileSet, state: LinkState, *, poison: bool,
+        recorder: Recorder | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__("flexgen-disk-link", layouts, buffer, state, poison=poison, recorder=recorder)
         self._io, self._files = io, files
 
     def _bring(self, layout: UnitLayout) -> bool:
@@ -205,8 +223,9 @@ class DeviceLink(Link):
     def __init__(
         self, layouts: Sequence[UnitLayout], buffer: torch.Tensor, backend: Device, host_homes: Mapping[int, Arrival],
         disk: DiskLink | None, state: LinkState, *, decoding: Sequence[UnitLayout], parallel: Parallel, poison: bool,
+        recorder: Recorder | None = None,
     ) -> None:  # fmt: skip
-        super().__init__("flexgen-device-link", layouts, buffer, state, poison=poison)
+        super().__init__("flexgen-device-link", layouts, buffer, state, poison=poison, recorder=recorder)
         self._backend, self._host_homes, self._disk, self._parallel = backend, host_homes, disk, parallel
         self._marker: Any = None  # a marker of the computing submitted before a slot was last given back
         largest = max((layout.carried_bytes for layout in decoding), default=0)
@@ -218,7 +237,10 @@ class DeviceLink(Link):
         if claimed is None or unit is None:
             return False
         slot, data = claimed
-        events = copy_in(unit, data, self._decoded, self._backend, self._marker, self._parallel)
+        start = 0 if self._recorder is None else self._recorder.now()
+        events = copy_in(unit, data, self._decoded, self._backend, self._marker, self._parallel, self._recorder)
+        if self._recorder is not None:
+            self._recorder.slice(WEIGHTS_TO_DEVICE, f"unit {layout.index}", start, bytes=layout.carried_bytes, modules=layout.name)
         if self._disk is not None:
             self._disk.give_back(unit)
         self._append(Arrival(layout=layout, data=data, form=UnitForm.CARRIED, slot=slot, events=events))
@@ -235,8 +257,9 @@ class DeviceLink(Link):
 
 
 def copy_in(
-    unit: Arrival, destination: torch.Tensor, decoded: torch.Tensor, backend: Device, after: Any = None, parallel: Parallel = serially
-) -> list[Event]:
+    unit: Arrival, destination: torch.Tensor, decoded: torch.Tensor, backend: Device, after: Any = None, parallel: Parallel = serially,
+    recorder: Recorder | None = None,
+) -> list[Event]:  # fmt: skip
     """Copy a unit from host memory onto the device, and return once the copies have arrived.
 
     Args:
@@ -244,9 +267,24 @@ def copy_in(
         decoded: Host memory for tensors that the host has to decode before the copy.
         after: A marker of the device; the copies start when it has passed.
         parallel: Runs the loops of the decoding.
+        recorder: The recorder of the trace; None without one.
     """
-    portions = [(0, unit.data)] if unit.form is UnitForm.CARRIED else unit.layout.carried(unit.data, decoded, parallel)
+    portions = iter([(0, unit.data)]) if unit.form is UnitForm.CARRIED else unit.layout.carried(unit.data, decoded, parallel)
+    decodes = not all(tensor.plain or tensor.source.carried_as_stored for tensor in unit.layout.tensors)
+    if recorder is not None and decodes and unit.form is UnitForm.STORED:
+        portions = _recorded_decoding(portions, unit.layout.index, recorder)
     events = [backend.copy_in(destination[at : at + len(portion)], portion, after) for at, portion in portions]
     for event in events:
         event.wait()
     return events
+
+
+def _recorded_decoding(portions: Iterator[tuple[int, torch.Tensor]], unit: int, recorder: Recorder) -> Iterator[tuple[int, torch.Tensor]]:
+    """Yield the portions of a unit, and record how long each of them takes to decode."""
+    while True:
+        start = recorder.now()
+        portion = next(portions, None)
+        if portion is None:
+            return
+        recorder.slice(WEIGHTS_TO_DEVICE, f"decode unit {unit}", start, bytes=len(portion[1]))
+        yield portion

@@ -31,6 +31,11 @@ class ByteRing:
     def __len__(self) -> int:
         return len(self._slots)
 
+    @property
+    def used_bytes(self) -> int:
+        """The bytes of all slots that are not free again."""
+        return sum(slot.size for slot in self._slots)
+
     def take(self, size_bytes: int) -> Slot | None:
         """Return the next slot, or None while there is no room.
 

@@ -10,6 +10,7 @@ from typing import Protocol
 
 import torch
 
+from flexgen.base.recorder import COMPUTE, Recorder
 from flexgen.devices.base import Device
 from flexgen.devices.staging import Staging
 from flexgen.errors import StorageError
@@ -76,9 +77,13 @@ class EmbeddingRows:
         tables: The tables.
         backend: The device on which the rows are needed; None when computing happens in host memory.
         verify: Whether to compare rows with those of their first read.
+        recorder: The recorder of the trace; None without one.
     """
 
-    def __init__(self, tables: Sequence[RowTable], backend: Device | None, *, verify: bool = False) -> None:
+    def __init__(
+        self, tables: Sequence[RowTable], backend: Device | None, *, verify: bool = False, recorder: Recorder | None = None
+    ) -> None:
+        self._recorder = recorder
         self._tables = {table.module: table for table in tables}
         self._resident: dict[str, torch.Tensor] = {}
         self._files: dict[Path, File] = {}
@@ -102,6 +107,7 @@ class EmbeddingRows:
         if module in self._resident:
             return self._resident[module], token_ids
         table = self._tables[module]
+        start = 0 if self._recorder is None else self._recorder.now()
         unique, renumbered = torch.unique(token_ids.cpu() if host_ids is None else host_ids, return_inverse=True)
         found = self._read(table, unique)
         if self._sums and not self._agree(table, unique, found):
@@ -111,6 +117,8 @@ class EmbeddingRows:
                 raise StorageError(f"{table.path}: rows of {module} are not what they were when they were first read")
         self.bytes_gathered += found.numel()
         rows, renumbered = self._staging.to_device(_decoded(table, found), renumbered, non_blocking=True)
+        if self._recorder is not None:
+            self._recorder.slice(COMPUTE, "gather embedding rows", start, bytes=found.numel(), rows=len(unique))
         return rows, renumbered
 
     def _file(self, path: Path) -> File:

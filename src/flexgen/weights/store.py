@@ -16,6 +16,7 @@ import torch
 
 from flexgen.base.parallel import Parallel, serially
 from flexgen.base.quantities import align_up, format_size
+from flexgen.base.recorder import COMPUTE, Recorder
 from flexgen.devices.base import POISON, Device
 from flexgen.io.aligned import AlignedBuffer, allocate_memory
 from flexgen.io.direct_io import FileSet
@@ -77,6 +78,7 @@ class WeightStore:
         on_arrival: A function that any thread calls when a unit may have become ready; it must not block.
         parallel: Runs the loops of the host's decoding.
         poison: Whether to overwrite released memory, so that a late use is noticed (for tests).
+        recorder: The recorder of the trace; None without one.
     """
 
     def __init__(
@@ -93,7 +95,9 @@ class WeightStore:
         on_arrival: Callable[[], None] = lambda: None,
         parallel: Parallel = serially,
         poison: bool = False,
+        recorder: Recorder | None = None,
     ) -> None:
+        self._recorder = recorder
         self._layouts, self._homes, self._binder = layouts, homes, binder
         self._io, self._files, self._backend, self._poison, self._parallel = io, files, backend, poison, parallel
         self._state = LinkState(on_arrival)
@@ -120,13 +124,13 @@ class WeightStore:
         disk = None
         if from_disk := self._at_home("disk"):
             buffer = backend.allocate_host(host_ring_bytes) if backend is not None else AlignedBuffer(host_ring_bytes).tensor
-            disk = DiskLink(from_disk, buffer[:host_ring_bytes], self._io, self._files, state, poison=poison)
+            disk = DiskLink(from_disk, buffer[:host_ring_bytes], self._io, self._files, state, poison=poison, recorder=self._recorder)
             links.append(disk)
         if backend is not None and (crossing := self._at_home("disk", "host", "encoded")):
             decoding = [layout for layout in self._at_home("disk", "encoded") if not layout.plain]
             links.append(DeviceLink(
                 crossing, backend.allocate(device_ring_bytes), backend, self._host_homes, disk, state, decoding=decoding,
-                parallel=self._parallel, poison=poison,
+                parallel=self._parallel, poison=poison, recorder=self._recorder,
             ))  # fmt: skip
         return links
 
@@ -231,9 +235,12 @@ class WeightStore:
             return tensor.view(scratch, position)
 
         tensors = arrival.layout.tensors
+        start = 0 if self._recorder is None else self._recorder.now()
         for tensor in tensors:
             numbers = tensor.numbers(arrival.data, arrival.form, take, self._parallel)
             self._binder.bind(unit, tensor.module, tensor.parameter, numbers)
+        if self._recorder is not None and scratch is not None:
+            self._recorder.slice(COMPUTE, f"decode unit {unit}", start, bytes=filled, modules=arrival.layout.name)
         if self._backend is None and not any(tensor.is_view(arrival.form) for tensor in tensors):  # nothing refers to the slot any more
             self._give_back(arrival)
         self._open[unit] = arrival, scratch

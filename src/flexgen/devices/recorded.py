@@ -1,0 +1,113 @@
+"""A device whose copies are recorded for the trace, whatever its kind."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from typing import Any
+
+import torch
+
+from flexgen.base.recorder import DEVICE_TO_HOST, HOST_TO_DEVICE, Recorder
+from flexgen.devices.base import Device, Event
+
+
+class _Stream:
+    """The copies in one direction, which run in the order of their submission.
+
+    A copy is recorded when the host sees that it, or a later one, is complete, so times are those of the host.  A kind of device whose
+    events know when their copies began and ended would give these times here.
+    """
+
+    def __init__(self, recorder: Recorder, track: str) -> None:
+        self._recorder, self._track = recorder, track
+        self._lock = threading.Lock()
+        self._copies: deque[RecordedCopy] = deque()  # those that are not recorded
+
+    def submitted(self, event: Event, size_bytes: int) -> RecordedCopy:
+        copy = RecordedCopy(self, event, size_bytes, self._recorder.now())
+        self._copies.append(copy)
+        return copy
+
+    def complete(self, copy: RecordedCopy | None = None) -> None:
+        """Record a copy, and those before it; None for all."""
+        with self._lock:
+            while self._copies and not (copy is not None and copy.recorded):
+                first = self._copies.popleft()
+                first.recorded = True
+                self._recorder.transfer(self._track, "copy", first.start, bytes=first.size_bytes)
+
+
+class RecordedCopy:
+    """The completion of a copy that is recorded.
+
+    Attributes:
+        event: The event of the device.
+        size_bytes: The bytes that are copied.
+        start: When the copy was submitted, in the recorder's time.
+        recorded: Whether the copy is in the trace.
+    """
+
+    def __init__(self, stream: _Stream, event: Event, size_bytes: int, start: int) -> None:
+        self._stream = stream
+        self.event, self.size_bytes, self.start, self.recorded = event, size_bytes, start, False
+
+    def done(self) -> bool:
+        done = self.event.done()
+        if done:
+            self._stream.complete(self)
+        return done
+
+    def wait(self) -> None:
+        self.event.wait()
+        self._stream.complete(self)
+
+
+class RecordedDevice:
+    """A device that records its copies; see `Device` for the rest.
+
+    Args:
+        device: The device.
+        recorder: The recorder of the trace.
+    """
+
+    def __init__(self, device: Device, recorder: Recorder) -> None:
+        self._of = device
+        self.device, self.budget_bytes = device.device, device.budget_bytes
+        self._in, self._out = _Stream(recorder, HOST_TO_DEVICE), _Stream(recorder, DEVICE_TO_HOST)
+
+    @property
+    def bytes_in(self) -> int:
+        return self._of.bytes_in
+
+    @property
+    def bytes_out(self) -> int:
+        return self._of.bytes_out
+
+    @property
+    def used_bytes(self) -> int:
+        return self._of.used_bytes
+
+    def allocate(self, size_bytes: int) -> torch.Tensor:
+        return self._of.allocate(size_bytes)
+
+    def allocate_host(self, size_bytes: int) -> torch.Tensor:
+        return self._of.allocate_host(size_bytes)
+
+    def copy_in(self, destination: torch.Tensor, source: torch.Tensor, after: Any = None) -> RecordedCopy:
+        return self._in.submitted(self._of.copy_in(destination, source, after), source.nbytes)
+
+    def copy_out(self, destination: torch.Tensor, source: torch.Tensor) -> RecordedCopy:
+        return self._out.submitted(self._of.copy_out(destination, source), source.nbytes)
+
+    def marker(self) -> Any:
+        return self._of.marker()
+
+    def await_in(self, event: Event) -> None:
+        assert isinstance(event, RecordedCopy)
+        self._of.await_in(event.event)
+
+    def close(self) -> None:
+        self._of.close()
+        self._in.complete()
+        self._out.complete()
