@@ -60,12 +60,12 @@ def decode_packed(
     """
     columns, row_bytes = out.shape[1], packed.shape[1]
     codes, numbers = np.empty(CHUNK, np.uint8), np.empty(CHUNK, np.float32)
-    in_halves = bits == 4 and per_word == 0 and group % (2 * LANES) == 0 and len(groups) == 0
+    halves = per_word == 0 and in_halves(bits, group, groups)
     for row in range(begin, end):
         block = (skipped + row) // block_rows
-        if in_halves:
+        if halves:
             source, target = pointer(packed, row * row_bytes), pointer(out, row * columns)
-            scale_halves(source, columns, block, scales, zeros, zero, group, target, out[row, 0])
+            scale_halves(source, 0, columns, block, scales, zeros, zero, group, target, out[row, 0])
             continue
         for first in range(0, columns, CHUNK):
             count = min(CHUNK, columns - first)
@@ -93,7 +93,7 @@ def decode_gptq(begin: int, end: int, words: Any, bits: int, scales: Any, zeros:
         out: The decoded numbers, (outputs, inputs), in the form of kernels/cpu/formats.py.
     """
     outputs, columns = out.shape
-    stride = CHUNK * bits // 32 + _PAD
+    stride, halves = CHUNK * bits // 32 + _PAD, in_halves(bits, group, groups)
     lines = np.empty(GPTQ_ROWS * stride, np.uint32)
     packed, codes, numbers = lines.view(np.uint8), np.empty(CHUNK, np.uint8), np.empty(CHUNK, np.float32)
     for block in range(begin, end):
@@ -104,9 +104,12 @@ def decode_gptq(begin: int, end: int, words: Any, bits: int, scales: Any, zeros:
             of_chunk = pointer(words, first * bits // 32 * outputs + first_row)
             turn(of_chunk, outputs, (count * bits + 31) // 32, rows, pointer(lines, 0), stride)
             for i in range(rows):
-                row = first_row + i
-                unpack(pointer(packed, 4 * i * stride), count, bits, 0, codes)
+                row, source = first_row + i, pointer(packed, 4 * i * stride)
                 target = pointer(out, row * columns + first)
+                if halves:
+                    scale_halves(source, first, count, row, scales, zeros, np.float32(0), group, target, out[row, 0])
+                    continue
+                unpack(source, count, bits, 0, codes)
                 scale_codes(codes, first, count, row, scales, zeros, np.float32(0), group, groups, numbers, target, out[row, 0])
 
 
@@ -125,7 +128,7 @@ def decode_awq(begin: int, end: int, words: Any, scales: Any, zeros: Any, group:
         out: The decoded numbers, (outputs, inputs), in the form of kernels/cpu/formats.py.
     """
     columns, row_words = out.shape[1], words.shape[1]
-    stride = CHUNK // 8 + _PAD
+    stride, halves = CHUNK // 8 + _PAD, in_halves(4, group, groups)
     lines = np.empty(8 * AWQ_WORDS * stride, np.uint32)
     packed, codes, numbers = lines.view(np.uint8), np.empty(CHUNK, np.uint8), np.empty(CHUNK, np.float32)
     for block in range(begin, end):
@@ -139,9 +142,12 @@ def decode_awq(begin: int, end: int, words: Any, scales: Any, zeros: Any, group:
                     source = pointer(words, (first + 8 * eight) * row_words + first_word + i)
                     _turn_eight(source, row_words, inputs, pointer(lines, 8 * i * stride + eight), stride)
             for i in range(8 * num_words):
-                row = 8 * first_word + i
-                unpack(pointer(packed, 4 * i * stride), count, 4, 0, codes)
+                row, source = 8 * first_word + i, pointer(packed, 4 * i * stride)
                 target = pointer(out, row * columns + first)
+                if halves:
+                    scale_halves(source, first, count, row, scales, zeros, np.float32(0), group, target, out[row, 0])
+                    continue
+                unpack(source, count, 4, 0, codes)
                 scale_codes(codes, first, count, row, scales, zeros, np.float32(0), group, groups, numbers, target, out[row, 0])
 
 
@@ -229,17 +235,31 @@ def unpack_padded(packed: Any, first: int, count: int, bits: int, per_word: int,
 
 
 @njit
-def scale_halves(packed: Any, columns: int, row: int, scales: Any, zeros: Any, zero: Any, group: int, target: Any, like: Any) -> None:
-    """Store the numbers that a row of 4-bit codes stands for, with row `row` of scales and zeros; `group` is a multiple of 2 * LANES."""
-    for of in range(scales.shape[1]):
+def in_halves(bits: int, group: int, groups: Any) -> bool:
+    """Return whether codes are those that `scale_halves` decodes: of 4 bits, in groups of adjacent columns that fill vectors and chunks."""
+    return bits == 4 and len(groups) == 0 and group % (2 * LANES) == 0 and (CHUNK % group == 0 or group % CHUNK == 0)
+
+
+@njit
+def scale_halves(
+    packed: Any, first: int, count: int, row: int, scales: Any, zeros: Any, zero: Any, group: int, target: Any, like: Any
+) -> None:
+    """Store the numbers that packed codes of 4 bits of the columns from `first` stand for, with row `row` of scales and zeros.
+
+    `first` is a multiple of CHUNK, and `in_halves` is true.
+    """
+    i = 0
+    of = first // group
+    while i < count:
+        stop = min((of + 1) * group - first, count)
         minus, scale = zeros[row, of] if zeros.size > 0 else zero, scales[row, of]
-        first, stop = of * group, min((of + 1) * group, columns)
-        whole = first + (stop - first) // (2 * LANES) * (2 * LANES)
-        for i in range(first, whole, 2 * LANES):
+        while i + 2 * LANES <= stop:
             store_halves(moved(packed, i // 2), minus, scale, moved(target, i))
-        for i in range(whole, stop):
-            code = (packed[i // 2] >> (4 * (i % 2))) & 15
-            target[i] = narrow((small(code) - minus) * scale, like)
+            i += 2 * LANES
+        while i < stop:
+            target[i] = narrow((small((packed[i // 2] >> (4 * (i % 2))) & 15) - minus) * scale, like)
+            i += 1
+        of += 1
 
 
 @njit

@@ -15,7 +15,7 @@ from numba.extending import overload
 from flexgen.base.compiled import entry
 from flexgen.kernels.cpu.formats import narrow
 from flexgen.kernels.cpu.rows import LANES, moved, pointer
-from flexgen.kernels.dequantize.loops import look_up_halves, store_scaled, widen_e4m3
+from flexgen.kernels.dequantize.loops import look_up_halves, store_scaled, store_values, widen_e4m3
 
 CHUNK = 2048  # bytes whose codes are looked up before they are multiplied
 
@@ -28,6 +28,7 @@ def decode_rows(
     shift: int,
     table: Any,
     in_vectors: bool,
+    in_wide_vectors: bool,
     scales: Any,
     scale_values: Any,
     block_rows: int,
@@ -44,6 +45,8 @@ def decode_rows(
         shift: The shift of the first of two codes that a byte has, 0 or 4.
         table: The value of each code, float32 (256,), or (16,) where a byte has two codes.
         in_vectors: Whether codes are looked up in vectors; a table of 256 values is then that of E4M3 without infinities.
+        in_wide_vectors: Whether codes of 4 bits are looked up among products with their scale: `out` has 16 bits, blocks are whole, and
+            their size is a multiple of 2 * LANES.
         scales: The scales, (rows of blocks, columns of blocks): float32, or uint8 codes of `scale_values`.
         scale_values: For each code of a scale its value, float32 (256,).
         block_rows: The rows that share a scale.
@@ -55,6 +58,12 @@ def decode_rows(
     numbers = np.empty(2 * CHUNK, np.float32)
     for row in range(begin, end):
         block_row = (skipped + row) // block_rows
+        if in_wide_vectors:
+            of_row, target = pointer(scales, block_row * scales.shape[1]), pointer(out, row * columns)
+            store_halves_of_blocks(
+                pointer(codes, row * row_bytes), shift, pointer(table, 0), of_row, scale_values, block_columns, columns, target
+            )
+            continue
         for first in range(0, row_bytes, CHUNK):
             size = min(CHUNK, row_bytes - first)
             per_byte = look_up(pointer(codes, row * row_bytes + first), shift, table, in_vectors, numbers, size)
@@ -90,6 +99,17 @@ def look_up(codes: Any, shift: int, table: Any, in_vectors: bool, numbers: Any, 
     for i in range(whole, size):
         target[i] = values[codes[i]]
     return 1
+
+
+@njit
+def store_halves_of_blocks(
+    codes: Any, shift: int, values: Any, scales: Any, scale_values: Any, size: int, columns: int, target: Any
+) -> None:
+    """Store the numbers of a row of blocks of `size` codes of 4 bits; arguments as for `decode_rows`."""
+    for block in range(columns // size):
+        scale = scale_of(scales[block], scale_values)
+        for i in range(block * size, (block + 1) * size, 2 * LANES):
+            store_values(moved(codes, i // 2), shift, values, scale, moved(target, i))
 
 
 @njit

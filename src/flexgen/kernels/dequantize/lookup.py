@@ -17,9 +17,10 @@ from flexgen.base.parallel import Parallel
 from flexgen.errors import EngineError
 from flexgen.kernels.cpu.formats import carried
 from flexgen.kernels.dequantize import compiled, tables
-from flexgen.kernels.dequantize.loops import has_vectors
+from flexgen.kernels.dequantize.loops import has_vectors, has_wide_vectors
 from flexgen.kernels.dequantize.portions import portions
 
+_WIDE = 32  # codes that are looked up at once where numbers have 16 bits
 _SCALE_VALUES = {torch.uint8: tables.powers, torch.float8_e8m0fnu: tables.e8m0, torch.float8_e4m3fn: tables.e4m3}
 
 
@@ -147,7 +148,9 @@ def decode(codes: Codes, scales: Scales, out: Tensor, parallel: Parallel) -> Non
             values = codes.looked_up(codes.numbers[start:stop])
             out[start:stop].copy_(_scaled(values, scales.of_rows(start, stop), scales.block_columns))
         return
-    stored = codes.numbers.contiguous().numpy(), 4 if codes.high_first else 0, codes.values.numpy(), codes.in_vectors()
+    whole = scales.block_columns % _WIDE == 0 and columns % scales.block_columns == 0
+    wide = codes.per_byte == 2 and out.itemsize == 2 and whole and has_wide_vectors()
+    stored = codes.numbers.contiguous().numpy(), 4 if codes.high_first else 0, codes.values.numpy(), codes.in_vectors(), wide
     arrays = *stored, scales.numbers.contiguous().numpy(), _values(scales)
     settings, written = (scales.block_rows, scales.block_columns, scales.skipped), carried(out)
     parallel(lambda begin, end: compiled.decode_rows(begin, end, *arrays, *settings, written), rows)

@@ -202,9 +202,7 @@ def store_halves(typing_context: Any, packed: Any, zero: Any, scale: Any, target
         align = context.get_abi_sizeof(place.type.pointee)
         if place.type.pointee == INT16 and has_wide_vectors():
             table = _scaled(builder, ir.Constant(vector_of(FLOAT), [float(code) for code in range(LANES)]), zero, scale, target.dtype)
-            twice = builder.shuffle_vector(table, table, ir.Constant(ir.VectorType(INT32, 2 * LANES), [*range(LANES)] * 2))
-            found = permuted(builder, twice, _wide_halves(builder, source))
-            builder.store(found, builder.bitcast(place, found.type.as_pointer()), align=align)
+            _store_found(builder, table, source, ir.Constant(INT32, 0), place)
             return context.get_dummy_value()
         codes = _halves(builder, source)
         for first in (0, LANES):
@@ -224,13 +222,35 @@ def _scaled(builder: Any, codes: Any, zero: Any, scale: Any, carrier: Any) -> An
     return narrowed(builder, numbers, carrier)
 
 
-def _wide_halves(builder: Any, packed: Any) -> Any:
-    """Generate the low and the high half of each of 16 bytes, as a vector of 32 integers of 16 bits."""
+@intrinsic
+def store_values(typing_context: Any, packed: Any, shift: Any, values: Any, scale: Any, target: Any) -> Any:
+    """Compile `store_values(packed, shift, values, scale, target)`: of 16 bytes the values of both halves, times the scale, to 32 places.
+
+    `values` has the 16 float32 values, `shift` is that of the half that comes first, and a place has 16 bits; otherwise nothing is stored.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        source, first, table, factor, place = arguments
+        if place.type.pointee == INT16 and has_wide_vectors():
+            values = builder.load(builder.bitcast(table, vector_of(FLOAT).as_pointer()), align=4)
+            numbers = narrowed(builder, builder.fmul(values, broadcast(builder, factor)), target.dtype)
+            _store_found(builder, numbers, source, builder.trunc(first, INT32), place)
+        return context.get_dummy_value()
+
+    return types.void(packed, types.int64, values, types.float32, target), generate
+
+
+def _store_found(builder: Any, table: Any, packed: Any, shift: Any, place: Any) -> None:
+    """Generate the store of the elements of a table of 16, of 16 bits each, that the halves of 16 bytes are the places of."""
     wide = vector_of(INT32)
     loaded = builder.zext(builder.load(builder.bitcast(packed, vector_of(_INT8).as_pointer()), align=1), wide)
-    low = builder.and_(loaded, ir.Constant(wide, [0xF] * LANES))
-    high = builder.and_(builder.shl(loaded, ir.Constant(wide, [12] * LANES)), ir.Constant(wide, [0xF0000] * LANES))
-    return builder.bitcast(builder.or_(low, high), ir.VectorType(INT16, 2 * LANES))
+    mask = ir.Constant(wide, [15] * LANES)
+    shifts = (shift, builder.sub(ir.Constant(INT32, 4), shift))
+    first, second = (builder.and_(builder.lshr(loaded, broadcast(builder, each)), mask) for each in shifts)
+    places = builder.or_(first, builder.shl(second, ir.Constant(wide, [16] * LANES)))
+    twice = builder.shuffle_vector(table, table, ir.Constant(ir.VectorType(INT32, 2 * LANES), [*range(LANES)] * 2))
+    found = permuted(builder, twice, builder.bitcast(places, ir.VectorType(INT16, 2 * LANES)))
+    builder.store(found, builder.bitcast(place, found.type.as_pointer()), align=2)
 
 
 def _halves(builder: Any, packed: Any) -> Any:
