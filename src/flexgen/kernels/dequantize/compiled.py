@@ -15,7 +15,8 @@ from numba.extending import overload
 from flexgen.base.compiled import entry
 from flexgen.kernels.cpu.formats import narrow
 from flexgen.kernels.cpu.rows import LANES, moved, pointer
-from flexgen.kernels.dequantize.loops import look_up_halves, store_scaled, store_values, widen_e4m3
+from flexgen.kernels.dequantize.halves import look_up_halves, store_values
+from flexgen.kernels.dequantize.loops import store_scaled, widen_e4m3
 
 CHUNK = 2048  # bytes whose codes are looked up before they are multiplied
 

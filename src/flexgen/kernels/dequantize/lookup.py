@@ -17,7 +17,8 @@ from flexgen.base.parallel import Parallel
 from flexgen.errors import EngineError
 from flexgen.kernels.cpu.formats import carried
 from flexgen.kernels.dequantize import compiled, tables
-from flexgen.kernels.dequantize.loops import has_vectors, has_wide_vectors
+from flexgen.kernels.dequantize.halves import has_wide_vectors
+from flexgen.kernels.dequantize.loops import has_vectors
 from flexgen.kernels.dequantize.portions import portions
 
 _WIDE = 32  # codes that are looked up at once where numbers have 16 bits
