@@ -18,7 +18,10 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from flexgen.kernels.triton.kernels import TritonKernels
+from flexgen.kernels.prompts import paged_prompts
+from flexgen.kernels.triton.sealed_kernels import TritonKernels
+from flexgen.kv.low_bit import LowBitPages, kv_format
+from flexgen.passes.geometry import KVGeometry
 
 CAPABILITIES = (80, 89, 90, 120)
 META = torch.device("meta")
@@ -61,6 +64,59 @@ def decode(
     return call
 
 
+def prefill(dtype: torch.dtype, heads: int, kv_heads: int, key_dim: int, value_dim: int, *, num_queries: int = 512) -> Callable[[], None]:
+    """Of one prompt, and of all in pages."""
+
+    def call() -> None:
+        query, out = (numbers(num_queries, heads, dim, dtype=dtype) for dim in (key_dim, value_dim))
+        key, value = (numbers(2 * num_queries, kv_heads, dim, dtype=dtype) for dim in (key_dim, value_dim))
+        TritonKernels().prefill_attention(query, key, value, integers(num_queries), scaling=0.1, softcap=30.0, out=out)
+        prompts = paged_prompts([(16, 16 + num_queries)], [range(99)], [0] * num_queries, META)
+        pages = numbers(99, kv_heads, key_dim, 16, dtype=dtype), numbers(99, kv_heads, 16, value_dim, dtype=dtype)
+        TritonKernels().prefill_paged_attention(query, *pages, prompts, scaling=0.1, sinks=numbers(heads, dtype=dtype), out=out)
+
+    return call
+
+
+def sealed(dtype: torch.dtype, heads: int, kv_heads: int, dim: int, name: str) -> Callable[[], None]:
+    """Next tokens, and a prompt."""
+    kv, geometry = kv_format(name, dtype), KVGeometry(key_heads=kv_heads, key_dim=dim, value_heads=kv_heads, value_dim=dim)
+
+    def call() -> None:
+        keys, values = (torch.empty(99, 16 * size(geometry), dtype=torch.uint8, device=META) for size in (kv.key_bytes, kv.value_bytes))
+        pages = kv.pages(keys, values, geometry, 16)
+        assert isinstance(pages, LowBitPages)
+        tails = numbers(9, kv_heads, dim, 16, dtype=dtype), numbers(9, kv_heads, 16, dim, dtype=dtype)
+        query, out = numbers(8, heads, dim, dtype=dtype), numbers(8, heads, dim, dtype=dtype)
+        TritonKernels().decode_sealed_attention(
+            query, pages.sealed, *tails, integers(8, 99), integers(8), integers(8), integers(8), scaling=0.1, out=out
+        )
+        key = numbers(64, kv_heads, dim, dtype=dtype)
+        TritonKernels().prefill_sealed_attention(query, key, key, key, key, integers(8), integers(8), 32, scaling=0.1, out=out)
+
+    return call
+
+
+def latents(dtype: torch.dtype, heads: int, rank: int, rope: int) -> Callable[[], None]:
+    """Plain ones, and sealed ones."""
+    geometry = KVGeometry(key_heads=1, key_dim=rank, value_heads=1, value_dim=rope, latent=True)
+
+    def call() -> None:
+        kv = kv_format("int8", dtype)
+        keys, values = (torch.empty(99, 16 * size(geometry), dtype=torch.uint8, device=META) for size in (kv.key_bytes, kv.value_bytes))
+        pages = kv.pages(keys, values, geometry, 16)
+        assert isinstance(pages, LowBitPages)
+        plain = numbers(9, 1, rank, 16, dtype=dtype), numbers(9, 1, 16, rope, dtype=dtype)
+        query, out = (numbers(8, heads, rank, dtype=dtype), numbers(8, heads, rope, dtype=dtype)), numbers(8, heads, rank, dtype=dtype)
+        seen = integers(8), integers(8)
+        TritonKernels().decode_latent_attention(*query, *plain, integers(8, 99), *seen, scaling=0.1, out=out)
+        TritonKernels().decode_sealed_latent_attention(
+            *query, pages.sealed, *plain, integers(8, 99), integers(8), *seen, scaling=0.1, out=out
+        )
+
+    return call
+
+
 CASES: dict[str, Callable[[], None]] = {
     "decode-opt": decode(torch.float16, 32, 32, 128, 128),
     "decode-gpt-oss": decode(torch.bfloat16, 64, 8, 64, 64, sinks=numbers(64, dtype=torch.bfloat16)),
@@ -69,6 +125,19 @@ CASES: dict[str, Callable[[], None]] = {
     "decode-falcon": decode(torch.bfloat16, 71, 1, 64, 64),
     "decode-float32": decode(torch.float32, 32, 8, 256, 256),
     "decode-uneven": decode(torch.bfloat16, 6, 2, 192, 80),
+    "prefill-llama": prefill(torch.bfloat16, 32, 8, 128, 128),
+    "prefill-gemma": prefill(torch.bfloat16, 8, 4, 256, 256),
+    "prefill-deepseek": prefill(torch.bfloat16, 16, 16, 192, 128),
+    "prefill-short": prefill(torch.float16, 32, 32, 64, 64, num_queries=9),
+    "prefill-float32": prefill(torch.float32, 8, 4, 256, 256),
+    "sealed-int8": sealed(torch.bfloat16, 32, 8, 128, "int8"),
+    "sealed-k8v4": sealed(torch.bfloat16, 32, 32, 128, "k8v4"),
+    "sealed-int4": sealed(torch.float16, 64, 8, 64, "int4"),
+    "sealed-gemma": sealed(torch.bfloat16, 8, 4, 256, "int4"),
+    "sealed-float32": sealed(torch.float32, 32, 8, 128, "int4"),
+    "latents-deepseek": latents(torch.bfloat16, 128, 512, 64),
+    "latents-small": latents(torch.float16, 16, 256, 32),
+    "latents-float32": latents(torch.float32, 16, 512, 64),
 }
 
 

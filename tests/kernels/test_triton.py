@@ -1,13 +1,8 @@
-"""Triton's kernels against dense float64 softmax: in Triton's interpreter on the host, or compiled where torch sees a CUDA device.
-
-The interpreter finds wrong places, masks and ends of tiles; it does not find races.  Its products in bfloat16 are wrong (Triton issue
-11584), so that this format is left to devices.
-"""
+"""Triton's kernels for plain pages and for prompts against dense float64 softmax; how they run is said in triton_kernels.py."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,47 +10,12 @@ import torch
 
 from flexgen.errors import EngineError
 from flexgen.kernels.reference import AttentionKernels
-from tests.kernels.test_attention import check_decode
+from tests.kernels.test_attention import check_decode, check_prefill
+from tests.kernels.test_paged_prompts import TestPagedPrompts as TestPagedPrompts
+from tests.kernels.triton_kernels import DTYPES, ON_GPU
+from tests.kernels.triton_kernels import kernels as kernels  # a fixture
 
-triton = pytest.importorskip("triton", reason="Triton is not installed (the extra triton)")
-
-ON_DEVICE = torch.cuda.is_available()
-if not ON_DEVICE and not triton.knobs.runtime.interpret:  # tests/conftest.py sets it where there is no driver
-    pytest.skip("torch sees no CUDA device, and TRITON_INTERPRET is not set", allow_module_level=True)
-DEVICE = torch.device("cuda" if ON_DEVICE else "cpu")
-DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if ON_DEVICE else [])]
-pytestmark = [pytest.mark.gpu] if ON_DEVICE else []
-
-
-class OnDevice(AttentionKernels):
-    """Kernels whose arguments are copied to the device, and what they write back to the host."""
-
-    def __init__(self, kernels: AttentionKernels) -> None:
-        for name in ("decode_attention",):
-            setattr(self, name, self._moved(getattr(kernels, name)))
-
-    @staticmethod
-    def _moved(method: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*tensors: Any, out: torch.Tensor, **how: Any) -> None:
-            there = out.to(DEVICE)
-            how = {name: _to_device(value) for name, value in how.items()}
-            method(*(_to_device(each) for each in tensors), out=there, **how)
-            out.copy_(there)
-
-        return call
-
-
-def _to_device(value: Any) -> Any:
-    return value.to(DEVICE) if isinstance(value, torch.Tensor) else value
-
-
-@pytest.fixture(scope="module")
-def kernels() -> AttentionKernels:
-    from flexgen.kernels.triton.kernels import TritonKernels
-
-    return OnDevice(TritonKernels()) if ON_DEVICE else TritonKernels()
-
-
+pytestmark = ON_GPU
 SMALL: dict[str, Any] = {"heads": 2, "kv_heads": 1, "key_dim": 16, "value_dim": 16, "page_tokens": 16}
 
 
@@ -145,3 +105,38 @@ class TestDecode:
             kernels.decode_attention(query, *pages, table, one - 1, one.repeat(2), scaling=1.0, out=query)
         with pytest.raises(EngineError, match=r"holds torch\.float16"):
             kernels.decode_attention(query, *pages.half(), table, one - 1, one, scaling=1.0, out=query)
+
+
+class TestPrefill:
+    @pytest.mark.parametrize("seed", range(16))
+    def test_anything(self, kernels: AttentionKernels, seed: int) -> None:
+        chance, how = anything(seed)
+        num_queries = chance.choice([1, 3, 16, 17, 64, 65, 100])
+        num_positions = num_queries + chance.choice([0, 1, 40])
+        window = chance.choice([200, 1, 7, 33])
+        starts = [position - window + 1 for position in range(num_positions - num_queries, num_positions)]
+        check_prefill(kernels, num_queries, num_positions, starts, **how)
+
+    @pytest.mark.parametrize("chunk", [1, 16, 30])
+    def test_chunks(self, kernels: AttentionKernels, chunk: int) -> None:
+        starts = [position // chunk * chunk for position in range(20, 90)]
+        check_prefill(kernels, 70, 90, starts, heads=2, kv_heads=1, key_dim=16, value_dim=16)
+
+    def test_queries_of_many_bytes_in_smaller_tiles(self, kernels: AttentionKernels) -> None:
+        check_prefill(kernels, 40, 45, [0] * 40, heads=1, kv_heads=1, key_dim=260, value_dim=16)
+
+    def test_float64_and_long_heads_are_the_references(self, kernels: AttentionKernels) -> None:
+        check_prefill(kernels, 5, 9, [0] * 5, key_dim=16, value_dim=16, dtype=torch.float64)
+        check_prefill(kernels, 5, 9, [0] * 5, heads=1, kv_heads=1, key_dim=1100, value_dim=16)
+
+    def test_views_in_another_order(self, kernels: AttentionKernels) -> None:
+        generator = torch.Generator().manual_seed(0)
+        query, key, value = (torch.randn(heads, 20, 16, generator=generator).transpose(0, 1) for heads in (4, 2, 2))
+        starts, found, known = torch.zeros(20, dtype=torch.int64), torch.empty(20, 4, 16), torch.empty(20, 4, 16)
+        kernels.prefill_attention(query, key, value, starts, scaling=0.3, out=found)
+        AttentionKernels().prefill_attention(query, key, value, starts, scaling=0.3, out=known)
+        torch.testing.assert_close(found, known)
+
+    def test_no_queries(self, kernels: AttentionKernels) -> None:
+        nothing = torch.empty(0, 2, 16)
+        kernels.prefill_attention(nothing, nothing, nothing, torch.empty(0, dtype=torch.int64), scaling=1.0, out=nothing)

@@ -37,7 +37,7 @@ def _cuda_kernels(device: torch.device, num_threads: int) -> AttentionKernels:
     if importlib.util.find_spec("triton") is None:
         logger.info("attention on the device in plain torch operations: Triton is not installed (pip install 'flexgen-engine[triton]')")
         return AttentionKernels()
-    from flexgen.kernels.triton.kernels import TritonKernels
+    from flexgen.kernels.triton.sealed_kernels import TritonKernels
 
     logger.info("attention on the device in Triton's kernels")
     return TritonKernels()

@@ -24,14 +24,27 @@ def scaled(products, scaling, softcap):
 
 
 @triton.jit
-def absorb(scores, values, base, total, sums, PRECISION: tl.constexpr):
-    """Return the state (base, total, sums) of rows after a tile of scores (rows, tokens), -inf where hidden, and values (tokens, dim)."""
+def weigh(scores, base, total):
+    """Return the weights of a tile of scores (rows, tokens), -inf where hidden, the new base and total, and the factor of earlier sums."""
     new = tl.maximum(base, tl.max(scores, 1) - HEADROOM)
     finite = tl.where(new == float("-inf"), 0.0, new)  # of rows that have seen nothing yet
     weights = tl.exp2(scores - finite[:, None])
     factor = tl.exp2(base - finite)
-    total = total * factor + tl.sum(weights, 1)
-    return new, total, add_product(weights, values, sums * factor[:, None], PRECISION)
+    return weights, new, total * factor + tl.sum(weights, 1), factor
+
+
+@triton.jit
+def absorb(scores, values, base, total, sums, PRECISION: tl.constexpr):
+    """Return the state (base, total, sums) of rows after a tile of scores (rows, tokens) and of values (tokens, dim)."""
+    weights, base, total, factor = weigh(scores, base, total)
+    return base, total, add_product(weights, values, sums * factor[:, None], PRECISION)
+
+
+@triton.jit
+def halves(numbers, like):
+    """Return float32 numbers as the sum of two numbers of 16 bits, of the type that `like` has."""
+    high = numbers.to(like.dtype)
+    return high, (numbers - high.to(tl.float32)).to(like.dtype)
 
 
 @triton.jit
@@ -41,10 +54,11 @@ def add_product(weights, values, sums, PRECISION: tl.constexpr):
     Where values have 16 bits, weights are the sum of two numbers of their type: what is lost is as small as float32's own rounding of sums.
     """
     if values.dtype == tl.float32:
-        return tl.dot(weights, values, sums, input_precision=PRECISION)
-    high = weights.to(values.dtype)
-    low = (weights - high.to(tl.float32)).to(values.dtype)
-    return tl.dot(low, values, tl.dot(high, values, sums))
+        sums = tl.dot(weights, values, sums, input_precision=PRECISION)
+    else:
+        high, low = halves(weights, values)
+        sums = tl.dot(low, values, tl.dot(high, values, sums))
+    return sums
 
 
 @triton.jit
