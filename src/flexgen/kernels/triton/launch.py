@@ -15,6 +15,7 @@ TILE_BYTES = 40 << 10  # keys and values of a tile
 LEAST_TILE, MOST_TILE = 16, 64  # tokens; tensor cores multiply no fewer
 LEAST_COLUMNS = 16
 MOST_ROWS = 64
+WIDE_SUMS = 8192  # for more, the registers of four warps are too few
 STAGED_BYTES = 80 << 10  # of tiles that are read ahead: a multiprocessor has 99 KiB or more for them
 
 
@@ -43,9 +44,9 @@ def fits(token_bytes: int) -> bool:
     return LEAST_TILE * token_bytes <= STAGED_BYTES
 
 
-def options(tile_bytes: int, state_numbers: int) -> dict[str, int]:
-    """Return the options of a launch whose programs read tiles of so many bytes, and hold so many sums."""
-    return {"num_warps": 8 if state_numbers > 8192 else 4, "num_stages": 2 if 2 * tile_bytes <= STAGED_BYTES else 1}
+def options(tile_bytes: int, num_sums: int, query_bytes: int = 0) -> dict[str, int]:
+    """Return the options of a launch whose programs read tiles of so many bytes, and hold so many sums and bytes of queries."""
+    return {"num_warps": 8 if num_sums >= WIDE_SUMS else 4, "num_stages": 2 if 2 * tile_bytes + query_bytes <= STAGED_BYTES else 1}
 
 
 def run_in_parts(

@@ -12,7 +12,7 @@ from flexgen.kernels.triton.arguments import rows_of
 from flexgen.kernels.triton.launch import columns, options, tile_tokens
 from flexgen.kernels.triton.programs.prefill import prefill_attention
 
-QUERY_BYTES = 32 << 10  # of a tile of queries
+QUERY_BYTES = 16 << 10  # of a tile of queries
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +56,7 @@ def run_prefill(
     tile_rows = prompts.tile_rows if prompts is not None else TILE_ROWS if num_queries > SHORT_TILE_ROWS else SHORT_TILE_ROWS
     rows, token_bytes = min(tile_rows, most_rows), (key_columns + value_columns) * query.dtype.itemsize
     tile = tile_tokens(token_bytes)
-    read_bytes = tile * token_bytes + rows * key_columns * query.dtype.itemsize
+    query_bytes = rows * key_columns * query.dtype.itemsize
     paged: dict[str, Any] = {"tiles": None, "tables": None, "table_stride": 0, "PAGE_TOKENS": 1, "KV_HEADS": key.shape[1]}
     if prompts is not None:
         paged |= {"tiles": prompts.tiles, "tables": prompts.page_tables, "table_stride": prompts.page_tables.shape[1]}
@@ -66,7 +66,7 @@ def run_prefill(
         query, key, value, starts.contiguous(), out=out, num_queries=num_queries, num_keys=key.shape[0], **how, **paged,
         **_stored_arguments(stored), **_strides("query", query), **_strides("key", key), **_strides("value", value),
         HEADS=heads, KEY_DIM=key_dim, VALUE_DIM=value_dim, ROWS=rows, TILE_ROWS=tile_rows, KEY_COLUMNS=key_columns,
-        VALUE_COLUMNS=value_columns, TILE=tile, **options(read_bytes, rows * value_columns),
+        VALUE_COLUMNS=value_columns, TILE=tile, **options(tile * token_bytes, rows * value_columns, query_bytes),
     )  # fmt: skip
 
 
