@@ -56,8 +56,9 @@ class TestSealedDecode:
             seed=seed,
         )
 
-    def test_float64_is_the_references(self, kernels: AttentionKernels) -> None:
+    def test_float64_and_long_heads_are_the_references(self, kernels: AttentionKernels) -> None:
         test_sealed.check_decode(kernels, [40, 3], [0, 0], dtype=torch.float64)
+        test_sealed.check_decode(kernels, [40, 3], [0, 0], key_dim=300, heads=1, kv_heads=1)
 
     def test_pages_that_are_too_short_are_refused(self, kernels: AttentionKernels) -> None:
         stored = test_sealed.store([40], 1, 32, 32, "int8", torch.float32)

@@ -134,7 +134,8 @@ class PlainKernels(AttentionKernels):
 
 def covers(query: Tensor, value_dim: int) -> bool:
     """Whether there are kernels for queries of this format and dimension, and values of that dimension."""
-    return query.dtype in DTYPES and fits((columns(query.shape[2]) + columns(value_dim)) * query.dtype.itemsize)
+    size = query.dtype.itemsize
+    return query.dtype in DTYPES and fits(columns(query.shape[2]) * size, columns(value_dim) * size)
 
 
 def latent_arguments(
@@ -154,7 +155,7 @@ def latent_arguments(
         "keys": key_pages, "values": value_pages, "scaling": float(scaling), "query_stride": query.stride(0),
         "head_stride": query.stride(1), "rope_stride": turned.stride(0), "rope_head_stride": turned.stride(1),
         "HEADS": heads, "RANK": rank, "ROPE": rope, "PAGE_TOKENS": key_pages.shape[3], "ROWS": rows, "RANK_COLUMNS": rank_columns,
-        "ROPE_COLUMNS": rope_columns, "TILE": tile, **options(tile * token_bytes, rows * rank_columns),
+        "ROPE_COLUMNS": rope_columns, "TILE": tile, **options(tile * token_bytes, rows * rank_columns, rows * token_bytes),
     }  # fmt: skip
 
 

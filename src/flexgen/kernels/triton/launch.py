@@ -16,7 +16,7 @@ LEAST_TILE, MOST_TILE = 16, 64  # tokens; tensor cores multiply no fewer
 LEAST_COLUMNS = 16
 MOST_ROWS = 64
 WIDE_SUMS = 8192  # for more, the registers of four warps are too few
-STAGED_BYTES = 80 << 10  # of tiles that are read ahead: a multiprocessor has 99 KiB or more for them
+STAGED_BYTES = 96 << 10  # of queries, and of tiles of which one is read ahead: a multiprocessor has 99 KiB or more for them
 
 
 def power_of_two(size: int) -> int:
@@ -39,9 +39,9 @@ def tile_tokens(token_bytes: int) -> int:
     return max(LEAST_TILE, min(MOST_TILE, power_of_two(TILE_BYTES // token_bytes + 1) // 2))
 
 
-def fits(token_bytes: int) -> bool:
-    """Whether the smallest tile fits the fast memory of every device."""
-    return LEAST_TILE * token_bytes <= STAGED_BYTES
+def fits(key_bytes: int, value_bytes: int) -> bool:
+    """Whether the smallest tiles of queries, keys and values, with heads of so many bytes, fit the fast memory of every device."""
+    return LEAST_TILE * (2 * key_bytes + value_bytes) < STAGED_BYTES
 
 
 def options(tile_bytes: int, num_sums: int, query_bytes: int = 0) -> dict[str, int]:
@@ -77,7 +77,8 @@ def run_in_parts(
             **some, **shared, sinks=sinks, out=found, part_sums=sums, part_states=states, SPLIT=SPLIT_TOKENS
         )
         if sums is not None:
-            merge_parts[(len(found), heads)](
+            merge: Any = merge_parts  # as Triton makes it, which type checkers do not know
+            merge[(len(found), heads)](
                 sums, states, some["starts"], some["lengths"], sinks, found, num_parts,
                 HEADS=heads, DIM=dim, COLUMNS=columns(dim), SPLIT=SPLIT_TOKENS,
             )  # fmt: skip

@@ -62,7 +62,8 @@ def run_prefill(
         paged |= {"tiles": prompts.tiles, "tables": prompts.page_tables, "table_stride": prompts.page_tables.shape[1]}
         paged |= {"PAGE_TOKENS": key.shape[3]}
     num_programs = -(-num_queries // rows) if prompts is None else len(prompts.tiles) * (tile_rows // rows)
-    prefill_attention[(num_programs, heads)](
+    kernel: Any = prefill_attention  # as Triton makes it, which type checkers do not know
+    kernel[(num_programs, heads)](
         query, key, value, starts.contiguous(), out=out, num_queries=num_queries, num_keys=key.shape[0], **how, **paged,
         **_stored_arguments(stored), **_strides("query", query), **_strides("key", key), **_strides("value", value),
         HEADS=heads, KEY_DIM=key_dim, VALUE_DIM=value_dim, ROWS=rows, TILE_ROWS=tile_rows, KEY_COLUMNS=key_columns,

@@ -17,6 +17,8 @@ from flexgen.kernels.triton.launch_prompts import StoredPart, run_prefill
 from flexgen.kernels.triton.programs import decode_sealed
 
 FLOAT32_BYTES = 4
+# Of keys and values together: tiles that are decoded take more fast memory than plain ones, and no model has longer heads.
+MOST_COLUMNS, MOST_LATENT_COLUMNS = 512, 576
 
 
 class TritonKernels(PlainKernels):
@@ -45,7 +47,8 @@ class TritonKernels(PlainKernels):
         sinks: Tensor | None = None,
     ) -> None:
         (num_sequences, heads, key_dim), (_, kv_heads, page_tokens, value_dim) = query.shape, tail_values.shape
-        if not covers(query, value_dim):
+        key_columns, value_columns = columns(key_dim, GROUP), columns(value_dim, GROUP)
+        if not covers(query, value_dim) or key_columns + value_columns > MOST_COLUMNS:
             where = query, pages, tail_keys, tail_values, page_tables, tails, starts, lengths
             super().decode_sealed_attention(*where, scaling=scaling, out=out, softcap=softcap, sinks=sinks)
             return
@@ -57,7 +60,6 @@ class TritonKernels(PlainKernels):
         keys, key_parameters = _codes(pages.keys, pages.key_codes, kv_heads, page_tokens)
         values, value_parameters = _codes(pages.values, pages.value_codes, kv_heads, page_tokens)
         turned = self._rotated(query) if pages.key_codes.rotated else None
-        key_columns, value_columns = columns(key_dim, GROUP), columns(value_dim, GROUP)
         rows, tile = group_rows(heads // kv_heads), tile_tokens((key_columns + value_columns) * FLOAT32_BYTES)
         shared: dict[str, Any] = {
             "keys": keys, "key_parameters": key_parameters, "values": values, "value_parameters": value_parameters,
@@ -92,8 +94,9 @@ class TritonKernels(PlainKernels):
         out: Tensor,
     ) -> None:
         codes = pages.key_codes, pages.value_codes
+        num_columns = sum(columns(each.dim, GROUP) for each in codes)
         is_known = query_latent.dtype.itemsize == 2 and all(each.bits == 8 and not each.rotated for each in codes)
-        if not is_known or not covers(query_latent, query_rope.shape[2]):
+        if not is_known or num_columns > MOST_LATENT_COLUMNS or not covers(query_latent, query_rope.shape[2]):
             where = query_latent, query_rope, pages, tail_keys, tail_values, page_tables, tails, starts, lengths
             super().decode_sealed_latent_attention(*where, scaling=scaling, out=out)
             return
@@ -103,7 +106,7 @@ class TritonKernels(PlainKernels):
         shared = latent_arguments(query_latent, query_rope, tail_keys, tail_values, scaling, out)
         latents, latent_parameters = _codes(pages.keys, codes[0], 1, pages.page_tokens)
         ropes, rope_parameters = _codes(pages.values, codes[1], 1, pages.page_tokens)
-        tile = tile_tokens((columns(codes[0].dim, GROUP) + columns(codes[1].dim, GROUP)) * FLOAT32_BYTES)
+        tile = tile_tokens(num_columns * FLOAT32_BYTES)
         shared |= {
             "codes": latents, "code_parameters": latent_parameters, "RANK_HEAD_BYTES": pages.keys.shape[2],
             "rope_codes": ropes, "rope_parameters": rope_parameters, "ROPE_HEAD_BYTES": pages.values.shape[2],
