@@ -15,6 +15,8 @@ from hypothesis import settings
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 if "PYTEST_XDIST_WORKER" in os.environ:  # one process per core: more threads than that would wait for each other
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+if not Path("/proc/driver/nvidia").exists():  # before Triton is loaded: without a device, its kernels run in its interpreter
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 pytest_plugins = ["fakes", "table_fakes", "sampling", "shortcuts"]
 

@@ -170,6 +170,22 @@ def check_prefill(
         assert_close(out[i], dense(query[i], sequence.key[seen], sequence.value[seen], scaling, softcap, sink_logits))
 
 
+def check_latent(
+    kernels: AttentionKernels, lengths: list[int], starts: list[int], *, heads: int, rank: int, rope: int, dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    sequences = make_sequences(generator, lengths, 1, rank, rope, dtype)
+    pool, count = make_pool(generator, sequences, starts, 32), len(lengths)
+    query_latent, query_rope = random(generator, count, heads, rank, dtype=dtype), random(generator, count, heads, rope, dtype=dtype)
+    scaling, out = 1 / math.sqrt(rank + rope), torch.full((count, heads, rank), math.nan, dtype=dtype)
+    pages = pool.key_pages, pool.value_pages, pool.page_tables
+    kernels.decode_latent_attention(query_latent, query_rope, *pages, torch.tensor(starts), torch.tensor(lengths), scaling=scaling, out=out)
+    for i, (sequence, start) in enumerate(zip(sequences, starts, strict=True)):
+        query = torch.cat([query_latent[i], query_rope[i]], dim=-1)
+        key = torch.cat([sequence.key, sequence.value], dim=-1)[start:]
+        assert_close(out[i], dense(query, key, sequence.key[start:], scaling))
+
+
 ALL_DTYPES = pytest.mark.parametrize(
     "dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=lambda dtype: str(dtype)[6:]
 )
@@ -365,20 +381,7 @@ class TestLatents:
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
     @pytest.mark.parametrize(("heads", "rank", "rope"), [(16, 512, 64), (5, 40, 8), (20, 64, 32)])
     def test_absorbed_projections(self, kernels: AttentionKernels, heads: int, rank: int, rope: int, dtype: torch.dtype) -> None:
-        generator = torch.Generator().manual_seed(0)
-        lengths, starts = [1, 33, 150, 300], [0, 0, 17, 129]
-        sequences = make_sequences(generator, lengths, 1, rank, rope, dtype)
-        pool = make_pool(generator, sequences, starts, 32)
-        query_latent, query_rope = random(generator, 4, heads, rank, dtype=dtype), random(generator, 4, heads, rope, dtype=dtype)
-        scaling, out = 1 / math.sqrt(rank + rope), torch.full((4, heads, rank), math.nan, dtype=dtype)
-        pages = pool.key_pages, pool.value_pages, pool.page_tables
-        kernels.decode_latent_attention(
-            query_latent, query_rope, *pages, torch.tensor(starts), torch.tensor(lengths), scaling=scaling, out=out
-        )
-        for i, (sequence, start) in enumerate(zip(sequences, starts, strict=True)):
-            query = torch.cat([query_latent[i], query_rope[i]], dim=-1)
-            key = torch.cat([sequence.key, sequence.value], dim=-1)[start:]
-            assert_close(out[i], dense(query, key, sequence.key[start:], scaling))
+        check_latent(kernels, [1, 33, 150, 300], [0, 0, 17, 129], heads=heads, rank=rank, rope=rope, dtype=dtype)
 
     @pytest.mark.parametrize("page_tokens", [16, 128])
     def test_page_sizes(self, kernels: AttentionKernels, page_tokens: int) -> None:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -212,6 +213,24 @@ def open_local(folder: Path, groups: Groups = GROUPS) -> Bench:
     return Bench(place, KVCache(groups, {"host": pool}), "host")
 
 
+class InPages(AttentionKernels):
+    """The reference, which attends to prompts in their pages as kernels of a device do, and counts how often it does."""
+
+    attends_in_pages = True
+
+    def __init__(self) -> None:
+        self.calls: list[int] = []  # the tokens of each
+
+    def prefill_paged_attention(self, query: torch.Tensor, *pages: Any, **how: Any) -> None:  # type: ignore[override]
+        self.calls.append(len(query))
+        AttentionKernels.prefill_paged_attention(query, *pages, **how)
+
+
+def open_local_in_pages(folder: Path, groups: Groups = GROUPS) -> Bench:
+    pool = PagePool(groups, [NUM_PAGES] * len(groups), poisoned)
+    return Bench(LocalPlace(pool, InPages(), CPU), KVCache(groups, {"host": pool}), "host")
+
+
 def host_attention(groups: Groups, device: SimulatedDevice | None) -> HostAttention:
     return HostAttention(groups, AttentionKernels(), AttentionKernels(), device, nothing, "flexgen-test-attention")
 
@@ -247,6 +266,7 @@ def open_disk_with_few_tails(folder: Path, groups: Groups = GROUPS) -> Bench:
 
 PLACES = {
     "local": open_local,
+    "local in pages": open_local_in_pages,
     "host": open_host,
     "disk": open_disk,
     "disk with tails": open_disk_with_tails,
@@ -306,6 +326,20 @@ def test_pages_with_tails_are_written_once(tmp_path: Path) -> None:
     bench.place.close()
     for close in bench.close:
         close()
+
+
+def test_prompts_are_attended_to_in_their_pages(tmp_path: Path) -> None:
+    """All of a micro-batch at once, behind its next tokens; but in layers with latents, whose pages hold no keys."""
+    bench = open_local_in_pages(tmp_path)
+    conversations = [Conversation(30, bench.cache.admit("host")) for _ in range(3)]
+    bench.run_pass([(conversations[0], 0, 2)], random.Random(0))
+    calls = bench.place.kernels.calls  # type: ignore[union-attr]
+    with_keys = sum(1 for layer in LAYERS if layer.latent is None)
+    assert calls == [2] * with_keys
+    bench.run_pass([(conversations[0], 2, 1), (conversations[1], 0, 2), (conversations[2], 0, 3)], random.Random(0))
+    assert calls[with_keys:] == [5] * with_keys
+    bench.run_pass([(each, each.stored, 1) for each in conversations], random.Random(0))
+    assert len(calls) == 2 * with_keys, "next tokens alone"
 
 
 def test_layers_find_their_group() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import logging
 from collections.abc import Callable
 
 import torch
@@ -9,20 +11,39 @@ import torch
 from flexgen.kernels.codes import HeadCodes, SealedPages
 from flexgen.kernels.reference import AttentionKernels
 
+logger = logging.getLogger(__name__)
+
+LEAST_CAPABILITY = (8, 0)  # of a CUDA device; Triton does not compile for older ones
+
 
 def attention_kernels(device: torch.device, num_threads: int) -> AttentionKernels:
     """The attention kernels for tensors on `device`; those of the host compute with `num_threads` threads."""
     make = KERNELS.get(device.type)
-    return AttentionKernels() if make is None else make(num_threads)
+    return AttentionKernels() if make is None else make(device, num_threads)
 
 
-def _cpu_kernels(num_threads: int) -> AttentionKernels:
+def _cpu_kernels(device: torch.device, num_threads: int) -> AttentionKernels:
     from flexgen.kernels.cpu import CpuKernels
 
     return CpuKernels(num_threads)
 
 
-KERNELS: dict[str, Callable[[int], AttentionKernels]] = {"cpu": _cpu_kernels}
+def _cuda_kernels(device: torch.device, num_threads: int) -> AttentionKernels:
+    """Triton's kernels where Triton is installed and compiles for the device; elsewhere the reference."""
+    capability = torch.cuda.get_device_capability(device)
+    if capability < LEAST_CAPABILITY:
+        logger.info("attention on the device in plain torch operations: its compute capability is %d.%d, not 8.0 or more", *capability)
+        return AttentionKernels()
+    if importlib.util.find_spec("triton") is None:
+        logger.info("attention on the device in plain torch operations: Triton is not installed (pip install 'flexgen-engine[triton]')")
+        return AttentionKernels()
+    from flexgen.kernels.triton.sealed_kernels import TritonKernels
+
+    logger.info("attention on the device in Triton's kernels")
+    return TritonKernels()
+
+
+KERNELS: dict[str, Callable[[torch.device, int], AttentionKernels]] = {"cpu": _cpu_kernels, "cuda": _cuda_kernels}
 
 
 def warm_up(kernels: AttentionKernels, dtype: torch.dtype) -> None:

@@ -17,13 +17,15 @@ Where complete pages are sealed (kernels/codes.py), the page of a sequence's las
 
 from __future__ import annotations
 
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from flexgen.kernels.codes import SealedPages, seal, unseal
+from flexgen.kernels.dense import attend
 from flexgen.kernels.pages import gather_kv, seen_sealed, write_kv
+from flexgen.kernels.prompts import prefill_paged_attention
 from flexgen.kernels.sparse import decode_sparse_attention, decode_sparse_sealed_attention
 
 
@@ -58,7 +60,7 @@ def decode_attention(
     for i, (start, length) in enumerate(zip(starts.clamp(min=0).tolist(), lengths.tolist(), strict=True)):
         key, value = gather_kv(key_pages, value_pages, page_tables[i], start, length)
         visible = torch.ones(1, length - start, dtype=torch.bool, device=query.device)
-        out[i] = _attend(query[i : i + 1], key, value, visible, scaling, softcap, sinks)[0]
+        out[i] = attend(query[i : i + 1], key, value, visible, scaling, softcap, sinks)[0]
 
 
 def prefill_attention(
@@ -89,7 +91,7 @@ def prefill_attention(
     positions = torch.arange(num_positions, device=query.device)
     own = positions[num_positions - num_queries :, None]
     visible = (starts[:, None] <= positions) & (positions <= own)  # (T, N)
-    out.copy_(_attend(query, key, value, visible, scaling, softcap, sinks))
+    out.copy_(attend(query, key, value, visible, scaling, softcap, sinks))
 
 
 def decode_latent_attention(
@@ -125,7 +127,7 @@ def decode_latent_attention(
     for i, (start, length) in enumerate(zip(starts.clamp(min=0).tolist(), lengths.tolist(), strict=True)):
         latent, rope = gather_kv(key_pages, value_pages, page_tables[i], start, length)
         visible = torch.ones(1, length - start, dtype=torch.bool, device=query.device)
-        out[i] = _attend(query[i : i + 1], torch.cat([latent, rope], dim=-1), latent, visible, scaling, None, None)[0]
+        out[i] = attend(query[i : i + 1], torch.cat([latent, rope], dim=-1), latent, visible, scaling, None, None)[0]
 
 
 def decode_sealed_attention(
@@ -162,7 +164,7 @@ def decode_sealed_attention(
     for i, (start, length) in enumerate(zip(starts.clamp(min=0).tolist(), lengths.tolist(), strict=True)):
         key, value = seen_sealed(pages, tail_keys, tail_values, page_tables[i], tails[i : i + 1], start, length, query.dtype)
         visible = torch.ones(1, length - start, dtype=torch.bool, device=query.device)
-        out[i] = _attend(query[i : i + 1], key, value, visible, scaling, softcap, sinks)[0]
+        out[i] = attend(query[i : i + 1], key, value, visible, scaling, softcap, sinks)[0]
 
 
 def decode_sealed_latent_attention(
@@ -198,7 +200,7 @@ def decode_sealed_latent_attention(
     for i, (start, length) in enumerate(zip(starts.clamp(min=0).tolist(), lengths.tolist(), strict=True)):
         latent, rope = seen_sealed(pages, tail_keys, tail_values, page_tables[i], tails[i : i + 1], start, length, query.dtype)
         visible = torch.ones(1, length - start, dtype=torch.bool, device=query.device)
-        out[i] = _attend(query[i : i + 1], torch.cat([latent, rope], dim=-1), latent, visible, scaling, None, None)[0]
+        out[i] = attend(query[i : i + 1], torch.cat([latent, rope], dim=-1), latent, visible, scaling, None, None)[0]
 
 
 def prefill_sealed_attention(
@@ -240,41 +242,30 @@ def prefill_sealed_attention(
     as_stored = (starts[:, None] <= stored) & (stored < borders[:, None])  # (T, D)
     as_exact = (torch.maximum(starts, borders)[:, None] <= exact) & (exact <= own)  # (T, N)
     out.copy_(
-        _attend(
+        attend(
             query, torch.cat([stored_key, key]), torch.cat([stored_value, value]), torch.cat([as_stored, as_exact], dim=1),
             scaling, softcap, sinks,
         )
     )  # fmt: skip
 
 
-def _attend(
-    query: Tensor, key: Tensor, value: Tensor, visible: Tensor, scaling: float, softcap: float | None, sinks: Tensor | None
-) -> Tensor:
-    """Compute softmax attention (T, H, Dv) of T queries over N positions, of which each query sees some: `visible` (T, N)."""
-    dtype = torch.promote_types(query.dtype, torch.float32)
-    (num_queries, num_heads, key_dim), kv_heads = query.shape, key.shape[1]
-    grouped = query.to(dtype).view(num_queries, kv_heads, num_heads // kv_heads, key_dim)
-    scores = torch.einsum("tkgd,nkd->kgtn", grouped, key.to(dtype)).flatten(0, 1) * scaling  # (H, T, N)
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.masked_fill(~visible, float("-inf"))
-    if sinks is not None:
-        scores = torch.cat([scores, sinks.to(dtype)[:, None, None].expand(-1, num_queries, 1)], dim=-1)
-    weights = torch.softmax(scores, dim=-1)[..., : key.shape[0]]
-    weights = weights.view(kv_heads, num_heads // kv_heads, num_queries, -1)  # (K, G, T, N)
-    return torch.einsum("kgtn,nkd->tkgd", weights, value.to(dtype)).flatten(1, 2).to(query.dtype)
-
-
 class AttentionKernels:
     """Attention on pages by the functions above, on any device.
 
     Kernels of a device derive from this class and override what they compute faster.
+
+    Attributes:
+        attends_in_pages: Whether prompts whose tokens all lie in pages are attended to there, all at once, by `prefill_paged_attention`;
+            otherwise what was stored before is gathered for one after the other.
     """
+
+    attends_in_pages: ClassVar[bool] = False
 
     write_kv = staticmethod(write_kv)
     gather_kv = staticmethod(gather_kv)
     decode_attention = staticmethod(decode_attention)
     prefill_attention = staticmethod(prefill_attention)
+    prefill_paged_attention = staticmethod(prefill_paged_attention)
     decode_latent_attention = staticmethod(decode_latent_attention)
     seal = staticmethod(seal)
     unseal = staticmethod(unseal)

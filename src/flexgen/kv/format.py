@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from flexgen.kernels.prompts import PagedPrompts
 from flexgen.kernels.reference import AttentionKernels
 from flexgen.passes.calls import AttentionCall
 from flexgen.passes.geometry import KVGeometry
@@ -145,6 +146,20 @@ class KVPages(ABC):
             )  # fmt: skip
         return 0
 
+    def prefill(self, kernels: AttentionKernels, call: AttentionCall, prompts: PagedPrompts, out: Tensor) -> bool:
+        """Compute the attention of prompts to these pages, which hold all their tokens, if that is possible.
+
+        Args:
+            kernels: The kernels of the device that holds the pages.
+            call: The attention call; its last queries are those of the prompts.
+            prompts: The prompts.
+            out: The result, (tokens, heads, value_dim); it is written.
+
+        Returns:
+            Whether it was.
+        """
+        return False
+
 
 @dataclass(frozen=True, slots=True)
 class PlainKV:
@@ -219,3 +234,11 @@ class PlainPages(KVPages):
             return kernels.decode_sparse_attention(query, *where, steps.kept, **how)
         kernels.decode_attention(query, *where, **how)
         return 0
+
+    def prefill(self, kernels: AttentionKernels, call: AttentionCall, prompts: PagedPrompts, out: Tensor) -> bool:
+        if call.latent is not None or call.query.dtype != self.keys.dtype:  # pages hold no keys, or not those that are computed with
+            return False
+        query = call.query[0, :, call.query.shape[2] - len(out) :].transpose(0, 1)  # (tokens, heads, key_dim)
+        how: dict[str, Any] = {"scaling": call.scaling, "softcap": call.softcap, "sinks": call.sinks, "out": out}
+        kernels.prefill_paged_attention(query, self.keys, self.values, prompts, **how)
+        return True

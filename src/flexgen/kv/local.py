@@ -34,7 +34,7 @@ class LocalPlace(Place):
         self.where = layer_index(pool.groups)
 
     def view(self, slices: Sequence[Slice]) -> LocalView:
-        return LocalView(self, KVPlan(self.pool.groups, slices, self.device, self._sparse))
+        return LocalView(self, KVPlan(self.pool.groups, slices, self.device, self._sparse, in_pages=self.kernels.attends_in_pages))
 
     def close(self) -> None:
         self.kernels.close()

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from flexgen.kernels.prompts import paged_prompts
 from flexgen.kv.pages import KVGroup, of_positions
 from flexgen.kv.sealed_views import sealed_plan
 from flexgen.kv.sparse import SparseAttention
@@ -22,6 +23,7 @@ class KVPlan:
         slices: The slices in the order of the micro-batch, next tokens before prompts.
         device: The device of the index tensors.
         sparse: What generated tokens keep of what they see; None for all of it.
+        in_pages: Whether prompts are attended to in their pages, all at once.
 
     Attributes:
         slices: All slices.
@@ -31,11 +33,13 @@ class KVPlan:
     """
 
     def __init__(
-        self, groups: Sequence[KVGroup], slices: Sequence[Slice], device: torch.device, sparse: SparseAttention | None = None
-    ) -> None:
+        self, groups: Sequence[KVGroup], slices: Sequence[Slice], device: torch.device, sparse: SparseAttention | None = None, *,
+        in_pages: bool = False,
+    ) -> None:  # fmt: skip
         num_steps = sum(1 for each in slices if each.is_decode)
         self.slices, self.steps, self.prompts = tuple(slices), tuple(slices[:num_steps]), tuple(slices[num_steps:])
         assert all(each.is_decode for each in self.steps)
+        self._in_pages = in_pages and sparse is None
         self.groups = [
             sealed_plan(groups, index, self.steps, self.prompts, device, sparse)
             if group.stores_whole_pages
@@ -61,10 +65,15 @@ class KVPlan:
             starts = [first_visible(position) - first for position in range(each.start, each.start + each.length)]
             kept = sparse_rows(group, each, first, device, sparse)
             prompts.append(PromptPlan(length=each.length, past=past, starts=integers(starts), sparse=kept))
+        paged = None
+        if self._in_pages and self.prompts:
+            spans, tables = [(each.start, each.stop) for each in self.prompts], [each.tables[index] for each in self.prompts]
+            paged = paged_prompts(spans, tables, [first_visible(position) for span in spans for position in range(*span)], device)
         return GroupPlan(
             page_ids=integers(page_ids),
             page_offsets=integers(offsets),
             num_steps=len(self.steps),
             steps=step_parts(group, index, self.steps, device, sparse=sparse),
             prompts=tuple(prompts),
+            paged=paged,
         )

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from flexgen.kernels.prompts import PagedPrompts
 from flexgen.kernels.reference import AttentionKernels
 from flexgen.kernels.sparse import attend_chosen, row_blocks
 from flexgen.kv.format import KVPages, Steps
@@ -111,9 +112,13 @@ class StepsAndPrompts:
         if self.num_steps:
             attended = self.attend_steps(kernels, call, step_queries(call, self.num_steps), pages)
             out[0, : self.num_steps] = step_outputs(call, attended)
-        if self.prompts:
+        if self.prompts and not self.attend_in_pages(kernels, call, pages, out):
             self.attend_prompts(kernels, call, self.gather_past(kernels, pages, call.query.dtype, heads), out)
         return out
+
+    def attend_in_pages(self, kernels: AttentionKernels, call: AttentionCall, pages: KVPages, out: torch.Tensor) -> bool:
+        """Write the attention of the prompt slices to their rows of `out`, read from pages alone; False if that cannot be."""
+        return False
 
     def attend_steps(self, kernels: AttentionKernels, call: AttentionCall, query: torch.Tensor, pages: KVPages) -> torch.Tensor:
         """Return the attention, (steps, heads, value_dim), of the next tokens' `step_queries`; on latents (steps, heads, rank)."""
@@ -139,11 +144,13 @@ class GroupPlan(StepsAndPrompts):
     Attributes:
         page_ids: The page of each new token, int64 (tokens,).
         page_offsets: The position of each new token in its page, int64 (tokens,).
+        paged: The prompt slices, for kernels that attend to all of them in their pages; None for other kernels, and with sparse attention.
     """
 
     page_ids: torch.Tensor
     page_offsets: torch.Tensor
     prompts: tuple[PromptPlan, ...]
+    paged: PagedPrompts | None = None
 
     def write(self, kernels: AttentionKernels, new: KeyValue, pages: KVPages) -> Heads:
         """Store the micro-batch's new keys and values (1, heads, tokens, dim).
@@ -154,6 +161,9 @@ class GroupPlan(StepsAndPrompts):
         key, value = new
         pages.write(kernels, key[0].transpose(0, 1), value[0].transpose(0, 1), self.page_ids, self.page_offsets)
         return []
+
+    def attend_in_pages(self, kernels: AttentionKernels, call: AttentionCall, pages: KVPages, out: torch.Tensor) -> bool:
+        return self.paged is not None and pages.prefill(kernels, call, self.paged, out[0, self.num_steps :])
 
     def gather_past(self, kernels: AttentionKernels, pages: KVPages, dtype: torch.dtype, heads: Heads) -> list[Past]:
         """Return, for each prompt slice, the visible keys and values of tokens stored before it; `heads` is what `write` returned."""

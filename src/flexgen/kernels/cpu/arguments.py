@@ -6,28 +6,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flexgen.kernels.cpu.checks import check_format, check_layout, check_positions, check_shapes
+from flexgen.kernels.checks import check_positions, check_shapes
 
 ITEM_TOKENS = 16  # what beginning a work item costs, in tokens read
 
 Where = tuple[np.ndarray, np.ndarray, np.ndarray]  # page tables (S, max_pages), starts (S,), lengths (S,)
-
-
-def check_pages(dtype: torch.dtype, key_pages: Tensor, value_pages: Tensor, kv_heads: int, key_dim: int, value_dim: int) -> None:
-    """Refuse pages of another format, layout or shape."""
-    num_pages, page_tokens = key_pages.shape[0], key_pages.shape[-1]
-    check_format(dtype, key_pages=key_pages, value_pages=value_pages)
-    check_layout(key_pages=key_pages, value_pages=value_pages)
-    check_shapes(
-        key_pages=(key_pages, (None, kv_heads, key_dim, None)), value_pages=(value_pages, (num_pages, kv_heads, page_tokens, value_dim))
-    )
-
-
-def check_out(dtype: torch.dtype, out: Tensor, shape: tuple[int, ...]) -> None:
-    """Refuse a result of another format, layout or shape."""
-    check_format(dtype, out=out)
-    check_layout(out=out)
-    check_shapes(out=(out, shape))
 
 
 def where_seen(

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flexgen.kernels.checks import check_format, check_groups, check_out, check_pages, check_positions, check_shapes
 from flexgen.kernels.cpu import decode, latent, pages, prefill
-from flexgen.kernels.cpu.arguments import Where, accumulator, check_out, check_pages, costs, integers, sinks_array, where_seen, workspace
-from flexgen.kernels.cpu.checks import check_format, check_groups, check_positions, check_shapes
+from flexgen.kernels.cpu.arguments import Where, accumulator, costs, integers, sinks_array, where_seen, workspace
 from flexgen.kernels.cpu.formats import bits, carried
 from flexgen.kernels.reference import AttentionKernels
 from flexgen.kernels.threads import SLICES_PER_THREAD, KernelThreads, split_evenly

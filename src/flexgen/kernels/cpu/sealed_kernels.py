@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from flexgen.errors import EngineError
+from flexgen.kernels.checks import check_format, check_groups, check_layout, check_out, check_pages, check_positions, check_shapes
 from flexgen.kernels.codes import HeadCodes, SealedPages
 from flexgen.kernels.cpu import decode_sealed, latent_sealed, sealed
-from flexgen.kernels.cpu.arguments import Where, accumulator, check_out, check_pages, costs, integers, sinks_array, where_seen, workspace
-from flexgen.kernels.cpu.checks import check_format, check_groups, check_layout, check_positions, check_shapes
+from flexgen.kernels.cpu.arguments import Where, accumulator, costs, integers, sinks_array, where_seen, workspace
 from flexgen.kernels.cpu.formats import carried
 from flexgen.kernels.cpu.kernels import PlainKernels
 from flexgen.kernels.threads import split_evenly

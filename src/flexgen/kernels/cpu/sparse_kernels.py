@@ -6,10 +6,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flexgen.kernels.checks import check_shapes
 from flexgen.kernels.codes import SealedPages
 from flexgen.kernels.cpu import decode_sparse, decode_sparse_sealed
 from flexgen.kernels.cpu.arguments import Where, accumulator, costs, integers, sinks_array, workspace
-from flexgen.kernels.cpu.checks import check_shapes
 from flexgen.kernels.cpu.formats import carried
 from flexgen.kernels.cpu.gather import list_workspace
 from flexgen.kernels.cpu.kernels import step_arrays

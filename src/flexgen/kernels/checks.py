@@ -30,6 +30,23 @@ def check_shapes(**tensors: tuple[Tensor, tuple[int | None, ...]]) -> None:
             raise EngineError(f"{name} has the shape {tuple(tensor.shape)}, not {tuple('any' if want is None else want for want in shape)}")
 
 
+def check_pages(dtype: torch.dtype, key_pages: Tensor, value_pages: Tensor, kv_heads: int, key_dim: int, value_dim: int) -> None:
+    """Refuse pages of another format, layout or shape."""
+    num_pages, page_tokens = key_pages.shape[0], key_pages.shape[-1]
+    check_format(dtype, key_pages=key_pages, value_pages=value_pages)
+    check_layout(key_pages=key_pages, value_pages=value_pages)
+    check_shapes(
+        key_pages=(key_pages, (None, kv_heads, key_dim, None)), value_pages=(value_pages, (num_pages, kv_heads, page_tokens, value_dim))
+    )
+
+
+def check_out(dtype: torch.dtype, out: Tensor, shape: tuple[int, ...]) -> None:
+    """Refuse a result of another format, layout or shape."""
+    check_format(dtype, out=out)
+    check_layout(out=out)
+    check_shapes(out=(out, shape))
+
+
 def check_groups(heads: int, kv_heads: int) -> None:
     """Refuse query heads that the key heads cannot share evenly."""
     if heads % kv_heads:

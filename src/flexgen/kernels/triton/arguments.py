@@ -1,0 +1,34 @@
+"""Arguments of launches, checked as far as shapes tell."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flexgen.kernels.checks import check_shapes
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def seen(num_sequences: int, page_tables: Tensor, starts: Tensor, lengths: Tensor) -> dict[str, Tensor]:
+    """Return the arguments that say what next tokens see."""
+    check_shapes(page_tables=(page_tables, (num_sequences, None)), starts=(starts, (num_sequences,)), lengths=(lengths, (num_sequences,)))
+    return {"tables": page_tables.contiguous(), "starts": starts.contiguous(), "lengths": lengths.contiguous()}
+
+
+def rows_of(tensor: Tensor) -> Tensor:
+    """Return (tokens, heads, dim) whose heads are contiguous."""
+    return tensor if tensor.stride(2) == 1 else tensor.contiguous()
+
+
+def cap(softcap: float | None) -> float | None:
+    """Return the limit of scores as a float."""
+    return None if softcap is None else float(softcap)
+
+
+def sink_logits(sinks: Tensor | None, heads: int) -> Tensor | None:
+    """Return sinks as contiguous (heads,), or None for none."""
+    if sinks is None:
+        return None
+    check_shapes(sinks=(sinks, (heads,)))
+    return sinks.detach().contiguous()
