@@ -137,8 +137,10 @@ CASES: dict[str, Callable[[], None]] = {
     "sealed-float32": sealed(torch.float32, 32, 8, 128, "int4"),
     "latents-deepseek": latents(torch.bfloat16, 128, 512, 64),
     "latents-small": latents(torch.float16, 16, 256, 32),
-    "decode-longest": decode(torch.float32, 8, 2, 512, 512),
-    "prefill-longest": prefill(torch.float32, 4, 2, 512, 512),
+    "decode-longest": decode(torch.bfloat16, 8, 2, 1024, 512),
+    "decode-longest-float32": decode(torch.float32, 8, 2, 512, 256),
+    "prefill-longest": prefill(torch.bfloat16, 4, 2, 1024, 512),
+    "prefill-longest-float32": prefill(torch.float32, 4, 2, 512, 256),
     "latents-float32": latents(torch.float32, 16, 512, 64),
 }
 
