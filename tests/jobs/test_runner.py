@@ -369,7 +369,7 @@ def test_what_a_run_tells_while_it_goes_on(llm: LLM, tmp_path: Path, output: Pat
 def test_another_seed_is_refused(model_folder: Path, llm: LLM, tmp_path: Path, output: Path) -> None:
     source = write(tmp_path / "in.jsonl", *lines(10))
     run(llm, source, output)
-    with pytest.raises(JobError, match="begun with --seed 0, now it is 1"):
+    with pytest.raises(JobError, match="begun with seed=0, now it is 1"):
         run(LLM(model_folder, seed=1), source, output)
     with pytest.raises(JobError, match="begun with default max_tokens null, now it is 5"):
         run(llm, source, output, defaults=SamplingParams(temperature=0.0, max_tokens=5))
