@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 from fakes import CONTEXT, FORECAST, POISON, VOCAB, FakeEngine, byte_id, fake_text, fake_token
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from jobs.places import paths_of
 
 from flexgen import LLM, EngineError, JobError, OutOfMemoryError, RequestError, SamplingParams, StorageError
+from flexgen.base.text_input import is_compressed
 from flexgen.jobs import store as store_module
 from flexgen.jobs.export import export
 from flexgen.jobs.folder import JobFolder
@@ -707,6 +708,7 @@ def test_any_file_gives_one_record_per_line(llm: LLM, tmp_path_factory: pytest.T
     folder = tmp_path_factory.mktemp("any")
     source, output = folder / "in.jsonl", folder / "out.jsonl"
     source.write_bytes(b"\n".join(content))
+    assume(not is_compressed(source))  # a file that begins as an archive of gzip is one, and refused if it is damaged
     job = run(llm, source, output)
     physical = source.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
     wanted = sum(bool(line.strip()) for line in physical)
