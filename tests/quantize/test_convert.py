@@ -189,6 +189,18 @@ def test_a_complete_folder_is_left_alone(source: ModelFiles, whole: Path) -> Non
     assert {path.name: path.stat().st_mtime_ns for path in whole.iterdir()} == before
 
 
+def test_a_folder_of_an_earlier_version_is_left_alone(tmp_path: Path, source: ModelFiles, whole: Path) -> None:
+    folder = tmp_path / "out"
+    shutil.copytree(whole, folder)
+    record = json.loads((folder / RECORD_FILE).read_text())
+    del record["allow_requantize"]
+    record["source"] = "a name as it was typed"
+    (folder / RECORD_FILE).write_text(json.dumps(record))
+    before = digests(folder)
+    assert converted(source, folder).complete
+    assert digests(folder) == before
+
+
 @pytest.mark.parametrize(
     ("asked", "said"),
     [

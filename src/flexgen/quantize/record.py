@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from flexgen.base.files import sync_folder
 from flexgen.base.from_json import dataclass_from_json, parsed_json
@@ -20,6 +20,7 @@ from flexgen.hub.diagnose import CONVERSION_FILE
 RECORD_FILE = CONVERSION_FILE
 PARTIAL = ".partial"  # the ending of files that are not complete
 _SCHEMA_VERSION = 1
+_ADDED = {"allow_requantize": False}  # what records of earlier versions lack
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,7 +99,10 @@ def read_record(folder: Path) -> Record | None:
     """
     path = folder / RECORD_FILE
     try:
-        record = dataclass_from_json(Record, parsed_json(path.read_text(encoding="utf-8"), str(path)), str(path))
+        fields = parsed_json(path.read_text(encoding="utf-8"), str(path))
+        if isinstance(fields, dict):
+            fields = _ADDED | cast(dict[str, Any], fields)
+        record = dataclass_from_json(Record, fields, str(path))
     except FileNotFoundError:
         return None
     except (OSError, UnicodeDecodeError, OptionError) as error:
