@@ -128,6 +128,11 @@ def format_seconds(seconds: float | None) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d} h" if hours else f"{minutes}:{rest:02d} min"
 
 
+def power_of_two(size: int) -> int:
+    """Return the least power of two that is not less."""
+    return 1 << max(size - 1, 0).bit_length()
+
+
 def align_up(size_bytes: int, alignment: int) -> int:
     """Return the least multiple of `alignment` that is at least `size_bytes`."""
     return -(-size_bytes // alignment) * alignment

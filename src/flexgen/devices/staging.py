@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from flexgen.base.quantities import align_up
+from flexgen.base.quantities import align_up, power_of_two
 from flexgen.devices.base import Device, Event
 
 TENSOR_ALIGNMENT = 256
@@ -37,7 +37,7 @@ class StagingBuffers:
                 event.wait()
             if spare.nbytes >= size_bytes:
                 return spare
-        return self._allocate(1 << max(size_bytes - 1, 0).bit_length())
+        return self._allocate(power_of_two(size_bytes))
 
     def give_back(self, buffer: torch.Tensor, after: Sequence[Event] = ()) -> None:
         """Allow a buffer to be used again, once the copies `after` are complete."""

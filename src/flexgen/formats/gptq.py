@@ -74,14 +74,11 @@ class GPTQMatrix(StoredMatrix):
 
         from flexgen.kernels.dequantize.integers import Groups, Packing, decode_gptq, zero_points
 
-        outputs, packing = len(out), Packing(bits=self.bits)
+        outputs = len(out)
         scales = parts[1].view(-1, outputs)
         words = parts[2].view(len(scales), -1)
         # The largest code and one is 0 again, as AutoGPTQ computes it, since -1 was stored so.
-        if 32 % self.bits == 0:
-            zeros = zero_points(words.t(), packing.shifts, self.bits, outputs, parallel, lacks=self.zero_lacks)
-        else:
-            zeros = ((packing.unpacked(words, outputs) + self.zero_lacks) & ((1 << self.bits) - 1)).t().to(torch.float32)
+        zeros = zero_points(words.t(), Packing(bits=self.bits), outputs, parallel, lacks=self.zero_lacks)
         groups = Groups(
             scales=scales.t().to(torch.float32), zeros=zeros, columns=self.group_size,
             order=_order(parts[3], self.group_size) if len(parts) > 3 else None,

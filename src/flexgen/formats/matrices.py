@@ -92,9 +92,8 @@ class IntegerRows(StoredMatrix):
         if (packing := self.zero_packing) is None:
             return stored.view(shape).to(torch.float32) + (1 << (self.packing.bits - 1))
         words = stored.view(torch.int32).view(-1, shape[1])  # (words along the rows, groups)
-        if (zero_rows := rows_of_zeros(packing)) is not None:
-            return zero_points(words, packing.shifts, packing.bits, shape[0], parallel, first=start % zero_rows)
-        return packing.unpacked(words.t(), start + shape[0])[:, start:].t().to(torch.float32)
+        first = start if (zero_rows := rows_of_zeros(packing)) is None else start % zero_rows
+        return zero_points(words, packing, shape[0], parallel, first=first)
 
     def _order(self, stored: torch.Tensor) -> torch.Tensor:
         """Return the group of each column: -1 stands for groups of adjacent columns."""
@@ -106,4 +105,4 @@ class IntegerRows(StoredMatrix):
 
 def rows_of_zeros(packing: Packing) -> int | None:
     """Return the rows whose zero points are in one word; None if zero points cross the borders of words, so that all are read."""
-    return packing.per_word if packing.padded or 32 % packing.bits == 0 else None
+    return packing.per_word if packing.whole else None

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from flexgen.kernels.codes import SealedPages, unseal
+
+
+def page_tables(tables: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """Return the page ids of sequences as int64 (S, max_pages), filled up with -1."""
+    widest = max(map(len, tables), default=1)
+    rows = [[*table, *[-1] * (widest - len(table))] for table in tables]
+    return torch.tensor(rows, dtype=torch.int64, device=device).view(len(tables), widest)
 
 
 def write_kv(key: Tensor, value: Tensor, key_pages: Tensor, value_pages: Tensor, page_ids: Tensor, page_offsets: Tensor) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flexgen.kernels.dense import attend
-from flexgen.kernels.pages import gather_kv
+from flexgen.kernels.pages import gather_kv, page_tables
 
 TILE_ROWS = 64  # tokens that a program attends with
 SHORT_TILE_ROWS = 16  # the same where no prompt has more
@@ -57,11 +57,10 @@ def paged_prompts(
     for prompt, (begin, end) in enumerate(spans):
         tiles += [(row + position - begin, min(tile_rows, end - position), position, prompt) for position in range(begin, end, tile_rows)]
         row += end - begin
-    widest = max(len(table) for table in tables)
     return PagedPrompts(
         tiles=integers(tiles),
         tile_rows=tile_rows,
-        page_tables=integers([[*table, *[-1] * (widest - len(table))] for table in tables]),
+        page_tables=page_tables(tables, device),
         starts=integers(starts),
     )
 

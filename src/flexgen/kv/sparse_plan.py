@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from flexgen.kernels.pages import page_tables
 from flexgen.kv.format import Steps
 from flexgen.kv.pages import KVGroup
 from flexgen.kv.sparse import SparseAttention
@@ -63,10 +64,8 @@ def steps_of(
     def integers(values: Sequence[object]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int64, device=device)
 
-    widest = max((len(each.tables[index]) for each in steps), default=1)
-    tables = [list(each.tables[index]) + [-1] * (widest - len(each.tables[index])) for each in steps]
     return Steps(
-        tables=integers(tables).view(len(steps), widest),
+        tables=page_tables([each.tables[index] for each in steps], device),
         starts=integers([group.geometry.first_visible(each.start) for each in steps]),
         lengths=integers([each.start + 1 for each in steps]),
         tails=None if tail is None else integers([each.tables[tail][0] for each in steps]),

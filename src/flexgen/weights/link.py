@@ -270,13 +270,17 @@ def copy_in(
         recorder: The recorder of the trace; None without one.
     """
     portions = iter([(0, unit.data)]) if unit.form is UnitForm.CARRIED else unit.layout.carried(unit.data, decoded, parallel)
-    decodes = not all(tensor.plain or tensor.source.carried_as_stored for tensor in unit.layout.tensors)
-    if recorder is not None and decodes and unit.form is UnitForm.STORED:
+    if recorder is not None and unit.form is UnitForm.STORED and _is_decoded(unit.layout):
         portions = _recorded_decoding(portions, unit.layout.index, recorder)
     events = [backend.copy_in(destination[at : at + len(portion)], portion, after) for at, portion in portions]
     for event in events:
         event.wait()
     return events
+
+
+def _is_decoded(layout: UnitLayout) -> bool:
+    """Return whether the host decodes a tensor of the unit before it crosses the link."""
+    return not all(tensor.plain or tensor.source.carried_as_stored for tensor in layout.tensors)
 
 
 def _recorded_decoding(portions: Iterator[tuple[int, torch.Tensor]], unit: int, recorder: Recorder) -> Iterator[tuple[int, torch.Tensor]]:

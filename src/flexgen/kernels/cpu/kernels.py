@@ -8,7 +8,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flexgen.kernels.checks import check_format, check_groups, check_out, check_pages, check_positions, check_shapes
+from flexgen.kernels.checks import (
+    check_format,
+    check_latent_queries,
+    check_pages,
+    check_positions,
+    check_prompt,
+    check_queries,
+    check_shapes,
+)
 from flexgen.kernels.cpu import decode, latent, pages, prefill
 from flexgen.kernels.cpu.arguments import Where, accumulator, costs, integers, sinks_array, where_seen, workspace
 from flexgen.kernels.cpu.formats import bits, carried
@@ -84,11 +92,8 @@ class PlainKernels(AttentionKernels):
         softcap: float | None = None,
         sinks: Tensor | None = None,
     ) -> None:
-        (num_queries, heads, key_dim), (num_positions, kv_heads, value_dim) = query.shape, value.shape
-        check_groups(heads, kv_heads)
-        check_format(query.dtype, key=key, value=value)
-        check_shapes(key=(key, (num_positions, kv_heads, key_dim)), starts=(starts, (num_queries,)))
-        check_out(query.dtype, out, (num_queries, heads, value_dim))
+        check_prompt(query, key, value, starts, out)
+        num_queries, num_positions = len(query), len(value)
         first = np.maximum(integers(starts), 0)
         ends = np.arange(num_positions - num_queries, num_positions) + 1
         check_positions(first, ends, num_positions)
@@ -127,10 +132,7 @@ class PlainKernels(AttentionKernels):
         out: Tensor,
     ) -> None:
         (num_sequences, heads, rank), rope_dim, page_tokens = query_latent.shape, query_rope.shape[2], key_pages.shape[3]
-        check_format(query_latent.dtype, query_rope=query_rope)
-        check_shapes(query_rope=(query_rope, (num_sequences, heads, rope_dim)))
-        check_pages(query_latent.dtype, key_pages, value_pages, 1, rank, rope_dim)
-        check_out(query_latent.dtype, out, (num_sequences, heads, rank))
+        check_latent_queries(query_latent, query_rope, key_pages, value_pages, out)
         where = where_seen(num_sequences, page_tables, starts, lengths, page_tokens)
         number = accumulator(query_latent.dtype)
         item_heads = self._item_heads(num_sequences, heads)
@@ -164,12 +166,8 @@ def step_arrays(
     query: Tensor, key_pages: Tensor, value_pages: Tensor, page_tables: Tensor, starts: Tensor, lengths: Tensor, out: Tensor
 ) -> tuple[tuple[np.ndarray, ...], Where]:
     """Return the queries, keys and values of next tokens, and what they see, all checked."""
-    num_sequences, heads, key_dim = query.shape
-    kv_heads, value_dim = key_pages.shape[1], value_pages.shape[3]
-    check_groups(heads, kv_heads)
-    check_pages(query.dtype, key_pages, value_pages, kv_heads, key_dim, value_dim)
-    check_out(query.dtype, out, (num_sequences, heads, value_dim))
-    where = where_seen(num_sequences, page_tables, starts, lengths, key_pages.shape[3])
+    check_queries(query, key_pages, value_pages, out)
+    where = where_seen(len(query), page_tables, starts, lengths, key_pages.shape[3])
     return (carried(query.contiguous()), carried(key_pages), carried(value_pages)), where
 
 

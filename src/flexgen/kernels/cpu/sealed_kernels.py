@@ -9,8 +9,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flexgen.errors import EngineError
-from flexgen.kernels.checks import check_format, check_groups, check_layout, check_out, check_pages, check_positions, check_shapes
+from flexgen.kernels.checks import (
+    check_latent_queries,
+    check_positions,
+    check_prompt,
+    check_sealed_memory,
+    check_sealed_queries,
+    check_shapes,
+    check_stored_part,
+)
 from flexgen.kernels.codes import HeadCodes, SealedPages
 from flexgen.kernels.cpu import decode_sealed, latent_sealed, sealed
 from flexgen.kernels.cpu.arguments import Where, accumulator, costs, integers, sinks_array, where_seen, workspace
@@ -100,11 +107,8 @@ class CpuKernels(PlainKernels):
         dtype, (num_sequences, heads, rank), rope_dim, page_tokens = (
             query_latent.dtype, query_latent.shape, query_rope.shape[2], pages.page_tokens,
         )  # fmt: skip
-        check_format(dtype, query_rope=query_rope)
-        check_shapes(query_rope=(query_rope, (num_sequences, heads, rope_dim)), tails=(tails, (num_sequences,)))
-        check_pages(dtype, tail_keys, tail_values, 1, rank, rope_dim)
-        check_shapes(tail_keys=(tail_keys, (None, 1, rank, page_tokens)))
-        check_out(dtype, out, (num_sequences, heads, rank))
+        check_latent_queries(query_latent, query_rope, tail_keys, tail_values, out)
+        check_shapes(tail_keys=(tail_keys, (None, 1, rank, page_tokens)), tails=(tails, (num_sequences,)))
         where = where_seen(num_sequences, page_tables, starts, lengths, page_tokens, last_page_apart=True)
         number, item_heads = accumulator(dtype), self._item_heads(num_sequences, heads)
         arrays = (
@@ -135,14 +139,9 @@ class CpuKernels(PlainKernels):
         softcap: float | None = None,
         sinks: Tensor | None = None,
     ) -> None:
-        (num_queries, heads, key_dim), (num_exact, kv_heads, value_dim) = query.shape, value.shape
-        check_groups(heads, kv_heads)
-        check_format(query.dtype, stored_key=stored_key, stored_value=stored_value, key=key, value=value)
-        check_shapes(
-            stored_key=(stored_key, (None, kv_heads, key_dim)), stored_value=(stored_value, (len(stored_key), kv_heads, value_dim)),
-            key=(key, (num_exact, kv_heads, key_dim)), starts=(starts, (num_queries,)), borders=(borders, (num_queries,)),
-        )  # fmt: skip
-        check_out(query.dtype, out, (num_queries, heads, value_dim))
+        check_prompt(query, key, value, starts, out)
+        check_stored_part(query, stored_key, stored_value, borders, value)
+        num_queries, num_exact = len(query), len(value)
         first, border = np.maximum(integers(starts), 0), integers(borders)
         stored_ends = np.minimum(border, len(stored_key))
         exact_first, ends = np.maximum(first, border) - exact_start, np.arange(num_exact - num_queries, num_exact) + 1
@@ -160,13 +159,9 @@ def sealed_step_arrays(
     starts: Tensor, lengths: Tensor, out: Tensor,
 ) -> tuple[tuple[Any, ...], Where]:  # fmt: skip
     """Return the arguments of kernels up to the lengths, and what next tokens see, all checked."""
-    num_sequences, heads, key_dim = query.shape
-    kv_heads, value_dim, page_tokens = tail_keys.shape[1], tail_values.shape[3], pages.page_tokens
-    check_groups(heads, kv_heads)
-    check_pages(query.dtype, tail_keys, tail_values, kv_heads, key_dim, value_dim)
-    check_shapes(tail_keys=(tail_keys, (None, kv_heads, key_dim, page_tokens)), tails=(tails, (num_sequences,)))
-    check_out(query.dtype, out, (num_sequences, heads, value_dim))
-    where = where_seen(num_sequences, page_tables, starts, lengths, page_tokens, last_page_apart=True)
+    kv_heads, page_tokens = tail_keys.shape[1], pages.page_tokens
+    check_sealed_queries(query, tail_keys, tail_values, tails, page_tokens, out)
+    where = where_seen(len(query), page_tables, starts, lengths, page_tokens, last_page_apart=True)
     memories = (
         (*_codes(memory, codes, kv_heads, page_tokens), codes.bits)
         for codes, memory in ((pages.key_codes, pages.keys), (pages.value_codes, pages.values))
@@ -181,19 +176,8 @@ def sealed_step_arrays(
 def _halves(pages: SealedPages, key: Tensor, value: Tensor) -> Iterator[tuple[Tensor, HeadCodes, Tensor, bool]]:
     """Yield (numbers, codes, memory, whether the codes of a token are adjacent) of keys and of values."""
     for numbers, codes, memory, by_token in ((key, pages.key_codes, pages.keys, False), (value, pages.value_codes, pages.values, True)):
-        _check_memory(memory, codes, pages.page_tokens)
+        check_sealed_memory(memory, codes.token_bytes, pages.page_tokens)
         yield numbers, codes, memory, by_token
-
-
-def _check_memory(memory: Tensor, codes: HeadCodes, page_tokens: int) -> None:
-    check_format(torch.uint8, pages=memory)
-    check_layout(pages=memory)
-    check_shapes(pages=(memory, (None, None, None)))
-    head_bytes, needed = memory.shape[2], page_tokens * codes.token_bytes
-    if head_bytes < needed or head_bytes % 2:
-        raise EngineError(f"pages has {head_bytes} bytes per head, not {needed} or a larger even number")
-    if page_tokens % 2:
-        raise EngineError(f"sealed pages have an even number of tokens, not {page_tokens}")
 
 
 def _memory(memory: Tensor) -> tuple[np.ndarray, np.ndarray]:
@@ -203,6 +187,5 @@ def _memory(memory: Tensor) -> tuple[np.ndarray, np.ndarray]:
 
 def _codes(memory: Tensor, codes: HeadCodes, kv_heads: int, page_tokens: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the codes as signed bytes, and the parameters."""
-    _check_memory(memory, codes, page_tokens)
-    check_shapes(pages=(memory, (None, kv_heads, None)))
+    check_sealed_memory(memory, codes.token_bytes, page_tokens, kv_heads)
     return memory.view(torch.int8).numpy(), memory.view(torch.int16).numpy()

@@ -44,6 +44,11 @@ class Packing:
         return WORD_BITS // self.bits
 
     @property
+    def whole(self) -> bool:
+        """Whether no code crosses the border of a word."""
+        return self.padded or WORD_BITS % self.bits == 0
+
+    @property
     def shifts(self) -> tuple[int, ...]:
         """The bits below each code of a word, if it holds whole ones only."""
         return tuple(range(0, self.per_word * self.bits, self.bits))
@@ -128,20 +133,22 @@ class Groups:
 
 
 def zero_points(
-    words: Tensor, shifts: tuple[int, ...], bits: int, rows: int, parallel: Parallel, *, first: int = 0, lacks: int = 0
+    words: Tensor, packing: Packing, rows: int, parallel: Parallel, *, shifts: tuple[int, ...] = (), first: int = 0, lacks: int = 0
 ) -> Tensor:
-    """Return the zero points of rows, of which whole ones are in each word, float32 (rows, groups).
+    """Return the zero points of rows, float32 (rows, groups).
 
     Args:
         words: The words, int32 (words, groups): zero points of adjacent rows are in a word.
-        shifts: The bits of a word below each of its zero points.
-        bits: The bits of a zero point.
+        packing: The way in which they lie in the words of a group.
         rows: The number of rows.
         parallel: Runs the loop over rows on a CPU.
+        shifts: The bits of a word below each of its zero points; without any, those of the packing.
         first: The zero points of the words before that of the first row.
         lacks: What a stored zero point lacks; the sum is taken modulo 2**bits.
     """
-    mask = (1 << bits) - 1
+    mask, shifts = (1 << packing.bits) - 1, shifts or packing.shifts
+    if not packing.whole:
+        return ((packing.unpacked(words.t(), first + rows)[:, first:] + lacks) & mask).t().to(torch.float32)
     if words.device.type != "cpu":
         place = torch.arange(first, first + rows, device=words.device)
         shift = torch.tensor(shifts, device=words.device)[place % len(shifts)]

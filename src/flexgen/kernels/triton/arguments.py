@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -32,3 +34,8 @@ def sink_logits(sinks: Tensor | None, heads: int) -> Tensor | None:
         return None
     check_shapes(sinks=(sinks, (heads,)))
     return sinks.detach().contiguous()
+
+
+def of_scores(scaling: float, softcap: float | None, sinks: Tensor | None, heads: int) -> dict[str, Any]:
+    """Return the arguments that say what becomes of scores."""
+    return {"scaling": float(scaling), "softcap": cap(softcap), "sinks": sink_logits(sinks, heads)}

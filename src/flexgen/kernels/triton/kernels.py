@@ -9,10 +9,10 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from flexgen.kernels.checks import check_format, check_groups, check_out, check_pages, check_shapes
+from flexgen.kernels.checks import check_latent_queries, check_prompt, check_queries, check_shapes
 from flexgen.kernels.prompts import PagedPrompts
 from flexgen.kernels.reference import AttentionKernels
-from flexgen.kernels.triton.arguments import DTYPES, cap, rows_of, seen, sink_logits
+from flexgen.kernels.triton.arguments import DTYPES, cap, of_scores, rows_of, seen, sink_logits
 from flexgen.kernels.triton.launch import columns, fits, group_rows, options, run_in_parts, tile_tokens
 from flexgen.kernels.triton.launch_prompts import run_prefill
 from flexgen.kernels.triton.programs import decode, latent
@@ -46,9 +46,7 @@ class PlainKernels(AttentionKernels):
             where = query, key_pages, value_pages, page_tables, starts, lengths
             super().decode_attention(*where, scaling=scaling, out=out, softcap=softcap, sinks=sinks)
             return
-        check_groups(heads, kv_heads)
-        check_pages(query.dtype, key_pages, value_pages, kv_heads, key_dim, value_dim)
-        check_out(query.dtype, out, (num_sequences, heads, value_dim))
+        check_queries(query, key_pages, value_pages, out)
         what = seen(num_sequences, page_tables, starts, lengths)
         query, tile, rows = rows_of(query), tile_tokens(token_bytes), group_rows(heads // kv_heads)
         shared: dict[str, Any] = {
@@ -74,15 +72,11 @@ class PlainKernels(AttentionKernels):
         softcap: float | None = None,
         sinks: Tensor | None = None,
     ) -> None:
-        (num_queries, heads, key_dim), (num_positions, kv_heads, value_dim) = query.shape, value.shape
-        if not covers(query, value_dim):
+        if not covers(query, value.shape[2]):
             super().prefill_attention(query, key, value, starts, scaling=scaling, out=out, softcap=softcap, sinks=sinks)
             return
-        check_groups(heads, kv_heads)
-        check_format(query.dtype, key=key, value=value)
-        check_shapes(key=(key, (num_positions, kv_heads, key_dim)), starts=(starts, (num_queries,)))
-        check_out(query.dtype, out, (num_queries, heads, value_dim))
-        how = {"scaling": float(scaling), "softcap": cap(softcap), "sinks": sink_logits(sinks, heads)}
+        check_prompt(query, key, value, starts, out)
+        how = of_scores(scaling, softcap, sinks, query.shape[1])
         run_prefill(query, rows_of(key), rows_of(value), starts, out, how)
 
     def prefill_paged_attention(
@@ -97,15 +91,12 @@ class PlainKernels(AttentionKernels):
         softcap: float | None = None,
         sinks: Tensor | None = None,
     ) -> None:
-        (num_queries, heads, key_dim), (_, kv_heads, _, value_dim) = query.shape, value_pages.shape
-        if not covers(query, value_dim):
+        if not covers(query, value_pages.shape[3]):
             super().prefill_paged_attention(query, key_pages, value_pages, prompts, scaling=scaling, out=out, softcap=softcap, sinks=sinks)
             return
-        check_groups(heads, kv_heads)
-        check_pages(query.dtype, key_pages, value_pages, kv_heads, key_dim, value_dim)
-        check_shapes(starts=(prompts.starts, (num_queries,)), tiles=(prompts.tiles, (None, 4)))
-        check_out(query.dtype, out, (num_queries, heads, value_dim))
-        how = {"scaling": float(scaling), "softcap": cap(softcap), "sinks": sink_logits(sinks, heads)}
+        check_queries(query, key_pages, value_pages, out)
+        check_shapes(starts=(prompts.starts, (len(query),)), tiles=(prompts.tiles, (None, 4)))
+        how = of_scores(scaling, softcap, sinks, query.shape[1])
         run_prefill(query, key_pages, value_pages, prompts.starts, out, how, prompts=prompts)
 
     def decode_latent_attention(
@@ -142,14 +133,11 @@ def latent_arguments(
     query_latent: Tensor, query_rope: Tensor, key_pages: Tensor, value_pages: Tensor, scaling: float, out: Tensor
 ) -> dict[str, Any]:
     """Return the arguments of a launch on latents that do not depend on how they are stored, all checked."""
-    (num_sequences, heads, rank), rope, dtype = query_latent.shape, query_rope.shape[2], query_latent.dtype
-    check_format(dtype, query_rope=query_rope)
-    check_shapes(query_rope=(query_rope, (num_sequences, heads, rope)))
-    check_pages(dtype, key_pages, value_pages, 1, rank, rope)
-    check_out(dtype, out, (num_sequences, heads, rank))
+    (_, heads, rank), rope = query_latent.shape, query_rope.shape[2]
+    check_latent_queries(query_latent, query_rope, key_pages, value_pages, out)
     query, turned = rows_of(query_latent), rows_of(query_rope)
     rank_columns, rope_columns = columns(rank), columns(rope)
-    token_bytes = (rank_columns + rope_columns) * dtype.itemsize
+    token_bytes = (rank_columns + rope_columns) * query.dtype.itemsize
     tile, rows = tile_tokens(token_bytes), min(columns(heads), LATENT_ROWS)
     return {
         "keys": key_pages, "values": value_pages, "scaling": float(scaling), "query_stride": query.stride(0),

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flexgen.base.quantities import power_of_two
 from flexgen.kernels.triton.programs.splits import merge_parts
 
 SPLIT_TOKENS = 512  # tokens of a sequence that a program attends to
@@ -17,11 +18,6 @@ LEAST_COLUMNS = 16
 MOST_ROWS = 64
 WIDE_SUMS = 8192  # for more, the registers of four warps are too few
 STAGED_BYTES = 96 << 10  # of queries, and of tiles of which one is read ahead: a multiprocessor has 99 KiB or more for them
-
-
-def power_of_two(size: int) -> int:
-    """Return the least power of two that is not less."""
-    return 1 << max(size - 1, 0).bit_length()
 
 
 def columns(dim: int, least: int = LEAST_COLUMNS) -> int:

@@ -7,10 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexgen.errors import EngineError
-from flexgen.kernels.checks import check_format, check_groups, check_layout, check_out, check_pages, check_shapes
+from flexgen.kernels.checks import check_prompt, check_sealed_memory, check_sealed_queries, check_shapes, check_stored_part
 from flexgen.kernels.codes import GROUP, HeadCodes, SealedPages, rotated
-from flexgen.kernels.triton.arguments import cap, rows_of, seen, sink_logits
+from flexgen.kernels.triton.arguments import cap, of_scores, rows_of, seen, sink_logits
 from flexgen.kernels.triton.kernels import PlainKernels, covers, latent_arguments, run_latents
 from flexgen.kernels.triton.launch import columns, group_rows, options, run_in_parts, tile_tokens
 from flexgen.kernels.triton.launch_prompts import StoredPart, run_prefill
@@ -52,10 +51,7 @@ class TritonKernels(PlainKernels):
             where = query, pages, tail_keys, tail_values, page_tables, tails, starts, lengths
             super().decode_sealed_attention(*where, scaling=scaling, out=out, softcap=softcap, sinks=sinks)
             return
-        check_groups(heads, kv_heads)
-        check_pages(query.dtype, tail_keys, tail_values, kv_heads, key_dim, value_dim)
-        check_shapes(tail_keys=(tail_keys, (None, kv_heads, key_dim, pages.page_tokens)), tails=(tails, (num_sequences,)))
-        check_out(query.dtype, out, (num_sequences, heads, value_dim))
+        check_sealed_queries(query, tail_keys, tail_values, tails, pages.page_tokens, out)
         what = seen(num_sequences, page_tables, starts, lengths) | {"query": rows_of(query), "tails": tails.contiguous()}
         keys, key_parameters = _codes(pages.keys, pages.key_codes, kv_heads, page_tokens)
         values, value_parameters = _codes(pages.values, pages.value_codes, kv_heads, page_tokens)
@@ -132,19 +128,13 @@ class TritonKernels(PlainKernels):
         softcap: float | None = None,
         sinks: Tensor | None = None,
     ) -> None:
-        (num_queries, heads, key_dim), (num_exact, kv_heads, value_dim) = query.shape, value.shape
-        if not covers(query, value_dim):
+        if not covers(query, value.shape[2]):
             what = query, stored_key, stored_value, key, value, starts, borders, exact_start
             super().prefill_sealed_attention(*what, scaling=scaling, out=out, softcap=softcap, sinks=sinks)
             return
-        check_groups(heads, kv_heads)
-        check_format(query.dtype, stored_key=stored_key, stored_value=stored_value, key=key, value=value)
-        check_shapes(
-            stored_key=(stored_key, (None, kv_heads, key_dim)), stored_value=(stored_value, (len(stored_key), kv_heads, value_dim)),
-            key=(key, (num_exact, kv_heads, key_dim)), starts=(starts, (num_queries,)), borders=(borders, (num_queries,)),
-        )  # fmt: skip
-        check_out(query.dtype, out, (num_queries, heads, value_dim))
-        how = {"scaling": float(scaling), "softcap": cap(softcap), "sinks": sink_logits(sinks, heads)}
+        check_prompt(query, key, value, starts, out)
+        check_stored_part(query, stored_key, stored_value, borders, value)
+        how = of_scores(scaling, softcap, sinks, query.shape[1])
         stored = StoredPart(key=stored_key, value=stored_value, borders=borders, exact_start=exact_start)
         run_prefill(query, rows_of(key), rows_of(value), starts, out, how, stored=stored)
 
@@ -158,10 +148,5 @@ class TritonKernels(PlainKernels):
 
 def _codes(memory: Tensor, codes: HeadCodes, heads: int, page_tokens: int) -> tuple[Tensor, Tensor]:
     """Return codes, signed bytes where they have 8 bits, and their parameters, which lie in the same memory."""
-    check_format(torch.uint8, pages=memory)
-    check_layout(pages=memory)
-    check_shapes(pages=(memory, (None, heads, None)))
-    head_bytes, needed = memory.shape[2], page_tokens * codes.token_bytes
-    if head_bytes < needed or head_bytes % 2 or page_tokens % 2:
-        raise EngineError(f"pages of {page_tokens} tokens have {head_bytes} bytes per head, not {needed} or more, both even numbers")
+    check_sealed_memory(memory, codes.token_bytes, page_tokens, heads)
     return memory.view(torch.int8) if codes.bits == 8 else memory, memory.view(torch.float16)
